@@ -1,0 +1,101 @@
+"""The table of backends: which exist, which load here, and which one serves a call.
+
+A backend's module is imported when it is first asked for, so that `import fastntxent` costs nothing for kernels
+that are not used, and a backend that fails to import keeps its error for `backends()` and for whoever asks for it
+by name. There is no silent fallback from a name: only "auto" chooses.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import NamedTuple
+
+from .base import Backend
+
+ANY_DEVICE = ("any",)
+
+
+class _Entry(NamedTuple):
+    module: str
+    device_types: tuple[str, ...]
+    auto: bool  # may "auto" pick it: only what passed the whole suite on real hardware of that kind
+
+
+# In order of preference: "auto" takes the first that may be picked, serves the device and loads.
+_TABLE: dict[str, _Entry] = {
+    "blocked": _Entry("fastntxent.backends.blocked", ANY_DEVICE, auto=True),
+    "reference": _Entry("fastntxent.backends.reference", ANY_DEVICE, auto=False),
+}
+
+
+class BackendStatus(NamedTuple):
+    """What `backends()` says of one backend."""
+
+    available: bool
+    device_types: tuple[str, ...]
+    reason: str | None  # why it is not available, else None
+
+
+@functools.cache
+def _load(name: str) -> Backend | Exception:
+    try:
+        backend: Backend = importlib.import_module(_TABLE[name].module).BACKEND
+    except Exception as error:  # whatever stops an import is the answer to "why not?"
+        return error
+    return backend
+
+
+def check_name(name: str) -> None:
+    """Raise unless `name` is "auto" or stands in the table."""
+    if name != "auto" and name not in _TABLE:
+        raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, _TABLE))}, got {name!r}")
+
+
+def _serves(name: str, device_type: str) -> bool:
+    device_types = _TABLE[name].device_types
+    return device_types == ANY_DEVICE or device_type in device_types
+
+
+def select(name: str, device_type: str) -> Backend:
+    """The backend for `name` on tensors of `device_type`; for "auto" the first of the table that may serve."""
+    check_name(name)
+    if name == "auto":
+        name = next(
+            candidate
+            for candidate, entry in _TABLE.items()
+            if entry.auto and _serves(candidate, device_type) and isinstance(_load(candidate), Backend)
+        )
+    elif not _serves(name, device_type):
+        raise ValueError(
+            f"backend {name!r} serves {', '.join(_TABLE[name].device_types)} tensors, got tensors on {device_type}"
+        )
+    backend = _load(name)
+    if isinstance(backend, Exception):
+        raise RuntimeError(f"backend {name!r} is not available: {_explain(backend)}") from backend
+    return backend
+
+
+def backends() -> dict[str, BackendStatus]:
+    """Every backend by name: whether it loads here, which device types it serves, and if not, why.
+
+    Returns:
+        A dict of `BackendStatus(available, device_types, reason)`; `device_types` is `("any",)` for a backend that
+        runs wherever PyTorch does.
+
+    Example:
+        >>> import fastntxent
+        >>> fastntxent.backends()["blocked"]
+        BackendStatus(available=True, device_types=('any',), reason=None)
+    """
+    return {name: _status(name) for name in _TABLE}
+
+
+def _status(name: str) -> BackendStatus:
+    loaded = _load(name)
+    reason = _explain(loaded) if isinstance(loaded, Exception) else None
+    return BackendStatus(reason is None, _TABLE[name].device_types, reason)
+
+
+def _explain(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,160 @@
+"""What a backend is: the primitive `neg_lse` with its gradient, and NT-Xent built on it.
+
+A backend of kernels owes `prepare`: neg_lse and its gradient, the only O(M^2 D) work there is. The three NT-Xent
+methods come with it, in O(M D) tensor code around those two; one whose kernels fuse that as well overrides them.
+
+Symbols (M = 2N rows, k = 1/tau, [z_i; z_j] stacked; p(i) is the other view of row i's sample):
+
+    u_i   = z_i / max(|z_i|, eps)                                    unit rows
+    nu_i  = log sum over {j : id_j != id_i} of exp(k u_i . u_j)      neg_lse, -inf where the sum is empty
+    pi_i  = k u_i . u_p(i)                                           pos
+    loss_i = log(1 + exp(nu_i - pi_i))                               NT-Xent, the positive in the denominator
+    q_i   = sigmoid(nu_i - pi_i) = d loss_i / d nu_i = - d loss_i / d pi_i
+
+The positive is never inside the masked sum, so nothing is subtracted that was added before: the gradient keeps its
+relative accuracy however small the loss becomes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NORM_EPS = 1e-12  # of torch.nn.functional.normalize
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def norm_eps(dtype: torch.dtype) -> float:
+    """The smallest norm a row is divided by. 1e-12 is zero in float16, whose smallest normal number serves there."""
+    return torch.finfo(torch.float16).tiny if dtype == torch.float16 else NORM_EPS
+
+
+def row_dots(a: Tensor, b: Tensor) -> Tensor:
+    """a_i . b_i for every row: (M, D), (M, D) -> (M,)."""
+    return (a * b).sum(dim=1)
+
+
+def swap_views(rows: Tensor) -> Tensor:
+    """Row p(i) in the place of row i, for rows stacked as [z_i; z_j]."""
+    first, second = rows.chunk(2)
+    return torch.cat((second, first))
+
+
+class UnitRows:
+    """The stacked views in the accumulation dtype, normalised if asked, and the way back for their gradient."""
+
+    def __init__(self, z_i: Tensor, z_j: Tensor, normalize: bool):
+        self.z_dtype = z_i.dtype
+        self.u = torch.cat((z_i, z_j)).to(accumulation_dtype(z_i.dtype))
+        self.norm: Tensor | None = None
+        if normalize:
+            self.norm = torch.linalg.vector_norm(self.u, dim=1, keepdim=True)
+            self.u = self.u / self.norm.clamp_min(norm_eps(self.z_dtype))
+
+    def backward(self, d_u: Tensor) -> tuple[Tensor, Tensor]:
+        """d/dz of both views: (d_u - u (u . d_u)) / |z| where |z| > eps, d_u / eps elsewhere."""
+        if self.norm is not None:
+            eps = norm_eps(self.z_dtype)
+            radial = torch.where(self.norm > eps, row_dots(self.u, d_u).unsqueeze(1), 0)
+            d_u = torch.addcmul(d_u, self.u, radial, value=-1).div_(self.norm.clamp_min(eps))
+        d_z_i, d_z_j = d_u.chunk(2)
+        return d_z_i.clone(), d_z_j.clone()  # storages of their own: an operator's outputs share none
+
+
+class Backend(ABC):
+    """One implementation of the losses' core. Methods allocate what they return, and neither change nor alias their
+    arguments. `inv_tau` is a 0-d tensor, in host memory or on the rows' device."""
+
+    @abstractmethod
+    def neg_lse(self, u: Tensor, ids: Tensor, inv_tau: Tensor) -> Tensor:
+        """nu of the rows: (M, D), (M,), () -> (M,) in the accumulation dtype."""
+
+    def nt_xent_rows(self, z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+        """nu and pi of every row, (M,) each, order [z_i; z_j]."""
+        u = UnitRows(z_i, z_j, normalize).u
+        return self.neg_lse(u, sample_ids(u), inv_tau), positives(u, inv_tau)
+
+
+class NegLse(ABC):
+    """neg_lse of given rows: the forward, and a backward that may use what the forward left in the workspace."""
+
+    @abstractmethod
+    def forward(self) -> Tensor:
+        """nu of the rows (M,)."""
+
+    @abstractmethod
+    def backward(self, d_neg_lse: Tensor, neg_lse: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradient of sum_i d_neg_lse_i nu_i with respect to u (M, D) and k (0-d), with or without a `forward` before
+        it. Called once."""
+
+
+class KernelBackend(Backend):
+    """A backend with gradients of its own: the registered ops call it, on detached tensors. All its results are in
+    the accumulation dtype."""
+
+    @abstractmethod
+    def prepare(self, u: Tensor, ids: Tensor, inv_tau: Tensor) -> NegLse:
+        """Set up neg_lse of these rows."""
+
+    def neg_lse(self, u: Tensor, ids: Tensor, inv_tau: Tensor) -> Tensor:
+        return self.prepare(u, ids, inv_tau).forward()
+
+    def neg_lse_backward(
+        self, d_neg_lse: Tensor, u: Tensor, ids: Tensor, inv_tau: Tensor, neg_lse: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Gradient of sum_i d_neg_lse_i nu_i with respect to u (M, D) and k (0-d)."""
+        return self.prepare(u, ids, inv_tau).backward(d_neg_lse, neg_lse)
+
+    def nt_xent_rows_backward(
+        self,
+        d_neg_lse: Tensor,
+        d_pos: Tensor,
+        z_i: Tensor,
+        z_j: Tensor,
+        inv_tau: Tensor,
+        neg_lse: Tensor,
+        normalize: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradient of sum_i d_neg_lse_i nu_i + d_pos_i pi_i with respect to z_i, z_j and k."""
+        rows = UnitRows(z_i, z_j, normalize)
+        work = self.prepare(rows.u, sample_ids(rows.u), inv_tau)
+        return _with_positives(rows, inv_tau, d_pos, *work.backward(d_neg_lse, neg_lse))
+
+    def nt_xent_sum(
+        self, z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """sum_i loss_i (0-d) with its gradient with respect to z_i, z_j and k."""
+        rows = UnitRows(z_i, z_j, normalize)
+        work = self.prepare(rows.u, sample_ids(rows.u), inv_tau)
+        neg_lse = work.forward()
+        margin = positives(rows.u, inv_tau) - neg_lse
+        q = torch.sigmoid(-margin)
+        return -F.logsigmoid(margin).sum(), *_with_positives(rows, inv_tau, -q, *work.backward(q, neg_lse))
+
+
+def _with_positives(
+    rows: UnitRows, inv_tau: Tensor, d_pos: Tensor, d_u: Tensor, d_inv_tau: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Add the positives' part to the gradient of the masked sums, and take it back to z_i and z_j."""
+    partner = swap_views(rows.u)
+    d_u.addcmul_(partner, (inv_tau * (d_pos + swap_views(d_pos))).unsqueeze(1))
+    d_inv_tau = d_inv_tau + torch.dot(d_pos, row_dots(rows.u, partner))
+    return *rows.backward(d_u), d_inv_tau
+
+
+def sample_ids(u: Tensor) -> Tensor:
+    """The sample of every row of [z_i; z_j]."""
+    return torch.arange(u.shape[0] // 2, device=u.device).repeat(2)
+
+
+def positives(u: Tensor, inv_tau: Tensor) -> Tensor:
+    """pi of every row of [u_i; u_j]."""
+    u_i, u_j = u.chunk(2)
+    return (inv_tau * row_dots(u_i, u_j)).repeat(2)

@@ -1,0 +1,156 @@
+"""The error budget: the one place where tolerances stand.
+
+A result is within budget when its error against the float64 reference is at most twice the error of the reference
+computed in the result's own precision, plus a floor for rounding, on the maximum and on the RMS. Errors are relative
+to the truth's own maximum and RMS.
+
+The floor. A logit k s is rounded to eps k |s|, and an error in a logit is a relative error in a probability, so the
+floor is a number of units of eps (1 + k |s|). It covers the cases where the reference in the same precision happens
+to be exact: over the cases of the tests the worst needed 1.4 units, nearly all none. A gradient that is returned in
+half precision adds that dtype's own eps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backends.base import accumulation_dtype
+from .functional import nt_xent
+from .validation import check_temperature, check_views
+
+REFERENCE_FACTOR = 2.0
+FLOOR_ULPS_MAXIMUM = 3.0
+FLOOR_ULPS_RMS = 2.0
+
+
+class Errors(NamedTuple):
+    """Errors of a result, relative to the truth: the largest over the truth's largest, RMS over RMS."""
+
+    maximum: float
+    rms: float
+
+    def within(self, budget: Errors) -> bool:
+        """False for NaN."""
+        return self.maximum <= budget.maximum and self.rms <= budget.rms
+
+
+def measure(value: Tensor, truth: Tensor, *, scale: float = 0.0) -> Errors:
+    """Errors of value against a float64 truth of the same shape; 0 where both are the same infinity.
+
+    scale: the size of what the truth is a difference of, where that may cancel to nothing: errors are then relative
+    to it if it is the larger.
+    """
+    difference = torch.where(value == truth, 0.0, value.double() - truth)
+    finite = torch.where(truth.isfinite(), truth, 0.0)
+    return Errors(*(_ratio(norm(difference), max(norm(finite), scale)) for norm in (_maximum, _rms)))
+
+
+def allowed(
+    reference: Errors, dtype: torch.dtype, logit_size: float, *, output_dtype: torch.dtype | None = None
+) -> Errors:
+    """The budget, from the errors of the reference in the same precision.
+
+    Args:
+        reference: errors of the reference backend on the same input.
+        dtype: of the input; the computation's precision follows from it.
+        logit_size: the largest |k s|.
+        output_dtype: of the result, if it is narrower than the computation.
+    """
+    unit = torch.finfo(accumulation_dtype(dtype)).eps * (1 + logit_size)
+    rounding = 0.0
+    if output_dtype is not None and output_dtype != accumulation_dtype(dtype):
+        rounding = torch.finfo(output_dtype).eps
+    return Errors(
+        REFERENCE_FACTOR * reference.maximum + FLOOR_ULPS_MAXIMUM * unit + rounding,
+        REFERENCE_FACTOR * reference.rms + FLOOR_ULPS_RMS * unit + rounding,
+    )
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `compare` found: errors and budgets of the mean loss and of its gradient in the embeddings."""
+
+    loss: Errors
+    loss_allowed: Errors
+    gradient: Errors
+    gradient_allowed: Errors
+
+    @property
+    def ok(self) -> bool:
+        return self.loss.within(self.loss_allowed) and self.gradient.within(self.gradient_allowed)
+
+    @property
+    def loss_error(self) -> float:
+        return self.loss.rms
+
+    @property
+    def loss_budget(self) -> float:
+        return self.loss_allowed.rms
+
+    @property
+    def gradient_error(self) -> float:
+        return self.gradient.rms
+
+    @property
+    def gradient_budget(self) -> float:
+        return self.gradient_allowed.rms
+
+    def __str__(self) -> str:
+        verdict = "within budget" if self.ok else "BEYOND BUDGET"
+        return (
+            f"{verdict}: loss error {self.loss_error:.1e} (allowed {self.loss_budget:.1e}), "
+            f"gradient error {self.gradient_error:.1e} (allowed {self.gradient_budget:.1e})"
+        )
+
+
+def compare(z_i: Tensor, z_j: Tensor, temperature: float | Tensor, *, backend: str = "auto") -> Report:
+    """Hold a backend's mean NT-Xent and its gradient against the float64 reference on a live batch.
+
+    Args:
+        z_i, z_j: (N, D) embeddings; copies are used, no gradient reaches them.
+        temperature: as in `nt_xent`; its value is read.
+        backend: the backend to judge.
+
+    Returns:
+        A `Report`; its `ok` says whether errors are within budget, and printed it is one line.
+
+    Raises:
+        As `nt_xent`. Memory is the reference's, O(N^2) in float64.
+    """
+    check_views(z_i, z_j)
+    check_temperature(temperature, z_i)
+    tau = temperature.item() if isinstance(temperature, Tensor) else temperature
+    loss, gradient = _loss_and_gradient(z_i, z_j, tau, backend)
+    same_loss, same_gradient = _loss_and_gradient(z_i, z_j, tau, "reference")
+    true_loss, true_gradient = _loss_and_gradient(z_i.double(), z_j.double(), tau, "reference")
+    return Report(
+        loss=measure(loss, true_loss),
+        loss_allowed=allowed(measure(same_loss, true_loss), z_i.dtype, 1 / tau),
+        gradient=measure(gradient, true_gradient),
+        gradient_allowed=allowed(
+            measure(same_gradient, true_gradient), z_i.dtype, 1 / tau, output_dtype=gradient.dtype
+        ),
+    )
+
+
+@torch.enable_grad()
+def _loss_and_gradient(z_i: Tensor, z_j: Tensor, temperature: float, backend: str) -> tuple[Tensor, Tensor]:
+    z_i, z_j = (z.detach().clone().requires_grad_() for z in (z_i, z_j))
+    loss = nt_xent(z_i, z_j, temperature, backend=backend)
+    return loss.detach(), torch.cat(torch.autograd.grad(loss, (z_i, z_j)))
+
+
+def _ratio(error: float, size: float) -> float:
+    return error / size if size > 0 else (0.0 if error == 0 else float("inf"))
+
+
+def _maximum(x: Tensor) -> float:
+    return float(x.abs().max())
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.square().mean().sqrt())

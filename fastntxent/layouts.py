@@ -1,0 +1,45 @@
+"""From one tensor of embeddings to the two views that the losses take."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .validation import check_rows
+
+LAYOUTS = ("concatenated", "interleaved")
+
+
+def split_views(z: Tensor, layout: str = "concatenated") -> tuple[Tensor, Tensor]:
+    """The two views of a batch that holds both: (2N, D) -> (N, D), (N, D).
+
+    Args:
+        z: (2N, D) embeddings, or (N, 2, D) with the views along the second dimension, whatever the layout.
+        layout: of a (2N, D) tensor: "concatenated" is [view 1 of all samples; view 2 of all samples], what
+            `torch.cat((z_i, z_j))` gives; "interleaved" is sample by sample, [view 1 of 1; view 2 of 1; ...].
+
+    Returns:
+        (z_i, z_j), views of z without a copy; gradients flow back to z.
+
+    Raises:
+        TypeError: z is not a floating-point tensor.
+        ValueError: the number of rows is odd or zero, the shape is neither of the above, or the layout is unknown.
+
+    Example:
+        >>> import torch, fastntxent
+        >>> z_i, z_j = fastntxent.split_views(torch.tensor([[1.0], [2.0], [3.0], [4.0]]), "interleaved")
+        >>> z_i.flatten(), z_j.flatten()
+        (tensor([1., 3.]), tensor([2., 4.]))
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}")
+    if isinstance(z, Tensor) and z.ndim == 3:
+        if z.shape[1] != 2:
+            raise ValueError(f"z must have shape (2N, D) or (N, 2, D), got {tuple(z.shape)}")
+        z, layout = z.flatten(0, 1), "interleaved"
+    check_rows("z", z)
+    if z.shape[0] % 2:
+        raise ValueError(f"z must hold two views of every sample, an even number of rows, got {z.shape[0]}")
+    if layout == "interleaved":
+        return z[0::2], z[1::2]
+    n_samples = z.shape[0] // 2
+    return z[:n_samples], z[n_samples:]

@@ -1,0 +1,87 @@
+"""Checks of what a person passes in: each raises an error that names the argument, what was expected and what came.
+
+Everything here looks at shapes, dtypes and devices, which the host knows. The one look at a value is the
+temperature's, and only where it lies in host memory: a temperature on an accelerator is never read.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = ("mean", "sum", "none")
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+ID_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def _require_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def check_rows(name: str, rows: Tensor) -> None:
+    """A floating-point matrix with at least one row and one column."""
+    _require_tensor(name, rows)
+    if rows.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {rows.dtype}")
+    if rows.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {rows.layout}")
+    if rows.ndim != 2:
+        raise ValueError(f"{name} must have 2 dimensions (rows, features), got shape {tuple(rows.shape)}")
+    if rows.shape[0] == 0 or rows.shape[1] == 0:
+        raise ValueError(f"{name} must have at least one row and one feature, got shape {tuple(rows.shape)}")
+
+
+def check_views(z_i: Tensor, z_j: Tensor) -> None:
+    """Two views of one batch: matrices of the same shape, dtype and device."""
+    check_rows("z_i", z_i)
+    check_rows("z_j", z_j)
+    for what in ("shape", "dtype", "device"):
+        a, b = getattr(z_i, what), getattr(z_j, what)
+        if a != b:
+            a, b = (tuple(a), tuple(b)) if what == "shape" else (a, b)
+            raise ValueError(f"z_i and z_j must have the same {what}, got {a} and {b}")
+
+
+def check_ids(ids: Tensor, rows: Tensor) -> None:
+    """One integer group per row, on the rows' device."""
+    _require_tensor("ids", ids)
+    if ids.dtype not in ID_DTYPES:
+        raise TypeError(f"ids must have an integer dtype, got {ids.dtype}")
+    if ids.shape != rows.shape[:1]:
+        raise ValueError(f"ids must have shape ({rows.shape[0]},), one per row of u, got {tuple(ids.shape)}")
+    if ids.device != rows.device:
+        raise ValueError(f"ids must be on the device of u, {rows.device}, got {ids.device}")
+
+
+def check_temperature(temperature: float | Tensor, rows: Tensor | None = None) -> None:
+    """A positive, finite number, or a 0-d floating tensor in host memory or on the rows' device."""
+    if isinstance(temperature, Tensor):
+        if temperature.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"temperature must be a floating-point tensor, got {temperature.dtype}")
+        if temperature.ndim != 0:
+            raise ValueError(f"temperature must be a 0-d tensor, got shape {tuple(temperature.shape)}")
+        if rows is not None and temperature.device.type != "cpu" and temperature.device != rows.device:
+            raise ValueError(
+                f"temperature must be on the CPU or on the embeddings' device {rows.device}, got {temperature.device}"
+            )
+        if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_positive("temperature", temperature.item())
+    elif isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+        raise TypeError(f"temperature must be a float or a 0-d tensor, got {type(temperature).__name__}")
+    else:
+        check_positive("temperature", temperature)
+
+
+def check_positive(name: str, value: float) -> None:
+    """A number above zero, neither infinite nor NaN."""
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def check_reduction(reduction: str) -> None:
+    """One of REDUCTIONS."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")

@@ -1,0 +1,299 @@
+"""The public functions and modules: conventions, layouts, errors."""
+
+import importlib
+import inspect
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastntxent
+from fastntxent import NTXentLoss, alignment, backends, neg_lse, nt_xent, nt_xent_terms, split_views, uniformity
+from tests.cases import BACKENDS, random_batch
+
+table = importlib.import_module("fastntxent.backends")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return request.param
+
+
+def test_nt_xent_reductions_agree(backend):
+    z_i, z_j, *_ = random_batch(7, 5, 0.3)
+    rows = nt_xent(z_i, z_j, 0.3, reduction="none", backend=backend)
+    assert rows.shape == (14,)
+    torch.testing.assert_close(nt_xent(z_i, z_j, 0.3, reduction="sum", backend=backend), rows.sum())
+    torch.testing.assert_close(nt_xent(z_i, z_j, 0.3, backend=backend), rows.mean())
+
+
+def test_nt_xent_rows_come_in_the_order_of_the_views(backend):
+    z_i, z_j, *_ = random_batch(4, 5, 0.3)
+    rows = nt_xent(z_i, z_j, 0.3, reduction="none", backend=backend)
+    swapped = nt_xent(z_j, z_i, 0.3, reduction="none", backend=backend)
+    torch.testing.assert_close(torch.cat((rows[4:], rows[:4])), swapped)
+
+
+def test_nt_xent_published_value(backend):
+    # The paper's loss at chance: all embeddings equal, N = 256, so log(2N - 1) whatever the temperature.
+    z = torch.ones(256, 128)
+    assert float(nt_xent(z, z, 0.1, backend=backend)) == pytest.approx(math.log(511), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_nt_xent_dtypes_of_value_and_gradient(backend, dtype):
+    z = random_batch(6, 4, 0.5, dtype=dtype).z_i.requires_grad_()
+    loss = nt_xent(z, z.detach() + 1, backend=backend)
+    loss.backward()
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert z.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_nt_xent_temperature_tensor_gets_its_gradient_in_its_own_dtype(backend, dtype):
+    z_i, z_j, *_ = random_batch(6, 4, 0.5)
+    temperature = torch.tensor(0.5, dtype=dtype, requires_grad=True)
+    nt_xent(z_i, z_j, temperature, backend=backend).backward()
+    assert temperature.grad.dtype == dtype
+    assert temperature.grad.shape == ()
+    assert temperature.grad != 0
+
+
+def test_nt_xent_does_not_change_its_arguments(backend):
+    z_i, z_j, *_ = random_batch(300, 8, 0.5)
+    temperature = torch.tensor(0.5)
+    before = [t.clone() for t in (z_i, z_j, temperature)]
+    nt_xent(z_i.requires_grad_(), z_j.requires_grad_(), temperature.requires_grad_(), backend=backend).backward()
+    for t, b in zip((z_i, z_j, temperature), before, strict=True):
+        assert torch.equal(t.detach(), b)
+
+
+def test_nt_xent_backward_twice_accumulates(backend):
+    z = random_batch(5, 4, 0.5).z_i.requires_grad_()
+    loss = nt_xent(z, z.detach().flip(0), backend=backend)
+    loss.backward(retain_graph=True)
+    once = z.grad.clone()
+    loss.backward()
+    torch.testing.assert_close(z.grad, 2 * once)
+
+
+def test_nt_xent_same_tensor_as_both_views(backend):
+    z = random_batch(5, 4, 0.5).z_i.requires_grad_()
+    nt_xent(z, z, backend=backend).backward()
+    expected = z.detach().double().requires_grad_()
+    nt_xent(expected, expected, backend="reference").backward()
+    torch.testing.assert_close(z.grad.double(), expected.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_nt_xent_nan_embeddings_give_nan(backend):
+    z = torch.randn(4, 3)
+    z[1, 1] = math.nan
+    assert nt_xent(z, z, backend=backend).isnan()
+
+
+def test_nt_xent_terms_add_up(backend):
+    z_i, z_j, *_ = random_batch(6, 4, 0.3)
+    terms = nt_xent_terms(z_i, z_j, 0.3, backend=backend)
+    torch.testing.assert_close(terms.alignment + terms.distribution, 0.3 * terms.loss)
+    torch.testing.assert_close(terms.loss, 2 * nt_xent(z_i, z_j, 0.3, backend=backend))
+    assert terms._fields == ("alignment", "distribution", "loss")
+
+
+def test_nt_xent_terms_one_can_be_dropped(backend):
+    z = random_batch(6, 4, 0.3).z_i.requires_grad_()
+    other = z.detach().flip(0)
+    nt_xent_terms(z, other, 0.3, backend=backend).alignment.backward()
+    expected = z.detach().clone().requires_grad_()
+    (-2 / 6 * torch.nn.functional.cosine_similarity(expected, other).sum()).backward()
+    torch.testing.assert_close(z.grad, expected.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_nt_xent_loss_module_equals_function(backend):
+    z_i, z_j, *_ = random_batch(6, 4, 0.2)
+    module = NTXentLoss(0.2, reduction="sum", normalize=False, backend=backend)
+    assert torch.equal(module(z_i, z_j), nt_xent(z_i, z_j, 0.2, reduction="sum", normalize=False, backend=backend))
+    assert module.temperature == 0.2
+    assert not list(module.parameters())
+
+
+def test_nt_xent_loss_module_learns_its_temperature(backend):
+    z_i, z_j, *_ = random_batch(16, 8, 0.2)
+    module = NTXentLoss(0.2, learn_temperature=True, backend=backend)
+    assert module.temperature.item() == pytest.approx(0.2)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    losses = []
+    for _ in range(20):
+        loss = module(z_i, z_j)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert module.temperature.item() > 0
+    restored = NTXentLoss(0.9, learn_temperature=True)
+    restored.load_state_dict(module.state_dict())
+    assert restored.temperature.item() == module.temperature.item()
+
+
+def test_nt_xent_loss_module_prints_its_settings():
+    assert "temperature=0.2, reduction='sum'" in repr(NTXentLoss(0.2, reduction="sum"))
+    assert "learn_temperature=True" in repr(NTXentLoss(learn_temperature=True))
+
+
+def test_split_views_layouts():
+    z_i, z_j = torch.randn(2, 3, 4)
+    for pair in (
+        split_views(torch.cat((z_i, z_j))),
+        split_views(torch.stack((z_i, z_j), dim=1).flatten(0, 1), "interleaved"),
+        split_views(torch.stack((z_i, z_j), dim=1)),
+    ):
+        assert torch.equal(pair[0], z_i)
+        assert torch.equal(pair[1], z_j)
+
+
+def test_alignment_and_uniformity_equal_their_definitions(backend):
+    z_i, z_j, *_ = random_batch(12, 5, 1.0, dtype=torch.float64)
+    u_i, u_j = (torch.nn.functional.normalize(z, dim=1) for z in (z_i, z_j))
+    assert float(alignment(z_i, z_j)) == pytest.approx(float((u_i - u_j).norm(dim=1).pow(2).mean()), rel=1e-12)
+    expected = torch.pdist(u_i).pow(2).mul(-3).exp().mean().log()
+    assert float(uniformity(z_i, t=3, backend=backend)) == pytest.approx(float(expected), rel=1e-12)
+
+
+def test_uniformity_gradient_equals_autograd_of_its_definition(backend):
+    z = random_batch(12, 5, 1.0, dtype=torch.float64).z_i.requires_grad_()
+    u = torch.nn.functional.normalize(z, dim=1)
+    (expected,) = torch.autograd.grad(torch.pdist(u).pow(2).mul(-2).exp().mean().log(), z)
+    (value,) = torch.autograd.grad(uniformity(z, backend=backend), z)
+    torch.testing.assert_close(value, expected)
+
+
+# --- errors: one test each -------------------------------------------------------------------------------------------
+
+Z = torch.randn(4, 3)
+IDS = torch.arange(4)
+BAD_CALLS = {
+    "not a tensor": (lambda: nt_xent([[1.0]], Z), TypeError, "z_i must be a torch.Tensor, got list"),
+    "None": (lambda: nt_xent(Z, None), TypeError, "z_j must be a torch.Tensor, got NoneType"),
+    "integers": (lambda: nt_xent(Z.long(), Z.long()), TypeError, "z_i must be float16.*got torch.int64"),
+    "complex": (lambda: nt_xent(Z.cfloat(), Z.cfloat()), TypeError, "got torch.complex64"),
+    "sparse": (lambda: nt_xent(Z.to_sparse(), Z.to_sparse()), TypeError, "dense"),
+    "one dimension": (lambda: nt_xent(Z[0], Z[0]), ValueError, r"z_i must have 2 dimensions.*\(3,\)"),
+    "three dimensions": (lambda: nt_xent(Z[None], Z[None]), ValueError, r"z_i must have 2 dimensions.*\(1, 4, 3\)"),
+    "empty batch": (lambda: nt_xent(Z[:0], Z[:0]), ValueError, r"z_i must have at least one row.*\(0, 3\)"),
+    "no features": (lambda: nt_xent(Z[:, :0], Z[:, :0]), ValueError, r"one feature.*\(4, 0\)"),
+    "other N": (lambda: nt_xent(Z, Z[:3]), ValueError, r"same shape, got \(4, 3\) and \(3, 3\)"),
+    "other D": (lambda: nt_xent(Z, Z[:, :2]), ValueError, r"same shape, got \(4, 3\) and \(4, 2\)"),
+    "other dtype": (lambda: nt_xent(Z, Z.double()), ValueError, "same dtype, got torch.float32 and torch.float64"),
+    "other device": (lambda: nt_xent(Z, Z.to("meta")), ValueError, "same device, got cpu and meta"),
+    "temperature 0": (lambda: nt_xent(Z, Z, 0.0), ValueError, "temperature must be positive and finite, got 0.0"),
+    "temperature -1": (lambda: nt_xent(Z, Z, -1), ValueError, "temperature must be positive and finite, got -1"),
+    "temperature nan": (lambda: nt_xent(Z, Z, math.nan), ValueError, "got nan"),
+    "temperature inf": (lambda: nt_xent(Z, Z, math.inf), ValueError, "got inf"),
+    "temperature tiny": (lambda: nt_xent(Z, Z, 1e-320), ValueError, "temperature"),
+    "temperature tensor 0": (lambda: nt_xent(Z, Z, torch.tensor(0.0)), ValueError, "positive and finite, got 0.0"),
+    "temperature tensor nan": (lambda: nt_xent(Z, Z, torch.tensor(math.nan)), ValueError, "got nan"),
+    "temperature 1-d": (lambda: nt_xent(Z, Z, torch.ones(1)), ValueError, r"0-d tensor, got shape \(1,\)"),
+    "temperature integers": (lambda: nt_xent(Z, Z, torch.tensor(1)), TypeError, "floating-point.*torch.int64"),
+    "temperature elsewhere": (lambda: nt_xent(Z, Z, torch.ones((), device="meta")), ValueError, "device cpu, got meta"),
+    "temperature text": (lambda: nt_xent(Z, Z, "warm"), TypeError, "temperature must be a float.*got str"),
+    "temperature bool": (lambda: nt_xent(Z, Z, True), TypeError, "got bool"),
+    "reduction": (lambda: nt_xent(Z, Z, reduction="avg"), ValueError, "reduction must be one of.*got 'avg'"),
+    "reduction None": (lambda: nt_xent(Z, Z, reduction=None), ValueError, "reduction must be one of.*got None"),
+    "backend": (lambda: nt_xent(Z, Z, backend="tpu"), ValueError, "backend must be 'auto' or one of.*got 'tpu'"),
+    "backend None": (lambda: nt_xent(Z, Z, backend=None), ValueError, "backend must be.*got None"),
+    "module temperature": (lambda: NTXentLoss(0.0), ValueError, "temperature must be positive"),
+    "module learnt temperature": (lambda: NTXentLoss(-1.0, learn_temperature=True), ValueError, "temperature"),
+    "module reduction": (lambda: NTXentLoss(reduction="avg"), ValueError, "reduction must be"),
+    "module backend": (lambda: NTXentLoss(backend="tpu"), ValueError, "backend must be"),
+    "terms shapes": (lambda: nt_xent_terms(Z, Z[:3]), ValueError, "same shape"),
+    "terms temperature": (lambda: nt_xent_terms(Z, Z, 0.0), ValueError, "temperature must be positive"),
+    "terms backend": (lambda: nt_xent_terms(Z, Z, backend="tpu"), ValueError, "backend must be"),
+    "neg_lse rank": (lambda: neg_lse(Z[0], IDS, 1.0), ValueError, "u must have 2 dimensions"),
+    "neg_lse ids type": (lambda: neg_lse(Z, [0, 1, 2, 3], 1.0), TypeError, "ids must be a torch.Tensor, got list"),
+    "neg_lse ids dtype": (lambda: neg_lse(Z, IDS.float(), 1.0), TypeError, "ids must have an integer dtype"),
+    "neg_lse ids bool": (lambda: neg_lse(Z, IDS > 1, 1.0), TypeError, "ids must have an integer dtype"),
+    "neg_lse ids shape": (lambda: neg_lse(Z, IDS[:3], 1.0), ValueError, r"ids must have shape \(4,\).*\(3,\)"),
+    "neg_lse ids rank": (lambda: neg_lse(Z, IDS[:, None], 1.0), ValueError, r"ids must have shape \(4,\)"),
+    "neg_lse ids device": (lambda: neg_lse(Z, IDS.to("meta"), 1.0), ValueError, "ids must be on the device of u"),
+    "neg_lse temperature": (lambda: neg_lse(Z, IDS, -0.1), ValueError, "temperature must be positive"),
+    "split odd": (lambda: split_views(Z[:3]), ValueError, "even number of rows, got 3"),
+    "split layout": (lambda: split_views(Z, "zipped"), ValueError, "layout must be one of.*got 'zipped'"),
+    "split three views": (lambda: split_views(torch.randn(4, 3, 2)), ValueError, r"\(N, 2, D\), got \(4, 3, 2\)"),
+    "split integers": (lambda: split_views(IDS[:, None]), TypeError, "z must be float16"),
+    "uniformity one row": (lambda: uniformity(Z[:1]), ValueError, "at least two rows"),
+    "uniformity t": (lambda: uniformity(Z, t=0), ValueError, "t must be positive and finite, got 0"),
+    "alignment shapes": (lambda: alignment(Z, Z[:3]), ValueError, "same shape"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_input_is_named(case):
+    call, error, message = BAD_CALLS[case]
+    with pytest.raises(error, match=message):
+        call()
+
+
+# --- the table of backends -------------------------------------------------------------------------------------------
+
+
+def test_backends_lists_the_table():
+    table = backends()
+    assert {"reference", "blocked"} <= set(table)
+    for status in table.values():
+        assert status.available == (status.reason is None)
+        assert status.device_types
+
+
+@pytest.fixture
+def broken_backend(monkeypatch):
+    """A backend that does not import, first in the order of preference, as a compiled one would be."""
+    entry = table._TABLE["blocked"]._replace(module="fastntxent.backends.does_not_exist", device_types=("cpu",))
+    monkeypatch.setattr(table, "_TABLE", {"broken": entry, **table._TABLE})
+    yield
+    table._load.cache_clear()
+
+
+def test_backends_keeps_the_error_of_one_that_does_not_load(broken_backend):
+    status = backends()["broken"]
+    assert not status.available
+    assert "does_not_exist" in status.reason
+
+
+def test_unavailable_backend_asked_for_by_name_says_why(broken_backend):
+    with pytest.raises(RuntimeError, match=r"backend 'broken' is not available: ModuleNotFoundError.*does_not_exist"):
+        nt_xent(Z, Z, backend="broken")
+
+
+def test_auto_passes_over_a_backend_that_does_not_load(broken_backend):
+    assert torch.equal(nt_xent(Z, Z), nt_xent(Z, Z, backend="blocked"))
+
+
+def test_backend_asked_for_on_a_device_it_does_not_serve_says_so(broken_backend):
+    with pytest.raises(ValueError, match="'broken' serves cpu tensors, got tensors on cuda"):
+        table.select("broken", "cuda")
+
+
+# --- the package -----------------------------------------------------------------------------------------------------
+
+
+def test_public_names_are_documented():
+    for name in fastntxent.__all__:
+        doc = inspect.getdoc(getattr(fastntxent, name))
+        assert doc, name
+        assert len(doc.splitlines()[0]) > 20, name
+
+
+def test_import_sets_no_global_state_and_loads_no_extras():
+    code = """
+import sys, torch
+def state():
+    return (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(),
+            torch.get_float32_matmul_precision(), torch.get_rng_state().tolist())
+before = state()
+import fastntxent
+assert state() == before
+assert not {"matplotlib", "sklearn", "mlxtend", "PIL"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

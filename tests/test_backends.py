@@ -1,0 +1,259 @@
+"""Every backend against the oracle: stages of training, temperatures, sizes, dtypes, layouts."""
+
+import math
+
+import pytest
+import torch
+
+from fastntxent import budget, neg_lse, nt_xent, nt_xent_terms, split_views
+from fastntxent.backends.base import norm_eps
+from tests.cases import (
+    BACKENDS,
+    KERNELS,
+    TILE,
+    Batch,
+    Result,
+    assert_within_budget,
+    blocked,
+    check_results,
+    converged_batch,
+    evaluate,
+    random_batch,
+    start_of_training,
+)
+
+TEMPERATURES = [0.001, 0.01, 0.07, 0.5, 10.0]
+HALF = TILE // 2  # N of one tile: M = 2N
+
+
+@pytest.fixture(params=KERNELS)
+def backend(request):
+    return request.param
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("n", [1, 2, 3, 129])
+@pytest.mark.parametrize("d", [2, 127, 128, 513])
+def test_nt_xent_within_budget(backend, n, d, temperature):
+    assert_within_budget(random_batch(n, d, temperature), backend)
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("n", [HALF - 1, HALF, HALF + 1, 2 * HALF + 1])
+def test_nt_xent_at_tile_edges_within_budget(backend, n, temperature):
+    assert_within_budget(random_batch(n, 32, temperature), backend)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_nt_xent_dtypes_within_budget(backend, dtype, normalize, reduction):
+    batch = random_batch(65, 24, 0.3, dtype=dtype)._replace(normalize=normalize)
+    assert_within_budget(batch, backend, reduction=reduction)
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.1, 0.5])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("n", [1, 3, HALF + 1])
+def test_nt_xent_random_upstream_within_budget(backend, n, normalize, temperature):
+    generator = torch.Generator().manual_seed(1)
+    upstream = torch.randn(2 * n, generator=generator, dtype=torch.float64)
+    batch = random_batch(n, 40, temperature)
+    if not normalize:  # rows of a length near 1, so that the logits stay those of a trained network
+        batch = batch.map(lambda z: z / 10)._replace(normalize=False)
+    assert_within_budget(batch, backend, upstream=upstream, reduction="none")
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 65536.0, 1e30])
+@pytest.mark.parametrize("temperature", [0.01, 0.1])
+def test_nt_xent_upstream_of_any_magnitude_within_budget(backend, temperature, scale):
+    upstream = torch.linspace(-1, 1, 66, dtype=torch.float64) * scale
+    assert_within_budget(random_batch(33, 40, temperature), backend, upstream=upstream, reduction="none")
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.1, 0.5])
+@pytest.mark.parametrize("loss", [0.7, 1e-3, 1e-6])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_nt_xent_converged_within_budget(backend, reduction, loss, temperature):
+    batch = converged_batch(200, 64, temperature, loss)
+    upstream = torch.ones(400) if reduction == "none" else None
+    assert_within_budget(batch, backend, reduction=reduction, upstream=upstream)
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.1, 0.5])
+@pytest.mark.parametrize(("loss", "limit"), [(None, 2e-6), (0.7, 1e-5), (1e-3, 1e-5), (1e-6, 1e-5)])
+def test_gradient_relative_error_at_every_stage_of_training(backend, loss, limit, temperature):
+    shape = 512, 128, temperature
+    batch = start_of_training(*shape) if loss is None else converged_batch(*shape, loss)
+    value, truth = evaluate(batch, backend), evaluate(batch.map(torch.Tensor.double), "reference")
+    if loss is not None:
+        assert float(truth.loss) == pytest.approx(loss, rel=0.02)
+    gradient, true_gradient = (torch.cat((r.d_z_i, r.d_z_j)).double() for r in (value, truth))
+    assert float((gradient - true_gradient).norm() / true_gradient.norm()) < limit
+
+
+@pytest.mark.parametrize("n", [HALF - 1, HALF + 1])
+@pytest.mark.parametrize("layout", ["interleaved", "transposed", "every other feature", "expanded"])
+def test_nt_xent_strided_views_equal_contiguous(backend, layout, n):
+    z_i, z_j, *_ = random_batch(n, 24, 0.2)
+    if layout == "interleaved":
+        z_i, z_j = split_views(torch.stack((z_i, z_j), dim=1))
+    elif layout == "transposed":
+        z_i, z_j = z_i.T.contiguous().T, z_j.T.contiguous().T
+    elif layout == "every other feature":
+        z_i, z_j = z_i[:, ::2], z_j[:, 1::2]
+    else:
+        z_i, z_j = z_i[:1].expand(n, -1), z_j
+    strided = Batch(z_i, z_j, 0.2)
+    assert not strided.z_i.is_contiguous()
+    contiguous = strided.map(torch.Tensor.contiguous)
+    for value, expected in zip(evaluate(strided, backend), evaluate(contiguous, backend), strict=True):
+        assert torch.equal(value, expected)
+
+
+def test_nt_xent_duplicate_rows_within_budget(backend):
+    z_i, z_j, *_ = random_batch(40, 16, 0.1)
+    z_i[1:7] = z_i[0]
+    z_j[5:11] = z_i[0] * 2
+    assert_within_budget(Batch(z_i, z_j, 0.1), backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_nt_xent_zero_rows_within_budget(backend, dtype):
+    z_i, z_j, *_ = random_batch(40, 16, 0.5, dtype=dtype)
+    z_i[3] = 0
+    z_j[3] = 0
+    z_j[8] = 0
+    zero = [(0, 3), (1, 3), (1, 8)]
+    batch = Batch(z_i, z_j, 0.5)
+    result, same = evaluate(batch, backend), evaluate(batch, "reference")
+    truth = oracle_with_eps_of(batch, dtype)
+    assert all(t.isfinite().all() for t in result)
+    # A zero row's gradient is d_u / eps, larger than the others by 1e4 to 1e12: the two kinds are judged apart.
+    for view, row in zero:
+        torch.testing.assert_close(result[1 + view][row].double(), truth[1 + view][row], rtol=1e-2, atol=0)
+        for r in (result, same, truth):
+            r[1 + view][row] = 0
+    check_results(result, same, truth, batch)
+
+
+def oracle_with_eps_of(batch, dtype):
+    """The float64 oracle under the eps of a narrower dtype: unit rows by hand, the rest unnormalised."""
+    z_i, z_j = (z.double().requires_grad_() for z in (batch.z_i, batch.z_j))
+    tau = torch.tensor(batch.temperature, dtype=torch.float64, requires_grad=True)
+    u_i, u_j = (torch.nn.functional.normalize(z, dim=1, eps=norm_eps(dtype)) for z in (z_i, z_j))
+    loss = nt_xent(u_i, u_j, tau, normalize=False, backend="reference")
+    return Result(loss.detach(), *torch.autograd.grad(loss, (z_i, z_j, tau)))
+
+
+@pytest.mark.parametrize("n", [1, 5])
+def test_nt_xent_one_feature_has_no_gradient(backend, n):
+    # On the line every unit row is 1 or -1, and no small step changes it.
+    batch = random_batch(n, 1, 0.5)
+    result, truth = evaluate(batch, backend), evaluate(batch.map(torch.Tensor.double), "reference")
+    torch.testing.assert_close(result.loss.double(), truth.loss, rtol=1e-6, atol=0)
+    for gradient in (result.d_z_i, result.d_z_j):
+        assert gradient.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("temperature", [0.001, 0.1, 5.0])
+@pytest.mark.parametrize("groups", ["unique", "one", "few", "sorted", "negative"])
+@pytest.mark.parametrize("M", [1, 2, TILE - 1, TILE + 1])
+def test_neg_lse_any_groups_within_budget(backend, M, groups, temperature):
+    generator = torch.Generator().manual_seed(2)
+    u = torch.nn.functional.normalize(torch.randn(M, 16, generator=generator), dim=1)
+    ids = {
+        "unique": torch.randperm(M, generator=generator),
+        "one": torch.zeros(M, dtype=torch.int32),
+        "few": torch.randint(0, 3, (M,), generator=generator, dtype=torch.int16),
+        "sorted": torch.arange(M) // 5,
+        "negative": -torch.randint(0, 2**40, (M,), generator=generator),
+    }[groups]
+    weights = torch.randn(M, generator=generator, dtype=torch.float64)
+    results = [neg_lse_result(u, ids, temperature, weights, "reference", torch.float64)]
+    results += [neg_lse_result(u, ids, temperature, weights, name, torch.float32) for name in ("reference", backend)]
+    truth, same, value = results
+    assert torch.equal(value[0] == -math.inf, truth[0] == -math.inf)
+    assert_arrays_within_budget(value, same, truth, temperature)
+
+
+def neg_lse_result(u, ids, temperature, weights, backend, dtype):
+    u = u.to(dtype, copy=True).requires_grad_()
+    tau = torch.tensor(temperature, dtype=torch.float64, requires_grad=True)
+    nu = neg_lse(u, ids, tau, backend=backend)
+    total = (torch.where(nu == -math.inf, 0, nu) * weights.to(dtype)).sum()
+    return nu.detach(), *torch.autograd.grad(total, (u, tau))
+
+
+def assert_arrays_within_budget(value, same, truth, temperature):
+    scales = (0.0, 1e-3 / temperature, 1e-3 / temperature**2)
+    for name, v, s, t, scale in zip(("neg_lse", "d_u", "d_temperature"), value, same, truth, scales, strict=True):
+        limit = budget.allowed(budget.measure(s, t, scale=scale), torch.float32, 1 / temperature)
+        errors = budget.measure(v, t, scale=scale)
+        assert errors.within(limit), f"{name}: {errors}, allowed {limit}"
+
+
+def test_neg_lse_row_without_negatives_is_minus_infinity_with_zero_gradient(backend):
+    u = torch.randn(3, 4, requires_grad=True)
+    nu = neg_lse(u, torch.zeros(3, dtype=torch.long), 0.5, backend=backend)
+    assert (nu == -math.inf).all()
+    (gradient,) = torch.autograd.grad(nu, u, torch.ones(3))
+    assert torch.equal(gradient, torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.5])
+def test_nt_xent_terms_gradients_within_budget(backend, temperature):
+    batch = random_batch(33, 16, temperature)
+
+    def gradients(name, dtype, term):
+        z_i, z_j = (z.to(dtype, copy=True).requires_grad_() for z in (batch.z_i, batch.z_j))
+        tau = torch.tensor(temperature, dtype=dtype, requires_grad=True)
+        terms = nt_xent_terms(z_i, z_j, tau, backend=name)
+        return torch.autograd.grad(getattr(terms, term), (z_i, z_j, tau), allow_unused=True, materialize_grads=True)
+
+    for term in ("alignment", "distribution", "loss"):
+        value = gradients(backend, torch.float32, term)
+        same = gradients("reference", torch.float32, term)
+        truth = gradients("reference", torch.float64, term)
+        for v, s, t in zip(value, same, truth, strict=True):
+            scale = 1 / temperature**2 if t.ndim == 0 else 0.0
+            limit = budget.allowed(budget.measure(s, t, scale=scale), torch.float32, 1 / temperature)
+            assert budget.measure(v, t, scale=scale).within(limit), term
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_nt_xent_same_bits_every_time(name):
+    batch = random_batch(HALF + 1, 32, 0.1)
+    first, second = evaluate(batch, name), evaluate(batch, name)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_blocked_block_size_does_not_change_the_result(monkeypatch):
+    batch = random_batch(50, 16, 0.1, dtype=torch.float64)
+    whole = evaluate(batch, "blocked")
+    monkeypatch.setattr(blocked, "_BLOCK_CPU", 7)
+    for a, b in zip(evaluate(batch, "blocked"), whole, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("temperature", [0.05, 1.0])
+def test_blocked_running_maximum_equals_direct(monkeypatch, temperature):
+    batch = random_batch(50, 16, temperature, dtype=torch.float64)
+    ones = torch.ones(100)
+    direct = evaluate(batch, "blocked", reduction="none", upstream=ones)
+    monkeypatch.setattr(blocked, "_BLOCK_CPU", 16)
+    monkeypatch.setattr(blocked, "_stays_in_range", lambda *_: False)
+    for a, b in zip(evaluate(batch, "blocked", reduction="none", upstream=ones), direct, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_blocked_tiles_cover_each_pair_once(monkeypatch):
+    monkeypatch.setattr(blocked, "_BLOCK_CPU", 4)
+    for M in (1, 3, 4, 5, 8, 13):
+        seen = torch.zeros(M, M, dtype=torch.long)
+        tiles = blocked._DirectTiles(torch.randn(M, 3), torch.arange(M), torch.tensor(1.0))
+        for tile, _ in tiles.logits():
+            seen[tile.rows, tile.cols] += 1
+            if not tile.diagonal:
+                seen[tile.cols, tile.rows] += 1
+        assert (seen == 1).all()

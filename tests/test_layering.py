@@ -1,0 +1,81 @@
+"""Data goes one way: no module imports from a layer above its own."""
+
+import ast
+from pathlib import Path
+
+import fastntxent
+
+ROOT = Path(fastntxent.__file__).parent
+
+# From the bottom up. A module may import from its own layer and from those below it.
+LAYERS = [
+    ["validation"],
+    ["backends.base"],
+    ["backends.blocked", "backends.reference"],
+    ["backends"],
+    ["ops"],
+    ["functional"],
+    ["modules", "metrics", "layouts", "caching", "budget"],
+    [""],  # fastntxent itself
+    ["simclr"],
+]
+
+
+def layer_of(module: str) -> int:
+    """The layer that lists the module, or the nearest package around it."""
+    name = module
+    while True:
+        for level, names in enumerate(LAYERS):
+            if name in names:
+                return level
+        assert "." in name, f"fastntxent.{module} belongs to no layer: add it to LAYERS"
+        name = name.rpartition(".")[0]
+
+
+def imports_of(path: Path) -> set[str]:
+    """The package's own modules that a file imports, without the leading fastntxent."""
+    package = ["fastntxent", *path.relative_to(ROOT).parts[:-1]]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            names = [f"{module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        found |= {resolve(name) for name in names if name.split(".")[0] == "fastntxent"}
+    return found
+
+
+def resolve(name: str) -> str:
+    """The module that a dotted name lies in."""
+    parts = name.split(".")[1:]
+    while parts and not (ROOT.joinpath(*parts).with_suffix(".py").exists() or ROOT.joinpath(*parts).is_dir()):
+        parts.pop()
+    return ".".join(parts)
+
+
+def modules() -> dict[str, Path]:
+    names = {}
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return names
+
+
+def test_no_import_goes_up():
+    upward = [
+        f"fastntxent.{module} imports fastntxent.{target}"
+        for module, path in modules().items()
+        for target in imports_of(path)
+        if layer_of(target) > layer_of(module)
+    ]
+    assert not upward
+
+
+def test_layering_sees_imports():
+    assert "ops" in imports_of(ROOT / "functional.py")
+    assert "backends.base" in imports_of(ROOT / "backends" / "blocked.py")
+    assert "functional" in imports_of(ROOT / "__init__.py")

@@ -1,0 +1,267 @@
+"""The registered operators: opcheck, compilation, transforms, autocast, what they refuse."""
+
+import pytest
+import torch
+import torch._dynamo.testing
+
+from fastntxent import NTXentLoss, neg_lse, nt_xent, ops
+from tests.cases import BACKENDS, KERNELS, needs_cuda, random_batch
+
+
+@pytest.fixture(params=KERNELS)
+def backend(request):
+    return request.param
+
+
+def views(n=6, d=4, dtype=torch.float32, requires_grad=True):
+    z_i, z_j, *_ = random_batch(n, d, 0.5, dtype=dtype)
+    return z_i.requires_grad_(requires_grad), z_j.requires_grad_(requires_grad)
+
+
+def inverse_temperature(requires_grad=True):
+    return torch.tensor(2.0, requires_grad=requires_grad)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("name", ["nt_xent_sum", "nt_xent_rows"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nt_xent_operators_pass_opcheck(backend, name, normalize, dtype):
+    z_i, z_j = views(dtype=dtype)
+    operator = getattr(torch.ops.fastntxent, name).default
+    torch.library.opcheck(operator, (z_i, z_j, inverse_temperature(), normalize, backend))
+
+
+def test_neg_lse_operator_passes_opcheck(backend):
+    u = torch.randn(6, 4, requires_grad=True)
+    torch.library.opcheck(
+        torch.ops.fastntxent.neg_lse.default, (u, torch.arange(6) // 2, inverse_temperature(), backend)
+    )
+
+
+def test_backward_operators_pass_opcheck(backend):
+    z_i, z_j = views(requires_grad=False)
+    k = inverse_temperature(requires_grad=False)
+    ids, weights = torch.arange(6).repeat(2), torch.randn(12)
+    u = torch.cat((z_i, z_j))
+    nu = ops.neg_lse(u, ids, k, backend)
+    calls = {
+        "neg_lse_backward": (weights, u, ids, k, nu, backend),
+        "nt_xent_rows_backward": (weights, weights, z_i, z_j, k, nu, True, backend),
+        "nt_xent_sum_backward": (torch.tensor(2.0), z_i, z_j, k, z_i, z_j, k),
+    }
+    for name, arguments in calls.items():
+        torch.library.opcheck(getattr(torch.ops.fastntxent, name).default, arguments)
+
+
+class Step(torch.nn.Module):
+    def __init__(self, backend, **options):
+        super().__init__()
+        self.encoder = torch.nn.Linear(5, 4)
+        self.loss = NTXentLoss(0.3, backend=backend, **options)
+
+    def forward(self, x_i, x_j):
+        return self.loss(self.encoder(x_i), self.encoder(x_j)).sum()
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize(
+    "options", [{}, {"reduction": "none"}, {"learn_temperature": True}], ids=["mean", "none", "learnt temperature"]
+)
+def test_compile_fullgraph_gives_the_same_gradients_and_recompiles_once(name, options):
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    step = Step(name, **options)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for n in (8, 12, 7, 33):
+        x = torch.randn(2, n, 5)
+        gradients = []
+        for run in (step, compiled):
+            step.zero_grad()
+            run(*x).backward()
+            gradients.append([p.grad.clone() for p in step.parameters()])
+        for expected, value in zip(*gradients, strict=True):
+            torch.testing.assert_close(value, expected)
+    assert counter.frame_count <= 2  # the first batch size, and then any
+
+
+def test_compile_with_inductor(backend):
+    torch._dynamo.reset()
+    step = Step(backend)
+    x = torch.randn(2, 8, 5)
+    expected = torch.autograd.grad(step(*x), step.encoder.weight)
+    value = torch.autograd.grad(torch.compile(step, fullgraph=True)(*x), step.encoder.weight)
+    torch.testing.assert_close(value, expected)
+
+
+def test_compiled_call_with_bad_temperature_tensor_raises(backend):
+    torch._dynamo.reset()
+    z_i, z_j = views()
+    compiled = torch.compile(lambda a, b, t: nt_xent(a, b, t, backend=backend), backend="aot_eager")
+    with pytest.raises(ValueError, match="1 / temperature must be positive and finite"):
+        compiled(z_i, z_j, torch.tensor(-1.0))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_func_grad_equals_reference(backend, reduction):
+    z_i, z_j = views(requires_grad=False)
+
+    def loss(z, tau, name):
+        return nt_xent(z, z_j, tau, reduction=reduction, backend=name).square().sum()
+
+    value = torch.func.grad(loss, argnums=(0, 1))(z_i, torch.tensor(0.5), backend)
+    expected = torch.func.grad(loss, argnums=(0, 1))(z_i, torch.tensor(0.5), "reference")
+    torch.testing.assert_close(value, expected)
+
+
+def test_func_vmap_of_grad_equals_reference(backend):
+    z = torch.randn(3, 6, 4)
+
+    def gradients(name):
+        return torch.func.vmap(torch.func.grad(lambda z: nt_xent(z, z + 1, 0.3, backend=name)))(z)
+
+    torch.testing.assert_close(gradients(backend), gradients("reference"))
+
+
+def test_func_jacrev_equals_reference(backend):
+    z = torch.randn(5, 4)
+
+    def jacobian(name):
+        return torch.func.jacrev(lambda z: nt_xent(z, z + 1, 0.3, reduction="none", backend=name))(z)
+
+    torch.testing.assert_close(jacobian(backend), jacobian("reference"))
+
+
+REFUSED = "pass backend='reference'"
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("by", ["z_i", "temperature"])
+def test_second_derivative_is_refused_with_advice(backend, reduction, by):
+    z_i, z_j = views()
+    inputs = {"z_i": z_i, "temperature": torch.tensor(0.5, requires_grad=True)}
+    loss = nt_xent(z_i, z_j, inputs["temperature"], reduction=reduction, backend=backend).sum()
+    (gradient,) = torch.autograd.grad(loss, inputs[by], create_graph=True)
+    with pytest.raises(RuntimeError, match=REFUSED):
+        gradient.square().sum().backward()
+
+
+def test_neg_lse_second_derivative_is_refused_with_advice(backend):
+    u = torch.randn(6, 4, requires_grad=True)
+    (gradient,) = torch.autograd.grad(neg_lse(u, torch.arange(6), 0.5, backend=backend).sum(), u, create_graph=True)
+    with pytest.raises(RuntimeError, match=REFUSED):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda f: torch.func.grad(lambda z: torch.func.grad(f)(z).sum()),
+        torch.func.hessian,
+        lambda f: lambda z: torch.func.jvp(f, (z,), (z,)),
+    ],
+    ids=["grad of grad", "hessian", "jvp"],
+)
+def test_func_second_and_forward_derivatives_are_refused_with_advice(backend, transform):
+    with pytest.raises(RuntimeError, match=REFUSED):
+        transform(lambda z: nt_xent(z, z + 1, backend=backend))(torch.randn(6, 4))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_autocast_keeps_sums_in_float32(name, dtype, reduction):
+    z_i, z_j, *_ = random_batch(40, 16, 0.1)
+    expected = [z.clone().requires_grad_() for z in (z_i, z_j)]
+    nt_xent(*expected, 0.1, reduction=reduction, backend=name).sum().backward()
+    value = [z.clone().requires_grad_() for z in (z_i, z_j)]
+    with torch.autocast("cpu", dtype=dtype):
+        loss = nt_xent(*value, 0.1, reduction=reduction, backend=name)
+    assert loss.dtype == torch.float32
+    loss.sum().backward()
+    for v, e in zip(value, expected, strict=True):
+        assert torch.equal(v.grad, e.grad)
+
+
+def test_autocast_around_the_backward_changes_nothing(backend):
+    z_i, z_j = views()
+    (expected,) = torch.autograd.grad(nt_xent(z_i, z_j, reduction="none", backend=backend).sum(), z_i)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (value,) = torch.autograd.grad(nt_xent(z_i, z_j, reduction="none", backend=backend).sum(), z_i)
+    assert torch.equal(value, expected)
+
+
+def test_autocast_model_trains_through_the_loss(backend):
+    encoder = torch.nn.Linear(5, 4)
+    x = torch.randn(2, 8, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        z_i, z_j = encoder(x[0]), encoder(x[1])
+        assert z_i.dtype == torch.bfloat16
+        loss = nt_xent(z_i, z_j, 0.1, backend=backend)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert encoder.weight.grad.isfinite().all()
+
+
+def test_no_grad_and_inference_mode_give_the_same_value(backend):
+    z_i, z_j = views()
+    expected = nt_xent(z_i, z_j, backend=backend).detach()
+    with torch.no_grad():
+        assert torch.equal(nt_xent(z_i, z_j, backend=backend), expected)
+    with torch.inference_mode():
+        assert torch.equal(nt_xent(z_i, z_j, backend=backend), expected)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_activation_checkpointing_gives_the_same_gradient(backend, use_reentrant):
+    z_i, z_j = views()
+    (expected,) = torch.autograd.grad(nt_xent(z_i, z_j, backend=backend), z_i)
+    loss = torch.utils.checkpoint.checkpoint(
+        lambda a, b: nt_xent(a, b, backend=backend), z_i, z_j, use_reentrant=use_reentrant
+    )
+    loss.backward()
+    assert torch.equal(z_i.grad, expected)
+
+
+def test_calls_from_several_threads_agree(backend):
+    from concurrent.futures import ThreadPoolExecutor
+
+    def gradient(seed):
+        z_i, z_j, *_ = random_batch(100, 8, 0.5, seed=seed)
+        return torch.autograd.grad(nt_xent(z_i.requires_grad_(), z_j, backend=backend), z_i)[0]
+
+    expected = [gradient(seed) for seed in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        for value, single in zip(pool.map(gradient, range(8)), expected, strict=True):
+            torch.testing.assert_close(value, single)
+
+
+def test_meta_tensors_have_shapes():
+    z = torch.empty(6, 4, device="meta", requires_grad=True)
+    loss = nt_xent(z, z.detach(), 0.5)
+    loss.backward()
+    assert loss.shape == ()
+    assert z.grad.shape == z.shape
+    assert neg_lse(z, torch.empty(6, dtype=torch.long, device="meta"), 0.5).shape == (6,)
+
+
+@needs_cuda
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("temperature", [0.01, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_cuda_equals_cpu_without_synchronising(backend, dtype, temperature, reduction):
+    batch = random_batch(300, 32, temperature, dtype=dtype)
+    expected = [z.clone().requires_grad_() for z in (batch.z_i, batch.z_j)]
+    nt_xent(*expected, temperature, reduction=reduction, backend=backend).sum().backward()
+    value = [z.cuda().requires_grad_() for z in (batch.z_i, batch.z_j)]
+    tau = torch.tensor(temperature, device="cuda", requires_grad=True)
+    nt_xent(*value, tau, reduction=reduction, backend=backend).sum().backward()  # loads kernels, which may synchronise
+    for z in value:
+        z.grad = None
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        nt_xent(*value, tau, reduction=reduction, backend=backend).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for v, e in zip(value, expected, strict=True):
+        torch.testing.assert_close(v.grad.cpu(), e.grad, rtol=1e-2, atol=1e-5)

@@ -1,0 +1,109 @@
+"""The oracle itself: against loops in NumPy, cases worked by hand, and finite differences."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from fastntxent import neg_lse, nt_xent, nt_xent_terms
+from tests.cases import random_batch
+
+
+def loop_nt_xent(z_i: np.ndarray, z_j: np.ndarray, temperature: float) -> np.ndarray:
+    """Equation 1 of the paper, a sum at a time, sharing nothing with the package."""
+    rows = [row / max(math.sqrt(sum(x * x for x in row)), 1e-12) for row in np.concatenate([z_i, z_j])]
+    n = len(z_i)
+    losses = []
+    for i, row in enumerate(rows):
+        sims = [sum(a * b for a, b in zip(row, other, strict=True)) / temperature for other in rows]
+        denominator = sum(math.exp(sim) for k, sim in enumerate(sims) if k != i)
+        losses.append(math.log(denominator) - sims[(i + n) % (2 * n)])
+    return np.array(losses)
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.5, 10.0])
+@pytest.mark.parametrize(("n", "d"), [(1, 3), (2, 1), (3, 4), (7, 5)])
+def test_reference_equals_numpy_loop(n, d, temperature):
+    z_i, z_j, *_ = random_batch(n, d, temperature, dtype=torch.float64)
+    rows = nt_xent(z_i, z_j, temperature, reduction="none", backend="reference")
+    np.testing.assert_allclose(rows, loop_nt_xent(z_i.numpy(), z_j.numpy(), temperature), rtol=1e-12, atol=1e-13)
+
+
+def test_reference_neg_lse_equals_numpy_loop():
+    u = random_batch(9, 4, 1.0, dtype=torch.float64).z_i
+    ids = torch.tensor([3, 1, 3, 2, 2, 3, 1, 1, -5])
+    value = neg_lse(u, ids, 0.7, backend="reference")
+    for i in range(9):
+        terms = [math.exp(float(u[i] @ u[j]) / 0.7) for j in range(9) if ids[j] != ids[i]]
+        assert float(value[i]) == pytest.approx(math.log(sum(terms)), rel=1e-13)
+
+
+def test_reference_single_sample_is_zero():
+    z = torch.tensor([[3.0, 4.0]], dtype=torch.float64, requires_grad=True)
+    loss = nt_xent(z, -2 * z, 0.1, backend="reference")
+    assert loss == 0
+    (gradient,) = torch.autograd.grad(loss, z)
+    assert torch.equal(gradient, torch.zeros_like(z))
+
+
+def test_reference_two_samples_worked_by_hand():
+    # Views (1, 0), (0, 1) and again (1, 0), (0, 1): each row has its positive at 1 and two negatives at 0, so a row's
+    # loss is log(e^k + 2) - k.
+    z = torch.eye(2, dtype=torch.float64)
+    assert float(nt_xent(z, z, 0.5, backend="reference")) == pytest.approx(math.log(math.exp(2) + 2) - 2, rel=1e-15)
+    # Opposite positives: z_j = -z_i puts each positive at -1.
+    assert float(nt_xent(z, -z, 0.5, backend="reference")) == pytest.approx(math.log(math.exp(-2) + 2) + 2, rel=1e-15)
+
+
+def test_reference_two_samples_gradient_worked_by_hand():
+    # z_i = (1, 0), (0, 1) = z_j. By symmetry d loss / d u_1 = -k q (e1 - e2 / ...) has only e1 and e2 parts, and the
+    # normalisation removes e1: the e2 part is what rows 2 and 4 contribute. With p = 1 / (e^k + 2) the probability of
+    # one negative, row 1 is pushed by 2 p from its own two negatives and by 2 p from theirs, over 4 rows.
+    z_i = torch.eye(2, dtype=torch.float64, requires_grad=True)
+    z_j = torch.eye(2, dtype=torch.float64)
+    temperature = 0.5
+    p = 1 / (math.exp(1 / temperature) + 2)
+    (gradient,) = torch.autograd.grad(nt_xent(z_i, z_j, temperature, backend="reference"), z_i)
+    expected = (1 / temperature) * 4 * p / 4
+    torch.testing.assert_close(gradient, torch.tensor([[0, expected], [expected, 0]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_reference_gradient_equals_finite_differences(reduction, normalize):
+    z_i, z_j, *_ = random_batch(4, 3, 0.3, dtype=torch.float64)
+    temperature = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda *args: nt_xent(*args, reduction=reduction, normalize=normalize, backend="reference"),
+        (z_i.requires_grad_(), z_j.requires_grad_(), temperature),
+    )
+
+
+def test_reference_second_derivative_equals_finite_differences():
+    z_i, z_j, *_ = random_batch(3, 3, 0.3, dtype=torch.float64)
+    temperature = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(
+        lambda *args: nt_xent(*args, backend="reference"), (z_i.requires_grad_(), z_j.requires_grad_(), temperature)
+    )
+
+
+def test_reference_terms_equal_numpy_loop():
+    z_i, z_j, *_ = random_batch(5, 3, 0.3, dtype=torch.float64)
+    temperature = 0.3
+    terms = nt_xent_terms(z_i, z_j, temperature, backend="reference")
+    u_i, u_j = (z.numpy() / np.linalg.norm(z.numpy(), axis=1, keepdims=True) for z in (z_i, z_j))
+    alignment = -2 * np.sum(u_i * u_j) / 5
+    loss = loop_nt_xent(z_i.numpy(), z_j.numpy(), temperature).sum() / 5
+    assert float(terms.alignment) == pytest.approx(alignment, rel=1e-13)
+    assert float(terms.loss) == pytest.approx(loss, rel=1e-13)
+    assert float(terms.distribution) == pytest.approx(temperature * loss - alignment, rel=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_reference_narrow_input_is_computed_in_float32(dtype):
+    batch = random_batch(20, 16, 0.1, dtype=dtype)
+    value = nt_xent(batch.z_i, batch.z_j, 0.1, backend="reference")
+    truth = nt_xent(batch.z_i.double(), batch.z_j.double(), 0.1, backend="reference")
+    assert value.dtype == torch.float32
+    assert float(value) == pytest.approx(float(truth), rel=1e-6)

@@ -1,0 +1,55 @@
+"""What a person installs: the wheel's contents and requirements, and the README's own code."""
+
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder, "."]
+    subprocess.run(command, check=True, cwd=CHECKOUT)
+    (path,) = folder.glob("*.whl")
+    return zipfile.ZipFile(path)
+
+
+def test_wheel_holds_the_package_and_nothing_else(wheel):
+    names = set(wheel.namelist())
+    sources = {str(p.relative_to(CHECKOUT)) for p in (CHECKOUT / "fastntxent").rglob("*.py")}
+    assert sources <= names
+    assert "fastntxent/py.typed" in names
+    assert {name.partition("/")[0] for name in names} <= {"fastntxent", "fastntxent-0.1.0.dist-info"}
+    assert any(name.endswith("LICENSE") for name in names)
+
+
+def test_wheel_requires_torch_alone(wheel):
+    (metadata,) = (name for name in wheel.namelist() if name.endswith("METADATA"))
+    required = re.findall(r"^Requires-Dist: (.*)$", wheel.read(metadata).decode(), re.MULTILINE)
+    assert [line for line in required if "extra ==" not in line] == ["torch>=2.6"]
+
+
+def test_build_does_not_require_torch():
+    # An isolated build that did would fetch a second torch of several gigabytes.
+    (requires,) = re.findall(r"^requires = (.*)$", (CHECKOUT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert "setuptools" in requires
+    assert "torch" not in requires
+
+
+def test_readme_python_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (CHECKOUT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(block, {})
+
+
+def test_readme_commands_are_make_targets():
+    targets = set(re.findall(r"^([a-z]+):", (CHECKOUT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"\bmake ([a-z]+)", (CHECKOUT / "README.md").read_text()))
+    assert {"test", "lint", "demo", "bench"} <= named <= targets
