@@ -27,7 +27,7 @@ demo:
 	rm -rf $(DEMO_VENV)
 	$(PYTHON) -m venv $(DEMO_VENV)
 	$(DEMO_VENV)/bin/pip install --quiet --disable-pip-version-check $(TORCH) ".[simclr]"
-	$(DEMO_VENV)/bin/python -m fastntxent.simclr --out $(DEMO_OUT) --verify-every 20
+	$(DEMO_VENV)/bin/python -m fastntxent.simclr --out $(DEMO_OUT) --overwrite --verify-every 20
 
 $(VENV)/installed: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,76 @@
+"""Device and model of a run, and the encoder back out of its checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .checkpoint import first_line, load_checkpoint
+from .config import Config
+from .data import ImageData
+from .models import SimCLR, build_model
+
+AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of `--device`; ValueError if it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used: {first_line(error)}") from error
+    return device
+
+
+def make_model(config: Config, data: ImageData, device: torch.device) -> SimCLR:
+    """The model of a run as it is before its first step."""
+    on_cuda = device.type == "cuda"
+    amp = ("bf16" if on_cuda else "off") if config.amp == "auto" else config.amp
+    if amp != "off" and not on_cuda:
+        raise ValueError(f"--amp {amp} needs a CUDA device, got {device}")
+    mean, std = data.channel_moments()
+    return build_model(
+        config.model,
+        mean=mean,
+        std=std,
+        image_size=data.image_size,
+        width=config.width,
+        hidden=config.proj_hidden,
+        proj_dim=config.proj_dim,
+        seed=config.seed,
+        amp_dtype=AMP_DTYPES[amp],
+    ).to(device)
+
+
+def load_encoder(path: Path | str) -> nn.Module:
+    """The trained encoder of a checkpoint, on the CPU and in eval mode.
+
+    Args:
+        path: a `checkpoint.pt` of this trainer.
+
+    Returns:
+        A module from (N, C, H, W) images in [0, 1] to (N, F) features.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_checkpoint` does.
+    """
+    state = load_checkpoint(Path(path))
+    config = Config.from_dict(state["config"])
+    nothing = [0.0] * state["channels"]
+    model = build_model(
+        config.model,
+        mean=nothing,
+        std=nothing,
+        image_size=state["image_size"],
+        width=config.width,
+        hidden=config.proj_hidden,
+        proj_dim=config.proj_dim,
+        seed=config.seed,
+    )
+    model.load_state_dict(state["model"])
+    return model.encoder.eval()

@@ -1,0 +1,92 @@
+"""The skeleton of report.html. In a module, so that it is installed wherever the code is."""
+
+from string import Template
+
+PAGE = Template("""\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+  :root { --ink: #222a33; --soft: #5b6672; --line: #dfe3e8; --tint: #f5f7f9; --accent: #2563a8; }
+  body { margin: 0 auto; max-width: 62rem; padding: 2rem 1.25rem 4rem; color: var(--ink);
+         font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+  h1 { font-size: 1.7rem; margin: 0 0 1rem; }
+  h2 { font-size: 1.15rem; margin: 2.6rem 0 .6rem; padding-top: 1rem; border-top: 1px solid var(--line); }
+  p, dd { max-width: 46rem; }
+  .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(10rem, 1fr)); gap: .8rem; }
+  .tiles div { background: var(--tint); border-radius: 8px; padding: .8rem 1rem; }
+  .tiles div:first-child b { color: var(--accent); }
+  .tiles b { display: block; font-size: 1.5rem; font-variant-numeric: tabular-nums; }
+  .tiles span, figcaption, .small { color: var(--soft); font-size: .88rem; }
+  table { border-collapse: collapse; font-size: .92rem; }
+  th, td { padding: .3rem .9rem .3rem 0; text-align: left; font-weight: 400; border-bottom: 1px solid var(--line);
+           overflow-wrap: anywhere; }
+  td { font-variant-numeric: tabular-nums; }
+  .scores th, .scores td { padding-right: 2rem; }
+  .scores tr:first-child th { font-weight: 600; }
+  .scores td:nth-child(2) { font-weight: 600; }
+  dt { font-weight: 600; margin-top: .6rem; }
+  dd { margin: 0; }
+  figure { margin: 1rem 0 0; }
+  img { width: 100%; height: auto; border: 1px solid var(--line); border-radius: 8px; }
+  figcaption { max-width: 46rem; margin-top: .4rem; }
+  pre { background: var(--tint); border-radius: 8px; padding: .8rem 1rem; white-space: pre-wrap;
+        overflow-wrap: anywhere; font-size: .88rem; }
+  details { margin-top: .8rem; }
+  summary { cursor: pointer; color: var(--accent); }
+</style>
+</head>
+<body>
+<h1>$title</h1>
+<div class="tiles">$summary</div>
+
+<h2>Is the representation any good?</h2>
+<p>An encoder has learnt something if its features do better than the pixels it was given and better than the
+same encoder before training. All three are judged on the same test images by the same protocol; no label was used in
+training.</p>
+$notes
+$scores
+<p class="small">Both encoders had their BatchNorm statistics set from one pass over the plain training images
+before they were judged. Raw pixels have no embedding, so alignment and uniformity do not apply to them.</p>
+<details><summary>What the measures mean</summary><dl>$measures</dl></details>
+
+<figure>
+<img src="$embedding" alt="Two maps of the test images">
+<figcaption>Each point is a test image, placed by t-SNE so that neighbours stay neighbours, coloured by its class. Left,
+from raw pixels; right, from what the encoder makes of them. Clear islands of one colour mean that images of one class
+have come to lie together, without the encoder having seen a class. Distances between islands mean nothing.</figcaption>
+</figure>
+
+<h2>How it learnt</h2>
+<figure>
+<img src="$curves" alt="Curves of the training">
+<figcaption>The loss falls as each image's two views become easier to tell from all other
+images; the heavy line is the mean of an epoch. Alignment (views of
+one image together) and uniformity (different images apart) are the two things it is made of; both should settle, and
+uniformity must not climb back to 0, which would be collapse. The learning rate warms up, then follows half a
+cosine.</figcaption>
+</figure>
+<figure>
+<img src="$views" alt="Images and their random views">
+<figcaption>What the encoder was shown. The top row is the image, the two below are random views of it; the loss asks
+for one place for both, so whatever differs between them is what the features learn to ignore.</figcaption>
+</figure>
+
+<h2>Is the loss right?</h2>
+$verification
+
+<h2>Again</h2>
+<pre>$command</pre>
+<p>Training took $training_seconds s, the evaluation $evaluation_seconds s. The encoder, without its head:</p>
+<pre>from fastntxent.simclr import load_encoder
+
+encoder = load_encoder($checkpoint)
+features = encoder(images)  # (N, C, H, W) in [0, 1]</pre>
+<details><summary>All settings</summary>$settings</details>
+<details><summary>Data and environment</summary>$environment</details>
+</body>
+</html>
+""")

@@ -1,0 +1,240 @@
+"""The training loop. A step is a function of (settings, data, parameters, step number) and of nothing else.
+
+The order of the images is drawn from (seed, epoch) and the views from (seed, step), each from a generator of its
+own. So a run that goes on from a checkpoint needs no saved random state to repeat what it would have done, and
+two runs that differ only in the loss's implementation see the same batches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import NTXentLoss, alignment, budget, cached_backward, uniformity
+from .augment import PRESETS, two_views
+from .build import make_model, pick_device
+from .checkpoint import FILE_NAME, check_agreement, load_checkpoint, resume_path, save_checkpoint
+from .config import Config
+from .data import ImageData
+from .history import History, TrainingError
+from .optim import build_optimizer, default_learning_rate, learning_rate
+from .sources import require
+
+
+class _Batch(NamedTuple):
+    """What the loss saw and gave in one step, without a graph."""
+
+    z_i: Tensor
+    z_j: Tensor
+    temperature: Tensor | float
+    loss: Tensor
+
+
+class Trainer:
+    """A run in memory: model, loss, optimiser, history, and the step it is at.
+
+    Args:
+        config: the settings; `config.out` must be a folder that can be written to.
+        data: the images.
+
+    Raises:
+        ValueError: a setting is out of range, the device or the backend cannot be used, or the checkpoint to resume
+            from does not fit.
+        FileNotFoundError, FileExistsError: there is no checkpoint to resume from, or one that would be lost.
+    """
+
+    def __init__(self, config: Config, data: ImageData) -> None:
+        config.check()
+        self.config = config
+        self.data = data
+        self.device = pick_device(config.device)
+        self.model = make_model(config, data, self.device)
+        backend = "reference" if config.loss == "reference" else config.backend
+        self.loss = NTXentLoss(config.temperature, backend=backend, learn_temperature=config.learn_temperature).to(
+            self.device
+        )
+        self._try_the_loss()
+
+        n = len(data.train_images)
+        self.batch = min(config.batch, n)
+        # A last batch of one sample has no negative, and BatchNorm no variance.
+        self.steps_per_epoch = n // self.batch + (n % self.batch >= 2)
+        self.schedule_steps = config.epochs * self.steps_per_epoch
+        self.warmup_steps = min(round(config.warmup_epochs * self.steps_per_epoch), self.schedule_steps - 1)
+        self.peak_lr = config.lr or default_learning_rate(config.optimizer, self.batch)
+        self.optimizer = build_optimizer(
+            config.optimizer, (self.model, self.loss), self.peak_lr, config.weight_decay, config.momentum
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.model.amp_dtype == torch.float16)
+
+        self.step = 0
+        self.seconds = 0.0
+        self.history = History()
+        target = config.out / FILE_NAME
+        source = resume_path(config) if config.resume else None
+        if source:
+            self._resume(source)
+        if target.exists() and not config.overwrite and not (source and source.samefile(target)):
+            raise FileExistsError(
+                f"{config.out} holds another run's checkpoint: continue that one with --resume, lose it with "
+                "--overwrite, or choose another --out"
+            )
+        config.out.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def last_step(self) -> int:
+        """Where this run stops: the end of the schedule, or --max-steps."""
+        return min(self.schedule_steps, self.config.max_steps or self.schedule_steps)
+
+    def fit(self) -> None:
+        """Train to `last_step`, with checkpoints on the way and one at the end.
+
+        Raises:
+            TrainingError: the loss failed its verification, or is no longer finite.
+        """
+        config = self.config
+        started = time.perf_counter() - self.seconds
+        measured = (self.step, time.perf_counter())
+        with self._progress_bar() as bar:
+            while self.step < self.last_step:
+                batch = self._train_step()
+                done = self.step + 1
+                if config.verify_every and self.step % config.verify_every == 0:
+                    self._verify(batch)
+                if self.step % config.log_every == 0 or done == self.last_step:
+                    rate = (done - measured[0]) * self.batch / (time.perf_counter() - measured[1])
+                    measured = (done, time.perf_counter())
+                    bar.set_postfix(self._measure(batch) | {"images/s": f"{rate:.0f}"}, refresh=False)
+                self.step = done
+                self.seconds = time.perf_counter() - started
+                bar.update()
+                if config.checkpoint_every and done % config.checkpoint_every == 0 and done < self.last_step:
+                    self.save()
+        self.save()
+
+    def save(self) -> None:
+        """Write the checkpoint of the present step."""
+        self.history.flush(self.step)
+        state = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "config": self.config.to_dict(),
+            "data": self.data.fingerprint(),
+            "channels": self.data.channels,
+            "image_size": self.data.image_size,
+            "history": self.history.columns,
+            "model": self.model.state_dict(),
+            "loss": self.loss.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+        save_checkpoint(self.config.out / FILE_NAME, state)
+
+    def _resume(self, path: Path) -> None:
+        state = load_checkpoint(path)
+        check_agreement(self.config, state["config"], self.data.fingerprint(), state["data"])
+        self.model.load_state_dict(state["model"])
+        self.loss.load_state_dict(state["loss"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.history = History(state["history"])
+        self.step, self.seconds = state["step"], state["seconds"]
+
+    def _train_step(self) -> _Batch:
+        """One update of the parameters."""
+        rate = learning_rate(self.step, self.schedule_steps, self.warmup_steps, self.peak_lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        images = self.data.train_images[self._indices()].to(self.device)
+        views = two_views(images, PRESETS[self.config.preset], stream(self.config.seed, "views", self.step))
+        seen: list[_Batch] = []
+
+        def objective(z_i: Tensor, z_j: Tensor) -> Tensor:
+            loss: Tensor = self.loss(z_i, z_j)
+            temperature = self.loss.temperature
+            if isinstance(temperature, Tensor):
+                temperature = temperature.detach()
+            seen.append(_Batch(z_i.detach(), z_j.detach(), temperature, loss.detach()))
+            return self.scaler.scale(loss)
+
+        self.model.train()
+        self.optimizer.zero_grad()
+        if self.config.accumulate_batch:
+            chunk = even_chunk(len(images), self.config.chunk or self.config.batch_size)
+            cached_backward(self.model, views, objective, chunk_size=chunk)
+        else:
+            objective(*self.model(torch.cat(views)).chunk(2)).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        (batch,) = seen
+        self.history.record(batch.loss, rate, batch.temperature)
+        return batch
+
+    def _indices(self) -> Tensor:
+        epoch, position = divmod(self.step, self.steps_per_epoch)
+        order = torch.randperm(len(self.data.train_images), generator=stream(self.config.seed, "order", epoch))
+        return order[position * self.batch : (position + 1) * self.batch]
+
+    def _measure(self, batch: _Batch) -> dict[str, str]:
+        values = {
+            "alignment": float(alignment(batch.z_i, batch.z_j)),
+            "uniformity": float(uniformity(torch.cat((batch.z_i, batch.z_j)))),
+        }
+        loss = self.history.flush(self.step + 1)
+        self.history.log("measured", step=self.step, **values)
+        return {name: f"{value:.3f}" for name, value in {"loss": loss, **values}.items()}
+
+    def _verify(self, batch: _Batch) -> None:
+        report = budget.compare(batch.z_i, batch.z_j, batch.temperature, backend=self.loss.backend)
+        names = ("loss_error", "loss_budget", "gradient_error", "gradient_budget")
+        self.history.log("verified", step=self.step, **{name: float(getattr(report, name)) for name in names})
+        if not report.ok:
+            raise TrainingError(
+                f"the loss failed its verification at step {self.step}: relative error of the loss "
+                f"{report.loss_error:.3g} (budget {report.loss_budget:.3g}), of the gradient "
+                f"{report.gradient_error:.3g} (budget {report.gradient_budget:.3g}), backend {self.loss.backend}"
+            )
+
+    def _try_the_loss(self) -> None:
+        """Find out now, and not after the first epoch's augmentation, whether the backend runs here."""
+        z = torch.ones(2, self.config.proj_dim, device=self.device, dtype=self.model.amp_dtype or torch.float32)
+        try:
+            self.loss(z, z)
+        except RuntimeError as error:
+            raise ValueError(f"--backend {self.loss.backend} cannot be used: {error}") from error
+
+    def _progress_bar(self) -> Any:
+        if self.config.quiet:
+            return contextlib.nullcontext(_NoBar())
+        return require("tqdm").tqdm(
+            total=self.last_step, initial=self.step, unit="step", dynamic_ncols=True, desc=self.config.data
+        )
+
+
+class _NoBar:
+    def update(self) -> None: ...
+
+    def set_postfix(self, *args: object, **kwargs: object) -> None: ...
+
+
+def stream(seed: int, purpose: str, index: int) -> torch.Generator:
+    """A CPU generator that is a function of its arguments; different arguments give unrelated numbers."""
+    digest = hashlib.blake2b(f"{seed}/{purpose}/{index}".encode(), digest_size=4).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+def even_chunk(n: int, chunk: int) -> int:
+    """The largest chunk size up to `chunk` that leaves no single row over, which BatchNorm could not use.
+
+    Where there is none (chunks of 2 and an odd n) it is the next larger one.
+    """
+    chunk = min(chunk, n)
+    sizes = itertools.chain(range(chunk, 1, -1), range(chunk, n + 1))
+    return next(size for size in sizes if n % size != 1)

@@ -1,0 +1,64 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastntxent.simclr import Config, ImageData, Trainer
+
+ROOT = Path(__file__).parents[2]
+
+
+def make_stripes(count, seed):
+    """Noisy 16 x 16 images of three classes: stripes across, stripes down, and none."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 3
+    images = torch.randint(0, 100, (count, 1, 16, 16), generator=generator)
+    images[labels == 0, :, ::4] += 150
+    images[labels == 1, :, :, ::4] += 150
+    return images.to(torch.uint8), labels
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These networks are too small for two threads to help, and on a busy machine two wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def stripes():
+    train, test = make_stripes(83, 0), make_stripes(30, 1)
+    return ImageData("stripes", *train, *test, class_names=("across", "down", "plain"))
+
+
+@pytest.fixture
+def make_trainer(stripes, tmp_path):
+    """A trainer on the stripes: 83 images, so 3 steps an epoch, the last of 19 images."""
+
+    def make(folder="run", data=stripes, **options):
+        settings = {
+            "out": tmp_path / folder, "batch_size": 32, "epochs": 3, "width": 4, "proj_hidden": 16, "proj_dim": 8,
+            "device": "cpu", "quiet": True, "augment": "digits", "warmup_epochs": 1.0,
+        }  # fmt: skip
+        return Trainer(Config(**{**settings, **options}), data)
+
+    return make
+
+
+@pytest.fixture
+def cli():
+    """Start `python -m fastntxent.simclr` with these arguments; wait for it unless told otherwise."""
+
+    def start(*arguments, wait=True):
+        command = [sys.executable, "-m", "fastntxent.simclr", *map(str, arguments)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        if not wait:
+            return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+    return start
