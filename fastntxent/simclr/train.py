@@ -214,7 +214,12 @@ class Trainer:
         if self.config.quiet:
             return contextlib.nullcontext(_NoBar())
         return require("tqdm").tqdm(
-            total=self.last_step, initial=self.step, unit="step", dynamic_ncols=True, desc=self.config.data
+            total=self.last_step,
+            initial=self.step,
+            unit="step",
+            dynamic_ncols=True,
+            desc=self.config.data,
+            mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file wants few lines
         )
 
 
