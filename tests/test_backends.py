@@ -65,10 +65,27 @@ def test_nt_xent_random_upstream_within_budget(backend, n, normalize, temperatur
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 65536.0, 1e30])
-@pytest.mark.parametrize("temperature", [0.01, 0.1])
+@pytest.mark.parametrize("temperature", [0.01, 0.019, 0.1])
 def test_nt_xent_upstream_of_any_magnitude_within_budget(backend, temperature, scale):
     upstream = torch.linspace(-1, 1, 66, dtype=torch.float64) * scale
     assert_within_budget(random_batch(33, 40, temperature), backend, upstream=upstream, reduction="none")
+
+
+@pytest.mark.parametrize("temperature", [0.005, 0.02, 1.0])
+def test_nt_xent_float64_large_losses_within_budget(backend, temperature):
+    z_i, z_j, *_ = random_batch(33, 8, temperature, dtype=torch.float64)
+    assert_within_budget(Batch(z_i, -z_j, temperature), backend)  # positives at the far end: losses of about 2 / tau
+
+
+@pytest.mark.parametrize("inv_tau", [40, 52, 54, 56, 70, 82, 84, 86, 88, 90, 94, 110, 400])
+@pytest.mark.parametrize("stage", ["collapsed", "converged"])
+def test_nt_xent_where_exponentials_leave_the_range_of_float32(backend, stage, inv_tau):
+    if stage == "collapsed":  # every logit is at its largest
+        z = torch.ones(2, 60, 16) + 1e-3 * torch.randn(2, 60, 16, generator=torch.Generator().manual_seed(0))
+        batch = Batch(*z, 1 / inv_tau)
+    else:
+        batch = converged_batch(60, 16, 1 / inv_tau, 1e-3)
+    assert_within_budget(batch, backend, upstream=torch.linspace(-1e-6, 1e-6, 120), reduction="none")
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.1, 0.5])
@@ -137,6 +154,15 @@ def test_nt_xent_zero_rows_within_budget(backend, dtype):
     check_results(result, same, truth, batch)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("length", [1e-13, 1e-11, 1e-9])
+def test_nt_xent_rows_around_eps_within_budget(backend, length, dtype):
+    z_i, z_j, *_ = random_batch(20, 16, 0.5, dtype=dtype)
+    # All rows of one view are short: below eps they are divided by eps, and keep their radial gradient.
+    batch = Batch(torch.nn.functional.normalize(z_i, dim=1) * length, z_j, 0.5)
+    assert_within_budget(batch, backend)
+
+
 def oracle_with_eps_of(batch, dtype):
     """The float64 oracle under the eps of a narrower dtype: unit rows by hand, the rest unnormalised."""
     z_i, z_j = (z.double().requires_grad_() for z in (batch.z_i, batch.z_j))
@@ -188,9 +214,22 @@ def neg_lse_result(u, ids, temperature, weights, backend, dtype):
 def assert_arrays_within_budget(value, same, truth, temperature):
     scales = (0.0, 1e-3 / temperature, 1e-3 / temperature**2)
     for name, v, s, t, scale in zip(("neg_lse", "d_u", "d_temperature"), value, same, truth, scales, strict=True):
-        limit = budget.allowed(budget.measure(s, t, scale=scale), torch.float32, 1 / temperature)
+        limit = budget.allowed(budget.measure(s, t, scale=scale), torch.float32, 1 / temperature, output_dtype=v.dtype)
         errors = budget.measure(v, t, scale=scale)
         assert errors.within(limit), f"{name}: {errors}, allowed {limit}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_neg_lse_half_precision_rows_within_budget(backend, dtype):
+    generator = torch.Generator().manual_seed(2)
+    u = torch.nn.functional.normalize(torch.randn(50, 16, generator=generator), dim=1).to(dtype)
+    ids, weights = torch.arange(50) // 2, torch.randn(50, generator=generator, dtype=torch.float64)
+    value = neg_lse_result(u, ids, 0.1, weights, backend, dtype)
+    same = neg_lse_result(u, ids, 0.1, weights, "reference", dtype)
+    truth = neg_lse_result(u.double(), ids, 0.1, weights, "reference", torch.float64)
+    assert value[0].dtype == torch.float32
+    assert value[1].dtype == dtype
+    assert_arrays_within_budget(value, same, truth, 0.1)
 
 
 def test_neg_lse_row_without_negatives_is_minus_infinity_with_zero_gradient(backend):
@@ -245,6 +284,14 @@ def test_blocked_running_maximum_equals_direct(monkeypatch, temperature):
     monkeypatch.setattr(blocked, "_stays_in_range", lambda *_: False)
     for a, b in zip(evaluate(batch, "blocked", reduction="none", upstream=ones), direct, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_blocked_forms_exponentials_directly_only_in_range():
+    unit = torch.nn.functional.normalize(torch.randn(100, 8), dim=1)
+    assert blocked._stays_in_range(unit, torch.tensor(50.0))
+    assert not blocked._stays_in_range(unit, torch.tensor(60.0))
+    assert not blocked._stays_in_range(unit * 3, torch.tensor(10.0))
+    assert not blocked._stays_in_range(unit * torch.nan, torch.tensor(10.0))
 
 
 def test_blocked_tiles_cover_each_pair_once(monkeypatch):

@@ -1,8 +1,11 @@
 """The registered operators: opcheck, compilation, transforms, autocast, what they refuse."""
 
+import importlib
+
 import pytest
 import torch
 import torch._dynamo.testing
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastntxent import NTXentLoss, neg_lse, nt_xent, ops
 from tests.cases import BACKENDS, KERNELS, needs_cuda, random_batch
@@ -181,6 +184,61 @@ def test_autocast_keeps_sums_in_float32(name, dtype, reduction):
     loss.sum().backward()
     for v, e in zip(value, expected, strict=True):
         assert torch.equal(v.grad, e.grad)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_autocast_leaves_neg_lse_alone(name):
+    u = torch.nn.functional.normalize(torch.randn(20, 16), dim=1)
+    expected = neg_lse(u, torch.arange(20), 0.1, backend=name)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(neg_lse(u, torch.arange(20), 0.1, backend=name), expected)
+
+
+def test_autocast_is_off_inside_the_kernels(backend, monkeypatch):
+    kernels = type(importlib.import_module("fastntxent.backends").select(backend, "cpu"))
+    states = []
+
+    def watched(self, *args, original=kernels.prepare):
+        states.append(torch.is_autocast_enabled("cpu"))
+        return original(self, *args)
+
+    monkeypatch.setattr(kernels, "prepare", watched)
+    z_i, z_j = views()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        nt_xent(z_i, z_j, backend=backend).backward()
+        nt_xent(z_i, z_j, reduction="none", backend=backend).sum().backward()
+    assert states == [False] * 3
+
+
+class Recorder(TorchDispatchMode):
+    """Notes the package's operators as they are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fastntxent":
+            self.names.append(func.name().removeprefix("fastntxent::"))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("wants", ["z_i", "z_j", "temperature"])
+def test_scalar_path_is_taken_where_a_gradient_is_wanted(backend, wants):
+    arguments = dict(zip(("z_i", "z_j"), views(requires_grad=False), strict=True), temperature=torch.tensor(0.5))
+    with Recorder() as recorder:
+        nt_xent(**arguments, backend=backend)
+        arguments[wants].requires_grad_()
+        nt_xent(**arguments, backend=backend).backward()
+        nt_xent(**arguments, reduction="none", backend=backend).sum().backward()
+        with torch.no_grad():
+            nt_xent(**arguments, backend=backend)
+    assert recorder.names == [
+        "nt_xent_rows",
+        *("nt_xent_sum", "nt_xent_sum_backward"),
+        *("nt_xent_rows", "nt_xent_rows_backward"),
+        "nt_xent_rows",
+    ]
 
 
 def test_autocast_around_the_backward_changes_nothing(backend):
