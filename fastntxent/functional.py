@@ -163,7 +163,8 @@ def _inverse(temperature: float | Tensor, rows: Tensor) -> Tensor:
     check_temperature(temperature, rows)
     dtype = accumulation_dtype(rows.dtype)
     if not isinstance(temperature, Tensor):
-        return torch.full((), 1.0 / temperature, dtype=dtype, device="cpu")
+        # A product rather than torch.full, for which torch.compile would make a graph per temperature.
+        return torch.ones((), dtype=dtype, device="cpu") * (1.0 / temperature)
     if temperature.requires_grad:  # its gradient is formed where the rows are
         temperature = temperature.to(rows.device)
     return temperature.to(dtype).reciprocal()

@@ -77,7 +77,7 @@ def check_temperature(temperature: float | Tensor, rows: Tensor | None = None) -
 
 def check_positive(name: str, value: float) -> None:
     """A number above zero, neither infinite nor NaN."""
-    if not (value > 0 and math.isfinite(value)):
+    if not 0 < value < math.inf:  # comparisons alone: torch.compile traces them with a symbolic value
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
 

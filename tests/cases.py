@@ -91,28 +91,35 @@ def evaluate(batch: Batch, backend: str, *, upstream: Tensor | None = None, redu
     z_i, z_j = (z.detach().requires_grad_() for z in (batch.z_i, batch.z_j))
     temperature = torch.tensor(batch.temperature, dtype=torch.float64, requires_grad=True)
     loss = nt_xent(z_i, z_j, temperature, reduction=reduction, normalize=batch.normalize, backend=backend)
-    weighted = loss if upstream is None else (loss * upstream.to(loss.dtype)).sum()
+    weighted = loss if upstream is None else (loss * upstream.to(loss)).sum()
     return Result(loss.detach(), *torch.autograd.grad(weighted, (z_i, z_j, temperature)))
 
 
-def assert_within_budget(batch: Batch, backend: str, **options) -> None:
+def assert_within_budget(
+    batch: Batch, backend: str, *, upstream: Tensor | None = None, reduction: str = "mean"
+) -> None:
     """Loss and gradients of a backend against the oracle, within `fastntxent.budget`."""
+    options = {"upstream": upstream, "reduction": reduction}
     check_results(
         evaluate(batch, backend, **options),
         evaluate(batch, "reference", **options),
         evaluate(batch.map(Tensor.double), "reference", **options),
         batch,
+        {"mean": 1 / (2 * len(batch.z_i)), "sum": 1.0, "none": upstream}[reduction],
     )
 
 
-def check_results(result: Result, same_precision: Result, truth: Result, batch: Batch) -> None:
-    rows = torch.cat((batch.z_i, batch.z_j)).double()
-    largest = 1.0 if batch.normalize else float(rows.norm(dim=1).max()) ** 2
-    # The temperature's gradient is a difference of similarities, which can cancel to nothing at any size of loss.
-    q = 1 - torch.exp(-truth.loss.abs())
-    scales = {"d_temperature": float(q.sum()) * largest / batch.temperature**2}
+def check_results(result: Result, same_precision: Result, truth: Result, batch: Batch, weights: Tensor | float) -> None:
+    """`weights` are those of the row losses."""
+    z_i, z_j = (z.double() for z in (batch.z_i, batch.z_j))
+    largest = 1.0 if batch.normalize else float(torch.cat((z_i, z_j)).norm(dim=1).max()) ** 2
+    # The temperature's gradient is a sum of differences of similarities, which can cancel to nothing: errors are
+    # relative to the sum of their sizes, sum_i |w_i| q_i k^2 max |s|.
+    losses = nt_xent(z_i, z_j, batch.temperature, reduction="none", normalize=batch.normalize, backend="reference")
+    scale = float(((1 - torch.exp(-losses)) * weights).abs().sum()) * largest / batch.temperature**2
     for name, value, same, true in zip(Result._fields, result, same_precision, truth, strict=True):
-        errors, reference = (budget.measure(x, true, scale=scales.get(name, 0.0)) for x in (value, same))
+        name_scale = scale if name == "d_temperature" else 0.0
+        errors, reference = (budget.measure(x, true, scale=name_scale) for x in (value, same))
         output_dtype = value.dtype if name in ("d_z_i", "d_z_j") else None
         limit = budget.allowed(reference, batch.z_i.dtype, largest / batch.temperature, output_dtype=output_dtype)
         assert errors.within(limit), f"{name}: {errors}, allowed {limit}, reference {reference}"

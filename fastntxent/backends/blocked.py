@@ -59,10 +59,13 @@ class _Tiles(NegLse):
         self.buffer, self.scratch = u.new_empty(2, block * block)
 
     def backward(self, d_neg_lse: Tensor, neg_lse: Tensor) -> tuple[Tensor, Tensor]:
+        # A row without negatives has neither a weight, whatever came from behind its -inf, nor probabilities.
+        empty = neg_lse == -math.inf
+        weights, nu = d_neg_lse.masked_fill(empty, 0), neg_lse.masked_fill(empty, math.inf)
         # Weights of any magnitude (a loss scaler's 2^16, a mean's 1e-6) enter the tiles with the largest at 1.
-        scale = d_neg_lse.abs().amax().clamp_min(torch.finfo(d_neg_lse.dtype).tiny)
+        scale = weights.abs().amax().clamp_min(torch.finfo(weights.dtype).tiny)
         gathered = torch.zeros_like(self.u)
-        for tile, g in self.probabilities(d_neg_lse / scale, neg_lse):
+        for tile, g in self.probabilities(weights / scale, nu):
             gathered[tile.rows].addmm_(g, self.u[tile.cols])
             if not tile.diagonal:
                 gathered[tile.cols].addmm_(g.T, self.u[tile.rows])
@@ -71,8 +74,8 @@ class _Tiles(NegLse):
         return gathered.mul_(self.inv_tau), d_inv_tau
 
     @abstractmethod
-    def probabilities(self, weights: Tensor, neg_lse: Tensor) -> Iterator[tuple[_Tile, Tensor]]:
-        """G of the header for every tile."""
+    def probabilities(self, weights: Tensor, nu: Tensor) -> Iterator[tuple[_Tile, Tensor]]:
+        """G of the header for every tile; nu is +inf for a row without negatives."""
 
     def logits(self) -> Iterator[tuple[_Tile, bool]]:
         """Every tile's logits, and whether ids may agree in it."""
@@ -128,8 +131,8 @@ class _DirectTiles(_Tiles):
                 sums[cols] += exps.sum(dim=0)
         return sums.log_()
 
-    def probabilities(self, weights: Tensor, neg_lse: Tensor) -> Iterator[tuple[_Tile, Tensor]]:
-        a = torch.where(neg_lse == -math.inf, 0, weights * torch.exp(-neg_lse))
+    def probabilities(self, weights: Tensor, nu: Tensor) -> Iterator[tuple[_Tile, Tensor]]:
+        a = weights * torch.exp(-nu)
         for tile in self.exponentials():
             g = torch.add(a[tile.rows, None], a[tile.cols], out=self.tile_of(self.scratch, tile.rows, tile.cols))
             yield tile, g.mul_(tile.values)
@@ -155,8 +158,7 @@ class _ShiftedTiles(_Tiles):
                 _fold(peaks[cols], sums[cols], logits, scratch, dim=0)
         return sums.log_().add_(peaks)
 
-    def probabilities(self, weights: Tensor, neg_lse: Tensor) -> Iterator[tuple[_Tile, Tensor]]:
-        nu = torch.where(neg_lse == -math.inf, math.inf, neg_lse)  # no negatives: every probability is exp(-inf)
+    def probabilities(self, weights: Tensor, nu: Tensor) -> Iterator[tuple[_Tile, Tensor]]:
         for tile in self.masked_logits():
             rows, cols, logits, _ = tile
             g = torch.sub(logits, nu[rows, None], out=self.tile_of(self.scratch, rows, cols)).exp_()
