@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .backends.base import accumulation_dtype
+from .backends.base import accumulation_dtype, norm_eps
 from .functional import nt_xent
+from .ops import autocast_off
 from .validation import check_temperature, check_views
 
 REFERENCE_FACTOR = 2.0
@@ -124,9 +126,10 @@ def compare(z_i: Tensor, z_j: Tensor, temperature: float | Tensor, *, backend: s
     check_views(z_i, z_j)
     check_temperature(temperature, z_i)
     tau = temperature.item() if isinstance(temperature, Tensor) else temperature
-    loss, gradient = _loss_and_gradient(z_i, z_j, tau, backend)
-    same_loss, same_gradient = _loss_and_gradient(z_i, z_j, tau, "reference")
-    true_loss, true_gradient = _loss_and_gradient(z_i.double(), z_j.double(), tau, "reference")
+    with autocast_off(z_i):
+        loss, gradient = _loss_and_gradient(z_i, z_j, tau, backend)
+        same_loss, same_gradient = _loss_and_gradient(z_i, z_j, tau, "reference")
+        true_loss, true_gradient = true_loss_and_gradient(z_i, z_j, tau)
     return Report(
         loss=measure(loss, true_loss),
         loss_allowed=allowed(measure(same_loss, true_loss), z_i.dtype, 1 / tau),
@@ -141,6 +144,16 @@ def compare(z_i: Tensor, z_j: Tensor, temperature: float | Tensor, *, backend: s
 def _loss_and_gradient(z_i: Tensor, z_j: Tensor, temperature: float, backend: str) -> tuple[Tensor, Tensor]:
     z_i, z_j = (z.detach().clone().requires_grad_() for z in (z_i, z_j))
     loss = nt_xent(z_i, z_j, temperature, backend=backend)
+    return loss.detach(), torch.cat(torch.autograd.grad(loss, (z_i, z_j)))
+
+
+@torch.enable_grad()
+def true_loss_and_gradient(z_i: Tensor, z_j: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The mean loss and its gradient in [z_i; z_j] in float64, with the eps that belongs to the views' own dtype."""
+    eps = norm_eps(z_i.dtype)
+    z_i, z_j = (z.detach().double().requires_grad_() for z in (z_i, z_j))
+    u_i, u_j = (F.normalize(z, dim=1, eps=eps) for z in (z_i, z_j))
+    loss = nt_xent(u_i, u_j, temperature, normalize=False, backend="reference")
     return loss.detach(), torch.cat(torch.autograd.grad(loss, (z_i, z_j)))
 
 

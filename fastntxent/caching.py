@@ -10,7 +10,7 @@ under Memory Limited Setup", 2021.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 def cached_backward(
     encoder: nn.Module,
-    views: Sequence[Tensor],
+    views: Iterable[Tensor],
     loss_fn: Callable[..., Tensor],
     *,
     chunk_size: int,
@@ -45,7 +45,7 @@ def cached_backward(
         does.
 
     Raises:
-        TypeError: a view is not a tensor, or chunk_size is not an integer.
+        TypeError: the encoder is not a module, a view or the loss is not a tensor, or chunk_size is not an integer.
         ValueError: there is no view, a view is empty, chunk_size is below 1, or the loss is not a scalar.
 
     Activations are held for one chunk; inputs and embeddings for the whole batch. A forward under autocast is under
@@ -58,7 +58,8 @@ def cached_backward(
         >>> encoder.weight.grad.shape
         torch.Size([4, 8])
     """
-    _check(views, chunk_size)
+    views = tuple(views)
+    _check(encoder, views, chunk_size)
     chunks = [view.split(chunk_size) for view in views]
 
     start = _Buffers.of(encoder)
@@ -74,6 +75,8 @@ def cached_backward(
     with torch.enable_grad():
         leaves = [z.detach().requires_grad_() for z in embeddings]
         loss = loss_fn(*leaves)
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"loss_fn must return a torch.Tensor, got {type(loss).__name__}")
         if loss.ndim != 0:
             raise ValueError(f"loss_fn must return a scalar, got shape {tuple(loss.shape)}")
         loss.backward()
@@ -92,7 +95,9 @@ def cached_backward(
     return loss.detach()
 
 
-def _check(views: Sequence[Tensor], chunk_size: int) -> None:
+def _check(encoder: nn.Module, views: Sequence[Tensor], chunk_size: int) -> None:
+    if not isinstance(encoder, nn.Module):
+        raise TypeError(f"encoder must be a torch.nn.Module, got {type(encoder).__name__}")
     if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
         raise TypeError(f"chunk_size must be an integer, got {type(chunk_size).__name__}")
     if chunk_size < 1:

@@ -48,15 +48,23 @@ class NTXentLoss(nn.Module):
         self.backend = backend
         self.learn_temperature = learn_temperature
         if learn_temperature:
-            tau = temperature.item() if isinstance(temperature, Tensor) else temperature
-            self.log_temperature = nn.Parameter(torch.tensor(math.log(tau)))
+            self.log_temperature = nn.Parameter(torch.tensor(_log(temperature)))
         else:
             self._temperature = temperature
 
     @property
     def temperature(self) -> float | Tensor:
-        """tau: what the module was made with, or a 0-d tensor that follows the parameter."""
+        """tau: as it was given, or a 0-d tensor that follows the parameter. May be set, to schedule it."""
         return self.log_temperature.exp() if self.learn_temperature else self._temperature
+
+    @temperature.setter
+    def temperature(self, value: float | Tensor) -> None:
+        check_temperature(value)
+        if self.learn_temperature:
+            with torch.no_grad():
+                self.log_temperature.fill_(_log(value))
+        else:
+            self._temperature = value
 
     def forward(self, z_i: Tensor, z_j: Tensor) -> Tensor:
         return nt_xent(
@@ -71,3 +79,7 @@ class NTXentLoss(nn.Module):
     def extra_repr(self) -> str:
         temperature = "learn_temperature=True" if self.learn_temperature else f"temperature={self._temperature}"
         return f"{temperature}, reduction={self.reduction!r}, normalize={self.normalize}, backend={self.backend!r}"
+
+
+def _log(temperature: float | Tensor) -> float:
+    return math.log(temperature.item() if isinstance(temperature, Tensor) else temperature)

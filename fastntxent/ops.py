@@ -36,7 +36,7 @@ _LIBRARY = torch.library.Library("fastntxent", "DEF")
 def neg_lse(u: Tensor, ids: Tensor, inv_tau: Tensor, backend: str) -> Tensor:
     """nu of the rows (M,), differentiable in u and inv_tau."""
     if backend == "reference":
-        with _autocast_off(u):
+        with autocast_off(u):
             return _REFERENCE.neg_lse(u, ids, inv_tau)
     return _neg_lse(u, ids, inv_tau, backend)
 
@@ -44,7 +44,7 @@ def neg_lse(u: Tensor, ids: Tensor, inv_tau: Tensor, backend: str) -> Tensor:
 def nt_xent_rows(z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool, backend: str) -> tuple[Tensor, Tensor]:
     """nu and pi of every row, (2N,) each, differentiable in both views and inv_tau."""
     if backend == "reference":
-        with _autocast_off(z_i):
+        with autocast_off(z_i):
             return _REFERENCE.nt_xent_rows(z_i, z_j, inv_tau, normalize)
     return _nt_xent_rows(z_i, z_j, inv_tau, normalize, backend)
 
@@ -60,10 +60,11 @@ def nt_xent_sum(z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool, back
 
 def row_losses(neg_lse: Tensor, pos: Tensor) -> Tensor:
     """softplus(nu - pi), to full relative accuracy at both ends: torch's softplus turns linear at 20."""
-    return -torch.nn.functional.logsigmoid(pos - neg_lse)
+    return 0 - torch.nn.functional.logsigmoid(pos - neg_lse)  # a difference, so that no loss is -0
 
 
-def _autocast_off(rows: Tensor) -> contextlib.AbstractContextManager[None]:
+def autocast_off(rows: Tensor) -> contextlib.AbstractContextManager[None]:
+    """A block in which autocast leaves operations on the rows' device alone."""
     device_type = rows.device.type
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
@@ -78,7 +79,7 @@ def _kernels(name: str, rows: Tensor, inv_tau: Tensor) -> Iterator[KernelBackend
     backend = select(name, rows.device.type)
     if not isinstance(backend, KernelBackend):
         raise RuntimeError(f"backend {name!r} has no kernels: call it through fastntxent's functions")
-    with _autocast_off(rows):
+    with autocast_off(rows):
         yield backend
 
 

@@ -26,8 +26,8 @@ def check_rows(name: str, rows: Tensor) -> None:
     _require_tensor(name, rows)
     if rows.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {rows.dtype}")
-    if rows.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {rows.layout}")
+    if rows.layout != torch.strided or rows.is_nested:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {rows.layout}, nested: {rows.is_nested}")
     if rows.ndim != 2:
         raise ValueError(f"{name} must have 2 dimensions (rows, features), got shape {tuple(rows.shape)}")
     if rows.shape[0] == 0 or rows.shape[1] == 0:

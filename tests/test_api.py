@@ -137,6 +137,16 @@ def test_nt_xent_loss_module_learns_its_temperature(backend):
     assert restored.temperature.item() == module.temperature.item()
 
 
+@pytest.mark.parametrize("learn_temperature", [True, False])
+def test_nt_xent_loss_module_temperature_can_be_scheduled(learn_temperature):
+    z_i, z_j, *_ = random_batch(16, 8, 0.2)
+    module = NTXentLoss(0.9, learn_temperature=learn_temperature)
+    module.temperature = 0.2
+    torch.testing.assert_close(module(z_i, z_j).detach(), nt_xent(z_i, z_j, 0.2))
+    with pytest.raises(ValueError, match="temperature must be positive"):
+        module.temperature = 0.0
+
+
 def test_nt_xent_loss_module_prints_its_settings():
     assert "temperature=0.2, reduction='sum'" in repr(NTXentLoss(0.2, reduction="sum"))
     assert "learn_temperature=True" in repr(NTXentLoss(learn_temperature=True))
@@ -178,6 +188,7 @@ BAD_CALLS = {
     "None": (lambda: nt_xent(Z, None), TypeError, "z_j must be a torch.Tensor, got NoneType"),
     "integers": (lambda: nt_xent(Z.long(), Z.long()), TypeError, "z_i must be float16.*got torch.int64"),
     "complex": (lambda: nt_xent(Z.cfloat(), Z.cfloat()), TypeError, "got torch.complex64"),
+    "nested": (lambda: nt_xent(torch.nested.nested_tensor([Z, Z]), Z), TypeError, "dense"),
     "sparse": (lambda: nt_xent(Z.to_sparse(), Z.to_sparse()), TypeError, "dense"),
     "one dimension": (lambda: nt_xent(Z[0], Z[0]), ValueError, r"z_i must have 2 dimensions.*\(3,\)"),
     "three dimensions": (lambda: nt_xent(Z[None], Z[None]), ValueError, r"z_i must have 2 dimensions.*\(1, 4, 3\)"),

@@ -139,8 +139,14 @@ VIEW = torch.randn(4, 6)
         ([VIEW, [1]], 2, None, TypeError, r"views\[1\] must be a torch.Tensor, got list"),
         ([VIEW, VIEW[:0]], 2, None, ValueError, r"views\[1\] must have at least one row"),
         ([VIEW, VIEW], 2, lambda a, b: a + b, ValueError, "loss_fn must return a scalar"),
+        ([VIEW, VIEW], 2, lambda a, b: 1.0, TypeError, "loss_fn must return a torch.Tensor, got float"),
     ],
 )
 def test_cached_backward_bad_input_is_named(views, chunk_size, loss_fn, error, message):
     with pytest.raises(error, match=message):
         cached_backward(nn.Linear(6, 5), views, loss_fn or NTXentLoss(), chunk_size=chunk_size)
+
+
+def test_cached_backward_encoder_must_be_a_module():
+    with pytest.raises(TypeError, match=r"encoder must be a torch\.nn\.Module, got function"):
+        cached_backward(lambda x: x, [VIEW, VIEW], NTXentLoss(), chunk_size=2)

@@ -136,7 +136,7 @@ class KernelBackend(Backend):
         neg_lse = work.forward()
         margin = positives(rows.u, inv_tau) - neg_lse
         q = torch.sigmoid(-margin)
-        return -F.logsigmoid(margin).sum(), *_with_positives(rows, inv_tau, -q, *work.backward(q, neg_lse))
+        return 0 - F.logsigmoid(margin).sum(), *_with_positives(rows, inv_tau, -q, *work.backward(q, neg_lse))
 
 
 def _with_positives(

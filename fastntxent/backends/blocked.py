@@ -14,6 +14,10 @@ exp(k s) itself is formed where the host can see that no logit leaves the range 
 - small temperatures, rows that are not unit rows, tensors whose values only the device knows - rows and columns carry
 a running maximum, and the backward forms exp(k s - nu) for both sides.
 
+A logit is rounded to eps k |s|, and (i, j) need not round as (j, i) does. What went into a row's sum must come out of
+its probabilities, or their error is that of the logit: so a diagonal tile, whose sums were taken by rows, adds the
+transpose of its weighted probabilities, and an off-diagonal one serves both sides with the same logit.
+
 A batch of a single tile keeps E for its backward.
 """
 
@@ -134,8 +138,13 @@ class _DirectTiles(_Tiles):
     def probabilities(self, weights: Tensor, nu: Tensor) -> Iterator[tuple[_Tile, Tensor]]:
         a = weights * torch.exp(-nu)
         for tile in self.exponentials():
-            g = torch.add(a[tile.rows, None], a[tile.cols], out=self.tile_of(self.scratch, tile.rows, tile.cols))
-            yield tile, g.mul_(tile.values)
+            rows, cols, exps, diagonal = tile
+            g = self.tile_of(self.scratch, rows, cols)
+            if diagonal:
+                torch.mul(exps, a[rows, None], out=g)
+                yield tile, torch.add(g, g.T, out=exps)
+            else:
+                yield tile, torch.add(a[rows, None], a[cols], out=g).mul_(exps)
 
 
 class _ShiftedTiles(_Tiles):
@@ -160,10 +169,13 @@ class _ShiftedTiles(_Tiles):
 
     def probabilities(self, weights: Tensor, nu: Tensor) -> Iterator[tuple[_Tile, Tensor]]:
         for tile in self.masked_logits():
-            rows, cols, logits, _ = tile
+            rows, cols, logits, diagonal = tile
             g = torch.sub(logits, nu[rows, None], out=self.tile_of(self.scratch, rows, cols)).exp_()
             g.mul_(weights[rows, None])
-            yield tile, g.add_(logits.sub_(nu[cols]).exp_().mul_(weights[cols]))
+            if diagonal:
+                yield tile, torch.add(g, g.T, out=logits)
+            else:
+                yield tile, g.add_(logits.sub_(nu[cols]).exp_().mul_(weights[cols]))
 
 
 def _fold(peaks: Tensor, sums: Tensor, logits: Tensor, scratch: Tensor, dim: int) -> None:
