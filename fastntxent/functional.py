@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import ops
 from .backends import check_name as check_backend
-from .backends.base import accumulation_dtype
+from .backends.base import accumulation_dtype, row_losses
 from .validation import check_ids, check_reduction, check_rows, check_temperature, check_views
 
 
@@ -74,7 +74,7 @@ def nt_xent(
     check_backend(backend)
     inv_tau = _inverse(temperature, z_i)
     if reduction == "none":
-        return ops.row_losses(*ops.nt_xent_rows(z_i, z_j, inv_tau, normalize, backend))
+        return row_losses(*ops.nt_xent_rows(z_i, z_j, inv_tau, normalize, backend))
     total = ops.nt_xent_sum(z_i, z_j, inv_tau, normalize, backend)
     return total / (2 * z_i.shape[0]) if reduction == "mean" else total
 
@@ -122,7 +122,7 @@ def nt_xent_terms(
     return NTXentTerms(
         alignment=-(pos / inv_tau).sum() / n_samples,
         distribution=torch.logaddexp(neg_lse, pos).sum() / (inv_tau * n_samples),
-        loss=ops.row_losses(neg_lse, pos).sum() / n_samples,
+        loss=row_losses(neg_lse, pos).sum() / n_samples,
     )
 
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .backends import select
-from .backends.base import KernelBackend, accumulation_dtype
+from .backends.base import KernelBackend, accumulation_dtype, row_losses
 from .backends.reference import BACKEND as _REFERENCE
 from .validation import check_positive
 
@@ -56,11 +56,6 @@ def nt_xent_sum(z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool, back
         neg_lse, pos = nt_xent_rows(z_i, z_j, inv_tau, normalize, backend)
         return row_losses(neg_lse, pos).sum()
     return _nt_xent_sum(z_i, z_j, inv_tau, normalize, backend)[0]
-
-
-def row_losses(neg_lse: Tensor, pos: Tensor) -> Tensor:
-    """softplus(nu - pi), to full relative accuracy at both ends: torch's softplus turns linear at 20."""
-    return 0 - torch.nn.functional.logsigmoid(pos - neg_lse)  # a difference, so that no loss is -0
 
 
 def autocast_off(rows: Tensor) -> contextlib.AbstractContextManager[None]:

@@ -134,9 +134,10 @@ class KernelBackend(Backend):
         rows = UnitRows(z_i, z_j, normalize)
         work = self.prepare(rows.u, sample_ids(rows.u), inv_tau)
         neg_lse = work.forward()
-        margin = positives(rows.u, inv_tau) - neg_lse
-        q = torch.sigmoid(-margin)
-        return 0 - F.logsigmoid(margin).sum(), *_with_positives(rows, inv_tau, -q, *work.backward(q, neg_lse))
+        pos = positives(rows.u, inv_tau)
+        q = torch.sigmoid(neg_lse - pos)
+        gradients = _with_positives(rows, inv_tau, -q, *work.backward(q, neg_lse))
+        return row_losses(neg_lse, pos).sum(), *gradients
 
 
 def _with_positives(
@@ -147,6 +148,11 @@ def _with_positives(
     d_u.addcmul_(partner, (inv_tau * (d_pos + swap_views(d_pos))).unsqueeze(1))
     d_inv_tau = d_inv_tau + torch.dot(d_pos, row_dots(rows.u, partner))
     return *rows.backward(d_u), d_inv_tau
+
+
+def row_losses(neg_lse: Tensor, pos: Tensor) -> Tensor:
+    """softplus(nu - pi), to full relative accuracy at both ends: torch's softplus turns linear at 20."""
+    return 0 - F.logsigmoid(pos - neg_lse)  # a difference, so that no loss is -0
 
 
 def sample_ids(u: Tensor) -> Tensor:
