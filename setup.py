@@ -1,4 +1,4 @@
-"""Everything is in pyproject.toml; this file is where the native parts of csrc/ are built from."""
+"""Everything is in pyproject.toml; the native parts of csrc/ will be built from here."""
 
 from setuptools import setup
 

@@ -58,6 +58,8 @@ def cached_backward(
         >>> encoder.weight.grad.shape
         torch.Size([4, 8])
     """
+    if isinstance(views, Tensor):
+        raise TypeError("views must be a sequence of tensors, one per view, got one tensor; pass views.unbind()")
     views = tuple(views)
     _check(encoder, views, chunk_size)
     chunks = [view.split(chunk_size) for view in views]

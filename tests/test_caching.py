@@ -147,6 +147,11 @@ def test_cached_backward_bad_input_is_named(views, chunk_size, loss_fn, error, m
         cached_backward(nn.Linear(6, 5), views, loss_fn or NTXentLoss(), chunk_size=chunk_size)
 
 
+def test_cached_backward_views_must_not_be_one_tensor():
+    with pytest.raises(TypeError, match="views must be a sequence of tensors"):
+        cached_backward(nn.Linear(6, 5), VIEW, NTXentLoss(), chunk_size=2)
+
+
 def test_cached_backward_encoder_must_be_a_module():
     with pytest.raises(TypeError, match=r"encoder must be a torch\.nn\.Module, got function"):
         cached_backward(lambda x: x, [VIEW, VIEW], NTXentLoss(), chunk_size=2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -49,8 +48,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no checkpoint to resume from at {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint: {first_line(error)}") from error
+    except OSError:
+        raise
+    except Exception as error:  # a file of other bytes can end the unpickler in any way
+        raise ValueError(f"{path} cannot be read as a checkpoint ({type(error).__name__})") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of this version of the trainer")
     return state

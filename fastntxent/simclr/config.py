@@ -149,6 +149,8 @@ class Config:
         for name in ("accumulate_batch", "chunk"):
             if getattr(self, name) == 1:
                 raise ValueError(f"{flag(name)} must be 0 (off) or at least 2, got 1")
+        if self.loss == "reference" and self.backend not in ("auto", "reference"):
+            raise ValueError(f"--loss reference is a backend of its own, and --backend {self.backend} another")
         if self.chunk and not self.accumulate_batch:
             raise ValueError("--chunk has a meaning only with --accumulate-batch")
 

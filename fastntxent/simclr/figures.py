@@ -119,4 +119,6 @@ def _flatten_to_2d(features: Tensor) -> Array:
     if rows < 50 or columns < 3:
         return np.asarray(np.pad(points, ((0, 0), (0, max(0, 2 - count))))[:, :2])
     tsne = manifold.TSNE(2, perplexity=min(30, rows / 4), init="pca", random_state=0)
-    return np.asarray(tsne.fit_transform(points))
+    # One thread: so few points gain nothing from more, and lose minutes to them on a busy machine.
+    with require("threadpoolctl").threadpool_limits(1):
+        return np.asarray(tsne.fit_transform(points))

@@ -55,9 +55,10 @@ before they were judged. Raw pixels have no embedding, so alignment and uniformi
 
 <figure>
 <img src="$embedding" alt="Two maps of the test images">
-<figcaption>Each point is a test image, placed by t-SNE so that neighbours stay neighbours, coloured by its class. Left,
-from raw pixels; right, from what the encoder makes of them. Clear islands of one colour mean that images of one class
-have come to lie together, without the encoder having seen a class. Distances between islands mean nothing.</figcaption>
+<figcaption>Each point is a test image, placed so that neighbours stay neighbours (t-SNE; fewer than 50 images by their
+two principal components) and coloured by its class where it has one. Left, from raw pixels; right, from what the
+encoder makes of them. Clear islands of one colour mean that images of one class have come to lie together, without the
+encoder having seen a class. Distances between islands mean nothing.</figcaption>
 </figure>
 
 <h2>How it learnt</h2>

@@ -87,7 +87,10 @@ class Trainer:
                 f"{config.out} holds another run's checkpoint: continue that one with --resume, lose it with "
                 "--overwrite, or choose another --out"
             )
-        config.out.mkdir(parents=True, exist_ok=True)
+        try:
+            config.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--out {config.out} cannot be made a folder: {error.strerror}") from error
 
     @property
     def last_step(self) -> int:

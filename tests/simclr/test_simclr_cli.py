@@ -65,6 +65,7 @@ def test_main_reports_on_images_without_labels(tmp_path):
         ("--data digits --epochs 0", "--epochs must be at least 1, got 0"),
         ("--data digits --batch-size 1", "--batch-size must be at least 2, got 1"),
         ("--data digits --chunk 8", "--chunk has a meaning only with --accumulate-batch"),
+        ("--data digits --loss reference --backend blocked", "--loss reference is a backend of its own"),
         ("--data digits --accumulate-batch 1", "--accumulate-batch must be 0"),
         ("--data digits --backend magic", "backend must be .*'magic'"),
         ("--data digits --device tpu9", "--device tpu9 cannot be used"),

@@ -118,7 +118,7 @@ def test_resume_without_a_checkpoint_is_an_error(make_trainer, tmp_path):
     (tmp_path / "run").mkdir()
     save_checkpoint(tmp_path / "sound.pt", {"step": 1})
     sound = (tmp_path / "sound.pt").read_bytes()
-    for content in (b"", b"no checkpoint at all", sound[: len(sound) // 2]):
+    for content in (b"", b"no checkpoint at all", b"junk" * 100, sound[: len(sound) // 2]):
         (tmp_path / "run" / "checkpoint.pt").write_bytes(content)
         with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
             make_trainer(resume="auto")
