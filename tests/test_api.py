@@ -98,6 +98,8 @@ def test_nt_xent_terms_add_up(backend):
     terms = nt_xent_terms(z_i, z_j, 0.3, backend=backend)
     torch.testing.assert_close(terms.alignment + terms.distribution, 0.3 * terms.loss)
     torch.testing.assert_close(terms.loss, 2 * nt_xent(z_i, z_j, 0.3, backend=backend))
+    bare = nt_xent_terms(z_i, z_j, 0.3, normalize=False, backend=backend)
+    torch.testing.assert_close(bare.loss, 2 * nt_xent(z_i, z_j, 0.3, normalize=False, backend=backend))
     assert terms._fields == ("alignment", "distribution", "loss")
 
 
@@ -122,6 +124,7 @@ def test_nt_xent_loss_module_learns_its_temperature(backend):
     z_i, z_j, *_ = random_batch(16, 8, 0.2)
     module = NTXentLoss(0.2, learn_temperature=True, backend=backend)
     assert module.temperature.item() == pytest.approx(0.2)
+    assert module.log_temperature.item() == pytest.approx(math.log(0.2))
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     losses = []
     for _ in range(20):
@@ -275,6 +278,14 @@ def test_backends_keeps_the_error_of_one_that_does_not_load(broken_backend):
 def test_unavailable_backend_asked_for_by_name_says_why(broken_backend):
     with pytest.raises(RuntimeError, match=r"backend 'broken' is not available: ModuleNotFoundError.*does_not_exist"):
         nt_xent(Z, Z, backend="broken")
+    for call in (
+        lambda: NTXentLoss(backend="broken")(Z, Z),
+        lambda: nt_xent_terms(Z, Z, backend="broken"),
+        lambda: neg_lse(Z, IDS, 0.5, backend="broken"),
+        lambda: uniformity(Z, backend="broken"),
+    ):
+        with pytest.raises(RuntimeError, match="'broken' is not available"):
+            call()
 
 
 def test_auto_passes_over_a_backend_that_does_not_load(broken_backend):

@@ -7,7 +7,7 @@ import torch
 import torch._dynamo.testing
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastntxent import NTXentLoss, neg_lse, nt_xent, ops, split_views
+from fastntxent import NTXentLoss, budget, neg_lse, nt_xent, ops, split_views
 from tests.cases import BACKENDS, KERNELS, needs_cuda, random_batch
 
 
@@ -145,6 +145,26 @@ def test_func_vmap_of_grad_equals_reference(backend):
         return torch.func.vmap(torch.func.grad(lambda z: nt_xent(z, z + 1, 0.3, backend=name)))(z)
 
     torch.testing.assert_close(gradients(backend), gradients("reference"))
+
+
+def test_func_vmap_over_another_dimension_equals_reference(backend):
+    z, others = torch.randn(6, 3, 4), torch.randn(3, 6, 4)
+
+    def losses(name):
+        return torch.func.vmap(lambda a, b: nt_xent(a, b, 0.3, backend=name), in_dims=(1, 0))(z, others)
+
+    torch.testing.assert_close(losses(backend), losses("reference"))
+
+
+def test_half_precision_gradient_is_rounded_after_its_scaling(backend):
+    # A converged batch: gradients that float16 cannot hold until a loss scaler has lifted them.
+    z_i = random_batch(40, 64, 0.05, dtype=torch.float16).z_i
+    z_j = z_i.clone()
+    _, truth = budget.true_loss_and_gradient(z_i, z_j, 0.05)
+    assert truth.abs().max() < 1e-6
+    scale = 1 / float(truth.abs().max())
+    (nt_xent(z_i.requires_grad_(), z_j, 0.05, backend=backend) * scale).backward()
+    assert budget.measure(z_i.grad, truth[:40] * scale).rms < torch.finfo(torch.float16).eps
 
 
 def test_func_jacrev_equals_reference(backend):

@@ -100,6 +100,16 @@ def test_reference_terms_equal_numpy_loop():
     assert float(terms.distribution) == pytest.approx(temperature * loss - alignment, rel=1e-13)
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+def test_reference_terms_gradients_equal_finite_differences(normalize):
+    z_i, z_j, *_ = random_batch(4, 3, 0.3, dtype=torch.float64)
+    temperature = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda *args: tuple(nt_xent_terms(*args, normalize=normalize, backend="reference")),
+        (z_i.requires_grad_(), z_j.requires_grad_(), temperature),
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_reference_narrow_input_is_computed_in_float32(dtype):
     batch = random_batch(20, 16, 0.1, dtype=dtype)
