@@ -1,4 +1,4 @@
-# make test | lint | demo | bench | clean
+# make test | lint | sanitize | demo | bench | clean
 #
 # Each target makes the virtual environment it needs. Another PyTorch: make test TORCH=torch
 
@@ -7,8 +7,9 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 DEMO_VENV ?= .venv-demo
 DEMO_OUT ?= runs/demo
+BENCH_OUT ?= runs/bench
 
-.PHONY: test lint demo bench clean
+.PHONY: test lint sanitize demo bench clean
 
 test: $(VENV)/installed
 	$(VENV)/bin/pytest
@@ -18,9 +19,15 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-bench: $(VENV)/installed
-	$(VENV)/bin/python -m benchmarks cpu --out runs/bench-cpu.json
-	$(VENV)/bin/python -m benchmarks memory --out runs/bench-memory.json
+# The CPU kernels against their definition, under the address, undefined-behaviour and thread sanitizers: minutes.
+sanitize:
+	CXX="$(CXX)" csrc/cpu/sanitize.sh
+
+# The README's figures: make bench BENCH_OUT=benchmarks/results, then python -m benchmarks report
+bench: $(VENV)/bench
+	for suite in cpu memory scaling converged; do \
+	  $(VENV)/bin/python -m benchmarks $$suite --out $(BENCH_OUT)/$$suite.json || exit 1; \
+	done
 
 # A person's first minutes: a fresh environment, an ordinary install, SimCLR trained on real digits, a report.
 demo:
@@ -32,6 +39,10 @@ demo:
 $(VENV)/installed: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(TORCH) -e ".[test,lint]"
+	touch $@
+
+$(VENV)/bench: $(VENV)/installed
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(TORCH) -e ".[bench]"
 	touch $@
 
 clean:

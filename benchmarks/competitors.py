@@ -1,34 +1,119 @@
-"""Ways to compute NT-Xent, each as its users would write it: name -> loss(z_i, z_j, temperature)."""
+"""The losses compared, each called as its own documentation has it: name -> make(temperature) -> loss(z_i, z_j)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+import importlib.metadata
+import importlib.util
+import sys
+import types
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import fastntxent
 
-Loss = Callable[[Tensor, Tensor, float], Tensor]
+from . import losses
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+PACKAGES = ("lightly", "pytorch-metric-learning", "info-nce-pytorch")
 
 
-def dense(z_i: Tensor, z_j: Tensor, temperature: float) -> Tensor:
-    """The usual few lines: the whole matrix, its diagonal masked, cross-entropy."""
-    n_samples = z_i.shape[0]
-    z = F.normalize(torch.cat((z_i, z_j)), dim=1)
-    logits = (z @ z.T) / temperature
-    logits = logits.masked_fill(torch.eye(2 * n_samples, dtype=torch.bool, device=z.device), float("-inf"))
-    targets = torch.arange(2 * n_samples, device=z.device).roll(n_samples)
-    return F.cross_entropy(logits, targets)
+class Competitor(NamedTuple):
+    """A loss, where and how far it is taken, and what it must equal."""
+
+    make: Callable[[float], Loss]  # raises ImportError where it cannot run
+    largest: int  # samples; beyond them a step takes about half a minute, or many GiB
+    truth: Callable[[Tensor, Tensor, float], Tensor] = losses.oracle
+    note: str = ""
+    device_types: tuple[str, ...] = ("any",)
 
 
-def of_backend(name: str) -> Loss:
-    """One of our backends."""
-    return lambda z_i, z_j, temperature: fastntxent.nt_xent(z_i, z_j, temperature, backend=name)
+def _ours(name: str, temperature: float) -> Loss:
+    status = fastntxent.backends()[name]
+    if not status.available:
+        raise ImportError(status.reason)
+    return fastntxent.NTXentLoss(temperature, backend=name)
 
 
-def competitors() -> dict[str, Loss]:
-    """All that run here; ours first."""
-    ours = [name for name, status in fastntxent.backends().items() if status.available and name != "reference"]
-    return {**{name: of_backend(name) for name in ours}, "eager": dense, "compiled": torch.compile(dense)}
+def _compiled(temperature: float) -> Loss:
+    torch.compiler.reset()  # a user compiles for one batch size: nothing of another's is reused
+    return torch.compile(lambda z_i, z_j: losses.dense(z_i, z_j, temperature), dynamic=False)
+
+
+def _lightly(temperature: float) -> Loss:
+    if importlib.util.find_spec("lightly") and not importlib.util.find_spec("torchvision"):
+        _lightly_without_torchvision()
+    return importlib.import_module("lightly.loss.ntx_ent_loss").NTXentLoss(temperature=temperature)
+
+
+def _lightly_without_torchvision() -> None:
+    """Let lightly/loss/ntx_ent_loss.py be imported, as installed, without the rest of its packages.
+
+    Those need torchvision. `lightly.models.utils` is left empty: only a memory bank across processes calls it.
+    """
+    (root,) = importlib.util.find_spec("lightly").submodule_search_locations
+    for name in ("loss", "models", "models.modules", "models.utils"):
+        module = types.ModuleType(f"lightly.{name}")
+        module.__path__ = [str(Path(root, *name.split(".")))]
+        sys.modules[module.__name__] = module
+    sys.modules["lightly.models"].utils = sys.modules["lightly.models.utils"]
+
+
+def _pytorch_metric_learning(temperature: float) -> Loss:
+    library = importlib.import_module("pytorch_metric_learning.losses")
+    return library.SelfSupervisedLoss(library.NTXentLoss(temperature=temperature))
+
+
+def _info_nce(temperature: float) -> Loss:
+    return importlib.import_module("info_nce").InfoNCE(temperature=temperature)
+
+
+OURS = {
+    name: Competitor(partial(_ours, name), 65536 if name == "cpu" else 16384, device_types=status.device_types)
+    for name, status in fastntxent.backends().items()
+    if name != "reference"
+}
+COMPETITORS = {
+    **OURS,
+    "eager": Competitor(lambda temperature: partial(losses.dense, temperature=temperature), 4096),
+    "compiled": Competitor(_compiled, 4096),
+    "chunked": Competitor(lambda temperature: partial(losses.chunked, temperature=temperature), 16384),
+    "flex-attention": Competitor(losses.FlexAttention, 65536, device_types=("cuda",)),
+    "lightly": Competitor(_lightly, 4096),
+    "pytorch-metric-learning": Competitor(_pytorch_metric_learning, 64),  # O(N^3) memory
+    "info-nce-pytorch": Competitor(
+        _info_nce, 16384, losses.one_way, "another loss, for scale: one direction, no negatives within a view"
+    ),
+}
+
+
+def names(device: str, n: int, only: Iterable[str] | None = None) -> list[str]:
+    """Those that serve a device and n samples, ours first."""
+    return [
+        name
+        for name, competitor in COMPETITORS.items()
+        if n <= competitor.largest and {"any", device} & set(competitor.device_types) and (not only or name in only)
+    ]
+
+
+def load(chosen: Iterable[str], temperature: float) -> tuple[dict[str, Loss], dict[str, str]]:
+    """The losses that can be made here, and why the others cannot."""
+    made, missing = {}, {}
+    for name in chosen:
+        try:
+            made[name] = COMPETITORS[name].make(temperature)
+        except ImportError as error:
+            missing[name] = str(error)
+    return made, missing
+
+
+def versions() -> dict[str, str]:
+    """The installed version of every library compared."""
+    installed = {package.metadata["Name"]: package.version for package in importlib.metadata.distributions()}
+    return {package: installed[package] for package in PACKAGES if package in installed}

@@ -1,4 +1,4 @@
-"""What a figure depends on: the machine, its versions, and its measured limits."""
+"""What a figure depends on: the machine, its versions, its clock and its measured limits."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ import torch
 
 import fastntxent
 
+from . import competitors
+
+GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
+
 
 def provenance() -> dict[str, object]:
     """Where and with what a result was measured."""
@@ -22,6 +26,7 @@ def provenance() -> dict[str, object]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "fastntxent": fastntxent.__version__,
+        "packages": competitors.versions(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
@@ -34,10 +39,55 @@ def _processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
-def gemm_call() -> tuple[Callable[[], object], float]:
-    """A 2048^3 product, and its flops."""
-    a, b = torch.randn(2, 2048, 2048)
-    return lambda: torch.mm(a, b), 2 * 2048**3
+class HostClock:
+    """Wall time."""
+
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def seconds(self, start: float, end: float) -> float:
+        return end - start
+
+
+class CudaClock:
+    """Time on the current stream, between events."""
+
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+
+CLOCKS = {"cpu": HostClock(), "cuda": CudaClock()}
+
+
+def gemm_call(device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Callable[[], float], float]:
+    """A square product that returns its seconds, and its flops."""
+    size, clock = GEMM_SIZE[device], CLOCKS[device]
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+
+    def call() -> float:
+        start = clock.mark()
+        torch.mm(a, b)
+        return clock.seconds(start, clock.mark())
+
+    return call, 2 * size**3
+
+
+def gemm_rate(repeats: int = 3) -> float:
+    """Flops per second of a 2048^3 product."""
+    call, flops = gemm_call()
+    call()
+    return flops / statistics.median(call() for _ in range(repeats))
+
+
+def floor(n: int, d: int, rate: float) -> float:
+    """Seconds of twice 2 M^2 D flops, M = 2N, at a rate."""
+    return 2 * (2 * (2 * n) ** 2 * d) / rate
 
 
 def copy_bandwidth(repeats: int = 7) -> float:

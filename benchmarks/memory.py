@@ -1,42 +1,88 @@
-"""Peak memory beside the inputs, each measurement in a process of its own."""
+"""Suite `memory`: peak memory beside the inputs, each measurement in a process of its own."""
 
 from __future__ import annotations
 
+import argparse
 import json
-import resource
+import os
+import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
-from .competitors import dense, of_backend
-from .timing import TEMPERATURE, inputs, step
+from . import machine
+from .competitors import load, names
+from .timing import TEMPERATURE, Case, step
+
+GRID = (64, 1024, 4096, 16384, 65536)
+
+# Blocks of 64 KiB and more go back to the system when they are freed: what is resident is what is held.
+_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 
 
-def measure(name: str, n: int, d: int) -> dict[str, object]:
-    """Run one forward and backward in a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.memory", name, str(n), str(d)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return json.loads(output)
+def measure(name: str, n: int, d: int, seconds: float = 0) -> dict[str, object]:
+    """Peak of a step and its median time over `seconds`, in a fresh process, and the GEMM's rate before and after."""
+    command = [sys.executable, "-m", "benchmarks.memory", name, str(n), str(d), str(seconds)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **_ALLOCATOR})
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    return json.loads(done.stdout)
 
 
-def _peak_bytes() -> int:
-    """The process's largest resident size so far."""
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux keeps ru_maxrss across exec: a large parent would hide what is measured here
-        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[str, str]]:
+    """Every size and loss that fits, and what is missing."""
+    results, missing = [], {}
+    for n, d in ((n, d) for d in arguments.d or [128] for n in arguments.n or GRID):
+        made, absent = load(names("cpu", n, arguments.only), TEMPERATURE)
+        missing.update(absent)
+        for name in made:
+            results.append(measure(name, n, d))
+            print(f"N {n}, D {d}, {name}: {results[-1]['extra_bytes'] / 2**20:.1f} MiB", flush=True)
+    return results, missing
 
 
-def _main(name: str, n: int, d: int) -> None:
-    loss = dense if name == "eager" else of_backend(name)
-    step(loss, *inputs(32, d))  # libraries loaded, threads started
-    z_i, z_j = inputs(n, d)
-    before = _peak_bytes()
-    seconds = step(loss, z_i, z_j)["both"]
-    extra = _peak_bytes() - before
-    print(json.dumps({"loss": name, "n": n, "d": d, "temperature": TEMPERATURE, "extra_bytes": extra, "s": seconds}))
+def _resident_peak() -> int:
+    """The process's largest resident size, in bytes, since `_forget_peak`."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
+
+
+def _forget_peak() -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError as error:
+        raise RuntimeError("peak memory is read from Linux's /proc/self/status and clear_refs") from error
+
+
+def _main(name: str, n: int, d: int, seconds: float) -> None:
+    losses, missing = load([name], TEMPERATURE)
+    if missing:
+        raise SystemExit(f"{name}: {missing[name]}")
+    z_i, z_j = Case(n, d).inputs()
+    # A small step loads libraries and starts threads, and leaves what a kernel holds between calls to be counted. A
+    # compiler's own memory is not the step's: its kernel is made first.
+    step(losses[name], *Case(n if name == "compiled" else min(n, 32), d).inputs())
+    rates = [machine.gemm_rate()]
+    _forget_peak()
+    before = _resident_peak()
+    start, times = time.perf_counter(), []
+    while not times or time.perf_counter() - start < seconds:
+        times.append(step(losses[name], z_i, z_j)["both"])
+    extra = _resident_peak() - before
+    rates.append(machine.gemm_rate())
+    result = {
+        "loss": name,
+        "n": n,
+        "d": d,
+        "temperature": TEMPERATURE,
+        "extra_bytes": extra,
+        "s": statistics.median(times),
+        "steps": len(times),
+        "gemm_gflops": [rate / 1e9 for rate in rates],
+    }
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    _main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))

@@ -2,45 +2,97 @@
 
 from __future__ import annotations
 
+import functools
+import random
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from . import machine
-from .competitors import Loss, competitors, of_backend
+from .competitors import COMPETITORS, OURS, Loss
 
 TEMPERATURE = 0.1
+FEWEST, MOST = 5, 200  # rounds of a comparison
+BATCHES = 3  # they take turns
+LARGEST_CHECKED = 4096  # samples: the truth is dense, in float64
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of a gradient; the value's is a tenth of it
+
+Phases = dict[str, float]  # seconds by name
 
 
-def inputs(n: int, d: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two noisy views of random directions."""
-    generator = torch.Generator().manual_seed(0)
-    z = torch.randn(n, d, generator=generator)
-    z_i, z_j = (z + torch.randn(2, n, d, generator=generator)).unbind()
-    return z_i.clone().requires_grad_(), z_j.clone().requires_grad_()
+class Case(NamedTuple):
+    """A size, and where it is computed."""
+
+    n: int
+    d: int
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+
+    def inputs(self, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """Two noisy views of random directions."""
+        generator = torch.Generator().manual_seed(seed)
+        z = torch.randn(self.n, self.d, generator=generator)
+        views = (z + torch.randn(2, self.n, self.d, generator=generator)).to(self.device, self.dtype)
+        z_i, z_j = (view.clone().requires_grad_() for view in views)
+        return z_i, z_j
 
 
-def check(name: str, loss: Loss, n: int, d: int) -> None:
-    """Raise unless value and gradient are the oracle's to 1e-4, on a batch the oracle can hold."""
-    z_i, z_j = inputs(min(n, 512), d)
-    value, truth = loss(z_i, z_j, TEMPERATURE), of_backend("reference")(z_i, z_j, TEMPERATURE)
-    gradient, expected = (torch.autograd.grad(x, z_i)[0] for x in (value, truth))
-    error = float((gradient - expected).norm() / expected.norm())
-    if abs(float(value.detach()) / float(truth.detach()) - 1) > 1e-5 or not error < 1e-4:
-        raise AssertionError(f"{name} disagrees with the oracle: gradient error {error:.1e}")
+def _evaluate(loss: Loss, z_i: Tensor, z_j: Tensor) -> tuple[float, Tensor]:
+    value = loss(z_i, z_j)
+    return float(value.detach()), torch.cat(torch.autograd.grad(value, (z_i, z_j))).double()
 
 
-def step(loss: Loss, z_i: torch.Tensor, z_j: torch.Tensor) -> dict[str, float]:
+@functools.lru_cache(maxsize=2)
+def _evaluate_truth(truth: Callable[..., Tensor], case: Case) -> tuple[float, Tensor]:
+    z_i, z_j = (z.detach().double().requires_grad_() for z in case.inputs())
+    return _evaluate(partial(truth, temperature=TEMPERATURE), z_i, z_j)
+
+
+def check(name: str, loss: Loss, case: Case) -> float:
+    """Relative error of the gradient against the float64 truth; raise unless it and the value's are within bounds."""
+    case = case._replace(n=min(case.n, LARGEST_CHECKED))
+    value, gradient = _evaluate(loss, *case.inputs())
+    true_value, true_gradient = _evaluate_truth(COMPETITORS[name].truth, case)
+    error = float((gradient - true_gradient).norm() / true_gradient.norm())
+    tolerance = TOLERANCE[case.dtype]
+    if not (error < tolerance and abs(value / true_value - 1) < tolerance / 10):
+        raise AssertionError(f"{name} disagrees with the oracle: {value} for {true_value}, gradient error {error:.1e}")
+    return error
+
+
+def step(loss: Loss, z_i: Tensor, z_j: Tensor) -> Phases:
     """Seconds of one forward and one backward."""
     z_i.grad = z_j.grad = None
-    start = time.perf_counter()
-    value = loss(z_i, z_j, TEMPERATURE)
-    middle = time.perf_counter()
+    clock = machine.CLOCKS[z_i.device.type]
+    start = clock.mark()
+    value = loss(z_i, z_j)
+    middle = clock.mark()
     value.backward()
-    end = time.perf_counter()
-    return {"forward": middle - start, "backward": end - middle, "both": end - start}
+    end = clock.mark()
+    return {
+        "forward": clock.seconds(start, middle),
+        "backward": clock.seconds(middle, end),
+        "both": clock.seconds(start, end),
+    }
+
+
+def interleave(calls: dict[str, Callable[[int], Phases]], seconds: float) -> dict[str, dict[str, list[float]]]:
+    """Make every call once a round, in another order each, until the seconds are spent: name -> phase -> times."""
+    for call in calls.values():
+        call(0)  # compiles, allocates, starts threads
+    times: dict[str, dict[str, list[float]]] = {name: {} for name in calls}
+    start, rounds = time.perf_counter(), 0
+    while rounds < FEWEST or (rounds < MOST and time.perf_counter() - start < seconds):
+        for name in random.Random(rounds).sample(list(calls), len(calls)):
+            for phase, duration in calls[name](rounds).items():
+                times[name].setdefault(phase, []).append(duration)
+        rounds += 1
+    return times
 
 
 def quantiles(seconds: list[float]) -> dict[str, float]:
@@ -50,35 +102,73 @@ def quantiles(seconds: list[float]) -> dict[str, float]:
     return {"p20": ordered[round(0.2 * last)], "p50": statistics.median(ordered), "p80": ordered[round(0.8 * last)]}
 
 
-def compare(n: int, d: int, repeats: int) -> dict[str, object]:
-    """One size: every competitor and a GEMM, in turn, `repeats` times over."""
-    losses = competitors()
-    z_i, z_j = inputs(n, d)
-    gemm, gemm_flops = machine.gemm_call()
-    for name, loss in losses.items():
-        check(name, loss, n, d)
-        step(loss, z_i, z_j)  # warm: compiles, allocates
-    times: dict[str, dict[str, list[float]]] = {name: {} for name in losses}
-    gemm_seconds = []
-    for _ in range(repeats):
-        gemm_seconds.append(_seconds(gemm))
-        for name, loss in losses.items():
-            for phase, seconds in step(loss, z_i, z_j).items():
-                times[name].setdefault(phase, []).append(seconds)
-    gemm_rate = gemm_flops / statistics.median(gemm_seconds)
-    floor = 2 * (2 * (2 * n) ** 2 * d) / gemm_rate
-    rows = {}
-    for name, phases in times.items():
-        both = statistics.median(phases["both"])
-        rows[name] = {
-            **{phase: quantiles(seconds) for phase, seconds in phases.items()},
-            "times_floor": both / floor,
-            "eager_over_this": statistics.median(times["eager"]["both"]) / both,
+def compare(losses: dict[str, Loss], case: Case, seconds: float) -> dict[str, object]:
+    """One size: every loss, and a GEMM, in turn."""
+    errors = {name: check(name, loss, case) for name, loss in losses.items()}
+    batches = [case.inputs(seed) for seed in range(BATCHES)]
+    gemm, flops = machine.gemm_call(case.device, case.dtype)
+    calls = {name: lambda turn, loss=loss: step(loss, *batches[turn % BATCHES]) for name, loss in losses.items()}
+    times = interleave({"gemm": lambda turn: {"both": gemm()}, **calls}, seconds)
+    products = times.pop("gemm")["both"]
+    rate = flops / statistics.median(products)
+    floor = machine.floor(case.n, case.d, rate)
+    medians = {name: statistics.median(phases["both"]) for name, phases in times.items()}
+    ours = next((name for name in OURS if name in losses), None)
+    rows = {
+        name: {
+            **{phase: quantiles(durations) for phase, durations in phases.items()},
+            "times_floor": medians[name] / floor,
+            "over_ours": medians[name] / medians[ours] if ours else None,
+            "gradient_error": errors[name],
+            "note": COMPETITORS[name].note,
         }
-    return {"n": n, "d": d, "gemm_gflops": gemm_rate / 1e9, "floor_ms": 1e3 * floor, "losses": rows}
+        for name, phases in times.items()
+    }
+    return {
+        "n": case.n,
+        "d": case.d,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "temperature": TEMPERATURE,
+        "rounds": len(products),
+        "gemm_gflops": rate / 1e9,
+        "floor_ms": 1e3 * floor,
+        "ours": ours,
+        "losses": rows,
+    }
 
 
-def _seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+def lines(result: dict[str, object]) -> list[str]:
+    """What one comparison found, for the screen."""
+    size = f"N {result['n']}, D {result['d']}, {result['dtype']}"
+    return [
+        f"{size}, {name}: forward {row['forward']['p50']:.3f} ms, backward {row['backward']['p50']:.3f} ms, "
+        f"both {row['both']['p50']:.3f} ({row['both']['p20']:.3f} - {row['both']['p80']:.3f}), "
+        f"{row['times_floor']:.2f} x floor"
+        for name, row in result["losses"].items()
+    ]
+
+
+def compare_threads(loss: Loss, counts: list[int], case: Case, seconds: float) -> dict[str, object]:
+    """One loss, and a GEMM, at several numbers of threads in turn: milliseconds, and the speed-up over the first."""
+    batches = [case.inputs(seed) for seed in range(BATCHES)]
+    gemm, _ = machine.gemm_call()
+
+    def timed(count: int, turn: int) -> Phases:
+        torch.set_num_threads(count)
+        step(loss, *batches[turn % BATCHES])  # a team of another size starts with its first call
+        return {"both": step(loss, *batches[turn % BATCHES])["both"], "gemm": gemm()}
+
+    before = torch.get_num_threads()
+    try:
+        times = interleave({str(count): partial(timed, count) for count in counts}, seconds)
+    finally:
+        torch.set_num_threads(before)
+    first = {phase: statistics.median(durations) for phase, durations in times[str(counts[0])].items()}
+    return {
+        count: {
+            **{phase: quantiles(durations) for phase, durations in phases.items()},
+            "speed_up": first["both"] / statistics.median(phases["both"]),
+            "gemm_speed_up": first["gemm"] / statistics.median(phases["gemm"]),
+        }
+        for count, phases in times.items()
+    }

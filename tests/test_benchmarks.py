@@ -1,36 +1,243 @@
-"""The benchmark's own arithmetic and checks, at small sizes."""
+"""The benchmarks' own arithmetic and checks, at small sizes."""
 
 import json
 import subprocess
 import sys
+from functools import partial
+from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import memory, timing
-from benchmarks.competitors import dense
+from benchmarks import __main__ as cli
+from benchmarks import competitors, losses, machine, memory, report, tables, timing
 
-
-def test_competitors_agree_with_the_oracle():
-    timing.check("eager", dense, 64, 16)
-
-
-def test_check_rejects_a_wrong_loss():
-    with pytest.raises(AssertionError, match="off disagrees with the oracle"):
-        timing.check("off", lambda *args: dense(*args) * 1.001, 64, 16)
+ROOT = Path(__file__).parent.parent
+needs_linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 
 
+def made(name: str) -> competitors.Loss:
+    ready, missing = competitors.load([name], timing.TEMPERATURE)
+    if missing:
+        pytest.skip(f"{missing[name]}: pip install '.[bench]'")
+    return ready[name]
+
+
+@pytest.mark.parametrize("name", competitors.names("cpu", 16))
+def test_competitors_agree_with_the_oracle(name):
+    assert timing.check(name, made(name), timing.Case(48, 16)) < 1e-5
+
+
+def test_chunked_agrees_with_the_oracle_over_uneven_chunks():
+    timing.check("chunked", partial(losses.chunked, temperature=timing.TEMPERATURE, chunk=7), timing.Case(48, 16))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_agrees_with_the_oracle():
+    z_i, z_j = torch.randn(2, 24, 32)  # without a gradient: it has none on a CPU
+    try:
+        value = losses.FlexAttention(0.1, compiled=False)(z_i, z_j)
+    except ImportError as error:
+        pytest.skip(f"needs a newer PyTorch: {error}")
+    torch.testing.assert_close(value, losses.oracle(z_i, z_j, 0.1))
+
+
+@pytest.mark.parametrize("wrong", ["value", "gradient"])
+def test_check_rejects_a_wrong_loss(wrong):
+    def off(z_i, z_j):
+        loss = losses.dense(z_i, z_j, timing.TEMPERATURE)
+        return loss * 1.001 if wrong == "value" else loss + 0.01 * (z_i - z_i.detach()).sum()
+
+    with pytest.raises(AssertionError, match="eager disagrees with the oracle"):
+        timing.check("eager", off, timing.Case(48, 16))
+
+
+def test_check_rejects_another_loss():
+    with pytest.raises(AssertionError, match="disagrees"):
+        timing.check("eager", partial(losses.one_way, temperature=timing.TEMPERATURE), timing.Case(48, 16))
+
+
+def test_interleave_makes_every_call_once_a_round():
+    turns = {"a": [], "b": []}
+
+    def call(name, turn):
+        turns[name].append(turn)
+        return {"both": float(turn)}
+
+    times = timing.interleave({name: partial(call, name) for name in turns}, seconds=0)
+    rounds = list(range(timing.FEWEST))
+    assert times == {"a": {"both": rounds}, "b": {"both": rounds}}
+    assert turns == {"a": [0, *rounds], "b": [0, *rounds]}
+
+
+def test_quantiles_are_milliseconds():
+    assert timing.quantiles([0.001 * k for k in range(11)]) == {"p20": 2.0, "p50": 5.0, "p80": 8.0}
+
+
+@needs_linux
 def test_memory_sees_the_dense_matrix_and_not_the_tiles():
     matrix = (2 * 2048) ** 2 * 4
     assert memory.measure("eager", 2048, 32)["extra_bytes"] > 2 * matrix
     assert memory.measure("blocked", 2048, 32)["extra_bytes"] < matrix / 4
 
 
-def test_command_writes_json_with_provenance(tmp_path):
-    out = tmp_path / "cpu.json"
-    command = [sys.executable, "-m", "benchmarks", "cpu", "--n", "32", "--d", "8", "--repeats", "2", "--out", out]
-    subprocess.run(command, check=True, capture_output=True)
+def test_memory_says_why_a_process_failed():
+    with pytest.raises(RuntimeError, match="KeyError: 'none-such'"):
+        memory.measure("none-such", 16, 8)
+
+
+@pytest.fixture(autouse=True)
+def small_product(monkeypatch):
+    monkeypatch.setitem(machine.GEMM_SIZE, "cpu", 256)
+
+
+def run(suite, out, *options):
+    brief = ["--seconds", "0"] if suite in ("cpu", "scaling") else []
+    cli.main([suite, "--out", str(out), *brief, *options])
     record = json.loads(out.read_text())
-    assert record["machine"]["torch"]
-    row = record["results"][0]["losses"]["blocked"]
+    assert record["suite"] == suite
+    assert record["machine"]["torch"] == torch.__version__
+    assert {"processor", "threads", "time", "packages"} <= set(record["machine"])
+    return record
+
+
+def test_cpu_writes_times_and_speed_ups(tmp_path, capsys):
+    options = ["--n", "16", "32", "--d", "8", "--only", "blocked", "eager", "--threads", "1", "2"]
+    threads = torch.get_num_threads()
+    record = run("cpu", tmp_path / "cpu.json", *options)
+    assert [(result["n"], result["d"]) for result in record["results"]] == [(16, 8), (32, 8)]
+    result = record["results"][0]
+    row = result["losses"]["eager"]
     assert row["both"]["p20"] <= row["both"]["p50"] <= row["both"]["p80"]
-    assert row["times_floor"] > 0
+    assert row["times_floor"] == pytest.approx(row["both"]["p50"] / result["floor_ms"])
+    assert row["over_ours"] == pytest.approx(row["both"]["p50"] / result["losses"]["blocked"]["both"]["p50"])
+    assert result["threads"]["1"]["speed_up"] == 1
+    assert result["threads"]["2"]["speed_up"] > 0
+    assert torch.get_num_threads() == threads
+    assert tables.time(record) in capsys.readouterr().out
+
+
+def test_a_missing_library_is_left_out_and_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "info_nce", None)
+    record = run("cpu", tmp_path / "cpu.json", "--n", "16", "--d", "8", "--only", "blocked", "info-nce-pytorch")
+    assert list(record["results"][0]["losses"]) == ["blocked"]
+    assert "info_nce" in record["missing"]["info-nce-pytorch"]
+    assert "Not run: info-nce-pytorch." in tables.time(record)
+
+
+@needs_linux
+def test_memory_writes_a_row_for_every_loss(tmp_path):
+    record = run("memory", tmp_path / "memory.json", "--n", "64", "--d", "8", "--only", "blocked", "eager")
+    assert [row["loss"] for row in record["results"]] == ["blocked", "eager"]
+
+
+@needs_linux
+def test_scaling_compares_with_the_first_size(tmp_path):
+    record = run("scaling", tmp_path / "scaling.json", "--n", "64", "128", "--d", "8", "--only", "blocked")
+    first, second = record["results"]
+    assert first["growth"] == first["growth_normalised"] == 1
+    assert second["growth"] == pytest.approx(second["s"] / first["s"] / 4)
+    assert len(second["gemm_gflops"]) == 2
+
+
+def test_converged_shows_what_the_dense_loss_loses(tmp_path):
+    record = run("converged", tmp_path / "converged.json", "--n", "64", "--d", "32")
+    assert len(record["results"]) == 8
+    last = next(row for row in record["results"] if row["stage"] == "1e-6" and row["temperature"] == 0.1)
+    assert last["errors"]["blocked"] < 1e-5 < 1e-3 < last["errors"]["eager"]
+    assert "lightly" not in last["errors"]  # it would normalise
+
+
+def test_command_line_runs_as_a_module_and_gpu_says_what_it_needs():
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without a CUDA device")
+    command = [sys.executable, "-m", "benchmarks", "gpu"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1
+    assert "needs a CUDA device" in done.stderr
+
+
+MACHINE = {"processor": "A CPU", "threads": 2, "vector": "AVX2", "torch": "2.0", "packages": {}, "time": "2026-01-02T"}
+SIZE = {"n": 256, "d": 128}
+
+
+def timed(ms, over_ours):
+    return {"both": {"p50": ms}, "times_floor": ms / 2, "over_ours": over_ours}
+
+
+RESULTS = {
+    "cpu": [
+        {
+            **SIZE,
+            "n": n,
+            "dtype": "float32",
+            "ours": "blocked",
+            "floor_ms": 2.0,
+            "losses": {
+                "blocked": timed(3.14159, 1.0),
+                "eager": timed(31.4159, 10.0),
+                "info-nce-pytorch": timed(1, 0.3),
+            },
+        }
+        for n in (256, 1024)
+    ],
+    "memory": [
+        {**SIZE, "loss": name, "extra_bytes": size} for name, size in (("blocked", 2**19), ("eager", 3 * 2**21))
+    ],
+    "scaling": [{**SIZE, "s": 1.5, "growth": 1, "growth_normalised": 1, "times_floor": 1.25, "extra_bytes": 2**25}],
+    "converged": [{**SIZE, "temperature": 0.1, "stage": "start", "errors": {"blocked": 8.8e-8, "eager": 2.1e-7}}],
+}
+
+
+@pytest.fixture
+def committed(tmp_path):
+    """Made records, and a README with the sections' markers."""
+    for suite, results in RESULTS.items():
+        record = {"suite": suite, "machine": MACHINE, "missing": {}, "results": results}
+        (tmp_path / f"{suite}.json").write_text(json.dumps(record))
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n" + "".join(f"<!-- figures:{s} -->\n<!-- /figures:{s} -->\n" for s in report.SECTIONS))
+    return tmp_path, readme
+
+
+def test_report_fills_the_readme_and_draws(committed):
+    results, readme = committed
+    command = ["report", "--results", str(results), "--readme", str(readme)]
+    with pytest.raises(SystemExit, match="time, memory, scaling, accuracy"):
+        cli.main([*command, "--check"])
+    cli.main(command)
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- figures:time -->\n\n| N | D | `blocked` | eager | info-nce-pytorch\\* |")
+    assert "| 256 | 128 | 3.14 | 31.4 | 1 | 1.6 | 10 |" in text
+    assert "another loss, for scale" in text
+    assert "| 256 | 128 | < 1 | 6 |" in text
+    assert "| 256 | 128 | 1.5 | 1 | 1 | 1.25 | 32 |" in text
+    assert "| 256 | 128 | 0.1 | eager | 2e-7 |" in text
+    assert "A CPU, threads: 2, AVX2, PyTorch 2.0; 2026-01-02." in text
+    drawn = {name: (results / name).read_bytes() for name in ("time.svg", "memory.svg")}
+    cli.main([*command, "--check"])
+    cli.main(command)
+    assert readme.read_text() == text
+    assert drawn == {name: (results / name).read_bytes() for name in drawn}
+
+
+def test_report_check_finds_a_changed_readme(committed):
+    results, readme = committed
+    cli.main(["report", "--results", str(results), "--readme", str(readme)])
+    readme.write_text(readme.read_text().replace("31.4", "13.4"))
+    assert report.stale_sections(results, readme) == ["time"]
+
+
+def test_report_says_which_marker_or_file_is_missing(committed):
+    results, readme = committed
+    readme.write_text(readme.read_text().replace("<!-- /figures:memory -->", ""))
+    with pytest.raises(SystemExit, match="the README needs <!-- figures:memory -->"):
+        cli.main(["report", "--results", str(results), "--readme", str(readme), "--check"])
+    (results / "scaling.json").unlink()
+    with pytest.raises(FileNotFoundError, match="python -m benchmarks scaling --out"):
+        report.tables(results)
+
+
+@pytest.mark.skipif(not (ROOT / "benchmarks" / "results").exists(), reason="needs committed results: make bench")
+def test_readme_tables_are_those_of_the_committed_results():
+    assert report.stale_sections(ROOT / "benchmarks" / "results", ROOT / "README.md") == []

@@ -9,9 +9,9 @@ ROOT = Path(fastntxent.__file__).parent
 
 # From the bottom up. A module may import from its own layer and from those below it.
 LAYERS = [
-    ["validation"],
+    ["validation", "_cpu"],
     ["backends.base"],
-    ["backends.blocked", "backends.reference"],
+    ["backends.blocked", "backends.cpu", "backends.reference"],
     ["backends"],
     ["ops"],
     ["functional"],
@@ -52,7 +52,11 @@ def imports_of(path: Path) -> set[str]:
 def resolve(name: str) -> str:
     """The module that a dotted name lies in."""
     parts = name.split(".")[1:]
-    while parts and not (ROOT.joinpath(*parts).with_suffix(".py").exists() or ROOT.joinpath(*parts).is_dir()):
+    while (
+        parts
+        and parts != ["_cpu"]
+        and not (ROOT.joinpath(*parts).with_suffix(".py").exists() or ROOT.joinpath(*parts).is_dir())
+    ):
         parts.pop()
     return ".".join(parts)
 

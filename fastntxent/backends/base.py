@@ -1,7 +1,7 @@
 """What a backend is: the primitive `neg_lse` with its gradient, and NT-Xent built on it.
 
-A backend of kernels owes `prepare`: neg_lse and its gradient, the only O(M^2 D) work there is. The three NT-Xent
-methods come with it, in O(M D) tensor code around those two; one whose kernels fuse that as well overrides them.
+neg_lse and its gradient are the only O(M^2 D) work there is. A backend that has no more than those takes the rest from
+`ComposedBackend`, in O(M D) tensor code around them; one whose kernels fuse all of it is a `KernelBackend`.
 
 Symbols (M = 2N rows, k = 1/tau, [z_i; z_j] stacked; p(i) is the other view of row i's sample):
 
@@ -82,6 +82,36 @@ class Backend(ABC):
         return self.neg_lse(u, sample_ids(u), inv_tau), positives(u, inv_tau)
 
 
+class KernelBackend(Backend):
+    """A backend with gradients of its own: the registered ops call it, on detached tensors. All its results are in
+    the accumulation dtype."""
+
+    @abstractmethod
+    def neg_lse_backward(
+        self, d_neg_lse: Tensor, u: Tensor, ids: Tensor, inv_tau: Tensor, neg_lse: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Gradient of sum_i d_neg_lse_i nu_i with respect to u (M, D) and k (0-d)."""
+
+    @abstractmethod
+    def nt_xent_rows_backward(
+        self,
+        d_neg_lse: Tensor,
+        d_pos: Tensor,
+        z_i: Tensor,
+        z_j: Tensor,
+        inv_tau: Tensor,
+        neg_lse: Tensor,
+        normalize: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradient of sum_i d_neg_lse_i nu_i + d_pos_i pi_i with respect to z_i, z_j and k."""
+
+    @abstractmethod
+    def nt_xent_sum(
+        self, z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """sum_i loss_i (0-d) with its gradient with respect to z_i, z_j and k."""
+
+
 class NegLse(ABC):
     """neg_lse of given rows: the forward, and a backward that may use what the forward left in the workspace."""
 
@@ -95,9 +125,8 @@ class NegLse(ABC):
         it. Called once."""
 
 
-class KernelBackend(Backend):
-    """A backend with gradients of its own: the registered ops call it, on detached tensors. All its results are in
-    the accumulation dtype."""
+class ComposedBackend(KernelBackend):
+    """NT-Xent as O(M D) tensor code around neg_lse, for kernels that fuse no more than that."""
 
     @abstractmethod
     def prepare(self, u: Tensor, ids: Tensor, inv_tau: Tensor) -> NegLse:
@@ -109,7 +138,6 @@ class KernelBackend(Backend):
     def neg_lse_backward(
         self, d_neg_lse: Tensor, u: Tensor, ids: Tensor, inv_tau: Tensor, neg_lse: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Gradient of sum_i d_neg_lse_i nu_i with respect to u (M, D) and k (0-d)."""
         return self.prepare(u, ids, inv_tau).backward(d_neg_lse, neg_lse)
 
     def nt_xent_rows_backward(
@@ -122,7 +150,6 @@ class KernelBackend(Backend):
         neg_lse: Tensor,
         normalize: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradient of sum_i d_neg_lse_i nu_i + d_pos_i pi_i with respect to z_i, z_j and k."""
         rows = UnitRows(z_i, z_j, normalize)
         work = self.prepare(rows.u, sample_ids(rows.u), inv_tau)
         return _with_positives(rows, inv_tau, d_pos, *work.backward(d_neg_lse, neg_lse))
@@ -130,7 +157,6 @@ class KernelBackend(Backend):
     def nt_xent_sum(
         self, z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """sum_i loss_i (0-d) with its gradient with respect to z_i, z_j and k."""
         rows = UnitRows(z_i, z_j, normalize)
         work = self.prepare(rows.u, sample_ids(rows.u), inv_tau)
         neg_lse = work.forward()

@@ -31,7 +31,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .base import KernelBackend, NegLse, accumulation_dtype, row_dots
+from .base import ComposedBackend, NegLse, accumulation_dtype, row_dots
 
 # Tile edges: 1 MiB of float32 stays in a core's second-level cache; an accelerator wants fewer, larger launches.
 _BLOCK_CPU = 512
@@ -195,7 +195,7 @@ def _stays_in_range(u: Tensor, inv_tau: Tensor) -> bool:
     return inv_tau.item() * largest + math.log(u.shape[0]) < _DIRECT_LIMIT[u.dtype]
 
 
-class BlockedBackend(KernelBackend):
+class BlockedBackend(ComposedBackend):
     def prepare(self, u: Tensor, ids: Tensor, inv_tau: Tensor) -> NegLse:
         u = u.to(accumulation_dtype(u.dtype)).contiguous()
         return (_DirectTiles if _stays_in_range(u, inv_tau) else _ShiftedTiles)(u, ids, inv_tau)

@@ -1,0 +1,51 @@
+"""Suite `converged`: errors of the gradient against float64 as training converges."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fastntxent import NTXentLoss, budget
+
+from . import losses
+from .competitors import OURS, Loss, load
+
+STAGES = {"start": None, "0.7": 0.7, "1e-3": 1e-3, "1e-6": 1e-6}  # mean losses
+TEMPERATURES = (0.1, 0.01)
+
+
+def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[str, str]]:
+    """RMS of the error of the gradient in [z_i; z_j], in float32, over the gradient's own."""
+    from tests import cases  # not above: it needs pytest
+
+    results, missing = [], {}
+    for temperature in TEMPERATURES:
+        libraries, missing = load([*OURS, "lightly"], temperature)
+        for n, d in ((n, d) for d in arguments.d or [128] for n in arguments.n or [512]):
+            for stage, value in STAGES.items():
+                if value is None:
+                    batch = cases.start_of_training(n, d, temperature)
+                else:
+                    batch = cases.converged_batch(n, d, temperature, value)
+                options = {"temperature": temperature, "normalize": batch.normalize}
+                made = {name: NTXentLoss(**options, backend=name) for name in OURS if name in libraries}
+                made["eager"] = partial(losses.dense, **options)
+                if batch.normalize and "lightly" in libraries:  # it always normalises
+                    made["lightly"] = libraries["lightly"]
+                errors = _errors(made, partial(losses.oracle, **options), batch.z_i, batch.z_j)
+                results.append({"n": n, "d": d, "stage": stage, **options, "errors": errors})
+                print(results[-1], flush=True)
+    return results, missing
+
+
+def _errors(made: dict[str, Loss], truth: Loss, z_i: Tensor, z_j: Tensor) -> dict[str, float]:
+    expected = _gradient(truth, z_i.double(), z_j.double())
+    return {name: budget.measure(_gradient(loss, z_i, z_j), expected).rms for name, loss in made.items()}
+
+
+def _gradient(loss: Loss, z_i: Tensor, z_j: Tensor) -> Tensor:
+    z_i, z_j = (z.detach().requires_grad_() for z in (z_i, z_j))
+    return torch.cat(torch.autograd.grad(loss(z_i, z_j), (z_i, z_j)))

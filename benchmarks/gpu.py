@@ -1,0 +1,62 @@
+"""Suite `gpu`: suite `cpu` on a CUDA device, in float32 and bfloat16, with peak memory."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+
+import torch
+from torch import Tensor
+
+from .competitors import Loss, load, names
+from .timing import TEMPERATURE, Case, check, compare, lines, step
+
+GRID = ((256, 128), (1024, 128), (4096, 128), (16384, 128), (4096, 512), (4096, 2048))
+
+
+def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[str, str]]:
+    """Results, and what is missing or failed. Bfloat16 is under autocast, as it is trained."""
+    if not torch.cuda.is_available():
+        raise SystemExit("python -m benchmarks gpu: needs a CUDA device and a PyTorch built for it")
+    wanted = [(n, d) for d in arguments.d or [128] for n in arguments.n or [256, 1024, 4096, 16384]]
+    results, missing = [], {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for n, d in wanted if arguments.n or arguments.d else GRID:
+            case = Case(n, d, "cuda", dtype)
+            losses, absent = load(names("cuda", n, arguments.only), TEMPERATURE)
+            missing.update(absent)
+            losses = {name: _autocast(loss) if dtype == torch.bfloat16 else loss for name, loss in losses.items()}
+            peaks = {}
+            for name in list(losses):
+                try:
+                    check(name, losses[name], case)
+                    peaks[name] = _peak_bytes(losses[name], case)
+                except Exception as error:  # no memory, no kernel for this size, a wrong gradient: named, not timed
+                    missing[f"{name} {case.dtype} {n} {d}"] = f"{type(error).__name__}: {error}".splitlines()[0]
+                    del losses[name]
+            result = {**compare(losses, case, arguments.seconds), "device": torch.cuda.get_device_name()}
+            for name, row in result["losses"].items():
+                row["extra_bytes"] = peaks[name]
+            results.append(result)
+            print(*lines(result), sep="\n", flush=True)
+    return results, missing
+
+
+def _autocast(loss: Loss) -> Loss:
+    def under_autocast(z_i: Tensor, z_j: Tensor) -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16):
+            return loss(z_i, z_j)
+
+    return under_autocast
+
+
+def _peak_bytes(loss: Loss, case: Case) -> int:
+    """Largest allocation of a step beside its inputs."""
+    z_i, z_j = case.inputs()
+    step(loss, z_i, z_j)
+    z_i.grad = z_j.grad = None
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step(loss, z_i, z_j)
+    return torch.cuda.max_memory_allocated() - before

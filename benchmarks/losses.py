@@ -1,0 +1,71 @@
+"""NT-Xent as people write it in plain PyTorch, and the two truths that losses are held against."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import fastntxent
+
+
+def oracle(z_i: Tensor, z_j: Tensor, temperature: float, normalize: bool = True) -> Tensor:
+    """NT-Xent by our dense reference."""
+    return fastntxent.nt_xent(z_i, z_j, temperature, normalize=normalize, backend="reference")
+
+
+def one_way(z_i: Tensor, z_j: Tensor, temperature: float) -> Tensor:
+    """InfoNCE of the rows of z_i against all rows of z_j."""
+    logits = F.normalize(z_i, dim=1) @ F.normalize(z_j, dim=1).T / temperature
+    return (logits.logsumexp(dim=1) - logits.diagonal()).mean()
+
+
+def dense(z_i: Tensor, z_j: Tensor, temperature: float, normalize: bool = True) -> Tensor:
+    """The usual few lines: the whole matrix, its diagonal masked, cross-entropy."""
+    n_samples = z_i.shape[0]
+    z = torch.cat((z_i, z_j))
+    if normalize:
+        z = F.normalize(z, dim=1)
+    logits = (z @ z.T) / temperature
+    logits = logits.masked_fill(torch.eye(2 * n_samples, dtype=torch.bool, device=z.device), float("-inf"))
+    targets = torch.arange(2 * n_samples, device=z.device).roll(n_samples)
+    return F.cross_entropy(logits, targets)
+
+
+def chunked(z_i: Tensor, z_j: Tensor, temperature: float, chunk: int = 512) -> Tensor:
+    """The dense loss in chunks of rows, each formed again in the backward: plain PyTorch without the whole matrix."""
+    z = F.normalize(torch.cat((z_i, z_j)), dim=1)
+    rows = torch.arange(len(z), device=z.device)
+
+    def part(z_rows: Tensor, own: Tensor, targets: Tensor) -> Tensor:
+        logits = (z_rows / temperature) @ z.T
+        logits.scatter_(1, own[:, None], float("-inf"))
+        return F.cross_entropy(logits, targets, reduction="sum")
+
+    chunks = zip(z.split(chunk), rows.split(chunk), rows.roll(len(z_i)).split(chunk), strict=True)
+    sums = [checkpoint(part, *each, use_reentrant=False, preserve_rng_state=False) for each in chunks]
+    return torch.stack(sums).sum() / len(z)
+
+
+class FlexAttention:
+    """PyTorch's FlexAttention for its log-sum-exp, with a row's own logit masked; the positives beside it."""
+
+    def __init__(self, temperature: float, compiled: bool = True):
+        from torch.nn.attention.flex_attention import AuxRequest, flex_attention  # not in every PyTorch
+
+        self.temperature = temperature
+        self.attention = torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+        self.wanted = AuxRequest(lse=True)
+
+    def __call__(self, z_i: Tensor, z_j: Tensor) -> Tensor:
+        u_i, u_j = F.normalize(z_i, dim=1), F.normalize(z_j, dim=1)
+        u = torch.cat((u_i, u_j)).to(z_i.dtype)[None, None]
+        values = u[..., :16]  # few: the attention itself is not wanted
+        options = {"score_mod": _without_self, "scale": 1 / self.temperature, "return_aux": self.wanted}
+        _, aux = self.attention(u, u, values, **options)
+        return aux.lse.mean() - (u_i * u_j).sum(dim=1).mean() / self.temperature
+
+
+def _without_self(score: Tensor, batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    return torch.where(row == column, -float("inf"), score)

@@ -1,0 +1,126 @@
+"""Markdown tables of the suites' records."""
+
+from __future__ import annotations
+
+from .competitors import COMPETITORS, OURS
+
+Record = dict  # what __main__ writes
+
+_HEADS = {**{name: f"`{name}`" for name in OURS}, "compiled": "torch.compile", "chunked": "checkpointed chunks"}
+_NONE = "-"
+
+
+def time(record: Record) -> str:
+    """Milliseconds of a forward and a backward, our kernel over the floor, and others over our kernel."""
+    results = record["results"]
+    names = _in_order(name for result in results for name in result["losses"])
+    rivals = [name for name in ("eager", "compiled", "lightly") if name in names]
+    size = {"N": "n", "D": "d", **({"dtype": "dtype"} if record["suite"] == "gpu" else {})}
+    heads = [*size, *map(_head, names), "ours / floor", *(f"{_head(name)} / ours" for name in rivals)]
+    rows = []
+    for result in results:
+        losses = result["losses"]
+        row = [str(result[key]) for key in size.values()]
+        row += [digits(losses[name]["both"]["p50"]) if name in losses else _NONE for name in names]
+        ours = losses.get(result["ours"])
+        row.append(digits(ours["times_floor"], 2) if ours else _NONE)
+        row += [digits(losses[name]["over_ours"], 2) if ours and name in losses else _NONE for name in rivals]
+        rows.append(row)
+    parts = [_table(heads, rows), _footnote(record, names)]
+    if threaded := [result for result in results if "threads" in result]:
+        parts.append(_threads(threaded))
+    return "\n\n".join(parts)
+
+
+def _threads(results: list[dict]) -> str:
+    heads = ["N", "D", "threads", f"{_head(results[0]['ours'])}, ms", "speed-up", "speed-up of the GEMM"]
+    rows = [
+        [
+            str(result["n"]),
+            str(result["d"]),
+            count,
+            *map(digits, (row["both"]["p50"], row["speed_up"], row["gemm_speed_up"])),
+        ]
+        for result in results
+        for count, row in result["threads"].items()
+    ]
+    return _table(heads, rows)
+
+
+def memory(record: Record) -> str:
+    """Peak MiB beside the inputs."""
+    cells = {(row["n"], row["d"], row["loss"]): _mib(row["extra_bytes"]) for row in record["results"]}
+    names = _in_order(name for *_, name in cells)
+    sizes = dict.fromkeys((n, d) for n, d, _ in cells)
+    rows = [[str(n), str(d), *(cells.get((n, d, name), _NONE) for name in names)] for n, d in sizes]
+    return f"{_table(['N', 'D', *map(_head, names)], rows)}\n\n{_footnote(record, names)}"
+
+
+def scaling(record: Record) -> str:
+    """Seconds and their growth over N^2, as measured and at an even GEMM rate."""
+    heads = ["N", "D", "seconds", "seconds / N^2, first = 1", "at the first's GEMM rate", "/ floor", "MiB"]
+    rows = [
+        [
+            str(row["n"]),
+            str(row["d"]),
+            *map(digits, (row["s"], row["growth"], row["growth_normalised"], row["times_floor"])),
+            _mib(row["extra_bytes"]),
+        ]
+        for row in record["results"]
+    ]
+    return f"{_table(heads, rows)}\n\n{_footnote(record)}"
+
+
+def accuracy(record: Record) -> str:
+    """Relative errors of the gradient: a row for every loss, a column for every stage of training."""
+    cells = {
+        (result["n"], result["d"], result["temperature"], name, result["stage"]): f"{error:.0e}".replace("e-0", "e-")
+        for result in record["results"]
+        for name, error in result["errors"].items()
+    }
+    stages = list(dict.fromkeys(stage for *_, stage in cells))
+    heads = ["N", "D", "temperature", "", *("start of training" if s == "start" else f"loss {s}" for s in stages)]
+    rows = [
+        [*map(str, case), _head(name), *(cells.get((*case, name, stage), _NONE) for stage in stages)]
+        for *case, name in dict.fromkeys(key[:-1] for key in cells)
+    ]
+    return f"{_table(heads, rows)}\n\n{_footnote(record)}"
+
+
+def _in_order(found: object) -> list[str]:
+    found = set(found)
+    return [name for name in COMPETITORS if name in found]
+
+
+def _head(name: str) -> str:
+    return _HEADS.get(name, name) + ("\\*" if COMPETITORS[name].note else "")
+
+
+def _footnote(record: Record, names: list[str] = ()) -> str:
+    machine = record["machine"]
+    facts = [f"{machine['processor']}, threads: {machine['threads']}, {machine['vector']}"]
+    facts += dict.fromkeys(result["device"] for result in record["results"] if "device" in result)
+    facts += [f"PyTorch {machine['torch']}", *(f"{name} {number}" for name, number in machine["packages"].items())]
+    sentences = [f"{', '.join(facts)}; {machine['time'][:10]}."]
+    sentences += [f"\\* {COMPETITORS[name].note}." for name in names if COMPETITORS[name].note]
+    if record["missing"]:
+        sentences.append(f"Not run: {', '.join(record['missing'])}.")
+    return " ".join(sentences)
+
+
+def _table(heads: list[str], rows: list[list[str]]) -> str:
+    lines = [f"| {' | '.join(cells)} |" for cells in (heads, *rows)]
+    return "\n".join([lines[0], "|---:" * len(heads) + "|", *lines[1:]])
+
+
+def _mib(size: int) -> str:
+    return "< 1" if size < 2**20 else digits(size / 2**20)
+
+
+def digits(x: float, count: int = 3) -> str:
+    """So many significant digits, without an exponent."""
+    text = f"{float(f'{x:.{count}g}'):.9f}"
+    return text.rstrip("0").rstrip(".")
+
+
+TABLES = {"cpu": time, "gpu": time, "memory": memory, "scaling": scaling, "converged": accuracy}

@@ -1,0 +1,118 @@
+// The C interface: checks, and the instruction set that this machine has.
+#include <string.h>
+
+#include <atomic>
+#include <new>
+
+#include "fastntxent.h"
+#include "loss.h"
+
+namespace fntx {
+
+#define FNTX_DECLARE(set)                     \
+    namespace set {                           \
+    const Kernels<float>* float_kernels();    \
+    const Kernels<double>* double_kernels();  \
+    }
+FNTX_DECLARE(portable)
+#ifdef FNTX_X86
+FNTX_DECLARE(avx2)
+FNTX_DECLARE(avx512)
+#endif
+
+namespace {
+
+struct InstructionSet {
+    const char* name;
+    bool (*usable)();
+    const Kernels<float>* (*float_kernels)();
+    const Kernels<double>* (*double_kernels)();
+};
+
+// From the fastest down.
+const InstructionSet SETS[] = {
+#ifdef FNTX_X86
+    {"avx512",
+     [] {
+         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+     },
+     avx512::float_kernels, avx512::double_kernels},
+    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, avx2::float_kernels,
+     avx2::double_kernels},
+#endif
+    {"portable", [] { return true; }, portable::float_kernels, portable::double_kernels},
+};
+
+const InstructionSet* fastest() {
+    for (const InstructionSet& set : SETS)
+        if (set.usable()) return &set;
+    return nullptr;
+}
+
+std::atomic<const InstructionSet*> chosen{nullptr};
+
+const InstructionSet& instruction_set() {
+    if (!chosen.load()) chosen.store(fastest());
+    return *chosen.load();
+}
+
+bool valid(const fntx_side& side, int64_t D) {
+    for (const fntx_matrix& z : side.z)
+        if (z.n < 0 || (z.n > 0 && !z.data)) return false;
+    const int64_t n = side.z[0].n + side.z[1].n;
+    if (side.ids)
+        for (int64_t row = 0; row < n; ++row)
+            if (side.ids[row] < 0 || side.ids[row] > INT32_MAX) return false;
+    return n > 0 && n <= INT32_MAX && D > 0 && D <= INT64_MAX / 16 / (n + 1024);  // what is padded fits too
+}
+
+bool valid(const fntx_call& call) {
+    const bool forward = call.phases & FNTX_FORWARD, backward = call.phases & FNTX_BACKWARD;
+    const bool two_views = call.rows.z[0].n == call.rows.z[1].n && !call.cols;
+    if (!(forward || backward) || call.dtype < FNTX_FLOAT16 || call.dtype > FNTX_FLOAT64) return false;
+    if (!valid(call.rows, call.D) || (call.cols && !valid(*call.cols, call.D))) return false;
+    if (!(call.inv_tau > 0) || !(call.eps >= 0) || call.workspace < 0) return false;
+    if ((call.pos || call.d_pos || call.loss) && !two_views) return false;
+    if (call.loss && !(forward && backward)) return false;
+    if (backward && !call.d_inv_tau) return false;
+    return !backward || forward || (call.rows.neg_lse && (!call.cols || call.cols->neg_lse));
+}
+
+}  // namespace
+}  // namespace fntx
+
+int fntx_run(const fntx_call* call) {
+    using namespace fntx;
+    if (!call || !valid(*call)) return FNTX_INVALID;
+    const InstructionSet& set = instruction_set();
+    try {
+        const bool done = call->dtype == FNTX_FLOAT64 ? run<double>(*call, *set.double_kernels())
+                                                      : run<float>(*call, *set.float_kernels());
+        return done ? FNTX_OK : FNTX_INTERRUPTED;
+    } catch (const std::bad_alloc&) {
+        return FNTX_NO_MEMORY;
+    }
+}
+
+const char* fntx_instruction_set(void) { return fntx::instruction_set().name; }
+
+int fntx_use_instruction_set(const char* name) {
+    for (const fntx::InstructionSet& set : fntx::SETS)
+        if (!strcmp(set.name, name) && set.usable()) {
+            fntx::chosen.store(&set);
+            return FNTX_OK;
+        }
+    return FNTX_INVALID;
+}
+
+int fntx_exp2(int dtype, const void* x, void* y, int64_t n) {
+    const fntx::InstructionSet& set = fntx::instruction_set();
+    if (dtype == FNTX_FLOAT32)
+        set.float_kernels()->exp2(static_cast<const float*>(x), static_cast<float*>(y), n);
+    else if (dtype == FNTX_FLOAT64)
+        set.double_kernels()->exp2(static_cast<const double*>(x), static_cast<double*>(y), n);
+    else
+        return FNTX_INVALID;
+    return FNTX_OK;
+}

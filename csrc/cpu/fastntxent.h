@@ -1,0 +1,74 @@
+// The C interface of the CPU kernels: plain pointers and sizes, no Python and no PyTorch.
+//
+// One call computes neg_lse of given rows, its gradient, or NT-Xent's loss and gradient together. With k = inv_tau,
+// rows u_i = z_i / max(|z_i|, eps) (or z_i as they are), columns v_j likewise:
+//
+//     nu_i  = log sum over {j : id_j != id_i} of exp(k u_i . v_j)      neg_lse of a row; of a column, the same over i
+//     pi_i  = k u_i . u_p(i)                                           pos: p(i) is the same row of the other view
+//     loss  = sum_i log(1 + exp(nu_i - pi_i))
+//
+// Symmetric (no columns given): the rows are their own columns, and each row has one neg_lse.
+#pragma once
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum fntx_status { FNTX_OK = 0, FNTX_INTERRUPTED = 1, FNTX_NO_MEMORY = 2, FNTX_INVALID = 3 };
+enum fntx_dtype { FNTX_FLOAT16 = 0, FNTX_BFLOAT16 = 1, FNTX_FLOAT32 = 2, FNTX_FLOAT64 = 3 };
+enum fntx_phases { FNTX_FORWARD = 1, FNTX_BACKWARD = 2 };
+
+// An (n, D) matrix of the call's dtype; strides in elements.
+struct fntx_matrix {
+    const void* data;
+    int64_t n;
+    int64_t stride_row;
+    int64_t stride_col;
+};
+
+// One side of the similarity matrix: the rows of two matrices, one after the other (the second may have n = 0).
+// Vectors have one element per row; they and the gradients are of the accumulation type: double for FNTX_FLOAT64,
+// else float.
+struct fntx_side {
+    struct fntx_matrix z[2];
+    const int64_t* ids;       // group of each row, >= 0; NULL: the row's index within its matrix
+    void* neg_lse;            // written by a forward, read by a backward without one
+    const void* d_neg_lse;    // weights of a backward; NULL where the call forms them itself (`loss`)
+    void* d_z[2];             // (n, D) gradients, contiguous; NULL: not wanted
+};
+
+struct fntx_call {
+    int phases;               // of fntx_phases
+    int dtype;                // of z
+    int normalize;
+    int threads;              // at most so many
+    int64_t D;
+    double inv_tau;           // k
+    double eps;
+    struct fntx_side rows;
+    const struct fntx_side* cols;  // NULL: symmetric
+    void* pos;                // (M,) out, forward, symmetric, two views; or NULL
+    const void* d_pos;        // (M,) in, backward, with two views; or NULL
+    void* loss;               // 0-d out: the sum of the losses; both phases, symmetric, two views; or NULL
+    void* d_inv_tau;          // 0-d out, backward
+    int64_t workspace;        // bytes of exponentials that may be kept from the forward to the backward
+    int (*poll)(void);        // called by the calling thread every few milliseconds; not 0: stop. Or NULL
+};
+
+// Run a call. On anything but FNTX_OK the outputs hold nothing of use.
+int fntx_run(const struct fntx_call* call);
+
+// The instruction set that fntx_run uses here: "avx512", "avx2" or "portable".
+const char* fntx_instruction_set(void);
+
+// Use another one from now on: a test's way to reach them all. FNTX_INVALID if this machine cannot.
+int fntx_use_instruction_set(const char* name);
+
+// y_i = 2^x_i by the kernels' own vectorised exponential; dtype FNTX_FLOAT32 or FNTX_FLOAT64.
+int fntx_exp2(int dtype, const void* x, void* y, int64_t n);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,332 @@
+// The functions of one instruction set (kernels.h): setup.py compiles this file once for each, with its flags.
+#include "kernels.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "tile.h"
+#include "vec.h"
+
+namespace fntx::FNTX_ISA {
+namespace {
+
+// --- input -----------------------------------------------------------------------------------------------------------
+
+struct Float16 {
+    uint16_t bits;
+};
+struct BFloat16 {
+    uint16_t bits;
+};
+
+FNTX_INLINE float bits_to_float(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+FNTX_INLINE float widen(BFloat16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
+
+FNTX_INLINE float widen(Float16 x) {
+    // The exponent's bias differs by 112: a product, so that subnormal numbers come out right.
+    const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13, sign = uint32_t(x.bits & 0x8000) << 16;
+    const uint32_t special = magnitude >= 0x0f800000 ? 0x7f800000 : 0;  // infinity, NaN
+    uint32_t bits;
+    const float value = bits_to_float(magnitude) * 0x1p112f;
+    memcpy(&bits, &value, sizeof bits);
+    return bits_to_float((special ? special | magnitude : bits) | sign);
+}
+
+FNTX_INLINE float widen(float x) { return x; }
+FNTX_INLINE double widen(double x) { return x; }
+
+// In double precision, which neither overflows nor underflows for a row of floats.
+template <class T> FNTX_INLINE double squared_length(const T* u, int64_t ld) {
+    double sums[LANES<T>] = {}, sum = 0;
+    for (int64_t d = 0; d < ld; d += LANES<T>)
+        for (int lane = 0; lane < LANES<T>; ++lane) sums[lane] += double(u[d + lane]) * double(u[d + lane]);
+    for (double part : sums) sum += part;
+    return sum;
+}
+
+// Transpose PANEL rows: panel[d PANEL + row] = u[row ld + d]. Four by four, in vectors of four.
+template <class T> void pack_panel(T* panel, const T* u, int64_t D, int64_t ld) {
+    typedef T Four __attribute__((vector_size(4 * sizeof(T))));
+    typedef T UnalignedFour __attribute__((vector_size(4 * sizeof(T)), aligned(sizeof(T)), may_alias));
+    const auto at = [](auto* p) { return reinterpret_cast<UnalignedFour*>(const_cast<T*>(p)); };
+    static_assert(PANEL<T> % 2 == 0);
+    constexpr int WHOLE = PANEL<T> / 4 * 4;
+    int64_t d = 0;
+    for (; d + 4 <= D; d += 4)
+        for (int row = 0; row < WHOLE; row += 4) {
+            const T* from = u + row * ld + d;
+            const Four a = *at(from), b = *at(from + ld), c = *at(from + 2 * ld), e = *at(from + 3 * ld);
+            const Four ab_low = {a[0], b[0], a[1], b[1]}, ab_high = {a[2], b[2], a[3], b[3]};
+            const Four ce_low = {c[0], e[0], c[1], e[1]}, ce_high = {c[2], e[2], c[3], e[3]};
+            T* to = panel + d * PANEL<T> + row;
+            *at(to) = Four{ab_low[0], ab_low[1], ce_low[0], ce_low[1]};
+            *at(to + PANEL<T>) = Four{ab_low[2], ab_low[3], ce_low[2], ce_low[3]};
+            *at(to + 2 * PANEL<T>) = Four{ab_high[0], ab_high[1], ce_high[0], ce_high[1]};
+            *at(to + 3 * PANEL<T>) = Four{ab_high[2], ab_high[3], ce_high[2], ce_high[3]};
+        }
+    for (int64_t k = 0; k < D; ++k)
+        for (int row = k < d ? WHOLE : 0; row < PANEL<T>; ++row) panel[k * PANEL<T> + row] = u[row * ld + k];
+}
+
+template <class T, class In>
+void load_row(T* u, const In* z, int64_t stride, int64_t D, int64_t ld) {
+    if (stride == 1)
+        for (int64_t d = 0; d < D; ++d) u[d] = widen(z[d]);
+    else
+        for (int64_t d = 0; d < D; ++d) u[d] = widen(z[d * stride]);
+    for (int64_t d = D; d < ld; ++d) u[d] = 0;
+}
+
+void load_row_of(float* u, const fntx_matrix& z, int dtype, int64_t row, int64_t D, int64_t ld) {
+    const int64_t offset = row * z.stride_row;
+    if (dtype == FNTX_FLOAT16)
+        load_row(u, static_cast<const Float16*>(z.data) + offset, z.stride_col, D, ld);
+    else if (dtype == FNTX_BFLOAT16)
+        load_row(u, static_cast<const BFloat16*>(z.data) + offset, z.stride_col, D, ld);
+    else
+        load_row(u, static_cast<const float*>(z.data) + offset, z.stride_col, D, ld);
+}
+
+void load_row_of(double* u, const fntx_matrix& z, int, int64_t row, int64_t D, int64_t ld) {
+    load_row(u, static_cast<const double*>(z.data) + row * z.stride_row, z.stride_col, D, ld);
+}
+
+template <class T>
+double load_rows(const Side<T>& side, const fntx_matrix* z, int dtype, int64_t D, int64_t ld, bool normalize,
+                 T eps, int64_t first, int64_t last) {
+    double largest = 0;
+    for (int64_t row = first; row < last; ++row) {
+        T* u = side.u + row * ld;
+        if (row >= side.n) {
+            memset(u, 0, size_t(ld) * sizeof(T));
+            continue;
+        }
+        const bool second = row >= z[0].n;
+        load_row_of(u, z[second], dtype, second ? row - z[0].n : row, D, ld);
+        const double square = squared_length(u, ld);
+        side.norm[row] = T(sqrt(square));
+        if (normalize) {
+            const T length = side.norm[row] > eps ? side.norm[row] : eps;
+            for (int64_t d = 0; d < D; ++d) u[d] /= length;
+        }
+        if (!(square <= largest)) largest = square;  // NaN stays
+    }
+    for (int64_t row = first; row < last; row += PANEL<T>)
+        pack_panel(side.panels + row * D, side.u + row * ld, D, ld);
+    return largest;
+}
+
+// --- tiles -----------------------------------------------------------------------------------------------------------
+
+template <class T> using Acc = Accumulators<T, TILE_VECTORS>;
+
+// All ones where row and column are of different groups, and the column exists.
+template <class T> FNTX_INLINE Bits<T> apart(const Tile<T>& tile, int64_t row, int64_t col) {
+    Bits<T> ids;
+    memcpy(&ids, tile.cols->ids + tile.col0 + col, sizeof ids);
+    return (ids != tile.rows->ids[tile.row0 + row]) & (ids >= 0);
+}
+
+template <bool MASKED, class T>
+FNTX_INLINE void exponentiate(Acc<T>& acc, const Tile<T>& tile, int64_t row, int64_t col) {
+    const Vec<T> scale = broadcast<T>(T(1.4426950408889634 * double(tile.inv_tau)));
+#pragma GCC unroll 8
+    for (int r = 0; r < TILE_ROWS; ++r)
+#pragma GCC unroll 3
+        for (int v = 0; v < TILE_VECTORS; ++v) {
+            Vec<T> e = exp2_in_range<T>(acc.c[r][v], scale);
+            if (MASKED) e = apart(tile, row + r, col + v * LANES<T>) ? e : Vec<T>{};
+            acc.c[r][v] = e;
+        }
+}
+
+template <bool MASKED, class T> void forward_direct(const Tile<T>& tile) {
+    T* row_sums = tile.sums;
+    T* col_sums = tile.sums + tile.edge * LANES<T>;
+    memset(tile.sums, 0, size_t(tile.edge * (LANES<T> + 1)) * sizeof(T));
+    form_products<T>(tile, [&](Acc<T>& acc, int64_t row, int64_t col) __attribute__((always_inline)) {
+        exponentiate<MASKED>(acc, tile, row, col);
+        if (tile.exps) Acc<T>::write(acc, tile.exps + row * tile.edge + col, tile.edge);
+        Vec<T> of_cols[TILE_VECTORS] = {};
+        for (int r = 0; r < TILE_ROWS; ++r) {
+            if (row + r >= tile.n_rows) break;
+            Vec<T> of_row = load(row_sums + (row + r) * LANES<T>);
+            for (int v = 0; v < TILE_VECTORS; ++v) {
+                of_row += acc.c[r][v];
+                of_cols[v] += acc.c[r][v];
+            }
+            store<T>(row_sums + (row + r) * LANES<T>, of_row);
+        }
+        for (int v = 0; v < TILE_VECTORS; ++v) {
+            T* sums = col_sums + col + v * LANES<T>;
+            store<T>(sums, load(sums) + of_cols[v]);
+        }
+    });
+    for (int64_t row = 0; row < tile.n_rows; ++row)
+        tile.rows->sums[tile.row0 + row] += sum_of_lanes<T>(load(row_sums + row * LANES<T>));
+    if (!tile.diagonal)
+        for (int64_t col = 0; col < tile.n_cols; ++col) tile.cols->sums[tile.col0 + col] += col_sums[col];
+}
+
+// Logits to the buffer, -inf where the groups agree. They are rounded here, once, for all that follows: a logit of 1e5
+// is rounded to 1e-2, and only what went into a sum may be compared with it.
+template <class T> void masked_logits(const Tile<T>& tile) {
+    form_products<T>(tile, [&](Acc<T>& acc, int64_t row, int64_t col) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+        for (int r = 0; r < TILE_ROWS; ++r)
+#pragma GCC unroll 3
+            for (int v = 0; v < TILE_VECTORS; ++v) {
+                Vec<T> logits = acc.c[r][v] * tile.inv_tau;
+                if (tile.masked) logits = apart(tile, row + r, col + v * LANES<T>) ? logits : broadcast<T>(-INFINITY);
+                acc.c[r][v] = logits;
+            }
+        Acc<T>::write(acc, tile.buffer + row * tile.edge + col, tile.edge);
+    });
+}
+
+template <class T> FNTX_INLINE Vec<T> larger(Vec<T> a, Vec<T> b) { return a > b ? a : b; }
+
+// Move a row's sum to the larger of two peaks; returns what to subtract from its logits, 0 if all are -inf.
+template <class T> FNTX_INLINE T raise_peak(Side<T>& side, int64_t row, T candidate) {
+    T& peak = side.peaks[row];
+    if (candidate > peak) {
+        side.sums[row] *= exp(double(peak) - double(candidate));
+        peak = candidate;
+    }
+    return peak == T(-INFINITY) ? T(0) : peak;
+}
+
+template <class T> void forward_shifted(const Tile<T>& tile) {
+    masked_logits(tile);
+    const Vec<T> least = broadcast<T>(-INFINITY);
+    for (int64_t row = 0; row < tile.n_rows; ++row) {
+        const T* logits = tile.buffer + row * tile.edge;
+        Vec<T> peaks = least, sums = {};
+        for (int64_t col = 0; col < tile.n_cols; col += LANES<T>) peaks = larger<T>(load(logits + col), peaks);
+        T peak = T(-INFINITY);
+        for (int lane = 0; lane < LANES<T>; ++lane) peak = peaks[lane] > peak ? peaks[lane] : peak;
+        const Vec<T> shift = broadcast<T>(raise_peak(*tile.rows, tile.row0 + row, peak));
+        for (int64_t col = 0; col < tile.n_cols; col += LANES<T>) sums += exp_shifted<T>(load(logits + col), shift);
+        tile.rows->sums[tile.row0 + row] += sum_of_lanes<T>(sums);
+    }
+    if (tile.diagonal) return;
+    for (int64_t col = 0; col < tile.n_cols; col += LANES<T>) {
+        const T* logits = tile.buffer + col;
+        Vec<T> peaks = least, sums = {}, shift;
+        for (int64_t row = 0; row < tile.n_rows; ++row) peaks = larger<T>(load(logits + row * tile.edge), peaks);
+        const int64_t j = tile.col0 + col;
+        for (int lane = 0; lane < LANES<T>; ++lane) shift[lane] = raise_peak(*tile.cols, j + lane, peaks[lane]);
+        for (int64_t row = 0; row < tile.n_rows; ++row) sums += exp_shifted<T>(load(logits + row * tile.edge), shift);
+        for (int lane = 0; lane < LANES<T>; ++lane) tile.cols->sums[j + lane] += sums[lane];
+    }
+}
+
+template <class T> void forward(const Tile<T>& tile) {
+    if (tile.shifted)
+        forward_shifted(tile);
+    else if (tile.masked)
+        forward_direct<true>(tile);
+    else
+        forward_direct<false>(tile);
+}
+
+// G of a tile to its buffer, from the products...
+template <bool MASKED, class T> void weigh_products(const Tile<T>& tile) {
+    form_products<T>(tile, [&](Acc<T>& acc, int64_t row, int64_t col) __attribute__((always_inline)) {
+        exponentiate<MASKED>(acc, tile, row, col);
+        const T* a = tile.rows->weights + tile.row0 + row;
+        const T* b = tile.cols->weights + tile.col0 + col;
+#pragma GCC unroll 3
+        for (int v = 0; v < TILE_VECTORS; ++v) {
+            const Vec<T> b_v = load(b + v * LANES<T>);
+#pragma GCC unroll 8
+            for (int r = 0; r < TILE_ROWS; ++r) acc.c[r][v] *= a[r] + b_v;
+        }
+        Acc<T>::write(acc, tile.buffer + row * tile.edge + col, tile.edge);
+    });
+}
+
+// ... from the exponentials that the forward left ...
+template <class T> void weigh_exponentials(const Tile<T>& tile) {
+    const T* b = tile.cols->weights + tile.col0;
+    for (int64_t row = 0; row < tile.n_rows; ++row) {
+        const T* exps = tile.exps + row * tile.edge;
+        T* g = tile.buffer + row * tile.edge;
+        const T a = tile.rows->weights[tile.row0 + row];
+        for (int64_t col = 0; col < tile.n_cols; col += LANES<T>)
+            store<T>(g + col, load(exps + col) * (a + load(b + col)));
+    }
+}
+
+// ... and with a shift of each side's own.
+template <class T> void weigh_shifted(const Tile<T>& tile) {
+    masked_logits(tile);
+    const Side<T>&rows = *tile.rows, &cols = *tile.cols;
+    for (int64_t row = 0; row < tile.n_rows; ++row) {
+        T* g = tile.buffer + row * tile.edge;
+        const int64_t i = tile.row0 + row;
+        const Vec<T> nu_i = broadcast<T>(rows.nu[i]);
+        for (int64_t col = 0; col < tile.n_cols; col += LANES<T>) {
+            const int64_t j = tile.col0 + col;
+            const Vec<T> logits = load(g + col);
+            store<T>(g + col, rows.weights[i] * exp_shifted<T>(logits, nu_i) +
+                                  load(cols.weights + j) * exp_shifted<T>(logits, load(cols.nu + j)));
+        }
+    }
+}
+
+template <class T> void backward(const Tile<T>& tile) {
+    if (tile.shifted)
+        weigh_shifted(tile);
+    else if (tile.exps)
+        weigh_exponentials(tile);
+    else if (tile.masked)
+        weigh_products<true>(tile);
+    else
+        weigh_products<false>(tile);
+    const Side<T>&rows = *tile.rows, &cols = *tile.cols;
+    const int64_t ld = tile.ld, at_rows = tile.row0 * ld, at_cols = tile.col0 * ld;
+    if (rows.gathered)
+        add_product<T>(rows.gathered + at_rows, ld, tile.n_rows, ld, tile.buffer, tile.edge, 1, cols.u + at_cols, ld,
+                       tile.n_cols);
+    if (cols.gathered && !tile.diagonal)
+        add_product<T>(cols.gathered + at_cols, ld, tile.n_cols, ld, tile.buffer, 1, tile.edge, rows.u + at_rows, ld,
+                       tile.n_rows);
+}
+
+// --- rows ------------------------------------------------------------------------------------------------------------
+
+template <class T> double dot(const T* a, const T* b, int64_t ld) {
+    Vec<T> sum = {};
+    for (int64_t d = 0; d < ld; d += LANES<T>) sum += load(a + d) * load(b + d);
+    return sum_of_lanes<T>(sum);
+}
+
+template <class T> void add_scaled(T* a, T x, const T* b, int64_t ld) {
+    for (int64_t d = 0; d < ld; d += LANES<T>) store<T>(a + d, load(a + d) + x * load(b + d));
+}
+
+template <class T> void exp2_of(const T* x, T* y, int64_t n) {
+    int64_t i = 0;
+    for (; i + LANES<T> <= n; i += LANES<T>) store<T>(y + i, exp2_in_range<T>(load(x + i), broadcast<T>(1)));
+    if (i == n) return;
+    T rest[LANES<T>] = {};
+    memcpy(rest, x + i, size_t(n - i) * sizeof(T));
+    store<T>(rest, exp2_in_range<T>(load(rest), broadcast<T>(1)));
+    memcpy(y + i, rest, size_t(n - i) * sizeof(T));
+}
+
+template <class T>
+constexpr Kernels<T> TABLE = {LANES<T>, PANEL<T>, load_rows<T>, forward<T>, backward<T>, dot<T>, add_scaled<T>, exp2_of<T>};
+
+}  // namespace
+
+const Kernels<float>* float_kernels() { return &TABLE<float>; }
+const Kernels<double>* double_kernels() { return &TABLE<double>; }
+
+}  // namespace fntx::FNTX_ISA

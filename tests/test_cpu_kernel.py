@@ -1,0 +1,229 @@
+"""The kernels of csrc/cpu: their exponential, instruction sets, threads, workspace, and their manners as a guest."""
+
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from fastntxent import backends, neg_lse, nt_xent
+from tests.cases import assert_within_budget, evaluate, random_batch
+
+BUILT = backends()["cpu"]
+needs_cpu_kernels = pytest.mark.skipif(not BUILT.available, reason=f"needs the CPU kernels built: {BUILT.reason}")
+pytestmark = needs_cpu_kernels
+
+if BUILT.available:
+    from fastntxent import _cpu
+
+    cpu = importlib.import_module("fastntxent.backends.cpu")
+
+
+def has_instruction_set(name):
+    before = _cpu.instruction_set()
+    try:
+        _cpu.use_instruction_set(name)
+    except ValueError:
+        return False
+    _cpu.use_instruction_set(before)
+    return True
+
+
+@pytest.fixture(params=["avx512", "avx2", "portable"])
+def instruction_set(request):
+    if not has_instruction_set(request.param):
+        pytest.skip(f"needs a machine with {request.param}")
+    before = _cpu.instruction_set()
+    _cpu.use_instruction_set(request.param)
+    yield request.param
+    _cpu.use_instruction_set(before)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(os.environ.get("CI") != "true", reason="CI asserts that the kernels were built")
+def test_kernels_were_built():
+    assert BUILT.available, BUILT.reason
+
+
+# --- the exponential -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(np.finfo(np.longdouble).nmant < 63, reason="needs a long double wider than double")
+@pytest.mark.parametrize(("dtype", "code"), [(np.float32, 2), (np.float64, 3)])
+def test_exp2_error_in_units_of_the_last_place(instruction_set, dtype, code):
+    limit = 1.4 if instruction_set == "portable" else 1.1
+    rng = np.random.default_rng(0)
+    reach = 125 if dtype == np.float32 else 1000
+    grid = np.concatenate((np.linspace(-1, 1, 200_001), rng.uniform(-reach, reach, 400_000), [0, 0.5, -0.5, 1, -1]))
+    x = np.ascontiguousarray(grid, dtype=dtype)
+    y = np.empty_like(x)
+    _cpu.exp2(code, x.ctypes.data, y.ctypes.data, len(x))
+    exact = np.exp2(x.astype(np.longdouble))
+    unit = np.spacing(exact.astype(dtype)).astype(np.longdouble)
+    assert float(np.max(np.abs(y.astype(np.longdouble) - exact) / unit)) < limit
+    assert y[np.flatnonzero(x == 0)[0]] == 1
+
+
+@pytest.mark.parametrize("size", [1, 3, 15, 16, 17])
+def test_exp2_passes_nan_on(instruction_set, size):
+    x, y = torch.full((size,), torch.nan), torch.empty(size)
+    _cpu.exp2(2, x.data_ptr(), y.data_ptr(), size)
+    assert y.isnan().all()
+
+
+# --- instruction sets, tiles, threads --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.005, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(("n", "d"), [(1, 1), (5, 3), (24, 16), (33, 48), (97, 130)])
+def test_instruction_sets_within_budget(instruction_set, n, d, dtype, temperature):
+    assert_within_budget(random_batch(n, d, temperature, dtype=dtype), "cpu")
+
+
+@pytest.mark.parametrize("temperature", [0.005, 0.1])
+@pytest.mark.parametrize("n", [23, 24, 25, 47, 48, 49, 95, 96, 97, 143, 145, 191, 193, 400])
+def test_tile_edges_within_budget(n, temperature):
+    generator = torch.Generator().manual_seed(n)
+    upstream = torch.randn(2 * n, generator=generator, dtype=torch.float64)
+    assert_within_budget(random_batch(n, 20, temperature), "cpu")
+    assert_within_budget(random_batch(n, 20, temperature), "cpu", reduction="none", upstream=upstream)
+
+
+@pytest.mark.parametrize("d", [129, 255, 256, 257, 700])
+def test_long_rows_within_budget(instruction_set, d):
+    assert_within_budget(random_batch(40, d, 0.1), "cpu")
+
+
+@pytest.mark.parametrize("temperature", [0.005, 0.1])
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_any_number_of_threads_within_budget_and_same_bits_each_time(threads, count, temperature):
+    threads(count)
+    batch = random_batch(300, 40, temperature)
+    assert_within_budget(batch, "cpu")
+    first = evaluate(batch, "cpu")
+    for _ in range(10):
+        for a, b in zip(evaluate(batch, "cpu"), first, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("tiles", [0, 1, 5])
+def test_workspace_does_not_change_the_result(monkeypatch, tiles):
+    batch = random_batch(200, 40, 0.1)
+    whole = evaluate(batch, "cpu")
+    monkeypatch.setattr(cpu, "WORKSPACE", tiles * 48 * 48 * 4)
+    for a, b in zip(evaluate(batch, "cpu"), whole, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    assert_within_budget(batch, "cpu")
+
+
+def test_forward_gives_a_logit_the_same_bits_from_both_sides():
+    u = torch.nn.functional.normalize(torch.randn(300, 33), dim=1)
+    both = neg_lse(u[[0, 299]], torch.arange(2), 0.01, backend="cpu")
+    assert both[0] == both[1]
+
+
+def test_ids_of_any_size_are_groups():
+    u = torch.nn.functional.normalize(torch.randn(50, 8), dim=1)
+    ids = torch.arange(50) % 7
+    expected = neg_lse(u, ids, 0.1, backend="cpu")
+    for other in (ids - 3, ids * 2**40, ids.to(torch.int32), ids.to(torch.uint8), -ids):
+        assert torch.equal(neg_lse(u, other, 0.1, backend="cpu"), expected)
+
+
+# --- a guest in somebody's process -----------------------------------------------------------------------------------
+
+
+def test_calls_from_several_python_threads_give_the_same_bits():
+    batches = [random_batch(150 + 10 * index, 40, 0.1, seed=index) for index in range(4)]
+    expected = [evaluate(batch, "cpu") for batch in batches]
+    wrong = []
+
+    def work(index):
+        for _ in range(20):
+            result = evaluate(batches[index], "cpu")
+            if not all(torch.equal(a, b) for a, b in zip(result, expected[index], strict=True)):
+                wrong.append(index)
+
+    workers = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+def test_other_python_threads_run_during_a_call():
+    z_i, z_j, *_ = random_batch(3000, 128, 0.1)
+    done = threading.Event()
+    ticks = []
+
+    def tick():
+        while not done.is_set():
+            ticks.append(time.perf_counter())
+            time.sleep(0.001)
+
+    ticker = threading.Thread(target=tick)
+    ticker.start()
+    start = time.perf_counter()
+    nt_xent(z_i.requires_grad_(), z_j.requires_grad_(), 0.1, backend="cpu")
+    end = time.perf_counter()
+    done.set()
+    ticker.join()
+    assert sum(start < t < end for t in ticks) > 3
+
+
+def run_python(code, **options):
+    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], text=True, **options)
+
+
+def test_ctrl_c_ends_a_long_call():
+    code = """
+        import torch, fastntxent
+        z = torch.randn(2, 60000, 256)
+        print("ready", flush=True)
+        fastntxent.nt_xent(*z, 0.1, backend="cpu")
+    """
+    process = run_python(code, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(1.5)
+    assert process.poll() is None
+    start = time.perf_counter()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert "KeyboardInterrupt" in errors
+    assert process.returncode != 0
+    assert time.perf_counter() - start < 5
+
+
+def test_no_address_space_is_a_memory_error():
+    code = """
+        import resource, torch, fastntxent
+        z = torch.randn(2, 40000, 128)
+        fastntxent.nt_xent(*z[:, :500], 0.1, backend="cpu")
+        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + 60 * 2**20,) * 2)
+        try:
+            fastntxent.nt_xent(*z, 0.1, backend="cpu")
+        except MemoryError:
+            raise SystemExit(0)
+        raise SystemExit(1)
+    """
+    assert run_python(code).wait(timeout=60) == 0
+
+
+def test_module_is_of_the_stable_abi():
+    assert ".abi3." in _cpu.__file__
