@@ -190,6 +190,21 @@ def run_python(code, **options):
     return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], text=True, **options)
 
 
+def test_child_after_fork_computes():
+    # The scalar path: PyTorch's own parallel operators, which other paths use, wait for ever in such a child.
+    code = """
+        import os, torch, fastntxent
+        z = torch.randn(2, 200, 64, requires_grad=True)
+        expected = fastntxent.nt_xent(*z, 0.1, backend="cpu")
+        torch.mm(torch.randn(600, 600), torch.randn(600, 600))
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if torch.equal(fastntxent.nt_xent(*z, 0.1, backend="cpu"), expected) else 1)
+        assert os.waitpid(child, 0)[1] == 0
+    """
+    assert run_python(code).wait(timeout=60) == 0
+
+
 def test_ctrl_c_ends_a_long_call():
     code = """
         import torch, fastntxent
