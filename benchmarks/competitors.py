@@ -47,9 +47,18 @@ def _compiled(temperature: float) -> Loss:
 
 
 def _lightly(temperature: float) -> Loss:
-    if importlib.util.find_spec("lightly") and not importlib.util.find_spec("torchvision"):
+    if importlib.util.find_spec("lightly") and not _imports("torchvision"):
         _lightly_without_torchvision()
     return importlib.import_module("lightly.loss.ntx_ent_loss").NTXentLoss(temperature=temperature)
+
+
+def _imports(name: str) -> bool:
+    """False also for a torchvision that was built for another PyTorch than the one beside it."""
+    try:
+        importlib.import_module(name)
+    except Exception:
+        return False
+    return True
 
 
 def _lightly_without_torchvision() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import ops
 from .backends import check_name as check_backend
 from .backends.base import accumulation_dtype, row_losses
-from .validation import check_ids, check_reduction, check_rows, check_temperature, check_views
+from .validation import check_ids, check_reduction, check_rows, check_same, check_temperature, check_views
 
 
 class NTXentTerms(NamedTuple):
@@ -19,6 +19,13 @@ class NTXentTerms(NamedTuple):
     alignment: Tensor
     distribution: Tensor
     loss: Tensor
+
+
+class CrossNegLse(NamedTuple):
+    """What `cross_neg_lse` returns: (M,) and (K,)."""
+
+    rows: Tensor
+    cols: Tensor
 
 
 def nt_xent(
@@ -153,9 +160,51 @@ def neg_lse(u: Tensor, ids: Tensor, temperature: float | Tensor, *, backend: str
         tensor([0.6931, 0.6931, 0.6931])
     """
     check_rows("u", u)
-    check_ids(ids, u)
+    check_ids("ids", ids, "u", u)
     check_backend(backend)
     return ops.neg_lse(u, ids, _inverse(temperature, u), backend)
+
+
+def cross_neg_lse(
+    u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, temperature: float | Tensor, *, backend: str = "auto"
+) -> CrossNegLse:
+    r"""`neg_lse` between two sets of rows, in both directions from one pass over their similarities.
+
+    .. math::
+        \nu^u_i = \log \sum_{j : id^v_j \ne id^u_i} e^{u_i \cdot v_j / \tau}, \qquad
+        \nu^v_j = \log \sum_{i : id^u_i \ne id^v_j} e^{u_i \cdot v_j / \tau}
+
+    What two towers (images and texts), queries against a queue of keys, and one rank's rows against all others' are
+    made of. A side that needs no gradient, as a queue, costs none.
+
+    Args:
+        u: (M, D) rows, taken as they are; float16, bfloat16, float32 or float64.
+        v: (K, D) rows of the same dtype and device.
+        u_ids, v_ids: (M,) and (K,) integers on the rows' device: the groups of both sides.
+        temperature: as in `nt_xent`.
+        backend: "auto", or a name from `backends()`.
+
+    Returns:
+        A named tuple (rows, cols) of (M,) and (K,), float64 for float64 rows, else float32; -inf, with a gradient of
+        zero, for a row to which the other side has no row of another group. Differentiable in u, v and temperature.
+
+    Errors, determinism and memory are those of `nt_xent`.
+
+    Example:
+        >>> import torch, fastntxent
+        >>> u, v = torch.eye(3), torch.ones(2, 3)
+        >>> fastntxent.cross_neg_lse(u, v, torch.arange(3), torch.arange(2), temperature=1.0).rows  # 1, 1, log(2e)
+        tensor([1.0000, 1.0000, 1.6931])
+    """
+    check_rows("u", u)
+    check_rows("v", v)
+    check_same("u", u, "v", v, "dtype", "device")
+    if u.shape[1] != v.shape[1]:
+        raise ValueError(f"u and v must have the same number of features, got {u.shape[1]} and {v.shape[1]}")
+    check_ids("u_ids", u_ids, "u", u)
+    check_ids("v_ids", v_ids, "v", v)
+    check_backend(backend)
+    return CrossNegLse(*ops.cross_neg_lse(u, v, u_ids, v_ids, _inverse(temperature, u), backend))
 
 
 def _inverse(temperature: float | Tensor, rows: Tensor) -> Tensor:
@@ -163,8 +212,9 @@ def _inverse(temperature: float | Tensor, rows: Tensor) -> Tensor:
     check_temperature(temperature, rows)
     dtype = accumulation_dtype(rows.dtype)
     if not isinstance(temperature, Tensor):
-        # A product rather than torch.full, for which torch.compile would make a graph per temperature.
-        return torch.ones((), dtype=dtype, device="cpu") * (1.0 / temperature)
+        if torch.compiler.is_compiling():  # of a number as a factor it makes one graph, of a constant one each
+            return torch.ones((), dtype=dtype, device="cpu") * (1.0 / temperature)
+        return torch.scalar_tensor(1.0 / temperature, dtype=dtype, device="cpu")
     if temperature.requires_grad:  # its gradient is formed where the rows are
         temperature = temperature.to(rows.device)
     return temperature.to(dtype).reciprocal()

@@ -38,22 +38,29 @@ def check_views(z_i: Tensor, z_j: Tensor) -> None:
     """Two views of one batch: matrices of the same shape, dtype and device."""
     check_rows("z_i", z_i)
     check_rows("z_j", z_j)
-    for what in ("shape", "dtype", "device"):
-        a, b = getattr(z_i, what), getattr(z_j, what)
-        if a != b:
-            a, b = (tuple(a), tuple(b)) if what == "shape" else (a, b)
-            raise ValueError(f"z_i and z_j must have the same {what}, got {a} and {b}")
+    check_same("z_i", z_i, "z_j", z_j, "shape", "dtype", "device")
 
 
-def check_ids(ids: Tensor, rows: Tensor) -> None:
+def check_same(a_name: str, a: Tensor, b_name: str, b: Tensor, *attributes: str) -> None:
+    """Two tensors that agree in these attributes."""
+    for attribute in attributes:
+        of_a, of_b = getattr(a, attribute), getattr(b, attribute)
+        if of_a != of_b:
+            of_a, of_b = (tuple(of_a), tuple(of_b)) if attribute == "shape" else (of_a, of_b)
+            raise ValueError(f"{a_name} and {b_name} must have the same {attribute}, got {of_a} and {of_b}")
+
+
+def check_ids(name: str, ids: Tensor, rows_name: str, rows: Tensor) -> None:
     """One integer group per row, on the rows' device."""
-    _require_tensor("ids", ids)
+    _require_tensor(name, ids)
     if ids.dtype not in ID_DTYPES:
-        raise TypeError(f"ids must have an integer dtype, got {ids.dtype}")
+        raise TypeError(f"{name} must have an integer dtype, got {ids.dtype}")
     if ids.shape != rows.shape[:1]:
-        raise ValueError(f"ids must have shape ({rows.shape[0]},), one per row of u, got {tuple(ids.shape)}")
+        raise ValueError(
+            f"{name} must have shape ({rows.shape[0]},), one per row of {rows_name}, got {tuple(ids.shape)}"
+        )
     if ids.device != rows.device:
-        raise ValueError(f"ids must be on the device of u, {rows.device}, got {ids.device}")
+        raise ValueError(f"{name} must be on the device of {rows_name}, {rows.device}, got {ids.device}")
 
 
 def check_temperature(temperature: float | Tensor, rows: Tensor | None = None) -> None:

@@ -10,7 +10,17 @@ import pytest
 import torch
 
 import fastntxent
-from fastntxent import NTXentLoss, alignment, backends, neg_lse, nt_xent, nt_xent_terms, split_views, uniformity
+from fastntxent import (
+    NTXentLoss,
+    alignment,
+    backends,
+    cross_neg_lse,
+    neg_lse,
+    nt_xent,
+    nt_xent_terms,
+    split_views,
+    uniformity,
+)
 from tests.cases import BACKENDS, random_batch
 
 table = importlib.import_module("fastntxent.backends")
@@ -225,6 +235,32 @@ BAD_CALLS = {
     "terms temperature": (lambda: nt_xent_terms(Z, Z, 0.0), ValueError, "temperature must be positive"),
     "terms backend": (lambda: nt_xent_terms(Z, Z, backend="tpu"), ValueError, "backend must be"),
     "neg_lse rank": (lambda: neg_lse(Z[0], IDS, 1.0), ValueError, "u must have 2 dimensions"),
+    "cross_neg_lse rank": (lambda: cross_neg_lse(Z, Z[0], IDS, IDS, 1.0), ValueError, "v must have 2 dimensions"),
+    "cross_neg_lse dtype": (
+        lambda: cross_neg_lse(Z, Z.double(), IDS, IDS, 1.0),
+        ValueError,
+        "u and v must have the same dtype, got torch.float32 and torch.float64",
+    ),
+    "cross_neg_lse features": (
+        lambda: cross_neg_lse(Z, Z[:, :1], IDS, IDS, 1.0),
+        ValueError,
+        "u and v must have the same number of features",
+    ),
+    "cross_neg_lse ids shape": (
+        lambda: cross_neg_lse(Z[:3], Z, IDS[:3], IDS[:3], 1.0),
+        ValueError,
+        r"v_ids must have shape \(4,\), one per row of v, got \(3,\)",
+    ),
+    "cross_neg_lse ids dtype": (
+        lambda: cross_neg_lse(Z, Z, IDS.float(), IDS, 1.0),
+        TypeError,
+        "u_ids must have an integer dtype",
+    ),
+    "cross_neg_lse temperature": (
+        lambda: cross_neg_lse(Z, Z, IDS, IDS, 0.0),
+        ValueError,
+        "temperature must be positive and finite",
+    ),
     "neg_lse ids type": (lambda: neg_lse(Z, [0, 1, 2, 3], 1.0), TypeError, "ids must be a torch.Tensor, got list"),
     "neg_lse ids dtype": (lambda: neg_lse(Z, IDS.float(), 1.0), TypeError, "ids must have an integer dtype"),
     "neg_lse ids bool": (lambda: neg_lse(Z, IDS > 1, 1.0), TypeError, "ids must have an integer dtype"),

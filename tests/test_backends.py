@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from fastntxent import budget, neg_lse, nt_xent_terms, split_views
+from fastntxent import budget, cross_neg_lse, neg_lse, nt_xent_terms, split_views
+from fastntxent.backends.base import Side
 from tests.cases import (
     BACKENDS,
     KERNELS,
@@ -234,6 +236,78 @@ def test_neg_lse_half_precision_rows_within_budget(backend, dtype):
     assert_arrays_within_budget(value, same, truth, 0.1, weights)
 
 
+def cross_result(batch, temperature, weights, backend, dtype):
+    u, v = (rows.to(dtype, copy=True).requires_grad_() for rows in batch[:2])
+    tau = torch.tensor(temperature, dtype=torch.float64, requires_grad=True)
+    nus = cross_neg_lse(u, v, *batch[2:], tau, backend=backend)
+    total = sum((torch.where(nu == -math.inf, 0, nu) * w.to(dtype)).sum() for nu, w in zip(nus, weights, strict=True))
+    return nus.rows.detach(), nus.cols.detach(), *torch.autograd.grad(total, (u, v, tau))
+
+
+@pytest.mark.parametrize("temperature", [0.001, 0.1, 5.0])
+@pytest.mark.parametrize("groups", ["samples", "unique", "one", "few", "negative"])
+@pytest.mark.parametrize(("M", "K"), [(1, 1), (1, 30), (30, 1), (23, 49), (TILE + 1, 100), (100, TILE - 1)])
+def test_cross_neg_lse_any_groups_within_budget(backend, M, K, groups, temperature):
+    generator = torch.Generator().manual_seed(2)
+    u, v = (F.normalize(torch.randn(rows, 16, generator=generator), dim=1) for rows in (M, K))
+    few = torch.randint(0, 3, (M + K,), generator=generator)
+    all_ids = {
+        "samples": torch.cat((torch.arange(M), torch.arange(K))),
+        "unique": torch.randperm(M + K, generator=generator, dtype=torch.int32),
+        "one": torch.zeros(M + K, dtype=torch.int8),
+        "few": few,
+        "negative": -few * 2**40,
+    }[groups]
+    batch = u, v, all_ids[:M], all_ids[M:]
+    weights = [torch.randn(rows, generator=generator, dtype=torch.float64) for rows in (M, K)]
+    truth = cross_result(batch, temperature, weights, "reference", torch.float64)
+    same, value = (cross_result(batch, temperature, weights, name, torch.float32) for name in ("reference", backend))
+    for true, given in zip(truth[:2], value[:2], strict=True):
+        assert torch.equal(given == -math.inf, true == -math.inf)
+    size = float(sum(w.abs().sum() for w in weights)) / temperature
+    # A relative error of a sum is an absolute one of its logarithm, which can be near 0. Weights of both signs cancel:
+    # gradients are judged by the size of their terms, |s| being about D^-1/2 = 1/4.
+    scales = 1, 1, size / (4 * M), size / (4 * K), size / (4 * temperature)
+    for v, s, t, scale in zip(value, same, truth, scales, strict=True):
+        limit = budget.allowed(budget.measure(s, t, scale=scale), torch.float32, 1 / temperature)
+        errors = budget.measure(v, t, scale=scale)
+        assert errors.within(limit), f"{errors}, allowed {limit}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_cross_neg_lse_dtypes_and_strides_equal_the_reference(backend, dtype):
+    u, v = torch.randn(31, 40, dtype=torch.float64), torch.randn(24, 52, dtype=torch.float64).T
+    batch = (0.3 * u[:, ::2]).to(dtype), (0.3 * v[:, 4:]).to(dtype), torch.arange(31) % 5, torch.arange(52) % 7
+    weights = torch.linspace(-1, 1, 31), torch.linspace(1, 2, 52)
+    value, expected = (cross_result(batch, 0.2, weights, name, dtype) for name in (backend, "reference"))
+    computed = 1e-12 if dtype == torch.float64 else 1e-6
+    for v, e in zip(value, expected, strict=True):
+        rounded = 3 * torch.finfo(v.dtype).eps
+        torch.testing.assert_close(v, e, rtol=max(rounded, computed), atol=10 * computed)
+
+
+@pytest.mark.parametrize("needs", ["u", "v", "temperature"])
+def test_cross_neg_lse_forms_the_gradients_that_are_wanted(backend, needs):
+    ids = torch.arange(20), torch.arange(30)
+
+    def gradient(name):
+        torch.manual_seed(0)
+        tensors = {"u": torch.randn(20, 8), "v": torch.randn(30, 8), "temperature": torch.tensor(0.7)}
+        tensors[needs].requires_grad_()
+        nus = cross_neg_lse(tensors["u"], tensors["v"], *ids, tensors["temperature"], backend=name)
+        return torch.autograd.grad(nus.rows.sum() + 2 * nus.cols.sum(), tensors[needs])
+
+    torch.testing.assert_close(gradient(backend), gradient("reference"))
+
+
+def test_cross_neg_lse_of_one_side_against_itself_is_neg_lse(backend):
+    u = F.normalize(torch.randn(70, 12), dim=1)
+    ids = torch.arange(70) // 2
+    nus = cross_neg_lse(u, u, ids, ids, 0.1, backend=backend)
+    for nu in nus:
+        torch.testing.assert_close(nu, neg_lse(u, ids, 0.1, backend=backend))
+
+
 def test_neg_lse_row_without_negatives_is_minus_infinity_with_zero_gradient(backend):
     u = torch.randn(3, 4, requires_grad=True)
     nu = neg_lse(u, torch.zeros(3, dtype=torch.long), 0.5, backend=backend)
@@ -308,21 +382,38 @@ def test_blocked_running_maximum_equals_direct(monkeypatch, temperature):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
+def blocks_of(*rows):
+    return [blocked._Blocks(Side(u, torch.arange(len(u)))) for u in rows]
+
+
 def test_blocked_forms_exponentials_directly_only_in_range():
     unit = torch.nn.functional.normalize(torch.randn(100, 8), dim=1)
-    assert blocked._stays_in_range(unit, torch.tensor(50.0))
-    assert not blocked._stays_in_range(unit, torch.tensor(60.0))
-    assert not blocked._stays_in_range(unit * 3, torch.tensor(10.0))
-    assert not blocked._stays_in_range(unit * torch.nan, torch.tensor(10.0))
+    in_range = {
+        (1.0, 50.0): True,
+        (1.0, 60.0): False,
+        (3.0, 10.0): False,
+        (torch.nan, 10.0): False,
+    }
+    for (length, inv_tau), expected in in_range.items():
+        assert blocked._stays_in_range(blocks_of(unit * length), torch.tensor(inv_tau)) == expected
+        assert blocked._stays_in_range(blocks_of(unit, unit * length**2), torch.tensor(inv_tau)) == expected
+        assert blocked._stays_in_range(blocks_of(unit * length**2, unit), torch.tensor(inv_tau)) == expected
 
 
 def test_blocked_tiles_cover_each_pair_once(monkeypatch):
     monkeypatch.setattr(blocked, "_BLOCK_CPU", 4)
     for M in (1, 3, 4, 5, 8, 13):
         seen = torch.zeros(M, M, dtype=torch.long)
-        tiles = blocked._DirectTiles(torch.randn(M, 3), torch.arange(M), torch.tensor(1.0))
+        tiles = blocked._DirectTiles(blocks_of(torch.randn(M, 3)), torch.tensor(1.0))
         for tile, _ in tiles.logits():
             seen[tile.rows, tile.cols] += 1
             if not tile.diagonal:
                 seen[tile.cols, tile.rows] += 1
         assert (seen == 1).all()
+        for K in (1, 4, 9):
+            seen = torch.zeros(M, K, dtype=torch.long)
+            tiles = blocked._DirectTiles(blocks_of(torch.randn(M, 3), torch.randn(K, 3)), torch.tensor(1.0))
+            for tile, _ in tiles.logits():
+                assert not tile.diagonal
+                seen[tile.rows, tile.cols] += 1
+            assert (seen == 1).all()

@@ -7,7 +7,7 @@ import torch
 import torch._dynamo.testing
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastntxent import NTXentLoss, budget, neg_lse, nt_xent, ops, split_views
+from fastntxent import NTXentLoss, budget, cross_neg_lse, neg_lse, nt_xent, ops, split_views
 from tests.cases import BACKENDS, KERNELS, needs_cuda, random_batch
 
 
@@ -41,6 +41,44 @@ def test_neg_lse_operator_passes_opcheck(backend):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
+def test_cross_neg_lse_operator_passes_opcheck(backend, wanted, dtype):
+    u, v = (torch.randn(rows, 4, dtype=dtype, requires_grad=need) for rows, need in zip((6, 9), wanted, strict=True))
+    ids = torch.arange(6), torch.arange(9)
+    torch.library.opcheck(torch.ops.fastntxent.cross_neg_lse.default, (u, v, *ids, inverse_temperature(), backend))
+
+
+def test_loss_operator_passes_opcheck_and_has_no_gradient(backend):
+    operator = torch.ops.fastntxent.nt_xent_loss.default
+    torch.library.opcheck(operator, (*views(requires_grad=False), inverse_temperature(False), True, backend))
+    loss = operator(*views(), inverse_temperature(), True, backend)
+    with pytest.raises(RuntimeError, match="nt_xent_sum gives both"):
+        loss.backward()
+
+
+def test_eager_calls_give_the_bits_of_the_operators(backend):
+    z_i, z_j = views(20, 8)
+    k = inverse_temperature()
+    calls = {
+        "nt_xent_sum": (z_i, z_j, k, True, backend),
+        "nt_xent_rows": (z_i, z_j, k, True, backend),
+        "neg_lse": (z_i, torch.arange(20), k, backend),
+        "cross_neg_lse": (z_i, z_j, torch.arange(20), torch.arange(20), k, backend),
+    }
+    for name, arguments in calls.items():
+        results = []
+        for call in (getattr(ops, name), getattr(torch.ops.fastntxent, name)):
+            outputs = call(*arguments)
+            outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+            outputs = outputs[:1] if name == "nt_xent_sum" else outputs
+            total = sum((output * 1.5).sum() for output in outputs)
+            inputs = [t for t in arguments if isinstance(t, torch.Tensor) and t.requires_grad]
+            results.append([*outputs, *torch.autograd.grad(total, inputs)])
+        for short, whole in zip(*results, strict=True):
+            assert torch.equal(short, whole), name
+
+
 def test_backward_operators_pass_opcheck(backend):
     z_i, z_j = views(requires_grad=False)
     k = inverse_temperature(requires_grad=False)
@@ -50,6 +88,7 @@ def test_backward_operators_pass_opcheck(backend):
     calls = {
         "neg_lse_backward": (weights, u, ids, k, nu, backend),
         "nt_xent_rows_backward": (weights, weights, z_i, z_j, k, nu, True, backend),
+        "cross_neg_lse_backward": (weights, weights, u, u, ids, ids, k, nu, nu, True, False, backend),
         "nt_xent_sum_backward": (torch.tensor(2.0), z_i, z_j, k, z_i, z_j, k),
     }
     for name, arguments in calls.items():
@@ -190,11 +229,37 @@ def test_second_derivative_is_refused_with_advice(backend, reduction, by):
         gradient.square().sum().backward()
 
 
-def test_neg_lse_second_derivative_is_refused_with_advice(backend):
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda u, ids, name: neg_lse(u, ids, 0.5, backend=name),
+        lambda u, ids, name: cross_neg_lse(u, u.detach() + 1, ids, ids, 0.5, backend=name).rows,
+    ],
+    ids=["neg_lse", "cross_neg_lse"],
+)
+def test_neg_lse_second_derivative_is_refused_with_advice(backend, loss):
     u = torch.randn(6, 4, requires_grad=True)
-    (gradient,) = torch.autograd.grad(neg_lse(u, torch.arange(6), 0.5, backend=backend).sum(), u, create_graph=True)
+    (gradient,) = torch.autograd.grad(loss(u, torch.arange(6), backend).sum(), u, create_graph=True)
     with pytest.raises(RuntimeError, match=REFUSED):
         gradient.sum().backward()
+
+
+def test_compile_and_transforms_of_cross_neg_lse(backend):
+    torch._dynamo.reset()
+    ids = torch.arange(6), torch.arange(9)
+
+    def total(u, v, name=backend):
+        nus = cross_neg_lse(u, v, *ids, 0.5, backend=name)
+        return nus.rows.sum() + 2 * nus.cols.sum()
+
+    u, v = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    expected = torch.autograd.grad(total(u, v, "reference"), (u, v))
+    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(u, v), (u, v)), expected)
+    torch.testing.assert_close(torch.autograd.grad(compiled(u, v.detach()), u), expected[:1])
+    torch.testing.assert_close(torch.func.grad(total, argnums=(0, 1))(u, v), expected)
+    many = torch.func.vmap(torch.func.grad(total), in_dims=(0, None))(u.expand(2, 6, 4), v)
+    torch.testing.assert_close(many, expected[0].expand(2, 6, 4))
 
 
 @pytest.mark.parametrize(
@@ -279,10 +344,10 @@ def test_scalar_path_is_taken_where_a_gradient_is_wanted(backend, wants):
         with torch.no_grad():
             nt_xent(**arguments, backend=backend)
     assert recorder.names == [
-        "nt_xent_rows",
-        *("nt_xent_sum", "nt_xent_sum_backward"),
+        "nt_xent_loss",
+        "nt_xent_sum",  # whose backward is three products
         *("nt_xent_rows", "nt_xent_rows_backward"),
-        "nt_xent_rows",
+        "nt_xent_loss",
     ]
 
 

@@ -18,6 +18,8 @@ relative accuracy however small the loss becomes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -76,6 +78,12 @@ class Backend(ABC):
     def neg_lse(self, u: Tensor, ids: Tensor, inv_tau: Tensor) -> Tensor:
         """nu of the rows: (M, D), (M,), () -> (M,) in the accumulation dtype."""
 
+    @abstractmethod
+    def cross_neg_lse(
+        self, u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """nu of the rows u (M, D) against the columns v (K, D), and of the columns against the rows: (M,) and (K,)."""
+
     def nt_xent_rows(self, z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
         """nu and pi of every row, (M,) each, order [z_i; z_j]."""
         u = UnitRows(z_i, z_j, normalize).u
@@ -91,6 +99,23 @@ class KernelBackend(Backend):
         self, d_neg_lse: Tensor, u: Tensor, ids: Tensor, inv_tau: Tensor, neg_lse: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Gradient of sum_i d_neg_lse_i nu_i with respect to u (M, D) and k (0-d)."""
+
+    @abstractmethod
+    def cross_neg_lse_backward(
+        self,
+        d_rows: Tensor,
+        d_cols: Tensor,
+        u: Tensor,
+        v: Tensor,
+        u_ids: Tensor,
+        v_ids: Tensor,
+        inv_tau: Tensor,
+        rows_neg_lse: Tensor,
+        cols_neg_lse: Tensor,
+        needs_u: bool,
+        needs_v: bool,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """Gradient of sum_i d_rows_i nu_i + sum_j d_cols_j nu_j with respect to u, v and k; None where not needed."""
 
     @abstractmethod
     def nt_xent_rows_backward(
@@ -111,34 +136,72 @@ class KernelBackend(Backend):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """sum_i loss_i (0-d) with its gradient with respect to z_i, z_j and k."""
 
+    def nt_xent_loss(self, z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool) -> Tensor:
+        """sum_i loss_i (0-d)."""
+        return row_losses(*self.nt_xent_rows(z_i, z_j, inv_tau, normalize)).sum()
+
+
+class Side(NamedTuple):
+    """Rows (M, D) and the group of each (M,). One side is its own columns; two are rows and columns."""
+
+    u: Tensor
+    ids: Tensor
+
 
 class NegLse(ABC):
-    """neg_lse of given rows: the forward, and a backward that may use what the forward left in the workspace."""
+    """neg_lse of given sides: the forward, and a backward that may use what the forward left in the workspace."""
 
     @abstractmethod
-    def forward(self) -> Tensor:
-        """nu of the rows (M,)."""
+    def forward(self) -> tuple[Tensor, ...]:
+        """nu of each side's rows."""
 
     @abstractmethod
-    def backward(self, d_neg_lse: Tensor, neg_lse: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradient of sum_i d_neg_lse_i nu_i with respect to u (M, D) and k (0-d), with or without a `forward` before
-        it. Called once."""
+    def backward(
+        self, d_neg_lse: Sequence[Tensor], neg_lse: Sequence[Tensor], needs: Sequence[bool]
+    ) -> tuple[list[Tensor | None], Tensor]:
+        """Gradient of the weighted sum of all nu with respect to each side's u, None where not needed, and to k (0-d),
+        with or without a `forward` before it. Called once."""
 
 
 class ComposedBackend(KernelBackend):
     """NT-Xent as O(M D) tensor code around neg_lse, for kernels that fuse no more than that."""
 
     @abstractmethod
-    def prepare(self, u: Tensor, ids: Tensor, inv_tau: Tensor) -> NegLse:
-        """Set up neg_lse of these rows."""
+    def prepare(self, sides: Sequence[Side], inv_tau: Tensor) -> NegLse:
+        """Set up neg_lse of one side, or between two."""
 
     def neg_lse(self, u: Tensor, ids: Tensor, inv_tau: Tensor) -> Tensor:
-        return self.prepare(u, ids, inv_tau).forward()
+        (nu,) = self.prepare([Side(u, ids)], inv_tau).forward()
+        return nu
 
     def neg_lse_backward(
         self, d_neg_lse: Tensor, u: Tensor, ids: Tensor, inv_tau: Tensor, neg_lse: Tensor
     ) -> tuple[Tensor, Tensor]:
-        return self.prepare(u, ids, inv_tau).backward(d_neg_lse, neg_lse)
+        return _backward_of_one(self.prepare([Side(u, ids)], inv_tau), d_neg_lse, neg_lse)
+
+    def cross_neg_lse(
+        self, u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        rows, cols = self.prepare([Side(u, u_ids), Side(v, v_ids)], inv_tau).forward()
+        return rows, cols
+
+    def cross_neg_lse_backward(
+        self,
+        d_rows: Tensor,
+        d_cols: Tensor,
+        u: Tensor,
+        v: Tensor,
+        u_ids: Tensor,
+        v_ids: Tensor,
+        inv_tau: Tensor,
+        rows_neg_lse: Tensor,
+        cols_neg_lse: Tensor,
+        needs_u: bool,
+        needs_v: bool,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        work = self.prepare([Side(u, u_ids), Side(v, v_ids)], inv_tau)
+        (d_u, d_v), d_inv_tau = work.backward((d_rows, d_cols), (rows_neg_lse, cols_neg_lse), (needs_u, needs_v))
+        return d_u, d_v, d_inv_tau
 
     def nt_xent_rows_backward(
         self,
@@ -151,19 +214,25 @@ class ComposedBackend(KernelBackend):
         normalize: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows = UnitRows(z_i, z_j, normalize)
-        work = self.prepare(rows.u, sample_ids(rows.u), inv_tau)
-        return _with_positives(rows, inv_tau, d_pos, *work.backward(d_neg_lse, neg_lse))
+        work = self.prepare([Side(rows.u, sample_ids(rows.u))], inv_tau)
+        return _with_positives(rows, inv_tau, d_pos, *_backward_of_one(work, d_neg_lse, neg_lse))
 
     def nt_xent_sum(
         self, z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows = UnitRows(z_i, z_j, normalize)
-        work = self.prepare(rows.u, sample_ids(rows.u), inv_tau)
-        neg_lse = work.forward()
+        work = self.prepare([Side(rows.u, sample_ids(rows.u))], inv_tau)
+        (neg_lse,) = work.forward()
         pos = positives(rows.u, inv_tau)
         q = torch.sigmoid(neg_lse - pos)
-        gradients = _with_positives(rows, inv_tau, -q, *work.backward(q, neg_lse))
+        gradients = _with_positives(rows, inv_tau, -q, *_backward_of_one(work, q, neg_lse))
         return row_losses(neg_lse, pos).sum(), *gradients
+
+
+def _backward_of_one(work: NegLse, d_neg_lse: Tensor, neg_lse: Tensor) -> tuple[Tensor, Tensor]:
+    (d_u,), d_inv_tau = work.backward([d_neg_lse], [neg_lse], [True])
+    assert d_u is not None
+    return d_u, d_inv_tau
 
 
 def _with_positives(

@@ -6,6 +6,9 @@ The logits k u u^T are symmetric, so only tiles (I, J) with I <= J are formed. O
     backward   A_I   += G U_J,    A_J   += G^T U_I       G = E * (a_I 1^T + 1 a_J^T),  a_i = w_i exp(-nu_i)
     then       d_u = k A,         d_k = (1/2) sum_i u_i . A_i
 
+Rows against other columns take the same steps over all tiles, the columns with sums and gradients of their own; d_k is
+then sum_i u_i . A_i of the rows.
+
 With u = 2 M^2 D flops that is u/2 forward and 3u/2 backward: the 2u schedule. A diagonal tile is formed whole and
 used from one side only. Memory: O(M D) and two tiles of B x B. The order of every sum is fixed, so a result has the
 same bits each time on the same device and number of threads.
@@ -25,13 +28,13 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .base import ComposedBackend, NegLse, accumulation_dtype, row_dots
+from .base import ComposedBackend, NegLse, Side, accumulation_dtype, row_dots
 
 # Tile edges: 1 MiB of float32 stays in a core's second-level cache; an accelerator wants fewer, larger launches.
 _BLOCK_CPU = 512
@@ -49,68 +52,97 @@ class _Tile(NamedTuple):
     diagonal: bool
 
 
+class _Blocks:
+    """A side's rows, in blocks."""
+
+    def __init__(self, side: Side):
+        self.u = side.u.to(accumulation_dtype(side.u.dtype)).contiguous()
+        self.ids = side.ids
+        M = self.u.shape[0]
+        self.size = min(M, _BLOCK_CPU if self.u.device.type == "cpu" else _BLOCK_ACCELERATOR)
+        self.slices = [slice(start, min(start + self.size, M)) for start in range(0, M, self.size)]
+
+    def id_spans(self) -> list[tuple[int, int]] | None:
+        """Each block's smallest and largest id: blocks whose spans do not meet need no mask. Only the CPU may look."""
+        if self.ids.device.type != "cpu":
+            return None
+        return [(int(low), int(high)) for low, high in (self.ids[rows].aminmax() for rows in self.slices)]
+
+
 class _Tiles(NegLse):
-    """The upper triangle, tile by tile. The two subclasses differ in what they make of a tile's logits."""
+    """The tiles of the similarity matrix, of one side its upper triangle. The two subclasses differ in what they make
+    of a tile's logits. Lists have one item a side; of one side, `rows` and `cols` are the same."""
 
-    def __init__(self, u: Tensor, ids: Tensor, inv_tau: Tensor):
-        self.u = u
-        self.scaled = u * inv_tau
-        self.ids = ids
+    def __init__(self, sides: Sequence[_Blocks], inv_tau: Tensor):
+        self.sides = sides
+        self.rows, self.cols = sides[0], sides[-1]
+        self.scaled = self.rows.u * inv_tau
         self.inv_tau = inv_tau
-        M = u.shape[0]
-        block = min(M, _BLOCK_CPU if u.device.type == "cpu" else _BLOCK_ACCELERATOR)
-        self.blocks = [slice(start, min(start + block, M)) for start in range(0, M, block)]
-        self.buffer, self.scratch = u.new_empty(2, block * block)
+        self.buffer, self.scratch = self.rows.u.new_empty(2, self.rows.size * self.cols.size)
 
-    def backward(self, d_neg_lse: Tensor, neg_lse: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(
+        self, d_neg_lse: Sequence[Tensor], neg_lse: Sequence[Tensor], needs: Sequence[bool]
+    ) -> tuple[list[Tensor | None], Tensor]:
         # A row without negatives has neither a weight, whatever came from behind its -inf, nor probabilities.
-        empty = neg_lse == -math.inf
-        weights, nu = d_neg_lse.masked_fill(empty, 0), neg_lse.masked_fill(empty, math.inf)
+        empty = [nu == -math.inf for nu in neg_lse]
+        weights = [w.masked_fill(none, 0) for w, none in zip(d_neg_lse, empty, strict=True)]
+        nus = [nu.masked_fill(none, math.inf) for nu, none in zip(neg_lse, empty, strict=True)]
         # Weights of any magnitude (a loss scaler's 2^16, a mean's 1e-6) enter the tiles with the largest at 1.
-        scale = weights.abs().amax().clamp_min(torch.finfo(weights.dtype).tiny)
-        gathered = torch.zeros_like(self.u)
-        for tile, g in self.probabilities(weights / scale, nu):
-            gathered[tile.rows].addmm_(g, self.u[tile.cols])
-            if not tile.diagonal:
-                gathered[tile.cols].addmm_(g.T, self.u[tile.rows])
-        gathered *= scale
-        d_inv_tau = row_dots(self.u, gathered).sum() * 0.5
-        return gathered.mul_(self.inv_tau), d_inv_tau
+        scale = torch.cat(weights).abs().amax().clamp_min(torch.finfo(weights[0].dtype).tiny)
+        # What the rows gather gives the temperature's gradient too; of two sides, the columns' may not be needed.
+        gathered = [torch.zeros_like(self.rows.u)]
+        if len(self.sides) > 1 and needs[1]:
+            gathered.append(torch.zeros_like(self.cols.u))
+        of_cols = gathered[-1] if len(gathered) == len(self.sides) else None
+        for tile, g in self.probabilities([w / scale for w in weights], nus):
+            gathered[0][tile.rows].addmm_(g, self.cols.u[tile.cols])
+            if of_cols is not None and not tile.diagonal:
+                of_cols[tile.cols].addmm_(g.T, self.rows.u[tile.rows])
+        for d_u in gathered:
+            d_u *= scale
+        d_inv_tau = row_dots(self.rows.u, gathered[0]).sum() / (3 - len(self.sides))
+        for d_u in gathered:
+            d_u *= self.inv_tau
+        d_sides = [gathered[0], of_cols][: len(self.sides)]
+        return [d_u if need else None for d_u, need in zip(d_sides, needs, strict=True)], d_inv_tau
 
     @abstractmethod
-    def probabilities(self, weights: Tensor, nu: Tensor) -> Iterator[tuple[_Tile, Tensor]]:
+    def probabilities(self, weights: list[Tensor], nus: list[Tensor]) -> Iterator[tuple[_Tile, Tensor]]:
         """G of the header for every tile; nu is +inf for a row without negatives."""
 
     def logits(self) -> Iterator[tuple[_Tile, bool]]:
         """Every tile's logits, and whether ids may agree in it."""
-        spans = self._id_spans()
-        for i, rows in enumerate(self.blocks):
-            for j, cols in enumerate(self.blocks[i:], start=i):
+        row_spans, col_spans = self.rows.id_spans(), self.cols.id_spans()
+        one_side = len(self.sides) == 1
+        for i, rows in enumerate(self.rows.slices):
+            for j, cols in enumerate(self.cols.slices):
+                if one_side and j < i:
+                    continue
                 values = self.tile_of(self.buffer, rows, cols)
-                torch.mm(self.scaled[rows], self.u[cols].T, out=values)
-                apart = spans is not None and (spans[i][1] < spans[j][0] or spans[j][1] < spans[i][0])
-                yield _Tile(rows, cols, values, i == j), not apart
+                torch.mm(self.scaled[rows], self.cols.u[cols].T, out=values)
+                yield _Tile(rows, cols, values, one_side and i == j), _may_meet(row_spans, i, col_spans, j)
 
     @staticmethod
     def tile_of(buffer: Tensor, rows: slice, cols: slice) -> Tensor:
         height, width = rows.stop - rows.start, cols.stop - cols.start
         return buffer[: height * width].view(height, width)
 
-    def _id_spans(self) -> list[tuple[int, int]] | None:
-        """Each block's smallest and largest id: blocks whose spans do not meet need no mask. Only the CPU may look."""
-        if self.ids.device.type != "cpu":
-            return None
-        return [(int(low), int(high)) for low, high in (self.ids[rows].aminmax() for rows in self.blocks)]
+
+def _may_meet(row_spans: list[tuple[int, int]] | None, i: int, col_spans: list[tuple[int, int]] | None, j: int) -> bool:
+    if row_spans is None or col_spans is None:
+        return True
+    return row_spans[i][0] <= col_spans[j][1] and col_spans[j][0] <= row_spans[i][1]
 
 
 class _DirectTiles(_Tiles):
     """exp(k s) itself: every logit is known to be in range."""
 
-    def __init__(self, u: Tensor, ids: Tensor, inv_tau: Tensor):
-        super().__init__(u, ids, inv_tau)
+    def __init__(self, sides: Sequence[_Blocks], inv_tau: Tensor):
+        super().__init__(sides, inv_tau)
         # Small whole numbers in the rows' own dtype: comparing them into a factor of 0 or 1 takes a seventh of the
         # time of a boolean mask of the integers.
-        self.codes = torch.unique(ids, return_inverse=True)[1].to(u.dtype)
+        codes = torch.unique(torch.cat([side.ids for side in sides]), return_inverse=True)[1].to(self.rows.u.dtype)
+        self.codes = codes.split([len(side.ids) for side in sides])
         self.kept: _Tile | None = None
 
     def exponentials(self) -> Iterator[_Tile]:
@@ -122,29 +154,30 @@ class _DirectTiles(_Tiles):
             tile.values.exp_()
             if mixed:
                 scratch = self.tile_of(self.scratch, tile.rows, tile.cols)
-                tile.values.mul_(torch.ne(self.codes[tile.rows, None], self.codes[tile.cols], out=scratch))
-            if len(self.blocks) == 1:
+                of_rows, of_cols = self.codes[0][tile.rows, None], self.codes[-1][tile.cols]
+                tile.values.mul_(torch.ne(of_rows, of_cols, out=scratch))
+            if len(self.rows.slices) == len(self.cols.slices) == 1:
                 self.kept = tile
             yield tile
 
-    def forward(self) -> Tensor:
-        sums = self.u.new_zeros(self.u.shape[0])
+    def forward(self) -> tuple[Tensor, ...]:
+        sums = [side.u.new_zeros(side.u.shape[0]) for side in self.sides]
         for rows, cols, exps, diagonal in self.exponentials():
-            sums[rows] += exps.sum(dim=1)
+            sums[0][rows] += exps.sum(dim=1)
             if not diagonal:
-                sums[cols] += exps.sum(dim=0)
-        return sums.log_()
+                sums[-1][cols] += exps.sum(dim=0)
+        return tuple(total.log_() for total in sums)
 
-    def probabilities(self, weights: Tensor, nu: Tensor) -> Iterator[tuple[_Tile, Tensor]]:
-        a = weights * torch.exp(-nu)
+    def probabilities(self, weights: list[Tensor], nus: list[Tensor]) -> Iterator[tuple[_Tile, Tensor]]:
+        scaled = [w * torch.exp(-nu) for w, nu in zip(weights, nus, strict=True)]
         for tile in self.exponentials():
             rows, cols, exps, diagonal = tile
             g = self.tile_of(self.scratch, rows, cols)
             if diagonal:
-                torch.mul(exps, a[rows, None], out=g)
+                torch.mul(exps, scaled[0][rows, None], out=g)
                 yield tile, torch.add(g, g.T, out=exps)
             else:
-                yield tile, torch.add(a[rows, None], a[cols], out=g).mul_(exps)
+                yield tile, torch.add(scaled[0][rows, None], scaled[-1][cols], out=g).mul_(exps)
 
 
 class _ShiftedTiles(_Tiles):
@@ -154,28 +187,29 @@ class _ShiftedTiles(_Tiles):
         """Logits, -inf where the ids agree."""
         for tile, mixed in self.logits():
             if mixed:
-                tile.values.masked_fill_(self.ids[tile.rows, None] == self.ids[tile.cols], -math.inf)
+                agree = self.rows.ids[tile.rows, None] == self.cols.ids[tile.cols]
+                tile.values.masked_fill_(agree, -math.inf)
             yield tile
 
-    def forward(self) -> Tensor:
-        peaks = self.u.new_full((self.u.shape[0],), -math.inf)
-        sums = torch.zeros_like(peaks)
+    def forward(self) -> tuple[Tensor, ...]:
+        peaks = [side.u.new_full((side.u.shape[0],), -math.inf) for side in self.sides]
+        sums = [torch.zeros_like(peak) for peak in peaks]
         for rows, cols, logits, diagonal in self.masked_logits():
             scratch = self.tile_of(self.scratch, rows, cols)
-            _fold(peaks[rows], sums[rows], logits, scratch, dim=1)
+            _fold(peaks[0][rows], sums[0][rows], logits, scratch, dim=1)
             if not diagonal:
-                _fold(peaks[cols], sums[cols], logits, scratch, dim=0)
-        return sums.log_().add_(peaks)
+                _fold(peaks[-1][cols], sums[-1][cols], logits, scratch, dim=0)
+        return tuple(total.log_().add_(peak) for total, peak in zip(sums, peaks, strict=True))
 
-    def probabilities(self, weights: Tensor, nu: Tensor) -> Iterator[tuple[_Tile, Tensor]]:
+    def probabilities(self, weights: list[Tensor], nus: list[Tensor]) -> Iterator[tuple[_Tile, Tensor]]:
         for tile in self.masked_logits():
             rows, cols, logits, diagonal = tile
-            g = torch.sub(logits, nu[rows, None], out=self.tile_of(self.scratch, rows, cols)).exp_()
-            g.mul_(weights[rows, None])
+            g = torch.sub(logits, nus[0][rows, None], out=self.tile_of(self.scratch, rows, cols)).exp_()
+            g.mul_(weights[0][rows, None])
             if diagonal:
                 yield tile, torch.add(g, g.T, out=logits)
             else:
-                yield tile, g.add_(logits.sub_(nu[cols]).exp_().mul_(weights[cols]))
+                yield tile, g.add_(logits.sub_(nus[-1][cols]).exp_().mul_(weights[-1][cols]))
 
 
 def _fold(peaks: Tensor, sums: Tensor, logits: Tensor, scratch: Tensor, dim: int) -> None:
@@ -187,18 +221,20 @@ def _fold(peaks: Tensor, sums: Tensor, logits: Tensor, scratch: Tensor, dim: int
     peaks.copy_(new_peaks)
 
 
-def _stays_in_range(u: Tensor, inv_tau: Tensor) -> bool:
+def _stays_in_range(sides: Sequence[_Blocks], inv_tau: Tensor) -> bool:
     """Whether the host can see that exp(k s) does."""
-    if u.device.type != "cpu" or inv_tau.device.type != "cpu":
+    rows, cols = sides[0].u, sides[-1].u
+    if rows.device.type != "cpu" or inv_tau.device.type != "cpu":
         return False
-    largest = torch.linalg.vector_norm(u, dim=1).amax().item() ** 2
-    return inv_tau.item() * largest + math.log(u.shape[0]) < _DIRECT_LIMIT[u.dtype]
+    longest = [torch.linalg.vector_norm(side.u, dim=1).amax().item() for side in sides]
+    terms = math.log(max(rows.shape[0], cols.shape[0]))
+    return inv_tau.item() * longest[0] * longest[-1] + terms < _DIRECT_LIMIT[rows.dtype]
 
 
 class BlockedBackend(ComposedBackend):
-    def prepare(self, u: Tensor, ids: Tensor, inv_tau: Tensor) -> NegLse:
-        u = u.to(accumulation_dtype(u.dtype)).contiguous()
-        return (_DirectTiles if _stays_in_range(u, inv_tau) else _ShiftedTiles)(u, ids, inv_tau)
+    def prepare(self, sides: Sequence[Side], inv_tau: Tensor) -> NegLse:
+        blocks = [_Blocks(side) for side in sides]
+        return (_DirectTiles if _stays_in_range(blocks, inv_tau) else _ShiftedTiles)(blocks, inv_tau)
 
 
 BACKEND = BlockedBackend()

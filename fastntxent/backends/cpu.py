@@ -7,6 +7,7 @@ PyTorch's: `torch.set_num_threads` holds here too.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -78,12 +79,12 @@ def _run(
     )
 
 
-def _dense(ids: Tensor) -> Tensor:
+def _dense(*ids: Tensor) -> Sequence[Tensor]:
     """The same groups as contiguous int64 in [0, 2^31)."""
-    low, high = ids.aminmax()
-    if low < 0 or high >= 2**31:
-        ids = torch.unique(ids, return_inverse=True)[1]
-    return ids.to(torch.int64).contiguous()
+    if any(low < 0 or high >= 2**31 for low, high in (each.aminmax() for each in ids)):
+        codes = torch.unique(torch.cat([each.to(torch.int64) for each in ids]), return_inverse=True)[1]
+        ids = codes.split([len(each) for each in ids])
+    return [each.to(torch.int64).contiguous() for each in ids]
 
 
 class CpuBackend(KernelBackend):
@@ -91,16 +92,46 @@ class CpuBackend(KernelBackend):
 
     def neg_lse(self, u: Tensor, ids: Tensor, inv_tau: Tensor) -> Tensor:
         neg_lse = u.new_empty(u.shape[0], dtype=accumulation_dtype(u.dtype))
-        _run(_FORWARD, inv_tau, False, _Side(u, ids=_dense(ids), neg_lse=neg_lse))
+        _run(_FORWARD, inv_tau, False, _Side(u, ids=_dense(ids)[0], neg_lse=neg_lse))
         return neg_lse
 
     def neg_lse_backward(
         self, d_neg_lse: Tensor, u: Tensor, ids: Tensor, inv_tau: Tensor, neg_lse: Tensor
     ) -> tuple[Tensor, Tensor]:
         d_u, d_inv_tau = _gradient_of(u), neg_lse.new_empty(())
-        rows = _Side(u, None, _dense(ids), neg_lse.contiguous(), d_neg_lse.contiguous(), d_u)
+        rows = _Side(u, None, _dense(ids)[0], neg_lse.contiguous(), d_neg_lse.contiguous(), d_u)
         _run(_BACKWARD, inv_tau, False, rows, d_inv_tau=d_inv_tau)
         return d_u, d_inv_tau
+
+    def cross_neg_lse(
+        self, u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        u_ids, v_ids = _dense(u_ids, v_ids)
+        nu_u, nu_v = (torch.empty(x.shape[0], dtype=accumulation_dtype(x.dtype)) for x in (u, v))
+        _run(_FORWARD, inv_tau, False, _Side(u, ids=u_ids, neg_lse=nu_u), cols=_Side(v, ids=v_ids, neg_lse=nu_v))
+        return nu_u, nu_v
+
+    def cross_neg_lse_backward(
+        self,
+        d_rows: Tensor,
+        d_cols: Tensor,
+        u: Tensor,
+        v: Tensor,
+        u_ids: Tensor,
+        v_ids: Tensor,
+        inv_tau: Tensor,
+        rows_neg_lse: Tensor,
+        cols_neg_lse: Tensor,
+        needs_u: bool,
+        needs_v: bool,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        u_ids, v_ids = _dense(u_ids, v_ids)
+        d_u, d_v = _gradient_of(u) if needs_u else None, _gradient_of(v) if needs_v else None
+        d_inv_tau = rows_neg_lse.new_empty(())
+        rows = _Side(u, None, u_ids, rows_neg_lse.contiguous(), d_rows.contiguous(), d_u)
+        cols = _Side(v, None, v_ids, cols_neg_lse.contiguous(), d_cols.contiguous(), d_v)
+        _run(_BACKWARD, inv_tau, False, rows, cols=cols, d_inv_tau=d_inv_tau)
+        return d_u, d_v, d_inv_tau
 
     def nt_xent_rows(self, z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
         neg_lse = torch.empty(2 * z_i.shape[0], dtype=accumulation_dtype(z_i.dtype))
@@ -122,6 +153,11 @@ class CpuBackend(KernelBackend):
         rows = _Side(z_i, z_j, None, neg_lse.contiguous(), d_neg_lse.contiguous(), d_z_i, d_z_j)
         _run(_BACKWARD, inv_tau, normalize, rows, d_pos=d_pos.contiguous(), d_inv_tau=d_inv_tau)
         return d_z_i, d_z_j, d_inv_tau
+
+    def nt_xent_loss(self, z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool) -> Tensor:
+        loss = torch.empty((), dtype=accumulation_dtype(z_i.dtype))
+        _run(_FORWARD, inv_tau, normalize, _Side(z_i, z_j), loss=loss)
+        return loss
 
     def nt_xent_sum(
         self, z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool

@@ -19,6 +19,13 @@ class ReferenceBackend(Backend):
         u = u.to(accumulation_dtype(u.dtype))
         return _masked_logsumexp(inv_tau * (u @ u.T), ids[:, None] != ids)
 
+    def cross_neg_lse(
+        self, u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        dtype = accumulation_dtype(u.dtype)
+        logits, mask = inv_tau * (u.to(dtype) @ v.to(dtype).T), u_ids[:, None] != v_ids
+        return _masked_logsumexp(logits, mask), _masked_logsumexp(logits.T, mask.T)
+
     def nt_xent_rows(self, z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
         n_samples = z_i.shape[0]
         u = torch.cat((z_i, z_j)).to(accumulation_dtype(z_i.dtype))
