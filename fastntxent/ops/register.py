@@ -27,6 +27,7 @@ from ..validation import check_positive
 
 _LIBRARY = torch.library.Library("fastntxent", "DEF")
 _PLAIN = (Tensor, torch.nn.Parameter)
+_AS_IT_IS = contextlib.nullcontext()
 
 _USE_REFERENCE = (
     "pass backend='reference', which is plain PyTorch and can be differentiated in any way (its memory grows with M^2)"
@@ -36,9 +37,9 @@ _USE_REFERENCE = (
 def autocast_off(rows: Tensor) -> contextlib.AbstractContextManager[None]:
     """A block in which autocast leaves operations on the rows' device alone."""
     device_type = rows.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
+    return _AS_IT_IS
 
 
 def kernels(name: str, rows: Tensor, inv_tau: Tensor) -> KernelBackend:
@@ -75,10 +76,10 @@ def register(
     operator = getattr(torch.ops.fastntxent, name).default
 
     # register_autograd does not reach torch.func's transforms; an autograd.Function of the same two halves does.
-    class Function(torch.autograd.Function):
+    class Transformed(torch.autograd.Function):
         @staticmethod
         def forward(*args: Any) -> Any:
-            return (forward if _unobserved(args) else operator)(*args)
+            return operator(*args)
 
         @staticmethod
         def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
@@ -88,23 +89,36 @@ def register(
         def jvp(ctx: Any, *tangents: Any) -> Any:
             raise RuntimeError(f"fastntxent's kernels have no forward-mode derivative; {_USE_REFERENCE}")
 
-    Function.__name__ = name  # what autograd's graph and the profiler show
-    Function.setup_context = staticmethod(setup_context)  # type: ignore[method-assign]
-    Function.backward = staticmethod(backward)  # type: ignore[method-assign]
+    Transformed.setup_context = staticmethod(setup_context)  # type: ignore[method-assign]
+    Transformed.backward = staticmethod(backward)  # type: ignore[method-assign]
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:  # one with a setup_context has its signature inspected at every call
+            output = forward(*args)
+            setup_context(ctx, args, output)
+            return output
+
+    Eager.__name__ = name  # what autograd's graph and the profiler show
+    Eager.backward = staticmethod(backward)  # type: ignore[method-assign]
 
     def call(*args: Any) -> Any:
-        if not torch.compiler.is_compiling() and (_unobserved(args) or torch._C._are_functorch_transforms_active()):
-            return Function.apply(*args)
-        return operator(*args)
+        if torch.compiler.is_compiling():
+            return operator(*args)
+        if torch._C._are_functorch_transforms_active():
+            return Transformed.apply(*args)
+        return Eager.apply(*args) if _unobserved(args) else operator(*args)
 
     return call
 
 
 def _unobserved(args: tuple[Any, ...]) -> bool:
     """Plain tensors that hold data, with no dispatch mode (a tracer, a fake tensor mode, a recorder) around."""
-    return not torch._C._len_torch_dispatch_stack() and all(
-        type(arg) in _PLAIN and not arg.is_meta for arg in args if isinstance(arg, Tensor)
-    )
+    if torch._C._len_torch_dispatch_stack():
+        return False
+    for arg in args:
+        if isinstance(arg, Tensor) and (type(arg) not in _PLAIN or arg.is_meta):
+            return False
+    return True
 
 
 def _loop(call: Callable[..., Any], size: int, in_dims: tuple[int | None, ...], args: tuple[Any, ...]) -> Any:
