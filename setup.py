@@ -52,7 +52,7 @@ setup(
         Extension(
             "fastntxent._cpu",
             [str(CPU / name) for name in ("dispatch.cpp", "loss.cpp", "memory.cpp", "module.cpp", "team.cpp")],
-            depends=[str(path) for path in sorted(CPU.glob("*.h"))],
+            depends=[str(path) for path in (CPU / "kernels.cpp", *sorted(CPU.glob("*.h")))],  # a source archive's, too
             define_macros=[("Py_LIMITED_API", "0x030A0000"), *([("FNTX_X86", "1")] if X86 else [])],
             extra_compile_args=[*FLAGS, *OPENMP],
             extra_link_args=OPENMP,

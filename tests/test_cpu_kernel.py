@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -190,19 +191,30 @@ def run_python(code, **options):
     return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], text=True, **options)
 
 
-def test_child_after_fork_computes():
-    # The scalar path: PyTorch's own parallel operators, which other paths use, wait for ever in such a child.
-    code = """
+@pytest.mark.parametrize("before", ["fastntxent.nt_xent(*z, 0.1)", "pass"], ids=["used", "only imported"])
+def test_child_after_fork_computes(before):
+    # The scalar paths: PyTorch's own parallel operators, which other paths use, wait for ever in such a child.
+    code = f"""
         import os, torch, fastntxent
         z = torch.randn(2, 200, 64, requires_grad=True)
-        expected = fastntxent.nt_xent(*z, 0.1, backend="cpu")
         torch.mm(torch.randn(600, 600), torch.randn(600, 600))
+        {before}
         child = os.fork()
         if child == 0:
-            os._exit(0 if torch.equal(fastntxent.nt_xent(*z, 0.1, backend="cpu"), expected) else 1)
+            fastntxent.nt_xent(*z.detach(), 0.1, backend="cpu")
+            gradient, = torch.autograd.grad(fastntxent.nt_xent(*z, 0.1, backend="cpu"), z)
+            torch.save(gradient, "gradient")
+            os._exit(0)
         assert os.waitpid(child, 0)[1] == 0
+        expected, = torch.autograd.grad(fastntxent.nt_xent(*z, 0.1, backend="cpu"), z)
+        assert torch.equal(torch.load("gradient"), expected)
     """
-    assert run_python(code).wait(timeout=60) == 0
+    with tempfile.TemporaryDirectory() as folder:
+        process = run_python(code, cwd=folder)
+        try:
+            assert process.wait(timeout=60) == 0
+        finally:
+            process.kill()
 
 
 def test_ctrl_c_ends_a_long_call():

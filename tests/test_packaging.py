@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -33,6 +34,16 @@ def test_wheel_requires_torch_alone(wheel):
     (metadata,) = (name for name in wheel.namelist() if name.endswith("METADATA"))
     required = re.findall(r"^Requires-Dist: (.*)$", wheel.read(metadata).decode(), re.MULTILINE)
     assert [line for line in required if "extra ==" not in line] == ["torch>=2.6"]
+
+
+def test_source_archive_holds_what_the_kernels_are_built_from(tmp_path):
+    command = [sys.executable, "setup.py", "--quiet", "egg_info", "-e", tmp_path, "sdist", "-d", tmp_path]
+    subprocess.run(command, check=True, cwd=CHECKOUT)
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    sources = {str(p.relative_to(CHECKOUT)) for p in (CHECKOUT / "csrc" / "cpu").glob("*.[ch]*")}
+    assert {name for name in sources if "check" not in name} <= names
 
 
 def test_build_does_not_require_torch():

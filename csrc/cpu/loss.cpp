@@ -29,7 +29,7 @@ template <class T> constexpr double DIRECT_LIMIT = sizeof(T) == 4 ? 60.0 : 480.0
 
 constexpr int64_t LARGEST_EDGE = 192;   // a tile and the rows it touches stay in a core's second cache at D = 128
 constexpr int64_t TILES_PER_SIDE = 4;   // at least, for each thread, down to the smallest edge
-constexpr double PARALLEL_FROM = 2e6;   // multiplications of a full product; fewer are done sooner by one thread
+constexpr double PARALLEL_FROM = 4e6;   // multiplications of a full product; fewer are done as soon by one thread
 
 constexpr double INF = std::numeric_limits<double>::infinity();
 

@@ -2,7 +2,8 @@
 
 A backend's module is imported when it is first asked for, so that `import fastntxent` costs nothing for kernels
 that are not used, and a backend that fails to import keeps its error for `backends()` and for whoever asks for it
-by name. There is no silent fallback from a name: only "auto" chooses.
+by name. There is no silent fallback from a name: only "auto" chooses. `cpu` alone is loaded at once: it has to know
+of a fork, and the first to ask for it may be the child.
 """
 
 from __future__ import annotations
@@ -100,3 +101,6 @@ def _status(name: str) -> BackendStatus:
 
 def _explain(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
+
+
+_load("cpu")

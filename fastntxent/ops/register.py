@@ -91,6 +91,7 @@ def register(
 
     Transformed.setup_context = staticmethod(setup_context)  # type: ignore[method-assign]
     Transformed.backward = staticmethod(backward)  # type: ignore[method-assign]
+
     class Eager(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:  # one with a setup_context has its signature inspected at every call
@@ -115,10 +116,7 @@ def _unobserved(args: tuple[Any, ...]) -> bool:
     """Plain tensors that hold data, with no dispatch mode (a tracer, a fake tensor mode, a recorder) around."""
     if torch._C._len_torch_dispatch_stack():
         return False
-    for arg in args:
-        if isinstance(arg, Tensor) and (type(arg) not in _PLAIN or arg.is_meta):
-            return False
-    return True
+    return all(type(arg) in _PLAIN and not arg.is_meta for arg in args if isinstance(arg, Tensor))
 
 
 def _loop(call: Callable[..., Any], size: int, in_dims: tuple[int | None, ...], args: tuple[Any, ...]) -> Any:

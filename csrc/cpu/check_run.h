@@ -1,0 +1,107 @@
+// The calls of check.cpp: one call with what it reads and writes, held against its problem's definition.
+#pragma once
+
+#include <stdlib.h>
+
+#include "check_problem.h"
+
+inline long checks = 0;
+
+inline void expect(bool holds, const std::string& what) {
+    ++checks;
+    if (holds) return;
+    fflush(stdout);
+    fprintf(stderr, "check: FAILED: %s\n", what.c_str());
+    exit(1);
+}
+
+enum Mode { FORWARD = FNTX_FORWARD, BACKWARD = FNTX_BACKWARD, BOTH = FORWARD | BACKWARD, LOSS };
+const char* const MODES[] = {"", "forward", "backward", "forward and backward", "loss"};
+
+// One call, with what it reads and writes.
+template <class T> struct Run {
+    const Problem& p;
+    const Mode mode;
+    std::vector<T> nu[2], w[2], d_z[2][2], pos, d_pos, scalars;
+    fntx_side cols;
+    fntx_call call = {};
+
+    Run(const Problem& p, Mode mode, int threads, int64_t workspace) : p(p), mode(mode) {
+        call.phases = mode == LOSS ? BOTH : mode;
+        call.dtype = p.c.dtype, call.normalize = p.c.normalize, call.threads = threads, call.D = p.c.D;
+        call.inv_tau = double(p.k), call.eps = p.c.eps, call.workspace = workspace;
+        call.rows = fill(0);
+        if (p.last) cols = fill(1), call.cols = &cols;
+        pos = unwritten(p.pos.size()), scalars = unwritten(2);
+        d_pos.assign(p.d_pos.begin(), p.d_pos.end());
+        if (p.two_views && mode != BACKWARD) call.pos = pos.data();
+        if (p.two_views && (mode == BACKWARD || mode == BOTH)) call.d_pos = d_pos.data();
+        if (p.two_views && (mode == LOSS || mode == FORWARD)) call.loss = &scalars[0];
+        if (mode != FORWARD) call.d_inv_tau = &scalars[1];
+    }
+
+    static std::vector<T> unwritten(int64_t n) { return std::vector<T>(n, std::numeric_limits<T>::quiet_NaN()); }
+
+    fntx_side fill(int which) {
+        const Side& side = p.sides[which];
+        fntx_side out = {};
+        nu[which] = unwritten(side.n);
+        if (mode == BACKWARD) nu[which].assign(side.nu.begin(), side.nu.end());
+        for (int64_t i = 0; i < side.n; ++i)  // without a negative no weight counts, whatever came
+            w[which].push_back(isinf(side.nu[i]) ? T(NAN) : T(side.w[i]));
+        out.ids = p.c.ids ? side.ids.data() : nullptr;
+        out.neg_lse = mode == LOSS && p.c.wanted != 15 ? nullptr : nu[which].data();
+        out.d_neg_lse = mode == LOSS ? nullptr : w[which].data();
+        for (int m : {0, 1}) {
+            out.z[m] = side.z[m].view();
+            if (mode == FORWARD || !(p.c.wanted >> (2 * which + m) & 1)) continue;
+            d_z[which][m] = unwritten(side.z[m].n * p.c.D);
+            out.d_z[m] = d_z[which][m].data();
+        }
+        return out;
+    }
+
+    std::string name() const {
+        return p.c.name() + ": " + MODES[mode] + ", " + fntx_instruction_set() + ", threads " +
+               std::to_string(call.threads) + ", workspace " + std::to_string(call.workspace);
+    }
+
+    // Make the call; all that it wrote, as bytes. Empty if it failed.
+    std::string bits() {
+        std::string all;
+        if (fntx_run(&call) != FNTX_OK) return all;
+        for (const auto* x : {&nu[0], &nu[1], &d_z[0][0], &d_z[0][1], &d_z[1][0], &d_z[1][1], &pos, &scalars})
+            all.append(reinterpret_cast<const char*>(x->data()), x->size() * sizeof(T));
+        return all;
+    }
+
+    // Each element is within absolute + relative |expected| of what is expected.
+    void hold(const char* what, const std::vector<T>& got, const Real* expected, Real absolute, Real relative) const {
+        for (size_t i = 0; i < got.size(); ++i) {
+            const Real error = fabsl(got[i] - expected[i]), bound = absolute + relative * fabsl(expected[i]);
+            if (got[i] == expected[i] || (!isinf(expected[i]) && error <= bound)) continue;
+            char text[200];
+            snprintf(text, sizeof text, ": %s[%d] is %.9g, expected %.9g +- %.2g", what, int(i), double(got[i]),
+                     double(expected[i]), double(bound));
+            expect(false, name() + text);
+        }
+        checks += !got.empty();
+    }
+
+    void compare() const {
+        const Real epsilon = sizeof(T) == 4 ? 1.2e-7L : 2.3e-16L, tolerance = 16 * epsilon * (1 + p.largest_logit());
+        const Real least = std::numeric_limits<T>::min();
+        const Gradient& gradient = mode == LOSS ? p.of_loss : p.of_weights;
+        for (int side = 0; side <= p.last; ++side) {
+            if (mode != BACKWARD && (side ? cols : call.rows).neg_lse)
+                hold(side ? "neg_lse of cols" : "neg_lse", nu[side], p.sides[side].nu.data(), tolerance, tolerance);
+            const Real *first = gradient.d_z[side].data(), *second = first + p.sides[side].z[0].n * p.c.D;
+            hold(side ? "d_z[0] of cols" : "d_z[0]", d_z[side][0], first, tolerance * gradient.size_of_z + least, 0);
+            hold(side ? "d_z[1] of cols" : "d_z[1]", d_z[side][1], second, tolerance * gradient.size_of_z + least, 0);
+        }
+        if (call.pos) hold("pos", pos, p.pos.data(), tolerance, tolerance);
+        if (call.loss) hold("loss", {scalars[0]}, &p.loss, tolerance, tolerance);
+        if (call.d_inv_tau)
+            hold("d_inv_tau", {scalars[1]}, &gradient.d_inv_tau, tolerance * gradient.size_of_inv_tau + least, 0);
+    }
+};
