@@ -82,8 +82,7 @@ def nt_xent(
     inv_tau = _inverse(temperature, z_i)
     if reduction == "none":
         return row_losses(*ops.nt_xent_rows(z_i, z_j, inv_tau, normalize, backend))
-    total = ops.nt_xent_sum(z_i, z_j, inv_tau, normalize, backend)
-    return total / (2 * z_i.shape[0]) if reduction == "mean" else total
+    return ops.nt_xent_scalar(z_i, z_j, inv_tau, normalize, reduction == "mean", backend)
 
 
 def nt_xent_terms(

@@ -43,13 +43,13 @@ def test_compare_accepts_a_sound_backend_with_tight_budgets(backend, dtype, auto
 
 
 def test_compare_rejects_a_gradient_wrong_by_1e_4(monkeypatch):
-    original = blocked.BlockedBackend.nt_xent_sum
+    original = blocked.BlockedBackend.nt_xent_scalar
 
     def wrong(*args):
         loss, *gradients = original(*args)
         return loss, *(1.0001 * gradient for gradient in gradients)
 
-    monkeypatch.setattr(blocked.BlockedBackend, "nt_xent_sum", wrong)
+    monkeypatch.setattr(blocked.BlockedBackend, "nt_xent_scalar", wrong)
     z_i, z_j, *_ = random_batch(64, 16, 0.1)
     report = budget.compare(z_i, z_j, 0.1, backend="blocked")
     assert not report.ok

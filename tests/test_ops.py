@@ -26,12 +26,13 @@ def inverse_temperature(requires_grad=True):
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("name", ["nt_xent_sum", "nt_xent_rows"])
+@pytest.mark.parametrize("name", ["nt_xent_scalar", "nt_xent_rows"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nt_xent_operators_pass_opcheck(backend, name, normalize, dtype):
     z_i, z_j = views(dtype=dtype)
     operator = getattr(torch.ops.fastntxent, name).default
-    torch.library.opcheck(operator, (z_i, z_j, inverse_temperature(), normalize, backend))
+    mean = (True,) if name == "nt_xent_scalar" else ()
+    torch.library.opcheck(operator, (z_i, z_j, inverse_temperature(), normalize, *mean, backend))
 
 
 def test_neg_lse_operator_passes_opcheck(backend):
@@ -50,10 +51,10 @@ def test_cross_neg_lse_operator_passes_opcheck(backend, wanted, dtype):
 
 
 def test_loss_operator_passes_opcheck_and_has_no_gradient(backend):
-    operator = torch.ops.fastntxent.nt_xent_loss.default
-    torch.library.opcheck(operator, (*views(requires_grad=False), inverse_temperature(False), True, backend))
-    loss = operator(*views(), inverse_temperature(), True, backend)
-    with pytest.raises(RuntimeError, match="nt_xent_sum gives both"):
+    operator = torch.ops.fastntxent.nt_xent_value.default
+    torch.library.opcheck(operator, (*views(requires_grad=False), inverse_temperature(False), True, False, backend))
+    loss = operator(*views(), inverse_temperature(), True, False, backend)
+    with pytest.raises(RuntimeError, match="nt_xent_scalar gives both"):
         loss.backward()
 
 
@@ -61,7 +62,7 @@ def test_eager_calls_give_the_bits_of_the_operators(backend):
     z_i, z_j = views(20, 8)
     k = inverse_temperature()
     calls = {
-        "nt_xent_sum": (z_i, z_j, k, True, backend),
+        "nt_xent_scalar": (z_i, z_j, k, True, True, backend),
         "nt_xent_rows": (z_i, z_j, k, True, backend),
         "neg_lse": (z_i, torch.arange(20), k, backend),
         "cross_neg_lse": (z_i, z_j, torch.arange(20), torch.arange(20), k, backend),
@@ -71,7 +72,7 @@ def test_eager_calls_give_the_bits_of_the_operators(backend):
         for call in (getattr(ops, name), getattr(torch.ops.fastntxent, name)):
             outputs = call(*arguments)
             outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
-            outputs = outputs[:1] if name == "nt_xent_sum" else outputs
+            outputs = outputs[:1] if name == "nt_xent_scalar" else outputs
             total = sum((output * 1.5).sum() for output in outputs)
             inputs = [t for t in arguments if isinstance(t, torch.Tensor) and t.requires_grad]
             results.append([*outputs, *torch.autograd.grad(total, inputs)])
@@ -89,7 +90,7 @@ def test_backward_operators_pass_opcheck(backend):
         "neg_lse_backward": (weights, u, ids, k, nu, backend),
         "nt_xent_rows_backward": (weights, weights, z_i, z_j, k, nu, True, backend),
         "cross_neg_lse_backward": (weights, weights, u, u, ids, ids, k, nu, nu, True, False, backend),
-        "nt_xent_sum_backward": (torch.tensor(2.0), z_i, z_j, k, z_i, z_j, k),
+        "nt_xent_scalar_backward": (torch.tensor(2.0), z_i, z_j, k, z_i, z_j, k),
     }
     for name, arguments in calls.items():
         torch.library.opcheck(getattr(torch.ops.fastntxent, name).default, arguments)
@@ -311,7 +312,7 @@ def test_autocast_is_off_inside_the_kernels(backend, monkeypatch):
 
         return watched
 
-    for method in ("nt_xent_sum", "nt_xent_rows", "nt_xent_rows_backward"):
+    for method in ("nt_xent_scalar", "nt_xent_rows", "nt_xent_rows_backward"):
         monkeypatch.setattr(kernels, method, watch(getattr(kernels, method)))
     z_i, z_j = views()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -344,10 +345,10 @@ def test_scalar_path_is_taken_where_a_gradient_is_wanted(backend, wants):
         with torch.no_grad():
             nt_xent(**arguments, backend=backend)
     assert recorder.names == [
-        "nt_xent_loss",
-        "nt_xent_sum",  # whose backward is three products
+        "nt_xent_value",
+        "nt_xent_scalar",  # whose backward is three products
         *("nt_xent_rows", "nt_xent_rows_backward"),
-        "nt_xent_loss",
+        "nt_xent_value",
     ]
 
 

@@ -180,6 +180,7 @@ void invalid_calls() {
     for (double eps : {-1.0, double(NAN)}) refused("eps", [=](Call c) { c.eps = eps; });
     for (int dtype : {-1, 4}) refused("dtype", [=](Call c) { c.dtype = dtype; });
     for (int phases : {0, 2, 4}) refused("phases", [=](Call c) { c.phases = phases; });
+    refused("loss_weight", [](Call c) { c.loss_weight = 0; });
     refused("workspace", [](Call c) { c.workspace = -1; });
     refused("no d_inv_tau", [](Call c) { c.d_inv_tau = nullptr; });
     for (int64_t id : {int64_t(-1), int64_t(1) << 31}) {
@@ -213,7 +214,7 @@ void interruption() {
         float loss, d_inv_tau;
         fntx_call call = {};
         call.phases = BOTH, call.dtype = FNTX_FLOAT32, call.threads = threads, call.D = 128, call.inv_tau = 2;
-        call.loss = &loss, call.d_inv_tau = &d_inv_tau, call.poll = stop;
+        call.loss = &loss, call.loss_weight = 1, call.d_inv_tau = &d_inv_tau, call.poll = stop;
         for (fntx_matrix& z : call.rows.z) z = {row.data(), 8192, 0, 1};
         polled_by = {};
         fntx_use_instruction_set("portable");

@@ -17,6 +17,8 @@ typedef long double Real;
 typedef std::vector<Real> Reals;
 constexpr Real INF = std::numeric_limits<Real>::infinity();
 
+constexpr double LOSS_WEIGHT = 0.75;
+
 inline std::mt19937 draw(1);
 
 inline double noise() { return double(draw()) / 2147483648.0 - 1; }
@@ -154,8 +156,8 @@ struct Problem {
             pos.push_back(k * s[i * m + partner(i)]);
             d_pos.push_back(noise());
             const Real x = sides[0].nu[i] - pos[i];
-            loss += x > 0 ? x + log1pl(expl(-x)) : log1pl(expl(x));
-            q.push_back(1 / (1 + expl(-x)));
+            loss += LOSS_WEIGHT * (x > 0 ? x + log1pl(expl(-x)) : log1pl(expl(x)));
+            q.push_back(LOSS_WEIGHT / (1 + expl(-x)));
             d_loss.push_back(-q[i]);
         }
         of_weights = gradient(sides[0].w, d_pos);

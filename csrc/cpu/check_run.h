@@ -36,7 +36,7 @@ template <class T> struct Run {
         d_pos.assign(p.d_pos.begin(), p.d_pos.end());
         if (p.two_views && mode != BACKWARD) call.pos = pos.data();
         if (p.two_views && (mode == BACKWARD || mode == BOTH)) call.d_pos = d_pos.data();
-        if (p.two_views && (mode == LOSS || mode == FORWARD)) call.loss = &scalars[0];
+        if (p.two_views && (mode == LOSS || mode == FORWARD)) call.loss = &scalars[0], call.loss_weight = LOSS_WEIGHT;
         if (mode != FORWARD) call.d_inv_tau = &scalars[1];
     }
 

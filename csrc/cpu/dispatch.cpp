@@ -74,7 +74,7 @@ bool valid(const fntx_call& call) {
     if (!valid(call.rows, call.D) || (call.cols && !valid(*call.cols, call.D))) return false;
     if (!(call.inv_tau > 0) || !(call.eps >= 0) || call.workspace < 0) return false;
     if ((call.pos || call.d_pos || call.loss) && !two_views) return false;
-    if (call.loss && !forward) return false;
+    if (call.loss && !(forward && call.loss_weight > 0)) return false;
     if (backward && !call.d_inv_tau) return false;
     return !backward || forward || (call.rows.neg_lse && (!call.cols || call.cols->neg_lse));
 }

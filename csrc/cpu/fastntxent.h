@@ -51,7 +51,8 @@ struct fntx_call {
     const struct fntx_side* cols;  // NULL: symmetric
     void* pos;                // (M,) out, forward, symmetric, two views; or NULL
     const void* d_pos;        // (M,) in, backward, with two views; or NULL
-    void* loss;               // 0-d out: the sum of the losses; forward, symmetric, two views; or NULL
+    void* loss;               // 0-d out: the sum of the losses, times loss_weight; forward, symmetric, two views; or NULL
+    double loss_weight;
     void* d_inv_tau;          // 0-d out, backward
     int64_t workspace;        // bytes of exponentials that may be kept from the forward to the backward
     int (*poll)(void);        // called by the calling thread every few milliseconds; not 0: stop. Or NULL

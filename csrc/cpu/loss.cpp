@@ -265,15 +265,15 @@ template <class T> class Run {
         });
     }
 
-    // loss_i = log(1 + exp(nu - pi)), and its weight q_i = sigmoid(nu - pi).
+    // loss_i = log(1 + exp(nu - pi)), and the weights q_i = sigmoid(nu - pi) of its gradient.
     void take_losses() {
         const double loss = sum_over_rows(rows_, [&](int64_t row) {
             const double x = rows_.neg_lse[row] - call_.inv_tau * similarity_to_partner(row);
             const double e = exp(-fabs(x));
-            rows_.w[row] = (x > 0 ? 1 : e) / (1 + e);
+            rows_.w[row] = call_.loss_weight * (x > 0 ? 1 : e) / (1 + e);
             return (x > 0 ? x : 0) + log1p(e);
         });
-        *static_cast<T*>(call_.loss) = T(loss);
+        *static_cast<T*>(call_.loss) = T(call_.loss_weight * loss);
     }
 
     int64_t partner(int64_t row) const {

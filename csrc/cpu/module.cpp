@@ -42,9 +42,9 @@ PyObject* run(PyObject*, PyObject* args) {
     PyObject *row_tuple, *col_tuple;
     Address pos, d_pos, loss, d_inv_tau;
     long long D, workspace;
-    if (!PyArg_ParseTuple(args, "iipiLddO!OKKKKL", &call.phases, &call.dtype, &call.normalize, &call.threads, &D,
+    if (!PyArg_ParseTuple(args, "iipiLddO!OKKKdKL", &call.phases, &call.dtype, &call.normalize, &call.threads, &D,
                           &call.inv_tau, &call.eps, &PyTuple_Type, &row_tuple, &col_tuple, &pos, &d_pos, &loss,
-                          &d_inv_tau, &workspace))
+                          &call.loss_weight, &d_inv_tau, &workspace))
         return nullptr;
     if (!parse_side(row_tuple, call.rows)) return nullptr;
     if (col_tuple != Py_None) {
@@ -91,7 +91,7 @@ PyObject* exp2(PyObject*, PyObject* args) {
 
 PyMethodDef methods[] = {
     {"run", run, METH_VARARGS, "run(phases, dtype, normalize, threads, D, inv_tau, eps, rows, cols, pos, d_pos, loss, "
-                               "d_inv_tau, workspace): fntx_run of csrc/cpu/fastntxent.h."},
+                               "loss_weight, d_inv_tau, workspace): fntx_run of csrc/cpu/fastntxent.h."},
     {"instruction_set", instruction_set, METH_NOARGS, "The instruction set in use."},
     {"use_instruction_set", use_instruction_set, METH_VARARGS, "Use another one from now on."},
     {"exp2", exp2, METH_VARARGS, "exp2(dtype, x, y, n): the kernels' own 2^x."},

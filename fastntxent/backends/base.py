@@ -131,14 +131,15 @@ class KernelBackend(Backend):
         """Gradient of sum_i d_neg_lse_i nu_i + d_pos_i pi_i with respect to z_i, z_j and k."""
 
     @abstractmethod
-    def nt_xent_sum(
-        self, z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool
+    def nt_xent_scalar(
+        self, z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool, mean: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """sum_i loss_i (0-d) with its gradient with respect to z_i, z_j and k."""
+        """Sum or mean of the losses (0-d) with its gradient with respect to z_i, z_j and k."""
 
-    def nt_xent_loss(self, z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool) -> Tensor:
-        """sum_i loss_i (0-d)."""
-        return row_losses(*self.nt_xent_rows(z_i, z_j, inv_tau, normalize)).sum()
+    def nt_xent_value(self, z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool, mean: bool) -> Tensor:
+        """Sum or mean of the losses (0-d)."""
+        losses = row_losses(*self.nt_xent_rows(z_i, z_j, inv_tau, normalize))
+        return losses.mean() if mean else losses.sum()
 
 
 class Side(NamedTuple):
@@ -217,16 +218,17 @@ class ComposedBackend(KernelBackend):
         work = self.prepare([Side(rows.u, sample_ids(rows.u))], inv_tau)
         return _with_positives(rows, inv_tau, d_pos, *_backward_of_one(work, d_neg_lse, neg_lse))
 
-    def nt_xent_sum(
-        self, z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool
+    def nt_xent_scalar(
+        self, z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool, mean: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows = UnitRows(z_i, z_j, normalize)
         work = self.prepare([Side(rows.u, sample_ids(rows.u))], inv_tau)
         (neg_lse,) = work.forward()
         pos = positives(rows.u, inv_tau)
-        q = torch.sigmoid(neg_lse - pos)
-        gradients = _with_positives(rows, inv_tau, -q, *_backward_of_one(work, q, neg_lse))
-        return row_losses(neg_lse, pos).sum(), *gradients
+        weight = loss_weight(z_i, mean)
+        w = torch.sigmoid(neg_lse - pos) * weight
+        gradients = _with_positives(rows, inv_tau, -w, *_backward_of_one(work, w, neg_lse))
+        return row_losses(neg_lse, pos).sum() * weight, *gradients
 
 
 def _backward_of_one(work: NegLse, d_neg_lse: Tensor, neg_lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -243,6 +245,11 @@ def _with_positives(
     d_u.addcmul_(partner, (inv_tau * (d_pos + swap_views(d_pos))).unsqueeze(1))
     d_inv_tau = d_inv_tau + torch.dot(d_pos, row_dots(rows.u, partner))
     return *rows.backward(d_u), d_inv_tau
+
+
+def loss_weight(z_i: Tensor, mean: bool) -> float:
+    """What a row's loss counts for: of N samples' 2N rows, the mean or the sum."""
+    return 0.5 / z_i.shape[0] if mean else 1.0
 
 
 def row_losses(neg_lse: Tensor, pos: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import _cpu  # type: ignore[attr-defined]
-from .base import KernelBackend, accumulation_dtype, norm_eps
+from .base import KernelBackend, accumulation_dtype, loss_weight, norm_eps
 
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 _FORWARD, _BACKWARD = 1, 2
@@ -58,6 +58,7 @@ def _run(
     pos: Tensor | None = None,
     d_pos: Tensor | None = None,
     loss: Tensor | None = None,
+    weight: float = 1.0,
     d_inv_tau: Tensor | None = None,
 ) -> None:
     z = rows.first
@@ -74,6 +75,7 @@ def _run(
         _address(pos),
         _address(d_pos),
         _address(loss),
+        weight,
         _address(d_inv_tau),
         WORKSPACE,
     )
@@ -154,18 +156,19 @@ class CpuBackend(KernelBackend):
         _run(_BACKWARD, inv_tau, normalize, rows, d_pos=d_pos.contiguous(), d_inv_tau=d_inv_tau)
         return d_z_i, d_z_j, d_inv_tau
 
-    def nt_xent_loss(self, z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool) -> Tensor:
+    def nt_xent_value(self, z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool, mean: bool) -> Tensor:
         loss = torch.empty((), dtype=accumulation_dtype(z_i.dtype))
-        _run(_FORWARD, inv_tau, normalize, _Side(z_i, z_j), loss=loss)
+        _run(_FORWARD, inv_tau, normalize, _Side(z_i, z_j), loss=loss, weight=loss_weight(z_i, mean))
         return loss
 
-    def nt_xent_sum(
-        self, z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool
+    def nt_xent_scalar(
+        self, z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool, mean: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         d_z_i, d_z_j = _gradient_of(z_i), _gradient_of(z_j)
         loss, d_inv_tau = d_z_i.new_empty(()), d_z_i.new_empty(())
         rows = _Side(z_i, z_j, d_first=d_z_i, d_second=d_z_j)
-        _run(_FORWARD | _BACKWARD, inv_tau, normalize, rows, loss=loss, d_inv_tau=d_inv_tau)
+        weight = loss_weight(z_i, mean)
+        _run(_FORWARD | _BACKWARD, inv_tau, normalize, rows, loss=loss, weight=weight, d_inv_tau=d_inv_tau)
         return loss, d_z_i, d_z_j, d_inv_tau
 
 

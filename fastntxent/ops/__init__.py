@@ -3,8 +3,8 @@
     neg_lse        (u, ids, inv_tau)                 -> nu                               any ids, any weights
     cross_neg_lse  (u, v, u_ids, v_ids, inv_tau)     -> nu of the rows, nu of the columns
     nt_xent_rows   (z_i, z_j, inv_tau)               -> nu, pi                           the weighted path
-    nt_xent_sum    (z_i, z_j, inv_tau)               -> loss, d_z_i, d_z_j, d_inv_tau    the scalar path
-    nt_xent_loss   (z_i, z_j, inv_tau)               -> loss                             where no gradient is wanted
+    nt_xent_scalar    (z_i, z_j, inv_tau)               -> loss, d_z_i, d_z_j, d_inv_tau    the scalar path
+    nt_xent_value   (z_i, z_j, inv_tau)               -> loss                             where no gradient is wanted
 
 The first four have their `_backward`, an operator too. The scalar path forms the gradient together with the loss, once,
 for an upstream gradient of 1; its backward only scales. The public layer takes it where a gradient is wanted and one
@@ -12,7 +12,7 @@ number is asked for.
 """
 
 from .neg_lse import cross_neg_lse, neg_lse
-from .nt_xent import nt_xent_rows, nt_xent_sum
+from .nt_xent import nt_xent_rows, nt_xent_scalar
 from .register import autocast_off
 
-__all__ = ["autocast_off", "cross_neg_lse", "neg_lse", "nt_xent_rows", "nt_xent_sum"]
+__all__ = ["autocast_off", "cross_neg_lse", "neg_lse", "nt_xent_rows", "nt_xent_scalar"]

@@ -20,13 +20,14 @@ def nt_xent_rows(z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool, bac
     return _nt_xent_rows(z_i, z_j, inv_tau, normalize, backend)
 
 
-def nt_xent_sum(z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool, backend: str) -> Tensor:
-    """The sum of the 2N losses, differentiable in both views and inv_tau."""
+def nt_xent_scalar(z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool, mean: bool, backend: str) -> Tensor:
+    """The sum or the mean of the 2N losses, differentiable in both views and inv_tau."""
     if backend == "reference":
-        return row_losses(*nt_xent_rows(z_i, z_j, inv_tau, normalize, backend)).sum()
+        losses = row_losses(*nt_xent_rows(z_i, z_j, inv_tau, normalize, backend))
+        return losses.mean() if mean else losses.sum()
     if torch.is_grad_enabled() and (z_i.requires_grad or z_j.requires_grad or inv_tau.requires_grad):
-        return _nt_xent_sum(z_i, z_j, inv_tau, normalize, backend)[0]
-    return _nt_xent_loss(z_i, z_j, inv_tau, normalize, backend)
+        return _nt_xent_scalar(z_i, z_j, inv_tau, normalize, mean, backend)[0]
+    return _nt_xent_value(z_i, z_j, inv_tau, normalize, mean, backend)
 
 
 # --- the weighted path -----------------------------------------------------------------------------------------------
@@ -91,22 +92,22 @@ _nt_xent_rows = register(
 # --- the scalar path -------------------------------------------------------------------------------------------------
 
 
-def _sum_forward(
-    z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool, backend: str
+def _scalar_forward(
+    z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool, mean: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with autocast_off(z_i):
-        return kernels(backend, z_i, inv_tau).nt_xent_sum(z_i, z_j, inv_tau, normalize)
+        return kernels(backend, z_i, inv_tau).nt_xent_scalar(z_i, z_j, inv_tau, normalize, mean)
 
 
-def _sum_fake(
-    z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool, backend: str
+def _scalar_fake(
+    z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool, mean: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = accumulation_dtype(z_i.dtype)
     return tuple(z_i.new_empty(shape, dtype=dtype) for shape in ((), z_i.shape, z_j.shape, ()))  # type: ignore
 
 
-def _sum_setup(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
-    z_i, z_j, inv_tau, _, _ = inputs
+def _scalar_setup(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
+    z_i, z_j, inv_tau, *_ = inputs
     gradients = output[1:]
     ctx.mark_non_differentiable(*gradients)
     ctx.set_materialize_grads(False)  # no zeros for gradients that nobody asks for
@@ -114,58 +115,58 @@ def _sum_setup(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*gradients, z_i, z_j, inv_tau)
 
 
-def _sum_autograd(ctx: Any, d_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _scalar_autograd(ctx: Any, d_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     # An operator of its own only where this may be differentiated again: elsewhere it is three products.
-    scale = _sum_backward if torch.is_grad_enabled() else _sum_backward_forward
-    return *scale(d_loss, *ctx.saved_tensors), None, None
+    scale = _scalar_backward if torch.is_grad_enabled() else _scalar_backward_forward
+    return *scale(d_loss, *ctx.saved_tensors), None, None, None
 
 
-def _sum_backward_forward(
+def _scalar_backward_forward(
     d_loss: Tensor, d_z_i: Tensor, d_z_j: Tensor, d_inv_tau: Tensor, z_i: Tensor, z_j: Tensor, inv_tau: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (d_loss * d_z_i).to(z_i.dtype), (d_loss * d_z_j).to(z_j.dtype), d_loss * d_inv_tau
 
 
-def _sum_backward_fake(
+def _scalar_backward_fake(
     d_loss: Tensor, d_z_i: Tensor, d_z_j: Tensor, d_inv_tau: Tensor, z_i: Tensor, z_j: Tensor, inv_tau: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     return z_i.new_empty(z_i.shape), z_j.new_empty(z_j.shape), torch.empty_like(d_inv_tau)
 
 
-_sum_backward = register(
-    "nt_xent_sum_backward(Tensor d_loss, Tensor d_z_i, Tensor d_z_j, Tensor d_inv_tau, Tensor z_i, Tensor z_j,"
+_scalar_backward = register(
+    "nt_xent_scalar_backward(Tensor d_loss, Tensor d_z_i, Tensor d_z_j, Tensor d_inv_tau, Tensor z_i, Tensor z_j,"
     " Tensor inv_tau) -> (Tensor, Tensor, Tensor)",
-    _sum_backward_forward,
-    _sum_backward_fake,
+    _scalar_backward_forward,
+    _scalar_backward_fake,
 )
-_nt_xent_sum = register(
-    "nt_xent_sum(Tensor z_i, Tensor z_j, Tensor inv_tau, bool normalize, str backend)"
+_nt_xent_scalar = register(
+    "nt_xent_scalar(Tensor z_i, Tensor z_j, Tensor inv_tau, bool normalize, bool mean, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
-    _sum_forward,
-    _sum_fake,
-    _sum_setup,
-    _sum_autograd,
+    _scalar_forward,
+    _scalar_fake,
+    _scalar_setup,
+    _scalar_autograd,
 )
 
 # --- the loss alone --------------------------------------------------------------------------------------------------
 
 
-def _loss_forward(z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool, backend: str) -> Tensor:
+def _value_forward(z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool, mean: bool, backend: str) -> Tensor:
     with autocast_off(z_i):
-        return kernels(backend, z_i, inv_tau).nt_xent_loss(z_i, z_j, inv_tau, normalize)
+        return kernels(backend, z_i, inv_tau).nt_xent_value(z_i, z_j, inv_tau, normalize, mean)
 
 
-def _loss_fake(z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool, backend: str) -> Tensor:
+def _value_fake(z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool, mean: bool, backend: str) -> Tensor:
     return z_i.new_empty((), dtype=accumulation_dtype(z_i.dtype))
 
 
-def _loss_autograd(ctx: Any, d_loss: Tensor) -> None:
-    raise RuntimeError("fastntxent::nt_xent_loss has no gradient: fastntxent::nt_xent_sum gives both")
+def _value_autograd(ctx: Any, d_loss: Tensor) -> None:
+    raise RuntimeError("fastntxent::nt_xent_value has no gradient: fastntxent::nt_xent_scalar gives both")
 
 
-_nt_xent_loss = register(
-    "nt_xent_loss(Tensor z_i, Tensor z_j, Tensor inv_tau, bool normalize, str backend) -> Tensor",
-    _loss_forward,
-    _loss_fake,
-    backward=_loss_autograd,
+_nt_xent_value = register(
+    "nt_xent_value(Tensor z_i, Tensor z_j, Tensor inv_tau, bool normalize, bool mean, str backend) -> Tensor",
+    _value_forward,
+    _value_fake,
+    backward=_value_autograd,
 )
