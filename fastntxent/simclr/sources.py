@@ -199,3 +199,6 @@ def require(module: str, install: str = "fastntxent[simclr]") -> ModuleType:
     except ImportError as error:
         package = module.partition(".")[0]
         raise ImportError(f"this needs the package {package}: pip install {install} ({error})") from error
+    except RuntimeError as error:  # torchvision, beside a PyTorch that it was not built for
+        package = module.partition(".")[0]
+        raise ImportError(f"the installed {package} does not work beside this PyTorch: {error}") from error

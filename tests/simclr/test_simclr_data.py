@@ -248,7 +248,24 @@ def test_cifar10_says_that_torchvision_is_missing():
         load("cifar10")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="pip install torchvision to run this")
+def torchvision_works():
+    try:
+        importlib.import_module("torchvision.datasets")
+    except (ImportError, RuntimeError):
+        return False
+    return True
+
+
+def test_cifar10_says_that_torchvision_does_not_work(monkeypatch):
+    def broken(name):
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr("fastntxent.simclr.sources.import_module", broken)
+    with pytest.raises(ImportError, match="the installed torchvision does not work beside this PyTorch: operator"):
+        load("cifar10")
+
+
+@pytest.mark.skipif(not torchvision_works(), reason="needs a torchvision that works beside this PyTorch")
 def test_cifar10_asks_the_real_torchvision_for_a_download(tmp_path):
     with pytest.raises(FileNotFoundError, match="add --download"):
         load("cifar10", tmp_path)

@@ -225,9 +225,9 @@ def test_verify_passes_and_is_recorded(make_trainer):
 
 @pytest.mark.parametrize("wrong", ["loss", "gradient"])
 def test_verify_stops_a_run_whose_loss_is_wrong(make_trainer, monkeypatch, wrong):
-    right = type(BACKEND).nt_xent_sum
+    right = type(BACKEND).nt_xent_scalar
 
-    def nt_xent_sum(self, *args):
+    def nt_xent_scalar(self, *args):
         loss, d_z_i, d_z_j, d_inv_tau = right(self, *args)
         if wrong == "loss":
             return loss * 1.001, d_z_i, d_z_j, d_inv_tau
@@ -236,7 +236,7 @@ def test_verify_stops_a_run_whose_loss_is_wrong(make_trainer, monkeypatch, wrong
     trainer = make_trainer(backend="blocked", verify_every=2)
     trainer.step = 2
     trainer.history.columns["steps"]["loss"] = [5.0, 5.0]
-    monkeypatch.setattr(type(BACKEND), "nt_xent_sum", nt_xent_sum)
+    monkeypatch.setattr(type(BACKEND), "nt_xent_scalar", nt_xent_scalar)
     with pytest.raises(TrainingError, match=r"failed its verification at step 2: .*budget .*, backend blocked"):
         trainer.fit()
 
