@@ -1,6 +1,10 @@
 // Products on register tiles. The accumulators of a tile of R rows and V vectors stay in registers for the whole
 // inner dimension; each step loads V vectors of b and R numbers of a.
 //
+// Against a library's GEMM: the same schedule on torch.mm (backend `blocked`, which has to write every tile out and read
+// it back) takes 2.3 times as long at N = 4096, D = 128, and 1.4 times at N = 2048, D = 2048, on 2 cores with AVX-512
+// (benchmarks/results); the tiles do the whole loss, exponentials included, at the flops per second of torch.mm itself.
+//
 // Every element is summed in the order of the inner dimension, whatever the tile: u_i . u_j and u_j . u_i have the
 // same bits, and a logit is the same number in the forward, in the backward, and from whichever side.
 #pragma once
