@@ -1,4 +1,4 @@
-# make test | lint | sanitize | demo | bench | clean
+# make test | lint | sanitize | kernels-report | demo | bench | clean
 #
 # Each target makes the virtual environment it needs. Another PyTorch: make test TORCH=torch
 
@@ -9,7 +9,7 @@ DEMO_VENV ?= .venv-demo
 DEMO_OUT ?= runs/demo
 BENCH_OUT ?= runs/bench
 
-.PHONY: test lint sanitize demo bench clean
+.PHONY: test lint sanitize kernels-report demo bench clean
 
 test: $(VENV)/installed
 	$(VENV)/bin/pytest
@@ -22,6 +22,10 @@ lint: $(VENV)/installed
 # The CPU kernels against their definition, under the address, undefined-behaviour and thread sanitizers: minutes.
 sanitize:
 	CXX="$(CXX)" csrc/cpu/sanitize.sh
+
+# Registers, shared memory and spills of the Triton kernels on every chip, none of which has to be here.
+kernels-report: $(VENV)/installed
+	$(VENV)/bin/python -m benchmarks kernels --check
 
 # The README's figures: make bench BENCH_OUT=benchmarks/results, then python -m benchmarks report
 bench: $(VENV)/bench

@@ -6,6 +6,8 @@ memory     peak memory beside the inputs, a process each (Linux)
 scaling    our `cpu` kernel at large N: seconds over N^2, and peak memory (Linux)
 converged  errors of the gradient against float64 as training converges (batches from tests/cases.py: needs pytest)
 gpu        as cpu, on a CUDA device
+kernels    the Triton kernels compiled for GPUs that need not be here: registers, shared memory, spills; --check fails
+           where a chip has not what a kernel takes
 report     the README's tables and the plots, from the results kept in benchmarks/results; --check only compares
 """
 
@@ -15,10 +17,17 @@ import argparse
 import json
 from pathlib import Path
 
-from . import converged, cpu, gpu, machine, memory, report, scaling, tables
+from . import converged, cpu, gpu, kernels, machine, memory, report, scaling, tables
 from .competitors import COMPETITORS
 
-SUITES = {"cpu": cpu, "memory": memory, "scaling": scaling, "converged": converged, "gpu": gpu}
+SUITES = {
+    "cpu": cpu,
+    "memory": memory,
+    "scaling": scaling,
+    "converged": converged,
+    "gpu": gpu,
+    "kernels": kernels,
+}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -32,7 +41,10 @@ def main(argv: list[str] | None = None) -> None:
         suite.add_argument("--n", type=int, nargs="+", help="samples per batch (default: a range)")
         suite.add_argument("--d", type=int, nargs="+", help="features (default: 128, or a range)")
         suite.add_argument("--out", type=Path, help="write the results here, as JSON")
-        if name != "converged":
+        if name == "kernels":
+            suite.add_argument("--targets", nargs="+", choices=kernels.TARGETS, help="chips (default: all)")
+            suite.add_argument("--check", action="store_true", help="fail if any kernel spills or does not fit")
+        elif name != "converged":
             suite.add_argument("--only", nargs="+", choices=COMPETITORS, metavar="LOSS", help="these losses alone")
         if name in ("cpu", "gpu", "scaling"):
             suite.add_argument(

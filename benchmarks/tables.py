@@ -87,6 +87,23 @@ def accuracy(record: Record) -> str:
     return f"{_table(heads, rows)}\n\n{_footnote(record)}"
 
 
+def kernels(record: Record) -> str:
+    """Registers, shared memory and matrix instructions of every compiled kernel."""
+    heads = ["chip", "kernel", "dtype", "D", "regime", "shared, KiB", "registers", "matrix instructions", "faults"]
+    regimes = {None: "", False: "direct", True: "shifted"}
+    rows = [
+        [
+            *(str(row[key]) for key in ("target", "kernel", "dtype", "d")),
+            regimes[row["shifted"]],
+            digits(row["shared"] / 1024),
+            *(str(row[key]) for key in ("registers", "matrix")),
+            "; ".join(row["faults"]) or _NONE,
+        ]
+        for row in record["results"]
+    ]
+    return _table(heads, rows)
+
+
 def _in_order(found: object) -> list[str]:
     found = set(found)
     return [name for name in COMPETITORS if name in found]
@@ -123,4 +140,4 @@ def digits(x: float, count: int = 3) -> str:
     return text.rstrip("0").rstrip(".")
 
 
-TABLES = {"cpu": time, "gpu": time, "memory": memory, "scaling": scaling, "converged": accuracy}
+TABLES = {"cpu": time, "gpu": time, "memory": memory, "scaling": scaling, "converged": accuracy, "kernels": kernels}

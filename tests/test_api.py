@@ -330,7 +330,7 @@ def test_auto_passes_over_a_backend_that_does_not_load(broken_backend):
 
 def test_backend_asked_for_on_a_device_it_does_not_serve_says_so(broken_backend):
     with pytest.raises(ValueError, match="'broken' serves cpu tensors, got tensors on cuda"):
-        table.select("broken", "cuda")
+        table.select("broken", "cuda", torch.float32)
 
 
 # --- the package -----------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from fastntxent import budget, cross_neg_lse, neg_lse, nt_xent_terms, split_view
 from fastntxent.backends.base import Side
 from tests.cases import (
     BACKENDS,
+    CUDA_KERNELS,
     KERNELS,
     TILE,
     Batch,
@@ -327,6 +328,7 @@ def test_neg_lse_of_rows_without_negatives_can_be_masked_away(backend, temperatu
 
 
 @needs_cuda
+@pytest.mark.parametrize("backend", CUDA_KERNELS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("temperature", [0.01, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -11,7 +11,7 @@ ROOT = Path(fastntxent.__file__).parent
 LAYERS = [
     ["validation", "_cpu"],
     ["backends.base"],
-    ["backends.blocked", "backends.cpu", "backends.reference"],
+    ["backends.triton", "backends.blocked", "backends.cpu", "backends.reference"],
     ["backends"],
     ["ops"],
     ["functional"],

@@ -8,7 +8,7 @@ import torch._dynamo.testing
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastntxent import NTXentLoss, budget, cross_neg_lse, neg_lse, nt_xent, ops, split_views
-from tests.cases import BACKENDS, KERNELS, needs_cuda, random_batch
+from tests.cases import BACKENDS, CUDA_KERNELS, KERNELS, needs_cuda, random_batch
 
 
 @pytest.fixture(params=KERNELS)
@@ -187,6 +187,21 @@ def test_func_vmap_of_grad_equals_reference(backend):
     torch.testing.assert_close(gradients(backend), gradients("reference"))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradient_around_a_vmap_equals_reference(backend, reduction):
+    z, others = torch.randn(3, 6, 4, requires_grad=True), torch.randn(3, 6, 4)
+
+    def total(z, name):
+        def loss(a, b):
+            return nt_xent(a, b, 0.3, reduction=reduction, backend=name)
+
+        return torch.func.vmap(loss)(z, others).square().sum()
+
+    expected = torch.func.grad(total)(z.detach(), "reference")
+    torch.testing.assert_close(torch.func.grad(total)(z.detach(), backend), expected)
+    torch.testing.assert_close(torch.autograd.grad(total(z, backend), z)[0], expected)
+
+
 def test_func_vmap_over_another_dimension_equals_reference(backend):
     z, others = torch.randn(6, 3, 4), torch.randn(3, 6, 4)
 
@@ -302,7 +317,7 @@ def test_autocast_leaves_neg_lse_alone(name):
 
 
 def test_autocast_is_off_inside_the_kernels(backend, monkeypatch):
-    kernels = type(importlib.import_module("fastntxent.backends").select(backend, "cpu"))
+    kernels = type(importlib.import_module("fastntxent.backends").select(backend, "cpu", torch.float32))
     states = []
 
     def watch(original):
@@ -415,6 +430,7 @@ def test_meta_tensors_have_shapes():
 
 
 @needs_cuda
+@pytest.mark.parametrize("backend", CUDA_KERNELS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_cuda_step_never_waits_for_the_device(backend, reduction):
     z_i, z_j = (z.detach().cuda().requires_grad_() for z in views(300, 32))

@@ -12,6 +12,8 @@ import functools
 import importlib
 from typing import NamedTuple
 
+import torch
+
 from .base import Backend
 
 ANY_DEVICE = ("any",)
@@ -26,6 +28,7 @@ class _Entry(NamedTuple):
 # In order of preference: "auto" takes the first that may be picked, serves the device and loads.
 _TABLE: dict[str, _Entry] = {
     "cpu": _Entry("fastntxent.backends.cpu", ("cpu",), auto=True),
+    "triton": _Entry("fastntxent.backends.triton.backend", ("cuda",), auto=False),
     "blocked": _Entry("fastntxent.backends.blocked", ANY_DEVICE, auto=True),
     "reference": _Entry("fastntxent.backends.reference", ANY_DEVICE, auto=False),
 }
@@ -54,28 +57,38 @@ def check_name(name: str) -> None:
         raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, _TABLE))}, got {name!r}")
 
 
-def _serves(name: str, device_type: str) -> bool:
+def _serves(name: str, device_type: str, dtype: torch.dtype) -> bool:
+    """Whether a backend loads and takes such tensors. One that is for other devices is not loaded to find out."""
     device_types = _TABLE[name].device_types
-    return device_types == ANY_DEVICE or device_type in device_types
+    if device_types != ANY_DEVICE and device_type not in device_types:
+        return False
+    backend = _load(name)
+    return isinstance(backend, Backend) and dtype in backend.dtypes
 
 
-def select(name: str, device_type: str) -> Backend:
-    """The backend for `name` on tensors of `device_type`; for "auto" the first of the table that may serve."""
+def select(name: str, device_type: str, dtype: torch.dtype) -> Backend:
+    """The backend for `name` on tensors like these; for "auto" the first of the table that may serve."""
     check_name(name)
     if name == "auto":
         name = next(
-            candidate
-            for candidate, entry in _TABLE.items()
-            if entry.auto and _serves(candidate, device_type) and isinstance(_load(candidate), Backend)
-        )
-    elif not _serves(name, device_type):
-        raise ValueError(
-            f"backend {name!r} serves {', '.join(_TABLE[name].device_types)} tensors, got tensors on {device_type}"
+            candidate for candidate, entry in _TABLE.items() if entry.auto and _serves(candidate, device_type, dtype)
         )
     backend = _load(name)
+    device_types = _device_types(name)
+    if device_types != ANY_DEVICE and device_type not in device_types:
+        raise ValueError(f"backend {name!r} serves {', '.join(device_types)} tensors, got tensors on {device_type}")
     if isinstance(backend, Exception):
         raise RuntimeError(f"backend {name!r} is not available: {_explain(backend)}") from backend
+    if dtype not in backend.dtypes:
+        raise TypeError(f"backend {name!r} takes {', '.join(map(str, backend.dtypes))}, got {dtype}")
     return backend
+
+
+def _device_types(name: str) -> tuple[str, ...]:
+    """As the table has it; a backend that has loaded may know of more."""
+    backend = _load(name)
+    more = backend.device_types if isinstance(backend, Backend) else ANY_DEVICE
+    return _TABLE[name].device_types if more == ANY_DEVICE else more
 
 
 def backends() -> dict[str, BackendStatus]:
@@ -96,7 +109,7 @@ def backends() -> dict[str, BackendStatus]:
 def _status(name: str) -> BackendStatus:
     loaded = _load(name)
     reason = _explain(loaded) if isinstance(loaded, Exception) else None
-    return BackendStatus(reason is None, _TABLE[name].device_types, reason)
+    return BackendStatus(reason is None, _device_types(name), reason)
 
 
 def _explain(error: Exception) -> str:

@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..validation import FLOAT_DTYPES
+
 NORM_EPS = 1e-12  # of torch.nn.functional.normalize
 
 
@@ -73,6 +75,9 @@ class UnitRows:
 class Backend(ABC):
     """One implementation of the losses' core. Methods allocate what they return, and neither change nor alias their
     arguments. `inv_tau` is a 0-d tensor, in host memory or on the rows' device."""
+
+    device_types: tuple[str, ...] = ("any",)
+    dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
 
     @abstractmethod
     def neg_lse(self, u: Tensor, ids: Tensor, inv_tau: Tensor) -> Tensor:

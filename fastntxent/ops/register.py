@@ -46,7 +46,7 @@ def kernels(name: str, rows: Tensor, inv_tau: Tensor) -> KernelBackend:
     """The backend of that name for these rows."""
     if inv_tau.device.type == "cpu":  # a compiled caller's checks saw no value; here there is one
         check_positive("1 / temperature", inv_tau.item())
-    backend = select(name, rows.device.type)
+    backend = select(name, rows.device.type, rows.dtype)
     if not isinstance(backend, KernelBackend):
         raise RuntimeError(f"backend {name!r} has no kernels: call it through fastntxent's functions")
     return backend
@@ -103,13 +103,16 @@ def register(
     Eager.backward = staticmethod(backward)  # type: ignore[method-assign]
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return operator(*args)
-        if torch._C._are_functorch_transforms_active():
+        if transforming():
             return Transformed.apply(*args)
-        return Eager.apply(*args) if _unobserved(args) else operator(*args)
+        return Eager.apply(*args) if not torch.compiler.is_compiling() and _unobserved(args) else operator(*args)
 
     return call
+
+
+def transforming() -> bool:
+    """Whether a transform of torch.func is around this call, outside a compiler."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def _unobserved(args: tuple[Any, ...]) -> bool:

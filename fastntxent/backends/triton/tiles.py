@@ -1,0 +1,146 @@
+"""What the kernels share: operands and their products, the mask, weights of a tile, the choice between two regimes.
+
+Rows are packed (pack.py) as u_i = r_i x_i: x in the type the matrix units take, r a float32. A similarity is then
+s_ij = r_i r_j (x_i . x_j), of a product that is exact but for its float32 sum. Padding rows and features are zero.
+
+Operands (the constexpr SPLIT and the dtype of x):
+    float16, bfloat16   x is z itself, up to a power of two: one product
+    float32             x = hi + lo in float16, whose largest element is near 1: 22 bits of mantissa, as good as float32
+                        (two parts of bfloat16 hold 16, and ten times the error), and the three products that matter
+    float32, TF32       x in float32, one product in TF32: where PyTorch's setting allows it
+
+The interpreter multiplies the bit patterns of bfloat16: there (UPCAST) operands are widened before a product.
+"""
+
+import triton
+import triton.language as tl
+
+# exp(k s) itself is formed while k max|s| + ln M stays below this, two thirds of float32's range of exponents;
+# elsewhere logits are shifted by their largest, or by nu.
+DIRECT_LIMIT = tl.constexpr(60.0)
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def in_direct_range(k, bound_ptr, log_terms, BOUNDED: tl.constexpr):
+    """Whether no logit leaves the range of exp; without BOUNDED rows are unit rows, else bound is max|s|."""
+    bound = tl.load(bound_ptr) if BOUNDED else 1.0
+    return k * bound + log_terms < DIRECT_LIMIT
+
+
+@triton.jit
+def inverse_temperature(inv_tau, ON_DEVICE: tl.constexpr):
+    """k, from device memory or as it was passed."""
+    return tl.load(inv_tau) if ON_DEVICE else inv_tau
+
+
+@triton.jit
+def load_rows(x_ptr, first_row, d, DP, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Features [d, d + BLOCK_D) of rows [first_row, first_row + ROWS) of a packed matrix."""
+    offs_m = (first_row + tl.arange(0, ROWS)).to(tl.int64)
+    offs_d = d + tl.arange(0, BLOCK_D)
+    return tl.load(x_ptr + offs_m[:, None] * DP + offs_d[None, :])
+
+
+@triton.jit
+def store_rows(out_ptr, values, first_row, d, DP, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The same place of a matrix of that shape."""
+    offs_m = (first_row + tl.arange(0, ROWS)).to(tl.int64)
+    offs_d = d + tl.arange(0, BLOCK_D)
+    tl.store(out_ptr + offs_m[:, None] * DP + offs_d[None, :], values)
+
+
+@triton.jit
+def add_product(acc, a, a_lo, b, b_lo, SPLIT: tl.constexpr, TF32: tl.constexpr, UPCAST: tl.constexpr):
+    """acc + a b."""
+    if UPCAST:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    if SPLIT:
+        if UPCAST:
+            a_lo, b_lo = a_lo.to(tl.float32), b_lo.to(tl.float32)
+        acc = tl.dot(a_lo, b, acc)
+        acc = tl.dot(a, b_lo, acc)
+    if TF32:
+        return tl.dot(a, b, acc, input_precision="tf32")
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr, UPCAST: tl.constexpr):
+    """x in a narrower type, to nearest: the interpreter would truncate to bfloat16."""
+    if UPCAST and dtype == tl.bfloat16 and x.dtype == tl.float32:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
+
+
+@triton.jit
+def in_two_parts(x, dtype: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr):
+    """Float32 numbers as an operand: x, or if SPLIT the sum of two parts."""
+    high = rounded(x, dtype, UPCAST)
+    if SPLIT:
+        return high, rounded(x - high.to(tl.float32), dtype, UPCAST)
+    return high, high
+
+
+@triton.jit
+def similarities(
+    rows_x, rows_lo, cols_x, cols_lo, row, col, DP,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    SPLIT: tl.constexpr, TF32: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """x_i . x_j of a tile, over all features in chunks."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for d in range(0, DP, BLOCK_D):
+        a = load_rows(rows_x, row, d, DP, BLOCK_M, BLOCK_D)
+        b = load_rows(cols_x, col, d, DP, BLOCK_N, BLOCK_D)
+        a_lo, b_lo = a, b
+        if SPLIT:
+            a_lo = load_rows(rows_lo, row, d, DP, BLOCK_M, BLOCK_D)
+            b_lo = load_rows(cols_lo, col, d, DP, BLOCK_N, BLOCK_D)
+        acc = add_product(acc, a, a_lo, tl.trans(b), tl.trans(b_lo), SPLIT, TF32, UPCAST)
+    return acc
+
+
+@triton.jit
+def span(low_ptr, high_ptr, first_row, ROWS: tl.constexpr, SPAN: tl.constexpr):
+    """The smallest and the largest id of some rows."""
+    offs = first_row // SPAN + tl.arange(0, ROWS // SPAN)
+    return tl.min(tl.load(low_ptr + offs)), tl.max(tl.load(high_ptr + offs))
+
+
+@triton.jit
+def apart(rows_ids, cols_ids, row, col, n_rows, n_cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """True where row and column exist and are of different groups."""
+    offs_m, offs_n = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
+    differ = tl.load(rows_ids + offs_m)[:, None] != tl.load(cols_ids + offs_n)[None, :]
+    return differ & (offs_m < n_rows)[:, None] & (offs_n < n_cols)[None, :]
+
+
+@triton.jit
+def scaled_weights(w_ptr, nu_ptr, offs, n, largest, G_SCALE: tl.constexpr, SHIFTED: tl.constexpr):
+    """Weights of rows, the largest at G_SCALE, and nu: direct, a = w exp(-nu); shifted, w. A row without negatives has
+    no weight, whatever came from behind its -inf, and no probabilities."""
+    w = tl.load(w_ptr + offs, mask=offs < n, other=0.0)
+    nu = tl.load(nu_ptr + offs, mask=offs < n, other=-float("inf"))
+    empty = nu == -float("inf")
+    nu = tl.where(empty, float("inf"), nu)
+    w = tl.where(empty, 0.0, w / largest * G_SCALE)
+    if SHIFTED:
+        return w, nu
+    return w * tl.exp2(-nu * LOG2_E), nu
+
+
+@triton.jit
+def weigh(s, r_m, r_n, k, w_m, nu_m, w_n, nu_n, SHIFTED: tl.constexpr):
+    """G_ij = w_i P_ij + w_j P_ji of a tile of similarities x_i . x_j, before the mask."""
+    if SHIFTED:
+        logits = s * (r_m[:, None] * r_n[None, :]) * k
+        of_rows = w_m[:, None] * tl.exp2((logits - nu_m[:, None]) * LOG2_E)
+        return of_rows + w_n[None, :] * tl.exp2((logits - nu_n[None, :]) * LOG2_E)
+    exps = tl.exp2(s * r_n[None, :] * (r_m * (k * LOG2_E))[:, None])
+    return exps * (w_m[:, None] + w_n[None, :])
+
+
+INTERPRETED = not isinstance(load_rows, triton.JITFunction)

@@ -1,0 +1,259 @@
+"""The Triton kernels against the oracle: on a GPU where there is one, else in Triton's interpreter at small sizes."""
+
+import importlib
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastntxent import backends, budget, cross_neg_lse, neg_lse, nt_xent
+from fastntxent.backends import select
+from tests.cases import (
+    Batch,
+    assert_within_budget,
+    converged_batch,
+    evaluate,
+    random_batch,
+    start_of_training,
+)
+
+STATUS = backends()["triton"]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [
+    pytest.mark.skipif(not STATUS.available, reason=f"needs Triton: {STATUS.reason}"),
+    # Logarithms of empty sums, and the exponentials of the regime that is not wanted.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+
+if STATUS.available:
+    backward = importlib.import_module("fastntxent.backends.triton.backward")
+    config = importlib.import_module("fastntxent.backends.triton.config")
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+
+
+def on_device(batch: Batch) -> Batch:
+    return batch.map(lambda z: z.to(DEVICE))
+
+
+def upstream(n: int, scale: float = 1.0) -> torch.Tensor:
+    return torch.linspace(-scale, scale, 2 * n, dtype=torch.float64, device=DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("temperature", [0.001, 0.1, 10.0])
+@pytest.mark.parametrize(("n", "d"), [(1, 1), (2, 3), (33, 16), (40, 130), (20, 300)])
+def test_nt_xent_within_budget(n, d, temperature, dtype):
+    if d > 1:  # on the line every unit row is 1 or -1, and the gradient is nothing but rounding
+        assert_within_budget(on_device(random_batch(n, d, temperature, dtype=dtype)), "triton")
+    else:
+        batch = on_device(random_batch(n, d, temperature, dtype=dtype))
+        result, truth = evaluate(batch, "triton"), evaluate(batch.map(torch.Tensor.double), "reference")
+        torch.testing.assert_close(result.loss.double(), truth.loss, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.005, 0.1])
+@pytest.mark.parametrize("n", [15, 16, 17, 31, 32, 33, 63, 65, 80])
+def test_nt_xent_at_tile_edges_within_budget(n, temperature):
+    batch = on_device(random_batch(n, 20, temperature))
+    assert_within_budget(batch, "triton")
+    assert_within_budget(batch, "triton", reduction="none", upstream=upstream(n))
+
+
+@pytest.mark.parametrize("temperature", [0.02, 0.3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nt_xent_of_rows_as_they_are_within_budget(dtype, temperature):
+    # How long the rows are is known to the device alone: both regimes are launched, one of them returns.
+    batch = random_batch(40, 24, temperature, dtype=dtype).map(lambda z: z / 8)._replace(normalize=False)
+    assert_within_budget(on_device(batch), "triton", reduction="none", upstream=upstream(40))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 65536.0, 1e30])
+@pytest.mark.parametrize("temperature", [0.01, 0.1])
+def test_nt_xent_upstream_of_any_magnitude_within_budget(temperature, scale):
+    batch = on_device(random_batch(33, 40, temperature))
+    assert_within_budget(batch, "triton", reduction="none", upstream=upstream(33, scale))
+
+
+@pytest.mark.parametrize("length", [1e-13, 1e-9, 1e-30, 1e30])
+def test_nt_xent_rows_of_any_length_within_budget(length):
+    z_i, z_j, *_ = random_batch(20, 16, 0.5)
+    assert_within_budget(on_device(Batch(F.normalize(z_i, dim=1) * length, z_j, 0.5)), "triton")
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.1, 0.5])
+@pytest.mark.parametrize(("loss", "limit"), [(None, 2e-6), (0.7, 1e-5), (1e-3, 1e-5), (1e-6, 1e-5)])
+def test_gradient_relative_error_at_every_stage_of_training(loss, limit, temperature):
+    shape = 64, 128, temperature
+    batch = on_device(start_of_training(*shape) if loss is None else converged_batch(*shape, loss))
+    value, truth = evaluate(batch, "triton"), evaluate(batch.map(torch.Tensor.double), "reference")
+    gradient, true_gradient = (torch.cat((r.d_z_i, r.d_z_j)).double() for r in (value, truth))
+    assert float((gradient - true_gradient).norm() / true_gradient.norm()) < limit
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["interleaved", "transposed", "every other feature", "expanded"])
+def test_strided_views_equal_contiguous(layout, dtype):
+    z_i, z_j, *_ = on_device(random_batch(20, 24, 0.2, dtype=dtype))
+    if layout == "interleaved":
+        z_i, z_j = torch.stack((z_i, z_j), dim=1).unbind(1)
+    elif layout == "transposed":
+        z_i, z_j = z_i.T.contiguous().T, z_j.T.contiguous().T
+    elif layout == "every other feature":
+        z_i, z_j = z_i[:, ::2], z_j[:, 1::2]
+    else:
+        z_i, z_j = z_i[:1].expand(20, -1), z_j
+    strided = Batch(z_i, z_j, 0.2)
+    contiguous = strided.map(torch.Tensor.contiguous)
+    for value, expected in zip(evaluate(strided, "triton"), evaluate(contiguous, "triton"), strict=True):
+        assert torch.equal(value, expected)
+
+
+def groups(name: str, M: int, K: int) -> tuple[torch.Tensor, torch.Tensor]:
+    few = torch.arange(M + K) * 7 % 3
+    ids = {
+        "samples": torch.cat((torch.arange(M), torch.arange(K))),
+        "unique": torch.arange(M + K, dtype=torch.int32),
+        "one": torch.zeros(M + K, dtype=torch.int8),
+        "few": few,
+        "negative": -few * 2**40,
+    }[name].to(DEVICE)
+    return ids[:M], ids[M:]
+
+
+@pytest.mark.parametrize("temperature", [0.005, 0.2])
+@pytest.mark.parametrize("name", ["samples", "unique", "one", "few", "negative"])
+@pytest.mark.parametrize(("M", "K"), [(1, 40), (70, 1), (33, 100)])
+def test_neg_lse_of_any_groups_equals_reference(name, M, K, temperature):
+    generator = torch.Generator().manual_seed(0)
+    u, v = (F.normalize(torch.randn(n, 16, generator=generator), dim=1).to(DEVICE) for n in (M, K))
+    u_ids, v_ids = groups(name, M, K)
+
+    def total(nu):
+        return (torch.where(nu == -math.inf, 0, nu) * torch.linspace(1, 2, len(nu), device=DEVICE)).sum()
+
+    def results(backend, dtype):
+        a, b = (x.to(dtype).requires_grad_() for x in (u, v))
+        tau = torch.tensor(temperature, requires_grad=True)
+        nus = cross_neg_lse(a, b, u_ids, v_ids, tau, backend=backend)
+        crossed = torch.autograd.grad(sum(map(total, nus)), (a, b, tau))
+        nu = neg_lse(a, u_ids, tau, backend=backend)
+        return [*nus, *crossed, nu, *torch.autograd.grad(total(nu), (a, tau))]
+
+    value, truth = results("triton", torch.float32), results("reference", torch.float64)
+    for v, t in zip(value, truth, strict=True):
+        assert torch.equal(v == -math.inf, t == -math.inf)
+        errors = budget.measure(v.detach(), t.detach(), scale=1 / temperature)
+        assert errors.maximum < 1e-5, errors
+
+
+@pytest.mark.parametrize("needs", ["u", "v", "temperature"])
+def test_cross_neg_lse_forms_the_gradients_that_are_wanted(needs):
+    ids = torch.arange(20, device=DEVICE), torch.arange(30, device=DEVICE)
+
+    def gradient(name):
+        torch.manual_seed(0)
+        tensors = {"u": torch.randn(20, 8), "v": torch.randn(30, 8), "temperature": torch.tensor(0.7)}
+        tensors = {key: tensor.to(DEVICE) for key, tensor in tensors.items()}
+        tensors[needs].requires_grad_()
+        nus = cross_neg_lse(tensors["u"], tensors["v"], *ids, tensors["temperature"], backend=name)
+        return torch.autograd.grad(nus.rows.sum() + 2 * nus.cols.sum(), tensors[needs])
+
+    torch.testing.assert_close(gradient("triton"), gradient("reference"), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("d", [24, 300])
+def test_tf32_is_taken_where_pytorch_may(d):
+    batch = on_device(random_batch(40, d, 0.2))
+    truth = evaluate(batch.map(torch.Tensor.double), "reference")
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        value = evaluate(batch, "triton")
+    finally:
+        torch.set_float32_matmul_precision(before)
+    for v, t in zip(value, truth, strict=True):
+        assert budget.measure(v, t).rms < 2e-3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d", [24, 300])
+def test_same_bits_every_time(d, dtype):
+    batch = on_device(random_batch(70, d, 0.1, dtype=dtype))
+    for a, b in zip(evaluate(batch, "triton"), evaluate(batch, "triton"), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 3, 8])
+def test_squares_of_any_size_within_budget(monkeypatch, tiles):
+    monkeypatch.setattr(config, "tiles_of_square", lambda *_: tiles)
+    assert_within_budget(on_device(random_batch(150, 16, 0.1)), "triton")
+    u, v = torch.randn(150, 8, device=DEVICE) / 3, torch.randn(70, 8, device=DEVICE) / 3
+    ids = torch.arange(150, device=DEVICE), torch.arange(70, device=DEVICE)
+    for nu, expected in zip(
+        cross_neg_lse(u, v, *ids, 0.3, backend="triton"),
+        cross_neg_lse(u, v, *ids, 0.3, backend="reference"),
+        strict=True,
+    ):
+        torch.testing.assert_close(nu, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_several_panels_within_budget(monkeypatch, dtype):
+    monkeypatch.setattr(backward, "WORKSPACE", 1)  # panels of the least height
+    assert_within_budget(on_device(random_batch(100, 300, 0.1, dtype=dtype)), "triton")
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU takes its own tiles alone: needs the interpreter")
+@pytest.mark.parametrize("d", [16, 64, 128, 256, 300])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("family", ["sm_80", "sm_90", "sm_100", "small", "gfx942"])
+def test_every_tile_of_the_table_within_budget(monkeypatch, family, dtype, d):
+    monkeypatch.setattr(config, "family", lambda device: family)
+    for temperature in (0.005, 0.1):
+        assert_within_budget(random_batch(70, d, temperature, dtype=dtype), "triton")
+
+
+def test_nan_reaches_the_loss_and_every_row_that_sees_it():
+    z_i, z_j, *_ = on_device(random_batch(40, 16, 0.1))
+    z_i[3, 5] = torch.nan
+    assert nt_xent(z_i, z_j, 0.1, backend="triton").isnan()
+    assert nt_xent(z_i, z_j, 0.1, reduction="none", backend="triton").isnan().all()
+
+
+def test_float64_and_other_devices_are_refused():
+    z = torch.randn(4, 3, dtype=torch.float64, device=DEVICE)
+    with pytest.raises(TypeError, match=r"backend 'triton' takes torch.float16, .*, got torch.float64"):
+        nt_xent(z, z, backend="triton")
+    with pytest.raises(ValueError, match="backend 'triton' serves cuda"):
+        select("triton", "xpu", torch.float32)
+
+
+def test_auto_does_not_pick_what_no_device_has_verified():
+    assert type(select("auto", "cuda", torch.float32)).__name__ == "BlockedBackend"
+
+
+def test_without_a_device_or_the_interpreter_it_says_what_it_needs():
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without a CUDA device")
+    code = "import fastntxent; print(fastntxent.backends()['triton'].reason)"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert "no CUDA device here; under TRITON_INTERPRET=1" in done.stdout
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs the compilers that Triton ships for Linux")
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])
+def test_kernels_compile_within_the_chip_without_a_spill_and_on_its_matrix_units(target, tmp_path):
+    # In a process of its own: here triton interprets.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks", "kernels", "--targets", target, "--check"]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("shared") >= 20
