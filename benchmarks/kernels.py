@@ -1,7 +1,8 @@
 """Suite `kernels`: the Triton kernels compiled ahead of time for GPUs that need not be here: registers, memory, spills.
 
-Every tile of fastntxent.backends.triton.config is compiled as it is launched. What no GPU would report before a user's
-first step is found here: shared memory beyond the chip's, spilled registers, products that miss the matrix units.
+The tiles of fastntxent.backends.triton.config are compiled as NT-Xent of normalised rows launches them. What no GPU
+would report before a user's first step is found here: shared memory beyond the chip's, spilled registers, products that
+miss the matrix units.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-GRID = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 FEATURES = (64, 128, 256, 768)
 
 
@@ -67,7 +67,7 @@ class Report(NamedTuple):
 def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[str, str]]:
     """Every kernel for every target."""
     results = []
-    for target in arguments.targets or GRID:
+    for target in arguments.targets or TARGETS:
         for dtype in ("bf16", "fp32"):
             for d in arguments.d or FEATURES:
                 for report in compile_all(target, dtype, d):

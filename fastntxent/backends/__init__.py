@@ -57,22 +57,21 @@ def check_name(name: str) -> None:
         raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, _TABLE))}, got {name!r}")
 
 
-def _serves(name: str, device_type: str, dtype: torch.dtype) -> bool:
-    """Whether a backend loads and takes such tensors. One that is for other devices is not loaded to find out."""
+def _serving(name: str, device_type: str, dtype: torch.dtype) -> Backend | None:
+    """The backend, if it loads and takes such tensors. One that is for other devices is not loaded to find out."""
     device_types = _TABLE[name].device_types
     if device_types != ANY_DEVICE and device_type not in device_types:
-        return False
+        return None
     backend = _load(name)
-    return isinstance(backend, Backend) and dtype in backend.dtypes
+    return backend if isinstance(backend, Backend) and dtype in backend.dtypes else None
 
 
 def select(name: str, device_type: str, dtype: torch.dtype) -> Backend:
     """The backend for `name` on tensors like these; for "auto" the first of the table that may serve."""
     check_name(name)
     if name == "auto":
-        name = next(
-            candidate for candidate, entry in _TABLE.items() if entry.auto and _serves(candidate, device_type, dtype)
-        )
+        candidates = (_serving(candidate, device_type, dtype) for candidate, entry in _TABLE.items() if entry.auto)
+        return next(backend for backend in candidates if backend)
     backend = _load(name)
     device_types = _device_types(name)
     if device_types != ANY_DEVICE and device_type not in device_types:

@@ -25,15 +25,14 @@ from .forward import Forward
 from .pack import PADDED_ROWS, SPAN, Packed
 from .tiles import (
     add_product,
-    apart,
     in_direct_range,
     in_two_parts,
     inverse_temperature,
     load_rows,
+    masked,
     rounded,
     scaled_weights,
     similarities,
-    span,
     store_rows,
     weigh,
 )
@@ -42,19 +41,6 @@ WORKSPACE = 256 * 2**20  # bytes of a panel of G
 
 # The largest weight in a tile, of operands of that type: float16 has no numbers below 6e-8, nor above 65504.
 _G_SCALE = {torch.float16: 4096.0, torch.bfloat16: 1.0, torch.float32: 1.0}
-
-
-@triton.jit
-def _mask_tile(
-    g, rows_ids, cols_ids, rows_low, rows_high, cols_low, cols_high, row, col, n_rows, n_cols,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPAN: tl.constexpr,
-):  # fmt: skip
-    low, high = span(rows_low, rows_high, row, BLOCK_M, SPAN)
-    col_low, col_high = span(cols_low, cols_high, col, BLOCK_N, SPAN)
-    ends = (row + BLOCK_M > n_rows) | (col + BLOCK_N > n_cols)
-    if ends | ((low <= col_high) & (col_low <= high)):
-        g = tl.where(apart(rows_ids, cols_ids, row, col, n_rows, n_cols, BLOCK_M, BLOCK_N), g, 0.0)
-    return g
 
 
 @triton.jit
@@ -88,8 +74,8 @@ def _fused_kernel(
         s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         s = add_product(s, x_m, lo_m, tl.trans(x_n), tl.trans(lo_n), SPLIT, TF32, UPCAST)
         g = weigh(s, r_m, r_n, k, w_m, nu_m, w_n, nu_n, SHIFTED)
-        g = _mask_tile(
-            g, rows_ids, cols_ids, rows_low, rows_high, cols_low, cols_high, row, col, n_rows, n_cols,
+        g = masked(
+            g, 0.0, rows_ids, rows_low, rows_high, n_rows, cols_ids, cols_low, cols_high, n_cols, row, col,
             BLOCK_M, BLOCK_N, SPAN,
         )  # fmt: skip
         g *= (r_n / largest_r)[None, :]
@@ -123,8 +109,8 @@ def _form_kernel(
     w_m, nu_m = scaled_weights(rows_w, rows_nu, offs_m, n_rows, largest, G_SCALE, SHIFTED)
     w_n, nu_n = scaled_weights(cols_w, cols_nu, offs_n, n_cols, largest, G_SCALE, SHIFTED)
     g = weigh(s, r_m, r_n, k, w_m, nu_m, w_n, nu_n, SHIFTED)
-    g = _mask_tile(
-        g, rows_ids, cols_ids, rows_low, rows_high, cols_low, cols_high, row, col, n_rows, n_cols,
+    g = masked(
+        g, 0.0, rows_ids, rows_low, rows_high, n_rows, cols_ids, cols_low, cols_high, n_cols, row, col,
         BLOCK_M, BLOCK_N, SPAN,
     )  # fmt: skip
     g *= (r_n / largest_r)[None, :]

@@ -1,8 +1,8 @@
 """Tile sizes: one table, by kind of device, kernel and features.
 
 A width is a choice between the registers that hold a tile, the shared memory that feeds the matrix units, and the
-programs that a device runs at once. `benchmarks/tune.py` measures the candidates and prints a table; nothing is tuned
-while a person trains.
+programs that a device runs at once. The entries are those that the compiler fits into a chip without a spill (`make
+kernels-report`); no device has measured them yet. Nothing is tuned while a person trains.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ class Tile:
     num_stages: int = 2
 
 
+KERNELS = ("direct", "shifted", "fused", "form", "gather")
 _ANY = math.inf
 _PLAIN = Tile(128, 128, 64, 8, 3)
 
 # Largest padded D, and the tile for it. Where `fused` has no entry, its registers would spill: panels serve.
-# "large" has 160 KiB of shared memory and more (A100, H100, B200), "small" 64 to
-# 100 KiB (GeForce, MI300). Widths: bytes of a packed feature, both parts of a split float32 counted.
+# "large" has 160 KiB of shared memory and more (A100, H100, B200), "small" 64 to 100 KiB (GeForce, MI300). Widths:
+# bytes of a packed feature, both parts of a split float32 counted.
 _TABLE: dict[tuple[str, str, int], list[tuple[float, Tile]]] = {
     ("large", "direct", 2): [(64, Tile(128, 128, 64, 8, 3)), (128, Tile(128, 128, 128, 8, 3)), (_ANY, _PLAIN)],
     ("large", "direct", 4): [(64, Tile(128, 128, 64, 8, 2)), (_ANY, Tile(128, 128, 32, 8, 2))],
@@ -90,10 +91,9 @@ _TABLE |= {
 }
 _RESEMBLES = {"sm_80": "large", "sm_90": "large", "sm_100": "large", "gfx942": "small"}
 
-for _kernel in ("direct", "shifted", "fused", "form", "gather"):
+for _kernel in KERNELS:
     for _width in (2, 4):  # blocks that show many tiles at small sizes
         _TABLE["interpreter", _kernel, _width] = [(256 if _kernel == "fused" else _ANY, Tile(32, 32, 64))]
-KERNELS = ("direct", "shifted", "fused", "form", "gather")
 
 
 def choose(kernel: str, rows: Packed) -> Tile:

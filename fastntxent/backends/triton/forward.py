@@ -1,8 +1,8 @@
 """neg_lse of packed rows: nu_i = log sum over {j : id_j != id_i} of exp(k s_ij).
 
-Direct: a program owns a square of tiles. One exponential of a tile serves the sums of its rows and of its
-columns, so of one side only tiles on and above the diagonal are formed (a diagonal one whole, for its rows). Sums go
-to planes that no two programs share, and are added in a fixed order by `_finish_kernel`:
+Direct: a program owns a square of tiles. One exponential of a tile serves the sums of its rows and of its columns, so
+of one side only tiles on and above the diagonal are formed (a diagonal one whole, for its rows). Sums go to planes that
+no two programs share, and are added in a fixed order by `_finish_kernel`:
 
     one side of Q squares    rows of square a: plane b >= a from square (a, b) as rows, plane b < a from (b, a) as
                              columns, plane Q from (a, a) as columns
@@ -29,12 +29,11 @@ from .tiles import (
     INTERPRETED,
     LOG2_E,
     add_product,
-    apart,
     in_direct_range,
     inverse_temperature,
     load_rows,
+    masked,
     similarities,
-    span,
 )
 
 
@@ -70,7 +69,6 @@ def _direct_kernel(
         row = row0 + i * BLOCK
         offs_m = row + tl.arange(0, BLOCK)
         r_m = tl.load(rows_r + offs_m) * (k * LOG2_E)
-        low, high = span(rows_low, rows_high, row, BLOCK, SPAN)
         if WHOLE_D:
             x_m = load_rows(rows_x, row, 0, DP, BLOCK, BLOCK_D)
             lo_m = load_rows(rows_lo, row, 0, DP, BLOCK, BLOCK_D) if SPLIT else x_m
@@ -88,10 +86,10 @@ def _direct_kernel(
                     rows_x, rows_lo, cols_x, cols_lo, row, col, DP, BLOCK, BLOCK, BLOCK_D, SPLIT, TF32, UPCAST
                 )
             exps = tl.exp2(s * tl.load(cols_r + offs_n)[None, :] * r_m[:, None])
-            col_low, col_high = span(cols_low, cols_high, col, BLOCK, SPAN)
-            ends = (row + BLOCK > n_rows) | (col + BLOCK > n_cols)
-            if ends | ((low <= col_high) & (col_low <= high)):
-                exps = tl.where(apart(rows_ids, cols_ids, row, col, n_rows, n_cols, BLOCK, BLOCK), exps, 0.0)
+            exps = masked(
+                exps, 0.0, rows_ids, rows_low, rows_high, n_rows, cols_ids, cols_low, cols_high, n_cols, row, col,
+                BLOCK, BLOCK, SPAN,
+            )  # fmt: skip
             row_sums += tl.sum(exps, 1)
             col_sums = tl.where(on_diagonal and i == j, 0.0, tl.sum(exps, 0))
             before = tl.load(col_plane + offs_n, mask=(offs_n < n_cols) & (i > 0), other=0.0)
@@ -114,7 +112,6 @@ def _shifted_kernel(
     row = tl.program_id(0) * BLOCK
     offs_m = row + tl.arange(0, BLOCK)
     r_m = tl.load(rows_r + offs_m)
-    low, high = span(rows_low, rows_high, row, BLOCK, SPAN)
     peaks = tl.full((BLOCK,), -float("inf"), tl.float32)
     sums = tl.zeros((BLOCK,), tl.float32)
     for col in range(0, n_cols, BLOCK):
@@ -122,11 +119,10 @@ def _shifted_kernel(
         # Rounded the same from both sides: only what went into a sum may be compared with it.
         r_n = tl.load(cols_r + col + tl.arange(0, BLOCK))
         logits = s * (r_m[:, None] * r_n[None, :]) * k
-        col_low, col_high = span(cols_low, cols_high, col, BLOCK, SPAN)
-        ends = (row + BLOCK > n_rows) | (col + BLOCK > n_cols)
-        if ends | ((low <= col_high) & (col_low <= high)):
-            keep = apart(rows_ids, cols_ids, row, col, n_rows, n_cols, BLOCK, BLOCK)
-            logits = tl.where(keep, logits, -float("inf"))
+        logits = masked(
+            logits, -float("inf"), rows_ids, rows_low, rows_high, n_rows, cols_ids, cols_low, cols_high, n_cols,
+            row, col, BLOCK, BLOCK, SPAN,
+        )  # fmt: skip
         new_peaks = tl.maximum(peaks, tl.max(logits, 1))
         shift = tl.where(new_peaks == -float("inf"), 0.0, new_peaks)  # -inf - -inf is NaN: no negative yet
         exps = tl.exp2((logits - shift[:, None]) * LOG2_E)
@@ -171,8 +167,7 @@ class Forward:
         self.sides = sides
         self.rows, self.cols = sides[0], sides[-1]
         self.one_side = len(sides) == 1
-        self.device = self.rows.x.device
-        self.on_device = inv_tau.device == self.device and self.device.type != "cpu"
+        self.on_device = inv_tau.device.type != "cpu"
         self.k = inv_tau if self.on_device else inv_tau.item()
         # Rows that are not normalised: the device knows how long they are.
         self.bounded = not self.rows.normalize

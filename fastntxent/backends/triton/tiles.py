@@ -119,6 +119,21 @@ def apart(rows_ids, cols_ids, row, col, n_rows, n_cols, BLOCK_M: tl.constexpr, B
 
 
 @triton.jit
+def masked(
+    values, other, rows_ids, rows_low, rows_high, n_rows, cols_ids, cols_low, cols_high, n_cols, row, col,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
+    """A tile's values, `other` where the groups agree or there is no row or column. Ids are compared in the tiles alone
+    where their spans meet, or a side ends."""
+    low, high = span(rows_low, rows_high, row, BLOCK_M, SPAN)
+    col_low, col_high = span(cols_low, cols_high, col, BLOCK_N, SPAN)
+    ends = (row + BLOCK_M > n_rows) | (col + BLOCK_N > n_cols)
+    if ends | ((low <= col_high) & (col_low <= high)):
+        values = tl.where(apart(rows_ids, cols_ids, row, col, n_rows, n_cols, BLOCK_M, BLOCK_N), values, other)
+    return values
+
+
+@triton.jit
 def scaled_weights(w_ptr, nu_ptr, offs, n, largest, G_SCALE: tl.constexpr, SHIFTED: tl.constexpr):
     """Weights of rows, the largest at G_SCALE, and nu: direct, a = w exp(-nu); shifted, w. A row without negatives has
     no weight, whatever came from behind its -inf, and no probabilities."""
