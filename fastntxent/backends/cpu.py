@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _cpu  # type: ignore[attr-defined]
+import fastntxent._cpu as _cpu  # type: ignore[import-not-found]  # by its full name: the package is still loading
+
 from .base import KernelBackend, accumulation_dtype, loss_weight, norm_eps
 
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
