@@ -5,9 +5,11 @@ cpu        forward, backward and both of every loss, and the machine's own limit
 memory     peak memory beside the inputs, a process each (Linux)
 scaling    our `cpu` kernel at large N: seconds over N^2, and peak memory (Linux)
 converged  errors of the gradient against float64 as training converges (batches from tests/cases.py: needs pytest)
-gpu        as cpu, on a CUDA device
+gpu        as cpu, on a CUDA device, with the model's prediction beside ours
 kernels    the Triton kernels compiled for GPUs that need not be here: registers, shared memory, spills; --check fails
            where a chip has not what a kernel takes
+model      what the Triton kernels should take on GPUs that need not be here, from data sheets
+tune       the Triton kernels' table of tiles, from times on this GPU; --predict CHIP: from the model, without it
 report     the README's tables and the plots, from the results kept in benchmarks/results; --check only compares
 """
 
@@ -17,7 +19,7 @@ import argparse
 import json
 from pathlib import Path
 
-from . import converged, cpu, gpu, kernels, machine, memory, report, scaling, tables
+from . import chips, converged, cpu, gpu, kernels, machine, memory, model, report, scaling, tables, tune
 from .competitors import COMPETITORS
 
 SUITES = {
@@ -27,6 +29,8 @@ SUITES = {
     "converged": converged,
     "gpu": gpu,
     "kernels": kernels,
+    "model": model,
+    "tune": tune,
 }
 
 
@@ -42,11 +46,16 @@ def main(argv: list[str] | None = None) -> None:
         suite.add_argument("--d", type=int, nargs="+", help="features (default: 128, or a range)")
         suite.add_argument("--out", type=Path, help="write the results here, as JSON")
         if name == "kernels":
-            suite.add_argument("--targets", nargs="+", choices=kernels.TARGETS, help="chips (default: all)")
+            suite.add_argument("--targets", nargs="+", choices=chips.CHIPS, help="chips (default: all)")
             suite.add_argument("--check", action="store_true", help="fail if any kernel spills or does not fit")
-        elif name != "converged":
+        if name == "tune":
+            suite.add_argument("--predict", choices=model.TARGETS, metavar="CHIP", help="ask the model, not a device")
+            suite.add_argument("--kernels", nargs="+", choices=tune.ROWS, metavar="KERNEL", help="these alone")
+            suite.add_argument("--most", type=int, default=12, help="tiles to time for a class (default: 12)")
+            suite.add_argument("--write", action="store_true", help="into the package's table")
+        elif name not in ("converged", "kernels", "model"):
             suite.add_argument("--only", nargs="+", choices=COMPETITORS, metavar="LOSS", help="these losses alone")
-        if name in ("cpu", "gpu", "scaling"):
+        if name in ("cpu", "gpu", "scaling", "tune"):
             suite.add_argument(
                 "--seconds", type=float, default=20, help="to spend on a size (cpu, gpu: 5 to 200 rounds)"
             )

@@ -84,7 +84,7 @@ def _info_nce(temperature: float) -> Loss:
 
 
 OURS = {
-    name: Competitor(partial(_ours, name), 65536 if name == "cpu" else 16384, device_types=status.device_types)
+    name: Competitor(partial(_ours, name), 16384 if name == "blocked" else 65536, device_types=status.device_types)
     for name, status in fastntxent.backends().items()
     if name != "reference"
 }

@@ -1,4 +1,5 @@
-"""Suite `gpu`: suite `cpu` on a CUDA device, in float32 and bfloat16, with peak memory."""
+"""Suite `gpu`: suite `cpu` on a CUDA device, in float32 and bfloat16, with peak memory, and the model's prediction of
+the Triton kernels' time at the matrix rate that was measured."""
 
 from __future__ import annotations
 
@@ -8,10 +9,11 @@ import gc
 import torch
 from torch import Tensor
 
+from . import model
 from .competitors import Loss, load, names
 from .timing import TEMPERATURE, Case, check, compare, lines, step
 
-GRID = ((256, 128), (1024, 128), (4096, 128), (16384, 128), (4096, 512), (4096, 2048))
+GRID = ((256, 128), (1024, 128), (4096, 128), (16384, 128), (32768, 128), (4096, 512), (32768, 768), (4096, 2048))
 
 
 def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[str, str]]:
@@ -37,9 +39,28 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[st
             result = {**compare(losses, case, arguments.seconds), "device": torch.cuda.get_device_name()}
             for name, row in result["losses"].items():
                 row["extra_bytes"] = peaks[name]
+            if "triton" in losses and (predicted := _predicted(result)):
+                result["model"] = predicted
             results.append(result)
-            print(*lines(result), sep="\n", flush=True)
+            print(*lines(result), *_model_line(result), sep="\n", flush=True)
     return results, missing
+
+
+def _predicted(result: dict) -> dict[str, float] | None:
+    """What the model has for this device; None if it does not know it."""
+    target = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    if target not in model.TARGETS or torch.version.hip:
+        return None
+    dtype = "bf16" if result["dtype"] == "bfloat16" else "fp32"
+    rate = result["gemm_gflops"] * 1e9 if dtype == "bf16" else None  # float32's products are not what it measured
+    return model.predict(target, result["n"], result["d"], dtype, rate)
+
+
+def _model_line(result: dict) -> list[str]:
+    if "model" not in result:
+        return []
+    parts = ", ".join(f"{name} {ms:.3g}" for name, ms in result["model"].items())
+    return [f"N {result['n']}, D {result['d']}, {result['dtype']}, the model's triton, ms: {parts}"]
 
 
 def _autocast(loss: Loss) -> Loss:

@@ -89,15 +89,45 @@ def accuracy(record: Record) -> str:
 
 def kernels(record: Record) -> str:
     """Registers, shared memory and matrix instructions of every compiled kernel."""
-    heads = ["chip", "kernel", "dtype", "D", "regime", "shared, KiB", "registers", "matrix instructions", "faults"]
+    heads = ["chip", "kernel", "dtype", "D", "variant", "tile", "regime", "shared, KiB", "registers", "at once"]
+    heads += ["matrix instructions", "faults"]
     regimes = {None: "", False: "direct", True: "shifted"}
     rows = [
         [
-            *(str(row[key]) for key in ("target", "kernel", "dtype", "d")),
+            *(str(row[key]) for key in ("target", "kernel", "dtype", "d", "variant")),
+            ", ".join(map(str, row["tile"] or "")),
             regimes[row["shifted"]],
             digits(row["shared"] / 1024),
-            *(str(row[key]) for key in ("registers", "matrix")),
+            *(str(row[key]) for key in ("registers", "resident", "matrix")),
             "; ".join(row["faults"]) or _NONE,
+        ]
+        for row in record["results"]
+    ]
+    return _table(heads, rows)
+
+
+def model(record: Record) -> str:
+    """Predicted milliseconds, and the parts of the backward."""
+    heads = ["chip", "N", "D", "dtype", "forward", "both", "both / u", "kernels"]
+    rows = [
+        [
+            *(str(row[key]) for key in ("target", "n", "d", "dtype")),
+            *map(digits, (row["ms"]["forward"], row["ms"]["both"], row["ms"]["both"] / row["ms"]["u"])),
+            ", ".join(f"{name} {digits(ms)}" for name, ms in row["ms"].items() if name not in ("forward", "both", "u")),
+        ]
+        for row in record["results"]
+    ]
+    return _table(heads, rows)
+
+
+def tune(record: Record) -> str:
+    """The tile of every class, and the milliseconds of the best."""
+    heads = ["chip", "kernel", "dtype", "D", "M", "tile", "ms"]
+    rows = [
+        [
+            *(str(row[key]) for key in ("target", "kernel", "dtype", "d", "M")),
+            ", ".join(map(str, row["tile"] or "")),
+            digits(min(row["ms"].values())) if row["ms"] else _NONE,
         ]
         for row in record["results"]
     ]
@@ -140,4 +170,13 @@ def digits(x: float, count: int = 3) -> str:
     return text.rstrip("0").rstrip(".")
 
 
-TABLES = {"cpu": time, "gpu": time, "memory": memory, "scaling": scaling, "converged": accuracy, "kernels": kernels}
+TABLES = {
+    "cpu": time,
+    "gpu": time,
+    "memory": memory,
+    "scaling": scaling,
+    "converged": accuracy,
+    "kernels": kernels,
+    "model": model,
+    "tune": tune,
+}

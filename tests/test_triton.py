@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastntxent import backends, budget, cross_neg_lse, neg_lse, nt_xent
 from fastntxent.backends import select
@@ -191,7 +192,7 @@ def test_same_bits_every_time(d, dtype):
 
 @pytest.mark.parametrize("tiles", [1, 2, 3, 8])
 def test_squares_of_any_size_within_budget(monkeypatch, tiles):
-    monkeypatch.setattr(config, "tiles_of_square", lambda *_: tiles)
+    monkeypatch.setattr(config, "edge_of_square", lambda n_rows, n_cols, block: tiles * block)
     assert_within_budget(on_device(random_batch(150, 16, 0.1)), "triton")
     u, v = torch.randn(150, 8, device=DEVICE) / 3, torch.randn(70, 8, device=DEVICE) / 3
     ids = torch.arange(150, device=DEVICE), torch.arange(70, device=DEVICE)
@@ -209,14 +210,96 @@ def test_several_panels_within_budget(monkeypatch, dtype):
     assert_within_budget(on_device(random_batch(100, 300, 0.1, dtype=dtype)), "triton")
 
 
+def as_if(monkeypatch, family: str, rows: float) -> None:
+    """Tiles are those of this device, for a batch of so many rows."""
+    look_up = config.look_up
+    monkeypatch.setattr(config, "family", lambda device: family)
+    monkeypatch.setattr(config, "look_up", lambda name, kernel, width, n, DP: look_up(name, kernel, width, rows, DP))
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU takes its own tiles alone: needs the interpreter")
-@pytest.mark.parametrize("d", [16, 64, 128, 256, 300])
+@pytest.mark.parametrize("rows", [1, math.inf], ids=["small batch", "large batch"])
+@pytest.mark.parametrize("d", [16, 128, 256, 300])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("family", ["sm_80", "sm_90", "sm_100", "small", "gfx942"])
-def test_every_tile_of_the_table_within_budget(monkeypatch, family, dtype, d):
-    monkeypatch.setattr(config, "family", lambda device: family)
-    for temperature in (0.005, 0.1):
+def test_every_tile_of_the_table_within_budget(monkeypatch, family, dtype, d, rows):
+    as_if(monkeypatch, family, rows)
+    for temperature in (0.005, 0.1) if rows > 1 else (0.1,):
         assert_within_budget(random_batch(70, d, temperature, dtype=dtype), "triton")
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 3, 64])
+def test_columns_in_parts_within_budget(monkeypatch, multiprocessors):
+    monkeypatch.setattr(config, "multiprocessors", lambda device: multiprocessors)
+    assert_within_budget(on_device(random_batch(70, 16, 0.1)), "triton")
+    assert_within_budget(on_device(random_batch(70, 16, 0.005)), "triton", reduction="none", upstream=upstream(70))
+
+
+@pytest.mark.parametrize(
+    ("rows", "launches"),
+    [
+        (1, ["_pack_kernel", "_owned_kernel", "_fused_kernel", "unpack_kernel"]),
+        (math.inf, ["_pack_kernel", "_direct_kernel", "_finish_kernel", "_fused_kernel", "unpack_kernel"]),
+    ],
+    ids=["small batch", "large batch"],
+)
+def test_loss_and_gradient_take_these_launches_and_no_operator_of_pytorch(monkeypatch, rows, launches):
+    launched = []
+
+    class Recorder:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            return lambda *_, **__: launched.append(self.name)
+
+    for module in ("pack", "forward", "backward"):
+        module = importlib.import_module(f"fastntxent.backends.triton.{module}")
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Recorder(name))
+    as_if(monkeypatch, "sm_90", rows)
+
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            operators.add(func.overloadpacket.__name__)
+            return func(*args, **kwargs or {})
+
+    operators, inv_tau = set(), torch.tensor(10.0)
+    z_i, z_j = torch.randn(2, 40, 16, device=DEVICE)
+    with Operators():
+        select("triton", DEVICE, torch.float32).nt_xent_scalar(z_i, z_j, inv_tau, True, True)
+    assert launched == launches
+    views = {"slice", "select", "unbind", "detach", "alias", "as_strided"}
+    assert operators <= views | {"new_empty", "empty", "empty_like", "_local_scalar_dense"}, operators
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
+@pytest.mark.parametrize("temperature_on", ["cpu", "cuda"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "d"), [(40, 16), (1500, 64), (600, 300)])
+def test_a_cuda_graph_captures_loss_and_gradient(n, d, dtype, temperature_on):
+    temperature = torch.tensor(0.1, device=temperature_on)
+    held = [torch.randn(n, d, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2)]
+
+    def step():
+        loss = nt_xent(*held, temperature, backend="triton")
+        return loss, *torch.autograd.grad(loss, held)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()  # compiles
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for z in held:
+                z.copy_(torch.randn(n, d))
+        graph.replay()
+        for value, expected in zip(captured, step(), strict=True):
+            assert torch.equal(value, expected)
 
 
 def test_nan_reaches_the_loss_and_every_row_that_sees_it():
@@ -256,4 +339,4 @@ def test_kernels_compile_within_the_chip_without_a_spill_and_on_its_matrix_units
     root = Path(__file__).parent.parent
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("shared") >= 20
+    assert done.stdout.count("shared") >= 40

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..base import KernelBackend, loss_weight, norm_eps
-from .backward import Backward
+from .backward import Backward, survey
 from .forward import Forward
 from .pack import Packed
 from .tiles import INTERPRETED
@@ -48,7 +48,9 @@ class TritonBackend(KernelBackend):
     def neg_lse_backward(
         self, d_neg_lse: Tensor, u: Tensor, ids: Tensor, inv_tau: Tensor, neg_lse: Tensor
     ) -> tuple[Tensor, Tensor]:
-        d_u, _, d_inv_tau = Backward(Forward([_rows(u, ids)], inv_tau), [d_neg_lse], [neg_lse]).run(0)
+        rows = _rows(u, ids)
+        weights = survey([rows], [d_neg_lse], [neg_lse])
+        d_u, _, d_inv_tau, _ = Backward(Forward([rows], inv_tau), weights, [neg_lse]).run(0)
         return d_u, d_inv_tau
 
     @_on_its_device
@@ -73,13 +75,13 @@ class TritonBackend(KernelBackend):
         needs_u: bool,
         needs_v: bool,
     ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        forward = Forward([_rows(u, u_ids), _rows(v, v_ids)], inv_tau)
-        backward = Backward(forward, [d_rows, d_cols], [rows_neg_lse, cols_neg_lse])
+        sides, nus = [_rows(u, u_ids), _rows(v, v_ids)], [rows_neg_lse, cols_neg_lse]
+        backward = Backward(Forward(sides, inv_tau), survey(sides, [d_rows, d_cols], nus), nus)
         d_u = d_v = None
         if needs_v:
-            d_v, _, d_inv_tau = backward.run(1)
+            d_v, _, d_inv_tau, _ = backward.run(1)
         if needs_u or not needs_v:  # either side's sum is the temperature's gradient
-            d_u, _, d_inv_tau = backward.run(0)
+            d_u, _, d_inv_tau, _ = backward.run(0)
         return d_u if needs_u else None, d_v, d_inv_tau
 
     @_on_its_device
@@ -99,30 +101,27 @@ class TritonBackend(KernelBackend):
         neg_lse: Tensor,
         normalize: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        forward = Forward([_views(z_i, z_j, normalize)], inv_tau)
-        return Backward(forward, [d_neg_lse], [neg_lse]).run(0, d_pos=d_pos)
+        rows, d_pos = _views(z_i, z_j, normalize), d_pos.contiguous()
+        weights = survey([rows], [d_neg_lse], [neg_lse], d_pos)
+        d_z_i, d_z_j, d_inv_tau, _ = Backward(Forward([rows], inv_tau), weights, [neg_lse]).run(0, d_pos=d_pos)
+        return d_z_i, d_z_j, d_inv_tau
 
     @_on_its_device
     def nt_xent_value(self, z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool, mean: bool) -> Tensor:
-        _, losses, _, _ = _losses(z_i, z_j, inv_tau, normalize)
-        return losses.mean() if mean else losses.sum()
+        _, _, totals = Forward([_views(z_i, z_j, normalize)], inv_tau).losses()
+        return totals.sum() * loss_weight(z_i, mean)
 
     @_on_its_device
     def nt_xent_scalar(
         self, z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool, mean: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        forward, losses, q, nu = _losses(z_i, z_j, inv_tau, normalize)
+        forward = Forward([_views(z_i, z_j, normalize)], inv_tau)
+        nu, weights, totals = forward.losses()
         weight = loss_weight(z_i, mean)
-        d_z_i, d_z_j, d_inv_tau = Backward(forward, [q], [nu]).run(0, d_pos=q, weight=weight, pos_factor=-weight)
-        return losses.mean() if mean else losses.sum(), d_z_i, d_z_j, d_inv_tau
-
-
-def _losses(z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool) -> tuple[Forward, Tensor, Tensor, Tensor]:
-    """The losses of all rows, their weights q, and nu."""
-    forward = Forward([_views(z_i, z_j, normalize)], inv_tau)
-    losses, q = z_i.new_empty((2, 2 * z_i.shape[0]), dtype=torch.float32)
-    (nu,) = forward.run(losses, q)
-    return forward, losses, q, nu
+        d_z_i, d_z_j, d_inv_tau, loss = Backward(forward, weights, [nu]).run(
+            0, d_pos=weights.of_sides[0], weight=weight, pos_factor=-weight, totals=totals
+        )
+        return loss, d_z_i, d_z_j, d_inv_tau
 
 
 def _views(z_i: Tensor, z_j: Tensor, normalize: bool) -> Packed:

@@ -1,120 +1,83 @@
-"""Tile sizes: one table, by kind of device, kernel and features.
+"""Which tiles a kernel takes: one table, by kind of device, kernel, and the batch's rows, features and width.
 
-A width is a choice between the registers that hold a tile, the shared memory that feeds the matrix units, and the
-programs that a device runs at once. The entries are those that the compiler fits into a chip without a spill (`make
-kernels-report`); no device has measured them yet. Nothing is tuned while a person trains.
+A tile is a choice between the registers that hold it, the shared memory that feeds the matrix units, and the programs
+that a multiprocessor runs at once (two at least: one's exponentials run beside the other's products). `table.json` is
+the table; `python -m benchmarks tune` writes it from measurements, and nothing is tuned while a person trains. Its
+entries are those that the compiler fits into a chip without a spill (`make kernels-report`); where "measured" is empty,
+no device has timed them.
+
+    {family: {kernel: {width: [[rows, features, tile], ...]}}}
+
+The first entry serves that has at least the batch's rows and its padded features (null: any). `width` is the bytes of a
+packed feature, both parts of a split float32 counted. A tile of null means another kernel: `owned` in the place of
+`direct`, `form` and `gather` in that of `fused`, whose registers would spill. What a family does not say is said by the
+one it resembles.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import math
-from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import triton
 
-from .pack import Packed
+from .pack import PADDED_ROWS, Packed
 
 
-@dataclass(frozen=True)
-class Tile:
-    """block_m rows by block_n columns of the similarity matrix, formed over block_d features at a time."""
+class Tile(NamedTuple):
+    """block_m rows by block_n columns of the similarity matrix, formed over block_d features at a time; maxnreg, where
+    there is one, is the most registers of a thread: fewer than the compiler would take let two programs run at once."""
 
     block_m: int
     block_n: int
     block_d: int
-    num_warps: int = 4
-    num_stages: int = 2
+    num_warps: int
+    num_stages: int
+    maxnreg: int | None = None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What a launch is told."""
+        limit = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
 
-KERNELS = ("direct", "shifted", "fused", "form", "gather")
-_ANY = math.inf
-_PLAIN = Tile(128, 128, 64, 8, 3)
-
-# Largest padded D, and the tile for it. Where `fused` has no entry, its registers would spill: panels serve.
-# "large" has 160 KiB of shared memory and more (A100, H100, B200), "small" 64 to 100 KiB (GeForce, MI300). Widths:
-# bytes of a packed feature, both parts of a split float32 counted.
-_TABLE: dict[tuple[str, str, int], list[tuple[float, Tile]]] = {
-    ("large", "direct", 2): [(64, Tile(128, 128, 64, 8, 3)), (128, Tile(128, 128, 128, 8, 3)), (_ANY, _PLAIN)],
-    ("large", "direct", 4): [(64, Tile(128, 128, 64, 8, 2)), (_ANY, Tile(128, 128, 32, 8, 2))],
-    ("large", "shifted", 2): [(_ANY, _PLAIN)],
-    ("large", "shifted", 4): [(_ANY, Tile(64, 64, 32, 4, 2))],
-    ("large", "fused", 2): [
-        (64, Tile(128, 64, 64, 8, 3)),
-        (128, Tile(128, 64, 128, 8, 2)),
-        (256, Tile(64, 64, 256, 8, 2)),
-    ],
-    ("large", "fused", 4): [
-        (64, Tile(64, 64, 64, 4, 2)),
-        (128, Tile(64, 32, 128, 8, 2)),
-    ],
-    ("large", "form", 2): [(_ANY, _PLAIN)],
-    ("large", "form", 4): [(_ANY, Tile(128, 64, 32, 8, 2))],
-    ("large", "gather", 2): [(_ANY, Tile(128, 64, 128, 8, 3))],
-    ("large", "gather", 4): [(_ANY, Tile(128, 32, 128, 8, 2))],
-    ("small", "direct", 2): [(_ANY, Tile(64, 64, 64, 4, 2))],
-    ("small", "direct", 4): [(_ANY, Tile(64, 64, 32, 4, 2))],
-    ("small", "shifted", 2): [(_ANY, Tile(64, 64, 64, 4, 2))],
-    ("small", "shifted", 4): [(_ANY, Tile(64, 64, 32, 4, 2))],
-    ("small", "fused", 2): [
-        (64, Tile(64, 32, 64, 4, 2)),
-        (128, Tile(64, 32, 128, 4, 2)),
-        (256, Tile(64, 32, 256, 8, 1)),
-    ],
-    ("small", "fused", 4): [
-        (64, Tile(64, 32, 64, 4, 2)),
-        (128, Tile(32, 32, 128, 4, 1)),
-    ],
-    ("small", "form", 2): [(_ANY, Tile(64, 64, 64, 4, 2))],
-    ("small", "form", 4): [(_ANY, Tile(64, 64, 32, 4, 2))],
-    ("small", "gather", 2): [(_ANY, Tile(64, 64, 64, 4, 2))],
-    ("small", "gather", 4): [(_ANY, Tile(64, 32, 64, 4, 2))],
-}
-# Where a family differs from the one it resembles: the compiler's registers on it.
-_TABLE |= {
-    ("sm_80", "direct", 4): [(_ANY, Tile(64, 64, 64, 4, 2))],
-    ("sm_80", "fused", 2): [
-        (64, Tile(128, 64, 64, 8, 3)),
-        (128, Tile(128, 32, 128, 8, 2)),
-        (256, Tile(64, 64, 256, 8, 2)),
-    ],
-    ("sm_80", "fused", 4): [(64, Tile(64, 32, 64, 4, 2)), (128, Tile(32, 32, 128, 4, 2))],
-    ("sm_100", "direct", 2): [(64, Tile(128, 128, 32, 8, 3)), (_ANY, _PLAIN)],
-    ("sm_100", "fused", 2): [
-        (64, Tile(128, 64, 64, 8, 3)),
-        (128, Tile(128, 32, 128, 8, 2)),
-        (256, Tile(64, 64, 256, 8, 2)),
-    ],
-    ("sm_100", "form", 2): [(_ANY, Tile(128, 64, 64, 8, 3))],
-    ("gfx942", "fused", 2): [(64, Tile(64, 32, 64, 4, 2)), (128, Tile(64, 32, 128, 4, 2))],
-}
-_RESEMBLES = {"sm_80": "large", "sm_90": "large", "sm_100": "large", "gfx942": "small"}
-
-for _kernel in KERNELS:
-    for _width in (2, 4):  # blocks that show many tiles at small sizes
-        _TABLE["interpreter", _kernel, _width] = [(256 if _kernel == "fused" else _ANY, Tile(32, 32, 64))]
+KERNELS = ("direct", "owned", "fused", "form", "gather")
+TABLE: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "table.json").read_text())
+PROGRAMS = 2  # that a multiprocessor should have to run
 
 
-def choose(kernel: str, rows: Packed) -> Tile:
-    """The tile of a kernel for these rows on their device."""
-    return look_up(family(rows.x.device), kernel, width(rows), rows.DP)
+def choose(kernel: str, rows: Packed, n: int | None = None) -> Tile | None:
+    """The tile of a kernel for these rows (or n, where more than their number counts) on their device."""
+    return look_up(family(rows.x.device), kernel, width(rows), rows.n if n is None else n, rows.DP)
 
 
-def look_up(family: str, kernel: str, width: int, DP: int) -> Tile:
-    """An entry of the table; block_d is no more than there is."""
-    tile = next(tile for largest, tile in _entries(family, kernel, width) if largest >= DP)
-    return replace(tile, block_d=min(tile.block_d, DP))
+def tile(kernel: str, rows: Packed, n: int | None = None) -> Tile:
+    """The same, where there is one."""
+    chosen = choose(kernel, rows, n)
+    assert chosen is not None
+    return chosen
 
 
-def _entries(family: str, kernel: str, width: int) -> list[tuple[float, Tile]]:
-    own = family, kernel, width
-    return _TABLE[own if own in _TABLE else (_RESEMBLES[family], kernel, width)]
+def look_up(family: str, kernel: str, width: int, n: int, DP: int) -> Tile | None:
+    """The first entry that serves; block_d is no more than there is."""
+    entry = next(tile for rows, features, tile in entries(family, kernel, width) if rows >= n and features >= DP)
+    if entry is None:
+        return None
+    return entry._replace(block_d=min(entry.block_d, DP))
 
 
-def fuses(family: str, width: int, DP: int) -> bool:
-    """Whether a program of `fused` can hold its rows' gradient."""
-    return any(largest >= DP for largest, _ in _entries(family, "fused", width))
+@functools.cache
+def entries(family: str, kernel: str, width: int) -> list[tuple[float, float, Tile | None]]:
+    """A kernel's part of the table: the most rows, the most features, and the tile."""
+    said = TABLE[family].get(kernel, {}).get(str(width))
+    if said is None:
+        return entries(TABLE[family]["resembles"], kernel, width)
+    return [(rows or math.inf, features or math.inf, tile and Tile(*tile)) for rows, features, tile in said]
 
 
 def width(rows: Packed) -> int:
@@ -129,12 +92,34 @@ def family(device: torch.device) -> str:
         return "interpreter"
     properties = torch.cuda.get_device_properties(device)
     name = properties.gcnArchName.partition(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
-    return name if name in _RESEMBLES else "small"
+    return name if name in TABLE else "small"
 
 
-def tiles_of_square(n_rows: int, n_cols: int, block: int) -> int:
-    """Tiles along the edge of a program's square: as many as leave a thousand programs, at most eight."""
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many run at once; the interpreter, one after the other, is shown several."""
+    return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def edge_of_square(n_rows: int, n_cols: int, block: int) -> int:
+    """Rows and columns of a program's square of tiles: as large as leaves a thousand programs, eight tiles at most."""
     tiles = 8
     while tiles > 1 and triton.cdiv(n_rows, block * tiles) * triton.cdiv(n_cols, block * tiles) < 2000:
         tiles //= 2
-    return tiles
+    return tiles * block
+
+
+def columns_of_part(multiprocessors: int, blocks: int, n_cols: int, block_n: int) -> int:
+    """Columns that one program of `fused` goes through: all, or as few as give every multiprocessor its programs."""
+    wanted = triton.cdiv(PROGRAMS * multiprocessors, blocks)
+    return triton.cdiv(triton.cdiv(n_cols, block_n), wanted) * block_n
+
+
+def height_of_panel(multiprocessors: int, highest: int, DP: int, gather: Tile) -> int:
+    """Rows of a panel: of all heights from half the highest, one that leaves the fewest multiprocessors idle."""
+
+    def idle(height: int) -> float:
+        rounds = triton.cdiv(height, gather.block_m) * (DP // gather.block_d) / multiprocessors
+        return math.ceil(rounds) / rounds
+
+    return min(range(highest, highest // 2, -PADDED_ROWS), key=idle)

@@ -1,28 +1,26 @@
-"""Rows in and gradients out: norms, positives and group ids, and the operands of the matrix units.
+"""Rows in: norms, positives and group ids, and the operands of the matrix units.
 
     n_i = |z_i|,  u_i = z_i / max(n_i, eps) = r_i x_i,  sim_pos_i = u_i . u_p(i)
 
 x_i is z_i times the power of two that brings its largest element to [1, 2): nothing is rounded, whatever the row's
-length. Half-precision rows that are not normalised stay as they are, and r_i = 1. Float32 is two parts (tiles.py).
+length. Half-precision rows that are not normalised stay as they are, and r_i = 1. Float32 is two parts (tiles.py). The
+positives are taken from z itself, in float32.
 
-Reads z three times, writes x: a program owns SPAN rows, and the smallest and largest of their ids. On the way back,
-with gathered_i = sum_j G_ij u_j, radial_i = sum_j G_ij s_ij and the positives' weights p (backward.py):
-
-    d/du_i = k (gathered_i + (p_i + p_p(i)) u_p(i))        u_i . d/du_i = k (radial_i + (p_i + p_p(i)) sim_pos_i)
-    d/dz_i = (d/du_i - u_i (u_i . d/du_i)) / n_i           where n_i > eps, else (d/du_i) / eps
-
-The positives are taken from z itself, in float32.
+Reads z three times, writes x: a program owns SPAN rows, the smallest and largest of their ids, the longest row and the
+largest r.
 """
+
+from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import INTERPRETED, in_two_parts, inverse_temperature
+from .tiles import INTERPRETED, SIZES, in_two_parts, largest_of
 
 SPAN = 32
-PADDED_ROWS = 128  # every tile's height divides it
+PADDED_ROWS = 256  # every tile's height and width divide it
 
 
 @triton.jit
@@ -46,10 +44,10 @@ def _power_of_two(largest):
     return ((254 - exponent) << 23).to(tl.float32, bitcast=True), (exponent << 23).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _pack_kernel(
     first_ptr, second_ptr, ids_ptr, x_ptr, lo_ptr, r_ptr, norm_ptr, pos_ptr, out_ids_ptr, low_ptr, high_ptr,
-    n_first, n, D, DP, eps, s_first_m, s_first_d, s_second_m, s_second_d, s_ids,
+    peaks_ptr, s_peaks, n_first, n, D, DP, eps, s_first_m, s_first_d, s_second_m, s_second_d, s_ids,
     NORMALIZE: tl.constexpr, SCALED: tl.constexpr, SPLIT: tl.constexpr, GIVEN_IDS: tl.constexpr, PAIRED: tl.constexpr,
     UPCAST: tl.constexpr, SPAN: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -93,17 +91,21 @@ def _pack_kernel(
             partner_square += tl.sum(p * p, 1)
             product += tl.sum(z * p, 1)
 
-    root = tl.sqrt(square)
+    root = tl.sqrt_rn(square)
     norm = root * up
     tl.store(norm_ptr + row, norm)
     # 1 / max(n, eps) in units of the scaled row.
     as_they_are = up if SCALED else tl.full((SPAN,), 1.0, tl.float32)
-    r = tl.where(norm > eps, 1.0 / root, up / eps) if NORMALIZE else as_they_are
-    tl.store(r_ptr + row, tl.where(row < n, r, 0.0))
+    r = tl.where(norm > eps, tl.div_rn(1.0, root), up / eps) if NORMALIZE else as_they_are
+    r = tl.where(row < n, r, 0.0)
+    tl.store(r_ptr + row, r)
+    program = tl.program_id(0)
+    tl.store(peaks_ptr + program, tl.max(tl.where(row < n, norm, 0.0)))
+    tl.store(peaks_ptr + s_peaks + program, tl.max(r))
     if PAIRED:
         if NORMALIZE:
-            partner_root = tl.sqrt(partner_square)
-            partner_r = tl.where(partner_root * partner_up > eps, 1.0 / partner_root, partner_up / eps)
+            partner_root = tl.sqrt_rn(partner_square)
+            partner_r = tl.where(partner_root * partner_up > eps, tl.div_rn(1.0, partner_root), partner_up / eps)
             product = product * r * partner_r
         else:
             product = product * up * partner_up
@@ -114,54 +116,18 @@ def _pack_kernel(
     else:
         ids = tl.where(row < n_first, row, row - n_first).to(tl.int64)
     tl.store(out_ids_ptr + row, ids)
-    program = tl.program_id(0)
     tl.store(low_ptr + program, tl.min(tl.where(row < n, ids, 0x7FFFFFFFFFFFFFFF)))
     tl.store(high_ptr + program, tl.max(tl.where(row < n, ids, -0x7FFFFFFFFFFFFFFF)))
 
 
-@triton.jit
-def _unpack_kernel(
-    gathered_ptr, radial_ptr, largest_ptr, first_ptr, second_ptr, norm_ptr, pos_ptr, d_pos_ptr,
-    d_first_ptr, d_second_ptr, share_ptr, n_first, n, D, DP, eps, factor, pos_factor, share, inv_tau,
-    s_first_m, s_first_d, s_second_m, s_second_d,
-    NORMALIZE: tl.constexpr, PAIRED: tl.constexpr, ON_DEVICE: tl.constexpr, SPAN: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    k = inverse_temperature(inv_tau, ON_DEVICE)
-    row = tl.program_id(0) * SPAN + tl.arange(0, SPAN)
-    inside = row < n
-    partner = tl.where(row < n_first, row + n_first, row - n_first)
-    scale = factor * tl.load(largest_ptr)
-    norm = tl.load(norm_ptr + row, mask=inside, other=1.0)
-    length = tl.maximum(norm, eps)
-    radial = tl.load(radial_ptr + row, mask=inside, other=0.0) * scale
-    d_inv_tau = radial * share
-    if PAIRED:
-        own = tl.load(d_pos_ptr + row, mask=inside, other=0.0) * pos_factor
-        both = own + tl.load(d_pos_ptr + partner, mask=inside, other=0.0) * pos_factor
-        sim = tl.load(pos_ptr + row, mask=inside, other=0.0)
-        partner_length = tl.maximum(tl.load(norm_ptr + partner, mask=inside, other=1.0), eps)
-        radial += both * sim
-        d_inv_tau += own * sim
-    tl.store(share_ptr + tl.program_id(0), tl.sum(d_inv_tau))
-    wide = row.to(tl.int64)
-    for start in range(0, DP, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        here = inside[:, None] & (d < D)[None, :]
-        d_u = tl.load(gathered_ptr + wide[:, None] * DP + d[None, :], mask=here, other=0.0) * scale
-        if PAIRED:
-            u = load_stacked(
-                first_ptr, second_ptr, partner, d, n_first, n, D, s_first_m, s_first_d, s_second_m, s_second_d
-            )
-            if NORMALIZE:
-                u = u / partner_length[:, None]
-            d_u += both[:, None] * u
-        if NORMALIZE:
-            u = load_stacked(first_ptr, second_ptr, row, d, n_first, n, D, s_first_m, s_first_d, s_second_m, s_second_d)
-            d_u -= u / length[:, None] * tl.where(norm > eps, radial, 0.0)[:, None]
-            d_u = d_u / length[:, None]
-        of_first = (row < n_first)[:, None]
-        tl.store(d_first_ptr + wide[:, None] * D + d[None, :], d_u * k, mask=here & of_first)
-        tl.store(d_second_ptr + (wide - n_first)[:, None] * D + d[None, :], d_u * k, mask=here & ~of_first)
+@triton.jit(do_not_specialize=SIZES)
+def _bounds_kernel(rows_peaks, n_rows_peaks, cols_peaks, n_cols_peaks, bounds_ptr):
+    """For either side: max|u_i| max|v_j|, and the largest r of the other side."""
+    longest = largest_of(rows_peaks, n_rows_peaks) * largest_of(cols_peaks, n_cols_peaks)
+    tl.store(bounds_ptr, longest)
+    tl.store(bounds_ptr + 1, largest_of(cols_peaks + n_cols_peaks, n_cols_peaks))
+    tl.store(bounds_ptr + 4, longest)
+    tl.store(bounds_ptr + 5, largest_of(rows_peaks + n_rows_peaks, n_rows_peaks))
 
 
 class Packed:
@@ -182,60 +148,36 @@ class Packed:
         self.normalize, self.eps = normalize, eps
         self.n_first, self.D = first.shape
         self.n = self.n_first + self.second.shape[0]
-        self.paired = second is not None
         self.DP = padded_features(self.D)
         self.tf32 = first.dtype == torch.float32 and tf32
         self.split = first.dtype == torch.float32 and not tf32
         padded = triton.cdiv(self.n, PADDED_ROWS) * PADDED_ROWS
+        spans = padded // SPAN
         self.x = first.new_empty((padded, self.DP), dtype=torch.float16 if self.split else first.dtype)
         self.lo = torch.empty_like(self.x) if self.split else self.x
-        self.r, self.norm, self.sim_pos = first.new_empty((3, padded), dtype=torch.float32)
+        self.r, self.norm, self.sim_pos = first.new_empty((3, padded), dtype=torch.float32).unbind()
+        self.peaks = first.new_empty((2, spans), dtype=torch.float32)
         self.ids = first.new_empty(padded, dtype=torch.int64)
-        self.low, self.high = first.new_empty((2, padded // SPAN), dtype=torch.int64)
-        _pack_kernel[(padded // SPAN,)](
+        self.low, self.high = first.new_empty((2, spans), dtype=torch.int64).unbind()
+        _pack_kernel[(spans,)](
             first, self.second, self.ids if ids is None else ids,
-            self.x, self.lo, self.r, self.norm, self.sim_pos, self.ids, self.low, self.high,
+            self.x, self.lo, self.r, self.norm, self.sim_pos, self.ids, self.low, self.high, self.peaks, spans,
             self.n_first, self.n, self.D, self.DP, eps, *first.stride(), *self.second.stride(),
             0 if ids is None else ids.stride(0),
             NORMALIZE=normalize, SCALED=normalize or first.dtype == torch.float32, SPLIT=self.split,
-            GIVEN_IDS=ids is not None, PAIRED=self.paired,
+            GIVEN_IDS=ids is not None, PAIRED=second is not None,
             UPCAST=INTERPRETED, SPAN=SPAN, BLOCK_D=min(self.DP, 64), num_warps=4,
         )  # fmt: skip
 
-    def largest_scale(self) -> Tensor:
-        """A bound of r, a 0-d tensor."""
-        return self.r.new_ones(()) if self.normalize else self.r.amax()
+    def bounds(self, other: Packed) -> list[Tensor]:
+        """For these rows, then for the other: the largest product of lengths, and the largest r of the opposite."""
+        bounds = self.new(2, 4)  # rows of 16 bytes: aligned, for one compiled kernel
+        _bounds_kernel[(1,)](self.peaks, self.peaks.shape[1], other.peaks, other.peaks.shape[1], bounds, num_warps=4)
+        return list(bounds.unbind())
 
-    def longest(self) -> Tensor:
-        """max |u|, a 0-d tensor."""
-        return self.norm[: self.n].amax()
-
-    def unpack(
-        self,
-        gathered: Tensor,
-        radial: Tensor,
-        largest: Tensor,
-        factor: float,
-        share: float,
-        d_pos: Tensor | None,
-        pos_factor: float,
-        inv_tau: Tensor | float,
-        on_device: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """d/dz of both matrices, and the part of d/dk: what was gathered counts factor * largest, d_pos pos_factor,
-        radial in d/dk the share of a side."""
-        d_first, d_second = (z.new_empty(z.shape, dtype=torch.float32) for z in (self.first, self.second))
-        programs = triton.cdiv(self.n, SPAN)
-        shares = radial.new_empty(programs)
-        _unpack_kernel[(programs,)](
-            gathered, radial, largest, self.first, self.second, self.norm, self.sim_pos,
-            radial if d_pos is None else d_pos.contiguous(),
-            d_first, d_second, shares, self.n_first, self.n, self.D, self.DP, self.eps, factor, pos_factor, share,
-            inv_tau, *self.first.stride(), *self.second.stride(),
-            NORMALIZE=self.normalize, PAIRED=d_pos is not None, ON_DEVICE=on_device,
-            SPAN=SPAN, BLOCK_D=min(self.DP, 64), num_warps=4,
-        )  # fmt: skip
-        return d_first, d_second, shares.sum()
+    def new(self, *shape: int) -> Tensor:
+        """A float32 tensor where the rows are, not yet written."""
+        return self.r.new_empty(shape)
 
 
 def padded_features(D: int) -> int:

@@ -19,13 +19,46 @@ import triton.language as tl
 # elsewhere logits are shifted by their largest, or by nu.
 DIRECT_LIMIT = tl.constexpr(60.0)
 LOG2_E = tl.constexpr(1.4426950408889634)
+# Numbers that change from batch to batch: a kernel compiled for one value serves every other.
+SIZES = [
+    "n", "n_rows", "n_cols", "n_first", "n_peaks", "n_dots", "n_parts", "n_planes", "n_gathered", "n_radial",
+    "n_rows_peaks", "n_cols_peaks", "squares", "edge", "part_cols", "first_row", "s_peaks",
+]  # fmt: skip
+TINY = tl.constexpr(1.1754943508222875e-38)  # the smallest normal float32
+AT_ONCE = tl.constexpr(1024)  # numbers of other programs that a program reads at once
 
 
 @triton.jit
-def in_direct_range(k, bound_ptr, log_terms, BOUNDED: tl.constexpr):
-    """Whether no logit leaves the range of exp; without BOUNDED rows are unit rows, else bound is max|s|."""
-    bound = tl.load(bound_ptr) if BOUNDED else 1.0
+def largest_of(values_ptr, n):
+    """The largest of what programs found, at least 0."""
+    offs = tl.arange(0, AT_ONCE)
+    found = tl.zeros((AT_ONCE,), tl.float32)
+    for first in range(0, n, AT_ONCE):
+        found = tl.maximum(found, tl.load(values_ptr + first + offs, mask=first + offs < n, other=0.0))
+    return tl.max(found)
+
+
+@triton.jit
+def sum_of(values_ptr, n):
+    """The sum of what programs found, always in the same order."""
+    offs = tl.arange(0, AT_ONCE)
+    found = tl.zeros((AT_ONCE,), tl.float32)
+    for first in range(0, n, AT_ONCE):
+        found += tl.load(values_ptr + first + offs, mask=first + offs < n, other=0.0)
+    return tl.sum(found)
+
+
+@triton.jit
+def in_direct_range(k, bounds_ptr, log_terms, BOUNDED: tl.constexpr):
+    """Whether no logit leaves the range of exp; without BOUNDED rows are unit rows, else bounds holds max|s|."""
+    bound = tl.load(bounds_ptr) if BOUNDED else 1.0
     return k * bound + log_terms < DIRECT_LIMIT
+
+
+@triton.jit
+def largest_scale(bounds_ptr, BOUNDED: tl.constexpr):
+    """A bound of the columns' r: of normalised rows, whose largest x is 1 or more, it is 1."""
+    return tl.load(bounds_ptr + 1) if BOUNDED else 1.0
 
 
 @triton.jit
@@ -141,10 +174,19 @@ def scaled_weights(w_ptr, nu_ptr, offs, n, largest, G_SCALE: tl.constexpr, SHIFT
     nu = tl.load(nu_ptr + offs, mask=offs < n, other=-float("inf"))
     empty = nu == -float("inf")
     nu = tl.where(empty, float("inf"), nu)
-    w = tl.where(empty, 0.0, w / largest * G_SCALE)
+    w = tl.where(empty, 0.0, w / tl.maximum(largest, TINY) * G_SCALE)
     if SHIFTED:
         return w, nu
     return w * tl.exp2(-nu * LOG2_E), nu
+
+
+@triton.jit
+def survey_weights(w, nu, dots, offs, n, peaks_ptr, dots_ptr):
+    """A program's largest weight and its sum of products, for those who come after. Weights of any magnitude (a loss
+    scaler's 2^16, a mean's 1e-6) enter the tiles with the largest at 1; one behind a nu of -inf does not count."""
+    counted = (offs < n) & (nu != -float("inf"))
+    tl.store(peaks_ptr + tl.program_id(0), tl.max(tl.where(counted, tl.abs(w), 0.0)))
+    tl.store(dots_ptr + tl.program_id(0), tl.sum(tl.where(offs < n, dots, 0.0)))
 
 
 @triton.jit

@@ -1,0 +1,220 @@
+"""Suite `tune`: the Triton backend's table of tiles, from measurements on this GPU or, with --predict, from the model.
+
+For every kernel, width of a feature and class of features and rows, the candidates that the compiler fits into the chip
+without a spill are timed in turns; the fastest enters the table, the others and their times the results. A candidate
+whose result is not that of the present tile is an error. Nobody's training is tuned: this is run once for a kind of
+device, and its table is what the package ships.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from . import kernels, machine, model, timing
+from .chips import CHIPS
+
+TABLE = Path("fastntxent/backends/triton/table.json")
+FEATURES = {64: 64, 128: 128, 256: 256, None: 768}  # most of a class, and those that stand for it
+ROWS = {"direct": (None,), "owned": (1024, None), "fused": (2048, None), "form": (None,), "gather": (None,)}
+M_OF = {1024: 512, 2048: 2048, None: 32_768}
+SPREAD = 1.03  # a predicted time within it counts as the same: the deeper pipeline is taken
+
+Tile = tuple[int, ...]
+
+
+def candidates(kernel: str, width: int, DP: int) -> Iterator[Tile]:
+    """Every tile worth a compilation: its sums in a thread's registers, its operands in shared memory."""
+    sides = (32, 64, 128) if kernel in ("owned", "fused") else (64, 128, 256)
+    depths = {"fused": {DP}, "gather": {64, 128, 256}}.get(kernel, {32, 64, DP if DP <= 128 else 64})
+    for block_m, block_n, block_d, warps, stages in itertools.product(sides, sides, depths, (4, 8), (2, 3)):
+        held, staged = block_m * block_n, (block_m + block_n) * block_d
+        if kernel == "fused":
+            held, staged = block_m * (block_n + DP), block_n * DP
+        elif kernel == "gather":
+            held, staged = block_m * block_d, (block_m + block_d) * block_n
+        elif block_d == DP:
+            staged = block_n * DP
+        if block_d <= DP and held <= 128 * 32 * warps and width * staged * stages <= 200 * 2**10:
+            yield (block_m, block_n, block_d, warps, stages)
+            if warps == 8 and held <= 64 * 32 * warps:
+                yield (block_m, block_n, block_d, warps, stages, 128)
+
+
+def rank(
+    target: str, kernel: str, dtype: str, DP: int, M: int, tiles: Iterable[Tile], most: int
+) -> list[tuple[float, Tile]]:
+    """The best tiles without a fault, by the model's seconds: at most so many, and none that the model has behind all
+    that were found."""
+    from fastntxent.backends.triton import config
+
+    chip, width = CHIPS[target], 2 if dtype == "bf16" else 4
+    present = {name: config.look_up(chip.family, name, width, M, DP) for name in config.KERNELS}
+
+    def predicted(tile: Tile, resident: int | None) -> float:
+        work = model.work_of(kernel, {**present, kernel: config.Tile(*tile)}, M, DP, dtype, chip)
+        return model.seconds(work, chip, resident, dtype)
+
+    found: list[tuple[float, Tile]] = []
+    best_first = sorted(((predicted(tile, 2), tile) for tile in tiles), key=lambda pair: (pair[0], *_size(pair[1])))
+    for least, tile in best_first:
+        if len(found) >= most and least >= sorted(found)[most - 1][0]:
+            break
+        reports = compiled(target, kernel, dtype, DP, tile)
+        if reports and not any(report.faults() for report in reports):
+            found.append((predicted(tile, min(report.resident for report in reports)), tile))
+    return sorted(found)[:most]
+
+
+def compiled(target: str, kernel: str, dtype: str, DP: int, tile: Tile) -> list[kernels.Report]:
+    """What the compiler makes of a tile, in both regimes; nothing if it is over a limit of the compiler's own."""
+    shifts = (False, True) if kernel in ("fused", "form") else (None,)
+    try:
+        return [kernels.compile_one(target, kernel, dtype, DP, "usual", tile, shifted) for shifted in shifts]
+    except Exception:
+        return []
+
+
+def take(ranked: list[tuple[float, Tile]]) -> Tile | None:
+    """Of those about as fast as the fastest, the largest tile, and of these the deepest pipeline."""
+    fast = [tile for s, tile in ranked if s <= SPREAD * ranked[0][0]]
+    return min(fast, key=_size, default=None)
+
+
+def _size(tile: Tile) -> tuple[int, int, int]:
+    """Largest tiles first, then the deepest pipelines, then the fewest warps."""
+    return -math.prod(tile[:3]), -tile[4], tile[3]
+
+
+def times(kernel: str, dtype: torch.dtype, d: int, M: int, tiles: list[Tile], seconds: float) -> dict[Tile, float]:
+    """Median seconds of what the kernel is part of, with each tile in turn."""
+    from fastntxent.backends.triton import backend, backward, config, forward
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    z_i, z_j = (z.detach() for z in timing.Case(M // 2, d, device, dtype).inputs())
+    inv_tau = torch.tensor(1 / timing.TEMPERATURE)
+    rows = backend._views(z_i, z_j, normalize=True)
+    plan = forward.Forward([rows], inv_tau)
+    nu, weights, totals = plan.losses()
+    clock = machine.CLOCKS[device]
+
+    def work() -> tuple[torch.Tensor, ...]:
+        if kernel in ("direct", "owned"):
+            again, _, sums = plan.losses()
+            return again[: rows.n], sums.sum()
+        return backward.Backward(plan, weights, [nu]).run(0, d_pos=weights.of_sides[0], totals=totals)
+
+    truth = work()
+
+    def timed(tile: Tile, turn: int) -> timing.Phases:
+        with taking(kernel, config.Tile(*tile)):
+            start = clock.mark()
+            work()
+            return {"both": clock.seconds(start, clock.mark())}
+
+    calls: dict[Tile, Callable[[int], timing.Phases]] = {}
+    for tile in tiles:
+        with taking(kernel, config.Tile(*tile)):
+            torch.testing.assert_close(work(), truth, rtol=1e-3, atol=1e-5)
+        calls[tile] = partial(timed, tile)
+    found = timing.interleave(calls, seconds)
+    return {tile: sorted(phases["both"])[len(phases["both"]) // 2] for tile, phases in found.items()}
+
+
+@contextlib.contextmanager
+def taking(kernel: str, tile: object) -> Iterator[None]:
+    """The backend with this tile for the kernel, and without the one that would go before it."""
+    from fastntxent.backends.triton import config
+
+    look_up = config.look_up
+    before = {"owned": "direct", "form": "fused", "gather": "fused"}.get(kernel)
+
+    def chosen(family: str, name: str, *rest: int) -> object:
+        return tile if name == kernel else None if name == before else look_up(family, name, *rest)
+
+    with mock.patch.object(config, "look_up", chosen):
+        yield
+
+
+def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[str, str]]:
+    """Tune, and write the table."""
+    target = arguments.predict or _target()
+    measured = "" if arguments.predict else f"{torch.cuda.get_device_name()}, {json.dumps(machine.provenance())}"
+    results, entries = [], {}
+    for kernel in arguments.kernels or ROWS:
+        for dtype, width in (("bf16", 2), ("fp32", 4)):
+            for (most, d), rows in itertools.product(FEATURES.items(), ROWS[kernel]):
+                if most is None and kernel == "fused":  # its rows' gradient is beyond the registers
+                    continue
+                tiles = candidates(kernel, width, d)
+                ranked = rank(target, kernel, dtype, d, M_OF[rows], tiles, arguments.most)
+                if not arguments.predict:
+                    best = [tile for _, tile in ranked]
+                    found = times(kernel, kernels.TORCH[dtype], d, M_OF[rows], best, arguments.seconds)
+                    ranked = sorted((s, tile) for tile, s in found.items())
+                tile = take(ranked) if arguments.predict else ranked[0][1]
+                entries.setdefault(kernel, {}).setdefault(str(width), []).append([rows, most, tile])
+                results.append(
+                    {"target": target, "kernel": kernel, "dtype": dtype, "d": d, "M": M_OF[rows], "tile": tile}
+                    | {"ms": {str(list(tile)): 1e3 * s for s, tile in ranked[:10]}}
+                )
+                print(line(results[-1]), flush=True)
+    if arguments.write:
+        table = json.loads(TABLE.read_text())
+        merge(table, CHIPS[target].family, entries, measured)
+        TABLE.write_text(dumps(table))
+    return results, {}
+
+
+def line(result: dict) -> str:
+    """The fastest few, for the screen."""
+    times = ", ".join(f"{tile} {ms:.4g}" for tile, ms in list(result["ms"].items())[:3])
+    size = f"{result['target']} {result['kernel']} {result['dtype']} D {result['d']} M {result['M']}"
+    return f"{size}: {result['tile']} of {times}"
+
+
+def merge(table: dict, family: str, entries: dict, measured: str) -> None:
+    """Put a family's new entries in the place of its old ones: small batches first, then by features."""
+    table.setdefault(family, {"resembles": "large"})["measured"] = measured
+    for kernel, widths in entries.items():
+        for width, found in widths.items():
+            found = sorted(found, key=lambda entry: (entry[0] or math.inf, entry[1] or math.inf))
+            if kernel == "direct":
+                found.insert(0, [1024, None, None])
+            if kernel == "fused":
+                found = [entry for entry in found if entry[2] is not None] + [[None, None, None]]
+            table[family].setdefault(kernel, {})[width] = found
+
+
+def dumps(table: dict) -> str:
+    """JSON with a line for each entry."""
+    return _lines(table) + "\n"
+
+
+def _lines(value: object, indent: int = 0) -> str:
+    if isinstance(value, dict):
+        inside = ",\n".join(f"{' ' * (indent + 1)}{json.dumps(k)}: {_lines(v, indent + 1)}" for k, v in value.items())
+        return f"{{\n{inside}\n{' ' * indent}}}"
+    if isinstance(value, list):
+        return "[\n" + ",\n".join(f"{' ' * (indent + 1)}{json.dumps(v)}" for v in value) + f"\n{' ' * indent}]"
+    return json.dumps(value)
+
+
+def _target() -> str:
+    """The chip here."""
+    if not torch.cuda.is_available():
+        raise SystemExit("python -m benchmarks tune: needs a CUDA device, or --predict CHIP")
+    major, minor = torch.cuda.get_device_capability()
+    name = f"sm_{major}{minor}"
+    if name not in model.TARGETS:
+        raise SystemExit(f"python -m benchmarks tune: knows {', '.join(model.TARGETS)}, this is {name}")
+    return name
