@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[st
 
 def line(report: Report) -> str:
     """A report for the screen."""
-    tile = ",".join(map(str, report.tile or "-"))
+    tile = ",".join(str(size) for size in report.tile or "-" if size is not None)
     return (
         f"{report.target:7} {report.kernel:8} {report.dtype} D {report.d:4} {report.variant} {tile:17} "
         f"shifted {report.shifted!s:5} shared {report.shared:6} registers {report.registers!s:4} stack "

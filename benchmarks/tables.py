@@ -95,7 +95,7 @@ def kernels(record: Record) -> str:
     rows = [
         [
             *(str(row[key]) for key in ("target", "kernel", "dtype", "d", "variant")),
-            ", ".join(map(str, row["tile"] or "")),
+            ", ".join(str(size) for size in row["tile"] or () if size is not None),
             regimes[row["shifted"]],
             digits(row["shared"] / 1024),
             *(str(row[key]) for key in ("registers", "resident", "matrix")),

@@ -76,10 +76,11 @@ def rank(
 
 
 def compiled(target: str, kernel: str, dtype: str, DP: int, tile: Tile) -> list[kernels.Report]:
-    """What the compiler makes of a tile, in both regimes; nothing if it is over a limit of the compiler's own."""
+    """What the compiler makes of a tile, in both variants and regimes; nothing if it is over a limit of its own."""
     shifts = (False, True) if kernel in ("fused", "form") else (None,)
+    cases = itertools.product(("usual", "general"), shifts)
     try:
-        return [kernels.compile_one(target, kernel, dtype, DP, "usual", tile, shifted) for shifted in shifts]
+        return [kernels.compile_one(target, kernel, dtype, DP, variant, tile, shifted) for variant, shifted in cases]
     except Exception:
         return []
 

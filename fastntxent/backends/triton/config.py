@@ -64,11 +64,11 @@ def tile(kernel: str, rows: Packed, n: int | None = None) -> Tile:
 
 
 def look_up(family: str, kernel: str, width: int, n: int, DP: int) -> Tile | None:
-    """The first entry that serves; block_d is no more than there is."""
+    """The first entry that serves; block_d divides what there is."""
     entry = next(tile for rows, features, tile in entries(family, kernel, width) if rows >= n and features >= DP)
     if entry is None:
         return None
-    return entry._replace(block_d=min(entry.block_d, DP))
+    return entry._replace(block_d=math.gcd(entry.block_d, DP))
 
 
 @functools.cache
