@@ -2,25 +2,84 @@
 
 from .backends import BackendStatus, backends
 from .caching import cached_backward
-from .functional import CrossNegLse, NTXentTerms, cross_neg_lse, neg_lse, nt_xent, nt_xent_terms
 from .layouts import split_views
-from .metrics import alignment, uniformity
-from .modules import NTXentLoss
+from .losses import (
+    NTXentTerms,
+    clip,
+    dcl,
+    dclw,
+    debiased,
+    hard_negative,
+    info_nce,
+    macl,
+    multiview_nt_xent,
+    nt_xent,
+    nt_xent_terms,
+    rince,
+    sup_con,
+)
+from .metrics import alignment, contrastive_accuracy, effective_rank, positive_ranks, uniformity
+from .modules import (
+    CLIPLoss,
+    DCLLoss,
+    DCLWLoss,
+    DebiasedLoss,
+    HardNegativeLoss,
+    InfoNCELoss,
+    MACLLoss,
+    MultiViewNTXentLoss,
+    NegativeQueue,
+    NTXentLoss,
+    QueueInfoNCELoss,
+    RINCELoss,
+    SupConLoss,
+)
+from .primitives import CrossNegLse, cross_neg_lse, neg_lse
+from .retrieval import Classification, Retrieval, retrieve, zero_shot_classify
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackendStatus",
+    "CLIPLoss",
+    "Classification",
     "CrossNegLse",
+    "DCLLoss",
+    "DCLWLoss",
+    "DebiasedLoss",
+    "HardNegativeLoss",
+    "InfoNCELoss",
+    "MACLLoss",
+    "MultiViewNTXentLoss",
     "NTXentLoss",
     "NTXentTerms",
+    "NegativeQueue",
+    "QueueInfoNCELoss",
+    "RINCELoss",
+    "Retrieval",
+    "SupConLoss",
     "alignment",
     "backends",
     "cached_backward",
+    "clip",
+    "contrastive_accuracy",
     "cross_neg_lse",
+    "dcl",
+    "dclw",
+    "debiased",
+    "effective_rank",
+    "hard_negative",
+    "info_nce",
+    "macl",
+    "multiview_nt_xent",
     "neg_lse",
     "nt_xent",
     "nt_xent_terms",
+    "positive_ranks",
+    "retrieve",
+    "rince",
     "split_views",
+    "sup_con",
     "uniformity",
+    "zero_shot_classify",
 ]

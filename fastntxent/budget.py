@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backends.base import accumulation_dtype, norm_eps
-from .functional import nt_xent
+from .losses import nt_xent
 from .ops import autocast_off
 from .validation import check_temperature, check_views
 

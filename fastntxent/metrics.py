@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .backends.base import accumulation_dtype, norm_eps
-from .functional import neg_lse
-from .validation import check_positive, check_rows, check_views
+from . import ops
+from .backends import check_name as check_backend
+from .backends.base import swap_views
+from .common import inverse_temperature, unit_rows
+from .validation import check_number, check_positive, check_rows, check_views
+
+_TILE = 2**22  # similarities held at once by positive_ranks
 
 
 def alignment(z_i: Tensor, z_j: Tensor) -> Tensor:
@@ -36,7 +39,7 @@ def alignment(z_i: Tensor, z_j: Tensor) -> Tensor:
         tensor(4.)
     """
     check_views(z_i, z_j)
-    return (_unit(z_i) - _unit(z_j)).square().sum(dim=1).mean()
+    return (unit_rows(z_i) - unit_rows(z_j)).square().sum(dim=1).mean()
 
 
 def uniformity(z: Tensor, t: float = 2.0, *, backend: str = "auto") -> Tensor:
@@ -65,13 +68,99 @@ def uniformity(z: Tensor, t: float = 2.0, *, backend: str = "auto") -> Tensor:
         tensor(-4.)
     """
     check_rows("z", z)
+    check_number("t", t)
     check_positive("t", t)
+    check_backend(backend)
     M = z.shape[0]
     if M < 2:
         raise ValueError(f"z must have at least two rows to compare, got {M}")
-    row_lse = neg_lse(_unit(z), torch.arange(M, device=z.device), 1 / (2 * t), backend=backend)
+    row_lse = ops.neg_lse(unit_rows(z), torch.arange(M, device=z.device), inverse_temperature(1 / (2 * t), z), backend)
     return torch.logsumexp(row_lse, dim=0) - 2 * t - math.log(M * (M - 1))
 
 
-def _unit(z: Tensor) -> Tensor:
-    return F.normalize(z.to(accumulation_dtype(z.dtype)), dim=1, eps=norm_eps(z.dtype))
+@torch.no_grad()
+def positive_ranks(z_i: Tensor, z_j: Tensor) -> Tensor:
+    r"""The place of each row's positive among all other rows by cosine similarity; 1 is first.
+
+    .. math:: r_i = 1 + |\{ j \ne i, p(i) : s_{ij} \ge s_{i,p(i)} \}|
+
+    A tie counts against the positive: collapsed embeddings, all alike, come last, not first.
+
+    Args:
+        z_i, z_j: (N, D) embeddings of the two views, of any floating dtype; they are normalised here.
+
+    Returns:
+        (2N,) int64 in [1, 2N - 1], in the order [z_i; z_j]. 1 / r averages to the mean reciprocal rank, r <= k to the
+        top-k accuracy. Not differentiable.
+
+    Raises:
+        TypeError, ValueError: as `nt_xent` does of its views.
+
+    A block of rows at a time: O(N D) memory and 4 million similarities.
+
+    Example:
+        >>> import torch, fastntxent
+        >>> fastntxent.positive_ranks(torch.eye(3), torch.eye(3).roll(1, dims=0))
+        tensor([5, 5, 5, 5, 5, 5])
+    """
+    check_views(z_i, z_j)
+    with ops.autocast_off(z_i):
+        u = torch.cat((unit_rows(z_i), unit_rows(z_j)))
+        M = u.shape[0]
+        partner = swap_views(torch.arange(M, device=u.device))
+        ranks = torch.empty_like(partner)
+        for rows in torch.arange(M, device=u.device).split(max(1, _TILE // M)):
+            sims = u[rows] @ u.T
+            pos = sims.gather(1, partner[rows, None])
+            sims.scatter_(1, rows[:, None], -torch.inf)  # itself; the positive counts itself once
+            ranks[rows] = (sims >= pos).sum(dim=1)
+    return ranks
+
+
+def contrastive_accuracy(z_i: Tensor, z_j: Tensor) -> Tensor:
+    """The share of rows that are nearer to their other view than to any other row, by cosine similarity.
+
+    What the loss trains, as a number between 0 and 1; see `positive_ranks`, whose arguments, errors and memory it has.
+
+    Returns:
+        A 0-d float32 tensor, not differentiable.
+
+    Example:
+        >>> import torch, fastntxent
+        >>> fastntxent.contrastive_accuracy(torch.eye(3), torch.eye(3))
+        tensor(1.)
+    """
+    return (positive_ranks(z_i, z_j) == 1).float().mean()
+
+
+def effective_rank(z: Tensor) -> Tensor:
+    r"""How many dimensions the embeddings use: 1 is collapse onto a line, min(M, D) is all of them, equally.
+
+    .. math:: \exp\Big(-\sum_k p_k \log p_k\Big), \qquad p_k = \sigma_k / \sum_l \sigma_l
+
+    with the singular values of z as it is, neither centred nor normalised. Roy & Vetterli, "The Effective Rank: A
+    Measure of Effective Dimensionality", 2007; RankMe (Garrido et al., 2023) is the same number.
+
+    Args:
+        z: (M, D) embeddings, of any floating dtype.
+
+    Returns:
+        A 0-d tensor, float64 for float64 embeddings, else float32; 0 where all embeddings are zero. Differentiable
+        where the singular values differ.
+
+    Raises:
+        TypeError, ValueError: z is not a floating-point matrix with at least one row.
+
+    O(M D min(M, D)) time, O(M D) memory.
+
+    Example:
+        >>> import torch, fastntxent
+        >>> fastntxent.effective_rank(torch.eye(4))
+        tensor(4.)
+    """
+    check_rows("z", z)
+    with ops.autocast_off(z):
+        sigma = torch.linalg.svdvals(unit_rows(z, normalize=False))
+    total = sigma.sum()
+    p = sigma / total.clamp_min(torch.finfo(sigma.dtype).tiny)
+    return torch.where(total > 0, torch.special.entr(p).sum().exp(), 0)

@@ -50,6 +50,14 @@ def check_same(a_name: str, a: Tensor, b_name: str, b: Tensor, *attributes: str)
             raise ValueError(f"{a_name} and {b_name} must have the same {attribute}, got {of_a} and {of_b}")
 
 
+def check_features(a_name: str, a: Tensor, b_name: str, b: Tensor) -> None:
+    """Two sets of rows of the same length."""
+    if a.shape[-1] != b.shape[-1]:
+        raise ValueError(
+            f"{a_name} and {b_name} must have the same number of features, got {a.shape[-1]} and {b.shape[-1]}"
+        )
+
+
 def check_ids(name: str, ids: Tensor, rows_name: str, rows: Tensor) -> None:
     """One integer group per row, on the rows' device."""
     _require_tensor(name, ids)
@@ -63,23 +71,53 @@ def check_ids(name: str, ids: Tensor, rows_name: str, rows: Tensor) -> None:
         raise ValueError(f"{name} must be on the device of {rows_name}, {rows.device}, got {ids.device}")
 
 
-def check_temperature(temperature: float | Tensor, rows: Tensor | None = None) -> None:
-    """A positive, finite number, or a 0-d floating tensor in host memory or on the rows' device."""
+def check_temperature(
+    temperature: float | Tensor,
+    rows: Tensor | None = None,
+    *,
+    per_row: int | None = None,
+    name: str = "temperature",
+) -> None:
+    """A positive, finite number, or a 0-d floating tensor in host memory or on the rows' device; or, with `per_row`,
+    a tensor of so many."""
     if isinstance(temperature, Tensor):
         if temperature.dtype not in FLOAT_DTYPES:
-            raise TypeError(f"temperature must be a floating-point tensor, got {temperature.dtype}")
-        if temperature.ndim != 0:
-            raise ValueError(f"temperature must be a 0-d tensor, got shape {tuple(temperature.shape)}")
+            raise TypeError(f"{name} must be a floating-point tensor, got {temperature.dtype}")
+        if temperature.ndim != 0 and (per_row is None or temperature.shape != (per_row,)):
+            either = "" if per_row is None else f"have shape ({per_row},), one per row, or "
+            raise ValueError(f"{name} must {either}be a 0-d tensor, got shape {tuple(temperature.shape)}")
         if rows is not None and temperature.device.type != "cpu" and temperature.device != rows.device:
             raise ValueError(
-                f"temperature must be on the CPU or on the embeddings' device {rows.device}, got {temperature.device}"
+                f"{name} must be on the CPU or on the embeddings' device {rows.device}, got {temperature.device}"
             )
         if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
-            check_positive("temperature", temperature.item())
-    elif isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
-        raise TypeError(f"temperature must be a float or a 0-d tensor, got {type(temperature).__name__}")
+            for value in temperature.detach().flatten().tolist():
+                check_positive(name, value)
     else:
-        check_positive("temperature", temperature)
+        check_number(name, temperature, "a float or a 0-d tensor")
+        check_positive(name, temperature)
+
+
+def check_number(name: str, value: object, expected: str = "a number") -> None:
+    """A Python number, and not True or False."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
+
+
+def check_in_range(name: str, value: float, low: float, high: float, *, with_low: bool, with_high: bool) -> None:
+    """A number of an interval, its ends included or not."""
+    check_number(name, value)
+    above = low <= value if with_low else low < value
+    below = value <= high if with_high else value < high
+    if not (above and below):
+        interval = f"{'[' if with_low else '('}{low:g}, {high:g}{']' if with_high else ')'}"
+        raise ValueError(f"{name} must be in {interval}, got {value}")
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """One of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def check_positive(name: str, value: float) -> None:
@@ -90,5 +128,4 @@ def check_positive(name: str, value: float) -> None:
 
 def check_reduction(reduction: str) -> None:
     """One of REDUCTIONS."""
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
+    check_choice("reduction", reduction, REDUCTIONS)

@@ -5,14 +5,24 @@
     nt_xent_rows   (z_i, z_j, inv_tau)               -> nu, pi                           the weighted path
     nt_xent_scalar    (z_i, z_j, inv_tau)               -> loss, d_z_i, d_z_j, d_inv_tau    the scalar path
     nt_xent_value   (z_i, z_j, inv_tau)               -> loss                             where no gradient is wanted
+    positive_lse, positive_sum                       -> sums over the rows of the same group
 
-The first four have their `_backward`, an operator too. The scalar path forms the gradient together with the loss, once,
-for an upstream gradient of 1; its backward only scales. The public layer takes it where a gradient is wanted and one
-number is asked for.
+The first four and the last have their `_backward`, an operator too. The scalar path forms the gradient together with
+the loss, once, for an upstream gradient of 1; its backward only scales. The public layer takes it where a gradient is
+wanted and one number is asked for.
 """
 
 from .neg_lse import cross_neg_lse, neg_lse
 from .nt_xent import nt_xent_rows, nt_xent_scalar
+from .positives import positive_lse, positive_sum
 from .register import autocast_off
 
-__all__ = ["autocast_off", "cross_neg_lse", "neg_lse", "nt_xent_rows", "nt_xent_scalar"]
+__all__ = [
+    "autocast_off",
+    "cross_neg_lse",
+    "neg_lse",
+    "nt_xent_rows",
+    "nt_xent_scalar",
+    "positive_lse",
+    "positive_sum",
+]

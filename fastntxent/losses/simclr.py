@@ -1,4 +1,4 @@
-"""The losses as functions: conventions, reductions and the O(M D) formulas over the operators."""
+"""NT-Xent, the loss of SimCLR, and its two terms."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops
-from .backends import check_name as check_backend
-from .backends.base import accumulation_dtype, row_losses
-from .validation import check_ids, check_reduction, check_rows, check_same, check_temperature, check_views
+from .. import ops
+from ..backends import check_name as check_backend
+from ..backends.base import row_losses
+from ..common import inverse_temperature, reduce
+from ..validation import check_ids, check_in_range, check_reduction, check_views
+from .multiview import multiview_losses
 
 
 class NTXentTerms(NamedTuple):
@@ -21,18 +23,13 @@ class NTXentTerms(NamedTuple):
     loss: Tensor
 
 
-class CrossNegLse(NamedTuple):
-    """What `cross_neg_lse` returns: (M,) and (K,)."""
-
-    rows: Tensor
-    cols: Tensor
-
-
 def nt_xent(
     z_i: Tensor,
     z_j: Tensor,
     temperature: float | Tensor = 0.5,
     *,
+    ids: Tensor | None = None,
+    label_smoothing: float = 0.0,
     reduction: str = "mean",
     normalize: bool = True,
     backend: str = "auto",
@@ -50,7 +47,12 @@ def nt_xent(
         z_i, z_j: (N, D) embeddings of the two views; row n of both belongs to sample n. float16, bfloat16, float32
             or float64, on one device, with any strides. `split_views` makes them from one tensor.
         temperature: tau > 0, a float or a 0-d floating tensor, which may require a gradient. A tensor on an
-            accelerator is never read by the host, so its sign is the caller's care there.
+            accelerator is never read by the host, so its sign is the caller's care there. A tensor (2N,) is one
+            temperature for each row, in the order [z_i; z_j], and twice the work.
+        ids: (N,) integers, a label or group of each sample: samples of the same group are no negatives of each other
+            (false negatives removed). None: every other sample is a negative.
+        label_smoothing: in [0, 1): so much of the target is spread evenly over the positive and the negatives, as
+            `torch.nn.functional.cross_entropy` does.
         reduction: "mean" is the paper's 1/(2N), "sum", or "none".
         normalize: divide each row by max(||z||, 1e-12) (6.1e-5 for float16), as `torch.nn.functional.normalize`
             does. False takes the rows as they are, of any length.
@@ -79,7 +81,13 @@ def nt_xent(
     check_views(z_i, z_j)
     check_reduction(reduction)
     check_backend(backend)
-    inv_tau = _inverse(temperature, z_i)
+    check_in_range("label_smoothing", label_smoothing, 0, 1, with_low=True, with_high=False)
+    inv_tau = inverse_temperature(temperature, z_i, per_row=2 * z_i.shape[0])
+    if ids is not None:
+        check_ids("ids", ids, "z_i", z_i)
+    if ids is not None or label_smoothing or inv_tau.ndim:
+        losses = multiview_losses(torch.stack((z_i, z_j)), inv_tau, ids, label_smoothing, normalize, backend)
+        return reduce(losses, reduction)
     if reduction == "none":
         return row_losses(*ops.nt_xent_rows(z_i, z_j, inv_tau, normalize, backend))
     return ops.nt_xent_scalar(z_i, z_j, inv_tau, normalize, reduction == "mean", backend)
@@ -122,7 +130,7 @@ def nt_xent_terms(
     """
     check_views(z_i, z_j)
     check_backend(backend)
-    inv_tau = _inverse(temperature, z_i)
+    inv_tau = inverse_temperature(temperature, z_i)
     neg_lse, pos = ops.nt_xent_rows(z_i, z_j, inv_tau, normalize, backend)
     n_samples = z_i.shape[0]
     return NTXentTerms(
@@ -130,90 +138,3 @@ def nt_xent_terms(
         distribution=torch.logaddexp(neg_lse, pos).sum() / (inv_tau * n_samples),
         loss=row_losses(neg_lse, pos).sum() / n_samples,
     )
-
-
-def neg_lse(u: Tensor, ids: Tensor, temperature: float | Tensor, *, backend: str = "auto") -> Tensor:
-    r"""Log-sum-exp of every row's similarities to the rows of other groups, the primitive of the whole family.
-
-    .. math:: \nu_i = \log \sum_{j : id_j \ne id_i} e^{u_i \cdot u_j / \tau}
-
-    With `ids` the sample index it gives NT-Xent's negatives; with unique ids it excludes only the row itself; with
-    labels it removes false negatives.
-
-    Args:
-        u: (M, D) rows, float16, bfloat16, float32 or float64. They are taken as they are; a loss on cosine
-            similarities passes unit rows.
-        ids: (M,) integers on the device of u, in any order.
-        temperature: as in `nt_xent`.
-        backend: "auto", or a name from `backends()`.
-
-    Returns:
-        (M,), float64 for float64 rows, else float32; -inf, with a gradient of zero, for a row that has no row of
-        another group. Differentiable in u and temperature.
-
-    Errors, determinism and memory are those of `nt_xent`.
-
-    Example:
-        >>> import torch, fastntxent
-        >>> fastntxent.neg_lse(torch.eye(3), torch.arange(3), temperature=1.0)  # log 2
-        tensor([0.6931, 0.6931, 0.6931])
-    """
-    check_rows("u", u)
-    check_ids("ids", ids, "u", u)
-    check_backend(backend)
-    return ops.neg_lse(u, ids, _inverse(temperature, u), backend)
-
-
-def cross_neg_lse(
-    u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, temperature: float | Tensor, *, backend: str = "auto"
-) -> CrossNegLse:
-    r"""`neg_lse` between two sets of rows, in both directions from one pass over their similarities.
-
-    .. math::
-        \nu^u_i = \log \sum_{j : id^v_j \ne id^u_i} e^{u_i \cdot v_j / \tau}, \qquad
-        \nu^v_j = \log \sum_{i : id^u_i \ne id^v_j} e^{u_i \cdot v_j / \tau}
-
-    What two towers (images and texts), queries against a queue of keys, and one rank's rows against all others' are
-    made of. A side that needs no gradient, as a queue, costs none.
-
-    Args:
-        u: (M, D) rows, taken as they are; float16, bfloat16, float32 or float64.
-        v: (K, D) rows of the same dtype and device.
-        u_ids, v_ids: (M,) and (K,) integers on the rows' device: the groups of both sides.
-        temperature: as in `nt_xent`.
-        backend: "auto", or a name from `backends()`.
-
-    Returns:
-        A named tuple (rows, cols) of (M,) and (K,), float64 for float64 rows, else float32; -inf, with a gradient of
-        zero, for a row to which the other side has no row of another group. Differentiable in u, v and temperature.
-
-    Errors, determinism and memory are those of `nt_xent`.
-
-    Example:
-        >>> import torch, fastntxent
-        >>> u, v = torch.eye(3), torch.ones(2, 3)
-        >>> fastntxent.cross_neg_lse(u, v, torch.arange(3), torch.arange(2), temperature=1.0).rows  # 1, 1, log(2e)
-        tensor([1.0000, 1.0000, 1.6931])
-    """
-    check_rows("u", u)
-    check_rows("v", v)
-    check_same("u", u, "v", v, "dtype", "device")
-    if u.shape[1] != v.shape[1]:
-        raise ValueError(f"u and v must have the same number of features, got {u.shape[1]} and {v.shape[1]}")
-    check_ids("u_ids", u_ids, "u", u)
-    check_ids("v_ids", v_ids, "v", v)
-    check_backend(backend)
-    return CrossNegLse(*ops.cross_neg_lse(u, v, u_ids, v_ids, _inverse(temperature, u), backend))
-
-
-def _inverse(temperature: float | Tensor, rows: Tensor) -> Tensor:
-    """1 / temperature as a 0-d tensor of the accumulation dtype."""
-    check_temperature(temperature, rows)
-    dtype = accumulation_dtype(rows.dtype)
-    if not isinstance(temperature, Tensor):
-        if torch.compiler.is_compiling():  # of a number as a factor it makes one graph, of a constant one each
-            return torch.ones((), dtype=dtype, device="cpu") * (1.0 / temperature)
-        return torch.scalar_tensor(1.0 / temperature, dtype=dtype, device="cpu")
-    if temperature.requires_grad:  # its gradient is formed where the rows are
-        temperature = temperature.to(rows.device)
-    return temperature.to(dtype).reciprocal()

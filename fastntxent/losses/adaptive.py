@@ -1,0 +1,64 @@
+"""A temperature that follows the model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..backends import check_name as check_backend
+from ..backends.base import row_dots, row_losses
+from ..common import inverse_temperature, reduce, unit_rows
+from ..validation import check_in_range, check_reduction, check_views
+
+
+def macl(
+    z_i: Tensor,
+    z_j: Tensor,
+    temperature: float | Tensor = 0.1,
+    *,
+    alpha: float = 0.5,
+    a_0: float = 0.0,
+    reduction: str = "mean",
+    normalize: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    r"""MACL: NT-Xent whose temperature grows with the alignment of the batch, and whose easy rows are weighed up.
+
+    .. math::
+        L_i = \frac{\ell_i}{1 - e^{-\ell_i}}, \qquad \ell_i = \text{nt\_xent}_i \text{ at } \tau (1 + \alpha (A - A_0)),
+        \qquad A = \frac{1}{N} \sum_n s_{n,p(n)}
+
+    Huang et al., "Model-Aware Contrastive Learning: Towards Escaping the Dilemmas", 2023. No gradient goes through A or
+    the weight 1 / (1 - exp(-l)). The mean is over the 2N rows. For temperatures of your own for each row, give them to
+    `nt_xent`.
+
+    Args:
+        temperature: the base temperature.
+        alpha: in [0, 1]: how far the temperature follows; 0 keeps it.
+        a_0: in [0, 1]: the alignment at which it is the base temperature.
+
+    The other arguments, errors, determinism and memory are those of `dcl`.
+
+    Returns:
+        A 0-d tensor, or (2N,) for "none", in the order [z_i; z_j]; float64 for float64 embeddings, else float32.
+
+    Example:
+        >>> import torch, fastntxent
+        >>> z = torch.eye(4)
+        >>> fastntxent.macl(z, z, temperature=0.5, alpha=1.0)  # nt_xent at 0.5 * 2, over 1 - 1 / (1 + 6 / e)
+        tensor(1.6934)
+    """
+    check_views(z_i, z_j)
+    check_reduction(reduction)
+    check_backend(backend)
+    check_in_range("alpha", alpha, 0, 1, with_low=True, with_high=True)
+    check_in_range("a_0", a_0, 0, 1, with_low=True, with_high=True)
+    inv_tau = inverse_temperature(temperature, z_i)
+    with torch.no_grad():
+        aligned = row_dots(unit_rows(z_i, normalize), unit_rows(z_j, normalize)).mean()
+    # At alpha = 1 and opposite views the temperature would be 0 or less: it stays above a thousandth of the base.
+    stretch = (1 + alpha * (aligned - a_0)).clamp_min(1e-3)
+    losses = row_losses(*ops.nt_xent_rows(z_i, z_j, inv_tau / stretch, normalize, backend))
+    chance = -torch.expm1(-losses.detach())
+    return reduce(losses / chance.clamp_min(torch.finfo(chance.dtype).tiny), reduction)

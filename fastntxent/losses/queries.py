@@ -1,0 +1,167 @@
+"""InfoNCE: queries against keys, in one direction."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backends import check_name as check_backend
+from ..backends.base import row_dots, row_losses
+from ..common import (
+    group_sums,
+    inverse_temperature,
+    log_add,
+    neg_lse_of_columns,
+    reduce,
+    scale_gradient,
+    unit_rows,
+)
+from ..ops import autocast_off
+from ..validation import (
+    FLOAT_DTYPES,
+    check_choice,
+    check_features,
+    check_ids,
+    check_in_range,
+    check_reduction,
+    check_rows,
+    check_same,
+)
+
+HARDNESS_MODES = ("in_batch_negatives", "hard_negatives", "all_negatives")
+
+
+def info_nce(
+    query: Tensor,
+    key: Tensor,
+    temperature: float | Tensor = 0.1,
+    *,
+    negatives: Tensor | None = None,
+    in_batch_negatives: bool | None = None,
+    ids: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    hardness_mode: str = "all_negatives",
+    hardness_strength: float = 0.0,
+    reduction: str = "mean",
+    normalize: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    r"""InfoNCE: for each query, pick its key among the negatives.
+
+    .. math:: L_n = \log\big(1 + e^{\nu_n - s_n/\tau}\big), \qquad
+        \nu_n = \log \sum_{j \in \text{negatives}(n)} e^{s_{nj}/\tau}
+
+    van den Oord et al., "Representation Learning with Contrastive Predictive Coding", 2018. The mean is 1/N, from
+    queries to keys alone; for both directions see `clip`.
+
+    Args:
+        query, key: (N, D) embeddings; row n of key is the positive of row n of query.
+        temperature: as in `nt_xent`; a tensor (N,) is one for each query.
+        negatives: explicit negatives: (K, D), shared by all queries, or (N, K, D), each query's own. None: the other
+            samples' keys.
+        in_batch_negatives: whether the other samples' keys are negatives. By default, only without explicit ones.
+        ids: (N,) integers: keys of the same id are no negatives of each other's queries.
+        label_smoothing: as in `nt_xent`.
+        hardness_mode, hardness_strength: add hardness_strength times the similarity, through which no gradient goes, to
+            the logits of the negatives: "in_batch_negatives", "hard_negatives" (the explicit ones) or "all_negatives".
+            Lan et al., "LLaVE: Large Language and Vision Embedding Models with Hardness-Weighted Contrastive
+            Learning", 2025, as sentence-transformers has it.
+        reduction: "mean" (1/N), "sum" or "none".
+        normalize, backend: as in `nt_xent`.
+
+    Returns:
+        A 0-d tensor, or (N,) for "none"; float64 for float64 embeddings, else float32.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `nt_xent`.
+
+    Deterministic. Memory is O((N + K) D); with each query's own negatives O(N K D), which is their size.
+
+    Example:
+        >>> import torch, fastntxent
+        >>> z = torch.eye(4)
+        >>> fastntxent.info_nce(z, z, temperature=1.0)  # log(e + 3) - 1
+        tensor(0.7437)
+    """
+    check_rows("query", query)
+    check_rows("key", key)
+    check_same("query", query, "key", key, "shape", "dtype", "device")
+    check_reduction(reduction)
+    check_backend(backend)
+    check_choice("hardness_mode", hardness_mode, HARDNESS_MODES)
+    check_in_range("hardness_strength", hardness_strength, 0, torch.inf, with_low=True, with_high=False)
+    check_in_range("label_smoothing", label_smoothing, 0, 1, with_low=True, with_high=False)
+    if label_smoothing and hardness_strength:
+        raise ValueError("label_smoothing and hardness_strength cannot both be given")
+    N = query.shape[0]
+    if ids is not None:
+        check_ids("ids", ids, "query", query)
+    if negatives is not None:
+        _check_negatives(negatives, query)
+    if in_batch_negatives is None:
+        in_batch_negatives = negatives is None
+    inv_tau = inverse_temperature(temperature, query, per_row=N)
+    in_batch_hardness = 0.0 if hardness_mode == "hard_negatives" else hardness_strength
+    explicit_hardness = 0.0 if hardness_mode == "in_batch_negatives" else hardness_strength
+
+    u, v = unit_rows(query, normalize), unit_rows(key, normalize)
+    pos = inv_tau * row_dots(u, v)
+    nu = torch.full_like(pos, -torch.inf)
+    # The sum of the negatives' logits, and their number, for the smoothed labels.
+    negative_sum, n_negatives = torch.zeros_like(pos), torch.zeros_like(pos)
+    if in_batch_negatives:
+        groups = torch.arange(N, device=u.device) if ids is None else ids
+        nu = hardened_neg_lse(u, v, groups, groups, inv_tau, in_batch_hardness, backend)
+        if label_smoothing:
+            sums, counts = group_sums(v, groups)
+            negative_sum, n_negatives = row_dots(u, v.sum(dim=0) - sums), N - counts
+    if negatives is not None:
+        w = unit_rows(negatives, normalize)
+        if w.ndim == 2:
+            # Explicit negatives belong to no query: their ids are nobody's.
+            here, there = (torch.full((len(x),), i, device=u.device) for i, x in enumerate((u, w)))
+            explicit = hardened_neg_lse(u, w, here, there, inv_tau, explicit_hardness, backend)
+            sums = row_dots(u, w.sum(dim=0).expand_as(u)) if label_smoothing else torch.zeros_like(pos)
+        else:
+            with autocast_off(u):
+                sims = torch.bmm(w, u.unsqueeze(2)).squeeze(2)
+            by_row = inv_tau.unsqueeze(-1)
+            explicit = torch.logsumexp(by_row * sims + explicit_hardness * sims.detach(), dim=1)
+            sums = sims.sum(dim=1)
+        nu = log_add(nu, explicit)
+        negative_sum, n_negatives = negative_sum + sums, n_negatives + negatives.shape[-2]
+    losses = row_losses(nu, pos)
+    if label_smoothing:
+        losses = losses + label_smoothing * (pos - (pos + inv_tau * negative_sum) / (1 + n_negatives))
+    return reduce(losses, reduction)
+
+
+def hardened_neg_lse(
+    u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: Tensor, hardness: float, backend: str
+) -> Tensor:
+    """nu of the rows u against the columns v with logits k s + hardness * s, no gradient through the second s.
+
+    The value is that at an inverse temperature of k + hardness, and so is the gradient in k; the gradient in the rows
+    is k / (k + hardness) of that one's.
+    """
+    if not hardness:
+        return neg_lse_of_columns(u, v, u_ids, v_ids, inv_tau, backend)
+    hard = inv_tau + hardness
+    share = (inv_tau / hard).detach()
+    nu = neg_lse_of_columns(u, v, u_ids, v_ids, scale_gradient(hard, 1 / share), backend)
+    return scale_gradient(nu, share)
+
+
+def _check_negatives(negatives: Tensor, query: Tensor) -> None:
+    if isinstance(negatives, Tensor) and negatives.ndim == 3:
+        if negatives.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"negatives must be float16, bfloat16, float32 or float64, got {negatives.dtype}")
+        if negatives.shape[0] != query.shape[0] or negatives.shape[1] == 0:
+            raise ValueError(
+                f"negatives must have shape (K, D) or ({query.shape[0]}, K, D), one set per query, "
+                f"got {tuple(negatives.shape)}"
+            )
+    else:
+        check_rows("negatives", negatives)
+    check_same("query", query, "negatives", negatives, "dtype", "device")
+    check_features("query", query, "negatives", negatives)

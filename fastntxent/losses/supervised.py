@@ -1,0 +1,146 @@
+"""Supervised contrastive losses: the positives of a row are all rows of its class."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..backends import check_name as check_backend
+from ..backends.base import row_dots, row_losses
+from ..common import group_sums, inverse_temperature, reduce, unit_rows
+from ..ops import autocast_off
+from ..validation import ID_DTYPES, check_choice, check_ids, check_reduction, check_rows
+
+FORMS = ("out", "in", "pairs")
+
+
+def sup_con(
+    z: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor = 0.1,
+    *,
+    form: str = "out",
+    reduction: str = "mean",
+    normalize: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    r"""SupCon: contrastive loss whose positives are all other rows with the same label.
+
+    With P(i) the positives of row i, and sums over j that leave out row i itself ("all") or its class ("neg"):
+
+    .. math::
+        L^{out}_i = \log \sum_{all} e^{s_{ij}/\tau} - \frac{1}{|P(i)|} \sum_{p \in P(i)} s_{ip}/\tau
+
+        L^{in}_i = \log \sum_{all} e^{s_{ij}/\tau} - \log \frac{1}{|P(i)|} \sum_{p \in P(i)} e^{s_{ip}/\tau}
+
+        L^{pairs}_i = \frac{1}{|P(i)|} \sum_{p \in P(i)} \log \Big(1 + \sum_{neg} e^{(s_{ij} - s_{ip})/\tau}\Big)
+
+    L_out and L_in are equations 2 and 3 of Khosla et al., "Supervised Contrastive Learning", 2020; the third has one
+    NT-Xent term for each positive, in whose denominator the other positives are not (pytorch-metric-learning's
+    `NTXentLoss`).
+
+    A row without a positive counts for nothing: it is 0 in "none" and "sum", and left out of the mean, which is over
+    the rows with a positive, and 0 where there are none. It still is a negative of the others.
+
+    Args:
+        z: (M, D) embeddings, all views of all samples, in any order. float16, bfloat16, float32 or float64.
+        labels: (M,) integers. Or several labels a row: (M, C), bool or integer, not 0 where row i has label c. A pair
+            then counts once for each label it shares, for "out" alone: without a mask of all pairs it cannot be known
+            which pairs share at least one.
+        temperature: as in `nt_xent`.
+        form: "out", "in" or "pairs".
+        reduction: "mean" (over the rows with a positive), "sum", or "none".
+        normalize, backend: as in `nt_xent`.
+
+    Returns:
+        A 0-d tensor, or (M,) for "none"; float64 for float64 embeddings, else float32.
+
+    Raises:
+        TypeError, ValueError: as `nt_xent` does, and for labels of another shape or dtype.
+
+    Deterministic. "out" takes the time of `neg_lse` and O(M D) memory (with several labels O(M C) beside it); "in" and
+    "pairs" look at each positive pair too: with n_c rows in class c that is sum n_c^2 D more work, in tiles, and one
+    wait for the device. In "out" the positives are part of the sum, as the formula has it: unlike the other two, its
+    gradient has the accuracy of a logit, eps / tau, not of the loss.
+
+    Example:
+        >>> import torch, fastntxent
+        >>> z = torch.eye(4).repeat(2, 1)
+        >>> labels = torch.tensor([0, 1, 2, 3]).repeat(2)
+        >>> fastntxent.sup_con(z, labels, temperature=1.0)  # two views: SimCLR's log(e + 6) - 1
+        tensor(1.1654)
+    """
+    check_rows("z", z)
+    check_choice("form", form, FORMS)
+    check_reduction(reduction)
+    check_backend(backend)
+    inv_tau = inverse_temperature(temperature, z)
+    if isinstance(labels, Tensor) and labels.ndim == 2:
+        _check_multi_labels(labels, z, form)
+        losses, counts = _multi_label_out(unit_rows(z, normalize), labels, inv_tau, backend)
+    else:
+        check_ids("labels", labels, "z", z)
+        losses, counts = _FORMS[form](unit_rows(z, normalize), labels, inv_tau, backend)
+    some = counts > 0
+    return reduce(losses.masked_fill(~some, 0), reduction, counted=some)
+
+
+def _out(u: Tensor, labels: Tensor, inv_tau: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    sums, counts = group_sums(u, labels)
+    return _all_less_mean(u, sums - u, counts - 1, inv_tau, backend), counts - 1
+
+
+def _multi_label_out(u: Tensor, labels: Tensor, inv_tau: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    belongs = (labels != 0).to(u.dtype)
+    own = belongs.sum(dim=1)
+    with autocast_off(u):
+        sums = belongs @ (belongs.T @ u) - own[:, None] * u
+        counts = belongs @ belongs.sum(dim=0) - own
+    return _all_less_mean(u, sums, counts, inv_tau, backend), counts
+
+
+def _all_less_mean(u: Tensor, positives: Tensor, counts: Tensor, inv_tau: Tensor, backend: str) -> Tensor:
+    """log-sum-exp over all other rows less the mean of the positives, whose sums are given: linear in the positives,
+    so the sum of their rows is all that is needed of them."""
+    nu = ops.neg_lse(u, torch.arange(u.shape[0], device=u.device), inv_tau, backend)
+    nu = nu.masked_fill(counts == 0, 0)  # a single row has none
+    return nu - inv_tau * row_dots(u, positives) / counts.clamp_min(1)
+
+
+def _in(u: Tensor, labels: Tensor, inv_tau: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    counts = _positive_counts(labels)
+    nu = ops.neg_lse(u, labels, inv_tau, backend)
+    lse = ops.positive_lse(u, u, labels, labels, inv_tau, True, backend).masked_fill(counts == 0, 0)
+    return row_losses(nu, lse) + counts.clamp_min(1).to(u.dtype).log(), counts
+
+
+def _pairs(u: Tensor, labels: Tensor, inv_tau: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    counts = _positive_counts(labels)
+    nu = ops.neg_lse(u, labels, inv_tau, backend)
+    return ops.positive_sum(u, u, labels, labels, inv_tau, nu, True, backend) / counts.clamp_min(1), counts
+
+
+_FORMS = {"out": _out, "in": _in, "pairs": _pairs}
+
+
+def _positive_counts(labels: Tensor) -> Tensor:
+    in_order = labels.sort().values
+    return torch.searchsorted(in_order, labels, right=True) - torch.searchsorted(in_order, labels) - 1
+
+
+def _check_multi_labels(labels: Tensor, z: Tensor, form: str) -> None:
+    if labels.dtype not in (torch.bool, *ID_DTYPES):
+        raise TypeError(f"labels must be bool or have an integer dtype, got {labels.dtype}")
+    if labels.shape[0] != z.shape[0] or labels.shape[1] == 0:
+        raise ValueError(
+            f"labels must have shape ({z.shape[0]},) or ({z.shape[0]}, C), one row per row of z, "
+            f"got {tuple(labels.shape)}"
+        )
+    if labels.device != z.device:
+        raise ValueError(f"labels must be on the device of z, {z.device}, got {labels.device}")
+    if form != "out":
+        raise ValueError(
+            f"form must be 'out' where a row has several labels, got {form!r}: it needs every pair that shares a "
+            "label once, which takes a mask of all pairs"
+        )

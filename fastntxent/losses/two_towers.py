@@ -1,0 +1,120 @@
+"""The symmetric loss of two towers."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..backends import check_name as check_backend
+from ..backends.base import row_dots, row_losses
+from ..common import factor, group_sums, inverse_temperature, reduce, unit_rows
+from ..validation import (
+    check_ids,
+    check_in_range,
+    check_number,
+    check_reduction,
+    check_rows,
+    check_same,
+    check_temperature,
+)
+
+
+class CLIPDirections(NamedTuple):
+    """The two halves of the loss: (N,) each."""
+
+    image_to_text: Tensor
+    text_to_image: Tensor
+
+
+def clip(
+    image_features: Tensor,
+    text_features: Tensor,
+    temperature: float | Tensor = 0.07,
+    *,
+    logit_scale: float | Tensor | None = None,
+    logit_bias: float | Tensor | None = None,
+    ids: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    normalize: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    r"""CLIP's loss: each image picks its text and each text its image, both from one pass over the similarities.
+
+    .. math::
+        L = \frac{1}{2N} \sum_{n=1}^{N} \Big[ \log\big(1 + e^{\nu^{img}_n - \pi_n}\big)
+            + \log\big(1 + e^{\nu^{txt}_n - \pi_n}\big) \Big], \qquad \pi_n = s_{nn}/\tau
+
+    Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021; open_clip's
+    `ClipLoss` of features that are normalised already is this with `normalize=False`.
+
+    Args:
+        image_features, text_features: (N, D); row n of both belongs together.
+        temperature: as in `nt_xent`.
+        logit_scale: 1 / temperature, in its place: a positive float or a 0-d tensor, as exp of a learnt parameter.
+        logit_bias: added to every logit, where the softmax cancels it: the loss does not change, and the bias gets a
+            gradient of exactly zero. (SigLIP's sigmoid loss is the one that has use for it.)
+        ids: (N,) integers: samples of the same id are no negatives of each other.
+        label_smoothing: as in `nt_xent`, in both directions.
+        reduction: "mean" (1/N over the samples of half the sum of both directions), "sum", or "none".
+        normalize, backend: as in `nt_xent`.
+
+    Returns:
+        A 0-d tensor, or (N,) for "none"; float64 for float64 features, else float32. Differentiable in the features,
+        the temperature or the scale.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `nt_xent`.
+
+    Deterministic, O(N D) memory.
+
+    Example:
+        >>> import torch, fastntxent
+        >>> z = torch.eye(4)
+        >>> fastntxent.clip(z, z, temperature=1.0)  # log(e + 3) - 1, in both directions
+        tensor(0.7437)
+    """
+    check_rows("image_features", image_features)
+    check_rows("text_features", text_features)
+    check_same("image_features", image_features, "text_features", text_features, "shape", "dtype", "device")
+    check_reduction(reduction)
+    check_backend(backend)
+    check_in_range("label_smoothing", label_smoothing, 0, 1, with_low=True, with_high=False)
+    if ids is not None:
+        check_ids("ids", ids, "image_features", image_features)
+    if logit_scale is None:
+        scale = inverse_temperature(temperature, image_features)
+    else:
+        check_temperature(logit_scale, image_features, name="logit_scale")
+        scale = factor(logit_scale, image_features)
+    directions = clip_directions(
+        unit_rows(image_features, normalize), unit_rows(text_features, normalize), scale, ids, label_smoothing, backend
+    )
+    losses = (directions.image_to_text + directions.text_to_image) / 2
+    if logit_bias is not None:
+        if not isinstance(logit_bias, Tensor):
+            check_number("logit_bias", logit_bias, "a float or a tensor")
+        losses = losses + 0 * factor(logit_bias, losses)
+    return reduce(losses, reduction)
+
+
+def clip_directions(
+    u: Tensor, v: Tensor, scale: Tensor, ids: Tensor | None, label_smoothing: float, backend: str
+) -> CLIPDirections:
+    """Both directions' losses of rows that are taken as they are."""
+    N = u.shape[0]
+    groups = torch.arange(N, device=u.device) if ids is None else ids
+    nu_rows, nu_cols = ops.cross_neg_lse(u, v, groups, groups, scale, backend)
+    pos = scale * row_dots(u, v)
+    rows, cols = row_losses(nu_rows, pos), row_losses(nu_cols, pos)
+    if label_smoothing:
+        (u_sums, counts), (v_sums, _) = group_sums(u, groups), group_sums(v, groups)
+        candidates = N - counts + 1
+        rows_mean = (pos + scale * row_dots(u, v.sum(dim=0) - v_sums)) / candidates
+        cols_mean = (pos + scale * row_dots(v, u.sum(dim=0) - u_sums)) / candidates
+        rows = rows + label_smoothing * (pos - rows_mean)
+        cols = cols + label_smoothing * (pos - cols_mean)
+    return CLIPDirections(rows, cols)

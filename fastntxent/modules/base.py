@@ -1,0 +1,75 @@
+"""What the modules share: a temperature that may be learnt, and the options of every loss."""
+
+from __future__ import annotations
+
+import math
+from typing import TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from ..backends import check_name as check_backend
+from ..validation import check_reduction, check_temperature
+
+
+class _Options(TypedDict):
+    """What every loss takes by these names."""
+
+    reduction: str
+    normalize: bool
+    backend: str
+
+
+class TemperatureLoss(nn.Module):
+    """A temperature, a reduction, whether rows are normalised, and a backend."""
+
+    _shown: tuple[str, ...] = ()  # attributes of a subclass that repr() shows
+
+    def __init__(
+        self,
+        temperature: float | Tensor,
+        *,
+        reduction: str,
+        normalize: bool,
+        backend: str,
+        learn_temperature: bool,
+    ):
+        super().__init__()
+        check_temperature(temperature)
+        check_reduction(reduction)
+        check_backend(backend)
+        self.reduction = reduction
+        self.normalize = normalize
+        self.backend = backend
+        self.learn_temperature = learn_temperature
+        if learn_temperature:
+            self.log_temperature = nn.Parameter(torch.tensor(_log(temperature)))
+        else:
+            self._temperature = temperature
+
+    @property
+    def temperature(self) -> float | Tensor:
+        """tau: as it was given, or a 0-d tensor that follows the parameter. May be set, to schedule it."""
+        return self.log_temperature.exp() if self.learn_temperature else self._temperature
+
+    @temperature.setter
+    def temperature(self, value: float | Tensor) -> None:
+        check_temperature(value)
+        if self.learn_temperature:
+            with torch.no_grad():
+                self.log_temperature.fill_(_log(value))
+        else:
+            self._temperature = value
+
+    @property
+    def _options(self) -> _Options:
+        return {"reduction": self.reduction, "normalize": self.normalize, "backend": self.backend}
+
+    def extra_repr(self) -> str:
+        temperature = "learn_temperature=True" if self.learn_temperature else f"temperature={self._temperature}"
+        shown = [f"{name}={getattr(self, name)!r}" for name in ("reduction", "normalize", "backend", *self._shown)]
+        return ", ".join([temperature, *shown])
+
+
+def _log(temperature: float | Tensor) -> float:
+    return math.log(temperature.item() if isinstance(temperature, Tensor) else temperature)

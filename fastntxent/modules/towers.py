@@ -1,0 +1,137 @@
+"""Losses of two towers as modules."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from ..losses import clip, info_nce
+from ..losses.queries import HARDNESS_MODES
+from ..validation import check_choice, check_in_range
+from .base import TemperatureLoss
+
+
+class InfoNCELoss(TemperatureLoss):
+    r"""InfoNCE from queries to keys as a module; see `info_nce` for the formula and the options that are named there.
+
+    Its call takes query, key, and optionally explicit negatives (K, D) or (N, K, D) and `ids`. The other arguments are
+    as of `NTXentLoss`.
+
+    Example:
+        >>> import torch, fastntxent
+        >>> loss = fastntxent.InfoNCELoss(temperature=1.0)
+        >>> loss(torch.eye(4), torch.eye(4))
+        tensor(0.7437)
+    """
+
+    _shown = ("in_batch_negatives", "label_smoothing", "hardness_mode", "hardness_strength")
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.1,
+        *,
+        in_batch_negatives: bool | None = None,
+        label_smoothing: float = 0.0,
+        hardness_mode: str = "all_negatives",
+        hardness_strength: float = 0.0,
+        reduction: str = "mean",
+        normalize: bool = True,
+        backend: str = "auto",
+        learn_temperature: bool = False,
+    ):
+        super().__init__(
+            temperature,
+            reduction=reduction,
+            normalize=normalize,
+            backend=backend,
+            learn_temperature=learn_temperature,
+        )
+        check_in_range("label_smoothing", label_smoothing, 0, 1, with_low=True, with_high=False)
+        check_choice("hardness_mode", hardness_mode, HARDNESS_MODES)
+        check_in_range("hardness_strength", hardness_strength, 0, math.inf, with_low=True, with_high=False)
+        self.in_batch_negatives = in_batch_negatives
+        self.label_smoothing = label_smoothing
+        self.hardness_mode = hardness_mode
+        self.hardness_strength = hardness_strength
+
+    def forward(self, query: Tensor, key: Tensor, negatives: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
+        return info_nce(
+            query,
+            key,
+            self.temperature,
+            negatives=negatives,
+            ids=ids,
+            in_batch_negatives=self.in_batch_negatives,
+            label_smoothing=self.label_smoothing,
+            hardness_mode=self.hardness_mode,
+            hardness_strength=self.hardness_strength,
+            **self._options,
+        )
+
+
+class CLIPLoss(TemperatureLoss):
+    r"""CLIP's loss as a module, which holds its own logit scale; see `clip`.
+
+    Args:
+        temperature: 1 / logit scale; where it is learnt, its first value.
+        label_smoothing: in [0, 1).
+        max_logit_scale: the scale is kept below it, as CLIP was trained; its gradient stops there. None: no bound.
+        learn_temperature: make the temperature a parameter, `log_temperature`, which is minus the logarithm of the
+            scale; on by default, as in CLIP.
+        reduction, normalize, backend: as of `NTXentLoss`.
+
+    Its call takes image and text features and `ids`.
+
+    Example:
+        >>> import torch, fastntxent
+        >>> loss = fastntxent.CLIPLoss(temperature=1.0)
+        >>> loss(torch.eye(4), torch.eye(4)).detach()  # log(e + 3) - 1
+        tensor(0.7437)
+    """
+
+    _shown = ("label_smoothing", "max_logit_scale")
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.07,
+        *,
+        label_smoothing: float = 0.0,
+        max_logit_scale: float | None = 100.0,
+        reduction: str = "mean",
+        normalize: bool = True,
+        backend: str = "auto",
+        learn_temperature: bool = True,
+    ):
+        super().__init__(
+            temperature,
+            reduction=reduction,
+            normalize=normalize,
+            backend=backend,
+            learn_temperature=learn_temperature,
+        )
+        check_in_range("label_smoothing", label_smoothing, 0, 1, with_low=True, with_high=False)
+        if max_logit_scale is not None:
+            check_in_range("max_logit_scale", max_logit_scale, 0, math.inf, with_low=False, with_high=False)
+        self.label_smoothing = label_smoothing
+        self.max_logit_scale = max_logit_scale
+
+    @property
+    def logit_scale(self) -> float | Tensor:
+        """1 / temperature, below its bound."""
+        scale = 1 / self.temperature
+        if self.max_logit_scale is None:
+            return scale
+        if isinstance(scale, Tensor):
+            return scale.clamp_max(self.max_logit_scale)
+        return min(scale, self.max_logit_scale)
+
+    def forward(self, image_features: Tensor, text_features: Tensor, ids: Tensor | None = None) -> Tensor:
+        return clip(
+            image_features,
+            text_features,
+            logit_scale=self.logit_scale,
+            ids=ids,
+            label_smoothing=self.label_smoothing,
+            **self._options,
+        )

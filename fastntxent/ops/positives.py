@@ -1,0 +1,245 @@
+"""Sums over all positive pairs: the rows of the same group, where a loss has a term for each of them.
+
+    positive_lse   (u, v, u_ids, v_ids, inv_tau)      -> log sum over {j : id_j = id_i} of exp(k u_i . v_j)
+    positive_sum   (u, v, u_ids, v_ids, inv_tau, nu)  -> sum over {j : id_j = id_i} of log(1 + exp(nu_i - k u_i . v_j))
+
+Without a positive a row's log-sum-exp is -inf, its sum 0.
+
+`same` says that v is u, row for row: a row is then no positive of itself.
+
+Both sides are put in the order of their ids, in which the pairs of a block of rows lie in one run of columns. Blocks
+and runs are taken a tile at a time, and once more in the backward, which forms a tile's logits again:
+
+    D_ij = d loss / d (k u_i . v_j)      d_u_i = k sum_j D_ij v_j      d_v_j = k sum_i D_ij u_i      d_k = sum D_ij s_ij
+
+With n_c rows in group c that is sum_c n_c^2 D work, plus a block's edge for each row, and memory for the rows in order
+and two tiles. The order of every sum is fixed. The runs' ends are read by the host, once a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backends.base import accumulation_dtype, row_dots
+from .register import autocast_off, register
+
+# Rows of a block, columns of a tile. Small blocks waste little where groups are of two rows; an accelerator wants fewer
+# launches.
+_TILE_CPU = (128, 2048)
+_TILE_ACCELERATOR = (1024, 8192)
+
+
+def positive_lse(
+    u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: Tensor, same: bool, backend: str
+) -> Tensor:
+    """Log-sum-exp over the positives (M,), differentiable in u, v and inv_tau."""
+    if backend == "reference":
+        logits, mask = _dense(u, v, u_ids, v_ids, inv_tau, same)
+        some = mask.any(dim=1)
+        logits = torch.where(mask | ~some[:, None], logits, -torch.inf)
+        return torch.where(some, torch.logsumexp(logits, dim=1), -torch.inf)
+    return _positive_lse(u, v, u_ids, v_ids, inv_tau, same)
+
+
+def positive_sum(
+    u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: Tensor, nu: Tensor, same: bool, backend: str
+) -> Tensor:
+    """Sum over the positives of log(1 + exp(nu - logit)) (M,), differentiable in u, v, inv_tau and nu."""
+    if backend == "reference":
+        logits, mask = _dense(u, v, u_ids, v_ids, inv_tau, same)
+        return torch.where(mask, -F.logsigmoid(logits - nu[:, None]), 0).sum(dim=1)
+    return _positive_sum(u, v, u_ids, v_ids, inv_tau, nu, same)
+
+
+def _dense(u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: Tensor, same: bool) -> tuple[Tensor, Tensor]:
+    """The oracle's logits, whole, and which of them are positives."""
+    mask = u_ids[:, None] == v_ids
+    if same:
+        mask = mask.fill_diagonal_(False)
+    dtype = accumulation_dtype(u.dtype)
+    with autocast_off(u):
+        return inv_tau * (u.to(dtype) @ v.to(dtype).T), mask
+
+
+# --- tiles -----------------------------------------------------------------------------------------------------------
+
+
+class _Tile(NamedTuple):
+    rows: slice
+    cols: slice
+    logits: Tensor
+    mask: Tensor
+
+
+class _Pairs:
+    """Both sides in the order of their ids, and the tiles in which ids meet."""
+
+    def __init__(self, u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: Tensor, same: bool):
+        dtype = accumulation_dtype(u.dtype)
+        self.row_ids, self.row_order = torch.sort(u_ids.to(torch.int64), stable=True)
+        self.col_ids, self.col_order = torch.sort(v_ids.to(torch.int64), stable=True)
+        self.u, self.v = u.to(dtype)[self.row_order], v.to(dtype)[self.col_order]
+        self.inv_tau = inv_tau.to(u.device)
+        self.same = same
+        self.height, self.width = _TILE_CPU if u.device.type == "cpu" else _TILE_ACCELERATOR
+        first = torch.searchsorted(self.col_ids, self.row_ids)
+        last = torch.searchsorted(self.col_ids, self.row_ids, right=True)
+        M = u.shape[0]
+        self.starts = range(0, M, self.height)
+        ends = torch.tensor([min(start + self.height, M) - 1 for start in self.starts], device=u.device)
+        self.runs = torch.stack((first[:: self.height], last[ends]), dim=1).tolist()
+
+    def __iter__(self) -> Iterator[_Tile]:
+        for start, (first, last) in zip(self.starts, self.runs, strict=True):
+            rows = slice(start, start + self.height)
+            scaled = self.u[rows] * self.inv_tau
+            for left in range(first, last, self.width):
+                cols = slice(left, min(left + self.width, last))
+                mask = self.row_ids[rows, None] == self.col_ids[cols]
+                if self.same:
+                    mask &= self.row_order[rows, None] != self.col_order[cols]
+                yield _Tile(rows, cols, scaled @ self.v[cols].T, mask)
+
+    def backward(self, d_logits: Callable[[_Tile], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients in u, v and inv_tau from that in each tile's logits."""
+        d_u, d_v = torch.zeros_like(self.u), torch.zeros_like(self.v)
+        for tile in self:
+            d = d_logits(tile)
+            d_u[tile.rows].addmm_(d, self.v[tile.cols])
+            d_v[tile.cols].addmm_(d.T, self.u[tile.rows])
+        d_inv_tau = row_dots(self.u, d_u).sum()
+        return self.of_rows(d_u * self.inv_tau), _in_place_of(self.col_order, d_v * self.inv_tau), d_inv_tau
+
+    def of_rows(self, values: Tensor) -> Tensor:
+        """From the order of the ids back to that of the rows."""
+        return _in_place_of(self.row_order, values)
+
+
+def _in_place_of(order: Tensor, values: Tensor) -> Tensor:
+    return torch.empty_like(values).index_copy_(0, order, values)
+
+
+# --- log-sum-exp -----------------------------------------------------------------------------------------------------
+
+
+def _lse_forward(u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: Tensor, same: bool) -> Tensor:
+    with autocast_off(u):
+        pairs = _Pairs(u, v, u_ids, v_ids, inv_tau, same)
+        lse = pairs.u.new_full((u.shape[0],), -torch.inf)
+        for rows, _, logits, mask in pairs:
+            lse[rows] = torch.logaddexp(lse[rows], logits.masked_fill_(~mask, -torch.inf).logsumexp(dim=1))
+        return pairs.of_rows(lse)
+
+
+def _rows_fake(u: Tensor, *_: Any) -> Tensor:
+    return u.new_empty(u.shape[0], dtype=accumulation_dtype(u.dtype))
+
+
+def _lse_setup(ctx: Any, inputs: Any, output: Tensor) -> None:
+    *tensors, ctx.same = inputs
+    ctx.save_for_backward(*tensors, output)
+
+
+def _lse_autograd(ctx: Any, d_lse: Tensor) -> tuple[Tensor | None, ...]:
+    d_u, d_v, d_inv_tau = _positive_lse_backward(d_lse, *ctx.saved_tensors, ctx.same)
+    return d_u, d_v, None, None, d_inv_tau, None
+
+
+def _lse_backward(
+    d_lse: Tensor, u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: Tensor, lse: Tensor, same: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    with autocast_off(u):
+        pairs = _Pairs(u, v, u_ids, v_ids, inv_tau, same)
+        # A row without positives has no weight, whatever came from behind its -inf.
+        none = lse == -torch.inf
+        weights = d_lse.masked_fill(none, 0)[pairs.row_order, None]
+        lse = lse.masked_fill(none, 0)[pairs.row_order, None]
+
+        def d_logits(tile: _Tile) -> Tensor:
+            logits = tile.logits.masked_fill_(~tile.mask, -torch.inf)
+            return logits.sub_(lse[tile.rows]).exp_().mul_(weights[tile.rows])
+
+        d_u, d_v, d_inv_tau = pairs.backward(d_logits)
+        return d_u.to(u.dtype), d_v.to(v.dtype), d_inv_tau.to(inv_tau.device)
+
+
+def _backward_fake(d_rows: Tensor, u: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return u.new_empty(u.shape), v.new_empty(v.shape), d_rows.new_empty(())
+
+
+_positive_lse_backward = register(
+    "positive_lse_backward(Tensor d_lse, Tensor u, Tensor v, Tensor u_ids, Tensor v_ids, Tensor inv_tau, Tensor lse,"
+    " bool same) -> (Tensor, Tensor, Tensor)",
+    _lse_backward,
+    _backward_fake,
+)
+_positive_lse = register(
+    "positive_lse(Tensor u, Tensor v, Tensor u_ids, Tensor v_ids, Tensor inv_tau, bool same) -> Tensor",
+    _lse_forward,
+    _rows_fake,
+    _lse_setup,
+    _lse_autograd,
+)
+
+# --- one term for each positive --------------------------------------------------------------------------------------
+
+
+def _sum_forward(u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: Tensor, nu: Tensor, same: bool) -> Tensor:
+    with autocast_off(u):
+        pairs = _Pairs(u, v, u_ids, v_ids, inv_tau, same)
+        nu = nu[pairs.row_order, None]
+        sums = pairs.u.new_zeros(u.shape[0])
+        for rows, _, logits, mask in pairs:
+            sums[rows] -= F.logsigmoid(logits.sub_(nu[rows])).masked_fill_(~mask, 0).sum(dim=1)
+        return pairs.of_rows(sums)
+
+
+def _sum_setup(ctx: Any, inputs: Any, output: Tensor) -> None:
+    *tensors, ctx.same = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _sum_autograd(ctx: Any, d_sum: Tensor) -> tuple[Tensor | None, ...]:
+    d_u, d_v, d_inv_tau, d_nu = _positive_sum_backward(d_sum, *ctx.saved_tensors, ctx.same)
+    return d_u, d_v, None, None, d_inv_tau, d_nu, None
+
+
+def _sum_backward(
+    d_sum: Tensor, u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: Tensor, nu: Tensor, same: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with autocast_off(u):
+        pairs = _Pairs(u, v, u_ids, v_ids, inv_tau, same)
+        weights, nu = d_sum[pairs.row_order, None], nu[pairs.row_order, None]
+        d_nu = torch.zeros_like(d_sum)
+
+        def d_logits(tile: _Tile) -> Tensor:
+            chance = torch.sigmoid(nu[tile.rows] - tile.logits).mul_(tile.mask).mul_(weights[tile.rows])
+            d_nu[tile.rows] += chance.sum(dim=1)
+            return chance.neg_()
+
+        d_u, d_v, d_inv_tau = pairs.backward(d_logits)
+        return d_u.to(u.dtype), d_v.to(v.dtype), d_inv_tau.to(inv_tau.device), pairs.of_rows(d_nu)
+
+
+def _sum_backward_fake(d_sum: Tensor, u: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return *_backward_fake(d_sum, u, v), torch.empty_like(d_sum)
+
+
+_positive_sum_backward = register(
+    "positive_sum_backward(Tensor d_sum, Tensor u, Tensor v, Tensor u_ids, Tensor v_ids, Tensor inv_tau, Tensor nu,"
+    " bool same) -> (Tensor, Tensor, Tensor, Tensor)",
+    _sum_backward,
+    _sum_backward_fake,
+)
+_positive_sum = register(
+    "positive_sum(Tensor u, Tensor v, Tensor u_ids, Tensor v_ids, Tensor inv_tau, Tensor nu, bool same) -> Tensor",
+    _sum_forward,
+    _rows_fake,
+    _sum_setup,
+    _sum_autograd,
+)
