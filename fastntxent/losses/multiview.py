@@ -96,4 +96,10 @@ def _stacked(views: Tensor | Sequence[Tensor]) -> Tensor:
     for index, view in enumerate(views):
         check_rows(f"views[{index}]", view)
         check_same("views[0]", views[0], f"views[{index}]", view, "shape", "dtype", "device")
-    return views if isinstance(views, Tensor) else torch.stack(tuple(views))
+    return views if isinstance(views, Tensor) else stack_views(views)
+
+
+def stack_views(views: Sequence[Tensor]) -> Tensor:
+    """(V, N, D). Autocast has an opinion on stacking, and on float16 in bfloat16 an error."""
+    with autocast_off(views[0]):
+        return torch.stack(tuple(views))

@@ -12,7 +12,7 @@ from ..backends import check_name as check_backend
 from ..backends.base import row_losses
 from ..common import inverse_temperature, reduce
 from ..validation import check_ids, check_in_range, check_reduction, check_views
-from .multiview import multiview_losses
+from .multiview import multiview_losses, stack_views
 
 
 class NTXentTerms(NamedTuple):
@@ -86,7 +86,7 @@ def nt_xent(
     if ids is not None:
         check_ids("ids", ids, "z_i", z_i)
     if ids is not None or label_smoothing or inv_tau.ndim:
-        losses = multiview_losses(torch.stack((z_i, z_j)), inv_tau, ids, label_smoothing, normalize, backend)
+        losses = multiview_losses(stack_views((z_i, z_j)), inv_tau, ids, label_smoothing, normalize, backend)
         return reduce(losses, reduction)
     if reduction == "none":
         return row_losses(*ops.nt_xent_rows(z_i, z_j, inv_tau, normalize, backend))

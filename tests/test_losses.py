@@ -1,0 +1,363 @@
+"""Every loss of the family against its dense float64 oracle, on every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastntxent
+from fastntxent import budget
+from tests import dense
+from tests.cases import BACKENDS, KERNELS
+
+
+class Case(NamedTuple):
+    """A loss as it is called, and its oracle on unit rows. Both take embeddings, a temperature and options drawn with
+    the embeddings (ids, labels)."""
+
+    loss: Callable[..., Tensor]
+    oracle: Callable[..., Tensor]
+    inputs: Callable[[int, int, torch.Generator], tuple[list[Tensor], dict[str, Tensor]]]
+    counted: Callable[..., Tensor] | None = None  # rows that the mean is over
+    per_row: int = 0  # temperatures: so many times N of them, or one
+    logit_size: Callable[[float], float] = lambda tau: 1 / tau  # of the largest term
+    min_n: int = 2
+
+
+def normal(*shape: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def views(count: int, *, ids: int = 0):
+    def inputs(n: int, d: int, generator: torch.Generator):
+        z = normal(1, n, d, generator=generator) + normal(count, n, d, generator=generator)
+        return [z], {"ids": torch.randint(-ids, ids, (n,), generator=generator)} if ids else {}
+
+    return inputs
+
+
+def labelled(n_classes: int, multi: bool = False):
+    def inputs(n: int, d: int, generator: torch.Generator):
+        labels = torch.randint(0, n_classes, (n,), generator=generator)
+        if multi:
+            labels = torch.rand(n, n_classes, generator=generator) < 0.4
+        else:
+            labels[0] = -9  # alone in its class
+        return [normal(n, d, generator=generator)], {"labels": labels}
+
+    return inputs
+
+
+def towers(*, negatives: str = "", ids: int = 0):
+    def inputs(n: int, d: int, generator: torch.Generator):
+        query = normal(n, d, generator=generator)
+        tensors = [query, query + normal(n, d, generator=generator)]
+        if negatives:
+            tensors.append(normal(*((n, 3, d) if negatives == "paired" else (5, d)), generator=generator))
+        return tensors, {"ids": torch.randint(0, ids, (n,), generator=generator)} if ids else {}
+
+    return inputs
+
+
+def of_views(name: str, **options: float):
+    return lambda z, tau, **kw: getattr(fastntxent, name)(z[0], z[1], tau, **options, **kw)
+
+
+def of_info_nce(**options):
+    def loss(query, key, *rest, **kw):
+        *negatives, tau = rest
+        return fastntxent.info_nce(query, key, tau, negatives=negatives[0] if negatives else None, **options, **kw)
+
+    return loss
+
+
+def dense_info_nce(**options):
+    def oracle(query, key, *rest, **kw):
+        *negatives, tau = rest
+        return dense.info_nce(query, key, tau, negatives=negatives[0] if negatives else None, **options, **kw)
+
+    return oracle
+
+
+def sup_con(form: str):
+    return (
+        lambda z, tau, labels, **kw: fastntxent.sup_con(z, labels, tau, form=form, **kw),
+        lambda u, tau, labels: dense.sup_con(u, tau, labels, form),
+    )
+
+
+def with_positive(labels: Tensor) -> Tensor:
+    if labels.ndim == 1:
+        return (labels[:, None] == labels).sum(dim=1) > 1
+    return ((labels[:, None] & labels).any(dim=2).fill_diagonal_(False)).any(dim=1)
+
+
+CASES = {
+    "nt_xent ids": Case(of_views("nt_xent"), dense.multiview, views(2, ids=3)),
+    "nt_xent smoothing": Case(
+        of_views("nt_xent", label_smoothing=0.2), lambda u, tau: dense.multiview(u, tau, smoothing=0.2), views(2)
+    ),
+    "nt_xent ids smoothing": Case(
+        of_views("nt_xent", label_smoothing=0.2),
+        lambda u, tau, ids: dense.multiview(u, tau, ids, smoothing=0.2),
+        views(2, ids=2),
+    ),
+    "nt_xent temperatures": Case(of_views("nt_xent"), dense.multiview, views(2), per_row=2),
+    "multiview": Case(fastntxent.multiview_nt_xent, dense.multiview, views(3)),
+    "multiview one sample": Case(fastntxent.multiview_nt_xent, dense.multiview, views(3), min_n=1),
+    "multiview ids temperatures smoothing": Case(
+        lambda z, tau, **kw: fastntxent.multiview_nt_xent(list(z), tau, label_smoothing=0.1, **kw),
+        lambda u, tau, ids: dense.multiview(u, tau, ids, smoothing=0.1),
+        views(4, ids=3),
+        per_row=4,
+    ),
+    "dcl": Case(of_views("dcl"), dense.dcl, views(2)),
+    "dclw": Case(of_views("dclw", sigma=0.3), lambda u, tau: dense.dclw(u, tau, 0.3), views(2)),
+    "debiased": Case(
+        of_views("debiased", tau_plus=0.05), lambda u, tau: dense.hard_negative(u, tau, 0.05, 0), views(2)
+    ),
+    "debiased at its bound": Case(
+        of_views("debiased", tau_plus=0.6), lambda u, tau: dense.hard_negative(u, tau, 0.6, 0), views(2)
+    ),
+    "debiased without a prior": Case(
+        of_views("debiased", tau_plus=0), lambda u, tau: dense.hard_negative(u, tau, 0, 0), views(2)
+    ),
+    "hard_negative": Case(
+        of_views("hard_negative", tau_plus=0.05, beta=0.7),
+        lambda u, tau: dense.hard_negative(u, tau, 0.05, 0.7),
+        views(2),
+        logit_size=lambda tau: 2.4 / tau,
+    ),
+    "hard_negative at its bound": Case(
+        of_views("hard_negative", tau_plus=0.5, beta=1),
+        lambda u, tau: dense.hard_negative(u, tau, 0.5, 1),
+        views(2),
+        logit_size=lambda tau: 3 / tau,
+    ),
+    "rince": Case(of_views("rince", q=0.3, lam=0.1), lambda u, tau: dense.rince(u, tau, 0.3, 0.1), views(2)),
+    "rince robust": Case(of_views("rince", q=1, lam=0.4), lambda u, tau: dense.rince(u, tau, 1, 0.4), views(2)),
+    "macl": Case(of_views("macl", alpha=0.7, a_0=0.2), lambda u, tau: dense.macl(u, tau, 0.7, 0.2), views(2)),
+    "sup_con out": Case(*sup_con("out"), labelled(3), with_positive),
+    "sup_con in": Case(*sup_con("in"), labelled(3), with_positive),
+    "sup_con pairs": Case(*sup_con("pairs"), labelled(3), with_positive),
+    "sup_con out multi-label": Case(*sup_con("out"), labelled(4, multi=True), with_positive),
+    "sup_con in few positives": Case(*sup_con("in"), labelled(20), with_positive),
+    "sup_con pairs one class": Case(*sup_con("pairs"), labelled(1), with_positive),
+    "sup_con in one class": Case(*sup_con("in"), labelled(1), with_positive),
+    "info_nce": Case(of_info_nce(), dense_info_nce(), towers()),
+    "info_nce one sample": Case(of_info_nce(), dense_info_nce(), towers(), min_n=1),
+    "info_nce ids smoothing": Case(of_info_nce(label_smoothing=0.1), dense_info_nce(smoothing=0.1), towers(ids=4)),
+    "info_nce temperatures": Case(of_info_nce(), dense_info_nce(), towers(ids=4), per_row=1),
+    "info_nce unpaired": Case(of_info_nce(), dense_info_nce(in_batch=False), towers(negatives="unpaired")),
+    "info_nce unpaired temperatures": Case(
+        of_info_nce(), dense_info_nce(in_batch=False), towers(negatives="unpaired"), per_row=1
+    ),
+    "info_nce paired": Case(of_info_nce(), dense_info_nce(in_batch=False), towers(negatives="paired")),
+    "info_nce paired temperatures": Case(
+        of_info_nce(), dense_info_nce(in_batch=False), towers(negatives="paired"), per_row=1
+    ),
+    "info_nce both unpaired": Case(
+        of_info_nce(in_batch_negatives=True, label_smoothing=0.1),
+        dense_info_nce(smoothing=0.1),
+        towers(negatives="unpaired", ids=4),
+    ),
+    "info_nce both paired": Case(
+        of_info_nce(in_batch_negatives=True, label_smoothing=0.1),
+        dense_info_nce(smoothing=0.1),
+        towers(negatives="paired"),
+    ),
+    "info_nce hard in batch": Case(
+        of_info_nce(in_batch_negatives=True, hardness_mode="in_batch_negatives", hardness_strength=4.0),
+        dense_info_nce(hardness=(4.0, 0)),
+        towers(negatives="unpaired"),
+        logit_size=lambda tau: 1 / tau + 4,
+    ),
+    "info_nce hard explicit": Case(
+        of_info_nce(in_batch_negatives=True, hardness_mode="hard_negatives", hardness_strength=4.0),
+        dense_info_nce(hardness=(0, 4.0)),
+        towers(negatives="paired"),
+        logit_size=lambda tau: 1 / tau + 4,
+    ),
+    "info_nce hard all temperatures": Case(
+        of_info_nce(in_batch_negatives=True, hardness_strength=4.0),
+        dense_info_nce(hardness=(4.0, 4.0)),
+        towers(negatives="unpaired", ids=4),
+        per_row=1,
+        logit_size=lambda tau: 1 / tau + 4,
+    ),
+    "clip": Case(fastntxent.clip, dense.clip, towers()),
+    "clip one sample": Case(fastntxent.clip, dense.clip, towers(), min_n=1),
+    "clip ids smoothing": Case(
+        lambda *args, **kw: fastntxent.clip(*args, label_smoothing=0.1, **kw),
+        lambda *args, **kw: dense.clip(*args, smoothing=0.1, **kw),
+        towers(ids=4),
+    ),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    return CASES[request.param]
+
+
+class Drawn(NamedTuple):
+    tensors: list[Tensor]
+    options: dict[str, Tensor]
+    tau: Tensor
+
+    def to(self, dtype: torch.dtype) -> Drawn:
+        return self._replace(tensors=[z.to(dtype) for z in self.tensors])
+
+
+def draw(case: Case, n: int, d: int, tau: float, seed: int) -> Drawn:
+    generator = torch.Generator().manual_seed(seed)
+    tensors, options = case.inputs(max(n, case.min_n), d, generator)
+    temperature = torch.tensor(tau, dtype=torch.float64)
+    if case.per_row:
+        n_rows = case.per_row * tensors[0].shape[-2]
+        temperature = tau * (0.5 + torch.rand(n_rows, generator=generator, dtype=torch.float64))
+    return Drawn(tensors, options, temperature)
+
+
+def results(loss: Callable[..., Tensor], drawn: Drawn, upstream: Tensor | None = None) -> list[Tensor]:
+    """Value and every gradient."""
+    tensors = [z.detach().clone().requires_grad_() for z in drawn.tensors]
+    tau = drawn.tau.detach().clone().requires_grad_()
+    value = loss(*tensors, tau, **drawn.options)
+    weighted = value if value.ndim == 0 else (value * upstream.to(value)).sum()
+    return [value.detach(), *torch.autograd.grad(weighted, (*tensors, tau))]
+
+
+def truth(case: Case, drawn: Drawn, reduction: str, normalize: bool, upstream: Tensor | None = None) -> list[Tensor]:
+    def loss(*args: Tensor, **options: Tensor) -> Tensor:
+        *tensors, tau = args
+        losses = case.oracle(*(F.normalize(z, dim=-1) if normalize else z for z in tensors), tau, **options)
+        if reduction == "none":
+            return losses
+        count = len(losses) if case.counted is None else int(case.counted(**options).sum())
+        return losses.sum() / (max(count, 1) if reduction == "mean" else 1)
+
+    return results(loss, drawn.to(torch.float64), upstream)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_loss_equals_its_dense_formula(case, normalize, reduction, backend):
+    for seed, (n, d, tau) in enumerate([(1, 3, 0.5), (5, 4, 0.3), (12, 6, 0.2)]):
+        drawn = draw(case, n, d, tau, seed)
+        if not normalize:
+            drawn = drawn._replace(tensors=[0.5 * z for z in drawn.tensors])
+        rows = len(case.oracle(*drawn.tensors, drawn.tau, **drawn.options))
+        upstream = torch.linspace(-1, 2, rows, dtype=torch.float64)
+        value = results(
+            lambda *a, **o: case.loss(*a, reduction=reduction, normalize=normalize, backend=backend, **o),
+            drawn,
+            upstream,
+        )
+        for v, t in zip(value, truth(case, drawn, reduction, normalize, upstream), strict=True):
+            torch.testing.assert_close(v, t, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("tau", "autocast"), [(0.07, False), (0.5, False), (0.5, True)])
+def test_loss_dtypes_within_budget(case, tau, dtype, autocast, backend):
+    drawn = draw(case, 16, 12, tau, 0).to(dtype)
+    true = truth(case, drawn, "mean", True)
+
+    def computed(name: str) -> list[Tensor]:
+        def loss(*args: Tensor, **options: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                return case.loss(*args, backend=name, **options)
+
+        return results(loss, drawn)
+
+    size = case.logit_size(tau / 2 if case.per_row else tau)
+    for v, s, t in zip(computed(backend), computed("reference"), true, strict=True):
+        # The temperature's gradient is a difference of similarities over tau^2, which cancels.
+        scale = 1 / tau**2 / max(t.numel(), 1) if t.shape == drawn.tau.shape and t is true[-1] else 0.0
+        limit = budget.allowed(budget.measure(s, t, scale=scale), dtype, size, output_dtype=v.dtype)
+        errors = budget.measure(v, t, scale=scale)
+        assert errors.within(limit), f"{errors}, allowed {limit}"
+    value = computed(backend)
+    assert value[0].dtype == torch.float32
+    assert all(g.dtype == dtype for g in value[1:-1])
+
+
+@given(
+    name=st.sampled_from(sorted(CASES)),
+    n=st.integers(1, 20),
+    d=st.integers(2, 9),
+    tau=st.floats(0.05, 5),
+    seed=st.integers(0, 2**20),
+)
+@settings(max_examples=300, deadline=None)
+def test_loss_equals_its_dense_formula_on_drawn_inputs(name, n, d, tau, seed):
+    case = CASES[name]
+    drawn = draw(case, n, d, tau, seed)
+    for v, t in zip(results(case.loss, drawn), truth(case, drawn, "mean", True), strict=True):
+        torch.testing.assert_close(v, t, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_loss_same_bits_every_time(case, backend):
+    drawn = draw(case, 40, 16, 0.1, 0).to(torch.float32)
+    first, second = (results(lambda *a, **o: case.loss(*a, backend=backend, **o), drawn) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the size of the largest tensor that an operation made."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        for made in output if isinstance(output, (tuple, list)) else [output]:
+            if isinstance(made, Tensor):
+                self.numel = max(self.numel, made.numel())
+        return output
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_loss_never_holds_all_pairs(case, backend):
+    drawn = draw(case, 1500, 8, 0.1, 0).to(torch.float32)
+    with LargestTensor() as largest:
+        results(lambda *a, **o: case.loss(*a, backend=backend, **o), drawn)
+    assert 1500 * 8 <= largest.numel < 1500 * 1500 / 4
+
+
+# No gradient goes through their weights: finite differences of the gradient see them move.
+DETACHED = {name for name in CASES if name.startswith(("dclw", "macl", "info_nce hard"))}
+# Plain tensor code alone.
+PLAIN = {name for name in CASES if name.startswith("info_nce paired")}
+
+
+@pytest.mark.parametrize("name", sorted(CASES.keys() - DETACHED))
+def test_loss_second_derivative_of_the_reference_equals_finite_differences(name):
+    case, drawn = CASES[name], draw(CASES[name], 4, 3, 0.5, 0)
+    z, *rest = drawn.tensors
+    assert torch.autograd.gradgradcheck(
+        lambda z: case.loss(z, *rest, drawn.tau, backend="reference", **drawn.options), z.requires_grad_(), atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("name", sorted(CASES.keys() - PLAIN))
+def test_loss_second_derivative_of_a_kernel_is_refused(name):
+    case, drawn = CASES[name], draw(CASES[name], 4, 3, 0.5, 0)
+    z, *rest = drawn.tensors
+    loss = case.loss(z.requires_grad_(), *rest, drawn.tau, backend="blocked", **drawn.options)
+    (gradient,) = torch.autograd.grad(loss, z, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        gradient.square().sum().backward()
