@@ -1,0 +1,135 @@
+"""Streamed cosine search and the measures of a representation."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fastntxent
+from fastntxent import contrastive_accuracy, effective_rank, metrics, positive_ranks, retrieve, zero_shot_classify
+from fastntxent import retrieval as module
+from tests.test_losses import LargestTensor
+
+
+def signs(rows, d, seed):
+    """Rows of 1 and -1: their cosine similarities are exact, and many tie."""
+    return torch.randint(0, 2, (rows, d), generator=torch.Generator().manual_seed(seed)).float() * 2 - 1
+
+
+@given(
+    q=st.integers(1, 9),
+    c=st.integers(1, 40),
+    d=st.sampled_from([1, 4, 16]),
+    k=st.integers(1, 40),
+    tile=st.tuples(st.integers(1, 5), st.integers(1, 17)),
+    seed=st.integers(0, 2**20),
+)
+@settings(max_examples=200, deadline=None)
+def test_retrieve_equals_a_stable_sort_of_all_scores(q, c, d, k, tile, seed):
+    k = min(k, c)
+    queries, corpus = signs(q, d, seed), signs(c, d, seed + 1)
+    before, module._TILE = module._TILE, tile
+    try:
+        found = retrieve(3 * queries, corpus / 7, k)
+        classes = zero_shot_classify(queries, corpus)
+    finally:
+        module._TILE = before
+    scores, indices = (queries @ corpus.T / d).sort(dim=1, descending=True, stable=True)
+    assert torch.equal(found.indices, indices[:, :k])
+    torch.testing.assert_close(found.scores, scores[:, :k], rtol=1e-6, atol=1e-6)
+    assert torch.equal(classes.classes, indices[:, 0])
+    torch.testing.assert_close(classes.scores, scores[:, 0], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_retrieve_dtypes(dtype):
+    queries, corpus = torch.randn(30, 8).to(dtype), torch.randn(90, 8).to(dtype)
+    found = retrieve(queries, corpus, 5)
+    expected = F.normalize(queries.double(), dim=1) @ F.normalize(corpus.double(), dim=1).T
+    assert found.scores.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(found.scores.double(), expected.topk(5).values, rtol=1e-5, atol=1e-6)
+    assert torch.equal(found.indices, expected.topk(5).indices)
+
+
+def test_retrieve_takes_all_of_the_corpus_and_zero_rows():
+    corpus = torch.tensor([[0.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])
+    assert retrieve(torch.tensor([[1.0, 0.0], [0.0, 0.0]]), corpus, 3).indices.tolist() == [[1, 0, 2], [0, 1, 2]]
+
+
+def test_retrieve_never_holds_all_scores():
+    queries, corpus = torch.randn(4000, 4), torch.randn(20000, 4)
+    with LargestTensor() as largest:
+        retrieve(queries, corpus, 10)
+        zero_shot_classify(queries, corpus)
+    assert largest.numel <= math.prod(module._TILE)
+
+
+def test_positive_ranks_equal_a_count(monkeypatch):
+    z_i, z_j = torch.randn(2, 11, 4, dtype=torch.float64)
+    u = F.normalize(torch.cat((z_i, z_j)), dim=1)
+    sims = u @ u.T
+    expected = [
+        1 + sum(bool(sims[i, j] >= sims[i, (i + 11) % 22]) for j in range(22) if j not in (i, (i + 11) % 22))
+        for i in range(22)
+    ]
+    assert positive_ranks(z_i, z_j).tolist() == expected
+    monkeypatch.setattr(metrics, "_TILE", 50)
+    assert positive_ranks(z_i, z_j).tolist() == expected
+    assert float(contrastive_accuracy(z_i, z_j)) == pytest.approx(expected.count(1) / 22)
+
+
+def test_positive_ranks_put_a_collapsed_batch_last():
+    z = torch.ones(8, 4)
+    assert positive_ranks(z, z).tolist() == [15] * 16
+    assert contrastive_accuracy(z, z) == 0
+    assert positive_ranks(z[:1], z[:1]).tolist() == [1, 1]
+
+
+def test_positive_ranks_never_hold_all_pairs(monkeypatch):
+    monkeypatch.setattr(metrics, "_TILE", 2**14)
+    z_i, z_j = torch.randn(2, 1000, 4)
+    with LargestTensor() as largest:
+        positive_ranks(z_i, z_j)
+    assert largest.numel <= 2**14
+
+
+def test_effective_rank_of_known_matrices():
+    assert float(effective_rank(torch.eye(7))) == pytest.approx(7, rel=1e-5)
+    assert float(effective_rank(torch.ones(9, 5))) == pytest.approx(1, abs=1e-4)
+    assert float(effective_rank(torch.zeros(3, 2))) == 0
+    p = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)
+    assert float(effective_rank(torch.diag(4 * p))) == pytest.approx(2**1.5, rel=1e-12)
+
+
+def test_effective_rank_is_that_of_rotated_rows_and_differentiable():
+    z = torch.randn(20, 6, dtype=torch.float64, requires_grad=True)
+    rotation = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))[0]
+    torch.testing.assert_close(effective_rank(z @ rotation), effective_rank(z))
+    assert torch.autograd.gradcheck(effective_rank, z)
+    assert effective_rank(z.detach().bfloat16()).dtype == torch.float32
+
+
+BAD_CALLS = {
+    "queries": (lambda: retrieve([[1.0]], torch.eye(2), 1), TypeError, "queries must be a torch.Tensor, got list"),
+    "corpus rank": (lambda: retrieve(torch.eye(2), torch.ones(2), 1), ValueError, "corpus must have 2 dimensions"),
+    "features": (lambda: retrieve(torch.eye(2), torch.eye(3), 1), ValueError, "queries and corpus.*features, got 2"),
+    "dtypes": (lambda: retrieve(torch.eye(2), torch.eye(2).double(), 1), ValueError, "same dtype"),
+    "k 0": (lambda: retrieve(torch.eye(2), torch.eye(2), 0), ValueError, r"k must be in \[1, 2\].*got 0"),
+    "k 3": (lambda: retrieve(torch.eye(2), torch.eye(2), 3), ValueError, r"k must be in \[1, 2\].*got 3"),
+    "k text": (lambda: retrieve(torch.eye(2), torch.eye(2), "all"), TypeError, "k must be an int, got str"),
+    "k bool": (lambda: retrieve(torch.eye(2), torch.eye(2), True), TypeError, "k must be an int, got bool"),
+    "classes": (lambda: zero_shot_classify(torch.eye(2), None), TypeError, "class_features must be a torch.Tensor"),
+    "ranks": (lambda: positive_ranks(torch.eye(2), torch.eye(3)), ValueError, "same shape"),
+    "effective rank": (lambda: effective_rank(torch.ones(3)), ValueError, "z must have 2 dimensions"),
+    "uniformity t": (lambda: fastntxent.uniformity(torch.eye(2), t="2"), TypeError, "t must be a number, got str"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_input_is_named(case):
+    call, error, message = BAD_CALLS[case]
+    with pytest.raises(error, match=message):
+        call()
