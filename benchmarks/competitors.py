@@ -47,9 +47,14 @@ def _compiled(temperature: float) -> Loss:
 
 
 def _lightly(temperature: float) -> Loss:
+    return lightly_loss("ntx_ent_loss").NTXentLoss(temperature=temperature)
+
+
+def lightly_loss(name: str) -> types.ModuleType:
+    """A module of lightly.loss, with or without torchvision."""
     if importlib.util.find_spec("lightly") and not _imports("torchvision"):
         _lightly_without_torchvision()
-    return importlib.import_module("lightly.loss.ntx_ent_loss").NTXentLoss(temperature=temperature)
+    return importlib.import_module(f"lightly.loss.{name}")
 
 
 def _imports(name: str) -> bool:
@@ -62,7 +67,7 @@ def _imports(name: str) -> bool:
 
 
 def _lightly_without_torchvision() -> None:
-    """Let lightly/loss/ntx_ent_loss.py be imported, as installed, without the rest of its packages.
+    """Let a file of lightly/loss be imported, as installed, without the rest of its packages.
 
     Those need torchvision. `lightly.models.utils` is left empty: only a memory bank across processes calls it.
     """

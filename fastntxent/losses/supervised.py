@@ -103,9 +103,10 @@ def _multi_label_out(u: Tensor, labels: Tensor, inv_tau: Tensor, backend: str) -
 def _all_less_mean(u: Tensor, positives: Tensor, counts: Tensor, inv_tau: Tensor, backend: str) -> Tensor:
     """log-sum-exp over all other rows less the mean of the positives, whose sums are given: linear in the positives,
     so the sum of their rows is all that is needed of them."""
+    # First, so that its backward comes last, when the kernel's has given its memory back.
+    mean = inv_tau * row_dots(u, positives) / counts.clamp_min(1)
     nu = ops.neg_lse(u, torch.arange(u.shape[0], device=u.device), inv_tau, backend)
-    nu = nu.masked_fill(counts == 0, 0)  # a single row has none
-    return nu - inv_tau * row_dots(u, positives) / counts.clamp_min(1)
+    return nu.masked_fill(counts == 0, 0) - mean  # a single row has no nu
 
 
 def _in(u: Tensor, labels: Tensor, inv_tau: Tensor, backend: str) -> tuple[Tensor, Tensor]:

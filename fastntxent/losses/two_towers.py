@@ -107,8 +107,9 @@ def clip_directions(
     """Both directions' losses of rows that are taken as they are."""
     N = u.shape[0]
     groups = torch.arange(N, device=u.device) if ids is None else ids
-    nu_rows, nu_cols = ops.cross_neg_lse(u, v, groups, groups, scale, backend)
+    # First, so that its backward comes last, when the kernel's has given its memory back.
     pos = scale * row_dots(u, v)
+    nu_rows, nu_cols = ops.cross_neg_lse(u, v, groups, groups, scale, backend)
     rows, cols = row_losses(nu_rows, pos), row_losses(nu_cols, pos)
     if label_smoothing:
         (u_sums, counts), (v_sums, _) = group_sums(u, groups), group_sums(v, groups)

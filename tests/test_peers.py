@@ -1,0 +1,131 @@
+"""The family against the libraries that people use, where they are installed."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fastntxent
+from benchmarks.competitors import lightly_loss
+
+drawn = settings(max_examples=200, deadline=None)
+sizes = {"n": st.integers(2, 24), "d": st.integers(2, 24), "seed": st.integers(0, 2**20)}
+temperatures = st.floats(0.05, 2)
+
+
+def needs(module):
+    return pytest.importorskip(module, reason=f"needs {module}")
+
+
+def lightly(module):
+    needs("lightly")
+    return lightly_loss(module)
+
+
+def batch(count, n, d, seed):
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(n, d, generator=generator) + torch.randn(count, n, d, generator=generator)
+    labels = torch.randint(0, max(n // 3, 1), (n,), generator=generator)
+    return z, labels
+
+
+def assert_same(ours, theirs, tau, *tensors, exact=1e-9):
+    """Value and gradients: the same numbers in float64, and in float32 but for the rounding of logits of 1/tau, which
+    stays where losses and gradients become small."""
+    for dtype, tolerance in ((torch.float64, exact), (torch.float32, 1e-6 * (1 + 1 / tau))):
+        mine, other = (value_and_gradients(loss, [z.to(dtype) for z in tensors]) for loss in (ours, theirs))
+        sizes = [1.0, *(1 / (tau * float(z.norm(dim=-1).min()) * len(z) ** 0.5) for z in tensors)]
+        for a, b, size in zip(mine, other, sizes, strict=True):
+            assert float((a - b).norm()) <= tolerance * max(float(b.norm()), size), (dtype, a, b)
+
+
+def value_and_gradients(loss, tensors):
+    inputs = [z.clone().requires_grad_() for z in tensors]
+    value = loss(*inputs)
+    return [value.detach(), *torch.autograd.grad(value, inputs)]
+
+
+@given(**sizes, tau=temperatures)
+@drawn
+def test_dcl_equals_lightly(n, d, seed, tau):
+    loss = lightly("dcl_loss").DCLLoss(tau)
+    assert_same(lambda a, b: fastntxent.dcl(a, b, tau), loss, tau, *batch(2, n, d, seed)[0])
+
+
+@given(**sizes, tau=temperatures, sigma=st.floats(0.2, 2))
+@drawn
+@pytest.mark.filterwarnings("ignore:To copy construct from a tensor")
+def test_dclw_equals_lightly(n, d, seed, tau, sigma):
+    loss = lightly("dcl_loss").DCLWLoss(tau, sigma)
+    assert_same(lambda a, b: fastntxent.dclw(a, b, tau, sigma=sigma), loss, tau, *batch(2, n, d, seed)[0])
+
+
+@given(**sizes, tau=temperatures, alpha=st.floats(0, 0.5), a_0=st.floats(0, 0.5))
+@drawn
+def test_macl_equals_lightly(n, d, seed, tau, alpha, a_0):
+    loss = lightly("macl_loss").MACLLoss(temperature=tau, alpha=alpha, A_0=a_0)
+    (z_i, z_j), _ = batch(2, n, d, seed)
+    # Theirs adds an eps of its own to the denominator of a row's weight, 1 - exp(-loss): alike where that is larger.
+    if float(fastntxent.nt_xent(z_i, z_j, tau, reduction="none").min()) > 0.05:
+        assert_same(
+            lambda a, b: fastntxent.macl(a, b, tau, alpha=alpha, a_0=a_0), loss, tau * (1 - alpha), z_i, z_j, exact=1e-6
+        )
+
+
+@given(**sizes, tau=temperatures)
+@drawn
+def test_sup_con_pairs_equals_pytorch_metric_learning(n, d, seed, tau):
+    loss = needs("pytorch_metric_learning.losses").NTXentLoss(tau)
+    (z,), labels = batch(1, n, d, seed)
+    same = labels[:, None] == labels
+    counts = same.sum(dim=1) - 1
+    if same.all() or not counts.any():
+        return  # theirs is 0 without any negative pair, and without any positive one
+
+    def ours(z):  # their mean is over pairs, ours over rows
+        return (fastntxent.sup_con(z, labels, tau, form="pairs", reduction="none") * counts).sum() / counts.sum()
+
+    assert_same(ours, lambda z: loss(z, labels), tau, z)
+
+
+@given(**sizes, tau=temperatures)
+@drawn
+def test_sup_con_out_equals_pytorch_metric_learning(n, d, seed, tau):
+    loss = needs("pytorch_metric_learning.losses").SupConLoss(tau)
+    (z,), labels = batch(1, n, d, seed)
+    same = labels[:, None] == labels
+    if same.all() or not (same.sum(dim=1) > 1).any():
+        return
+    assert_same(lambda z: fastntxent.sup_con(z, labels, tau), lambda z: loss(z, labels), tau, z)
+
+
+@given(**sizes, tau=temperatures)
+@drawn
+def test_info_nce_equals_info_nce_pytorch(n, d, seed, tau):
+    loss = needs("info_nce").InfoNCE(tau)
+    (query, key), _ = batch(2, n, d, seed)
+    assert_same(lambda a, b: fastntxent.info_nce(a, b, tau), loss, tau, query, key)
+
+
+@given(**sizes, tau=temperatures, k=st.integers(1, 9), paired=st.booleans())
+@drawn
+def test_info_nce_with_negatives_equals_info_nce_pytorch(n, d, seed, tau, k, paired):
+    loss = needs("info_nce").InfoNCE(tau, negative_mode="paired" if paired else "unpaired")
+    (query, key), _ = batch(2, n, d, seed)
+    negatives = torch.randn(*((n, k, d) if paired else (k, d)), generator=torch.Generator().manual_seed(seed + 1))
+    assert_same(
+        lambda a, b, c: fastntxent.info_nce(a, b, tau, negatives=c),
+        lambda a, b, c: loss(a, b, c),
+        tau,
+        query,
+        key,
+        negatives,
+    )
+
+
+@given(**sizes, tau=temperatures)
+@drawn
+def test_nt_xent_of_any_layout_equals_pytorch_metric_learning(n, d, seed, tau):
+    losses = needs("pytorch_metric_learning.losses")
+    loss = losses.SelfSupervisedLoss(losses.NTXentLoss(tau))
+    assert_same(lambda a, b: fastntxent.nt_xent(a, b, tau), loss, tau, *batch(2, n, d, seed)[0])

@@ -1,0 +1,198 @@
+"""The queue of negatives, and the loss over it, against a plain list of everything that was pushed."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastntxent import NegativeQueue, QueueInfoNCELoss, info_nce
+from tests import dense
+from tests.cases import BACKENDS
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@given(size=st.integers(1, 12), batches=st.lists(st.integers(1, 30), max_size=8), with_ids=st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_queue_holds_the_last_rows(size, batches, with_ids):
+    queue, pushed, pushed_ids = NegativeQueue(size, 3, dtype=torch.float64), [], []
+    for step, n in enumerate(batches):
+        z, ids = normal(n, 3, seed=step), torch.arange(n) + 100 * step
+        queue.push(5 * z, ids if with_ids else None)
+        pushed += F.normalize(z, dim=1).tolist()
+        pushed_ids += ids.tolist()
+    assert len(queue) == min(size, len(pushed))
+    assert queue.rows.shape == (len(queue), 3)
+    torch.testing.assert_close(sorted(queue.rows.tolist()), sorted(pushed[-size:]))
+    if with_ids:
+        assert sorted(queue.ids.tolist()) == sorted(pushed_ids[-size:])
+
+
+def oracle(query, key, tau, held, in_batch, ids=None, held_ids=None):
+    """Losses of the rows, with the held rows as explicit negatives of each query."""
+    losses = []
+    for n in range(len(query)):
+        rows = [held[j] for j in range(len(held)) if ids is None or held_ids[j] != ids[n]]
+        if in_batch:
+            group = range(len(key)) if ids is None else ids
+            rows += [key[m] for m in range(len(key)) if group[m] != group[n]]
+        one = slice(n, n + 1)
+        negatives = torch.stack(rows)[None] if rows else None
+        losses.append(dense.info_nce(query[one], key[one], tau, negatives=negatives, in_batch=False))
+    return torch.cat(losses)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("in_batch", [True, False])
+@pytest.mark.parametrize("with_ids", [True, False])
+@pytest.mark.parametrize("size", [1, 5, 8, 100])
+def test_queue_loss_equals_its_dense_formula_at_every_step(size, with_ids, in_batch, backend):
+    loss = QueueInfoNCELoss(
+        size, 4, 0.3, in_batch_negatives=in_batch, queue_dtype=torch.float64, reduction="none", backend=backend
+    )
+    held, held_ids = [], []
+    for step, n in enumerate([3, 3, 7, 1, 4]):  # some divide the queue, some do not, one is larger than it
+        query, key = (normal(n, 4, seed=10 * step + i).requires_grad_() for i in (0, 1))
+        ids = torch.randint(0, 6, (n,), generator=torch.Generator().manual_seed(step)) if with_ids else None
+        value = loss(query, key, ids)
+        unit = [F.normalize(z, dim=1) for z in (query, key)]
+        expected = oracle(
+            *unit, torch.tensor(0.3).double(), held, in_batch, ids.tolist() if with_ids else None, held_ids
+        )
+        torch.testing.assert_close(value, expected)
+        weights = torch.linspace(1, 2, n, dtype=torch.float64)
+        # The queue has moved on by now; the gradient is of what it held.
+        for v, e in zip(
+            torch.autograd.grad((value * weights).sum(), (query, key)),
+            torch.autograd.grad((expected * weights).sum(), (query, key)),
+            strict=True,
+        ):
+            torch.testing.assert_close(v, e)
+        held = (held + list(unit[1].detach()))[-size:]
+        held_ids = (held_ids + (ids.tolist() if with_ids else [None] * n))[-size:]
+
+
+def test_queue_empty_has_no_negatives():
+    query, key = normal(4, 3), normal(4, 3, seed=1)
+    loss = QueueInfoNCELoss(8, 3, 0.2, in_batch_negatives=False)
+    assert loss(query.requires_grad_(), key) == 0
+    both = QueueInfoNCELoss(8, 3, 0.2)
+    torch.testing.assert_close(both(query, key), info_nce(query, key, 0.2))
+
+
+def test_queue_rows_without_ids_are_negatives_of_every_id():
+    queue = NegativeQueue(4, 2)
+    queue.push(torch.eye(2))
+    for ids in (None, torch.tensor([-1]), torch.tensor([0])):
+        nu = queue.neg_lse(torch.tensor([[1.0, 0.0]]), ids, torch.tensor(1.0), "auto")
+        assert float(nu) == pytest.approx(math.log(math.e + 1), rel=1e-6)
+    queue.push(torch.eye(2), torch.tensor([5, 6]))
+    ids = torch.tensor([5])
+    nu = queue.neg_lse(torch.tensor([[1.0, 0.0]]), ids, torch.tensor(1.0), "auto")
+    assert float(nu) == pytest.approx(math.log(math.e + 2), rel=1e-6)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_queue_restored_goes_on_as_the_saved_one(tmp_path, steps):
+    def step(loss, seed):
+        return loss(normal(3, 4, seed=seed).float(), normal(3, 4, seed=seed + 50).float(), torch.arange(3) + seed)
+
+    loss = QueueInfoNCELoss(5, 4, 0.2)
+    for seed in range(steps):
+        step(loss, seed)
+    torch.save(loss.state_dict(), tmp_path / "loss.pt")
+    restored = QueueInfoNCELoss(5, 4, 0.2)
+    restored.load_state_dict(torch.load(tmp_path / "loss.pt", weights_only=True))
+    twin = copy.deepcopy(loss)
+    for seed in range(steps, steps + 3):
+        expected = step(loss, seed)
+        assert torch.equal(step(restored, seed), expected)
+        assert torch.equal(step(twin, seed), expected)
+    with pytest.raises(ValueError, match="cannot hold"):
+        NegativeQueue(2, 4).set_extra_state(torch.tensor([4, 5]))
+
+
+def test_queue_stays_as_it_is_in_evaluation():
+    loss = QueueInfoNCELoss(5, 4, 0.2).eval()
+    z = torch.randn(3, 4)
+    assert torch.equal(loss(z, z), loss(z, z))
+    assert len(loss.queue) == 0
+    loss.train()(z, z)
+    assert len(loss.queue) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_queue_in_half_precision(dtype, autocast):
+    # Rows whose squares leave the range of float16: normalised in float32 before they are rounded.
+    key = (normal(6, 8) * 3000).to(dtype)
+    query = normal(6, 8, seed=1).to(dtype).requires_grad_()
+    losses = [QueueInfoNCELoss(9, 8, 0.1, queue_dtype=dtype), QueueInfoNCELoss(9, 8, 0.1).to(dtype)]
+    for loss in losses:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            loss(query, key)
+            value = loss(query, key)
+        assert loss.queue.rows.dtype == dtype
+        assert value.dtype == torch.float32
+        (gradient,) = torch.autograd.grad(value, query)
+        assert gradient.dtype == dtype
+        assert gradient.isfinite().all()
+        held = loss.queue.rows[:6].double()
+        torch.testing.assert_close(held.norm(dim=1), torch.ones(6).double(), rtol=0.01, atol=0)
+        unit = [F.normalize(z.detach().double(), dim=1) for z in (query, key)]
+        rounded = [row.to(dtype).double() for row in unit[1]]
+        expected = oracle(*unit, torch.tensor(0.1).double(), rounded, True).mean()
+        assert float(value) == pytest.approx(float(expected), rel=2e-3)
+
+
+def test_queue_gets_no_gradient_and_keys_may():
+    loss = QueueInfoNCELoss(4, 3, 0.2)
+    query, key = torch.randn(2, 3, requires_grad=True), torch.randn(2, 3, requires_grad=True)
+    loss(query, key)
+    loss(query, key).backward()
+    assert query.grad is not None
+    assert key.grad is not None
+    assert not loss.queue.rows.requires_grad
+
+
+BAD_CALLS = {
+    "size": (lambda: NegativeQueue(0, 2), ValueError, "size must be at least 1, got 0"),
+    "size type": (lambda: NegativeQueue(2.0, 2), TypeError, "size must be an int, got float"),
+    "dim": (lambda: NegativeQueue(2, 0), ValueError, "dim must be at least 1, got 0"),
+    "dtype": (lambda: NegativeQueue(2, 2, dtype=torch.int8), TypeError, "dtype must be a floating-point dtype"),
+    "push rank": (lambda: NegativeQueue(2, 2).push(torch.ones(2)), ValueError, "z must have 2 dimensions"),
+    "push features": (
+        lambda: NegativeQueue(2, 2).push(torch.ones(1, 3)),
+        ValueError,
+        "z and the queue's rows.*features, got 3 and 2",
+    ),
+    "push ids": (
+        lambda: NegativeQueue(2, 2).push(torch.ones(1, 2), torch.ones(1)),
+        TypeError,
+        "ids must have an integer dtype",
+    ),
+    "loss features": (
+        lambda: QueueInfoNCELoss(2, 2)(torch.ones(1, 3), torch.ones(1, 3)),
+        ValueError,
+        "query and the queue's rows",
+    ),
+    "loss shapes": (
+        lambda: QueueInfoNCELoss(2, 2)(torch.ones(1, 2), torch.ones(2, 2)),
+        ValueError,
+        "query and key must have the same shape",
+    ),
+    "loss temperature": (lambda: QueueInfoNCELoss(2, 2, -1.0), ValueError, "temperature must be positive"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_input_is_named(case):
+    call, error, message = BAD_CALLS[case]
+    with pytest.raises(error, match=message):
+        call()
