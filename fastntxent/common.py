@@ -80,6 +80,7 @@ def group_sums(u: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     groups there are. The sums have a fixed order on every device, in the backward too: `index_add` and its gradient do
     on a CPU, `index_put` and its gradient on an accelerator, which sorts, and neither does on the other's.
     """
+    ids = ids.contiguous()
     in_order = ids.sort().values
     place = torch.searchsorted(in_order, ids)
     counts = torch.searchsorted(in_order, ids, right=True) - place

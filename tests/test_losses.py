@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastntxent
 from fastntxent import budget
 from tests import dense
-from tests.cases import BACKENDS, KERNELS
+from tests.cases import BACKENDS, CUDA_KERNELS, KERNELS, needs_cuda
 
 
 class Case(NamedTuple):
@@ -393,3 +393,32 @@ def test_gradient_keeps_its_accuracy_when_converged(name):
     true_loss, true_gradient = result(views.double(), "reference")
     assert 1e-8 < float(true_loss) < 1e-5
     assert float((gradient - true_gradient).norm() / true_gradient.norm()) < 1e-5
+
+
+@needs_cuda
+@pytest.mark.parametrize("backend", CUDA_KERNELS)
+@pytest.mark.parametrize("temperature_on", ["cpu", "cuda"])
+def test_loss_on_cuda_equals_its_dense_formula(case, temperature_on, backend):
+    drawn = draw(case, 24, 16, 0.3, 0).to(torch.float32)
+    on_cuda = Drawn(
+        [z.cuda() for z in drawn.tensors],
+        {name: option.cuda() for name, option in drawn.options.items()},
+        drawn.tau.to(temperature_on),
+    )
+    value, again = (results(lambda *a, **o: case.loss(*a, backend=backend, **o), on_cuda) for _ in range(2))
+    for v, a, t in zip(value, again, truth(case, drawn, "mean", True), strict=True):
+        assert torch.equal(v, a)
+        torch.testing.assert_close(v.cpu().double(), t, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature_on", [None, "cpu", "meta"])
+def test_loss_mixes_no_devices(case, temperature_on):
+    # Tensors without data refuse a vector in host memory as an accelerator's do, and let a 0-d one pass.
+    drawn = draw(case, 6, 4, 0.3, 0)
+    tensors = [torch.empty_like(z, device="meta", requires_grad=True) for z in drawn.tensors]
+    options = {name: torch.empty_like(option, device="meta") for name, option in drawn.options.items()}
+    temperature = drawn.tau.to(temperature_on) if temperature_on else 0.3
+    for reduction in ("mean", "none"):
+        loss = case.loss(*tensors, temperature, reduction=reduction, backend="blocked", **options)
+        gradients = torch.autograd.grad(loss.sum(), tensors)
+        assert {x.device.type for x in (loss, *gradients)} == {"meta"}

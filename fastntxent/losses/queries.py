@@ -125,7 +125,7 @@ def info_nce(
         else:
             with autocast_off(u):
                 sims = torch.bmm(w, u.unsqueeze(2)).squeeze(2)
-            by_row = inv_tau.unsqueeze(-1)
+            by_row = inv_tau.unsqueeze(1) if inv_tau.ndim else inv_tau
             explicit = torch.logsumexp(by_row * sims + explicit_hardness * sims.detach(), dim=1)
             sums = sims.sum(dim=1)
         nu = log_add(nu, explicit)

@@ -126,6 +126,7 @@ _FORMS = {"out": _out, "in": _in, "pairs": _pairs}
 
 
 def _positive_counts(labels: Tensor) -> Tensor:
+    labels = labels.contiguous()
     in_order = labels.sort().values
     return torch.searchsorted(in_order, labels, right=True) - torch.searchsorted(in_order, labels) - 1
 
