@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastntxent import budget, cross_neg_lse, neg_lse, nt_xent_terms, split_views
+from fastntxent import budget, cross_neg_lse, neg_lse, nt_xent_terms, ops, split_views
 from fastntxent.backends.base import Side
 from tests.cases import (
     BACKENDS,
@@ -235,6 +235,29 @@ def test_neg_lse_half_precision_rows_within_budget(backend, dtype):
     assert value[0].dtype == torch.float32
     assert value[1].dtype == dtype
     assert_arrays_within_budget(value, same, truth, 0.1, weights)
+
+
+@pytest.mark.parametrize("temperature", [0.001, 0.1])
+@pytest.mark.parametrize("groups", [1, 3, 10**6])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("M", [1, 50, TILE + 1])
+def test_neg_lse_sum_is_the_weighted_sum_of_neg_lse(backend, M, dtype, groups, temperature):
+    generator = torch.Generator().manual_seed(2)
+    u = torch.nn.functional.normalize(torch.randn(M, 16, generator=generator), dim=1).to(dtype).requires_grad_()
+    ids = torch.randint(0, groups, (M,), generator=generator)
+    k = torch.tensor(1 / temperature, dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
+    weights = torch.rand(M, generator=generator, dtype=k.dtype)
+    nu = ops.neg_lse(u, ids, k, backend)
+    expected = (torch.where(nu == -math.inf, 0, nu) * weights).sum()
+    value = ops.neg_lse_sum(u, ids, k, weights, backend)
+    with torch.no_grad():
+        torch.testing.assert_close(ops.neg_lse_sum(u, ids, k, weights, backend), value)
+    tolerance = {"rtol": 1e-12 if dtype == torch.float64 else 1e-5, "atol": 1e-12 if dtype == torch.float64 else 1e-5}
+    torch.testing.assert_close(value, expected, **tolerance)
+    for v, e in zip(torch.autograd.grad(2 * value, (u, k)), torch.autograd.grad(2 * expected, (u, k)), strict=True):
+        scale = float(e.abs().max()) or 1.0
+        rounding = torch.finfo(v.dtype).eps if v.dtype == torch.float16 else 0
+        torch.testing.assert_close(v / scale, e / scale, rtol=0, atol=4 * max(tolerance["atol"], rounding))
 
 
 def cross_result(batch, temperature, weights, backend, dtype):

@@ -43,6 +43,15 @@ def test_neg_lse_operator_passes_opcheck(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_neg_lse_sum_operator_passes_opcheck(backend, dtype):
+    u = torch.randn(6, 4, dtype=dtype, requires_grad=True)
+    torch.library.opcheck(
+        torch.ops.fastntxent.neg_lse_sum.default,
+        (u, torch.arange(6) // 2, inverse_temperature(), torch.ones(6), backend),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
 def test_cross_neg_lse_operator_passes_opcheck(backend, wanted, dtype):
     u, v = (torch.randn(rows, 4, dtype=dtype, requires_grad=need) for rows, need in zip((6, 9), wanted, strict=True))
@@ -65,6 +74,7 @@ def test_eager_calls_give_the_bits_of_the_operators(backend):
         "nt_xent_scalar": (z_i, z_j, k, True, True, backend),
         "nt_xent_rows": (z_i, z_j, k, True, backend),
         "neg_lse": (z_i, torch.arange(20), k, backend),
+        "neg_lse_sum": (z_i, torch.arange(20), k, torch.linspace(-1, 2, 20), backend),
         "cross_neg_lse": (z_i, z_j, torch.arange(20), torch.arange(20), k, backend),
     }
     for name, arguments in calls.items():
@@ -72,7 +82,7 @@ def test_eager_calls_give_the_bits_of_the_operators(backend):
         for call in (getattr(ops, name), getattr(torch.ops.fastntxent, name)):
             outputs = call(*arguments)
             outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
-            outputs = outputs[:1] if name == "nt_xent_scalar" else outputs
+            outputs = outputs[:1] if name in ("nt_xent_scalar", "neg_lse_sum") else outputs
             total = sum((output * 1.5).sum() for output in outputs)
             inputs = [t for t in arguments if isinstance(t, torch.Tensor) and t.requires_grad]
             results.append([*outputs, *torch.autograd.grad(total, inputs)])
@@ -91,6 +101,7 @@ def test_backward_operators_pass_opcheck(backend):
         "nt_xent_rows_backward": (weights, weights, z_i, z_j, k, nu, True, backend),
         "cross_neg_lse_backward": (weights, weights, u, u, ids, ids, k, nu, nu, True, False, backend),
         "nt_xent_scalar_backward": (torch.tensor(2.0), z_i, z_j, k, z_i, z_j, k),
+        "neg_lse_sum_backward": (torch.tensor(2.0), u, k, u, k),
     }
     for name, arguments in calls.items():
         torch.library.opcheck(getattr(torch.ops.fastntxent, name).default, arguments)

@@ -122,6 +122,11 @@ class KernelBackend(Backend):
     ) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """Gradient of sum_i d_rows_i nu_i + sum_j d_cols_j nu_j with respect to u, v and k; None where not needed."""
 
+    def neg_lse_sum(self, u: Tensor, ids: Tensor, inv_tau: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """sum_i weights_i nu_i (0-d), over the rows that have a nu, with its gradient with respect to u and k."""
+        neg_lse = self.neg_lse(u, ids, inv_tau)
+        return weighted_sum(neg_lse, weights), *self.neg_lse_backward(weights, u, ids, inv_tau, neg_lse)
+
     @abstractmethod
     def nt_xent_rows_backward(
         self,
@@ -184,6 +189,11 @@ class ComposedBackend(KernelBackend):
         self, d_neg_lse: Tensor, u: Tensor, ids: Tensor, inv_tau: Tensor, neg_lse: Tensor
     ) -> tuple[Tensor, Tensor]:
         return _backward_of_one(self.prepare([Side(u, ids)], inv_tau), d_neg_lse, neg_lse)
+
+    def neg_lse_sum(self, u: Tensor, ids: Tensor, inv_tau: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        work = self.prepare([Side(u, ids)], inv_tau)
+        (neg_lse,) = work.forward()
+        return weighted_sum(neg_lse, weights), *_backward_of_one(work, weights, neg_lse)
 
     def cross_neg_lse(
         self, u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: Tensor
@@ -260,6 +270,11 @@ def loss_weight(z_i: Tensor, mean: bool) -> float:
 def row_losses(neg_lse: Tensor, pos: Tensor) -> Tensor:
     """softplus(nu - pi), to full relative accuracy at both ends: torch's softplus turns linear at 20."""
     return 0 - F.logsigmoid(pos - neg_lse)  # a difference, so that no loss is -0
+
+
+def weighted_sum(neg_lse: Tensor, weights: Tensor) -> Tensor:
+    """sum_i w_i nu_i over the rows that have a nu."""
+    return (neg_lse.masked_fill(neg_lse == -torch.inf, 0) * weights).sum()
 
 
 def sample_ids(u: Tensor) -> Tensor:

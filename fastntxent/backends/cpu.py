@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fastntxent._cpu as _cpu  # type: ignore[import-not-found]  # by its full name: the package is still loading
 
-from .base import KernelBackend, accumulation_dtype, loss_weight, norm_eps
+from .base import KernelBackend, accumulation_dtype, loss_weight, norm_eps, weighted_sum
 
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 _FORWARD, _BACKWARD = 1, 2
@@ -105,6 +105,13 @@ class CpuBackend(KernelBackend):
         rows = _Side(u, None, _dense(ids)[0], neg_lse.contiguous(), d_neg_lse.contiguous(), d_u)
         _run(_BACKWARD, inv_tau, False, rows, d_inv_tau=d_inv_tau)
         return d_u, d_inv_tau
+
+    def neg_lse_sum(self, u: Tensor, ids: Tensor, inv_tau: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        d_u, neg_lse = _gradient_of(u), torch.empty(u.shape[0], dtype=accumulation_dtype(u.dtype))
+        d_inv_tau = neg_lse.new_empty(())
+        rows = _Side(u, None, _dense(ids)[0], neg_lse, weights.contiguous(), d_u)
+        _run(_FORWARD | _BACKWARD, inv_tau, False, rows, d_inv_tau=d_inv_tau)
+        return weighted_sum(neg_lse, weights), d_u, d_inv_tau
 
     def cross_neg_lse(
         self, u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: Tensor

@@ -59,7 +59,7 @@ def sup_con(
     Raises:
         TypeError, ValueError: as `nt_xent` does, and for labels of another shape or dtype.
 
-    Deterministic. "out" takes the time of `neg_lse` and O(M D) memory (with several labels O(M C) beside it); "in" and
+    Deterministic. "out" takes the time of `nt_xent` and O(M D) memory (with several labels O(M C) beside it); "in" and
     "pairs" look at each positive pair too: with n_c rows in class c that is sum n_c^2 D more work, in tiles, and one
     wait for the device. In "out" the positives are part of the sum, as the formula has it: unlike the other two, its
     gradient has the accuracy of a logit, eps / tau, not of the loss.
@@ -76,53 +76,53 @@ def sup_con(
     check_reduction(reduction)
     check_backend(backend)
     inv_tau = inverse_temperature(temperature, z)
+    u = unit_rows(z, normalize)
     if isinstance(labels, Tensor) and labels.ndim == 2:
         _check_multi_labels(labels, z, form)
-        losses, counts = _multi_label_out(unit_rows(z, normalize), labels, inv_tau, backend)
-    else:
-        check_ids("labels", labels, "z", z)
-        losses, counts = _FORMS[form](unit_rows(z, normalize), labels, inv_tau, backend)
+        return _out(u, *_sums_over_shared_labels(u, labels), inv_tau, reduction, backend)
+    check_ids("labels", labels, "z", z)
+    if form == "out":
+        sums, counts = group_sums(u, labels)
+        return _out(u, sums - u, counts - 1, inv_tau, reduction, backend)
+    counts = _positive_counts(labels)
+    losses = (_in if form == "in" else _pairs)(u, labels, counts, inv_tau, backend)
+    return reduce(losses.masked_fill(counts == 0, 0), reduction, counted=counts > 0)
+
+
+def _out(u: Tensor, positives: Tensor, counts: Tensor, inv_tau: Tensor, reduction: str, backend: str) -> Tensor:
+    """L_out is linear in the positives: the sum of their rows, and their number, is all that is needed of them."""
     some = counts > 0
-    return reduce(losses.masked_fill(~some, 0), reduction, counted=some)
+    # First, so that its backward comes last, when the kernel's has given its memory back.
+    mean = inv_tau * row_dots(u, positives) / counts.clamp_min(1)
+    every = torch.arange(u.shape[0], device=u.device)
+    if reduction == "none":
+        nu = ops.neg_lse(u, every, inv_tau, backend)
+        return (nu - mean).masked_fill(~some, 0)
+    weights = some.to(mean.dtype)
+    if reduction == "mean":
+        weights = weights / weights.sum().clamp_min(1)
+    # Linear in nu too, so its gradient is known with its value.
+    return ops.neg_lse_sum(u, every, inv_tau, weights, backend) - (weights * mean).sum()
 
 
-def _out(u: Tensor, labels: Tensor, inv_tau: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    sums, counts = group_sums(u, labels)
-    return _all_less_mean(u, sums - u, counts - 1, inv_tau, backend), counts - 1
-
-
-def _multi_label_out(u: Tensor, labels: Tensor, inv_tau: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+def _sums_over_shared_labels(u: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row the sum of the others, each as often as it shares a label, and how often that is in all."""
     belongs = (labels != 0).to(u.dtype)
     own = belongs.sum(dim=1)
     with autocast_off(u):
         sums = belongs @ (belongs.T @ u) - own[:, None] * u
-        counts = belongs @ belongs.sum(dim=0) - own
-    return _all_less_mean(u, sums, counts, inv_tau, backend), counts
+        return sums, belongs @ belongs.sum(dim=0) - own
 
 
-def _all_less_mean(u: Tensor, positives: Tensor, counts: Tensor, inv_tau: Tensor, backend: str) -> Tensor:
-    """log-sum-exp over all other rows less the mean of the positives, whose sums are given: linear in the positives,
-    so the sum of their rows is all that is needed of them."""
-    # First, so that its backward comes last, when the kernel's has given its memory back.
-    mean = inv_tau * row_dots(u, positives) / counts.clamp_min(1)
-    nu = ops.neg_lse(u, torch.arange(u.shape[0], device=u.device), inv_tau, backend)
-    return nu.masked_fill(counts == 0, 0) - mean  # a single row has no nu
-
-
-def _in(u: Tensor, labels: Tensor, inv_tau: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    counts = _positive_counts(labels)
+def _in(u: Tensor, labels: Tensor, counts: Tensor, inv_tau: Tensor, backend: str) -> Tensor:
     nu = ops.neg_lse(u, labels, inv_tau, backend)
     lse = ops.positive_lse(u, u, labels, labels, inv_tau, True, backend).masked_fill(counts == 0, 0)
-    return row_losses(nu, lse) + counts.clamp_min(1).to(u.dtype).log(), counts
+    return row_losses(nu, lse) + counts.clamp_min(1).to(u.dtype).log()
 
 
-def _pairs(u: Tensor, labels: Tensor, inv_tau: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    counts = _positive_counts(labels)
+def _pairs(u: Tensor, labels: Tensor, counts: Tensor, inv_tau: Tensor, backend: str) -> Tensor:
     nu = ops.neg_lse(u, labels, inv_tau, backend)
-    return ops.positive_sum(u, u, labels, labels, inv_tau, nu, True, backend) / counts.clamp_min(1), counts
-
-
-_FORMS = {"out": _out, "in": _in, "pairs": _pairs}
+    return ops.positive_sum(u, u, labels, labels, inv_tau, nu, True, backend) / counts.clamp_min(1)
 
 
 def _positive_counts(labels: Tensor) -> Tensor:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..backends.base import accumulation_dtype
+from ..backends.base import accumulation_dtype, weighted_sum
 from ..backends.reference import BACKEND as _REFERENCE
-from .register import autocast_off, kernels, register
+from .register import autocast_off, kernels, register, transforming
 
 
 def neg_lse(u: Tensor, ids: Tensor, inv_tau: Tensor, backend: str) -> Tensor:
@@ -17,6 +18,15 @@ def neg_lse(u: Tensor, ids: Tensor, inv_tau: Tensor, backend: str) -> Tensor:
         with autocast_off(u):
             return _REFERENCE.neg_lse(u, ids, inv_tau)
     return _neg_lse(u, ids, inv_tau, backend)
+
+
+def neg_lse_sum(u: Tensor, ids: Tensor, inv_tau: Tensor, weights: Tensor, backend: str) -> Tensor:
+    """sum_i weights_i nu_i (0-d), over the rows that have a nu; differentiable in u and inv_tau. The weights are given,
+    so value and gradient come from one call."""
+    wanted = u.requires_grad or inv_tau.requires_grad or transforming()
+    if backend == "reference" or not (wanted and torch.is_grad_enabled()):
+        return weighted_sum(neg_lse(u, ids, inv_tau, backend), weights)
+    return _neg_lse_sum(u, ids, inv_tau, weights, backend)[0]
 
 
 def cross_neg_lse(
@@ -74,6 +84,58 @@ _neg_lse_backward = register(
 )
 _neg_lse = register(
     "neg_lse(Tensor u, Tensor ids, Tensor inv_tau, str backend) -> Tensor", _forward, _fake, _setup, _autograd
+)
+
+# --- a weighted sum of one set's, with its gradient ------------------------------------------------------------------
+
+
+def _sum_forward(
+    u: Tensor, ids: Tensor, inv_tau: Tensor, weights: Tensor, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    with autocast_off(u):
+        return kernels(backend, u, inv_tau).neg_lse_sum(u, ids, inv_tau, weights)
+
+
+def _sum_fake(u: Tensor, ids: Tensor, inv_tau: Tensor, weights: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = accumulation_dtype(u.dtype)
+    return u.new_empty((), dtype=dtype), u.new_empty(u.shape, dtype=dtype), u.new_empty((), dtype=dtype)
+
+
+def _sum_setup(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
+    u, _, inv_tau, *_ = inputs
+    gradients = output[1:]
+    ctx.mark_non_differentiable(*gradients)
+    ctx.set_materialize_grads(False)  # no zeros for gradients that nobody asks for
+    # The backward needs no u; it takes it so that a second derivative finds its way to the refusal.
+    ctx.save_for_backward(*gradients, u, inv_tau)
+
+
+def _sum_autograd(ctx: Any, d_sum: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    d_u, d_inv_tau = _neg_lse_sum_backward(d_sum, *ctx.saved_tensors)
+    return d_u, None, d_inv_tau, None, None
+
+
+def _sum_backward(d_sum: Tensor, d_u: Tensor, d_inv_tau: Tensor, u: Tensor, inv_tau: Tensor) -> tuple[Tensor, Tensor]:
+    return (d_sum * d_u).to(u.dtype), d_sum * d_inv_tau
+
+
+def _sum_backward_fake(
+    d_sum: Tensor, d_u: Tensor, d_inv_tau: Tensor, u: Tensor, inv_tau: Tensor
+) -> tuple[Tensor, Tensor]:
+    return u.new_empty(u.shape), torch.empty_like(d_inv_tau)
+
+
+_neg_lse_sum_backward = register(
+    "neg_lse_sum_backward(Tensor d_sum, Tensor d_u, Tensor d_inv_tau, Tensor u, Tensor inv_tau) -> (Tensor, Tensor)",
+    _sum_backward,
+    _sum_backward_fake,
+)
+_neg_lse_sum = register(
+    "neg_lse_sum(Tensor u, Tensor ids, Tensor inv_tau, Tensor weights, str backend) -> (Tensor, Tensor, Tensor)",
+    _sum_forward,
+    _sum_fake,
+    _sum_setup,
+    _sum_autograd,
 )
 
 # --- rows against columns --------------------------------------------------------------------------------------------
