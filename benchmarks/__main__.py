@@ -5,6 +5,7 @@ cpu        forward, backward and both of every loss, and the machine's own limit
 memory     peak memory beside the inputs, a process each (Linux)
 scaling    our `cpu` kernel at large N: seconds over N^2, and peak memory (Linux)
 converged  errors of the gradient against float64 as training converges (batches from tests/cases.py: needs pytest)
+family     CLIP's loss against its dense formula, SupCon against NT-Xent: time, and peak memory (Linux)
 gpu        as cpu, on a CUDA device, with the model's prediction beside ours
 kernels    the Triton kernels compiled for GPUs that need not be here: registers, shared memory, spills; --check fails
            where a chip has not what a kernel takes
@@ -19,7 +20,7 @@ import argparse
 import json
 from pathlib import Path
 
-from . import chips, converged, cpu, gpu, kernels, machine, memory, model, report, scaling, tables, tune
+from . import chips, converged, cpu, family, gpu, kernels, machine, memory, model, report, scaling, tables, tune
 from .competitors import COMPETITORS
 
 SUITES = {
@@ -27,6 +28,7 @@ SUITES = {
     "memory": memory,
     "scaling": scaling,
     "converged": converged,
+    "family": family,
     "gpu": gpu,
     "kernels": kernels,
     "model": model,
@@ -53,9 +55,9 @@ def main(argv: list[str] | None = None) -> None:
             suite.add_argument("--kernels", nargs="+", choices=tune.ROWS, metavar="KERNEL", help="these alone")
             suite.add_argument("--most", type=int, default=12, help="tiles to time for a class (default: 12)")
             suite.add_argument("--write", action="store_true", help="into the package's table")
-        elif name not in ("converged", "kernels", "model"):
+        elif name not in ("converged", "family", "kernels", "model"):
             suite.add_argument("--only", nargs="+", choices=COMPETITORS, metavar="LOSS", help="these losses alone")
-        if name in ("cpu", "gpu", "scaling", "tune"):
+        if name in ("cpu", "family", "gpu", "scaling", "tune"):
             suite.add_argument(
                 "--seconds", type=float, default=20, help="to spend on a size (cpu, gpu: 5 to 200 rounds)"
             )

@@ -18,13 +18,13 @@ from .timing import TEMPERATURE, Case, step
 GRID = (64, 1024, 4096, 16384, 65536)
 
 # Blocks of 64 KiB and more go back to the system when they are freed: what is resident is what is held.
-_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 
 
 def measure(name: str, n: int, d: int, seconds: float = 0) -> dict[str, object]:
     """Peak of a step and its median time over `seconds`, in a fresh process, and the GEMM's rate before and after."""
     command = [sys.executable, "-m", "benchmarks.memory", name, str(n), str(d), str(seconds)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **_ALLOCATOR})
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **ALLOCATOR})
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
     return json.loads(done.stdout)
@@ -42,13 +42,14 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[st
     return results, missing
 
 
-def _resident_peak() -> int:
-    """The process's largest resident size, in bytes, since `_forget_peak`."""
+def resident_peak() -> int:
+    """The process's largest resident size, in bytes, since `forget_peak`."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) * 1024
 
 
-def _forget_peak() -> None:
+def forget_peak() -> None:
+    """Begin anew."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError as error:
@@ -64,12 +65,12 @@ def _main(name: str, n: int, d: int, seconds: float) -> None:
     # compiler's own memory is not the step's: its kernel is made first.
     step(losses[name], *Case(n if name == "compiled" else min(n, 32), d).inputs())
     rates = [machine.gemm_rate()]
-    _forget_peak()
-    before = _resident_peak()
+    forget_peak()
+    before = resident_peak()
     start, times = time.perf_counter(), []
     while not times or time.perf_counter() - start < seconds:
         times.append(step(losses[name], z_i, z_j)["both"])
-    extra = _resident_peak() - before
+    extra = resident_peak() - before
     rates.append(machine.gemm_rate())
     result = {
         "loss": name,

@@ -134,6 +134,22 @@ def tune(record: Record) -> str:
     return _table(heads, rows)
 
 
+def family(record: Record) -> str:
+    """Milliseconds, the ratio to the first of a comparison, and peak MiB beside the inputs."""
+    rows = [
+        [
+            row["loss"],
+            str(row["n"]),
+            str(row["d"]),
+            digits(row["both"]["p50"]),
+            digits(row["over_first"], 2),
+            _mib(row["extra_bytes"]),
+        ]
+        for row in record["results"]
+    ]
+    return f"{_table(['loss', 'N', 'D', 'ms', '/ the first', 'MiB'], rows)}\n\n{_footnote(record)}"
+
+
 def _in_order(found: object) -> list[str]:
     found = set(found)
     return [name for name in COMPETITORS if name in found]
@@ -176,6 +192,7 @@ TABLES = {
     "memory": memory,
     "scaling": scaling,
     "converged": accuracy,
+    "family": family,
     "kernels": kernels,
     "model": model,
     "tune": tune,

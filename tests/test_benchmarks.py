@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as cli
-from benchmarks import competitors, losses, machine, memory, report, tables, timing
+from benchmarks import competitors, family, losses, machine, memory, report, tables, timing
 
 ROOT = Path(__file__).parent.parent
 needs_linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
@@ -92,7 +92,7 @@ def small_product(monkeypatch):
 
 
 def run(suite, out, *options):
-    brief = ["--seconds", "0"] if suite in ("cpu", "scaling") else []
+    brief = ["--seconds", "0"] if suite in ("cpu", "family", "scaling") else []
     cli.main([suite, "--out", str(out), *brief, *options])
     record = json.loads(out.read_text())
     assert record["suite"] == suite
@@ -138,6 +138,22 @@ def test_scaling_compares_with_the_first_size(tmp_path):
     assert first["growth"] == first["growth_normalised"] == 1
     assert second["growth"] == pytest.approx(second["s"] / first["s"] / 4)
     assert len(second["gemm_gflops"]) == 2
+
+
+@needs_linux
+def test_family_times_every_loss_against_the_first(tmp_path, capsys):
+    record = run("family", tmp_path / "family.json", "--n", "64", "--d", "8")
+    assert [row["loss"] for row in record["results"]] == list(family.LOSSES)
+    assert [row["over_first"] for row in record["results"] if row["loss"] in ("dense CLIP", "nt_xent")] == [1, 1]
+    assert tables.family(record) in capsys.readouterr().out
+
+
+@needs_linux
+def test_losses_stay_within_their_memory():
+    # Beside the inputs: 2 x 16 MiB of features have their gradients and the kernel's copies, never 256 MiB of logits;
+    # a term for each of the 200,000 positive pairs of ten classes takes tiles.
+    assert family.peak("two towers", "clip", 8192, 512) < 128 * 2**20
+    assert family.peak("labels", "sup_con pairs", 1024, 128) < 50 * 2**20
 
 
 def test_converged_shows_what_the_dense_loss_loses(tmp_path):

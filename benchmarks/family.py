@@ -1,0 +1,119 @@
+"""Suite `family`: other losses beside what they are measured by; times interleaved, peaks in a process each (Linux).
+
+two towers   CLIP's loss of unit rows against the dense formula of both directions
+labels       SupCon in its three forms, of ten classes, against NT-Xent of the same rows
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastntxent
+
+from . import memory
+from .competitors import Loss
+from .timing import TEMPERATURE, Case, interleave, quantiles, step
+
+CLASSES = 10
+
+
+def _dense_clip(image: Tensor, text: Tensor) -> Tensor:
+    targets = torch.arange(len(image))
+    one, other = image @ text.T / TEMPERATURE, text @ image.T / TEMPERATURE
+    return (F.cross_entropy(one, targets) + F.cross_entropy(other, targets)) / 2
+
+
+def _clip(image: Tensor, text: Tensor) -> Tensor:
+    return fastntxent.clip(image, text, TEMPERATURE, normalize=False)
+
+
+def _sup_con(form: str) -> Loss:
+    def loss(z_i: Tensor, z_j: Tensor) -> Tensor:
+        labels = (torch.arange(len(z_i)) % CLASSES).repeat(2)
+        return fastntxent.sup_con(torch.cat((z_i, z_j)), labels, TEMPERATURE, form=form)
+
+    return loss
+
+
+def _nt_xent(z_i: Tensor, z_j: Tensor) -> Tensor:
+    return fastntxent.nt_xent(z_i, z_j, TEMPERATURE)
+
+
+# What is measured, by the first one's time; and the sizes.
+COMPARISONS: dict[str, tuple[dict[str, Loss], list[tuple[int, int]]]] = {
+    "two towers": ({"dense CLIP": _dense_clip, "clip": _clip}, [(8192, 512)]),
+    "labels": (
+        {"nt_xent": _nt_xent, **{f"sup_con {form}": _sup_con(form) for form in ("out", "in", "pairs")}},
+        [(1024, 128), (4096, 128)],
+    ),
+}
+LOSSES = {name: loss for losses, _ in COMPARISONS.values() for name, loss in losses.items()}
+
+
+def inputs(kind: str, n: int, d: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Two views; unit rows for two towers, whose features come normalised."""
+    views = Case(n, d).inputs(seed)
+    if kind == "two towers":
+        return tuple(F.normalize(view.detach(), dim=1).requires_grad_() for view in views)
+    return views
+
+
+def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[str, str]]:
+    """Each comparison at its sizes, or at those asked for."""
+    results = []
+    for kind, (losses, sizes) in COMPARISONS.items():
+        if arguments.n or arguments.d:
+            sizes = [(n, d) for n in arguments.n or [sizes[0][0]] for d in arguments.d or [sizes[0][1]]]
+        for n, d in sizes:
+            batch = inputs(kind, n, d)
+            if kind == "two towers":  # one loss, two ways
+                values = [float(loss(*batch).detach()) for loss in losses.values()]
+                assert abs(values[0] / values[1] - 1) < 1e-4, values
+            calls = {name: lambda _, loss=loss, batch=batch: step(loss, *batch) for name, loss in losses.items()}
+            times = {name: phases["both"] for name, phases in interleave(calls, arguments.seconds).items()}
+            first = statistics.median(next(iter(times.values())))
+            for name, seconds in times.items():
+                results.append(
+                    {
+                        "kind": kind,
+                        "loss": name,
+                        "n": n,
+                        "d": d,
+                        "both": quantiles(seconds),
+                        "over_first": statistics.median(seconds) / first,
+                        "extra_bytes": peak(kind, name, n, d),
+                    }
+                )
+                print(results[-1], flush=True)
+    return results, {}
+
+
+def peak(kind: str, name: str, n: int, d: int) -> int:
+    """Bytes beside the inputs, of one step in a fresh process."""
+    command = [sys.executable, "-m", "benchmarks.family", kind, name, str(n), str(d)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **memory.ALLOCATOR})
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    return json.loads(done.stdout)
+
+
+def _main(kind: str, name: str, n: int, d: int) -> None:
+    step(LOSSES[name], *inputs(kind, 32, d))  # loads libraries and starts threads
+    batch = inputs(kind, n, d)
+    memory.forget_peak()
+    before = memory.resident_peak()
+    step(LOSSES[name], *batch)
+    print(memory.resident_peak() - before)
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
