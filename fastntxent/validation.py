@@ -91,8 +91,8 @@ def check_temperature(
                 f"{name} must be on the CPU or on the embeddings' device {rows.device}, got {temperature.device}"
             )
         if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
-            for value in temperature.detach().flatten().tolist():
-                check_positive(name, value)
+            for extreme in temperature.detach().aminmax():  # NaN if there is one
+                check_positive(name, extreme.item())
     else:
         check_number(name, temperature, "a float or a 0-d tensor")
         check_positive(name, temperature)

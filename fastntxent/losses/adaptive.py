@@ -35,7 +35,8 @@ def macl(
 
     Args:
         temperature: the base temperature.
-        alpha: in [0, 1]: how far the temperature follows; 0 keeps it.
+        alpha: in [0, 1]: how far the temperature follows; 0 keeps it. It never falls below a thousandth of the base,
+            where alpha = 1 and views that are opposites would take it to 0.
         a_0: in [0, 1]: the alignment at which it is the base temperature.
 
     The other arguments, errors, determinism and memory are those of `dcl`.
@@ -57,7 +58,6 @@ def macl(
     inv_tau = inverse_temperature(temperature, z_i)
     with torch.no_grad():
         aligned = row_dots(unit_rows(z_i, normalize), unit_rows(z_j, normalize)).mean()
-    # At alpha = 1 and opposite views the temperature would be 0 or less: it stays above a thousandth of the base.
     stretch = (1 + alpha * (aligned - a_0)).clamp_min(1e-3)
     losses = row_losses(*ops.nt_xent_rows(z_i, z_j, inv_tau / stretch, normalize, backend))
     chance = -torch.expm1(-losses.detach())
