@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastntxent import backends, budget, cross_neg_lse, neg_lse, nt_xent
 from fastntxent.backends import select
+from tests import test_losses
 from tests.cases import (
     Batch,
     assert_within_budget,
@@ -340,3 +341,13 @@ def test_kernels_compile_within_the_chip_without_a_spill_and_on_its_matrix_units
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("shared") >= 40
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="needs Triton's interpreter: a GPU has test_losses.py's cases on cuda")
+@pytest.mark.parametrize("name", sorted(test_losses.CASES))
+def test_family_equals_its_dense_formulas(name):
+    case = test_losses.CASES[name]
+    drawn = test_losses.draw(case, 6, 8, 0.3, 0).to(torch.float32)
+    value = test_losses.results(lambda *args, **options: case.loss(*args, backend="triton", **options), drawn)
+    for v, t in zip(value, test_losses.truth(case, drawn, "mean", True), strict=True):
+        torch.testing.assert_close(v.double(), t, rtol=1e-4, atol=1e-5)
