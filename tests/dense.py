@@ -72,8 +72,11 @@ def rince(u: Tensor, tau: Tensor, q: float, lam: float) -> Tensor:
 def macl(u: Tensor, tau: Tensor, alpha: float, a_0: float) -> Tensor:
     pos, negatives = pairs_and_negatives(u)
     tau = tau * (1 + alpha * (pos.mean().detach() - a_0))
-    chance = torch.softmax(torch.cat((pos[:, None], negatives), dim=1) / tau, dim=1)[:, 0]
-    return -torch.log(chance) / (1 - chance).detach()
+    logits = torch.cat((pos[:, None], negatives), dim=1) / tau
+    missed = torch.softmax(logits, dim=1)[:, 1:].sum(dim=1)  # 1 - p of the positive
+    # The form that keeps its digits: of p near 1, and of p near 0.
+    losses = torch.where(missed < 0.5, -torch.log1p(-missed.clamp_max(0.5)), -torch.log_softmax(logits, dim=1)[:, 0])
+    return losses / missed.detach()
 
 
 def sup_con(u: Tensor, tau: Tensor, labels: Tensor, form: str) -> Tensor:
