@@ -49,7 +49,7 @@ def zero_shot_classify(image_features: Tensor, class_features: Tensor) -> Classi
     Raises:
         TypeError, ValueError: an argument is not a floating-point matrix with rows, or they do not fit together.
 
-    Deterministic. Memory beside the unit rows: one tile of 32 MiB, whatever N and C.
+    Deterministic. Memory beside the unit rows: a tile of 32 MiB and its mask, whatever N and C.
 
     Example:
         >>> import torch, fastntxent
@@ -76,7 +76,8 @@ def retrieve(queries: Tensor, corpus: Tensor, k: int) -> Retrieval:
     Raises:
         TypeError, ValueError: as `zero_shot_classify`, and for a k out of range.
 
-    Deterministic. Memory beside the unit rows and the result: one tile of 32 MiB, whatever Q and C.
+    A similarity that is NaN, of an embedding that holds one, counts as -inf. Deterministic. Memory beside the unit rows
+    and the result: a tile of 32 MiB and its mask, whatever Q and C.
 
     Example:
         >>> import torch, fastntxent
@@ -109,6 +110,7 @@ def _nearest(u: Tensor, v: Tensor, k: int, width: int) -> tuple[Tensor, Tensor]:
     indices = torch.empty(u.shape[0], 0, dtype=torch.int64, device=u.device)
     for first in range(0, v.shape[0], width):
         sims = u @ v[first : first + width].T
+        sims.masked_fill_(sims.isnan(), -torch.inf)  # comes last: NaN is neither more nor less than a number
         new = _first_of_the_largest(sims, min(k, sims.shape[1]))
         scores = torch.cat((scores, sims.gather(1, new)), dim=1)
         indices = torch.cat((indices, new + first), dim=1)

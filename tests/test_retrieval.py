@@ -133,3 +133,15 @@ def test_bad_input_is_named(case):
     call, error, message = BAD_CALLS[case]
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_retrieve_puts_nan_last(k):
+    corpus = torch.eye(5)
+    corpus[1, 2] = torch.nan
+    queries = torch.tensor([[3.0, 1.0, 2.0, 0.5, -1.0], [torch.nan] * 5])
+    scores, indices = retrieve(queries, corpus, k)
+    assert indices[0].tolist() == [0, 2, 3, 4, 1][:k]
+    assert scores[0, -1].isinf() == (k == 5)
+    assert scores[1].eq(-torch.inf).all()
+    assert indices[1].tolist() == list(range(k))
