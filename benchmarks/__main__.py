@@ -44,8 +44,10 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="suite", required=True, metavar="SUITE")
     for name in SUITES:
         suite = commands.add_parser(name)
-        suite.add_argument("--n", type=int, nargs="+", help="samples per batch (default: a range)")
-        suite.add_argument("--d", type=int, nargs="+", help="features (default: 128, or a range)")
+        if name not in ("kernels", "tune"):
+            suite.add_argument("--n", type=int, nargs="+", help="samples per batch (default: a range)")
+        if name != "tune":
+            suite.add_argument("--d", type=int, nargs="+", help="features (default: 128, or a range)")
         suite.add_argument("--out", type=Path, help="write the results here, as JSON")
         if name == "kernels":
             suite.add_argument("--targets", nargs="+", choices=chips.CHIPS, help="chips (default: all)")

@@ -37,13 +37,15 @@ class Chip(NamedTuple):
     multiprocessors: int
     rates: Rates | None = None
 
-    def resident(self, registers: int | None, shared: int, num_warps: int) -> int | None:
-        """Programs that a multiprocessor of NVIDIA's holds at once: registers come in eights, by the warp."""
+    def resident(self, registers: int | None, shared: int, num_warps: int, tensor_columns: int = 0) -> int | None:
+        """Programs that a multiprocessor of NVIDIA's holds at once: registers come in eights, by the warp; of tensor
+        memory, where there is any, there are 512 columns."""
         if self.threads is None or registers is None:
             return None
         by_registers = 65_536 // (-(-registers // 8) * 8 * 32 * num_warps)
         by_shared = self.shared_of_all // (shared + 1024)
-        return min(by_registers, by_shared, self.threads // (32 * num_warps))
+        by_tensor_memory = 512 // tensor_columns if tensor_columns else by_registers
+        return min(by_registers, by_shared, by_tensor_memory, self.threads // (32 * num_warps))
 
 
 def _rates(sms: int, ghz: float, product: float, tf32: float, memory: float) -> Rates:

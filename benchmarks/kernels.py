@@ -23,7 +23,15 @@ from .chips import CHIPS
 FEATURES = (64, 128, 256, 768)
 GENERAL = (128, 768)  # features at which the general variants are compiled too
 TORCH = {"bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32}
-AROUND = ("pack", "finish", "survey", "bounds", "unpack")  # kernels around the products: one tile, no matrix unit
+LENGTHS = ("DP", "s_g", "s_part", "s_gathered", "s_radial", "s_row_plane", "s_col_plane", "s_plane")
+AROUND = (
+    "pack",
+    "finish",
+    "survey",
+    "largest",
+    "bounds",
+    "unpack",
+)  # kernels around the products: one tile, no matrix unit
 
 
 class Report(NamedTuple):
@@ -143,6 +151,7 @@ def compile_one(
         "form": backward._form_kernel,
         "gather": backward._gather_kernel,
         "survey": backward._survey_kernel,
+        "largest": backward._largest_kernel,
         "pack": pack._pack_kernel,
         "bounds": pack._bounds_kernel,
         "unpack": unpack.unpack_kernel,
@@ -179,7 +188,7 @@ def compile_one(
             signature[name] = "i32"
         else:
             signature[name] = "*fp32"
-        if signature[name].startswith("*") or name in ("DP", "s_g", "s_part", "s_gathered", "s_radial", "s_row_plane"):
+        if signature[name].startswith("*") or name in LENGTHS:
             multiples.append(index)
     source = ASTSource(
         fn=function,
@@ -192,7 +201,7 @@ def compile_one(
     registers, stack, spilled = _cuda_usage(compiled.asm["cubin"]) if chip.backend == "cuda" else _hip_usage(assembly)
     instruction = chip.matrix if block_m >= 64 else r"mma\.sync|v_mfma"  # fewer rows than the newest instructions take
     shared, matrix = compiled.metadata.shared, len(re.findall(instruction, assembly))
-    resident = chip.resident(registers, shared, num_warps)
+    resident = chip.resident(registers, shared, num_warps, getattr(compiled.metadata, "tmem_size", 0))
     return Report(kernel, target, dtype, d, variant, shifted, tile, shared, registers, stack, spilled, matrix, resident)
 
 

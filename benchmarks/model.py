@@ -97,10 +97,9 @@ def work_of(kernel: str, tiles: dict[str, tuple[int, ...]], M: int, DP: int, dty
 
 def around(M: int, DP: int, dtype: str, chip: Chip, finished: bool) -> float:
     """Seconds of packing, of the ends of rows and of the way back: memory and launches."""
-    rates, z_width = chip.rates, 2 if dtype == "bf16" else 4
-    width = 2 if dtype == "bf16" else 4
-    read = M * DP * (3 * 2 * z_width + width)  # thrice, with the positive; written once
-    back = M * DP * (4 + 2 * z_width + 4)
+    rates, width = chip.rates, 2 if dtype == "bf16" else 4
+    read = M * DP * (2 * 2 * width + width)  # twice, with the positive; written once
+    back = M * DP * (4 + 2 * width + 4)
     return (read + back) / rates.memory + LAUNCH * (3 if finished else 2)
 
 

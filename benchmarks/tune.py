@@ -1,9 +1,10 @@
 """Suite `tune`: the Triton backend's table of tiles, from measurements on this GPU or, with --predict, from the model.
 
-For every kernel, width of a feature and class of features and rows, the candidates that the compiler fits into the chip
-without a spill are timed in turns; the fastest enters the table, the others and their times the results. A candidate
-whose result is not that of the present tile is an error. Nobody's training is tuned: this is run once for a kind of
-device, and its table is what the package ships.
+For every kernel, width of a feature and class of rows and features, the candidates that the compiler fits into the chip
+without a spill are timed in turns, as part of the forward or of the backward that they serve; the fastest enters the
+table, the others and their times the results. Where two kernels could serve a class (`owned` and `direct`, `fused` and
+the panels), the table has the faster. A candidate whose result is not that of the present tile is an error. Nobody's
+training is tuned: this is run once for a kind of device, and its table is what the package ships.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -25,11 +25,20 @@ from .chips import CHIPS
 
 TABLE = Path("fastntxent/backends/triton/table.json")
 FEATURES = {64: 64, 128: 128, 256: 256, None: 768}  # most of a class, and those that stand for it
-ROWS = {"direct": (None,), "owned": (1024, None), "fused": (2048, None), "form": (None,), "gather": (None,)}
+ROWS = {  # most of a class, of every kernel; a rival before the one that gives way to it
+    "owned": (1024, None),
+    "direct": (1024, None),
+    "form": (2048, None),
+    "gather": (2048, None),
+    "fused": (2048, None),
+}
+RIVAL = {"direct": "owned", "fused": "gather"}
 M_OF = {1024: 512, 2048: 2048, None: 32_768}
+REPEATS = 20  # of a step in a CUDA graph: the host's part of a short one is longer than the device's
 SPREAD = 1.03  # a predicted time within it counts as the same: the deeper pipeline is taken
 
 Tile = tuple[int, ...]
+Best = dict[tuple[str, str, int | None, int | None], tuple[float, Tile | None]]  # kernel, dtype, rows, features
 
 
 def candidates(kernel: str, width: int, DP: int) -> Iterator[Tile]:
@@ -42,7 +51,7 @@ def candidates(kernel: str, width: int, DP: int) -> Iterator[Tile]:
             held, staged = block_m * (block_n + DP), block_n * DP
         elif kernel == "gather":
             held, staged = block_m * block_d, (block_m + block_d) * block_n
-        elif block_d == DP:
+        elif kernel == "direct" and block_d == DP:
             staged = block_n * DP
         if block_d <= DP and held <= 128 * 32 * warps and width * staged * stages <= 200 * 2**10:
             yield (block_m, block_n, block_d, warps, stages)
@@ -97,7 +106,7 @@ def _size(tile: Tile) -> tuple[int, int, int]:
 
 
 def times(kernel: str, dtype: torch.dtype, d: int, M: int, tiles: list[Tile], seconds: float) -> dict[Tile, float]:
-    """Median seconds of what the kernel is part of, with each tile in turn."""
+    """Median seconds of the forward or the backward that the kernel is part of, with each tile in turn."""
     from fastntxent.backends.triton import backend, backward, config, forward
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -106,7 +115,6 @@ def times(kernel: str, dtype: torch.dtype, d: int, M: int, tiles: list[Tile], se
     rows = backend._views(z_i, z_j, normalize=True)
     plan = forward.Forward([rows], inv_tau)
     nu, weights, totals = plan.losses()
-    clock = machine.CLOCKS[device]
 
     def work() -> tuple[torch.Tensor, ...]:
         if kernel in ("direct", "owned"):
@@ -115,20 +123,41 @@ def times(kernel: str, dtype: torch.dtype, d: int, M: int, tiles: list[Tile], se
         return backward.Backward(plan, weights, [nu]).run(0, d_pos=weights.of_sides[0], totals=totals)
 
     truth = work()
-
-    def timed(tile: Tile, turn: int) -> timing.Phases:
-        with taking(kernel, config.Tile(*tile)):
-            start = clock.mark()
-            work()
-            return {"both": clock.seconds(start, clock.mark())}
-
     calls: dict[Tile, Callable[[int], timing.Phases]] = {}
     for tile in tiles:
         with taking(kernel, config.Tile(*tile)):
             torch.testing.assert_close(work(), truth, rtol=1e-3, atol=1e-5)
-        calls[tile] = partial(timed, tile)
+            calls[tile] = (_replayed if device == "cuda" else _called)(kernel, config.Tile(*tile), work)
     found = timing.interleave(calls, seconds)
     return {tile: sorted(phases["both"])[len(phases["both"]) // 2] for tile, phases in found.items()}
+
+
+def _called(kernel: str, tile: object, work: Callable[[], object]) -> Callable[[int], timing.Phases]:
+    """A call of the work with this tile, timed."""
+
+    def timed(turn: int) -> timing.Phases:
+        with taking(kernel, tile):
+            start = machine.CLOCKS["cpu"].mark()
+            work()
+            return {"both": machine.CLOCKS["cpu"].seconds(start, machine.CLOCKS["cpu"].mark())}
+
+    return timed
+
+
+def _replayed(kernel: str, tile: object, work: Callable[[], object]) -> Callable[[int], timing.Phases]:
+    """The same from a CUDA graph of several, without the host's part. To be called while the tile is taken."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(REPEATS):
+            work()
+
+    def timed(turn: int) -> timing.Phases:
+        clock = machine.CLOCKS["cuda"]
+        start = clock.mark()
+        graph.replay()
+        return {"both": clock.seconds(start, clock.mark()) / REPEATS}
+
+    return timed
 
 
 @contextlib.contextmanager
@@ -147,33 +176,43 @@ def taking(kernel: str, tile: object) -> Iterator[None]:
 
 
 def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[str, str]]:
-    """Tune, and write the table."""
+    """Tune, and write the table after each kernel: what was measured is not lost."""
     target = arguments.predict or _target()
     measured = "" if arguments.predict else f"{torch.cuda.get_device_name()}, {json.dumps(machine.provenance())}"
-    results, entries = [], {}
-    for kernel in arguments.kernels or ROWS:
-        for dtype, width in (("bf16", 2), ("fp32", 4)):
-            for (most, d), rows in itertools.product(FEATURES.items(), ROWS[kernel]):
-                if most is None and kernel == "fused":  # its rows' gradient is beyond the registers
-                    continue
-                tiles = candidates(kernel, width, d)
-                ranked = rank(target, kernel, dtype, d, M_OF[rows], tiles, arguments.most)
-                if not arguments.predict:
-                    best = [tile for _, tile in ranked]
-                    found = times(kernel, kernels.TORCH[dtype], d, M_OF[rows], best, arguments.seconds)
-                    ranked = sorted((s, tile) for tile, s in found.items())
-                tile = take(ranked) if arguments.predict else ranked[0][1]
-                entries.setdefault(kernel, {}).setdefault(str(width), []).append([rows, most, tile])
-                results.append(
-                    {"target": target, "kernel": kernel, "dtype": dtype, "d": d, "M": M_OF[rows], "tile": tile}
-                    | {"ms": {str(list(tile)): 1e3 * s for s, tile in ranked[:10]}}
+    results: list[dict[str, object]] = []
+    best: Best = {}
+    for kernel in [kernel for kernel in ROWS if kernel in (arguments.kernels or ROWS)]:
+        for dtype, rows, (most, d) in itertools.product(("bf16", "fp32"), ROWS[kernel], FEATURES.items()):
+            ranked = []
+            if not (kernel == "fused" and most is None):  # its rows' gradient would be beyond the registers
+                ranked = rank(
+                    target, kernel, dtype, d, M_OF[rows], candidates(kernel, width_of(dtype), d), arguments.most
                 )
-                print(line(results[-1]), flush=True)
-    if arguments.write:
-        table = json.loads(TABLE.read_text())
-        merge(table, CHIPS[target].family, entries, measured)
-        TABLE.write_text(dumps(table))
+            if ranked and not arguments.predict:
+                fitting = [tile for _, tile in ranked]
+                found = times(kernel, kernels.TORCH[dtype], d, M_OF[rows], fitting, arguments.seconds)
+                ranked = sorted((s, tile) for tile, s in found.items())
+            s, tile = ranked[0] if ranked else (math.inf, None)
+            if arguments.predict:
+                tile = take(ranked)
+                s += best.get(("form", dtype, rows, most), (0.0, None))[0] if kernel == "gather" else 0.0
+                s += model.LAUNCH if kernel == "direct" else 0.0
+            best[kernel, dtype, rows, most] = s, tile
+            results.append(
+                {"target": target, "kernel": kernel, "dtype": dtype, "d": d, "M": M_OF[rows], "tile": tile}
+                | {"ms": {str(list(tile)): 1e3 * s for s, tile in ranked[:10]}}
+            )
+            print(line(results[-1]), flush=True)
+        if arguments.write:
+            table = json.loads(TABLE.read_text())
+            merge(table, CHIPS[target].family, kernel, best, measured)
+            TABLE.write_text(dumps(table))
     return results, {}
+
+
+def width_of(dtype: str) -> int:
+    """Bytes of a packed feature."""
+    return 2 if dtype == "bf16" else 4
 
 
 def line(result: dict) -> str:
@@ -183,17 +222,19 @@ def line(result: dict) -> str:
     return f"{size}: {result['tile']} of {times}"
 
 
-def merge(table: dict, family: str, entries: dict, measured: str) -> None:
-    """Put a family's new entries in the place of its old ones: small batches first, then by features."""
-    table.setdefault(family, {"resembles": "large"})["measured"] = measured
-    for kernel, widths in entries.items():
-        for width, found in widths.items():
-            found = sorted(found, key=lambda entry: (entry[0] or math.inf, entry[1] or math.inf))
-            if kernel == "direct":
-                found.insert(0, [1024, None, None])
-            if kernel == "fused":
-                found = [entry for entry in found if entry[2] is not None] + [[None, None, None]]
-            table[family].setdefault(kernel, {})[width] = found
+def merge(table: dict, family: str, kernel: str, best: Best, measured: str) -> None:
+    """Put a kernel's tiles in the place of the family's old ones: small batches first, then by features; null where
+    its rival was found faster."""
+    of_family = table.setdefault(family, {"resembles": "large", "measured": {}})
+    of_family["measured"][kernel] = measured
+    for dtype in ("bf16", "fp32"):
+        entries = []
+        for (name, of_dtype, rows, most), (s, tile) in best.items():
+            if (name, of_dtype) == (kernel, dtype):
+                rival = best.get((RIVAL.get(kernel, ""), dtype, rows, most), (math.inf, None))
+                entries.append([rows, most, tile if s <= rival[0] else None])
+        entries.sort(key=lambda entry: (entry[0] or math.inf, entry[1] or math.inf))
+        of_family.setdefault(kernel, {})[str(width_of(dtype))] = entries
 
 
 def dumps(table: dict) -> str:
@@ -202,7 +243,7 @@ def dumps(table: dict) -> str:
 
 
 def _lines(value: object, indent: int = 0) -> str:
-    if isinstance(value, dict):
+    if isinstance(value, dict) and value:
         inside = ",\n".join(f"{' ' * (indent + 1)}{json.dumps(k)}: {_lines(v, indent + 1)}" for k, v in value.items())
         return f"{{\n{inside}\n{' ' * indent}}}"
     if isinstance(value, list):

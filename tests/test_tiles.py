@@ -1,7 +1,9 @@
 """The table of the Triton kernels' tiles, the model of their times, and the tuner that writes the one by the other."""
 
+import argparse
 import importlib
 import json
+import math
 
 import pytest
 import torch
@@ -150,15 +152,39 @@ def test_the_table_is_written_as_it_is_kept():
     assert tune.dumps(config.TABLE) == (tune.TABLE).read_text()
 
 
-def test_new_entries_take_the_place_of_a_family_s_old_ones():
+def test_new_entries_take_the_place_of_a_family_s_old_ones_unless_a_rival_is_faster():
     table = json.loads(tune.dumps(config.TABLE))
-    entries = {
-        "direct": {"2": [[None, None, [64, 64, 64, 4, 2]], [None, 64, [128, 64, 64, 4, 2]]]},
-        "fused": {"2": [[None, 128, [64, 32, 128, 4, 2]], [2048, 128, [32, 32, 128, 4, 2]], [None, 256, None]]},
+    tall, wide = (128, 64, 64, 4, 2), (64, 128, 64, 4, 2)
+    best = {
+        ("owned", "bf16", 1024, None): (1.0, wide),
+        ("owned", "bf16", None, None): (9.0, wide),
+        ("direct", "bf16", None, None): (2.0, tall),
+        ("direct", "bf16", None, 64): (1.0, wide),
+        ("direct", "bf16", 1024, None): (2.0, tall),
+        ("direct", "fp32", None, None): (math.inf, None),
     }
-    tune.merge(table, "sm_90", entries, "somewhere")
-    assert table["sm_90"]["measured"] == "somewhere"
-    assert table["sm_90"]["direct"]["2"] == [
-        [1024, None, None], [None, 64, [128, 64, 64, 4, 2]], [None, None, [64, 64, 64, 4, 2]]
-    ]  # fmt: skip
-    assert [entry[:2] for entry in table["sm_90"]["fused"]["2"]] == [[2048, 128], [None, 128], [None, None]]
+    tune.merge(table, "sm_90", "direct", best, "somewhere")
+    assert table["sm_90"]["measured"]["direct"] == "somewhere"
+    assert table["sm_90"]["direct"]["2"] == [[1024, None, None], [None, 64, wide], [None, None, tall]]
+    assert table["sm_90"]["direct"]["4"] == [[None, None, None]]
+    assert table["sm_90"]["fused"] == config.TABLE["sm_90"]["fused"]
+
+
+def test_tuning_writes_what_it_found_also_where_no_tile_fits(monkeypatch, tmp_path):
+    tile = (64, 64, 64, 4, 2)
+
+    def ranked(target, kernel, dtype, DP, M, tiles, most):
+        assert next(iter(tiles))
+        return [(1e-3 if kernel == "gather" else 2e-3, tile)] if dtype == "bf16" else []
+
+    path = tmp_path / "table.json"
+    path.write_text(tune.TABLE.read_text())
+    monkeypatch.setattr(tune, "rank", ranked)
+    monkeypatch.setattr(tune, "TABLE", path)
+    arguments = argparse.Namespace(predict="sm_80", kernels=["gather", "fused"], most=1, seconds=0, write=True)
+    results, _ = tune.run(arguments)
+    assert len(results) == 2 * 2 * 2 * 4
+    table = json.loads(path.read_text())
+    assert table["sm_80"]["gather"]["2"][0] == [2048, 64, list(tile)]
+    assert all(entry[2] is None for width in ("2", "4") for entry in table["sm_80"]["fused"][width])
+    assert path.read_text() == tune.dumps(table)

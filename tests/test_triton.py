@@ -236,6 +236,78 @@ def test_columns_in_parts_within_budget(monkeypatch, multiprocessors):
     assert_within_budget(on_device(random_batch(70, 16, 0.005)), "triton", reduction="none", upstream=upstream(70))
 
 
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Fresh memory holds NaN, or an integer that no index should be."""
+
+    def poison(allocate):
+        def allocated(*args, **kwargs):
+            fresh = allocate(*args, **kwargs)
+            return fresh.fill_(torch.nan if fresh.is_floating_point() else -(2**40))
+
+        return allocated
+
+    for owner, name in ((torch.Tensor, "new_empty"), (torch, "empty_like")):
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("n", "d", "temperature"), [(1, 40, 0.1), (35, 24, 0.005), (35, 24, 0.1), (40, 300, 0.1)])
+def test_memory_that_was_not_written_is_not_used(poisoned, monkeypatch, n, d, temperature, dtype):
+    monkeypatch.setattr(backward, "WORKSPACE", 1)
+    monkeypatch.setattr(config, "look_up", uneven(config.look_up))
+    batch = on_device(random_batch(n, d, temperature, dtype=dtype))
+    assert_within_budget(batch, "triton")
+    assert_within_budget(batch, "triton", reduction="none", upstream=upstream(n))
+    u, v = F.normalize(batch.z_i.float(), dim=1), F.normalize(batch.z_j[: n // 2 + 1].float(), dim=1)
+    ids = torch.arange(len(u), device=DEVICE), torch.arange(len(v), device=DEVICE) + 1
+    values = cross_results(u, v, *ids, temperature, "triton")
+    for value, truth in zip(values, cross_results(u, v, *ids, temperature, "reference"), strict=True):
+        assert budget.measure(value, truth.to(value), scale=1 / temperature).maximum < 1e-4
+
+
+def uneven(look_up):
+    """Tiles of other heights in `form` and in `gather`, of other widths than heights everywhere."""
+    sizes = {"form": (32, 64), "gather": (128, 32), "direct": (32, 64), "owned": (64, 32), "fused": (64, 32)}
+
+    def chosen(family, kernel, width, n, DP):
+        tile = look_up(family, kernel, width, n, DP)
+        return tile and tile._replace(block_m=sizes[kernel][0], block_n=sizes[kernel][1])
+
+    return chosen
+
+
+def cross_results(u, v, u_ids, v_ids, temperature, backend):
+    dtype = torch.float64 if backend == "reference" else torch.float32
+    u, v = (x.to(dtype).requires_grad_() for x in (u, v))
+    nus = cross_neg_lse(u, v, u_ids, v_ids, temperature, backend=backend)
+    total = sum(torch.where(nu == -math.inf, 0, nu).sum() for nu in nus)
+    gradients = torch.autograd.grad(total, (u, v)) if total.requires_grad else ()
+    return [*(torch.where(nu == -math.inf, 0, nu).detach() for nu in nus), *gradients]
+
+
+@pytest.mark.parametrize("temperature", [0.005, 0.0168, 0.1])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_temperature_that_the_host_must_not_read(monkeypatch, normalize, temperature):
+    forward = importlib.import_module("fastntxent.backends.triton.forward")
+    monkeypatch.setattr(forward, "on_device", lambda inv_tau: True)
+    batch = random_batch(40, 24, temperature)._replace(normalize=normalize)
+    if not normalize:
+        batch = batch.map(lambda z: F.normalize(z, dim=1))
+    assert_within_budget(on_device(batch), "triton")
+    assert_within_budget(on_device(batch), "triton", reduction="none", upstream=upstream(40))
+
+
+@pytest.mark.parametrize("ratio", [2.0**10, 2.0**14])
+def test_one_row_much_longer_than_the_rest_leaves_their_gradients_accurate(ratio):
+    u, v = (F.normalize(torch.randn(n, 16, device=DEVICE), dim=1) for n in (20, 40))
+    v[7] *= ratio
+    u_ids, v_ids = torch.zeros(20, dtype=torch.int64, device=DEVICE), torch.arange(40, device=DEVICE)
+    v_ids[7] = 0  # the long one is nobody's negative
+    value, truth = (cross_results(u, v, u_ids, v_ids + (v_ids != 0), 0.5, name)[2] for name in ("triton", "reference"))
+    assert float((value.double() - truth).norm() / truth.norm()) < 2e-6
+
+
 @pytest.mark.parametrize(
     ("rows", "launches"),
     [

@@ -44,7 +44,7 @@ from .tiles import (
 from .unpack import unpack_kernel
 
 SURVEYED = 1024  # rows of a program of `_survey_kernel`
-WORKSPACE = 384 * 2**20  # bytes of a panel of G, at most
+WORKSPACE = 384 * 2**20  # bytes of a panel of G; more where 256 rows of it are more
 
 # The largest weight in a tile, of operands of that type: float16 has no numbers below 6e-8, nor above 65504.
 _G_SCALE = {torch.float16: 4096.0, torch.bfloat16: 1.0, torch.float32: 1.0}
@@ -101,7 +101,7 @@ def _fused_kernel(
 def _form_kernel(
     rows_x, rows_lo, rows_r, rows_ids, rows_low, rows_high, n_rows,
     cols_x, cols_lo, cols_r, cols_ids, cols_low, cols_high, n_cols,
-    rows_w, rows_nu, cols_w, cols_nu, peaks_ptr, n_peaks, g_ptr, s_g, parts_ptr, s_part, first_row,
+    rows_w, rows_nu, cols_w, cols_nu, largest_ptr, g_ptr, s_g, parts_ptr, s_part, first_row,
     inv_tau, bounds, log_terms, DP,
     SHIFTED: tl.constexpr, G_SCALE: tl.constexpr, BOUNDED: tl.constexpr, ON_DEVICE: tl.constexpr,
     SPLIT: tl.constexpr, TF32: tl.constexpr, UPCAST: tl.constexpr,
@@ -112,7 +112,7 @@ def _form_kernel(
     k = inverse_temperature(inv_tau, ON_DEVICE)
     if in_direct_range(k, bounds, log_terms, BOUNDED) == SHIFTED:
         return
-    largest, largest_r = largest_of(peaks_ptr, n_peaks), largest_scale(bounds, BOUNDED)
+    largest, largest_r = tl.load(largest_ptr), largest_scale(bounds, BOUNDED)
     height, col = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
     row = first_row + height
     offs_m, offs_n = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
@@ -164,6 +164,12 @@ def _gather_kernel(
 
 
 @triton.jit(do_not_specialize=SIZES)
+def _largest_kernel(peaks_ptr, n_peaks, largest_ptr):
+    """The largest weight, found once for the many tiles of a panel."""
+    tl.store(largest_ptr, largest_of(peaks_ptr, n_peaks))
+
+
+@triton.jit(do_not_specialize=SIZES)
 def _survey_kernel(
     w_ptr, nu_ptr, d_pos_ptr, pos_ptr, n, peaks_ptr, dots_ptr, PAIRED: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -207,13 +213,13 @@ class Backward:
         pos_factor: float = 1.0,
         totals: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """d/dz of both matrices of side `which`, d/dk, and `weight` times the sum of `totals`. `weight` is a factor of
-        the weights of nu, `pos_factor` of d_pos, those of the positives."""
+        """d/dz of both matrices of side `which`, d/dk, and, of `totals`, `weight` times their sum. `weight` is a factor
+        of the weights of nu, `pos_factor` of d_pos, those of the positives."""
         rows, cols = self.forward.sides[which], self.forward.sides[-1 - which]
         w, peaks = self.weights.of_sides, self.weights.peaks
         operands = (
             *self.forward.operands(rows), *self.forward.operands(cols),
-            w[which], self.nus[which], w[-1 - which], self.nus[-1 - which], peaks, peaks.shape[0],
+            w[which], self.nus[which], w[-1 - which], self.nus[-1 - which],
         )  # fmt: skip
         gather = self._panels if config.choose("fused", rows) is None else self._fused
         gathered, radial, parts = gather(which, operands)
@@ -246,7 +252,8 @@ class Backward:
         parts = rows.new(n_parts * blocks)
         for shifted in self._regimes():
             _fused_kernel[(blocks, n_parts)](
-                *operands, gathered, gathered.stride(0), radial, radial.stride(0), parts, part_cols,
+                *operands, self.weights.peaks, self.weights.peaks.shape[0],
+                gathered, gathered.stride(0), radial, radial.stride(0), parts, part_cols,
                 *self.forward.regime(which), rows.DP,
                 SHIFTED=shifted, G_SCALE=_G_SCALE[rows.x.dtype], **self.forward.flags, **self.forward.modes,
                 BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=rows.DP, SPAN=SPAN,
@@ -267,12 +274,13 @@ class Backward:
         g = rows.x.new_empty((height, width), dtype=g_dtype)
         columns = rows.new(width // form.block_n, height)
         gathered, radial = rows.new(1, *rows.x.shape), rows.new(1, rows.x.shape[0])
-        parts = rows.new(triton.cdiv(rows.n, gather.block_m))
+        parts, largest = rows.new(triton.cdiv(rows.n, gather.block_m)), rows.new()
+        _largest_kernel[(1,)](self.weights.peaks, self.weights.peaks.shape[0], largest, num_warps=4)
         for first_row in range(0, rows.n, height):
             n_here = min(height, rows.n - first_row)
             for shifted in self._regimes():
                 _form_kernel[(triton.cdiv(n_here, form.block_m), width // form.block_n)](
-                    *operands, g, width, columns, height, first_row, *self.forward.regime(which), rows.DP,
+                    *operands, largest, g, width, columns, height, first_row, *self.forward.regime(which), rows.DP,
                     SHIFTED=shifted, G_SCALE=_G_SCALE[rows.x.dtype], **self.forward.flags, **self.forward.modes,
                     BLOCK_M=form.block_m, BLOCK_N=form.block_n, BLOCK_D=form.block_d, SPAN=SPAN,
                     **form.options,

@@ -1,10 +1,10 @@
 """Which tiles a kernel takes: one table, by kind of device, kernel, and the batch's rows, features and width.
 
 A tile is a choice between the registers that hold it, the shared memory that feeds the matrix units, and the programs
-that a multiprocessor runs at once (two at least: one's exponentials run beside the other's products). `table.json` is
-the table; `python -m benchmarks tune` writes it from measurements, and nothing is tuned while a person trains. Its
-entries are those that the compiler fits into a chip without a spill (`make kernels-report`); where "measured" is empty,
-no device has timed them.
+that a multiprocessor runs at once: where there are two, one's exponentials run beside the other's products.
+`table.json` is the table; `python -m benchmarks tune` writes it, and nothing is tuned while a person trains. Where
+"measured" says nothing of a kernel, no device has timed its tiles: they come from the model (`python -m benchmarks
+model`), among those that Triton 3.9 compiles without a spill (`make kernels-report`) and 3.6 with 32 bytes at most.
 
     {family: {kernel: {width: [[rows, features, tile], ...]}}}
 
@@ -49,6 +49,7 @@ class Tile(NamedTuple):
 KERNELS = ("direct", "owned", "fused", "form", "gather")
 TABLE: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "table.json").read_text())
 PROGRAMS = 2  # that a multiprocessor should have to run
+PLANES = 128  # of sums, one for each square of a side
 
 
 def choose(kernel: str, rows: Packed, n: int | None = None) -> Tile | None:
@@ -102,10 +103,13 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def edge_of_square(n_rows: int, n_cols: int, block: int) -> int:
-    """Rows and columns of a program's square of tiles: as large as leaves a thousand programs, eight tiles at most."""
+    """Rows and columns of a program's square of tiles: as large as leaves a thousand programs, eight tiles at most; but
+    no more than PLANES squares along a side, so that their sums stay O(M)."""
     tiles = 8
     while tiles > 1 and triton.cdiv(n_rows, block * tiles) * triton.cdiv(n_cols, block * tiles) < 2000:
         tiles //= 2
+    while triton.cdiv(max(n_rows, n_cols), block * tiles) > PLANES:
+        tiles *= 2
     return tiles * block
 
 

@@ -183,6 +183,11 @@ def _finish_kernel(
         _end_rows(nu, offs, n, pos_ptr, q_ptr, peaks_ptr, totals_ptr, dots_ptr, k)
 
 
+def on_device(inv_tau: Tensor) -> bool:
+    """Whether the host must not read it."""
+    return inv_tau.device.type != "cpu"
+
+
 class Weights(NamedTuple):
     """Weights of nu of every side, and what programs found in them: the largest, and sums of the positives' weights
     times sim_pos."""
@@ -199,7 +204,7 @@ class Forward:
         self.sides = sides
         self.rows, self.cols = sides[0], sides[-1]
         self.one_side = len(sides) == 1
-        self.on_device = inv_tau.device.type != "cpu"
+        self.on_device = on_device(inv_tau)
         self.k = inv_tau if self.on_device else inv_tau.item()
         # Rows that are not normalised: the device knows how long they are.
         self.bounded = not self.rows.normalize

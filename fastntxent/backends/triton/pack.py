@@ -6,8 +6,8 @@ x_i is z_i times the power of two that brings its largest element to [1, 2): not
 length. Half-precision rows that are not normalised stay as they are, and r_i = 1. Float32 is two parts (tiles.py). The
 positives are taken from z itself, in float32.
 
-Reads z three times, writes x: a program owns SPAN rows, the smallest and largest of their ids, the longest row and the
-largest r.
+Reads z and its positive twice, writes x: a program owns SPAN rows, the smallest and largest of their ids, the longest
+row and the largest r.
 """
 
 from __future__ import annotations
