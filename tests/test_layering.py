@@ -1,6 +1,8 @@
 """Data goes one way: no module imports from a layer above its own."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import fastntxent
@@ -17,6 +19,7 @@ LAYERS = [
     ["common"],
     ["primitives", "losses"],
     ["modules", "metrics", "retrieval", "layouts", "caching", "budget"],
+    ["compat"],
     [""],  # fastntxent itself
     ["simclr"],
 ]
@@ -84,3 +87,20 @@ def test_layering_sees_imports():
     assert "ops" in imports_of(ROOT / "primitives.py")
     assert "backends.base" in imports_of(ROOT / "backends" / "blocked.py")
     assert "losses" in imports_of(ROOT / "__init__.py")
+
+
+def test_drop_ins_import_nothing_of_their_libraries():
+    imported = set()
+    for path in (ROOT / "compat").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(node.module.split(".")[0])
+    assert imported - set(sys.stdlib_module_names) == {"torch"}
+
+
+def test_the_package_does_not_import_its_drop_ins():
+    command = "import sys, fastntxent; print([name for name in sys.modules if name.startswith('fastntxent.compat')])"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,191 @@
+"""sentence-transformers' `losses.MultipleNegativesRankingLoss`, and the similarities it knows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..backends.base import row_dots, row_losses
+from ..common import inverse_temperature, log_add, unit_rows
+from ..losses.queries import HARDNESS_MODES, hardened_neg_lse
+from ..validation import check_choice, check_rows, check_same
+from .shared import require_one_process
+
+__all__ = ["MultipleNegativesRankingLoss", "cos_sim", "dot_score"]
+
+DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+PARTITION_MODES = ("joint", "per_direction")
+
+
+def cos_sim(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine similarities (M, K). The loss takes it as a name and forms no such matrix.
+
+    Example:
+        >>> import torch
+        >>> cos_sim(torch.tensor([[2.0, 0.0]]), torch.eye(2))
+        tensor([[1., 0.]])
+    """
+    return unit_rows(a) @ unit_rows(b).T
+
+
+def dot_score(a: Tensor, b: Tensor) -> Tensor:
+    """Inner products (M, K). The loss takes it as a name and forms no such matrix.
+
+    Example:
+        >>> import torch
+        >>> dot_score(torch.tensor([[2.0, 0.0]]), torch.eye(2))
+        tensor([[2., 0.]])
+    """
+    return a @ b.T
+
+
+_NORMALIZES = {"cos_sim": True, "dot_score": False}
+
+
+class MultipleNegativesRankingLoss(nn.Module):
+    """InfoNCE of anchors against all positives and hard negatives of the batch, and its variants.
+
+    Args:
+        model: turns a dict of features into a dict with "sentence_embedding"; None where calls bring embeddings.
+        scale: 1 / temperature, positive.
+        similarity_fct: `cos_sim` or `dot_score`, ours or the library's: known by its name.
+        gather_across_devices: raises RuntimeError in a group of several processes, for now.
+        directions: what an anchor and its positive are compared with: "query_to_doc" (always there), "query_to_query",
+            "doc_to_query", "doc_to_doc".
+        partition_mode: "joint", one softmax over all directions, or "per_direction", the mean of one for each
+            ("query_to_doc" and "doc_to_query" alone).
+        hardness_mode, hardness_strength: strength times the similarity, without a gradient, is added to the logits from
+            queries to "in_batch_negatives" (all documents of other queries), to "hard_negatives" (a query's own), or to
+            "all_negatives".
+
+    Its call takes the features of anchor, positive, negatives..., a dict each, or their embeddings, (N, D) each, and
+    labels, which nothing reads. `compute_loss_from_embeddings` is the loss without the model.
+
+    Memory is O(C N D) for C columns.
+
+    Example:
+        >>> import torch
+        >>> loss = MultipleNegativesRankingLoss(None, scale=1.0)
+        >>> loss([torch.eye(4), torch.eye(4)])  # log(e + 3) - 1
+        tensor(0.7437)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None,
+        scale: float = 20.0,
+        similarity_fct: Callable[[Tensor, Tensor], Tensor] = cos_sim,
+        gather_across_devices: bool = False,
+        directions: tuple[str, ...] = ("query_to_doc",),
+        partition_mode: str = "joint",
+        hardness_mode: str | None = None,
+        hardness_strength: float = 0.0,
+    ):
+        super().__init__()
+        if not scale > 0:
+            raise ValueError(f"scale must be positive, got {scale}")
+        check_choice("similarity_fct", getattr(similarity_fct, "__name__", similarity_fct), tuple(_NORMALIZES))
+        for direction in directions:
+            check_choice("directions", direction, DIRECTIONS)
+        if "query_to_doc" not in directions:
+            raise ValueError(f"directions must have 'query_to_doc', which has the positive pair, got {directions}")
+        check_choice("partition_mode", partition_mode, PARTITION_MODES)
+        if partition_mode == "per_direction" and {"query_to_query", "doc_to_doc"} & set(directions):
+            raise ValueError(
+                "partition_mode must be 'joint' with 'query_to_query' or 'doc_to_doc', which have no positive pair"
+            )
+        if hardness_mode is not None:
+            check_choice("hardness_mode", hardness_mode, HARDNESS_MODES)
+        if hardness_strength < 0:
+            raise ValueError(f"hardness_strength must not be negative, got {hardness_strength}")
+        self.model = model
+        self.scale = scale
+        self.similarity_fct = similarity_fct
+        self.gather_across_devices = gather_across_devices
+        self.directions = tuple(directions)
+        self.partition_mode = partition_mode
+        self.hardness_mode = hardness_mode
+        self.hardness_strength = hardness_strength
+
+    def forward(self, sentence_features: Iterable[Any], labels: Tensor | None = None) -> Tensor:
+        return self.compute_loss_from_embeddings([self._embed(column) for column in sentence_features], labels)
+
+    def _embed(self, column: Any) -> Tensor:
+        if isinstance(column, Tensor):
+            return column
+        if self.model is None:
+            raise ValueError("model must be given where a call brings features and not embeddings, got None")
+        return self.model(column)["sentence_embedding"]
+
+    def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor:
+        """The loss of anchors, positives, negatives..., (N, D) each; `labels` are for the library's signature alone."""
+        if self.gather_across_devices:
+            require_one_process("MultipleNegativesRankingLoss with gather_across_devices=True")
+        if len(embeddings) < 2:
+            raise ValueError(f"embeddings must hold anchors and positives at least, got {len(embeddings)} tensors")
+        for index, column in enumerate(embeddings):
+            check_rows(f"embeddings[{index}]", column)
+            check_same("embeddings[0]", embeddings[0], f"embeddings[{index}]", column, "shape", "dtype", "device")
+        normalize = _NORMALIZES[self.similarity_fct.__name__]
+        inv_tau = inverse_temperature(1 / self.scale, embeddings[0])
+        u, v, *negatives = (unit_rows(column, normalize) for column in embeddings)
+        pos = inv_tau * row_dots(u, v)
+        directions = self._directions(u, v, negatives, inv_tau)
+        if self.partition_mode == "per_direction":
+            return torch.stack([row_losses(nu, pos) for nu in directions.values()]).mean()
+        joint = torch.full_like(pos, -torch.inf)
+        for nu in directions.values():
+            joint = log_add(joint, nu)
+        if "doc_to_query" in directions:  # the softmax has the positive twice: log(2 e^pi + e^nu) - pi
+            log_2 = torch.full_like(pos, 2).log()
+            return (log_2 + row_losses(joint - log_2, pos)).mean()
+        return row_losses(joint, pos).mean()
+
+    def _directions(self, u: Tensor, v: Tensor, negatives: list[Tensor], inv_tau: Tensor) -> dict[str, Tensor]:
+        """Of each direction the log-sum-exp over what is no positive (N,)."""
+        samples = torch.arange(len(u), device=u.device)
+        docs, of_docs = torch.cat((v, *negatives)), samples.repeat(1 + len(negatives))
+        others_hardness = self._hardness("in_batch_negatives")
+        nu: dict[str, Tensor] = {}
+        to_query = None
+        if others_hardness or "doc_to_query" not in self.directions:
+            to_doc = hardened_neg_lse(u, docs, samples, of_docs, inv_tau, others_hardness, "auto")
+        else:  # both directions from one pass
+            to_doc, to_query = ops.cross_neg_lse(u, docs, samples, of_docs, inv_tau, "auto")
+        for own in negatives:
+            to_doc = log_add(to_doc, _hardened(row_dots(u, own), inv_tau, self._hardness("hard_negatives")))
+        nu["query_to_doc"] = to_doc
+        if "query_to_query" in self.directions:
+            nu["query_to_query"] = ops.neg_lse(u, samples, inv_tau, "auto")
+        if "doc_to_query" in self.directions:
+            if to_query is None:
+                to_query = ops.cross_neg_lse(v, u, samples, samples, inv_tau, "auto")[0]
+            nu["doc_to_query"] = to_query[: len(u)]
+        if "doc_to_doc" in self.directions:
+            nu["doc_to_doc"] = ops.cross_neg_lse(v, docs, samples, of_docs, inv_tau, "auto")[0]
+        return nu
+
+    def _hardness(self, mode: str) -> float:
+        return self.hardness_strength if self.hardness_mode in (mode, "all_negatives") else 0.0
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """The arguments, as the library's trainer records them."""
+        names = ("scale", "gather_across_devices", "directions", "partition_mode", "hardness_mode", "hardness_strength")
+        return {
+            **{name: getattr(self, name) for name in names},
+            "similarity_fct": self.similarity_fct.__name__,
+        }
+
+    @property
+    def temperature(self) -> float:
+        """1 / scale."""
+        return 1 / self.scale
+
+
+def _hardened(sims: Tensor, inv_tau: Tensor, hardness: float) -> Tensor:
+    """k s + hardness * s, no gradient through the second s."""
+    return inv_tau * sims + hardness * sims.detach()

@@ -1,0 +1,84 @@
+"""What the drop-ins share: the world size, labels as ids, tensors of one element, logits that nobody has formed yet."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..ops import autocast_off
+from ..validation import ID_DTYPES
+
+_TILE = 2**20  # logits held at once by Logits.argmax
+
+
+def world_size() -> int:
+    """Processes of the default group; 1 without one."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def require_one_process(request: str, size: int | None = None) -> None:
+    """Refuse what needs other processes' rows: a loss without them would be another loss.
+
+    Every drop-in asks here at the place where its library gathers. `size`: the world size the caller was told; None is
+    that of the default process group.
+    """
+    size = world_size() if size is None else size
+    if size > 1:
+        raise RuntimeError(
+            f"{request} needs the rows of all {size} processes, and gathering them is not implemented yet: "
+            "use a world size of 1"
+        )
+
+
+def as_ids(name: str, labels: Tensor, rows: Tensor) -> Tensor:
+    """Labels of any dtype as ids on the rows' device: the same where the labels are."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(labels).__name__}")
+    if labels.shape != rows.shape[:1]:
+        raise ValueError(f"{name} must have shape ({rows.shape[0]},), one per row, got {tuple(labels.shape)}")
+    labels = labels.to(rows.device)
+    if labels.is_floating_point():
+        return torch.unique(labels, return_inverse=True)[1]
+    return labels if labels.dtype in ID_DTYPES else labels.to(torch.int64)
+
+
+def as_scalar(value: float | Tensor) -> float | Tensor:
+    """A tensor of one element, of any shape, as a 0-d tensor."""
+    return value.reshape(()) if isinstance(value, Tensor) and value.numel() == 1 else value
+
+
+class Logits:
+    """The logits of rows against columns, which no loss here holds: as a library returns them, not yet formed.
+
+    Example:
+        >>> import torch
+        >>> logits = Logits(torch.eye(3), torch.eye(3).roll(1, 0), 2.0)
+        >>> logits.shape, logits.argmax()
+        (torch.Size([3, 3]), tensor([1, 2, 0]))
+    """
+
+    def __init__(self, rows: Tensor, cols: Tensor, scale: float | Tensor):
+        self._rows = rows
+        self._cols = cols
+        self._scale = scale
+
+    @property
+    def shape(self) -> torch.Size:
+        """(rows, columns)."""
+        return torch.Size((self._rows.shape[0], self._cols.shape[0]))
+
+    def dense(self) -> Tensor:
+        """The whole matrix, differentiable: O(M^2) memory."""
+        with autocast_off(self._rows):
+            return self._rows @ self._cols.T * self._scale
+
+    @torch.no_grad()
+    def argmax(self) -> Tensor:
+        """The column of each row's largest logit (M,), a block of rows at a time."""
+        height = max(1, _TILE // self._cols.shape[0])
+        blocks = self._rows.split(height)
+        return torch.cat([Logits(rows, self._cols, self._scale).dense().argmax(dim=1) for rows in blocks])
+
+    def __repr__(self) -> str:
+        return f"Logits(shape={tuple(self.shape)}, not formed: dense() forms them)"

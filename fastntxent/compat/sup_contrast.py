@@ -1,0 +1,114 @@
+"""SupContrast's `losses.SupConLoss`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..backends.base import row_dots
+from ..common import group_sums, inverse_temperature, unit_rows
+from ..losses import nt_xent, sup_con
+from ..primitives import cross_neg_lse, neg_lse
+from ..validation import check_choice, check_rows
+from .pairs import mask_product
+from .shared import as_ids
+
+__all__ = ["SupConLoss"]
+
+CONTRAST_MODES = ("all", "one")
+
+
+class SupConLoss(nn.Module):
+    r"""SupCon's L_out of rows as they are, times temperature / base_temperature: the mean over all anchors.
+
+    .. math:: L_i = \frac{\tau}{\tau_0} \Big[ \log \sum_{j \ne i} e^{s_{ij}/\tau}
+        - \frac{1}{\sum_{j \ne i} m_{ij}} \sum_{j \ne i} m_{ij} s_{ij}/\tau \Big]
+
+    An anchor without a positive counts as 0 in the mean.
+
+    Args:
+        temperature: a float or a 0-d tensor.
+        contrast_mode: the anchors: "all" rows, or those of the first view, "one".
+        base_temperature: tau_0.
+
+    Its call takes features (B, V, ...), which the caller normalises, and either labels (B,) of any dtype, or a mask
+    (B, B), bool or numbers, not necessarily symmetric: m_ij between the samples' rows. Neither of them is SimCLR.
+
+    Memory is O(B V D), beside the mask, which is never repeated for the views: positives enter the formula by their
+    weighted sum, the mask's product with the rows, 2 B^2 D flops each way.
+
+    Example:
+        >>> import torch
+        >>> loss = SupConLoss(temperature=1.0, base_temperature=1.0)
+        >>> loss(torch.eye(4)[:, None].repeat(1, 2, 1))
+        tensor(1.1654)
+    """
+
+    def __init__(self, temperature: float = 0.07, contrast_mode: str = "all", base_temperature: float = 0.07):
+        super().__init__()
+        check_choice("contrast_mode", contrast_mode, CONTRAST_MODES)
+        self.temperature = temperature
+        self.contrast_mode = contrast_mode
+        self.base_temperature = base_temperature
+
+    def forward(self, features: Tensor, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        if features.ndim < 3:
+            raise ValueError(f"features must have shape (B, V, ...), got {tuple(features.shape)}")
+        if labels is not None and mask is not None:
+            raise ValueError("labels and mask must not both be given")
+        views = features.flatten(2).transpose(0, 1)  # (V, B, D)
+        rows = views.flatten(0, 1)
+        check_rows("features", rows)
+        check_choice("contrast_mode", self.contrast_mode, CONTRAST_MODES)
+        scale = self.temperature / self.base_temperature
+        V, B, _ = views.shape
+        if mask is not None:
+            _check_mask(mask, B)
+            return scale * _masked(views, mask.to(rows.device), self.temperature, self.contrast_mode)
+        if labels is None and self.contrast_mode == "all" and V == 2:
+            return scale * nt_xent(views[0], views[1], self.temperature, normalize=False)
+        ids = torch.arange(B, device=rows.device) if labels is None else as_ids("labels", labels, views[0])
+        if self.contrast_mode == "all":
+            losses = sup_con(rows, ids.repeat(V), self.temperature, reduction="sum", normalize=False)
+            return scale * losses / (V * B)
+        return scale * _first_view(views, ids, self.temperature)
+
+
+def _first_view(views: Tensor, ids: Tensor, temperature: float) -> Tensor:
+    sums, counts = group_sums(unit_rows(views, normalize=False).sum(dim=0), ids)
+    weights = (len(views) * counts).to(sums.dtype)
+    return _mean(views, "one", temperature, sums, weights, torch.ones_like(weights))
+
+
+def _masked(views: Tensor, mask: Tensor, temperature: float, contrast_mode: str) -> Tensor:
+    total = unit_rows(views, normalize=False).sum(dim=0)
+    weights = len(views) * mask.sum(dim=1, dtype=total.dtype)
+    own = mask.diagonal().to(total.dtype)
+    return _mean(views, contrast_mode, temperature, mask_product(mask, total), weights, own)
+
+
+def _mean(views: Tensor, contrast_mode: str, temperature: float, sums: Tensor, weights: Tensor, own: Tensor) -> Tensor:
+    """The mean over the anchors.
+
+    Of each sample: `sums`, the weighted sum of its positives' rows, and `weights`, of their weights, in which each of
+    its own rows has the weight `own`. L_out is linear in the positives, so an anchor takes itself out of both.
+    """
+    rows = unit_rows(views, normalize=False).flatten(0, 1)
+    every = torch.arange(len(rows), device=rows.device)
+    if contrast_mode == "all":
+        anchors, n_views = rows, len(views)
+        nu = neg_lse(rows, every, temperature)
+    else:
+        anchors, n_views = rows[: len(sums)], 1
+        nu = cross_neg_lse(anchors, rows, every[: len(sums)], every, temperature).rows
+    own = own.repeat(n_views)
+    weights = weights.repeat(n_views) - own
+    positives = sums.repeat(n_views, 1) - own[:, None] * anchors
+    logits = inverse_temperature(temperature, rows) * row_dots(anchors, positives)
+    nu = nu.masked_fill(nu == -torch.inf, 0)  # one row alone: nothing to compare with, and no positive
+    return ((weights * nu - logits) / torch.where(weights < 1e-6, 1, weights)).mean()
+
+
+def _check_mask(mask: Tensor, n_samples: int) -> None:
+    if mask.shape != (n_samples, n_samples):
+        raise ValueError(f"mask must have shape ({n_samples}, {n_samples}), got {tuple(mask.shape)}")

@@ -1,0 +1,51 @@
+"""fastntxent.compat.open_clip against open_clip, where it is installed."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastntxent.compat import open_clip as ours
+from tests.peers import assert_same, batch, drawn, open_clip, sizes
+
+
+@given(**sizes, scale=st.floats(0.5, 20), bias=st.none() | st.floats(-10, 10), wide=st.booleans())
+@drawn
+def test_clip_loss_equals_open_clip(n, d, seed, scale, bias, wide):
+    losses = [ours.ClipLoss(), open_clip().ClipLoss(cache_labels=True)]
+    z, _ = batch(2, n, d, seed)
+    shape = (1,) if wide else ()
+
+    def called(loss):
+        return lambda a, b, s: loss(a, b, s, logit_bias=bias).sum()  # of a scale (1,) theirs is 0-d too
+
+    features = torch.nn.functional.normalize(z, dim=2)
+    assert_same(*map(called, losses), 1 / scale, *features, torch.full(shape, scale))
+
+
+def test_bias_has_a_gradient_of_zero():
+    features = torch.nn.functional.normalize(torch.randn(2, 5, 3), dim=2)
+    bias = torch.tensor([-10.0], requires_grad=True)
+    value = ours.ClipLoss()(*features, torch.tensor(10.0), bias)
+    assert value == ours.ClipLoss()(*features, torch.tensor(10.0))
+    assert not torch.autograd.grad(value, bias)[0].any()
+
+
+def test_output_dict():
+    z = torch.eye(4)
+    out = ours.ClipLoss()(z, z, torch.tensor(1.0), output_dict=True)
+    assert out == {"contrastive_loss": ours.ClipLoss()(z, z, 1.0)}
+
+
+def test_a_group_of_processes_is_refused():
+    ours.ClipLoss(local_loss=True, gather_with_grad=True, rank=0, world_size=1, use_horovod=True)
+    with pytest.raises(RuntimeError, match="ClipLoss needs the rows of all 2 processes"):
+        ours.ClipLoss(world_size=2)
+
+
+def test_errors():
+    z = torch.eye(4)
+    with pytest.raises(ValueError, match="logit_scale must be a 0-d tensor"):
+        ours.ClipLoss()(z, z, torch.ones(4))
+    with pytest.raises(ValueError, match="same shape"):
+        ours.ClipLoss()(z, z[:3], 1.0)

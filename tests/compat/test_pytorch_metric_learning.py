@@ -1,0 +1,219 @@
+"""fastntxent.compat.pytorch_metric_learning against the library, where it is installed."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastntxent.compat import pytorch_metric_learning as ours
+from tests.peers import assert_same, batch, drawn, needs, sizes
+
+names = st.sampled_from(["NTXentLoss", "SupConLoss"])
+temperatures = st.floats(
+    0.1, 2
+)  # SupCon's rows at lower ones round to 0 in the library, which then does not count them
+few = {**sizes, "n": st.integers(1, 12)}
+
+
+def losses(name, tau, distance="CosineSimilarity", **options):
+    make = getattr(needs("pytorch_metric_learning.distances"), distance)
+    theirs = getattr(needs("pytorch_metric_learning.losses"), name)
+    return (cls(tau, distance=make(**options)) for cls in (getattr(ours, name), theirs))
+
+
+def labels_of(n, classes, seed):
+    return torch.randint(0, classes, (n,), generator=torch.Generator().manual_seed(seed + 1))
+
+
+@given(**few, tau=temperatures, name=names, classes=st.integers(1, 6), dot=st.booleans())
+@drawn
+def test_labels_equal_the_library(n, d, seed, tau, name, classes, dot):
+    options = {"normalize_embeddings": False} if dot else {}
+    mine, theirs = losses(name, tau, "DotProductSimilarity" if dot else "CosineSimilarity", **options)
+    (z,), _ = batch(1, n, d, seed)
+    z = torch.nn.functional.normalize(z, dim=1) * 1.2 if dot else z
+    labels = labels_of(n, classes, seed)
+    assert_same(lambda z: mine(z, labels), lambda z: theirs(z, labels), tau, z)
+
+
+@given(**few, tau=temperatures, name=names, classes=st.integers(1, 6), k=st.integers(1, 15), own=st.booleans())
+@drawn
+def test_references_equal_the_library(n, d, seed, tau, name, classes, k, own):
+    mine, theirs = losses(name, tau)
+    (z,), _ = batch(1, n, d, seed)
+    (ref,), _ = batch(1, n if own else k, d, seed + 3)
+    labels = labels_of(n, classes, seed)
+    ref_labels = labels if own else labels_of(k, classes, seed + 3)
+
+    def loss(function):
+        return lambda z, ref: function(z, labels, ref_emb=ref, ref_labels=ref_labels)
+
+    assert_same(loss(mine), loss(theirs), tau, z, ref)
+
+
+@given(**few, tau=temperatures, name=names, k=st.integers(1, 15), p=st.integers(0, 30), q=st.integers(0, 30))
+@drawn
+def test_pairs_equal_the_library(n, d, seed, tau, name, k, p, q):
+    mine, theirs = losses(name, tau)
+    (z,), _ = batch(1, n, d, seed)
+    (ref,), _ = batch(1, k, d, seed + 3)
+    generator = torch.Generator().manual_seed(seed)
+
+    def index(size, high):
+        return torch.randint(0, high, (size,), generator=generator)
+
+    # Any pairs, some of them several times; the parity of a + b says which kind, so that none is of both.
+    a1, b1, a2, b2 = index(p, n), index(p, k), index(q, n), index(q, k)
+    kept1, kept2 = (a1 + b1) % 2 == 0, (a2 + b2) % 2 == 1
+    pairs = (a1[kept1], b1[kept1], a2[kept2], b2[kept2])
+
+    def loss(function):
+        return lambda z, ref: function(z, indices_tuple=pairs, ref_emb=ref)
+
+    assert_same(loss(mine), loss(theirs), tau, z, ref)
+
+
+@given(**few, tau=temperatures, name=names, classes=st.integers(1, 4), t=st.integers(0, 40))
+@drawn
+def test_triplets_equal_the_library(n, d, seed, tau, name, classes, t):
+    mine, theirs = losses(name, tau)
+    (z,), _ = batch(1, n, d, seed)
+    labels = labels_of(n, classes, seed)
+    a, p, negative = torch.randint(0, n, (3, t), generator=torch.Generator().manual_seed(seed))
+    kept = (labels[a] == labels[p]) & (a != p) & (labels[a] != labels[negative])
+    triplets = (a[kept], p[kept], negative[kept])
+    assert_same(lambda z: mine(z, labels, triplets), lambda z: theirs(z, labels, triplets), tau, z)
+
+
+@given(**few, tau=temperatures, name=names, symmetric=st.booleans())
+@drawn
+def test_self_supervised_equals_the_library(n, d, seed, tau, name, symmetric):
+    mine, theirs = losses(name, tau)
+    mine = ours.SelfSupervisedLoss(mine, symmetric)
+    theirs = needs("pytorch_metric_learning.losses").SelfSupervisedLoss(theirs, symmetric)
+    assert_same(mine, theirs, tau, *batch(2, n, d, seed)[0])
+
+
+@given(**few, tau=temperatures, name=names, steps=st.integers(1, 4))
+@drawn
+def test_the_librarys_memory_takes_our_loss(n, d, seed, tau, name, steps):
+    memory = needs("pytorch_metric_learning.losses").CrossBatchMemory
+    memories = [memory(loss, d, memory_size=16).double() for loss in losses(name, tau)]
+    for step in range(steps):
+        (z,), _ = batch(1, n, d, seed + step)
+        labels = labels_of(n, 3, seed + step)
+        results = []
+        for loss in memories:
+            inputs = z.double().requires_grad_()
+            value = loss(inputs, labels)
+            results.append((value.detach(), *torch.autograd.grad(value, inputs)))
+        torch.testing.assert_close(*results, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["NTXentLoss", "SupConLoss"])
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.float32, torch.bool]
+)
+def test_labels_of_any_dtype(name, dtype):
+    loss = getattr(ours, name)()
+    z, ref = torch.randn(6, 3), torch.randn(4, 3)
+    labels = torch.tensor([0, 1, 0, 1, 1, 1])
+    expected, with_ref = loss(z, labels), loss(z, labels, ref_emb=ref, ref_labels=labels[:4])
+    assert expected > 0
+    torch.testing.assert_close(loss(z, labels.to(dtype)), expected)
+    torch.testing.assert_close(loss(z, labels.to(dtype), ref_emb=ref, ref_labels=labels[:4].to(dtype)), with_ref)
+
+
+@pytest.mark.parametrize("name", ["NTXentLoss", "SupConLoss"])
+def test_nothing_to_compare_is_zero_with_a_gradient(name):
+    loss = getattr(ours, name)()
+    nothing = torch.empty(0, dtype=torch.int64)
+    for z, labels, pairs in (
+        (torch.randn(4, 3), torch.arange(4), None),  # no positive
+        (torch.randn(4, 3), torch.zeros(4), None),  # no negative
+        (torch.randn(1, 3), torch.zeros(1), None),
+        (torch.empty(0, 3), torch.empty(0), None),
+        (torch.randn(4, 3), None, (nothing,) * 3),
+        (torch.randn(4, 3), None, (torch.tensor([0, 1]), torch.tensor([1, 0]), nothing, nothing)),
+    ):
+        z.requires_grad_()
+        value = loss(z, labels, pairs)
+        assert value == 0
+        assert not torch.autograd.grad(value, z)[0].any()
+
+
+@pytest.mark.parametrize("name", ["NTXentLoss", "SupConLoss"])
+def test_half_precision_and_autocast(name):
+    loss = getattr(ours, name)(0.1)
+    z, labels = torch.randn(12, 8).half(), torch.arange(12) % 4
+    pairs = torch.where((labels[:, None] == labels).fill_diagonal_(False)) + torch.where(labels[:, None] != labels)
+    expected = loss(z.float(), labels)
+    for value in (loss(z, labels), loss(z, indices_tuple=pairs), loss(z, labels, ref_emb=z, ref_labels=labels)):
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(loss(z.float(), labels), expected)
+        torch.testing.assert_close(loss(z.float(), indices_tuple=pairs), expected)
+
+
+def test_low_temperatures_keep_their_gradient():
+    # The library adds the smallest float to a ratio that underflows: at 0.005 its loss stops at 87 without a gradient.
+    z = torch.tensor([[1.0, 0.0], [-1.0, 0.01], [1.0, 0.02]], requires_grad=True)
+    value = ours.NTXentLoss(0.005)(z, torch.tensor([0, 0, 1]))
+    assert value > 200
+    assert torch.autograd.grad(value, z)[0].norm() > 0.5
+
+
+def test_temperature_may_be_a_parameter():
+    loss = ours.NTXentLoss(torch.nn.Parameter(torch.tensor(0.5)))
+    for pairs in (None, (torch.tensor([0]), torch.tensor([1]), torch.tensor([0, 0]), torch.tensor([2, 3]))):
+        value = loss(torch.randn(4, 3), torch.tensor([0, 0, 1, 1]), pairs)
+        assert torch.autograd.grad(value, loss.temperature)[0] != 0
+
+
+class LpDistance:
+    p, power = 2, 1
+
+
+class SumReducer:
+    pass
+
+
+@pytest.mark.parametrize("cls", [ours.NTXentLoss, ours.SupConLoss])
+def test_errors(cls):
+    z, labels = torch.randn(4, 3), torch.tensor([0, 0, 1, 1])
+    with pytest.raises(ValueError, match="distance must be None, CosineSimilarity or DotProductSimilarity"):
+        cls(distance=LpDistance())
+    with pytest.raises(ValueError, match=f"reducer of {cls.__name__} must be None or {cls._reducer}, got SumReducer"):
+        cls(reducer=SumReducer())
+    with pytest.raises(ValueError, match=r"embedding_regularizer of .* must be None"):
+        cls(embedding_regularizer=SumReducer())
+    with pytest.raises(ValueError, match=r"collect_stats of .* must be None or False"):
+        cls(collect_stats=True)
+    with pytest.raises(TypeError, match="nonsense"):
+        cls(nonsense=1)
+    with pytest.raises(ValueError, match="labels and indices_tuple must not both be None"):
+        cls()(z)
+    with pytest.raises(ValueError, match=r"labels must have shape \(4,\), one per row, got \(3,\)"):
+        cls()(z, labels[:3])
+    with pytest.raises(ValueError, match=r"ref_labels must have shape \(4,\), one per row, got \(3,\)"):
+        cls()(z, labels, ref_emb=z, ref_labels=labels[:3])
+    with pytest.raises(ValueError, match="indices_tuple must have 3 or 4 tensors, got 2"):
+        cls()(z, labels, (labels, labels))
+    with pytest.raises(TypeError, match=r"labels must be a torch\.Tensor, got list"):
+        cls()(z, [0, 0, 1, 1])
+    with pytest.raises(TypeError, match="loss must be NTXentLoss or SupConLoss"):
+        ours.SelfSupervisedLoss(torch.nn.MSELoss())
+
+
+def test_a_pair_of_both_kinds_is_an_error():
+    pair = (torch.tensor([0, 0]), torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match="the same pair as a positive and as a negative one"):
+        ours.SupConLoss()(torch.randn(3, 2), indices_tuple=(*pair, *pair))
+
+
+def test_defaults_are_the_librarys():
+    theirs = needs("pytorch_metric_learning.losses")
+    for name in ("NTXentLoss", "SupConLoss"):
+        assert getattr(ours, name)().temperature == getattr(theirs, name)().temperature
+        assert type(getattr(theirs, name)().reducer).__name__ == getattr(ours, name)._reducer
