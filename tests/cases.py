@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastntxent import backends, budget, nt_xent
 
@@ -125,3 +126,18 @@ def check_results(result: Result, same_precision: Result, truth: Result, batch: 
         output_dtype = value.dtype if name in ("d_z_i", "d_z_j") else None
         limit = budget.allowed(reference, batch.z_i.dtype, largest / batch.temperature, output_dtype=output_dtype)
         assert errors.within(limit), f"{name}: {errors}, allowed {limit}, reference {reference}"
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the size of the largest tensor that an operation made."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        for made in output if isinstance(output, (tuple, list)) else [output]:
+            if isinstance(made, Tensor):
+                self.numel = max(self.numel, made.numel())
+        return output

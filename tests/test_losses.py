@@ -11,12 +11,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastntxent
 from fastntxent import budget
 from tests import dense
-from tests.cases import BACKENDS, CUDA_KERNELS, KERNELS, needs_cuda
+from tests.cases import BACKENDS, CUDA_KERNELS, KERNELS, LargestTensor, needs_cuda
 
 
 class Case(NamedTuple):
@@ -313,21 +312,6 @@ def test_loss_same_bits_every_time(case, backend):
     drawn = draw(case, 40, 16, 0.1, 0).to(torch.float32)
     first, second = (results(lambda *a, **o: case.loss(*a, backend=backend, **o), drawn) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers the size of the largest tensor that an operation made."""
-
-    def __init__(self):
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        output = func(*args, **(kwargs or {}))
-        for made in output if isinstance(output, (tuple, list)) else [output]:
-            if isinstance(made, Tensor):
-                self.numel = max(self.numel, made.numel())
-        return output
 
 
 @pytest.mark.parametrize("backend", KERNELS)
