@@ -1,5 +1,6 @@
 """Other libraries' losses, where they are installed, and ours held against them."""
 
+import importlib
 import importlib.util
 from pathlib import Path
 
@@ -34,6 +35,14 @@ def open_clip():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def sentence_transformers():
+    try:
+        importlib.import_module("sentence_transformers.sentence_transformer.losses")
+        return importlib.import_module("sentence_transformers")
+    except Exception as error:  # of a torchvision that does not work it makes an error of its own
+        pytest.skip(f"needs sentence_transformers: {error}")
 
 
 def batch(count, n, d, seed):

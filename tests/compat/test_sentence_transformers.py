@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
 from fastntxent.compat import sentence_transformers as ours
-from tests.peers import assert_same, drawn, sizes
+from tests.peers import assert_same, drawn, sentence_transformers, sizes
 
 extra_directions = [
     directions
@@ -81,7 +81,7 @@ def test_loss_equals_its_definition(n, d, seed, **drawn_options):
 @given(**{**sizes, "n": st.integers(1, 24)}, **options)
 @drawn
 def test_loss_equals_sentence_transformers(n, d, seed, **drawn_options):
-    theirs = library()
+    theirs = sentence_transformers()
     z, arguments, cosine = drawn_case(n, d, seed, **drawn_options)
     arguments["similarity_fct"] = theirs.util.cos_sim if cosine else theirs.util.dot_score
     mine = ours.MultipleNegativesRankingLoss(None, **arguments)
@@ -94,14 +94,6 @@ def test_loss_equals_sentence_transformers(n, d, seed, **drawn_options):
     )
     assert mine.get_config_dict() == other.get_config_dict()
     assert mine.temperature == other.temperature
-
-
-def library():
-    try:
-        import sentence_transformers.sentence_transformer.losses
-    except Exception as error:  # a torchvision that does not work is a RuntimeError in it
-        pytest.skip(f"needs sentence_transformers 6: {error}")
-    return sentence_transformers
 
 
 class Model(torch.nn.Module):

@@ -1,0 +1,116 @@
+"""Names, order and defaults of the drop-ins' parameters, and the libraries' own where they are installed."""
+
+import inspect
+import math
+from enum import Enum
+
+import pytest
+
+from fastntxent.compat import (
+    info_nce,
+    lightly,
+    open_clip,
+    pytorch_metric_learning,
+    sentence_transformers,
+    simclr,
+    solo_learn,
+    sup_contrast,
+    torchmultimodal,
+)
+from tests import peers
+
+MNRL = "MultipleNegativesRankingLoss"
+SIGNATURES = [
+    (lightly, "NTXentLoss", "temperature=0.5, memory_bank_size=0, gather_distributed=False"),
+    (lightly, "NTXentLoss.forward", "self, out0, out1"),
+    (lightly, "DCLLoss", "temperature=0.1, weight_fn=None, gather_distributed=False"),
+    (lightly, "DCLLoss.forward", "self, out0, out1"),
+    (lightly, "DCLWLoss", "temperature=0.1, sigma=0.5, gather_distributed=False"),
+    (lightly, "negative_mises_fisher_weights", "out0, out1, sigma=0.5"),
+    (pytorch_metric_learning, "NTXentLoss", "temperature=0.07, **kwargs"),
+    (pytorch_metric_learning, "SupConLoss", "temperature=0.1, **kwargs"),
+    (
+        pytorch_metric_learning,
+        "NTXentLoss.forward",
+        "self, embeddings, labels=None, indices_tuple=None, ref_emb=None, ref_labels=None",
+    ),
+    (pytorch_metric_learning, "SelfSupervisedLoss", "loss, symmetric=True"),
+    (pytorch_metric_learning, "SelfSupervisedLoss.forward", "self, embeddings, ref_emb"),
+    (info_nce, "InfoNCE", "temperature=0.1, reduction='mean', negative_mode='unpaired'"),
+    (info_nce, "InfoNCE.forward", "self, query, positive_key, negative_keys=None"),
+    (
+        info_nce,
+        "info_nce",
+        "query, positive_key, negative_keys=None, temperature=0.1, reduction='mean', negative_mode='unpaired'",
+    ),
+    (
+        open_clip,
+        "ClipLoss",
+        "local_loss=False, gather_with_grad=False, cache_labels=False, rank=0, world_size=1, use_horovod=False",
+    ),
+    (
+        open_clip,
+        "ClipLoss.forward",
+        "self, image_features, text_features, logit_scale, logit_bias=None, output_dict=False",
+    ),
+    (
+        sentence_transformers,
+        MNRL,
+        "model, scale=20.0, similarity_fct=cos_sim, gather_across_devices=False, directions=('query_to_doc',), "
+        "partition_mode='joint', hardness_mode=None, hardness_strength=0.0",
+    ),
+    (solo_learn, "simclr_loss_func", "z, indexes, temperature=0.1"),
+    (sup_contrast, "SupConLoss", "temperature=0.07, contrast_mode='all', base_temperature=0.07"),
+    (sup_contrast, "SupConLoss.forward", "self, features, labels=None, mask=None"),
+    (
+        simclr,
+        "add_contrastive_loss",
+        "hidden, hidden_norm=True, temperature=1.0, tpu_context=None, weights=1.0, strategy=None",
+    ),
+    (
+        torchmultimodal,
+        "ContrastiveLossWithTemperature",
+        f"logit_scale={math.log(1 / 0.07)}, logit_scale_min=0.0, logit_scale_max={math.log(100)}",
+    ),
+    (
+        torchmultimodal,
+        "ContrastiveLossWithTemperature.forward",
+        "self, embeddings_a, embeddings_b, backprop_type=BackpropType.GLOBAL, cross_entropy_kwargs=None, mask=None",
+    ),
+]
+INSTALLED = {
+    lightly: lambda name: peers.lightly("ntx_ent_loss" if name.startswith("NTXent") else "dcl_loss"),
+    pytorch_metric_learning: lambda name: peers.needs("pytorch_metric_learning.losses"),
+    info_nce: lambda name: peers.needs("info_nce"),
+    open_clip: lambda name: peers.open_clip(),
+    sentence_transformers: lambda name: peers.sentence_transformers().sentence_transformer.losses,
+}
+
+
+def parameters(module, name):
+    found = module
+    for part in name.split("."):
+        found = getattr(found, part)
+    return ", ".join(map(shown, inspect.signature(found).parameters.values()))
+
+
+def shown(parameter):
+    default = parameter.default
+    if default is inspect.Parameter.empty:
+        return f"{'**' if parameter.kind is inspect.Parameter.VAR_KEYWORD else ''}{parameter.name}"
+    if callable(default):
+        default = default.__name__
+    elif not isinstance(default, Enum):
+        default = repr(default)
+    return f"{parameter.name}={default}"
+
+
+@pytest.mark.parametrize(("module", "name", "signature"), SIGNATURES)
+def test_signature_is_the_librarys(module, name, signature):
+    assert parameters(module, name) == signature
+
+
+@pytest.mark.parametrize(("module", "name", "signature"), [row for row in SIGNATURES if row[0] in INSTALLED])
+def test_library_has_that_signature(module, name, signature):
+    theirs = parameters(INSTALLED[module](name), name)
+    assert theirs.removesuffix(", **kwargs") == signature.removesuffix(", **kwargs")
