@@ -73,7 +73,8 @@ class DCLLoss(nn.Module):
 
     Args:
         temperature: a float or a 0-d tensor, not zero.
-        weight_fn: called with the normalised (out0, out1), and (out1, out0), gives weights (N,) of the positives.
+        weight_fn: called with the normalised (out0, out1), and (out1, out0), gives weights (N,) of the positives, or a
+            number.
         gather_distributed: raises RuntimeError in a group of several processes, for now.
 
     A batch of one sample, which has no negatives, is 0 (lightly's is -inf).
@@ -104,7 +105,8 @@ class DCLLoss(nn.Module):
         u0, u1 = unit_rows(out0), unit_rows(out1)
         nu, pos = _logits(u0, u1, self.temperature)
         if self.weight_fn is not None:
-            pos = torch.cat((self.weight_fn(u0, u1), self.weight_fn(u1, u0))) * pos
+            pos_0, pos_1 = pos.chunk(2)
+            pos = torch.cat((self.weight_fn(u0, u1) * pos_0, self.weight_fn(u1, u0) * pos_1))
         return torch.where(nu == -torch.inf, 0, nu - pos).mean()
 
 

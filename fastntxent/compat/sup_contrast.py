@@ -31,8 +31,8 @@ class SupConLoss(nn.Module):
         contrast_mode: the anchors: "all" rows, or those of the first view, "one".
         base_temperature: tau_0.
 
-    Its call takes features (B, V, ...), which the caller normalises, and either labels (B,) of any dtype, or a mask
-    (B, B), bool or numbers, not necessarily symmetric: m_ij between the samples' rows. Neither of them is SimCLR.
+    Its call takes features (B, V, ...), which the caller normalises, and either labels (B,) or (B, 1) of any dtype, or
+    a mask (B, B), bool or numbers, not necessarily symmetric: m_ij between the samples' rows. Neither is SimCLR.
 
     Memory is O(B V D), beside the mask, which is never repeated for the views: positives enter the formula by their
     weighted sum, the mask's product with the rows, 2 B^2 D flops each way.
@@ -67,7 +67,7 @@ class SupConLoss(nn.Module):
             return scale * _masked(views, mask.to(rows.device), self.temperature, self.contrast_mode)
         if labels is None and self.contrast_mode == "all" and V == 2:
             return scale * nt_xent(views[0], views[1], self.temperature, normalize=False)
-        ids = torch.arange(B, device=rows.device) if labels is None else as_ids("labels", labels, views[0])
+        ids = torch.arange(B, device=rows.device) if labels is None else as_ids("labels", labels.reshape(-1), rows[:B])
         if self.contrast_mode == "all":
             losses = sup_con(rows, ids.repeat(V), self.temperature, reduction="sum", normalize=False)
             return scale * losses / (V * B)

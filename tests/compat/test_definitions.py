@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy, normalize
@@ -87,6 +88,7 @@ def test_sup_contrast_flattens_features_and_takes_labels_of_any_dtype():
     labels = torch.tensor([0, 1, 1, 0])
     for dtype in (torch.uint8, torch.int32, torch.bool, torch.float32):
         torch.testing.assert_close(loss(features, labels.to(dtype)), loss(features, labels))
+    assert loss(features, labels[:, None]) == loss(features, labels)
 
 
 def test_sup_contrast_learns_its_temperature_through_the_scale_too():
@@ -249,16 +251,25 @@ def test_torchmultimodal_errors():
         loss(z, z, mask=torch.ones(4))
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda z: torchmultimodal.ContrastiveLossWithTemperature()(z, z),
-        lambda z: solo_learn.simclr_loss_func(z, torch.zeros(4)),
-    ],
-)
+ALWAYS_GATHER = [
+    lambda z: torchmultimodal.ContrastiveLossWithTemperature()(z, z),
+    lambda z: solo_learn.simclr_loss_func(z, torch.zeros(4)),
+]
+
+
+@pytest.mark.parametrize("call", ALWAYS_GATHER)
 def test_libraries_that_always_gather_are_refused_in_a_group(call, monkeypatch):
-    z = torch.eye(4)
-    call(z)
     monkeypatch.setattr("fastntxent.compat.shared.world_size", lambda: 2)
     with pytest.raises(RuntimeError, match="needs the rows of all 2 processes"):
-        call(z)
+        call(torch.eye(4))
+
+
+@pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
+@pytest.mark.parametrize("call", ALWAYS_GATHER)
+def test_a_group_of_one_process_is_no_group(call):
+    alone = call(torch.eye(4))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert call(torch.eye(4)) == alone
+    finally:
+        dist.destroy_process_group()

@@ -1,5 +1,6 @@
 """No drop-in holds all pairs, and what the largest of the libraries' losses takes."""
 
+import copy
 import json
 import os
 import subprocess
@@ -21,7 +22,7 @@ from fastntxent.compat import (
     sup_contrast,
     torchmultimodal,
 )
-from tests.cases import LargestTensor
+from tests.cases import LargestTensor, needs_cuda
 
 N, D = 2200, 8  # a quarter of N^2 is more than the tiles and chunks
 LABELS = (torch.arange(N) % 50).repeat(2)
@@ -59,6 +60,7 @@ CALLS = {
     "info-nce-pytorch": info_nce.InfoNCE(),
     "open_clip": lambda *z: open_clip.ClipLoss()(*z, 10.0),
     "sentence-transformers": lambda a, b: MNRL(None, hardness_mode="all_negatives", hardness_strength=5.0)([a, b, -b]),
+    "sentence-transformers, all directions": lambda *z: MNRL(None, directions=sentence_transformers.DIRECTIONS)([*z]),
     "simclr": lambda *z: simclr.add_contrastive_loss(rows(*z)).loss,
     "torchmultimodal": torchmultimodal.ContrastiveLossWithTemperature(),
 }
@@ -74,6 +76,36 @@ def largest_of(call):
 @pytest.mark.parametrize("name", CALLS)
 def test_drop_in_never_holds_all_pairs(name):
     assert N * D <= largest_of(CALLS[name]) < N * N / 4
+
+
+# Those whose tiles or pairs the host has to know: tensors without data cannot say.
+DEVICE_ALONE = [
+    name for name in CALLS if not name.startswith("NTXentLoss") and name not in ("SupConLoss of pairs", "solo-learn")
+]
+
+
+@pytest.mark.parametrize("name", DEVICE_ALONE)
+def test_drop_in_mixes_no_devices(name):
+    call = copy.deepcopy(CALLS[name])
+    if isinstance(call, torch.nn.Module):
+        call.to("meta")
+    z = torch.empty(2, N, D, device="meta", requires_grad=True)
+    value = call(*z)
+    assert value.device.type == torch.autograd.grad(value, z)[0].device.type == "meta"
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", CALLS)
+def test_drop_in_on_cuda_equals_the_cpus(name):
+    results = []
+    for device in ("cpu", "cuda"):
+        call = copy.deepcopy(CALLS[name])
+        if isinstance(call, torch.nn.Module):
+            call.to(device)
+        z = torch.randn(2, N, D, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+        value = call(*z)
+        results.append([x.cpu() for x in (value, *torch.autograd.grad(value, z))])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float16, torch.float64])
