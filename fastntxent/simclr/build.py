@@ -43,6 +43,7 @@ def make_model(config: Config, data: ImageData, device: torch.device) -> SimCLR:
         hidden=config.proj_hidden,
         proj_dim=config.proj_dim,
         seed=config.seed,
+        batch_norm=config.norm == "batch",
         amp_dtype=AMP_DTYPES[amp],
     ).to(device)
 
@@ -71,6 +72,7 @@ def load_encoder(path: Path | str) -> nn.Module:
         hidden=config.proj_hidden,
         proj_dim=config.proj_dim,
         seed=config.seed,
+        batch_norm=config.norm == "batch",
     )
     model.load_state_dict(state["model"])
     return model.encoder.eval()

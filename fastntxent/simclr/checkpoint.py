@@ -79,11 +79,12 @@ def with_saved_options(given: dict[str, Any]) -> Config:
 
 def check_agreement(config: Config, saved: dict[str, Any], fingerprint: str, saved_fingerprint: str) -> None:
     """Raise ValueError naming every setting, the data included, in which a resumed run would differ."""
+    saved = Config.from_dict(saved).to_dict()  # with the defaults of options that are younger than the checkpoint
     now = config.to_dict()
     differing = [
-        f"{flag(option.name)} (checkpoint {saved.get(option.name)}, now {now[option.name]})"
+        f"{flag(option.name)} (checkpoint {saved[option.name]}, now {now[option.name]})"
         for option in fields(Config)
-        if option.metadata["same"] and saved.get(option.name) != now[option.name]
+        if option.metadata["same"] and saved[option.name] != now[option.name]
     ]
     if fingerprint != saved_fingerprint:
         differing.append(f"the training images (checkpoint {saved_fingerprint}, now {fingerprint})")

@@ -42,9 +42,16 @@ class Config:
 
     model: str = _option("conv", "model", "the encoder", choices=("conv", "resnet18"))
     width: int = _option(0, "model", "channels of its first layer; 0: 16 for conv, 64 for resnet18", metavar="N")
+    norm: str = _option("batch", "model", "normalisation in encoder and head", choices=("batch", "none"))
     proj_hidden: int = _option(256, "model", "hidden units of the projection head", metavar="N")
     proj_dim: int = _option(128, "model", "dimension of the embedding the loss sees", metavar="D")
 
+    objective: str = _option(
+        "nt_xent",
+        "loss",
+        "what is minimised: the loss, or one of its terms alone, L_a or L_d of tau L = L_a + L_d",
+        choices=("nt_xent", "alignment", "distribution"),
+    )
     loss: str = _option(
         "fused",
         "loss",
@@ -151,6 +158,9 @@ class Config:
                 raise ValueError(f"{flag(name)} must be 0 (off) or at least 2, got 1")
         if self.loss == "reference" and self.backend not in ("auto", "reference"):
             raise ValueError(f"--loss reference is a backend of its own, and --backend {self.backend} another")
+        for name in ("learn_temperature", "verify_every"):
+            if self.objective != "nt_xent" and getattr(self, name):
+                raise ValueError(f"{flag(name)} is for --objective nt_xent, not for {self.objective}")
         if self.chunk and not self.accumulate_batch:
             raise ValueError("--chunk has a meaning only with --accumulate-batch")
 
@@ -186,6 +196,7 @@ def parse_args(argv: Sequence[str] | None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description="Train an image encoder with SimCLR and the fused NT-Xent loss, judge it, and write a report.",
+        epilog=f"{PROGRAM} study --help: runs that show what the loss's terms and its temperature do.",
         argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=100),
     )

@@ -71,10 +71,10 @@ def evaluate(model: SimCLR, config: Config, data: ImageData) -> Evaluation:
             encode(candidate.encoder, train[0], device),
             encode(candidate.encoder, test[0], device),
         )
-        z_i, z_j = _embed_views(candidate, test[0], config, device)
+        z_i, z_j = embed_views(candidate, test[0], config, device)
         scores["alignment"][name] = float(alignment(z_i, z_j))
         scores["uniformity"][name] = float(uniformity(torch.cat((z_i, z_j))))
-    features["raw pixels"] = _raw(train[0]), _raw(test[0])
+    features["raw pixels"] = raw_pixels(train[0]), raw_pixels(test[0])
 
     for name, (known, unknown) in features.items():
         scores["effective rank"][name] = effective_rank(unknown)
@@ -142,7 +142,8 @@ def effective_rank(features: Tensor) -> float:
     return math.exp(float(-torch.special.xlogy(share, share).sum()))
 
 
-def _embed_views(model: SimCLR, images: Tensor, config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
+def embed_views(model: SimCLR, images: Tensor, config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The embeddings of two random views of every image, the same views in every call."""
     model.eval()
     z: tuple[list[Tensor], list[Tensor]] = ([], [])
     with torch.no_grad():
@@ -153,7 +154,7 @@ def _embed_views(model: SimCLR, images: Tensor, config: Config, device: torch.de
     return torch.cat(z[0]), torch.cat(z[1])
 
 
-def _raw(images: Tensor) -> Tensor:
+def raw_pixels(images: Tensor) -> Tensor:
     """Pixels as features; large images are averaged down to 32 x 32, or the probe would take hours."""
     x = images.float() / 255
     if max(x.shape[2:]) > RAW_SIZE:

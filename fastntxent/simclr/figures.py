@@ -34,7 +34,7 @@ def draw_curves(history: History, steps_per_epoch: int, learnt_temperature: bool
     ]
     if learnt_temperature:
         panels.append(("temperature", every, steps["temperature"], INK))
-    figure = _figure(2.7 * len(panels), 2.6)
+    figure = new_figure(2.7 * len(panels), 2.6)
     for axes, (title, x, y, colour) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         smooth = title == "loss" and len(y) >= 2 * steps_per_epoch
         axes.plot(x, y, color=colour, linewidth=0.8 if smooth else 1.4, alpha=0.3 if smooth else 1)
@@ -57,7 +57,7 @@ def _epoch_means(values: list[float], steps_per_epoch: int) -> tuple[Array, Arra
 
 def draw_embedding(evaluation: Evaluation, data: ImageData, path: Path) -> None:
     """Test images as points of a t-SNE map, from raw pixels and from the trained encoder, coloured by class."""
-    figure = _figure(11, 5.2)
+    figure = new_figure(11, 5.2)
     labels = evaluation.labels[:MAX_POINTS]
     for axes, name in zip(figure.subplots(1, 2), ("raw pixels", "trained"), strict=True):
         points = _flatten_to_2d(evaluation.features[name][:MAX_POINTS])
@@ -81,24 +81,26 @@ def draw_views(config: Config, data: ImageData, path: Path) -> None:
     chosen = torch.linspace(0, len(data.test_images) - 1, count).long()
     images = data.test_images[chosen]
     views = two_views(images, PRESETS[config.preset], stream(config.seed, "figure", 0))
-    figure = _figure(1.05 * count + 0.9, 3.5)
+    figure = new_figure(1.05 * count + 0.9, 3.5)
     grid = figure.subplots(3, count, squeeze=False)
     captions = ("image", "view 1", "view 2")
     for row, pictures, caption in zip(grid, (images.float() / 255, *views), captions, strict=True):
         for axes, picture in zip(row, pictures, strict=True):
-            _show(axes, picture)
+            show_image(axes, picture)
         row[0].set_ylabel(caption, color=INK, rotation=0, ha="right", va="center", labelpad=8)
     figure.savefig(path, dpi=110)
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
+    """A figure of so many inches, laid out by itself, that any format can be saved from."""
     figure = require("matplotlib.figure").Figure(figsize=(width, height), layout="constrained", facecolor="white")
     # Attaching a canvas is what makes savefig independent of the user's configured backend.
     require("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
     return figure
 
 
-def _show(axes: Any, picture: Tensor) -> None:
+def show_image(axes: Any, picture: Tensor) -> None:
+    """A picture in [0, 1], (C, H, W), without axes."""
     axes.imshow(picture.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
     axes.set_xticks([])
     axes.set_yticks([])

@@ -30,9 +30,9 @@ class Standardise(nn.Module):
         return ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
 
-def _conv_bn(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
-    conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(outputs))
+def _conv(inputs: int, outputs: int, kernel: int, stride: int, batch_norm: bool) -> nn.Sequential:
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=not batch_norm)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs) if batch_norm else nn.Identity())
 
 
 class ConvEncoder(nn.Module):
@@ -41,14 +41,14 @@ class ConvEncoder(nn.Module):
     The 2 x 2 pool keeps a trace of where things are, which a global pool of so shallow a network would lose.
     """
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float], width: int) -> None:
+    def __init__(self, mean: Sequence[float], std: Sequence[float], width: int, batch_norm: bool = True) -> None:
         super().__init__()
         self.feature_dim = 16 * width
         self.layers = nn.Sequential(
             Standardise(mean, std),
-            _conv_bn(len(mean), width, 5, stride=2), nn.ReLU(),
-            _conv_bn(width, 2 * width, 3, stride=2), nn.ReLU(),
-            _conv_bn(2 * width, 4 * width, 3, stride=2), nn.ReLU(),
+            _conv(len(mean), width, 5, 2, batch_norm), nn.ReLU(),
+            _conv(width, 2 * width, 3, 2, batch_norm), nn.ReLU(),
+            _conv(2 * width, 4 * width, 3, 2, batch_norm), nn.ReLU(),
             nn.AdaptiveAvgPool2d(2), nn.Flatten(),
         )  # fmt: skip
 
@@ -60,12 +60,12 @@ class ConvEncoder(nn.Module):
 class _Residual(nn.Module):
     """Two 3 x 3 convolutions around a shortcut (He et al. 2016, the block of ResNet-18)."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int, batch_norm: bool) -> None:
         super().__init__()
-        self.first = _conv_bn(inputs, outputs, 3, stride)
-        self.second = _conv_bn(outputs, outputs, 3)
+        self.first = _conv(inputs, outputs, 3, stride, batch_norm)
+        self.second = _conv(outputs, outputs, 3, 1, batch_norm)
         same = inputs == outputs and stride == 1
-        self.shortcut = nn.Identity() if same else _conv_bn(inputs, outputs, 1, stride)
+        self.shortcut = nn.Identity() if same else _conv(inputs, outputs, 1, stride, batch_norm)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.second(F.relu(self.first(x))) + self.shortcut(x))
@@ -78,13 +78,15 @@ class ResNet18(nn.Module):
     (appendix B.9); larger ones the usual 7 x 7 stem.
     """
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float], width: int, image_size: int) -> None:
+    def __init__(
+        self, mean: Sequence[float], std: Sequence[float], width: int, image_size: int, batch_norm: bool = True
+    ) -> None:
         super().__init__()
         self.feature_dim = 8 * width
         small = image_size <= SMALL_IMAGE
         stem = [
             Standardise(mean, std),
-            _conv_bn(len(mean), width, 3 if small else 7, 1 if small else 2),
+            _conv(len(mean), width, 3 if small else 7, 1 if small else 2, batch_norm),
             nn.ReLU(),
         ]
         if not small:
@@ -93,7 +95,10 @@ class ResNet18(nn.Module):
         inputs = width
         for stage in range(4):
             outputs = width * 2**stage
-            blocks += [_Residual(inputs, outputs, 1 if stage == 0 else 2), _Residual(outputs, outputs, 1)]
+            blocks += [
+                _Residual(inputs, outputs, 1 if stage == 0 else 2, batch_norm),
+                _Residual(outputs, outputs, 1, batch_norm),
+            ]
             inputs = outputs
         self.layers = nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
@@ -105,10 +110,10 @@ class ResNet18(nn.Module):
 class Projector(nn.Sequential):
     """The two-layer head g(h) = W2 relu(BN(W1 h)) of the paper."""
 
-    def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
+    def __init__(self, inputs: int, hidden: int, outputs: int, batch_norm: bool = True) -> None:
         super().__init__(
-            nn.Linear(inputs, hidden, bias=False),
-            nn.BatchNorm1d(hidden),
+            nn.Linear(inputs, hidden, bias=not batch_norm),
+            nn.BatchNorm1d(hidden) if batch_norm else nn.Identity(),
             nn.ReLU(),
             nn.Linear(hidden, outputs),
         )
@@ -140,6 +145,7 @@ def build_model(
     hidden: int,
     proj_dim: int,
     seed: int,
+    batch_norm: bool = True,
     amp_dtype: torch.dtype | None = None,
 ) -> SimCLR:
     """A model whose initial parameters are a function of the arguments; torch's global generator is untouched.
@@ -151,14 +157,18 @@ def build_model(
         width: channels of the encoder's first layer; 0 for its default.
         hidden, proj_dim: units of the projection head's two layers.
         seed: of the initial parameters.
+        batch_norm: False leaves BatchNorm out, with biases in its place.
         amp_dtype: run the forward under autocast to this dtype.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         width = width or DEFAULT_WIDTH[model]
         encoder: ConvEncoder | ResNet18
-        encoder = ConvEncoder(mean, std, width) if model == "conv" else ResNet18(mean, std, width, image_size)
-        projector = Projector(encoder.feature_dim, hidden, proj_dim)
+        if model == "conv":
+            encoder = ConvEncoder(mean, std, width, batch_norm)
+        else:
+            encoder = ResNet18(mean, std, width, image_size, batch_norm)
+        projector = Projector(encoder.feature_dim, hidden, proj_dim, batch_norm)
     simclr = SimCLR(encoder, projector, amp_dtype)
     simclr.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from torch's stubs
     return simclr

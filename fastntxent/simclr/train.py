@@ -18,13 +18,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import NTXentLoss, alignment, budget, cached_backward, uniformity
+from .. import alignment, budget, cached_backward, uniformity
 from .augment import PRESETS, two_views
 from .build import make_model, pick_device
 from .checkpoint import FILE_NAME, check_agreement, load_checkpoint, resume_path, save_checkpoint
 from .config import Config
 from .data import ImageData
 from .history import History, TrainingError
+from .objective import build_objective
 from .optim import build_optimizer, default_learning_rate, learning_rate
 from .sources import require
 
@@ -57,10 +58,7 @@ class Trainer:
         self.data = data
         self.device = pick_device(config.device)
         self.model = make_model(config, data, self.device)
-        backend = "reference" if config.loss == "reference" else config.backend
-        self.loss = NTXentLoss(config.temperature, backend=backend, learn_temperature=config.learn_temperature).to(
-            self.device
-        )
+        self.loss = build_objective(config).to(self.device)
         self._try_the_loss()
 
         n = len(data.train_images)
@@ -97,29 +95,30 @@ class Trainer:
         """Where this run stops: the end of the schedule, or --max-steps."""
         return min(self.schedule_steps, self.config.max_steps or self.schedule_steps)
 
-    def fit(self) -> None:
-        """Train to `last_step`, with checkpoints on the way and one at the end.
+    def fit(self, until: int | None = None) -> None:
+        """Train to `last_step`, or to the step `until` before it, with checkpoints on the way and one at the end.
 
         Raises:
             TrainingError: the loss failed its verification, or is no longer finite.
         """
         config = self.config
+        last_step = self.last_step if until is None else min(until, self.last_step)
         started = time.perf_counter() - self.seconds
         measured = (self.step, time.perf_counter())
         with self._progress_bar() as bar:
-            while self.step < self.last_step:
+            while self.step < last_step:
                 batch = self._train_step()
                 done = self.step + 1
                 if config.verify_every and self.step % config.verify_every == 0:
                     self._verify(batch)
-                if self.step % config.log_every == 0 or done == self.last_step:
+                if self.step % config.log_every == 0 or done == last_step:
                     rate = (done - measured[0]) * self.batch / (time.perf_counter() - measured[1])
                     measured = (done, time.perf_counter())
                     bar.set_postfix(self._measure(batch) | {"images/s": f"{rate:.0f}"}, refresh=False)
                 self.step = done
                 self.seconds = time.perf_counter() - started
                 bar.update()
-                if config.checkpoint_every and done % config.checkpoint_every == 0 and done < self.last_step:
+                if config.checkpoint_every and done % config.checkpoint_every == 0 and done < last_step:
                     self.save()
         self.save()
 

@@ -1,0 +1,34 @@
+"""What a run minimises: NT-Xent, or one of its two terms by itself."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import NTXentLoss, nt_xent_terms
+from .config import Config
+
+
+class OneTerm(NTXentLoss):
+    """L_a or L_d of tau L = L_a + L_d alone; see `nt_xent_terms`.
+
+    Half of SimCLR, to learn from: alignment alone is at its best where all embeddings are one point, distribution
+    alone knows nothing of views.
+    """
+
+    def __init__(self, term: str, temperature: float, *, backend: str) -> None:
+        super().__init__(temperature, backend=backend)
+        self.term = term
+
+    def forward(self, z_i: Tensor, z_j: Tensor, ids: Tensor | None = None) -> Tensor:
+        assert ids is None
+        terms = nt_xent_terms(z_i, z_j, self.temperature, backend=self.backend)
+        value: Tensor = getattr(terms, self.term)
+        return value
+
+
+def build_objective(config: Config) -> NTXentLoss:
+    """The loss module of a run."""
+    backend = "reference" if config.loss == "reference" else config.backend
+    if config.objective == "nt_xent":
+        return NTXentLoss(config.temperature, backend=backend, learn_temperature=config.learn_temperature)
+    return OneTerm(config.objective, config.temperature, backend=backend)
