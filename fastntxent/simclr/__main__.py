@@ -10,11 +10,14 @@ from .checkpoint import with_saved_options
 from .config import PROGRAM, parse_args
 from .history import TrainingError
 from .run import finish, prepare, summarise
+from .study.command import main as study
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the trainer for a command line; returns the exit status."""
+    """Run the trainer for a command line, or the study; returns the exit status."""
     arguments = sys.argv[1:] if argv is None else list(argv)
+    if arguments[:1] == ["study"]:
+        return study(arguments[1:])
     given = parse_args(arguments)
     try:
         trainer = prepare(with_saved_options(given))

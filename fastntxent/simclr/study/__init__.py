@@ -1,0 +1,9 @@
+"""What the two terms of the loss and its temperature do, measured on runs of the trainer: docs/study.md explains them.
+
+`python -m fastntxent.simclr study --help` says how to run it.
+"""
+
+from .plan import FULL, QUICK, Plan
+from .study import study
+
+__all__ = ["FULL", "QUICK", "Plan", "study"]

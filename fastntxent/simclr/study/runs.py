@@ -1,0 +1,75 @@
+"""One run of the study, measured on the way; what was done before an interruption is not done again."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import FILE_NAME
+from ..config import Config
+from ..data import ImageData
+from ..train import Trainer
+from .measure import Snapshot, final_quality, quality
+
+RECORD = "measured.json"
+
+Record = dict[str, Any]
+
+
+def train(config: Config, data: ImageData, measured: Sequence[int]) -> tuple[Record, Trainer]:
+    """Train a run to its end with measurements on the way, or find it finished.
+
+    Args:
+        config: its settings; a checkpoint in `config.out` is gone on with, and must agree with them.
+        data: the images.
+        measured: the epochs after which the test images are measured, in order; the last is `config.epochs`.
+
+    Returns:
+        What measured.json holds (the curves, what was measured at the end, the seconds it took), and the trainer.
+
+    Raises:
+        ValueError: the folder holds a run with other settings.
+        TrainingError: as `Trainer.fit`.
+    """
+    path = config.out / RECORD
+    # The checkpoint of an epoch is written before its measurements: a record without a checkpoint is of another run.
+    record = read(path) if (config.out / FILE_NAME).exists() else None
+    record = record or {"curves": {"epoch": []}, "end": {}, "seconds": {"wall": 0.0, "cpu": 0.0}}
+    trainer = open_trainer(config, data)
+    for epoch in measured:
+        if epoch in record["curves"]["epoch"]:
+            continue
+        wall, cpu = time.perf_counter(), time.process_time()
+        trainer.fit(epoch * trainer.steps_per_epoch)
+        snapshot = Snapshot(trainer.model, config, data)
+        for name, value in {"epoch": epoch, **quality(snapshot)}.items():
+            record["curves"].setdefault(name, []).append(value)
+        if epoch == config.epochs:
+            record["end"] = final_quality(snapshot, config.temperature)
+        record["seconds"]["wall"] += time.perf_counter() - wall
+        record["seconds"]["cpu"] += time.process_time() - cpu
+        write(path, record)
+    return record, trainer
+
+
+def open_trainer(config: Config, data: ImageData) -> Trainer:
+    """The trainer of a run, where its checkpoint left it or at its beginning."""
+    started = (config.out / FILE_NAME).exists()
+    return Trainer(replace(config, resume="auto") if started else config, data)
+
+
+def read(path: Path) -> Record | None:
+    """A record, or None if there is none yet."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def write(path: Path, record: Record) -> None:
+    """Write a record whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)

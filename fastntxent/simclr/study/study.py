@@ -1,0 +1,165 @@
+"""The study from plan to record: every run, what it is good for, the figures and the pages."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ... import __version__
+from ..build import make_model
+from ..config import Config
+from ..data import ImageData, load_data
+from ..evaluate import encode, raw_pixels, recalibrate
+from ..models import SimCLR
+from ..sources import require
+from . import downstream, pictures, plots
+from .measure import NEIGHBOURS
+from .pictures import Features
+from .plan import TEMPERATURE, Plan, temperature_run
+from .runs import Record, open_trainer, read, train, write
+
+RECORD = "study.json"
+RETRIEVED = 10
+
+
+def study(plan: Plan, out: Path, seed: int = 0, say: Callable[[str], None] = print) -> Record:
+    """Make the runs that are missing, measure, and write study.json and the figures.
+
+    One thread: so small a network gains little from a second, and the figures then are the same on any number of
+    cores.
+
+    Args:
+        plan: what to run.
+        out: the folder of the study; each run has one in it. A study that was stopped is gone on with.
+        seed: of all runs.
+        say: told what goes on, a line at a time.
+
+    Returns:
+        What study.json holds.
+
+    Raises:
+        ValueError: `out` holds runs of another plan or seed.
+        ImportError: a package is missing.
+        TrainingError: as `Trainer.fit`.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with require("threadpoolctl").threadpool_limits(1):
+            return _study(plan, out, seed, say)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _study(plan: Plan, out: Path, seed: int, say: Callable[[str], None]) -> Record:
+    data = load_data(plan.data, None, 32, False)
+    runs = {}
+    for name, config in plan.runs(out, seed).items():
+        say(f"{name}: {plan.epochs} epochs")
+        runs[name], trainer = train(config, data, plan.measured)
+        if name == temperature_run(TEMPERATURE):
+            reference = trainer
+    say("clustering and retrieval")
+    wall, cpu = time.perf_counter(), time.process_time()
+    features = representations(reference.model, reference.config, data)
+    clusters = {name: downstream.cluster(*pair, len(data.class_names)) for name, pair in features.items()}
+    uses = {name: _scores(*pair, clusters[name], data) for name, pair in features.items()}
+    pictures.draw_neighbours(features, data, out / "neighbours.png")
+    pictures.draw_clusters(features, clusters, data, out / "clusters.png")
+    seconds = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+
+    anomalies: list[Record] = []
+    for group, config in plan.held_out_runs(out, seed).items():
+        say(f"without {', '.join(map(str, group))}: {plan.held_out_epochs} epochs")
+        anomalies += held_out(config, data, group)
+
+    record = {
+        "plan": asdict(plan),
+        "seed": seed,
+        "versions": {"fastntxent": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "data": {
+            "name": data.name,
+            "train": len(data.train_images),
+            "test": len(data.test_images),
+            "classes": len(data.class_names),
+        },
+        "runs": runs,
+        "uses": uses,
+        "anomalies": anomalies,
+        "seconds": {
+            clock: sum(part["seconds"][clock] for part in (*runs.values(), *anomalies)) + seconds[clock]
+            for clock in ("wall", "cpu")
+        },
+    }
+    record = json.loads(json.dumps(record))  # as it will be read: tuples are lists
+    write(out / RECORD, record)
+    plots.draw(record, out)
+    return record
+
+
+def representations(model: SimCLR, config: Config, data: ImageData) -> Features:
+    """Features of both parts from the trained encoder, the same encoder untrained, and raw pixels."""
+    device = torch.device("cpu")
+    found = {}
+    for name, candidate in {"trained": model, "untrained": make_model(config, data, device)}.items():
+        recalibrate(candidate, data.train_images, device)
+        found[name] = (
+            encode(candidate.encoder, data.train_images, device),
+            encode(candidate.encoder, data.test_images, device),
+        )
+    found["raw pixels"] = raw_pixels(data.train_images), raw_pixels(data.test_images)
+    return found
+
+
+def _scores(known: Tensor, unknown: Tensor, clusters: Tensor, data: ImageData) -> downstream.Scores:
+    return {
+        **downstream.clustering_scores(clusters, data.test_labels),
+        "precision": downstream.precision(unknown, data.test_labels, known, data.train_labels, RETRIEVED),
+    }
+
+
+def held_out(config: Config, data: ImageData, group: tuple[int, ...]) -> list[Record]:
+    """Train without a group of classes, then find each of them among the test images of the classes that were there.
+
+    Returns:
+        For each class of the group its AUROC by representation.
+    """
+    path = config.out / "anomaly.json"
+    wall, cpu = time.perf_counter(), time.process_time()
+    known = without(data, group)
+    trainer = open_trainer(config, known)
+    trainer.fit()
+    done = read(path)
+    if done:
+        return done["classes"]
+    features = representations(trainer.model, config, known)
+    rows = []
+    for novel in group:
+        chosen = (data.test_labels == novel) | ~torch.isin(data.test_labels, torch.tensor(group))
+        is_novel = data.test_labels[chosen] == novel
+        rows.append({
+            "class": data.class_names[novel],
+            "without": [data.class_names[label] for label in group],
+            "AUROC": {
+                name: downstream.auroc(downstream.novelty(bank, images[chosen], NEIGHBOURS), is_novel)
+                for name, (bank, images) in features.items()
+            },
+            "seconds": {
+                "wall": (time.perf_counter() - wall) / len(group), "cpu": (time.process_time() - cpu) / len(group),
+            },
+        })  # fmt: skip
+    write(path, {"classes": rows})
+    return rows
+
+
+def without(data: ImageData, group: tuple[int, ...]) -> ImageData:
+    """The data with these classes left out of the training images, and all test images."""
+    kept = ~torch.isin(data.train_labels, torch.tensor(group))
+    return replace(data, train_images=data.train_images[kept], train_labels=data.train_labels[kept])
