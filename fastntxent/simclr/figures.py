@@ -86,7 +86,7 @@ def draw_views(config: Config, data: ImageData, path: Path) -> None:
     captions = ("image", "view 1", "view 2")
     for row, pictures, caption in zip(grid, (images.float() / 255, *views), captions, strict=True):
         for axes, picture in zip(row, pictures, strict=True):
-            show_image(axes, picture)
+            _show(axes, picture)
         row[0].set_ylabel(caption, color=INK, rotation=0, ha="right", va="center", labelpad=8)
     figure.savefig(path, dpi=110)
 
@@ -99,8 +99,7 @@ def new_figure(width: float, height: float) -> Any:
     return figure
 
 
-def show_image(axes: Any, picture: Tensor) -> None:
-    """A picture in [0, 1], (C, H, W), without axes."""
+def _show(axes: Any, picture: Tensor) -> None:
     axes.imshow(picture.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
     axes.set_xticks([])
     axes.set_yticks([])

@@ -1,15 +1,11 @@
-"""The skeleton of report.html. In a module, so that it is installed wherever the code is."""
+"""The skeleton of report.html, and the style that the study's report shares.
+
+In a module, so that it is installed wherever the code is.
+"""
 
 from string import Template
 
-PAGE = Template("""\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
+STYLE = """\
   :root { --ink: #222a33; --soft: #5b6672; --line: #dfe3e8; --tint: #f5f7f9; --accent: #2563a8; }
   body { margin: 0 auto; max-width: 62rem; padding: 2rem 1.25rem 4rem; color: var(--ink);
          font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
@@ -37,6 +33,20 @@ PAGE = Template("""\
         overflow-wrap: anywhere; font-size: .88rem; }
   details { margin-top: .8rem; }
   summary { cursor: pointer; color: var(--accent); }
+"""
+
+PAGE = Template(
+    """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+"""
+    + STYLE
+    + """\
 </style>
 </head>
 <body>
@@ -90,4 +100,5 @@ features = encoder(images)  # (N, C, H, W) in [0, 1]</pre>
 <details><summary>Data and environment</summary>$environment</details>
 </body>
 </html>
-""")
+"""
+)

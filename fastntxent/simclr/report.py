@@ -26,8 +26,8 @@ _MEASURES = {
             "class. No training of any kind: it asks whether like lies near like. Higher is better."),
     "linear probe": ("Linear probe accuracy", "Share of the test images that a linear classifier on frozen features "
                      "gets right. It asks whether classes can be told apart by straight cuts. Higher is better."),
-    "effective rank": ("Effective rank", "How many directions the features really use. A collapsed representation "
-                       "has an effective rank near 1."),
+    "effective rank": ("Effective rank", "How many directions the features really use around their mean. It says "
+                       "nothing of how far they spread: collapse to a point shows in the uniformity."),
     "alignment": ("Alignment", "Mean squared distance between the embeddings of two views of one test image: 0 if "
                   "views do not matter, 2 by chance. Lower is better, unless uniformity is lost for it."),
     "uniformity": ("Uniformity", "How evenly the embeddings cover the sphere: 0 if all are one point, about -4 if "

@@ -57,7 +57,15 @@ def test_fit_drops_only_a_last_batch_of_one(make_trainer, stripes, count, steps)
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"learn_temperature": True}, {"optimizer": "lars"}, {"accumulate_batch": 64, "chunk": 16}]
+    "options",
+    [
+        {},
+        {"learn_temperature": True},
+        {"optimizer": "lars"},
+        {"accumulate_batch": 64, "chunk": 16},
+        {"objective": "alignment", "norm": "none"},
+        {"objective": "distribution"},
+    ],
 )
 @pytest.mark.parametrize("stop", [1, 3, 5])
 def test_resume_continues_bit_by_bit(make_trainer, options, stop):

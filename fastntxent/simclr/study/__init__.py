@@ -3,7 +3,7 @@
 `python -m fastntxent.simclr study --help` says how to run it.
 """
 
+from .conduct import conduct
 from .plan import FULL, QUICK, Plan
-from .study import study
 
-__all__ = ["FULL", "QUICK", "Plan", "study"]
+__all__ = ["FULL", "QUICK", "Plan", "conduct"]

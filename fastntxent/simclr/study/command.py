@@ -9,8 +9,8 @@ from pathlib import Path
 
 from ..config import PROGRAM
 from ..history import TrainingError
+from .conduct import RECORD, conduct
 from .plan import FULL, QUICK
-from .study import RECORD, study
 from .tables import TABLES, publish
 
 
@@ -22,7 +22,7 @@ def main(argv: Sequence[str]) -> int:
             raise ValueError(f"--seed must be at least 0, got {arguments.seed}")
         if arguments.page and not arguments.page.is_file():
             raise FileNotFoundError(f"--page {arguments.page} is not a file")
-        record = study(QUICK if arguments.quick else FULL, arguments.out, arguments.seed)
+        record = conduct(QUICK if arguments.quick else FULL, arguments.out, arguments.seed)
         if arguments.page:
             publish(record, arguments.out, arguments.page)
     except (ValueError, OSError, ImportError) as error:
@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
         return 130
     for section, make in TABLES.items():
         print(f"\n{section}\n\n{make(record)}")
-    print(f"\n{arguments.out / RECORD} holds the numbers; the figures lie beside it")
+    print(f"\n{arguments.out}/report.html shows it, {RECORD} beside it holds the numbers")
     return 0
 
 

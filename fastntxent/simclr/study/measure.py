@@ -16,7 +16,7 @@ from ..data import ImageData
 from ..evaluate import ROWS, embed_views, encode, knn_accuracy, probe_accuracy, recalibrate
 from ..models import SimCLR
 
-BINS = 100  # of the histograms of similarities, over [-1, 1]
+BINS = 50  # of the histograms of similarities, over [-1, 1]
 NEIGHBOURS = 5
 
 Measures = dict[str, float]

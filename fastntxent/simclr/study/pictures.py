@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,32 +10,35 @@ from torch import Tensor
 from ... import retrieve
 from ...common import unit_rows
 from ..data import ImageData
-from ..figures import BLUE, INK, ORANGE, new_figure, show_image
+from ..figures import BLUE, INK, ORANGE, new_figure
+from ..sources import require
 
 Features = dict[str, tuple[Tensor, Tensor]]  # of the training and the test images, by representation
 
 SHOWN = {"raw pixels": "raw pixels", "trained": "the trained encoder"}
 QUERIES, NEAREST = 8, 8
+DPI = 72
+
+Cell = tuple[Tensor, str]  # an image (C, H, W) in [0, 1], and the colour of its frame
 
 
 def draw_neighbours(features: Features, data: ImageData, path: Path) -> None:
-    """Test images and the training images nearest to them, by raw pixels and by the trained encoder; those of another
-    class are framed."""
-    hard = _hard_queries(features["raw pixels"], data)
-    figure = new_figure(12, 0.62 * len(hard) + 0.5)
-    for part, name in zip(figure.subfigures(1, 2, wspace=0.04), SHOWN, strict=True):
+    """Test images and the training images nearest to them; those of another class are framed."""
+    queries = _hard_queries(features["raw pixels"], data)
+    boards = {}
+    for name, title in SHOWN.items():
         known, unknown = features[name]
-        nearest = retrieve(unknown[hard], known, min(NEAREST, len(known))).indices
-        part.suptitle(f"nearest by {SHOWN[name]}", fontsize=10, color=INK)
-        grid = part.subplots(len(hard), nearest.shape[1] + 1, squeeze=False)
-        for row, query, found in zip(grid, hard.tolist(), nearest, strict=True):
-            show_image(row[0], data.test_images[query] / 255)
-            for axes, index in zip(row[1:], found.tolist(), strict=True):
-                show_image(axes, data.train_images[index] / 255)
-                if data.train_labels[index] != data.test_labels[query]:
-                    _frame(axes, ORANGE)
-            _frame(row[0], BLUE)
-    figure.savefig(path, dpi=80)
+        nearest = retrieve(unknown[queries], known, min(NEAREST, len(known))).indices
+        wrong = data.train_labels[nearest] != data.test_labels[queries, None]
+        boards[f"nearest by {title}"] = [
+            [(data.test_images[query] / 255, BLUE)]
+            + [
+                (data.train_images[index] / 255, ORANGE if is_wrong else "white")
+                for index, is_wrong in zip(found.tolist(), wrong_ones.tolist(), strict=True)
+            ]
+            for query, found, wrong_ones in zip(queries.tolist(), nearest, wrong, strict=True)
+        ]
+    _draw(boards, path)
 
 
 def _hard_queries(raw: tuple[Tensor, Tensor], data: ImageData) -> Tensor:
@@ -52,23 +54,38 @@ def _hard_queries(raw: tuple[Tensor, Tensor], data: ImageData) -> Tensor:
 
 def draw_clusters(features: Features, clusters: dict[str, Tensor], data: ImageData, path: Path) -> None:
     """A row for each cluster: its test images, from those nearest to its middle to the farthest."""
-    count = len(data.class_names)
-    figure = new_figure(12, 0.55 * count + 0.5)
-    for part, name in zip(figure.subfigures(1, 2, wspace=0.04), SHOWN, strict=True):
+    boards = {}
+    for name, title in SHOWN.items():
         u = unit_rows(features[name][1])
-        part.suptitle(f"clusters of {SHOWN[name]}", fontsize=10, color=INK)
-        for index, row in enumerate(part.subplots(count, NEAREST + 2, squeeze=False)):
+        rows = []
+        for index in clusters[name].unique().tolist():
             members = (clusters[name] == index).nonzero().squeeze(1)
-            order = (u[members] @ u[members].sum(dim=0)).argsort(descending=True)
-            chosen = members[order[torch.linspace(0, len(order) - 1, len(row)).long()]].tolist() if len(order) else []
-            for axes in row:
-                axes.axis("off")  # an empty cluster has nothing to show
-            for axes, image in zip(row, chosen, strict=False):
-                show_image(axes, data.test_images[image] / 255)
-    figure.savefig(path, dpi=80)
+            order = members[(u[members] @ u[members].sum(dim=0)).argsort(descending=True)]
+            chosen = order[torch.linspace(0, len(order) - 1, NEAREST + 2).long()]
+            rows.append([(image / 255, "white") for image in data.test_images[chosen]])
+        boards[f"clusters of {title}"] = rows
+    _draw(boards, path)
 
 
-def _frame(axes: Any, colour: str) -> None:
-    axes.axis("on")
-    axes.spines[:].set_visible(True)
-    axes.spines[:].set(color=colour, linewidth=2)
+def _draw(boards: dict[str, list[list[Cell]]], path: Path) -> None:
+    """Boards of images side by side, each one picture: hundreds of axes would take a minute."""
+    rows = max(map(len, boards.values()))
+    figure = new_figure(12, 0.55 * rows + 0.4)
+    for axes, (title, board) in zip(figure.subplots(1, len(boards)), boards.items(), strict=True):
+        axes.imshow(torch.cat([torch.cat([_framed(*cell) for cell in row], dim=1) for row in board]).numpy())
+        axes.set_title(title, fontsize=10, color=INK)
+        axes.axis("off")
+    figure.savefig(path, dpi=DPI)
+
+
+def _framed(image: Tensor, colour: str) -> Tensor:
+    """(H, W, 3): the image in a frame of this colour, and a white margin."""
+    width = max(1, image.shape[-1] // 14)
+    frame = torch.tensor(require("matplotlib.colors").to_rgb(colour))
+    picture = image.permute(1, 2, 0).expand(-1, -1, 3)
+    for edge in (frame, torch.ones(3)):
+        height, length = picture.shape[:2]
+        board = edge.expand(height + 2 * width, length + 2 * width, 3).clone()
+        board[width:-width, width:-width] = picture
+        picture = board
+    return picture

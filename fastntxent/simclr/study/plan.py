@@ -19,7 +19,7 @@ LR_WITHOUT_NORM = 0.01
 
 @dataclass(frozen=True)
 class Plan:
-    """The size of the study. Every list begins and ends with what the tables need, whatever its length.
+    """The size of the study.
 
     Args:
         data: the data set.

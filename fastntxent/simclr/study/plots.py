@@ -45,8 +45,10 @@ def _collapse(record: Record) -> Any:
                     linewidth=1.8,
                 )  # fmt: skip
             _style(axes, _title(measure))
-            if measure.startswith("effective rank"):
+            if measure == "alignment":
                 axes.set_yscale("log")
+            if measure.startswith("effective rank"):
+                _count_axis(axes, 128)
             if measure.startswith("knn"):
                 axes.axhline(1 / _classes(record), color=INK, linewidth=0.8, linestyle=":")
                 axes.set_ylim(0, 1)
@@ -54,6 +56,7 @@ def _collapse(record: Record) -> Any:
     for axes in row:
         axes.set_xlabel("epoch", color=INK)
     figure.legend(*row[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+    figure.align_ylabels()
     return figure
 
 
@@ -110,8 +113,7 @@ def _temperature(record: Record) -> Any:
         axes.set_xlabel(r"temperature $\tau$", color=INK)
         if len(lines) > 1:
             axes.legend(frameon=False, fontsize=8)
-    axes = figure.axes[list(panels).index("effective negatives")]
-    axes.set_yscale("log")
+    _count_axis(figure.axes[list(panels).index("effective negatives")], ends[0]["end"]["negatives"])
     return figure
 
 
@@ -145,6 +147,15 @@ def _style(axes: Any, title: str) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=INK, labelsize=8)
+
+
+def _count_axis(axes: Any, most: int) -> None:
+    """From 1 to `most`, by logarithm, with plain numbers."""
+    axes.set_yscale("log")
+    axes.set_ylim(0.9, 1.2 * most)
+    ticks = [10**power for power in range(5) if 10**power <= most]
+    axes.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.yaxis.minorticks_off()
 
 
 def _title(measure: str) -> str:

@@ -45,8 +45,8 @@ def temperatures(record: Record) -> str:
         rows.append([
             f"{tau:g}", percent(curves["knn h"][-1]), percent(end["linear"]), percent(curves["knn z"][-1]),
             f"{curves['effective rank z'][-1]:.1f}", f"{curves['effective rank h'][-1]:.1f}",
-            *(f"{sims[pairs]['mean']:.2f}" for pairs in ("positives", "same class", "other classes")),
-            f"{sims['other classes']['std']:.2f}", f"{curves['uniformity'][-1]:.2f}",
+            *(two(sims[pairs]["mean"]) for pairs in ("positives", "same class", "other classes")),
+            two(sims["other classes"]["std"]), two(curves["uniformity"][-1]),
             f"{end['effective negatives']:.0f}",
         ])  # fmt: skip
     negatives = record["runs"][temperature_run(record["plan"]["temperatures"][0])]["end"]["negatives"]
@@ -102,10 +102,10 @@ TABLES: dict[str, Callable[[Record], str]] = {
 def _quality(run: Record, at: int = -1) -> list[str]:
     curves = run["curves"]
     return [
-        small(curves["alignment"][at]), f"{curves['uniformity'][at]:.2f}",
+        small(curves["alignment"][at]), two(curves["uniformity"][at]),
         *(f"{curves[f'effective rank {name}'][at]:.1f}" for name in ("z", "h")),
         *(percent(curves[f"knn {name}"][at]) for name in ("z", "h")),
-        percent(run["end"]["linear"]) if at == -1 else "",
+        percent(run["end"]["linear"]) if at == -1 else "-",
         percent(curves["contrastive accuracy"][at]),
     ]  # fmt: skip
 
@@ -115,9 +115,14 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
+def two(value: float) -> str:
+    """Two decimals, and no minus before a zero."""
+    return f"{round(value, 2) + 0:.2f}"
+
+
 def small(value: float) -> str:
     """Two decimals, or one significant digit of what they would round away."""
-    return f"{value:.2f}" if value >= 0.01 else f"{value:.0e}".replace("e-0", "e-")
+    return two(value) if value == 0 or value >= 0.01 else f"{value:.0e}".replace("e-0", "e-")
 
 
 def table(head: str, rows: Iterable[list[str]], left: int = 0) -> str:

@@ -23,14 +23,15 @@ from . import downstream, pictures, plots
 from .measure import NEIGHBOURS
 from .pictures import Features
 from .plan import TEMPERATURE, Plan, temperature_run
+from .report import write_report
 from .runs import Record, open_trainer, read, train, write
 
 RECORD = "study.json"
 RETRIEVED = 10
 
 
-def study(plan: Plan, out: Path, seed: int = 0, say: Callable[[str], None] = print) -> Record:
-    """Make the runs that are missing, measure, and write study.json and the figures.
+def conduct(plan: Plan, out: Path, seed: int = 0, say: Callable[[str], None] = print) -> Record:
+    """Make the runs that are missing, measure, and write study.json, the figures and report.html.
 
     One thread: so small a network gains little from a second, and the figures then are the same on any number of
     cores.
@@ -53,12 +54,12 @@ def study(plan: Plan, out: Path, seed: int = 0, say: Callable[[str], None] = pri
     torch.set_num_threads(1)
     try:
         with require("threadpoolctl").threadpool_limits(1):
-            return _study(plan, out, seed, say)
+            return _conduct(plan, out, seed, say)
     finally:
         torch.set_num_threads(threads)
 
 
-def _study(plan: Plan, out: Path, seed: int, say: Callable[[str], None]) -> Record:
+def _conduct(plan: Plan, out: Path, seed: int, say: Callable[[str], None]) -> Record:
     data = load_data(plan.data, None, 32, False)
     runs = {}
     for name, config in plan.runs(out, seed).items():
@@ -101,6 +102,7 @@ def _study(plan: Plan, out: Path, seed: int, say: Callable[[str], None]) -> Reco
     record = json.loads(json.dumps(record))  # as it will be read: tuples are lists
     write(out / RECORD, record)
     plots.draw(record, out)
+    write_report(record, out)
     return record
 
 
@@ -129,7 +131,7 @@ def held_out(config: Config, data: ImageData, group: tuple[int, ...]) -> list[Re
     """Train without a group of classes, then find each of them among the test images of the classes that were there.
 
     Returns:
-        For each class of the group its AUROC by representation.
+        For each class of the group its AUROC by representation, and its share of the seconds.
     """
     path = config.out / "anomaly.json"
     wall, cpu = time.perf_counter(), time.process_time()
@@ -140,7 +142,7 @@ def held_out(config: Config, data: ImageData, group: tuple[int, ...]) -> list[Re
     if done:
         return done["classes"]
     features = representations(trainer.model, config, known)
-    rows = []
+    rows: list[Record] = []
     for novel in group:
         chosen = (data.test_labels == novel) | ~torch.isin(data.test_labels, torch.tensor(group))
         is_novel = data.test_labels[chosen] == novel
@@ -151,10 +153,10 @@ def held_out(config: Config, data: ImageData, group: tuple[int, ...]) -> list[Re
                 name: downstream.auroc(downstream.novelty(bank, images[chosen], NEIGHBOURS), is_novel)
                 for name, (bank, images) in features.items()
             },
-            "seconds": {
-                "wall": (time.perf_counter() - wall) / len(group), "cpu": (time.process_time() - cpu) / len(group),
-            },
         })  # fmt: skip
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    for row in rows:  # one encoder serves the whole group
+        row["seconds"] = {"wall": wall / len(group), "cpu": cpu / len(group)}
     write(path, {"classes": rows})
     return rows
 

@@ -1,0 +1,91 @@
+"""report.html of a study: its tables and figures in one file that needs no other; docs/study.md is the text to it."""
+
+from __future__ import annotations
+
+import base64
+import html
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from ..page import STYLE
+from .tables import TABLES
+
+PAGE = Template(
+    """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+"""
+    + STYLE
+    + """\
+  table { display: block; overflow-x: auto; }
+</style>
+</head>
+<body>
+<h1>$title</h1>
+<p>$cost</p>
+$sections
+</body>
+</html>
+"""
+)
+
+# Heading, table, figures with what to see in them.
+SECTIONS: tuple[tuple[str, str, dict[str, str]], ...] = (
+    ("Either term alone, and both", "objectives", {
+        "collapse.svg": "Measures of the test images over training. Alignment alone: uniformity 0 and a rank of 1, "
+        "which is collapse. Distribution alone: spread out, with alignment at chance.",
+        "similarities.svg": "Similarities of pairs at the end, without BatchNorm.",
+    }),
+    ("The temperature", "temperatures", {
+        "temperature.svg": "Measures at the end of training against the temperature.",
+        "spread.svg": "Similarities of pairs at the end. A small temperature pushes the nearest apart, a large one "
+        "tolerates them.",
+    }),
+    ("Clusters and nearest images", "uses", {
+        "uses.svg": "The trained encoder against the same encoder untrained and raw pixels.",
+        "clusters.png": "Each row is a cluster of k-means, from the most to the least typical test image.",
+        "neighbours.png": "The training images nearest to the test images that raw pixels get most wrong; framed in "
+        "orange: of another class.",
+    }),
+    ("Classes that training never saw", "anomalies", {}),
+)  # fmt: skip
+
+
+def write_report(record: dict[str, Any], out: Path) -> None:
+    """Write report.html beside the figures."""
+    sections = []
+    for heading, section, figures in SECTIONS:
+        parts = [f"<h2>{heading}</h2>", html_table(TABLES[section](record))]
+        parts += [
+            f'<figure><img src="{_data_uri(out / name)}" alt="{name}"><figcaption>{caption}</figcaption></figure>'
+            for name, caption in figures.items()
+        ]
+        sections.append("\n".join(parts))
+    page = PAGE.substitute(
+        title=f"What the loss does, on {html.escape(record['data']['name'])}",
+        cost=html.escape(TABLES["cost"](record)),
+        sections="\n\n".join(sections),
+    )
+    (out / "report.html").write_text(page, encoding="utf-8")
+
+
+def html_table(markdown: str) -> str:
+    """A table of `tables.table` in HTML."""
+    head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines())
+    lines = [_row("th", head), *(_row("td", row) for row in rows)]
+    return f"<table>{''.join(lines)}</table>"
+
+
+def _row(tag: str, cells: list[str]) -> str:
+    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+
+def _data_uri(path: Path) -> str:
+    kind = "image/svg+xml" if path.suffix == ".svg" else "image/png"
+    return f"data:{kind};base64," + base64.b64encode(path.read_bytes()).decode("ascii")
