@@ -2,6 +2,7 @@
 
 from .backends import BackendStatus, backends
 from .caching import cached_backward
+from .distributed import Sharding
 from .layouts import split_views
 from .losses import (
     NTXentTerms,
@@ -57,6 +58,7 @@ __all__ = [
     "QueueInfoNCELoss",
     "RINCELoss",
     "Retrieval",
+    "Sharding",
     "SupConLoss",
     "alignment",
     "backends",

@@ -1,6 +1,8 @@
 """What the losses are made of around the operators: unit rows, 1/tau, log-sum-exps over negatives, reductions.
 
 All of it is O(M D) differentiable tensor code in the accumulation dtype: float64 for float64 embeddings, else float32.
+
+With a shard, rows are this rank's, and what is formed over columns, groups or the whole batch is over all ranks'.
 """
 
 from __future__ import annotations
@@ -9,26 +11,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops
-from .backends.base import accumulation_dtype, norm_eps
+from . import distributed, ops
+from .backends.base import accumulation_dtype, norm_eps, row_dots
+from .distributed import Shard
+from .ops.groups import counts_of_groups, group_sums
 from .validation import check_temperature
 
 
-def inverse_temperature(temperature: float | Tensor, rows: Tensor, *, per_row: int | None = None) -> Tensor:
+def inverse_temperature(
+    temperature: float | Tensor, rows: Tensor, *, per_row: int | None = None, shard: Shard | None = None
+) -> Tensor:
     """1 / temperature in the accumulation dtype: 0-d, or (per_row,) where one temperature per row is taken too."""
     check_temperature(temperature, rows, per_row=per_row)
     if not isinstance(temperature, Tensor):
         return _number(1.0 / temperature, rows)
-    return factor(temperature, rows).reciprocal()
+    return factor(temperature, rows, shard).reciprocal()
 
 
-def factor(value: float | Tensor, rows: Tensor) -> Tensor:
+def factor(value: float | Tensor, rows: Tensor, shard: Shard | None = None) -> Tensor:
     """A number or tensor that multiplies logits, in the accumulation dtype."""
     if not isinstance(value, Tensor):
         return _number(value, rows)
     if value.requires_grad or value.ndim > 0:  # its gradient is formed where the rows are
         value = value.to(rows.device)
-    return value.to(accumulation_dtype(rows.dtype))
+    value = value.to(accumulation_dtype(rows.dtype))
+    return distributed.replicated(value, shard) if shard and value.ndim == 0 else value
 
 
 def _number(value: float, rows: Tensor) -> Tensor:
@@ -44,22 +51,80 @@ def unit_rows(z: Tensor, normalize: bool = True) -> Tensor:
     return F.normalize(u, dim=-1, eps=norm_eps(z.dtype)) if normalize else u
 
 
-def neg_lse_of_rows(u: Tensor, ids: Tensor, inv_tau: Tensor, backend: str) -> Tensor:
+def nt_xent_rows(
+    z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool, backend: str, shard: Shard | None
+) -> tuple[Tensor, Tensor]:
+    """nu and pi of every row of two views, (2N,) each."""
+    if shard is None:
+        return ops.nt_xent_rows(z_i, z_j, inv_tau, normalize, backend)
+    u_i, u_j = unit_rows(z_i, normalize), unit_rows(z_j, normalize)
+    pos = inv_tau * row_dots(u_i, u_j)
+    nu = neg_lse_of_rows(torch.cat((u_i, u_j)), sample_ids(z_i, shard).repeat(2), inv_tau, backend, shard)
+    return nu, pos.repeat(2)
+
+
+def neg_lse_of_rows(u: Tensor, ids: Tensor, inv_tau: Tensor, backend: str, shard: Shard | None = None) -> Tensor:
     """nu of the rows, with one temperature for all of them or one for each.
 
     Row i's own 1/tau multiplies the row, and not the same row where it is a column: that product is no longer
     symmetric. It is formed whole and costs twice as much.
     """
-    if inv_tau.ndim == 0:
-        return ops.neg_lse(u, ids, inv_tau, backend)
-    return neg_lse_of_columns(u, u, ids, ids, inv_tau, backend)
+    if inv_tau.ndim:
+        return neg_lse_of_columns(u, u, ids, ids, inv_tau, backend, shard, shard)
+    if shard:
+        return distributed.neg_lse(u, ids, inv_tau, shard, backend)
+    return ops.neg_lse(u, ids, inv_tau, backend)
 
 
-def neg_lse_of_columns(u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: Tensor, backend: str) -> Tensor:
-    """nu of the rows u against the columns v, with one temperature for all of the rows or one for each."""
+def neg_lse_of_columns(
+    u: Tensor,
+    v: Tensor,
+    u_ids: Tensor,
+    v_ids: Tensor,
+    inv_tau: Tensor,
+    backend: str,
+    u_shard: Shard | None = None,
+    v_shard: Shard | None = None,
+) -> Tensor:
+    """nu of the rows u against the columns v, with one temperature for all of the rows or one for each. Without a shard
+    of their own, the columns are here."""
     if inv_tau.ndim:
         u, inv_tau = u * inv_tau.unsqueeze(1), _number(1.0, u)
+    if u_shard and v_shard:
+        return distributed.cross_neg_lse(u, v, u_ids, v_ids, inv_tau, u_shard, v_shard, backend, both=False)[0]
     return ops.cross_neg_lse(u, v, u_ids, v_ids, inv_tau, backend)[0]
+
+
+def cross_neg_lse(
+    u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: Tensor, backend: str, shard: Shard | None
+) -> tuple[Tensor, Tensor]:
+    """nu of the rows u against the columns v, and of v against u."""
+    if shard:
+        return distributed.cross_neg_lse(u, v, u_ids, v_ids, inv_tau, shard, shard, backend)
+    return ops.cross_neg_lse(u, v, u_ids, v_ids, inv_tau, backend)
+
+
+def sample_ids(z: Tensor, shard: Shard | None) -> Tensor:
+    """The index of every sample (N,), over all ranks."""
+    return shard.sample_ids(z) if shard else torch.arange(z.shape[0], device=z.device)
+
+
+def n_samples(z: Tensor, shard: Shard | None) -> int:
+    """How many samples the batch has, over all ranks."""
+    return shard.n_samples if shard else z.shape[0]
+
+
+def group_dots(u: Tensor, v: Tensor, ids: Tensor | None, shard: Shard | None, v_shard: Shard | None = None) -> Tensor:
+    """u_i . (the sum of the rows v of the same id, row i's own included) (M,); without ids, of all rows v."""
+    if shard:
+        u_ids, v_ids = (u.new_zeros(len(x), dtype=torch.int64) if ids is None else ids for x in (u, v))
+        return distributed.group_dots(u, v, u_ids, v_ids, shard, v_shard or shard)
+    return row_dots(u, v.sum(dim=0).expand_as(u) if ids is None else group_sums(v, ids)[0])
+
+
+def group_counts(ids: Tensor, shard: Shard | None) -> Tensor:
+    """How many rows have each row's id, itself included (M,)."""
+    return distributed.group_counts(ids, shard) if shard else counts_of_groups(ids, ids)
 
 
 def scale_gradient(x: Tensor, scale: Tensor) -> Tensor:
@@ -73,27 +138,21 @@ def log_add(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(empty, b, torch.logaddexp(a.masked_fill(empty, 0), b.masked_fill(empty, 0)))
 
 
-def group_sums(u: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """For every row the sum of all rows of its group (M, D) and their number (M,); the row itself is one of them.
-
-    A group's sum lies where the group begins in sorted order, so its place is known without asking the device how many
-    groups there are. The sums have a fixed order on every device, in the backward too: `index_add` and its gradient do
-    on a CPU, `index_put` and its gradient on an accelerator, which sorts, and neither does on the other's.
-    """
-    ids = ids.contiguous()
-    in_order = ids.sort().values
-    place = torch.searchsorted(in_order, ids)
-    counts = torch.searchsorted(in_order, ids, right=True) - place
-    if u.device.type == "cpu":
-        return torch.zeros_like(u).index_add(0, place, u).index_select(0, place), counts
-    return torch.zeros_like(u).index_put((place,), u, accumulate=True)[place], counts
-
-
-def reduce(losses: Tensor, reduction: str, counted: Tensor | None = None) -> Tensor:
+def reduce(losses: Tensor, reduction: str, counted: Tensor | None = None, shard: Shard | None = None) -> Tensor:
     """The losses, their sum or their mean; `counted`: the mean is over the rows where it is True, 0 if there are none.
     Losses of the other rows are 0 already."""
     if reduction == "none":
         return losses
+    total = batch_sum(losses, shard)
     if reduction == "sum":
-        return losses.sum()
-    return losses.mean() if counted is None else losses.sum() / counted.sum().clamp_min(1)
+        return total
+    if counted is not None:
+        return total / batch_sum(counted, shard).clamp_min(1)
+    if shard is None:
+        return losses.mean()
+    return total / shard.n_rows
+
+
+def batch_sum(x: Tensor, shard: Shard | None) -> Tensor:
+    """The sum of the entries (0-d)."""
+    return distributed.all_sum(x.sum(), shard) if shard else x.sum()

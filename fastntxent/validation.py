@@ -21,8 +21,8 @@ def _require_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
 
 
-def check_rows(name: str, rows: Tensor) -> None:
-    """A floating-point matrix with at least one row and one column."""
+def check_rows(name: str, rows: Tensor, *, may_be_empty: bool = False) -> None:
+    """A floating-point matrix with at least one column, and one row unless it may be without."""
     _require_tensor(name, rows)
     if rows.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {rows.dtype}")
@@ -30,14 +30,14 @@ def check_rows(name: str, rows: Tensor) -> None:
         raise TypeError(f"{name} must be a dense (strided) tensor, got layout {rows.layout}, nested: {rows.is_nested}")
     if rows.ndim != 2:
         raise ValueError(f"{name} must have 2 dimensions (rows, features), got shape {tuple(rows.shape)}")
-    if rows.shape[0] == 0 or rows.shape[1] == 0:
+    if (rows.shape[0] == 0 and not may_be_empty) or rows.shape[1] == 0:
         raise ValueError(f"{name} must have at least one row and one feature, got shape {tuple(rows.shape)}")
 
 
-def check_views(z_i: Tensor, z_j: Tensor) -> None:
+def check_views(z_i: Tensor, z_j: Tensor, *, may_be_empty: bool = False) -> None:
     """Two views of one batch: matrices of the same shape, dtype and device."""
-    check_rows("z_i", z_i)
-    check_rows("z_j", z_j)
+    check_rows("z_i", z_i, may_be_empty=may_be_empty)
+    check_rows("z_j", z_j, may_be_empty=may_be_empty)
     check_same("z_i", z_i, "z_j", z_j, "shape", "dtype", "device")
 
 
@@ -90,7 +90,7 @@ def check_temperature(
             raise ValueError(
                 f"{name} must be on the CPU or on the embeddings' device {rows.device}, got {temperature.device}"
             )
-        if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
+        if temperature.device.type == "cpu" and temperature.numel() and not torch.compiler.is_compiling():
             for extreme in temperature.detach().aminmax():  # NaN if there is one
                 check_positive(name, extreme.item())
     else:

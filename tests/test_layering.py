@@ -16,6 +16,7 @@ LAYERS = [
     ["backends.triton", "backends.blocked", "backends.cpu", "backends.reference"],
     ["backends"],
     ["ops"],
+    ["distributed"],
     ["common"],
     ["primitives", "losses"],
     ["modules", "metrics", "retrieval", "layouts", "caching", "budget"],

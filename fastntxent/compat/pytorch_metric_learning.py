@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..backends.base import row_dots, row_losses
-from ..common import group_sums, inverse_temperature, unit_rows
+from ..common import inverse_temperature, unit_rows
 from ..losses import info_nce, nt_xent, sup_con
+from ..ops.groups import group_sums
 from ..validation import check_rows, check_same
 from .pairs import lse_by_anchor, pair_dots, sum_by_anchor
 from .shared import as_ids

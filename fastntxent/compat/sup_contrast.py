@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.base import row_dots
-from ..common import group_sums, inverse_temperature, unit_rows
+from ..common import inverse_temperature, unit_rows
 from ..losses import nt_xent, sup_con
+from ..ops.groups import group_sums
 from ..primitives import cross_neg_lse, neg_lse
 from ..validation import check_choice, check_rows
 from .pairs import mask_product

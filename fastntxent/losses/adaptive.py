@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..backends import check_name as check_backend
 from ..backends.base import row_dots, row_losses
-from ..common import inverse_temperature, reduce, unit_rows
+from ..common import batch_sum, inverse_temperature, n_samples, nt_xent_rows, reduce, unit_rows
+from ..distributed import Group, open_shard
 from ..validation import check_in_range, check_reduction, check_views
 
 
@@ -22,6 +22,7 @@ def macl(
     reduction: str = "mean",
     normalize: bool = True,
     backend: str = "auto",
+    group: Group | None = None,
 ) -> Tensor:
     r"""MACL: NT-Xent whose temperature grows with the alignment of the batch, and whose easy rows are weighed up.
 
@@ -50,15 +51,20 @@ def macl(
         >>> fastntxent.macl(z, z, temperature=0.5, alpha=1.0)  # nt_xent at 0.5 * 2, over 1 - 1 / (1 + 6 / e)
         tensor(1.6934)
     """
-    check_views(z_i, z_j)
+    check_views(z_i, z_j, may_be_empty=group is not None)
     check_reduction(reduction)
     check_backend(backend)
     check_in_range("alpha", alpha, 0, 1, with_low=True, with_high=True)
     check_in_range("a_0", a_0, 0, 1, with_low=True, with_high=True)
-    inv_tau = inverse_temperature(temperature, z_i)
+    shard = open_shard(
+        group, "macl", z_i, backend, views=2, temperature=temperature, alpha=alpha, a_0=a_0, reduction=reduction,
+        normalize=normalize,
+    )  # fmt: skip
+    inv_tau = inverse_temperature(temperature, z_i, shard=shard)
     with torch.no_grad():
-        aligned = row_dots(unit_rows(z_i, normalize), unit_rows(z_j, normalize)).mean()
+        sims = row_dots(unit_rows(z_i, normalize), unit_rows(z_j, normalize))
+        aligned = batch_sum(sims, shard) / n_samples(z_i, shard)
     stretch = (1 + alpha * (aligned - a_0)).clamp_min(1e-3)
-    losses = row_losses(*ops.nt_xent_rows(z_i, z_j, inv_tau / stretch, normalize, backend))
+    losses = row_losses(*nt_xent_rows(z_i, z_j, inv_tau / stretch, normalize, backend, shard))
     chance = -torch.expm1(-losses.detach())
-    return reduce(losses / chance.clamp_min(torch.finfo(chance.dtype).tiny), reduction)
+    return reduce(losses / chance.clamp_min(torch.finfo(chance.dtype).tiny), reduction, shard=shard)

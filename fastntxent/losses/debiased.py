@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..backends import check_name as check_backend
 from ..backends.base import row_losses
-from ..common import inverse_temperature, reduce
+from ..common import inverse_temperature, n_samples, nt_xent_rows, reduce
+from ..distributed import Group, open_shard
 from ..validation import check_in_range, check_reduction, check_views
 
 
@@ -23,6 +23,7 @@ def debiased(
     reduction: str = "mean",
     normalize: bool = True,
     backend: str = "auto",
+    group: Group | None = None,
 ) -> Tensor:
     r"""Debiased contrastive loss: an estimate of what the negatives would sum to without the false ones among them.
 
@@ -57,6 +58,7 @@ def debiased(
         reduction=reduction,
         normalize=normalize,
         backend=backend,
+        group=group,
     )
 
 
@@ -70,6 +72,7 @@ def hard_negative(
     reduction: str = "mean",
     normalize: bool = True,
     backend: str = "auto",
+    group: Group | None = None,
 ) -> Tensor:
     r"""HCL: the debiased loss with each negative weighted by how close it lies.
 
@@ -97,20 +100,24 @@ def hard_negative(
         >>> fastntxent.hard_negative(z, z, temperature=1.0, tau_plus=0.1, beta=1.0)
         tensor(1.0246)
     """
-    check_views(z_i, z_j)
+    check_views(z_i, z_j, may_be_empty=group is not None)
     check_reduction(reduction)
     check_backend(backend)
     check_in_range("tau_plus", tau_plus, 0, 1, with_low=True, with_high=False)
     check_in_range("beta", beta, 0, math.inf, with_low=True, with_high=False)
-    inv_tau = inverse_temperature(temperature, z_i)
-    n_negatives = 2 * z_i.shape[0] - 2
-    nu, pos = ops.nt_xent_rows(z_i, z_j, inv_tau * (1 + beta), normalize, backend)
+    shard = open_shard(
+        group, "hard_negative", z_i, backend, views=2, temperature=temperature, tau_plus=tau_plus, beta=beta,
+        reduction=reduction, normalize=normalize,
+    )  # fmt: skip
+    inv_tau = inverse_temperature(temperature, z_i, shard=shard)
+    n_negatives = 2 * n_samples(z_i, shard) - 2
+    nu, pos = nt_xent_rows(z_i, z_j, inv_tau * (1 + beta), normalize, backend, shard)
     if n_negatives == 0:
-        return reduce(row_losses(nu, pos), reduction)
+        return reduce(row_losses(nu, pos), reduction, shard=shard)
     log_n = math.log(n_negatives)
     if beta:
         pos = pos / (1 + beta)
-        nu = nu - ops.nt_xent_rows(z_i, z_j, inv_tau * beta, normalize, backend)[0] + log_n
+        nu = nu - nt_xent_rows(z_i, z_j, inv_tau * beta, normalize, backend, shard)[0] + log_n
     if tau_plus:
         # log(e^nu - tau_plus n e^pi) - log(1 - tau_plus), where that has a logarithm.
         ratio = math.log(tau_plus) + log_n + pos - nu
@@ -118,4 +125,4 @@ def hard_negative(
         left = torch.log(-torch.expm1(ratio.masked_fill(~some, -1.0)))
         nu = torch.where(some, nu + left - math.log1p(-tau_plus), -torch.inf)
     nu = torch.maximum(nu, log_n - inv_tau)
-    return reduce(row_losses(nu, pos), reduction)
+    return reduce(row_losses(nu, pos), reduction, shard=shard)

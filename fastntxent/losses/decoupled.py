@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..backends import check_name as check_backend
-from ..common import inverse_temperature, reduce
+from ..common import inverse_temperature, n_samples, nt_xent_rows, reduce
+from ..distributed import Group, Shard, log_sum_exp, open_shard
 from ..validation import check_number, check_positive, check_reduction, check_views
 
 
@@ -19,6 +19,7 @@ def dcl(
     reduction: str = "mean",
     normalize: bool = True,
     backend: str = "auto",
+    group: Group | None = None,
 ) -> Tensor:
     r"""DCL: NT-Xent without the positive in its own denominator.
 
@@ -38,8 +39,8 @@ def dcl(
         >>> fastntxent.dcl(z, z, temperature=1.0)  # log 6 - 1
         tensor(0.7918)
     """
-    nu, pos, _ = _terms(z_i, z_j, temperature, reduction, normalize, backend)
-    return reduce(_decoupled(nu, pos), reduction)
+    nu, pos, _, shard = _terms("dcl", z_i, z_j, temperature, reduction, normalize, backend, group)
+    return reduce(_decoupled(nu, pos), reduction, shard=shard)
 
 
 def dclw(
@@ -51,6 +52,7 @@ def dclw(
     reduction: str = "mean",
     normalize: bool = True,
     backend: str = "auto",
+    group: Group | None = None,
 ) -> Tensor:
     r"""DCLW: DCL that pulls hardest on the pairs that are furthest apart, by a negative von Mises-Fisher weight.
 
@@ -76,21 +78,33 @@ def dclw(
     """
     check_number("sigma", sigma)
     check_positive("sigma", sigma)
-    nu, pos, inv_tau = _terms(z_i, z_j, temperature, reduction, normalize, backend)
-    n_samples = z_i.shape[0]
-    sims = pos.detach()[:n_samples] / inv_tau.detach()
-    weights = 2 - n_samples * torch.softmax(sims / sigma, dim=0)
-    return reduce(_decoupled(nu, weights.repeat(2) * pos), reduction)
+    nu, pos, inv_tau, shard = _terms("dclw", z_i, z_j, temperature, reduction, normalize, backend, group, sigma=sigma)
+    sims = pos.detach()[: z_i.shape[0]] / (inv_tau.detach() * sigma)
+    shares = torch.exp(sims - log_sum_exp(sims, shard)) if shard else torch.softmax(sims, dim=0)
+    weights = 2 - n_samples(z_i, shard) * shares
+    return reduce(_decoupled(nu, weights.repeat(2) * pos), reduction, shard=shard)
 
 
 def _terms(
-    z_i: Tensor, z_j: Tensor, temperature: float | Tensor, reduction: str, normalize: bool, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_views(z_i, z_j)
+    function: str,
+    z_i: Tensor,
+    z_j: Tensor,
+    temperature: float | Tensor,
+    reduction: str,
+    normalize: bool,
+    backend: str,
+    group: Group | None,
+    **agreed: object,
+) -> tuple[Tensor, Tensor, Tensor, Shard | None]:
+    check_views(z_i, z_j, may_be_empty=group is not None)
     check_reduction(reduction)
     check_backend(backend)
-    inv_tau = inverse_temperature(temperature, z_i)
-    return *ops.nt_xent_rows(z_i, z_j, inv_tau, normalize, backend), inv_tau
+    shard = open_shard(
+        group, function, z_i, backend, views=2, temperature=temperature, reduction=reduction, normalize=normalize,
+        **agreed,
+    )  # fmt: skip
+    inv_tau = inverse_temperature(temperature, z_i, shard=shard)
+    return *nt_xent_rows(z_i, z_j, inv_tau, normalize, backend, shard), inv_tau, shard
 
 
 def _decoupled(nu: Tensor, pos: Tensor) -> Tensor:

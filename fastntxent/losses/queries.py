@@ -8,14 +8,18 @@ from torch import Tensor
 from ..backends import check_name as check_backend
 from ..backends.base import row_dots, row_losses
 from ..common import (
-    group_sums,
+    group_counts,
+    group_dots,
     inverse_temperature,
     log_add,
+    n_samples,
     neg_lse_of_columns,
     reduce,
+    sample_ids,
     scale_gradient,
     unit_rows,
 )
+from ..distributed import Group, Shard, open_shard
 from ..ops import autocast_off
 from ..validation import (
     FLOAT_DTYPES,
@@ -45,6 +49,7 @@ def info_nce(
     reduction: str = "mean",
     normalize: bool = True,
     backend: str = "auto",
+    group: Group | None = None,
 ) -> Tensor:
     r"""InfoNCE: for each query, pick its key among the negatives.
 
@@ -68,6 +73,7 @@ def info_nce(
             Learning", 2025, as sentence-transformers has it.
         reduction: "mean" (1/N), "sum" or "none".
         normalize, backend: as in `nt_xent`.
+        group: as in `nt_xent`; explicit negatives (K, D) are those of all ranks, of any number on each.
 
     Returns:
         A 0-d tensor, or (N,) for "none"; float64 for float64 embeddings, else float32.
@@ -83,8 +89,8 @@ def info_nce(
         >>> fastntxent.info_nce(z, z, temperature=1.0)  # log(e + 3) - 1
         tensor(0.7437)
     """
-    check_rows("query", query)
-    check_rows("key", key)
+    check_rows("query", query, may_be_empty=group is not None)
+    check_rows("key", key, may_be_empty=group is not None)
     check_same("query", query, "key", key, "shape", "dtype", "device")
     check_reduction(reduction)
     check_backend(backend)
@@ -97,10 +103,17 @@ def info_nce(
     if ids is not None:
         check_ids("ids", ids, "query", query)
     if negatives is not None:
-        _check_negatives(negatives, query)
+        _check_negatives(negatives, query, may_be_empty=group is not None)
     if in_batch_negatives is None:
         in_batch_negatives = negatives is None
-    inv_tau = inverse_temperature(temperature, query, per_row=N)
+    own_negatives = negatives is not None and negatives.ndim == 3
+    shard = open_shard(
+        group, "info_nce", query, backend, temperature=temperature, in_batch_negatives=in_batch_negatives,
+        ids_given=ids is not None, label_smoothing=label_smoothing, hardness_mode=hardness_mode,
+        hardness_strength=hardness_strength, reduction=reduction, normalize=normalize,
+        key_requires_grad=key.requires_grad, negatives_given=negatives is not None, own_negatives=own_negatives,
+    )  # fmt: skip
+    inv_tau = inverse_temperature(temperature, query, per_row=N, shard=shard)
     in_batch_hardness = 0.0 if hardness_mode == "hard_negatives" else hardness_strength
     explicit_hardness = 0.0 if hardness_mode == "in_batch_negatives" else hardness_strength
 
@@ -110,34 +123,44 @@ def info_nce(
     # The sum of the negatives' logits, and their number, for the smoothed labels.
     negative_sum, n_negatives = torch.zeros_like(pos), torch.zeros_like(pos)
     if in_batch_negatives:
-        groups = torch.arange(N, device=u.device) if ids is None else ids
-        nu = hardened_neg_lse(u, v, groups, groups, inv_tau, in_batch_hardness, backend)
+        groups = sample_ids(u, shard) if ids is None else ids
+        nu = hardened_neg_lse(u, v, groups, groups, inv_tau, in_batch_hardness, backend, shard, shard)
         if label_smoothing:
-            sums, counts = group_sums(v, groups)
-            negative_sum, n_negatives = row_dots(u, v.sum(dim=0) - sums), N - counts
+            negative_sum = group_dots(u, v, None, shard) - group_dots(u, v, groups, shard)
+            n_negatives = n_samples(u, shard) - group_counts(groups, shard)
     if negatives is not None:
         w = unit_rows(negatives, normalize)
         if w.ndim == 2:
             # Explicit negatives belong to no query: their ids are nobody's.
             here, there = (torch.full((len(x),), i, device=u.device) for i, x in enumerate((u, w)))
-            explicit = hardened_neg_lse(u, w, here, there, inv_tau, explicit_hardness, backend)
-            sums = row_dots(u, w.sum(dim=0).expand_as(u)) if label_smoothing else torch.zeros_like(pos)
+            w_shard = open_shard(group, "info_nce", negatives, backend)
+            explicit = hardened_neg_lse(u, w, here, there, inv_tau, explicit_hardness, backend, shard, w_shard)
+            sums = group_dots(u, w, None, shard, w_shard) if label_smoothing else torch.zeros_like(pos)
+            n_explicit = n_samples(w, w_shard)
         else:
             with autocast_off(u):
                 sims = torch.bmm(w, u.unsqueeze(2)).squeeze(2)
             by_row = inv_tau.unsqueeze(1) if inv_tau.ndim else inv_tau
             explicit = torch.logsumexp(by_row * sims + explicit_hardness * sims.detach(), dim=1)
-            sums = sims.sum(dim=1)
+            sums, n_explicit = sims.sum(dim=1), w.shape[1]
         nu = log_add(nu, explicit)
-        negative_sum, n_negatives = negative_sum + sums, n_negatives + negatives.shape[-2]
+        negative_sum, n_negatives = negative_sum + sums, n_negatives + n_explicit
     losses = row_losses(nu, pos)
     if label_smoothing:
         losses = losses + label_smoothing * (pos - (pos + inv_tau * negative_sum) / (1 + n_negatives))
-    return reduce(losses, reduction)
+    return reduce(losses, reduction, shard=shard)
 
 
 def hardened_neg_lse(
-    u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: Tensor, hardness: float, backend: str
+    u: Tensor,
+    v: Tensor,
+    u_ids: Tensor,
+    v_ids: Tensor,
+    inv_tau: Tensor,
+    hardness: float,
+    backend: str,
+    u_shard: Shard | None = None,
+    v_shard: Shard | None = None,
 ) -> Tensor:
     """nu of the rows u against the columns v with logits k s + hardness * s, no gradient through the second s.
 
@@ -145,14 +168,14 @@ def hardened_neg_lse(
     is k / (k + hardness) of that one's.
     """
     if not hardness:
-        return neg_lse_of_columns(u, v, u_ids, v_ids, inv_tau, backend)
+        return neg_lse_of_columns(u, v, u_ids, v_ids, inv_tau, backend, u_shard, v_shard)
     hard = inv_tau + hardness
     share = (inv_tau / hard).detach()
-    nu = neg_lse_of_columns(u, v, u_ids, v_ids, scale_gradient(hard, 1 / share), backend)
+    nu = neg_lse_of_columns(u, v, u_ids, v_ids, scale_gradient(hard, 1 / share), backend, u_shard, v_shard)
     return scale_gradient(nu, share)
 
 
-def _check_negatives(negatives: Tensor, query: Tensor) -> None:
+def _check_negatives(negatives: Tensor, query: Tensor, *, may_be_empty: bool) -> None:
     if isinstance(negatives, Tensor) and negatives.ndim == 3:
         if negatives.dtype not in FLOAT_DTYPES:
             raise TypeError(f"negatives must be float16, bfloat16, float32 or float64, got {negatives.dtype}")
@@ -162,6 +185,6 @@ def _check_negatives(negatives: Tensor, query: Tensor) -> None:
                 f"got {tuple(negatives.shape)}"
             )
     else:
-        check_rows("negatives", negatives)
+        check_rows("negatives", negatives, may_be_empty=may_be_empty)
     check_same("query", query, "negatives", negatives, "dtype", "device")
     check_features("query", query, "negatives", negatives)

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..backends import check_name as check_backend
-from ..common import inverse_temperature, log_add, reduce
+from ..common import inverse_temperature, log_add, nt_xent_rows, reduce
+from ..distributed import Group, open_shard
 from ..validation import check_in_range, check_reduction, check_views
 
 
@@ -23,6 +23,7 @@ def rince(
     reduction: str = "mean",
     normalize: bool = True,
     backend: str = "auto",
+    group: Group | None = None,
 ) -> Tensor:
     r"""RINCE: a loss that bounds what one wrongly paired row can contribute.
 
@@ -49,13 +50,17 @@ def rince(
         >>> fastntxent.rince(z, z, temperature=1.0, q=1.0, lam=0.5)  # -e + (e + 6) / 2
         tensor(1.6409)
     """
-    check_views(z_i, z_j)
+    check_views(z_i, z_j, may_be_empty=group is not None)
     check_reduction(reduction)
     check_backend(backend)
     check_in_range("q", q, 0, 1, with_low=False, with_high=True)
     check_in_range("lam", lam, 0, 1, with_low=False, with_high=False)
-    inv_tau = inverse_temperature(temperature, z_i)
-    nu, pos = ops.nt_xent_rows(z_i, z_j, inv_tau, normalize, backend)
+    shard = open_shard(
+        group, "rince", z_i, backend, views=2, temperature=temperature, q=q, lam=lam, reduction=reduction,
+        normalize=normalize,
+    )  # fmt: skip
+    inv_tau = inverse_temperature(temperature, z_i, shard=shard)
+    nu, pos = nt_xent_rows(z_i, z_j, inv_tau, normalize, backend, shard)
     everything = math.log(lam) + log_add(nu, pos)
     # The difference of two powers over q, each less 1: exact for the smallest q too.
-    return reduce((torch.expm1(q * everything) - torch.expm1(q * pos)) / q, reduction)
+    return reduce((torch.expm1(q * everything) - torch.expm1(q * pos)) / q, reduction, shard=shard)

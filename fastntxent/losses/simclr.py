@@ -10,7 +10,8 @@ from torch import Tensor
 from .. import ops
 from ..backends import check_name as check_backend
 from ..backends.base import row_losses
-from ..common import inverse_temperature, reduce
+from ..common import batch_sum, inverse_temperature, n_samples, nt_xent_rows, reduce
+from ..distributed import Group, open_shard
 from ..validation import check_ids, check_in_range, check_reduction, check_views
 from .multiview import multiview_losses, stack_views
 
@@ -33,6 +34,7 @@ def nt_xent(
     reduction: str = "mean",
     normalize: bool = True,
     backend: str = "auto",
+    group: Group | None = None,
 ) -> Tensor:
     r"""NT-Xent, the loss of SimCLR: for each of the 2N rows, pick its other view among all other rows.
 
@@ -57,6 +59,11 @@ def nt_xent(
         normalize: divide each row by max(||z||, 1e-12) (6.1e-5 for float16), as `torch.nn.functional.normalize`
             does. False takes the rows as they are, of any length.
         backend: "auto", or a name from `backends()`.
+        group: the ranks over which the batch is spread: a process group, a DeviceMesh of one dimension, or a `Sharding`
+            of one, with options. Each rank passes its own samples, of any number, also none; ids are the same labels on
+            every rank. Negatives are those of all ranks, "mean" and "sum" are the whole batch's on every rank, and
+            "none" gives this rank's rows. After DistributedDataParallel's averaging the parameters' gradient is that of
+            one process with the whole batch. None: this rank's samples are the batch.
 
     Returns:
         A 0-d tensor, or (2N,) for "none", in the order [z_i; z_j]; float64 for float64 embeddings, else float32.
@@ -67,7 +74,7 @@ def nt_xent(
         ValueError: shapes, dtypes or devices of the views differ, a batch is empty, the temperature is not positive
             and finite, or the reduction or backend is unknown.
         RuntimeError: the backend asked for is not available here (the message says why), or a second derivative is
-            taken: only backend="reference" has one.
+            taken: only backend="reference" has one, and no `group`. Or a rank of the group does not answer.
 
     The same input gives the same bits each time, on one device and number of threads. Extra memory is O(N D); the
     reference backend's is O(N^2).
@@ -78,16 +85,22 @@ def nt_xent(
         >>> fastntxent.nt_xent(z, z, temperature=1.0)  # log(e + 6) - 1
         tensor(1.1654)
     """
-    check_views(z_i, z_j)
+    check_views(z_i, z_j, may_be_empty=group is not None)
     check_reduction(reduction)
     check_backend(backend)
     check_in_range("label_smoothing", label_smoothing, 0, 1, with_low=True, with_high=False)
-    inv_tau = inverse_temperature(temperature, z_i, per_row=2 * z_i.shape[0])
     if ids is not None:
         check_ids("ids", ids, "z_i", z_i)
+    shard = open_shard(
+        group, "nt_xent", z_i, backend, views=2, temperature=temperature, ids_given=ids is not None,
+        label_smoothing=label_smoothing, reduction=reduction, normalize=normalize,
+    )  # fmt: skip
+    inv_tau = inverse_temperature(temperature, z_i, per_row=2 * z_i.shape[0], shard=shard)
     if ids is not None or label_smoothing or inv_tau.ndim:
-        losses = multiview_losses(stack_views((z_i, z_j)), inv_tau, ids, label_smoothing, normalize, backend)
-        return reduce(losses, reduction)
+        losses = multiview_losses(stack_views((z_i, z_j)), inv_tau, ids, label_smoothing, normalize, backend, shard)
+        return reduce(losses, reduction, shard=shard)
+    if shard:
+        return reduce(row_losses(*nt_xent_rows(z_i, z_j, inv_tau, normalize, backend, shard)), reduction, shard=shard)
     if reduction == "none":
         return row_losses(*ops.nt_xent_rows(z_i, z_j, inv_tau, normalize, backend))
     return ops.nt_xent_scalar(z_i, z_j, inv_tau, normalize, reduction == "mean", backend)
@@ -100,6 +113,7 @@ def nt_xent_terms(
     *,
     normalize: bool = True,
     backend: str = "auto",
+    group: Group | None = None,
 ) -> NTXentTerms:
     r"""NT-Xent taken apart into what pulls views together and what keeps the embeddings from collapsing.
 
@@ -128,13 +142,14 @@ def nt_xent_terms(
         >>> terms.alignment, terms.distribution  # -2, and 2 log(e + 6)
         (tensor(-2.), tensor(4.3308))
     """
-    check_views(z_i, z_j)
+    check_views(z_i, z_j, may_be_empty=group is not None)
     check_backend(backend)
-    inv_tau = inverse_temperature(temperature, z_i)
-    neg_lse, pos = ops.nt_xent_rows(z_i, z_j, inv_tau, normalize, backend)
-    n_samples = z_i.shape[0]
+    shard = open_shard(group, "nt_xent_terms", z_i, backend, views=2, temperature=temperature, normalize=normalize)
+    inv_tau = inverse_temperature(temperature, z_i, shard=shard)
+    neg_lse, pos = nt_xent_rows(z_i, z_j, inv_tau, normalize, backend, shard)
+    N = n_samples(z_i, shard)
     return NTXentTerms(
-        alignment=-(pos / inv_tau).sum() / n_samples,
-        distribution=torch.logaddexp(neg_lse, pos).sum() / (inv_tau * n_samples),
-        loss=row_losses(neg_lse, pos).sum() / n_samples,
+        alignment=-batch_sum(pos / inv_tau, shard) / N,
+        distribution=batch_sum(torch.logaddexp(neg_lse, pos) / inv_tau, shard) / N,
+        loss=batch_sum(row_losses(neg_lse, pos), shard) / N,
     )

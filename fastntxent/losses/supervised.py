@@ -8,8 +8,10 @@ from torch import Tensor
 from .. import ops
 from ..backends import check_name as check_backend
 from ..backends.base import row_dots, row_losses
-from ..common import group_sums, inverse_temperature, reduce, unit_rows
+from ..common import group_counts, group_dots, inverse_temperature, neg_lse_of_rows, reduce, unit_rows
+from ..distributed import Group, Shard, open_shard
 from ..ops import autocast_off
+from ..ops.groups import group_sums
 from ..validation import ID_DTYPES, check_choice, check_ids, check_reduction, check_rows
 
 FORMS = ("out", "in", "pairs")
@@ -24,6 +26,7 @@ def sup_con(
     reduction: str = "mean",
     normalize: bool = True,
     backend: str = "auto",
+    group: Group | None = None,
 ) -> Tensor:
     r"""SupCon: contrastive loss whose positives are all other rows with the same label.
 
@@ -52,6 +55,7 @@ def sup_con(
         form: "out", "in" or "pairs".
         reduction: "mean" (over the rows with a positive), "sum", or "none".
         normalize, backend: as in `nt_xent`.
+        group: as in `nt_xent`, for "out" and one label a row. Positives are those of all ranks too.
 
     Returns:
         A 0-d tensor, or (M,) for "none"; float64 for float64 embeddings, else float32.
@@ -71,12 +75,20 @@ def sup_con(
         >>> fastntxent.sup_con(z, labels, temperature=1.0)  # two views: SimCLR's log(e + 6) - 1
         tensor(1.1654)
     """
-    check_rows("z", z)
+    check_rows("z", z, may_be_empty=group is not None)
     check_choice("form", form, FORMS)
     check_reduction(reduction)
     check_backend(backend)
-    inv_tau = inverse_temperature(temperature, z)
+    if group is not None:
+        _check_sharded(labels, form)
+    shard = open_shard(
+        group, "sup_con", z, backend, temperature=temperature, form=form, reduction=reduction, normalize=normalize
+    )
+    inv_tau = inverse_temperature(temperature, z, shard=shard)
     u = unit_rows(z, normalize)
+    if shard:
+        check_ids("labels", labels, "z", z)
+        return _out_of_all_ranks(u, labels, inv_tau, reduction, backend, shard)
     if isinstance(labels, Tensor) and labels.ndim == 2:
         _check_multi_labels(labels, z, form)
         return _out(u, *_sums_over_shared_labels(u, labels), inv_tau, reduction, backend)
@@ -105,6 +117,14 @@ def _out(u: Tensor, positives: Tensor, counts: Tensor, inv_tau: Tensor, reductio
     return ops.neg_lse_sum(u, every, inv_tau, weights, backend) - (weights * mean).sum()
 
 
+def _out_of_all_ranks(u: Tensor, labels: Tensor, inv_tau: Tensor, reduction: str, backend: str, shard: Shard) -> Tensor:
+    counts = group_counts(labels, shard) - 1
+    some = counts > 0
+    mean = inv_tau * (group_dots(u, u, labels, shard) - row_dots(u, u)) / counts.clamp_min(1)
+    nu = neg_lse_of_rows(u, shard.row_ids(u), inv_tau, backend, shard)
+    return reduce((nu - mean).masked_fill(~some, 0), reduction, counted=some, shard=shard)
+
+
 def _sums_over_shared_labels(u: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Of each row the sum of the others, each as often as it shares a label, and how often that is in all."""
     belongs = (labels != 0).to(u.dtype)
@@ -129,6 +149,13 @@ def _positive_counts(labels: Tensor) -> Tensor:
     labels = labels.contiguous()
     in_order = labels.sort().values
     return torch.searchsorted(in_order, labels, right=True) - torch.searchsorted(in_order, labels) - 1
+
+
+def _check_sharded(labels: Tensor, form: str) -> None:
+    if form != "out":
+        raise ValueError(f"form must be 'out' with a group, got {form!r}")
+    if isinstance(labels, Tensor) and labels.ndim != 1:
+        raise ValueError(f"labels must have shape (M,) with a group, got {tuple(labels.shape)}")
 
 
 def _check_multi_labels(labels: Tensor, z: Tensor, form: str) -> None:

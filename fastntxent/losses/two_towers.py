@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from .. import ops
 from ..backends import check_name as check_backend
 from ..backends.base import row_dots, row_losses
-from ..common import factor, group_sums, inverse_temperature, reduce, unit_rows
+from ..common import (
+    cross_neg_lse,
+    factor,
+    group_counts,
+    group_dots,
+    inverse_temperature,
+    n_samples,
+    reduce,
+    sample_ids,
+    unit_rows,
+)
+from ..distributed import Group, Shard, open_shard
 from ..validation import (
     check_ids,
     check_in_range,
@@ -41,6 +50,7 @@ def clip(
     reduction: str = "mean",
     normalize: bool = True,
     backend: str = "auto",
+    group: Group | None = None,
 ) -> Tensor:
     r"""CLIP's loss: each image picks its text and each text its image, both from one pass over the similarities.
 
@@ -60,7 +70,7 @@ def clip(
         ids: (N,) integers: samples of the same id are no negatives of each other.
         label_smoothing: as in `nt_xent`, in both directions.
         reduction: "mean" (1/N over the samples of half the sum of both directions), "sum", or "none".
-        normalize, backend: as in `nt_xent`.
+        normalize, backend, group: as in `nt_xent`.
 
     Returns:
         A 0-d tensor, or (N,) for "none"; float64 for float64 features, else float32. Differentiable in the features,
@@ -77,45 +87,55 @@ def clip(
         >>> fastntxent.clip(z, z, temperature=1.0)  # log(e + 3) - 1, in both directions
         tensor(0.7437)
     """
-    check_rows("image_features", image_features)
-    check_rows("text_features", text_features)
+    check_rows("image_features", image_features, may_be_empty=group is not None)
+    check_rows("text_features", text_features, may_be_empty=group is not None)
     check_same("image_features", image_features, "text_features", text_features, "shape", "dtype", "device")
     check_reduction(reduction)
     check_backend(backend)
     check_in_range("label_smoothing", label_smoothing, 0, 1, with_low=True, with_high=False)
     if ids is not None:
         check_ids("ids", ids, "image_features", image_features)
+    shard = open_shard(
+        group, "clip", image_features, backend, temperature=temperature if logit_scale is None else None,
+        logit_scale=logit_scale, ids_given=ids is not None, label_smoothing=label_smoothing, reduction=reduction,
+        normalize=normalize, text_requires_grad=text_features.requires_grad,
+    )  # fmt: skip
     if logit_scale is None:
-        scale = inverse_temperature(temperature, image_features)
+        scale = inverse_temperature(temperature, image_features, shard=shard)
     else:
         check_temperature(logit_scale, image_features, name="logit_scale")
-        scale = factor(logit_scale, image_features)
-    directions = clip_directions(
-        unit_rows(image_features, normalize), unit_rows(text_features, normalize), scale, ids, label_smoothing, backend
-    )
+        scale = factor(logit_scale, image_features, shard)
+    u, v = unit_rows(image_features, normalize), unit_rows(text_features, normalize)
+    directions = clip_directions(u, v, scale, ids, label_smoothing, backend, shard)
     losses = (directions.image_to_text + directions.text_to_image) / 2
     if logit_bias is not None:
         if not isinstance(logit_bias, Tensor):
             check_number("logit_bias", logit_bias, "a float or a tensor")
         losses = losses + 0 * factor(logit_bias, losses)
-    return reduce(losses, reduction)
+    return reduce(losses, reduction, shard=shard)
 
 
 def clip_directions(
-    u: Tensor, v: Tensor, scale: Tensor, ids: Tensor | None, label_smoothing: float, backend: str
+    u: Tensor,
+    v: Tensor,
+    scale: Tensor,
+    ids: Tensor | None,
+    label_smoothing: float,
+    backend: str,
+    shard: Shard | None = None,
 ) -> CLIPDirections:
     """Both directions' losses of rows that are taken as they are."""
-    N = u.shape[0]
-    groups = torch.arange(N, device=u.device) if ids is None else ids
+    groups = sample_ids(u, shard) if ids is None else ids
     # First, so that its backward comes last, when the kernel's has given its memory back.
     pos = scale * row_dots(u, v)
-    nu_rows, nu_cols = ops.cross_neg_lse(u, v, groups, groups, scale, backend)
+    nu_rows, nu_cols = cross_neg_lse(u, v, groups, groups, scale, backend, shard)
     rows, cols = row_losses(nu_rows, pos), row_losses(nu_cols, pos)
     if label_smoothing:
-        (u_sums, counts), (v_sums, _) = group_sums(u, groups), group_sums(v, groups)
-        candidates = N - counts + 1
-        rows_mean = (pos + scale * row_dots(u, v.sum(dim=0) - v_sums)) / candidates
-        cols_mean = (pos + scale * row_dots(v, u.sum(dim=0) - u_sums)) / candidates
+        candidates = n_samples(u, shard) - group_counts(groups, shard) + 1
+        rows_sims = group_dots(u, v, None, shard) - group_dots(u, v, groups, shard)
+        cols_sims = group_dots(v, u, None, shard) - group_dots(v, u, groups, shard)
+        rows_mean = (pos + scale * rows_sims) / candidates
+        cols_mean = (pos + scale * cols_sims) / candidates
         rows = rows + label_smoothing * (pos - rows_mean)
         cols = cols + label_smoothing * (pos - cols_mean)
     return CLIPDirections(rows, cols)

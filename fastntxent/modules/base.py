@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import check_name as check_backend
+from ..distributed import Group
 from ..validation import check_reduction, check_temperature
 
 
@@ -18,10 +19,11 @@ class _Options(TypedDict):
     reduction: str
     normalize: bool
     backend: str
+    group: Group | None
 
 
 class TemperatureLoss(nn.Module):
-    """A temperature, a reduction, whether rows are normalised, and a backend."""
+    """A temperature, a reduction, whether rows are normalised, a backend, and the ranks of the batch."""
 
     _shown: tuple[str, ...] = ()  # attributes of a subclass that repr() shows
 
@@ -32,6 +34,7 @@ class TemperatureLoss(nn.Module):
         reduction: str,
         normalize: bool,
         backend: str,
+        group: Group | None,
         learn_temperature: bool,
     ):
         super().__init__()
@@ -41,6 +44,7 @@ class TemperatureLoss(nn.Module):
         self.reduction = reduction
         self.normalize = normalize
         self.backend = backend
+        self.group = group
         self.learn_temperature = learn_temperature
         if learn_temperature:
             self.log_temperature = nn.Parameter(torch.tensor(_log(temperature)))
@@ -63,7 +67,12 @@ class TemperatureLoss(nn.Module):
 
     @property
     def _options(self) -> _Options:
-        return {"reduction": self.reduction, "normalize": self.normalize, "backend": self.backend}
+        return {
+            "reduction": self.reduction,
+            "normalize": self.normalize,
+            "backend": self.backend,
+            "group": self.group,
+        }
 
     def extra_repr(self) -> str:
         temperature = "learn_temperature=True" if self.learn_temperature else f"temperature={self._temperature}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..distributed import Group
 from ..losses import sup_con
 from ..losses.supervised import FORMS
 from ..validation import check_choice
@@ -32,6 +33,7 @@ class SupConLoss(TemperatureLoss):
         reduction: str = "mean",
         normalize: bool = True,
         backend: str = "auto",
+        group: Group | None = None,
         learn_temperature: bool = False,
     ):
         super().__init__(
@@ -39,6 +41,7 @@ class SupConLoss(TemperatureLoss):
             reduction=reduction,
             normalize=normalize,
             backend=backend,
+            group=group,
             learn_temperature=learn_temperature,
         )
         check_choice("form", form, FORMS)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .. import ops
 from ..backends.base import row_dots, row_losses
-from ..common import inverse_temperature, log_add, neg_lse_of_columns, reduce, unit_rows
+from ..common import inverse_temperature, log_add, neg_lse_of_columns, reduce, sample_ids, unit_rows
+from ..distributed import Group, open_shard
 from ..validation import check_features, check_ids, check_rows, check_same
 from .base import TemperatureLoss
 
@@ -91,7 +91,7 @@ class NegativeQueue(nn.Module):
 
         Without ids, or against a row that came without one, every row held is a negative.
         """
-        if not self.filled:
+        if not self.filled or not len(u):
             return u.new_full((u.shape[0],), -torch.inf)
         if ids is None:
             ids = torch.full((u.shape[0],), _NO_GROUP, device=u.device)
@@ -130,6 +130,7 @@ class QueueInfoNCELoss(TemperatureLoss):
         size, dim: of the queue, rows and features; see `NegativeQueue`.
         in_batch_negatives: whether the other samples' keys of the batch are negatives too.
         queue_dtype: of the rows held.
+        group: as in `nt_xent`; every rank's queue takes the keys of all ranks, so that all hold the same.
         temperature and the others: as of `NTXentLoss`.
 
     Its call takes query and key, (N, D), and `ids` (N,): keys with a query's id, in the queue and in the batch, are no
@@ -157,6 +158,7 @@ class QueueInfoNCELoss(TemperatureLoss):
         reduction: str = "mean",
         normalize: bool = True,
         backend: str = "auto",
+        group: Group | None = None,
         learn_temperature: bool = False,
     ):
         super().__init__(
@@ -164,25 +166,33 @@ class QueueInfoNCELoss(TemperatureLoss):
             reduction=reduction,
             normalize=normalize,
             backend=backend,
+            group=group,
             learn_temperature=learn_temperature,
         )
         self.in_batch_negatives = in_batch_negatives
         self.queue = NegativeQueue(size, dim, dtype=queue_dtype, normalize=normalize)
 
     def forward(self, query: Tensor, key: Tensor, ids: Tensor | None = None) -> Tensor:
-        check_rows("query", query)
-        check_rows("key", key)
+        check_rows("query", query, may_be_empty=self.group is not None)
+        check_rows("key", key, may_be_empty=self.group is not None)
         check_same("query", query, "key", key, "shape", "dtype", "device")
         check_features("query", query, "the queue's rows", self.queue._rows)
         if ids is not None:
             check_ids("ids", ids, "query", query)
-        inv_tau = inverse_temperature(self.temperature, query)
+        shard = open_shard(
+            self.group, "QueueInfoNCELoss", query, self.backend, temperature=self.temperature,
+            reduction=self.reduction, normalize=self.normalize, in_batch_negatives=self.in_batch_negatives,
+            ids_given=ids is not None, key_requires_grad=key.requires_grad, queue_filled=len(self.queue),
+        )  # fmt: skip
+        inv_tau = inverse_temperature(self.temperature, query, shard=shard)
         u, v = unit_rows(query, self.normalize), unit_rows(key, self.normalize)
         nu = self.queue.neg_lse(u, ids, inv_tau, self.backend)
         if self.in_batch_negatives:
-            groups = torch.arange(len(u), device=u.device) if ids is None else ids
-            nu = log_add(nu, ops.cross_neg_lse(u, v, groups, groups, inv_tau, self.backend)[0])
+            groups = sample_ids(u, shard) if ids is None else ids
+            nu = log_add(nu, neg_lse_of_columns(u, v, groups, groups, inv_tau, self.backend, shard, shard))
         losses = row_losses(nu, inv_tau * row_dots(u, v))
         if self.training:
+            if shard:  # the keys of all ranks, in their order: every rank holds the same queue
+                key, ids = shard.columns(v).whole(), None if ids is None else shard.gather(ids)
             self.queue.push(key, ids)
-        return reduce(losses, self.reduction)
+        return reduce(losses, self.reduction, shard=shard)

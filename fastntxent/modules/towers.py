@@ -6,6 +6,7 @@ import math
 
 from torch import Tensor
 
+from ..distributed import Group
 from ..losses import clip, info_nce
 from ..losses.queries import HARDNESS_MODES
 from ..validation import check_choice, check_in_range
@@ -38,6 +39,7 @@ class InfoNCELoss(TemperatureLoss):
         reduction: str = "mean",
         normalize: bool = True,
         backend: str = "auto",
+        group: Group | None = None,
         learn_temperature: bool = False,
     ):
         super().__init__(
@@ -45,6 +47,7 @@ class InfoNCELoss(TemperatureLoss):
             reduction=reduction,
             normalize=normalize,
             backend=backend,
+            group=group,
             learn_temperature=learn_temperature,
         )
         check_in_range("label_smoothing", label_smoothing, 0, 1, with_low=True, with_high=False)
@@ -79,7 +82,7 @@ class CLIPLoss(TemperatureLoss):
         max_logit_scale: the scale is kept below it, as CLIP was trained; its gradient stops there. None: no bound.
         learn_temperature: make the temperature a parameter, `log_temperature`, which is minus the logarithm of the
             scale; on by default, as in CLIP.
-        reduction, normalize, backend: as of `NTXentLoss`.
+        reduction, normalize, backend, group: as of `NTXentLoss`.
 
     Its call takes image and text features and `ids`.
 
@@ -101,6 +104,7 @@ class CLIPLoss(TemperatureLoss):
         reduction: str = "mean",
         normalize: bool = True,
         backend: str = "auto",
+        group: Group | None = None,
         learn_temperature: bool = True,
     ):
         super().__init__(
@@ -108,6 +112,7 @@ class CLIPLoss(TemperatureLoss):
             reduction=reduction,
             normalize=normalize,
             backend=backend,
+            group=group,
             learn_temperature=learn_temperature,
         )
         check_in_range("label_smoothing", label_smoothing, 0, 1, with_low=True, with_high=False)

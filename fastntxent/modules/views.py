@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ..distributed import Group
 from ..losses import dcl, dclw, debiased, hard_negative, macl, multiview_nt_xent, nt_xent, rince
 from ..validation import check_in_range, check_number, check_positive
 from .base import TemperatureLoss
@@ -20,6 +21,7 @@ class NTXentLoss(TemperatureLoss):
         reduction: "mean" (the paper's 1/(2N)), "sum" or "none".
         normalize: whether rows are scaled to unit length first.
         backend: "auto", or a name from `backends()`.
+        group: the ranks over which the batch is spread, as in `nt_xent`.
         learn_temperature: make the temperature a parameter. It is held as its logarithm, `log_temperature`, so no
             step of an optimiser can make it negative; leave it out of the weight decay.
 
@@ -42,6 +44,7 @@ class NTXentLoss(TemperatureLoss):
         reduction: str = "mean",
         normalize: bool = True,
         backend: str = "auto",
+        group: Group | None = None,
         learn_temperature: bool = False,
     ):
         super().__init__(
@@ -49,6 +52,7 @@ class NTXentLoss(TemperatureLoss):
             reduction=reduction,
             normalize=normalize,
             backend=backend,
+            group=group,
             learn_temperature=learn_temperature,
         )
         check_in_range("label_smoothing", label_smoothing, 0, 1, with_low=True, with_high=False)
@@ -79,6 +83,7 @@ class MultiViewNTXentLoss(TemperatureLoss):
         reduction: str = "mean",
         normalize: bool = True,
         backend: str = "auto",
+        group: Group | None = None,
         learn_temperature: bool = False,
     ):
         super().__init__(
@@ -86,6 +91,7 @@ class MultiViewNTXentLoss(TemperatureLoss):
             reduction=reduction,
             normalize=normalize,
             backend=backend,
+            group=group,
             learn_temperature=learn_temperature,
         )
         check_in_range("label_smoothing", label_smoothing, 0, 1, with_low=True, with_high=False)
@@ -114,6 +120,7 @@ class DCLLoss(TemperatureLoss):
         reduction: str = "mean",
         normalize: bool = True,
         backend: str = "auto",
+        group: Group | None = None,
         learn_temperature: bool = False,
     ):
         super().__init__(
@@ -121,6 +128,7 @@ class DCLLoss(TemperatureLoss):
             reduction=reduction,
             normalize=normalize,
             backend=backend,
+            group=group,
             learn_temperature=learn_temperature,
         )
 
@@ -148,6 +156,7 @@ class DCLWLoss(TemperatureLoss):
         reduction: str = "mean",
         normalize: bool = True,
         backend: str = "auto",
+        group: Group | None = None,
         learn_temperature: bool = False,
     ):
         super().__init__(
@@ -155,6 +164,7 @@ class DCLWLoss(TemperatureLoss):
             reduction=reduction,
             normalize=normalize,
             backend=backend,
+            group=group,
             learn_temperature=learn_temperature,
         )
         check_number("sigma", sigma)
@@ -186,6 +196,7 @@ class DebiasedLoss(TemperatureLoss):
         reduction: str = "mean",
         normalize: bool = True,
         backend: str = "auto",
+        group: Group | None = None,
         learn_temperature: bool = False,
     ):
         super().__init__(
@@ -193,6 +204,7 @@ class DebiasedLoss(TemperatureLoss):
             reduction=reduction,
             normalize=normalize,
             backend=backend,
+            group=group,
             learn_temperature=learn_temperature,
         )
         check_in_range("tau_plus", tau_plus, 0, 1, with_low=True, with_high=False)
@@ -226,6 +238,7 @@ class HardNegativeLoss(TemperatureLoss):
         reduction: str = "mean",
         normalize: bool = True,
         backend: str = "auto",
+        group: Group | None = None,
         learn_temperature: bool = False,
     ):
         super().__init__(
@@ -233,6 +246,7 @@ class HardNegativeLoss(TemperatureLoss):
             reduction=reduction,
             normalize=normalize,
             backend=backend,
+            group=group,
             learn_temperature=learn_temperature,
         )
         check_in_range("tau_plus", tau_plus, 0, 1, with_low=True, with_high=False)
@@ -268,6 +282,7 @@ class RINCELoss(TemperatureLoss):
         reduction: str = "mean",
         normalize: bool = True,
         backend: str = "auto",
+        group: Group | None = None,
         learn_temperature: bool = False,
     ):
         super().__init__(
@@ -275,6 +290,7 @@ class RINCELoss(TemperatureLoss):
             reduction=reduction,
             normalize=normalize,
             backend=backend,
+            group=group,
             learn_temperature=learn_temperature,
         )
         check_in_range("q", q, 0, 1, with_low=False, with_high=True)
@@ -310,6 +326,7 @@ class MACLLoss(TemperatureLoss):
         reduction: str = "mean",
         normalize: bool = True,
         backend: str = "auto",
+        group: Group | None = None,
         learn_temperature: bool = False,
     ):
         super().__init__(
@@ -317,6 +334,7 @@ class MACLLoss(TemperatureLoss):
             reduction=reduction,
             normalize=normalize,
             backend=backend,
+            group=group,
             learn_temperature=learn_temperature,
         )
         check_in_range("alpha", alpha, 0, 1, with_low=True, with_high=True)

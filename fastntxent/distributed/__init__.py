@@ -1,0 +1,29 @@
+"""A batch that is spread over the ranks of a process group: every row against the rows of all ranks.
+
+Each rank holds some rows. Unit rows travel, by all-gather or round a ring; a rank forms the log-sum-exps nu of its own
+rows against all columns, and later, from two numbers a row of the others (nu_j, and w_j = d loss / d nu_j), the exact
+gradient of its own rows:
+
+    G_ij = w_i P_ij + w_j P_ji,   P_ij = exp(k s_ij - nu_i)        d/du_i = k sum_j G_ij u_j
+
+So no gradient travels. docs/distributed.md has the contract and what it costs.
+"""
+
+from .groups import group_counts, group_dots
+from .neg_lse import cross_neg_lse, neg_lse
+from .numbers import all_sum, log_sum_exp, replicated
+from .shard import Group, Shard, Sharding, open_shard
+
+__all__ = [
+    "Group",
+    "Shard",
+    "Sharding",
+    "all_sum",
+    "cross_neg_lse",
+    "group_counts",
+    "group_dots",
+    "log_sum_exp",
+    "neg_lse",
+    "open_shard",
+    "replicated",
+]

@@ -1,0 +1,60 @@
+"""Sums over the rows of a group that lies on several ranks, for losses that are linear in them.
+
+    d_i = u_i . S_i,   S_i = sum over {j : id_j = id_i} of v_j
+    d/du_i = a_i S_i,  d/dv_j = sum over {i : id_i = id_j} of a_i u_i
+
+for weights a_i = d loss / d d_i. One number a row travels in the backward, and no gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..backends.base import row_dots
+from ..ops.groups import counts_of_groups, sums_of_groups
+from .shard import Columns, Shard
+from .wire import eager
+
+
+@eager
+def group_dots(u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, u_shard: Shard, v_shard: Shard) -> Tensor:
+    """d of the header for this rank's rows u (M,), over the v of all ranks; differentiable in both."""
+    ids = (u_ids.to(torch.int64), v_ids.to(torch.int64))
+    return _GroupDots.apply(u, v, *ids, u_shard.columns(u), v_shard.columns(v))
+
+
+@eager
+def group_counts(ids: Tensor, shard: Shard) -> Tensor:
+    """How many rows of all ranks have each row's id, itself included: (M,)."""
+    ids = ids.to(torch.int64)
+    return counts_of_groups(shard.gather(ids), ids)
+
+
+class _GroupDots(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, of_u: Columns, of_v: Columns) -> Tensor:
+        sums = torch.zeros_like(of_u.own)
+        for block, block_ids in of_v.blocks(v_ids):
+            sums += sums_of_groups(block, block_ids, u_ids)
+        ctx.of_u, ctx.dtypes = of_u, (u.dtype, v.dtype)
+        ctx.save_for_backward(u_ids, v_ids, sums)
+        return row_dots(of_u.own, sums)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, weights: Tensor) -> tuple[Tensor | None, ...]:
+        u_ids, v_ids, sums = ctx.saved_tensors
+        needs_u, needs_v = ctx.needs_input_grad[:2]
+        d_u = d_v = None
+        if needs_u:
+            d_u = (weights[:, None] * sums).to(ctx.dtypes[0])
+        if needs_v:
+            d_v = sums.new_zeros(len(v_ids), sums.shape[1])
+            for block, block_ids, block_weights in ctx.of_u.blocks(u_ids, weights.contiguous()):
+                d_v += sums_of_groups(block_weights[:, None] * block, block_ids, v_ids)
+            d_v = d_v.to(ctx.dtypes[1])
+        return d_u, d_v, *[None] * 4

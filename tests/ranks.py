@@ -1,0 +1,53 @@
+"""Several ranks on one machine, with gloo: a function called on each, in a process of its own."""
+
+from __future__ import annotations
+
+import datetime
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def on_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
+    """function(*args) on every rank of a gloo group of its own; what each returned. An exception that no rank catches
+    is raised here, as that rank's traceback."""
+    with tempfile.TemporaryDirectory() as folder:
+        context = mp.spawn(_rank, (world, folder, timeout, function, args), nprocs=world, join=False)
+        for process in context.processes:
+            process.join(600)
+        results = []
+        for rank in range(world):
+            path = Path(folder) / f"{rank}.pt"
+            results.append(torch.load(path, weights_only=False) if path.exists() else None)
+        failures = [result for result in results if isinstance(result, _Failure)]
+        if failures:
+            raise RuntimeError("\n".join(failures))
+        return results
+
+
+class _Failure(str):
+    pass
+
+
+def _rank(rank: int, world: int, folder: str, timeout: float, function: Callable[..., Any], args: tuple) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(seconds=timeout),
+    )
+    try:
+        result = function(*args)
+    except Exception:
+        result = _Failure(f"rank {rank}:\n{traceback.format_exc()}")
+    torch.save(result, f"{folder}/{rank}.pt")
+    if not isinstance(result, _Failure):
+        dist.destroy_process_group()

@@ -1,0 +1,165 @@
+"""Losses over ranks: value and parameters' gradient against the float64 loss of one process with the whole batch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import fastntxent
+from fastntxent import Sharding
+from tests.ranks import on_ranks
+
+FEATURES, D, VIEWS = 6, 16, 3
+TAU = 0.2
+SIZES = {1: [7], 2: [5, 8], 3: [4, 0, 6], 4: [3, 6, 0, 2]}  # samples of each rank
+RTOL = 1e-5
+
+# Each takes embeddings (VIEWS, n, D), ids (n,), a learnt temperature, and the options `group` and `backend`.
+Call = Callable[..., Tensor]
+
+
+def of_views(name: str, **fixed: Any) -> Call:
+    return lambda z, ids, tau, **kw: getattr(fastntxent, name)(z[0], z[1], tau, **fixed, **kw)
+
+
+def info_nce(z: Tensor, ids: Tensor, tau: Tensor, *, negatives: bool = False, **kw: Any) -> Tensor:
+    return fastntxent.info_nce(z[0], z[1], tau, negatives=z[2] if negatives else None, **kw)
+
+
+def queue(z: Tensor, ids: Tensor, tau: Tensor, **kw: Any) -> Tensor:
+    """Two steps, the second with the first's keys in the queue; query and key from different views."""
+    loss = fastntxent.QueueInfoNCELoss(20, D, **kw)
+    loss.__class__ = _WithTemperature
+    loss.given = tau
+    return loss(z[0], z[1].detach(), ids) + loss(z[1], z[2], ids)
+
+
+class _WithTemperature(fastntxent.QueueInfoNCELoss):
+    @property
+    def temperature(self) -> Tensor:
+        return self.given
+
+
+PER_ROW = "nt_xent temperature per row"
+
+CASES: dict[str, Call] = {
+    "nt_xent": of_views("nt_xent"),
+    "nt_xent sum": of_views("nt_xent", reduction="sum"),
+    "nt_xent rows as they are": of_views("nt_xent", normalize=False),
+    "nt_xent ids": lambda z, ids, tau, **kw: fastntxent.nt_xent(z[0], z[1], tau, ids=ids, **kw),
+    "nt_xent smoothing": lambda z, ids, tau, **kw: fastntxent.nt_xent(
+        z[0], z[1], tau, ids=ids, label_smoothing=0.1, **kw
+    ),
+    PER_ROW: lambda z, ids, tau, **kw: fastntxent.nt_xent(z[0], z[1], tau * (1 + ids.repeat(2) / 9), **kw),
+    "nt_xent terms": lambda z, ids, tau, **kw: fastntxent.nt_xent_terms(z[0], z[1], tau, **kw).distribution,
+    "multiview": lambda z, ids, tau, **kw: fastntxent.multiview_nt_xent(z, tau, **kw),
+    "dcl": of_views("dcl"),
+    "dclw": of_views("dclw"),
+    "debiased": of_views("debiased", tau_plus=0.1),
+    "hard_negative": of_views("hard_negative", tau_plus=0.1, beta=0.5),
+    "rince": of_views("rince"),
+    "macl": of_views("macl"),
+    "sup_con": lambda z, ids, tau, **kw: fastntxent.sup_con(z[0], ids, tau, **kw),
+    "clip": of_views("clip"),
+    "clip smoothing": lambda z, ids, tau, **kw: fastntxent.clip(z[0], z[1], tau, ids=ids, label_smoothing=0.1, **kw),
+    "info_nce": info_nce,
+    "info_nce smoothing": functools.partial(info_nce, label_smoothing=0.1),
+    "info_nce negatives": functools.partial(info_nce, negatives=True, in_batch_negatives=True, hardness_strength=0.3),
+    "info_nce negatives smoothing": functools.partial(info_nce, negatives=True, label_smoothing=0.2),
+    "queue": queue,
+}
+
+
+class Result(NamedTuple):
+    loss: Tensor
+    d_weight: Tensor
+    d_bias: Tensor
+    d_temperature: Tensor
+
+    def same_bits(self, other: Result) -> bool:
+        return all(torch.equal(a, b) for a, b in zip(self, other, strict=True))
+
+
+def whole_batch(n: int) -> tuple[Tensor, Tensor]:
+    """Inputs (VIEWS, n, FEATURES) and ids (n,)."""
+    generator = torch.Generator().manual_seed(n)
+    x = torch.randn(1, n, FEATURES, generator=generator) + torch.randn(VIEWS, n, FEATURES, generator=generator)
+    return x, torch.randint(0, 4, (n,), generator=generator)
+
+
+def encoder(dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Linear(FEATURES, D).to(dtype)
+
+
+def evaluate(model: nn.Module, x: Tensor, ids: Tensor, call: Call, **options: Any) -> Result:
+    model.zero_grad()
+    tau = torch.tensor(TAU, dtype=x.dtype, requires_grad=True)
+    z = model(x.flatten(0, 1)).view(*x.shape[:2], D)
+    loss = call(z, ids, tau, **options)
+    loss.backward()
+    return Result(loss.detach(), *(p.grad.clone() for p in (*model.parameters(), tau)))
+
+
+def truth(name: str, n: int) -> Result:
+    x, ids = whole_batch(n)
+    return evaluate(encoder(torch.float64), x.double(), ids, CASES[name], backend="reference")
+
+
+def mine(world: int) -> tuple[Tensor, Tensor]:
+    """This rank's part of the whole batch."""
+    sizes = SIZES[world]
+    first = sum(sizes[: dist.get_rank()])
+    here = slice(first, first + sizes[dist.get_rank()])
+    x, ids = whole_batch(sum(sizes))
+    return x[:, here], ids[here]
+
+
+def assert_close(result: Result, expected: Result, rtol: float = RTOL) -> None:
+    for name, value, true in zip(Result._fields, result, expected, strict=True):
+        error = (value.double() - true).abs().max() / true.abs().max()
+        assert error <= rtol, f"{name}: relative error {error:.2e}"
+
+
+# --- every loss ------------------------------------------------------------------------------------------------------
+
+
+def every_case(world: int) -> dict[tuple[str, str], tuple[Result, Result]]:
+    model = DistributedDataParallel(encoder())
+    x, ids = mine(world)
+    # DDP lays its buckets anew after the first backward, and then adds in another order.
+    evaluate(model, x, ids, CASES["nt_xent"], group=dist.group.WORLD)
+    results = {}
+    for strategy in ("all_gather", "ring"):
+        group = Sharding(dist.group.WORLD, strategy=strategy)
+        for name, call in CASES.items():
+            results[name, strategy] = tuple(evaluate(model, x, ids, call, group=group) for _ in range(2))
+            if name == PER_ROW:  # made of the rows' own temperatures: DDP's to average, as a parameter of the model
+                for result in results[name, strategy]:
+                    dist.all_reduce(result.d_temperature)
+                    result.d_temperature.div_(world)
+    return results
+
+
+@pytest.fixture(scope="module", params=SIZES)
+def results(request: pytest.FixtureRequest) -> tuple[int, list[dict]]:
+    return request.param, on_ranks(request.param, every_case, request.param)
+
+
+@pytest.mark.parametrize("strategy", ["all_gather", "ring"])
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_equal_one_process(results, name: str, strategy: str):
+    world, of_ranks = results
+    expected = truth(name, sum(SIZES[world]))
+    first = of_ranks[0][name, strategy][0]
+    assert_close(first, expected)
+    for of_rank in of_ranks:
+        for repeat in of_rank[name, strategy]:  # on every rank and on every run the same bits
+            assert repeat.same_bits(first)
