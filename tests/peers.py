@@ -42,7 +42,7 @@ def sentence_transformers():
         importlib.import_module("sentence_transformers.sentence_transformer.losses")
         return importlib.import_module("sentence_transformers")
     except Exception as error:  # of a torchvision that does not work it makes an error of its own
-        pytest.skip(f"needs sentence_transformers: {error}")
+        pytest.skip(f"needs sentence_transformers 6: {error}")
 
 
 def batch(count, n, d, seed):
