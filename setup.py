@@ -3,18 +3,29 @@
 `fastntxent._cpu` is C++17 for GCC or Clang and needs no PyTorch to build. `csrc/cpu/kernels.cpp` is compiled once per
 instruction set, and the machine that runs it chooses. Where it cannot be built, the install goes on without it and
 `fastntxent.backends()` says so.
+
+`fastntxent._cuda` is built where there is an nvcc, for every architecture of `CUDA_CODE` that it knows; neither a GPU
+nor PyTorch has to be there. FASTNTXENT_CUDA=0 leaves it out, FASTNTXENT_CUDA=1 makes a failure an error.
 """
 
 from __future__ import annotations
 
+import os
 import platform
+import re
+import shutil
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CPU = Path("csrc/cpu")
+CUDA = Path("csrc/cuda")
+PYTHON = Path("csrc/python.h")  # shared
+CUDA_CODE = ("80", "86", "89", "90a", "100a", "120")  # and PTX for what comes after them
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 INSTRUCTION_SETS = {
     "portable": [],
@@ -31,8 +42,23 @@ FLAGS = ["-std=c++17", "-O3", "-g0", "-Wall", "-Wextra", "-fvisibility=hidden"]
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler has none: threads of our own there
 
 
+LIMITED_API = ("Py_LIMITED_API", "0x030A0000")
+
+
+def find_nvcc() -> str | None:
+    """CUDA_HOME's, else the one on PATH."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return shutil.which("nvcc", path=str(Path(home) / "bin")) if home else shutil.which("nvcc")
+
+
 class BuildExt(build_ext):
     def build_extension(self, ext: Extension) -> None:
+        if ext.name == "fastntxent._cuda":
+            self.build_cuda(ext)
+        else:
+            self.build_cpu(ext)
+
+    def build_cpu(self, ext: Extension) -> None:
         """Compile the kernels once per instruction set, then the rest, and link all of it."""
         try:
             for name, flags in INSTRUCTION_SETS.items():
@@ -46,19 +72,76 @@ class BuildExt(build_ext):
         except Exception as error:
             self.announce(f"fastntxent: no CPU kernels ({error}); plain PyTorch serves instead", level=4)
 
+    def build_cuda(self, ext: Extension) -> None:
+        """Compile every source by nvcc, as many at a time as there are processors, and link them."""
+        wanted = os.environ.get("FASTNTXENT_CUDA", "auto")
+        if wanted not in ("auto", "0", "1"):
+            raise ValueError(f"FASTNTXENT_CUDA must be 'auto', '0' or '1', got {wanted!r}")
+        if wanted == "0":
+            return
+        try:
+            nvcc = find_nvcc()
+            if nvcc is None:
+                raise RuntimeError("there is no nvcc, neither in CUDA_HOME nor on PATH")
+            objects = Path(self.build_temp) / "cuda"
+            objects.mkdir(parents=True, exist_ok=True)
+            commands = {
+                objects / f"{Path(source).stem}.o": [
+                    *(nvcc, "-std=c++17", "-O3", "-c", source, "-Xcompiler", "-fPIC,-fvisibility=hidden"),
+                    *(["--threads", "0", *gencode(nvcc)] if source.endswith(".cu") else []),
+                    *(f"-D{name}={value}" for name, value in ext.define_macros),
+                    *(f"-I{folder}" for folder in self.include_dirs),
+                ]
+                for source in ext.sources
+            }
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(run, ([*command, "-o", str(target)] for target, command in commands.items())))
+            target = Path(self.get_ext_fullpath(ext.name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            run([nvcc, "-shared", "-cudart", "static", *map(str, commands), "-o", str(target)])
+        except Exception as error:
+            if wanted == "1":
+                raise RuntimeError(f"FASTNTXENT_CUDA=1, but the CUDA kernels cannot be built: {error}") from error
+            self.announce(f"fastntxent: no CUDA kernels ({error})", level=4)
+
+
+def gencode(nvcc: str) -> list[str]:
+    """Machine code for the architectures that this nvcc knows, and PTX of the newest."""
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
+    codes = [code for code in CUDA_CODE if re.search(rf"^sm_{code}$", known, re.MULTILINE)]
+    newest = [code for code in codes if code.isdigit()][-1]
+    flags = [f"-gencode=arch=compute_{code},code=sm_{code}" for code in codes]
+    return [*flags, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
+
+
+def run(command: list[str]) -> None:
+    """A command whose failure shows what it said."""
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
+
 
 setup(
     ext_modules=[
         Extension(
             "fastntxent._cpu",
             [str(CPU / name) for name in ("dispatch.cpp", "loss.cpp", "memory.cpp", "module.cpp", "team.cpp")],
-            depends=[str(path) for path in (CPU / "kernels.cpp", *sorted(CPU.glob("*.h")))],  # a source archive's, too
-            define_macros=[("Py_LIMITED_API", "0x030A0000"), *([("FNTX_X86", "1")] if X86 else [])],
+            # A source archive's, too.
+            depends=[str(path) for path in (CPU / "kernels.cpp", *sorted(CPU.glob("*.h")), PYTHON)],
+            define_macros=[LIMITED_API, *([("FNTX_X86", "1")] if X86 else [])],
             extra_compile_args=[*FLAGS, *OPENMP],
             extra_link_args=OPENMP,
             py_limited_api=True,
             optional=True,
-        )
+        ),
+        Extension(
+            "fastntxent._cuda",
+            [str(path) for path in (*sorted(CUDA.glob("*.cu")), CUDA / "launch.cpp", CUDA / "module.cpp")],
+            depends=[str(path) for path in (*sorted(CUDA.glob("*.h")), *sorted(CUDA.glob("host/*")), PYTHON)],
+            define_macros=[LIMITED_API],
+            py_limited_api=True,
+            optional=True,
+        ),
     ],
     cmdclass={"build_ext": BuildExt},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

@@ -17,9 +17,10 @@ blocked = importlib.import_module("fastntxent.backends.blocked")
 TILE = blocked._BLOCK_CPU
 
 # Every backend that can be called here runs every case of the suite.
-# Triton's cases are in test_triton.py: its kernels want a GPU, or take a minute for what others do in a second.
-KERNELS = [name for name, status in backends().items() if status.available and name not in ("triton", "reference")]
-CUDA_KERNELS = [name for name in ("triton", "blocked") if backends()[name].available]
+# Those of cuda and triton are in files of their own: they want a GPU, or take a minute for what others do in a second.
+_ELSEWHERE = ("cuda", "triton", "reference")
+KERNELS = [name for name, status in backends().items() if status.available and name not in _ELSEWHERE]
+CUDA_KERNELS = [name for name in ("cuda", "triton", "blocked") if backends()[name].available]
 BACKENDS = [*KERNELS, "reference"]
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -11,9 +11,10 @@ ROOT = Path(fastntxent.__file__).parent
 
 # From the bottom up. A module may import from its own layer and from those below it.
 LAYERS = [
-    ["validation", "_cpu"],
+    ["validation", "_cpu", "_cuda"],
     ["backends.base"],
-    ["backends.triton", "backends.blocked", "backends.cpu", "backends.reference"],
+    ["backends.native"],
+    ["backends.cuda", "backends.triton", "backends.blocked", "backends.cpu", "backends.reference"],
     ["backends"],
     ["ops"],
     ["distributed"],
@@ -59,7 +60,7 @@ def resolve(name: str) -> str:
     parts = name.split(".")[1:]
     while (
         parts
-        and parts != ["_cpu"]
+        and parts not in (["_cpu"], ["_cuda"])
         and not (ROOT.joinpath(*parts).with_suffix(".py").exists() or ROOT.joinpath(*parts).is_dir())
     ):
         parts.pop()

@@ -1,15 +1,8 @@
 // fastntxent._cpu: the C interface for Python, within the stable ABI, so that one build serves every Python 3 from 3.10.
 // Addresses come as integers (Tensor.data_ptr()); fastntxent/backends/cpu.py sees to shapes and dtypes.
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-
-#include "fastntxent.h"
+#include "../python.h"
 
 namespace {
-
-typedef unsigned long long Address;
-
-void* pointer(Address address) { return reinterpret_cast<void*>(static_cast<uintptr_t>(address)); }
 
 // Whether a signal's handler raised (Ctrl-C): asked by the calling thread, which has let go of the interpreter.
 int signal_raised() {
@@ -17,23 +10,6 @@ int signal_raised() {
     const int raised = PyErr_CheckSignals();
     PyGILState_Release(state);
     return raised;
-}
-
-// ((data, n, stride_row, stride_col), the same for the second matrix, ids, neg_lse, d_neg_lse, d_z[0], d_z[1])
-bool parse_side(PyObject* tuple, fntx_side& side) {
-    Address data[2], ids, neg_lse, d_neg_lse, d_z[2];
-    long long n[2], stride_row[2], stride_col[2];
-    if (!PyArg_ParseTuple(tuple, "(KLLL)(KLLL)KKKKK", &data[0], &n[0], &stride_row[0], &stride_col[0], &data[1], &n[1],
-                          &stride_row[1], &stride_col[1], &ids, &neg_lse, &d_neg_lse, &d_z[0], &d_z[1]))
-        return false;
-    for (int i = 0; i < 2; ++i) {
-        side.z[i] = {pointer(data[i]), n[i], stride_row[i], stride_col[i]};
-        side.d_z[i] = pointer(d_z[i]);
-    }
-    side.ids = static_cast<const int64_t*>(pointer(ids));
-    side.neg_lse = pointer(neg_lse);
-    side.d_neg_lse = pointer(d_neg_lse);
-    return true;
 }
 
 PyObject* run(PyObject*, PyObject* args) {

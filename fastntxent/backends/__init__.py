@@ -28,6 +28,7 @@ class _Entry(NamedTuple):
 # In order of preference: "auto" takes the first that may be picked, serves the device and loads.
 _TABLE: dict[str, _Entry] = {
     "cpu": _Entry("fastntxent.backends.cpu", ("cpu",), auto=True),
+    "cuda": _Entry("fastntxent.backends.cuda.backend", ("cuda",), auto=False),
     "triton": _Entry("fastntxent.backends.triton.backend", ("cuda",), auto=False),
     "blocked": _Entry("fastntxent.backends.blocked", ANY_DEVICE, auto=True),
     "reference": _Entry("fastntxent.backends.reference", ANY_DEVICE, auto=False),

@@ -1,0 +1,136 @@
+// The device of device.h for a host compiler: a fiber for each thread of the grid, in one thread of the process.
+//
+// Warps run in a random order, from one collective to the next, and all 32 lanes must meet at the same one. Products of
+// the matrix units follow PTX's layout of fragments. An asynchronous copy happens at any moment from its start to the
+// wait that ends it: whoever reads too early, or writes too early over what others still read, gets other bits.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include <functional>
+
+#define FNTX_DEVICE inline
+#define FNTX_UNROLL
+
+namespace emulator {
+
+// Run body on n_blocks blocks of n_threads threads, each block with its shared memory (NaN at first). False, with the
+// reason in failure(), if the threads did not meet as they must.
+bool launch(int n_blocks, int n_threads, size_t shared_bytes, const std::function<void()>& body);
+const char* failure();
+// Another order of warps and copies.
+void seed(unsigned value);
+
+int thread();
+int block();
+int blocks();
+char* shared_memory();
+void sync_block();
+void sync_grid();
+void copy_async(void* to, const void* from);
+void commit_copies();
+void wait_copies(int pending);
+
+// All lanes of a warp meet: `act` sees what each brought, once, and may write to it. `tag` names the place.
+typedef void (*Act)(void** of_lanes);
+void meet(void* mine, Act act);
+
+template <class T> struct Shuffle {
+    T value, result;
+    int mask;
+};
+
+struct Matrices {
+    uint32_t* fragment;
+    const uint16_t* row;
+};
+void load_matrices(void** of_lanes);
+void load_matrices_transposed(void** of_lanes);
+
+struct Product {
+    float* c;
+    const uint32_t* a;
+    uint32_t b[2];
+};
+void multiply_half(void** of_lanes);
+void multiply_bfloat(void** of_lanes);
+
+}  // namespace emulator
+
+inline int thread() { return emulator::thread(); }
+inline int block() { return emulator::block(); }
+inline int blocks() { return emulator::blocks(); }
+inline char* shared_memory() { return emulator::shared_memory(); }
+inline void sync_block() { emulator::sync_block(); }
+inline void sync_grid() { emulator::sync_grid(); }
+inline void copy_async(void* to, const void* from) { emulator::copy_async(to, from); }
+inline void commit_copies() { emulator::commit_copies(); }
+template <int PENDING> void wait_copies() { emulator::wait_copies(PENDING); }
+
+template <class T> T shuffle_xor(T value, int mask) {
+    emulator::Shuffle<T> mine = {value, value, mask};
+    emulator::meet(&mine, [](void** of_lanes) {
+        auto** all = reinterpret_cast<emulator::Shuffle<T>**>(of_lanes);
+        for (int i = 0; i < 32; ++i) all[i]->result = all[i ^ all[i]->mask]->value;
+    });
+    return mine.result;
+}
+
+inline void load_matrices(uint32_t (&fragment)[4], const void* row) {
+    emulator::Matrices mine = {fragment, static_cast<const uint16_t*>(row)};
+    emulator::meet(&mine, emulator::load_matrices);
+}
+inline void load_matrices_transposed(uint32_t (&fragment)[4], const void* row) {
+    emulator::Matrices mine = {fragment, static_cast<const uint16_t*>(row)};
+    emulator::meet(&mine, emulator::load_matrices_transposed);
+}
+
+template <class Op> void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    emulator::Product mine = {c, a, {b0, b1}};
+    emulator::meet(&mine, Op::BFLOAT ? emulator::multiply_bfloat : emulator::multiply_half);
+}
+
+// As ex2.approx.ftz: subnormal results are zero.
+inline float exp2_fast(float x) {
+    const float y = exp2f(x);
+    return y < 1.17549435e-38f ? 0 : y;
+}
+
+inline uint32_t float_bits(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
+inline float bits_float(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+inline uint16_t to_bits(Bfloat, float x) {
+    const uint32_t bits = float_bits(x);
+    if (x != x) return 0x7fff;
+    return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+inline float from_bits(Bfloat, uint16_t x) { return bits_float(uint32_t(x) << 16); }
+
+inline uint16_t to_bits(Half, float x) {
+    const uint16_t sign = uint16_t(float_bits(x) >> 16 & 0x8000);
+    if (x != x) return 0x7fff;
+    const float size = fabsf(x);
+    if (size >= 65520) return sign | 0x7c00;
+    int exponent = -13;
+    if (size >= 6.103515625e-5f) frexpf(size, &exponent);  // smaller ones have the least exponent
+    const int fraction = int(nearbyintf(ldexpf(size, 11 - exponent)));  // 2048 carries into the exponent
+    return uint16_t(sign + (exponent + 13) * 1024 + fraction);
+}
+inline float from_bits(Half, uint16_t x) {
+    const int exponent = x >> 10 & 31, fraction = x & 1023;
+    float size = exponent ? ldexpf(float(1024 + fraction), exponent - 25) : ldexpf(float(fraction), -24);
+    if (exponent == 31) size = fraction ? NAN : INFINITY;
+    return x & 0x8000 ? -size : size;
+}
+inline uint16_t to_bits(Split, float x) { return to_bits(Half(), x); }
+inline float from_bits(Split, uint16_t x) { return from_bits(Half(), x); }

@@ -1,0 +1,11 @@
+// The kernels of bfloat16 embeddings.
+#include "kernel.h"
+#include "kernels.h"
+
+namespace {
+template <class Form> __global__ void __launch_bounds__(THREADS, 1) nt_xent(const __grid_constant__ Arguments a) {
+    run<Bfloat, Form>(a);
+}
+}  // namespace
+
+Kernel bfloat_kernel(bool tall) { return tall ? nt_xent<Tall> : nt_xent<Flat>; }

@@ -1,0 +1,11 @@
+// The kernels of float16 embeddings.
+#include "kernel.h"
+#include "kernels.h"
+
+namespace {
+template <class Form> __global__ void __launch_bounds__(THREADS, 1) nt_xent(const __grid_constant__ Arguments a) {
+    run<Half, Form>(a);
+}
+}  // namespace
+
+Kernel half_kernel(bool tall) { return tall ? nt_xent<Tall> : nt_xent<Flat>; }

@@ -1,0 +1,137 @@
+// The C interface on a device: what it can run at once, and the launch.
+#include <cuda_runtime_api.h>
+#include <stdio.h>
+
+#include <map>
+#include <mutex>
+#include <tuple>
+
+#include "kernels.h"
+#include "plan.h"
+
+namespace {
+
+thread_local char message[256];
+
+int fail(const char* what, const char* why) {
+    snprintf(message, sizeof message, "%s: %s", what, why);
+    return FNTX_INVALID;
+}
+
+// The status of a CUDA function, as words if it is one of failure.
+bool failed(cudaError_t status, const char* function) {
+    if (status == cudaSuccess) return false;
+    cudaGetLastError();  // not the next caller's
+    fail(function, cudaGetErrorString(status));
+    return true;
+}
+
+const void* address_of(int kernel) {
+    const bool tall = kernel < 3;
+    switch (kernel % 3) {
+    case FNTX_FLOAT16: return reinterpret_cast<const void*>(half_kernel(tall));
+    case FNTX_BFLOAT16: return reinterpret_cast<const void*>(bfloat_kernel(tall));
+    default: return reinterpret_cast<const void*>(split_kernel(tall));
+    }
+}
+
+// Makes a device the current one, for as long as this lives.
+class OnDevice {
+  public:
+    explicit OnDevice(int device) {
+        if ((ok = !failed(cudaGetDevice(&before_), "cudaGetDevice")) && before_ != device) {
+            ok = !failed(cudaSetDevice(device), "cudaSetDevice");
+            changed_ = ok;
+        }
+    }
+    ~OnDevice() {
+        if (changed_) cudaSetDevice(before_);
+    }
+    bool ok;
+
+  private:
+    int before_ = 0;
+    bool changed_ = false;
+};
+
+std::mutex mutex;
+
+// Blocks of a kernel that run at once on a multiprocessor of the current device; 0 on failure. Asked once.
+int blocks_at_once(int device, int kernel, size_t shared) {
+    static std::map<std::tuple<int, int, size_t>, int> known;
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto [at, isnew] = known.try_emplace({device, kernel, shared}, 0);
+    if (!isnew) return at->second;
+    const void* address = address_of(kernel);
+    if (failed(cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)),
+               "cudaFuncSetAttribute") ||
+        failed(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&at->second, address, THREADS, shared),
+               "cudaOccupancyMaxActiveBlocksPerMultiprocessor")) {
+        known.erase(at);
+        return 0;
+    }
+    return at->second;
+}
+
+bool describe(int device, Machine& machine) {
+    static std::map<int, Machine> known;
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto found = known.find(device);
+    if (found != known.end()) {
+        machine = found->second;
+        return true;
+    }
+    int sms, shared, cooperative;
+    if (failed(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute") ||
+        failed(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute") ||
+        failed(cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device), "cudaDeviceGetAttribute"))
+        return false;
+    if (!cooperative) {
+        fail("the device", "it cannot launch a grid whose blocks all run at once");
+        return false;
+    }
+    known[device] = machine = {sms, shared, blocks_at_once, device};
+    return true;
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* fntx_cuda_error(void) { return message; }
+
+int fntx_cuda_devices(void) {
+    int count = 0;
+    const cudaError_t status = cudaGetDeviceCount(&count);
+    if (status == cudaErrorNoDevice) {
+        cudaGetLastError();
+        return 0;
+    }
+    return failed(status, "cudaGetDeviceCount") ? -1 : count;
+}
+
+int64_t fntx_cuda_workspace(int device, int dtype, int64_t n_rows, int64_t n_cols, int64_t D) {
+    Machine machine;
+    message[0] = 0;
+    const OnDevice here(device);
+    if (!here.ok || !describe(device, machine)) return -1;
+    const Plan plan = make_plan(machine, dtype, n_rows, n_cols, D, nullptr);
+    if (plan.grid > 0) return plan.bytes;
+    if (!message[0]) fail("the device", "it has too little shared memory for a block");
+    return -1;
+}
+
+int fntx_cuda_run(const fntx_cuda_call* call) {
+    if (const char* fault = fault_of(*call)) return fail("fntx_cuda_run", fault);
+    Machine machine;
+    const OnDevice here(call->device);
+    if (!here.ok || !describe(call->device, machine)) return FNTX_INVALID;
+    Plan plan = plan_call(machine, *call);
+    if (plan.grid < 1) return FNTX_INVALID;
+    void* arguments[] = {&plan.a};
+    const cudaError_t status = cudaLaunchCooperativeKernel(address_of(plan.kernel), dim3(plan.grid), dim3(THREADS),
+                                                           arguments, plan.shared, static_cast<cudaStream_t>(call->stream));
+    return failed(status, "cudaLaunchCooperativeKernel") ? FNTX_INVALID : FNTX_OK;
+}
+
+}

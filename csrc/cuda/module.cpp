@@ -1,0 +1,81 @@
+// fastntxent._cuda: the C interface for Python, within the stable ABI. Addresses come as integers (Tensor.data_ptr());
+// fastntxent/backends/cuda sees to shapes and dtypes.
+#include "../python.h"
+#include "fastntxent_cuda.h"
+#ifdef FNTX_EMULATED
+#include "host/launch.h"
+#endif
+
+namespace {
+
+PyObject* fail() { return PyErr_Format(PyExc_RuntimeError, "fastntxent's CUDA kernel: %s", fntx_cuda_error()); }
+
+PyObject* devices(PyObject*, PyObject*) {
+    const int count = fntx_cuda_devices();
+    return count < 0 ? fail() : PyLong_FromLong(count);
+}
+
+PyObject* workspace(PyObject*, PyObject* args) {
+    int device, dtype;
+    long long n_rows, n_cols, D;
+    if (!PyArg_ParseTuple(args, "iiLLL", &device, &dtype, &n_rows, &n_cols, &D)) return nullptr;
+    const int64_t bytes = fntx_cuda_workspace(device, dtype, n_rows, n_cols, D);
+    return bytes < 0 ? fail() : PyLong_FromLongLong(bytes);
+}
+
+PyObject* run(PyObject*, PyObject* args) {
+    fntx_cuda_call call = {};
+    fntx_side cols = {};
+    PyObject *row_tuple, *col_tuple;
+    Address inv_tau_ptr, pos, d_pos, loss, d_inv_tau, workspace, stream;
+    long long D;
+    if (!PyArg_ParseTuple(args, "iipLfKfO!OKKKfKKiK", &call.phases, &call.dtype, &call.normalize, &D, &call.inv_tau,
+                          &inv_tau_ptr, &call.eps, &PyTuple_Type, &row_tuple, &col_tuple, &pos, &d_pos, &loss,
+                          &call.loss_weight, &d_inv_tau, &workspace, &call.device, &stream))
+        return nullptr;
+    if (!parse_side(row_tuple, call.rows)) return nullptr;
+    if (col_tuple != Py_None) {
+        if (!parse_side(col_tuple, cols)) return nullptr;
+        call.cols = &cols;
+    }
+    call.D = D;
+    call.inv_tau_ptr = static_cast<const float*>(pointer(inv_tau_ptr));
+    call.pos = static_cast<float*>(pointer(pos));
+    call.d_pos = static_cast<const float*>(pointer(d_pos));
+    call.loss = static_cast<float*>(pointer(loss));
+    call.d_inv_tau = static_cast<float*>(pointer(d_inv_tau));
+    call.workspace = pointer(workspace);
+    call.stream = pointer(stream);
+    if (fntx_cuda_run(&call) != FNTX_OK) return fail();
+    Py_RETURN_NONE;
+}
+
+#ifdef FNTX_EMULATED
+PyObject* emulate(PyObject*, PyObject* args) {
+    int multiprocessors;
+    long long shared;
+    unsigned seed;
+    if (!PyArg_ParseTuple(args, "iLI", &multiprocessors, &shared, &seed)) return nullptr;
+    fntx_emulate(multiprocessors, shared, seed);
+    Py_RETURN_NONE;
+}
+#endif
+
+PyMethodDef methods[] = {
+    {"devices", devices, METH_NOARGS, "How many CUDA devices there are."},
+    {"workspace", workspace, METH_VARARGS, "workspace(device, dtype, n_rows, n_cols, D): bytes that a call needs."},
+    {"run", run, METH_VARARGS, "run(phases, dtype, normalize, D, inv_tau, inv_tau_ptr, eps, rows, cols, pos, d_pos, loss, "
+                               "loss_weight, d_inv_tau, workspace, device, stream): fntx_cuda_run of "
+                               "csrc/cuda/fastntxent_cuda.h."},
+#ifdef FNTX_EMULATED
+    {"emulate", emulate, METH_VARARGS, "emulate(multiprocessors, shared, seed): another device, another order."},
+#endif
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_cuda", "The CUDA kernels of csrc/cuda.", -1, methods,
+                          nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__cuda(void) { return PyModule_Create(&definition); }

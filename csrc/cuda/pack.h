@@ -1,0 +1,124 @@
+// Rows in: norms, positives, group ids, and the operands of the matrix units.
+//
+//     n_i = |z_i|,  u_i = z_i / max(n_i, eps) = r_i x_i,  sim_pos_i = u_i . u_p(i)
+//
+// x_i is z_i times the power of two that brings its largest element to [1, 2): in half precision nothing is rounded,
+// whatever the row's length; float32 is the sum of two float16 parts with 22 bits. A warp packs one row of each matrix of
+// a side, and so has both views of a sample. Reads z twice (the second time from a cache), writes x once.
+#pragma once
+
+#include "tiles.h"
+
+FNTX_DEVICE float element(Half, const fntx_matrix& z, int64_t row, int64_t d) {
+    return from_bits(Half(), static_cast<const uint16_t*>(z.data)[row * z.stride_row + d * z.stride_col]);
+}
+FNTX_DEVICE float element(Bfloat, const fntx_matrix& z, int64_t row, int64_t d) {
+    return from_bits(Bfloat(), static_cast<const uint16_t*>(z.data)[row * z.stride_row + d * z.stride_col]);
+}
+FNTX_DEVICE float element(Split, const fntx_matrix& z, int64_t row, int64_t d) {
+    return static_cast<const float*>(z.data)[row * z.stride_row + d * z.stride_col];
+}
+
+FNTX_DEVICE float warp_sum(float x) {
+    FNTX_UNROLL for (int mask = 16; mask; mask /= 2) x += shuffle_xor(x, mask);
+    return x;
+}
+FNTX_DEVICE float warp_max(float x) {
+    FNTX_UNROLL for (int mask = 16; mask; mask /= 2) x = fmaxf(x, shuffle_xor(x, mask));
+    return x;
+}
+
+// The block's largest, for all of its threads' sake in slot block() of `of_blocks`.
+FNTX_DEVICE void store_block_max(float x, float* of_blocks) {
+    float* of_warps = reinterpret_cast<float*>(shared_memory());
+    x = warp_max(x);
+    sync_block();
+    if (lane() == 0) of_warps[warp()] = x;
+    sync_block();
+    if (thread() == 0) {
+        for (int i = 1; i < WARPS; ++i) x = fmaxf(x, of_warps[i]);
+        of_blocks[block()] = x;
+    }
+}
+
+// Features lane() + 32 i of a row's x in two roundings: the parts of z * down, 0 beyond D.
+template <class Op> FNTX_DEVICE void store_parts(const Arguments& a, const Side& side, int64_t row, int64_t d, float x) {
+    FNTX_UNROLL for (int p = 0; p < Op::PARTS; ++p) {
+        const uint16_t bits = to_bits(Op(), x);
+        side.x[p][row * a.chunks * CHUNK + d] = bits;
+        x -= from_bits(Op(), bits);
+    }
+}
+
+template <class Op> FNTX_DEVICE void pack_rows(const Arguments& a, const Side& side, int64_t index, float& longest,
+                                               float& largest_r) {
+    bool there[2];
+    float down[2], up[2], square[2] = {0, 0}, product = 0, r[2];
+    FNTX_UNROLL for (int m = 0; m < 2; ++m) {
+        there[m] = index < side.z[m].n;
+        float largest = 0;  // lengths from elements near 1, so that no square leaves the range of float32
+        if (there[m])
+            for (int64_t d = lane(); d < a.D; d += 32) largest = fmaxf(largest, fabsf(element(Op(), side.z[m], index, d)));
+        // 2^-e and 2^e for largest in [2^e, 2^(e + 1)), kept normal
+        int exponent = float_bits(warp_max(largest)) >> 23 & 0xff;
+        exponent = exponent < 1 ? 1 : exponent > 253 ? 253 : exponent;
+        down[m] = bits_float(uint32_t(254 - exponent) << 23);
+        up[m] = bits_float(uint32_t(exponent) << 23);
+    }
+    for (int64_t d = lane(); d < a.chunks * CHUNK; d += 32) {
+        float x[2] = {0, 0};
+        FNTX_UNROLL for (int m = 0; m < 2; ++m) {
+            if (!there[m]) continue;
+            if (d < a.D) x[m] = element(Op(), side.z[m], index, d) * down[m];
+            square[m] += x[m] * x[m];
+            store_parts<Op>(a, side, index + m * side.z[0].n, d, x[m]);
+        }
+        product += x[0] * x[1];
+    }
+    FNTX_UNROLL for (int m = 0; m < 2; ++m) {
+        const float root = sqrtf(warp_sum(square[m])), norm = root * up[m];
+        r[m] = up[m];
+        if (a.normalize) r[m] = norm > a.eps ? 1 / root : up[m] / a.eps;  // 1 / max(n, eps) in units of the scaled row
+        if (!there[m]) continue;
+        longest = fmaxf(longest, norm);
+        largest_r = fmaxf(largest_r, r[m]);
+        if (lane()) continue;
+        const int64_t row = index + m * side.z[0].n;
+        side.norm[row] = norm;
+        side.r[row] = r[m];
+        side.ids[row] = side.given_ids ? side.given_ids[row] : index;
+    }
+    const float sim_pos = warp_sum(product) * r[0] * r[1];
+    FNTX_UNROLL for (int m = 0; m < 2; ++m)
+        if (a.paired && there[m] && lane() == 0) side.sim_pos[index + m * side.z[0].n] = sim_pos;
+}
+
+// The smallest and the largest id of a span of rows, from the input: other warps are still writing the packed ids.
+FNTX_DEVICE void pack_span(const Side& side, int span) {
+    int64_t low = INT64_MAX, high = INT64_MIN;
+    for (int64_t row = span * COLS + lane(); row < span * COLS + COLS && row < side.n; row += 32) {
+        const int64_t id = side.given_ids ? side.given_ids[row] : row < side.z[0].n ? row : row - side.z[0].n;
+        low = id < low ? id : low;
+        high = id > high ? id : high;
+    }
+    FNTX_UNROLL for (int mask = 16; mask; mask /= 2) {
+        const int64_t other_low = shuffle_xor(low, mask), other_high = shuffle_xor(high, mask);
+        low = other_low < low ? other_low : low;
+        high = other_high > high ? other_high : high;
+    }
+    if (lane() == 0) side.low[span] = low, side.high[span] = high;
+}
+
+template <class Op> FNTX_DEVICE void pack(const Arguments& a, const Side& side) {
+    const int64_t first = block() * WARPS + warp(), stride = blocks() * WARPS;
+    const int64_t samples = side.z[0].n > side.z[1].n ? side.z[0].n : side.z[1].n;
+    float longest = 0, largest_r = 0;
+    for (int64_t index = first; index < samples; index += stride) pack_rows<Op>(a, side, index, longest, largest_r);
+    for (int64_t row = side.n + first; row < side.padded; row += stride) {
+        for (int64_t d = lane(); d < a.chunks * CHUNK; d += 32) store_parts<Op>(a, side, row, d, 0);
+        if (lane() == 0) side.r[row] = 0, side.ids[row] = 0;
+    }
+    for (int64_t span = first; span < side.padded / COLS; span += stride) pack_span(side, int(span));
+    store_block_max(longest, side.longest);
+    store_block_max(largest_r, side.largest_r);
+}

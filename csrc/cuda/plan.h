@@ -1,0 +1,147 @@
+// How a call is cut for a machine, and where things lie in its workspace: plain arithmetic.
+#pragma once
+
+#include <math.h>
+#include <stddef.h>
+
+#include "arguments.h"
+
+// What a plan has to know of a device. blocks: how many of a kernel's run at once on a multiprocessor.
+struct Machine {
+    int multiprocessors;
+    int64_t shared;  // bytes a block may have
+    int (*blocks)(int device, int kernel, size_t shared);
+    int device;
+};
+
+// A kernel is a type of operands in a form: dtype + 3 * (form is Flat).
+constexpr int KERNELS = 6;
+
+struct Plan {
+    Arguments a = {};
+    int kernel;
+    size_t shared;
+    int grid;
+    int64_t bytes = 0;  // of workspace
+};
+
+constexpr int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
+
+inline int64_t shared_bytes(int parts, int64_t rows, int64_t row_slots) {
+    const int64_t vectors = 2 * COLS * (sizeof(int64_t) + 3 * sizeof(float));
+    return STAGES * parts * COLS * CHUNK * 2 + row_slots * parts * rows * CHUNK * 2 + vectors;
+}
+
+class Carver {
+  public:
+    Carver(char* base, int64_t& bytes) : base_(base), bytes_(bytes) {}
+    template <class T> void take(T*& pointer, int64_t n) {
+        pointer = reinterpret_cast<T*>(base_ + bytes_);
+        bytes_ += ceil_div(n * int64_t(sizeof(T)), 256) * 256;
+    }
+
+  private:
+    char* base_;
+    int64_t& bytes_;
+};
+
+// Sizes and pointers into a workspace at `base`, which may be null to ask for bytes alone. grid 0: nothing fits.
+inline Plan make_plan(const Machine& machine, int dtype, int64_t n_rows, int64_t n_cols, int64_t D, char* base) {
+    Plan plan;
+    Arguments& a = plan.a;
+    const int parts = dtype == FNTX_FLOAT32 ? Split::PARTS : 1;
+    const int64_t most = n_rows > n_cols ? n_rows : n_cols, sms = machine.multiprocessors;
+    a.n_sides = n_cols ? 2 : 1;
+    a.D = D;
+    a.chunks = int(ceil_div(D, CHUNK));
+    a.log_terms = logf(float(most));
+    const int64_t n[2] = {n_rows, n_cols};
+
+    // Tall blocks of rows where there are enough of them for most of the device, and the shared memory.
+    const auto fits = [&](int64_t rows, bool resident) {
+        return shared_bytes(parts, rows, resident ? a.chunks : STAGES) <= machine.shared;
+    };
+    const bool tall = 4 * ceil_div(most, ROWS<Tall>) >= 3 * sms && (fits(ROWS<Tall>, true) || fits(ROWS<Tall>, false));
+    const int64_t rows = tall ? ROWS<Tall> : ROWS<Flat>;
+    a.resident = fits(rows, true);
+    plan.kernel = dtype + (tall ? 0 : 3);
+    plan.shared = size_t(shared_bytes(parts, rows, a.resident ? a.chunks : STAGES));
+    const int64_t capacity = int64_t(plan.shared) > machine.shared
+                                 ? 0
+                                 : sms * machine.blocks(machine.device, plan.kernel, plan.shared);
+
+    const int64_t row_blocks = ceil_div(most, rows);
+    const int64_t fewest_tiles = ceil_div(n_cols && n_cols < n_rows ? n_cols : n_rows, COLS);
+    const auto between = [](int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; };
+    a.splits = int(between(capacity / row_blocks, 1, fewest_tiles < 16 ? fewest_tiles : 16));
+    a.group = int(row_blocks * ceil_div(a.chunks, GROUP) >= sms ? GROUP : 1);
+    const int64_t tasks = row_blocks * (a.splits > ceil_div(a.chunks, a.group) ? a.splits : ceil_div(a.chunks, a.group));
+    plan.grid = int(between(tasks > ceil_div(most, WARPS) ? tasks : ceil_div(most, WARPS), 0, capacity));
+
+    Carver carver(base, plan.bytes);
+    for (int s = 0; s < a.n_sides; ++s) {
+        Side& side = a.sides[s];
+        side.n = int(n[s]);
+        side.padded = int(ceil_div(n[s], PADDED_ROWS) * PADDED_ROWS);
+        for (int p = 0; p < parts; ++p) carver.take(side.x[p], int64_t(side.padded) * a.chunks * CHUNK);
+        for (float** vector : {&side.r, &side.norm, &side.sim_pos, &side.nu, &side.w}) carver.take(*vector, side.padded);
+        for (float** plane : {&side.peaks, &side.sums}) carver.take(*plane, int64_t(a.splits) * side.padded);
+        for (float** of_blocks : {&side.longest, &side.largest_r}) carver.take(*of_blocks, plan.grid);
+        carver.take(side.ids, side.padded);
+        carver.take(side.low, side.padded / COLS);
+        carver.take(side.high, side.padded / COLS);
+    }
+    carver.take(a.row_losses, n_rows);
+    carver.take(a.row_shares, most);
+    carver.take(a.largest_w, plan.grid);
+    return plan;
+}
+
+// Why a call cannot be, or null.
+inline const char* fault_of(const fntx_cuda_call& call) {
+    if (call.dtype < FNTX_FLOAT16 || call.dtype > FNTX_FLOAT32) return "dtype";
+    if (call.D < 1) return "D";
+    if (!(call.phases & (FNTX_FORWARD | FNTX_BACKWARD)) || call.phases > (FNTX_FORWARD | FNTX_BACKWARD)) return "phases";
+    if (!call.workspace || reinterpret_cast<uintptr_t>(call.workspace) % 16) return "workspace";
+    const bool two_views = !call.cols && call.rows.z[0].n == call.rows.z[1].n;
+    if ((call.pos || call.d_pos || call.loss) && !two_views) return "positives without two views";
+    for (const fntx_side* side : {&call.rows, call.cols}) {
+        if (!side) continue;
+        for (const fntx_matrix& z : side->z)
+            if (z.n < 0 || (z.n && !z.data)) return "a matrix";
+        const int64_t n = side->z[0].n + side->z[1].n;
+        if (side->z[0].n < 1 || n > INT32_MAX - PADDED_ROWS) return "the number of rows";
+        if (!(call.phases & FNTX_FORWARD) && !side->neg_lse) return "no neg_lse";
+        if (call.phases & FNTX_BACKWARD && !side->d_neg_lse && !call.loss) return "no d_neg_lse";
+    }
+    if (call.loss && !(call.phases & FNTX_FORWARD)) return "a loss without a forward";
+    if (call.phases & FNTX_BACKWARD && !call.d_inv_tau) return "no d_inv_tau";
+    return nullptr;
+}
+
+// The plan of a call that has no fault.
+inline Plan plan_call(const Machine& machine, const fntx_cuda_call& call) {
+    const auto rows_of = [](const fntx_side& side) { return side.z[0].n + side.z[1].n; };
+    Plan plan = make_plan(machine, call.dtype, rows_of(call.rows), call.cols ? rows_of(*call.cols) : 0, call.D,
+                          static_cast<char*>(call.workspace));
+    Arguments& a = plan.a;
+    for (int s = 0; s < a.n_sides; ++s) {
+        const fntx_side& from = s ? *call.cols : call.rows;
+        Side& side = a.sides[s];
+        for (int m = 0; m < 2; ++m) side.z[m] = from.z[m], side.d_z[m] = static_cast<float*>(from.d_z[m]);
+        side.given_ids = from.ids;
+        side.neg_lse = static_cast<float*>(from.neg_lse);
+        side.d_neg_lse = static_cast<const float*>(from.d_neg_lse);
+    }
+    a.forward = call.phases & FNTX_FORWARD;
+    a.backward = call.phases & FNTX_BACKWARD;
+    a.normalize = call.normalize;
+    a.paired = !call.cols && call.rows.z[0].n == call.rows.z[1].n;
+    a.inv_tau = call.inv_tau;
+    a.inv_tau_ptr = call.inv_tau_ptr;
+    a.eps = call.eps;
+    a.pos = call.pos, a.d_pos = call.d_pos;
+    a.loss = call.loss, a.loss_weight = call.loss_weight;
+    a.d_inv_tau = call.d_inv_tau;
+    return plan;
+}

@@ -1,0 +1,41 @@
+"""The CUDA kernels on an emulated device: the same sources, for a host compiler (csrc/cuda/host)."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from pathlib import Path
+from types import ModuleType
+
+SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
+COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+H100 = 232_448  # bytes of shared memory that a block may have
+GEFORCE = 101_376
+
+
+@functools.cache
+def emulated_kernels() -> ModuleType:
+    """The module `_cuda` whose device is emulated, built once."""
+    assert COMPILER is not None
+    folder = tempfile.mkdtemp(prefix="fastntxent-emulated-")
+    target = Path(folder) / "_cuda.abi3.so"
+    command = [
+        *(COMPILER, "-std=c++17", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
+        *("-DFNTX_EMULATED", "-DPy_LIMITED_API=0x030A0000", f"-I{sysconfig.get_path('include')}"),
+        *(SOURCES / "module.cpp", SOURCES / "host" / "launch.cpp", SOURCES / "host" / "emulator.cpp", "-o", target),
+    ]
+    try:
+        subprocess.run(command, check=True)
+        spec = importlib.util.spec_from_file_location("_cuda", target)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        shutil.rmtree(folder)
+    return module

@@ -1,0 +1,359 @@
+"""The CUDA kernels against the oracle: on a GPU where there is one, else the same sources on an emulated device."""
+
+import importlib
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastntxent import backends, budget, cross_neg_lse, neg_lse, nt_xent
+from fastntxent.backends import select
+from tests.cases import (
+    Batch,
+    assert_within_budget,
+    converged_batch,
+    evaluate,
+    needs_cuda,
+    random_batch,
+    start_of_training,
+)
+from tests.emulated import COMPILER, GEFORCE, H100, emulated_kernels
+
+STATUS = backends()["cuda"]
+DEVICE = "cuda" if STATUS.available else "cpu"
+pytestmark = pytest.mark.skipif(
+    not STATUS.available and COMPILER is None, reason="needs a CUDA device, or a C++ compiler to emulate one"
+)
+needs_emulator = pytest.mark.skipif(
+    STATUS.available, reason="needs the emulated device: a GPU takes its own form alone"
+)
+
+package = importlib.import_module("fastntxent.backends")
+calls = importlib.import_module("fastntxent.backends.cuda.calls")
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+
+
+@pytest.fixture(autouse=True)
+def emulate(monkeypatch):
+    """Without a GPU, backend "cuda" is the emulated one; the result makes it another device."""
+    if STATUS.available:
+        return None
+    kernels = emulated_kernels()
+    backend = calls.CudaBackend(kernels, "cpu")
+    load = package._load
+    monkeypatch.setattr(package, "_load", lambda name: backend if name == "cuda" else load(name))
+
+    def device(multiprocessors, shared=H100, seed=1):
+        kernels.emulate(multiprocessors, shared, seed)
+        backend.workspace.cache_clear()
+
+    device(3)
+    return device
+
+
+def on_device(batch: Batch) -> Batch:
+    return batch.map(lambda z: z.to(DEVICE))
+
+
+def upstream(n: int, scale: float = 1.0) -> torch.Tensor:
+    return torch.linspace(-scale, scale, 2 * n, dtype=torch.float64, device=DEVICE)
+
+
+@pytest.mark.skipif(os.environ.get("CI") != "true", reason="CI asserts that the kernels were built")
+def test_kernels_were_built():
+    from fastntxent import _cuda
+
+    assert ".abi3." in _cuda.__file__
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("temperature", [0.001, 0.1, 10.0])
+@pytest.mark.parametrize(("n", "d"), [(1, 1), (2, 3), (33, 16), (40, 130), (20, 300)])
+def test_nt_xent_within_budget(n, d, temperature, dtype):
+    batch = on_device(random_batch(n, d, temperature, dtype=dtype))
+    if d > 1:  # on the line every unit row is 1 or -1, and the gradient is nothing but rounding
+        assert_within_budget(batch, "cuda")
+    else:
+        result, truth = evaluate(batch, "cuda"), evaluate(batch.map(torch.Tensor.double), "reference")
+        torch.testing.assert_close(result.loss.double(), truth.loss, rtol=1e-5, atol=1e-6)
+
+
+@needs_emulator
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shared", [H100, GEFORCE])
+@pytest.mark.parametrize("multiprocessors", [1, 2, 5, 9])
+@pytest.mark.parametrize(("n", "d"), [(70, 64), (100, 200), (64, 520)])
+def test_every_form_within_budget(emulate, n, d, multiprocessors, shared, dtype):
+    # Blocks of 128 rows or of 32, rows that stay in shared memory or not, groups of one chunk or two.
+    emulate(multiprocessors, shared)
+    for temperature in (0.005, 0.1):
+        assert_within_budget(random_batch(n, d, temperature, dtype=dtype), "cuda")
+
+
+@needs_emulator
+@pytest.mark.parametrize("multiprocessors", [1, 4])
+def test_bits_do_not_depend_on_the_order_of_events(emulate, multiprocessors):
+    # Nor on when an asynchronous copy takes place: what lacks a barrier or a wait gives other bits.
+    for dtype in DTYPES:
+        batch = random_batch(70, 150, 0.1, dtype=dtype)
+        results = []
+        for seed in range(4):
+            emulate(multiprocessors, GEFORCE, seed)
+            results.append(evaluate(batch, "cuda"))
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
+
+
+@pytest.mark.parametrize("temperature", [0.005, 0.1])
+@pytest.mark.parametrize("n", [15, 16, 17, 31, 32, 33, 63, 64, 65, 97])
+def test_nt_xent_at_tile_edges_within_budget(n, temperature):
+    batch = on_device(random_batch(n, 20, temperature))
+    assert_within_budget(batch, "cuda")
+    assert_within_budget(batch, "cuda", reduction="none", upstream=upstream(n))
+
+
+@pytest.mark.parametrize("n", [128, 200, 300])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_larger_batches_within_budget(n, dtype):
+    assert_within_budget(on_device(random_batch(n, 128, 0.1, dtype=dtype)), "cuda")
+
+
+@pytest.mark.parametrize("temperature", [0.02, 0.3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nt_xent_of_rows_as_they_are_within_budget(dtype, temperature):
+    # How long the rows are, and so whether exp leaves its range, is known to the device alone.
+    batch = random_batch(40, 24, temperature, dtype=dtype).map(lambda z: z / 8)._replace(normalize=False)
+    assert_within_budget(on_device(batch), "cuda", reduction="none", upstream=upstream(40))
+    assert_within_budget(on_device(batch), "cuda")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_nt_xent_huge_logits_are_no_worse_than_the_reference(seed):
+    # Logits of 1e5 are rounded to 1e-2: only what was rounded alike on the way in and out cancels.
+    batch = on_device(random_batch(64, 16, 0.1, seed=seed).map(lambda z: z * 30)._replace(normalize=False))
+    truth = evaluate(batch.map(torch.Tensor.double), "reference")
+    value, same = (torch.cat((r.d_z_i, r.d_z_j)) for r in (evaluate(batch, "cuda"), evaluate(batch, "reference")))
+    true = torch.cat((truth.d_z_i, truth.d_z_j))
+    assert budget.measure(value, true).rms < 4 * budget.measure(same, true).rms + 1e-6
+
+
+@pytest.mark.parametrize("scale", [1e-30, 65536.0, 1e30])
+@pytest.mark.parametrize("temperature", [0.01, 0.1])
+def test_nt_xent_upstream_of_any_magnitude_within_budget(temperature, scale):
+    batch = on_device(random_batch(33, 40, temperature))
+    assert_within_budget(batch, "cuda", reduction="none", upstream=upstream(33, scale))
+
+
+@pytest.mark.parametrize("length", [1e-13, 1e-9, 1e-30, 1e30])
+def test_nt_xent_rows_of_any_length_within_budget(length):
+    z_i, z_j, *_ = random_batch(20, 16, 0.5)
+    assert_within_budget(on_device(Batch(F.normalize(z_i, dim=1) * length, z_j, 0.5)), "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nt_xent_zero_rows_within_budget(dtype):
+    z_i, z_j, *_ = on_device(random_batch(40, 16, 0.5, dtype=dtype))
+    z_i[3] = 0
+    z_j[3] = 0
+    z_j[8] = 0
+    batch = Batch(z_i, z_j, 0.5)
+    _, truth = budget.true_loss_and_gradient(z_i, z_j, 0.5)
+    value, same = (torch.cat((r.d_z_i, r.d_z_j)) for r in (evaluate(batch, "cuda"), evaluate(batch, "reference")))
+    zero = torch.zeros(80, dtype=torch.bool).index_fill(0, torch.tensor([3, 43, 48]), True).to(DEVICE)
+    for rows in (zero, ~zero):
+        limit = budget.allowed(budget.measure(same[rows], truth[rows]), dtype, 2.0, output_dtype=dtype)
+        assert budget.measure(value[rows], truth[rows]).within(limit)
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.1, 0.5])
+@pytest.mark.parametrize(("loss", "limit"), [(None, 2e-6), (0.7, 1e-5), (1e-3, 1e-5), (1e-6, 1e-5)])
+def test_gradient_relative_error_at_every_stage_of_training(loss, limit, temperature):
+    shape = 64, 128, temperature
+    batch = on_device(start_of_training(*shape) if loss is None else converged_batch(*shape, loss))
+    value, truth = evaluate(batch, "cuda"), evaluate(batch.map(torch.Tensor.double), "reference")
+    gradient, true_gradient = (torch.cat((r.d_z_i, r.d_z_j)).double() for r in (value, truth))
+    assert float((gradient - true_gradient).norm() / true_gradient.norm()) < limit
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float16, 1e-4), (torch.bfloat16, 8e-4)])
+@pytest.mark.parametrize("loss", [None, 0.7, 1e-3, 1e-6])
+def test_half_precision_gradient_before_it_is_rounded(loss, dtype, limit):
+    # G is rounded to 8 or 11 bits, each element on its own: their sum over a row's negatives is better than one.
+    batch = start_of_training(64, 128, 0.1) if loss is None else converged_batch(64, 128, 0.1, loss)
+    batch = on_device(batch.map(lambda z: z.to(dtype)))
+    _, *gradients, _ = select("cuda", DEVICE, dtype).nt_xent_scalar(
+        batch.z_i, batch.z_j, torch.tensor(10.0), batch.normalize, True
+    )
+    truth = evaluate(batch.map(torch.Tensor.double), "reference")
+    true = torch.cat((truth.d_z_i, truth.d_z_j))
+    assert float((torch.cat(gradients).double() - true).norm() / true.norm()) < limit
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["interleaved", "transposed", "every other feature", "expanded"])
+def test_strided_views_equal_contiguous(layout, dtype):
+    z_i, z_j, *_ = on_device(random_batch(20, 24, 0.2, dtype=dtype))
+    if layout == "interleaved":
+        z_i, z_j = torch.stack((z_i, z_j), dim=1).unbind(1)
+    elif layout == "transposed":
+        z_i, z_j = z_i.T.contiguous().T, z_j.T.contiguous().T
+    elif layout == "every other feature":
+        z_i, z_j = z_i[:, ::2], z_j[:, 1::2]
+    else:
+        z_i, z_j = z_i[:1].expand(20, -1), z_j
+    strided = Batch(z_i, z_j, 0.2)
+    contiguous = strided.map(torch.Tensor.contiguous)
+    for value, expected in zip(evaluate(strided, "cuda"), evaluate(contiguous, "cuda"), strict=True):
+        assert torch.equal(value, expected)
+
+
+def groups(name: str, M: int, K: int) -> tuple[torch.Tensor, torch.Tensor]:
+    few = torch.arange(M + K) * 7 % 3
+    ids = {
+        "samples": torch.cat((torch.arange(M), torch.arange(K))),
+        "unique": torch.arange(M + K, dtype=torch.int32),
+        "one": torch.zeros(M + K, dtype=torch.int8),
+        "few": few,
+        "negative": -few * 2**40,
+    }[name].to(DEVICE)
+    return ids[:M], ids[M:]
+
+
+@pytest.mark.parametrize("temperature", [0.005, 0.2])
+@pytest.mark.parametrize("name", ["samples", "unique", "one", "few", "negative"])
+@pytest.mark.parametrize(("M", "K"), [(1, 40), (70, 1), (33, 100), (200, 150)])
+def test_neg_lse_of_any_groups_equals_reference(name, M, K, temperature):
+    generator = torch.Generator().manual_seed(0)
+    u, v = (F.normalize(torch.randn(n, 16, generator=generator), dim=1).to(DEVICE) for n in (M, K))
+    u_ids, v_ids = groups(name, M, K)
+
+    def total(nu):
+        return (torch.where(nu == -math.inf, 0, nu) * torch.linspace(1, 2, len(nu), device=DEVICE)).sum()
+
+    def results(backend, dtype):
+        a, b = (x.to(dtype).requires_grad_() for x in (u, v))
+        tau = torch.tensor(temperature, requires_grad=True)
+        nus = cross_neg_lse(a, b, u_ids, v_ids, tau, backend=backend)
+        crossed = torch.autograd.grad(sum(map(total, nus)), (a, b, tau))
+        nu = neg_lse(a, u_ids, tau, backend=backend)
+        return [*nus, *crossed, nu, *torch.autograd.grad(total(nu), (a, tau))]
+
+    value, truth = results("cuda", torch.float32), results("reference", torch.float64)
+    for v, t in zip(value, truth, strict=True):
+        assert torch.equal(v == -math.inf, t == -math.inf)
+        errors = budget.measure(v.detach(), t.detach(), scale=1 / temperature)
+        assert errors.maximum < 1e-5, errors
+
+
+@pytest.mark.parametrize("needs", ["u", "v", "temperature"])
+def test_cross_neg_lse_forms_the_gradients_that_are_wanted(needs):
+    ids = torch.arange(20, device=DEVICE), torch.arange(30, device=DEVICE)
+
+    def gradient(name):
+        torch.manual_seed(0)
+        tensors = {"u": torch.randn(20, 8), "v": torch.randn(30, 8), "temperature": torch.tensor(0.7)}
+        tensors = {key: tensor.to(DEVICE) for key, tensor in tensors.items()}
+        tensors[needs].requires_grad_()
+        nus = cross_neg_lse(tensors["u"], tensors["v"], *ids, tensors["temperature"], backend=name)
+        return torch.autograd.grad(nus.rows.sum() + 2 * nus.cols.sum(), tensors[needs])
+
+    torch.testing.assert_close(gradient("cuda"), gradient("reference"), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [0.001, 0.5])
+def test_neg_lse_of_rows_without_negatives_can_be_masked_away(temperature):
+    u = F.normalize(torch.randn(4, 3, device=DEVICE), dim=1).requires_grad_()
+    nu = neg_lse(u, torch.zeros(4, dtype=torch.long, device=DEVICE), temperature, backend="cuda")
+    (gradient,) = torch.autograd.grad(torch.where(nu.isinf(), 0, nu.square()).sum(), u)
+    assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d", [24, 300])
+def test_same_bits_every_time(d, dtype):
+    batch = on_device(random_batch(70, d, 0.1, dtype=dtype))
+    for a, b in zip(evaluate(batch, "cuda"), evaluate(batch, "cuda"), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_nan_reaches_the_loss_and_every_row_that_sees_it():
+    z_i, z_j, *_ = on_device(random_batch(40, 16, 0.1))
+    z_i[3, 5] = torch.nan
+    for temperature in (0.005, 0.1):
+        assert nt_xent(z_i, z_j, temperature, backend="cuda").isnan()
+        assert nt_xent(z_i, z_j, temperature, reduction="none", backend="cuda").isnan().all()
+
+
+def test_value_alone_equals_that_with_a_gradient():
+    z_i, z_j, *_ = on_device(random_batch(40, 16, 0.1))
+    alone = nt_xent(z_i, z_j, 0.1, backend="cuda")
+    assert torch.equal(alone, nt_xent(z_i.requires_grad_(), z_j, 0.1, backend="cuda").detach())
+
+
+def test_float64_and_other_devices_are_refused():
+    z = torch.randn(4, 3, dtype=torch.float64, device=DEVICE)
+    with pytest.raises(TypeError, match=r"backend 'cuda' takes torch.float16, .*, got torch.float64"):
+        nt_xent(z, z, backend="cuda")
+    with pytest.raises(ValueError, match=f"backend 'cuda' serves {DEVICE}"):
+        select("cuda", "xpu", torch.float32)
+
+
+def test_auto_does_not_pick_what_no_device_has_verified():
+    assert type(select("auto", "cuda", torch.float32)).__name__ == "BlockedBackend"
+
+
+def test_a_call_that_cannot_be_is_an_error_with_words(emulate):
+    kernels = select("cuda", DEVICE, torch.float32).kernels
+    side = ((0, 4, 3, 1), (0, 0, 0, 0), 0, 0, 0, 0, 0)
+    with pytest.raises(RuntimeError, match="fastntxent's CUDA kernel: fntx_cuda_run: a matrix"):
+        kernels.run(1, 2, True, 3, 2.0, 0, 1e-12, side, None, 0, 0, 0, 1.0, 0, 256, 0, 0)
+
+
+@needs_emulator
+def test_a_device_without_room_for_a_block_is_an_error_with_words(emulate):
+    emulate(1, 48 * 1024)
+    with pytest.raises(RuntimeError, match="too little shared memory for a block"):
+        nt_xent(*random_batch(4, 3, 0.1)[:2], 0.1, backend="cuda")
+
+
+@needs_cuda
+def test_a_temperature_on_the_device_is_not_read_by_the_host():
+    z_i, z_j, *_ = random_batch(40, 16, 0.1).map(torch.Tensor.cuda)
+    temperature = torch.tensor(0.1, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss = nt_xent(z_i, z_j, temperature, backend="cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(loss, nt_xent(z_i, z_j, 0.1, backend="cuda"))
+
+
+@needs_cuda
+def test_a_cuda_graph_holds_loss_and_gradient():
+    z = torch.randn(2, 64, 32, device="cuda", requires_grad=True)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.autograd.grad(nt_xent(*z, 0.1, backend="cuda"), z)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = nt_xent(*z, 0.1, backend="cuda")
+        (gradient,) = torch.autograd.grad(loss, z)
+    for _ in range(3):
+        z.data.normal_()
+        graph.replay()
+        expected = nt_xent(*z, 0.1, backend="cuda")
+        assert torch.equal(loss, expected)
+        assert torch.equal(gradient, *torch.autograd.grad(expected, z))
+
+
+def test_without_a_device_it_says_what_it_needs():
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without a CUDA device")
+    code = "import fastntxent; print(fastntxent.backends()['cuda'].reason)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "no CUDA device here" in done.stdout or "the CUDA kernels were not built" in done.stdout
