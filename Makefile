@@ -19,13 +19,15 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-# The CPU kernels against their definition, under the address, undefined-behaviour and thread sanitizers: minutes.
+# The CPU kernels, and the CUDA kernels on an emulated device, against their definition under sanitizers: minutes.
 sanitize:
 	CXX="$(CXX)" csrc/cpu/sanitize.sh
+	CXX="$(CXX)" csrc/cuda/sanitize.sh
 
-# Registers, shared memory and spills of the Triton kernels on every chip, none of which has to be here.
+# Registers, shared memory and spills of the Triton and CUDA kernels on every chip, none of which has to be here.
 kernels-report: $(VENV)/installed
 	$(VENV)/bin/python -m benchmarks kernels --check
+	$(VENV)/bin/python -m benchmarks.binary --check
 
 # The README's figures: make bench BENCH_OUT=benchmarks/results, then python -m benchmarks report
 bench: $(VENV)/bench

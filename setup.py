@@ -108,7 +108,9 @@ class BuildExt(build_ext):
 def gencode(nvcc: str) -> list[str]:
     """Machine code for the architectures that this nvcc knows, and PTX of the newest."""
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
-    codes = [code for code in CUDA_CODE if re.search(rf"^sm_{code}$", known, re.MULTILINE)]
+    codes = [
+        code for code in CUDA_CODE if re.search(rf"^sm_{code.rstrip('a')}$", known, re.MULTILINE)
+    ]  # named without a
     newest = [code for code in codes if code.isdigit()][-1]
     flags = [f"-gencode=arch=compute_{code},code=sm_{code}" for code in codes]
     return [*flags, f"-gencode=arch=compute_{newest},code=compute_{newest}"]

@@ -88,16 +88,18 @@ template <class T> struct Run {
         checks += !got.empty();
     }
 
-    void compare() const {
+    // `rounding`: of what a gradient is made of, where that is coarser than T.
+    void compare(Real rounding = 0) const {
         const Real epsilon = sizeof(T) == 4 ? 1.2e-7L : 2.3e-16L, tolerance = 16 * epsilon * (1 + p.largest_logit());
+        const Real of_gradient = tolerance + rounding;
         const Real least = std::numeric_limits<T>::min();
         const Gradient& gradient = mode == LOSS ? p.of_loss : p.of_weights;
         for (int side = 0; side <= p.last; ++side) {
             if (mode != BACKWARD && (side ? cols : call.rows).neg_lse)
                 hold(side ? "neg_lse of cols" : "neg_lse", nu[side], p.sides[side].nu.data(), tolerance, tolerance);
             const Real *first = gradient.d_z[side].data(), *second = first + p.sides[side].z[0].n * p.c.D;
-            hold(side ? "d_z[0] of cols" : "d_z[0]", d_z[side][0], first, tolerance * gradient.size_of_z + least, 0);
-            hold(side ? "d_z[1] of cols" : "d_z[1]", d_z[side][1], second, tolerance * gradient.size_of_z + least, 0);
+            hold(side ? "d_z[0] of cols" : "d_z[0]", d_z[side][0], first, of_gradient * gradient.size_of_z + least, 0);
+            hold(side ? "d_z[1] of cols" : "d_z[1]", d_z[side][1], second, of_gradient * gradient.size_of_z + least, 0);
         }
         if (call.pos) hold("pos", pos, p.pos.data(), tolerance, tolerance);
         if (call.loss) hold("loss", {scalars[0]}, &p.loss, tolerance, tolerance);

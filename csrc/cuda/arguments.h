@@ -3,6 +3,8 @@
 
 #include "fastntxent_cuda.h"
 
+namespace fntx {
+
 // The types of operands: float16, bfloat16, or float32 as the sum of two float16 parts.
 struct Half {
     static constexpr int PARTS = 1;
@@ -20,18 +22,23 @@ struct Split {
 constexpr int WARPS = 8, THREADS = 32 * WARPS;
 constexpr int COLS = 64;        // columns of a tile, and rows of a span of ids
 constexpr int CHUNK = 64;       // features of a step
-constexpr int STAGES = 4;       // steps held in shared memory: two of a group, two on their way
-constexpr int GROUP = 2;        // chunks, at most, of a task of the gradient
 constexpr int PADDED_ROWS = 128;
 
-// How the warps of a block stand: 128 rows by 64 columns each row's by one warp (many rows), or 32 rows, where four
-// warps share a row's columns (few rows, more blocks).
-struct Tall {
-    static constexpr int ROW_WARPS = 8;
+// How the warps of a block stand, and how many chunks of the gradient a lane's registers may hold (GROUP). A row's
+// features beyond a group cost the first product once more.
+struct Tall {  // many rows: 128 of them, each a single warp's
+    static constexpr int ROW_WARPS = 8, GROUP = 2;
+    static constexpr bool WARPGROUPS = false;
 };
-struct Flat {
-    static constexpr int ROW_WARPS = 2;
+struct Flat {  // few rows: 32, where four warps share a row's columns, so that there are more blocks
+    static constexpr int ROW_WARPS = 2, GROUP = 3;
+    static constexpr bool WARPGROUPS = false;
 };
+struct Hopper {  // as Tall, by the products of warpgroups, which take their operands from shared memory: sm_90a alone
+    static constexpr int ROW_WARPS = 8, GROUP = 3;
+    static constexpr bool WARPGROUPS = true;
+};
+enum { TALL, FLAT, HOPPER };
 template <class Form> constexpr int ROWS = 16 * Form::ROW_WARPS;
 template <class Form> constexpr int COL_WARPS = WARPS / Form::ROW_WARPS;
 template <class Form> constexpr int WARP_COLS = COLS / COL_WARPS<Form>;
@@ -74,5 +81,8 @@ struct Arguments {
     float* largest_w;         // (blocks,): the largest weight that a block saw
     int splits;               // tasks that share the columns of a block of rows in the forward
     int group;                // chunks of a task of the gradient
+    int stages;               // steps held in shared memory: those of a group, and two on their way
     int resident;             // whether all chunks of a block of rows stay in shared memory
 };
+
+}  // namespace fntx

@@ -6,6 +6,8 @@
 
 #include "pack.h"
 
+namespace fntx {
+
 // log-sum-exp as a peak and a sum: peak + log(sum). Nothing yet: a peak of -inf, or of 0 with no sum.
 struct LogSum {
     float peak, sum;
@@ -41,7 +43,7 @@ template <class Op, class Form> FNTX_DEVICE void sum_exponentials(const Argument
                 each([&](float& x, int h, int col) { x *= v.r[col] * (mine.r[h] * k * LOG2_E); });
             else  // rounded the same from both sides: only what went into a sum may be compared with it
                 each([&](float& x, int h, int col) { x *= mine.r[h] * v.r[col], x *= k; });
-            const Mask mask(mine, v, cols, first_col);
+            const Mask mask(rows, mine, cols, v, first_col);
             if (!mask.whole)
                 each([&](float& x, int h, int col) { x = mask.apart(h, col) ? x : NONE; });
             if (direct) {
@@ -123,3 +125,5 @@ FNTX_DEVICE float sum_terms(const float* terms, int n) {
     for (int i = 0; i < WARPS; ++i) total += of_warps[i];
     return total;
 }
+
+}  // namespace fntx

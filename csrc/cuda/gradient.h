@@ -11,6 +11,8 @@
 
 #include "forward.h"
 
+namespace fntx {
+
 // Weights enter the tiles with the largest at this: float16 has no numbers below 6e-8, nor above 65504.
 constexpr float G_SCALE = 8192;
 
@@ -85,16 +87,16 @@ template <class Op, class Form> FNTX_DEVICE void form_gradient(const Arguments& 
             w[h] = scales.weight(rows, mine.row[h], direct);
             nu[h] = rows.nu[mine.row[h]];
         }
-        float acc[GROUP * CHUNK / 8][4];
-        FNTX_UNROLL for (int d = 0; d < GROUP * CHUNK / 8; ++d)
+        typename Walk::Gradient acc;
+        FNTX_UNROLL for (int d = 0; d < Form::GROUP * CHUNK / 8; ++d)
             FNTX_UNROLL for (int e = 0; e < 4; ++e) acc[d][e] = 0;
 
         const auto weights = [&](ColumnVectors& v, int i, int col) {
             v.w[i] = scales.weight(cols, col, direct);
             v.nu[i] = cols.nu[col];
         };
-        walk.walk(weights, [&](typename Walk::Products& s, const ColumnVectors& v, int first_col, int step) {
-            const Mask mask(mine, v, cols, first_col);
+        walk.walk(weights, [&](typename Walk::Products& s, const ColumnVectors& v, int first_col, int slot) {
+            const Mask mask(rows, mine, cols, v, first_col);
             FNTX_UNROLL for (int j = 0; j < Walk::COL_TILES; ++j)
                 FNTX_UNROLL for (int e = 0; e < 4; ++e) {
                     const int h = e / 2, col = walk.warp_col() + 8 * j + lane() % 4 * 2 + e % 2;
@@ -112,7 +114,7 @@ template <class Op, class Form> FNTX_DEVICE void form_gradient(const Arguments& 
                     radial[h] += x * g;
                     s[j][e] = g;
                 }
-            walk.gather(acc, s, step, group);
+            walk.gather(acc, s, slot, group);
         });
 
         sync_block();  // the tiles' shared memory is free
@@ -123,7 +125,7 @@ template <class Op, class Form> FNTX_DEVICE void form_gradient(const Arguments& 
             radial[h] += shuffle_xor(radial[h], 1);
             radial[h] += shuffle_xor(radial[h], 2);
         }
-        FNTX_UNROLL for (int c = 0; c < GROUP; ++c) {
+        FNTX_UNROLL for (int c = 0; c < Form::GROUP; ++c) {
             if (c >= group) break;
             // Warps that share rows add their columns' parts one after the other.
             for (int part = 0; part < COL_WARPS<Form>; ++part) {
@@ -146,3 +148,5 @@ template <class Op, class Form> FNTX_DEVICE void form_gradient(const Arguments& 
         }
     }
 }
+
+}  // namespace fntx

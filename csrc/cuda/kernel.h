@@ -3,21 +3,30 @@
 //     pack      a warp packs a row of each view      reads z, writes x (M DP 2 or 4 bytes) and vectors of M
 //     sums      a block of rows, a share of columns  2 M^2 DP flops; every block of rows reads x of all columns once
 //     finish    a thread adds a row's shares         nu, loss, weight
-//     gradient  a block of rows, <= 128 features     4 M^2 DP flops for DP <= 128 (above, the first product again for
-//                                                    each 128 features); reads as sums; writes d_z
+//     gradient  a block of rows, a group of features 4 M^2 DP flops for one group (the first product again for each
+//                                                    further one of up to 192 features); reads as sums; writes d_z
 //     total     one block                            the loss and d_inv_tau from M terms each
 //
 // with a barrier of the grid between: u = 2 M^2 DP flops, 3u in all at DP <= 128. Blocks take tasks in turn, so that any
 // number of them does for any M. Every sum has one owner and one order: nothing is added atomically, and the bits are the
 // same each time (on one device: the number of shares follows its size).
 //
-// A block: 8 warps. Shared memory: 4 steps of 64 columns by 64 features (32 KiB; two parts 64), its rows (128 or 32 by
-// DP, or 4 steps of them where that does not fit), 2.5 KiB of vectors: 66 KiB for DP = 128 in half precision, two blocks
-// on a multiprocessor of 164 KiB. Registers of a lane: 64 for the gradient of 16 rows by 128 features, 32 for 16 x 64
-// products, operands: under 255, and no more than one such block is wanted where all are busy.
+// DP is D in whole chunks of 64. A block: 8 warps, all that a multiprocessor's registers hold. Shared memory, for DP = 128
+// in half precision: 4 steps of 64 columns by 64 features, 32 KiB; its 32 rows 8 KiB, or 128 rows 32 KiB; 2.5 KiB of
+// vectors. Two parts twice that. Registers of a lane: 64 to 96 for the gradient of 16 rows by 128 to 192 features, 32 for
+// 16 x 64 products, operands: up to 250, none spilled (benchmarks/binary.py).
 #pragma once
 
 #include "gradient.h"
+
+namespace fntx {
+
+// Whether a form's instructions are those of the chip that is compiled for.
+#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+template <class Form> constexpr bool RUNS_HERE = !Form::WARPGROUPS;
+#else
+template <class Form> constexpr bool RUNS_HERE = true;
+#endif
 
 template <class Op, class Form> FNTX_DEVICE void run(const Arguments& a) {
     for (int s = 0; s < a.n_sides; ++s) pack<Op>(a, a.sides[s]);
@@ -52,3 +61,5 @@ template <class Op, class Form> FNTX_DEVICE void run(const Arguments& a) {
         if (thread() == 0) *a.d_inv_tau = d_inv_tau;
     }
 }
+
+}  // namespace fntx

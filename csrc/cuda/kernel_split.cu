@@ -2,10 +2,13 @@
 #include "kernel.h"
 #include "kernels.h"
 
+namespace fntx {
 namespace {
 template <class Form> __global__ void __launch_bounds__(THREADS, 1) nt_xent(const __grid_constant__ Arguments a) {
-    run<Split, Form>(a);
+    if constexpr (RUNS_HERE<Form>) run<Split, Form>(a);
 }
 }  // namespace
 
-Kernel split_kernel(bool tall) { return tall ? nt_xent<Tall> : nt_xent<Flat>; }
+Kernel split_kernel(int form) { return form == TALL ? nt_xent<Tall> : form == FLAT ? nt_xent<Flat> : nt_xent<Hopper>; }
+
+}  // namespace fntx

@@ -3,9 +3,13 @@
 
 #include "arguments.h"
 
+namespace fntx {
+
 typedef void (*Kernel)(Arguments);
 
 // Of kernel_half.cu, kernel_bfloat.cu, kernel_split.cu.
-Kernel half_kernel(bool tall);
-Kernel bfloat_kernel(bool tall);
-Kernel split_kernel(bool tall);
+Kernel half_kernel(int form);
+Kernel bfloat_kernel(int form);
+Kernel split_kernel(int form);
+
+}  // namespace fntx

@@ -9,6 +9,8 @@
 #include "kernels.h"
 #include "plan.h"
 
+using namespace fntx;
+
 namespace {
 
 thread_local char message[256];
@@ -27,12 +29,8 @@ bool failed(cudaError_t status, const char* function) {
 }
 
 const void* address_of(int kernel) {
-    const bool tall = kernel < 3;
-    switch (kernel % 3) {
-    case FNTX_FLOAT16: return reinterpret_cast<const void*>(half_kernel(tall));
-    case FNTX_BFLOAT16: return reinterpret_cast<const void*>(bfloat_kernel(tall));
-    default: return reinterpret_cast<const void*>(split_kernel(tall));
-    }
+    const auto of_type = kernel % 3 == FNTX_FLOAT16 ? half_kernel : kernel % 3 == FNTX_BFLOAT16 ? bfloat_kernel : split_kernel;
+    return reinterpret_cast<const void*>(of_type(kernel / 3));
 }
 
 // Makes a device the current one, for as long as this lives.
@@ -63,8 +61,9 @@ int blocks_at_once(int device, int kernel, size_t shared) {
     const auto [at, isnew] = known.try_emplace({device, kernel, shared}, 0);
     if (!isnew) return at->second;
     const void* address = address_of(kernel);
-    if (failed(cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)),
-               "cudaFuncSetAttribute") ||
+    int most;  // once for all that the kernel may ever be launched with
+    if (failed(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute") ||
+        failed(cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "cudaFuncSetAttribute") ||
         failed(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&at->second, address, THREADS, shared),
                "cudaOccupancyMaxActiveBlocksPerMultiprocessor")) {
         known.erase(at);
@@ -81,16 +80,17 @@ bool describe(int device, Machine& machine) {
         machine = found->second;
         return true;
     }
-    int sms, shared, cooperative;
+    int sms, shared, cooperative, major;
     if (failed(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute") ||
         failed(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute") ||
-        failed(cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device), "cudaDeviceGetAttribute"))
+        failed(cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device), "cudaDeviceGetAttribute") ||
+        failed(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute"))
         return false;
     if (!cooperative) {
         fail("the device", "it cannot launch a grid whose blocks all run at once");
         return false;
     }
-    known[device] = machine = {sms, shared, blocks_at_once, device};
+    known[device] = machine = {sms, shared, blocks_at_once, device, major == 9};
     return true;
 }
 
@@ -117,7 +117,7 @@ int64_t fntx_cuda_workspace(int device, int dtype, int64_t n_rows, int64_t n_col
     if (!here.ok || !describe(device, machine)) return -1;
     const Plan plan = make_plan(machine, dtype, n_rows, n_cols, D, nullptr);
     if (plan.grid > 0) return plan.bytes;
-    if (!message[0]) fail("the device", "it has too little shared memory for a block");
+    if (!message[0]) fail("fntx_cuda_run", "the device has too little shared memory for a block");
     return -1;
 }
 

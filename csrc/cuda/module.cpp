@@ -52,11 +52,11 @@ PyObject* run(PyObject*, PyObject* args) {
 
 #ifdef FNTX_EMULATED
 PyObject* emulate(PyObject*, PyObject* args) {
-    int multiprocessors;
+    int multiprocessors, warpgroups;
     long long shared;
     unsigned seed;
-    if (!PyArg_ParseTuple(args, "iLI", &multiprocessors, &shared, &seed)) return nullptr;
-    fntx_emulate(multiprocessors, shared, seed);
+    if (!PyArg_ParseTuple(args, "iLpI", &multiprocessors, &shared, &warpgroups, &seed)) return nullptr;
+    fntx_emulate(multiprocessors, shared, warpgroups, seed);
     Py_RETURN_NONE;
 }
 #endif
@@ -68,7 +68,7 @@ PyMethodDef methods[] = {
                                "loss_weight, d_inv_tau, workspace, device, stream): fntx_cuda_run of "
                                "csrc/cuda/fastntxent_cuda.h."},
 #ifdef FNTX_EMULATED
-    {"emulate", emulate, METH_VARARGS, "emulate(multiprocessors, shared, seed): another device, another order."},
+    {"emulate", emulate, METH_VARARGS, "emulate(multiprocessors, shared, warpgroups, seed): another device, another order."},
 #endif
     {nullptr, nullptr, 0, nullptr},
 };

@@ -9,6 +9,8 @@
 
 #include "tiles.h"
 
+namespace fntx {
+
 FNTX_DEVICE float element(Half, const fntx_matrix& z, int64_t row, int64_t d) {
     return from_bits(Half(), static_cast<const uint16_t*>(z.data)[row * z.stride_row + d * z.stride_col]);
 }
@@ -122,3 +124,5 @@ template <class Op> FNTX_DEVICE void pack(const Arguments& a, const Side& side) 
     store_block_max(longest, side.longest);
     store_block_max(largest_r, side.largest_r);
 }
+
+}  // namespace fntx

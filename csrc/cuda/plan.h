@@ -6,30 +6,30 @@
 
 #include "arguments.h"
 
+namespace fntx {
+
 // What a plan has to know of a device. blocks: how many of a kernel's run at once on a multiprocessor.
 struct Machine {
     int multiprocessors;
     int64_t shared;  // bytes a block may have
     int (*blocks)(int device, int kernel, size_t shared);
     int device;
+    bool warpgroups;  // sm_90
 };
-
-// A kernel is a type of operands in a form: dtype + 3 * (form is Flat).
-constexpr int KERNELS = 6;
 
 struct Plan {
     Arguments a = {};
-    int kernel;
+    int kernel;  // a type of operands in a form: dtype + 3 * form
     size_t shared;
-    int grid;
+    int grid = 0;
     int64_t bytes = 0;  // of workspace
 };
 
 constexpr int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
-inline int64_t shared_bytes(int parts, int64_t rows, int64_t row_slots) {
+inline int64_t shared_bytes(int parts, int64_t rows, int64_t stages, int64_t row_slots) {
     const int64_t vectors = 2 * COLS * (sizeof(int64_t) + 3 * sizeof(float));
-    return STAGES * parts * COLS * CHUNK * 2 + row_slots * parts * rows * CHUNK * 2 + vectors;
+    return stages * parts * COLS * CHUNK * 2 + row_slots * parts * rows * CHUNK * 2 + vectors;
 }
 
 class Carver {
@@ -57,25 +57,38 @@ inline Plan make_plan(const Machine& machine, int dtype, int64_t n_rows, int64_t
     a.log_terms = logf(float(most));
     const int64_t n[2] = {n_rows, n_cols};
 
-    // Tall blocks of rows where there are enough of them for most of the device, and the shared memory.
-    const auto fits = [&](int64_t rows, bool resident) {
-        return shared_bytes(parts, rows, resident ? a.chunks : STAGES) <= machine.shared;
+    // Tall blocks of rows where there are enough of them for most of the device, if a block has the shared memory.
+    struct Shape {
+        int form;
+        int64_t rows;
+        int largest_group;
     };
-    const bool tall = 4 * ceil_div(most, ROWS<Tall>) >= 3 * sms && (fits(ROWS<Tall>, true) || fits(ROWS<Tall>, false));
-    const int64_t rows = tall ? ROWS<Tall> : ROWS<Flat>;
-    a.resident = fits(rows, true);
-    plan.kernel = dtype + (tall ? 0 : 3);
-    plan.shared = size_t(shared_bytes(parts, rows, a.resident ? a.chunks : STAGES));
-    const int64_t capacity = int64_t(plan.shared) > machine.shared
-                                 ? 0
-                                 : sms * machine.blocks(machine.device, plan.kernel, plan.shared);
+    const Shape tall = machine.warpgroups ? Shape{HOPPER, ROWS<Hopper>, Hopper::GROUP} : Shape{TALL, ROWS<Tall>, Tall::GROUP};
+    const Shape flat = {FLAT, ROWS<Flat>, Flat::GROUP};
+    // The rest of a plan in a shape: as large a group as leaves a task to every multiprocessor.
+    const auto fit = [&](const Shape& shape) {
+        for (a.group = int(a.chunks < shape.largest_group ? a.chunks : shape.largest_group); a.group; --a.group) {
+            if (a.group > 1 && ceil_div(most, shape.rows) * ceil_div(a.chunks, a.group) < sms) continue;
+            a.stages = a.group + 2;
+            for (int64_t row_slots : {a.chunks, a.stages}) {
+                plan.shared = size_t(shared_bytes(parts, shape.rows, a.stages, row_slots));
+                a.resident = row_slots == a.chunks;
+                if (int64_t(plan.shared) <= machine.shared) return true;
+            }
+        }
+        return false;
+    };
+    const bool many = 4 * ceil_div(most, tall.rows) >= 3 * sms;
+    const Shape& shape = many && fit(tall) ? tall : flat;
+    if (&shape == &flat && !fit(flat)) return plan;
+    plan.kernel = dtype + 3 * shape.form;
+    const int64_t capacity = sms * machine.blocks(machine.device, plan.kernel, plan.shared);
 
-    const int64_t row_blocks = ceil_div(most, rows);
+    const int64_t row_blocks = ceil_div(most, shape.rows);
     const int64_t fewest_tiles = ceil_div(n_cols && n_cols < n_rows ? n_cols : n_rows, COLS);
     const auto between = [](int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; };
     a.splits = int(between(capacity / row_blocks, 1, fewest_tiles < 16 ? fewest_tiles : 16));
-    a.group = int(row_blocks * ceil_div(a.chunks, GROUP) >= sms ? GROUP : 1);
-    const int64_t tasks = row_blocks * (a.splits > ceil_div(a.chunks, a.group) ? a.splits : ceil_div(a.chunks, a.group));
+    const int64_t groups = ceil_div(a.chunks, a.group), tasks = row_blocks * (a.splits > groups ? a.splits : groups);
     plan.grid = int(between(tasks > ceil_div(most, WARPS) ? tasks : ceil_div(most, WARPS), 0, capacity));
 
     Carver carver(base, plan.bytes);
@@ -145,3 +158,5 @@ inline Plan plan_call(const Machine& machine, const fntx_cuda_call& call) {
     a.d_inv_tau = call.d_inv_tau;
     return plan;
 }
+
+}  // namespace fntx

@@ -8,6 +8,8 @@
 #include "arguments.h"
 #include "device.h"
 
+namespace fntx {
+
 constexpr float LOG2_E = 1.4426950408889634f;
 // exp(k s) itself is formed while k max|s| + ln M stays below this, two thirds of float32's range of exponents;
 // elsewhere logits are shifted by their largest, or by nu.
@@ -33,14 +35,14 @@ template <class Op, class Form> struct Shared {
 
     FNTX_DEVICE explicit Shared(const Arguments& a) {
         cols = reinterpret_cast<uint16_t*>(shared_memory());
-        rows = cols + STAGES * Op::PARTS * STEP;
-        vectors = reinterpret_cast<ColumnVectors*>(rows + row_slots(a.resident, a.chunks) * Op::PARTS * ROWS<Form> * CHUNK);
+        rows = cols + a.stages * Op::PARTS * STEP;
+        const int row_slots = a.resident ? a.chunks : a.stages;
+        vectors = reinterpret_cast<ColumnVectors*>(rows + row_slots * Op::PARTS * ROWS<Form> * CHUNK);
     }
-    static constexpr FNTX_DEVICE int row_slots(int resident, int chunks) { return resident ? chunks : STAGES; }
 };
 
 // Where 8 features of a row lie in a step's matrix of 64 features: 16-byte pieces are permuted within a row of 128
-// bytes, so that neither the copies nor load_matrices meet in a bank.
+// bytes, so that neither the copies nor load_matrices meet in a bank. It is the 128-byte swizzle of warpgroups' operands.
 FNTX_DEVICE int piece(int row, int features_by_8) { return row * CHUNK + ((features_by_8 ^ (row & 7)) * 8); }
 
 // The inverse temperature, from device memory or as it was passed.
@@ -64,17 +66,13 @@ FNTX_DEVICE bool in_direct_range(const Arguments& a, float k) {
 // One lane's two rows of a block.
 struct LaneRows {
     int row[2];
-    int64_t ids[2], low, high;  // low and high: of the rows around
     float r[2];
 
     FNTX_DEVICE LaneRows(const Side& rows, int first) {
         FNTX_UNROLL for (int h = 0; h < 2; ++h) {
             row[h] = first + lane() / 4 + 8 * h;
-            ids[h] = rows.ids[row[h]];
             r[h] = rows.r[row[h]];
         }
-        low = rows.low[first / COLS];
-        high = rows.high[first / COLS];
     }
 };
 
@@ -82,6 +80,7 @@ template <class Op, class Form> class Tiles {
   public:
     static constexpr int COL_TILES = WARP_COLS<Form> / 8;
     typedef float Products[COL_TILES][4];
+    typedef float Gradient[Form::GROUP * CHUNK / 8][4];
 
     FNTX_DEVICE Tiles(const Arguments& a, const Side& rows, const Side& cols, int first_row, int first_tile, int tiles,
                       int first_chunk)
@@ -91,52 +90,46 @@ template <class Op, class Form> class Tiles {
     FNTX_DEVICE int warp_row() const { return warp() / COL_WARPS<Form> * 16; }
     FNTX_DEVICE int warp_col() const { return warp() % COL_WARPS<Form> * WARP_COLS<Form>; }
 
-    // For each tile: the lane's x_i . x_j, the tile's vectors, its first column, and the step at which it was done.
+    // For each tile: the lane's x_i . x_j, the tile's vectors, its first column, and where its last step lies.
     // `weights` fills in a thread's column of the vectors.
     template <class Weights, class Use> FNTX_DEVICE void walk(Weights weights, Use use) {
         sync_block();  // whoever used this memory is done
-        load(0);
-        load(1);
+        load(0, 0);
+        load(1, 1);
         vectors(0, weights);
+        if constexpr (Form::WARPGROUPS)
+            if (warpgroup() == 1) give_turn(0);
         Products s;
-        for (int step = 0, chunk = 0, tile = 0; step < steps_; ++step) {
+        for (int step = 0, slot = 0, chunk = 0, tile = 0; step < steps_; ++step, slot = wrap(slot + 1)) {
             if (chunk == 0) {
                 FNTX_UNROLL for (int j = 0; j < COL_TILES; ++j)
                     FNTX_UNROLL for (int e = 0; e < 4; ++e) s[j][e] = 0;
             }
             wait_copies<1>();
+            if constexpr (Form::WARPGROUPS) publish_copies();
             sync_block();
-            load(step + 2);
-            add_step(s, step, chunk_of(chunk));
+            load(step + 2, wrap(slot + 2));
+            if constexpr (Form::WARPGROUPS)
+                add_step_of_group(s, slot, chunk_of(chunk));
+            else
+                add_step(s, slot, chunk_of(chunk));
             if (++chunk < a_.chunks) continue;
             if (step + 1 < steps_) vectors(tile + 1, weights);
-            use(s, shared_.vectors[tile % 2], (first_tile_ + tile) * COLS, step);
+            use(s, shared_.vectors[tile % 2], (first_tile_ + tile) * COLS, slot);
             chunk = 0;
             ++tile;
         }
         wait_copies<0>();
+        if constexpr (Form::WARPGROUPS)
+            if (warpgroup() == 0) wait_turn(0);  // the last that was given
     }
 
-    // acc (16 rows, features of the group) += g (16 rows, this warp's columns) x, for a tile done at `step`.
-    FNTX_DEVICE void gather(float (&acc)[GROUP * CHUNK / 8][4], const Products& g, int step, int group) const {
-        FNTX_UNROLL for (int k = 0; k < WARP_COLS<Form> / 16; ++k) {
-            uint32_t parts[Op::PARTS][4];
-            FNTX_UNROLL for (int i = 0; i < 4; ++i) {
-                const float *pair = &g[2 * k + i / 2][i % 2 * 2];
-                operand(parts, i, pair[0], pair[1]);
-            }
-            FNTX_UNROLL for (int c = 0; c < GROUP; ++c) {
-                if (c >= group) break;
-                const uint16_t* x = cols(step - (group - 1 - c));
-                FNTX_UNROLL for (int d = 0; d < CHUNK / 16; ++d) {
-                    const int at = piece(warp_col() + 16 * k + lane() % 16, 2 * d + lane() / 16);
-                    uint32_t b[Op::PARTS][4];
-                    FNTX_UNROLL for (int p = 0; p < Op::PARTS; ++p) load_matrices_transposed(b[p], x + p * STEP + at);
-                    FNTX_UNROLL for (int h = 0; h < 2; ++h)
-                        multiply_parts(acc[(c * CHUNK + 16 * d) / 8 + h], parts, b, 2 * h);
-                }
-            }
-        }
+    // acc (16 rows, features of the group) += g (16 rows, this warp's columns) x, for a tile whose last step is in `slot`.
+    FNTX_DEVICE void gather(Gradient& acc, const Products& g, int slot, int group) const {
+        if constexpr (Form::WARPGROUPS)
+            gather_of_group(acc, g, slot, group);
+        else
+            gather_of_warp(acc, g, slot, group);
     }
 
   private:
@@ -146,17 +139,20 @@ template <class Op, class Form> class Tiles {
         return chunk < a_.chunks ? chunk : chunk - a_.chunks;
     }
 
-    FNTX_DEVICE uint16_t* cols(int step) const { return shared_.cols + step % STAGES * Op::PARTS * STEP; }
-    FNTX_DEVICE uint16_t* rows(int step, int chunk) const {
-        return shared_.rows + (a_.resident ? chunk : step % STAGES) * Op::PARTS * ROWS<Form> * CHUNK;
+    FNTX_DEVICE int wrap(int slot) const { return slot < a_.stages ? slot : slot - a_.stages; }
+    FNTX_DEVICE int before(int slot, int steps) const { return slot < steps ? slot - steps + a_.stages : slot - steps; }
+
+    FNTX_DEVICE uint16_t* cols(int slot) const { return shared_.cols + slot * Op::PARTS * STEP; }
+    FNTX_DEVICE uint16_t* rows(int slot, int chunk) const {
+        return shared_.rows + (a_.resident ? chunk : slot) * Op::PARTS * ROWS<Form> * CHUNK;
     }
 
     // Start the copies of a step, one group of every thread's.
-    FNTX_DEVICE void load(int step) const {
+    FNTX_DEVICE void load(int step, int slot) const {
         if (step < steps_) {
             const int tile = step / a_.chunks, chunk = chunk_of(step - tile * a_.chunks);
-            copy<COLS>(cols(step), cols_, (first_tile_ + tile) * COLS, chunk);
-            if (!a_.resident || tile == 0) copy<ROWS<Form>>(rows(step, chunk), rows_, first_row_, chunk);
+            copy<COLS>(cols(slot), cols_, (first_tile_ + tile) * COLS, chunk);
+            if (!a_.resident || tile == 0) copy<ROWS<Form>>(rows(slot, chunk), rows_, first_row_, chunk);
         }
         commit_copies();
     }
@@ -180,8 +176,8 @@ template <class Op, class Form> class Tiles {
         weights(v, thread(), col);
     }
 
-    FNTX_DEVICE void add_step(Products& s, int step, int chunk) const {
-        const uint16_t *a = rows(step, chunk), *b = cols(step);
+    FNTX_DEVICE void add_step(Products& s, int slot, int chunk) const {
+        const uint16_t *a = rows(slot, chunk), *b = cols(slot);
         FNTX_UNROLL for (int k = 0; k < CHUNK / 16; ++k) {
             uint32_t of_rows[Op::PARTS][4];
             const int row = piece(warp_row() + lane() % 16, 2 * k + lane() / 16);
@@ -192,6 +188,24 @@ template <class Op, class Form> class Tiles {
                 FNTX_UNROLL for (int p = 0; p < Op::PARTS; ++p) load_matrices(of_cols[p], b + p * STEP + col);
                 multiply_parts(s[j], of_rows, of_cols, 0);
                 multiply_parts(s[j + 1], of_rows, of_cols, 2);
+            }
+        }
+    }
+
+    FNTX_DEVICE void gather_of_warp(Gradient& acc, const Products& g, int slot, int group) const {
+        FNTX_UNROLL for (int k = 0; k < WARP_COLS<Form> / 16; ++k) {
+            uint32_t parts[Op::PARTS][4];
+            operand(parts, g, k);
+            FNTX_UNROLL for (int c = 0; c < Form::GROUP; ++c) {
+                if (c >= group) break;
+                const uint16_t* x = cols(before(slot, group - 1 - c));
+                FNTX_UNROLL for (int d = 0; d < CHUNK / 16; ++d) {
+                    const int at = piece(warp_col() + 16 * k + lane() % 16, 2 * d + lane() / 16);
+                    uint32_t b[Op::PARTS][4];
+                    FNTX_UNROLL for (int p = 0; p < Op::PARTS; ++p) load_matrices_transposed(b[p], x + p * STEP + at);
+                    FNTX_UNROLL for (int h = 0; h < 2; ++h)
+                        multiply_parts(acc[(c * CHUNK + 16 * d) / 8 + h], parts, b, 2 * h);
+                }
             }
         }
     }
@@ -207,13 +221,66 @@ template <class Op, class Form> class Tiles {
         multiply<Op>(c, a[0], b[0][first], b[0][first + 1]);
     }
 
-    // Two neighbours as register i of each part of an operand.
-    static FNTX_DEVICE void operand(uint32_t (&parts)[Op::PARTS][4], int i, float first, float second) {
-        FNTX_UNROLL for (int p = 0; p < Op::PARTS; ++p) {
-            const uint16_t a = to_bits(Op(), first), b = to_bits(Op(), second);
-            parts[p][i] = a | uint32_t(b) << 16;
-            first -= from_bits(Op(), a);
-            second -= from_bits(Op(), b);
+    // The same by warpgroups, each for its 64 rows and all columns: operands where they lie. The two take turns, so that
+    // the one's exponentials run beside the other's products.
+    static FNTX_DEVICE int warpgroup() { return thread() / 128; }
+
+    FNTX_DEVICE void add_step_of_group(Products& s, int slot, int chunk) const {
+        const uint16_t *a = rows(slot, chunk) + warpgroup() * 64 * CHUNK, *b = cols(slot);
+        constexpr int LOW = Op::PARTS - 1, ROW_PART = ROWS<Form> * CHUNK;
+        wait_turn(warpgroup());
+        begin_products(s);
+        FNTX_UNROLL for (int k = 0; k < CHUNK; k += 16) {
+            if constexpr (Op::PARTS == 2) {
+                multiply_group<Op>(s, described(a + LOW * ROW_PART + k), described(b + k));
+                multiply_group<Op>(s, described(a + k), described(b + LOW * STEP + k));
+            }
+            multiply_group<Op>(s, described(a + k), described(b + k));
+        }
+        give_turn(1 - warpgroup());
+        end_products(s);
+    }
+
+    FNTX_DEVICE void gather_of_group(Gradient& acc, const Products& g, int slot, int group) const {
+        uint32_t parts[COLS / 16][Op::PARTS][4];
+        FNTX_UNROLL for (int k = 0; k < COLS / 16; ++k) operand(parts[k], g, k);
+        wait_turn(warpgroup());
+        FNTX_UNROLL for (int c = 0; c < Form::GROUP; ++c) {
+            if (c >= group) break;
+            const uint16_t* x = cols(before(slot, group - 1 - c));
+            float(&sums)[CHUNK / 8][4] = *reinterpret_cast<float(*)[CHUNK / 8][4]>(acc + c * CHUNK / 8);
+            begin_products(sums);
+            FNTX_UNROLL for (int k = 0; k < COLS / 16; ++k) {
+                constexpr int LOW = Op::PARTS - 1;
+                const uint16_t* of_cols = x + 16 * k * CHUNK;
+                if constexpr (Op::PARTS == 2) {
+                    multiply_group<Op>(sums, parts[k][LOW], described(of_cols));
+                    multiply_group<Op>(sums, parts[k][0], described(of_cols + LOW * STEP));
+                }
+                multiply_group<Op>(sums, parts[k][0], described(of_cols));
+            }
+            end_products(sums);
+        }
+        give_turn(1 - warpgroup());
+    }
+
+    // What the matrix units are told of an operand in shared memory: where it begins, 1024 bytes between groups of 8
+    // rows, the swizzle of 128 bytes. Both orders of an operand (features first, rows first) read the same.
+    static FNTX_DEVICE uint64_t described(const uint16_t* operand) {
+        return (shared_address(operand) & 0x3ffff) >> 4 | uint64_t(1) << 16 | uint64_t(8 * CHUNK * 2 >> 4) << 32 |
+               uint64_t(1) << 62;
+    }
+
+    // Columns [16 k, 16 k + 16) of g as each part of a first operand.
+    static FNTX_DEVICE void operand(uint32_t (&parts)[Op::PARTS][4], const Products& g, int k) {
+        FNTX_UNROLL for (int i = 0; i < 4; ++i) {
+            float first = g[2 * k + i / 2][i % 2 * 2], second = g[2 * k + i / 2][i % 2 * 2 + 1];
+            FNTX_UNROLL for (int p = 0; p < Op::PARTS; ++p) {
+                const uint16_t a = to_bits(Op(), first), b = to_bits(Op(), second);
+                parts[p][i] = a | uint32_t(b) << 16;
+                first -= from_bits(Op(), a);
+                second -= from_bits(Op(), b);
+            }
         }
     }
 
@@ -223,19 +290,24 @@ template <class Op, class Form> class Tiles {
     const int first_row_, first_tile_, steps_, first_chunk_;
 };
 
-// Which of a tile's columns are of another group than the lane's rows, and are there at all.
+// Which of a tile's columns are of another group than the lane's rows, and are there at all. Few tiles need to know, so
+// that nothing is kept in registers for it.
 struct Mask {
+    const Side& side;
     const LaneRows& rows;
     const ColumnVectors& vectors;
     int first_col, n_cols;
     bool whole;  // all of them: the spans of ids do not meet
 
-    FNTX_DEVICE Mask(const LaneRows& rows, const ColumnVectors& vectors, const Side& cols, int first_col)
-        : rows(rows), vectors(vectors), first_col(first_col), n_cols(cols.n) {
-        const int span = first_col / COLS;
-        whole = first_col + COLS <= n_cols && (rows.high < cols.low[span] || cols.high[span] < rows.low);
+    FNTX_DEVICE Mask(const Side& side, const LaneRows& rows, const Side& cols, const ColumnVectors& vectors, int first_col)
+        : side(side), rows(rows), vectors(vectors), first_col(first_col), n_cols(cols.n) {
+        const int of_rows = rows.row[0] / COLS, of_cols = first_col / COLS;
+        whole = first_col + COLS <= n_cols &&
+                (side.high[of_rows] < cols.low[of_cols] || cols.high[of_cols] < side.low[of_rows]);
     }
     FNTX_DEVICE bool apart(int h, int col) const {
-        return first_col + col < n_cols && vectors.ids[col] != rows.ids[h];
+        return first_col + col < n_cols && vectors.ids[col] != side.ids[rows.row[h]];
     }
 };
+
+}  // namespace fntx

@@ -13,6 +13,7 @@
 
 #define FNTX_DEVICE inline
 #define FNTX_UNROLL
+#define FNTX_UNROLL_BY(n)
 
 namespace emulator {
 
@@ -32,10 +33,16 @@ void sync_grid();
 void copy_async(void* to, const void* from);
 void commit_copies();
 void wait_copies(int pending);
+void publish_copies();
+uint32_t shared_address(const void* p);
 
-// All lanes of a warp meet: `act` sees what each brought, once, and may write to it. `tag` names the place.
+// Named barriers: WAIT of `threads` threads come to stay, the others to say that they were here.
+void meet_at(int barrier, int threads, bool wait);
+
+// All lanes of a warp, or of a warpgroup, meet: `act` sees what each brought, once, and may write to it.
 typedef void (*Act)(void** of_lanes);
 void meet(void* mine, Act act);
+void meet_group(void* mine, Act act);
 
 template <class T> struct Shuffle {
     T value, result;
@@ -57,7 +64,19 @@ struct Product {
 void multiply_half(void** of_lanes);
 void multiply_bfloat(void** of_lanes);
 
+// wgmma.m64n64k16: a in registers or, without, described. Done at any moment until end_products().
+struct GroupProduct {
+    float (*c)[4];
+    const uint32_t* a;
+    uint64_t described_a, b;
+    bool bfloat;
+};
+void multiply_group(const GroupProduct& mine);
+void end_products();
+
 }  // namespace emulator
+
+namespace fntx {
 
 inline int thread() { return emulator::thread(); }
 inline int block() { return emulator::block(); }
@@ -91,6 +110,19 @@ template <class Op> void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_
     emulator::Product mine = {c, a, {b0, b1}};
     emulator::meet(&mine, Op::BFLOAT ? emulator::multiply_bfloat : emulator::multiply_half);
 }
+
+inline uint32_t shared_address(const void* p) { return emulator::shared_address(p); }
+inline void publish_copies() { emulator::publish_copies(); }
+inline void begin_products(float (&)[8][4]) {}
+inline void end_products(float (&)[8][4]) { emulator::end_products(); }
+template <class Op> void multiply_group(float (&c)[8][4], uint64_t a, uint64_t b) {
+    emulator::multiply_group({c, nullptr, a, b, Op::BFLOAT});
+}
+template <class Op> void multiply_group(float (&c)[8][4], const uint32_t (&a)[4], uint64_t b) {
+    emulator::multiply_group({c, a, 0, b, Op::BFLOAT});
+}
+inline void wait_turn(int group) { emulator::meet_at(group, THREADS, true); }
+inline void give_turn(int group) { emulator::meet_at(group, THREADS, false); }
 
 // As ex2.approx.ftz: subnormal results are zero.
 inline float exp2_fast(float x) {
@@ -127,10 +159,12 @@ inline uint16_t to_bits(Half, float x) {
     return uint16_t(sign + (exponent + 13) * 1024 + fraction);
 }
 inline float from_bits(Half, uint16_t x) {
-    const int exponent = x >> 10 & 31, fraction = x & 1023;
-    float size = exponent ? ldexpf(float(1024 + fraction), exponent - 25) : ldexpf(float(fraction), -24);
-    if (exponent == 31) size = fraction ? NAN : INFINITY;
-    return x & 0x8000 ? -size : size;
+    const uint32_t sign = uint32_t(x & 0x8000) << 16, exponent = x >> 10 & 31, fraction = x & 1023;
+    if (exponent == 31) return bits_float(sign | 0x7f800000 | fraction << 13);
+    if (exponent) return bits_float(sign | (exponent + 112) << 23 | fraction << 13);
+    return bits_float(sign | float_bits(float(fraction) * 5.9604644775390625e-8f));
 }
 inline uint16_t to_bits(Split, float x) { return to_bits(Half(), x); }
 inline float from_bits(Split, uint16_t x) { return from_bits(Half(), x); }
+
+}  // namespace fntx

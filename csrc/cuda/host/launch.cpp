@@ -5,10 +5,12 @@
 #include "../plan.h"
 #include "launch.h"
 
+using namespace fntx;
+
 namespace {
 
 char message[256];
-Machine machine = {2, 232448, [](int, int, size_t) { return 1; }, 0};
+Machine machine = {2, 232448, [](int, int, size_t) { return 1; }, 0, true};
 
 int fail(const char* why) {
     snprintf(message, sizeof message, "fntx_cuda_run: %s", why);
@@ -16,12 +18,14 @@ int fail(const char* why) {
 }
 
 template <class Op> void run_form(const Plan& plan) {
-    plan.kernel < 3 ? run<Op, Tall>(plan.a) : run<Op, Flat>(plan.a);
+    const int form = plan.kernel / 3;
+    form == TALL ? run<Op, Tall>(plan.a) : form == FLAT ? run<Op, Flat>(plan.a) : run<Op, Hopper>(plan.a);
 }
 
 }  // namespace
 
-void fntx_emulate(int multiprocessors, int64_t shared, unsigned seed) {
+void fntx_emulate(int multiprocessors, int64_t shared, bool warpgroups, unsigned seed) {
+    machine.warpgroups = warpgroups;
     machine.multiprocessors = multiprocessors;
     machine.shared = shared;
     emulator::seed(seed);
@@ -34,13 +38,15 @@ const char* fntx_cuda_error(void) { return message; }
 int fntx_cuda_devices(void) { return 1; }
 
 int64_t fntx_cuda_workspace(int, int dtype, int64_t n_rows, int64_t n_cols, int64_t D) {
-    return make_plan(machine, dtype, n_rows, n_cols, D, nullptr).bytes;
+    const Plan plan = make_plan(machine, dtype, n_rows, n_cols, D, nullptr);
+    if (plan.grid > 0) return plan.bytes;
+    fail("the device has too little shared memory for a block");
+    return -1;
 }
 
 int fntx_cuda_run(const fntx_cuda_call* call) {
     if (const char* fault = fault_of(*call)) return fail(fault);
     const Plan plan = plan_call(machine, *call);
-    if (plan.grid < 1) return fail("too little shared memory for a block");
     memset(call->workspace, 0xff, plan.bytes);
     const bool met = emulator::launch(plan.grid, THREADS, plan.shared, [&] {
         switch (call->dtype) {

@@ -1,0 +1,163 @@
+// Holds the kernels on the emulated device (host/) against the definition, O(M^2 D) in long double, as csrc/cpu/check.cpp
+// holds the CPU's, with the same cases: inputs, outputs and workspace are allocated to the element, so that under
+// AddressSanitizer whoever leaves them is seen, and whatever nobody wrote is NaN. sanitize.sh builds it.
+#include <chrono>
+#include <memory>
+
+#include "../cpu/check_run.h"
+#include "host/launch.h"
+#include "plan.h"
+
+// The CPU's interface in front of the emulated device, so that check_run.h serves both.
+extern "C" int fntx_run(const fntx_call* from) {
+    fntx_cuda_call call = {};
+    call.phases = from->phases, call.dtype = from->dtype, call.normalize = from->normalize, call.D = from->D;
+    call.eps = float(from->eps), call.rows = from->rows, call.cols = from->cols;
+    // On every second call the temperature lies on the device.
+    static int calls = 0;
+    const float inv_tau = float(from->inv_tau);
+    call.inv_tau = calls % 2 ? inv_tau : NAN;
+    call.inv_tau_ptr = calls++ % 2 ? nullptr : &inv_tau;
+    call.pos = static_cast<float*>(from->pos), call.d_pos = static_cast<const float*>(from->d_pos);
+    call.loss = static_cast<float*>(from->loss), call.loss_weight = float(from->loss_weight);
+    call.d_inv_tau = static_cast<float*>(from->d_inv_tau);
+    const auto rows_of = [](const fntx_side* side) { return side ? side->z[0].n + side->z[1].n : 0; };
+    const int64_t bytes = fntx_cuda_workspace(0, call.dtype, rows_of(&call.rows), rows_of(call.cols), call.D);
+    if (bytes < 0) return FNTX_INVALID;
+    const std::unique_ptr<void, decltype(&free)> workspace(malloc(bytes), &free);
+    call.workspace = workspace.get();
+    const int status = fntx_cuda_run(&call);
+    if (status != FNTX_OK) fprintf(stderr, "%s\n", fntx_cuda_error());
+    return status;
+}
+
+extern "C" const char* fntx_instruction_set(void) { return "emulated"; }
+
+namespace {
+
+struct Emulated {
+    int multiprocessors;
+    int64_t shared;
+    bool warpgroups;
+};
+constexpr int64_t H100 = 232448, GEFORCE = 101376;
+const Emulated DEVICES[] = {{1, H100, false}, {1, H100, true}, {3, H100, false}, {2, GEFORCE, false}, {7, GEFORCE, false}};
+
+// Of G, an element of which is rounded to 8 bits, 11, or 22: many of them add up to less, one alone to this.
+Real rounding_of(int dtype) { return dtype == FNTX_BFLOAT16 ? 4e-3L : dtype == FNTX_FLOAT16 ? 5e-4L : 5e-7L; }
+
+void verify(const Case& c, const Emulated& device) {
+    const Problem p(c);
+    for (Mode mode : {FORWARD, BACKWARD, BOTH, LOSS}) {
+        if (mode == LOSS && !p.two_views) continue;
+        Run<float> run(p, mode, 1, 0), second(p, mode, 1, 0);
+        fntx_emulate(device.multiprocessors, device.shared, device.warpgroups, draw());
+        const std::string bits = run.bits();
+        expect(!bits.empty(), run.name() + ": status");
+        run.compare(rounding_of(c.dtype));
+        fntx_emulate(device.multiprocessors, device.shared, device.warpgroups, draw());
+        expect(second.bits() == bits, run.name() + ": other bits in another order");
+    }
+}
+
+const Emulated& any_device() { return DEVICES[draw() % 5]; }
+
+const int64_t SIZES[] = {1, 2, 15, 17, 31, 33, 63, 64, 65, 97, 129};
+
+template <class Shape> void shapes(Shape shape) {
+    const double temperatures[] = {0.5, 0.07, 0.005, 0.001};
+    for (int64_t n : SIZES)
+        for (int64_t D : {1, 7, 64, 65, 130, 300}) {
+            if (n * n * D > 100000 && draw() % 8) continue;
+            Case c = shape(n, D);
+            c.dtype = draw() % 3, c.layout = draw() % 5, c.ids = draw() % 4, c.normalize = draw() % 2;
+            c.wanted = draw() % 2 ? 15 : draw() % 16, c.tau = temperatures[draw() % 4];
+            verify(c, any_device());
+        }
+}
+
+Case two_views(int64_t n, int64_t D) { return {{n, n}, {0, 0}, D}; }
+
+Case one_matrix(int64_t n, int64_t D) { return {{n, 0}, {0, 0}, D}; }
+
+Case rectangle(int64_t n, int64_t D) {
+    const int64_t other = SIZES[draw() % 11];
+    return {{n, draw() % 2 ? n : 0}, {other, draw() % 2 ? SIZES[draw() % 5] : 0}, D};
+}
+
+// Rows shorter than eps, float16's subnormal numbers, and lengths whose squares leave the range of floats.
+void magnitudes() {
+    for (int dtype = 0; dtype < 3; ++dtype)
+        for (int normalize : {0, 1}) {
+            verify({{24, 24}, {0, 0}, 17, dtype, 0, 0, normalize, 0.07, 0.8}, any_device());
+            verify({{7, 25}, {49, 0}, 48, dtype, 2, 2, normalize, 0.07, 6e-5, 1e-5}, any_device());
+            for (double scale : {1e-24, 1e24})
+                if (dtype != FNTX_FLOAT16 && normalize)
+                    verify({{24, 24}, {0, 0}, 17, dtype, 1, 0, 1, 0.07, 1e-30, scale}, any_device());
+        }
+}
+
+// One NaN reaches every row that has it among its negatives, and the loss.
+void not_a_number() {
+    for (double tau : {0.5, 0.005})
+        for (int normalize : {0, 1})
+            for (const Emulated& device : DEVICES) {
+                Problem p({{50, 50}, {0, 0}, 17, FNTX_FLOAT32, 0, 0, normalize, tau});
+                p.sides[0].z[0].set(3, 5, NAN);
+                fntx_emulate(device.multiprocessors, device.shared, device.warpgroups, draw());
+                Run<float> run(p, LOSS, 1, 0);
+                expect(!run.bits().empty() && isnan(run.scalars[0]), run.name() + ": NaN lost in the loss");
+                for (int i = 0; i < 100; ++i) expect(i % 50 == 3 || isnan(run.nu[0][i]), run.name() + ": NaN lost");
+            }
+}
+
+// Every plan fits its machine, and its tasks take each tile of a row and each chunk once.
+void plans() {
+    const int64_t many[] = {1, 2, 63, 64, 65, 127, 128, 129, 512, 1000, 4096, 65536, 100001, 4000000};
+    for (int sms : {1, 20, 108, 132, 148})
+        for (int64_t shared : {H100, GEFORCE, int64_t(166912)})
+            for (bool warpgroups : {false, true})
+                for (int dtype = 0; dtype < 3; ++dtype)
+                    for (int64_t n : many)
+                        for (int64_t other : {int64_t(0), int64_t(1), int64_t(70), 2 * n})
+                            for (int64_t D : {1, 64, 65, 128, 200, 512, 1024, 5000}) {
+                                const fntx::Machine machine = {sms, shared, [](int, int, size_t) { return 2; }, 0, warpgroups};
+                                const fntx::Plan plan = fntx::make_plan(machine, dtype, n, other, D, nullptr);
+                                const fntx::Arguments& a = plan.a;
+                                expect(plan.grid > 0 && plan.grid <= 2 * sms, "plan: grid");
+                                expect(int64_t(plan.shared) <= shared && plan.bytes > 0, "plan: memory");
+                                expect(a.group >= 1 && a.stages == a.group + 2, "plan: stages");
+                                expect(!a.resident || a.chunks * fntx::CHUNK >= D, "plan: chunks");
+                                expect(a.chunks * fntx::CHUNK >= D && (a.chunks - 1) * fntx::CHUNK < D, "plan: chunks");
+                                for (int s = 0; s < a.n_sides; ++s) {
+                                    const int64_t tiles = fntx::ceil_div(a.sides[s].n, fntx::COLS);
+                                    expect(a.splits >= 1 && a.splits <= tiles, "plan: more splits than tiles");
+                                    expect(a.sides[s].padded >= a.sides[s].n, "plan: rows");
+                                }
+                            }
+}
+
+}  // namespace
+
+int main() {
+    const struct {
+        const char* name;
+        void (*run)();
+    } groups[] = {
+        {"plans", plans},
+        {"two views", [] { shapes(two_views); }},
+        {"one matrix", [] { shapes(one_matrix); }},
+        {"rectangles", [] { shapes(rectangle); }},
+        {"magnitudes", magnitudes},
+        {"not a number", not_a_number},
+    };
+    for (const auto& group : groups) {
+        const auto start = std::chrono::steady_clock::now();
+        const long before = checks;
+        group.run();
+        const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+        printf("%-24s %6ld checks %6.2f s\n", group.name, checks - before, seconds.count());
+        fflush(stdout);
+    }
+    printf("%ld checks passed\n", checks);
+}

@@ -1,0 +1,37 @@
+#!/bin/sh
+# The CUDA kernels under a sanitizer: csrc/cuda/sanitize.sh [address] [plain] [device]
+#
+#   address  check.cpp on the emulated device, by AddressSanitizer and UndefinedBehaviorSanitizer
+#   plain    the same without
+#   device   tests/test_cuda.py on a GPU, by compute-sanitizer: memcheck, racecheck, synccheck, initcheck. PYTHON chooses
+#            the interpreter, in which the package is installed
+#
+# address by default. Objects go to build/sanitize; CXX chooses the compiler.
+set -eu
+cd "$(dirname "$0")/../.."
+
+build_and_run() {
+    name=$1
+    shift
+    out=build/sanitize/cuda-$name
+    mkdir -p "$out"
+    sources="csrc/cuda/check.cpp csrc/cuda/host/launch.cpp csrc/cuda/host/emulator.cpp"
+    ${CXX:-g++} -std=c++17 -Wall -Wextra -Wno-unknown-pragmas "$@" $sources -o "$out/check"
+    echo "== cuda $name"
+    ASAN_OPTIONS=detect_stack_use_after_return=0 "$out/check"
+}
+
+for build in ${@:-address}; do
+    case $build in
+    address) build_and_run address -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all ;;
+    plain) build_and_run plain -O2 ;;
+    device)
+        for tool in memcheck racecheck synccheck initcheck; do
+            echo "== compute-sanitizer $tool"
+            compute-sanitizer --tool "$tool" --error-exitcode 1 --target-processes all \
+                "${PYTHON:-python3}" -m pytest -q tests/test_cuda.py -k "edges or bits or groups or layout or larger"
+        done
+        ;;
+    *) echo "unknown build: $build" >&2 && exit 2 ;;
+    esac
+done
