@@ -27,7 +27,7 @@ from tests.emulated import COMPILER, GEFORCE, H100, emulated_kernels
 STATUS = backends()["cuda"]
 DEVICE = "cuda" if STATUS.available else "cpu"
 pytestmark = pytest.mark.skipif(
-    not STATUS.available and COMPILER is None, reason="needs a CUDA device, or a C++ compiler to emulate one"
+    not STATUS.available and COMPILER is None, reason="needs a CUDA device, or Linux and a C++ compiler to emulate one"
 )
 needs_emulator = pytest.mark.skipif(
     STATUS.available, reason="needs the emulated device: a GPU takes its own form alone"

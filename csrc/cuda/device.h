@@ -15,8 +15,6 @@ namespace fntx {
 
 #define FNTX_DEVICE __device__ __forceinline__
 #define FNTX_UNROLL _Pragma("unroll")
-#define FNTX_UNROLL_BY(n) _Pragma(FNTX_TEXT(unroll n))
-#define FNTX_TEXT(x) #x
 
 FNTX_DEVICE int thread() { return threadIdx.x; }
 FNTX_DEVICE int block() { return blockIdx.x; }

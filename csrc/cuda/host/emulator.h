@@ -13,7 +13,6 @@
 
 #define FNTX_DEVICE inline
 #define FNTX_UNROLL
-#define FNTX_UNROLL_BY(n)
 
 namespace emulator {
 
