@@ -113,6 +113,12 @@ def test_sup_contrast_mask_in_autocast_and_half_precision():
     torch.testing.assert_close(half, loss(features.half().float(), mask=mask))
 
 
+def test_sup_contrast_does_not_divide_by_weights_that_sum_to_next_to_nothing():
+    features, ones = normalize(torch.randn(4, 2, 3, dtype=torch.float64), dim=2), torch.ones(4, 4).double()
+    loss = sup_contrast.SupConLoss(0.5)
+    torch.testing.assert_close(loss(features, mask=1e-8 * ones), 7e-8 * loss(features, mask=ones), rtol=1e-9, atol=0)
+
+
 def test_sup_contrast_errors():
     features, labels = torch.randn(4, 2, 3), torch.arange(4)
     with pytest.raises(ValueError, match=r"features must have shape \(B, V, \.\.\.\), got \(4, 3\)"):
@@ -166,6 +172,12 @@ def test_simclr_returns_logits_that_are_formed_on_demand():
     assert torch.autograd.grad(logits.dense().sum(), hidden, retain_graph=True)[0].any()
     assert "not formed" in repr(logits)
     loss.backward()
+
+
+def test_simclr_normalises_short_rows_as_tensorflow_does():
+    u = normalize(torch.randn(6, 3), dim=1)
+    expected = simclr.add_contrastive_loss(0.1 * u, hidden_norm=False, temperature=0.1).loss
+    torch.testing.assert_close(simclr.add_contrastive_loss(1e-7 * u, temperature=0.1).loss, expected)
 
 
 def test_simclr_errors():
