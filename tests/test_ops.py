@@ -7,7 +7,7 @@ import torch
 import torch._dynamo.testing
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastntxent import NTXentLoss, budget, cross_neg_lse, neg_lse, nt_xent, ops, split_views
+from fastntxent import NTXentLoss, budget, cross_neg_lse, neg_lse, nt_xent, ops, split_views, sup_con
 from tests.cases import BACKENDS, CUDA_KERNELS, KERNELS, needs_cuda, random_batch
 
 
@@ -456,3 +456,25 @@ def test_cuda_step_never_waits_for_the_device(backend, reduction):
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+class Cut(torch.autograd.Function):
+    """Sends no gradient back."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, d_x):
+        return None
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_no_gradient_from_above_is_none_below(backend, reduction):
+    z_i, z_j = torch.randn(2, 8, 4).unbind()
+    z_i.requires_grad_()
+    Cut.apply(nt_xent(z_i, z_j, backend=backend, reduction=reduction)).sum().backward()
+    assert z_i.grad is None or not z_i.grad.any()
+    Cut.apply(sup_con(z_i, torch.arange(8) // 2, backend=backend, reduction=reduction)).sum().backward()
+    assert z_i.grad is None or not z_i.grad.any()

@@ -110,7 +110,9 @@ def _sum_setup(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*gradients, u, inv_tau)
 
 
-def _sum_autograd(ctx: Any, d_sum: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _sum_autograd(ctx: Any, d_sum: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if d_sum is None:  # nothing came back
+        return (None,) * 5
     d_u, d_inv_tau = _neg_lse_sum_backward(d_sum, *ctx.saved_tensors)
     return d_u, None, d_inv_tau, None, None
 

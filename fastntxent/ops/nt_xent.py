@@ -117,7 +117,9 @@ def _scalar_setup(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*gradients, z_i, z_j, inv_tau)
 
 
-def _scalar_autograd(ctx: Any, d_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _scalar_autograd(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if d_loss is None:  # nothing came back
+        return (None,) * 6
     # An operator of its own only where this may be differentiated again: elsewhere it is three products.
     scale = _scalar_backward if torch.is_grad_enabled() else _scalar_backward_forward
     return *scale(d_loss, *ctx.saved_tensors), None, None, None
