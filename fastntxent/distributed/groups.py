@@ -40,14 +40,14 @@ class _GroupDots(torch.autograd.Function):
         sums = torch.zeros_like(of_u.own)
         for block, block_ids in of_v.blocks(v_ids):
             sums += sums_of_groups(block, block_ids, u_ids)
-        ctx.of_u, ctx.dtypes = of_u, (u.dtype, v.dtype)
-        ctx.save_for_backward(u_ids, v_ids, sums)
+        ctx.of_u, ctx.ids, ctx.dtypes = of_u, (u_ids, v_ids), (u.dtype, v.dtype)
+        ctx.save_for_backward(sums)
         return row_dots(of_u.own, sums)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, weights: Tensor) -> tuple[Tensor | None, ...]:
-        u_ids, v_ids, sums = ctx.saved_tensors
+        (sums,), (u_ids, v_ids) = ctx.saved_tensors, ctx.ids
         needs_u, needs_v = ctx.needs_input_grad[:2]
         d_u = d_v = None
         if needs_u:

@@ -47,14 +47,14 @@ class _NegLse(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u: Tensor, ids: Tensor, inv_tau: Tensor, columns: Columns, backend: str) -> Tensor:
         nu = _forward(columns.own, ids, inv_tau, columns, ids, backend)
-        ctx.columns, ctx.backend, ctx.dtype = columns, backend, u.dtype
-        ctx.save_for_backward(ids, inv_tau, nu)
+        ctx.columns, ctx.ids, ctx.backend, ctx.dtype = columns, ids, backend, u.dtype
+        ctx.save_for_backward(inv_tau, nu)
         return nu
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_nu: Tensor) -> tuple[Tensor | None, ...]:
-        ids, inv_tau, nu = ctx.saved_tensors
+        (inv_tau, nu), ids = ctx.saved_tensors, ctx.ids
         of_all = (ids, torch.stack((d_nu, nu), dim=1))
         d_u, d_inv_tau = _backward(ctx.columns.own, ids, d_nu, nu, inv_tau, ctx.columns, of_all, ctx.backend)
         return d_u.to(ctx.dtype), None, d_inv_tau / 2, None, None  # each pair is on two ranks
@@ -79,15 +79,15 @@ class _CrossNegLse(torch.autograd.Function):
             cols = _forward(of_v.own, v_ids, inv_tau, of_u, u_ids, backend)
         else:
             cols = rows.new_full((len(v),), -torch.inf)
-        ctx.columns, ctx.backend, ctx.dtypes = (of_u, of_v), backend, (u.dtype, v.dtype)
-        ctx.save_for_backward(u_ids, v_ids, inv_tau, rows, cols)
+        ctx.columns, ctx.ids, ctx.backend, ctx.dtypes = (of_u, of_v), (u_ids, v_ids), backend, (u.dtype, v.dtype)
+        ctx.save_for_backward(inv_tau, rows, cols)
         return rows, cols
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_rows: Tensor, d_cols: Tensor) -> tuple[Tensor | None, ...]:
-        u_ids, v_ids, inv_tau, rows, cols = ctx.saved_tensors
-        of_u, of_v = ctx.columns
+        inv_tau, rows, cols = ctx.saved_tensors
+        (of_u, of_v), (u_ids, v_ids) = ctx.columns, ctx.ids
         needs_u, needs_v, _, _, needs_inv_tau = ctx.needs_input_grad[:5]
         d_u = d_v = None
         parts = []

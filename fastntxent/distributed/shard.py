@@ -136,40 +136,49 @@ class Shard:
 
 
 class Columns:
-    """The rows of all ranks, block by block, with what else each block brings."""
+    """The rows of all ranks, block by block, with what else each block brings.
+
+    It knows of the ranks, and not of the shard: that one holds the rows it was asked for, with their graph.
+    """
 
     def __init__(self, shard: Shard, u: Tensor):
-        self.shard = shard
+        self.group, self.sizes, self.ring = shard.group, shard.rows, shard.ring
         self.dtype = accumulation_dtype(u.dtype)
         self._sent = u.detach().to(shard.wire_dtype or self.dtype)
-        self._gathered: Tensor | None = None
+        self._gathered: list[tuple[Tensor, Tensor]] = []
 
     @property
     def own(self) -> Tensor:
         """This rank's rows as the other ranks see them."""
         return self._sent.to(self.dtype)
 
-    def blocks(self, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """(rows, *others) of all ranks in one block, or of one rank after another. Blocks without rows are left out."""
-        if self.shard.ring:
-            for rows, *rest in wire.ring(self.shard.group, (self._sent, *others), self.shard.rows):
+    def blocks(self, ids: Tensor, *numbers: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """(rows, ids, *numbers) of all ranks in one block, or of one rank after another, which are left out if they
+        have none."""
+        if self.ring:
+            for rows, *rest in wire.ring(self.group, (self._sent, ids, *numbers), self.sizes):
                 if len(rows):
                     yield rows.to(self.dtype), *rest
         else:
-            rows = self.whole()
-            rest = [self.shard.gather(x) for x in others]
+            rows, ids = self.whole(), self._once(ids)
+            rest = [wire.all_gather(self.group, x, self.sizes) for x in numbers]
             if len(rows):
-                yield rows, *rest
+                yield rows, ids, *rest
 
     @eager
     def whole(self) -> Tensor:
-        """The rows of all ranks. They are kept, for the backward, where that is the strategy."""
-        if self._gathered is not None:
-            return self._gathered.to(self.dtype)
-        gathered = self.shard.gather(self._sent)
-        if not self.shard.ring:
-            self._gathered = gathered
-        return gathered.to(self.dtype)
+        """The rows of all ranks in one."""
+        if self.ring:
+            return wire.all_gather(self.group, self._sent, self.sizes).to(self.dtype)
+        return self._once(self._sent).to(self.dtype)
+
+    def _once(self, x: Tensor) -> Tensor:
+        """Gathered, and kept for whoever asks again: another term of the loss, or the backward."""
+        for known, gathered in self._gathered:
+            if known is x:
+                return gathered
+        self._gathered.append((x, wire.all_gather(self.group, x, self.sizes)))
+        return self._gathered[-1][1]
 
 
 def open_shard(
@@ -227,6 +236,8 @@ def _describe(fact: object) -> str:
 
 
 def _disagreement(described: Sequence[dict[str, str]]) -> str:
+    if len({of_rank["function"] for of_rank in described}) > 1:  # whose other facts are no others' either
+        described = [{"function": of_rank["function"]} for of_rank in described]
     parts = []
     for name in sorted({name for of_rank in described for name in of_rank}):
         ranks: dict[str, list[str]] = {}

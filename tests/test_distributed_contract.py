@@ -1,0 +1,369 @@
+"""What else is promised of losses over ranks: reductions, options, wrappers, bytes, memory and errors."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import os
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import fastntxent
+from fastntxent import Sharding
+from fastntxent.distributed import wire
+from tests.ranks import on_ranks
+from tests.test_distributed import (
+    CASES,
+    RTOL,
+    SIZES,
+    TAU,
+    D,
+    assert_close,
+    encoder,
+    evaluate,
+    mine,
+    truth,
+    whole_batch,
+)
+
+neg_lse = importlib.import_module("fastntxent.distributed.neg_lse")  # the package has a function of that name
+
+WORLD = 2
+N = sum(SIZES[WORLD])
+
+
+def relative(value: Tensor, true: Tensor) -> float:
+    return float((value.double() - true).abs().max() / true.abs().max())
+
+
+# --- what two ranks do -----------------------------------------------------------------------------------------------
+
+
+class Together(nn.Module):
+    """Encoder and loss in one module, the temperature among the parameters that are averaged."""
+
+    def __init__(self, group: Any):
+        super().__init__()
+        self.encoder = encoder()
+        self.loss = fastntxent.NTXentLoss(TAU, learn_temperature=True, group=group)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.encoder(x.flatten(0, 1)).view(*x.shape[:2], D)
+        return self.loss(z[0], z[1])
+
+
+def row_losses_and_gradient(model: nn.Module, x: Tensor, weights: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    model.zero_grad()
+    z = model(x.flatten(0, 1)).view(*x.shape[:2], D)
+    rows = fastntxent.nt_xent(z[0], z[1], TAU, reduction="none", **options)
+    (rows * weights.flatten().to(rows)).sum().backward()
+    return rows.detach(), next(model.parameters()).grad.clone()
+
+
+def row_weights() -> Tensor:
+    return torch.rand(2, N, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def two_ranks() -> dict[str, Any]:
+    world, rank = dist.group.WORLD, dist.get_rank()
+    x, ids = mine(WORLD)
+    model = DistributedDataParallel(encoder())
+    call = CASES["nt_xent"]
+    found: dict[str, Any] = {"plain": evaluate(model, x, ids, call, group=world)}
+
+    mesh = init_device_mesh("cpu", (WORLD,), mesh_dim_names=("data",))
+    found["mesh"] = evaluate(model, x, ids, call, group=mesh)
+    found["bfloat16"] = evaluate(model, x, ids, call, group=Sharding(world, wire_dtype=torch.bfloat16))
+    found["blocked"] = evaluate(model, x, ids, call, group=world, backend="blocked")
+    found["half"] = fastntxent.nt_xent(*x[:2].bfloat16(), TAU, group=world)
+    even = x[:, : min(SIZES[WORLD])]
+    same_rows = {check: evaluate(model, even, ids, call, group=Sharding(world, check=check)) for check in (True, False)}
+    found["unchecked is the same"] = same_rows[True].same_bits(same_rows[False])
+
+    first = sum(SIZES[WORLD][:rank])
+    weights = row_weights()[:, first : first + SIZES[WORLD][rank]]
+    found["none"] = row_losses_and_gradient(model, x, weights, group=world)
+
+    together = DistributedDataParallel(Together(world))
+    together(x).backward()
+    found["together"] = [p.grad for p in together.parameters()]
+
+    cached = DistributedDataParallel(encoder())
+    loss = fastntxent.cached_backward(cached, x[:2].unbind(), fastntxent.NTXentLoss(TAU, group=world), chunk_size=3)
+    found["cached"] = loss, [p.grad for p in cached.parameters()]
+
+    sharded = fully_shard(encoder(), mesh=mesh)
+    z = sharded(x.flatten(0, 1)).view(*x.shape[:2], D)
+    fastntxent.nt_xent(z[0], z[1], TAU, group=mesh).backward()
+    found["fsdp"] = [p.grad.full_tensor() for p in sharded.parameters()]
+
+    def step(model: nn.Module, x: Tensor) -> Tensor:
+        z = torch.relu(model(x.flatten(0, 1))).view(*x.shape[:2], D)
+        return 2 * fastntxent.nt_xent(z[0], z[1], TAU, group=world)
+
+    for name, function in (("eager", step), ("compiled", torch.compile(step, backend="aot_eager"))):
+        plain = encoder()
+        value = function(plain, x)
+        value.backward()
+        found[name] = value.detach(), next(plain.parameters()).grad
+    found["errors"] = {name: error_of(options) for name, options in DISAGREEMENTS.items()}
+    found["empty"] = error_of([{"n": 0}, {"n": 0}])
+    found["alone"] = error_of([{"backend": "reference"}] * 2)
+    found["after errors"] = evaluate(model, x, ids, call, group=world)
+    return found
+
+
+# What each of two ranks passes, and what the error must say.
+DISAGREEMENTS: dict[str, list[dict[str, Any]]] = {
+    "features is 3 on rank 0; 4 on rank 1": [{"d": 3}, {"d": 4}],
+    "dtype is torch.float32 on rank 0; torch.float64 on rank 1": [{}, {"dtype": torch.float64}],
+    "temperature is 0.5 on rank 0; 0.25 on rank 1": [{}, {"temperature": 0.25}],
+    "temperature is 0.5 on rank 0; 0.25, requires_grad on rank 1": [
+        {},
+        {"temperature": torch.tensor(0.25, requires_grad=True)},
+    ],
+    "requires_grad is False on rank 0; True on rank 1": [{}, {"requires_grad": True}],
+    "reduction is 'mean' on rank 0; 'none' on rank 1": [{}, {"reduction": "none"}],
+    "function is 'nt_xent' on rank 0; 'dcl' on rank 1": [{}, {"function": "dcl"}],
+    "ids_given is False on rank 0; True on rank 1": [{}, {"ids": torch.arange(2)}],
+    "strategy is 'auto' on rank 0; 'ring' on rank 1": [{}, {"strategy": "ring"}],
+}
+
+
+def error_of(of_ranks: list[dict[str, Any]]) -> str:
+    options = dict(of_ranks[dist.get_rank()])
+    function = getattr(fastntxent, options.pop("function", "nt_xent"))
+    n, d, dtype = options.pop("n", 2), options.pop("d", 3), options.pop("dtype", torch.float32)
+    z = torch.randn(n, d, dtype=dtype, requires_grad=options.pop("requires_grad", False))
+    group = Sharding(dist.group.WORLD, strategy=options.pop("strategy", "auto"))
+    try:
+        function(z, z, **{"temperature": 0.5, **options}, group=group)
+    except ValueError as error:
+        return str(error)
+    return "none"
+
+
+@pytest.fixture(scope="module")
+def found() -> list[dict[str, Any]]:
+    return on_ranks(WORLD, two_ranks)
+
+
+@pytest.mark.parametrize("how", ["plain", "mesh", "blocked", "after errors"])
+def test_group_is_taken_as_it_comes(found, how: str):
+    for of_rank in found:
+        assert_close(of_rank[how], truth("nt_xent", N))
+
+
+def test_bfloat16_on_the_wire_is_the_loss_of_rounded_rows(found):
+    first = found[0]["bfloat16"]
+    assert first.same_bits(found[1]["bfloat16"])
+    expected = truth("nt_xent", N)
+    assert 1e-6 < relative(first.d_weight, expected.d_weight) < 2e-2
+    # Rows of the negatives rounded, here too; the positives and the way of the gradient are not.
+    x, _ = whole_batch(N)
+    model = encoder(torch.float64)
+    z = model(x[:2].flatten(0, 1).double())
+    u = nn.functional.normalize(z, dim=1)
+    rounded = u + (u.float().bfloat16().double() - u).detach()
+    nu = fastntxent.neg_lse(rounded, torch.arange(N).repeat(2), TAU, backend="reference")
+    pos = (u[:N] * u[N:]).sum(dim=1).repeat(2) / TAU
+    loss = nn.functional.softplus(nu - pos).mean()
+    loss.backward()
+    assert relative(first.loss, loss.detach()) < RTOL
+    assert relative(first.d_weight, model.weight.grad) < RTOL
+
+
+def test_half_precision_embeddings_give_float32(found):
+    x, _ = whole_batch(N)
+    expected = fastntxent.nt_xent(*x[:2].bfloat16(), TAU)
+    assert found[0]["half"].dtype == torch.float32
+    assert relative(found[0]["half"], expected.double()) < RTOL
+
+
+def test_unchecked_ranks_with_the_same_rows_are_the_same(found):
+    assert all(of_rank["unchecked is the same"] for of_rank in found)
+
+
+def test_none_gives_own_rows_and_the_gradient_of_the_mean_of_the_ranks_losses(found):
+    x, _ = whole_batch(N)
+    rows, gradient = row_losses_and_gradient(encoder(torch.float64), x.double(), row_weights(), backend="reference")
+    first = 0
+    for of_rank, size in zip(found, SIZES[WORLD], strict=True):
+        value, d_weight = of_rank["none"]
+        assert relative(value, rows.view(2, N)[:, first : first + size].flatten()) < RTOL
+        assert relative(d_weight, gradient / WORLD) < RTOL
+        first += size
+
+
+@pytest.mark.parametrize("how", ["together", "cached", "fsdp"])
+def test_wrappers_average_to_the_gradient_of_one_process(found, how: str):
+    expected = truth("nt_xent", N)
+    for of_rank in found:
+        if how == "together":
+            d_log_temperature, *gradients = sorted(of_rank[how], key=Tensor.dim)
+            assert relative(d_log_temperature, expected.d_temperature * TAU) < RTOL
+        elif how == "cached":
+            loss, gradients = of_rank[how]
+            assert relative(loss, expected.loss) < RTOL
+        else:
+            gradients = of_rank[how]
+        for gradient, true in zip(sorted(gradients, key=Tensor.dim), expected[2:0:-1], strict=True):
+            assert relative(gradient, true) < RTOL
+
+
+def test_compiled_code_around_the_loss_is_the_same(found):
+    for of_rank in found:
+        for compiled, eager in zip(of_rank["compiled"], of_rank["eager"], strict=True):
+            torch.testing.assert_close(compiled, eager)
+
+
+@pytest.mark.parametrize("says", DISAGREEMENTS)
+def test_disagreement_is_named_on_every_rank(found, says: str):
+    for of_rank in found:
+        assert of_rank["errors"][says] == f"the ranks must be given the same: {says}"
+
+
+def test_no_rows_on_any_rank_is_an_error(found):
+    assert "must have a row on one of the 2 ranks" in found[0]["empty"]
+
+
+def test_reference_takes_no_group(found):
+    assert "'reference' takes no group" in found[1]["alone"]
+
+
+# --- a rank that does not answer -------------------------------------------------------------------------------------
+
+
+def one_of_two_stops(how: str, strategy: str) -> tuple[str, float]:
+    z = torch.randn(4, 8, requires_grad=True)
+    group = Sharding(dist.group.WORLD, strategy=strategy, check=False)
+    loss = fastntxent.nt_xent(z, z, 0.5, group=group)
+    start = time.monotonic()
+    if dist.get_rank() == 1:
+        if how == "dies":
+            os._exit(1)
+        time.sleep(6)  # beyond the timeout
+        return "", 0.0
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        return str(error), time.monotonic() - start
+    return "none", 0.0
+
+
+@pytest.mark.parametrize(("how", "strategy"), [("dies", "ring"), ("dies", "all_gather"), ("is late", "all_gather")])
+def test_rank_that_does_not_answer_ends_the_others_with_words(how: str, strategy: str):
+    message, seconds = on_ranks(2, one_of_two_stops, how, strategy, timeout=3.0)[0]
+    assert message.startswith("rank 0 of 2 got no answer from the others")
+    assert seconds < 5
+
+
+# --- bytes and memory ------------------------------------------------------------------------------------------------
+
+ROWS, WIDTH = 32, 128  # samples of a rank; a width that no other tensor has
+LOSSES = ("nt_xent", "clip", "sup_con")
+
+
+def measure() -> dict[Any, tuple[int, int]]:
+    """Bytes that this rank sends in a step, and the most bytes of rows that it holds while kernels run."""
+    measured = {}
+    groups = {size: dist.new_group(list(range(size))) for size in (3, 4)}
+    gather, transfer, kernels = wire._all_gather, dist.batch_isend_irecv, neg_lse.kernels
+    sent = held = 0
+
+    def counting_gather():
+        def call(received: Tensor, own: Tensor, **options: Any) -> Any:
+            nonlocal sent
+            sent += received.nbytes - own.nbytes  # every other rank's, as this one's goes to every other
+            return gather()(received, own, **options)
+
+        return call
+
+    def counting_transfer(operations: list[dist.P2POp]) -> Any:
+        nonlocal sent
+        sent += sum(operation.tensor.nbytes for operation in operations if operation.op is dist.isend)
+        return transfer(operations)
+
+    def looking_kernels(*args: Any) -> Any:
+        nonlocal held
+        rows = [x for x in gc.get_objects() if type(x) is Tensor and x.ndim and x.shape[-1] in (WIDTH, 4 * WIDTH)]
+        held = max(held, sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in rows}.values()))
+        return kernels(*args)
+
+    wire._all_gather, dist.batch_isend_irecv, neg_lse.kernels = counting_gather, counting_transfer, looking_kernels
+    for size, group in groups.items():
+        if dist.get_rank() >= size:
+            continue
+        for strategy in ("all_gather", "ring"):
+            for name in LOSSES:
+                sent = held = 0
+                a, b = torch.randn(2, ROWS, WIDTH).requires_grad_().unbind()
+                options = {"temperature": 0.5, "group": Sharding(group, strategy=strategy)}
+                if name == "sup_con":
+                    loss = fastntxent.sup_con(torch.cat((a, b)), torch.arange(ROWS).repeat(2) // 4, **options)
+                else:
+                    loss = getattr(fastntxent, name)(a, b, **options)
+                loss.backward()
+                measured[size, strategy, name] = sent, held
+                del a, b, loss
+    return measured
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[Any, tuple[int, int]]:
+    return on_ranks(4, measure)[0]
+
+
+@pytest.mark.parametrize("size", [3, 4])
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_step_sends_at_most_55_percent_of_an_all_gather_with_autograd(measured, name: str, size: int):
+    # Rows forward, and a reduce-scatter of their gradients backward, which is the least that it can send.
+    with_autograd = 2 * (size - 1) * 2 * ROWS * WIDTH * 4
+    assert measured[size, "all_gather", name][0] <= 0.55 * with_autograd
+    # Round the ring rows travel twice where a gradient would, unless two terms of a loss ask for them.
+    assert measured[size, "ring", name][0] <= (2.1 if name == "sup_con" else 1.05) * with_autograd
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_ring_holds_two_blocks_whatever_the_number_of_ranks(measured, name: str):
+    (_, of_three), (_, of_four) = (measured[size, "ring", name] for size in (3, 4))
+    assert of_four == of_three
+    (_, of_three), (_, of_four) = (measured[size, "all_gather", name] for size in (3, 4))
+    assert of_four > of_three  # the measurement sees what is held
+
+
+# --- one process -----------------------------------------------------------------------------------------------------
+
+
+def test_bad_groups_are_errors():
+    with pytest.raises(TypeError, match="group must be a ProcessGroup or a DeviceMesh, got int"):
+        fastntxent.nt_xent(torch.eye(3), torch.eye(3), group=3)
+
+
+def one_rank() -> list[str]:
+    messages = []
+    for options in ({"strategy": "star"}, {"wire_dtype": torch.int8}):
+        with pytest.raises((ValueError, TypeError)) as caught:
+            Sharding(dist.group.WORLD, **options)
+        messages.append(str(caught.value))
+    with pytest.raises(ValueError, match="DeviceMesh of 1 dimension") as caught:
+        Sharding(init_device_mesh("cpu", (1, 1), mesh_dim_names=("a", "b")))
+    with pytest.raises(ValueError, match="form must be 'out' with a group"):
+        fastntxent.sup_con(torch.eye(3), torch.arange(3), form="in", group=dist.group.WORLD)
+    with pytest.raises(ValueError, match="labels must have shape"):
+        fastntxent.sup_con(torch.eye(3), torch.ones(3, 2, dtype=torch.bool), group=dist.group.WORLD)
+    return messages
+
+
+def test_bad_options_are_errors():
+    (messages,) = on_ranks(1, one_rank)
+    assert messages[0].startswith("strategy must be one of 'auto', 'all_gather', 'ring', got 'star'")
+    assert messages[1].startswith("wire_dtype must be None or a floating-point dtype")
