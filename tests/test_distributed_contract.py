@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import importlib
 import os
@@ -350,6 +351,8 @@ def test_bad_groups_are_errors():
 
 
 def one_rank() -> list[str]:
+    module = copy.deepcopy(fastntxent.NTXentLoss(group=dist.group.WORLD))
+    assert module(torch.eye(4), torch.eye(4)) == fastntxent.nt_xent(torch.eye(4), torch.eye(4), group=module.group)
     messages = []
     for options in ({"strategy": "star"}, {"wire_dtype": torch.int8}):
         with pytest.raises((ValueError, TypeError)) as caught:
@@ -364,7 +367,7 @@ def one_rank() -> list[str]:
     return messages
 
 
-def test_bad_options_are_errors():
+def test_modules_can_be_copied_and_bad_options_are_errors():
     (messages,) = on_ranks(1, one_rank)
     assert messages[0].startswith("strategy must be one of 'auto', 'all_gather', 'ring', got 'star'")
     assert messages[1].startswith("wire_dtype must be None or a floating-point dtype")

@@ -65,6 +65,10 @@ class Sharding:
         if self.wire_dtype is not None and self.wire_dtype not in FLOAT_DTYPES:
             raise TypeError(f"wire_dtype must be None or a floating-point dtype, got {self.wire_dtype}")
 
+    def __deepcopy__(self, memo: dict[int, object]) -> Sharding:
+        """A copy of a module has the same ranks: a process group cannot be copied."""
+        return self
+
 
 Group: TypeAlias = Union["ProcessGroup", "DeviceMesh", Sharding]
 

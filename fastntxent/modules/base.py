@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import check_name as check_backend
-from ..distributed import Group
+from ..distributed import Group, Sharding
 from ..validation import check_reduction, check_temperature
 
 
@@ -44,7 +44,7 @@ class TemperatureLoss(nn.Module):
         self.reduction = reduction
         self.normalize = normalize
         self.backend = backend
-        self.group = group
+        self.group = group if group is None or isinstance(group, Sharding) else Sharding(group)
         self.learn_temperature = learn_temperature
         if learn_temperature:
             self.log_temperature = nn.Parameter(torch.tensor(_log(temperature)))
