@@ -52,7 +52,8 @@ def test_sup_con_pairs_equals_pytorch_metric_learning(n, d, seed, tau):
     assert_same(ours, lambda z: loss(z, labels), tau, z)
 
 
-@given(**sizes, tau=temperatures)
+# At smaller temperatures float32 rounds an anchor's loss to 0, and their mean leaves that anchor out.
+@given(**sizes, tau=st.floats(0.3, 2))
 @drawn
 def test_sup_con_out_equals_pytorch_metric_learning(n, d, seed, tau):
     loss = needs("pytorch_metric_learning.losses").SupConLoss(tau)

@@ -70,7 +70,8 @@ def info_nce(
         hardness_mode, hardness_strength: add hardness_strength times the similarity, through which no gradient goes, to
             the logits of the negatives: "in_batch_negatives", "hard_negatives" (the explicit ones) or "all_negatives".
             Lan et al., "LLaVE: Large Language and Vision Embedding Models with Hardness-Weighted Contrastive
-            Learning", 2025, as sentence-transformers has it.
+            Learning", 2025, as sentence-transformers has it (which, of negatives that queries share, hardens a
+            query's own alone).
         reduction: "mean" (1/N), "sum" or "none".
         normalize, backend: as in `nt_xent`.
         group: as in `nt_xent`; explicit negatives (K, D) are those of all ranks, of any number on each.
