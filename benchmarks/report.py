@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .tables import TABLES, Record
 
-SECTIONS = {"time": "cpu", "memory": "memory", "scaling": "scaling", "accuracy": "converged"}
+SECTIONS = {"time": "cpu", "memory": "memory", "scaling": "scaling", "family": "family", "accuracy": "converged"}
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:

@@ -201,6 +201,7 @@ RESULTS = {
         {**SIZE, "loss": name, "extra_bytes": size} for name, size in (("blocked", 2**19), ("eager", 3 * 2**21))
     ],
     "scaling": [{**SIZE, "s": 1.5, "growth": 1, "growth_normalised": 1, "times_floor": 1.25, "extra_bytes": 2**25}],
+    "family": [{**SIZE, "loss": "clip", "over_first": 0.5, "extra_bytes": 2**23, **timed(2, 0.5)}],
     "converged": [{**SIZE, "temperature": 0.1, "stage": "start", "errors": {"blocked": 8.8e-8, "eager": 2.1e-7}}],
 }
 
@@ -219,7 +220,7 @@ def committed(tmp_path):
 def test_report_fills_the_readme_and_draws(committed):
     results, readme = committed
     command = ["report", "--results", str(results), "--readme", str(readme)]
-    with pytest.raises(SystemExit, match="time, memory, scaling, accuracy"):
+    with pytest.raises(SystemExit, match="time, memory, scaling, family, accuracy"):
         cli.main([*command, "--check"])
     cli.main(command)
     text = readme.read_text()
@@ -228,6 +229,7 @@ def test_report_fills_the_readme_and_draws(committed):
     assert "another loss, for scale" in text
     assert "| 256 | 128 | < 1 | 6 |" in text
     assert "| 256 | 128 | 1.5 | 1 | 1 | 1.25 | 32 |" in text
+    assert "| clip | 256 | 128 | 2 | 0.5 | 8 |" in text
     assert "| 256 | 128 | 0.1 | eager | 2e-7 |" in text
     assert "A CPU, threads: 2, AVX2, PyTorch 2.0; 2026-01-02." in text
     drawn = {name: (results / name).read_bytes() for name in ("time.svg", "memory.svg")}
