@@ -31,7 +31,7 @@ kernels-report: $(VENV)/installed
 
 # The README's figures: make bench BENCH_OUT=benchmarks/results, then python -m benchmarks report
 bench: $(VENV)/bench
-	for suite in cpu memory scaling converged; do \
+	for suite in cpu memory scaling family converged; do \
 	  $(VENV)/bin/python -m benchmarks $$suite --out $(BENCH_OUT)/$$suite.json || exit 1; \
 	done
 

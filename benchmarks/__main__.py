@@ -9,7 +9,8 @@ family     CLIP's loss against its dense formula, SupCon against NT-Xent: time, 
 gpu        as cpu, on a CUDA device, with the model's prediction beside ours
 kernels    the Triton kernels compiled for GPUs that need not be here: registers, shared memory, spills; --check fails
            where a chip has not what a kernel takes
-model      what the Triton kernels should take on GPUs that need not be here, from data sheets
+model      milliseconds that the Triton kernels should take on GPUs that need not be here, from data sheets; u: one
+           product of all rows with themselves
 tune       the Triton kernels' table of tiles, from times on this GPU; --predict CHIP: from the model, without it
 report     the README's tables and the plots, from the results kept in benchmarks/results; --check only compares
 """

@@ -48,7 +48,8 @@ def uniformity(z: Tensor, t: float = 2.0, *, backend: str = "auto") -> Tensor:
     .. math:: \log \frac{1}{M (M - 1)} \sum_{i \ne j} e^{-t \| u_i - u_j \|^2}
 
     Wang & Isola, 2020 (see `alignment`). With ||u - v||^2 = 2 - 2 u.v this is `neg_lse` at a temperature of 1/(2t),
-    so its memory is O(M D).
+    so its memory is O(M D). Rows of zero length have no direction and count as orthogonal to all: look at the norms
+    too.
 
     Args:
         z: (M, D) embeddings, M >= 2, of any floating dtype; they are normalised here.
@@ -84,7 +85,7 @@ def positive_ranks(z_i: Tensor, z_j: Tensor) -> Tensor:
 
     .. math:: r_i = 1 + |\{ j \ne i, p(i) : s_{ij} \ge s_{i,p(i)} \}|
 
-    A tie counts against the positive: collapsed embeddings, all alike, come last, not first.
+    A tie counts against the positive, and so does a NaN: collapsed embeddings, all alike, come last, not first.
 
     Args:
         z_i, z_j: (N, D) embeddings of the two views, of any floating dtype; they are normalised here.
@@ -112,8 +113,9 @@ def positive_ranks(z_i: Tensor, z_j: Tensor) -> Tensor:
         for rows in torch.arange(M, device=u.device).split(max(1, _TILE // M)):
             sims = u[rows] @ u.T
             pos = sims.gather(1, partner[rows, None])
-            sims.scatter_(1, rows[:, None], -torch.inf)  # itself; the positive counts itself once
-            ranks[rows] = (sims >= pos).sum(dim=1)
+            sims.scatter_(1, rows[:, None], -torch.inf)  # itself is worse than any
+            worse = (sims < pos).sum(dim=1)  # not so of a NaN
+            ranks[rows] = (M - worse).clamp_max(M - 1)
     return ranks
 
 

@@ -10,7 +10,7 @@ from ..backends.base import row_dots, row_losses
 from ..common import inverse_temperature, unit_rows
 from ..losses import info_nce, nt_xent, sup_con
 from ..ops.groups import group_sums
-from ..validation import check_rows, check_same
+from ..validation import ID_DTYPES, check_features, check_rows, check_same
 from .pairs import lse_by_anchor, pair_dots, sum_by_anchor
 from .shared import as_ids
 
@@ -67,8 +67,11 @@ class _PairLoss(nn.Module):
             check_rows("ref_emb", ref_emb)
             v = unit_rows(ref_emb, self.normalize)
             check_same("embeddings", u, "ref_emb", v, "device", "dtype")
+            check_features("embeddings", u, "ref_emb", v)
+            if ref_labels is None and indices_tuple is None:
+                raise ValueError("ref_labels must be given with ref_emb and labels")
         if indices_tuple is not None:
-            return self._of_pairs(u, v, *_pairs(indices_tuple, u.device))
+            return self._of_pairs(u, v, *_pairs(indices_tuple, len(u), len(v), u.device))
         assert labels is not None
         ids = as_ids("labels", labels, u)
         if ref_emb is None:
@@ -241,11 +244,21 @@ def _check_distance(distance: object) -> bool:
     return bool(getattr(distance, "normalize_embeddings", True))
 
 
-def _pairs(indices_tuple: IndicesTuple, device: torch.device) -> tuple[Tensor, ...]:
+def _pairs(indices_tuple: IndicesTuple, n_rows: int, n_cols: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Anchors and positives, anchors and negatives."""
     if len(indices_tuple) not in (3, 4):
         raise ValueError(f"indices_tuple must have 3 or 4 tensors, got {len(indices_tuple)}")
+    for index in indices_tuple:
+        if not isinstance(index, Tensor) or index.dtype not in ID_DTYPES or index.ndim != 1:
+            raise TypeError("indices_tuple must hold tensors of one dimension and an integer dtype")
     indices = [index.to(device, torch.int64) for index in indices_tuple]
-    return tuple(indices) if len(indices) == 4 else (*indices[:2], indices[0], indices[2])
+    a1, p, a2, n = indices if len(indices) == 4 else (*indices[:2], indices[0], indices[2])
+    if len(a1) != len(p) or len(a2) != len(n):
+        raise ValueError(f"indices_tuple must hold pairs, got lengths {[len(index) for index in indices_tuple]}")
+    for index, limit in ((a1, n_rows), (p, n_cols), (a2, n_rows), (n, n_cols)):
+        if len(index) and not (index.min() >= 0 and index.max() < limit):
+            raise ValueError(f"indices_tuple must have indices in [0, {limit}), got {index.tolist()[:8]}")
+    return a1, p, a2, n
 
 
 def _matches(ids: Tensor, ref_ids: Tensor) -> Tensor:

@@ -86,7 +86,8 @@ def process_group(group: object) -> ProcessGroup:
     if group is dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError("group must be a process group that this rank belongs to")
     if not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"group must be a ProcessGroup or a DeviceMesh, got {type(group).__name__}")
+        hint = ": dist.group.WORLD is None until init_process_group was called" if group is None else ""
+        raise TypeError(f"group must be a ProcessGroup or a DeviceMesh, got {type(group).__name__}{hint}")
     return group
 
 

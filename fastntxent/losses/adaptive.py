@@ -65,6 +65,7 @@ def macl(
         sims = row_dots(unit_rows(z_i, normalize), unit_rows(z_j, normalize))
         aligned = batch_sum(sims, shard) / n_samples(z_i, shard)
     stretch = (1 + alpha * (aligned - a_0)).clamp_min(1e-3)
+    stretch = torch.where(stretch.isfinite(), stretch, 1.0)  # embeddings that are not show it in the losses
     losses = row_losses(*nt_xent_rows(z_i, z_j, inv_tau / stretch, normalize, backend, shard))
     chance = -torch.expm1(-losses.detach())
     return reduce(losses / chance.clamp_min(torch.finfo(chance.dtype).tiny), reduction, shard=shard)

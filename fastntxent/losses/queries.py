@@ -114,6 +114,8 @@ def info_nce(
         hardness_strength=hardness_strength, reduction=reduction, normalize=normalize,
         key_requires_grad=key.requires_grad, negatives_given=negatives is not None, own_negatives=own_negatives,
     )  # fmt: skip
+    if negatives is None and not in_batch_negatives:
+        raise ValueError("negatives must be given where in_batch_negatives is False: a query needs some")
     inv_tau = inverse_temperature(temperature, query, per_row=N, shard=shard)
     in_batch_hardness = 0.0 if hardness_mode == "hard_negatives" else hardness_strength
     explicit_hardness = 0.0 if hardness_mode == "in_batch_negatives" else hardness_strength

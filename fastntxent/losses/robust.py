@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends import check_name as check_backend
+from ..backends.base import accumulation_dtype
 from ..common import inverse_temperature, log_add, nt_xent_rows, reduce
 from ..distributed import Group, open_shard
 from ..validation import check_in_range, check_reduction, check_views
@@ -39,7 +40,7 @@ def rince(
         lam: the weight of the denominator, in (0, 1).
 
     The other arguments, errors, determinism and memory are those of `dcl`. Terms are of the size of exp(q / tau), which
-    float32 holds for q / tau < 88.
+    float32 holds for q / tau < 88; a float temperature beyond it is a ValueError.
 
     Returns:
         A 0-d tensor, or (2N,) for "none", in the order [z_i; z_j]; float64 for float64 embeddings, else float32.
@@ -55,6 +56,9 @@ def rince(
     check_backend(backend)
     check_in_range("q", q, 0, 1, with_low=False, with_high=True)
     check_in_range("lam", lam, 0, 1, with_low=False, with_high=False)
+    largest = math.log(torch.finfo(accumulation_dtype(z_i.dtype)).max)
+    if isinstance(temperature, float) and temperature > 0 and q / temperature >= largest:
+        raise ValueError(f"q / temperature must be below {largest:.0f}, where exp ends, got {q} / {temperature}")
     shard = open_shard(
         group, "rince", z_i, backend, views=2, temperature=temperature, q=q, lam=lam, reduction=reduction,
         normalize=normalize,

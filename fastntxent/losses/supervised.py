@@ -166,6 +166,8 @@ def _check_multi_labels(labels: Tensor, z: Tensor, form: str) -> None:
             f"labels must have shape ({z.shape[0]},) or ({z.shape[0]}, C), one row per row of z, "
             f"got {tuple(labels.shape)}"
         )
+    if labels.shape[1] == 1 and labels.dtype != torch.bool:
+        raise ValueError(f"labels must have shape ({z.shape[0]},) for one class a row, got a column: labels.squeeze(1)")
     if labels.device != z.device:
         raise ValueError(f"labels must be on the device of z, {z.device}, got {labels.device}")
     if form != "out":

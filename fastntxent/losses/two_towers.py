@@ -64,7 +64,8 @@ def clip(
     Args:
         image_features, text_features: (N, D); row n of both belongs together.
         temperature: as in `nt_xent`.
-        logit_scale: 1 / temperature, in its place: a positive float or a 0-d tensor, as exp of a learnt parameter.
+        logit_scale: 1 / temperature, in its place: a positive float or a 0-d tensor, as `log_scale.exp()` of a learnt
+            parameter. The temperature is not looked at then.
         logit_bias: added to every logit, where the softmax cancels it: the loss does not change, and the bias gets a
             gradient of exactly zero. (SigLIP's sigmoid loss is the one that has use for it.)
         ids: (N,) integers: samples of the same id are no negatives of each other.
@@ -110,7 +111,9 @@ def clip(
     losses = (directions.image_to_text + directions.text_to_image) / 2
     if logit_bias is not None:
         if not isinstance(logit_bias, Tensor):
-            check_number("logit_bias", logit_bias, "a float or a tensor")
+            check_number("logit_bias", logit_bias, "a float or a tensor of one element")
+        elif logit_bias.numel() != 1:
+            raise ValueError(f"logit_bias must be a float or have one element, got shape {tuple(logit_bias.shape)}")
         losses = losses + 0 * factor(logit_bias, losses)
     return reduce(losses, reduction, shard=shard)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..distributed import Group
@@ -73,13 +75,31 @@ class InfoNCELoss(TemperatureLoss):
         )
 
 
+class _AtMost(torch.autograd.Function):
+    """min(x, bound), whose gradient can always bring x back: only what would take it further beyond is stopped."""
+
+    @staticmethod
+    def forward(x: Tensor, bound: float) -> Tensor:
+        return x.clamp_max(bound)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0] > inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, d_x: Tensor) -> tuple[Tensor, None]:
+        (beyond,) = ctx.saved_tensors
+        return torch.where(beyond & (d_x < 0), 0, d_x), None
+
+
 class CLIPLoss(TemperatureLoss):
     r"""CLIP's loss as a module, which holds its own logit scale; see `clip`.
 
     Args:
         temperature: 1 / logit scale; where it is learnt, its first value.
         label_smoothing: in [0, 1).
-        max_logit_scale: the scale is kept below it, as CLIP was trained; its gradient stops there. None: no bound.
+        max_logit_scale: the scale is kept below it, as CLIP was trained. Beyond it a gradient that would make it larger
+            stops, and one that makes it smaller goes on. None: no bound.
         learn_temperature: make the temperature a parameter, `log_temperature`, which is minus the logarithm of the
             scale; on by default, as in CLIP.
         reduction, normalize, backend, group: as of `NTXentLoss`.
@@ -128,7 +148,8 @@ class CLIPLoss(TemperatureLoss):
         if self.max_logit_scale is None:
             return scale
         if isinstance(scale, Tensor):
-            return scale.clamp_max(self.max_logit_scale)
+            bounded: Tensor = _AtMost.apply(scale, self.max_logit_scale)
+            return bounded
         return min(scale, self.max_logit_scale)
 
     def forward(self, image_features: Tensor, text_features: Tensor, ids: Tensor | None = None) -> Tensor:

@@ -234,3 +234,28 @@ def test_defaults_are_the_librarys():
     for name in ("NTXentLoss", "SupConLoss"):
         assert getattr(ours, name)().temperature == getattr(theirs, name)().temperature
         assert type(getattr(theirs, name)().reducer).__name__ == getattr(ours, name)._reducer
+
+
+@pytest.mark.parametrize(
+    ("indices", "error", "says"),
+    [
+        (([0, 0], [1, 2], [3, 99]), ValueError, r"indices_tuple must have indices in \[0, 16\), got \[3, 99\]"),
+        (([0, 0], [1, -2], [3, 4]), ValueError, "indices_tuple must have indices in"),
+        (([0, 0], [1], [3, 4]), ValueError, r"indices_tuple must hold pairs, got lengths \[2, 1, 2\]"),
+        (([0.0], [1.0], [3.0]), TypeError, "indices_tuple must hold tensors of one dimension and an integer dtype"),
+    ],
+)
+@pytest.mark.parametrize("name", ["NTXentLoss", "SupConLoss"])
+def test_indices_that_cannot_be_are_named(name, indices, error, says):
+    loss = getattr(ours, name)()
+    with pytest.raises(error, match=says):
+        loss(torch.randn(16, 4), indices_tuple=tuple(map(torch.tensor, indices)))
+
+
+def test_references_need_labels_and_as_many_features():
+    loss = ours.NTXentLoss()
+    z, labels = torch.randn(16, 4), torch.arange(16) // 2
+    with pytest.raises(ValueError, match="ref_labels must be given"):
+        loss(z, labels, ref_emb=torch.randn(4, 4))
+    with pytest.raises(ValueError, match="features"):
+        loss(z, labels, ref_emb=torch.randn(4, 5), ref_labels=labels[:4])
