@@ -4,8 +4,8 @@
 instruction set, and the machine that runs it chooses. Where it cannot be built, the install goes on without it and
 `fastntxent.backends()` says so.
 
-`fastntxent._cuda` is built where there is an nvcc, for every architecture of `CUDA_CODE` that it knows; neither a GPU
-nor PyTorch has to be there. FASTNTXENT_CUDA=0 leaves it out, FASTNTXENT_CUDA=1 makes a failure an error.
+`fastntxent._cuda` is built by ninja where there is an nvcc, for every architecture of `CUDA_CODE` that it knows; no GPU
+and no PyTorch has to be there. FASTNTXENT_CUDA=0 leaves it out, FASTNTXENT_CUDA=1 makes a failure an error.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -73,7 +74,7 @@ class BuildExt(build_ext):
             self.announce(f"fastntxent: no CPU kernels ({error}); plain PyTorch serves instead", level=4)
 
     def build_cuda(self, ext: Extension) -> None:
-        """Compile every source by nvcc, as many at a time as there are processors, and link them."""
+        """Compile by nvcc what has changed, as much at a time as there are processors, and link it."""
         wanted = os.environ.get("FASTNTXENT_CUDA", "auto")
         if wanted not in ("auto", "0", "1"):
             raise ValueError(f"FASTNTXENT_CUDA must be 'auto', '0' or '1', got {wanted!r}")
@@ -83,26 +84,50 @@ class BuildExt(build_ext):
             nvcc = find_nvcc()
             if nvcc is None:
                 raise RuntimeError("there is no nvcc, neither in CUDA_HOME nor on PATH")
-            objects = Path(self.build_temp) / "cuda"
-            objects.mkdir(parents=True, exist_ok=True)
-            commands = {
-                objects / f"{Path(source).stem}.o": [
-                    *(nvcc, "-std=c++17", "-O3", "-c", source, "-Xcompiler", "-fPIC,-fvisibility=hidden"),
-                    *(["--threads", "0", *gencode(nvcc)] if source.endswith(".cu") else []),
-                    *(f"-D{name}={value}" for name, value in ext.define_macros),
-                    *(f"-I{folder}" for folder in self.include_dirs),
-                ]
-                for source in ext.sources
-            }
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                list(pool.map(run, ([*command, "-o", str(target)] for target, command in commands.items())))
-            target = Path(self.get_ext_fullpath(ext.name))
+            ninja = shutil.which("ninja")
+            if ninja is None:
+                raise RuntimeError("there is no ninja on PATH: pip install ninja")
+            target = Path(self.get_ext_fullpath(ext.name)).resolve()
             target.parent.mkdir(parents=True, exist_ok=True)
-            run([nvcc, "-shared", "-cudart", "static", *map(str, commands), "-o", str(target)])
+            objects = Path("build/cuda").resolve()  # which stays, where an editable install's build_temp does not
+            objects.mkdir(parents=True, exist_ok=True)
+            macros = [f"-D{name}={value}" for name, value in ext.define_macros]
+            includes = [f"-I{folder}" for folder in self.include_dirs]
+            plan = objects / "build.ninja"
+            plan.write_text(ninja_file(nvcc, [*macros, *includes], map(Path, ext.sources), objects, target))
+            run([ninja, "-f", str(plan)])
         except Exception as error:
             if wanted == "1":
                 raise RuntimeError(f"FASTNTXENT_CUDA=1, but the CUDA kernels cannot be built: {error}") from error
             self.announce(f"fastntxent: no CUDA kernels ({error})", level=4)
+
+
+def ninja_file(nvcc: str, flags: list[str], sources: Iterable[Path], objects: Path, target: Path) -> str:
+    """What ninja is to do. It finds the headers in what nvcc writes beside each object."""
+
+    def escaped(text: object, special: str = r"[$]") -> str:
+        return re.sub(f"({special})", r"$\1", str(text))
+
+    def path(of: Path) -> str:
+        return escaped(of, r"[$ :]")
+
+    compiler = [nvcc, "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", *flags]
+    lines = [
+        f"nvcc = {escaped(shlex.join(compiler))}",
+        "rule compile",
+        "  command = $nvcc $code -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = {escaped(shlex.quote(nvcc))} -shared -cudart static $in -o $out",
+    ]
+    made = []
+    for source in sources:
+        made.append(path(objects / f"{source.stem}.o"))
+        lines += [f"build {made[-1]}: compile {path(source)}"]
+        if source.suffix == ".cu":
+            lines += [f"  code = --threads 0 {escaped(shlex.join(gencode(nvcc)))}"]
+    return "\n".join([*lines, f"build {path(target)}: link {' '.join(made)}", ""])
 
 
 def gencode(nvcc: str) -> list[str]:

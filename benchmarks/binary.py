@@ -19,11 +19,15 @@ CHIPS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120")
 # A form is built for all chips, `Hopper` in earnest for one.
 FORMS = {"Tall": CHIPS, "Flat": CHIPS, "Hopper": ("sm_90a",)}
 _MATRIX = {"Tall": re.compile(r"\bHMMA"), "Flat": re.compile(r"\bHMMA"), "Hopper": re.compile(r"\bHGMMA")}
+_WAIT = re.compile(r"\bWARPGROUP\.DEPBAR")
 _NAME = re.compile(r"kernel_([a-z]+)_cu.*nt_xentINS_\d+([A-Z][a-z]+)E")
 
 
 class Report(NamedTuple):
-    """A kernel on a chip. Registers and bytes of stack (spilled registers among them) a thread; matrix instructions."""
+    """A kernel on a chip.
+
+    Registers and bytes of stack (spilled registers among them) a thread; matrix instructions, and waits for those of
+    warpgroups."""
 
     chip: str
     operands: str
@@ -31,11 +35,16 @@ class Report(NamedTuple):
     registers: int
     stack: int
     matrix: int
+    waits: int
 
     def faults(self) -> list[str]:
         """What must not be."""
         found = [] if self.stack == 0 else [f"{self.stack} bytes of stack"]
-        return found if self.matrix else [*found, "no matrix instruction"]
+        if not self.matrix:
+            found.append("no matrix instruction")
+        elif self.waits >= self.matrix:  # what the compiler does where it loses sight of the sums
+            found.append("every product waits for the one before")
+        return found
 
 
 def built() -> Path | None:
@@ -50,9 +59,12 @@ def reports(module: Path) -> list[Report]:
     for key, line in _by_kernel("--dump-resource-usage", module):
         if "REG:" in line:
             usage[key] = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", line)}
-    matrix = Counter(key for key, line in _by_kernel("-sass", module) if _MATRIX[key[2]].search(line))
+    matrix, waits = Counter[tuple[str, ...]](), Counter[tuple[str, ...]]()
+    for key, line in _by_kernel("-sass", module):
+        matrix[key] += _MATRIX[key[2]].search(line) is not None
+        waits[key] += _WAIT.search(line) is not None
     return [
-        Report(*key, numbers["REG"], numbers["STACK"] + numbers["LOCAL"], matrix[key])
+        Report(*key, numbers["REG"], numbers["STACK"] + numbers["LOCAL"], matrix[key], waits[key])
         for key, numbers in usage.items()
         if key[0] in FORMS[key[2]]
     ]
@@ -89,7 +101,7 @@ def main() -> None:
     for report in found:
         print(
             f"{report.chip:8} {report.operands:6} {report.form:6} registers {report.registers:3} "
-            f"stack {report.stack:3} matrix {report.matrix:4} {'; '.join(report.faults())}"
+            f"stack {report.stack:3} matrix {report.matrix:4} waits {report.waits:2} {'; '.join(report.faults())}"
         )
     if check and any(report.faults() for report in found):
         raise SystemExit("not all kernels are as they must be")

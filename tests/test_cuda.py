@@ -108,7 +108,7 @@ def test_every_form_within_budget(emulate, n, d, multiprocessors, shared, warpgr
 
 
 @needs_emulator
-@pytest.mark.parametrize(("multiprocessors", "warpgroups"), [(1, False), (4, False), (1, True)])
+@pytest.mark.parametrize(("multiprocessors", "warpgroups"), [(1, False), (4, False), (2, True)])
 def test_bits_do_not_depend_on_the_order_of_events(emulate, multiprocessors, warpgroups):
     # Nor on when an asynchronous copy takes place: what lacks a barrier or a wait gives other bits.
     for dtype in DTYPES:

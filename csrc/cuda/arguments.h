@@ -52,7 +52,8 @@ struct Side {
     float *r, *norm, *sim_pos;
     int64_t* ids;
     int64_t *low, *high;      // smallest and largest id of each COLS rows
-    float *peaks, *sums;      // (splits, padded): log-sum-exp of a split's columns is peak + log(sum)
+    float *peaks, *sums;      // (splits, padded): log-sum-exp of a split's columns is peak + log(sum);
+                              // or of a triangle (blocks, padded), sums alone
     float *nu, *w;            // nu: +inf where there is no negative
     float* longest;           // (blocks,): the largest norm that a block packed,
     float* largest_r;         // and the largest r
@@ -80,6 +81,7 @@ struct Arguments {
     float *row_losses, *row_shares;  // terms of the loss, and of d_inv_tau
     float* largest_w;         // (blocks,): the largest weight that a block saw
     int splits;               // tasks that share the columns of a block of rows in the forward
+    int triangular;           // whether a tile of the forward is for its columns too, where exp cannot leave its range
     int group;                // chunks of a task of the gradient
     int stages;               // steps held in shared memory: those of a group, and two on their way
     int resident;             // whether all chunks of a block of rows stay in shared memory

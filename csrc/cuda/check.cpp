@@ -7,6 +7,7 @@
 #include "../cpu/check_run.h"
 #include "host/launch.h"
 #include "plan.h"
+#include "triangle.h"
 
 // The CPU's interface in front of the emulated device, so that check_run.h serves both.
 extern "C" int fntx_run(const fntx_call* from) {
@@ -111,6 +112,36 @@ void not_a_number() {
             }
 }
 
+// Every tile on or above the diagonal has one walker, walkers have as many as each other, and a row finds its own.
+void triangles() {
+    for (int64_t n : {1, 64, 65, 128, 129, 500, 1000, 2500, 16896, 65536, 65600})
+        for (int walkers : {1, 2, 3, 20, 132}) {
+            const fntx::Triangle triangle(n, walkers);
+            int64_t place = 0;
+            for (int64_t b = 0; b < triangle.row_blocks; ++b) {
+                expect(triangle.start(b) == place, "triangle: start");
+                for (int64_t tile = triangle.PER_BLOCK * b; tile < triangle.tiles; ++tile, ++place)
+                    if (n < 5000 || tile + 1 == triangle.tiles || place == triangle.start(b))
+                        expect(triangle.row_block_of(place) == b, "triangle: row block");
+                const int64_t seen = triangle.walkers_of(b);
+                expect(triangle.begin(seen - 1) < place && triangle.begin(seen) >= place, "triangle: walkers of a row");
+            }
+            expect(triangle.begin(0) == 0 && triangle.begin(walkers) == place, "triangle: ends");
+            for (int c = 0; c < walkers; ++c) {
+                const int64_t n_tiles = triangle.begin(c + 1) - triangle.begin(c);
+                expect(n_tiles == place / walkers || n_tiles == place / walkers + 1, "triangle: even shares");
+            }
+        }
+    for (int sms : {1, 3, 5})
+        for (int64_t n : {97, 160, 250})
+            for (bool warpgroups : {false, true}) {
+                Case c = {{n, n}, {0, 0}, n == 97 ? 130 : 20};
+                c.dtype = draw() % 3, c.layout = draw() % 5, c.ids = draw() % 4, c.normalize = n == 97;
+                c.tau = n == 97 ? 0.07 : 0.5;
+                verify(c, {sms, H100, warpgroups});
+            }
+}
+
 // Every plan fits its machine, and its tasks take each tile of a row and each chunk once.
 void plans() {
     const int64_t many[] = {1, 2, 63, 64, 65, 127, 128, 129, 512, 1000, 4096, 65536, 100001, 4000000};
@@ -145,6 +176,7 @@ int main() {
         void (*run)();
     } groups[] = {
         {"plans", plans},
+        {"triangles", triangles},
         {"two views", [] { shapes(two_views); }},
         {"one matrix", [] { shapes(one_matrix); }},
         {"rectangles", [] { shapes(rectangle); }},

@@ -20,8 +20,12 @@ FNTX_DEVICE int thread() { return threadIdx.x; }
 FNTX_DEVICE int block() { return blockIdx.x; }
 FNTX_DEVICE int blocks() { return gridDim.x; }
 FNTX_DEVICE void sync_block() { __syncthreads(); }
-FNTX_DEVICE void sync_grid() { cooperative_groups::this_grid().sync(); }
+// Not inlined: five of them would share values, at the price of registers in between.
+__device__ __noinline__ inline void sync_grid() { cooperative_groups::this_grid().sync(); }
 template <class T> FNTX_DEVICE T shuffle_xor(T value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+
+// *sum += x. Only one block adds to a sum, and in the order of its barriers: not for atomicity, but for not waiting.
+FNTX_DEVICE void add_to(float* sum, float x) { atomicAdd(sum, x); }
 
 FNTX_DEVICE char* shared_memory() {
     extern __shared__ __align__(1024) char memory[];

@@ -27,9 +27,10 @@ struct Plan {
 
 constexpr int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
-inline int64_t shared_bytes(int parts, int64_t rows, int64_t stages, int64_t row_slots) {
+inline int64_t shared_bytes(int parts, int64_t rows, int64_t stages, int64_t row_slots, bool triangular) {
     const int64_t vectors = 2 * COLS * (sizeof(int64_t) + 3 * sizeof(float));
-    return stages * parts * COLS * CHUNK * 2 + row_slots * parts * rows * CHUNK * 2 + vectors;
+    const int64_t column_sums = triangular ? 2 * WARPS * COLS * sizeof(float) : 0;
+    return stages * parts * COLS * CHUNK * 2 + row_slots * parts * rows * CHUNK * 2 + vectors + column_sums;
 }
 
 class Carver {
@@ -70,8 +71,9 @@ inline Plan make_plan(const Machine& machine, int dtype, int64_t n_rows, int64_t
         for (a.group = int(a.chunks < shape.largest_group ? a.chunks : shape.largest_group); a.group; --a.group) {
             if (a.group > 1 && ceil_div(most, shape.rows) * ceil_div(a.chunks, a.group) < sms) continue;
             a.stages = a.group + 2;
+            a.triangular = a.n_sides == 1 && shape.form != FLAT;
             for (int64_t row_slots : {a.chunks, a.stages}) {
-                plan.shared = size_t(shared_bytes(parts, shape.rows, a.stages, row_slots));
+                plan.shared = size_t(shared_bytes(parts, shape.rows, a.stages, row_slots, a.triangular));
                 a.resident = row_slots == a.chunks;
                 if (int64_t(plan.shared) <= machine.shared) return true;
             }
@@ -98,7 +100,8 @@ inline Plan make_plan(const Machine& machine, int dtype, int64_t n_rows, int64_t
         side.padded = int(ceil_div(n[s], PADDED_ROWS) * PADDED_ROWS);
         for (int p = 0; p < parts; ++p) carver.take(side.x[p], int64_t(side.padded) * a.chunks * CHUNK);
         for (float** vector : {&side.r, &side.norm, &side.sim_pos, &side.nu, &side.w}) carver.take(*vector, side.padded);
-        for (float** plane : {&side.peaks, &side.sums}) carver.take(*plane, int64_t(a.splits) * side.padded);
+        carver.take(side.peaks, int64_t(a.splits) * side.padded);
+        carver.take(side.sums, int64_t(a.triangular && plan.grid > a.splits ? plan.grid : a.splits) * side.padded);
         for (float** of_blocks : {&side.longest, &side.largest_r}) carver.take(*of_blocks, plan.grid);
         carver.take(side.ids, side.padded);
         carver.take(side.low, side.padded / COLS);

@@ -27,17 +27,19 @@ struct ColumnVectors {
 
 constexpr int STEP = COLS * CHUNK;  // elements of a step's columns, of one part
 
-// Shared memory: steps of columns, rows, vectors of two tiles.
+// Shared memory: steps of columns, rows, vectors of two tiles, sums of columns.
 template <class Op, class Form> struct Shared {
     uint16_t* cols;
     uint16_t* rows;
     ColumnVectors* vectors;
+    float (*column_sums)[WARPS][COLS];  // of two tiles, in a triangle
 
     FNTX_DEVICE explicit Shared(const Arguments& a) {
         cols = reinterpret_cast<uint16_t*>(shared_memory());
         rows = cols + a.stages * Op::PARTS * STEP;
         const int row_slots = a.resident ? a.chunks : a.stages;
         vectors = reinterpret_cast<ColumnVectors*>(rows + row_slots * Op::PARTS * ROWS<Form> * CHUNK);
+        column_sums = reinterpret_cast<float(*)[WARPS][COLS]>(vectors + 2);
     }
 };
 

@@ -80,6 +80,7 @@ namespace fntx {
 inline int thread() { return emulator::thread(); }
 inline int block() { return emulator::block(); }
 inline int blocks() { return emulator::blocks(); }
+inline void add_to(float* sum, float x) { *sum += x; }
 inline char* shared_memory() { return emulator::shared_memory(); }
 inline void sync_block() { emulator::sync_block(); }
 inline void sync_grid() { emulator::sync_grid(); }
