@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as cli
-from benchmarks import competitors, family, losses, machine, memory, report, tables, timing
+from benchmarks import competitors, family, host, losses, machine, memory, report, tables, timing
 
 ROOT = Path(__file__).parent.parent
 needs_linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
@@ -26,6 +26,13 @@ def made(name: str) -> competitors.Loss:
 @pytest.mark.parametrize("name", competitors.names("cpu", 16))
 def test_competitors_agree_with_the_oracle(name):
     assert timing.check(name, made(name), timing.Case(48, 16)) < 1e-5
+
+
+def test_host_times_every_way_to_the_loss_around_an_empty_launch():
+    with host.empty_launch():
+        seconds = host.measure(host.steps(), calls=2, rounds=3)
+    assert list(seconds) == ["autograd alone", "nt_xent", "NTXentLoss"]
+    assert all(len(of_step) == 3 and min(of_step) > 0 for of_step in seconds.values())
 
 
 def test_chunked_agrees_with_the_oracle_over_uneven_chunks():

@@ -76,13 +76,13 @@ class NativeBackend(KernelBackend):
     def neg_lse_backward(
         self, d_neg_lse: Tensor, u: Tensor, ids: Tensor, inv_tau: Tensor, neg_lse: Tensor
     ) -> tuple[Tensor, Tensor]:
-        d_u, d_inv_tau = _new(u, *u.shape), _new(neg_lse)
+        d_u, d_inv_tau = _gradient(u), _new(neg_lse)
         rows = Side(u, None, self.groups(ids)[0], neg_lse.contiguous(), d_neg_lse.contiguous(), d_u)
         self.run(BACKWARD, inv_tau, False, rows, d_inv_tau=d_inv_tau)
         return d_u, d_inv_tau
 
     def neg_lse_sum(self, u: Tensor, ids: Tensor, inv_tau: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        d_u, neg_lse, d_inv_tau = _new(u, *u.shape), _new(u, u.shape[0]), _new(u)
+        d_u, neg_lse, d_inv_tau = _gradient(u), _new(u, u.shape[0]), _new(u)
         rows = Side(u, None, self.groups(ids)[0], neg_lse, weights.contiguous(), d_u)
         self.run(FORWARD | BACKWARD, inv_tau, False, rows, d_inv_tau=d_inv_tau)
         return weighted_sum(neg_lse, weights), d_u, d_inv_tau
@@ -110,7 +110,7 @@ class NativeBackend(KernelBackend):
         needs_v: bool,
     ) -> tuple[Tensor | None, Tensor | None, Tensor]:
         u_ids, v_ids = self.groups(u_ids, v_ids)
-        d_u, d_v = _new(u, *u.shape) if needs_u else None, _new(v, *v.shape) if needs_v else None
+        d_u, d_v = _gradient(u) if needs_u else None, _gradient(v) if needs_v else None
         d_inv_tau = _new(rows_neg_lse)
         rows = Side(u, None, u_ids, rows_neg_lse.contiguous(), d_rows.contiguous(), d_u)
         cols = Side(v, None, v_ids, cols_neg_lse.contiguous(), d_cols.contiguous(), d_v)
@@ -133,7 +133,7 @@ class NativeBackend(KernelBackend):
         neg_lse: Tensor,
         normalize: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        d_z_i, d_z_j, d_inv_tau = _new(z_i, *z_i.shape), _new(z_j, *z_j.shape), _new(neg_lse)
+        d_z_i, d_z_j, d_inv_tau = _gradient(z_i), _gradient(z_j), _new(neg_lse)
         rows = Side(z_i, z_j, None, neg_lse.contiguous(), d_neg_lse.contiguous(), d_z_i, d_z_j)
         self.run(BACKWARD, inv_tau, normalize, rows, d_pos=d_pos.contiguous(), d_inv_tau=d_inv_tau)
         return d_z_i, d_z_j, d_inv_tau
@@ -146,12 +146,16 @@ class NativeBackend(KernelBackend):
     def nt_xent_scalar(
         self, z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool, mean: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        d_z_i, d_z_j = _new(z_i, *z_i.shape), _new(z_j, *z_j.shape)
-        loss, d_inv_tau = _new(z_i), _new(z_i)
+        d_z_i, d_z_j, loss = _gradient(z_i), _gradient(z_j), _new(z_i)
+        d_inv_tau = torch.empty_like(loss)
         rows = Side(z_i, z_j, d_first=d_z_i, d_second=d_z_j)
         weight = loss_weight(z_i, mean)
         self.run(FORWARD | BACKWARD, inv_tau, normalize, rows, loss=loss, weight=weight, d_inv_tau=d_inv_tau)
         return loss, d_z_i, d_z_j, d_inv_tau
+
+
+def _gradient(of: Tensor) -> Tensor:
+    return torch.empty_like(of, dtype=accumulation_dtype(of.dtype), memory_format=torch.contiguous_format)
 
 
 def _new(like: Tensor, *shape: int) -> Tensor:

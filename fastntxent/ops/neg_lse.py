@@ -26,7 +26,7 @@ def neg_lse_sum(u: Tensor, ids: Tensor, inv_tau: Tensor, weights: Tensor, backen
     wanted = u.requires_grad or inv_tau.requires_grad or transforming()
     if backend == "reference" or not (wanted and torch.is_grad_enabled()):
         return weighted_sum(neg_lse(u, ids, inv_tau, backend), weights)
-    return _neg_lse_sum(u, ids, inv_tau, weights, backend)[0]
+    return _neg_lse_sum(u, ids, inv_tau, weights, backend)
 
 
 def cross_neg_lse(
@@ -138,6 +138,7 @@ _neg_lse_sum = register(
     _sum_fake,
     _sum_setup,
     _sum_autograd,
+    value_alone=True,
 )
 
 # --- rows against columns --------------------------------------------------------------------------------------------

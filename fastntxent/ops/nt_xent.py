@@ -28,7 +28,7 @@ def nt_xent_scalar(z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool, m
     # Inside a vmap a tensor does not say that a gradient is wanted around it.
     wanted = z_i.requires_grad or z_j.requires_grad or inv_tau.requires_grad or transforming()
     if wanted and torch.is_grad_enabled():
-        return _nt_xent_scalar(z_i, z_j, inv_tau, normalize, mean, backend)[0]
+        return _nt_xent_scalar(z_i, z_j, inv_tau, normalize, mean, backend)
     return _nt_xent_value(z_i, z_j, inv_tau, normalize, mean, backend)
 
 
@@ -128,7 +128,11 @@ def _scalar_autograd(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Tensor |
 def _scalar_backward_forward(
     d_loss: Tensor, d_z_i: Tensor, d_z_j: Tensor, d_inv_tau: Tensor, z_i: Tensor, z_j: Tensor, inv_tau: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return (d_loss * d_z_i).to(z_i.dtype), (d_loss * d_z_j).to(z_j.dtype), d_loss * d_inv_tau
+    return _as(d_loss * d_z_i, z_i.dtype), _as(d_loss * d_z_j, z_j.dtype), d_loss * d_inv_tau
+
+
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)  # a call that does nothing takes as long as a product
 
 
 def _scalar_backward_fake(
@@ -150,6 +154,7 @@ _nt_xent_scalar = register(
     _scalar_fake,
     _scalar_setup,
     _scalar_autograd,
+    value_alone=True,
 )
 
 # --- the loss alone --------------------------------------------------------------------------------------------------

@@ -36,15 +36,15 @@ _USE_REFERENCE = (
 
 def autocast_off(rows: Tensor) -> contextlib.AbstractContextManager[None]:
     """A block in which autocast leaves operations on the rows' device alone."""
+    if not torch._C._is_any_autocast_enabled():
+        return _AS_IT_IS
     device_type = rows.device.type
-    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return _AS_IT_IS
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else _AS_IT_IS
 
 
 def kernels(name: str, rows: Tensor, inv_tau: Tensor) -> KernelBackend:
     """The backend of that name for these rows."""
-    if inv_tau.device.type == "cpu":  # a compiled caller's checks saw no value; here there is one
+    if inv_tau.is_cpu:  # a compiled caller's checks saw no value; here there is one
         check_positive("1 / temperature", inv_tau.item())
     backend = select(name, rows.device.type, rows.dtype)
     if not isinstance(backend, KernelBackend):
@@ -66,8 +66,13 @@ def register(
     fake: Callable[..., Any],
     setup_context: Callable[..., None] = _save_nothing,
     backward: Callable[..., Any] = _refuse_second_derivative,
+    *,
+    value_alone: bool = False,
 ) -> Callable[..., Any]:
-    """Define an operator, and return the function that calls it."""
+    """Define an operator, and return the function that calls it.
+
+    value_alone: the first output is all that a caller gets, the others are for the backward.
+    """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, forward, "CompositeExplicitAutograd")
@@ -83,7 +88,7 @@ def register(
 
         @staticmethod
         def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
-            return _loop(call, info.batch_size, in_dims, args)
+            return _loop(observed, info.batch_size, in_dims, args)
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -97,15 +102,19 @@ def register(
         def forward(ctx: Any, *args: Any) -> Any:  # one with a setup_context has its signature inspected at every call
             output = forward(*args)
             setup_context(ctx, args, output)
-            return output
+            return output[0] if value_alone else output
 
     Eager.__name__ = name  # what autograd's graph and the profiler show
     Eager.backward = staticmethod(backward)  # type: ignore[method-assign]
 
+    def observed(*args: Any) -> Any:
+        return Transformed.apply(*args) if transforming() else operator(*args)
+
     def call(*args: Any) -> Any:
-        if transforming():
-            return Transformed.apply(*args)
-        return Eager.apply(*args) if not torch.compiler.is_compiling() and _unobserved(args) else operator(*args)
+        if not torch.compiler.is_compiling() and _unobserved(args):
+            return Eager.apply(*args)
+        output = observed(*args)
+        return output[0] if value_alone else output
 
     return call
 
@@ -116,8 +125,9 @@ def transforming() -> bool:
 
 
 def _unobserved(args: tuple[Any, ...]) -> bool:
-    """Plain tensors that hold data, with no dispatch mode (a tracer, a fake tensor mode, a recorder) around."""
-    if torch._C._len_torch_dispatch_stack():
+    """Plain tensors that hold data, with no dispatch mode (a tracer, a fake tensor mode, a recorder) and no transform
+    around."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
         return False
     return all(type(arg) in _PLAIN and not arg.is_meta for arg in args if isinstance(arg, Tensor))
 
