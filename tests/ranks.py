@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import Tensor
+
+from fastntxent.distributed import wire
 
 
 def on_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
@@ -29,6 +33,35 @@ def on_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: floa
         if failures:
             raise RuntimeError("\n".join(failures))
         return results
+
+
+@contextlib.contextmanager
+def bytes_sent() -> Iterator[list[int]]:
+    """What this rank sends meanwhile in every call that fastntxent makes of torch.distributed."""
+    sent: list[int] = []
+    gather, exchange, transfer = wire._all_gather, dist.all_to_all_single, dist.batch_isend_irecv
+
+    def counting_gather() -> Callable[..., Any]:
+        def call(received: Tensor, own: Tensor, **options: Any) -> Any:
+            sent.append(received.nbytes - own.nbytes)  # every other rank's, as this one's goes to every other
+            return gather()(received, own, **options)
+
+        return call
+
+    def counting_exchange(received: Tensor, own: Tensor, counts_in: list, counts_out: list, group: Any) -> Any:
+        sent.append(own.nbytes - counts_out[dist.get_rank(group)] * own.itemsize)
+        return exchange(received, own, counts_in, counts_out, group=group)
+
+    def counting_transfer(operations: list[dist.P2POp]) -> Any:
+        sent.append(sum(operation.tensor.nbytes for operation in operations if operation.op is dist.isend))
+        return transfer(operations)
+
+    wire._all_gather = counting_gather
+    dist.all_to_all_single, dist.batch_isend_irecv = counting_exchange, counting_transfer
+    try:
+        yield sent
+    finally:
+        wire._all_gather, dist.all_to_all_single, dist.batch_isend_irecv = gather, exchange, transfer
 
 
 class _Failure(str):

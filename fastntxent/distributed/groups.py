@@ -38,8 +38,8 @@ class _GroupDots(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, of_u: Columns, of_v: Columns) -> Tensor:
         sums = torch.zeros_like(of_u.own)
-        for block, block_ids in of_v.blocks(v_ids):
-            sums += sums_of_groups(block, block_ids, u_ids)
+        for block in of_v.blocks(v_ids):
+            sums += sums_of_groups(block.rows, block.ids, u_ids)
         ctx.of_u, ctx.ids, ctx.dtypes = of_u, (u_ids, v_ids), (u.dtype, v.dtype)
         ctx.save_for_backward(sums)
         return row_dots(of_u.own, sums)
@@ -54,7 +54,8 @@ class _GroupDots(torch.autograd.Function):
             d_u = (weights[:, None] * sums).to(ctx.dtypes[0])
         if needs_v:
             d_v = sums.new_zeros(len(v_ids), sums.shape[1])
-            for block, block_ids, block_weights in ctx.of_u.blocks(u_ids, weights.contiguous()):
-                d_v += sums_of_groups(block_weights[:, None] * block, block_ids, v_ids)
+            for block in ctx.of_u.blocks(u_ids, weights.contiguous()):
+                (block_weights,) = block.numbers
+                d_v += sums_of_groups(block_weights[:, None] * block.rows, block.ids, v_ids)
             d_v = d_v.to(ctx.dtypes[1])
         return d_u, d_v, *[None] * 4

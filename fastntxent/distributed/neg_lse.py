@@ -37,7 +37,7 @@ def cross_neg_lse(
 ) -> tuple[Tensor, Tensor]:
     """nu of this rank's rows u against all ranks' v, and with `both` of this rank's v against all ranks' u, else -inf.
 
-    Differentiable in u, v and inv_tau (0-d), as `neg_lse`. Where v needs no gradient, only v travels, and only once.
+    Differentiable in u, v and inv_tau (0-d), as `neg_lse`. v travels; u does where v needs a gradient, in the backward.
     """
     ids = (u_ids.to(torch.int64), v_ids.to(torch.int64))
     return _CrossNegLse.apply(u, v, *ids, inv_tau, u_shard.columns(u), v_shard.columns(v), both, backend)
@@ -46,7 +46,17 @@ def cross_neg_lse(
 class _NegLse(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u: Tensor, ids: Tensor, inv_tau: Tensor, columns: Columns, backend: str) -> Tensor:
-        nu = _forward(columns.own, ids, inv_tau, columns, ids, backend)
+        of_all = columns.own.new_full((columns.n_rows,), -torch.inf)  # what this rank knows of each row's nu
+        with autocast_off(u):
+            for a, b in columns.pairs(ids):
+                kernel = kernels(backend, a.rows, inv_tau)
+                if a.span == b.span:
+                    _log_add_(of_all[a.span], kernel.neg_lse(a.rows, a.ids, inv_tau))
+                else:
+                    of_a, of_b = kernel.cross_neg_lse(a.rows, b.rows, a.ids, b.ids, inv_tau)
+                    _log_add_(of_all[a.span], of_a)
+                    _log_add_(of_all[b.span], of_b)
+        nu = columns.exchange(of_all).logsumexp(dim=0)
         ctx.columns, ctx.ids, ctx.backend, ctx.dtype = columns, ids, backend, u.dtype
         ctx.save_for_backward(inv_tau, nu)
         return nu
@@ -55,9 +65,9 @@ class _NegLse(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_nu: Tensor) -> tuple[Tensor | None, ...]:
         (inv_tau, nu), ids = ctx.saved_tensors, ctx.ids
-        of_all = (ids, torch.stack((d_nu, nu), dim=1))
-        d_u, d_inv_tau = _backward(ctx.columns.own, ids, d_nu, nu, inv_tau, ctx.columns, of_all, ctx.backend)
-        return d_u.to(ctx.dtype), None, d_inv_tau / 2, None, None  # each pair is on two ranks
+        own, columns = ctx.columns.own, ctx.columns
+        d_u, d_inv_tau = _backward(own, ids, d_nu, nu, inv_tau, columns, ids, d_nu, nu, ctx.backend, symmetric=True)
+        return d_u.to(ctx.dtype), None, d_inv_tau / 2, None, None  # each pair comes twice
 
 
 class _CrossNegLse(torch.autograd.Function):
@@ -74,11 +84,15 @@ class _CrossNegLse(torch.autograd.Function):
         both: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        rows = _forward(of_u.own, u_ids, inv_tau, of_v, v_ids, backend)
-        if both:
-            cols = _forward(of_v.own, v_ids, inv_tau, of_u, u_ids, backend)
-        else:
-            cols = rows.new_full((len(v),), -torch.inf)
+        own = of_u.own
+        rows, of_all = (own.new_full((n,), -torch.inf) for n in (len(own), of_v.n_rows))
+        with autocast_off(u):
+            for block in of_v.blocks(v_ids):
+                if len(own):
+                    kernel = kernels(backend, own, inv_tau)
+                    of_own, of_all[block.span] = kernel.cross_neg_lse(own, block.rows, u_ids, block.ids, inv_tau)
+                    _log_add_(rows, of_own)
+        cols = of_v.exchange(of_all).logsumexp(dim=0) if both else own.new_full((len(v),), -torch.inf)
         ctx.columns, ctx.ids, ctx.backend, ctx.dtypes = (of_u, of_v), (u_ids, v_ids), backend, (u.dtype, v.dtype)
         ctx.save_for_backward(inv_tau, rows, cols)
         return rows, cols
@@ -92,12 +106,10 @@ class _CrossNegLse(torch.autograd.Function):
         d_u = d_v = None
         parts = []
         if needs_u or (needs_inv_tau and not needs_v):
-            of_all = (v_ids, torch.stack((d_cols, cols), dim=1))
-            d_u, part = _backward(of_u.own, u_ids, d_rows, rows, inv_tau, of_v, of_all, ctx.backend)
+            d_u, part = _backward(of_u.own, u_ids, d_rows, rows, inv_tau, of_v, v_ids, d_cols, cols, ctx.backend)
             parts.append(part)
         if needs_v:
-            of_all = (u_ids, torch.stack((d_rows, rows), dim=1))
-            d_v, part = _backward(of_v.own, v_ids, d_cols, cols, inv_tau, of_u, of_all, ctx.backend)
+            d_v, part = _backward(of_v.own, v_ids, d_cols, cols, inv_tau, of_u, u_ids, d_rows, rows, ctx.backend)
             parts.append(part)
         # A pair counts on the rank of its row and on that of its column, where both are formed.
         d_inv_tau = torch.stack(parts).mean() if parts else None
@@ -111,14 +123,8 @@ class _CrossNegLse(torch.autograd.Function):
         )
 
 
-def _forward(rows: Tensor, ids: Tensor, inv_tau: Tensor, columns: Columns, column_ids: Tensor, backend: str) -> Tensor:
-    nu = rows.new_full((len(rows),), -torch.inf)
-    with autocast_off(rows):
-        for block, block_ids in columns.blocks(column_ids):
-            if len(rows):
-                of_block = kernels(backend, rows, inv_tau).cross_neg_lse(rows, block, ids, block_ids, inv_tau)[0]
-                nu = torch.logaddexp(nu, of_block)
-    return nu
+def _log_add_(nu: Tensor, part: Tensor) -> None:
+    torch.logaddexp(nu, part, out=nu)
 
 
 def _backward(
@@ -128,20 +134,30 @@ def _backward(
     nu: Tensor,
     inv_tau: Tensor,
     columns: Columns,
-    of_columns: tuple[Tensor, Tensor],
+    column_ids: Tensor,
+    d_columns: Tensor,
+    columns_nu: Tensor,
     backend: str,
+    *,
+    symmetric: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Gradient in the rows, and in inv_tau over all pairs of a row here and a column anywhere. `of_columns`: the ids of
-    this rank's columns, and their weights and nu as (K, 2)."""
+    """Gradient in the rows, and in inv_tau over all pairs of a row here and a column anywhere. What is given of the
+    columns is of this rank's. `symmetric`: they are the rows."""
     d_rows, d_inv_tau = torch.zeros_like(rows), nu.new_zeros(())
     with autocast_off(rows):
-        for block, block_ids, numbers in columns.blocks(*of_columns):
+        for block in columns.blocks(column_ids, torch.stack((d_columns, columns_nu), dim=1)):
             if len(rows):
-                d_block, _, d_part = kernels(backend, rows, inv_tau).cross_neg_lse_backward(
-                    d_nu, numbers[:, 0].contiguous(), rows, block, ids, block_ids, inv_tau, nu,
-                    numbers[:, 1].contiguous(), True, False,
-                )  # fmt: skip
-                assert d_block is not None
-                d_rows += d_block
-                d_inv_tau = d_inv_tau + d_part
+                kernel = kernels(backend, rows, inv_tau)
+                if symmetric and block.span == columns.span:
+                    d_block, d_part = kernel.neg_lse_backward(d_nu, rows, ids, inv_tau, nu)
+                    d_rows += d_block
+                    d_inv_tau = d_inv_tau + 2 * d_part  # it counts a pair once
+                else:
+                    d_cols, cols_nu = block.numbers[0].T.contiguous()
+                    of_block, _, d_part = kernel.cross_neg_lse_backward(
+                        d_nu, d_cols, rows, block.rows, ids, block.ids, inv_tau, nu, cols_nu, True, False
+                    )
+                    assert of_block is not None
+                    d_rows += of_block
+                    d_inv_tau = d_inv_tau + d_part
     return d_rows, d_inv_tau.to(inv_tau.device)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias, Union
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, Union
 
 import torch
 import torch.distributed as dist
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ..backends.base import accumulation_dtype
 from ..validation import FLOAT_DTYPES, check_choice
-from . import wire
+from . import schedule, wire
 from .wire import eager
 
 if TYPE_CHECKING:
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
 
 STRATEGIES = ("auto", "all_gather", "ring")
 
-# "auto": unit rows of all ranks beyond so many bytes go round the ring. They are sent twice then, behind the products,
-# and are never held; below it the memory is small change, and one collective is quicker than many messages.
+# "auto": unit rows of all ranks beyond so many bytes go round the ring. They are sent one and a half times then, behind
+# the products, and are never held; below it the memory is small change, and one collective is quicker than many
+# messages.
 RING_BYTES = 2**29
 
 
@@ -34,7 +36,8 @@ class Sharding:
     Args:
         group: a process group, or a DeviceMesh of one dimension. A loss takes either itself, too, for the defaults.
         strategy: "all_gather" holds the unit rows of all ranks, O(M D) memory for M rows in all; "ring" holds two other
-            ranks' at a time, and sends them twice, behind the products; "auto" is the ring from 512 MiB of rows.
+            ranks' at a time, and sends them one and a half times, behind the products; "auto" is the ring from 512 MiB
+            of rows.
         wire_dtype: None, or the dtype that rows are rounded to before they are compared: torch.bfloat16 halves the
             bytes. Values and gradients are then those of the rounded rows, the same on every rank; positives are not
             rounded.
@@ -140,6 +143,20 @@ class Shard:
         return wire.all_gather(self.group, x, self.rows)
 
 
+class Block(NamedTuple):
+    """Rows (n, D) of one rank or of all, with what belongs to each."""
+
+    span: slice  # where they are among the rows of all ranks
+    rows: Tensor
+    ids: Tensor
+    numbers: tuple[Tensor, ...] = ()
+
+    def part(self, span: slice) -> Block:
+        """Those of a span of it."""
+        here = slice(span.start - self.span.start, span.stop - self.span.start)
+        return Block(span, self.rows[here], self.ids[here])
+
+
 class Columns:
     """The rows of all ranks, block by block, with what else each block brings.
 
@@ -147,7 +164,8 @@ class Columns:
     """
 
     def __init__(self, shard: Shard, u: Tensor):
-        self.group, self.sizes, self.ring = shard.group, shard.rows, shard.ring
+        self.group, self.rank, self.sizes, self.ring = shard.group, shard.rank, shard.rows, shard.ring
+        self.spans = schedule.spans(self.sizes)
         self.dtype = accumulation_dtype(u.dtype)
         self._sent = u.detach().to(shard.wire_dtype or self.dtype)
         self._gathered: list[tuple[Tensor, Tensor]] = []
@@ -157,18 +175,45 @@ class Columns:
         """This rank's rows as the other ranks see them."""
         return self._sent.to(self.dtype)
 
-    def blocks(self, ids: Tensor, *numbers: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """(rows, ids, *numbers) of all ranks in one block, or of one rank after another, which are left out if they
-        have none."""
+    @property
+    def span(self) -> slice:
+        return self.spans[self.rank]
+
+    @property
+    def n_rows(self) -> int:
+        return sum(self.sizes)
+
+    def blocks(self, ids: Tensor, *numbers: Tensor) -> Iterator[Block]:
+        """The rows of all ranks in one block, or of one rank after another, which are left out if they have none."""
+        blocks = self._round(len(self.sizes) - 1, ids, *numbers) if self.ring else [self._all(ids, *numbers)]
+        return (block for block in blocks if len(block.rows))
+
+    def pairs(self, ids: Tensor) -> Iterator[tuple[Block, Block]]:
+        """This rank's share of the pairs of rows, each of which is on one rank: all pairs between two blocks, or those
+        within one that comes twice."""
         if self.ring:
-            for rows, *rest in wire.ring(self.group, (self._sent, ids, *numbers), self.sizes):
-                if len(rows):
-                    yield rows.to(self.dtype), *rest
+            pairs = schedule.half_ring(self.rank, self.sizes)
+            here, met = Block(self.span, self.own, ids), self._round(len(pairs) - 1, ids)
         else:
-            rows, ids = self.whole(), self._once(ids)
-            rest = [wire.all_gather(self.group, x, self.sizes) for x in numbers]
-            if len(rows):
-                yield rows, ids, *rest
+            pairs = schedule.triangle(self.rank, len(self.sizes), self.n_rows)
+            here = self._all(ids)
+            met = itertools.repeat(here, len(pairs))
+        for block, (rows, cols) in zip(met, pairs, strict=True):
+            if rows.start < rows.stop and cols.start < cols.stop:
+                yield here.part(rows), block.part(cols)
+
+    def exchange(self, numbers: Tensor) -> Tensor:
+        """From a number of this rank for each row of all (M,) to those of all ranks for its own rows (ranks, m)."""
+        return wire.exchange_numbers(self.group, numbers, self.sizes)
+
+    def _all(self, ids: Tensor, *numbers: Tensor) -> Block:
+        gathered = tuple(wire.all_gather(self.group, x, self.sizes) for x in numbers)
+        return Block(slice(0, self.n_rows), self.whole(), self._once(ids), gathered)
+
+    def _round(self, hops: int, ids: Tensor, *numbers: Tensor) -> Iterator[Block]:
+        blocks = wire.ring(self.group, (self._sent, ids, *numbers), self.sizes, hops)
+        for step, (rows, block_ids, *rest) in enumerate(blocks):
+            yield Block(self.spans[self.rank - step], rows.to(self.dtype), block_ids, tuple(rest))
 
     @eager
     def whole(self) -> Tensor:

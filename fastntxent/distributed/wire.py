@@ -57,8 +57,18 @@ def gather_objects(group: ProcessGroup, value: object) -> list[Any]:
     return values
 
 
-def ring(group: ProcessGroup, own: Sequence[Tensor], sizes: Sequence[int]) -> Iterator[tuple[Tensor, ...]]:
-    """The blocks of all ranks, one after another: this rank's, then that of the rank before it, and so on.
+def exchange_numbers(group: ProcessGroup, x: Tensor, sizes: Sequence[int]) -> Tensor:
+    """From one number for each row of all ranks (M,) to what every rank has for this one's rows (ranks, m)."""
+    own = sizes[dist.get_rank(group)]
+    received = x.new_empty(len(sizes) * own)
+    with _waiting(group):
+        dist.all_to_all_single(received, x, [own] * len(sizes), list(sizes), group=group)
+    return received.view(len(sizes), own)
+
+
+def ring(group: ProcessGroup, own: Sequence[Tensor], sizes: Sequence[int], hops: int) -> Iterator[tuple[Tensor, ...]]:
+    """The blocks of ranks, one after another: this rank's, then that of the rank before it, and so on, after so many
+    hops. Ranks minus one are all the way round.
 
     While one block is worked on, it goes to the next rank and the one after it comes in: two blocks of other ranks are
     held at a time, however many ranks there are.
@@ -66,9 +76,9 @@ def ring(group: ProcessGroup, own: Sequence[Tensor], sizes: Sequence[int]) -> It
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     after, before = (dist.get_global_rank(group, (rank + step) % world) for step in (1, -1))
     block = tuple(x.contiguous() for x in own)
-    for step in range(world):
+    for step in range(hops + 1):
         work: list[dist.Work] = []
-        if step < world - 1:
+        if step < hops:
             size = sizes[(rank - step - 1) % world]
             coming = tuple(x.new_empty(size, *x.shape[1:]) for x in own)
             transfers = []
@@ -84,7 +94,7 @@ def ring(group: ProcessGroup, own: Sequence[Tensor], sizes: Sequence[int]) -> It
         with _waiting(group):
             for transfer in work:
                 transfer.wait()
-        if step < world - 1:
+        if step < hops:
             block = coming
 
 
