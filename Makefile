@@ -29,9 +29,9 @@ kernels-report: $(VENV)/installed
 	$(VENV)/bin/python -m benchmarks kernels --check
 	$(VENV)/bin/python -m benchmarks.binary --check
 
-# The README's figures: make bench BENCH_OUT=benchmarks/results, then python -m benchmarks report
+# The figures of the README and the docs: make bench BENCH_OUT=benchmarks/results, then python -m benchmarks report
 bench: $(VENV)/bench
-	for suite in cpu memory scaling family converged; do \
+	for suite in cpu memory scaling family converged distributed; do \
 	  $(VENV)/bin/python -m benchmarks $$suite --out $(BENCH_OUT)/$$suite.json || exit 1; \
 	done
 

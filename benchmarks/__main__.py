@@ -5,6 +5,9 @@ cpu        forward, backward and both of every loss, and the machine's own limit
 memory     peak memory beside the inputs, a process each (Linux)
 scaling    our `cpu` kernel at large N: seconds over N^2, and peak memory (Linux)
 converged  errors of the gradient against float64 as training converges (batches from tests/cases.py: needs pytest)
+distributed
+           a step over 1 to 4 gloo ranks of this machine, bytes and time against the model of docs/distributed.md, and
+           an all-gather with autograd beside it (needs the tests' files)
 family     CLIP's loss against its dense formula, SupCon against NT-Xent: time, and peak memory (Linux)
 gpu        as cpu, on a CUDA device, with the model's prediction beside ours
 kernels    the Triton kernels compiled for GPUs that need not be here: registers, shared memory, spills; --check fails
@@ -12,7 +15,8 @@ kernels    the Triton kernels compiled for GPUs that need not be here: registers
 model      milliseconds that the Triton kernels should take on GPUs that need not be here, from data sheets; u: one
            product of all rows with themselves
 tune       the Triton kernels' table of tiles, from times on this GPU; --predict CHIP: from the model, without it
-report     the README's tables and the plots, from the results kept in benchmarks/results; --check only compares
+report     the README's and docs' tables and the plots, from the results kept in benchmarks/results; --check only
+           compares
 """
 
 from __future__ import annotations
@@ -21,7 +25,22 @@ import argparse
 import json
 from pathlib import Path
 
-from . import chips, converged, cpu, family, gpu, kernels, machine, memory, model, report, scaling, tables, tune
+from . import (
+    chips,
+    converged,
+    cpu,
+    distributed,
+    family,
+    gpu,
+    kernels,
+    machine,
+    memory,
+    model,
+    report,
+    scaling,
+    tables,
+    tune,
+)
 from .competitors import COMPETITORS
 
 SUITES = {
@@ -29,6 +48,7 @@ SUITES = {
     "memory": memory,
     "scaling": scaling,
     "converged": converged,
+    "distributed": distributed,
     "family": family,
     "gpu": gpu,
     "kernels": kernels,
@@ -58,12 +78,15 @@ def main(argv: list[str] | None = None) -> None:
             suite.add_argument("--kernels", nargs="+", choices=tune.ROWS, metavar="KERNEL", help="these alone")
             suite.add_argument("--most", type=int, default=12, help="tiles to time for a class (default: 12)")
             suite.add_argument("--write", action="store_true", help="into the package's table")
-        elif name not in ("converged", "family", "kernels", "model"):
+        elif name not in ("converged", "distributed", "family", "kernels", "model"):
             suite.add_argument("--only", nargs="+", choices=COMPETITORS, metavar="LOSS", help="these losses alone")
         if name in ("cpu", "family", "gpu", "scaling", "tune"):
             suite.add_argument(
                 "--seconds", type=float, default=20, help="to spend on a size (cpu, gpu: 5 to 200 rounds)"
             )
+        if name == "distributed":
+            suite.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3, 4], help="default: 1 2 3 4")
+            suite.add_argument("--rounds", type=int, default=21, help="of a comparison (default: 21)")
         if name == "cpu":
             suite.add_argument("--threads", type=int, nargs="+", help="time our kernel at these numbers of threads too")
     report.add_command(commands)

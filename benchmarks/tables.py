@@ -150,6 +150,26 @@ def family(record: Record) -> str:
     return f"{_table(['loss', 'N', 'D', 'ms', '/ the first', 'MiB'], rows)}\n\n{_footnote(record)}"
 
 
+def distributed(record: Record) -> str:
+    """Bytes, milliseconds and their parts over ranks, each with the model's; and others over ours."""
+    heads = ["ranks", "m", "D", "strategy", "bytes sent", "/ formula", "ms", "/ model", "products", "model", "waiting"]
+    heads += ["transfers, model", "gathered / ours", "dense / ours"]
+    rows = [
+        [
+            *map(str, (row["ranks"], 2 * row["n"], row["d"], row["strategy"])),
+            f"{row['sent_bytes']:,}",
+            digits(row["sent_bytes"] / row["formula_bytes"]) if row["formula_bytes"] else _NONE,
+            digits(row["both"]["p50"]),
+            digits(row["both"]["p50"] / row["model_ms"], 2),
+            *(digits(row[f"{part}_ms"]) for part in ("products", "model_products", "waiting", "model_transfers")),
+            *(digits(ratio, 2) for ratio in row["over_ours"].values()),
+        ]
+        for row in record["results"]
+    ]
+    note = f"A thread for each rank, {record['results'][0]['cores']} cores, gloo."
+    return f"{_table(heads, rows)}\n\n{_footnote(record)} {note}"
+
+
 def _in_order(found: object) -> list[str]:
     found = set(found)
     return [name for name in COMPETITORS if name in found]
@@ -192,6 +212,7 @@ TABLES = {
     "memory": memory,
     "scaling": scaling,
     "converged": accuracy,
+    "distributed": distributed,
     "family": family,
     "kernels": kernels,
     "model": model,

@@ -81,13 +81,15 @@ def step(loss: Loss, z_i: Tensor, z_j: Tensor) -> Phases:
     }
 
 
-def interleave(calls: dict[str, Callable[[int], Phases]], seconds: float) -> dict[str, dict[str, list[float]]]:
+def interleave(
+    calls: dict[str, Callable[[int], Phases]], seconds: float, fewest: int = FEWEST
+) -> dict[str, dict[str, list[float]]]:
     """Make every call once a round, in another order each, until the seconds are spent: name -> phase -> times."""
     for call in calls.values():
         call(0)  # compiles, allocates, starts threads
     times: dict[str, dict[str, list[float]]] = {name: {} for name in calls}
     start, rounds = time.perf_counter(), 0
-    while rounds < FEWEST or (rounds < MOST and time.perf_counter() - start < seconds):
+    while rounds < fewest or (rounds < MOST and time.perf_counter() - start < seconds):
         for name in random.Random(rounds).sample(list(calls), len(calls)):
             for phase, duration in calls[name](rounds).items():
                 times[name].setdefault(phase, []).append(duration)

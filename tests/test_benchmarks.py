@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as cli
-from benchmarks import competitors, family, host, losses, machine, memory, report, tables, timing
+from benchmarks import competitors, distributed, family, host, losses, machine, memory, report, tables, timing
 
 ROOT = Path(__file__).parent.parent
 needs_linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
@@ -171,6 +171,29 @@ def test_converged_shows_what_the_dense_loss_loses(tmp_path):
     assert "lightly" not in last["errors"]  # it would normalise
 
 
+def test_distributed_sends_what_the_formula_says_and_times_both_strategies(tmp_path, capsys):
+    options = ["--n", "24", "--d", "8", "--ranks", "1", "2", "3", "--rounds", "2"]
+    record = run("distributed", tmp_path / "distributed.json", *options)
+    assert [(row["ranks"], row["strategy"]) for row in record["results"]] == [
+        (ranks, strategy) for ranks in (1, 2, 3) for strategy in distributed.STRATEGIES
+    ]
+    for row in record["results"]:
+        assert row["sent_bytes"] == row["formula_bytes"]
+        assert (row["sent_bytes"] > 0) == (row["ranks"] > 1)
+        assert row["products_ms"] > 0 < row["waiting_ms"]
+        assert row["products_ms"] + row["waiting_ms"] <= row["both"]["p80"]
+        assert row["model_ms"] <= row["model_products_ms"] + row["model_transfers_ms"]
+        assert row["over_ours"].keys() == {"gathered", "dense"}
+    assert tables.distributed(record) in capsys.readouterr().out
+
+
+def test_distributed_rejects_a_wrong_gradient():
+    true = torch.randn(8, 4, dtype=torch.float64)
+    distributed._check("ring", true.float(), true)
+    with pytest.raises(AssertionError, match="ring disagrees with one process"):
+        distributed._check("ring", 1.001 * true.float(), true)
+
+
 def test_command_line_runs_as_a_module_and_gpu_says_what_it_needs():
     if torch.cuda.is_available():
         pytest.skip("needs a machine without a CUDA device")
@@ -210,24 +233,43 @@ RESULTS = {
     "scaling": [{**SIZE, "s": 1.5, "growth": 1, "growth_normalised": 1, "times_floor": 1.25, "extra_bytes": 2**25}],
     "family": [{**SIZE, "loss": "clip", "over_first": 0.5, "extra_bytes": 2**23, **timed(2, 0.5)}],
     "converged": [{**SIZE, "temperature": 0.1, "stage": "start", "errors": {"blocked": 8.8e-8, "eager": 2.1e-7}}],
+    "distributed": [
+        {
+            **SIZE,
+            "ranks": 2,
+            "cores": 4,
+            "strategy": "ring",
+            "sent_bytes": 1000,
+            "formula_bytes": 1000,
+            "both": {"p50": 8.0},
+            "model_ms": 5.0,
+            "products_ms": 4.0,
+            "model_products_ms": 3.0,
+            "waiting_ms": 2.0,
+            "model_transfers_ms": 1.5,
+            "over_ours": {"gathered": 2.5, "dense": 3.5},
+        }
+    ],
 }
 
 
 @pytest.fixture
 def committed(tmp_path):
-    """Made records, and a README with the sections' markers."""
+    """Made records, and pages with the sections' markers."""
     for suite, results in RESULTS.items():
         record = {"suite": suite, "machine": MACHINE, "missing": {}, "results": results}
         (tmp_path / f"{suite}.json").write_text(json.dumps(record))
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n" + "".join(f"<!-- figures:{s} -->\n<!-- /figures:{s} -->\n" for s in report.SECTIONS))
-    return tmp_path, readme
+    (tmp_path / "docs").mkdir()
+    for page, sections in report.PAGES.items():
+        markers = "".join(f"<!-- figures:{section} -->\n<!-- /figures:{section} -->\n" for section in sections)
+        (tmp_path / page).write_text(f"before\n{markers}")
+    return tmp_path, tmp_path / "README.md"
 
 
-def test_report_fills_the_readme_and_draws(committed):
+def test_report_fills_the_pages_and_draws(committed):
     results, readme = committed
-    command = ["report", "--results", str(results), "--readme", str(readme)]
-    with pytest.raises(SystemExit, match="time, memory, scaling, family, accuracy"):
+    command = ["report", "--results", str(results), "--root", str(results)]
+    with pytest.raises(SystemExit, match="time, memory, scaling, family, accuracy, distributed"):
         cli.main([*command, "--check"])
     cli.main(command)
     text = readme.read_text()
@@ -239,6 +281,8 @@ def test_report_fills_the_readme_and_draws(committed):
     assert "| clip | 256 | 128 | 2 | 0.5 | 8 |" in text
     assert "| 256 | 128 | 0.1 | eager | 2e-7 |" in text
     assert "A CPU, threads: 2, AVX2, PyTorch 2.0; 2026-01-02." in text
+    over_ranks = (results / "docs/distributed.md").read_text()
+    assert "| 2 | 512 | 128 | ring | 1,000 | 1 | 8 | 1.6 | 4 | 3 | 2 | 1.5 | 2.5 | 3.5 |" in over_ranks
     drawn = {name: (results / name).read_bytes() for name in ("time.svg", "memory.svg")}
     cli.main([*command, "--check"])
     cli.main(command)
@@ -248,21 +292,22 @@ def test_report_fills_the_readme_and_draws(committed):
 
 def test_report_check_finds_a_changed_readme(committed):
     results, readme = committed
-    cli.main(["report", "--results", str(results), "--readme", str(readme)])
+    cli.main(["report", "--results", str(results), "--root", str(results)])
     readme.write_text(readme.read_text().replace("31.4", "13.4"))
-    assert report.stale_sections(results, readme) == ["time"]
+    assert report.stale_sections(results, results) == ["time"]
 
 
 def test_report_says_which_marker_or_file_is_missing(committed):
     results, readme = committed
     readme.write_text(readme.read_text().replace("<!-- /figures:memory -->", ""))
-    with pytest.raises(SystemExit, match="the README needs <!-- figures:memory -->"):
-        cli.main(["report", "--results", str(results), "--readme", str(readme), "--check"])
+    with pytest.raises(SystemExit, match="a page needs <!-- figures:memory -->"):
+        cli.main(["report", "--results", str(results), "--root", str(results), "--check"])
     (results / "scaling.json").unlink()
+    assert report.table(results, "scaling").startswith("Not measured: `python -m benchmarks scaling --out")
     with pytest.raises(FileNotFoundError, match="python -m benchmarks scaling --out"):
-        report.tables(results)
+        report.read(results, "scaling")
 
 
 @pytest.mark.skipif(not (ROOT / "benchmarks" / "results").exists(), reason="needs committed results: make bench")
-def test_readme_tables_are_those_of_the_committed_results():
-    assert report.stale_sections(ROOT / "benchmarks" / "results", ROOT / "README.md") == []
+def test_pages_have_the_tables_of_the_committed_results():
+    assert report.stale_sections(ROOT / "benchmarks" / "results", ROOT) == []

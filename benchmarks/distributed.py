@@ -1,0 +1,270 @@
+"""Suite `distributed`: a step of NT-Xent over gloo ranks of this machine, a thread each, beside what it should cost.
+
+The model is that of docs/distributed.md. Its rates are measured in the same run: the kernels' by one rank while the
+others wait, the link's by an all-gather, and by a hop round the ring, of blocks as large as the step's, and by an
+all-gather of one number, whose time each call takes before the first byte. Ranks share the cores: where there are more
+of them than cores, products take so many times as long; where no core is left for gloo, no transfer is behind a
+product.
+
+gathered   an all-gather with autograd, and our loss of one process over all rows, on every rank
+dense      an all-gather with autograd, and the dense formula of each rank's own rows against all
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastntxent
+from fastntxent.distributed import wire
+
+from .competitors import Loss
+from .timing import TEMPERATURE, TOLERANCE, Case, Phases, interleave, quantiles, step
+
+neg_lse = importlib.import_module("fastntxent.distributed.neg_lse")  # the package has a function of that name
+
+SIZES = ((128, 128), (512, 128), (512, 512))  # samples of a rank, features
+STRATEGIES = ("all_gather", "ring")
+
+
+def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[str, str]]:
+    """Every number of ranks, each in processes of its own."""
+    from tests.ranks import on_ranks
+
+    sizes = SIZES
+    if arguments.n or arguments.d:
+        sizes = tuple((n, d) for n in arguments.n or [512] for d in arguments.d or [128])
+    results = []
+    for world in arguments.ranks:
+        of_ranks = on_ranks(world, measure, sizes, arguments.rounds)
+        for found in zip(*of_ranks, strict=True):
+            results += compare(world, found)
+            for row in results[-len(STRATEGIES) :]:
+                print(
+                    f"{world} ranks, N {row['n']}, D {row['d']}, {row['strategy']}: {row['both']['p50']:.3f} ms, "
+                    f"{row['model_ms']:.3f} by the model",
+                    flush=True,
+                )
+    return results, {}
+
+
+def bytes_of_step(world: int, rows: int, d: int, strategy: str) -> int:
+    """What a rank sends, by the formula of docs/distributed.md."""
+    sent = (world - 1) * (rows * (4 * d + 20) + 20)
+    return sent + world // 2 * rows * (4 * d + 8) if strategy == "ring" else sent
+
+
+def flops_of_step(world: int, rows: int, d: int, strategy: str) -> tuple[int, int]:
+    """Of a rank's products, forward and backward."""
+    pairs = rows * world * rows * d
+    symmetric = strategy == "ring" or world == 1
+    return pairs, 4 * pairs - (rows * rows * d if symmetric else 0)
+
+
+# --- on every rank ---------------------------------------------------------------------------------------------------
+
+
+def measure(sizes: list[tuple[int, int]], rounds: int) -> list[dict[str, Any]]:
+    """For each size what this rank sent, in how many calls, and its seconds."""
+    from tests.ranks import bytes_sent
+
+    # What takes its place is not in every PyTorch.
+    warnings.filterwarnings("ignore", ".*all_gather is deprecated", FutureWarning)
+    world, rank = dist.get_world_size(), dist.get_rank()
+    measured = []
+    for n, d in sizes:
+        whole = Case(n * world, d).inputs()
+        z_i, z_j = (z.detach()[rank * n : (rank + 1) * n].clone().requires_grad_() for z in whole)
+        ways = {**{strategy: _over_ranks(strategy) for strategy in STRATEGIES}, "gathered": _gathered, "dense": _dense}
+        true = _evaluate_whole(*whole, n)
+        sent = {}
+        for name, loss in ways.items():
+            with bytes_sent() as counted:
+                loss(z_i, z_j).backward()
+            sent[name] = counted
+            _check(name, torch.cat((z_i.grad, z_j.grad)), true)
+            z_i.grad = z_j.grad = None
+        block = torch.randn(2 * n, d)
+        calls = {name: partial(_step, loss, z_i, z_j) for name, loss in ways.items()}
+        calls |= {"kernels": partial(_alone, torch.cat(whole).detach()), "link": partial(_link, block)}
+        times = interleave(calls, seconds=0, fewest=rounds)
+        measured.append({"n": n, "d": d, "sent": sent, "times": times})
+    return measured
+
+
+def _over_ranks(strategy: str) -> Loss:
+    group = fastntxent.Sharding(dist.group.WORLD, strategy=strategy)
+    return partial(fastntxent.nt_xent, temperature=TEMPERATURE, group=group)
+
+
+def _gathered(z_i: Tensor, z_j: Tensor) -> Tensor:
+    blocks = _all_gather(torch.cat((z_i, z_j)))
+    all_i, all_j = (torch.cat(views) for views in zip(*(block.chunk(2) for block in blocks), strict=True))
+    return fastntxent.nt_xent(all_i, all_j, TEMPERATURE)
+
+
+def _dense(z_i: Tensor, z_j: Tensor) -> Tensor:
+    u = F.normalize(torch.cat((z_i, z_j)), dim=1)
+    own = dist.get_rank() * len(u) + torch.arange(len(u))
+    logits = u @ torch.cat(_all_gather(u)).T / TEMPERATURE
+    return F.cross_entropy(logits.scatter(1, own[:, None], float("-inf")), own.roll(len(z_i)))
+
+
+def _all_gather(x: Tensor) -> tuple[Tensor, ...]:
+    from torch.distributed.nn.functional import all_gather
+
+    return all_gather(x)
+
+
+def _evaluate_whole(z_i: Tensor, z_j: Tensor, n: int) -> Tensor:
+    """The float64 gradient of one process with the whole batch in this rank's rows, times the number of ranks: the
+    gradient of the sum of their losses. The first rank forms it for all."""
+    gradient = torch.empty(2, *z_i.shape, dtype=torch.float64)
+    if dist.get_rank() == 0:
+        z = torch.stack((z_i, z_j)).detach().double().requires_grad_()
+        fastntxent.nt_xent(z[0], z[1], TEMPERATURE).backward()
+        gradient = z.grad * dist.get_world_size()
+    dist.broadcast(gradient, 0)
+    return gradient[:, dist.get_rank() * n :][:, :n].flatten(0, 1)
+
+
+def _check(name: str, gradient: Tensor, true: Tensor) -> None:
+    error = float((gradient.double() - true).norm() / true.norm())
+    if not error < TOLERANCE[torch.float32]:
+        raise AssertionError(f"{name} disagrees with one process: gradient error {error:.1e}")
+
+
+def _step(loss: Loss, z_i: Tensor, z_j: Tensor, turn: int) -> Phases:
+    dist.barrier()
+    with _watched() as phases:
+        return {"both": step(loss, z_i, z_j)["both"], **phases}
+
+
+def _alone(z: Tensor, turn: int) -> Phases:
+    """Forward and backward of the kernels for all rows, by the first rank."""
+    dist.barrier()
+    if dist.get_rank():
+        return {}
+    u, ids = F.normalize(z, dim=1).requires_grad_(), torch.arange(len(z) // 2).repeat(2)
+    phases = step(lambda u, _: fastntxent.neg_lse(u, ids, TEMPERATURE).mean(), u, u)
+    return {name: phases[name] for name in ("forward", "backward")}
+
+
+def _link(block: Tensor, turn: int) -> Phases:
+    """A gathering of blocks, one hop of the ring, and a gathering of numbers."""
+    group, phases = dist.group.WORLD, {}
+    sizes = [len(block)] * group.size()
+    for name, send in {
+        "all_gather": lambda: wire.all_gather(group, block, sizes),
+        "ring": lambda: list(wire.ring(group, [block], sizes, min(1, group.size() - 1))),
+        "number": lambda: wire.gather_numbers(group, block[0, 0]),
+    }.items():
+        dist.barrier()
+        start = time.perf_counter()
+        send()
+        phases[name] = time.perf_counter() - start
+    return phases
+
+
+@contextlib.contextmanager
+def _watched() -> Iterator[Phases]:
+    """Seconds in the kernels of losses over ranks, and waiting for other ranks."""
+    spent = {"products": 0.0, "waiting": 0.0}
+    kernels, waiting = neg_lse.kernels, wire._waiting
+
+    @contextlib.contextmanager
+    def clocked(phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        spent[phase] += time.perf_counter() - start
+
+    class Kernels:
+        def __init__(self, *args: Any):
+            self.backend = kernels(*args)
+
+        def __getattr__(self, name: str) -> Any:
+            return clocked("products")(getattr(self.backend, name))
+
+    @contextlib.contextmanager
+    def clocked_waiting(group: Any) -> Iterator[None]:
+        with clocked("waiting"), waiting(group):
+            yield
+
+    neg_lse.kernels, wire._waiting = Kernels, clocked_waiting
+    try:
+        yield spent
+    finally:
+        neg_lse.kernels, wire._waiting = kernels, waiting
+
+
+# --- of all ranks ----------------------------------------------------------------------------------------------------
+
+
+def compare(world: int, of_ranks: tuple[dict[str, Any], ...]) -> list[dict[str, object]]:
+    """Both strategies at one size, measured and by the model."""
+    first = of_ranks[0]
+    n, d, rows = first["n"], first["d"], 2 * first["n"]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = max(1.0, world / cores)
+
+    def seconds(name: str, phase: str, over: Any = max) -> list[float]:
+        """A time for each round: of the slowest rank, or the ranks' mean."""
+        return [over(each) for each in zip(*(found["times"][name][phase] for found in of_ranks), strict=True)]
+
+    def median(name: str, phase: str, over: Any = max) -> float:
+        return statistics.median(seconds(name, phase, over))
+
+    pairs = (world * rows) ** 2 * d
+    alone = {phase: statistics.median(times) for phase, times in first["times"]["kernels"].items()}
+    rates = {"forward": pairs / alone["forward"], "backward": 3 * pairs / alone["backward"]}
+    block = rows * 4 * d
+    sent = {"all_gather": (world - 1) * block, "ring": block}
+    links = {name: size / median("link", name, statistics.mean) for name, size in sent.items()}
+    latency = median("link", "number", statistics.mean)
+    results = []
+    for strategy in STRATEGIES:
+        forward, backward = flops_of_step(world, rows, d, strategy)
+        products = share * (forward / rates["forward"] + backward / rates["backward"])
+        counted = first["sent"][strategy]
+        transfers = len(counted) * latency
+        if world > 1:
+            transfers += bytes_of_step(world, rows, d, strategy) / links[strategy]
+        behind = strategy == "ring" and world < cores
+        ours = median(strategy, "both")
+        results.append(
+            {
+                "ranks": world,
+                "cores": cores,
+                "n": n,
+                "d": d,
+                "strategy": strategy,
+                "rounds": len(first["times"][strategy]["both"]),
+                "calls": len(counted),
+                "sent_bytes": sum(counted),
+                "formula_bytes": bytes_of_step(world, rows, d, strategy),
+                "gflops": {phase: rate / 1e9 for phase, rate in rates.items()},
+                "link_gb_per_s": links[strategy] / 1e9 if world > 1 else None,
+                "latency_ms": 1e3 * latency,
+                "both": quantiles(seconds(strategy, "both")),
+                "products_ms": 1e3 * median(strategy, "products", statistics.mean),
+                "waiting_ms": 1e3 * median(strategy, "waiting", statistics.mean),
+                "model_products_ms": 1e3 * products,
+                "model_transfers_ms": 1e3 * transfers,
+                "model_ms": 1e3 * (max(products, transfers) if behind else products + transfers),
+                "over_ours": {name: median(name, "both") / ours for name in ("gathered", "dense")},
+            }
+        )
+    return results
