@@ -113,6 +113,7 @@ def ninja_file(nvcc: str, flags: list[str], sources: Iterable[Path], objects: Pa
 
     compiler = [nvcc, "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", *flags]
     lines = [
+        f"builddir = {path(objects)}",  # where ninja keeps what it remembers
         f"nvcc = {escaped(shlex.join(compiler))}",
         "rule compile",
         "  command = $nvcc $code -MD -MF $out.d -c $in -o $out",
