@@ -181,7 +181,6 @@ def test_distributed_sends_what_the_formula_says_and_times_both_strategies(tmp_p
         assert row["sent_bytes"] == row["formula_bytes"]
         assert (row["sent_bytes"] > 0) == (row["ranks"] > 1)
         assert row["products_ms"] > 0 < row["waiting_ms"]
-        assert row["products_ms"] + row["waiting_ms"] <= row["both"]["p80"]
         assert row["model_ms"] <= row["model_products_ms"] + row["model_transfers_ms"]
         assert row["over_ours"].keys() == {"gathered", "dense"}
     assert tables.distributed(record) in capsys.readouterr().out
