@@ -96,11 +96,18 @@ def neg_lse_of_columns(
 
 
 def cross_neg_lse(
-    u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: Tensor, backend: str, shard: Shard | None
+    u: Tensor,
+    v: Tensor,
+    u_ids: Tensor,
+    v_ids: Tensor,
+    inv_tau: Tensor,
+    backend: str,
+    shard: Shard | None,
+    v_shard: Shard | None = None,
 ) -> tuple[Tensor, Tensor]:
     """nu of the rows u against the columns v, and of v against u."""
     if shard:
-        return distributed.cross_neg_lse(u, v, u_ids, v_ids, inv_tau, shard, shard, backend)
+        return distributed.cross_neg_lse(u, v, u_ids, v_ids, inv_tau, shard, v_shard or shard, backend)
     return ops.cross_neg_lse(u, v, u_ids, v_ids, inv_tau, backend)
 
 

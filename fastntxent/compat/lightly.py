@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -11,11 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backends.base import row_dots, row_losses
-from ..common import unit_rows
-from ..losses import dcl, info_nce, nt_xent
-from ..primitives import cross_neg_lse, neg_lse
+from ..common import inverse_temperature, n_samples, neg_lse_of_columns, neg_lse_of_rows, reduce, sample_ids, unit_rows
+from ..distributed import Shard, log_sum_exp, open_shard
+from ..losses import dcl, nt_xent
 from ..validation import check_views
-from .shared import require_one_process
+from .shared import default_group
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["DCLLoss", "DCLWLoss", "MemoryBankModule", "NTXentLoss", "negative_mises_fisher_weights"]
 
@@ -28,7 +32,9 @@ class NTXentLoss(nn.Module):
     Args:
         temperature: not within 1e-8 of zero; a float or a 0-d tensor.
         memory_bank_size: (size, dim), or 0 for none. An int alone finds its dim in the first batch.
-        gather_distributed: raises RuntimeError in a group of several processes, for now.
+        gather_distributed: whether the batch is that of all ranks of the default process group: `group=` of
+            `fastntxent.nt_xent`. The loss is the mean over all ranks' rows, on every rank (lightly's is the mean over
+            the rank's own), and its gradient lightly's. With a bank, what goes into it are the rows of all ranks.
 
     Raises:
         ValueError: as lightly does, for a temperature within 1e-8 of zero and for a negative size.
@@ -54,18 +60,20 @@ class NTXentLoss(nn.Module):
         _check_distributed(gather_distributed)
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
-        _check_process(self)
-        check_views(out0, out1)
+        group = _group(self.gather_distributed)
+        check_views(out0, out1, may_be_empty=group is not None)
         tau = self.temperature
-        if self.memory_bank.size[0]:
-            u0, u1 = unit_rows(out0), unit_rows(out1)
+        has_bank = self.memory_bank.size[0] > 0
+        if not (has_bank or _is_negative(tau)):
+            return nt_xent(out0, out1, tau, group=group)
+        shard = open_shard(group, "NTXentLoss", out0, "auto", views=1 if has_bank else 2, temperature=tau)
+        u0, u1 = unit_rows(out0), unit_rows(out1)
+        if has_bank:
             _, bank = self.memory_bank(u1, update=out0.requires_grad)
-            if _is_negative(tau):
-                u0, tau = -u0, -tau
-            return info_nce(u0, u1, tau, negatives=bank.T.to(u0), normalize=False)
-        if _is_negative(tau):
-            return row_losses(*_logits(unit_rows(out0), unit_rows(out1), tau)).mean()
-        return nt_xent(out0, out1, tau)
+            logits = _bank_logits(u0, u1, bank.T.to(u0), tau, shard)
+        else:
+            logits = _logits(u0, u1, tau, shard)
+        return reduce(row_losses(*logits), "mean", shard=shard)
 
 
 class DCLLoss(nn.Module):
@@ -75,7 +83,7 @@ class DCLLoss(nn.Module):
         temperature: a float or a 0-d tensor, not zero.
         weight_fn: called with the normalised (out0, out1), and (out1, out0), gives weights (N,) of the positives, or a
             number.
-        gather_distributed: raises RuntimeError in a group of several processes, for now.
+        gather_distributed: as in `NTXentLoss`; weight_fn is given this rank's rows.
 
     A batch of one sample, which has no negatives, is 0 (lightly's is -inf).
 
@@ -98,16 +106,24 @@ class DCLLoss(nn.Module):
         _check_distributed(gather_distributed)
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
-        _check_process(self)
-        check_views(out0, out1)
+        group = _group(self.gather_distributed)
+        check_views(out0, out1, may_be_empty=group is not None)
         if self.weight_fn is None and not _is_negative(self.temperature):
-            return dcl(out0, out1, self.temperature)
+            return dcl(out0, out1, self.temperature, group=group)
+        shard = open_shard(
+            group, type(self).__name__, out0, "auto", views=2, temperature=self.temperature,
+            weighted=self.weight_fn is not None,
+        )  # fmt: skip
         u0, u1 = unit_rows(out0), unit_rows(out1)
-        nu, pos = _logits(u0, u1, self.temperature)
+        nu, pos = _logits(u0, u1, self.temperature, shard)
         if self.weight_fn is not None:
             pos_0, pos_1 = pos.chunk(2)
-            pos = torch.cat((self.weight_fn(u0, u1) * pos_0, self.weight_fn(u1, u0) * pos_1))
-        return torch.where(nu == -torch.inf, 0, nu - pos).mean()
+            pos = torch.cat((self._weights(u0, u1, shard) * pos_0, self._weights(u1, u0, shard) * pos_1))
+        return reduce(torch.where(nu == -torch.inf, 0, nu - pos), "mean", shard=shard)
+
+    def _weights(self, u0: Tensor, u1: Tensor, shard: Shard | None) -> float | Tensor:
+        assert self.weight_fn is not None
+        return self.weight_fn(u0, u1)
 
 
 class DCLWLoss(DCLLoss):
@@ -115,6 +131,8 @@ class DCLWLoss(DCLLoss):
 
     Args:
         sigma: the spread of the weights.
+
+    With gather_distributed the weights are those of the whole batch; lightly's are each rank's own.
 
     Example:
         >>> import torch
@@ -124,6 +142,10 @@ class DCLWLoss(DCLLoss):
 
     def __init__(self, temperature: float = 0.1, sigma: float = 0.5, gather_distributed: bool = False):
         super().__init__(temperature, partial(negative_mises_fisher_weights, sigma=sigma), gather_distributed)
+        self.sigma = sigma
+
+    def _weights(self, u0: Tensor, u1: Tensor, shard: Shard | None) -> Tensor:
+        return _mises_fisher_weights(u0, u1, self.sigma, shard)
 
 
 def negative_mises_fisher_weights(out0: Tensor, out1: Tensor, sigma: float = 0.5) -> Tensor:
@@ -134,8 +156,7 @@ def negative_mises_fisher_weights(out0: Tensor, out1: Tensor, sigma: float = 0.5
         >>> negative_mises_fisher_weights(torch.eye(2), torch.eye(2))
         tensor([1., 1.])
     """
-    sims = row_dots(out0.detach(), out1.detach())
-    return 2 - out0.shape[0] * torch.softmax(sims / sigma, dim=0)
+    return _mises_fisher_weights(out0, out1, sigma, None)
 
 
 class MemoryBankModule(nn.Module):
@@ -146,7 +167,7 @@ class MemoryBankModule(nn.Module):
 
     Args:
         size: (size, dim), 0 for none, or an int that finds its dim in the first batch.
-        gather_distributed: raises RuntimeError in a group of several processes, for now.
+        gather_distributed: whether an update takes the rows of all ranks of the default process group.
         feature_dim_first: whether the bank is given as (dim, size).
 
     Example:
@@ -178,14 +199,12 @@ class MemoryBankModule(nn.Module):
         """The output, and what the bank held before it; `labels` are for lightly's signature alone."""
         if not self.size[0]:
             return output, None
-        if update and self.gather_distributed:
-            require_one_process("a memory bank with gather_distributed=True")
         if self.bank.ndim == 1:
             self._begin(output.shape[1])
             self.bank = self.bank.to(output.device)
         held = self.bank.clone()
         if update:
-            self._push(output)
+            self._push(_rows_of_all_ranks(output) if self.gather_distributed else output)
         return output, held.T if self.feature_dim_first else held
 
     def _begin(self, dim: int) -> None:
@@ -204,9 +223,14 @@ def _check_distributed(gather_distributed: bool) -> None:
         raise ValueError("gather_distributed must be False where this PyTorch has no torch.distributed, got True")
 
 
-def _check_process(loss: NTXentLoss | DCLLoss) -> None:
-    if loss.gather_distributed:
-        require_one_process(f"{type(loss).__name__} with gather_distributed=True")
+def _group(gather_distributed: bool) -> ProcessGroup | None:
+    return default_group() if gather_distributed else None
+
+
+@torch.no_grad()
+def _rows_of_all_ranks(rows: Tensor) -> Tensor:
+    shard = open_shard(default_group(), "MemoryBankModule", rows, "auto")
+    return shard.gather(rows) if shard else rows
 
 
 def _is_negative(temperature: float | Tensor) -> bool:
@@ -214,12 +238,29 @@ def _is_negative(temperature: float | Tensor) -> bool:
     return not isinstance(temperature, Tensor) and temperature < 0
 
 
-def _logits(u0: Tensor, u1: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _logits(u0: Tensor, u1: Tensor, temperature: float, shard: Shard | None) -> tuple[Tensor, Tensor]:
     """nu and the positive's logit, (2N,) each, of unit rows; also at a negative temperature."""
-    u = torch.cat((u0, u1))
-    ids = torch.arange(len(u0), device=u.device).repeat(2)
+    u, ids = torch.cat((u0, u1)), sample_ids(u0, shard).repeat(2)
     if _is_negative(temperature):
-        nu = cross_neg_lse(u, -u, ids, ids, -temperature).rows
-    else:
-        nu = neg_lse(u, ids, temperature)
-    return nu, (row_dots(u0, u1) / temperature).repeat(2)
+        inv_tau = inverse_temperature(-temperature, u, shard=shard)
+        return neg_lse_of_columns(u, -u, ids, ids, inv_tau, "auto", shard, shard), -inv_tau * row_dots(u0, u1).repeat(2)
+    inv_tau = inverse_temperature(temperature, u, shard=shard)
+    return neg_lse_of_rows(u, ids, inv_tau, "auto", shard), inv_tau * row_dots(u0, u1).repeat(2)
+
+
+def _bank_logits(
+    u0: Tensor, u1: Tensor, bank: Tensor, temperature: float, shard: Shard | None
+) -> tuple[Tensor, Tensor]:
+    """nu against the bank, which is this rank's, and the positive's logit, (N,) each."""
+    if _is_negative(temperature):
+        u0, temperature = -u0, -temperature
+    inv_tau = inverse_temperature(temperature, u0, shard=shard)
+    here, there = (torch.full((len(rows),), of, device=u0.device) for of, rows in enumerate((u0, bank)))
+    nu = neg_lse_of_columns(u0, bank, here, there, inv_tau, "auto") if len(u0) else u0.new_empty(0)
+    return nu, inv_tau * row_dots(u0, u1)
+
+
+def _mises_fisher_weights(out0: Tensor, out1: Tensor, sigma: float, shard: Shard | None) -> Tensor:
+    sims = row_dots(out0.detach(), out1.detach()) / sigma
+    shares = torch.exp(sims - log_sum_exp(sims, shard)) if shard else torch.softmax(sims, dim=0)
+    return 2 - n_samples(out0, shard) * shares

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..losses import clip
-from .shared import as_scalar, require_one_process
+from .shared import as_scalar, default_group_of
 
 __all__ = ["ClipLoss"]
 
@@ -14,12 +14,20 @@ class ClipLoss(nn.Module):
     """CLIP's loss of features that are normalised already, both directions from one pass over the similarities.
 
     Args:
-        local_loss, gather_with_grad, use_horovod: how a group of processes gathers; of no consequence in one.
+        local_loss, gather_with_grad: of no consequence: the loss is the whole batch's, on every rank, and its gradient
+            is right. open_clip's is with gather_with_grad. Without, the gradient of its features is 1/R of the right
+            one of R ranks, and with local_loss also lacks what features are as columns.
         cache_labels: kept for the signature: there are no labels to cache.
-        rank, world_size: a world_size above 1 raises RuntimeError, for now.
+        rank, world_size: above 1, the batch is that of all ranks of the default process group, which has so many.
+        use_horovod: not there: rows travel by torch.distributed.
 
     Its call takes the features (N, D), `logit_scale` (which multiplies: exp of the model's parameter), `logit_bias`,
     which the softmax cancels, so that its gradient is exactly zero, and `output_dict`, for {"contrastive_loss": loss}.
+
+    Raises, when called:
+        ValueError: rank or world_size is not that of the process group, or horovod is asked for in one.
+        RuntimeError: a world_size above 1 without a process group.
+        TypeError, ValueError: as `fastntxent.clip`.
 
     Example:
         >>> import torch
@@ -37,7 +45,6 @@ class ClipLoss(nn.Module):
         use_horovod: bool = False,
     ):
         super().__init__()
-        require_one_process("ClipLoss", world_size)
         self.local_loss = local_loss
         self.gather_with_grad = gather_with_grad
         self.cache_labels = cache_labels
@@ -53,11 +60,15 @@ class ClipLoss(nn.Module):
         logit_bias: float | Tensor | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
+        if self.use_horovod and self.world_size > 1:
+            raise ValueError("use_horovod must be False where world_size is not 1: rows travel by torch.distributed")
+        group = default_group_of("world_size", self.world_size, self.rank)
         loss = clip(
             image_features,
             text_features,
             logit_scale=as_scalar(logit_scale),
             logit_bias=None if logit_bias is None else as_scalar(logit_bias),
             normalize=False,
+            group=group,
         )
         return {"contrastive_loss": loss} if output_dict else loss

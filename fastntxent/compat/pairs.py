@@ -1,5 +1,6 @@
 """Pairs that no ids describe: lists of them, and dense masks, a piece at a time.
 
+    checked_pairs  (indices_tuple)      -> anchors and positives, anchors and negatives
     pair_dots      (u, v, a, b)         -> u_a . v_b of each pair (P,)
     lse_by_anchor  (logits, anchors)    -> log-sum-exp of each anchor's pairs
     mask_product   (mask, x)            -> mask @ x, for a mask of any dtype
@@ -19,8 +20,28 @@ from torch.autograd.function import once_differentiable
 
 from ..backends.base import row_dots
 from ..ops import autocast_off
+from ..validation import ID_DTYPES
 
 _CHUNK = 2**20  # numbers held at once
+
+IndicesTuple = tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def checked_pairs(indices_tuple: IndicesTuple, n_rows: int, n_cols: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Anchors and positives, anchors and negatives, from pairs or triplets of indices of rows and columns."""
+    if len(indices_tuple) not in (3, 4):
+        raise ValueError(f"indices_tuple must have 3 or 4 tensors, got {len(indices_tuple)}")
+    for index in indices_tuple:
+        if not isinstance(index, Tensor) or index.dtype not in ID_DTYPES or index.ndim != 1:
+            raise TypeError("indices_tuple must hold tensors of one dimension and an integer dtype")
+    indices = [index.to(device, torch.int64) for index in indices_tuple]
+    a1, p, a2, n = indices if len(indices) == 4 else (*indices[:2], indices[0], indices[2])
+    if len(a1) != len(p) or len(a2) != len(n):
+        raise ValueError(f"indices_tuple must hold pairs, got lengths {[len(index) for index in indices_tuple]}")
+    for index, limit in ((a1, n_rows), (p, n_cols), (a2, n_rows), (n, n_cols)):
+        if len(index) and not (index.min() >= 0 and index.max() < limit):
+            raise ValueError(f"indices_tuple must have indices in [0, {limit}), got {index.tolist()[:8]}")
+    return a1, p, a2, n
 
 
 def pair_dots(u: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:

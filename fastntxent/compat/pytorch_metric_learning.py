@@ -1,22 +1,27 @@
-"""pytorch-metric-learning's `losses.NTXentLoss`, `SupConLoss` and `SelfSupervisedLoss`."""
+"""pytorch-metric-learning's `losses.NTXentLoss`, `SupConLoss` and `SelfSupervisedLoss`, and its wrapper over ranks."""
 
 from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
 from ..backends.base import row_dots, row_losses
-from ..common import inverse_temperature, unit_rows
+from ..common import batch_sum, group_counts, inverse_temperature, unit_rows
+from ..distributed import open_shard
 from ..losses import info_nce, nt_xent, sup_con
 from ..ops.groups import group_sums
-from ..validation import ID_DTYPES, check_features, check_rows, check_same
-from .pairs import lse_by_anchor, pair_dots, sum_by_anchor
-from .shared import as_ids
+from ..validation import check_features, check_rows, check_same
+from .pairs import IndicesTuple, checked_pairs, lse_by_anchor, pair_dots, sum_by_anchor
+from .shared import as_ids, default_group
 
-__all__ = ["NTXentLoss", "SelfSupervisedLoss", "SupConLoss"]
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
-IndicesTuple = tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Tensor]
+__all__ = ["DistributedLossWrapper", "NTXentLoss", "SelfSupervisedLoss", "SupConLoss"]
 
 # By the name of the class: whether it normalises is asked of the object.
 _DISTANCES = ("CosineSimilarity", "DotProductSimilarity")
@@ -71,7 +76,7 @@ class _PairLoss(nn.Module):
             if ref_labels is None and indices_tuple is None:
                 raise ValueError("ref_labels must be given with ref_emb and labels")
         if indices_tuple is not None:
-            return self._of_pairs(u, v, *_pairs(indices_tuple, len(u), len(v), u.device))
+            return self._of_pairs(u, v, *checked_pairs(indices_tuple, len(u), len(v), u.device))
         assert labels is not None
         ids = as_ids("labels", labels, u)
         if ref_emb is None:
@@ -224,14 +229,88 @@ class SelfSupervisedLoss(nn.Module):
 
     def __init__(self, loss: NTXentLoss | SupConLoss, symmetric: bool = True):
         super().__init__()
-        if not isinstance(loss, (NTXentLoss, SupConLoss)):
-            raise TypeError(f"loss must be NTXentLoss or SupConLoss of {__name__}, got {type(loss).__name__}")
+        _check_loss(loss)
         self.loss = loss
         self.symmetric = symmetric
 
     def forward(self, embeddings: Tensor, ref_emb: Tensor) -> Tensor:
         function = nt_xent if self.symmetric else info_nce
         return function(embeddings, ref_emb, self.loss.temperature, normalize=self.loss.normalize)
+
+
+class DistributedLossWrapper(nn.Module):
+    """A loss of this module over the batch of all ranks of the default process group; without one, the loss as it is.
+
+    Its value is that of one process with the whole batch, on every rank; the library's is R times it on R ranks. Its
+    gradient, after DDP's averaging, is that of one process, as the library's with efficient=False.
+
+    Args:
+        loss: `NTXentLoss` or `SupConLoss` of this module.
+        efficient: of no consequence: a rank compares its own rows with those of all, and the gradient is right. The
+            library's with efficient=True lacks what its rows are as others' references.
+
+    Its call takes this rank's embeddings (M, D), of any number, and their labels (M,), which mean the same on every
+    rank. indices_tuple, ref_emb, ref_labels and enqueue_mask must be None in a group.
+
+    Example:
+        >>> import torch
+        >>> loss = DistributedLossWrapper(SupConLoss(temperature=1.0))
+        >>> loss(torch.eye(4).repeat(2, 1), torch.arange(4).repeat(2))
+        tensor(1.1654)
+    """
+
+    def __init__(self, loss: NTXentLoss | SupConLoss, efficient: bool = False):
+        super().__init__()
+        _check_loss(loss)
+        self.loss = loss
+        self.efficient = efficient
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None = None,
+        indices_tuple: IndicesTuple | None = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+        enqueue_mask: Tensor | None = None,
+    ) -> Tensor:
+        group = default_group()
+        if group is None:
+            return self.loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        others = {
+            "indices_tuple": indices_tuple,
+            "ref_emb": ref_emb,
+            "ref_labels": ref_labels,
+            "enqueue_mask": enqueue_mask,
+        }
+        for name, value in others.items():
+            if value is not None:
+                raise ValueError(f"{name} must be None in a process group: pairs are those of all ranks' labels")
+        return _of_all_ranks(self.loss, embeddings, labels, group)
+
+
+def _of_all_ranks(
+    loss: NTXentLoss | SupConLoss, embeddings: Tensor, labels: Tensor | None, group: ProcessGroup
+) -> Tensor:
+    check_rows("embeddings", embeddings, may_be_empty=True)
+    if labels is None:
+        raise ValueError("labels must be given in a process group, got None")
+    ids = as_ids("labels", labels, embeddings)
+    shard = open_shard(group, type(loss).__name__, embeddings, "auto")
+    assert shard is not None
+    matches = group_counts(ids, shard)
+    n_positives, n_negatives = batch_sum(matches - 1, shard), batch_sum(shard.n_rows - matches, shard)
+    terms = partial(sup_con, embeddings, ids, loss.temperature, normalize=loss.normalize, group=group)
+    if isinstance(loss, SupConLoss):
+        mean = terms()
+    else:
+        mean = batch_sum((matches - 1) * terms(form="pairs", reduction="none"), shard) / n_positives.clamp_min(1)
+    return _unless_few(mean, n_positives, n_negatives)
+
+
+def _check_loss(loss: object) -> None:
+    if not isinstance(loss, (NTXentLoss, SupConLoss)):
+        raise TypeError(f"loss must be NTXentLoss or SupConLoss of {__name__}, got {type(loss).__name__}")
 
 
 def _check_distance(distance: object) -> bool:
@@ -242,23 +321,6 @@ def _check_distance(distance: object) -> bool:
     if name not in _DISTANCES or (getattr(distance, "p", 2), getattr(distance, "power", 1)) != (2, 1):
         raise ValueError(f"distance must be None, {' or '.join(_DISTANCES)} with p=2 and power=1, got {name}")
     return bool(getattr(distance, "normalize_embeddings", True))
-
-
-def _pairs(indices_tuple: IndicesTuple, n_rows: int, n_cols: int, device: torch.device) -> tuple[Tensor, ...]:
-    """Anchors and positives, anchors and negatives."""
-    if len(indices_tuple) not in (3, 4):
-        raise ValueError(f"indices_tuple must have 3 or 4 tensors, got {len(indices_tuple)}")
-    for index in indices_tuple:
-        if not isinstance(index, Tensor) or index.dtype not in ID_DTYPES or index.ndim != 1:
-            raise TypeError("indices_tuple must hold tensors of one dimension and an integer dtype")
-    indices = [index.to(device, torch.int64) for index in indices_tuple]
-    a1, p, a2, n = indices if len(indices) == 4 else (*indices[:2], indices[0], indices[2])
-    if len(a1) != len(p) or len(a2) != len(n):
-        raise ValueError(f"indices_tuple must hold pairs, got lengths {[len(index) for index in indices_tuple]}")
-    for index, limit in ((a1, n_rows), (p, n_cols), (a2, n_rows), (n, n_cols)):
-        if len(index) and not (index.min() >= 0 and index.max() < limit):
-            raise ValueError(f"indices_tuple must have indices in [0, {limit}), got {index.tolist()[:8]}")
-    return a1, p, a2, n
 
 
 def _matches(ids: Tensor, ref_ids: Tensor) -> Tensor:

@@ -8,12 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import ops
 from ..backends.base import row_dots, row_losses
-from ..common import inverse_temperature, log_add, unit_rows
+from ..common import (
+    cross_neg_lse,
+    inverse_temperature,
+    log_add,
+    neg_lse_of_columns,
+    neg_lse_of_rows,
+    reduce,
+    sample_ids,
+    unit_rows,
+)
+from ..distributed import Shard, open_shard
 from ..losses.queries import HARDNESS_MODES, hardened_neg_lse
 from ..validation import check_choice, check_rows, check_same
-from .shared import require_one_process
+from .shared import default_group
 
 __all__ = ["MultipleNegativesRankingLoss", "cos_sim", "dot_score"]
 
@@ -53,7 +62,8 @@ class MultipleNegativesRankingLoss(nn.Module):
         model: turns a dict of features into a dict with "sentence_embedding"; None where calls bring embeddings.
         scale: 1 / temperature, positive.
         similarity_fct: `cos_sim` or `dot_score`, ours or the library's: known by its name.
-        gather_across_devices: raises RuntimeError in a group of several processes, for now.
+        gather_across_devices: whether the batch is that of all ranks of the default process group. The loss is the mean
+            over all ranks' anchors, on every rank (theirs over the rank's own), and its gradient the library's.
         directions: what an anchor and its positive are compared with: "query_to_doc" (always there), "query_to_query",
             "doc_to_query", "doc_to_doc".
         partition_mode: "joint", one softmax over all directions, or "per_direction", the mean of one for each
@@ -123,50 +133,58 @@ class MultipleNegativesRankingLoss(nn.Module):
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor:
         """The loss of anchors, positives, negatives..., (N, D) each; `labels` are for the library's signature alone."""
-        if self.gather_across_devices:
-            require_one_process("MultipleNegativesRankingLoss with gather_across_devices=True")
+        group = default_group() if self.gather_across_devices else None
         if len(embeddings) < 2:
             raise ValueError(f"embeddings must hold anchors and positives at least, got {len(embeddings)} tensors")
         for index, column in enumerate(embeddings):
-            check_rows(f"embeddings[{index}]", column)
+            check_rows(f"embeddings[{index}]", column, may_be_empty=group is not None)
             check_same("embeddings[0]", embeddings[0], f"embeddings[{index}]", column, "shape", "dtype", "device")
         normalize = _NORMALIZES[self.similarity_fct.__name__]
-        inv_tau = inverse_temperature(1 / self.scale, embeddings[0])
+        shard = open_shard(
+            group, type(self).__name__, embeddings[0], "auto",
+            **self.get_config_dict(), gradients=[column.requires_grad for column in embeddings],
+        )  # fmt: skip
+        inv_tau = inverse_temperature(1 / self.scale, embeddings[0], shard=shard)
         u, v, *negatives = (unit_rows(column, normalize) for column in embeddings)
         pos = inv_tau * row_dots(u, v)
-        directions = self._directions(u, v, negatives, inv_tau)
+        directions = self._directions(u, v, negatives, inv_tau, shard)
         if self.partition_mode == "per_direction":
-            return torch.stack([row_losses(nu, pos) for nu in directions.values()]).mean()
+            losses = torch.stack([row_losses(nu, pos) for nu in directions.values()]).mean(dim=0)
+            return reduce(losses, "mean", shard=shard)
         joint = torch.full_like(pos, -torch.inf)
         for nu in directions.values():
             joint = log_add(joint, nu)
+        losses = row_losses(joint, pos)
         if "doc_to_query" in directions:  # the softmax has the positive twice: log(2 e^pi + e^nu) - pi
             log_2 = torch.full_like(pos, 2).log()
-            return (log_2 + row_losses(joint - log_2, pos)).mean()
-        return row_losses(joint, pos).mean()
+            losses = log_2 + row_losses(joint - log_2, pos)
+        return reduce(losses, "mean", shard=shard)
 
-    def _directions(self, u: Tensor, v: Tensor, negatives: list[Tensor], inv_tau: Tensor) -> dict[str, Tensor]:
+    def _directions(
+        self, u: Tensor, v: Tensor, negatives: list[Tensor], inv_tau: Tensor, shard: Shard | None
+    ) -> dict[str, Tensor]:
         """Of each direction the log-sum-exp over what is no positive (N,)."""
-        samples = torch.arange(len(u), device=u.device)
+        samples = sample_ids(u, shard)
         docs, of_docs = torch.cat((v, *negatives)), samples.repeat(1 + len(negatives))
+        docs_shard = open_shard(shard.group, type(self).__name__, docs, "auto") if shard else None
         others_hardness = self._hardness("in_batch_negatives")
         nu: dict[str, Tensor] = {}
         to_query = None
         if others_hardness or "doc_to_query" not in self.directions:
-            to_doc = hardened_neg_lse(u, docs, samples, of_docs, inv_tau, others_hardness, "auto")
+            to_doc = hardened_neg_lse(u, docs, samples, of_docs, inv_tau, others_hardness, "auto", shard, docs_shard)
         else:  # both directions from one pass
-            to_doc, to_query = ops.cross_neg_lse(u, docs, samples, of_docs, inv_tau, "auto")
+            to_doc, to_query = cross_neg_lse(u, docs, samples, of_docs, inv_tau, "auto", shard, docs_shard)
         for own in negatives:
             to_doc = log_add(to_doc, _hardened(row_dots(u, own), inv_tau, self._hardness("hard_negatives")))
         nu["query_to_doc"] = to_doc
         if "query_to_query" in self.directions:
-            nu["query_to_query"] = ops.neg_lse(u, samples, inv_tau, "auto")
+            nu["query_to_query"] = neg_lse_of_rows(u, samples, inv_tau, "auto", shard)
         if "doc_to_query" in self.directions:
             if to_query is None:
-                to_query = ops.cross_neg_lse(v, u, samples, samples, inv_tau, "auto")[0]
+                to_query = neg_lse_of_columns(v, u, samples, samples, inv_tau, "auto", shard, shard)
             nu["doc_to_query"] = to_query[: len(u)]
         if "doc_to_doc" in self.directions:
-            nu["doc_to_doc"] = ops.cross_neg_lse(v, docs, samples, of_docs, inv_tau, "auto")[0]
+            nu["doc_to_doc"] = neg_lse_of_columns(v, docs, samples, of_docs, inv_tau, "auto", shard, docs_shard)
         return nu
 
     def _hardness(self, mode: str) -> float:

@@ -1,6 +1,8 @@
-"""What the drop-ins share: the world size, labels as ids, tensors of one element, logits that nobody has formed yet."""
+"""What the drop-ins share: their process group, labels as ids, tensors of one element, logits nobody has formed yet."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -9,26 +11,39 @@ from torch import Tensor
 from ..ops import autocast_off
 from ..validation import ID_DTYPES
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 _TILE = 2**20  # logits held at once by Logits.argmax
+
+# As integers floats are the same ids on every rank, which numbering the ones that a rank has would not give.
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def default_group() -> ProcessGroup | None:
+    """The default process group, in which these libraries gather; None where this process is alone."""
+    return dist.group.WORLD if world_size() > 1 else None
+
+
+def default_group_of(name: str, size: int, rank: int | None = None) -> ProcessGroup | None:
+    """`default_group` of a caller who says how many processes it has, and which this one is. One process is no group.
+
+    name: the argument that says so.
+    """
+    if size == 1:
+        return None
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(f"{name} of {size} needs torch.distributed.init_process_group to be called before the loss")
+    if size != world_size():
+        raise ValueError(f"{name} must be 1 or that of the default process group, {world_size()}, got {size}")
+    if rank is not None and rank != dist.get_rank():
+        raise ValueError(f"rank must be this process's in the default process group, {dist.get_rank()}, got {rank}")
+    return default_group()
 
 
 def world_size() -> int:
     """Processes of the default group; 1 without one."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def require_one_process(request: str, size: int | None = None) -> None:
-    """Refuse what needs other processes' rows: a loss without them would be another loss.
-
-    Every drop-in asks here at the place where its library gathers. `size`: the world size the caller was told; None is
-    that of the default process group.
-    """
-    size = world_size() if size is None else size
-    if size > 1:
-        raise RuntimeError(
-            f"{request} needs the rows of all {size} processes, and gathering them is not implemented yet: "
-            "use a world size of 1"
-        )
 
 
 def as_ids(name: str, labels: Tensor, rows: Tensor) -> Tensor:
@@ -39,7 +54,7 @@ def as_ids(name: str, labels: Tensor, rows: Tensor) -> Tensor:
         raise ValueError(f"{name} must have shape ({rows.shape[0]},), one per row, got {tuple(labels.shape)}")
     labels = labels.to(rows.device)
     if labels.is_floating_point():
-        return torch.unique(labels, return_inverse=True)[1]
+        return (labels + 0.0).view(_BITS[labels.itemsize])  # -0.0 is 0.0
     return labels if labels.dtype in ID_DTYPES else labels.to(torch.int64)
 
 
@@ -50,6 +65,8 @@ def as_scalar(value: float | Tensor) -> float | Tensor:
 
 class Logits:
     """The logits of rows against columns, which no loss here holds: as a library returns them, not yet formed.
+
+    In a process group the columns are those of all ranks, in their order, and no gradient goes through them.
 
     Example:
         >>> import torch

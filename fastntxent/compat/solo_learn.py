@@ -5,10 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import ops
-from ..backends.base import row_losses
-from ..common import inverse_temperature, reduce, unit_rows
+from ..backends.base import accumulation_dtype, row_losses
+from ..common import group_counts, inverse_temperature, reduce, unit_rows
+from ..distributed import open_shard
+from ..losses import sup_con
 from ..validation import check_rows
-from .shared import as_ids, require_one_process
+from .shared import as_ids, default_group
 
 __all__ = ["simclr_loss_func"]
 
@@ -21,6 +23,9 @@ def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float = 0.1) -> Te
 
     The sample's number makes it SimCLR, its class the supervised form: `sup_con(form="in")` less log |P(i)|.
 
+    As solo-learn's, in a process group it is that of the batch of all ranks, on every rank, positives included. Indexes
+    mean the same on every rank then.
+
     Args:
         z: (M, D) embeddings of all views, normalised here.
         indexes: (M,), of any dtype: the sample of each row, or its target.
@@ -30,17 +35,20 @@ def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float = 0.1) -> Te
         A 0-d tensor, the mean over the rows with a positive, and 0 where there are none (solo-learn's is infinite, and
         its gradient NaN, as soon as one row has no positive).
 
-    Raises:
-        RuntimeError: in a group of several processes, for now.
-
     Example:
         >>> import torch
         >>> simclr_loss_func(torch.eye(4).repeat(2, 1), torch.arange(4).repeat(2), temperature=1.0)
         tensor(1.1654)
     """
-    require_one_process("simclr_loss_func")
-    check_rows("z", z)
+    group = default_group()
+    check_rows("z", z, may_be_empty=group is not None)
     ids = as_ids("indexes", indexes, z)
+    if group is not None:
+        shard = open_shard(group, "simclr_loss_func", z, "auto")
+        counts = group_counts(ids, shard) - 1
+        logs = counts.clamp_min(1).to(accumulation_dtype(z.dtype)).log()
+        loss = sup_con(z, ids, temperature, form="in", group=group)
+        return loss - reduce(logs, "mean", counted=counts > 0, shard=shard)
     inv_tau = inverse_temperature(temperature, z)
     u = unit_rows(z)
     nu = ops.neg_lse(u, ids, inv_tau, "auto")

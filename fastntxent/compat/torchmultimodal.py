@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..common import factor, reduce
+from ..common import factor, reduce, unit_rows
+from ..distributed import Shard, open_shard
 from ..losses.two_towers import clip_directions
 from ..validation import check_in_range, check_reduction, check_rows, check_same
-from .shared import Logits, require_one_process
+from .shared import Logits, default_group
 
 __all__ = [
     "DEFAULT_LOGIT_SCALE",
@@ -26,7 +27,7 @@ DEFAULT_LOGIT_SCALE = math.log(1 / 0.07)
 
 
 class BackpropType(Enum):
-    """To which processes a gathered row's gradient goes; of no consequence in one."""
+    """To which processes a gathered row's gradient goes. Of no consequence here: the gradient is that of GLOBAL."""
 
     GLOBAL = 0
     LOCAL = 1
@@ -43,6 +44,15 @@ class ContrastiveLossOutput(NamedTuple):
     loss_b: Tensor
 
 
+class _Terms(NamedTuple):
+    a: Tensor
+    b: Tensor
+    scale: Tensor
+    loss_a: Tensor
+    loss_b: Tensor
+    shard: Shard | None
+
+
 def contrastive_loss_with_temperature(
     embeddings_a: Tensor,
     embeddings_b: Tensor,
@@ -53,53 +63,35 @@ def contrastive_loss_with_temperature(
 ) -> ContrastiveLossOutput:
     """CLIP's loss of rows as they are, both directions from one pass over the similarities.
 
+    As torchmultimodal's, in a process group it is that of the batch of all ranks: `group=` of `fastntxent.clip`. "mean"
+    and "sum" are the whole batch's, on every rank (theirs are of the rank's own rows).
+
     Args:
         embeddings_a, embeddings_b: (N, D); the caller normalises them.
         logit_scale: the logarithm of what multiplies the similarities.
         mask: (N,) bool: the rows whose losses count; the others still are negatives. Without any the loss is 0
             (torchmultimodal's is NaN).
-        backprop_type: of no consequence in one process.
+        backprop_type: of no consequence: the gradient is that of GLOBAL, the right one. In torchmultimodal LOCAL and
+            NONE lack what a rank's rows are as other ranks' columns, NONE also as its own.
         cross_entropy_kwargs: `label_smoothing` and `reduction`; the other options of cross_entropy are refused.
 
     Returns:
-        A named tuple (loss, logits_a, logits_b, loss_a, loss_b).
+        A named tuple (loss, logits_a, logits_b, loss_a, loss_b); the logits are those of this rank's rows.
 
     Raises:
         TypeError, ValueError: shapes or dtypes do not fit together, or an option of cross_entropy is none of the two.
-        RuntimeError: in a group of several processes, for now.
 
     Example:
         >>> import torch
         >>> contrastive_loss_with_temperature(torch.eye(4), torch.eye(4), torch.tensor(0.0)).loss
         tensor(0.7437)
     """
-    require_one_process("contrastive_loss_with_temperature")
-    check_rows("embeddings_a", embeddings_a)
-    check_rows("embeddings_b", embeddings_b)
-    check_same("embeddings_a", embeddings_a, "embeddings_b", embeddings_b, "shape", "dtype", "device")
-    smoothing, reduction = _cross_entropy_options(**(cross_entropy_kwargs or {}))
-    scale = factor(logit_scale.exp(), embeddings_a)
-    losses = clip_directions(embeddings_a, embeddings_b, scale, None, smoothing, "auto")
-    logits_a, logits_b = embeddings_a, embeddings_b
-    counted = None
+    a, b, scale, loss_a, loss_b, shard = _terms(embeddings_a, embeddings_b, logit_scale, mask, cross_entropy_kwargs)
+    columns_a, columns_b = (shard.columns(rows).whole() if shard else rows for rows in (a, b))
     if mask is not None:
-        if mask.dtype != torch.bool or mask.shape != embeddings_a.shape[:1]:
-            raise ValueError(
-                f"mask must be bool of shape ({embeddings_a.shape[0]},), got {mask.dtype} of shape {tuple(mask.shape)}"
-            )
-        logits_a, logits_b = embeddings_a[mask], embeddings_b[mask]
-        if reduction == "none":
-            losses = type(losses)(*(loss[mask] for loss in losses))
-        else:
-            counted = mask
-            losses = type(losses)(*(loss.masked_fill(~mask, 0) for loss in losses))
-    loss_a, loss_b = (reduce(loss, reduction, counted=counted) for loss in losses)
+        a, b = a[mask], b[mask]
     return ContrastiveLossOutput(
-        (loss_a + loss_b) / 2,
-        Logits(logits_a, embeddings_b, scale),
-        Logits(logits_b, embeddings_a, scale),
-        loss_a,
-        loss_b,
+        (loss_a + loss_b) / 2, Logits(a, columns_b, scale), Logits(b, columns_a, scale), loss_a, loss_b
     )
 
 
@@ -140,9 +132,40 @@ class ContrastiveLossWithTemperature(nn.Module):
         mask: Tensor | None = None,
     ) -> Tensor:
         self.logit_scale.data.clamp_(self.logit_scale_min, self.logit_scale_max)
-        return contrastive_loss_with_temperature(
-            embeddings_a, embeddings_b, self.logit_scale, mask, backprop_type, cross_entropy_kwargs
-        ).loss
+        terms = _terms(embeddings_a, embeddings_b, self.logit_scale, mask, cross_entropy_kwargs)
+        return (terms.loss_a + terms.loss_b) / 2
+
+
+def _terms(
+    embeddings_a: Tensor,
+    embeddings_b: Tensor,
+    logit_scale: Tensor,
+    mask: Tensor | None,
+    cross_entropy_kwargs: dict[str, Any] | None,
+) -> _Terms:
+    group = default_group()
+    check_rows("embeddings_a", embeddings_a, may_be_empty=group is not None)
+    check_rows("embeddings_b", embeddings_b, may_be_empty=group is not None)
+    check_same("embeddings_a", embeddings_a, "embeddings_b", embeddings_b, "shape", "dtype", "device")
+    smoothing, reduction = _cross_entropy_options(**(cross_entropy_kwargs or {}))
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != embeddings_a.shape[:1]):
+        raise ValueError(
+            f"mask must be bool of shape ({embeddings_a.shape[0]},), got {mask.dtype} of shape {tuple(mask.shape)}"
+        )
+    shard = open_shard(
+        group, "contrastive_loss_with_temperature", embeddings_a, "auto", logit_scale=logit_scale,
+        masked=mask is not None, label_smoothing=smoothing, reduction=reduction,
+        b_requires_grad=embeddings_b.requires_grad,
+    )  # fmt: skip
+    a, b = (unit_rows(rows, normalize=False) for rows in (embeddings_a, embeddings_b))
+    scale = factor(logit_scale.exp(), a, shard)
+    losses: tuple[Tensor, Tensor] = clip_directions(a, b, scale, None, smoothing, "auto", shard)
+    if mask is not None and reduction == "none":
+        losses = losses[0][mask], losses[1][mask]
+    elif mask is not None:
+        losses = losses[0].masked_fill(~mask, 0), losses[1].masked_fill(~mask, 0)
+    loss_a, loss_b = (reduce(loss, reduction, counted=mask, shard=shard) for loss in losses)
+    return _Terms(a, b, scale, loss_a, loss_b, shard)
 
 
 def _cross_entropy_options(

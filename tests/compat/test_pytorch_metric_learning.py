@@ -236,6 +236,15 @@ def test_defaults_are_the_librarys():
         assert type(getattr(theirs, name)().reducer).__name__ == getattr(ours, name)._reducer
 
 
+def test_wrapper_over_ranks_is_the_loss_in_one_process():
+    (z,), labels = batch(1, 12, 4, 0)
+    loss = ours.SupConLoss()
+    wrapper = ours.DistributedLossWrapper(loss, efficient=True)
+    assert wrapper(z, labels, ref_emb=z[:5], ref_labels=labels[:5]) == loss(z, labels, None, z[:5], labels[:5])
+    with pytest.raises(TypeError, match="loss must be NTXentLoss or SupConLoss of"):
+        ours.DistributedLossWrapper(torch.nn.Identity())
+
+
 @pytest.mark.parametrize(
     ("indices", "error", "says"),
     [

@@ -36,6 +36,12 @@ SIGNATURES = [
     ),
     (pytorch_metric_learning, "SelfSupervisedLoss", "loss, symmetric=True"),
     (pytorch_metric_learning, "SelfSupervisedLoss.forward", "self, embeddings, ref_emb"),
+    (pytorch_metric_learning, "DistributedLossWrapper", "loss, efficient=False"),
+    (
+        pytorch_metric_learning,
+        "DistributedLossWrapper.forward",
+        "self, embeddings, labels=None, indices_tuple=None, ref_emb=None, ref_labels=None, enqueue_mask=None",
+    ),
     (info_nce, "InfoNCE", "temperature=0.1, reduction='mean', negative_mode='unpaired'"),
     (info_nce, "InfoNCE.forward", "self, query, positive_key, negative_keys=None"),
     (
@@ -80,7 +86,9 @@ SIGNATURES = [
 ]
 INSTALLED = {
     lightly: lambda name: peers.lightly("ntx_ent_loss" if name.startswith("NTXent") else "dcl_loss"),
-    pytorch_metric_learning: lambda name: peers.needs("pytorch_metric_learning.losses"),
+    pytorch_metric_learning: lambda name: peers.needs(
+        f"pytorch_metric_learning.{'utils.distributed' if name.startswith('Distributed') else 'losses'}"
+    ),
     info_nce: lambda name: peers.needs("info_nce"),
     open_clip: lambda name: peers.open_clip(),
     sentence_transformers: lambda name: peers.sentence_transformers().sentence_transformer.losses,

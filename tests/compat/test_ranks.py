@@ -1,0 +1,445 @@
+"""Drop-ins in a process group: against one process with the whole batch, and against the libraries on as many ranks."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from torch.nn.parallel import DistributedDataParallel
+
+from fastntxent.compat import (
+    lightly,
+    open_clip,
+    pytorch_metric_learning,
+    sentence_transformers,
+    simclr,
+    torchmultimodal,
+)
+from fastntxent.compat.shared import world_size
+from tests import peers
+from tests.ranks import on_ranks
+from tests.test_distributed import RTOL, SIZES, TAU, D, encoder, mine, whole_batch
+
+# Each takes embeddings (VIEWS, n, D), ids (n,) and a learnt temperature.
+Call = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def of_lightly(name: str, sign: int = 1, **options: Any) -> Call:
+    return lambda z, ids, tau: getattr(lightly, name)(tau if sign > 0 else -TAU, gather_distributed=True, **options)(
+        z[0], z[1]
+    )
+
+
+def memory_bank(sign: int) -> Call:
+    """Three steps: the bank's random rows, those of the first step, and after its end, where the second is cut."""
+
+    def call(z: Tensor, ids: Tensor, tau: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        bank = (25, D)
+        loss = lightly.NTXentLoss(tau if sign > 0 else -TAU, memory_bank_size=bank, gather_distributed=True).to(z.dtype)
+        return loss(z[0], z[1]) + loss(z[1], z[2]) + loss(z[2], z[0])
+
+    return call
+
+
+def rank_here() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def distances(a: Tensor, b: Tensor) -> Tensor:
+    """A weight of each pair, with a gradient."""
+    return (a - b).square().sum(dim=1)
+
+
+def of_open_clip(local_loss: bool, gather_with_grad: bool) -> Call:
+    def call(z: Tensor, ids: Tensor, tau: Tensor) -> Tensor:
+        loss = open_clip.ClipLoss(local_loss, gather_with_grad, rank=rank_here(), world_size=world_size())
+        return loss(*normalize(z[:2], dim=2), 1 / tau, logit_bias=torch.tensor(-3.0))
+
+    return call
+
+
+def of_torchmultimodal(backprop_type: torchmultimodal.BackpropType, masked: bool = False, **options: Any) -> Call:
+    def call(z: Tensor, ids: Tensor, tau: Tensor) -> Tensor:
+        a, b = normalize(z[:2], dim=2)
+        mask = ids > 0 if masked else None
+        return torchmultimodal.contrastive_loss_with_temperature(a, b, -tau.log(), mask, backprop_type, options).loss
+
+    return call
+
+
+def of_sentence_transformers(columns: int, **options: Any) -> Call:
+    def call(z: Tensor, ids: Tensor, tau: Tensor) -> Tensor:
+        loss = sentence_transformers.MultipleNegativesRankingLoss(None, 1 / tau, gather_across_devices=True, **options)
+        return loss(z[:columns].unbind())
+
+    return call
+
+
+def of_simclr(norm: bool, by_sample: bool) -> Call:
+    def call(z: Tensor, ids: Tensor, tau: Tensor) -> Tensor:
+        strategy = SimpleNamespace(num_replicas_in_sync=world_size())
+        weights = ids / 2 if by_sample else 0.7  # some are 0
+        hidden = z[:2] if norm else normalize(z[:2], dim=2)
+        return simclr.add_contrastive_loss(hidden.flatten(0, 1), norm, tau, strategy=strategy, weights=weights).loss
+
+    return call
+
+
+def of_metric_learning(name: str) -> Call:
+    """Labels that are floats, and on no rank all of them."""
+    wrapper, loss = pytorch_metric_learning.DistributedLossWrapper, getattr(pytorch_metric_learning, name)
+    return lambda z, ids, tau: wrapper(loss(tau))(z[:2].flatten(0, 1), ids.repeat(2) / 4)
+
+
+ALL_DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+BOTH = {"directions": ("query_to_doc", "doc_to_query")}
+GLOBAL, LOCAL, NONE = torchmultimodal.BackpropType
+
+CASES: dict[str, Call] = {
+    "lightly nt_xent": of_lightly("NTXentLoss"),
+    "lightly nt_xent, negative temperature": of_lightly("NTXentLoss", sign=-1),
+    "lightly bank": memory_bank(1),
+    "lightly bank, negative temperature": memory_bank(-1),
+    "lightly dcl": of_lightly("DCLLoss"),
+    "lightly dcl, negative temperature": of_lightly("DCLLoss", sign=-1),
+    "lightly dcl, weights": of_lightly("DCLLoss", weight_fn=distances),
+    "lightly dclw": of_lightly("DCLWLoss", sigma=0.7),
+    "open_clip": of_open_clip(False, False),
+    "open_clip, local_loss": of_open_clip(True, False),
+    "open_clip, gather_with_grad": of_open_clip(False, True),
+    "open_clip, both": of_open_clip(True, True),
+    "torchmultimodal": of_torchmultimodal(GLOBAL),
+    "torchmultimodal, local": of_torchmultimodal(LOCAL, label_smoothing=0.2),
+    "torchmultimodal, none": of_torchmultimodal(NONE, reduction="sum"),
+    "torchmultimodal, mask": of_torchmultimodal(GLOBAL, masked=True, label_smoothing=0.2),
+    "torchmultimodal, mask, sum": of_torchmultimodal(GLOBAL, masked=True, reduction="sum"),
+    "sentence_transformers": of_sentence_transformers(2),
+    "sentence_transformers, negatives": of_sentence_transformers(3),
+    "sentence_transformers, both": of_sentence_transformers(2, **BOTH),
+    "sentence_transformers, per direction": of_sentence_transformers(3, partition_mode="per_direction", **BOTH),
+    "sentence_transformers, all": of_sentence_transformers(3, directions=ALL_DIRECTIONS),
+    "sentence_transformers, harder": of_sentence_transformers(
+        3, directions=ALL_DIRECTIONS, hardness_mode="all_negatives", hardness_strength=2.0
+    ),
+    "simclr": of_simclr(True, False),
+    "simclr, weights": of_simclr(True, True),
+    "simclr, rows as they are": of_simclr(False, False),
+    "pytorch_metric_learning sup_con": of_metric_learning("SupConLoss"),
+}
+
+
+class Result(NamedTuple):
+    loss: Tensor
+    d_weight: Tensor
+    d_bias: Tensor
+    d_temperature: Tensor
+
+
+def evaluate(model: nn.Module, x: Tensor, ids: Tensor, call: Call) -> Result:
+    model.zero_grad()
+    tau = torch.tensor(TAU, dtype=x.dtype, requires_grad=True)
+    loss = call(model(x.flatten(0, 1)).view(*x.shape[:2], D), ids, tau)
+    loss.backward()
+    d_tau = torch.zeros(()) if tau.grad is None else tau.grad  # a negative temperature is a number
+    return Result(loss.detach(), *(p.grad.clone() for p in model.parameters()), d_tau)
+
+
+def assert_close(result: Result, expected: Result, rtol: float) -> None:
+    for field, value, true in zip(Result._fields, result, expected, strict=True):
+        assert (value.double() - true).abs().max() <= rtol * true.abs().max(), field
+
+
+def everything() -> dict[str, Any]:
+    """What the tests below look at, from one start of the ranks."""
+    model, (x, ids) = DistributedDataParallel(encoder()), mine(world_size())
+    found: dict[str, Any] = {"cases": {name: evaluate(model, x, ids, call) for name, call in CASES.items()}}
+    if world_size() == WORLD:
+        found["libraries"] = both_of_every_library()
+    else:
+        found["outputs"] = outputs()
+    return found
+
+
+@functools.cache
+def ranks(world: int) -> list[dict[str, Any]]:
+    """`everything` of two ranks, with 5 and 8 samples, or of three, with 4, none and 6."""
+    return on_ranks(world, everything)
+
+
+# --- one process with the whole batch --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_equal_one_process_with_the_whole_batch(world: int, name: str):
+    x, ids = whole_batch(sum(SIZES[world]))
+    expected = evaluate(encoder(torch.float64), x.double(), ids, CASES[name])
+    for of_rank in ranks(world):
+        assert_close(of_rank["cases"][name], expected, RTOL)
+
+
+# --- the libraries, on two ranks with as many samples each -----------------------------------------------------------
+
+WORLD = 2
+N = min(SIZES[WORLD])
+
+# Ours and the library's, made on a rank.
+Pair = Callable[[], tuple[Call, ...]]
+
+
+def lightly_pair(file: str, name: str, **options: Any) -> Pair:
+    def of(module: Any) -> Call:
+        torch.manual_seed(0)  # of a bank's first rows
+        loss = getattr(module, name)(TAU, gather_distributed=True, **options).double()
+        return lambda z, ids, tau: loss(z[0], z[1]) + loss(z[1], z[2])
+
+    def pair() -> tuple[Call, ...]:
+        library, utils = peers.lightly(file), sys.modules["lightly.models.utils"]
+        if not hasattr(utils, "concat_all_gather"):  # peers leave it empty where there is no torchvision
+            utils.concat_all_gather = concat_all_gather
+        return of(lightly), of(library)
+
+    return pair
+
+
+@torch.no_grad()
+def concat_all_gather(x: Tensor) -> Tensor:
+    gathered = [torch.empty_like(x) for _ in range(WORLD)]
+    dist.all_gather(gathered, x)
+    return torch.cat(gathered)
+
+
+def metric_learning_pair(name: str, **options: Any) -> Pair:
+    def of(losses: Any, wrapper: Any) -> Call:
+        loss = wrapper.DistributedLossWrapper(getattr(losses, name)(TAU), **options)
+        return lambda z, ids, tau: loss(z[:2].flatten(0, 1), ids.repeat(2))
+
+    theirs = "pytorch_metric_learning.losses", "pytorch_metric_learning.utils.distributed"
+    return lambda: (of(pytorch_metric_learning, pytorch_metric_learning), of(*map(peers.needs, theirs)))
+
+
+def open_clip_pair(local_loss: bool, gather_with_grad: bool) -> Pair:
+    def of(module: Any) -> Call:
+        loss = module.ClipLoss(local_loss, gather_with_grad, rank=dist.get_rank(), world_size=WORLD)
+        return lambda z, ids, tau: loss(*normalize(z[:2], dim=2), 1 / tau)
+
+    return lambda: (of(open_clip), of(peers.open_clip()))
+
+
+def sentence_transformers_pair(**options: Any) -> Pair:
+    def of(module: Any) -> Call:
+        loss = module.MultipleNegativesRankingLoss(None, 1 / TAU, gather_across_devices=True, **options)
+        return lambda z, ids, tau: loss.compute_loss_from_embeddings(list(z), None)
+
+    return lambda: (of(sentence_transformers), of(peers.sentence_transformers().sentence_transformer.losses))
+
+
+# With how often ours is theirs: the mean of the ranks' losses, the gradient of the features and of the temperature.
+LIBRARIES: dict[str, tuple[Pair, tuple[float, float, float]]] = {
+    "lightly nt_xent": (lightly_pair("ntx_ent_loss", "NTXentLoss"), (1, 1, 1)),
+    "lightly bank": (lightly_pair("ntx_ent_loss", "NTXentLoss", memory_bank_size=(24, D)), (1, 1, 1)),
+    "lightly dcl": (lightly_pair("dcl_loss", "DCLLoss"), (1, 1, 1)),
+    "lightly dcl, weights": (lightly_pair("dcl_loss", "DCLLoss", weight_fn=distances), (1, 1, 1)),
+    "pytorch_metric_learning sup_con": (metric_learning_pair("SupConLoss"), (WORLD, 1, 1)),
+    "open_clip": (open_clip_pair(False, False), (1, 1 / WORLD, 1)),
+    "open_clip, gather_with_grad": (open_clip_pair(False, True), (1, 1, 1)),
+    "open_clip, both": (open_clip_pair(True, True), (1, 1, 1)),
+    "sentence_transformers": (sentence_transformers_pair(), (1, 1, 1)),
+    "sentence_transformers, all": (
+        sentence_transformers_pair(directions=ALL_DIRECTIONS, hardness_mode="all_negatives", hardness_strength=2.0),
+        (1, 1, 1),
+    ),
+}
+
+# What lacks terms, and is no multiple of the right gradient.
+PARTIAL: dict[str, Pair] = {
+    "pytorch_metric_learning sup_con, efficient": metric_learning_pair("SupConLoss", efficient=True),
+    "open_clip, local_loss": open_clip_pair(True, False),
+}
+
+
+def both_of_every_library() -> dict[str, Any]:
+    """Two results of each, ours and theirs as DDP would average it, or why there are none."""
+    model = DistributedDataParallel(encoder(torch.float64))
+    x, ids = mine(WORLD)
+    found: dict[str, Any] = {}
+    for name, pair in {**{name: pair for name, (pair, _) in LIBRARIES.items()}, **PARTIAL}.items():
+        try:
+            ours, theirs = (evaluate(model, x[:, :N].double(), ids[:N], call) for call in pair())
+        except pytest.skip.Exception as reason:
+            found[name] = str(reason)
+            continue
+        for number in (theirs.loss, theirs.d_temperature):
+            dist.all_reduce(number)
+            number /= WORLD
+        found[name] = ours, theirs
+    return found
+
+
+def both(of_rank: dict[str, Any], name: str) -> tuple[Result, Result]:
+    found = of_rank["libraries"][name]
+    if isinstance(found, str):
+        pytest.skip(found)
+    return found
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_library_on_as_many_ranks(name: str):
+    for of_rank in ranks(WORLD):
+        ours, theirs = both(of_rank, name)
+        loss, features, temperature = LIBRARIES[name][1]
+        factors = Result(*map(torch.tensor, (loss, features, features, temperature)))
+        assert_close(theirs, Result(*(factor * value for factor, value in zip(factors, ours, strict=True))), 1e-9)
+
+
+@pytest.mark.parametrize("name", PARTIAL)
+def test_library_lacks_terms_of_the_gradient(name: str):
+    ours, theirs = both(ranks(WORLD)[0], name)
+    alike = torch.cosine_similarity(ours.d_weight.flatten(), theirs.d_weight.flatten(), dim=0)
+    assert alike < 0.999
+
+
+# --- what else there is ----------------------------------------------------------------------------------------------
+
+
+def formed(logits: Any, rows: Tensor) -> tuple[Any, ...]:
+    return logits.shape, logits.dense().detach(), logits.argmax(), torch.autograd.grad(logits.dense().sum(), rows)[0]
+
+
+def outputs() -> dict[str, Any]:
+    """On ranks with 4, no and 6 samples."""
+    rank = dist.get_rank()
+    x, ids = mine(3)
+    z = normalize(x, dim=2).requires_grad_()
+    found: dict[str, Any] = {}
+    if len(ids):  # a group is there, and not asked for
+        found["own"] = lightly.NTXentLoss()(x[0], x[1]), open_clip.ClipLoss()(x[0], x[1], 2.0)
+    out = simclr.add_contrastive_loss(z[:2].flatten(0, 1), False, 0.5, strategy=dist.group.WORLD)
+    found["simclr"] = out.loss.detach(), out.labels, *formed(out.logits, z)
+    mask = ids > 0
+    out = torchmultimodal.contrastive_loss_with_temperature(z[0], z[1], torch.tensor(1.0), mask)
+    found["torchmultimodal"] = *formed(out.logits_a, z), *formed(out.logits_b, z)
+    none = {"reduction": "none"}
+    out = torchmultimodal.contrastive_loss_with_temperature(
+        z[0], z[1], torch.tensor(1.0), mask, cross_entropy_kwargs=none
+    )
+    found["none"] = out.loss_a.detach(), out.loss_b.detach()
+    wrapper = pytorch_metric_learning.DistributedLossWrapper(pytorch_metric_learning.SupConLoss())
+    few = torch.zeros_like(ids), torch.arange(len(ids)) + 100 * rank  # no negatives, no positives
+    found["few"] = [wrapper(z[0], labels).item() for labels in few]
+    found["errors"] = [message(call) for call in BAD.values()]
+    return found
+
+
+def clip(**options: Any) -> Callable[[Tensor], Tensor]:
+    return lambda z: open_clip.ClipLoss(**{"rank": rank_here(), "world_size": 3, **options})(z, z, 2.0)
+
+
+def wrapped(labels: Tensor | None, **options: Any) -> Callable[[Tensor], Tensor]:
+    loss = pytorch_metric_learning.SupConLoss()
+    return lambda z: pytorch_metric_learning.DistributedLossWrapper(loss)(z, labels, **options)
+
+
+def replicas(**options: Any) -> Callable[[Tensor], Tensor]:
+    return lambda z: simclr.add_contrastive_loss(z, **options).loss
+
+
+# What the error must say, of what each rank calls with four rows.
+BAD: dict[str, Callable[[Tensor], Tensor]] = {
+    "world_size must be 1 or that of the default process group, 3, got 2": clip(world_size=2),
+    "rank must be this process's in the default process group": clip(rank=3),
+    "use_horovod must be False where world_size is not 1": clip(use_horovod=True),
+    "strategy.num_replicas_in_sync must be 1 or that of the default process group, 3, got 8": replicas(
+        strategy=SimpleNamespace(num_replicas_in_sync=8)
+    ),
+    "group must be a ProcessGroup or a DeviceMesh, got str": replicas(tpu_context="tpu"),
+    "labels must be given in a process group, got None": wrapped(None),
+    "ref_emb must be None in a process group": wrapped(torch.arange(4), ref_emb=torch.eye(4)),
+    "temperature is 1 on rank 0; 2 on rank 1; 3 on rank 2": lambda z: lightly.DCLLoss(
+        dist.get_rank() + 1, gather_distributed=True
+    )(z, z),
+}
+
+
+def message(call: Callable[[Tensor], Tensor]) -> str:
+    try:
+        call(torch.eye(4))
+    except (ValueError, TypeError, RuntimeError) as error:
+        return str(error)
+    return "none"
+
+
+def whole() -> tuple[Tensor, Tensor, list[slice]]:
+    """Unit rows and ids of the whole batch, and each rank's part of it."""
+    sizes = SIZES[3]
+    x, ids = whole_batch(sum(sizes))
+    return normalize(x, dim=2), ids, [slice(sum(sizes[:rank]), sum(sizes[: rank + 1])) for rank in range(3)]
+
+
+def assert_formed(found: tuple[Any, ...], rows: Tensor, columns: Tensor, scale: float) -> None:
+    """Logits of these rows against these columns, and the gradient of their sum in the rows."""
+    shape, dense, argmax, gradient = found
+    expected = scale * rows @ columns.T
+    assert shape == dense.shape == expected.shape
+    torch.testing.assert_close(dense, expected)
+    assert torch.equal(argmax, expected.argmax(dim=1))
+    torch.testing.assert_close(gradient[gradient.any(dim=2)], scale * columns.sum(dim=0).expand_as(rows))
+
+
+def test_simclr_has_this_ranks_logits_and_labels_of_all_columns():
+    z, _, parts = whole()
+    expected = simclr.add_contrastive_loss(z[:2].flatten(0, 1), False, 0.5).loss
+    for of_rank, here in zip(ranks(3), parts, strict=True):
+        loss, labels, *logits = of_rank["outputs"]["simclr"]
+        torch.testing.assert_close(loss, expected)  # of a group given as the strategy itself
+        assert labels.tolist() == list(range(here.start, here.stop))
+        assert_formed(tuple(logits), z[0, here], z[1], 2)
+
+
+def test_torchmultimodal_has_this_ranks_logits_and_losses():
+    z, ids, parts = whole()
+    scale, none = torch.tensor(1.0), {"reduction": "none"}
+    expected = torchmultimodal.contrastive_loss_with_temperature(z[0], z[1], scale, cross_entropy_kwargs=none)
+    for of_rank, here in zip(ranks(3), parts, strict=True):
+        kept = ids[here] > 0
+        assert_formed(of_rank["outputs"]["torchmultimodal"][:4], z[0, here][kept], z[1], scale.exp().item())
+        assert_formed(of_rank["outputs"]["torchmultimodal"][4:], z[1, here][kept], z[0], scale.exp().item())
+        for of_direction, all_losses in zip(
+            of_rank["outputs"]["none"], (expected.loss_a, expected.loss_b), strict=True
+        ):
+            torch.testing.assert_close(of_direction, all_losses[here][kept])
+
+
+def test_pairs_are_few_where_all_ranks_have_few():
+    for of_rank in ranks(3):
+        assert of_rank["outputs"]["few"] == [0, 0]
+
+
+def test_group_that_is_not_asked_for_is_left_alone():
+    x, _ = whole_batch(sum(SIZES[3]))
+    for of_rank, here in zip(ranks(3), whole()[2], strict=True):
+        if "own" in of_rank["outputs"]:
+            expected = lightly.NTXentLoss()(*x[:2, here]), open_clip.ClipLoss()(*x[:2, here], 2.0)
+            torch.testing.assert_close(of_rank["outputs"]["own"], expected)
+
+
+@pytest.mark.parametrize("says", BAD)
+def test_errors_are_words_on_every_rank(says: str):
+    index = list(BAD).index(says)
+    for of_rank in ranks(3):
+        assert says in of_rank["outputs"]["errors"][index]
+
+
+@pytest.mark.parametrize("call", [clip(), replicas(strategy=SimpleNamespace(num_replicas_in_sync=3))])
+def test_several_processes_without_a_group_are_an_error(call: Callable[[Tensor], Tensor]):
+    with pytest.raises(RuntimeError, match=r"of 3 needs torch.distributed.init_process_group to be called"):
+        call(torch.eye(4))
