@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,8 +16,8 @@ from ..backends.base import row_dots, row_losses
 from ..common import inverse_temperature, n_samples, neg_lse_of_columns, neg_lse_of_rows, reduce, sample_ids, unit_rows
 from ..distributed import Shard, log_sum_exp, open_shard
 from ..losses import dcl, nt_xent
-from ..validation import check_views
-from .shared import default_group
+from ..validation import check_number, check_views
+from .shared import as_scalar, default_group
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -38,6 +39,7 @@ class NTXentLoss(nn.Module):
 
     Raises:
         ValueError: as lightly does, for a temperature within 1e-8 of zero and for a negative size.
+        TypeError: a size that is no int.
 
     Example:
         >>> import torch
@@ -123,7 +125,12 @@ class DCLLoss(nn.Module):
 
     def _weights(self, u0: Tensor, u1: Tensor, shard: Shard | None) -> float | Tensor:
         assert self.weight_fn is not None
-        return self.weight_fn(u0, u1)
+        weights = as_scalar(self.weight_fn(u0, u1))
+        if not isinstance(weights, Tensor):
+            check_number("what weight_fn returns", weights)
+        elif weights.shape not in ((), (len(u0),)):
+            raise ValueError(f"weight_fn must return a number or shape ({len(u0)},), got shape {tuple(weights.shape)}")
+        return weights
 
 
 class DCLWLoss(DCLLoss):
@@ -182,9 +189,7 @@ class MemoryBankModule(nn.Module):
         self, size: int | Sequence[int], gather_distributed: bool = False, feature_dim_first: bool = True
     ) -> None:
         super().__init__()
-        self.size = (size,) if isinstance(size, int) else tuple(size)
-        if any(entry < 0 for entry in self.size) or len(self.size) not in (1, 2):
-            raise ValueError(f"memory bank size must be (size, dim), size or 0, none negative, got {size}")
+        self.size = _bank_size(size)
         self.gather_distributed = gather_distributed
         self.feature_dim_first = feature_dim_first
         self.bank: Tensor
@@ -221,6 +226,16 @@ class MemoryBankModule(nn.Module):
 def _check_distributed(gather_distributed: bool) -> None:
     if gather_distributed and not dist.is_available():
         raise ValueError("gather_distributed must be False where this PyTorch has no torch.distributed, got True")
+
+
+def _bank_size(size: object) -> tuple[int, ...]:
+    entries = tuple(size) if isinstance(size, Sequence) else (size,)
+    if not all(isinstance(entry, Integral) for entry in entries):
+        raise TypeError(f"memory_bank_size must be an int or two of them, (size, dim), got {size!r}")
+    entries = tuple(map(int, entries))
+    if any(entry < 0 for entry in entries) or len(entries) not in (1, 2):
+        raise ValueError(f"memory_bank_size must be (size, dim), size or 0, none negative, got {size}")
+    return entries
 
 
 def _group(gather_distributed: bool) -> ProcessGroup | None:

@@ -14,7 +14,7 @@ from ..common import batch_sum, group_counts, inverse_temperature, unit_rows
 from ..distributed import open_shard
 from ..losses import info_nce, nt_xent, sup_con
 from ..ops.groups import group_sums
-from ..validation import check_features, check_rows, check_same
+from ..validation import check_features, check_rows, check_same, check_temperature
 from .pairs import IndicesTuple, checked_pairs, lse_by_anchor, pair_dots, sum_by_anchor
 from .shared import as_ids, default_group
 
@@ -43,6 +43,7 @@ class _PairLoss(nn.Module):
         embedding_reg_weight: float = 1,
     ):
         super().__init__()
+        check_temperature(temperature)
         self.temperature = temperature
         self.normalize = _check_distance(distance)
         name = type(self).__name__

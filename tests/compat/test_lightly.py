@@ -92,10 +92,28 @@ def test_half_precision_gives_float32_also_with_a_bank():
 def test_errors():
     with pytest.raises(ValueError, match="temperature must not be within 1e-8 of zero, got 1e-09"):
         ours.NTXentLoss(1e-9)
-    with pytest.raises(ValueError, match="memory bank size must be"):
-        ours.NTXentLoss(memory_bank_size=(-1, 3))
-    with pytest.raises(ValueError, match="memory bank size must be"):
-        ours.NTXentLoss(memory_bank_size=(4, 3, 2))
+    for size in ((-1, 3), (4, 3, 2), -1):
+        with pytest.raises(ValueError, match=r"memory_bank_size must be \(size, dim\), size or 0, none negative"):
+            ours.NTXentLoss(memory_bank_size=size)
+    for size in ("x", 2.0, (4.0, 3), None):
+        with pytest.raises(TypeError, match="memory_bank_size must be an int or two of them"):
+            ours.NTXentLoss(memory_bank_size=size)
+
+
+@pytest.mark.parametrize("shape", [(3,), (4, 1), (4, 4)])
+def test_weights_of_another_shape_are_an_error(shape):
+    loss = ours.DCLLoss(weight_fn=lambda a, b: torch.ones(shape))
+    with pytest.raises(ValueError, match=r"weight_fn must return a number or shape \(4,\), got shape"):
+        loss(*torch.randn(2, 4, 3))
+
+
+def test_weights_may_be_one_number():
+    z_i, z_j = torch.randn(2, 4, 3)
+    expected = ours.DCLLoss(weight_fn=lambda a, b: torch.full((4,), 2.0))(z_i, z_j)
+    for weight in (2, torch.tensor(2.0), torch.tensor([2.0])):
+        torch.testing.assert_close(ours.DCLLoss(weight_fn=lambda a, b, weight=weight: weight)(z_i, z_j), expected)
+    with pytest.raises(TypeError, match="what weight_fn returns must be a number, got NoneType"):
+        ours.DCLLoss(weight_fn=lambda a, b: None)(z_i, z_j)
 
 
 @pytest.mark.parametrize("loss", [ours.NTXentLoss, ours.DCLLoss, ours.DCLWLoss])

@@ -236,6 +236,15 @@ def test_defaults_are_the_librarys():
         assert type(getattr(theirs, name)().reducer).__name__ == getattr(ours, name)._reducer
 
 
+@pytest.mark.parametrize("name", ["NTXentLoss", "SupConLoss"])
+def test_temperature_is_checked_when_a_loss_is_made(name):
+    for temperature in (0, -1.0, torch.tensor(0.0)):
+        with pytest.raises(ValueError, match="temperature must be positive and finite, got"):
+            getattr(ours, name)(temperature)
+    with pytest.raises(TypeError, match="temperature must be a float or a 0-d tensor, got str"):
+        getattr(ours, name)("x")
+
+
 def test_wrapper_over_ranks_is_the_loss_in_one_process():
     (z,), labels = batch(1, 12, 4, 0)
     loss = ours.SupConLoss()
