@@ -69,23 +69,26 @@ def _dense(u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: Tensor, 
 # --- tiles -----------------------------------------------------------------------------------------------------------
 
 
-class _Tile(NamedTuple):
+class Tile(NamedTuple):
     rows: slice
     cols: slice
     logits: Tensor
     mask: Tensor
 
 
-class _Pairs:
-    """Both sides in the order of their ids, and the tiles in which ids meet."""
+class Pairs:
+    """Both sides in the order of their ids, and the tiles in which ids meet.
 
-    def __init__(self, u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: Tensor, same: bool):
+    `own`: row i is column own + i, where there is one, and no positive of itself; None: no row is a column.
+    """
+
+    def __init__(self, u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: Tensor, own: int | None):
         dtype = accumulation_dtype(u.dtype)
         self.row_ids, self.row_order = torch.sort(u_ids.to(torch.int64), stable=True)
         self.col_ids, self.col_order = torch.sort(v_ids.to(torch.int64), stable=True)
         self.u, self.v = u.to(dtype)[self.row_order], v.to(dtype)[self.col_order]
         self.inv_tau = inv_tau.to(u.device)
-        self.same = same
+        self.own = own
         self.height, self.width = _TILE_CPU if u.device.type == "cpu" else _TILE_ACCELERATOR
         first = torch.searchsorted(self.col_ids, self.row_ids)
         last = torch.searchsorted(self.col_ids, self.row_ids, right=True)
@@ -94,34 +97,73 @@ class _Pairs:
         ends = torch.tensor([min(start + self.height, M) - 1 for start in self.starts], device=u.device)
         self.runs = torch.stack((first[:: self.height], last[ends]), dim=1).tolist()
 
-    def __iter__(self) -> Iterator[_Tile]:
+    def __iter__(self) -> Iterator[Tile]:
         for start, (first, last) in zip(self.starts, self.runs, strict=True):
             rows = slice(start, start + self.height)
             scaled = self.u[rows] * self.inv_tau
             for left in range(first, last, self.width):
                 cols = slice(left, min(left + self.width, last))
                 mask = self.row_ids[rows, None] == self.col_ids[cols]
-                if self.same:
-                    mask &= self.row_order[rows, None] != self.col_order[cols]
-                yield _Tile(rows, cols, scaled @ self.v[cols].T, mask)
+                if self.own is not None:
+                    mask &= self.row_order[rows, None] + self.own != self.col_order[cols]
+                yield Tile(rows, cols, scaled @ self.v[cols].T, mask)
 
-    def backward(self, d_logits: Callable[[_Tile], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients in u, v and inv_tau from that in each tile's logits."""
-        d_u, d_v = torch.zeros_like(self.u), torch.zeros_like(self.v)
+    def lse(self) -> Tensor:
+        """The rows' log-sum-exps over their positives."""
+        lse = self.u.new_full((len(self.u),), -torch.inf)
+        for rows, _, logits, mask in self:
+            lse[rows] = torch.logaddexp(lse[rows], logits.masked_fill_(~mask, -torch.inf).logsumexp(dim=1))
+        return self.of_rows(lse)
+
+    def sum(self, nu: Tensor) -> Tensor:
+        """The rows' sums over their positives."""
+        nu = nu[self.row_order, None]
+        sums = self.u.new_zeros(len(self.u))
+        for rows, _, logits, mask in self:
+            sums[rows] -= F.logsigmoid(logits.sub_(nu[rows])).masked_fill_(~mask, 0).sum(dim=1)
+        return self.of_rows(sums)
+
+    def backward(
+        self, d_logits: Callable[[Tile], Tensor], *, needs_v: bool = True
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Gradients in u, v if it needs one, and inv_tau from that in each tile's logits."""
+        d_u, d_v = torch.zeros_like(self.u), torch.zeros_like(self.v) if needs_v else None
         for tile in self:
             d = d_logits(tile)
             d_u[tile.rows].addmm_(d, self.v[tile.cols])
-            d_v[tile.cols].addmm_(d.T, self.u[tile.rows])
+            if d_v is not None:
+                d_v[tile.cols].addmm_(d.T, self.u[tile.rows])
         d_inv_tau = row_dots(self.u, d_u).sum()
-        return self.of_rows(d_u * self.inv_tau), _in_place_of(self.col_order, d_v * self.inv_tau), d_inv_tau
+        if d_v is not None:
+            d_v = _in_place_of(self.col_order, d_v * self.inv_tau)
+        return self.of_rows(d_u * self.inv_tau), d_v, d_inv_tau
 
     def of_rows(self, values: Tensor) -> Tensor:
         """From the order of the ids back to that of the rows."""
         return _in_place_of(self.row_order, values)
 
 
+def _pairs(u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: Tensor, same: bool) -> Pairs:
+    return Pairs(u, v, u_ids, v_ids, inv_tau, own=0 if same else None)
+
+
 def _in_place_of(order: Tensor, values: Tensor) -> Tensor:
     return torch.empty_like(values).index_copy_(0, order, values)
+
+
+def through_lse(tile: Tile, d_lse: Tensor, lse: Tensor) -> Tensor:
+    """The logits' gradient through the log-sum-exps of the rows, or of the columns, given theirs."""
+    return tile.logits.sub(lse).exp_().masked_fill_(~tile.mask, 0).mul_(d_lse)
+
+
+def through_sum(tile: Tile, d_sum: Tensor, nu: Tensor) -> Tensor:
+    """The same through the sums."""
+    return torch.sigmoid(nu - tile.logits).mul_(tile.mask).mul_(-d_sum)
+
+
+def with_positives(d_lse: Tensor, lse: Tensor) -> Tensor:
+    """A row without positives has no weight, whatever came from behind its -inf."""
+    return d_lse.masked_fill(lse == -torch.inf, 0)
 
 
 # --- log-sum-exp -----------------------------------------------------------------------------------------------------
@@ -129,11 +171,7 @@ def _in_place_of(order: Tensor, values: Tensor) -> Tensor:
 
 def _lse_forward(u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: Tensor, same: bool) -> Tensor:
     with autocast_off(u):
-        pairs = _Pairs(u, v, u_ids, v_ids, inv_tau, same)
-        lse = pairs.u.new_full((u.shape[0],), -torch.inf)
-        for rows, _, logits, mask in pairs:
-            lse[rows] = torch.logaddexp(lse[rows], logits.masked_fill_(~mask, -torch.inf).logsumexp(dim=1))
-        return pairs.of_rows(lse)
+        return _pairs(u, v, u_ids, v_ids, inv_tau, same).lse()
 
 
 def _rows_fake(u: Tensor, *_: Any) -> Tensor:
@@ -154,17 +192,10 @@ def _lse_backward(
     d_lse: Tensor, u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: Tensor, lse: Tensor, same: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     with autocast_off(u):
-        pairs = _Pairs(u, v, u_ids, v_ids, inv_tau, same)
-        # A row without positives has no weight, whatever came from behind its -inf.
-        none = lse == -torch.inf
-        weights = d_lse.masked_fill(none, 0)[pairs.row_order, None]
-        lse = lse.masked_fill(none, 0)[pairs.row_order, None]
-
-        def d_logits(tile: _Tile) -> Tensor:
-            logits = tile.logits.masked_fill_(~tile.mask, -torch.inf)
-            return logits.sub_(lse[tile.rows]).exp_().mul_(weights[tile.rows])
-
-        d_u, d_v, d_inv_tau = pairs.backward(d_logits)
+        pairs = _pairs(u, v, u_ids, v_ids, inv_tau, same)
+        d_lse, lse = with_positives(d_lse, lse)[pairs.row_order, None], lse[pairs.row_order, None]
+        d_u, d_v, d_inv_tau = pairs.backward(lambda tile: through_lse(tile, d_lse[tile.rows], lse[tile.rows]))
+        assert d_v is not None
         return d_u.to(u.dtype), d_v.to(v.dtype), d_inv_tau.to(inv_tau.device)
 
 
@@ -191,12 +222,7 @@ _positive_lse = register(
 
 def _sum_forward(u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: Tensor, nu: Tensor, same: bool) -> Tensor:
     with autocast_off(u):
-        pairs = _Pairs(u, v, u_ids, v_ids, inv_tau, same)
-        nu = nu[pairs.row_order, None]
-        sums = pairs.u.new_zeros(u.shape[0])
-        for rows, _, logits, mask in pairs:
-            sums[rows] -= F.logsigmoid(logits.sub_(nu[rows])).masked_fill_(~mask, 0).sum(dim=1)
-        return pairs.of_rows(sums)
+        return _pairs(u, v, u_ids, v_ids, inv_tau, same).sum(nu)
 
 
 def _sum_setup(ctx: Any, inputs: Any, output: Tensor) -> None:
@@ -213,16 +239,17 @@ def _sum_backward(
     d_sum: Tensor, u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: Tensor, nu: Tensor, same: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with autocast_off(u):
-        pairs = _Pairs(u, v, u_ids, v_ids, inv_tau, same)
-        weights, nu = d_sum[pairs.row_order, None], nu[pairs.row_order, None]
+        pairs = _pairs(u, v, u_ids, v_ids, inv_tau, same)
         d_nu = torch.zeros_like(d_sum)
+        nu, d_sum = nu[pairs.row_order, None], d_sum[pairs.row_order, None]
 
-        def d_logits(tile: _Tile) -> Tensor:
-            chance = torch.sigmoid(nu[tile.rows] - tile.logits).mul_(tile.mask).mul_(weights[tile.rows])
-            d_nu[tile.rows] += chance.sum(dim=1)
-            return chance.neg_()
+        def d_logits(tile: Tile) -> Tensor:
+            d = through_sum(tile, d_sum[tile.rows], nu[tile.rows])
+            d_nu[tile.rows] -= d.sum(dim=1)
+            return d
 
         d_u, d_v, d_inv_tau = pairs.backward(d_logits)
+        assert d_v is not None
         return d_u.to(u.dtype), d_v.to(v.dtype), d_inv_tau.to(inv_tau.device), pairs.of_rows(d_nu)
 
 
