@@ -129,6 +129,32 @@ def group_dots(u: Tensor, v: Tensor, ids: Tensor | None, shard: Shard | None, v_
     return row_dots(u, v.sum(dim=0).expand_as(u) if ids is None else group_sums(v, ids)[0])
 
 
+def positive_dots(u: Tensor, ids: Tensor, shard: Shard | None = None) -> Tensor:
+    """u_i . (the sum of the other rows of its id) (M,)."""
+    return distributed.positive_dots(u, ids, shard) if shard else row_dots(u, group_sums(u, ids)[0] - u)
+
+
+def positive_lse(u: Tensor, ids: Tensor, inv_tau: Tensor, backend: str, shard: Shard | None = None) -> Tensor:
+    """Log-sum-exp of each row's logits with the other rows of its id (M,), -inf where there are none."""
+    if shard:
+        return distributed.positive_lse(u, ids, inv_tau, shard)
+    return ops.positive_lse(u, u, ids, ids, inv_tau, True, backend)
+
+
+def positive_sum(
+    u: Tensor, ids: Tensor, inv_tau: Tensor, nu: Tensor, backend: str, shard: Shard | None = None
+) -> Tensor:
+    """The sum over the other rows of its id of log(1 + exp(nu - logit)) (M,)."""
+    if shard:
+        return distributed.positive_sum(u, ids, inv_tau, nu, shard)
+    return ops.positive_sum(u, u, ids, ids, inv_tau, nu, True, backend)
+
+
+def sum_of_ranks(x: Tensor, shard: Shard | None) -> Tensor:
+    """A sum over this rank's rows, over all ranks' (any shape)."""
+    return distributed.sum_of_ranks(x, shard) if shard else x
+
+
 def group_counts(ids: Tensor, shard: Shard | None) -> Tensor:
     """How many rows have each row's id, itself included (M,)."""
     return distributed.group_counts(ids, shard) if shard else counts_of_groups(ids, ids)

@@ -33,6 +33,12 @@ def info_nce(z: Tensor, ids: Tensor, tau: Tensor, *, negatives: bool = False, **
     return fastntxent.info_nce(z[0], z[1], tau, negatives=z[2] if negatives else None, **kw)
 
 
+def sup_con(z: Tensor, ids: Tensor, tau: Tensor, *, several: bool = False, **kw: Any) -> Tensor:
+    """All views; with `several` labels a row, as many as its id says, which may be none."""
+    labels = torch.arange(3) < ids[:, None] if several else ids
+    return fastntxent.sup_con(z.flatten(0, 1), labels.repeat(VIEWS, *[1] * (labels.ndim - 1)), tau, **kw)
+
+
 def queue(z: Tensor, ids: Tensor, tau: Tensor, **kw: Any) -> Tensor:
     """Two steps, the second with the first's keys in the queue; query and key from different views."""
     loss = fastntxent.QueueInfoNCELoss(20, D, **kw)
@@ -67,6 +73,11 @@ CASES: dict[str, Call] = {
     "rince": of_views("rince"),
     "macl": of_views("macl"),
     "sup_con": lambda z, ids, tau, **kw: fastntxent.sup_con(z[0], ids, tau, **kw),
+    "sup_con in": functools.partial(sup_con, form="in"),
+    "sup_con in sum": functools.partial(sup_con, form="in", reduction="sum"),
+    "sup_con pairs": functools.partial(sup_con, form="pairs"),
+    "sup_con pairs rows as they are": functools.partial(sup_con, form="pairs", normalize=False),
+    "sup_con several labels": functools.partial(sup_con, several=True),
     "clip": of_views("clip"),
     "clip smoothing": lambda z, ids, tau, **kw: fastntxent.clip(z[0], z[1], tau, ids=ids, label_smoothing=0.1, **kw),
     "info_nce": info_nce,

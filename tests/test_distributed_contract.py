@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fastntxent
 from fastntxent import Sharding
-from fastntxent.distributed import schedule
+from fastntxent.distributed import positives, schedule
 from tests.ranks import bytes_sent, on_ranks
 from tests.test_distributed import (
     CASES,
@@ -315,23 +315,42 @@ def test_rank_that_does_not_answer_ends_the_others_with_words(how: str, strategy
 # --- bytes and memory ------------------------------------------------------------------------------------------------
 
 ROWS, WIDTH = 32, 128  # samples of a rank; a width that no other tensor has
-LOSSES = ("nt_xent", "clip", "sup_con")
+CLASSES = 4
+OF_VIEWS = ("nt_xent", "clip")
+OF_LABELS: dict[str, dict[str, Any]] = {
+    "sup_con": {},
+    "sup_con in": {"form": "in"},
+    "sup_con pairs": {"form": "pairs"},
+    "sup_con several labels": {"labels": torch.arange(2 * ROWS)[:, None] % 5 > torch.arange(CLASSES)},
+}
+LOSSES = (*OF_VIEWS, *OF_LABELS)
+
+
+def loss_of(name: str, a: Tensor, b: Tensor, group: Sharding) -> Tensor:
+    if name in OF_VIEWS:
+        return getattr(fastntxent, name)(a, b, 0.5, group=group)
+    options = {"labels": torch.arange(ROWS).repeat(2) // 4, **OF_LABELS[name]}
+    return fastntxent.sup_con(torch.cat((a, b)), temperature=0.5, group=group, **options)
 
 
 def measure() -> dict[Any, tuple[int, int]]:
     """Bytes that this rank sends in a step, and the most bytes of rows that it holds while kernels run."""
     measured = {}
     groups = {size: dist.new_group(list(range(size))) for size in (3, 4)}
-    kernels, held = neg_lse.kernels, 0
+    held = 0
 
-    def looking_kernels(*args: Any) -> Any:
-        nonlocal held
-        rows = [x for x in gc.get_objects() if type(x) is Tensor and x.ndim and x.shape[-1] in (WIDTH, 4 * WIDTH)]
-        held = max(held, sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in rows}.values()))
-        return kernels(*args)
+    def looking(function: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            nonlocal held
+            rows = [x for x in gc.get_objects() if type(x) is Tensor and x.ndim and x.shape[-1] in (WIDTH, 4 * WIDTH)]
+            storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in rows}
+            held = max(held, sum(storages.values()))
+            return function(*args, **options)
+
+        return call
 
     gc.freeze()  # what is there already need not be looked through at every call
-    neg_lse.kernels = looking_kernels
+    neg_lse.kernels, positives.Pairs = looking(neg_lse.kernels), looking(positives.Pairs)
     for size, group in groups.items():
         if dist.get_rank() >= size:
             continue
@@ -339,12 +358,8 @@ def measure() -> dict[Any, tuple[int, int]]:
             for name in LOSSES:
                 held = 0
                 a, b = torch.randn(2, ROWS, WIDTH).requires_grad_().unbind()
-                options = {"temperature": 0.5, "group": Sharding(group, strategy=strategy)}
                 with bytes_sent() as sent:
-                    if name == "sup_con":
-                        loss = fastntxent.sup_con(torch.cat((a, b)), torch.arange(ROWS).repeat(2) // 4, **options)
-                    else:
-                        loss = getattr(fastntxent, name)(a, b, **options)
+                    loss = loss_of(name, a, b, Sharding(group, strategy=strategy))
                     loss.backward()
                 measured[size, strategy, name] = sum(sent), held
                 del a, b, loss
@@ -364,6 +379,12 @@ SENT = {
     ("nt_xent", "ring"): (0.774, 0.858),
     ("clip", "ring"): (0.772, 0.772),
     ("sup_con", "ring"): (1.801, 1.886),
+    ("sup_con in", "all_gather"): (0.536, 0.536),
+    ("sup_con in", "ring"): (1.805, 1.890),
+    ("sup_con pairs", "all_gather"): (0.536, 0.536),
+    ("sup_con pairs", "ring"): (1.805, 1.890),
+    ("sup_con several labels", "all_gather"): (0.562, 0.551),
+    ("sup_con several labels", "ring"): (0.816, 0.890),
 }
 
 
@@ -436,10 +457,6 @@ def one_rank() -> list[str]:
         messages.append(str(caught.value))
     with pytest.raises(ValueError, match="DeviceMesh of 1 dimension") as caught:
         Sharding(init_device_mesh("cpu", (1, 1), mesh_dim_names=("a", "b")))
-    with pytest.raises(ValueError, match="form must be 'out' with a group"):
-        fastntxent.sup_con(torch.eye(3), torch.arange(3), form="in", group=dist.group.WORLD)
-    with pytest.raises(ValueError, match="labels must have shape"):
-        fastntxent.sup_con(torch.eye(3), torch.ones(3, 2, dtype=torch.bool), group=dist.group.WORLD)
     return messages
 
 

@@ -6,12 +6,13 @@ two numbers a row of the others (nu_j, and w_j = d loss / d nu_j), the exact gra
 
     G_ij = w_i P_ij + w_j P_ji,   P_ij = exp(k s_ij - nu_i)        d/du_i = k sum_j G_ij u_j
 
-So no gradient travels. docs/distributed.md has the contract and what it costs.
+So no gradient of a row travels. docs/distributed.md has the contract and what it costs.
 """
 
-from .groups import group_counts, group_dots
+from .groups import group_counts, group_dots, positive_dots
 from .neg_lse import cross_neg_lse, neg_lse
-from .numbers import all_sum, log_sum_exp, replicated
+from .numbers import all_sum, log_sum_exp, replicated, sum_of_ranks
+from .positives import positive_lse, positive_sum
 from .shard import Group, Shard, Sharding, open_shard
 
 __all__ = [
@@ -25,5 +26,9 @@ __all__ = [
     "log_sum_exp",
     "neg_lse",
     "open_shard",
+    "positive_dots",
+    "positive_lse",
+    "positive_sum",
     "replicated",
+    "sum_of_ranks",
 ]

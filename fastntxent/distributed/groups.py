@@ -24,7 +24,14 @@ from .wire import eager
 def group_dots(u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, u_shard: Shard, v_shard: Shard) -> Tensor:
     """d of the header for this rank's rows u (M,), over the v of all ranks; differentiable in both."""
     ids = (u_ids.to(torch.int64), v_ids.to(torch.int64))
-    return _GroupDots.apply(u, v, *ids, u_shard.columns(u), v_shard.columns(v))
+    return _GroupDots.apply(u, v, *ids, u_shard.columns(u), v_shard.columns(v), False)
+
+
+@eager
+def positive_dots(u: Tensor, ids: Tensor, shard: Shard) -> Tensor:
+    """The same for v = u, with no row in its own sum."""
+    ids, columns = ids.to(torch.int64), shard.columns(u)
+    return _GroupDots.apply(u, u, ids, ids, columns, columns, True)
 
 
 @eager
@@ -36,11 +43,15 @@ def group_counts(ids: Tensor, shard: Shard) -> Tensor:
 
 class _GroupDots(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, of_u: Columns, of_v: Columns) -> Tensor:
+    def forward(
+        ctx: Any, u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, of_u: Columns, of_v: Columns, others: bool
+    ) -> Tensor:
         sums = torch.zeros_like(of_u.own)
         for block in of_v.blocks(v_ids):
             sums += sums_of_groups(block.rows, block.ids, u_ids)
-        ctx.of_u, ctx.ids, ctx.dtypes = of_u, (u_ids, v_ids), (u.dtype, v.dtype)
+        if others:
+            sums -= of_v.own
+        ctx.others, ctx.of_u, ctx.ids, ctx.dtypes = others, of_u, (u_ids, v_ids), (u.dtype, v.dtype)
         ctx.save_for_backward(sums)
         return row_dots(of_u.own, sums)
 
@@ -57,5 +68,7 @@ class _GroupDots(torch.autograd.Function):
             for block in ctx.of_u.blocks(u_ids, weights.contiguous()):
                 (block_weights,) = block.numbers
                 d_v += sums_of_groups(block_weights[:, None] * block.rows, block.ids, v_ids)
+            if ctx.others:
+                d_v -= weights[:, None] * ctx.of_u.own
             d_v = d_v.to(ctx.dtypes[1])
-        return d_u, d_v, *[None] * 4
+        return d_u, d_v, *[None] * 5

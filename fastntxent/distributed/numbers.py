@@ -1,4 +1,4 @@
-"""Single numbers of all ranks, and what their gradients are worth.
+"""Numbers of all ranks, and what their gradients are worth.
 
 The convention is DistributedDataParallel's: each rank calls backward on a loss of its own, and the parameters get the
 gradient of the mean of those losses over the ranks. Whatever is formed here has the gradient of the *sum* of the ranks'
@@ -25,6 +25,13 @@ def all_sum(x: Tensor, shard: Shard) -> Tensor:
 
 
 @eager
+def sum_of_ranks(x: Tensor, shard: Shard) -> Tensor:
+    """The sum over the ranks of a tensor of the same shape on each, of which each makes what it likes: its gradient is
+    the sum of theirs, and travels as it did."""
+    return _SumOfRanks.apply(x, shard)
+
+
+@eager
 def replicated(x: Tensor, shard: Shard) -> Tensor:
     """A number (0-d) that is the same on every rank, a learnt temperature: its gradient is the mean of the ranks'
     gradients, on each of them. So replicas stay the same whether or not DDP averages them once more."""
@@ -46,6 +53,17 @@ class _AllSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_sum: Tensor) -> tuple[Tensor, None]:
         return d_sum * ctx.world, None
+
+
+class _SumOfRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shard: Shard) -> Tensor:
+        ctx.group = shard.group
+        return wire.sum_of_ranks(shard.group, x)
+
+    @staticmethod
+    def backward(ctx: Any, d_sum: Tensor) -> tuple[Tensor, None]:
+        return wire.sum_of_ranks(ctx.group, d_sum), None
 
 
 class _Replicated(torch.autograd.Function):

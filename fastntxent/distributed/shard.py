@@ -39,8 +39,8 @@ class Sharding:
             ranks' at a time, and sends them one and a half times, behind the products; "auto" is the ring from 512 MiB
             of rows.
         wire_dtype: None, or the dtype that rows are rounded to before they are compared: torch.bfloat16 halves the
-            bytes. Values and gradients are then those of the rounded rows, the same on every rank; positives are not
-            rounded.
+            bytes. Values and gradients are then those of the rounded rows, the same on every rank; positives of two
+            views are not rounded.
         check: at each call the ranks compare what they were given, and raise one error on all of them if it differs.
             False saves an exchange of 16 bytes, and the wait for it; every rank must then have the same number of rows.
 
@@ -136,6 +136,12 @@ class Shard:
         columns = Columns(self, u)
         self._columns.append((u, columns))
         return columns
+
+    def as_sent(self, u: Tensor) -> Tensor:
+        """This rank's rows as the other ranks see them, with the gradient of the rows as they are."""
+        if self.wire_dtype is None:
+            return u
+        return u + (u.to(self.wire_dtype).to(u.dtype) - u).detach()  # exact: a rounding is small beside its number
 
     @eager
     def gather(self, x: Tensor) -> Tensor:

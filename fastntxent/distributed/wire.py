@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -64,6 +65,16 @@ def exchange_numbers(group: ProcessGroup, x: Tensor, sizes: Sequence[int]) -> Te
     with _waiting(group):
         dist.all_to_all_single(received, x, [own] * len(sizes), list(sizes), group=group)
     return received.view(len(sizes), own)
+
+
+def sum_of_ranks(group: ProcessGroup, x: Tensor) -> Tensor:
+    """The sum over the ranks of a tensor of the same shape on each. A rank adds a part of it and gathers the others':
+    less than twice the tensor is sent, however many ranks there are."""
+    world = dist.get_world_size(group)
+    cuts = [x.numel() * rank // world for rank in range(world + 1)]
+    sizes = [stop - start for start, stop in itertools.pairwise(cuts)]
+    part = exchange_numbers(group, x.flatten(), sizes).sum(dim=0)
+    return all_gather(group, part, sizes).view_as(x)
 
 
 def ring(group: ProcessGroup, own: Sequence[Tensor], sizes: Sequence[int], hops: int) -> Iterator[tuple[Tensor, ...]]:

@@ -8,10 +8,19 @@ from torch import Tensor
 from .. import ops
 from ..backends import check_name as check_backend
 from ..backends.base import row_dots, row_losses
-from ..common import group_counts, group_dots, inverse_temperature, neg_lse_of_rows, reduce, unit_rows
+from ..common import (
+    group_counts,
+    inverse_temperature,
+    neg_lse_of_rows,
+    positive_dots,
+    positive_lse,
+    positive_sum,
+    reduce,
+    sum_of_ranks,
+    unit_rows,
+)
 from ..distributed import Group, Shard, open_shard
 from ..ops import autocast_off
-from ..ops.groups import group_sums
 from ..validation import ID_DTYPES, check_choice, check_ids, check_reduction, check_rows
 
 FORMS = ("out", "in", "pairs")
@@ -55,7 +64,7 @@ def sup_con(
         form: "out", "in" or "pairs".
         reduction: "mean" (over the rows with a positive), "sum", or "none".
         normalize, backend: as in `nt_xent`.
-        group: as in `nt_xent`, for "out" and one label a row. Positives are those of all ranks too.
+        group: as in `nt_xent`. Positives are those of all ranks too.
 
     Returns:
         A 0-d tensor, or (M,) for "none"; float64 for float64 embeddings, else float32.
@@ -63,10 +72,10 @@ def sup_con(
     Raises:
         TypeError, ValueError: as `nt_xent` does, and for labels of another shape or dtype.
 
-    Deterministic. "out" takes the time of `nt_xent` and O(M D) memory (with several labels O(M C) beside it); "in" and
-    "pairs" look at each positive pair too: with n_c rows in class c that is sum n_c^2 D more work, in tiles, and one
-    wait for the device. In "out" the positives are part of the sum, as the formula has it: unlike the other two, its
-    gradient has the accuracy of a logit, eps / tau, not of the loss.
+    Deterministic. "out" takes the time of `nt_xent` and O(M D) memory (with several labels O((M + D) C) beside it);
+    "in" and "pairs" look at each positive pair too: with n_c rows in class c that is sum n_c^2 D more work, in tiles,
+    and one wait for the device. In "out" the positives are part of the sum, as the formula has it: unlike the other
+    two, its gradient has the accuracy of a logit, eps / tau, not of the loss.
 
     Example:
         >>> import torch, fastntxent
@@ -79,37 +88,36 @@ def sup_con(
     check_choice("form", form, FORMS)
     check_reduction(reduction)
     check_backend(backend)
-    if group is not None:
-        _check_sharded(labels, form)
+    n_classes = _check_labels(labels, z, form)
     shard = open_shard(
-        group, "sup_con", z, backend, temperature=temperature, form=form, reduction=reduction, normalize=normalize
-    )
+        group, "sup_con", z, backend, temperature=temperature, form=form, reduction=reduction, normalize=normalize,
+        n_classes=n_classes,
+    )  # fmt: skip
     inv_tau = inverse_temperature(temperature, z, shard=shard)
     u = unit_rows(z, normalize)
     if shard:
-        check_ids("labels", labels, "z", z)
-        return _out_of_all_ranks(u, labels, inv_tau, reduction, backend, shard)
-    if isinstance(labels, Tensor) and labels.ndim == 2:
-        _check_multi_labels(labels, z, form)
-        return _out(u, *_sums_over_shared_labels(u, labels), inv_tau, reduction, backend)
-    check_ids("labels", labels, "z", z)
+        u = shard.as_sent(u)
+    if n_classes is not None:
+        return _out(u, *_over_shared_labels(u, labels, shard), inv_tau, reduction, backend, shard)
+    labels = labels.to(torch.int64)
+    counts = group_counts(labels, shard) - 1
     if form == "out":
-        sums, counts = group_sums(u, labels)
-        return _out(u, sums - u, counts - 1, inv_tau, reduction, backend)
-    counts = _positive_counts(labels)
-    losses = (_in if form == "in" else _pairs)(u, labels, counts, inv_tau, backend)
-    return reduce(losses.masked_fill(counts == 0, 0), reduction, counted=counts > 0)
+        return _out(u, positive_dots(u, labels, shard), counts, inv_tau, reduction, backend, shard)
+    losses = (_in if form == "in" else _pairs)(u, labels, counts, inv_tau, backend, shard)
+    return reduce(losses.masked_fill(counts == 0, 0), reduction, counted=counts > 0, shard=shard)
 
 
-def _out(u: Tensor, positives: Tensor, counts: Tensor, inv_tau: Tensor, reduction: str, backend: str) -> Tensor:
-    """L_out is linear in the positives: the sum of their rows, and their number, is all that is needed of them."""
+def _out(
+    u: Tensor, dots: Tensor, counts: Tensor, inv_tau: Tensor, reduction: str, backend: str, shard: Shard | None
+) -> Tensor:
+    """L_out is linear in the positives: a row's product with the sum of theirs, and their number, is all it takes."""
     some = counts > 0
     # First, so that its backward comes last, when the kernel's has given its memory back.
-    mean = inv_tau * row_dots(u, positives) / counts.clamp_min(1)
-    every = torch.arange(u.shape[0], device=u.device)
-    if reduction == "none":
-        nu = ops.neg_lse(u, every, inv_tau, backend)
-        return (nu - mean).masked_fill(~some, 0)
+    mean = inv_tau * dots / counts.clamp_min(1)
+    every = shard.row_ids(u) if shard else torch.arange(u.shape[0], device=u.device)
+    if shard or reduction == "none":
+        nu = neg_lse_of_rows(u, every, inv_tau, backend, shard)
+        return reduce((nu - mean).masked_fill(~some, 0), reduction, counted=some, shard=shard)
     weights = some.to(mean.dtype)
     if reduction == "mean":
         weights = weights / weights.sum().clamp_min(1)
@@ -117,45 +125,34 @@ def _out(u: Tensor, positives: Tensor, counts: Tensor, inv_tau: Tensor, reductio
     return ops.neg_lse_sum(u, every, inv_tau, weights, backend) - (weights * mean).sum()
 
 
-def _out_of_all_ranks(u: Tensor, labels: Tensor, inv_tau: Tensor, reduction: str, backend: str, shard: Shard) -> Tensor:
-    counts = group_counts(labels, shard) - 1
-    some = counts > 0
-    mean = inv_tau * (group_dots(u, u, labels, shard) - row_dots(u, u)) / counts.clamp_min(1)
-    nu = neg_lse_of_rows(u, shard.row_ids(u), inv_tau, backend, shard)
-    return reduce((nu - mean).masked_fill(~some, 0), reduction, counted=some, shard=shard)
-
-
-def _sums_over_shared_labels(u: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row the sum of the others, each as often as it shares a label, and how often that is in all."""
+def _over_shared_labels(u: Tensor, labels: Tensor, shard: Shard | None) -> tuple[Tensor, Tensor]:
+    """Of each row its product with the sum of the others, each as often as it shares a label, and how often that is in
+    all."""
     belongs = (labels != 0).to(u.dtype)
     own = belongs.sum(dim=1)
     with autocast_off(u):
-        sums = belongs @ (belongs.T @ u) - own[:, None] * u
-        return sums, belongs @ belongs.sum(dim=0) - own
+        sums = belongs @ sum_of_ranks(belongs.T @ u, shard) - own[:, None] * u
+        return row_dots(u, sums), belongs @ sum_of_ranks(belongs.sum(dim=0), shard) - own
 
 
-def _in(u: Tensor, labels: Tensor, counts: Tensor, inv_tau: Tensor, backend: str) -> Tensor:
-    nu = ops.neg_lse(u, labels, inv_tau, backend)
-    lse = ops.positive_lse(u, u, labels, labels, inv_tau, True, backend).masked_fill(counts == 0, 0)
+def _in(u: Tensor, labels: Tensor, counts: Tensor, inv_tau: Tensor, backend: str, shard: Shard | None) -> Tensor:
+    nu = neg_lse_of_rows(u, labels, inv_tau, backend, shard)
+    lse = positive_lse(u, labels, inv_tau, backend, shard).masked_fill(counts == 0, 0)
     return row_losses(nu, lse) + counts.clamp_min(1).to(u.dtype).log()
 
 
-def _pairs(u: Tensor, labels: Tensor, counts: Tensor, inv_tau: Tensor, backend: str) -> Tensor:
-    nu = ops.neg_lse(u, labels, inv_tau, backend)
-    return ops.positive_sum(u, u, labels, labels, inv_tau, nu, True, backend) / counts.clamp_min(1)
+def _pairs(u: Tensor, labels: Tensor, counts: Tensor, inv_tau: Tensor, backend: str, shard: Shard | None) -> Tensor:
+    nu = neg_lse_of_rows(u, labels, inv_tau, backend, shard)
+    return positive_sum(u, labels, inv_tau, nu, backend, shard) / counts.clamp_min(1)
 
 
-def _positive_counts(labels: Tensor) -> Tensor:
-    labels = labels.contiguous()
-    in_order = labels.sort().values
-    return torch.searchsorted(in_order, labels, right=True) - torch.searchsorted(in_order, labels) - 1
-
-
-def _check_sharded(labels: Tensor, form: str) -> None:
-    if form != "out":
-        raise ValueError(f"form must be 'out' with a group, got {form!r}")
-    if isinstance(labels, Tensor) and labels.ndim != 1:
-        raise ValueError(f"labels must have shape (M,) with a group, got {tuple(labels.shape)}")
+def _check_labels(labels: Tensor, z: Tensor, form: str) -> int | None:
+    """The number of classes where a row has several labels, None where it has one."""
+    if not isinstance(labels, Tensor) or labels.ndim != 2:
+        check_ids("labels", labels, "z", z)
+        return None
+    _check_multi_labels(labels, z, form)
+    return labels.shape[1]
 
 
 def _check_multi_labels(labels: Tensor, z: Tensor, form: str) -> None:
