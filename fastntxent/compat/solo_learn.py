@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import ops
-from ..backends.base import accumulation_dtype, row_losses
-from ..common import group_counts, inverse_temperature, reduce, unit_rows
+from ..backends.base import row_losses
+from ..common import inverse_temperature, neg_lse_of_rows, positive_lse, reduce, unit_rows
 from ..distributed import open_shard
-from ..losses import sup_con
 from ..validation import check_rows
 from .shared import as_ids, default_group
 
@@ -43,16 +41,11 @@ def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float = 0.1) -> Te
     group = default_group()
     check_rows("z", z, may_be_empty=group is not None)
     ids = as_ids("indexes", indexes, z)
-    if group is not None:
-        shard = open_shard(group, "simclr_loss_func", z, "auto")
-        counts = group_counts(ids, shard) - 1
-        logs = counts.clamp_min(1).to(accumulation_dtype(z.dtype)).log()
-        loss = sup_con(z, ids, temperature, form="in", group=group)
-        return loss - reduce(logs, "mean", counted=counts > 0, shard=shard)
-    inv_tau = inverse_temperature(temperature, z)
+    shard = open_shard(group, "simclr_loss_func", z, "auto", temperature=temperature)
+    inv_tau = inverse_temperature(temperature, z, shard=shard)
     u = unit_rows(z)
-    nu = ops.neg_lse(u, ids, inv_tau, "auto")
-    lse = ops.positive_lse(u, u, ids, ids, inv_tau, True, "auto")
+    nu = neg_lse_of_rows(u, ids, inv_tau, "auto", shard)
+    lse = positive_lse(u, ids, inv_tau, "auto", shard)
     alone = lse.isneginf()
     losses = row_losses(nu, lse.masked_fill(alone, 0)).masked_fill(alone, 0)
-    return reduce(losses, "mean", counted=~alone)
+    return reduce(losses, "mean", counted=~alone, shard=shard)

@@ -21,12 +21,13 @@ from fastntxent.compat import (
     pytorch_metric_learning,
     sentence_transformers,
     simclr,
+    solo_learn,
     torchmultimodal,
 )
 from fastntxent.compat.shared import world_size
 from tests import peers
 from tests.ranks import on_ranks
-from tests.test_distributed import RTOL, SIZES, TAU, D, encoder, mine, whole_batch
+from tests.test_distributed import RTOL, SIZES, TAU, VIEWS, D, encoder, mine, whole_batch
 
 # Each takes embeddings (VIEWS, n, D), ids (n,) and a learnt temperature.
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -133,7 +134,10 @@ CASES: dict[str, Call] = {
     "simclr": of_simclr(True, False),
     "simclr, weights": of_simclr(True, True),
     "simclr, rows as they are": of_simclr(False, False),
+    "pytorch_metric_learning nt_xent": of_metric_learning("NTXentLoss"),
     "pytorch_metric_learning sup_con": of_metric_learning("SupConLoss"),
+    "solo_learn": lambda z, ids, tau: solo_learn.simclr_loss_func(z.flatten(0, 1), ids.repeat(VIEWS), tau),
+    "solo_learn, some alone": lambda z, ids, tau: solo_learn.simclr_loss_func(z[0], ids / 4, tau),
 }
 
 
@@ -249,6 +253,7 @@ LIBRARIES: dict[str, tuple[Pair, tuple[float, float, float]]] = {
     "lightly bank": (lightly_pair("ntx_ent_loss", "NTXentLoss", memory_bank_size=(24, D)), (1, 1, 1)),
     "lightly dcl": (lightly_pair("dcl_loss", "DCLLoss"), (1, 1, 1)),
     "lightly dcl, weights": (lightly_pair("dcl_loss", "DCLLoss", weight_fn=distances), (1, 1, 1)),
+    "pytorch_metric_learning nt_xent": (metric_learning_pair("NTXentLoss"), (WORLD, 1, 1)),
     "pytorch_metric_learning sup_con": (metric_learning_pair("SupConLoss"), (WORLD, 1, 1)),
     "open_clip": (open_clip_pair(False, False), (1, 1 / WORLD, 1)),
     "open_clip, gather_with_grad": (open_clip_pair(False, True), (1, 1, 1)),
