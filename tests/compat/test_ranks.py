@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -173,21 +172,28 @@ def everything() -> dict[str, Any]:
     return found
 
 
-@functools.cache
-def ranks(world: int) -> list[dict[str, Any]]:
-    """`everything` of two ranks, with 5 and 8 samples, or of three, with 4, none and 6."""
-    return on_ranks(world, everything)
+@pytest.fixture(scope="module")
+def of_two() -> list[dict[str, Any]]:
+    """`everything` of two ranks, with 5 and 8 samples."""
+    return on_ranks(2, everything)
+
+
+@pytest.fixture(scope="module")
+def of_three() -> list[dict[str, Any]]:
+    """`everything` of three ranks, with 4, none and 6 samples."""
+    return on_ranks(3, everything)
 
 
 # --- one process with the whole batch --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("world", [2, 3])
-def test_ranks_equal_one_process_with_the_whole_batch(world: int, name: str):
-    x, ids = whole_batch(sum(SIZES[world]))
+@pytest.mark.parametrize("ranks", ["of_two", "of_three"])
+def test_ranks_equal_one_process_with_the_whole_batch(ranks: str, name: str, request: pytest.FixtureRequest):
+    of_ranks = request.getfixturevalue(ranks)
+    x, ids = whole_batch(sum(SIZES[len(of_ranks)]))
     expected = evaluate(encoder(torch.float64), x.double(), ids, CASES[name])
-    for of_rank in ranks(world):
+    for of_rank in of_ranks:
         assert_close(of_rank["cases"][name], expected, RTOL)
 
 
@@ -298,8 +304,8 @@ def both(of_rank: dict[str, Any], name: str) -> tuple[Result, Result]:
 
 
 @pytest.mark.parametrize("name", LIBRARIES)
-def test_library_on_as_many_ranks(name: str):
-    for of_rank in ranks(WORLD):
+def test_library_on_as_many_ranks(of_two, name: str):
+    for of_rank in of_two:
         ours, theirs = both(of_rank, name)
         loss, features, temperature = LIBRARIES[name][1]
         factors = Result(*map(torch.tensor, (loss, features, features, temperature)))
@@ -307,8 +313,8 @@ def test_library_on_as_many_ranks(name: str):
 
 
 @pytest.mark.parametrize("name", PARTIAL)
-def test_library_lacks_terms_of_the_gradient(name: str):
-    ours, theirs = both(ranks(WORLD)[0], name)
+def test_library_lacks_terms_of_the_gradient(of_two, name: str):
+    ours, theirs = both(of_two[0], name)
     alike = torch.cosine_similarity(ours.d_weight.flatten(), theirs.d_weight.flatten(), dim=0)
     assert alike < 0.999
 
@@ -400,21 +406,21 @@ def assert_formed(found: tuple[Any, ...], rows: Tensor, columns: Tensor, scale: 
     torch.testing.assert_close(gradient[gradient.any(dim=2)], scale * columns.sum(dim=0).expand_as(rows))
 
 
-def test_simclr_has_this_ranks_logits_and_labels_of_all_columns():
+def test_simclr_has_this_ranks_logits_and_labels_of_all_columns(of_three):
     z, _, parts = whole()
     expected = simclr.add_contrastive_loss(z[:2].flatten(0, 1), False, 0.5).loss
-    for of_rank, here in zip(ranks(3), parts, strict=True):
+    for of_rank, here in zip(of_three, parts, strict=True):
         loss, labels, *logits = of_rank["outputs"]["simclr"]
         torch.testing.assert_close(loss, expected)  # of a group given as the strategy itself
         assert labels.tolist() == list(range(here.start, here.stop))
         assert_formed(tuple(logits), z[0, here], z[1], 2)
 
 
-def test_torchmultimodal_has_this_ranks_logits_and_losses():
+def test_torchmultimodal_has_this_ranks_logits_and_losses(of_three):
     z, ids, parts = whole()
     scale, none = torch.tensor(1.0), {"reduction": "none"}
     expected = torchmultimodal.contrastive_loss_with_temperature(z[0], z[1], scale, cross_entropy_kwargs=none)
-    for of_rank, here in zip(ranks(3), parts, strict=True):
+    for of_rank, here in zip(of_three, parts, strict=True):
         kept = ids[here] > 0
         assert_formed(of_rank["outputs"]["torchmultimodal"][:4], z[0, here][kept], z[1], scale.exp().item())
         assert_formed(of_rank["outputs"]["torchmultimodal"][4:], z[1, here][kept], z[0], scale.exp().item())
@@ -424,23 +430,23 @@ def test_torchmultimodal_has_this_ranks_logits_and_losses():
             torch.testing.assert_close(of_direction, all_losses[here][kept])
 
 
-def test_pairs_are_few_where_all_ranks_have_few():
-    for of_rank in ranks(3):
+def test_pairs_are_few_where_all_ranks_have_few(of_three):
+    for of_rank in of_three:
         assert of_rank["outputs"]["few"] == [0, 0]
 
 
-def test_group_that_is_not_asked_for_is_left_alone():
+def test_group_that_is_not_asked_for_is_left_alone(of_three):
     x, _ = whole_batch(sum(SIZES[3]))
-    for of_rank, here in zip(ranks(3), whole()[2], strict=True):
+    for of_rank, here in zip(of_three, whole()[2], strict=True):
         if "own" in of_rank["outputs"]:
             expected = lightly.NTXentLoss()(*x[:2, here]), open_clip.ClipLoss()(*x[:2, here], 2.0)
             torch.testing.assert_close(of_rank["outputs"]["own"], expected)
 
 
 @pytest.mark.parametrize("says", BAD)
-def test_errors_are_words_on_every_rank(says: str):
+def test_errors_are_words_on_every_rank(of_three, says: str):
     index = list(BAD).index(says)
-    for of_rank in ranks(3):
+    for of_rank in of_three:
         assert says in of_rank["outputs"]["errors"][index]
 
 
