@@ -57,6 +57,13 @@ SUITES = {
 }
 
 
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
+    return value
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run one suite, or make the report."""
     parser = argparse.ArgumentParser(
@@ -66,9 +73,9 @@ def main(argv: list[str] | None = None) -> None:
     for name in SUITES:
         suite = commands.add_parser(name)
         if name not in ("kernels", "tune"):
-            suite.add_argument("--n", type=int, nargs="+", help="samples per batch (default: a range)")
+            suite.add_argument("--n", type=_count, nargs="+", help="samples per batch (default: a range)")
         if name != "tune":
-            suite.add_argument("--d", type=int, nargs="+", help="features (default: 128, or a range)")
+            suite.add_argument("--d", type=_count, nargs="+", help="features (default: 128, or a range)")
         suite.add_argument("--out", type=Path, help="write the results here, as JSON")
         if name == "kernels":
             suite.add_argument("--targets", nargs="+", choices=chips.CHIPS, help="chips (default: all)")
@@ -76,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
         if name == "tune":
             suite.add_argument("--predict", choices=model.TARGETS, metavar="CHIP", help="ask the model, not a device")
             suite.add_argument("--kernels", nargs="+", choices=tune.ROWS, metavar="KERNEL", help="these alone")
-            suite.add_argument("--most", type=int, default=12, help="tiles to time for a class (default: 12)")
+            suite.add_argument("--most", type=_count, default=12, help="tiles to time for a class (default: 12)")
             suite.add_argument("--write", action="store_true", help="into the package's table")
         elif name not in ("converged", "distributed", "family", "kernels", "model"):
             suite.add_argument("--only", nargs="+", choices=COMPETITORS, metavar="LOSS", help="these losses alone")
@@ -85,10 +92,12 @@ def main(argv: list[str] | None = None) -> None:
                 "--seconds", type=float, default=20, help="to spend on a size (cpu, gpu: 5 to 200 rounds)"
             )
         if name == "distributed":
-            suite.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3, 4], help="default: 1 2 3 4")
-            suite.add_argument("--rounds", type=int, default=21, help="of a comparison (default: 21)")
+            suite.add_argument("--ranks", type=_count, nargs="+", default=[1, 2, 3, 4], help="default: 1 2 3 4")
+            suite.add_argument("--rounds", type=_count, default=21, help="of a comparison (default: 21)")
         if name == "cpu":
-            suite.add_argument("--threads", type=int, nargs="+", help="time our kernel at these numbers of threads too")
+            suite.add_argument(
+                "--threads", type=_count, nargs="+", help="time our kernel at these numbers of threads too"
+            )
     report.add_command(commands)
     arguments = parser.parse_args(argv)
     if arguments.suite == "report":

@@ -24,7 +24,10 @@ def inverse_temperature(
     """1 / temperature in the accumulation dtype: 0-d, or (per_row,) where one temperature per row is taken too."""
     check_temperature(temperature, rows, per_row=per_row)
     if not isinstance(temperature, Tensor):
-        return _number(1.0 / temperature, rows)
+        inv_tau, largest = 1.0 / temperature, torch.finfo(accumulation_dtype(rows.dtype)).max
+        if inv_tau > largest:
+            raise ValueError(f"temperature must be at least {1 / largest:.2g}, got {temperature}")
+        return _number(inv_tau, rows)
     return factor(temperature, rows, shard).reciprocal()
 
 

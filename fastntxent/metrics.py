@@ -147,8 +147,8 @@ def effective_rank(z: Tensor) -> Tensor:
         z: (M, D) embeddings, of any floating dtype.
 
     Returns:
-        A 0-d tensor, float64 for float64 embeddings, else float32; 0 where all embeddings are zero. Differentiable
-        where the singular values differ.
+        A 0-d tensor, float64 for float64 embeddings, else float32; 0 where all embeddings are zero, NaN where one is
+        not finite. Differentiable where the singular values differ.
 
     Raises:
         TypeError, ValueError: z is not a floating-point matrix with at least one row.
@@ -162,7 +162,9 @@ def effective_rank(z: Tensor) -> Tensor:
     """
     check_rows("z", z)
     with ops.autocast_off(z):
-        sigma = torch.linalg.svdvals(unit_rows(z, normalize=False))
+        z = unit_rows(z, normalize=False)
+        finite = z.isfinite().all()
+        sigma = torch.linalg.svdvals(torch.where(finite, z, 0))  # which raises an error on a CPU where there is a NaN
     total = sigma.sum()
     p = sigma / total.clamp_min(torch.finfo(sigma.dtype).tiny)
-    return torch.where(total > 0, torch.special.entr(p).sum().exp(), 0)
+    return torch.where(finite, torch.where(total > 0, torch.special.entr(p).sum().exp(), 0), torch.nan)

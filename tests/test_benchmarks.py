@@ -193,6 +193,12 @@ def test_distributed_rejects_a_wrong_gradient():
         distributed._check("ring", 1.001 * true.float(), true)
 
 
+def test_command_line_names_a_number_that_cannot_be(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["model", "--n", "0"])
+    assert "argument --n: must be 1 or more, got 0" in capsys.readouterr().err
+
+
 def test_command_line_runs_as_a_module_and_gpu_says_what_it_needs():
     if torch.cuda.is_available():
         pytest.skip("needs a machine without a CUDA device")

@@ -100,6 +100,7 @@ def test_effective_rank_of_known_matrices():
     assert float(effective_rank(torch.eye(7))) == pytest.approx(7, rel=1e-5)
     assert float(effective_rank(torch.ones(9, 5))) == pytest.approx(1, abs=1e-4)
     assert float(effective_rank(torch.zeros(3, 2))) == 0
+    assert effective_rank(torch.tensor([[1.0, 2.0], [3.0, torch.nan]])).isnan()
     p = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)
     assert float(effective_rank(torch.diag(4 * p))) == pytest.approx(2**1.5, rel=1e-12)
 
