@@ -22,7 +22,7 @@ def cached_backward(
     views: Iterable[Tensor],
     loss_fn: Callable[..., Tensor],
     *,
-    chunk_size: int,
+    chunk_size: int | Sequence[int],
 ) -> Tensor:
     """Like `loss = loss_fn(*(encoder(view) for view in views)); loss.backward()`, with `chunk_size` rows at a time.
 
@@ -38,15 +38,19 @@ def cached_backward(
             gradient.
         loss_fn: takes one (N, D) tensor of embeddings per view and returns a scalar; parameters of its own (a
             learnable temperature) get their gradients too. To scale the loss for half precision, scale it here.
-        chunk_size: rows of a view that the encoder sees at once, at least 1. Views are never mixed in a chunk.
+        chunk_size: rows of a view that the encoder sees at once, at least 1; or the rows of each chunk, which add up to
+            a view's. Views are never mixed in a chunk. An encoder that mixes rows over the ranks of a batch needs as
+            many chunks on each of them: a chunk of a list may be of no rows, and so may the views.
 
     Returns:
         The loss, a 0-d tensor without a graph. Gradients are accumulated in the parameters' `.grad`, as `backward`
         does.
 
     Raises:
-        TypeError: the encoder is not a module, a view or the loss is not a tensor, or chunk_size is not an integer.
-        ValueError: there is no view, a view is empty, chunk_size is below 1, or the loss is not a scalar.
+        TypeError: the encoder is not a module, a view or the loss is not a tensor, or chunk_size is neither an integer
+            nor several.
+        ValueError: there is no view, a view is empty, chunk_size is below 1, the chunks are not the rows of a view, or
+            the loss is not a scalar.
 
     Activations are held for one chunk; inputs and embeddings for the whole batch. A forward under autocast is under
     autocast in both passes if the call is.
@@ -97,20 +101,27 @@ def cached_backward(
     return loss.detach()
 
 
-def _check(encoder: nn.Module, views: Sequence[Tensor], chunk_size: int) -> None:
+def _check(encoder: nn.Module, views: Sequence[Tensor], chunk_size: int | Sequence[int]) -> None:
     if not isinstance(encoder, nn.Module):
         raise TypeError(f"encoder must be a torch.nn.Module, got {type(encoder).__name__}")
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
-        raise TypeError(f"chunk_size must be an integer, got {type(chunk_size).__name__}")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    listed = isinstance(chunk_size, Sequence)
+    sizes, least = (chunk_size, 0) if isinstance(chunk_size, Sequence) else ((chunk_size,), 1)
+    for size in sizes:
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"chunk_size must be an integer, or several, got {type(size).__name__}")
+        if size < least:
+            raise ValueError(f"chunk_size must be at least {least}, got {size}")
+    if len(sizes) == 0:
+        raise ValueError("chunk_size must hold the rows of at least one chunk, got none")
     if len(views) == 0:
         raise ValueError("views must hold at least one tensor, got none")
     for index, view in enumerate(views):
         if not isinstance(view, Tensor):
             raise TypeError(f"views[{index}] must be a torch.Tensor, got {type(view).__name__}")
-        if view.ndim == 0 or view.shape[0] == 0:
+        if view.ndim == 0 or len(view) < least:
             raise ValueError(f"views[{index}] must have at least one row, got shape {tuple(view.shape)}")
+        if listed and sum(sizes) != len(view):
+            raise ValueError(f"chunk_size must add up to the {len(view)} rows of views[{index}], got {sum(sizes)}")
 
 
 class _RandomState(NamedTuple):

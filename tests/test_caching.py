@@ -20,7 +20,7 @@ def gradients(*modules):
     return [p.grad for module in modules for p in module.parameters()]
 
 
-@pytest.mark.parametrize("chunk_size", [1, 3, 4, 10, 100])
+@pytest.mark.parametrize("chunk_size", [1, 3, 4, 10, 100, (3, 0, 7), [10]])
 def test_cached_backward_equals_whole_batch(chunk_size):
     torch.manual_seed(0)
     encoder = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 5)).double()
@@ -42,6 +42,15 @@ def test_cached_backward_holds_one_chunk_of_activations():
     encoder.register_forward_hook(lambda module, args, output: sizes.append((len(output), output.requires_grad)))
     cached_backward(encoder, torch.randn(2, 10, 6).unbind(), NTXentLoss(), chunk_size=4)
     assert sizes == [(4, False), (4, False), (2, False)] * 2 + [(4, True), (4, True), (2, True)] * 2
+
+
+def test_cached_backward_of_no_rows_takes_as_many_passes():
+    # What a rank without rows owes the others, if the encoder or the loss is over all of them.
+    encoder, sizes = nn.Linear(6, 5), []
+    encoder.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
+    cached_backward(encoder, torch.randn(2, 0, 6).unbind(), lambda z_i, z_j: (z_i * z_j).sum(), chunk_size=[0, 0])
+    assert sizes == [0] * 8
+    assert torch.equal(encoder.weight.grad, torch.zeros_like(encoder.weight))
 
 
 def test_cached_backward_accumulates_in_grad():
@@ -134,7 +143,11 @@ VIEW = torch.randn(4, 6)
     ("views", "chunk_size", "loss_fn", "error", "message"),
     [
         ([VIEW, VIEW], 0, None, ValueError, "chunk_size must be at least 1, got 0"),
-        ([VIEW, VIEW], 2.0, None, TypeError, "chunk_size must be an integer, got float"),
+        ([VIEW, VIEW], 2.0, None, TypeError, "chunk_size must be an integer, or several, got float"),
+        ([VIEW, VIEW], [2, True], None, TypeError, "chunk_size must be an integer, or several, got bool"),
+        ([VIEW, VIEW], [5, -1], None, ValueError, "chunk_size must be at least 0, got -1"),
+        ([VIEW, VIEW], [], None, ValueError, "chunk_size must hold the rows of at least one chunk, got none"),
+        ([VIEW, VIEW], [2, 1], None, ValueError, r"chunk_size must add up to the 4 rows of views\[0\], got 3"),
         ([], 2, None, ValueError, "at least one tensor"),
         ([VIEW, [1]], 2, None, TypeError, r"views\[1\] must be a torch.Tensor, got list"),
         ([VIEW, VIEW[:0]], 2, None, ValueError, r"views\[1\] must have at least one row"),
