@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backends.base import accumulation_dtype, norm_eps
+from .distributed import Group, open_shard
 from .losses import nt_xent
 from .ops import autocast_off
 from .validation import check_temperature, check_views
@@ -109,42 +110,53 @@ class Report:
         )
 
 
-def compare(z_i: Tensor, z_j: Tensor, temperature: float | Tensor, *, backend: str = "auto") -> Report:
+def compare(
+    z_i: Tensor, z_j: Tensor, temperature: float | Tensor, *, backend: str = "auto", group: Group | None = None
+) -> Report:
     """Hold a backend's mean NT-Xent and its gradient against the float64 reference on a live batch.
 
     Args:
         z_i, z_j: (N, D) embeddings; copies are used, no gradient reaches them.
         temperature: as in `nt_xent`; its value is read.
         backend: the backend to judge.
+        group: the ranks over which the batch is spread, as in `nt_xent`: judged is what they have together, on the rows
+            of all of them, and every rank gets the same report.
 
     Returns:
         A `Report`; its `ok` says whether errors are within budget, and printed it is one line.
 
     Raises:
-        As `nt_xent`. Memory is the reference's, O(N^2) in float64.
+        As `nt_xent`. Memory is the reference's, O(N^2) in float64, on each rank for the rows of all.
     """
-    check_views(z_i, z_j)
+    check_views(z_i, z_j, may_be_empty=group is not None)
     check_temperature(temperature, z_i)
     tau = temperature.item() if isinstance(temperature, Tensor) else temperature
+    shard = open_shard(group, "compare", z_i, backend, temperature=tau)
     with autocast_off(z_i):
-        loss, gradient = _loss_and_gradient(z_i, z_j, tau, backend)
-        same_loss, same_gradient = _loss_and_gradient(z_i, z_j, tau, "reference")
+        loss, *d_z = _loss_and_gradients(z_i, z_j, tau, backend, group)
+        if shard:
+            # Every rank's loss is the loss, and the gradient is that of their sum.
+            d_z = [shard.gather(d.to(loss.dtype)) / shard.group.size() for d in d_z]
+            z_i, z_j = shard.gather(z_i.detach()), shard.gather(z_j.detach())
+        same_loss, *same_d_z = _loss_and_gradients(z_i, z_j, tau, "reference")
+        gradient, same_gradient = torch.cat(d_z), torch.cat(same_d_z)
         true_loss, true_gradient = true_loss_and_gradient(z_i, z_j, tau)
     return Report(
         loss=measure(loss, true_loss),
         loss_allowed=allowed(measure(same_loss, true_loss), z_i.dtype, 1 / tau),
         gradient=measure(gradient, true_gradient),
-        gradient_allowed=allowed(
-            measure(same_gradient, true_gradient), z_i.dtype, 1 / tau, output_dtype=gradient.dtype
-        ),
+        gradient_allowed=allowed(measure(same_gradient, true_gradient), z_i.dtype, 1 / tau, output_dtype=z_i.dtype),
     )
 
 
 @torch.enable_grad()
-def _loss_and_gradient(z_i: Tensor, z_j: Tensor, temperature: float, backend: str) -> tuple[Tensor, Tensor]:
+def _loss_and_gradients(
+    z_i: Tensor, z_j: Tensor, temperature: float, backend: str, group: Group | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     z_i, z_j = (z.detach().clone().requires_grad_() for z in (z_i, z_j))
-    loss = nt_xent(z_i, z_j, temperature, backend=backend)
-    return loss.detach(), torch.cat(torch.autograd.grad(loss, (z_i, z_j)))
+    loss = nt_xent(z_i, z_j, temperature, backend=backend, group=group)
+    d_z_i, d_z_j = torch.autograd.grad(loss, (z_i, z_j))
+    return loss.detach(), d_z_i, d_z_j
 
 
 @torch.enable_grad()

@@ -18,8 +18,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fastntxent
-from fastntxent import Sharding
-from fastntxent.distributed import positives, schedule
+from fastntxent import Sharding, budget
+from fastntxent.backends.blocked import BlockedBackend
+from fastntxent.distributed import positives, schedule, wire
 from tests.ranks import bytes_sent, on_ranks
 from tests.test_distributed import (
     CASES,
@@ -73,6 +74,21 @@ def row_weights() -> Tensor:
     return torch.rand(2, N, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
+def compared(x: Tensor) -> dict[str, budget.Report]:
+    """Loss and gradient held against the reference: as they are, and with one rank's gradient wrong by 1e-4."""
+    world, right = dist.group.WORLD, BlockedBackend.cross_neg_lse_backward
+
+    def wrong(*args: Any) -> tuple[Tensor, Any, Any]:
+        d_rows, *rest = right(*args)
+        return d_rows * (1 + 1e-4 * dist.get_rank()), *rest
+
+    reports = {name: budget.compare(*views[:2], TAU, group=world) for name, views in (("float", x), ("half", x.half()))}
+    BlockedBackend.cross_neg_lse_backward = wrong
+    reports["wrong"] = budget.compare(x[0], x[1], TAU, backend="blocked", group=world)
+    BlockedBackend.cross_neg_lse_backward = right
+    return reports
+
+
 def two_ranks() -> dict[str, Any]:
     world, rank = dist.group.WORLD, dist.get_rank()
     x, ids = mine(WORLD)
@@ -89,6 +105,7 @@ def two_ranks() -> dict[str, Any]:
     same_rows = {check: evaluate(model, even, ids, call, group=Sharding(world, check=check)) for check in (True, False)}
     found["unchecked is the same"] = same_rows[True].same_bits(same_rows[False])
 
+    found["compared"] = compared(x)
     first = sum(SIZES[WORLD][:rank])
     weights = row_weights()[:, first : first + SIZES[WORLD][rank]]
     found["none"] = row_losses_and_gradient(model, x, weights, group=world)
@@ -238,6 +255,18 @@ def test_no_rows_on_any_rank_is_an_error(found):
 
 def test_reference_takes_no_group(found):
     assert "'reference' takes no group" in found[1]["alone"]
+
+
+def test_compare_judges_what_the_ranks_have_together(found):
+    x, _ = whole_batch(N)
+    for name, dtype in (("float", torch.float32), ("half", torch.float16)):
+        report = found[0]["compared"][name]
+        assert report.ok, report
+        assert report == found[1]["compared"][name]
+        alone = budget.compare(*x[:2].to(dtype), TAU)
+        assert report.gradient_allowed == alone.gradient_allowed
+    assert str(found[0]["compared"]["wrong"]).startswith("BEYOND BUDGET")
+    assert found[0]["compared"]["wrong"] == found[1]["compared"]["wrong"]
 
 
 # --- rows without negatives, and what is no number -------------------------------------------------------------------
