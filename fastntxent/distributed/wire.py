@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
+class NoAnswerError(RuntimeError):
+    """A rank waited for the others in vain."""
+
+
 def all_gather(group: ProcessGroup, x: Tensor, sizes: Sequence[int]) -> Tensor:
     """The rows of all ranks in their order, sum(sizes) of them; rank r holds sizes[r]. Shorter ones travel padded."""
     largest = max(sizes)
@@ -131,8 +135,8 @@ def _waiting(group: ProcessGroup) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise RuntimeError(
-            f"rank {dist.get_rank(group)} of {dist.get_world_size(group)} got no answer from the others for a "
-            "loss over all ranks: a rank has ended or raised an error of its own, did not call the loss with this "
-            f"group, or was later than the group's timeout ({error})"
+        raise NoAnswerError(
+            f"rank {dist.get_rank(group)} of {dist.get_world_size(group)} got no answer from the others: a rank has "
+            "ended or raised an error of its own, did not call the same losses with this group, or was later than the "
+            f"group's timeout ({error})"
         ) from error

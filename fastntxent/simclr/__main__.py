@@ -6,32 +6,48 @@ import shlex
 import sys
 from collections.abc import Sequence
 
+from ..distributed.wire import NoAnswerError
 from .checkpoint import with_saved_options
 from .config import PROGRAM, parse_args
 from .history import TrainingError
-from .run import finish, prepare, summarise
+from .ranks import MISTAKES, join
+from .run import finish, forewarn, prepare, summarise
 from .study.command import main as study
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the trainer for a command line, or the study; returns the exit status."""
     arguments = sys.argv[1:] if argv is None else list(argv)
+    ranks = join()
     if arguments[:1] == ["study"]:
+        if ranks.group:
+            return ranks.stop("error: the study's runs are of one process: start it without torchrun", 2)
         return study(arguments[1:])
-    given = parse_args(arguments)
+    with ranks.all_or_none(), ranks.one_voice():
+        given = parse_args(arguments)
     try:
-        trainer = prepare(with_saved_options(given))
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        with ranks.all_or_none():
+            config = with_saved_options(given)
+        trainer = prepare(config, ranks)
+    except MISTAKES as error:
+        return ranks.stop(f"error: {error}", 2)
+    note = forewarn(trainer)
+    if note and ranks.first:
+        print(note, file=sys.stderr)
     try:
         trainer.fit()
     except TrainingError as error:
+        return ranks.stop(f"stopped: {error}", 1)
+    except NoAnswerError as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"interrupted at step {trainer.step}; --resume goes on from the last checkpoint", file=sys.stderr)
+        if ranks.first:
+            print(f"interrupted at step {trainer.step}; --resume goes on from the last checkpoint", file=sys.stderr)
         return 130
+    ranks.leave()
+    if not ranks.first:  # judging takes one process
+        return 0
     metrics = finish(trainer, [*PROGRAM.split(), *map(shlex.quote, arguments)])
     if not trainer.config.quiet:
         print(summarise(metrics, str(trainer.config.out)))

@@ -78,25 +78,47 @@ PRESETS: dict[str, Preset] = {
 }  # fmt: skip
 
 
-def two_views(images: Tensor, preset: Preset, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def two_views(
+    images: Tensor,
+    preset: Preset,
+    generator: torch.Generator,
+    *,
+    rows: Tensor | None = None,
+    batch: int | None = None,
+) -> tuple[Tensor, Tensor]:
     """Two independent random views of every image.
 
     Args:
         images: (N, C, H, W) uint8.
         preset: what a view may do.
         generator: a CPU generator; advanced by one draw.
+        rows, batch: where the images are a part of a batch, their places (N,) in it and its size. Their views are then
+            those that they have in the whole batch.
 
     Returns:
         Two (N, C, H, W) float32 tensors in [0, 1] on the device of `images`.
     """
-    first, second = augment(torch.cat((images, images)), preset, generator).chunk(2)
+    n = len(images) if batch is None else batch
+    draws = _draw(2 * n, generator).unflatten(0, (2, n))
+    if rows is not None:
+        draws = draws[:, rows]
+    first, second = _augment(torch.cat((images, images)), preset, draws.flatten(0, 1)).chunk(2)
     return first, second
 
 
 def augment(images: Tensor, preset: Preset, generator: torch.Generator) -> Tensor:
     """One random view of every image: (N, C, H, W) uint8 -> (N, C, H, W) float32 in [0, 1]."""
+    return _augment(images, preset, _draw(len(images), generator))
+
+
+def _draw(n: int, generator: torch.Generator) -> Tensor:
+    """The random numbers of n views, a row for each."""
+    return torch.rand(n, _N_SCALARS + 2 * _GRID**2, generator=generator)
+
+
+def _augment(images: Tensor, preset: Preset, draws: Tensor) -> Tensor:
     n = len(images)
-    draws = torch.rand(n, _N_SCALARS + 2 * _GRID**2, generator=generator).to(images.device, non_blocking=True)
+    draws = draws.to(images.device, non_blocking=True)
     uniform = _Draws(draws[:, :_N_SCALARS])
     lattice = draws[:, _N_SCALARS:].view(n, 2, _GRID**2)
 

@@ -11,14 +11,25 @@ from .checkpoint import first_line, load_checkpoint
 from .config import Config
 from .data import ImageData
 from .models import SimCLR, build_model
+from .ranks import ALONE, Ranks
 
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of `--device`; ValueError if it is not there."""
+def pick_device(name: str, ranks: Ranks = ALONE) -> torch.device:
+    """The device of `--device`, of several ranks each one's own GPU; ValueError if it is not there."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if ranks.group and name.startswith("cuda"):
+        if name != "cuda":
+            raise ValueError(f"--device must be cuda for {ranks.world} ranks, which is a GPU for each, got {name}")
+        if ranks.local >= torch.cuda.device_count():
+            raise ValueError(
+                f"--device cuda must find a GPU for each rank of a machine, got {torch.cuda.device_count()} for rank "
+                f"{ranks.local} of it; start fewer with --nproc-per-node, or take --device cpu"
+            )
+        torch.cuda.set_device(ranks.local)
+        return torch.device("cuda", ranks.local)
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

@@ -80,7 +80,7 @@ class Config:
         0, "training", "stop after this many steps, counted from the start of the run, with the schedule left as it "
         "is: a later --resume goes on as if nothing had happened; 0: no limit", same=False, metavar="N",
     )  # fmt: skip
-    batch_size: int = _option(256, "training", "images per step", metavar="N")
+    batch_size: int = _option(256, "training", "images per step, of all ranks under torchrun", metavar="N")
     accumulate_batch: int = _option(
         0, "training", "images the loss sees per step, in place of --batch-size, with the encoder running on --chunk "
         "of them at a time (gradient caching); 0: off", metavar="B",
@@ -97,7 +97,8 @@ class Config:
     warmup_epochs: float = _option(3.0, "training", "epochs of linear warm-up before the cosine", metavar="N")
     seed: int = _option(0, "training", "seed of the initial weights, the order and the views", metavar="N")
     device: str = _option(
-        "auto", "training", "auto, cpu, cuda, cuda:1, ...; a run is reproduced bit by bit on the same device only",
+        "auto", "training", "auto, cpu, cuda, cuda:1, ...; under torchrun cuda is a GPU for each rank; a run is "
+        "reproduced bit by bit on the same device only",
         same=False, metavar="DEV",
     )  # fmt: skip
     amp: str = _option(
@@ -196,7 +197,8 @@ def parse_args(argv: Sequence[str] | None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description="Train an image encoder with SimCLR and the fused NT-Xent loss, judge it, and write a report.",
-        epilog=f"{PROGRAM} study --help: runs that show what the loss's terms and its temperature do.",
+        epilog=f"torchrun --nproc-per-node N -m {PROGRAM.split()[-1]} ...: the same run over N processes. "
+        f"{PROGRAM} study --help: runs that show what the loss's terms and its temperature do.",
         argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=100),
     )

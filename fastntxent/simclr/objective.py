@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import NTXentLoss, nt_xent_terms
+from ..distributed import Group
 from .config import Config
 
 
@@ -15,20 +16,23 @@ class OneTerm(NTXentLoss):
     alone knows nothing of views.
     """
 
-    def __init__(self, term: str, temperature: float, *, backend: str) -> None:
-        super().__init__(temperature, backend=backend)
+    def __init__(self, term: str, temperature: float, *, backend: str, group: Group | None) -> None:
+        super().__init__(temperature, backend=backend, group=group)
         self.term = term
 
     def forward(self, z_i: Tensor, z_j: Tensor, ids: Tensor | None = None) -> Tensor:
         assert ids is None
-        terms = nt_xent_terms(z_i, z_j, self.temperature, backend=self.backend)
+        terms = nt_xent_terms(z_i, z_j, self.temperature, backend=self.backend, group=self.group)
         value: Tensor = getattr(terms, self.term)
         return value
 
 
-def build_objective(config: Config) -> NTXentLoss:
-    """The loss module of a run."""
+def build_objective(config: Config, group: Group | None = None) -> NTXentLoss:
+    """The loss module of a run, over the ranks of a group; ValueError for the dense loss, which is of one process."""
     backend = "reference" if config.loss == "reference" else config.backend
+    if group and backend == "reference":
+        given = "--loss" if config.loss == "reference" else "--backend"
+        raise ValueError(f"{given} reference is the dense loss of one process, and this run is over several ranks")
     if config.objective == "nt_xent":
-        return NTXentLoss(config.temperature, backend=backend, learn_temperature=config.learn_temperature)
-    return OneTerm(config.objective, config.temperature, backend=backend)
+        return NTXentLoss(config.temperature, backend=backend, group=group, learn_temperature=config.learn_temperature)
+    return OneTerm(config.objective, config.temperature, backend=backend, group=group)

@@ -73,6 +73,7 @@ def collect_metrics(trainer: Trainer, evaluation: Evaluation, command: Sequence[
             "device": str(trainer.device),
             "platform": platform.platform(),
             "threads": torch.get_num_threads(),
+            "ranks": trainer.ranks.world,
         },
         "data": {
             "name": trainer.data.name,

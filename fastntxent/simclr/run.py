@@ -5,17 +5,42 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .config import Config
-from .data import load_data
+from .config import Config, flag
+from .data import ImageData, load_data
 from .evaluate import REPRESENTATIONS, evaluate
+from .ranks import ALONE, Ranks, join
 from .report import write_report
 from .train import Trainer
 
 
-def prepare(config: Config) -> Trainer:
-    """Load the data and build the trainer: whatever a user can get wrong is found out here, before any training."""
-    config.check()
-    return Trainer(config, load_data(config.data, config.data_dir, config.image_size, config.download))
+def prepare(config: Config, ranks: Ranks = ALONE) -> Trainer:
+    """Load the data and build the trainer: whatever a user can get wrong is found out here, before any training, and
+    what is wrong on one rank ends all of them."""
+    with ranks.all_or_none():
+        config.check()
+        if config.download and ranks.group and ranks.local == 0:
+            _load(config)  # the other ranks of this machine find it there
+    with ranks.all_or_none():
+        trainer = Trainer(config, _load(config), ranks)
+    if ranks.group:
+        places = ("data_dir", "out", "resume")  # which another machine may call otherwise
+        options = {flag(name): value for name, value in config.to_dict().items() if name not in places}
+        read = {"the training images": trainer.data.fingerprint(), "the step of the checkpoint": trainer.step}
+        ranks.require_same(options | read)
+    return trainer
+
+
+def _load(config: Config) -> ImageData:
+    return load_data(config.data, config.data_dir, config.image_size, config.download)
+
+
+def forewarn(trainer: Trainer) -> str:
+    """What a person may not expect of the run, in a line; empty if there is nothing."""
+    asked = trainer.config.batch
+    if trainer.batch == asked:
+        return ""
+    name = flag("accumulate_batch" if trainer.config.accumulate_batch else "batch_size")
+    return f"note: {name} {asked} is more than the {trainer.batch} training images: every step takes all of them"
 
 
 def finish(trainer: Trainer, command: Sequence[str] = ()) -> dict[str, Any]:
@@ -25,22 +50,24 @@ def finish(trainer: Trainer, command: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def run(config: Config, command: Sequence[str] = ()) -> dict[str, Any]:
-    """Train, judge and report.
+    """Train, judge and report. Under torchrun every process calls it.
 
     Args:
         config: the settings.
         command: the command line, for the record in the report.
 
     Returns:
-        What metrics.json holds.
+        What metrics.json holds; nothing on other ranks than the first, which judges alone.
 
     Raises:
         ValueError, FileNotFoundError, FileExistsError, ImportError: before training, for settings that cannot work.
         TrainingError: during training, as `Trainer.fit` says.
     """
-    trainer = prepare(config)
+    ranks = join()
+    trainer = prepare(config, ranks)
     trainer.fit()
-    return finish(trainer, command)
+    ranks.leave()
+    return finish(trainer, command) if ranks.first else {}
 
 
 def summarise(metrics: dict[str, Any], out: str) -> str:

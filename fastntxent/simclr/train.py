@@ -3,11 +3,15 @@
 The order of the images is drawn from (seed, epoch) and the views from (seed, step), each from a generator of its
 own. So a run that goes on from a checkpoint needs no saved random state to repeat what it would have done, and
 two runs that differ only in the loss's implementation see the same batches.
+
+Over several ranks a step is the same function, up to rounding: each rank takes its part of the batch, with the views
+that it has in it, and the loss, its gradient and BatchNorm's statistics are those of the whole.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import sys
@@ -16,10 +20,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .. import alignment, budget, cached_backward, uniformity
 from .augment import PRESETS, two_views
+from .batch_norm import over_ranks
 from .build import make_model, pick_device
 from .checkpoint import FILE_NAME, check_agreement, load_checkpoint, resume_path, save_checkpoint
 from .config import Config
@@ -27,11 +33,12 @@ from .data import ImageData
 from .history import History, TrainingError
 from .objective import build_objective
 from .optim import build_optimizer, default_learning_rate, learning_rate
+from .ranks import ALONE, Ranks
 from .sources import require
 
 
 class _Batch(NamedTuple):
-    """What the loss saw and gave in one step, without a graph."""
+    """What the loss saw of this rank and gave in one step, without a graph."""
 
     z_i: Tensor
     z_j: Tensor
@@ -45,6 +52,8 @@ class Trainer:
     Args:
         config: the settings; `config.out` must be a folder that can be written to.
         data: the images.
+        ranks: the processes of the run. Each makes a trainer and calls `fit`; the first writes the checkpoints. What
+            needs the others happens in `fit`: making a trainer may fail on one rank alone.
 
     Raises:
         ValueError: a setting is out of range, the device or the backend cannot be used, or the checkpoint to resume
@@ -52,13 +61,14 @@ class Trainer:
         FileNotFoundError, FileExistsError: there is no checkpoint to resume from, or one that would be lost.
     """
 
-    def __init__(self, config: Config, data: ImageData) -> None:
+    def __init__(self, config: Config, data: ImageData, ranks: Ranks = ALONE) -> None:
         config.check()
         self.config = config
         self.data = data
-        self.device = pick_device(config.device)
+        self.ranks = ranks
+        self.device = pick_device(config.device, ranks)
         self.model = make_model(config, data, self.device)
-        self.loss = build_objective(config).to(self.device)
+        self.loss = build_objective(config, ranks.group).to(self.device)
         self._try_the_loss()
 
         n = len(data.train_images)
@@ -123,8 +133,10 @@ class Trainer:
         self.save()
 
     def save(self) -> None:
-        """Write the checkpoint of the present step."""
+        """Write the checkpoint of the present step, which is the same for any number of ranks."""
         self.history.flush(self.step)
+        if not self.ranks.first:
+            return
         state = {
             "step": self.step,
             "seconds": self.seconds,
@@ -155,8 +167,14 @@ class Trainer:
         rate = learning_rate(self.step, self.schedule_steps, self.warmup_steps, self.peak_lr)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        images = self.data.train_images[self._indices()].to(self.device)
-        views = two_views(images, PRESETS[self.config.preset], stream(self.config.seed, "views", self.step))
+        indices = self._indices()
+        parts = [self.ranks.part(chunk) for chunk in torch.arange(len(indices)).split(self._chunk(len(indices)))]
+        rows = torch.cat(parts)
+        images = self.data.train_images[indices[rows]].to(self.device)
+        views = two_views(
+            images, PRESETS[self.config.preset], stream(self.config.seed, "views", self.step),
+            rows=rows, batch=len(indices),
+        )  # fmt: skip
         seen: list[_Batch] = []
 
         def objective(z_i: Tensor, z_j: Tensor) -> Tensor:
@@ -167,35 +185,53 @@ class Trainer:
             seen.append(_Batch(z_i.detach(), z_j.detach(), temperature, loss.detach()))
             return self.scaler.scale(loss)
 
-        self.model.train()
+        self._replica.train()
         self.optimizer.zero_grad()
         if self.config.accumulate_batch:
-            chunk = even_chunk(len(images), self.config.chunk or self.config.batch_size)
-            cached_backward(self.model, views, objective, chunk_size=chunk)
+            cached_backward(self._replica, views, objective, chunk_size=[len(part) for part in parts])
         else:
-            objective(*self.model(torch.cat(views)).chunk(2)).backward()
+            objective(*self._replica(torch.cat(views)).chunk(2)).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         (batch,) = seen
         self.history.record(batch.loss, rate, batch.temperature)
         return batch
 
+    @functools.cached_property
+    def _replica(self) -> nn.Module:
+        """The model as a step runs it: over several ranks, with BatchNorm of all rows and the mean of the gradients."""
+        if self.ranks.group is None:
+            return self.model
+        replica = DistributedDataParallel(over_ranks(self.model, self.ranks.group), process_group=self.ranks.group)
+        # They are the same on every rank. As an argument it is deprecated in PyTorch 2.13, and what replaces it is new.
+        replica.broadcast_buffers = False
+        return replica
+
+    def _chunk(self, n: int) -> int:
+        """How many of a step's n images all ranks together encode at once."""
+        config = self.config
+        return even_chunk(n, config.chunk or config.batch_size) if config.accumulate_batch else n
+
     def _indices(self) -> Tensor:
+        """The images of this step, on all ranks."""
         epoch, position = divmod(self.step, self.steps_per_epoch)
         order = torch.randperm(len(self.data.train_images), generator=stream(self.config.seed, "order", epoch))
         return order[position * self.batch : (position + 1) * self.batch]
 
     def _measure(self, batch: _Batch) -> dict[str, str]:
+        z_i, z_j = self.ranks.gather(batch.z_i), self.ranks.gather(batch.z_j)
         values = {
-            "alignment": float(alignment(batch.z_i, batch.z_j)),
-            "uniformity": float(uniformity(torch.cat((batch.z_i, batch.z_j)))),
+            "alignment": float(alignment(z_i, z_j)),
+            "uniformity": float(uniformity(torch.cat((z_i, z_j)))),
         }
         loss = self.history.flush(self.step + 1)
         self.history.log("measured", step=self.step, **values)
         return {name: f"{value:.3f}" for name, value in {"loss": loss, **values}.items()}
 
     def _verify(self, batch: _Batch) -> None:
-        report = budget.compare(batch.z_i, batch.z_j, batch.temperature, backend=self.loss.backend)
+        report = budget.compare(
+            batch.z_i, batch.z_j, batch.temperature, backend=self.loss.backend, group=self.ranks.group
+        )
         names = ("loss_error", "loss_budget", "gradient_error", "gradient_budget")
         self.history.log("verified", step=self.step, **{name: float(getattr(report, name)) for name in names})
         if not report.ok:
@@ -209,12 +245,12 @@ class Trainer:
         """Find out now, and not after the first epoch's augmentation, whether the backend runs here."""
         z = torch.ones(2, self.config.proj_dim, device=self.device, dtype=self.model.amp_dtype or torch.float32)
         try:
-            self.loss(z, z)
+            build_objective(self.config).to(self.device)(z, z)
         except RuntimeError as error:
             raise ValueError(f"--backend {self.loss.backend} cannot be used: {error}") from error
 
     def _progress_bar(self) -> Any:
-        if self.config.quiet:
+        if self.config.quiet or not self.ranks.first:
             return contextlib.nullcontext(_NoBar())
         return require("tqdm").tqdm(
             total=self.last_step,

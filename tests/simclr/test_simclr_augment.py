@@ -32,6 +32,16 @@ def test_two_views_are_a_function_of_the_generator(preset, channels):
         assert ((first - other).flatten(1).abs().amax(1) > 0.01).all(), "another seed gives the same view"
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_two_views_of_a_part_are_those_in_the_whole_batch(preset):
+    x = images(count=7)
+    whole = two_views(x, PRESETS[preset], seeded())
+    for rows in (torch.tensor([5, 2, 6]), torch.tensor([], dtype=torch.int64)):
+        part = two_views(x[rows], PRESETS[preset], seeded(), rows=rows, batch=7)
+        for view, of_whole in zip(part, whole, strict=True):
+            torch.testing.assert_close(view, of_whole[rows], atol=1e-5, rtol=0)
+
+
 def test_augment_neutral_preset_changes_nothing():
     x = images()
     torch.testing.assert_close(augment(x, Preset(), seeded()), x / 255, atol=1e-5, rtol=0)

@@ -43,11 +43,14 @@ def test_cli_on_digits_trains_judges_and_reports(cli, tmp_path):
     assert all(picture.startswith(PNG) for picture in pictures)
 
 
-def test_main_reports_on_images_without_labels(tmp_path):
+def test_main_reports_on_images_without_labels(tmp_path, capsys):
     images = np.random.default_rng(0).integers(0, 256, (60, 16, 16, 3)).astype(np.uint8)
     np.savez(tmp_path / "d.npz", images=images)
     arguments = ["--data", "npz", "--data-dir", tmp_path / "d.npz", "--epochs", 1, "--out", tmp_path / "run", "--quiet"]
     assert main([str(argument) for argument in arguments]) == 0
+    assert capsys.readouterr().err == (
+        "note: --batch-size 256 is more than the 48 training images: every step takes all of them\n"
+    )
     page = (tmp_path / "run" / "report.html").read_text()
     assert "no labels" in page
     assert "k-NN accuracy" not in page

@@ -12,7 +12,7 @@ from fastntxent.simclr import TrainingError, load_encoder
 from fastntxent.simclr import checkpoint as checkpoint_module
 from fastntxent.simclr.checkpoint import load_checkpoint, save_checkpoint, with_saved_options
 from fastntxent.simclr.config import parse_args
-from fastntxent.simclr.run import prepare
+from fastntxent.simclr.run import forewarn, prepare
 from fastntxent.simclr.train import even_chunk, stream
 
 
@@ -80,6 +80,12 @@ def test_resume_continues_bit_by_bit(make_trainer, options, stop):
     assert resumed.step == whole.step > stop
     assert_same_bits(resumed, whole)
     assert resumed.history.columns["steps"] == whole.history.columns["steps"]
+
+
+def test_forewarn_tells_of_a_batch_larger_than_the_data(make_trainer):
+    assert forewarn(make_trainer(batch_size=83)) == ""
+    assert forewarn(make_trainer(batch_size=84)).startswith("note: --batch-size 84 is more than the 83 training images")
+    assert forewarn(make_trainer(accumulate_batch=90)).startswith("note: --accumulate-batch 90 is more than the 83")
 
 
 def test_resume_names_every_difference(make_trainer, stripes):

@@ -1,0 +1,128 @@
+"""The ranks of a run: the processes that torchrun started, each with a part of every batch; or one, with all of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..distributed import wire
+
+# What a person can get wrong, and is told in a line.
+MISTAKES = (ValueError, OSError, ImportError)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of its run.
+
+    Attributes:
+        group: all of them; None for one process.
+        rank: its number among them; the first, 0, does the writing and the talking.
+        world: how many they are.
+        local: its number among those of its machine.
+    """
+
+    group: dist.ProcessGroup | None = None
+    rank: int = 0
+    world: int = 1
+    local: int = 0
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that writes and talks."""
+        return self.rank == 0
+
+    def part(self, x: Tensor) -> Tensor:
+        """This rank's rows of x, consecutive ones: the parts differ by one row at most, and may be empty."""
+        return x[len(x) * self.rank // self.world : len(x) * (self.rank + 1) // self.world]
+
+    def gather(self, x: Tensor) -> Tensor:
+        """The rows of all ranks, in the order of the ranks."""
+        if self.group is None:
+            return x
+        sizes = wire.gather_numbers(self.group, torch.tensor(len(x), device=x.device))
+        return wire.all_gather(self.group, x, sizes.tolist())
+
+    @contextlib.contextmanager
+    def all_or_none(self) -> Iterator[None]:
+        """What ends one rank in here ends every rank, where otherwise the others would wait for it.
+
+        Raises:
+            What was raised in here; on a rank where nothing was, a ValueError (for one of MISTAKES) or a RuntimeError
+            with the number and the words of one where something was.
+        """
+        if self.group is None:
+            yield
+            return
+        failure: Exception | SystemExit | None = None
+        try:
+            yield
+        except (Exception, SystemExit) as error:
+            failure = error
+        of_ranks = wire.gather_objects(self.group, failure and (isinstance(failure, MISTAKES), str(failure)))
+        if failure:
+            raise failure
+        for rank, told in enumerate(of_ranks):
+            if told:
+                is_mistake, words = told
+                raise (ValueError if is_mistake else RuntimeError)(f"rank {rank}: {words}")
+
+    def require_same(self, facts: dict[str, Any]) -> None:
+        """Raise ValueError, on every rank, with what is not the same on all of them."""
+        if self.group is None:
+            return
+        of_ranks = wire.gather_objects(self.group, facts)
+        differing = [name for name in facts if any(of_rank[name] != of_ranks[0][name] for of_rank in of_ranks)]
+        if differing:
+            values = (f"{name} is {', '.join(str(of_rank[name]) for of_rank in of_ranks)}" for name in differing)
+            raise ValueError(
+                f"the ranks must be given the same, but on ranks 0 to {self.world - 1} {'; '.join(values)}"
+            )
+
+    @contextlib.contextmanager
+    def one_voice(self) -> Iterator[None]:
+        """What all ranks would print in here, the first prints alone."""
+        with contextlib.ExitStack() as stack:
+            if not self.first:
+                nowhere = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+                stack.enter_context(contextlib.redirect_stderr(nowhere))
+            yield
+
+    def stop(self, words: str, status: int) -> int:
+        """End the run for a reason that every rank has found; returns the exit status."""
+        if self.first:
+            print(words, file=sys.stderr, flush=True)
+        if self.group:
+            wire.gather_objects(self.group, None)  # when a rank ends, torchrun ends the others: not before it is said
+        self.leave()
+        return status
+
+    def leave(self) -> None:
+        """End the process group, on all ranks at once.
+
+        A rank that ends by itself, by an error of its own, leaves that to the end of its process: NCCL would wait here
+        for what the others do not send.
+        """
+        if self.group:
+            dist.destroy_process_group()
+
+
+ALONE = Ranks()
+
+
+def join() -> Ranks:
+    """Meet the other processes that torchrun has started; alone without torchrun, or if it started one."""
+    if not (dist.is_available() and dist.is_torchelastic_launched()) or os.environ["WORLD_SIZE"] == "1":
+        return ALONE
+    # A tensor travels by the library of its device: options and errors by gloo, before there is a device.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    return Ranks(dist.group.WORLD, dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]))

@@ -1,0 +1,418 @@
+"""A run over several ranks is the run of one process."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fastntxent.simclr import Config, ImageData, Trainer
+from fastntxent.simclr.batch_norm import over_ranks
+from fastntxent.simclr.build import pick_device
+from fastntxent.simclr.checkpoint import FILE_NAME, load_checkpoint, with_saved_options
+from fastntxent.simclr.objective import build_objective
+from fastntxent.simclr.ranks import ALONE, Ranks, join
+from fastntxent.simclr.run import prepare
+from tests.ranks import on_ranks
+
+run_module = importlib.import_module("fastntxent.simclr.run")  # the package has a function of that name
+
+ROOT = Path(__file__).parents[2]
+
+STEPS = 20
+# A curve to three digits: float32 is rounded in another order on other ranks, and training makes more of it. In float64
+# the same runs agree to 1e-14 or so.
+DIGITS = {torch.float32: 5e-4, torch.float64: 1e-9}
+
+# Of the 83 stripes: what the ranks take is uneven, of the last batch of an epoch at the latest.
+RUNS: dict[str, dict[str, Any]] = {
+    "float32": {"batch_size": 50, "verify_every": 5, "max_steps": STEPS},
+    "batch norm": {"batch_size": 32},
+    "fewer samples than ranks": {"batch_size": 2},
+    "no norm": {"batch_size": 50, "norm": "none"},
+    "lars": {"batch_size": 50, "optimizer": "lars"},
+    "learnt temperature": {"batch_size": 50, "learn_temperature": True},
+    "chunks": {"accumulate_batch": 50, "chunk": 16},
+    "alignment": {"batch_size": 50, "objective": "alignment"},
+    "distribution": {"batch_size": 50, "objective": "distribution"},
+    "resnet18": {"batch_size": 50, "model": "resnet18", "max_steps": 3},
+}
+
+
+def dtype_of(name: str) -> torch.dtype:
+    return torch.float32 if name == "float32" else torch.float64
+
+
+def config_of(name: str, out: Path, **options: Any) -> Config:
+    settings = {
+        "out": out / name, "epochs": 20, "max_steps": 8, "width": 4, "proj_hidden": 16, "proj_dim": 8,
+        "device": "cpu", "quiet": True, "augment": "digits", "warmup_epochs": 1.0, "log_every": 5,
+    }  # fmt: skip
+    return Config(**{**settings, **RUNS[name], **options})
+
+
+def trained(name: str, out: Path, data: ImageData, ranks: Ranks = ALONE) -> dict[str, Any]:
+    trainer = Trainer(config_of(name, out), data, ranks)
+    trainer.model.to(dtype_of(name))
+    trainer.fit()
+    return outcome(trainer)
+
+
+def outcome(trainer: Trainer) -> dict[str, Any]:
+    return {
+        "history": trainer.history.columns,
+        "state": trainer.model.state_dict() | trainer.loss.state_dict(),
+        "step": trainer.step,
+    }
+
+
+def these() -> Ranks:
+    return Ranks(dist.group.WORLD, dist.get_rank(), dist.get_world_size(), dist.get_rank())
+
+
+# --- on every rank ---------------------------------------------------------------------------------------------------
+
+
+def all_runs(data: ImageData, out: Path, checkpoint: str) -> dict[str, Any]:
+    ranks = these()
+    found: dict[str, Any] = {name: trained(name, out, data, ranks) for name in RUNS}
+    resumed = Trainer(config_of("float32", out / "resumed", resume=checkpoint), data, ranks)
+    started = resumed.step
+    resumed.fit()
+    found["resumed"] = outcome(resumed) | {"started": started}
+    found["normalised"] = normalised(ranks)
+    found["half"] = half_normalised(ranks)
+    found["errors"] = {name: words(provoke, ranks, data, out) for name, provoke in MISTAKEN.items()}
+    found["downloaded"] = downloaded(ranks, data, out)
+    return found
+
+
+def normalised(ranks: Ranks | None) -> list[Tensor]:
+    """Gradients and running statistics of two BatchNorms, of all rows or of this rank's: none are the first's."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 5), nn.BatchNorm1d(5), nn.Tanh()).double()
+    x, weights = torch.randn(11, 3, 2, 2, dtype=torch.float64), torch.randn(11, 5, dtype=torch.float64)
+    twin = model
+    if ranks:
+        twin = over_ranks(model, ranks.group)
+        here = slice(11 * (ranks.rank - 1) // (ranks.world - 1), 11 * ranks.rank // (ranks.world - 1))
+        x, weights = (x[:0], weights[:0]) if ranks.first else (x[here], weights[here])
+    for _ in range(2):
+        model.zero_grad()
+        leaf = x.clone().requires_grad_()
+        (twin(leaf) * weights).sum().backward()
+    gradients = [p.grad for p in model.parameters()]
+    if ranks:
+        for gradient in gradients:
+            dist.all_reduce(gradient)
+        return [ranks.gather(leaf.grad), *gradients, *model.buffers()]
+    return [leaf.grad, *gradients, *model.buffers()]
+
+
+def half_rows(rank: int) -> tuple[Tensor, Tensor]:
+    """Rows in half precision, and weights of what is made of them."""
+    x, weights = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(rank)).bfloat16()
+    return x, weights
+
+
+def half_normalised(ranks: Ranks) -> list[Tensor]:
+    """What BatchNorm makes of half-precision rows, as under autocast, and their gradient."""
+    x, weights = half_rows(ranks.rank)
+    y = over_ranks(nn.Sequential(nn.BatchNorm1d(3)), ranks.group)(x.requires_grad_())
+    (y * weights).sum().backward()
+    return [y.detach(), x.grad]
+
+
+def words(provoke: Any, ranks: Ranks, *args: Any) -> str:
+    try:
+        provoke(ranks, *args)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "none"
+
+
+def one_cannot(ranks: Ranks, data: ImageData, out: Path) -> None:
+    name = "digits" if ranks.first else "npz"
+    prepare(config_of("float32", out / "one cannot", data=name), ranks)
+
+
+def one_breaks(ranks: Ranks, data: ImageData, out: Path) -> None:
+    with ranks.all_or_none():
+        if not ranks.first:
+            raise ZeroDivisionError("by none")
+
+
+def options_differ(ranks: Ranks, data: ImageData, out: Path) -> None:
+    prepare(config_of("float32", out / "options differ", data="digits", log_every=1 + ranks.rank), ranks)
+
+
+def reference(ranks: Ranks, data: ImageData, out: Path) -> None:
+    prepare(config_of("float32", out / "reference", data="digits", loss="reference"), ranks)
+
+
+MISTAKEN = {f.__name__: f for f in (one_cannot, one_breaks, options_differ, reference)}
+
+
+def downloaded(ranks: Ranks, data: ImageData, out: Path) -> bool:
+    """Whether what the first rank of a machine fetches is there when the others look for it."""
+    there = out / "fetched"
+
+    def load(*args: Any) -> ImageData:
+        if ranks.first and not there.exists():
+            time.sleep(0.5)
+            there.touch()
+        assert there.exists()
+        return data
+
+    original, run_module.load_data = run_module.load_data, load
+    prepare(config_of("float32", out / "downloaded", download=True), ranks)
+    run_module.load_data = original
+    return True
+
+
+# --- against one process ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def alone(stripes, tmp_path_factory) -> dict[str, Any]:
+    """The same runs in this process, and the path of a checkpoint on the way."""
+    out = tmp_path_factory.mktemp("alone")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {name: trained(name, out, stripes) for name in RUNS}
+    trainer = Trainer(config_of("float32", out / "part"), stripes)
+    trainer.fit(7)
+    torch.set_num_threads(threads)
+    found["checkpoint"] = str(trainer.config.out / FILE_NAME)
+    return found
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def found(request, stripes, alone, tmp_path_factory) -> list[dict[str, Any]]:
+    return on_ranks(request.param, all_runs, stripes, tmp_path_factory.mktemp("ranks"), alone["checkpoint"])
+
+
+def largest_difference(curve: list[float], expected: list[float]) -> float:
+    curve, expected = (torch.tensor(values, dtype=torch.float64) for values in (curve, expected))
+    return float((curve - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_run_over_ranks_is_the_run_of_one_process(found, alone, name):
+    digits, expected = DIGITS[dtype_of(name)], alone[name]
+    for of_rank in found:
+        for table in ("steps", "measured"):
+            for column, curve in expected["history"][table].items():
+                assert largest_difference(of_rank[name]["history"][table][column], curve) < digits, (table, column)
+        assert of_rank[name]["step"] == expected["step"]
+    loss = expected["history"]["steps"]["loss"]
+    assert max(loss) - min(loss) > 0.01 * max(map(abs, loss)), "a curve, and no flat line"
+    for parameter, value in expected["state"].items():
+        of_ranks = [of_rank[name]["state"][parameter] for of_rank in found]
+        assert all(torch.equal(other, of_ranks[0]) for other in of_ranks), parameter
+        torch.testing.assert_close(of_ranks[0], value, rtol=0, atol=100 * digits * max(1, float(value.abs().max())))
+
+
+def test_verification_is_of_the_loss_over_the_ranks(found):
+    for of_rank in found:
+        verified = of_rank["float32"]["history"]["verified"]
+        assert verified["step"] == [0, 5, 10, 15]
+        assert verified == found[0]["float32"]["history"]["verified"]
+        assert max(verified["gradient_error"]) < 1e-5
+
+
+def test_run_of_one_process_is_gone_on_with_by_several(found, alone):
+    for of_rank in found:
+        assert of_rank["resumed"]["started"] == 7
+        curves = (run["history"]["steps"]["loss"] for run in (of_rank["resumed"], alone["float32"]))
+        assert largest_difference(*curves) < DIGITS[torch.float32]
+
+
+def test_batch_norm_over_ranks_is_exact_with_uneven_rows(found):
+    for of_rank in found:
+        for value, expected in zip(of_rank["normalised"], normalised(None), strict=True):
+            torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_batch_norm_over_ranks_takes_half_precision(found):
+    x, weights = (torch.cat(parts).float() for parts in zip(*map(half_rows, range(len(found))), strict=True))
+    y = nn.BatchNorm1d(3)(x.requires_grad_())
+    (y * weights).sum().backward()
+    for index, expected in enumerate((y.detach(), x.grad)):
+        value = torch.cat([of_rank["half"][index] for of_rank in found])
+        assert value.dtype == torch.bfloat16
+        torch.testing.assert_close(value.float(), expected, rtol=0.01, atol=0.01)
+
+
+def test_mistake_on_one_rank_ends_all_with_its_words(found):
+    first, *others = (of_rank["errors"] for of_rank in found)
+    assert first["one_cannot"] == "ValueError: rank 1: --data npz needs --data-dir"
+    assert first["one_breaks"] == "RuntimeError: rank 1: by none"
+    for other in others:
+        assert other["one_cannot"] == "ValueError: --data npz needs --data-dir"
+        assert other["one_breaks"] == "ZeroDivisionError: by none"
+
+
+def test_ranks_with_other_options_are_told_which(found):
+    world = len(found)
+    for of_rank in found:
+        said = of_rank["errors"]["options_differ"]
+        assert said.startswith("ValueError: the ranks must be given the same, but on ranks 0 to")
+        assert said.endswith(f"--log-every is {', '.join(str(1 + rank) for rank in range(world))}")
+
+
+def test_dense_loss_is_of_one_process(found):
+    for of_rank in found:
+        assert "--loss reference is the dense loss of one process" in of_rank["errors"]["reference"]
+
+
+def test_first_rank_of_a_machine_downloads_for_the_others(found):
+    assert all(of_rank["downloaded"] for of_rank in found)
+
+
+def test_backend_reference_is_named_as_it_was_given():
+    with pytest.raises(ValueError, match="--backend reference is the dense loss of one process"):
+        build_objective(Config(backend="reference"), object())
+
+
+@pytest.mark.parametrize("n", [0, 1, 3, 7, 8])
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_parts_are_the_whole_and_nearly_even(n, world):
+    parts = [Ranks(None, rank, world).part(torch.arange(n)) for rank in range(world)]
+    assert torch.equal(torch.cat(parts), torch.arange(n))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_join_alone_without_torchrun_and_with_one_process_of_it(monkeypatch):
+    assert join() is ALONE
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert join() is ALONE
+
+
+def test_pick_device_gives_each_rank_a_gpu_or_says_why_not(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    ranks = Ranks(object(), rank=6, world=8, local=2)
+    with pytest.raises(ValueError, match=r"--device must be cuda for 8 ranks, .*, got cuda:1"):
+        pick_device("cuda:1", ranks)
+    with pytest.raises(ValueError, match="--device cuda must find a GPU for each rank of a machine, got 2 for rank 2"):
+        pick_device("cuda", ranks)
+    assert pick_device("cpu", ranks) == torch.device("cpu")
+
+
+# --- torchrun --------------------------------------------------------------------------------------------------------
+
+
+def torchrun(world: int, *arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+    return subprocess.Popen(
+        [*command, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def device_option(device: str) -> Any:
+    enough = device == "cpu" or torch.cuda.device_count() >= 3
+    return pytest.param(device, marks=pytest.mark.skipif(not enough, reason="needs three CUDA devices"))
+
+
+FROM_PYTHON = """
+import sys
+from fastntxent.simclr import run
+from fastntxent.simclr.checkpoint import with_saved_options
+metrics = run(with_saved_options({"resume": sys.argv[1], "max_steps": int(sys.argv[2]), "quiet": True}))
+print("evaluation" in metrics)
+"""
+
+
+@pytest.mark.parametrize("device", [device_option("cpu"), device_option("cuda")])
+def test_torchrun_trains_the_demo_and_goes_on_with_other_ranks(tmp_path, device):
+    options = ["--data", "digits", "--width", "4", "--batch-size", "50", "--device", device, "--amp", "off"]
+    options += ["--eval-limit", "40"]
+    whole = prepare(with_saved_options({
+        "data": "digits", "width": 4, "batch_size": 50, "device": device, "amp": "off", "quiet": True,
+        "max_steps": STEPS, "out": tmp_path / "whole",
+    }))  # fmt: skip
+    whole.fit()
+
+    out = tmp_path / "two"
+    process = torchrun(2, "-m", "fastntxent.simclr", *options, "--max-steps", 10, "--verify-every", 5, "--out", out)
+    said, errors = process.communicate(timeout=100)
+    assert process.returncode == 0, errors
+    assert said.count("knn:") == 1, "one rank is to sum up"
+    assert "10/10" in errors, "a progress bar was expected"
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["machine"]["ranks"] == 2
+    assert metrics["verification"]["checks"] == 2
+    assert (out / "report.html").exists()
+    assert not [name for name in load_checkpoint(out / FILE_NAME)["model"] if name.startswith("module.")]
+
+    shutil.copytree(out, tmp_path / "three")
+    alone = prepare(with_saved_options({"resume": str(out / FILE_NAME), "max_steps": STEPS, "quiet": True}))
+    assert alone.step == 10
+    alone.fit()
+    (tmp_path / "ranks.py").write_text(FROM_PYTHON)
+    process = torchrun(3, tmp_path / "ranks.py", tmp_path / "three" / FILE_NAME, STEPS)
+    said, errors = process.communicate(timeout=100)
+    assert process.returncode == 0, errors
+    assert sorted(said.split()) == ["False", "False", "True"], "one rank is to have metrics"
+    for path in (out, tmp_path / "three"):
+        steps = load_checkpoint(path / FILE_NAME)["history"]["steps"]
+        assert len(steps["loss"]) == STEPS
+        for name, curve in whole.history.columns["steps"].items():
+            assert largest_difference(steps[name], curve) < DIGITS[torch.float32], (path.name, name)
+
+
+ONE_RANK_IN_ANOTHER_FOLDER = """
+import os, sys
+from fastntxent.simclr.__main__ import main
+if os.environ["RANK"] == "1":
+    os.chdir("/")
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_torchrun_ends_when_one_rank_finds_no_data(tmp_path, stripes, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("ranks.py").write_text(ONE_RANK_IN_ANOTHER_FOLDER)
+    Path("images").mkdir()
+    process = torchrun(2, "ranks.py", "--data", "folder", "--data-dir", "images", "--out", tmp_path / "run")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    (said,) = (line for line in errors.splitlines() if line.startswith("error: "))
+    assert said.startswith("error: no image under images") or said == "error: rank 1: --data-dir images does not exist"
+
+
+def test_torchrun_is_interrupted_with_words_and_a_checkpoint(tmp_path):
+    path = tmp_path / FILE_NAME
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started us may have had it ignored
+    try:
+        process = torchrun(
+            2, "-m", "fastntxent.simclr", "--data", "digits", "--width", 4, "--epochs", 2000, "--checkpoint-every", 1,
+            "--device", "cpu", "--quiet", "--out", tmp_path,
+        )  # fmt: skip
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    deadline = time.monotonic() + 60
+    while not path.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert errors.count("interrupted at step") == 1, errors
+    assert load_checkpoint(path)["step"] > 0
