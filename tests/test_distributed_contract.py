@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 import fastntxent
 from fastntxent import Sharding, budget
 from fastntxent.backends.blocked import BlockedBackend
-from fastntxent.distributed import positives, schedule, wire
+from fastntxent.distributed import positives, schedule
 from tests.ranks import bytes_sent, on_ranks
 from tests.test_distributed import (
     CASES,
