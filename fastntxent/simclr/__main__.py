@@ -10,15 +10,25 @@ from ..distributed.wire import NoAnswerError
 from .checkpoint import with_saved_options
 from .config import PROGRAM, parse_args
 from .history import TrainingError
-from .ranks import MISTAKES, join
+from .ranks import MISTAKES, Ranks, join
 from .run import finish, forewarn, prepare, summarise
 from .study.command import main as study
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the trainer for a command line, or the study; returns the exit status."""
+    """Run the trainer for a command line, or the study; returns the exit status, unless it is one of several ranks."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     ranks = join()
+    try:
+        status = _main(arguments, ranks)
+    except SystemExit as error:  # of the parser
+        if not ranks.group:
+            raise
+        status = int(error.code or 0)
+    return ranks.end(status)
+
+
+def _main(arguments: list[str], ranks: Ranks) -> int:
     if arguments[:1] == ["study"]:
         if ranks.group:
             return ranks.stop("error: the study's runs are of one process: start it without torchrun", 2)

@@ -115,13 +115,31 @@ class Ranks:
         if self.group:
             dist.destroy_process_group()
 
+    def end(self, status: int) -> int:
+        """The exit status of a process that is done; one of several ranks ends here, without Python's finalisation.
+
+        A thread of gloo lets go of the last tensors after they have arrived, and needs Python for it. DDP keeps these
+        threads alive beyond the group. Python before 3.14 ends a thread that asks for it while it is finalised, in
+        the midst of a destructor: the process aborts, and torchrun ends the first rank before it has judged.
+        """
+        if self.group:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        return status
+
 
 ALONE = Ranks()
 
 
+def launched() -> bool:
+    """Whether torchrun has started this process and others."""
+    return dist.is_available() and dist.is_torchelastic_launched() and os.environ["WORLD_SIZE"] != "1"
+
+
 def join() -> Ranks:
     """Meet the other processes that torchrun has started; alone without torchrun, or if it started one."""
-    if not (dist.is_available() and dist.is_torchelastic_launched()) or os.environ["WORLD_SIZE"] == "1":
+    if not launched():
         return ALONE
     # A tensor travels by the library of its device: options and errors by gloo, before there is a device.
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")

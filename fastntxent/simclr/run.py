@@ -8,7 +8,7 @@ from typing import Any
 from .config import Config, flag
 from .data import ImageData, load_data
 from .evaluate import REPRESENTATIONS, evaluate
-from .ranks import ALONE, Ranks, join
+from .ranks import ALONE, Ranks, launched
 from .report import write_report
 from .train import Trainer
 
@@ -50,24 +50,25 @@ def finish(trainer: Trainer, command: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def run(config: Config, command: Sequence[str] = ()) -> dict[str, Any]:
-    """Train, judge and report. Under torchrun every process calls it.
+    """Train, judge and report, in one process; over several, `torchrun -m fastntxent.simclr` does.
 
     Args:
         config: the settings.
         command: the command line, for the record in the report.
 
     Returns:
-        What metrics.json holds; nothing on other ranks than the first, which judges alone.
+        What metrics.json holds.
 
     Raises:
+        RuntimeError: torchrun has started several processes.
         ValueError, FileNotFoundError, FileExistsError, ImportError: before training, for settings that cannot work.
         TrainingError: during training, as `Trainer.fit` says.
     """
-    ranks = join()
-    trainer = prepare(config, ranks)
+    if launched():
+        raise RuntimeError("run() is of one process: over several start torchrun -m fastntxent.simclr")
+    trainer = prepare(config)
     trainer.fit()
-    ranks.leave()
-    return finish(trainer, command) if ranks.first else {}
+    return finish(trainer, command)
 
 
 def summarise(metrics: dict[str, Any], out: str) -> str:
