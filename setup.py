@@ -78,6 +78,11 @@ class BuildExt(build_ext):
         wanted = os.environ.get("FASTNTXENT_CUDA", "auto")
         if wanted not in ("auto", "0", "1"):
             raise ValueError(f"FASTNTXENT_CUDA must be 'auto', '0' or '1', got {wanted!r}")
+        # What an earlier build left must not pass for this one's.
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.unlink(missing_ok=True)
+        if self.inplace or self.editable_mode:
+            Path("fastntxent", target.name).unlink(missing_ok=True)
         if wanted == "0":
             return
         try:
@@ -87,7 +92,6 @@ class BuildExt(build_ext):
             ninja = shutil.which("ninja")
             if ninja is None:
                 raise RuntimeError("there is no ninja on PATH: pip install ninja")
-            target = Path(self.get_ext_fullpath(ext.name)).resolve()
             target.parent.mkdir(parents=True, exist_ok=True)
             objects = Path("build/cuda").resolve()  # which stays, where an editable install's build_temp does not
             objects.mkdir(parents=True, exist_ok=True)
@@ -134,12 +138,13 @@ def ninja_file(nvcc: str, flags: list[str], sources: Iterable[Path], objects: Pa
 def gencode(nvcc: str) -> list[str]:
     """Machine code for the architectures that this nvcc knows, and PTX of the newest."""
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
-    codes = [
-        code for code in CUDA_CODE if re.search(rf"^sm_{code.rstrip('a')}$", known, re.MULTILINE)
-    ]  # named without a
-    newest = [code for code in codes if code.isdigit()][-1]
+    # It names them without their a.
+    codes = [code for code in CUDA_CODE if re.search(rf"^sm_{code.rstrip('a')}$", known, re.MULTILINE)]
+    newest = [code for code in codes if code.isdigit()][-1:]
+    if not newest:
+        raise RuntimeError(f"{nvcc} compiles for none of {', '.join(f'sm_{code}' for code in CUDA_CODE)}")
     flags = [f"-gencode=arch=compute_{code},code=sm_{code}" for code in codes]
-    return [*flags, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
+    return [*flags, f"-gencode=arch=compute_{newest[0]},code=compute_{newest[0]}"]
 
 
 def run(command: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -66,3 +67,20 @@ def test_readme_commands_are_make_targets():
     targets = set(re.findall(r"^([a-z-]+):", (CHECKOUT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"\bmake ([a-z-]+)", (CHECKOUT / "README.md").read_text()))
     assert {"test", "lint", "demo", "bench"} <= named <= targets
+
+
+@pytest.mark.parametrize("wanted", ["0", "auto"])
+def test_a_library_of_an_earlier_build_does_not_pass_for_this_one(tmp_path, wanted):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "fastntxent/__init__.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(CHECKOUT / name, tmp_path / name)
+    left = tmp_path / "fastntxent" / "_cuda.abi3.so"
+    left.write_bytes(b"of another build")
+    nvcc = tmp_path / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\nexit 1\n")
+    nvcc.chmod(0o755)
+    environment = {**os.environ, "FASTNTXENT_CUDA": wanted, "CUDA_HOME": str(nvcc.parent.parent)}
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+    subprocess.run(command, check=True, cwd=tmp_path, env=environment, capture_output=True)
+    assert not left.exists()

@@ -20,7 +20,7 @@ FNTX_DEVICE int thread() { return threadIdx.x; }
 FNTX_DEVICE int block() { return blockIdx.x; }
 FNTX_DEVICE int blocks() { return gridDim.x; }
 FNTX_DEVICE void sync_block() { __syncthreads(); }
-// Not inlined: five of them would share values, at the price of registers in between.
+// Not inlined: what five of them have in common would lie in a register through all that is between.
 __device__ __noinline__ inline void sync_grid() { cooperative_groups::this_grid().sync(); }
 template <class T> FNTX_DEVICE T shuffle_xor(T value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 

@@ -16,9 +16,6 @@ if TYPE_CHECKING:
 
 _TILE = 2**20  # logits held at once by Logits.argmax
 
-# As integers floats are the same ids on every rank, which numbering the ones that a rank has would not give.
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
 
 def default_group() -> ProcessGroup | None:
     """The default process group, in which these libraries gather; None where this process is alone."""
@@ -53,8 +50,8 @@ def as_ids(name: str, labels: Tensor, rows: Tensor) -> Tensor:
     if labels.shape != rows.shape[:1]:
         raise ValueError(f"{name} must have shape ({rows.shape[0]},), one per row, got {tuple(labels.shape)}")
     labels = labels.to(rows.device)
-    if labels.is_floating_point():
-        return (labels + 0.0).view(_BITS[labels.itemsize])  # -0.0 is 0.0
+    if labels.is_floating_point():  # their bits are the same ids on every rank, which numbering them would not give
+        return (labels.double() + 0.0).view(torch.int64)  # -0.0 is 0.0
     return labels if labels.dtype in ID_DTYPES else labels.to(torch.int64)
 
 

@@ -108,4 +108,12 @@ def _group(name: str, context: object) -> Group | None:
     for attribute in ("num_replicas_in_sync", "num_replicas"):
         if hasattr(context, attribute):
             return default_group_of(f"{name}.{attribute}", getattr(context, attribute))
-    return None if context is None else Sharding(context)  # type: ignore[arg-type]
+    if context is None or isinstance(context, Sharding):
+        return context
+    try:
+        return Sharding(context)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise TypeError(
+            f"{name} must be None, a process group, or have num_replicas_in_sync or num_replicas, "
+            f"got {type(context).__name__}"
+        ) from error

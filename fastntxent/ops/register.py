@@ -97,15 +97,14 @@ def register(
     Transformed.setup_context = staticmethod(setup_context)  # type: ignore[method-assign]
     Transformed.backward = staticmethod(backward)  # type: ignore[method-assign]
 
-    class Eager(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:  # one with a setup_context has its signature inspected at every call
-            output = forward(*args)
-            setup_context(ctx, args, output)
-            return output[0] if value_alone else output
+    def eager(ctx: Any, *args: Any) -> Any:  # one with a setup_context has its signature inspected at every call
+        output = forward(*args)
+        setup_context(ctx, args, output)
+        return output[0] if value_alone else output
 
-    Eager.__name__ = name  # what autograd's graph and the profiler show
-    Eager.backward = staticmethod(backward)  # type: ignore[method-assign]
+    # By this name autograd's graph and the profiler show it.
+    halves = {"forward": staticmethod(eager), "backward": staticmethod(backward)}
+    Eager: Any = type(name, (torch.autograd.Function,), halves)
 
     def observed(*args: Any) -> Any:
         return Transformed.apply(*args) if transforming() else operator(*args)

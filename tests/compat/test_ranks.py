@@ -372,7 +372,9 @@ BAD: dict[str, Callable[[Tensor], Tensor]] = {
     "strategy.num_replicas_in_sync must be 1 or that of the default process group, 3, got 8": replicas(
         strategy=SimpleNamespace(num_replicas_in_sync=8)
     ),
-    "group must be a ProcessGroup or a DeviceMesh, got str": replicas(tpu_context="tpu"),
+    "tpu_context must be None, a process group, or have num_replicas_in_sync or num_replicas, got str": replicas(
+        tpu_context="tpu"
+    ),
     "labels must be given in a process group, got None": wrapped(None),
     "ref_emb must be None in a process group": wrapped(torch.arange(4), ref_emb=torch.eye(4)),
     "temperature is 1 on rank 0; 2 on rank 1; 3 on rank 2": lambda z: lightly.DCLLoss(
