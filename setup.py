@@ -53,6 +53,13 @@ def find_nvcc() -> str | None:
 
 
 class BuildExt(build_ext):
+    def run(self) -> None:
+        # What an earlier build left must not pass for this one's.
+        if self.inplace or self.editable_mode:
+            for ext in self.extensions:
+                Path("fastntxent", Path(self.get_ext_filename(ext.name)).name).unlink(missing_ok=True)
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         if ext.name == "fastntxent._cuda":
             self.build_cuda(ext)
@@ -78,11 +85,8 @@ class BuildExt(build_ext):
         wanted = os.environ.get("FASTNTXENT_CUDA", "auto")
         if wanted not in ("auto", "0", "1"):
             raise ValueError(f"FASTNTXENT_CUDA must be 'auto', '0' or '1', got {wanted!r}")
-        # What an earlier build left must not pass for this one's.
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.unlink(missing_ok=True)
-        if self.inplace or self.editable_mode:
-            Path("fastntxent", target.name).unlink(missing_ok=True)
         if wanted == "0":
             return
         try:
