@@ -12,6 +12,7 @@ import importlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -20,6 +21,8 @@ import torch
 
 from fastntxent import NTXentLoss, nt_xent
 from fastntxent.backends.cuda.calls import CudaBackend
+
+from .timing import Phases, interleave
 
 CALLS, ROUNDS = 300, 21
 
@@ -59,14 +62,15 @@ def steps() -> dict[str, Callable[[], None]]:
 
 def measure(steps: dict[str, Callable[[], None]], calls: int, rounds: int) -> dict[str, list[float]]:
     """Seconds of a step, the steps in turn."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            started = time.thread_time()
-            for _ in range(calls):
-                step()
-            seconds[name].append((time.thread_time() - started) / calls)
-    return seconds
+
+    def turn(step: Callable[[], None], _: int) -> Phases:
+        started = time.thread_time()
+        for _ in range(calls):
+            step()
+        return {"step": (time.thread_time() - started) / calls}
+
+    times = interleave({name: partial(turn, step) for name, step in steps.items()}, seconds=0, fewest=rounds)
+    return {name: phases["step"] for name, phases in times.items()}
 
 
 class _Bare(torch.autograd.Function):

@@ -17,6 +17,8 @@ from .distributed import Shard
 from .ops.groups import counts_of_groups, group_sums
 from .validation import check_temperature
 
+_LEAST_TEMPERATURE = {dtype: 1 / torch.finfo(dtype).max for dtype in (torch.float32, torch.float64)}
+
 
 def inverse_temperature(
     temperature: float | Tensor, rows: Tensor, *, per_row: int | None = None, shard: Shard | None = None
@@ -24,10 +26,10 @@ def inverse_temperature(
     """1 / temperature in the accumulation dtype: 0-d, or (per_row,) where one temperature per row is taken too."""
     check_temperature(temperature, rows, per_row=per_row)
     if not isinstance(temperature, Tensor):
-        inv_tau, largest = 1.0 / temperature, torch.finfo(accumulation_dtype(rows.dtype)).max
-        if inv_tau > largest:
-            raise ValueError(f"temperature must be at least {1 / largest:.2g}, got {temperature}")
-        return _number(inv_tau, rows)
+        least = _LEAST_TEMPERATURE[accumulation_dtype(rows.dtype)]
+        if temperature < least:
+            raise ValueError(f"temperature must be at least {least:.2g}, got {temperature}")
+        return _number(1.0 / temperature, rows)
     return factor(temperature, rows, shard).reciprocal()
 
 

@@ -13,7 +13,7 @@ from ..backends.base import row_dots, row_losses
 from ..common import batch_sum, group_counts, inverse_temperature, unit_rows
 from ..distributed import open_shard
 from ..losses import info_nce, nt_xent, sup_con
-from ..ops.groups import group_sums
+from ..ops.groups import counts_of_groups, group_sums
 from ..validation import check_features, check_rows, check_same, check_temperature
 from .pairs import IndicesTuple, checked_pairs, lse_by_anchor, pair_dots, sum_by_anchor
 from .shared import as_ids, default_group
@@ -139,7 +139,7 @@ class NTXentLoss(_PairLoss):
         else:
             nu = ops.cross_neg_lse(u, v, ids, ref_ids, inv_tau, "auto")[0]
         losses = ops.positive_sum(u, v, ids, ref_ids, inv_tau, nu, same, "auto")
-        matches = _matches(ids, ref_ids)
+        matches = counts_of_groups(ref_ids, ids)
         n_positives, n_negatives = (matches - int(same)).sum(), (len(v) - matches).sum()
         return _unless_few(losses.sum() / n_positives.clamp_min(1), n_positives, n_negatives)
 
@@ -181,7 +181,7 @@ class SupConLoss(_PairLoss):
         super().__init__(temperature, **kwargs)  # type: ignore[arg-type]
 
     def _of_labels(self, u: Tensor, v: Tensor, ids: Tensor, ref_ids: Tensor, same: bool) -> Tensor:
-        matches = _matches(ids, ref_ids)
+        matches = counts_of_groups(ref_ids, ids)
         counts, n_negatives = matches - int(same), (len(v) - matches).sum()
         if v is u:
             loss = sup_con(u, ids, self.temperature, normalize=False)
@@ -322,13 +322,6 @@ def _check_distance(distance: object) -> bool:
     if name not in _DISTANCES or (getattr(distance, "p", 2), getattr(distance, "power", 1)) != (2, 1):
         raise ValueError(f"distance must be None, {' or '.join(_DISTANCES)} with p=2 and power=1, got {name}")
     return bool(getattr(distance, "normalize_embeddings", True))
-
-
-def _matches(ids: Tensor, ref_ids: Tensor) -> Tensor:
-    """Of each row the number of references with its id (M,)."""
-    in_order = ref_ids.contiguous().sort().values
-    ids = ids.contiguous()
-    return torch.searchsorted(in_order, ids, right=True) - torch.searchsorted(in_order, ids)
 
 
 def _few(n_positives: int, n_negatives: int) -> bool:
