@@ -243,6 +243,7 @@ def compare(world: int, of_ranks: tuple[dict[str, Any], ...]) -> list[dict[str, 
         if world > 1:
             transfers += bytes_of_step(world, rows, d, strategy) / links[strategy]
         behind = strategy == "ring" and world < cores
+        products_ms, transfers_ms = 1e3 * products, 1e3 * transfers
         ours = median(strategy, "both")
         results.append(
             {
@@ -261,9 +262,9 @@ def compare(world: int, of_ranks: tuple[dict[str, Any], ...]) -> list[dict[str, 
                 "both": quantiles(seconds(strategy, "both")),
                 "products_ms": 1e3 * median(strategy, "products", statistics.mean),
                 "waiting_ms": 1e3 * median(strategy, "waiting", statistics.mean),
-                "model_products_ms": 1e3 * products,
-                "model_transfers_ms": 1e3 * transfers,
-                "model_ms": 1e3 * (max(products, transfers) if behind else products + transfers),
+                "model_products_ms": products_ms,
+                "model_transfers_ms": transfers_ms,
+                "model_ms": max(products_ms, transfers_ms) if behind else products_ms + transfers_ms,
                 "over_ours": {name: median(name, "both") / ours for name in ("gathered", "dense")},
             }
         )
