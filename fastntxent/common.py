@@ -7,6 +7,11 @@ With a shard, rows are this rank's, and what is formed over columns, groups or t
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -163,6 +168,49 @@ def sum_of_ranks(x: Tensor, shard: Shard | None) -> Tensor:
 def group_counts(ids: Tensor, shard: Shard | None) -> Tensor:
     """How many rows have each row's id, itself included (M,)."""
     return distributed.group_counts(ids, shard) if shard else counts_of_groups(ids, ids)
+
+
+_Loss = TypeVar("_Loss", bound=Callable[..., Any])
+_WATCHED = ("temperature", "logit_scale", "ids", "u_ids", "v_ids", "labels", "indexes")
+
+
+def watched(loss: _Loss) -> _Loss:
+    """Let a loss's backward raise, as those of PyTorch's losses do, if the temperature, ids or labels it was given have
+    changed in place since. (Rows are in autograd's own care.)"""
+    names = list(inspect.signature(loss).parameters)
+    places = [(names.index(name), name) for name in _WATCHED if name in names]
+
+    @functools.wraps(loss)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        result = loss(*args, **kwargs)
+        given = [args[place] if place < len(args) else kwargs.get(name) for place, name in places]
+        tensors = [x for x in given if isinstance(x, Tensor)]
+        if not tensors or torch.compiler.is_compiling() or ops.transforming():
+            return result
+        if isinstance(result, Tensor):
+            return _Watched.apply(result, *tensors)
+        return type(result)(*(_Watched.apply(x, *tensors) for x in result))
+
+    return cast(_Loss, call)
+
+
+class _Watched(torch.autograd.Function):
+    """The first tensor; its backward looks whether the others are as they were."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        ctx.others = (None,) * len(tensors)
+        return x.clone()  # not a view, so that a caller may go on in place
+
+    @staticmethod
+    def backward(ctx: Any, d_x: Tensor) -> tuple[Tensor | None, ...]:
+        _ = ctx.saved_tensors  # this is the look
+        return d_x, *ctx.others
+
+    @staticmethod
+    def jvp(ctx: Any, d_x: Tensor, *_: Any) -> Tensor:
+        return d_x.clone()
 
 
 def scale_gradient(x: Tensor, scale: Tensor) -> Tensor:

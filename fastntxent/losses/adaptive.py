@@ -7,11 +7,12 @@ from torch import Tensor
 
 from ..backends import check_name as check_backend
 from ..backends.base import row_dots, row_losses
-from ..common import batch_sum, inverse_temperature, n_samples, nt_xent_rows, reduce, unit_rows
+from ..common import batch_sum, inverse_temperature, n_samples, nt_xent_rows, reduce, unit_rows, watched
 from ..distributed import Group, open_shard
 from ..validation import check_in_range, check_reduction, check_views
 
 
+@watched
 def macl(
     z_i: Tensor,
     z_j: Tensor,

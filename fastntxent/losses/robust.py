@@ -9,11 +9,12 @@ from torch import Tensor
 
 from ..backends import check_name as check_backend
 from ..backends.base import accumulation_dtype
-from ..common import inverse_temperature, log_add, nt_xent_rows, reduce
+from ..common import inverse_temperature, log_add, nt_xent_rows, reduce, watched
 from ..distributed import Group, open_shard
 from ..validation import check_in_range, check_reduction, check_views
 
 
+@watched
 def rince(
     z_i: Tensor,
     z_j: Tensor,

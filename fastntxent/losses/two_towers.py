@@ -18,6 +18,7 @@ from ..common import (
     reduce,
     sample_ids,
     unit_rows,
+    watched,
 )
 from ..distributed import Group, Shard, open_shard
 from ..validation import (
@@ -38,6 +39,7 @@ class CLIPDirections(NamedTuple):
     text_to_image: Tensor
 
 
+@watched
 def clip(
     image_features: Tensor,
     text_features: Tensor,

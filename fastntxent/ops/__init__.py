@@ -16,7 +16,7 @@ wanted and one number is asked for. `neg_lse_sum` is the scalar path of a loss t
 from .neg_lse import cross_neg_lse, neg_lse, neg_lse_sum
 from .nt_xent import nt_xent_rows, nt_xent_scalar
 from .positives import positive_lse, positive_sum
-from .register import autocast_off
+from .register import autocast_off, transforming
 
 __all__ = [
     "autocast_off",
@@ -27,4 +27,5 @@ __all__ = [
     "nt_xent_scalar",
     "positive_lse",
     "positive_sum",
+    "transforming",
 ]
