@@ -114,6 +114,6 @@ def _group(name: str, context: object) -> Group | None:
         return Sharding(context)  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
         raise TypeError(
-            f"{name} must be None, 'world', a process group, or have num_replicas_in_sync or num_replicas, "
+            f"{name} must be None, a process group, or have num_replicas_in_sync or num_replicas, "
             f"got {type(context).__name__}"
         ) from error
