@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -31,8 +33,8 @@ def macl(
         \qquad A = \frac{1}{N} \sum_n s_{n,p(n)}
 
     Huang et al., "Model-Aware Contrastive Learning: Towards Escaping the Dilemmas", 2023. No gradient goes through A or
-    the weight 1 / (1 - exp(-l)). The mean is over the 2N rows. For temperatures of your own for each row, give them to
-    `nt_xent`.
+    the weight 1 / (1 - exp(-l)). A row's loss tends to 1 as l tends to 0, and is 1 for N = 1. The mean is over the 2N
+    rows. For temperatures of your own for each row, give them to `nt_xent`.
 
     Args:
         temperature: the base temperature.
@@ -66,6 +68,18 @@ def macl(
         aligned = batch_sum(sims, shard) / n_samples(z_i, shard)
     stretch = (1 + alpha * (aligned - a_0)).clamp_min(1e-3)
     stretch = torch.where(stretch.isfinite(), stretch, 1.0)  # embeddings that are not show it in the losses
-    losses = row_losses(*nt_xent_rows(z_i, z_j, inv_tau / stretch, normalize, backend, shard))
-    chance = -torch.expm1(-losses.detach())
-    return reduce(losses / chance.clamp_min(torch.finfo(chance.dtype).tiny), reduction, shard=shard)
+    nu, pos = nt_xent_rows(z_i, z_j, inv_tau / stretch, normalize, backend, shard)
+    return reduce(_reweighted(nu, pos), reduction, shard=shard)
+
+
+def _reweighted(nu: Tensor, pos: Tensor) -> Tensor:
+    """l / (1 - exp(-l)) of the row losses l, without a gradient through the weight.
+
+    With x = nu - pi, an easy row's l is exp(x) to the last bit and its weight is exp(-x). Either leaves the dtype's
+    range before their product, which is 1, so the product is formed in the exponent.
+    """
+    x = nu - pos
+    easy = x < math.log(torch.finfo(x.dtype).eps)
+    excess = (x - x.detach()).masked_fill(x == -torch.inf, 0)  # -inf - -inf is NaN
+    losses = row_losses(x.masked_fill(easy, 0), torch.zeros_like(x))
+    return torch.where(easy, torch.exp(excess), losses / -torch.expm1(-losses.detach()))
