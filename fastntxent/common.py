@@ -194,14 +194,14 @@ def reduce(losses: Tensor, reduction: str, counted: Tensor | None = None, shard:
     Losses of the other rows are 0 already."""
     if reduction == "none":
         return losses
-    total = batch_sum(losses, shard)
     if reduction == "sum":
-        return total
+        return batch_sum(losses, shard)
+    total = batch_sum(in_double(losses), shard)  # which may overflow float32 where the mean does not
     if counted is not None:
-        return total / batch_sum(counted, shard).clamp_min(1)
-    if shard is None:
-        return losses.mean()
-    return total / shard.n_rows
+        mean = total / batch_sum(counted, shard).clamp_min(1)
+    else:
+        mean = total / (len(losses) if shard is None else shard.n_rows)
+    return mean.to(losses.dtype)
 
 
 def batch_sum(x: Tensor, shard: Shard | None) -> Tensor:

@@ -91,7 +91,7 @@ def contrastive_loss_with_temperature(
     if mask is not None:
         a, b = a[mask], b[mask]
     return ContrastiveLossOutput(
-        (loss_a + loss_b) / 2, Logits(a, columns_b, scale), Logits(b, columns_a, scale), loss_a, loss_b
+        loss_a / 2 + loss_b / 2, Logits(a, columns_b, scale), Logits(b, columns_a, scale), loss_a, loss_b
     )
 
 
@@ -133,7 +133,7 @@ class ContrastiveLossWithTemperature(nn.Module):
     ) -> Tensor:
         self.logit_scale.data.clamp_(self.logit_scale_min, self.logit_scale_max)
         terms = _terms(embeddings_a, embeddings_b, self.logit_scale, mask, cross_entropy_kwargs)
-        return (terms.loss_a + terms.loss_b) / 2
+        return terms.loss_a / 2 + terms.loss_b / 2
 
 
 def _terms(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -73,13 +71,14 @@ def macl(
 
 
 def _reweighted(nu: Tensor, pos: Tensor) -> Tensor:
-    """l / (1 - exp(-l)) of the row losses l, without a gradient through the weight.
+    """l / (1 - exp(-l)) of the row losses l, with no gradient through the weight.
 
-    With x = nu - pi, an easy row's l is exp(x) to the last bit and its weight is exp(-x). Either leaves the dtype's
-    range before their product, which is 1, so the product is formed in the exponent.
+    With x = nu - pi, both 1 - exp(-l) and dl/dx are sigmoid(x), so the derivative in x is 1 and the second derivative
+    is sigmoid(-x). They are attached to the value as such: for an easy row l and 1 - exp(-l) underflow, and their
+    quotient is 1.
     """
     x = nu - pos
-    easy = x < math.log(torch.finfo(x.dtype).eps)
-    excess = (x - x.detach()).masked_fill(x == -torch.inf, 0)  # -inf - -inf is NaN
-    losses = row_losses(x.masked_fill(easy, 0), torch.zeros_like(x))
-    return torch.where(easy, torch.exp(excess), losses / -torch.expm1(-losses.detach()))
+    losses = row_losses(nu.detach(), pos.detach())
+    values = torch.where(losses < torch.finfo(x.dtype).tiny, 1, losses / -torch.expm1(-losses))
+    step = (x - x.detach()).masked_fill(x.isinf(), 0)  # 0, with a gradient of 1
+    return values + step + torch.sigmoid(-x.detach()) * step.square() / 2

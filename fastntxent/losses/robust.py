@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..backends import check_name as check_backend
 from ..backends.base import row_losses
-from ..common import inverse_temperature, nt_xent_rows, reduce
+from ..common import inverse_temperature, log_add, nt_xent_rows, reduce
 from ..distributed import Group, open_shard
 from ..validation import check_in_range, check_reduction, check_views, extremes
 
@@ -62,9 +62,9 @@ def rince(
     )  # fmt: skip
     inv_tau = inverse_temperature(temperature, z_i, shard=shard)
     largest = math.log(torch.finfo(inv_tau.dtype).max)
-    least, _ = (extremes(temperature) or (math.inf, math.inf)) if isinstance(temperature, Tensor) else (temperature,) * 2
-    if q / least >= largest:
-        raise ValueError(f"q / temperature must be below {largest:.0f}, where exp ends, got {q} / {least}")
+    tau = min(extremes(temperature) or (math.inf,)) if isinstance(temperature, Tensor) else temperature
+    if q / tau >= largest:
+        raise ValueError(f"q / temperature must be below {largest:.0f}, where exp ends, got {q} / {tau}")
     nu, pos = nt_xent_rows(z_i, z_j, inv_tau, normalize, backend, shard)
     return reduce(_difference_of_powers(nu, pos, q, lam), reduction, shard=shard)
 
@@ -72,12 +72,14 @@ def rince(
 def _difference_of_powers(nu: Tensor, pos: Tensor, q: float, lam: float) -> Tensor:
     """((lam (exp(nu) + exp(pi)))^q - exp(q pi)) / q.
 
-    The larger power is factored out, so what is left is -expm1 of at most 0, exact for the smallest q. It is multiplied
-    in by halves: the power alone may overflow where the difference does not.
+    The larger power is factored out, and multiplied in by halves: it may overflow where the difference does not. What
+    is left is exp(-|r|) - 1, with r the logarithm of the powers' ratio. That is expm1 near 0, so the smallest q loses
+    nothing, and not elsewhere: autograd's derivative of expm1 is 1 + expm1, which cancels.
     """
-    q = max(q, torch.finfo(pos.dtype).tiny ** 0.5)  # a smaller q changes no bit, but its products are not normal numbers
-    ratio = q * (math.log(lam) + row_losses(nu, pos))  # log of the first power over the second
+    q = max(q, torch.finfo(pos.dtype).tiny ** 0.5)  # a smaller q changes no bit, but its products underflow
+    ratio = q * (math.log(lam) + row_losses(nu, pos))
     first = ratio > 0
-    gap = torch.expm1(torch.where(first, -ratio, ratio)) / q
-    half = torch.exp((q * pos + ratio.clamp_min(0)) / 2)
+    below = torch.where(first, -ratio, ratio)
+    gap = torch.where(below > -1, torch.expm1(below), torch.exp(below) - 1) / q
+    half = torch.exp(torch.where(first, math.log(lam) + log_add(nu, pos), pos) * (q / 2))
     return torch.where(first, -gap, gap) * half * half

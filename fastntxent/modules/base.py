@@ -54,8 +54,8 @@ class TemperatureLoss(nn.Module):
 
     @property
     def temperature(self) -> float | Tensor:
-        """tau: as it was given, or a 0-d float64 tensor that follows the parameter (in the parameter's dtype on a device
-        without float64). May be set, to schedule it."""
+        """tau: as it was given, or a 0-d tensor that follows the parameter, in float64 where the device has it. May be
+        set, to schedule it."""
         return in_double(self.log_temperature).exp() if self.learn_temperature else self._temperature
 
     @temperature.setter

@@ -150,9 +150,12 @@ class CLIPLoss(TemperatureLoss):
     def logit_scale(self) -> float | Tensor:
         """1 / temperature, below its bound: a float, or a 0-d tensor of `temperature`'s dtype."""
         bound = self.max_logit_scale
-        if not (self.learn_temperature or isinstance(self._temperature, Tensor)):
+        if self.learn_temperature:
+            log_temperature = in_double(self.log_temperature)
+        elif isinstance(self._temperature, Tensor):
+            log_temperature = in_double(self._temperature).log()
+        else:
             return min(1 / self._temperature, math.inf if bound is None else bound)
-        log_temperature = in_double(self.log_temperature) if self.learn_temperature else in_double(self._temperature).log()
         if bound is None:
             return torch.exp(-log_temperature)
         # The logarithm is bounded, since the scale may overflow, and its gradient with it.
