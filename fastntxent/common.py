@@ -29,23 +29,26 @@ def inverse_temperature(
         least = _LEAST_TEMPERATURE[accumulation_dtype(rows.dtype)]
         if temperature < least:
             raise ValueError(f"temperature must be at least {least:.2g}, got {temperature}")
-        return _number(1.0 / temperature, rows)
+        return number(1.0 / temperature, rows)
     return factor(temperature, rows, shard).reciprocal()
 
 
 def factor(value: float | Tensor, rows: Tensor, shard: Shard | None = None) -> Tensor:
     """A number or tensor that multiplies logits, in the accumulation dtype."""
     if not isinstance(value, Tensor):
-        return _number(value, rows)
+        return number(value, rows)
     if value.requires_grad or value.ndim > 0:  # its gradient is formed where the rows are
         value = value.to(rows.device)
     value = value.to(accumulation_dtype(rows.dtype))
     return distributed.replicated(value, shard) if shard and value.ndim == 0 else value
 
 
-def _number(value: float, rows: Tensor) -> Tensor:
+def number(value: float | Tensor, rows: Tensor) -> Tensor:
+    """A Python number, or a size, as a 0-d tensor in the accumulation dtype."""
     dtype = accumulation_dtype(rows.dtype)
-    if torch.compiler.is_compiling():  # of a number as a factor it makes one graph, of a constant one each
+    # A compiler turns a factor into an input of the graph, and a constant into a graph for each value. Under
+    # torch.jit.trace a size is a tensor, which a constant would lose.
+    if isinstance(value, Tensor) or torch.compiler.is_compiling():
         return torch.ones((), dtype=dtype, device="cpu") * value
     return torch.scalar_tensor(value, dtype=dtype, device="cpu")
 
@@ -94,7 +97,7 @@ def neg_lse_of_columns(
     """nu of the rows u against the columns v, with one temperature for all of the rows or one for each. Without a shard
     of their own, the columns are here."""
     if inv_tau.ndim:
-        u, inv_tau = u * inv_tau.unsqueeze(1), _number(1.0, u)
+        u, inv_tau = u * inv_tau.unsqueeze(1), number(1.0, u)
     if u_shard and v_shard:
         return distributed.cross_neg_lse(u, v, u_ids, v_ids, inv_tau, u_shard, v_shard, backend, both=False)[0]
     return ops.cross_neg_lse(u, v, u_ids, v_ids, inv_tau, backend)[0]

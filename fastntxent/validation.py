@@ -90,12 +90,24 @@ def check_temperature(
             raise ValueError(
                 f"{name} must be on the CPU or on the embeddings' device {rows.device}, got {temperature.device}"
             )
-        if temperature.device.type == "cpu" and temperature.numel() and not torch.compiler.is_compiling():
-            for extreme in temperature.detach().aminmax():  # NaN if there is one
+        if temperature.device.type == "cpu" and temperature.numel() and not _traced():
+            for extreme in _unwrapped(temperature).detach().aminmax():  # NaN if there is one
                 check_positive(name, extreme.item())
     else:
         check_number(name, temperature, "a float or a 0-d tensor")
         check_positive(name, temperature)
+
+
+def _traced() -> bool:
+    """Whether tensors may have no values yet: in a compiler, or in a dispatch mode (a tracer, fake tensors)."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def _unwrapped(x: Tensor) -> Tensor:
+    """The tensor inside torch.func's transforms: all values of a vmap at once."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
 
 
 def check_number(name: str, value: object, expected: str = "a number") -> None:
