@@ -37,7 +37,7 @@ def factor(value: float | Tensor, rows: Tensor, shard: Shard | None = None) -> T
     """A number or tensor that multiplies logits, in the accumulation dtype."""
     if not isinstance(value, Tensor):
         return number(value, rows)
-    if value.requires_grad or value.ndim > 0:  # its gradient is formed where the rows are
+    if ops.may_be_differentiated(value) or value.ndim > 0:  # its gradient is formed where the rows are
         value = value.to(rows.device)
     value = value.to(accumulation_dtype(rows.dtype))
     return distributed.replicated(value, shard) if shard and value.ndim == 0 else value

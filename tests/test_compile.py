@@ -90,7 +90,12 @@ def dynamic(inputs):
     return (tuple({dim: auto for dim, size in enumerate(x.shape) if size >= n} for x in inputs),)
 
 
-EXPORTED = [name for name in WITHOUT_STATE if isinstance(CALLS[name].at(0.5), nn.Module)]
+# torchmultimodal's clamps its parameter in place, which torch.export refuses.
+EXPORTED = [
+    name
+    for name in WITHOUT_STATE
+    if isinstance(CALLS[name].at(0.5), nn.Module) and name != "torchmultimodal.ContrastiveLossWithTemperature"
+]
 
 
 @pytest.mark.parametrize("name", [*EXPORTED, "uniformity", "positive_ranks", "sup_contrast.SupConLoss mask"])
@@ -125,6 +130,7 @@ def test_export_of_a_model_loads_after_saving(strict):
     torch.testing.assert_close(loaded(*inputs), model(*inputs))
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.*:DeprecationWarning")
 def test_traced_call_with_a_bad_temperature_raises():
     loss = Tensors(lambda a, b, tau: NTXentLoss(tau)(a, b))
     traced = torch.jit.trace(loss, (*views(4), torch.tensor(0.5)), check_trace=False)

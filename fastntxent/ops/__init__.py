@@ -21,12 +21,13 @@ from .nt_xent import nt_xent_rows, nt_xent_scalar
 from .pairs import mask_product, pair_dots
 from .positives import positive_lse, positive_sum
 from .ranks import positive_ranks
-from .register import autocast_off
+from .register import autocast_off, may_be_differentiated
 
 __all__ = [
     "autocast_off",
     "cross_neg_lse",
     "mask_product",
+    "may_be_differentiated",
     "neg_lse",
     "neg_lse_sum",
     "nt_xent_rows",
