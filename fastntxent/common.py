@@ -31,7 +31,7 @@ def inverse_temperature(
     dtype = accumulation_dtype(rows.dtype)
     if not isinstance(temperature, Tensor):
         _check_invertible(temperature, torch.finfo(dtype).max)
-        return _number(1.0 / temperature, rows)
+        return number(1.0 / temperature, rows)
     # The gradient in tau is that in k times k^2, which leaves the range of float32 long before k does.
     wide = in_double(temperature)
     if limits := extremes(wide):
@@ -54,16 +54,19 @@ def in_double(x: Tensor) -> Tensor:
 def factor(value: float | Tensor, rows: Tensor, shard: Shard | None = None) -> Tensor:
     """A number or tensor that multiplies logits, in the accumulation dtype."""
     if not isinstance(value, Tensor):
-        return _number(value, rows)
-    if value.requires_grad or value.ndim > 0:  # its gradient is formed where the rows are
+        return number(value, rows)
+    if ops.may_be_differentiated(value) or value.ndim > 0:  # its gradient is formed where the rows are
         value = value.to(rows.device)
     value = value.to(accumulation_dtype(rows.dtype))
     return distributed.replicated(value, shard) if shard and value.ndim == 0 else value
 
 
-def _number(value: float, rows: Tensor) -> Tensor:
+def number(value: float | Tensor, rows: Tensor) -> Tensor:
+    """A Python number, or a size, as a 0-d tensor in the accumulation dtype."""
     dtype = accumulation_dtype(rows.dtype)
-    if torch.compiler.is_compiling():  # of a number as a factor it makes one graph, of a constant one each
+    # A compiler turns a factor into an input of the graph, and a constant into a graph for each value. Under
+    # torch.jit.trace a size is a tensor, which a constant would lose.
+    if isinstance(value, Tensor) or torch.compiler.is_compiling():
         return torch.ones((), dtype=dtype, device="cpu") * value
     return torch.scalar_tensor(value, dtype=dtype, device="cpu")
 
@@ -112,7 +115,7 @@ def neg_lse_of_columns(
     """nu of the rows u against the columns v, with one temperature for all of the rows or one for each. Without a shard
     of their own, the columns are here."""
     if inv_tau.ndim:
-        u, inv_tau = u * inv_tau.unsqueeze(1), _number(1.0, u)
+        u, inv_tau = u * inv_tau.unsqueeze(1), number(1.0, u)
     if u_shard and v_shard:
         return distributed.cross_neg_lse(u, v, u_ids, v_ids, inv_tau, u_shard, v_shard, backend, both=False)[0]
     return ops.cross_neg_lse(u, v, u_ids, v_ids, inv_tau, backend)[0]
@@ -198,7 +201,7 @@ def watched(loss: _Loss) -> _Loss:
         result = loss(*args, **kwargs)
         given = [args[place] if place < len(args) else kwargs.get(name) for place, name in places]
         tensors = [x for x in given if isinstance(x, Tensor)]
-        if not tensors or torch.compiler.is_compiling() or ops.transforming():
+        if not tensors or not ops.unobserved(tensors):
             return result
         if isinstance(result, Tensor):
             return _Watched.apply(result, *tensors)

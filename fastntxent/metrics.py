@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from . import ops
 from .backends import check_name as check_backend
-from .backends.base import swap_views
-from .common import inverse_temperature, unit_rows
+from .common import inverse_temperature, number, unit_rows
 from .validation import check_number, check_positive, check_rows, check_views
-
-_TILE = 2**22  # similarities held at once by positive_ranks
 
 
 def alignment(z_i: Tensor, z_j: Tensor) -> Tensor:
@@ -76,10 +71,9 @@ def uniformity(z: Tensor, t: float = 2.0, *, backend: str = "auto") -> Tensor:
     if M < 2:
         raise ValueError(f"z must have at least two rows to compare, got {M}")
     row_lse = ops.neg_lse(unit_rows(z), torch.arange(M, device=z.device), inverse_temperature(1 / (2 * t), z), backend)
-    return torch.logsumexp(row_lse, dim=0) - 2 * t - math.log(M * (M - 1))
+    return torch.logsumexp(row_lse, dim=0) - 2 * t - number(M * (M - 1), z).log()
 
 
-@torch.no_grad()
 def positive_ranks(z_i: Tensor, z_j: Tensor) -> Tensor:
     r"""The place of each row's positive among all other rows by cosine similarity; 1 is first.
 
@@ -105,18 +99,7 @@ def positive_ranks(z_i: Tensor, z_j: Tensor) -> Tensor:
         tensor([5, 5, 5, 5, 5, 5])
     """
     check_views(z_i, z_j)
-    with ops.autocast_off(z_i):
-        u = torch.cat((unit_rows(z_i), unit_rows(z_j)))
-        M = u.shape[0]
-        partner = swap_views(torch.arange(M, device=u.device))
-        ranks = torch.empty_like(partner)
-        for rows in torch.arange(M, device=u.device).split(max(1, _TILE // M)):
-            sims = u[rows] @ u.T
-            pos = sims.gather(1, partner[rows, None])
-            sims.scatter_(1, rows[:, None], -torch.inf)  # itself is worse than any
-            worse = (sims < pos).sum(dim=1)  # not so of a NaN
-            ranks[rows] = (M - worse).clamp_max(M - 1)
-    return ranks
+    return ops.positive_ranks(torch.cat((unit_rows(z_i.detach()), unit_rows(z_j.detach()))))
 
 
 def contrastive_accuracy(z_i: Tensor, z_j: Tensor) -> Tensor:

@@ -98,11 +98,23 @@ def check_temperature(
 
 
 def extremes(x: Tensor) -> tuple[float, float] | None:
-    """The smallest and the largest entry, or None where the host cannot see them: on an accelerator, or compiling."""
-    if x.device.type != "cpu" or not x.numel() or torch.compiler.is_compiling():
+    """The smallest and the largest entry, or None where the host cannot see them: on an accelerator, or traced."""
+    if x.device.type != "cpu" or not x.numel() or _traced():
         return None
-    low, high = x.detach().aminmax()
+    low, high = _unwrapped(x).detach().aminmax()
     return low.item(), high.item()
+
+
+def _traced() -> bool:
+    """Whether tensors may have no values yet: in a compiler, or in a dispatch mode (a tracer, fake tensors)."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def _unwrapped(x: Tensor) -> Tensor:
+    """The tensor inside torch.func's transforms: all values of a vmap at once."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
 
 
 def check_number(name: str, value: object, expected: str = "a number") -> None:

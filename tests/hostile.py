@@ -49,7 +49,8 @@ def valid_arguments(name: str, backend: str, dtype: torch.dtype = torch.float32)
         "d_z_i": numbers(N, D), "d_z_j": numbers(N, D), "d_inv_tau": numbers(), "d_neg_lse": numbers(2 * N),
         "d_pos": numbers(2 * N), "d_lse": numbers(2 * N), "d_rows": numbers(2 * N), "d_cols": numbers(N + 8),
         "nu": numbers(2 * N), "normalize": True, "mean": True, "same": False, "needs_u": True, "needs_v": True,
-        "backend": backend,
+        "backend": backend, "a": torch.arange(30) % (2 * N), "b": torch.arange(30) % 7, "d_dots": numbers(30),
+        "mask": torch.rand(6, N, generator=generator) > 0.5, "x": rows(N), "d_out": numbers(6, D),
     }  # fmt: skip
     known["rows_neg_lse"], known["cols_neg_lse"] = ops.cross_neg_lse(u, v, ids, v_ids, k, "blocked")
     known["lse"] = ops.positive_lse(u, v, ids, v_ids, k, False, "blocked")
@@ -133,8 +134,8 @@ class Campaign:
         try:
             found = operator(*arguments.values())
         except REFUSALS as error:
-            # "Could not run": PyTorch's dispatcher, which has kernels for dense tensors alone.
-            told = [f"{name} must" for name in (*arguments, "temperature")] + ["Could not run"]
+            # PyTorch's own: its dispatcher has kernels for dense tensors alone, and it looks at each index.
+            told = [f"{name} must" for name in (*arguments, "temperature")] + ["Could not run", "is out of bounds for"]
             if "defect" in str(error) or not any(each in str(error) for each in told):
                 self.faults.append(f"{label}: names nothing: {type(error).__name__}: {str(error)[:150]}")
             return

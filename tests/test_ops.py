@@ -5,6 +5,8 @@ import importlib
 import pytest
 import torch
 import torch._dynamo.testing
+import torch.fx.experimental.proxy_tensor
+import torch.overrides
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastntxent import NTXentLoss, budget, cross_neg_lse, neg_lse, nt_xent, ops, split_views, sup_con
@@ -105,6 +107,53 @@ def test_backward_operators_pass_opcheck(backend):
     }
     for name, arguments in calls.items():
         torch.library.opcheck(getattr(torch.ops.fastntxent, name).default, arguments)
+
+
+def test_pair_operators_pass_opcheck():
+    u, v = torch.randn(6, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    a, b = torch.tensor([0, 3, 3, 5]), torch.tensor([4, 0, 0, 2])
+    torch.library.opcheck(torch.ops.fastntxent.pair_dots.default, (u, v, a, b))
+    torch.library.opcheck(torch.ops.fastntxent.mask_product.default, (torch.rand(3, 6) < 0.5, u))
+    torch.library.opcheck(torch.ops.fastntxent.positive_ranks.default, (u.detach(),))
+
+
+@pytest.mark.parametrize("chunk", [1, 8, 2**20])
+def test_pair_operators_equal_the_dense_product_in_any_pieces(monkeypatch, chunk):
+    monkeypatch.setattr(ops.pairs, "_CHUNK", chunk)
+    u, v = torch.randn(6, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    a, b, mask = torch.tensor([0, 3, 3, 5]), torch.tensor([4, 0, 0, 2]), torch.rand(3, 6) < 0.5
+    results = [
+        (ops.pair_dots(u, v, a, b), ops.mask_product(mask, u)),
+        ((u @ v.T)[a, b], mask.float() @ u),
+    ]
+    gradients = [torch.autograd.grad((d * torch.arange(4)).sum() + m.square().sum(), (u, v)) for d, m in results]
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("tracing_mode", ["real", "fake", "symbolic"])
+def test_make_fx_of_a_temperature_tensor_keeps_the_operator(backend, tracing_mode):
+    trace = torch.fx.experimental.proxy_tensor.make_fx(
+        lambda a, b, tau: nt_xent(a, b, tau, backend=backend), tracing_mode=tracing_mode
+    )
+    graph = trace(*views(requires_grad=False), torch.tensor(0.5))
+    z_i, z_j = views(requires_grad=False)
+    torch.testing.assert_close(graph(z_i, z_j, torch.tensor(0.2)), nt_xent(z_i, z_j, 0.2, backend=backend))
+
+
+def test_torch_function_modes_see_the_operators(backend):
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            self.seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Watch() as watch:
+        nt_xent(*views(), backend=backend)
+    assert "fastntxent.nt_xent_scalar.default" in watch.seen
 
 
 class Step(torch.nn.Module):

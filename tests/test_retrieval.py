@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastntxent
-from fastntxent import contrastive_accuracy, effective_rank, metrics, positive_ranks, retrieve, zero_shot_classify
+from fastntxent import contrastive_accuracy, effective_rank, positive_ranks, retrieve, zero_shot_classify
 from fastntxent import retrieval as module
+from fastntxent.ops import ranks
 from tests.test_losses import LargestTensor
 
 
@@ -76,7 +77,7 @@ def test_positive_ranks_equal_a_count(monkeypatch):
         for i in range(22)
     ]
     assert positive_ranks(z_i, z_j).tolist() == expected
-    monkeypatch.setattr(metrics, "_TILE", 50)
+    monkeypatch.setattr(ranks, "_TILE", 50)
     assert positive_ranks(z_i, z_j).tolist() == expected
     assert float(contrastive_accuracy(z_i, z_j)) == pytest.approx(expected.count(1) / 22)
 
@@ -89,7 +90,7 @@ def test_positive_ranks_put_a_collapsed_batch_last():
 
 
 def test_positive_ranks_never_hold_all_pairs(monkeypatch):
-    monkeypatch.setattr(metrics, "_TILE", 2**14)
+    monkeypatch.setattr(ranks, "_TILE", 2**14)
     z_i, z_j = torch.randn(2, 1000, 4)
     with LargestTensor() as largest:
         positive_ranks(z_i, z_j)

@@ -270,7 +270,7 @@ def _bank_logits(
     if _is_negative(temperature):
         u0, temperature = -u0, -temperature
     inv_tau = inverse_temperature(temperature, u0, shard=shard)
-    here, there = (torch.full((len(rows),), of, device=u0.device) for of, rows in enumerate((u0, bank)))
+    here, there = (torch.full((rows.shape[0],), of, device=u0.device) for of, rows in enumerate((u0, bank)))
     nu = neg_lse_of_columns(u0, bank, here, there, inv_tau, "auto") if len(u0) else u0.new_empty(0)
     return nu, inv_tau * row_dots(u0, u1)
 

@@ -15,7 +15,7 @@ from ..distributed import open_shard
 from ..losses import info_nce, nt_xent, sup_con
 from ..ops.groups import counts_of_groups, group_sums
 from ..validation import check_features, check_rows, check_same, check_temperature
-from .pairs import IndicesTuple, checked_pairs, lse_by_anchor, pair_dots, sum_by_anchor
+from .pairs import IndicesTuple, checked_pairs, lse_by_anchor, sum_by_anchor
 from .shared import as_ids, default_group
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class _PairLoss(nn.Module):
     ) -> Tensor:
         if labels is None and indices_tuple is None:
             raise ValueError("labels and indices_tuple must not both be None")
-        if len(embeddings) == 0:
+        if embeddings.shape[0] == 0:
             return embeddings.sum() * 0
         check_rows("embeddings", embeddings)
         u = unit_rows(embeddings, self.normalize)
@@ -77,7 +77,7 @@ class _PairLoss(nn.Module):
             if ref_labels is None and indices_tuple is None:
                 raise ValueError("ref_labels must be given with ref_emb and labels")
         if indices_tuple is not None:
-            return self._of_pairs(u, v, *checked_pairs(indices_tuple, len(u), len(v), u.device))
+            return self._of_pairs(u, v, *checked_pairs(indices_tuple, u.shape[0], v.shape[0], u.device))
         assert labels is not None
         ids = as_ids("labels", labels, u)
         if ref_emb is None:
@@ -87,7 +87,7 @@ class _PairLoss(nn.Module):
             return self._of_labels(u, v, ids, as_ids("ref_labels", labels, v), True)
         as_ids("ref_labels", ref_labels, v)
         both = torch.cat((labels.to(u.device), ref_labels.to(u.device)))
-        ids, ref_ids = as_ids("labels", both, both).split((len(u), len(v)))
+        ids, ref_ids = as_ids("labels", both, both).split((u.shape[0], v.shape[0]))
         return self._of_labels(u, v, ids, ref_ids, False)
 
     def _of_labels(self, u: Tensor, v: Tensor, ids: Tensor, ref_ids: Tensor, same: bool) -> Tensor:
@@ -140,15 +140,15 @@ class NTXentLoss(_PairLoss):
             nu = ops.cross_neg_lse(u, v, ids, ref_ids, inv_tau, "auto")[0]
         losses = ops.positive_sum(u, v, ids, ref_ids, inv_tau, nu, same, "auto")
         matches = counts_of_groups(ref_ids, ids)
-        n_positives, n_negatives = (matches - int(same)).sum(), (len(v) - matches).sum()
+        n_positives, n_negatives = (matches - int(same)).sum(), (v.shape[0] - matches).sum()
         return _unless_few(losses.sum() / n_positives.clamp_min(1), n_positives, n_negatives)
 
     def _of_pairs(self, u: Tensor, v: Tensor, a1: Tensor, p: Tensor, a2: Tensor, n: Tensor) -> Tensor:
         if _few(len(a1), len(a2)):
             return u.sum() * 0
         inv_tau = inverse_temperature(self.temperature, u).to(u.device)
-        nu = lse_by_anchor(inv_tau * pair_dots(u, v, a2, n), a2, len(u))
-        return row_losses(nu[a1], inv_tau * pair_dots(u, v, a1, p)).mean()
+        nu = lse_by_anchor(inv_tau * ops.pair_dots(u, v, a2, n), a2, u.shape[0])
+        return row_losses(nu[a1], inv_tau * ops.pair_dots(u, v, a1, p)).mean()
 
 
 class SupConLoss(_PairLoss):
@@ -182,34 +182,36 @@ class SupConLoss(_PairLoss):
 
     def _of_labels(self, u: Tensor, v: Tensor, ids: Tensor, ref_ids: Tensor, same: bool) -> Tensor:
         matches = counts_of_groups(ref_ids, ids)
-        counts, n_negatives = matches - int(same), (len(v) - matches).sum()
+        counts, n_negatives = matches - int(same), (v.shape[0] - matches).sum()
         if v is u:
             loss = sup_con(u, ids, self.temperature, normalize=False)
             return _unless_few(loss, counts.sum(), n_negatives)
         inv_tau = inverse_temperature(self.temperature, u)
-        sums = group_sums(torch.cat((torch.zeros_like(u), v)), torch.cat((ids, ref_ids)))[0][: len(u)]
+        sums = group_sums(torch.cat((torch.zeros_like(u), v)), torch.cat((ids, ref_ids)))[0][: u.shape[0]]
         sums = sums - v if same else sums
-        here, there = torch.arange(len(u), device=u.device), torch.arange(len(v), device=u.device)
-        nu = ops.cross_neg_lse(u, v, here if same else here + len(v), there, inv_tau, "auto")[0]
+        here, there = torch.arange(u.shape[0], device=u.device), torch.arange(v.shape[0], device=u.device)
+        nu = ops.cross_neg_lse(u, v, here if same else here + v.shape[0], there, inv_tau, "auto")[0]
         losses = nu - inv_tau * row_dots(u, sums) / counts.clamp_min(1)
-        loss = _mean_over(losses, (counts > 0) & (len(v) - same > 1))
+        loss = _mean_over(losses, (counts > 0) & (v.shape[0] - int(same) > 1))
         return _unless_few(loss, counts.sum(), n_negatives)
 
     def _of_pairs(self, u: Tensor, v: Tensor, a1: Tensor, p: Tensor, a2: Tensor, n: Tensor) -> Tensor:
         if _few(len(a1), len(a2)):
             return u.sum() * 0
-        positives, negatives = torch.unique(a1 * len(v) + p), torch.unique(a2 * len(v) + n)
+        positives, negatives = torch.unique(a1 * v.shape[0] + p), torch.unique(a2 * v.shape[0] + n)
         if torch.isin(positives, negatives).any():
             raise ValueError("indices_tuple must not have the same pair as a positive and as a negative one")
         pairs = torch.cat((positives, negatives))
-        anchors = pairs.div(len(v), rounding_mode="floor")
-        logits = inverse_temperature(self.temperature, u).to(u.device) * pair_dots(u, v, anchors, pairs % len(v))
-        nu = lse_by_anchor(logits, anchors, len(u))
+        anchors = pairs.div(v.shape[0], rounding_mode="floor")
+        logits = inverse_temperature(self.temperature, u).to(u.device) * ops.pair_dots(
+            u, v, anchors, pairs % v.shape[0]
+        )
+        nu = lse_by_anchor(logits, anchors, u.shape[0])
         ones = torch.ones_like(logits)
-        compared = sum_by_anchor(ones, anchors, len(u))
-        ours = anchors[: len(positives)]
-        counts = sum_by_anchor(ones[: len(positives)], ours, len(u))
-        means = sum_by_anchor(logits[: len(positives)], ours, len(u)) / counts.clamp_min(1)
+        compared = sum_by_anchor(ones, anchors, u.shape[0])
+        ours = anchors[: positives.shape[0]]
+        counts = sum_by_anchor(ones[: positives.shape[0]], ours, u.shape[0])
+        means = sum_by_anchor(logits[: positives.shape[0]], ours, u.shape[0]) / counts.clamp_min(1)
         return _mean_over(nu - means, (counts > 0) & (compared > 1))
 
 

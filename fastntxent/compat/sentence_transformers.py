@@ -182,7 +182,7 @@ class MultipleNegativesRankingLoss(nn.Module):
         if "doc_to_query" in self.directions:
             if to_query is None:
                 to_query = neg_lse_of_columns(v, u, samples, samples, inv_tau, "auto", shard, shard)
-            nu["doc_to_query"] = to_query[: len(u)]
+            nu["doc_to_query"] = to_query[: u.shape[0]]
         if "doc_to_doc" in self.directions:
             nu["doc_to_doc"] = neg_lse_of_columns(v, docs, samples, of_docs, inv_tau, "auto", shard, docs_shard)
         return nu

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..backends.base import row_dots
 from ..common import inverse_temperature, unit_rows
 from ..losses import nt_xent, sup_con
 from ..ops.groups import group_sums
 from ..primitives import cross_neg_lse, neg_lse
 from ..validation import check_choice, check_rows
-from .pairs import mask_product
 from .shared import as_ids
 
 __all__ = ["SupConLoss"]
@@ -85,7 +85,7 @@ def _masked(views: Tensor, mask: Tensor, temperature: float, contrast_mode: str)
     total = unit_rows(views, normalize=False).sum(dim=0)
     weights = len(views) * mask.sum(dim=1, dtype=total.dtype)
     own = mask.diagonal().to(total.dtype)
-    return _mean(views, contrast_mode, temperature, mask_product(mask, total), weights, own)
+    return _mean(views, contrast_mode, temperature, ops.mask_product(mask, total), weights, own)
 
 
 def _mean(views: Tensor, contrast_mode: str, temperature: float, sums: Tensor, weights: Tensor, own: Tensor) -> Tensor:
@@ -95,13 +95,13 @@ def _mean(views: Tensor, contrast_mode: str, temperature: float, sums: Tensor, w
     its own rows has the weight `own`. L_out is linear in the positives, so an anchor takes itself out of both.
     """
     rows = unit_rows(views, normalize=False).flatten(0, 1)
-    every = torch.arange(len(rows), device=rows.device)
+    every = torch.arange(rows.shape[0], device=rows.device)
     if contrast_mode == "all":
         anchors, n_views = rows, len(views)
         nu = neg_lse(rows, every, temperature)
     else:
-        anchors, n_views = rows[: len(sums)], 1
-        nu = cross_neg_lse(anchors, rows, every[: len(sums)], every, temperature).rows
+        anchors, n_views = rows[: sums.shape[0]], 1
+        nu = cross_neg_lse(anchors, rows, every[: sums.shape[0]], every, temperature).rows
     own = own.repeat(n_views)
     weights = weights.repeat(n_views) - own
     positives = sums.repeat(n_views, 1) - own[:, None] * anchors

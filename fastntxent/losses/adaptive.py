@@ -62,9 +62,9 @@ def macl(
         normalize=normalize,
     )  # fmt: skip
     inv_tau = inverse_temperature(temperature, z_i, shard=shard)
-    with torch.no_grad():
-        sims = row_dots(unit_rows(z_i, normalize), unit_rows(z_j, normalize))
-        aligned = batch_sum(sims, shard) / n_samples(z_i, shard)
+    # Detached, where torch.jit.trace would leave a block of no_grad out.
+    sims = row_dots(unit_rows(z_i.detach(), normalize), unit_rows(z_j.detach(), normalize))
+    aligned = batch_sum(sims, shard) / n_samples(z_i, shard)
     stretch = (1 + alpha * (aligned - a_0)).clamp_min(1e-3)
     stretch = torch.where(stretch.isfinite(), stretch, 1.0)  # embeddings that are not show it in the losses
     nu, pos = nt_xent_rows(z_i, z_j, inv_tau / stretch, normalize, backend, shard)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..backends import check_name as check_backend
 from ..backends.base import row_losses
-from ..common import inverse_temperature, n_samples, nt_xent_rows, reduce, watched
+from ..common import inverse_temperature, n_samples, nt_xent_rows, number, reduce, watched
 from ..distributed import Group, open_shard
 from ..validation import check_in_range, check_reduction, check_views
 
@@ -113,12 +113,11 @@ def hard_negative(
     inv_tau = inverse_temperature(temperature, z_i, shard=shard)
     n_negatives = 2 * n_samples(z_i, shard) - 2
     nu, pos = nt_xent_rows(z_i, z_j, inv_tau * (1 + beta), normalize, backend, shard)
-    if n_negatives == 0:
-        return reduce(row_losses(nu, pos), reduction, shard=shard)
-    log_n = math.log(n_negatives)
+    log_n = number(n_negatives, z_i).log()  # -inf without negatives, as nu is
     if beta:
         pos = pos / (1 + beta)
-        nu = nu - nt_xent_rows(z_i, z_j, inv_tau * beta, normalize, backend, shard)[0] + log_n
+        weights = nt_xent_rows(z_i, z_j, inv_tau * beta, normalize, backend, shard)[0]
+        nu = nu - weights.masked_fill(weights == -torch.inf, 0) + log_n
     if tau_plus:
         # log(e^nu - tau_plus n e^pi) - log(1 - tau_plus), where that has a logarithm.
         ratio = math.log(tau_plus) + log_n + pos - nu

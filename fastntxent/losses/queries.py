@@ -137,7 +137,7 @@ def info_nce(
         w = unit_rows(negatives, normalize)
         if w.ndim == 2:
             # Explicit negatives belong to no query: their ids are nobody's.
-            here, there = (torch.full((len(x),), i, device=u.device) for i, x in enumerate((u, w)))
+            here, there = (torch.full((x.shape[0],), i, device=u.device) for i, x in enumerate((u, w)))
             w_shard = open_shard(group, "info_nce", negatives, backend)
             explicit = hardened_neg_lse(u, w, here, there, inv_tau, explicit_hardness, backend, shard, w_shard)
             sums = group_dots(u, w, None, shard, w_shard) if label_smoothing else torch.zeros_like(pos)

@@ -7,25 +7,34 @@
     nt_xent_scalar    (z_i, z_j, inv_tau)               -> loss, d_z_i, d_z_j, d_inv_tau    the scalar path
     nt_xent_value   (z_i, z_j, inv_tau)               -> loss                             where no gradient is wanted
     positive_lse, positive_sum                       -> sums over the rows of the same group
+    pair_dots      (u, v, a, b)                      -> u_a . v_b of every pair of indices
+    mask_product   (mask, x)                         -> mask @ x, for a mask of any dtype
+    positive_ranks (u)                               -> the place of each row's positive
 
-All but `nt_xent_value` have their `_backward`, an operator too. The scalar path forms the gradient together with the
-loss, once, for an upstream gradient of 1; its backward only scales. The public layer takes it where a gradient is
-wanted and one number is asked for. `neg_lse_sum` is the scalar path of a loss that is linear in nu.
+All but `nt_xent_value` and `positive_ranks` have a `_backward`, an operator too. The scalar path forms the gradient
+together with the loss, once, for an upstream gradient of 1; its backward only scales. The public layer takes it where
+a gradient is wanted and one number is asked for. `neg_lse_sum` is the scalar path of a loss that is linear in nu.
 """
 
 from .neg_lse import cross_neg_lse, neg_lse, neg_lse_sum
 from .nt_xent import nt_xent_rows, nt_xent_scalar
+from .pairs import mask_product, pair_dots
 from .positives import positive_lse, positive_sum
-from .register import autocast_off, transforming
+from .ranks import positive_ranks
+from .register import autocast_off, may_be_differentiated, unobserved
 
 __all__ = [
     "autocast_off",
     "cross_neg_lse",
+    "mask_product",
+    "may_be_differentiated",
     "neg_lse",
     "neg_lse_sum",
     "nt_xent_rows",
     "nt_xent_scalar",
+    "pair_dots",
     "positive_lse",
+    "positive_ranks",
     "positive_sum",
-    "transforming",
+    "unobserved",
 ]

@@ -12,6 +12,8 @@ An argument is one of
     ids N       an integer for each row
     sums N      a number for each row, in the accumulation dtype: float64 for float64 rows, else float32
     grad N D    a gradient in the accumulation dtype
+    index P     int64 numbers of rows
+    mask B C    bool or numbers, one for each pair of rows
     number      0-d in the accumulation dtype, in host memory or where the rows are
 
 with the same letter for the same size. Tensors that PyTorch negates lazily (`z.conj().imag`), or whose zeros it has not
@@ -55,6 +57,7 @@ def _parse(text: str) -> _Call:
 _TWO_VIEWS = "z_i: rows N D, z_j: rows N D, inv_tau: number"
 _ONE_SIDE = "u: rows M D, ids: ids M, inv_tau: number"
 _TWO_SIDES = "u: rows M D, v: rows K D, u_ids: ids M, v_ids: ids K, inv_tau: number"
+_PAIRS = "u: rows M D, v: rows K D, a: index P, b: index P"
 
 # The tensors of each call in order; what follows them is no tensor.
 _CALLS = {
@@ -79,6 +82,11 @@ _CALLS = {
         "positive_lse_backward": f"d_lse: sums M, {_TWO_SIDES}, lse: sums M",
         "positive_sum": f"{_TWO_SIDES}, nu: sums M",
         "positive_sum_backward": f"d_sum: sums M, {_TWO_SIDES}, nu: sums M",
+        "pair_dots": _PAIRS,
+        "pair_dots_backward": f"d_dots: sums P, {_PAIRS}",
+        "mask_product": "mask: mask B C, x: rows C D",
+        "mask_product_backward": "d_out: grad B D, mask: mask B C, x: rows C D",
+        "positive_ranks": "u: rows 2N D",
     }.items()
 }
 
@@ -121,17 +129,25 @@ def rows_of(call: str, tensors: Sequence[Tensor]) -> Tensor:
 def _check_sizes(argument: _Argument, x: Tensor, rows_name: str, sizes: dict[str, int]) -> None:
     name, kind, letters = argument
     for size, (factor, letter) in zip(x.shape, letters, strict=True):
-        if kind == "rows" and letter not in sizes:
-            if size == 0:
-                raise ValueError(f"{name} must have at least one row and one feature, got shape {tuple(x.shape)}")
-            sizes[letter] = size
+        if kind == "rows" and size == 0:
+            raise ValueError(f"{name} must have at least one row and one feature, got shape {tuple(x.shape)}")
+        if letter not in sizes:
+            if size % factor:
+                raise ValueError(f"{name} must have an even number of rows, got shape {tuple(x.shape)}")
+            sizes[letter] = size // factor
         elif size != factor * sizes[letter]:
             expected = tuple(factor * sizes[letter] for factor, letter in letters)
             raise ValueError(f"{name} must have shape {expected}, as {rows_name} has it, got {tuple(x.shape)}")
 
 
 def _check_dtype(name: str, kind: str, dtype: torch.dtype, rows: Tensor, rows_name: str) -> None:
-    if kind == "ids":
+    if kind == "mask":
+        if dtype.is_complex:
+            raise TypeError(f"{name} must be bool or have a real dtype, got {dtype}")
+    elif kind == "index":
+        if dtype != torch.int64:
+            raise TypeError(f"{name} must be torch.int64, got {dtype}")
+    elif kind == "ids":
         if dtype not in ID_DTYPES:
             raise TypeError(f"{name} must have an integer dtype, got {dtype}")
     elif kind == "rows":

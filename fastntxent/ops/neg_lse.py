@@ -10,7 +10,7 @@ from torch import Tensor
 from ..backends.base import accumulation_dtype, weighted_sum
 from ..backends.reference import BACKEND as _REFERENCE
 from .contract import checked
-from .register import autocast_off, register, run_kernel, transforming
+from .register import autocast_off, may_be_differentiated, register, run_kernel
 
 
 def neg_lse(u: Tensor, ids: Tensor, inv_tau: Tensor, backend: str) -> Tensor:
@@ -24,8 +24,7 @@ def neg_lse(u: Tensor, ids: Tensor, inv_tau: Tensor, backend: str) -> Tensor:
 def neg_lse_sum(u: Tensor, ids: Tensor, inv_tau: Tensor, weights: Tensor, backend: str) -> Tensor:
     """sum_i weights_i nu_i (0-d), over the rows that have a nu; differentiable in u and inv_tau. The weights are given,
     so value and gradient come from one call."""
-    wanted = u.requires_grad or inv_tau.requires_grad or transforming()
-    if backend == "reference" or not (wanted and torch.is_grad_enabled()):
+    if backend == "reference" or not may_be_differentiated(u, inv_tau):
         return weighted_sum(neg_lse(u, ids, inv_tau, backend), weights)
     return _neg_lse_sum(u, ids, inv_tau, weights, backend)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..backends.base import accumulation_dtype, row_losses
 from ..backends.reference import BACKEND as _REFERENCE
 from .contract import checked
-from .register import autocast_off, register, run_kernel, transforming
+from .register import autocast_off, may_be_differentiated, register, run_kernel
 
 
 def nt_xent_rows(z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool, backend: str) -> tuple[Tensor, Tensor]:
@@ -26,9 +26,7 @@ def nt_xent_scalar(z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool, m
     if backend == "reference":
         losses = row_losses(*nt_xent_rows(z_i, z_j, inv_tau, normalize, backend))
         return losses.mean() if mean else losses.sum()
-    # Inside a vmap a tensor does not say that a gradient is wanted around it.
-    wanted = z_i.requires_grad or z_j.requires_grad or inv_tau.requires_grad or transforming()
-    if wanted and torch.is_grad_enabled():
+    if may_be_differentiated(z_i, z_j, inv_tau):
         return _nt_xent_scalar(z_i, z_j, inv_tau, normalize, mean, backend)
     return _nt_xent_value(z_i, z_j, inv_tau, normalize, mean, backend)
 

@@ -15,7 +15,7 @@ plain tensors go to the same function through a plain autograd.Function.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -60,6 +60,10 @@ def _refuse_second_derivative(ctx: Any, *_: Any) -> None:
     raise RuntimeError(f"fastntxent's kernels have no second derivative; {_USE_REFERENCE}")
 
 
+def _refuse_forward_mode(ctx: Any, *_: Any) -> None:
+    raise RuntimeError(f"fastntxent's kernels have no forward-mode derivative; {_USE_REFERENCE}")
+
+
 def _save_nothing(ctx: Any, inputs: Any, output: Any) -> None:
     pass
 
@@ -94,12 +98,9 @@ def register(
         def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
             return _loop(observed, info.batch_size, in_dims, args)
 
-        @staticmethod
-        def jvp(ctx: Any, *tangents: Any) -> Any:
-            raise RuntimeError(f"fastntxent's kernels have no forward-mode derivative; {_USE_REFERENCE}")
-
     Transformed.setup_context = staticmethod(setup_context)  # type: ignore[method-assign]
     Transformed.backward = staticmethod(backward)  # type: ignore[method-assign]
+    Transformed.jvp = staticmethod(_refuse_forward_mode)  # type: ignore[method-assign]
 
     def eager(ctx: Any, *args: Any) -> Any:  # one with a setup_context has its signature inspected at every call
         output = forward(*args)
@@ -107,14 +108,18 @@ def register(
         return output[0] if value_alone else output
 
     # By this name autograd's graph and the profiler show it.
-    halves = {"forward": staticmethod(eager), "backward": staticmethod(backward)}
+    halves = {
+        "forward": staticmethod(eager),
+        "backward": staticmethod(backward),
+        "jvp": staticmethod(_refuse_forward_mode),
+    }
     Eager: Any = type(name, (torch.autograd.Function,), halves)
 
     def observed(*args: Any) -> Any:
-        return Transformed.apply(*args) if transforming() else operator(*args)
+        return Transformed.apply(*args) if _transforming() else operator(*args)
 
     def call(*args: Any) -> Any:
-        if not torch.compiler.is_compiling() and _unobserved(args):
+        if unobserved(args):
             return Eager.apply(*args)
         output = observed(*args)
         return output[0] if value_alone else output
@@ -132,17 +137,41 @@ def _checking_kinds(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def transforming() -> bool:
+def may_be_differentiated(*tensors: Tensor) -> bool:
+    """Whether a gradient may be asked for. Inside a vmap a tensor does not say that one is wanted around it; under
+    torch.jit.trace neither the example nor the grad mode says it of later calls."""
+    if _tracing():
+        return True
+    return torch.is_grad_enabled() and (any(x.requires_grad for x in tensors) or _transforming())
+
+
+def _transforming() -> bool:
     """Whether a transform of torch.func is around this call, outside a compiler."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
-def _unobserved(args: tuple[Any, ...]) -> bool:
-    """Plain tensors that hold data, with no dispatch mode (a tracer, a fake tensor mode, a recorder) and no transform
+def _tracing() -> bool:
+    """Whether torch.jit.trace records this call."""
+    return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
+
+
+def unobserved(args: Sequence[Any]) -> bool:
+    """Plain tensors that hold data, with no compiler, mode (a tracer, a fake tensor mode, a recorder) or transform
     around."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
+        or _tracing()
+    ):
         return False
-    return all(type(arg) in _PLAIN and not arg.is_meta for arg in args if isinstance(arg, Tensor))
+    # The gradients of is_grads_batched=True look plain, but have no storage: the dispatcher takes them apart.
+    return all(
+        type(arg) in _PLAIN and not arg.is_meta and torch._C._has_storage(arg)
+        for arg in args
+        if isinstance(arg, Tensor)
+    )
 
 
 def _loop(call: Callable[..., Any], size: int, in_dims: tuple[int | None, ...], args: tuple[Any, ...]) -> Any:

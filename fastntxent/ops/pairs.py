@@ -1,0 +1,140 @@
+"""Pairs that no ids describe: lists of them, and dense masks, a piece at a time.
+
+    pair_dots      (u, v, a, b)    -> u_a . v_b of each pair (P,)
+    mask_product   (mask, x)       -> mask @ x, for a mask of any dtype
+
+Operators, so that a compiled, exported or traced graph is the same for any number of pairs. A list of P pairs costs
+2 P D flops forward and 4 P D backward, and its gathered rows are held a piece at a time. A mask of B x B costs 2 B^2 D
+flops each way; one of another dtype than the rows' is converted a piece at a time. Sums have a fixed order on every
+device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends.base import row_dots
+from .contract import checked
+from .register import autocast_off, register
+
+_CHUNK = 2**20  # numbers held at once
+
+
+def pair_dots(u: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """u_a . v_b for every pair of indices (a, b): (P,), differentiable in u and v."""
+    return _pair_dots(u, v, a, b)
+
+
+def mask_product(mask: Tensor, x: Tensor) -> Tensor:
+    """mask @ x for a mask (B, C) of any dtype, differentiable in x, and in a mask of x's dtype."""
+    if mask.dtype != x.dtype:
+        return _mask_product(mask, x)
+    with autocast_off(x):
+        return mask @ x
+
+
+def _height(width: int) -> int:
+    """Rows of a piece."""
+    return max(1, _CHUNK // max(1, width))
+
+
+# --- lists -----------------------------------------------------------------------------------------------------------
+
+
+def _dots_forward(u: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    u, v, a, b = checked("pair_dots", u, v, a, b)
+    height = _height(u.shape[1])
+    return torch.cat([row_dots(u[i], v[j]) for i, j in zip(a.split(height), b.split(height), strict=True)])
+
+
+def _dots_fake(u: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return u.new_empty(a.shape[0])
+
+
+def _dots_setup(ctx: Any, inputs: Any, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _dots_autograd(ctx: Any, d_dots: Tensor) -> tuple[Tensor | None, ...]:
+    return *_pair_dots_backward(d_dots, *ctx.saved_tensors), None, None
+
+
+def _dots_backward(d_dots: Tensor, u: Tensor, v: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    d_dots, u, v, a, b = checked("pair_dots_backward", d_dots, u, v, a, b)
+    d_u, d_v = torch.zeros_like(u), torch.zeros_like(v)
+    height = _height(u.shape[1])
+    for d, i, j in zip(d_dots.unsqueeze(1).split(height), a.split(height), b.split(height), strict=True):
+        _add_rows(d_u, i, d * v[j])
+        _add_rows(d_v, j, d * u[i])
+    return d_u, d_v
+
+
+def _add_rows(into: Tensor, index: Tensor, rows: Tensor) -> None:
+    if into.device.type == "cpu":
+        into.index_add_(0, index, rows)
+    else:
+        into.index_put_((index,), rows, accumulate=True)
+
+
+def _dots_backward_fake(d_dots: Tensor, u: Tensor, v: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(u), torch.empty_like(v)
+
+
+_pair_dots_backward = register(
+    "pair_dots_backward(Tensor d_dots, Tensor u, Tensor v, Tensor a, Tensor b) -> (Tensor, Tensor)",
+    _dots_backward,
+    _dots_backward_fake,
+)
+_pair_dots = register(
+    "pair_dots(Tensor u, Tensor v, Tensor a, Tensor b) -> Tensor",
+    _dots_forward,
+    _dots_fake,
+    _dots_setup,
+    _dots_autograd,
+)
+
+# --- masks -----------------------------------------------------------------------------------------------------------
+
+
+def _mask_forward(mask: Tensor, x: Tensor) -> Tensor:
+    mask, x = checked("mask_product", mask, x)
+    with autocast_off(x):
+        return torch.cat([piece.to(x.dtype) @ x for piece in mask.split(_height(mask.shape[1]))])
+
+
+def _mask_fake(mask: Tensor, x: Tensor) -> Tensor:
+    return x.new_empty(mask.shape[0], x.shape[1])
+
+
+def _mask_setup(ctx: Any, inputs: Any, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _mask_autograd(ctx: Any, d_out: Tensor) -> tuple[None, Tensor]:
+    return None, _mask_product_backward(d_out, *ctx.saved_tensors)
+
+
+def _mask_backward(d_out: Tensor, mask: Tensor, x: Tensor) -> Tensor:
+    d_out, mask, x = checked("mask_product_backward", d_out, mask, x)
+    d_x = torch.zeros_like(x)
+    height = _height(mask.shape[1])
+    with autocast_off(x):
+        for piece, d_piece in zip(mask.split(height), d_out.split(height), strict=True):
+            d_x.addmm_(piece.to(x.dtype).T, d_piece)
+    return d_x
+
+
+def _mask_backward_fake(d_out: Tensor, mask: Tensor, x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+# The backward needs no x but its shape; by x a second derivative finds its way to the refusal.
+_mask_product_backward = register(
+    "mask_product_backward(Tensor d_out, Tensor mask, Tensor x) -> Tensor", _mask_backward, _mask_backward_fake
+)
+_mask_product = register(
+    "mask_product(Tensor mask, Tensor x) -> Tensor", _mask_forward, _mask_fake, _mask_setup, _mask_autograd
+)
