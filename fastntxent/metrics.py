@@ -14,6 +14,7 @@ from .common import inverse_temperature, unit_rows
 from .validation import check_number, check_positive, check_rows, check_views
 
 _TILE = 2**22  # similarities held at once by positive_ranks
+_EXACT = 2**24  # a sum of so many ones is exact in float32
 
 
 def alignment(z_i: Tensor, z_j: Tensor) -> Tensor:
@@ -97,7 +98,7 @@ def positive_ranks(z_i: Tensor, z_j: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: as `nt_xent` does of its views.
 
-    A block of rows at a time: O(N D) memory and 4 million similarities.
+    A block of rows at a time: O(N D) memory, and 4 million similarities (16 MiB of float32) or 2N where that is more.
 
     Example:
         >>> import torch, fastntxent
@@ -108,14 +109,17 @@ def positive_ranks(z_i: Tensor, z_j: Tensor) -> Tensor:
     with ops.autocast_off(z_i):
         u = torch.cat((unit_rows(z_i), unit_rows(z_j)))
         M = u.shape[0]
-        partner = swap_views(torch.arange(M, device=u.device))
-        ranks = torch.empty_like(partner)
-        for rows in torch.arange(M, device=u.device).split(max(1, _TILE // M)):
-            sims = u[rows] @ u.T
-            pos = sims.gather(1, partner[rows, None])
-            sims.scatter_(1, rows[:, None], -torch.inf)  # itself is worse than any
-            worse = (sims < pos).sum(dim=1)  # not so of a NaN
-            ranks[rows] = (M - worse).clamp_max(M - 1)
+        own = torch.arange(M, device=u.device)
+        partner, ranks = swap_views(own), torch.empty_like(own)
+        height = max(1, _TILE // M)
+        buffer = u.new_empty(min(height, M), M)
+        for rows, me, other, rank in zip(*(x.split(height) for x in (u, own, partner, ranks)), strict=True):
+            sims = torch.mm(rows, u.T, out=buffer[: len(rows)])
+            pos = sims.gather(1, other[:, None])
+            sims.scatter_(1, me[:, None], -torch.inf)  # itself is worse than any
+            # In place, as 1 and 0: on a CPU the sum of a bool tensor is formed of a copy in int64. NaN is not worse.
+            worse = sum(part.sum(dim=1).long() for part in sims.lt_(pos).split(_EXACT, dim=1))
+            rank.copy_((M - worse).clamp_max(M - 1))
     return ranks
 
 
