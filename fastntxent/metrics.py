@@ -11,6 +11,7 @@ from . import ops
 from .backends import check_name as check_backend
 from .backends.base import swap_views
 from .common import inverse_temperature, unit_rows
+from .options import BackendName
 from .validation import check_number, check_positive, check_rows, check_views
 
 _TILE = 2**22  # similarities held at once by positive_ranks
@@ -43,7 +44,7 @@ def alignment(z_i: Tensor, z_j: Tensor) -> Tensor:
     return (unit_rows(z_i) - unit_rows(z_j)).square().sum(dim=1).mean()
 
 
-def uniformity(z: Tensor, t: float = 2.0, *, backend: str = "auto") -> Tensor:
+def uniformity(z: Tensor, t: float = 2.0, *, backend: BackendName = "auto") -> Tensor:
     r"""How evenly the embeddings cover the unit sphere: 0 is a single point, lower is more uniform.
 
     .. math:: \log \frac{1}{M (M - 1)} \sum_{i \ne j} e^{-t \| u_i - u_j \|^2}

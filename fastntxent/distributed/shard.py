@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..backends.base import accumulation_dtype
+from ..options import STRATEGIES, Strategy
 from ..validation import FLOAT_DTYPES, check_choice
 from . import schedule, wire
 from .wire import eager
@@ -20,8 +21,6 @@ from .wire import eager
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
-
-STRATEGIES = ("auto", "all_gather", "ring")
 
 # "auto": unit rows of all ranks beyond so many bytes go round the ring. They are sent one and a half times then, behind
 # the products, and are never held; below it the memory is small change, and one collective is quicker than many
@@ -58,7 +57,7 @@ class Sharding:
     """
 
     group: ProcessGroup | DeviceMesh
-    strategy: str = "auto"
+    strategy: Strategy = "auto"
     wire_dtype: torch.dtype | None = None
     check: bool = True
 
