@@ -18,6 +18,8 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/mypy tests/typed_usage.py
+	$(VENV)/bin/basedpyright --pythonpath $(VENV)/bin/python
 
 # The CPU kernels, and the CUDA kernels on an emulated device, against their definition under sanitizers: minutes.
 sanitize:

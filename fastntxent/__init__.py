@@ -1,5 +1,8 @@
 """NT-Xent (SimCLR) and its family, without ever holding the 2N x 2N similarity matrix."""
 
+import importlib
+from typing import TYPE_CHECKING
+
 from .backends import BackendStatus, backends
 from .caching import cached_backward
 from .distributed import Sharding
@@ -37,6 +40,17 @@ from .modules import (
 )
 from .primitives import CrossNegLse, cross_neg_lse, neg_lse
 from .retrieval import Classification, Retrieval, retrieve, zero_shot_classify
+
+if TYPE_CHECKING:
+    from . import compat as compat
+else:
+
+    def __getattr__(name: str) -> object:
+        """Load the drop-ins when they are first used."""
+        if name != "compat":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return importlib.import_module(f"{__name__}.{name}")
+
 
 __version__ = "0.1.0"
 

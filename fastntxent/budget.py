@@ -23,6 +23,7 @@ from .backends.base import accumulation_dtype, norm_eps
 from .distributed import Group, open_shard
 from .losses import nt_xent
 from .ops import autocast_off
+from .options import BackendName
 from .validation import check_temperature, check_views
 
 REFERENCE_FACTOR = 2.0
@@ -111,7 +112,7 @@ class Report:
 
 
 def compare(
-    z_i: Tensor, z_j: Tensor, temperature: float | Tensor, *, backend: str = "auto", group: Group | None = None
+    z_i: Tensor, z_j: Tensor, temperature: float | Tensor, *, backend: BackendName = "auto", group: Group | None = None
 ) -> Report:
     """Hold a backend's mean NT-Xent and its gradient against the float64 reference on a live batch.
 
@@ -151,7 +152,7 @@ def compare(
 
 @torch.enable_grad()
 def _loss_and_gradients(
-    z_i: Tensor, z_j: Tensor, temperature: float, backend: str, group: Group | None = None
+    z_i: Tensor, z_j: Tensor, temperature: float, backend: BackendName, group: Group | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     z_i, z_j = (z.detach().clone().requires_grad_() for z in (z_i, z_j))
     loss = nt_xent(z_i, z_j, temperature, backend=backend, group=group)

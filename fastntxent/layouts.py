@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .validation import check_rows
+from .options import LAYOUTS, Layout
+from .validation import check_choice, check_rows
 
-LAYOUTS = ("concatenated", "interleaved")
 
-
-def split_views(z: Tensor, layout: str = "concatenated") -> tuple[Tensor, Tensor]:
+def split_views(z: Tensor, layout: Layout = "concatenated") -> tuple[Tensor, Tensor]:
     """The two views of a batch that holds both: (2N, D) -> (N, D), (N, D).
 
     Args:
@@ -30,8 +29,7 @@ def split_views(z: Tensor, layout: str = "concatenated") -> tuple[Tensor, Tensor
         >>> z_i.flatten(), z_j.flatten()
         (tensor([1., 3.]), tensor([2., 4.]))
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}")
+    check_choice("layout", layout, LAYOUTS)
     if isinstance(z, Tensor) and z.ndim == 3:
         if z.shape[1] != 2:
             raise ValueError(f"z must have shape (2N, D) or (N, 2, D), got {tuple(z.shape)}")

@@ -8,6 +8,7 @@ from torch import Tensor
 from . import ops
 from .backends import check_name as check_backend
 from .common import inverse_temperature, number, unit_rows
+from .options import BackendName
 from .validation import check_number, check_positive, check_rows, check_views
 
 
@@ -37,7 +38,7 @@ def alignment(z_i: Tensor, z_j: Tensor) -> Tensor:
     return (unit_rows(z_i) - unit_rows(z_j)).square().sum(dim=1).mean()
 
 
-def uniformity(z: Tensor, t: float = 2.0, *, backend: str = "auto") -> Tensor:
+def uniformity(z: Tensor, t: float = 2.0, *, backend: BackendName = "auto") -> Tensor:
     r"""How evenly the embeddings cover the unit sphere: 0 is a single point, lower is more uniform.
 
     .. math:: \log \frac{1}{M (M - 1)} \sum_{i \ne j} e^{-t \| u_i - u_j \|^2}
@@ -91,7 +92,7 @@ def positive_ranks(z_i: Tensor, z_j: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: as `nt_xent` does of its views.
 
-    A block of rows at a time: O(N D) memory and 4 million similarities.
+    A block of rows at a time: O(N D) memory, and 4 million similarities (16 MiB of float32) or 2N where that is more.
 
     Example:
         >>> import torch, fastntxent

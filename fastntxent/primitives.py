@@ -9,6 +9,7 @@ from torch import Tensor
 from . import ops
 from .backends import check_name as check_backend
 from .common import inverse_temperature, watched
+from .options import BackendName
 from .validation import check_features, check_ids, check_rows, check_same
 
 
@@ -20,7 +21,7 @@ class CrossNegLse(NamedTuple):
 
 
 @watched
-def neg_lse(u: Tensor, ids: Tensor, temperature: float | Tensor, *, backend: str = "auto") -> Tensor:
+def neg_lse(u: Tensor, ids: Tensor, temperature: float | Tensor, *, backend: BackendName = "auto") -> Tensor:
     r"""Log-sum-exp of every row's similarities to the rows of other groups, the primitive of the whole family.
 
     .. math:: \nu_i = \log \sum_{j : id_j \ne id_i} e^{u_i \cdot u_j / \tau}
@@ -54,7 +55,7 @@ def neg_lse(u: Tensor, ids: Tensor, temperature: float | Tensor, *, backend: str
 
 @watched
 def cross_neg_lse(
-    u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, temperature: float | Tensor, *, backend: str = "auto"
+    u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, temperature: float | Tensor, *, backend: BackendName = "auto"
 ) -> CrossNegLse:
     r"""`neg_lse` between two sets of rows, in both directions from one pass over their similarities.
 

@@ -11,7 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-REDUCTIONS = ("mean", "sum", "none")
+from .options import REDUCTIONS
+
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ID_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 

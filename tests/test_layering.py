@@ -11,6 +11,7 @@ ROOT = Path(fastntxent.__file__).parent
 
 # From the bottom up. A module may import from its own layer and from those below it.
 LAYERS = [
+    ["options"],
     ["validation", "snapshot", "_cpu", "_cuda"],
     ["backends.base"],
     ["backends.native"],
@@ -106,3 +107,21 @@ def test_the_package_does_not_import_its_drop_ins():
     command = "import sys, fastntxent; print([name for name in sys.modules if name.startswith('fastntxent.compat')])"
     done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_drop_ins_load_when_they_are_first_used():
+    command = """
+import sys, fastntxent
+fastntxent.compat.lightly.NTXentLoss
+print([name for name in sys.modules if name.startswith('fastntxent.compat.')], hasattr(fastntxent.compat, 'nothing'))
+"""
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
+    loaded, other = done.stdout.rsplit(maxsplit=1)
+    assert "'fastntxent.compat.lightly'" in loaded
+    assert "open_clip" not in loaded
+    assert other == "False"
+    assert set(fastntxent.compat.__all__) == {path.stem for path in (ROOT / "compat").glob("*.py")} - {
+        "__init__",
+        "pairs",
+        "shared",
+    }

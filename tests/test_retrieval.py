@@ -1,12 +1,15 @@
 """Streamed cosine search and the measures of a representation."""
 
-import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastntxent
 from fastntxent import contrastive_accuracy, effective_rank, positive_ranks, retrieve, zero_shot_classify
@@ -14,10 +17,23 @@ from fastntxent import retrieval as module
 from fastntxent.ops import ranks
 from tests.test_losses import LargestTensor
 
+ROOT = Path(__file__).resolve().parents[1]
+
 
 def signs(rows, d, seed):
     """Rows of 1 and -1: their cosine similarities are exact, and many tie."""
     return torch.randint(0, 2, (rows, d), generator=torch.Generator().manual_seed(seed)).float() * 2 - 1
+
+
+@pytest.fixture
+def tile(monkeypatch):
+    """Sets the rows and columns of a tile."""
+
+    def set_tile(rows, columns):
+        for name, value in {"_QUERIES": rows, "_COLUMNS": columns, "_COLUMNS_PER_K": 1, "_TIED": 2 * columns}.items():
+            monkeypatch.setattr(module, name, value)
+
+    return set_tile
 
 
 @given(
@@ -25,24 +41,56 @@ def signs(rows, d, seed):
     c=st.integers(1, 40),
     d=st.sampled_from([1, 4, 16]),
     k=st.integers(1, 40),
-    tile=st.tuples(st.integers(1, 5), st.integers(1, 17)),
+    shape=st.tuples(st.integers(1, 5), st.integers(1, 17)),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
     seed=st.integers(0, 2**20),
 )
-@settings(max_examples=200, deadline=None)
-def test_retrieve_equals_a_stable_sort_of_all_scores(q, c, d, k, tile, seed):
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_retrieve_equals_a_stable_sort_of_all_scores(tile, q, c, d, k, shape, dtype, seed):
     k = min(k, c)
-    queries, corpus = signs(q, d, seed), signs(c, d, seed + 1)
-    before, module._TILE = module._TILE, tile
-    try:
-        found = retrieve(3 * queries, corpus / 7, k)
-        classes = zero_shot_classify(queries, corpus)
-    finally:
-        module._TILE = before
+    queries, corpus = signs(q, d, seed).to(dtype), signs(c, d, seed + 1).to(dtype)
+    tile(*shape)
+    found = retrieve(3 * queries, corpus / 7, k)
+    classes = zero_shot_classify(queries, corpus)
     scores, indices = (queries @ corpus.T / d).sort(dim=1, descending=True, stable=True)
     assert torch.equal(found.indices, indices[:, :k])
     torch.testing.assert_close(found.scores, scores[:, :k], rtol=1e-6, atol=1e-6)
     assert torch.equal(classes.classes, indices[:, 0])
     torch.testing.assert_close(classes.scores, scores[:, 0], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("k", "compiled"), [(1, False), (2, False), (7, False), (300, False), (1999, False), (2000, False), (7, True)]
+)
+def test_retrieve_takes_the_lowest_of_many_equal_rows(k, compiled):
+    corpus = signs(3, 16, 0)[torch.randint(0, 3, (2000,), generator=torch.Generator().manual_seed(1))]
+    corpus[5::11] = torch.nan
+    queries = signs(20, 16, 2)
+    queries[4] = torch.nan
+    search = torch.compile(retrieve, backend="eager", fullgraph=True) if compiled else retrieve
+    sims = (queries @ corpus.T / 16).nan_to_num(nan=-torch.inf)
+    scores, indices = sims.sort(dim=1, descending=True, stable=True)
+    found = search(queries, corpus, k)
+    assert torch.equal(found.indices, indices[:, :k])
+    torch.testing.assert_close(found.scores, scores[:, :k])
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda z: retrieve(z, z, 2).indices,
+        lambda z: zero_shot_classify(z, z).classes,
+        lambda z: positive_ranks(z, z.flip(0)),
+    ],
+)
+def test_searches_compile_to_one_graph_for_every_size(function):
+    graphs = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend=graphs, fullgraph=True)
+    for rows in range(8, 32, 4):
+        z = torch.randn(rows, 5)
+        assert torch.equal(compiled(z), function(z))
+    assert graphs.frame_count <= 2  # one for the first size, one for all others
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -65,7 +113,37 @@ def test_retrieve_never_holds_all_scores():
     with LargestTensor() as largest:
         retrieve(queries, corpus, 10)
         zero_shot_classify(queries, corpus)
-    assert largest.numel <= math.prod(module._TILE)
+    assert largest.numel <= module._TILE_BYTES // 4
+
+
+# What a fresh process takes beside the arguments, in MiB, against what the docstrings say: a tile of 32 MiB, the unit
+# rows of its columns and queries (5 MiB at 128 features) and a margin; 16 MiB of similarities and twice the rows.
+PEAKS = {
+    "retrieve(torch.randn(2500, 128), torch.randn(30000, 128), 10)": 64,
+    "retrieve(torch.randn(200, 16), torch.randn(60000, 16), 500)": 72,
+    "retrieve(torch.ones(2500, 128), torch.ones(30000, 128), 10)": 64,
+    "retrieve(torch.randn(600, 128).double(), torch.randn(30000, 128).double(), 10)": 72,
+    "zero_shot_classify(torch.randn(2500, 128).half(), torch.randn(30000, 128).half())": 64,
+    "positive_ranks(torch.randn(4000, 16), torch.randn(4000, 16))": 24,
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units: needs Linux")
+@pytest.mark.parametrize("call", PEAKS)
+def test_memory_is_as_documented(call):
+    name, _, arguments = call.partition("(")
+    code = f"""
+import resource, torch
+from fastntxent import {name} as function
+torch.set_num_threads(1)
+arguments = ({arguments[:-1]})
+function(*(x[:9] if isinstance(x, torch.Tensor) else 2 for x in arguments))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+function(*arguments)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert float(done.stdout) < PEAKS[call]
 
 
 def test_positive_ranks_equal_a_count(monkeypatch):

@@ -5,3 +5,39 @@ One module a library, which imports nothing of it: `lightly`, `pytorch_metric_le
 for each, and what differs. What they share: half-precision embeddings give a float32 loss, no loss is NaN where the
 library's divides zero by zero, and bad input is an error that names the argument.
 """
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from . import (
+        info_nce,
+        lightly,
+        open_clip,
+        pytorch_metric_learning,
+        sentence_transformers,
+        simclr,
+        solo_learn,
+        sup_contrast,
+        torchmultimodal,
+    )
+else:
+
+    def __getattr__(name: str) -> object:
+        """Load a drop-in when it is first used."""
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return importlib.import_module(f"{__name__}.{name}")
+
+
+__all__ = [
+    "info_nce",
+    "lightly",
+    "open_clip",
+    "pytorch_metric_learning",
+    "sentence_transformers",
+    "simclr",
+    "solo_learn",
+    "sup_contrast",
+    "torchmultimodal",
+]

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import Literal, TypeAlias, get_args
+
+from torch import Tensor
 
 from .. import losses
+from ..modules.base import TypedModule
+from ..options import Reduction
 from ..validation import check_choice
 
 __all__ = ["InfoNCE", "info_nce"]
 
-NEGATIVE_MODES = ("unpaired", "paired")
+NegativeMode: TypeAlias = Literal["unpaired", "paired"]
+NEGATIVE_MODES: tuple[str, ...] = get_args(NegativeMode)
 
 
-class InfoNCE(nn.Module):
+class InfoNCE(TypedModule):
     """`info_nce` as a module: call it with query, positive_key and optionally negative_keys.
 
     Example:
@@ -21,7 +26,9 @@ class InfoNCE(nn.Module):
         tensor(0.7437)
     """
 
-    def __init__(self, temperature: float = 0.1, reduction: str = "mean", negative_mode: str = "unpaired"):
+    def __init__(
+        self, temperature: float | Tensor = 0.1, reduction: Reduction = "mean", negative_mode: NegativeMode = "unpaired"
+    ):
         super().__init__()
         self.temperature = temperature
         self.reduction = reduction
@@ -42,9 +49,9 @@ def info_nce(
     query: Tensor,
     positive_key: Tensor,
     negative_keys: Tensor | None = None,
-    temperature: float = 0.1,
-    reduction: str = "mean",
-    negative_mode: str = "unpaired",
+    temperature: float | Tensor = 0.1,
+    reduction: Reduction = "mean",
+    negative_mode: NegativeMode = "unpaired",
 ) -> Tensor:
     """InfoNCE from queries to keys, one direction, 1/N: `fastntxent.info_nce`.
 

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..backends.base import row_dots, row_losses
 from ..common import inverse_temperature, n_samples, neg_lse_of_columns, neg_lse_of_rows, reduce, sample_ids, unit_rows
 from ..distributed import Shard, log_sum_exp, open_shard
 from ..losses import dcl, nt_xent
+from ..modules.base import TypedModule
 from ..validation import check_number, check_views
 from .shared import as_scalar, default_group
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["DCLLoss", "DCLWLoss", "MemoryBankModule", "NTXentLoss", "negative_mises_fisher_weights"]
 
 
-class NTXentLoss(nn.Module):
+class NTXentLoss(TypedModule):
     """NT-Xent, or with a memory bank MoCo's loss: out0 against out1 and the bank, 1/N, in one direction.
 
     Without a bank it is `fastntxent.nt_xent`. A negative temperature is taken too, at twice the work.
@@ -49,7 +50,7 @@ class NTXentLoss(nn.Module):
 
     def __init__(
         self,
-        temperature: float = 0.5,
+        temperature: float | Tensor = 0.5,
         memory_bank_size: int | Sequence[int] = 0,
         gather_distributed: bool = False,
     ):
@@ -57,7 +58,7 @@ class NTXentLoss(nn.Module):
         self.temperature = temperature
         self.memory_bank = MemoryBankModule(memory_bank_size, gather_distributed)
         self.gather_distributed = gather_distributed
-        if abs(temperature) < 1e-8:
+        if -1e-8 < temperature < 1e-8:
             raise ValueError(f"temperature must not be within 1e-8 of zero, got {temperature}")
         _check_distributed(gather_distributed)
 
@@ -72,13 +73,14 @@ class NTXentLoss(nn.Module):
         u0, u1 = unit_rows(out0), unit_rows(out1)
         if has_bank:
             _, bank = self.memory_bank(u1, update=out0.requires_grad)
+            assert bank is not None
             logits = _bank_logits(u0, u1, bank.T.to(u0), tau, shard)
         else:
             logits = _logits(u0, u1, tau, shard)
         return reduce(row_losses(*logits), "mean", shard=shard)
 
 
-class DCLLoss(nn.Module):
+class DCLLoss(TypedModule):
     """Decoupled contrastive loss, with any weight on the positives.
 
     Args:
@@ -97,7 +99,7 @@ class DCLLoss(nn.Module):
 
     def __init__(
         self,
-        temperature: float = 0.1,
+        temperature: float | Tensor = 0.1,
         weight_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
         gather_distributed: bool = False,
     ):
@@ -147,7 +149,7 @@ class DCLWLoss(DCLLoss):
         tensor(0.7918)
     """
 
-    def __init__(self, temperature: float = 0.1, sigma: float = 0.5, gather_distributed: bool = False):
+    def __init__(self, temperature: float | Tensor = 0.1, sigma: float = 0.5, gather_distributed: bool = False):
         super().__init__(temperature, partial(negative_mises_fisher_weights, sigma=sigma), gather_distributed)
         self.sigma = sigma
 
@@ -166,7 +168,7 @@ def negative_mises_fisher_weights(out0: Tensor, out1: Tensor, sigma: float = 0.5
     return _mises_fisher_weights(out0, out1, sigma, None)
 
 
-class MemoryBankModule(nn.Module):
+class MemoryBankModule(TypedModule):
     """`size` rows, random at first, that are replaced by those of the batches, oldest first.
 
     As in lightly a batch that reaches the bank's end is cut there, and the next one goes to the beginning; the bank is
@@ -253,7 +255,7 @@ def _is_negative(temperature: float | Tensor) -> bool:
     return not isinstance(temperature, Tensor) and temperature < 0
 
 
-def _logits(u0: Tensor, u1: Tensor, temperature: float, shard: Shard | None) -> tuple[Tensor, Tensor]:
+def _logits(u0: Tensor, u1: Tensor, temperature: float | Tensor, shard: Shard | None) -> tuple[Tensor, Tensor]:
     """nu and the positive's logit, (2N,) each, of unit rows; also at a negative temperature."""
     u, ids = torch.cat((u0, u1)), sample_ids(u0, shard).repeat(2)
     if _is_negative(temperature):
@@ -264,7 +266,7 @@ def _logits(u0: Tensor, u1: Tensor, temperature: float, shard: Shard | None) -> 
 
 
 def _bank_logits(
-    u0: Tensor, u1: Tensor, bank: Tensor, temperature: float, shard: Shard | None
+    u0: Tensor, u1: Tensor, bank: Tensor, temperature: float | Tensor, shard: Shard | None
 ) -> tuple[Tensor, Tensor]:
     """nu against the bank, which is this rank's, and the positive's logit, (N,) each."""
     if _is_negative(temperature):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..losses import clip
+from ..modules.base import TypedModule
 from .shared import as_scalar, default_group_of
 
 __all__ = ["ClipLoss"]
 
 
-class ClipLoss(nn.Module):
+class ClipLoss(TypedModule):
     """CLIP's loss of features that are normalised already, both directions from one pass over the similarities.
 
     Args:

@@ -6,13 +6,14 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import ops
 from ..backends.base import row_dots, row_losses
 from ..common import batch_sum, group_counts, inverse_temperature, unit_rows
 from ..distributed import open_shard
 from ..losses import info_nce, nt_xent, sup_con
+from ..modules.base import TypedModule
 from ..ops.groups import counts_of_groups, group_sums
 from ..validation import check_features, check_rows, check_same, check_temperature
 from .pairs import IndicesTuple, checked_pairs, lse_by_anchor, sum_by_anchor
@@ -27,14 +28,14 @@ __all__ = ["DistributedLossWrapper", "NTXentLoss", "SelfSupervisedLoss", "SupCon
 _DISTANCES = ("CosineSimilarity", "DotProductSimilarity")
 
 
-class _PairLoss(nn.Module):
+class _PairLoss(TypedModule):
     """What both losses take, and which pairs a call is about."""
 
     _reducer: str  # the library's default, the only one whose mean is formed here
 
     def __init__(
         self,
-        temperature: float,
+        temperature: float | Tensor,
         *,
         distance: object = None,
         reducer: object = None,
@@ -129,7 +130,7 @@ class NTXentLoss(_PairLoss):
 
     _reducer = "MeanReducer"
 
-    def __init__(self, temperature: float = 0.07, **kwargs: object):
+    def __init__(self, temperature: float | Tensor = 0.07, **kwargs: object):
         super().__init__(temperature, **kwargs)  # type: ignore[arg-type]
 
     def _of_labels(self, u: Tensor, v: Tensor, ids: Tensor, ref_ids: Tensor, same: bool) -> Tensor:
@@ -177,7 +178,7 @@ class SupConLoss(_PairLoss):
 
     _reducer = "AvgNonZeroReducer"
 
-    def __init__(self, temperature: float = 0.1, **kwargs: object):
+    def __init__(self, temperature: float | Tensor = 0.1, **kwargs: object):
         super().__init__(temperature, **kwargs)  # type: ignore[arg-type]
 
     def _of_labels(self, u: Tensor, v: Tensor, ids: Tensor, ref_ids: Tensor, same: bool) -> Tensor:
@@ -215,7 +216,7 @@ class SupConLoss(_PairLoss):
         return _mean_over(nu - means, (counts > 0) & (compared > 1))
 
 
-class SelfSupervisedLoss(nn.Module):
+class SelfSupervisedLoss(TypedModule):
     """A loss of this module on two views, whose labels are the samples: `nt_xent`, for both of them.
 
     Args:
@@ -241,7 +242,7 @@ class SelfSupervisedLoss(nn.Module):
         return function(embeddings, ref_emb, self.loss.temperature, normalize=self.loss.normalize)
 
 
-class DistributedLossWrapper(nn.Module):
+class DistributedLossWrapper(TypedModule):
     """A loss of this module over the batch of all ranks of the default process group; without one, the loss as it is.
 
     Its value is that of one process with the whole batch, on every rank; the library's is R times it on R ranks. Its

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +20,18 @@ from ..common import (
     unit_rows,
 )
 from ..distributed import Shard, open_shard
-from ..losses.queries import HARDNESS_MODES, hardened_neg_lse
+from ..losses.queries import hardened_neg_lse
+from ..modules.base import TypedModule
+from ..options import HARDNESS_MODES, HardnessMode
 from ..validation import check_choice, check_rows, check_same
 from .shared import default_group
 
 __all__ = ["MultipleNegativesRankingLoss", "cos_sim", "dot_score"]
 
-DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
-PARTITION_MODES = ("joint", "per_direction")
+Direction: TypeAlias = Literal["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"]
+PartitionMode: TypeAlias = Literal["joint", "per_direction"]
+DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
+PARTITION_MODES: tuple[str, ...] = get_args(PartitionMode)
 
 
 def cos_sim(a: Tensor, b: Tensor) -> Tensor:
@@ -55,7 +59,7 @@ def dot_score(a: Tensor, b: Tensor) -> Tensor:
 _NORMALIZES = {"cos_sim": True, "dot_score": False}
 
 
-class MultipleNegativesRankingLoss(nn.Module):
+class MultipleNegativesRankingLoss(TypedModule):
     """InfoNCE of anchors against all positives and hard negatives of the batch, and its variants.
 
     Args:
@@ -90,9 +94,9 @@ class MultipleNegativesRankingLoss(nn.Module):
         scale: float = 20.0,
         similarity_fct: Callable[[Tensor, Tensor], Tensor] = cos_sim,
         gather_across_devices: bool = False,
-        directions: tuple[str, ...] = ("query_to_doc",),
-        partition_mode: str = "joint",
-        hardness_mode: str | None = None,
+        directions: tuple[Direction, ...] = ("query_to_doc",),
+        partition_mode: PartitionMode = "joint",
+        hardness_mode: HardnessMode | None = None,
         hardness_strength: float = 0.0,
     ):
         super().__init__()

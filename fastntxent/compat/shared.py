@@ -89,7 +89,7 @@ class Logits:
 
     @torch.no_grad()
     def argmax(self) -> Tensor:
-        """The column of each row's largest logit (M,), a block of rows at a time."""
+        """The column of each row's largest logit (M,), a block of rows at a time: 8 MiB of float32 logits."""
         height = max(1, _TILE // self._cols.shape[0])
         blocks = self._rows.split(height)
         return torch.cat([Logits(rows, self._cols, self._scale).dense().argmax(dim=1) for rows in blocks])

@@ -31,7 +31,7 @@ class ContrastiveLoss(NamedTuple):
 def add_contrastive_loss(
     hidden: Tensor,
     hidden_norm: bool = True,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     tpu_context: object = None,
     weights: float | Tensor = 1.0,
     strategy: object = None,

@@ -14,7 +14,7 @@ __all__ = ["simclr_loss_func"]
 
 
 @watched
-def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float = 0.1) -> Tensor:
+def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float | Tensor = 0.1) -> Tensor:
     r"""SimCLR's loss of rows in any order, whose positives are the rows with the same index.
 
     .. math:: L_i = -\log \frac{\sum_{p \in P(i)} e^{s_{ip}/\tau}}

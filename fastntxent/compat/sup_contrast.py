@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Literal, TypeAlias, get_args
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import ops
 from ..backends.base import row_dots
 from ..common import inverse_temperature, unit_rows
 from ..losses import nt_xent, sup_con
+from ..modules.base import TypedModule
 from ..ops.groups import group_sums
 from ..primitives import cross_neg_lse, neg_lse
 from ..validation import check_choice, check_rows
@@ -16,10 +19,11 @@ from .shared import as_ids
 
 __all__ = ["SupConLoss"]
 
-CONTRAST_MODES = ("all", "one")
+ContrastMode: TypeAlias = Literal["all", "one"]
+CONTRAST_MODES: tuple[str, ...] = get_args(ContrastMode)
 
 
-class SupConLoss(nn.Module):
+class SupConLoss(TypedModule):
     r"""SupCon's L_out of rows as they are, times temperature / base_temperature: the mean over all anchors.
 
     .. math:: L_i = \frac{\tau}{\tau_0} \Big[ \log \sum_{j \ne i} e^{s_{ij}/\tau}
@@ -45,7 +49,9 @@ class SupConLoss(nn.Module):
         tensor(1.1654)
     """
 
-    def __init__(self, temperature: float = 0.07, contrast_mode: str = "all", base_temperature: float = 0.07):
+    def __init__(
+        self, temperature: float | Tensor = 0.07, contrast_mode: ContrastMode = "all", base_temperature: float = 0.07
+    ):
         super().__init__()
         check_choice("contrast_mode", contrast_mode, CONTRAST_MODES)
         self.temperature = temperature
@@ -75,20 +81,22 @@ class SupConLoss(nn.Module):
         return scale * _first_view(views, ids, self.temperature)
 
 
-def _first_view(views: Tensor, ids: Tensor, temperature: float) -> Tensor:
+def _first_view(views: Tensor, ids: Tensor, temperature: float | Tensor) -> Tensor:
     sums, counts = group_sums(unit_rows(views, normalize=False).sum(dim=0), ids)
     weights = (len(views) * counts).to(sums.dtype)
     return _mean(views, "one", temperature, sums, weights, torch.ones_like(weights))
 
 
-def _masked(views: Tensor, mask: Tensor, temperature: float, contrast_mode: str) -> Tensor:
+def _masked(views: Tensor, mask: Tensor, temperature: float | Tensor, contrast_mode: str) -> Tensor:
     total = unit_rows(views, normalize=False).sum(dim=0)
     weights = len(views) * mask.sum(dim=1, dtype=total.dtype)
     own = mask.diagonal().to(total.dtype)
     return _mean(views, contrast_mode, temperature, ops.mask_product(mask, total), weights, own)
 
 
-def _mean(views: Tensor, contrast_mode: str, temperature: float, sums: Tensor, weights: Tensor, own: Tensor) -> Tensor:
+def _mean(
+    views: Tensor, contrast_mode: str, temperature: float | Tensor, sums: Tensor, weights: Tensor, own: Tensor
+) -> Tensor:
     """The mean over the anchors.
 
     Of each sample: `sums`, the weighted sum of its positives' rows, and `weights`, of their weights, in which each of

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..common import factor, reduce, unit_rows
 from ..distributed import Shard, open_shard
 from ..losses.two_towers import clip_directions
+from ..modules.base import TypedModule
 from ..validation import check_in_range, check_positive, check_reduction, check_rows, check_same, extremes
 from .shared import Logits, default_group
 
@@ -95,7 +96,7 @@ def contrastive_loss_with_temperature(
     )
 
 
-class ContrastiveLossWithTemperature(nn.Module):
+class ContrastiveLossWithTemperature(TypedModule):
     """`contrastive_loss_with_temperature` with its own logit scale, a parameter that is clamped at every call.
 
     Args:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..backends.base import accumulation_dtype
+from ..options import STRATEGIES, Strategy
 from ..validation import FLOAT_DTYPES, check_choice
 from . import wire
 from .agreement import Turn, agree
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
-STRATEGIES = ("auto", "all_gather", "ring")
 WORLD: Literal["world"] = "world"  # the default process group, by a name that is there before the group is
 
 # "auto": unit rows of all ranks beyond so many bytes go round the ring. They are sent one and a half times then, behind
@@ -60,7 +60,7 @@ class Sharding:
     """
 
     group: ProcessGroup | DeviceMesh | Literal["world"]
-    strategy: str = "auto"
+    strategy: Strategy = "auto"
     wire_dtype: torch.dtype | None = None
     check: bool = True
 

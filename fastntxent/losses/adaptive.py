@@ -9,6 +9,7 @@ from ..backends import check_name as check_backend
 from ..backends.base import row_dots, row_losses
 from ..common import batch_sum, inverse_temperature, n_samples, nt_xent_rows, reduce, unit_rows, watched
 from ..distributed import Group, open_shard
+from ..options import BackendName, Reduction
 from ..validation import check_in_range, check_reduction, check_views
 
 
@@ -20,9 +21,9 @@ def macl(
     *,
     alpha: float = 0.5,
     a_0: float = 0.0,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalize: bool = True,
-    backend: str = "auto",
+    backend: BackendName = "auto",
     group: Group | None = None,
 ) -> Tensor:
     r"""MACL: NT-Xent whose temperature grows with the alignment of the batch, and whose easy rows are weighed up.

@@ -11,6 +11,7 @@ from ..backends import check_name as check_backend
 from ..backends.base import row_losses
 from ..common import inverse_temperature, n_samples, nt_xent_rows, number, reduce, watched
 from ..distributed import Group, open_shard
+from ..options import BackendName, Reduction
 from ..validation import check_in_range, check_reduction, check_views
 
 
@@ -20,9 +21,9 @@ def debiased(
     temperature: float | Tensor = 0.5,
     *,
     tau_plus: float,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalize: bool = True,
-    backend: str = "auto",
+    backend: BackendName = "auto",
     group: Group | None = None,
 ) -> Tensor:
     r"""Debiased contrastive loss: an estimate of what the negatives would sum to without the false ones among them.
@@ -70,9 +71,9 @@ def hard_negative(
     *,
     tau_plus: float,
     beta: float,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalize: bool = True,
-    backend: str = "auto",
+    backend: BackendName = "auto",
     group: Group | None = None,
 ) -> Tensor:
     r"""HCL: the debiased loss with each negative weighted by how close it lies.

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..backends import check_name as check_backend
 from ..common import inverse_temperature, n_samples, nt_xent_rows, reduce, watched
 from ..distributed import Group, Shard, log_sum_exp, open_shard
+from ..options import BackendName, Reduction
 from ..validation import check_number, check_positive, check_reduction, check_views
 
 
@@ -17,9 +18,9 @@ def dcl(
     z_j: Tensor,
     temperature: float | Tensor = 0.1,
     *,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalize: bool = True,
-    backend: str = "auto",
+    backend: BackendName = "auto",
     group: Group | None = None,
 ) -> Tensor:
     r"""DCL: NT-Xent without the positive in its own denominator.
@@ -51,9 +52,9 @@ def dclw(
     temperature: float | Tensor = 0.1,
     *,
     sigma: float = 0.5,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalize: bool = True,
-    backend: str = "auto",
+    backend: BackendName = "auto",
     group: Group | None = None,
 ) -> Tensor:
     r"""DCLW: DCL that pulls hardest on the pairs that are furthest apart, by a negative von Mises-Fisher weight.

@@ -22,6 +22,7 @@ from ..common import (
 )
 from ..distributed import Group, Shard, open_shard
 from ..ops import autocast_off
+from ..options import BackendName, Reduction
 from ..validation import check_ids, check_in_range, check_reduction, check_rows, check_same
 
 
@@ -32,9 +33,9 @@ def multiview_nt_xent(
     *,
     ids: Tensor | None = None,
     label_smoothing: float = 0.0,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalize: bool = True,
-    backend: str = "auto",
+    backend: BackendName = "auto",
     group: Group | None = None,
 ) -> Tensor:
     r"""NT-Xent of V views: every other view of a row's sample is a positive of its own, and never a negative.

@@ -22,6 +22,7 @@ from ..common import (
 )
 from ..distributed import Group, Shard, open_shard
 from ..ops import autocast_off
+from ..options import HARDNESS_MODES, BackendName, HardnessMode, Reduction
 from ..validation import (
     FLOAT_DTYPES,
     check_choice,
@@ -32,8 +33,6 @@ from ..validation import (
     check_rows,
     check_same,
 )
-
-HARDNESS_MODES = ("in_batch_negatives", "hard_negatives", "all_negatives")
 
 
 @watched
@@ -46,11 +45,11 @@ def info_nce(
     in_batch_negatives: bool | None = None,
     ids: Tensor | None = None,
     label_smoothing: float = 0.0,
-    hardness_mode: str = "all_negatives",
+    hardness_mode: HardnessMode = "all_negatives",
     hardness_strength: float = 0.0,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalize: bool = True,
-    backend: str = "auto",
+    backend: BackendName = "auto",
     group: Group | None = None,
 ) -> Tensor:
     r"""InfoNCE: for each query, pick its key among the negatives.

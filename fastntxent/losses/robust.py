@@ -11,6 +11,7 @@ from ..backends import check_name as check_backend
 from ..backends.base import row_losses
 from ..common import inverse_temperature, log_add, nt_xent_rows, reduce, watched
 from ..distributed import Group, open_shard
+from ..options import BackendName, Reduction
 from ..validation import check_in_range, check_reduction, check_views, extremes
 
 
@@ -22,9 +23,9 @@ def rince(
     *,
     q: float = 0.5,
     lam: float = 0.01,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalize: bool = True,
-    backend: str = "auto",
+    backend: BackendName = "auto",
     group: Group | None = None,
 ) -> Tensor:
     r"""RINCE: a loss that bounds what one wrongly paired row can contribute.

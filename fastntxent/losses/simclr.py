@@ -12,6 +12,7 @@ from ..backends import check_name as check_backend
 from ..backends.base import row_losses
 from ..common import batch_sum, inverse_temperature, n_samples, nt_xent_rows, reduce, watched
 from ..distributed import Group, open_shard
+from ..options import BackendName, Reduction
 from ..validation import check_ids, check_in_range, check_reduction, check_views
 from .multiview import multiview_losses, stack_views
 
@@ -32,9 +33,9 @@ def nt_xent(
     *,
     ids: Tensor | None = None,
     label_smoothing: float = 0.0,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalize: bool = True,
-    backend: str = "auto",
+    backend: BackendName = "auto",
     group: Group | None = None,
 ) -> Tensor:
     r"""NT-Xent, the loss of SimCLR: for each of the 2N rows, pick its other view among all other rows.
@@ -115,7 +116,7 @@ def nt_xent_terms(
     temperature: float | Tensor = 0.5,
     *,
     normalize: bool = True,
-    backend: str = "auto",
+    backend: BackendName = "auto",
     group: Group | None = None,
 ) -> NTXentTerms:
     r"""NT-Xent taken apart into what pulls views together and what keeps the embeddings from collapsing.

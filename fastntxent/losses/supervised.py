@@ -22,9 +22,8 @@ from ..common import (
 )
 from ..distributed import Group, Shard, open_shard
 from ..ops import autocast_off
+from ..options import FORMS, BackendName, Reduction, SupConForm
 from ..validation import ID_DTYPES, check_choice, check_ids, check_reduction, check_rows
-
-FORMS = ("out", "in", "pairs")
 
 
 @watched
@@ -33,10 +32,10 @@ def sup_con(
     labels: Tensor,
     temperature: float | Tensor = 0.1,
     *,
-    form: str = "out",
-    reduction: str = "mean",
+    form: SupConForm = "out",
+    reduction: Reduction = "mean",
     normalize: bool = True,
-    backend: str = "auto",
+    backend: BackendName = "auto",
     group: Group | None = None,
 ) -> Tensor:
     r"""SupCon: contrastive loss whose positives are all other rows with the same label.

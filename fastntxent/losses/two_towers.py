@@ -21,6 +21,7 @@ from ..common import (
     watched,
 )
 from ..distributed import Group, Shard, open_shard
+from ..options import BackendName, Reduction
 from ..validation import (
     check_ids,
     check_in_range,
@@ -49,9 +50,9 @@ def clip(
     logit_bias: float | Tensor | None = None,
     ids: Tensor | None = None,
     label_smoothing: float = 0.0,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalize: bool = True,
-    backend: str = "auto",
+    backend: BackendName = "auto",
     group: Group | None = None,
 ) -> Tensor:
     r"""CLIP's loss: each image picks its text and each text its image, both from one pass over the similarities.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TypedDict
+from typing import TYPE_CHECKING, ParamSpec, Protocol, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,19 +11,35 @@ from torch import Tensor, nn
 from ..backends import check_name as check_backend
 from ..common import in_double
 from ..distributed import Group, Sharding
+from ..options import BackendName, Reduction
 from ..validation import check_reduction, check_temperature
+
+_P = ParamSpec("_P")
+_R_co = TypeVar("_R_co", covariant=True)
+
+
+class _HasForward(Protocol[_P, _R_co]):
+    def forward(self, *args: _P.args, **kwargs: _P.kwargs) -> _R_co: ...
 
 
 class _Options(TypedDict):
     """What every loss takes by these names."""
 
-    reduction: str
+    reduction: Reduction
     normalize: bool
-    backend: str
+    backend: BackendName
     group: Group | None
 
 
-class TemperatureLoss(nn.Module):
+class TypedModule(nn.Module):
+    """A module whose call has, for type checkers, the signature of its `forward`: nn.Module's takes and returns Any."""
+
+    if TYPE_CHECKING:
+
+        def __call__(self: _HasForward[_P, _R_co], *args: _P.args, **kwargs: _P.kwargs) -> _R_co: ...
+
+
+class TemperatureLoss(TypedModule):
     """A temperature, a reduction, whether rows are normalised, a backend, and the ranks of the batch."""
 
     _shown: tuple[str, ...] = ()  # attributes of a subclass that repr() shows
@@ -32,9 +48,9 @@ class TemperatureLoss(nn.Module):
         self,
         temperature: float | Tensor,
         *,
-        reduction: str,
+        reduction: Reduction,
         normalize: bool,
-        backend: str,
+        backend: BackendName,
         group: Group | None,
         learn_temperature: bool,
     ):

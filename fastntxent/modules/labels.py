@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..distributed import Group
 from ..losses import sup_con
-from ..losses.supervised import FORMS
+from ..options import FORMS, BackendName, Reduction, SupConForm
 from ..validation import check_choice
 from .base import TemperatureLoss
 
@@ -29,10 +29,10 @@ class SupConLoss(TemperatureLoss):
         self,
         temperature: float | Tensor = 0.1,
         *,
-        form: str = "out",
-        reduction: str = "mean",
+        form: SupConForm = "out",
+        reduction: Reduction = "mean",
         normalize: bool = True,
-        backend: str = "auto",
+        backend: BackendName = "auto",
         group: Group | None = None,
         learn_temperature: bool = False,
     ):

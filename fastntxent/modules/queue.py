@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..backends.base import row_dots, row_losses
 from ..common import inverse_temperature, log_add, neg_lse_of_columns, reduce, sample_ids, unit_rows
 from ..distributed import Group, open_shard
+from ..options import BackendName, Reduction
 from ..validation import check_features, check_ids, check_rows, check_same
 from .base import TemperatureLoss
 
@@ -155,9 +156,9 @@ class QueueInfoNCELoss(TemperatureLoss):
         *,
         in_batch_negatives: bool = True,
         queue_dtype: torch.dtype = torch.float32,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         normalize: bool = True,
-        backend: str = "auto",
+        backend: BackendName = "auto",
         group: Group | None = None,
         learn_temperature: bool = False,
     ):

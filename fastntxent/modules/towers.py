@@ -11,7 +11,7 @@ from torch import Tensor
 from ..common import in_double
 from ..distributed import Group
 from ..losses import clip, info_nce
-from ..losses.queries import HARDNESS_MODES
+from ..options import HARDNESS_MODES, BackendName, HardnessMode, Reduction
 from ..validation import check_choice, check_in_range
 from .base import TemperatureLoss
 
@@ -37,11 +37,11 @@ class InfoNCELoss(TemperatureLoss):
         *,
         in_batch_negatives: bool | None = None,
         label_smoothing: float = 0.0,
-        hardness_mode: str = "all_negatives",
+        hardness_mode: HardnessMode = "all_negatives",
         hardness_strength: float = 0.0,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         normalize: bool = True,
-        backend: str = "auto",
+        backend: BackendName = "auto",
         group: Group | None = None,
         learn_temperature: bool = False,
     ):
@@ -126,9 +126,9 @@ class CLIPLoss(TemperatureLoss):
         *,
         label_smoothing: float = 0.0,
         max_logit_scale: float | None = 100.0,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         normalize: bool = True,
-        backend: str = "auto",
+        backend: BackendName = "auto",
         group: Group | None = None,
         learn_temperature: bool = True,
     ):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..distributed import Group
 from ..losses import dcl, dclw, debiased, hard_negative, macl, multiview_nt_xent, nt_xent, rince
+from ..options import BackendName, Reduction
 from ..validation import check_in_range, check_number, check_positive
 from .base import TemperatureLoss
 
@@ -41,9 +42,9 @@ class NTXentLoss(TemperatureLoss):
         temperature: float | Tensor = 0.5,
         *,
         label_smoothing: float = 0.0,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         normalize: bool = True,
-        backend: str = "auto",
+        backend: BackendName = "auto",
         group: Group | None = None,
         learn_temperature: bool = False,
     ):
@@ -80,9 +81,9 @@ class MultiViewNTXentLoss(TemperatureLoss):
         temperature: float | Tensor = 0.5,
         *,
         label_smoothing: float = 0.0,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         normalize: bool = True,
-        backend: str = "auto",
+        backend: BackendName = "auto",
         group: Group | None = None,
         learn_temperature: bool = False,
     ):
@@ -117,9 +118,9 @@ class DCLLoss(TemperatureLoss):
         self,
         temperature: float | Tensor = 0.1,
         *,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         normalize: bool = True,
-        backend: str = "auto",
+        backend: BackendName = "auto",
         group: Group | None = None,
         learn_temperature: bool = False,
     ):
@@ -153,9 +154,9 @@ class DCLWLoss(TemperatureLoss):
         temperature: float | Tensor = 0.1,
         *,
         sigma: float = 0.5,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         normalize: bool = True,
-        backend: str = "auto",
+        backend: BackendName = "auto",
         group: Group | None = None,
         learn_temperature: bool = False,
     ):
@@ -193,9 +194,9 @@ class DebiasedLoss(TemperatureLoss):
         temperature: float | Tensor = 0.5,
         *,
         tau_plus: float = 0.1,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         normalize: bool = True,
-        backend: str = "auto",
+        backend: BackendName = "auto",
         group: Group | None = None,
         learn_temperature: bool = False,
     ):
@@ -235,9 +236,9 @@ class HardNegativeLoss(TemperatureLoss):
         *,
         tau_plus: float = 0.1,
         beta: float = 1.0,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         normalize: bool = True,
-        backend: str = "auto",
+        backend: BackendName = "auto",
         group: Group | None = None,
         learn_temperature: bool = False,
     ):
@@ -279,9 +280,9 @@ class RINCELoss(TemperatureLoss):
         *,
         q: float = 0.5,
         lam: float = 0.01,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         normalize: bool = True,
-        backend: str = "auto",
+        backend: BackendName = "auto",
         group: Group | None = None,
         learn_temperature: bool = False,
     ):
@@ -323,9 +324,9 @@ class MACLLoss(TemperatureLoss):
         *,
         alpha: float = 0.5,
         a_0: float = 0.0,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         normalize: bool = True,
-        backend: str = "auto",
+        backend: BackendName = "auto",
         group: Group | None = None,
         learn_temperature: bool = False,
     ):

@@ -9,6 +9,7 @@ or many, whatever the backend.
 An argument is one of
 
     rows N D    a dense floating-point matrix; all rows of a call have one dtype and device
+    full N D    the same in float32 or float64
     ids N       an integer for each row
     sums N      a number for each row, in the accumulation dtype: float64 for float64 rows, else float32
     grad N D    a gradient in the accumulation dtype
@@ -32,6 +33,8 @@ from torch import Tensor
 from ..backends.base import accumulation_dtype
 from ..validation import FLOAT_DTYPES, ID_DTYPES, check_positive
 
+_ROWS = ("rows", "full")
+
 
 class _Argument(NamedTuple):
     name: str
@@ -50,14 +53,14 @@ def _parse(text: str) -> _Call:
         name, kind, *sizes = part.replace(":", "").split()
         factors = [re.fullmatch(r"(\d*)([A-Z])", size) for size in sizes]
         arguments.append(_Argument(name, kind, tuple((int(f[1] or 1), f[2]) for f in factors if f)))
-    order = sorted(range(len(arguments)), key=lambda index: arguments[index].kind != "rows")
+    order = sorted(range(len(arguments)), key=lambda index: arguments[index].kind not in _ROWS)
     return _Call(tuple(arguments), tuple(order))
 
 
 _TWO_VIEWS = "z_i: rows N D, z_j: rows N D, inv_tau: number"
 _ONE_SIDE = "u: rows M D, ids: ids M, inv_tau: number"
 _TWO_SIDES = "u: rows M D, v: rows K D, u_ids: ids M, v_ids: ids K, inv_tau: number"
-_PAIRS = "u: rows M D, v: rows K D, a: index P, b: index P"
+_PAIRS = "u: full M D, v: full K D, a: index P, b: index P"
 
 # The tensors of each call in order; what follows them is no tensor.
 _CALLS = {
@@ -84,9 +87,9 @@ _CALLS = {
         "positive_sum_backward": f"d_sum: sums M, {_TWO_SIDES}, nu: sums M",
         "pair_dots": _PAIRS,
         "pair_dots_backward": f"d_dots: sums P, {_PAIRS}",
-        "mask_product": "mask: mask B C, x: rows C D",
-        "mask_product_backward": "d_out: grad B D, mask: mask B C, x: rows C D",
-        "positive_ranks": "u: rows 2N D",
+        "mask_product": "mask: mask B C, x: full C D",
+        "mask_product_backward": "d_out: grad B D, mask: mask B C, x: full C D",
+        "positive_ranks": "u: full 2N D",
     }.items()
 }
 
@@ -129,7 +132,7 @@ def rows_of(call: str, tensors: Sequence[Tensor]) -> Tensor:
 def _check_sizes(argument: _Argument, x: Tensor, rows_name: str, sizes: dict[str, int]) -> None:
     name, kind, letters = argument
     for size, (factor, letter) in zip(x.shape, letters, strict=True):
-        if kind == "rows" and size == 0:
+        if kind in _ROWS and size == 0:
             raise ValueError(f"{name} must have at least one row and one feature, got shape {tuple(x.shape)}")
         if letter not in sizes:
             if size % factor:
@@ -150,9 +153,11 @@ def _check_dtype(name: str, kind: str, dtype: torch.dtype, rows: Tensor, rows_na
     elif kind == "ids":
         if dtype not in ID_DTYPES:
             raise TypeError(f"{name} must have an integer dtype, got {dtype}")
-    elif kind == "rows":
+    elif kind in _ROWS:
         if dtype not in FLOAT_DTYPES:
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {dtype}")
+        if kind == "full" and dtype != accumulation_dtype(dtype):
+            raise TypeError(f"{name} must be float32 or float64, got {dtype}")
         if dtype != rows.dtype:
             raise TypeError(f"{name} must have the dtype of {rows_name}, {rows.dtype}, got {dtype}")
     elif dtype != accumulation_dtype(rows.dtype):

@@ -11,21 +11,24 @@ from .contract import checked
 from .register import autocast_off, register
 
 _TILE = 2**22  # similarities held at once
+_EXACT = 2**24  # a sum of so many ones is exact in float32
 
 
 def _forward(u: Tensor) -> Tensor:
     (u,) = checked("positive_ranks", u)
-    M = u.shape[0]
-    every = torch.arange(M, device=u.device)
-    partner = swap_views(every)
-    ranks = torch.empty_like(partner)
     with autocast_off(u):
-        for rows in every.split(max(1, _TILE // max(1, M))):
-            sims = u[rows] @ u.T
-            pos = sims.gather(1, partner[rows, None])
-            sims.scatter_(1, rows[:, None], -torch.inf)  # itself is worse than any
-            worse = (sims < pos).sum(dim=1)  # not so of a NaN
-            ranks[rows] = (M - worse).clamp_max(M - 1)
+        M = u.shape[0]
+        own = torch.arange(M, device=u.device)
+        partner, ranks = swap_views(own), torch.empty_like(own)
+        height = max(1, _TILE // M)
+        buffer = u.new_empty(min(height, M), M)
+        for rows, me, other, rank in zip(*(x.split(height) for x in (u, own, partner, ranks)), strict=True):
+            sims = torch.mm(rows, u.T, out=buffer[: len(rows)])
+            pos = sims.gather(1, other[:, None])
+            sims.scatter_(1, me[:, None], -torch.inf)  # itself is worse than any
+            # In place, as 1 and 0: on a CPU the sum of a bool tensor is formed of a copy in int64. NaN is not worse.
+            worse = sum(part.sum(dim=1).long() for part in sims.lt_(pos).split(_EXACT, dim=1))
+            rank.copy_((M - worse).clamp_max(M - 1))
     return ranks
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ..options import BackendName
 from .augment import PRESETS
 from .sources import SOURCES
 
@@ -58,7 +59,7 @@ class Config:
         "fused kernels, or the dense reference in plain PyTorch",
         choices=("fused", "reference"),
     )
-    backend: str = _option(
+    backend: BackendName = _option(  # noqa: RUF009 (a field, as the others)
         "auto",
         "loss",
         "backend of the fused loss, a name from fastntxent.backends()",

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .. import NTXentLoss, nt_xent_terms
 from ..distributed import Group
+from ..options import BackendName
 from .config import Config
 
 
@@ -16,7 +17,7 @@ class OneTerm(NTXentLoss):
     alone knows nothing of views.
     """
 
-    def __init__(self, term: str, temperature: float, *, backend: str, group: Group | None) -> None:
+    def __init__(self, term: str, temperature: float, *, backend: BackendName, group: Group | None) -> None:
         super().__init__(temperature, backend=backend, group=group)
         self.term = term
 
@@ -29,7 +30,7 @@ class OneTerm(NTXentLoss):
 
 def build_objective(config: Config, group: Group | None = None) -> NTXentLoss:
     """The loss module of a run, over the ranks of a group; ValueError for the dense loss, which is of one process."""
-    backend = "reference" if config.loss == "reference" else config.backend
+    backend: BackendName = "reference" if config.loss == "reference" else config.backend
     if group and backend == "reference":
         given = "--loss" if config.loss == "reference" else "--backend"
         raise ValueError(f"{given} reference is the dense loss of one process, and this run is over several ranks")

@@ -1,0 +1,18 @@
+"""The options that are chosen by name: a type for the signatures, and the same names as a tuple for the checks."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias, get_args
+
+Reduction: TypeAlias = Literal["mean", "sum", "none"]
+BackendName: TypeAlias = Literal["auto", "cpu", "cuda", "triton", "blocked", "reference"]
+Layout: TypeAlias = Literal["concatenated", "interleaved"]
+SupConForm: TypeAlias = Literal["out", "in", "pairs"]
+HardnessMode: TypeAlias = Literal["in_batch_negatives", "hard_negatives", "all_negatives"]
+Strategy: TypeAlias = Literal["auto", "all_gather", "ring"]
+
+REDUCTIONS: tuple[str, ...] = get_args(Reduction)
+LAYOUTS: tuple[str, ...] = get_args(Layout)
+FORMS: tuple[str, ...] = get_args(SupConForm)
+HARDNESS_MODES: tuple[str, ...] = get_args(HardnessMode)
+STRATEGIES: tuple[str, ...] = get_args(Strategy)
