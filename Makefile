@@ -21,9 +21,11 @@ lint: $(VENV)/installed
 	$(VENV)/bin/mypy tests/typed_usage.py
 	$(VENV)/bin/basedpyright --pythonpath $(VENV)/bin/python
 
-# The CPU kernels, and the CUDA kernels on an emulated device, against their definition under sanitizers: minutes.
-sanitize:
+# The CPU kernels, and the CUDA kernels on an emulated device, against their definition under sanitizers, and every
+# operator called with wrong tensors: minutes.
+sanitize: $(VENV)/installed
 	CXX="$(CXX)" csrc/cpu/sanitize.sh
+	CXX="$(CXX)" csrc/cpu/sanitize_calls.sh $(VENV)/bin/python
 	CXX="$(CXX)" csrc/cuda/sanitize.sh
 
 # Registers, shared memory and spills of the Triton and CUDA kernels on every chip, none of which has to be here.

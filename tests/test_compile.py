@@ -18,7 +18,6 @@ SIZES = (4, 7, 3, 12, 47, 16)
 STATEFUL = {"QueueInfoNCELoss", "lightly.NTXentLoss bank"}
 # Takes the distinct pairs, as many as there are: a size that no graph knows.
 DATA_DEPENDENT = {"pytorch_metric_learning.SupConLoss pairs"}
-TILED = {"retrieve"}  # a graph for each number of columns
 WITHOUT_STATE = [name for name in CALLS if name not in STATEFUL]
 
 
@@ -48,7 +47,7 @@ def scheduled(call):
     return run
 
 
-@pytest.mark.parametrize("name", [name for name in WITHOUT_STATE if name not in DATA_DEPENDENT | TILED])
+@pytest.mark.parametrize("name", [name for name in WITHOUT_STATE if name not in DATA_DEPENDENT])
 def test_compile_takes_two_graphs_at_changing_sizes_and_temperatures(name):
     call = CALLS[name]
     run = scheduled(call)

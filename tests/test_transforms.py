@@ -19,9 +19,7 @@ DATA_DEPENDENT = {
     "pytorch_metric_learning.SupConLoss pairs",
     "torchmultimodal.contrastive_loss_with_temperature mask",
 }
-# Their bound on the logit scale has no rule for vmap.
-BOUNDED = {"CLIPLoss", "CLIPLoss learnt"}
-VMAPPED = [name for name in CALLS if name not in STATEFUL | DATA_DEPENDENT | BOUNDED]
+VMAPPED = [name for name in CALLS if name not in STATEFUL | DATA_DEPENDENT]
 # No kernels: forward-mode derivatives are PyTorch's own.
 PLAIN_PYTORCH = {
     "info_nce own",
