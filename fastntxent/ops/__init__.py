@@ -3,16 +3,19 @@
     neg_lse        (u, ids, inv_tau)                 -> nu                               any ids, any weights
     neg_lse_sum    (u, ids, inv_tau, weights)        -> weighted sum of nu, d_u, d_inv_tau
     cross_neg_lse  (u, v, u_ids, v_ids, inv_tau)     -> nu of the rows, nu of the columns
+    held_neg_lse   (u, rows, u_ids, row_ids, held, inv_tau) -> nu against the first `held` rows of a buffer
     nt_xent_rows   (z_i, z_j, inv_tau)               -> nu, pi                           the weighted path
     nt_xent_scalar    (z_i, z_j, inv_tau)               -> loss, d_z_i, d_z_j, d_inv_tau    the scalar path
     nt_xent_value   (z_i, z_j, inv_tau)               -> loss                             where no gradient is wanted
     positive_lse, positive_sum                       -> sums over the rows of the same group
+    snapshot       (x)                               -> a copy of a buffer that will change before the backward
 
-All but `nt_xent_value` have their `_backward`, an operator too. The scalar path forms the gradient together with the
-loss, once, for an upstream gradient of 1; its backward only scales. The public layer takes it where a gradient is
-wanted and one number is asked for. `neg_lse_sum` is the scalar path of a loss that is linear in nu.
+All but `nt_xent_value` and `snapshot` have their `_backward`, an operator too. The scalar path forms the gradient
+together with the loss, once, for an upstream gradient of 1; its backward only scales. The public layer takes it where a
+gradient is wanted and one number is asked for. `neg_lse_sum` is the scalar path of a loss that is linear in nu.
 """
 
+from .held import held_neg_lse, snapshot
 from .neg_lse import cross_neg_lse, neg_lse, neg_lse_sum
 from .nt_xent import nt_xent_rows, nt_xent_scalar
 from .positives import positive_lse, positive_sum
@@ -21,10 +24,12 @@ from .register import autocast_off
 __all__ = [
     "autocast_off",
     "cross_neg_lse",
+    "held_neg_lse",
     "neg_lse",
     "neg_lse_sum",
     "nt_xent_rows",
     "nt_xent_scalar",
     "positive_lse",
     "positive_sum",
+    "snapshot",
 ]
