@@ -171,7 +171,7 @@ class NegativeQueue(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Take a whole queue, or load this one's own state in its place and report why."""
-        own = {prefix + name: value for name, value in self.state_dict().items()}
+        own = {prefix + "_rows": self._rows, prefix + "_ids": self._ids, prefix + "_extra_state": self._cursor}
         missing = [key for key in own if key not in state_dict]
         missing_keys.extend(missing)
         if not missing:
