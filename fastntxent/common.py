@@ -7,6 +7,11 @@ With a shard, rows are this rank's, and what is formed over columns, groups or t
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,9 +20,7 @@ from . import distributed, ops
 from .backends.base import accumulation_dtype, norm_eps, row_dots
 from .distributed import Shard
 from .ops.groups import counts_of_groups, group_sums
-from .validation import check_temperature
-
-_LEAST_TEMPERATURE = {dtype: 1 / torch.finfo(dtype).max for dtype in (torch.float32, torch.float64)}
+from .validation import check_temperature, extremes
 
 
 def inverse_temperature(
@@ -25,12 +28,27 @@ def inverse_temperature(
 ) -> Tensor:
     """1 / temperature in the accumulation dtype: 0-d, or (per_row,) where one temperature per row is taken too."""
     check_temperature(temperature, rows, per_row=per_row)
+    dtype = accumulation_dtype(rows.dtype)
     if not isinstance(temperature, Tensor):
-        least = _LEAST_TEMPERATURE[accumulation_dtype(rows.dtype)]
-        if temperature < least:
-            raise ValueError(f"temperature must be at least {least:.2g}, got {temperature}")
+        _check_invertible(temperature, torch.finfo(dtype).max)
         return _number(1.0 / temperature, rows)
-    return factor(temperature, rows, shard).reciprocal()
+    # The gradient in tau is that in k times k^2, which leaves the range of float32 long before k does.
+    wide = in_double(temperature)
+    if limits := extremes(wide):
+        differentiable = wide.requires_grad and torch.is_grad_enabled()
+        largest = min(torch.finfo(dtype).max, torch.finfo(wide.dtype).max ** (0.5 if differentiable else 1.0))
+        _check_invertible(limits[0], largest)
+    return factor(wide.reciprocal(), rows, shard)
+
+
+def _check_invertible(temperature: float, largest_inverse: float) -> None:
+    if temperature < 1 / largest_inverse:
+        raise ValueError(f"temperature must be at least {1 / largest_inverse:.2g}, got {temperature}")
+
+
+def in_double(x: Tensor) -> Tensor:
+    """x in float64, or as it is on a device that may have none."""
+    return x.double() if x.device.type in ("cpu", "cuda", "meta") else x
 
 
 def factor(value: float | Tensor, rows: Tensor, shard: Shard | None = None) -> Tensor:
@@ -165,6 +183,49 @@ def group_counts(ids: Tensor, shard: Shard | None) -> Tensor:
     return distributed.group_counts(ids, shard) if shard else counts_of_groups(ids, ids)
 
 
+_Loss = TypeVar("_Loss", bound=Callable[..., Any])
+_WATCHED = ("temperature", "logit_scale", "ids", "u_ids", "v_ids", "labels", "indexes")
+
+
+def watched(loss: _Loss) -> _Loss:
+    """Let a loss's backward raise, as those of PyTorch's losses do, if the temperature, ids or labels it was given have
+    changed in place since. (Rows are in autograd's own care.)"""
+    names = list(inspect.signature(loss).parameters)
+    places = [(names.index(name), name) for name in _WATCHED if name in names]
+
+    @functools.wraps(loss)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        result = loss(*args, **kwargs)
+        given = [args[place] if place < len(args) else kwargs.get(name) for place, name in places]
+        tensors = [x for x in given if isinstance(x, Tensor)]
+        if not tensors or torch.compiler.is_compiling() or ops.transforming():
+            return result
+        if isinstance(result, Tensor):
+            return _Watched.apply(result, *tensors)
+        return type(result)(*(_Watched.apply(x, *tensors) for x in result))
+
+    return cast(_Loss, call)
+
+
+class _Watched(torch.autograd.Function):
+    """The first tensor; its backward looks whether the others are as they were."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        ctx.others = (None,) * len(tensors)
+        return x.clone()  # not a view, so that a caller may go on in place
+
+    @staticmethod
+    def backward(ctx: Any, d_x: Tensor) -> tuple[Tensor | None, ...]:
+        _ = ctx.saved_tensors  # this is the look
+        return d_x, *ctx.others
+
+    @staticmethod
+    def jvp(ctx: Any, d_x: Tensor, *_: Any) -> Tensor:
+        return d_x.clone()
+
+
 def scale_gradient(x: Tensor, scale: Tensor) -> Tensor:
     """x itself, with a gradient times `scale`."""
     return torch.where(x.isinf(), x, x + (scale.detach() - 1) * (x - x.detach()))  # inf - inf is NaN
@@ -181,14 +242,14 @@ def reduce(losses: Tensor, reduction: str, counted: Tensor | None = None, shard:
     Losses of the other rows are 0 already."""
     if reduction == "none":
         return losses
-    total = batch_sum(losses, shard)
     if reduction == "sum":
-        return total
+        return batch_sum(losses, shard)
+    total = batch_sum(in_double(losses), shard)  # which may overflow float32 where the mean does not
     if counted is not None:
-        return total / batch_sum(counted, shard).clamp_min(1)
-    if shard is None:
-        return losses.mean()
-    return total / shard.n_rows
+        mean = total / batch_sum(counted, shard).clamp_min(1)
+    else:
+        mean = total / (len(losses) if shard is None else shard.n_rows)
+    return mean.to(losses.dtype)
 
 
 def batch_sum(x: Tensor, shard: Shard | None) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import ops
 from .backends import check_name as check_backend
-from .common import inverse_temperature
+from .common import inverse_temperature, watched
 from .validation import check_features, check_ids, check_rows, check_same
 
 
@@ -19,6 +19,7 @@ class CrossNegLse(NamedTuple):
     cols: Tensor
 
 
+@watched
 def neg_lse(u: Tensor, ids: Tensor, temperature: float | Tensor, *, backend: str = "auto") -> Tensor:
     r"""Log-sum-exp of every row's similarities to the rows of other groups, the primitive of the whole family.
 
@@ -51,6 +52,7 @@ def neg_lse(u: Tensor, ids: Tensor, temperature: float | Tensor, *, backend: str
     return ops.neg_lse(u, ids, inverse_temperature(temperature, u), backend)
 
 
+@watched
 def cross_neg_lse(
     u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, temperature: float | Tensor, *, backend: str = "auto"
 ) -> CrossNegLse:

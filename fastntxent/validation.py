@@ -90,12 +90,19 @@ def check_temperature(
             raise ValueError(
                 f"{name} must be on the CPU or on the embeddings' device {rows.device}, got {temperature.device}"
             )
-        if temperature.device.type == "cpu" and temperature.numel() and not torch.compiler.is_compiling():
-            for extreme in temperature.detach().aminmax():  # NaN if there is one
-                check_positive(name, extreme.item())
+        for extreme in extremes(temperature) or ():  # NaN if there is one
+            check_positive(name, extreme)
     else:
         check_number(name, temperature, "a float or a 0-d tensor")
         check_positive(name, temperature)
+
+
+def extremes(x: Tensor) -> tuple[float, float] | None:
+    """The smallest and the largest entry, or None where the host cannot see them: on an accelerator, or compiling."""
+    if x.device.type != "cpu" or not x.numel() or torch.compiler.is_compiling():
+        return None
+    low, high = x.detach().aminmax()
+    return low.item(), high.item()
 
 
 def check_number(name: str, value: object, expected: str = "a number") -> None:

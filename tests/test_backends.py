@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fastntxent import budget, cross_neg_lse, neg_lse, nt_xent_terms, ops, split_views
 from fastntxent.backends.base import Side
@@ -70,6 +71,27 @@ def test_nt_xent_random_upstream_within_budget(backend, n, normalize, temperatur
 def test_nt_xent_upstream_of_any_magnitude_within_budget(backend, temperature, scale):
     upstream = torch.linspace(-1, 1, 66, dtype=torch.float64) * scale
     assert_within_budget(random_batch(33, 40, temperature), backend, upstream=upstream, reduction="none")
+
+
+@pytest.mark.parametrize("temperature", [0.02, 0.1, 1.0, 1e4, 1e8])
+@pytest.mark.parametrize("samples", ["apart", "anywhere"])
+def test_nt_xent_one_upstream_entry_near_the_end_of_the_range_spoils_no_other_row(backend, samples, temperature):
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(16, 16, generator=generator, dtype=torch.float64)
+    z = torch.linalg.qr(z)[0] if samples == "apart" else z
+    noise = (0.01 if samples == "apart" else 0.5) * torch.randn(2, 16, 16, generator=generator, dtype=torch.float64)
+    batch = Batch(*(z + noise).float(), temperature)
+    for entry in (1e38, 1e-38, 2.0**120):
+        upstream = torch.ones(32, dtype=torch.float64)
+        upstream[1] = entry
+        result = evaluate(batch, backend, upstream=upstream, reduction="none")
+        truth = evaluate(batch.map(Tensor.double), "reference", upstream=upstream, reduction="none")
+        for value, true in zip(result[1:3], truth[1:3], strict=True):
+            held = true.abs().amax(dim=1) < torch.finfo(torch.float32).max
+            errors = (value - true).abs().amax(dim=1) / true.abs().amax(dim=1)
+            assert held.any()
+            assert errors[held].max() < 1e-4
+            assert not value[~held].isnan().any()
 
 
 @pytest.mark.parametrize("temperature", [0.005, 0.02, 1.0])

@@ -1,13 +1,24 @@
 """Gradient caching against the step it stands for."""
 
+import collections
 import contextlib
 import copy
+import random
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrizations, parametrize
+from torch.utils.checkpoint import checkpoint
 
-from fastntxent import NTXentLoss, cached_backward
+from fastntxent import NTXentLoss, QueueInfoNCELoss, cached_backward, nt_xent
+from tests.ranks import on_ranks
 
 
 def whole_batch_step(encoder, views, loss_fn):
@@ -168,3 +179,490 @@ def test_cached_backward_views_must_not_be_one_tensor():
 def test_cached_backward_encoder_must_be_a_module():
     with pytest.raises(TypeError, match=r"encoder must be a torch\.nn\.Module, got function"):
         cached_backward(lambda x: x, [VIEW, VIEW], NTXentLoss(), chunk_size=2)
+
+
+def loss_of(z_i, z_j):
+    return nt_xent(z_i, z_j, 0.2)
+
+
+def chunked_step(encoder, views, loss_fn, chunk_size):
+    """What `cached_backward` stands for: one pass over the chunks, with all activations held."""
+    loss = loss_fn(*(torch.cat([encoder(chunk) for chunk in view.split(chunk_size)]) for view in views))
+    loss.backward()
+    return loss.detach()
+
+
+class Stateful(nn.Module):
+    """An encoder whose embeddings depend on what it did before."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 5)
+        self.init()
+
+    def init(self):
+        pass
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.last(torch.tanh(h / self.scale(h)))
+
+
+class InPlace(Stateful):
+    def init(self):
+        self.register_buffer("running", torch.ones(8))
+        self.register_buffer("expanded", torch.ones(1).expand(8))
+        self.register_buffer("sparse", torch.eye(8).to_sparse(), persistent=False)
+
+    def scale(self, h):
+        self.running.mul_(0.5).add_(h.detach().std(0))
+        self.running.data.mul_(1.1)
+        return self.running + self.expanded + torch.sparse.mm(self.sparse, self.running[:, None])[:, 0]
+
+
+class Assigned(Stateful):
+    def init(self):
+        self.register_buffer("running", torch.ones(8))
+        self.register_buffer("transient", torch.ones(8), persistent=False)
+        self.register_buffer("unset", None)
+        self.norm = nn.Module()
+        self.norm.running = self.running  # shared, until the first of them is assigned
+
+    def scale(self, h):
+        self.running = 0.5 * self.running + 0.5 * h.detach().std(0)
+        self.norm.running.mul_(1.5)
+        self.transient.data = 0.5 * self.transient.data + 1
+        self.unset = self.running if self.unset is None else self.unset + self.running
+        return self.running * self.norm.running * self.transient * self.unset
+
+
+class Resized(Stateful):
+    def init(self):
+        self.register_buffer("grown", torch.ones(1))
+
+    def scale(self, h):
+        size = len(self.grown)
+        self.grown.resize_(size + 1).fill_(size)
+        return 1 + self.grown.sum()
+
+
+class Attributes(Stateful):
+    def init(self):
+        self.inner = nn.Module()
+        self.inner.step, self.inner.mean = 0, torch.ones(8)
+        self.list, self.tuple, self.set = [1.0], (torch.ones(8),), set()
+        self.dict = {"mean": torch.ones(8), "nested": {"last": collections.deque([1.0, 2.0], maxlen=2)}}
+        self.counter, self.array = collections.Counter("a"), np.ones(1)
+
+    def scale(self, h):
+        self.inner.step += 1
+        self.inner.mean = 0.5 * self.inner.mean + h.detach().std(0)
+        self.list.append(self.inner.step)
+        self.tuple[0].mul_(1.5)
+        self.set.add(self.inner.step)
+        self.dict["mean"].mul_(0.5).add_(h.detach().abs().mean())
+        self.dict["nested"]["last"].append(float(self.inner.step))
+        self.counter["a"] += 1
+        self.array += 0.5
+        numbers = self.inner.step * len(self.list) * len(self.set) * self.counter["a"] + self.array[0]
+        return numbers * self.inner.mean * self.tuple[0] * self.dict["mean"] * self.dict["nested"]["last"][0]
+
+
+class Created(Stateful):
+    def init(self):
+        self.norm = None
+
+    def scale(self, h):
+        if self.norm is None:
+            self.norm = nn.BatchNorm1d(8)
+            self.register_buffer("late", torch.rand(8))
+        self.late = 1.5 * self.late
+        self.norm(h.detach())
+        return 1 + self.late + self.norm.running_var + F.dropout(torch.ones(8))
+
+
+class Random(Stateful):
+    def init(self):
+        self.torch, self.python = torch.Generator().manual_seed(3), random.Random(3)
+        self.numpy = [np.random.default_rng(3), np.random.RandomState(3)]
+
+    def scale(self, h):
+        own = torch.rand(8, generator=self.torch) + self.python.random() + self.numpy[0].random() + self.numpy[1].rand()
+        return 1 + own + torch.rand(8) + random.random() + np.random.rand()
+
+
+class Normalised(Stateful):
+    def init(self):
+        parametrizations.spectral_norm(self.first)
+        parametrizations.weight_norm(self.last)
+        self.norm, self.mean_norm = nn.BatchNorm1d(8), nn.BatchNorm1d(8, momentum=None)
+
+    def scale(self, h):
+        self.norm(h), self.mean_norm(h)
+        return self.norm.running_var + self.mean_norm.running_var + self.norm.num_batches_tracked
+
+
+class Checkpointed(Stateful):
+    def forward(self, x):
+        return self.last(checkpoint(lambda x: F.dropout(torch.tanh(self.first(x))), x, use_reentrant=False))
+
+
+class OldNorms(Stateful):
+    def init(self):
+        nn.utils.spectral_norm(self.first)
+        nn.utils.weight_norm(self.last)
+
+    def scale(self, h):
+        return 1.0
+
+
+STATEFUL = [
+    InPlace, Assigned, Resized, Attributes, Created, Random, Normalised, OldNorms, Checkpointed,
+    pytest.param(lambda: torch.jit.script(nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5))), id="scripted"),
+    pytest.param(lambda: torch.compile(Assigned(), backend="eager"), id="compiled"),
+]  # fmt: skip
+
+
+def seed_all(seed):
+    torch.manual_seed(seed), random.seed(seed), np.random.seed(seed)
+
+
+@pytest.mark.parametrize("make", STATEFUL)
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of older PyTorch's norms and JIT
+def test_cached_backward_repeats_state_and_random_numbers(make):
+    views, later = torch.randn(2, 10, 6).unbind(), torch.randn(4, 6)
+    ends = []
+    for step in (cached_backward, chunked_step):
+        seed_all(1)
+        encoder = make()
+        losses = [step(encoder, views, loss_of, chunk_size=4) for _ in range(2)]
+        drawn = random.random(), np.random.rand(), torch.rand(1).item()
+        ends.append((losses, gradients(encoder), encoder(later).detach(), drawn))  # the later embeddings tell the state
+    torch.testing.assert_close(*ends)
+
+
+def test_cached_backward_keeps_the_objects_of_the_state():
+    encoder = Attributes()
+    encoder.register_buffer("running", torch.ones(3))
+    objects = [encoder.running, *encoder.tuple, encoder.list, encoder.dict["mean"], encoder.dict["nested"]["last"]]
+    parameters = list(encoder.parameters())
+    cached_backward(encoder, torch.randn(2, 10, 6).unbind(), loss_of, chunk_size=5)
+    kept = [encoder.running, *encoder.tuple, encoder.list, encoder.dict["mean"], encoder.dict["nested"]["last"]]
+    assert all(now is before for now, before in zip(kept, objects, strict=True))
+    assert all(now is before for now, before in zip(encoder.parameters(), parameters, strict=True))
+
+
+def test_cached_backward_leaves_a_graph_that_needs_a_buffer():
+    encoder = nn.Linear(6, 5)
+    encoder.register_buffer("scale", torch.ones(5))
+    z = encoder(torch.randn(3, 6)) * encoder.scale
+    cached_backward(encoder, torch.randn(2, 10, 6).unbind(), loss_of, chunk_size=5)
+    z.sum().backward()
+
+
+class Failing(Attributes):
+    """Raises in a forward of one's choice."""
+
+    def init(self):
+        super().init()
+        self.generator = torch.Generator().manual_seed(3)
+        self.countdown = iter(())  # not repeated
+
+    def scale(self, h):
+        scale = super().scale(h) + torch.rand(8, generator=self.generator) + random.random()
+        if next(self.countdown, 1) == 0:
+            raise FloatingPointError("in forward")
+        return scale
+
+
+def failing_loss(z_i, z_j):
+    torch.rand(3)
+    raise FloatingPointError("in the loss")
+
+
+@pytest.mark.parametrize("fails_in", [0, 2, 4, 6, 7, "the loss"])
+def test_cached_backward_error_leaves_state_and_generators_as_before(fails_in):
+    views, later = torch.randn(2, 10, 6).unbind(), torch.randn(4, 6)
+    seed_all(1)
+    encoder = Failing()
+    seed_all(2)
+    expected = copy.deepcopy(encoder)(later), random.random(), torch.rand(1)
+    seed_all(2)
+    if fails_in != "the loss":
+        encoder.countdown = iter(range(fails_in, -1, -1))
+    with pytest.raises(FloatingPointError):
+        cached_backward(encoder, views, failing_loss if fails_in == "the loss" else loss_of, chunk_size=5)
+    torch.testing.assert_close((encoder(later), random.random(), torch.rand(1)), expected)
+
+
+def test_cached_backward_keeps_what_the_loss_changes_in_the_encoder():
+    class WithQueue(InPlace):
+        def init(self):
+            super().init()
+            self.criterion = QueueInfoNCELoss(12, 5)
+            self.centre = torch.zeros(5)
+
+        def loss(self, z_i, z_j):
+            self.centre = self.centre + z_i.detach().mean(0)
+            return self.criterion(z_i, z_j.detach())
+
+    ends = []
+    for step in (cached_backward, chunked_step):
+        torch.manual_seed(1)
+        encoder = WithQueue()
+        views = torch.randn(2, 10, 6).unbind()
+        for _ in range(2):
+            step(encoder, views, encoder.loss, chunk_size=5)
+        queue = encoder.criterion.queue
+        ends.append((encoder.running, encoder.centre, len(queue), queue.rows, gradients(encoder)))
+    torch.testing.assert_close(*ends)
+
+
+def test_cached_backward_frozen_encoder_runs_once_and_ends_as_backward():
+    encoder, views = Normalised().requires_grad_(False), torch.randn(2, 10, 6).unbind()
+    plain, runs = copy.deepcopy(encoder), []
+    encoder.register_forward_hook(lambda *_: runs.append(1))
+    ends = []
+    for module, step in ((encoder, cached_backward), (plain, chunked_step)):
+        loss_fn = NTXentLoss(0.2, learn_temperature=True)
+        loss = step(module, views, loss_fn, chunk_size=5)
+        ends.append((loss, gradients(loss_fn), module.norm.running_var.clone()))
+    torch.testing.assert_close(*ends)
+    assert len(runs) == 4
+    for module, step in ((encoder, cached_backward), (plain, chunked_step)):
+        with pytest.raises(RuntimeError, match="does not require grad"):
+            step(module, views, loss_of, chunk_size=5)
+
+
+def test_cached_backward_learns_what_is_not_a_parameter_of_the_encoder():
+    outside = nn.Linear(6, 5)
+    encoder, views = nn.Sequential(nn.Tanh()), torch.randn(2, 10, 6).unbind()
+    encoder.register_forward_hook(lambda module, args, output: outside(output))
+    cached_backward(encoder, views, loss_of, chunk_size=4)
+    (expected,) = torch.autograd.grad(loss_of(*map(encoder, views)), outside.weight)
+    torch.testing.assert_close(outside.weight.grad, expected)
+
+
+class Towers(nn.Module):
+    """A tower for each view, told apart by their dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.rows = nn.EmbeddingBag(9, 5), nn.Linear(6, 5)
+
+    def forward(self, x):
+        return self.rows(x) if x.is_floating_point() else self.tokens(x)
+
+
+def tower_views():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(10, 6, generator=generator), torch.randint(9, (10, 3), generator=generator)
+
+
+@pytest.mark.parametrize("frozen", ["tokens", "rows", None])
+def test_cached_backward_one_view_without_graph(frozen):
+    encoder = Towers()
+    if frozen:
+        encoder.get_submodule(frozen).requires_grad_(False)
+    plain = copy.deepcopy(encoder)
+    cached_backward(encoder, tower_views(), loss_of, chunk_size=4)
+    chunked_step(plain, tower_views(), loss_of, chunk_size=4)
+    torch.testing.assert_close(gradients(encoder), gradients(plain))
+
+
+def test_cached_backward_inputs_are_neither_changed_nor_given_a_gradient():
+    class Scaling(Stateful):
+        def forward(self, x):
+            return self.last(torch.tanh(self.first(x.mul_(2))))
+
+    encoder = Scaling()
+    views = [torch.randn(10, 6, requires_grad=True) for _ in range(2)]
+    before = [view.detach().clone() for view in views]
+    cached_backward(encoder, views, loss_of, chunk_size=4)
+    plain = copy.deepcopy(encoder)
+    plain.zero_grad()
+    chunked_step(plain, [view.clone() for view in before], loss_of, chunk_size=10)
+    torch.testing.assert_close(gradients(encoder), gradients(plain))
+    for view, value in zip(views, before, strict=True):
+        assert view.grad is None
+        assert torch.equal(view, value)
+
+
+def test_cached_backward_takes_the_embeddings_out_of_memory_that_is_written_again():
+    # As CUDA graphs do, and views of a larger output would keep it.
+    class Static(nn.Linear):
+        def forward(self, x):
+            z = super().forward(x)
+            if torch.is_grad_enabled():
+                return z
+            self.memory = z if not hasattr(self, "memory") else self.memory.copy_(z)
+            return self.memory
+
+    encoder = Static(6, 5)
+    views = torch.randn(2, 10, 6).unbind()
+    loss = cached_backward(encoder, views, loss_of, chunk_size=5)
+    torch.testing.assert_close(loss, loss_of(*map(encoder, views)).detach())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_cached_backward_needs_no_grad_mode_of_the_caller(mode):
+    encoder = nn.Linear(6, 5)
+    with mode():
+        views = torch.randn(2, 10, 6).unbind()
+        loss = cached_backward(encoder, views, loss_of, chunk_size=4)
+    (expected,) = torch.autograd.grad(loss_of(*(encoder(view.clone()) for view in views)), encoder.weight)
+    torch.testing.assert_close(encoder.weight.grad, expected)
+    assert not loss.is_inference()
+
+
+def test_cached_backward_under_autocast_reaches_every_parameter():
+    encoder = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))
+    plain, views = copy.deepcopy(encoder), torch.randn(2, 10, 6).unbind()
+    with torch.autocast("cpu", torch.bfloat16):
+        cached_backward(encoder, views, loss_of, chunk_size=5)
+        chunked_step(plain, views, loss_of, chunk_size=5)
+    torch.testing.assert_close(gradients(encoder), gradients(plain), atol=1e-3, rtol=2e-2)
+
+
+def test_cached_backward_second_pass_that_does_not_repeat_is_an_error():
+    counter = iter(range(100))
+    encoder = nn.Linear(6, 5)
+    encoder.register_forward_hook(lambda module, args, output: output + next(counter))
+    with pytest.raises(RuntimeError, match="other embeddings in the second pass"):
+        cached_backward(encoder, torch.randn(2, 10, 6).unbind(), loss_of, chunk_size=5)
+
+
+def test_cached_backward_within_cached_parametrizations_is_an_error():
+    encoder = parametrizations.orthogonal(nn.Linear(6, 5))
+    with parametrize.cached(), pytest.raises(RuntimeError, match=r"parametrize\.cached"):
+        cached_backward(encoder, torch.randn(2, 10, 6).unbind(), loss_of, chunk_size=5)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "views", "error", "message"),
+    [
+        (
+            nn.LazyLinear(5),
+            2 * [torch.ones(4, 6)],
+            ValueError,
+            "encoder must have all its parameters, got a lazy layer",
+        ),
+        (nn.LSTM(6, 5), 2 * [torch.ones(4, 6)], TypeError, r"encoder must return a torch\.Tensor, got tuple"),
+        (nn.Flatten(0), 2 * [torch.ones(4, 6)], ValueError, r"a row for each of the 3 rows, got shape \(18,\)"),
+        (nn.Linear(6, 5), 2 * [torch.ones(4, 6).to_sparse()], TypeError, r"views\[0\] must be a dense"),
+        (
+            nn.Linear(6, 5),
+            [torch.ones(4, 6), torch.ones(4, 6, requires_grad=True).relu()],
+            ValueError,
+            r"views\[1\] must be data without a graph, got the output of ReluBackward0",
+        ),
+    ],
+)
+def test_cached_backward_encoder_or_view_out_of_contract_is_named(encoder, views, error, message):
+    with pytest.raises(error, match=message):
+        cached_backward(encoder, views, loss_of, chunk_size=3)
+
+
+def test_cached_backward_repeats_the_generator_of_the_encoders_device():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+    class Moving(Stateful):
+        def forward(self, x):
+            return self.last(F.dropout(torch.tanh(self.first(x.cuda()))))
+
+    views, ends = torch.randn(2, 10, 6).unbind(), []
+    for step in (cached_backward, chunked_step):
+        torch.manual_seed(1)
+        encoder = Moving().cuda()
+        ends.append((step(encoder, views, loss_of, chunk_size=4), gradients(encoder), torch.rand(1, device="cuda")))
+    torch.testing.assert_close(*ends)
+
+
+def replicated_step(encoder, views, loss_fn, chunk_size):
+    """The same in DistributedDataParallel, which synchronises buffers in the first chunk and gradients in the last."""
+    *chunks, last = (chunk for view in views for chunk in view.split(chunk_size))
+    with encoder.no_sync():
+        z = [encoder(chunk) for chunk in chunks]
+    loss_fn(*torch.cat([*z, encoder(last)]).chunk(2)).backward()
+
+
+def step_on_ranks(views, step, loss_fn, **options):
+    """Gradients of two steps, and the state after them as embeddings; before them it differs between the ranks."""
+    torch.manual_seed(1)
+    encoder = DistributedDataParallel(Assigned(), **options)
+    encoder.module.transient.mul_(1 + dist.get_rank())  # until the first rank's is broadcast
+    for _ in range(2):
+        encoder.zero_grad()
+        step(encoder, views, loss_fn, chunk_size=2)
+    return [g.clone() for g in gradients(encoder)], encoder.module(views[0]).detach()
+
+
+def cached_on_ranks():
+    """For each construction what it gave and what it should, and the errors of those that cannot be right."""
+    generator = torch.Generator().manual_seed(1)
+    views = [view.split((6, 4))[dist.get_rank()] for view in torch.randn(2, 10, 6, generator=generator)]
+    loss_fn = NTXentLoss(0.2, group=dist.group.WORLD)
+    found = {}
+    for name in ("find_unused_parameters", "gradient_as_bucket_view"):
+        options = {name: True}
+        found[name] = [step_on_ranks(views, step, loss_fn, **options) for step in (cached_backward, replicated_step)]
+
+    ends = []
+    for step in (cached_backward, chunked_step):
+        torch.manual_seed(1)
+        encoder = fully_shard(Assigned(), mesh=init_device_mesh("cpu", (2,)))
+        step(encoder, [view[:4] for view in views], loss_fn, chunk_size=2)  # as many chunks on each rank
+        ends.append(([g.full_tensor() for g in gradients(encoder)], encoder(views[0]).detach()))
+    found["fully_shard"] = ends
+
+    torch.manual_seed(1)
+    towers, whole = [view.split((6, 4))[dist.get_rank()] for view in tower_views()], Towers()
+    encoder = DistributedDataParallel(copy.deepcopy(whole), find_unused_parameters=True)
+    loss = cached_backward(encoder, towers, loss_fn, chunk_size=2)
+    expected = chunked_step(whole, tower_views(), loss_of, chunk_size=10)
+    found["towers"] = (loss, gradients(encoder)), (expected, gradients(whole))
+
+    for name, encoder, options in (
+        ("a tower without find_unused_parameters", Towers(), {}),
+        ("a last view without a gradient", Towers(), {"find_unused_parameters": True}),
+        ("a static graph", Towers(), {"static_graph": True}),
+    ):
+        encoder.tokens.requires_grad_(name != "a last view without a gradient")
+        try:
+            cached_backward(DistributedDataParallel(encoder, **options), towers, loss_fn, chunk_size=3)
+        except (RuntimeError, ValueError) as error:
+            found[name] = str(error)
+    return found
+
+
+@pytest.fixture(scope="module")
+def of_ranks():
+    return on_ranks(2, cached_on_ranks)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "find_unused_parameters",
+        "gradient_as_bucket_view",
+        "fully_shard",
+        "towers",
+    ],
+)
+def test_cached_backward_on_ranks_is_the_step_it_stands_for(of_ranks, how):
+    for found in of_ranks:
+        torch.testing.assert_close(*found[how])
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("a tower without find_unused_parameters", "find_unused_parameters=True"),
+        ("a last view without a gradient", "put a view that has a gradient last in views"),
+        ("a static graph", "without static_graph=True"),
+    ],
+)
+def test_cached_backward_on_ranks_gradient_that_is_not_averaged_is_an_error(of_ranks, how, message):
+    for found in of_ranks:
+        assert message in found[how]

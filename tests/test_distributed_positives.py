@@ -87,7 +87,7 @@ def on_each_rank() -> dict[str, Any]:
         rows = batch()[0][here].requires_grad_()
         shard = distributed.open_shard(Sharding(world, strategy=strategy), "positive_lse", rows, "auto")
         ids = LABELS["some alone"][here]
-        square_of_lse(distributed.positive_lse(rows, ids, torch.tensor(0.5), shard)).backward()
+        square_of_lse(distributed.positive_lse(rows, ids, torch.tensor(0.5, dtype=rows.dtype), shard)).backward()
         found["alone", strategy] = rows.grad
     for name, x in summed(rank).items():
         found[name] = wire.sum_of_ranks(world, x)
@@ -193,7 +193,9 @@ def test_sup_con_gradient_of_ranks_keeps_its_accuracy_when_converged(of_ranks, f
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_positive_lse_of_ranks_rows_without_a_positive_have_no_gradient(of_ranks, strategy: str):
     rows, ids = batch()[0].requires_grad_(), LABELS["some alone"]
-    square_of_lse(ops.positive_lse(rows, rows, ids, ids, torch.tensor(0.5), True, "blocked")).backward()
+    square_of_lse(
+        ops.positive_lse(rows, rows, ids, ids, torch.tensor(0.5, dtype=rows.dtype), True, "blocked")
+    ).backward()
     found = torch.cat([found["alone", strategy] for found in of_ranks])
     torch.testing.assert_close(found, rows.grad)
 

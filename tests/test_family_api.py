@@ -2,9 +2,11 @@
 
 import inspect
 import math
+from functools import partial
 
 import pytest
 import torch
+from torch import Tensor
 
 import fastntxent
 from fastntxent import (
@@ -20,7 +22,7 @@ from fastntxent import (
     rince,
     sup_con,
 )
-from tests.cases import random_batch
+from tests.cases import BACKENDS, random_batch
 
 Z = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 W = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
@@ -120,6 +122,73 @@ def test_clip_module_keeps_its_scale_below_the_bound():
     torch.testing.assert_close(fixed(Z, W), clip(Z, W, 0.001))
 
 
+def test_clip_module_over_a_batch_of_features_under_vmap():
+    module = fastntxent.CLIPLoss(0.001)
+    images, texts = torch.stack((Z, W, -Z)), torch.stack((W, -Z, Z))
+    each = torch.stack([module(*pair) for pair in zip(images, texts, strict=True)])
+    torch.testing.assert_close(torch.vmap(module)(images, texts), each)
+
+
+LEARNT = {
+    "nt_xent": fastntxent.NTXentLoss,
+    "multiview": fastntxent.MultiViewNTXentLoss,
+    "dcl": fastntxent.DCLLoss,
+    "dclw": fastntxent.DCLWLoss,
+    "debiased": partial(fastntxent.DebiasedLoss, tau_plus=1e-9),
+    "hard_negative": partial(fastntxent.HardNegativeLoss, tau_plus=1e-9),
+    "rince": fastntxent.RINCELoss,
+    "macl": fastntxent.MACLLoss,
+    "sup_con": fastntxent.SupConLoss,
+    "info_nce": fastntxent.InfoNCELoss,
+    "clip": fastntxent.CLIPLoss,
+    "clip without bound": partial(fastntxent.CLIPLoss, max_logit_scale=None),
+    "queue": partial(fastntxent.QueueInfoNCELoss, 8, 4),
+}
+
+
+@pytest.mark.parametrize("name", LEARNT)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_learnt_temperature_far_away_gives_numbers_or_an_error_in_words(name, dtype):
+    rows = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def results(log_temperature: float, module_dtype: torch.dtype, rows_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        module = LEARNT[name](learn_temperature=True).to(module_dtype)
+        with torch.no_grad():
+            module.log_temperature.fill_(log_temperature)
+        z, w = Z.to(rows_dtype), W.to(rows_dtype)
+        arguments = {"sup_con": (z, LABELS), "multiview": ([z, w],)}.get(name, (z, w))
+        value = module(*arguments)
+        return value.detach(), *torch.autograd.grad(value, module.log_temperature)
+
+    finite = 0
+    for log_temperature in (-1000.0, -400.0, -100.0, -87.0, -60.0, -45.0, -20.0, -2.0, 20.0, 100.0, 1000.0):
+        try:
+            value, gradient = results(log_temperature, dtype, rows)
+        except ValueError:
+            with pytest.raises(ValueError, match=r"temperature must be|logit_scale .*must be|exp ends"):
+                results(log_temperature, dtype, rows)
+            continue
+        finite += 1
+        assert value.isfinite()
+        assert not gradient.isnan()
+        if -400 < log_temperature < 0:  # at 0 a loss in float32 no longer knows its temperature
+            true_value, true_gradient = results(log_temperature, torch.float64, torch.float64)
+            torch.testing.assert_close(value.double(), true_value, rtol=1e-4, atol=1e-30)
+            largest = torch.finfo(dtype).max
+            expected = true_gradient.to(dtype) if true_gradient.abs() < largest else gradient
+            torch.testing.assert_close(gradient, expected, rtol=2e-3, atol=1e-6)
+    assert finite > 2
+
+
+def test_mean_is_finite_where_the_sum_of_its_rows_is_not():
+    z, w = Z.float().repeat(9, 1), W.float().repeat(9, 1)
+    for loss in (dcl, macl, info_nce, clip):
+        for backend in BACKENDS:
+            value, rows = (loss(z, w, 1e-38, reduction=r, backend=backend) for r in ("mean", "none"))
+            assert rows.sum().isinf()
+            torch.testing.assert_close(value.double(), rows.double().mean())
+
+
 def test_sup_con_without_any_positive_is_zero():
     for form in ("out", "in", "pairs"):
         z = Z.clone().requires_grad_()
@@ -147,7 +216,7 @@ def test_sup_con_takes_labels_of_any_integer_dtype(labels_dtype):
         torch.testing.assert_close(value, sup_con(Z, LABELS * 10**12 - 1, 0.2, form=form))
 
 
-def test_losses_without_negatives_are_zero():
+def test_losses_without_negatives_are_zero_and_macl_is_one():
     z = Z[:1].clone().requires_grad_()
     w = W[:1]
     values = [
@@ -155,7 +224,7 @@ def test_losses_without_negatives_are_zero():
         dclw(z, w),
         debiased(z, w, tau_plus=0.1),
         hard_negative(z, w, tau_plus=0.1, beta=1),
-        macl(z, w),
+        macl(z, w) - 1,
         info_nce(z, w),
         clip(z, w),
         multiview_nt_xent([z, w, z]),

@@ -11,7 +11,7 @@ ROOT = Path(fastntxent.__file__).parent
 
 # From the bottom up. A module may import from its own layer and from those below it.
 LAYERS = [
-    ["validation", "_cpu", "_cuda"],
+    ["validation", "snapshot", "_cpu", "_cuda"],
     ["backends.base"],
     ["backends.native"],
     ["backends.cuda", "backends.triton", "backends.blocked", "backends.cpu", "backends.reference"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -377,6 +378,68 @@ def test_gradient_keeps_its_accuracy_when_converged(name):
     true_loss, true_gradient = result(views.double(), "reference")
     assert 1e-8 < float(true_loss) < 1e-5
     assert float((gradient - true_gradient).norm() / true_gradient.norm()) < 1e-5
+
+
+def test_macl_keeps_value_and_gradient_where_its_weight_underflows():
+    # l / (1 - exp(-l)) = softplus(x) / sigmoid(x), which tends to 1 with a gradient of 1 in x.
+    centres = torch.linalg.qr(normal(16, 16, generator=torch.Generator().manual_seed(0)))[0]
+    views = centres + 0.01 * normal(2, 16, 16, generator=torch.Generator().manual_seed(1))
+    for tau in (0.05, 0.015, 0.01, 0.005, 0.001):
+        for backend in BACKENDS:
+            z = views.float().requires_grad_()
+            losses = fastntxent.macl(z[0], z[1], tau, alpha=0, reduction="none", backend=backend)
+            (gradient,) = torch.autograd.grad(losses, z, torch.full_like(losses, 65536))
+
+            u = F.normalize(z.detach().double(), dim=-1).requires_grad_()
+            pos, negatives = dense.pairs_and_negatives(u)
+            x = torch.logsumexp(negatives / tau, dim=1) - pos / tau
+            assert (x < -15).any()
+            true = torch.where(x < -40, 1, F.softplus(x) / torch.sigmoid(x))
+            torch.testing.assert_close(losses.double(), true, rtol=1e-4, atol=0)
+            (d_u,) = torch.autograd.grad(x.sum(), u)
+            d_z = (d_u - u * (u * d_u).sum(dim=-1, keepdim=True)) / z.double().norm(dim=-1, keepdim=True)
+            assert float((gradient / 65536 - d_z).norm() / d_z.norm()) < 1e-4
+
+
+def test_macl_reference_has_the_second_derivative_of_a_loss_with_its_weights_held():
+    z = normal(2, 4, 3, generator=torch.Generator().manual_seed(0))
+    losses = fastntxent.nt_xent(*z, 0.3, reduction="none", backend="reference")
+    weights = 1 / -torch.expm1(-losses)
+
+    def held(z: Tensor) -> Tensor:
+        return (fastntxent.nt_xent(*z, 0.3, reduction="none", backend="reference") * weights).sum()
+
+    def macl(z: Tensor) -> Tensor:
+        return fastntxent.macl(*z, 0.3, alpha=0, reduction="sum", backend="reference")
+
+    hessian = torch.autograd.functional.hessian
+    torch.testing.assert_close(hessian(macl, z), hessian(held, z))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rince_is_finite_where_a_power_overflows_and_the_difference_does_not(backend):
+    # Rows that coincide: exp(k) and 1.1 exp(k), of which float32 holds the first alone.
+    def results(dtype: torch.dtype, name: str) -> list[Tensor]:
+        z = torch.tensor([[1.0, 0.0]], dtype=dtype).repeat(4, 1)
+        tau = torch.tensor(1 / 88.7, dtype=torch.float64, requires_grad=True)
+        value = fastntxent.rince(z[:2], z[2:], tau, q=1.0, lam=1.1 / 3, normalize=False, backend=name)
+        return [value.detach(), *torch.autograd.grad(value, tau)]
+
+    truth = results(torch.float64, "reference")
+    assert torch.tensor(88.7).exp() * 1.1 == torch.inf
+    for value, true in zip(results(torch.float32, backend), truth, strict=True):
+        torch.testing.assert_close(value.double(), true, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("q", [1e-45, 1e-20, 0.3])
+def test_rince_value_with_the_smallest_q(q):
+    drawn = draw(CASES["rince"], 5, 4, 0.2, 0).to(torch.float32)
+    loss = of_views("rince", q=q, lam=0.1)
+    u = F.normalize(drawn.tensors[0].double(), dim=-1)
+    pos, negatives = (sims / drawn.tau for sims in dense.pairs_and_negatives(u))
+    difference = torch.logsumexp(torch.cat((pos[:, None], negatives), dim=1), dim=1) + math.log(0.1) - pos
+    true = torch.exp(q * pos) * torch.expm1(q * difference) / q if q == 0.3 else difference
+    torch.testing.assert_close(loss(*drawn.tensors, drawn.tau, reduction="none").double(), true, rtol=1e-5, atol=1e-6)
 
 
 @needs_cuda

@@ -74,8 +74,8 @@ def test_held_neg_lse_is_cross_neg_lse_of_the_first_rows(backend, held):
     torch.testing.assert_close(*(torch.autograd.grad(value.sum(), (u, k)) for value in values))
 
 
-def test_snapshot_operator_passes_opcheck():
-    torch.library.opcheck(torch.ops.fastntxent.snapshot.default, (torch.randn(6, 4)[:3],))
+def test_copy_now_operator_passes_opcheck():
+    torch.library.opcheck(torch.ops.fastntxent.copy_now.default, (torch.randn(6, 4)[:3],))
 
 
 def test_loss_operator_passes_opcheck_and_has_no_gradient(backend):

@@ -27,6 +27,12 @@ namespace {
 // products with exp(-nu) and with the weights a third to move in.
 template <class T> constexpr double DIRECT_LIMIT = sizeof(T) == 4 ? 60.0 : 480.0;
 
+// Factors w exp(-nu) are formed while they stay in this distance of 0 and of the type's end.
+template <class T> constexpr double SMALLEST_FACTOR = sizeof(T) == 4 ? 1e-35 : 1e-300;
+
+// The largest weight in a shifted tile: the middle of the type's range above 1, so that sums of them stay in it.
+template <class T> constexpr double LARGEST_WEIGHT = sizeof(T) == 4 ? 0x1p64 : 0x1p512;
+
 constexpr int64_t LARGEST_EDGE = 192;   // a tile and the rows it touches stay in a core's second cache at D = 128
 constexpr int64_t TILES_PER_SIDE = 4;   // at least, for each thread, down to the smallest edge
 constexpr double PARALLEL_FROM = 4e6;   // multiplications of a full product; fewer are done as soon by one thread
@@ -285,9 +291,11 @@ template <class T> class Run {
         return kernels_.dot(rows_.u + row * ld_, rows_.u + partner(row) * ld_, ld_);
     }
 
-    // Weights of any magnitude (a loss scaler's 2^16, a mean's 1e-6) enter the tiles with the largest at 1.
+    // Weights of any magnitude (a loss scaler's 2^16, a mean's 1e-6) enter the tiles in units of `weight_unit_`. Without
+    // a shift the largest is 1. Where w exp(-nu) would then leave the range of T for some row, because one weight is
+    // 1e38 times another, the tiles are shifted: their w exp(k s - nu) is at most w, so the largest is LARGEST_WEIGHT.
     void weigh() {
-        largest_weight_ = 0;
+        double largest = 0;
         for_sides([&](Rows<T>& side) {
             const T* const neg_lse = static_cast<const T*>(side.given.neg_lse);
             const T* const w = static_cast<const T*>(side.given.d_neg_lse);
@@ -295,14 +303,22 @@ template <class T> class Run {
                 if (!(call_.phases & FNTX_FORWARD)) side.neg_lse[row] = double(neg_lse[row]);
                 if (!call_.loss) side.w[row] = w ? double(w[row]) : 0;
                 if (side.neg_lse[row] == -INF) side.w[row] = 0;  // no negative: no weight, whatever came
-                largest_weight_ = larger(largest_weight_, fabs(side.w[row]));
+                largest = larger(largest, larger(fabs(side.w[row]), fabs(d_pos(row))));
             }
         });
-        if (largest_weight_ == 0) largest_weight_ = 1;
+        if (largest == 0) largest = 1;
+        for_sides([&](Rows<T>& side) {
+            for (int64_t row = 0; row < side.n && !shifted_; ++row) {
+                if (side.w[row] == 0) continue;
+                const double factor = fabs(side.w[row]) / largest * exp(-side.neg_lse[row]);
+                shifted_ = !(factor > SMALLEST_FACTOR<T> && factor < 1 / SMALLEST_FACTOR<T>);
+            }
+        });
+        weight_unit_ = shifted_ ? largest / LARGEST_WEIGHT<T> : largest;
         for_sides([&](Rows<T>& side) {
             sum_over_rows(side, [&](int64_t row) {
                 const double nu = side.neg_lse[row] == -INF ? INF : side.neg_lse[row];
-                const double w = side.w[row] / largest_weight_;
+                const double w = side.w[row] / weight_unit_;
                 side.weights[row] = T(shifted_ ? w : w * exp(-nu));
                 side.nu[row] = T(nu);
                 return 0.0;
@@ -315,7 +331,8 @@ template <class T> class Run {
         return call_.d_pos ? double(static_cast<const T*>(call_.d_pos)[row]) : 0;
     }
 
-    // From what was gathered to the gradient in z; returns the side's part of the gradient in k.
+    // From what was gathered to the gradient in z; returns the side's part of the gradient in k. Everything is in units of
+    // `weight_unit_`, and of k, until it is written.
     double finish(Rows<T>& side) {
         if (!side.gathered) return 0;
         const bool has_positives = call_.loss || call_.d_pos;
@@ -324,20 +341,19 @@ template <class T> class Run {
         return sum_over_rows(side, [&](int64_t row) {
             const T* const u = side.u + row * ld_;
             T* const g = side.gathered + row * ld_;
-            double d_inv_tau = share * largest_weight_ * kernels_.dot(u, g, ld_);
-            const T scale = T(largest_weight_ * call_.inv_tau);
-            for (int64_t d = 0; d < ld_; ++d) g[d] *= scale;
+            double d_inv_tau = share * weight_unit_ * kernels_.dot(u, g, ld_);
             if (has_positives) {
                 const double both = d_pos(row) + d_pos(partner(row));
-                kernels_.add_scaled(g, T(call_.inv_tau * both), rows_.u + partner(row) * ld_, ld_);
+                kernels_.add_scaled(g, T(both / weight_unit_), rows_.u + partner(row) * ld_, ld_);
                 d_inv_tau += d_pos(row) * similarity_to_partner(row);
             }
             T* const out = static_cast<T*>(side.given.d_z[row >= n_first]);
             if (!out) return d_inv_tau;
             if (normalize_ && side.norm[row] > eps_) kernels_.add_scaled(g, T(-kernels_.dot(u, g, ld_)), u, ld_);
-            const T length = normalize_ ? std::max(side.norm[row], eps_) : T(1);
+            const double length = normalize_ ? std::max(side.norm[row], eps_) : T(1);
+            const double scale = weight_unit_ * call_.inv_tau / length;
             T* const d_z = out + (row >= n_first ? row - n_first : row) * call_.D;
-            for (int64_t d = 0; d < call_.D; ++d) d_z[d] = g[d] / length;
+            for (int64_t d = 0; d < call_.D; ++d) d_z[d] = T(double(g[d]) * scale);
             return d_inv_tau;
         });
     }
@@ -358,7 +374,7 @@ template <class T> class Run {
     Buffer<T> scratch_, workspace_;
     int64_t kept_ = 0;     // tiles whose exponentials stay in the workspace
     bool shifted_ = false;
-    double largest_weight_ = 1;
+    double weight_unit_ = 1;
 };
 
 }  // namespace

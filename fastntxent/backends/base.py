@@ -149,7 +149,7 @@ class KernelBackend(Backend):
     def nt_xent_value(self, z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool, mean: bool) -> Tensor:
         """Sum or mean of the losses (0-d)."""
         losses = row_losses(*self.nt_xent_rows(z_i, z_j, inv_tau, normalize))
-        return losses.mean() if mean else losses.sum()
+        return (losses * loss_weight(z_i, mean)).sum()
 
 
 class Side(NamedTuple):
@@ -231,7 +231,10 @@ class ComposedBackend(KernelBackend):
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows = UnitRows(z_i, z_j, normalize)
         work = self.prepare([Side(rows.u, sample_ids(rows.u))], inv_tau)
-        return _with_positives(rows, inv_tau, d_pos, *_backward_of_one(work, d_neg_lse, neg_lse))
+        largest = largest_of(d_neg_lse, d_pos)  # k times it may overflow where the gradient does not
+        of_units = _backward_of_one(work, d_neg_lse / largest, neg_lse)
+        d_z_i, d_z_j, d_inv_tau = _with_positives(rows, inv_tau, d_pos / largest, *of_units)
+        return d_z_i.mul_(largest), d_z_j.mul_(largest), d_inv_tau * largest
 
     def nt_xent_scalar(
         self, z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool, mean: bool
@@ -243,7 +246,7 @@ class ComposedBackend(KernelBackend):
         weight = loss_weight(z_i, mean)
         w = torch.sigmoid(neg_lse - pos) * weight
         gradients = _with_positives(rows, inv_tau, -w, *_backward_of_one(work, w, neg_lse))
-        return row_losses(neg_lse, pos).sum() * weight, *gradients
+        return (row_losses(neg_lse, pos) * weight).sum(), *gradients
 
 
 def _backward_of_one(work: NegLse, d_neg_lse: Tensor, neg_lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -270,6 +273,11 @@ def loss_weight(z_i: Tensor, mean: bool) -> float:
 def row_losses(neg_lse: Tensor, pos: Tensor) -> Tensor:
     """softplus(nu - pi), to full relative accuracy at both ends: torch's softplus turns linear at 20."""
     return 0 - F.logsigmoid(pos - neg_lse)  # a difference, so that no loss is -0
+
+
+def largest_of(*weights: Tensor) -> Tensor:
+    """The largest magnitude of the entries (0-d), as a divisor: not 0."""
+    return torch.cat(weights).abs().amax().clamp_min(torch.finfo(weights[0].dtype).tiny)
 
 
 def weighted_sum(neg_lse: Tensor, weights: Tensor) -> Tensor:

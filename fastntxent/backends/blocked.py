@@ -34,7 +34,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .base import ComposedBackend, NegLse, Side, accumulation_dtype, row_dots
+from .base import ComposedBackend, NegLse, Side, accumulation_dtype, largest_of, row_dots
 
 # Tile edges: 1 MiB of float32 stays in a core's second-level cache; an accelerator wants fewer, larger launches.
 _BLOCK_CPU = 512
@@ -43,6 +43,12 @@ _BLOCK_ACCELERATOR = 4096
 # exp(k s) directly while k max|u|^2 + ln M stays below this: two thirds of the dtype's range of exponents, which
 # leaves the products of E with exp(-nu) and with the upstream weights a third to move in.
 _DIRECT_LIMIT = {torch.float32: 60.0, torch.float64: 480.0}
+
+# The factors w exp(-nu) of that form, with the largest w at 1, stay between this and its inverse.
+_SMALLEST_FACTOR = {torch.float32: 1e-35, torch.float64: 1e-300}
+
+# With a shift no factor is larger than its weight: the largest weight lies in the middle of the range above 1.
+_LARGEST_WEIGHT = {torch.float32: 2.0**64, torch.float64: 2.0**512}
 
 
 class _Tile(NamedTuple):
@@ -78,6 +84,7 @@ class _Tiles(NegLse):
         self.rows, self.cols = sides[0], sides[-1]
         self.scaled = self.rows.u * inv_tau
         self.inv_tau = inv_tau
+        self.top = 1.0  # the largest weight that `probabilities` takes
         self.buffer, self.scratch = self.rows.u.new_empty(2, self.rows.size * self.cols.size)
 
     def backward(
@@ -87,22 +94,22 @@ class _Tiles(NegLse):
         empty = [nu == -math.inf for nu in neg_lse]
         weights = [w.masked_fill(none, 0) for w, none in zip(d_neg_lse, empty, strict=True)]
         nus = [nu.masked_fill(none, math.inf) for nu, none in zip(neg_lse, empty, strict=True)]
-        # Weights of any magnitude (a loss scaler's 2^16, a mean's 1e-6) enter the tiles with the largest at 1.
-        scale = torch.cat(weights).abs().amax().clamp_min(torch.finfo(weights[0].dtype).tiny)
+        # Weights of any magnitude (a loss scaler's 2^16, a mean's 1e-6) enter the tiles with the largest between 1 and
+        # `top`, unchanged if it lies there.
+        largest = largest_of(*weights)
+        unit = largest / largest.clamp(1.0, self.top)
         # What the rows gather gives the temperature's gradient too; of two sides, the columns' may not be needed.
         gathered = [torch.zeros_like(self.rows.u)]
         if len(self.sides) > 1 and needs[1]:
             gathered.append(torch.zeros_like(self.cols.u))
         of_cols = gathered[-1] if len(gathered) == len(self.sides) else None
-        for tile, g in self.probabilities([w / scale for w in weights], nus):
+        for tile, g in self.probabilities([w / unit for w in weights], nus):
             gathered[0][tile.rows].addmm_(g, self.cols.u[tile.cols])
             if of_cols is not None and not tile.diagonal:
                 of_cols[tile.cols].addmm_(g.T, self.rows.u[tile.rows])
+        d_inv_tau = row_dots(self.rows.u, gathered[0]).sum() * unit / (3 - len(self.sides))
         for d_u in gathered:
-            d_u *= scale
-        d_inv_tau = row_dots(self.rows.u, gathered[0]).sum() / (3 - len(self.sides))
-        for d_u in gathered:
-            d_u *= self.inv_tau
+            d_u.mul_(self.inv_tau).mul_(unit)  # their product may overflow where the gradient does not
         d_sides = [gathered[0], of_cols][: len(self.sides)]
         return [d_u if need else None for d_u, need in zip(d_sides, needs, strict=True)], d_inv_tau
 
@@ -168,6 +175,16 @@ class _DirectTiles(_Tiles):
                 sums[-1][cols] += exps.sum(dim=0)
         return tuple(total.log_() for total in sums)
 
+    def backward(
+        self, d_neg_lse: Sequence[Tensor], neg_lse: Sequence[Tensor], needs: Sequence[bool]
+    ) -> tuple[list[Tensor | None], Tensor]:
+        weights, nu = torch.cat(list(d_neg_lse)).double().abs(), torch.cat(list(neg_lse)).double()
+        factors = (weights / largest_of(weights) * torch.exp(-nu))[(weights > 0) & (nu > -math.inf)]
+        least = _SMALLEST_FACTOR[self.rows.u.dtype]
+        if factors.numel() and not (least < factors.amin() and factors.amax() < 1 / least):
+            return _ShiftedTiles(self.sides, self.inv_tau).backward(d_neg_lse, neg_lse, needs)
+        return super().backward(d_neg_lse, neg_lse, needs)
+
     def probabilities(self, weights: list[Tensor], nus: list[Tensor]) -> Iterator[tuple[_Tile, Tensor]]:
         scaled = [w * torch.exp(-nu) for w, nu in zip(weights, nus, strict=True)]
         for tile in self.exponentials():
@@ -181,7 +198,11 @@ class _DirectTiles(_Tiles):
 
 
 class _ShiftedTiles(_Tiles):
-    """exp(k s - maximum) and exp(k s - nu): any range of logits."""
+    """exp(k s - maximum) and exp(k s - nu): any range of logits, and of weights."""
+
+    def __init__(self, sides: Sequence[_Blocks], inv_tau: Tensor):
+        super().__init__(sides, inv_tau)
+        self.top = _LARGEST_WEIGHT[self.rows.u.dtype]
 
     def masked_logits(self) -> Iterator[_Tile]:
         """Logits, -inf where the ids agree."""

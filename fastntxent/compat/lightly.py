@@ -16,7 +16,7 @@ from ..backends.base import row_dots, row_losses
 from ..common import inverse_temperature, n_samples, neg_lse_of_columns, neg_lse_of_rows, reduce, sample_ids, unit_rows
 from ..distributed import Shard, log_sum_exp, open_shard
 from ..losses import dcl, nt_xent
-from ..ops import snapshot
+from ..ops import copy_now
 from ..validation import check_features, check_number, check_rows, check_same
 from .shared import as_scalar, default_group
 
@@ -221,7 +221,7 @@ class MemoryBankModule(nn.Module):
             check_rows("output", output)
             self._begin(output.shape[1])
             self.bank, self.bank_ptr = self.bank.to(output.device), self.bank_ptr.to(output.device)
-        held = snapshot(self.bank)
+        held = copy_now(self.bank)
         if update:
             check_rows("output", output, may_be_empty=self.gather_distributed)
             check_features("output", output, "the bank's rows", self.bank)

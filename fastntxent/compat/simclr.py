@@ -112,7 +112,7 @@ def _group(name: str, context: object) -> Group | None:
         return context
     try:
         return Sharding(context)  # type: ignore[arg-type]
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise TypeError(
             f"{name} must be None, a process group, or have num_replicas_in_sync or num_replicas, "
             f"got {type(context).__name__}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..backends.base import row_losses
-from ..common import inverse_temperature, neg_lse_of_rows, positive_lse, reduce, unit_rows
+from ..common import inverse_temperature, neg_lse_of_rows, positive_lse, reduce, unit_rows, watched
 from ..distributed import open_shard
 from ..validation import check_rows
 from .shared import as_ids, default_group
@@ -13,6 +13,7 @@ from .shared import as_ids, default_group
 __all__ = ["simclr_loss_func"]
 
 
+@watched
 def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float = 0.1) -> Tensor:
     r"""SimCLR's loss of rows in any order, whose positives are the rows with the same index.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..common import factor, reduce, unit_rows
 from ..distributed import Shard, open_shard
 from ..losses.two_towers import clip_directions
-from ..validation import check_in_range, check_reduction, check_rows, check_same
+from ..validation import check_in_range, check_positive, check_reduction, check_rows, check_same, extremes
 from .shared import Logits, default_group
 
 __all__ = [
@@ -91,7 +91,7 @@ def contrastive_loss_with_temperature(
     if mask is not None:
         a, b = a[mask], b[mask]
     return ContrastiveLossOutput(
-        (loss_a + loss_b) / 2, Logits(a, columns_b, scale), Logits(b, columns_a, scale), loss_a, loss_b
+        loss_a / 2 + loss_b / 2, Logits(a, columns_b, scale), Logits(b, columns_a, scale), loss_a, loss_b
     )
 
 
@@ -133,7 +133,7 @@ class ContrastiveLossWithTemperature(nn.Module):
     ) -> Tensor:
         self.logit_scale.data.clamp_(self.logit_scale_min, self.logit_scale_max)
         terms = _terms(embeddings_a, embeddings_b, self.logit_scale, mask, cross_entropy_kwargs)
-        return (terms.loss_a + terms.loss_b) / 2
+        return terms.loss_a / 2 + terms.loss_b / 2
 
 
 def _terms(
@@ -158,7 +158,9 @@ def _terms(
         b_requires_grad=embeddings_b.requires_grad,
     )  # fmt: skip
     a, b = (unit_rows(rows, normalize=False) for rows in (embeddings_a, embeddings_b))
-    scale = factor(logit_scale.exp(), a, shard)
+    scale = factor(logit_scale, a, shard).exp()
+    for extreme in extremes(scale) or ():
+        check_positive("exp(logit_scale)", extreme)
     losses: tuple[Tensor, Tensor] = clip_directions(a, b, scale, None, smoothing, "auto", shard)
     if mask is not None and reduction == "none":
         losses = losses[0][mask], losses[1][mask]

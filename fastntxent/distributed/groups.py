@@ -16,7 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from ..backends.base import row_dots
 from ..ops.groups import counts_of_groups, sums_of_groups
-from .shard import Columns, Shard
+from .columns import Columns
+from .shard import Shard
 from .wire import eager
 
 
@@ -51,24 +52,26 @@ class _GroupDots(torch.autograd.Function):
             sums += sums_of_groups(block.rows, block.ids, u_ids)
         if others:
             sums -= of_v.own
-        ctx.others, ctx.of_u, ctx.ids, ctx.dtypes = others, of_u, (u_ids, v_ids), (u.dtype, v.dtype)
-        ctx.save_for_backward(sums)
+        ctx.others, ctx.layout, ctx.dtypes = others, of_u.layout, (u.dtype, v.dtype)
+        ctx.save_for_backward(sums, v_ids, *of_u.save(u_ids))
         return row_dots(of_u.own, sums)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, weights: Tensor) -> tuple[Tensor | None, ...]:
-        (sums,), (u_ids, v_ids) = ctx.saved_tensors, ctx.ids
+        sums, v_ids, *saved = ctx.saved_tensors
+        ctx.layout.turn.begin_backward(weights.device)
+        of_u, u_ids = ctx.layout.restore(saved)
         needs_u, needs_v = ctx.needs_input_grad[:2]
         d_u = d_v = None
         if needs_u:
             d_u = (weights[:, None] * sums).to(ctx.dtypes[0])
         if needs_v:
             d_v = sums.new_zeros(len(v_ids), sums.shape[1])
-            for block in ctx.of_u.blocks(u_ids, weights.contiguous()):
+            for block in of_u.blocks(u_ids, weights.contiguous()):
                 (block_weights,) = block.numbers
                 d_v += sums_of_groups(block_weights[:, None] * block.rows, block.ids, v_ids)
             if ctx.others:
-                d_v -= weights[:, None] * ctx.of_u.own
+                d_v -= weights[:, None] * of_u.own
             d_v = d_v.to(ctx.dtypes[1])
         return d_u, d_v, *[None] * 5

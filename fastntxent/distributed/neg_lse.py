@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..ops.register import autocast_off, kernels
-from .shard import Columns, Shard
+from ..ops.register import autocast_off, run_kernel
+from .columns import Columns
+from .shard import Shard
 from .wire import eager
 
 
@@ -46,26 +47,27 @@ def cross_neg_lse(
 class _NegLse(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u: Tensor, ids: Tensor, inv_tau: Tensor, columns: Columns, backend: str) -> Tensor:
-        of_all = columns.own.new_full((columns.n_rows,), -torch.inf)  # what this rank knows of each row's nu
+        of_all = columns.own.new_full((columns.layout.n_rows,), -torch.inf)  # what this rank knows of each row's nu
         with autocast_off(u):
             for a, b in columns.pairs(ids):
-                kernel = kernels(backend, a.rows, inv_tau)
                 if a.span == b.span:
-                    _log_add_(of_all[a.span], kernel.neg_lse(a.rows, a.ids, inv_tau))
+                    _log_add_(of_all[a.span], run_kernel(backend, "neg_lse", a.rows, a.ids, inv_tau))
                 else:
-                    of_a, of_b = kernel.cross_neg_lse(a.rows, b.rows, a.ids, b.ids, inv_tau)
+                    of_a, of_b = run_kernel(backend, "cross_neg_lse", a.rows, b.rows, a.ids, b.ids, inv_tau)
                     _log_add_(of_all[a.span], of_a)
                     _log_add_(of_all[b.span], of_b)
-        nu = columns.exchange(of_all).logsumexp(dim=0)
-        ctx.columns, ctx.ids, ctx.backend, ctx.dtype = columns, ids, backend, u.dtype
-        ctx.save_for_backward(inv_tau, nu)
+        nu = columns.layout.exchange(of_all).logsumexp(dim=0)
+        ctx.layout, ctx.backend, ctx.dtype = columns.layout, backend, u.dtype
+        ctx.save_for_backward(inv_tau, nu, *columns.save(ids))
         return nu
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_nu: Tensor) -> tuple[Tensor | None, ...]:
-        (inv_tau, nu), ids = ctx.saved_tensors, ctx.ids
-        own, columns = ctx.columns.own, ctx.columns
+        inv_tau, nu, *saved = ctx.saved_tensors
+        ctx.layout.turn.begin_backward(d_nu.device)
+        columns, ids = ctx.layout.restore(saved)
+        own = columns.own
         d_u, d_inv_tau = _backward(own, ids, d_nu, nu, inv_tau, columns, ids, d_nu, nu, ctx.backend, symmetric=True)
         return d_u.to(ctx.dtype), None, d_inv_tau / 2, None, None  # each pair comes twice
 
@@ -85,23 +87,25 @@ class _CrossNegLse(torch.autograd.Function):
         backend: str,
     ) -> tuple[Tensor, Tensor]:
         own = of_u.own
-        rows, of_all = (own.new_full((n,), -torch.inf) for n in (len(own), of_v.n_rows))
+        rows, of_all = (own.new_full((n,), -torch.inf) for n in (len(own), of_v.layout.n_rows))
         with autocast_off(u):
             for block in of_v.blocks(v_ids):
                 if len(own):
-                    kernel = kernels(backend, own, inv_tau)
-                    of_own, of_all[block.span] = kernel.cross_neg_lse(own, block.rows, u_ids, block.ids, inv_tau)
+                    sides = (own, block.rows, u_ids, block.ids)
+                    of_own, of_all[block.span] = run_kernel(backend, "cross_neg_lse", *sides, inv_tau)
                     _log_add_(rows, of_own)
-        cols = of_v.exchange(of_all).logsumexp(dim=0) if both else own.new_full((len(v),), -torch.inf)
-        ctx.columns, ctx.ids, ctx.backend, ctx.dtypes = (of_u, of_v), (u_ids, v_ids), backend, (u.dtype, v.dtype)
-        ctx.save_for_backward(inv_tau, rows, cols)
+        cols = of_v.layout.exchange(of_all).logsumexp(dim=0) if both else own.new_full((len(v),), -torch.inf)
+        ctx.layouts, ctx.backend, ctx.dtypes = (of_u.layout, of_v.layout), backend, (u.dtype, v.dtype)
+        ctx.save_for_backward(inv_tau, rows, cols, *of_u.save(u_ids), *of_v.save(v_ids))
         return rows, cols
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_rows: Tensor, d_cols: Tensor) -> tuple[Tensor | None, ...]:
-        inv_tau, rows, cols = ctx.saved_tensors
-        (of_u, of_v), (u_ids, v_ids) = ctx.columns, ctx.ids
+        inv_tau, rows, cols, *saved = ctx.saved_tensors
+        ctx.layouts[0].turn.begin_backward(d_rows.device)
+        of_u, u_ids = ctx.layouts[0].restore(saved[:4])
+        of_v, v_ids = ctx.layouts[1].restore(saved[4:])
         needs_u, needs_v, _, _, needs_inv_tau = ctx.needs_input_grad[:5]
         d_u = d_v = None
         parts = []
@@ -147,17 +151,16 @@ def _backward(
     with autocast_off(rows):
         for block in columns.blocks(column_ids, torch.stack((d_columns, columns_nu), dim=1)):
             if len(rows):
-                kernel = kernels(backend, rows, inv_tau)
-                if symmetric and block.span == columns.span:
-                    d_block, d_part = kernel.neg_lse_backward(d_nu, rows, ids, inv_tau, nu)
+                if symmetric and block.span == columns.layout.span:
+                    d_block, d_part = run_kernel(backend, "neg_lse_backward", d_nu, rows, ids, inv_tau, nu)
                     d_rows += d_block
                     d_inv_tau = d_inv_tau + 2 * d_part  # it counts a pair once
                 else:
                     d_cols, cols_nu = block.numbers[0].T.contiguous()
-                    of_block, _, d_part = kernel.cross_neg_lse_backward(
-                        d_nu, d_cols, rows, block.rows, ids, block.ids, inv_tau, nu, cols_nu, True, False
+                    sides = (rows, block.rows, ids, block.ids)
+                    of_block, _, d_part = run_kernel(
+                        backend, "cross_neg_lse_backward", d_nu, d_cols, *sides, inv_tau, nu, cols_nu, True, False
                     )
-                    assert of_block is not None
                     d_rows += of_block
                     d_inv_tau = d_inv_tau + d_part
     return d_rows, d_inv_tau.to(inv_tau.device)

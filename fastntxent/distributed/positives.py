@@ -20,7 +20,8 @@ from torch.autograd.function import once_differentiable
 
 from ..ops.positives import Pairs, Tile, through_lse, through_sum, with_positives
 from ..ops.register import autocast_off
-from .shard import Block, Columns, Shard
+from .columns import Block, Columns
+from .shard import Shard
 from .wire import eager
 
 
@@ -48,16 +49,18 @@ class _PositiveLse(torch.autograd.Function):
             for block in columns.blocks(ids):
                 if len(own):
                     lse = torch.logaddexp(lse, _pairs(own, ids, inv_tau, columns, block).lse())
-        ctx.columns, ctx.ids, ctx.dtype = columns, ids, u.dtype
-        ctx.save_for_backward(inv_tau, lse)
+        ctx.layout, ctx.dtype = columns.layout, u.dtype
+        ctx.save_for_backward(inv_tau, lse, *columns.save(ids))
         return lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_lse: Tensor) -> tuple[Tensor | None, ...]:
-        inv_tau, lse = ctx.saved_tensors
+        inv_tau, lse, *saved = ctx.saved_tensors
+        ctx.layout.turn.begin_backward(d_lse.device)
         weights = with_positives(d_lse, lse)
-        d_u, d_inv_tau, _ = _backward(ctx.columns, ctx.ids, inv_tau, weights, lse, through_lse)
+        columns, ids = ctx.layout.restore(saved)
+        d_u, d_inv_tau, _ = _backward(columns, ids, inv_tau, weights, lse, through_lse)
         return d_u.to(ctx.dtype), None, d_inv_tau, None
 
 
@@ -70,20 +73,22 @@ class _PositiveSum(torch.autograd.Function):
             for block in columns.blocks(ids):
                 if len(own):
                     sums += _pairs(own, ids, inv_tau, columns, block).sum(nu)
-        ctx.columns, ctx.ids, ctx.dtype = columns, ids, u.dtype
-        ctx.save_for_backward(inv_tau, nu)
+        ctx.layout, ctx.dtype = columns.layout, u.dtype
+        ctx.save_for_backward(inv_tau, nu, *columns.save(ids))
         return sums
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_sum: Tensor) -> tuple[Tensor | None, ...]:
-        inv_tau, nu = ctx.saved_tensors
-        d_u, d_inv_tau, of_rows = _backward(ctx.columns, ctx.ids, inv_tau, d_sum, nu, through_sum)
+        inv_tau, nu, *saved = ctx.saved_tensors
+        ctx.layout.turn.begin_backward(d_sum.device)
+        columns, ids = ctx.layout.restore(saved)
+        d_u, d_inv_tau, of_rows = _backward(columns, ids, inv_tau, d_sum, nu, through_sum)
         return d_u.to(ctx.dtype), None, d_inv_tau, -of_rows, None
 
 
 def _pairs(own: Tensor, ids: Tensor, inv_tau: Tensor, columns: Columns, block: Block) -> Pairs:
-    return Pairs(own, block.rows, ids, block.ids, inv_tau, own=columns.span.start - block.span.start)
+    return Pairs(own, block.rows, ids, block.ids, inv_tau, own=columns.layout.span.start - block.span.start)
 
 
 def _backward(

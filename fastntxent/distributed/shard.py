@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias, Union
+from typing import TYPE_CHECKING, Literal, TypeAlias, Union
 
 import torch
 import torch.distributed as dist
@@ -14,7 +11,9 @@ from torch import Tensor
 
 from ..backends.base import accumulation_dtype
 from ..validation import FLOAT_DTYPES, check_choice
-from . import schedule, wire
+from . import wire
+from .agreement import Turn, agree
+from .columns import Columns, Layout
 from .wire import eager
 
 if TYPE_CHECKING:
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 STRATEGIES = ("auto", "all_gather", "ring")
+WORLD: Literal["world"] = "world"  # the default process group, by a name that is there before the group is
 
 # "auto": unit rows of all ranks beyond so many bytes go round the ring. They are sent one and a half times then, behind
 # the products, and are never held; below it the memory is small change, and one collective is quicker than many
@@ -34,7 +34,8 @@ class Sharding:
     """The ranks over which a batch is spread, and how rows travel between them; what `group=` of a loss takes.
 
     Args:
-        group: a process group, or a DeviceMesh of one dimension. A loss takes either itself, too, for the defaults.
+        group: a process group, a DeviceMesh of one dimension, or "world", the default process group, which is looked up
+            at each call. A loss takes each of them itself, too, for the defaults.
         strategy: "all_gather" holds the unit rows of all ranks, O(M D) memory for M rows in all; "ring" holds two other
             ranks' at a time, and sends them one and a half times, behind the products; "auto" is the ring from 512 MiB
             of rows.
@@ -46,7 +47,8 @@ class Sharding:
 
     Raises:
         TypeError: group or wire_dtype is something else.
-        ValueError: the mesh has several dimensions, this rank is not in the group, or the strategy is unknown.
+        ValueError: the mesh has several dimensions, this rank is not in the group, or the strategy or the name of the
+            group is unknown.
         RuntimeError: torch.distributed is not available.
 
     Example:
@@ -54,16 +56,17 @@ class Sharding:
         >>> fastntxent.Sharding("everybody")
         Traceback (most recent call last):
             ...
-        TypeError: group must be a ProcessGroup or a DeviceMesh, got str
+        ValueError: group must be 'world' if it is a string, got 'everybody'
     """
 
-    group: ProcessGroup | DeviceMesh
+    group: ProcessGroup | DeviceMesh | Literal["world"]
     strategy: str = "auto"
     wire_dtype: torch.dtype | None = None
     check: bool = True
 
     def __post_init__(self) -> None:
-        process_group(self.group)
+        if self.group != WORLD:  # which may come into being later
+            process_group(self.group)
         check_choice("strategy", self.strategy, STRATEGIES)
         if self.wire_dtype is not None and self.wire_dtype not in FLOAT_DTYPES:
             raise TypeError(f"wire_dtype must be None or a floating-point dtype, got {self.wire_dtype}")
@@ -73,13 +76,19 @@ class Sharding:
         return self
 
 
-Group: TypeAlias = Union["ProcessGroup", "DeviceMesh", Sharding]
+Group: TypeAlias = Union["ProcessGroup", "DeviceMesh", Sharding, Literal["world"]]
 
 
 def process_group(group: object) -> ProcessGroup:
-    """The process group that a person means."""
+    """The process group itself, which the name "world" has once there is one."""
     if not dist.is_available():
         raise RuntimeError("group needs torch.distributed, which this PyTorch was built without")
+    if group == WORLD:
+        if not dist.is_initialized():
+            raise RuntimeError("group 'world' needs torch.distributed.init_process_group to be called before the loss")
+        group = dist.group.WORLD
+    if isinstance(group, str):
+        raise ValueError(f"group must be 'world' if it is a string, got {group!r}")
     from torch.distributed.device_mesh import DeviceMesh
 
     if isinstance(group, DeviceMesh):
@@ -89,8 +98,12 @@ def process_group(group: object) -> ProcessGroup:
     if group is dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError("group must be a process group that this rank belongs to")
     if not isinstance(group, dist.ProcessGroup):
-        hint = ": dist.group.WORLD is None until init_process_group was called" if group is None else ""
-        raise TypeError(f"group must be a ProcessGroup or a DeviceMesh, got {type(group).__name__}{hint}")
+        hint = (
+            ": dist.group.WORLD is None until init_process_group was called, 'world' is it then"
+            if group is None
+            else ""
+        )
+        raise TypeError(f"group must be a ProcessGroup, a DeviceMesh or 'world', got {type(group).__name__}{hint}")
     return group
 
 
@@ -104,6 +117,7 @@ class Shard:
     views: int
     ring: bool
     wire_dtype: torch.dtype | None
+    turn: Turn
     _columns: list[tuple[Tensor, Columns]] = field(default_factory=list)
 
     @property
@@ -133,7 +147,10 @@ class Shard:
         for known, columns in self._columns:
             if known is u:
                 return columns
-        columns = Columns(self, u)
+        dtype = accumulation_dtype(u.dtype)
+        layout = Layout(self.group, self.rank, self.rows, self.ring, dtype, self.turn)
+        # Not a copy where the dtype is that of u: a change of u in place is one of these rows, and noticed.
+        columns = Columns(layout, u.detach().resolve_neg().to(self.wire_dtype or dtype))
         self._columns.append((u, columns))
         return columns
 
@@ -147,94 +164,6 @@ class Shard:
     def gather(self, x: Tensor) -> Tensor:
         """One entry a row of this rank (M, ...) to those of all ranks."""
         return wire.all_gather(self.group, x, self.rows)
-
-
-class Block(NamedTuple):
-    """Rows (n, D) of one rank or of all, with what belongs to each."""
-
-    span: slice  # where they are among the rows of all ranks
-    rows: Tensor
-    ids: Tensor
-    numbers: tuple[Tensor, ...] = ()
-
-    def part(self, span: slice) -> Block:
-        """Those of a span of it."""
-        here = slice(span.start - self.span.start, span.stop - self.span.start)
-        return Block(span, self.rows[here], self.ids[here])
-
-
-class Columns:
-    """The rows of all ranks, block by block, with what else each block brings.
-
-    It knows of the ranks, and not of the shard: that one holds the rows it was asked for, with their graph.
-    """
-
-    def __init__(self, shard: Shard, u: Tensor):
-        self.group, self.rank, self.sizes, self.ring = shard.group, shard.rank, shard.rows, shard.ring
-        self.spans = schedule.spans(self.sizes)
-        self.dtype = accumulation_dtype(u.dtype)
-        self._sent = u.detach().to(shard.wire_dtype or self.dtype)
-        self._gathered: list[tuple[Tensor, Tensor]] = []
-
-    @property
-    def own(self) -> Tensor:
-        """This rank's rows as the other ranks see them."""
-        return self._sent.to(self.dtype)
-
-    @property
-    def span(self) -> slice:
-        return self.spans[self.rank]
-
-    @property
-    def n_rows(self) -> int:
-        return sum(self.sizes)
-
-    def blocks(self, ids: Tensor, *numbers: Tensor) -> Iterator[Block]:
-        """The rows of all ranks in one block, or of one rank after another, which are left out if they have none."""
-        blocks = self._round(len(self.sizes) - 1, ids, *numbers) if self.ring else [self._all(ids, *numbers)]
-        return (block for block in blocks if len(block.rows))
-
-    def pairs(self, ids: Tensor) -> Iterator[tuple[Block, Block]]:
-        """This rank's share of the pairs of rows, each of which is on one rank: all pairs between two blocks, or those
-        within one that comes twice."""
-        if self.ring:
-            pairs = schedule.half_ring(self.rank, self.sizes)
-            here, met = Block(self.span, self.own, ids), self._round(len(pairs) - 1, ids)
-        else:
-            pairs = schedule.triangle(self.rank, len(self.sizes), self.n_rows)
-            here = self._all(ids)
-            met = itertools.repeat(here, len(pairs))
-        for block, (rows, cols) in zip(met, pairs, strict=True):
-            if rows.start < rows.stop and cols.start < cols.stop:
-                yield here.part(rows), block.part(cols)
-
-    def exchange(self, numbers: Tensor) -> Tensor:
-        """From a number of this rank for each row of all (M,) to those of all ranks for its own rows (ranks, m)."""
-        return wire.exchange_numbers(self.group, numbers, self.sizes)
-
-    def _all(self, ids: Tensor, *numbers: Tensor) -> Block:
-        gathered = tuple(wire.all_gather(self.group, x, self.sizes) for x in numbers)
-        return Block(slice(0, self.n_rows), self.whole(), self._once(ids), gathered)
-
-    def _round(self, hops: int, ids: Tensor, *numbers: Tensor) -> Iterator[Block]:
-        blocks = wire.ring(self.group, (self._sent, ids, *numbers), self.sizes, hops)
-        for step, (rows, block_ids, *rest) in enumerate(blocks):
-            yield Block(self.spans[self.rank - step], rows.to(self.dtype), block_ids, tuple(rest))
-
-    @eager
-    def whole(self) -> Tensor:
-        """The rows of all ranks in one."""
-        if self.ring:
-            return wire.all_gather(self.group, self._sent, self.sizes).to(self.dtype)
-        return self._once(self._sent).to(self.dtype)
-
-    def _once(self, x: Tensor) -> Tensor:
-        """Gathered, and kept for whoever asks again: another term of the loss, or the backward."""
-        for known, gathered in self._gathered:
-            if known is x:
-                return gathered
-        self._gathered.append((x, wire.all_gather(self.group, x, self.sizes)))
-        return self._gathered[-1][1]
 
 
 def open_shard(
@@ -256,50 +185,20 @@ def open_shard(
 def _open(group: Group, function: str, rows: Tensor, views: int, agreed: dict[str, object]) -> Shard:
     sharding = group if isinstance(group, Sharding) else Sharding(group)
     of = process_group(sharding.group)
-    samples = [len(rows)] * of.size()
-    if sharding.check:
-        facts = {
-            "function": function,
-            "features": rows.shape[-1],
-            "dtype": rows.dtype,
-            "requires_grad": rows.requires_grad and torch.is_grad_enabled(),
-            "strategy": sharding.strategy,
-            "wire_dtype": sharding.wire_dtype,
-            "views": views,
-            **agreed,
-        }
-        described = {name: _describe(fact) for name, fact in facts.items()}
-        digest = hashlib.sha256(repr(sorted(described.items())).encode()).digest()[:8]
-        header = torch.tensor([len(rows), int.from_bytes(digest, "big", signed=True)], device=rows.device)
-        headers = wire.gather_numbers(of, header).tolist()
-        if len({digest for _, digest in headers}) > 1:
-            raise ValueError(_disagreement(wire.gather_objects(of, described)))
-        samples = [n for n, _ in headers]
+    facts = {
+        "features": rows.shape[-1],
+        "dtype": rows.dtype,
+        "requires_grad": rows.requires_grad and torch.is_grad_enabled(),
+        "strategy": sharding.strategy,
+        "wire_dtype": sharding.wire_dtype,
+        "views": views,
+        "function": function,
+        **agreed,
+    }
+    turn, samples = agree(of, function, len(rows), facts if sharding.check else None, rows.device)
     if sum(samples) == 0:
         raise ValueError(f"{function} must have a row on one of the {of.size()} ranks at least, got none")
     dtype = sharding.wire_dtype or accumulation_dtype(rows.dtype)
     size = sum(samples) * views * rows.shape[-1] * dtype.itemsize
     ring = sharding.strategy == "ring" or (sharding.strategy == "auto" and size > RING_BYTES)
-    return Shard(of, of.rank(), samples, views, ring, sharding.wire_dtype)
-
-
-def _describe(fact: object) -> str:
-    """A value as it is shown and compared. A tensor on an accelerator is not read."""
-    if not isinstance(fact, Tensor):
-        return repr(fact)
-    number = repr(fact.item()) if fact.ndim == 0 and fact.device.type == "cpu" else f"a tensor ({fact.ndim}-d)"
-    return number + (", requires_grad" if fact.requires_grad and torch.is_grad_enabled() else "")
-
-
-def _disagreement(described: Sequence[dict[str, str]]) -> str:
-    if len({of_rank["function"] for of_rank in described}) > 1:  # whose other facts are no others' either
-        described = [{"function": of_rank["function"]} for of_rank in described]
-    parts = []
-    for name in sorted({name for of_rank in described for name in of_rank}):
-        ranks: dict[str, list[str]] = {}
-        for rank, of_rank in enumerate(described):
-            ranks.setdefault(of_rank.get(name, "not given"), []).append(str(rank))
-        if len(ranks) > 1:
-            values = "; ".join(f"{value} on rank {', '.join(which)}" for value, which in ranks.items())
-            parts.append(f"{name} is {values}")
-    return "the ranks must be given the same: " + ". ".join(parts)
+    return Shard(of, of.rank(), samples, views, ring, sharding.wire_dtype, turn)

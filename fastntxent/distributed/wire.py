@@ -32,7 +32,7 @@ def all_gather(group: ProcessGroup, x: Tensor, sizes: Sequence[int]) -> Tensor:
     largest = max(sizes)
     if largest == 0:
         return x
-    sent = x.contiguous()
+    sent = _written(x)
     if len(x) < largest:
         sent = torch.cat((sent, sent.new_zeros(largest - len(x), *x.shape[1:])))
     received = x.new_empty(len(sizes) * largest, *x.shape[1:])
@@ -67,7 +67,7 @@ def exchange_numbers(group: ProcessGroup, x: Tensor, sizes: Sequence[int]) -> Te
     own = sizes[dist.get_rank(group)]
     received = x.new_empty(len(sizes) * own)
     with _waiting(group):
-        dist.all_to_all_single(received, x, [own] * len(sizes), list(sizes), group=group)
+        dist.all_to_all_single(received, _written(x), [own] * len(sizes), list(sizes), group=group)
     return received.view(len(sizes), own)
 
 
@@ -90,7 +90,7 @@ def ring(group: ProcessGroup, own: Sequence[Tensor], sizes: Sequence[int], hops:
     """
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     after, before = (dist.get_global_rank(group, (rank + step) % world) for step in (1, -1))
-    block = tuple(x.contiguous() for x in own)
+    block = tuple(map(_written, own))
     for step in range(hops + 1):
         work: list[dist.Work] = []
         if step < hops:
@@ -123,6 +123,11 @@ def eager(function: _Function) -> _Function:
         return (left_out if torch.compiler.is_compiling() else function)(*args, **kwargs)
 
     return cast(_Function, call)
+
+
+def _written(x: Tensor) -> Tensor:
+    """Contiguous, and negated where PyTorch has only noted that it should be."""
+    return x.contiguous().resolve_neg()
 
 
 def _bytes(x: Tensor) -> Tensor:

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from ..backends import check_name as check_backend
 from ..backends.base import row_dots, row_losses
-from ..common import batch_sum, inverse_temperature, n_samples, nt_xent_rows, reduce, unit_rows
+from ..common import batch_sum, inverse_temperature, n_samples, nt_xent_rows, reduce, unit_rows, watched
 from ..distributed import Group, open_shard
 from ..validation import check_in_range, check_reduction, check_views
 
 
+@watched
 def macl(
     z_i: Tensor,
     z_j: Tensor,
@@ -31,8 +32,8 @@ def macl(
         \qquad A = \frac{1}{N} \sum_n s_{n,p(n)}
 
     Huang et al., "Model-Aware Contrastive Learning: Towards Escaping the Dilemmas", 2023. No gradient goes through A or
-    the weight 1 / (1 - exp(-l)). The mean is over the 2N rows. For temperatures of your own for each row, give them to
-    `nt_xent`.
+    the weight 1 / (1 - exp(-l)). A row's loss tends to 1 as l tends to 0, and is 1 for N = 1. The mean is over the 2N
+    rows. For temperatures of your own for each row, give them to `nt_xent`.
 
     Args:
         temperature: the base temperature.
@@ -66,6 +67,19 @@ def macl(
         aligned = batch_sum(sims, shard) / n_samples(z_i, shard)
     stretch = (1 + alpha * (aligned - a_0)).clamp_min(1e-3)
     stretch = torch.where(stretch.isfinite(), stretch, 1.0)  # embeddings that are not show it in the losses
-    losses = row_losses(*nt_xent_rows(z_i, z_j, inv_tau / stretch, normalize, backend, shard))
-    chance = -torch.expm1(-losses.detach())
-    return reduce(losses / chance.clamp_min(torch.finfo(chance.dtype).tiny), reduction, shard=shard)
+    nu, pos = nt_xent_rows(z_i, z_j, inv_tau / stretch, normalize, backend, shard)
+    return reduce(_reweighted(nu, pos), reduction, shard=shard)
+
+
+def _reweighted(nu: Tensor, pos: Tensor) -> Tensor:
+    """l / (1 - exp(-l)) of the row losses l, with no gradient through the weight.
+
+    With x = nu - pi, both 1 - exp(-l) and dl/dx are sigmoid(x), so the derivative in x is 1 and the second derivative
+    is sigmoid(-x). They are attached to the value as such: for an easy row l and 1 - exp(-l) underflow, and their
+    quotient is 1.
+    """
+    x = nu - pos
+    losses = row_losses(nu.detach(), pos.detach())
+    values = torch.where(losses < torch.finfo(x.dtype).tiny, 1, losses / -torch.expm1(-losses))
+    step = (x - x.detach()).masked_fill(x.isinf(), 0)  # 0, with a gradient of 1
+    return values + step + torch.sigmoid(-x.detach()) * step.square() / 2

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..backends import check_name as check_backend
 from ..backends.base import row_losses
-from ..common import inverse_temperature, n_samples, nt_xent_rows, reduce
+from ..common import inverse_temperature, n_samples, nt_xent_rows, reduce, watched
 from ..distributed import Group, open_shard
 from ..validation import check_in_range, check_reduction, check_views
 
@@ -62,6 +62,7 @@ def debiased(
     )
 
 
+@watched
 def hard_negative(
     z_i: Tensor,
     z_j: Tensor,

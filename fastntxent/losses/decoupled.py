@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from ..backends import check_name as check_backend
-from ..common import inverse_temperature, n_samples, nt_xent_rows, reduce
+from ..common import inverse_temperature, n_samples, nt_xent_rows, reduce, watched
 from ..distributed import Group, Shard, log_sum_exp, open_shard
 from ..validation import check_number, check_positive, check_reduction, check_views
 
 
+@watched
 def dcl(
     z_i: Tensor,
     z_j: Tensor,
@@ -43,6 +44,7 @@ def dcl(
     return reduce(_decoupled(nu, pos), reduction, shard=shard)
 
 
+@watched
 def dclw(
     z_i: Tensor,
     z_j: Tensor,

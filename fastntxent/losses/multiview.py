@@ -18,12 +18,14 @@ from ..common import (
     reduce,
     sample_ids,
     unit_rows,
+    watched,
 )
 from ..distributed import Group, Shard, open_shard
 from ..ops import autocast_off
 from ..validation import check_ids, check_in_range, check_reduction, check_rows, check_same
 
 
+@watched
 def multiview_nt_xent(
     views: Tensor | Sequence[Tensor],
     temperature: float | Tensor = 0.5,

@@ -18,6 +18,7 @@ from ..common import (
     sample_ids,
     scale_gradient,
     unit_rows,
+    watched,
 )
 from ..distributed import Group, Shard, open_shard
 from ..ops import autocast_off
@@ -35,6 +36,7 @@ from ..validation import (
 HARDNESS_MODES = ("in_batch_negatives", "hard_negatives", "all_negatives")
 
 
+@watched
 def info_nce(
     query: Tensor,
     key: Tensor,

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import ops
 from ..backends import check_name as check_backend
 from ..backends.base import row_losses
-from ..common import batch_sum, inverse_temperature, n_samples, nt_xent_rows, reduce
+from ..common import batch_sum, inverse_temperature, n_samples, nt_xent_rows, reduce, watched
 from ..distributed import Group, open_shard
 from ..validation import check_ids, check_in_range, check_reduction, check_views
 from .multiview import multiview_losses, stack_views
@@ -24,6 +24,7 @@ class NTXentTerms(NamedTuple):
     loss: Tensor
 
 
+@watched
 def nt_xent(
     z_i: Tensor,
     z_j: Tensor,
@@ -59,11 +60,12 @@ def nt_xent(
         normalize: divide each row by max(||z||, 1e-12) (6.1e-5 for float16), as `torch.nn.functional.normalize`
             does. False takes the rows as they are, of any length.
         backend: "auto", or a name from `backends()`.
-        group: the ranks over which the batch is spread: a process group, a DeviceMesh of one dimension, or a `Sharding`
-            of one, with options. Each rank passes its own samples, of any number, also none; ids are the same labels on
-            every rank. Negatives are those of all ranks, "mean" and "sum" are the whole batch's on every rank, and
-            "none" gives this rank's rows. After DistributedDataParallel's averaging the parameters' gradient is that of
-            one process with the whole batch. None: this rank's samples are the batch.
+        group: the ranks over which the batch is spread: "world" (the default process group, looked up at each call), a
+            process group, a DeviceMesh of one dimension, or a `Sharding` of one, with options. Each rank passes its own
+            samples, of any number, also none; ids are the same labels on every rank. Negatives are those of all ranks,
+            "mean" and "sum" are the whole batch's on every rank, and "none" gives this rank's rows. After
+            DistributedDataParallel's averaging the parameters' gradient is that of one process with the whole batch.
+            None: this rank's samples are the batch.
 
     Returns:
         A 0-d tensor, or (2N,) for "none", in the order [z_i; z_j]; float64 for float64 embeddings, else float32.
@@ -106,6 +108,7 @@ def nt_xent(
     return ops.nt_xent_scalar(z_i, z_j, inv_tau, normalize, reduction == "mean", backend)
 
 
+@watched
 def nt_xent_terms(
     z_i: Tensor,
     z_j: Tensor,

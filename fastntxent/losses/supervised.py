@@ -18,6 +18,7 @@ from ..common import (
     reduce,
     sum_of_ranks,
     unit_rows,
+    watched,
 )
 from ..distributed import Group, Shard, open_shard
 from ..ops import autocast_off
@@ -26,6 +27,7 @@ from ..validation import ID_DTYPES, check_choice, check_ids, check_reduction, ch
 FORMS = ("out", "in", "pairs")
 
 
+@watched
 def sup_con(
     z: Tensor,
     labels: Tensor,

@@ -18,6 +18,7 @@ from ..common import (
     reduce,
     sample_ids,
     unit_rows,
+    watched,
 )
 from ..distributed import Group, Shard, open_shard
 from ..validation import (
@@ -38,6 +39,7 @@ class CLIPDirections(NamedTuple):
     text_to_image: Tensor
 
 
+@watched
 def clip(
     image_features: Tensor,
     text_features: Tensor,
@@ -106,9 +108,10 @@ def clip(
     else:
         check_temperature(logit_scale, image_features, name="logit_scale")
         scale = factor(logit_scale, image_features, shard)
+        check_temperature(scale, name=f"logit_scale in {scale.dtype}")
     u, v = unit_rows(image_features, normalize), unit_rows(text_features, normalize)
     directions = clip_directions(u, v, scale, ids, label_smoothing, backend, shard)
-    losses = (directions.image_to_text + directions.text_to_image) / 2
+    losses = directions.image_to_text / 2 + directions.text_to_image / 2
     if logit_bias is not None:
         if not isinstance(logit_bias, Tensor):
             check_number("logit_bias", logit_bias, "a float or a tensor of one element")

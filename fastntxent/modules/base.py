@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import check_name as check_backend
+from ..common import in_double
 from ..distributed import Group, Sharding
 from ..validation import check_reduction, check_temperature
 
@@ -53,8 +54,9 @@ class TemperatureLoss(nn.Module):
 
     @property
     def temperature(self) -> float | Tensor:
-        """tau: as it was given, or a 0-d tensor that follows the parameter. May be set, to schedule it."""
-        return self.log_temperature.exp() if self.learn_temperature else self._temperature
+        """tau: as it was given, or a 0-d tensor that follows the parameter, in float64 where the device has it. May be
+        set, to schedule it."""
+        return in_double(self.log_temperature).exp() if self.learn_temperature else self._temperature
 
     @temperature.setter
     def temperature(self, value: float | Tensor) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..backends.base import accumulation_dtype, row_dots, row_losses
 from ..common import inverse_temperature, log_add, neg_lse_of_columns, reduce, sample_ids, unit_rows
 from ..distributed import Group, open_shard
-from ..ops import held_neg_lse, snapshot
+from ..ops import copy_now, held_neg_lse
 from ..validation import ID_DTYPES, check_features, check_ids, check_rows, check_same
 from .base import TemperatureLoss
 
@@ -113,12 +113,14 @@ class NegativeQueue(nn.Module):
 
         Without ids, or against a row that came without one, every row held is a negative.
         """
-        if ids is None:
-            ids = torch.full((u.shape[0],), _NO_GROUP, device=u.device)
         # Compiled code takes the whole buffer, whose shape is always the same.
         first = self.size if torch.compiler.is_compiling() else self.filled
+        if not first or not len(u):
+            return u.new_full((u.shape[0],), -torch.inf)
+        if ids is None:
+            ids = torch.full((u.shape[0],), _NO_GROUP, device=u.device)
         # The backward needs these, and the queue moves on before it.
-        rows, row_ids, held = map(snapshot, (self._rows[:first], self._ids[:first], self._cursor[1]))
+        rows, row_ids, held = map(copy_now, (self._rows[:first], self._ids[:first], self._cursor[1]))
         return held_neg_lse(u, rows.to(u), ids.to(torch.int64), row_ids.to(u.device), held, inv_tau, backend)
 
     def get_extra_state(self) -> Tensor:

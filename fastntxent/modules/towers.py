@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common import in_double
 from ..distributed import Group
 from ..losses import clip, info_nce
 from ..losses.queries import HARDNESS_MODES
@@ -91,6 +92,10 @@ class _AtMost(torch.autograd.Function):
         (beyond,) = ctx.saved_tensors
         return torch.where(beyond & (d_x < 0), 0, d_x), None
 
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, bound: float) -> tuple[Tensor, int | None]:
+        return _AtMost.apply(x, bound), in_dims[0]  # entry by entry
+
 
 class CLIPLoss(TemperatureLoss):
     r"""CLIP's loss as a module, which holds its own logit scale; see `clip`.
@@ -143,14 +148,18 @@ class CLIPLoss(TemperatureLoss):
 
     @property
     def logit_scale(self) -> float | Tensor:
-        """1 / temperature, below its bound."""
-        scale = 1 / self.temperature
-        if self.max_logit_scale is None:
-            return scale
-        if isinstance(scale, Tensor):
-            bounded: Tensor = _AtMost.apply(scale, self.max_logit_scale)
-            return bounded
-        return min(scale, self.max_logit_scale)
+        """1 / temperature, below its bound: a float, or a 0-d tensor of `temperature`'s dtype."""
+        bound = self.max_logit_scale
+        if self.learn_temperature:
+            log_temperature = in_double(self.log_temperature)
+        elif isinstance(self._temperature, Tensor):
+            log_temperature = in_double(self._temperature).log()
+        else:
+            return min(1 / self._temperature, math.inf if bound is None else bound)
+        if bound is None:
+            return torch.exp(-log_temperature)
+        # The logarithm is bounded, since the scale may overflow, and its gradient with it.
+        return bound * torch.exp(_AtMost.apply(-log_temperature - math.log(bound), 0.0))
 
     def forward(self, image_features: Tensor, text_features: Tensor, ids: Tensor | None = None) -> Tensor:
         return clip(

@@ -8,21 +8,22 @@
     nt_xent_scalar    (z_i, z_j, inv_tau)               -> loss, d_z_i, d_z_j, d_inv_tau    the scalar path
     nt_xent_value   (z_i, z_j, inv_tau)               -> loss                             where no gradient is wanted
     positive_lse, positive_sum                       -> sums over the rows of the same group
-    snapshot       (x)                               -> a copy of a buffer that will change before the backward
+    copy_now       (x)                               -> a copy of a buffer that will change before the backward
 
-All but `nt_xent_value` and `snapshot` have their `_backward`, an operator too. The scalar path forms the gradient
+All but `nt_xent_value` and `copy_now` have their `_backward`, an operator too. The scalar path forms the gradient
 together with the loss, once, for an upstream gradient of 1; its backward only scales. The public layer takes it where a
 gradient is wanted and one number is asked for. `neg_lse_sum` is the scalar path of a loss that is linear in nu.
 """
 
-from .held import held_neg_lse, snapshot
+from .held import copy_now, held_neg_lse
 from .neg_lse import cross_neg_lse, neg_lse, neg_lse_sum
 from .nt_xent import nt_xent_rows, nt_xent_scalar
 from .positives import positive_lse, positive_sum
-from .register import autocast_off
+from .register import autocast_off, transforming
 
 __all__ = [
     "autocast_off",
+    "copy_now",
     "cross_neg_lse",
     "held_neg_lse",
     "neg_lse",
@@ -31,5 +32,5 @@ __all__ = [
     "nt_xent_scalar",
     "positive_lse",
     "positive_sum",
-    "snapshot",
+    "transforming",
 ]

@@ -6,15 +6,15 @@ A slice of a buffer that fills up has a new shape at every batch, and compiled c
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..backends.base import accumulation_dtype
+from .contract import checked
 from .neg_lse import cross_neg_lse
-from .register import autocast_off, kernels, register
+from .register import register, run_kernel
 
 
 def held_neg_lse(
@@ -30,20 +30,40 @@ def held_neg_lse(
     return _held_neg_lse(u, rows, u_ids, row_ids, held, inv_tau, backend)
 
 
-# A copy of a buffer, for a backward that comes after the buffer has changed. A compiler may drop a plain clone() and
-# copy again in the backward, from what the buffer holds by then (pytorch/pytorch#197039); it never calls this twice.
-snapshot: Callable[[Tensor], Tensor] = register("snapshot(Tensor x) -> Tensor", torch.clone, torch.empty_like)
+def copy_now(x: Tensor) -> Tensor:
+    """A copy of a buffer, for a backward that comes after the buffer has changed.
+
+    A compiler may drop a plain clone() and copy again in the backward, from what the buffer holds by then
+    (pytorch/pytorch#197039); it never calls an operator of ours twice.
+    """
+    return _copy(x) if torch.compiler.is_compiling() else x.clone()
+
+
+@torch.library.custom_op("fastntxent::copy_now", mutates_args=(), schema="(Tensor x) -> Tensor")
+def _copy(x: Tensor) -> Tensor:
+    return x.clone()
+
+
+@_copy.register_fake
+def _copy_fake(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
 
 
 def _forward(
     u: Tensor, rows: Tensor, u_ids: Tensor, row_ids: Tensor, held: Tensor, inv_tau: Tensor, backend: str
 ) -> Tensor:
+    u, rows, u_ids, row_ids, held, inv_tau = checked("held_neg_lse", u, rows, u_ids, row_ids, held, inv_tau)
+    n = _number(held, rows)
+    if not n:
+        return _fake(u).fill_(-torch.inf)
+    return run_kernel(backend, "cross_neg_lse", u, rows[:n], u_ids, row_ids[:n], inv_tau)[0]
+
+
+def _number(held: Tensor, rows: Tensor) -> int:
     n = int(held)
-    with autocast_off(u):
-        kernel = kernels(backend, u, inv_tau)
-        if not n or not len(u):
-            return _fake(u).fill_(-torch.inf)
-        return kernel.cross_neg_lse(u, rows[:n], u_ids, row_ids[:n], inv_tau)[0]
+    if not 0 <= n <= len(rows):
+        raise ValueError(f"held must be a number from 0 to {len(rows)}, the rows there are, got {n}")
+    return n
 
 
 def _fake(u: Tensor, *_: Any) -> Tensor:
@@ -71,16 +91,17 @@ def _backward(
     neg_lse: Tensor,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    n = int(held)
-    if not n or not len(u):
+    tensors = checked("held_neg_lse_backward", d_neg_lse, u, rows, u_ids, row_ids, held, inv_tau, neg_lse)
+    d_neg_lse, u, rows, u_ids, row_ids, held, inv_tau, neg_lse = tensors
+    n = _number(held, rows)
+    if not n:
         return torch.zeros_like(u), d_neg_lse.new_zeros(())
-    of_rows = neg_lse.new_zeros(n), neg_lse.new_full((n,), -torch.inf)  # no gradient reaches the rows
-    with autocast_off(u):
-        d_u, _, d_inv_tau = kernels(backend, u, inv_tau).cross_neg_lse_backward(
-            d_neg_lse, of_rows[0], u, rows[:n], u_ids, row_ids[:n], inv_tau, neg_lse, of_rows[1], True, False
-        )
-        assert d_u is not None
-        return d_u.to(u.dtype), d_inv_tau
+    d_cols, cols = neg_lse.new_zeros(n), neg_lse.new_full((n,), -torch.inf)  # no gradient reaches the rows
+    sides = u, rows[:n], u_ids, row_ids[:n], inv_tau
+    d_u, _, d_inv_tau = run_kernel(
+        backend, "cross_neg_lse_backward", d_neg_lse, d_cols, *sides, neg_lse, cols, True, False
+    )
+    return d_u.to(u.dtype), d_inv_tau
 
 
 def _backward_fake(d_neg_lse: Tensor, u: Tensor, *_: Any) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..backends.base import accumulation_dtype, weighted_sum
 from ..backends.reference import BACKEND as _REFERENCE
-from .register import autocast_off, kernels, register, transforming
+from .contract import checked
+from .register import autocast_off, register, run_kernel, transforming
 
 
 def neg_lse(u: Tensor, ids: Tensor, inv_tau: Tensor, backend: str) -> Tensor:
@@ -44,8 +45,7 @@ def cross_neg_lse(
 
 
 def _forward(u: Tensor, ids: Tensor, inv_tau: Tensor, backend: str) -> Tensor:
-    with autocast_off(u):
-        return kernels(backend, u, inv_tau).neg_lse(u, ids, inv_tau)
+    return run_kernel(backend, "neg_lse", u, ids, inv_tau)
 
 
 def _fake(u: Tensor, ids: Tensor, inv_tau: Tensor, backend: str) -> Tensor:
@@ -65,9 +65,8 @@ def _autograd(ctx: Any, d_neg_lse: Tensor) -> tuple[Tensor | None, ...]:
 def _backward(
     d_neg_lse: Tensor, u: Tensor, ids: Tensor, inv_tau: Tensor, neg_lse: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
-    with autocast_off(u):
-        d_u, d_inv_tau = kernels(backend, u, inv_tau).neg_lse_backward(d_neg_lse, u, ids, inv_tau, neg_lse)
-        return d_u.to(u.dtype), d_inv_tau
+    d_u, d_inv_tau = run_kernel(backend, "neg_lse_backward", d_neg_lse, u, ids, inv_tau, neg_lse)
+    return d_u.to(u.dtype), d_inv_tau
 
 
 def _backward_fake(
@@ -92,8 +91,7 @@ _neg_lse = register(
 def _sum_forward(
     u: Tensor, ids: Tensor, inv_tau: Tensor, weights: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with autocast_off(u):
-        return kernels(backend, u, inv_tau).neg_lse_sum(u, ids, inv_tau, weights)
+    return run_kernel(backend, "neg_lse_sum", u, ids, inv_tau, weights)
 
 
 def _sum_fake(u: Tensor, ids: Tensor, inv_tau: Tensor, weights: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,6 +116,7 @@ def _sum_autograd(ctx: Any, d_sum: Tensor | None, *_: Any) -> tuple[Tensor | Non
 
 
 def _sum_backward(d_sum: Tensor, d_u: Tensor, d_inv_tau: Tensor, u: Tensor, inv_tau: Tensor) -> tuple[Tensor, Tensor]:
+    d_sum, d_u, d_inv_tau, u, _ = checked("neg_lse_sum_backward", d_sum, d_u, d_inv_tau, u, inv_tau)
     return (d_sum * d_u).to(u.dtype), d_sum * d_inv_tau
 
 
@@ -147,8 +146,7 @@ _neg_lse_sum = register(
 def _cross_forward(
     u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
-    with autocast_off(u):
-        return kernels(backend, u, inv_tau).cross_neg_lse(u, v, u_ids, v_ids, inv_tau)
+    return run_kernel(backend, "cross_neg_lse", u, v, u_ids, v_ids, inv_tau)
 
 
 def _cross_fake(
@@ -183,15 +181,13 @@ def _cross_backward(
     needs_v: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with autocast_off(u):
-        d_u, d_v, d_inv_tau = kernels(backend, u, inv_tau).cross_neg_lse_backward(
-            d_rows, d_cols, u, v, u_ids, v_ids, inv_tau, rows_neg_lse, cols_neg_lse, needs_u, needs_v
-        )
-        return (
-            u.new_empty(0) if d_u is None else d_u.to(u.dtype),
-            v.new_empty(0) if d_v is None else d_v.to(v.dtype),
-            d_inv_tau,
-        )
+    tensors = (d_rows, d_cols, u, v, u_ids, v_ids, inv_tau, rows_neg_lse, cols_neg_lse)
+    d_u, d_v, d_inv_tau = run_kernel(backend, "cross_neg_lse_backward", *tensors, needs_u, needs_v)
+    return (
+        u.new_empty(0) if d_u is None else d_u.to(u.dtype),
+        v.new_empty(0) if d_v is None else d_v.to(v.dtype),
+        d_inv_tau,
+    )
 
 
 def _cross_backward_fake(

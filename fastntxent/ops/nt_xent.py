@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..backends.base import accumulation_dtype, row_losses
 from ..backends.reference import BACKEND as _REFERENCE
-from .register import autocast_off, kernels, register, transforming
+from .contract import checked
+from .register import autocast_off, register, run_kernel, transforming
 
 
 def nt_xent_rows(z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool, backend: str) -> tuple[Tensor, Tensor]:
@@ -36,8 +37,7 @@ def nt_xent_scalar(z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool, m
 
 
 def _rows_forward(z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool, backend: str) -> tuple[Tensor, Tensor]:
-    with autocast_off(z_i):
-        return kernels(backend, z_i, inv_tau).nt_xent_rows(z_i, z_j, inv_tau, normalize)
+    return run_kernel(backend, "nt_xent_rows", z_i, z_j, inv_tau, normalize)
 
 
 def _rows_fake(z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool, backend: str) -> tuple[Tensor, Tensor]:
@@ -64,11 +64,9 @@ def _rows_backward_forward(
     normalize: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with autocast_off(z_i):
-        d_z_i, d_z_j, d_inv_tau = kernels(backend, z_i, inv_tau).nt_xent_rows_backward(
-            d_neg_lse, d_pos, z_i, z_j, inv_tau, neg_lse, normalize
-        )
-        return d_z_i.to(z_i.dtype), d_z_j.to(z_j.dtype), d_inv_tau
+    tensors = (d_neg_lse, d_pos, z_i, z_j, inv_tau, neg_lse)
+    d_z_i, d_z_j, d_inv_tau = run_kernel(backend, "nt_xent_rows_backward", *tensors, normalize)
+    return d_z_i.to(z_i.dtype), d_z_j.to(z_j.dtype), d_inv_tau
 
 
 def _rows_backward_fake(
@@ -97,8 +95,7 @@ _nt_xent_rows = register(
 def _scalar_forward(
     z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool, mean: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    with autocast_off(z_i):
-        return kernels(backend, z_i, inv_tau).nt_xent_scalar(z_i, z_j, inv_tau, normalize, mean)
+    return run_kernel(backend, "nt_xent_scalar", z_i, z_j, inv_tau, normalize, mean)
 
 
 def _scalar_fake(
@@ -121,11 +118,17 @@ def _scalar_autograd(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Tensor |
     if d_loss is None:  # nothing came back
         return (None,) * 6
     # An operator of its own only where this may be differentiated again: elsewhere it is three products.
-    scale = _scalar_backward if torch.is_grad_enabled() else _scalar_backward_forward
+    scale = _scalar_backward if torch.is_grad_enabled() else _scaled
     return *scale(d_loss, *ctx.saved_tensors), None, None, None
 
 
 def _scalar_backward_forward(
+    d_loss: Tensor, d_z_i: Tensor, d_z_j: Tensor, d_inv_tau: Tensor, z_i: Tensor, z_j: Tensor, inv_tau: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _scaled(*checked("nt_xent_scalar_backward", d_loss, d_z_i, d_z_j, d_inv_tau, z_i, z_j, inv_tau))
+
+
+def _scaled(
     d_loss: Tensor, d_z_i: Tensor, d_z_j: Tensor, d_inv_tau: Tensor, z_i: Tensor, z_j: Tensor, inv_tau: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _as(d_loss * d_z_i, z_i.dtype), _as(d_loss * d_z_j, z_j.dtype), d_loss * d_inv_tau
@@ -161,8 +164,7 @@ _nt_xent_scalar = register(
 
 
 def _value_forward(z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool, mean: bool, backend: str) -> Tensor:
-    with autocast_off(z_i):
-        return kernels(backend, z_i, inv_tau).nt_xent_value(z_i, z_j, inv_tau, normalize, mean)
+    return run_kernel(backend, "nt_xent_value", z_i, z_j, inv_tau, normalize, mean)
 
 
 def _value_fake(z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool, mean: bool, backend: str) -> Tensor:

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends.base import accumulation_dtype, row_dots
+from .contract import checked
 from .register import autocast_off, register
 
 # Rows of a block, columns of a tile. Small blocks waste little where groups are of two rows; an accelerator wants fewer
@@ -170,6 +171,7 @@ def with_positives(d_lse: Tensor, lse: Tensor) -> Tensor:
 
 
 def _lse_forward(u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: Tensor, same: bool) -> Tensor:
+    u, v, u_ids, v_ids, inv_tau = checked("positive_lse", u, v, u_ids, v_ids, inv_tau)
     with autocast_off(u):
         return _pairs(u, v, u_ids, v_ids, inv_tau, same).lse()
 
@@ -191,6 +193,8 @@ def _lse_autograd(ctx: Any, d_lse: Tensor) -> tuple[Tensor | None, ...]:
 def _lse_backward(
     d_lse: Tensor, u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: Tensor, lse: Tensor, same: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    tensors = (d_lse, u, v, u_ids, v_ids, inv_tau, lse)
+    d_lse, u, v, u_ids, v_ids, inv_tau, lse = checked("positive_lse_backward", *tensors)
     with autocast_off(u):
         pairs = _pairs(u, v, u_ids, v_ids, inv_tau, same)
         d_lse, lse = with_positives(d_lse, lse)[pairs.row_order, None], lse[pairs.row_order, None]
@@ -221,6 +225,7 @@ _positive_lse = register(
 
 
 def _sum_forward(u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: Tensor, nu: Tensor, same: bool) -> Tensor:
+    u, v, u_ids, v_ids, inv_tau, nu = checked("positive_sum", u, v, u_ids, v_ids, inv_tau, nu)
     with autocast_off(u):
         return _pairs(u, v, u_ids, v_ids, inv_tau, same).sum(nu)
 
@@ -238,6 +243,8 @@ def _sum_autograd(ctx: Any, d_sum: Tensor) -> tuple[Tensor | None, ...]:
 def _sum_backward(
     d_sum: Tensor, u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: Tensor, nu: Tensor, same: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tensors = (d_sum, u, v, u_ids, v_ids, inv_tau, nu)
+    d_sum, u, v, u_ids, v_ids, inv_tau, nu = checked("positive_sum_backward", *tensors)
     with autocast_off(u):
         pairs = _pairs(u, v, u_ids, v_ids, inv_tau, same)
         d_nu = torch.zeros_like(d_sum)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..backends import select
 from ..backends.base import KernelBackend
-from ..validation import check_positive
+from .contract import check_kinds, checked, rows_of
 
 _LIBRARY = torch.library.Library("fastntxent", "DEF")
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -42,14 +42,18 @@ def autocast_off(rows: Tensor) -> contextlib.AbstractContextManager[None]:
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else _AS_IT_IS
 
 
-def kernels(name: str, rows: Tensor, inv_tau: Tensor) -> KernelBackend:
-    """The backend of that name for these rows."""
-    if inv_tau.is_cpu:  # a compiled caller's checks saw no value; here there is one
-        check_positive("1 / temperature", inv_tau.item())
-    backend = select(name, rows.device.type, rows.dtype)
-    if not isinstance(backend, KernelBackend):
-        raise RuntimeError(f"backend {name!r} has no kernels: call it through fastntxent's functions")
-    return backend
+def run_kernel(backend: str, method: str, *arguments: Any) -> Any:
+    """Call a method of the kernels of that backend: the one way to them, for the operators and for ranks.
+
+    Its tensors come first. They are checked, and autocast is off meanwhile.
+    """
+    tensors = checked(method, *(x for x in arguments if isinstance(x, Tensor)))
+    rows = rows_of(method, tensors)
+    kernels = select(backend, rows.device.type, rows.dtype)
+    if not isinstance(kernels, KernelBackend):
+        raise RuntimeError(f"backend {backend!r} has no kernels: call it through fastntxent's functions")
+    with autocast_off(rows):
+        return getattr(kernels, method)(*tensors, *arguments[len(tensors) :])
 
 
 def _refuse_second_derivative(ctx: Any, *_: Any) -> None:
@@ -76,7 +80,7 @@ def register(
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, forward, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastntxent::{name}", fake, lib=_LIBRARY)
+    torch.library.register_fake(f"fastntxent::{name}", _checking_kinds(name, fake), lib=_LIBRARY)
     torch.library.register_autograd(f"fastntxent::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
     operator = getattr(torch.ops.fastntxent, name).default
 
@@ -114,6 +118,16 @@ def register(
             return Eager.apply(*args)
         output = observed(*args)
         return output[0] if value_alone else output
+
+    return call
+
+
+def _checking_kinds(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """A fake kernel that refuses what the kernel would, as far as tensors without data can tell."""
+
+    def call(*args: Any) -> Any:
+        check_kinds(name, [arg for arg in args if isinstance(arg, Tensor)])
+        return fake(*args)
 
     return call
 

@@ -1,0 +1,93 @@
+"""What the ranks compare before they exchange anything: that they are in the same call, or in the backward of one."""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import wire
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_FORWARD, _BACKWARD = 0, 1
+
+# Calls of losses so far in each group.
+_calls: weakref.WeakKeyDictionary[ProcessGroup, int] = weakref.WeakKeyDictionary()
+
+
+class Turn(NamedTuple):
+    """One call of a loss: the how manieth of its group, on every rank."""
+
+    group: ProcessGroup
+    number: int
+    function: str
+    checked: bool
+
+    def begin_backward(self, device: torch.device) -> None:
+        """Raise, on every rank, unless all are in the backward of this call.
+
+        Ranks that take the backwards of two losses in a different order, or one that leaves a backward out, would
+        otherwise exchange numbers of different losses.
+        """
+        if self.checked:
+            what = f"the backward of {self.function}, call {self.number}"
+            _meet(self.group, [_BACKWARD, self.number, 0, 0], what, device)
+
+
+def agree(
+    group: ProcessGroup, function: str, n_samples: int, facts: dict[str, object] | None, device: torch.device
+) -> tuple[Turn, list[int]]:
+    """This call's turn, and how many samples each rank has: as many as this one where no facts are to be compared."""
+    number = _calls.get(group, 0) + 1
+    samples = [n_samples] * group.size()
+    if facts is not None:
+        described = {name: _describe(fact) for name, fact in facts.items()}
+        digest = hashlib.sha256(repr(sorted(described.items())).encode()).digest()[:8]
+        header = [_FORWARD, number, n_samples, int.from_bytes(digest, "big", signed=True)]
+        headers = _meet(group, header, f"a call of {function}", device)
+        if len({digest for *_, digest in headers}) > 1:
+            raise ValueError(_disagreement(wire.gather_objects(group, described)))
+        number = max(number for _, number, *_ in headers)  # a rank may have raised before it came here
+        samples = [n for _, _, n, _ in headers]
+    _calls[group] = number
+    return Turn(group, number, function, facts is not None), samples
+
+
+def _meet(group: ProcessGroup, header: list[int], what: str, device: torch.device) -> list[list[int]]:
+    """The headers of all ranks. They are of one size wherever they are sent, so that any two of them meet."""
+    headers = wire.gather_numbers(group, torch.tensor(header, device=device)).tolist()
+    phases = {(phase, number if phase == _BACKWARD else 0) for phase, number, *_ in headers}
+    if len(phases) > 1:
+        found = [f"rank {rank} is in {this}" for rank, this in enumerate(wire.gather_objects(group, what))]
+        raise RuntimeError(
+            "the ranks must call losses, and run their backwards, in the same order: " + "; ".join(found)
+        )
+    return headers
+
+
+def _describe(fact: object) -> str:
+    """A value as it is shown and compared. A tensor on an accelerator is not read."""
+    if not isinstance(fact, Tensor):
+        return repr(fact)
+    number = repr(fact.item()) if fact.ndim == 0 and fact.device.type == "cpu" else f"a tensor ({fact.ndim}-d)"
+    return number + (", requires_grad" if fact.requires_grad and torch.is_grad_enabled() else "")
+
+
+def _disagreement(described: Sequence[dict[str, str]]) -> str:
+    if len({of_rank["function"] for of_rank in described}) > 1:  # whose other facts are no others' either
+        described = [{"function": of_rank["function"]} for of_rank in described]
+    parts = []
+    for name in sorted({name for of_rank in described for name in of_rank}):
+        ranks: dict[str, list[str]] = {}
+        for rank, of_rank in enumerate(described):
+            ranks.setdefault(of_rank.get(name, "not given"), []).append(str(rank))
+        if len(ranks) > 1:
+            values = "; ".join(f"{value} on rank {', '.join(which)}" for value, which in ranks.items())
+            parts.append(f"{name} is {values}")
+    return "the ranks must be given the same: " + ". ".join(parts)

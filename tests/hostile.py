@@ -1,0 +1,178 @@
+"""Direct calls of every operator with one argument wrong: each ends in an error that names it, or in the right numbers.
+
+python -m tests.hostile [--kernels PATH]    the whole campaign; PATH: a build of fastntxent._cpu to run it on,
+                                            as the one under AddressSanitizer of csrc/cpu/sanitize.sh
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+N, D = 40, 24
+REFUSALS = (TypeError, ValueError, RuntimeError, NotImplementedError, IndexError)
+
+
+def operators() -> list[str]:
+    """All that the package registers."""
+    import fastntxent.ops.contract as contract
+
+    return list(contract._CALLS)
+
+
+def valid_arguments(name: str, backend: str, dtype: torch.dtype = torch.float32) -> dict[str, object]:
+    """What the operator's schema asks for, consistent; the tensors that a backward takes come from the forward."""
+    from fastntxent import ops
+
+    generator = torch.Generator().manual_seed(0)
+    sums = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def rows(n: int) -> Tensor:
+        return torch.nn.functional.normalize(torch.randn(n, D, generator=generator, dtype=torch.float64)).to(dtype)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(sums)
+
+    k = torch.tensor(2.0, dtype=sums)
+    z_i, z_j, u, v = rows(N), rows(N), rows(2 * N), rows(N + 8)
+    ids, v_ids = torch.arange(2 * N) // 2, torch.arange(N + 8) // 3
+    two_sides = {"u": u, "v": v, "u_ids": ids, "v_ids": v_ids, "inv_tau": k}
+    known: dict[str, object] = {
+        "z_i": z_i, "z_j": z_j, "ids": ids, **two_sides,
+        "rows": v, "row_ids": v_ids, "held": torch.tensor(7), "weights": numbers(2 * N), "d_loss": numbers(),
+        "d_sum": numbers(2 * N) if name == "positive_sum_backward" else numbers(), "d_u": numbers(2 * N, D),
+        "d_z_i": numbers(N, D), "d_z_j": numbers(N, D), "d_inv_tau": numbers(), "d_neg_lse": numbers(2 * N),
+        "d_pos": numbers(2 * N), "d_lse": numbers(2 * N), "d_rows": numbers(2 * N), "d_cols": numbers(N + 8),
+        "nu": numbers(2 * N), "normalize": True, "mean": True, "same": False, "needs_u": True, "needs_v": True,
+        "backend": backend,
+    }  # fmt: skip
+    known["rows_neg_lse"], known["cols_neg_lse"] = ops.cross_neg_lse(u, v, ids, v_ids, k, "blocked")
+    known["lse"] = ops.positive_lse(u, v, ids, v_ids, k, False, "blocked")
+    two_views = name.startswith("nt_xent")
+    known["neg_lse"] = (
+        ops.nt_xent_rows(z_i, z_j, k, True, "blocked")[0] if two_views else ops.neg_lse(u, ids, k, "blocked")
+    )
+    schema = getattr(torch.ops.fastntxent, name).default._schema
+    return {argument.name: known[argument.name] for argument in schema.arguments}
+
+
+def with_cut_storage(x: Tensor, share: float) -> Tensor:
+    x = x.clone()
+    x.untyped_storage().resize_(int(x.untyped_storage().nbytes() * share))
+    return x
+
+
+def wrong(x: Tensor) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """A tensor in place of x that is not what it should be, or only looks so."""
+    for dtype in (
+        torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.uint8, torch.int16, torch.int32,
+        torch.int64, torch.bool, torch.complex64,
+    ):  # fmt: skip
+        if dtype != x.dtype:
+            yield f"as {dtype}", lambda dtype=dtype: x.to(dtype)
+    for dim in range(x.ndim):
+        size = x.shape[dim]
+        for length in (0, 1, 2, size // 2, size - 1):
+            yield f"{length} of dimension {dim}", lambda dim=dim, length=length: x.narrow(dim, 0, length).clone()
+            yield f"a view of {length} of it", lambda dim=dim, length=length: x.narrow(dim, 0, length)
+        yield f"more in dimension {dim}", lambda dim=dim: torch.cat((x, x.narrow(dim, 0, 1)), dim)
+        yield f"one of dimension {dim}, expanded", lambda dim=dim: x.narrow(dim, 0, 1).expand(x.shape)
+        yield (
+            f"every second of dimension {dim}",
+            lambda dim=dim: x.repeat_interleave(2, dim).unflatten(dim, (-1, 2)).select(dim + 1, 0),
+        )
+    yield "a number", lambda: x.flatten()[0].clone()
+    yield "flat", lambda: x.flatten()[:7].clone()
+    yield "one dimension more", lambda: x[None]
+    yield "one dimension more at the end", lambda: x[..., None]
+    yield "transposed", lambda: x.T if x.ndim == 2 else x
+    yield "nothing", lambda: x.new_empty(0)
+    yield "freed", lambda: with_cut_storage(x, 0)
+    yield "half freed", lambda: with_cut_storage(x, 0.5)
+    yield "without data", lambda: x.to("meta")
+    yield "sparse", lambda: x.to_sparse()
+    yield "sparse rows", lambda: x.to_sparse_csr()
+    yield "nested", lambda: torch.nested.nested_tensor([x, x])
+    yield "negated", lambda: torch.complex(torch.zeros_like(x), -x).conj().imag
+    yield "zeros not written", lambda: torch._efficientzerotensor(x.shape, dtype=x.dtype)
+    yield "not a number", lambda: x * float("nan")
+    yield "infinite", lambda: x * float("inf")
+    yield "negative", lambda: -x.abs() - 1
+    yield "huge", lambda: x * 2**62
+
+
+class Campaign:
+    """Counts the calls, and keeps what came out wrong."""
+
+    def __init__(self, backend: str):
+        self.backend = backend
+        self.calls = 0
+        self.faults: list[str] = []
+
+    def run(self, name: str, dtype: torch.dtype = torch.float32) -> None:
+        arguments = valid_arguments(name, self.backend, dtype)
+        for argument, value in arguments.items():
+            if not isinstance(value, Tensor):
+                continue
+            for what, make in wrong(value):
+                try:
+                    replacement = make()
+                except REFUSALS:  # there is no such tensor
+                    continue
+                self.calls += 1
+                label = f"{name}, {argument} {what} ({dtype})"
+                self.judge(label, name, argument, {**arguments, argument: replacement})
+
+    def judge(self, label: str, name: str, argument: str, arguments: dict[str, object]) -> None:
+        operator = getattr(torch.ops.fastntxent, name)
+        try:
+            found = operator(*arguments.values())
+        except REFUSALS as error:
+            # "Could not run": PyTorch's dispatcher, which has kernels for dense tensors alone.
+            told = [f"{name} must" for name in (*arguments, "temperature")] + ["Could not run"]
+            if "defect" in str(error) or not any(each in str(error) for each in told):
+                self.faults.append(f"{label}: names nothing: {type(error).__name__}: {str(error)[:150]}")
+            return
+        if "backend" not in arguments or self.backend == "blocked" or " huge" in label or " infinite" in label:
+            return
+        tolerance = 2e-2 if "bfloat16" in label else 1e-3
+        expected = operator(*{**arguments, "backend": "blocked"}.values())
+        for x, y in zip(*((r,) if isinstance(r, Tensor) else r for r in (found, expected)), strict=True):
+            if not (x.is_meta and y.is_meta) and not torch.allclose(
+                x.double(), y.double(), tolerance, 1e-4, equal_nan=True
+            ):
+                self.faults.append(f"{label}: not the numbers of plain PyTorch")
+
+
+def use_kernels(path: str) -> None:
+    """Put another build of the CPU kernels in the place of the installed one."""
+    spec = importlib.util.spec_from_file_location("fastntxent._cpu", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules["fastntxent._cpu"] = module
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--kernels", metavar="PATH")
+    options = parser.parse_args()
+    if options.kernels:
+        use_kernels(options.kernels)
+    warnings.simplefilter("ignore")
+    campaign = Campaign("cpu")
+    for name in operators():
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            campaign.run(name, dtype)
+    print(f"{campaign.calls} calls of {len(operators())} operators, {len(campaign.faults)} faults")
+    print("\n".join(campaign.faults))
+    return bool(campaign.faults)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

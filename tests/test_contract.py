@@ -1,0 +1,202 @@
+"""What reaches a kernel, on whatever way: tensors that are not what they should be are errors that name them."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastntxent
+from tests.cases import BACKENDS, KERNELS
+from tests.hostile import REFUSALS, Campaign, operators, valid_arguments, with_cut_storage
+from tests.test_losses import CASES, Drawn, draw
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("name", operators())
+def test_operator_refuses_each_wrong_tensor_by_name(name, backend):
+    campaign = Campaign(backend)
+    campaign.run(name)
+    assert not campaign.faults
+    assert campaign.calls > 25 * sum("Tensor" in str(a.type) for a in schema(name).arguments)
+
+
+def schema(name: str) -> torch.FunctionSchema:
+    return getattr(torch.ops.fastntxent, name).default._schema
+
+
+def test_campaign_finds_a_call_that_is_not_checked(monkeypatch):
+    register = importlib.import_module("fastntxent.ops.register")
+
+    def without_shapes(call: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tensors
+
+    monkeypatch.setattr(register, "checked", without_shapes)
+    campaign = Campaign("blocked")
+    arguments = valid_arguments("cross_neg_lse_backward", "blocked")
+    campaign.judge("", "cross_neg_lse_backward", "d_rows", {**arguments, "d_rows": torch.randn(7)})
+    assert "names nothing" in campaign.faults[0]
+
+
+def loss_of(case, drawn: Drawn, backend: str) -> tuple[Tensor, list[Tensor]]:
+    tensors = [z.clone().requires_grad_() for z in drawn.tensors]
+    return case.loss(*(z * 1 for z in tensors), drawn.tau, backend=backend, **drawn.options), tensors
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    return CASES[request.param]
+
+
+# --- between forward and backward ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "cut", [lambda t: t.half(), lambda t: t[: len(t) // 2], lambda t: t[:1], lambda t: t[..., None]]
+)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_saved_tensor_hooks_that_return_something_else_are_errors_or_rounding(case, backend, cut):
+    def unpack(t: Tensor) -> Tensor:
+        return cut(t) if t.is_floating_point() and t.ndim else t
+
+    drawn = draw(case, 24, 12, 0.3, 0).to(torch.float32)
+    exact, tensors = loss_of(case, drawn, backend)
+    expected = torch.autograd.grad(exact, tensors)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+        loss, tensors = loss_of(case, drawn, backend)
+    try:
+        gradients = torch.autograd.grad(loss, tensors)
+    except REFUSALS:
+        return
+    for gradient, right in zip(gradients, expected, strict=True):  # what is left is the rounding to half precision
+        assert float((gradient - right).norm() / right.norm()) < 0.01
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("change", [lambda d: d[:3], lambda d: d.double(), lambda d: d[None]])
+def test_node_prehook_that_returns_another_gradient_is_an_error(backend, change):
+    u = torch.randn(8, 4, requires_grad=True)
+    nu = fastntxent.neg_lse(u, torch.arange(8), 0.5, backend=backend)
+    nu.grad_fn.register_prehook(lambda gradients: tuple(change(d) for d in gradients))
+    with pytest.raises(REFUSALS, match=r"must have|must be|has changed the (size|type) of value"):
+        nu.sum().backward()
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("free", [False, True])
+def test_ids_that_lose_their_memory_before_the_backward_are_an_error(backend, free):
+    u, ids = torch.randn(8, 4, requires_grad=True), torch.arange(8)
+    nu = fastntxent.neg_lse(u, ids, 0.5, backend=backend)
+    if free:
+        ids.untyped_storage().resize_(0)
+    else:
+        ids.data = torch.arange(5)
+    with pytest.raises(ValueError, match="ids must have"):
+        nu.sum().backward()
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_rows_without_their_memory_are_an_error(backend, share):
+    whole = torch.randn(8, 4)
+    with pytest.raises(ValueError, match=r"z_j must have its elements in memory, got shape \(8, 4\)"):
+        fastntxent.nt_xent(whole, with_cut_storage(whole, share), normalize=False, backend=backend)
+    with pytest.raises(ValueError, match="u must have its elements in memory"):
+        fastntxent.neg_lse(with_cut_storage(whole, share), torch.arange(8), 0.5, backend=backend)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_change_in_place_before_the_backward_is_an_error(case, backend, reduction):
+    drawn = draw(case, 8, 4, 0.3, 0)
+    for wants_tau in (True, False):
+        tau = drawn.tau.clone().requires_grad_(wants_tau)
+        for changed in ("temperature", *drawn.options):
+            options = {name: option.clone() for name, option in drawn.options.items()}
+            given = tau * 1
+            tensors = [z.clone().requires_grad_() for z in drawn.tensors]
+            loss = case.loss(*tensors, given, backend=backend, reduction=reduction, **options).sum()
+            with torch.no_grad():
+                {"temperature": given, **options}[changed].zero_()
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_change_of_rows_in_place_before_the_backward_is_an_error_or_of_no_consequence(case, backend, normalize):
+    drawn = draw(case, 8, 4, 0.3, 0)
+
+    def gradients(change: bool) -> tuple[Tensor, ...]:
+        tensors = [z.clone().requires_grad_() for z in drawn.tensors]
+        rows = [z * 1 for z in tensors]
+        loss = case.loss(*rows, drawn.tau, backend=backend, normalize=normalize, **drawn.options)
+        if change:
+            with torch.no_grad():
+                for z in rows:
+                    z.mul_(3)
+        return torch.autograd.grad(loss, tensors)
+
+    expected = gradients(False)
+    try:
+        found = gradients(True)
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+    else:
+        assert all(map(torch.equal, found, expected))
+
+
+def test_loss_may_be_changed_in_place_by_its_caller():
+    z, tau = torch.randn(6, 4, requires_grad=True), torch.tensor(0.5, requires_grad=True)
+    (whole,) = torch.autograd.grad(fastntxent.nt_xent(z, z + 1, tau), z)
+    loss = fastntxent.nt_xent(z, z + 1, tau)
+    loss /= 4
+    (quarter,) = torch.autograd.grad(loss, z)
+    torch.testing.assert_close(quarter, whole / 4)
+
+
+# --- what PyTorch does lazily ----------------------------------------------------------------------------------------
+
+
+def negated(x: Tensor) -> Tensor:
+    """x, as a view with PyTorch's negative bit."""
+    view = torch.complex(torch.zeros_like(x), -x).conj().imag
+    assert view.is_neg()
+    return view
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lazily_negated_rows_and_gradients_are_what_they_look_like(case, backend, normalize):
+    drawn = draw(case, 8, 4, 0.3, 0)
+
+    def gradients(lazy: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        tensors = [z.clone().requires_grad_() for z in drawn.tensors]
+        losses = case.loss(
+            *(lazy(z) for z in tensors), drawn.tau, reduction="none", backend=backend, normalize=normalize,
+            **drawn.options,
+        )  # fmt: skip
+        upstream = torch.linspace(-1, 2, len(losses), dtype=losses.dtype)
+        return losses, *torch.autograd.grad(losses, tensors, lazy(upstream))
+
+    for found, expected in zip(gradients(negated), gradients(torch.clone), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_zeros_that_are_not_written_yet_are_zeros(backend):
+    zeros, z = torch._efficientzerotensor((6, 4)), torch.randn(6, 4)
+    found = fastntxent.nt_xent(z, zeros, normalize=False, backend=backend)
+    torch.testing.assert_close(found, fastntxent.nt_xent(z, torch.zeros(6, 4), normalize=False, backend=backend))
+
+
+def test_tensors_of_several_devices_are_refused_without_data_too():
+    u = torch.randn(8, 4)
+    with warnings.catch_warnings(), pytest.raises(ValueError, match="ids must be on the device of u, cpu, got meta"):
+        torch.ops.fastntxent.neg_lse(u, torch.arange(8, device="meta"), torch.tensor(2.0), "auto")
