@@ -44,7 +44,8 @@ def valid_arguments(name: str, backend: str, dtype: torch.dtype = torch.float32)
     ids, v_ids = torch.arange(2 * N) // 2, torch.arange(N + 8) // 3
     two_sides = {"u": u, "v": v, "u_ids": ids, "v_ids": v_ids, "inv_tau": k}
     known: dict[str, object] = {
-        "z_i": z_i, "z_j": z_j, "ids": ids, **two_sides, "weights": numbers(2 * N), "d_loss": numbers(),
+        "z_i": z_i, "z_j": z_j, "ids": ids, **two_sides,
+        "rows": v, "row_ids": v_ids, "held": torch.tensor(7), "weights": numbers(2 * N), "d_loss": numbers(),
         "d_sum": numbers(2 * N) if name == "positive_sum_backward" else numbers(), "d_u": numbers(2 * N, D),
         "d_z_i": numbers(N, D), "d_z_j": numbers(N, D), "d_inv_tau": numbers(), "d_neg_lse": numbers(2 * N),
         "d_pos": numbers(2 * N), "d_lse": numbers(2 * N), "d_rows": numbers(2 * N), "d_cols": numbers(N + 8),

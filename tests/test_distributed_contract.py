@@ -132,6 +132,7 @@ def two_ranks() -> dict[str, Any]:
         value = function(plain, x)
         value.backward()
         found[name] = value.detach(), next(plain.parameters()).grad
+    found["queues"] = error_of_queues(rank, world)
     found["errors"] = {name: error_of(options) for name, options in DISAGREEMENTS.items()}
     found["empty"] = error_of([{"n": 0}, {"n": 0}])
     found["alone"] = error_of([{"backend": "reference"}] * 2)
@@ -140,6 +141,18 @@ def two_ranks() -> dict[str, Any]:
 
 
 # What each of two ranks passes, and what the error must say.
+def error_of_queues(rank: int, world: Any) -> str:
+    """Both queues are full, and the next row goes to another place."""
+    loss = fastntxent.QueueInfoNCELoss(4, D, group=world)
+    for n in (3, 1 + rank):
+        loss.queue.push(torch.ones(n, D))
+    try:
+        loss(torch.ones(2, D), torch.ones(2, D))
+    except ValueError as error:
+        return str(error)
+    return "none"
+
+
 DISAGREEMENTS: dict[str, list[dict[str, Any]]] = {
     "features is 3 on rank 0; 4 on rank 1": [{"d": 3}, {"d": 4}],
     "dtype is torch.float32 on rank 0; torch.float64 on rank 1": [{}, {"dtype": torch.float64}],
@@ -247,6 +260,11 @@ def test_compiled_code_around_the_loss_is_the_same(found):
 def test_disagreement_is_named_on_every_rank(found, says: str):
     for of_rank in found:
         assert of_rank["errors"][says] == f"the ranks must be given the same: {says}"
+
+
+def test_queues_that_go_on_from_different_places_are_named_on_every_rank(found):
+    for of_rank in found:
+        assert of_rank["queues"] == "the ranks must be given the same: queue_pointer is 0 on rank 0; 1 on rank 1"
 
 
 def test_no_rows_on_any_rank_is_an_error(found):

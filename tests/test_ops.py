@@ -61,6 +61,25 @@ def test_cross_neg_lse_operator_passes_opcheck(backend, wanted, dtype):
     torch.library.opcheck(torch.ops.fastntxent.cross_neg_lse.default, (u, v, *ids, inverse_temperature(), backend))
 
 
+@pytest.mark.parametrize("held", [0, 1, 9])
+def test_held_neg_lse_is_cross_neg_lse_of_the_first_rows(backend, held):
+    u, rows, k = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4), inverse_temperature()
+    ids = torch.arange(6) % 3, torch.arange(9) % 4
+    arguments = (u, rows, *ids, torch.tensor(held), k, backend)
+    torch.library.opcheck(torch.ops.fastntxent.held_neg_lse.default, arguments)
+    torch.library.opcheck(
+        torch.ops.fastntxent.held_neg_lse_backward.default,
+        (torch.ones(6), *(t.detach() for t in arguments[:-1]), torch.ones(6), backend),
+    )
+    values = [ops.held_neg_lse(*arguments), ops.held_neg_lse(*arguments[:-1], "reference")]
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*(torch.autograd.grad(value.sum(), (u, k)) for value in values))
+
+
+def test_copy_now_operator_passes_opcheck():
+    torch.library.opcheck(torch.ops.fastntxent.copy_now.default, (torch.randn(6, 4)[:3],))
+
+
 def test_loss_operator_passes_opcheck_and_has_no_gradient(backend):
     operator = torch.ops.fastntxent.nt_xent_value.default
     torch.library.opcheck(operator, (*views(requires_grad=False), inverse_temperature(False), True, False, backend))

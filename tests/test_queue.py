@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -114,8 +115,166 @@ def test_queue_restored_goes_on_as_the_saved_one(tmp_path, steps):
         expected = step(loss, seed)
         assert torch.equal(step(restored, seed), expected)
         assert torch.equal(step(twin, seed), expected)
-    with pytest.raises(ValueError, match="cannot hold"):
-        NegativeQueue(2, 4).set_extra_state(torch.tensor([4, 5]))
+
+
+@pytest.mark.parametrize(
+    ("state", "error"),
+    [(torch.tensor([5, 5]), ValueError), (None, TypeError), (torch.ones(2), TypeError), ((0, 0), TypeError)],
+)
+def test_queue_refuses_an_extra_state_that_cannot_be(state, error):
+    queue = filled_queue()
+    before = contents(queue)
+    with pytest.raises(error, match=r"cannot hold|must be a tensor of two integers"):
+        queue.set_extra_state(state)
+    assert_holds(queue, before)
+
+
+def filled_queue(n=3, size=5, dim=4, seed=0, **options):
+    queue = NegativeQueue(size, dim, **options)
+    queue.push(normal(n, dim, seed=seed), torch.arange(n))
+    return queue
+
+
+def contents(queue):
+    return copy.deepcopy((queue.pointer, queue.filled, queue._rows, queue._ids))
+
+
+def assert_holds(queue, expected):
+    assert (queue.pointer, queue.filled) == expected[:2]
+    assert torch.equal(queue._rows, expected[2])
+    assert torch.equal(queue._ids, expected[3])
+
+
+def with_nan(state):
+    state["_rows"][1, 1] = math.nan
+
+
+def of_cursor(*cursor, dtype=torch.int64):
+    return lambda state: state.update(_extra_state=torch.tensor(cursor, dtype=dtype))
+
+
+SPOILED = {
+    "fewer rows": lambda state: state.update(_rows=torch.randn(4, 4)),
+    "other features": lambda state: state.update(_rows=torch.randn(5, 3)),
+    "rows of integers": lambda state: state.update(_rows=torch.ones(5, 4, dtype=torch.int64)),
+    "no tensor": lambda state: state.update(_rows=None),
+    "rows without data": lambda state: state.update(_rows=torch.empty(5, 4, device="meta")),
+    "a NaN among the rows": with_nan,
+    "fewer ids": lambda state: state.update(_ids=torch.arange(4)),
+    "ids of floats": lambda state: state.update(_ids=torch.ones(5)),
+    "filled beyond the size": of_cursor(0, 6),
+    "pointer beyond the size": of_cursor(5, 5),
+    "pointer below zero": of_cursor(-1, 5),
+    "filled below zero": of_cursor(-1, -1),
+    "pointer not after the last row": of_cursor(1, 4),
+    "a cursor of floats": of_cursor(4.0, 4.0, dtype=torch.float64),
+    "a cursor of three": of_cursor(4, 4, 4),
+    "no cursor": lambda state: state.update(_extra_state=None),
+}
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("name", SPOILED)
+def test_queue_that_refuses_a_state_stays_as_it_was(name, assign):
+    state = copy.deepcopy(filled_queue(4, seed=1).state_dict())
+    SPOILED[name](state)
+    parent = torch.nn.ModuleDict({"moco": filled_queue()})
+    before = contents(parent["moco"])
+    with pytest.raises(RuntimeError, match=r"moco\._(rows|ids|extra_state)"):
+        parent.load_state_dict({f"moco.{key}": value for key, value in state.items()}, strict=False, assign=assign)
+    assert_holds(parent["moco"], before)
+
+
+@pytest.mark.parametrize("left_out", [{"_rows"}, {"_ids"}, {"_extra_state"}, {"_rows", "_ids"}])
+def test_queue_takes_nothing_of_a_part_of_a_state(left_out):
+    state = {key: value for key, value in filled_queue(4, seed=1).state_dict().items() if key not in left_out}
+    queue = filled_queue()
+    before = contents(queue)
+    assert set(queue.load_state_dict({**state, "other": torch.ones(1)}, strict=False)[0]) == left_out
+    assert_holds(queue, before)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        queue.load_state_dict(state)
+    assert_holds(queue, before)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("n", [3, 5, 7])
+def test_queue_takes_a_whole_state_of_another_dtype_or_a_saved_module(n, assign, tmp_path):
+    saved = filled_queue(n, seed=1, dtype=torch.float64)
+    torch.save(saved, tmp_path / "queue.pt")
+    same = torch.load(tmp_path / "queue.pt", weights_only=False)
+    assert_holds(same, contents(saved))
+    queue = filled_queue(2)
+    queue.load_state_dict(saved.state_dict(), assign=assign)
+    assert queue.rows.dtype == (torch.float64 if assign else torch.float32)
+    before = contents(saved)
+    for other in (queue, same):
+        other.push(torch.eye(4), torch.arange(4))
+    assert_holds(saved, before)  # nothing is shared, whatever was assigned
+    saved.push(torch.eye(4), torch.arange(4))
+    torch.testing.assert_close(contents(queue), contents(saved), check_dtype=False)
+
+
+def test_queue_state_dict_goes_on_with_the_queue_as_a_whole():
+    queue = filled_queue()
+    state = queue.state_dict()  # refers to the buffers, as every module's does
+    queue.push(torch.eye(4))
+    before = contents(queue)
+    queue.load_state_dict(state)
+    assert_holds(queue, before)
+
+
+def test_queue_that_fails_to_push_stays_as_it_was():
+    queue = filled_queue()
+    before = contents(queue)
+    for z, ids in ((torch.ones(2, 4, device="meta"), None), (torch.ones(2, 4), torch.arange(3))):
+        with pytest.raises((ValueError, NotImplementedError)):
+            queue.push(z, ids)
+        assert_holds(queue, before)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_queue_without_data_holds_nothing(half):
+    loss = QueueInfoNCELoss(5, 4)
+    loss(torch.eye(4), torch.eye(4))
+    loss.to("meta")
+    assert len(loss.queue) == 0
+    state = filled_queue().state_dict()
+    with pytest.raises(RuntimeError, match="meta device"):
+        loss.queue.load_state_dict(state)
+    loss.to_empty(device="cpu")
+    assert len(loss.queue) == 0
+    (loss.half() if half else loss).queue.load_state_dict(state)
+    assert len(loss.queue) == 3
+
+
+@pytest.mark.parametrize("with_ids", [True, False])
+@pytest.mark.parametrize("in_batch", [True, False])
+def test_queue_loss_compiles_whole_once_for_every_fill_and_batch_size(with_ids, in_batch):
+    eager, loss = (QueueInfoNCELoss(40, 4, 0.3, in_batch_negatives=in_batch) for _ in range(2))
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss, backend=counter, fullgraph=True)
+    for step, n in enumerate((3, 3, 4, 17, 9, 12, 3)):
+        query, key = normal(n, 4, seed=step).requires_grad_(), normal(n, 4, seed=step + 50)
+        ids = (torch.arange(n) % 3,) if with_ids else ()
+        values = [call(query, key, *ids) for call in (eager, compiled)]
+        torch.testing.assert_close(*values)
+        torch.testing.assert_close(*(torch.autograd.grad(value, query) for value in values))
+        assert_holds(loss.queue, contents(eager.queue))
+    assert counter.frame_count <= 2  # the first batch size, and then any
+
+
+def test_queue_loss_compiled_by_inductor_has_the_gradient_of_what_was_held():
+    eager, loss = (QueueInfoNCELoss(8, 4, 0.3) for _ in range(2))
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True)
+    pairs = []
+    for step in range(3):
+        query, key = (normal(5, 4, seed=10 * step + i).float().requires_grad_() for i in (0, 1))
+        pairs.append(((query, key), [call(query, key) for call in (eager, compiled)]))
+    for inputs, values in pairs:  # the queue has moved on, in its own call and by later ones
+        torch.testing.assert_close(*(torch.autograd.grad(value, inputs) for value in values))
 
 
 def test_queue_stays_as_it_is_in_evaluation():

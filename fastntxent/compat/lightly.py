@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from numbers import Integral
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +17,8 @@ from ..common import inverse_temperature, n_samples, neg_lse_of_columns, neg_lse
 from ..distributed import Shard, log_sum_exp, open_shard
 from ..losses import dcl, nt_xent
 from ..modules.base import TypedModule
-from ..validation import check_number, check_views
+from ..ops import copy_now
+from ..validation import check_features, check_number, check_rows, check_same
 from .shared import as_scalar, default_group
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ class NTXentLoss(TypedModule):
     Without a bank it is `fastntxent.nt_xent`. A negative temperature is taken too, at twice the work.
 
     Args:
-        temperature: not within 1e-8 of zero; a float or a 0-d tensor.
+        temperature: not within 1e-8 of zero; a float or a tensor of one element. The sign of a tensor is read only in
+            host memory and outside compiled code: elsewhere it must be positive.
         memory_bank_size: (size, dim), or 0 for none. An int alone finds its dim in the first batch.
         gather_distributed: whether the batch is that of all ranks of the default process group: `group=` of
             `fastntxent.nt_xent`. The loss is the mean over all ranks' rows, on every rank (lightly's is the mean over
@@ -40,7 +42,7 @@ class NTXentLoss(TypedModule):
 
     Raises:
         ValueError: as lightly does, for a temperature within 1e-8 of zero and for a negative size.
-        TypeError: a size that is no int.
+        TypeError: a temperature that is no number, a size that is no int.
 
     Example:
         >>> import torch
@@ -58,21 +60,25 @@ class NTXentLoss(TypedModule):
         self.temperature = temperature
         self.memory_bank = MemoryBankModule(memory_bank_size, gather_distributed)
         self.gather_distributed = gather_distributed
-        if -1e-8 < temperature < 1e-8:
+        if not isinstance(temperature, Tensor):
+            check_number("temperature", temperature, "a float or a 0-d tensor")
+        if _is_readable(as_scalar(temperature)) and -1e-8 < temperature < 1e-8:
             raise ValueError(f"temperature must not be within 1e-8 of zero, got {temperature}")
         _check_distributed(gather_distributed)
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         group = _group(self.gather_distributed)
-        check_views(out0, out1, may_be_empty=group is not None)
-        tau = self.temperature
+        _check_outputs(out0, out1, may_be_empty=group is not None)
+        tau = as_scalar(self.temperature)
         has_bank = self.memory_bank.size[0] > 0
         if not (has_bank or _is_negative(tau)):
             return nt_xent(out0, out1, tau, group=group)
         shard = open_shard(group, "NTXentLoss", out0, "auto", views=1 if has_bank else 2, temperature=tau)
         u0, u1 = unit_rows(out0), unit_rows(out1)
         if has_bank:
-            _, bank = self.memory_bank(u1, update=out0.requires_grad)
+            if self.memory_bank.bank.ndim == 2:
+                check_features("out0", out0, "the bank's rows", self.memory_bank.bank)
+            _, bank = self.memory_bank(u1, update=u0.requires_grad)
             assert bank is not None
             logits = _bank_logits(u0, u1, bank.T.to(u0), tau, shard)
         else:
@@ -84,7 +90,7 @@ class DCLLoss(TypedModule):
     """Decoupled contrastive loss, with any weight on the positives.
 
     Args:
-        temperature: a float or a 0-d tensor, not zero.
+        temperature: not zero; otherwise as in `NTXentLoss`.
         weight_fn: called with the normalised (out0, out1), and (out1, out0), gives weights (N,) of the positives, or a
             number.
         gather_distributed: as in `NTXentLoss`; weight_fn is given this rank's rows.
@@ -111,15 +117,16 @@ class DCLLoss(TypedModule):
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         group = _group(self.gather_distributed)
-        check_views(out0, out1, may_be_empty=group is not None)
-        if self.weight_fn is None and not _is_negative(self.temperature):
-            return dcl(out0, out1, self.temperature, group=group)
+        _check_outputs(out0, out1, may_be_empty=group is not None)
+        tau = as_scalar(self.temperature)
+        if self.weight_fn is None and not _is_negative(tau):
+            return dcl(out0, out1, tau, group=group)
         shard = open_shard(
-            group, type(self).__name__, out0, "auto", views=2, temperature=self.temperature,
+            group, type(self).__name__, out0, "auto", views=2, temperature=tau,
             weighted=self.weight_fn is not None,
         )  # fmt: skip
         u0, u1 = unit_rows(out0), unit_rows(out1)
-        nu, pos = _logits(u0, u1, self.temperature, shard)
+        nu, pos = _logits(u0, u1, tau, shard)
         if self.weight_fn is not None:
             pos_0, pos_1 = pos.chunk(2)
             pos = torch.cat((self._weights(u0, u1, shard) * pos_0, self._weights(u1, u0, shard) * pos_1))
@@ -175,9 +182,14 @@ class MemoryBankModule(TypedModule):
     not part of the `state_dict`. (`fastntxent.NegativeQueue` is, begins empty and loses no row.)
 
     Args:
-        size: (size, dim), 0 for none, or an int that finds its dim in the first batch.
+        size: (size, dim), 0 for none, or an int that finds its dim in the first batch; an int, and that default, are
+            those of lightly before 1.6.
         gather_distributed: whether an update takes the rows of all ranks of the default process group.
         feature_dim_first: whether the bank is given as (dim, size).
+
+    Raises:
+        ValueError: a size below zero or of more than two entries; rows of another dim than the bank's.
+        TypeError: a size that is no int, or an update with what is no floating-point tensor.
 
     Example:
         >>> import torch
@@ -188,15 +200,16 @@ class MemoryBankModule(TypedModule):
     """
 
     def __init__(
-        self, size: int | Sequence[int], gather_distributed: bool = False, feature_dim_first: bool = True
+        self, size: int | Sequence[int] = 65536, gather_distributed: bool = False, feature_dim_first: bool = True
     ) -> None:
         super().__init__()
         self.size = _bank_size(size)
         self.gather_distributed = gather_distributed
         self.feature_dim_first = feature_dim_first
         self.bank: Tensor
-        self.bank_ptr = 0  # in host memory: nothing waits for the device
+        self.bank_ptr: Tensor
         self.register_buffer("bank", torch.empty(0), persistent=False)
+        self.register_buffer("bank_ptr", torch.zeros(1, dtype=torch.int64), persistent=False)
         if len(self.size) == 2:
             self._begin(self.size[1])
 
@@ -207,22 +220,37 @@ class MemoryBankModule(TypedModule):
         if not self.size[0]:
             return output, None
         if self.bank.ndim == 1:
+            check_rows("output", output)
             self._begin(output.shape[1])
-            self.bank = self.bank.to(output.device)
-        held = self.bank.clone()
+            self.bank, self.bank_ptr = self.bank.to(output.device), self.bank_ptr.to(output.device)
+        held = copy_now(self.bank)
         if update:
+            check_rows("output", output, may_be_empty=self.gather_distributed)
+            check_features("output", output, "the bank's rows", self.bank)
             self._push(_rows_of_all_ranks(output) if self.gather_distributed else output)
         return output, held.T if self.feature_dim_first else held
 
+    @torch.inference_mode(False)  # of a first batch in inference mode: updates out of it change the bank
     def _begin(self, dim: int) -> None:
-        self.bank = F.normalize(torch.randn(self.size[0], dim), dim=-1)
+        self.bank = F.normalize(torch.randn(self.size[0], dim).type_as(self.bank), dim=-1)
 
     @torch.no_grad()
     def _push(self, rows: Tensor) -> None:
-        first, size = self.bank_ptr, self.size[0]
-        rows = rows[: size - first]
-        self.bank[first : first + len(rows)] = rows.to(self.bank)
-        self.bank_ptr = (first + len(rows)) % size
+        """Write rows from the pointer to the bank's end. Its value stays on the device: a place beyond the end is taken
+        round to the beginning, and gets the row that is there."""
+        size = self.size[0]
+        rows = rows[:size].to(self.bank)
+        places = self.bank_ptr + torch.arange(len(rows), device=rows.device)
+        wrapped = places % size
+        end = self.bank_ptr + len(rows)
+        self.bank[wrapped] = torch.where((places < size).unsqueeze(1), rows, self.bank[wrapped])
+        self.bank_ptr.copy_(torch.where(end < size, end, 0))
+
+
+def _check_outputs(out0: Tensor, out1: Tensor, *, may_be_empty: bool) -> None:
+    check_rows("out0", out0, may_be_empty=may_be_empty)
+    check_rows("out1", out1, may_be_empty=may_be_empty)
+    check_same("out0", out0, "out1", out1, "shape", "dtype", "device")
 
 
 def _check_distributed(gather_distributed: bool) -> None:
@@ -231,10 +259,10 @@ def _check_distributed(gather_distributed: bool) -> None:
 
 
 def _bank_size(size: object) -> tuple[int, ...]:
-    entries = tuple(size) if isinstance(size, Sequence) else (size,)
-    if not all(isinstance(entry, Integral) for entry in entries):
-        raise TypeError(f"memory_bank_size must be an int or two of them, (size, dim), got {size!r}")
-    entries = tuple(map(int, entries))
+    try:
+        entries = tuple(map(operator.index, size if isinstance(size, Iterable) else (size,)))
+    except TypeError:
+        raise TypeError(f"memory_bank_size must be an int or two of them, (size, dim), got {size!r}") from None
     if any(entry < 0 for entry in entries) or len(entries) not in (1, 2):
         raise ValueError(f"memory_bank_size must be (size, dim), size or 0, none negative, got {size}")
     return entries
@@ -250,9 +278,15 @@ def _rows_of_all_ranks(rows: Tensor) -> Tensor:
     return shard.gather(rows) if shard else rows
 
 
+def _is_readable(temperature: float | Tensor) -> bool:
+    """A number, or a 0-d tensor that the host may look at: not an accelerator's, nor one of compiled code."""
+    if not isinstance(temperature, Tensor):
+        return True
+    return temperature.is_cpu and temperature.ndim == 0 and not torch.compiler.is_compiling()
+
+
 def _is_negative(temperature: float | Tensor) -> bool:
-    """A tensor is positive: an accelerator's value is not read."""
-    return not isinstance(temperature, Tensor) and temperature < 0
+    return _is_readable(temperature) and bool(temperature < 0)
 
 
 def _logits(u0: Tensor, u1: Tensor, temperature: float | Tensor, shard: Shard | None) -> tuple[Tensor, Tensor]:

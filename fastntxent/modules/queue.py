@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from ..backends.base import row_dots, row_losses
-from ..common import inverse_temperature, log_add, neg_lse_of_columns, reduce, sample_ids, unit_rows
+from ..backends.base import accumulation_dtype, row_dots, row_losses
+from ..common import inverse_temperature, log_add, neg_lse_of_columns, reduce, sample_ids, unit_rows, watched
 from ..distributed import Group, open_shard
+from ..ops import copy_now, held_neg_lse
 from ..options import BackendName, Reduction
-from ..validation import check_features, check_ids, check_rows, check_same
+from ..validation import ID_DTYPES, check_features, check_ids, check_rows, check_same
 from .base import TemperatureLoss
 
 _NO_ID = torch.iinfo(torch.int64).min  # of an entry without an id: no query has it
@@ -20,8 +24,11 @@ class NegativeQueue(nn.Module):
     """The last `size` rows that were given to it, first in, first out.
 
     Rows, ids, the pointer and how far it is filled are in its `state_dict`; a restored queue goes on as the saved one
-    would have. Its buffers follow `.to(device)` and `.half()`; the pointer stays in host memory, so nothing waits for
-    the device.
+    would have. A restore takes all of them or none: where a key is missing, or what came does not fit together, the
+    queue stays as it was, and the key is reported as missing or the error says what is wrong.
+
+    Its buffers follow `.to(device)` and `.half()`; the pointer stays in host memory, so nothing waits for the device.
+    On the meta device it holds nothing, nor after `to_empty()` from there.
 
     Args:
         size: rows held.
@@ -50,15 +57,26 @@ class NegativeQueue(nn.Module):
             raise TypeError(f"dtype must be a floating-point dtype, got {dtype}")
         self.size = size
         self.normalize = normalize
-        self.pointer = 0  # where the next row goes
-        self.filled = 0  # rows held
         self._rows: Tensor
         self._ids: Tensor
         self.register_buffer("_rows", torch.zeros(size, dim, dtype=dtype))
         self.register_buffer("_ids", torch.full((size,), _NO_ID))
+        # Where the next row goes, and how many are held. A tensor, since compiled code is made anew for each value of a
+        # Python number; no buffer, since it stays in host memory.
+        self._cursor = torch.zeros(2, dtype=torch.int64, device="cpu")
 
     def __len__(self) -> int:
         return self.filled
+
+    @property
+    def pointer(self) -> int:
+        """Where the next row goes."""
+        return int(self._cursor[0])
+
+    @property
+    def filled(self) -> int:
+        """How many rows are held."""
+        return int(self._cursor[1])
 
     @property
     def rows(self) -> Tensor:
@@ -72,44 +90,110 @@ class NegativeQueue(nn.Module):
 
     @torch.no_grad()
     def push(self, z: Tensor, ids: Tensor | None = None) -> None:
-        """Take rows (N, D) in, with ids (N,) if they have any. Of more rows than fit, the last stay."""
+        """Take rows (N, D) in, with ids (N,) if they have any. Of more rows than fit, the last stay.
+
+        No value is looked at: a row with a NaN makes losses NaN for as long as it is held.
+        """
         check_rows("z", z)
         check_features("z", z, "the queue's rows", self._rows)
         if ids is not None:
             check_ids("ids", ids, "z", z)
-        rows = unit_rows(z, self.normalize)[-self.size :]
+        pointer, filled = self._cursor.unbind()
+        # All that can fail comes before the first change.
+        rows = unit_rows(z[-self.size :], self.normalize).to(self._rows)
         N = rows.shape[0]
-        new_ids = torch.full((N,), _NO_ID) if ids is None else ids[-self.size :]
-        first = min(N, self.size - self.pointer)  # the rest goes to the beginning
-        for held, new in ((self._rows, rows), (self._ids, new_ids)):
-            held[self.pointer : self.pointer + first] = new[:first].to(held)
-            held[: N - first] = new[first:].to(held)
-        self.pointer = (self.pointer + N) % self.size
-        self.filled = min(self.filled + N, self.size)
+        new_ids = self._ids.new_full((N,), _NO_ID) if ids is None else ids[-self.size :].to(self._ids)
+        places = (pointer + torch.arange(N, device=rows.device)) % self.size
+        cursor = torch.stack(((pointer + N) % self.size, (filled + N).clamp(max=self.size)))
+        self._rows[places] = rows
+        self._ids[places] = new_ids
+        self._cursor.copy_(cursor)
 
     def neg_lse(self, u: Tensor, ids: Tensor | None, inv_tau: Tensor, backend: str) -> Tensor:
         """nu of unit rows u (N, D) against the rows held; -inf while there are none. No gradient reaches the queue.
 
         Without ids, or against a row that came without one, every row held is a negative.
         """
-        if not self.filled or not len(u):
+        # Compiled code takes the whole buffer, whose shape is always the same.
+        first = self.size if torch.compiler.is_compiling() else self.filled
+        if not first or not len(u):
             return u.new_full((u.shape[0],), -torch.inf)
         if ids is None:
             ids = torch.full((u.shape[0],), _NO_GROUP, device=u.device)
-        # A copy: the backward needs these rows, and the queue moves on before it.
-        held = self.rows.to(u, copy=True)
-        return neg_lse_of_columns(u, held, ids.to(torch.int64), self.ids.clone(), inv_tau, backend)
+        # The backward needs these, and the queue moves on before it.
+        rows, row_ids, held = map(copy_now, (self._rows[:first], self._ids[:first], self._cursor[1]))
+        return held_neg_lse(u, rows.to(u), ids.to(torch.int64), row_ids.to(u.device), held, inv_tau, backend)
 
     def get_extra_state(self) -> Tensor:
-        """Pointer and fill, for `state_dict`."""
-        return torch.tensor([self.pointer, self.filled])
+        """Pointer and fill, for `state_dict`: like the buffers there, they go on changing with the queue."""
+        return self._cursor
 
     def set_extra_state(self, state: Tensor) -> None:
         """Pointer and fill, from `load_state_dict`."""
-        pointer, filled = state.tolist()
-        if not (0 <= pointer < self.size and 0 <= filled <= self.size):
-            raise ValueError(f"a queue of {self.size} rows cannot hold {filled} with its pointer at {pointer}")
-        self.pointer, self.filled = pointer, filled
+        self._cursor.copy_(self._checked_cursor("state", state))
+
+    def _checked_cursor(self, name: str, saved: object) -> Tensor:
+        """A saved pointer and fill."""
+        if not isinstance(saved, Tensor) or saved.dtype not in ID_DTYPES or saved.shape != (2,) or saved.is_meta:
+            raise TypeError(f"{name} must be a tensor of two integers, a queue's pointer and fill, got {saved!r}")
+        pointer, filled = saved.tolist()
+        follows = pointer == filled if filled < self.size else pointer < self.size
+        if pointer < 0 or filled > self.size or not follows:
+            raise ValueError(f"{name}: a queue of {self.size} rows cannot hold {filled} with its pointer at {pointer}")
+        return saved
+
+    def _checked_state(self, saved: dict[str, Any], assign: bool) -> dict[str, Tensor]:
+        """Rows, ids and cursor, by their keys, if this queue can take them and they fit together."""
+        (rows_key, rows), (ids_key, ids), (cursor_key, cursor) = saved.items()
+        for key, value, own in ((rows_key, rows, self._rows), (ids_key, ids, self._ids)):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{key} must be a torch.Tensor, got {type(value).__name__}")
+            if value.shape != own.shape:
+                raise ValueError(f"{key} must have shape {tuple(own.shape)}, got {tuple(value.shape)}")
+            if value.is_floating_point() != own.is_floating_point() or value.dtype == torch.bool:
+                raise TypeError(f"{key} must have a dtype like {own.dtype}, got {value.dtype}")
+            if value.is_meta or (own.is_meta and not assign):
+                raise ValueError(
+                    f"{key} must have data, and the queue too unless assign=True: one is on the meta device"
+                )
+        filled = int(self._checked_cursor(cursor_key, cursor)[1])
+        held = rows[:filled] if assign else rows[:filled].to(self._rows.dtype)
+        if not held.to(accumulation_dtype(held.dtype)).isfinite().all():
+            raise ValueError(f"{rows_key} must be finite in {held.dtype}")
+        # What is assigned becomes the queue's own, which pushes change in place.
+        return {key: value.detach().clone() if assign else value for key, value in saved.items()}
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Take a whole queue, or load this one's own state in its place and report why."""
+        own = {prefix + "_rows": self._rows, prefix + "_ids": self._ids, prefix + "_extra_state": self._cursor}
+        missing = [key for key in own if key not in state_dict]
+        missing_keys.extend(missing)
+        if not missing:
+            try:
+                own = self._checked_state(
+                    {key: state_dict[key] for key in own}, local_metadata.get("assign_to_params_buffers", False)
+                )
+            except (TypeError, ValueError) as error:
+                error_msgs.append(str(error))
+        super()._load_from_state_dict(
+            {**state_dict, **own}, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NegativeQueue:
+        without_data = self._rows.is_meta
+        super()._apply(fn, recurse)
+        if without_data or self._rows.is_meta:
+            self._cursor.zero_()
+        return self
 
     def extra_repr(self) -> str:
         size, dim = self._rows.shape
@@ -173,6 +257,7 @@ class QueueInfoNCELoss(TemperatureLoss):
         self.in_batch_negatives = in_batch_negatives
         self.queue = NegativeQueue(size, dim, dtype=queue_dtype, normalize=normalize)
 
+    @watched
     def forward(self, query: Tensor, key: Tensor, ids: Tensor | None = None) -> Tensor:
         check_rows("query", query, may_be_empty=self.group is not None)
         check_rows("key", key, may_be_empty=self.group is not None)
@@ -180,10 +265,12 @@ class QueueInfoNCELoss(TemperatureLoss):
         check_features("query", query, "the queue's rows", self.queue._rows)
         if ids is not None:
             check_ids("ids", ids, "query", query)
+        pointer, filled = self.queue._cursor.unbind()
         shard = open_shard(
             self.group, "QueueInfoNCELoss", query, self.backend, temperature=self.temperature,
             reduction=self.reduction, normalize=self.normalize, in_batch_negatives=self.in_batch_negatives,
-            ids_given=ids is not None, key_requires_grad=key.requires_grad, queue_filled=len(self.queue),
+            ids_given=ids is not None, key_requires_grad=key.requires_grad,
+            queue_pointer=pointer, queue_filled=filled,
         )  # fmt: skip
         inv_tau = inverse_temperature(self.temperature, query, shard=shard)
         u, v = unit_rows(query, self.normalize), unit_rows(key, self.normalize)
@@ -191,9 +278,9 @@ class QueueInfoNCELoss(TemperatureLoss):
         if self.in_batch_negatives:
             groups = sample_ids(u, shard) if ids is None else ids
             nu = log_add(nu, neg_lse_of_columns(u, v, groups, groups, inv_tau, self.backend, shard, shard))
-        losses = row_losses(nu, inv_tau * row_dots(u, v))
+        losses = reduce(row_losses(nu, inv_tau * row_dots(u, v)), self.reduction, shard=shard)
         if self.training:
             if shard:  # the keys of all ranks, in their order: every rank holds the same queue
                 key, ids = shard.columns(v).whole(), None if ids is None else shard.gather(ids)
             self.queue.push(key, ids)
-        return reduce(losses, self.reduction, shard=shard)
+        return losses

@@ -16,6 +16,7 @@ An argument is one of
     index P     int64 numbers of rows
     mask B C    bool or numbers, one for each pair of rows
     number      0-d in the accumulation dtype, in host memory or where the rows are
+    count       a 0-d integer in host memory
 
 with the same letter for the same size. Tensors that PyTorch negates lazily (`z.conj().imag`), or whose zeros it has not
 written yet, are resolved here: a kernel reads what lies in memory.
@@ -61,6 +62,7 @@ _TWO_VIEWS = "z_i: rows N D, z_j: rows N D, inv_tau: number"
 _ONE_SIDE = "u: rows M D, ids: ids M, inv_tau: number"
 _TWO_SIDES = "u: rows M D, v: rows K D, u_ids: ids M, v_ids: ids K, inv_tau: number"
 _PAIRS = "u: full M D, v: full K D, a: index P, b: index P"
+_HELD = "u: rows M D, rows: rows K D, u_ids: ids M, row_ids: ids K, held: count, inv_tau: number"
 
 # The tensors of each call in order; what follows them is no tensor.
 _CALLS = {
@@ -74,6 +76,8 @@ _CALLS = {
         "cross_neg_lse_backward": (
             f"d_rows: sums M, d_cols: sums K, {_TWO_SIDES}, rows_neg_lse: sums M, cols_neg_lse: sums K"
         ),
+        "held_neg_lse": _HELD,
+        "held_neg_lse_backward": f"d_neg_lse: sums M, {_HELD}, neg_lse: sums M",
         "nt_xent_rows": _TWO_VIEWS,
         "nt_xent_rows_backward": f"d_neg_lse: sums 2N, d_pos: sums 2N, {_TWO_VIEWS}, neg_lse: sums 2N",
         "nt_xent_value": _TWO_VIEWS,
@@ -120,7 +124,10 @@ def check_kinds(call: str, tensors: Sequence[Tensor]) -> None:
         _check_dtype(name, kind, x.dtype, rows, rows_name)
         if x.ndim != len(letters):
             raise ValueError(f"{name} must have {len(letters)} dimensions, got shape {tuple(x.shape)}")
-        if x.device != rows.device and not (kind == "number" and x.device.type == "cpu"):
+        if kind == "count":
+            if x.device.type != "cpu":
+                raise ValueError(f"{name} must be in host memory, got {x.device}")
+        elif x.device != rows.device and not (kind == "number" and x.device.type == "cpu"):
             raise ValueError(f"{name} must be on the device of {rows_name}, {rows.device}, got {x.device}")
 
 
@@ -150,7 +157,7 @@ def _check_dtype(name: str, kind: str, dtype: torch.dtype, rows: Tensor, rows_na
     elif kind == "index":
         if dtype != torch.int64:
             raise TypeError(f"{name} must be torch.int64, got {dtype}")
-    elif kind == "ids":
+    elif kind in ("ids", "count"):
         if dtype not in ID_DTYPES:
             raise TypeError(f"{name} must have an integer dtype, got {dtype}")
     elif kind in _ROWS:

@@ -1,7 +1,9 @@
 """fastntxent.compat.lightly against lightly, where it is installed."""
 
+import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -65,6 +67,116 @@ def test_memory_bank_without_a_dim_finds_it_in_the_first_batch():
     assert not loss.state_dict()
 
 
+def test_memory_bank_stays_as_it_is_without_a_gradient():
+    z_i, z_j = torch.randn(2, 3, 4, requires_grad=True)
+    for module in (ours, lightly("ntx_ent_loss")):
+        loss = module.NTXentLoss(memory_bank_size=(8, 4))
+        before = loss.memory_bank.bank.clone()
+        with torch.no_grad():
+            loss(z_i, z_j)
+        assert torch.equal(loss.memory_bank.bank, before)
+
+
+def test_memory_bank_begun_in_inference_mode_can_be_trained():
+    loss = ours.NTXentLoss(memory_bank_size=8)
+    z_i, z_j = torch.randn(2, 3, 4)
+    with torch.inference_mode():
+        loss(z_i, z_j)
+    loss(z_i.requires_grad_(), z_j).backward()
+    assert loss.memory_bank.bank_ptr == 3
+
+
+@pytest.mark.parametrize("rows", [3, 7, 8, 20])
+@pytest.mark.parametrize("first", [True, False])
+def test_memory_bank_module_equals_lightly(rows, first):
+    results = []
+    for module in (ours, lightly("ntx_ent_loss")):
+        torch.manual_seed(0)
+        bank = module.MemoryBankModule((8, 4), feature_dim_first=first)
+        for step in range(4):
+            _, held = bank(torch.full((rows, 4), float(step)), update=step != 2)
+            assert held.shape == ((4, 8) if first else (8, 4))
+            results.append((held, bank.bank.clone(), bank.bank_ptr.clone()))
+    torch.testing.assert_close(results[:4], results[4:])
+
+
+def test_memory_bank_sizes():
+    for size in (0, (0,), (0, 4), [0]):
+        for module in (ours, lightly("ntx_ent_loss")):
+            out = torch.ones(2, 4)
+            assert module.MemoryBankModule(size)(out, update=True) == (out, None)
+    for size in ((8, 4), [8, 4], torch.Size((8, 4)), np.array([8, 4]), (np.int64(8), torch.tensor(4))):
+        assert ours.MemoryBankModule(size).bank.shape == (8, 4)
+    assert ours.MemoryBankModule().size == (65536,)
+
+
+def test_memory_bank_misuse_is_named_and_changes_nothing():
+    bank = ours.MemoryBankModule((8, 4))
+    before = bank.bank.clone()
+    for output, error, message in (
+        (torch.ones(3, 5), ValueError, "output and the bank's rows must have the same number of features, got 5 and 4"),
+        (torch.ones(3, 1), ValueError, "output and the bank's rows must have the same number of features, got 1 and 4"),
+        (torch.ones(4), ValueError, "output must have 2 dimensions"),
+        (torch.ones(3, 2, 4), ValueError, "output must have 2 dimensions"),
+        (None, TypeError, "output must be a torch.Tensor"),
+    ):
+        with pytest.raises(error, match=message):
+            bank(output, update=True)
+        assert torch.equal(bank.bank, before)
+        assert bank.bank_ptr == 0
+    loss = ours.NTXentLoss(memory_bank_size=(8, 4))
+    for grad in (True, False):
+        with pytest.raises(ValueError, match="out0 and the bank's rows must have the same number of features"):
+            loss(torch.ones(3, 5, requires_grad=grad), torch.ones(3, 5))
+
+
+@pytest.mark.parametrize("size", [(40, 4), 40])
+def test_memory_bank_compiles_whole_once_for_every_batch_size(size):
+    losses = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        losses.append(ours.NTXentLoss(memory_bank_size=size))
+        losses[-1](*torch.ones(2, 1, 4))  # an int finds its dim
+    eager, loss = losses
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss, backend=counter, fullgraph=True)
+    for n in (3, 3, 4, 17, 9, 12, 3):
+        z_i, z_j = torch.randn(n, 4, requires_grad=True), torch.randn(n, 4)
+        values = [call(z_i, z_j) for call in (eager, compiled)]
+        torch.testing.assert_close(*values)
+        torch.testing.assert_close(*(torch.autograd.grad(value, z_i) for value in values))
+        assert loss.memory_bank.bank_ptr == eager.memory_bank.bank_ptr
+    assert counter.frame_count <= 2  # the first batch size, and then any
+
+
+def test_memory_bank_compiled_by_inductor_gives_the_gradient_of_what_it_held():
+    losses = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        losses.append(ours.NTXentLoss(memory_bank_size=(8, 4)))
+    torch._dynamo.reset()
+    calls = losses[0], torch.compile(losses[1], fullgraph=True)
+    for _ in range(2):
+        z_i, z_j = torch.randn(5, 4, requires_grad=True), torch.randn(5, 4)
+        torch.testing.assert_close(*(torch.autograd.grad(call(z_i, z_j), z_i) for call in calls))
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+@pytest.mark.parametrize("name", ["NTXentLoss", "DCLLoss", "bank"])
+def test_negative_temperature_may_be_a_tensor_in_host_memory(name, shape):
+    results = []
+    for module in (ours, lightly("dcl_loss" if name == "DCLLoss" else "ntx_ent_loss")):
+        torch.manual_seed(0)
+        tau = torch.nn.Parameter(torch.full(shape, -0.5))
+        loss = getattr(module, "DCLLoss" if name == "DCLLoss" else "NTXentLoss")(
+            tau, **({"memory_bank_size": (8, 4)} if name == "bank" else {})
+        )
+        value = loss(*torch.randn(2, 3, 4))
+        results.append([value, *torch.autograd.grad(value, tau)])
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("temperature", [1.0, -1.0])
 def test_one_sample_is_zero(temperature):
     z = torch.ones(1, 3, requires_grad=True)
@@ -90,8 +202,13 @@ def test_half_precision_gives_float32_also_with_a_bank():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="temperature must not be within 1e-8 of zero, got 1e-09"):
-        ours.NTXentLoss(1e-9)
+    for temperature in (1e-9, torch.tensor(-1e-9)):
+        with pytest.raises(ValueError, match="temperature must not be within 1e-8 of zero, got"):
+            ours.NTXentLoss(temperature)
+    with pytest.raises(TypeError, match="temperature must be a float or a 0-d tensor, got str"):
+        ours.NTXentLoss("0.5")
+    with pytest.raises(ValueError, match="out0 and out1 must have the same shape"):
+        ours.NTXentLoss()(torch.ones(2, 3), torch.ones(3, 3))
     for size in ((-1, 3), (4, 3, 2), -1):
         with pytest.raises(ValueError, match=r"memory_bank_size must be \(size, dim\), size or 0, none negative"):
             ours.NTXentLoss(memory_bank_size=size)

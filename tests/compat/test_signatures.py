@@ -23,6 +23,7 @@ MNRL = "MultipleNegativesRankingLoss"
 SIGNATURES = [
     (lightly, "NTXentLoss", "temperature=0.5, memory_bank_size=0, gather_distributed=False"),
     (lightly, "NTXentLoss.forward", "self, out0, out1"),
+    (lightly, "MemoryBankModule.forward", "self, output, labels=None, update=False"),
     (lightly, "DCLLoss", "temperature=0.1, weight_fn=None, gather_distributed=False"),
     (lightly, "DCLLoss.forward", "self, out0, out1"),
     (lightly, "DCLWLoss", "temperature=0.1, sigma=0.5, gather_distributed=False"),
@@ -85,7 +86,7 @@ SIGNATURES = [
     ),
 ]
 INSTALLED = {
-    lightly: lambda name: peers.lightly("ntx_ent_loss" if name.startswith("NTXent") else "dcl_loss"),
+    lightly: lambda name: peers.lightly("ntx_ent_loss" if name.startswith(("NTXent", "Memory")) else "dcl_loss"),
     pytorch_metric_learning: lambda name: peers.needs(
         f"pytorch_metric_learning.{'utils.distributed' if name.startswith('Distributed') else 'losses'}"
     ),
