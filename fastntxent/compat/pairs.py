@@ -1,6 +1,7 @@
 """Pairs that no ids describe: lists of them, and dense masks, a piece at a time.
 
     checked_pairs  (indices_tuple)      -> anchors and positives, anchors and negatives
+    pairs_of_ids   (ids, ref_ids)       -> rows and columns of the same id
     pair_dots      (u, v, a, b)         -> u_a . v_b of each pair (P,)
     lse_by_anchor  (logits, anchors)    -> log-sum-exp of each anchor's pairs
     mask_product   (mask, x)            -> mask @ x, for a mask of any dtype
@@ -42,6 +43,23 @@ def checked_pairs(indices_tuple: IndicesTuple, n_rows: int, n_cols: int, device:
         if len(index) and not (index.min() >= 0 and index.max() < limit):
             raise ValueError(f"indices_tuple must have indices in [0, {limit}), got {index.tolist()[:8]}")
     return a1, p, a2, n
+
+
+def pairs_of_ids(ids: Tensor, ref_ids: Tensor, own: bool) -> tuple[Tensor, Tensor]:
+    """Rows and columns with the same id, row after row; `own`: column i is row i itself, and left out.
+
+    O(P) memory for P pairs, and a wait for the device.
+    """
+    in_order, columns = torch.sort(ref_ids, stable=True)
+    first = torch.searchsorted(in_order, ids.contiguous())
+    counts = torch.searchsorted(in_order, ids.contiguous(), right=True) - first
+    a = torch.arange(len(ids), device=ids.device).repeat_interleave(counts)
+    begin = first - (counts.cumsum(0) - counts)  # of a row's run among the columns, less where its pairs begin
+    p = columns[begin[a] + torch.arange(len(a), device=ids.device)]
+    if own:
+        kept = a != p
+        a, p = a[kept], p[kept]
+    return a, p
 
 
 def pair_dots(u: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
