@@ -30,6 +30,8 @@ IndicesTuple = tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Ten
 
 def checked_pairs(indices_tuple: IndicesTuple, n_rows: int, n_cols: int, device: torch.device) -> tuple[Tensor, ...]:
     """Anchors and positives, anchors and negatives, from pairs or triplets of indices of rows and columns."""
+    if not isinstance(indices_tuple, (tuple, list, Tensor)):
+        raise TypeError(f"indices_tuple must be a tuple of 3 or 4 tensors, got {type(indices_tuple).__name__}")
     if len(indices_tuple) not in (3, 4):
         raise ValueError(f"indices_tuple must have 3 or 4 tensors, got {len(indices_tuple)}")
     for index in indices_tuple:

@@ -253,11 +253,22 @@ def test_nothing_to_compare_is_zero_with_a_gradient(name):
         (torch.randn(4, 3), torch.zeros(4), None),  # no negative
         (torch.randn(1, 3), torch.zeros(1), None),
         (torch.empty(0, 3), torch.empty(0), None),
+        (torch.empty(0, 3).half(), torch.empty(0), None),
         (torch.randn(4, 3), None, (nothing,) * 3),
         (torch.randn(4, 3), None, (torch.tensor([0, 1]), torch.tensor([1, 0]), nothing, nothing)),
     ):
         z.requires_grad_()
         value = loss(z, labels, pairs)
+        assert value == 0
+        assert not torch.autograd.grad(value, z)[0].any()
+
+
+@pytest.mark.parametrize("name", ["NTXentLoss", "SupConLoss"])
+def test_no_references_are_nothing_to_compare(name):
+    loss = getattr(ours, name)()
+    z, labels = torch.randn(4, 3, requires_grad=True), torch.arange(4)
+    for rows, refs in ((4, 0), (0, 4), (0, 0)):
+        value = loss(z[:rows], labels[:rows], ref_emb=z[:refs], ref_labels=labels[:refs])
         assert value == 0
         assert not torch.autograd.grad(value, z)[0].any()
 
@@ -332,6 +343,12 @@ def test_errors(cls):
         cls()(z, labels, ref_emb=z, ref_labels=labels[:3])
     with pytest.raises(ValueError, match="indices_tuple must have 3 or 4 tensors, got 2"):
         cls()(z, labels, (labels, labels))
+    with pytest.raises(TypeError, match="indices_tuple must be a tuple of 3 or 4 tensors, got int"):
+        cls()(z, labels, 3)
+    with pytest.raises(ValueError, match=r"labels must have shape \(4,\), one per row, got \(4, 1\)"):
+        cls()(z, labels[:, None])
+    with pytest.raises(ValueError, match=r"labels must have shape \(4,\), one per row, got \(3,\)"):
+        cls()(z, labels[:3], (labels, labels, labels))
     with pytest.raises(TypeError, match=r"labels must be a torch\.Tensor, got list"):
         cls()(z, [0, 0, 1, 1])
     with pytest.raises(TypeError, match="loss must be NTXentLoss or SupConLoss"):
