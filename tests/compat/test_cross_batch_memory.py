@@ -122,6 +122,9 @@ def test_memory_holds_rows_and_labels_of_the_librarys_names():
     assert list(memory.state_dict()) == ["embedding_memory", "label_memory"]
     torch.testing.assert_close(memory.embedding_memory[:3], z)
     assert memory.label_memory.tolist() == [5, 6, 7, 0]
+    memory.add_to_memory(z[:2], torch.tensor([8, 9]), 2)
+    assert memory.label_memory.tolist() == [9, 6, 7, 8]
+    assert memory.curr_batch_idx.tolist() == [3, 0]
     memory.reset_queue()
     assert memory.queue_idx == 0
     assert not memory.embedding_memory.any()

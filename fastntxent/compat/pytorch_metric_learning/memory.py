@@ -53,16 +53,17 @@ class CrossBatchMemory(nn.Module):
         embedding_size: int,
         memory_size: int = 1024,
         miner: Callable[..., IndicesTuple] | None = None,
-        *,
-        collect_stats: bool | None = None,
+        **kwargs: bool | None,
     ):
         super().__init__()
         check_loss(loss)
         for name, size in (("embedding_size", embedding_size), ("memory_size", memory_size)):
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name} must be an int of at least 1, got {size!r}")
-        if collect_stats:
+        if kwargs.pop("collect_stats", None):
             raise ValueError("collect_stats of CrossBatchMemory must be None or False: no distances are held")
+        if kwargs:
+            raise TypeError(f"CrossBatchMemory got an unexpected keyword argument {next(iter(kwargs))!r}")
         self.loss = loss
         self.miner = miner
         self.embedding_size = embedding_size
@@ -86,10 +87,11 @@ class CrossBatchMemory(nn.Module):
         self._check(embeddings, labels, indices_tuple, enqueue_mask)
         labels = labels.to(embeddings.device)
         if enqueue_mask is None:
-            own = self._enqueue(embeddings, labels)
+            self.add_to_memory(embeddings, labels)
+            own: Tensor | None = self.curr_batch_idx
         else:
             enqueue_mask = enqueue_mask.to(embeddings.device)
-            self._enqueue(embeddings[enqueue_mask], labels[enqueue_mask])
+            self.add_to_memory(embeddings[enqueue_mask], labels[enqueue_mask])
             embeddings, labels, own = embeddings[~enqueue_mask], labels[~enqueue_mask], None
         held = self.memory_size if self.has_been_filled else self.queue_idx
         # Copies: the backward needs these rows, and the memory moves on before it.
@@ -104,17 +106,17 @@ class CrossBatchMemory(nn.Module):
         return self.loss.compare(embeddings, labels, None, refs, ref_labels, own is not None)
 
     @torch.no_grad()
-    def _enqueue(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """Take rows in, in place of the oldest; the places they took."""
+    def add_to_memory(self, embeddings: Tensor, labels: Tensor, batch_size: int | None = None) -> None:
+        """Take rows in, in place of the oldest; `curr_batch_idx` are then their places. `batch_size` is for the
+        library's signature."""
         self.embedding_memory = self.embedding_memory.to(embeddings)
         self.label_memory = self.label_memory.to(labels)
         last = self.queue_idx + len(embeddings)
-        places = torch.arange(self.queue_idx, last, device=labels.device) % self.memory_size
-        self.embedding_memory[places] = embeddings
-        self.label_memory[places] = labels
+        self.curr_batch_idx = torch.arange(self.queue_idx, last, device=labels.device) % self.memory_size
+        self.embedding_memory[self.curr_batch_idx] = embeddings
+        self.label_memory[self.curr_batch_idx] = labels
         self.has_been_filled = self.has_been_filled or last >= self.memory_size
         self.queue_idx = last % self.memory_size
-        return places
 
     def _pairs(
         self,
