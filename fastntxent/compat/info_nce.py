@@ -9,7 +9,8 @@ from torch import Tensor
 from .. import losses
 from ..modules.base import TypedModule
 from ..options import Reduction
-from ..validation import check_choice
+from ..validation import check_choice, check_features, check_rows, check_same
+from .shared import check_dense
 
 __all__ = ["InfoNCE", "info_nce"]
 
@@ -74,11 +75,21 @@ def info_nce(
         tensor(0.7437)
     """
     check_choice("negative_mode", negative_mode, NEGATIVE_MODES)
+    check_rows("query", query)
+    check_rows("positive_key", positive_key)
+    check_same("query", query, "positive_key", positive_key, "shape", "dtype", "device")
     if negative_keys is not None:
+        check_dense("negative_keys", negative_keys)
         expected = 2 if negative_mode == "unpaired" else 3
         if negative_keys.ndim != expected:
             raise ValueError(
                 f"negative_keys must have {expected} dimensions if negative_mode is {negative_mode!r}, "
                 f"got shape {tuple(negative_keys.shape)}"
             )
+        if negative_mode == "paired" and len(negative_keys) != len(query):
+            raise ValueError(f"negative_keys must be of {len(query)} queries, got shape {tuple(negative_keys.shape)}")
+        if not negative_keys.shape[-2]:
+            raise ValueError(f"negative_keys must have at least one key, got shape {tuple(negative_keys.shape)}")
+        check_features("query", query, "negative_keys", negative_keys)
+        check_same("query", query, "negative_keys", negative_keys, "dtype", "device")
     return losses.info_nce(query, positive_key, temperature, negatives=negative_keys, reduction=reduction)

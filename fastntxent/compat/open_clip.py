@@ -63,6 +63,8 @@ class ClipLoss(TypedModule):
     ) -> Tensor | dict[str, Tensor]:
         if self.use_horovod and self.world_size > 1:
             raise ValueError("use_horovod must be False where world_size is not 1: rows travel by torch.distributed")
+        if logit_scale is None:  # which fastntxent.clip takes for its default
+            raise TypeError("logit_scale must be a float or a tensor of one element, got None")
         group = default_group_of("world_size", self.world_size, self.rank)
         loss = clip(
             image_features,

@@ -1,6 +1,7 @@
 """Lists of pairs, as pytorch-metric-learning's miners give them.
 
 checked_pairs  (indices_tuple)      -> anchors and positives, anchors and negatives
+pairs_of_ids   (ids, ref_ids)       -> rows and columns of the same id
 lse_by_anchor  (logits, anchors)    -> log-sum-exp of each anchor's pairs
 sum_by_anchor  (values, anchors)    -> sum of each anchor's values
 """
@@ -17,6 +18,8 @@ IndicesTuple = tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Ten
 
 def checked_pairs(indices_tuple: IndicesTuple, n_rows: int, n_cols: int, device: torch.device) -> tuple[Tensor, ...]:
     """Anchors and positives, anchors and negatives, from pairs or triplets of indices of rows and columns."""
+    if not isinstance(indices_tuple, (tuple, list, Tensor)):
+        raise TypeError(f"indices_tuple must be a tuple of 3 or 4 tensors, got {type(indices_tuple).__name__}")
     if len(indices_tuple) not in (3, 4):
         raise ValueError(f"indices_tuple must have 3 or 4 tensors, got {len(indices_tuple)}")
     for index in indices_tuple:
@@ -31,6 +34,23 @@ def checked_pairs(indices_tuple: IndicesTuple, n_rows: int, n_cols: int, device:
         if not torch.compiler.is_compiling() and len(index) and not (index.min() >= 0 and index.max() < limit):
             raise ValueError(f"indices_tuple must have indices in [0, {limit}), got {index.tolist()[:8]}")
     return a1, p, a2, n
+
+
+def pairs_of_ids(ids: Tensor, ref_ids: Tensor, own: bool) -> tuple[Tensor, Tensor]:
+    """Rows and columns with the same id, row after row; `own`: column i is row i itself, and left out.
+
+    O(P) memory for P pairs, and a wait for the device.
+    """
+    in_order, columns = torch.sort(ref_ids, stable=True)
+    first = torch.searchsorted(in_order, ids.contiguous())
+    counts = torch.searchsorted(in_order, ids.contiguous(), right=True) - first
+    a = torch.arange(len(ids), device=ids.device).repeat_interleave(counts)
+    begin = first - (counts.cumsum(0) - counts)  # of a row's run among the columns, less where its pairs begin
+    p = columns[begin[a] + torch.arange(len(a), device=ids.device)]
+    if own:
+        kept = a != p
+        a, p = a[kept], p[kept]
+    return a, p
 
 
 def lse_by_anchor(logits: Tensor, anchors: Tensor, n_anchors: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -33,6 +34,8 @@ PartitionMode: TypeAlias = Literal["joint", "per_direction"]
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 PARTITION_MODES: tuple[str, ...] = get_args(PartitionMode)
 
+logger = logging.getLogger(__name__)
+
 
 def cos_sim(a: Tensor, b: Tensor) -> Tensor:
     """Cosine similarities (M, K). The loss takes it as a name and forms no such matrix.
@@ -57,6 +60,51 @@ def dot_score(a: Tensor, b: Tensor) -> Tensor:
 
 
 _NORMALIZES = {"cos_sim": True, "dot_score": False}
+_OF_MODELS = {"cosine": "cos_sim", "dot": "dot_score"}  # a model's similarity_fn_name
+
+
+def _similarity_name(similarity_fct: object) -> object:
+    """Its name, or that of the function which a model's method `similarity` stands for."""
+    name = getattr(similarity_fct, "__name__", similarity_fct)
+    of_model = getattr(getattr(similarity_fct, "__self__", None), "similarity_fn_name", None)
+    return name if name != "similarity" or of_model is None else _OF_MODELS.get(of_model, of_model)
+
+
+_GTE = """
+@misc{li2023generaltextembeddingsmultistage,
+      title={Towards General Text Embeddings with Multi-stage Contrastive Learning},
+      author={Zehan Li and Xin Zhang and Yanzhao Zhang and Dingkun Long and Pengjun Xie and Meishan Zhang},
+      year={2023},
+      eprint={2308.03281},
+      archivePrefix={arXiv},
+      primaryClass={cs.CL},
+      url={https://arxiv.org/abs/2308.03281},
+}
+"""
+_JINA = """
+@misc{günther2024jinaembeddings28192token,
+      title={Jina Embeddings 2: 8192-Token General-Purpose Text Embeddings for Long Documents},
+      author={Michael Günther and Jackmin Ong and Isabelle Mohr and Alaeddine Abdessalem and Tanguy Abel and \
+Mohammad Kalim Akram and Susana Guzman and Georgios Mastrapas and Saba Sturua and Bo Wang and Maximilian Werk and \
+Nan Wang and Han Xiao},
+      year={2024},
+      eprint={2310.19923},
+      archivePrefix={arXiv},
+      primaryClass={cs.CL},
+      url={https://arxiv.org/abs/2310.19923},
+}
+"""
+_CPC = """
+@misc{oord2019representationlearningcontrastivepredictive,
+      title={Representation Learning with Contrastive Predictive Coding},
+      author={Aaron van den Oord and Yazhe Li and Oriol Vinyals},
+      year={2019},
+      eprint={1807.03748},
+      archivePrefix={arXiv},
+      primaryClass={cs.LG},
+      url={https://arxiv.org/abs/1807.03748},
+}
+"""
 
 
 class MultipleNegativesRankingLoss(TypedModule):
@@ -102,7 +150,7 @@ class MultipleNegativesRankingLoss(TypedModule):
         super().__init__()
         if not scale > 0:
             raise ValueError(f"scale must be positive, got {scale}")
-        check_choice("similarity_fct", getattr(similarity_fct, "__name__", similarity_fct), tuple(_NORMALIZES))
+        check_choice("similarity_fct", _similarity_name(similarity_fct), tuple(_NORMALIZES))
         for direction in directions:
             check_choice("directions", direction, DIRECTIONS)
         if "query_to_doc" not in directions:
@@ -116,6 +164,8 @@ class MultipleNegativesRankingLoss(TypedModule):
             check_choice("hardness_mode", hardness_mode, HARDNESS_MODES)
         if hardness_strength < 0:
             raise ValueError(f"hardness_strength must not be negative, got {hardness_strength}")
+        if hardness_mode is not None and hardness_strength == 0:
+            logger.warning("hardness_mode=%r has no effect with a hardness_strength of 0", hardness_mode)
         self.model = model
         self.scale = scale
         self.similarity_fct = similarity_fct
@@ -143,7 +193,7 @@ class MultipleNegativesRankingLoss(TypedModule):
         for index, column in enumerate(embeddings):
             check_rows(f"embeddings[{index}]", column, may_be_empty=group is not None)
             check_same("embeddings[0]", embeddings[0], f"embeddings[{index}]", column, "shape", "dtype", "device")
-        normalize = _NORMALIZES[self.similarity_fct.__name__]
+        normalize = _NORMALIZES[str(_similarity_name(self.similarity_fct))]
         shard = open_shard(
             group, type(self).__name__, embeddings[0], "auto",
             **self.get_config_dict(), gradients=[column.requires_grad for column in embeddings],
@@ -196,16 +246,30 @@ class MultipleNegativesRankingLoss(TypedModule):
 
     def get_config_dict(self) -> dict[str, Any]:
         """The arguments, as the library's trainer records them."""
-        names = ("scale", "gather_across_devices", "directions", "partition_mode", "hardness_mode", "hardness_strength")
         return {
-            **{name: getattr(self, name) for name in names},
-            "similarity_fct": self.similarity_fct.__name__,
+            "scale": self.scale,
+            "similarity_fct": _similarity_name(self.similarity_fct),
+            "gather_across_devices": self.gather_across_devices,
+            "directions": self.directions,
+            "partition_mode": self.partition_mode,
+            "hardness_mode": self.hardness_mode,
+            "hardness_strength": self.hardness_strength,
         }
 
     @property
     def temperature(self) -> float:
         """1 / scale."""
         return 1 / self.scale
+
+    @property
+    def citation(self) -> str:
+        """BibTeX of the paper whose loss this is, for the library's model card."""
+        directions = set(self.directions)
+        if directions == set(DIRECTIONS) and self.partition_mode == "joint":
+            return _GTE
+        if directions == {"query_to_doc", "doc_to_query"} and self.partition_mode == "per_direction":
+            return _JINA
+        return _CPC
 
 
 def _hardened(sims: Tensor, inv_tau: Tensor, hardness: float) -> Tensor:

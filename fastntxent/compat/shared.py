@@ -43,12 +43,23 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def check_dense(name: str, value: object) -> None:
+    """A dense tensor of real numbers, of any dtype."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested or value.is_complex():
+        raise TypeError(f"{name} must be a dense tensor of real numbers, got {value.layout} of {value.dtype}")
+
+
 def as_ids(name: str, labels: Tensor, rows: Tensor) -> Tensor:
-    """Labels of any dtype as ids on the rows' device: the same where the labels are."""
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(labels).__name__}")
+    """Labels of any dtype as ids on the rows' device: the same where the labels are. NaN, which is not the same as
+    itself, is an error where the host can see it."""
+    check_dense(name, labels)
     if labels.shape != rows.shape[:1]:
         raise ValueError(f"{name} must have shape ({rows.shape[0]},), one per row, got {tuple(labels.shape)}")
+    seen = labels.is_floating_point() and labels.device.type == "cpu" and not torch.compiler.is_compiling()
+    if seen and labels.isnan().any():
+        raise ValueError(f"{name} must not be NaN: give rows without a label one of their own")
     labels = labels.to(rows.device)
     if labels.is_floating_point():  # their bits are the same ids on every rank, which numbering them would not give
         return (labels.double() + 0.0).view(torch.int64)  # -0.0 is 0.0

@@ -14,8 +14,8 @@ from ..losses import nt_xent, sup_con
 from ..modules.base import TypedModule
 from ..ops.groups import group_sums
 from ..primitives import cross_neg_lse, neg_lse
-from ..validation import check_choice, check_rows
-from .shared import as_ids
+from ..validation import check_choice, check_rows, check_temperature
+from .shared import as_ids, check_dense
 
 __all__ = ["SupConLoss"]
 
@@ -54,11 +54,14 @@ class SupConLoss(TypedModule):
     ):
         super().__init__()
         check_choice("contrast_mode", contrast_mode, CONTRAST_MODES)
+        check_temperature(temperature)
+        check_temperature(base_temperature, name="base_temperature")
         self.temperature = temperature
         self.contrast_mode = contrast_mode
         self.base_temperature = base_temperature
 
     def forward(self, features: Tensor, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        check_dense("features", features)
         if features.ndim < 3:
             raise ValueError(f"features must have shape (B, V, ...), got {tuple(features.shape)}")
         if labels is not None and mask is not None:
@@ -74,7 +77,7 @@ class SupConLoss(TypedModule):
             return scale * _masked(views, mask.to(rows.device), self.temperature, self.contrast_mode)
         if labels is None and self.contrast_mode == "all" and V == 2:
             return scale * nt_xent(views[0], views[1], self.temperature, normalize=False)
-        ids = torch.arange(B, device=rows.device) if labels is None else as_ids("labels", labels.reshape(-1), rows[:B])
+        ids = torch.arange(B, device=rows.device) if labels is None else _ids(labels, rows[:B])
         if self.contrast_mode == "all":
             losses = sup_con(rows, ids.repeat(V), self.temperature, reduction="sum", normalize=False)
             return scale * losses / (V * B)
@@ -118,6 +121,14 @@ def _mean(
     return ((weights * nu - logits) / torch.where(weights < 1e-6, 1, weights)).mean()
 
 
+def _ids(labels: Tensor, rows: Tensor) -> Tensor:
+    check_dense("labels", labels)
+    if labels.numel() != len(rows):
+        raise ValueError(f"labels must have shape ({len(rows)},) or ({len(rows)}, 1), got {tuple(labels.shape)}")
+    return as_ids("labels", labels.reshape(-1), rows)
+
+
 def _check_mask(mask: Tensor, n_samples: int) -> None:
+    check_dense("mask", mask)
     if mask.shape != (n_samples, n_samples):
         raise ValueError(f"mask must have shape ({n_samples}, {n_samples}), got {tuple(mask.shape)}")

@@ -14,7 +14,7 @@ from ..distributed import Shard, open_shard
 from ..losses.two_towers import clip_directions
 from ..modules.base import TypedModule
 from ..validation import check_in_range, check_positive, check_reduction, check_rows, check_same, extremes
-from .shared import Logits, default_group
+from .shared import Logits, check_dense, default_group
 
 __all__ = [
     "DEFAULT_LOGIT_SCALE",
@@ -149,6 +149,9 @@ def _terms(
     check_rows("embeddings_b", embeddings_b, may_be_empty=group is not None)
     check_same("embeddings_a", embeddings_a, "embeddings_b", embeddings_b, "shape", "dtype", "device")
     smoothing, reduction = _cross_entropy_options(**(cross_entropy_kwargs or {}))
+    check_dense("logit_scale", logit_scale)
+    if mask is not None:
+        check_dense("mask", mask)
     if mask is not None and (mask.dtype != torch.bool or mask.shape != embeddings_a.shape[:1]):
         raise ValueError(
             f"mask must be bool of shape ({embeddings_a.shape[0]},), got {mask.dtype} of shape {tuple(mask.shape)}"

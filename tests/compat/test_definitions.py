@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy, normalize
 
-from fastntxent.compat import simclr, solo_learn, sup_contrast, torchmultimodal
+from fastntxent.compat import pytorch_metric_learning, simclr, solo_learn, sup_contrast, torchmultimodal
 from tests.peers import assert_same, batch, drawn, sizes, temperatures
 
 few = {**sizes, "n": st.integers(1, 12)}
@@ -137,10 +137,47 @@ def test_sup_contrast_errors():
         sup_contrast.SupConLoss()(features, labels, torch.eye(4))
     with pytest.raises(ValueError, match="contrast_mode must be one of 'all', 'one', got 'none'"):
         sup_contrast.SupConLoss(contrast_mode="none")
-    with pytest.raises(ValueError, match=r"labels must have shape \(4,\), one per row, got \(3,\)"):
+    with pytest.raises(ValueError, match=r"labels must have shape \(4,\) or \(4, 1\), got \(3,\)"):
         sup_contrast.SupConLoss()(features, labels[:3])
     with pytest.raises(ValueError, match=r"mask must have shape \(4, 4\), got \(4, 3\)"):
         sup_contrast.SupConLoss()(features, mask=torch.ones(4, 3))
+    with pytest.raises(ValueError, match="temperature must be positive and finite, got 0"):
+        sup_contrast.SupConLoss(0)
+    for base, error in ((0.0, ValueError), (-1.0, ValueError), ("x", TypeError)):
+        with pytest.raises(error, match="base_temperature must be"):
+            sup_contrast.SupConLoss(base_temperature=base)
+    with pytest.raises(TypeError, match=r"features must be a torch\.Tensor, got list"):
+        sup_contrast.SupConLoss()([features])
+    with pytest.raises(TypeError, match=r"features must be a dense tensor of real numbers, got torch\.sparse_coo"):
+        sup_contrast.SupConLoss()(features.to_sparse())
+    for mask in (torch.eye(4).to_sparse(), torch.eye(4).to(torch.complex64)):
+        with pytest.raises(TypeError, match="mask must be a dense tensor of real numbers, got"):
+            sup_contrast.SupConLoss()(features, mask=mask)
+    with pytest.raises(TypeError, match=r"mask must be a torch\.Tensor, got list"):
+        sup_contrast.SupConLoss()(features, mask=[[1] * 4] * 4)
+
+
+LABELLED = {
+    "solo_learn": lambda labels: solo_learn.simclr_loss_func(torch.eye(4), labels),
+    "sup_contrast": lambda labels: sup_contrast.SupConLoss()(torch.eye(4)[:, None], labels),
+    "nt_xent": lambda labels: pytorch_metric_learning.NTXentLoss()(torch.eye(4), labels),
+    "sup_con": lambda labels: pytorch_metric_learning.SupConLoss()(torch.eye(4), labels),
+    "references": lambda labels: pytorch_metric_learning.SupConLoss()(
+        torch.eye(4), torch.arange(4), ref_emb=torch.eye(4), ref_labels=labels
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LABELLED)
+def test_labels_that_are_no_ids_are_errors(name):
+    nan = torch.tensor([0.0, 0.0, math.nan, math.nan])
+    with pytest.raises(ValueError, match=r"(labels|indexes) must not be NaN"):
+        LABELLED[name](nan)
+    for labels in (torch.zeros(4, dtype=torch.complex64), torch.zeros(4).to_sparse()):
+        with pytest.raises(TypeError, match=r"(labels|indexes) must be a dense tensor of real numbers"):
+            LABELLED[name](labels)
+    with pytest.raises(TypeError, match=r"(labels|indexes) must be a torch\.Tensor, got list"):
+        LABELLED[name]([0, 0, 1, 1])
 
 
 # --- google-research/simclr ------------------------------------------------------------------------------------------
@@ -196,6 +233,8 @@ def test_simclr_errors():
         simclr.add_contrastive_loss(z[:3])
     with pytest.raises(ValueError, match=r"weights must be a number or have shape \(2,\), got \(4,\)"):
         simclr.add_contrastive_loss(z, weights=torch.ones(4))
+    with pytest.raises(TypeError, match="weights must be a number or a tensor, got list"):
+        simclr.add_contrastive_loss(z, weights=[1.0, 2.0])
 
 
 def test_simclr_takes_a_context_of_one_replica():
@@ -274,6 +313,10 @@ def test_torchmultimodal_errors():
         loss(z, z, cross_entropy_kwargs={"weight": torch.ones(4)})
     with pytest.raises(ValueError, match=r"mask must be bool of shape \(4,\)"):
         loss(z, z, mask=torch.ones(4))
+    with pytest.raises(TypeError, match=r"mask must be a torch\.Tensor, got list"):
+        loss(z, z, mask=[True] * 4)
+    with pytest.raises(TypeError, match=r"logit_scale must be a torch\.Tensor, got float"):
+        torchmultimodal.contrastive_loss_with_temperature(z, z, 1.0)
 
 
 ALWAYS_GATHER = [

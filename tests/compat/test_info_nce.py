@@ -44,5 +44,16 @@ def test_errors():
         ours.info_nce(z, z, z[:, None])
     with pytest.raises(ValueError, match="query must have 2 dimensions"):
         ours.info_nce(z[0], z)
-    with pytest.raises(ValueError, match="same shape"):
+    with pytest.raises(ValueError, match="query and positive_key must have the same shape"):
         ours.info_nce(z, z[:3])
+    with pytest.raises(TypeError, match=r"negative_keys must be a torch\.Tensor, got list"):
+        ours.info_nce(z, z, [z])
+    with pytest.raises(ValueError, match="query and negative_keys must have the same number of features, got 3 and 2"):
+        ours.info_nce(z, z, z[:, :2])
+    with pytest.raises(ValueError, match="query and negative_keys must have the same dtype"):
+        ours.info_nce(z, z, z.double())
+    with pytest.raises(ValueError, match="negative_keys must be of 4 queries, got shape"):
+        ours.info_nce(z, z, torch.randn(5, 2, 3), negative_mode="paired")
+    for mode, negatives in (("unpaired", z[:0]), ("paired", z[:, None][:, :0])):
+        with pytest.raises(ValueError, match="negative_keys must have at least one key, got shape"):
+            ours.info_nce(z, z, negatives, negative_mode=mode)

@@ -47,5 +47,24 @@ def test_errors():
     z = torch.eye(4)
     with pytest.raises(ValueError, match="logit_scale must be a 0-d tensor"):
         ours.ClipLoss()(z, z, torch.ones(4))
+    with pytest.raises(TypeError, match="logit_scale must be a float or a tensor of one element, got None"):
+        ours.ClipLoss()(z, z, None)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'logits'"):  # a model that is not CLIP's
+        ours.ClipLoss()(image_features=z, text_features=z, logit_scale=1.0, logits=z)
     with pytest.raises(ValueError, match="same shape"):
         ours.ClipLoss()(z, z[:3], 1.0)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_what_a_model_returns_is_what_the_loss_takes(bias):
+    # As the trainers call it; a parameter of one element is what fully sharded training makes of a number.
+    z = torch.eye(4).requires_grad_()
+    scale = torch.ones(1, requires_grad=True)
+    model_out = {"image_features": z, "text_features": z, "logit_scale": scale.exp()}
+    if bias:
+        model_out["logit_bias"] = torch.full((1,), -10.0)
+    losses = ours.ClipLoss(cache_labels=True)(**model_out, output_dict=True)
+    assert list(losses) == ["contrastive_loss"]
+    sum(losses.values()).backward()
+    assert scale.grad.shape == (1,)
+    assert z.grad.any()

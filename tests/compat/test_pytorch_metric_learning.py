@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastntxent.compat import pytorch_metric_learning as ours
@@ -15,10 +15,10 @@ temperatures = st.floats(
 few = {**sizes, "n": st.integers(1, 12)}
 
 
-def losses(name, tau, distance="CosineSimilarity", **options):
+def losses(name, tau, distance="CosineSimilarity", reducer=None, **options):
     make = getattr(needs("pytorch_metric_learning.distances"), distance)
     theirs = getattr(needs("pytorch_metric_learning.losses"), name)
-    return (cls(tau, distance=make(**options)) for cls in (getattr(ours, name), theirs))
+    return (cls(tau, distance=make(**options), reducer=reducer) for cls in (getattr(ours, name), theirs))
 
 
 def warm(name, tau):
@@ -56,6 +56,117 @@ def test_references_equal_the_library(n, d, seed, tau, name, classes, k, own):
         return lambda z, ref: function(z, labels, ref_emb=ref, ref_labels=ref_labels)
 
     assert_same(loss(mine), loss(theirs), tau, z, ref)
+
+
+@given(**few, tau=temperatures, name=names, classes=st.integers(1, 6), itself=st.booleans())
+@drawn
+def test_references_without_labels_have_the_rows_own_as_in_the_library(n, d, seed, tau, name, classes, itself):
+    tau = warm(name, tau)
+    mine, theirs = losses(name, tau)
+    (z,), _ = batch(1, n, d, seed)
+    (ref,), _ = batch(1, n, d, seed + 3)
+    labels = labels_of(n, classes, seed)
+
+    def loss(function):
+        return lambda z, ref: function(z, labels, ref_emb=z if itself else ref)
+
+    assert_same(loss(mine), loss(theirs), tau, z, ref)
+
+
+PAIRS_OF = ["labels", "references", "pairs"]
+REDUCERS = {
+    "mean": lambda r: r.MeanReducer(),
+    "sum": lambda r: r.SumReducer(),
+    "non-zero": lambda r: r.AvgNonZeroReducer(),
+    "above": lambda r: r.ThresholdReducer(low=0.7),
+    "below": lambda r: r.ThresholdReducer(high=1.5),
+    "between": lambda r: r.ThresholdReducer(low=0.5, high=2),
+    "never": lambda r: r.ThresholdReducer(low=1e4),
+    "classes": lambda r: r.ClassWeightedReducer(torch.tensor([0.5, 2.0, 0.0, 1.5, 3.0, 0.1])),
+    "anchors": lambda r: r.PerAnchorReducer(),
+    "anchors, non-zero": lambda r: r.PerAnchorReducer(r.AvgNonZeroReducer()),
+    "anchors, their own way": lambda r: r.PerAnchorReducer(aggregation_func=lambda x, n: x.amax(dim=1) + n),
+    "several": lambda r: r.MultipleReducers({"loss": r.SumReducer()}),
+    "nothing": lambda r: r.DoNothingReducer(),
+}
+
+
+@given(
+    **few,
+    tau=temperatures,
+    name=names,
+    classes=st.integers(1, 6),
+    of=st.sampled_from(["labels", "references", "pairs"]),
+)
+@pytest.mark.parametrize("reducer", REDUCERS)
+@settings(drawn, max_examples=40)
+def test_reducers_equal_the_library(reducer, n, d, seed, tau, name, classes, of):
+    tau = warm(name, tau)
+    reducers = needs("pytorch_metric_learning.reducers")
+    mine, theirs = losses(name, tau, reducer=REDUCERS[reducer](reducers))
+    (z,), _ = batch(1, n, d, seed)
+    (ref,), _ = batch(1, n, d, seed + 3)
+    labels, ref_labels = labels_of(n, classes, seed), labels_of(n, classes, seed + 3)
+    matches = labels[:, None] == ref_labels
+    pairs = (*torch.where(matches), *torch.where(~matches))
+    again = torch.randint(0, max(len(pairs[0]), 1), (5,), generator=torch.Generator().manual_seed(seed))
+    # Some of them several times, which the library's reducer of anchors counts once, but for the gradient.
+    if len(pairs[0]) and not reducer.startswith("anchors"):
+        pairs = (*(torch.cat((index, index[again])) for index in pairs[:2]), *pairs[2:])
+
+    def loss(function):
+        def call(z, ref):
+            if of == "labels":
+                value = function(z, labels)
+            elif of == "pairs":
+                value = function(z, labels, pairs, ref)
+            else:
+                value = function(z, labels, ref_emb=ref, ref_labels=ref_labels)
+            return sums_of(value["loss"], z) if reducer == "nothing" else value
+
+        return call
+
+    assert_same(loss(mine), loss(theirs), tau, z, ref)
+
+
+def sums_of(info, z):
+    """A number of all that a loss hands out."""
+    losses, indices, kind = info["losses"], info["indices"], info["reduction_type"]
+    if kind == "already_reduced":
+        assert indices is None
+        assert losses == 0
+        return (z * 0).sum()
+    numbers = indices if kind == "element" else indices[0] * 100 + indices[1]
+    return (losses * (numbers + 1) / 1000).sum()  # the library's gradient overflows where weights are above 1
+
+
+def test_reducer_of_self_supervised_equals_the_library():
+    reducers, theirs = needs("pytorch_metric_learning.reducers"), needs("pytorch_metric_learning.losses")
+    z, ref = batch(2, 6, 4, 0)[0]
+    for symmetric in (True, False):
+        mine, library = losses("NTXentLoss", 0.5, reducer=reducers.SumReducer())
+        mine, library = ours.SelfSupervisedLoss(mine, symmetric), theirs.SelfSupervisedLoss(library, symmetric)
+        assert_same(mine, library, 0.5, z, ref)
+
+
+@pytest.mark.parametrize("name", ["NTXentLoss", "SupConLoss"])
+def test_anchors_of_a_class_are_reduced_without_a_matrix_of_pairs(name):
+    # The library's reducer holds a matrix of rows by rows, also where the references are more.
+    reducers = needs("pytorch_metric_learning.reducers")
+    z, ref, labels = torch.randn(6, 3), torch.randn(11, 3), torch.arange(11) % 3
+    mine = getattr(ours, name)(0.5, reducer=reducers.PerAnchorReducer(reducers.SumReducer()))
+    whole = getattr(ours, name)(0.5, reducer=reducers.DoNothingReducer())
+    value = mine(z, labels[:6], ref_emb=ref, ref_labels=labels)
+    info = whole(z, labels[:6], ref_emb=ref, ref_labels=labels)["loss"]
+    means = info["losses"]
+    if name == "NTXentLoss":
+        means = torch.stack([means[info["indices"][0] == anchor].mean() for anchor in range(6)])
+    torch.testing.assert_close(value, means.sum())
+    pairs = (*info["indices"], *torch.where(labels[:6, None] != labels)) if name == "NTXentLoss" else None
+    if pairs:
+        again = tuple(index[torch.arange(len(index)).repeat(2)[1:]] for index in pairs[:2])
+        values = [mine(z, None, (*positives, *pairs[2:]), ref) for positives in (pairs[:2], again)]
+        torch.testing.assert_close(values, [value, value])
 
 
 @given(**few, tau=temperatures, name=names, k=st.integers(1, 15), p=st.integers(0, 30), q=st.integers(0, 30))
@@ -142,11 +253,22 @@ def test_nothing_to_compare_is_zero_with_a_gradient(name):
         (torch.randn(4, 3), torch.zeros(4), None),  # no negative
         (torch.randn(1, 3), torch.zeros(1), None),
         (torch.empty(0, 3), torch.empty(0), None),
+        (torch.empty(0, 3).half(), torch.empty(0), None),
         (torch.randn(4, 3), None, (nothing,) * 3),
         (torch.randn(4, 3), None, (torch.tensor([0, 1]), torch.tensor([1, 0]), nothing, nothing)),
     ):
         z.requires_grad_()
         value = loss(z, labels, pairs)
+        assert value == 0
+        assert not torch.autograd.grad(value, z)[0].any()
+
+
+@pytest.mark.parametrize("name", ["NTXentLoss", "SupConLoss"])
+def test_no_references_are_nothing_to_compare(name):
+    loss = getattr(ours, name)()
+    z, labels = torch.randn(4, 3, requires_grad=True), torch.arange(4)
+    for rows, refs in ((4, 0), (0, 4), (0, 0)):
+        value = loss(z[:rows], labels[:rows], ref_emb=z[:refs], ref_labels=labels[:refs])
         assert value == 0
         assert not torch.autograd.grad(value, z)[0].any()
 
@@ -192,8 +314,9 @@ class LpDistance:
     p, power = 2, 1
 
 
-class SumReducer:
-    pass
+class DivisorReducer:
+    def __call__(self, *_):
+        raise AssertionError
 
 
 @pytest.mark.parametrize("cls", [ours.NTXentLoss, ours.SupConLoss])
@@ -201,10 +324,13 @@ def test_errors(cls):
     z, labels = torch.randn(4, 3), torch.tensor([0, 0, 1, 1])
     with pytest.raises(ValueError, match="distance must be None, CosineSimilarity or DotProductSimilarity"):
         cls(distance=LpDistance())
-    with pytest.raises(ValueError, match=f"reducer of {cls.__name__} must be None or {cls._reducer}, got SumReducer"):
-        cls(reducer=SumReducer())
+    with pytest.raises(ValueError, match=f"reducer of {cls.__name__} must not be DivisorReducer"):
+        cls(reducer=DivisorReducer())
+    for reducer in ("mean", DivisorReducer):
+        with pytest.raises(TypeError, match=f"reducer of {cls.__name__} must be None or a reducer of"):
+            cls(reducer=reducer)
     with pytest.raises(ValueError, match=r"embedding_regularizer of .* must be None"):
-        cls(embedding_regularizer=SumReducer())
+        cls(embedding_regularizer=DivisorReducer())
     with pytest.raises(ValueError, match=r"collect_stats of .* must be None or False"):
         cls(collect_stats=True)
     with pytest.raises(TypeError, match="nonsense"):
@@ -217,6 +343,12 @@ def test_errors(cls):
         cls()(z, labels, ref_emb=z, ref_labels=labels[:3])
     with pytest.raises(ValueError, match="indices_tuple must have 3 or 4 tensors, got 2"):
         cls()(z, labels, (labels, labels))
+    with pytest.raises(TypeError, match="indices_tuple must be a tuple of 3 or 4 tensors, got int"):
+        cls()(z, labels, 3)
+    with pytest.raises(ValueError, match=r"labels must have shape \(4,\), one per row, got \(4, 1\)"):
+        cls()(z, labels[:, None])
+    with pytest.raises(ValueError, match=r"labels must have shape \(4,\), one per row, got \(3,\)"):
+        cls()(z, labels[:3], (labels, labels, labels))
     with pytest.raises(TypeError, match=r"labels must be a torch\.Tensor, got list"):
         cls()(z, [0, 0, 1, 1])
     with pytest.raises(TypeError, match="loss must be NTXentLoss or SupConLoss"):
@@ -273,7 +405,7 @@ def test_indices_that_cannot_be_are_named(name, indices, error, says):
 def test_references_need_labels_and_as_many_features():
     loss = ours.NTXentLoss()
     z, labels = torch.randn(16, 4), torch.arange(16) // 2
-    with pytest.raises(ValueError, match="ref_labels must be given"):
+    with pytest.raises(ValueError, match="ref_labels must be given where ref_emb has another number of rows than emb"):
         loss(z, labels, ref_emb=torch.randn(4, 4))
     with pytest.raises(ValueError, match="features"):
         loss(z, labels, ref_emb=torch.randn(4, 5), ref_labels=labels[:4])

@@ -100,6 +100,58 @@ def of_metric_learning(name: str) -> Call:
     return lambda z, ids, tau: wrapper(loss(tau))(z[:2].flatten(0, 1), ids.repeat(2) / 4)
 
 
+class SquaredReducer:
+    """What a loss is reduced from, squared, as one of the library's reducers would have it."""
+
+    def __call__(self, loss_dict: dict[str, Any], embeddings: Tensor, labels: Tensor) -> Tensor:
+        weights = labels.to(embeddings) if loss_dict["loss"]["reduction_type"] == "element" else 1
+        return (weights * loss_dict["loss"]["losses"].square()).mean()
+
+
+def of_metric_learning_and(name: str, efficient: bool = False, reducer: Any = None, **wanted: bool) -> Call:
+    """References, with labels of their own or not, and pairs."""
+
+    def call(z: Tensor, ids: Tensor, tau: Tensor) -> Tensor:
+        loss = getattr(pytorch_metric_learning, name)(tau, reducer=reducer)
+        options: dict[str, Any] = {}
+        if wanted.get("references"):
+            options = {"ref_emb": z[1], "ref_labels": None if wanted.get("alike") else ids + 1}
+        if wanted.get("pairs"):
+            options["indices_tuple"] = pairs_own_first(ids, efficient)
+        return pytorch_metric_learning.DistributedLossWrapper(loss, efficient)(z[0], ids, **options)
+
+    return call
+
+
+def pairs_own_first(ids: Tensor, efficient: bool) -> tuple[Tensor, ...]:
+    """All positive and negative pairs, but that anchors are 0 mod 2 of their rank; this rank's rows count first."""
+    of_ranks, first = [ids], 0
+    if dist.is_initialized():
+        of_ranks = [ids] * dist.get_world_size()
+        dist.all_gather_object(of_ranks, ids)
+        first = dist.get_rank()
+    of_ranks = [of_ranks.pop(first), *of_ranks]
+    labels = torch.cat(of_ranks)
+    anchors = torch.cat([label >= 1 for label in of_ranks]) & (torch.arange(len(labels)) < len(ids)).logical_or(
+        torch.tensor(not efficient)
+    )
+    alike = (labels[:, None] == labels) & anchors[:, None]
+    return *torch.where(alike.clone().fill_diagonal_(False)), *torch.where(~alike & anchors[:, None])
+
+
+def of_memory(name: str, masked: bool) -> Call:
+    """Three steps, of which the third has no room beside the second."""
+
+    def call(z: Tensor, ids: Tensor, tau: Tensor) -> Tensor:
+        loss = getattr(pytorch_metric_learning, name)(tau)
+        memory = pytorch_metric_learning.CrossBatchMemory(loss, D, memory_size=17)
+        wrapper = pytorch_metric_learning.DistributedLossWrapper(memory)
+        mask = ids % 2 == 0 if masked else None
+        return sum(wrapper(rows, ids, enqueue_mask=mask) for rows in z)
+
+    return call
+
+
 ALL_DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 BOTH = {"directions": ("query_to_doc", "doc_to_query")}
 GLOBAL, LOCAL, NONE = torchmultimodal.BackpropType
@@ -135,6 +187,20 @@ CASES: dict[str, Call] = {
     "simclr, rows as they are": of_simclr(False, False),
     "pytorch_metric_learning nt_xent": of_metric_learning("NTXentLoss"),
     "pytorch_metric_learning sup_con": of_metric_learning("SupConLoss"),
+    "pytorch_metric_learning sup_con, reducer": of_metric_learning_and("SupConLoss", reducer=SquaredReducer()),
+    "pytorch_metric_learning nt_xent, reducer": of_metric_learning_and("NTXentLoss", reducer=SquaredReducer()),
+    "pytorch_metric_learning sup_con, references": of_metric_learning_and("SupConLoss", references=True),
+    "pytorch_metric_learning nt_xent, references": of_metric_learning_and("NTXentLoss", references=True),
+    "pytorch_metric_learning nt_xent, own": of_metric_learning_and("NTXentLoss", references=True, alike=True),
+    "pytorch_metric_learning sup_con, pairs": of_metric_learning_and("SupConLoss", pairs=True),
+    "pytorch_metric_learning nt_xent, pairs": of_metric_learning_and("NTXentLoss", pairs=True),
+    "pytorch_metric_learning nt_xent, own pairs": of_metric_learning_and("NTXentLoss", True, pairs=True),
+    "pytorch_metric_learning sup_con, own pairs, references": of_metric_learning_and(
+        "SupConLoss", True, pairs=True, references=True
+    ),
+    "pytorch_metric_learning nt_xent, memory": of_memory("NTXentLoss", False),
+    "pytorch_metric_learning sup_con, memory": of_memory("SupConLoss", False),
+    "pytorch_metric_learning nt_xent, memory, mask": of_memory("NTXentLoss", True),
     "solo_learn": lambda z, ids, tau: solo_learn.simclr_loss_func(z.flatten(0, 1), ids.repeat(VIEWS), tau),
     "solo_learn, some alone": lambda z, ids, tau: solo_learn.simclr_loss_func(z[0], ids / 4, tau),
 }
@@ -237,6 +303,46 @@ def metric_learning_pair(name: str, **options: Any) -> Pair:
     return lambda: (of(pytorch_metric_learning, pytorch_metric_learning), of(*map(peers.needs, theirs)))
 
 
+def metric_learning_memory_pair(name: str, ours_of_theirs: bool) -> Pair:
+    """A memory of as many rows as two batches of all ranks have; ours, or the library's around our loss."""
+
+    def of(losses: Any, wrapper: Any, memory: Any) -> Call:
+        def call(z: Tensor, ids: Tensor, tau: Tensor) -> Tensor:
+            held = memory.CrossBatchMemory(getattr(losses, name)(TAU), D, memory_size=2 * WORLD * z.shape[1])
+            loss = wrapper.DistributedLossWrapper(held.to(z.dtype))
+            return loss(z[0], ids) + loss(z[1], ids) + loss(z[2], ids)
+
+        return call
+
+    def pair() -> tuple[Call, ...]:
+        losses, wrapper = map(
+            peers.needs, ("pytorch_metric_learning.losses", "pytorch_metric_learning.utils.distributed")
+        )
+        ours = pytorch_metric_learning
+        return of(ours, ours, losses if ours_of_theirs else ours), of(losses, wrapper, losses)
+
+    return pair
+
+
+def metric_learning_miner_pair(name: str, references: bool) -> Pair:
+    """What the library's miner over ranks finds."""
+
+    def of(losses: Any, wrapper: Any) -> Call:
+        distributed = peers.needs("pytorch_metric_learning.utils.distributed")
+        miner = peers.needs("pytorch_metric_learning.miners").TripletMarginMiner(0.3)
+        miner = distributed.DistributedMinerWrapper(miner)
+        loss = wrapper.DistributedLossWrapper(getattr(losses, name)(TAU))
+
+        def call(z: Tensor, ids: Tensor, tau: Tensor) -> Tensor:
+            others = (z[1], ids) if references else (None, None)
+            return loss(z[0], ids, miner(z[0], ids, *others), *others)
+
+        return call
+
+    theirs = "pytorch_metric_learning.losses", "pytorch_metric_learning.utils.distributed"
+    return lambda: (of(pytorch_metric_learning, pytorch_metric_learning), of(*map(peers.needs, theirs)))
+
+
 def open_clip_pair(local_loss: bool, gather_with_grad: bool) -> Pair:
     def of(module: Any) -> Call:
         loss = module.ClipLoss(local_loss, gather_with_grad, rank=dist.get_rank(), world_size=WORLD)
@@ -261,6 +367,10 @@ LIBRARIES: dict[str, tuple[Pair, tuple[float, float, float]]] = {
     "lightly dcl, weights": (lightly_pair("dcl_loss", "DCLLoss", weight_fn=distances), (1, 1, 1)),
     "pytorch_metric_learning nt_xent": (metric_learning_pair("NTXentLoss"), (WORLD, 1, 1)),
     "pytorch_metric_learning sup_con": (metric_learning_pair("SupConLoss"), (WORLD, 1, 1)),
+    "pytorch_metric_learning nt_xent, memory": (metric_learning_memory_pair("NTXentLoss", False), (WORLD, 1, 1)),
+    "pytorch_metric_learning sup_con, its memory": (metric_learning_memory_pair("SupConLoss", True), (WORLD, 1, 1)),
+    "pytorch_metric_learning nt_xent, miner": (metric_learning_miner_pair("NTXentLoss", False), (WORLD, 1, 1)),
+    "pytorch_metric_learning sup_con, miner": (metric_learning_miner_pair("SupConLoss", True), (WORLD, 1, 1)),
     "open_clip": (open_clip_pair(False, False), (1, 1 / WORLD, 1)),
     "open_clip, gather_with_grad": (open_clip_pair(False, True), (1, 1, 1)),
     "open_clip, both": (open_clip_pair(True, True), (1, 1, 1)),
@@ -360,6 +470,11 @@ def wrapped(labels: Tensor | None, **options: Any) -> Callable[[Tensor], Tensor]
     return lambda z: pytorch_metric_learning.DistributedLossWrapper(loss)(z, labels, **options)
 
 
+def in_memory(labels: Tensor | None, **options: Any) -> Callable[[Tensor], Tensor]:
+    memory = pytorch_metric_learning.CrossBatchMemory(pytorch_metric_learning.SupConLoss(), 4, memory_size=64)
+    return lambda z: pytorch_metric_learning.DistributedLossWrapper(memory)(z, labels, **options)
+
+
 def replicas(**options: Any) -> Callable[[Tensor], Tensor]:
     return lambda z: simclr.add_contrastive_loss(z, **options).loss
 
@@ -376,7 +491,13 @@ BAD: dict[str, Callable[[Tensor], Tensor]] = {
         tpu_context="tpu"
     ),
     "labels must be given in a process group, got None": wrapped(None),
-    "ref_emb must be None in a process group": wrapped(torch.arange(4), ref_emb=torch.eye(4)),
+    "enqueue_mask must be None without a CrossBatchMemory": wrapped(torch.arange(4), enqueue_mask=torch.ones(4) > 0),
+    "indices_tuple must be None with a CrossBatchMemory in a process group": in_memory(
+        torch.arange(4), indices_tuple=(None,) * 3
+    ),
+    "ref_emb and ref_labels must be None with a CrossBatchMemory": in_memory(torch.arange(4), ref_emb=torch.eye(4)),
+    "labels must be given with a CrossBatchMemory, got None": in_memory(None),
+    "indices_tuple must have indices in [0, 12)": wrapped(None, indices_tuple=(torch.tensor([12]),) * 3),
     "temperature is 1 on rank 0; 2 on rank 1; 3 on rank 2": lambda z: lightly.DCLLoss(
         dist.get_rank() + 1, gather_distributed=True
     )(z, z),

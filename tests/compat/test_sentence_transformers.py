@@ -94,6 +94,47 @@ def test_loss_equals_sentence_transformers(n, d, seed, **drawn_options):
     )
     assert mine.get_config_dict() == other.get_config_dict()
     assert mine.temperature == other.temperature
+    assert mine.citation == other.citation
+
+
+@pytest.mark.parametrize(
+    ("options", "eprint"),
+    [
+        ({}, "1807.03748"),
+        ({"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}, "2310.19923"),
+        ({"directions": ours.DIRECTIONS[::-1]}, "2308.03281"),
+    ],
+)
+def test_citation_is_of_the_papers_loss(options, eprint):
+    citation = ours.MultipleNegativesRankingLoss(None, **options).citation
+    assert citation.startswith("\n@misc{")
+    assert f"eprint={{{eprint}}}" in citation
+
+
+def test_hardness_without_strength_is_a_warning(caplog):
+    ours.MultipleNegativesRankingLoss(None, hardness_mode="hard_negatives", hardness_strength=1.0)
+    ours.MultipleNegativesRankingLoss(None, hardness_strength=0.0)
+    assert not caplog.records
+    ours.MultipleNegativesRankingLoss(None, hardness_mode="hard_negatives")
+    assert "hardness_mode='hard_negatives' has no effect with a hardness_strength of 0" in caplog.text
+
+
+class Similarity:
+    def __init__(self, similarity_fn_name):
+        self.similarity_fn_name = similarity_fn_name
+
+    def similarity(self, a, b):
+        raise AssertionError
+
+
+def test_similarity_of_a_model_is_the_function_it_stands_for():
+    z = list(torch.randn(2, 4, 3))
+    for model, name in ((Similarity("cosine"), "cos_sim"), (Similarity("dot"), "dot_score")):
+        loss = ours.MultipleNegativesRankingLoss(None, similarity_fct=model.similarity)
+        assert loss(z) == ours.MultipleNegativesRankingLoss(None, similarity_fct=getattr(ours, name))(z)
+        assert loss.get_config_dict()["similarity_fct"] == name
+    with pytest.raises(ValueError, match="similarity_fct must be one of 'cos_sim', 'dot_score', got 'euclidean'"):
+        ours.MultipleNegativesRankingLoss(None, similarity_fct=Similarity("euclidean").similarity)
 
 
 class Model(torch.nn.Module):

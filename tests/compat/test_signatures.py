@@ -37,6 +37,12 @@ SIGNATURES = [
     ),
     (pytorch_metric_learning, "SelfSupervisedLoss", "loss, symmetric=True"),
     (pytorch_metric_learning, "SelfSupervisedLoss.forward", "self, embeddings, ref_emb"),
+    (pytorch_metric_learning, "CrossBatchMemory", "loss, embedding_size, memory_size=1024, miner=None, **kwargs"),
+    (
+        pytorch_metric_learning,
+        "CrossBatchMemory.forward",
+        "self, embeddings, labels, indices_tuple=None, enqueue_mask=None",
+    ),
     (pytorch_metric_learning, "DistributedLossWrapper", "loss, efficient=False"),
     (
         pytorch_metric_learning,

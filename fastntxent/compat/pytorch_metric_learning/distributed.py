@@ -1,0 +1,190 @@
+"""pytorch-metric-learning's `utils.distributed.DistributedLossWrapper`."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ...common import batch_sum, group_counts, scale_gradient
+from ...distributed import Shard, open_shard, wire
+from ...losses import sup_con
+from ...modules.base import TypedModule
+from ...validation import check_rows
+from ..pairs import IndicesTuple, checked_pairs
+from ..shared import as_ids, default_group
+from .losses import PairLoss, SupConLoss, check_loss, unless_few
+from .memory import CrossBatchMemory
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["DistributedLossWrapper"]
+
+
+class DistributedLossWrapper(TypedModule):
+    """A loss of this module over the batch of all ranks of the default process group; without one, the loss as it is.
+
+    Its value is that of one process with the whole batch, on every rank; the library's is R times it on R ranks. Its
+    gradient, after DDP's averaging, is that of one process, as the library's with efficient=False.
+
+    Args:
+        loss: `NTXentLoss` or `SupConLoss` of this module, or a `CrossBatchMemory` of one, ours or the library's.
+        efficient: whose pairs `indices_tuple` are, and of no other consequence: the gradient is right. The library's
+            with efficient=True lacks what rows are as other ranks' references, and is R times what it does have.
+
+    Its call takes this rank's embeddings (M, D), of any number, and their labels (M,), which mean the same on every
+    rank, and what else the loss takes, `ref_emb`, `ref_labels` and `enqueue_mask` of this rank's.
+
+    `indices_tuple` counts rows as the library's `DistributedMinerWrapper` does: this rank's first, then those of the
+    others in their order; references likewise. With efficient=False it is the pairs of all ranks' rows, the same on
+    every rank; if they differ, each rank has the loss of its own. With efficient=True its anchors are this rank's rows,
+    and the loss is that of all ranks' pairs together.
+
+    Memory of labels alone, with the default reducer, is that of `group=`. Whatever else is asked for is formed on every
+    rank for the rows of all, which it holds, as the library does.
+
+    Example:
+        >>> import torch
+        >>> loss = DistributedLossWrapper(SupConLoss(temperature=1.0))
+        >>> loss(torch.eye(4).repeat(2, 1), torch.arange(4).repeat(2))
+        tensor(1.1654)
+    """
+
+    def __init__(self, loss: Any, efficient: bool = False):
+        super().__init__()
+        self.has_memory = isinstance(loss, CrossBatchMemory) or type(loss).__name__ == "CrossBatchMemory"
+        check_loss(loss.loss if self.has_memory else loss)
+        self.loss = loss
+        self.efficient = efficient
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None = None,
+        indices_tuple: IndicesTuple | None = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+        enqueue_mask: Tensor | None = None,
+    ) -> Tensor:
+        group = default_group()
+        if self.has_memory:
+            if ref_emb is not None or ref_labels is not None:
+                raise ValueError("ref_emb and ref_labels must be None with a CrossBatchMemory, which has its own")
+            if group is None:
+                return self.loss(embeddings, labels, indices_tuple, enqueue_mask)
+            return self._memory_of_all_ranks(group, embeddings, labels, indices_tuple, enqueue_mask)
+        if enqueue_mask is not None:
+            raise ValueError("enqueue_mask must be None without a CrossBatchMemory")
+        if group is None:
+            return self.loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        if indices_tuple is None and ref_emb is None and self.loss.reducer is None:
+            return _labels_of_all_ranks(self.loss, embeddings, labels, group)
+        return self._of_all_ranks(group, embeddings, labels, indices_tuple, ref_emb, ref_labels)
+
+    def _memory_of_all_ranks(
+        self,
+        group: ProcessGroup,
+        embeddings: Tensor,
+        labels: Tensor | None,
+        indices_tuple: IndicesTuple | None,
+        enqueue_mask: Tensor | None,
+    ) -> Tensor:
+        if indices_tuple is not None:
+            raise ValueError(
+                "indices_tuple must be None with a CrossBatchMemory in a process group: give the memory a miner"
+            )
+        if labels is None:
+            raise ValueError("labels must be given with a CrossBatchMemory, got None")
+        shard = _open(group, self.loss.loss, "embeddings", embeddings, labels, masked=enqueue_mask is not None)
+        mask = None if enqueue_mask is None else shard.gather(enqueue_mask.to(embeddings.device))
+        return self.loss(_rows(embeddings, shard), shard.gather(labels.to(embeddings.device)), None, mask)
+
+    def _of_all_ranks(
+        self,
+        group: ProcessGroup,
+        embeddings: Tensor,
+        labels: Tensor | None,
+        indices_tuple: IndicesTuple | None,
+        ref_emb: Tensor | None,
+        ref_labels: Tensor | None,
+    ) -> Tensor:
+        if labels is None and indices_tuple is None:
+            raise ValueError("labels and indices_tuple must not both be None")
+        shard = refs = _open(
+            group, self.loss, "embeddings", embeddings, labels, pairs=indices_tuple is not None,
+            ref_emb=ref_emb is not None, efficient=self.efficient,
+        )  # fmt: skip
+        all_rows = _rows(embeddings, shard)
+        all_labels = None if labels is None else shard.gather(labels.to(embeddings.device))
+        all_refs = all_ref_labels = None
+        if ref_emb is not None:
+            own = ref_labels is labels  # as in one process
+            refs = _open(group, self.loss, "ref_emb", ref_emb, None if own else ref_labels, own=own)
+            all_refs = _rows(ref_emb, refs)
+            all_ref_labels = all_labels
+            if not own:
+                all_ref_labels = None if ref_labels is None else refs.gather(ref_labels.to(embeddings.device))
+        if indices_tuple is not None:
+            indices_tuple = self._pairs(indices_tuple, shard, refs, embeddings.device)
+        return self.loss(all_rows, all_labels, indices_tuple, all_refs, all_ref_labels)
+
+    def _pairs(self, pairs: IndicesTuple, shard: Shard, refs: Shard, device: torch.device) -> IndicesTuple:
+        """Indices of rows in the order of the ranks, from those that count this rank's first."""
+        n_anchors = shard.rows[shard.rank] if self.efficient else shard.n_rows
+        indices = checked_pairs(pairs, n_anchors, refs.n_rows, device)
+        rows, cols = _own_first(shard, device), _own_first(refs, device)
+        a1, p, a2, n = (order[index] for order, index in zip((rows, cols, rows, cols), indices, strict=True))
+        return (*_joined(a1, p, shard), *_joined(a2, n, shard)) if self.efficient else (a1, p, a2, n)
+
+
+def _open(group: ProcessGroup, loss: PairLoss, name: str, rows: Tensor, labels: Tensor | None, **agreed: bool) -> Shard:
+    check_rows(name, rows, may_be_empty=True)
+    if labels is not None:
+        as_ids("labels" if name == "embeddings" else "ref_labels", labels, rows)
+    shard = open_shard(
+        group, f"{name} of {type(loss).__name__}", rows, "auto", temperature=loss.temperature,
+        labels=None if labels is None else labels.dtype, **agreed,
+    )  # fmt: skip
+    assert shard is not None
+    return shard
+
+
+def _rows(x: Tensor, shard: Shard) -> Tensor:
+    """The rows of all ranks in their order. This rank's have a gradient, as often as there are ranks: each forms the
+    whole loss, and the gradient of its own rows alone, of which DDP takes the mean."""
+    parts = list(shard.gather(x.detach()).split(shard.rows))
+    parts[shard.rank] = scale_gradient(x, torch.tensor(len(parts)))
+    return torch.cat(parts)
+
+
+def _own_first(shard: Shard, device: torch.device) -> Tensor:
+    """Where rows are in the order of the ranks, this rank's first and then those of the others."""
+    parts = list(torch.arange(shard.n_rows, device=device).split(shard.rows))
+    return torch.cat((parts.pop(shard.rank), *parts))
+
+
+@wire.eager
+def _joined(a: Tensor, b: Tensor, shard: Shard) -> tuple[Tensor, Tensor]:
+    """The pairs of all ranks, of which each has its own number."""
+    numbers = wire.gather_numbers(shard.group, torch.tensor(len(a), device=a.device)).tolist()
+    return wire.all_gather(shard.group, a, numbers), wire.all_gather(shard.group, b, numbers)
+
+
+def _labels_of_all_ranks(loss: PairLoss, embeddings: Tensor, labels: Tensor | None, group: ProcessGroup) -> Tensor:
+    check_rows("embeddings", embeddings, may_be_empty=True)
+    if labels is None:
+        raise ValueError("labels must be given in a process group, got None")
+    ids = as_ids("labels", labels, embeddings)
+    shard = open_shard(group, type(loss).__name__, embeddings, "auto")
+    assert shard is not None
+    matches = group_counts(ids, shard)
+    n_positives, n_negatives = batch_sum(matches - 1, shard), batch_sum(shard.n_rows - matches, shard)
+    terms = partial(sup_con, embeddings, ids, loss.temperature, normalize=loss.normalize, group=group)
+    if isinstance(loss, SupConLoss):
+        mean = terms()
+    else:
+        mean = batch_sum((matches - 1) * terms(form="pairs", reduction="none"), shard) / n_positives.clamp_min(1)
+    return unless_few(mean, n_positives, n_negatives)

@@ -1,0 +1,173 @@
+"""pytorch-metric-learning's `losses.CrossBatchMemory`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ...modules.base import TypedModule
+from ...validation import check_features, check_rows
+from ..pairs import IndicesTuple, checked_pairs, pairs_of_ids
+from ..shared import as_ids
+from .losses import NTXentLoss, SupConLoss, check_loss
+
+__all__ = ["CrossBatchMemory"]
+
+
+class CrossBatchMemory(TypedModule):
+    """A loss of this module between a batch and the last rows of past batches, its own among them, which come first.
+
+    Wang et al., "Cross-Batch Memory for Embedding Learning", 2020. A row is no positive of its own copy in the memory.
+    No gradient reaches the memory.
+
+    Args:
+        loss: `NTXentLoss` or `SupConLoss` of this module.
+        embedding_size: features of a row.
+        memory_size: rows held.
+        miner: of the library, called with embeddings, labels, and those in the memory; its pairs or triplets are then
+            what is compared. None compares all.
+        collect_stats: for the library's signature; not supported.
+
+    Its call takes embeddings (M, D), of at most `memory_size` rows, and labels (M,). `indices_tuple` are pairs or
+    triplets beside the miner's or all, whose positives and negatives are places in the memory. `enqueue_mask` (M,),
+    bool, says which rows go into the memory; the others are then the anchors.
+
+    Labels: O((M + memory_size) D) memory; with `indices_tuple` and no miner all pairs are listed, as the library does.
+    The `state_dict` is the library's, rows and labels alone: a restored memory begins empty.
+
+    Example:
+        >>> import torch
+        >>> loss = CrossBatchMemory(NTXentLoss(temperature=1.0), embedding_size=4, memory_size=8)
+        >>> loss(torch.eye(4), torch.arange(4)), loss(torch.eye(4), torch.arange(4))  # no positive yet; two views
+        (tensor(0.), tensor(1.1654))
+    """
+
+    embedding_memory: Tensor
+    label_memory: Tensor
+
+    def __init__(
+        self,
+        loss: NTXentLoss | SupConLoss,
+        embedding_size: int,
+        memory_size: int = 1024,
+        miner: Callable[..., IndicesTuple] | None = None,
+        **kwargs: bool | None,
+    ):
+        super().__init__()
+        check_loss(loss)
+        for name, size in (("embedding_size", embedding_size), ("memory_size", memory_size)):
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} must be an int of at least 1, got {size!r}")
+        if kwargs.pop("collect_stats", None):
+            raise ValueError("collect_stats of CrossBatchMemory must be None or False: no distances are held")
+        if kwargs:
+            raise TypeError(f"CrossBatchMemory got an unexpected keyword argument {next(iter(kwargs))!r}")
+        self.loss = loss
+        self.miner = miner
+        self.embedding_size = embedding_size
+        self.memory_size = memory_size
+        self.reset_queue()
+
+    def reset_queue(self) -> None:
+        """Forget all rows."""
+        self.register_buffer("embedding_memory", torch.zeros(self.memory_size, self.embedding_size))
+        self.register_buffer("label_memory", torch.zeros(self.memory_size, dtype=torch.int64))
+        self.has_been_filled = False
+        self.queue_idx = 0
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        indices_tuple: IndicesTuple | None = None,
+        enqueue_mask: Tensor | None = None,
+    ) -> Tensor:
+        self._check(embeddings, labels, indices_tuple, enqueue_mask)
+        labels = labels.to(embeddings.device)
+        if enqueue_mask is None:
+            self.add_to_memory(embeddings, labels)
+            own: Tensor | None = self.curr_batch_idx
+        else:
+            enqueue_mask = enqueue_mask.to(embeddings.device)
+            self.add_to_memory(embeddings[enqueue_mask], labels[enqueue_mask])
+            embeddings, labels, own = embeddings[~enqueue_mask], labels[~enqueue_mask], None
+        held = self.memory_size if self.has_been_filled else self.queue_idx
+        # Copies: the backward needs these rows, and the memory moves on before it.
+        refs, ref_labels = self.embedding_memory[:held].clone(), self.label_memory[:held].clone()
+        if self.miner is not None or indices_tuple is not None:
+            pairs = self._pairs(embeddings, labels, refs, ref_labels, own, indices_tuple)
+            return self.loss(embeddings, labels, pairs, refs, ref_labels)
+        if own is not None:  # in front: reference i is row i
+            others = torch.ones(held, dtype=torch.bool, device=refs.device).index_fill(0, own, False)
+            refs = torch.cat((refs[own], refs[others]))
+            ref_labels = torch.cat((ref_labels[own], ref_labels[others]))
+        return self.loss.compare(embeddings, labels, None, refs, ref_labels, own is not None)
+
+    @torch.no_grad()
+    def add_to_memory(self, embeddings: Tensor, labels: Tensor, batch_size: int | None = None) -> None:
+        """Take rows in, in place of the oldest; `curr_batch_idx` are then their places. `batch_size` is for the
+        library's signature."""
+        self.embedding_memory = self.embedding_memory.to(embeddings)
+        self.label_memory = self.label_memory.to(labels)
+        last = self.queue_idx + len(embeddings)
+        self.curr_batch_idx = torch.arange(self.queue_idx, last, device=labels.device) % self.memory_size
+        self.embedding_memory[self.curr_batch_idx] = embeddings
+        self.label_memory[self.curr_batch_idx] = labels
+        self.has_been_filled = self.has_been_filled or last >= self.memory_size
+        self.queue_idx = last % self.memory_size
+
+    def _pairs(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        refs: Tensor,
+        ref_labels: Tensor,
+        own: Tensor | None,
+        given: IndicesTuple | None,
+    ) -> IndicesTuple:
+        """The miner's pairs or triplets, or all pairs, less those of a row with itself, and what is given."""
+        sizes = len(embeddings), len(refs), embeddings.device
+        pairs: IndicesTuple
+        if self.miner is not None:
+            pairs = self.miner(embeddings, labels, refs, ref_labels)
+        else:
+            a1, p = pairs_of_ids(as_ids("labels", labels, embeddings), as_ids("labels", ref_labels, refs), False)
+            a2, n = torch.where(labels[:, None] != ref_labels)
+            pairs = (a1, p, a2, n)
+        a1, p, a2, n = checked_pairs(pairs, *sizes)
+        if own is not None:
+            kept = own[a1] != p
+            a1, p = a1[kept], p[kept]
+            if len(pairs) == 3:
+                a2, n = a2[kept], n[kept]
+        if given is None:
+            return a1, p, a2, n
+        more = checked_pairs(given, *sizes)
+        if len(pairs) == 3 and len(given) == 4:  # as triplets: each positive pair with each negative pair of its anchor
+            positive, negative = torch.where(more[0][:, None] == more[2])
+            more = more[0][positive], more[1][positive], more[2][negative], more[3][negative]
+        return tuple(torch.cat(both) for both in zip((a1, p, a2, n), more, strict=True))  # type: ignore[return-value]
+
+    def _check(
+        self, embeddings: Tensor, labels: Tensor, indices_tuple: IndicesTuple | None, enqueue_mask: Tensor | None
+    ) -> None:
+        check_rows("embeddings", embeddings, may_be_empty=True)
+        check_features("embeddings", embeddings, "the memory's rows", self.embedding_memory)
+        as_ids("labels", labels, embeddings)
+        taken = len(embeddings)
+        if enqueue_mask is not None:
+            if indices_tuple is not None:
+                raise ValueError("indices_tuple and enqueue_mask must not both be given")
+            if enqueue_mask.dtype != torch.bool or enqueue_mask.shape != labels.shape:
+                raise ValueError(
+                    f"enqueue_mask must be bool of shape {tuple(labels.shape)}, got {enqueue_mask.dtype} of shape "
+                    f"{tuple(enqueue_mask.shape)}"
+                )
+            taken = int(enqueue_mask.sum())
+        if taken > self.memory_size:
+            raise ValueError(f"the memory of {self.memory_size} rows cannot take {taken} in one call")
+
+    def extra_repr(self) -> str:
+        return f"embedding_size={self.embedding_size}, memory_size={self.memory_size}"
