@@ -13,11 +13,11 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import distributed, ops
-from .backends.base import accumulation_dtype, norm_eps, row_dots
+from .backends.base import accumulation_dtype, row_dots
+from .backends.base import unit_rows as unit_rows
 from .distributed import Shard
 from .ops.groups import counts_of_groups, group_sums
 from .validation import check_temperature, extremes
@@ -69,12 +69,6 @@ def number(value: float | Tensor, rows: Tensor) -> Tensor:
     if isinstance(value, Tensor) or torch.compiler.is_compiling():
         return torch.ones((), dtype=dtype, device="cpu") * value
     return torch.scalar_tensor(value, dtype=dtype, device="cpu")
-
-
-def unit_rows(z: Tensor, normalize: bool = True) -> Tensor:
-    """Rows (the last dimension) in the accumulation dtype, divided by max(|z|, eps) if asked."""
-    u = z.to(accumulation_dtype(z.dtype))
-    return F.normalize(u, dim=-1, eps=norm_eps(z.dtype)) if normalize else u
 
 
 def nt_xent_rows(
@@ -247,11 +241,11 @@ def reduce(losses: Tensor, reduction: str, counted: Tensor | None = None, shard:
         return losses
     if reduction == "sum":
         return batch_sum(losses, shard)
-    total = batch_sum(in_double(losses), shard)  # which may overflow float32 where the mean does not
+    wide = in_double(losses)  # their sum may overflow float32 where the mean does not
     if counted is not None:
-        mean = total / batch_sum(counted, shard).clamp_min(1)
+        mean = batch_sum(wide, shard) / batch_sum(counted, shard).clamp_min(1)
     else:
-        mean = total / (len(losses) if shard is None else shard.n_rows)
+        mean = batch_sum(wide, shard) / shard.n_rows if shard else wide.mean()
     return mean.to(losses.dtype)
 
 

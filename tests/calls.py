@@ -3,7 +3,6 @@ compilation, export, tracing, transforms."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -255,6 +254,7 @@ CALLS: dict[str, Call] = {
 NO_CALLS = {
     *("BackendStatus", "Classification", "CrossNegLse", "NTXentTerms", "Retrieval", "Sharding", "backends"),
     "NegativeQueue",  # QueueInfoNCELoss has one
+    "pytorch_metric_learning.CrossBatchMemory",  # asks the device how many of its rows are held
     "cached_backward",  # runs an encoder and a backward
     *("simclr.ContrastiveLoss", "torchmultimodal.ContrastiveLossOutput"),
     *("torchmultimodal.BackpropType", "torchmultimodal.DEFAULT_LOGIT_SCALE"),
@@ -262,13 +262,8 @@ NO_CALLS = {
 
 
 def public_names() -> set[str]:
-    drop_ins = {
-        f"{path.stem}.{name}"
-        for path in importlib.resources.files("fastntxent.compat").iterdir()
-        if path.suffix == ".py"
-        for name in getattr(importlib.import_module(f"fastntxent.compat.{path.stem}"), "__all__", ())
-    }
-    return set(fx.__all__) | drop_ins
+    modules = {name: getattr(fx.compat, name) for name in fx.compat.__all__}
+    return set(fx.__all__) | {f"{name}.{public}" for name, module in modules.items() for public in module.__all__}
 
 
 def outputs(result: Any) -> list[Tensor]:

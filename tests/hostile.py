@@ -52,6 +52,7 @@ def valid_arguments(name: str, backend: str, dtype: torch.dtype = torch.float32)
         "nu": numbers(2 * N), "normalize": True, "mean": True, "same": False, "needs_u": True, "needs_v": True,
         "backend": backend, "a": torch.arange(30) % (2 * N), "b": torch.arange(30) % 7, "d_dots": numbers(30),
         "mask": torch.rand(6, N, generator=generator) > 0.5, "x": rows(N), "d_out": numbers(6, D),
+        "queries": rows(9), "corpus": v, "k": 5,
     }  # fmt: skip
     known["rows_neg_lse"], known["cols_neg_lse"] = ops.cross_neg_lse(u, v, ids, v_ids, k, "blocked")
     known["lse"] = ops.positive_lse(u, v, ids, v_ids, k, False, "blocked")

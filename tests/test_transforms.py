@@ -14,7 +14,6 @@ N_SLICES = 3
 STATEFUL = {"QueueInfoNCELoss", "lightly.NTXentLoss bank"}
 # Sizes or branches that depend on batched values: PyTorch's vmap says so.
 DATA_DEPENDENT = {
-    "retrieve",
     "pytorch_metric_learning.NTXentLoss pairs",
     "pytorch_metric_learning.SupConLoss pairs",
     "torchmultimodal.contrastive_loss_with_temperature mask",

@@ -40,6 +40,12 @@ def norm_eps(dtype: torch.dtype) -> float:
     return torch.finfo(torch.float16).tiny if dtype == torch.float16 else NORM_EPS
 
 
+def unit_rows(z: Tensor, normalize: bool = True) -> Tensor:
+    """Rows (the last dimension) in the accumulation dtype, divided by max(|z|, eps) if asked."""
+    u = z.to(accumulation_dtype(z.dtype))
+    return F.normalize(u, dim=-1, eps=norm_eps(z.dtype)) if normalize else u
+
+
 def row_dots(a: Tensor, b: Tensor) -> Tensor:
     """a_i . b_i for every row: (M, D), (M, D) -> (M,)."""
     return (a * b).sum(dim=1)

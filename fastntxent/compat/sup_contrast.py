@@ -123,8 +123,10 @@ def _mean(
 
 def _ids(labels: Tensor, rows: Tensor) -> Tensor:
     check_dense("labels", labels)
-    if labels.numel() != len(rows):
-        raise ValueError(f"labels must have shape ({len(rows)},) or ({len(rows)}, 1), got {tuple(labels.shape)}")
+    if labels.numel() != rows.shape[0]:
+        raise ValueError(
+            f"labels must have shape ({rows.shape[0]},) or ({rows.shape[0]}, 1), got {tuple(labels.shape)}"
+        )
     return as_ids("labels", labels.reshape(-1), rows)
 
 

@@ -93,6 +93,7 @@ _CALLS = {
         "pair_dots_backward": f"d_dots: sums P, {_PAIRS}",
         "mask_product": "mask: mask B C, x: full C D",
         "mask_product_backward": "d_out: grad B D, mask: mask B C, x: full C D",
+        "nearest": "queries: rows Q D, corpus: rows K D",
         "positive_ranks": "u: full 2N D",
     }.items()
 }

@@ -28,7 +28,7 @@ def sums_of_groups(u: Tensor, ids: Tensor, of: Tensor) -> Tensor:
     ids = ids.contiguous()
     in_order = ids.sort().values
     place = torch.searchsorted(in_order, ids)
-    wanted = place if of is ids else torch.searchsorted(in_order, of.contiguous()).clamp_max(len(ids) - 1)
+    wanted = place if of is ids else torch.searchsorted(in_order, of.contiguous()).clamp_max(ids.shape[0] - 1)
     if u.device.type == "cpu":
         sums = torch.zeros_like(u).index_add(0, place, u).index_select(0, wanted)
     else:

@@ -1,0 +1,95 @@
+"""Nearest neighbours, a tile of similarities at a time; an operator, so that a graph is the same for any number of
+tiles."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backends.base import accumulation_dtype, unit_rows
+from .contract import checked
+from .register import autocast_off, register
+
+_TILE_BYTES = 2**25  # similarities held at once, in bytes
+_QUERIES = 1024  # at most so many rows of a tile
+_COLUMNS = 8192  # and so many columns, or where that is more so many times k: then most of the time goes to
+_COLUMNS_PER_K = 256  # one search for the largest of a tile, and not to merging those of many
+_TIED = 2**18  # similarities of rows with a tie that are looked through again at once
+
+
+def _forward(queries: Tensor, corpus: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    queries, corpus = checked("nearest", queries, corpus)
+    if not 1 <= k <= len(corpus):
+        raise ValueError(f"k must be in [1, {len(corpus)}], the rows of corpus, got {k}")
+    Q, dtype = len(queries), accumulation_dtype(queries.dtype)
+    height, width = _tile_shape(len(corpus), k, dtype.itemsize)
+    scores, indices = queries.new_empty(Q, k, dtype=dtype), queries.new_empty(Q, k, dtype=torch.int64)
+    buffer = queries.new_empty(min(height, Q) * width, dtype=dtype)
+    first = 0
+    with autocast_off(queries):
+        for rows in corpus.split(width):
+            _merge_columns(scores, indices, queries, unit_rows(rows), first, height, buffer)
+            first += len(rows)
+    return scores, indices
+
+
+def _fake(queries: Tensor, corpus: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    scores = queries.new_empty((queries.shape[0], k), dtype=accumulation_dtype(queries.dtype))
+    return scores, scores.new_empty(scores.shape, dtype=torch.int64)
+
+
+nearest = register("nearest(Tensor queries, Tensor corpus, SymInt k) -> (Tensor, Tensor)", _forward, _fake)
+
+
+def _merge_columns(
+    found: Tensor, found_indices: Tensor, queries: Tensor, v: Tensor, first: int, height: int, buffer: Tensor
+) -> None:
+    """Merge the best of the unit rows v, whose indices begin at `first`, into those found so far, in place."""
+    k = found.shape[1]
+    for rows, scores, indices in zip(*(x.split(height) for x in (queries, found, found_indices)), strict=True):
+        u = unit_rows(rows)
+        sims = torch.mm(u, v.T, out=buffer[: len(u) * len(v)].view(len(u), len(v)))
+        # NaN is neither more nor less than a number: it comes last.
+        best, columns = _largest(sims.nan_to_num_(nan=-torch.inf), min(k, len(v)))
+        if first:
+            # The sort is stable, and the earlier columns come first: equal scores keep the order of their indices.
+            best, order = torch.cat((scores, best), dim=1).sort(dim=1, descending=True, stable=True)
+            columns = torch.cat((indices, columns + first), dim=1).gather(1, order)
+        scores.copy_(best[:, :k])
+        indices.copy_(columns[:, :k])
+
+
+def _tile_shape(n_columns: int, k: int, itemsize: int) -> tuple[int, int]:
+    """Return the queries and columns of a tile; the first tile has at least k columns."""
+    width = min(n_columns, max(_COLUMNS, _COLUMNS_PER_K * k))
+    per_query = width + 16 * k  # a merge holds a dozen numbers for each of the k
+    return max(1, min(_QUERIES, _TILE_BYTES // itemsize // per_query)), width
+
+
+def _largest(sims: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the k largest of each row and their columns: largest first, and of equal ones the lower column first."""
+    if k == 1:
+        columns = sims.argmax(dim=1, keepdim=True)  # the first of the largest
+        return sims.gather(1, columns), columns
+    width = sims.shape[1]
+    best, columns = sims.topk(min(k + 1, width), dim=1)
+    if k < width:  # topk takes any of those that tie for the last place
+        tied = best[:, k - 1] == best[:, k]
+        best, columns = best[:, :k], columns[:, :k]
+        for rows in tied.nonzero().squeeze(1).split(max(1, _TIED // width)):
+            columns[rows] = _lowest_of_the_last(sims[rows], best[rows], columns[rows])
+    # Order equal scores by column. Without ties the keys are sorted already, which makes the sort quick.
+    level = F.pad(best[:, 1:] != best[:, :-1], (1, 0)).cumsum(dim=1) * width
+    columns = (level + columns).sort(dim=1).values - level
+    return sims.gather(1, columns), columns
+
+
+def _lowest_of_the_last(sims: Tensor, best: Tensor, columns: Tensor) -> Tensor:
+    """Return the columns of the k largest, the lowest possible ones for those that equal the k-th largest."""
+    last, k, width = best[:, -1:], best.shape[1], sims.shape[1]
+    from_the_end = torch.arange(width, 0, -1, dtype=torch.int32, device=sims.device)
+    lowest = torch.where(sims == last, from_the_end, 0).topk(k, dim=1).indices
+    above = best > last
+    place = torch.arange(k, device=sims.device) - above.sum(dim=1, keepdim=True)
+    return torch.where(above, columns, lowest.gather(1, place.clamp_min(0)))
