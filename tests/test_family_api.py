@@ -347,6 +347,7 @@ BAD_CALLS = {
         "label_smoothing and hardness_strength cannot both",
     ),
     "clip shapes": (lambda: clip(Z, W[:3]), ValueError, "image_features and text_features must have the same shape"),
+    "clip both scales": (lambda: clip(Z, W, 0.5, logit_scale=10.0), ValueError, "temperature and logit_scale must not"),
     "clip scale": (lambda: clip(Z, W, logit_scale=-1.0), ValueError, "logit_scale must be positive"),
     "clip bias": (lambda: clip(Z, W, logit_bias="0"), TypeError, "logit_bias must be a float or .*, got str"),
     "clip backend": (lambda: clip(Z, W, backend="tpu"), ValueError, "backend must be"),

@@ -66,7 +66,8 @@ def info_nce(
         negatives: explicit negatives: (K, D), shared by all queries, or (N, K, D), each query's own. None: the other
             samples' keys.
         in_batch_negatives: whether the other samples' keys are negatives. By default, only without explicit ones.
-        ids: (N,) integers: keys of the same id are no negatives of each other's queries.
+        ids: (N,) integers: keys of the same id are no negatives of each other's queries. Explicit
+            negatives have none.
         label_smoothing: as in `nt_xent`.
         hardness_mode, hardness_strength: add hardness_strength times the similarity, through which no gradient goes, to
             the logits of the negatives: "in_batch_negatives", "hard_negatives" (the explicit ones) or "all_negatives".

@@ -44,7 +44,7 @@ class CLIPDirections(NamedTuple):
 def clip(
     image_features: Tensor,
     text_features: Tensor,
-    temperature: float | Tensor = 0.07,
+    temperature: float | Tensor | None = None,
     *,
     logit_scale: float | Tensor | None = None,
     logit_bias: float | Tensor | None = None,
@@ -66,9 +66,9 @@ def clip(
 
     Args:
         image_features, text_features: (N, D); row n of both belongs together.
-        temperature: as in `nt_xent`.
+        temperature: as in `nt_xent`; 0.07 where neither it nor a logit_scale is given.
         logit_scale: 1 / temperature, in its place: a positive float or a 0-d tensor, as `log_scale.exp()` of a learnt
-            parameter. The temperature is not looked at then.
+            parameter.
         logit_bias: added to every logit, where the softmax cancels it: the loss does not change, and the bias gets a
             gradient of exactly zero. (SigLIP's sigmoid loss is the one that has use for it.)
         ids: (N,) integers: samples of the same id are no negatives of each other.
@@ -99,14 +99,19 @@ def clip(
     check_in_range("label_smoothing", label_smoothing, 0, 1, with_low=True, with_high=False)
     if ids is not None:
         check_ids("ids", ids, "image_features", image_features)
+    if logit_scale is None:
+        temperature = 0.07 if temperature is None else temperature
+    elif temperature is not None:
+        raise ValueError("temperature and logit_scale must not both be given: one is the inverse of the other")
     shard = open_shard(
-        group, "clip", image_features, backend, temperature=temperature if logit_scale is None else None,
-        logit_scale=logit_scale, ids_given=ids is not None, label_smoothing=label_smoothing, reduction=reduction,
+        group, "clip", image_features, backend, temperature=temperature, logit_scale=logit_scale,
+        ids_given=ids is not None, label_smoothing=label_smoothing, reduction=reduction,
         normalize=normalize, text_requires_grad=text_features.requires_grad,
     )  # fmt: skip
-    if logit_scale is None:
+    if temperature is not None:
         scale = inverse_temperature(temperature, image_features, shard=shard)
     else:
+        assert logit_scale is not None
         check_temperature(logit_scale, image_features, name="logit_scale")
         scale = factor(logit_scale, image_features, shard)
         check_temperature(scale, name=f"logit_scale in {scale.dtype}")
