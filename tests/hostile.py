@@ -141,7 +141,8 @@ class Campaign:
             if "defect" in str(error) or not any(each in str(error) for each in told):
                 self.faults.append(f"{label}: names nothing: {type(error).__name__}: {str(error)[:150]}")
             return
-        if "backend" not in arguments or self.backend == "blocked" or " huge" in label or " infinite" in label:
+        far_away = any(f" {value} " in label for value in ("huge", "infinite", "negative"))  # as exponents: overflow
+        if "backend" not in arguments or self.backend == "blocked" or far_away:
             return
         tolerance = 2e-2 if "bfloat16" in label else 1e-3
         expected = operator(*{**arguments, "backend": "blocked"}.values())

@@ -18,7 +18,7 @@ from ..distributed import Shard, log_sum_exp, open_shard
 from ..losses import dcl, nt_xent
 from ..modules.base import TypedModule
 from ..ops import copy_now
-from ..validation import check_features, check_number, check_rows, check_same
+from ..validation import check_features, check_number, check_rows, check_same, extremes
 from .shared import as_scalar, default_group
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ class NTXentLoss(TypedModule):
         self.gather_distributed = gather_distributed
         if not isinstance(temperature, Tensor):
             check_number("temperature", temperature, "a float or a 0-d tensor")
-        if _is_readable(as_scalar(temperature)) and -1e-8 < temperature < 1e-8:
+        value = _value(as_scalar(temperature))
+        if value is not None and -1e-8 < value < 1e-8:
             raise ValueError(f"temperature must not be within 1e-8 of zero, got {temperature}")
         _check_distributed(gather_distributed)
 
@@ -278,15 +279,17 @@ def _rows_of_all_ranks(rows: Tensor) -> Tensor:
     return shard.gather(rows) if shard else rows
 
 
-def _is_readable(temperature: float | Tensor) -> bool:
-    """A number, or a 0-d tensor that the host may look at: not an accelerator's, nor one of compiled code."""
+def _value(temperature: float | Tensor) -> float | None:
+    """The temperature, or None where the host cannot read it: on an accelerator, or in traced code."""
     if not isinstance(temperature, Tensor):
-        return True
-    return temperature.is_cpu and temperature.ndim == 0 and not torch.compiler.is_compiling()
+        return temperature
+    limits = extremes(temperature) if temperature.ndim == 0 else None
+    return None if limits is None else limits[0]
 
 
 def _is_negative(temperature: float | Tensor) -> bool:
-    return _is_readable(temperature) and bool(temperature < 0)
+    value = _value(temperature)
+    return value is not None and value < 0
 
 
 def _logits(u0: Tensor, u1: Tensor, temperature: float | Tensor, shard: Shard | None) -> tuple[Tensor, Tensor]:
