@@ -7,6 +7,8 @@ PyTorch's: `torch.set_num_threads` holds here too.
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 
@@ -54,6 +56,7 @@ class CpuBackend(NativeBackend):
             weight,
             address(d_inv_tau),
             WORKSPACE,
+            threading.get_ident() == threading.main_thread().ident,
         )
 
     def groups(self, *ids: Tensor) -> list[Tensor]:
