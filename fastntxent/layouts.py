@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .validation import check_rows
+from .validation import check_rows, check_tensor
 
 LAYOUTS = ("concatenated", "interleaved")
 
@@ -32,7 +32,8 @@ def split_views(z: Tensor, layout: str = "concatenated") -> tuple[Tensor, Tensor
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}")
-    if isinstance(z, Tensor) and z.ndim == 3:
+    check_tensor("z", z)
+    if z.ndim == 3:
         if z.shape[1] != 2:
             raise ValueError(f"z must have shape (2N, D) or (N, 2, D), got {tuple(z.shape)}")
         z, layout = z.flatten(0, 1), "interleaved"

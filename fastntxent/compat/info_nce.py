@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .. import losses
-from ..validation import check_choice
+from ..validation import check_choice, check_rows, check_same, check_tensor
 
 __all__ = ["InfoNCE", "info_nce"]
 
@@ -67,7 +67,11 @@ def info_nce(
         tensor(0.7437)
     """
     check_choice("negative_mode", negative_mode, NEGATIVE_MODES)
+    check_rows("query", query)
+    check_rows("positive_key", positive_key)
+    check_same("query", query, "positive_key", positive_key, "shape", "dtype", "device")
     if negative_keys is not None:
+        check_tensor("negative_keys", negative_keys)
         expected = 2 if negative_mode == "unpaired" else 3
         if negative_keys.ndim != expected:
             raise ValueError(

@@ -14,7 +14,7 @@ from ..common import batch_sum, group_counts, inverse_temperature, unit_rows
 from ..distributed import open_shard
 from ..losses import info_nce, nt_xent, sup_con
 from ..ops.groups import counts_of_groups, group_sums
-from ..validation import check_features, check_rows, check_same, check_temperature
+from ..validation import check_features, check_rows, check_same, check_temperature, check_tensor
 from .pairs import IndicesTuple, checked_pairs, lse_by_anchor, pair_dots, sum_by_anchor
 from .shared import as_ids, default_group
 
@@ -43,8 +43,7 @@ class _PairLoss(nn.Module):
         embedding_reg_weight: float = 1,
     ):
         super().__init__()
-        check_temperature(temperature)
-        self.temperature = temperature
+        self.temperature = check_temperature(temperature)
         self.normalize = _check_distance(distance)
         name = type(self).__name__
         if reducer is not None and type(reducer).__name__ != self._reducer:
@@ -64,6 +63,7 @@ class _PairLoss(nn.Module):
     ) -> Tensor:
         if labels is None and indices_tuple is None:
             raise ValueError("labels and indices_tuple must not both be None")
+        check_tensor("embeddings", embeddings)
         if len(embeddings) == 0:
             return embeddings.sum() * 0
         check_rows("embeddings", embeddings)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..ops import autocast_off
-from ..validation import ID_DTYPES
+from ..validation import ID_DTYPES, check_tensor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -45,10 +45,11 @@ def world_size() -> int:
 
 def as_ids(name: str, labels: Tensor, rows: Tensor) -> Tensor:
     """Labels of any dtype as ids on the rows' device: the same where the labels are."""
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(labels).__name__}")
+    check_tensor(name, labels)
     if labels.shape != rows.shape[:1]:
         raise ValueError(f"{name} must have shape ({rows.shape[0]},), one per row, got {tuple(labels.shape)}")
+    if labels.is_complex() or (labels.is_meta and not rows.is_meta):
+        raise TypeError(f"{name} must hold real numbers, got {labels.dtype} on {labels.device}")
     labels = labels.to(rows.device)
     if labels.is_floating_point():  # their bits are the same ids on every rank, which numbering them would not give
         return (labels.double() + 0.0).view(torch.int64)  # -0.0 is 0.0
@@ -57,7 +58,9 @@ def as_ids(name: str, labels: Tensor, rows: Tensor) -> Tensor:
 
 def as_scalar(value: float | Tensor) -> float | Tensor:
     """A tensor of one element, of any shape, as a 0-d tensor."""
-    return value.reshape(()) if isinstance(value, Tensor) and value.numel() == 1 else value
+    if isinstance(value, Tensor) and value.layout == torch.strided and value.numel() == 1:
+        return value.reshape(())
+    return value
 
 
 class Logits:

@@ -10,7 +10,7 @@ from ..common import inverse_temperature, unit_rows
 from ..losses import nt_xent, sup_con
 from ..ops.groups import group_sums
 from ..primitives import cross_neg_lse, neg_lse
-from ..validation import check_choice, check_rows
+from ..validation import check_choice, check_rows, check_tensor
 from .pairs import mask_product
 from .shared import as_ids
 
@@ -53,6 +53,7 @@ class SupConLoss(nn.Module):
         self.base_temperature = base_temperature
 
     def forward(self, features: Tensor, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        check_tensor("features", features)
         if features.ndim < 3:
             raise ValueError(f"features must have shape (B, V, ...), got {tuple(features.shape)}")
         if labels is not None and mask is not None:
@@ -64,11 +65,15 @@ class SupConLoss(nn.Module):
         scale = self.temperature / self.base_temperature
         V, B, _ = views.shape
         if mask is not None:
-            _check_mask(mask, B)
+            _check_mask(mask, rows, B)
             return scale * _masked(views, mask.to(rows.device), self.temperature, self.contrast_mode)
         if labels is None and self.contrast_mode == "all" and V == 2:
             return scale * nt_xent(views[0], views[1], self.temperature, normalize=False)
-        ids = torch.arange(B, device=rows.device) if labels is None else as_ids("labels", labels.reshape(-1), rows[:B])
+        if labels is None:
+            ids = torch.arange(B, device=rows.device)
+        else:
+            check_tensor("labels", labels)
+            ids = as_ids("labels", labels.reshape(-1), rows[:B])
         if self.contrast_mode == "all":
             losses = sup_con(rows, ids.repeat(V), self.temperature, reduction="sum", normalize=False)
             return scale * losses / (V * B)
@@ -110,6 +115,9 @@ def _mean(views: Tensor, contrast_mode: str, temperature: float, sums: Tensor, w
     return ((weights * nu - logits) / torch.where(weights < 1e-6, 1, weights)).mean()
 
 
-def _check_mask(mask: Tensor, n_samples: int) -> None:
+def _check_mask(mask: Tensor, rows: Tensor, n_samples: int) -> None:
+    check_tensor("mask", mask)
+    if mask.is_complex() or (mask.is_meta and not rows.is_meta):
+        raise TypeError(f"mask must hold real numbers or bool, got {mask.dtype} on {mask.device}")
     if mask.shape != (n_samples, n_samples):
         raise ValueError(f"mask must have shape ({n_samples}, {n_samples}), got {tuple(mask.shape)}")

@@ -11,7 +11,7 @@ from ..backends import check_name as check_backend
 from ..backends.base import accumulation_dtype
 from ..common import inverse_temperature, log_add, nt_xent_rows, reduce
 from ..distributed import Group, open_shard
-from ..validation import check_in_range, check_reduction, check_views
+from ..validation import check_in_range, check_reduction, check_temperature, check_views
 
 
 def rince(
@@ -54,11 +54,13 @@ def rince(
     check_views(z_i, z_j, may_be_empty=group is not None)
     check_reduction(reduction)
     check_backend(backend)
-    check_in_range("q", q, 0, 1, with_low=False, with_high=True)
-    check_in_range("lam", lam, 0, 1, with_low=False, with_high=False)
+    q = check_in_range("q", q, 0, 1, with_low=False, with_high=True)
+    lam = check_in_range("lam", lam, 0, 1, with_low=False, with_high=False)
     largest = math.log(torch.finfo(accumulation_dtype(z_i.dtype)).max)
-    if isinstance(temperature, float) and temperature > 0 and q / temperature >= largest:
-        raise ValueError(f"q / temperature must be below {largest:.0f}, where exp ends, got {q} / {temperature}")
+    if not isinstance(temperature, Tensor):
+        temperature = check_temperature(temperature)
+        if q / temperature >= largest:
+            raise ValueError(f"q / temperature must be below {largest:.0f}, where exp ends, got {q} / {temperature}")
     shard = open_shard(
         group, "rince", z_i, backend, views=2, temperature=temperature, q=q, lam=lam, reduction=reduction,
         normalize=normalize,
