@@ -1,5 +1,8 @@
 """NT-Xent (SimCLR) and its family, without ever holding the 2N x 2N similarity matrix."""
 
+from importlib import import_module
+from types import ModuleType
+
 from .backends import BackendStatus, backends
 from .caching import cached_backward
 from .distributed import Sharding
@@ -85,3 +88,10 @@ __all__ = [
     "uniformity",
     "zero_shot_classify",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """`fastntxent.compat`, which is imported when it is first asked for."""
+    if name != "compat":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return import_module(".compat", __name__)

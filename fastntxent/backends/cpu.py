@@ -12,7 +12,13 @@ import threading
 import torch
 from torch import Tensor
 
-import fastntxent._cpu as _cpu  # type: ignore[import-not-found]  # by its full name: the package is still loading
+try:
+    import fastntxent._cpu as _cpu  # type: ignore[import-not-found]  # by its full name: the package is still loading
+except ModuleNotFoundError as error:
+    raise RuntimeError(
+        "the CPU kernels were not built: there was no C++17 compiler where fastntxent was installed, or it failed "
+        "(pip install -v shows why)"
+    ) from error
 
 from .base import norm_eps
 from .native import DTYPES, NativeBackend, Side, address
@@ -24,6 +30,10 @@ WORKSPACE = 144 * 2**20
 
 class CpuBackend(NativeBackend):
     """csrc/cpu on CPU tensors."""
+
+    def details(self) -> str:
+        threads = torch.get_num_threads()
+        return f"{_cpu.instruction_set()}, {threads} thread{'s' if threads > 1 else ''}"
 
     def run(
         self,

@@ -21,7 +21,7 @@ from ..common import (
 )
 from ..distributed import Shard, open_shard
 from ..losses.queries import HARDNESS_MODES, hardened_neg_lse
-from ..validation import check_choice, check_number, check_positive, check_rows, check_same
+from ..validation import check_choice, check_rows, check_same
 from .shared import default_group
 
 __all__ = ["MultipleNegativesRankingLoss", "cos_sim", "dot_score"]
@@ -96,8 +96,8 @@ class MultipleNegativesRankingLoss(nn.Module):
         hardness_strength: float = 0.0,
     ):
         super().__init__()
-        scale = check_number("scale", scale)
-        check_positive("scale", scale)
+        if not scale > 0:
+            raise ValueError(f"scale must be positive, got {scale}")
         check_choice("similarity_fct", getattr(similarity_fct, "__name__", similarity_fct), tuple(_NORMALIZES))
         for direction in directions:
             check_choice("directions", direction, DIRECTIONS)
@@ -110,8 +110,7 @@ class MultipleNegativesRankingLoss(nn.Module):
             )
         if hardness_mode is not None:
             check_choice("hardness_mode", hardness_mode, HARDNESS_MODES)
-        hardness_strength = check_number("hardness_strength", hardness_strength)
-        if not hardness_strength >= 0:
+        if hardness_strength < 0:
             raise ValueError(f"hardness_strength must not be negative, got {hardness_strength}")
         self.model = model
         self.scale = scale

@@ -58,9 +58,8 @@ def as_ids(name: str, labels: Tensor, rows: Tensor) -> Tensor:
 
 def as_scalar(value: float | Tensor) -> float | Tensor:
     """A tensor of one element, of any shape, as a 0-d tensor."""
-    if isinstance(value, Tensor) and value.layout == torch.strided and value.numel() == 1:
-        return value.reshape(())
-    return value
+    dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_nested
+    return value.reshape(()) if isinstance(value, Tensor) and dense and value.numel() == 1 else value
 
 
 class Logits:
