@@ -1,8 +1,8 @@
 """The native parts; everything else is in pyproject.toml.
 
 `fastntxent._cpu` is C++17 for GCC or Clang and needs no PyTorch to build. `csrc/cpu/kernels.cpp` is compiled once per
-instruction set, and the machine that runs it chooses. Where it cannot be built, the install goes on without it and
-`fastntxent.backends()` says so.
+instruction set, and the machine that runs it chooses. Where it cannot be built, the install goes on without it:
+`pip install -v` shows why, and `fastntxent.backends()` says so.
 
 `fastntxent._cuda` is built by ninja where there is an nvcc, for every architecture of `CUDA_CODE` that it knows; no GPU
 and no PyTorch has to be there. FASTNTXENT_CUDA=0 leaves it out, FASTNTXENT_CUDA=1 makes a failure an error.
@@ -10,6 +10,7 @@ and no PyTorch has to be there. FASTNTXENT_CUDA=0 leaves it out, FASTNTXENT_CUDA
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import re
@@ -78,7 +79,7 @@ class BuildExt(build_ext):
                 )
             super().build_extension(ext)
         except Exception as error:
-            self.announce(f"fastntxent: no CPU kernels ({error}); plain PyTorch serves instead", level=4)
+            self.announce(f"fastntxent: no CPU kernels ({error}); plain PyTorch serves instead", logging.WARNING)
 
     def build_cuda(self, ext: Extension) -> None:
         """Compile by nvcc what has changed, as much at a time as there are processors, and link it."""
@@ -107,7 +108,7 @@ class BuildExt(build_ext):
         except Exception as error:
             if wanted == "1":
                 raise RuntimeError(f"FASTNTXENT_CUDA=1, but the CUDA kernels cannot be built: {error}") from error
-            self.announce(f"fastntxent: no CUDA kernels ({error})", level=4)
+            self.announce(f"fastntxent: no CUDA kernels ({error})", logging.WARNING)
 
 
 def ninja_file(nvcc: str, flags: list[str], sources: Iterable[Path], objects: Path, target: Path) -> str:

@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from .snapshot import RandomState, Snapshot, signatures
+from .validation import check_integer
 
 # The same chunk on the same state may round differently where a graph is recorded, above all in bfloat16. Another draw
 # of dropout's masks is an order of magnitude beyond this.
@@ -94,6 +95,7 @@ def cached_backward(
         raise TypeError("views must be a sequence of tensors, one per view, got one tensor; pass views.unbind()")
     views = tuple(views)
     _check(encoder, views, chunk_size)
+    chunk_size = list(map(int, chunk_size)) if isinstance(chunk_size, Sequence) else int(chunk_size)
     chunks = [view.detach().split(chunk_size) for view in views]
     devices = {tensor.device for tensor in (*encoder.parameters(), *encoder.buffers(), *views)}
     devices -= {device for device in devices if device.type in ("cpu", "meta")}
@@ -208,10 +210,7 @@ def _check(encoder: nn.Module, views: Sequence[Tensor], chunk_size: int | Sequen
     listed = isinstance(chunk_size, Sequence)
     sizes, least = (chunk_size, 0) if isinstance(chunk_size, Sequence) else ((chunk_size,), 1)
     for size in sizes:
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"chunk_size must be an integer, or several, got {type(size).__name__}")
-        if size < least:
-            raise ValueError(f"chunk_size must be at least {least}, got {size}")
+        check_integer("chunk_size", size, least)
     if len(sizes) == 0:
         raise ValueError("chunk_size must hold the rows of at least one chunk, got none")
     if len(views) == 0:

@@ -27,7 +27,7 @@ def inverse_temperature(
     temperature: float | Tensor, rows: Tensor, *, per_row: int | None = None, shard: Shard | None = None
 ) -> Tensor:
     """1 / temperature in the accumulation dtype: 0-d, or (per_row,) where one temperature per row is taken too."""
-    check_temperature(temperature, rows, per_row=per_row)
+    temperature = check_temperature(temperature, rows, per_row=per_row)
     dtype = accumulation_dtype(rows.dtype)
     if not isinstance(temperature, Tensor):
         _check_invertible(temperature, torch.finfo(dtype).max)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .options import LAYOUTS, Layout
-from .validation import check_choice, check_rows
+from .validation import check_choice, check_rows, check_tensor
 
 
 def split_views(z: Tensor, layout: Layout = "concatenated") -> tuple[Tensor, Tensor]:
@@ -30,7 +30,8 @@ def split_views(z: Tensor, layout: Layout = "concatenated") -> tuple[Tensor, Ten
         (tensor([1., 3.]), tensor([2., 4.]))
     """
     check_choice("layout", layout, LAYOUTS)
-    if isinstance(z, Tensor) and z.ndim == 3:
+    check_tensor("z", z)
+    if z.ndim == 3:
         if z.shape[1] != 2:
             raise ValueError(f"z must have shape (2N, D) or (N, 2, D), got {tuple(z.shape)}")
         z, layout = z.flatten(0, 1), "interleaved"

@@ -65,7 +65,7 @@ def uniformity(z: Tensor, t: float = 2.0, *, backend: BackendName = "auto") -> T
         tensor(-4.)
     """
     check_rows("z", z)
-    check_number("t", t)
+    t = check_number("t", t)
     check_positive("t", t)
     check_backend(backend)
     M = z.shape[0]

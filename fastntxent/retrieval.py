@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from . import ops
-from .validation import check_features, check_rows, check_same
+from .validation import check_features, check_integer, check_rows, check_same
 
 
 class Classification(NamedTuple):
@@ -88,9 +88,8 @@ def _search(q_name: str, queries: Tensor, c_name: str, corpus: Tensor, k: int) -
     check_rows(c_name, corpus)
     check_same(q_name, queries, c_name, corpus, "dtype", "device")
     check_features(q_name, queries, c_name, corpus)
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"k must be an int, got {type(k).__name__}")
-    if not 1 <= k <= corpus.shape[0]:
+    k = check_integer("k", k, 1)
+    if k > corpus.shape[0]:
         raise ValueError(f"k must be in [1, {corpus.shape[0]}], the rows of {c_name}, got {k}")
     # Detached, where torch.jit.trace would leave a block of no_grad out.
     return Retrieval(*ops.nearest(queries.detach(), corpus.detach(), k))

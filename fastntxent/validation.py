@@ -7,6 +7,8 @@ temperature's, and only where it lies in host memory: a temperature on an accele
 from __future__ import annotations
 
 import math
+import operator
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -15,24 +17,35 @@ from .options import REDUCTIONS
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ID_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+MOST_ROWS = 2**31 - 1  # of a loss, in all of its views: what the kernels count in 32 bits
 
 
-def _require_tensor(name: str, value: object) -> None:
+def check_tensor(name: str, value: object) -> None:
+    """A tensor with an address for every element: not sparse, nested, quantised or in a layout of MKL-DNN."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested or value.is_quantized:
+        layout = "a nested tensor" if value.is_nested else value.dtype if value.is_quantized else value.layout
+        raise TypeError(f"{name} must be a dense (strided) tensor, got {layout}")
 
 
 def check_rows(name: str, rows: Tensor, *, may_be_empty: bool = False) -> None:
     """A floating-point matrix with at least one column, and one row unless it may be without."""
-    _require_tensor(name, rows)
+    check_tensor(name, rows)
     if rows.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {rows.dtype}")
-    if rows.layout != torch.strided or rows.is_nested:
-        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {rows.layout}, nested: {rows.is_nested}")
     if rows.ndim != 2:
         raise ValueError(f"{name} must have 2 dimensions (rows, features), got shape {tuple(rows.shape)}")
     if (rows.shape[0] == 0 and not may_be_empty) or rows.shape[1] == 0:
         raise ValueError(f"{name} must have at least one row and one feature, got shape {tuple(rows.shape)}")
+    check_row_count(name, rows.shape[0])
+
+
+def check_row_count(name: str, n_rows: int) -> None:
+    """No more than MOST_ROWS."""
+    # A compiled graph is to serve every number of rows, which a bound here would end: the kernels check it again.
+    if not torch.compiler.is_compiling() and n_rows > MOST_ROWS:
+        raise ValueError(f"{name} must have at most {MOST_ROWS} rows, got {n_rows}")
 
 
 def check_views(z_i: Tensor, z_j: Tensor, *, may_be_empty: bool = False) -> None:
@@ -40,6 +53,7 @@ def check_views(z_i: Tensor, z_j: Tensor, *, may_be_empty: bool = False) -> None
     check_rows("z_i", z_i, may_be_empty=may_be_empty)
     check_rows("z_j", z_j, may_be_empty=may_be_empty)
     check_same("z_i", z_i, "z_j", z_j, "shape", "dtype", "device")
+    check_row_count("z_i and z_j together", 2 * z_i.shape[0])
 
 
 def check_same(a_name: str, a: Tensor, b_name: str, b: Tensor, *attributes: str) -> None:
@@ -61,7 +75,7 @@ def check_features(a_name: str, a: Tensor, b_name: str, b: Tensor) -> None:
 
 def check_ids(name: str, ids: Tensor, rows_name: str, rows: Tensor) -> None:
     """One integer group per row, on the rows' device."""
-    _require_tensor(name, ids)
+    check_tensor(name, ids)
     if ids.dtype not in ID_DTYPES:
         raise TypeError(f"{name} must have an integer dtype, got {ids.dtype}")
     if ids.shape != rows.shape[:1]:
@@ -78,24 +92,20 @@ def check_temperature(
     *,
     per_row: int | None = None,
     name: str = "temperature",
-) -> None:
+) -> float | Tensor:
     """A positive, finite number, or a 0-d floating tensor in host memory or on the rows' device; or, with `per_row`,
-    a tensor of so many."""
+    a tensor of so many. Return it, as a Python number where it is one."""
     if isinstance(temperature, Tensor):
-        if temperature.dtype not in FLOAT_DTYPES:
-            raise TypeError(f"{name} must be a floating-point tensor, got {temperature.dtype}")
+        check_factor(name, temperature, rows)
         if temperature.ndim != 0 and (per_row is None or temperature.shape != (per_row,)):
             either = "" if per_row is None else f"have shape ({per_row},), one per row, or "
             raise ValueError(f"{name} must {either}be a 0-d tensor, got shape {tuple(temperature.shape)}")
-        if rows is not None and temperature.device.type != "cpu" and temperature.device != rows.device:
-            raise ValueError(
-                f"{name} must be on the CPU or on the embeddings' device {rows.device}, got {temperature.device}"
-            )
         for extreme in extremes(temperature) or ():  # NaN if there is one
             check_positive(name, extreme)
-    else:
-        check_number(name, temperature, "a float or a 0-d tensor")
-        check_positive(name, temperature)
+        return temperature
+    number = check_number(name, temperature, "a float or a 0-d tensor")
+    check_positive(name, number)
+    return number
 
 
 def extremes(x: Tensor) -> tuple[float, float] | None:
@@ -118,20 +128,44 @@ def _unwrapped(x: Tensor) -> Tensor:
     return x
 
 
-def check_number(name: str, value: object, expected: str = "a number") -> None:
-    """A Python number, and not True or False."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def check_factor(name: str, value: Tensor, rows: Tensor | None) -> None:
+    """A floating tensor that may multiply what comes of the rows: in host memory, or on their device."""
+    check_tensor(name, value)
+    if value.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
+    if rows is None and value.is_meta:
+        raise ValueError(f"{name} must have a value, got a tensor on the meta device")
+    if rows is not None and value.device.type != "cpu" and value.device != rows.device:
+        raise ValueError(f"{name} must be on the CPU or on the embeddings' device {rows.device}, got {value.device}")
+
+
+def check_number(name: str, value: object, expected: str = "a number") -> float:
+    """A real number, and not True or False. Return it as a Python number: NumPy's have arithmetic of their own."""
+    if type(value) in (int, float):
+        return value  # type: ignore[return-value]
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
+    return float(value)
 
 
-def check_in_range(name: str, value: float, low: float, high: float, *, with_low: bool, with_high: bool) -> None:
-    """A number of an interval, its ends included or not."""
-    check_number(name, value)
+def check_integer(name: str, value: object, least: int) -> int:
+    """An integer of at least so much, and not True or False. Return it as a Python int."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return operator.index(value)
+
+
+def check_in_range(name: str, value: float, low: float, high: float, *, with_low: bool, with_high: bool) -> float:
+    """A number of an interval, its ends included or not. Return it as `check_number` does."""
+    value = check_number(name, value)
     above = low <= value if with_low else low < value
     below = value <= high if with_high else value < high
     if not (above and below):
         interval = f"{'[' if with_low else '('}{low:g}, {high:g}{']' if with_high else ')'}"
         raise ValueError(f"{name} must be in {interval}, got {value}")
+    return value
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

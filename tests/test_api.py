@@ -3,9 +3,14 @@
 import importlib
 import inspect
 import math
+import pkgutil
+import re
 import subprocess
 import sys
+from fractions import Fraction
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +19,7 @@ from fastntxent import (
     NTXentLoss,
     alignment,
     backends,
+    compat,
     cross_neg_lse,
     neg_lse,
     nt_xent,
@@ -21,6 +27,7 @@ from fastntxent import (
     split_views,
     uniformity,
 )
+from fastntxent.validation import check_integer
 from tests.cases import BACKENDS, random_batch
 
 table = importlib.import_module("fastntxent.backends")
@@ -286,6 +293,185 @@ def test_bad_input_is_named(case):
         call()
 
 
+# Every function, with one good value for each of its tensors.
+TENSORS = {
+    "nt_xent": (nt_xent, {"z_i": Z, "z_j": Z, "temperature": torch.tensor(0.5), "ids": IDS}),
+    "nt_xent_terms": (nt_xent_terms, {"z_i": Z, "z_j": Z, "temperature": torch.tensor(0.5)}),
+    "multiview_nt_xent": (fastntxent.multiview_nt_xent, {"views": torch.stack((Z, Z)), "ids": IDS}),
+    "neg_lse": (neg_lse, {"u": Z, "ids": IDS, "temperature": torch.tensor(0.5)}),
+    "cross_neg_lse": (
+        cross_neg_lse,
+        {"u": Z, "v": Z[:2], "u_ids": IDS, "v_ids": IDS[:2], "temperature": torch.tensor(0.5)},
+    ),
+    "sup_con": (fastntxent.sup_con, {"z": Z, "labels": IDS % 2, "temperature": torch.tensor(0.5)}),
+    "sup_con of several labels": (fastntxent.sup_con, {"z": Z, "labels": torch.eye(4)[:, :3].long()}),
+    "clip": (
+        fastntxent.clip,
+        {
+            "image_features": Z,
+            "text_features": Z,
+            "logit_scale": torch.tensor(2.0),
+            "logit_bias": torch.tensor(1.0),
+            "ids": IDS,
+        },
+    ),
+    "info_nce": (fastntxent.info_nce, {"query": Z, "key": Z, "negatives": Z[:2], "ids": IDS}),
+    "info_nce of own negatives": (fastntxent.info_nce, {"query": Z, "key": Z, "negatives": torch.stack([Z] * 4)}),
+    "dcl": (fastntxent.dcl, {"z_i": Z, "z_j": Z, "temperature": torch.tensor(0.5)}),
+    "dclw": (fastntxent.dclw, {"z_i": Z, "z_j": Z, "temperature": torch.tensor(0.5)}),
+    "debiased": (partial(fastntxent.debiased, tau_plus=0.1), {"z_i": Z, "z_j": Z}),
+    "rince": (fastntxent.rince, {"z_i": Z, "z_j": Z, "temperature": torch.tensor(0.5)}),
+    "macl": (fastntxent.macl, {"z_i": Z, "z_j": Z, "temperature": torch.tensor(0.5)}),
+    "alignment": (alignment, {"z_i": Z, "z_j": Z}),
+    "uniformity": (uniformity, {"z": Z}),
+    "positive_ranks": (fastntxent.positive_ranks, {"z_i": Z, "z_j": Z}),
+    "effective_rank": (fastntxent.effective_rank, {"z": Z}),
+    "split_views": (split_views, {"z": Z}),
+    "split_views of three dimensions": (split_views, {"z": torch.stack((Z, Z), dim=1)}),
+    "retrieve": (partial(fastntxent.retrieve, k=1), {"queries": Z, "corpus": Z}),
+    "push": (lambda **tensors: fastntxent.NegativeQueue(4, 3).push(**tensors), {"z": Z, "ids": IDS}),
+    "NTXentLoss": (NTXentLoss, {"temperature": torch.tensor(0.5)}),
+    "compat.solo_learn": (compat.solo_learn.simclr_loss_func, {"z": Z, "indexes": IDS % 2}),
+    "compat.sup_contrast labels": (
+        lambda **tensors: compat.sup_contrast.SupConLoss()(**tensors),
+        {"features": torch.stack((Z, Z), dim=1), "labels": IDS % 2},
+    ),
+    "compat.sup_contrast mask": (
+        lambda **tensors: compat.sup_contrast.SupConLoss()(**tensors),
+        {"features": torch.stack((Z, Z), dim=1), "mask": torch.eye(4)},
+    ),
+    "compat.info_nce": (compat.info_nce.info_nce, {"query": Z, "positive_key": Z, "negative_keys": Z[:2]}),
+    "compat.open_clip": (
+        lambda **tensors: compat.open_clip.ClipLoss()(Z, Z, **tensors),
+        {"logit_scale": torch.tensor(2.0), "logit_bias": torch.tensor(1.0)},
+    ),
+    "compat.simclr": (compat.simclr.add_contrastive_loss, {"hidden": Z, "weights": torch.ones(2)}),
+    "compat.torchmultimodal": (
+        partial(compat.torchmultimodal.contrastive_loss_with_temperature, Z, Z),
+        {"logit_scale": torch.tensor(1.0), "mask": IDS < 3},
+    ),
+    "compat.pytorch_metric_learning": (
+        lambda **tensors: compat.pytorch_metric_learning.NTXentLoss(0.5)(**tensors),
+        {"embeddings": Z, "labels": IDS % 2},
+    ),
+}
+UNFIT = {
+    "sparse": lambda x: x.to_sparse(),
+    "csr": lambda x: x.to_sparse_csr() if x.ndim == 2 else x.to_sparse(),
+    "mkldnn": lambda x: x.float().to_mkldnn() if x.ndim else x.to_sparse(),
+    "nested": lambda x: torch.nested.nested_tensor(list(x.float().view(len(x), -1)) if x.ndim else [x.view(1)]),
+    "jagged": lambda x: torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(3, 3)], layout=torch.jagged),
+    "quantised": lambda x: torch.quantize_per_tensor(x.float(), 0.1, 0, torch.qint8),
+    "complex": lambda x: x.to(torch.complex64),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch's, of its own prototypes
+@pytest.mark.parametrize("unfit", UNFIT)
+@pytest.mark.parametrize("name", TENSORS)
+def test_unfit_tensor_is_named(name, unfit):
+    function, tensors = TENSORS[name]
+    function(**tensors)
+    for argument, tensor in tensors.items():
+        with pytest.raises((TypeError, ValueError), match=rf"\b{argument}\b") as raised:
+            function(**{**tensors, argument: UNFIT[unfit](tensor)})
+        assert not isinstance(raised.value, NotImplementedError)
+
+
+def test_tensor_without_data_is_named():
+    ids, weights = IDS.to("meta"), torch.ones(2, device="meta")
+    for argument, call in {
+        "labels": lambda: fastntxent.sup_con(Z, ids),
+        "logit_scale": lambda: fastntxent.clip(Z, Z, logit_scale=weights[0]),
+        "logit_bias": lambda: fastntxent.clip(Z, Z, logit_bias=weights[0]),
+        "temperature": lambda: NTXentLoss(weights[0], learn_temperature=True),
+        "indexes": lambda: compat.solo_learn.simclr_loss_func(Z, ids),
+        "mask": lambda: compat.torchmultimodal.contrastive_loss_with_temperature(Z, Z, torch.tensor(0.0), ids > 1),
+        "weights": lambda: compat.simclr.add_contrastive_loss(Z, weights=weights),
+    }.items():
+        with pytest.raises((TypeError, ValueError), match=rf"\b{argument}\b.*meta"):
+            call()
+
+
+FEW = torch.zeros(1, 1)
+TOO_MANY = {
+    "nt_xent": lambda rows, ids: nt_xent(rows, rows),
+    "nt_xent with a gradient": lambda rows, ids: nt_xent(rows.detach().requires_grad_(), rows),
+    "nt_xent per row": lambda rows, ids: nt_xent(rows, rows, reduction="none"),
+    "nt_xent with ids": lambda rows, ids: nt_xent(rows, rows, ids=ids),
+    "neg_lse": lambda rows, ids: neg_lse(rows, ids, 0.5),
+    "cross_neg_lse": lambda rows, ids: cross_neg_lse(FEW, rows, IDS[:1], ids, 0.5),
+    "sup_con": lambda rows, ids: fastntxent.sup_con(rows, ids),
+    "clip": lambda rows, ids: fastntxent.clip(rows, rows),
+    "multiview_nt_xent": lambda rows, ids: fastntxent.multiview_nt_xent([rows, rows]),
+    "dcl": lambda rows, ids: fastntxent.dcl(rows, rows),
+    "positive_ranks": lambda rows, ids: fastntxent.positive_ranks(rows, rows),
+}
+
+
+@pytest.mark.parametrize("n", [2**31, 2**40])
+@pytest.mark.parametrize("name", TOO_MANY)
+def test_too_many_rows_are_refused_before_memory_is_asked_for(name, n):
+    with pytest.raises(ValueError, match=rf"must have at most 2147483647 rows, got {n}|got {2 * n}"):
+        TOO_MANY[name](FEW.expand(n, 1), IDS[:1].expand(n))
+
+
+def test_too_many_rows_of_two_views_are_refused():
+    rows = FEW.expand(2**30, 1).requires_grad_()
+    with pytest.raises(ValueError, match="z_i and z_j together must have at most 2147483647 rows, got 2147483648"):
+        nt_xent(rows, rows)
+
+
+NUMBERS = {
+    "nt_xent": lambda n: nt_xent(Z, Z.flip(0), n(0.3), label_smoothing=n(0.1)),
+    "NTXentLoss": lambda n: NTXentLoss(n(0.3))(Z, Z.flip(0)),
+    "nt_xent_terms": lambda n: nt_xent_terms(Z, Z.flip(0), n(0.3)).loss,
+    "multiview_nt_xent": lambda n: fastntxent.multiview_nt_xent([Z, Z.flip(0)], n(0.3), label_smoothing=n(0.1)),
+    "macl": lambda n: fastntxent.macl(Z, Z.flip(0), n(0.3), alpha=n(0.3), a_0=n(0.1)),
+    "debiased": lambda n: fastntxent.debiased(Z, Z.flip(0), n(0.3), tau_plus=n(0.1)),
+    "hard_negative": lambda n: fastntxent.hard_negative(Z, Z.flip(0), n(0.3), tau_plus=n(0.1), beta=n(0.3)),
+    "dclw": lambda n: fastntxent.dclw(Z, Z.flip(0), n(0.3), sigma=n(0.3)),
+    "rince": lambda n: fastntxent.rince(Z, Z.flip(0), n(0.3), q=n(0.3), lam=n(0.1)),
+    "uniformity": lambda n: uniformity(Z, t=n(0.3)),
+    "clip": lambda n: fastntxent.clip(Z, Z.flip(0), logit_scale=n(0.3), logit_bias=n(0.1)),
+    "CLIPLoss": lambda n: fastntxent.CLIPLoss(n(0.1), max_logit_scale=n(0.3))(Z, Z.flip(0)).detach(),
+    "info_nce": lambda n: fastntxent.info_nce(
+        Z, Z.flip(0), n(0.3), hardness_mode="all_negatives", hardness_strength=n(0.3)
+    ),
+    "lightly": lambda n: compat.lightly.NTXentLoss(n(0.3))(Z, Z.flip(0)),
+    "open_clip": lambda n: compat.open_clip.ClipLoss()(Z, Z.flip(0), n(0.3), n(0.1)),
+    "simclr": lambda n: compat.simclr.add_contrastive_loss(Z, temperature=n(0.3), weights=n(0.3)).loss,
+}
+
+
+@pytest.mark.parametrize("number", [np.float16, np.float32, np.float64, Fraction])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_any_real_number_counts_as_the_float_it_is(name, number):
+    value = NUMBERS[name](number)
+    assert isinstance(value, torch.Tensor)
+    assert torch.equal(value, NUMBERS[name](lambda x: float(number(x))))
+
+
+@pytest.mark.parametrize("value", [True, np.bool_(True), np.array(0.5), 1j, "0.5"])
+def test_what_is_no_real_number_is_refused(value):
+    for call in (
+        lambda: nt_xent(Z, Z, label_smoothing=value),
+        lambda: nt_xent(Z, Z, value),
+        lambda: fastntxent.CLIPLoss(max_logit_scale=value),
+    ):
+        with pytest.raises(TypeError, match=f"must be a .*got {type(value).__name__}"):
+            call()
+
+
+def test_check_integer_takes_any_integer():
+    assert type(check_integer("k", np.int64(3), 1)) is int
+    for value in (True, np.bool_(True), 3.0, "3", torch.tensor(3)):
+        with pytest.raises(TypeError, match="k must be an int, got"):
+            check_integer("k", value, 1)
+    with pytest.raises(ValueError, match="k must be at least 1, got 0"):
+        check_integer("k", np.int64(0), 1)
+
+
 # --- the table of backends -------------------------------------------------------------------------------------------
 
 
@@ -294,7 +480,34 @@ def test_backends_lists_the_table():
     assert {"reference", "blocked"} <= set(table)
     for status in table.values():
         assert status.available == (status.reason is None)
+        assert status.available or status.details is None
         assert status.device_types
+
+
+def test_backends_says_that_the_cpu_kernels_were_not_built():
+    code = """
+import sys
+sys.modules["fastntxent._cpu"] = None
+import fastntxent, torch
+status = fastntxent.backends()["cpu"]
+assert "the CPU kernels were not built" in status.reason and "pip install -v" in status.reason, status
+assert not status.available and status.details is None, status
+fastntxent.nt_xent(*torch.randn(2, 4, 3))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_backends_says_what_the_cpu_kernels_use():
+    status = backends()["cpu"]
+    if not status.available:
+        pytest.skip(f"needs the CPU kernels built: {status.reason}")
+    before = torch.get_num_threads()
+    try:
+        for count, words in ((1, "1 thread"), (2, "2 threads")):
+            torch.set_num_threads(count)
+            assert re.fullmatch(rf"(avx512|avx2|portable), {words}", backends()["cpu"].details)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -354,5 +567,44 @@ before = state()
 import fastntxent
 assert state() == before
 assert not {"matplotlib", "sklearn", "mlxtend", "PIL"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_drop_ins_are_attributes_that_load_when_asked_for():
+    code = """
+import sys, fastntxent
+def loaded():
+    return {name.rpartition(".")[2] for name in sys.modules if name.startswith("fastntxent.compat.")}
+fastntxent.compat
+assert not loaded()
+fastntxent.compat.lightly.NTXentLoss
+assert loaded() == {"lightly", "shared"}, loaded()
+for module in (fastntxent, fastntxent.compat):
+    assert not hasattr(module, "does_not_exist")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    modules = {name for _, name, _ in pkgutil.iter_modules(compat.__path__)}
+    assert set(compat._DROP_INS) == modules - {"pairs", "shared"}
+    assert set(compat._DROP_INS) <= set(dir(compat))
+
+
+def test_package_needs_no_numpy():
+    # PyTorch itself warns when it is imported without.
+    code = """
+import sys, warnings
+sys.modules["numpy"] = None
+warnings.simplefilter("ignore")
+import torch
+warnings.simplefilter("error")
+import fastntxent
+z = torch.randn(6, 4, requires_grad=True)
+fastntxent.nt_xent(z, z.detach().flip(0), 0.1).backward()
+fastntxent.sup_con(z, torch.arange(6) % 2, form="in").backward()
+fastntxent.QueueInfoNCELoss(4, 4)(z, z.detach()).backward()
+fastntxent.retrieve(z, z, 2)
+fastntxent.backends()
+for name in fastntxent.compat._DROP_INS:
+    getattr(fastntxent.compat, name)
 """
     subprocess.run([sys.executable, "-c", code], check=True)

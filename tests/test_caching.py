@@ -154,8 +154,8 @@ VIEW = torch.randn(4, 6)
     ("views", "chunk_size", "loss_fn", "error", "message"),
     [
         ([VIEW, VIEW], 0, None, ValueError, "chunk_size must be at least 1, got 0"),
-        ([VIEW, VIEW], 2.0, None, TypeError, "chunk_size must be an integer, or several, got float"),
-        ([VIEW, VIEW], [2, True], None, TypeError, "chunk_size must be an integer, or several, got bool"),
+        ([VIEW, VIEW], 2.0, None, TypeError, "chunk_size must be an int, got float"),
+        ([VIEW, VIEW], [2, True], None, TypeError, "chunk_size must be an int, got bool"),
         ([VIEW, VIEW], [5, -1], None, ValueError, "chunk_size must be at least 0, got -1"),
         ([VIEW, VIEW], [], None, ValueError, "chunk_size must hold the rows of at least one chunk, got none"),
         ([VIEW, VIEW], [2, 1], None, ValueError, r"chunk_size must add up to the 4 rows of views\[0\], got 3"),

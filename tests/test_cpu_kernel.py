@@ -237,6 +237,42 @@ def test_ctrl_c_ends_a_long_call():
     assert time.perf_counter() - start < 5
 
 
+@pytest.mark.parametrize(
+    ("threads", "reduction"), [(1, "none"), (2, "none"), (2, "mean")], ids=["1 thread", "2 threads", "scalar path"]
+)
+def test_daemon_thread_in_a_call_lets_the_process_end(threads, reduction):
+    # The interpreter takes a second to shut down, in which calls of the thread end and others would begin.
+    code = f"""
+        import threading, time, torch, fastntxent
+        torch.set_num_threads({threads})
+        class Slow:
+            def __del__(self, sleep=time.sleep):
+                sleep(1)
+        slow, inside = Slow(), threading.Event()
+        z = torch.randn(2, 3000, 64, requires_grad=True)
+        def work():
+            while True:
+                inside.set()
+                fastntxent.nt_xent(*z, 0.1, reduction="{reduction}", backend="cpu").sum().backward()
+        threading.Thread(target=work, daemon=True).start()
+        inside.wait()
+        time.sleep(0.1)
+    """
+    process = run_python(code, stderr=subprocess.PIPE)
+    try:
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors
+
+
+@pytest.mark.parametrize(("n", "d"), [(2**31, 1), (2**62, 1), (1, 2**60)])
+def test_call_beyond_the_kernels_size_is_a_value_error(n, d):
+    z, inv_tau = torch.zeros(1, 1).expand(n, d), torch.ones(())
+    with pytest.raises(ValueError, match=rf"at most 2147483647 rows.*got {2 * n} rows of {d} features"):
+        torch.ops.fastntxent.nt_xent_value(z, z, inv_tau, True, True, "cpu")
+
+
 def test_no_address_space_is_a_memory_error():
     code = """
         import resource, torch, fastntxent
@@ -246,7 +282,8 @@ def test_no_address_space_is_a_memory_error():
         resource.setrlimit(resource.RLIMIT_AS, (used + 60 * 2**20,) * 2)
         try:
             fastntxent.nt_xent(*z, 0.1, backend="cpu")
-        except MemoryError:
+        except MemoryError as error:
+            assert "no memory for 80000 rows of 128 features" in str(error)
             raise SystemExit(0)
         raise SystemExit(1)
     """

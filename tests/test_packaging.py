@@ -39,14 +39,30 @@ def test_wheel_requires_torch_alone(wheel):
     assert [line for line in required if "extra ==" not in line] == ["torch>=2.6"]
 
 
-def test_source_archive_holds_what_the_kernels_are_built_from(tmp_path):
+def test_source_archive_holds_what_git_does(tmp_path):
+    listed = subprocess.run(["git", "ls-files"], cwd=CHECKOUT, capture_output=True, text=True)
+    if listed.returncode or not (CHECKOUT / ".git").exists():
+        pytest.skip("needs a git checkout")
+    tracked = {name for name in listed.stdout.splitlines() if (CHECKOUT / name).exists()} - {".gitignore"}
     command = [sys.executable, "setup.py", "--quiet", "egg_info", "-e", tmp_path, "sdist", "-d", tmp_path]
     subprocess.run(command, check=True, cwd=CHECKOUT)
     (path,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    sources = {str(p.relative_to(CHECKOUT)) for p in (CHECKOUT / "csrc").rglob("*.[ch]*")}
-    assert {name for name in sources if "check" not in name} <= names
+    assert tracked <= names
+    assert not {name for name in names if name.endswith((".so", ".pyc"))}
+
+
+def test_failed_build_is_announced(tmp_path):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(CHECKOUT / name, tmp_path / name)
+    for folder in ("fastntxent", "csrc"):
+        shutil.copytree(CHECKOUT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    environment = {**os.environ, "FASTNTXENT_CUDA": "0", "CC": "false", "CXX": "false"}
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    built = subprocess.run(command, check=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert "fastntxent: no CPU kernels" in built.stdout + built.stderr
+    assert not list(tmp_path.glob("fastntxent/*.so"))
 
 
 def test_build_does_not_require_torch():

@@ -47,6 +47,7 @@ struct Case {
 
 // Rounded towards zero: the definition reads the same bits.
 inline uint16_t to_float16(double x) {
+    if (!(fabs(x) < 65536)) return uint16_t((x < 0 ? 0xfc00 : 0x7c00) + (x != x ? 0x3ff : 0));
     int exponent = 0;
     frexp(x, &exponent);
     exponent = std::max(exponent, -13);

@@ -57,6 +57,14 @@ const InstructionSet& instruction_set() {
     return *chosen.load();
 }
 
+bool too_large(const fntx_side& side, int64_t D) {
+    for (const fntx_matrix& z : side.z)
+        if (z.n < 0 || z.n > FNTX_MOST_ROWS) return z.n > 0;  // before a sum that might overflow
+    const int64_t n = side.z[0].n + side.z[1].n;
+    return n > FNTX_MOST_ROWS || D > INT64_MAX / 16 / (n + 1024);  // what is padded fits too
+}
+
+// Of a side that is not too large.
 bool valid(const fntx_side& side, int64_t D) {
     for (const fntx_matrix& z : side.z)
         if (z.n < 0 || (z.n > 0 && !z.data)) return false;
@@ -64,7 +72,7 @@ bool valid(const fntx_side& side, int64_t D) {
     if (side.ids)
         for (int64_t row = 0; row < n; ++row)
             if (side.ids[row] < 0 || side.ids[row] > INT32_MAX) return false;
-    return n > 0 && n <= INT32_MAX && D > 0 && D <= INT64_MAX / 16 / (n + 1024);  // what is padded fits too
+    return n > 0 && D > 0;
 }
 
 bool valid(const fntx_call& call) {
@@ -84,7 +92,9 @@ bool valid(const fntx_call& call) {
 
 int fntx_run(const fntx_call* call) {
     using namespace fntx;
-    if (!call || !valid(*call)) return FNTX_INVALID;
+    if (!call) return FNTX_INVALID;
+    if (too_large(call->rows, call->D) || (call->cols && too_large(*call->cols, call->D))) return FNTX_TOO_LARGE;
+    if (!valid(*call)) return FNTX_INVALID;
     const InstructionSet& set = instruction_set();
     try {
         const bool done = call->dtype == FNTX_FLOAT64 ? run<double>(*call, *set.double_kernels())

@@ -16,7 +16,9 @@
 extern "C" {
 #endif
 
-enum fntx_status { FNTX_OK = 0, FNTX_INTERRUPTED = 1, FNTX_NO_MEMORY = 2, FNTX_INVALID = 3 };
+// FNTX_TOO_LARGE: a side of more than FNTX_MOST_ROWS rows, or of more features than a 64-bit size can count the bytes of.
+enum fntx_status { FNTX_OK = 0, FNTX_INTERRUPTED = 1, FNTX_NO_MEMORY = 2, FNTX_INVALID = 3, FNTX_TOO_LARGE = 4 };
+#define FNTX_MOST_ROWS INT32_MAX
 enum fntx_dtype { FNTX_FLOAT16 = 0, FNTX_BFLOAT16 = 1, FNTX_FLOAT32 = 2, FNTX_FLOAT64 = 3 };
 enum fntx_phases { FNTX_FORWARD = 1, FNTX_BACKWARD = 2 };
 
@@ -55,7 +57,9 @@ struct fntx_call {
     double loss_weight;
     void* d_inv_tau;          // 0-d out, backward
     int64_t workspace;        // bytes of exponentials that may be kept from the forward to the backward
-    int (*poll)(void);        // called by the calling thread every few milliseconds; not 0: stop. Or NULL
+    // Called by the calling thread every 50 ms; anything but 0 stops the call. NULL: no poll. It has to return: a thread
+    // that ends in here leaves its team behind.
+    int (*poll)(void);
 };
 
 // Run a call. On anything but FNTX_OK the outputs hold nothing of use.

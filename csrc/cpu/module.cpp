@@ -1,15 +1,49 @@
 // fastntxent._cpu: the C interface for Python, within the stable ABI, so that one build serves every Python 3 from 3.10.
 // Addresses come as integers (Tensor.data_ptr()); fastntxent/backends/cpu.py sees to shapes and dtypes.
+#include <chrono>
+#include <thread>
+
 #include "../python.h"
 
 namespace {
 
-// Whether a signal's handler raised (Ctrl-C): asked by the calling thread, which has let go of the interpreter.
+// Whether a signal's handler raised (Ctrl-C): asked by the main thread, which has let go of the interpreter. Handlers run
+// in no other thread, and another would not come back from here once the interpreter shuts down.
 int signal_raised() {
     const PyGILState_STATE state = PyGILState_Ensure();
     const int raised = PyErr_CheckSignals();
     PyGILState_Release(state);
     return raised;
+}
+
+// Take the interpreter back. While it shuts down, Python before 3.14 ends every thread but the main one in here, by
+// unwinding its stack: through PyTorch's frames, too, some of which end the process on that. Such a thread waits for
+// the end of the process, as it does from 3.14 on.
+void take_back(PyThreadState* thread) {
+    try {
+        PyEval_RestoreThread(thread);
+    } catch (...) {
+        for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
+    }
+}
+
+unsigned long long count_rows(const fntx_side& side) {
+    return static_cast<unsigned long long>(side.z[0].n) + static_cast<unsigned long long>(side.z[1].n);
+}
+
+PyObject* failure(int status, const fntx_call& call) {
+    const fntx_side& side = call.cols && count_rows(*call.cols) > count_rows(call.rows) ? *call.cols : call.rows;
+    const auto D = static_cast<long long>(call.D);
+    if (status == FNTX_TOO_LARGE)
+        return PyErr_Format(PyExc_ValueError, "the CPU kernels take at most %d rows, those of both views together, and "
+                            "less than 2^59 numbers, got %llu rows of %lld features", FNTX_MOST_ROWS, count_rows(side), D);
+    if (status == FNTX_NO_MEMORY)
+        return PyErr_Format(PyExc_MemoryError, "the CPU kernels found no memory for %llu rows of %lld features",
+                            count_rows(side), D);
+    if (!PyErr_Occurred())
+        PyErr_Format(PyExc_RuntimeError, "fastntxent's CPU kernel refused a call (status %d): a defect, please report it",
+                     status);
+    return nullptr;
 }
 
 PyObject* run(PyObject*, PyObject* args) {
@@ -18,9 +52,10 @@ PyObject* run(PyObject*, PyObject* args) {
     PyObject *row_tuple, *col_tuple;
     Address pos, d_pos, loss, d_inv_tau;
     long long D, workspace;
-    if (!PyArg_ParseTuple(args, "iipiLddO!OKKKdKL", &call.phases, &call.dtype, &call.normalize, &call.threads, &D,
+    int interruptible;
+    if (!PyArg_ParseTuple(args, "iipiLddO!OKKKdKLp", &call.phases, &call.dtype, &call.normalize, &call.threads, &D,
                           &call.inv_tau, &call.eps, &PyTuple_Type, &row_tuple, &col_tuple, &pos, &d_pos, &loss,
-                          &call.loss_weight, &d_inv_tau, &workspace))
+                          &call.loss_weight, &d_inv_tau, &workspace, &interruptible))
         return nullptr;
     if (!parse_side(row_tuple, call.rows)) return nullptr;
     if (col_tuple != Py_None) {
@@ -33,18 +68,13 @@ PyObject* run(PyObject*, PyObject* args) {
     call.d_pos = pointer(d_pos);
     call.loss = pointer(loss);
     call.d_inv_tau = pointer(d_inv_tau);
-    call.poll = signal_raised;
+    call.poll = interruptible ? signal_raised : nullptr;
 
-    int status;
-    Py_BEGIN_ALLOW_THREADS
-    status = fntx_run(&call);
-    Py_END_ALLOW_THREADS
+    PyThreadState* const thread = PyEval_SaveThread();
+    const int status = fntx_run(&call);
+    take_back(thread);
     if (status == FNTX_OK) Py_RETURN_NONE;
-    if (status == FNTX_NO_MEMORY) return PyErr_NoMemory();
-    if (!PyErr_Occurred())
-        PyErr_Format(PyExc_RuntimeError, "fastntxent's CPU kernel refused a call (status %d): a defect, please report it",
-                     status);
-    return nullptr;
+    return failure(status, call);
 }
 
 PyObject* instruction_set(PyObject*, PyObject*) { return PyUnicode_FromString(fntx_instruction_set()); }
@@ -67,7 +97,8 @@ PyObject* exp2(PyObject*, PyObject* args) {
 
 PyMethodDef methods[] = {
     {"run", run, METH_VARARGS, "run(phases, dtype, normalize, threads, D, inv_tau, eps, rows, cols, pos, d_pos, loss, "
-                               "loss_weight, d_inv_tau, workspace): fntx_run of csrc/cpu/fastntxent.h."},
+                               "loss_weight, d_inv_tau, workspace, interruptible): fntx_run of "
+                               "csrc/cpu/fastntxent.h; interruptible, of the main thread alone: Ctrl-C ends it."},
     {"instruction_set", instruction_set, METH_NOARGS, "The instruction set in use."},
     {"use_instruction_set", use_instruction_set, METH_VARARGS, "Use another one from now on."},
     {"exp2", exp2, METH_VARARGS, "exp2(dtype, x, y, n): the kernels' own 2^x."},

@@ -1,6 +1,5 @@
 #include "team.h"
 
-#include <system_error>
 #include <vector>
 
 #if defined(_OPENMP) && !defined(FNTX_STD_THREADS)
@@ -33,9 +32,10 @@ void Team::start(void (*leader)(void*), void* context) {
     }
 #endif
     std::vector<std::thread> helpers;
+    helpers.reserve(size_t(threads_ - 1));  // so that none is running if there is no memory for them
     try {
         for (int thread = 1; thread < threads_; ++thread) helpers.emplace_back([this, thread] { help(thread); });
-    } catch (const std::system_error&) {
+    } catch (const std::exception&) {
         // no more threads to be had: those that started share the work
     }
     leader(context);

@@ -30,7 +30,7 @@ class Team {
         auto leader = [&] {
             try {
                 body();
-            } catch (...) {
+            } catch (const std::exception&) {  // no more than this: the unwinding that ends a thread may not be stopped
                 error = std::current_exception();
             }
             finished_.store(true);

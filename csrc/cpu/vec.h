@@ -32,19 +32,20 @@ template <class T> struct Types;
 template <> struct Types<float> {
     typedef float Vec __attribute__((vector_size(FNTX_VECTOR_BYTES)));
     typedef int32_t Bits __attribute__((vector_size(FNTX_VECTOR_BYTES)));
+    typedef uint32_t Word __attribute__((vector_size(FNTX_VECTOR_BYTES)));
     typedef float Unaligned __attribute__((vector_size(FNTX_VECTOR_BYTES), aligned(4), may_alias));
-    typedef int32_t Int;
 };
 
 template <> struct Types<double> {
     typedef double Vec __attribute__((vector_size(FNTX_VECTOR_BYTES)));
     typedef int64_t Bits __attribute__((vector_size(FNTX_VECTOR_BYTES)));
+    typedef uint64_t Word __attribute__((vector_size(FNTX_VECTOR_BYTES)));
     typedef double Unaligned __attribute__((vector_size(FNTX_VECTOR_BYTES), aligned(8), may_alias));
-    typedef int64_t Int;
 };
 
 template <class T> using Vec = typename Types<T>::Vec;
 template <class T> using Bits = typename Types<T>::Bits;
+template <class T> using Word = typename Types<T>::Word;
 template <class T> constexpr int LANES = FNTX_VECTOR_BYTES / int(sizeof(T));
 
 template <class T> FNTX_INLINE Vec<T> load(const T* p) {
@@ -77,7 +78,7 @@ template <class T> struct Exp2;
 template <> struct Exp2<float> {
     static constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
     static constexpr int MANTISSA = 23;
-    static constexpr int32_t ONE = 0x3f800000;
+    static constexpr uint32_t ONE = 0x3f800000;
     static constexpr float LEAST = -87.0f;  // log of nearly the smallest normal number
     static constexpr float COEFFICIENTS[] = {1.0f,
                                              0x1.62e4311733cb7p-1f,
@@ -92,7 +93,7 @@ template <> struct Exp2<float> {
 template <> struct Exp2<double> {
     static constexpr double ROUND = 6755399441055744.0;  // 1.5 * 2^52
     static constexpr int MANTISSA = 52;
-    static constexpr int64_t ONE = 0x3ff0000000000000;
+    static constexpr uint64_t ONE = 0x3ff0000000000000;
     static constexpr double LEAST = -708.0;
     static constexpr double COEFFICIENTS[] = {1.0,
                                               0x1.62e42fefa39f3p-1,
@@ -116,7 +117,8 @@ template <class T> FNTX_INLINE Vec<T> exp2_in_range(Vec<T> x, Vec<T> scale) {
     Vec<T> p = broadcast<T>(E::COEFFICIENTS[E::DEGREE]);
 #pragma GCC unroll 12
     for (int i = E::DEGREE - 1; i >= 0; --i) p = p * f + E::COEFFICIENTS[i];
-    return p * (Vec<T>)(((Bits<T>)biased << E::MANTISSA) + E::ONE);  // a product, so that NaN stays NaN
+    // The bits of NaN and infinity shift and wrap around too, hence unsigned; in a product, NaN stays NaN.
+    return p * (Vec<T>)(((Word<T>)biased << E::MANTISSA) + E::ONE);
 }
 
 // exp(x - shift) for results of at most about 1; what would be below the normal numbers is 0.

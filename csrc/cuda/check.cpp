@@ -142,6 +142,17 @@ void triangles() {
             }
 }
 
+// A size beyond the kernels' indices is refused, before anything is asked for.
+void sizes() {
+    const int64_t most = fntx::MOST, largest = INT64_MAX;
+    for (int64_t n : {int64_t(0), int64_t(-1), most + 1, largest}) {
+        expect(fntx_cuda_workspace(0, FNTX_FLOAT16, n, 0, 8) == -1, "rows: accepted");
+        expect(fntx_cuda_workspace(0, FNTX_FLOAT16, 8, 0, n) == -1, "features: accepted");
+        expect(n == 0 || fntx_cuda_workspace(0, FNTX_FLOAT16, 8, n, 8) == -1, "columns: accepted");
+    }
+    expect(fntx_cuda_workspace(0, FNTX_FLOAT16, most, most, 8) > 2 * most, "most rows: refused");
+}
+
 // Every plan fits its machine, and its tasks take each tile of a row and each chunk once.
 void plans() {
     const int64_t many[] = {1, 2, 63, 64, 65, 127, 128, 129, 512, 1000, 4096, 65536, 100001, 4000000};
@@ -176,6 +187,7 @@ int main() {
         void (*run)();
     } groups[] = {
         {"plans", plans},
+        {"sizes", sizes},
         {"triangles", triangles},
         {"two views", [] { shapes(two_views); }},
         {"one matrix", [] { shapes(one_matrix); }},

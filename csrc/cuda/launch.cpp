@@ -112,6 +112,7 @@ int fntx_cuda_devices(void) {
 
 int64_t fntx_cuda_workspace(int device, int dtype, int64_t n_rows, int64_t n_cols, int64_t D) {
     Machine machine;
+    if (const char* fault = fault_of_size(n_rows, n_cols, D)) return fail("fntx_cuda_workspace", fault), -1;
     message[0] = 0;
     const OnDevice here(device);
     if (!here.ok || !describe(device, machine)) return -1;

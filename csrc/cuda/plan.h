@@ -8,6 +8,16 @@
 
 namespace fntx {
 
+// Most rows of a side, and features. Indices are ints, and a loop over rows goes up to a stride of the grid beyond them.
+constexpr int64_t MOST = INT32_MAX - (1 << 20);
+
+// Why there can be no call of this size (n_cols 0: symmetric), or null.
+inline const char* fault_of_size(int64_t n_rows, int64_t n_cols, int64_t D) {
+    if (n_rows < 1 || n_rows > MOST || n_cols < 0 || n_cols > MOST) return "the number of rows: at most 2^31 - 2^20";
+    if (D < 1 || D > MOST) return "the number of features: at most 2^31 - 2^20";
+    return nullptr;
+}
+
 // What a plan has to know of a device. blocks: how many of a kernel's run at once on a multiprocessor.
 struct Machine {
     int multiprocessors;
@@ -37,7 +47,7 @@ class Carver {
   public:
     Carver(char* base, int64_t& bytes) : base_(base), bytes_(bytes) {}
     template <class T> void take(T*& pointer, int64_t n) {
-        pointer = reinterpret_cast<T*>(base_ + bytes_);
+        pointer = reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(base_) + bytes_);  // of no base too
         bytes_ += ceil_div(n * int64_t(sizeof(T)), 256) * 256;
     }
 
@@ -116,7 +126,6 @@ inline Plan make_plan(const Machine& machine, int dtype, int64_t n_rows, int64_t
 // Why a call cannot be, or null.
 inline const char* fault_of(const fntx_cuda_call& call) {
     if (call.dtype < FNTX_FLOAT16 || call.dtype > FNTX_FLOAT32) return "dtype";
-    if (call.D < 1) return "D";
     if (!(call.phases & (FNTX_FORWARD | FNTX_BACKWARD)) || call.phases > (FNTX_FORWARD | FNTX_BACKWARD)) return "phases";
     if (!call.workspace || reinterpret_cast<uintptr_t>(call.workspace) % 16) return "workspace";
     const bool two_views = !call.cols && call.rows.z[0].n == call.rows.z[1].n;
@@ -124,9 +133,9 @@ inline const char* fault_of(const fntx_cuda_call& call) {
     for (const fntx_side* side : {&call.rows, call.cols}) {
         if (!side) continue;
         for (const fntx_matrix& z : side->z)
-            if (z.n < 0 || (z.n && !z.data)) return "a matrix";
-        const int64_t n = side->z[0].n + side->z[1].n;
-        if (side->z[0].n < 1 || n > INT32_MAX - PADDED_ROWS) return "the number of rows";
+            if (z.n < 0 || z.n > MOST || (z.n && !z.data)) return "a matrix";
+        if (side->z[0].n < 1) return "a side without rows";
+        if (const char* fault = fault_of_size(side->z[0].n + side->z[1].n, 0, call.D)) return fault;
         if (!(call.phases & FNTX_FORWARD) && !side->neg_lse) return "no neg_lse";
         if (call.phases & FNTX_BACKWARD && !side->d_neg_lse && !call.loss) return "no d_neg_lse";
     }

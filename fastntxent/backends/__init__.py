@@ -41,6 +41,7 @@ class BackendStatus(NamedTuple):
     available: bool
     device_types: tuple[str, ...]
     reason: str | None  # why it is not available, else None
+    details: str | None = None  # what of this machine it uses: "avx2, 2 threads"
 
 
 @functools.cache
@@ -92,24 +93,25 @@ def _device_types(name: str) -> tuple[str, ...]:
 
 
 def backends() -> dict[str, BackendStatus]:
-    """Every backend by name: whether it loads here, which device types it serves, and if not, why.
+    """Every backend by name: whether it loads here, which device types it serves, and if not, why not.
 
     Returns:
-        A dict of `BackendStatus(available, device_types, reason)`; `device_types` is `("any",)` for a backend that
-        runs wherever PyTorch does.
+        A dict of `BackendStatus(available, device_types, reason, details)`; `device_types` is `("any",)` for a backend
+        that runs wherever PyTorch does, and `details` names the instruction set and the threads of "cpu".
 
     Example:
         >>> import fastntxent
         >>> fastntxent.backends()["blocked"]
-        BackendStatus(available=True, device_types=('any',), reason=None)
+        BackendStatus(available=True, device_types=('any',), reason=None, details=None)
     """
     return {name: _status(name) for name in _TABLE}
 
 
 def _status(name: str) -> BackendStatus:
     loaded = _load(name)
-    reason = _explain(loaded) if isinstance(loaded, Exception) else None
-    return BackendStatus(reason is None, _device_types(name), reason)
+    if isinstance(loaded, Exception):
+        return BackendStatus(False, _device_types(name), _explain(loaded))
+    return BackendStatus(True, _device_types(name), None, loaded.details())
 
 
 def _explain(error: Exception) -> str:

@@ -85,6 +85,10 @@ class Backend(ABC):
     device_types: tuple[str, ...] = ("any",)
     dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
 
+    def details(self) -> str | None:
+        """What of this machine it uses, in words; None where there is nothing to say."""
+        return None
+
     @abstractmethod
     def neg_lse(self, u: Tensor, ids: Tensor, inv_tau: Tensor) -> Tensor:
         """nu of the rows: (M, D), (M,), () -> (M,) in the accumulation dtype."""

@@ -7,10 +7,18 @@ PyTorch's: `torch.set_num_threads` holds here too.
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 
-import fastntxent._cpu as _cpu  # type: ignore[import-not-found]  # by its full name: the package is still loading
+try:
+    import fastntxent._cpu as _cpu  # type: ignore[import-not-found]  # by its full name: the package is still loading
+except ModuleNotFoundError as error:
+    raise RuntimeError(
+        "the CPU kernels were not built: there was no C++17 compiler where fastntxent was installed, or it failed "
+        "(pip install -v shows why)"
+    ) from error
 
 from .base import norm_eps
 from .native import DTYPES, NativeBackend, Side, address
@@ -22,6 +30,10 @@ WORKSPACE = 144 * 2**20
 
 class CpuBackend(NativeBackend):
     """csrc/cpu on CPU tensors."""
+
+    def details(self) -> str:
+        threads = torch.get_num_threads()
+        return f"{_cpu.instruction_set()}, {threads} thread{'s' if threads > 1 else ''}"
 
     def run(
         self,
@@ -54,6 +66,7 @@ class CpuBackend(NativeBackend):
             weight,
             address(d_inv_tau),
             WORKSPACE,
+            threading.get_ident() == threading.main_thread().ident,
         )
 
     def groups(self, *ids: Tensor) -> list[Tensor]:

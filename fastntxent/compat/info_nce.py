@@ -80,6 +80,7 @@ def info_nce(
     check_same("query", query, "positive_key", positive_key, "shape", "dtype", "device")
     if negative_keys is not None:
         check_dense("negative_keys", negative_keys)
+        check_same("query", query, "negative_keys", negative_keys, "dtype", "device")
         expected = 2 if negative_mode == "unpaired" else 3
         if negative_keys.ndim != expected:
             raise ValueError(

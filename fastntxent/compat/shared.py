@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..ops import autocast_off
-from ..validation import ID_DTYPES
+from ..validation import ID_DTYPES, check_tensor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -45,10 +45,9 @@ def world_size() -> int:
 
 def check_dense(name: str, value: object) -> None:
     """A dense tensor of real numbers, of any dtype."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if value.layout != torch.strided or value.is_nested or value.is_complex():
-        raise TypeError(f"{name} must be a dense tensor of real numbers, got {value.layout} of {value.dtype}")
+    check_tensor(name, value)
+    if isinstance(value, Tensor) and value.is_complex():
+        raise TypeError(f"{name} must hold real numbers, got {value.dtype}")
 
 
 def as_ids(name: str, labels: Tensor, rows: Tensor) -> Tensor:
@@ -60,6 +59,8 @@ def as_ids(name: str, labels: Tensor, rows: Tensor) -> Tensor:
     seen = labels.is_floating_point() and labels.device.type == "cpu" and not torch.compiler.is_compiling()
     if seen and labels.isnan().any():
         raise ValueError(f"{name} must not be NaN: give rows without a label one of their own")
+    if labels.is_meta and not rows.is_meta:
+        raise TypeError(f"{name} must hold numbers, got {labels.dtype} on {labels.device}")
     labels = labels.to(rows.device)
     if labels.is_floating_point():  # their bits are the same ids on every rank, which numbering them would not give
         return (labels.double() + 0.0).view(torch.int64)  # -0.0 is 0.0
@@ -68,7 +69,8 @@ def as_ids(name: str, labels: Tensor, rows: Tensor) -> Tensor:
 
 def as_scalar(value: float | Tensor) -> float | Tensor:
     """A tensor of one element, of any shape, as a 0-d tensor."""
-    return value.reshape(()) if isinstance(value, Tensor) and value.numel() == 1 else value
+    dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_nested
+    return value.reshape(()) if isinstance(value, Tensor) and dense and value.numel() == 1 else value
 
 
 class Logits:

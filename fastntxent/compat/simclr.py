@@ -12,7 +12,7 @@ from ..backends.base import row_dots, row_losses
 from ..common import batch_sum, inverse_temperature, n_samples, neg_lse_of_rows, sample_ids, unit_rows
 from ..distributed import Group, Shard, Sharding, open_shard
 from ..losses import nt_xent
-from ..validation import check_number, check_rows
+from ..validation import check_number, check_rows, check_tensor
 from .shared import Logits, default_group_of
 
 __all__ = ["ContrastiveLoss", "add_contrastive_loss"]
@@ -72,7 +72,12 @@ def add_contrastive_loss(
     z = unit_rows(hidden, normalize=False)
     z_i, z_j = (F.normalize(z, dim=1, eps=_L2_EPS) if hidden_norm else z).chunk(2)
     if not isinstance(weights, Tensor):
-        check_number("weights", weights, "a number or a tensor")
+        weights = check_number("weights", weights, "a number or a tensor")
+    else:
+        check_tensor("weights", weights)
+        if weights.is_complex() or weights.device not in (hidden.device, torch.device("cpu")):
+            got = f"{weights.dtype} on {weights.device}"
+            raise ValueError(f"weights must be real, and on the CPU or on the device of hidden, got {got}")
     by_sample = weights if isinstance(weights, Tensor) and weights.ndim else None
     if by_sample is not None and by_sample.shape != z_i.shape[:1]:
         raise ValueError(f"weights must be a number or have shape ({len(z_i)},), got {tuple(by_sample.shape)}")

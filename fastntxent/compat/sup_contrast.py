@@ -73,7 +73,7 @@ class SupConLoss(TypedModule):
         scale = self.temperature / self.base_temperature
         V, B, _ = views.shape
         if mask is not None:
-            _check_mask(mask, B)
+            _check_mask(mask, rows, B)
             return scale * _masked(views, mask.to(rows.device), self.temperature, self.contrast_mode)
         if labels is None and self.contrast_mode == "all" and V == 2:
             return scale * nt_xent(views[0], views[1], self.temperature, normalize=False)
@@ -130,7 +130,9 @@ def _ids(labels: Tensor, rows: Tensor) -> Tensor:
     return as_ids("labels", labels.reshape(-1), rows)
 
 
-def _check_mask(mask: Tensor, n_samples: int) -> None:
+def _check_mask(mask: Tensor, rows: Tensor, n_samples: int) -> None:
     check_dense("mask", mask)
+    if mask.is_meta and not rows.is_meta:
+        raise TypeError(f"mask must hold numbers or bool, got {mask.dtype} on {mask.device}")
     if mask.shape != (n_samples, n_samples):
         raise ValueError(f"mask must have shape ({n_samples}, {n_samples}), got {tuple(mask.shape)}")

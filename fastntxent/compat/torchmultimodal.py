@@ -13,7 +13,15 @@ from ..common import factor, reduce, unit_rows
 from ..distributed import Shard, open_shard
 from ..losses.two_towers import clip_directions
 from ..modules.base import TypedModule
-from ..validation import check_in_range, check_positive, check_reduction, check_rows, check_same, extremes
+from ..validation import (
+    check_factor,
+    check_in_range,
+    check_positive,
+    check_reduction,
+    check_rows,
+    check_same,
+    extremes,
+)
 from .shared import Logits, check_dense, default_group
 
 __all__ = [
@@ -149,9 +157,10 @@ def _terms(
     check_rows("embeddings_b", embeddings_b, may_be_empty=group is not None)
     check_same("embeddings_a", embeddings_a, "embeddings_b", embeddings_b, "shape", "dtype", "device")
     smoothing, reduction = _cross_entropy_options(**(cross_entropy_kwargs or {}))
-    check_dense("logit_scale", logit_scale)
+    check_factor("logit_scale", logit_scale, embeddings_a)
     if mask is not None:
         check_dense("mask", mask)
+        check_same("mask", mask, "embeddings_a", embeddings_a, "device")
     if mask is not None and (mask.dtype != torch.bool or mask.shape != embeddings_a.shape[:1]):
         raise ValueError(
             f"mask must be bool of shape ({embeddings_a.shape[0]},), got {mask.dtype} of shape {tuple(mask.shape)}"
@@ -179,6 +188,6 @@ def _cross_entropy_options(
 ) -> tuple[float, str]:
     if others:
         raise ValueError(f"cross_entropy_kwargs must be of label_smoothing and reduction, got {', '.join(others)} too")
-    check_in_range("label_smoothing", label_smoothing, 0, 1, with_low=True, with_high=False)
+    label_smoothing = check_in_range("label_smoothing", label_smoothing, 0, 1, with_low=True, with_high=False)
     check_reduction(reduction)
     return label_smoothing, reduction

@@ -56,8 +56,8 @@ def macl(
     check_views(z_i, z_j, may_be_empty=group is not None)
     check_reduction(reduction)
     check_backend(backend)
-    check_in_range("alpha", alpha, 0, 1, with_low=True, with_high=True)
-    check_in_range("a_0", a_0, 0, 1, with_low=True, with_high=True)
+    alpha = check_in_range("alpha", alpha, 0, 1, with_low=True, with_high=True)
+    a_0 = check_in_range("a_0", a_0, 0, 1, with_low=True, with_high=True)
     shard = open_shard(
         group, "macl", z_i, backend, views=2, temperature=temperature, alpha=alpha, a_0=a_0, reduction=reduction,
         normalize=normalize,

@@ -105,8 +105,8 @@ def hard_negative(
     check_views(z_i, z_j, may_be_empty=group is not None)
     check_reduction(reduction)
     check_backend(backend)
-    check_in_range("tau_plus", tau_plus, 0, 1, with_low=True, with_high=False)
-    check_in_range("beta", beta, 0, math.inf, with_low=True, with_high=False)
+    tau_plus = check_in_range("tau_plus", tau_plus, 0, 1, with_low=True, with_high=False)
+    beta = check_in_range("beta", beta, 0, math.inf, with_low=True, with_high=False)
     shard = open_shard(
         group, "hard_negative", z_i, backend, views=2, temperature=temperature, tau_plus=tau_plus, beta=beta,
         reduction=reduction, normalize=normalize,

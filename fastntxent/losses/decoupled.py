@@ -79,7 +79,7 @@ def dclw(
         >>> fastntxent.dclw(z, z, temperature=1.0)  # pairs alike: every weight is 1
         tensor(0.7918)
     """
-    check_number("sigma", sigma)
+    sigma = check_number("sigma", sigma)
     check_positive("sigma", sigma)
     nu, pos, inv_tau, shard = _terms("dclw", z_i, z_j, temperature, reduction, normalize, backend, group, sigma=sigma)
     sims = pos.detach()[: z_i.shape[0]] / (inv_tau.detach() * sigma)

@@ -23,7 +23,15 @@ from ..common import (
 from ..distributed import Group, Shard, open_shard
 from ..ops import autocast_off
 from ..options import BackendName, Reduction
-from ..validation import check_ids, check_in_range, check_reduction, check_rows, check_same
+from ..validation import (
+    check_ids,
+    check_in_range,
+    check_reduction,
+    check_row_count,
+    check_rows,
+    check_same,
+    check_tensor,
+)
 
 
 @watched
@@ -69,7 +77,7 @@ def multiview_nt_xent(
     z = _stacked(views, may_be_empty=group is not None)
     check_reduction(reduction)
     check_backend(backend)
-    check_in_range("label_smoothing", label_smoothing, 0, 1, with_low=True, with_high=False)
+    label_smoothing = check_in_range("label_smoothing", label_smoothing, 0, 1, with_low=True, with_high=False)
     if ids is not None:
         check_ids("ids", ids, "each view", z[0])
     shard = open_shard(
@@ -112,15 +120,18 @@ def multiview_losses(
 
 def _stacked(views: Tensor | Sequence[Tensor], *, may_be_empty: bool) -> Tensor:
     """The views as one checked tensor (V, N, D)."""
-    if isinstance(views, Tensor) and views.ndim != 3:
-        raise ValueError(f"views must have shape (V, N, D), got {tuple(views.shape)}")
-    if not isinstance(views, (Tensor, list, tuple)):
+    if isinstance(views, Tensor):
+        check_tensor("views", views)
+        if views.ndim != 3:
+            raise ValueError(f"views must have shape (V, N, D), got {tuple(views.shape)}")
+    elif not isinstance(views, (list, tuple)):
         raise TypeError(f"views must be a tensor or a sequence of tensors, got {type(views).__name__}")
     if len(views) < 2:
         raise ValueError(f"views must hold at least two views, got {len(views)}")
     for index, view in enumerate(views):
         check_rows(f"views[{index}]", view, may_be_empty=may_be_empty)
         check_same("views[0]", views[0], f"views[{index}]", view, "shape", "dtype", "device")
+    check_row_count("views together", len(views) * views[0].shape[0])
     return views if isinstance(views, Tensor) else stack_views(views)
 
 

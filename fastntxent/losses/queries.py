@@ -32,6 +32,7 @@ from ..validation import (
     check_reduction,
     check_rows,
     check_same,
+    check_tensor,
 )
 
 
@@ -98,8 +99,10 @@ def info_nce(
     check_reduction(reduction)
     check_backend(backend)
     check_choice("hardness_mode", hardness_mode, HARDNESS_MODES)
-    check_in_range("hardness_strength", hardness_strength, 0, torch.inf, with_low=True, with_high=False)
-    check_in_range("label_smoothing", label_smoothing, 0, 1, with_low=True, with_high=False)
+    hardness_strength = check_in_range(
+        "hardness_strength", hardness_strength, 0, torch.inf, with_low=True, with_high=False
+    )
+    label_smoothing = check_in_range("label_smoothing", label_smoothing, 0, 1, with_low=True, with_high=False)
     if label_smoothing and hardness_strength:
         raise ValueError("label_smoothing and hardness_strength cannot both be given")
     N = query.shape[0]
@@ -181,7 +184,8 @@ def hardened_neg_lse(
 
 
 def _check_negatives(negatives: Tensor, query: Tensor, *, may_be_empty: bool) -> None:
-    if isinstance(negatives, Tensor) and negatives.ndim == 3:
+    check_tensor("negatives", negatives)
+    if negatives.ndim == 3:
         if negatives.dtype not in FLOAT_DTYPES:
             raise TypeError(f"negatives must be float16, bfloat16, float32 or float64, got {negatives.dtype}")
         if negatives.shape[0] != query.shape[0] or negatives.shape[1] == 0:

@@ -56,8 +56,8 @@ def rince(
     check_views(z_i, z_j, may_be_empty=group is not None)
     check_reduction(reduction)
     check_backend(backend)
-    check_in_range("q", q, 0, 1, with_low=False, with_high=True)
-    check_in_range("lam", lam, 0, 1, with_low=False, with_high=False)
+    q = check_in_range("q", q, 0, 1, with_low=False, with_high=True)
+    lam = check_in_range("lam", lam, 0, 1, with_low=False, with_high=False)
     shard = open_shard(
         group, "rince", z_i, backend, views=2, temperature=temperature, q=q, lam=lam, reduction=reduction,
         normalize=normalize,

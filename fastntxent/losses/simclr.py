@@ -91,7 +91,7 @@ def nt_xent(
     check_views(z_i, z_j, may_be_empty=group is not None)
     check_reduction(reduction)
     check_backend(backend)
-    check_in_range("label_smoothing", label_smoothing, 0, 1, with_low=True, with_high=False)
+    label_smoothing = check_in_range("label_smoothing", label_smoothing, 0, 1, with_low=True, with_high=False)
     if ids is not None:
         check_ids("ids", ids, "z_i", z_i)
     shard = open_shard(

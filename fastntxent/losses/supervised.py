@@ -23,7 +23,7 @@ from ..common import (
 from ..distributed import Group, Shard, open_shard
 from ..ops import autocast_off
 from ..options import FORMS, BackendName, Reduction, SupConForm
-from ..validation import ID_DTYPES, check_choice, check_ids, check_reduction, check_rows
+from ..validation import ID_DTYPES, check_choice, check_ids, check_reduction, check_rows, check_tensor
 
 
 @watched
@@ -149,7 +149,8 @@ def _pairs(u: Tensor, labels: Tensor, counts: Tensor, inv_tau: Tensor, backend: 
 
 def _check_labels(labels: Tensor, z: Tensor, form: str) -> int | None:
     """The number of classes where a row has several labels, None where it has one."""
-    if not isinstance(labels, Tensor) or labels.ndim != 2:
+    check_tensor("labels", labels)
+    if labels.ndim != 2:
         check_ids("labels", labels, "z", z)
         return None
     _check_multi_labels(labels, z, form)

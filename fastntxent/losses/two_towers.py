@@ -23,6 +23,7 @@ from ..common import (
 from ..distributed import Group, Shard, open_shard
 from ..options import BackendName, Reduction
 from ..validation import (
+    check_factor,
     check_ids,
     check_in_range,
     check_number,
@@ -96,7 +97,7 @@ def clip(
     check_same("image_features", image_features, "text_features", text_features, "shape", "dtype", "device")
     check_reduction(reduction)
     check_backend(backend)
-    check_in_range("label_smoothing", label_smoothing, 0, 1, with_low=True, with_high=False)
+    label_smoothing = check_in_range("label_smoothing", label_smoothing, 0, 1, with_low=True, with_high=False)
     if ids is not None:
         check_ids("ids", ids, "image_features", image_features)
     if logit_scale is None:
@@ -112,7 +113,7 @@ def clip(
         scale = inverse_temperature(temperature, image_features, shard=shard)
     else:
         assert logit_scale is not None
-        check_temperature(logit_scale, image_features, name="logit_scale")
+        logit_scale = check_temperature(logit_scale, image_features, name="logit_scale")
         scale = factor(logit_scale, image_features, shard)
         check_temperature(scale, name=f"logit_scale in {scale.dtype}")
     u, v = unit_rows(image_features, normalize), unit_rows(text_features, normalize)
@@ -120,8 +121,10 @@ def clip(
     losses = directions.image_to_text / 2 + directions.text_to_image / 2
     if logit_bias is not None:
         if not isinstance(logit_bias, Tensor):
-            check_number("logit_bias", logit_bias, "a float or a tensor of one element")
-        elif logit_bias.numel() != 1:
+            logit_bias = check_number("logit_bias", logit_bias, "a float or a tensor of one element")
+        else:
+            check_factor("logit_bias", logit_bias, losses)
+        if isinstance(logit_bias, Tensor) and logit_bias.numel() != 1:
             raise ValueError(f"logit_bias must be a float or have one element, got shape {tuple(logit_bias.shape)}")
         losses = losses + 0 * factor(logit_bias, losses)
     return reduce(losses, reduction, shard=shard)

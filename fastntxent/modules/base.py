@@ -55,7 +55,7 @@ class TemperatureLoss(TypedModule):
         learn_temperature: bool,
     ):
         super().__init__()
-        check_temperature(temperature)
+        temperature = check_temperature(temperature)
         check_reduction(reduction)
         check_backend(backend)
         self.reduction = reduction
@@ -76,7 +76,7 @@ class TemperatureLoss(TypedModule):
 
     @temperature.setter
     def temperature(self, value: float | Tensor) -> None:
-        check_temperature(value)
+        value = check_temperature(value)
         if self.learn_temperature:
             with torch.no_grad():
                 self.log_temperature.fill_(_log(value))

@@ -13,7 +13,7 @@ from ..common import inverse_temperature, log_add, neg_lse_of_columns, reduce, s
 from ..distributed import Group, open_shard
 from ..ops import copy_now, held_neg_lse
 from ..options import BackendName, Reduction
-from ..validation import ID_DTYPES, check_features, check_ids, check_rows, check_same
+from ..validation import ID_DTYPES, check_features, check_ids, check_integer, check_rows, check_same
 from .base import TemperatureLoss
 
 _NO_ID = torch.iinfo(torch.int64).min  # of an entry without an id: no query has it
@@ -48,11 +48,7 @@ class NegativeQueue(nn.Module):
 
     def __init__(self, size: int, dim: int, *, dtype: torch.dtype = torch.float32, normalize: bool = True):
         super().__init__()
-        for name, value in (("size", size), ("dim", dim)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        size, dim = check_integer("size", size, 1), check_integer("dim", dim, 1)
         if not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating-point dtype, got {dtype}")
         self.size = size

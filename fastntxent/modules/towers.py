@@ -53,9 +53,11 @@ class InfoNCELoss(TemperatureLoss):
             group=group,
             learn_temperature=learn_temperature,
         )
-        check_in_range("label_smoothing", label_smoothing, 0, 1, with_low=True, with_high=False)
+        label_smoothing = check_in_range("label_smoothing", label_smoothing, 0, 1, with_low=True, with_high=False)
         check_choice("hardness_mode", hardness_mode, HARDNESS_MODES)
-        check_in_range("hardness_strength", hardness_strength, 0, math.inf, with_low=True, with_high=False)
+        hardness_strength = check_in_range(
+            "hardness_strength", hardness_strength, 0, math.inf, with_low=True, with_high=False
+        )
         self.in_batch_negatives = in_batch_negatives
         self.label_smoothing = label_smoothing
         self.hardness_mode = hardness_mode
@@ -140,9 +142,11 @@ class CLIPLoss(TemperatureLoss):
             group=group,
             learn_temperature=learn_temperature,
         )
-        check_in_range("label_smoothing", label_smoothing, 0, 1, with_low=True, with_high=False)
+        label_smoothing = check_in_range("label_smoothing", label_smoothing, 0, 1, with_low=True, with_high=False)
         if max_logit_scale is not None:
-            check_in_range("max_logit_scale", max_logit_scale, 0, math.inf, with_low=False, with_high=False)
+            max_logit_scale = check_in_range(
+                "max_logit_scale", max_logit_scale, 0, math.inf, with_low=False, with_high=False
+            )
         self.label_smoothing = label_smoothing
         self.max_logit_scale = max_logit_scale
 

@@ -56,7 +56,7 @@ class NTXentLoss(TemperatureLoss):
             group=group,
             learn_temperature=learn_temperature,
         )
-        check_in_range("label_smoothing", label_smoothing, 0, 1, with_low=True, with_high=False)
+        label_smoothing = check_in_range("label_smoothing", label_smoothing, 0, 1, with_low=True, with_high=False)
         self.label_smoothing = label_smoothing
 
     def forward(self, z_i: Tensor, z_j: Tensor, ids: Tensor | None = None) -> Tensor:
@@ -95,7 +95,7 @@ class MultiViewNTXentLoss(TemperatureLoss):
             group=group,
             learn_temperature=learn_temperature,
         )
-        check_in_range("label_smoothing", label_smoothing, 0, 1, with_low=True, with_high=False)
+        label_smoothing = check_in_range("label_smoothing", label_smoothing, 0, 1, with_low=True, with_high=False)
         self.label_smoothing = label_smoothing
 
     def forward(self, views: Tensor | Sequence[Tensor], ids: Tensor | None = None) -> Tensor:
@@ -168,7 +168,7 @@ class DCLWLoss(TemperatureLoss):
             group=group,
             learn_temperature=learn_temperature,
         )
-        check_number("sigma", sigma)
+        sigma = check_number("sigma", sigma)
         check_positive("sigma", sigma)
         self.sigma = sigma
 
@@ -208,7 +208,7 @@ class DebiasedLoss(TemperatureLoss):
             group=group,
             learn_temperature=learn_temperature,
         )
-        check_in_range("tau_plus", tau_plus, 0, 1, with_low=True, with_high=False)
+        tau_plus = check_in_range("tau_plus", tau_plus, 0, 1, with_low=True, with_high=False)
         self.tau_plus = tau_plus
 
     def forward(self, z_i: Tensor, z_j: Tensor) -> Tensor:
@@ -250,8 +250,8 @@ class HardNegativeLoss(TemperatureLoss):
             group=group,
             learn_temperature=learn_temperature,
         )
-        check_in_range("tau_plus", tau_plus, 0, 1, with_low=True, with_high=False)
-        check_in_range("beta", beta, 0, float("inf"), with_low=True, with_high=False)
+        tau_plus = check_in_range("tau_plus", tau_plus, 0, 1, with_low=True, with_high=False)
+        beta = check_in_range("beta", beta, 0, float("inf"), with_low=True, with_high=False)
         self.tau_plus = tau_plus
         self.beta = beta
 
@@ -294,8 +294,8 @@ class RINCELoss(TemperatureLoss):
             group=group,
             learn_temperature=learn_temperature,
         )
-        check_in_range("q", q, 0, 1, with_low=False, with_high=True)
-        check_in_range("lam", lam, 0, 1, with_low=False, with_high=False)
+        q = check_in_range("q", q, 0, 1, with_low=False, with_high=True)
+        lam = check_in_range("lam", lam, 0, 1, with_low=False, with_high=False)
         self.q = q
         self.lam = lam
 
@@ -338,8 +338,8 @@ class MACLLoss(TemperatureLoss):
             group=group,
             learn_temperature=learn_temperature,
         )
-        check_in_range("alpha", alpha, 0, 1, with_low=True, with_high=True)
-        check_in_range("a_0", a_0, 0, 1, with_low=True, with_high=True)
+        alpha = check_in_range("alpha", alpha, 0, 1, with_low=True, with_high=True)
+        a_0 = check_in_range("a_0", a_0, 0, 1, with_low=True, with_high=True)
         self.alpha = alpha
         self.a_0 = a_0
 

@@ -148,7 +148,7 @@ def test_errors():
     z, labels, mask = torch.randn(5, 3), torch.arange(5), torch.ones(5, dtype=torch.bool)
     with pytest.raises(TypeError, match="loss must be NTXentLoss or SupConLoss of fastntxent"):
         ours.CrossBatchMemory(torch.nn.Identity(), 3)
-    with pytest.raises(ValueError, match="embedding_size must be an int of at least 1, got 0"):
+    with pytest.raises(ValueError, match="embedding_size must be at least 1, got 0"):
         ours.CrossBatchMemory(ours.NTXentLoss(), 0)
     with pytest.raises(ValueError, match=r"memory_size must be an int of at least 1, got 2\.5"):
         ours.CrossBatchMemory(ours.NTXentLoss(), 3, 2.5)

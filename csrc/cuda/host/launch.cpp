@@ -38,6 +38,7 @@ const char* fntx_cuda_error(void) { return message; }
 int fntx_cuda_devices(void) { return 1; }
 
 int64_t fntx_cuda_workspace(int, int dtype, int64_t n_rows, int64_t n_cols, int64_t D) {
+    if (const char* fault = fault_of_size(n_rows, n_cols, D)) return fail(fault), -1;
     const Plan plan = make_plan(machine, dtype, n_rows, n_cols, D, nullptr);
     if (plan.grid > 0) return plan.bytes;
     fail("the device has too little shared memory for a block");

@@ -50,8 +50,7 @@ class PairLoss(TypedModule):
         embedding_reg_weight: float = 1,
     ):
         super().__init__()
-        check_temperature(temperature)
-        self.temperature = temperature
+        self.temperature = check_temperature(temperature)
         self.normalize = _check_distance(distance)
         name = type(self).__name__
         if embedding_regularizer is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...modules.base import TypedModule
-from ...validation import check_features, check_rows
+from ...validation import check_features, check_integer, check_rows
 from ..pairs import IndicesTuple, checked_pairs, pairs_of_ids
 from ..shared import as_ids
 from .losses import NTXentLoss, SupConLoss, check_loss
@@ -57,9 +57,8 @@ class CrossBatchMemory(TypedModule):
     ):
         super().__init__()
         check_loss(loss)
-        for name, size in (("embedding_size", embedding_size), ("memory_size", memory_size)):
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name} must be an int of at least 1, got {size!r}")
+        embedding_size = check_integer("embedding_size", embedding_size, 1)
+        memory_size = check_integer("memory_size", memory_size, 1)
         if kwargs.pop("collect_stats", None):
             raise ValueError("collect_stats of CrossBatchMemory must be None or False: no distances are held")
         if kwargs:
