@@ -48,7 +48,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "chunks": {"accumulate_batch": 50, "chunk": 16},
     "alignment": {"batch_size": 50, "objective": "alignment"},
     "distribution": {"batch_size": 50, "objective": "distribution"},
-    "resnet18": {"batch_size": 50, "model": "resnet18", "max_steps": 3},
+    "resnet18": {"batch_size": 50, "model": "resnet18", "width": 8, "max_steps": 3},
 }
 
 

@@ -274,7 +274,7 @@ def test_stream_differs_with_each_of_its_arguments():
 
 @pytest.mark.parametrize("model", ["conv", "resnet18"])
 def test_load_encoder_gives_the_trained_features(make_trainer, stripes, tmp_path, model):
-    trainer = make_trainer(model=model, max_steps=2)
+    trainer = make_trainer(model=model, width=8, max_steps=2)
     trainer.fit()
     encoder = load_encoder(tmp_path / "run" / "checkpoint.pt")
     x = stripes.test_images / 255
