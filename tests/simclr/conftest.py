@@ -67,4 +67,5 @@ def cli():
     yield start
     for process in running:
         process.kill()
-        process.communicate()
+        process.wait()
+        process.stderr.close()

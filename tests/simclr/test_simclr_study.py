@@ -91,7 +91,6 @@ def test_study_killed_goes_on_to_the_same_numbers(quick, cli, tmp_path, monkeypa
         time.sleep(0.02)
     process.kill()
     process.wait()
-    process.stderr.close()
 
     trained = []
     step = Trainer._train_step
