@@ -32,6 +32,7 @@ from . import (
     distributed,
     family,
     gpu,
+    instruction_set,
     kernels,
     machine,
     memory,
@@ -55,6 +56,7 @@ SUITES = {
     "model": model,
     "tune": tune,
 }
+CPU_SUITES = ("cpu", "memory", "scaling", "converged", "distributed", "family")
 
 
 def _count(text: str) -> int:
@@ -91,6 +93,10 @@ def main(argv: list[str] | None = None) -> None:
             suite.add_argument(
                 "--seconds", type=float, default=20, help="to spend on a size (cpu, gpu: 5 to 200 rounds)"
             )
+        if name in CPU_SUITES:
+            suite.add_argument(
+                "--instruction-set", choices=instruction_set.NAMES, help="hold our kernel to it (default: the fastest)"
+            )
         if name == "distributed":
             suite.add_argument("--ranks", type=_count, nargs="+", default=[1, 2, 3, 4], help="default: 1 2 3 4")
             suite.add_argument("--rounds", type=_count, default=21, help="of a comparison (default: 21)")
@@ -102,8 +108,13 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if arguments.suite == "report":
         report.run(arguments)
-    else:
-        _measure(arguments)
+        return
+    if arguments.suite in CPU_SUITES:
+        try:
+            instruction_set.hold(arguments.instruction_set)
+        except (ImportError, ValueError) as error:
+            parser.error(f"--instruction-set {arguments.instruction_set}: {error}")
+    _measure(arguments)
 
 
 def _measure(arguments: argparse.Namespace) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import fastntxent
 
-from . import memory
+from . import instruction_set, memory
 from .competitors import Loss
 from .timing import TEMPERATURE, Case, interleave, quantiles, step
 
@@ -99,7 +99,7 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[st
 
 def peak(kind: str, name: str, n: int, d: int) -> int:
     """Bytes beside the inputs, of one step in a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.family", kind, name, str(n), str(d)]
+    command = [sys.executable, *instruction_set.module("benchmarks.family"), kind, name, str(n), str(d)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **memory.ALLOCATOR})
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")

@@ -12,7 +12,7 @@ import torch
 
 import fastntxent
 
-from . import competitors
+from . import competitors, instruction_set
 
 GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
 
@@ -23,6 +23,7 @@ def provenance() -> dict[str, object]:
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "vector": torch.backends.cpu.get_cpu_capability(),
+        "held": instruction_set.held,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "fastntxent": fastntxent.__version__,

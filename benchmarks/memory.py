@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from . import machine
+from . import instruction_set, machine
 from .competitors import load, names
 from .timing import TEMPERATURE, Case, step
 
@@ -23,7 +23,7 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 
 def measure(name: str, n: int, d: int, seconds: float = 0) -> dict[str, object]:
     """Peak of a step and its median time over `seconds`, in a fresh process, and the GEMM's rate before and after."""
-    command = [sys.executable, "-m", "benchmarks.memory", name, str(n), str(d), str(seconds)]
+    command = [sys.executable, *instruction_set.module("benchmarks.memory"), name, str(n), str(d), str(seconds)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **ALLOCATOR})
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")

@@ -182,6 +182,8 @@ def _head(name: str) -> str:
 def _footnote(record: Record, names: list[str] = ()) -> str:
     machine = record["machine"]
     facts = [f"{machine['processor']}, threads: {machine['threads']}, {machine['vector']}"]
+    if machine.get("held"):
+        facts.append(f"our kernel held to {machine['held']}")
     facts += dict.fromkeys(result["device"] for result in record["results"] if "device" in result)
     facts += [f"PyTorch {machine['torch']}", *(f"{name} {number}" for name, number in machine["packages"].items())]
     sentences = [f"{', '.join(facts)}; {machine['time'][:10]}."]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastntxent import backends, budget, nt_xent
+from fastntxent import backends, budget, cross_neg_lse, neg_lse, nt_xent
 
 blocked = importlib.import_module("fastntxent.backends.blocked")
 TILE = blocked._BLOCK_CPU
@@ -62,15 +64,14 @@ def converged_batch(n: int, d: int, temperature: float, loss: float, *, seed: in
     """
     generator = torch.Generator().manual_seed(seed)
     own, common = (
-        torch.nn.functional.normalize(torch.randn(rows, d, generator=generator, dtype=torch.float64), dim=1)
-        for rows in (n, 1)
+        F.normalize(torch.randn(rows, d, generator=generator, dtype=torch.float64), dim=1) for rows in (n, 1)
     )
     jitter = torch.randn(2, n, d, generator=generator, dtype=torch.float64) * (0.02 / d**0.5)
     normalize = temperature < 1 / 25
     length = 1.0 if normalize else (25 * temperature) ** 0.5
 
     def views(share: float) -> Tensor:
-        rows = torch.nn.functional.normalize((1 - share) * (own + jitter) + share * common, dim=2)
+        rows = F.normalize((1 - share) * (own + jitter) + share * common, dim=2)
         return length * rows
 
     low, high = 0.0, 1.0
@@ -127,6 +128,123 @@ def check_results(result: Result, same_precision: Result, truth: Result, batch: 
         output_dtype = value.dtype if name in ("d_z_i", "d_z_j") else None
         limit = budget.allowed(reference, batch.z_i.dtype, largest / batch.temperature, output_dtype=output_dtype)
         assert errors.within(limit), f"{name}: {errors}, allowed {limit}, reference {reference}"
+
+
+def assert_arrays_within_budget(
+    values: Sequence[Tensor],
+    same_precision: Sequence[Tensor],
+    truths: Sequence[Tensor],
+    dtype: torch.dtype,
+    logit_size: float,
+    scales: Sequence[float] | None = None,
+) -> None:
+    """Each result within `fastntxent.budget`; `scales` as in `budget.measure`, where a result may cancel."""
+    scales = [0.0] * len(values) if scales is None else scales
+    for index, (value, same, true, scale) in enumerate(zip(values, same_precision, truths, scales, strict=True)):
+        errors, reference = (budget.measure(x.detach(), true.detach(), scale=scale) for x in (value, same))
+        limit = budget.allowed(reference, dtype, logit_size, output_dtype=value.dtype)
+        assert errors.within(limit), f"result {index}: {errors}, allowed {limit}, reference {reference}"
+
+
+def assert_within_rounding(value: Tensor, truth: Tensor, logit_size: float, *, times: float = 1.0) -> None:
+    """A float32 result within the budget's floor alone, or `times` it: for accuracy that a formula shared with the
+    reference could lose."""
+    errors = budget.measure(value.detach(), truth.detach())
+    floor = budget.allowed(budget.Errors(0.0, 0.0), torch.float32, logit_size)
+    limit = budget.Errors(times * floor.maximum, times * floor.rms)
+    assert errors.within(limit), f"{errors}, allowed {limit}"
+
+
+def assert_gradient_within_rounding(batch: Batch, backend: str) -> None:
+    """The gradient in the embeddings, by the largest |k s| of the batch: at the start of training this is far below the
+    1/tau of two views that agree."""
+    z = torch.cat((batch.z_i, batch.z_j)).double()
+    u = F.normalize(z, dim=1) if batch.normalize else z
+    logit_size = float((u @ u.T).fill_diagonal_(0).abs().max()) / batch.temperature
+    value, true = evaluate(batch, backend), evaluate(batch.map(Tensor.double), "reference")
+    gradient, true_gradient = (torch.cat((result.d_z_i, result.d_z_j)) for result in (value, true))
+    assert_within_rounding(gradient, true_gradient, logit_size)
+
+
+def group_ids(name: str, M: int, K: int = 0) -> tuple[Tensor, Tensor]:
+    """Ids of M rows and of K columns."""
+    generator = torch.Generator().manual_seed(2)
+    few = torch.randint(0, 3, (M + K,), generator=generator)
+    ids = {
+        "samples": torch.cat((torch.arange(M), torch.arange(K))),
+        "unique": torch.randperm(M + K, generator=generator, dtype=torch.int32),
+        "one": torch.zeros(M + K, dtype=torch.int8),
+        "few": few.to(torch.int16),
+        "sorted": torch.arange(M + K) // 5,
+        "negative": -few * 2**40,
+    }[name]
+    return ids[:M], ids[M:]
+
+
+def neg_lse_result(
+    u: Tensor, ids: Tensor, temperature: float, weights: Tensor, backend: str, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """neg_lse, and the gradients of its weighted sum in u and in the temperature."""
+    u = u.to(dtype, copy=True).requires_grad_()
+    tau = torch.tensor(temperature, dtype=torch.float64, requires_grad=True)
+    nu = neg_lse(u, ids, tau, backend=backend)
+    return nu.detach(), *torch.autograd.grad(_weighted(nu, weights), (u, tau))
+
+
+def assert_neg_lse_within_budget(
+    backend: str, M: int, groups: str, temperature: float, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[Tensor, ...]:
+    """Random unit rows of 16 features against the oracle; returns what the backend found."""
+    generator = torch.Generator().manual_seed(2)
+    u = F.normalize(torch.randn(M, 16, generator=generator), dim=1).to(device, dtype)
+    ids = group_ids(groups, M)[0].to(device)
+    weights = torch.randn(M, generator=generator, dtype=torch.float64).to(device)
+    value, same, truth = (
+        neg_lse_result(u, ids, temperature, weights, *each)
+        for each in ((backend, dtype), ("reference", dtype), ("reference", torch.float64))
+    )
+    assert torch.equal(value[0] == -math.inf, truth[0] == -math.inf)
+    # The temperature's gradient is a sum of w_i k^2 E[s]: with weights of both signs it is judged by the size of its
+    # terms, |s| being about D^-1/2 = 1/4.
+    scales = 0.0, 0.0, float(weights.abs().sum()) / (4 * temperature**2)
+    assert_arrays_within_budget(value, same, truth, dtype, 1 / temperature, scales)
+    return value
+
+
+def cross_result(
+    batch: Sequence[Tensor], temperature: float, weights: Sequence[Tensor], backend: str, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """cross_neg_lse of (u, v, u_ids, v_ids), and the gradients of its weighted sum in u, v and the temperature."""
+    u, v = (rows.to(dtype, copy=True).requires_grad_() for rows in batch[:2])
+    tau = torch.tensor(temperature, dtype=torch.float64, requires_grad=True)
+    nus = cross_neg_lse(u, v, *batch[2:], tau, backend=backend)
+    total = sum(map(_weighted, nus, weights))
+    return nus.rows.detach(), nus.cols.detach(), *torch.autograd.grad(total, (u, v, tau))
+
+
+def assert_cross_neg_lse_within_budget(
+    backend: str, M: int, K: int, groups: str, temperature: float, *, d: int = 16, device: str = "cpu"
+) -> None:
+    """Random unit rows and columns against the oracle, in float32."""
+    generator = torch.Generator().manual_seed(2)
+    rows = [F.normalize(torch.randn(n, d, generator=generator), dim=1) for n in (M, K)]
+    batch = [x.to(device) for x in (*rows, *group_ids(groups, M, K))]
+    weights = [torch.randn(n, generator=generator, dtype=torch.float64).to(device) for n in (M, K)]
+    value, same, truth = (
+        cross_result(batch, temperature, weights, *each)
+        for each in ((backend, torch.float32), ("reference", torch.float32), ("reference", torch.float64))
+    )
+    for given, true in zip(value[:2], truth[:2], strict=True):
+        assert torch.equal(given == -math.inf, true == -math.inf)
+    # A relative error of a sum is an absolute one of its logarithm, which can be near 0. Weights of both signs cancel:
+    # gradients are judged by the size of their terms, |s| being about D^-1/2 = 1/4.
+    size = float(sum(w.abs().sum() for w in weights)) / temperature
+    scales = 1, 1, size / (4 * M), size / (4 * K), size / (4 * temperature)
+    assert_arrays_within_budget(value, same, truth, torch.float32, 1 / temperature, scales)
+
+
+def _weighted(nu: Tensor, weights: Tensor) -> Tensor:
+    return (torch.where(nu == -math.inf, 0, nu) * weights.to(nu.dtype)).sum()
 
 
 class LargestTensor(TorchDispatchMode):

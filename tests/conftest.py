@@ -2,7 +2,29 @@
 
 import os
 
+import pytest
 import torch
+
+from benchmarks import instruction_set
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_addoption(parser):
+    text = "hold the CPU kernels to it, in the processes that tests start too (best: the fastest that this machine has)"
+    parser.addoption("--instruction-set", choices=("best", *instruction_set.NAMES), default="best", help=text)
+
+
+def pytest_configure(config):
+    name = config.getoption("--instruction-set")
+    if name == "best":
+        return
+    try:
+        instruction_set.hold(name)
+    except (ImportError, ValueError) as error:
+        raise pytest.UsageError(f"--instruction-set {name}: {error}") from error
+
+
+def pytest_report_header():
+    return f"CPU kernels held to {instruction_set.held}" if instruction_set.held else None

@@ -15,16 +15,22 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from benchmarks import instruction_set
 from fastntxent.distributed import wire
 
 
-def on_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
+def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """function(*args) on every rank of a gloo group of its own; what each returned. An exception that no rank catches
     is raised here, as that rank's traceback."""
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.spawn(_rank, (world, folder, timeout, function, args), nprocs=world, join=False)
-        for process in context.processes:
-            process.join(600)
+        arguments = (world, folder, instruction_set.held, function, args)
+        context = mp.spawn(_rank, arguments, nprocs=world, join=False)
+        try:
+            for process in context.processes:
+                process.join()
+        finally:
+            for process in context.processes:
+                process.kill()
         results = []
         for rank in range(world):
             path = Path(folder) / f"{rank}.pt"
@@ -68,14 +74,15 @@ class _Failure(str):
     pass
 
 
-def _rank(rank: int, world: int, folder: str, timeout: float, function: Callable[..., Any], args: tuple) -> None:
+def _rank(rank: int, world: int, folder: str, held: str | None, function: Callable[..., Any], args: tuple) -> None:
+    instruction_set.hold(held)
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/rendezvous",
         rank=rank,
         world_size=world,
-        timeout=datetime.timedelta(seconds=timeout),
+        timeout=datetime.timedelta(minutes=10),
     )
     try:
         result = function(*args)

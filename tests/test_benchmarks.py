@@ -1,6 +1,7 @@
 """The benchmarks' own arithmetic and checks, at small sizes."""
 
 import json
+import os
 import subprocess
 import sys
 from functools import partial
@@ -10,8 +11,26 @@ import pytest
 import torch
 
 from benchmarks import __main__ as cli
-from benchmarks import competitors, distributed, family, host, losses, machine, memory, report, tables, timing
+from benchmarks import (
+    competitors,
+    distributed,
+    family,
+    host,
+    instruction_set,
+    losses,
+    machine,
+    memory,
+    report,
+    tables,
+    timing,
+)
+from fastntxent import backends
+from tests.ranks import on_ranks
 
+BUILT = backends()["cpu"]
+needs_cpu_kernels = pytest.mark.skipif(not BUILT.available, reason=f"needs the CPU kernels built: {BUILT.reason}")
+if BUILT.available:
+    from fastntxent import _cpu
 ROOT = Path(__file__).parent.parent
 needs_linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 
@@ -316,3 +335,37 @@ def test_report_says_which_marker_or_file_is_missing(committed):
 @pytest.mark.skipif(not (ROOT / "benchmarks" / "results").exists(), reason="needs committed results: make bench")
 def test_pages_have_the_tables_of_the_committed_results():
     assert report.stale_sections(ROOT / "benchmarks" / "results", ROOT) == []
+
+
+@pytest.fixture
+def released(monkeypatch):
+    """The kernels are let go of what the test holds them to."""
+    before = _cpu.instruction_set()
+    monkeypatch.setattr(instruction_set, "held", instruction_set.held)
+    yield
+    _cpu.use_instruction_set(before)
+
+
+@needs_cpu_kernels
+def test_figures_of_a_kernel_held_to_an_instruction_set_say_so(released, tmp_path, capsys):
+    options = ["--n", "16", "--d", "8", "--only", "cpu", "--instruction-set", "portable"]
+    record = run("cpu", tmp_path / "cpu.json", *options)
+    assert _cpu.instruction_set() == "portable"
+    assert record["machine"]["held"] == "portable"
+    assert "our kernel held to portable" in capsys.readouterr().out
+
+
+def in_use():
+    return _cpu.instruction_set()
+
+
+@needs_cpu_kernels
+def test_processes_are_held_as_the_one_that_starts_them(released, tmp_path):
+    instruction_set.hold("portable")
+    assert on_ranks(1, in_use) == ["portable"]
+    code = "import sys; from fastntxent import _cpu; print(_cpu.instruction_set(), *sys.argv[1:])"
+    (tmp_path / "shows.py").write_text(code)
+    command = [sys.executable, *instruction_set.module("shows"), "a", "b"]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.split() == ["portable", "a", "b"]

@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from fastntxent import budget
-from tests.cases import KERNELS, blocked, random_batch
+from tests.cases import (
+    KERNELS,
+    assert_cross_neg_lse_within_budget,
+    assert_gradient_within_rounding,
+    assert_neg_lse_within_budget,
+    blocked,
+    converged_batch,
+    random_batch,
+    start_of_training,
+)
 
 
 def test_measure_is_relative_to_the_truth():
@@ -54,3 +63,36 @@ def test_compare_rejects_a_gradient_wrong_by_1e_4(monkeypatch):
     report = budget.compare(z_i, z_j, 0.1, backend="blocked")
     assert not report.ok
     assert str(report).startswith("BEYOND BUDGET")
+
+
+@pytest.fixture
+def products_in_tf32(monkeypatch):
+    """Backend `blocked` takes logits of rows with the 10 bits of tf32's mantissa."""
+
+    def rounded(x):
+        rows = isinstance(x, torch.Tensor) and x.dtype == torch.float32 and x.ndim == 2
+        return (x.view(torch.int32) & ~0x1FFF).view(torch.float32) if rows else x
+
+    def in_tf32(original):
+        return lambda *args: original(*map(rounded, args))
+
+    for name in ("nt_xent_scalar", "neg_lse", "cross_neg_lse"):
+        monkeypatch.setattr(blocked.BlockedBackend, name, in_tf32(getattr(blocked.BlockedBackend, name)))
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.1, 0.5])
+@pytest.mark.parametrize("loss", [None, 0.7, 1e-3, 1e-6])
+def test_gradient_limit_rejects_products_in_tf32(products_in_tf32, loss, temperature):
+    shape = 64, 128, temperature
+    batch = start_of_training(*shape) if loss is None else converged_batch(*shape, loss)
+    with pytest.raises(AssertionError, match="allowed"):
+        assert_gradient_within_rounding(batch, "blocked")
+
+
+@pytest.mark.parametrize("temperature", [0.005, 0.2])
+@pytest.mark.parametrize("groups", ["unique", "few"])
+def test_neg_lse_limits_reject_products_in_tf32(products_in_tf32, groups, temperature):
+    with pytest.raises(AssertionError, match="allowed"):
+        assert_neg_lse_within_budget("blocked", 70, groups, temperature)
+    with pytest.raises(AssertionError, match="allowed"):
+        assert_cross_neg_lse_within_budget("blocked", 33, 100, groups, temperature)

@@ -12,13 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastntxent import backends, budget, cross_neg_lse, neg_lse, nt_xent
+from fastntxent import backends, budget, cross_neg_lse, nt_xent
 from fastntxent.backends import select
 from tests import test_losses
 from tests.cases import (
     Batch,
+    assert_cross_neg_lse_within_budget,
+    assert_gradient_within_rounding,
+    assert_neg_lse_within_budget,
     assert_within_budget,
+    assert_within_rounding,
     converged_batch,
+    cross_result,
     evaluate,
     random_batch,
     start_of_training,
@@ -89,13 +94,11 @@ def test_nt_xent_rows_of_any_length_within_budget(length):
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.1, 0.5])
-@pytest.mark.parametrize(("loss", "limit"), [(None, 2e-6), (0.7, 1e-5), (1e-3, 1e-5), (1e-6, 1e-5)])
-def test_gradient_relative_error_at_every_stage_of_training(loss, limit, temperature):
+@pytest.mark.parametrize("loss", [None, 0.7, 1e-3, 1e-6])
+def test_gradient_accuracy_at_every_stage_of_training(loss, temperature):
     shape = 64, 128, temperature
-    batch = on_device(start_of_training(*shape) if loss is None else converged_batch(*shape, loss))
-    value, truth = evaluate(batch, "triton"), evaluate(batch.map(torch.Tensor.double), "reference")
-    gradient, true_gradient = (torch.cat((r.d_z_i, r.d_z_j)).double() for r in (value, truth))
-    assert float((gradient - true_gradient).norm() / true_gradient.norm()) < limit
+    batch = start_of_training(*shape) if loss is None else converged_batch(*shape, loss)
+    assert_gradient_within_rounding(on_device(batch), "triton")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -116,42 +119,12 @@ def test_strided_views_equal_contiguous(layout, dtype):
         assert torch.equal(value, expected)
 
 
-def groups(name: str, M: int, K: int) -> tuple[torch.Tensor, torch.Tensor]:
-    few = torch.arange(M + K) * 7 % 3
-    ids = {
-        "samples": torch.cat((torch.arange(M), torch.arange(K))),
-        "unique": torch.arange(M + K, dtype=torch.int32),
-        "one": torch.zeros(M + K, dtype=torch.int8),
-        "few": few,
-        "negative": -few * 2**40,
-    }[name].to(DEVICE)
-    return ids[:M], ids[M:]
-
-
 @pytest.mark.parametrize("temperature", [0.005, 0.2])
-@pytest.mark.parametrize("name", ["samples", "unique", "one", "few", "negative"])
+@pytest.mark.parametrize("groups", ["samples", "unique", "one", "few", "negative"])
 @pytest.mark.parametrize(("M", "K"), [(1, 40), (70, 1), (33, 100)])
-def test_neg_lse_of_any_groups_equals_reference(name, M, K, temperature):
-    generator = torch.Generator().manual_seed(0)
-    u, v = (F.normalize(torch.randn(n, 16, generator=generator), dim=1).to(DEVICE) for n in (M, K))
-    u_ids, v_ids = groups(name, M, K)
-
-    def total(nu):
-        return (torch.where(nu == -math.inf, 0, nu) * torch.linspace(1, 2, len(nu), device=DEVICE)).sum()
-
-    def results(backend, dtype):
-        a, b = (x.to(dtype).requires_grad_() for x in (u, v))
-        tau = torch.tensor(temperature, requires_grad=True)
-        nus = cross_neg_lse(a, b, u_ids, v_ids, tau, backend=backend)
-        crossed = torch.autograd.grad(sum(map(total, nus)), (a, b, tau))
-        nu = neg_lse(a, u_ids, tau, backend=backend)
-        return [*nus, *crossed, nu, *torch.autograd.grad(total(nu), (a, tau))]
-
-    value, truth = results("triton", torch.float32), results("reference", torch.float64)
-    for v, t in zip(value, truth, strict=True):
-        assert torch.equal(v == -math.inf, t == -math.inf)
-        errors = budget.measure(v.detach(), t.detach(), scale=1 / temperature)
-        assert errors.maximum < 1e-5, errors
+def test_neg_lse_of_any_groups_within_budget(groups, M, K, temperature):
+    assert_neg_lse_within_budget("triton", M, groups, temperature, device=DEVICE)
+    assert_cross_neg_lse_within_budget("triton", M, K, groups, temperature, device=DEVICE)
 
 
 @pytest.mark.parametrize("needs", ["u", "v", "temperature"])
@@ -259,11 +232,7 @@ def test_memory_that_was_not_written_is_not_used(poisoned, monkeypatch, n, d, te
     batch = on_device(random_batch(n, d, temperature, dtype=dtype))
     assert_within_budget(batch, "triton")
     assert_within_budget(batch, "triton", reduction="none", upstream=upstream(n))
-    u, v = F.normalize(batch.z_i.float(), dim=1), F.normalize(batch.z_j[: n // 2 + 1].float(), dim=1)
-    ids = torch.arange(len(u), device=DEVICE), torch.arange(len(v), device=DEVICE) + 1
-    values = cross_results(u, v, *ids, temperature, "triton")
-    for value, truth in zip(values, cross_results(u, v, *ids, temperature, "reference"), strict=True):
-        assert budget.measure(value, truth.to(value), scale=1 / temperature).maximum < 1e-4
+    assert_cross_neg_lse_within_budget("triton", n, n // 2 + 1, "samples", temperature, d=d, device=DEVICE)
 
 
 def uneven(look_up):
@@ -275,15 +244,6 @@ def uneven(look_up):
         return tile and tile._replace(block_m=sizes[kernel][0], block_n=sizes[kernel][1])
 
     return chosen
-
-
-def cross_results(u, v, u_ids, v_ids, temperature, backend):
-    dtype = torch.float64 if backend == "reference" else torch.float32
-    u, v = (x.to(dtype).requires_grad_() for x in (u, v))
-    nus = cross_neg_lse(u, v, u_ids, v_ids, temperature, backend=backend)
-    total = sum(torch.where(nu == -math.inf, 0, nu).sum() for nu in nus)
-    gradients = torch.autograd.grad(total, (u, v)) if total.requires_grad else ()
-    return [*(torch.where(nu == -math.inf, 0, nu).detach() for nu in nus), *gradients]
 
 
 @pytest.mark.parametrize("temperature", [0.005, 0.0168, 0.1])
@@ -300,12 +260,16 @@ def test_a_temperature_that_the_host_must_not_read(monkeypatch, normalize, tempe
 
 @pytest.mark.parametrize("ratio", [2.0**10, 2.0**14])
 def test_one_row_much_longer_than_the_rest_leaves_their_gradients_accurate(ratio):
-    u, v = (F.normalize(torch.randn(n, 16, device=DEVICE), dim=1) for n in (20, 40))
+    generator = torch.Generator().manual_seed(0)
+    u, v = (F.normalize(torch.randn(n, 16, generator=generator), dim=1).to(DEVICE) for n in (20, 40))
     v[7] *= ratio
     u_ids, v_ids = torch.zeros(20, dtype=torch.int64, device=DEVICE), torch.arange(40, device=DEVICE)
     v_ids[7] = 0  # the long one is nobody's negative
-    value, truth = (cross_results(u, v, u_ids, v_ids + (v_ids != 0), 0.5, name)[2] for name in ("triton", "reference"))
-    assert float((value.double() - truth).norm() / truth.norm()) < 2e-6
+    batch, weights = (u, v, u_ids, v_ids + (v_ids != 0)), (torch.ones(20, device=DEVICE), torch.ones(40, device=DEVICE))
+    runs = ("triton", torch.float32), ("reference", torch.float64)
+    value, truth = (cross_result(batch, 0.5, weights, *run)[2] for run in runs)
+    # G counts each row's length over the longest: its small float16 part loses a bit for each bit of ratio beyond 2^12.
+    assert_within_rounding(value, truth, 1 / 0.5, times=max(1.0, ratio / 2**12))
 
 
 @pytest.mark.parametrize(

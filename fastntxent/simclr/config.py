@@ -11,6 +11,7 @@ from typing import Any
 
 from ..options import BackendName
 from .augment import PRESETS
+from .models import check_width
 from .sources import SOURCES
 
 DEFAULT_PRESET = {"mnist5k": "digits", "digits": "digits", "fashion-mnist": "objects"}
@@ -42,7 +43,9 @@ class Config:
     )
 
     model: str = _option("conv", "model", "the encoder", choices=("conv", "resnet18"))
-    width: int = _option(0, "model", "channels of its first layer; 0: 16 for conv, 64 for resnet18", metavar="N")
+    width: int = _option(
+        0, "model", "channels of its first layer, at least 8 for resnet18; 0: 16 for conv, 64 for resnet18", metavar="N"
+    )
     norm: str = _option("batch", "model", "normalisation in encoder and head", choices=("batch", "none"))
     proj_hidden: int = _option(256, "model", "hidden units of the projection head", metavar="N")
     proj_dim: int = _option(128, "model", "dimension of the embedding the loss sees", metavar="D")
@@ -153,6 +156,8 @@ class Config:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= least):
                 raise ValueError(f"{flag(name)} must be at least {least}, got {value}")
+        if self.width:
+            check_width(self.model, self.width, "--width")
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise ValueError(f"--temperature must be positive, got {self.temperature}")
         for name in ("accumulate_batch", "chunk"):

@@ -12,6 +12,20 @@ from torch import Tensor, nn
 
 SMALL_IMAGE = 64
 DEFAULT_WIDTH = {"conv": 16, "resnet18": 64}
+# The shortcuts of a ResNet are 1 x 1 convolutions of stride 2, channels last. On a CPU with AVX2 and no AVX-512 oneDNN
+# (jit_avx2_1x1_convolution_bwd_weights, as of PyTorch 2.13) copies their input in whole blocks of 8 channels into
+# scratch memory for the channels that there are: below 8 it writes past the end, which leaves wrong gradients or a
+# corrupt heap. From 8 on there is room for every block.
+LEAST_RESNET_WIDTH = 8
+
+
+def check_width(model: str, width: int, name: str = "width") -> None:
+    """Raise ValueError, under the setting's name, for a width at which PyTorch does not train the model soundly."""
+    if model == "resnet18" and width < LEAST_RESNET_WIDTH:
+        raise ValueError(
+            f"{name} must be at least {LEAST_RESNET_WIDTH} for resnet18, got {width}: below that PyTorch 2.13 "
+            "overruns its memory in the backward of the shortcuts, on a CPU with AVX2 but without AVX-512"
+        )
 
 
 class Standardise(nn.Module):
@@ -76,12 +90,16 @@ class ResNet18(nn.Module):
 
     Images of at most 64 pixels get a 3 x 3 stem and no max-pool, as in SimCLR's CIFAR-10 experiments
     (appendix B.9); larger ones the usual 7 x 7 stem.
+
+    Raises:
+        ValueError: width is below LEAST_RESNET_WIDTH.
     """
 
     def __init__(
         self, mean: Sequence[float], std: Sequence[float], width: int, image_size: int, batch_norm: bool = True
     ) -> None:
         super().__init__()
+        check_width("resnet18", width)
         self.feature_dim = 8 * width
         small = image_size <= SMALL_IMAGE
         stem = [
@@ -154,7 +172,7 @@ def build_model(
         model: "conv" or "resnet18".
         mean, std: of each channel of the images in [0, 1]; their length is the number of channels.
         image_size: decides the stem of a ResNet.
-        width: channels of the encoder's first layer; 0 for its default.
+        width: channels of the encoder's first layer, at least 8 for "resnet18"; 0 for its default.
         hidden, proj_dim: units of the projection head's two layers.
         seed: of the initial parameters.
         batch_norm: False leaves BatchNorm out, with biases in its place.

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import instruction_set
 from fastntxent.simclr import Config, ImageData, Trainer
 
 ROOT = Path(__file__).parents[2]
@@ -53,12 +54,18 @@ def make_trainer(stripes, tmp_path):
 @pytest.fixture
 def cli():
     """Start `python -m fastntxent.simclr` with these arguments; wait for it unless told otherwise."""
+    running = []
 
     def start(*arguments, wait=True):
-        command = [sys.executable, "-m", "fastntxent.simclr", *map(str, arguments)]
+        command = [sys.executable, *instruction_set.module("fastntxent.simclr"), *map(str, arguments)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         if not wait:
-            return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+            running.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE))
+            return running[-1]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
 
-    return start
+    yield start
+    for process in running:
+        process.kill()
+        process.wait()
+        process.stderr.close()

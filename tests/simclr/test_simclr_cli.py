@@ -67,6 +67,7 @@ def test_main_reports_on_images_without_labels(tmp_path, capsys):
         ("--data digits --temperature nan", "--temperature must be positive, got nan"),
         ("--data digits --epochs 0", "--epochs must be at least 1, got 0"),
         ("--data digits --batch-size 1", "--batch-size must be at least 2, got 1"),
+        ("--data digits --model resnet18 --width 7", "--width must be at least 8 for resnet18, got 7: .*PyTorch 2.13"),
         ("--data digits --chunk 8", "--chunk has a meaning only with --accumulate-batch"),
         ("--data digits --loss reference --backend blocked", "--loss reference is a backend of its own"),
         ("--data digits --accumulate-batch 1", "--accumulate-batch must be 0"),

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastntxent.simclr.models import Standardise, build_model
+from fastntxent.simclr.models import LEAST_RESNET_WIDTH, ResNet18, Standardise, build_model
 
 
 def build(model="conv", channels=3, image_size=32, width=8, seed=0):
@@ -29,6 +29,27 @@ def test_build_model_is_a_function_of_its_seed(model):
     x = torch.rand(4, 3, 32, 32)
     assert torch.equal(first(x), again(x))
     assert not torch.equal(first(x), other(x))
+
+
+@pytest.mark.parametrize("width", [1, 4, LEAST_RESNET_WIDTH - 1])
+def test_resnet18_refuses_a_width_whose_backward_overruns_memory(width):
+    message = f"^width must be at least {LEAST_RESNET_WIDTH} for resnet18, got {width}: .*AVX2"
+    with pytest.raises(ValueError, match=message):
+        build("resnet18", width=width)
+    with pytest.raises(ValueError, match=message):
+        ResNet18([0.4], [0.2], width, 32)
+
+
+def test_resnet18_of_the_least_width_has_the_gradient_of_float64():
+    net = build("resnet18", width=LEAST_RESNET_WIDTH)
+    x = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        net.to(dtype)
+        parameters = list(net.encoder.parameters())
+        gradients.append(torch.autograd.grad(net(x.to(dtype)).square().sum(), parameters))
+    for value, truth in zip(*gradients, strict=True):
+        assert float((value - truth).norm()) < 1e-3 * float(truth.norm())
 
 
 def test_resnet18_is_resnet18():

@@ -92,7 +92,7 @@ def test_checkpoint_older_than_an_option_has_its_default():
 @pytest.mark.parametrize("model", ["conv", "resnet18"])
 def test_model_without_batch_norm_treats_an_image_alike_in_any_batch(model):
     net = build_model(
-        model, mean=[0.4], std=[0.2], image_size=16, width=4, hidden=8, proj_dim=6, seed=0, batch_norm=False
+        model, mean=[0.4], std=[0.2], image_size=16, width=8, hidden=8, proj_dim=6, seed=0, batch_norm=False
     )
     kinds = [type(module) for module in net.modules()]
     assert nn.BatchNorm2d not in kinds

@@ -86,14 +86,11 @@ def test_study_shows_collapse_and_its_absence(quick):
 def test_study_killed_goes_on_to_the_same_numbers(quick, cli, tmp_path, monkeypatch):
     process = cli("study", "--quick", "--out", tmp_path, wait=False)
     second = tmp_path / objective_run("alignment", "batch") / "measured.json"
-    deadline = time.monotonic() + 300
     while not second.exists():
         assert process.poll() is None, process.stderr.read().decode()
-        assert time.monotonic() < deadline
         time.sleep(0.02)
     process.kill()
     process.wait()
-    process.stderr.close()
 
     trained = []
     step = Trainer._train_step

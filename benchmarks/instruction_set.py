@@ -1,0 +1,37 @@
+"""The CPU kernels held to an instruction set, in this process and in those that it starts.
+
+python -m benchmarks.instruction_set SET MODULE ...: run a module, held.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+
+NAMES = ("avx512", "avx2", "portable")
+
+held: str | None = None  # None: the kernels take the fastest that this machine has
+
+
+def hold(name: str | None) -> None:
+    """Use this instruction set from now on; None leaves it as it is. ValueError where this machine lacks it."""
+    global held
+    if name is None:
+        return
+    from fastntxent import _cpu
+
+    _cpu.use_instruction_set(name)
+    held = name
+
+
+def module(name: str) -> list[str]:
+    """Python's arguments that run a module, held as here."""
+    return ["-m", name] if held is None else ["-m", "benchmarks.instruction_set", held, name]
+
+
+if __name__ == "__main__":
+    from benchmarks import instruction_set  # this file under the name by which others import it
+
+    instruction_set.hold(sys.argv[1])
+    del sys.argv[:2]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
