@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from .snapshot import RandomState, Snapshot, signatures
+from .snapshot import RandomState, Signatures, Snapshot
 from .validation import check_integer
 
 # The same chunk on the same state may round differently where a graph is recorded, above all in bfloat16. Another draw
@@ -103,7 +103,7 @@ def cached_backward(
     start, start_random = Snapshot(encoder), RandomState(devices)
     try:
         leaves, states = _encode(encoder, chunks, devices)
-        encoded = signatures(encoder)
+        encoded = Signatures(encoder)
         with torch.enable_grad():
             loss = _checked_loss(loss_fn(*leaves))
             loss.backward()

@@ -194,14 +194,17 @@ def watched(loss: _Loss) -> _Loss:
     def call(*args: Any, **kwargs: Any) -> Any:
         result = loss(*args, **kwargs)
         given = [args[place] if place < len(args) else kwargs.get(name) for place, name in places]
-        tensors = [x for x in given if isinstance(x, Tensor)]
-        if not tensors or not ops.unobserved(tensors):
-            return result
-        if isinstance(result, Tensor):
-            return _Watched.apply(result, *tensors)
-        return type(result)(*(_Watched.apply(x, *tensors) for x in result))
+        return (
+            watch(result, *given) if isinstance(result, Tensor) else type(result)(*(watch(x, *given) for x in result))
+        )
 
     return cast(_Loss, call)
+
+
+def watch(result: Tensor, *given: object) -> Tensor:
+    """The result, whose backward raises if one of the given tensors has changed in place until then."""
+    tensors = [x for x in given if isinstance(x, Tensor)]
+    return _Watched.apply(result, *tensors) if tensors and ops.unobserved(tensors) else result
 
 
 class _Watched(torch.autograd.Function):

@@ -13,7 +13,7 @@ import random
 import sys
 import types
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -29,11 +29,11 @@ class Snapshot:
 
     Args:
         module: the module.
-        unless: the `signatures` of a moment before; what has not changed since then is left out.
+        unless: the `Signatures` of a moment before; what has not changed since then is left out.
     """
 
-    def __init__(self, module: nn.Module, *, unless: Mapping[int, object] | None = None) -> None:
-        values = (value for value in _reachable(module) if unless is None or unless.get(id(value)) != _signature(value))
+    def __init__(self, module: nn.Module, *, unless: Signatures | None = None) -> None:
+        values = (value for value in _reachable(module) if unless is None or not unless.has(value))
         with torch.no_grad():
             self._undo = [undo for value in values for undo in _holding(value)]
 
@@ -44,9 +44,17 @@ class Snapshot:
                 undo()
 
 
-def signatures(module: nn.Module) -> dict[int, object]:
-    """By the identity of all that a `Snapshot` holds, a value that changes when it is written to."""
-    return {id(value): _signature(value) for value in _reachable(module)}
+class Signatures:
+    """All that a `Snapshot` of the module would hold, each with a value that changes when it is written to."""
+
+    def __init__(self, module: nn.Module) -> None:
+        # The objects too: another one must not come by the identity of one that is gone.
+        self._known = {id(value): (value, _signature(value)) for value in _reachable(module)}
+
+    def has(self, value: object) -> bool:
+        """Whether the value is one of them, as it was."""
+        known = self._known.get(id(value))
+        return known is not None and _same(known[1], _signature(value))
 
 
 class RandomState:
@@ -98,9 +106,33 @@ def _contents(value: object) -> Collection[Any]:
 
 
 def _signature(value: object) -> object:
+    numpy = _numpy()
     if isinstance(value, Tensor):
-        return None if value.is_inference() else value._version
-    return tuple(map(id, _contents(value)))
+        return value.clone() if value.is_inference() else value._version
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    if isinstance(value, random.Random):
+        return value.getstate()
+    if numpy and isinstance(value, numpy.random.RandomState):
+        return repr(value.get_state(legacy=False))
+    if numpy and isinstance(value, numpy.random.Generator):
+        return repr(value.bit_generator.state)
+    if numpy and isinstance(value, numpy.ndarray):
+        return value.tobytes()
+    return tuple(_contents(value))
+
+
+def _same(signature: object, other: object) -> bool:
+    if isinstance(signature, Tensor):
+        return isinstance(other, Tensor) and torch.equal(signature, other)
+    if isinstance(signature, tuple) and isinstance(other, tuple):
+        # What a container or module holds, by identity; a generator's state by value.
+        return len(signature) == len(other) and all(map(_identical_or_equal, signature, other))
+    return signature == other
+
+
+def _identical_or_equal(a: object, b: object) -> bool:
+    return a is b or (type(a) is type(b) and isinstance(a, (int, float, str, tuple)) and a == b)
 
 
 def _holding(value: object) -> Iterator[Callable[[], object]]:

@@ -355,3 +355,13 @@ def test_bad_input_is_named(case):
     call, error, message = BAD_CALLS[case]
     with pytest.raises(error, match=message):
         call()
+
+
+def test_queue_refuses_to_be_traced_while_it_takes_rows():
+    loss, views = QueueInfoNCELoss(8, 4), (torch.randn(3, 4), torch.randn(3, 4))
+    with pytest.raises(RuntimeError, match="NegativeQueue takes no rows under"):
+        torch.jit.trace(loss, views, check_trace=False)
+    loss(*views)
+    traced = torch.jit.trace(loss.eval(), views)
+    others = torch.randn(5, 4), torch.randn(5, 4)
+    torch.testing.assert_close(traced(*others), loss(*others))

@@ -92,5 +92,4 @@ def info_nce(
         if not negative_keys.shape[-2]:
             raise ValueError(f"negative_keys must have at least one key, got shape {tuple(negative_keys.shape)}")
         check_features("query", query, "negative_keys", negative_keys)
-        check_same("query", query, "negative_keys", negative_keys, "dtype", "device")
     return losses.info_nce(query, positive_key, temperature, negatives=negative_keys, reduction=reduction)

@@ -13,7 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends.base import row_dots, row_losses
-from ..common import inverse_temperature, n_samples, neg_lse_of_columns, neg_lse_of_rows, reduce, sample_ids, unit_rows
+from ..common import (
+    inverse_temperature,
+    n_samples,
+    neg_lse_of_columns,
+    neg_lse_of_rows,
+    reduce,
+    sample_ids,
+    unit_rows,
+    watch,
+)
 from ..distributed import Shard, log_sum_exp, open_shard
 from ..losses import dcl, nt_xent
 from ..modules.base import TypedModule
@@ -84,7 +93,7 @@ class NTXentLoss(TypedModule):
             logits = _bank_logits(u0, u1, bank.T.to(u0), tau, shard)
         else:
             logits = _logits(u0, u1, tau, shard)
-        return reduce(row_losses(*logits), "mean", shard=shard)
+        return watch(reduce(row_losses(*logits), "mean", shard=shard), tau)
 
 
 class DCLLoss(TypedModule):
@@ -131,7 +140,7 @@ class DCLLoss(TypedModule):
         if self.weight_fn is not None:
             pos_0, pos_1 = pos.chunk(2)
             pos = torch.cat((self._weights(u0, u1, shard) * pos_0, self._weights(u1, u0, shard) * pos_1))
-        return reduce(torch.where(nu == -torch.inf, 0, nu - pos), "mean", shard=shard)
+        return watch(reduce(torch.where(nu == -torch.inf, 0, nu - pos), "mean", shard=shard), tau)
 
     def _weights(self, u0: Tensor, u1: Tensor, shard: Shard | None) -> float | Tensor:
         assert self.weight_fn is not None

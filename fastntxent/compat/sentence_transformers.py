@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -24,7 +25,7 @@ from ..distributed import Shard, open_shard
 from ..losses.queries import hardened_neg_lse
 from ..modules.base import TypedModule
 from ..options import HARDNESS_MODES, HardnessMode
-from ..validation import check_choice, check_rows, check_same
+from ..validation import check_choice, check_in_range, check_number, check_positive, check_rows, check_same
 from .shared import default_group
 
 __all__ = ["MultipleNegativesRankingLoss", "cos_sim", "dot_score"]
@@ -139,7 +140,7 @@ class MultipleNegativesRankingLoss(TypedModule):
     def __init__(
         self,
         model: nn.Module | None,
-        scale: float = 20.0,
+        scale: float | Tensor = 20.0,
         similarity_fct: Callable[[Tensor, Tensor], Tensor] = cos_sim,
         gather_across_devices: bool = False,
         directions: tuple[Direction, ...] = ("query_to_doc",),
@@ -148,8 +149,9 @@ class MultipleNegativesRankingLoss(TypedModule):
         hardness_strength: float = 0.0,
     ):
         super().__init__()
-        if not scale > 0:
-            raise ValueError(f"scale must be positive, got {scale}")
+        if not isinstance(scale, Tensor):
+            scale = check_number("scale", scale)
+            check_positive("scale", scale)
         check_choice("similarity_fct", _similarity_name(similarity_fct), tuple(_NORMALIZES))
         for direction in directions:
             check_choice("directions", direction, DIRECTIONS)
@@ -162,8 +164,9 @@ class MultipleNegativesRankingLoss(TypedModule):
             )
         if hardness_mode is not None:
             check_choice("hardness_mode", hardness_mode, HARDNESS_MODES)
-        if hardness_strength < 0:
-            raise ValueError(f"hardness_strength must not be negative, got {hardness_strength}")
+        hardness_strength = check_in_range(
+            "hardness_strength", hardness_strength, 0, math.inf, with_low=True, with_high=False
+        )
         if hardness_mode is not None and hardness_strength == 0:
             logger.warning("hardness_mode=%r has no effect with a hardness_strength of 0", hardness_mode)
         self.model = model
@@ -257,7 +260,7 @@ class MultipleNegativesRankingLoss(TypedModule):
         }
 
     @property
-    def temperature(self) -> float:
+    def temperature(self) -> float | Tensor:
         """1 / scale."""
         return 1 / self.scale
 

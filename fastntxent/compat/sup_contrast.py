@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import ops
 from ..backends.base import row_dots
-from ..common import inverse_temperature, unit_rows
+from ..common import inverse_temperature, unit_rows, watch
 from ..losses import nt_xent, sup_con
 from ..modules.base import TypedModule
 from ..ops.groups import group_sums
@@ -74,14 +74,15 @@ class SupConLoss(TypedModule):
         V, B, _ = views.shape
         if mask is not None:
             _check_mask(mask, rows, B)
-            return scale * _masked(views, mask.to(rows.device), self.temperature, self.contrast_mode)
+            loss = _masked(views, mask.to(rows.device), self.temperature, self.contrast_mode)
+            return watch(scale * loss, self.temperature, mask)
         if labels is None and self.contrast_mode == "all" and V == 2:
             return scale * nt_xent(views[0], views[1], self.temperature, normalize=False)
         ids = torch.arange(B, device=rows.device) if labels is None else _ids(labels, rows[:B])
         if self.contrast_mode == "all":
             losses = sup_con(rows, ids.repeat(V), self.temperature, reduction="sum", normalize=False)
-            return scale * losses / (V * B)
-        return scale * _first_view(views, ids, self.temperature)
+            return watch(scale * losses / (V * B), self.temperature, labels)
+        return watch(scale * _first_view(views, ids, self.temperature), self.temperature, labels)
 
 
 def _first_view(views: Tensor, ids: Tensor, temperature: float | Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,23 +21,48 @@ _FORWARD, _BACKWARD = 0, 1
 _calls: weakref.WeakKeyDictionary[ProcessGroup, int] = weakref.WeakKeyDictionary()
 
 
-class Turn(NamedTuple):
-    """One call of a loss: the how manieth of its group, on every rank."""
+class Turn:
+    """One call of a loss. `number` counts the calls of its group, and is the same on every rank."""
 
-    group: ProcessGroup
+    def __init__(self, group: ProcessGroup, number: int, function: str, checked: bool):
+        self._group, self._number, self._function, self._checked = group, number, function, checked
+        self._parts = 0
+
+    def part(self) -> Part:
+        """The next of the loss's terms that exchange something in their backward."""
+        self._parts += 1
+        return Part(self, self._parts)
+
+    def begin_backward(self, part: int, failed: bool, device: torch.device) -> None:
+        """Raise, on every rank, unless all are in the backward of this part, and none failed before it."""
+        if not self._checked:
+            return
+        what = f"the backward of {self._function}, call {self._number}, part {part}"
+        headers = _meet(self._group, [_BACKWARD, self._number, part, int(failed)], what, device)
+        lost = [str(rank) for rank, (*_, failed_there) in enumerate(headers) if failed_there]
+        if lost and not failed:
+            raise RuntimeError(f"{what} raised an error on rank {', '.join(lost)}")
+
+
+class Part(NamedTuple):
+    """A term of a loss that exchanges something in its backward: what its autograd node keeps of the call."""
+
+    turn: Turn
     number: int
-    function: str
-    checked: bool
 
-    def begin_backward(self, device: torch.device) -> None:
-        """Raise, on every rank, unless all are in the backward of this call.
+    def begin_backward(self, ctx: Any, device: torch.device) -> tuple[Any, ...]:
+        """Return the node's saved tensors, once every rank is in the backward of this part.
 
         Ranks that take the backwards of two losses in a different order, or one that leaves a backward out, would
-        otherwise exchange numbers of different losses.
+        otherwise exchange numbers of different losses. A rank whose tensors were changed in place tells the others.
         """
-        if self.checked:
-            what = f"the backward of {self.function}, call {self.number}"
-            _meet(self.group, [_BACKWARD, self.number, 0, 0], what, device)
+        try:
+            saved: tuple[Any, ...] = ctx.saved_tensors
+        except RuntimeError:
+            self.turn.begin_backward(self.number, True, device)
+            raise
+        self.turn.begin_backward(self.number, False, device)
+        return saved
 
 
 def agree(
@@ -62,7 +87,7 @@ def agree(
 def _meet(group: ProcessGroup, header: list[int], what: str, device: torch.device) -> list[list[int]]:
     """The headers of all ranks. They are of one size wherever they are sent, so that any two of them meet."""
     headers = wire.gather_numbers(group, torch.tensor(header, device=device)).tolist()
-    phases = {(phase, number if phase == _BACKWARD else 0) for phase, number, *_ in headers}
+    phases = {(phase, number, part) if phase == _BACKWARD else (phase,) for phase, number, part, _ in headers}
     if len(phases) > 1:
         found = [f"rank {rank} is in {this}" for rank, this in enumerate(wire.gather_objects(group, what))]
         raise RuntimeError(

@@ -53,14 +53,14 @@ class _GroupDots(torch.autograd.Function):
         if others:
             sums -= of_v.own
         ctx.others, ctx.layout, ctx.dtypes = others, of_u.layout, (u.dtype, v.dtype)
+        ctx.part = of_u.layout.turn.part()
         ctx.save_for_backward(sums, v_ids, *of_u.save(u_ids))
         return row_dots(of_u.own, sums)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, weights: Tensor) -> tuple[Tensor | None, ...]:
-        sums, v_ids, *saved = ctx.saved_tensors
-        ctx.layout.turn.begin_backward(weights.device)
+        sums, v_ids, *saved = ctx.part.begin_backward(ctx, weights.device)
         of_u, u_ids = ctx.layout.restore(saved)
         needs_u, needs_v = ctx.needs_input_grad[:2]
         d_u = d_v = None

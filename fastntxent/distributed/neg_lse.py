@@ -58,14 +58,14 @@ class _NegLse(torch.autograd.Function):
                     _log_add_(of_all[b.span], of_b)
         nu = columns.layout.exchange(of_all).logsumexp(dim=0)
         ctx.layout, ctx.backend, ctx.dtype = columns.layout, backend, u.dtype
+        ctx.part = columns.layout.turn.part()
         ctx.save_for_backward(inv_tau, nu, *columns.save(ids))
         return nu
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_nu: Tensor) -> tuple[Tensor | None, ...]:
-        inv_tau, nu, *saved = ctx.saved_tensors
-        ctx.layout.turn.begin_backward(d_nu.device)
+        inv_tau, nu, *saved = ctx.part.begin_backward(ctx, d_nu.device)
         columns, ids = ctx.layout.restore(saved)
         own = columns.own
         d_u, d_inv_tau = _backward(own, ids, d_nu, nu, inv_tau, columns, ids, d_nu, nu, ctx.backend, symmetric=True)
@@ -96,14 +96,14 @@ class _CrossNegLse(torch.autograd.Function):
                     _log_add_(rows, of_own)
         cols = of_v.layout.exchange(of_all).logsumexp(dim=0) if both else own.new_full((len(v),), -torch.inf)
         ctx.layouts, ctx.backend, ctx.dtypes = (of_u.layout, of_v.layout), backend, (u.dtype, v.dtype)
+        ctx.part = of_u.layout.turn.part()
         ctx.save_for_backward(inv_tau, rows, cols, *of_u.save(u_ids), *of_v.save(v_ids))
         return rows, cols
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_rows: Tensor, d_cols: Tensor) -> tuple[Tensor | None, ...]:
-        inv_tau, rows, cols, *saved = ctx.saved_tensors
-        ctx.layouts[0].turn.begin_backward(d_rows.device)
+        inv_tau, rows, cols, *saved = ctx.part.begin_backward(ctx, d_rows.device)
         of_u, u_ids = ctx.layouts[0].restore(saved[:4])
         of_v, v_ids = ctx.layouts[1].restore(saved[4:])
         needs_u, needs_v, _, _, needs_inv_tau = ctx.needs_input_grad[:5]

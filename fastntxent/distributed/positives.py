@@ -50,14 +50,14 @@ class _PositiveLse(torch.autograd.Function):
                 if len(own):
                     lse = torch.logaddexp(lse, _pairs(own, ids, inv_tau, columns, block).lse())
         ctx.layout, ctx.dtype = columns.layout, u.dtype
+        ctx.part = columns.layout.turn.part()
         ctx.save_for_backward(inv_tau, lse, *columns.save(ids))
         return lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_lse: Tensor) -> tuple[Tensor | None, ...]:
-        inv_tau, lse, *saved = ctx.saved_tensors
-        ctx.layout.turn.begin_backward(d_lse.device)
+        inv_tau, lse, *saved = ctx.part.begin_backward(ctx, d_lse.device)
         weights = with_positives(d_lse, lse)
         columns, ids = ctx.layout.restore(saved)
         d_u, d_inv_tau, _ = _backward(columns, ids, inv_tau, weights, lse, through_lse)
@@ -74,14 +74,14 @@ class _PositiveSum(torch.autograd.Function):
                 if len(own):
                     sums += _pairs(own, ids, inv_tau, columns, block).sum(nu)
         ctx.layout, ctx.dtype = columns.layout, u.dtype
+        ctx.part = columns.layout.turn.part()
         ctx.save_for_backward(inv_tau, nu, *columns.save(ids))
         return sums
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_sum: Tensor) -> tuple[Tensor | None, ...]:
-        inv_tau, nu, *saved = ctx.saved_tensors
-        ctx.layout.turn.begin_backward(d_sum.device)
+        inv_tau, nu, *saved = ctx.part.begin_backward(ctx, d_sum.device)
         columns, ids = ctx.layout.restore(saved)
         d_u, d_inv_tau, of_rows = _backward(columns, ids, inv_tau, d_sum, nu, through_sum)
         return d_u.to(ctx.dtype), None, d_inv_tau, -of_rows, None

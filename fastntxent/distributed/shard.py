@@ -43,7 +43,8 @@ class Sharding:
             bytes. Values and gradients are then those of the rounded rows, the same on every rank; positives of two
             views are not rounded.
         check: at each call the ranks compare what they were given, and raise one error on all of them if it differs.
-            False saves an exchange of 16 bytes, and the wait for it; every rank must then have the same number of rows.
+            False saves exchanges of 32 bytes, one forward and one for each term backward, and the waits for them; every
+            rank must then have the same number of rows.
 
     Raises:
         TypeError: group or wire_dtype is something else.

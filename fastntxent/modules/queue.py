@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.base import accumulation_dtype, row_dots, row_losses
-from ..common import inverse_temperature, log_add, neg_lse_of_columns, reduce, sample_ids, unit_rows, watched
+from ..common import inverse_temperature, log_add, neg_lse_of_columns, reduce, sample_ids, unit_rows, watch
 from ..distributed import Group, open_shard
-from ..ops import copy_now, held_neg_lse
+from ..ops import copy_now, held_neg_lse, tracing
 from ..options import BackendName, Reduction
 from ..validation import ID_DTYPES, check_features, check_ids, check_integer, check_rows, check_same
 from .base import TemperatureLoss
@@ -46,6 +46,7 @@ class NegativeQueue(nn.Module):
                 [0., 1.]]))
     """
 
+    @torch.inference_mode(False)  # buffers made in it could not be written to outside
     def __init__(self, size: int, dim: int, *, dtype: torch.dtype = torch.float32, normalize: bool = True):
         super().__init__()
         size, dim = check_integer("size", size, 1), check_integer("dim", dim, 1)
@@ -90,6 +91,8 @@ class NegativeQueue(nn.Module):
 
         No value is looked at: a row with a NaN makes losses NaN for as long as it is held.
         """
+        if tracing():
+            raise RuntimeError("NegativeQueue takes no rows under torch.jit.trace, which would replay the first push")
         check_rows("z", z)
         check_features("z", z, "the queue's rows", self._rows)
         if ids is not None:
@@ -253,7 +256,6 @@ class QueueInfoNCELoss(TemperatureLoss):
         self.in_batch_negatives = in_batch_negatives
         self.queue = NegativeQueue(size, dim, dtype=queue_dtype, normalize=normalize)
 
-    @watched
     def forward(self, query: Tensor, key: Tensor, ids: Tensor | None = None) -> Tensor:
         check_rows("query", query, may_be_empty=self.group is not None)
         check_rows("key", key, may_be_empty=self.group is not None)
@@ -261,6 +263,7 @@ class QueueInfoNCELoss(TemperatureLoss):
         check_features("query", query, "the queue's rows", self.queue._rows)
         if ids is not None:
             check_ids("ids", ids, "query", query)
+        given_ids = ids
         pointer, filled = self.queue._cursor.unbind()
         shard = open_shard(
             self.group, "QueueInfoNCELoss", query, self.backend, temperature=self.temperature,
@@ -279,4 +282,4 @@ class QueueInfoNCELoss(TemperatureLoss):
             if shard:  # the keys of all ranks, in their order: every rank holds the same queue
                 key, ids = shard.columns(v).whole(), None if ids is None else shard.gather(ids)
             self.queue.push(key, ids)
-        return losses
+        return watch(losses, self.temperature, given_ids)

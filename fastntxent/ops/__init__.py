@@ -3,7 +3,6 @@
     neg_lse        (u, ids, inv_tau)                 -> nu                               any ids, any weights
     neg_lse_sum    (u, ids, inv_tau, weights)        -> weighted sum of nu, d_u, d_inv_tau
     cross_neg_lse  (u, v, u_ids, v_ids, inv_tau)     -> nu of the rows, nu of the columns
-    nearest        (queries, corpus, k)              -> the best k by cosine similarity, and which they are
     held_neg_lse   (u, rows, u_ids, row_ids, held, inv_tau) -> nu against the first `held` rows of a buffer
     nt_xent_rows   (z_i, z_j, inv_tau)               -> nu, pi                           the weighted path
     nt_xent_scalar    (z_i, z_j, inv_tau)               -> loss, d_z_i, d_z_j, d_inv_tau    the scalar path
@@ -13,7 +12,6 @@
     mask_product   (mask, x)                         -> mask @ x, for a mask of any dtype
     positive_ranks (u)                               -> the place of each row's positive
     nearest        (queries, corpus, k)              -> the best k by cosine similarity, and which they are
-    held_neg_lse   (u, rows, ids, ids, held, inv_tau) -> nu against the first rows of a buffer
     copy_now       (x)                               -> a copy of a buffer that will change before the backward
 
 All but `nt_xent_value`, `positive_ranks`, `nearest` and `copy_now` have a `_backward`, an operator too. The scalar path
@@ -28,7 +26,7 @@ from .nt_xent import nt_xent_rows, nt_xent_scalar
 from .pairs import mask_product, pair_dots
 from .positives import positive_lse, positive_sum
 from .ranks import positive_ranks
-from .register import autocast_off, may_be_differentiated, unobserved
+from .register import autocast_off, may_be_differentiated, tracing, unobserved
 from .search import nearest
 
 __all__ = [
@@ -47,5 +45,6 @@ __all__ = [
     "positive_lse",
     "positive_ranks",
     "positive_sum",
+    "tracing",
     "unobserved",
 ]

@@ -104,10 +104,10 @@ def checked(call: str, *tensors: Tensor) -> tuple[Tensor, ...]:
     tensors = tuple(map(_resolved, tensors))
     check_kinds(call, tensors)
     arguments, order = _CALLS[call]
-    sizes: dict[str, int] = {}
+    sizes: dict[str, tuple[int, str]] = {}  # of each letter, and the argument that set it
     for index in order:
         argument, x = arguments[index], tensors[index]
-        _check_sizes(argument, x, arguments[order[0]].name, sizes)
+        _check_sizes(argument, x, sizes)
         _check_storage(argument.name, x)
         if argument.name == "inv_tau" and x.is_cpu:  # a compiled caller's checks saw no value; here there is one
             check_positive("1 / temperature", x.item())
@@ -137,7 +137,7 @@ def rows_of(call: str, tensors: Sequence[Tensor]) -> Tensor:
     return tensors[_CALLS[call].order[0]]
 
 
-def _check_sizes(argument: _Argument, x: Tensor, rows_name: str, sizes: dict[str, int]) -> None:
+def _check_sizes(argument: _Argument, x: Tensor, sizes: dict[str, tuple[int, str]]) -> None:
     name, kind, letters = argument
     for size, (factor, letter) in zip(x.shape, letters, strict=True):
         if kind in _ROWS and size == 0:
@@ -145,10 +145,10 @@ def _check_sizes(argument: _Argument, x: Tensor, rows_name: str, sizes: dict[str
         if letter not in sizes:
             if size % factor:
                 raise ValueError(f"{name} must have an even number of rows, got shape {tuple(x.shape)}")
-            sizes[letter] = size // factor
-        elif size != factor * sizes[letter]:
-            expected = tuple(factor * sizes[letter] for factor, letter in letters)
-            raise ValueError(f"{name} must have shape {expected}, as {rows_name} has it, got {tuple(x.shape)}")
+            sizes[letter] = size // factor, name
+        elif size != factor * sizes[letter][0]:
+            known = tuple(factor * sizes[letter][0] if letter in sizes else "any" for factor, letter in letters)
+            raise ValueError(f"{name} must have shape {known}, to fit {sizes[letter][1]}, got {tuple(x.shape)}")
 
 
 def _check_dtype(name: str, kind: str, dtype: torch.dtype, rows: Tensor, rows_name: str) -> None:

@@ -47,7 +47,12 @@ def _height(width: int) -> int:
 def _dots_forward(u: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
     u, v, a, b = checked("pair_dots", u, v, a, b)
     height = _height(u.shape[1])
-    return torch.cat([row_dots(u[i], v[j]) for i, j in zip(a.split(height), b.split(height), strict=True)])
+    return torch.cat(
+        [
+            row_dots(u.index_select(0, i), v.index_select(0, j))
+            for i, j in zip(a.split(height), b.split(height), strict=True)
+        ]
+    )
 
 
 def _dots_fake(u: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -67,8 +72,8 @@ def _dots_backward(d_dots: Tensor, u: Tensor, v: Tensor, a: Tensor, b: Tensor) -
     d_u, d_v = torch.zeros_like(u), torch.zeros_like(v)
     height = _height(u.shape[1])
     for d, i, j in zip(d_dots.unsqueeze(1).split(height), a.split(height), b.split(height), strict=True):
-        _add_rows(d_u, i, d * v[j])
-        _add_rows(d_v, j, d * u[i])
+        _add_rows(d_u, i, d * v.index_select(0, j))
+        _add_rows(d_v, j, d * u.index_select(0, i))
     return d_u, d_v
 
 

@@ -140,7 +140,7 @@ def _checking_kinds(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
 def may_be_differentiated(*tensors: Tensor) -> bool:
     """Whether a gradient may be asked for. Inside a vmap a tensor does not say that one is wanted around it; under
     torch.jit.trace neither the example nor the grad mode says it of later calls."""
-    if _tracing():
+    if tracing():
         return True
     return torch.is_grad_enabled() and (any(x.requires_grad for x in tensors) or _transforming())
 
@@ -150,7 +150,7 @@ def _transforming() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
-def _tracing() -> bool:
+def tracing() -> bool:
     """Whether torch.jit.trace records this call."""
     return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
 
@@ -163,7 +163,7 @@ def unobserved(args: Sequence[Any]) -> bool:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._are_functorch_transforms_active()
-        or _tracing()
+        or tracing()
     ):
         return False
     # The gradients of is_grads_batched=True look plain, but have no storage: the dispatcher takes them apart.

@@ -150,7 +150,7 @@ def test_errors():
         ours.CrossBatchMemory(torch.nn.Identity(), 3)
     with pytest.raises(ValueError, match="embedding_size must be at least 1, got 0"):
         ours.CrossBatchMemory(ours.NTXentLoss(), 0)
-    with pytest.raises(ValueError, match=r"memory_size must be an int of at least 1, got 2\.5"):
+    with pytest.raises(TypeError, match="memory_size must be an int, got float"):
         ours.CrossBatchMemory(ours.NTXentLoss(), 3, 2.5)
     with pytest.raises(ValueError, match="the memory of 4 rows cannot take 5 in one call"):
         memory(z, labels)

@@ -148,10 +148,10 @@ def test_sup_contrast_errors():
             sup_contrast.SupConLoss(base_temperature=base)
     with pytest.raises(TypeError, match=r"features must be a torch\.Tensor, got list"):
         sup_contrast.SupConLoss()([features])
-    with pytest.raises(TypeError, match=r"features must be a dense tensor of real numbers, got torch\.sparse_coo"):
+    with pytest.raises(TypeError, match=r"features must be a dense .* got torch\.sparse_coo"):
         sup_contrast.SupConLoss()(features.to_sparse())
     for mask in (torch.eye(4).to_sparse(), torch.eye(4).to(torch.complex64)):
-        with pytest.raises(TypeError, match="mask must be a dense tensor of real numbers, got"):
+        with pytest.raises(TypeError, match="mask must (be a dense|hold real numbers), got"):
             sup_contrast.SupConLoss()(features, mask=mask)
     with pytest.raises(TypeError, match=r"mask must be a torch\.Tensor, got list"):
         sup_contrast.SupConLoss()(features, mask=[[1] * 4] * 4)
@@ -174,7 +174,7 @@ def test_labels_that_are_no_ids_are_errors(name):
     with pytest.raises(ValueError, match=r"(labels|indexes) must not be NaN"):
         LABELLED[name](nan)
     for labels in (torch.zeros(4, dtype=torch.complex64), torch.zeros(4).to_sparse()):
-        with pytest.raises(TypeError, match=r"(labels|indexes) must be a dense tensor of real numbers"):
+        with pytest.raises(TypeError, match=r"(labels|indexes) must (be a dense|hold real numbers)"):
             LABELLED[name](labels)
     with pytest.raises(TypeError, match=r"(labels|indexes) must be a torch\.Tensor, got list"):
         LABELLED[name]([0, 0, 1, 1])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ... import ops
 from ...backends.base import row_dots, row_losses
-from ...common import inverse_temperature, unit_rows
+from ...common import inverse_temperature, unit_rows, watch
 from ...losses import info_nce, nt_xent, sup_con
 from ...modules.base import TypedModule
 from ...ops.groups import counts_of_groups, sums_of_groups
@@ -78,7 +78,9 @@ class PairLoss(TypedModule):
                 "ref_labels must be given where ref_emb has another number of rows than embeddings, "
                 f"got {ref_emb.shape[0]} and {embeddings.shape[0]}"
             )
-        return self.compare(embeddings, labels, indices_tuple, ref_emb, None if own else ref_labels, own)
+        loss = self.compare(embeddings, labels, indices_tuple, ref_emb, None if own else ref_labels, own)
+        # A reducer may make something else of it.
+        return watch(loss, self.temperature, labels, ref_labels) if isinstance(loss, Tensor) else loss
 
     def compare(
         self,
