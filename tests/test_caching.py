@@ -418,6 +418,37 @@ def test_cached_backward_keeps_what_the_loss_changes_in_the_encoder():
     torch.testing.assert_close(*ends)
 
 
+@pytest.mark.parametrize("change", ["twice", "generator", "array"])
+def test_cached_backward_keeps_all_that_the_loss_changes(change):
+    class Kept(InPlace):
+        def init(self):
+            super().init()
+            self.centre, self.generator, self.counts = torch.zeros(5), torch.Generator(), np.zeros(3)
+
+        def forward(self, x):
+            self.centre = self.centre + 1
+            return super().forward(x)
+
+        def loss(self, z_i, z_j):
+            for _ in range(2):
+                if change == "twice":
+                    self.centre = self.centre + 10
+                elif change == "generator":
+                    torch.rand(1, generator=self.generator)
+                else:
+                    self.counts += 1
+            return nt_xent(z_i, z_j)
+
+    ends = []
+    for step in (cached_backward, chunked_step):
+        torch.manual_seed(1)
+        encoder = Kept()
+        for _ in range(3):
+            step(encoder, torch.randn(2, 10, 6).unbind(), encoder.loss, chunk_size=5)
+        ends.append((encoder.centre, encoder.generator.get_state(), torch.tensor(encoder.counts)))
+    torch.testing.assert_close(*ends)
+
+
 def test_cached_backward_frozen_encoder_runs_once_and_ends_as_backward():
     encoder, views = Normalised().requires_grad_(False), torch.randn(2, 10, 6).unbind()
     plain, runs = copy.deepcopy(encoder), []

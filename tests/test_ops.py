@@ -136,6 +136,13 @@ def test_pair_operators_pass_opcheck():
     torch.library.opcheck(torch.ops.fastntxent.positive_ranks.default, (u.detach(),))
 
 
+def test_pair_operators_refuse_negative_indices():
+    u, none = torch.randn(4, 3), torch.tensor([-1])
+    for a, b in ((none, none + 1), (none + 1, none)):
+        with pytest.raises(IndexError, match="out of range"):
+            ops.pair_dots(u, u, a, b)
+
+
 @pytest.mark.parametrize("chunk", [1, 8, 2**20])
 def test_pair_operators_equal_the_dense_product_in_any_pieces(monkeypatch, chunk):
     monkeypatch.setattr(ops.pairs, "_CHUNK", chunk)

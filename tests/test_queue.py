@@ -357,6 +357,21 @@ def test_bad_input_is_named(case):
         call()
 
 
+def test_queue_made_in_inference_mode_takes_rows_outside():
+    with torch.inference_mode():
+        queue = NegativeQueue(4, 3)
+    queue.push(torch.randn(2, 3))
+    assert len(queue) == 2
+
+
+def test_queue_loss_notices_a_temperature_that_changes_before_its_backward():
+    temperature, query = torch.tensor(0.5), torch.randn(3, 4, requires_grad=True)
+    loss = QueueInfoNCELoss(8, 4, temperature)(query, torch.randn(3, 4))
+    temperature.fill_(0.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_queue_refuses_to_be_traced_while_it_takes_rows():
     loss, views = QueueInfoNCELoss(8, 4), (torch.randn(3, 4), torch.randn(3, 4))
     with pytest.raises(RuntimeError, match="NegativeQueue takes no rows under"):

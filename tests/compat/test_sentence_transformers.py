@@ -166,7 +166,7 @@ def test_gathering_is_nothing_in_one_process():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scale": 0}, "scale must be positive, got 0"),
+        ({"scale": 0}, "scale must be positive and finite, got 0"),
         ({"similarity_fct": torch.cdist}, "similarity_fct must be one of 'cos_sim', 'dot_score', got 'cdist'"),
         ({"directions": ()}, "directions must have 'query_to_doc'"),
         ({"directions": ("query_to_doc", "x")}, "directions must be one of"),
