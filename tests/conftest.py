@@ -11,6 +11,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.fixture(autouse=True)
+def same_draws_every_time():
+    torch.manual_seed(0)
+
+
 def pytest_addoption(parser):
     text = "hold the CPU kernels to it, in the processes that tests start too (best: the fastest that this machine has)"
     parser.addoption("--instruction-set", choices=("best", *instruction_set.NAMES), default="best", help=text)

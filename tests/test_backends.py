@@ -271,6 +271,7 @@ def test_cross_neg_lse_forms_the_gradients_that_are_wanted(backend, needs):
     def gradient(name):
         torch.manual_seed(0)
         tensors = {"u": torch.randn(20, 8), "v": torch.randn(30, 8), "temperature": torch.tensor(0.7)}
+        tensors = {key: tensor.double() for key, tensor in tensors.items()}
         tensors[needs].requires_grad_()
         nus = cross_neg_lse(tensors["u"], tensors["v"], *ids, tensors["temperature"], backend=name)
         return torch.autograd.grad(nus.rows.sum() + 2 * nus.cols.sum(), tensors[needs])
