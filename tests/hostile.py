@@ -137,11 +137,8 @@ class Campaign:
             found = operator(*arguments.values())
         except REFUSALS as error:
             # PyTorch's own: its dispatcher has kernels for dense tensors alone, and it looks at each index.
-            told = [f"{name} must" for name in (*arguments, "temperature")] + [
-                "Could not run",
-                "out of bounds for",
-                "index out of range",
-            ]
+            told = [f"{name} must" for name in (*arguments, "temperature")]
+            told += ["Could not run", "out of bounds for", "index out of range"]
             if "defect" in str(error) or not any(each in str(error) for each in told):
                 self.faults.append(f"{label}: names nothing: {type(error).__name__}: {str(error)[:150]}")
             return
