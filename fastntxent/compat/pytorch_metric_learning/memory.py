@@ -85,6 +85,7 @@ class CrossBatchMemory(TypedModule):
     ) -> Tensor:
         self._check(embeddings, labels, indices_tuple, enqueue_mask)
         labels = labels.to(embeddings.device)
+        first = self.queue_idx
         if enqueue_mask is None:
             self.add_to_memory(embeddings, labels)
             own: Tensor | None = self.curr_batch_idx
@@ -93,15 +94,15 @@ class CrossBatchMemory(TypedModule):
             self.add_to_memory(embeddings[enqueue_mask], labels[enqueue_mask])
             embeddings, labels, own = embeddings[~enqueue_mask], labels[~enqueue_mask], None
         held = self.memory_size if self.has_been_filled else self.queue_idx
+        order = torch.arange(held, device=embeddings.device)
+        mined = self.miner is not None or indices_tuple is not None
+        if own is not None and not mined and held:  # this batch in front: reference i is row i
+            order = (first + order) % held
         # Copies: the backward needs these rows, and the memory moves on before it.
-        refs, ref_labels = self.embedding_memory[:held].clone(), self.label_memory[:held].clone()
-        if self.miner is not None or indices_tuple is not None:
+        refs, ref_labels = self.embedding_memory[order], self.label_memory[order]
+        if mined:
             pairs = self._pairs(embeddings, labels, refs, ref_labels, own, indices_tuple)
             return self.loss(embeddings, labels, pairs, refs, ref_labels)
-        if own is not None:  # in front: reference i is row i
-            others = torch.ones(held, dtype=torch.bool, device=refs.device).index_fill(0, own, False)
-            refs = torch.cat((refs[own], refs[others]))
-            ref_labels = torch.cat((ref_labels[own], ref_labels[others]))
         return self.loss.compare(embeddings, labels, None, refs, ref_labels, own is not None)
 
     @torch.no_grad()
