@@ -185,8 +185,8 @@ _WATCHED = ("temperature", "logit_scale", "ids", "u_ids", "v_ids", "labels", "in
 
 
 def watched(loss: _Loss) -> _Loss:
-    """Let a loss's backward raise, as those of PyTorch's losses do, if the temperature, ids or labels it was given have
-    changed in place since. (Rows are in autograd's own care.)"""
+    """Make a loss's backward raise if its temperature, ids or labels were changed in place after the call, as PyTorch's
+    own losses do. (Autograd itself looks after the rows.)"""
     names = list(inspect.signature(loss).parameters)
     places = [(names.index(name), name) for name in _WATCHED if name in names]
 
@@ -194,21 +194,21 @@ def watched(loss: _Loss) -> _Loss:
     def call(*args: Any, **kwargs: Any) -> Any:
         result = loss(*args, **kwargs)
         given = [args[place] if place < len(args) else kwargs.get(name) for place, name in places]
-        return (
-            watch(result, *given) if isinstance(result, Tensor) else type(result)(*(watch(x, *given) for x in result))
-        )
+        if isinstance(result, Tensor):
+            return watch(result, *given)
+        return type(result)(*(watch(x, *given) for x in result))  # a named tuple
 
     return cast(_Loss, call)
 
 
 def watch(result: Tensor, *given: object) -> Tensor:
-    """The result, whose backward raises if one of the given tensors has changed in place until then."""
+    """Return the result, whose backward raises if one of the given tensors was changed in place before it."""
     tensors = [x for x in given if isinstance(x, Tensor)]
     return _Watched.apply(result, *tensors) if tensors and ops.unobserved(tensors) else result
 
 
 class _Watched(torch.autograd.Function):
-    """The first tensor; its backward looks whether the others are as they were."""
+    """Return a copy of the first tensor; the backward checks the versions of the others."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *tensors: Tensor) -> Tensor:
@@ -218,7 +218,7 @@ class _Watched(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_x: Tensor) -> tuple[Tensor | None, ...]:
-        _ = ctx.saved_tensors  # this is the look
+        _ = ctx.saved_tensors  # raises if one of them was changed
         return d_x, *ctx.others
 
     @staticmethod

@@ -105,7 +105,7 @@ def _describe(fact: object) -> str:
 
 
 def _disagreement(described: Sequence[dict[str, str]]) -> str:
-    if len({of_rank["function"] for of_rank in described}) > 1:  # whose other facts are no others' either
+    if len({of_rank["function"] for of_rank in described}) > 1:  # their other arguments cannot be compared
         described = [{"function": of_rank["function"]} for of_rank in described]
     parts = []
     for name in sorted({name for of_rank in described for name in of_rank}):

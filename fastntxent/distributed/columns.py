@@ -27,7 +27,7 @@ class Block(NamedTuple):
     numbers: tuple[Tensor, ...] = ()
 
     def part(self, span: slice) -> Block:
-        """Those of a span of it."""
+        """Return the rows of `span`, which lies in this block."""
         here = slice(span.start - self.span.start, span.stop - self.span.start)
         return Block(span, self.rows[here], self.ids[here])
 
@@ -40,7 +40,7 @@ class Layout:
     rank: int
     sizes: list[int]
     ring: bool
-    dtype: torch.dtype  # that rows are computed in
+    dtype: torch.dtype  # of the arithmetic
     turn: Turn
 
     @property

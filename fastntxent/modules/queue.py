@@ -16,8 +16,8 @@ from ..options import BackendName, Reduction
 from ..validation import ID_DTYPES, check_features, check_ids, check_integer, check_rows, check_same
 from .base import TemperatureLoss
 
-_NO_ID = torch.iinfo(torch.int64).min  # of an entry without an id: no query has it
-_NO_GROUP = _NO_ID + 1  # of a query without one: no entry has it
+_NO_ID = torch.iinfo(torch.int64).min  # stored for a row pushed without an id: matches no query
+_NO_GROUP = _NO_ID + 1  # for queries without ids: matches no stored row
 
 
 class NegativeQueue(nn.Module):
