@@ -48,12 +48,13 @@ bench: $(VENV)/bench
 	  $(VENV)/bin/python -m benchmarks $$suite --out $(BENCH_OUT)/$$suite.json || exit 1; \
 	done
 
-# A person's first minutes: a fresh environment, an ordinary install, SimCLR trained on real digits, a report.
+# A person's first minutes: a fresh environment, an ordinary install, SimCLR trained on real digits, a report. Not run
+# from here, where the checkout would shadow the installed package and its kernels.
 demo:
 	rm -rf $(DEMO_VENV)
 	$(PYTHON) -m venv $(DEMO_VENV)
 	$(DEMO_VENV)/bin/pip install --quiet --disable-pip-version-check $(TORCH) ".[simclr]"
-	$(DEMO_VENV)/bin/python -m fastntxent.simclr --out $(DEMO_OUT) --overwrite --verify-every 20
+	cd $(DEMO_VENV) && bin/python -m fastntxent.simclr --out $(abspath $(DEMO_OUT)) --overwrite --verify-every 20
 
 $(VENV)/installed: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)

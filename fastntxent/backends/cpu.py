@@ -8,6 +8,7 @@ PyTorch's: `torch.set_num_threads` holds here too.
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,8 +17,9 @@ try:
     import fastntxent._cpu as _cpu  # type: ignore[import-not-found]  # by its full name: the package is still loading
 except ModuleNotFoundError as error:
     raise RuntimeError(
-        "the CPU kernels were not built: there was no C++17 compiler where fastntxent was installed, or it failed "
-        "(pip install -v shows why)"
+        f"the CPU kernels were not built beside {Path(__file__).parents[1]}: there was no C++17 compiler or it failed "
+        "(pip install -v shows why), or this is a checkout that shadows the installed package (pip install -e . builds "
+        "them here)"
     ) from error
 
 from .base import norm_eps

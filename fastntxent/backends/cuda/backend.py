@@ -8,8 +8,8 @@ try:
     import fastntxent._cuda as _cuda  # type: ignore[import-not-found]  # by its full name: the package is still loading
 except ModuleNotFoundError as error:
     raise RuntimeError(
-        "the CUDA kernels were not built: there was no nvcc where fastntxent was installed, or it failed "
-        "(FASTNTXENT_CUDA=1 makes that an error)"
+        "the CUDA kernels were not built: there was no nvcc where fastntxent was installed, it failed, or "
+        "FASTNTXENT_CUDA=0 left them out (FASTNTXENT_CUDA=1 makes a failure an error)"
     ) from error
 
 from .calls import CudaBackend
