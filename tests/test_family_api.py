@@ -100,7 +100,13 @@ def test_module_defaults_are_its_functions(name):
     }[name]
     for option, parameter in inspect.signature(function).parameters.items():
         if option in module and parameter.default is not inspect.Parameter.empty:
-            assert module[option].default == parameter.default, option
+            # clip's temperature is None to tell it from one that is given beside a logit_scale.
+            default = 0.07 if (name, option) == ("CLIPLoss", "temperature") else parameter.default
+            assert module[option].default == default, option
+
+
+def test_clip_default_temperature_is_its_modules():
+    torch.testing.assert_close(clip(Z, W), clip(Z, W, 0.07), rtol=0, atol=0)
 
 
 def test_clip_logit_scale_is_the_inverse_temperature():

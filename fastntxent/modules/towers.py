@@ -87,19 +87,12 @@ class _AtMost(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
-        beyond = inputs[0] > inputs[1]
-        ctx.save_for_backward(beyond)
-        ctx.save_for_forward(beyond)
+        ctx.save_for_backward(inputs[0] > inputs[1])
 
     @staticmethod
     def backward(ctx: Any, d_x: Tensor) -> tuple[Tensor, None]:
         (beyond,) = ctx.saved_tensors
         return torch.where(beyond & (d_x < 0), 0, d_x), None
-
-    @staticmethod
-    def jvp(ctx: Any, d_x: Tensor, _: None) -> Tensor:
-        (beyond,) = ctx.saved_tensors
-        return d_x.masked_fill(beyond, 0)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, bound: float) -> tuple[Tensor, int | None]:

@@ -79,8 +79,8 @@ class PairLoss(TypedModule):
                 f"got {ref_emb.shape[0]} and {embeddings.shape[0]}"
             )
         loss = self.compare(embeddings, labels, indices_tuple, ref_emb, None if own else ref_labels, own)
-        # A reducer may make something else of it.
-        return watch(loss, self.temperature, labels, ref_labels) if isinstance(loss, Tensor) else loss
+        # A reducer may make something else of it. A memory's labels move on before the backward, which has copies.
+        return watch(loss, self.temperature, labels) if isinstance(loss, Tensor) else loss
 
     def compare(
         self,
