@@ -183,7 +183,7 @@ def _link(block: Tensor, turn: int) -> Phases:
 def _watched() -> Iterator[Phases]:
     """Seconds in the kernels of losses over ranks, and waiting for other ranks."""
     spent = {"products": 0.0, "waiting": 0.0}
-    kernels, waiting = neg_lse.kernels, wire._waiting
+    run_kernel, waiting = neg_lse.run_kernel, wire._waiting
 
     @contextlib.contextmanager
     def clocked(phase: str) -> Iterator[None]:
@@ -191,23 +191,16 @@ def _watched() -> Iterator[Phases]:
         yield
         spent[phase] += time.perf_counter() - start
 
-    class Kernels:
-        def __init__(self, *args: Any):
-            self.backend = kernels(*args)
-
-        def __getattr__(self, name: str) -> Any:
-            return clocked("products")(getattr(self.backend, name))
-
     @contextlib.contextmanager
     def clocked_waiting(group: Any) -> Iterator[None]:
         with clocked("waiting"), waiting(group):
             yield
 
-    neg_lse.kernels, wire._waiting = Kernels, clocked_waiting
+    neg_lse.run_kernel, wire._waiting = clocked("products")(run_kernel), clocked_waiting
     try:
         yield spent
     finally:
-        neg_lse.kernels, wire._waiting = kernels, waiting
+        neg_lse.run_kernel, wire._waiting = run_kernel, waiting
 
 
 # --- of all ranks ----------------------------------------------------------------------------------------------------
