@@ -110,9 +110,12 @@ def check_temperature(
 
 def extremes(x: Tensor) -> tuple[float, float] | None:
     """The smallest and the largest entry, or None where the host cannot see them: on an accelerator, or traced."""
-    if x.device.type != "cpu" or not x.numel() or _traced():
+    if not x.is_cpu or not x.numel() or _traced():
         return None
-    low, high = _unwrapped(x).detach().aminmax()
+    x = _unwrapped(x)
+    if x.ndim == 0:
+        return (value := x.item()), value
+    low, high = x.detach().aminmax()
     return low.item(), high.item()
 
 

@@ -175,9 +175,12 @@ def _check_dtype(name: str, kind: str, dtype: torch.dtype, rows: Tensor, rows_na
 
 def _check_storage(name: str, x: Tensor) -> None:
     """The last element lies within the storage, which may have been freed or cut since the tensor was made."""
-    last = x.storage_offset() + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    if x.is_contiguous():  # quickly, for nearly every tensor
+        spanned = x.numel()
+    else:
+        spanned = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     held = x.untyped_storage().nbytes()
-    if held < (last + 1) * x.itemsize:
+    if held < (x.storage_offset() + spanned) * x.itemsize:
         raise ValueError(
             f"{name} must have its elements in memory, got shape {tuple(x.shape)} on a storage of {held} bytes "
             "(freed or resized)"
