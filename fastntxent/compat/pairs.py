@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..ops.groups import add_at
 from ..validation import ID_DTYPES
 
 IndicesTuple = tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Tensor]
@@ -64,7 +65,4 @@ def lse_by_anchor(logits: Tensor, anchors: Tensor, n_anchors: int) -> Tensor:
 
 def sum_by_anchor(values: Tensor, anchors: Tensor, n_anchors: int) -> Tensor:
     """The sum of each anchor's values (n_anchors,)."""
-    zeros = values.new_zeros(n_anchors)
-    if values.device.type == "cpu":
-        return zeros.index_add(0, anchors, values)
-    return zeros.index_put((anchors,), values, accumulate=True)
+    return add_at(values.new_zeros(n_anchors), anchors, values)

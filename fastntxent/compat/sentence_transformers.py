@@ -22,7 +22,7 @@ from ..common import (
     unit_rows,
 )
 from ..distributed import Shard, open_shard
-from ..losses.queries import hardened_neg_lse
+from ..losses.queries import hardened, hardened_neg_lse
 from ..modules.base import TypedModule
 from ..options import HARDNESS_MODES, HardnessMode
 from ..validation import check_choice, check_in_range, check_number, check_positive, check_rows, check_same
@@ -232,7 +232,7 @@ class MultipleNegativesRankingLoss(TypedModule):
         else:  # both directions from one pass
             to_doc, to_query = cross_neg_lse(u, docs, samples, of_docs, inv_tau, "auto", shard, docs_shard)
         for own in negatives:
-            to_doc = log_add(to_doc, _hardened(row_dots(u, own), inv_tau, self._hardness("hard_negatives")))
+            to_doc = log_add(to_doc, hardened(row_dots(u, own), inv_tau, self._hardness("hard_negatives")))
         nu["query_to_doc"] = to_doc
         if "query_to_query" in self.directions:
             nu["query_to_query"] = neg_lse_of_rows(u, samples, inv_tau, "auto", shard)
@@ -273,8 +273,3 @@ class MultipleNegativesRankingLoss(TypedModule):
         if directions == {"query_to_doc", "doc_to_query"} and self.partition_mode == "per_direction":
             return _JINA
         return _CPC
-
-
-def _hardened(sims: Tensor, inv_tau: Tensor, hardness: float) -> Tensor:
-    """k s + hardness * s, no gradient through the second s."""
-    return inv_tau * sims + hardness * sims.detach()

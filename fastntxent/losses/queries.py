@@ -149,7 +149,7 @@ def info_nce(
             with autocast_off(u):
                 sims = torch.bmm(w, u.unsqueeze(2)).squeeze(2)
             by_row = inv_tau.unsqueeze(1) if inv_tau.ndim else inv_tau
-            explicit = torch.logsumexp(by_row * sims + explicit_hardness * sims.detach(), dim=1)
+            explicit = torch.logsumexp(hardened(sims, by_row, explicit_hardness), dim=1)
             sums, n_explicit = sims.sum(dim=1), w.shape[1]
         nu = log_add(nu, explicit)
         negative_sum, n_negatives = negative_sum + sums, n_negatives + n_explicit
@@ -157,6 +157,11 @@ def info_nce(
     if label_smoothing:
         losses = losses + label_smoothing * (pos - (pos + inv_tau * negative_sum) / (1 + n_negatives))
     return reduce(losses, reduction, shard=shard)
+
+
+def hardened(sims: Tensor, inv_tau: Tensor, hardness: float) -> Tensor:
+    """The logits k s + hardness * s, no gradient through the second s."""
+    return inv_tau * sims + hardness * sims.detach()
 
 
 def hardened_neg_lse(

@@ -29,8 +29,13 @@ def sums_of_groups(u: Tensor, ids: Tensor, of: Tensor) -> Tensor:
     in_order = ids.sort().values
     place = torch.searchsorted(in_order, ids)
     wanted = place if of is ids else torch.searchsorted(in_order, of.contiguous()).clamp_max(ids.shape[0] - 1)
-    if u.device.type == "cpu":
-        sums = torch.zeros_like(u).index_add(0, place, u).index_select(0, wanted)
-    else:
-        sums = torch.zeros_like(u).index_put((place,), u, accumulate=True)[wanted]
+    sums = add_at(torch.zeros_like(u), place, u)
+    sums = sums.index_select(0, wanted) if u.device.type == "cpu" else sums[wanted]
     return sums if of is ids else sums.masked_fill((in_order[wanted] != of)[:, None], 0)
+
+
+def add_at(into: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    """Return `into` (M, ...) with the values (K, ...) added at their places (K,), in a fixed order on every device."""
+    if into.device.type == "cpu":
+        return into.index_add(0, index, values)
+    return into.index_put((index,), values, accumulate=True)
