@@ -1,35 +1,54 @@
-"""Checkpoints: written whole or not at all, read without running code, refused where they do not fit."""
+"""Checkpoints: written whole or not at all, read without running code, refused where they are damaged or do not fit."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from .config import Config, flag
+from .output import printable, write_whole
 
 FILE_NAME = "checkpoint.pt"
-FORMAT = 1
+FORMAT = 2
+
+# torch.save writes a zip archive. Its comment, which torch.load passes over, holds the checksum of all bytes before it:
+# the archive's own checksums cover neither its directory nor its padding, and torch.load verifies none.
+_MARK = b"fastntxent sha256 "
+_COMMENT_SIZE = len(_MARK) + 2 * hashlib.sha256().digest_size
+_NO_COMMENT = (0).to_bytes(2, "little")  # the last two bytes of an archive without one
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write `state` so that a crash at any moment leaves either the old file or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+
+    def write(file: BinaryIO) -> None:
         torch.save({"format": FORMAT, **state}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    if os.name == "posix":
-        # The rename itself must reach the disk before an older file may be relied on to be gone.
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        file.seek(-len(_NO_COMMENT), os.SEEK_END)
+        assert file.read() == _NO_COMMENT
+        file.seek(-len(_NO_COMMENT), os.SEEK_END)
+        file.write(_COMMENT_SIZE.to_bytes(2, "little"))
+        size = file.tell()
+        file.write(_MARK + _checksum(file, size))
+
+    write_whole(path, write)
+
+
+def _checksum(file: BinaryIO, size: int) -> bytes:
+    """The SHA-256, in hexadecimal digits, of the first `size` bytes; leaves the file at their end."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    while size:
+        part = file.read(min(size, 2**20))
+        if not part:
+            break
+        digest.update(part)
+        size -= len(part)
+    return digest.hexdigest().encode()
 
 
 def first_line(error: Exception) -> str:
@@ -42,18 +61,26 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: the file is no checkpoint of this trainer.
+        ValueError: the file is no checkpoint of this trainer, or not as it was written.
+        OSError: the file cannot be read.
     """
+    name = printable(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint to resume from at {path}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # a file of other bytes can end the unpickler in any way
-        raise ValueError(f"{path} cannot be read as a checkpoint ({type(error).__name__})") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a checkpoint of this version of the trainer")
+        raise FileNotFoundError(f"no checkpoint to resume from at {name}")
+    with path.open("rb") as file:  # one file throughout, though another may take its name meanwhile
+        size = file.seek(0, os.SEEK_END) - _COMMENT_SIZE
+        file.seek(max(size, 0))
+        comment = file.read()
+        marked = comment.startswith(_MARK)
+        if marked and comment != _MARK + _checksum(file, size):
+            raise ValueError(f"{name} is damaged: its contents do not match its checksum")
+        file.seek(0)
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # a file of other bytes can end the unpickler in any way
+            raise ValueError(f"{name} cannot be read as a checkpoint ({type(error).__name__})") from error
+    if not (marked and isinstance(state, dict) and state.get("format") == FORMAT):
+        raise ValueError(f"{name} is not a checkpoint of this version of the trainer, or is damaged")
     return state
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..options import BackendName
 from .augment import PRESETS
-from .models import check_width
+from .models import check_model, check_width
 from .sources import SOURCES
 
 DEFAULT_PRESET = {"mnist5k": "digits", "digits": "digits", "fashion-mnist": "objects"}
@@ -32,7 +32,19 @@ class Config:
     data_dir: Path | None = _option(  # noqa: RUF009 (a path does not change)
         None, "data", "where its files are; for npz, the file itself", same=False, type=Path, metavar="PATH"
     )
-    image_size: int = _option(32, "data", "side in pixels that the images of a folder are resized to", metavar="PX")
+    image_size: int | None = _option(
+        None, "data", "side in pixels that the images of a folder are cut and resized to (default: 32); other data "
+        "keep their size, and must have this one if it is given", type=int, metavar="PX",
+    )  # fmt: skip
+    skip_bad: bool = _option(False, "data", "go on without the files that cannot be read as images", same=False)
+    in_memory: str = _option(
+        "auto", "data", "keep decoded images in memory, or read each from its file whenever it is needed; auto: in "
+        "memory if they take at most 512 MiB", same=False, choices=("auto", "yes", "no"),
+    )  # fmt: skip
+    workers: int | None = _option(
+        None, "data", "processes that read images while the model trains; 0: the run's own (default: where images are "
+        "read from files one for each core, at most 8)", same=False, type=int, metavar="N",
+    )  # fmt: skip
     download: bool = _option(False, "data", "let torchvision download a missing data set", same=False)
     augment: str = _option(
         "auto",
@@ -42,10 +54,15 @@ class Config:
         choices=("auto", *PRESETS),
     )
 
-    model: str = _option("conv", "model", "the encoder", choices=("conv", "resnet18"))
+    model: str = _option(
+        "conv", "model", "the encoder: conv, resnet18, resnet50, timm:NAME, torchvision:NAME, or "
+        "package.module:factory, a function that returns a module from images (N, C, H, W) to features (N, F)",
+        metavar="NAME",
+    )  # fmt: skip
     width: int = _option(
-        0, "model", "channels of its first layer, at least 8 for resnet18; 0: 16 for conv, 64 for resnet18", metavar="N"
-    )
+        0, "model", "channels of the first layer of conv, resnet18 and resnet50, at least 8 for the latter two; 0: 16 "
+        "for conv, 64 for the others", metavar="N",
+    )  # fmt: skip
     norm: str = _option("batch", "model", "normalisation in encoder and head", choices=("batch", "none"))
     proj_hidden: int = _option(256, "model", "hidden units of the projection head", metavar="N")
     proj_dim: int = _option(128, "model", "dimension of the embedding the loss sees", metavar="D")
@@ -98,7 +115,10 @@ class Config:
     )
     weight_decay: float = _option(1e-4, "training", "weight decay of matrices and kernels", metavar="WD")
     momentum: float = _option(0.9, "training", "momentum of lars", metavar="M")
-    warmup_epochs: float = _option(3.0, "training", "epochs of linear warm-up before the cosine", metavar="N")
+    warmup_epochs: float | None = _option(
+        None, "training", "epochs of linear warm-up before the cosine (default: 3, or a tenth of --epochs if that is "
+        "less)", type=float, metavar="N",
+    )  # fmt: skip
     seed: int = _option(0, "training", "seed of the initial weights, the order and the views", metavar="N")
     device: str = _option(
         "auto", "training", "auto, cpu, cuda, cuda:1, ...; under torchrun cuda is a GPU for each rank; a run is "
@@ -129,6 +149,8 @@ class Config:
     log_every: int = _option(
         10, "output", "steps between measurements of alignment and uniformity", same=False, metavar="K"
     )
+    tensorboard: bool = _option(False, "output", "log to TensorBoard too, in --out", same=False)
+    wandb: str = _option("", "output", "log to Weights & Biases too, in this project", same=False, metavar="PROJECT")
     knn: int = _option(5, "output", "neighbours of the k-nearest-neighbour evaluation", same=False, metavar="K")
     eval_limit: int = _option(
         10000, "output", "images of either part, at most, that the evaluation uses", same=False, metavar="N"
@@ -139,6 +161,11 @@ class Config:
     def batch(self) -> int:
         """Samples per step, as the loss sees them."""
         return self.accumulate_batch or self.batch_size
+
+    @property
+    def warmup(self) -> float:
+        """Epochs of linear warm-up, with the default resolved."""
+        return min(3.0, self.epochs / 10) if self.warmup_epochs is None else self.warmup_epochs
 
     @property
     def preset(self) -> str:
@@ -154,8 +181,15 @@ class Config:
                 raise ValueError(f"{flag(option.name)} must be one of {', '.join(allowed)}, got {value!r}")
         for name, least in _LEAST.items():
             value = getattr(self, name)
-            if not (math.isfinite(value) and value >= least):
+            if value is not None and not (math.isfinite(value) and value >= least):
                 raise ValueError(f"{flag(name)} must be at least {least}, got {value}")
+        if self.momentum >= 1:
+            raise ValueError(f"--momentum must be less than 1, got {self.momentum}: the step would grow without bound")
+        if self.seed >= 2**63:
+            raise ValueError(f"--seed must be less than 2^63, got {self.seed}")
+        if self.warmup_epochs is not None and self.warmup_epochs > self.epochs:
+            raise ValueError(f"--warmup-epochs must be at most --epochs {self.epochs}, got {self.warmup_epochs}")
+        check_model(self.model, "--model")
         if self.width:
             check_width(self.model, self.width, "--width")
         if not (math.isfinite(self.temperature) and self.temperature > 0):
@@ -189,7 +223,7 @@ class Config:
 _LEAST: dict[str, float] = {
     "image_size": 8, "width": 0, "proj_hidden": 1, "proj_dim": 1, "verify_every": 0, "epochs": 1, "max_steps": 0,
     "batch_size": 2, "accumulate_batch": 0, "chunk": 0, "lr": 0, "weight_decay": 0, "momentum": 0,
-    "warmup_epochs": 0, "seed": 0, "checkpoint_every": 0, "log_every": 1, "knn": 1, "eval_limit": 2,
+    "warmup_epochs": 0, "seed": 0, "workers": 0, "checkpoint_every": 0, "log_every": 1, "knn": 1, "eval_limit": 2,
 }  # fmt: skip
 
 

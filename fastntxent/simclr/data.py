@@ -60,7 +60,7 @@ class ImageData:
         return f"{tuple(images.shape)}-{zlib.crc32(images.contiguous().numpy().data):08x}"
 
 
-def load_data(name: str, data_dir: Path | None, image_size: int, download: bool) -> ImageData:
+def load_data(name: str, data_dir: Path | None, image_size: int | None, download: bool) -> ImageData:
     """Read a data set.
 
     Args:

@@ -19,6 +19,12 @@ DEFAULT_WIDTH = {"conv": 16, "resnet18": 64}
 LEAST_RESNET_WIDTH = 8
 
 
+def check_model(model: str, name: str = "model") -> None:
+    """Raise ValueError, under the setting's name, for a model that there is not."""
+    if model not in DEFAULT_WIDTH:
+        raise ValueError(f"{name} must be one of {', '.join(DEFAULT_WIDTH)}, got {model!r}")
+
+
 def check_width(model: str, width: int, name: str = "width") -> None:
     """Raise ValueError, under the setting's name, for a width at which PyTorch does not train the model soundly."""
     if model == "resnet18" and width < LEAST_RESNET_WIDTH:

@@ -36,7 +36,7 @@ class Arrays(NamedTuple):
 class Request:
     name: str
     data_dir: Path | None
-    image_size: int
+    image_size: int | None
     download: bool
 
     def need_dir(self) -> Path:
@@ -105,13 +105,14 @@ def _read_idx(folder: Path, stem: str) -> Array:
 
 def _folder(request: Request) -> Arrays:
     root = request.need_dir()
+    size = request.image_size or 32
     train, test = root / "train", root / "test"
     if train.is_dir():
         classes = _class_names(train)
-        parts = [_read_folder(part, classes, request.image_size) for part in (train, test) if part.is_dir()]
+        parts = [_read_folder(part, classes, size) for part in (train, test) if part.is_dir()]
     else:
         classes = _class_names(root)
-        parts = [_read_folder(root, classes, request.image_size)]
+        parts = [_read_folder(root, classes, size)]
     test_images, test_labels = parts[1] if len(parts) == 2 else (None, None)
     return Arrays(*parts[0], test_images, test_labels, classes)
 

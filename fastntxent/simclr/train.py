@@ -76,7 +76,7 @@ class Trainer:
         # A last batch of one sample has no negative, and BatchNorm no variance.
         self.steps_per_epoch = n // self.batch + (n % self.batch >= 2)
         self.schedule_steps = config.epochs * self.steps_per_epoch
-        self.warmup_steps = min(round(config.warmup_epochs * self.steps_per_epoch), self.schedule_steps - 1)
+        self.warmup_steps = min(round(config.warmup * self.steps_per_epoch), self.schedule_steps - 1)
         self.peak_lr = config.lr or default_learning_rate(config.optimizer, self.batch)
         self.optimizer = build_optimizer(
             config.optimizer, (self.model, self.loss), self.peak_lr, config.weight_decay, config.momentum

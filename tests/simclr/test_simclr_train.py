@@ -134,7 +134,7 @@ def test_resume_without_a_checkpoint_is_an_error(make_trainer, tmp_path):
     sound = (tmp_path / "sound.pt").read_bytes()
     for content in (b"", b"no checkpoint at all", b"junk" * 100, sound[: len(sound) // 2]):
         (tmp_path / "run" / "checkpoint.pt").write_bytes(content)
-        with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
+        with pytest.raises(ValueError, match=r"cannot be read as a checkpoint|version of the trainer"):
             make_trainer(resume="auto")
     torch.save({"something": "else"}, tmp_path / "run" / "checkpoint.pt")
     with pytest.raises(ValueError, match="not a checkpoint of this version"):

@@ -1,0 +1,116 @@
+"""The folder of a run: locked by one process, found fit to be written before training, and its files written whole."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from filelock import FileLock, Timeout
+
+LOCK = ".lock"
+PARTIAL = ".partial"
+
+
+def printable(text: object) -> str:
+    """The text with what UTF-8 cannot hold (a file's name may be any bytes) as question marks."""
+    return str(text).encode("utf-8", "replace").decode("utf-8")
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file so that a crash at any moment leaves either the old file or the new one.
+
+    Args:
+        path: the file; if it is a symbolic link, the link itself is replaced.
+        write: called with a new file of this call's own beside `path`, open for reading and writing.
+
+    Raises:
+        OSError: the file cannot be written; the old one is left as it was.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
+    # "x" makes the file or fails: it follows no link and shares no file with another process.
+    with partial.open("x+b") as file:
+        try:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+    if os.name == "posix":
+        # The rename itself must reach the disk before an older file may be relied on to be gone.
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8, whole or not at all."""
+    write_whole(path, lambda file: file.write(printable(text).encode()))
+
+
+class OutputFolder:
+    """The folder `--out`, and the lock that lets one run at a time write into it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = FileLock(path / LOCK, thread_local=False)
+
+    def check(self, needed: int) -> None:
+        """Find out, before any training, whether the run's files can be written.
+
+        Args:
+            needed: bytes that the run will write, at most.
+
+        Raises:
+            ValueError: the folder cannot be made or written to, or its disk has too little room.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / f".probe-{os.getpid()}-{secrets.token_hex(4)}"
+            try:
+                with probe.open("xb") as file:
+                    file.write(bytes(4096))
+                    file.flush()
+                    os.fsync(file.fileno())
+            finally:
+                probe.unlink(missing_ok=True)
+            free = shutil.disk_usage(self.path).free
+        except OSError as error:
+            raise ValueError(f"--out {printable(self.path)} cannot be written to: {error.strerror}") from error
+        if free < needed:
+            raise ValueError(
+                f"--out {printable(self.path)} has {free / 2**20:.0f} MiB of free disk, and the run needs up to "
+                f"{needed / 2**20:.0f} MiB"
+            )
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the lock; a process that holds it may take it again.
+
+        Raises:
+            BlockingIOError: another run holds it.
+        """
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise BlockingIOError(
+                f"another run is writing to --out {printable(self.path)}: wait for its end, or choose another --out"
+            ) from error
+        try:
+            self._remove_partials()
+            yield
+        finally:
+            self._lock.release()
+
+    def _remove_partials(self) -> None:
+        """Remove what killed runs left half written; under the lock no other run is writing here."""
+        for left in self.path.glob(f"*{PARTIAL}"):
+            left.unlink(missing_ok=True)
