@@ -85,6 +85,11 @@ def select(name: str, device_type: str, dtype: torch.dtype) -> Backend:
     return backend
 
 
+def name_of(backend: Backend) -> str:
+    """The name of a backend that `select` gave."""
+    return next(name for name in _TABLE if _load(name) is backend)
+
+
 def _device_types(name: str) -> tuple[str, ...]:
     """As the table has it; a backend that has loaded may know of more."""
     backend = _load(name)

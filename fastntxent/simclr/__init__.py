@@ -5,6 +5,7 @@ from .config import Config
 from .data import ImageData, load_data
 from .history import TrainingError
 from .run import run
+from .stopping import InterruptedRun
 from .train import Trainer
 
-__all__ = ["Config", "ImageData", "Trainer", "TrainingError", "load_data", "load_encoder", "run"]
+__all__ = ["Config", "ImageData", "InterruptedRun", "Trainer", "TrainingError", "load_data", "load_encoder", "run"]

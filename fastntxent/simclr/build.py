@@ -32,13 +32,13 @@ def pick_device(name: str, ranks: Ranks = ALONE) -> torch.device:
         return torch.device("cuda", ranks.local)
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()  # a device without memory, such as "meta", has nothing to read
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {name} cannot be used: {first_line(error)}") from error
     return device
 
 
-def make_model(config: Config, data: ImageData, device: torch.device) -> SimCLR:
+def make_model(config: Config, data: ImageData, device: torch.device, encoder: nn.Module | None = None) -> SimCLR:
     """The model of a run as it is before its first step."""
     on_cuda = device.type == "cuda"
     amp = ("bf16" if on_cuda else "off") if config.amp == "auto" else config.amp

@@ -99,15 +99,17 @@ def with_saved_options(given: dict[str, Any]) -> Config:
     if not config.resume:
         return config
     path = resume_path(config)
-    saved = Config.from_dict(load_checkpoint(path)["config"])
+    state = load_checkpoint(path)
+    if not isinstance(state.get("config"), dict):
+        raise ValueError(f"{printable(path)} is not a checkpoint of a run: it holds no settings")
+    saved = Config.from_dict(state["config"])
     here = {"max_steps": config.max_steps, "overwrite": config.overwrite, "out": path.parent}
     return replace(saved, **{**here, **given})
 
 
-def check_agreement(config: Config, saved: dict[str, Any], fingerprint: str, saved_fingerprint: str) -> None:
-    """Raise ValueError naming every setting, the data included, in which a resumed run would differ."""
-    saved = Config.from_dict(saved).to_dict()  # with the defaults of options that are younger than the checkpoint
-    now = config.to_dict()
+def check_agreement(now: dict[str, Any], saved: dict[str, Any], fingerprint: str, saved_fingerprint: str) -> None:
+    """Raise ValueError naming every resolved setting, the data included, in which a resumed run would differ."""
+    saved = {**Config().to_dict(), **saved}  # with the defaults of options that are younger than the checkpoint
     differing = [
         f"{flag(option.name)} (checkpoint {saved[option.name]}, now {now[option.name]})"
         for option in fields(Config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +157,11 @@ class Config:
     )
     quiet: bool = _option(False, "output", "no progress bar and no summary", same=False)
 
+    def __post_init__(self) -> None:
+        for name in ("data_dir", "out"):
+            if isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, Path(getattr(self, name)))
+
     @property
     def batch(self) -> int:
         """Samples per step, as the loss sees them."""
@@ -176,7 +181,11 @@ class Config:
         """Raise ValueError, naming the option, for a value that no run can use."""
         for option in fields(self):
             allowed = option.metadata["argparse"].get("choices")
-            value = getattr(self, option.name)
+            value, wanted = getattr(self, option.name), kind(option)
+            accepted = (int, float) if wanted is float else wanted
+            missing = value is None and option.default is None
+            if not (missing or isinstance(value, accepted)) or (isinstance(value, bool) and wanted is not bool):
+                raise ValueError(f"{flag(option.name)} must be {wanted.__name__}, got {value!r}")
             if allowed and value not in allowed:
                 raise ValueError(f"{flag(option.name)} must be one of {', '.join(allowed)}, got {value!r}")
         for name, least in _LEAST.items():
@@ -227,6 +236,11 @@ _LEAST: dict[str, float] = {
 }  # fmt: skip
 
 
+def kind(option: Field[Any]) -> type:
+    """The type of a field's values, other than None."""
+    return option.metadata["argparse"].get("type") or type(option.default)
+
+
 def flag(name: str) -> str:
     """The command-line spelling of a field's name."""
     return "--" + name.replace("_", "-")
@@ -246,6 +260,8 @@ def parse_args(argv: Sequence[str] | None) -> dict[str, Any]:
         name: parser.add_argument_group(name)
         for name in dict.fromkeys(option.metadata["group"] for option in fields(Config))
     }
+    parser.add_argument("--config", type=Path, metavar="FILE", help="a TOML file of settings, named as these "
+                        "options are; the command line has the last word")  # fmt: skip
     for option in fields(Config):
         extra = dict(option.metadata["argparse"])
         default = option.default

@@ -18,6 +18,8 @@ from .sources import SOURCES, UNLABELLED, Array, Arrays, Request
 
 MIN_SIZE = 8
 
+Images = Tensor  # until images on disk
+
 
 @dataclass(frozen=True)
 class ImageData:
@@ -29,6 +31,8 @@ class ImageData:
     test_images: Tensor
     test_labels: Tensor
     class_names: tuple[str, ...]
+    title: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def channels(self) -> int:

@@ -26,7 +26,7 @@ from .config import Config
 from .data import ImageData
 from .models import SimCLR
 from .sources import require
-from .train import stream
+from .stream import stream
 
 ROWS = 1024
 RAW_SIZE = 32

@@ -15,7 +15,7 @@ from .data import ImageData
 from .evaluate import Evaluation
 from .history import History
 from .sources import UNLABELLED, Array, require
-from .train import stream
+from .stream import stream
 
 INK, BLUE, ORANGE, GREEN, GRID = "#222a33", "#2563a8", "#c2571a", "#2f7d4f", "#dfe3e8"
 MAX_POINTS = 1000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 from torch import Tensor
 
@@ -17,7 +18,7 @@ class History:
     def __init__(self, columns: dict[str, dict[str, list[float]]] | None = None) -> None:
         self.columns = columns or {
             "steps": {"loss": [], "lr": [], "temperature": []},
-            "measured": {"step": [], "alignment": [], "uniformity": []},
+            "measured": {"step": [], "seconds": [], "images_per_second": [], "alignment": [], "uniformity": []},
             "verified": {},
         }
         self._pending: list[tuple[Tensor, float, Tensor | float]] = []
@@ -44,3 +45,13 @@ class History:
         """Append one row to a table."""
         for name, value in values.items():
             self.columns[table].setdefault(name, []).append(value)
+
+    def row(self, index: int) -> dict[str, float]:
+        """A row of `measured`, with what `steps` has of its step."""
+        measured = {name: column[index] for name, column in self.columns["measured"].items()}
+        at = int(measured["step"])
+        return measured | {name: column[at] for name, column in self.columns["steps"].items()}
+
+    def measured(self) -> Iterator[dict[str, float]]:
+        """The rows of `measured`."""
+        return map(self.row, range(len(self.columns["measured"]["step"])))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -12,6 +13,10 @@ from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
+# What a run writes; a file of these names is replaced.
+FILES = (
+    "checkpoint.pt", "config.toml", "log.csv", "curves.png", "embedding.png", "views.png", "metrics.json", "report.html",
+)  # fmt: skip
 LOCK = ".lock"
 PARTIAL = ".partial"
 
@@ -83,6 +88,9 @@ class OutputFolder:
             finally:
                 probe.unlink(missing_ok=True)
             free = shutil.disk_usage(self.path).free
+            for name in FILES:
+                if (self.path / name).is_dir():
+                    raise IsADirectoryError(errno.EISDIR, f"its {name} is a folder")
         except OSError as error:
             raise ValueError(f"--out {printable(self.path)} cannot be written to: {error.strerror}") from error
         if free < needed:
@@ -99,7 +107,8 @@ class OutputFolder:
             BlockingIOError: another run holds it.
         """
         try:
-            self._lock.acquire(timeout=0)
+            with contextlib.suppress(NotImplementedError):  # a file system without locks
+                self._lock.acquire(timeout=0)
         except Timeout as error:
             raise BlockingIOError(
                 f"another run is writing to --out {printable(self.path)}: wait for its end, or choose another --out"

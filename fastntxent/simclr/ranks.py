@@ -51,6 +51,19 @@ class Ranks:
         sizes = wire.gather_numbers(self.group, torch.tensor(len(x), device=x.device))
         return wire.all_gather(self.group, x, sizes.tolist())
 
+    def largest(self, number: int) -> int:
+        """The largest of the ranks' numbers."""
+        if self.group is None:
+            return number
+        return int(wire.gather_numbers(self.group, torch.tensor(number)).max())
+
+    def tell(self, words: str) -> str:
+        """What the ranks have to say, on all of them."""
+        if self.group is None:
+            return words
+        told = wire.gather_objects(self.group, words)
+        return "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(told) if text)
+
     @contextlib.contextmanager
     def all_or_none(self) -> Iterator[None]:
         """What ends one rank in here ends every rank, where otherwise the others would wait for it.

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
 from .config import Config, flag
 from .data import ImageData, load_data
 from .evaluate import REPRESENTATIONS, evaluate
@@ -13,7 +16,12 @@ from .report import write_report
 from .train import Trainer
 
 
-def prepare(config: Config, ranks: Ranks = ALONE) -> Trainer:
+def prepare(
+    config: Config,
+    ranks: Ranks = ALONE,
+    data: ImageData | Dataset[Any] | DataLoader[Any] | None = None,
+    encoder: nn.Module | None = None,
+) -> Trainer:
     """Load the data and build the trainer: whatever a user can get wrong is found out here, before any training, and
     what is wrong on one rank ends all of them."""
     with ranks.all_or_none():
@@ -21,7 +29,7 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Trainer:
         if config.download and ranks.group and ranks.local == 0:
             _load(config)  # the other ranks of this machine find it there
     with ranks.all_or_none():
-        trainer = Trainer(config, _load(config), ranks)
+        trainer = Trainer(config, _load(config, ranks) if data is None else data, ranks, encoder=encoder)
     if ranks.group:
         places = ("data_dir", "out", "resume")  # which another machine may call otherwise
         options = {flag(name): value for name, value in config.to_dict().items() if name not in places}
@@ -30,17 +38,26 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Trainer:
     return trainer
 
 
-def _load(config: Config) -> ImageData:
-    return load_data(config.data, config.data_dir, config.image_size, config.download)
+def _load(config: Config, ranks: Ranks = ALONE) -> ImageData:
+    data = load_data(config.data, config.data_dir, config.image_size, config.download)
+    if config.image_size not in (None, data.image_size):
+        raise ValueError(
+            f"--image-size is {config.image_size}, but the images of --data {config.data} have {data.image_size} "
+            "pixels; only those of a folder are resized"
+        )
+    return data
 
 
-def forewarn(trainer: Trainer) -> str:
-    """What a person may not expect of the run, in a line; empty if there is nothing."""
-    asked = trainer.config.batch
-    if trainer.batch == asked:
-        return ""
-    name = flag("accumulate_batch" if trainer.config.accumulate_batch else "batch_size")
-    return f"note: {name} {asked} is more than the {trainer.batch} training images: every step takes all of them"
+def forewarn(trainer: Trainer) -> list[str]:
+    """What a person may not expect of the run, a line each."""
+    notes = list(trainer.data.notes)
+    config, asked = trainer.config, trainer.config.batch
+    if trainer.batch < asked and isinstance(trainer.data, ImageData):
+        name = flag("accumulate_batch" if config.accumulate_batch else "batch_size")
+        notes.append(f"{name} {asked} is more than the {trainer.batch} training images: every step takes all of them")
+    if config.resume and trainer.step >= trainer.last_step:
+        notes.append(f"this run is finished, at step {trainer.step} of {trainer.last_step}: it is judged again")
+    return notes
 
 
 def finish(trainer: Trainer, command: Sequence[str] = ()) -> dict[str, Any]:

@@ -11,30 +11,43 @@ that it has in it, and the loss, its gradient and BatchNorm's statistics are tho
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
-import hashlib
-import itertools
+import secrets
+import shlex
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
 
 from .. import alignment, budget, cached_backward, uniformity
-from .augment import PRESETS, two_views
 from .batch_norm import over_ranks
 from .build import make_model, pick_device
-from .checkpoint import FILE_NAME, check_agreement, load_checkpoint, resume_path, save_checkpoint
-from .config import Config
+from .checkpoint import FILE_NAME, check_agreement, first_line, load_checkpoint, resume_path, save_checkpoint
+from .config import PROGRAM, Config
+from .config_file import write_config
 from .data import ImageData
+from .feed import Views, make_feed
 from .history import History, TrainingError
+from .loader import LoaderData
+from .logs import Log, check_logs, open_logs
 from .objective import build_objective
 from .optim import build_optimizer, default_learning_rate, learning_rate
+from .output import OutputFolder, printable
 from .ranks import ALONE, Ranks
+from .settings import resolve
 from .sources import require
+from .stopping import InterruptedRun, StopRequest
+
+# Report, figures and logs of a run, with room to spare.
+_REPORT_BYTES = 16 * 2**20
+_READING_FAILED = 1000  # beyond every signal's number
 
 
 class _Batch(NamedTuple):
@@ -49,32 +62,52 @@ class _Batch(NamedTuple):
 class Trainer:
     """A run in memory: model, loss, optimiser, history, and the step it is at.
 
+        trainer = Trainer(Config(out=Path("runs/mine"), epochs=100), DataLoader(...), encoder=my_module)
+        trainer.fit()
+
     Args:
         config: the settings; `config.out` must be a folder that can be written to.
-        data: the images.
+        data: the images: what `load_data` returns, a map-style Dataset of images, as `ImageData.from_datasets` takes
+            it, or a DataLoader, as `loader.LoaderData` describes it, whose batches are taken in its own order.
         ranks: the processes of the run. Each makes a trainer and calls `fit`; the first writes the checkpoints. What
             needs the others happens in `fit`: making a trainer may fail on one rank alone.
+        encoder: a module from images (N, C, H, W) to features (N, F), trained in place; None for the one that
+            `config.model` names.
+
+    Attributes:
+        model: the encoder, `model.encoder`, and the projection head.
+        step: how many steps are done.
+        history: loss, learning rate and temperature of every step, and what was measured now and then.
+        settings: the settings by name as they were resolved for these data and this machine.
 
     Raises:
-        ValueError: a setting is out of range, the device or the backend cannot be used, or the checkpoint to resume
-            from does not fit.
+        ValueError, TypeError: a setting is out of range, the device, the backend, the data or the encoder cannot be
+            used, the folder cannot be written to, or the checkpoint to resume from does not fit.
         FileNotFoundError, FileExistsError: there is no checkpoint to resume from, or one that would be lost.
+        ImportError: a package is missing that the settings ask for.
     """
 
-    def __init__(self, config: Config, data: ImageData, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self,
+        config: Config,
+        data: ImageData | LoaderData | Dataset[Any] | DataLoader[Any],
+        ranks: Ranks = ALONE,
+        *,
+        encoder: nn.Module | None = None,
+    ) -> None:
         config.check()
+        check_logs(config)
         self.config = config
-        self.data = data
+        self.data = _training_data(data, config)
         self.ranks = ranks
         self.device = pick_device(config.device, ranks)
-        self.model = make_model(config, data, self.device)
+        self._initial_encoder = copy.deepcopy(encoder)
+        self.model = self._make_model(encoder)
         self.loss = build_objective(config, ranks.group).to(self.device)
         self._try_the_loss()
 
-        n = len(data.train_images)
-        self.batch = min(config.batch, n)
-        # A last batch of one sample has no negative, and BatchNorm no variance.
-        self.steps_per_epoch = n // self.batch + (n % self.batch >= 2)
+        self.feed = make_feed(config, self.data, ranks, self.device)
+        self.batch, self.steps_per_epoch = self.feed.batch, self.feed.steps_per_epoch
         self.schedule_steps = config.epochs * self.steps_per_epoch
         self.warmup_steps = min(round(config.warmup * self.steps_per_epoch), self.schedule_steps - 1)
         self.peak_lr = config.lr or default_learning_rate(config.optimizer, self.batch)
@@ -82,23 +115,62 @@ class Trainer:
             config.optimizer, (self.model, self.loss), self.peak_lr, config.weight_decay, config.momentum
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.model.amp_dtype == torch.float16)
+        self.settings = resolve(config, self)
 
         self.step = 0
         self.seconds = 0.0
         self.history = History()
-        target = config.out / FILE_NAME
+        self.run_id = secrets.token_hex(4)
+        self.folder = OutputFolder(config.out)
+        self._stop = StopRequest(speak=ranks.first)
         source = resume_path(config) if config.resume else None
         if source:
             self._resume(source)
-        if target.exists() and not config.overwrite and not (source and source.samefile(target)):
-            raise FileExistsError(
-                f"{config.out} holds another run's checkpoint: continue that one with --resume, lose it with "
-                "--overwrite, or choose another --out"
-            )
+        target = config.out / FILE_NAME
+        self._may_replace = bool(config.overwrite or (source and target.exists() and source.samefile(target)))
+        self._check_folder()
+        if ranks.first:
+            self.folder.check(self._bytes_to_write())
+
+    def _make_model(self, encoder: nn.Module | None) -> Any:
         try:
-            config.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"--out {config.out} cannot be made a folder: {error.strerror}") from error
+            return make_model(self.config, self.data, self.device, encoder)
+        except (RuntimeError, MemoryError) as error:
+            raise ValueError(f"the model cannot be made: {first_line(error)}") from error
+
+    def untrained(self) -> Any:
+        """The model as it was before its first step."""
+        return self._make_model(copy.deepcopy(self._initial_encoder))
+
+    def _check_folder(self) -> None:
+        if not self._may_replace and (self.config.out / FILE_NAME).exists():
+            raise FileExistsError(
+                f"{printable(self.config.out)} holds another run's checkpoint: continue that one with --resume, lose "
+                "it with --overwrite, or choose another --out"
+            )
+
+    def _bytes_to_write(self) -> int:
+        """What the run writes, at most: the new checkpoint beside the old one, and the report."""
+        values = sum(tensor.numel() * tensor.element_size() for tensor in self.model.state_dict().values())
+        moments = {"adamw": 2, "lars": 1}[self.config.optimizer] * values
+        history = 100 * self.schedule_steps
+        return 2 * (values + moments + history) + _REPORT_BYTES
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Hold the lock on the run's folder, on the first rank, which writes into it; `fit` does so by itself.
+
+        Raises:
+            BlockingIOError: another run holds it.
+            FileExistsError: another run has left its checkpoint here meanwhile.
+        """
+        with contextlib.ExitStack() as stack:
+            with self.ranks.all_or_none():
+                if self.ranks.first:
+                    stack.enter_context(self.folder.locked())
+                    self._check_folder()
+                    self._may_replace = True  # what will be there is this run's own
+            yield
 
     @property
     def last_step(self) -> int:
@@ -108,32 +180,90 @@ class Trainer:
     def fit(self, until: int | None = None) -> None:
         """Train to `last_step`, or to the step `until` before it, with checkpoints on the way and one at the end.
 
+        Ctrl-C and SIGTERM end it after the step in progress, on all ranks, with a checkpoint; a second Ctrl-C at once.
+
         Raises:
-            TrainingError: the loss failed its verification, or is no longer finite.
+            TrainingError: the loss failed its verification, or is no longer finite; or images can no longer be read,
+                in which case a checkpoint was written.
+            MemoryError: a step does not fit.
+            InterruptedRun: a signal asked for the end; a checkpoint was written. It is a KeyboardInterrupt.
+            BlockingIOError: another run is writing to the folder.
+            OSError: the checkpoint or a log cannot be written.
         """
-        config = self.config
         last_step = self.last_step if until is None else min(until, self.last_step)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.writing())
+            stack.enter_context(self._stop.listening())
+            logs = [stack.enter_context(contextlib.closing(log)) for log in self._open_logs()]
+            bar = stack.enter_context(self._progress_bar())
+            self._train(last_step, logs, bar)
+            self.save()
+
+    def _train(self, last_step: int, logs: list[Log], bar: Any) -> None:
+        config = self.config
         started = time.perf_counter() - self.seconds
         measured = (self.step, time.perf_counter())
-        with self._progress_bar() as bar:
-            while self.step < last_step:
-                batch = self._train_step()
-                done = self.step + 1
-                if config.verify_every and self.step % config.verify_every == 0:
-                    self._verify(batch)
-                if self.step % config.log_every == 0 or done == last_step:
-                    rate = (done - measured[0]) * self.batch / (time.perf_counter() - measured[1])
-                    measured = (done, time.perf_counter())
-                    bar.set_postfix(self._measure(batch) | {"images/s": f"{rate:.0f}"}, refresh=False)
-                self.step = done
-                self.seconds = time.perf_counter() - started
-                bar.update()
-                if config.checkpoint_every and done % config.checkpoint_every == 0 and done < last_step:
-                    self.save()
+        feed = self.feed.steps(self.step, last_step)
+        while self.step < last_step:
+            views = self._next(feed)
+            try:
+                batch = self._train_step(views)
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                raise MemoryError(
+                    f"memory ran out in step {self.step}: {first_line(error)}; take a smaller --batch-size, or "
+                    "--accumulate-batch with a small --chunk"
+                ) from error
+            done = self.step + 1
+            self.seconds = time.perf_counter() - started
+            if config.verify_every and self.step % config.verify_every == 0:
+                self._verify(batch)
+            if self.step % config.log_every == 0 or done == last_step:
+                rate = (done - measured[0]) * self.batch / (time.perf_counter() - measured[1])
+                measured = (done, time.perf_counter())
+                row = self._measure(batch, rate)
+                for log in logs:
+                    log.write(row)
+                shown = {name: f"{row[name]:.3f}" for name in ("loss", "alignment", "uniformity")}
+                bar.set_postfix(shown | {"images/s": f"{rate:.0f}"}, refresh=False)
+            self.step = done
+            bar.update()
+            if config.checkpoint_every and done % config.checkpoint_every == 0 and done < last_step:
+                self.save()
+
+    def _next(self, feed: Iterator[Views]) -> Views:
+        """The next step's views. If a rank was asked to stop or cannot read its images, all save and stop here."""
+        views, words = None, ""
+        if not self._stop.number:
+            try:
+                views = next(feed)
+            except Exception as error:  # of a data set's own code, perhaps from a worker process with its traceback
+                words = str(error).strip().rpartition("\n")[2] or type(error).__name__
+        # A signal may have ended the workers that were being waited for.
+        reason = self.ranks.largest(self._stop.number or (_READING_FAILED if words else 0))
+        if not reason:
+            assert views is not None
+            return views
         self.save()
+        if reason < _READING_FAILED:
+            raise InterruptedRun(f"interrupted at step {self.step} of {self.last_step}; {self._how_to_go_on()}", reason)
+        words = self.ranks.tell(words)
+        raise TrainingError(f"the images of step {self.step} cannot be read: {words}; {self._how_to_go_on()}")
+
+    def _how_to_go_on(self) -> str:
+        return f"saved; go on with {PROGRAM} --resume --out {shlex.quote(printable(self.config.out))}"
+
+    def _open_logs(self) -> list[Log]:
+        if not self.ranks.first:
+            return []
+        write_config(self.config.out, self.settings)
+        return open_logs(self.config, self.settings, self.step, self.run_id, self.history.measured())
 
     def save(self) -> None:
-        """Write the checkpoint of the present step, which is the same for any number of ranks."""
+        """Write the checkpoint of the present step, which is the same for any number of ranks.
+
+        Raises:
+            OSError: it cannot be written; the one before it is left as it was.
+        """
         self.history.flush(self.step)
         if not self.ranks.first:
             return
@@ -141,10 +271,13 @@ class Trainer:
             "step": self.step,
             "seconds": self.seconds,
             "config": self.config.to_dict(),
+            "settings": self.settings,
+            "own_encoder": self._initial_encoder is not None,
             "data": self.data.fingerprint(),
             "channels": self.data.channels,
             "image_size": self.data.image_size,
             "history": self.history.columns,
+            "run_id": self.run_id,
             "model": self.model.state_dict(),
             "loss": self.loss.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -154,27 +287,24 @@ class Trainer:
 
     def _resume(self, path: Path) -> None:
         state = load_checkpoint(path)
-        check_agreement(self.config, state["config"], self.data.fingerprint(), state["data"])
-        self.model.load_state_dict(state["model"])
-        self.loss.load_state_dict(state["loss"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.history = History(state["history"])
-        self.step, self.seconds = state["step"], state["seconds"]
+        try:
+            check_agreement(self.settings, state["settings"], self.data.fingerprint(), state["data"])
+            self.model.load_state_dict(state["model"])
+            self.loss.load_state_dict(state["loss"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.history = History(state["history"])
+            self.step, self.seconds, self.run_id = state["step"], state["seconds"], state["run_id"]
+        except KeyError as error:
+            raise ValueError(f"{printable(path)} is not a checkpoint of a run: it lacks {error}") from error
+        except RuntimeError as error:
+            raise ValueError(f"{printable(path)} does not fit the model: {first_line(error)}") from error
 
-    def _train_step(self) -> _Batch:
+    def _train_step(self, views: Views) -> _Batch:
         """One update of the parameters."""
         rate = learning_rate(self.step, self.schedule_steps, self.warmup_steps, self.peak_lr)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        indices = self._indices()
-        parts = [self.ranks.part(chunk) for chunk in torch.arange(len(indices)).split(self._chunk(len(indices)))]
-        rows = torch.cat(parts)
-        images = self.data.train_images[indices[rows]].to(self.device)
-        views = two_views(
-            images, PRESETS[self.config.preset], stream(self.config.seed, "views", self.step),
-            rows=rows, batch=len(indices),
-        )  # fmt: skip
         seen: list[_Batch] = []
 
         def objective(z_i: Tensor, z_j: Tensor) -> Tensor:
@@ -188,9 +318,9 @@ class Trainer:
         self._replica.train()
         self.optimizer.zero_grad()
         if self.config.accumulate_batch:
-            cached_backward(self._replica, views, objective, chunk_size=[len(part) for part in parts])
+            cached_backward(self._replica, views[:2], objective, chunk_size=views.chunks)
         else:
-            objective(*self._replica(torch.cat(views)).chunk(2)).backward()
+            objective(*self._replica(torch.cat(views[:2])).chunk(2)).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         (batch,) = seen
@@ -207,26 +337,18 @@ class Trainer:
         replica.broadcast_buffers = False
         return replica
 
-    def _chunk(self, n: int) -> int:
-        """How many of a step's n images all ranks together encode at once."""
-        config = self.config
-        return even_chunk(n, config.chunk or config.batch_size) if config.accumulate_batch else n
-
-    def _indices(self) -> Tensor:
-        """The images of this step, on all ranks."""
-        epoch, position = divmod(self.step, self.steps_per_epoch)
-        order = torch.randperm(len(self.data.train_images), generator=stream(self.config.seed, "order", epoch))
-        return order[position * self.batch : (position + 1) * self.batch]
-
-    def _measure(self, batch: _Batch) -> dict[str, str]:
+    def _measure(self, batch: _Batch, rate: float) -> dict[str, float]:
         z_i, z_j = self.ranks.gather(batch.z_i), self.ranks.gather(batch.z_j)
-        values = {
-            "alignment": float(alignment(z_i, z_j)),
-            "uniformity": float(uniformity(torch.cat((z_i, z_j)))),
-        }
-        loss = self.history.flush(self.step + 1)
-        self.history.log("measured", step=self.step, **values)
-        return {name: f"{value:.3f}" for name, value in {"loss": loss, **values}.items()}
+        self.history.flush(self.step + 1)
+        self.history.log(
+            "measured",
+            step=self.step,
+            seconds=self.seconds,
+            images_per_second=rate,
+            alignment=float(alignment(z_i, z_j)),
+            uniformity=float(uniformity(torch.cat((z_i, z_j)))),
+        )
+        return self.history.row(-1)
 
     def _verify(self, batch: _Batch) -> None:
         report = budget.compare(
@@ -257,7 +379,7 @@ class Trainer:
             initial=self.step,
             unit="step",
             dynamic_ncols=True,
-            desc=self.config.data,
+            desc=self.data.title or self.data.name,
             mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file wants few lines
         )
 
@@ -268,17 +390,13 @@ class _NoBar:
     def set_postfix(self, *args: object, **kwargs: object) -> None: ...
 
 
-def stream(seed: int, purpose: str, index: int) -> torch.Generator:
-    """A CPU generator that is a function of its arguments; different arguments give unrelated numbers."""
-    digest = hashlib.blake2b(f"{seed}/{purpose}/{index}".encode(), digest_size=4).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-
-
-def even_chunk(n: int, chunk: int) -> int:
-    """The largest chunk size up to `chunk` that leaves no single row over, which BatchNorm could not use.
-
-    Where there is none (chunks of 2 and an odd n) it is the next larger one.
-    """
-    chunk = min(chunk, n)
-    sizes = itertools.chain(range(chunk, 1, -1), range(chunk, n + 1))
-    return next(size for size in sizes if n % size != 1)
+def _training_data(data: object, config: Config) -> ImageData | LoaderData:
+    if isinstance(data, ImageData | LoaderData):
+        return data
+    if isinstance(data, DataLoader):
+        return LoaderData(data)
+    if isinstance(data, Dataset):
+        return ImageData.from_datasets(
+            data, in_memory=config.in_memory, workers=config.workers, skip_bad=config.skip_bad
+        )
+    raise TypeError(f"data must be ImageData, a Dataset or a DataLoader, got {type(data).__name__}")

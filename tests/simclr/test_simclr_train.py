@@ -12,8 +12,9 @@ from fastntxent.simclr import TrainingError, load_encoder
 from fastntxent.simclr import checkpoint as checkpoint_module
 from fastntxent.simclr.checkpoint import load_checkpoint, save_checkpoint, with_saved_options
 from fastntxent.simclr.config import parse_args
+from fastntxent.simclr.feed import even_chunk
 from fastntxent.simclr.run import forewarn, prepare
-from fastntxent.simclr.train import even_chunk, stream
+from fastntxent.simclr.stream import stream
 
 
 def parameters(trainer):
@@ -41,8 +42,7 @@ def test_fit_sees_every_image_once_an_epoch(make_trainer):
     for epoch in range(2):
         seen = []
         for position in range(trainer.steps_per_epoch):
-            trainer.step = epoch * trainer.steps_per_epoch + position
-            seen.append(trainer._indices())
+            seen.append(trainer.feed._indices(epoch * trainer.steps_per_epoch + position))
         assert sorted(torch.cat(seen).tolist()) == list(range(83))
         assert [len(part) for part in seen] == [32, 32, 19]
 
@@ -83,9 +83,11 @@ def test_resume_continues_bit_by_bit(make_trainer, options, stop):
 
 
 def test_forewarn_tells_of_a_batch_larger_than_the_data(make_trainer):
-    assert forewarn(make_trainer(batch_size=83)) == ""
-    assert forewarn(make_trainer(batch_size=84)).startswith("note: --batch-size 84 is more than the 83 training images")
-    assert forewarn(make_trainer(accumulate_batch=90)).startswith("note: --accumulate-batch 90 is more than the 83")
+    assert forewarn(make_trainer(batch_size=83)) == []
+    (note,) = forewarn(make_trainer(batch_size=84))
+    assert note.startswith("--batch-size 84 is more than the 83 training images")
+    (note,) = forewarn(make_trainer(accumulate_batch=90))
+    assert note.startswith("--accumulate-batch 90 is more than the 83")
 
 
 def test_resume_names_every_difference(make_trainer, stripes):

@@ -1,0 +1,190 @@
+"""What a step trains on: two views of each image of a batch, or of this rank's part of it.
+
+`OwnOrder` draws the batches from a data set: the order of the images from (seed, epoch), the views from (seed, step),
+each from a generator of its own. `LoaderOrder` takes them from a DataLoader of the user's, in the loader's order.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from .augment import PRESETS, two_views
+from .config import Config
+from .data import ImageData, Images
+from .loader import LoaderData
+from .ranks import Ranks
+from .stopping import ignore_signals
+from .stream import stream
+
+MOST_WORKERS = 8
+
+
+class Views(NamedTuple):
+    """This rank's part of one step.
+
+    Attributes:
+        first, second: two views of each image, (N, C, H, W) in [0, 1].
+        chunks: how many of the N images to encode at a time, in order, with --accumulate-batch.
+    """
+
+    first: Tensor
+    second: Tensor
+    chunks: list[int]
+
+
+class Feed(Protocol):
+    """The steps of a run.
+
+    Attributes:
+        batch: images of a step, on all ranks together; the last step of an epoch may have fewer.
+        steps_per_epoch: steps of one pass over the images.
+        workers: processes that read images ahead of the step.
+    """
+
+    batch: int
+    steps_per_epoch: int
+    workers: int
+
+    def steps(self, start: int, stop: int) -> Iterator[Views]:
+        """The steps from `start` to before `stop`."""
+        ...
+
+
+def make_feed(config: Config, data: ImageData | LoaderData, ranks: Ranks, device: torch.device) -> Feed:
+    """The feed of a run; ValueError if the settings do not go together with the data."""
+    if isinstance(data, LoaderData):
+        return LoaderOrder(config, data, ranks, device)
+    return OwnOrder(config, data, ranks, device)
+
+
+class _Pixels(Dataset[Any]):
+    """Images for worker processes, as arrays: these travel by a pipe, where tensors would need as much shared memory as
+    many containers lack."""
+
+    def __init__(self, images: Images) -> None:
+        self.images = images
+
+    def __getitem__(self, indices: Tensor) -> Any:
+        return self.images[indices].numpy()
+
+
+def _as_it_is(pixels: Any) -> Any:
+    return pixels
+
+
+class OwnOrder:
+    """Batches of a data set; any number of ranks sees the same ones."""
+
+    def __init__(self, config: Config, data: ImageData, ranks: Ranks, device: torch.device) -> None:
+        self.config = config
+        self.images = data.train_images
+        self.ranks = ranks
+        self.device = device
+        n = len(self.images)
+        self.batch = min(config.batch, n)
+        # A last batch of one sample has no negative, and BatchNorm no variance.
+        self.steps_per_epoch = n // self.batch + (n % self.batch >= 2)
+        on_disk = not isinstance(self.images, Tensor)
+        self.workers = (most_workers() if on_disk else 0) if config.workers is None else config.workers
+
+    def steps(self, start: int, stop: int) -> Iterator[Views]:
+        """The steps from `start` to before `stop`; they are a function of the settings and the data alone."""
+        reader: DataLoader[Any] = DataLoader(
+            _Pixels(self.images),
+            sampler=(self._indices(step)[self._rows(step)] for step in range(start, stop)),
+            batch_size=None,
+            num_workers=self.workers,
+            worker_init_fn=ignore_signals,
+            generator=torch.Generator(),  # or it would draw from the global one
+            collate_fn=_as_it_is,
+        )
+        for step, images in zip(range(start, stop), reader, strict=True):
+            preset, generator = PRESETS[self.config.preset], stream(self.config.seed, "views", step)
+            pixels = torch.from_numpy(images).to(self.device, non_blocking=True)
+            n, rows = len(self._indices(step)), self._rows(step)
+            views = two_views(pixels, preset, generator, rows=rows, batch=n)
+            yield Views(*views, [len(part) for part in self._parts(n)])
+
+    def _indices(self, step: int) -> Tensor:
+        """The images of a step, on all ranks."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        return self._order(epoch)[position * self.batch : (position + 1) * self.batch]
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019  # the reader is ahead of the step, perhaps by an epoch
+    def _order(self, epoch: int) -> Tensor:
+        return torch.randperm(len(self.images), generator=stream(self.config.seed, "order", epoch))
+
+    def _rows(self, step: int) -> Tensor:
+        """The places of this rank's images among those of a step."""
+        return torch.cat(self._parts(len(self._indices(step))))
+
+    def _parts(self, n: int) -> list[Tensor]:
+        """This rank's places in each chunk that all ranks together encode at once."""
+        config = self.config
+        chunk = even_chunk(n, config.chunk or config.batch_size) if config.accumulate_batch else n
+        return [self.ranks.part(places) for places in torch.arange(n).split(chunk)]
+
+
+class LoaderOrder:
+    """Batches of a DataLoader, each rank's from its own. A resumed run repeats a step only if the loader does."""
+
+    def __init__(self, config: Config, data: LoaderData, ranks: Ranks, device: torch.device) -> None:
+        if config.accumulate_batch:
+            raise ValueError("--accumulate-batch is for a data set; the batches of a DataLoader are as it makes them")
+        self.config = config
+        self.data = data
+        self.ranks = ranks
+        self.device = device
+        self.batch = data.batch * ranks.world
+        self.steps_per_epoch = data.steps_per_epoch
+        self.workers = data.loader.num_workers
+
+    def steps(self, start: int, stop: int) -> Iterator[Views]:
+        """The steps from `start` to before `stop`; within an epoch its first batches are read and dropped."""
+        step = start
+        while step < stop:
+            epoch, done = divmod(step, self.steps_per_epoch)
+            self.data.set_epoch(epoch)
+            for batch in itertools.islice(self.data.loader, done, self.steps_per_epoch):
+                if step == stop:
+                    return
+                yield self._views(batch, step)
+                step += 1
+            if step % self.steps_per_epoch:
+                raise ValueError(
+                    f"the DataLoader must give {self.steps_per_epoch} batches an epoch, as its length says, and ended "
+                    f"after {step % self.steps_per_epoch}"
+                )
+
+    def _views(self, batch: Any, step: int) -> Views:
+        images = self.data.images_of(batch)
+        if isinstance(images, tuple):
+            first, second = (view.to(self.device, non_blocking=True) for view in images)
+        else:
+            generator = stream(self.config.seed, f"views of rank {self.ranks.rank}", step)
+            first, second = two_views(images.to(self.device), PRESETS[self.config.preset], generator)
+        return Views(first, second, [len(first)])
+
+
+def most_workers() -> int:
+    """Worker processes by default where images are read from files: one for each core that this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MOST_WORKERS)
+
+
+def even_chunk(n: int, chunk: int) -> int:
+    """The largest chunk size up to `chunk` that leaves no single row over, which BatchNorm could not use.
+
+    Where there is none (chunks of 2 and an odd n) it is the next larger one.
+    """
+    chunk = min(chunk, n)
+    sizes = itertools.chain(range(chunk, 1, -1), range(chunk, n + 1))
+    return next(size for size in sizes if n % size != 1)

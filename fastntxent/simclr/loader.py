@@ -1,0 +1,108 @@
+"""A DataLoader of the user's as training data: what its batches may be, and what the model needs to know of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+_EXPECTED = (
+    "a batch of the DataLoader must be images (N, C, H, W) or (images, labels, ...), or two views of each image, "
+    "(view_1, view_2, ...) or ((view_1, view_2), labels, ...)"
+)
+
+
+class LoaderData:
+    """A DataLoader's batches: images, uint8 or in [0, 1], which are augmented, or pairs of views, which are not.
+
+    Args:
+        loader: a DataLoader with a length. Over several ranks each rank has its own, of the same length.
+
+    Raises:
+        TypeError: it has no length, or its batches are of another kind.
+        ValueError: it is empty, or would give a batch of one image.
+    """
+
+    name = "dataloader"
+    title = "a DataLoader"
+    notes: tuple[str, ...] = ()
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        try:
+            self.steps_per_epoch = len(loader)
+        except TypeError as error:
+            raise TypeError(f"data must be a DataLoader with a length, for the schedule: {error}") from error
+        if not self.steps_per_epoch:
+            raise ValueError("data must be a DataLoader with at least one batch, got one of none")
+        self.loader = loader
+        if loader.batch_size and not loader.drop_last and len(loader.sampler) % loader.batch_size == 1:  # type: ignore[arg-type]
+            raise ValueError(
+                "data must be a DataLoader without a batch of one image, which has no negatives, and the last of its "
+                f"{len(loader.sampler)} images is one: set drop_last=True"  # type: ignore[arg-type]
+            )
+        images = self.images_of(next(iter(loader)))
+        first = images[0] if isinstance(images, tuple) else images
+        self.are_views = isinstance(images, tuple)
+        self.batch = len(first)
+        self.channels = first.shape[1]
+        self.image_size = max(first.shape[2:])
+        self.image_shape = tuple(first.shape[1:])
+
+    def images_of(self, batch: Any) -> Tensor | tuple[Tensor, Tensor]:
+        """The images of a batch, uint8, or its two views, in [0, 1] or as the loader normalised them."""
+        parts = list(batch) if isinstance(batch, Sequence) else [batch]
+        if parts and isinstance(parts[0], Sequence) and len(parts[0]) == 2:
+            parts = list(parts[0])
+        if not (parts and _is_image_batch(parts[0])):
+            raise TypeError(f"{_EXPECTED}, got {_describe(batch)}")
+        images = parts[0]
+        if len(images) < 2:
+            raise ValueError(f"a batch of the DataLoader must hold at least 2 images, got {len(images)}")
+        if len(parts) == 1 or not _is_image_batch(parts[1]):
+            return _as_bytes(images)
+        if images.shape != parts[1].shape or not (images.is_floating_point() and parts[1].is_floating_point()):
+            raise TypeError(
+                f"the two views of a DataLoader's batch must be floating and of one shape, got {_describe(parts)}"
+            )
+        return images, parts[1]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the samplers that shuffle by the epoch's number, as DistributedSampler does."""
+        for part in (self.loader.sampler, self.loader.batch_sampler, self.loader.dataset):
+            getattr(part, "set_epoch", lambda _: None)(epoch)
+
+    def channel_moments(self) -> tuple[list[float], list[float]]:
+        """Mean 0 and standard deviation 1: the loader's images are taken as they are."""
+        return [0.0] * self.channels, [1.0] * self.channels
+
+    def fingerprint(self) -> str:
+        """What can be told of the images without a pass over them."""
+        return f"{self.steps_per_epoch} batches of {self.image_shape}"
+
+
+def _is_image_batch(value: object) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 4 and value.shape[1] in (1, 3)
+
+
+def _as_bytes(images: Tensor) -> Tensor:
+    if images.dtype == torch.uint8:
+        return images
+    if not images.is_floating_point():
+        raise TypeError(f"the images of the DataLoader must be uint8 or floating, got {images.dtype}")
+    if not (float(images.min()) >= 0 and float(images.max()) <= 1):
+        raise ValueError(
+            f"floating images of the DataLoader must lie in [0, 1], got [{float(images.min()):g}, "
+            f"{float(images.max()):g}]: leave normalisation to the encoder"
+        )
+    return (images * 255).round().to(torch.uint8)
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} of shape {tuple(value.shape)}"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return f"{type(value).__name__} of ({', '.join(map(_describe, value))})"
+    return type(value).__name__

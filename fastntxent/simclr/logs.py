@@ -1,0 +1,98 @@
+"""What a run writes while it trains: log.csv always, TensorBoard and Weights & Biases where asked for."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from .config import Config
+from .output import printable
+from .sources import require
+
+CSV = "log.csv"
+COLUMNS = ("step", "seconds", "loss", "lr", "temperature", "alignment", "uniformity", "images_per_second")
+
+Row = Mapping[str, float]
+
+
+class Log(Protocol):
+    def write(self, row: Row) -> None:
+        """Log one row of COLUMNS."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class CSVLog:
+    """log.csv, a row for each measurement. Rows are flushed as they come, so that others can follow the file."""
+
+    def __init__(self, path: Path, earlier: Iterable[Row]) -> None:
+        path.unlink(missing_ok=True)  # a link would lead elsewhere
+        self._file = path.open("x", newline="", encoding="utf-8")
+        self._writer = csv.DictWriter(self._file, COLUMNS)
+        self._writer.writeheader()
+        self._writer.writerows(earlier)
+        self._file.flush()
+
+    def write(self, row: Row) -> None:
+        self._writer.writerow(row)
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoardLog:
+    def __init__(self, folder: Path, step: int) -> None:
+        writer = require("torch.utils.tensorboard", install="tensorboard").SummaryWriter
+        self._writer = writer(str(folder), purge_step=step)
+
+    def write(self, row: Row) -> None:
+        for name in COLUMNS[2:]:
+            self._writer.add_scalar(name, row[name], int(row["step"]))
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbLog:
+    def __init__(self, project: str, folder: Path, settings: Mapping[str, Any], run_id: str) -> None:
+        wandb = require("wandb", install="wandb")
+        self._run = wandb.init(
+            project=project, dir=str(folder), name=printable(folder.name), id=run_id, resume="allow",
+            config=dict(settings),
+        )  # fmt: skip
+
+    def write(self, row: Row) -> None:
+        self._run.log({name: row[name] for name in COLUMNS[1:]}, step=int(row["step"]))
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def check_logs(config: Config) -> None:
+    """Raise ImportError, in words, where a package that the settings ask for is missing."""
+    if config.tensorboard:
+        require("torch.utils.tensorboard", install="tensorboard")
+    if config.wandb:
+        require("wandb", install="wandb")
+
+
+def open_logs(config: Config, settings: Mapping[str, Any], step: int, run_id: str, earlier: Iterable[Row]) -> list[Log]:
+    """The logs of a run.
+
+    Args:
+        config: says which.
+        settings: the resolved settings, for the logs that keep them.
+        step: where the run is; what an interrupted run logged beyond it is dropped.
+        run_id: the same for a run and for what resumes it.
+        earlier: the rows up to `step`.
+    """
+    logs: list[Log] = [CSVLog(config.out / CSV, earlier)]
+    if config.tensorboard:
+        logs.append(TensorBoardLog(config.out / "tensorboard", step))
+    if config.wandb:
+        logs.append(WandbLog(config.wandb, config.out, settings, run_id))
+    return logs

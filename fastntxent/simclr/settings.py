@@ -1,0 +1,34 @@
+"""The settings of a run as they were resolved: no "auto", no default that depends on the data or the machine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..backends import name_of, select
+from .build import AMP_DTYPES
+from .models import DEFAULT_WIDTH
+
+if TYPE_CHECKING:
+    from .config import Config
+    from .train import Trainer
+
+
+def resolve(config: Config, trainer: Trainer) -> dict[str, Any]:
+    """The settings by name, as plain values; with them a configuration makes the same run on the same data."""
+    chosen = config.to_dict()
+    chosen |= {
+        "image_size": trainer.data.image_size,
+        "workers": trainer.feed.workers,
+        "augment": config.preset,
+        "width": config.width or DEFAULT_WIDTH.get(config.model, 0),
+        "backend": name_of(select(trainer.loss.backend, trainer.device.type, trainer.model.amp_dtype or torch.float32)),
+        "lr": trainer.peak_lr,
+        "warmup_epochs": config.warmup,
+        "device": trainer.device.type if trainer.ranks.group else str(trainer.device),
+        "amp": next(name for name, dtype in AMP_DTYPES.items() if dtype == trainer.model.amp_dtype),
+    }
+    if config.accumulate_batch:
+        chosen["chunk"] = config.chunk or config.batch_size
+    return chosen

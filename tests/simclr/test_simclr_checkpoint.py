@@ -1,0 +1,123 @@
+"""Checkpoints on disk: whole, checked, one run at a time."""
+
+import multiprocessing
+import os
+import random
+
+import pytest
+import torch
+
+from fastntxent.simclr import output
+from fastntxent.simclr.checkpoint import load_checkpoint, save_checkpoint
+from fastntxent.simclr.output import OutputFolder, write_text, write_whole
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, {"step": 7, "model": {"w": torch.arange(300.0)}, "name": "caf\udce9"})
+    return path
+
+
+def test_checkpoint_comes_back_and_is_a_torch_file(saved):
+    state = load_checkpoint(saved)
+    assert (state["step"], state["name"]) == (7, "caf\udce9")
+    assert torch.equal(state["model"]["w"], torch.arange(300.0))
+    assert torch.load(saved, weights_only=True)["step"] == 7
+
+
+def test_load_checkpoint_refuses_every_flipped_bit(saved):
+    sound = saved.read_bytes()
+    draw = random.Random(0)
+    # Each byte of the marks at both ends, and others at random: contents, directory, padding.
+    places = {*range(64), *range(len(sound) - 200, len(sound)), *draw.sample(range(len(sound)), 300)}
+    for place in places:
+        damaged = bytearray(sound)
+        damaged[place] ^= 1 << draw.randrange(8)
+        saved.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"checkpoint\.pt .*(damaged|cannot be read)"):
+            load_checkpoint(saved)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 50, 0.5, 0.99, -1])
+def test_load_checkpoint_refuses_a_file_cut_short_or_longer(saved, kept):
+    sound = saved.read_bytes()
+    saved.write_bytes(sound[: int(kept * len(sound)) if isinstance(kept, float) else kept])
+    with pytest.raises(ValueError, match=r"checkpoint\.pt"):
+        load_checkpoint(saved)
+    saved.write_bytes(sound + b"more")
+    with pytest.raises(ValueError, match=r"checkpoint\.pt"):
+        load_checkpoint(saved)
+
+
+def test_write_whole_does_not_follow_links(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "out").mkdir()
+    for name in ("checkpoint.pt", "checkpoint.pt.partial", "metrics.json", "config.toml"):
+        (tmp_path / "out" / name).symlink_to(victim)
+    save_checkpoint(tmp_path / "out" / "checkpoint.pt", {"step": 1})
+    write_text(tmp_path / "out" / "metrics.json", "{}")
+    assert victim.read_text() == "precious"
+    assert load_checkpoint(tmp_path / "out" / "checkpoint.pt")["step"] == 1
+    assert not (tmp_path / "out" / "checkpoint.pt").is_symlink()
+
+
+def test_write_whole_leaves_the_old_file_and_no_other_when_it_fails(tmp_path):
+    path = tmp_path / "file"
+    write_whole(path, lambda file: file.write(b"old"))
+
+    def fail(file):
+        file.write(b"half")
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        write_whole(path, fail)
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def _write(folder, who, count):
+    for _ in range(count):
+        save_checkpoint(folder / "checkpoint.pt", {"who": who, "x": torch.full((20_000 * who,), float(who))})
+
+
+def test_two_writers_never_mix_their_files(tmp_path):
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=_write, args=(tmp_path, who, 25)) for who in (1, 2)]
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
+        if (tmp_path / "checkpoint.pt").exists():
+            state = load_checkpoint(tmp_path / "checkpoint.pt")
+            assert (state["x"] == state["who"]).all()
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    assert os.listdir(tmp_path) == ["checkpoint.pt"]
+
+
+def test_locked_folder_refuses_another_run_and_sweeps_what_killed_runs_left(tmp_path):
+    (tmp_path / "checkpoint.pt.1-abc.partial").write_bytes(b"half")
+    first, second = OutputFolder(tmp_path), OutputFolder(tmp_path)
+    with first.locked(), first.locked():
+        assert not list(tmp_path.glob("*.partial"))
+        with pytest.raises(BlockingIOError, match="another run is writing to --out"), second.locked():
+            pass
+    with second.locked():
+        pass
+
+
+def test_folder_check_says_what_is_wrong(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match=r"--out .*file.* cannot be written to: .*(exists|[Nn]ot a directory)"):
+            OutputFolder(path).check(0)
+    with pytest.raises(ValueError, match=r"--out .* of free disk, and the run needs up to \d+ MiB"):
+        OutputFolder(tmp_path / "new").check(2**60)
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(output.os, "fsync", full)
+    with pytest.raises(ValueError, match="cannot be written to: No space left on device"):
+        OutputFolder(tmp_path / "new").check(0)
+    assert os.listdir(tmp_path / "new") == []

@@ -1,0 +1,184 @@
+"""A DataLoader of the user's as training data, and worker processes."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from fastntxent.simclr import Config, Trainer, load_encoder
+from fastntxent.simclr.loader import LoaderData
+
+
+class Pairs(Dataset):
+    """Two views of each image, with a label, as a transform of the user's would make them."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        view = self.images[index].float() / 255
+        return (view, view.flip(-1)), index % 3
+
+
+@pytest.fixture
+def fit(tmp_path):
+    """Train on a DataLoader; every run into its own folder."""
+    folders = iter(range(100))
+
+    def train(loader, encoder=None, **options):
+        settings = {"epochs": 3, "width": 4, "proj_hidden": 16, "proj_dim": 8, "device": "cpu", "quiet": True}
+        trainer = Trainer(
+            Config(**{**settings, "out": tmp_path / f"{next(folders)}", **options}), loader, encoder=encoder
+        )
+        trainer.fit()
+        return trainer
+
+    return train
+
+
+def test_loader_of_images_trains_in_its_order(stripes, fit):
+    seen = []
+
+    class Watched(TensorDataset):
+        def __getitem__(self, index):
+            seen.append(index)
+            return super().__getitem__(index)
+
+    loader = DataLoader(Watched(stripes.train_images, stripes.train_labels), batch_size=32)
+    trainer = fit(loader, epochs=2)
+    assert (trainer.batch, trainer.steps_per_epoch, trainer.step) == (32, 3, 6)
+    assert seen[32:] == 2 * list(range(83)), "after one batch to learn the shape"
+    assert trainer.settings["image_size"] == 16
+    images = stripes.train_images[:40].float() / 255
+    floating = fit(DataLoader(TensorDataset(images), batch_size=20))
+    as_bytes = fit(DataLoader(TensorDataset(stripes.train_images[:40]), batch_size=20))
+    assert floating.history.columns["steps"] == as_bytes.history.columns["steps"]
+
+
+def test_loader_of_views_is_not_augmented(stripes, fit, monkeypatch):
+    monkeypatch.delattr("fastntxent.simclr.feed.two_views")
+    trainer = fit(DataLoader(Pairs(stripes.train_images[:64]), batch_size=32, shuffle=True))
+    losses = trainer.history.columns["steps"]["loss"]
+    assert len(losses) == 6
+    assert all(torch.isfinite(torch.tensor(losses)))
+
+
+def test_loader_run_resumes_within_an_epoch(stripes, fit, tmp_path):
+    loader = DataLoader(TensorDataset(stripes.train_images), batch_size=32)
+    whole = fit(loader)
+    fit(loader, out=tmp_path / "part", max_steps=4)
+    resumed = fit(loader, out=tmp_path / "part", resume="auto")
+    assert resumed.history.columns["steps"] == whole.history.columns["steps"]
+
+
+def test_loader_with_an_encoder_of_ones_own(stripes, fit, tmp_path):
+    encoder = nn.Sequential(nn.Conv2d(1, 6, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    before = encoder[0].weight.detach().clone()
+    fit(DataLoader(TensorDataset(stripes.train_images), batch_size=32), encoder, out=tmp_path / "own")
+    assert not torch.equal(encoder[0].weight, before), "the module itself is trained"
+    fresh = nn.Sequential(nn.Conv2d(1, 6, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    loaded = load_encoder(tmp_path / "own", encoder=fresh)
+    x = stripes.test_images.float() / 255
+    torch.testing.assert_close(loaded(x), encoder.eval()(x))
+
+
+def test_loader_reads_in_worker_processes(stripes, fit):
+    in_workers = fit(DataLoader(TensorDataset(stripes.train_images), batch_size=32, num_workers=2))
+    alone = fit(DataLoader(TensorDataset(stripes.train_images), batch_size=32))
+    assert in_workers.history.columns["steps"] == alone.history.columns["steps"]
+
+
+def test_workers_of_a_data_set_change_nothing(stripes, make_trainer):
+    curves = []
+    for workers in (0, 2):
+        trainer = make_trainer(f"workers{workers}", workers=workers)
+        trainer.fit()
+        curves.append(trainer.history.columns["steps"])
+    assert curves[0] == curves[1]
+
+
+def test_loader_tells_epochs_to_its_sampler(stripes, fit):
+    epochs = []
+
+    class Sampler(torch.utils.data.SequentialSampler):
+        def set_epoch(self, epoch):
+            epochs.append(epoch)
+
+    data = TensorDataset(stripes.train_images)
+    fit(DataLoader(data, batch_size=32, sampler=Sampler(data)))
+    assert epochs == [0, 1, 2]
+
+
+IMAGES = torch.zeros(8, 3, 8, 8, dtype=torch.uint8)
+
+
+def of(images, batch_size=4):
+    return DataLoader(TensorDataset(images), batch_size)
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        return iter(IMAGES)
+
+
+class Items(Dataset):
+    def __init__(self, item):
+        self.item = item
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return self.item
+
+
+@pytest.mark.parametrize(
+    ("loader", "error", "message"),
+    [
+        (DataLoader(Endless(), 4), TypeError, "must be a DataLoader with a length"),
+        (of(IMAGES[:0]), ValueError, "at least one batch"),
+        (of(IMAGES[:5]), ValueError, "the last of its 5 images .*drop_last=True"),
+        (of(IMAGES, batch_size=1), ValueError, "at least 2 images, got 1"),
+        (of(IMAGES[:, 0]), TypeError, r"got list of \(torch.uint8 of shape \(4, 8"),
+        (of(IMAGES.long()), TypeError, "must be uint8 or floating, got torch.int64"),
+        (of(IMAGES - 0.5), ValueError, r"must lie in \[0, 1\], got \[-0.5, -0.5\]"),
+        (DataLoader(Items({"image": IMAGES[0]}), 4), TypeError, "got dict"),
+        (DataLoader(Items((IMAGES[0], IMAGES[0])), 4), TypeError, "two views .* must be floating"),
+        (DataLoader(Items(((IMAGES[0], IMAGES[0]), 1)), 4), TypeError, "two views .* must be floating"),
+        (DataLoader(Items(((IMAGES[0] / 255,) * 3, 1)), 4), TypeError, "or two views of each image"),
+    ],
+)  # fmt: skip
+def test_loader_that_cannot_serve_is_told_in_words(loader, error, message):
+    with pytest.raises(error, match=message):
+        LoaderData(loader)
+
+
+def test_loader_knows_views_from_images():
+    views = torch.rand(8, 3, 8, 8)
+    for batch, are_views in (
+        (views, False), ((views, torch.arange(8)), False), ((views,), False), ((views, views), True),
+        (((views, views), torch.arange(8)), True), ([[views, views]], True), ((views, views, torch.arange(8)), True),
+    ):  # fmt: skip
+        loader = of(IMAGES)
+        assert isinstance(LoaderData(loader).images_of(batch), tuple) is are_views
+
+
+def test_loader_refuses_accumulation_and_other_data(stripes, tmp_path):
+    loader = of(IMAGES)
+    with pytest.raises(ValueError, match="--accumulate-batch is for a data set"):
+        Trainer(Config(out=tmp_path / "run", accumulate_batch=8), loader)
+    with pytest.raises(TypeError, match="data must be ImageData, a Dataset or a DataLoader, got list"):
+        Trainer(Config(out=tmp_path / "run"), [IMAGES])
+
+
+def test_loader_that_ends_early_is_told(stripes, tmp_path, make_trainer):
+    class Short(DataLoader):
+        def __len__(self):
+            return 5
+
+    trainer = make_trainer(data=Short(TensorDataset(stripes.train_images), batch_size=32))
+    with pytest.raises(RuntimeError, match="must give 5 batches an epoch, as its length says, and ended after 3"):
+        trainer.fit()
