@@ -21,6 +21,12 @@ def printable(text: object) -> str:
     return str(text).encode("utf-8", "replace").decode("utf-8")
 
 
+def first_line(error: BaseException) -> str:
+    """An error's message without the advice and traces that PyTorch adds below it; its type if it has none."""
+    lines = printable(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__
+
+
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file so that a crash at any moment leaves either the old file or the new one.
 

@@ -144,6 +144,7 @@ class Trainer:
             "data": self.data.fingerprint(),
             "channels": self.data.channels,
             "image_size": self.data.image_size,
+            "image_shape": list(self.data.train_images.shape[1:]),
             "history": self.history.columns,
             "model": self.model.state_dict(),
             "loss": self.loss.state_dict(),
