@@ -26,6 +26,7 @@ from .config import Config
 from .data import ImageData
 from .models import SimCLR
 from .sources import require
+from .tally import Images
 from .train import stream
 
 ROWS = 1024
@@ -162,10 +163,10 @@ def raw_pixels(images: Tensor) -> Tensor:
     return x.flatten(1)
 
 
-def _subset(images: Tensor, labels: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+def _subset(images: Images, labels: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     """At most `limit` images, labelled ones first, the same ones in every run."""
     if len(images) <= limit:
-        return images, labels
+        return images[:], labels
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))
     order = order[(labels[order] < 0).int().argsort(stable=True)][:limit]
     return images[order], labels[order]

@@ -19,9 +19,9 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Trainer:
     with ranks.all_or_none():
         config.check()
         if config.download and ranks.group and ranks.local == 0:
-            _load(config)  # the other ranks of this machine find it there
+            _load(config, ranks)  # the other ranks of this machine find it there
     with ranks.all_or_none():
-        trainer = Trainer(config, _load(config), ranks)
+        trainer = Trainer(config, _load(config, ranks), ranks)
     if ranks.group:
         places = ("data_dir", "out", "resume")  # which another machine may call otherwise
         options = {flag(name): value for name, value in config.to_dict().items() if name not in places}
@@ -30,8 +30,12 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Trainer:
     return trainer
 
 
-def _load(config: Config) -> ImageData:
-    return load_data(config.data, config.data_dir, config.image_size, config.download)
+def _load(config: Config, ranks: Ranks) -> ImageData:
+    return load_data(
+        config.data, config.data_dir, config.image_size, config.download,
+        skip_bad=config.skip_bad, in_memory=config.in_memory, workers=config.workers,
+        progress=ranks.first and not config.quiet,
+    )  # fmt: skip
 
 
 def forewarn(trainer: Trainer) -> str:

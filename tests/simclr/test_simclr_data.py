@@ -260,7 +260,7 @@ def test_cifar10_says_that_torchvision_does_not_work(monkeypatch):
     def broken(name):
         raise RuntimeError("operator torchvision::nms does not exist")
 
-    monkeypatch.setattr("fastntxent.simclr.sources.import_module", broken)
+    monkeypatch.setattr("fastntxent.simclr.optional.import_module", broken)
     with pytest.raises(ImportError, match="the installed torchvision does not work beside this PyTorch: operator"):
         load("cifar10")
 

@@ -238,7 +238,7 @@ def downloaded(ranks: Ranks, data: ImageData, out: Path) -> bool:
     """Whether what the first rank of a machine fetches is there when the others look for it."""
     there = out / "fetched"
 
-    def load(*args: Any) -> ImageData:
+    def load(*args: Any, **options: Any) -> ImageData:
         if ranks.first and not there.exists():
             time.sleep(0.5)
             there.touch()
