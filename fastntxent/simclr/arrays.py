@@ -102,6 +102,17 @@ def image_tensors(arrays: Arrays, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     return tensors[0], tensors[1]
 
 
+def image_blocks(arrays: Arrays) -> tuple[tuple[int, int, int], Iterator[Tensor]]:
+    """The shape (C, H, W) of the images `arrays.images`, one or more, and all of them in uint8 tensors, block by block.
+
+    Raises:
+        ValueError: a shape, dtype or range that is not of images.
+    """
+    name, rows = _named(arrays)[0]
+    layout = _layout(name, rows.shape, least=1)
+    return layout.shape, _converted(rows, layout, _conversions(_named(arrays))[0])
+
+
 def check_shapes(arrays: Arrays) -> None:
     """Raise ValueError unless the arrays are images of one size."""
     named = _named(arrays)
@@ -123,7 +134,7 @@ class _Layout(NamedTuple):
     channels_last: bool
 
 
-def _layout(name: str, shape: tuple[int, ...]) -> _Layout:
+def _layout(name: str, shape: tuple[int, ...], least: int = 2) -> _Layout:
     layout = None
     if len(shape) == 3:
         layout = _Layout((1, shape[1], shape[2]), False)
@@ -135,8 +146,9 @@ def _layout(name: str, shape: tuple[int, ...]) -> _Layout:
         raise ValueError(
             f"{name} must have the shape (N, H, W), (N, H, W, C) or (N, C, H, W) with 1 or 3 channels, got {shape}"
         )
-    if shape[0] < 2 or min(layout.shape[1:]) < MIN_SIZE:
-        raise ValueError(f"{name} must be at least 2 images of {MIN_SIZE} x {MIN_SIZE} pixels, got {shape}")
+    if shape[0] < least or min(layout.shape[1:]) < MIN_SIZE:
+        images = "2 images" if least == 2 else "1 image"
+        raise ValueError(f"{name} must be at least {images} of {MIN_SIZE} x {MIN_SIZE} pixels, got {shape}")
     return layout
 
 
@@ -160,18 +172,23 @@ def _fill(
     """Write the rows of each mask to its tensor, in their order."""
     start = 0
     filled = [0] * len(targets)
+    for images in _converted(rows, layout, convert):
+        for number, (mask, target) in enumerate(targets):
+            chosen = images[mask[start : start + len(images)]]
+            target[filled[number] : filled[number] + len(chosen)] = chosen
+            filled[number] += len(chosen)
+        start += len(images)
+
+
+def _converted(rows: Rows, layout: _Layout, convert: Callable[[Array], Array]) -> Iterator[Tensor]:
+    """The rows as uint8 tensors (N, C, H, W)."""
     for block in rows.blocks():
         converted = convert(block).astype(np.uint8, copy=False)
         if layout.channels_last:
             converted = converted.transpose(0, 3, 1, 2)
         if not converted.flags.writeable:  # or PyTorch would warn
             converted = converted.copy()
-        images = torch.from_numpy(np.ascontiguousarray(converted)).view(-1, *layout.shape)
-        for number, (mask, target) in enumerate(targets):
-            chosen = images[mask[start : start + len(images)]]
-            target[filled[number] : filled[number] + len(chosen)] = chosen
-            filled[number] += len(chosen)
-        start += len(images)
+        yield torch.from_numpy(np.ascontiguousarray(converted)).view(-1, *layout.shape)
 
 
 def _conversions(named: Sequence[tuple[str, Rows]]) -> list[Callable[[Array], Array]]:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from .batch_norm import without_sync
+from .optional import require
 from .output import first_line
-from .sources import require
 
 LIBRARIES = ("timm:", "torchvision:")
 _GIVEN_TO_FACTORIES = ("channels", "image_size")

@@ -73,8 +73,8 @@ class Encoder(nn.Module):
 
     Attributes:
         channels: C.
-        image_size: the longer side of the images it was trained on, in pixels. A fully convolutional network takes
-            other sizes too.
+        size: height and width of the images it was made for, in pixels. A fully convolutional network takes others too.
+        image_size: the longer of them.
         feature_dim: F.
 
     Calling it raises ValueError or TypeError for images of another dtype or shape, and for values up to 255. It warns
@@ -86,13 +86,14 @@ class Encoder(nn.Module):
         body: nn.Module,
         mean: Sequence[float],
         std: Sequence[float],
-        image_size: int,
+        size: tuple[int, int],
         feature_dim: int,
         channels_last: bool = True,
     ) -> None:
         super().__init__()
         self.channels = len(mean)
-        self.image_size = image_size
+        self.size = size
+        self.image_size = max(size)
         self.feature_dim = feature_dim
         self.standardise = Standardise(mean, std, channels_last)
         self.body = body
@@ -311,23 +312,23 @@ def build_encoder(
     Args:
         train: whether it is to be trained; found out is also whether it can be.
     """
-    height, breadth = (image_size, image_size) if isinstance(image_size, int) else image_size
-    channels, side = len(mean), max(height, breadth)
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    channels = len(mean)
     if encoder is None and model in DEFAULT_WIDTH:
         width = width or DEFAULT_WIDTH[model]
         net = ConvNet(channels, width, batch_norm) if model == "conv" else ResNet(
-            model, channels, width, side, batch_norm
+            model, channels, width, max(size), batch_norm
         )  # fmt: skip
-        return Encoder(net, mean, std, side, net.feature_dim)
+        return Encoder(net, mean, std, size, net.feature_dim)
 
     name = "the encoder" if encoder is not None else f"--model {model}"
     if not batch_norm:
         raise ValueError(f"--norm none is for {', '.join(DEFAULT_WIDTH)}; {name} has its own normalisation")
     if encoder is not None and width:
         raise ValueError(f"--width is for {', '.join(DEFAULT_WIDTH)}, and not for an encoder of one's own, got {width}")
-    body = encoders.by_name(model, channels, (height, breadth)) if encoder is None else encoder
-    feature_dim = encoders.adopt(name, body, channels, (height, breadth), train=train)
+    body = encoders.by_name(model, channels, size) if encoder is None else encoder
+    feature_dim = encoders.adopt(name, body, channels, size, train=train)
     if isinstance(body, Encoder):  # one that was trained before: it standardises images in its own way
         return body
     library = encoder is None and model.startswith(encoders.LIBRARIES)
-    return Encoder(body, mean, std, side, feature_dim, channels_last=library)
+    return Encoder(body, mean, std, size, feature_dim, channels_last=library)

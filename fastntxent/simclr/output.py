@@ -62,6 +62,23 @@ def write_text(path: Path, text: str) -> None:
     write_whole(path, lambda file: file.write(printable(text).encode()))
 
 
+def check_output_file(path: Path, overwrite: bool, needed: int) -> None:
+    """Find out, before the work, whether the file `--out` of a command can be written.
+
+    Args:
+        needed: bytes that it will have, at most.
+
+    Raises:
+        FileExistsError: it is there, and `overwrite` is off.
+        ValueError: it cannot be written, or its disk has too little room.
+    """
+    if path.is_dir():
+        raise ValueError(f"--out {printable(path)} is a folder; name the file that is to be written")
+    if os.path.lexists(path) and not overwrite:
+        raise FileExistsError(f"--out {printable(path)} exists: replace it with --overwrite, or choose another --out")
+    OutputFolder(path.parent).check(needed)
+
+
 class OutputFolder:
     """The folder `--out`, and the lock that lets one run at a time write into it."""
 
