@@ -30,15 +30,15 @@ from ..distributed import wire
 
 
 def over_ranks(model: nn.Module, group: dist.ProcessGroup) -> nn.Module:
-    """The model, to be trained: inside its forward every batch norm in training mode is over the rows of all ranks.
+    """Return the model as a module in whose forward every batch norm in training mode is over the rows of all ranks.
 
-    Parameters and buffers are the model's own, which itself stays as it is.
+    The model itself is not changed, and its parameters and buffers are shared, not copied.
     """
     return _OverRanks(model, group)
 
 
 def without_sync(model: nn.Module) -> None:
-    """Make ordinary batch norms of SyncBatchNorms, in place: they refuse a CPU, and `over_ranks` does their work."""
+    """Turn SyncBatchNorms into ordinary batch norms, in place: they refuse a CPU, and `over_ranks` does their work."""
     for module in model.modules():
         if type(module) is nn.SyncBatchNorm:
             module.process_group = None  # which cannot be copied
@@ -66,8 +66,8 @@ class _OverRanks(nn.Module):
 
 
 class _StatisticsOfAll(TorchFunctionMode):
-    """Take the place of F.batch_norm in training. That is where all batch norms meet: those of subclasses that do more
-    in their forward (an activation, say), shared, frozen, without parameters or without running statistics."""
+    """Replaces F.batch_norm in training mode. Every batch norm calls it, so subclasses with an activation in their
+    forward, shared and frozen modules, and modules without parameters or running statistics need no special case."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__()

@@ -43,12 +43,12 @@ def make_model(config: Config, data: ImageData, device: torch.device, encoder: n
     """The model of a run as it is before its first step.
 
     Args:
-        encoder: a module of the user's own in place of `config.model`, from standardised images (N, C, H, W) to
-            features (N, F). It is moved to the device and trained itself, not a copy of it.
+        encoder: the user's module, which takes the place of `config.model`: standardised images (N, C, H, W) to
+            features (N, F). It is moved to the device and trained in place.
 
     Raises:
-        ValueError, ImportError: the encoder cannot be made or cannot be trained on this data, or there is no such
-            mixed precision on this device.
+        ValueError: the encoder cannot be made or trained on this data, or the device lacks the mixed precision.
+        ImportError: a package or module of the encoder cannot be imported.
     """
     on_cuda = device.type == "cuda"
     amp = ("bf16" if on_cuda else "off") if config.amp == "auto" else config.amp
@@ -76,9 +76,9 @@ def load_encoder(path: Path | str, encoder: nn.Module | None = None) -> Encoder:
 
     Args:
         path: a run's folder, or a checkpoint of this trainer.
-        encoder: a module of the architecture that was trained, whose parameters are replaced. It is needed for a run
-            that was given a module in Python; for any other it takes the place of the network that the checkpoint
-            names, so that nothing is imported by name.
+        encoder: a module of the trained architecture; its parameters are replaced. Required for a run whose Trainer was
+            given a module. For any other run it takes the place of the network that the checkpoint names, and nothing
+            is imported by name.
 
     Returns:
         A module from float images (N, C, H, W) in [0, 1] to features (N, F). Its attributes `channels` and `image_size`

@@ -83,7 +83,7 @@ def _embed(arguments: argparse.Namespace) -> None:
 
 
 def try_size(encoder: Encoder, shape: tuple[int, int, int], device: torch.device) -> int:
-    """How many features the encoder makes of an image of this shape; ValueError if it does not take it."""
+    """Return how many features the encoder makes of an image of this shape; ValueError if it takes none of this size."""
     try:
         with torch.no_grad():
             return encoder(torch.zeros(1, encoder.channels, *shape[1:], device=device)).shape[1]
@@ -155,7 +155,7 @@ def _with_channels(x: Tensor, channels: int) -> Tensor:
 
 
 def _arrays(features: Tensor, found: Input, places: list[int]) -> dict[str, Any]:
-    """What the file holds; text has a dtype of a fixed length, which needs no pickle."""
+    """The arrays of the file. Text has a dtype of fixed length, which np.load reads without pickle."""
     arrays: dict[str, Any] = {
         "features": features.numpy(),
         "paths": np.array([printable(found.names[place]) for place in places], np.str_),

@@ -1,4 +1,4 @@
-"""What the command `embed` is given: folders and image files, or the images of an .npz file, to be read one by one."""
+"""The input of the command `embed`: folders and image files, or the images of an .npz file, read one by one."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class Input(NamedTuple):
     """Images that have been found and not read yet.
 
     Attributes:
-        names: what each is called, a path or a number.
+        names: a path or a number for each image.
         labels: int64 (N,), in 0..C-1 or -1 for none.
         class_names: C names; none where no image has a class.
-        notes: a line on each kind of thing that was left out.
+        notes: a line on each kind of entry that was left out.
         unreadable: folders that could not be listed.
         shape: channels, height and width of every image.
-        where: what messages call all of them.
-        read: makes an iterator over the images in order, each a uint8 tensor of `shape` or what is wrong with it.
+        where: the input's name in messages.
+        read: returns an iterator over the images in order: a uint8 tensor of `shape`, or a BadFile.
     """
 
     names: Sequence[str]

@@ -1,5 +1,5 @@
-"""Encoders from elsewhere: networks of timm and torchvision, and the user's own. Whatever is wrong with one is found
-before training and said in words that name the option."""
+"""Encoders from elsewhere: networks of timm and torchvision, and the user's own. A network that cannot be trained as an
+encoder is refused before training, in a line that names the option."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ _GIVEN_TO_FACTORIES = ("channels", "image_size")
 Size = tuple[int, int]
 Made = TypeVar("Made")
 
-# Every module that a factory returned. The evaluation builds an untrained encoder beside the trained one.
+# Modules that factories returned. The evaluation builds an untrained encoder beside the trained one, so a factory that
+# returns the same module again would have the trained encoder compared with itself.
 _made: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -46,11 +47,11 @@ def by_name(model: str, channels: int, size: Size) -> nn.Module:
     """The network of a name that `check_name` lets pass, with new parameters from torch's global generator.
 
     Args:
-        channels: of the images.
-        size: their height and width.
+        channels: number of channels of the images.
+        size: height and width of the images.
 
     Raises:
-        ValueError: there is no such network, or making it fails.
+        ValueError: there is no such network, or it cannot be made.
         ImportError: a package or module cannot be imported.
     """
     library, _, name = model.partition(":")
@@ -62,22 +63,21 @@ def by_name(model: str, channels: int, size: Size) -> nn.Module:
 
 
 def adopt(name: str, body: nn.Module, channels: int, size: Size, *, train: bool = True) -> int:
-    """Make sure that a network can be an encoder, and return how many features it gives.
+    """Return how many features a network gives, after making sure that it can be an encoder.
 
     It is run on two images of zeros, which may draw from torch's global generator and settles the shapes of lazily
     initialised layers. Its SyncBatchNorms become ordinary ones, which the trainer spreads over ranks like all others.
 
     Args:
-        name: what messages call it.
-        channels, size: of the images.
-        train: whether it is to be trained: if so, a copy is run in training mode too.
+        name: the network's name in messages.
+        channels, size: number of channels of the images, their height and width.
+        train: whether the network will be trained. If so, a copy of it is run in training mode too.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: the network cannot be an encoder.
     """
     if not isinstance(body, nn.Module):
         raise ValueError(f"{name} must be a torch.nn.Module, got {_kind(body)}")
-    # Of a parameter that is not initialised yet, as of others, dtype and device are known.
     for place, tensor in (*body.named_parameters(), *body.named_buffers()):
         if tensor.is_meta:
             raise ValueError(f"{name} must have its parameters in memory, but {place} is on the meta device")
@@ -108,7 +108,7 @@ def adopt(name: str, body: nn.Module, channels: int, size: Size, *, train: bool 
 
 
 def _features_of(name: str, body: nn.Module, images: Tensor) -> int:
-    """How many features the network makes of each image."""
+    """Return how many features the network makes of each image; ValueError if it makes none."""
     shape = " x ".join(map(str, images.shape[1:]))
     try:
         with torch.no_grad():
@@ -218,7 +218,7 @@ def _from_factory(model: str, channels: int, size: Size) -> nn.Module:
 
 
 def _imported(model: str) -> Any:
-    """What a name of the form package.module:factory stands for."""
+    """Import the object that a name of the form package.module:factory stands for."""
     module_name, _, attribute = model.partition(":")
     if module_name.partition(".")[0] in sys.stdlib_module_names:
         raise ValueError(
@@ -248,8 +248,8 @@ def _imported(model: str) -> Any:
 
 
 def _check_origin(model: str, factory: Any) -> None:
-    """Refuse what is not written in Python or belongs to Python itself: a checkpoint names the function that
-    `load_encoder` calls, and must not reach os.system that way."""
+    """Raise ValueError for a function written in C or of the standard library: `load_encoder` calls the function that a
+    checkpoint names, which must not be os.system."""
     while isinstance(factory, functools.partial):
         factory = factory.func
     home = (getattr(factory, "__module__", None) or "builtins").partition(".")[0]
@@ -270,7 +270,7 @@ def _unknown(model: str, place: str, name: str, known: Iterable[str]) -> str:
 
 
 def _side(size: Size) -> int | Size:
-    """A square's side, or the height and width of another image."""
+    """The side of a square, or (height, width) of any other image."""
     return size[0] if size[0] == size[1] else size
 
 

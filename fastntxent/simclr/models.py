@@ -26,7 +26,7 @@ LEAST_RESNET_WIDTH = 8
 
 
 def check_model(model: str, name: str = "model") -> None:
-    """Raise ValueError, under the setting's name, for the name of a model that cannot be one. Imports nothing."""
+    """Raise ValueError, under the setting's name, for a string that cannot be a model's name. Imports nothing."""
     if model in DEFAULT_WIDTH:
         return
     if ":" in model:
@@ -278,13 +278,13 @@ def build_model(
         image_size: side of the images, or (height, width).
         width: channels of the first layer of "conv" and of a ResNet, at least 8 for the latter; 0 for the default.
         hidden, proj_dim: units of the projection head's two layers.
-        seed: of the initial parameters. Only PyTorch's generator on the CPU is seeded.
+        seed: seed of the initial parameters. Only PyTorch's CPU generator is seeded.
         batch_norm: False leaves BatchNorm out of "conv", the ResNets and the head, with biases in its place.
         amp_dtype: run the forward under autocast to this dtype.
-        encoder: a module of the user's own in place of `model`, used as it is and not copied.
+        encoder: the user's module, which takes the place of `model`; it is used itself, not a copy.
 
     Raises:
-        ValueError, ImportError: the encoder cannot be built, or is none.
+        ValueError, ImportError: the encoder cannot be built, or the module cannot be an encoder.
     """
     devices = {p.device for p in encoder.parameters() if p.is_cuda} if isinstance(encoder, nn.Module) else ()
     with torch.random.fork_rng(devices):
@@ -310,7 +310,7 @@ def build_encoder(
     """The encoder of `build_model`, drawn from torch's global generator.
 
     Args:
-        train: whether it is to be trained; found out is also whether it can be.
+        train: whether the encoder will be trained; if so, one that cannot be trained is refused.
     """
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     channels = len(mean)
