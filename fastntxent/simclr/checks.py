@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,7 +30,9 @@ def check_images(name: str, images: Any, least: int) -> None:
     if isinstance(images, Tensor):
         if images.dtype != torch.uint8 or images.device.type != "cpu":
             raise TypeError(f"{name} must be a uint8 tensor on the CPU, got {images.dtype} on {images.device}")
-    elif not all(hasattr(images, attribute) for attribute in ("shape", "__len__", "__getitem__")):
+    elif isinstance(images, np.ndarray) or not all(
+        hasattr(images, attribute) for attribute in ("shape", "__len__", "__getitem__")
+    ):
         raise TypeError(f"{name} must be a uint8 tensor, got {type(images).__name__}")
     shape = tuple(images.shape)
     if len(shape) != 4 or shape[1] not in (1, 3) or min(shape[2:]) < MIN_SIZE:

@@ -72,13 +72,15 @@ def read_datasets(
 
 def _unwrap(dataset: Any, what: str) -> Labelled:
     """A map-style dataset, or the one of a DataLoader."""
-    if isinstance(dataset, DataLoader):
-        chosen = type(dataset.sampler) not in (RandomSampler, SequentialSampler)
-        if chosen or type(dataset.batch_sampler) not in (BatchSampler, type(None)):
-            raise ValueError(f"{what} is a DataLoader with a sampler of its own: give its dataset, or a Subset of it")
-        dataset = dataset.dataset
+    loader = dataset if isinstance(dataset, DataLoader) else None
+    dataset = loader.dataset if loader else dataset
     if isinstance(dataset, IterableDataset):
         raise TypeError(f"{what} is an IterableDataset: images are drawn by their number, so it must be map-style")
+    if loader and (
+        type(loader.sampler) not in (RandomSampler, SequentialSampler)
+        or type(loader.batch_sampler) not in (BatchSampler, type(None))
+    ):
+        raise ValueError(f"{what} is a DataLoader with a sampler of its own: give its dataset, or a Subset of it")
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or isinstance(dataset, (dict, str)):
         raise TypeError(f"{what} must be a map-style dataset, with len() and [index], got {type(dataset).__name__}")
     if len(dataset) == 0:

@@ -18,6 +18,7 @@ from torch.utils.data import get_worker_info
 from .folder import Files, Folder
 from .labels import require_held_out
 from .notes import MANY, listed, one_line
+from .optional import require
 from .pixels import Array, BadFile, try_decode, without_warnings
 from .tally import Tally, allocate
 
@@ -99,6 +100,7 @@ def load_files(folder: Folder, size: int, in_memory: str, threads: int, skip_bad
     Raises:
         ValueError: some files cannot be read and `skip_bad` is off, or too few are left.
     """
+    require("PIL.Image")  # or every file would be a bad one
     train, test = folder.train, folder.test
     if test is None:
         mask = require_held_out(one_line(folder.root), train.labels)
@@ -113,7 +115,7 @@ def load_files(folder: Folder, size: int, in_memory: str, threads: int, skip_bad
             read, good = _read(folder, part, size, keep, threads, bad, advance)
             images.append(read)
             labels.append(part.labels[torch.tensor(good).long()])
-    note = told_bad(bad, count, one_line(folder.root), skip_bad)
+    note = told_bad(sorted(bad), count, one_line(folder.root), skip_bad)
     if len(images[0]) < 2 or len(images[1]) < 2:
         raise ValueError(
             f"{one_line(folder.root)} must hold at least 2 images of either part, got {len(images[0])} for "

@@ -97,7 +97,7 @@ def _pixels(image: Any) -> Array:
         image = (image.astype(np.float32) * 255).round().astype(np.uint8)
     elif image.dtype != np.uint8:
         raise _WrongKindError(f"its image must be uint8, or floating in [0, 1], got {image.dtype}")
-    return np.ascontiguousarray(image)
+    return np.require(image, requirements=["C", "W"])  # PyTorch warns of what is not writable
 
 
 def _label(label: Any) -> int | str | None:

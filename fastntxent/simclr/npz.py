@@ -135,11 +135,12 @@ def _members(path: Path) -> dict[str, Member]:
     members = {}
     with _words(path), zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
+            if b"PK\1\2" in info.comment + info.extra:  # a damaged length lets one entry swallow the next
+                raise ValueError("its directory is damaged")
             name = info.filename.removesuffix(".npy")
-            if name == info.filename:
-                continue
-            with archive.open(info) as file:
-                members[name] = _header(path, name, file, info.file_size)
+            with archive.open(info) as file:  # which compares the two places that hold its name
+                if name != info.filename:
+                    members[name] = _header(path, name, file, info.file_size)
     return members
 
 

@@ -82,14 +82,14 @@ class Walk:
         notes = []
         if self.hidden:
             entries = counted(len(self.hidden), "hidden entry", "hidden entries")
-            notes.append(f"left out {entries}: {listed(self.hidden)}")
+            notes.append(f"left out {entries}: {listed(sorted(self.hidden))}")
         if self.others:
             kinds = [f"{suffix} ({count})" for suffix, count in self.others.most_common()]
             files = counted(sum(self.others.values()), "file", "files")
             notes.append(f"left out {files} without the suffix of an image: {listed(kinds)}")
         if self.odd:
             entries = counted(len(self.odd), "broken link, pipe or device", "broken links, pipes or devices")
-            notes.append(f"left out {entries}: {listed(self.odd)}")
+            notes.append(f"left out {entries}: {listed(sorted(self.odd))}")
         if self.loops:
             notes.append(
                 f"did not follow {counted(len(self.loops), 'link', 'links')} back to a parent folder: "
