@@ -83,7 +83,7 @@ def _embed(arguments: argparse.Namespace) -> None:
 
 
 def try_size(encoder: Encoder, shape: tuple[int, int, int], device: torch.device) -> int:
-    """Return how many features the encoder makes of an image of this shape; ValueError if it takes none of this size."""
+    """Return how many features the encoder makes of an image of this shape; ValueError if it does not take it."""
     try:
         with torch.no_grad():
             return encoder(torch.zeros(1, encoder.channels, *shape[1:], device=device)).shape[1]
