@@ -16,6 +16,8 @@ from ..distributed.wire import NoAnswerError
 from .checkpoint import with_saved_options
 from .config import PROGRAM, parse_args
 from .config_file import with_config_file
+from .embed import main as embed
+from .export import main as export
 from .history import TrainingError
 from .output import printable
 from .ranks import MISTAKES, Ranks, join
@@ -26,9 +28,11 @@ from .train import Trainer
 
 FAILED, MISTAKE, BY_SIGNAL = 1, 2, 128
 
+SUB_COMMANDS = {"study": study, "embed": embed, "export": export}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the trainer for a command line, or the study; returns the exit status, unless it is one of several ranks."""
+    """Run the trainer or a sub-command for a command line; returns the exit status, unless it is one rank of many."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):  # a stream of another kind
@@ -44,10 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: list[str], ranks: Ranks) -> int:
-    if arguments[:1] == ["study"]:
+    if arguments and arguments[0] in SUB_COMMANDS:
+        name, *rest = arguments
         if ranks.group:
-            return ranks.stop("error: the study's runs are of one process: start it without torchrun", MISTAKE)
-        return study(arguments[1:])
+            return ranks.stop(f"error: {name} is of one process: start it without torchrun", MISTAKE)
+        return SUB_COMMANDS[name](rest)
     with ranks.all_or_none(), ranks.one_voice():
         given = parse_args(arguments)
     with contextlib.ExitStack() as held:

@@ -13,7 +13,8 @@ rank, also none. 2 C + 1 numbers of a rank travel forward and 2 C backward, for 
 
 from __future__ import annotations
 
-import copy
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,43 +23,89 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
 
 from ..backends.base import accumulation_dtype
 from ..distributed import wire
 
 
 def over_ranks(model: nn.Module, group: dist.ProcessGroup) -> nn.Module:
-    """A twin of a model, to be trained, whose BatchNorms are over the ranks. Its parameters and buffers are the model's
-    own, which for the rest stays as it is."""
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    twin = copy.deepcopy(model, shared)
-    for parent in list(twin.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, _BatchNorm):
-                setattr(parent, name, BatchNormOverRanks(child, group))
-    return twin
+    """Return the model as a module in whose forward every batch norm in training mode is over the rows of all ranks.
+
+    The model itself is not changed, and its parameters and buffers are shared, not copied.
+    """
+    return _OverRanks(model, group)
 
 
-class BatchNormOverRanks(nn.Module):
-    """A BatchNorm in training mode, of the rows of all ranks; parameters and running statistics are in `norm`."""
+def without_sync(model: nn.Module) -> None:
+    """Turn SyncBatchNorms into ordinary batch norms, in place: they refuse a CPU, and `over_ranks` does their work."""
+    for module in model.modules():
+        if type(module) is nn.SyncBatchNorm:
+            module.process_group = None  # which cannot be copied
+            module.__class__ = BatchNormAnyDim  # type: ignore[assignment]  # of the same attributes
 
-    def __init__(self, norm: _BatchNorm, group: dist.ProcessGroup) -> None:
+
+class BatchNormAnyDim(_BatchNorm):
+    """A BatchNorm that, like SyncBatchNorm, takes inputs of any number of dimensions."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.ndim < 2:
+            raise ValueError(f"expected an input of at least 2 dimensions, got {input.ndim}")
+
+
+class _OverRanks(nn.Module):
+    def __init__(self, model: nn.Module, group: dist.ProcessGroup) -> None:
         super().__init__()
-        self.norm = norm
+        self.model = model
         self.group = group
 
     def forward(self, x: Tensor) -> Tensor:
-        norm = self.norm
-        n, mean, var = moments(x.detach(), self.group)
-        assert norm.num_batches_tracked is not None
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        assert norm.momentum is not None
-        norm.num_batches_tracked.add_(1)
-        norm.running_mean.lerp_(mean, norm.momentum)
-        norm.running_var.lerp_(var * (n / (n - 1)), norm.momentum)
-        y: Tensor = _Normalise.apply(x, norm.weight, norm.bias, n, mean, var, norm.eps, self.group)
+        with _StatisticsOfAll(self.group):
+            y: Tensor = self.model(x)
         return y
+
+
+class _StatisticsOfAll(TorchFunctionMode):
+    """Replaces F.batch_norm in training mode. Every batch norm calls it, so subclasses with an activation in their
+    forward, shared and frozen modules, and modules without parameters or running statistics need no special case."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.group = group
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.batch_norm:
+            call = _BATCH_NORM.bind(*args, **(kwargs or {}))
+            call.apply_defaults()
+            if call.arguments["training"]:
+                return _batch_norm(group=self.group, **call.arguments)
+        return func(*args, **(kwargs or {}))
+
+
+_BATCH_NORM = inspect.signature(F.batch_norm)
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    group: dist.ProcessGroup,
+) -> Tensor:
+    """F.batch_norm in training, of the rows of all ranks."""
+    n, mean, var = moments(input.detach(), group)
+    if running_mean is not None:
+        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+    if running_var is not None:
+        running_var.lerp_((var * (n / (n - 1))).to(running_var.dtype), momentum)
+    y: Tensor = _Normalise.apply(input, weight, bias, n, mean, var, eps, group)
+    return y
 
 
 def moments(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,8 +124,9 @@ def moments(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor
 class _Normalise(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, n: Tensor, mean: Tensor, var: Tensor, eps: float, group: Any
-    ) -> Tensor:
+        ctx: Any, x: Tensor, gamma: Tensor | None, beta: Tensor | None, n: Tensor, mean: Tensor, var: Tensor,
+        eps: float, group: Any,
+    ) -> Tensor:  # fmt: skip
         ctx.eps, ctx.group = eps, group
         ctx.save_for_backward(x, gamma, n, mean, var)
         return F.batch_norm(x, mean, var, gamma, beta, eps=eps)
@@ -93,7 +141,10 @@ class _Normalise(torch.autograd.Function):
         d_beta, d_gamma = d_y.sum(dims), (d_y * x_hat).sum(dims)
         of_beta, of_gamma = wire.gather_numbers(ctx.group, torch.stack((d_beta, d_gamma))).sum(0) / n
         d_x = d_y - _per_channel(of_beta, x) - x_hat * _per_channel(of_gamma, x)
-        return (d_x * _per_channel(gamma * inv_std, x)).to(x.dtype), d_gamma, d_beta, *[None] * 5
+        scale = inv_std if gamma is None else gamma * inv_std
+        d_x = (d_x * _per_channel(scale, x)).to(x.dtype)
+        wanted = ctx.needs_input_grad
+        return d_x, d_gamma if wanted[1] else None, d_beta if wanted[2] else None, *[None] * 5
 
 
 def _but_channels(x: Tensor) -> list[int]:

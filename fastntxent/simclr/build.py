@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .checkpoint import first_line, load_checkpoint
+from .checkpoint import FILE_NAME, load_checkpoint
 from .config import Config
-from .data import ImageData
-from .models import SimCLR, build_model
+from .data import TrainingData
+from .models import Encoder, SimCLR, build_encoder, build_model, check_model
+from .output import first_line, printable
 from .ranks import ALONE, Ranks
 
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -38,52 +39,99 @@ def pick_device(name: str, ranks: Ranks = ALONE) -> torch.device:
     return device
 
 
-def make_model(config: Config, data: ImageData, device: torch.device, encoder: nn.Module | None = None) -> SimCLR:
-    """The model of a run as it is before its first step."""
+def make_model(config: Config, data: TrainingData, device: torch.device, encoder: nn.Module | None = None) -> SimCLR:
+    """The model of a run as it is before its first step.
+
+    Args:
+        encoder: the user's module, which takes the place of `config.model`: standardised images (N, C, H, W) to
+            features (N, F). It is moved to the device and trained in place.
+
+    Raises:
+        ValueError: the encoder cannot be made or trained on this data, or the device lacks the mixed precision.
+        ImportError: a package or module of the encoder cannot be imported.
+    """
     on_cuda = device.type == "cuda"
     amp = ("bf16" if on_cuda else "off") if config.amp == "auto" else config.amp
     if amp != "off" and not on_cuda:
         raise ValueError(f"--amp {amp} needs a CUDA device, got {device}")
     mean, std = data.channel_moments()
+    _, height, width = data.image_shape
     return build_model(
         config.model,
         mean=mean,
         std=std,
-        image_size=data.image_size,
+        image_size=(height, width),
         width=config.width,
         hidden=config.proj_hidden,
         proj_dim=config.proj_dim,
         seed=config.seed,
         batch_norm=config.norm == "batch",
         amp_dtype=AMP_DTYPES[amp],
+        encoder=encoder,
     ).to(device)
 
 
-def load_encoder(path: Path | str) -> nn.Module:
-    """The trained encoder of a checkpoint, on the CPU and in eval mode.
+def load_encoder(path: Path | str, encoder: nn.Module | None = None) -> Encoder:
+    """The trained encoder of a run, on the CPU and in eval mode.
 
     Args:
-        path: a `checkpoint.pt` of this trainer.
+        path: a run's folder, or a checkpoint of this trainer.
+        encoder: a module of the trained architecture; its parameters are replaced. Required for a run whose Trainer was
+            given a module. For any other run it takes the place of the network that the checkpoint names, and nothing
+            is imported by name.
 
     Returns:
-        A module from (N, C, H, W) images in [0, 1] to (N, F) features.
+        A module from float images (N, C, H, W) in [0, 1] to features (N, F). Its attributes `channels` and `image_size`
+        say what it was trained on, `feature_dim` is F.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_checkpoint` does.
+        FileNotFoundError: there is no checkpoint.
+        ValueError: the file is no checkpoint of this trainer, is damaged, or does not fit the module.
+        ImportError: a package or module of the network cannot be imported.
     """
-    state = load_checkpoint(Path(path))
-    config = Config.from_dict(state["config"])
-    nothing = [0.0] * state["channels"]
-    model = build_model(
-        config.model,
-        mean=nothing,
-        std=nothing,
-        image_size=state["image_size"],
-        width=config.width,
-        hidden=config.proj_hidden,
-        proj_dim=config.proj_dim,
-        seed=config.seed,
-        batch_norm=config.norm == "batch",
-    )
-    model.load_state_dict(state["model"])
-    return model.encoder.eval()
+    path = Path(path)
+    if path.is_dir():
+        path /= FILE_NAME
+    name = printable(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {name}")
+    state = load_checkpoint(path)
+    try:
+        config = Config.from_dict(state["config"])
+        channels, height, width = map(int, state["image_shape"])
+        parameters = {key: value for key, value in state["model"].items() if key.startswith(_PREFIX)}
+        check_model(config.model)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{name} lacks what the trainer saves ({type(error).__name__}: {error})") from error
+    if encoder is None and state.get("own_encoder"):
+        raise ValueError(
+            f"{name} holds the parameters of a module that was given to Trainer: pass a module of that architecture, "
+            "load_encoder(path, encoder=module)"
+        )
+    nothing = [0.0] * channels
+    with torch.random.fork_rng(devices=[]):
+        made = build_encoder(
+            config.model,
+            mean=nothing,
+            std=nothing,
+            image_size=(height, width),
+            width=0 if encoder else config.width,
+            batch_norm=encoder is not None or config.norm == "batch",
+            encoder=encoder,
+            train=False,
+        )
+    load_parameters(made, {key.removeprefix(_PREFIX): value for key, value in parameters.items()}, name)
+    return made.cpu().eval()
+
+
+_PREFIX = "encoder."
+
+
+def load_parameters(module: nn.Module, parameters: dict[str, torch.Tensor], name: str) -> None:
+    """Load a checkpoint's parameters; ValueError, naming the file, if they are not of this architecture."""
+    try:
+        module.load_state_dict(parameters)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        _, *differences = str(error).splitlines() or [""]
+        words = "; ".join(difference.strip() for difference in differences[:3]) or str(error)
+        raise ValueError(f"{name} holds the parameters of another architecture: {printable(words)[:500]}") from error

@@ -51,11 +51,6 @@ def _checksum(file: BinaryIO, size: int) -> bytes:
     return digest.hexdigest().encode()
 
 
-def first_line(error: Exception) -> str:
-    """An error's message without the advice and traces that PyTorch adds below it."""
-    return str(error).partition("\n")[0] or type(error).__name__
-
-
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU.
 

@@ -252,7 +252,9 @@ def parse_args(argv: Sequence[str] | None) -> dict[str, Any]:
         prog=PROGRAM,
         description="Train an image encoder with SimCLR and the fused NT-Xent loss, judge it, and write a report.",
         epilog=f"torchrun --nproc-per-node N -m {PROGRAM.split()[-1]} ...: the same run over N processes. "
-        f"{PROGRAM} study --help: runs that show what the loss's terms and its temperature do.",
+        f"{PROGRAM} study --help: runs that show what the loss's terms and its temperature do. "
+        f"{PROGRAM} embed --help: features of images by a trained encoder. "
+        f"{PROGRAM} export --help: a trained encoder for torch.export.load.",
         argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=100),
     )

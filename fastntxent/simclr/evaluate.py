@@ -27,6 +27,7 @@ from .data import ImageData
 from .models import SimCLR
 from .sources import require
 from .stream import stream
+from .tally import Images
 
 ROWS = 1024
 RAW_SIZE = 32
@@ -162,10 +163,10 @@ def raw_pixels(images: Tensor) -> Tensor:
     return x.flatten(1)
 
 
-def _subset(images: Tensor, labels: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+def _subset(images: Images, labels: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     """At most `limit` images, labelled ones first, the same ones in every run."""
     if len(images) <= limit:
-        return images, labels
+        return images[:], labels
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))
     order = order[(labels[order] < 0).int().argsort(stable=True)][:limit]
     return images[order], labels[order]

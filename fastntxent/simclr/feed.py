@@ -18,11 +18,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from .augment import PRESETS, two_views
 from .config import Config
-from .data import ImageData, Images
+from .data import ImageData
 from .loader import LoaderData
 from .ranks import Ranks
 from .stopping import ignore_signals
 from .stream import stream
+from .tally import Images
 
 MOST_WORKERS = 8
 

@@ -26,7 +26,6 @@ class LoaderData:
         ValueError: it is empty, or would give a batch of one image.
     """
 
-    name = "dataloader"
     title = "a DataLoader"
     notes: tuple[str, ...] = ()
 
@@ -47,9 +46,8 @@ class LoaderData:
         first = images[0] if isinstance(images, tuple) else images
         self.are_views = isinstance(images, tuple)
         self.batch = len(first)
-        self.channels = first.shape[1]
-        self.image_size = max(first.shape[2:])
-        self.image_shape = tuple(first.shape[1:])
+        channels, height, width = first.shape[1:]
+        self.image_shape = (channels, height, width)
 
     def images_of(self, batch: Any) -> Tensor | tuple[Tensor, Tensor]:
         """The images of a batch, uint8, or its two views, in [0, 1] or as the loader normalised them."""
@@ -76,7 +74,7 @@ class LoaderData:
 
     def channel_moments(self) -> tuple[list[float], list[float]]:
         """Mean 0 and standard deviation 1: the loader's images are taken as they are."""
-        return [0.0] * self.channels, [1.0] * self.channels
+        return [0.0] * self.image_shape[0], [1.0] * self.image_shape[0]
 
     def fingerprint(self) -> str:
         """What can be told of the images without a pass over them."""

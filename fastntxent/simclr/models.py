@@ -1,17 +1,23 @@
 """Encoders and the projection head.
 
-An encoder maps images in [0, 1] to features h; the head maps h to the embedding z, where the loss lives, and
-is thrown away afterwards (SimCLR, section 4.2). Both encoders take any number of channels and any image size.
+An encoder maps images in [0, 1] to features h; the head maps h to the embedding z, which the loss compares, and is
+thrown away afterwards (SimCLR, section 4.2). The project's own networks stand here and take any image size; networks
+of other libraries and of the user come from `encoders`.
 """
 
+import difflib
+import warnings
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.jit import is_scripting, is_tracing  # type: ignore[attr-defined]  # missing from torch's stubs
+
+from . import encoders
 
 SMALL_IMAGE = 64
-DEFAULT_WIDTH = {"conv": 16, "resnet18": 64}
+DEFAULT_WIDTH = {"conv": 16, "resnet18": 64, "resnet50": 64}
 # The shortcuts of a ResNet are 1 x 1 convolutions of stride 2, channels last. On a CPU with AVX2 and no AVX-512 oneDNN
 # (jit_avx2_1x1_convolution_bwd_weights, as of PyTorch 2.13) copies their input in whole blocks of 8 channels into
 # scratch memory for the channels that there are: below 8 it writes past the end, which leaves wrong gradients or a
@@ -20,16 +26,26 @@ LEAST_RESNET_WIDTH = 8
 
 
 def check_model(model: str, name: str = "model") -> None:
-    """Raise ValueError, under the setting's name, for a model that there is not."""
-    if model not in DEFAULT_WIDTH:
-        raise ValueError(f"{name} must be one of {', '.join(DEFAULT_WIDTH)}, got {model!r}")
+    """Raise ValueError, under the setting's name, for a string that cannot be a model's name. Imports nothing."""
+    if model in DEFAULT_WIDTH:
+        return
+    if ":" in model:
+        encoders.check_name(model, name)
+        return
+    near = difflib.get_close_matches(model, DEFAULT_WIDTH, n=1)
+    raise ValueError(
+        f"{name} must be one of {', '.join(DEFAULT_WIDTH)}, timm:NAME, torchvision:NAME or package.module:factory, "
+        f"got {model!r}" + (f"; did you mean {near[0]}?" if near else "")
+    )
 
 
 def check_width(model: str, width: int, name: str = "width") -> None:
     """Raise ValueError, under the setting's name, for a width at which PyTorch does not train the model soundly."""
-    if model == "resnet18" and width < LEAST_RESNET_WIDTH:
+    if model not in DEFAULT_WIDTH:
+        raise ValueError(f"{name} is for the models {', '.join(DEFAULT_WIDTH)}; {model} has a width of its own")
+    if model != "conv" and width < LEAST_RESNET_WIDTH:
         raise ValueError(
-            f"{name} must be at least {LEAST_RESNET_WIDTH} for resnet18, got {width}: below that PyTorch 2.13 "
+            f"{name} must be at least {LEAST_RESNET_WIDTH} for {model}, got {width}: below that PyTorch 2.13 "
             "overruns its memory in the backward of the shortcuts, on a CPU with AVX2 but without AVX-512"
         )
 
@@ -40,14 +56,81 @@ class Standardise(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(self, mean: Sequence[float], std: Sequence[float], channels_last: bool = True) -> None:
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
+        self.channels_last = channels_last
 
     def forward(self, x: Tensor) -> Tensor:
-        # Channels last is 1.3 to 2.5 times as fast for these encoders on a CPU.
-        return ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        x = (x - self.mean) / self.std
+        # Channels last is 1.3 to 2.5 times as fast for convolutions on a CPU.
+        return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x.contiguous()
+
+
+class Encoder(nn.Module):
+    """Images in [0, 1], float (N, C, H, W), to features (N, F): standardise, a network, flatten.
+
+    Attributes:
+        channels: C.
+        size: height and width of the images it was made for, in pixels. A fully convolutional network takes others too.
+        image_size: the longer of them.
+        feature_dim: F.
+
+    Calling it raises ValueError or TypeError for images of another dtype or shape, and for values up to 255. It warns
+    of values beyond [-0.5, 1.5], which standardised images have. Values are looked at on a CPU in eval mode only.
+    """
+
+    def __init__(
+        self,
+        body: nn.Module,
+        mean: Sequence[float],
+        std: Sequence[float],
+        size: tuple[int, int],
+        feature_dim: int,
+        channels_last: bool = True,
+    ) -> None:
+        super().__init__()
+        self.channels = len(mean)
+        self.size = size
+        self.image_size = max(size)
+        self.feature_dim = feature_dim
+        self.standardise = Standardise(mean, std, channels_last)
+        self.body = body
+        if channels_last:
+            # The weights of convolutions alone: a parameter of five dimensions has no such layout.
+            for module in body.modules():
+                if isinstance(module, nn.Conv2d):
+                    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in the stubs
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not is_scripting():
+            _check_images(x, self.channels, self.training)
+        h: Tensor = self.body(self.standardise(x))
+        return h.flatten(1)
+
+
+@torch.fx.wrap  # a call in a graph of torch.fx, which has no values to check
+def _check_images(x: Tensor, channels: int, training: bool) -> None:
+    if is_tracing():
+        return
+    if not isinstance(x, Tensor):
+        raise TypeError(f"images must be a tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"images must be floating-point in [0, 1], got {x.dtype}: convert uint8 with x.float() / 255")
+    if x.ndim != 4 or x.shape[1] != channels:
+        raise ValueError(f"images must have the shape (N, {channels}, H, W), got {tuple(x.shape)}")
+    # Elsewhere a look at the values would wait for the device, or has no values to look at.
+    if training or type(x) is not Tensor or x.device.type != "cpu" or torch.compiler.is_compiling() or not x.numel():
+        return
+    low, high = map(float, x.detach().aminmax())
+    if high > 8:
+        raise ValueError(f"images must lie in [0, 1], got values up to {high:g}: divide those of 0..255 by 255")
+    if low < -0.5 or high > 1.5:
+        warnings.warn(
+            f"images should lie in [0, 1], got [{low:.3g}, {high:.3g}]: the encoder standardises them itself",
+            stacklevel=3,
+        )
 
 
 def _conv(inputs: int, outputs: int, kernel: int, stride: int, batch_norm: bool) -> nn.Sequential:
@@ -55,80 +138,94 @@ def _conv(inputs: int, outputs: int, kernel: int, stride: int, batch_norm: bool)
     return nn.Sequential(conv, nn.BatchNorm2d(outputs) if batch_norm else nn.Identity())
 
 
-class ConvEncoder(nn.Module):
+class ConvNet(nn.Sequential):
     """Three stride-2 convolutions and a 2 x 2 pool: an encoder for small images and two CPU cores.
 
     The 2 x 2 pool keeps a trace of where things are, which a global pool of so shallow a network would lose.
     """
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float], width: int, batch_norm: bool = True) -> None:
-        super().__init__()
-        self.feature_dim = 16 * width
-        self.layers = nn.Sequential(
-            Standardise(mean, std),
-            _conv(len(mean), width, 5, 2, batch_norm), nn.ReLU(),
+    def __init__(self, channels: int, width: int, batch_norm: bool = True) -> None:
+        super().__init__(
+            _conv(channels, width, 5, 2, batch_norm), nn.ReLU(),
             _conv(width, 2 * width, 3, 2, batch_norm), nn.ReLU(),
             _conv(2 * width, 4 * width, 3, 2, batch_norm), nn.ReLU(),
             nn.AdaptiveAvgPool2d(2), nn.Flatten(),
         )  # fmt: skip
-
-    def forward(self, x: Tensor) -> Tensor:
-        h: Tensor = self.layers(x)
-        return h
+        self.feature_dim = 16 * width
 
 
-class _Residual(nn.Module):
+class _Basic(nn.Module):
     """Two 3 x 3 convolutions around a shortcut (He et al. 2016, the block of ResNet-18)."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int, batch_norm: bool) -> None:
+    expansion = 1
+
+    def __init__(self, inputs: int, width: int, stride: int, batch_norm: bool) -> None:
         super().__init__()
-        self.first = _conv(inputs, outputs, 3, stride, batch_norm)
-        self.second = _conv(outputs, outputs, 3, 1, batch_norm)
-        same = inputs == outputs and stride == 1
-        self.shortcut = nn.Identity() if same else _conv(inputs, outputs, 1, stride, batch_norm)
+        self.first = _conv(inputs, width, 3, stride, batch_norm)
+        self.second = _conv(width, width, 3, 1, batch_norm)
+        self.shortcut = _shortcut(inputs, width, stride, batch_norm)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.second(F.relu(self.first(x))) + self.shortcut(x))
 
 
-class ResNet18(nn.Module):
-    """ResNet-18 without its classifier; `width` channels in the first stage (64 in the paper).
+class _Bottleneck(nn.Module):
+    """1 x 1, 3 x 3 and 1 x 1 convolutions around a shortcut (the block of ResNet-50), the stride in the 3 x 3."""
+
+    expansion = 4
+
+    def __init__(self, inputs: int, width: int, stride: int, batch_norm: bool) -> None:
+        super().__init__()
+        self.first = _conv(inputs, width, 1, 1, batch_norm)
+        self.second = _conv(width, width, 3, stride, batch_norm)
+        self.third = _conv(width, 4 * width, 1, 1, batch_norm)
+        self.shortcut = _shortcut(inputs, 4 * width, stride, batch_norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.third(F.relu(self.second(F.relu(self.first(x))))) + self.shortcut(x))
+
+
+def _shortcut(inputs: int, outputs: int, stride: int, batch_norm: bool) -> nn.Module:
+    same = inputs == outputs and stride == 1
+    return nn.Identity() if same else _conv(inputs, outputs, 1, stride, batch_norm)
+
+
+_RESNETS: dict[str, tuple[type[_Basic | _Bottleneck], tuple[int, ...]]] = {
+    "resnet18": (_Basic, (2, 2, 2, 2)),
+    "resnet50": (_Bottleneck, (3, 4, 6, 3)),
+}
+
+
+class ResNet(nn.Sequential):
+    """A ResNet without its classifier; `width` channels in the first stage (64 in the paper).
 
     Images of at most 64 pixels get a 3 x 3 stem and no max-pool, as in SimCLR's CIFAR-10 experiments
     (appendix B.9); larger ones the usual 7 x 7 stem.
+
+    Args:
+        model: "resnet18" or "resnet50".
 
     Raises:
         ValueError: width is below LEAST_RESNET_WIDTH.
     """
 
-    def __init__(
-        self, mean: Sequence[float], std: Sequence[float], width: int, image_size: int, batch_norm: bool = True
-    ) -> None:
-        super().__init__()
-        check_width("resnet18", width)
-        self.feature_dim = 8 * width
+    def __init__(self, model: str, channels: int, width: int, image_size: int, batch_norm: bool = True) -> None:
+        check_width(model, width)
+        block, depths = _RESNETS[model]
         small = image_size <= SMALL_IMAGE
-        stem = [
-            Standardise(mean, std),
-            _conv(len(mean), width, 3 if small else 7, 1 if small else 2, batch_norm),
+        layers: list[nn.Module] = [
+            _conv(channels, width, 3 if small else 7, 1 if small else 2, batch_norm),
             nn.ReLU(),
         ]
         if not small:
-            stem.append(nn.MaxPool2d(3, 2, 1))
-        blocks = []
+            layers.append(nn.MaxPool2d(3, 2, 1))
         inputs = width
-        for stage in range(4):
-            outputs = width * 2**stage
-            blocks += [
-                _Residual(inputs, outputs, 1 if stage == 0 else 2, batch_norm),
-                _Residual(outputs, outputs, 1, batch_norm),
-            ]
-            inputs = outputs
-        self.layers = nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-
-    def forward(self, x: Tensor) -> Tensor:
-        h: Tensor = self.layers(x)
-        return h
+        for stage, depth in enumerate(depths):
+            for index in range(depth):
+                layers.append(block(inputs, width * 2**stage, 2 if stage and not index else 1, batch_norm))
+                inputs = width * 2**stage * block.expansion
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.feature_dim = inputs
 
 
 class Projector(nn.Sequential):
@@ -146,7 +243,7 @@ class Projector(nn.Sequential):
 class SimCLR(nn.Module):
     """Images -> embeddings z, optionally under autocast."""
 
-    def __init__(self, encoder: ConvEncoder | ResNet18, projector: Projector, amp_dtype: torch.dtype | None = None):
+    def __init__(self, encoder: Encoder, projector: Projector, amp_dtype: torch.dtype | None = None):
         super().__init__()
         self.encoder = encoder
         self.projector = projector
@@ -164,35 +261,74 @@ def build_model(
     *,
     mean: Sequence[float],
     std: Sequence[float],
-    image_size: int,
+    image_size: int | tuple[int, int],
     width: int,
     hidden: int,
     proj_dim: int,
     seed: int,
     batch_norm: bool = True,
     amp_dtype: torch.dtype | None = None,
+    encoder: nn.Module | None = None,
 ) -> SimCLR:
     """A model whose initial parameters are a function of the arguments; torch's global generator is untouched.
 
     Args:
-        model: "conv" or "resnet18".
+        model: a name that `check_model` lets pass.
         mean, std: of each channel of the images in [0, 1]; their length is the number of channels.
-        image_size: decides the stem of a ResNet.
-        width: channels of the encoder's first layer, at least 8 for "resnet18"; 0 for its default.
+        image_size: side of the images, or (height, width).
+        width: channels of the first layer of "conv" and of a ResNet, at least 8 for the latter; 0 for the default.
         hidden, proj_dim: units of the projection head's two layers.
-        seed: of the initial parameters.
-        batch_norm: False leaves BatchNorm out, with biases in its place.
+        seed: seed of the initial parameters. Only PyTorch's CPU generator is seeded.
+        batch_norm: False leaves BatchNorm out of "conv", the ResNets and the head, with biases in its place.
         amp_dtype: run the forward under autocast to this dtype.
+        encoder: the user's module, which takes the place of `model`; it is used itself, not a copy.
+
+    Raises:
+        ValueError, ImportError: the encoder cannot be built, or the module cannot be an encoder.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    devices = {p.device for p in encoder.parameters() if p.is_cuda} if isinstance(encoder, nn.Module) else ()
+    with torch.random.fork_rng(devices):
+        torch.default_generator.manual_seed(seed)
+        made = build_encoder(
+            model, mean=mean, std=std, image_size=image_size, width=width, batch_norm=batch_norm, encoder=encoder
+        )
+        projector = Projector(made.feature_dim, hidden, proj_dim, batch_norm)
+    return SimCLR(made, projector, amp_dtype)
+
+
+def build_encoder(
+    model: str,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    image_size: int | tuple[int, int],
+    width: int,
+    batch_norm: bool = True,
+    encoder: nn.Module | None = None,
+    train: bool = True,
+) -> Encoder:
+    """The encoder of `build_model`, drawn from torch's global generator.
+
+    Args:
+        train: whether the encoder will be trained; if so, one that cannot be trained is refused.
+    """
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    channels = len(mean)
+    if encoder is None and model in DEFAULT_WIDTH:
         width = width or DEFAULT_WIDTH[model]
-        encoder: ConvEncoder | ResNet18
-        if model == "conv":
-            encoder = ConvEncoder(mean, std, width, batch_norm)
-        else:
-            encoder = ResNet18(mean, std, width, image_size, batch_norm)
-        projector = Projector(encoder.feature_dim, hidden, proj_dim, batch_norm)
-    simclr = SimCLR(encoder, projector, amp_dtype)
-    simclr.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from torch's stubs
-    return simclr
+        net = ConvNet(channels, width, batch_norm) if model == "conv" else ResNet(
+            model, channels, width, max(size), batch_norm
+        )  # fmt: skip
+        return Encoder(net, mean, std, size, net.feature_dim)
+
+    name = "the encoder" if encoder is not None else f"--model {model}"
+    if not batch_norm:
+        raise ValueError(f"--norm none is for {', '.join(DEFAULT_WIDTH)}; {name} has its own normalisation")
+    if encoder is not None and width:
+        raise ValueError(f"--width is for {', '.join(DEFAULT_WIDTH)}, and not for an encoder of one's own, got {width}")
+    body = encoders.by_name(model, channels, size) if encoder is None else encoder
+    feature_dim = encoders.adopt(name, body, channels, size, train=train)
+    if isinstance(body, Encoder):  # one that was trained before: it standardises images in its own way
+        return body
+    library = encoder is None and model.startswith(encoders.LIBRARIES)
+    return Encoder(body, mean, std, size, feature_dim, channels_last=library)

@@ -15,7 +15,8 @@ from filelock import FileLock, Timeout
 
 # What a run writes; a file of these names is replaced.
 FILES = (
-    "checkpoint.pt", "config.toml", "log.csv", "curves.png", "embedding.png", "views.png", "metrics.json", "report.html",
+    "checkpoint.pt", "config.toml", "log.csv", "curves.png", "embedding.png", "views.png", "metrics.json",
+    "report.html",
 )  # fmt: skip
 LOCK = ".lock"
 PARTIAL = ".partial"
@@ -24,6 +25,12 @@ PARTIAL = ".partial"
 def printable(text: object) -> str:
     """The text with what UTF-8 cannot hold (a file's name may be any bytes) as question marks."""
     return str(text).encode("utf-8", "replace").decode("utf-8")
+
+
+def first_line(error: BaseException) -> str:
+    """An error's message without the advice and traces that PyTorch adds below it; its type if it has none."""
+    lines = printable(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -59,6 +66,23 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file in UTF-8, whole or not at all."""
     write_whole(path, lambda file: file.write(printable(text).encode()))
+
+
+def check_output_file(path: Path, overwrite: bool, needed: int) -> None:
+    """Find out, before the work, whether the file `--out` of a command can be written.
+
+    Args:
+        needed: bytes that it will have, at most.
+
+    Raises:
+        FileExistsError: it is there, and `overwrite` is off.
+        ValueError: it cannot be written, or its disk has too little room.
+    """
+    if path.is_dir():
+        raise ValueError(f"--out {printable(path)} is a folder; name the file that is to be written")
+    if os.path.lexists(path) and not overwrite:
+        raise FileExistsError(f"--out {printable(path)} exists: replace it with --overwrite, or choose another --out")
+    OutputFolder(path.parent).check(needed)
 
 
 class OutputFolder:

@@ -27,7 +27,7 @@ def prepare(
     with ranks.all_or_none():
         config.check()
         if config.download and ranks.group and ranks.local == 0:
-            _load(config)  # the other ranks of this machine find it there
+            _load(config, ranks)  # the other ranks of this machine find it there
     with ranks.all_or_none():
         trainer = Trainer(config, _load(config, ranks) if data is None else data, ranks, encoder=encoder)
     if ranks.group:
@@ -38,8 +38,12 @@ def prepare(
     return trainer
 
 
-def _load(config: Config, ranks: Ranks = ALONE) -> ImageData:
-    data = load_data(config.data, config.data_dir, config.image_size, config.download)
+def _load(config: Config, ranks: Ranks) -> ImageData:
+    data = load_data(
+        config.data, config.data_dir, config.image_size, config.download,
+        skip_bad=config.skip_bad, in_memory=config.in_memory, workers=config.workers,
+        progress=ranks.first and not config.quiet,
+    )  # fmt: skip
     if config.image_size not in (None, data.image_size):
         raise ValueError(
             f"--image-size is {config.image_size}, but the images of --data {config.data} have {data.image_size} "

@@ -19,7 +19,7 @@ def resolve(config: Config, trainer: Trainer) -> dict[str, Any]:
     """The settings by name, as plain values; with them a configuration makes the same run on the same data."""
     chosen = config.to_dict()
     chosen |= {
-        "image_size": trainer.data.image_size,
+        "image_size": max(trainer.data.image_shape[1:]),
         "workers": trainer.feed.workers,
         "augment": config.preset,
         "width": config.width or DEFAULT_WIDTH.get(config.model, 0),

@@ -28,8 +28,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from .. import alignment, budget, cached_backward, uniformity
 from .batch_norm import over_ranks
-from .build import make_model, pick_device
-from .checkpoint import FILE_NAME, check_agreement, first_line, load_checkpoint, resume_path, save_checkpoint
+from .build import load_parameters, make_model, pick_device
+from .checkpoint import FILE_NAME, check_agreement, load_checkpoint, resume_path, save_checkpoint
 from .config import PROGRAM, Config
 from .config_file import write_config
 from .data import ImageData
@@ -37,13 +37,15 @@ from .feed import Views, make_feed
 from .history import History, TrainingError
 from .loader import LoaderData
 from .logs import Log, check_logs, open_logs
+from .models import DEFAULT_WIDTH
 from .objective import build_objective
 from .optim import build_optimizer, default_learning_rate, learning_rate
-from .output import OutputFolder, printable
+from .output import OutputFolder, first_line, printable
 from .ranks import ALONE, Ranks
 from .settings import resolve
 from .sources import require
 from .stopping import InterruptedRun, StopRequest
+from .stream import stream
 
 # Report, figures and logs of a run, with room to spare.
 _REPORT_BYTES = 16 * 2**20
@@ -274,8 +276,7 @@ class Trainer:
             "settings": self.settings,
             "own_encoder": self._initial_encoder is not None,
             "data": self.data.fingerprint(),
-            "channels": self.data.channels,
-            "image_size": self.data.image_size,
+            "image_shape": list(self.data.image_shape),
             "history": self.history.columns,
             "run_id": self.run_id,
             "model": self.model.state_dict(),
@@ -289,7 +290,7 @@ class Trainer:
         state = load_checkpoint(path)
         try:
             check_agreement(self.settings, state["settings"], self.data.fingerprint(), state["data"])
-            self.model.load_state_dict(state["model"])
+            load_parameters(self.model, state["model"], printable(path))
             self.loss.load_state_dict(state["loss"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
@@ -317,22 +318,38 @@ class Trainer:
 
         self._replica.train()
         self.optimizer.zero_grad()
-        if self.config.accumulate_batch:
-            cached_backward(self._replica, views[:2], objective, chunk_size=views.chunks)
-        else:
-            objective(*self._replica(torch.cat(views[:2])).chunk(2)).backward()
+        with self._random_numbers_of_the_model():
+            if self.config.accumulate_batch:
+                cached_backward(self._replica, views[:2], objective, chunk_size=views.chunks)
+            else:
+                objective(*self._replica(torch.cat(views[:2])).chunk(2)).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         (batch,) = seen
         self.history.record(batch.loss, rate, batch.temperature)
         return batch
 
+    @contextlib.contextmanager
+    def _random_numbers_of_the_model(self) -> Iterator[None]:
+        """PyTorch's global generators, which dropout draws from, at a state that the step and the rank determine."""
+        seed = stream(self.config.seed, f"model of rank {self.ranks.rank}", self.step).initial_seed()
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            yield
+
     @functools.cached_property
     def _replica(self) -> nn.Module:
         """The model as a step runs it: over several ranks, with BatchNorm of all rows and the mean of the gradients."""
         if self.ranks.group is None:
             return self.model
-        replica = DistributedDataParallel(over_ranks(self.model, self.ranks.group), process_group=self.ranks.group)
+        # An encoder of the user's may have parameters that its features do not depend on. Our own have none, and the
+        # search for them would cost each step a walk over the graph.
+        foreign = self._initial_encoder is not None or self.config.model not in DEFAULT_WIDTH
+        replica = DistributedDataParallel(
+            over_ranks(self.model, self.ranks.group),
+            process_group=self.ranks.group,
+            find_unused_parameters=foreign and not self.config.accumulate_batch,
+        )
         # They are the same on every rank. As an argument it is deprecated in PyTorch 2.13, and what replaces it is new.
         replica.broadcast_buffers = False
         return replica
@@ -379,7 +396,7 @@ class Trainer:
             initial=self.step,
             unit="step",
             dynamic_ncols=True,
-            desc=self.data.title or self.data.name,
+            desc=self.data.title,
             mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file wants few lines
         )
 
@@ -396,7 +413,8 @@ def _training_data(data: object, config: Config) -> ImageData | LoaderData:
     if isinstance(data, DataLoader):
         return LoaderData(data)
     if isinstance(data, Dataset):
+        items: Any = data  # a Dataset need not have a length; from_datasets says so
         return ImageData.from_datasets(
-            data, in_memory=config.in_memory, workers=config.workers, skip_bad=config.skip_bad
+            items, in_memory=config.in_memory, workers=config.workers or 0, skip_bad=config.skip_bad
         )
     raise TypeError(f"data must be ImageData, a Dataset or a DataLoader, got {type(data).__name__}")

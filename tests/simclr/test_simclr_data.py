@@ -1,15 +1,17 @@
+import dataclasses
 import gzip
 import importlib.util
 import struct
 import sys
 import types
+import zlib
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from fastntxent.simclr import load_data
+from fastntxent.simclr import ImageData, load_data
+from fastntxent.simclr.labels import held_out, label_tensors
 
 
 def load(name, data_dir=None, image_size=16, download=False):
@@ -29,16 +31,6 @@ def write_fashion(folder, suffix=""):
         write_idx(folder / f"{part}-images-idx3-ubyte{suffix}", arrays[part][0])
         write_idx(folder / f"{part}-labels-idx1-ubyte{suffix}", arrays[part][1])
     return arrays
-
-
-def write_images(folder, count, size=(20, 24), value=None):
-    folder.mkdir(parents=True, exist_ok=True)
-    random = np.random.default_rng(0)
-    for index in range(count):
-        pixels = (
-            random.integers(0, 256, (*size, 3), np.uint8) if value is None else np.full((*size, 3), value, np.uint8)
-        )
-        Image.fromarray(pixels).save(folder / f"{index:03}.png")
 
 
 def test_mnist5k_is_split_evenly_and_always_the_same():
@@ -81,101 +73,6 @@ def test_fashion_mnist_refuses_a_broken_file(tmp_path, content):
     (tmp_path / "train-images-idx3-ubyte").write_bytes(content)
     with pytest.raises(ValueError, match="is not an idx file"):
         load("fashion-mnist", tmp_path)
-
-
-def test_folder_takes_classes_from_its_folders(tmp_path):
-    write_images(tmp_path / "cat", 10, value=10)
-    write_images(tmp_path / "dog", 10, value=200)
-    data = load("folder", tmp_path)
-    assert data.class_names == ("cat", "dog")
-    assert data.train_images.shape == (16, 3, 16, 16)
-    assert data.test_labels.bincount().tolist() == [2, 2]
-    assert (data.test_images[data.test_labels == 1] == 200).all()
-
-
-def test_folder_uses_its_own_split(tmp_path):
-    for part, count in (("train", 6), ("test", 3)):
-        for name in ("a", "b"):
-            write_images(tmp_path / part / name, count)
-    data = load("folder", tmp_path)
-    assert (len(data.train_images), len(data.test_images)) == (12, 6)
-    assert data.train_labels.bincount().tolist() == [6, 6]
-
-
-def test_folder_without_classes_is_unlabelled(tmp_path):
-    write_images(tmp_path, 10)
-    data = load("folder", tmp_path)
-    assert not data.is_labelled
-    assert (len(data.train_images), len(data.test_images)) == (8, 2)
-    assert (data.train_labels == -1).all()
-
-
-def test_folder_keeps_the_shape_of_what_it_resizes(tmp_path):
-    wide = np.zeros((20, 60, 3), np.uint8)
-    wide[:, 20:40] = 255
-    for index in range(10):
-        Image.fromarray(wide).save(tmp_path / f"{index}.png")
-    pixels = load("folder", tmp_path).train_images
-    assert (pixels[..., 2:-2] == 255).all(), "the centre square should be cut out, not squeezed"
-
-
-def test_folder_errors_name_the_path(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no image under"):
-        load("folder", tmp_path)
-    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
-        load("folder", tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="--data folder needs --data-dir"):
-        load("folder")
-    write_images(tmp_path, 10)
-    (tmp_path / "004.png").write_bytes(b"not a picture")
-    with pytest.raises(ValueError, match=r"004\.png cannot be read as an image"):
-        load("folder", tmp_path)
-
-
-@pytest.mark.parametrize("layout", ["NHW", "NHWC", "NCHW"])
-@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
-def test_npz_takes_every_layout(tmp_path, layout, dtype):
-    pixels = np.random.default_rng(0).integers(0, 256, (20, 3, 12, 10)).astype(np.uint8)
-    channels = pixels[:, :1] if layout == "NHW" else pixels
-    stored = {"NHW": channels[:, 0], "NHWC": channels.transpose(0, 2, 3, 1), "NCHW": channels}[layout]
-    stored = stored / np.float32(255) if dtype == np.float32 else stored
-    np.savez(tmp_path / "d.npz", images=stored, labels=np.arange(20) % 2, test_images=stored[:4])
-    data = load("npz", tmp_path / "d.npz")
-    assert torch.equal(data.train_images, torch.from_numpy(channels))
-    assert torch.equal(data.test_images, torch.from_numpy(channels[:4]))
-    assert not data.is_labelled, "the test images came without labels"
-
-
-IMAGES = np.zeros((10, 8, 8), np.uint8)
-
-
-@pytest.mark.parametrize(
-    ("arrays", "message"),
-    [
-        ({"pictures": IMAGES}, "must hold an array `images`, found pictures"),
-        ({"images": IMAGES[0]}, r"got \(8, 8\)"),
-        ({"images": np.zeros((10, 8, 8, 5), np.uint8)}, "1 or 3 channels"),
-        ({"images": np.zeros((10, 4, 4), np.uint8)}, "8 x 8 pixels"),
-        ({"images": IMAGES.astype(np.int64)}, "must be uint8 or floating, got int64"),
-        ({"images": IMAGES - 1.5}, r"must lie in \[0, 1\] or \[0, 255\], got \[-1.5, -1.5\]"),
-        ({"images": np.full((10, 8, 8), np.nan)}, "must lie in"),
-        ({"images": IMAGES, "labels": np.zeros(9, int)}, "labels must be 10 integers"),
-        ({"images": IMAGES, "labels": np.zeros(10)}, "labels must be 10 integers, got float64"),
-        ({"images": IMAGES, "labels": np.arange(10)}, "too few to hold a fifth"),
-        ({"images": IMAGES, "test_images": np.zeros((10, 9, 9), np.uint8)}, "test_images must be like images"),
-        ({"images": np.array([None] * 10)}, "cannot be read as an .npz file of plain arrays"),
-    ],
-)
-def test_npz_refuses_what_is_no_data_set(tmp_path, arrays, message):
-    np.savez(tmp_path / "d.npz", **arrays)
-    with pytest.raises(ValueError, match=message):
-        load("npz", tmp_path / "d.npz")
-
-
-def test_npz_refuses_a_file_of_another_kind(tmp_path):
-    (tmp_path / "d.npz").write_bytes(b"text")
-    with pytest.raises(ValueError, match="cannot be read as an"):
-        load("npz", tmp_path / "d.npz")
 
 
 def test_channel_moments_are_those_of_the_scaled_images(tmp_path):
@@ -260,7 +157,7 @@ def test_cifar10_says_that_torchvision_does_not_work(monkeypatch):
     def broken(name):
         raise RuntimeError("operator torchvision::nms does not exist")
 
-    monkeypatch.setattr("fastntxent.simclr.sources.import_module", broken)
+    monkeypatch.setattr("fastntxent.simclr.optional.import_module", broken)
     with pytest.raises(ImportError, match="the installed torchvision does not work beside this PyTorch: operator"):
         load("cifar10")
 
@@ -269,3 +166,150 @@ def test_cifar10_says_that_torchvision_does_not_work(monkeypatch):
 def test_cifar10_asks_the_real_torchvision_for_a_download(tmp_path):
     with pytest.raises(FileNotFoundError, match="add --download"):
         load("cifar10", tmp_path)
+
+
+def make(**changes):
+    images = torch.zeros(6, 1, 8, 8, dtype=torch.uint8)
+    fields = {
+        "name": "mine", "train_images": images, "train_labels": torch.tensor([0, 1, 0, 1, -1, 0]),
+        "test_images": images[:2], "test_labels": torch.tensor([0, 1]), "class_names": ("a", "b"),
+    }  # fmt: skip
+    return ImageData(**{**fields, **changes})
+
+
+def test_image_data_takes_what_it_documents():
+    data = make(class_names=["a\nb", "a\rb"])
+    assert data.class_names == ("a?b", "a?b (2)")
+    assert (data.title, data.notes) == ("mine", ())
+    assert dataclasses.replace(data, train_images=data.train_images[:3], train_labels=data.train_labels[:3]).is_labelled
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"train_images": torch.zeros(6, 1, 8, 8)},
+            TypeError,
+            "must be a uint8 tensor on the CPU, got torch.float32",
+        ),
+        ({"test_images": np.zeros((2, 1, 8, 8), np.uint8)}, TypeError, "test_images must be .*, got ndarray"),
+        (
+            {"train_images": torch.zeros(6, 8, 8).byte()},
+            ValueError,
+            r"\(N, C, H, W\) .* got \(6, 8, 8\)",
+        ),
+        ({"train_images": torch.zeros(6, 2, 8, 8).byte()}, ValueError, "1 or 3 channels"),
+        ({"train_images": torch.zeros(6, 1, 8, 7).byte()}, ValueError, "8 x 8 pixels"),
+        ({"train_images": torch.zeros(1, 1, 8, 8).byte()}, ValueError, "at least 2 images, got 1"),
+        ({"test_images": torch.zeros(0, 1, 8, 8).byte()}, ValueError, "at least 1 image, got 0"),
+        ({"test_images": torch.zeros(2, 1, 8, 9).byte()}, ValueError, "test_images must be like train_images"),
+        ({"train_labels": torch.zeros(6, dtype=torch.int32)}, TypeError, "train_labels must be an int64 tensor"),
+        ({"train_labels": [0] * 6}, TypeError, "train_labels .* got list"),
+        ({"train_labels": torch.zeros(5).long()}, ValueError, r"train_labels must have the shape \(6,\)"),
+        ({"train_labels": torch.full((6,), 2)}, ValueError, r"train_labels must lie in 0..1, .* got 2..2"),
+        ({"test_labels": torch.tensor([0, -2])}, ValueError, r"test_labels must lie in 0..1, .* got -2..0"),
+        ({"class_names": "ab"}, TypeError, "class_names must be a tuple of texts"),
+        ({"class_names": (1, 2)}, TypeError, "class_names must be a tuple of texts"),
+    ],
+)
+def test_image_data_refuses_what_it_does_not_document(changes, error, message):
+    with pytest.raises(error, match=message):
+        make(**changes)
+
+
+def test_is_labelled_needs_a_test_image_of_a_known_class():
+    assert make().is_labelled
+    assert not make(class_names=("a", "b", "c"), test_labels=torch.tensor([2, -1])).is_labelled
+    assert not make(train_labels=torch.zeros(6).long()).is_labelled
+
+
+def test_fingerprint_is_the_checksum_of_all_bytes():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (5000, 3, 40, 40), generator=generator, dtype=torch.uint8)  # more than one block
+    data = make(train_images=images, train_labels=torch.zeros(5000).long(), test_images=images[:2])
+    assert data.fingerprint() == f"(5000, 3, 40, 40)-{zlib.crc32(images.numpy().tobytes()):08x}"
+
+
+def test_load_data_refuses_options_that_have_no_effect():
+    with pytest.raises(ValueError, match="--in-memory no is for --data folder"):
+        load_data("digits", in_memory="no")
+    with pytest.raises(ValueError, match="in_memory must be one of auto, yes, no, got True"):
+        load_data("digits", in_memory=True)
+
+
+def test_held_out_is_a_fifth_of_every_class():
+    labels = torch.tensor([7] * 10 + [-1] * 5 + [3] * 4)[torch.randperm(19, generator=torch.Generator().manual_seed(0))]
+    mask = held_out(labels)
+    order = np.random.default_rng(0).permutation(19)
+    for label, count in ((7, 2), (-1, 1), (3, 0)):
+        assert mask[labels == label].sum() == count
+        assert mask[[i for i in order if labels[i] == label][:count]].all()
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "names", "numbers"),
+    [
+        (np.array([-7, 10**12, -1, 3]), np.array([3, 5], np.uint8), ("-7", "3", "5", "1000000000000"), [0, 3, -1, 1]),
+        (np.array([2**64 - 1, 0], np.uint64), np.array([-5]), ("-5", "0", "18446744073709551615"), [2, 1]),
+        (np.array([[1], [0]]), None, ("0", "1"), [1, 0]),
+        (np.array([2.0, -1.0, 0.0]), None, ("0", "2"), [1, -1, 0]),
+        (np.array([True, False]), None, ("0", "1"), [1, 0]),
+        (np.array(["dog", "cat", ""]), np.array(["ant"]), ("ant", "cat", "dog"), [2, 1, -1]),
+        (np.array([b"caf\xe9", b"caf\xe8"]), None, ("caf?", "caf? (2)"), [1, 0]),
+    ],
+)
+def test_label_tensors_number_the_classes_of_both_parts(train, test, names, numbers):
+    parts = [("labels", train, len(train)), ("test_labels", test, 1 if test is None else len(test))]
+    (first, second), class_names = label_tensors(parts)
+    assert first.tolist() == numbers
+    assert first.dtype == second.dtype == torch.int64
+    assert class_names == names
+    if test is None:
+        assert second.tolist() == [-1]
+
+
+def test_label_tensors_index_names_that_are_given():
+    parts = [("labels", np.array([2, -1, 0]), 3), ("test_labels", np.array([1]), 1)]
+    (first, _), names = label_tensors(parts, ("x", "y", "z"))
+    assert first.tolist() == [2, -1, 0]
+    assert names == ("x", "y", "z")
+    texts = [("labels", np.array(["z", "x"]), 2)]
+    assert label_tensors(texts, ("x", "y", "z"))[0][0].tolist() == [2, 0]
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "message"),
+    [
+        (np.array([0, 3]), ("x", "y", "z"), r"among the 3 class names \(0 to 2, or -1 for none\), got 3"),
+        (np.array(["w", "x"]), ("x", "y"), r"among the 2 class names \(x, y\), got w"),
+        (np.array([0, 0.5]), (), "whole numbers or texts, got 0.5"),
+        (np.array([0, np.nan]), (), "whole numbers or texts, got nan"),
+        (np.eye(2), (), r"of shape \(2, 2\) \(one column for each class\? give its argmax\)"),
+        (np.array([0, 1j]), (), "integers or texts, got complex128"),
+    ],
+)
+def test_label_tensors_refuse_other_labels(labels, names, message):
+    with pytest.raises(ValueError, match=message):
+        label_tensors([("labels", labels, 2)], names)
+
+
+def test_label_tensors_do_not_mix_numbers_and_texts():
+    with pytest.raises(ValueError, match="labels and test_labels must be all numbers or all text"):
+        label_tensors([("labels", np.array([0]), 1), ("test_labels", np.array(["a"]), 1)])
+
+
+def test_fashion_mnist_refuses_a_shape_that_overflows(tmp_path):
+    write_fashion(tmp_path)
+    sizes = (2**31, 2**31, 4)  # 2^64 values: 0 in a 64-bit product
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(struct.pack(">HBB3I", 0, 8, 3, *sizes))
+    with pytest.raises(ValueError, match="with the 0 values it holds"):
+        load("fashion-mnist", tmp_path)
+
+
+@pytest.mark.parametrize("rank", [1, 255])
+def test_fashion_mnist_refuses_another_number_of_dimensions(tmp_path, rank):
+    write_fashion(tmp_path)
+    content = struct.pack(f">HBB{rank}I", 0, 8, rank, *[1] * rank) + b"a"
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"train-images-idx3-ubyte is not an idx file of 3 dimensions, it has {rank}"):
+        load("fashion-mnist", tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import os
@@ -17,11 +18,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import instruction_set
 from fastntxent.simclr import Config, ImageData, Trainer
-from fastntxent.simclr.batch_norm import over_ranks
+from fastntxent.simclr.batch_norm import over_ranks, without_sync
 from fastntxent.simclr.build import pick_device
 from fastntxent.simclr.checkpoint import FILE_NAME, load_checkpoint, with_saved_options
 from fastntxent.simclr.objective import build_objective
@@ -96,6 +98,7 @@ def all_runs(data: ImageData, out: Path, checkpoint: str) -> dict[str, Any]:
     resumed.fit()
     found["resumed"] = outcome(resumed) | {"started": started}
     found["normalised"] = normalised(ranks)
+    found["odd norms"] = odd_norms(ranks)
     found["half"] = half_normalised(ranks)
     found["errors"] = {name: words(provoke, ranks, data, out) for name, provoke in MISTAKEN.items()}
     found["downloaded"] = downloaded(ranks, data, out)
@@ -122,6 +125,69 @@ def normalised(ranks: Ranks | None) -> list[Tensor]:
             dist.all_reduce(gradient)
         return [ranks.gather(leaf.grad), *gradients, *model.buffers()]
     return [leaf.grad, *gradients, *model.buffers()]
+
+
+class NormAndRelu(nn.BatchNorm2d):
+    """A batch norm that does more in its forward, as timm's do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+class OddNorms(nn.Module):
+    """The kinds of normalisation that encoders from elsewhere have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = self.again = nn.BatchNorm2d(3)
+        self.plain = nn.BatchNorm2d(3, affine=False)
+        self.averaged = nn.BatchNorm2d(3, momentum=None)
+        self.untracked = nn.BatchNorm2d(3, track_running_stats=False)
+        self.relu = NormAndRelu(3)
+        self.sync = nn.SyncBatchNorm(3)
+        self.frozen = nn.BatchNorm2d(3)
+        self.frozen.running_mean.add_(0.3)
+        self.instance = nn.InstanceNorm2d(3, affine=True, track_running_stats=False)
+        self.without_gradient = nn.BatchNorm2d(3).requires_grad_(False)
+        self.register_buffer("largest", torch.zeros(()))
+
+    def train(self, mode: bool = True) -> OddNorms:
+        super().train(mode)
+        self.frozen.eval()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm in (
+            self.shared, self.plain, self.averaged, self.untracked, self.relu, self.sync, self.frozen, self.instance,
+            self.again, self.without_gradient,
+        ):  # fmt: skip
+            x = norm(torch.tanh(x * 1.7 + 0.1))
+        self.largest = self.largest + 1  # a buffer that is replaced, and not changed in place
+        return F.batch_norm(x, None, None, training=self.training).flatten(1)
+
+
+def odd_norms(ranks: Ranks | None) -> list[Tensor]:
+    """Gradients, buffers and outputs of odd norms, of all rows or of this rank's."""
+    torch.manual_seed(0)
+    model = OddNorms().double()
+    without_sync(model)
+    x, weights = torch.randn(11, 3, 2, 4, dtype=torch.float64), torch.randn(11, 24, dtype=torch.float64)
+    replica: nn.Module = model
+    if ranks:
+        replica = over_ranks(model, ranks.group)
+        x, weights = ranks.part(x), ranks.part(weights)
+    replica.train()
+    for _ in range(2):
+        model.zero_grad()
+        leaf = x.clone().requires_grad_()
+        y = replica(leaf)
+        (y * weights).sum().backward()
+    gradients = [p.grad for p in model.parameters() if p.requires_grad]
+    if ranks:
+        for gradient in gradients:
+            dist.all_reduce(gradient)
+        return [ranks.gather(leaf.grad), ranks.gather(y.detach()), *gradients, *model.buffers()]
+    return [leaf.grad, y.detach(), *gradients, *model.buffers()]
 
 
 def half_rows(rank: int) -> tuple[Tensor, Tensor]:
@@ -172,7 +238,7 @@ def downloaded(ranks: Ranks, data: ImageData, out: Path) -> bool:
     """Whether what the first rank of a machine fetches is there when the others look for it."""
     there = out / "fetched"
 
-    def load(*args: Any) -> ImageData:
+    def load(*args: Any, **options: Any) -> ImageData:
         if ranks.first and not there.exists():
             time.sleep(0.5)
             there.touch()
@@ -249,6 +315,28 @@ def test_batch_norm_over_ranks_is_exact_with_uneven_rows(found):
     for of_rank in found:
         for value, expected in zip(of_rank["normalised"], normalised(None), strict=True):
             torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_every_kind_of_norm_over_ranks_is_exact(found):
+    expected = odd_norms(None)
+    assert len(expected) > 20
+    for of_rank in found:
+        for value, truth in zip(of_rank["odd norms"], expected, strict=True):
+            torch.testing.assert_close(value, truth, rtol=1e-9, atol=1e-11)
+
+
+def test_sync_batch_norm_becomes_an_ordinary_one_that_can_be_copied():
+    sync = nn.SyncBatchNorm(3, process_group=object())
+    model = nn.Sequential(sync, nn.Flatten())
+    x, state = torch.randn(5, 3, 2), {name: value.clone() for name, value in sync.state_dict().items()}
+    without_sync(model)
+    assert model[0] is sync
+    assert not isinstance(sync, nn.SyncBatchNorm)
+    torch.testing.assert_close(dict(sync.state_dict()), state)
+    twin = copy.deepcopy(model)
+    torch.testing.assert_close(twin(x), nn.BatchNorm1d(3)(x).flatten(1))
+    with pytest.raises(ValueError, match="at least 2 dimensions, got 1"):
+        sync(x[0, 0])
 
 
 def test_batch_norm_over_ranks_takes_half_precision(found):

@@ -111,12 +111,12 @@ def representations(model: SimCLR, config: Config, data: ImageData) -> Features:
     device = torch.device("cpu")
     found = {}
     for name, candidate in {"trained": model, "untrained": make_model(config, data, device)}.items():
-        recalibrate(candidate, data.train_images, device)
+        recalibrate(candidate, data.train_images[:], device)
         found[name] = (
-            encode(candidate.encoder, data.train_images, device),
-            encode(candidate.encoder, data.test_images, device),
+            encode(candidate.encoder, data.train_images[:], device),
+            encode(candidate.encoder, data.test_images[:], device),
         )
-    found["raw pixels"] = raw_pixels(data.train_images), raw_pixels(data.test_images)
+    found["raw pixels"] = raw_pixels(data.train_images[:]), raw_pixels(data.test_images[:])
     return found
 
 

@@ -29,10 +29,10 @@ class Snapshot:
     def __init__(self, model: SimCLR, config: Config, data: ImageData) -> None:
         device = pick_device(config.device)
         model = copy.deepcopy(model)
-        recalibrate(model, data.train_images, device)
-        self.z_i, self.z_j = embed_views(model, data.test_images, config, device)
-        self.train = {"h": encode(model.encoder, data.train_images, device)}
-        self.test = {"h": encode(model.encoder, data.test_images, device)}
+        recalibrate(model, data.train_images[:], device)
+        self.z_i, self.z_j = embed_views(model, data.test_images[:], config, device)
+        self.train = {"h": encode(model.encoder, data.train_images[:], device)}
+        self.test = {"h": encode(model.encoder, data.test_images[:], device)}
         for part, h in ((self.train, self.train["h"]), (self.test, self.test["h"])):
             with torch.no_grad():
                 part["z"] = model.projector(h)

@@ -1,0 +1,204 @@
+"""Datasets of PyTorch as images (N, C, H, W): kept in memory, or read item by item whenever they are needed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
+
+from .images import keep_in_memory, told_bad
+from .items import ImagesOfDataset, Item, Labelled, Shape, read_item, require_sound
+from .labels import Array, label_tensors, require_held_out
+from .notes import one_line
+from .tally import Tally, allocate
+
+Images = Tensor | ImagesOfDataset
+
+
+def read_datasets(
+    train: Labelled,
+    test: Labelled | None,
+    *,
+    name: str,
+    class_names: Sequence[str] | None,
+    in_memory: str,
+    workers: int,
+    skip_bad: bool,
+) -> tuple[Images, Tensor, Images, Tensor, tuple[str, ...], str, tuple[str, ...]]:
+    """Read every item once: training images and labels, test images and labels, class names, title and notes."""
+    named = {"train": _unwrap(train, "train")}
+    if test is not None:
+        named["test"] = _unwrap(test, "test")
+    shape, notes = _first_image(named["train"])
+    count = sum(len(dataset) for dataset in named.values())
+    keep = keep_in_memory(in_memory, count, math.prod(shape))
+    scans = [_scan(dataset, what, torch.arange(len(dataset)), shape, keep, workers) for what, dataset in named.items()]
+    note = told_bad([bad for scan in scans for bad in scan.bad], count, one_line(name), skip_bad)
+    notes += [note] if note else []
+    columns = [
+        (f"the labels of {what}", _column(what, scan.labels), len(scan.labels))
+        for what, scan in zip(named, scans, strict=True)
+    ]
+    names = class_names if class_names is not None else _own_names(named["train"], columns)
+    labels, found_names = label_tensors(columns, tuple(names))
+    if test is None:
+        scan = scans[0]
+        mask = require_held_out(one_line(name), labels[0])
+        labels = [labels[0][~mask], labels[0][mask]]
+        if scan.images is not None:
+            held_out = scan.images[mask]
+            images: list[Images] = [_compact(scan.images, ~mask), held_out]
+        else:
+            # The checksum is of the training images in their order, and they are known only now.
+            again = _scan(named["train"], "train", scan.places[~mask], shape, False, workers)
+            told_bad(again.bad, count, one_line(name), False)
+            images = [
+                ImagesOfDataset(named["train"], scan.places[~mask], shape, again.tally),
+                ImagesOfDataset(named["train"], scan.places[mask], shape),
+            ]
+    else:
+        images = [
+            scan.images if scan.images is not None else ImagesOfDataset(dataset, scan.places, shape, scan.tally)
+            for dataset, scan in zip(named.values(), scans, strict=True)
+        ]
+    return images[0], labels[0], images[1], labels[1], found_names, name, tuple(notes)
+
+
+def _unwrap(dataset: Any, what: str) -> Labelled:
+    """A map-style dataset, or the one of a DataLoader."""
+    loader = dataset if isinstance(dataset, DataLoader) else None
+    dataset = loader.dataset if loader else dataset
+    if isinstance(dataset, IterableDataset):
+        raise TypeError(f"{what} is an IterableDataset: images are drawn by their number, so it must be map-style")
+    if loader and (
+        type(loader.sampler) not in (RandomSampler, SequentialSampler)
+        or type(loader.batch_sampler) not in (BatchSampler, type(None))
+    ):
+        raise ValueError(f"{what} is a DataLoader with a sampler of its own: give its dataset, or a Subset of it")
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or isinstance(dataset, (dict, str)):
+        raise TypeError(f"{what} must be a map-style dataset, with len() and [index], got {type(dataset).__name__}")
+    if len(dataset) == 0:
+        raise ValueError(f"{what} is empty")
+    return dataset
+
+
+def _first_image(dataset: Labelled) -> tuple[Shape, list[str]]:
+    """The size of the first image that can be read, with a note if it is another when it is read again."""
+    item = Item(None)
+    for index in range(len(dataset)):
+        item = read_item(dataset, index)
+        if item.image is not None:
+            again = read_item(dataset, index).image
+            same = again is not None and np.array_equal(item.image, again)
+            notes = [] if same else [
+                f"item {index} of train is another image each time it is read: leave random transforms out of the "
+                "dataset, the trainer draws the views"
+            ]  # fmt: skip
+            return item.image.shape, notes
+        require_sound(item, index, "train", ())
+    raise ValueError(f"no item of train can be read, the last for {item.problem}")
+
+
+@dataclass
+class _Scan:
+    """The items that could be read: their places, labels, and their images or tally; and what is wrong with others."""
+
+    places: Tensor
+    labels: list[int | str | None]
+    images: Tensor | None
+    tally: Tally
+    bad: list[str]
+
+
+def _scan(dataset: Labelled, what: str, places: Tensor, shape: Shape, keep: bool, workers: int) -> _Scan:
+    images = allocate((len(places), *shape), what) if keep else None
+    scan = _Scan(places, [], images, Tally(shape[0]), [])
+    good: list[int] = []
+    for index, item in zip(places.tolist(), _items(dataset, what, places, workers), strict=True):
+        require_sound(item, index, what, shape)
+        if item.image is None:
+            scan.bad.append(f"item {index} of {what} ({item.problem})")
+            continue
+        image = torch.from_numpy(item.image)
+        if images is None:
+            scan.tally.add(image[None])
+        else:
+            images[len(good)] = image
+        good.append(index)
+        scan.labels.append(item.label)
+    scan.places = torch.tensor(good, dtype=torch.int64)
+    scan.images = None if images is None else images[: len(good)]
+    return scan
+
+
+@dataclass(frozen=True)
+class _Items:
+    """`read_item` of a dataset, for the workers of a DataLoader."""
+
+    dataset: Labelled
+
+    def __getitem__(self, index: int) -> Item:
+        return read_item(self.dataset, index)
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+def _items(dataset: Labelled, what: str, places: Tensor, workers: int) -> Iterator[Item]:
+    if workers == 0:
+        yield from (read_item(dataset, index) for index in places.tolist())
+        return
+    loader: DataLoader[Item] = DataLoader(
+        _Items(dataset),  # type: ignore[arg-type]
+        batch_size=None,
+        sampler=places.tolist(),
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        generator=torch.Generator(),  # or the global one would be advanced
+    )
+    try:
+        yield from loader
+    except RuntimeError as error:  # a worker was killed
+        raise ValueError(f"the workers that read {what} ended: {one_line(error)}") from error
+
+
+def _column(what: str, labels: Sequence[int | str | None]) -> Array | None:
+    """The labels as an array, with a missing one as -1 or as an empty text; None if there is none at all."""
+    kinds = {type(label) for label in labels} - {type(None)}
+    if not kinds:
+        return None
+    if len(kinds) > 1:
+        raise ValueError(f"the labels of {what} must be all integers or all texts, got both")
+    if kinds == {str}:
+        return np.array([label or "" for label in labels])
+    numbers = [-1 if label is None else int(label) for label in labels]
+    try:
+        return np.array(numbers, np.int64)
+    except OverflowError as error:
+        raise ValueError(f"the labels of {what} must be less than 2^63, got {max(numbers, key=abs)}") from error
+
+
+def _own_names(dataset: Labelled, columns: Sequence[tuple[str, Array | None, int]]) -> Sequence[str]:
+    """The names that a dataset has for its classes, as torchvision's do, if all labels index them."""
+    names = getattr(dataset, "classes", ())
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        return ()
+    found = [labels for _, labels, _ in columns if labels is not None]
+    fit = all(labels.dtype.kind == "i" and labels.min() >= -1 and labels.max() < len(names) for labels in found)
+    return names if fit and found else ()
+
+
+def _compact(images: Tensor, mask: Tensor) -> Tensor:
+    """The images of a mask, moved to the front of the same memory."""
+    places = mask.nonzero().flatten()
+    for start in range(0, len(places), 1024):
+        block = places[start : start + 1024]  # at or behind where they go: nothing that is still needed is overwritten
+        images[start : start + len(block)] = images[block]
+    return images[: len(places)]

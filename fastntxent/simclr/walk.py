@@ -1,0 +1,121 @@
+"""The image files below a folder, and what else lies there; nothing is opened."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .notes import counted, listed
+from .pixels import BadFile, reason
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
+# Besides names that begin with a dot: what macOS, Synology, Linux and Windows leave in folders.
+_HIDDEN = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
+
+Identity = tuple[int, int]
+Listing = tuple[list[str], list[str]]
+
+
+@dataclass
+class Walk:
+    """Folders below a root, each listed once, with a record of everything in them that is skipped."""
+
+    root: str
+    hidden: list[str] = field(default_factory=list)
+    others: Counter[str] = field(default_factory=Counter)
+    odd: list[str] = field(default_factory=list)
+    loops: list[str] = field(default_factory=list)
+    unreadable: list[BadFile] = field(default_factory=list)
+    _listings: dict[str, Listing] = field(default_factory=dict)
+
+    def listing(self, folder: str) -> Listing:
+        """Sorted names of the folders and of the image files in a folder below the root."""
+        if folder not in self._listings:
+            self._listings[folder] = self._list(folder)
+        return self._listings[folder]
+
+    def _list(self, folder: str) -> Listing:
+        folders: list[str] = []
+        files: list[str] = []
+        try:
+            with os.scandir(os.path.join(self.root, folder)) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+        except OSError as error:
+            self.unreadable.append(BadFile(folder or ".", reason(error)))
+            return folders, files
+        for entry in entries:
+            path = os.path.join(folder, entry.name)
+            suffix = os.path.splitext(entry.name)[1].lower()
+            if entry.name.startswith(".") or entry.name in _HIDDEN:
+                self.hidden.append(path)
+            elif _is(entry.is_dir):
+                folders.append(entry.name)
+            elif suffix in IMAGE_SUFFIXES and _is(entry.is_file):
+                files.append(entry.name)
+            elif suffix in IMAGE_SUFFIXES or not os.path.exists(entry.path):
+                self.odd.append(path)  # opening a pipe would wait for its other end
+            else:
+                self.others[suffix or "no suffix"] += 1
+        return folders, files
+
+    def files(self, base: str) -> list[str]:
+        """Every image file below a folder, at any depth, sorted by the parts of its path."""
+        outside = _parents(self.root)
+        found: list[str] = []
+        pending = [(base, outside | _identity(self.root) if base else outside)]
+        while pending:
+            folder, above = pending.pop()
+            here = _identity(os.path.join(self.root, folder))
+            if here & above:
+                self.loops.append(folder)
+                continue
+            folders, files = self.listing(folder)
+            found += [os.path.join(folder, name) for name in files]
+            pending += [(os.path.join(folder, name), above | here) for name in folders]
+        return sorted(found, key=lambda path: path.split(os.sep))
+
+    def notes(self) -> list[str]:
+        """A line for every kind of thing that was skipped."""
+        notes = []
+        if self.hidden:
+            entries = counted(len(self.hidden), "hidden entry", "hidden entries")
+            notes.append(f"left out {entries}: {listed(sorted(self.hidden))}")
+        if self.others:
+            kinds = [f"{suffix} ({count})" for suffix, count in self.others.most_common()]
+            files = counted(sum(self.others.values()), "file", "files")
+            notes.append(f"left out {files} without the suffix of an image: {listed(kinds)}")
+        if self.odd:
+            entries = counted(len(self.odd), "broken link, pipe or device", "broken links, pipes or devices")
+            notes.append(f"left out {entries}: {listed(sorted(self.odd))}")
+        if self.loops:
+            notes.append(
+                f"did not follow {counted(len(self.loops), 'link', 'links')} back to a parent folder: "
+                f"{listed(sorted(self.loops))}"
+            )
+        return notes
+
+
+def _is(test: Callable[[], bool]) -> bool:
+    """A test of a directory entry, False where it cannot be made: a link to itself, a target behind a locked folder."""
+    try:
+        return test()
+    except OSError:
+        return False
+
+
+def _identity(path: str) -> frozenset[Identity]:
+    """Device and inode of a folder, the same by whatever path it is reached; empty if the folder cannot be asked."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return frozenset()
+    return frozenset({(status.st_dev, status.st_ino)})
+
+
+def _parents(root: str) -> frozenset[Identity]:
+    """The folders that the root lies in: a link to one of them leads back to the root."""
+    parents = Path(os.path.realpath(root)).parents
+    return frozenset[Identity]().union(*(_identity(str(parent)) for parent in parents))
