@@ -219,7 +219,7 @@ def load_data(
         loaded = load_files(found, size, in_memory, threads, skip_bad, progress)
         data = ImageData(
             name, loaded.train_images, loaded.train_labels, loaded.test_images, loaded.test_labels, found.class_names,
-            os.path.basename(os.path.realpath(found.root)) or str(found.root), loaded.notes,
+            os.path.basename(os.path.abspath(found.root)) or str(found.root), loaded.notes,
         )  # fmt: skip
     else:
         data = _bundle(name, found, path.name if name == "npz" and path else name)

@@ -73,10 +73,10 @@ def read_datasets(
 def _unwrap(dataset: Any, what: str) -> Labelled:
     """A map-style dataset, or the one of a DataLoader."""
     loader = dataset if isinstance(dataset, DataLoader) else None
-    dataset = loader.dataset if loader else dataset
+    dataset = dataset if loader is None else loader.dataset
     if isinstance(dataset, IterableDataset):
         raise TypeError(f"{what} is an IterableDataset: images are drawn by their number, so it must be map-style")
-    if loader and (
+    if loader is not None and (
         type(loader.sampler) not in (RandomSampler, SequentialSampler)
         or type(loader.batch_sampler) not in (BatchSampler, type(None))
     ):

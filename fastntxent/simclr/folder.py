@@ -118,6 +118,6 @@ def _notes(walk: Walk, part: _Part) -> list[str]:
         notes.append(f"left out {counted(len(empty), 'folder', 'folders')} without an image: {listed(empty)}")
     loose = [path for path, name in zip(part.paths, part.classes, strict=True) if name is None]
     if loose and part.names:
-        images = counted(len(loose), "image beside the class folders has", "images beside the class folders have")
-        notes.append(f"{images} no label: {listed(loose)}")
+        images = counted(len(loose), "image lies", "images lie")
+        notes.append(f"{images} beside the class folders: {listed(loose)}")
     return notes

@@ -132,7 +132,7 @@ def _read(
     folder: Folder, part: Files, size: int, keep: bool, threads: int, bad: list[BadFile], advance: Callable[[], object]
 ) -> tuple[Tensor | ImagesOnDisk, list[int]]:
     """The images of a part and the places of those that could be read; the others are added to `bad`."""
-    root = str(folder.root)
+    root = os.path.abspath(folder.root)  # files are read later, too
     kept = allocate((len(part.paths), 3, size, size), one_line(root)) if keep else None
     tally = Tally(3)
     good: list[int] = []

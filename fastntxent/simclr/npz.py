@@ -18,7 +18,7 @@ from .pixels import reason
 
 # What the arrays are called: training images, their labels, test images, their labels, and what is put aside for
 # validation. After this package, MedMNIST, and Keras.
-_KEYS = (
+KEYS = (
     ("images", "labels", "test_images", "test_labels", "val_images", "val_labels"),
     ("train_images", "train_labels", "test_images", "test_labels", "val_images", "val_labels"),
     ("x_train", "y_train", "x_test", "y_test", "x_val", "y_val"),
@@ -37,7 +37,7 @@ def open_npz(path: Path) -> Arrays:
         raise ValueError(f"--data npz needs an .npz file as its --data-dir, and {one_line(path)} is {kind}")
     members = _members(path)
     plain = {name.lower(): name for name in members}
-    keys = next((keys for keys in _KEYS if keys[0] in plain), None)
+    keys = next((keys for keys in KEYS if keys[0] in plain), None)
     if keys is None:
         raise ValueError(
             f"{one_line(path)} must hold an array `images` (or train_images, or x_train), found "

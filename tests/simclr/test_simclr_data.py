@@ -1,17 +1,23 @@
 import dataclasses
 import gzip
 import importlib.util
+import re
 import struct
 import sys
 import types
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from fastntxent.simclr import ImageData, load_data
+from fastntxent.simclr.folder import TEST_NAMES
 from fastntxent.simclr.labels import held_out, label_tensors
+from fastntxent.simclr.npz import KEYS
+from fastntxent.simclr.sources import SOURCES
+from fastntxent.simclr.walk import IMAGE_SUFFIXES
 
 
 def load(name, data_dir=None, image_size=16, download=False):
@@ -313,3 +319,17 @@ def test_fashion_mnist_refuses_another_number_of_dimensions(tmp_path, rank):
     (tmp_path / "train-images-idx3-ubyte").write_bytes(content)
     with pytest.raises(ValueError, match=rf"train-images-idx3-ubyte is not an idx file of 3 dimensions, it has {rank}"):
         load("fashion-mnist", tmp_path)
+
+
+DATA_PAGE = (Path(__file__).parents[2] / "docs/data.md").read_text()
+
+
+@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", DATA_PAGE, re.DOTALL))
+def test_the_page_on_data_runs(tmp_path, monkeypatch, block):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "data.md", "exec"), {"__name__": "data_page"})
+
+
+def test_the_page_on_data_names_every_source_suffix_and_array():
+    words = set(re.findall(r"[\w.+-]+", DATA_PAGE)) | set(re.findall(r"\.\w+", DATA_PAGE))
+    assert set(SOURCES) | IMAGE_SUFFIXES | set(TEST_NAMES) | {key for keys in KEYS for key in keys} <= words

@@ -176,7 +176,7 @@ IMAGE = CHANNELS_FIRST[0]
         (IMAGE / 128 - 1, r"must lie in \[0, 1\]"),
         (IMAGE * float("nan"), r"must lie in \[0, 1\], got \[nan, nan\]"),
         (IMAGE.long(), "must be uint8, or floating in .*, got int64"),
-        (IMAGE[None], r"must be \(H, W\), \(H, W, C\) or \(C, H, W\), with 1 or 3 channels, got \(1, 3, 10, 12\)"),
+        (IMAGE[None], r"must be \(H, W\), \(H, W, C\) or \(C, H, W\) with 1 or 3 channels, got \(1, 3, 10, 12\)"),
         (torch.zeros(2, 9, 9), "with 1 or 3 channels"),
         ((IMAGE, {"boxes": []}), "its label must be an integer, a text or None, got {'boxes': \\[\\]} of dict"),
         ((IMAGE, 0.5), "its label must be an integer"),

@@ -205,7 +205,7 @@ def test_folder_gives_loose_images_no_label(two_classes):
     data = load(two_classes)
     assert (torch.cat((data.train_labels, data.test_labels)) == -1).sum() == 5
     assert data.notes == (
-        "5 images beside the class folders have no label: 000.png, 001.png, 002.png, 003.png, 004.png",
+        "5 images lie beside the class folders: 000.png, 001.png, 002.png, 003.png, 004.png",
         "5 of 25 images have no label and are left out of accuracies",
     )
 
