@@ -31,7 +31,8 @@ def prepare(
     with ranks.all_or_none():
         trainer = Trainer(config, _load(config, ranks) if data is None else data, ranks, encoder=encoder)
     if ranks.group:
-        places = ("data_dir", "out", "resume")  # which another machine may call otherwise
+        # What another machine may call otherwise, and how its ranks read the images.
+        places = ("data_dir", "out", "resume", "in_memory", "workers")
         options = {flag(name): value for name, value in config.to_dict().items() if name not in places}
         read = {"the training images": trainer.data.fingerprint(), "the step of the checkpoint": trainer.step}
         ranks.require_same(options | read)

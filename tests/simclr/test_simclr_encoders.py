@@ -483,8 +483,8 @@ def test_load_encoder_asks_for_the_module_that_was_handed_over(trained):
 
 
 @pytest.mark.parametrize("changes", [
-    {"config": None}, {"channels": None}, {"image_size": None}, {"model": None}, {"config": 3}, {"model": []},
-    {"channels": "many"}, {"image_shape": 3}, {"config": {"model": 3}}, {"config": {"model": "nothing"}},
+    {"config": None}, {"image_shape": None}, {"image_shape": [1, 2]}, {"model": None}, {"config": 3}, {"model": []},
+    {"image_shape": "many"}, {"image_shape": 3}, {"config": {"model": 3}}, {"config": {"model": "nothing"}},
 ])  # fmt: skip
 def test_load_encoder_refuses_a_file_that_lacks_what_the_trainer_saves(trained, changes):
     with pytest.raises(ValueError, match=r"checkpoint.pt lacks what the trainer saves"):

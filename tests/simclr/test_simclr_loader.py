@@ -29,7 +29,14 @@ def fit(tmp_path):
     folders = iter(range(100))
 
     def train(loader, encoder=None, **options):
-        settings = {"epochs": 3, "width": 4, "proj_hidden": 16, "proj_dim": 8, "device": "cpu", "quiet": True}
+        settings = {
+            "epochs": 3,
+            "width": 0 if encoder else 4,
+            "proj_hidden": 16,
+            "proj_dim": 8,
+            "device": "cpu",
+            "quiet": True,
+        }
         trainer = Trainer(
             Config(**{**settings, "out": tmp_path / f"{next(folders)}", **options}), loader, encoder=encoder
         )
