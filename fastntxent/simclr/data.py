@@ -29,6 +29,8 @@ class ImageData:
     test_images: Tensor
     test_labels: Tensor
     class_names: tuple[str, ...]
+    title: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def channels(self) -> int:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from .config import Config, flag
 from .data import ImageData, load_data
-from .evaluate import REPRESENTATIONS, evaluate
+from .evaluate import ACCURACIES, REPRESENTATIONS, Evaluation, evaluate, why
+from .models import SimCLR
+from .output import printable
 from .ranks import ALONE, Ranks, launched
-from .report import write_report
+from .report import write_pages, write_report
 from .train import Trainer
 
 
@@ -43,9 +47,26 @@ def forewarn(trainer: Trainer) -> str:
     return f"note: {name} {asked} is more than the {trainer.batch} training images: every step takes all of them"
 
 
-def finish(trainer: Trainer, command: Sequence[str] = ()) -> dict[str, Any]:
-    """Judge a trained encoder and write the report; returns what metrics.json holds."""
-    evaluation = evaluate(trainer.model, trainer.config, trainer.data)
+def finish(trainer: Trainer, command: Sequence[str] = (), untrained: SimCLR | None = None) -> dict[str, Any]:
+    """Judge a trained encoder and write the report, whatever cannot be measured or drawn.
+
+    Args:
+        trainer: the finished run.
+        command: the command line that started it, for the record.
+        untrained: the model before its first step; without it one is made from the settings.
+
+    Returns:
+        What metrics.json holds.
+
+    Raises:
+        OSError: the run's folder cannot be written to.
+    """
+    # Should judging end the process, for want of memory for one, the history and the settings are there.
+    write_pages(trainer, Evaluation(notes=["The process ended before the encoder was judged."]), command)
+    try:
+        evaluation = evaluate(trainer.model, trainer.config, trainer.data, untrained)
+    except Exception as error:
+        evaluation = Evaluation(notes=[f"Not judged: the encoder ({why(error)})."])
     return write_report(trainer, evaluation, command)
 
 
@@ -72,14 +93,17 @@ def run(config: Config, command: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def summarise(metrics: dict[str, Any], out: str) -> str:
-    """The outcome in a few lines for the terminal."""
+    """The outcome in a few lines for the terminal, in letters that its encoding has."""
     lines = []
-    scores = metrics["evaluation"]["scores"]
-    for measure in ("knn", "linear probe"):
-        if measure in scores:
-            values = ", ".join(f"{name} {100 * scores[measure][name]:.1f} %" for name in REPRESENTATIONS)
+    evaluation = metrics["evaluation"]
+    for measure in ACCURACIES:
+        scores = evaluation["scores"].get(measure, {})
+        if scores:
+            values = ", ".join(
+                f"{name} {100 * scores[name]:.1f} %" if name in scores else f"{name} -" for name in REPRESENTATIONS
+            )
             lines.append(f"{measure + ':':14}{values}")
-    lines += metrics["evaluation"]["notes"]
+    lines += evaluation["notes"] + evaluation["remarks"]
     verification = metrics["verification"]
     if verification:
         lines.append(
@@ -90,5 +114,6 @@ def summarise(metrics: dict[str, Any], out: str) -> str:
     lines.append(
         f"{'time:':14}training {timing['training_seconds']:.1f} s, evaluation {timing['evaluation_seconds']:.1f} s"
     )
-    lines.append(f"{'report:':14}{out}/report.html")
-    return "\n".join(lines)
+    lines.append(f"{'report:':14}{Path(out) / 'report.html'}")
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return printable("\n".join(lines)).encode(encoding, "replace").decode(encoding)
