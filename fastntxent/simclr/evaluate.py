@@ -39,6 +39,7 @@ from .train import stream
 ROWS = 1024
 LEAST_ROWS = 64
 RAW_SIZE = 32
+RAW_VALUES = 1024  # of each image that is larger than RAW_SIZE
 POINTS = 1000  # test images whose features are kept for the map
 KEPT_BYTES = 128 * 2**20  # images read from files are kept in memory up to this size, and read again beyond it
 EXACT_VALUES = 2**23  # features up to this many values get their effective rank from an SVD
@@ -405,7 +406,7 @@ def embed_views(model: SimCLR, images: Images, config: Config, device: torch.dev
     """The embeddings of two random views of every image, the same views in every call."""
     model.eval()
     z: tuple[list[Tensor], list[Tensor]] = ([], [])
-    size = rows_at_once(images)
+    size = rows_at_once(images, channels=1)  # making views takes several copies of the pixels
     with torch.no_grad():
         for index, block in enumerate(_slices(len(images), ROWS)):
             count = block.stop - block.start
@@ -420,20 +421,23 @@ def embed_views(model: SimCLR, images: Images, config: Config, device: torch.dev
 
 
 def raw_pixels(images: Images) -> Tensor:
-    """Pixels as features; large images are averaged down to 32 x 32, or the probe would take hours."""
+    """Pixels as features; images above 32 x 32 are averaged down to at most RAW_VALUES values each.
+
+    That is 32 x 32 in grey and 18 x 18 in RGB: with more the probe would take hours, and memory to match.
+    """
 
     def pixels(part: Tensor) -> Tensor:
         x = part.float() / 255
         if max(x.shape[2:]) > RAW_SIZE:
-            x = F.adaptive_avg_pool2d(x, RAW_SIZE)
+            x = F.adaptive_avg_pool2d(x, math.isqrt(RAW_VALUES // x.shape[1]))
         return x.flatten(1)
 
     return _in_parts(images, pixels)
 
 
-def rows_at_once(images: Images) -> int:
-    """ROWS images of at most 32 x 32 pixels in RGB, and fewer larger ones."""
-    return max(LEAST_ROWS, min(ROWS, ROWS * 3 * 32 * 32 // math.prod(images.shape[1:])))
+def rows_at_once(images: Images, channels: int = 3) -> int:
+    """ROWS images of at most 32 x 32 pixels in so many channels, and fewer larger ones."""
+    return max(LEAST_ROWS, min(ROWS, ROWS * channels * 32 * 32 // math.prod(images.shape[1:])))
 
 
 def _slices(count: int, size: int) -> Iterator[slice]:

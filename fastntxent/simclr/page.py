@@ -123,8 +123,12 @@ from fastntxent.simclr import load_encoder
 
 encoder = load_encoder($folder)
 with torch.no_grad():
-    features = encoder(images)  # float images (N, $channels, $height, $width) in [0, 1]
-nearest = retrieve(features, features, k=6).indices  # (N, 6); an image is its own nearest</pre>
+    # images: float in [0, 1],
+    # (N, $channels, $height, $width)
+    features = encoder(images)
+found = retrieve(features, features, k=6)
+# found.indices is (N, 6):
+# each image itself, then the nearest</pre>
 <details><summary>All settings</summary>$settings</details>
 <details><summary>Data and environment</summary>$environment</details>
 $data_notes
