@@ -4,8 +4,8 @@ Both encoders get their BatchNorm statistics from one pass over the plain traini
 network is otherwise judged with the meaningless statistics it was created with, a trained one with those of
 augmented views.
 
-Training is over when this runs, so nothing here may lose it. `check_ready` finds out before training what is missing,
-and a measure that cannot be taken becomes a note. Images are read a bounded number at a time.
+A finished run must not be lost here: `check_ready` finds out before training what is missing, and a measure that
+cannot be taken becomes a note. Images are read a bounded number at a time.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ ROWS = 1024
 LEAST_ROWS = 64
 RAW_SIZE = 32
 RAW_VALUES = 1024  # of each image that is larger than RAW_SIZE
-POINTS = 1000  # test images whose features are kept for the map
-KEPT_BYTES = 128 * 2**20  # images read from files are kept in memory up to this size, and read again beyond it
-EXACT_VALUES = 2**23  # features up to this many values get their effective rank from an SVD
-WORKING_MIB = 32  # of distances at a time in the search for neighbours
-TOO_LARGE = 1e15  # float32 must hold the sum of many squares
+POINTS = 1000  # test images on the map
+KEPT_BYTES = 128 * 2**20  # images from files are kept in memory up to this size, and read again each time beyond it
+EXACT_VALUES = 2**23  # largest feature matrix whose effective rank is taken by SVD
+WORKING_MIB = 32  # scikit-learn's distances at a time
+TOO_LARGE = 1e15  # sums of squares of larger features may overflow float32
 REPRESENTATIONS = ("trained", "untrained", "raw pixels")
 NAMES = {"trained": "the trained encoder", "untrained": "the untrained encoder", "raw pixels": "raw pixels"}
 MEASURES = {
@@ -52,7 +52,7 @@ MEASURES = {
     "alignment": "alignment", "uniformity": "uniformity",
 }  # fmt: skip
 ACCURACIES = ("knn", "linear probe")
-# Everything that the evaluation and the figures import beside PyTorch, and the package that has it.
+# Modules that the evaluation and the figures import, and the package of each.
 NEEDED = {
     "numpy": "numpy", "sklearn.decomposition": "scikit-learn", "sklearn.exceptions": "scikit-learn",
     "sklearn.linear_model": "scikit-learn", "sklearn.manifold": "scikit-learn", "sklearn.neighbors": "scikit-learn",
@@ -76,7 +76,7 @@ class Images(Protocol):
 
 @dataclass(frozen=True)
 class Part:
-    """Some of the images of a data set, as images themselves, with their labels."""
+    """A selection of images with their labels; it can be indexed like the images."""
 
     images: Images
     indices: Tensor
@@ -93,11 +93,11 @@ class Part:
         return self.images[self.indices[rows]]
 
     def only(self, rows: Tensor) -> Part:
-        """The part of this part that a mask or indices select."""
+        """Return the selection of these rows (a mask, or indices)."""
         return Part(self.images, self.indices[rows], self.labels[rows])
 
     def kept(self) -> Part:
-        """This part in memory if its images are in files and small enough together: each is read several times."""
+        """Return the selection in memory if it comes from files and is small: every image is read several times."""
         if isinstance(self.images, Tensor) or math.prod(self.shape) > KEPT_BYTES:
             return self
         return Part(_in_parts(self, lambda images: images), torch.arange(len(self)), self.labels)
@@ -105,13 +105,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Choice:
-    """What is judged: the images of either part, and which of them the accuracies use.
+    """The images that are judged, and which of them the accuracies use.
 
     Attributes:
         train, test: the images.
         known: mask of the training images that have a label.
-        asked: mask of the test images whose class is among the known ones.
-        accuracies: whether there is enough for accuracies.
+        asked: mask of the test images whose class has a known training image.
+        accuracies: whether there are two classes to tell apart, and a test image of one of them.
         notes: a line for each measure that is not taken, and for images that are left out of one.
     """
 
@@ -147,7 +147,7 @@ class Evaluation:
 
 
 def check_ready(config: Config, data: ImageData) -> list[str]:
-    """Find out before training what the evaluation and the figures will lack.
+    """Check before training that the evaluation and the figures can be made.
 
     Returns:
         A line for each measure that will not be taken, and for test images that will be left out of one.
@@ -171,7 +171,7 @@ def check_ready(config: Config, data: ImageData) -> list[str]:
 
 
 def why(error: Exception) -> str:
-    """An error in some words, on one line."""
+    """Return an error's message on one line, at most 200 characters of it."""
     if isinstance(error, MemoryError):
         return "out of memory"
     return shortened(" ".join(printable(first_line(error)).split()) or type(error).__name__, 200)
@@ -225,7 +225,7 @@ class _Judge:
 
     @contextlib.contextmanager
     def noting(self, words: str) -> Iterator[None]:
-        """Make an exception a note that begins with these words."""
+        """Turn an exception into a note that begins with these words."""
         try:
             yield
         except Exception as error:
@@ -266,7 +266,7 @@ class _Judge:
 
 
 def why_unusable(features: Tensor) -> str:
-    """Why features have no angles, distances or map, in some words; empty if they have."""
+    """Return why features cannot be measured or mapped, or an empty string if they can."""
     if features.ndim != 2 or features.shape[1] == 0:
         return f"they must be (N, F), got {tuple(features.shape)}"
     low, high = features.aminmax()
@@ -278,7 +278,7 @@ def why_unusable(features: Tensor) -> str:
 
 
 def choose(config: Config, data: ImageData) -> Choice:
-    """Choose the images that are judged: the same in every run, and of every class while the limit allows."""
+    """Choose the images to judge, the same in every run; every class is among them while the limit allows."""
     train = _subset(data.train_images, data.train_labels, config.eval_limit)
     test = _subset(data.test_images, data.test_labels, config.eval_limit)
     known = train.labels >= 0
@@ -445,7 +445,7 @@ def _slices(count: int, size: int) -> Iterator[slice]:
 
 
 def _in_parts(images: Images, compute: Callable[[Tensor], Tensor]) -> Tensor:
-    """compute(part) of every part of the images, in one tensor that is allocated once."""
+    """Return compute(part) of all parts of the images, stacked in a tensor that is allocated once."""
     result = torch.empty(0)
     for rows in _slices(len(images), rows_at_once(images)):
         part = compute(images[rows])

@@ -8,6 +8,7 @@ import json
 import math
 import platform
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import metadata
 from typing import Any
 
@@ -54,8 +55,8 @@ Pictures = dict[str, "bytes | str"]
 def write_report(trainer: Trainer, evaluation: Evaluation, command: Sequence[str]) -> dict[str, Any]:
     """Write metrics.json and report.html into the run's folder, then each picture, then the report with them.
 
-    A picture that cannot be drawn is left out, and the report says why. Should drawing end the process, the first
-    report stays.
+    A picture that cannot be drawn is left out, and the report says why. If drawing kills the process, metrics.json and
+    a report without pictures are already there.
 
     Args:
         trainer: the finished run.
@@ -75,7 +76,7 @@ def write_report(trainer: Trainer, evaluation: Evaluation, command: Sequence[str
             png = pictures[name] = draw(trainer, evaluation)
         except Exception as error:
             pictures[name] = why(error)
-            evaluation.notes.append(f"Not drawn: {name}.png ({why(error)}).")
+            evaluation = replace(evaluation, notes=[*evaluation.notes, f"Not drawn: {name}.png ({why(error)})."])
         else:
             write_whole(trainer.config.out / f"{name}.png", lambda file, png=png: file.write(png))  # type: ignore[misc]
     return write_pages(trainer, evaluation, command, pictures)
@@ -84,12 +85,12 @@ def write_report(trainer: Trainer, evaluation: Evaluation, command: Sequence[str
 def write_pages(
     trainer: Trainer, evaluation: Evaluation, command: Sequence[str], pictures: Pictures | None = None
 ) -> dict[str, Any]:
-    """Write metrics.json and report.html with the pictures that there are, and return what metrics.json holds."""
+    """Write metrics.json and report.html, without pictures if None are given; return what metrics.json holds."""
     metrics: dict[str, Any] = _for_json(collect_metrics(trainer, evaluation, command))
     out = trainer.config.out
     if pictures is None:
         pictures = dict.fromkeys(_PICTURES, "the process ended before")
-        for name in _PICTURES:  # those of an earlier run in this folder
+        for name in _PICTURES:  # an earlier run may have left them here
             (out / f"{name}.png").unlink(missing_ok=True)
     write_text(out / "metrics.json", json.dumps(metrics, indent=1, allow_nan=False) + "\n")
     write_text(out / "report.html", render(metrics, trainer, evaluation, pictures))
@@ -97,7 +98,7 @@ def write_pages(
 
 
 def _for_json(value: Any) -> Any:
-    """The value with null for what is not a finite number, and text that every reader of JSON takes."""
+    """The value for JSON: numbers that are not finite become null, lone surrogates question marks."""
     if isinstance(value, dict):
         return {printable(key): _for_json(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -166,7 +167,7 @@ def _version(package: str) -> str | None:
 
 
 def remarks(scores: Scores) -> list[str]:
-    """What a person should know of the scores before trusting the encoder, a line each; none where all is well."""
+    """Return a line for each sign that the encoder has not learnt, with what to try; none if there is no such sign."""
     found = []
     worse: dict[str, list[str]] = {}
     for measure in ACCURACIES:
@@ -261,7 +262,7 @@ def _score(measure: str, value: float | None) -> str:
 
 
 def _colour_key(trainer: Trainer, evaluation: Evaluation) -> str:
-    """The map's colours as text: on a phone, and wherever the picture cannot hold or draw the names."""
+    """A legend of the map in HTML, for phones and for names that the picture cuts short or may have no glyphs for."""
     groups = colour_key(evaluation, trainer.data)
     if len(groups) > MOST_CAPTIONS:
         return ""

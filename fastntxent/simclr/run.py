@@ -48,7 +48,7 @@ def forewarn(trainer: Trainer) -> str:
 
 
 def finish(trainer: Trainer, command: Sequence[str] = (), untrained: SimCLR | None = None) -> dict[str, Any]:
-    """Judge a trained encoder and write the report, whatever cannot be measured or drawn.
+    """Judge a trained encoder and write the report, even if some of it cannot be measured or drawn.
 
     Args:
         trainer: the finished run.
@@ -61,7 +61,7 @@ def finish(trainer: Trainer, command: Sequence[str] = (), untrained: SimCLR | No
     Raises:
         OSError: the run's folder cannot be written to.
     """
-    # Should judging end the process, for want of memory for one, the history and the settings are there.
+    # If judging kills the process (for lack of memory, say), history and settings are already written.
     write_pages(trainer, Evaluation(notes=["The process ended before the encoder was judged."]), command)
     try:
         evaluation = evaluate(trainer.model, trainer.config, trainer.data, untrained)
@@ -93,7 +93,7 @@ def run(config: Config, command: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def summarise(metrics: dict[str, Any], out: str) -> str:
-    """The outcome in a few lines for the terminal, in letters that its encoding has."""
+    """Return the outcome in a few lines for the terminal; characters outside its encoding become question marks."""
     lines = []
     evaluation = metrics["evaluation"]
     for measure in ACCURACIES:
