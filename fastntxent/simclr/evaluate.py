@@ -18,9 +18,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,15 +32,13 @@ from .config import Config
 from .data import ImageData
 from .models import SimCLR
 from .output import printable
+from .selection import ROWS, Choice, Images, choose, in_parts, rows_at_once, shortened, slices
 from .sources import require
 from .train import stream
 
-ROWS = 1024
-LEAST_ROWS = 64
 RAW_SIZE = 32
 RAW_VALUES = 1024  # of each image that is larger than RAW_SIZE
 POINTS = 1000  # test images on the map
-KEPT_BYTES = 128 * 2**20  # images from files are kept in memory up to this size, and read again each time beyond it
 EXACT_VALUES = 2**23  # largest feature matrix whose effective rank is taken by SVD
 WORKING_MIB = 32  # scikit-learn's distances at a time
 TOO_LARGE = 1e15  # sums of squares of larger features may overflow float32
@@ -61,66 +58,6 @@ NEEDED = {
 }  # fmt: skip
 
 Scores = dict[str, dict[str, float]]
-
-
-class Images(Protocol):
-    """uint8 images (N, C, H, W): a tensor, or files that are read when rows are asked for."""
-
-    @property
-    def shape(self) -> torch.Size: ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, rows: Any, /) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class Part:
-    """A selection of images with their labels; it can be indexed like the images."""
-
-    images: Images
-    indices: Tensor
-    labels: Tensor
-
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size((len(self.indices), *self.images.shape[1:]))
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, rows: Any, /) -> Tensor:
-        return self.images[self.indices[rows]]
-
-    def only(self, rows: Tensor) -> Part:
-        """Return the selection of these rows (a mask, or indices)."""
-        return Part(self.images, self.indices[rows], self.labels[rows])
-
-    def kept(self) -> Part:
-        """Return the selection in memory if it comes from files and is small: every image is read several times."""
-        if isinstance(self.images, Tensor) or math.prod(self.shape) > KEPT_BYTES:
-            return self
-        return Part(_in_parts(self, lambda images: images), torch.arange(len(self)), self.labels)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The images that are judged, and which of them the accuracies use.
-
-    Attributes:
-        train, test: the images.
-        known: mask of the training images that have a label.
-        asked: mask of the test images whose class has a known training image.
-        accuracies: whether there are two classes to tell apart, and a test image of one of them.
-        notes: a line for each measure that is not taken, and for images that are left out of one.
-    """
-
-    train: Part
-    test: Part
-    known: Tensor
-    asked: Tensor
-    accuracies: bool
-    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -277,71 +214,11 @@ def why_unusable(features: Tensor) -> str:
     return ""
 
 
-def choose(config: Config, data: ImageData) -> Choice:
-    """Choose the images to judge, the same in every run; every class is among them while the limit allows."""
-    train = _subset(data.train_images, data.train_labels, config.eval_limit)
-    test = _subset(data.test_images, data.test_labels, config.eval_limit)
-    known = train.labels >= 0
-    classes = train.labels[known].unique()
-    asked = torch.isin(test.labels, classes)
-    labelled = test.labels >= 0
-    notes = []
-    unlabelled = [words for words, mask in (("training", known), ("test", labelled)) if not mask.any()]
-    if unlabelled:
-        which = "The images" if len(unlabelled) == 2 else f"The {unlabelled[0]} images"
-        notes.append(f"{which} carry no labels, so accuracies are not measured.")
-    elif len(classes) < 2:
-        notes.append(
-            f"All labelled training images are of one class ({class_name(data, int(classes[0]))}), so accuracies are "
-            "not measured."
-        )
-    else:
-        left_out = test.labels[labelled & ~asked]
-        if len(left_out):
-            names = [class_name(data, label) for label in left_out.unique().tolist()]
-            listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-            notes.append(
-                f"{len(left_out)} test images are left out of the accuracies: no training image that is judged has "
-                f"their class ({listed})."
-            )
-        if not asked.any():
-            notes.append("No test image is of a class that has a training image, so accuracies are not measured.")
-    accuracies = len(classes) >= 2 and bool(asked.any())
-    return Choice(train, test, known, asked, accuracies, tuple(notes))
-
-
-def class_name(data: ImageData, label: int) -> str:
-    """The name of a class in printable text on one line, at most 40 characters of it."""
-    name = data.class_names[label] if label < len(data.class_names) else str(label)
-    text = "".join(letter if letter.isprintable() else " " for letter in printable(name))
-    text = " ".join(text.split())
-    return shortened(text, 40) or "(no name)"
-
-
-def shortened(text: str, length: int) -> str:
-    """The text if it has at most `length` characters, else its beginning and an ellipsis."""
-    return text if len(text) <= length else text[: length - 1].rstrip() + "…"
-
-
-def _subset(images: Images, labels: Tensor, limit: int) -> Part:
-    """At most `limit` images: one of each class, then the labelled ones in a fixed order, then the others."""
-    count = len(images)
-    if count <= limit:
-        return Part(images, torch.arange(count), labels)
-    order = np.random.default_rng(0).permutation(count)
-    order = order[np.argsort(labels.numpy()[order] < 0, kind="stable")]
-    found, first = np.unique(labels.numpy()[order], return_index=True)
-    first = np.sort(first[found >= 0])[:limit]
-    others = np.setdiff1d(np.arange(count), first, assume_unique=True)[: limit - len(first)]
-    indices = torch.from_numpy(order[np.sort(np.concatenate((first, others)))])
-    return Part(images, indices, labels[indices])
-
-
 def encode(module: nn.Module, images: Images, device: torch.device) -> Tensor:
     """Features of uint8 images, (N, F) float32 on the CPU, in eval mode and without a gradient."""
     module.eval()
     with torch.no_grad():
-        return _in_parts(images, lambda part: module(part.to(device).float() / 255).float().cpu())
+        return in_parts(images, lambda part: module(part.to(device).float() / 255).float().cpu())
 
 
 def recalibrate(model: nn.Module, images: Images, device: torch.device) -> None:
@@ -355,7 +232,7 @@ def recalibrate(model: nn.Module, images: Images, device: torch.device) -> None:
         norm.momentum = None  # a plain average over batches
         norm.train()
     with torch.no_grad():
-        for rows in _slices(len(images), rows_at_once(images)):
+        for rows in slices(len(images), rows_at_once(images)):
             if rows.stop - rows.start > 1:
                 model(images[rows].to(device).float() / 255)
 
@@ -392,10 +269,12 @@ def effective_rank(features: Tensor) -> float:
         values = torch.linalg.svdvals(features.double() - features.double().mean(0))
     else:
         # From the eigenvalues of the Gram matrix: a tenth of the memory, and singular values to 1e-8 of the largest.
-        mean = features.mean(0, dtype=torch.float64)
+        mean = features.mean(0, dtype=torch.float64).expand(features.shape)
+        if features.shape[0] < features.shape[1]:
+            features, mean = features.T, mean.T
         gram = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64)
-        for part in features.split(ROWS):
-            centred = part - mean
+        for part, centre in zip(features.split(ROWS), mean.split(ROWS), strict=True):
+            centred = part - centre
             gram.addmm_(centred.T, centred)
         values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     share = values / values.sum().clamp(min=1e-30)
@@ -408,9 +287,9 @@ def embed_views(model: SimCLR, images: Images, config: Config, device: torch.dev
     z: tuple[list[Tensor], list[Tensor]] = ([], [])
     size = rows_at_once(images, channels=1)  # making views takes several copies of the pixels
     with torch.no_grad():
-        for index, block in enumerate(_slices(len(images), ROWS)):
+        for index, block in enumerate(slices(len(images), ROWS)):
             count = block.stop - block.start
-            for part in _slices(count, size):
+            for part in slices(count, size):
                 rows = torch.arange(part.start, part.stop)
                 pixels = images[slice(block.start + part.start, block.start + part.stop)].to(device)
                 generator = stream(config.seed, "evaluation", index)
@@ -432,24 +311,4 @@ def raw_pixels(images: Images) -> Tensor:
             x = F.adaptive_avg_pool2d(x, math.isqrt(RAW_VALUES // x.shape[1]))
         return x.flatten(1)
 
-    return _in_parts(images, pixels)
-
-
-def rows_at_once(images: Images, channels: int = 3) -> int:
-    """ROWS images of at most 32 x 32 pixels in so many channels, and fewer larger ones."""
-    return max(LEAST_ROWS, min(ROWS, ROWS * channels * 32 * 32 // math.prod(images.shape[1:])))
-
-
-def _slices(count: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, count)) for start in range(0, count, size))
-
-
-def _in_parts(images: Images, compute: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return compute(part) of all parts of the images, stacked in a tensor that is allocated once."""
-    result = torch.empty(0)
-    for rows in _slices(len(images), rows_at_once(images)):
-        part = compute(images[rows])
-        if rows.start == 0:
-            result = torch.empty(len(images), *part.shape[1:], dtype=part.dtype)
-        result[rows] = part
-    return result
+    return in_parts(images, pixels)

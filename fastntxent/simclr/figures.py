@@ -16,8 +16,9 @@ from torch import Tensor
 from .augment import PRESETS, two_views
 from .config import Config
 from .data import ImageData
-from .evaluate import Evaluation, class_name, shortened, why_unusable
+from .evaluate import Evaluation, why_unusable
 from .history import History
+from .selection import class_name, shortened
 from .sources import UNLABELLED, Array, require
 from .train import stream
 

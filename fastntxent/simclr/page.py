@@ -25,13 +25,12 @@ STYLE = """\
   .scroll { overflow-x: auto; }
   table { border-collapse: collapse; font-size: .92rem; }
   th, td { padding: .3rem .9rem .3rem 0; text-align: left; font-weight: 400; border-bottom: 1px solid var(--line); }
-  td { font-variant-numeric: tabular-nums; }
+  td { font-variant-numeric: tabular-nums; white-space: nowrap; }
   .pairs th { vertical-align: top; white-space: nowrap; }
-  .pairs td { overflow-wrap: anywhere; }
+  .pairs td { white-space: normal; overflow-wrap: anywhere; }
   .scores th, .scores td { padding-right: 2rem; }
   .scores tr:first-child th { font-weight: 600; }
   .scores td:nth-child(2) { font-weight: 600; }
-  .scores td { white-space: nowrap; }
   dt { font-weight: 600; margin-top: .6rem; }
   dd { margin: 0; }
   figure { margin: 1rem 0 0; }
@@ -40,6 +39,7 @@ STYLE = """\
   figcaption { max-width: 46rem; margin-top: .4rem; }
   pre { background: var(--tint); border-radius: 8px; padding: .8rem 1rem; white-space: pre-wrap;
         overflow-wrap: anywhere; font-size: .88rem; }
+  pre span { display: inline-block; max-width: 100%; }
   details { margin-top: .8rem; }
   summary { cursor: pointer; color: var(--accent); }
   @media (max-width: 40rem) {
@@ -82,8 +82,8 @@ $remarks
 $scores
 $notes
 <p class="small">Encoders with BatchNorm had its statistics set from one pass over the plain training images
-before they were judged. Raw pixels have no embedding, so alignment and uniformity do not apply to them. A dash stands
-for what was not taken.</p>
+before they were judged. Raw pixels have no embedding, so alignment and uniformity do not apply to them; those of images
+above 32 x 32 are averaged down to about 1,000 values. A dash stands for what was not taken.</p>
 <details><summary>What the measures mean</summary><dl>$measures</dl></details>
 
 <figure>

@@ -177,7 +177,7 @@ def remarks(scores: Scores) -> list[str]:
                 if values.get(other, -1.0) >= values["trained"]:
                     worse.setdefault(NAMES[other], []).append(MEASURES[measure])
     if worse:
-        listed = ", and ".join(f"{other} by {' and '.join(measures)}" for other, measures in worse.items())
+        listed = ", or than ".join(f"{other} by {' and '.join(measures)}" for other, measures in worse.items())
         found.append(
             f"The trained encoder is not better than {listed}. More epochs, a larger batch, a lower temperature or "
             "another augmentation (--augment) may help."
@@ -213,7 +213,7 @@ def render(metrics: dict[str, Any], trainer: Trainer, evaluation: Evaluation, pi
         ),
         key=_colour_key(trainer, evaluation) if isinstance(pictures["embedding"], bytes) else "",
         verification=_verification_text(metrics["verification"]),
-        command=_escape(" ".join(metrics["command"])),
+        command=" ".join(f"<span>{_escape(argument)}</span>" for argument in metrics["command"]),
         folder=_escape(repr(str(trainer.config.out))),
         channels=channels,
         height=height,
@@ -299,7 +299,7 @@ def _verification_text(verification: dict[str, Any] | None) -> str:
 
 def _pairs_table(pairs: dict[str, Any]) -> str:
     rows = (
-        f"<tr><th>{_escape(key)}</th><td>{'&ndash;' if value is None else _escape(value)}</td></tr>"
+        f"<tr><th>{_escape(key)}</th><td>{'&ndash;' if value in (None, '') else _escape(value)}</td></tr>"
         for key, value in pairs.items()
     )
     return _table("pairs", "".join(rows))

@@ -9,12 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from fastntxent.simclr import Config, ImageData
+from fastntxent.simclr import Config, ImageData, selection
 from fastntxent.simclr import evaluate as evaluate_module
 from fastntxent.simclr.evaluate import (
     NEEDED,
     check_ready,
-    choose,
     effective_rank,
     encode,
     evaluate,
@@ -23,6 +22,7 @@ from fastntxent.simclr.evaluate import (
     raw_pixels,
     recalibrate,
 )
+from fastntxent.simclr.selection import choose
 
 from .conftest import ROOT
 
@@ -120,8 +120,9 @@ def test_evaluate_limit_is_respected_and_stated(make_trainer):
     assert "At most 20 images" in evaluation.notes[0]
 
 
-def test_effective_rank_of_many_features_is_the_same_from_their_gram_matrix(monkeypatch):
-    features = torch.randn(3000, 40, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -6, 40) + 5
+@pytest.mark.parametrize("rows", [3000, 30])
+def test_effective_rank_of_many_features_is_the_same_from_their_gram_matrix(monkeypatch, rows):
+    features = torch.randn(rows, 40, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -6, 40) + 5
     features[:, -4:] = 0
     exact = effective_rank(features)
     monkeypatch.setattr(evaluate_module, "EXACT_VALUES", 0)
@@ -174,15 +175,16 @@ def test_check_ready_tells_of_a_broken_installation_in_one_line(stripes, monkeyp
             [0, 1],
             [0, 2, 2, 3],
             [
-                "3 test images are left out of the accuracies: no training image that is judged has their class "
-                "(c, (no name))."
+                "3 test images are left out of the accuracies: no training image among those judged is of the same "
+                "class (c, (no name))."
             ],
         ),
         (
             [0, 1],
-            [2, 2],
+            [2],
             [
-                "2 test images are left out of the accuracies: no training image that is judged has their class (c).",
+                "1 test image is left out of the accuracies: no training image among those judged is of the same "
+                "class (c).",
                 "No test image is of a class that has a training image, so accuracies are not measured.",
             ],
         ),
@@ -232,9 +234,10 @@ def test_evaluate_leaves_out_test_images_whose_class_has_no_training_image(make_
 
 @pytest.mark.parametrize("kept_bytes", [0, 2**20])
 def test_evaluate_reads_images_on_demand_a_few_at_a_time(make_trainer, stripes, monkeypatch, kept_bytes):
-    monkeypatch.setattr(evaluate_module, "ROWS", 16)
-    monkeypatch.setattr(evaluate_module, "LEAST_ROWS", 4)
-    monkeypatch.setattr(evaluate_module, "KEPT_BYTES", kept_bytes)
+    for module in (evaluate_module, selection):
+        monkeypatch.setattr(module, "ROWS", 16)
+    monkeypatch.setattr(selection, "LEAST_ROWS", 4)
+    monkeypatch.setattr(selection, "KEPT_BYTES", kept_bytes)
     trainer = make_trainer(eval_limit=70)
     in_memory = evaluate(trainer.model, trainer.config, stripes)
     train, test = OnDemand(stripes.train_images), OnDemand(stripes.test_images)

@@ -337,6 +337,8 @@ def test_main_goes_to_the_end_whatever_classes_are_judged(tmp_path, capsys, labe
          ["not better than the untrained encoder by k-NN accuracy. More epochs"]),
         ({"knn": {"trained": 0.8, "raw pixels": 0.9}, "linear probe": {"trained": 0.5, "raw pixels": 0.9}},
          ["not better than raw pixels by k-NN accuracy and linear probe accuracy. More epochs"]),
+        ({"knn": {"trained": 0.5, "untrained": 0.6, "raw pixels": 0.7}},
+         ["than the untrained encoder by k-NN accuracy, or than raw pixels by k-NN accuracy. More epochs"]),
         ({"uniformity": {"trained": -0.01}, "effective rank": {"trained": 1.0, "raw pixels": 30.0}},
          ["The embeddings have collapsed: with a uniformity of -0.01"]),
         ({"uniformity": {"trained": -2.0}, "effective rank": {"trained": 1.2, "raw pixels": 30.0}},
