@@ -3,18 +3,23 @@
 Both encoders get their BatchNorm statistics from one pass over the plain training images first: an untrained
 network is otherwise judged with the meaningless statistics it was created with, a trained one with those of
 augmented views.
+
+A finished run must not be lost here: `check_ready` finds out before training what is missing, and a measure that
+cannot be taken becomes a note. Images are read a bounded number at a time.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import time
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,148 +30,287 @@ from .build import make_model, pick_device
 from .config import Config
 from .data import ImageData
 from .models import SimCLR
+from .output import first_line, printable
+from .selection import ROWS, Choice, choose, in_parts, rows_at_once, shortened, slices
 from .sources import require
 from .stream import stream
 from .tally import Images
 
-ROWS = 1024
 RAW_SIZE = 32
+RAW_VALUES = 1024  # of each image that is larger than RAW_SIZE
+POINTS = 1000  # test images on the map
+EXACT_VALUES = 2**23  # largest feature matrix whose effective rank is taken by SVD
+WORKING_MIB = 32  # scikit-learn's distances at a time
+TOO_LARGE = 1e15  # sums of squares of larger features may overflow float32
 REPRESENTATIONS = ("trained", "untrained", "raw pixels")
+NAMES = {"trained": "the trained encoder", "untrained": "the untrained encoder", "raw pixels": "raw pixels"}
+MEASURES = {
+    "knn": "k-NN accuracy", "linear probe": "linear probe accuracy", "effective rank": "effective rank",
+    "alignment": "alignment", "uniformity": "uniformity",
+}  # fmt: skip
+ACCURACIES = ("knn", "linear probe")
+# Modules that the evaluation and the figures import, and the package of each.
+NEEDED = {
+    "numpy": "numpy", "sklearn.decomposition": "scikit-learn", "sklearn.exceptions": "scikit-learn",
+    "sklearn.linear_model": "scikit-learn", "sklearn.manifold": "scikit-learn", "sklearn.neighbors": "scikit-learn",
+    "threadpoolctl": "threadpoolctl", "matplotlib": "matplotlib", "matplotlib.figure": "matplotlib",
+    "matplotlib.backends.backend_agg": "matplotlib",
+}  # fmt: skip
 
 Scores = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured, by measure and representation, with the test features the figures are drawn from."""
+    """What was measured, by measure and representation, with the test features that the map is drawn from.
 
-    scores: Scores
-    features: dict[str, Tensor]
-    labels: Tensor
-    notes: list[str]
-    seconds: float
+    Attributes:
+        scores: finite numbers; a measure that could not be taken is absent.
+        features: of up to POINTS test images, by representation.
+        labels: of the same images.
+        notes: what was not measured and why, a line each.
+        seconds: how long it took.
+    """
+
+    scores: Scores = field(default_factory=dict)
+    features: dict[str, Tensor] = field(default_factory=dict)
+    labels: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """The numbers and notes, for JSON."""
         return {"scores": self.scores, "notes": self.notes, "seconds": self.seconds}
 
 
-def evaluate(model: SimCLR, config: Config, data: ImageData) -> Evaluation:
+def check_ready(config: Config, data: ImageData) -> list[str]:
+    """Check before training that the evaluation and the figures can be made.
+
+    Returns:
+        A line for each measure that will not be taken, and for test images that will be left out of one.
+
+    Raises:
+        ImportError: a package that they need is not installed, or does not work.
+    """
+    for module, package in NEEDED.items():
+        try:
+            import_module(module)
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                f"the evaluation needs the package {package}: pip install fastntxent[simclr] ({why(error)})"
+            ) from error
+        except Exception as error:  # a broken installation may raise anything
+            raise ImportError(
+                f"the evaluation needs the package {package}, and the installed one does not work ({why(error)}): "
+                "pip install --force-reinstall fastntxent[simclr]"
+            ) from error
+    return list(choose(config, data).notes)
+
+
+def why(error: Exception) -> str:
+    """Return an error's message on one line, at most 200 characters of it."""
+    if isinstance(error, MemoryError):
+        return "out of memory"
+    return shortened(" ".join(printable(first_line(error)).split()) or type(error).__name__, 200)
+
+
+def evaluate(
+    model: SimCLR, config: Config, data: ImageData, untrained: Callable[[], SimCLR] | None = None
+) -> Evaluation:
     """Judge a trained model on the test images.
 
     Accuracies (k nearest neighbours, linear probe) need labels and are left out where there are none. Alignment and
     uniformity are those of the embeddings z of two random views of every test image; the effective rank, and the
-    accuracies, are of the features h that a user of the encoder sees.
+    accuracies, are of the features h that a user of the encoder sees. A measure that cannot be taken is left out, and
+    the notes say why.
+
+    Args:
+        model: the trained model; it is left as it is.
+        config: the run's settings.
+        data: the images.
+        untrained: makes the model as it was before its first step; by default, from the settings.
     """
     started = time.perf_counter()
     device = pick_device(config.device)
-    train = _subset(data.train_images, data.train_labels, config.eval_limit)
-    test = _subset(data.test_images, data.test_labels, config.eval_limit)
-    models = {"trained": copy.deepcopy(model), "untrained": make_model(config, data, device)}
-    features: dict[str, tuple[Tensor, Tensor]] = {}
-    scores: Scores = {name: {} for name in ("knn", "linear probe", "effective rank", "alignment", "uniformity")}
-    notes = []
-    for name, candidate in models.items():
-        recalibrate(candidate, train[0], device)
-        features[name] = (
-            encode(candidate.encoder, train[0], device),
-            encode(candidate.encoder, test[0], device),
-        )
-        z_i, z_j = embed_views(candidate, test[0], config, device)
-        scores["alignment"][name] = float(alignment(z_i, z_j))
-        scores["uniformity"][name] = float(uniformity(torch.cat((z_i, z_j))))
-    features["raw pixels"] = raw_pixels(train[0]), raw_pixels(test[0])
-
-    for name, (known, unknown) in features.items():
-        scores["effective rank"][name] = effective_rank(unknown)
-        if data.is_labelled:
-            labelled = (
-                known[train[1] >= 0],
-                train[1][train[1] >= 0],
-                unknown[test[1] >= 0],
-                test[1][test[1] >= 0],
-            )
-            scores["knn"][name] = knn_accuracy(*labelled, k=config.knn)
-            scores["linear probe"][name] = probe_accuracy(*labelled)
-    if not data.is_labelled:
-        notes.append("The images carry no labels, so accuracies could not be measured.")
-        del scores["knn"], scores["linear probe"]
+    choice = choose(config, data)
+    judge = _Judge(config, choice, device)
+    judge.judge_model("trained", lambda: copy.deepcopy(model))
+    judge.judge_model(
+        "untrained",
+        untrained or (lambda: make_model(config, data, device)),
+    )
+    with judge.noting("Not judged: raw pixels"):
+        judge.judge_features("raw pixels", raw_pixels)
     if max(len(data.train_images), len(data.test_images)) > config.eval_limit:
-        notes.append(f"At most {config.eval_limit} images of either part were used.")
-    test_features = {name: pair[1] for name, pair in features.items()}
-    return Evaluation(scores, test_features, test[1], notes, time.perf_counter() - started)
+        judge.notes.append(f"At most {config.eval_limit} images of either part were used.")
+    scores = {measure: values for measure, values in judge.scores.items() if values}
+    labels = choice.test.labels[judge.shown]
+    return Evaluation(scores, judge.features, labels, judge.notes, time.perf_counter() - started)
 
 
-def encode(module: nn.Module, images: Tensor, device: torch.device) -> Tensor:
+class _Judge:
+    """The scores of one evaluation as they come in, and a note for each that does not."""
+
+    def __init__(self, config: Config, choice: Choice, device: torch.device) -> None:
+        self.config, self.choice, self.device = config, choice, device
+        self.scores: Scores = {measure: {} for measure in MEASURES}
+        self.notes = list(choice.notes)
+        self.features: dict[str, Tensor] = {}
+        count = len(choice.test)
+        self.shown = torch.linspace(0, count - 1, min(POINTS, count), dtype=torch.float64).round().long()
+        self.train, self.test = choice.train, choice.test
+        with self.noting("The images could not be kept in memory"):
+            self.train, self.test = choice.train.kept(), choice.test.kept()
+
+    @contextlib.contextmanager
+    def noting(self, words: str) -> Iterator[None]:
+        """Turn an exception into a note that begins with these words."""
+        try:
+            yield
+        except Exception as error:
+            self.notes.append(f"{words} ({why(error)}).")
+
+    def judge_model(self, name: str, make: Callable[[], SimCLR]) -> None:
+        with self.noting(f"Not judged to the end: {NAMES[name]}"):
+            model = make()
+            recalibrate(model, self.train, self.device)
+            self.judge_features(name, lambda images: encode(model.encoder, images, self.device))
+            z_i, z_j = embed_views(model, self.test, self.config, self.device)
+            self.take("alignment", name, lambda: alignment(z_i, z_j))
+            self.take("uniformity", name, lambda: uniformity(torch.cat((z_i, z_j))))
+
+    def judge_features(self, name: str, encode_rows: Callable[[Images], Tensor]) -> None:
+        features = encode_rows(self.test)
+        self.features[name] = features[self.shown]
+        unusable = why_unusable(features)
+        if unusable:
+            self.notes.append(f"Not judged: the features of {NAMES[name]} ({unusable}).")
+            return
+        self.take("effective rank", name, lambda: effective_rank(features))
+        if self.choice.accuracies:
+            asked, known = self.choice.asked, self.train.only(self.choice.known)
+            unknown = features if asked.all() else features[asked]
+            pairs = encode_rows(known), known.labels, unknown, self.test.labels[asked]
+            self.take("knn", name, lambda: knn_accuracy(*pairs, k=self.config.knn))
+            self.take("linear probe", name, lambda: probe_accuracy(*pairs))
+
+    def take(self, measure: str, name: str, compute: Callable[[], float | Tensor]) -> None:
+        words = f"Not taken: {MEASURES[measure]} of {NAMES[name]}"
+        with self.noting(words):
+            value = float(compute())
+            if math.isfinite(value):
+                self.scores[measure][name] = value
+            else:
+                self.notes.append(f"{words} (it is not a finite number).")
+
+
+def why_unusable(features: Tensor) -> str:
+    """Return why features cannot be measured or mapped, or an empty string if they can."""
+    if features.ndim != 2 or features.shape[1] == 0:
+        return f"they must be (N, F), got {tuple(features.shape)}"
+    low, high = features.aminmax()
+    if not bool(low.isfinite() & high.isfinite()):
+        return "they are not all finite numbers"
+    if max(-low, high) > TOO_LARGE:
+        return f"they are as large as {max(-low, high):.0e}, and their squares overflow"
+    return ""
+
+
+def encode(module: nn.Module, images: Images, device: torch.device) -> Tensor:
     """Features of uint8 images, (N, F) float32 on the CPU, in eval mode and without a gradient."""
     module.eval()
     with torch.no_grad():
-        return torch.cat([module(part.to(device).float() / 255).float().cpu() for part in images.split(ROWS)])
+        return in_parts(images, lambda part: module(part.to(device).float() / 255).float().cpu())
 
 
-def recalibrate(model: nn.Module, images: Tensor, device: torch.device) -> None:
+def recalibrate(model: nn.Module, images: Images, device: torch.device) -> None:
     """Set BatchNorm's running statistics to averages over `images`, in place."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.reset_running_stats()
-            module.momentum = None  # a plain average over batches
-    model.train()
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        return
+    model.eval()  # dropout, for one, must not shape the statistics
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain average over batches
+        norm.train()
     with torch.no_grad():
-        for part in images.split(ROWS):
-            if len(part) > 1:
-                model(part.to(device).float() / 255)
+        for rows in slices(len(images), rows_at_once(images)):
+            if rows.stop - rows.start > 1:
+                model(images[rows].to(device).float() / 255)
 
 
 def knn_accuracy(known: Tensor, known_labels: Tensor, unknown: Tensor, labels: Tensor, k: int) -> float:
     """Accuracy of a distance-weighted vote of the k nearest neighbours by cosine distance."""
     neighbors = require("sklearn.neighbors")
     vote = neighbors.KNeighborsClassifier(min(k, len(known)), weights="distance", metric="cosine", algorithm="brute")
-    vote.fit(known.numpy(), known_labels.numpy())
-    return float(vote.score(unknown.numpy(), labels.numpy()))
+    # scikit-learn's own limit is 1 GiB of distances, and as much again to sort them.
+    with require("sklearn").config_context(working_memory=WORKING_MIB):
+        vote.fit(known.numpy(), known_labels.numpy())
+        return float(vote.score(unknown.numpy(), labels.numpy()))
 
 
 def probe_accuracy(known: Tensor, known_labels: Tensor, unknown: Tensor, labels: Tensor) -> float:
     """Accuracy of a logistic regression on features standardised by the training part."""
-    linear_model, exceptions = require("sklearn.linear_model"), require("sklearn.exceptions")
+    linear_model = require("sklearn.linear_model")
     mean, std = known.mean(0), known.std(0).clamp(min=1e-6)
     probe = linear_model.LogisticRegression(C=0.1, max_iter=200)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", exceptions.ConvergenceWarning)
-        probe.fit(((known - mean) / std).numpy(), known_labels.numpy())
-    return float(probe.score(((unknown - mean) / std).numpy(), labels.numpy()))
+        warnings.simplefilter("ignore", require("sklearn.exceptions").ConvergenceWarning)
+        warnings.simplefilter("ignore", RuntimeWarning)  # overflow, of features that hardly vary around a large mean
+        probe.fit((known - mean).div_(std).numpy(), known_labels.numpy())
+        right = sum(
+            int((probe.predict((rows - mean).div_(std).numpy()) == true.numpy()).sum())
+            for rows, true in zip(unknown.split(ROWS), labels.split(ROWS), strict=True)
+        )
+    return right / len(labels)
 
 
 def effective_rank(features: Tensor) -> float:
     """exp of the entropy of the normalised singular values of the centred features (Roy & Vetterli 2007)."""
-    values = torch.linalg.svdvals(features.double() - features.double().mean(0))
+    if features.numel() <= EXACT_VALUES:
+        values = torch.linalg.svdvals(features.double() - features.double().mean(0))
+    else:
+        # From the eigenvalues of the Gram matrix: a tenth of the memory, and singular values to 1e-8 of the largest.
+        mean = features.mean(0, dtype=torch.float64).expand(features.shape)
+        if features.shape[0] < features.shape[1]:
+            features, mean = features.T, mean.T
+        gram = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64)
+        for part, centre in zip(features.split(ROWS), mean.split(ROWS), strict=True):
+            centred = part - centre
+            gram.addmm_(centred.T, centred)
+        values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     share = values / values.sum().clamp(min=1e-30)
     return math.exp(float(-torch.special.xlogy(share, share).sum()))
 
 
-def embed_views(model: SimCLR, images: Tensor, config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
+def embed_views(model: SimCLR, images: Images, config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
     """The embeddings of two random views of every image, the same views in every call."""
     model.eval()
     z: tuple[list[Tensor], list[Tensor]] = ([], [])
+    size = rows_at_once(images, channels=1)  # making views takes several copies of the pixels
     with torch.no_grad():
-        for index, part in enumerate(images.split(ROWS)):
-            generator = stream(config.seed, "evaluation", index)
-            for views, view in zip(z, two_views(part.to(device), PRESETS[config.preset], generator), strict=True):
-                views.append(model(view).float())
+        for index, block in enumerate(slices(len(images), ROWS)):
+            count = block.stop - block.start
+            for part in slices(count, size):
+                rows = torch.arange(part.start, part.stop)
+                pixels = images[slice(block.start + part.start, block.start + part.stop)].to(device)
+                generator = stream(config.seed, "evaluation", index)
+                both = two_views(pixels, PRESETS[config.preset], generator, rows=rows, batch=count)
+                for views, view in zip(z, both, strict=True):
+                    views.append(model(view).float())
     return torch.cat(z[0]), torch.cat(z[1])
 
 
-def raw_pixels(images: Tensor) -> Tensor:
-    """Pixels as features; large images are averaged down to 32 x 32, or the probe would take hours."""
-    x = images.float() / 255
-    if max(x.shape[2:]) > RAW_SIZE:
-        x = F.adaptive_avg_pool2d(x, RAW_SIZE)
-    return x.flatten(1)
+def raw_pixels(images: Images) -> Tensor:
+    """Pixels as features; images above 32 x 32 are averaged down to at most RAW_VALUES values each.
 
+    That is 32 x 32 in grey and 18 x 18 in RGB: with more the probe would take hours, and memory to match.
+    """
 
-def _subset(images: Images, labels: Tensor, limit: int) -> tuple[Tensor, Tensor]:
-    """At most `limit` images, labelled ones first, the same ones in every run."""
-    if len(images) <= limit:
-        return images[:], labels
-    order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))
-    order = order[(labels[order] < 0).int().argsort(stable=True)][:limit]
-    return images[order], labels[order]
+    def pixels(part: Tensor) -> Tensor:
+        x = part.float() / 255
+        if max(x.shape[2:]) > RAW_SIZE:
+            x = F.adaptive_avg_pool2d(x, math.isqrt(RAW_VALUES // x.shape[1]))
+        return x.flatten(1)
+
+    return in_parts(images, pixels)

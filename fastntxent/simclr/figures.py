@@ -1,8 +1,12 @@
-"""The three pictures of a run. Matplotlib's object interface only: no global state, no window."""
+"""The three pictures of a run, as PNG. Matplotlib's object interface only: no global state, no window."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import contextlib
+import io
+import math
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,17 +16,31 @@ from torch import Tensor
 from .augment import PRESETS, two_views
 from .config import Config
 from .data import ImageData
-from .evaluate import Evaluation
+from .evaluate import Evaluation, why_unusable
 from .history import History
+from .selection import class_name, shortened
 from .sources import UNLABELLED, Array, require
 from .stream import stream
 
 INK, BLUE, ORANGE, GREEN, GRID = "#222a33", "#2563a8", "#c2571a", "#2f7d4f", "#dfe3e8"
-MAX_POINTS = 1000
-N_SAMPLES = 10
+NO_LABEL = "#b8bec6"
+N_SAMPLES = 8
+MOST_CAPTIONS = 20  # beyond that many classes colours repeat, and a key would explain nothing
+CAPTION_LENGTH = 24
+# Differences below this share of the largest feature are rounding.
+LEAST_SPREAD = 1e-6
 
 
-def draw_curves(history: History, steps_per_epoch: int, learnt_temperature: bool, path: Path) -> None:
+@contextlib.contextmanager
+def _plain_text() -> Iterator[None]:
+    """Text is drawn by matplotlib itself, whatever the user's matplotlibrc says, and missing letters as boxes."""
+    with warnings.catch_warnings(), require("matplotlib").rc_context({"text.usetex": False}):
+        warnings.simplefilter("ignore")
+        yield
+
+
+@_plain_text()
+def draw_curves(history: History, steps_per_epoch: int, learnt_temperature: bool) -> bytes:
     """Loss, alignment, uniformity, learning rate and, where it is learnt, the temperature, against the step."""
     steps, measured = history.columns["steps"], history.columns["measured"]
     every = list(range(len(steps["loss"])))
@@ -34,19 +52,26 @@ def draw_curves(history: History, steps_per_epoch: int, learnt_temperature: bool
     ]
     if learnt_temperature:
         panels.append(("temperature", every, steps["temperature"], INK))
-    figure = new_figure(2.7 * len(panels), 2.6)
-    for axes, (title, x, y, colour) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+    rows = -(-len(panels) // 2)
+    figure = new_figure(7.2, 2.1 * rows)
+    grid = figure.subplots(rows, 2).flatten()
+    for axes, (title, x, y, colour) in zip(grid, panels, strict=False):
         smooth = title == "loss" and len(y) >= 2 * steps_per_epoch
-        axes.plot(x, y, color=colour, linewidth=0.8 if smooth else 1.4, alpha=0.3 if smooth else 1)
+        marker = "o" if len(y) == 1 else ""  # a line needs two points to be seen
+        axes.plot(x, y, marker, color=colour, linewidth=0.8 if smooth else 1.4, alpha=0.3 if smooth else 1)
         if smooth:
             # A smaller last batch has fewer negatives, hence a lower loss: the mean of an epoch is free of that.
             axes.plot(*_epoch_means(y, steps_per_epoch), color=colour, linewidth=1.8)
+        if not y:
+            _say(axes, "not measured")
         axes.set_title(title, fontsize=11, color=INK, loc="left")
         axes.set_xlabel("step", color=INK)
         axes.grid(color=GRID)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(colors=INK, labelsize=8)
-    figure.savefig(path, dpi=150)
+        axes.tick_params(colors=INK, labelsize=9)
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
+    return to_png(figure)
 
 
 def _epoch_means(values: list[float], steps_per_epoch: int) -> tuple[Array, Array]:
@@ -55,40 +80,101 @@ def _epoch_means(values: list[float], steps_per_epoch: int) -> tuple[Array, Arra
     return middles, np.reshape(values[: whole * steps_per_epoch], (whole, steps_per_epoch)).mean(1)
 
 
-def draw_embedding(evaluation: Evaluation, data: ImageData, path: Path) -> None:
-    """Test images as points of a t-SNE map, from raw pixels and from the trained encoder, coloured by class."""
-    figure = new_figure(11, 5.2)
-    labels = evaluation.labels[:MAX_POINTS]
+@_plain_text()
+def draw_embedding(evaluation: Evaluation, data: ImageData) -> bytes:
+    """Test images as points of a map, from raw pixels and from the trained encoder, coloured by class."""
+    figure = new_figure(8, 4.6)
+    groups = colour_key(evaluation, data)
     for axes, name in zip(figure.subplots(1, 2), ("raw pixels", "trained"), strict=True):
-        points = _flatten_to_2d(evaluation.features[name][:MAX_POINTS])
-        for index, label in enumerate(labels.unique().tolist()):
-            chosen = (labels == label).numpy()
-            caption = "no label" if label == UNLABELLED else data.class_names[label]
-            axes.scatter(*points[chosen].T, s=9, alpha=0.8, linewidths=0, label=caption, color=_colour(index, label))
+        points, words = lay_out(evaluation.features.get(name))
+        if points is None:
+            _say(axes, "not drawn")
+        else:
+            for _, colour, chosen in groups:
+                axes.scatter(*points[chosen.numpy()].T, s=9, alpha=0.8, linewidths=0, color=colour)
         axes.set_title("raw pixels" if name == "raw pixels" else "features of the trained encoder", color=INK)
+        axes.set_xlabel(words, color=INK, fontsize=9)
         axes.set_xticks([])
         axes.set_yticks([])
         axes.spines[:].set_color(GRID)
-    handles, captions = axes.get_legend_handles_labels()
-    if len(captions) <= 20:
-        figure.legend(handles, captions, loc="outside right center", frameon=False, markerscale=2.5, fontsize=9)
-    figure.savefig(path, dpi=130)
+    if len(groups) <= MOST_CAPTIONS:
+        _add_key(figure, [(shortened(caption, CAPTION_LENGTH), colour) for caption, colour, _ in groups])
+    return to_png(figure)
 
 
-def draw_views(config: Config, data: ImageData, path: Path) -> None:
+def colour_key(evaluation: Evaluation, data: ImageData) -> list[tuple[str, str, Tensor]]:
+    """Caption, colour and mask of the images of each class that is on the map; unlabelled ones come first."""
+    labels = evaluation.labels
+    found = labels.unique().tolist()
+    palette = require("matplotlib").colormaps["tab10" if len(found) <= 10 else "tab20"]
+    to_hex = require("matplotlib.colors").to_hex
+    return [
+        ("no label", NO_LABEL, labels == label)
+        if label == UNLABELLED
+        else (class_name(data, label), to_hex(palette(index % palette.N)), labels == label)
+        for index, label in enumerate(found)
+    ]
+
+
+def _add_key(figure: Any, captions: list[tuple[str, str]]) -> None:
+    """A legend whose captions are plain text, even those with a dollar sign or a leading underscore."""
+    make_line = require("matplotlib.lines").Line2D
+    dots = [make_line([], [], marker="o", linestyle="", markersize=6, color=colour) for _, colour in captions]
+    longest = max((len(caption) for caption, _ in captions), default=0)
+    legend = figure.legend(
+        dots, [str(index) for index in range(len(dots))], loc="outside lower center", frameon=False, fontsize=9,
+        ncols=max(1, min(5, int(8 / (0.4 + 0.08 * longest)))), handletextpad=0.2,
+    )  # fmt: skip
+    # Set afterwards: a label that begins with an underscore would be dropped.
+    for text, (caption, _) in zip(legend.get_texts(), captions, strict=True):
+        text.set_parse_math(False)
+        text.set_text(caption)
+
+
+def lay_out(features: Tensor | None) -> tuple[Array | None, str]:
+    """Places of images in the plane, (N, 2), and how they were found or why there are none.
+
+    t-SNE after PCA, or PCA alone for too few points to have neighbourhoods. Features that differ by rounding alone are
+    one point: scikit-learn's t-SNE divides by their spread, and a NaN crashes the process there.
+    """
+    if features is None:
+        return None, "there are no features"
+    unusable = why_unusable(features)
+    if unusable:
+        return None, unusable
+    rows, columns = features.shape
+    x = features.numpy()
+    largest = float(np.abs(x).max())
+    if np.ptp(x, axis=0).max() <= LEAST_SPREAD * largest:
+        return np.zeros((rows, 2)), "all images have the same features"
+    x = np.ldexp(x, -math.frexp(largest)[1])  # exact, and squares of small features do not vanish
+    count = min(50, rows, columns)
+    points = np.asarray(require("sklearn.decomposition").PCA(count, random_state=0).fit_transform(x))
+    plane = np.pad(points, ((0, 0), (0, max(0, 2 - count))))[:, :2]
+    if rows < 50 or columns < 3:
+        return plane, "two principal components"
+    start = (plane / plane[:, 0].std() * 1e-4).astype(np.float32)
+    tsne = require("sklearn.manifold").TSNE(2, perplexity=min(30, rows / 4), init=start, random_state=0)
+    # One thread: so few points gain nothing from more, and lose minutes to them on a busy machine.
+    with require("threadpoolctl").threadpool_limits(1):
+        return np.asarray(tsne.fit_transform(points)), "t-SNE"
+
+
+@_plain_text()
+def draw_views(config: Config, data: ImageData) -> bytes:
     """A few images, each above two of its random views: what the encoder is asked to map to one place."""
     count = min(N_SAMPLES, len(data.test_images))
-    chosen = torch.linspace(0, len(data.test_images) - 1, count).long()
+    chosen = torch.linspace(0, len(data.test_images) - 1, count, dtype=torch.float64).long()
     images = data.test_images[chosen]
     views = two_views(images, PRESETS[config.preset], stream(config.seed, "figure", 0))
-    figure = new_figure(1.05 * count + 0.9, 3.5)
+    figure = new_figure(0.8 * count + 0.8, 2.6)
     grid = figure.subplots(3, count, squeeze=False)
     captions = ("image", "view 1", "view 2")
     for row, pictures, caption in zip(grid, (images.float() / 255, *views), captions, strict=True):
         for axes, picture in zip(row, pictures, strict=True):
             _show(axes, picture)
         row[0].set_ylabel(caption, color=INK, rotation=0, ha="right", va="center", labelpad=8)
-    figure.savefig(path, dpi=110)
+    return to_png(figure)
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -99,27 +185,21 @@ def new_figure(width: float, height: float) -> Any:
     return figure
 
 
+def to_png(figure: Any) -> bytes:
+    """The figure as a PNG file."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=200)
+    return file.getvalue()
+
+
+def _say(axes: Any, words: str) -> None:
+    axes.text(0.5, 0.5, words, transform=axes.transAxes, ha="center", va="center", color=INK)
+
+
 def _show(axes: Any, picture: Tensor) -> None:
-    axes.imshow(picture.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
+    channels = len(picture)
+    shown = picture if channels in (1, 3) else picture[:3] if channels > 3 else picture[:1]
+    axes.imshow(shown.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
-
-
-def _colour(index: int, label: int) -> str:
-    palette = require("matplotlib").colormaps["tab10" if index < 10 else "tab20"]
-    return "#b8bec6" if label == UNLABELLED else palette(index % 20)
-
-
-def _flatten_to_2d(features: Tensor) -> Array:
-    """t-SNE after PCA, or PCA alone for too few points to have neighbourhoods."""
-    decomposition, manifold = require("sklearn.decomposition"), require("sklearn.manifold")
-    rows, columns = features.shape
-    count = min(50, rows, columns)
-    points = decomposition.PCA(count, random_state=0).fit_transform(features.numpy())
-    if rows < 50 or columns < 3:
-        return np.asarray(np.pad(points, ((0, 0), (0, max(0, 2 - count))))[:, :2])
-    tsne = manifold.TSNE(2, perplexity=min(30, rows / 4), init="pca", random_state=0)
-    # One thread: so few points gain nothing from more, and lose minutes to them on a busy machine.
-    with require("threadpoolctl").threadpool_limits(1):
-        return np.asarray(tsne.fit_transform(points))

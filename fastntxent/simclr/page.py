@@ -6,33 +6,47 @@ In a module, so that it is installed wherever the code is.
 from string import Template
 
 STYLE = """\
-  :root { --ink: #222a33; --soft: #5b6672; --line: #dfe3e8; --tint: #f5f7f9; --accent: #2563a8; }
-  body { margin: 0 auto; max-width: 62rem; padding: 2rem 1.25rem 4rem; color: var(--ink);
+  :root { color-scheme: light dark;
+          --page: #ffffff; --ink: #222a33; --soft: #5b6672; --line: #dfe3e8; --tint: #f5f7f9; --accent: #2563a8; }
+  @media (prefers-color-scheme: dark) {
+    :root { --page: #14191f; --ink: #e2e7ed; --soft: #a3afbb; --line: #36404b; --tint: #1f262e; --accent: #82b4ee; }
+  }
+  body { margin: 0 auto; max-width: 62rem; padding: 2rem 1.25rem 4rem; background: var(--page); color: var(--ink);
          font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-  h1 { font-size: 1.7rem; margin: 0 0 1rem; }
+  h1 { font-size: 1.7rem; margin: 0 0 1rem; overflow-wrap: anywhere; }
   h2 { font-size: 1.15rem; margin: 2.6rem 0 .6rem; padding-top: 1rem; border-top: 1px solid var(--line); }
-  p, dd { max-width: 46rem; }
+  p, dd { max-width: 46rem; overflow-wrap: break-word; }
   .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(10rem, 1fr)); gap: .8rem; }
   .tiles div { background: var(--tint); border-radius: 8px; padding: .8rem 1rem; }
   .tiles div:first-child b { color: var(--accent); }
   .tiles b { display: block; font-size: 1.5rem; font-variant-numeric: tabular-nums; }
   .tiles span, figcaption, .small { color: var(--soft); font-size: .88rem; }
+  .remark { border-left: 4px solid var(--accent); padding-left: .8rem; }
+  .scroll { overflow-x: auto; }
   table { border-collapse: collapse; font-size: .92rem; }
-  th, td { padding: .3rem .9rem .3rem 0; text-align: left; font-weight: 400; border-bottom: 1px solid var(--line);
-           overflow-wrap: anywhere; }
-  td { font-variant-numeric: tabular-nums; }
+  th, td { padding: .3rem .9rem .3rem 0; text-align: left; font-weight: 400; border-bottom: 1px solid var(--line); }
+  td { font-variant-numeric: tabular-nums; white-space: nowrap; }
+  .pairs th { vertical-align: top; white-space: nowrap; }
+  .pairs td { white-space: normal; overflow-wrap: anywhere; }
   .scores th, .scores td { padding-right: 2rem; }
   .scores tr:first-child th { font-weight: 600; }
   .scores td:nth-child(2) { font-weight: 600; }
   dt { font-weight: 600; margin-top: .6rem; }
   dd { margin: 0; }
   figure { margin: 1rem 0 0; }
-  img { width: 100%; height: auto; border: 1px solid var(--line); border-radius: 8px; }
+  img { width: 100%; height: auto; box-sizing: border-box; padding: .4rem; background: #ffffff;
+        border: 1px solid var(--line); border-radius: 8px; }
   figcaption { max-width: 46rem; margin-top: .4rem; }
   pre { background: var(--tint); border-radius: 8px; padding: .8rem 1rem; white-space: pre-wrap;
         overflow-wrap: anywhere; font-size: .88rem; }
+  pre span { display: inline-block; max-width: 100%; }
   details { margin-top: .8rem; }
   summary { cursor: pointer; color: var(--accent); }
+  @media (max-width: 40rem) {
+    body { padding: 1.25rem 1rem 3rem; }
+    .tiles { grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)); }
+    .scores th, .scores td { padding-right: 1rem; }
+  }
 """
 
 PAGE = Template(
@@ -42,11 +56,18 @@ PAGE = Template(
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
 <title>$title</title>
 <style>
 """
     + STYLE
     + """\
+  figure { max-width: 46rem; }
+  .key { list-style: none; margin: .6rem 0 0; padding: 0; display: flex; flex-wrap: wrap; gap: .2rem 1rem;
+         font-size: .88rem; }
+  .key li { overflow-wrap: anywhere; }
+  .key i { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .4em; }
+  @media (min-width: 40rem) { .key.phone { display: none; } }
 </style>
 </head>
 <body>
@@ -57,23 +78,26 @@ PAGE = Template(
 <p>An encoder has learnt something if its features do better than the pixels it was given and better than the
 same encoder before training. All three are judged on the same test images by the same protocol; no label was used in
 training.</p>
-$notes
+$remarks
 $scores
-<p class="small">Both encoders had their BatchNorm statistics set from one pass over the plain training images
-before they were judged. Raw pixels have no embedding, so alignment and uniformity do not apply to them.</p>
+$notes
+<p class="small">Encoders with BatchNorm had its statistics set from one pass over the plain training images
+before they were judged. Raw pixels have no embedding, so alignment and uniformity do not apply to them; those of images
+above 32 x 32 are averaged down to about 1,000 values. A dash stands for what was not taken.</p>
 <details><summary>What the measures mean</summary><dl>$measures</dl></details>
 
 <figure>
-<img src="$embedding" alt="Two maps of the test images">
-<figcaption>Each point is a test image, placed so that neighbours stay neighbours (t-SNE; fewer than 50 images by their
-two principal components) and coloured by its class where it has one. Left, from raw pixels; right, from what the
-encoder makes of them. Clear islands of one colour mean that images of one class have come to lie together, without the
-encoder having seen a class. Distances between islands mean nothing.</figcaption>
+$embedding
+$key
+<figcaption>Each point is a test image, coloured by its class where it has one. t-SNE places images so that neighbours
+stay neighbours; fewer than 50 images are placed by their two principal components. Left, from raw pixels; right, from
+what the encoder makes of them. Clear islands of one colour mean that images of one class have come to lie together,
+without the encoder having seen a class. Distances between islands mean nothing.</figcaption>
 </figure>
 
 <h2>How it learnt</h2>
 <figure>
-<img src="$curves" alt="Curves of the training">
+$curves
 <figcaption>The loss falls as each image's two views become easier to tell from all other
 images; the heavy line is the mean of an epoch. Alignment (views of
 one image together) and uniformity (different images apart) are the two things it is made of; both should settle, and
@@ -81,7 +105,7 @@ uniformity must not climb back to 0, which would be collapse. The learning rate 
 cosine.</figcaption>
 </figure>
 <figure>
-<img src="$views" alt="Images and their random views">
+$views
 <figcaption>What the encoder was shown. The top row is the image, the two below are random views of it; the loss asks
 for one place for both, so whatever differs between them is what the features learn to ignore.</figcaption>
 </figure>
@@ -91,13 +115,23 @@ $verification
 
 <h2>Again</h2>
 <pre>$command</pre>
-<p>Training took $training_seconds s, the evaluation $evaluation_seconds s. The encoder, without its head:</p>
-<pre>from fastntxent.simclr import load_encoder
+<p>Training took $training_seconds s, the evaluation $evaluation_seconds s. The encoder without its head, and the
+images that it finds most alike:</p>
+<pre>import torch
+from fastntxent import retrieve
+from fastntxent.simclr import load_encoder
 
-encoder = load_encoder($checkpoint)
-features = encoder(images)  # (N, C, H, W) in [0, 1]</pre>
+encoder = load_encoder($folder)
+with torch.no_grad():
+    # images: float in [0, 1],
+    # (N, $channels, $height, $width)
+    features = encoder(images)
+found = retrieve(features, features, k=6)
+# found.indices is (N, 6):
+# each image itself, then the nearest</pre>
 <details><summary>All settings</summary>$settings</details>
 <details><summary>Data and environment</summary>$environment</details>
+$data_notes
 </body>
 </html>
 """

@@ -5,20 +5,21 @@ from __future__ import annotations
 import base64
 import html
 import json
+import math
 import platform
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib import metadata
 from typing import Any
 
 import numpy as np
 import torch
 
 from .. import __version__
-from .data import ImageData
-from .evaluate import REPRESENTATIONS, Evaluation
-from .figures import draw_curves, draw_embedding, draw_views
+from .evaluate import ACCURACIES, MEASURES, NAMES, REPRESENTATIONS, Evaluation, Scores, why
+from .figures import CAPTION_LENGTH, MOST_CAPTIONS, colour_key, draw_curves, draw_embedding, draw_views
+from .output import printable, write_text, write_whole
 from .page import PAGE
-from .sources import require
 from .train import Trainer
 
 _MEASURES = {
@@ -35,8 +36,27 @@ _MEASURES = {
 }  # fmt: skip
 
 
+# Above this the mean squared distance between two embeddings is below 0.05, where 2 is chance.
+COLLAPSED = -0.1
+OPEN_NOTES = 5  # on the data; more of them are folded away
+
+_PICTURES: dict[str, tuple[str, Callable[[Trainer, Evaluation], bytes]]] = {
+    "curves": ("Curves of the training", lambda trainer, _: draw_curves(
+        trainer.history, trainer.steps_per_epoch, trainer.config.learn_temperature
+    )),
+    "embedding": ("Two maps of the test images", lambda trainer, found: draw_embedding(found, trainer.images)),
+    "views": ("Images and their random views", lambda trainer, _: draw_views(trainer.config, trainer.images)),
+}  # fmt: skip
+
+# A picture as a PNG file, or in words why there is none.
+Pictures = dict[str, "bytes | str"]
+
+
 def write_report(trainer: Trainer, evaluation: Evaluation, command: Sequence[str]) -> dict[str, Any]:
-    """Write curves.png, embedding.png, views.png, metrics.json and report.html into the run's folder.
+    """Write metrics.json and report.html into the run's folder, then each picture, then the report with them.
+
+    A picture that cannot be drawn is left out, and the report says why. If drawing kills the process, metrics.json and
+    a report without pictures are already there.
 
     Args:
         trainer: the finished run.
@@ -45,15 +65,47 @@ def write_report(trainer: Trainer, evaluation: Evaluation, command: Sequence[str
 
     Returns:
         What metrics.json holds.
+
+    Raises:
+        OSError: the folder cannot be written to.
     """
-    out, config, data = trainer.config.out, trainer.config, trainer.data
-    draw_curves(trainer.history, trainer.steps_per_epoch, config.learn_temperature, out / "curves.png")
-    draw_embedding(evaluation, data, out / "embedding.png")
-    draw_views(config, data, out / "views.png")
-    metrics = collect_metrics(trainer, evaluation, command)
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    (out / "report.html").write_text(render(metrics, data, out), encoding="utf-8")
+    write_pages(trainer, evaluation, command)
+    pictures: Pictures = {}
+    for name, (_, draw) in _PICTURES.items():
+        try:
+            png = pictures[name] = draw(trainer, evaluation)
+        except Exception as error:
+            pictures[name] = why(error)
+            evaluation = replace(evaluation, notes=[*evaluation.notes, f"Not drawn: {name}.png ({why(error)})."])
+        else:
+            write_whole(trainer.config.out / f"{name}.png", lambda file, png=png: file.write(png))  # type: ignore[misc]
+    return write_pages(trainer, evaluation, command, pictures)
+
+
+def write_pages(
+    trainer: Trainer, evaluation: Evaluation, command: Sequence[str], pictures: Pictures | None = None
+) -> dict[str, Any]:
+    """Write metrics.json and report.html, without pictures if None are given; return what metrics.json holds."""
+    metrics: dict[str, Any] = _for_json(collect_metrics(trainer, evaluation, command))
+    out = trainer.config.out
+    if pictures is None:
+        pictures = dict.fromkeys(_PICTURES, "the process ended before")
+        for name in _PICTURES:  # an earlier run may have left them here
+            (out / f"{name}.png").unlink(missing_ok=True)
+    write_text(out / "metrics.json", json.dumps(metrics, indent=1, allow_nan=False) + "\n")
+    write_text(out / "report.html", render(metrics, trainer, evaluation, pictures))
     return metrics
+
+
+def _for_json(value: Any) -> Any:
+    """The value for JSON: numbers that are not finite become null, lone surrogates question marks."""
+    if isinstance(value, dict):
+        return {printable(key): _for_json(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_for_json(entry) for entry in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int)) else printable(value)
 
 
 def collect_metrics(trainer: Trainer, evaluation: Evaluation, command: Sequence[str]) -> dict[str, Any]:
@@ -62,12 +114,13 @@ def collect_metrics(trainer: Trainer, evaluation: Evaluation, command: Sequence[
     return {
         "command": list(command),
         "config": trainer.config.to_dict(),
+        "settings": trainer.settings,
         "versions": {
             "fastntxent": __version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
             "numpy": np.__version__,
-            "scikit-learn": require("sklearn").__version__,
+            "scikit-learn": _version("scikit-learn"),
         },
         "machine": {
             "device": str(trainer.device),
@@ -76,17 +129,20 @@ def collect_metrics(trainer: Trainer, evaluation: Evaluation, command: Sequence[
             "ranks": trainer.ranks.world,
         },
         "data": {
-            "name": trainer.data.name,
-            "train_images": len(trainer.data.train_images),
-            "test_images": len(trainer.data.test_images),
-            "image_shape": list(trainer.data.train_images.shape[1:]),
-            "checksum": trainer.data.fingerprint(),
+            "name": trainer.images.name,
+            "title": trainer.images.title or trainer.images.name,
+            "train_images": len(trainer.images.train_images),
+            "test_images": len(trainer.images.test_images),
+            "image_shape": list(trainer.images.train_images.shape[1:]),
+            "checksum": trainer.images.fingerprint(),
+            "notes": list(trainer.images.notes),
         },
-        "evaluation": evaluation.to_dict(),
+        "evaluation": evaluation.to_dict() | {"remarks": remarks(evaluation.scores)},
         "verification": _verification(trainer),
         "timing": {
             "steps": steps,
             "training_seconds": trainer.seconds,
+            "images_per_step": trainer.batch,
             "images_per_second": steps * trainer.batch / max(trainer.seconds, 1e-9),
             "evaluation_seconds": evaluation.seconds,
         },
@@ -103,51 +159,126 @@ def _verification(trainer: Trainer) -> dict[str, Any] | None:
     return {"checks": len(verified["step"]), **worst, **budgets}
 
 
-def render(metrics: dict[str, Any], data: ImageData, out: Path) -> str:
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def remarks(scores: Scores) -> list[str]:
+    """Return a line for each sign that the encoder has not learnt, with what to try; none if there is no such sign."""
+    found = []
+    worse: dict[str, list[str]] = {}
+    for measure in ACCURACIES:
+        values = scores.get(measure, {})
+        if values.get("trained", 1.0) < 1:
+            for other in REPRESENTATIONS[1:]:
+                if values.get(other, -1.0) >= values["trained"]:
+                    worse.setdefault(NAMES[other], []).append(MEASURES[measure])
+    if worse:
+        listed = ", or than ".join(f"{other} by {' and '.join(measures)}" for other, measures in worse.items())
+        found.append(
+            f"The trained encoder is not better than {listed}. More epochs, a larger batch, a lower temperature or "
+            "another augmentation (--augment) may help."
+        )
+    uniformity = scores.get("uniformity", {}).get("trained", -math.inf)
+    ranks = scores.get("effective rank", {})
+    if uniformity > COLLAPSED:
+        found.append(
+            f"The embeddings have collapsed: with a uniformity of {uniformity:.2f} nearly all images have become one "
+            "point. A lower --lr, a larger batch or another augmentation (--augment) may help."
+        )
+    elif ranks.get("trained", math.inf) < 1.5 < 2 < ranks.get("raw pixels", 0):
+        found.append(
+            f"The features have collapsed: with an effective rank of {ranks['trained']:.1f} they lie along a line. "
+            "A lower --lr, a larger batch or another augmentation (--augment) may help."
+        )
+    return found
+
+
+def render(metrics: dict[str, Any], trainer: Trainer, evaluation: Evaluation, pictures: Pictures) -> str:
     """The page. Whatever came from outside (paths, class names, the command) is escaped."""
-    scores, timing = metrics["evaluation"]["scores"], metrics["timing"]
+    judged, timing, data = metrics["evaluation"], metrics["timing"], metrics["data"]
+    channels, height, width = data["image_shape"]
     return PAGE.substitute(
-        title=_escape(f"SimCLR on {data.name}"),
-        summary=_summary(metrics, data),
-        scores=_scores_table(scores),
-        notes="".join(f"<p>{_escape(note)}</p>" for note in metrics["evaluation"]["notes"]),
+        {name: _image(alt, pictures[name]) for name, (alt, _) in _PICTURES.items()},
+        title=_escape(f"SimCLR on {data['title']}"),
+        summary=_summary(metrics),
+        remarks="".join(f"<p class=remark>{_escape(remark)}</p>" for remark in judged["remarks"]),
+        scores=_scores_table(judged["scores"]),
+        notes="".join(f"<p>{_escape(note)}</p>" for note in judged["notes"]),
         measures="".join(
-            f"<dt>{title}</dt><dd>{text}</dd>" for key, (title, text) in _MEASURES.items() if key in scores
+            f"<dt>{title}</dt><dd>{text}</dd>" for key, (title, text) in _MEASURES.items() if key in judged["scores"]
         ),
+        key=_colour_key(trainer, evaluation) if isinstance(pictures["embedding"], bytes) else "",
         verification=_verification_text(metrics["verification"]),
-        curves=_image(out / "curves.png"),
-        embedding=_image(out / "embedding.png"),
-        views=_image(out / "views.png"),
-        command=_escape(" ".join(metrics["command"])),
-        checkpoint=_escape(repr(str(out / "checkpoint.pt"))),
+        command=" ".join(f"<span>{_escape(argument)}</span>" for argument in metrics["command"]),
+        folder=_escape(repr(str(trainer.config.out))),
+        channels=channels,
+        height=height,
+        width=width,
         training_seconds=f"{timing['training_seconds']:.1f}",
         evaluation_seconds=f"{timing['evaluation_seconds']:.1f}",
-        settings=_pairs_table(metrics["config"]),
-        environment=_pairs_table(metrics["versions"] | metrics["machine"] | metrics["data"]),
+        settings=_pairs_table(metrics["settings"]),
+        environment=_pairs_table(
+            metrics["versions"] | metrics["machine"] | {key: data[key] for key in data if key != "notes"}
+        ),
+        data_notes=_data_notes(data["notes"]),
     )
 
 
-def _summary(metrics: dict[str, Any], data: ImageData) -> str:
-    timing, config = metrics["timing"], metrics["config"]
-    tiles = []
-    knn = metrics["evaluation"]["scores"].get("knn")
-    if knn:
-        tiles = [(f"{100 * knn[name]:.1f} %", f"k-NN accuracy, {name}") for name in REPRESENTATIONS]
-    tiles.append((f"{timing['steps']:,}", f"steps of {config['accumulate_batch'] or config['batch_size']} images"))
+def _summary(metrics: dict[str, Any]) -> str:
+    timing, scores = metrics["timing"], metrics["evaluation"]["scores"]
+    measure = next((measure for measure in ACCURACIES if measure in scores), "")
+    tiles = [
+        (f"{100 * scores[measure][name]:.1f} %", f"{MEASURES[measure]}, {name}")
+        for name in REPRESENTATIONS
+        if name in scores.get(measure, {})
+    ]
+    tiles.append((f"{timing['steps']:,}", f"steps of {timing['images_per_step']} images"))
     tiles.append((f"{timing['images_per_second']:,.0f}", "training images per second"))
     return "".join(f"<div><b>{_escape(value)}</b><span>{_escape(name)}</span></div>" for value, name in tiles)
 
 
-def _scores_table(scores: dict[str, dict[str, float]]) -> str:
-    head = "".join(f"<th>{name}</th>" for name in REPRESENTATIONS)
+def _scores_table(scores: Scores) -> str:
+    columns = [name for name in REPRESENTATIONS if any(name in values for values in scores.values())]
+    if not columns:
+        return "<p>Nothing was measured.</p>"
+    head = "".join(f"<th>{name}</th>" for name in columns)
     rows = []
     for measure, values in scores.items():
-        accuracy = measure in ("knn", "linear probe")
-        digits = 1 if measure == "effective rank" else 2
-        cells = [f"{100 * values[n]:.1f} %" if accuracy else f"{values[n]:.{digits}f}" if n in values else "&ndash;"
-                 for n in REPRESENTATIONS]  # fmt: skip
-        rows.append(f"<tr><th>{_MEASURES[measure][0]}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    return f"<table class=scores><tr><th></th>{head}</tr>{''.join(rows)}</table>"
+        cells = "".join(f"<td>{_score(measure, values.get(name))}</td>" for name in columns)
+        rows.append(f"<tr><th>{_MEASURES[measure][0]}</th>{cells}</tr>")
+    return _table("scores", f"<tr><th></th>{head}</tr>{''.join(rows)}")
+
+
+def _score(measure: str, value: float | None) -> str:
+    if value is None:
+        return "&ndash;"
+    if measure in ACCURACIES:
+        return f"{100 * value:.1f} %"
+    return f"{value:.{1 if measure == 'effective rank' else 2}f}"
+
+
+def _colour_key(trainer: Trainer, evaluation: Evaluation) -> str:
+    """A legend of the map in HTML, for phones and for names that the picture cuts short or may have no glyphs for."""
+    groups = colour_key(evaluation, trainer.images)
+    if len(groups) > MOST_CAPTIONS:
+        return ""
+    as_drawn = all(len(caption) <= CAPTION_LENGTH and caption.isascii() for caption, _, _ in groups)
+    entries = "".join(
+        f'<li><i style="background:{colour}"></i>{_escape(caption)}</li>' for caption, colour, _ in groups
+    )
+    return f'<ul class="key{" phone" if as_drawn else ""}">{entries}</ul>'
+
+
+def _data_notes(notes: Sequence[str]) -> str:
+    if not notes:
+        return ""
+    entries = "".join(f"<li>{_escape(note)}</li>" for note in notes)
+    opened = " open" if len(notes) <= OPEN_NOTES else ""
+    return f"<details{opened}><summary>Notes on the data ({len(notes)})</summary><ul>{entries}</ul></details>"
 
 
 def _verification_text(verification: dict[str, Any] | None) -> str:
@@ -161,19 +292,28 @@ def _verification_text(verification: dict[str, Any] | None) -> str:
     return (
         f"<p>{verification['checks']} times during training the loss and its gradient were computed again by the "
         "dense formula in float64, on the embeddings of that very step. Every error was within its budget; had one "
-        "not been, the run would have stopped there.</p><table class=scores><tr><th></th><th>largest relative error"
-        f"</th><th>smallest budget</th></tr>{rows}</table>"
+        "not been, the run would have stopped there.</p>"
+        + _table("scores", f"<tr><th></th><th>largest relative error</th><th>smallest budget</th></tr>{rows}")
     )
 
 
 def _pairs_table(pairs: dict[str, Any]) -> str:
-    rows = (f"<tr><th>{_escape(key)}</th><td>{_escape(value)}</td></tr>" for key, value in pairs.items())
-    return f"<table>{''.join(rows)}</table>"
+    rows = (
+        f"<tr><th>{_escape(key)}</th><td>{'&ndash;' if value in (None, '') else _escape(value)}</td></tr>"
+        for key, value in pairs.items()
+    )
+    return _table("pairs", "".join(rows))
 
 
-def _image(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
+def _table(kind: str, rows: str) -> str:
+    return f"<div class=scroll><table class={kind}>{rows}</table></div>"
+
+
+def _image(alt: str, picture: bytes | str) -> str:
+    if isinstance(picture, str):
+        return f"<p>{alt}: not drawn ({_escape(picture)}).</p>"
+    return f'<img src="data:image/png;base64,{base64.b64encode(picture).decode("ascii")}" alt="{alt}">'
 
 
 def _escape(value: object) -> str:
-    return html.escape(str(value))
+    return html.escape(printable(value))

@@ -37,7 +37,7 @@ from .feed import Views, make_feed
 from .history import History, TrainingError
 from .loader import LoaderData
 from .logs import Log, check_logs, open_logs
-from .models import DEFAULT_WIDTH
+from .models import DEFAULT_WIDTH, SimCLR
 from .objective import build_objective
 from .optim import build_optimizer, default_learning_rate, learning_rate
 from .output import OutputFolder, first_line, printable
@@ -134,15 +134,24 @@ class Trainer:
         if ranks.first:
             self.folder.check(self._bytes_to_write())
 
-    def _make_model(self, encoder: nn.Module | None) -> Any:
+    def _make_model(self, encoder: nn.Module | None) -> SimCLR:
         try:
             return make_model(self.config, self.data, self.device, encoder)
         except (RuntimeError, MemoryError) as error:
             raise ValueError(f"the model cannot be made: {first_line(error)}") from error
 
-    def untrained(self) -> Any:
+    def untrained(self) -> SimCLR:
         """The model as it was before its first step."""
         return self._make_model(copy.deepcopy(self._initial_encoder))
+
+    @property
+    def images(self) -> ImageData:
+        """The data set; ValueError for a run on a DataLoader, which has no plain images to judge an encoder on."""
+        if isinstance(self.data, LoaderData):
+            raise ValueError(
+                "a run on a DataLoader cannot be judged: pass a Dataset or ImageData, which hold test images"
+            )
+        return self.data
 
     def _check_folder(self) -> None:
         if not self._may_replace and (self.config.out / FILE_NAME).exists():

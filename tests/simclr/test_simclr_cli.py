@@ -49,6 +49,7 @@ def test_main_reports_on_images_without_labels(tmp_path, capsys):
     arguments = ["--data", "npz", "--data-dir", tmp_path / "d.npz", "--epochs", 1, "--out", tmp_path / "run", "--quiet"]
     assert main([str(argument) for argument in arguments]) == 0
     assert capsys.readouterr().err == (
+        "note: The images carry no labels, so accuracies are not measured.\n"
         "note: --batch-size 256 is more than the 48 training images: every step takes all of them\n"
     )
     page = (tmp_path / "run" / "report.html").read_text()

@@ -27,11 +27,11 @@ from fastntxent.simclr.batch_norm import over_ranks, without_sync
 from fastntxent.simclr.build import pick_device
 from fastntxent.simclr.checkpoint import FILE_NAME, load_checkpoint, with_saved_options
 from fastntxent.simclr.objective import build_objective
+from fastntxent.simclr.pipeline import prepare
 from fastntxent.simclr.ranks import ALONE, Ranks, join
-from fastntxent.simclr.run import prepare
 from tests.ranks import on_ranks
 
-run_module = importlib.import_module("fastntxent.simclr.run")  # the package has a function of that name
+run_module = importlib.import_module("fastntxent.simclr.pipeline")
 
 ROOT = Path(__file__).parents[2]
 TRAINER = instruction_set.module("fastntxent.simclr")

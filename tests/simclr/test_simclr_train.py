@@ -13,7 +13,7 @@ from fastntxent.simclr import checkpoint as checkpoint_module
 from fastntxent.simclr.checkpoint import load_checkpoint, save_checkpoint, with_saved_options
 from fastntxent.simclr.config import parse_args
 from fastntxent.simclr.feed import even_chunk
-from fastntxent.simclr.run import forewarn, prepare
+from fastntxent.simclr.pipeline import forewarn, prepare
 from fastntxent.simclr.stream import stream
 
 

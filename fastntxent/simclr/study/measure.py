@@ -13,8 +13,9 @@ from ...common import unit_rows
 from ..build import pick_device
 from ..config import Config
 from ..data import ImageData
-from ..evaluate import ROWS, embed_views, encode, knn_accuracy, probe_accuracy, recalibrate
+from ..evaluate import embed_views, encode, knn_accuracy, probe_accuracy, recalibrate
 from ..models import SimCLR
+from ..selection import ROWS
 
 BINS = 50  # of the histograms of similarities, over [-1, 1]
 NEIGHBOURS = 5

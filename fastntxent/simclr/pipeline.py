@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -10,9 +12,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from .config import Config, flag
 from .data import ImageData, load_data
-from .evaluate import REPRESENTATIONS, evaluate
+from .evaluate import ACCURACIES, REPRESENTATIONS, Evaluation, check_ready, evaluate, why
+from .output import printable
 from .ranks import ALONE, Ranks, launched
-from .report import write_report
+from .report import write_pages, write_report
 from .train import Trainer
 
 
@@ -54,10 +57,18 @@ def _load(config: Config, ranks: Ranks) -> ImageData:
 
 
 def forewarn(trainer: Trainer) -> list[str]:
-    """What a person may not expect of the run, a line each."""
-    notes = list(trainer.data.notes)
-    config, asked = trainer.config, trainer.config.batch
-    if trainer.batch < asked and isinstance(trainer.data, ImageData):
+    """Find out before training whether the run can be judged and reported.
+
+    Returns:
+        What a person may not expect of the run, a line each.
+
+    Raises:
+        ImportError: a package is missing that the evaluation or the report needs.
+        ValueError: the data are a DataLoader's, on which no encoder can be judged.
+    """
+    data, config, asked = trainer.images, trainer.config, trainer.config.batch
+    notes = [*data.notes, *check_ready(config, data)]
+    if trainer.batch < asked:
         name = flag("accumulate_batch" if config.accumulate_batch else "batch_size")
         notes.append(f"{name} {asked} is more than the {trainer.batch} training images: every step takes all of them")
     if config.resume and trainer.step >= trainer.last_step:
@@ -66,42 +77,75 @@ def forewarn(trainer: Trainer) -> list[str]:
 
 
 def finish(trainer: Trainer, command: Sequence[str] = ()) -> dict[str, Any]:
-    """Judge a trained encoder and write the report; returns what metrics.json holds."""
-    evaluation = evaluate(trainer.model, trainer.config, trainer.data)
+    """Judge a trained encoder and write the report, even if some of it cannot be measured or drawn.
+
+    Args:
+        trainer: the finished run.
+        command: the command line that started it, for the record.
+
+    Returns:
+        What metrics.json holds.
+
+    Raises:
+        OSError: the run's folder cannot be written to.
+        ValueError: the data are a DataLoader's, on which no encoder can be judged.
+    """
+    data = trainer.images
+    # If judging kills the process (for lack of memory, say), history and settings are already written.
+    write_pages(trainer, Evaluation(notes=["The process ended before the encoder was judged."]), command)
+    try:
+        evaluation = evaluate(trainer.model, trainer.config, data, trainer.untrained)
+    except Exception as error:
+        evaluation = Evaluation(notes=[f"Not judged: the encoder ({why(error)})."])
     return write_report(trainer, evaluation, command)
 
 
-def run(config: Config, command: Sequence[str] = ()) -> dict[str, Any]:
+def run(
+    config: Config,
+    command: Sequence[str] = (),
+    *,
+    data: ImageData | Dataset[Any] | None = None,
+    encoder: nn.Module | None = None,
+) -> dict[str, Any]:
     """Train, judge and report, in one process; over several, `torchrun -m fastntxent.simclr` does.
 
     Args:
         config: the settings.
         command: the command line, for the record in the report.
+        data: the images, as `Trainer` takes them; None for those that the settings name.
+        encoder: a module from images to features, trained in place; None for the one that the settings name.
 
     Returns:
         What metrics.json holds.
 
     Raises:
         RuntimeError: torchrun has started several processes.
-        ValueError, FileNotFoundError, FileExistsError, ImportError: before training, for settings that cannot work.
-        TrainingError: during training, as `Trainer.fit` says.
+        ValueError, TypeError, FileNotFoundError, FileExistsError, ImportError: before training, for settings or data
+            that cannot work.
+        BlockingIOError: before training, if another run is writing to the folder.
+        TrainingError, InterruptedRun: during training, as `Trainer.fit` says.
     """
     if launched():
         raise RuntimeError("run() is of one process: over several start torchrun -m fastntxent.simclr")
-    trainer = prepare(config)
-    trainer.fit()
-    return finish(trainer, command)
+    trainer = prepare(config, data=data, encoder=encoder)
+    forewarn(trainer)
+    with trainer.writing():
+        trainer.fit()
+        return finish(trainer, command)
 
 
 def summarise(metrics: dict[str, Any], out: str) -> str:
-    """The outcome in a few lines for the terminal."""
+    """Return the outcome in a few lines for the terminal; characters outside its encoding become question marks."""
     lines = []
-    scores = metrics["evaluation"]["scores"]
-    for measure in ("knn", "linear probe"):
-        if measure in scores:
-            values = ", ".join(f"{name} {100 * scores[measure][name]:.1f} %" for name in REPRESENTATIONS)
+    evaluation = metrics["evaluation"]
+    for measure in ACCURACIES:
+        scores = evaluation["scores"].get(measure, {})
+        if scores:
+            values = ", ".join(
+                f"{name} {100 * scores[name]:.1f} %" if name in scores else f"{name} -" for name in REPRESENTATIONS
+            )
             lines.append(f"{measure + ':':14}{values}")
-    lines += metrics["evaluation"]["notes"]
+    lines += evaluation["notes"] + evaluation["remarks"]
     verification = metrics["verification"]
     if verification:
         lines.append(
@@ -112,5 +156,6 @@ def summarise(metrics: dict[str, Any], out: str) -> str:
     lines.append(
         f"{'time:':14}training {timing['training_seconds']:.1f} s, evaluation {timing['evaluation_seconds']:.1f} s"
     )
-    lines.append(f"{'report:':14}{out}/report.html")
-    return "\n".join(lines)
+    lines.append(f"{'report:':14}{Path(out) / 'report.html'}")
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return printable("\n".join(lines)).encode(encoding, "replace").decode(encoding)
