@@ -9,6 +9,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 CHECKOUT = Path(__file__).parent.parent
@@ -72,9 +73,12 @@ def test_build_does_not_require_torch():
     assert "torch" not in requires
 
 
-def test_readme_python_runs():
+def test_readme_python_runs(tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", (CHECKOUT / "README.md").read_text(), re.DOTALL)
     assert blocks
+    monkeypatch.chdir(tmp_path)
+    features = np.random.default_rng(0).standard_normal((9, 4)).astype(np.float32)
+    np.savez("features.npz", features=features, paths=np.array([f"{i}.png" for i in range(9)]))  # as `embed` writes it
     for block in blocks:
         exec(block, {})
 
