@@ -216,9 +216,8 @@ class Trainer:
         measured = (self.step, time.perf_counter())
         feed = self.feed.steps(self.step, last_step)
         while self.step < last_step:
-            views = self._next(feed)
             try:
-                batch = self._train_step(views)
+                batch = self._train_step(self._next(feed))
             except (torch.OutOfMemoryError, MemoryError) as error:
                 raise MemoryError(
                     f"memory ran out in step {self.step}: {first_line(error)}; take a smaller --batch-size, or "
@@ -247,6 +246,8 @@ class Trainer:
         if not self._stop.number:
             try:
                 views = next(feed)
+            except (torch.OutOfMemoryError, MemoryError):
+                raise
             except Exception as error:  # of a data set's own code, perhaps from a worker process with its traceback
                 words = str(error).strip().rpartition("\n")[2] or type(error).__name__
         # A signal may have ended the workers that were being waited for.

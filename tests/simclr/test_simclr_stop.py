@@ -109,3 +109,19 @@ def test_images_that_cannot_be_read_any_more_end_the_run_with_a_checkpoint(make_
     with pytest.raises(TrainingError, match=r"the images of step 4 cannot be read: cat/7\.png is gone; saved; go on"):
         trainer.fit()
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 4
+
+
+@pytest.mark.parametrize("error", [MemoryError("no"), torch.OutOfMemoryError("CUDA out of memory. Tried\nadvice")])
+@pytest.mark.parametrize("where", ["feed", "step"])
+def test_step_that_does_not_fit_says_what_to_change(make_trainer, monkeypatch, error, where):
+    def fail(*args):
+        raise error
+
+    trainer = make_trainer()
+    if where == "feed":
+        monkeypatch.setattr("fastntxent.simclr.feed.two_views", fail)
+    else:
+        monkeypatch.setattr(trainer, "_train_step", fail)
+    with pytest.raises(MemoryError, match=r"memory ran out in step 0: .*; take a smaller --batch-size") as caught:
+        trainer.fit()
+    assert "\n" not in str(caught.value)
