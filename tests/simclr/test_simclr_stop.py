@@ -114,7 +114,7 @@ def test_images_that_cannot_be_read_any_more_end_the_run_with_a_checkpoint(make_
 @pytest.mark.parametrize("error", [MemoryError("no"), torch.OutOfMemoryError("CUDA out of memory. Tried\nadvice")])
 @pytest.mark.parametrize("where", ["feed", "step"])
 def test_step_that_does_not_fit_says_what_to_change(make_trainer, monkeypatch, error, where):
-    def fail(*args):
+    def fail(*args, **options):
         raise error
 
     trainer = make_trainer()
