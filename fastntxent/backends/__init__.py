@@ -13,7 +13,9 @@ import importlib
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
+from ..verification import policy
 from .base import Backend
 
 ANY_DEVICE = ("any",)
@@ -22,17 +24,21 @@ ANY_DEVICE = ("any",)
 class _Entry(NamedTuple):
     module: str
     device_types: tuple[str, ...]
-    auto: bool  # may "auto" pick it: only what passed the whole suite on real hardware of that kind
+    auto: str  # may "auto" pick it: "yes", "no", or "passed", on devices on which it has passed `verification`
 
 
-# In order of preference: "auto" takes the first that may be picked, serves the device and loads.
+# In order of preference: "auto" takes the first that may be picked, serves the device and loads; on an accelerator,
+# of those that have passed there, the one that is quickest for the call's size.
 _TABLE: dict[str, _Entry] = {
-    "cpu": _Entry("fastntxent.backends.cpu", ("cpu",), auto=True),
-    "cuda": _Entry("fastntxent.backends.cuda.backend", ("cuda",), auto=False),
-    "triton": _Entry("fastntxent.backends.triton.backend", ("cuda",), auto=False),
-    "blocked": _Entry("fastntxent.backends.blocked", ANY_DEVICE, auto=True),
-    "reference": _Entry("fastntxent.backends.reference", ANY_DEVICE, auto=False),
+    "cpu": _Entry("fastntxent.backends.cpu", ("cpu",), auto="yes"),
+    "cuda": _Entry("fastntxent.backends.cuda.backend", ("cuda",), auto="passed"),
+    "triton": _Entry("fastntxent.backends.triton.backend", ("cuda",), auto="passed"),
+    "blocked": _Entry("fastntxent.backends.blocked", ANY_DEVICE, auto="yes"),
+    "reference": _Entry("fastntxent.backends.reference", ANY_DEVICE, auto="no"),
 }
+
+
+_CHECKED = {kind for entry in _TABLE.values() if entry.auto == "passed" for kind in entry.device_types}
 
 
 class BackendStatus(NamedTuple):
@@ -68,12 +74,38 @@ def _serving(name: str, device_type: str, dtype: torch.dtype) -> Backend | None:
     return backend if isinstance(backend, Backend) and dtype in backend.dtypes else None
 
 
+def select_for(name: str, rows: Tensor) -> Backend:
+    """The backend for `name` on rows (M, D); for "auto" on an accelerator the quickest that has passed there."""
+    device = rows.device
+    if name == "auto" and device.type in _CHECKED and rows.ndim == 2:
+        name = policy.choose(device, candidates(device.type, rows.dtype), rows.dtype, *rows.shape)
+    return select(name, device.type, rows.dtype)
+
+
+@functools.cache
+def candidates(device_type: str, dtype: torch.dtype | None = None) -> dict[str, str]:
+    """The backends that "auto" may take on devices of this type once they have passed, each with its module."""
+    found = {
+        name: entry for name, entry in _TABLE.items() if entry.auto == "passed" and device_type in entry.device_types
+    }
+    return {
+        name: entry.module
+        for name, entry in found.items()
+        if isinstance(backend := _load(name), Backend) and (dtype is None or dtype in backend.dtypes)
+    }
+
+
+def add(name: str, module: str, device_types: tuple[str, ...]) -> None:
+    """Put a backend into the table, to be called by name: where it is to be checked, and is not this package's."""
+    _TABLE.setdefault(name, _Entry(module, device_types, auto="no"))
+
+
 def select(name: str, device_type: str, dtype: torch.dtype) -> Backend:
-    """The backend for `name` on tensors like these; for "auto" the first of the table that may serve."""
+    """The backend for `name` on tensors like these; for "auto" the first of the table that serves unchecked."""
     check_name(name)
     if name == "auto":
-        candidates = (_serving(candidate, device_type, dtype) for candidate, entry in _TABLE.items() if entry.auto)
-        return next(backend for backend in candidates if backend)
+        serving = (_serving(each, device_type, dtype) for each, entry in _TABLE.items() if entry.auto == "yes")
+        return next(backend for backend in serving if backend)
     backend = _load(name)
     device_types = _device_types(name)
     if device_types != ANY_DEVICE and device_type not in device_types:

@@ -1,0 +1,224 @@
+"""Verdicts and times, kept in one JSON file for each device model under the user's cache folder.
+
+A file holds, for each backend, the key it was checked under: kernels, device, driver, PyTorch and Triton. An entry
+under another key, and a file that is damaged or of another version, count as absent. `FASTNTXENT_CACHE` moves the
+folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from ..files import write_whole
+from .verdict import Verdict
+
+FORMAT = 1
+CACHE = "FASTNTXENT_CACHE"
+PACKAGE = Path(__file__).parents[1]
+# How long a process waits for another one of this machine that is checking the same device model.
+PATIENCE = 600.0
+
+
+def cache_folder() -> Path:
+    """Where the files are, by platformdirs' conventions; $FASTNTXENT_CACHE if it is set."""
+    given = os.environ.get(CACHE)
+    if given:
+        return Path(given)
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "fastntxent" / "Cache"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "fastntxent"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastntxent"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A device as far as kernels can depend on it, and what compiles for it."""
+
+    name: str
+    capability: str
+    driver: str
+    torch: str
+    triton: str
+
+    @property
+    def file_name(self) -> str:
+        """A file's name for this model of device, on any file system."""
+        words = re.sub(r"[^a-z0-9]+", "-", f"{self.name} {self.capability}".lower()).strip("-")
+        return f"{words[:100]}.json"
+
+
+@functools.cache
+def describe(device: torch.device) -> Model:
+    """The model of a device of this machine."""
+    triton = "none"
+    if importlib.util.find_spec("triton"):
+        from importlib.metadata import PackageNotFoundError, version
+
+        with contextlib.suppress(PackageNotFoundError):
+            triton = version("triton")
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        capability = getattr(properties, "gcnArchName", "") if torch.version.hip else ""
+        return Model(
+            properties.name,
+            capability or f"sm_{properties.major}{properties.minor}",
+            _driver(),
+            torch.__version__,
+            triton,
+        )
+    return Model(_processor(), torch.backends.cpu.get_cpu_capability(), platform.release(), torch.__version__, triton)
+
+
+def _driver() -> str:
+    for path in ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version"):
+        with contextlib.suppress(OSError):
+            return Path(path).read_text().splitlines()[0].strip()
+    read = getattr(torch._C, "_cuda_getDriverVersion", None)
+    return str(read()) if read else "unknown"
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        if found:
+            return found[1].strip()
+    return platform.processor() or platform.machine() or "processor"
+
+
+@functools.cache
+def sources_key(module: str) -> str:
+    """A hash of what a backend is made of: this package's modules, and its compiled kernels, or a module elsewhere."""
+    digest = hashlib.sha256()
+    folders = [PACKAGE / part for part in ("backends", "ops", "verification")]
+    files = sorted(path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".json"))
+    if module.startswith("fastntxent.backends."):
+        files += sorted(PACKAGE.glob(f"_{module.split('.')[2]}.*"))  # fastntxent/_cuda.abi3.so
+    files.append(PACKAGE / "budget.py")
+    found = importlib.util.find_spec(module)
+    if found and found.origin and Path(found.origin) not in files:
+        files.append(Path(found.origin))
+    for path in files:
+        digest.update(path.name.encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+class Store:
+    """The file of a device's model.
+
+    Args:
+        model: whose.
+        folder: None for `cache_folder()`.
+    """
+
+    _complained = False
+
+    def __init__(self, model: Model, folder: Path | None = None) -> None:
+        self.model = model
+        self.path = (folder or cache_folder()) / model.file_name
+        self._unsaved: dict[tuple[str, str], Any] = {}
+
+    def verdict(self, backend: str, module: str) -> Verdict | None:
+        """What is known of a backend; None if nothing is, or of other kernels, another driver or another PyTorch."""
+        entry = self._read()["verdicts"].get(backend)
+        try:
+            if entry["key"] != self._key(module):
+                return None
+            return Verdict.from_dict(entry["verdict"])
+        except (TypeError, KeyError, ValueError):
+            return None
+
+    def keep(self, backend: str, module: str, verdict: Verdict) -> None:
+        """Note a verdict; one that says nothing of the kernels is not kept."""
+        if verdict.status != "not available":
+            self._update("verdicts", backend, {"key": self._key(module), "verdict": verdict.to_dict()})
+
+    def times(self, modules: dict[str, str]) -> dict[str, Any] | None:
+        """The times of these backends, by name and module; None if there are none of these very kernels."""
+        entry = self._read()["times"].get("auto")
+        try:
+            return entry["times"] if entry["keys"] == self._keys(modules) else None
+        except (TypeError, KeyError):
+            return None
+
+    def keep_times(self, modules: dict[str, str], times: dict[str, Any]) -> None:
+        """Note the times of these backends."""
+        self._update("times", "auto", {"keys": self._keys(modules), "times": times})
+
+    @contextlib.contextmanager
+    def checking(self) -> Iterator[None]:
+        """Only one process of this machine is in here for this model; the others wait, for PATIENCE seconds at most.
+
+        Where no lock can be had, as in a folder that cannot be written to, none is held.
+        """
+        lock = None
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(f"{self.path}.lock", timeout=PATIENCE)
+            lock.acquire()
+        except (OSError, NotImplementedError) as error:
+            if isinstance(error, Timeout):
+                warnings.warn(
+                    f"another process has held {self.path}.lock for {PATIENCE:g} s: not waiting", stacklevel=2
+                )
+            lock = None
+        try:
+            yield
+        finally:
+            if lock:
+                lock.release()
+
+    def _key(self, module: str) -> dict[str, str]:
+        return {**asdict(self.model), "kernels": sources_key(module)}
+
+    def _keys(self, modules: dict[str, str]) -> dict[str, dict[str, str]]:
+        return {name: self._key(module) for name, module in modules.items()}
+
+    def _read(self) -> dict[str, Any]:
+        """The file's content, with what could not be written; empty for a file that is absent, damaged or foreign."""
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            if content["format"] != FORMAT or not all(
+                isinstance(content[part], dict) for part in ("verdicts", "times")
+            ):
+                raise ValueError("another format")
+        except (OSError, ValueError, KeyError, TypeError):
+            content = {"format": FORMAT, "verdicts": {}, "times": {}}
+        for (part, name), entry in self._unsaved.items():
+            content[part][name] = entry
+        return content
+
+    def _update(self, part: str, name: str, entry: dict[str, Any]) -> None:
+        content = self._read()
+        content["device"] = asdict(self.model)
+        content[part][name] = entry
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(content, indent=1) + "\n"
+            write_whole(self.path, lambda file: file.write(text.encode()))
+        except OSError as error:
+            self._unsaved[part, name] = entry
+            if not Store._complained:
+                Store._complained = True
+                warnings.warn(
+                    f"fastntxent cannot keep its verdicts in {self.path.parent} ({error.strerror}), and checks the "
+                    f"device again in each process; {CACHE} names another folder",
+                    stacklevel=2,
+                )
