@@ -48,6 +48,7 @@ class BackendStatus(NamedTuple):
     device_types: tuple[str, ...]
     reason: str | None  # why it is not available, else None
     details: str | None = None  # what of this machine it uses: "avx2, 2 threads"
+    verdict: str | None = None  # how it was found on the current device, where "auto" goes by that
 
 
 @functools.cache
@@ -95,6 +96,15 @@ def candidates(device_type: str, dtype: torch.dtype | None = None) -> dict[str, 
     }
 
 
+def checkable(device_type: str) -> dict[str, str]:
+    """The backends that load here and serve devices of this type, each with its module; not the oracle itself."""
+    return {
+        name: entry.module
+        for name, entry in _TABLE.items()
+        if name != "reference" and _serving(name, device_type, torch.float32)
+    }
+
+
 def add(name: str, module: str, device_types: tuple[str, ...]) -> None:
     """Put a backend into the table, to be called by name: where it is to be checked, and is not this package's."""
     _TABLE.setdefault(name, _Entry(module, device_types, auto="no"))
@@ -117,6 +127,11 @@ def select(name: str, device_type: str, dtype: torch.dtype) -> Backend:
     return backend
 
 
+def name_of(backend: Backend) -> str:
+    """The name of a backend that `select` gave."""
+    return next(name for name in _TABLE if _load(name) is backend)
+
+
 def _device_types(name: str) -> tuple[str, ...]:
     """As the table has it; a backend that has loaded may know of more."""
     backend = _load(name)
@@ -128,13 +143,14 @@ def backends() -> dict[str, BackendStatus]:
     """Every backend by name: whether it loads here, which device types it serves, and if not, why not.
 
     Returns:
-        A dict of `BackendStatus(available, device_types, reason, details)`; `device_types` is `("any",)` for a backend
-        that runs wherever PyTorch does, and `details` names the instruction set and the threads of "cpu".
+        A dict of `BackendStatus(available, device_types, reason, details, verdict)`; `device_types` is `("any",)` for
+        a backend that runs wherever PyTorch does, `details` names the instruction set and the threads of "cpu", and
+        `verdict` says whether the kernels for a GPU have passed `verify` on the current one.
 
     Example:
         >>> import fastntxent
         >>> fastntxent.backends()["blocked"]
-        BackendStatus(available=True, device_types=('any',), reason=None, details=None)
+        BackendStatus(available=True, device_types=('any',), reason=None, details=None, verdict=None)
     """
     return {name: _status(name) for name in _TABLE}
 
@@ -143,7 +159,16 @@ def _status(name: str) -> BackendStatus:
     loaded = _load(name)
     if isinstance(loaded, Exception):
         return BackendStatus(False, _device_types(name), _explain(loaded))
-    return BackendStatus(True, _device_types(name), None, loaded.details())
+    return BackendStatus(True, _device_types(name), None, loaded.details(), _verdict(name))
+
+
+def _verdict(name: str) -> str | None:
+    """What is known of a backend on the current GPU, if "auto" would have to know."""
+    if _TABLE[name].auto != "passed" or not torch.cuda.is_available():
+        return None
+    device = torch.device("cuda", torch.cuda.current_device())
+    verdict = policy.known(device, {name: _TABLE[name].module}).get(name)
+    return str(verdict) if verdict else "not checked yet"
 
 
 def _explain(error: Exception) -> str:

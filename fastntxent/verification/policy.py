@@ -176,6 +176,16 @@ def _known(store: Store, candidates: Candidates) -> dict[str, Verdict]:
     return {name: verdict for name, verdict in known.items() if verdict}
 
 
+def look_up(device: torch.device, candidates: Candidates) -> Decision:
+    """What is kept of a device, without finding out anything."""
+    if never():
+        return Decision({}, None, f"{VERIFY}=never: no kernels are checked or taken")
+    decision = Decision(known(device, candidates), None, "" if candidates else "no kernels load here")
+    if decision.passed:
+        decision.times = Store(describe(device)).times({name: candidates[name] for name in decision.passed})
+    return decision
+
+
 def _times(device: torch.device, passed: dict[str, str]) -> dict[str, Any] | None:
     store = Store(describe(device))
     times = store.times(passed)

@@ -56,7 +56,7 @@ def _entry(names: Sequence[str], device: torch.device, dtype: torch.dtype, n: in
         if repeat >= 3 and time.perf_counter() - started > SECONDS * len(calls):
             break
         for name, call in calls.items():
-            taken[name].append(_milliseconds(call, device))
+            taken[name].append(milliseconds(call, device))
     return {name: median(values) for name, values in taken.items()}
 
 
@@ -67,7 +67,8 @@ def _call(views: Sequence[Tensor], name: str) -> Callable[[], None]:
     return call
 
 
-def _milliseconds(call: Callable[[], None], device: torch.device) -> float:
+def milliseconds(call: Callable[[], None], device: torch.device) -> float:
+    """How long a call takes on a device, with what the device was doing before already done."""
     if device.type == "cpu":
         started = time.perf_counter()
         call()
