@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .backends import check_name, checkable
+from .backends import candidates, check_name, checkable
 from .verification import policy
 from .verification.verdict import Verdict
 
@@ -14,16 +14,16 @@ def verify(
 ) -> dict[str, Verdict]:
     """Prove the kernels on a device, before `backend="auto"` takes them: values and gradients against float64.
 
-    `auto` does this by itself at its first call on a GPU. Calling it beforehand moves the time (about 10 seconds, and
-    up to a minute while Triton compiles) to where it suits: the build of a container, a login node, the first line of a
-    script. Each backend is checked in a process of its own, so that a kernel that crashes or hangs there costs a
-    message. The verdicts are kept under the user's cache folder, for this device model, driver, PyTorch, Triton and
-    these kernels.
+    `auto` does this by itself at its first call on a GPU. Calling it beforehand moves the time (up to two minutes, most
+    of it while Triton compiles) to where it suits: the start of a container, a node of the same kind, the first line of
+    a script. Each backend is checked in a process of its own, so that a kernel that crashes or hangs there costs a
+    message; what passes on a GPU is timed. Verdicts and times are kept under the user's cache folder, for this device
+    model, driver, PyTorch, Triton and these kernels.
 
     Args:
         device: a CPU or GPU of this machine; None for the current GPU, or the CPU where there is none.
-        backend: the name of one to check; None for all that can run there.
-        refresh: check again what has a verdict.
+        backend: the name of one to check; None for all that can run there, which are then timed.
+        refresh: check again what has a verdict, and time it again.
 
     Returns:
         A `Verdict` by backend; its `ok` says whether it has passed, and printed it is one line.
@@ -47,8 +47,12 @@ def verify(
                 f"backend must be one that can be checked on {place} ({', '.join(possible) or 'none'}), got {backend!r}"
             )
         possible = {backend: possible[backend]}
-    policy.forget(place)
-    return policy.verify(place, possible, refresh=refresh)
+    rivals = {} if backend else candidates(place.type)
+    verdicts = policy.verify(place, possible, refresh=refresh, timed=bool(rivals))
+    if rivals:
+        verdicts, _ = policy.time_passed(place, rivals, verdicts, refresh=refresh)
+    policy.forget()
+    return verdicts
 
 
 def find(device: torch.device | str | None) -> torch.device:

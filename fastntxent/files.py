@@ -22,16 +22,16 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
         OSError: the file cannot be written; the old one is left as it was.
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
-    # "x" makes the file or fails: it follows no link and shares no file with another process.
-    with partial.open("x+b") as file:
-        try:
+    try:
+        # "x" makes the file or fails: it follows no link and shares no file with another process.
+        with partial.open("x+b") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-            os.replace(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        os.replace(partial, path)  # Windows renames no file that is open
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     if os.name == "posix":
         # The rename itself must reach the disk before an older file may be relied on to be gone.
         folder = os.open(path.parent, os.O_RDONLY)

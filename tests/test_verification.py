@@ -41,7 +41,7 @@ def dropped_nan(x, call):
 
 
 def another_order(x, call):
-    return x * (1 + 1e-6) if call % 3 else x
+    return x * (1 + 1e-6 * (call % 7))
 
 
 def unwritten_row(x, call):
@@ -94,7 +94,7 @@ backends_module = sys.modules["fastntxent.backends"]
 )
 def test_checks_find_every_break_of_every_kernel(broken, monkeypatch, method, output, change):
     kernels = broken(method, output, change)
-    monkeypatch.setattr(checks, "_sizes", lambda slow, form: [(33, 64)])
+    monkeypatch.setattr(checks, "_calls", lambda slow, form: [("nt_xent", 33, 64)])
 
     def run_all():
         for _, run in checks.cases("broken", kernels, CPU):
@@ -300,16 +300,17 @@ def simulated(monkeypatch, tmp_path):
     """A machine with GPUs: the answers of the child processes, and what was asked of them."""
 
     machine = types.SimpleNamespace(
-        verdicts={"cuda": PASSED, "triton": PASSED}, times=None, asked=[], models={0: MODEL}
+        verdicts={"cuda": PASSED, "triton": PASSED}, times=None, ends={}, asked=[], models={0: MODEL}
     )
 
     def check(request, deadline=0):
         machine.asked.append((request["backend"], request["device"]))
         return machine.verdicts[request["backend"]]
 
-    def measure(request, deadline=0):
-        machine.asked.append((tuple(request["time"]), request["device"]))
-        return machine.times
+    def measure(request):
+        names = request["time"]
+        machine.asked.append((tuple(names), request["device"]))
+        return next(((None, name, machine.ends[name]) for name in names if name in machine.ends), (machine.times, "", None))
 
     monkeypatch.setenv("FASTNTXENT_CACHE", str(tmp_path))
     monkeypatch.delenv("FASTNTXENT_VERIFY", raising=False)
@@ -334,7 +335,7 @@ def test_first_call_checks_once_and_then_never(simulated, capsys):
     assert asked == [("cuda", "cuda:0"), ("triton", "cuda:0"), (("cuda", "triton", "blocked", "reference"), "cuda:0")]
     for rows in (2, 100, 10**6):
         choose(rows=rows)
-    policy.forget(GPU)  # as in the next process
+    policy.forget()  # as in the next process
     simulated.times = {}
     assert choose() == "cuda"
     assert [call for call in simulated.asked[3:] if isinstance(call[0], str)] == []
@@ -359,7 +360,7 @@ def test_failure_falls_back_and_warns_once(simulated):
     assert "backend 'cuda' did not pass on Some GPU 80GB" in str(caught[0].message)
     assert "wrong in nt_xent: float32: d_z_j is off" in str(caught[0].message)
     assert "python -m fastntxent info" in str(caught[0].message)
-    policy.forget(GPU)
+    policy.forget()
     assert choose() == "blocked", "kept, and said already: an error if it warned again"
     assert len(simulated.asked) == 2
 
@@ -374,7 +375,7 @@ def test_never_leaves_auto_as_it_is(simulated, monkeypatch):
     monkeypatch.setenv("FASTNTXENT_VERIFY", "never")
     assert choose() == "blocked"
     assert simulated.asked == []
-    policy.forget(GPU)
+    policy.forget()
     monkeypatch.setenv("FASTNTXENT_VERIFY", "sometimes")
     with pytest.raises(ValueError, match="FASTNTXENT_VERIFY must be 'auto' or 'never', got 'sometimes'"):
         choose()
@@ -421,7 +422,7 @@ def test_choice_follows_what_was_measured(simulated):
         "triton",
         "the quickest of those that have passed: triton 0.5 ms, blocked 0.8 ms, cuda 0.9 ms",
     )
-    policy.forget(GPU)
+    policy.forget()
     asked = len(simulated.asked)
     choose()
     assert len(simulated.asked) == asked, "times are kept too"
@@ -434,7 +435,7 @@ def test_no_kernels_to_check(simulated):
 
 def test_cpu_tensors_are_not_the_policys_business(monkeypatch):
     monkeypatch.setattr(policy, "choose", None)
-    assert select_for("auto", torch.zeros(4, 8)) is select("auto", "cpu", torch.float32)
+    assert select_for("auto", torch.zeros(4, 8), "neg_lse") is select("auto", "cpu", torch.float32)
 
 
 def test_candidates_are_what_loads_and_takes_the_dtype():

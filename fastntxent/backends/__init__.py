@@ -75,11 +75,17 @@ def _serving(name: str, device_type: str, dtype: torch.dtype) -> Backend | None:
     return backend if isinstance(backend, Backend) and dtype in backend.dtypes else None
 
 
-def select_for(name: str, rows: Tensor) -> Backend:
-    """The backend for `name` on rows (M, D); for "auto" on an accelerator the quickest that has passed there."""
+def select_for(name: str, rows: Tensor, method: str) -> Backend:
+    """The backend for a method of `KernelBackend`, by its first rows; for "auto" on an accelerator the quickest that has
+    passed there."""
     device = rows.device
     if name == "auto" and device.type in _CHECKED and rows.ndim == 2:
-        name = policy.choose(device, candidates(device.type, rows.dtype), rows.dtype, *rows.shape)
+        possible = candidates(device.type, rows.dtype)
+        if possible:  # float64 is for none of them
+            n, d = rows.shape
+            M = 2 * n if method.startswith("nt_xent") else n  # the first of two views, or all rows
+            chosen = policy.choose(device, candidates(device.type), rows.dtype, M, d)
+            name = chosen if chosen in possible else name
     return select(name, device.type, rows.dtype)
 
 
@@ -166,8 +172,11 @@ def _verdict(name: str) -> str | None:
     """What is known of a backend on the current GPU, if "auto" would have to know."""
     if _TABLE[name].auto != "passed" or not torch.cuda.is_available():
         return None
-    device = torch.device("cuda", torch.cuda.current_device())
-    verdict = policy.known(device, {name: _TABLE[name].module}).get(name)
+    try:
+        device = torch.device("cuda", torch.cuda.current_device())
+        verdict = policy.known(device, {name: _TABLE[name].module}).get(name)
+    except RuntimeError as error:  # the device does not answer, or this is a fork of a process that uses it
+        return f"unknown: {_explain(error)}"
     return str(verdict) if verdict else "not checked yet"
 
 

@@ -18,7 +18,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         status: int = given.run(given)
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -39,9 +39,10 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=summary, description=module.__doc__)
         command.add_argument("--json", action="store_true", help="JSON on stdout")
         if module is not info:
-            command.add_argument("--device", metavar="DEV", help="cpu, cuda or cuda:1 (default: every device)")
+            default = "every device" if module is check else "the last GPU, else the CPU"
+            command.add_argument("--device", metavar="DEV", help=f"cpu, cuda or cuda:1 (default: {default})")
         if module is check:
-            command.add_argument("--backend", choices=BACKENDS[1:], help="check this one alone")
+            command.add_argument("--backend", choices=[name for name in BACKENDS if name not in ("auto", "reference")], help="check this one alone")
             command.add_argument("--refresh", action="store_true", help="check again what has a verdict")
         command.set_defaults(run=module.run)
     return parser

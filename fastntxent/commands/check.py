@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 
+from ..backends import checkable
 from ..devices import find, present, verify
 from ..verification.store import Store, describe
 
@@ -15,6 +16,10 @@ from ..verification.store import Store, describe
 def run(given: argparse.Namespace) -> int:
     """Check what was asked for, and print the verdicts."""
     devices = [find(given.device)] if given.device else present()
+    if given.backend and not given.device:
+        devices = [device for device in devices if given.backend in checkable(device.type)]
+        if not devices:
+            raise ValueError(f"--backend {given.backend} can be checked on no device of this machine")
     found = {}
     for device in devices:
         verdicts = verify(device, backend=given.backend, refresh=given.refresh)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .. import __version__, backends
-from ..backends import candidates, name_of, select
+from ..backends import candidates, checkable, name_of, select
 from ..devices import present
 from ..verification import policy
 from ..verification.process import VERIFY
@@ -28,12 +28,11 @@ def run(given: argparse.Namespace) -> int:
 
 def collect() -> dict[str, Any]:
     """What the command prints, as plain values. Nothing is checked or timed for it."""
-    model = describe(torch.device("cpu"))
     return {
         "versions": {
             "fastntxent": __version__,
             "torch": torch.__version__,
-            "triton": model.triton,
+            "triton": describe(torch.device("cpu")).triton,
             "python": platform.python_version(),
             "cuda": torch.version.cuda or torch.version.hip or "none",
             "platform": platform.platform(),
@@ -46,24 +45,35 @@ def collect() -> dict[str, Any]:
 
 
 def _device(device: torch.device) -> dict[str, Any]:
-    model = describe(device)
+    try:
+        model = describe(device)
+    except RuntimeError as error:  # a device that does not answer is what a report is about
+        return {"error": " ".join(str(error).split())}
+    verdicts = policy.known(device, checkable(device.type))
+    return {
+        "name": model.name,
+        "capability": model.capability,
+        "driver": model.driver,
+        "verdicts": {name: str(verdicts.get(name, "not checked yet")) for name in checkable(device.type)},
+        "auto": _auto(device),
+    }
+
+
+def _auto(device: torch.device) -> dict[str, dict[str, str]]:
+    """What "auto" takes for calls of a size, and why."""
     possible = candidates(device.type)
-    entry: dict[str, Any] = {"name": model.name, "capability": model.capability, "driver": model.driver}
-    verdicts = policy.known(device, possible)
-    entry["verdicts"] = {name: str(verdicts[name]) if name in verdicts else "not checked yet" for name in possible}
     if not possible:
-        entry["auto"] = {"every size": name_of(select("auto", device.type, torch.float32))}
-        return entry
+        taken = name_of(select("auto", device.type, torch.float32))
+        return {"every size": {"backend": taken, "why": "the first that loads here"}}
     decision = policy.look_up(device, possible)
-    entry["auto"] = {
-        f"{str(dtype).removeprefix('torch.')}, {features} features, {rows} rows": list(
-            decision.explain(dtype, rows, features)
+    return {
+        f"{str(dtype).removeprefix('torch.')}, {features} features, {rows} rows": dict(
+            zip(("backend", "why"), decision.explain(dtype, rows, features), strict=True)
         )
         for dtype in DTYPES
         for features in FEATURES
         for rows in ROWS
     }
-    return entry
 
 
 def _text(found: dict[str, Any]) -> str:
@@ -73,11 +83,12 @@ def _text(found: dict[str, Any]) -> str:
         said = status["reason"] if not status["available"] else status["details"] or "available"
         lines.append(f"  {name:10}{said}" + (f"; {status['verdict']}" if status["verdict"] else ""))
     for device, entry in found["devices"].items():
+        if "error" in entry:
+            lines += ["", f"{device}: {entry['error']}"]
+            continue
         lines += ["", f"{device}: {entry['name']}, {entry['capability']}, driver {entry['driver']}"]
         lines += [f"  {name:10}{verdict}" for name, verdict in entry["verdicts"].items()]
-        for size, taken in entry["auto"].items():
-            backend, why = (taken, "") if isinstance(taken, str) else taken
-            lines.append(f"  auto, {size}: {backend}" + (f" ({why})" if why else ""))
+        lines += [f"  auto, {size}: {taken['backend']} ({taken['why']})" for size, taken in entry["auto"].items()]
     lines += ["", f"verdicts are kept in {found['cache']}"]
     lines += [f"{name}={value}" for name, value in found["environment"].items() if value]
     return "\n".join(lines)

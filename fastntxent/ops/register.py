@@ -49,7 +49,7 @@ def run_kernel(backend: str, method: str, *arguments: Any) -> Any:
     """
     tensors = checked(method, *(x for x in arguments if isinstance(x, Tensor)))
     rows = rows_of(method, tensors)
-    kernels = select_for(backend, rows)
+    kernels = select_for(backend, rows, method)
     if not isinstance(kernels, KernelBackend):
         raise RuntimeError(f"backend {backend!r} has no kernels: call it through fastntxent's functions")
     with autocast_off(rows):

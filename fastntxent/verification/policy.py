@@ -12,6 +12,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from .verdict import Verdict
 FALLBACK = "blocked"
 # What "auto" may take on a device of this type, once it has passed; and where the backend lies.
 Candidates = Mapping[str, str]
+# Children that share the checks of a backend whose kernels are compiled when they are first called.
+PARTS = {"triton": min(4, os.cpu_count() or 1)}
 
 _decided: dict[torch.device, Decision] = {}
 _lock = threading.Lock()
@@ -62,7 +65,7 @@ class Decision:
             return FALLBACK, self.reason or "no kernels have passed here"
         times = self._nearest(dtype, rows, features)
         if not times:
-            return self.passed[0], "it has passed, and nothing was timed for this dtype"
+            return self.passed[0], "it has passed, and nothing was timed at this size"
         quickest = min(times, key=lambda name: times[name])
         said = ", ".join(f"{name} {value:.3g} ms" for name, value in sorted(times.items(), key=lambda item: item[1]))
         return quickest, f"the quickest of those that have passed: {said}"
@@ -105,13 +108,17 @@ def decide(device: torch.device, candidates: Candidates) -> Decision:
         )
         return Decision({}, None, "a CUDA graph was being captured")
     with _lock:
-        known = _decided.get(device)
-        return known or _settle(device, _find_out(device, candidates))
+        decision = _decided.get(device)
+        if decision is not None:
+            return decision
+        decision = _settle(device, _find_out(device, candidates))
+    _complain(device, decision)
+    return decision
 
 
 def never() -> bool:
     """Whether $FASTNTXENT_VERIFY says that nothing is to be checked; ValueError for a value that means nothing."""
-    value = os.environ.get(VERIFY, "auto")
+    value = os.environ.get(VERIFY) or "auto"
     if value not in ("auto", "never"):
         raise ValueError(f"{VERIFY} must be 'auto' or 'never', got {value!r}")
     return value == "never"
@@ -122,32 +129,42 @@ def _settle(device: torch.device, decision: Decision) -> Decision:
     return decision
 
 
-def forget(device: torch.device) -> None:
+def forget() -> None:
     """Look it all up again at the next call."""
-    _decided.pop(device, None)
+    _decided.clear()
 
 
 def _find_out(device: torch.device, candidates: Candidates) -> Decision:
-    verdicts = verify(device, candidates)
-    for name, verdict in verdicts.items():
-        if not verdict.ok and verdict.status != "not available":
-            _warn_once(
-                f"backend {name!r} did not pass on {describe(device).name} and will not be taken: {verdict}. Please "
-                "report it with what `python -m fastntxent info` prints."
+    verdicts, times = time_passed(device, candidates, verify(device, candidates, timed=True))
+    return Decision(verdicts, times)
+
+
+def _complain(device: torch.device, decision: Decision) -> None:
+    """Say once what did not pass, or could not be checked."""
+    for name, verdict in decision.verdicts.items():
+        where = describe(device).name
+        if verdict.status == "not available":
+            _say_once(
+                f"fastntxent: backend {name!r} could not be checked on {where} and is not taken in this process: "
+                f"{verdict.detail}. `python -m fastntxent verify` checks it beforehand."
             )
-    decision = Decision(verdicts, None)
-    if decision.passed:
-        decision.times = _times(device, {name: candidates[name] for name in decision.passed})
-    return decision
+        elif not verdict.ok:
+            _warn_once(
+                f"backend {name!r} did not pass on {where} and will not be taken: {verdict}. Please report it with "
+                "what `python -m fastntxent info --json` prints."
+            )
 
 
-def verify(device: torch.device, candidates: Candidates, *, refresh: bool = False) -> dict[str, Verdict]:
+def verify(
+    device: torch.device, candidates: Candidates, *, refresh: bool = False, timed: bool = False
+) -> dict[str, Verdict]:
     """The verdict of each backend on a device: looked up, or found in a child process and kept.
 
     Args:
         device: where.
         candidates: the backends and their modules.
         refresh: check again what is known.
+        timed: what passes is timed next, which the announcement should say.
     """
     store = Store(describe(device))
     found = {} if refresh else _known(store, candidates)
@@ -158,17 +175,55 @@ def verify(device: torch.device, candidates: Candidates, *, refresh: bool = Fals
             found = _known(store, candidates)  # another process may have found out meanwhile
         missing = [name for name in candidates if name not in found]
         if missing:
-            print(
-                f"fastntxent: checking {', '.join(missing)} on {describe(device).name}, once for this device, driver "
-                "and PyTorch: up to a minute",
-                file=sys.stderr,
-                flush=True,
+            _say(
+                f"fastntxent: checking {', '.join(missing)} on {store.model.name}, once for this device, driver and "
+                f"PyTorch{', and timing what passes: up to two minutes' if timed else ': up to a minute'}"
             )
         for name in missing:
-            request = {"backend": name, "device": str(device), "module": candidates[name]}
+            request = {**_request(device), "backend": name, "module": candidates[name], "parts": _parts(name, device)}
             found[name] = process.check(request)
             store.keep(name, candidates[name], found[name])
     return {name: found[name] for name in candidates}
+
+
+def time_passed(
+    device: torch.device, candidates: Candidates, verdicts: dict[str, Verdict], *, refresh: bool = False
+) -> tuple[dict[str, Verdict], dict[str, Any] | None]:
+    """Time the backends that have passed: looked up, or measured in a child process and kept.
+
+    Larger batches are timed than are checked. A backend that ends the child by one of them has not passed.
+
+    Returns:
+        The verdicts, and the times; None if there are none.
+    """
+    store, verdicts = Store(describe(device)), dict(verdicts)
+
+    def passed() -> dict[str, str]:
+        return {name: module for name, module in candidates.items() if name in verdicts and verdicts[name].ok}
+
+    times = None if refresh else store.times(passed())
+    if times is None and passed():
+        with store.checking():
+            times = None if refresh else store.times(passed())
+            while times is None and passed():
+                names = [*passed(), FALLBACK, "reference"]
+                times, running, verdict = process.measure({**_request(device), "time": names})
+                if times is not None:
+                    store.keep_times(passed(), times)
+                elif running in passed() and verdict and verdict.status != "not available":
+                    verdicts[running] = verdict
+                    store.keep(running, candidates[running], verdict)
+                else:
+                    break
+    return verdicts, times
+
+
+def _request(device: torch.device) -> dict[str, Any]:
+    return {"device": str(device), "model": asdict(describe(device))}
+
+
+def _parts(name: str, device: torch.device) -> int:
+    return PARTS.get(name, 1) if device.type != "cpu" else 1
 
 
 def _known(store: Store, candidates: Candidates) -> dict[str, Verdict]:
@@ -177,35 +232,29 @@ def _known(store: Store, candidates: Candidates) -> dict[str, Verdict]:
 
 
 def look_up(device: torch.device, candidates: Candidates) -> Decision:
-    """What is kept of a device, without finding out anything."""
+    """What is known of a device, without finding out anything."""
     if never():
         return Decision({}, None, f"{VERIFY}=never: no kernels are checked or taken")
-    decision = Decision(known(device, candidates), None, "" if candidates else "no kernels load here")
-    if decision.passed:
-        decision.times = Store(describe(device)).times({name: candidates[name] for name in decision.passed})
-    return decision
-
-
-def _times(device: torch.device, passed: dict[str, str]) -> dict[str, Any] | None:
-    store = Store(describe(device))
-    times = store.times(passed)
-    if times is None:
-        with store.checking():
-            times = store.times(passed)
-            if times is None:
-                times = process.measure({"time": [*passed, FALLBACK, "reference"], "device": str(device)})
-                if times:
-                    store.keep_times(passed, times)
-    return times
+    if not candidates:
+        return Decision({}, None, "no kernels load here")
+    verdicts = known(device, candidates)
+    passed = {name: module for name, module in candidates.items() if name in verdicts and verdicts[name].ok}
+    times = Store(describe(device)).times(passed) if passed else None
+    return Decision(verdicts, times, "" if verdicts else "until the first call on this device has checked the kernels")
 
 
 def known(device: torch.device, candidates: Candidates) -> dict[str, Verdict]:
-    """The verdicts that are kept, without finding out any."""
-    return _known(Store(describe(device)), candidates)
+    """The verdicts that are kept or that this process has found, without finding out any."""
+    decision = _decided.get(device)
+    found = {} if decision is None else {name: v for name, v in decision.verdicts.items() if name in candidates}
+    return {**found, **_known(Store(describe(device)), candidates)}
 
 
 def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def _warn_once(words: str) -> None:
@@ -217,4 +266,8 @@ def _warn_once(words: str) -> None:
 def _say_once(words: str) -> None:
     if words not in _said:
         _said.add(words)
-        print(words, file=sys.stderr, flush=True)
+        _say(words)
+
+
+def _say(words: str) -> None:
+    print(words, file=sys.stderr, flush=True)

@@ -20,10 +20,9 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from filelock import FileLock, Timeout
 
 from ..files import write_whole
 from .verdict import Verdict
@@ -31,20 +30,34 @@ from .verdict import Verdict
 FORMAT = 1
 CACHE = "FASTNTXENT_CACHE"
 PACKAGE = Path(__file__).parents[1]
-# How long a process waits for another one of this machine that is checking the same device model.
+# How long a process waits for another one that is checking the same device model, and when it says so.
 PATIENCE = 600.0
+SAID_AFTER = 10.0
+# Names under which Triton is installed, and variables that change what it makes of a kernel.
+TRITONS = ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm", "triton-windows")
+TRITON_VARIABLES = (
+    "TRITON_INTERPRET",
+    "TRITON_PTXAS_PATH",
+    "TRITON_DEFAULT_FP_FUSION",
+    "DISABLE_LLVM_OPT",
+    "DISABLE_PTXAS_OPT",
+)
 
 
 def cache_folder() -> Path:
     """Where the files are, by platformdirs' conventions; $FASTNTXENT_CACHE if it is set."""
     given = os.environ.get(CACHE)
     if given:
-        return Path(given)
+        return Path(given).absolute()
+    home = Path(os.path.expanduser("~"))
+    if not home.is_absolute():  # a user without a home, as in some containers: a folder that cannot be written to
+        home = Path(os.devnull)
     if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "fastntxent" / "Cache"
+        return Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local") / "fastntxent" / "Cache"
     if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "fastntxent"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastntxent"
+        return home / "Library" / "Caches" / "fastntxent"
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(given) if os.path.isabs(given) else home / ".cache") / "fastntxent"
 
 
 @dataclass(frozen=True)
@@ -56,6 +69,7 @@ class Model:
     driver: str
     torch: str
     triton: str
+    multiprocessors: int = 0  # fewer than the device has in a part of it (MIG, MPS)
 
     @property
     def file_name(self) -> str:
@@ -67,12 +81,6 @@ class Model:
 @functools.cache
 def describe(device: torch.device) -> Model:
     """The model of a device of this machine."""
-    triton = "none"
-    if importlib.util.find_spec("triton"):
-        from importlib.metadata import PackageNotFoundError, version
-
-        with contextlib.suppress(PackageNotFoundError):
-            triton = version("triton")
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         capability = getattr(properties, "gcnArchName", "") if torch.version.hip else ""
@@ -81,17 +89,38 @@ def describe(device: torch.device) -> Model:
             capability or f"sm_{properties.major}{properties.minor}",
             _driver(),
             torch.__version__,
-            triton,
+            _triton(),
+            properties.multi_processor_count,
         )
-    return Model(_processor(), torch.backends.cpu.get_cpu_capability(), platform.release(), torch.__version__, triton)
+    return Model(
+        _processor(), torch.backends.cpu.get_cpu_capability(), platform.release(), torch.__version__, _triton()
+    )
+
+
+def _triton() -> str:
+    """Triton's version, and what in the environment changes its kernels: interpreted ones prove nothing of others."""
+    if not importlib.util.find_spec("triton"):
+        return "none"
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = "unknown"
+    for name in TRITONS:
+        with contextlib.suppress(PackageNotFoundError):
+            found = version(name)
+            break
+    return " ".join([found, *(f"{name}={os.environ[name]}" for name in TRITON_VARIABLES if os.environ.get(name))])
 
 
 def _driver() -> str:
-    for path in ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version"):
-        with contextlib.suppress(OSError):
-            return Path(path).read_text().splitlines()[0].strip()
+    """The kernel's driver, and the version of CUDA that the library beside it serves."""
+    path = "/sys/module/amdgpu/version" if torch.version.hip else "/proc/driver/nvidia/version"
+    said = []
+    with contextlib.suppress(OSError):
+        said.append(Path(path).read_text().splitlines()[0].strip())
     read = getattr(torch._C, "_cuda_getDriverVersion", None)
-    return str(read()) if read else "unknown"
+    if read:
+        said.append(f"CUDA {read()}")
+    return ", ".join(said) or "unknown"
 
 
 def _processor() -> str:
@@ -129,11 +158,12 @@ class Store:
     """
 
     _complained = False
+    # By file, what could not be written to it: known to this process alone.
+    _unsaved: ClassVar[dict[Path, dict[tuple[str, str], Any]]] = {}
 
     def __init__(self, model: Model, folder: Path | None = None) -> None:
         self.model = model
         self.path = (folder or cache_folder()) / model.file_name
-        self._unsaved: dict[tuple[str, str], Any] = {}
 
     def verdict(self, backend: str, module: str) -> Verdict | None:
         """What is known of a backend; None if nothing is, or of other kernels, another driver or another PyTorch."""
@@ -154,8 +184,8 @@ class Store:
         """The times of these backends, by name and module; None if there are none of these very kernels."""
         entry = self._read()["times"].get("auto")
         try:
-            return entry["times"] if entry["keys"] == self._keys(modules) else None
-        except (TypeError, KeyError):
+            return _checked(entry["times"]) if entry["keys"] == self._keys(modules) else None
+        except (AttributeError, TypeError, KeyError, ValueError):
             return None
 
     def keep_times(self, modules: dict[str, str], times: dict[str, Any]) -> None:
@@ -168,22 +198,34 @@ class Store:
 
         Where no lock can be had, as in a folder that cannot be written to, none is held.
         """
-        lock = None
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(f"{self.path}.lock", timeout=PATIENCE)
-            lock.acquire()
-        except (OSError, NotImplementedError) as error:
-            if isinstance(error, Timeout):
-                warnings.warn(
-                    f"another process has held {self.path}.lock for {PATIENCE:g} s: not waiting", stacklevel=2
-                )
-            lock = None
+        lock = self._lock()
         try:
             yield
         finally:
             if lock:
                 lock.release()
+
+    def _lock(self) -> Any:
+        from filelock import FileLock, Timeout  # not above: `import fastntxent` needs none
+
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(f"{self.path}.lock")
+            try:
+                lock.acquire(timeout=SAID_AFTER)
+            except Timeout:
+                print(
+                    f"fastntxent: waiting for another process, which is checking {self.model.name}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                lock.acquire(timeout=PATIENCE)
+        except Timeout:
+            warnings.warn(f"another process has held {self.path}.lock for {PATIENCE:g} s: not waiting", stacklevel=4)
+            return None
+        except (OSError, NotImplementedError):
+            return None
+        return lock
 
     def _key(self, module: str) -> dict[str, str]:
         return {**asdict(self.model), "kernels": sources_key(module)}
@@ -201,7 +243,7 @@ class Store:
                 raise ValueError("another format")
         except (OSError, ValueError, KeyError, TypeError):
             content = {"format": FORMAT, "verdicts": {}, "times": {}}
-        for (part, name), entry in self._unsaved.items():
+        for (part, name), entry in self._unsaved.get(self.path, {}).items():
             content[part][name] = entry
         return content
 
@@ -213,12 +255,23 @@ class Store:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             text = json.dumps(content, indent=1) + "\n"
             write_whole(self.path, lambda file: file.write(text.encode()))
+            self._unsaved.pop(self.path, None)
         except OSError as error:
-            self._unsaved[part, name] = entry
+            self._unsaved.setdefault(self.path, {})[part, name] = entry
             if not Store._complained:
                 Store._complained = True
                 warnings.warn(
-                    f"fastntxent cannot keep its verdicts in {self.path.parent} ({error.strerror}), and checks the "
-                    f"device again in each process; {CACHE} names another folder",
+                    f"fastntxent cannot keep its verdicts in {self.path.parent} ({error.strerror or error}), and "
+                    f"checks the device again in each process; {CACHE} names another folder",
                     stacklevel=2,
                 )
+
+
+def _checked(times: dict[str, Any]) -> dict[str, Any]:
+    """The times, by dtype, features, rows and backend; an error if they are anything else."""
+    for of_dtype in times.values():
+        for features, of_features in of_dtype.items():
+            for rows, of_rows in of_features.items():
+                if int(features) < 1 or int(rows) < 1 or not all(float(value) > 0 for value in of_rows.values()):
+                    raise ValueError("no times")
+    return times
