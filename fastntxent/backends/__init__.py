@@ -76,8 +76,7 @@ def _serving(name: str, device_type: str, dtype: torch.dtype) -> Backend | None:
 
 
 def select_for(name: str, rows: Tensor, method: str) -> Backend:
-    """The backend for a method of `KernelBackend`, by its first rows; for "auto" on an accelerator the quickest that has
-    passed there."""
+    """The backend for a call of a method on these rows; for "auto" on an accelerator the quickest that has passed."""
     device = rows.device
     if name == "auto" and device.type in _CHECKED and rows.ndim == 2:
         possible = candidates(device.type, rows.dtype)
@@ -107,7 +106,9 @@ def checkable(device_type: str) -> dict[str, str]:
     return {
         name: entry.module
         for name, entry in _TABLE.items()
-        if name != "reference" and _serving(name, device_type, torch.float32)
+        if name != "reference"
+        and isinstance(_load(name), Backend)
+        and (device_type in _device_types(name) or _device_types(name) == ANY_DEVICE)
     }
 
 

@@ -42,7 +42,11 @@ def _parser() -> argparse.ArgumentParser:
             default = "every device" if module is check else "the last GPU, else the CPU"
             command.add_argument("--device", metavar="DEV", help=f"cpu, cuda or cuda:1 (default: {default})")
         if module is check:
-            command.add_argument("--backend", choices=[name for name in BACKENDS if name not in ("auto", "reference")], help="check this one alone")
+            command.add_argument(
+                "--backend",
+                choices=[name for name in BACKENDS if name not in ("auto", "reference")],
+                help="check this one alone",
+            )
             command.add_argument("--refresh", action="store_true", help="check again what has a verdict")
         command.set_defaults(run=module.run)
     return parser

@@ -5,9 +5,9 @@ REQUEST is JSON:
     {"backend": "triton", "device": "cuda:0", "module": null}            check it
     {"time": ["triton", "blocked"], "device": "cuda:0"}                  time these
 
-`module` is where a backend lies that is not in the table. Optional are "part": [i, n], to run the i-th of n shares
-of the checks; "model", what the parent knows of the device; and "seconds", after which this process ends itself. REPORT is a
-file that gets a line of JSON for each check as it begins, and one for the verdict or the times.
+`module` is where a backend lies that is not in the table. Optional are "part": [i, n], to run the i-th of n
+shares of the checks; "model", what the parent knows of the device; and "seconds", after which this process ends itself.
+REPORT is a file that gets a line of JSON for each check as it begins, and one for the verdict or the times.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import faulthandler
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -96,14 +95,15 @@ def _open(request: dict[str, Any], device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch.zeros(1, device=device).item()
-    here, meant = asdict(describe(device)), request.get("model") or asdict(describe(device))
+    here = describe(device)._asdict()
+    meant = request.get("model", here)
     for key, value in here.items():
         if value != meant.get(key):
             raise RuntimeError(f"the child process has {key} {value!r}, and this process {meant.get(key)!r}")
 
 
 def _memory_ran_out(error: Exception) -> bool:
-    """Whether there was too little memory, which says nothing of the kernels; CUDA and PyTorch's CPU say it in words."""
+    """Whether memory ran out, which says nothing of the kernels. CUDA, and PyTorch on the CPU, say it in words."""
     words = str(error).lower()
     return isinstance(error, MemoryError) or any(
         said in words for said in ("out of memory", "not enough memory", "can't allocate memory")

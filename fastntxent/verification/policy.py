@@ -12,7 +12,6 @@ import sys
 import threading
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -219,7 +218,7 @@ def time_passed(
 
 
 def _request(device: torch.device) -> dict[str, Any]:
-    return {"device": str(device), "model": asdict(describe(device))}
+    return {"device": str(device), "model": describe(device)._asdict()}
 
 
 def _parts(name: str, device: torch.device) -> int:

@@ -8,11 +8,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .verdict import Status, Verdict
 
@@ -31,14 +30,13 @@ START = (
 _FROM_OUTSIDE = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")
 
 
-@dataclass(frozen=True)
-class _End:
+class _End(NamedTuple):
     """How a child has ended: its exit status (None if it was killed here, after `killed` seconds), the lines of its
     report, the last line of its stderr, and why there was no child, if there was none."""
 
     status: int | None = None
     killed: float = 0.0
-    lines: list[dict[str, Any]] = field(default_factory=list)
+    lines: Sequence[dict[str, Any]] = ()
     said: str = ""
     never_started: str = ""
 
@@ -63,14 +61,14 @@ def check(request: Mapping[str, Any], deadline: float = DEADLINE, silence: float
         verdict = _together(list(pool.map(lambda share: _verdict(_run(share, deadline, silence)), shares)))
     if parts > 1 and verdict.status == "not available":
         verdict = _verdict(_run(request, deadline, silence))
-    return replace(verdict, seconds=time.perf_counter() - started)
+    return verdict._replace(seconds=time.perf_counter() - started)
 
 
 def _together(verdicts: list[Verdict]) -> Verdict:
     """The first that is bad, or says that nothing can be known; else that all have passed."""
     bad = [verdict for verdict in verdicts if not verdict.ok]
     worst = next((verdict for verdict in bad if verdict.status != "not available"), bad[0] if bad else verdicts[0])
-    return replace(worst, checks=sum(verdict.checks for verdict in verdicts))
+    return worst._replace(checks=sum(verdict.checks for verdict in verdicts))
 
 
 def measure(
@@ -87,7 +85,7 @@ def measure(
         if "times" in line:
             return line["times"], "", None
     running = [line["backend"] for line in end.lines if "backend" in line]
-    verdict = replace(_verdict(end), checks=0, seconds=time.perf_counter() - started)
+    verdict = _verdict(end)._replace(checks=0, seconds=time.perf_counter() - started)
     return None, running[-1] if running else "", verdict
 
 

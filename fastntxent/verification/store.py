@@ -18,9 +18,8 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -60,8 +59,7 @@ def cache_folder() -> Path:
     return (Path(given) if os.path.isabs(given) else home / ".cache") / "fastntxent"
 
 
-@dataclass(frozen=True)
-class Model:
+class Model(NamedTuple):
     """A device as far as kernels can depend on it, and what compiles for it."""
 
     name: str
@@ -228,7 +226,7 @@ class Store:
         return lock
 
     def _key(self, module: str) -> dict[str, str]:
-        return {**asdict(self.model), "kernels": sources_key(module)}
+        return {**self.model._asdict(), "kernels": sources_key(module)}
 
     def _keys(self, modules: dict[str, str]) -> dict[str, dict[str, str]]:
         return {name: self._key(module) for name, module in modules.items()}
@@ -249,7 +247,7 @@ class Store:
 
     def _update(self, part: str, name: str, entry: dict[str, Any]) -> None:
         content = self._read()
-        content["device"] = asdict(self.model)
+        content["device"] = self.model._asdict()
         content[part][name] = entry
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)

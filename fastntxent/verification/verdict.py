@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 Status = Literal["passed", "wrong", "not reproducible", "raised an error", "crashed", "no answer", "not available"]
 STATUSES: tuple[Status, ...] = get_args(Status)
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """The outcome of checking a backend on a device.
 
     Attributes:
@@ -39,7 +37,7 @@ class Verdict:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, for JSON."""
-        return asdict(self)
+        return self._asdict()
 
     @classmethod
     def from_dict(cls, values: Any) -> Verdict:
