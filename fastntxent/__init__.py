@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from .backends import BackendStatus, backends
 from .caching import cached_backward
+from .devices import verify
 from .distributed import Sharding
 from .layouts import split_views
 from .losses import (
@@ -40,6 +41,7 @@ from .modules import (
 )
 from .primitives import CrossNegLse, cross_neg_lse, neg_lse
 from .retrieval import Classification, Retrieval, retrieve, zero_shot_classify
+from .verification.verdict import Verdict
 
 if TYPE_CHECKING:
     from . import compat as compat
@@ -74,6 +76,7 @@ __all__ = [
     "Retrieval",
     "Sharding",
     "SupConLoss",
+    "Verdict",
     "alignment",
     "backends",
     "cached_backward",
@@ -97,5 +100,6 @@ __all__ = [
     "split_views",
     "sup_con",
     "uniformity",
+    "verify",
     "zero_shot_classify",
 ]

@@ -11,6 +11,7 @@ SupConForm: TypeAlias = Literal["out", "in", "pairs"]
 HardnessMode: TypeAlias = Literal["in_batch_negatives", "hard_negatives", "all_negatives"]
 Strategy: TypeAlias = Literal["auto", "all_gather", "ring"]
 
+BACKENDS: tuple[str, ...] = get_args(BackendName)
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 LAYOUTS: tuple[str, ...] = get_args(Layout)
 FORMS: tuple[str, ...] = get_args(SupConForm)

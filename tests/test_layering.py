@@ -12,7 +12,8 @@ ROOT = Path(fastntxent.__file__).parent
 # From the bottom up. A module may import from its own layer and from those below it.
 LAYERS = [
     ["options"],
-    ["validation", "snapshot", "_cpu", "_cuda"],
+    ["validation", "snapshot", "files", "_cpu", "_cuda"],
+    ["verification"],
     ["backends.base"],
     ["backends.native"],
     ["backends.cuda", "backends.triton", "backends.blocked", "backends.cpu", "backends.reference"],
@@ -22,8 +23,13 @@ LAYERS = [
     ["common"],
     ["primitives", "losses"],
     ["modules", "metrics", "retrieval", "layouts", "caching", "budget"],
+    ["verification.problems", "verification.timing"],
+    ["verification.checks"],
+    ["verification.child", "devices"],
     ["compat"],
     [""],  # fastntxent itself
+    ["commands"],
+    ["__main__"],
     ["simclr"],
 ]
 

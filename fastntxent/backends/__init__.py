@@ -13,7 +13,9 @@ import importlib
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
+from ..verification import policy
 from .base import Backend
 
 ANY_DEVICE = ("any",)
@@ -22,17 +24,21 @@ ANY_DEVICE = ("any",)
 class _Entry(NamedTuple):
     module: str
     device_types: tuple[str, ...]
-    auto: bool  # may "auto" pick it: only what passed the whole suite on real hardware of that kind
+    auto: str  # may "auto" pick it: "yes", "no", or "passed", on devices on which it has passed `verification`
 
 
-# In order of preference: "auto" takes the first that may be picked, serves the device and loads.
+# In order of preference: "auto" takes the first that may be picked, serves the device and loads; on an accelerator,
+# of those that have passed there, the one that is quickest for the call's size.
 _TABLE: dict[str, _Entry] = {
-    "cpu": _Entry("fastntxent.backends.cpu", ("cpu",), auto=True),
-    "cuda": _Entry("fastntxent.backends.cuda.backend", ("cuda",), auto=False),
-    "triton": _Entry("fastntxent.backends.triton.backend", ("cuda",), auto=False),
-    "blocked": _Entry("fastntxent.backends.blocked", ANY_DEVICE, auto=True),
-    "reference": _Entry("fastntxent.backends.reference", ANY_DEVICE, auto=False),
+    "cpu": _Entry("fastntxent.backends.cpu", ("cpu",), auto="yes"),
+    "cuda": _Entry("fastntxent.backends.cuda.backend", ("cuda",), auto="passed"),
+    "triton": _Entry("fastntxent.backends.triton.backend", ("cuda",), auto="passed"),
+    "blocked": _Entry("fastntxent.backends.blocked", ANY_DEVICE, auto="yes"),
+    "reference": _Entry("fastntxent.backends.reference", ANY_DEVICE, auto="no"),
 }
+
+
+_CHECKED = {kind for entry in _TABLE.values() if entry.auto == "passed" for kind in entry.device_types}
 
 
 class BackendStatus(NamedTuple):
@@ -42,6 +48,7 @@ class BackendStatus(NamedTuple):
     device_types: tuple[str, ...]
     reason: str | None  # why it is not available, else None
     details: str | None = None  # what of this machine it uses: "avx2, 2 threads"
+    verdict: str | None = None  # how it was found on the current device, where "auto" goes by that
 
 
 @functools.cache
@@ -68,12 +75,54 @@ def _serving(name: str, device_type: str, dtype: torch.dtype) -> Backend | None:
     return backend if isinstance(backend, Backend) and dtype in backend.dtypes else None
 
 
+def select_for(name: str, rows: Tensor, method: str) -> Backend:
+    """The backend for a call of a method on these rows; for "auto" on an accelerator the quickest that has passed."""
+    device = rows.device
+    if name == "auto" and device.type in _CHECKED and rows.ndim == 2:
+        possible = candidates(device.type, rows.dtype)
+        if possible:  # float64 is for none of them
+            n, d = rows.shape
+            M = 2 * n if method.startswith("nt_xent") else n  # the first of two views, or all rows
+            chosen = policy.choose(device, candidates(device.type), rows.dtype, M, d)
+            name = chosen if chosen in possible else name
+    return select(name, device.type, rows.dtype)
+
+
+@functools.cache
+def candidates(device_type: str, dtype: torch.dtype | None = None) -> dict[str, str]:
+    """The backends that "auto" may take on devices of this type once they have passed, each with its module."""
+    found = {
+        name: entry for name, entry in _TABLE.items() if entry.auto == "passed" and device_type in entry.device_types
+    }
+    return {
+        name: entry.module
+        for name, entry in found.items()
+        if isinstance(backend := _load(name), Backend) and (dtype is None or dtype in backend.dtypes)
+    }
+
+
+def checkable(device_type: str) -> dict[str, str]:
+    """The backends that load here and serve devices of this type, each with its module; not the oracle itself."""
+    return {
+        name: entry.module
+        for name, entry in _TABLE.items()
+        if name != "reference"
+        and isinstance(_load(name), Backend)
+        and (device_type in _device_types(name) or _device_types(name) == ANY_DEVICE)
+    }
+
+
+def add(name: str, module: str, device_types: tuple[str, ...]) -> None:
+    """Put a backend into the table, to be called by name: where it is to be checked, and is not this package's."""
+    _TABLE.setdefault(name, _Entry(module, device_types, auto="no"))
+
+
 def select(name: str, device_type: str, dtype: torch.dtype) -> Backend:
-    """The backend for `name` on tensors like these; for "auto" the first of the table that may serve."""
+    """The backend for `name` on tensors like these; for "auto" the first of the table that serves unchecked."""
     check_name(name)
     if name == "auto":
-        candidates = (_serving(candidate, device_type, dtype) for candidate, entry in _TABLE.items() if entry.auto)
-        return next(backend for backend in candidates if backend)
+        serving = (_serving(each, device_type, dtype) for each, entry in _TABLE.items() if entry.auto == "yes")
+        return next(backend for backend in serving if backend)
     backend = _load(name)
     device_types = _device_types(name)
     if device_types != ANY_DEVICE and device_type not in device_types:
@@ -101,13 +150,14 @@ def backends() -> dict[str, BackendStatus]:
     """Every backend by name: whether it loads here, which device types it serves, and if not, why not.
 
     Returns:
-        A dict of `BackendStatus(available, device_types, reason, details)`; `device_types` is `("any",)` for a backend
-        that runs wherever PyTorch does, and `details` names the instruction set and the threads of "cpu".
+        A dict of `BackendStatus(available, device_types, reason, details, verdict)`; `device_types` is `("any",)` for
+        a backend that runs wherever PyTorch does, `details` names the instruction set and the threads of "cpu", and
+        `verdict` says whether the kernels for a GPU have passed `verify` on the current one.
 
     Example:
         >>> import fastntxent
         >>> fastntxent.backends()["blocked"]
-        BackendStatus(available=True, device_types=('any',), reason=None, details=None)
+        BackendStatus(available=True, device_types=('any',), reason=None, details=None, verdict=None)
     """
     return {name: _status(name) for name in _TABLE}
 
@@ -116,7 +166,19 @@ def _status(name: str) -> BackendStatus:
     loaded = _load(name)
     if isinstance(loaded, Exception):
         return BackendStatus(False, _device_types(name), _explain(loaded))
-    return BackendStatus(True, _device_types(name), None, loaded.details())
+    return BackendStatus(True, _device_types(name), None, loaded.details(), _verdict(name))
+
+
+def _verdict(name: str) -> str | None:
+    """What is known of a backend on the current GPU, if "auto" would have to know."""
+    if _TABLE[name].auto != "passed" or not torch.cuda.is_available():
+        return None
+    try:
+        device = torch.device("cuda", torch.cuda.current_device())
+        verdict = policy.known(device, {name: _TABLE[name].module}).get(name)
+    except RuntimeError as error:  # the device does not answer, or this is a fork of a process that uses it
+        return f"unknown: {_explain(error)}"
+    return str(verdict) if verdict else "not checked yet"
 
 
 def _explain(error: Exception) -> str:

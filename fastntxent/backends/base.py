@@ -17,6 +17,7 @@ relative accuracy however small the loss becomes.
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -88,6 +89,15 @@ class Backend(ABC):
     def details(self) -> str | None:
         """What of this machine it uses, in words; None where there is nothing to say."""
         return None
+
+    def forms(self, device: torch.device, dtype: torch.dtype) -> Sequence[str]:
+        """The forms that the kernels take by a call's size, as names for `forced`; "" leaves it to the size."""
+        return ("",)
+
+    def forced(self, form: str) -> contextlib.AbstractContextManager[None]:
+        """A block in which every call takes that form, whatever its size: to check all of them on small ones."""
+        assert not form
+        return contextlib.nullcontext()
 
     @abstractmethod
     def neg_lse(self, u: Tensor, ids: Tensor, inv_tau: Tensor) -> Tensor:

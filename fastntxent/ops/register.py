@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import select
+from ..backends import select_for
 from ..backends.base import KernelBackend
 from .contract import check_kinds, checked, rows_of
 
@@ -49,7 +49,7 @@ def run_kernel(backend: str, method: str, *arguments: Any) -> Any:
     """
     tensors = checked(method, *(x for x in arguments if isinstance(x, Tensor)))
     rows = rows_of(method, tensors)
-    kernels = select(backend, rows.device.type, rows.dtype)
+    kernels = select_for(backend, rows, method)
     if not isinstance(kernels, KernelBackend):
         raise RuntimeError(f"backend {backend!r} has no kernels: call it through fastntxent's functions")
     with autocast_off(rows):

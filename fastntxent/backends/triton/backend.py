@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from ..base import KernelBackend, loss_weight, norm_eps
+from . import config
 from .backward import Backward, survey
 from .forward import Forward
 from .pack import Packed
@@ -38,6 +40,12 @@ class TritonBackend(KernelBackend):
 
     device_types = ("cuda", "cpu") if INTERPRETED else ("cuda",)
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
+
+    def forms(self, device: torch.device, dtype: torch.dtype) -> Sequence[str]:
+        return config.forms(device, dtype)
+
+    def forced(self, form: str) -> contextlib.AbstractContextManager[None]:
+        return config.forced(form)
 
     @_on_its_device
     def neg_lse(self, u: Tensor, ids: Tensor, inv_tau: Tensor) -> Tensor:

@@ -16,9 +16,11 @@ one it resembles.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +48,9 @@ class Tile(NamedTuple):
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
 
+# What `forced` makes of every call: as many rows, for the choice of tiles; as many tiles along a program's square.
+_forced: dict[str, int] = {}
+
 KERNELS = ("direct", "owned", "fused", "form", "gather")
 TABLE: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "table.json").read_text())
 PROGRAMS = 2  # that a multiprocessor should have to run
@@ -66,6 +71,7 @@ def tile(kernel: str, rows: Packed, n: int | None = None) -> Tile:
 
 def look_up(family: str, kernel: str, width: int, n: int, DP: int) -> Tile | None:
     """The first entry that serves; block_d divides what there is."""
+    n = _forced.get("rows", n)
     entry = next(tile for rows, features, tile in entries(family, kernel, width) if rows >= n and features >= DP)
     if entry is None:
         return None
@@ -79,6 +85,30 @@ def entries(family: str, kernel: str, width: int) -> list[tuple[float, float, Ti
     if said is None:
         return entries(TABLE[family]["resembles"], kernel, width)
     return [(rows or math.inf, features or math.inf, tile and Tile(*tile)) for rows, features, tile in said]
+
+
+def forms(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """What `forced` takes: a number of rows for each part of the table, and squares of one tile and of eight."""
+    widths = (4,) if dtype == torch.float32 else (2,)
+    limits = {
+        int(rows)
+        for kernel in KERNELS
+        for width in widths
+        for rows, _, _ in entries(family(device), kernel, width)
+        if rows < math.inf
+    }
+    largest = max(limits, default=0) + 1
+    return ["", *(f"rows={rows} tiles=1" for rows in sorted({*limits, largest})), f"rows={largest} tiles=8"]
+
+
+@contextlib.contextmanager
+def forced(form: str) -> Iterator[None]:
+    """A block in which every call takes the tiles of a form."""
+    _forced.update({key: int(value) for key, value in (word.split("=") for word in form.split())})
+    try:
+        yield
+    finally:
+        _forced.clear()
 
 
 def width(rows: Packed) -> int:
@@ -105,6 +135,8 @@ def multiprocessors(device: torch.device) -> int:
 def edge_of_square(n_rows: int, n_cols: int, block: int) -> int:
     """Rows and columns of a program's square of tiles: as large as leaves a thousand programs, eight tiles at most; but
     no more than PLANES squares along a side, so that their sums stay O(M)."""
+    if "tiles" in _forced:
+        return _forced["tiles"] * block
     tiles = 8
     while tiles > 1 and triton.cdiv(n_rows, block * tiles) * triton.cdiv(n_cols, block * tiles) < 2000:
         tiles //= 2

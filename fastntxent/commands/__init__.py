@@ -1,0 +1,52 @@
+"""The command line. Exit status: 0 done, 1 a backend did not pass, 2 a mistake in what was asked for."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from ..options import BACKENDS
+from . import bench, check, info
+
+PROGRAM = "python -m fastntxent"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a command line; returns the exit status."""
+    given = _parser().parse_args(list(arguments) or ["info"])
+    try:
+        status: int = given.run(given)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="What fastntxent can do on this machine.",
+        epilog=f"{PROGRAM}.simclr trains an encoder.",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for name, module in {"info": info, "verify": check, "bench": bench}.items():
+        assert module.__doc__
+        summary = module.__doc__.splitlines()[0]
+        command = commands.add_parser(name, help=summary, description=module.__doc__)
+        command.add_argument("--json", action="store_true", help="JSON on stdout")
+        if module is not info:
+            default = "every device" if module is check else "the last GPU, else the CPU"
+            command.add_argument("--device", metavar="DEV", help=f"cpu, cuda or cuda:1 (default: {default})")
+        if module is check:
+            command.add_argument(
+                "--backend",
+                choices=[name for name in BACKENDS if name not in ("auto", "reference")],
+                help="check this one alone",
+            )
+            command.add_argument("--refresh", action="store_true", help="check again what has a verdict")
+        command.set_defaults(run=module.run)
+    return parser

@@ -1,0 +1,114 @@
+"""The child process, which `process` starts: `main(REPORT, REQUEST)`.
+
+REQUEST is JSON:
+
+    {"backend": "triton", "device": "cuda:0", "module": null}            check it
+    {"time": ["triton", "blocked"], "device": "cuda:0"}                  time these
+
+`module` is where a backend lies that is not in the table. Optional are "part": [i, n], to run the i-th of n
+shares of the checks; "model", what the parent knows of the device; and "seconds", after which this process ends itself.
+REPORT is a file that gets a line of JSON for each check as it begins, and one for the verdict or the times.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..backends import add, select
+from . import checks, timing
+from .store import describe
+from .verdict import Verdict
+
+
+def main(report_path: str, request_text: str) -> None:
+    """Do what the request asks for, and report it."""
+    request = json.loads(request_text)
+    if "seconds" in request:
+        faulthandler.dump_traceback_later(request["seconds"], exit=True)
+    with open(report_path, "a", encoding="utf-8") as report:
+
+        def tell(**line: Any) -> None:
+            print(json.dumps(line), file=report, flush=True)
+
+        device = torch.device(request["device"])
+        # TF32 in the reference would widen every tolerance.
+        torch.set_float32_matmul_precision("highest")
+        tell(**(_time if "time" in request else _check)(request, device, tell))
+
+
+def _time(request: dict[str, Any], device: torch.device, tell: Callable[..., None]) -> dict[str, Any]:
+    running: dict[str, str] = {}
+
+    def begin(backend: str, case: str) -> None:
+        running.update(backend=backend, case=case)
+        tell(**running)
+
+    try:
+        _open(request, device)
+    except Exception as error:
+        return {"verdict": Verdict("not available", _words(error)).to_dict()}
+    try:
+        return {"times": timing.measure(request["time"], device, begin)}
+    except Exception as error:
+        return {"verdict": Verdict("raised an error", _words(error), running.get("case", "")).to_dict()}
+
+
+def _check(request: dict[str, Any], device: torch.device, tell: Callable[..., None]) -> dict[str, Any]:
+    return {"verdict": _verdict(request, device, tell).to_dict()}
+
+
+def _verdict(request: dict[str, Any], device: torch.device, tell: Callable[..., None]) -> Verdict:
+    name, module = request["backend"], request.get("module")
+    part, parts = request.get("part", [0, 1])
+    if module:
+        add(name, module, (device.type,))
+    try:
+        backend = select(name, device.type, torch.float32)
+        _open(request, device)
+        listed = list(checks.cases(name, backend, device))
+    except Exception as error:
+        return Verdict("not available", _words(error))
+    # Neighbours, which have kernels in common: each is compiled in as few parts as can be.
+    share = listed[len(listed) * part // parts : len(listed) * (part + 1) // parts]
+    passed, case = 0, ""
+    try:
+        for case, run in share:
+            tell(case=case)
+            run()
+            passed += 1
+    except checks.FaultError as fault:
+        return Verdict(fault.status, str(fault), case, passed)
+    except Exception as error:
+        if _memory_ran_out(error):
+            return Verdict("not available", f"memory ran out: {_words(error)}", case, passed)
+        return Verdict("raised an error", _words(error), case, passed)
+    return Verdict("passed", checks=passed)
+
+
+def _open(request: dict[str, Any], device: torch.device) -> None:
+    """Use the device; RuntimeError unless it is the one that the parent means."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.zeros(1, device=device).item()
+    here = describe(device)._asdict()
+    meant = request.get("model", here)
+    for key, value in here.items():
+        if value != meant.get(key):
+            raise RuntimeError(f"the child process has {key} {value!r}, and this process {meant.get(key)!r}")
+
+
+def _memory_ran_out(error: Exception) -> bool:
+    """Whether memory ran out, which says nothing of the kernels. CUDA, and PyTorch on the CPU, say it in words."""
+    words = str(error).lower()
+    return isinstance(error, MemoryError) or any(
+        said in words for said in ("out of memory", "not enough memory", "can't allocate memory")
+    )
+
+
+def _words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"

@@ -1,0 +1,272 @@
+"""Which backend "auto" takes on an accelerator: the quickest, for a call's size, of those that have passed there.
+
+At the first call on a device the verdicts are looked up, or found by a child process, which takes up to a minute and is
+announced in a line. After that a choice is two look-ups in a dict.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from . import process
+from .process import VERIFY
+from .store import Store, describe
+from .verdict import Verdict
+
+FALLBACK = "blocked"
+# What "auto" may take on a device of this type, once it has passed; and where the backend lies.
+Candidates = Mapping[str, str]
+# Children that share the checks of a backend whose kernels are compiled when they are first called.
+PARTS = {"triton": min(4, os.cpu_count() or 1)}
+
+_decided: dict[torch.device, Decision] = {}
+_lock = threading.Lock()
+_said: set[str] = set()
+
+
+class Decision:
+    """What is known of a device.
+
+    Attributes:
+        verdicts: by backend.
+        times: milliseconds by dtype, features, rows and backend; None if there are none.
+        reason: why no backend was checked; empty if some were.
+    """
+
+    def __init__(self, verdicts: dict[str, Verdict], times: dict[str, Any] | None, reason: str = "") -> None:
+        self.verdicts = verdicts
+        self.times = times
+        self.reason = reason
+        self.passed = [name for name, verdict in verdicts.items() if verdict.ok]
+        self._taken: dict[tuple[torch.dtype, int, int], str] = {}
+
+    def take(self, dtype: torch.dtype, rows: int, features: int) -> str:
+        """The backend for a call of this size."""
+        size = (dtype, rows, features)
+        taken = self._taken.get(size)
+        if taken is None:
+            if len(self._taken) > 10_000:  # sizes that never come again
+                self._taken.clear()
+            taken = self._taken[size] = self.explain(dtype, rows, features)[0]
+        return taken
+
+    def explain(self, dtype: torch.dtype, rows: int, features: int) -> tuple[str, str]:
+        """The backend for a call of this size, and why."""
+        if not self.passed:
+            return FALLBACK, self.reason or "no kernels have passed here"
+        times = self._nearest(dtype, rows, features)
+        if not times:
+            return self.passed[0], "it has passed, and nothing was timed at this size"
+        quickest = min(times, key=lambda name: times[name])
+        said = ", ".join(f"{name} {value:.3g} ms" for name, value in sorted(times.items(), key=lambda item: item[1]))
+        return quickest, f"the quickest of those that have passed: {said}"
+
+    def _nearest(self, dtype: torch.dtype, rows: int, features: int) -> dict[str, float]:
+        """The times measured nearest to a size, in octaves, of the backends that may be taken."""
+        table = (self.times or {}).get(str(dtype).removeprefix("torch."), {})
+        for wanted in (features, rows):
+            if not table:
+                return {}
+            table = table[min(table, key=lambda size: abs(math.log2(max(wanted, 1) / int(size))))]
+        allowed = {*self.passed, FALLBACK}
+        return {name: value for name, value in table.items() if name in allowed}
+
+
+def choose(device: torch.device, candidates: Candidates, dtype: torch.dtype, rows: int, features: int) -> str:
+    """The backend for a call on an accelerator.
+
+    Args:
+        device: with its index.
+        candidates: the backends that load here, in order of preference, each with its module.
+        dtype, rows, features: of the call.
+    """
+    decision = _decided.get(device)
+    if decision is None:
+        decision = decide(device, candidates)
+    return decision.take(dtype, rows, features)
+
+
+def decide(device: torch.device, candidates: Candidates) -> Decision:
+    """Look up what is known of a device, or find out."""
+    if not candidates:
+        return _settle(device, Decision({}, None, "no kernels load here"))
+    if never():
+        return _settle(device, Decision({}, None, f"{VERIFY}=never: no kernels are checked or taken"))
+    if _capturing(device):
+        _say_once(
+            f"fastntxent: a CUDA graph is being captured, so the kernels cannot be checked on {device} now; this graph "
+            f"uses backend {FALLBACK!r}. Call fastntxent.verify() before the capture."
+        )
+        return Decision({}, None, "a CUDA graph was being captured")
+    with _lock:
+        decision = _decided.get(device)
+        if decision is not None:
+            return decision
+        decision = _settle(device, _find_out(device, candidates))
+    _complain(device, decision)
+    return decision
+
+
+def never() -> bool:
+    """Whether $FASTNTXENT_VERIFY says that nothing is to be checked; ValueError for a value that means nothing."""
+    value = os.environ.get(VERIFY) or "auto"
+    if value not in ("auto", "never"):
+        raise ValueError(f"{VERIFY} must be 'auto' or 'never', got {value!r}")
+    return value == "never"
+
+
+def _settle(device: torch.device, decision: Decision) -> Decision:
+    _decided[device] = decision
+    return decision
+
+
+def forget() -> None:
+    """Look it all up again at the next call."""
+    _decided.clear()
+
+
+def _find_out(device: torch.device, candidates: Candidates) -> Decision:
+    verdicts, times = time_passed(device, candidates, verify(device, candidates, timed=True))
+    return Decision(verdicts, times)
+
+
+def _complain(device: torch.device, decision: Decision) -> None:
+    """Say once what did not pass, or could not be checked."""
+    for name, verdict in decision.verdicts.items():
+        where = describe(device).name
+        if verdict.status == "not available":
+            _say_once(
+                f"fastntxent: backend {name!r} could not be checked on {where} and is not taken in this process: "
+                f"{verdict.detail}. `python -m fastntxent verify` checks it beforehand."
+            )
+        elif not verdict.ok:
+            _warn_once(
+                f"backend {name!r} did not pass on {where} and will not be taken: {verdict}. Please report it with "
+                "what `python -m fastntxent info --json` prints."
+            )
+
+
+def verify(
+    device: torch.device, candidates: Candidates, *, refresh: bool = False, timed: bool = False
+) -> dict[str, Verdict]:
+    """The verdict of each backend on a device: looked up, or found in a child process and kept.
+
+    Args:
+        device: where.
+        candidates: the backends and their modules.
+        refresh: check again what is known.
+        timed: what passes is timed next, which the announcement should say.
+    """
+    store = Store(describe(device))
+    found = {} if refresh else _known(store, candidates)
+    if len(found) == len(candidates):
+        return {name: found[name] for name in candidates}
+    with store.checking():
+        if not refresh:
+            found = _known(store, candidates)  # another process may have found out meanwhile
+        missing = [name for name in candidates if name not in found]
+        if missing:
+            _say(
+                f"fastntxent: checking {', '.join(missing)} on {store.model.name}, once for this device, driver and "
+                f"PyTorch{', and timing what passes: up to two minutes' if timed else ': up to a minute'}"
+            )
+        for name in missing:
+            request = {**_request(device), "backend": name, "module": candidates[name], "parts": _parts(name, device)}
+            found[name] = process.check(request)
+            store.keep(name, candidates[name], found[name])
+    return {name: found[name] for name in candidates}
+
+
+def time_passed(
+    device: torch.device, candidates: Candidates, verdicts: dict[str, Verdict], *, refresh: bool = False
+) -> tuple[dict[str, Verdict], dict[str, Any] | None]:
+    """Time the backends that have passed: looked up, or measured in a child process and kept.
+
+    Larger batches are timed than are checked. A backend that ends the child by one of them has not passed.
+
+    Returns:
+        The verdicts, and the times; None if there are none.
+    """
+    store, verdicts = Store(describe(device)), dict(verdicts)
+
+    def passed() -> dict[str, str]:
+        return {name: module for name, module in candidates.items() if name in verdicts and verdicts[name].ok}
+
+    times = None if refresh else store.times(passed())
+    if times is None and passed():
+        with store.checking():
+            times = None if refresh else store.times(passed())
+            while times is None and passed():
+                names = [*passed(), FALLBACK, "reference"]
+                times, running, verdict = process.measure({**_request(device), "time": names})
+                if times is not None:
+                    store.keep_times(passed(), times)
+                elif running in passed() and verdict and verdict.status != "not available":
+                    verdicts[running] = verdict
+                    store.keep(running, candidates[running], verdict)
+                else:
+                    break
+    return verdicts, times
+
+
+def _request(device: torch.device) -> dict[str, Any]:
+    return {"device": str(device), "model": describe(device)._asdict()}
+
+
+def _parts(name: str, device: torch.device) -> int:
+    return PARTS.get(name, 1) if device.type != "cpu" else 1
+
+
+def _known(store: Store, candidates: Candidates) -> dict[str, Verdict]:
+    known = {name: store.verdict(name, module) for name, module in candidates.items()}
+    return {name: verdict for name, verdict in known.items() if verdict}
+
+
+def look_up(device: torch.device, candidates: Candidates) -> Decision:
+    """What is known of a device, without finding out anything."""
+    if never():
+        return Decision({}, None, f"{VERIFY}=never: no kernels are checked or taken")
+    if not candidates:
+        return Decision({}, None, "no kernels load here")
+    verdicts = known(device, candidates)
+    passed = {name: module for name, module in candidates.items() if name in verdicts and verdicts[name].ok}
+    times = Store(describe(device)).times(passed) if passed else None
+    return Decision(verdicts, times, "" if verdicts else "until the first call on this device has checked the kernels")
+
+
+def known(device: torch.device, candidates: Candidates) -> dict[str, Verdict]:
+    """The verdicts that are kept or that this process has found, without finding out any."""
+    decision = _decided.get(device)
+    found = {} if decision is None else {name: v for name, v in decision.verdicts.items() if name in candidates}
+    return {**found, **_known(Store(describe(device)), candidates)}
+
+
+def _capturing(device: torch.device) -> bool:
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def _warn_once(words: str) -> None:
+    if words not in _said:
+        _said.add(words)
+        warnings.warn(words, RuntimeWarning, stacklevel=2)
+
+
+def _say_once(words: str) -> None:
+    if words not in _said:
+        _said.add(words)
+        _say(words)
+
+
+def _say(words: str) -> None:
+    print(words, file=sys.stderr, flush=True)

@@ -1,0 +1,275 @@
+"""Verdicts and times, kept in one JSON file for each device model under the user's cache folder.
+
+A file holds, for each backend, the key it was checked under: kernels, device, driver, PyTorch and Triton. An entry
+under another key, and a file that is damaged or of another version, count as absent. `FASTNTXENT_CACHE` moves the
+folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+
+from ..files import write_whole
+from .verdict import Verdict
+
+FORMAT = 1
+CACHE = "FASTNTXENT_CACHE"
+PACKAGE = Path(__file__).parents[1]
+# How long a process waits for another one that is checking the same device model, and when it says so.
+PATIENCE = 600.0
+SAID_AFTER = 10.0
+# Names under which Triton is installed, and variables that change what it makes of a kernel.
+TRITONS = ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm", "triton-windows")
+TRITON_VARIABLES = (
+    "TRITON_INTERPRET",
+    "TRITON_PTXAS_PATH",
+    "TRITON_DEFAULT_FP_FUSION",
+    "DISABLE_LLVM_OPT",
+    "DISABLE_PTXAS_OPT",
+)
+
+
+def cache_folder() -> Path:
+    """Where the files are, by platformdirs' conventions; $FASTNTXENT_CACHE if it is set."""
+    given = os.environ.get(CACHE)
+    if given:
+        return Path(given).absolute()
+    home = Path(os.path.expanduser("~"))
+    if not home.is_absolute():  # a user without a home, as in some containers: a folder that cannot be written to
+        home = Path(os.devnull)
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local") / "fastntxent" / "Cache"
+    if sys.platform == "darwin":
+        return home / "Library" / "Caches" / "fastntxent"
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(given) if os.path.isabs(given) else home / ".cache") / "fastntxent"
+
+
+class Model(NamedTuple):
+    """A device as far as kernels can depend on it, and what compiles for it."""
+
+    name: str
+    capability: str
+    driver: str
+    torch: str
+    triton: str
+    multiprocessors: int = 0  # fewer than the device has in a part of it (MIG, MPS)
+
+    @property
+    def file_name(self) -> str:
+        """A file's name for this model of device, on any file system."""
+        words = re.sub(r"[^a-z0-9]+", "-", f"{self.name} {self.capability}".lower()).strip("-")
+        return f"{words[:100]}.json"
+
+
+@functools.cache
+def describe(device: torch.device) -> Model:
+    """The model of a device of this machine."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        capability = getattr(properties, "gcnArchName", "") if torch.version.hip else ""
+        return Model(
+            properties.name,
+            capability or f"sm_{properties.major}{properties.minor}",
+            _driver(),
+            torch.__version__,
+            _triton(),
+            properties.multi_processor_count,
+        )
+    return Model(
+        _processor(), torch.backends.cpu.get_cpu_capability(), platform.release(), torch.__version__, _triton()
+    )
+
+
+def _triton() -> str:
+    """Triton's version, and what in the environment changes its kernels: interpreted ones prove nothing of others."""
+    if not importlib.util.find_spec("triton"):
+        return "none"
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = "unknown"
+    for name in TRITONS:
+        with contextlib.suppress(PackageNotFoundError):
+            found = version(name)
+            break
+    return " ".join([found, *(f"{name}={os.environ[name]}" for name in TRITON_VARIABLES if os.environ.get(name))])
+
+
+def _driver() -> str:
+    """The kernel's driver, and the version of CUDA that the library beside it serves."""
+    path = "/sys/module/amdgpu/version" if torch.version.hip else "/proc/driver/nvidia/version"
+    said = []
+    with contextlib.suppress(OSError):
+        said.append(Path(path).read_text().splitlines()[0].strip())
+    read = getattr(torch._C, "_cuda_getDriverVersion", None)
+    if read:
+        said.append(f"CUDA {read()}")
+    return ", ".join(said) or "unknown"
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        if found:
+            return found[1].strip()
+    return platform.processor() or platform.machine() or "processor"
+
+
+@functools.cache
+def sources_key(module: str) -> str:
+    """A hash of what a backend is made of: this package's modules, and its compiled kernels, or a module elsewhere."""
+    digest = hashlib.sha256()
+    folders = [PACKAGE / part for part in ("backends", "ops", "verification")]
+    files = sorted(path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".json"))
+    if module.startswith("fastntxent.backends."):
+        files += sorted(PACKAGE.glob(f"_{module.split('.')[2]}.*"))  # fastntxent/_cuda.abi3.so
+    files.append(PACKAGE / "budget.py")
+    found = importlib.util.find_spec(module)
+    if found and found.origin and Path(found.origin) not in files:
+        files.append(Path(found.origin))
+    for path in files:
+        digest.update(path.name.encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+class Store:
+    """The file of a device's model.
+
+    Args:
+        model: whose.
+        folder: None for `cache_folder()`.
+    """
+
+    _complained = False
+    # By file, what could not be written to it: known to this process alone.
+    _unsaved: ClassVar[dict[Path, dict[tuple[str, str], Any]]] = {}
+
+    def __init__(self, model: Model, folder: Path | None = None) -> None:
+        self.model = model
+        self.path = (folder or cache_folder()) / model.file_name
+
+    def verdict(self, backend: str, module: str) -> Verdict | None:
+        """What is known of a backend; None if nothing is, or of other kernels, another driver or another PyTorch."""
+        entry = self._read()["verdicts"].get(backend)
+        try:
+            if entry["key"] != self._key(module):
+                return None
+            return Verdict.from_dict(entry["verdict"])
+        except (TypeError, KeyError, ValueError):
+            return None
+
+    def keep(self, backend: str, module: str, verdict: Verdict) -> None:
+        """Note a verdict; one that says nothing of the kernels is not kept."""
+        if verdict.status != "not available":
+            self._update("verdicts", backend, {"key": self._key(module), "verdict": verdict.to_dict()})
+
+    def times(self, modules: dict[str, str]) -> dict[str, Any] | None:
+        """The times of these backends, by name and module; None if there are none of these very kernels."""
+        entry = self._read()["times"].get("auto")
+        try:
+            return _checked(entry["times"]) if entry["keys"] == self._keys(modules) else None
+        except (AttributeError, TypeError, KeyError, ValueError):
+            return None
+
+    def keep_times(self, modules: dict[str, str], times: dict[str, Any]) -> None:
+        """Note the times of these backends."""
+        self._update("times", "auto", {"keys": self._keys(modules), "times": times})
+
+    @contextlib.contextmanager
+    def checking(self) -> Iterator[None]:
+        """Only one process of this machine is in here for this model; the others wait, for PATIENCE seconds at most.
+
+        Where no lock can be had, as in a folder that cannot be written to, none is held.
+        """
+        lock = self._lock()
+        try:
+            yield
+        finally:
+            if lock:
+                lock.release()
+
+    def _lock(self) -> Any:
+        from filelock import FileLock, Timeout  # not above: `import fastntxent` needs none
+
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(f"{self.path}.lock")
+            try:
+                lock.acquire(timeout=SAID_AFTER)
+            except Timeout:
+                print(
+                    f"fastntxent: waiting for another process, which is checking {self.model.name}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                lock.acquire(timeout=PATIENCE)
+        except Timeout:
+            warnings.warn(f"another process has held {self.path}.lock for {PATIENCE:g} s: not waiting", stacklevel=4)
+            return None
+        except (OSError, NotImplementedError):
+            return None
+        return lock
+
+    def _key(self, module: str) -> dict[str, str]:
+        return {**self.model._asdict(), "kernels": sources_key(module)}
+
+    def _keys(self, modules: dict[str, str]) -> dict[str, dict[str, str]]:
+        return {name: self._key(module) for name, module in modules.items()}
+
+    def _read(self) -> dict[str, Any]:
+        """The file's content, with what could not be written; empty for a file that is absent, damaged or foreign."""
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            if content["format"] != FORMAT or not all(
+                isinstance(content[part], dict) for part in ("verdicts", "times")
+            ):
+                raise ValueError("another format")
+        except (OSError, ValueError, KeyError, TypeError):
+            content = {"format": FORMAT, "verdicts": {}, "times": {}}
+        for (part, name), entry in self._unsaved.get(self.path, {}).items():
+            content[part][name] = entry
+        return content
+
+    def _update(self, part: str, name: str, entry: dict[str, Any]) -> None:
+        content = self._read()
+        content["device"] = self.model._asdict()
+        content[part][name] = entry
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(content, indent=1) + "\n"
+            write_whole(self.path, lambda file: file.write(text.encode()))
+            self._unsaved.pop(self.path, None)
+        except OSError as error:
+            self._unsaved.setdefault(self.path, {})[part, name] = entry
+            if not Store._complained:
+                Store._complained = True
+                warnings.warn(
+                    f"fastntxent cannot keep its verdicts in {self.path.parent} ({error.strerror or error}), and "
+                    f"checks the device again in each process; {CACHE} names another folder",
+                    stacklevel=2,
+                )
+
+
+def _checked(times: dict[str, Any]) -> dict[str, Any]:
+    """The times, by dtype, features, rows and backend; an error if they are anything else."""
+    for of_dtype in times.values():
+        for features, of_features in of_dtype.items():
+            for rows, of_rows in of_features.items():
+                if int(features) < 1 or int(rows) < 1 or not all(float(value) > 0 for value in of_rows.values()):
+                    raise ValueError("no times")
+    return times

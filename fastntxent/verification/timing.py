@@ -1,0 +1,115 @@
+"""How long backends take on a device, so that "auto" can pick by a call's size."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from ..backends import select
+from ..losses import nt_xent
+
+ROWS = (256, 1024, 4096, 16384)
+FEATURES = (128, 768)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+REPEATS = 12
+SECONDS = 0.5  # of one entry, at most, once it has been called twice
+
+Times = dict[str, dict[str, dict[str, dict[str, float]]]]  # by dtype, features, rows and backend: milliseconds
+
+
+def measure(names: Sequence[str], device: torch.device, begin: Callable[[str, str], None] = lambda *_: None) -> Times:
+    """Medians of forward and backward of the mean loss, in milliseconds, over the grid above.
+
+    The backends take turns in one process. What does not fit in memory, or a backend does not take, has no entry; the
+    dense loss, "reference", is timed only where its matrix stays small.
+
+    Args:
+        names: the backends.
+        device: where.
+        begin: called with a backend's name, and what is timed, as each begins.
+
+    Raises:
+        Exception: any error of a kernel but lack of memory. The backend that `begin` was last called with has made it.
+    """
+    times: Times = {}
+    for dtype in DTYPES:
+        of_dtype = times.setdefault(str(dtype).removeprefix("torch."), {})
+        taking = [name for name in names if _takes(name, device, dtype)]
+        for d in FEATURES:
+            of_features = of_dtype.setdefault(str(d), {})
+            for rows in ROWS:
+                of_features[str(rows)] = _entry(taking, device, dtype, rows // 2, d, begin)
+    return times
+
+
+def _takes(name: str, device: torch.device, dtype: torch.dtype) -> bool:
+    try:
+        select(name, device.type, dtype)
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    return True
+
+
+def _entry(
+    names: Sequence[str],
+    device: torch.device,
+    dtype: torch.dtype,
+    n: int,
+    d: int,
+    begin: Callable[[str, str], None],
+) -> dict[str, float]:
+    generator = torch.Generator().manual_seed(0)
+    words = f"timing, {str(dtype).removeprefix('torch.')}, {2 * n} rows of {d} features"
+    try:
+        views = [torch.randn(n, d, generator=generator).to(device, dtype).requires_grad_() for _ in range(2)]
+    except torch.OutOfMemoryError:
+        return {}
+    calls: dict[str, Callable[[], None]] = {}
+    for name in names:
+        if name == "reference" and n > 2048:
+            continue
+        begin(name, words)
+        call = _call(views, name)
+        try:
+            call()
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # an error shows here, under its backend's name
+        except (torch.OutOfMemoryError, MemoryError):
+            continue
+        calls[name] = call
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    started = time.perf_counter()
+    for repeat in range(REPEATS):
+        if repeat >= 3 and time.perf_counter() - started > SECONDS * len(calls):
+            break
+        for name, call in calls.items():
+            taken[name].append(milliseconds(call, device))
+    return {name: median(values) for name, values in taken.items()}
+
+
+def _call(views: Sequence[Tensor], name: str) -> Callable[[], None]:
+    def call() -> None:
+        torch.autograd.grad(nt_xent(views[0], views[1], 0.1, backend=name), views)  # type: ignore[arg-type]
+
+    return call
+
+
+def milliseconds(call: Callable[[], None], device: torch.device) -> float:
+    """How long a call takes on a device, with what the device was doing before already done."""
+    if device.type == "cpu":
+        started = time.perf_counter()
+        call()
+        return 1e3 * (time.perf_counter() - started)
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+    return begin.elapsed_time(end)

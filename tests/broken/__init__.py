@@ -1,0 +1,27 @@
+"""Backends that are broken, each in its way: what verification has to find, and to tell apart.
+
+They are the CPU kernels with something done to what they return.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastntxent.backends import select
+
+RIGHT: Any = select("cpu", "cpu", torch.float32)
+
+
+class Broken(type(RIGHT)):
+    """The CPU kernels with the gradients of NT-Xent and of neg_lse changed by a function."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.change = change
+
+    def nt_xent_scalar(self, *args: Any) -> tuple[Tensor, ...]:
+        loss, d_z_i, d_z_j, d_inv_tau = super().nt_xent_scalar(*args)
+        return loss, d_z_i, self.change(d_z_j), d_inv_tau

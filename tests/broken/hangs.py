@@ -1,0 +1,13 @@
+"""No answer."""
+
+import time
+
+from . import Broken
+
+
+def change(d_z):
+    time.sleep(3600)
+    return d_z
+
+
+BACKEND = Broken(change)

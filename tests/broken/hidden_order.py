@@ -1,0 +1,18 @@
+"""Bits that change from call to call, but not where PyTorch is asked for deterministic algorithms."""
+
+import itertools
+
+import torch
+
+from . import Broken
+
+COUNT = itertools.count()
+
+
+def change(d_z):
+    if not torch.are_deterministic_algorithms_enabled():
+        d_z[0] *= 1 + 1e-7 * next(COUNT)
+    return d_z
+
+
+BACKEND = Broken(change)

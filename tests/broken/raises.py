@@ -1,0 +1,11 @@
+"""An error."""
+
+from . import Broken
+
+
+def change(d_z):
+    raise RuntimeError("an illegal memory access was encountered")
+    return d_z
+
+
+BACKEND = Broken(change)
