@@ -10,8 +10,9 @@ from typing import Any, BinaryIO
 
 import torch
 
+from ..files import write_whole
 from .config import Config, flag
-from .output import printable, write_whole
+from .output import printable
 
 FILE_NAME = "checkpoint.pt"
 FORMAT = 2

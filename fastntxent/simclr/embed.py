@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..files import write_whole
 from .arrays import MIN_SIZE
 from .build import load_encoder, pick_device
 from .config import PROGRAM
@@ -20,7 +21,7 @@ from .encode_input import Input, images_of
 from .images import default_threads, progress_bar, told_bad
 from .models import Encoder
 from .notes import counted
-from .output import check_output_file, first_line, printable, write_whole
+from .output import check_output_file, first_line, printable
 from .pixels import BadFile
 from .ranks import MISTAKES
 

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 
+from ..files import write_whole
 from .build import load_encoder
 from .config import PROGRAM
 from .models import Encoder
-from .output import check_output_file, first_line, printable, write_whole
+from .output import check_output_file, first_line, printable
 from .ranks import MISTAKES
 
 

@@ -7,11 +7,12 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from filelock import FileLock, Timeout
+
+from ..files import PARTIAL, write_whole
 
 # What a run writes; a file of these names is replaced.
 FILES = (
@@ -19,7 +20,6 @@ FILES = (
     "report.html",
 )  # fmt: skip
 LOCK = ".lock"
-PARTIAL = ".partial"
 
 
 def printable(text: object) -> str:
@@ -31,36 +31,6 @@ def first_line(error: BaseException) -> str:
     """An error's message without the advice and traces that PyTorch adds below it; its type if it has none."""
     lines = printable(error).strip().splitlines()
     return lines[0].strip() if lines else type(error).__name__
-
-
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file so that a crash at any moment leaves either the old file or the new one.
-
-    Args:
-        path: the file; if it is a symbolic link, the link itself is replaced.
-        write: called with a new file of this call's own beside `path`, open for reading and writing.
-
-    Raises:
-        OSError: the file cannot be written; the old one is left as it was.
-    """
-    partial = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
-    # "x" makes the file or fails: it follows no link and shares no file with another process.
-    with partial.open("x+b") as file:
-        try:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-    if os.name == "posix":
-        # The rename itself must reach the disk before an older file may be relied on to be gone.
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def write_text(path: Path, text: str) -> None:

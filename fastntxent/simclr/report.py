@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 from .. import __version__
+from ..files import write_whole
 from .evaluate import ACCURACIES, MEASURES, NAMES, REPRESENTATIONS, Evaluation, Scores, why
 from .figures import CAPTION_LENGTH, MOST_CAPTIONS, colour_key, draw_curves, draw_embedding, draw_views
-from .output import printable, write_text, write_whole
+from .output import printable, write_text
 from .page import PAGE
 from .train import Trainer
 

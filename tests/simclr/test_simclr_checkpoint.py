@@ -7,9 +7,10 @@ import random
 import pytest
 import torch
 
+from fastntxent.files import write_whole
 from fastntxent.simclr import output
 from fastntxent.simclr.checkpoint import load_checkpoint, save_checkpoint
-from fastntxent.simclr.output import OutputFolder, write_text, write_whole
+from fastntxent.simclr.output import OutputFolder, write_text
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,6 +12,7 @@ from typing import Any
 from ..checkpoint import FILE_NAME
 from ..config import Config
 from ..data import ImageData
+from ..output import write_text
 from ..train import Trainer
 from .measure import Snapshot, final_quality, quality
 
@@ -70,6 +70,4 @@ def read(path: Path) -> Record | None:
 
 def write(path: Path, record: Record) -> None:
     """Write a record whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
