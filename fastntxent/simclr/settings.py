@@ -23,7 +23,7 @@ def resolve(config: Config, trainer: Trainer) -> dict[str, Any]:
         "workers": trainer.feed.workers,
         "augment": config.preset,
         "width": config.width or DEFAULT_WIDTH.get(config.model, 0),
-        "backend": name_of(select(trainer.loss.backend, trainer.device.type, trainer.model.amp_dtype or torch.float32)),
+        "backend": _backend(trainer),
         "lr": trainer.peak_lr,
         "warmup_epochs": config.warmup,
         "device": trainer.device.type if trainer.ranks.group else str(trainer.device),
@@ -32,3 +32,11 @@ def resolve(config: Config, trainer: Trainer) -> dict[str, Any]:
     if config.accumulate_batch:
         chosen["chunk"] = config.chunk or config.batch_size
     return chosen
+
+
+def _backend(trainer: Trainer) -> str:
+    """The backend by name; "auto" stays on an accelerator, where it goes by the size of each call."""
+    asked: str = trainer.loss.backend
+    if trainer.device.type != "cpu":
+        return asked
+    return name_of(select(asked, "cpu", trainer.model.amp_dtype or torch.float32))
