@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from .build import load_encoder
-from .config import PROGRAM
+from .config import PROGRAM, Parser
 from .models import Encoder
 from .output import check_output_file, first_line, printable, write_whole
 from .ranks import MISTAKES
@@ -66,7 +66,7 @@ def export_encoder(encoder: Encoder) -> torch.export.ExportedProgram:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"{PROGRAM} export",
         description="Write a trained encoder as a program that torch.export.load reads without this package: images "
         "in [0, 1] of the size of the training, any number of them, to features.",
