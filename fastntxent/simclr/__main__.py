@@ -7,6 +7,8 @@ try:
 except ImportError as error:  # of what the trainer is made of, such as NumPy, which PyTorch does not require
     print(f"error: the trainer needs more than the loss: pip install fastntxent[simclr] ({error})", file=sys.stderr)
     sys.exit(2)
+except KeyboardInterrupt:
+    sys.exit(130)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -19,10 +19,11 @@ from .config_file import with_config_file
 from .embed import main as embed
 from .export import main as export
 from .history import TrainingError
+from .logs import LogError
 from .output import printable
 from .pipeline import finish, forewarn, prepare, summarise
 from .ranks import MISTAKES, Ranks, join
-from .stopping import InterruptedRun
+from .stopping import InterruptedRun, kill_workers
 from .study.command import main as study
 from .train import Trainer
 
@@ -44,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not ranks.group:
             raise
         status = int(error.code or 0)
+    except KeyboardInterrupt:  # between two phases
+        print("interrupted", file=sys.stderr)
+        status = BY_SIGNAL + signal.SIGINT
     return ranks.end(status)
 
 
@@ -82,6 +86,9 @@ def _train(trainer: Trainer, arguments: list[str]) -> int:
         return ranks.stop(f"stopped: {_line(error)}", FAILED)
     except InterruptedRun as error:
         return ranks.stop(str(error), BY_SIGNAL + error.number)
+    except LogError as error:  # on the first rank alone, as the next ones
+        print(f"error: {_line(error)}", file=sys.stderr)
+        return MISTAKE
     except (NoAnswerError, MemoryError) as error:  # of this rank alone
         print(f"stopped: {_line(error)}", file=sys.stderr)
         return FAILED
@@ -89,6 +96,7 @@ def _train(trainer: Trainer, arguments: list[str]) -> int:
         print(f"stopped: {_line(error)}; the last checkpoint is as it was", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
+        kill_workers()
         if ranks.first:
             print(f"interrupted at step {trainer.step}; --resume goes on from the last checkpoint", file=sys.stderr)
         return BY_SIGNAL + signal.SIGINT

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ..options import BackendName
 from .augment import PRESETS
@@ -183,6 +183,8 @@ class Config:
             allowed = option.metadata["argparse"].get("choices")
             value, wanted = getattr(self, option.name), kind(option)
             accepted = (int, float) if wanted is float else wanted
+            if isinstance(value, int) and abs(value) >= 2**63:
+                raise ValueError(f"{flag(option.name)} must be less than 2^63, got {value}")
             missing = value is None and option.default is None
             if not (missing or isinstance(value, accepted)) or (isinstance(value, bool) and wanted is not bool):
                 raise ValueError(f"{flag(option.name)} must be {wanted.__name__}, got {value!r}")
@@ -194,8 +196,6 @@ class Config:
                 raise ValueError(f"{flag(name)} must be at least {least}, got {value}")
         if self.momentum >= 1:
             raise ValueError(f"--momentum must be less than 1, got {self.momentum}: the step would grow without bound")
-        if self.seed >= 2**63:
-            raise ValueError(f"--seed must be less than 2^63, got {self.seed}")
         if self.warmup_epochs is not None and self.warmup_epochs > self.epochs:
             raise ValueError(f"--warmup-epochs must be at most --epochs {self.epochs}, got {self.warmup_epochs}")
         check_model(self.model, "--model")
@@ -246,9 +246,16 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+class Parser(argparse.ArgumentParser):
+    """Tells a mistake in one line, where argparse would list every option above it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {' '.join(message.split())}; {self.prog} --help lists the options\n")
+
+
 def parse_args(argv: Sequence[str] | None) -> dict[str, Any]:
     """The options that were given, and only those, by field name."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=PROGRAM,
         description="Train an image encoder with SimCLR and the fused NT-Xent loss, judge it, and write a report.",
         epilog=f"torchrun --nproc-per-node N -m {PROGRAM.split()[-1]} ...: the same run over N processes. "

@@ -36,6 +36,9 @@ class TrainingData(Protocol):
     """What the trainer needs to know of its images before it reads them."""
 
     @property
+    def name(self) -> str: ...
+
+    @property
     def title(self) -> str: ...
 
     @property

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..files import write_whole
 from .arrays import MIN_SIZE
 from .build import load_encoder, pick_device
-from .config import PROGRAM
+from .config import PROGRAM, Parser
 from .encode_input import Input, images_of
 from .images import default_threads, progress_bar, told_bad
 from .models import Encoder
@@ -175,7 +175,7 @@ def _bytes_of(found: Input, width: int) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"{PROGRAM} embed",
         description="Write the features that a trained encoder gives images to an .npz file: features (N, F) float32, "
         "paths (N,), and for images in class folders labels (N,) int64 and class_names. docs/encoder.md shows what to "

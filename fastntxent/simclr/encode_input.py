@@ -16,6 +16,7 @@ from .images import decode_all
 from .labels import UNLABELLED, label_tensors
 from .notes import distinct, one_line
 from .npz import open_npz
+from .optional import require
 from .pixels import BadFile, without_warnings
 
 Size = tuple[int, int, int]
@@ -87,6 +88,7 @@ def _of_npz(path: Path) -> Input:
 
 
 def _of_files(paths: Sequence[Path], size: int, threads: int) -> Input:
+    require("PIL.Image")  # or every file would be a bad one
     names: list[str] = []
     files: list[str] = []
     classes: list[str | None] = []

@@ -71,7 +71,7 @@ def adopt(name: str, body: nn.Module, channels: int, size: Size, *, train: bool 
     Args:
         name: the network's name in messages.
         channels, size: number of channels of the images, their height and width.
-        train: whether the network will be trained. If so, a copy of it is run in training mode too.
+        train: whether the network will be trained. If so, a copy of it is run in training mode too, and backward.
 
     Raises:
         ValueError: the network cannot be an encoder.
@@ -101,17 +101,17 @@ def adopt(name: str, body: nn.Module, channels: int, size: Size, *, train: bool 
             f"{name} must be a module that copy.deepcopy copies, which the evaluation does: {_reason(error)}"
         ) from error
     twin.train()
-    if _features_of(f"{name} in training mode", twin, images) != features:
+    if _features_of(f"{name} in training mode", twin, images, backward=True) != features:
         raise ValueError(f"{name} must give as many features in training mode as in eval mode")
     body.train()
     return features
 
 
-def _features_of(name: str, body: nn.Module, images: Tensor) -> int:
-    """Return how many features the network makes of each image; ValueError if it makes none."""
+def _features_of(name: str, body: nn.Module, images: Tensor, *, backward: bool = False) -> int:
+    """Return how many features the network makes of each image; ValueError if it makes none, or has no backward."""
     shape = " x ".join(map(str, images.shape[1:]))
     try:
-        with torch.no_grad():
+        with torch.set_grad_enabled(backward):
             h = body(images)
     except (Exception, SystemExit) as error:
         raise ValueError(
@@ -132,7 +132,20 @@ def _features_of(name: str, body: nn.Module, images: Tensor) -> int:
         )
     if h.ndim not in (2, 4) or h.shape[0] != len(images) or h.shape[1] < 1:
         raise ValueError(f"{name} must return features (N, F), a row for each image, got {found}")
+    if backward:
+        _try_backward(name, h)
     return h.shape[1]
+
+
+def _try_backward(name: str, h: Tensor) -> None:
+    if not h.requires_grad:
+        raise ValueError(
+            f"{name} must return features that have a gradient: is there a detach() or torch.no_grad() in its forward?"
+        )
+    try:
+        h.sum().backward()
+    except Exception as error:
+        raise ValueError(f"{name} fails in its backward: {_reason(error)}") from error
 
 
 def _timm(model: str, name: str, channels: int, size: Size) -> nn.Module:

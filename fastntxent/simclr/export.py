@@ -12,7 +12,7 @@ import torch
 
 from ..files import write_whole
 from .build import load_encoder
-from .config import PROGRAM
+from .config import PROGRAM, Parser
 from .models import Encoder
 from .output import check_output_file, first_line, printable
 from .ranks import MISTAKES
@@ -67,7 +67,7 @@ def export_encoder(encoder: Encoder) -> torch.export.ExportedProgram:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"{PROGRAM} export",
         description="Write a trained encoder as a program that torch.export.load reads without this package: images "
         "in [0, 1] of the size of the training, any number of them, to features.",

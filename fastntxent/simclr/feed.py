@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -54,7 +54,7 @@ class Feed(Protocol):
     steps_per_epoch: int
     workers: int
 
-    def steps(self, start: int, stop: int) -> Iterator[Views]:
+    def steps(self, start: int, stop: int) -> Generator[Views, None, None]:
         """The steps from `start` to before `stop`."""
         ...
 
@@ -96,7 +96,7 @@ class OwnOrder:
         on_disk = not isinstance(self.images, Tensor)
         self.workers = (most_workers() if on_disk else 0) if config.workers is None else config.workers
 
-    def steps(self, start: int, stop: int) -> Iterator[Views]:
+    def steps(self, start: int, stop: int) -> Generator[Views, None, None]:
         """The steps from `start` to before `stop`; they are a function of the settings and the data alone."""
         reader: DataLoader[Any] = DataLoader(
             _Pixels(self.images),
@@ -148,7 +148,7 @@ class LoaderOrder:
         self.steps_per_epoch = data.steps_per_epoch
         self.workers = data.loader.num_workers
 
-    def steps(self, start: int, stop: int) -> Iterator[Views]:
+    def steps(self, start: int, stop: int) -> Generator[Views, None, None]:
         """The steps from `start` to before `stop`; within an epoch its first batches are read and dropped."""
         step = start
         while step < stop:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
+
+from .output import last_line
+from .stopping import ignore_signals
 
 _EXPECTED = (
     "a batch of the DataLoader must be images (N, C, H, W) or (images, labels, ...), or two views of each image, "
@@ -26,7 +30,7 @@ class LoaderData:
         ValueError: it is empty, or would give a batch of one image.
     """
 
-    title = "a DataLoader"
+    name = title = "a DataLoader"
     notes: tuple[str, ...] = ()
 
     def __init__(self, loader: DataLoader[Any]) -> None:
@@ -37,12 +41,14 @@ class LoaderData:
         if not self.steps_per_epoch:
             raise ValueError("data must be a DataLoader with at least one batch, got one of none")
         self.loader = loader
-        if loader.batch_size and not loader.drop_last and len(loader.sampler) % loader.batch_size == 1:  # type: ignore[arg-type]
+        items: Any = loader.dataset if isinstance(loader.dataset, IterableDataset) else loader.sampler
+        if loader.batch_size and not loader.drop_last and len(items) % loader.batch_size == 1:
             raise ValueError(
                 "data must be a DataLoader without a batch of one image, which has no negatives, and the last of its "
-                f"{len(loader.sampler)} images is one: set drop_last=True"  # type: ignore[arg-type]
+                f"{len(items)} images is one: set drop_last=True"
             )
-        images = self.images_of(next(iter(loader)))
+        loader.worker_init_fn = functools.partial(ignore_signals, then=loader.worker_init_fn)
+        images = self.images_of(_first_batch(loader))
         first = images[0] if isinstance(images, tuple) else images
         self.are_views = isinstance(images, tuple)
         self.batch = len(first)
@@ -65,7 +71,7 @@ class LoaderData:
             raise TypeError(
                 f"the two views of a DataLoader's batch must be floating and of one shape, got {_describe(parts)}"
             )
-        return images, parts[1]
+        return images.float(), parts[1].float()
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the samplers that shuffle by the epoch's number, as DistributedSampler does."""
@@ -79,6 +85,15 @@ class LoaderData:
     def fingerprint(self) -> str:
         """What can be told of the images without a pass over them."""
         return f"{self.steps_per_epoch} batches of {self.image_shape}"
+
+
+def _first_batch(loader: DataLoader[Any]) -> Any:
+    try:
+        return next(iter(loader))
+    except StopIteration:
+        raise ValueError("data must be a DataLoader with at least one batch, and it gave none") from None
+    except Exception as error:  # of the user's own code
+        raise ValueError(f"the first batch of the DataLoader cannot be read: {last_line(error)}") from error
 
 
 def _is_image_batch(value: object) -> bool:

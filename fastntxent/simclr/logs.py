@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .config import Config
-from .output import printable
+from .output import first_line, printable
 from .sources import require
 
 CSV = "log.csv"
 COLUMNS = ("step", "seconds", "loss", "lr", "temperature", "alignment", "uniformity", "images_per_second")
 
 Row = Mapping[str, float]
+
+
+class LogError(ValueError):
+    """A log that the settings ask for cannot be opened; no step was made."""
 
 
 class Log(Protocol):
@@ -89,10 +93,21 @@ def open_logs(config: Config, settings: Mapping[str, Any], step: int, run_id: st
         step: where the run is; what an interrupted run logged beyond it is dropped.
         run_id: the same for a run and for what resumes it.
         earlier: the rows up to `step`.
+
+    Raises:
+        LogError: TensorBoard or Weights & Biases refuses.
+        OSError: log.csv cannot be written.
     """
     logs: list[Log] = [CSVLog(config.out / CSV, earlier)]
-    if config.tensorboard:
-        logs.append(TensorBoardLog(config.out / "tensorboard", step))
-    if config.wandb:
-        logs.append(WandbLog(config.wandb, config.out, settings, run_id))
+    name = "--tensorboard"
+    try:
+        if config.tensorboard:
+            logs.append(TensorBoardLog(config.out / "tensorboard", step))
+        name = "--wandb"
+        if config.wandb:
+            logs.append(WandbLog(config.wandb, config.out, settings, run_id))
+    except Exception as error:  # these packages raise their own: no login, no network, a file in the folder's place
+        for log in logs:
+            log.close()
+        raise LogError(f"{name} cannot be used: {type(error).__name__}: {first_line(error)}") from error
     return logs

@@ -8,7 +8,7 @@ from types import ModuleType
 
 def require(module: str, install: str = "fastntxent[simclr]") -> ModuleType:
     """Import a module that the loss itself does not need; ImportError says what to install."""
-    package = module.partition(".")[0]
+    package = module.partition(".")[0] if "[" in install else install
     try:
         return import_module(module)
     except ImportError as error:

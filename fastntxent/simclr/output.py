@@ -20,6 +20,7 @@ FILES = (
     "report.html",
 )  # fmt: skip
 LOCK = ".lock"
+_PROBE = ".probe"
 
 
 def printable(text: object) -> str:
@@ -31,6 +32,11 @@ def first_line(error: BaseException) -> str:
     """An error's message without the advice and traces that PyTorch adds below it; its type if it has none."""
     lines = printable(error).strip().splitlines()
     return lines[0].strip() if lines else type(error).__name__
+
+
+def last_line(error: BaseException) -> str:
+    """An error's last line, where DataLoader workers put the message below a traceback; its type if it has none."""
+    return printable(error).strip().rpartition("\n")[2] or type(error).__name__
 
 
 def write_text(path: Path, text: str) -> None:
@@ -73,7 +79,7 @@ class OutputFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / f".probe-{os.getpid()}-{secrets.token_hex(4)}"
+            probe = self.path / f"{_PROBE}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}"
             try:
                 with probe.open("xb") as file:
                     file.write(bytes(4096))
@@ -115,5 +121,6 @@ class OutputFolder:
 
     def _remove_partials(self) -> None:
         """Remove what killed runs left half written; under the lock no other run is writing here."""
-        for left in self.path.glob(f"*{PARTIAL}"):
-            left.unlink(missing_ok=True)
+        for name in (*FILES, _PROBE):  # the folder may hold the user's own .partial files
+            for left in self.path.glob(f"{name}.*{PARTIAL}"):
+                left.unlink(missing_ok=True)

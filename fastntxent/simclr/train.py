@@ -18,6 +18,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ from .. import alignment, budget, cached_backward, uniformity
 from .batch_norm import over_ranks
 from .build import load_parameters, make_model, pick_device
 from .checkpoint import FILE_NAME, check_agreement, load_checkpoint, resume_path, save_checkpoint
-from .config import PROGRAM, Config
+from .config import DEFAULT_PRESET, PROGRAM, Config
 from .config_file import write_config
 from .data import ImageData
 from .feed import Views, make_feed
@@ -40,7 +41,7 @@ from .logs import Log, check_logs, open_logs
 from .models import DEFAULT_WIDTH, SimCLR
 from .objective import build_objective
 from .optim import build_optimizer, default_learning_rate, learning_rate
-from .output import OutputFolder, first_line, printable
+from .output import OutputFolder, first_line, last_line, printable
 from .ranks import ALONE, Ranks
 from .settings import resolve
 from .sources import require
@@ -99,12 +100,14 @@ class Trainer:
     ) -> None:
         config.check()
         check_logs(config)
-        self.config = config
         self.data = _training_data(data, config)
+        if config.augment == "auto":  # by the data at hand, which need not be those that the settings name
+            config = replace(config, augment=DEFAULT_PRESET.get(self.data.name, "photos"))
+        self.config = config
         self.ranks = ranks
         self.device = pick_device(config.device, ranks)
-        self._initial_encoder = copy.deepcopy(encoder)
-        self.model = self._make_model(encoder)
+        self.model = self._make_model(encoder)  # makes sure that the encoder can be copied
+        self._initial = None if encoder is None else copy.deepcopy(self.model).cpu()
         self.loss = build_objective(config, ranks.group).to(self.device)
         self._try_the_loss()
 
@@ -142,7 +145,9 @@ class Trainer:
 
     def untrained(self) -> SimCLR:
         """The model as it was before its first step."""
-        return self._make_model(copy.deepcopy(self._initial_encoder))
+        if self._initial is not None:
+            return copy.deepcopy(self._initial).to(self.device)
+        return self._make_model(None)
 
     @property
     def images(self) -> ImageData:
@@ -200,6 +205,7 @@ class Trainer:
             InterruptedRun: a signal asked for the end; a checkpoint was written. It is a KeyboardInterrupt.
             BlockingIOError: another run is writing to the folder.
             OSError: the checkpoint or a log cannot be written.
+            LogError: TensorBoard or Weights & Biases cannot be used. It is a ValueError.
         """
         last_step = self.last_step if until is None else min(until, self.last_step)
         with contextlib.ExitStack() as stack:
@@ -207,14 +213,16 @@ class Trainer:
             stack.enter_context(self._stop.listening())
             logs = [stack.enter_context(contextlib.closing(log)) for log in self._open_logs()]
             bar = stack.enter_context(self._progress_bar())
-            self._train(last_step, logs, bar)
+            # Closed here, the feed ends its worker processes while signals are still noted.
+            feed = stack.enter_context(contextlib.closing(self.feed.steps(self.step, last_step)))
+            self._train(last_step, feed, logs, bar)
             self.save()
+            self._stop_if_asked()
 
-    def _train(self, last_step: int, logs: list[Log], bar: Any) -> None:
+    def _train(self, last_step: int, feed: Iterator[Views], logs: list[Log], bar: Any) -> None:
         config = self.config
         started = time.perf_counter() - self.seconds
         measured = (self.step, time.perf_counter())
-        feed = self.feed.steps(self.step, last_step)
         while self.step < last_step:
             try:
                 batch = self._train_step(self._next(feed))
@@ -249,16 +257,22 @@ class Trainer:
             except (torch.OutOfMemoryError, MemoryError):
                 raise
             except Exception as error:  # of a data set's own code, perhaps from a worker process with its traceback
-                words = str(error).strip().rpartition("\n")[2] or type(error).__name__
-        # A signal may have ended the workers that were being waited for.
-        reason = self.ranks.largest(self._stop.number or (_READING_FAILED if words else 0))
+                words = last_line(error)
+        self._stop_if_asked(words)
+        assert views is not None
+        return views
+
+    def _stop_if_asked(self, unreadable: str = "") -> None:
+        """Save and raise if any rank was asked to stop, or cannot read its images for the reason `unreadable`."""
+        # A signal goes first: it may have ended the workers that were being waited for.
+        reason = self.ranks.largest(self._stop.number or (_READING_FAILED if unreadable else 0))
         if not reason:
-            assert views is not None
-            return views
+            return
         self.save()
+        self._stop.settle()
         if reason < _READING_FAILED:
             raise InterruptedRun(f"interrupted at step {self.step} of {self.last_step}; {self._how_to_go_on()}", reason)
-        words = self.ranks.tell(words)
+        words = self.ranks.tell(unreadable)
         raise TrainingError(f"the images of step {self.step} cannot be read: {words}; {self._how_to_go_on()}")
 
     def _how_to_go_on(self) -> str:
@@ -284,7 +298,7 @@ class Trainer:
             "seconds": self.seconds,
             "config": self.config.to_dict(),
             "settings": self.settings,
-            "own_encoder": self._initial_encoder is not None,
+            "own_encoder": self._initial is not None,
             "data": self.data.fingerprint(),
             "image_shape": list(self.data.image_shape),
             "history": self.history.columns,
@@ -319,7 +333,12 @@ class Trainer:
         seen: list[_Batch] = []
 
         def objective(z_i: Tensor, z_j: Tensor) -> Tensor:
-            loss: Tensor = self.loss(z_i, z_j)
+            try:
+                loss: Tensor = self.loss(z_i, z_j)
+            except ValueError as error:  # a learnt temperature has left the range of numbers
+                raise TrainingError(
+                    f"the loss has no value at step {self.step}: {error}; a lower --lr may help"
+                ) from error
             temperature = self.loss.temperature
             if isinstance(temperature, Tensor):
                 temperature = temperature.detach()
@@ -354,7 +373,7 @@ class Trainer:
             return self.model
         # An encoder of the user's may have parameters that its features do not depend on. Our own have none, and the
         # search for them would cost each step a walk over the graph.
-        foreign = self._initial_encoder is not None or self.config.model not in DEFAULT_WIDTH
+        foreign = self._initial is not None or self.config.model not in DEFAULT_WIDTH
         replica = DistributedDataParallel(
             over_ranks(self.model, self.ranks.group),
             process_group=self.ranks.group,
@@ -401,7 +420,11 @@ class Trainer:
     def _progress_bar(self) -> Any:
         if self.config.quiet or not self.ranks.first:
             return contextlib.nullcontext(_NoBar())
-        return require("tqdm").tqdm(
+        try:
+            tqdm = require("tqdm").tqdm
+        except ImportError:
+            return contextlib.nullcontext(_NoBar())
+        return tqdm(
             total=self.last_step,
             initial=self.step,
             unit="step",

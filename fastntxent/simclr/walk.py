@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,7 @@ class Walk:
     others: Counter[str] = field(default_factory=Counter)
     odd: list[str] = field(default_factory=list)
     loops: list[str] = field(default_factory=list)
+    again: list[str] = field(default_factory=list)
     unreadable: list[BadFile] = field(default_factory=list)
     _listings: dict[str, Listing] = field(default_factory=dict)
 
@@ -65,13 +66,21 @@ class Walk:
         """Every image file below a folder, at any depth, sorted by the parts of its path."""
         outside = _parents(self.root)
         found: list[str] = []
-        pending = [(base, outside | _identity(self.root) if base else outside)]
+        # Folders that are read already, by class: where folders link to each other, the paths through them are legion.
+        read: set[tuple[str, Identity]] = set()
+        pending = deque([(base, outside | _identity(self.root) if base else outside)])
         while pending:
-            folder, above = pending.pop()
+            folder, above = pending.popleft()  # the shortest path to a folder comes first
             here = _identity(os.path.join(self.root, folder))
             if here & above:
                 self.loops.append(folder)
                 continue
+            class_name = folder[len(base) :].lstrip(os.sep).split(os.sep)[0]
+            once = {(class_name, identity) for identity in here}
+            if once & read:
+                self.again.append(folder)
+                continue
+            read |= once
             folders, files = self.listing(folder)
             found += [os.path.join(folder, name) for name in files]
             pending += [(os.path.join(folder, name), above | here) for name in folders]
@@ -95,6 +104,9 @@ class Walk:
                 f"did not follow {counted(len(self.loops), 'link', 'links')} back to a parent folder: "
                 f"{listed(sorted(self.loops))}"
             )
+        if self.again:
+            folders = counted(len(self.again), "folder", "folders")
+            notes.append(f"read {folders} of a class once that links reach again: {listed(sorted(self.again))}")
         return notes
 
 

@@ -97,10 +97,11 @@ def test_two_writers_never_mix_their_files(tmp_path):
 
 
 def test_locked_folder_refuses_another_run_and_sweeps_what_killed_runs_left(tmp_path):
-    (tmp_path / "checkpoint.pt.1-abc.partial").write_bytes(b"half")
+    for name in ("checkpoint.pt.1-abc.partial", ".probe.1-abc.partial", "film.mp4.partial"):
+        (tmp_path / name).write_bytes(b"half")
     first, second = OutputFolder(tmp_path), OutputFolder(tmp_path)
     with first.locked(), first.locked():
-        assert not list(tmp_path.glob("*.partial"))
+        assert [path.name for path in tmp_path.glob("*.partial")] == ["film.mp4.partial"], "the user's own stays"
         with pytest.raises(BlockingIOError, match="another run is writing to --out"), second.locked():
             pass
     with second.locked():

@@ -17,6 +17,8 @@ from fastntxent.simclr.config_file import read_config, with_config_file, write_c
         ({"warmup_epochs": 4.0, "epochs": 3}, "--warmup-epochs must be at most --epochs 3, got 4.0"),
         ({"warmup_epochs": -1.0}, "--warmup-epochs must be at least 0"),
         ({"seed": 2**63}, r"--seed must be less than 2\^63"),
+        ({"proj_dim": 10**19}, r"--proj-dim must be less than 2\^63"),
+        ({"lr": 10**400}, r"--lr must be less than 2\^63"),
         ({"lr": float("inf")}, "--lr must be at least 0, got inf"),
         ({"model": "resnet19"}, "--model must be .*resnet18.*got 'resnet19'"),
         ({"epochs": "3"}, "--epochs must be int, got '3'"),

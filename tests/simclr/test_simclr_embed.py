@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -384,3 +385,10 @@ def test_page_trains_embeds_retrieves_and_classifies(tmp_path, cli, monkeypatch,
     assert said.count("is near") == 3
     assert "bright/0.png is near [('bright/" in said
     assert "accuracy: 1.000" in said
+
+
+def test_embed_without_pillow_does_not_blame_the_files(run, tmp_path, capsys, monkeypatch):
+    save_images(tmp_path / "images", 4)
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    assert embed([str(tmp_path / "images"), "--checkpoint", str(run), "--out", str(tmp_path / "f.npz")]) == 2
+    assert capsys.readouterr().err.startswith("error: this needs the package PIL: pip install fastntxent[simclr]")

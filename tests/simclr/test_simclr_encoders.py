@@ -45,6 +45,22 @@ def net(change=lambda h, module: h, *, make=Net):
     return lambda: Changed()
 
 
+class NoBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h):
+        return h.clone()
+
+    @staticmethod
+    def backward(ctx, d_h):
+        raise NotImplementedError("no formula\nfor this")
+
+
+def changed_in_place(h):
+    square = h * h
+    h.add_(1)
+    return square
+
+
 class Uncopied(Net):
     def __deepcopy__(self, memo):
         raise RuntimeError("only once")
@@ -102,6 +118,9 @@ FAULTY = {
     "double": (lambda: Net().double(), "must have float32 parameters, but conv.weight is torch.float64; .* --amp"),
     "meta": (lambda: Net().to("meta"), ".*conv.weight is on the meta device"),
     "too_small": (lambda: nn.Conv2d(1, 4, 17), "does not take images of 1 x 16 x 16 .*: RuntimeError: .*Kernel size"),
+    "detached": (net(lambda h, _: h.detach()), r"must return features that have a gradient: .*detach\(\)"),
+    "no_backward": (net(lambda h, _: NoBackward.apply(h)), "fails in its backward: NotImplementedError: no formula$"),
+    "in_place": (net(lambda h, _: changed_in_place(h)), "fails in its backward: RuntimeError: .* inplace operation"),
     "uncopied": (Uncopied, "must be a module that copy.deepcopy copies, .*: RuntimeError: only once"),
 }  # fmt: skip
 

@@ -159,6 +159,19 @@ def test_folder_ends_where_two_classes_link_to_each_other(two_classes):
     assert count(load(two_classes)) == 40
 
 
+def test_folder_reads_each_folder_once_a_class_where_all_link_to_all(tmp_path):
+    names = [f"c{number}" for number in range(9)]  # 9! paths
+    for name in names:
+        write_images(tmp_path / name, 5)
+        for other in names:
+            (tmp_path / name / f"to_{other}").symlink_to(tmp_path / other)
+    data = load(tmp_path)
+    assert count(data) == 9 * 9 * 5
+    (links_back, again) = data.notes
+    assert links_back.startswith("did not follow")
+    assert again.startswith("read 504 folders of a class once that links reach again: c0/to_c1/to_c2, c0/to_c1/to_c3")
+
+
 def test_folder_never_opens_what_is_no_regular_file(two_classes, monkeypatch):
     os.mkfifo(two_classes / "a" / "pipe.png")
     (two_classes / "a" / "gone.png").symlink_to(two_classes / "nowhere.png")

@@ -1,5 +1,7 @@
 """A DataLoader of the user's as training data, and worker processes."""
 
+import signal
+
 import pytest
 import torch
 from torch import nn
@@ -131,6 +133,25 @@ class Endless(IterableDataset):
         return iter(IMAGES)
 
 
+class Counted(Endless):
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return 8
+
+    def __iter__(self):
+        return iter(self.images)
+
+
+class Faulty(Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        raise KeyError("boom")
+
+
 class Items(Dataset):
     def __init__(self, item):
         self.item = item
@@ -147,6 +168,10 @@ class Items(Dataset):
     [
         (DataLoader(Endless(), 4), TypeError, "must be a DataLoader with a length"),
         (of(IMAGES[:0]), ValueError, "at least one batch"),
+        (DataLoader(Counted(IMAGES[:0]), 4), ValueError, "at least one batch, and it gave none"),
+        (DataLoader(Counted(IMAGES), 7), ValueError, "the last of its 8 images .*drop_last=True"),
+        (DataLoader(Faulty(), 4), ValueError, "^the first batch of the DataLoader cannot be read: 'boom'$"),
+        (DataLoader(Faulty(), 4, num_workers=1), ValueError, "^the first batch .* cannot be read: KeyError: 'boom'$"),
         (of(IMAGES[:5]), ValueError, "the last of its 5 images .*drop_last=True"),
         (of(IMAGES, batch_size=1), ValueError, "at least 2 images, got 1"),
         (of(IMAGES[:, 0]), TypeError, r"got list of \(torch.uint8 of shape \(4, 8"),
@@ -171,6 +196,37 @@ def test_loader_knows_views_from_images():
     ):  # fmt: skip
         loader = of(IMAGES)
         assert isinstance(LoaderData(loader).images_of(batch), tuple) is are_views
+
+
+def test_loader_of_an_iterable_dataset_and_of_views_in_double_precision(stripes, fit):
+    fit(DataLoader(Counted(stripes.train_images[:8]), 4))
+    views = stripes.train_images[:8].double() / 255
+    fit(DataLoader(TensorDataset(views, views.flip(-1)), 4))
+
+
+class Handlers(Dataset):
+    """Images of zeros where the worker process ignores both signals, and of ones elsewhere."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        ignored = all(signal.getsignal(n) == signal.SIG_IGN for n in (signal.SIGINT, signal.SIGTERM))
+        return torch.full((1, 8, 8), 1 - int(ignored), dtype=torch.uint8), _SET[0]
+
+
+_SET = []
+
+
+def _set(worker):
+    _SET.append(100 + worker)
+
+
+def test_workers_of_a_users_loader_leave_stopping_to_the_run():
+    loader = DataLoader(Handlers(), 4, num_workers=1, worker_init_fn=_set)
+    images, values = next(iter(LoaderData(loader).loader))
+    assert images.sum() == 0
+    assert values.tolist() == [100] * 4, "the user's own worker_init_fn runs too"
 
 
 def test_loader_refuses_accumulation_and_other_data(stripes, tmp_path):

@@ -6,6 +6,7 @@ import types
 
 import pytest
 
+from fastntxent.simclr.command import main
 from fastntxent.simclr.logs import COLUMNS
 
 
@@ -95,9 +96,25 @@ def test_wandb_goes_on_with_the_same_run(make_trainer, tmp_path, fakes):
     assert fakes.count("finished") == 2
 
 
+@pytest.mark.parametrize("option", ["wandb", "tensorboard"])
+def test_logger_that_refuses_is_a_mistake_in_a_line(tmp_path, fakes, monkeypatch, capsys, option):
+    class UsageError(Exception):
+        pass
+
+    def refuse(*args, **options):
+        raise UsageError("api_key not configured (no-tty)\nrun wandb login")
+
+    module = "wandb" if option == "wandb" else "torch.utils.tensorboard"
+    monkeypatch.setattr(sys.modules[module], "init" if option == "wandb" else "SummaryWriter", refuse)
+    given = ["--wandb", "project"] if option == "wandb" else ["--tensorboard"]
+    assert main(["--data", "digits", "--epochs", "1", "--quiet", "--out", str(tmp_path / "run"), *given]) == 2
+    assert capsys.readouterr().err == f"error: --{option} cannot be used: UsageError: api_key not configured (no-tty)\n"
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
 @pytest.mark.parametrize(("options", "package"), [({"tensorboard": True}, "tensorboard"), ({"wandb": "p"}, "wandb")])
 def test_missing_logger_is_told_before_training(make_trainer, monkeypatch, options, package):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ImportError, match=f"pip install {package}"):
+    with pytest.raises(ImportError, match=f"needs the package {package}: pip install {package}"):
         make_trainer(**options)

@@ -1,5 +1,6 @@
 """Signals: a run ends after a step, with a checkpoint, and goes on as if nothing had happened."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -8,8 +9,9 @@ import time
 import pytest
 import torch
 
-from fastntxent.simclr import InterruptedRun, TrainingError
+from fastntxent.simclr import InterruptedRun, TrainingError, command
 from fastntxent.simclr.checkpoint import load_checkpoint
+from fastntxent.simclr.stopping import ignore_signals, kill_workers
 
 
 def signal_at(trainer, step, *numbers):
@@ -49,6 +51,70 @@ def test_second_interrupt_stops_at_once(make_trainer, tmp_path):
         trainer.fit()
     assert not isinstance(caught.value, InterruptedRun)
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_in_the_last_step_is_not_lost(make_trainer, tmp_path, number):
+    trainer = make_trainer()
+    signal_at(trainer, 8, number)
+    with pytest.raises(InterruptedRun, match=r"at step 9 of 9; saved") as caught:
+        trainer.fit()
+    assert caught.value.number == number
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 9
+
+
+def test_signals_after_the_checkpoint_do_not_disturb_the_end_of_the_feed(make_trainer, capfd):
+    trainer = make_trainer()
+    steps = trainer.feed.steps
+    ended = []
+
+    def watched(start, stop):
+        try:
+            yield from steps(start, stop)
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+                os.kill(os.getpid(), number)
+            ended.append(signal.getsignal(signal.SIGINT))
+
+    trainer.feed.steps = watched
+    signal_at(trainer, 4, signal.SIGTERM, signal.SIGTERM)
+    with pytest.raises(InterruptedRun, match="at step 5 of 9") as caught:
+        trainer.fit()
+    assert caught.value.number == signal.SIGTERM
+    assert len(ended) == 1
+    assert ended[0] is not signal.default_int_handler, "the feed must end while signals are noted"
+    assert capfd.readouterr().err.count("stopping after this step") == 1
+
+
+def _hang(ready):
+    ignore_signals(0)
+    ready.set()
+    time.sleep(600)
+
+
+def test_workers_that_hang_are_killed():
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    worker = context.Process(target=_hang, args=(ready,), daemon=True)
+    worker.start()
+    assert ready.wait(60)
+    worker.terminate()
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        kill_workers()
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    worker.join(60)
+    assert worker.exitcode == -signal.SIGKILL
+
+
+def test_interrupt_between_two_phases_is_no_traceback(monkeypatch, capsys):
+    def interrupted(arguments, ranks):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "_main", interrupted)
+    assert command.main([]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_fit_leaves_signal_handlers_as_they_were(make_trainer):

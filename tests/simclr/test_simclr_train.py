@@ -1,14 +1,17 @@
 import dataclasses
 import math
+import sys
+import threading
 import time
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from fastntxent import NTXentLoss
 from fastntxent.backends.blocked import BACKEND
-from fastntxent.simclr import TrainingError, load_encoder
+from fastntxent.simclr import Config, Trainer, TrainingError, load_encoder
 from fastntxent.simclr import checkpoint as checkpoint_module
 from fastntxent.simclr.checkpoint import load_checkpoint, save_checkpoint, with_saved_options
 from fastntxent.simclr.config import parse_args
@@ -88,6 +91,43 @@ def test_forewarn_tells_of_a_batch_larger_than_the_data(make_trainer):
     assert note.startswith("--batch-size 84 is more than the 83 training images")
     (note,) = forewarn(make_trainer(accumulate_batch=90))
     assert note.startswith("--accumulate-batch 90 is more than the 83")
+
+
+def test_augmentation_follows_the_data_at_hand(make_trainer, stripes, tmp_path):
+    def chosen(data):
+        return make_trainer(data=data, augment="auto").settings["augment"]
+
+    assert chosen(stripes) == "photos", "whatever --data would be by default"
+    assert chosen(dataclasses.replace(stripes, name="fashion-mnist")) == "objects"
+    assert chosen(DataLoader(TensorDataset(stripes.train_images), 16)) == "photos"
+    assert make_trainer(augment="none").settings["augment"] == "none"
+
+
+@pytest.mark.parametrize("encoder", ["uncopied", "lazy"])
+def test_trainer_copies_an_encoder_only_after_it_was_tried(stripes, tmp_path, encoder):
+    module = nn.Sequential(nn.LazyConv2d(4, 3), nn.AdaptiveAvgPool2d(1))
+    config = Config(out=tmp_path / "run", device="cpu")
+    if encoder == "lazy":
+        trainer = Trainer(config, stripes, encoder=module)
+        twin = trainer.untrained().state_dict()
+        assert all(torch.equal(value, twin[name]) for name, value in trainer.model.state_dict().items())
+        return
+    module.lock = threading.Lock()
+    with pytest.raises(ValueError, match=r"must be a module that copy.deepcopy copies, .*cannot pickle"):
+        Trainer(config, stripes, encoder=module)
+
+
+def test_learnt_temperature_out_of_range_ends_the_run_in_words(make_trainer):
+    with pytest.raises(
+        TrainingError, match=r"the loss has no value at step \d: .*temperature.*; a lower --lr may help"
+    ):
+        make_trainer(learn_temperature=True, lr=100.0).fit()
+
+
+def test_run_without_tqdm_has_no_bar(make_trainer, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    make_trainer(quiet=False, max_steps=1).fit()
+    assert capsys.readouterr().err == ""
 
 
 def test_resume_names_every_difference(make_trainer, stripes):
