@@ -1,4 +1,4 @@
-# make test | test-instruction-sets | lint | sanitize | kernels-report | demo | bench | clean
+# make test | test-instruction-sets | lint | sanitize | kernels-report | demo | bench | gpu | clean
 #
 # Each target makes the virtual environment it needs. Another PyTorch: make test TORCH=torch
 
@@ -9,7 +9,7 @@ DEMO_VENV ?= .venv-demo
 DEMO_OUT ?= runs/demo
 BENCH_OUT ?= runs/bench
 
-.PHONY: test test-instruction-sets lint sanitize kernels-report demo bench clean
+.PHONY: test test-instruction-sets lint sanitize kernels-report demo bench gpu clean
 
 test: $(VENV)/installed
 	$(VENV)/bin/pytest
@@ -47,6 +47,12 @@ bench: $(VENV)/bench
 	for suite in cpu memory scaling family converged distributed; do \
 	  $(VENV)/bin/python -m benchmarks $$suite --out $(BENCH_OUT)/$$suite.json || exit 1; \
 	done
+
+# On a machine with a GPU: build, verify, the suite, compute-sanitizer, the benchmark, the tuner, ncu, each in parts of ten
+# minutes at most. It goes on where it stopped: make gpu STAGE=verify, make gpu OPTIONS="--seconds 540",
+# make gpu OPTIONS=--rehearse where there is no GPU. Then python -m benchmarks report puts the device into the README.
+gpu: $(VENV)/bench
+	$(VENV)/bin/python -m benchmarks.gpu_session $(if $(STAGE),--stage $(STAGE)) $(if $(OUT),--out $(OUT)) $(OPTIONS)
 
 # A person's first minutes: an ordinary install, SimCLR trained on real digits, a report. Not run from here, where the
 # checkout would shadow the installed package and its kernels. The environment is kept, and made anew when the package

@@ -7,9 +7,10 @@ import json
 import re
 from pathlib import Path
 
+from . import devices
 from .tables import TABLES, Record
 
-# Each page's sections, and the suite that fills them.
+# Each page's sections, and the suite that fills them; "devices" is what `make gpu` has left.
 PAGES = {
     "README.md": {
         "time": "cpu",
@@ -17,6 +18,7 @@ PAGES = {
         "scaling": "scaling",
         "family": "family",
         "accuracy": "converged",
+        "devices": "devices",
     },
     "docs/distributed.md": {"distributed": "distributed"},
 }
@@ -65,6 +67,8 @@ def stale_sections(results: Path, root: Path) -> list[str]:
 
 def table(results: Path, suite: str) -> str:
     """A suite's table; where it was not run, how to."""
+    if suite == "devices":
+        return devices.section(results)
     try:
         return TABLES[suite](read(results, suite))
     except FileNotFoundError:

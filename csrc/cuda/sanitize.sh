@@ -3,8 +3,8 @@
 #
 #   address  check.cpp on the emulated device, by AddressSanitizer and UndefinedBehaviorSanitizer
 #   plain    the same without
-#   device   tests/test_cuda.py on a GPU, by compute-sanitizer: memcheck, racecheck, synccheck, initcheck. PYTHON chooses
-#            the interpreter, in which the package is installed
+#   device   tests/test_cuda.py on a GPU, by compute-sanitizer: memcheck, racecheck, synccheck, initcheck, or those that
+#            TOOLS names. PYTHON chooses the interpreter, in which the package is installed
 #
 # address by default. Objects go to build/sanitize; CXX chooses the compiler.
 set -eu
@@ -26,7 +26,7 @@ for build in ${@:-address}; do
     address) build_and_run address -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all ;;
     plain) build_and_run plain -O2 ;;
     device)
-        for tool in memcheck racecheck synccheck initcheck; do
+        for tool in ${TOOLS:-memcheck racecheck synccheck initcheck}; do
             echo "== compute-sanitizer $tool"
             compute-sanitizer --tool "$tool" --error-exitcode 1 --target-processes all \
                 "${PYTHON:-python3}" -m pytest -q tests/test_cuda.py -k "edges or bits or groups or layout or larger"

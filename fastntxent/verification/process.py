@@ -18,7 +18,7 @@ from .verdict import Status, Verdict
 if TYPE_CHECKING:
     from subprocess import Popen
 
-DEADLINE = 400.0  # seconds for a child in all
+DEADLINE = 600.0  # seconds for a child in all
 SILENCE = 120.0  # seconds for one check; the first one imports PyTorch, and each may have to compile Triton's kernels
 VERIFY = "FASTNTXENT_VERIFY"
 # The child has this process's search path, and the same working directory: it imports what this process imports.

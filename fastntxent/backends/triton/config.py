@@ -98,7 +98,8 @@ def forms(device: torch.device, dtype: torch.dtype) -> list[str]:
         if rows < math.inf
     }
     largest = max(limits, default=0) + 1
-    return ["", *(f"rows={rows} tiles=1" for rows in sorted({*limits, largest})), f"rows={largest} tiles=8"]
+    parts = sorted({*limits, largest}) if limits else []  # a table of one part has one choice
+    return ["", *(f"rows={rows} tiles=1" for rows in parts), f"rows={largest} tiles=8"]
 
 
 @contextlib.contextmanager

@@ -1,0 +1,149 @@
+"""The stages of `make gpu`: what is run on a machine with a GPU, and what stands in for it where there is none.
+
+A part has passed if its command ends with 0 and has left the file that it makes. A part whose tool is not installed is
+"missing", which is no failure. Each takes ten minutes at most.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from .gpu import GRID
+from .tune import ROWS
+
+LIMIT = 590.0  # seconds of a part
+TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+# Backend, and the kernel of it that forms the gradient.
+PROFILED = {"triton": "_fused_kernel", "cuda": "nt_xent"}
+
+
+class Part(NamedTuple):
+    """A command, and how its success shows.
+
+    Attributes:
+        name: of the part, within its stage.
+        command: without a shell.
+        makes: the file that it leaves, which is part of the result if it is JSON; None if its exit status says all.
+        stdout: whether the command's stdout goes to that file.
+        needs: a tool that has to be on PATH.
+        environment: variables of its own.
+    """
+
+    name: str
+    command: list[str]
+    makes: Path | None = None
+    stdout: bool = False
+    needs: str = ""
+    environment: dict[str, str] = {}  # noqa: RUF012 (a NamedTuple's default)
+
+
+def stages(python: str, out: Path, root: Path) -> dict[str, list[Part]]:
+    """Every stage on a machine with a GPU, in order."""
+    benchmarks = [python, "-m", "benchmarks"]
+    build = [python, "setup.py", "build_ext", "--inplace"]
+    verify = [python, "-m", "fastntxent", "verify", "--device", "cuda", "--refresh", "--json"]
+    tests = sorted(str(path.relative_to(root)) for path in (root / "tests").rglob("test_*.py"))
+    return {
+        "build": [Part("kernels", build, needs="nvcc", environment={"FASTNTXENT_CUDA": "1"})],
+        "verify": [
+            Part("kernels", verify, out / "verify.json", stdout=True),
+            Part("info", [python, "-m", "fastntxent", "info", "--json"], out / "info.json", stdout=True),
+        ],
+        "suite": [
+            Part(test.removesuffix(".py").replace("/", "-"), [python, "-m", "pytest", "-q", test])
+            for test in [*_first(tests), "fastntxent"]
+        ],
+        "sanitize": [
+            Part(
+                tool,
+                ["csrc/cuda/sanitize.sh", "device"],
+                needs="compute-sanitizer",
+                environment={"TOOLS": tool, "PYTHON": python},
+            )
+            for tool in TOOLS
+        ],
+        "benchmark": [
+            Part(
+                f"{n}-{d}",
+                [
+                    *benchmarks,
+                    "gpu",
+                    "--n",
+                    str(n),
+                    "--d",
+                    str(d),
+                    "--seconds",
+                    "10",
+                    "--out",
+                    f"{out}/gpu-{n}-{d}.json",
+                ],
+                out / f"gpu-{n}-{d}.json",
+            )
+            for n, d in GRID
+        ],
+        "tune": [
+            Part(
+                kernel,
+                [
+                    *benchmarks,
+                    "tune",
+                    "--kernels",
+                    kernel,
+                    "--most",
+                    "8",
+                    "--seconds",
+                    "8",
+                    "--out",
+                    f"{out}/{kernel}.json",
+                ],
+                out / f"{kernel}.json",
+            )
+            for kernel in ROWS
+        ],
+        "profile": [_profile(python, out, backend, kernel) for backend, kernel in PROFILED.items()],
+    }
+
+
+def rehearsals(python: str, out: Path, root: Path) -> dict[str, list[Part]]:
+    """What of each stage can run without a GPU."""
+    benchmarks = [python, "-m", "benchmarks"]
+    build = [python, "setup.py", "build_ext", "--build-lib", f"{out}/lib", "--build-temp", f"{out}/temp"]
+    verify = [python, "-m", "fastntxent", "verify", "--device", "cpu", "--backend", "blocked", "--refresh", "--json"]
+    small = ["--n", "16", "--d", "8", "--seconds", "0.1", "--only", "blocked", "eager", "--out", f"{out}/gpu-16-8.json"]
+    predict = [
+        *benchmarks,
+        "tune",
+        "--predict",
+        "sm_90",
+        "--kernels",
+        "owned",
+        "--most",
+        "1",
+        "--out",
+        f"{out}/owned.json",
+    ]
+    return {
+        "build": [Part("kernels", build, environment={"FASTNTXENT_CUDA": "0"})],
+        "verify": [
+            Part("kernels", verify, out / "verify.json", stdout=True),
+            Part("info", [python, "-m", "fastntxent", "info", "--json"], out / "info.json", stdout=True),
+        ],
+        "suite": [Part("tests-test_tiles", [python, "-m", "pytest", "-q", "tests/test_tiles.py"])],
+        "sanitize": [Part("emulated", ["csrc/cuda/sanitize.sh", "plain"], needs="g++")],
+        "benchmark": [Part("16-8", [*benchmarks, "cpu", *small], out / "gpu-16-8.json")],
+        "tune": [Part("owned", predict, out / "owned.json")],
+        "profile": [Part("one-call", [python, "-m", "benchmarks.one_call", "blocked", "--device", "cpu", "--n", "16"])],
+    }
+
+
+def _first(tests: list[str]) -> list[str]:
+    """The kernels' own tests before the others."""
+    return sorted(tests, key=lambda test: (Path(test).stem not in ("test_cuda", "test_triton", "test_tiles"), test))
+
+
+def _profile(python: str, out: Path, backend: str, kernel: str) -> Part:
+    report = out / f"{backend}.ncu-rep"
+    profiler = ["ncu", "--set", "full", "--target-processes", "all", "--kernel-name", f"regex:{kernel}"]
+    once = ["--launch-skip", "2", "--launch-count", "1", "--force-overwrite", "--export", str(report)]
+    return Part(backend, [*profiler, *once, python, "-m", "benchmarks.one_call", backend], report, needs="ncu")
