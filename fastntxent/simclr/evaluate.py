@@ -232,7 +232,7 @@ def recalibrate(model: nn.Module, images: Images, device: torch.device) -> None:
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # a plain average over batches
-        norm.train()
+        norm.training = True  # not norm.train(), which reaches a dropout inside it
     with torch.no_grad():
         for rows in slices(len(images), rows_at_once(images)):
             if rows.stop - rows.start > 1:

@@ -349,7 +349,6 @@ def test_trainer_takes_a_dataset_and_load_encoder_gives_its_encoder(here):
         assert torch.equal(encoder(images), trainer.model.encoder.eval()(images))
 
 
-@pytest.mark.xfail(strict=True, reason="BatchNorm's statistics are set again with the dropout that a norm holds drawn")
 def test_finished_run_is_judged_again_with_the_same_result(cli, here):
     shutil.copytree("runs/mine", "runs/judged")
     assert cli("--resume", "--out", "runs/judged", "--quiet").returncode == 0
@@ -357,7 +356,6 @@ def test_finished_run_is_judged_again_with_the_same_result(cli, here):
     assert after == before
 
 
-@pytest.mark.xfail(strict=True, reason="docs/trainer.md calls fastntxent.simclr.run by another name")
 def test_pages_call_what_there_is():
     pages = [README, *(ROOT / "docs").glob("*.md")]
     named = {name for page in pages for name in re.findall(r"fastntxent\.simclr\.(\w+)\(", page.read_text())}
