@@ -58,7 +58,7 @@ gpu: $(VENV)/bench
 # checkout would shadow the installed package and its kernels. The environment is kept, and made anew when the package
 # changes.
 demo: $(DEMO_VENV)/installed
-	@echo "Training SimCLR on 5,000 handwritten digits, about two minutes on two CPU cores"
+	@echo "Training SimCLR on 5,000 handwritten digits: half a minute to two minutes on two CPU cores"
 	cd $(DEMO_VENV) && bin/python -m fastntxent.simclr --out $(abspath $(DEMO_OUT)) --overwrite --verify-every 20
 	@echo "Open $(DEMO_OUT)/report.html in a browser"
 

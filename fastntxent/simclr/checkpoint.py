@@ -98,6 +98,12 @@ def with_saved_options(given: dict[str, Any]) -> Config:
     state = load_checkpoint(path)
     if not isinstance(state.get("config"), dict):
         raise ValueError(f"{printable(path)} is not a checkpoint of a run: it holds no settings")
+    for part in ("data", "encoder"):
+        if state.get(f"own_{part}"):
+            raise ValueError(
+                f"{printable(path)} is of a run whose {part} came from Python: go on with it there, by "
+                "Trainer(Config(..., resume='auto'), ...).fit()"
+            )
     saved = Config.from_dict(state["config"])
     here = {"max_steps": config.max_steps, "overwrite": config.overwrite, "out": path.parent}
     return replace(saved, **{**here, **given})

@@ -21,7 +21,7 @@ from .export import main as export
 from .history import TrainingError
 from .logs import LogError
 from .output import printable
-from .pipeline import finish, forewarn, prepare, summarise
+from .pipeline import describe, finish, forewarn, prepare, summarise
 from .ranks import MISTAKES, Ranks, join
 from .stopping import InterruptedRun, kill_workers
 from .study.command import main as study
@@ -72,6 +72,8 @@ def _main(arguments: list[str], ranks: Ranks) -> int:
         except KeyboardInterrupt:
             print("interrupted before training", file=sys.stderr)
             return BY_SIGNAL + signal.SIGINT
+        if ranks.first and not trainer.config.quiet:
+            print(printable(describe(trainer.images)), file=sys.stderr)
         for note in notes:
             print(f"note: {printable(note)}", file=sys.stderr)
         return _train(trainer, arguments)

@@ -62,6 +62,19 @@ def by_name(model: str, channels: int, size: Size) -> nn.Module:
     return _from_factory(model, channels, size)
 
 
+def find(model: str) -> None:
+    """Make sure that what a name stands for can be imported, without making a network of it.
+
+    Raises:
+        ValueError, ImportError: as `by_name`.
+    """
+    library, _, name = model.partition(":")
+    if library in ("timm", "torchvision"):
+        require(library, install=library)
+    elif name:
+        _check_origin(model, _imported(model))
+
+
 def adopt(name: str, body: nn.Module, channels: int, size: Size, *, train: bool = True) -> int:
     """Return how many features a network gives, after making sure that it can be an encoder.
 

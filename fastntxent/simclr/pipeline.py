@@ -10,13 +10,16 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from . import encoders
+from .build import pick_device
 from .config import Config, flag
 from .data import ImageData, load_data
 from .evaluate import ACCURACIES, REPRESENTATIONS, Evaluation, check_ready, evaluate, why
+from .notes import listed
 from .output import printable
 from .ranks import ALONE, Ranks, launched
 from .report import write_pages, write_report
-from .train import Trainer
+from .train import Trainer, check_folder
 
 
 def prepare(
@@ -28,7 +31,13 @@ def prepare(
     """Load the data and build the trainer: whatever a user can get wrong is found out here, before any training, and
     what is wrong on one rank ends all of them."""
     with ranks.all_or_none():
+        # What takes no time to find out, before the images are read.
         config.check()
+        pick_device(config.device, ranks)
+        if encoder is None:
+            encoders.find(config.model)
+        if ranks.first:
+            check_folder(config)
         if config.download and ranks.group and ranks.local == 0:
             _load(config, ranks)  # the other ranks of this machine find it there
     with ranks.all_or_none():
@@ -74,6 +83,13 @@ def forewarn(trainer: Trainer) -> list[str]:
     if config.resume and trainer.step >= trainer.last_step:
         notes.append(f"this run is finished, at step {trainer.step} of {trainer.last_step}: it is judged again")
     return notes
+
+
+def describe(data: ImageData) -> str:
+    """What was read, so that a class that is missing is noticed."""
+    images = f"{len(data.train_images):,} training and {len(data.test_images):,} test images"
+    names = f" of {len(data.class_names)} classes ({listed(data.class_names)})" if data.class_names else ""
+    return f"{data.title}: {images}{names}"
 
 
 def finish(trainer: Trainer, command: Sequence[str] = ()) -> dict[str, Any]:

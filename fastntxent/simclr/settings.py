@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 def resolve(config: Config, trainer: Trainer) -> dict[str, Any]:
     """The settings by name, as plain values; with them a configuration makes the same run on the same data."""
     chosen = config.to_dict()
+    if trainer.data.name != config.data:
+        chosen["data"] = f"{trainer.data.name} (from Python)"
+    if trainer.has_own_encoder:
+        chosen["model"] = "a module (from Python)"
     chosen |= {
         "image_size": max(trainer.data.image_shape[1:]),
         "workers": trainer.feed.workers,

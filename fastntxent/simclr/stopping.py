@@ -70,7 +70,7 @@ class StopRequest:
             return
         self.number = number
         if self._speak:  # by os.write: a signal may arrive in the midst of a print()
-            os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
+            os.write(2, b"\nstopping after this step; Ctrl-C stops at once\n")
 
 
 def ignore_signals(worker: int, then: Callable[[int], object] | None = None) -> None:

@@ -131,9 +131,8 @@ class Trainer:
         source = resume_path(config) if config.resume else None
         if source:
             self._resume(source)
-        target = config.out / FILE_NAME
-        self._may_replace = bool(config.overwrite or (source and target.exists() and source.samefile(target)))
-        self._check_folder()
+        check_folder(config)
+        self._owns_folder = False
         if ranks.first:
             self.folder.check(self._bytes_to_write())
 
@@ -150,6 +149,11 @@ class Trainer:
         return self._make_model(None)
 
     @property
+    def has_own_encoder(self) -> bool:
+        """Whether the encoder is a module that was handed over, and not one that the settings name."""
+        return self._initial is not None
+
+    @property
     def images(self) -> ImageData:
         """The data set; ValueError for a run on a DataLoader, which has no plain images to judge an encoder on."""
         if isinstance(self.data, LoaderData):
@@ -157,13 +161,6 @@ class Trainer:
                 "a run on a DataLoader cannot be judged: pass a Dataset or ImageData, which hold test images"
             )
         return self.data
-
-    def _check_folder(self) -> None:
-        if not self._may_replace and (self.config.out / FILE_NAME).exists():
-            raise FileExistsError(
-                f"{printable(self.config.out)} holds another run's checkpoint: continue that one with --resume, lose "
-                "it with --overwrite, or choose another --out"
-            )
 
     def _bytes_to_write(self) -> int:
         """What the run writes, at most: the new checkpoint beside the old one, and the report."""
@@ -184,8 +181,9 @@ class Trainer:
             with self.ranks.all_or_none():
                 if self.ranks.first:
                     stack.enter_context(self.folder.locked())
-                    self._check_folder()
-                    self._may_replace = True  # what will be there is this run's own
+                    if not self._owns_folder:
+                        check_folder(self.config)
+                    self._owns_folder = True  # the checkpoint that will be there is this run's
             yield
 
     @property
@@ -299,6 +297,7 @@ class Trainer:
             "config": self.config.to_dict(),
             "settings": self.settings,
             "own_encoder": self._initial is not None,
+            "own_data": self.data.name != self.config.data,
             "data": self.data.fingerprint(),
             "image_shape": list(self.data.image_shape),
             "history": self.history.columns,
@@ -438,6 +437,18 @@ class _NoBar:
     def update(self) -> None: ...
 
     def set_postfix(self, *args: object, **kwargs: object) -> None: ...
+
+
+def check_folder(config: Config) -> None:
+    """Raise FileExistsError if the run would replace a checkpoint that it does not go on with."""
+    target = config.out / FILE_NAME
+    source = resume_path(config) if config.resume else None
+    its_own = source is not None and source.exists() and target.exists() and source.samefile(target)
+    if target.exists() and not config.overwrite and not its_own:
+        raise FileExistsError(
+            f"{printable(config.out)} holds another run's checkpoint: continue that one with --resume, lose it with "
+            "--overwrite, or choose another --out"
+        )
 
 
 def _training_data(data: object, config: Config) -> ImageData | LoaderData:

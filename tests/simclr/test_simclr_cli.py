@@ -133,3 +133,34 @@ def test_help_explains_every_option(capsys):
     text = capsys.readouterr().out
     for name in Config().to_dict():
         assert re.search(rf"^  --{name.replace('_', '-')}\b.*", text, re.MULTILINE), name
+
+
+def test_main_finds_cheap_mistakes_before_it_reads_the_images(tmp_path, capsys, monkeypatch):
+    def read(*args, **options):
+        raise AssertionError("the images were read")
+
+    monkeypatch.setattr("fastntxent.simclr.pipeline.load_data", read)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(b"of another run")
+    mistakes = {
+        "": "holds another run's checkpoint",
+        "--overwrite --device tpu9": "--device tpu9 cannot be used",
+        "--overwrite --model no_such_module:make": "there is no module no_such_module",
+        "--overwrite --model fastntxent.simclr.models:nothing": "nothing",
+    }
+    for options, words in mistakes.items():
+        assert main(["--data", "digits", "--out", str(tmp_path / "run"), *options.split()]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_main_says_what_it_read(tmp_path, capsys):
+    arguments = ["--data", "digits", "--width", "4", "--epochs", "1", "--max-steps", "1", "--eval-limit", "20"]
+    assert main([*arguments, "--out", str(tmp_path)]) == 0
+    words = "digits: 1,442 training and 355 test images of 10 classes (0, 1, 2, 3, 4 and 5 more)\n"
+    assert words in capsys.readouterr().err
+
+
+def test_resume_of_a_run_from_python_is_told_to_go_on_there(make_trainer, tmp_path, capsys):
+    make_trainer(max_steps=1).fit()
+    assert main(["--resume", "--out", str(tmp_path / "run")]) == 2
+    assert "is of a run whose data came from Python: go on with it there" in capsys.readouterr().err

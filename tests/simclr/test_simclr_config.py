@@ -57,7 +57,9 @@ def test_config_file_holds_what_it_was_given(tmp_path, make_trainer):
     expected = {name: value for name, value in settings.items() if name not in ("resume", "overwrite")}
     expected["wandb"] = NASTY.replace("\udce9", "?")
     assert {name: str(v) if name in ("data_dir", "out") else v for name, v in read.items()} == expected
-    Config(**read).check()
+    Config(**{**read, "data": "mnist5k"}).check()
+    with pytest.raises(ValueError, match=r"--data must be one of .*, got 'stripes \(from Python\)'"):
+        Config(**read).check()
 
 
 def test_resolved_config_of_a_run_makes_the_same_run(make_trainer, tmp_path):
