@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
 from collections.abc import Generator
 from typing import Any, NamedTuple, Protocol
 
@@ -19,13 +18,12 @@ from torch.utils.data import DataLoader, Dataset
 from .augment import PRESETS, two_views
 from .config import Config
 from .data import ImageData
+from .images import default_threads
 from .loader import LoaderData
 from .ranks import Ranks
 from .stopping import ignore_signals
 from .stream import stream
 from .tally import Images
-
-MOST_WORKERS = 8
 
 
 class Views(NamedTuple):
@@ -94,7 +92,7 @@ class OwnOrder:
         # A last batch of one sample has no negative, and BatchNorm no variance.
         self.steps_per_epoch = n // self.batch + (n % self.batch >= 2)
         on_disk = not isinstance(self.images, Tensor)
-        self.workers = (most_workers() if on_disk else 0) if config.workers is None else config.workers
+        self.workers = (default_threads() if on_disk else 0) if config.workers is None else config.workers
 
     def steps(self, start: int, stop: int) -> Generator[Views, None, None]:
         """The steps from `start` to before `stop`; they are a function of the settings and the data alone."""
@@ -173,12 +171,6 @@ class LoaderOrder:
             generator = stream(self.config.seed, f"views of rank {self.ranks.rank}", step)
             first, second = two_views(images.to(self.device), PRESETS[self.config.preset], generator)
         return Views(first, second, [len(first)])
-
-
-def most_workers() -> int:
-    """Worker processes by default where images are read from files: one for each core that this process may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, MOST_WORKERS)
 
 
 def even_chunk(n: int, chunk: int) -> int:

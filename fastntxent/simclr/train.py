@@ -376,7 +376,7 @@ class Trainer:
         replica = DistributedDataParallel(
             over_ranks(self.model, self.ranks.group),
             process_group=self.ranks.group,
-            find_unused_parameters=foreign and not self.config.accumulate_batch,
+            find_unused_parameters=foreign,
         )
         # They are the same on every rank. As an argument it is deprecated in PyTorch 2.13, and what replaces it is new.
         replica.broadcast_buffers = False

@@ -50,10 +50,27 @@ RUNS: dict[str, dict[str, Any]] = {
     "lars": {"batch_size": 50, "optimizer": "lars"},
     "learnt temperature": {"batch_size": 50, "learn_temperature": True},
     "chunks": {"accumulate_batch": 50, "chunk": 16},
+    "own": {"batch_size": 50, "width": 0},
+    "own in chunks": {"accumulate_batch": 50, "chunk": 16, "width": 0},
     "alignment": {"batch_size": 50, "objective": "alignment"},
     "distribution": {"batch_size": 50, "objective": "distribution"},
     "resnet18": {"batch_size": 50, "model": "resnet18", "width": 8, "max_steps": 3},
 }
+
+
+class PartlyUsed(nn.Module):
+    """An encoder of the user's, with parameters that its features do not depend on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.used = nn.Sequential(nn.Conv2d(1, 4, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+            self.classifier = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.used(x)
+        return h
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -69,7 +86,8 @@ def config_of(name: str, out: Path, **options: Any) -> Config:
 
 
 def trained(name: str, out: Path, data: ImageData, ranks: Ranks = ALONE) -> dict[str, Any]:
-    trainer = Trainer(config_of(name, out), data, ranks)
+    encoder = PartlyUsed() if name.startswith("own") else None
+    trainer = Trainer(config_of(name, out), data, ranks, encoder=encoder)
     trainer.model.to(dtype_of(name))
     trainer.fit()
     return outcome(trainer)
