@@ -293,7 +293,7 @@ def committed(tmp_path):
 def test_report_fills_the_pages_and_draws(committed):
     results, readme = committed
     command = ["report", "--results", str(results), "--root", str(results)]
-    with pytest.raises(SystemExit, match="time, memory, scaling, family, accuracy, distributed"):
+    with pytest.raises(SystemExit, match="time, memory, scaling, family, accuracy, devices, distributed"):
         cli.main([*command, "--check"])
     cli.main(command)
     text = readme.read_text()

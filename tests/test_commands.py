@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -153,6 +154,16 @@ def test_verify_passes_here_and_keeps_it(capsys, cache):
     status, again, errors = run(capsys, "verify", "--backend", HERE, "--device", "cpu")
     assert (status, again, errors) == (0, text, ""), "known"
     assert f"  {HERE:10}passed " in run(capsys, "info")[1].partition("driver")[2]
+
+
+def test_verify_says_where_nothing_can_be_kept(capsys, answers, tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setenv("FASTNTXENT_CACHE", str(file))
+    with pytest.warns(UserWarning, match="cannot keep its verdicts") if not policy.Store._complained else nullcontext():
+        status, text, _ = run(capsys, "verify", "--device", "cpu", "--backend", "blocked")
+    assert status == 0
+    assert f"  not kept: {file} cannot be written to" in text
 
 
 def test_verify_looks_again_where_it_is_told_to(capsys, answers):

@@ -259,7 +259,7 @@ def test_children_share_the_checks(monkeypatch):
 
     asked = []
 
-    def no_room(request, deadline, silence):
+    def no_room(request, deadline, silence, stop=None):
         asked.append(request.get("part"))
         verdict = Verdict("not available", "busy") if asked[-1] == [1, 2] else Verdict("passed", checks=4)
         return process._End(0, lines=[{"verdict": verdict.to_dict()}])
@@ -268,6 +268,23 @@ def test_children_share_the_checks(monkeypatch):
     assert process.check({"parts": 2}).ok, "one after the other, where there is room for one"
     assert asked[-1] is None
     assert len(asked) == 3
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX's signals")
+def test_interrupt_ends_the_children():
+    code = (
+        "import os, signal, threading\n"
+        "from fastntxent.verification import process\n"
+        "threading.Timer(6, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
+        "try:\n"
+        "    process.check({'backend': 'hangs', 'device': 'cpu', 'module': 'tests.broken.hangs', 'parts': 2})\n"
+        "except KeyboardInterrupt:\n"
+        "    print('interrupted')\n"
+    )
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "interrupted\n", done.stderr
+    assert time.perf_counter() - started < 60
 
 
 def test_child_imports_what_its_parent_does(tmp_path, monkeypatch):
@@ -477,6 +494,28 @@ def test_model_tells_interpreted_kernels_from_compiled_ones(monkeypatch):
 def test_model_of_a_part_of_a_device_is_another(tmp_path):
     Store(MODEL, tmp_path).keep("triton", MODULE, PASSED)
     assert Store(MODEL._replace(multiprocessors=14), tmp_path).verdict("triton", MODULE) is None
+
+
+def test_file_is_closed_before_it_is_renamed(tmp_path, monkeypatch):
+    # Windows renames no file that is open.
+    files = importlib.import_module("fastntxent.files")
+    opened, replace = [], os.replace
+
+    def renamed(source, target):
+        assert opened[0].closed
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", renamed)
+    files.write_whole(tmp_path / "file", lambda file: (opened.append(file), file.write(b"whole")))
+    assert (tmp_path / "file").read_bytes() == b"whole"
+
+    def fail(file):
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        files.write_whole(tmp_path / "file", fail)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_bytes() == b"whole"
 
 
 def test_cache_folder_is_absolute(monkeypatch, tmp_path):

@@ -28,7 +28,8 @@ def run(given: argparse.Namespace) -> int:
             print(f"{device}: {describe(device).name}")
             for name, verdict in verdicts.items():
                 print(f"  {name:10}{verdict}")
-            print(f"  kept in {Store(describe(device)).path}")
+            path = Store(describe(device)).path
+            print(f"  kept in {path}" if path.exists() else f"  not kept: {path.parent} cannot be written to")
     if given.json:
         print(json.dumps({device: {n: v.to_dict() for n, v in verdicts.items()} for device, verdicts in found.items()}))
     return int(not all(verdict.ok for verdicts in found.values() for verdict in verdicts.values()))

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -56,9 +57,15 @@ def check(request: Mapping[str, Any], deadline: float = DEADLINE, silence: float
     started = time.perf_counter()
     request = dict(request)
     parts = request.pop("parts", 1)
+    shares = [{**request, "part": [index, parts]} for index in range(parts)]
+    stop = threading.Event()
     with ThreadPoolExecutor(parts) as pool:
-        shares = [{**request, "part": [index, parts]} for index in range(parts)]
-        verdict = _together(list(pool.map(lambda share: _verdict(_run(share, deadline, silence)), shares)))
+        try:
+            ends = list(pool.map(lambda share: _run(share, deadline, silence, stop), shares))
+        except BaseException:  # Ctrl-C: the pool is left when its threads end
+            stop.set()
+            raise
+    verdict = _together([_verdict(end) for end in ends])
     if parts > 1 and verdict.status == "not available":
         verdict = _verdict(_run(request, deadline, silence))
     return verdict._replace(seconds=time.perf_counter() - started)
@@ -117,19 +124,19 @@ def _explain(end: _End) -> tuple[Status, str]:
     return "crashed", f"exit status {end.status}{said}"
 
 
-def _run(request: Mapping[str, Any], deadline: float, silence: float) -> _End:
+def _run(request: Mapping[str, Any], deadline: float, silence: float, stop: threading.Event | None = None) -> _End:
     import tempfile  # not above: `import fastntxent` needs neither
 
     if not sys.executable or getattr(sys, "frozen", False):
         return _End(never_started="this program has no Python interpreter to start a child process with")
     try:
         with tempfile.TemporaryDirectory(prefix="fastntxent-", ignore_cleanup_errors=True) as folder:
-            return _run_in(Path(folder), request, deadline, silence)
+            return _run_in(Path(folder), request, deadline, silence, stop or threading.Event())
     except OSError as error:
         return _End(never_started=f"a child process cannot be started: {error}")
 
 
-def _run_in(folder: Path, request: Mapping[str, Any], deadline: float, silence: float) -> _End:
+def _run_in(folder: Path, request: Mapping[str, Any], deadline: float, silence: float, stop: threading.Event) -> _End:
     import subprocess
 
     report, errors = folder / "report", folder / "stderr"
@@ -146,7 +153,7 @@ def _run_in(folder: Path, request: Mapping[str, Any], deadline: float, silence: 
             start_new_session=True,  # its own children die with it, and Ctrl-C is the parent's to handle
         )
         try:
-            status, killed = _wait(child, report, deadline, silence)
+            status, killed = _wait(child, report, deadline, silence, stop)
         finally:
             _kill(child)
     return _End(status, killed, _lines(report), _last_line(errors))
@@ -165,8 +172,10 @@ def _environment(folder: Path) -> dict[str, str]:
     return environment
 
 
-def _wait(child: Popen[bytes], report: Path, deadline: float, silence: float) -> tuple[int | None, float]:
-    """The exit status; or None and seconds, if the child takes too long, or too long over one check."""
+def _wait(
+    child: Popen[bytes], report: Path, deadline: float, silence: float, stop: threading.Event
+) -> tuple[int | None, float]:
+    """The exit status; or None and seconds, if the child takes too long, or too long over one check, or is to stop."""
     import subprocess
 
     started = heard = time.monotonic()
@@ -178,7 +187,7 @@ def _wait(child: Popen[bytes], report: Path, deadline: float, silence: float) ->
         with contextlib.suppress(OSError):
             if report.stat().st_size != size:
                 size, heard = report.stat().st_size, now
-        if now - started > deadline:
+        if now - started > deadline or stop.is_set():
             return None, now - started
         if now - heard > silence:
             return None, now - heard
