@@ -4,7 +4,7 @@ import sys
 
 try:
     from .command import main
-except ImportError as error:  # of what the trainer is made of, such as NumPy, which PyTorch does not require
+except ImportError as error:  # a package of the extra, such as NumPy, which PyTorch does not require
     print(f"error: the trainer needs more than the loss: pip install fastntxent[simclr] ({error})", file=sys.stderr)
     sys.exit(2)
 except KeyboardInterrupt:

@@ -88,7 +88,7 @@ def resume_path(config: Config) -> Path:
 def with_saved_options(given: dict[str, Any]) -> Config:
     """The configuration of a command line: with `--resume`, what it leaves open comes from the checkpoint.
 
-    What says how far to run and where to write (`--max-steps`, `--out`, `--resume`, `--overwrite`) does not; a
+    `--max-steps`, `--out`, `--resume` and `--overwrite` never come from the checkpoint; a
     resumed run writes beside its checkpoint unless `--out` says otherwise.
     """
     config = Config(**given)

@@ -14,7 +14,7 @@ from .output import printable, write_text
 from .sources import require
 
 FILE_NAME = "config.toml"
-# What a command line says of one start of a run.
+# Options that concern one start of a run, not the run.
 _OF_THE_COMMAND = ("resume", "overwrite")
 
 

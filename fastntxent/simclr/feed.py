@@ -1,4 +1,4 @@
-"""What a step trains on: two views of each image of a batch, or of this rank's part of it.
+"""The input of each training step: two views of every image of a batch, or of this rank's part of it.
 
 `OwnOrder` draws the batches from a data set: the order of the images from (seed, epoch), the views from (seed, step),
 each from a generator of its own. `LoaderOrder` takes them from a DataLoader of the user's, in the loader's order.

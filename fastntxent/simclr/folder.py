@@ -110,7 +110,7 @@ def _part(walk: Walk, base: str) -> _Part:
 
 
 def _notes(walk: Walk, part: _Part) -> list[str]:
-    """What is to be said of the classes of a part."""
+    """Return notes on the classes of a part."""
     notes = []
     inside = [os.path.join(part.base, name) for name in walk.listing(part.base)[0] if name not in part.names]
     empty = [path for path in inside if path not in walk.loops]

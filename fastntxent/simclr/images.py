@@ -177,7 +177,7 @@ def decode_all(paths: Sequence[str], size: int, threads: int) -> Iterator[Array 
 
 
 def told_bad(bad: Sequence[object], count: int, where: str, skip_bad: bool) -> str:
-    """What is to be said of bad images, in a line; empty if there are none.
+    """Return one line about the files that could not be read; empty if there are none.
 
     Raises:
         ValueError: there are some and `skip_bad` is off.

@@ -51,7 +51,7 @@ def check_width(model: str, width: int, name: str = "width") -> None:
 
 
 class Standardise(nn.Module):
-    """(x - mean) / std per channel; inside the encoder, so that nobody who loads it can forget it."""
+    """(x - mean) / std per channel. It is part of the encoder, so a loaded encoder takes plain images."""
 
     mean: Tensor
     std: Tensor

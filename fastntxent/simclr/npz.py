@@ -118,7 +118,7 @@ class Member:
     def _block(self, file: IO[bytes], shape: tuple[int, ...]) -> Array:
         count = math.prod(shape)
         content = file.read(count * self.dtype.itemsize)
-        # Of the machine's own byte order.
+        # In native byte order.
         return np.frombuffer(content, self.dtype, count).reshape(shape).astype(self.dtype.newbyteorder("="), copy=False)
 
 
@@ -169,10 +169,10 @@ def _open(path: Path, name: str) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def _words(path: Path) -> Iterator[None]:
-    """Any error of reading as a ValueError that names the file: a damaged one raises whatever it likes."""
+    """Turn every error of reading into a ValueError that names the file: damaged files raise all kinds."""
     try:
         yield
     except Exception as error:
-        # NumPy advises to load an odd header with what may run code.
+        # NumPy's own message advises allow_pickle=True, which can run code from the file.
         why = "a header is too long" if "allow_pickle" in str(error) else reason(error)
         raise ValueError(f"{one_line(path)} cannot be read as an .npz file of plain arrays: {why}") from error

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..distributed import wire
 
-# What a person can get wrong, and is told in a line.
+# Errors that a user's mistake raises; the command prints them as one line.
 MISTAKES = (ValueError, OSError, ImportError)
 
 
@@ -58,7 +58,7 @@ class Ranks:
         return int(wire.gather_numbers(self.group, torch.tensor(number)).max())
 
     def tell(self, words: str) -> str:
-        """What the ranks have to say, on all of them."""
+        """Return the messages of all ranks, joined; every rank gets the same text."""
         if self.group is None:
             return words
         told = wire.gather_objects(self.group, words)
@@ -66,10 +66,10 @@ class Ranks:
 
     @contextlib.contextmanager
     def all_or_none(self) -> Iterator[None]:
-        """What ends one rank in here ends every rank, where otherwise the others would wait for it.
+        """If any rank raises in this block, every rank raises at its end, so that none of them hangs.
 
         Raises:
-            What was raised in here; on a rank where nothing was, a ValueError (for one of MISTAKES) or a RuntimeError
+            The rank's own exception; on a rank without one, a ValueError (for one of MISTAKES) or a RuntimeError
             with the number and the words of one where something was.
         """
         if self.group is None:
@@ -89,7 +89,7 @@ class Ranks:
                 raise (ValueError if is_mistake else RuntimeError)(f"rank {rank}: {words}")
 
     def require_same(self, facts: dict[str, Any]) -> None:
-        """Raise ValueError, on every rank, with what is not the same on all of them."""
+        """Raise ValueError on every rank if a fact differs between ranks, naming it and its values."""
         if self.group is None:
             return
         of_ranks = wire.gather_objects(self.group, facts)
@@ -102,7 +102,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def one_voice(self) -> Iterator[None]:
-        """What all ranks would print in here, the first prints alone."""
+        """Silence stdout and stderr in this block on every rank but the first."""
         with contextlib.ExitStack() as stack:
             if not self.first:
                 nowhere = stack.enter_context(open(os.devnull, "w"))

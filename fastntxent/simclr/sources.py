@@ -130,7 +130,7 @@ def _torchvision(name: str, request: Request, **part: object) -> Any:
         return getattr(datasets, name)(root=str(root), download=request.download, **part)
     except RuntimeError as error:
         raise FileNotFoundError(
-            f"{name} is not in {one_line(root)}: say where it is with --data-dir, or add --download"
+            f"{name} is not in {one_line(root)}: pass its folder as --data-dir, or add --download"
         ) from error
 
 
