@@ -815,6 +815,30 @@ def test_choice_follows_what_was_measured(simulated):
     assert len(simulated.asked) == asked, "times are kept too"
 
 
+def test_choice_in_a_captured_graph_goes_by_replays(simulated, monkeypatch):
+    size = {"cuda": 0.5, "triton": 0.4, "blocked": 0.8, "cuda replayed": 0.1, "triton replayed": 0.3, "reference": 0.1}
+    other = {"cuda": 0.5, "triton": 0.4}
+    simulated.times = {"float32": {"128": {"256": size, "16384": other}}}
+    assert choose(rows=256) == "triton"
+    monkeypatch.setattr(policy, "_capturing", lambda device: True)
+    assert choose(rows=256) == "cuda"
+    assert choose(rows=16384) == "triton", "no replay was timed there"
+    monkeypatch.setattr(policy, "_capturing", lambda device: False)
+    assert choose(rows=256) == "triton"
+
+
+def test_times_hold_replays_where_a_call_can_be_captured(monkeypatch):
+    from fastntxent.verification import timing
+
+    assert timing.replay_of(lambda: None, CPU) is None
+    monkeypatch.setattr(timing, "replay_of", lambda call, device: call)
+    for name, value in {"ROWS": (64,), "FEATURES": (16,), "DTYPES": (torch.float32,)}.items():
+        monkeypatch.setattr(timing, name, value)
+    (entry,) = timing.measure(["blocked", "reference"], CPU)["float32"]["16"].values()
+    assert set(entry) == {"blocked", "blocked replayed", "reference", "reference replayed"}
+    assert all(value > 0 for value in entry.values())
+
+
 def test_no_kernels_to_check(simulated):
     assert choose(found={}) == "blocked"
     assert simulated.asked == []

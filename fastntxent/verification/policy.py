@@ -22,6 +22,7 @@ from .store import Store, describe
 from .verdict import Verdict
 
 FALLBACK = "blocked"
+REPLAYED = " replayed"  # after a backend's name: its time in a captured CUDA graph, without the host's part
 # What "auto" may take on a device of this type, once it has passed; and where the backend lies.
 Candidates = Mapping[str, str]
 # Children that share the checks of a backend whose kernels are compiled when they are first called.
@@ -37,7 +38,7 @@ class Decision:
 
     Attributes:
         verdicts: by backend.
-        times: milliseconds by dtype, features, rows and backend; None if there are none.
+        times: as `timing.measure` gives them; None if there are none.
         reason: why no backend was checked; empty if some were.
     """
 
@@ -46,38 +47,42 @@ class Decision:
         self.times = times
         self.reason = reason
         self.passed = [name for name, verdict in verdicts.items() if verdict.ok]
-        self._taken: dict[tuple[torch.dtype, int, int], str] = {}
+        self._taken: dict[tuple[torch.dtype, int, int, bool], str] = {}
 
-    def take(self, dtype: torch.dtype, rows: int, features: int) -> str:
-        """The backend for a call of this size."""
-        size = (dtype, rows, features)
+    def take(self, dtype: torch.dtype, rows: int, features: int, captured: bool = False) -> str:
+        """The backend for a call of this size, which may be in a CUDA graph."""
+        size = (dtype, rows, features, captured)
         taken = self._taken.get(size)
         if taken is None:
             if len(self._taken) > 10_000:  # sizes that never come again
                 self._taken.clear()
-            taken = self._taken[size] = self.explain(dtype, rows, features)[0]
+            taken = self._taken[size] = self.explain(dtype, rows, features, captured)[0]
         return taken
 
-    def explain(self, dtype: torch.dtype, rows: int, features: int) -> tuple[str, str]:
-        """The backend for a call of this size, and why."""
+    def explain(self, dtype: torch.dtype, rows: int, features: int, captured: bool = False) -> tuple[str, str]:
+        """The backend for a call of this size, which may be in a CUDA graph, and why."""
         if not self.passed:
             return FALLBACK, self.reason or "no kernels have passed here"
-        times = self._nearest(dtype, rows, features)
+        times = self._nearest(dtype, rows, features, captured)
         if not times:
             return self.passed[0], "it has passed, and nothing was timed at this size"
         quickest = min(times, key=lambda name: times[name])
         said = ", ".join(f"{name} {value:.3g} ms" for name, value in sorted(times.items(), key=lambda item: item[1]))
         return quickest, f"the quickest of those that have passed: {said}"
 
-    def _nearest(self, dtype: torch.dtype, rows: int, features: int) -> dict[str, float]:
-        """The times measured nearest to a size, in octaves, of the backends that may be taken."""
+    def _nearest(self, dtype: torch.dtype, rows: int, features: int, captured: bool) -> dict[str, float]:
+        """The times measured nearest to a size, in octaves, of the backends that may be taken.
+
+        For a call in a CUDA graph they are those of replays, where there are any.
+        """
         table = (self.times or {}).get(str(dtype).removeprefix("torch."), {})
         for wanted in (features, rows):
             if not table:
                 return {}
             table = table[min(table, key=lambda size: abs(math.log2(max(wanted, 1) / int(size))))]
-        allowed = {*self.passed, FALLBACK}
-        return {name: value for name, value in table.items() if name in allowed}
+        allowed = (*self.passed, FALLBACK)
+        replayed = {name: table[name + REPLAYED] for name in allowed if name + REPLAYED in table}
+        return replayed if captured and replayed else {name: table[name] for name in allowed if name in table}
 
 
 def choose(device: torch.device, candidates: Candidates, dtype: torch.dtype, rows: int, features: int) -> str:
@@ -91,7 +96,7 @@ def choose(device: torch.device, candidates: Candidates, dtype: torch.dtype, row
     decision = _decided.get(device)
     if decision is None:
         decision = decide(device, candidates)
-    return decision.take(dtype, rows, features)
+    return decision.take(dtype, rows, features, _capturing(device))
 
 
 def decide(device: torch.device, candidates: Candidates) -> Decision:
@@ -250,8 +255,10 @@ def known(device: torch.device, candidates: Candidates) -> dict[str, Verdict]:
 
 
 def _capturing(device: torch.device) -> bool:
-    if device.type != "cuda" or not torch.cuda.is_available():
+    if device.type != "cuda" or not torch.cuda.is_initialized():
         return False
+    if torch.cuda.current_device() == device.index:  # in most calls, and a microsecond less
+        return torch.cuda.is_current_stream_capturing()
     with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()
 

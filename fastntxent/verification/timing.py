@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..backends import select
 from ..losses import nt_xent
+from .policy import REPLAYED
 
 ROWS = (256, 1024, 4096, 16384)
 FEATURES = (128, 768)
@@ -25,7 +26,8 @@ def measure(names: Sequence[str], device: torch.device, begin: Callable[[str, st
     """Medians of forward and backward of the mean loss, in milliseconds, over the grid above.
 
     The backends take turns in one process. What does not fit in memory, or a backend does not take, has no entry; the
-    dense loss, "reference", is timed only where its matrix stays small.
+    dense loss, "reference", is timed only where its matrix stays small. On a GPU each backend has a second entry, for
+    the same call replayed from a CUDA graph; one that cannot be captured lacks it.
 
     Args:
         names: the backends.
@@ -82,6 +84,9 @@ def _entry(
         except (torch.OutOfMemoryError, MemoryError):
             continue
         calls[name] = call
+        replay = replay_of(call, device)
+        if replay:
+            calls[name + REPLAYED] = replay
     taken: dict[str, list[float]] = {name: [] for name in calls}
     started = time.perf_counter()
     for repeat in range(REPEATS):
@@ -97,6 +102,26 @@ def _call(views: Sequence[Tensor], name: str) -> Callable[[], None]:
         torch.autograd.grad(nt_xent(views[0], views[1], 0.1, backend=name), views)  # type: ignore[arg-type]
 
     return call
+
+
+def replay_of(call: Callable[[], None], device: torch.device) -> Callable[[], None] | None:
+    """The call as a captured CUDA graph; None on a CPU, and for what cannot be captured or does not fit."""
+    if device.type != "cuda":
+        return None
+    with torch.cuda.device(device):
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            call()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                call()
+        except RuntimeError:  # lack of memory is one
+            torch.cuda.synchronize()
+            return None
+    return graph.replay
 
 
 def milliseconds(call: Callable[[], None], device: torch.device) -> float:
