@@ -95,9 +95,9 @@ def test_study_killed_goes_on_to_the_same_numbers(quick, cli, tmp_path, monkeypa
     trained = []
     step = Trainer._train_step
 
-    def counted(self):
+    def counted(self, views):
         trained.append(self.config.out.name)
-        return step(self)
+        return step(self, views)
 
     monkeypatch.setattr(Trainer, "_train_step", counted)
     record = conduct(QUICK, tmp_path, say=lambda line: None)
