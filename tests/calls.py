@@ -252,7 +252,17 @@ CALLS: dict[str, Call] = {
 
 # Public, and no function of tensors.
 NO_CALLS = {
-    *("BackendStatus", "Classification", "CrossNegLse", "NTXentTerms", "Retrieval", "Sharding", "backends"),
+    *(
+        "BackendStatus",
+        "Classification",
+        "CrossNegLse",
+        "NTXentTerms",
+        "Retrieval",
+        "Sharding",
+        "Verdict",
+        "backends",
+        "verify",
+    ),
     "NegativeQueue",  # QueueInfoNCELoss has one
     "pytorch_metric_learning.CrossBatchMemory",  # asks the device how many of its rows are held
     "cached_backward",  # runs an encoder and a backward
