@@ -1,4 +1,4 @@
-# make test | test-instruction-sets | lint | sanitize | kernels-report | demo | bench | gpu | clean
+# make test | test-all | test-instruction-sets | lint | sanitize | kernels-report | triton-versions | demo | bench | gpu | clean
 #
 # Each target makes the virtual environment it needs. Another PyTorch: make test TORCH=torch
 
@@ -9,19 +9,29 @@ DEMO_VENV ?= .venv-demo
 DEMO_OUT ?= runs/demo
 BENCH_OUT ?= runs/bench
 
-.PHONY: test test-instruction-sets lint sanitize kernels-report demo bench gpu clean
+.PHONY: test test-all test-instruction-sets lint sanitize kernels-report triton-versions demo bench gpu clean
+
+# Tests run beside each other, with one thread each. `make test` leaves out those marked slow, which repeat in minutes what
+# others show in seconds; `make test-all` runs every test.
+WORKERS ?= logical
+PYTEST := $(VENV)/bin/pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal --no-header
 
 test: $(VENV)/installed
-	$(VENV)/bin/pytest
+	$(PYTEST) -m "not slow"
+
+test-all: $(VENV)/installed
+	$(PYTEST)
 
 # As on a processor with AVX2 and no AVX-512, whatever this one has: the libraries held to AVX2, our kernels to AVX2, then
-# to portable C++. The tests left out do not reach those kernels.
-AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=Haswell MKL_ENABLE_INSTRUCTIONS=AVX2
+# to portable C++. The tests left out do not reach those kernels. Inductor's cache is one of its own: code that it compiled
+# for AVX-512 gives wrong numbers where PyTorch is held to AVX2.
+AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=Haswell MKL_ENABLE_INSTRUCTIONS=AVX2 \
+  TORCHINDUCTOR_CACHE_DIR=$(abspath build/inductor-avx2)
 ELSEWHERE := $(addprefix --ignore=tests/test_, cuda.py packaging.py tiles.py triton.py)
 
 test-instruction-sets: $(VENV)/installed
-	$(AVX2) $(VENV)/bin/pytest tests --instruction-set=avx2
-	$(AVX2) $(VENV)/bin/pytest tests --instruction-set=portable $(ELSEWHERE)
+	$(AVX2) $(PYTEST) tests --instruction-set=avx2
+	$(AVX2) $(PYTEST) tests --instruction-set=portable $(ELSEWHERE)
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
@@ -37,10 +47,20 @@ sanitize: $(VENV)/installed
 	CXX="$(CXX)" csrc/cpu/sanitize_calls.sh $(VENV)/bin/python
 	CXX="$(CXX)" csrc/cuda/sanitize.sh
 
-# Registers, shared memory and spills of the Triton and CUDA kernels on every chip, none of which has to be here.
+# Registers, shared memory, spills and instructions of the Triton and CUDA kernels on every chip, none of which has to be
+# here.
 kernels-report: $(VENV)/installed
 	$(VENV)/bin/python -m benchmarks kernels --check
 	$(VENV)/bin/python -m benchmarks.binary --check
+
+# The Triton kernels compiled by other Tritons, each downloaded beside the environment's own (200 MB).
+TRITONS ?= 3.3.1 3.6.0
+triton-versions: $(VENV)/installed
+	for version in $(TRITONS); do \
+	  $(VENV)/bin/pip install --quiet --no-deps --target build/triton-$$version triton==$$version || exit 1; \
+	  PYTHONPATH=build/triton-$$version $(VENV)/bin/python -m benchmarks kernels --d 128 768 \
+	    --targets sm_80 sm_90 sm_100 sm_120 gfx942 || exit 1; \
+	done
 
 # The figures of the README and the docs: make bench BENCH_OUT=benchmarks/results, then python -m benchmarks report
 bench: $(VENV)/bench

@@ -4,8 +4,8 @@
 instruction set, and the machine that runs it chooses. Where it cannot be built, the install goes on without it:
 `pip install -v` shows why, and `fastntxent.backends()` says so.
 
-`fastntxent._cuda` is built by ninja where there is an nvcc, for every architecture of `CUDA_CODE` that it knows; no GPU
-and no PyTorch has to be there. FASTNTXENT_CUDA=0 leaves it out, FASTNTXENT_CUDA=1 makes a failure an error.
+`fastntxent._cuda` is built by ninja where there is an nvcc, for every architecture of `CUDA_CODE` that it compiles for;
+no GPU and no PyTorch has to be there. FASTNTXENT_CUDA=0 leaves it out, FASTNTXENT_CUDA=1 makes a failure an error.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -26,8 +28,8 @@ from setuptools.command.build_ext import build_ext
 
 CPU = Path("csrc/cpu")
 CUDA = Path("csrc/cuda")
-PYTHON = Path("csrc/python.h")  # shared
-CUDA_CODE = ("80", "86", "89", "90a", "100a", "120")  # and PTX for what comes after them
+SHARED = sorted(Path("csrc").glob("*.h"))  # by both
+CUDA_CODE = ("80", "86", "89", "90", "100", "103", "110", "120")  # and PTX of the first, for all that come after
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 INSTRUCTION_SETS = {
     "portable": [],
@@ -141,15 +143,20 @@ def ninja_file(nvcc: str, flags: list[str], sources: Iterable[Path], objects: Pa
 
 
 def gencode(nvcc: str) -> list[str]:
-    """Machine code for the architectures that this nvcc knows, and PTX of the newest."""
-    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
-    # It names them without their a.
-    codes = [code for code in CUDA_CODE if re.search(rf"^sm_{code.rstrip('a')}$", known, re.MULTILINE)]
-    newest = [code for code in codes if code.isdigit()][-1:]
-    if not newest:
+    """Machine code for the architectures that this nvcc compiles for, and PTX of the oldest for later chips."""
+    with tempfile.TemporaryDirectory() as folder, ThreadPool() as pool:
+        probe = Path(folder) / "probe.cu"
+        probe.write_text("__global__ void probe() {}\n")
+
+        def compiles(code: str) -> bool:
+            flags = [f"-gencode=arch=compute_{code},code=sm_{code}", "-cubin", "-o", str(probe.with_suffix(f".{code}"))]
+            return subprocess.run([nvcc, *flags, str(probe)], capture_output=True).returncode == 0
+
+        codes = [code for code, known in zip(CUDA_CODE, pool.map(compiles, CUDA_CODE), strict=True) if known]
+    if not codes:
         raise RuntimeError(f"{nvcc} compiles for none of {', '.join(f'sm_{code}' for code in CUDA_CODE)}")
-    flags = [f"-gencode=arch=compute_{code},code=sm_{code}" for code in codes]
-    return [*flags, f"-gencode=arch=compute_{newest[0]},code=compute_{newest[0]}"]
+    images = [f"-gencode=arch=compute_{code},code=sm_{code}" for code in codes]
+    return [*images, f"-gencode=arch=compute_{codes[0]},code=compute_{codes[0]}"]
 
 
 def run(command: list[str]) -> None:
@@ -165,7 +172,7 @@ setup(
             "fastntxent._cpu",
             [str(CPU / name) for name in ("dispatch.cpp", "loss.cpp", "memory.cpp", "module.cpp", "team.cpp")],
             # A source archive's, too.
-            depends=[str(path) for path in (CPU / "kernels.cpp", *sorted(CPU.glob("*.h")), PYTHON)],
+            depends=[str(path) for path in (CPU / "kernels.cpp", *sorted(CPU.glob("*.h")), *SHARED)],
             define_macros=[LIMITED_API, *([("FNTX_X86", "1")] if X86 else [])],
             extra_compile_args=[*FLAGS, *OPENMP],
             extra_link_args=OPENMP,
@@ -175,7 +182,7 @@ setup(
         Extension(
             "fastntxent._cuda",
             [str(path) for path in (*sorted(CUDA.glob("*.cu")), CUDA / "launch.cpp", CUDA / "module.cpp")],
-            depends=[str(path) for path in (*sorted(CUDA.glob("*.h")), *sorted(CUDA.glob("host/*")), PYTHON)],
+            depends=[str(path) for path in (*sorted(CUDA.glob("*.h")), *sorted(CUDA.glob("host/*")), *SHARED)],
             define_macros=[LIMITED_API],
             py_limited_api=True,
             optional=True,

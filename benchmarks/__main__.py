@@ -10,10 +10,10 @@ distributed
            an all-gather with autograd beside it (needs the tests' files)
 family     CLIP's loss against its dense formula, SupCon against NT-Xent: time, and peak memory (Linux)
 gpu        as cpu, on a CUDA device, with the model's prediction beside ours
-kernels    the Triton kernels compiled for GPUs that need not be here: registers, shared memory, spills; --check fails
-           where a chip has not what a kernel takes
-model      milliseconds that the Triton kernels should take on GPUs that need not be here, from data sheets; u: one
-           product of all rows with themselves
+kernels    the Triton kernels compiled for GPUs that need not be here: registers, shared memory, spills, and what a turn
+           of the innermost loop takes; --check fails where that is more than a chip has or the suite allows
+model      milliseconds that the Triton and CUDA kernels should take on GPUs that need not be here, from their machine
+           code and data sheets, each with the limit that binds; u: one product of all rows with themselves
 tune       the Triton kernels' table of tiles, from times on this GPU; --predict CHIP: from the model, without it
 report     the README's and docs' tables and the plots, from the results kept in benchmarks/results; --check only
            compares
@@ -59,7 +59,7 @@ SUITES = {
 CPU_SUITES = ("cpu", "memory", "scaling", "converged", "distributed", "family")
 
 
-def _count(text: str) -> int:
+def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
@@ -75,17 +75,17 @@ def main(argv: list[str] | None = None) -> None:
     for name in SUITES:
         suite = commands.add_parser(name)
         if name not in ("kernels", "tune"):
-            suite.add_argument("--n", type=_count, nargs="+", help="samples per batch (default: a range)")
+            suite.add_argument("--n", type=_positive, nargs="+", help="samples per batch (default: a range)")
         if name != "tune":
-            suite.add_argument("--d", type=_count, nargs="+", help="features (default: 128, or a range)")
+            suite.add_argument("--d", type=_positive, nargs="+", help="features (default: 128, or a range)")
         suite.add_argument("--out", type=Path, help="write the results here, as JSON")
         if name == "kernels":
             suite.add_argument("--targets", nargs="+", choices=chips.CHIPS, help="chips (default: all)")
             suite.add_argument("--check", action="store_true", help="fail if any kernel spills or does not fit")
         if name == "tune":
             suite.add_argument("--predict", choices=model.TARGETS, metavar="CHIP", help="ask the model, not a device")
-            suite.add_argument("--kernels", nargs="+", choices=tune.ROWS, metavar="KERNEL", help="these alone")
-            suite.add_argument("--most", type=_count, default=12, help="tiles to time for a class (default: 12)")
+            suite.add_argument("--kernels", nargs="+", choices=tune.ROW_CLASSES, metavar="KERNEL", help="these alone")
+            suite.add_argument("--most", type=_positive, default=12, help="tiles to time for a class (default: 12)")
             suite.add_argument("--write", action="store_true", help="into the package's table")
         elif name not in ("converged", "distributed", "family", "kernels", "model"):
             suite.add_argument("--only", nargs="+", choices=COMPETITORS, metavar="LOSS", help="these losses alone")
@@ -98,11 +98,11 @@ def main(argv: list[str] | None = None) -> None:
                 "--instruction-set", choices=instruction_set.NAMES, help="hold our kernel to it (default: the fastest)"
             )
         if name == "distributed":
-            suite.add_argument("--ranks", type=_count, nargs="+", default=[1, 2, 3, 4], help="default: 1 2 3 4")
-            suite.add_argument("--rounds", type=_count, default=21, help="of a comparison (default: 21)")
+            suite.add_argument("--ranks", type=_positive, nargs="+", default=[1, 2, 3, 4], help="default: 1 2 3 4")
+            suite.add_argument("--rounds", type=_positive, default=21, help="of a comparison (default: 21)")
         if name == "cpu":
             suite.add_argument(
-                "--threads", type=_count, nargs="+", help="time our kernel at these numbers of threads too"
+                "--threads", type=_positive, nargs="+", help="time our kernel at these numbers of threads too"
             )
     report.add_command(commands)
     arguments = parser.parse_args(argv)
@@ -114,10 +114,10 @@ def main(argv: list[str] | None = None) -> None:
             instruction_set.hold(arguments.instruction_set)
         except (ImportError, ValueError) as error:
             parser.error(f"--instruction-set {arguments.instruction_set}: {error}")
-    _measure(arguments)
+    _run_suite(arguments)
 
 
-def _measure(arguments: argparse.Namespace) -> None:
+def _run_suite(arguments: argparse.Namespace) -> None:
     results, missing = SUITES[arguments.suite].run(arguments)
     record = {
         "suite": arguments.suite,

@@ -1,6 +1,9 @@
-"""What the built CUDA kernels take of every chip: registers, stack, and instructions of its matrix units.
+"""What the built CUDA kernels take of every chip: registers, stack, matrix instructions, and what a tile issues.
 
-python -m benchmarks.binary reads `fastntxent._cuda` by the cuobjdump that Triton ships; no GPU has to be there. --check
+python -m benchmarks.binary reads `fastntxent._cuda` by the cuobjdump that Triton ships; no GPU has to be there. Of the
+forward and of the gradient it prints a block's issue slots for a step (64 features of a tile of columns; from a step
+that has nothing left to load to the longest) and for a tile beside its steps (with three chunks of the gradient),
+against the tensor cycles of their products at 1,024 multiply-adds a cycle and multiprocessor, an A100's rate. --check
 fails if a kernel spills, or misses the matrix units.
 """
 
@@ -10,40 +13,50 @@ import argparse
 import importlib.util
 import re
 import subprocess
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-CHIPS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120")
-# A form is built for all chips, `Hopper` in earnest for one.
-FORMS = {"Tall": CHIPS, "Flat": CHIPS, "Hopper": ("sm_90a",)}
-_MATRIX = {"Tall": re.compile(r"\bHMMA"), "Flat": re.compile(r"\bHMMA"), "Hopper": re.compile(r"\bHGMMA")}
-_WAIT = re.compile(r"\bWARPGROUP\.DEPBAR")
-_NAME = re.compile(r"kernel_([a-z]+)_cu.*nt_xentINS_\d+([A-Z][a-z]+)E")
+from . import sass
+
+WARPS = 8  # of a block, as csrc/cuda/arguments.h has it
+FLOPS_PER_CYCLE = 2048
+_MATRIX = re.compile(r"\bHMMA")
+_FRESH = re.compile(r"\bHMMA\S* .*, RZ ;")
+_NAME = re.compile(r"kernel_([a-z]+)_cu.*nt_xent")
 
 
-class Report(NamedTuple):
+class BuiltKernel(NamedTuple):
     """A kernel on a chip.
 
-    Registers and bytes of stack (spilled registers among them) a thread; matrix instructions, and waits for those of
-    warpgroups."""
+    Registers and bytes of stack (spilled registers among them) a thread; matrix instructions, and those whose
+    accumulator starts at zero; the code."""
 
     chip: str
     operands: str
-    form: str
     registers: int
     stack: int
     matrix: int
-    waits: int
+    fresh: int
+    code: sass.Region
 
     def faults(self) -> list[str]:
         """What must not be."""
         found = [] if self.stack == 0 else [f"{self.stack} bytes of stack"]
         if not self.matrix:
             found.append("no matrix instruction")
-        elif self.waits >= self.matrix:  # what the compiler does where it loses sight of the sums
-            found.append("every product waits for the one before")
+        elif self.operands == "split" and self.matrix != 3 * self.fresh:  # three products, then ordinary additions
+            found.append("sums go on in the matrix units")
+        return found
+
+    def tiles(self) -> list[tuple[sass.Region, sass.Region]]:
+        """The loop over tiles and in it that over steps, of the forward and of the gradient."""
+        found = []
+        for tile in self.code.inner:
+            while tile.loop and tile.loop.loop:
+                tile = tile.loop
+            if tile.loop:
+                found.append((tile, tile.loop))
         return found
 
 
@@ -53,40 +66,56 @@ def built() -> Path | None:
     return Path(spec.origin) if spec and spec.origin else None
 
 
-def reports(module: Path) -> list[Report]:
-    """Every kernel on every chip that it is for."""
-    usage: dict[tuple[str, ...], dict[str, int]] = {}
-    for key, line in _by_kernel("--dump-resource-usage", module):
-        if "REG:" in line:
-            usage[key] = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", line)}
-    matrix, waits = Counter[tuple[str, ...]](), Counter[tuple[str, ...]]()
-    for key, line in _by_kernel("-sass", module):
-        matrix[key] += _MATRIX[key[2]].search(line) is not None
-        waits[key] += _WAIT.search(line) is not None
+def built_kernels(module: Path) -> list[BuiltKernel]:
+    """Every kernel on every chip that it has an image for."""
+    usage = {
+        key: {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+        for key, text in _by_kernel("--dump-resource-usage", module)
+    }
     return [
-        Report(*key, numbers["REG"], numbers["STACK"] + numbers["LOCAL"], matrix[key], waits[key])
-        for key, numbers in usage.items()
-        if key[0] in FORMS[key[2]]
+        BuiltKernel(
+            *key,
+            usage[key]["REG"],
+            usage[key]["STACK"] + usage[key]["LOCAL"],
+            len(_MATRIX.findall(text)),
+            len(_FRESH.findall(text)),
+            sass.parse(text),
+        )
+        for key, text in _by_kernel("-sass", module)
     ]
 
 
-def _by_kernel(option: str, module: Path) -> Iterator[tuple[tuple[str, str, str], str]]:
-    """What cuobjdump says of every kernel, line by line: chip, operands and form, and the line."""
-    import triton
+def _by_kernel(option: str, module: Path) -> Iterator[tuple[tuple[str, str], str]]:
+    """Chip and operands of every kernel, and what cuobjdump says of it."""
+    command = [sass.tool("cuobjdump"), option, module]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for of_chip in said.split("\narch = ")[1:]:
+        for of_kernel in re.split(r"\bFunction\b", of_chip)[1:]:
+            name, _, text = of_kernel.partition("\n")
+            if kernel := _NAME.search(name):
+                yield (of_chip.split()[0], kernel[1]), text
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    chip, kernel = "", None
-    with subprocess.Popen([tool, option, module], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("arch = "):
-                chip, kernel = line.split()[-1], None
-            elif "Function" in line:
-                kernel = _NAME.search(line)
-            elif kernel:
-                yield (chip, *kernel.groups()), line
-    if process.returncode:
-        raise RuntimeError(f"{tool} {option} {module}: exit status {process.returncode}")
+
+def line(report: BuiltKernel) -> str:
+    """A report for the screen."""
+    words = [
+        f"{report.chip:7} {report.operands:6} registers {report.registers:3} stack {report.stack} "
+        f"matrix {report.matrix:3} fresh {report.fresh:3}"
+    ]
+    for name, (tile, step) in zip(("forward", "gradient"), report.tiles(), strict=True):
+        beside = f"tile {_slots(tile.instructions)}"
+        words.append(f"{name}: step {_slots(step.instructions)}-{_slots(step.most)} of {_cycles(step)}, {beside}")
+        if tile.flops:
+            words[-1] += f" of {_cycles(tile)}"
+    return "; ".join([*words, *report.faults()])
+
+
+def _slots(instructions: int) -> int:
+    return instructions * WARPS // sass.SCHEDULERS
+
+
+def _cycles(region: sass.Region) -> int:
+    return round(region.flops * WARPS / FLOPS_PER_CYCLE)
 
 
 def main() -> None:
@@ -97,12 +126,9 @@ def main() -> None:
     module = built()
     if module is None:
         raise SystemExit("fastntxent._cuda was not built: there is nothing to report")
-    found = reports(module)
+    found = built_kernels(module)
     for report in found:
-        print(
-            f"{report.chip:8} {report.operands:6} {report.form:6} registers {report.registers:3} "
-            f"stack {report.stack:3} matrix {report.matrix:4} waits {report.waits:2} {'; '.join(report.faults())}"
-        )
+        print(line(report))
     if check and any(report.faults() for report in found):
         raise SystemExit("not all kernels are as they must be")
 

@@ -1,8 +1,14 @@
 """GPUs that need not be here: what the compiler is told of them, what a program may take, and their data sheets' rates.
 
-Rates are of dense products at the boost clock. Exponentials: 16 a cycle and multiprocessor on all of these (CUDA C++
-programming guide, arithmetic instructions). The second-level cache's bandwidth is on no data sheet: microbenchmarks
-find about 5.5 TB/s on an H100, near 23 bytes a cycle and multiprocessor, and the same is taken for the others.
+Rates are of dense products at the boost clock. Results a cycle and multiprocessor, by the CUDA C++ programming guide
+(throughput of native arithmetic instructions): 16 exponentials on all of these but the B300, of which NVIDIA says twice
+that; 64 integers, comparisons and selections; 128 float32 operations, on the A100 64. The second-level cache's
+bandwidth is on no data sheet: github.com/te42kyfo/gpu-benches measured 5.4 TB/s on an A100, 6.9 on an H100 PCIe (114
+multiprocessors at 1.755 GHz) and 9.7 on an H200, 34 to 37 bytes a cycle and multiprocessor, up to two thirds or more of
+its size; 34 are taken for all.
+
+Warps' own products (mma.sync) have the full rate on an A100. On an H100 they reach 63 % of the rate of warpgroups (Luo
+et al., arXiv 2402.13499); none is published of a B200, for which the A100's flops a cycle are taken.
 """
 
 from __future__ import annotations
@@ -11,20 +17,26 @@ from typing import NamedTuple
 
 
 class Rates(NamedTuple):
-    """A second's worth: of 16-bit flops, TF32 flops, exponentials, bytes of shared memory (128 a cycle and
-    multiprocessor), of memory and of the second-level cache."""
+    """A second's worth: of cycles, of all multiprocessors; of 16-bit flops, TF32 flops and 16-bit flops by mma.sync;
+    exponentials; bytes of shared memory (128 a cycle and multiprocessor), of memory and of the second-level cache. Its
+    size, and float32 operations of a multiprocessor in a cycle."""
 
+    cycles: float
     product: float
     tf32: float
+    by_warps: float
     exp: float
     shared: float
     memory: float
     cache: float
+    l2: float
+    float32: int
 
 
 class Chip(NamedTuple):
     """How Triton names it, the family of its tiles, its matrix instruction; bytes of shared memory for a program and
-    for all that run on a multiprocessor, and their threads (None: not known here); multiprocessors and their rates."""
+    for all that run on a multiprocessor, and their threads (None: not known here); multiprocessors and their rates; the
+    first Triton known to compile for it."""
 
     backend: str
     arch: int | str
@@ -36,6 +48,7 @@ class Chip(NamedTuple):
     threads: int | None
     multiprocessors: int
     rates: Rates | None = None
+    since: tuple[int, int] = (3, 3)
 
     def resident(self, registers: int | None, shared: int, num_warps: int, tensor_columns: int = 0) -> int | None:
         """Programs that a multiprocessor of NVIDIA's holds at once: registers come in eights, by the warp; of tensor
@@ -48,22 +61,37 @@ class Chip(NamedTuple):
         return min(by_registers, by_shared, by_tensor_memory, self.threads // (32 * num_warps))
 
 
-def _rates(sms: int, ghz: float, product: float, tf32: float, memory: float) -> Rates:
+def _rates(
+    sms: int,
+    ghz: float,
+    product: float,
+    tf32: float,
+    memory: float,
+    l2: float,
+    *,
+    by_warps: float,
+    exps: int = 16,
+    float32: int = 128,
+) -> Rates:
     cycles = sms * ghz * 1e9
-    return Rates(product * 1e12, tf32 * 1e12, 16 * cycles, 128 * cycles, memory * 1e12, 23 * cycles)
+    return Rates(
+        cycles, product * 1e12, tf32 * 1e12, by_warps * 1e12, exps * cycles, 128 * cycles, memory * 1e12, 34 * cycles,
+        l2 * 1e6, float32,
+    )  # fmt: skip
 
 
+_A100 = _rates(108, 1.41, 312, 156, 2.04, 40, by_warps=312, float32=64)
+_H100 = _rates(132, 1.83, 989, 495, 3.35, 50, by_warps=0.63 * 989)  # SXM
+_B200 = _rates(148, 1.86, 2250, 1125, 8.0, 126, by_warps=2048 * 148 * 1.86e-3)
+_B300 = _rates(160, 1.92, 2500, 1250, 8.0, 126, by_warps=2048 * 160 * 1.92e-3, exps=32)
+_TCGEN05 = r"tcgen05\.mma"
 CHIPS = {
-    # A100 SXM 80 GB, H100 SXM, B200
-    "sm_80": Chip(
-        "cuda", 80, 32, "sm_80", r"mma\.sync", 166_912, 167_936, 2048, 108, _rates(108, 1.41, 312, 156, 2.04)
-    ),
-    "sm_90": Chip(
-        "cuda", 90, 32, "sm_90", r"wgmma\.mma_async", 232_448, 233_472, 2048, 132, _rates(132, 1.83, 989, 495, 3.35)
-    ),
-    "sm_100": Chip(
-        "cuda", 100, 32, "sm_100", r"tcgen05\.mma", 232_448, 233_472, 2048, 148, _rates(148, 1.86, 2250, 1125, 8.0)
-    ),
+    "sm_80": Chip("cuda", 80, 32, "sm_80", r"mma\.sync", 166_912, 167_936, 2048, 108, _A100),
+    "sm_90": Chip("cuda", 90, 32, "sm_90", r"wgmma\.mma_async", 232_448, 233_472, 2048, 132, _H100),
+    "sm_100": Chip("cuda", 100, 32, "sm_100", _TCGEN05, 232_448, 233_472, 2048, 148, _B200),
+    "sm_103": Chip("cuda", 103, 32, "sm_100", _TCGEN05, 232_448, 233_472, 2048, 160, _B300, since=(3, 6)),
+    "sm_86": Chip("cuda", 86, 32, "small", r"mma\.sync", 101_376, 102_400, 1536, 84),  # A40
+    "sm_89": Chip("cuda", 89, 32, "small", r"mma\.sync", 101_376, 102_400, 1536, 142),  # L40S
     "sm_120": Chip("cuda", 120, 32, "small", r"mma\.sync", 101_376, 102_400, 1536, 170),
     "gfx942": Chip("hip", "gfx942", 64, "gfx942", r"v_mfma", 65_536, 65_536, None, 304),
 }

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastntxent import NTXentLoss, budget
+from fastntxent import NTXentLoss, error_budget
 
 from . import losses
 from .competitors import OURS, Loss, load
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[st
 
 def _errors(made: dict[str, Loss], truth: Loss, z_i: Tensor, z_j: Tensor) -> dict[str, float]:
     expected = _gradient(truth, z_i.double(), z_j.double())
-    return {name: budget.measure(_gradient(loss, z_i, z_j), expected).rms for name, loss in made.items()}
+    return {name: error_budget.errors_of(_gradient(loss, z_i, z_j), expected).rms for name, loss in made.items()}
 
 
 def _gradient(loss: Loss, z_i: Tensor, z_j: Tensor) -> Tensor:

@@ -4,33 +4,32 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from . import tables
+from .gpu_stages import PartRecord
 
-Record = dict[str, Any]
-NONE = "None yet. `make gpu` on a machine with a GPU makes an entry."
+NO_DEVICES = "None yet. `make gpu` on a machine with a GPU makes an entry."
 
 
 def section(results: Path) -> str:
     """A table of devices, and the times of each."""
     folders = sorted(path for path in (results / "gpu").glob("*") if path.is_dir())
-    found = [records for folder in folders if (records := read(folder))]
+    found = [records for folder in folders if (records := read_device(folder))]
     if not found:
-        return NONE
+        return NO_DEVICES
     heads = ["device", "driver", "PyTorch", "Triton", "verified", "suite", "sanitizer", "date"]
     lines = [f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *map(_row, found))]
-    return "\n\n".join(["\n".join(lines), *filter(None, map(_times, found))])
+    return "\n\n".join(["\n".join(lines), *filter(None, map(_times_table, found))])
 
 
-def read(folder: Path) -> list[Record]:
+def read_device(folder: Path) -> list[PartRecord]:
     """The records of one device, if its kernels were verified there; rehearsals are none."""
     records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.record.json"))]
     records = [record for record in records if not record["key"]["rehearsal"]]
     return records if any(record["stage"] == "verify" and record.get("result") for record in records) else []
 
 
-def _row(records: list[Record]) -> list[str]:
+def _row(records: list[PartRecord]) -> list[str]:
     verify = next(record for record in records if record["stage"] == "verify" and record["part"] == "kernels")
     model = verify["key"]["device"]
     verdicts = {name: v["status"] for of_device in verify["result"].values() for name, v in of_device.items()}
@@ -41,13 +40,13 @@ def _row(records: list[Record]) -> list[str]:
     ]  # fmt: skip
 
 
-def _share(records: list[Record], stage: str) -> str:
+def _share(records: list[PartRecord], stage: str) -> str:
     """How many of a stage's parts have passed, of those that ran."""
     ran = [record["status"] for record in records if record["stage"] == stage and record["status"] != "missing"]
     return f"{ran.count('passed')} of {len(ran)}" if ran else "not run"
 
 
-def _times(records: list[Record]) -> str:
+def _times_table(records: list[PartRecord]) -> str:
     """The table of suite `gpu`, put together from its parts."""
     parts = [r["result"] for r in records if r["stage"] == "benchmark" and r["status"] == "passed" and "result" in r]
     if not parts:
@@ -55,4 +54,4 @@ def _times(records: list[Record]) -> str:
     parts.sort(key=lambda part: (part["results"][0]["d"], part["results"][0]["n"]))
     missing = {name: why for part in parts for name, why in part["missing"].items()}
     results = [result for part in parts for result in part["results"]]
-    return tables.time({**parts[0], "results": results, "missing": missing})
+    return tables.time_table({**parts[0], "results": results, "missing": missing})

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import os
 import statistics
 import time
@@ -30,11 +29,10 @@ from torch import Tensor
 
 import fastntxent
 from fastntxent.distributed import wire
+from fastntxent.ops import kernels
 
 from .competitors import Loss
 from .timing import TEMPERATURE, TOLERANCE, Case, Phases, interleave, quantiles, step
-
-neg_lse = importlib.import_module("fastntxent.distributed.neg_lse")  # the package has a function of that name
 
 SIZES = ((128, 128), (512, 128), (512, 512))  # samples of a rank, features
 STRATEGIES = ("all_gather", "ring")
@@ -49,9 +47,9 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[st
         sizes = tuple((n, d) for n in arguments.n or [512] for d in arguments.d or [128])
     results = []
     for world in arguments.ranks:
-        of_ranks = on_ranks(world, measure, sizes, arguments.rounds)
+        of_ranks = on_ranks(world, measure_rank, sizes, arguments.rounds)
         for found in zip(*of_ranks, strict=True):
-            results += compare(world, found)
+            results += compare_with_model(world, found)
             for row in results[-len(STRATEGIES) :]:
                 print(
                     f"{world} ranks, N {row['n']}, D {row['d']}, {row['strategy']}: {row['both']['p50']:.3f} ms, "
@@ -77,7 +75,7 @@ def flops_of_step(world: int, rows: int, d: int, strategy: str) -> tuple[int, in
 # --- on every rank ---------------------------------------------------------------------------------------------------
 
 
-def measure(sizes: list[tuple[int, int]], rounds: int) -> list[dict[str, Any]]:
+def measure_rank(sizes: list[tuple[int, int]], rounds: int) -> list[dict[str, Any]]:
     """For each size what this rank sent, in how many calls, and its seconds."""
     from tests.ranks import bytes_sent
 
@@ -88,17 +86,18 @@ def measure(sizes: list[tuple[int, int]], rounds: int) -> list[dict[str, Any]]:
     for n, d in sizes:
         whole = Case(n * world, d).inputs()
         z_i, z_j = (z.detach()[rank * n : (rank + 1) * n].clone().requires_grad_() for z in whole)
-        ways = {**{strategy: _over_ranks(strategy) for strategy in STRATEGIES}, "gathered": _gathered, "dense": _dense}
+        ways = {strategy: _over_ranks(strategy) for strategy in STRATEGIES}
+        ways |= {"gathered": _gathered, "dense": _dense_of_rank}
         true = _evaluate_whole(*whole, n)
         sent = {}
         for name, loss in ways.items():
             with bytes_sent() as counted:
                 loss(z_i, z_j).backward()
             sent[name] = counted
-            _check(name, torch.cat((z_i.grad, z_j.grad)), true)
+            _check_rank(name, torch.cat((z_i.grad, z_j.grad)), true)
             z_i.grad = z_j.grad = None
         block = torch.randn(2 * n, d)
-        calls = {name: partial(_step, loss, z_i, z_j) for name, loss in ways.items()}
+        calls = {name: partial(_step_of_ranks, loss, z_i, z_j) for name, loss in ways.items()}
         calls |= {"kernels": partial(_alone, torch.cat(whole).detach()), "link": partial(_link, block)}
         times = interleave(calls, seconds=0, fewest=rounds)
         measured.append({"n": n, "d": d, "sent": sent, "times": times})
@@ -116,7 +115,7 @@ def _gathered(z_i: Tensor, z_j: Tensor) -> Tensor:
     return fastntxent.nt_xent(all_i, all_j, TEMPERATURE)
 
 
-def _dense(z_i: Tensor, z_j: Tensor) -> Tensor:
+def _dense_of_rank(z_i: Tensor, z_j: Tensor) -> Tensor:
     u = F.normalize(torch.cat((z_i, z_j)), dim=1)
     own = dist.get_rank() * len(u) + torch.arange(len(u))
     logits = u @ torch.cat(_all_gather(u)).T / TEMPERATURE
@@ -141,13 +140,13 @@ def _evaluate_whole(z_i: Tensor, z_j: Tensor, n: int) -> Tensor:
     return gradient[:, dist.get_rank() * n :][:, :n].flatten(0, 1)
 
 
-def _check(name: str, gradient: Tensor, true: Tensor) -> None:
+def _check_rank(name: str, gradient: Tensor, true: Tensor) -> None:
     error = float((gradient.double() - true).norm() / true.norm())
     if not error < TOLERANCE[torch.float32]:
         raise AssertionError(f"{name} disagrees with one process: gradient error {error:.1e}")
 
 
-def _step(loss: Loss, z_i: Tensor, z_j: Tensor, turn: int) -> Phases:
+def _step_of_ranks(loss: Loss, z_i: Tensor, z_j: Tensor, turn: int) -> Phases:
     dist.barrier()
     with _watched() as phases:
         return {"both": step(loss, z_i, z_j)["both"], **phases}
@@ -183,7 +182,7 @@ def _link(block: Tensor, turn: int) -> Phases:
 def _watched() -> Iterator[Phases]:
     """Seconds in the kernels of losses over ranks, and waiting for other ranks."""
     spent = {"products": 0.0, "waiting": 0.0}
-    run_kernel, waiting = neg_lse.run_kernel, wire._waiting
+    call_kernel, waiting = kernels.call_kernel, wire._waiting
 
     @contextlib.contextmanager
     def clocked(phase: str) -> Iterator[None]:
@@ -196,17 +195,17 @@ def _watched() -> Iterator[Phases]:
         with clocked("waiting"), waiting(group):
             yield
 
-    neg_lse.run_kernel, wire._waiting = clocked("products")(run_kernel), clocked_waiting
+    kernels.call_kernel, wire._waiting = clocked("products")(call_kernel), clocked_waiting
     try:
         yield spent
     finally:
-        neg_lse.run_kernel, wire._waiting = run_kernel, waiting
+        kernels.call_kernel, wire._waiting = call_kernel, waiting
 
 
 # --- of all ranks ----------------------------------------------------------------------------------------------------
 
 
-def compare(world: int, of_ranks: tuple[dict[str, Any], ...]) -> list[dict[str, object]]:
+def compare_with_model(world: int, of_ranks: tuple[dict[str, Any], ...]) -> list[dict[str, object]]:
     """Both strategies at one size, measured and by the model."""
     first = of_ranks[0]
     n, d, rows = first["n"], first["d"], 2 * first["n"]

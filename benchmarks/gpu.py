@@ -53,7 +53,7 @@ def _predicted(result: dict) -> dict[str, float] | None:
         return None
     dtype = "bf16" if result["dtype"] == "bfloat16" else "fp32"
     rate = result["gemm_gflops"] * 1e9 if dtype == "bf16" else None  # float32's products are not what it measured
-    return model.predict(target, result["n"], result["d"], dtype, rate)
+    return model.predict(target, result["n"], result["d"], dtype, rate)[0]
 
 
 def _model_line(result: dict) -> list[str]:

@@ -19,19 +19,17 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from fastntxent.devices import present
-from fastntxent.verification.store import describe
+from fastntxent.devices import present_devices
+from fastntxent.verification.store import model_of
 
 from . import machine
-from .gpu_stages import LIMIT, Part, rehearsals, stages
+from .gpu_stages import LIMIT, Part, PartRecord, rehearsals, stages
 
 ROOT = Path(__file__).parent.parent
 STATES = ("passed", "failed", "no answer", "missing")
-Record = dict[str, Any]
 
 
 class Session:
@@ -49,9 +47,10 @@ class Session:
         self.ends = time.monotonic() + seconds
         self.again = again
         self.rehearsal = rehearsal
-        self.key = {"device": describe(present()[-1])._asdict(), "sources": sources(ROOT), "rehearsal": rehearsal}
+        device = model_of(present_devices()[-1])._asdict()
+        self.key = {"device": device, "sources": sources(ROOT), "rehearsal": rehearsal}
 
-    def run(self, plan: Mapping[str, Sequence[Part]], limit: float = LIMIT) -> list[Record]:
+    def run(self, plan: Mapping[str, Sequence[Part]], limit: float = LIMIT) -> list[PartRecord]:
         """Every part's record. A part for which there was no time has the status "not run"."""
         self.out.mkdir(parents=True, exist_ok=True)
         records = []
@@ -65,7 +64,7 @@ class Session:
     def _path(self, stage: str, part: Part, suffix: str) -> Path:
         return self.out / f"{stage}-{part.name}{suffix}"
 
-    def _known(self, stage: str, part: Part) -> Record | None:
+    def _known(self, stage: str, part: Part) -> PartRecord | None:
         """The record of an earlier run of these sources on this device."""
         if self.again:
             return None
@@ -75,8 +74,8 @@ class Session:
                 return {**record, "before": True}
         return None
 
-    def _run(self, stage: str, part: Part, limit: float) -> Record:
-        record: Record = {"stage": stage, "part": part.name, "seconds": 0.0, "said": ""}
+    def _run(self, stage: str, part: Part, limit: float) -> PartRecord:
+        record: PartRecord = {"stage": stage, "part": part.name, "seconds": 0.0, "said": ""}
         if part.needs and not shutil.which(part.needs):
             return self._keep(part, {**record, "status": "missing", "said": f"{part.needs} is not on PATH"})
         left = self.ends - time.monotonic()
@@ -121,7 +120,7 @@ class Session:
                         os.killpg(child.pid, signal.SIGKILL)
                     child.wait()
 
-    def _keep(self, part: Part, record: Record) -> Record:
+    def _keep(self, part: Part, record: PartRecord) -> PartRecord:
         record |= {"command": part.command, "key": self.key, "machine": machine.provenance()}
         if part.makes and part.makes.suffix == ".json":
             with contextlib.suppress(OSError, ValueError):
@@ -139,14 +138,14 @@ def sources(root: Path) -> str:
     return digest.hexdigest()
 
 
-def line(record: Record) -> str:
+def line(record: PartRecord) -> str:
     """A record for the screen."""
     before = " (before)" if record.get("before") else ""
     said = f"  {record['said']}" if record["status"] != "passed" and record["said"] else ""
     return f"{record['stage']:10}{record['part']:28}{record['status'] + before:20}{record['seconds']:8.1f} s{said}"
 
 
-def exit_status(records: Sequence[Record]) -> int:
+def exit_status(records: Sequence[PartRecord]) -> int:
     """As the module's docstring has it."""
     found = {record["status"] for record in records}
     if found & {"failed", "no answer"}:
@@ -177,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("error: there is no GPU here; --rehearse runs what can run without", file=sys.stderr)
         return 2
     base = given.out or ROOT / ("runs/gpu-rehearsal" if given.rehearse else "benchmarks/results/gpu")
-    out = base.absolute() / describe(present()[-1]).file_name.removesuffix(".json")
+    out = base.absolute() / model_of(present_devices()[-1]).file_name.removesuffix(".json")
     plan = (rehearsals if given.rehearse else stages)(sys.executable, out, ROOT)
     session = Session(out, given.seconds, given.again, given.rehearse)
     records = session.run({name: plan[name] for name in names if name in given.stage})

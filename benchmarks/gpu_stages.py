@@ -7,11 +7,12 @@ A part has passed if its command ends with 0 and has left the file that it makes
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .gpu import GRID
-from .tune import ROWS
+from .tune import ROW_CLASSES
 
+PartRecord = dict[str, Any]  # what a part has left, as JSON in a file of its own
 LIMIT = 590.0  # seconds of a part
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 # Backend, and the kernel of it that forms the gradient.
@@ -99,7 +100,7 @@ def stages(python: str, out: Path, root: Path) -> dict[str, list[Part]]:
                 ],
                 out / f"{kernel}.json",
             )
-            for kernel in ROWS
+            for kernel in ROW_CLASSES
         ],
         "profile": [_profile(python, out, backend, kernel) for backend, kernel in PROFILED.items()],
     }

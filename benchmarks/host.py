@@ -1,8 +1,8 @@
 """What the host does for a loss and its gradient, beside autograd and the kernels: python -m benchmarks.host
 
 The launch is an empty function, on a batch too small for anything else to take time, so what is left is Python and
-PyTorch. It is held against a bare `torch.autograd.Function` with the same outputs and gradients. Seconds are those of
-this thread alone.
+PyTorch; for Triton its own part too, whose kernels are compiled for sm_90 and never run. It is held against a bare
+`torch.autograd.Function` with the same outputs and gradients. Seconds are those of this thread alone.
 """
 
 from __future__ import annotations
@@ -11,15 +11,17 @@ import contextlib
 import importlib
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
 
 from fastntxent import NTXentLoss, nt_xent
+from fastntxent.backends.base import KernelBackend
 from fastntxent.backends.cuda.calls import CudaBackend
 
 from .timing import Phases, interleave
@@ -30,11 +32,13 @@ CALLS, ROUNDS = 300, 21
 def main() -> None:
     """Print microseconds of a step: the least and the median."""
     torch.set_num_threads(1)
-    with empty_launch():
-        seconds = measure(steps(), CALLS, ROUNDS)
-    for name, of_step in seconds.items():
-        least, median = 1e6 * min(of_step), 1e6 * statistics.median(of_step)
-        print(f"{name:24} {least:6.1f} us at least, {median:6.1f} us in the median")
+    for name, stand_in, (n, d) in (("cuda", empty_launch, (8, 4)), ("triton", empty_triton, (256, 4))):
+        print(f"{name}, N = {n}, D = {d}")
+        with stand_in():
+            seconds = seconds_of_steps(steps(name, n, d), CALLS, ROUNDS)
+        for step, of_step in seconds.items():
+            least, median = 1e6 * min(of_step), 1e6 * statistics.median(of_step)
+            print(f"  {step:32} {least:6.1f} us at least, {median:6.1f} us in the median")
 
 
 @contextlib.contextmanager
@@ -43,24 +47,85 @@ def empty_launch() -> Iterator[None]:
     kernels = ModuleType("_cuda")
     kernels.workspace = lambda *_: 1 << 16  # type: ignore[attr-defined]
     kernels.run = lambda *_: None  # type: ignore[attr-defined]
-    package = importlib.import_module("fastntxent.backends")
-    backend, load = CudaBackend(kernels, "cpu"), package._load
-    with mock.patch.object(package, "_load", lambda name: backend if name == "cuda" else load(name)):
+    with _in_place_of("cuda", CudaBackend(kernels, "cpu")):
         yield
 
 
-def steps() -> dict[str, Callable[[], None]]:
+@contextlib.contextmanager
+def empty_triton() -> Iterator[_NoDevice]:
+    """The same of backend "triton", whose kernels Triton compiles for an H100 that is not there."""
+    from triton.runtime.driver import driver
+
+    with mock.patch("torch.cuda.is_available", return_value=True):
+        module = importlib.import_module("fastntxent.backends.triton.backend")
+    assert not module.INTERPRETED, "TRITON_INTERPRET must not be set"
+    config = importlib.import_module("fastntxent.backends.triton.config")
+    backend = module.TritonBackend()
+    backend.device_types = ("cpu",)
+    device = _NoDevice()
+    driver.set_active(device)  # and left there: a process without a GPU has no other
+    with (
+        mock.patch.object(config, "chip", return_value="sm_90"),
+        mock.patch.object(config, "multiprocessors", return_value=132),
+        _in_place_of("triton", backend),
+    ):
+        yield device
+
+
+class _NoDevice:
+    """What Triton asks of a driver, answered for an H100 that takes every launch and does nothing."""
+
+    def __init__(self) -> None:
+        self.utils = SimpleNamespace(
+            get_device_properties=lambda device: {"max_shared_mem": 227 << 10, "multiprocessor_count": 132},
+            load_binary=lambda name, kernel, shared, device: (0, 0, 64, 0, 1024)[: _handles()],
+            unload_module=lambda module: None,
+        )
+        self.launched: deque[tuple[Any, ...]] = deque(maxlen=100)  # what kernels were given last
+        self.launcher_cls = lambda source, metadata: self._launch
+
+    def _launch(self, *told: Any) -> None:  # grid, stream, function, two sets of metadata, two hooks, arguments
+        self.launched.append((*told[:3], *told[9:]))
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def _handles() -> int:
+    """How many things this Triton wants of a loaded kernel: since 3.4 the most threads too."""
+    import triton
+
+    return 4 if triton.__version__.startswith("3.3") else 5
+
+
+@contextlib.contextmanager
+def _in_place_of(name: str, backend: KernelBackend) -> Iterator[None]:
+    package = importlib.import_module("fastntxent.backends")
+    load = package._load
+    with mock.patch.object(package, "_load", lambda asked: backend if asked == name else load(asked)):
+        yield
+
+
+def steps(backend: str, n: int, d: int) -> dict[str, Callable[[], None]]:
     """A step of the loss by each way to it."""
-    z_i, z_j = (torch.randn(8, 4, requires_grad=True) for _ in range(2))
-    module = NTXentLoss(0.1, backend="cuda")
+    z_i, z_j = (torch.randn(n, d, requires_grad=True) for _ in range(2))
+    module = NTXentLoss(0.1, backend=backend)
     return {
         "autograd alone": lambda: _Bare.apply(z_i, z_j).backward(),
-        "nt_xent": lambda: nt_xent(z_i, z_j, 0.1, backend="cuda").backward(),
+        "nt_xent": lambda: nt_xent(z_i, z_j, 0.1, backend=backend).backward(),
         "NTXentLoss": lambda: module(z_i, z_j).backward(),
     }
 
 
-def measure(steps: dict[str, Callable[[], None]], calls: int, rounds: int) -> dict[str, list[float]]:
+def seconds_of_steps(steps: dict[str, Callable[[], None]], calls: int, rounds: int) -> dict[str, list[float]]:
     """Seconds of a step, the steps in turn."""
 
     def turn(step: Callable[[], None], _: int) -> Phases:

@@ -2,7 +2,9 @@
 
 Every tile of fastntxent.backends.triton's table, as NT-Xent of normalised rows launches it ("usual"), and as a
 rectangle of rows of any length with the temperature on the device does ("general"). What no GPU would report before a
-user's first step is found here: shared memory beyond the chip's, spilled registers, products beside the matrix units.
+user's first step is found here: shared memory beyond the chip's, spilled registers, products beside the matrix units or
+one after the other, sums of float32 that a compiler has put back into them, and more instructions, shuffles or barriers
+in the loops that a step's time goes to than LIMITS has.
 """
 
 from __future__ import annotations
@@ -10,33 +12,84 @@ from __future__ import annotations
 import argparse
 import functools
 import math
+import os
 import re
+import shutil
 import subprocess
 import tempfile
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from .chips import CHIPS
+from . import sass
+from .chips import CHIPS, Chip
 
 FEATURES = (64, 128, 256, 768)
 GENERAL = (128, 768)  # features at which the general variants are compiled too
 TORCH = {"bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32}
-LENGTHS = ("DP", "s_g", "s_part", "s_gathered", "s_radial", "s_row_plane", "s_col_plane", "s_plane")
+OPERANDS = {**TORCH, "fp32": torch.float16}  # float32 is two parts
+MULTIPLES = (  # of 16, beside addresses, as Triton finds at a launch: lengths of packed rows
+    "DP",
+    "stride_g",
+    "stride_scaled",
+    "stride_rows_w",
+    "stride_cols_w",
+    "stride_gathered",
+    "stride_radial",
+    "stride_row_plane",
+    "stride_col_plane",
+    "stride_plane",
+)
+FLOATS = ("log_terms", "eps", "factor", "pos_factor", "share", "loss_factor")
 AROUND = (
     "pack",
     "finish",
     "survey",
-    "largest",
+    "scale",
     "bounds",
     "unpack",
 )  # kernels around the products: one tile, no matrix unit
 
 
-class Report(NamedTuple):
-    """What a compiled kernel takes. Registers and bytes of stack a thread, programs a multiprocessor; None where the
-    tool cannot tell."""
+class Limit(NamedTuple):
+    """Most issue slots of the innermost loop for 2^20 flops (128 rows by 64 by 64 features), and most shuffles and
+    barriers of a turn of it."""
+
+    slots: int
+    shuffles: int
+    barriers: int
+
+
+# Bfloat16 in large batches, by chip, kernel and features: about a tenth above what the tiles of the table take. 2^20
+# flops take the matrix units of sm_80 512 cycles, of sm_90 256, of sm_100 128 (of 64 rows 256): fewer slots than those
+# are hidden behind them. sm_100 may take 1.3 times the slots of sm_90 in `direct`.
+#
+# Barriers: two for each step of asynchronous copies (what comes has come, what was read may go), which `direct`, whose
+# rows' sums go through shared memory to their plane, doubles. tcgen05 adds the wait for a product and the exchange of
+# its sums. Shuffles: `direct` alone, for the sums of a tile's rows, and on sm_80, whose rows lie in four lanes, twice.
+LIMITS = {
+    ("sm_80", "direct", 128): Limit(375, 32, 6),
+    ("sm_80", "direct", 768): Limit(180, 0, 2),
+    ("sm_80", "fused", 128): Limit(325, 0, 3),
+    ("sm_80", "form", 768): Limit(180, 0, 2),
+    ("sm_80", "gather", 768): Limit(195, 0, 3),
+    ("sm_90", "direct", 128): Limit(255, 8, 4),
+    ("sm_90", "direct", 768): Limit(95, 0, 2),
+    ("sm_90", "fused", 128): Limit(200, 0, 2),
+    ("sm_90", "form", 768): Limit(95, 0, 2),
+    ("sm_90", "gather", 768): Limit(60, 0, 2),
+    ("sm_100", "direct", 128): Limit(286, 4, 5),
+    ("sm_100", "direct", 768): Limit(115, 0, 3),
+    ("sm_100", "fused", 128): Limit(285, 0, 4),
+    ("sm_100", "form", 768): Limit(205, 0, 3),
+    ("sm_100", "gather", 768): Limit(115, 0, 3),
+}
+
+
+class CompiledKernel(NamedTuple):
+    """What a compiled kernel takes. Registers and bytes of stack a thread, programs a multiprocessor; None where a
+    tool cannot tell. Tiles' products, those whose accumulator starts at zero, and fused multiply-adds of tiles; those
+    of which some warps repeat others' parts, as where a tile is too small for so many. The machine code of NVIDIA's."""
 
     kernel: str
     target: str
@@ -51,16 +104,69 @@ class Report(NamedTuple):
     spilled: int | None
     matrix: int
     resident: int | None
+    products: int
+    fresh: int
+    restored: int
+    repeated: int = 0
+    code: sass.Region | None = None
+
+    @property
+    def warps(self) -> int:
+        """Of a program."""
+        return 4 if self.tile is None else self.tile[3]
+
+    @property
+    def slots(self) -> float | None:
+        """Issue slots of a turn of the innermost loop with products; None without any."""
+        return self.code.main.slots(self.warps) if self.code and self.code.tensor else None
+
+    @property
+    def flops(self) -> float:
+        """Of the same turn. Of products by tcgen05 only the tile tells."""
+        assert self.code is not None
+        return self.code.main.flops * self.warps or flops_of_turn(self.kernel, self.tile, self.d, self.dtype)
+
+    @property
+    def tensor_cycles(self) -> float:
+        """What the matrix units need for it at their full rate."""
+        chip = CHIPS[self.target]
+        return self.flops / rate(chip, self.dtype, self.tile) * chip.rates.cycles
+
+    @property
+    def limit(self) -> Limit | None:
+        """What the loop may take, if it is one of those that a step's time goes to."""
+        from fastntxent.backends.triton import config, pack
+
+        family, DP = CHIPS[self.target].family, pack.padded_features(self.d)
+        if (self.dtype, self.variant) != ("bf16", "usual") or self.shifted or self.kernel not in config.KERNELS:
+            return None
+        large = self.tile == config.look_up(family, self.kernel, 2, math.inf, DP)
+        return LIMITS.get((self.target, self.kernel, self.d)) if large else None
 
     def faults(self) -> list[str]:
         """What must not be."""
         found = []
+        if self.code and self.target == "sm_90" and 0 < self.code.tensor <= self.code.main.counts["drain"]:
+            found.append("every product waits for the one before")
+        if self.repeated:
+            found.append(f"{self.repeated} products of which some warps repeat what others do")
+        if limit := self.limit:
+            counts, slots = self.code.main.counts, self.slots * 2**20 / self.flops
+            taken = Limit(math.ceil(slots), counts["shuffle"], counts["barrier"])
+            found += [
+                f"{now} {name} in the loop, {most} at most"
+                for name, now, most in zip(Limit._fields, taken, limit, strict=True)
+                if now > most
+            ]
         if self.shared > CHIPS[self.target].shared:
             found.append(f"{self.shared} bytes of shared memory, the chip has {CHIPS[self.target].shared}")
         if self.stack or self.spilled:
             found.append(f"{self.stack} bytes of stack, {self.spilled} spilled")
         if self.matrix == 0 and self.tile is not None:
             found.append("no matrix instruction")
+        restored = self.restored or CHIPS[self.target].backend == "hip"  # which rounds to nearest: nothing is cut off
+        if self.dtype == "fp32" and self.products and (self.products > 3 * self.fresh or not restored):
+            found.append("sums go on in the matrix units")  # three products, then an addition to what there was
         return found
 
 
@@ -68,28 +174,38 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[st
     """Every kernel for every target."""
     results = []
     for target in arguments.targets or CHIPS:
+        if CHIPS[target].since > _triton_version():
+            print(f"{target}: Triton {'.'.join(map(str, _triton_version()))} does not compile for it", flush=True)
+            continue
         for dtype in TORCH:
             for d in arguments.d or FEATURES:
                 for report in compile_all(target, dtype, d):
-                    results.append({**report._asdict(), "faults": report.faults()})
+                    results.append({**report._replace(code=None)._asdict(), "faults": report.faults()})
                     print(line(report), flush=True)
     if arguments.check and (faulty := [result for result in results if result["faults"]]):
         raise SystemExit(f"{len(faulty)} of {len(results)} kernels are not as they must be")
     return results, {}
 
 
-def line(report: Report) -> str:
+def line(report: CompiledKernel) -> str:
     """A report for the screen."""
     tile = ",".join(str(size) for size in report.tile or "-" if size is not None)
+    turn = ""
+    if report.slots and CHIPS[report.target].rates:
+        counts = report.code.main.counts
+        turn = (
+            f"turn: slots {report.slots:.0f} tensor {report.tensor_cycles:.0f} shuffles {counts['shuffle']} "
+            f"barriers {counts['barrier']} "
+        )
     return (
         f"{report.target:7} {report.kernel:8} {report.dtype} D {report.d:4} {report.variant} {tile:17} "
         f"shifted {report.shifted!s:5} shared {report.shared:6} registers {report.registers!s:4} stack "
         f"{report.stack!s:4} spilled {report.spilled!s:4} matrix {report.matrix:4} resident {report.resident!s:4} "
-        f"{'; '.join(report.faults())}"
+        f"{turn}{'; '.join(report.faults())}"
     )
 
 
-def compile_all(target: str, dtype: str, d: int) -> list[Report]:
+def compile_all(target: str, dtype: str, d: int) -> list[CompiledKernel]:
     """The kernels that such rows take, in batches of any size."""
     from fastntxent.backends.triton import config, pack
 
@@ -121,6 +237,33 @@ def _width(dtype: str) -> int:
     return 2 if dtype == "bf16" else 4
 
 
+def _triton_version() -> tuple[int, ...]:
+    import triton
+
+    return tuple(int(number) for number in triton.__version__.split(".")[:2])
+
+
+def flops_of_turn(kernel: str, tile: tuple[int, ...] | None, d: int, dtype: str) -> float:
+    """Of a turn of a kernel's innermost loop: a tile, or a chunk of its features or (`gather`) of its columns."""
+    from fastntxent.backends.triton import pack
+
+    assert tile is not None
+    block_m, block_n, block_d, *_ = tile
+    products = (2 if kernel == "fused" else 1) * (3 if dtype == "fp32" else 1)
+    return 2 * products * block_m * block_n * (pack.padded_features(d) if kernel == "fused" else block_d)
+
+
+def rate(chip: Chip, dtype: str, tile: tuple[int, ...] | None) -> float:
+    """Flops a second of the matrix units for such a tile. Instructions of warpgroups take 64 rows or more; tcgen05,
+    whose sums have 128 lanes, is taken to do 64 rows at half its rate."""
+    rates, rows = chip.rates, 64 if tile is None else tile[0]
+    assert rates is not None
+    full = rates.product if rows >= 64 else rates.by_warps
+    if chip.family == "sm_100" and 64 <= rows < 128:
+        full /= 2
+    return full * rates.tf32 / rates.product if dtype == "tf32" else full
+
+
 @functools.cache
 def compile_one(
     target: str,
@@ -130,92 +273,131 @@ def compile_one(
     variant: str,
     tile: tuple[int, ...] | None = None,
     shifted: bool | None = None,
-) -> Report:
-    """Compile a kernel as it is launched, and read what it takes."""
+) -> CompiledKernel:
+    """Compile a kernel as it is launched, and read what it takes. Of "transposed" rows, `pack` reads columns."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from fastntxent.backends.triton import backward, config, forward, pack, unpack
+    from fastntxent.backends import ranges
+    from fastntxent.backends.triton import (
+        backward,
+        config,
+        finish,
+        forward,
+        pack,
+        panels,
+        sides,
+        tiles,
+        unpack,
+        weights,
+    )
 
-    chip, usual = CHIPS[target], variant == "usual"
-    split, tf32 = dtype == "fp32", dtype == "tf32"
+    chip, usual = CHIPS[target], variant != "general"
+    if chip.backend == "hip":  # Triton 3.3 links by ROCm's ld.lld, and nothing here reads what comes of it
+        os.environ.setdefault("TRITON_HIP_LLD_PATH", shutil.which("true") or "")
+    split, tf32 = config.products_at_once(target) if dtype == "fp32" else 0, dtype == "tf32"
     DP = pack.padded_features(d)
-    tile_or_any = config.Tile(*(tile or (128, 128, 64, 4, 3)))
+    tile_or_any = config.TileConfig(*(tile or (128, 128, 64, 4, 3)))
     block_m, block_n, block_d, num_warps, *_ = tile_or_any
     function = {
         "direct": forward._direct_kernel,
         "owned": forward._owned_kernel,
-        "finish": forward._finish_kernel,
+        "finish": finish._finish_kernel,
         "fused": backward._fused_kernel,
-        "form": backward._form_kernel,
-        "gather": backward._gather_kernel,
-        "survey": backward._survey_kernel,
-        "largest": backward._largest_kernel,
+        "form": panels._form_kernel,
+        "gather": panels._gather_kernel,
+        "survey": weights._survey_kernel,
+        "scale": weights._scale_kernel,
         "pack": pack._pack_kernel,
-        "bounds": pack._bounds_kernel,
-        "unpack": unpack.unpack_kernel,
+        "bounds": sides._bounds_kernel,
+        "unpack": unpack._unpack_kernel,
     }[kernel]
     constants = {
         "ONE_SIDE": usual, "BOUNDED": not usual, "ON_DEVICE": not usual, "ALWAYS": usual, "LOSS": usual,
         "NORMALIZE": usual, "PAIRED": usual, "SCALED": usual or dtype != "bf16", "GIVEN_IDS": not usual,
-        "SPLIT": split, "TF32": tf32, "UPCAST": False, "SHIFTED": shifted, "G_SCALE": 1.0, "SPAN": pack.SPAN,
+        "SPLIT": split, "TF32": tf32, "UPCAST": False, "SHIFTED": shifted, "SPAN": pack.SPAN,
+        "G_SCALE": ranges.G_SCALE[OPERANDS[dtype]], "PADDED_ROWS": pack.PADDED_ROWS,
         "BLOCK": block_m, "BLOCK_M": block_m, "BLOCK_N": block_n,
         "BLOCK_D": DP if kernel == "fused" else block_d, "WHOLE_D": block_d == DP,
-        "s_first_d": 1, "s_second_d": 1,
+        **({"stride_first_m": 1, "stride_second_m": 1} if variant == "transposed" else
+           {"stride_first_d": 1, "stride_second_d": 1}),
+        "ROWS_HELD": config.rows_held(target),
     }  # fmt: skip
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     operand = {"bf16": "*bf16", "fp32": "*fp16", "tf32": "*fp32"}[dtype]
     types = {
-        **dict.fromkeys(("rows_x", "rows_lo", "cols_x", "cols_lo", "x_ptr", "lo_ptr"), operand),
-        "g_ptr": "*bf16" if dtype == "bf16" else "*fp32",
-        **dict.fromkeys(("first_ptr", "second_ptr"), "*bf16" if dtype == "bf16" else "*fp32"),
-        **dict.fromkeys(("rows_ids", "cols_ids", "rows_low", "rows_high", "cols_low", "cols_high"), "*i64"),
-        **dict.fromkeys(("ids_ptr", "out_ids_ptr", "low_ptr", "high_ptr"), "*i64"),
-        **dict.fromkeys(("log_terms", "eps", "factor", "pos_factor", "share", "loss_factor"), "fp32"),
+        **{f"{side}{name}_ptr": operand for side in ("rows_", "cols_", "") for name in ("x", "lo")},
+        **{f"{side}{name}_ptr": "*i64" for side in ("rows_", "cols_", "") for name in ("ids", "low", "high")},
+        "out_ids_ptr": "*i64",
+        **dict.fromkeys(("first_ptr", "second_ptr", "g_ptr"), "*bf16" if dtype == "bf16" else "*fp32"),
+        **dict.fromkeys(FLOATS, "fp32"),
         "inv_tau": "fp32" if usual else "*fp32",
+        **dict.fromkeys(constants, "constexpr"),
     }
-    numbers = ("n_", "s_")
-    counts = ("n", "D", "DP", "squares", "edge", "part_cols", "first_row")
-    multiples = []  # of 16, as Triton finds at a launch: addresses, and lengths of packed rows
-    signature = {}
-    for index, name in enumerate(function.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in types:
-            signature[name] = types[name]
-        elif name.startswith(numbers) or name in counts:
-            signature[name] = "i32"
-        else:
-            signature[name] = "*fp32"
-        if signature[name].startswith("*") or name in LENGTHS:
-            multiples.append(index)
+    signature = {name: types.get(name, "*fp32" if name.endswith("_ptr") else "i32") for name in function.arg_names}
+    multiples = [
+        index
+        for index, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or (name in MULTIPLES and kind != "constexpr")
+    ]
     source = ASTSource(
         fn=function,
         signature=signature,
         constexprs={(function.arg_names.index(name),): value for name, value in constants.items()},
         attrs={(index,): [["tt.divisibility", 16]] for index in multiples},
     )
-    compiled = triton.compile(source, target=GPUTarget(chip.backend, chip.arch, chip.warp), options=tile_or_any.options)
+    compiled = triton.compile(
+        source,
+        target=GPUTarget(chip.backend, chip.arch, chip.warp),
+        options={**tiles.NO_CONTRACTION, **tile_or_any.options},
+    )
     assembly = compiled.asm["ptx"] if chip.backend == "cuda" else compiled.asm["amdgcn"]
     registers, stack, spilled = _cuda_usage(compiled.asm["cubin"]) if chip.backend == "cuda" else _hip_usage(assembly)
     instruction = chip.matrix if block_m >= 64 else r"mma\.sync|v_mfma"  # fewer rows than the newest instructions take
     shared, matrix = compiled.metadata.shared, len(re.findall(instruction, assembly))
     resident = chip.resident(registers, shared, num_warps, getattr(compiled.metadata, "tmem_size", 0))
-    return Report(kernel, target, dtype, d, variant, shifted, tile, shared, registers, stack, spilled, matrix, resident)
+    return CompiledKernel(
+        kernel, target, dtype, d, variant, shifted, tile, shared, registers, stack, spilled, matrix, resident,
+        *_sums(compiled.asm["ttgir"]), _repeated(compiled.asm["ttgir"]),
+        sass.program(compiled.asm["cubin"]) if chip.backend == "cuda" else None,
+    )  # fmt: skip
+
+
+_ACCUMULATED = re.compile(r"(?:tt\.dot|ttng\.warp_group_dot) \S+, \S+, (%[\w#]+)")
+_IN_TENSOR_MEMORY = re.compile(r"ttng\.tc_gen5_mma \S+, \S+, \S+, (%\w+)")  # whether the accumulator counts
+_ZERO = re.compile(r"(%\w+) = arith\.constant dense<0\.0+e\+00> : tensor<\d+x\d+xf32")
+_RESTORING = re.compile(r"(%\w+) = arith\.constant dense<1\.0000\d+> : tensor<\d+x\d+xf32")  # 1 + LOST units
+_FACTOR = re.compile(r"math\.fma \S+, (%\w+), .* : tensor<\d+x\d+xf32")
+
+
+def _sums(ttgir: str) -> tuple[int, int, int]:
+    """Of Triton's code for the chip: products of tiles, those that start at zero, sums that join others restored."""
+    zeros = {"%false", *_ZERO.findall(ttgir)}
+    starts = _ACCUMULATED.findall(ttgir) + _IN_TENSOR_MEMORY.findall(ttgir)
+    factors = set(_RESTORING.findall(ttgir))
+    restored = sum(factor in factors for factor in _FACTOR.findall(ttgir))
+    return len(starts), sum(start in zeros for start in starts), restored
+
+
+_WARPS_OF = re.compile(r"(#\w+) = #ttg\.nvidia_mma<\{.*?warpsPerCTA = \[(\d+), (\d+)\], instrShape = \[(\d+), (\d+)")
+_PRODUCT_OF = re.compile(r"(?:tt\.dot|ttng\.warp_group_dot) .*-> tensor<(\d+)x(\d+)xf32, (#\w+)>")
+
+
+def _repeated(ttgir: str) -> int:
+    """Of Triton's code for the chip: products that span more rows or columns than their tile has."""
+    spans = {name: (int(m) * int(of_m), int(n) * int(of_n)) for name, m, n, of_m, of_n in _WARPS_OF.findall(ttgir)}
+    products = [(int(rows), int(cols), spans.get(name, (0, 0))) for rows, cols, name in _PRODUCT_OF.findall(ttgir)]
+    return sum(rows < span[0] or cols < span[1] for rows, cols, span in products)
 
 
 def _cuda_usage(cubin: bytes) -> tuple[int, int, int]:
     """Registers, stack and spilled bytes, by the cuobjdump that Triton ships."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        command = [sass.tool("cuobjdump"), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     return numbers["REG"], numbers["STACK"], numbers["LOCAL"]
 

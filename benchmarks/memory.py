@@ -21,7 +21,7 @@ GRID = (64, 1024, 4096, 16384, 65536)
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 
 
-def measure(name: str, n: int, d: int, seconds: float = 0) -> dict[str, object]:
+def measure_in_process(name: str, n: int, d: int, seconds: float = 0) -> dict[str, object]:
     """Peak of a step and its median time over `seconds`, in a fresh process, and the GEMM's rate before and after."""
     command = [sys.executable, *instruction_set.module("benchmarks.memory"), name, str(n), str(d), str(seconds)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **ALLOCATOR})
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[st
         made, absent = load(names("cpu", n, arguments.only), TEMPERATURE)
         missing.update(absent)
         for name in made:
-            results.append(measure(name, n, d))
+            results.append(measure_in_process(name, n, d))
             print(f"N {n}, D {d}, {name}: {results[-1]['extra_bytes'] / 2**20:.1f} MiB", flush=True)
     return results, missing
 

@@ -1,18 +1,27 @@
-"""Suite `model`: what NT-Xent's kernels should take on GPUs that need not be here, from flops, exponentials and bytes.
+"""Suite `model`: what NT-Xent's kernels should take on GPUs that need not be here, by machine code and data sheets.
 
-A kernel's programs go in rounds over the multiprocessors; in all of them it needs
+A kernel takes LAUNCH and the longest of
 
-    products     flops of the matrix units: float32 is three products of half-precision parts
-    exps         one exponential for each pair of rows that it forms
-    shared       bytes that the matrix units read of shared memory: the second operand once for 64 rows, the first once
-                 for a tile, unless it comes from registers
+    products     flops of the matrix units, at GEMM of the data sheet's rate: about what large products of cuBLAS reach
+                 under a board's power limit. A measured rate takes its place where there is one. Float32 is three
+                 products of half-precision parts
+    slots        instructions: 4 a cycle and multiprocessor (sass.py)
+    integers, floats, exps
+                 those of one kind, over the units that a multiprocessor has for it (chips.py)
+    shared       bytes of shared memory, the matrix units' operands among them, 128 a cycle and multiprocessor; shuffles
     cache        bytes of x (and of G) that its tiles read, through the second-level cache
     memory       bytes that come from or go to memory: what does not fit in that cache is read again
+    latency      the chain of a program, one turn of its loop after the other: products, instructions, and SYNC cycles
+                 for each barrier or wait; LOAD besides in a pipeline of two stages, which has nothing ahead. As many
+                 chains run at once as a multiprocessor holds programs
 
-and takes the longest of the five; where one program fills a multiprocessor, products and exponentials take turns. The
-matrix units are given GEMM of the data sheet's rate, about what large products of cuBLAS reach under a board's power
-limit; a measured rate takes its place where there is one. A launch costs LAUNCH. What is left out: latency inside a
-program, which small batches feel, and the host.
+The longest is the limit that binds, and is printed. Instructions are counted in the machine code of the very tiles that
+the table has, along the way of a tile without a mask, times the turns that the schedule gives each loop. Nothing is
+fitted to a measurement of these kernels; constants and their sources are in limits.py. Of small batches the CUDA kernel
+is predicted too (model_cuda.py).
+
+Left out: bank conflicts, instructions that wait for each other inside a turn, masked tiles, and the host. So a
+prediction is a floor for this code, not an average.
 """
 
 from __future__ import annotations
@@ -22,89 +31,187 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-from . import kernels
+from fastntxent.verification import policy
+
+from . import binary, kernels, model_cuda, sass
 from .chips import CHIPS, Chip
+from .limits import FIRST, GEMM, LAUNCH, LOAD, SYNC, Time, fill, longest
 
 SHAPES = ((256, 128), (4096, 128), (32768, 128), (32768, 768))
 TARGETS = ("sm_80", "sm_90", "sm_100")
-GEMM = 0.7  # of the data sheet's matrix rate
-LAUNCH = 2.5e-6  # seconds between the ends of two short kernels
-CACHED = 24 * 2**20  # bytes that stay in the second-level cache from one program to the next
+SMALL = policy.SMALL_BATCH // 2  # most samples of a batch that the CUDA kernel is asked about
+STAYS = 2 / 3  # of the second-level cache: what a kernel finds there again
 
 
 class Work(NamedTuple):
-    """What all programs of a kernel need; of a panel's kernels, all panels."""
+    """What all programs of a kernel need; of a panel's kernels, all panels. operands: bytes of shared memory that
+    tcgen05 reads, which the machine code does not say. turns: of a program's loops, the outermost first."""
 
-    products: float
+    flops: float
     exps: float
-    shared: float
+    operands: float
     cache: float
     memory: float
     programs: float
+    turns: tuple[float, ...]
     launches: int = 1
 
 
-def seconds(work: Work, chip: Chip, resident: int | None, dtype: str, gemm: float | None = None) -> float:
-    """How long a kernel takes."""
+def time_of(limits: dict[str, float], launches: int) -> Time:
+    """The longest of some limits, and the launches."""
+    time, launching = longest(limits), LAUNCH * launches
+    return Time(time.seconds + launching, time.limit if time.seconds > launching else "launches")
+
+
+def least(work: Work, chip: Chip, dtype: str, tile: tuple[int, ...], gemm: float | None = None) -> dict[str, float]:
+    """Seconds that a kernel needs whatever it is compiled to, for each limit."""
     rates = chip.rates
     assert rates is not None
-    matrix = gemm or GEMM * (rates.tf32 if dtype == "tf32" else rates.product)
+    matrix = kernels.rate(chip, dtype, tile) * (GEMM if gemm is None else gemm / rates.product)
+    uneven = _uneven(work, chip)
+    active = min(work.programs / work.launches, chip.multiprocessors)
+    return {
+        "products": work.flops / matrix * uneven,
+        "exps": work.exps / rates.exp * uneven,
+        "cache": work.cache / (fill(chip, active) * active) / rates.cycles * chip.multiprocessors,
+        "memory": work.memory / rates.memory,
+    }
+
+
+def needs(work: Work, report: kernels.CompiledKernel, dtype: str, gemm: float | None = None) -> dict[str, float]:
+    """Seconds of each limit of a compiled kernel."""
+    chip, code, tile = CHIPS[report.target], report.code, report.tile
+    rates = chip.rates
+    assert rates is not None
+    assert code is not None
+    assert tile is not None
+    lanes, turns = 32 * report.warps, turns_of(work, report)
+
+    def executed(of: Callable[[sass.Region], float]) -> float:
+        """By all programs, for each of their warps."""
+        return code.total(turns, of) * work.programs
+
+    of_kind = {kind: executed(lambda region, kind=kind: region.counts[kind]) * lanes for kind in ("exp", "alu", "fma")}
+    shared = 128 * report.warps * executed(lambda region: region.shared)
+    operands = 0 if code.main.flops else work.operands
+    a_turn = rates.cycles / chip.multiprocessors  # cycles a second, of one multiprocessor
+    held = report.resident or 1
+    chain = code.total(turns, lambda region: _chain(region, report)) + FIRST
+    rounds = math.ceil(work.programs / work.launches / (chip.multiprocessors * held)) * work.launches
+    found = {
+        "slots": executed(lambda region: region.slots(report.warps)) / rates.cycles,
+        "integers": of_kind["alu"] / 64 / rates.cycles,
+        "floats": of_kind["fma"] / rates.float32 / rates.cycles,
+        "exps": of_kind["exp"] / rates.exp,
+        "shared": (shared + operands) / rates.shared,
+    }
+    found = {name: seconds * _uneven(work, chip) for name, seconds in found.items()}
+    return {**least(work, chip, dtype, tile, gemm), **found, "latency": chain * rounds / a_turn}
+
+
+def turns_of(work: Work, report: kernels.CompiledKernel) -> tuple[float, ...]:
+    """The turns of each loop of the machine code: a single one for a loop around those that the schedule has, and none
+    for one that was unrolled."""
+    code, missing = report.code, report.code.depth - len(work.turns)
+    turns = (1.0,) * missing + work.turns[: code.depth]
+    found, wanted = code.total(turns, lambda region: region.flops) * report.warps, work.flops / work.programs
+    assert not found or 0.7 < found / wanted < 2.1, f"{report.kernel}: {found:.3g} flops a program, not {wanted:.3g}"
+    return turns
+
+
+def _uneven(work: Work, chip: Chip) -> float:
+    """How much longer the multiprocessors with most programs have to work than they would if all had as many."""
     rounds = work.programs / work.launches / chip.multiprocessors
-    uneven = math.ceil(rounds) / rounds
-    products, exps = max(work.products / matrix, work.shared / rates.shared), work.exps / rates.exp
-    both = max(products, exps) if (resident or 1) > 1 else products + exps
-    return max(both * uneven, work.cache / rates.cache, work.memory / rates.memory) + LAUNCH * work.launches
+    return math.ceil(rounds) / rounds
+
+
+def _chain(region: sass.Region, report: kernels.CompiledKernel) -> float:
+    """Cycles in which a program that is alone on its multiprocessor does a region, beside its inner loops."""
+    counts = region.counts
+    flops = region.flops * report.warps
+    if not region.flops and counts["tensor"]:  # tcgen05: as many as a turn has, or of another region its part of them
+        flops = report.flops * counts["tensor"] / report.code.main.counts["tensor"]
+    chip = CHIPS[report.target]
+    products = flops / kernels.rate(chip, report.dtype, report.tile) * chip.rates.cycles
+    waits = counts["barrier"] + counts["drain"] + counts["tensor memory"]
+    ahead = report.tile[4] > 2
+    loads = LOAD if region is report.code.main and not ahead else 0
+    return products + region.slots(report.warps) + SYNC * waits + loads
 
 
 def work_of(kernel: str, tiles: dict[str, tuple[int, ...]], M: int, DP: int, dtype: str, chip: Chip) -> Work:
     """NT-Xent's M rows of DP features."""
-    from fastntxent.backends.triton import backward, config, pack
+    from fastntxent.backends.triton import config
 
     block_m, block_n, block_d, *_ = tiles[kernel]
     parts, width = (3 if dtype == "fp32" else 1), (2 if dtype == "bf16" else 4)
     pairs, x_bytes = M * M, M * DP * width
-    product, row = 2 * pairs * DP * parts, DP * width
-    shared = product * (1 / 64 + 1 / (block_d if kernel == "gather" else block_n))
-    again = x_bytes if x_bytes > CACHED else 0  # of a pass over x that follows another
+    product, row, chunks = 2 * pairs * DP * parts, DP * width, DP / block_d
+    stays = STAYS * chip.rates.l2
+    again = x_bytes if x_bytes > stays else 0  # of a pass over x that follows another
+    operands = product * (1 / min(block_m, 128) + 1 / block_n)
     if kernel == "direct":
         edge = config.edge_of_square(M, M, max(block_m, block_n))
         squares = math.ceil(M / edge) * (math.ceil(M / edge) + 1) / 2
-        formed = squares * (edge / block_m) * (edge / block_n)
-        of_tile = block_n * row + (0 if block_d == DP else block_m * row)
+        turns = (edge / block_n, edge / block_m, chunks)
+        of_tile = block_m * row + (0 if block_d == DP else block_n * row)
         memory = x_bytes + (2 * squares * edge * row if again else 0) + 4 * M * M / edge
-        return Work(product / 2, pairs / 2, shared / 2, formed * of_tile, memory, squares)
+        cache = squares * turns[0] * turns[1] * of_tile
+        return Work(product / 2, pairs / 2, operands / 2, cache, memory, squares, turns)
     if kernel == "owned":
-        formed = pairs / (block_m * block_n)
-        return Work(product, pairs, shared, formed * (block_m + block_n) * row, x_bytes, math.ceil(M / block_m))
+        of_tile = block_n * row + (0 if block_d == DP else block_m * row)
+        cache = pairs / (block_m * block_n) * of_tile
+        return Work(product, pairs, operands, cache, x_bytes, math.ceil(M / block_m), (M / block_n, chunks))
     if kernel == "fused":
         blocks = math.ceil(M / block_m)
         part_cols = config.columns_of_part(chip.multiprocessors, blocks, M, block_n)
         parts_of_cols = math.ceil(M / part_cols)
-        cache = pairs / (block_m * block_n) * block_n * row
         memory = x_bytes + again * blocks / (config.PROGRAMS * chip.multiprocessors) + 8 * parts_of_cols * M * DP
-        return Work(2 * product, pairs, shared + product / 64, cache, memory, blocks * parts_of_cols)
-    padded = math.ceil(M / pack.PADDED_ROWS) * pack.PADDED_ROWS
-    highest = max(backward.WORKSPACE // (padded * width) // pack.PADDED_ROWS, 1) * pack.PADDED_ROWS
-    height = config.height_of_panel(chip.multiprocessors, min(highest, padded), DP, tiles["gather"])
-    panels = math.ceil(M / height)
-    memory = x_bytes + again * panels + pairs * width
+        operands += product / min(block_m, 128)  # of the second product one operand is in registers
+        turns = (part_cols / block_n,)
+        return Work(2 * product, pairs, operands, pairs / block_m * row, memory, blocks * parts_of_cols, turns)
+    return _work_of_panels(kernel, tiles, M, DP, dtype, chip)
+
+
+def _work_of_panels(kernel: str, tiles: dict[str, tuple[int, ...]], M: int, DP: int, dtype: str, chip: Chip) -> Work:
+    """`form` and `gather`: two squares of G at a time, of which those above the diagonal are formed once."""
+    from fastntxent.backends.triton import config
+
+    block_m, block_n, block_d, *_ = tiles[kernel]
+    parts, width = (3 if dtype == "fp32" else 1), (2 if dtype == "bf16" else 4)
+    row, chunks = DP * width, DP / block_d
+    edge = config.edge_of_panel(chip.multiprocessors, M, DP, width, tiles["gather"])
+    squares = math.ceil(M / edge)
+    above = squares * (squares - 1) // 2
+    launches = math.ceil(squares / 2) + above
+    # Of a panel, its rows of x and their sums, what the second-level cache does not hold comes from memory again.
+    panel, rows, sums = 2 * edge * edge * width, 2 * edge * row, 2 * edge * DP * 4
+    missed = max(0.0, 1 - STAYS * chip.rates.l2 / (panel + rows + sums))
+    memory = launches * (rows + missed * panel)
     if kernel == "form":
-        formed = pairs / (block_m * block_n)
-        return Work(product, pairs, shared, formed * (block_m + block_n) * row, memory, formed, panels)
-    programs = math.ceil(M / block_m) * (DP / block_d)
-    return Work(product, 0, shared, programs * M * (block_m + block_d) * width, memory + 4 * M * DP, programs, panels)
+        pairs = (squares + above) * edge * edge
+        flops, formed = 2 * pairs * DP * parts, pairs / (block_m * block_n)
+        operands, cache = flops * (1 / min(block_m, 128) + 1 / block_n), formed * (block_m + block_n) * row
+        cache += squares**2 * edge * edge * width  # G, every square of it
+        return Work(flops, pairs, operands, cache, memory, formed, (chunks,), launches)
+    pairs = squares**2 * edge * edge
+    flops, programs = 2 * pairs * DP * parts, pairs / edge / block_m * DP / block_d
+    operands, cache = flops * (1 / min(block_m, 128) + 1 / block_d), programs * edge * (block_m + block_d) * width
+    return Work(flops, 0, operands, cache, memory + 2 * launches * sums, programs, (edge / block_n,), launches)
 
 
 def around(M: int, DP: int, dtype: str, chip: Chip, finished: bool) -> float:
-    """Seconds of packing, of the ends of rows and of the way back: memory and launches."""
+    """Seconds of packing, of the ends of rows, of their weights and of the way back: memory and launches."""
     rates, width = chip.rates, 2 if dtype == "bf16" else 4
     read = M * DP * (2 * 2 * width + width)  # twice, with the positive; written once
     back = M * DP * (4 + 2 * width + 4)
-    return (read + back) / rates.memory + LAUNCH * (3 if finished else 2)
+    return (read + back) / rates.memory + LAUNCH * (4 if finished else 3)
 
 
-def predict(target: str, n: int, d: int, dtype: str, gemm: float | None = None) -> dict[str, float]:
-    """Milliseconds of every kernel of a forward and backward, of the forward, and of all of it."""
+def predict(
+    target: str, n: int, d: int, dtype: str, gemm: float | None = None
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Milliseconds of every kernel of a forward and backward, of the forward, of all; and the limit of each kernel."""
     from fastntxent.backends.triton import config, pack
 
     chip, M, DP = CHIPS[target], 2 * n, pack.padded_features(d)
@@ -113,34 +220,42 @@ def predict(target: str, n: int, d: int, dtype: str, gemm: float | None = None) 
     tiles = {kernel: config.look_up(chip.family, kernel, width, M, DP) for kernel in config.KERNELS}
     forward = "direct" if tiles["direct"] else "owned"
     backward = ["fused"] if tiles["fused"] else ["form", "gather"]
-    times = {}
+    times, binds = {}, {}
     for kernel in (forward, *backward):
         shifted = False if kernel in ("fused", "form") else None
-        resident = kernels.compile_one(target, kernel, dtype, d, "usual", tiles[kernel], shifted).resident
-        times[kernel] = seconds(work_of(kernel, tiles, M, DP, dtype, chip), chip, resident, dtype, gemm)
+        report = kernels.compile_one(target, kernel, dtype, d, "usual", tiles[kernel], shifted)
+        work = work_of(kernel, tiles, M, DP, dtype, chip)
+        times[kernel], binds[kernel] = time_of(needs(work, report, dtype, gemm), work.launches)
     times["around"] = around(M, DP, dtype, chip, forward == "direct")
     times["forward"] = times[forward] + times["around"] / 2
     times["both"] = sum(times[kernel] for kernel in (forward, *backward, "around"))
-    u = 2 * M * M * d / (gemm or GEMM * chip.rates.product)
-    return {**{name: 1e3 * s for name, s in times.items()}, "u": 1e3 * u}
+    times["u"] = 2 * M * M * d / (gemm or GEMM * chip.rates.product)
+    return {name: 1e3 * s for name, s in times.items()}, binds
 
 
 def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[str, str]]:
     """Predictions for every chip whose data sheet is known."""
     shapes = [(n, d) for d in arguments.d or [128] for n in arguments.n or [256, 4096, 32768]]
-    results = []
+    results, missing = [], {}
+    if binary.built() is None:
+        missing["cuda"] = "fastntxent._cuda was not built"
     for target in TARGETS:
         for n, d in shapes if arguments.n or arguments.d else SHAPES:
             for dtype in ("bf16", "fp32"):
-                times = predict(target, n, d, dtype)
-                results.append({"target": target, "n": n, "d": d, "dtype": dtype, "ms": times})
-                print(line(results[-1]), flush=True)
-    return results, {}
+                found = {"triton": predict(target, n, d, dtype)}
+                if n <= SMALL and not missing:
+                    found["cuda"] = model_cuda.predict(target, n, d, dtype)
+                for backend, (times, binds) in found.items():
+                    size = {"target": target, "n": n, "d": d, "dtype": dtype, "backend": backend}
+                    results.append({**size, "ms": times, "limits": binds})
+                    print(line(results[-1]), flush=True)
+    return results, missing
 
 
 def line(result: dict) -> str:
     """A prediction for the screen."""
     times: dict[str, float] = result["ms"]
-    size = f"{result['target']:6} N {result['n']}, D {result['d']}, {result['dtype']}"
-    digits: Callable[[float], str] = "{:.3g}".format
-    return f"{size}: " + ", ".join(f"{name} {digits(ms)}" for name, ms in times.items())
+    binds: dict[str, str] = result["limits"]
+    size = f"{result['target']:6} N {result['n']}, D {result['d']}, {result['dtype']}, {result['backend']}"
+    parts = [f"{name} {ms:.3g}" + (f" ({binds[name]})" if name in binds else "") for name, ms in times.items()]
+    return f"{size}: {', '.join(parts)}"

@@ -9,14 +9,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from .competitors import COMPETITORS, OURS
-from .tables import Record, digits
+from .tables import SuiteRecord, digits
 
 D = 128
 MARKERS = "osD^vP*Xh"
 Lines = dict[str, list[tuple[float, float]]]
 
 
-def draw(times: Record, memory: Record, folder: Path) -> None:
+def draw(times: SuiteRecord, memory: SuiteRecord, folder: Path) -> None:
     """Write time.svg and memory.svg."""
     results = sorted((result for result in times["results"] if result["d"] == D), key=lambda result: result["n"])
     lines: Lines = {

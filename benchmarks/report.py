@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from . import devices
-from .tables import TABLES, Record
+from .tables import TABLES, SuiteRecord
 
 # Each page's sections, and the suite that fills them; "devices" is what `make gpu` has left.
 PAGES = {
@@ -50,9 +50,9 @@ def write(results: Path, root: Path) -> None:
     for page, sections in PAGES.items():
         text = (root / page).read_text()
         for section, suite in sections.items():
-            text = replace(text, section, table(results, suite))
+            text = replace(text, section, table_of(results, suite))
         (root / page).write_text(text)
-    plots.draw(read(results, "cpu"), read(results, "memory"), results)
+    plots.draw(read_suite(results, "cpu"), read_suite(results, "memory"), results)
 
 
 def stale_sections(results: Path, root: Path) -> list[str]:
@@ -61,21 +61,21 @@ def stale_sections(results: Path, root: Path) -> list[str]:
         section
         for page, sections in PAGES.items()
         for section, suite in sections.items()
-        if replace((root / page).read_text(), section, table(results, suite)) != (root / page).read_text()
+        if replace((root / page).read_text(), section, table_of(results, suite)) != (root / page).read_text()
     ]
 
 
-def table(results: Path, suite: str) -> str:
+def table_of(results: Path, suite: str) -> str:
     """A suite's table; where it was not run, how to."""
     if suite == "devices":
         return devices.section(results)
     try:
-        return TABLES[suite](read(results, suite))
+        return TABLES[suite](read_suite(results, suite))
     except FileNotFoundError:
         return f"Not measured: `python -m benchmarks {suite} --out benchmarks/results/{suite}.json`."
 
 
-def read(results: Path, suite: str) -> Record:
+def read_suite(results: Path, suite: str) -> SuiteRecord:
     """One suite's record."""
     path = results / f"{suite}.json"
     if not path.exists():

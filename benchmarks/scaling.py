@@ -17,7 +17,7 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[st
     for d in arguments.d or [128]:
         rows = []
         for n in arguments.n or GRID:
-            row = memory.measure(name, n, d, arguments.seconds)
+            row = memory.measure_in_process(name, n, d, arguments.seconds)
             rate = 1e9 * statistics.mean(row["gemm_gflops"])
             row["times_floor"] = row["s"] / machine.floor(n, d, rate)
             rows.append(row)

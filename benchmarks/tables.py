@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from .competitors import COMPETITORS, OURS
 
-Record = dict  # what __main__ writes
+SuiteRecord = dict  # what __main__ writes
 
 _HEADS = {**{name: f"`{name}`" for name in OURS}, "compiled": "torch.compile", "chunked": "checkpointed chunks"}
-_NONE = "-"
+_ABSENT = "-"
 
 
-def time(record: Record) -> str:
+def time_table(record: SuiteRecord) -> str:
     """Milliseconds of a forward and a backward, our kernel over the floor, and others over our kernel."""
     results = record["results"]
     names = _in_order(name for result in results for name in result["losses"])
@@ -21,12 +21,12 @@ def time(record: Record) -> str:
     for result in results:
         losses = result["losses"]
         row = [str(result[key]) for key in size.values()]
-        row += [digits(losses[name]["both"]["p50"]) if name in losses else _NONE for name in names]
+        row += [digits(losses[name]["both"]["p50"]) if name in losses else _ABSENT for name in names]
         ours = losses.get(result["ours"])
-        row.append(digits(ours["times_floor"], 2) if ours else _NONE)
-        row += [digits(losses[name]["over_ours"], 2) if ours and name in losses else _NONE for name in rivals]
+        row.append(digits(ours["times_floor"], 2) if ours else _ABSENT)
+        row += [digits(losses[name]["over_ours"], 2) if ours and name in losses else _ABSENT for name in rivals]
         rows.append(row)
-    parts = [_table(heads, rows), _footnote(record, names)]
+    parts = [_markdown(heads, rows), _footnote(record, names)]
     if threaded := [result for result in results if "threads" in result]:
         parts.append(_threads(threaded))
     return "\n\n".join(parts)
@@ -44,19 +44,19 @@ def _threads(results: list[dict]) -> str:
         for result in results
         for count, row in result["threads"].items()
     ]
-    return _table(heads, rows)
+    return _markdown(heads, rows)
 
 
-def memory(record: Record) -> str:
+def memory_table(record: SuiteRecord) -> str:
     """Peak MiB beside the inputs."""
     cells = {(row["n"], row["d"], row["loss"]): _mib(row["extra_bytes"]) for row in record["results"]}
     names = _in_order(name for *_, name in cells)
     sizes = dict.fromkeys((n, d) for n, d, _ in cells)
-    rows = [[str(n), str(d), *(cells.get((n, d, name), _NONE) for name in names)] for n, d in sizes]
-    return f"{_table(['N', 'D', *map(_head, names)], rows)}\n\n{_footnote(record, names)}"
+    rows = [[str(n), str(d), *(cells.get((n, d, name), _ABSENT) for name in names)] for n, d in sizes]
+    return f"{_markdown(['N', 'D', *map(_head, names)], rows)}\n\n{_footnote(record, names)}"
 
 
-def scaling(record: Record) -> str:
+def scaling_table(record: SuiteRecord) -> str:
     """Seconds and their growth over N^2, as measured and at an even GEMM rate."""
     heads = ["N", "D", "seconds", "seconds / N^2, first = 1", "at the first's GEMM rate", "/ floor", "MiB"]
     rows = [
@@ -68,10 +68,10 @@ def scaling(record: Record) -> str:
         ]
         for row in record["results"]
     ]
-    return f"{_table(heads, rows)}\n\n{_footnote(record)}"
+    return f"{_markdown(heads, rows)}\n\n{_footnote(record)}"
 
 
-def accuracy(record: Record) -> str:
+def accuracy_table(record: SuiteRecord) -> str:
     """Relative errors of the gradient: a row for every loss, a column for every stage of training."""
     cells = {
         (result["n"], result["d"], result["temperature"], name, result["stage"]): f"{error:.0e}".replace("e-0", "e-")
@@ -81,13 +81,13 @@ def accuracy(record: Record) -> str:
     stages = list(dict.fromkeys(stage for *_, stage in cells))
     heads = ["N", "D", "temperature", "", *("start of training" if s == "start" else f"loss {s}" for s in stages)]
     rows = [
-        [*map(str, case), _head(name), *(cells.get((*case, name, stage), _NONE) for stage in stages)]
+        [*map(str, case), _head(name), *(cells.get((*case, name, stage), _ABSENT) for stage in stages)]
         for *case, name in dict.fromkeys(key[:-1] for key in cells)
     ]
-    return f"{_table(heads, rows)}\n\n{_footnote(record)}"
+    return f"{_markdown(heads, rows)}\n\n{_footnote(record)}"
 
 
-def kernels(record: Record) -> str:
+def kernels_table(record: SuiteRecord) -> str:
     """Registers, shared memory and matrix instructions of every compiled kernel."""
     heads = ["chip", "kernel", "dtype", "D", "variant", "tile", "regime", "shared, KiB", "registers", "at once"]
     heads += ["matrix instructions", "faults"]
@@ -99,42 +99,42 @@ def kernels(record: Record) -> str:
             regimes[row["shifted"]],
             digits(row["shared"] / 1024),
             *(str(row[key]) for key in ("registers", "resident", "matrix")),
-            "; ".join(row["faults"]) or _NONE,
+            "; ".join(row["faults"]) or _ABSENT,
         ]
         for row in record["results"]
     ]
-    return _table(heads, rows)
+    return _markdown(heads, rows)
 
 
-def model(record: Record) -> str:
-    """Predicted milliseconds, and the parts of the backward."""
-    heads = ["chip", "N", "D", "dtype", "forward", "both", "both / u", "kernels"]
+def model_table(record: SuiteRecord) -> str:
+    """Predicted milliseconds, and the limits that bind."""
+    heads = ["chip", "N", "D", "dtype", "backend", "both", "both / u", "parts and their limits"]
     rows = [
         [
-            *(str(row[key]) for key in ("target", "n", "d", "dtype")),
-            *map(digits, (row["ms"]["forward"], row["ms"]["both"], row["ms"]["both"] / row["ms"]["u"])),
-            ", ".join(f"{name} {digits(ms)}" for name, ms in row["ms"].items() if name not in ("forward", "both", "u")),
+            *(str(row[key]) for key in ("target", "n", "d", "dtype", "backend")),
+            *map(digits, (row["ms"]["both"], row["ms"]["both"] / row["ms"]["u"])),
+            ", ".join(f"{name} {digits(row['ms'][name])} ({limit})" for name, limit in row["limits"].items()),
         ]
         for row in record["results"]
     ]
-    return _table(heads, rows)
+    return _markdown(heads, rows)
 
 
-def tune(record: Record) -> str:
+def tune_table(record: SuiteRecord) -> str:
     """The tile of every class, and the milliseconds of the best."""
     heads = ["chip", "kernel", "dtype", "D", "M", "tile", "ms"]
     rows = [
         [
             *(str(row[key]) for key in ("target", "kernel", "dtype", "d", "M")),
             ", ".join(map(str, row["tile"] or "")),
-            digits(min(row["ms"].values())) if row["ms"] else _NONE,
+            digits(min(row["ms"].values())) if row["ms"] else _ABSENT,
         ]
         for row in record["results"]
     ]
-    return _table(heads, rows)
+    return _markdown(heads, rows)
 
 
-def family(record: Record) -> str:
+def family_table(record: SuiteRecord) -> str:
     """Milliseconds, the ratio to the first of a comparison, and peak MiB beside the inputs."""
     rows = [
         [
@@ -147,10 +147,10 @@ def family(record: Record) -> str:
         ]
         for row in record["results"]
     ]
-    return f"{_table(['loss', 'N', 'D', 'ms', '/ the first', 'MiB'], rows)}\n\n{_footnote(record)}"
+    return f"{_markdown(['loss', 'N', 'D', 'ms', '/ the first', 'MiB'], rows)}\n\n{_footnote(record)}"
 
 
-def distributed(record: Record) -> str:
+def distributed_table(record: SuiteRecord) -> str:
     """Bytes, milliseconds and their parts over ranks, each with the model's; and others over ours."""
     heads = ["ranks", "m", "D", "strategy", "bytes sent", "/ formula", "ms", "/ model", "products", "model", "waiting"]
     heads += ["transfers, model", "gathered / ours", "dense / ours"]
@@ -158,7 +158,7 @@ def distributed(record: Record) -> str:
         [
             *map(str, (row["ranks"], 2 * row["n"], row["d"], row["strategy"])),
             f"{row['sent_bytes']:,}",
-            digits(row["sent_bytes"] / row["formula_bytes"]) if row["formula_bytes"] else _NONE,
+            digits(row["sent_bytes"] / row["formula_bytes"]) if row["formula_bytes"] else _ABSENT,
             digits(row["both"]["p50"]),
             digits(row["both"]["p50"] / row["model_ms"], 2),
             *(digits(row[f"{part}_ms"]) for part in ("products", "model_products", "waiting", "model_transfers")),
@@ -167,7 +167,7 @@ def distributed(record: Record) -> str:
         for row in record["results"]
     ]
     note = f"A thread for each rank, {record['results'][0]['cores']} cores, gloo."
-    return f"{_table(heads, rows)}\n\n{_footnote(record)} {note}"
+    return f"{_markdown(heads, rows)}\n\n{_footnote(record)} {note}"
 
 
 def _in_order(found: object) -> list[str]:
@@ -179,7 +179,7 @@ def _head(name: str) -> str:
     return _HEADS.get(name, name) + ("\\*" if COMPETITORS[name].note else "")
 
 
-def _footnote(record: Record, names: list[str] = ()) -> str:
+def _footnote(record: SuiteRecord, names: list[str] = ()) -> str:
     machine = record["machine"]
     facts = [f"{machine['processor']}, threads: {machine['threads']}, {machine['vector']}"]
     if machine.get("held"):
@@ -193,7 +193,7 @@ def _footnote(record: Record, names: list[str] = ()) -> str:
     return " ".join(sentences)
 
 
-def _table(heads: list[str], rows: list[list[str]]) -> str:
+def _markdown(heads: list[str], rows: list[list[str]]) -> str:
     lines = [f"| {' | '.join(cells)} |" for cells in (heads, *rows)]
     return "\n".join([lines[0], "|---:" * len(heads) + "|", *lines[1:]])
 
@@ -209,14 +209,14 @@ def digits(x: float, count: int = 3) -> str:
 
 
 TABLES = {
-    "cpu": time,
-    "gpu": time,
-    "memory": memory,
-    "scaling": scaling,
-    "converged": accuracy,
-    "distributed": distributed,
-    "family": family,
-    "kernels": kernels,
-    "model": model,
-    "tune": tune,
+    "cpu": time_table,
+    "gpu": time_table,
+    "memory": memory_table,
+    "scaling": scaling_table,
+    "converged": accuracy_table,
+    "distributed": distributed_table,
+    "family": family_table,
+    "kernels": kernels_table,
+    "model": model_table,
+    "tune": tune_table,
 }

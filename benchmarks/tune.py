@@ -20,12 +20,12 @@ from unittest import mock
 
 import torch
 
-from . import kernels, machine, model, timing
+from . import kernels, limits, machine, model, timing
 from .chips import CHIPS
 
-TABLE = Path("fastntxent/backends/triton/table.json")
-FEATURES = {64: 64, 128: 128, 256: 256, None: 768}  # most of a class, and those that stand for it
-ROWS = {  # most of a class, of every kernel; a rival before the one that gives way to it
+TABLE_PATH = Path("fastntxent/backends/triton/table.json")
+FEATURE_CLASSES = {64: 64, 128: 128, 256: 256, None: 768}  # most of a class, and those that stand for it
+ROW_CLASSES = {  # most of a class, of every kernel; a rival before the one that gives way to it
     "owned": (1024, None),
     "direct": (1024, None),
     "form": (2048, None),
@@ -37,11 +37,11 @@ M_OF = {1024: 512, 2048: 2048, None: 32_768}
 REPEATS = 20  # of a step in a CUDA graph: the host's part of a short one is longer than the device's
 SPREAD = 1.03  # a predicted time within it counts as the same: the deeper pipeline is taken
 
-Tile = tuple[int, ...]
-Best = dict[tuple[str, str, int | None, int | None], tuple[float, Tile | None]]  # kernel, dtype, rows, features
+Sizes = tuple[int, ...]  # the fields of a config.TileConfig
+Best = dict[tuple[str, str, int | None, int | None], tuple[float, Sizes | None]]  # kernel, dtype, rows, features
 
 
-def candidates(kernel: str, width: int, DP: int) -> Iterator[Tile]:
+def candidates(kernel: str, width: int, DP: int) -> Iterator[Sizes]:
     """Every tile worth a compilation: its sums in a thread's registers, its operands in shared memory."""
     sides = (32, 64, 128) if kernel in ("owned", "fused") else (64, 128, 256)
     depths = {"fused": {DP}, "gather": {64, 128, 256}}.get(kernel, {32, 64, DP if DP <= 128 else 64})
@@ -60,8 +60,8 @@ def candidates(kernel: str, width: int, DP: int) -> Iterator[Tile]:
 
 
 def rank(
-    target: str, kernel: str, dtype: str, DP: int, M: int, tiles: Iterable[Tile], most: int
-) -> list[tuple[float, Tile]]:
+    target: str, kernel: str, dtype: str, DP: int, M: int, tiles: Iterable[Sizes], most: int
+) -> list[tuple[float, Sizes]]:
     """The best tiles without a fault, by the model's seconds: at most so many, and none that the model has behind all
     that were found."""
     from fastntxent.backends.triton import config
@@ -69,22 +69,25 @@ def rank(
     chip, width = CHIPS[target], 2 if dtype == "bf16" else 4
     present = {name: config.look_up(chip.family, name, width, M, DP) for name in config.KERNELS}
 
-    def predicted(tile: Tile, resident: int | None) -> float:
-        work = model.work_of(kernel, {**present, kernel: config.Tile(*tile)}, M, DP, dtype, chip)
-        return model.seconds(work, chip, resident, dtype)
+    def predicted(tile: Sizes, reports: list[kernels.CompiledKernel]) -> float:
+        """Seconds by the model; without a report of the compiled tile, the least that it can take."""
+        work = model.work_of(kernel, {**present, kernel: config.TileConfig(*tile)}, M, DP, dtype, chip)
+        known = [model.needs(work, report, dtype) for report in reports if report.variant == "usual"]
+        bounds = known or [model.least(work, chip, dtype, tile)]
+        return min(model.time_of(needs, work.launches).seconds for needs in bounds)
 
-    found: list[tuple[float, Tile]] = []
-    best_first = sorted(((predicted(tile, 2), tile) for tile in tiles), key=lambda pair: (pair[0], *_size(pair[1])))
+    found: list[tuple[float, Sizes]] = []
+    best_first = sorted(((predicted(tile, []), tile) for tile in tiles), key=lambda pair: (pair[0], *_size(pair[1])))
     for least, tile in best_first:
         if len(found) >= most and least >= sorted(found)[most - 1][0]:
             break
-        reports = compiled(target, kernel, dtype, DP, tile)
+        reports = compile_tile(target, kernel, dtype, DP, tile)
         if reports and not any(report.faults() for report in reports):
-            found.append((predicted(tile, min(report.resident for report in reports)), tile))
+            found.append((predicted(tile, reports), tile))
     return sorted(found)[:most]
 
 
-def compiled(target: str, kernel: str, dtype: str, DP: int, tile: Tile) -> list[kernels.Report]:
+def compile_tile(target: str, kernel: str, dtype: str, DP: int, tile: Sizes) -> list[kernels.CompiledKernel]:
     """What the compiler makes of a tile, in both variants and regimes; nothing if it is over a limit of its own."""
     shifts = (False, True) if kernel in ("fused", "form") else (None,)
     cases = itertools.product(("usual", "general"), shifts)
@@ -94,40 +97,39 @@ def compiled(target: str, kernel: str, dtype: str, DP: int, tile: Tile) -> list[
         return []
 
 
-def take(ranked: list[tuple[float, Tile]]) -> Tile | None:
+def take(ranked: list[tuple[float, Sizes]]) -> Sizes | None:
     """Of those about as fast as the fastest, the largest tile, and of these the deepest pipeline."""
     fast = [tile for s, tile in ranked if s <= SPREAD * ranked[0][0]]
     return min(fast, key=_size, default=None)
 
 
-def _size(tile: Tile) -> tuple[int, int, int]:
+def _size(tile: Sizes) -> tuple[int, int, int]:
     """Largest tiles first, then the deepest pipelines, then the fewest warps."""
     return -math.prod(tile[:3]), -tile[4], tile[3]
 
 
-def times(kernel: str, dtype: torch.dtype, d: int, M: int, tiles: list[Tile], seconds: float) -> dict[Tile, float]:
+def times(kernel: str, dtype: torch.dtype, d: int, M: int, tiles: list[Sizes], seconds: float) -> dict[Sizes, float]:
     """Median seconds of the forward or the backward that the kernel is part of, with each tile in turn."""
-    from fastntxent.backends.triton import backend, backward, config, forward
+    from fastntxent.backends.triton import backend, backward, config, forward, launch, weights
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     z_i, z_j = (z.detach() for z in timing.Case(M // 2, d, device, dtype).inputs())
-    inv_tau = torch.tensor(1 / timing.TEMPERATURE)
-    rows = backend._views(z_i, z_j, normalize=True)
-    plan = forward.Forward([rows], inv_tau)
-    nu, weights, totals = plan.losses()
+    sides = backend._two_views(launch.Work(z_i.device), z_i, z_j, 1 / timing.TEMPERATURE, normalize=True)
+    of_nu, totals = forward.losses(sides)
 
     def work() -> tuple[torch.Tensor, ...]:
         if kernel in ("direct", "owned"):
-            again, _, sums = plan.losses()
-            return again[: rows.n], sums.sum()
-        return backward.Backward(plan, weights, [nu]).run(0, d_pos=weights.of_sides[0], totals=totals)
+            again, sums = forward.losses(sides)
+            return again.of_rows.neg_lse[: sides.rows.n], sums.sum()
+        scaled = weights.scale(sides, of_nu)
+        return backward.gradient(sides, scaled, d_pos=of_nu.of_rows.d_neg_lse, totals=totals)
 
     truth = work()
-    calls: dict[Tile, Callable[[int], timing.Phases]] = {}
+    calls: dict[Sizes, Callable[[int], timing.Phases]] = {}
     for tile in tiles:
-        with taking(kernel, config.Tile(*tile)):
+        with taking(kernel, config.TileConfig(*tile)):
             torch.testing.assert_close(work(), truth, rtol=1e-3, atol=1e-5)
-            calls[tile] = (_replayed if device == "cuda" else _called)(kernel, config.Tile(*tile), work)
+            calls[tile] = (_replayed if device == "cuda" else _called)(kernel, config.TileConfig(*tile), work)
     found = timing.interleave(calls, seconds)
     return {tile: sorted(phases["both"])[len(phases["both"]) // 2] for tile, phases in found.items()}
 
@@ -181,8 +183,8 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[st
     measured = "" if arguments.predict else f"{torch.cuda.get_device_name()}, {json.dumps(machine.provenance())}"
     results: list[dict[str, object]] = []
     best: Best = {}
-    for kernel in [kernel for kernel in ROWS if kernel in (arguments.kernels or ROWS)]:
-        for dtype, rows, (most, d) in itertools.product(("bf16", "fp32"), ROWS[kernel], FEATURES.items()):
+    for kernel in [kernel for kernel in ROW_CLASSES if kernel in (arguments.kernels or ROW_CLASSES)]:
+        for dtype, rows, (most, d) in itertools.product(("bf16", "fp32"), ROW_CLASSES[kernel], FEATURE_CLASSES.items()):
             ranked = []
             if not (kernel == "fused" and most is None):  # its rows' gradient would be beyond the registers
                 ranked = rank(
@@ -196,7 +198,7 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[st
             if arguments.predict:
                 tile = take(ranked)
                 s += best.get(("form", dtype, rows, most), (0.0, None))[0] if kernel == "gather" else 0.0
-                s += model.LAUNCH if kernel == "direct" else 0.0
+                s += limits.LAUNCH if kernel == "direct" else 0.0
             best[kernel, dtype, rows, most] = s, tile
             results.append(
                 {"target": target, "kernel": kernel, "dtype": dtype, "d": d, "M": M_OF[rows], "tile": tile}
@@ -204,9 +206,9 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[st
             )
             print(line(results[-1]), flush=True)
         if arguments.write:
-            table = json.loads(TABLE.read_text())
+            table = json.loads(TABLE_PATH.read_text())
             merge(table, CHIPS[target].family, kernel, best, measured)
-            TABLE.write_text(dumps(table))
+            TABLE_PATH.write_text(dumps(table))
     return results, {}
 
 
@@ -239,12 +241,12 @@ def merge(table: dict, family: str, kernel: str, best: Best, measured: str) -> N
 
 def dumps(table: dict) -> str:
     """JSON with a line for each entry."""
-    return _lines(table) + "\n"
+    return _indent(table) + "\n"
 
 
-def _lines(value: object, indent: int = 0) -> str:
+def _indent(value: object, indent: int = 0) -> str:
     if isinstance(value, dict) and value:
-        inside = ",\n".join(f"{' ' * (indent + 1)}{json.dumps(k)}: {_lines(v, indent + 1)}" for k, v in value.items())
+        inside = ",\n".join(f"{' ' * (indent + 1)}{json.dumps(k)}: {_indent(v, indent + 1)}" for k, v in value.items())
         return f"{{\n{inside}\n{' ' * indent}}}"
     if isinstance(value, list):
         return "[\n" + ",\n".join(f"{' ' * (indent + 1)}{json.dumps(v)}" for v in value) + f"\n{' ' * indent}]"

@@ -5,42 +5,53 @@ from typing import TYPE_CHECKING
 
 from .backends import BackendStatus, backends
 from .caching import cached_backward
-from .devices import verify
+from .devices import verify, warm_up
 from .distributed import Sharding
-from .layouts import split_views
 from .losses import (
     NTXentTerms,
     clip,
     dcl,
     dclw,
     debiased,
+    distill,
+    guided_info_nce,
     hard_negative,
     info_nce,
     macl,
+    multi_clip,
     multiview_nt_xent,
+    nt_logistic,
     nt_xent,
     nt_xent_terms,
     rince,
+    siglip,
     sup_con,
 )
+from .matryoshka import MatryoshkaLoss, matryoshka
 from .metrics import alignment, contrastive_accuracy, effective_rank, positive_ranks, uniformity
 from .modules import (
     CLIPLoss,
     DCLLoss,
     DCLWLoss,
     DebiasedLoss,
+    DistillLoss,
+    GuidedInfoNCELoss,
     HardNegativeLoss,
     InfoNCELoss,
     MACLLoss,
+    MultiCLIPLoss,
     MultiViewNTXentLoss,
     NegativeQueue,
+    NTLogisticLoss,
     NTXentLoss,
     QueueInfoNCELoss,
     RINCELoss,
+    SigLIPLoss,
     SupConLoss,
 )
 from .primitives import CrossNegLse, cross_neg_lse, neg_lse
 from .retrieval import Classification, Retrieval, retrieve, zero_shot_classify
+from .two_views import split_views
 from .verification.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -64,10 +75,15 @@ __all__ = [
     "DCLLoss",
     "DCLWLoss",
     "DebiasedLoss",
+    "DistillLoss",
+    "GuidedInfoNCELoss",
     "HardNegativeLoss",
     "InfoNCELoss",
     "MACLLoss",
+    "MatryoshkaLoss",
+    "MultiCLIPLoss",
     "MultiViewNTXentLoss",
+    "NTLogisticLoss",
     "NTXentLoss",
     "NTXentTerms",
     "NegativeQueue",
@@ -75,6 +91,7 @@ __all__ = [
     "RINCELoss",
     "Retrieval",
     "Sharding",
+    "SigLIPLoss",
     "SupConLoss",
     "Verdict",
     "alignment",
@@ -86,20 +103,27 @@ __all__ = [
     "dcl",
     "dclw",
     "debiased",
+    "distill",
     "effective_rank",
+    "guided_info_nce",
     "hard_negative",
     "info_nce",
     "macl",
+    "matryoshka",
+    "multi_clip",
     "multiview_nt_xent",
     "neg_lse",
+    "nt_logistic",
     "nt_xent",
     "nt_xent_terms",
     "positive_ranks",
     "retrieve",
     "rince",
+    "siglip",
     "split_views",
     "sup_con",
     "uniformity",
     "verify",
+    "warm_up",
     "zero_shot_classify",
 ]

@@ -9,30 +9,29 @@ under Memory Limited Setup", 2021.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from .snapshot import RandomState, Signatures, Snapshot
-from .validation import check_integer
-
-# The same chunk on the same state may round differently where a graph is recorded, above all in bfloat16. Another draw
-# of dropout's masks is an order of magnitude beyond this.
-_REPEATS_WITHIN = 0.05
+from .chunked_view import Lengths, Output, chunked_views
+from .two_passes import TwoPasses
 
 
 @torch.inference_mode(False)
 def cached_backward(
-    encoder: nn.Module,
-    views: Iterable[Tensor],
+    encoder: nn.Module | Sequence[nn.Module],
+    views: Iterable[Any],
     loss_fn: Callable[..., Tensor],
     *,
-    chunk_size: int | Sequence[int],
+    chunk_size: int | Sequence[int] | Sequence[Sequence[int]] | None = None,
+    chunk_tokens: int | None = None,
+    lengths: Lengths | Sequence[Lengths] = "attention_mask",
+    unpack: bool = False,
+    encoder_kwargs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    output: Output | Sequence[Output] = None,
 ) -> Tensor:
     """Like `loss = loss_fn(*(encoder(view) for view in views)); loss.backward()`, with `chunk_size` rows at a time.
 
@@ -51,29 +50,49 @@ def cached_backward(
       that is an error.
 
     Args:
-        encoder: a module that maps (n, ...) to (n, D) embeddings. Wrapped in DistributedDataParallel, it synchronises
-            its gradients once, in the last chunk; where that does not use all parameters (a tower for each view), it
-            needs find_unused_parameters=True. Under `fully_shard` every chunk reduces its gradients, so that no rank
-            holds more than its shard of them.
-        views: one input per view of the batch, tensors of any dtype with the batch along the first dimension. Inputs
-            get no gradient, and the encoder works on copies of them.
+        encoder: a module that maps n rows to (n, D) embeddings, or a list of modules, one for each view, such as CLIP's
+            two towers; a module may be in it several times. Wrapped in DistributedDataParallel, it synchronises its
+            gradients once, in its last chunk; where that does not use all parameters (a tower for each view in one
+            module), it needs find_unused_parameters=True. Under `fully_shard` every chunk reduces its gradients, so
+            that no rank holds more than its shard of them. An encoder whose views get no gradient (a frozen tower)
+            runs once.
+        views: one input per view of the batch: a tensor of any dtype, or mappings (such as Hugging Face's
+            BatchEncoding), lists, tuples and dataclasses of tensors, nested to any depth. Every tensor has the batch
+            along its first dimension and is cut into the same chunks; 0-d tensors and objects of other types go into
+            every chunk as they are. Inputs get no gradient, and the encoder works on copies of them.
         loss_fn: takes one (N, D) tensor of embeddings per view and returns a scalar; parameters of its own (a
-            learnable temperature) get their gradients too. To scale the loss for half precision, scale it here.
+            learnable temperature) get their gradients too. For half precision scale the loss here, with
+            `lambda *z: scaler.scale(loss(*z))` for a GradScaler; `scaler.step` and `scaler.update` follow the call.
         chunk_size: rows of a view that the encoder sees at once, at least 1; or the rows of each chunk, which add up to
-            a view's. Views are never mixed in a chunk. An encoder that mixes rows over the ranks of a batch needs as
-            many chunks on each of them, and so does one under `fully_shard`: a chunk of a list may be of no rows, and
-            so may the views.
+            a view's; or such a list for each view. Views are never mixed in a chunk. An encoder that mixes rows over
+            the ranks of a batch needs as many chunks on each of them, and so does one under `fully_shard`: a chunk of
+            a list may be of no rows, and so may the views.
+        chunk_tokens: in place of `chunk_size`, the most tokens that the encoder sees at once. Rows keep their order,
+            and a row with more tokens is a chunk by itself. Ranks may then have different numbers of chunks, which
+            `fully_shard` does not take.
+        lengths: how `chunk_tokens` counts: the key (or attribute) of a mask, (N, ...), with a nonzero element for each
+            token; or a function that takes a view and returns N integers; or a list of these, one for each view. If
+            the encoder computes padding too, every row costs the padded width: return that.
+        unpack: call the encoder by `encoder(**view)` where a view is a mapping, as Hugging Face's models are called,
+            and by `encoder(*view)` where it is a list or tuple. Otherwise a view is one argument, whatever it is.
+        encoder_kwargs: keyword arguments of every call, the same for all chunks and not copied; or a list of them, one
+            for each view.
+        output: which part of the encoder's output the embeddings are: a key or an index ("pooler_output", 0), the name
+            of an attribute, or a function of the output; or a list of these, one for each view. None where the encoder
+            returns the embeddings. A model that embeds two inputs at once (a whole CLIP) is an encoder of one view with
+            both: let a function concatenate its embeddings along dimension 1, and `loss_fn` split them.
 
     Returns:
-        The loss, a 0-d tensor without a graph. Gradients are accumulated in the parameters' `.grad`, as `backward`
-        does; their hooks see the gradient of one chunk. A frozen encoder runs once, and gets none.
+        The loss as `loss_fn` returned it, a 0-d tensor without a graph. Gradients are accumulated in the parameters'
+        `.grad`, as `backward` does; their hooks see the gradient of one chunk.
 
     Raises:
-        TypeError: the encoder is not a module or returns no tensor, a view is not a dense tensor, the loss is not a
-            tensor, or chunk_size is neither an integer nor several.
-        ValueError: there is no view, a view is empty or has a graph, chunk_size is below 1, the chunks are not the rows
-            of a view, the loss is not a scalar, the encoder returns another number of rows, has a lazy layer that never
-            ran, or is DistributedDataParallel with static_graph=True.
+        TypeError: the encoder is not a module or returns no tensor, a view holds no tensor or one that is not dense,
+            the loss is not a tensor, or chunk_size is neither an integer nor several, or given beside chunk_tokens.
+        ValueError: there is no view, a view is empty or has a graph, its tensors have different numbers of rows,
+            chunk_size or chunk_tokens is below 1, the chunks are not the rows of a view, a list has not an element for
+            each view, there is no mask to count the tokens of, the loss is not a scalar, the encoder returns another
+            number of rows, has a lazy layer that never ran, or is DistributedDataParallel with static_graph=True.
         RuntimeError: nothing requires a gradient, the second pass did not repeat the first, the last chunk under
             DistributedDataParallel does not synchronise all gradients, or the call is within
             `torch.nn.utils.parametrize.cached()`.
@@ -82,7 +101,8 @@ def cached_backward(
         call; gradients may have been accumulated in part.
 
     Activations are held for one chunk; embeddings for the whole batch; one copy of the state. A forward under autocast
-    is under autocast in both passes if the call is.
+    is under autocast in both passes if the call is. The encoder may use `torch.utils.checkpoint`, with either
+    `use_reentrant`.
 
     Example:
         >>> import torch, fastntxent
@@ -90,101 +110,47 @@ def cached_backward(
         >>> loss = fastntxent.cached_backward(encoder, views.unbind(), fastntxent.NTXentLoss(), chunk_size=4)
         >>> encoder.weight.grad.shape
         torch.Size([4, 8])
-    """
-    if isinstance(views, Tensor):
-        raise TypeError("views must be a sequence of tensors, one per view, got one tensor; pass views.unbind()")
-    views = tuple(views)
-    _check(encoder, views, chunk_size)
-    chunk_size = list(map(int, chunk_size)) if isinstance(chunk_size, Sequence) else int(chunk_size)
-    chunks = [view.detach().split(chunk_size) for view in views]
-    devices = {tensor.device for tensor in (*encoder.parameters(), *encoder.buffers(), *views)}
-    devices -= {device for device in devices if device.type in ("cpu", "meta")}
 
-    start, start_random = Snapshot(encoder), RandomState(devices)
+        Two towers, of which one takes what a tokenizer returns, with 6 tokens at a time:
+
+        >>> class Text(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.words = torch.nn.Embedding(9, 4)
+        ...     def forward(self, input_ids, attention_mask):
+        ...         return {"pooled": (self.words(input_ids) * attention_mask[..., None]).sum(1)}
+        >>> text = {"input_ids": torch.randint(9, (6, 3)), "attention_mask": torch.ones(6, 3)}
+        >>> loss = fastntxent.cached_backward(
+        ...     [encoder, Text()], [views[0], text], fastntxent.CLIPLoss(), unpack=True, output=[None, "pooled"],
+        ...     chunk_tokens=6, lengths=[lambda images: [1] * len(images), "attention_mask"],
+        ... )
+    """
+    chunked = chunked_views(
+        encoder,
+        views,
+        chunk_size=chunk_size,
+        chunk_tokens=chunk_tokens,
+        lengths=lengths,
+        unpack=unpack,
+        encoder_kwargs=encoder_kwargs,
+        output=output,
+    )
+    if getattr(parametrize, "_cache_enabled", 0):
+        raise RuntimeError(
+            "cached_backward must not be called within torch.nn.utils.parametrize.cached(), which would keep the first "
+            "pass's weights, without a graph, for the second"
+        )
+    passes = TwoPasses(chunked)
     try:
-        leaves, states = _encode(encoder, chunks, devices)
-        encoded = Signatures(encoder)
+        leaves = passes.first()
         with torch.enable_grad():
             loss = _checked_loss(loss_fn(*leaves))
             loss.backward()
-        if any(leaf.requires_grad for leaf in leaves):
-            after_loss, changed_by_loss = RandomState(devices), Snapshot(encoder, unless=encoded)
-            start.restore()
-            # Before PyTorch 2.10 it may hold the weights as the first pass cast them, without a graph.
-            torch.clear_autocast_cache()
-            _encode_again(encoder, chunks, leaves, states)
-            # DistributedDataParallel's own check, which it would else make in its next forward.
-            getattr(encoder, "_check_reducer_finalized", lambda: None)()
-            changed_by_loss.restore()
-            after_loss.restore()
+        passes.second([leaf.grad for leaf in leaves])
     except BaseException:
-        start.restore()
-        start_random.restore()
+        passes.undo()
         raise
     return loss.detach()
-
-
-_Chunks = Sequence[Sequence[Tensor]]  # of each view
-
-
-def _encode(
-    encoder: nn.Module, chunks: _Chunks, devices: Iterable[torch.device]
-) -> tuple[list[Tensor], list[RandomState]]:
-    """Each view's embeddings, as leaves for the loss, and the random state before each chunk."""
-    leaves, states = [], []
-    # Only autograd knows whether an encoder with no parameter to learn is frozen: others may lie beyond its own.
-    frozen = not any(parameter.requires_grad for parameter in encoder.parameters())
-    for view in chunks:
-        parts, learns = [], not frozen
-        for chunk in view:
-            states.append(RandomState(devices))
-            with torch.set_grad_enabled(frozen):
-                z = _embed(encoder, chunk)
-            learns |= z.requires_grad
-            # A copy, as z may be a view of all that the encoder computed, or memory that it writes the next chunk to.
-            parts.append(z.detach().clone())
-        leaves.append(torch.cat(parts).requires_grad_(learns))
-    return leaves, states
-
-
-def _encode_again(encoder: nn.Module, chunks: _Chunks, leaves: Sequence[Tensor], states: Sequence[RandomState]) -> None:
-    """Pull the leaves' gradients through the encoder, chunk by chunk."""
-    pairs: list[tuple[Tensor, Tensor, Tensor]] = []
-    for view, leaf in zip(chunks, leaves, strict=True):
-        d_leaf = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-        rows = [len(chunk) for chunk in view]
-        pairs += zip(view, leaf.detach().split(rows), d_leaf.split(rows), strict=True)
-    differences, learns = [], False
-    for index, ((chunk, first, d_z), state) in enumerate(zip(pairs, states, strict=True)):
-        last = index == len(pairs) - 1
-        state.restore()
-        with _no_sync(encoder, unless=last), torch.enable_grad():
-            z = _embed(encoder, chunk)
-            differences.append(torch.dist(z.detach().float(), first.float()) / first.float().norm())
-            if z.requires_grad:  # not where a tower is frozen
-                z.backward(d_z)
-            elif last and learns and hasattr(encoder, "no_sync"):
-                raise RuntimeError(
-                    "encoder synchronises its gradients in the last chunk, which has none: put a view that has a "
-                    "gradient last in views"
-                )
-            learns |= z.requires_grad
-    too_far = [value for value in map(float, differences) if value > _REPEATS_WITHIN]  # not NaN, nor of no rows
-    if too_far:
-        raise RuntimeError(
-            f"encoder gave other embeddings in the second pass over the same rows (relative difference "
-            f"{max(too_far):.2g}), so the gradient is wrong: it has state or random numbers that cached_backward does "
-            "not repeat"
-        )
-
-
-def _embed(encoder: nn.Module, chunk: Tensor) -> Tensor:
-    z: Any = encoder(chunk.clone())  # a copy, which the encoder may write to, and an inference tensor no longer
-    if not isinstance(z, Tensor):
-        raise TypeError(f"encoder must return a torch.Tensor, got {type(z).__name__}")
-    if z.ndim == 0 or len(z) != len(chunk):
-        raise ValueError(f"encoder must return a row for each of the {len(chunk)} rows, got shape {tuple(z.shape)}")
-    return z
 
 
 def _checked_loss(loss: Any) -> Tensor:
@@ -193,48 +159,3 @@ def _checked_loss(loss: Any) -> Tensor:
     if loss.ndim != 0:
         raise ValueError(f"loss_fn must return a scalar, got shape {tuple(loss.shape)}")
     return loss
-
-
-def _check(encoder: nn.Module, views: Sequence[Tensor], chunk_size: int | Sequence[int]) -> None:
-    if not isinstance(encoder, nn.Module):
-        raise TypeError(f"encoder must be a torch.nn.Module, got {type(encoder).__name__}")
-    if any(map(is_lazy, (*encoder.parameters(), *encoder.buffers()))):
-        raise ValueError("encoder must have all its parameters, got a lazy layer without: run it once before")
-    if hasattr(encoder, "no_sync") and getattr(encoder, "static_graph", False):  # whose first backward synchronises
-        raise ValueError("encoder must be DistributedDataParallel without static_graph=True, got it with")
-    if getattr(parametrize, "_cache_enabled", 0):
-        raise RuntimeError(
-            "cached_backward must not be called within torch.nn.utils.parametrize.cached(), which would keep the first "
-            "pass's weights, without a graph, for the second"
-        )
-    listed = isinstance(chunk_size, Sequence)
-    sizes, least = (chunk_size, 0) if isinstance(chunk_size, Sequence) else ((chunk_size,), 1)
-    for size in sizes:
-        check_integer("chunk_size", size, least)
-    if len(sizes) == 0:
-        raise ValueError("chunk_size must hold the rows of at least one chunk, got none")
-    if len(views) == 0:
-        raise ValueError("views must hold at least one tensor, got none")
-    for index, view in enumerate(views):
-        if not isinstance(view, Tensor):
-            raise TypeError(f"views[{index}] must be a torch.Tensor, got {type(view).__name__}")
-        if view.layout != torch.strided or view.is_nested:
-            raise TypeError(
-                f"views[{index}] must be a dense (strided) tensor, got layout {view.layout}, nested: {view.is_nested}"
-            )
-        if view.grad_fn is not None:
-            raise ValueError(
-                f"views[{index}] must be data without a graph, got the output of {view.grad_fn.name()}, whose inputs "
-                "would get no gradient: move what computes it into the encoder, or pass it detached"
-            )
-        if view.ndim == 0 or len(view) < least:
-            raise ValueError(f"views[{index}] must have at least one row, got shape {tuple(view.shape)}")
-        if listed and sum(sizes) != len(view):
-            raise ValueError(f"chunk_size must add up to the {len(view)} rows of views[{index}], got {sum(sizes)}")
-
-
-@contextlib.contextmanager
-def _no_sync(encoder: nn.Module, *, unless: bool) -> Iterator[None]:
-    no_sync = getattr(encoder, "no_sync", None)
-    with contextlib.nullcontext() if unless or no_sync is None else no_sync():
-        yield

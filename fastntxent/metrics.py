@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .backends import check_name as check_backend
-from .common import inverse_temperature, number, unit_rows
+from .algebra import unit_rows
+from .opening import open_batch
 from .options import BackendName
-from .validation import check_number, check_positive, check_rows, check_views
+from .scale import scalar_like
+from .validation import check_positive_number, check_rows, check_views
 
 
 def alignment(z_i: Tensor, z_j: Tensor) -> Tensor:
@@ -64,15 +65,13 @@ def uniformity(z: Tensor, t: float = 2.0, *, backend: BackendName = "auto") -> T
         >>> fastntxent.uniformity(torch.eye(2))  # every distance is sqrt(2)
         tensor(-4.)
     """
-    check_rows("z", z)
-    t = check_number("t", t)
-    check_positive("t", t)
-    check_backend(backend)
+    t = check_positive_number("t", t)
+    batch = open_batch(None, "uniformity", {"z": z}, backend=backend)
     M = z.shape[0]
     if M < 2:
         raise ValueError(f"z must have at least two rows to compare, got {M}")
-    row_lse = ops.neg_lse(unit_rows(z), torch.arange(M, device=z.device), inverse_temperature(1 / (2 * t), z), backend)
-    return torch.logsumexp(row_lse, dim=0) - 2 * t - number(M * (M - 1), z).log()
+    row_lse = batch.neg_lse(batch.unit_rows(z), batch.row_ids(), batch.inverse_temperature(1 / (2 * t)))
+    return torch.logsumexp(row_lse, dim=0) - 2 * t - scalar_like(M * (M - 1), z).log()
 
 
 def positive_ranks(z_i: Tensor, z_j: Tensor) -> Tensor:

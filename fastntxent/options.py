@@ -9,6 +9,9 @@ BackendName: TypeAlias = Literal["auto", "cpu", "cuda", "triton", "blocked", "re
 Layout: TypeAlias = Literal["concatenated", "interleaved"]
 SupConForm: TypeAlias = Literal["out", "in", "pairs"]
 HardnessMode: TypeAlias = Literal["in_batch_negatives", "hard_negatives", "all_negatives"]
+Positives: TypeAlias = Literal["pair", "same_id"]
+SeveralForm: TypeAlias = Literal["out", "in"]
+MarginStrategy: TypeAlias = Literal["absolute", "relative"]
 Strategy: TypeAlias = Literal["auto", "all_gather", "ring"]
 
 BACKENDS: tuple[str, ...] = get_args(BackendName)
@@ -16,4 +19,7 @@ REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 LAYOUTS: tuple[str, ...] = get_args(Layout)
 FORMS: tuple[str, ...] = get_args(SupConForm)
 HARDNESS_MODES: tuple[str, ...] = get_args(HardnessMode)
+POSITIVES: tuple[str, ...] = get_args(Positives)
+SEVERAL_FORMS: tuple[str, ...] = get_args(SeveralForm)
+MARGIN_STRATEGIES: tuple[str, ...] = get_args(MarginStrategy)
 STRATEGIES: tuple[str, ...] = get_args(Strategy)

@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from . import ops
-from .backends import check_name as check_backend
-from .common import inverse_temperature, watched
+from .opening import open_batch
 from .options import BackendName
+from .sides import Side
 from .validation import check_features, check_ids, check_rows, check_same
+from .watching import watched
 
 
 class CrossNegLse(NamedTuple):
@@ -47,10 +47,8 @@ def neg_lse(u: Tensor, ids: Tensor, temperature: float | Tensor, *, backend: Bac
         >>> fastntxent.neg_lse(torch.eye(3), torch.arange(3), temperature=1.0)  # log 2
         tensor([0.6931, 0.6931, 0.6931])
     """
-    check_rows("u", u)
-    check_ids("ids", ids, "u", u)
-    check_backend(backend)
-    return ops.neg_lse(u, ids, inverse_temperature(temperature, u), backend)
+    batch = open_batch(None, "neg_lse", {"u": u}, ids=ids, normalize=False, backend=backend)
+    return batch.neg_lse(u, ids, batch.inverse_temperature(temperature))
 
 
 @watched
@@ -85,11 +83,10 @@ def cross_neg_lse(
         >>> fastntxent.cross_neg_lse(u, v, torch.arange(3), torch.arange(2), temperature=1.0).rows  # 1, 1, log(2e)
         tensor([1.0000, 1.0000, 1.6931])
     """
-    check_rows("u", u)
+    batch = open_batch(None, "cross_neg_lse", {"u": u}, normalize=False, backend=backend)
     check_rows("v", v)
     check_same("u", u, "v", v, "dtype", "device")
     check_features("u", u, "v", v)
     check_ids("u_ids", u_ids, "u", u)
     check_ids("v_ids", v_ids, "v", v)
-    check_backend(backend)
-    return CrossNegLse(*ops.cross_neg_lse(u, v, u_ids, v_ids, inverse_temperature(temperature, u), backend))
+    return CrossNegLse(*batch.cross_neg_lse(Side(u, u_ids), Side(v, v_ids), batch.inverse_temperature(temperature)))

@@ -51,7 +51,7 @@ def zero_shot_classify(image_features: Tensor, class_features: Tensor) -> Classi
         >>> fastntxent.zero_shot_classify(torch.eye(3)[[2, 0]], torch.eye(3)).classes
         tensor([2, 0])
     """
-    found = _search("image_features", image_features, "class_features", class_features, 1)
+    found = _find_nearest("image_features", image_features, "class_features", class_features, 1)
     return Classification(found.indices.squeeze(1), found.scores.squeeze(1))
 
 
@@ -80,10 +80,10 @@ def retrieve(queries: Tensor, corpus: Tensor, k: int) -> Retrieval:
         >>> fastntxent.retrieve(torch.tensor([[2.0, 0.0]]), corpus, k=2)
         Retrieval(scores=tensor([[1., 1.]]), indices=tensor([[0, 2]]))
     """
-    return _search("queries", queries, "corpus", corpus, k)
+    return _find_nearest("queries", queries, "corpus", corpus, k)
 
 
-def _search(q_name: str, queries: Tensor, c_name: str, corpus: Tensor, k: int) -> Retrieval:
+def _find_nearest(q_name: str, queries: Tensor, c_name: str, corpus: Tensor, k: int) -> Retrieval:
     check_rows(q_name, queries)
     check_rows(c_name, corpus)
     check_same(q_name, queries, c_name, corpus, "dtype", "device")

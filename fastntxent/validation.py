@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from numbers import Integral, Real
 
 import torch
@@ -18,6 +19,21 @@ from .options import REDUCTIONS
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ID_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 MOST_ROWS = 2**31 - 1  # of a loss, in all of its views: what the kernels count in 32 bits
+
+# The interval of each number that a loss takes, as it is written: a square bracket includes that end.
+_INTERVALS = {
+    "a_0": ("[", 0, 1, "]"),
+    "alpha": ("[", 0, 1, "]"),
+    "beta": ("[", 0, math.inf, ")"),
+    "hardness_strength": ("[", 0, math.inf, ")"),
+    "label_smoothing": ("[", 0, 1, ")"),
+    "lam": ("(", 0, 1, ")"),
+    "margin": ("(", -math.inf, math.inf, ")"),
+    "max_logit_scale": ("(", 0, math.inf, ")"),
+    "q": ("(", 0, 1, "]"),
+    "relative_margin": ("[", 0, 1, "]"),
+    "tau_plus": ("[", 0, 1, ")"),
+}
 
 
 def check_tensor(name: str, value: object) -> None:
@@ -38,13 +54,14 @@ def check_rows(name: str, rows: Tensor, *, may_be_empty: bool = False) -> None:
         raise ValueError(f"{name} must have 2 dimensions (rows, features), got shape {tuple(rows.shape)}")
     if (rows.shape[0] == 0 and not may_be_empty) or rows.shape[1] == 0:
         raise ValueError(f"{name} must have at least one row and one feature, got shape {tuple(rows.shape)}")
-    check_row_count(name, rows.shape[0])
+    check_row_count(rows.shape[0], name)
 
 
-def check_row_count(name: str, n_rows: int) -> None:
-    """No more than MOST_ROWS."""
+def check_row_count(n_rows: int, *names: str) -> None:
+    """No more than MOST_ROWS, of these arguments together."""
     # A compiled graph is to serve every number of rows, which a bound here would end: the kernels check it again.
     if not torch.compiler.is_compiling() and n_rows > MOST_ROWS:
+        name = " and ".join(names) + (" together" if len(names) > 1 else "")
         raise ValueError(f"{name} must have at most {MOST_ROWS} rows, got {n_rows}")
 
 
@@ -53,7 +70,7 @@ def check_views(z_i: Tensor, z_j: Tensor, *, may_be_empty: bool = False) -> None
     check_rows("z_i", z_i, may_be_empty=may_be_empty)
     check_rows("z_j", z_j, may_be_empty=may_be_empty)
     check_same("z_i", z_i, "z_j", z_j, "shape", "dtype", "device")
-    check_row_count("z_i and z_j together", 2 * z_i.shape[0])
+    check_row_count(2 * z_i.shape[0], "z_i", "z_j")
 
 
 def check_same(a_name: str, a: Tensor, b_name: str, b: Tensor, *attributes: str) -> None:
@@ -103,9 +120,7 @@ def check_temperature(
         for extreme in extremes(temperature) or ():  # NaN if there is one
             check_positive(name, extreme)
         return temperature
-    number = check_number(name, temperature, "a float or a 0-d tensor")
-    check_positive(name, number)
-    return number
+    return check_positive_number(name, temperature, "a float or a 0-d tensor")
 
 
 def extremes(x: Tensor) -> tuple[float, float] | None:
@@ -143,12 +158,40 @@ def check_factor(name: str, value: Tensor, rows: Tensor | None) -> None:
 
 
 def check_number(name: str, value: object, expected: str = "a number") -> float:
-    """A real number, and not True or False. Return it as a Python number: NumPy's have arithmetic of their own."""
-    if type(value) in (int, float):
-        return value  # type: ignore[return-value]
+    """A real number in the range of a float, and not True or False. Return it as a Python number: NumPy's have
+    arithmetic of their own."""
+    if type(value) is float:
+        return value
+    integer = value if type(value) is int else None
+    if integer is not None and torch.compiler.is_compiling():  # it may be symbolic, and then has 64 bits
+        return integer
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # of an int or a Fraction; Python may refuse to print one so long
+        largest = sys.float_info.max
+        raise ValueError(
+            f"{name} must be from {-largest:.2g} to {largest:.2g}, got {type(value).__name__} beyond"
+        ) from None
+    return number if integer is None else integer
+
+
+def check_bias(name: str, bias: float | Tensor, rows: Tensor | None = None) -> float | Tensor:
+    """A finite number, or a 0-d floating tensor in host memory or on the rows' device. Return it, as a Python number
+    where it is one."""
+    if not isinstance(bias, Tensor):
+        bias = check_number(name, bias, "a float or a 0-d tensor")
+        values: tuple[float, ...] = (bias,)
+    else:
+        check_factor(name, bias, rows)
+        if bias.ndim != 0:
+            raise ValueError(f"{name} must be a 0-d tensor, got shape {tuple(bias.shape)}")
+        values = extremes(bias) or ()
+    for value in values:
+        if not -math.inf < value < math.inf:
+            raise ValueError(f"{name} must be finite, got {value}")
+    return bias
 
 
 def check_integer(name: str, value: object, least: int) -> int:
@@ -160,14 +203,14 @@ def check_integer(name: str, value: object, least: int) -> int:
     return operator.index(value)
 
 
-def check_in_range(name: str, value: float, low: float, high: float, *, with_low: bool, with_high: bool) -> float:
-    """A number of an interval, its ends included or not. Return it as `check_number` does."""
+def check_parameter(name: str, value: float) -> float:
+    """Check a loss's parameter against its interval, and return it as `check_number` does."""
+    left, low, high, right = _INTERVALS[name]
     value = check_number(name, value)
-    above = low <= value if with_low else low < value
-    below = value <= high if with_high else value < high
+    above = low <= value if left == "[" else low < value
+    below = value <= high if right == "]" else value < high
     if not (above and below):
-        interval = f"{'[' if with_low else '('}{low:g}, {high:g}{']' if with_high else ')'}"
-        raise ValueError(f"{name} must be in {interval}, got {value}")
+        raise ValueError(f"{name} must be in {left}{low:g}, {high:g}{right}, got {value}")
     return value
 
 
@@ -181,6 +224,13 @@ def check_positive(name: str, value: float) -> None:
     """A number above zero, neither infinite nor NaN."""
     if not 0 < value < math.inf:  # comparisons alone: torch.compile traces them with a symbolic value
         raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def check_positive_number(name: str, value: object, expected: str = "a number") -> float:
+    """A number above zero, neither infinite nor NaN. Return it as `check_number` does."""
+    number = check_number(name, value, expected)
+    check_positive(name, number)
+    return number
 
 
 def check_reduction(reduction: str) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import fastntxent as fx
 from fastntxent.compat import (
+    gist,
     info_nce,
     lightly,
     open_clip,
@@ -41,6 +42,10 @@ def rows(n: int) -> Tensor:
     return torch.randn(n, D, requires_grad=True)
 
 
+def learnt(value: float) -> Tensor:
+    return torch.tensor(value, requires_grad=True)
+
+
 def one(n: int) -> tuple[Tensor, ...]:
     return (rows(n),)
 
@@ -51,6 +56,15 @@ def views(n: int) -> tuple[Tensor, ...]:
 
 def three(n: int) -> tuple[Tensor, ...]:
     return rows(n), rows(n), rows(n)
+
+
+def taught(n: int) -> tuple[Tensor, ...]:
+    """Towers and a teacher's, without a gradient and of another width."""
+    return *views(n), torch.randn(n, D + 2), torch.randn(n, D + 2)
+
+
+def captioned(n: int) -> tuple[Tensor, ...]:
+    return *views(n), torch.randn(n, 3, 7, requires_grad=True), torch.randint(0, 7, (n, 3))
 
 
 def with_ids(n: int) -> tuple[Tensor, ...]:
@@ -111,6 +125,11 @@ def of_pairs(cls: Callable[..., nn.Module]) -> Callable[..., Callable[..., Any]]
     return make
 
 
+def several_towers(**options: Any) -> Callable[..., Any]:
+    loss = fx.MultiCLIPLoss(learn_temperature=False, **options)
+    return lambda *z: loss(z)
+
+
 def of_columns(**options: Any) -> Callable[..., Callable[..., Any]]:
     def make() -> Callable[..., Any]:
         loss = sentence_transformers.MultipleNegativesRankingLoss(None, **options)
@@ -127,6 +146,18 @@ _pml = pytorch_metric_learning
 CALLS: dict[str, Call] = {
     **{name: Call(of(getattr(fx, name)), views) for name in ("nt_xent", "dcl", "dclw", "rince", "macl", "info_nce")},
     "clip": Call(of(fx.clip), views),
+    "distill": Call(of(fx.distill), taught),
+    "distill temperature": Call(of(fx.distill, teacher_temperature=0.2), taught),
+    "guided_info_nce": Call(of(fx.guided_info_nce), taught),
+    "guided_info_nce negatives": Call(
+        lambda **o: lambda *z: fx.guided_info_nce(*z[:4], negatives=z[4], guide_negatives=z[5], margin=0.1, **o),
+        lambda n: (*taught(n), rows(n + 1), torch.randn(n + 1, D + 2)),
+    ),
+    "siglip": Call(of(fx.siglip, bias=-1.0), views),
+    "siglip ids": Call(with_ids_last("siglip", bias=-1.0), with_ids),
+    "siglip bias": Call(lambda **o: lambda a, b, c: fx.siglip(a, b, bias=c, **o), lambda n: (*views(n), learnt(-1.0))),
+    "nt_logistic": Call(of(fx.nt_logistic), views),
+    "nt_logistic ids": Call(with_ids_last("nt_logistic", bias=-1.0), with_ids),
     "debiased": Call(of(fx.debiased, **_debiased), views),
     "hard_negative": Call(of(fx.hard_negative, **_hard), views),
     "hard_negative undebiased": Call(of(fx.hard_negative, tau_plus=0.0, beta=0.5), views),
@@ -140,6 +171,10 @@ CALLS: dict[str, Call] = {
     "sup_con": Call(of(fx.sup_con), labelled),
     "sup_con in": Call(of(fx.sup_con, form="in"), labelled),
     "sup_con pairs": Call(of(fx.sup_con, form="pairs"), labelled),
+    "sup_con weights": Call(
+        lambda **o: lambda z, labels, weights: fx.sup_con(z, labels, pair_weights=weights, **o),
+        lambda n: (*labelled(n), torch.rand(n, n)),
+    ),
     "sup_con several": Call(of(fx.sup_con), lambda n: (rows(n), torch.rand(n, 3) < 0.5)),
     "info_nce shared": Call(
         lambda **o: lambda a, b, c: fx.info_nce(a, b, negatives=c, in_batch_negatives=True, hardness_strength=0.5, **o),
@@ -148,6 +183,31 @@ CALLS: dict[str, Call] = {
     "info_nce own": Call(
         lambda **o: lambda a, b, c: fx.info_nce(a, b, negatives=c, label_smoothing=0.1, **o),
         lambda n: (*views(n), torch.randn(n, 3, D, requires_grad=True)),
+    ),
+    "nt_xent margin": Call(of(fx.nt_xent, margin=0.1), views),
+    "nt_xent margin ceiling": Call(of(fx.nt_xent, relative_margin=0.1, ceiling=0.3), views),
+    "clip margin": Call(of(fx.clip, margin=0.1), views),
+    "sup_con ceiling": Call(of(fx.sup_con, ceiling=0.1), labelled),
+    "clip same_id": Call(with_ids_last("clip", positives="same_id", form="in"), with_ids),
+    "info_nce same_id": Call(with_ids_last("info_nce", positives="same_id"), with_ids),
+    "multi_clip": Call(lambda **o: lambda *z: fx.multi_clip(z, **o), three),
+    "matryoshka": Call(lambda **o: lambda a, b: fx.matryoshka(fx.nt_xent, a, b, dims=[2, 4], **o), views),
+    "MultiCLIPLoss": Call(several_towers, three),
+    "MatryoshkaLoss": Call(lambda **o: fx.MatryoshkaLoss(fx.NTXentLoss(**o), dims=[2, 4]), views),
+    "lightly.MACLLoss": Call(module(lightly.MACLLoss), views, reduction=False),
+    **{
+        f"solo_learn.{name}": Call(of(getattr(solo_learn, name)), views, reduction=False)
+        for name in ("mocov3_loss_func", "nnclr_loss_func")
+    },
+    "solo_learn.mocov2plus_loss_func": Call(
+        lambda **o: lambda a, b, queue: solo_learn.mocov2plus_loss_func(a, b, queue, **o),
+        lambda n: (*views(n), torch.randn(D, n + 2)),
+        reduction=False,
+    ),
+    "solo_learn.ressl_loss_func": Call(
+        lambda temperature: lambda a, b, queue: solo_learn.ressl_loss_func(a, b, queue, temperature, temperature / 2),
+        lambda n: (rows(n), torch.randn(n, D), torch.randn(n + 2, D)),
+        reduction=False,
     ),
     "clip smoothed": Call(with_ids_last("clip", label_smoothing=0.1), with_ids),
     "NTXentLoss": Call(module(fx.NTXentLoss), views),
@@ -162,6 +222,11 @@ CALLS: dict[str, Call] = {
     "SupConLoss": Call(module(fx.SupConLoss), labelled),
     "InfoNCELoss": Call(module(fx.InfoNCELoss), views),
     "CLIPLoss": Call(module(fx.CLIPLoss, learn_temperature=False), views),
+    "DistillLoss": Call(module(fx.DistillLoss, teacher_temperature=0.2), taught),
+    "GuidedInfoNCELoss": Call(module(fx.GuidedInfoNCELoss, margin=0.1), taught),
+    "SigLIPLoss": Call(module(fx.SigLIPLoss, bias=-1.0, learn_temperature=False), views),
+    "SigLIPLoss learnt": Call(module(fx.SigLIPLoss, bias=-1.0), views, temperature=False),
+    "NTLogisticLoss": Call(module(fx.NTLogisticLoss), views),
     "CLIPLoss learnt": Call(module(fx.CLIPLoss), views, temperature=False),
     "QueueInfoNCELoss": Call(module(fx.QueueInfoNCELoss, 16, D), views),
     "neg_lse": Call(lambda temperature: lambda u, ids: fx.neg_lse(u, ids, temperature), labelled, reduction=False),
@@ -176,6 +241,13 @@ CALLS: dict[str, Call] = {
     "split_views": Call(of(fx.split_views, layout="interleaved"), lambda n: (rows(2 * n),), False, False),
     "retrieve": Call(of(fx.retrieve, k=2), views, False, False),
     "zero_shot_classify": Call(of(fx.zero_shot_classify), lambda n: (rows(n), rows(3)), False, False),
+    "gist.GISTEmbedLoss": Call(
+        lambda temperature: (
+            lambda a, b, c, d: gist.GISTEmbedLoss(None, None, temperature).compute_loss_from_embeddings([a, b], [c, d])
+        ),
+        taught,
+        reduction=False,
+    ),
     "info_nce.InfoNCE": Call(module(info_nce.InfoNCE), views),
     "info_nce.info_nce": Call(of(info_nce.info_nce), views),
     "lightly.NTXentLoss": Call(module(lightly.NTXentLoss), views, reduction=False),
@@ -187,6 +259,26 @@ CALLS: dict[str, Call] = {
     "lightly.negative_mises_fisher_weights": Call(of(lightly.negative_mises_fisher_weights), views, False, False),
     "open_clip.ClipLoss": Call(
         lambda temperature: lambda a, b: open_clip.ClipLoss()(a, b, logit_scale=temperature), views, reduction=False
+    ),
+    "open_clip.ClipLoss ids": Call(
+        lambda temperature: lambda a, b, ids: open_clip.ClipLoss()(a, b, logit_scale=temperature, ids=ids),
+        with_ids,
+        reduction=False,
+    ),
+    "open_clip.DistillClipLoss": Call(
+        lambda temperature: lambda a, b, c, d: open_clip.DistillClipLoss()(a, b, temperature, c, d, 2.0),
+        taught,
+        reduction=False,
+    ),
+    "open_clip.CoCaLoss": Call(
+        lambda temperature: lambda *tensors: sum(open_clip.CoCaLoss(2.0, 1.0)(*tensors, logit_scale=temperature)),
+        captioned,
+        reduction=False,
+    ),
+    "open_clip.SigLipLoss": Call(
+        lambda temperature: lambda a, b: open_clip.SigLipLoss()(a, b, logit_scale=temperature, logit_bias=-1.0),
+        views,
+        reduction=False,
     ),
     "pytorch_metric_learning.NTXentLoss": Call(module(_pml.NTXentLoss), labelled, reduction=False),
     "pytorch_metric_learning.NTXentLoss references": Call(of_references(_pml.NTXentLoss), two_sets, reduction=False),
@@ -201,6 +293,12 @@ CALLS: dict[str, Call] = {
         lambda **o: _pml.DistributedLossWrapper(_pml.SupConLoss(**o)), labelled, reduction=False
     ),
     "sentence_transformers.MultipleNegativesRankingLoss": Call(of_columns(), three, False, False),
+    "sentence_transformers.MultipleNegativesRankingLoss ids": Call(
+        lambda: lambda a, b, ids: sentence_transformers.MultipleNegativesRankingLoss(None)([a, b], ids=ids),
+        with_ids,
+        False,
+        False,
+    ),
     "sentence_transformers.MultipleNegativesRankingLoss directions": Call(
         of_columns(directions=sentence_transformers.DIRECTIONS, hardness_mode="all_negatives", hardness_strength=0.5),
         three,
@@ -262,10 +360,14 @@ NO_CALLS = {
         "Verdict",
         "backends",
         "verify",
+        "warm_up",
     ),
     "NegativeQueue",  # QueueInfoNCELoss has one
     "pytorch_metric_learning.CrossBatchMemory",  # asks the device how many of its rows are held
     "cached_backward",  # runs an encoder and a backward
+    "sentence_transformers.CachedMultipleNegativesRankingLoss",  # and so do these
+    "sentence_transformers.CachedMultipleNegativesSymmetricRankingLoss",
+    "gist.CachedGISTEmbedLoss",
     *("simclr.ContrastiveLoss", "torchmultimodal.ContrastiveLossOutput"),
     *("torchmultimodal.BackpropType", "torchmultimodal.DEFAULT_LOGIT_SCALE"),
 }

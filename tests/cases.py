@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,10 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastntxent import backends, budget, cross_neg_lse, neg_lse, nt_xent
+from fastntxent import backends, cross_neg_lse, error_budget, neg_lse, nt_xent, ops
+from fastntxent.algebra import accumulation_dtype, norm_eps
+from tests import dense
 
 blocked = importlib.import_module("fastntxent.backends.blocked")
-TILE = blocked._BLOCK_CPU
+tiling = importlib.import_module("fastntxent.backends.tiling")
+TILE = tiling.BLOCK_CPU
 
 # Every backend that can be called here runs every case of the suite.
 # Those of cuda and triton are in files of their own: they want a GPU, or take a minute for what others do in a second.
@@ -103,7 +106,7 @@ def evaluate(batch: Batch, backend: str, *, upstream: Tensor | None = None, redu
 def assert_within_budget(
     batch: Batch, backend: str, *, upstream: Tensor | None = None, reduction: str = "mean"
 ) -> None:
-    """Loss and gradients of a backend against the oracle, within `fastntxent.budget`."""
+    """Loss and gradients of a backend against the oracle, within `fastntxent.error_budget`."""
     options = {"upstream": upstream, "reduction": reduction}
     check_results(
         evaluate(batch, backend, **options),
@@ -124,9 +127,9 @@ def check_results(result: Result, same_precision: Result, truth: Result, batch: 
     scale = float(((1 - torch.exp(-losses)) * weights).abs().sum()) * largest / batch.temperature**2
     for name, value, same, true in zip(Result._fields, result, same_precision, truth, strict=True):
         name_scale = scale if name == "d_temperature" else 0.0
-        errors, reference = (budget.measure(x, true, scale=name_scale) for x in (value, same))
+        errors, reference = (error_budget.errors_of(x, true, scale=name_scale) for x in (value, same))
         output_dtype = value.dtype if name in ("d_z_i", "d_z_j") else None
-        limit = budget.allowed(reference, batch.z_i.dtype, largest / batch.temperature, output_dtype=output_dtype)
+        limit = error_budget.allowed(reference, batch.z_i.dtype, largest / batch.temperature, output_dtype=output_dtype)
         assert errors.within(limit), f"{name}: {errors}, allowed {limit}, reference {reference}"
 
 
@@ -138,20 +141,20 @@ def assert_arrays_within_budget(
     logit_size: float,
     scales: Sequence[float] | None = None,
 ) -> None:
-    """Each result within `fastntxent.budget`; `scales` as in `budget.measure`, where a result may cancel."""
+    """Each result within the error budget; `scales` as in `error_budget.errors_of`, where a result may cancel."""
     scales = [0.0] * len(values) if scales is None else scales
     for index, (value, same, true, scale) in enumerate(zip(values, same_precision, truths, scales, strict=True)):
-        errors, reference = (budget.measure(x.detach(), true.detach(), scale=scale) for x in (value, same))
-        limit = budget.allowed(reference, dtype, logit_size, output_dtype=value.dtype)
+        errors, reference = (error_budget.errors_of(x.detach(), true.detach(), scale=scale) for x in (value, same))
+        limit = error_budget.allowed(reference, dtype, logit_size, output_dtype=value.dtype)
         assert errors.within(limit), f"result {index}: {errors}, allowed {limit}, reference {reference}"
 
 
 def assert_within_rounding(value: Tensor, truth: Tensor, logit_size: float, *, times: float = 1.0) -> None:
     """A float32 result within the budget's floor alone, or `times` it: for accuracy that a formula shared with the
     reference could lose."""
-    errors = budget.measure(value.detach(), truth.detach())
-    floor = budget.allowed(budget.Errors(0.0, 0.0), torch.float32, logit_size)
-    limit = budget.Errors(times * floor.maximum, times * floor.rms)
+    errors = error_budget.errors_of(value.detach(), truth.detach())
+    floor = error_budget.allowed(error_budget.Errors(0.0, 0.0), torch.float32, logit_size)
+    limit = error_budget.Errors(times * floor.maximum, times * floor.rms)
     assert errors.within(limit), f"{errors}, allowed {limit}"
 
 
@@ -164,6 +167,49 @@ def assert_gradient_within_rounding(batch: Batch, backend: str) -> None:
     value, true = evaluate(batch, backend), evaluate(batch.map(Tensor.double), "reference")
     gradient, true_gradient = (torch.cat((result.d_z_i, result.d_z_j)) for result in (value, true))
     assert_within_rounding(gradient, true_gradient, logit_size)
+
+
+def towers_result(
+    batch: Batch,
+    both: bool,
+    mean: bool,
+    needs: Sequence[bool],
+    loss: Callable[..., Tensor],
+    dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
+    """A loss of two towers, and its gradients in those that need one and in the inverse temperature."""
+    z = [z.to(dtype, copy=True).requires_grad_(need) for z, need in zip((batch.z_i, batch.z_j), needs, strict=True)]
+    k = torch.tensor(1 / batch.temperature, dtype=accumulation_dtype(dtype)).to(batch.z_i.device).requires_grad_()
+    value = loss(*z, k, batch.normalize, both, mean)
+    return value.detach(), *torch.autograd.grad(value, [x for x in (*z, k) if x.requires_grad])
+
+
+def assert_towers_within_budget(
+    batch: Batch, backend: str, *, both: bool, mean: bool = True, needs: Sequence[bool] = (True, True)
+) -> None:
+    """Loss and gradients of the scalar path of two towers against the dense formula."""
+    eps, options = norm_eps(batch.z_i.dtype), (both, mean, needs)
+    losses: list[Tensor] = []
+
+    def formula(z_i: Tensor, z_j: Tensor, k: Tensor, normalize: bool, both: bool, mean: bool) -> Tensor:
+        u, v = (F.normalize(z.to(k.dtype), dim=1, eps=eps) if normalize else z.to(k.dtype) for z in (z_i, z_j))
+        losses.append(dense.towers(u, v, k, both))
+        return losses[-1].mean() if mean else losses[-1].sum()
+
+    def scalar(*arguments: Any) -> Tensor:
+        return ops.info_nce_scalar(*arguments, backend)
+
+    value = towers_result(batch, *options, scalar, batch.z_i.dtype)
+    same = towers_result(batch, *options, formula, batch.z_i.dtype)
+    truth = towers_result(batch, *options, formula, torch.float64)
+    longest = [1.0 if batch.normalize else float(z.double().norm(dim=1).max()) for z in (batch.z_i, batch.z_j)]
+    largest = longest[0] * longest[1]
+    # The gradient in k is a sum of differences of similarities, which can cancel to nothing: errors are relative to the
+    # sum of their sizes.
+    weights = 1 - torch.exp(-losses[-1].detach())
+    size = float(weights.mean() if mean else weights.sum()) * largest
+    scales = [0.0] * (len(value) - 1) + [size]
+    assert_arrays_within_budget(value, same, truth, batch.z_i.dtype, largest / batch.temperature, scales)
 
 
 def group_ids(name: str, M: int, K: int = 0) -> tuple[Tensor, Tensor]:
@@ -241,6 +287,22 @@ def assert_cross_neg_lse_within_budget(
     size = float(sum(w.abs().sum() for w in weights)) / temperature
     scales = 1, 1, size / (4 * M), size / (4 * K), size / (4 * temperature)
     assert_arrays_within_budget(value, same, truth, torch.float32, 1 / temperature, scales)
+
+
+def drift(backend: str, device: str = "cpu") -> float:
+    """Relative error of a float32 gradient over 8,192 columns that have a direction in common: none of the terms of its
+    sums cancel, and sums that are rounded toward zero lose at every step."""
+    generator = torch.Generator().manual_seed(3)
+    u, v = (F.normalize(torch.randn(n, 64, generator=generator) + 1, dim=1).to(device) for n in (32, 8192))
+    ids = torch.arange(32, device=device), torch.arange(32, 32 + 8192, device=device)
+
+    def gradient(name: str, dtype: torch.dtype) -> Tensor:
+        rows = u.to(dtype, copy=True).requires_grad_()
+        nu, _ = cross_neg_lse(rows, v.to(dtype), *ids, 0.5, backend=name)
+        return torch.autograd.grad(nu.sum(), rows)[0].double()
+
+    value, true = gradient(backend, torch.float32), gradient("reference", torch.float64)
+    return float((value - true).norm() / true.norm())
 
 
 def _weighted(nu: Tensor, weights: Tensor) -> Tensor:

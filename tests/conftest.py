@@ -2,10 +2,14 @@
 
 import os
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # tests run beside each other: one thread for each, before torch counts cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
 from benchmarks import instruction_set
+from tests import tensor_cores
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -19,9 +23,12 @@ def same_draws_every_time():
 def pytest_addoption(parser):
     text = "hold the CPU kernels to it, in the processes that tests start too (best: the fastest that this machine has)"
     parser.addoption("--instruction-set", choices=("best", *instruction_set.NAMES), default="best", help=text)
+    text = "whose tensor cores Triton's interpreter and the emulated CUDA device round as, where a test does not say"
+    parser.addoption("--tensor-cores", choices=tuple(tensor_cores.CHIPS), default=tensor_cores.chosen, help=text)
 
 
 def pytest_configure(config):
+    tensor_cores.chosen = config.getoption("--tensor-cores")
     name = config.getoption("--instruction-set")
     if name == "best":
         return

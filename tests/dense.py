@@ -5,6 +5,9 @@ Each takes embeddings (normalised already), the temperature, and returns the los
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -104,6 +107,21 @@ def sup_con(u: Tensor, tau: Tensor, labels: Tensor, form: str) -> Tensor:
     return torch.stack(losses)
 
 
+def weighted_sup_con(u: Tensor, tau: Tensor, labels: Tensor, pair_weights: Tensor) -> Tensor:
+    """Of each row the cross-entropy of its softmax over the others with their weights; 0 where all of them are 0."""
+    logits = u @ u.T / tau
+    losses = []
+    for i in range(len(u)):
+        others = torch.tensor([j for j in range(len(u)) if j != i], dtype=torch.long)
+        weights = pair_weights[labels[i], labels[others]].to(u.dtype)
+        if not weights.any():
+            losses.append(0 * logits[i, i])
+            continue
+        targets = weights / weights.sum()
+        losses.append(-(targets * torch.log_softmax(logits[i, others], dim=0)).sum())
+    return torch.stack(losses)
+
+
 def info_nce(
     query: Tensor,
     key: Tensor,
@@ -135,3 +153,158 @@ def clip(image: Tensor, text: Tensor, tau: Tensor, ids: Tensor | None = None, sm
     one = info_nce(image, text, tau, ids=ids, smoothing=smoothing)
     other = info_nce(text, image, tau, ids=ids, smoothing=smoothing)
     return (one + other) / 2
+
+
+def distill(image: Tensor, text: Tensor, tau: Tensor, t_image: Tensor, t_text: Tensor, t_tau: float | Tensor) -> Tensor:
+    """Half of each image's cross-entropy with the teacher's softmax over the texts, and half of each text's."""
+    logits, targets = image @ text.T / tau, t_image @ t_text.T / t_tau
+
+    def direction(logits: Tensor, targets: Tensor) -> Tensor:
+        return -(targets.softmax(dim=1) * logits.log_softmax(dim=1)).sum(dim=1)
+
+    return (direction(logits, targets) + direction(logits.T, targets.T)) / 2
+
+
+def guided(
+    query: Tensor,
+    key: Tensor,
+    *rest: Tensor,
+    guide: Sequence[Tensor],
+    margin: float = 0.0,
+    relative: bool = False,
+    anchors: bool = True,
+    positives: bool = True,
+) -> Tensor:
+    """`rest`: the negatives if there are any, and the temperature. `guide`: of query, key and negatives."""
+    *negatives, tau = rest
+    losses = []
+    for n in range(len(query)):
+        threshold = guide[0][n] @ guide[1][n]
+        threshold = threshold - margin * (threshold.abs() if relative else 1)
+        candidates = [(query, guide[0], j, key, guide[1]) for j in range(len(key)) if j != n]
+        if anchors:
+            candidates += [(query, guide[0], j, query, guide[0]) for j in range(len(key)) if j != n]
+        if positives:
+            candidates += [(key, guide[1], j, key, guide[1]) for j in range(len(key)) if j != n]
+        for each in negatives:
+            candidates += [(query, guide[0], j, each, guide[2]) for j in range(len(each))]
+        sims = [
+            rows[n] @ cols[j] for rows, g_rows, j, cols, g_cols in candidates if not g_rows[n] @ g_cols[j] > threshold
+        ]
+        logits = torch.stack([query[n] @ key[n], *sims]) / tau
+        losses.append(F.cross_entropy(logits, torch.tensor(0)))
+    return torch.stack(losses)
+
+
+def siglip(image: Tensor, text: Tensor, tau: Tensor, bias: float | Tensor, ids: Tensor | None = None) -> Tensor:
+    """Of each image a binary cross-entropy with each text, whether the two belong together."""
+    groups = torch.arange(len(image)) if ids is None else ids
+    together = (groups[:, None] == groups).to(image.dtype)
+    logits = image @ text.T / tau + bias
+    return F.binary_cross_entropy_with_logits(logits, together, reduction="none").sum(dim=1)
+
+
+def nt_logistic(u: Tensor, tau: Tensor, bias: float | Tensor, ids: Tensor | None = None) -> Tensor:
+    """Of two views (2, N, D): for each row a binary cross-entropy with its positive, and with each negative."""
+    N = u.shape[1]
+    rows, groups = u.flatten(0, 1), (torch.arange(N) if ids is None else ids).repeat(2)
+    logits = rows @ rows.T / tau + bias
+    losses = []
+    for i in range(2 * N):
+        negatives = logits[i, groups != groups[i]]
+        positive = logits[i, (i + N) % (2 * N)]
+        losses.append(-F.logsigmoid(positive) - F.logsigmoid(-negatives).sum())
+    return torch.stack(losses)
+
+
+def limited(u: Tensor, tau: Tensor, ids: Tensor | None = None, **limits: float) -> Tensor:
+    """Of views (V, N, D) the mean over a row's positives of a cross-entropy among that one and the negatives that are
+    not too similar, by the least similar positive."""
+    V, N, _ = u.shape
+    rows = u.flatten(0, 1)
+    sims = rows @ rows.T
+    sample = torch.arange(N).repeat(V)
+    group = sample if ids is None else ids.repeat(V)
+    losses = []
+    for i in range(V * N):
+        positives = [j for j in range(V * N) if j != i and sample[j] == sample[i]]
+        limit = limit_of(sims[i, positives].min(), **limits)
+        logits = sims[i] / (tau[i] if tau.ndim else tau)
+        negatives = ((group != group[i]) & (sims[i] <= limit)).nonzero().flatten().tolist()
+        terms = [F.cross_entropy(logits[[p, *negatives]], torch.tensor(0)) for p in positives]
+        losses.append(torch.stack(terms).mean())
+    return torch.stack(losses)
+
+
+def limit_of(
+    positive: Tensor, margin: float | None = None, relative_margin: float | None = None, ceiling: float | None = None
+) -> Tensor:
+    limit = torch.tensor(torch.inf, dtype=positive.dtype)
+    if margin is not None:
+        limit = positive.detach() - margin
+    if relative_margin is not None:
+        limit = positive.detach() * (1 - relative_margin)
+    return limit if ceiling is None else limit.clamp_max(ceiling)
+
+
+def limited_info_nce(
+    query: Tensor, key: Tensor, tau: Tensor, ids: Tensor | None = None, negatives: Tensor | None = None, **limits: float
+) -> Tensor:
+    groups = torch.arange(len(key)) if ids is None else ids
+    losses = []
+    for n in range(len(query)):
+        t, positive = tau[n] if tau.ndim else tau, query[n] @ key[n]
+        limit = limit_of(positive, **limits)
+        sims = key[groups != groups[n]] @ query[n]
+        if negatives is not None:
+            sims = torch.cat((sims, (negatives[n] if negatives.ndim == 3 else negatives) @ query[n]))
+        logits = torch.cat((positive[None], sims[sims <= limit])) / t
+        losses.append(F.cross_entropy(logits, torch.tensor(0)))
+    return torch.stack(losses)
+
+
+def limited_sup_con(u: Tensor, tau: Tensor, labels: Tensor, form: str, ceiling: float) -> Tensor:
+    """0 for a row without a positive."""
+    sims = u @ u.T
+    losses = []
+    for i in range(len(u)):
+        others = torch.arange(len(u)) != i
+        positives = sims[i, others & (labels == labels[i])] / tau
+        negatives = sims[i, (labels != labels[i]) & (sims[i] <= ceiling)] / tau
+        if not len(positives):
+            losses.append(0 * sims[i, i] / tau)
+        elif form == "pairs":
+            terms = [torch.logsumexp(torch.cat((p[None], negatives)), dim=0) - p for p in positives]
+            losses.append(torch.stack(terms).mean())
+        else:
+            everything = torch.logsumexp(torch.cat((positives, negatives)), dim=0)
+            of_positives = torch.logsumexp(positives, dim=0) - math.log(len(positives))
+            losses.append(everything - (positives.mean() if form == "out" else of_positives))
+    return torch.stack(losses)
+
+
+def several(u: Tensor, v: Tensor, tau: Tensor, ids: Tensor, form: str) -> Tensor:
+    """Of each row of u the cross-entropy against all rows of v, with all those of its id as positives."""
+    logits = u @ v.T / tau
+    losses = []
+    for i in range(len(u)):
+        log_probabilities = torch.log_softmax(logits[i], dim=0)[ids == ids[i]]
+        if form == "out":
+            losses.append(-log_probabilities.mean())
+        else:
+            losses.append(-(torch.logsumexp(log_probabilities, dim=0) - math.log(len(log_probabilities))))
+    return torch.stack(losses)
+
+
+def towers(u: Tensor, v: Tensor, k: Tensor, both: bool) -> Tensor:
+    """InfoNCE from u to v, or half of that and half of the other direction (CLIP), at the inverse temperature k: in the
+    form that keeps its digits, however small the losses are."""
+    N = len(u)
+    logits = k * (u @ v.T)
+    pos, others = logits.diagonal(), ~torch.eye(N, dtype=torch.bool, device=u.device)
+
+    def direction(logits: Tensor) -> Tensor:
+        nu = torch.logsumexp(logits[others].view(N, N - 1), dim=1)
+        return 0 - F.logsigmoid(pos - nu)
+
+    return (direction(logits) + direction(logits.T)) / 2 if both else direction(logits)

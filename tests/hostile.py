@@ -26,7 +26,9 @@ def operators() -> list[str]:
     return list(contract._CALLS)
 
 
-def valid_arguments(name: str, backend: str, dtype: torch.dtype = torch.float32) -> dict[str, object]:
+def valid_arguments(
+    name: str, backend: str, dtype: torch.dtype = torch.float32, overload: str = "default"
+) -> dict[str, object]:
     """What the operator's schema asks for, consistent; the tensors that a backward takes come from the forward."""
     from fastntxent import ops
 
@@ -39,7 +41,7 @@ def valid_arguments(name: str, backend: str, dtype: torch.dtype = torch.float32)
     def numbers(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(sums)
 
-    k = torch.tensor(2.0, dtype=sums)
+    k, bias = torch.tensor(2.0, dtype=sums), torch.tensor(-1.0, dtype=sums)
     z_i, z_j, u, v = rows(N), rows(N), rows(2 * N), rows(N + 8)
     ids, v_ids = torch.arange(2 * N) // 2, torch.arange(N + 8) // 3
     two_sides = {"u": u, "v": v, "u_ids": ids, "v_ids": v_ids, "inv_tau": k}
@@ -47,20 +49,28 @@ def valid_arguments(name: str, backend: str, dtype: torch.dtype = torch.float32)
         "z_i": z_i, "z_j": z_j, "ids": ids, **two_sides,
         "rows": v, "row_ids": v_ids, "held": torch.tensor(7), "weights": numbers(2 * N), "d_loss": numbers(),
         "d_sum": numbers(2 * N) if name == "positive_sum_backward" else numbers(), "d_u": numbers(2 * N, D),
+        "d_v": numbers(N + 8, D), "t_u": rows(2 * N)[:, 8:], "t_v": rows(N + 8)[:, 8:], "rows_lse": numbers(2 * N) + 3,
+        "cols_lse": numbers(N + 8) + 3, "g_u": rows(2 * N)[:, 8:], "g_v": rows(N + 8)[:, 8:], "limits": numbers(2 * N),
         "d_z_i": numbers(N, D), "d_z_j": numbers(N, D), "d_inv_tau": numbers(), "d_neg_lse": numbers(2 * N),
         "d_pos": numbers(2 * N), "d_lse": numbers(2 * N), "d_rows": numbers(2 * N), "d_cols": numbers(N + 8),
-        "nu": numbers(2 * N), "normalize": True, "mean": True, "same": False, "needs_u": True, "needs_v": True,
+        "nu": numbers(2 * N), "normalize": True, "mean": True, "both": True, "same": False, "needs_u": True,
+        "needs_v": True, "needs_i": True, "needs_j": True,
         "backend": backend, "a": torch.arange(30) % (2 * N), "b": torch.arange(30) % 7, "d_dots": numbers(30),
         "mask": torch.rand(6, N, generator=generator) > 0.5, "x": rows(N), "d_out": numbers(6, D),
-        "queries": rows(9), "corpus": v, "k": 5,
+        "against": numbers(2 * N), "d_against": numbers(2 * N),
+        "u_limits": numbers(2 * N), "v_limits": numbers(N + 8), "limit_scale": 1.0, "limit_shift": -0.1,
+        "bias": bias, "d_bias": numbers(), "positives": True, "two_views": True,
+        "queries": rows(9), "corpus": v, "k": 5, "z": u, "form": "in",
     }  # fmt: skip
     known["rows_neg_lse"], known["cols_neg_lse"] = ops.cross_neg_lse(u, v, ids, v_ids, k, "blocked")
-    known["lse"] = ops.positive_lse(u, v, ids, v_ids, k, False, "blocked")
+    known["lse"] = ops.positive_lse(u, v, ids, v_ids, k, same=False)
     two_views = name.startswith("nt_xent")
     known["neg_lse"] = (
         ops.nt_xent_rows(z_i, z_j, k, True, "blocked")[0] if two_views else ops.neg_lse(u, ids, k, "blocked")
     )
-    schema = getattr(torch.ops.fastntxent, name).default._schema
+    if overload == "float":
+        known["inv_tau"] = 2.0
+    schema = getattr(getattr(torch.ops.fastntxent, name), overload)._schema
     return {argument.name: known[argument.name] for argument in schema.arguments}
 
 
@@ -109,6 +119,13 @@ def wrong(x: Tensor) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     yield "huge", lambda: x * 2**62
 
 
+def wrong_numbers() -> Iterator[tuple[str, Callable[[], float]]]:
+    """Numbers that are no inverse temperature, or only just one."""
+    for value in (0.0, -0.0, -2.0, float("nan"), float("inf"), -float("inf"), 1e-300):
+        yield f"as {value}", lambda value=value: value
+    yield "a huge one", lambda: 1e300
+
+
 class Campaign:
     """Counts the calls, and keeps what came out wrong."""
 
@@ -118,11 +135,15 @@ class Campaign:
         self.faults: list[str] = []
 
     def run(self, name: str, dtype: torch.dtype = torch.float32) -> None:
-        arguments = valid_arguments(name, self.backend, dtype)
+        for overload in getattr(torch.ops.fastntxent, name).overloads():
+            self.run_overload(name, dtype, overload)
+
+    def run_overload(self, name: str, dtype: torch.dtype, overload: str) -> None:
+        arguments = valid_arguments(name, self.backend, dtype, overload)
         for argument, value in arguments.items():
-            if not isinstance(value, Tensor):
+            if (overload == "float" and argument != "inv_tau") or not isinstance(value, Tensor | float):
                 continue
-            for what, make in wrong(value):
+            for what, make in wrong(value) if isinstance(value, Tensor) else wrong_numbers():
                 try:
                     replacement = make()
                 except REFUSALS:  # there is no such tensor

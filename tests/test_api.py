@@ -223,6 +223,22 @@ BAD_CALLS = {
     "temperature -1": (lambda: nt_xent(Z, Z, -1), ValueError, "temperature must be positive and finite, got -1"),
     "temperature nan": (lambda: nt_xent(Z, Z, math.nan), ValueError, "got nan"),
     "temperature inf": (lambda: nt_xent(Z, Z, math.inf), ValueError, "got inf"),
+    "temperature 1e300": (
+        lambda: nt_xent(Z, Z, 1e300),
+        ValueError,
+        r"temperature must be at most 7.1e\+44, got 1e\+300",
+    ),
+    "temperature tensor 1e300": (
+        lambda: nt_xent(Z, Z, torch.tensor(1e300, dtype=torch.float64)),
+        ValueError,
+        r"temperature must be at most 7.1e\+44, got 1e\+300",
+    ),
+    "temperature 10**400": (lambda: nt_xent(Z, Z, 10**400), ValueError, r"temperature must be from .*, got int beyond"),
+    "temperature Fraction": (
+        lambda: nt_xent(Z, Z, Fraction(10**400)),
+        ValueError,
+        "temperature must be from .*, got Fraction beyond",
+    ),
     "temperature tiny": (lambda: nt_xent(Z, Z, 1e-320), ValueError, "temperature"),
     "temperature tensor 0": (lambda: nt_xent(Z, Z, torch.tensor(0.0)), ValueError, "positive and finite, got 0.0"),
     "temperature tensor nan": (lambda: nt_xent(Z, Z, torch.tensor(math.nan)), ValueError, "got nan"),
@@ -304,6 +320,7 @@ TENSORS = {
         {"u": Z, "v": Z[:2], "u_ids": IDS, "v_ids": IDS[:2], "temperature": torch.tensor(0.5)},
     ),
     "sup_con": (fastntxent.sup_con, {"z": Z, "labels": IDS % 2, "temperature": torch.tensor(0.5)}),
+    "sup_con of weights": (fastntxent.sup_con, {"z": Z, "labels": IDS % 2, "pair_weights": torch.ones(2, 2)}),
     "sup_con of several labels": (fastntxent.sup_con, {"z": Z, "labels": torch.eye(4)[:, :3].long()}),
     "clip": (
         fastntxent.clip,
@@ -585,7 +602,7 @@ for module in (fastntxent, fastntxent.compat):
 """
     subprocess.run([sys.executable, "-c", code], check=True)
     modules = {name for _, name, _ in pkgutil.iter_modules(compat.__path__)}
-    assert set(compat.__all__) == modules - {"pairs", "shared"}
+    assert set(compat.__all__) == modules - {"cached", "pairs", "shared"}
     assert set(compat.__all__) <= set(dir(compat))
 
 

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastntxent import budget, cross_neg_lse, neg_lse, nt_xent_terms, ops, split_views
-from fastntxent.backends.base import Side
+from fastntxent import cross_neg_lse, error_budget, neg_lse, nt_xent_terms, split_views
+from fastntxent.opening import open_batch
+from fastntxent.sides import Side
 from tests.cases import (
     BACKENDS,
     CUDA_KERNELS,
@@ -26,6 +27,7 @@ from tests.cases import (
     needs_cuda,
     random_batch,
     start_of_training,
+    tiling,
 )
 
 TEMPERATURES = [0.001, 0.01, 0.07, 0.5, 10.0]
@@ -167,14 +169,14 @@ def test_nt_xent_zero_rows_within_budget(backend, dtype):
     z_j[3] = 0
     z_j[8] = 0
     batch = Batch(z_i, z_j, 0.5)
-    loss, truth = budget.true_loss_and_gradient(z_i, z_j, 0.5)
+    loss, truth = error_budget.true_loss_and_gradient(z_i, z_j, 0.5)
     results = [evaluate(batch, name) for name in (backend, "reference")]
     value, same = (torch.cat((r.d_z_i, r.d_z_j)) for r in results)
     # A zero row's gradient is d_u / eps, larger than the others by 1e4 to 1e12: the two kinds are judged apart.
     zero = torch.zeros(80, dtype=torch.bool).index_fill(0, torch.tensor([3, 43, 48]), True)
     for rows in (zero, ~zero):
-        limit = budget.allowed(budget.measure(same[rows], truth[rows]), dtype, 2.0, output_dtype=dtype)
-        assert budget.measure(value[rows], truth[rows]).within(limit)
+        limit = error_budget.allowed(error_budget.errors_of(same[rows], truth[rows]), dtype, 2.0, output_dtype=dtype)
+        assert error_budget.errors_of(value[rows], truth[rows]).within(limit)
     assert float(results[0].loss) == pytest.approx(float(loss), rel=1e-6)
 
 
@@ -195,7 +197,7 @@ def test_nt_xent_huge_logits_are_no_worse_than_the_reference(backend, n, seed):
     truth = evaluate(batch.map(torch.Tensor.double), "reference")
     value, same = (torch.cat((r.d_z_i, r.d_z_j)) for r in (evaluate(batch, backend), evaluate(batch, "reference")))
     true = torch.cat((truth.d_z_i, truth.d_z_j))
-    assert budget.measure(value, true).rms < 4 * budget.measure(same, true).rms + 1e-6
+    assert error_budget.errors_of(value, true).rms < 4 * error_budget.errors_of(same, true).rms + 1e-6
 
 
 @pytest.mark.parametrize("n", [1, 5])
@@ -232,11 +234,12 @@ def test_neg_lse_sum_is_the_weighted_sum_of_neg_lse(backend, M, dtype, groups, t
     ids = torch.randint(0, groups, (M,), generator=generator)
     k = torch.tensor(1 / temperature, dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
     weights = torch.rand(M, generator=generator, dtype=k.dtype)
-    nu = ops.neg_lse(u, ids, k, backend)
+    batch = open_batch(None, "neg_lse_sum", {"u": u}, ids=ids, backend=backend)
+    nu = batch.neg_lse(u, ids, k)
     expected = (torch.where(nu == -math.inf, 0, nu) * weights).sum()
-    value = ops.neg_lse_sum(u, ids, k, weights, backend)
+    value = batch.weighted_neg_lse(u, ids, k, weights)
     with torch.no_grad():
-        torch.testing.assert_close(ops.neg_lse_sum(u, ids, k, weights, backend), value)
+        torch.testing.assert_close(batch.weighted_neg_lse(u, ids, k, weights), value)
     tolerance = {"rtol": 1e-12 if dtype == torch.float64 else 1e-5, "atol": 1e-12 if dtype == torch.float64 else 1e-5}
     torch.testing.assert_close(value, expected, **tolerance)
     for v, e in zip(torch.autograd.grad(2 * value, (u, k)), torch.autograd.grad(2 * expected, (u, k)), strict=True):
@@ -332,8 +335,8 @@ def test_nt_xent_terms_gradients_within_budget(backend, temperature):
         truth = gradients("reference", torch.float64, term)
         for v, s, t in zip(value, same, truth, strict=True):
             scale = 1 / temperature**2 if t.ndim == 0 else 0.0
-            limit = budget.allowed(budget.measure(s, t, scale=scale), torch.float32, 1 / temperature)
-            assert budget.measure(v, t, scale=scale).within(limit), term
+            limit = error_budget.allowed(error_budget.errors_of(s, t, scale=scale), torch.float32, 1 / temperature)
+            assert error_budget.errors_of(v, t, scale=scale).within(limit), term
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -346,7 +349,7 @@ def test_nt_xent_same_bits_every_time(name):
 def test_blocked_block_size_does_not_change_the_result(monkeypatch):
     batch = random_batch(50, 16, 0.1, dtype=torch.float64)
     whole = evaluate(batch, "blocked")
-    monkeypatch.setattr(blocked, "_BLOCK_CPU", 7)
+    monkeypatch.setattr(tiling, "BLOCK_CPU", 7)
     for a, b in zip(evaluate(batch, "blocked"), whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
@@ -356,14 +359,14 @@ def test_blocked_running_maximum_equals_direct(monkeypatch, temperature):
     batch = random_batch(50, 16, temperature, dtype=torch.float64)
     ones = torch.ones(100)
     direct = evaluate(batch, "blocked", reduction="none", upstream=ones)
-    monkeypatch.setattr(blocked, "_BLOCK_CPU", 16)
+    monkeypatch.setattr(tiling, "BLOCK_CPU", 16)
     monkeypatch.setattr(blocked, "_stays_in_range", lambda *_: False)
     for a, b in zip(evaluate(batch, "blocked", reduction="none", upstream=ones), direct, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
 def blocks_of(*rows):
-    return [blocked._Blocks(Side(u, torch.arange(len(u)))) for u in rows]
+    return [tiling.Blocks(Side(u, torch.arange(len(u)))) for u in rows]
 
 
 def test_blocked_forms_exponentials_directly_only_in_range():
@@ -375,13 +378,13 @@ def test_blocked_forms_exponentials_directly_only_in_range():
         (torch.nan, 10.0): False,
     }
     for (length, inv_tau), expected in in_range.items():
-        assert blocked._stays_in_range(blocks_of(unit * length), torch.tensor(inv_tau)) == expected
-        assert blocked._stays_in_range(blocks_of(unit, unit * length**2), torch.tensor(inv_tau)) == expected
-        assert blocked._stays_in_range(blocks_of(unit * length**2, unit), torch.tensor(inv_tau)) == expected
+        assert blocked._stays_in_range(blocks_of(unit * length), inv_tau) == expected
+        assert blocked._stays_in_range(blocks_of(unit, unit * length**2), inv_tau) == expected
+        assert blocked._stays_in_range(blocks_of(unit * length**2, unit), inv_tau) == expected
 
 
 def test_blocked_tiles_cover_each_pair_once(monkeypatch):
-    monkeypatch.setattr(blocked, "_BLOCK_CPU", 4)
+    monkeypatch.setattr(tiling, "BLOCK_CPU", 4)
     for M in (1, 3, 4, 5, 8, 13):
         seen = torch.zeros(M, M, dtype=torch.long)
         tiles = blocked._DirectTiles(blocks_of(torch.randn(M, 3)), torch.tensor(1.0))

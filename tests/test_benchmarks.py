@@ -49,9 +49,25 @@ def test_competitors_agree_with_the_oracle(name):
 
 def test_host_times_every_way_to_the_loss_around_an_empty_launch():
     with host.empty_launch():
-        seconds = host.measure(host.steps(), calls=2, rounds=3)
+        seconds = host.seconds_of_steps(host.steps("cuda", 8, 4), calls=2, rounds=3)
     assert list(seconds) == ["autograd alone", "nt_xent", "NTXentLoss"]
     assert all(len(of_step) == 3 and min(of_step) > 0 for of_step in seconds.values())
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs the compilers that Triton ships for Linux")
+def test_host_times_compiled_triton_kernels_that_never_run():
+    # In a process of its own: here triton interprets.
+    code = """
+from benchmarks import host
+with host.empty_triton():
+    seconds = host.seconds_of_steps(host.steps("triton", 256, 4), calls=3, rounds=3)
+print(min(seconds["nt_xent"]) > min(seconds["autograd alone"]) > 0)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command, root = [sys.executable, "-c", code], Path(__file__).parent.parent
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "True"
 
 
 def test_chunked_agrees_with_the_oracle_over_uneven_chunks():
@@ -103,13 +119,13 @@ def test_quantiles_are_milliseconds():
 @needs_linux
 def test_memory_sees_the_dense_matrix_and_not_the_tiles():
     matrix = (2 * 2048) ** 2 * 4
-    assert memory.measure("eager", 2048, 32)["extra_bytes"] > 2 * matrix
-    assert memory.measure("blocked", 2048, 32)["extra_bytes"] < matrix / 4
+    assert memory.measure_in_process("eager", 2048, 32)["extra_bytes"] > 2 * matrix
+    assert memory.measure_in_process("blocked", 2048, 32)["extra_bytes"] < matrix / 4
 
 
 def test_memory_says_why_a_process_failed():
     with pytest.raises(RuntimeError, match="KeyError: 'none-such'"):
-        memory.measure("none-such", 16, 8)
+        memory.measure_in_process("none-such", 16, 8)
 
 
 @pytest.fixture(autouse=True)
@@ -140,7 +156,7 @@ def test_cpu_writes_times_and_speed_ups(tmp_path, capsys):
     assert result["threads"]["1"]["speed_up"] == 1
     assert result["threads"]["2"]["speed_up"] > 0
     assert torch.get_num_threads() == threads
-    assert tables.time(record) in capsys.readouterr().out
+    assert tables.time_table(record) in capsys.readouterr().out
 
 
 def test_a_missing_library_is_left_out_and_named(tmp_path, monkeypatch):
@@ -148,7 +164,7 @@ def test_a_missing_library_is_left_out_and_named(tmp_path, monkeypatch):
     record = run("cpu", tmp_path / "cpu.json", "--n", "16", "--d", "8", "--only", "blocked", "info-nce-pytorch")
     assert list(record["results"][0]["losses"]) == ["blocked"]
     assert "info_nce" in record["missing"]["info-nce-pytorch"]
-    assert "Not run: info-nce-pytorch." in tables.time(record)
+    assert "Not run: info-nce-pytorch." in tables.time_table(record)
 
 
 @needs_linux
@@ -171,7 +187,7 @@ def test_family_times_every_loss_against_the_first(tmp_path, capsys):
     record = run("family", tmp_path / "family.json", "--n", "64", "--d", "8")
     assert [row["loss"] for row in record["results"]] == list(family.LOSSES)
     assert [row["over_first"] for row in record["results"] if row["loss"] in ("dense CLIP", "nt_xent")] == [1, 1]
-    assert tables.family(record) in capsys.readouterr().out
+    assert tables.family_table(record) in capsys.readouterr().out
 
 
 @needs_linux
@@ -202,14 +218,14 @@ def test_distributed_sends_what_the_formula_says_and_times_both_strategies(tmp_p
         assert row["products_ms"] > 0 < row["waiting_ms"]
         assert row["model_ms"] <= row["model_products_ms"] + row["model_transfers_ms"]
         assert row["over_ours"].keys() == {"gathered", "dense"}
-    assert tables.distributed(record) in capsys.readouterr().out
+    assert tables.distributed_table(record) in capsys.readouterr().out
 
 
 def test_distributed_rejects_a_wrong_gradient():
     true = torch.randn(8, 4, dtype=torch.float64)
-    distributed._check("ring", true.float(), true)
+    distributed._check_rank("ring", true.float(), true)
     with pytest.raises(AssertionError, match="ring disagrees with one process"):
-        distributed._check("ring", 1.001 * true.float(), true)
+        distributed._check_rank("ring", 1.001 * true.float(), true)
 
 
 def test_command_line_names_a_number_that_cannot_be(capsys):
@@ -327,9 +343,9 @@ def test_report_says_which_marker_or_file_is_missing(committed):
     with pytest.raises(SystemExit, match="a page needs <!-- figures:memory -->"):
         cli.main(["report", "--results", str(results), "--root", str(results), "--check"])
     (results / "scaling.json").unlink()
-    assert report.table(results, "scaling").startswith("Not measured: `python -m benchmarks scaling --out")
+    assert report.table_of(results, "scaling").startswith("Not measured: `python -m benchmarks scaling --out")
     with pytest.raises(FileNotFoundError, match="python -m benchmarks scaling --out"):
-        report.read(results, "scaling")
+        report.read_suite(results, "scaling")
 
 
 @pytest.mark.skipif(not (ROOT / "benchmarks" / "results").exists(), reason="needs committed results: make bench")

@@ -35,8 +35,8 @@ def answers(monkeypatch):
     """The verdicts that child processes give: all passed, but for what a test puts here."""
     found = {}
     passed = Verdict("passed", checks=3)
-    monkeypatch.setattr(policy.process, "check", lambda request: found.get(request["backend"], passed))
-    monkeypatch.setattr(policy.process, "measure", lambda request: (None, "", None))
+    monkeypatch.setattr(policy.process, "check_in_child", lambda request: found.get(request["backend"], passed))
+    monkeypatch.setattr(policy.process, "time_in_child", lambda request: (None, "", None))
     return found
 
 
@@ -78,7 +78,7 @@ def test_info_as_json_holds_the_same(capsys, cache):
 
 
 def test_info_checks_nothing_and_writes_nothing(capsys, cache, monkeypatch):
-    monkeypatch.setattr(policy.process, "_run", None)
+    monkeypatch.setattr(policy.process, "_run_child", None)
     assert run(capsys, "info")[0] == 0
     assert not cache.exists()
 
@@ -87,12 +87,12 @@ def test_info_says_what_auto_takes_on_a_gpu_and_why(monkeypatch):
     gpu = torch.device("cuda", 0)
     found = {"cuda": "fastntxent.backends.cuda.backend", "triton": "fastntxent.backends.triton.backend"}
     monkeypatch.setattr(info, "candidates", lambda kind: found)
-    monkeypatch.setattr(policy, "describe", lambda device: fastntxent.verification.store.describe(torch.device("cpu")))
+    monkeypatch.setattr(policy, "model_of", lambda device: fastntxent.verification.store.model_of(torch.device("cpu")))
     taken = info._auto(gpu)["bfloat16, 768 features, 4096 rows"]
     assert taken == {"backend": "blocked", "why": "until the first call on this device has checked the kernels"}
     wrong = Verdict("wrong", "off", "a case")
     policy._decided[gpu] = policy.Decision({"cuda": wrong, "triton": Verdict("passed", checks=3)}, None)
-    kept = policy.Store(policy.describe(gpu))
+    kept = policy.Store(policy.model_of(gpu))
     kept.keep("triton", found["triton"], Verdict("passed", checks=3))
     kept.keep_times({"triton": found["triton"]}, {"bfloat16": {"768": {"4096": {"triton": 0.5, "blocked": 2.0}}}})
     auto = info._auto(gpu)
@@ -109,10 +109,10 @@ def test_info_of_a_device_that_does_not_answer(capsys, monkeypatch):
     def dead(device):
         if device.type == "cuda":
             raise RuntimeError("CUDA unknown error\nthis may be due to an incorrectly set up environment")
-        return fastntxent.verification.store.describe(device)
+        return fastntxent.verification.store.model_of(device)
 
-    monkeypatch.setattr(info, "describe", dead)
-    monkeypatch.setattr(info, "present", lambda: [torch.device("cpu"), torch.device("cuda", 0)])
+    monkeypatch.setattr(info, "model_of", dead)
+    monkeypatch.setattr(info, "present_devices", lambda: [torch.device("cpu"), torch.device("cuda", 0)])
     status, text, _ = run(capsys, "info")
     assert status == 0
     assert "cuda:0: CUDA unknown error this may be due to" in text
@@ -124,8 +124,8 @@ def test_backends_shows_a_verdict(monkeypatch):
     package = sys.modules["fastntxent.backends"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(policy, "describe", lambda device: policy_model)
-    policy_model = fastntxent.verification.store.describe(torch.device("cpu"))
+    monkeypatch.setattr(policy, "model_of", lambda device: policy_model)
+    policy_model = fastntxent.verification.store.model_of(torch.device("cpu"))
     assert package._verdict("triton") == "not checked yet"
     assert package._verdict("blocked") is None
     policy._decided[torch.device("cuda", 0)] = policy.Decision(
@@ -178,6 +178,7 @@ def test_verify_looks_again_where_it_is_told_to(capsys, answers):
     assert json.loads(text)["cpu"]["blocked"] == answers["blocked"].to_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["wrong_element", "segfault"])
 def test_verify_of_a_broken_backend_ends_with_1(capsys, monkeypatch, name):
     monkeypatch.setitem(_TABLE, name, _Entry(f"tests.broken.{name}", ("cpu",), auto="no"))
@@ -200,14 +201,15 @@ def test_verify_that_cannot_check_ends_with_1(capsys, answers):
 def test_verify_of_one_backend_goes_where_it_can_run(capsys, answers, monkeypatch):
     gpu = torch.device("cuda", 0)
     verified = []
-    monkeypatch.setattr("fastntxent.commands.check.present", lambda: [torch.device("cpu"), gpu])
-    monkeypatch.setattr("fastntxent.commands.check.checkable", lambda kind: {"cuda": "x"} if kind == "cuda" else {})
-    monkeypatch.setattr("fastntxent.commands.check.describe", lambda device: policy.describe(torch.device("cpu")))
-    monkeypatch.setattr("fastntxent.commands.check.verify", lambda device, **_: verified.append(device) or {})
+    monkeypatch.setattr("fastntxent.commands.verify.present_devices", lambda: [torch.device("cpu"), gpu])
+    monkeypatch.setattr("fastntxent.commands.verify.checkable", lambda kind: {"cuda": "x"} if kind == "cuda" else {})
+    monkeypatch.setattr("fastntxent.commands.verify.model_of", lambda device: policy.model_of(torch.device("cpu")))
+    monkeypatch.setattr("fastntxent.commands.verify.verify", lambda device, **_: verified.append(device) or {})
     assert run(capsys, "verify", "--backend", "cuda")[0] == 0
     assert verified == [gpu]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     torch.cuda.is_available(), reason="needs a machine without a GPU, where Triton's kernels are interpreted"
 )
@@ -228,8 +230,8 @@ def test_verify_passes_tritons_kernels_in_the_interpreter():
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(bench, "SIZES", ((8, 16), (12, 16)))
-    monkeypatch.setattr(bench, "SECONDS", 0.05)
+    monkeypatch.setattr(bench, "TIMED_SIZES", ((8, 16), (12, 16)))
+    monkeypatch.setattr(bench, "SECONDS_OF_SIZE", 0.05)
 
 
 def test_bench_prints_a_table(capsys, small):
@@ -265,7 +267,7 @@ def test_bench_says_why_a_time_is_missing(capsys, small, monkeypatch):
     monkeypatch.setattr(torch, "compile", none)
     _, text, _ = run(capsys, "bench", "--device", "cpu")
     assert "no torch.compile for float32, 8, 16: RuntimeError: no C++ compiler\n" in text
-    row = bench.measure(torch.device("cpu"), torch.float32, 8, 16, without=["blocked"])
+    row = bench.time_size(torch.device("cpu"), torch.float32, 8, 16, without=["blocked"])
     assert row["missing"]["blocked"] == "it has not passed on this device"
     assert "blocked" not in row["milliseconds"]
 

@@ -7,10 +7,15 @@ import io
 import pytest
 import torch
 import torch._dynamo.testing
+import torch.fx.experimental.symbolic_shapes
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 
+import fastntxent
 from fastntxent import NTXentLoss
 from tests.calls import CALLS, NO_CALLS, assert_same, outputs, public_names, views
+from tests.tiers import tiered
 
 SIZES = (4, 7, 3, 12, 47, 16)
 
@@ -47,7 +52,14 @@ def scheduled(call):
     return run
 
 
-@pytest.mark.parametrize("name", [name for name in WITHOUT_STATE if name not in DATA_DEPENDENT])
+# A module and a drop-in take the graph of the function behind them.
+COMPILED = tiered(
+    (name for name in WITHOUT_STATE if name not in DATA_DEPENDENT),
+    slow=lambda name: "." in name or name[0].isupper(),
+)
+
+
+@pytest.mark.parametrize("name", COMPILED)
 def test_compile_takes_two_graphs_at_changing_sizes_and_temperatures(name):
     call = CALLS[name]
     run = scheduled(call)
@@ -56,6 +68,103 @@ def test_compile_takes_two_graphs_at_changing_sizes_and_temperatures(name):
         inputs = (0.3 + n / 100, *call.inputs(n))
         assert_same(compiled(*inputs), run(*inputs), inputs)
     assert counter.frame_count <= 2  # the first batch size, and then any
+
+
+# Every operator that takes a temperature, by a loss that takes no other than the caller's.
+OF_A_FLOAT = [
+    *(
+        "nt_xent",
+        "nt_xent_terms",
+        "nt_xent ids",
+        "multiview_nt_xent",
+        "dcl",
+        "dclw",
+        "debiased",
+        "hard_negative",
+        "rince",
+    ),
+    *("sup_con", "sup_con in", "sup_con pairs", "info_nce", "info_nce shared", "clip", "neg_lse", "cross_neg_lse"),
+    *("NTXentLoss", "SupConLoss", "CLIPLoss", "open_clip.ClipLoss", "pytorch_metric_learning.NTXentLoss"),
+]
+
+
+@pytest.mark.parametrize("name", OF_A_FLOAT)
+def test_a_float_temperature_is_a_constant_of_the_graph(name):
+    call = CALLS[name]
+    graphs, inputs = [], call.inputs(8)
+
+    def keep(graph, examples):
+        graphs.append(graph)
+        return make_boxed_func(graph)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call.at(0.25), fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))
+    assert_same(compiled(*inputs), call.at(0.25)(*inputs), inputs)
+    forward, backward = graphs
+    taken = [node.meta["val"].shape for node in forward.graph.nodes if node.op == "placeholder"]
+    assert sorted(taken) == sorted(x.shape for x in inputs)  # a tensor of a CPU's would keep CUDA graphs away
+    temperatures = [number for graph in (forward, backward) for number in _temperatures(graph)]
+    assert temperatures
+    assert all(type(number) is float for number in temperatures)
+    assert not any("_local_scalar_dense" in graph.code or ".item" in graph.code for graph in graphs)
+
+
+def _temperatures(graph):
+    """What our operators are given as inv_tau."""
+    for node in graph.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None and schema.name.startswith("fastntxent::"):
+            names = [argument.name for argument in schema.arguments]
+            yield from (x for argument, x in zip(names, node.args, strict=True) if argument == "inv_tau")
+
+
+@pytest.mark.parametrize("name", ["nt_xent", "info_nce", "NTXentLoss"])
+def test_a_temperature_that_changes_takes_one_graph_more(name):
+    call, kernels = CALLS[name], []
+
+    def keep(graph, examples):
+        kernels.append(graph)
+        return make_boxed_func(graph)
+
+    torch._dynamo.reset()
+    run = scheduled(call)
+    compiled = torch.compile(run, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))
+    for n in range(6):
+        inputs = (0.3 + n / 100, *call.inputs(8))
+        assert_same(compiled(*inputs), run(*inputs), inputs)
+    assert len(kernels) == 4  # forward and backward, of the first temperature and of any other
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda hardness, *z: fastntxent.info_nce(*z, 0.5, hardness_strength=hardness),
+        lambda hardness, *z: fastntxent.hard_negative(*z, 0.5, tau_plus=0.1, beta=hardness),
+    ],
+    ids=["info_nce", "hard_negative"],
+)
+def test_a_hardness_that_changes_takes_one_graph_more(loss):
+    kernels, inputs = [], [z.detach().requires_grad_() for z in views(8)]
+
+    def keep(graph, examples):
+        kernels.append(graph)
+        return make_boxed_func(graph)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))
+    for n in range(5):
+        value = compiled(0.3 + n / 10, *inputs)
+        value.backward()
+        torch.testing.assert_close(value, loss(0.3 + n / 10, *inputs))
+    assert len(kernels) == 4  # forward and backward, of the first hardness and of any other
+
+
+def test_a_pytorch_that_cannot_tell_constants_compiles_them_as_tensors(monkeypatch):
+    monkeypatch.delattr(torch.fx.experimental.symbolic_shapes, "has_static_value")
+    torch._dynamo.reset()
+    inputs = views(8)
+    compiled = torch.compile(lambda *z: fastntxent.nt_xent(*z, 0.5), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs), fastntxent.nt_xent(*inputs, 0.5))
 
 
 class Tensors(nn.Module):

@@ -31,12 +31,12 @@ def schema(name: str) -> torch.FunctionSchema:
 
 
 def test_campaign_finds_a_call_that_is_not_checked(monkeypatch):
-    register = importlib.import_module("fastntxent.ops.register")
+    kernels = importlib.import_module("fastntxent.ops.kernels")
 
     def without_shapes(call: str, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
 
-    monkeypatch.setattr(register, "checked", without_shapes)
+    monkeypatch.setattr(kernels, "checked", without_shapes)
     campaign = Campaign("blocked")
     arguments = valid_arguments("cross_neg_lse_backward", "blocked")
     campaign.judge("", "cross_neg_lse_backward", "d_rows", {**arguments, "d_rows": torch.randn(7)})
@@ -200,3 +200,11 @@ def test_tensors_of_several_devices_are_refused_without_data_too():
     u = torch.randn(8, 4)
     with warnings.catch_warnings(), pytest.raises(ValueError, match="ids must be on the device of u, cpu, got meta"):
         torch.ops.fastntxent.neg_lse(u, torch.arange(8, device="meta"), torch.tensor(2.0), "auto")
+
+
+def test_checked_number_in_the_place_of_a_tensor_is_named():
+    contract = importlib.import_module("fastntxent.ops.contract")
+    with pytest.raises(TypeError, match=r"ids must be a torch\.Tensor, got float"):
+        contract.checked("neg_lse", torch.randn(4, 3), 1.0, 0.5)
+    with pytest.raises(TypeError, match=r"u must be a torch\.Tensor, got NoneType"):
+        contract.checked("neg_lse", None, torch.arange(4), 0.5)

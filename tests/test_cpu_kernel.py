@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastntxent import backends, neg_lse, nt_xent
+from fastntxent import backends, clip, neg_lse, nt_xent
 from tests.cases import assert_within_budget, evaluate, random_batch
 
 BUILT = backends()["cpu"]
@@ -131,6 +131,22 @@ def test_workspace_does_not_change_the_result(monkeypatch, tiles):
     assert_within_budget(batch, "cpu")
 
 
+@pytest.mark.parametrize("tiles", [0, 1, 5])
+def test_workspace_of_two_towers_does_not_change_the_result(monkeypatch, tiles):
+    z_i, z_j = random_batch(200, 40, 0.1)[:2]
+    z_i, z_j = z_i.requires_grad_(), z_j.requires_grad_()
+
+    def loss_and_gradients():
+        loss = clip(z_i, z_j, 0.1, backend="cpu")
+        return loss.detach(), *torch.autograd.grad(loss, (z_i, z_j))
+
+    whole = loss_and_gradients()
+    packed = 3 * 2 * z_i.numel() * 4
+    monkeypatch.setattr(cpu, "WORKSPACE_AND_ROWS", packed + tiles * 48 * 48 * 4)
+    for a, b in zip(loss_and_gradients(), whole, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
 def test_forward_gives_a_logit_the_same_bits_from_both_sides():
     u = torch.nn.functional.normalize(torch.randn(300, 33), dim=1)
     both = neg_lse(u[[0, 299]], torch.arange(2), 0.01, backend="cpu")
@@ -239,6 +255,7 @@ def test_ctrl_c_ends_a_long_call():
     assert process.returncode != 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("threads", "reduction"), [(1, "none"), (2, "none"), (2, "mean")], ids=["1 thread", "2 threads", "scalar path"]
 )
@@ -251,7 +268,7 @@ def test_daemon_thread_in_a_call_lets_the_process_end(threads, reduction):
             def __del__(self, sleep=time.sleep):
                 sleep(1)
         slow, inside = Slow(), threading.Event()
-        z = torch.randn(2, 3000, 64, requires_grad=True)
+        z = torch.randn(2, 6000, 64, requires_grad=True)  # long, so that few moments are PyTorch's
         def work():
             while True:
                 inside.set()

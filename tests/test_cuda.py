@@ -10,15 +10,18 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import binary
-from fastntxent import backends, budget, cross_neg_lse, neg_lse, nt_xent
+from fastntxent import backends, cross_neg_lse, error_budget, neg_lse, nt_xent
 from fastntxent.backends import select
+from tests import tensor_cores
 from tests.cases import (
     Batch,
     assert_cross_neg_lse_within_budget,
     assert_gradient_within_rounding,
     assert_neg_lse_within_budget,
+    assert_towers_within_budget,
     assert_within_budget,
     converged_batch,
+    drift,
     evaluate,
     needs_cuda,
     random_batch,
@@ -50,24 +53,26 @@ def emulate(monkeypatch):
     load = package._load
     monkeypatch.setattr(package, "_load", lambda name: backend if name == "cuda" else load(name))
 
-    def device(multiprocessors, shared=H100, *, warpgroups=False, seed=1):
-        kernels.emulate(multiprocessors, shared, warpgroups, seed)
+    def device(multiprocessors, shared=H100, *, seed=1, chip=None):
+        kernels.emulate(multiprocessors, shared, seed, *tensor_cores.CHIPS[chip or tensor_cores.chosen])
         backend.workspace.cache_clear()
 
     device(3)
     return device
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(binary.built() is None, reason="needs the CUDA kernels built")
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs the cuobjdump that Triton ships for Linux")
 def test_kernels_spill_nowhere_and_run_on_the_matrix_units():
-    reports = binary.reports(binary.built())
-    found = {(report.chip, report.operands, report.form) for report in reports}
-    operands = ("half", "bfloat", "split")
-    assert found >= {
-        (chip, kind, form) for form in ("Tall", "Flat") for chip in ("sm_80", "sm_90a") for kind in operands
-    }
-    assert found >= {("sm_90a", kind, "Hopper") for kind in operands}
+    reports = binary.built_kernels(binary.built())
+    found = {(report.chip, report.operands) for report in reports}
+    for chip in ("sm_80", "sm_90"):
+        assert found >= {(chip, kind) for kind in ("half", "bfloat", "split")}
+    for report in reports:  # a forward and a gradient, each a loop over tiles with one over steps inside
+        (forward, _), (gradient, step) = report.tiles()
+        assert not forward.flops
+        assert gradient.flops == 3 * step.flops
     assert not [(report, report.faults()) for report in reports if report.faults()]
 
 
@@ -100,24 +105,39 @@ def test_nt_xent_within_budget(n, d, temperature, dtype):
 
 @needs_emulator
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("shared", "warpgroups"), [(H100, False), (GEFORCE, False), (H100, True)])
+@pytest.mark.parametrize("shared", [H100, GEFORCE])
 @pytest.mark.parametrize("multiprocessors", [1, 5])
 @pytest.mark.parametrize(("n", "d"), [(70, 64), (66, 200), (40, 520)])
-def test_every_form_within_budget(emulate, n, d, multiprocessors, shared, warpgroups, dtype):
-    # Blocks of 128 rows or of 32, rows that stay in shared memory or not, groups of one chunk to three.
-    emulate(multiprocessors, shared, warpgroups=warpgroups)
+def test_every_cut_within_budget(emulate, n, d, multiprocessors, shared, dtype):
+    # Rows that stay in shared memory or not, groups of one chunk to three, columns in shares or not.
+    emulate(multiprocessors, shared)
     assert_within_budget(random_batch(n, d, 0.005 if n == 66 else 0.1, dtype=dtype), "cuda")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", ["grid=1", "grid=3"])
+def test_grids_that_are_forced_within_budget(emulate, form, dtype):
+    if emulate:
+        emulate(5)
+    backend = select("cuda", DEVICE, dtype)
+    assert form in backend.forms(torch.device(DEVICE), dtype)
+    with backend.forced(form):
+        assert_within_budget(on_device(random_batch(97, 200, 0.1, dtype=dtype)), "cuda")
+    assert backend.blocks == 0
+    one, all_blocks = (backend.workspace(0, calls.DTYPES[dtype], 194, 0, 200, blocks) for blocks in (1, 0))
+    assert one < all_blocks  # where one block does everything, no columns are shared out
+
+
 @needs_emulator
-@pytest.mark.parametrize(("multiprocessors", "warpgroups"), [(1, False), (4, False), (2, True)])
-def test_bits_do_not_depend_on_the_order_of_events(emulate, multiprocessors, warpgroups):
-    # Nor on when an asynchronous copy takes place: what lacks a barrier or a wait gives other bits.
+@pytest.mark.parametrize("multiprocessors", [1, 4])
+def test_bits_do_not_depend_on_the_order_of_events(emulate, multiprocessors):
+    # Nor on when an asynchronous copy takes place: what lacks a barrier or a wait gives other bits. Nor on whether the
+    # device takes the whole grid (with odd seeds) or half of it.
     for dtype in DTYPES:
         batch = random_batch(70, 150, 0.1, dtype=dtype)
         results = []
         for seed in range(4):
-            emulate(multiprocessors, H100, warpgroups=warpgroups, seed=seed)
+            emulate(multiprocessors, seed=seed)
             results.append(evaluate(batch, "cuda"))
         for other in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
@@ -133,9 +153,7 @@ def test_nt_xent_at_tile_edges_within_budget(n, temperature):
 
 @pytest.mark.parametrize("n", [128, 200, 300])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_larger_batches_within_budget(emulate, n, dtype):
-    if emulate:
-        emulate(2, warpgroups=n % 128 == 0)
+def test_larger_batches_within_budget(n, dtype):
     assert_within_budget(on_device(random_batch(n, 128, 0.1, dtype=dtype)), "cuda")
 
 
@@ -155,7 +173,7 @@ def test_nt_xent_huge_logits_are_no_worse_than_the_reference(seed):
     truth = evaluate(batch.map(torch.Tensor.double), "reference")
     value, same = (torch.cat((r.d_z_i, r.d_z_j)) for r in (evaluate(batch, "cuda"), evaluate(batch, "reference")))
     true = torch.cat((truth.d_z_i, truth.d_z_j))
-    assert budget.measure(value, true).rms < 4 * budget.measure(same, true).rms + 1e-6
+    assert error_budget.errors_of(value, true).rms < 4 * error_budget.errors_of(same, true).rms + 1e-6
 
 
 @pytest.mark.parametrize("scale", [1e-30, 65536.0, 1e30])
@@ -178,20 +196,31 @@ def test_nt_xent_zero_rows_within_budget(dtype):
     z_j[3] = 0
     z_j[8] = 0
     batch = Batch(z_i, z_j, 0.5)
-    _, truth = budget.true_loss_and_gradient(z_i, z_j, 0.5)
+    _, truth = error_budget.true_loss_and_gradient(z_i, z_j, 0.5)
     value, same = (torch.cat((r.d_z_i, r.d_z_j)) for r in (evaluate(batch, "cuda"), evaluate(batch, "reference")))
     zero = torch.zeros(80, dtype=torch.bool).index_fill(0, torch.tensor([3, 43, 48]), True).to(DEVICE)
     for rows in (zero, ~zero):
-        limit = budget.allowed(budget.measure(same[rows], truth[rows]), dtype, 2.0, output_dtype=dtype)
-        assert budget.measure(value[rows], truth[rows]).within(limit)
+        limit = error_budget.allowed(error_budget.errors_of(same[rows], truth[rows]), dtype, 2.0, output_dtype=dtype)
+        assert error_budget.errors_of(value[rows], truth[rows]).within(limit)
+
+
+@pytest.fixture(params=["device"] if STATUS.available else tensor_cores.FAMILIES)
+def each_chip(request, emulate):
+    """The rounding of a chip's tensor cores."""
+    if emulate:
+        emulate(3, chip=request.param)
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.1, 0.5])
 @pytest.mark.parametrize("loss", [None, 0.7, 1e-3, 1e-6])
-def test_gradient_accuracy_at_every_stage_of_training(loss, temperature):
+def test_gradient_accuracy_at_every_stage_of_training(each_chip, loss, temperature):
     shape = 64, 128, temperature
     batch = start_of_training(*shape) if loss is None else converged_batch(*shape, loss)
     assert_gradient_within_rounding(on_device(batch), "cuda")
+
+
+def test_gradient_over_many_columns_does_not_drift(each_chip):
+    assert drift("cuda", DEVICE) < 5e-6
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float16, 1e-4), (torch.bfloat16, 8e-4)])
@@ -200,9 +229,7 @@ def test_half_precision_gradient_before_it_is_rounded(loss, dtype, limit):
     # G is rounded to 8 or 11 bits, each element on its own: their sum over a row's negatives is better than one.
     batch = start_of_training(64, 128, 0.1) if loss is None else converged_batch(64, 128, 0.1, loss)
     batch = on_device(batch.map(lambda z: z.to(dtype)))
-    _, *gradients, _ = select("cuda", DEVICE, dtype).nt_xent_scalar(
-        batch.z_i, batch.z_j, torch.tensor(10.0), batch.normalize, True
-    )
+    _, *gradients, _ = select("cuda", DEVICE, dtype).nt_xent_scalar(batch.z_i, batch.z_j, 10.0, batch.normalize, True)
     truth = evaluate(batch.map(torch.Tensor.double), "reference")
     true = torch.cat((truth.d_z_i, truth.d_z_j))
     assert float((torch.cat(gradients).double() - true).norm() / true.norm()) < limit
@@ -247,6 +274,16 @@ def test_cross_neg_lse_forms_the_gradients_that_are_wanted(needs):
         return torch.autograd.grad(nus.rows.sum() + 2 * nus.cols.sum(), tensors[needs])
 
     torch.testing.assert_close(gradient("cuda"), gradient("reference"), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["info_nce", "clip"])
+@pytest.mark.parametrize("temperature", [0.005, 0.1])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "d"), [(33, 40)])
+def test_towers_within_budget(n, d, dtype, temperature, both):
+    batch = on_device(random_batch(n, d, temperature, dtype=dtype))
+    for needs in ((True, True), (True, False), (False, True)):
+        assert_towers_within_budget(batch, "cuda", both=both, needs=needs)
 
 
 @pytest.mark.parametrize("temperature", [0.001, 0.5])
@@ -295,7 +332,7 @@ def test_a_call_that_cannot_be_is_an_error_with_words(emulate):
     kernels = select("cuda", DEVICE, torch.float32).kernels
     side = ((0, 4, 3, 1), (0, 0, 0, 0), 0, 0, 0, 0, 0)
     with pytest.raises(RuntimeError, match="fastntxent's CUDA kernel: fntx_cuda_run: a matrix"):
-        kernels.run(1, 2, True, 3, 2.0, 0, 1e-12, side, None, 0, 0, 0, 1.0, 0, 256, 0, 0)
+        kernels.run(1, 2, True, 3, 2.0, 0, 1e-12, side, None, 0, 0, 0, 1.0, 0, 256, 0, 0, 0)
 
 
 @needs_emulator

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 import fastntxent
 from fastntxent import Sharding
 from tests.ranks import on_ranks
+from tests.tiers import tiered
 
 FEATURES, D, VIEWS = 6, 16, 3
 TAU = 0.2
@@ -33,10 +34,29 @@ def info_nce(z: Tensor, ids: Tensor, tau: Tensor, *, negatives: bool = False, **
     return fastntxent.info_nce(z[0], z[1], tau, negatives=z[2] if negatives else None, **kw)
 
 
+def distill(z: Tensor, ids: Tensor, tau: Tensor, *, frozen: bool = False, **kw: Any) -> Tensor:
+    """The teacher is narrower than the student."""
+    teacher = z[2, :, :10], (z[0] + z[2])[:, :10]
+    return fastntxent.distill(z[0].detach() if frozen else z[0], z[1], *teacher, tau, **kw)
+
+
+def guided(z: Tensor, ids: Tensor, tau: Tensor, *, negatives: bool = False, **kw: Any) -> Tensor:
+    """The guide is narrower than the embeddings."""
+    guide = z[2, :, :10].detach(), (z[0] + z[2])[:, :10]
+    given = {"negatives": z[2], "guide_negatives": z[1, :, :10].detach()} if negatives else {}
+    return fastntxent.guided_info_nce(z[0], z[1], *guide, tau, **given, **kw)
+
+
 def sup_con(z: Tensor, ids: Tensor, tau: Tensor, *, several: bool = False, **kw: Any) -> Tensor:
     """All views; with `several` labels a row, as many as its id says, which may be none."""
     labels = torch.arange(3) < ids[:, None] if several else ids
     return fastntxent.sup_con(z.flatten(0, 1), labels.repeat(VIEWS, *[1] * (labels.ndim - 1)), tau, **kw)
+
+
+def weighted_sup_con(z: Tensor, ids: Tensor, tau: Tensor, **kw: Any) -> Tensor:
+    """All views, by weights of which those of the last class are 0."""
+    weights = torch.tensor([[1.0, 0.5, 0.0, 0.2], [0.1, 2.0, 0.7, 0.0], [0.0, 0.3, 0.4, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    return fastntxent.sup_con(z.flatten(0, 1), ids.repeat(VIEWS) % 4, tau, pair_weights=weights.to(z.device), **kw)
 
 
 def queue(z: Tensor, ids: Tensor, tau: Tensor, **kw: Any) -> Tensor:
@@ -78,12 +98,43 @@ CASES: dict[str, Call] = {
     "sup_con pairs": functools.partial(sup_con, form="pairs"),
     "sup_con pairs rows as they are": functools.partial(sup_con, form="pairs", normalize=False),
     "sup_con several labels": functools.partial(sup_con, several=True),
+    "sup_con weights": weighted_sup_con,
+    "sup_con weights sum": functools.partial(weighted_sup_con, reduction="sum", normalize=False),
     "clip": of_views("clip"),
     "clip smoothing": lambda z, ids, tau, **kw: fastntxent.clip(z[0], z[1], tau, ids=ids, label_smoothing=0.1, **kw),
     "info_nce": info_nce,
     "info_nce smoothing": functools.partial(info_nce, label_smoothing=0.1),
     "info_nce negatives": functools.partial(info_nce, negatives=True, in_batch_negatives=True, hardness_strength=0.3),
     "info_nce negatives smoothing": functools.partial(info_nce, negatives=True, label_smoothing=0.2),
+    "nt_xent margin": of_views("nt_xent", margin=0.1),
+    "nt_xent ceiling ids": lambda z, ids, tau, **kw: fastntxent.nt_xent(*z[:2], tau, ids=ids, ceiling=0.2, **kw),
+    "clip margin": of_views("clip", margin=0.1),
+    "info_nce negatives margin": functools.partial(
+        info_nce, negatives=True, in_batch_negatives=True, relative_margin=0.3
+    ),
+    "sup_con ceiling": functools.partial(sup_con, ceiling=0.2),
+    "clip same_id out": lambda z, ids, tau, **kw: fastntxent.clip(*z[:2], tau, ids=ids, positives="same_id", **kw),
+    "info_nce same_id in": lambda z, ids, tau, **kw: fastntxent.info_nce(
+        z[0], z[1], tau, ids=ids, positives="same_id", form="in", **kw
+    ),
+    "clip same_id in frozen": lambda z, ids, tau, **kw: fastntxent.clip(
+        z[0].detach(), z[1], tau, ids=ids, positives="same_id", form="in", **kw
+    ),
+    "multi_clip": lambda z, ids, tau, **kw: fastntxent.multi_clip(list(z), tau, **kw),
+    "distill": functools.partial(distill, teacher_temperature=0.3),
+    "distill at its temperature": distill,
+    "distill sum": functools.partial(distill, teacher_logit_scale=4.0, reduction="sum"),
+    "distill rows as they are": functools.partial(distill, normalize=False, teacher_temperature=2.0),
+    "distill frozen": functools.partial(distill, frozen=True),
+    "guided": guided,
+    "guided keys alone": functools.partial(guided, contrast_anchors=False, contrast_positives=False, reduction="sum"),
+    "guided negatives": functools.partial(guided, negatives=True, margin=0.1, margin_strategy="relative"),
+    "guided rows as they are": functools.partial(guided, normalize=False, margin=-0.1),
+    "siglip": of_views("siglip", bias=-2.0),
+    "siglip ids": lambda z, ids, tau, **kw: fastntxent.siglip(z[0], z[1], tau, bias=tau - 2, ids=ids, **kw),
+    "siglip frozen": lambda z, ids, tau, **kw: fastntxent.siglip(z[0].detach(), z[1], tau, bias=tau - 2, **kw),
+    "nt_logistic": of_views("nt_logistic", bias=-1.0),
+    "nt_logistic ids": lambda z, ids, tau, **kw: fastntxent.nt_logistic(z[0], z[1], tau, bias=tau - 1, ids=ids, **kw),
     "queue": queue,
 }
 
@@ -159,7 +210,7 @@ def every_case(world: int) -> dict[tuple[str, str], tuple[Result, Result]]:
     return results
 
 
-@pytest.fixture(scope="module", params=SIZES)
+@pytest.fixture(scope="module", params=tiered(SIZES, slow=lambda ranks: ranks != 3))
 def results(request: pytest.FixtureRequest) -> tuple[int, list[dict]]:
     return request.param, on_ranks(request.param, every_case, request.param)
 
@@ -174,3 +225,35 @@ def test_ranks_equal_one_process(results, name: str, strategy: str):
     for of_rank in of_ranks:
         for repeat in of_rank[name, strategy]:  # on every rank and on every run the same bits
             assert repeat.same_bits(first)
+
+
+# --- few rows --------------------------------------------------------------------------------------------------------
+
+
+def few_rows(sizes: list[int]) -> list[tuple[Tensor, Tensor]]:
+    """Losses whose gradients are expanded tensors of one element, with their gradient in this rank's rows."""
+    first = sum(sizes[: dist.get_rank()])
+    here, found = slice(first, first + sizes[dist.get_rank()]), []
+    for name in FEW:
+        z_i, z_j = torch.randn(2, sum(sizes), D, generator=torch.Generator().manual_seed(0))
+        z_i, z_j = (z[here].clone().requires_grad_() for z in (z_i, z_j))
+        loss = CASES[name](torch.stack((z_i, z_j)), torch.arange(sum(sizes))[here], torch.tensor(TAU), group="world")
+        loss.backward()
+        found.append((loss.detach(), z_i.grad))
+    return found
+
+
+FEW = ("siglip", "siglip ids", "nt_logistic", "clip", "clip margin", "clip same_id out", "nt_xent margin")
+
+
+@pytest.mark.parametrize("sizes", [[1, 1], [0, 1], [1, 0]])
+def test_ranks_with_one_row_equal_one_process(sizes: list[int]):
+    z_i, z_j = torch.randn(2, sum(sizes), D, generator=torch.Generator().manual_seed(0)).requires_grad_().unbind()
+    of_ranks = on_ranks(2, few_rows, sizes)
+    for index, name in enumerate(FEW):
+        loss = CASES[name](torch.stack((z_i, z_j)), torch.arange(sum(sizes)), torch.tensor(TAU))
+        (expected,) = torch.autograd.grad(loss, z_i)
+        for of_rank in of_ranks:
+            torch.testing.assert_close(of_rank[index][0], loss.detach())
+        gradient = torch.cat([of_rank[index][1] for of_rank in of_ranks])
+        torch.testing.assert_close(gradient / 2, expected)  # as DDP averages, of two ranks

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import datetime
 import gc
-import importlib
 import os
 import time
 from typing import Any
@@ -19,9 +18,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fastntxent
-from fastntxent import Sharding, budget
+from fastntxent import Sharding, error_budget
 from fastntxent.backends.blocked import BlockedBackend
 from fastntxent.distributed import positives, schedule
+from fastntxent.ops import kernels
 from tests.ranks import bytes_sent, on_ranks
 from tests.test_distributed import (
     CASES,
@@ -36,8 +36,6 @@ from tests.test_distributed import (
     truth,
     whole_batch,
 )
-
-neg_lse = importlib.import_module("fastntxent.distributed.neg_lse")  # the package has a function of that name
 
 WORLD = 2
 N = sum(SIZES[WORLD])
@@ -75,7 +73,7 @@ def row_weights() -> Tensor:
     return torch.rand(2, N, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-def compared(x: Tensor) -> dict[str, budget.Report]:
+def compared(x: Tensor) -> dict[str, error_budget.Report]:
     """Loss and gradient held against the reference: as they are, and with one rank's gradient wrong by 1e-4."""
     world, right = dist.group.WORLD, BlockedBackend.cross_neg_lse_backward
 
@@ -83,9 +81,11 @@ def compared(x: Tensor) -> dict[str, budget.Report]:
         d_rows, *rest = right(*args)
         return d_rows * (1 + 1e-4 * dist.get_rank()), *rest
 
-    reports = {name: budget.compare(*views[:2], TAU, group=world) for name, views in (("float", x), ("half", x.half()))}
+    reports = {
+        name: error_budget.compare(*views[:2], TAU, group=world) for name, views in (("float", x), ("half", x.half()))
+    }
     BlockedBackend.cross_neg_lse_backward = wrong
-    reports["wrong"] = budget.compare(x[0], x[1], TAU, backend="blocked", group=world)
+    reports["wrong"] = error_budget.compare(x[0], x[1], TAU, backend="blocked", group=world)
     BlockedBackend.cross_neg_lse_backward = right
     return reports
 
@@ -162,7 +162,14 @@ DISAGREEMENTS: dict[str, list[dict[str, Any]]] = {
         {},
         {"temperature": torch.tensor(0.25, requires_grad=True)},
     ],
-    "requires_grad is False on rank 0; True on rank 1": [{}, {"requires_grad": True}],
+    "z_i.requires_grad is False on rank 0; True on rank 1. z_j.requires_grad is False on rank 0; True on rank 1": [
+        {},
+        {"requires_grad": True},
+    ],
+    "z_j.requires_grad is True on rank 0; False on rank 1": [
+        {"requires_grad": True},
+        {"requires_grad": True, "second_is_frozen": True},
+    ],
     "reduction is 'mean' on rank 0; 'none' on rank 1": [{}, {"reduction": "none"}],
     "function is 'nt_xent' on rank 0; 'dcl' on rank 1": [{}, {"function": "dcl"}],
     "ids_given is False on rank 0; True on rank 1": [{}, {"ids": torch.arange(2)}],
@@ -175,9 +182,10 @@ def error_of(of_ranks: list[dict[str, Any]]) -> str:
     function = getattr(fastntxent, options.pop("function", "nt_xent"))
     n, d, dtype = options.pop("n", 2), options.pop("d", 3), options.pop("dtype", torch.float32)
     z = torch.randn(n, d, dtype=dtype, requires_grad=options.pop("requires_grad", False))
+    z_j = z.detach() if options.pop("second_is_frozen", False) else z
     group = Sharding(dist.group.WORLD, strategy=options.pop("strategy", "auto"))
     try:
-        function(z, z, **{"temperature": 0.5, **options}, group=group)
+        function(z, z_j, **{"temperature": 0.5, **options}, group=group)
     except ValueError as error:
         return str(error)
     return "none"
@@ -282,7 +290,7 @@ def test_compare_judges_what_the_ranks_have_together(found):
         report = found[0]["compared"][name]
         assert report.ok, report
         assert report == found[1]["compared"][name]
-        alone = budget.compare(*x[:2].to(dtype), TAU)
+        alone = error_budget.compare(*x[:2].to(dtype), TAU)
         assert report.gradient_allowed == alone.gradient_allowed
     assert str(found[0]["compared"]["wrong"]).startswith("BEYOND BUDGET")
     assert found[0]["compared"]["wrong"] == found[1]["compared"]["wrong"]
@@ -361,6 +369,7 @@ def one_of_two_stops(how: str, strategy: str) -> tuple[str, float]:
     return "none", 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "strategy"), [("dies", "ring"), ("dies", "all_gather"), ("is late", "all_gather")])
 def test_rank_that_does_not_answer_ends_the_others_with_words(how: str, strategy: str):
     message, seconds = on_ranks(2, one_of_two_stops, how, strategy)[0]
@@ -406,7 +415,7 @@ def measure() -> dict[Any, tuple[int, int]]:
         return call
 
     gc.freeze()  # what is there already need not be looked through at every call
-    neg_lse.run_kernel, positives.Pairs = looking(neg_lse.run_kernel), looking(positives.Pairs)
+    kernels.call_kernel, positives.PositiveTiles = looking(kernels.call_kernel), looking(positives.PositiveTiles)
     for size, group in groups.items():
         if dist.get_rank() >= size:
             continue

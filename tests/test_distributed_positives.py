@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import fastntxent
-from fastntxent import Sharding, distributed, ops
+from fastntxent import Sharding, ops
 from fastntxent.distributed import wire
+from fastntxent.opening import open_batch
 from fastntxent.ops import positives
 from tests.ranks import on_ranks
 from tests.test_positives import converged
@@ -85,12 +86,12 @@ def on_each_rank() -> dict[str, Any]:
         found["converged", form, strategy] = z.grad / len(ROWS)
     for strategy in STRATEGIES:
         rows = batch()[0][here].requires_grad_()
-        shard = distributed.open_shard(Sharding(world, strategy=strategy), "positive_lse", rows, "auto")
+        opened = open_batch(Sharding(world, strategy=strategy), "positive_lse", {"rows": rows})
         ids = LABELS["some alone"][here]
-        square_of_lse(distributed.positive_lse(rows, ids, torch.tensor(0.5, dtype=rows.dtype), shard)).backward()
+        square_of_lse(opened.positive_lse(rows, ids, torch.tensor(0.5, dtype=rows.dtype))).backward()
         found["alone", strategy] = rows.grad
     for name, x in summed(rank).items():
-        found[name] = wire.sum_of_ranks(world, x)
+        found[name] = wire.all_reduce(world, x)
     for name, of_ranks in DISAGREEMENTS.items():
         rows = torch.zeros(ROWS[rank], D)
         try:
@@ -193,15 +194,13 @@ def test_sup_con_gradient_of_ranks_keeps_its_accuracy_when_converged(of_ranks, f
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_positive_lse_of_ranks_rows_without_a_positive_have_no_gradient(of_ranks, strategy: str):
     rows, ids = batch()[0].requires_grad_(), LABELS["some alone"]
-    square_of_lse(
-        ops.positive_lse(rows, rows, ids, ids, torch.tensor(0.5, dtype=rows.dtype), True, "blocked")
-    ).backward()
+    square_of_lse(ops.positive_lse(rows, rows, ids, ids, torch.tensor(0.5, dtype=rows.dtype), same=True)).backward()
     found = torch.cat([found["alone", strategy] for found in of_ranks])
     torch.testing.assert_close(found, rows.grad)
 
 
 @pytest.mark.parametrize("name", summed(0))
-def test_sum_of_ranks_is_in_their_order(of_ranks, name: str):
+def test_all_reduce_adds_in_the_order_of_the_ranks(of_ranks, name: str):
     x = [summed(rank)[name] for rank in range(len(ROWS))]
     for found in of_ranks:
         assert torch.equal(found[name], x[0] + x[1] + x[2])

@@ -1,7 +1,10 @@
 """The family's modules, conventions and errors."""
 
+import copy
 import inspect
 import math
+import pickle
+import pydoc
 from functools import partial
 
 import pytest
@@ -14,6 +17,8 @@ from fastntxent import (
     dcl,
     dclw,
     debiased,
+    distill,
+    guided_info_nce,
     hard_negative,
     info_nce,
     macl,
@@ -47,6 +52,12 @@ MODULES = {
         {"in_batch_negatives": True, "hardness_mode": "hard_negatives", "hardness_strength": 2.0},
         (Z, W, Z[:3], LABELS),
         lambda q, k, n, i, **o: info_nce(q, k, negatives=n, ids=i, **o),
+    ),
+    "DistillLoss": ({"teacher_temperature": 0.2}, (Z, W, Z[:, :3], W[:, 1:]), distill),
+    "GuidedInfoNCELoss": (
+        {"margin": 0.1, "margin_strategy": "relative", "contrast_anchors": False},
+        (Z, W, Z[:, :3], W[:, 1:], Z[:2], W[:2, :3]),
+        lambda q, k, g, h, n, m, **o: guided_info_nce(q, k, g, h, negatives=n, guide_negatives=m, **o),
     ),
     "CLIPLoss": ({"label_smoothing": 0.1}, (Z, W, LABELS), lambda *a, **o: clip(*a[:2], ids=a[2], **o)),
 }
@@ -96,13 +107,67 @@ def test_module_defaults_are_its_functions(name):
         "MACLLoss": macl,
         "SupConLoss": sup_con,
         "InfoNCELoss": info_nce,
+        "DistillLoss": distill,
+        "GuidedInfoNCELoss": guided_info_nce,
         "CLIPLoss": clip,
     }[name]
     for option, parameter in inspect.signature(function).parameters.items():
         if option in module and parameter.default is not inspect.Parameter.empty:
-            # clip's temperature is None to tell it from one that is given beside a logit_scale.
-            default = 0.07 if (name, option) == ("CLIPLoss", "temperature") else parameter.default
+            # A temperature is None to tell it from one that is given beside a logit_scale.
+            of_towers = name in ("CLIPLoss", "DistillLoss") and option == "temperature"
+            default = 0.07 if of_towers else parameter.default
             assert module[option].default == default, option
+
+
+def new_module(name, **options):
+    return getattr(fastntxent, name)(*(8, 4) if name == "QueueInfoNCELoss" else (), **options)
+
+
+@pytest.mark.parametrize("name", [*MODULES, "QueueInfoNCELoss"])
+def test_module_signature_names_every_option(name):
+    signature = inspect.signature(getattr(fastntxent, name))
+    assert all(p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in signature.parameters.values())
+    shared = {
+        "reduction": "mean",
+        "normalize": True,
+        "backend": "auto",
+        "group": None,
+        "learn_temperature": name == "CLIPLoss",
+    }
+    last = [*signature.parameters.values()][-len(shared) :]
+    assert {p.name: p.default for p in last if p.kind is p.KEYWORD_ONLY} == shared
+    assert f"{name}{signature}" in pydoc.plain(pydoc.render_doc(getattr(fastntxent, name)))
+
+
+@pytest.mark.parametrize("name", [*MODULES, "QueueInfoNCELoss"])
+def test_unknown_option_of_a_module_is_named(name):
+    message = rf"^{name}\.__init__\(\) got an unexpected keyword argument 'normalise'$"
+    with pytest.raises(TypeError, match=message):
+        new_module(name, normalise=False)
+
+
+def test_module_of_the_users_keeps_its_own_signature():
+    class Mine(fastntxent.NTXentLoss):
+        def __init__(self, steps, **options):
+            super().__init__(**options)
+
+    class Same(fastntxent.NTXentLoss):
+        pass
+
+    assert [*inspect.signature(Mine).parameters] == ["steps", "options"]
+    assert inspect.signature(Same) == inspect.signature(fastntxent.NTXentLoss)
+    assert Mine(3, label_smoothing=0.1, reduction="sum").label_smoothing == 0.1
+
+
+@pytest.mark.parametrize("name", [*MODULES, "QueueInfoNCELoss"])
+@pytest.mark.parametrize("learn", [True, False])
+def test_module_copies_and_pickles(name, learn):
+    module = new_module(name, reduction="none", learn_temperature=learn)
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert type(twin) is type(module)
+        assert repr(twin) == repr(module)
+        assert torch.equal(torch.as_tensor(twin.temperature), torch.as_tensor(module.temperature))
+        assert twin.state_dict().keys() == module.state_dict().keys()
 
 
 def test_clip_default_temperature_is_its_modules():
@@ -155,6 +220,8 @@ LEARNT = {
     "sup_con": fastntxent.SupConLoss,
     "info_nce": fastntxent.InfoNCELoss,
     "clip": fastntxent.CLIPLoss,
+    "guided": fastntxent.GuidedInfoNCELoss,
+    "distill": partial(fastntxent.DistillLoss, teacher_temperature=0.2),
     "clip without bound": partial(fastntxent.CLIPLoss, max_logit_scale=None),
     "queue": partial(fastntxent.QueueInfoNCELoss, 8, 4),
 }
@@ -170,7 +237,12 @@ def test_learnt_temperature_far_away_gives_numbers_or_an_error_in_words(name, dt
         with torch.no_grad():
             module.log_temperature.fill_(log_temperature)
         z, w = Z.to(rows_dtype), W.to(rows_dtype)
-        arguments = {"sup_con": (z, LABELS), "multiview": ([z, w],)}.get(name, (z, w))
+        arguments = {
+            "sup_con": (z, LABELS),
+            "multiview": ([z, w],),
+            "distill": (z, w, w, z),
+            "guided": (z, w, w, z),
+        }.get(name, (z, w))
         value = module(*arguments)
         return value.detach(), *torch.autograd.grad(value, module.log_temperature)
 
@@ -200,7 +272,7 @@ def test_mean_is_finite_where_the_sum_of_its_rows_is_not():
         for backend in BACKENDS:
             value, rows = (loss(z, w, 1e-38, reduction=r, backend=backend) for r in ("mean", "none"))
             assert rows.sum().isinf()
-            torch.testing.assert_close(value.double(), rows.double().mean())
+            torch.testing.assert_close(value, rows.double().mean().float())  # which come another way: ulps apart
 
 
 def test_sup_con_without_any_positive_is_zero():
@@ -210,6 +282,47 @@ def test_sup_con_without_any_positive_is_zero():
         assert loss == 0
         assert torch.equal(torch.autograd.grad(loss, z)[0], torch.zeros_like(z))
         assert sup_con(Z[:1], LABELS[:1], 0.1, form=form) == 0
+
+
+def test_sup_con_weights_of_the_identity_are_none():
+    labels = LABELS % 3
+    for reduction in ("mean", "sum", "none"):
+        value = sup_con(Z, labels, 0.2, pair_weights=7 * torch.eye(5), reduction=reduction)
+        torch.testing.assert_close(value, sup_con(Z, labels, 0.2, reduction=reduction))
+
+
+@pytest.mark.parametrize("size", [1e-44, 1e-30, 1e30, 3e38])
+def test_sup_con_weights_count_in_proportion(size):
+    weights, labels = torch.rand(3, 3) + 0.01, LABELS % 3
+    value = sup_con(Z, labels, 0.2, pair_weights=size * weights.double())
+    torch.testing.assert_close(value, sup_con(Z, labels, 0.2, pair_weights=weights), rtol=1e-5, atol=1e-5)
+
+
+def test_sup_con_weights_that_are_all_zero_are_no_positives():
+    z = Z.clone().requires_grad_()
+    loss = sup_con(z, LABELS % 3, 0.1, pair_weights=torch.zeros(3, 3))
+    assert loss == 0
+    assert not torch.autograd.grad(loss, z)[0].any()
+    alone = torch.eye(6) + torch.eye(6).roll(1, 0) * torch.tensor([1.0, 0, 0, 0, 0, 0])  # a weight for one pair alone
+    rows = sup_con(Z, torch.arange(6), 0.1, pair_weights=alone, reduction="none")
+    assert rows.ne(0).sum() == 1
+    torch.testing.assert_close(sup_con(Z, torch.arange(6), 0.1, pair_weights=alone), rows.sum())
+
+
+def test_sup_con_module_has_its_weights_as_a_buffer():
+    weights = torch.rand(3, 3)
+    module = fastntxent.SupConLoss(0.2, pair_weights=weights)
+    assert torch.equal(module(Z, LABELS % 3), sup_con(Z, LABELS % 3, 0.2, pair_weights=weights))
+    assert list(module.state_dict()) == ["pair_weights"]
+    assert not fastntxent.SupConLoss().state_dict()
+
+
+def test_sup_con_weights_changed_before_the_backward_are_an_error():
+    weights = torch.rand(3, 3)
+    loss = sup_con(Z.clone().requires_grad_(), LABELS % 3, pair_weights=weights)
+    weights += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_sup_con_of_two_views_is_nt_xent_in_every_form():
@@ -337,6 +450,56 @@ BAD_CALLS = {
         ValueError,
         "form must be 'out' where a row has several labels, got 'in'",
     ),
+    "sup_con weights type": (
+        lambda: sup_con(Z, LABELS % 2, pair_weights=[[1.0]]),
+        TypeError,
+        "pair_weights must be a torch.Tensor, got list",
+    ),
+    "sup_con weights dtype": (
+        lambda: sup_con(Z, LABELS % 2, pair_weights=torch.eye(2, dtype=torch.int64)),
+        TypeError,
+        "pair_weights must be float16, bfloat16, float32 or float64, got torch.int64",
+    ),
+    "sup_con weights shape": (
+        lambda: sup_con(Z, LABELS % 2, pair_weights=torch.ones(2, 3)),
+        ValueError,
+        r"pair_weights must have shape \(C, C\), a row and a column for each class, got shape \(2, 3\)",
+    ),
+    "sup_con weights negative": (
+        lambda: sup_con(Z, LABELS % 2, pair_weights=-torch.ones(2, 2)),
+        ValueError,
+        r"pair_weights must be finite and at least 0, got -1\.0",
+    ),
+    "sup_con weights nan": (
+        lambda: sup_con(Z, LABELS % 2, pair_weights=torch.full((2, 2), torch.nan)),
+        ValueError,
+        "pair_weights must be finite and at least 0, got nan",
+    ),
+    "sup_con weights form": (
+        lambda: sup_con(Z, LABELS % 2, form="in", pair_weights=torch.eye(2)),
+        ValueError,
+        "form must be 'out' with pair_weights, got 'in'",
+    ),
+    "sup_con weights ceiling": (
+        lambda: sup_con(Z, LABELS % 2, ceiling=0.5, pair_weights=torch.eye(2)),
+        ValueError,
+        r"ceiling must be None with pair_weights, got 0\.5",
+    ),
+    "sup_con weights classes": (
+        lambda: sup_con(Z, LABELS % 2 + 1, pair_weights=torch.eye(2)),
+        ValueError,
+        r"labels must be in \[0, 2\), the classes of pair_weights, got 2",
+    ),
+    "sup_con weights negative class": (
+        lambda: sup_con(Z, -(LABELS % 2), pair_weights=torch.eye(2)),
+        ValueError,
+        r"labels must be in \[0, 2\), the classes of pair_weights, got -1",
+    ),
+    "sup_con weights several": (
+        lambda: sup_con(Z, LABELS[:, None].bool(), pair_weights=torch.eye(2)),
+        ValueError,
+        r"labels must have shape \(6,\) with pair_weights, got \(6, 1\)",
+    ),
     "sup_con multi shape": (lambda: sup_con(Z, LABELS[:3, None]), ValueError, r"\(6, C\).*got \(3, 1\)"),
     "sup_con multi dtype": (lambda: sup_con(Z, LABELS[:, None].float()), TypeError, "labels must be bool or"),
     "info_nce shapes": (lambda: info_nce(Z, W[:3]), ValueError, "query and key must have the same shape"),
@@ -362,8 +525,105 @@ BAD_CALLS = {
     ),
     "clip shapes": (lambda: clip(Z, W[:3]), ValueError, "image_features and text_features must have the same shape"),
     "clip both scales": (lambda: clip(Z, W, 0.5, logit_scale=10.0), ValueError, "temperature and logit_scale must not"),
+    "clip scale 1e-39": (
+        lambda: clip(Z, W, logit_scale=1e-39),
+        ValueError,
+        r"logit_scale in torch.float32 must be from 2.9e-39 to 3.4e\+38, got 1e-39",
+    ),
     "clip scale": (lambda: clip(Z, W, logit_scale=-1.0), ValueError, "logit_scale must be positive"),
     "clip bias": (lambda: clip(Z, W, logit_bias="0"), TypeError, "logit_bias must be a float or .*, got str"),
+    "distill shapes": (
+        lambda: distill(Z, W[:3], Z, W),
+        ValueError,
+        "image_features and text_features must have the same shape",
+    ),
+    "distill teacher": (
+        lambda: distill(Z, W, Z[:3], W[:3]),
+        ValueError,
+        "teacher_image_features must have 6 rows, one for each of image_features, got 3",
+    ),
+    "distill teacher's width": (
+        lambda: distill(Z, W, Z, W[:, :2]),
+        ValueError,
+        "teacher_image_features and teacher_text_features must have the same shape",
+    ),
+    "distill teacher type": (
+        lambda: distill(Z, W, None, W),
+        TypeError,
+        "teacher_image_features must be a torch.Tensor",
+    ),
+    "distill teacher dtype": (lambda: distill(Z, W, Z, W.long()), TypeError, "teacher_text_features must be float16"),
+    "distill both scales": (
+        lambda: distill(Z, W, Z, W, 0.5, logit_scale=10.0),
+        ValueError,
+        "temperature and logit_scale must not",
+    ),
+    "distill both teacher's scales": (
+        lambda: distill(Z, W, Z, W, teacher_temperature=0.5, teacher_logit_scale=10.0),
+        ValueError,
+        "teacher_temperature and teacher_logit_scale must not",
+    ),
+    "distill teacher's temperature": (
+        lambda: distill(Z, W, Z, W, teacher_temperature=0.0),
+        ValueError,
+        "teacher_temperature must be positive",
+    ),
+    "distill teacher's scale": (
+        lambda: distill(Z, W, Z, W, teacher_logit_scale=-1.0),
+        ValueError,
+        "teacher_logit_scale must be positive",
+    ),
+    "module teacher's temperature": (
+        lambda: fastntxent.DistillLoss(teacher_temperature=-1),
+        ValueError,
+        "teacher_temperature must be positive",
+    ),
+    "guided shapes": (lambda: guided_info_nce(Z, W[:3], Z, W), ValueError, "query and key must have the same shape"),
+    "guided guide": (
+        lambda: guided_info_nce(Z, W, Z, W[:3]),
+        ValueError,
+        "guide_key must have 6 rows, one for each of key, got 3",
+    ),
+    "guided guide's width": (
+        lambda: guided_info_nce(Z, W, Z, W[:, :2]),
+        ValueError,
+        "guide_query and guide_key must have the same number of features, got 4 and 2",
+    ),
+    "guided guide type": (lambda: guided_info_nce(Z, W, None, W), TypeError, "guide_query must be a torch.Tensor"),
+    "guided margin": (lambda: guided_info_nce(Z, W, Z, W, margin=math.nan), ValueError, "margin must be in.*got nan"),
+    "guided margin type": (lambda: guided_info_nce(Z, W, Z, W, margin="0"), TypeError, "margin must be a number"),
+    "guided strategy": (
+        lambda: guided_info_nce(Z, W, Z, W, margin_strategy="none"),
+        ValueError,
+        "margin_strategy must be one of 'absolute', 'relative', got 'none'",
+    ),
+    "guided negatives": (
+        lambda: guided_info_nce(Z, W, Z, W, negatives=Z),
+        TypeError,
+        "guide_negatives must be a torch.Tensor, got NoneType",
+    ),
+    "guided negatives' guide": (
+        lambda: guided_info_nce(Z, W, Z, W, negatives=Z[:2], guide_negatives=Z),
+        ValueError,
+        "guide_negatives must have 2 rows, one for each of negatives, got 6",
+    ),
+    "guided guide alone": (
+        lambda: guided_info_nce(Z, W, Z, W, guide_negatives=Z),
+        ValueError,
+        "guide_negatives must be given with negatives",
+    ),
+    "guided negatives rank": (
+        lambda: guided_info_nce(Z, W, Z, W, negatives=Z[None], guide_negatives=Z),
+        ValueError,
+        "negatives must have 2 dimensions",
+    ),
+    "guided temperatures": (lambda: guided_info_nce(Z, W, Z, W, torch.ones(6)), ValueError, "must be a 0-d tensor"),
+    "module margin": (lambda: fastntxent.GuidedInfoNCELoss(margin=math.inf), ValueError, "margin must be in"),
+    "module strategy": (
+        lambda: fastntxent.GuidedInfoNCELoss(margin_strategy="x"),
+        ValueError,
+        "margin_strategy must be one of",
+    ),
     "clip backend": (lambda: clip(Z, W, backend="tpu"), ValueError, "backend must be"),
     "module sigma": (lambda: fastntxent.DCLWLoss(sigma=-1), ValueError, "sigma must be positive"),
     "module tau_plus": (lambda: fastntxent.DebiasedLoss(tau_plus=2), ValueError, "tau_plus must be in"),
@@ -399,6 +659,53 @@ def test_a_column_of_labels_is_not_one_label_each():
     with pytest.raises(ValueError, match=r"labels must have shape \(6,\) .* labels.squeeze\(1\)"):
         fastntxent.sup_con(z, torch.arange(6)[:, None])
     assert fastntxent.sup_con(z, torch.ones(6, 1, dtype=torch.bool)).isfinite()
+
+
+def guided_keys(z: Tensor, w: Tensor, guide: Tensor, **options: float) -> Tensor:
+    return guided_info_nce(
+        z, w, guide, guide, 0.2, contrast_anchors=False, contrast_positives=False, reduction="none", **options
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("width", [3, 384])
+def test_guide_keeps_ties_whichever_tile_forms_them(backend, width):
+    # Every row of the guide comes four times, in different tiles: each is as near to its copies as to itself.
+    generator = torch.Generator().manual_seed(0)
+    z, w = torch.randn(2, 1200, 8, generator=generator)
+    guide = torch.randn(300, width, generator=generator).repeat(4, 1)
+    kept = guided_keys(z, w, guide, backend=backend)
+    torch.testing.assert_close(kept, info_nce(z, w, 0.2, reduction="none"))
+    left_out = guided_keys(z, w, guide, margin=1e-5, backend=backend)
+    torch.testing.assert_close(left_out, info_nce(z, w, 0.2, ids=torch.arange(300).repeat(4), reduction="none"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_guide_that_is_nan_leaves_nothing_out(backend):
+    guide = Z.clone()
+    guide[2] = torch.nan
+    losses, without = guided_keys(Z, W, guide, margin=3.0, backend=backend), info_nce(Z, W, 0.2, reduction="none")
+    torch.testing.assert_close(losses[2], without[2])  # it has no limit
+    pairs = torch.stack((W[0], W[2])), torch.tensor([0, 1])
+    only = info_nce(Z[:1], W[:1], 0.2, negatives=pairs[0][1:])
+    torch.testing.assert_close(losses[0], only)  # its one negative is the row whose similarity is unknown
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_guide_that_leaves_nothing_makes_a_loss_of_zero(backend):
+    z, w, tau = Z.clone().requires_grad_(), W.clone().requires_grad_(), torch.tensor(0.1, requires_grad=True)
+    loss = guided_info_nce(z, w, Z, W, tau, margin=5.0, backend=backend)
+    assert loss == 0
+    assert not any(gradient.any() for gradient in torch.autograd.grad(loss, (z, w, tau)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_guide_that_leaves_nothing_out_gives_the_loss_without_one(backend):
+    from fastntxent.compat.sentence_transformers import MultipleNegativesRankingLoss
+
+    directions = ("query_to_doc", "query_to_query", "doc_to_doc")
+    expected = MultipleNegativesRankingLoss(None, 5.0, directions=directions)([Z, W])
+    torch.testing.assert_close(guided_info_nce(Z, W, Z, W, 0.2, margin=-5.0, backend=backend), expected)
 
 
 def test_what_cannot_be_is_named():

@@ -152,7 +152,7 @@ def test_commands_of_stages_are_understood(stage, monkeypatch):
     from benchmarks import __main__ as cli
 
     taken = []
-    monkeypatch.setattr(cli, "_measure", taken.append)
+    monkeypatch.setattr(cli, "_run_suite", taken.append)
     for part in gpu_stages.stages("python", Path("out"), ROOT)[stage]:
         cli.main(part.command[3:])
     assert len(taken) == len(gpu_stages.stages("python", Path("out"), ROOT)[stage])
@@ -165,6 +165,7 @@ def test_session_without_a_gpu_is_a_mistake(capsys):
     assert capsys.readouterr().err == "error: there is no GPU here; --rehearse runs what can run without\n"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU: with one, run the thing")
 def test_rehearsal_runs_every_stage(tmp_path, capsys):
     assert gpu_session.main(["--rehearse", "--out", str(tmp_path)]) == 0, capsys.readouterr().out
@@ -174,7 +175,7 @@ def test_rehearsal_runs_every_stage(tmp_path, capsys):
     (folder,) = tmp_path.iterdir()
     verified = json.loads((folder / "verify-kernels.record.json").read_text())
     assert verified["result"]["cpu"]["blocked"]["status"] == "passed"
-    assert devices.section(tmp_path) == devices.NONE, "a rehearsal is no device"
+    assert devices.section(tmp_path) == devices.NO_DEVICES, "a rehearsal is no device"
     assert gpu_session.main(["--rehearse", "--out", str(tmp_path), "--stage", "verify", "profile"]) == 0
     assert capsys.readouterr().out.count("passed (before)") == 6, "each in turn, and in the summary"
 
@@ -205,11 +206,11 @@ def keep(folder, stage, part, status="passed", result=None, key=KEY):
 
 
 def test_devices_are_none_where_nothing_was_run(tmp_path):
-    assert devices.section(tmp_path) == devices.NONE
+    assert devices.section(tmp_path) == devices.NO_DEVICES
     keep(tmp_path / "gpu" / "one", "suite", "test_cuda")
-    assert devices.section(tmp_path) == devices.NONE, "nothing was verified"
+    assert devices.section(tmp_path) == devices.NO_DEVICES, "nothing was verified"
     keep(tmp_path / "gpu" / "one", "verify", "kernels", result={"cpu": {}}, key={**KEY, "rehearsal": True})
-    assert devices.section(tmp_path) == devices.NONE
+    assert devices.section(tmp_path) == devices.NO_DEVICES
 
 
 def test_devices_list_what_was_found(tmp_path):
@@ -240,5 +241,5 @@ def test_devices_list_what_was_found(tmp_path):
 
 
 def test_report_puts_the_devices_into_the_readme(tmp_path):
-    assert report.table(tmp_path, "devices") == devices.NONE
+    assert report.table_of(tmp_path, "devices") == devices.NO_DEVICES
     assert report.PAGES["README.md"]["devices"] == "devices"

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastntxent
-from fastntxent import budget
+from fastntxent import error_budget
+from fastntxent.backends import tiling
 from tests import dense
 from tests.cases import BACKENDS, CUDA_KERNELS, KERNELS, LargestTensor, assert_within_rounding, needs_cuda
 
@@ -67,6 +68,48 @@ def towers(*, negatives: str = "", ids: int = 0):
     return inputs
 
 
+def taught(n: int, d: int, generator: torch.Generator):
+    """Towers, and a teacher of another width whose unit rows are no inputs of the loss."""
+    tensors, _ = towers()(n, d, generator)
+    teacher = normal(1, n, d + 2, generator=generator) + normal(2, n, d + 2, generator=generator)
+    return tensors, dict(zip(("t_image", "t_text"), F.normalize(teacher, dim=-1), strict=True))
+
+
+def distill(**options: float):
+    return lambda image, text, tau, t_image, t_text, **kw: fastntxent.distill(
+        image, text, t_image, t_text, tau, **options, **kw
+    )
+
+
+def guided_inputs(negatives: bool = False):
+    """Embeddings, and a guide of another width whose unit rows are no inputs of the loss."""
+
+    def inputs(n: int, d: int, generator: torch.Generator):
+        tensors, _ = towers(negatives="unpaired" if negatives else "")(n, d, generator)
+        guide = normal(n, d + 2, generator=generator)
+        names = {"g_query": guide, "g_key": guide + normal(n, d + 2, generator=generator)}
+        if negatives:
+            names["g_negatives"] = normal(5, d + 2, generator=generator)
+        return tensors, {name: F.normalize(g, dim=-1) for name, g in names.items()}
+
+    return inputs
+
+
+def guided(**options):
+    def loss(query, key, *rest, g_query, g_key, g_negatives=None, **kw):
+        *negatives, tau = rest
+        negatives = negatives[0] if negatives else None
+        return fastntxent.guided_info_nce(
+            query, key, g_query, g_key, tau, negatives=negatives, guide_negatives=g_negatives, **options, **kw
+        )
+
+    return loss
+
+
+def dense_guided(**options):
+    return lambda *tensors, **guide: dense.guided(*tensors, guide=list(guide.values()), **options)
+
+
 def of_views(name: str, **options: float):
     return lambda z, tau, **kw: getattr(fastntxent, name)(z[0], z[1], tau, **options, **kw)
 
@@ -92,6 +135,27 @@ def sup_con(form: str):
         lambda z, tau, labels, **kw: fastntxent.sup_con(z, labels, tau, form=form, **kw),
         lambda u, tau, labels: dense.sup_con(u, tau, labels, form),
     )
+
+
+def weighted(n_classes: int, *, absent: int = 0):
+    """Classes of which the last `absent` have no row, and weights of which some are 0: all of class 0's, as a row."""
+
+    def inputs(n: int, d: int, generator: torch.Generator):
+        labels = torch.randint(0, n_classes - absent, (n,), generator=generator)
+        weights = torch.rand(n_classes, n_classes, generator=generator, dtype=torch.float64)
+        weights[torch.rand(n_classes, n_classes, generator=generator) < 0.3] = 0
+        weights[0] = 0
+        return [normal(n, d, generator=generator)], {"labels": labels, "pair_weights": 5 * weights}
+
+    return inputs
+
+
+def weighted_sup_con(z, tau, labels, pair_weights, **kw):
+    return fastntxent.sup_con(z, labels, tau, pair_weights=pair_weights.to(z.device), **kw)
+
+
+def weighs_something(labels: Tensor, pair_weights: Tensor) -> Tensor:
+    return (pair_weights[labels[:, None], labels].fill_diagonal_(0)).any(dim=1)
 
 
 def with_positive(labels: Tensor) -> Tensor:
@@ -149,6 +213,10 @@ CASES = {
     "sup_con in": Case(*sup_con("in"), labelled(3), with_positive),
     "sup_con pairs": Case(*sup_con("pairs"), labelled(3), with_positive),
     "sup_con out multi-label": Case(*sup_con("out"), labelled(4, multi=True), with_positive),
+    "sup_con weights": Case(weighted_sup_con, dense.weighted_sup_con, weighted(4), weighs_something),
+    "sup_con weights of absent classes": Case(
+        weighted_sup_con, dense.weighted_sup_con, weighted(9, absent=3), weighs_something
+    ),
     "sup_con in few positives": Case(*sup_con("in"), labelled(20), with_positive),
     "sup_con pairs one class": Case(*sup_con("pairs"), labelled(1), with_positive),
     "sup_con in one class": Case(*sup_con("in"), labelled(1), with_positive),
@@ -194,7 +262,125 @@ CASES = {
         logit_size=lambda tau: 1 / tau + 4,
     ),
     "clip": Case(fastntxent.clip, dense.clip, towers()),
+    **{
+        f"info_nce same_id {form}": Case(
+            of_info_nce(positives="same_id", form=form),
+            lambda u, v, tau, ids, form=form: dense.several(u, v, tau, ids, form),
+            towers(ids=4),
+        )
+        for form in ("out", "in")
+    },
+    "info_nce same_id in temperatures": Case(
+        of_info_nce(positives="same_id", form="in"),
+        lambda u, v, tau, ids: dense.several(u * (1 / tau)[:, None], v, torch.ones(()), ids, "in"),
+        towers(ids=4),
+        per_row=1,
+    ),
+    **{
+        f"clip same_id {form}": Case(
+            lambda *args, form=form, **kw: fastntxent.clip(*args, positives="same_id", form=form, **kw),
+            lambda u, v, tau, ids, form=form: (
+                (dense.several(u, v, tau, ids, form) + dense.several(v, u, tau, ids, form)) / 2
+            ),
+            towers(ids=4),
+        )
+        for form in ("out", "in")
+    },
+    "nt_xent margin": Case(of_views("nt_xent", margin=0.1), lambda u, tau: dense.limited(u, tau, margin=0.1), views(2)),
+    "nt_xent relative margin ids": Case(
+        of_views("nt_xent", relative_margin=0.4),
+        lambda u, tau, ids: dense.limited(u, tau, ids, relative_margin=0.4),
+        views(2, ids=3),
+    ),
+    "nt_xent ceiling": Case(
+        of_views("nt_xent", ceiling=0.1), lambda u, tau: dense.limited(u, tau, ceiling=0.1), views(2)
+    ),
+    "nt_xent margin ceiling temperatures": Case(
+        of_views("nt_xent", margin=-0.2, ceiling=0.3),
+        lambda u, tau: dense.limited(u, tau, margin=-0.2, ceiling=0.3),
+        views(2),
+        per_row=2,
+    ),
+    "multiview margin": Case(
+        lambda z, tau, **kw: fastntxent.multiview_nt_xent(z, tau, margin=-0.3, **kw),
+        lambda u, tau: dense.limited(u, tau, margin=-0.3),
+        views(3),
+    ),
+    "info_nce margin ids": Case(
+        of_info_nce(margin=0.1),
+        lambda *args, ids: dense.limited_info_nce(*args, ids, margin=0.1),
+        towers(ids=4),
+    ),
+    **{
+        f"info_nce margin {kind}": Case(
+            of_info_nce(in_batch_negatives=True, relative_margin=0.2),
+            lambda query, key, negatives, tau: dense.limited_info_nce(
+                query, key, tau, None, negatives, relative_margin=0.2
+            ),
+            towers(negatives=kind),
+        )
+        for kind in ("unpaired", "paired")
+    },
+    "clip margin": Case(
+        lambda *args, **kw: fastntxent.clip(*args, margin=0.05, **kw),
+        lambda u, v, tau: (
+            (dense.limited_info_nce(u, v, tau, margin=0.05) + dense.limited_info_nce(v, u, tau, margin=0.05)) / 2
+        ),
+        towers(),
+    ),
+    **{
+        f"sup_con {form} ceiling": Case(
+            lambda z, tau, labels, form=form, **kw: fastntxent.sup_con(z, labels, tau, form=form, ceiling=0.2, **kw),
+            lambda u, tau, labels, form=form: dense.limited_sup_con(u, tau, labels, form, 0.2),
+            labelled(3),
+            with_positive,
+        )
+        for form in ("out", "in", "pairs")
+    },
+    "multi_clip": Case(
+        lambda a, b, c, tau, **kw: fastntxent.multi_clip([a, b, c[:, 0]], tau, weights=[1, 0, 0.5], **kw),
+        lambda a, b, c, tau: dense.clip(a, b, tau) + dense.clip(b, c[:, 0], tau) / 2,
+        towers(negatives="paired"),
+    ),
     "clip one sample": Case(fastntxent.clip, dense.clip, towers(), min_n=1),
+    "distill": Case(
+        distill(teacher_temperature=0.2), lambda *args, **kw: dense.distill(*args, **kw, t_tau=0.2), taught
+    ),
+    "distill at its temperature": Case(
+        distill(), lambda u, v, tau, **kw: dense.distill(u, v, tau, **kw, t_tau=tau.detach()), taught
+    ),
+    "distill one sample": Case(
+        distill(teacher_logit_scale=3.0), lambda *args, **kw: dense.distill(*args, **kw, t_tau=1 / 3), taught, min_n=1
+    ),
+    "guided_info_nce": Case(guided(), dense_guided(), guided_inputs()),
+    "guided_info_nce margin": Case(
+        guided(margin=-0.2, contrast_anchors=False), dense_guided(margin=-0.2, anchors=False), guided_inputs()
+    ),
+    "guided_info_nce relative": Case(
+        guided(margin=0.1, margin_strategy="relative", contrast_positives=False),
+        dense_guided(margin=0.1, relative=True, positives=False),
+        guided_inputs(),
+    ),
+    "guided_info_nce keys alone": Case(
+        guided(contrast_anchors=False, contrast_positives=False),
+        dense_guided(anchors=False, positives=False),
+        guided_inputs(),
+    ),
+    "guided_info_nce negatives": Case(guided(margin=0.05), dense_guided(margin=0.05), guided_inputs(negatives=True)),
+    "guided_info_nce one sample": Case(guided(), dense_guided(), guided_inputs(), min_n=1),
+    "siglip": Case(
+        lambda *args, **kw: fastntxent.siglip(*args, bias=-2.0, **kw), lambda *args: dense.siglip(*args, -2.0), towers()
+    ),
+    "siglip one sample": Case(fastntxent.siglip, lambda *args: dense.siglip(*args, -10.0), towers(), min_n=1),
+    "siglip ids": Case(
+        lambda *args, **kw: fastntxent.siglip(*args, bias=1.0, **kw),
+        lambda *args, ids: dense.siglip(*args, 1.0, ids),
+        towers(ids=4),
+    ),
+    "nt_logistic": Case(of_views("nt_logistic"), lambda u, tau: dense.nt_logistic(u, tau, 0.0), views(2)),
+    "nt_logistic ids bias": Case(
+        of_views("nt_logistic", bias=-3.0), lambda u, tau, ids: dense.nt_logistic(u, tau, -3.0, ids), views(2, ids=3)
+    ),
     "clip ids smoothing": Case(
         lambda *args, **kw: fastntxent.clip(*args, label_smoothing=0.1, **kw),
         lambda *args, **kw: dense.clip(*args, smoothing=0.1, **kw),
@@ -285,8 +471,8 @@ def test_loss_dtypes_within_budget(case, tau, dtype, autocast, backend):
     for v, s, t in zip(computed(backend), computed("reference"), true, strict=True):
         # The temperature's gradient is a difference of similarities over tau^2, which cancels.
         scale = 1 / tau**2 / max(t.numel(), 1) if t.shape == drawn.tau.shape and t is true[-1] else 0.0
-        limit = budget.allowed(budget.measure(s, t, scale=scale), dtype, size, output_dtype=v.dtype)
-        errors = budget.measure(v, t, scale=scale)
+        limit = error_budget.allowed(error_budget.errors_of(s, t, scale=scale), dtype, size, output_dtype=v.dtype)
+        errors = error_budget.errors_of(v, t, scale=scale)
         assert errors.within(limit), f"{errors}, allowed {limit}"
     value = computed(backend)
     assert value[0].dtype == torch.float32
@@ -323,6 +509,22 @@ def test_loss_never_holds_all_pairs(case, backend):
     assert 1500 * 8 <= largest.numel < 1500 * 1500 / 4
 
 
+TILED = [name for name in CASES if name.startswith(("distill", "guided", "siglip", "nt_logistic"))]
+
+
+@pytest.mark.parametrize("name", TILED)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("edge", [1, 5, 11, 12, 13])
+def test_loss_in_tiles_of_any_edge_equals_its_dense_formula(name, reduction, edge, monkeypatch):
+    monkeypatch.setattr(tiling, "BLOCK_CPU", edge)
+    case = CASES[name]
+    drawn = draw(case, 12, 6, 0.3, 0)
+    upstream = torch.linspace(-1, 2, len(case.oracle(*drawn.tensors, drawn.tau, **drawn.options)))
+    value = results(lambda *a, **o: case.loss(*a, reduction=reduction, backend="blocked", **o), drawn, upstream)
+    for v, t in zip(value, truth(case, drawn, reduction, True, upstream), strict=True):
+        torch.testing.assert_close(v, t, rtol=1e-9, atol=1e-10)
+
+
 # No gradient goes through their weights: finite differences of the gradient see them move.
 DETACHED = {name for name in CASES if name.startswith(("dclw", "macl", "info_nce hard"))}
 # Plain tensor code alone.
@@ -356,6 +558,14 @@ CONVERGED = {
         z_i, z_j, tau, negatives=z_i.detach().roll(1, dims=0).unsqueeze(1), in_batch_negatives=True, **kw
     ),
     "clip": lambda z_i, z_j, ids, tau, **kw: fastntxent.clip(z_i, z_j, tau, **kw),
+    "distill": lambda z_i, z_j, ids, tau, **kw: fastntxent.distill(
+        z_i, z_j, z_j.detach(), z_i.detach(), tau, teacher_temperature=0.05, **kw
+    ),
+    "guided_info_nce": lambda z_i, z_j, ids, tau, **kw: fastntxent.guided_info_nce(
+        z_i, z_j, z_j.detach(), z_i.detach(), tau, margin=0.95, **kw
+    ),
+    "siglip": lambda z_i, z_j, ids, tau, **kw: fastntxent.siglip(z_i, z_j, tau / 2, bias=-18.0, **kw),
+    "nt_logistic": lambda z_i, z_j, ids, tau, **kw: fastntxent.nt_logistic(z_i, z_j, tau / 2, bias=-18.0, **kw),
     "debiased": lambda z_i, z_j, ids, tau, **kw: fastntxent.debiased(z_i, z_j, tau, tau_plus=1e-9, **kw),
     "macl": lambda z_i, z_j, ids, tau, **kw: fastntxent.macl(z_i, z_j, tau, alpha=0, **kw) - 1,
 }

@@ -9,7 +9,9 @@ import torch.fx.experimental.proxy_tensor
 import torch.overrides
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastntxent import NTXentLoss, budget, cross_neg_lse, neg_lse, nt_xent, ops, split_views, sup_con
+from fastntxent import NTXentLoss, cross_neg_lse, error_budget, neg_lse, nt_xent, ops, split_views, sup_con
+from fastntxent.opening import open_batch
+from fastntxent.sides import Side
 from tests.cases import BACKENDS, CUDA_KERNELS, KERNELS, needs_cuda, random_batch
 
 
@@ -27,30 +29,36 @@ def inverse_temperature(requires_grad=True):
     return torch.tensor(2.0, requires_grad=requires_grad)
 
 
+def opcheck(name, arguments):
+    """Both overloads: of a temperature that is a tensor, as it stands here, and of a float."""
+    operator = getattr(torch.ops.fastntxent, name)
+    torch.library.opcheck(operator.default, arguments)
+    if "float" in operator.overloads():
+        names = [argument.name for argument in operator.default._schema.arguments]
+        floats = {"inv_tau": 2.0}
+        torch.library.opcheck(
+            operator.float, tuple(floats.get(each, x) for each, x in zip(names, arguments, strict=True))
+        )
+
+
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("name", ["nt_xent_scalar", "nt_xent_rows"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nt_xent_operators_pass_opcheck(backend, name, normalize, dtype):
     z_i, z_j = views(dtype=dtype)
-    operator = getattr(torch.ops.fastntxent, name).default
     mean = (True,) if name == "nt_xent_scalar" else ()
-    torch.library.opcheck(operator, (z_i, z_j, inverse_temperature(), normalize, *mean, backend))
+    opcheck(name, (z_i, z_j, inverse_temperature(), normalize, *mean, backend))
 
 
 def test_neg_lse_operator_passes_opcheck(backend):
     u = torch.randn(6, 4, requires_grad=True)
-    torch.library.opcheck(
-        torch.ops.fastntxent.neg_lse.default, (u, torch.arange(6) // 2, inverse_temperature(), backend)
-    )
+    opcheck("neg_lse", (u, torch.arange(6) // 2, inverse_temperature(), backend))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_neg_lse_sum_operator_passes_opcheck(backend, dtype):
     u = torch.randn(6, 4, dtype=dtype, requires_grad=True)
-    torch.library.opcheck(
-        torch.ops.fastntxent.neg_lse_sum.default,
-        (u, torch.arange(6) // 2, inverse_temperature(), torch.ones(6), backend),
-    )
+    opcheck("neg_lse_sum", (u, torch.arange(6) // 2, inverse_temperature(), torch.ones(6), backend))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -58,7 +66,7 @@ def test_neg_lse_sum_operator_passes_opcheck(backend, dtype):
 def test_cross_neg_lse_operator_passes_opcheck(backend, wanted, dtype):
     u, v = (torch.randn(rows, 4, dtype=dtype, requires_grad=need) for rows, need in zip((6, 9), wanted, strict=True))
     ids = torch.arange(6), torch.arange(9)
-    torch.library.opcheck(torch.ops.fastntxent.cross_neg_lse.default, (u, v, *ids, inverse_temperature(), backend))
+    opcheck("cross_neg_lse", (u, v, *ids, inverse_temperature(), backend))
 
 
 @pytest.mark.parametrize("held", [0, 1, 9])
@@ -66,14 +74,50 @@ def test_held_neg_lse_is_cross_neg_lse_of_the_first_rows(backend, held):
     u, rows, k = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4), inverse_temperature()
     ids = torch.arange(6) % 3, torch.arange(9) % 4
     arguments = (u, rows, *ids, torch.tensor(held), k, backend)
-    torch.library.opcheck(torch.ops.fastntxent.held_neg_lse.default, arguments)
-    torch.library.opcheck(
-        torch.ops.fastntxent.held_neg_lse_backward.default,
+    opcheck("held_neg_lse", arguments)
+    opcheck(
+        "held_neg_lse_backward",
         (torch.ones(6), *(t.detach() for t in arguments[:-1]), torch.ones(6), backend),
     )
-    values = [ops.held_neg_lse(*arguments), ops.held_neg_lse(*arguments[:-1], "reference")]
+    dense = open_batch(None, "held", {"u": u}, backend="reference")
+    values = [
+        ops.held_neg_lse(*arguments),
+        dense.neg_lse_to_held(Side(u, ids[0]), Side(rows, ids[1]), k, torch.tensor(held)),
+    ]
     torch.testing.assert_close(*values)
     torch.testing.assert_close(*(torch.autograd.grad(value.sum(), (u, k)) for value in values))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("form", ["out", "in", "ratio", "pairs"])
+def test_sup_con_operator_passes_opcheck(backend, form, dtype):
+    z = torch.randn(6, 4, dtype=dtype, requires_grad=True)
+    opcheck("sup_con_scalar", (z, torch.arange(6) // 2, inverse_temperature(), form, True, True, backend))
+    with pytest.raises(ValueError, match="form must be one of"):
+        torch.ops.fastntxent.sup_con_scalar(z, torch.arange(6), inverse_temperature(), "both", True, True, backend)
+
+
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
+def test_soft_dots_operators_pass_opcheck(needs):
+    u, v = (torch.randn(n, 4, requires_grad=need) for n, need in zip((6, 9), needs, strict=True))
+    teacher = (torch.randn(6, 5), torch.randn(9, 5), torch.arange(6), torch.arange(9), inverse_temperature(False))
+    tensors = (u, v, *teacher, torch.full((6,), 4.0), torch.full((9,), 4.0))
+    opcheck("soft_dots", tensors)
+    opcheck("soft_dots_sum", (*tensors, *needs))
+    detached = tuple(x.detach() for x in tensors)
+    opcheck("soft_dots_backward", (torch.randn(6), torch.randn(9), *detached, *needs))
+    opcheck("soft_dots_sum_backward", (torch.tensor(2.0), *detached[:2], *detached[:2]))
+
+
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
+def test_guided_neg_lse_operators_pass_opcheck(needs):
+    u, v = (torch.randn(n, 4, requires_grad=need) for n, need in zip((6, 9), needs, strict=True))
+    guide, ids = (torch.randn(6, 5), torch.randn(9, 5)), (torch.arange(6), torch.arange(9))
+    tensors = (u, v, *guide, *ids, inverse_temperature(), torch.linspace(-9, 2, 6))
+    opcheck("guided_neg_lse", tensors)
+    detached = tuple(x.detach() for x in tensors)
+    nu = torch.ops.fastntxent.guided_neg_lse(*detached)
+    opcheck("guided_neg_lse_backward", (torch.randn(6), *detached, nu, *needs))
 
 
 def test_copy_now_operator_passes_opcheck():
@@ -81,29 +125,29 @@ def test_copy_now_operator_passes_opcheck():
 
 
 def test_loss_operator_passes_opcheck_and_has_no_gradient(backend):
-    operator = torch.ops.fastntxent.nt_xent_value.default
-    torch.library.opcheck(operator, (*views(requires_grad=False), inverse_temperature(False), True, False, backend))
-    loss = operator(*views(), inverse_temperature(), True, False, backend)
+    opcheck("nt_xent_value", (*views(requires_grad=False), inverse_temperature(False), True, False, backend))
+    loss = torch.ops.fastntxent.nt_xent_value(*views(), inverse_temperature(), True, False, backend)
     with pytest.raises(RuntimeError, match="nt_xent_scalar gives both"):
         loss.backward()
 
 
-def test_eager_calls_give_the_bits_of_the_operators(backend):
+@pytest.mark.parametrize("k", [2.0, inverse_temperature()])
+def test_eager_calls_give_the_bits_of_the_operators(backend, k):
     z_i, z_j = views(20, 8)
-    k = inverse_temperature()
     calls = {
         "nt_xent_scalar": (z_i, z_j, k, True, True, backend),
         "nt_xent_rows": (z_i, z_j, k, True, backend),
         "neg_lse": (z_i, torch.arange(20), k, backend),
         "neg_lse_sum": (z_i, torch.arange(20), k, torch.linspace(-1, 2, 20), backend),
         "cross_neg_lse": (z_i, z_j, torch.arange(20), torch.arange(20), k, backend),
+        "sup_con_scalar": (z_i, torch.arange(20) // 3, k, "in", True, True, backend),
     }
     for name, arguments in calls.items():
         results = []
         for call in (getattr(ops, name), getattr(torch.ops.fastntxent, name)):
             outputs = call(*arguments)
             outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
-            outputs = outputs[:1] if name in ("nt_xent_scalar", "neg_lse_sum") else outputs
+            outputs = outputs[:1] if name in ("nt_xent_scalar", "neg_lse_sum", "sup_con_scalar") else outputs
             total = sum((output * 1.5).sum() for output in outputs)
             inputs = [t for t in arguments if isinstance(t, torch.Tensor) and t.requires_grad]
             results.append([*outputs, *torch.autograd.grad(total, inputs)])
@@ -125,7 +169,7 @@ def test_backward_operators_pass_opcheck(backend):
         "neg_lse_sum_backward": (torch.tensor(2.0), u, k, u, k),
     }
     for name, arguments in calls.items():
-        torch.library.opcheck(getattr(torch.ops.fastntxent, name).default, arguments)
+        opcheck(name, arguments)
 
 
 def test_pair_operators_pass_opcheck():
@@ -179,7 +223,7 @@ def test_torch_function_modes_see_the_operators(backend):
 
     with Watch() as watch:
         nt_xent(*views(), backend=backend)
-    assert "fastntxent.nt_xent_scalar.default" in watch.seen
+    assert "fastntxent.nt_xent_scalar.float" in watch.seen
 
 
 class Step(torch.nn.Module):
@@ -225,6 +269,7 @@ def test_compile_of_a_temperature_schedule_recompiles_once(name):
     assert counter.frame_count <= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BACKENDS)
 def test_compile_with_everything_dynamic(name):
     torch._dynamo.reset()
@@ -303,11 +348,11 @@ def test_half_precision_gradient_is_rounded_after_its_scaling(backend):
     # A converged batch: gradients that float16 cannot hold until a loss scaler has lifted them.
     z_i = random_batch(40, 64, 0.05, dtype=torch.float16).z_i
     z_j = z_i.clone()
-    _, truth = budget.true_loss_and_gradient(z_i, z_j, 0.05)
+    _, truth = error_budget.true_loss_and_gradient(z_i, z_j, 0.05)
     assert truth.abs().max() < 1e-6
     scale = 1 / float(truth.abs().max())
     (nt_xent(z_i.requires_grad_(), z_j, 0.05, backend=backend) * scale).backward()
-    assert budget.measure(z_i.grad, truth[:40] * scale).rms < torch.finfo(torch.float16).eps
+    assert error_budget.errors_of(z_i.grad, truth[:40] * scale).rms < torch.finfo(torch.float16).eps
 
 
 def test_func_jacrev_equals_reference(backend):

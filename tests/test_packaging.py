@@ -25,6 +25,7 @@ def wheel(tmp_path_factory):
     return zipfile.ZipFile(path)
 
 
+@pytest.mark.slow
 def test_wheel_holds_the_package_and_nothing_else(wheel):
     names = set(wheel.namelist())
     sources = {str(p.relative_to(CHECKOUT)) for p in (CHECKOUT / "fastntxent").rglob("*.py")}
@@ -87,6 +88,34 @@ def test_readme_commands_are_make_targets():
     targets = set(re.findall(r"^([a-z-]+):", (CHECKOUT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"\bmake ([a-z-]+)", (CHECKOUT / "README.md").read_text()))
     assert {"test", "lint", "demo", "bench"} <= named <= targets
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a shell for an nvcc that is none")
+@pytest.mark.parametrize(
+    ("known", "built"), [("8[069]|90|100", ["80", "86", "89", "90", "100"]), ("90", ["90"]), ("75", [])]
+)
+def test_cuda_is_built_for_what_nvcc_compiles_for(tmp_path, known, built):
+    for folder in ("fastntxent", "csrc"):
+        shutil.copytree(CHECKOUT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(CHECKOUT / name, tmp_path / name)
+    tools = tmp_path / "cuda" / "bin"
+    tools.mkdir(parents=True)
+    # It claims everything, as 11.8 does of sm_90a, and refuses what it does not know.
+    nvcc = f'case "$*" in --list*) echo sm_80 sm_90 sm_120 ;; esac; echo "$*" | grep -Eq "code=sm_({known})( |$)"'
+    for name, script in (("nvcc", nvcc), ("ninja", "exit 1")):
+        (tools / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tools / name).chmod(0o755)
+    environment = {**os.environ, "FASTNTXENT_CUDA": "1", "CUDA_HOME": str(tools.parent), "CC": "false", "CXX": "false"}
+    environment["PATH"] = f"{tools}{os.pathsep}{os.environ['PATH']}"
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    if built:
+        plan = (tmp_path / "build" / "cuda" / "build.ninja").read_text()
+        assert re.findall(r"code=sm_(\w+)", plan) == 3 * built  # of three sources
+        assert f"arch=compute_{built[0]},code=compute_{built[0]}" in plan
+    else:
+        assert "compiles for none of sm_80, sm_86" in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("wanted", ["0", "auto"])

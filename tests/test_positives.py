@@ -6,17 +6,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastntxent import budget, ops, sup_con
-from fastntxent.backends.base import row_losses
+from fastntxent import error_budget, ops, sup_con
+from fastntxent.algebra import row_losses
+from fastntxent.backends.reference import BACKEND as REFERENCE
 from fastntxent.ops import positives
+from fastntxent.sides import Side
 from tests.cases import assert_within_rounding
 
 
 def lse(u, v, u_ids, v_ids, inv_tau, nu, same, backend):
-    return ops.positive_lse(u, v, u_ids, v_ids, inv_tau, same, backend)
+    return (REFERENCE if backend == "reference" else ops).positive_lse(u, v, u_ids, v_ids, inv_tau, same=same)
 
 
-OPERATORS = {"lse": lse, "sum": ops.positive_sum}
+def positive_sum(u, v, u_ids, v_ids, inv_tau, nu, same, backend):
+    return (REFERENCE if backend == "reference" else ops).positive_sum(u, v, u_ids, v_ids, inv_tau, nu, same=same)
+
+
+OPERATORS = {"lse": lse, "sum": positive_sum}
 
 
 def results(operator, sides, inv_tau, same, backend, dtype=torch.float64):
@@ -76,8 +82,8 @@ def test_positives_at_tile_edges_within_budget(dtype, inv_tau, M, operator):
     )
     for v, s, t in zip(value, same, truth, strict=True):
         scale = M if t.ndim == 0 else 0.0  # d_k is a sum of similarities of both signs
-        limit = budget.allowed(budget.measure(s, t, scale=scale), dtype, inv_tau, output_dtype=v.dtype)
-        errors = budget.measure(v, t, scale=scale)
+        limit = error_budget.allowed(error_budget.errors_of(s, t, scale=scale), dtype, inv_tau, output_dtype=v.dtype)
+        errors = error_budget.errors_of(v, t, scale=scale)
         assert errors.within(limit), f"{errors}, allowed {limit}"
 
 
@@ -115,7 +121,9 @@ def test_positives_operators_pass_opcheck(name, dtype):
     args = [u, v, u_ids, v_ids, torch.tensor(2.0, dtype=acc, requires_grad=True)]
     if name == "positive_sum":
         args.append(torch.randn(6, dtype=acc, requires_grad=True))
-    torch.library.opcheck(getattr(torch.ops.fastntxent, name).default, (*args, False))
+    operator = getattr(torch.ops.fastntxent, name)
+    torch.library.opcheck(operator.default, (*args, False))
+    torch.library.opcheck(operator.float, (*args[:4], 2.0, *args[5:], False))
 
 
 def converged():
@@ -145,6 +153,6 @@ def test_positives_gradient_keeps_its_accuracy_when_converged(form):
 def test_positive_sum_of_single_pairs_is_nt_xent():
     u = F.normalize(torch.randn(20, 5, dtype=torch.float64), dim=1)
     ids, k = torch.arange(10).repeat(2), torch.tensor(4.0, dtype=torch.float64)
-    nu = ops.neg_lse(u, ids, k, "reference")
-    value = ops.positive_sum(u, u, ids, ids, k, nu, True, "blocked")
-    torch.testing.assert_close(value, row_losses(*ops.nt_xent_rows(*u.chunk(2), k, False, "reference")))
+    nu = REFERENCE.neg_lse(Side(u, ids), k)
+    value = ops.positive_sum(u, u, ids, ids, k, nu, same=True)
+    torch.testing.assert_close(value, row_losses(*REFERENCE.nt_xent_rows(*u.chunk(2), k, False)))

@@ -128,6 +128,7 @@ PEAKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units: needs Linux")
 @pytest.mark.parametrize("call", PEAKS)
 def test_memory_is_as_documented(call):

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from benchmarks import chips, gpu, kernels, model, tune
+from benchmarks import chips, gpu, kernels, limits, model, sass, tune
 from fastntxent import backends
 
 STATUS = backends()["triton"]
@@ -56,9 +56,28 @@ def test_columns_of_a_part_fill_the_multiprocessors(n, blocks, columns):
 
 
 def test_panels_leave_few_multiprocessors_idle():
-    gather = config.Tile(128, 64, 128, 8, 3)
-    assert config.height_of_panel(132, 3072, 768, gather) == 2816  # 22 blocks of rows, 6 of features
-    assert config.height_of_panel(132, 256, 768, gather) == 256
+    gather = config.TileConfig(128, 64, 256, 8, 3)
+    assert config.edge_of_panel(132, 65536, 768, 2, gather) == 2816  # two squares of 22 blocks of rows, 3 of features
+    assert config.PANEL >= 2 * 2 * 2816**2
+    assert config.edge_of_panel(132, 300, 768, 2, gather) == 512
+    assert config.edge_of_panel(132, 200, 768, 2, gather) == 256
+
+
+@pytest.mark.parametrize("one_side", [True, False])
+@pytest.mark.parametrize(("n_rows", "n_cols"), [(1, 1), (8, 8), (9, 9), (16, 16), (41, 41)])
+def test_panels_cover_every_square_once_and_write_before_they_add(n_rows, n_cols, one_side):
+    panels = importlib.import_module("fastntxent.backends.triton.panels")
+    n_cols = n_cols if one_side else 2 * n_cols
+    seen: list[tuple[int, int]] = []
+    for squares in panels.schedule(n_rows, n_cols, 8, one_side):
+        both = [(squares.row_0, squares.col_0), (squares.row_1, squares.col_1)]
+        if squares.mirrored:
+            assert both[0] == both[1][::-1]
+        both = [square for square in both if square[0] < n_rows]
+        for row, _ in both:
+            assert squares.add == any(row == before for before, _ in seen)
+        seen += both
+    assert sorted(seen) == [(row, col) for row in range(0, n_rows, 8) for col in range(0, n_cols, 8)]
 
 
 def test_a_chip_holds_as_many_programs_as_registers_shared_memory_and_threads_allow():
@@ -71,36 +90,170 @@ def test_a_chip_holds_as_many_programs_as_registers_shared_memory_and_threads_al
 
 
 def test_the_model_counts_what_the_schedule_does():
-    tile = config.Tile(128, 128, 64, 8, 3)
+    tile = config.TileConfig(128, 128, 64, 8, 3)
     tiles = dict.fromkeys(config.KERNELS, tile)
     M, DP, chip = 65_536, 128, chips.CHIPS["sm_90"]
     u = 2 * M * M * DP
     work = {kernel: model.work_of(kernel, tiles, M, DP, "bf16", chip) for kernel in config.KERNELS}
-    assert {kernel: w.products / u for kernel, w in work.items()} == {
-        "direct": 0.5, "owned": 1, "fused": 2, "form": 1, "gather": 1
+    assert {kernel: w.flops / u for kernel, w in work.items() if kernel in ("direct", "owned", "fused")} == {
+        "direct": 0.5, "owned": 1, "fused": 2
     }  # fmt: skip
+    edge = config.edge_of_panel(chip.multiprocessors, M, DP, 2, tile)
+    panels = importlib.import_module("fastntxent.backends.triton.panels")
+    schedule = list(panels.schedule(M, M, edge, True))
+    formed = sum(1 if squares.mirrored else 2 for squares in schedule)
+    assert work["gather"].flops == 2 * DP * (2 * len(schedule) * edge**2)
+    assert work["form"].flops == work["form"].exps * 2 * DP == 2 * DP * formed * edge**2
     assert work["direct"].exps == M * M / 2
     assert work["gather"].exps == 0
-    assert model.work_of("fused", tiles, M, DP, "fp32", chip).products == 6 * u
-    assert work["form"].launches == work["gather"].launches > 1
+    assert model.work_of("fused", tiles, M, DP, "fp32", chip).flops == 6 * u
+    assert work["form"].launches == work["gather"].launches == len(schedule)
 
 
-def test_the_model_takes_the_longest_resource_and_adds_what_does_not_overlap():
-    chip = chips.CHIPS["sm_90"]
-    rates = chip.rates
-    matrix = model.GEMM * rates.product
-    even = chip.multiprocessors * 2.0
-    products = model.Work(matrix, 0.5 * rates.exp, 0, 0, 0, even)
-    assert model.seconds(products, chip, 2, "bf16") == pytest.approx(1 + model.LAUNCH)
-    assert model.seconds(products, chip, 1, "bf16") == pytest.approx(1.5 + model.LAUNCH)
-    assert model.seconds(products, chip, 2, "bf16", gemm=matrix / 4) == pytest.approx(4 + model.LAUNCH)
-    assert model.seconds(products._replace(programs=even / 2 + 1), chip, 2, "bf16") == pytest.approx(1.985, rel=1e-3)
-    assert model.seconds(products._replace(memory=3 * rates.memory), chip, 2, "bf16") == pytest.approx(3, rel=1e-3)
+@pytest.mark.parametrize("kernel", config.KERNELS)
+def test_the_turns_of_a_kernel_s_loops_make_all_of_its_products(kernel):
+    tile = config.TileConfig(128, 64, 64, 8, 3)
+    M, DP, chip = 65_536, 256, chips.CHIPS["sm_90"]
+    work = model.work_of(kernel, dict.fromkeys(config.KERNELS, tile), M, DP, "bf16", chip)
+    a_turn = kernels.flops_of_turn(kernel, tile, DP, "bf16")
+    assert math.prod(work.turns) * work.programs * a_turn == pytest.approx(work.flops, rel=0.02)
+
+
+def test_turns_are_fitted_to_the_loops_that_the_compiler_left():
+    flops, programs = 2 * 64 * 64 * 16, 264
+
+    def work(turns):
+        return model.Work(math.prod(turns) * flops * programs, 0, 0, 0, 0, programs, turns)
+
+    assert model.turns_of(work((10.0,)), report_of(loop(PRODUCT))) == (10.0,)
+    assert model.turns_of(work((10.0, 1.0)), report_of(loop(PRODUCT))) == (10.0,)
+    around = "\n".join(
+        [".L_x_1:", "        /*1000*/  FADD R1, R1, R2 ;", loop(PRODUCT, "@P0 BRA `(.L_x_0)", "@P1 BRA `(.L_x_1)")]
+    )
+    nested = report_of(around)
+    assert model.turns_of(work((10.0,)), nested) == (1.0, 10.0)
+    with pytest.raises(AssertionError, match="flops a program, not"):
+        model.turns_of(work((10.0, 2.0)), report_of(loop(PRODUCT)))
+
+
+WORK = model.Work(2 * 132 * 10 * 2 * 64 * 64 * 16, 1e9, 0, 1e6, 1e6, 2 * 132, (10.0,))
+
+
+def test_a_kernel_takes_the_longest_of_its_limits_and_says_which():
+    rates = chips.CHIPS["sm_90"].rates
+    report = report_of(loop(PRODUCT, "FADD R1, R1, R2", "MUFU.EX2 R4, R4", "MUFU.EX2 R4, R4"))  # and a branch
+    turns, warps = 10 * 2 * 132, 4
+    found = model.needs(WORK, report, "bf16")
+    assert found["products"] == pytest.approx(WORK.flops / (limits.GEMM * rates.product))
+    assert found["slots"] == pytest.approx((5 * turns + 2 * 132) * warps / 4 / rates.cycles)
+    assert found["exps"] == pytest.approx(2 * turns * warps * 32 / rates.exp)
+    assert found["floats"] == pytest.approx(turns * warps * 32 / 128 / rates.cycles)
+    assert found["shared"] == pytest.approx(turns * warps * (64 + 64) * 32 / 4 / rates.shared)
+    assert model.time_of({"slots": 9e-6, "products": 5e-6}, 1) == (9e-6 + limits.LAUNCH, "slots")
+    assert model.time_of({"slots": 1e-6, "products": 0.5e-6}, 1) == (1e-6 + limits.LAUNCH, "launches")
+    assert model.needs(WORK, report, "bf16", gemm=rates.product / 4)["products"] == pytest.approx(
+        4 * WORK.flops / rates.product
+    )
+
+
+def test_a_program_alone_on_its_multiprocessor_takes_its_turns_one_after_the_other():
+    report = report_of(loop(PRODUCT, DRAIN, "BAR.SYNC.DEFER_BLOCKING 0x0", "FADD R1, R1, R2"))
+    cycles = 10 * (32 + 5 + 2 * limits.SYNC) + 1 + limits.FIRST  # products, instructions, waits; and the end
+
+    def latency(work, **changes):
+        seconds = model.needs(work, report._replace(**changes), "bf16")["latency"]
+        return seconds * chips.CHIPS["sm_90"].rates.cycles / 132
+
+    assert latency(WORK) == pytest.approx(cycles, rel=1e-3)
+    assert latency(WORK, resident=1) == pytest.approx(2 * cycles, rel=1e-3)
+    assert latency(WORK, tile=(64, 64, 128, 4, 2)) == pytest.approx(cycles + 10 * limits.LOAD, rel=1e-3)
+    assert latency(WORK._replace(programs=2 * 132 + 1)) == pytest.approx(2 * cycles, rel=1e-3)
+
+
+def test_what_no_compiler_changes_is_a_bound_before_anything_is_compiled():
+    chip, tile = chips.CHIPS["sm_90"], (64, 64, 128, 4, 3)
+    bound = model.least(WORK, chip, "bf16", tile)
+    found = model.needs(WORK, report_of(loop(PRODUCT), tile), "bf16")
+    assert all(seconds == found[name] for name, seconds in bound.items() if name != "exps")
+    assert bound["exps"] == WORK.exps / chip.rates.exp
+    even, odd = (model.least(WORK._replace(programs=132 + extra), chip, "bf16", tile)["products"] for extra in (0, 1))
+    assert odd / even == pytest.approx(2 * 132 / 133)
+
+
+def report_of(code="", tile=(64, 64, 128, 4, 3), **changes):
+    """A kernel's report, of this machine code."""
+    usual = "fused", "sm_90", "bf16", 128, "usual", False, tile
+    report = kernels.CompiledKernel(*usual, 50_000, 128, 0, 0, 1, 2, 2, 1, 0)
+    return report._replace(code=sass.parse(code), **changes)
+
+
+PRODUCT = "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24, gsb0"
+BY_ONE_THREAD = "UTCHMMA gdesc[UR8], gdesc[UR10], tmem[UR24], tmem[UR32], idesc[UR33], UPT"
+DRAIN = "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+
+
+def loop(*instructions):
+    """Machine code of a loop."""
+    lines = [*instructions, "@P0 BRA `(.L_x_0)", "EXIT"]
+    return ".L_x_0:\n" + "\n".join(f"        /*{16 * i:04x}*/  {line} ;" for i, line in enumerate(lines))
+
+
+def test_a_turn_of_a_loop_is_held_to_its_slots_shuffles_and_barriers(monkeypatch):
+    tile = config.look_up("sm_90", "fused", 2, math.inf, 128)
+    report = report_of(loop(PRODUCT, PRODUCT, DRAIN, "SHFL.BFLY PT, R5, R4, 0x1, 0x1f", *["FADD R1, R1, R2"] * 3), tile)
+    factor = 2**20 / (2 * 64 * 64 * 16 * 2 * tile.num_warps / 4)
+    assert report.slots == 8 * tile.num_warps / 4
+    assert report.tensor_cycles == pytest.approx(64 * tile.num_warps / 4, rel=0.01)
+    monkeypatch.setattr(kernels, "LIMITS", {})
+    assert report.faults() == []
+    for limit, fault in [
+        (kernels.Limit(math.ceil(report.slots * factor), 1, 0), None),
+        (kernels.Limit(math.ceil(report.slots * factor) - 1, 1, 0), "slots in the loop"),
+        (kernels.Limit(10**6, 0, 0), "1 shuffles in the loop, 0 at most"),
+    ]:
+        monkeypatch.setitem(kernels.LIMITS, ("sm_90", "fused", 128), limit)
+        faults = report.faults()
+        assert len(faults) == (fault is not None), faults
+        assert fault is None or fault in faults[0]
+        assert report._replace(shifted=True).faults() == report._replace(tile=(32, 32, 128, 4, 2)).faults() == []
+
+
+def test_large_batches_of_half_precision_have_limits():
+    assert kernels.LIMITS["sm_100", "direct", 128].slots <= 1.3 * 220  # what sm_90 takes
+    for target in ("sm_80", "sm_90", "sm_100"):
+        for d in (128, 768):
+            tiles = {kernel: config.look_up(target, kernel, 2, math.inf, d) for kernel in config.KERNELS}
+            backward = ["fused"] if tiles["fused"] else ["form", "gather"]
+            assert all((target, kernel, d) in kernels.LIMITS for kernel in ("direct", *backward))
+
+
+def test_products_one_after_the_other_are_a_fault():
+    assert report_of(loop(PRODUCT, PRODUCT, DRAIN)).faults() == []
+    assert report_of(loop(PRODUCT, DRAIN, PRODUCT, DRAIN)).faults() == ["every product waits for the one before"]
+
+
+def test_warps_that_repeat_the_products_of_others_are_a_fault():
+    def product(name, warps):
+        return (
+            f"{name} = #ttg.nvidia_mma<{{versionMajor = 3, warpsPerCTA = [{warps}], instrShape = [16, 32, 16]}}>\n"
+            f"%s = ttng.warp_group_dot %a, %b, %c : !ttg.memdesc<64x64xf16> -> tensor<64x64xf32, {name}>"
+        )
+
+    assert kernels._repeated(product("#mma", "8, 1") + product("#mma1", "4, 2")) == 1
+    assert report_of(loop(PRODUCT), repeated=1).faults() == ["1 products of which some warps repeat what others do"]
+
+
+def test_a_turn_by_tcgen05_has_the_flops_of_its_tile():
+    code = loop(BY_ONE_THREAD)
+    flops = {kernel: report_of(code, kernel=kernel, target="sm_100").flops for kernel in ("direct", "fused")}
+    assert flops == {"direct": 2 * 64 * 64 * 128, "fused": 4 * 64 * 64 * 128}
+    gathered = report_of(code, (128, 32, 64, 4, 3), kernel="gather", target="sm_100", dtype="fp32")
+    assert gathered.flops == 6 * 128 * 32 * 64
 
 
 def test_a_prediction_beside_a_measurement_says_what_it_is_of(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    report = kernels.Report("", "sm_90", "bf16", 128, "usual", None, None, 0, 128, 0, 0, 1, 2)
+    report = report_of(loop(BY_ONE_THREAD))  # of which the machine code does not say how large it is
     monkeypatch.setattr(kernels, "compile_one", lambda *_: report)
     result = {"n": 32_768, "d": 128, "dtype": "bfloat16", "gemm_gflops": 650_000.0}
     predicted = gpu._predicted(result)
@@ -131,13 +284,13 @@ def test_tiles_are_timed_in_turns_and_checked(kernel):
 
 
 def test_a_tile_with_another_result_is_refused(monkeypatch):
-    losses, present = forward.Forward.losses, config.look_up("interpreter", "owned", 4, 80, 16)
+    losses, present = forward.losses, config.look_up("interpreter", "owned", 4, 80, 16)
 
-    def wrong_for_others(self):
-        nu, *rest = losses(self)
-        return nu + (config.look_up("interpreter", "owned", 4, 80, 16) != present), *rest
+    def wrong_for_others(sides):
+        weights, totals = losses(sides)
+        return weights, totals + (config.look_up("interpreter", "owned", 4, 80, 16) != present)
 
-    monkeypatch.setattr(forward.Forward, "losses", wrong_for_others)
+    monkeypatch.setattr(forward, "losses", wrong_for_others)
     with pytest.raises(AssertionError):
         tune.times("owned", torch.float32, 16, 80, [(64, 32, 16, 4, 2)], seconds=0)
 
@@ -149,7 +302,7 @@ def test_the_largest_of_equally_fast_tiles_is_taken():
 
 
 def test_the_table_is_written_as_it_is_kept():
-    assert tune.dumps(config.TABLE) == (tune.TABLE).read_text()
+    assert tune.dumps(config.TABLE) == (tune.TABLE_PATH).read_text()
 
 
 def test_new_entries_take_the_place_of_a_family_s_old_ones_unless_a_rival_is_faster():
@@ -178,9 +331,9 @@ def test_tuning_writes_what_it_found_also_where_no_tile_fits(monkeypatch, tmp_pa
         return [(1e-3 if kernel == "gather" else 2e-3, tile)] if dtype == "bf16" else []
 
     path = tmp_path / "table.json"
-    path.write_text(tune.TABLE.read_text())
+    path.write_text(tune.TABLE_PATH.read_text())
     monkeypatch.setattr(tune, "rank", ranked)
-    monkeypatch.setattr(tune, "TABLE", path)
+    monkeypatch.setattr(tune, "TABLE_PATH", path)
     arguments = argparse.Namespace(predict="sm_80", kernels=["gather", "fused"], most=1, seconds=0, write=True)
     results, _ = tune.run(arguments)
     assert len(results) == 2 * 2 * 2 * 4

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 CHECKERS = {"mypy": ["tests/typed_usage.py"], "basedpyright": ["--pythonpath", sys.executable]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checker", CHECKERS)
 def test_type_checkers_see_the_signatures(checker):
     if importlib.util.find_spec(checker) is None:

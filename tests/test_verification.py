@@ -24,6 +24,7 @@ from fastntxent.backends import _TABLE, candidates, select, select_for
 from fastntxent.verification import checks, policy, process, store
 from fastntxent.verification.store import Model, Store
 from fastntxent.verification.verdict import Verdict
+from tests.tiers import tiered
 
 ROOT = Path(__file__).parents[1]
 if backends()["triton"].available:
@@ -60,7 +61,8 @@ def unwritten_row(x, call):
 
 METHODS = {
     "nt_xent_scalar": 4, "nt_xent_value": 1, "nt_xent_rows": 2, "nt_xent_rows_backward": 3, "neg_lse": 1,
-    "neg_lse_backward": 2, "neg_lse_sum": 3, "cross_neg_lse": 2, "cross_neg_lse_backward": 3,
+    "neg_lse_backward": 2, "neg_lse_sum": 3, "cross_neg_lse": 2, "cross_neg_lse_backward": 3, "info_nce_scalar": 4,
+    "info_nce_value": 1,
 }  # fmt: skip
 BREAKS = {
     one_wrong_element: "wrong", dropped_nan: "wrong", another_order: "not reproducible", unwritten_row: "wrong",
@@ -78,7 +80,8 @@ def broken(monkeypatch):
             results = getattr(RIGHT, method)(*args)
             many = isinstance(results, tuple)
             listed = list(results) if many else [results]
-            listed[output] = change(listed[output], next(calls))
+            if listed[output] is not None:  # a gradient that is not wanted
+                listed[output] = change(listed[output], next(calls))
             return tuple(listed) if many else listed[0]
 
         kernels = type("Broken", (type(RIGHT),), {method: changed})()
@@ -94,21 +97,49 @@ def broken(monkeypatch):
 backends_module = sys.modules["fastntxent.backends"]
 
 
+def run_checks(kernels):
+    for _, run in checks.cases("broken", kernels, CPU):
+        run()
+
+
 @pytest.mark.parametrize("change", BREAKS, ids=lambda change: change.__name__)
 @pytest.mark.parametrize(
     ("method", "output"), [(method, output) for method, count in METHODS.items() for output in range(count)]
 )
 def test_checks_find_every_break_of_every_kernel(broken, monkeypatch, method, output, change):
     kernels = broken(method, output, change)
-    monkeypatch.setattr(checks, "_calls", lambda slow, form: [("nt_xent", 33, 64)])
-
-    def run_all():
-        for _, run in checks.cases("broken", kernels, CPU):
-            run()
-
+    monkeypatch.setattr(checks, "_small_calls", lambda slow, form: [("nt_xent", 33, 64)])
     with pytest.raises(checks.FaultError) as caught:
-        run_all()
+        run_checks(kernels)
     assert caught.value.status == BREAKS[change], caught.value
+
+
+# Some calls of info_nce_scalar(z_i, z_j, inv_tau, normalize, both, mean, needs_i, needs_j), and an output that is wrong
+# in them.
+TOWERS = {
+    "one direction": (lambda args: not args[4], 1),
+    "both directions": (lambda args: args[4], 1),
+    "keys frozen": (lambda args: not args[7], 1),
+    "queries frozen": (lambda args: not args[6], 2),
+    "logits beyond exp": (lambda args: args[2] > 100, 2),
+}
+
+
+@pytest.mark.parametrize("where", TOWERS)
+def test_checks_find_two_towers_that_are_wrong_in_some_calls(broken, monkeypatch, where):
+    wrong, output = TOWERS[where]
+    kernels = broken("info_nce_value", 0, lambda x, call: x)
+    monkeypatch.setattr(checks, "_small_calls", lambda slow, form: [])
+
+    def changed(self, *args):
+        results = RIGHT.info_nce_scalar(*args)
+        if wrong(args) and results[output] is not None:
+            one_wrong_element(results[output], 0)
+        return results
+
+    monkeypatch.setattr(type(kernels), "info_nce_scalar", changed)
+    with pytest.raises(checks.FaultError, match="d_z_"):
+        run_checks(kernels)
 
 
 def test_checks_pass_sound_kernels():
@@ -140,7 +171,8 @@ def test_checks_reach_every_tile_of_the_table(family, monkeypatch):
     launched, shifted = {}, {}
 
     def note(kernel, grid):
-        def launch(*args, **options):
+        def launch(*arguments, **options):
+            options.update(zip(kernel.arg_names, arguments, strict=True))
             name = kernel.fn.__name__.strip("_").removesuffix("_kernel")
             if name in config.KERNELS:
                 tile = (name, options["BLOCK_M"], options["BLOCK_N"], options["num_warps"], options["num_stages"])
@@ -154,9 +186,9 @@ def test_checks_reach_every_tile_of_the_table(family, monkeypatch):
     monkeypatch.setattr(InterpretedFunction, "__getitem__", note)
     monkeypatch.setattr(config, "family", lambda device: family)
     monkeypatch.setattr(config, "multiprocessors", lambda device: 132)
-    calls = checks._calls
-    monkeypatch.setattr(checks, "_calls", lambda slow, form: calls(False, form))
-    monkeypatch.setattr(checks, "verify", lambda problem, name: problem.run(name, False))
+    calls = checks._small_calls
+    monkeypatch.setattr(checks, "_small_calls", lambda slow, form: calls(False, form))
+    monkeypatch.setattr(checks, "check_problem", lambda problem, name: problem.run(name, False))
     monkeypatch.setattr(checks, "_keeps_nan", lambda problem, name: problem.run(name, False))
     kernels, seen = select("triton", "cpu", torch.float32), set()
     monkeypatch.setattr(type(kernels), "dtypes", (torch.bfloat16, torch.float32))
@@ -172,7 +204,7 @@ def test_checks_reach_every_tile_of_the_table(family, monkeypatch):
 
 @pytest.mark.parametrize("multiprocessors", [20, 28, 108, 132, 148, 188])
 def test_checks_fill_every_device(multiprocessors, monkeypatch):
-    # csrc/cuda/plan.h takes blocks of 128 rows from 3/4 of a block for each multiprocessor.
+    # Three blocks of 32 rows (csrc/cuda/arguments.h) for each multiprocessor, which has one or two at once.
     properties = types.SimpleNamespace(multi_processor_count=multiprocessors)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     calls = checks._large_calls(torch.device("cuda", 0))
@@ -205,12 +237,12 @@ ENDS = {
 }
 
 
-@pytest.mark.parametrize("name", ENDS)
+@pytest.mark.parametrize("name", tiered(ENDS, slow=lambda name: name == "hangs"))
 def test_child_that_ends_badly_is_told_in_words(name):
     status, words = ENDS[name]
     deadline = 20 if name == "hangs" else 300
     started = time.perf_counter()
-    verdict = process.check({"backend": name, "device": "cpu", "module": f"tests.broken.{name}"}, deadline)
+    verdict = process.check_in_child({"backend": name, "device": "cpu", "module": f"tests.broken.{name}"}, deadline)
     assert verdict.status == status, verdict
     assert re.search(words, verdict.detail), verdict
     assert time.perf_counter() - started < deadline + 10
@@ -221,7 +253,7 @@ def test_child_that_ends_badly_is_told_in_words(name):
 
 
 def test_child_passes_the_kernels_of_this_machine():
-    verdict = process.check({"backend": "blocked", "device": "cpu", "module": None})
+    verdict = process.check_in_child({"backend": "blocked", "device": "cpu", "module": None})
     assert verdict.ok, verdict
     assert verdict.checks > 60
     assert str(verdict).startswith(f"passed {verdict.checks} checks in ")
@@ -230,13 +262,14 @@ def test_child_passes_the_kernels_of_this_machine():
 def test_child_that_cannot_be_started(monkeypatch):
     for executable in ("", "/nowhere/python"):
         monkeypatch.setattr(sys, "executable", executable)
-        verdict = process.check({"backend": "blocked", "device": "cpu", "module": None})
+        verdict = process.check_in_child({"backend": "blocked", "device": "cpu", "module": None})
         assert verdict.status == "not available"
 
 
+@pytest.mark.slow
 def test_child_that_is_silent_over_one_check_is_killed():
     started = time.perf_counter()
-    verdict = process.check({"backend": "hangs", "device": "cpu", "module": "tests.broken.hangs"}, silence=15)
+    verdict = process.check_in_child({"backend": "hangs", "device": "cpu", "module": "tests.broken.hangs"}, silence=15)
     assert verdict.status == "no answer", verdict
     assert time.perf_counter() - started < 60
 
@@ -249,13 +282,14 @@ def test_child_without_its_parent_ends_itself(tmp_path):
     assert "Timeout" in ended.stderr
 
 
+@pytest.mark.slow
 def test_children_share_the_checks(monkeypatch):
-    whole = process.check({"backend": "blocked", "device": "cpu", "module": None})
-    shared = process.check({"backend": "blocked", "device": "cpu", "module": None, "parts": 3})
+    whole = process.check_in_child({"backend": "blocked", "device": "cpu", "module": None})
+    shared = process.check_in_child({"backend": "blocked", "device": "cpu", "module": None, "parts": 3})
     assert shared.ok
     assert shared.checks == whole.checks
     late = {"backend": "segfault", "device": "cpu", "module": "tests.broken.segfault", "parts": 2}
-    assert process.check(late).status == "crashed"
+    assert process.check_in_child(late).status == "crashed"
 
     asked = []
 
@@ -264,8 +298,8 @@ def test_children_share_the_checks(monkeypatch):
         verdict = Verdict("not available", "busy") if asked[-1] == [1, 2] else Verdict("passed", checks=4)
         return process._End(0, lines=[{"verdict": verdict.to_dict()}])
 
-    monkeypatch.setattr(process, "_run", no_room)
-    assert process.check({"parts": 2}).ok, "one after the other, where there is room for one"
+    monkeypatch.setattr(process, "_run_child", no_room)
+    assert process.check_in_child({"parts": 2}).ok, "one after the other, where there is room for one"
     assert asked[-1] is None
     assert len(asked) == 3
 
@@ -277,7 +311,8 @@ def test_interrupt_ends_the_children():
         "from fastntxent.verification import process\n"
         "threading.Timer(6, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
         "try:\n"
-        "    process.check({'backend': 'hangs', 'device': 'cpu', 'module': 'tests.broken.hangs', 'parts': 2})\n"
+        "    request = {'backend': 'hangs', 'device': 'cpu', 'module': 'tests.broken.hangs', 'parts': 2}\n"
+        "    process.check_in_child(request)\n"
         "except KeyboardInterrupt:\n"
         "    print('interrupted')\n"
     )
@@ -294,7 +329,7 @@ def test_child_imports_what_its_parent_does(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path, ""])
     for name in ("PYTHONWARNINGS", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"):
         monkeypatch.setenv(name, "error" if name == "PYTHONWARNINGS" else "1")
-    verdict = process.check({"backend": "mine", "device": "cpu", "module": "kernels_of_mine"})
+    verdict = process.check_in_child({"backend": "mine", "device": "cpu", "module": "kernels_of_mine"})
     assert verdict.ok, verdict
 
 
@@ -308,15 +343,15 @@ def test_child_does_not_share_a_server_and_starts_no_children(tmp_path, monkeypa
 
 
 def test_child_on_another_device_or_version_says_nothing_of_this_one():
-    model = {**store.describe(CPU)._asdict(), "torch": "1.0"}
-    verdict = process.check({"backend": "blocked", "device": "cpu", "module": None, "model": model})
+    model = {**store.model_of(CPU)._asdict(), "torch": "1.0"}
+    verdict = process.check_in_child({"backend": "blocked", "device": "cpu", "module": None, "model": model})
     assert verdict.status == "not available"
     assert re.search(r"the child process has torch '\S+', and this process '1.0'", verdict.detail)
 
 
 def test_child_of_a_program_without_an_interpreter(monkeypatch):
     monkeypatch.setattr(sys, "frozen", True, raising=False)
-    verdict = process.check({"backend": "blocked", "device": "cpu", "module": None})
+    verdict = process.check_in_child({"backend": "blocked", "device": "cpu", "module": None})
     assert verdict.status == "not available"
     assert "no Python interpreter" in verdict.detail
 
@@ -326,7 +361,7 @@ def test_child_without_a_temporary_folder(monkeypatch):
         raise FileNotFoundError(2, "No usable temporary directory found")
 
     monkeypatch.setattr("tempfile.TemporaryDirectory", none)
-    verdict = process.check({"backend": "blocked", "device": "cpu", "module": None})
+    verdict = process.check_in_child({"backend": "blocked", "device": "cpu", "module": None})
     assert verdict.status == "not available"
     assert "No usable temporary directory" in verdict.detail
 
@@ -339,13 +374,13 @@ def test_timing_names_the_backend_that_ends_it(name, status):
         "from fastntxent.verification import child, timing\n"
         "import torch\n"
         f"add({name!r}, 'tests.broken.{name}', ('cpu',))\n"
-        "timing.ROWS, timing.FEATURES, timing.DTYPES = (64, 128), (16,), (torch.float32,)\n"
+        "timing.TIMED_ROWS, timing.TIMED_FEATURES, timing.TIMED_DTYPES = (64, 128), (16,), (torch.float32,)\n"
         "child.main(*sys.argv[1:])\n"
     )
     start = process.START
     try:
         process.START = f"import os, sys; sys.path[:] = sys.argv.pop(1).split(os.pathsep)\n{code}"
-        times, running, verdict = process.measure({"time": ["blocked", name], "device": "cpu"})
+        times, running, verdict = process.time_in_child({"time": ["blocked", name], "device": "cpu"})
     finally:
         process.START = start
     assert times is None
@@ -358,8 +393,9 @@ def test_child_times_what_runs():
     code = (
         "import torch, json\n"
         "from fastntxent.verification import timing\n"
-        "timing.ROWS, timing.FEATURES, timing.DTYPES = (64, 128), (16,), (torch.float32, torch.float16)\n"
-        "print(json.dumps(timing.measure(['blocked', 'reference', 'cuda'], torch.device('cpu'))))\n"
+        "timing.TIMED_ROWS, timing.TIMED_FEATURES = (64, 128), (16,)\n"
+        "timing.TIMED_DTYPES = (torch.float32, torch.float16)\n"
+        "print(json.dumps(timing.time_backends(['blocked', 'reference', 'cuda'], torch.device('cpu'))))\n"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     times = json.loads(found.stdout)
@@ -403,7 +439,7 @@ def test_sources_key_follows_every_kernel(tmp_path, monkeypatch):
     for folder in ("backends", "ops", "verification"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "kernel.py").write_text("1")
-    (tmp_path / "budget.py").write_text("1")
+    (tmp_path / "error_budget.py").write_text("1")
     (tmp_path / "_cuda.abi3.so").write_text("1")
     monkeypatch.setattr(store, "PACKAGE", tmp_path)
     keys = set()
@@ -475,7 +511,7 @@ def test_waiting_for_another_process_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(store, "SAID_AFTER", 0.1)
     monkeypatch.setattr(store, "PATIENCE", 0.3)
     with Store(MODEL, tmp_path).checking(), pytest.warns(UserWarning, match="not waiting"):
-        assert Store(MODEL, tmp_path)._lock() is None
+        assert Store(MODEL, tmp_path)._acquire_lock() is None
     assert "waiting for another process, which is checking Some GPU 80GB" in capsys.readouterr().err
 
 
@@ -483,12 +519,12 @@ def test_model_tells_interpreted_kernels_from_compiled_ones(monkeypatch):
     monkeypatch.setattr(store, "TRITONS", ("no such package", "pytest"))
     for name in store.TRITON_VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    plain = store._triton()
+    plain = store._triton_version()
     assert plain == pytest.__version__
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert store._triton() == f"{plain} TRITON_INTERPRET=1"
+    assert store._triton_version() == f"{plain} TRITON_INTERPRET=1"
     monkeypatch.setattr(store, "TRITONS", ())
-    assert store._triton() == "unknown TRITON_INTERPRET=1"
+    assert store._triton_version() == "unknown TRITON_INTERPRET=1"
 
 
 def test_model_of_a_part_of_a_device_is_another(tmp_path):
@@ -557,10 +593,10 @@ def _verify_with_others(folder, barrier, said):
         time.sleep(0.2)
         return PASSED
 
-    policy.process.check = check
-    policy.describe = lambda device: MODEL
+    policy.process.check_in_child = check
+    policy.model_of = lambda device: MODEL
     barrier.wait()
-    said.put(policy.verify(CPU, {"triton": MODULE, "cuda": MODULE})["triton"].status)
+    said.put(policy.find_verdicts(CPU, {"triton": MODULE, "cuda": MODULE})["triton"].status)
 
 
 def test_eight_processes_check_once(tmp_path):
@@ -602,16 +638,16 @@ def simulated(monkeypatch, tmp_path):
 
     monkeypatch.setenv("FASTNTXENT_CACHE", str(tmp_path))
     monkeypatch.delenv("FASTNTXENT_VERIFY", raising=False)
-    monkeypatch.setattr(policy.process, "check", check)
-    monkeypatch.setattr(policy.process, "measure", measure)
-    monkeypatch.setattr(policy, "describe", lambda device: machine.models[device.index])
+    monkeypatch.setattr(policy.process, "check_in_child", check)
+    monkeypatch.setattr(policy.process, "time_in_child", measure)
+    monkeypatch.setattr(policy, "model_of", lambda device: machine.models[device.index])
     monkeypatch.setattr(policy, "_decided", {})
     monkeypatch.setattr(policy, "_said", set())
     return machine
 
 
 def choose(device=GPU, rows=1024, features=128, dtype=torch.float32, found=None):
-    return policy.choose(device, FOUND if found is None else found, dtype, rows, features)
+    return policy.choose_backend(device, FOUND if found is None else found, dtype, rows, features)
 
 
 def test_first_call_checks_once_and_then_never(simulated, capsys):
@@ -630,6 +666,14 @@ def test_first_call_checks_once_and_then_never(simulated, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_without_times_small_batches_go_to_cuda_and_large_ones_to_triton(simulated):
+    assert [choose(rows=rows) for rows in (2, 8192, 8193, 10**6)] == ["cuda", "cuda", "triton", "triton"]
+    policy.forget()
+    simulated.verdicts["triton"] = Verdict("wrong", "off", "a case")
+    policy.Store(MODEL).keep("triton", FOUND["triton"], simulated.verdicts["triton"])
+    assert choose(rows=10**6) == "cuda", "the only one that has passed"
+
+
 def test_call_in_float64_leaves_the_others_their_kernels(simulated, monkeypatch):
     monkeypatch.setattr(backends_module, "candidates", lambda kind, dtype=None: {} if dtype == torch.float64 else FOUND)
     monkeypatch.setattr(backends_module, "select", lambda name, kind, dtype: name)
@@ -645,7 +689,9 @@ def test_call_in_float64_leaves_the_others_their_kernels(simulated, monkeypatch)
 def test_size_of_a_call_counts_both_views(simulated, monkeypatch):
     asked = []
     monkeypatch.setattr(backends_module, "candidates", lambda *_: FOUND)
-    monkeypatch.setattr(policy, "choose", lambda device, found, dtype, rows, features: asked.append(rows) or "blocked")
+    monkeypatch.setattr(
+        policy, "choose_backend", lambda device, found, dtype, rows, features: asked.append(rows) or "blocked"
+    )
     rows = types.SimpleNamespace(device=GPU, dtype=torch.float32, ndim=2, shape=(64, 8))
     for method in ("nt_xent_scalar", "nt_xent_rows_backward", "neg_lse", "cross_neg_lse_backward"):
         monkeypatch.setattr(backends_module, "select", lambda name, kind, dtype: name)
@@ -698,7 +744,7 @@ def test_warning_made_an_error_ends_one_call(simulated):
 
 def test_verify_leaves_nothing_for_the_first_call(simulated, monkeypatch, capsys):
     simulated.times = {"float32": {"128": {"256": {"cuda": 0.2, "triton": 0.5, "blocked": 0.4}}}}
-    monkeypatch.setattr("fastntxent.devices.find", lambda device: GPU)
+    monkeypatch.setattr("fastntxent.devices.find_device", lambda device: GPU)
     monkeypatch.setattr("fastntxent.devices.checkable", lambda kind: {**FOUND, "blocked": MODULE})
     monkeypatch.setattr("fastntxent.devices.candidates", lambda kind: FOUND)
     simulated.verdicts["blocked"] = PASSED
@@ -722,7 +768,7 @@ def test_verdicts_of_this_process_are_known_where_none_can_be_kept(simulated, mo
     monkeypatch.setattr(Store, "_complained", True)
     monkeypatch.setattr(Store, "_unsaved", {})
     choose()
-    assert set(policy.known(GPU, FOUND)) == {"cuda", "triton"}
+    assert set(policy.known_verdicts(GPU, FOUND)) == {"cuda", "triton"}
     policy.forget()
     asked = [name for name, _ in simulated.asked if isinstance(name, str)]
     choose()
@@ -832,9 +878,9 @@ def test_times_hold_replays_where_a_call_can_be_captured(monkeypatch):
 
     assert timing.replay_of(lambda: None, CPU) is None
     monkeypatch.setattr(timing, "replay_of", lambda call, device: call)
-    for name, value in {"ROWS": (64,), "FEATURES": (16,), "DTYPES": (torch.float32,)}.items():
+    for name, value in {"TIMED_ROWS": (64,), "TIMED_FEATURES": (16,), "TIMED_DTYPES": (torch.float32,)}.items():
         monkeypatch.setattr(timing, name, value)
-    (entry,) = timing.measure(["blocked", "reference"], CPU)["float32"]["16"].values()
+    (entry,) = timing.time_backends(["blocked", "reference"], CPU)["float32"]["16"].values()
     assert set(entry) == {"blocked", "blocked replayed", "reference", "reference replayed"}
     assert all(value > 0 for value in entry.values())
 
@@ -845,7 +891,7 @@ def test_no_kernels_to_check(simulated):
 
 
 def test_cpu_tensors_are_not_the_policys_business(monkeypatch):
-    monkeypatch.setattr(policy, "choose", None)
+    monkeypatch.setattr(policy, "choose_backend", None)
     assert select_for("auto", torch.zeros(4, 8), "neg_lse") is select("auto", "cpu", torch.float32)
 
 
@@ -868,7 +914,7 @@ def test_compiled_code_chooses_when_it_runs(monkeypatch):
 
     monkeypatch.setattr(backends_module, "_CHECKED", {"cpu"})
     monkeypatch.setattr(backends_module, "candidates", lambda kind, dtype=None: FOUND)
-    monkeypatch.setattr(policy, "choose", take)
+    monkeypatch.setattr(policy, "choose_backend", take)
     compiled = torch.compile(lambda z_i, z_j: nt_xent(z_i, z_j, 0.1), backend="aot_eager", fullgraph=True)
     z_i, z_j = torch.randn(2, 6, 8).requires_grad_()
     for _ in range(2):

@@ -67,6 +67,9 @@ fastntxent.nt_xent(z, z, backend="fast")  # type: ignore
 fastntxent.nt_xent(z, z, "0.1")  # type: ignore
 fastntxent.NTXentLoss(reduction="max")  # type: ignore
 fastntxent.NTXentLoss(backend="fast")  # type: ignore
+fastntxent.NTXentLoss(normalise=False)  # type: ignore
+fastntxent.CLIPLoss(learn_temperature="no")  # type: ignore
+fastntxent.CLIPLoss(learn_temperature=False, normalize=False)
 fastntxent.SupConLoss(form="sum")  # type: ignore
 fastntxent.sup_con(z, ids, form="sum")  # type: ignore
 fastntxent.info_nce(z, z, hardness_mode="all")  # type: ignore

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "check_run.h"
+#include "kernels.h"
 #include "memory.h"
 
 #ifdef FNTX_EXACT_MEMORY
@@ -29,20 +30,24 @@ void release_memory(void* memory, size_t) { free(memory); }
 
 namespace {
 
+constexpr int64_t SMALLEST_EDGE = fntx::ALIGNED_ROWS;  // of a tile
+
 void on_each_set(const std::function<void()>& body) {
     for (const char* set : {"portable", "avx2", "avx512"})
         if (fntx_use_instruction_set(set) == FNTX_OK) body();
 }
 
 template <class T> void verify_as(const Problem& p, const std::vector<int>& threads, const std::vector<int>& tiles) {
+    if (p.ambiguous) return;
     on_each_set([&] {
         for (int team : threads)
             for (Mode mode : {FORWARD, BACKWARD, BOTH, LOSS})
                 for (int kept : tiles) {
-                    if (mode == LOSS && !p.two_views) continue;
+                    if (mode == LOSS && !p.paired) continue;
+                    if (p.c.classes && mode != LOSS && mode != FORWARD) continue;  // they have no meaning without a loss
                     if (mode < BOTH && kept != tiles[0]) continue;  // they have no use for a workspace
-                    const int64_t workspace = kept * int64_t(48 * 48 * sizeof(T));
-                    Run<T> run(p, mode, team, workspace), second(p, mode, team, workspace);
+                    const int64_t workspace = kept * int64_t(SMALLEST_EDGE * SMALLEST_EDGE * sizeof(T));
+                    CheckedCall<T> run(p, mode, team, workspace), second(p, mode, team, workspace);
                     const std::string bits = run.bits();
                     expect(!bits.empty(), run.name() + ": status");
                     run.compare();
@@ -60,17 +65,18 @@ void verify(const Case& c, const std::vector<int>& threads, const std::vector<in
 // --- groups ----------------------------------------------------------------------------------------------------------
 
 const int64_t SIZES[] = {1, 2, 3, 7, 23, 24, 25, 47, 48, 49, 95, 97, 150};
+constexpr int SMALL_SIZES = 7;      // of these, from the first
+constexpr int64_t COSTLY = 400000;  // multiplications of the definition: of cases with more, one in six is taken
+constexpr int ALL_TILES = 1000;     // more than any case has
 
 // Every size with every dimension (those that cost the definition most only sometimes), the rest by chance.
 template <class Shape> void shapes(Shape shape) {
-    const double temperatures[] = {0.5, 0.07, 0.005, 0.001};
     for (int64_t n : SIZES)
         for (int64_t D : {1, 2, 3, 15, 16, 17, 48, 127, 128, 129, 300}) {
-            if (n * n * D > 400000 && draw() % 6) continue;
+            if (n * n * D > COSTLY && draw() % 6) continue;
             Case c = shape(n, D);
-            c.dtype = draw() % 4, c.layout = draw() % 5, c.ids = draw() % 4, c.normalize = draw() % 2;
-            c.wanted = draw() % 2 ? 15 : draw() % 16, c.tau = temperatures[draw() % 4];
-            verify(c, {1 + int(draw() % 3)}, {draw() % 2 ? 1 : 1000});
+            draw_options(c, std::size(DTYPES));
+            verify(c, {1 + int(draw() % 3)}, {draw() % 2 ? 1 : ALL_TILES});
         }
 }
 
@@ -79,8 +85,66 @@ Case two_views(int64_t n, int64_t D) { return {{n, n}, {0, 0}, D}; }
 Case one_matrix(int64_t n, int64_t D) { return {{n, 0}, {0, 0}, D}; }
 
 Case rectangle(int64_t n, int64_t D) {
-    const int64_t other = SIZES[draw() % 13];
-    return {{n, draw() % 2 ? n : 0}, {other, draw() % 2 ? SIZES[draw() % 7] : 0}, D};
+    const int64_t other = SIZES[draw() % std::size(SIZES)];
+    return {{n, draw() % 2 ? n : 0}, {other, draw() % 2 ? SIZES[draw() % SMALL_SIZES] : 0}, D};
+}
+
+// As many columns as rows, and the loss of their pairs: in both directions, or with a weight of 0 in one.
+Case in_pairs(Case c, double cols_loss_weight = 0.3) {
+    c.cols_loss_weight = cols_loss_weight;
+    return c;
+}
+
+Case pairs(int64_t n, int64_t D) {
+    const int64_t first = draw() % 2 ? n : n / 2;
+    return in_pairs({{n, 0}, {first, n - first}, D}, draw() % 2 ? 0.3 : 0);
+}
+
+// The losses of NT-Logistic and of SigLIP, and the sums alone.
+Case softplus(Case c, int function = FNTX_SOFTPLUS) {
+    c.function = function;
+    c.bias = 12 * noise();
+    return c;
+}
+
+// A loss that compares nu with given numbers.
+Case against(int64_t n, int64_t D) {
+    Case c = rectangle(n, D);
+    c.against = true;
+    return c;
+}
+
+// SupCon's loss. With ids by index two views are pairs; unique ids leave no positive.
+Case classes(Case c) {
+    c.classes = true;
+    c.mean = draw() % 2;
+    return c;
+}
+
+Case classes_of_some(int64_t n, int64_t D) { return classes(draw() % 2 ? two_views(n, D) : one_matrix(n, D)); }
+
+// Rows that leave out what is too similar to them.
+Case limited(Case c) {
+    const bool has_positives = c.cols_loss_weight >= 0 || (c.rows[0] == c.rows[1] && c.cols[0] + c.cols[1] == 0);
+    c.limits = has_positives && draw() % 2 ? LIMITS_OF_POSITIVES : LIMITS_OF_ROWS;
+    c.limit_scale = draw() % 2 ? 1 : 0.7, c.limit_shift = 0.2 * noise();
+    return c;
+}
+
+Case limited_of_some(int64_t n, int64_t D) {
+    Case (*const shapes[])(int64_t, int64_t) = {two_views, one_matrix, rectangle, pairs};
+    return limited(shapes[draw() % std::size(shapes)](n, D));
+}
+
+Case softplus_of_some(int64_t n, int64_t D) {
+    Case (*const shapes[])(int64_t, int64_t) = {two_views, one_matrix, rectangle, pairs};
+    return softplus(shapes[draw() % std::size(shapes)](n, D));
+}
+
+Case sigmoid(int64_t n, int64_t D) {
+    Case c = draw() % 2 ? rectangle(n, D) : pairs(n, D);
+    if (c.cols_loss_weight < 0) c.cols_loss_weight = draw() % 2 ? 0.3 : 0;
+    return softplus(c, FNTX_SIGMOID);
 }
 
 // Shapes at which several threads share a call (from 4e6 multiplications on), with odd and even numbers of blocks.
@@ -88,27 +152,35 @@ void threads_and_workspaces() {
     int dtype = FNTX_FLOAT64;
     for (double tau : {0.07, 0.001})
         for (Case c : {Case{{150, 150}, {0, 0}, 45}, Case{{143, 143}, {0, 0}, 49}, Case{{193, 0}, {97, 40}, 160},
-                       Case{{49, 48}, {150, 95}, 170}}) {
-            c.dtype = dtype++ % 4, c.tau = tau, c.ids = draw() % 3;
-            verify(c, {1, 2, 3}, {0, 1, 1000});
+                       Case{{49, 48}, {150, 95}, 170}, in_pairs({{193, 0}, {97, 96}, 160}),
+                       classes({{150, 150}, {0, 0}, 45}), limited({{150, 150}, {0, 0}, 45}), limited(in_pairs({{193, 0}, {97, 96}, 160})),
+                       softplus({{150, 150}, {0, 0}, 45}), softplus(in_pairs({{193, 0}, {97, 96}, 160})),
+                       softplus(in_pairs({{193, 0}, {97, 40}, 160}), FNTX_SIGMOID)}) {
+            c.dtype = dtype++ % int(std::size(DTYPES)), c.tau = tau, c.ids = draw() % 3;  // not all the same
+            verify(c, {1, 2, 3}, {0, 1, ALL_TILES});
         }
 }
 
 // Tiles of 96 and of 192 rows.
 void larger_tiles() {
     for (double tau : {0.07, 0.001}) {
-        verify({{200, 200}, {0, 0}, 27, FNTX_FLOAT64, 1, 0, 1, tau}, {1, 2}, {0, 4, 1000});
+        verify({{200, 200}, {0, 0}, 27, FNTX_FLOAT64, 1, 0, 1, tau}, {1, 2}, {0, 4, ALL_TILES});
         verify({{395, 395}, {0, 0}, 7, FNTX_FLOAT32, 1, 2, 1, tau}, {1, 2}, {16});
         verify({{300, 91}, {0, 389}, 27, FNTX_BFLOAT16, 2, 1, 1, tau}, {1, 2}, {4});
+        verify(in_pairs({{395, 0}, {395, 0}, 27, FNTX_FLOAT32, 1, 0, 1, tau}), {1, 2}, {16});
+        verify(softplus({{200, 200}, {0, 0}, 27, FNTX_FLOAT64, 1, 0, 1, tau}), {1, 2}, {0});
+        const Case columns = in_pairs({{395, 0}, {395, 0}, 27, FNTX_FLOAT32, 1, 0, 1, tau});
+        for (int function : {FNTX_SOFTPLUS, FNTX_SIGMOID}) verify(softplus(columns, function), {1, 2}, {0});
     }
 }
 
 // Rows shorter than eps, float16's subnormal numbers, and lengths whose squares leave the range of floats.
 void magnitudes() {
-    for (int dtype = 0; dtype < 4; ++dtype)
+    for (int dtype = 0; dtype <= FNTX_FLOAT64; ++dtype)
         for (int normalize : {0, 1}) {
-            verify({{24, 24}, {0, 0}, 17, dtype, 0, 0, normalize, 0.07, 0.8}, {1}, {1000});
+            verify({{24, 24}, {0, 0}, 17, dtype, 0, 0, normalize, 0.07, 0.8}, {1}, {ALL_TILES});
             verify({{7, 25}, {49, 0}, 48, dtype, 2, 2, normalize, 0.07, 6e-5, 1e-5}, {1}, {0});
+            verify(in_pairs({{24, 0}, {24, 0}, 17, dtype, 0, 0, normalize, 0.07, 0.8}), {1}, {ALL_TILES});
             for (double scale : {1e-24, 1e24})
                 if (dtype != FNTX_FLOAT16 && normalize)
                     verify({{24, 24}, {0, 0}, 17, dtype, 1, 0, 1, 0.07, 1e-30, scale}, {1}, {0});
@@ -127,7 +199,7 @@ std::vector<double> unusual(std::initializer_list<double> numbers) {
 }
 
 // One NaN reaches every row that has it among its negatives, and the loss; so does an infinity, which becomes one where
-// rows are normalised. A row of any finite length harms nobody there.
+// rows are normalised. A row of any finite length harms nobody there. Row i's positive has the same index modulo 50.
 template <class T> void unusual_rows(const Case& c) {
     const double huge = sizeof(T) == 4 ? 3e38 : 1e150;
     Problem p(c);
@@ -136,13 +208,13 @@ template <class T> void unusual_rows(const Case& c) {
         on_each_set([&] {
             for (int64_t workspace : {0, 1 << 20})
                 for (Mode mode : {FORWARD, BACKWARD, BOTH, LOSS}) {
-                    Run<T> run(p, mode, 1, workspace);
+                    CheckedCall<T> run(p, mode, 1, workspace);
                     expect(!run.bits().empty(), run.name() + ": status");
                     if (mode != LOSS || (isfinite(x) && !c.normalize) || c.dtype == FNTX_FLOAT16) continue;
                     const bool lost = isfinite(x) != isfinite(run.scalars[0]);
                     expect(!lost, run.name() + ": loss with " + std::to_string(x));
-                    for (int i = 0; i < 100 && (isnan(x) || (isinf(x) && c.normalize)); ++i)
-                        expect(i % 50 == 3 || isnan(run.nu[0][i]), run.name() + ": NaN lost");
+                    for (size_t i = 0; i < run.nu[p.last].size() && (isnan(x) || (isinf(x) && c.normalize)); ++i)
+                        expect(i % 50 == 3 || isnan(run.nu[p.last][i]), run.name() + ": NaN lost");
                 }
         });
     }
@@ -153,7 +225,7 @@ template <class T> void unusual_upstream(const Case& c) {
     const Problem p(c);
     for (double x : unusual({1e30, -1e30}))
         on_each_set([&] {
-            Run<T> weights(p, BACKWARD, 1, 0), neg_lse(p, BACKWARD, 1, 0);
+            CheckedCall<T> weights(p, BACKWARD, 1, 0), neg_lse(p, BACKWARD, 1, 0);
             weights.w[0][3] = T(x), neg_lse.nu[0][3] = T(x);
             expect(!weights.bits().empty() && !neg_lse.bits().empty(), weights.name() + ": status");
             expect(isfinite(x) || !isfinite(weights.scalars[1]), weights.name() + ": a weight's NaN lost");
@@ -162,12 +234,14 @@ template <class T> void unusual_upstream(const Case& c) {
 }
 
 void not_finite() {
-    for (int dtype = 0; dtype < 4; ++dtype)
+    for (int dtype = 0; dtype <= FNTX_FLOAT64; ++dtype)
         for (int normalize : {0, 1})
             for (double tau : {0.07, 0.001}) {
                 const Case c = {{50, 50}, {0, 0}, 17, dtype, 0, 0, normalize, tau};
-                dtype == FNTX_FLOAT64 ? unusual_rows<double>(c) : unusual_rows<float>(c);
                 dtype == FNTX_FLOAT64 ? unusual_upstream<double>(c) : unusual_upstream<float>(c);
+                const Case columns = in_pairs({{50, 0}, {50, 0}, 17, dtype, 0, 0, normalize, tau}, 0);
+                for (const Case& each : {c, columns, softplus(c), softplus(columns), softplus(columns, FNTX_SIGMOID)})
+                    dtype == FNTX_FLOAT64 ? unusual_rows<double>(each) : unusual_rows<float>(each);
             }
 }
 
@@ -217,7 +291,7 @@ void invalid_calls() {
     const Problem two({{3, 3}, {0, 0}, 5}), one({{1, 0}, {0, 0}, 5}), rectangle({{3, 3}, {4, 0}, 5});
     fntx_side* cols;
     const auto status = [&](int expected, const Problem& p, Mode mode, const char* what, auto change) {
-        Run<float> run(p, mode, 1, 0);
+        CheckedCall<float> run(p, mode, 1, 0);
         cols = &run.cols;
         change(run.call);
         const int got = fntx_run(&run.call);
@@ -236,6 +310,7 @@ void invalid_calls() {
     for (int dtype : {-1, 4}) refused("dtype", [=](Call c) { c.dtype = dtype; });
     for (int phases : {0, 2, 4}) refused("phases", [=](Call c) { c.phases = phases; });
     refused("loss_weight", [](Call c) { c.loss_weight = 0; });
+    for (double w : {-1.0, double(NAN)}) refused("cols_loss_weight", [=](Call c) { c.cols_loss_weight = w; });
     refused("workspace", [](Call c) { c.workspace = -1; });
     refused("no d_inv_tau", [](Call c) { c.d_inv_tau = nullptr; });
     const auto too_large = [&](int64_t n, int64_t D) {
@@ -253,9 +328,26 @@ void invalid_calls() {
     status(FNTX_INVALID, rectangle, BACKWARD, "no neg_lse of cols", [&](Call) { cols->neg_lse = nullptr; });
     status(FNTX_INVALID, rectangle, BOTH, "no columns", [&](Call) { cols->z[0].n = 0; });
     status(FNTX_INVALID, rectangle, BOTH, "pos with columns", [](Call c) { c.pos = c.d_inv_tau; });
+    const auto with_loss = [](Call c) { c.loss = c.d_inv_tau, c.loss_weight = 1; };
+    status(FNTX_INVALID, rectangle, BOTH, "a loss of other columns than rows", with_loss);
+    refused("function", [](Call c) { c.function = 3; });
+    refused("limits of softplus", [](Call c) { c.function = FNTX_SOFTPLUS, c.limited = 1, c.pos = nullptr; });
+    status(FNTX_INVALID, rectangle, BOTH, "limits without positives", [](Call c) { c.limited = 1; });
+    refused("against without columns", [](Call c) { c.against = c.d_inv_tau; });
+    const std::vector<int64_t> of_rows(6);
+    refused("classes and neg_lse", [&](Call c) { c.classes = of_rows.data(), c.pos = nullptr; });
+    refused("classes and ids", [&](Call c) {
+        c.classes = c.rows.ids = of_rows.data(), c.rows.neg_lse = nullptr, c.pos = nullptr;
+    });
+    refused("sigmoid without columns", [](Call c) { c.function = FNTX_SIGMOID, c.d_bias = c.d_inv_tau, c.pos = nullptr; });
+    const Problem sums(softplus({{3, 3}, {0, 0}, 5})), beside(softplus(in_pairs({{3, 0}, {3, 0}, 5})));
+    status(FNTX_OK, sums, LOSS, "valid softplus", [](Call) {});
+    status(FNTX_OK, beside, LOSS, "valid softplus of pairs", [](Call) {});
+    status(FNTX_INVALID, sums, LOSS, "no d_bias", [](Call c) { c.d_bias = nullptr; });
+    status(FNTX_INVALID, sums, BOTH, "pos of softplus", [](Call c) { c.pos = c.d_inv_tau; });
     // Nobody has so much memory: refused before anything is read.
     for (int64_t D : {int64_t(1) << 50, int64_t(1) << 58, INT64_MAX / 16, INT64_MAX}) {
-        Run<float> run(one, FORWARD, 1, 0);
+        CheckedCall<float> run(one, FORWARD, 1, 0);
         run.call.D = D;
         const int got = fntx_run(&run.call);
         expect(got == FNTX_NO_MEMORY || got == FNTX_TOO_LARGE, "D " + std::to_string(D) + ": accepted");
@@ -295,14 +387,14 @@ void concurrency() {
         }
     on_each_set([&] {
         std::vector<std::string> alone;
-        for (const Problem& p : problems) alone.push_back(Run<float>(p, BOTH, 2, 1 << 16).bits());
+        for (const Problem& p : problems) alone.push_back(CheckedCall<float>(p, BOTH, 2, 1 << 16).bits());
         std::vector<std::thread> callers;
         std::vector<size_t> same(4);
         for (size_t caller = 0; caller < same.size(); ++caller)
             callers.emplace_back([&, caller] {
                 for (size_t i = 0; i < 2 * problems.size(); ++i) {
                     const size_t which = (i + 3 * caller) % problems.size();
-                    same[caller] += Run<float>(problems[which], BOTH, 2, 1 << 16).bits() == alone[which];
+                    same[caller] += CheckedCall<float>(problems[which], BOTH, 2, 1 << 16).bits() == alone[which];
                 }
             });
         for (std::thread& caller : callers) caller.join();
@@ -323,6 +415,12 @@ int main() {
         {"two views", [] { shapes(two_views); }},
         {"one matrix", [] { shapes(one_matrix); }},
         {"rectangles", [] { shapes(rectangle); }},
+        {"pairs", [] { shapes(pairs); }},
+        {"against", [] { shapes(against); }},
+        {"limits", [] { shapes(limited_of_some); }},
+        {"softplus", [] { shapes(softplus_of_some); }},
+        {"classes", [] { shapes(classes_of_some); }},
+        {"sigmoid", [] { shapes(sigmoid); }},
         {"threads and workspaces", threads_and_workspaces},
         {"larger tiles", larger_tiles},
         {"magnitudes", magnitudes},

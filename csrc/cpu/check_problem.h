@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include <algorithm>
+#include <iterator>
 #include <limits>
 #include <random>
 #include <string>
@@ -17,11 +18,11 @@ typedef long double Real;
 typedef std::vector<Real> Reals;
 constexpr Real INF = std::numeric_limits<Real>::infinity();
 
-constexpr double LOSS_WEIGHT = 0.75;
+constexpr double LOSS_WEIGHT = 0.75;  // of the losses of rows
 
 inline std::mt19937 draw(1);
 
-inline double noise() { return double(draw()) / 2147483648.0 - 1; }
+inline double noise() { return double(draw()) / 0x1p31 - 1; }  // in [-1, 1)
 
 // --- input -----------------------------------------------------------------------------------------------------------
 
@@ -29,21 +30,42 @@ const char* const DTYPES[] = {"float16", "bfloat16", "float32", "float64"};
 const char* const LAYOUTS[] = {"contiguous", "gapped", "transposed", "every second", "expanded"};
 const char* const IDS[] = {"by index", "unique", "labels", "all the same"};
 
+const double TEMPERATURES[] = {0.5, 0.07, 0.005, 0.001};
+constexpr int ALL_WANTED = 15;  // d_z of both matrices of both sides
+
+enum Limits { NO_LIMITS, LIMITS_OF_ROWS, LIMITS_OF_POSITIVES };
+
 struct Case {
     int64_t rows[2], cols[2];  // of the two matrices of each side; no columns: symmetric
     int64_t D;
     int dtype = FNTX_FLOAT32, layout = 0, ids = 0, normalize = 1;
     double tau = 0.07, eps = 1e-12, scale = 1;
-    int wanted = 15;  // a bit for each d_z
+    int wanted = ALL_WANTED;  // a bit for each d_z
+    double cols_loss_weight = -1;  // of the losses of as many columns as rows; negative: a rectangle has no loss
+    int function = FNTX_LOG_SUM_EXP;
+    double bias = 0;
+    Limits limits = NO_LIMITS;
+    double limit_scale = 0, limit_shift = 0;  // of LIMITS_OF_POSITIVES
+    bool against = false;                     // the loss of a rectangle compares nu with given numbers
+    bool classes = false, mean = false;       // the loss is that of classes, which the ids are; over their rows its mean
 
     std::string name() const {
-        char text[300];
+        char text[400];
         snprintf(text, sizeof text, "rows %d + %d, cols %d + %d, D %d, %s, %s, ids %s, normalize %d, tau %g, eps %g, "
-                 "scale %g, wanted %d", int(rows[0]), int(rows[1]), int(cols[0]), int(cols[1]), int(D), DTYPES[dtype],
-                 LAYOUTS[layout], IDS[ids], normalize, tau, eps, scale, wanted);
+                 "scale %g, wanted %d, cols_loss_weight %g, function %d, bias %g, limits %d: %g s + %g, against %d, "
+                 "classes %d, mean %d", int(rows[0]), int(rows[1]), int(cols[0]), int(cols[1]),
+                 int(D), DTYPES[dtype], LAYOUTS[layout], IDS[ids], normalize, tau, eps, scale, wanted, cols_loss_weight,
+                 function, bias, int(limits), limit_scale, limit_shift, int(against), int(classes), int(mean));
         return text;
     }
 };
+
+// By chance, among the first so many dtypes.
+inline void draw_options(Case& c, size_t dtypes) {
+    c.dtype = draw() % dtypes, c.layout = draw() % std::size(LAYOUTS), c.ids = draw() % std::size(IDS);
+    c.normalize = draw() % 2, c.wanted = draw() % 2 ? ALL_WANTED : draw() % (ALL_WANTED + 1);
+    c.tau = TEMPERATURES[draw() % std::size(TEMPERATURES)];
+}
 
 // Rounded towards zero: the definition reads the same bits.
 inline uint16_t to_float16(double x) {
@@ -93,17 +115,21 @@ struct Matrix {
     }
 };
 
-// One side: what goes in, and its rows and results by the definition.
-struct Side {
+// That of a side's second matrix.
+inline int other_layout(int layout) { return (layout + 2) % int(std::size(LAYOUTS)); }
+
+// One side of a problem: what goes in, and its rows and results by the definition.
+struct ProblemSide {
     Matrix z[2];
     int64_t n;
     std::vector<int64_t> ids;
+    Reals limits;            // of each row, the largest similarity that counts
     Reals w, u, length, nu;  // w: the weights of nu that a call is given
     Real longest = 0;        // |u|
 
     // Rows near those of `like`, as two views are.
-    Side(const Case& c, const int64_t* n_of, const Matrix* like)
-        : z{{c.dtype, n_of[0], c.D, c.layout}, {c.dtype, n_of[1], c.D, (c.layout + 2) % 5}}, n(n_of[0] + n_of[1]) {
+    ProblemSide(const Case& c, const int64_t* n_of, const Matrix* like)
+        : z{{c.dtype, n_of[0], c.D, c.layout}, {c.dtype, n_of[1], c.D, other_layout(c.layout)}}, n(n_of[0] + n_of[1]) {
         for (Matrix& m : z) {
             for (int64_t i = 0; i < m.n; ++i)
                 for (int64_t d = 0; d < c.D; ++d) {
@@ -125,17 +151,20 @@ struct Side {
 
 struct Gradient {
     Reals d_z[2];
-    Real d_inv_tau = 0;
-    Real size_of_z = 0, size_of_inv_tau = 0;  // of a gradient's terms before any cancel out: what errors compare with
+    Real d_inv_tau = 0, d_bias = 0;
+    Real size_of_z = 0, size_of_inv_tau = 0, size_of_bias = 0;  // of a gradient's terms before any cancel out: what errors compare with
 };
 
 struct Problem {
     const Case c;
     const int last;  // the side of the columns
     const bool two_views;
+    const bool paired;  // rows have positives, and there is a loss
+    const bool softplus, sigmoid;
     const Real k;
-    Side sides[2];
-    Reals s, pos, d_pos;
+    ProblemSide sides[2];
+    Reals s, pos, d_pos, against, d_against;
+    bool ambiguous = false;
     Real loss = 0;
     Gradient of_weights, of_loss;
 
@@ -143,30 +172,79 @@ struct Problem {
         : c(c),
           last(c.cols[0] + c.cols[1] > 0),
           two_views(!last && c.rows[0] == c.rows[1]),
+          paired(two_views || (last && c.cols_loss_weight >= 0) || c.against || c.classes),
+          softplus(c.function != FNTX_LOG_SUM_EXP),
+          sigmoid(c.function == FNTX_SIGMOID),
           k(1 / c.tau),
           sides{{c, c.rows, nullptr}, {c, c.cols, &sides[0].z[0]}} {
-        for (Side& side : sides) load(side);
+        for (ProblemSide& side : sides) load(side);
         const int64_t m = sides[0].n, n = sides[last].n;
         for (int64_t i = 0; i < m; ++i)
             for (int64_t j = 0; j < n; ++j) s.push_back(dot(row(sides[0].u, i), row(sides[last].u, j)));
-        for (int64_t i = 0; i < m; ++i) sides[0].nu.push_back(log_sum(n, [&](int64_t j) { return logit(i, j); }));
+        for (int side = 0; side <= last; ++side) set_limits(side);
+        for (int64_t i = 0; i < m; ++i) sides[0].nu.push_back(over(0, i, n, [&](int64_t j) { return pair(i, j); }));
         for (int64_t j = 0; j < sides[1].n; ++j)
-            sides[1].nu.push_back(log_sum(m, [&](int64_t i) { return logit(i, j); }));
-        Reals q, d_loss;
-        for (int64_t i = 0; two_views && i < m; ++i) {
-            pos.push_back(k * s[i * m + partner(i)]);
-            d_pos.push_back(noise());
-            const Real x = sides[0].nu[i] - pos[i];
-            loss += LOSS_WEIGHT * (x > 0 ? x + log1pl(expl(-x)) : log1pl(expl(x)));
-            q.push_back(LOSS_WEIGHT / (1 + expl(-x)));
-            d_loss.push_back(-q[i]);
+            sides[1].nu.push_back(over(1, j, m, [&](int64_t i) { return pair(i, j); }));
+        Reals q[2], d_loss(m);
+        for (int side = 0; sigmoid && side <= last; ++side) {
+            const Real weight = side ? c.cols_loss_weight : LOSS_WEIGHT;
+            for (Real nu : sides[side].nu) loss += weight * nu;
+            q[side].assign(sides[side].n, weight);
         }
-        of_weights = gradient(sides[0].w, d_pos);
-        if (two_views) of_loss = gradient(q, d_loss);
+        for (int64_t i = 0; c.against && i < m; ++i) {
+            against.push_back(float(3 * noise()));
+            const Real x = sides[0].nu[i] - against[i];
+            loss += LOSS_WEIGHT * log1p_exp(x);
+            q[0].push_back(LOSS_WEIGHT / (1 + expl(-x)));
+            d_against.push_back(-q[0][i]);
+        }
+        if (c.against) q[1].assign(sides[last].n, 0), d_loss.clear();
+        if (c.classes) {
+            int64_t counted = 0;
+            for (int64_t i = 0; i < m; ++i) counted += count_positives(i) > 0;
+            const Real weight = LOSS_WEIGHT / (c.mean ? std::max(counted, int64_t(1)) : 1);
+            for (int64_t i = 0; i < m; ++i) q[0].push_back(count_positives(i) ? weight : 0);
+            for (int64_t i = 0; i < m; ++i) loss += count_positives(i) ? weight * (sides[0].nu[i] - mean_positive(i)) : 0;
+            d_loss.clear();
+        }
+        for (int64_t i = 0; paired && !sigmoid && !c.against && !c.classes && i < m; ++i) {
+            pos.push_back(k * s[i * n + partner(i)]);
+            for (int side = 0; side <= last; ++side) {
+                const Real weight = side ? c.cols_loss_weight : LOSS_WEIGHT, nu = sides[side].nu[i];
+                if (softplus) {
+                    loss += weight * (nu + log1p_exp(-pos[i] - c.bias));
+                    q[side].push_back(weight);
+                    d_loss[i] -= weight / (1 + expl(pos[i] + c.bias));
+                    continue;
+                }
+                const Real x = nu - pos[i];
+                loss += weight * log1p_exp(x);
+                q[side].push_back(weight / (1 + expl(-x)));
+                d_loss[i] -= q[side][i];
+            }
+        }
+        if (sigmoid) d_loss.clear();
+        if (paired) of_loss = gradient(q[0], q[1], d_loss);
+        for (int64_t i = 0; two_views && !softplus && !c.classes && i < m; ++i) d_pos.push_back(noise());
+        of_weights = gradient(sides[0].w, sides[1].w, d_pos);
+    }
+
+    bool same_class(int64_t i, int64_t j) const { return i != j && sides[0].ids[i] == sides[0].ids[j]; }
+
+    int64_t count_positives(int64_t i) const {
+        int64_t count = 0;
+        for (int64_t j = 0; j < sides[0].n; ++j) count += same_class(i, j);
+        return count;
+    }
+
+    Real mean_positive(int64_t i) const {
+        Real sum = 0;
+        for (int64_t j = 0; j < sides[0].n; ++j) sum += same_class(i, j) ? k * s[i * sides[0].n + j] : 0;
+        return sum / count_positives(i);
     }
 
     Real largest_logit() const { return k * sides[0].longest * sides[last].longest; }
-    int64_t partner(int64_t i) const { return i < c.rows[0] ? i + c.rows[0] : i - c.rows[0]; }
+    int64_t partner(int64_t i) const { return last ? i : i < c.rows[0] ? i + c.rows[0] : i - c.rows[0]; }
     const Real* row(const Reals& u, int64_t i) const { return u.data() + i * c.D; }
 
     Real dot(const Real* a, const Real* b) const {
@@ -175,7 +253,7 @@ struct Problem {
         return sum;
     }
 
-    void load(Side& side) {
+    void load(ProblemSide& side) {
         for (const Matrix& z : side.z)
             for (int64_t i = 0; i < z.n; ++i) {
                 Reals u;
@@ -188,8 +266,57 @@ struct Problem {
             }
     }
 
-    Real logit(int64_t i, int64_t j) const {
-        return sides[0].ids[i] == sides[last].ids[j] ? -INF : k * s[i * sides[last].n + j];
+    struct Pair {
+        bool agree;
+        int64_t index;
+    };
+
+    Pair pair(int64_t i, int64_t j) const {
+        const bool agree = c.classes ? i == j : sides[0].ids[i] == sides[last].ids[j];
+        return {agree, i * sides[last].n + j};
+    }
+
+    // As it counts for a row of a side.
+    Real logit(const Pair& at, int side, int64_t row) const {
+        const bool left_out = c.limits && s[at.index] > sides[side].limits[row];
+        return at.agree || left_out ? -INF : k * s[at.index];
+    }
+
+    Real similarity(int side, int64_t row, int64_t other) const {
+        return side ? s[other * sides[1].n + row] : s[row * sides[last].n + other];
+    }
+
+    // Limits of rows lie in a gap between similarities; a similarity that rounding may bring to either side of a
+    // positive's limit makes the case ambiguous.
+    void set_limits(int side) {
+        const int64_t n = sides[side].n, others = side ? sides[0].n : sides[last].n;
+        const Real near = c.dtype == FNTX_FLOAT64 ? 1e-12L : 1e-5L, scale = 1 + sides[0].longest * sides[last].longest;
+        for (int64_t row = 0; row < n && c.limits; ++row) {
+            Reals sorted;
+            for (int64_t other = 0; other < others; ++other) sorted.push_back(similarity(side, row, other));
+            std::sort(sorted.begin(), sorted.end());
+            Real limit = c.limits == LIMITS_OF_POSITIVES ? c.limit_scale * similarity(side, row, partner(row)) + c.limit_shift
+                         : others < 2                    ? sorted[0] + 1
+                                                         : (sorted[others / 2] + sorted[others / 2 - 1]) / 2;
+            if (c.dtype != FNTX_FLOAT64) limit = float(limit);
+            if (c.dtype == FNTX_FLOAT64) limit = double(limit);
+            for (Real x : sorted) ambiguous |= fabsl(x - limit) < near * scale;
+            sides[side].limits.push_back(limit);
+        }
+    }
+
+    // Of x in log(1 + exp(x)); 0: the pair is left out.
+    int sign(const Pair& at) const { return !at.agree ? 1 : sigmoid ? -1 : 0; }
+
+    static Real log1p_exp(Real x) { return x > 0 ? x + log1pl(expl(-x)) : log1pl(expl(x)); }
+
+    // What a row or a column has: `at` is the pair with the other side's row j.
+    template <class At> Real over(int side, int64_t row, int64_t n, At at) const {
+        if (!softplus) return log_sum(n, [&](int64_t j) { return logit(at(j), side, row); });
+        Real sum = 0;
+        for (int64_t j = 0; j < n; ++j)
+            if (sign(at(j)) != 0) sum += log1p_exp(sign(at(j)) * (k * s[at(j).index] + c.bias));
+        return sum;
     }
 
     template <class Logit> static Real log_sum(int64_t n, Logit logit) {
@@ -199,12 +326,13 @@ struct Problem {
         return peak + logl(sum);
     }
 
-    // Of sum_i w_i nu_i + sum_i d_pos_i pi_i, and with columns + sum_j w_j nu_j.
-    Gradient gradient(const Reals& w, const Reals& d_pos) const {
+    // Of sum_i w_i nu_i + sum_j cols_w_j nu_j + sum_i d_pos_i pi_i; without weights there are no positives.
+    Gradient gradient(const Reals& w, const Reals& cols_w, const Reals& d_pos) const {
         Gradient out;
         Reals d_u[2], sizes[2];
         for (int side : {0, 1}) d_u[side].resize(sides[side].u.size()), sizes[side].resize(sides[side].n);
-        const auto add = [&](int64_t i, int64_t j, Real x) {  // x times the gradient of s_ij
+        const auto add = [&](int64_t i, int64_t j, Real x) {  // x times the gradient of the logit
+            out.d_bias += x, out.size_of_bias += fabsl(x);
             const Real *u_i = row(sides[0].u, i), *u_j = row(sides[last].u, j);
             Real *d_i = &d_u[0][i * c.D], *d_j = &d_u[last][j * c.D];
             for (int64_t d = 0; d < c.D; ++d) d_i[d] += k * x * u_j[d], d_j[d] += k * x * u_i[d];
@@ -215,12 +343,20 @@ struct Problem {
         };
         for (int64_t i = 0; i < sides[0].n; ++i) {
             for (int64_t j = 0; j < sides[last].n; ++j) {
-                const Real x = logit(i, j);
-                if (x == -INF) continue;
-                const Real of_column = last ? sides[1].w[j] * expl(x - sides[1].nu[j]) : 0;
-                add(i, j, w[i] * expl(x - sides[0].nu[i]) + of_column);
+                if (softplus) {
+                    const int y = sign(pair(i, j));
+                    const Real weight = w[i] + (last ? cols_w[j] : 0), x = y * (k * s[pair(i, j).index] + c.bias);
+                    if (y) add(i, j, y * weight / (1 + expl(-x)));
+                    continue;
+                }
+                const Real of_row = logit(pair(i, j), 0, i), of_col = last ? logit(pair(i, j), 1, j) : -INF;
+                const Real part = of_row == -INF ? 0 : w[i] * expl(of_row - sides[0].nu[i]);
+                const Real of_column = of_col == -INF ? 0 : cols_w[j] * expl(of_col - sides[1].nu[j]);
+                if (part != 0 || of_column != 0) add(i, j, part + of_column);
             }
-            if (two_views) add(i, partner(i), d_pos[i]);
+            if (!d_pos.empty()) add(i, partner(i), d_pos[i]);
+            for (int64_t j = 0; c.classes && w[i] != 0 && j < sides[0].n; ++j)
+                if (same_class(i, j)) add(i, j, -w[i] / count_positives(i));
         }
         for (int side : {0, 1})
             for (int64_t i = 0; i < sides[side].n; ++i) {

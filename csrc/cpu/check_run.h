@@ -19,38 +19,50 @@ enum Mode { FORWARD = FNTX_FORWARD, BACKWARD = FNTX_BACKWARD, BOTH = FORWARD | B
 const char* const MODES[] = {"", "forward", "backward", "forward and backward", "loss"};
 
 // One call, with what it reads and writes.
-template <class T> struct Run {
+template <class T> struct CheckedCall {
     const Problem& p;
     const Mode mode;
-    std::vector<T> nu[2], w[2], d_z[2][2], pos, d_pos, scalars;
+    std::vector<T> against, d_against, limits[2], nu[2], w[2], d_z[2][2], pos, d_pos, scalars;
     fntx_side cols;
     fntx_call call = {};
 
-    Run(const Problem& p, Mode mode, int threads, int64_t workspace) : p(p), mode(mode) {
+    CheckedCall(const Problem& p, Mode mode, int threads, int64_t workspace) : p(p), mode(mode) {
         call.phases = mode == LOSS ? BOTH : mode;
         call.dtype = p.c.dtype, call.normalize = p.c.normalize, call.threads = threads, call.D = p.c.D;
+        call.limited = p.c.limits == LIMITS_OF_POSITIVES;
+        call.limit_scale = p.c.limit_scale, call.limit_shift = p.c.limit_shift;
+        call.function = p.c.function, call.bias = p.c.bias;
         call.inv_tau = double(p.k), call.eps = p.c.eps, call.workspace = workspace;
         call.rows = fill(0);
         if (p.last) cols = fill(1), call.cols = &cols;
-        pos = unwritten(p.pos.size()), scalars = unwritten(2);
+        pos = unwritten(p.two_views ? p.pos.size() : 0), scalars = unwritten(3);
         d_pos.assign(p.d_pos.begin(), p.d_pos.end());
-        if (p.two_views && mode != BACKWARD) call.pos = pos.data();
-        if (p.two_views && (mode == BACKWARD || mode == BOTH)) call.d_pos = d_pos.data();
-        if (p.two_views && (mode == LOSS || mode == FORWARD)) call.loss = &scalars[0], call.loss_weight = LOSS_WEIGHT;
+        if (p.two_views && !p.softplus && !p.c.classes && mode != BACKWARD) call.pos = pos.data();
+        if (p.two_views && !p.softplus && (mode == BACKWARD || mode == BOTH)) call.d_pos = d_pos.data();
+        if (p.paired && (mode == LOSS || mode == FORWARD)) call.loss = &scalars[0], call.loss_weight = LOSS_WEIGHT;
+        if (p.c.against && call.loss) {
+            against.assign(p.against.begin(), p.against.end()), d_against = unwritten(against.size());
+            call.against = against.data(), call.d_against = mode == LOSS ? d_against.data() : nullptr;
+        }
+        if (p.c.classes) call.classes = p.sides[0].ids.data(), call.mean_of_classes = p.c.mean;
+        call.cols_loss_weight = std::max(p.c.cols_loss_weight, 0.0);
         if (mode != FORWARD) call.d_inv_tau = &scalars[1];
+        if (mode != FORWARD && p.softplus) call.d_bias = &scalars[2];
     }
 
     static std::vector<T> unwritten(int64_t n) { return std::vector<T>(n, std::numeric_limits<T>::quiet_NaN()); }
 
     fntx_side fill(int which) {
-        const Side& side = p.sides[which];
+        const ProblemSide& side = p.sides[which];
         fntx_side out = {};
         nu[which] = unwritten(side.n);
         if (mode == BACKWARD) nu[which].assign(side.nu.begin(), side.nu.end());
         for (int64_t i = 0; i < side.n; ++i)  // without a negative no weight counts, whatever came
             w[which].push_back(isinf(side.nu[i]) ? T(NAN) : T(side.w[i]));
-        out.ids = p.c.ids ? side.ids.data() : nullptr;
-        out.neg_lse = mode == LOSS && p.c.wanted != 15 ? nullptr : nu[which].data();
+        limits[which].assign(side.limits.begin(), side.limits.end());
+        out.limits = p.c.limits == LIMITS_OF_ROWS ? limits[which].data() : nullptr;
+        out.ids = p.c.ids && !p.c.classes ? side.ids.data() : nullptr;
+        out.neg_lse = p.c.classes || (mode == LOSS && p.c.wanted != ALL_WANTED) ? nullptr : nu[which].data();
         out.d_neg_lse = mode == LOSS ? nullptr : w[which].data();
         for (int m : {0, 1}) {
             out.z[m] = side.z[m].view();
@@ -70,7 +82,7 @@ template <class T> struct Run {
     std::string bits() {
         std::string all;
         if (fntx_run(&call) != FNTX_OK) return all;
-        for (const auto* x : {&nu[0], &nu[1], &d_z[0][0], &d_z[0][1], &d_z[1][0], &d_z[1][1], &pos, &scalars})
+        for (const auto* x : {&nu[0], &nu[1], &d_z[0][0], &d_z[0][1], &d_z[1][0], &d_z[1][1], &pos, &d_against, &scalars})
             all.append(reinterpret_cast<const char*>(x->data()), x->size() * sizeof(T));
         return all;
     }
@@ -102,8 +114,10 @@ template <class T> struct Run {
             hold(side ? "d_z[1] of cols" : "d_z[1]", d_z[side][1], second, of_gradient * gradient.size_of_z + least, 0);
         }
         if (call.pos) hold("pos", pos, p.pos.data(), tolerance, tolerance);
+        if (call.d_against) hold("d_against", d_against, p.d_against.data(), tolerance, tolerance);
         if (call.loss) hold("loss", {scalars[0]}, &p.loss, tolerance, tolerance);
         if (call.d_inv_tau)
             hold("d_inv_tau", {scalars[1]}, &gradient.d_inv_tau, tolerance * gradient.size_of_inv_tau + least, 0);
+        if (call.d_bias) hold("d_bias", {scalars[2]}, &gradient.d_bias, tolerance * gradient.size_of_bias + least, 0);
     }
 };

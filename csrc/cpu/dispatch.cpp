@@ -57,18 +57,23 @@ const InstructionSet& instruction_set() {
     return *chosen.load();
 }
 
+int64_t count_rows(const fntx_side& side) { return side.z[0].n + side.z[1].n; }
+
+// Of a side's padded rows and features, with MARGIN to spare for the padding, the bytes in doubles still fit 64 bits.
+constexpr int64_t MOST_NUMBERS = INT64_MAX / 16, MARGIN = 1024;
+
 bool too_large(const fntx_side& side, int64_t D) {
     for (const fntx_matrix& z : side.z)
         if (z.n < 0 || z.n > FNTX_MOST_ROWS) return z.n > 0;  // before a sum that might overflow
-    const int64_t n = side.z[0].n + side.z[1].n;
-    return n > FNTX_MOST_ROWS || D > INT64_MAX / 16 / (n + 1024);  // what is padded fits too
+    const int64_t n = count_rows(side);
+    return n > FNTX_MOST_ROWS || D > MOST_NUMBERS / (n + MARGIN);
 }
 
 // Of a side that is not too large.
 bool valid(const fntx_side& side, int64_t D) {
     for (const fntx_matrix& z : side.z)
         if (z.n < 0 || (z.n > 0 && !z.data)) return false;
-    const int64_t n = side.z[0].n + side.z[1].n;
+    const int64_t n = count_rows(side);
     if (side.ids)
         for (int64_t row = 0; row < n; ++row)
             if (side.ids[row] < 0 || side.ids[row] > INT32_MAX) return false;
@@ -78,12 +83,26 @@ bool valid(const fntx_side& side, int64_t D) {
 bool valid(const fntx_call& call) {
     const bool forward = call.phases & FNTX_FORWARD, backward = call.phases & FNTX_BACKWARD;
     const bool two_views = call.rows.z[0].n == call.rows.z[1].n && !call.cols;
+    const bool paired = call.cols ? count_rows(call.rows) == count_rows(*call.cols) : two_views;
     if (!(forward || backward) || call.dtype < FNTX_FLOAT16 || call.dtype > FNTX_FLOAT64) return false;
     if (!valid(call.rows, call.D) || (call.cols && !valid(*call.cols, call.D))) return false;
     if (!(call.inv_tau > 0) || !(call.eps >= 0) || call.workspace < 0) return false;
-    if ((call.pos || call.d_pos || call.loss) && !two_views) return false;
-    if (call.loss && !(forward && call.loss_weight > 0)) return false;
+    if ((call.pos || call.d_pos) && !two_views) return false;
+    const bool has_loss = paired || call.function == FNTX_SIGMOID || call.against || call.classes;
+    if (call.against && (!call.loss || !call.cols || call.cols_loss_weight != 0 || call.limited)) return false;
+    if (call.against && call.function != FNTX_LOG_SUM_EXP) return false;
+    if (call.classes && (!call.loss || call.cols || call.against || call.limited || call.pos || call.d_pos)) return false;
+    if (call.classes && (call.rows.ids || call.rows.limits || call.rows.neg_lse)) return false;
+    if (call.classes && call.function != FNTX_LOG_SUM_EXP) return false;
+    if (call.loss && !(has_loss && forward && call.loss_weight > 0 && call.cols_loss_weight >= 0)) return false;
     if (backward && !call.d_inv_tau) return false;
+    const bool has_limits = call.rows.limits || (call.cols && call.cols->limits);
+    if (call.limited && !paired) return false;
+    if ((call.limited || has_limits) && call.function != FNTX_LOG_SUM_EXP) return false;
+    if (call.function == FNTX_SIGMOID && !call.cols) return false;
+    if (call.function == FNTX_SOFTPLUS || call.function == FNTX_SIGMOID)
+        return !call.pos && !call.d_pos && (!backward || call.d_bias);
+    if (call.function != FNTX_LOG_SUM_EXP) return false;
     return !backward || forward || (call.rows.neg_lse && (!call.cols || call.cols->neg_lse));
 }
 
@@ -119,9 +138,9 @@ int fntx_use_instruction_set(const char* name) {
 int fntx_exp2(int dtype, const void* x, void* y, int64_t n) {
     const fntx::InstructionSet& set = fntx::instruction_set();
     if (dtype == FNTX_FLOAT32)
-        set.float_kernels()->exp2(static_cast<const float*>(x), static_cast<float*>(y), n);
+        set.float_kernels()->exp2(static_cast<const float*>(x), 1, static_cast<float*>(y), n);
     else if (dtype == FNTX_FLOAT64)
-        set.double_kernels()->exp2(static_cast<const double*>(x), static_cast<double*>(y), n);
+        set.double_kernels()->exp2(static_cast<const double*>(x), 1, static_cast<double*>(y), n);
     else
         return FNTX_INVALID;
     return FNTX_OK;

@@ -4,7 +4,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "tile.h"
+#include "products.h"
 #include "vec.h"
 
 namespace fntx::FNTX_ISA {
@@ -97,7 +97,7 @@ void load_row_of(double* u, const fntx_matrix& z, int, int64_t row, int64_t D, i
 }
 
 template <class T>
-double load_rows(const Side<T>& side, const fntx_matrix* z, int dtype, int64_t D, int64_t ld, bool normalize,
+double load_rows(const PackedSide<T>& side, const fntx_matrix* z, int dtype, int64_t D, int64_t ld, bool normalize,
                  T eps, int64_t first, int64_t last) {
     double largest = 0;
     for (int64_t row = first; row < last; ++row) {
@@ -116,14 +116,22 @@ double load_rows(const Side<T>& side, const fntx_matrix* z, int dtype, int64_t D
         }
         if (!(square <= largest)) largest = square;  // NaN stays
     }
-    for (int64_t row = first; row < last; row += PANEL<T>)
-        pack_panel(side.panels + row * D, side.u + row * ld, D, ld);
+    if (side.panels)
+        for (int64_t row = first; row < last; row += PANEL<T>)
+            pack_panel(side.panels + row * D, side.u + row * ld, D, ld);
     return largest;
 }
 
 // --- tiles -----------------------------------------------------------------------------------------------------------
 
-template <class T> using Acc = Accumulators<T, TILE_VECTORS>;
+template <class T> using Acc = Accumulators<T, REGISTER_VECTORS>;
+
+// All ones where the column exists.
+template <class T> FNTX_INLINE Bits<T> exists(const Tile<T>& tile, int64_t col) {
+    Bits<T> ids;
+    memcpy(&ids, tile.cols->ids + tile.col0 + col, sizeof ids);
+    return ids >= 0;
+}
 
 // All ones where row and column are of different groups, and the column exists.
 template <class T> FNTX_INLINE Bits<T> apart(const Tile<T>& tile, int64_t row, int64_t col) {
@@ -132,37 +140,50 @@ template <class T> FNTX_INLINE Bits<T> apart(const Tile<T>& tile, int64_t row, i
     return (ids != tile.rows->ids[tile.row0 + row]) & (ids >= 0);
 }
 
+// What of a row's or column's exponentials, or weights of them, lies within its limit.
+template <class T> FNTX_INLINE Vec<T> within(Vec<T> values, Vec<T> exps, Vec<T> limits) {
+    return exps > limits ? Vec<T>{} : values;
+}
+
+// The logits of a shifted tile for one side's sums.
+template <class T> FNTX_INLINE Vec<T> logits_within(const Tile<T>& tile, Vec<T> logits, Vec<T> limits) {
+    if (!tile.limited) return logits;
+    return logits > limits ? broadcast<T>(-INFINITY) : logits;
+}
+
 template <bool MASKED, class T>
 FNTX_INLINE void exponentiate(Acc<T>& acc, const Tile<T>& tile, int64_t row, int64_t col) {
-    const Vec<T> scale = broadcast<T>(T(1.4426950408889634 * double(tile.inv_tau)));
+    const Vec<T> scale = broadcast<T>(T(LOG2_E<double> * double(tile.inv_tau)));
 #pragma GCC unroll 8
-    for (int r = 0; r < TILE_ROWS; ++r)
+    for (int r = 0; r < REGISTER_ROWS; ++r)
 #pragma GCC unroll 3
-        for (int v = 0; v < TILE_VECTORS; ++v) {
+        for (int v = 0; v < REGISTER_VECTORS; ++v) {
             Vec<T> e = exp2_in_range<T>(acc.c[r][v], scale);
             if (MASKED) e = apart(tile, row + r, col + v * LANES<T>) ? e : Vec<T>{};
             acc.c[r][v] = e;
         }
 }
 
-template <bool MASKED, class T> void forward_direct(const Tile<T>& tile) {
+template <bool MASKED, bool LIMITED, class T> void forward_direct(const Tile<T>& tile) {
     T* row_sums = tile.sums;
     T* col_sums = tile.sums + tile.edge * LANES<T>;
     memset(tile.sums, 0, size_t(tile.edge * (LANES<T> + 1)) * sizeof(T));
     form_products<T>(tile, [&](Acc<T>& acc, int64_t row, int64_t col) __attribute__((always_inline)) {
         exponentiate<MASKED>(acc, tile, row, col);
         if (tile.exps) Acc<T>::write(acc, tile.exps + row * tile.edge + col, tile.edge);
-        Vec<T> of_cols[TILE_VECTORS] = {};
-        for (int r = 0; r < TILE_ROWS; ++r) {
+        Vec<T> of_cols[REGISTER_VECTORS] = {};
+        for (int r = 0; r < REGISTER_ROWS; ++r) {
             if (row + r >= tile.n_rows) break;
             Vec<T> of_row = load(row_sums + (row + r) * LANES<T>);
-            for (int v = 0; v < TILE_VECTORS; ++v) {
-                of_row += acc.c[r][v];
-                of_cols[v] += acc.c[r][v];
+            const Vec<T> row_limit = broadcast<T>(LIMITED ? tile.rows->limits[tile.row0 + row + r] : T(0));
+            for (int v = 0; v < REGISTER_VECTORS; ++v) {
+                const Vec<T> e = acc.c[r][v];
+                of_row += LIMITED ? within<T>(e, e, row_limit) : e;
+                of_cols[v] += LIMITED ? within<T>(e, e, load(tile.cols->limits + tile.col0 + col + v * LANES<T>)) : e;
             }
             store<T>(row_sums + (row + r) * LANES<T>, of_row);
         }
-        for (int v = 0; v < TILE_VECTORS; ++v) {
+        for (int v = 0; v < REGISTER_VECTORS; ++v) {
             T* sums = col_sums + col + v * LANES<T>;
             store<T>(sums, load(sums) + of_cols[v]);
         }
@@ -178,9 +199,9 @@ template <bool MASKED, class T> void forward_direct(const Tile<T>& tile) {
 template <class T> void masked_logits(const Tile<T>& tile) {
     form_products<T>(tile, [&](Acc<T>& acc, int64_t row, int64_t col) __attribute__((always_inline)) {
 #pragma GCC unroll 8
-        for (int r = 0; r < TILE_ROWS; ++r)
+        for (int r = 0; r < REGISTER_ROWS; ++r)
 #pragma GCC unroll 3
-            for (int v = 0; v < TILE_VECTORS; ++v) {
+            for (int v = 0; v < REGISTER_VECTORS; ++v) {
                 Vec<T> logits = acc.c[r][v] * tile.inv_tau;
                 if (tile.masked) logits = apart(tile, row + r, col + v * LANES<T>) ? logits : broadcast<T>(-INFINITY);
                 acc.c[r][v] = logits;
@@ -192,7 +213,7 @@ template <class T> void masked_logits(const Tile<T>& tile) {
 template <class T> FNTX_INLINE Vec<T> larger(Vec<T> a, Vec<T> b) { return a > b ? a : b; }
 
 // Move a row's sum to the larger of two peaks; returns what to subtract from its logits, 0 if all are -inf.
-template <class T> FNTX_INLINE T raise_peak(Side<T>& side, int64_t row, T candidate) {
+template <class T> FNTX_INLINE T raise_peak(PackedSide<T>& side, int64_t row, T candidate) {
     T& peak = side.peaks[row];
     if (candidate > peak) {
         side.sums[row] *= exp(double(peak) - double(candidate));
@@ -206,22 +227,30 @@ template <class T> void forward_shifted(const Tile<T>& tile) {
     const Vec<T> least = broadcast<T>(-INFINITY);
     for (int64_t row = 0; row < tile.n_rows; ++row) {
         const T* logits = tile.buffer + row * tile.edge;
+        const Vec<T> limit = broadcast<T>(tile.limited ? tile.rows->limits[tile.row0 + row] : T(0));
+        const auto at = [&](int64_t col) __attribute__((always_inline)) {
+            return logits_within<T>(tile, load(logits + col), limit);
+        };
         Vec<T> peaks = least, sums = {};
-        for (int64_t col = 0; col < tile.n_cols; col += LANES<T>) peaks = larger<T>(load(logits + col), peaks);
+        for (int64_t col = 0; col < tile.n_cols; col += LANES<T>) peaks = larger<T>(at(col), peaks);
         T peak = T(-INFINITY);
         for (int lane = 0; lane < LANES<T>; ++lane) peak = peaks[lane] > peak ? peaks[lane] : peak;
         const Vec<T> shift = broadcast<T>(raise_peak(*tile.rows, tile.row0 + row, peak));
-        for (int64_t col = 0; col < tile.n_cols; col += LANES<T>) sums += exp_shifted<T>(load(logits + col), shift);
+        for (int64_t col = 0; col < tile.n_cols; col += LANES<T>) sums += exp_shifted<T>(at(col), shift);
         tile.rows->sums[tile.row0 + row] += sum_of_lanes<T>(sums);
     }
     if (tile.diagonal) return;
     for (int64_t col = 0; col < tile.n_cols; col += LANES<T>) {
         const T* logits = tile.buffer + col;
-        Vec<T> peaks = least, sums = {}, shift;
-        for (int64_t row = 0; row < tile.n_rows; ++row) peaks = larger<T>(load(logits + row * tile.edge), peaks);
         const int64_t j = tile.col0 + col;
+        const Vec<T> limits = tile.limited ? load(tile.cols->limits + j) : Vec<T>{};
+        const auto at = [&](int64_t row) __attribute__((always_inline)) {
+            return logits_within<T>(tile, load(logits + row * tile.edge), limits);
+        };
+        Vec<T> peaks = least, sums = {}, shift;
+        for (int64_t row = 0; row < tile.n_rows; ++row) peaks = larger<T>(at(row), peaks);
         for (int lane = 0; lane < LANES<T>; ++lane) shift[lane] = raise_peak(*tile.cols, j + lane, peaks[lane]);
-        for (int64_t row = 0; row < tile.n_rows; ++row) sums += exp_shifted<T>(load(logits + row * tile.edge), shift);
+        for (int64_t row = 0; row < tile.n_rows; ++row) sums += exp_shifted<T>(at(row), shift);
         for (int lane = 0; lane < LANES<T>; ++lane) tile.cols->sums[j + lane] += sums[lane];
     }
 }
@@ -229,23 +258,32 @@ template <class T> void forward_shifted(const Tile<T>& tile) {
 template <class T> void forward(const Tile<T>& tile) {
     if (tile.shifted)
         forward_shifted(tile);
-    else if (tile.masked)
-        forward_direct<true>(tile);
+    else if (tile.limited)
+        tile.masked ? forward_direct<true, true>(tile) : forward_direct<false, true>(tile);
     else
-        forward_direct<false>(tile);
+        tile.masked ? forward_direct<true, false>(tile) : forward_direct<false, false>(tile);
 }
 
 // G of a tile to its buffer, from the products...
-template <bool MASKED, class T> void weigh_products(const Tile<T>& tile) {
+template <bool MASKED, bool LIMITED, class T> void weigh_products(const Tile<T>& tile) {
     form_products<T>(tile, [&](Acc<T>& acc, int64_t row, int64_t col) __attribute__((always_inline)) {
         exponentiate<MASKED>(acc, tile, row, col);
         const T* a = tile.rows->weights + tile.row0 + row;
         const T* b = tile.cols->weights + tile.col0 + col;
 #pragma GCC unroll 3
-        for (int v = 0; v < TILE_VECTORS; ++v) {
+        for (int v = 0; v < REGISTER_VECTORS; ++v) {
             const Vec<T> b_v = load(b + v * LANES<T>);
+            const Vec<T> col_limits = LIMITED ? load(tile.cols->limits + tile.col0 + col + v * LANES<T>) : Vec<T>{};
 #pragma GCC unroll 8
-            for (int r = 0; r < TILE_ROWS; ++r) acc.c[r][v] *= a[r] + b_v;
+            for (int r = 0; r < REGISTER_ROWS; ++r) {
+                const Vec<T> e = acc.c[r][v];
+                if (LIMITED) {
+                    const Vec<T> row_limit = broadcast<T>(tile.rows->limits[tile.row0 + row + r]);
+                    acc.c[r][v] = e * (within<T>(broadcast<T>(a[r]), e, row_limit) + within<T>(b_v, e, col_limits));
+                } else {
+                    acc.c[r][v] = e * (a[r] + b_v);
+                }
+            }
         }
         Acc<T>::write(acc, tile.buffer + row * tile.edge + col, tile.edge);
     });
@@ -258,15 +296,22 @@ template <class T> void weigh_exponentials(const Tile<T>& tile) {
         const T* exps = tile.exps + row * tile.edge;
         T* g = tile.buffer + row * tile.edge;
         const T a = tile.rows->weights[tile.row0 + row];
-        for (int64_t col = 0; col < tile.n_cols; col += LANES<T>)
-            store<T>(g + col, load(exps + col) * (a + load(b + col)));
+        const Vec<T> row_limit = broadcast<T>(tile.limited ? tile.rows->limits[tile.row0 + row] : T(0));
+        const T* col_limits = tile.limited ? tile.cols->limits + tile.col0 : nullptr;
+        for (int64_t col = 0; col < tile.n_cols; col += LANES<T>) {
+            const Vec<T> e = load(exps + col), b_v = load(b + col);
+            const Vec<T> weights = col_limits ? within<T>(broadcast<T>(a), e, row_limit) +
+                                                    within<T>(b_v, e, load(col_limits + col))
+                                              : a + b_v;
+            store<T>(g + col, e * weights);
+        }
     }
 }
 
 // ... and with a shift of each side's own.
 template <class T> void weigh_shifted(const Tile<T>& tile) {
     masked_logits(tile);
-    const Side<T>&rows = *tile.rows, &cols = *tile.cols;
+    const PackedSide<T>&rows = *tile.rows, &cols = *tile.cols;
     for (int64_t row = 0; row < tile.n_rows; ++row) {
         T* g = tile.buffer + row * tile.edge;
         const int64_t i = tile.row0 + row;
@@ -274,22 +319,17 @@ template <class T> void weigh_shifted(const Tile<T>& tile) {
         for (int64_t col = 0; col < tile.n_cols; col += LANES<T>) {
             const int64_t j = tile.col0 + col;
             const Vec<T> logits = load(g + col);
-            store<T>(g + col, rows.weights[i] * exp_shifted<T>(logits, nu_i) +
-                                  load(cols.weights + j) * exp_shifted<T>(logits, load(cols.nu + j)));
+            const Vec<T> of_row = tile.limited ? logits_within<T>(tile, logits, broadcast<T>(rows.limits[i])) : logits;
+            const Vec<T> of_col = tile.limited ? logits_within<T>(tile, logits, load(cols.limits + j)) : logits;
+            store<T>(g + col, rows.weights[i] * exp_shifted<T>(of_row, nu_i) +
+                                  load(cols.weights + j) * exp_shifted<T>(of_col, load(cols.nu + j)));
         }
     }
 }
 
-template <class T> void backward(const Tile<T>& tile) {
-    if (tile.shifted)
-        weigh_shifted(tile);
-    else if (tile.exps)
-        weigh_exponentials(tile);
-    else if (tile.masked)
-        weigh_products<true>(tile);
-    else
-        weigh_products<false>(tile);
-    const Side<T>&rows = *tile.rows, &cols = *tile.cols;
+// What either side gathers with the G in the tile's buffer.
+template <class T> void gather(const Tile<T>& tile) {
+    const PackedSide<T>&rows = *tile.rows, &cols = *tile.cols;
     const int64_t ld = tile.ld, at_rows = tile.row0 * ld, at_cols = tile.col0 * ld;
     if (rows.gathered)
         add_product<T>(rows.gathered + at_rows, ld, tile.n_rows, ld, tile.buffer, tile.edge, 1, cols.u + at_cols, ld,
@@ -297,6 +337,85 @@ template <class T> void backward(const Tile<T>& tile) {
     if (cols.gathered && !tile.diagonal)
         add_product<T>(cols.gathered + at_cols, ld, tile.n_cols, ld, tile.buffer, 1, tile.edge, rows.u + at_rows, ld,
                        tile.n_rows);
+}
+
+template <class T> void backward(const Tile<T>& tile) {
+    if (tile.shifted)
+        weigh_shifted(tile);
+    else if (tile.exps)
+        weigh_exponentials(tile);
+    else if (tile.limited)
+        tile.masked ? weigh_products<true, true>(tile) : weigh_products<false, true>(tile);
+    else
+        tile.masked ? weigh_products<true, false>(tile) : weigh_products<false, false>(tile);
+    gather(tile);
+}
+
+// --- softplus --------------------------------------------------------------------------------------------------------
+
+// Where ids agree a pair adds nothing, or log(1 + exp(-x)); the ids of a tile may all be apart.
+enum Agreeing { NONE, LEFT_OUT, POSITIVES };
+
+template <Agreeing AGREEING, class T>
+FNTX_INLINE Vec<T> softplus_of(const Tile<T>& tile, int64_t row, int64_t col, Vec<T> x, Vec<T>& slope) {
+    if (AGREEING == NONE) return softplus<T>(x, slope);
+    const Bits<T> counted = apart(tile, row, col), there = AGREEING == POSITIVES ? exists(tile, col) : counted;
+    if (AGREEING == POSITIVES) x = counted ? x : -x;
+    const Vec<T> value = softplus<T>(x, slope);
+    if (AGREEING == POSITIVES) slope = counted ? slope : -slope;
+    slope = there ? slope : Vec<T>{};
+    return there ? value : Vec<T>{};
+}
+
+// No sum over a row comes into the gradient, so one pass has both: values, slopes, and G = slope (a_i + a_j).
+template <Agreeing AGREEING, class T> void softplus_products(const Tile<T>& tile) {
+    const int64_t by_rows = tile.edge * LANES<T>;
+    T *row_sums = tile.sums, *row_slopes = row_sums + by_rows;
+    T *col_sums = row_slopes + by_rows, *col_slopes = col_sums + tile.edge;
+    memset(tile.sums, 0, size_t(2 * (by_rows + tile.edge)) * sizeof(T));
+    form_products<T>(tile, [&](Acc<T>& acc, int64_t row, int64_t col) __attribute__((always_inline)) {
+        const T* a = tile.rows->weights + tile.row0 + row;
+        const T* b = tile.cols->weights + tile.col0 + col;
+        for (int v = 0; v < REGISTER_VECTORS; ++v) {
+            const Vec<T> b_v = load(b + v * LANES<T>);
+            Vec<T> of_cols = {}, slopes_of_cols = {};
+            for (int r = 0; r < REGISTER_ROWS; ++r) {
+                const Vec<T> x = acc.c[r][v] * tile.inv_tau + tile.bias;
+                Vec<T> slope;
+                const Vec<T> value = softplus_of<AGREEING>(tile, row + r, col + v * LANES<T>, x, slope);
+                acc.c[r][v] = slope * (a[r] + b_v);
+                if (row + r >= tile.n_rows) continue;
+                const int64_t at = (row + r) * LANES<T>;
+                store<T>(row_sums + at, load(row_sums + at) + value);
+                store<T>(row_slopes + at, load(row_slopes + at) + slope);
+                of_cols += value;
+                slopes_of_cols += slope;
+            }
+            const int64_t at = col + v * LANES<T>;
+            store<T>(col_sums + at, load(col_sums + at) + of_cols);
+            store<T>(col_slopes + at, load(col_slopes + at) + slopes_of_cols);
+        }
+        Acc<T>::write(acc, tile.buffer + row * tile.edge + col, tile.edge);
+    });
+    for (int64_t row = 0; row < tile.n_rows; ++row) {
+        tile.rows->sums[tile.row0 + row] += sum_of_lanes<T>(load(row_sums + row * LANES<T>));
+        tile.rows->slopes[tile.row0 + row] += sum_of_lanes<T>(load(row_slopes + row * LANES<T>));
+    }
+    if (tile.diagonal) return;
+    for (int64_t col = 0; col < tile.n_cols; ++col) {
+        tile.cols->sums[tile.col0 + col] += col_sums[col];
+        tile.cols->slopes[tile.col0 + col] += col_slopes[col];
+    }
+}
+
+template <class T> void softplus_tile(const Tile<T>& tile) {
+    if (!tile.masked)
+        softplus_products<NONE>(tile);
+    else if (tile.positives)
+        softplus_products<POSITIVES>(tile);
+    else
+        softplus_products<LEFT_OUT>(tile);
+    gather(tile);
 }
 
 // --- rows ------------------------------------------------------------------------------------------------------------
@@ -311,18 +430,19 @@ template <class T> void add_scaled(T* a, T x, const T* b, int64_t ld) {
     for (int64_t d = 0; d < ld; d += LANES<T>) store<T>(a + d, load(a + d) + x * load(b + d));
 }
 
-template <class T> void exp2_of(const T* x, T* y, int64_t n) {
+template <class T> void exp2_of(const T* x, T scale, T* y, int64_t n) {
     int64_t i = 0;
-    for (; i + LANES<T> <= n; i += LANES<T>) store<T>(y + i, exp2_in_range<T>(load(x + i), broadcast<T>(1)));
+    for (; i + LANES<T> <= n; i += LANES<T>) store<T>(y + i, exp2_in_range<T>(load(x + i), broadcast<T>(scale)));
     if (i == n) return;
     T rest[LANES<T>] = {};
     memcpy(rest, x + i, size_t(n - i) * sizeof(T));
-    store<T>(rest, exp2_in_range<T>(load(rest), broadcast<T>(1)));
+    store<T>(rest, exp2_in_range<T>(load(rest), broadcast<T>(scale)));
     memcpy(y + i, rest, size_t(n - i) * sizeof(T));
 }
 
 template <class T>
-constexpr Kernels<T> TABLE = {LANES<T>, PANEL<T>, load_rows<T>, forward<T>, backward<T>, dot<T>, add_scaled<T>, exp2_of<T>};
+constexpr Kernels<T> TABLE = {LANES<T>,    PANEL<T>,         load_rows<T>, forward<T>,
+                              backward<T>, softplus_tile<T>, dot<T>,       add_scaled<T>, exp2_of<T>};
 
 }  // namespace
 

@@ -8,7 +8,7 @@
 namespace fntx {
 
 // Rows and columns of a block are a multiple of this, as are the rows that a side allocates: every instruction set's
-// register tile divides it.
+// register block divides it.
 constexpr int64_t ALIGNED_ROWS = 48;
 
 // Group ids, in integers as wide as T, so that comparing them gives masks of T's vectors.
@@ -17,45 +17,50 @@ template <> struct IdOf<float> { typedef int32_t Type; };
 template <> struct IdOf<double> { typedef int64_t Type; };
 template <class T> using Id = typename IdOf<T>::Type;
 
-// The rows of one side of the similarity matrix. Matrices are row-major with `ld` elements a row, zero beyond D;
+// The rows of one side of the similarity matrix as the kernels take them. Matrices are row-major with `ld` elements a row, zero beyond D;
 // everything is allocated up to a multiple of ALIGNED_ROWS.
-template <class T> struct Side {
+template <class T> struct PackedSide {
     int64_t n;     // rows
     T* u;          // (n, ld) rows, normalised if asked
-    T* panels;     // u transposed, `panel` rows at a time: (n / panel, D, panel)
+    T* panels;     // u transposed, `panel` rows at a time: (n / panel, D, panel); NULL: no columns of a tile
     T* norm;       // |z|
     Id<T>* ids;    // group, -1 beyond n
-    double* sums;  // direct: sum exp(k s); shifted: the same times exp(-peak)
+    double* sums;  // direct: sum exp(k s); shifted: the same times exp(-peak); softplus: sum log(1 + exp(x))
+    double* slopes;  // softplus: sum d log(1 + exp(x)) / dx
     T* peaks;      // shifted: the largest k s so far
-    T* weights;    // backward: w exp(-nu) if direct, w if shifted; 0 beyond n
+    T* weights;    // backward: w exp(-nu) if direct, w if shifted or softplus; 0 beyond n
     T* nu;         // backward, shifted; +inf where there is no negative
+    T* limits;     // where the tile is limited, the largest exp(k s), or if shifted the largest k s, that the row counts
     T* gathered;   // (n, ld) sum_j G_ij u_j; NULL: not wanted
 };
 
+// A tile of the similarity matrix: a block of rows against a block of columns.
 template <class T> struct Tile {
-    Side<T>* rows;
-    Side<T>* cols;
+    PackedSide<T>* rows;
+    PackedSide<T>* cols;
     int64_t D, ld;
     int64_t row0, n_rows;  // multiples of ALIGNED_ROWS, except where the side ends
     int64_t col0, n_cols;
     bool diagonal;  // the columns are the rows: formed whole, used from one side only
     bool masked;    // some ids may agree, or columns are missing in the last panel
     bool shifted;   // logits may leave the range of the exponential
-    T inv_tau;
+    bool limited;   // a row leaves out what lies above its limit
+    bool positives; // softplus: where ids agree, log(1 + exp(-x)) is added, instead of nothing
+    T inv_tau, bias;
     int64_t edge;   // rows and columns of a full tile, and the row length of what follows
     T* exps;        // (edge, edge): a forward leaves its exponentials here, a backward finds them; or NULL
     T* buffer;      // (edge, edge) of the thread's own
-    T* sums;        // (edge, lanes + 1) of the thread's own
+    T* sums;        // (edge, lanes + 1) of the thread's own, of softplus twice that
 };
 
 template <class T> struct Kernels {
     int lanes;  // row lengths are a multiple of this
-    int panel;  // columns of a register tile
+    int panel;  // columns of a register block
 
     // Convert, normalise, pad and pack rows [first, last) of a side, whose rows are z[0]'s and then z[1]'s; both bounds
     // are multiples of ALIGNED_ROWS. Returns the largest |u|^2, before any normalisation.
-    double (*load_rows)(const Side<T>& side, const fntx_matrix* z, int dtype, int64_t D, int64_t ld, bool normalize,
-                        T eps, int64_t first, int64_t last);
+    double (*load_rows)(const PackedSide<T>& side, const fntx_matrix* z, int dtype, int64_t D, int64_t ld,
+                        bool normalize, T eps, int64_t first, int64_t last);
 
     // Add the tile's sums to its rows' and, unless it is diagonal, to its columns'.
     void (*forward)(const Tile<T>& tile);
@@ -63,9 +68,12 @@ template <class T> struct Kernels {
     // Add G U_cols to what the rows have gathered and, unless it is diagonal, G^T U_rows to what the columns have.
     void (*backward)(const Tile<T>& tile);
 
+    // Add the tile's sums and slopes of softplus, x = k s + b, as `forward` does, and what it gathers as `backward` does.
+    void (*softplus)(const Tile<T>& tile);
+
     double (*dot)(const T* a, const T* b, int64_t ld);
     void (*add_scaled)(T* a, T x, const T* b, int64_t ld);  // a += x b
-    void (*exp2)(const T* x, T* y, int64_t n);
+    void (*exp2)(const T* x, T scale, T* y, int64_t n);     // y = 2^(x scale), as the tiles' exponentials
 };
 
 }  // namespace fntx

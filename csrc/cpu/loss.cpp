@@ -16,6 +16,8 @@
 #include <memory>
 #include <vector>
 
+#include "../ranges.h"
+#include "classes.h"
 #include "memory.h"
 #include "schedule.h"
 #include "team.h"
@@ -23,19 +25,11 @@
 namespace fntx {
 namespace {
 
-// exp(k s) itself while k max|s| + ln M stays below this: two thirds of the type's range of exponents, which leaves
-// products with exp(-nu) and with the weights a third to move in.
-template <class T> constexpr double DIRECT_LIMIT = sizeof(T) == 4 ? 60.0 : 480.0;
-
-// Factors w exp(-nu) are formed while they stay in this distance of 0 and of the type's end.
-template <class T> constexpr double SMALLEST_FACTOR = sizeof(T) == 4 ? 1e-35 : 1e-300;
-
-// The largest weight in a shifted tile: the middle of the type's range above 1, so that sums of them stay in it.
-template <class T> constexpr double LARGEST_WEIGHT = sizeof(T) == 4 ? 0x1p64 : 0x1p512;
-
-constexpr int64_t LARGEST_EDGE = 192;   // a tile and the rows it touches stay in a core's second cache at D = 128
-constexpr int64_t TILES_PER_SIDE = 4;   // at least, for each thread, down to the smallest edge
-constexpr double PARALLEL_FROM = 4e6;   // multiplications of a full product; fewer are done as soon by one thread
+constexpr int64_t LARGEST_EDGE = 192;      // a tile and the rows it touches stay in a core's second cache at D = 128
+constexpr int64_t TILES_PER_SIDE = 4;      // at least, for each thread, down to the smallest edge
+constexpr int64_t SCRATCH_MULTIPLE = 64;  // numbers: a multiple of the cache line, so that threads share none
+constexpr int64_t COMPETING_BYTES = 1024;  // rows a multiple of it apart fall on the same few lines of the first cache
+constexpr double PARALLEL_FROM = 4e6;      // multiplications of a full product; fewer are done as soon by one thread
 
 constexpr double INF = std::numeric_limits<double>::infinity();
 
@@ -57,33 +51,40 @@ struct Span {
     bool meets(const Span& other) const { return low <= other.high && other.low <= high; }
 };
 
-// A side with its memory.
-template <class T> struct Rows : Side<T> {
-    Rows(const fntx_side& given, int64_t D, int64_t ld, bool gather) : given(given) {
+// A packed side with its memory.
+template <class T> struct OwnedSide : PackedSide<T> {
+    OwnedSide(const fntx_side& given, int64_t D, int64_t ld, bool are_columns, bool gather) : given(given) {
         this->n = count_rows(given);
         const int64_t padded = round_up(this->n, ALIGNED_ROWS);
         chunks = padded / ALIGNED_ROWS;
         spans.resize(size_t(chunks));
         this->u = u_memory = Buffer<T>(padded * ld);
-        this->panels = panel_memory = Buffer<T>(padded * D);
+        if (are_columns) panel_memory = Buffer<T>(padded * D);
+        this->panels = panel_memory;
         if (gather) gathered_memory = Buffer<T>(padded * ld);
         this->gathered = gathered_memory;
-        row_memory = Buffer<T>(4 * padded);
+        row_memory = Buffer<T>(6 * padded);
         this->norm = row_memory;
         this->peaks = row_memory + padded;
         this->weights = row_memory + 2 * padded;
         this->nu = row_memory + 3 * padded;
+        this->limits = row_memory + 4 * padded;
+        largest_similarity = row_memory + 5 * padded;
         this->ids = id_memory = Buffer<Id<T>>(padded);
-        double_memory = Buffer<double>(3 * padded);
+        double_memory = Buffer<double>(5 * padded);
         this->sums = double_memory;
-        neg_lse = double_memory + padded;
-        w = double_memory + 2 * padded;
+        this->slopes = double_memory + padded;
+        neg_lse = double_memory + 2 * padded;
+        w = double_memory + 3 * padded;
+        d_pos = double_memory + 4 * padded;
     }
 
     const fntx_side& given;
     int64_t chunks;           // of ALIGNED_ROWS rows
     std::vector<Span> spans;  // of each chunk's ids
     double *neg_lse, *w;      // nu and its weight
+    double* d_pos;            // the weight of pi
+    T* largest_similarity;    // that the row's sum takes, where there are limits
 
     Buffer<T> u_memory, panel_memory, gathered_memory, row_memory;
     Buffer<double> double_memory;
@@ -100,14 +101,15 @@ template <class T> class Run {
           eps_(T(call.eps)),
           ld_(row_length(call.D, kernels.lanes)),
           team_(threads(call), call.poll),
-          rows_(call.rows, call.D, ld_, call.phases & FNTX_BACKWARD),
-          cols_memory_(symmetric_ ? nullptr : new Rows<T>(*call.cols, call.D, ld_, wants_columns(call))),
+          rows_(call.rows, call.D, ld_, symmetric_, gathers_rows(call)),
+          cols_memory_(symmetric_ ? nullptr : new OwnedSide<T>(*call.cols, call.D, ld_, true, gathers_columns(call))),
           cols_(symmetric_ ? rows_ : *cols_memory_),
-          edge_(edge(std::min(rows_.n, cols_.n), team_.threads())),
+          classes_(call.classes ? Classes(call.classes, rows_.n) : Classes()),
+          edge_(edge(std::min(rows_.n, cols_.n))),
           triangle_(blocks(rows_)),
           rectangle_(blocks(rows_), blocks(cols_)),
           tasks_(symmetric_ ? triangle_.size() : rectangle_.size()),
-          scratch_size_(round_up(edge_ * (edge_ + kernels.lanes + 1), 64)),
+          scratch_size_(round_up(edge_ * (edge_ + (softplus(call) ? 2 : 1) * (kernels.lanes + 1)), SCRATCH_MULTIPLE)),
           scratch_(team_.threads() * scratch_size_) {}
 
     // False if it was interrupted.
@@ -119,28 +121,96 @@ template <class T> class Run {
   private:
     void phases() {
         load();
+        if (softplus(call_)) return softplus_phases();
         if (call_.phases & FNTX_FORWARD) {
             if (call_.phases & FNTX_BACKWARD && !shifted_) {
                 kept_ = std::min(tasks_, call_.workspace / int64_t(sizeof(T)) / (edge_ * edge_));
                 workspace_ = Buffer<T>(kept_ * edge_ * edge_);
             }
             each_tile(kernels_.forward);
-            for_sides([&](Rows<T>& side) { take_logarithms(side); });
-            if (call_.loss) take_losses();
+            for_sides([&](OwnedSide<T>& side) { take_logarithms(side); });
+            if (call_.loss) of_classes() ? take_class_losses() : take_losses();
         }
         if (call_.phases & FNTX_BACKWARD) {
             weigh();
             each_tile(kernels_.backward);
             workspace_ = {}, scratch_ = {};  // before the outputs' pages are first touched
-            for_sides([&](Rows<T>& side) { side.panel_memory = {}; });
-            double d_inv_tau = 0;
-            for_sides([&](Rows<T>& side) { d_inv_tau += finish(side); });
-            *static_cast<T*>(call_.d_inv_tau) = T(d_inv_tau);
+            for_sides([&](OwnedSide<T>& side) { side.panel_memory = {}; });
+            finish_sides();
         }
     }
 
-    static bool wants_columns(const fntx_call& call) {
+    // The weights are known before the values: one pass over the tiles has both.
+    void softplus_phases() {
+        double largest = 0, d_bias = 0;
+        for_sides([&](OwnedSide<T>& side) {
+            const T* const w = static_cast<const T*>(side.given.d_neg_lse);
+            const double of_loss = &side == &rows_ ? call_.loss_weight : call_.cols_loss_weight;
+            for (int64_t row = 0; row < side.n; ++row) {
+                side.w[row] = call_.loss ? of_loss : w ? double(w[row]) : 0;
+                side.d_pos[row] = 0;
+                largest = larger(largest, fabs(side.w[row]));
+            }
+        });
+        weight_unit_ = largest == 0 ? 1 : largest;
+        for_sides([&](OwnedSide<T>& side) {
+            for (int64_t row = 0; row < side.n; ++row) side.weights[row] = T(side.w[row] / weight_unit_);
+        });
+        each_tile(kernels_.softplus);
+        if (call_.loss) take_softplus_losses();
+        for_sides([&](OwnedSide<T>& side) {
+            T* const out = static_cast<T*>(side.given.neg_lse);
+            for (int64_t row = 0; row < side.n; ++row) {
+                if (out) out[row] = T(side.sums[row]);
+                d_bias += side.w[row] * side.slopes[row] + side.d_pos[row];
+            }
+        });
+        if (!(call_.phases & FNTX_BACKWARD)) return;
+        scratch_ = {};
+        for_sides([&](OwnedSide<T>& side) { side.panel_memory = {}; });
+        *static_cast<T*>(call_.d_bias) = T(d_bias);
+        finish_sides();
+    }
+
+    void take_softplus_losses() {
+        double loss = 0;
+        for_sides([&](OwnedSide<T>& side) {
+            loss += sum_over_rows(side, [&](int64_t row) {
+                if (side.w[row] == 0) return 0.0;
+                if (call_.function == FNTX_SIGMOID) return side.w[row] * side.sums[row];
+                const double x = call_.inv_tau * similarity_to_positive(side, row) + call_.bias;
+                const double e = exp(-fabs(x));
+                side.d_pos[row] = -side.w[row] * (x > 0 ? e : 1) / (1 + e);
+                return side.w[row] * (side.sums[row] + (x > 0 ? 0 : -x) + log1p(e));
+            });
+        });
+        *static_cast<T*>(call_.loss) = T(loss);
+    }
+
+    void finish_sides() {
+        double d_inv_tau = 0;
+        for_sides([&](OwnedSide<T>& side) { d_inv_tau += finish(side); });
+        *static_cast<T*>(call_.d_inv_tau) = T(d_inv_tau);
+    }
+
+    // Whether a loss has pi, the products of pairs of rows, in it.
+    bool takes_positives() const {
+        return call_.loss && call_.function != FNTX_SIGMOID && !call_.against && !of_classes();
+    }
+
+    // Whether the positives of a row are the sum of its class.
+    bool of_classes() const { return call_.classes && !classes_.in_pairs(); }
+
+    static bool softplus(const fntx_call& call) { return call.function != FNTX_LOG_SUM_EXP; }
+
+    static bool gathers_columns(const fntx_call& call) {
         return call.phases & FNTX_BACKWARD && (call.cols->d_z[0] || call.cols->d_z[1]);
+    }
+
+    // What either side gathers gives the temperature's gradient: the rows do, unless only the columns' is wanted.
+    static bool gathers_rows(const fntx_call& call) {
+        const bool wanted = call.rows.d_z[0] || call.rows.d_z[1];
+        return call.phases & FNTX_BACKWARD && (wanted || !call.cols || !gathers_columns(call));
     }
 
     static int threads(const fntx_call& call) {
@@ -149,18 +219,20 @@ template <class T> class Run {
         return products < PARALLEL_FROM ? 1 : std::max(call.threads, 1);
     }
 
-    // Rows a multiple of 1 KiB apart would compete for the same few lines of the first cache.
     static int64_t row_length(int64_t D, int64_t lanes) {
         const int64_t ld = round_up(D, lanes);
-        return ld * int64_t(sizeof(T)) % 1024 ? ld : ld + lanes;
+        return ld * int64_t(sizeof(T)) % COMPETING_BYTES ? ld : ld + lanes;
     }
 
-    static int64_t edge(int64_t n, int threads) {
-        const int64_t even = n / (TILES_PER_SIDE * threads) / ALIGNED_ROWS * ALIGNED_ROWS;
+    // Several tiles a side share the work among threads, and spare a symmetric call one triangle.
+    int64_t edge(int64_t n) const {
+        const bool whole = !symmetric_ && team_.threads() == 1;
+        const int64_t tiles = whole ? 1 : TILES_PER_SIDE * team_.threads();
+        const int64_t even = whole ? round_up(n, ALIGNED_ROWS) : n / tiles / ALIGNED_ROWS * ALIGNED_ROWS;
         return std::min(std::max(even, ALIGNED_ROWS), LARGEST_EDGE);
     }
 
-    int64_t blocks(const Rows<T>& side) const { return (side.n + edge_ - 1) / edge_; }
+    int64_t blocks(const OwnedSide<T>& side) const { return (side.n + edge_ - 1) / edge_; }
 
     template <class Body> void for_sides(Body body) {
         body(rows_);
@@ -168,7 +240,7 @@ template <class T> class Run {
     }
 
     // body(row) for every row, and the sum of what it returns; a chunk of rows is one thread's.
-    template <class Body> double sum_over_rows(Rows<T>& side, Body body) {
+    template <class Body> double sum_over_rows(OwnedSide<T>& side, Body body) {
         std::vector<double> sums(size_t(side.chunks));
         team_.each(side.chunks, [&](int64_t chunk, int) {
             double sum = 0;
@@ -184,7 +256,7 @@ template <class T> class Run {
     void load() {
         double largest[2] = {0, 0};
         int which = 0;
-        for_sides([&](Rows<T>& side) {
+        for_sides([&](OwnedSide<T>& side) {
             std::vector<double> squares(size_t(side.chunks));
             team_.each(side.chunks, [&](int64_t chunk, int) { squares[size_t(chunk)] = load_chunk(side, chunk); });
             for (double square : squares) largest[which] = larger(largest[which], square);
@@ -193,18 +265,60 @@ template <class T> class Run {
         const double bound = normalize_ ? 1 : sqrt(largest[0]) * sqrt(largest[symmetric_ ? 0 : 1]);
         const double terms = log(double(std::max(rows_.n, cols_.n)));
         shifted_ = !(call_.inv_tau * bound + terms < DIRECT_LIMIT<T>);
+        limited_ = call_.limited || call_.rows.limits || (call_.cols && call_.cols->limits);
+        // Exponentials of small logits round together, and a similarity could not be told from the limit by them.
+        shifted_ = shifted_ || (limited_ && call_.inv_tau * bound < 1);
+        if (limited_) load_limits();
     }
 
-    double load_chunk(Rows<T>& side, int64_t chunk) {
+    void load_limits() {
+        for_sides([&](OwnedSide<T>& side) {
+            const T* const given = static_cast<const T*>(side.given.limits);
+            for (int64_t row = 0; row < side.chunks * ALIGNED_ROWS; ++row) {
+                double limit = INF;
+                if (row < side.n && given) limit = double(given[row]);
+                if (row < side.n && !given && call_.limited)
+                    limit = call_.limit_scale * similarity_to_positive(side, row) + call_.limit_shift;
+                side.largest_similarity[row] = T(limit);
+            }
+        });
+        scale_limits();
+    }
+
+    // As the tiles compare them: with their own exponentials, or logits, so that what is as similar as the limit stays.
+    void scale_limits() {
+        for_sides([&](OwnedSide<T>& side) {
+            const T k = T(call_.inv_tau);
+            const int64_t n = side.chunks * ALIGNED_ROWS;
+            if (shifted_) {
+                for (int64_t row = 0; row < n; ++row) side.limits[row] = side.largest_similarity[row] * k;
+                return;
+            }
+            const T scale = T(LOG2_E<double> * double(k)), most = std::numeric_limits<T>::max_exponent - 2;
+            for (int64_t row = 0; row < n; ++row) {
+                const T x = side.largest_similarity[row];
+                side.limits[row] = x * scale > -most && x * scale < most ? x : T(0);
+            }
+            kernels_.exp2(side.limits, scale, side.limits, n);
+            for (int64_t row = 0; row < n; ++row) {
+                const T x = side.largest_similarity[row] * scale;
+                if (!(x > -most)) side.limits[row] = x != x ? T(INF) : T(0);
+                if (x >= most) side.limits[row] = T(INF);
+            }
+        });
+    }
+
+    double load_chunk(OwnedSide<T>& side, int64_t chunk) {
         const int64_t first = chunk * ALIGNED_ROWS, last = first + ALIGNED_ROWS, n_first = side.given.z[0].n;
         for (int64_t row = first; row < last; ++row) {
             int64_t id = -1;
             if (row < side.n) {
                 id = side.given.ids ? side.given.ids[row] : row < n_first ? row : row - n_first;
+                if (call_.classes) id = of_classes() ? row : classes_.first_of_pair(row);
                 side.spans[size_t(chunk)].add({id, id});
             }
             side.ids[row] = Id<T>(id);
-            side.sums[row] = 0;
+            side.sums[row] = side.slopes[row] = 0;
             side.peaks[row] = T(-INF);
             side.weights[row] = 0;
             side.nu[row] = T(INF);
@@ -244,7 +358,10 @@ template <class T> class Run {
         tile.diagonal = symmetric_ && task.row_block == task.col_block;
         tile.masked = tile.n_cols % kernels_.panel || span(rows_, tile.row0).meets(span(cols_, tile.col0));
         tile.shifted = shifted_;
+        tile.limited = limited_;
+        tile.positives = call_.function == FNTX_SIGMOID;
         tile.inv_tau = T(call_.inv_tau);
+        tile.bias = T(call_.bias);
         tile.edge = edge_;
         tile.exps = index < kept_ ? workspace_ + index * edge_ * edge_ : nullptr;
         tile.buffer = scratch_ + thread * scratch_size_;
@@ -252,7 +369,7 @@ template <class T> class Run {
         return tile;
     }
 
-    Span span(const Rows<T>& side, int64_t first) const {
+    Span span(const OwnedSide<T>& side, int64_t first) const {
         Span all;
         const int64_t last = std::min(side.chunks, (first + edge_) / ALIGNED_ROWS);
         for (int64_t chunk = first / ALIGNED_ROWS; chunk < last; ++chunk) all.add(side.spans[size_t(chunk)]);
@@ -261,34 +378,81 @@ template <class T> class Run {
 
     // --- rows ----------------------------------------------------------------------------------------------------
 
-    void take_logarithms(Rows<T>& side) {
+    void take_logarithms(OwnedSide<T>& side) {
         T* const out = static_cast<T*>(side.given.neg_lse);
         sum_over_rows(side, [&](int64_t row) {
             side.neg_lse[row] = log(side.sums[row]) + (shifted_ ? double(side.peaks[row]) : 0);
             if (out) out[row] = T(side.neg_lse[row]);
-            if (call_.pos) static_cast<T*>(call_.pos)[row] = T(call_.inv_tau * similarity_to_partner(row));
+            if (call_.pos) static_cast<T*>(call_.pos)[row] = T(call_.inv_tau * similarity_to_positive(side, row));
             return 0.0;
         });
     }
 
     // loss_i = log(1 + exp(nu - pi)), and the weights q_i = sigmoid(nu - pi) of its gradient.
     void take_losses() {
-        const double loss = sum_over_rows(rows_, [&](int64_t row) {
-            const double x = rows_.neg_lse[row] - call_.inv_tau * similarity_to_partner(row);
-            const double e = exp(-fabs(x));
-            rows_.w[row] = call_.loss_weight * (x > 0 ? 1 : e) / (1 + e);
-            return (x > 0 ? x : 0) + log1p(e);
+        double loss = 0;
+        for_sides([&](OwnedSide<T>& side) {
+            const double weight = &side == &rows_ ? rows_loss_weight() : call_.cols_loss_weight;
+            const T* const against = static_cast<const T*>(call_.against);
+            T* const d_against = static_cast<T*>(call_.d_against);
+            if (weight == 0) return std::fill(side.w, side.w + side.n, 0.0);
+            loss += weight * sum_over_rows(side, [&](int64_t row) {
+                const double pi = against ? double(against[row]) : call_.inv_tau * similarity_to_positive(side, row);
+                const double x = side.neg_lse[row] - pi, e = exp(-fabs(x));
+                side.w[row] = weight * (x > 0 ? 1 : e) / (1 + e);
+                if (d_against) d_against[row] = T(-side.w[row]);
+                return (x > 0 ? x : 0) + log1p(e);
+            });
         });
-        *static_cast<T*>(call_.loss) = T(call_.loss_weight * loss);
+        *static_cast<T*>(call_.loss) = T(loss);
     }
 
-    int64_t partner(int64_t row) const {
+    double rows_loss_weight() const {
+        const int64_t counted = call_.mean_of_classes ? std::max(classes_.with_positive(), int64_t(1)) : 1;
+        return call_.loss_weight / double(counted);
+    }
+
+    // loss_i = nu - pi, with the mean of the positives' logits for pi. A row's share of a positive is that of the positive
+    // in the row, because all rows of a class have as many.
+    void take_class_losses() {
+        class_sums_ = Buffer<T>(classes_.size() * ld_);
+        team_.each(classes_.size(), [&](int64_t c, int) {
+            T* const sum = class_sums_ + c * ld_;
+            std::fill(sum, sum + ld_, T(0));
+            for (int64_t row : classes_.rows(c)) kernels_.add_scaled(sum, T(1), rows_.u + row * ld_, ld_);
+        });
+        const double weight = rows_loss_weight();
+        *static_cast<T*>(call_.loss) = T(sum_over_rows(rows_, [&](int64_t row) {
+            const double n_positives = double(classes_.count(classes_.of_row(row)) - 1);
+            rows_.w[row] = n_positives > 0 ? weight : 0;
+            rows_.d_pos[row] = n_positives > 0 ? -weight / n_positives : 0;
+            if (n_positives == 0) return 0.0;
+            return weight * rows_.neg_lse[row] + rows_.d_pos[row] * call_.inv_tau * similarity_to_class(row);
+        }));
+    }
+
+    // The sum over the other rows of the class.
+    double similarity_to_class(int64_t row) const {
+        const T* const u = rows_.u + row * ld_;
+        return double(kernels_.dot(u, class_sums_ + classes_.of_row(row) * ld_, ld_)) - kernels_.dot(u, u, ld_);
+    }
+
+    struct Place {
+        const OwnedSide<T>& side;
+        int64_t row;
+    };
+
+    // The positive of a row: the same row of the other view, or of the other side.
+    Place positive(const OwnedSide<T>& side, int64_t row) const {
+        if (!symmetric_) return {&side == &rows_ ? cols_ : rows_, row};
+        if (call_.classes) return {rows_, classes_.other_of_pair(row)};
         const int64_t n = call_.rows.z[0].n;
-        return row < n ? row + n : row - n;
+        return {rows_, row < n ? row + n : row - n};
     }
 
-    double similarity_to_partner(int64_t row) const {
-        return kernels_.dot(rows_.u + row * ld_, rows_.u + partner(row) * ld_, ld_);
+    double similarity_to_positive(const OwnedSide<T>& side, int64_t row) const {
+        const Place other = positive(side, row);
+        return kernels_.dot(side.u + row * ld_, other.side.u + other.row * ld_, ld_);
     }
 
     // Weights of any magnitude (a loss scaler's 2^16, a mean's 1e-6) enter the tiles in units of `weight_unit_`. Without
@@ -296,26 +460,29 @@ template <class T> class Run {
     // 1e38 times another, the tiles are shifted: their w exp(k s - nu) is at most w, so the largest is LARGEST_WEIGHT.
     void weigh() {
         double largest = 0;
-        for_sides([&](Rows<T>& side) {
+        const T* const d_pos = static_cast<const T*>(call_.d_pos);
+        for_sides([&](OwnedSide<T>& side) {
             const T* const neg_lse = static_cast<const T*>(side.given.neg_lse);
             const T* const w = static_cast<const T*>(side.given.d_neg_lse);
             for (int64_t row = 0; row < side.n; ++row) {
                 if (!(call_.phases & FNTX_FORWARD)) side.neg_lse[row] = double(neg_lse[row]);
                 if (!call_.loss) side.w[row] = w ? double(w[row]) : 0;
                 if (side.neg_lse[row] == -INF) side.w[row] = 0;  // no negative: no weight, whatever came
-                largest = larger(largest, larger(fabs(side.w[row]), fabs(d_pos(row))));
+                if (!of_classes()) side.d_pos[row] = takes_positives() ? -side.w[row] : d_pos ? double(d_pos[row]) : 0;
+                largest = larger(largest, larger(fabs(side.w[row]), fabs(side.d_pos[row])));
             }
         });
         if (largest == 0) largest = 1;
-        for_sides([&](Rows<T>& side) {
+        for_sides([&](OwnedSide<T>& side) {
             for (int64_t row = 0; row < side.n && !shifted_; ++row) {
                 if (side.w[row] == 0) continue;
                 const double factor = fabs(side.w[row]) / largest * exp(-side.neg_lse[row]);
                 shifted_ = !(factor > SMALLEST_FACTOR<T> && factor < 1 / SMALLEST_FACTOR<T>);
             }
         });
+        if (limited_) scale_limits();  // the tiles may be shifted now
         weight_unit_ = shifted_ ? largest / LARGEST_WEIGHT<T> : largest;
-        for_sides([&](Rows<T>& side) {
+        for_sides([&](OwnedSide<T>& side) {
             sum_over_rows(side, [&](int64_t row) {
                 const double nu = side.neg_lse[row] == -INF ? INF : side.neg_lse[row];
                 const double w = side.w[row] / weight_unit_;
@@ -326,27 +493,31 @@ template <class T> class Run {
         });
     }
 
-    double d_pos(int64_t row) const {
-        if (call_.loss) return -rows_.w[row];
-        return call_.d_pos ? double(static_cast<const T*>(call_.d_pos)[row]) : 0;
-    }
-
     // From what was gathered to the gradient in z; returns the side's part of the gradient in k. Everything is in units of
     // `weight_unit_`, and of k, until it is written.
-    double finish(Rows<T>& side) {
+    double finish(OwnedSide<T>& side) {
         if (!side.gathered) return 0;
-        const bool has_positives = call_.loss || call_.d_pos;
-        const double share = symmetric_ ? 0.5 : &side == &rows_ ? 1 : 0;
+        const bool has_positives = takes_positives() || call_.d_pos;
+        // Every similarity is one of a row and one of a column; of two sides, one gives the gradient in k.
+        const double share = symmetric_ ? 0.5 : &side == (rows_.gathered ? &rows_ : &cols_) ? 1 : 0;
         const int64_t n_first = side.given.z[0].n;
         return sum_over_rows(side, [&](int64_t row) {
             const T* const u = side.u + row * ld_;
             T* const g = side.gathered + row * ld_;
-            double d_inv_tau = share * weight_unit_ * kernels_.dot(u, g, ld_);
+            double d_inv_tau = weight_unit_ * kernels_.dot(u, g, ld_);
             if (has_positives) {
-                const double both = d_pos(row) + d_pos(partner(row));
-                kernels_.add_scaled(g, T(both / weight_unit_), rows_.u + partner(row) * ld_, ld_);
-                d_inv_tau += d_pos(row) * similarity_to_partner(row);
+                const Place other = positive(side, row);
+                const double both = side.d_pos[row] + other.side.d_pos[other.row];
+                kernels_.add_scaled(g, T(both / weight_unit_), other.side.u + other.row * ld_, ld_);
+                d_inv_tau += both * similarity_to_positive(side, row);
             }
+            if (of_classes()) {
+                const double both = 2 * side.d_pos[row];
+                kernels_.add_scaled(g, T(both / weight_unit_), class_sums_ + classes_.of_row(row) * ld_, ld_);
+                kernels_.add_scaled(g, T(-both / weight_unit_), u, ld_);
+                d_inv_tau += both * similarity_to_class(row);
+            }
+            d_inv_tau *= share;
             T* const out = static_cast<T*>(side.given.d_z[row >= n_first]);
             if (!out) return d_inv_tau;
             if (normalize_ && side.norm[row] > eps_) kernels_.add_scaled(g, T(-kernels_.dot(u, g, ld_)), u, ld_);
@@ -364,16 +535,17 @@ template <class T> class Run {
     const T eps_;
     const int64_t ld_;
     Team team_;
-    Rows<T> rows_;
-    std::unique_ptr<Rows<T>> cols_memory_;
-    Rows<T>& cols_;
+    OwnedSide<T> rows_;
+    std::unique_ptr<OwnedSide<T>> cols_memory_;
+    OwnedSide<T>& cols_;
+    const Classes classes_;
     const int64_t edge_;
     const Triangle triangle_;
     const Rectangle rectangle_;
     const int64_t tasks_, scratch_size_;
-    Buffer<T> scratch_, workspace_;
+    Buffer<T> scratch_, workspace_, class_sums_;
     int64_t kept_ = 0;     // tiles whose exponentials stay in the workspace
-    bool shifted_ = false;
+    bool shifted_ = false, limited_ = false;
     double weight_unit_ = 1;
 };
 

@@ -11,16 +11,16 @@
 namespace fntx {
 namespace {
 
-constexpr size_t HELD_BYTES = size_t(32) << 20;
-constexpr int HELD_BLOCKS = 32;
-constexpr size_t LINE = 64, HUGE_PAGE = size_t(1) << 21;
+constexpr size_t HELD_BYTES = size_t(32) << 20;  // a call of N = 1024, D = 128 takes 12 MiB
+constexpr int HELD_BLOCKS = 32;                // a call takes 8, or 14 with columns of its own
+constexpr size_t LINE = 64, HUGE_PAGE = size_t(1) << 21;  // of x86-64 and most of arm64
 
-struct Block {
+struct HeldMemory {
     void* memory;
     size_t capacity;
 };
 
-Block held[HELD_BLOCKS];  // from the oldest on
+HeldMemory held[HELD_BLOCKS];  // from the oldest on
 int held_blocks = 0;
 size_t held_bytes = 0;
 
@@ -35,8 +35,8 @@ struct Guard {
     }
 };
 
-Block remove(int index) {
-    const Block block = held[index];
+HeldMemory remove(int index) {
+    const HeldMemory block = held[index];
     for (int i = index + 1; i < held_blocks; ++i) held[i - 1] = held[i];
     --held_blocks;
     held_bytes -= block.capacity;
@@ -49,13 +49,13 @@ void* acquire_memory(size_t bytes, size_t& capacity) {
     bytes = (bytes + LINE) / LINE * LINE;
     {
         const Guard guard;
-        int best = -1;
+        int best = -1;  // the smallest that is large enough and not more than twice too large
         for (int i = 0; guard.mine && i < held_blocks; ++i)
             if (held[i].capacity >= bytes && held[i].capacity / 2 <= bytes &&
                 (best < 0 || held[i].capacity < held[best].capacity))
                 best = i;
         if (best >= 0) {
-            const Block block = remove(best);
+            const HeldMemory block = remove(best);
             capacity = block.capacity;
             return block.memory;
         }

@@ -1,4 +1,4 @@
-// Uninitialised, aligned memory for a call. Freed blocks are held for the next call, a few MiB in all: taking them anew
+// Uninitialised, aligned memory for a call. Freed blocks are held for the next call, 32 MiB in all: taking them anew
 // from the system costs a page fault for each 4 KiB, which is a third of the time at N = 256. Large blocks go back at
 // once, and ask for huge pages.
 #pragma once

@@ -46,28 +46,59 @@ PyObject* failure(int status, const fntx_call& call) {
     return nullptr;
 }
 
+// Groups of arguments that few calls have: a tuple, or None.
+bool parse_limits(PyObject* given, fntx_call& call, fntx_side& cols) {
+    Address of_rows, of_cols;
+    if (given == Py_None) return true;
+    if (!PyArg_ParseTuple(given, "KKpdd", &of_rows, &of_cols, &call.limited, &call.limit_scale, &call.limit_shift))
+        return false;
+    call.rows.limits = pointer(of_rows);
+    cols.limits = pointer(of_cols);
+    return true;
+}
+
+bool parse_against(PyObject* given, fntx_call& call) {
+    Address against, d_against;
+    if (given == Py_None) return true;
+    if (!PyArg_ParseTuple(given, "KK", &against, &d_against)) return false;
+    call.against = pointer(against);
+    call.d_against = pointer(d_against);
+    return true;
+}
+
+bool parse_classes(PyObject* given, fntx_call& call) {
+    Address classes;
+    if (given == Py_None) return true;
+    if (!PyArg_ParseTuple(given, "Kp", &classes, &call.mean_of_classes)) return false;
+    call.classes = static_cast<const int64_t*>(pointer(classes));
+    return true;
+}
+
 PyObject* run(PyObject*, PyObject* args) {
     fntx_call call = {};
     fntx_side cols = {};
-    PyObject *row_tuple, *col_tuple;
-    Address pos, d_pos, loss, d_inv_tau;
+    PyObject *row_tuple, *col_tuple, *limits, *against, *classes;
+    Address pos, d_pos, loss, d_inv_tau, d_bias;
     long long D, workspace;
     int interruptible;
-    if (!PyArg_ParseTuple(args, "iipiLddO!OKKKdKLp", &call.phases, &call.dtype, &call.normalize, &call.threads, &D,
-                          &call.inv_tau, &call.eps, &PyTuple_Type, &row_tuple, &col_tuple, &pos, &d_pos, &loss,
-                          &call.loss_weight, &d_inv_tau, &workspace, &interruptible))
+    if (!PyArg_ParseTuple(args, "iiipiLdddO!OKKKddKKOOOLp", &call.phases, &call.function, &call.dtype, &call.normalize,
+                          &call.threads, &D, &call.inv_tau, &call.bias, &call.eps, &PyTuple_Type, &row_tuple, &col_tuple,
+                          &pos, &d_pos, &loss, &call.loss_weight, &call.cols_loss_weight, &d_inv_tau, &d_bias,
+                          &limits, &against, &classes, &workspace, &interruptible))
         return nullptr;
     if (!parse_side(row_tuple, call.rows)) return nullptr;
     if (col_tuple != Py_None) {
         if (!parse_side(col_tuple, cols)) return nullptr;
         call.cols = &cols;
     }
+    if (!parse_limits(limits, call, cols) || !parse_against(against, call) || !parse_classes(classes, call)) return nullptr;
     call.D = D;
     call.workspace = workspace;
     call.pos = pointer(pos);
     call.d_pos = pointer(d_pos);
     call.loss = pointer(loss);
     call.d_inv_tau = pointer(d_inv_tau);
+    call.d_bias = pointer(d_bias);
     call.poll = interruptible ? signal_raised : nullptr;
 
     PyThreadState* const thread = PyEval_SaveThread();
@@ -96,9 +127,11 @@ PyObject* exp2(PyObject*, PyObject* args) {
 }
 
 PyMethodDef methods[] = {
-    {"run", run, METH_VARARGS, "run(phases, dtype, normalize, threads, D, inv_tau, eps, rows, cols, pos, d_pos, loss, "
-                               "loss_weight, d_inv_tau, workspace, interruptible): fntx_run of "
-                               "csrc/cpu/fastntxent.h; interruptible, of the main thread alone: Ctrl-C ends it."},
+    {"run", run, METH_VARARGS, "run(phases, function, dtype, normalize, threads, D, inv_tau, bias, eps, rows, cols, pos, "
+                               "d_pos, loss, loss_weight, cols_loss_weight, d_inv_tau, d_bias, (row_limits, col_limits, "
+                               "limited, limit_scale, limit_shift) or None, (against, d_against) or None, (classes, "
+                               "mean_of_classes) or None, workspace, interruptible): fntx_run of csrc/cpu/fastntxent.h; "
+                               "interruptible, of the main thread alone: Ctrl-C ends it."},
     {"instruction_set", instruction_set, METH_NOARGS, "The instruction set in use."},
     {"use_instruction_set", use_instruction_set, METH_VARARGS, "Use another one from now on."},
     {"exp2", exp2, METH_VARARGS, "exp2(dtype, x, y, n): the kernels' own 2^x."},

@@ -15,9 +15,12 @@
 
 namespace fntx {
 
+constexpr auto POLL_EVERY = std::chrono::milliseconds(50);  // what fastntxent.h promises
+constexpr int SPINS = 1000;  // turns of a wait before a thread offers its core to others at each turn
+
 class Team {
   public:
-    // poll is called by the leader from time to time; anything but 0 stops the team.
+    // poll is called by the leader every POLL_EVERY; anything but 0 stops the team.
     Team(int threads, int (*poll)(void)) : threads_(threads), poll_(poll) {}
 
     int threads() const { return threads_; }
@@ -83,13 +86,13 @@ class Team {
     }
 
     static void relax(int spins) {
-        if (spins > 1000) std::this_thread::yield();
+        if (spins > SPINS) std::this_thread::yield();
     }
 
     bool interrupted(int thread) {
         if (thread == 0 && poll_) {
             const auto now = std::chrono::steady_clock::now();
-            if (now - polled_ > std::chrono::milliseconds(50)) {
+            if (now - polled_ > POLL_EVERY) {
                 polled_ = now;
                 if (poll_()) stop_.store(true, std::memory_order_relaxed);
             }

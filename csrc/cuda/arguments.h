@@ -19,41 +19,35 @@ struct Split {
     static constexpr bool BFLOAT = false;
 };
 
+// A block: 32 rows, each shared by four warps that take a quarter of a tile's columns, so that small batches fill a device.
 constexpr int WARPS = 8, THREADS = 32 * WARPS;
-constexpr int COLS = 64;        // columns of a tile, and rows of a span of ids
-constexpr int CHUNK = 64;       // features of a step
-constexpr int PADDED_ROWS = 128;
+constexpr int ROW_WARPS = 2, ROWS = 16 * ROW_WARPS;
+constexpr int COL_WARPS = WARPS / ROW_WARPS;
+constexpr int CHUNK = 64;  // features of a step
+constexpr int GROUP = 3;   // most chunks of the gradient that a lane's registers hold; further ones form G once more
+constexpr int PADDED_ROWS = 128;  // rows of a side are padded to a multiple: a tile's columns and rows divide it
+constexpr int MOST_COL_SHARES = 16;  // whose parts of a row's sum a thread loads all at once
+template <class Op> constexpr int COLS = 128 / Op::PARTS;  // columns of a tile: a step is 16 KiB
+template <class Op> constexpr int WARP_COLS = COLS<Op> / COL_WARPS;
+template <class Op> constexpr int STEP = COLS<Op> * CHUNK;  // elements of a step's columns, of one part
 
-// How the warps of a block stand, and how many chunks of the gradient a lane's registers may hold (GROUP). A row's
-// features beyond a group cost the first product once more.
-struct Tall {  // many rows: 128 of them, each a single warp's
-    static constexpr int ROW_WARPS = 8, GROUP = 2;
-    static constexpr bool WARPGROUPS = false;
+// The values of a tile's columns beside x; and for each 32 of them whether any may be of a row's group, or is not there.
+template <class Op> struct ColumnVectors {
+    int64_t ids[COLS<Op>];
+    float r[COLS<Op>], w[COLS<Op>], nu[COLS<Op>];
+    int masked[COLS<Op> / 32];
 };
-struct Flat {  // few rows: 32, where four warps share a row's columns, so that there are more blocks
-    static constexpr int ROW_WARPS = 2, GROUP = 3;
-    static constexpr bool WARPGROUPS = false;
-};
-struct Hopper {  // as Tall, by the products of warpgroups, which take their operands from shared memory: sm_90a alone
-    static constexpr int ROW_WARPS = 8, GROUP = 3;
-    static constexpr bool WARPGROUPS = true;
-};
-enum { TALL, FLAT, HOPPER };
-template <class Form> constexpr int ROWS = 16 * Form::ROW_WARPS;
-template <class Form> constexpr int COL_WARPS = WARPS / Form::ROW_WARPS;
-template <class Form> constexpr int WARP_COLS = COLS / COL_WARPS<Form>;
 
-// One side: its input, rows packed as u_i = r_i x_i, and the vectors of a forward and a backward.
-struct Side {
+// One side of the similarity matrix as the kernels take it: its input, rows packed as u_i = r_i x_i, and the vectors of
+// a forward and a backward.
+struct PackedSide {
     fntx_matrix z[2];
     const int64_t* given_ids;
     int n, padded;
     uint16_t* x[2];           // (padded, DP): the parts of x
     float *r, *norm, *sim_pos;
     int64_t* ids;
-    int64_t *low, *high;      // smallest and largest id of each COLS rows
-    float *peaks, *sums;      // (splits, padded): log-sum-exp of a split's columns is peak + log(sum);
-                              // or of a triangle (blocks, padded), sums alone
+    float *peaks, *sums;      // (col_shares, padded): log-sum-exp of a share's columns is peak + log(sum)
     float *nu, *w;            // nu: +inf where there is no negative
     float* longest;           // (blocks,): the largest norm that a block packed,
     float* largest_r;         // and the largest r
@@ -63,7 +57,7 @@ struct Side {
 };
 
 struct Arguments {
-    Side sides[2];
+    PackedSide sides[2];
     int n_sides;              // 1: symmetric
     int forward, backward, normalize;
     int paired;               // two views: row i of the one belongs to row i of the other
@@ -78,10 +72,10 @@ struct Arguments {
     float* loss;
     float loss_weight;
     float* d_inv_tau;
-    float *row_losses, *row_shares;  // terms of the loss, and of d_inv_tau
+    float *row_losses, *row_d_inv_tau;  // terms of the loss, and of d_inv_tau
+    int* arrived;             // blocks whose work is done
     float* largest_w;         // (blocks,): the largest weight that a block saw
-    int splits;               // tasks that share the columns of a block of rows in the forward
-    int triangular;           // whether a tile of the forward is for its columns too, where exp cannot leave its range
+    int col_shares;           // tasks that share the columns of a block of rows in the forward
     int group;                // chunks of a task of the gradient
     int stages;               // steps held in shared memory: those of a group, and two on their way
     int resident;             // whether all chunks of a block of rows stay in shared memory

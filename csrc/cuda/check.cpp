@@ -6,8 +6,8 @@
 
 #include "../cpu/check_run.h"
 #include "host/launch.h"
+#include "host/tensor_core.h"
 #include "plan.h"
-#include "triangle.h"
 
 // The CPU's interface in front of the emulated device, so that check_run.h serves both.
 extern "C" int fntx_run(const fntx_call* from) {
@@ -23,7 +23,7 @@ extern "C" int fntx_run(const fntx_call* from) {
     call.loss = static_cast<float*>(from->loss), call.loss_weight = float(from->loss_weight);
     call.d_inv_tau = static_cast<float*>(from->d_inv_tau);
     const auto rows_of = [](const fntx_side* side) { return side ? side->z[0].n + side->z[1].n : 0; };
-    const int64_t bytes = fntx_cuda_workspace(0, call.dtype, rows_of(&call.rows), rows_of(call.cols), call.D);
+    const int64_t bytes = fntx_cuda_workspace(0, call.dtype, rows_of(&call.rows), rows_of(call.cols), call.D, 0);
     if (bytes < 0) return FNTX_INVALID;
     const std::unique_ptr<void, decltype(&free)> workspace(malloc(bytes), &free);
     call.workspace = workspace.get();
@@ -39,10 +39,16 @@ namespace {
 struct Emulated {
     int multiprocessors;
     int64_t shared;
-    bool warpgroups;
+    emulator::TensorCore core;
 };
 constexpr int64_t H100 = 232448, GEFORCE = 101376;
-const Emulated DEVICES[] = {{1, H100, false}, {1, H100, true}, {3, H100, false}, {2, GEFORCE, false}, {7, GEFORCE, false}};
+constexpr emulator::TensorCore AMPERE = {8, 1}, HOPPER = {16, 2};
+const Emulated DEVICES[] = {
+    {1, H100, HOPPER}, {5, H100, HOPPER}, {3, H100, AMPERE}, {2, GEFORCE, AMPERE}, {7, GEFORCE, AMPERE}};
+
+void emulate(const Emulated& device) {
+    fntx_emulate(device.multiprocessors, device.shared, draw(), device.core.block, device.core.extra_bits);
+}
 
 // Of G, an element of which is rounded to 8 bits, 11, or 22: many of them add up to less, one alone to this.
 Real rounding_of(int dtype) { return dtype == FNTX_BFLOAT16 ? 4e-3L : dtype == FNTX_FLOAT16 ? 5e-4L : 5e-7L; }
@@ -51,28 +57,29 @@ void verify(const Case& c, const Emulated& device) {
     const Problem p(c);
     for (Mode mode : {FORWARD, BACKWARD, BOTH, LOSS}) {
         if (mode == LOSS && !p.two_views) continue;
-        Run<float> run(p, mode, 1, 0), second(p, mode, 1, 0);
-        fntx_emulate(device.multiprocessors, device.shared, device.warpgroups, draw());
+        CheckedCall<float> run(p, mode, 1, 0), second(p, mode, 1, 0);
+        emulate(device);
         const std::string bits = run.bits();
         expect(!bits.empty(), run.name() + ": status");
         run.compare(rounding_of(c.dtype));
-        fntx_emulate(device.multiprocessors, device.shared, device.warpgroups, draw());
+        emulate(device);
         expect(second.bits() == bits, run.name() + ": other bits in another order");
     }
 }
 
-const Emulated& any_device() { return DEVICES[draw() % 5]; }
+const Emulated& any_device() { return DEVICES[draw() % std::size(DEVICES)]; }
 
 const int64_t SIZES[] = {1, 2, 15, 17, 31, 33, 63, 64, 65, 97, 129};
+constexpr int SMALL_SIZES = 5;        // of these, from the first
+constexpr int64_t COSTLY = 100000;    // multiplications of the definition: of cases with more, one in eight is taken
+constexpr int SERVED = FNTX_FLOAT64;  // dtypes: all before it
 
 template <class Shape> void shapes(Shape shape) {
-    const double temperatures[] = {0.5, 0.07, 0.005, 0.001};
     for (int64_t n : SIZES)
         for (int64_t D : {1, 7, 64, 65, 130, 300}) {
-            if (n * n * D > 100000 && draw() % 8) continue;
+            if (n * n * D > COSTLY && draw() % 8) continue;
             Case c = shape(n, D);
-            c.dtype = draw() % 3, c.layout = draw() % 5, c.ids = draw() % 4, c.normalize = draw() % 2;
-            c.wanted = draw() % 2 ? 15 : draw() % 16, c.tau = temperatures[draw() % 4];
+            draw_options(c, SERVED);
             verify(c, any_device());
         }
 }
@@ -82,13 +89,13 @@ Case two_views(int64_t n, int64_t D) { return {{n, n}, {0, 0}, D}; }
 Case one_matrix(int64_t n, int64_t D) { return {{n, 0}, {0, 0}, D}; }
 
 Case rectangle(int64_t n, int64_t D) {
-    const int64_t other = SIZES[draw() % 11];
-    return {{n, draw() % 2 ? n : 0}, {other, draw() % 2 ? SIZES[draw() % 5] : 0}, D};
+    const int64_t other = SIZES[draw() % std::size(SIZES)];
+    return {{n, draw() % 2 ? n : 0}, {other, draw() % 2 ? SIZES[draw() % SMALL_SIZES] : 0}, D};
 }
 
 // Rows shorter than eps, float16's subnormal numbers, and lengths whose squares leave the range of floats.
 void magnitudes() {
-    for (int dtype = 0; dtype < 3; ++dtype)
+    for (int dtype = 0; dtype < SERVED; ++dtype)
         for (int normalize : {0, 1}) {
             verify({{24, 24}, {0, 0}, 17, dtype, 0, 0, normalize, 0.07, 0.8}, any_device());
             verify({{7, 25}, {49, 0}, 48, dtype, 2, 2, normalize, 0.07, 6e-5, 1e-5}, any_device());
@@ -105,40 +112,10 @@ void not_a_number() {
             for (const Emulated& device : DEVICES) {
                 Problem p({{50, 50}, {0, 0}, 17, FNTX_FLOAT32, 0, 0, normalize, tau});
                 p.sides[0].z[0].set(3, 5, NAN);
-                fntx_emulate(device.multiprocessors, device.shared, device.warpgroups, draw());
-                Run<float> run(p, LOSS, 1, 0);
+                emulate(device);
+                CheckedCall<float> run(p, LOSS, 1, 0);
                 expect(!run.bits().empty() && isnan(run.scalars[0]), run.name() + ": NaN lost in the loss");
                 for (int i = 0; i < 100; ++i) expect(i % 50 == 3 || isnan(run.nu[0][i]), run.name() + ": NaN lost");
-            }
-}
-
-// Every tile on or above the diagonal has one walker, walkers have as many as each other, and a row finds its own.
-void triangles() {
-    for (int64_t n : {1, 64, 65, 128, 129, 500, 1000, 2500, 16896, 65536, 65600})
-        for (int walkers : {1, 2, 3, 20, 132}) {
-            const fntx::Triangle triangle(n, walkers);
-            int64_t place = 0;
-            for (int64_t b = 0; b < triangle.row_blocks; ++b) {
-                expect(triangle.start(b) == place, "triangle: start");
-                for (int64_t tile = triangle.PER_BLOCK * b; tile < triangle.tiles; ++tile, ++place)
-                    if (n < 5000 || tile + 1 == triangle.tiles || place == triangle.start(b))
-                        expect(triangle.row_block_of(place) == b, "triangle: row block");
-                const int64_t seen = triangle.walkers_of(b);
-                expect(triangle.begin(seen - 1) < place && triangle.begin(seen) >= place, "triangle: walkers of a row");
-            }
-            expect(triangle.begin(0) == 0 && triangle.begin(walkers) == place, "triangle: ends");
-            for (int c = 0; c < walkers; ++c) {
-                const int64_t n_tiles = triangle.begin(c + 1) - triangle.begin(c);
-                expect(n_tiles == place / walkers || n_tiles == place / walkers + 1, "triangle: even shares");
-            }
-        }
-    for (int sms : {1, 3, 5})
-        for (int64_t n : {97, 160, 250})
-            for (bool warpgroups : {false, true}) {
-                Case c = {{n, n}, {0, 0}, n == 97 ? 130 : 20};
-                c.dtype = draw() % 3, c.layout = draw() % 5, c.ids = draw() % 4, c.normalize = n == 97;
-                c.tau = n == 97 ? 0.07 : 0.5;
-                verify(c, {sms, H100, warpgroups});
             }
 }
 
@@ -146,37 +123,39 @@ void triangles() {
 void sizes() {
     const int64_t most = fntx::MOST, largest = INT64_MAX;
     for (int64_t n : {int64_t(0), int64_t(-1), most + 1, largest}) {
-        expect(fntx_cuda_workspace(0, FNTX_FLOAT16, n, 0, 8) == -1, "rows: accepted");
-        expect(fntx_cuda_workspace(0, FNTX_FLOAT16, 8, 0, n) == -1, "features: accepted");
-        expect(n == 0 || fntx_cuda_workspace(0, FNTX_FLOAT16, 8, n, 8) == -1, "columns: accepted");
+        expect(fntx_cuda_workspace(0, FNTX_FLOAT16, n, 0, 8, 0) == -1, "rows: accepted");
+        expect(fntx_cuda_workspace(0, FNTX_FLOAT16, 8, 0, n, 0) == -1, "features: accepted");
+        expect(n == 0 || fntx_cuda_workspace(0, FNTX_FLOAT16, 8, n, 8, 0) == -1, "columns: accepted");
     }
-    expect(fntx_cuda_workspace(0, FNTX_FLOAT16, most, most, 8) > 2 * most, "most rows: refused");
+    expect(fntx_cuda_workspace(0, FNTX_FLOAT16, int64_t(1) << 30, 0, int64_t(1) << 20, 0) == -1, "tasks: accepted");
+    expect(fntx_cuda_workspace(0, FNTX_FLOAT16, most, most, 8, 0) > 2 * most, "most rows: refused");
 }
 
 // Every plan fits its machine, and its tasks take each tile of a row and each chunk once.
 void plans() {
     const int64_t many[] = {1, 2, 63, 64, 65, 127, 128, 129, 512, 1000, 4096, 65536, 100001, 4000000};
+    const auto check = [](const fntx::Machine& machine, int dtype, int64_t n, int64_t other, int64_t D, int blocks) {
+        const fntx::Plan plan = fntx::make_plan(machine, dtype, n, other, D, blocks, nullptr);
+        const fntx::Arguments& a = plan.a;
+        const int tile = dtype == FNTX_FLOAT32 ? fntx::COLS<fntx::Split> : fntx::COLS<fntx::Half>;
+        expect(plan.grid > 0 && plan.grid <= (blocks ? blocks : 2 * machine.multiprocessors), "plan: grid");
+        expect(int64_t(plan.shared) <= machine.shared && plan.bytes > 0, "plan: memory");
+        expect(a.group >= 1 && a.group <= fntx::GROUP && a.stages == a.group + 2, "plan: stages");
+        expect(a.chunks * fntx::CHUNK >= D && (a.chunks - 1) * fntx::CHUNK < D, "plan: chunks");
+        for (int s = 0; s < a.n_sides; ++s) {
+            const int64_t tiles = fntx::ceil_div(a.sides[s].n, tile);
+            expect(a.col_shares >= 1 && a.col_shares <= tiles, "plan: more shares than tiles");
+            expect(a.sides[s].padded >= a.sides[s].n, "plan: rows");
+        }
+    };
     for (int sms : {1, 20, 108, 132, 148})
         for (int64_t shared : {H100, GEFORCE, int64_t(166912)})
-            for (bool warpgroups : {false, true})
-                for (int dtype = 0; dtype < 3; ++dtype)
-                    for (int64_t n : many)
-                        for (int64_t other : {int64_t(0), int64_t(1), int64_t(70), 2 * n})
-                            for (int64_t D : {1, 64, 65, 128, 200, 512, 1024, 5000}) {
-                                const fntx::Machine machine = {sms, shared, [](int, int, size_t) { return 2; }, 0, warpgroups};
-                                const fntx::Plan plan = fntx::make_plan(machine, dtype, n, other, D, nullptr);
-                                const fntx::Arguments& a = plan.a;
-                                expect(plan.grid > 0 && plan.grid <= 2 * sms, "plan: grid");
-                                expect(int64_t(plan.shared) <= shared && plan.bytes > 0, "plan: memory");
-                                expect(a.group >= 1 && a.stages == a.group + 2, "plan: stages");
-                                expect(!a.resident || a.chunks * fntx::CHUNK >= D, "plan: chunks");
-                                expect(a.chunks * fntx::CHUNK >= D && (a.chunks - 1) * fntx::CHUNK < D, "plan: chunks");
-                                for (int s = 0; s < a.n_sides; ++s) {
-                                    const int64_t tiles = fntx::ceil_div(a.sides[s].n, fntx::COLS);
-                                    expect(a.splits >= 1 && a.splits <= tiles, "plan: more splits than tiles");
-                                    expect(a.sides[s].padded >= a.sides[s].n, "plan: rows");
-                                }
-                            }
+            for (int dtype = 0; dtype < SERVED; ++dtype)
+                for (int64_t n : many)
+                    for (int64_t other : {int64_t(0), int64_t(1), int64_t(70), 2 * n})
+                        for (int64_t D : {1, 64, 65, 128, 200, 512, 1024, 5000})
+                            for (int blocks : {0, 1, 3})
+                                check({sms, shared, [](int, int, size_t) { return 2; }, 0}, dtype, n, other, D, blocks);
 }
 
 }  // namespace
@@ -188,7 +167,6 @@ int main() {
     } groups[] = {
         {"plans", plans},
         {"sizes", sizes},
-        {"triangles", triangles},
         {"two views", [] { shapes(two_views); }},
         {"one matrix", [] { shapes(one_matrix); }},
         {"rectangles", [] { shapes(rectangle); }},

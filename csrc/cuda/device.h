@@ -22,13 +22,18 @@ FNTX_DEVICE int blocks() { return gridDim.x; }
 FNTX_DEVICE void sync_block() { __syncthreads(); }
 // Not inlined: what five of them have in common would lie in a register through all that is between.
 __device__ __noinline__ inline void sync_grid() { cooperative_groups::this_grid().sync(); }
+// How many came here before, all of whose writes this thread sees.
+FNTX_DEVICE int count_arrival(int* arrived) {
+    __threadfence();
+    const int before = atomicAdd(arrived, 1);
+    __threadfence();
+    return before;
+}
+FNTX_DEVICE bool any_of_warp(bool x) { return __any_sync(0xffffffffu, x); }
 template <class T> FNTX_DEVICE T shuffle_xor(T value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
-// *sum += x. Only one block adds to a sum, and in the order of its barriers: not for atomicity, but for not waiting.
-FNTX_DEVICE void add_to(float* sum, float x) { atomicAdd(sum, x); }
-
 FNTX_DEVICE char* shared_memory() {
-    extern __shared__ __align__(1024) char memory[];
+    extern __shared__ __align__(128) char memory[];
     return memory;
 }
 
@@ -61,74 +66,6 @@ template <class Op> FNTX_DEVICE void multiply(float (&c)[4], const uint32_t (&a)
         asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
             : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-
-// --- warpgroups: 128 threads multiply together, on sm_90a ------------------------------------------------------------
-
-// Makes what this thread's copies wrote visible to the matrix units that read shared memory on their own.
-FNTX_DEVICE void publish_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-
-#define FNTX_SUMS(c) \
-    "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), \
-    "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]), \
-    "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), \
-    "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]), \
-    "+f"(c[4][0]), "+f"(c[4][1]), "+f"(c[4][2]), "+f"(c[4][3]), \
-    "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]), \
-    "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), \
-    "+f"(c[7][0]), "+f"(c[7][1]), "+f"(c[7][2]), "+f"(c[7][3])
-
-// Between the two the sums, and operands in registers, belong to the matrix units. Both name the sums, so that no
-// compiler moves what touches them in between.
-FNTX_DEVICE void begin_products(float (&c)[8][4]) {
-    asm volatile("wgmma.fence.sync.aligned;" : FNTX_SUMS(c)::"memory");
-}
-FNTX_DEVICE void end_products(float (&c)[8][4]) {
-    asm volatile("wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;" : FNTX_SUMS(c)::"memory");
-}
-
-#define FNTX_WGMMA(types) \
-    "wgmma.mma_async.sync.aligned.m64n64k16.f32." types \
-    " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15,"\
-    "  %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-
-// c (64 x 64, float32) += a (64 x 16) b (16 x 64): lane for lane as eight products of m16n8k16. Operands are described in
-// shared memory, both with neighbours along the 16;
-template <class Op> FNTX_DEVICE void multiply_group(float (&c)[8][4], uint64_t a, uint64_t b) {
-    if constexpr (Op::BFLOAT)
-        asm volatile(FNTX_WGMMA("bf16.bf16") "%32, %33, 1, 1, 1, 0, 0;" : FNTX_SUMS(c) : "l"(a), "l"(b));
-    else
-        asm volatile(FNTX_WGMMA("f16.f16") "%32, %33, 1, 1, 1, 0, 0;" : FNTX_SUMS(c) : "l"(a), "l"(b));
-}
-
-// or a in registers, and b with neighbours along the 64.
-template <class Op> FNTX_DEVICE void multiply_group(float (&c)[8][4], const uint32_t (&a)[4], uint64_t b) {
-    if constexpr (Op::BFLOAT)
-        asm volatile(FNTX_WGMMA("bf16.bf16") "{%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
-                     : FNTX_SUMS(c) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-    else
-        asm volatile(FNTX_WGMMA("f16.f16") "{%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
-                     : FNTX_SUMS(c) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-
-#undef FNTX_SUMS
-#undef FNTX_WGMMA
-
-// Warpgroups take turns: wait until `group` has its turn, give it to `group`.
-FNTX_DEVICE void wait_turn(int group) { asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(THREADS) : "memory"); }
-FNTX_DEVICE void give_turn(int group) { asm volatile("bar.arrive %0, %1;" ::"r"(group + 1), "n"(THREADS) : "memory"); }
-
-#else  // other chips never run what takes these
-
-FNTX_DEVICE void wait_turn(int) {}
-FNTX_DEVICE void give_turn(int) {}
-
-FNTX_DEVICE void begin_products(float (&)[8][4]) {}
-FNTX_DEVICE void end_products(float (&)[8][4]) {}
-template <class Op, class A> FNTX_DEVICE void multiply_group(float (&)[8][4], const A&, uint64_t) {}
-
-#endif
 
 // 2^x within two units in the last place.
 FNTX_DEVICE float exp2_fast(float x) {

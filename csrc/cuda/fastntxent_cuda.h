@@ -24,12 +24,14 @@ struct fntx_cuda_call {
     float loss_weight;
     float* d_inv_tau;         // 0-d out, backward
     void* workspace;          // fntx_cuda_workspace bytes, 16-byte aligned; nothing of it has to be set
+    int blocks;               // of the grid at most; 0: as many as run at once
     int device;
     void* stream;             // a cudaStream_t of that device
 };
 
-// Bytes of workspace for a call on n_rows rows and n_cols columns (0: symmetric); -1 on failure.
-int64_t fntx_cuda_workspace(int device, int dtype, int64_t n_rows, int64_t n_cols, int64_t D);
+// Bytes of workspace for a call on n_rows rows and n_cols columns (0: symmetric), for a grid of at most
+// `blocks` (0: as many as run at once); -1 on failure.
+int64_t fntx_cuda_workspace(int device, int dtype, int64_t n_rows, int64_t n_cols, int64_t D, int blocks);
 
 // Enqueue a call: one launch. On anything but FNTX_OK nothing was enqueued.
 int fntx_cuda_run(const struct fntx_cuda_call* call);

@@ -13,22 +13,22 @@
 
 namespace fntx {
 
-// Weights enter the tiles with the largest at this: float16 has no numbers below 6e-8, nor above 65504.
-constexpr float G_SCALE = 8192;
-
-// What one call's weights are multiplied with on the way in, and gradients on the way out.
+// What one call's weights and columns are multiplied with on the way in, and gradients on the way out.
 struct Scales {
-    float w, inv_r, out;
+    float w, r, inv_r, out;
 
-    FNTX_DEVICE Scales(const Arguments& a, const Side& cols) {
-        const float largest = fmaxf(largest_of(a.largest_w), 1e-33f), largest_r = largest_of(cols.largest_r);
+    FNTX_DEVICE Scales(const Arguments& a, const PackedSide& cols) {
+        const Largest found(a.largest_w, cols.largest_r);
+        const float largest = fmaxf(found.first, SMALLEST_UNIT);
         w = G_SCALE / largest;
-        inv_r = 1 / largest_r;
-        out = (a.loss ? a.loss_weight : 1) * (largest / G_SCALE) * largest_r;
+        // A power of two, so that logits are rounded as in the forward.
+        const uint32_t exponent = float_bits(found.second) >> 23;
+        r = bits_float(exponent << 23), inv_r = bits_float((254 - exponent) << 23);
+        out = (a.loss ? a.loss_weight : 1) * (largest / G_SCALE) * r;
     }
     // As a tile takes it: w exp(-nu) in the direct range, else w.
-    FNTX_DEVICE float weight(const Side& side, int row, bool direct) const {
-        return side.w[row] * w * (direct ? exp2_fast(-side.nu[row] * LOG2_E) : 1);
+    FNTX_DEVICE float weight(float of_row, float nu, bool direct) const {
+        return of_row * w * (direct ? exp_fast(-nu) : 1);
     }
 };
 
@@ -39,112 +39,133 @@ FNTX_DEVICE float positive_weight(const Arguments& a, int row) {
 // Floats between rows of the sums in shared memory: no multiple of the banks.
 constexpr int STAGED_STRIDE = CHUNK + 8;
 
-// A row of z's gradient, one chunk of it, by one warp; and with the first features its part of d_inv_tau.
-template <class Op> FNTX_DEVICE void store_gradient(const Arguments& a, const Side& side, int row, int chunk,
-                                                    const float* features, float radial, float out, float k) {
+// A block of rows' sums in shared memory: those of each warp that shares a row.
+struct Staged {
+    float features[COL_WARPS][ROWS * STAGED_STRIDE];
+    float radial[COL_WARPS][ROWS];
+
+    FNTX_DEVICE float sum_feature(int row, int d) const {
+        float sum = 0;
+        FNTX_UNROLL for (int part = 0; part < COL_WARPS; ++part) sum += features[part][row * STAGED_STRIDE + d];
+        return sum;
+    }
+    FNTX_DEVICE float sum_radial(int row) const {
+        float sum = 0;
+        FNTX_UNROLL for (int part = 0; part < COL_WARPS; ++part) sum += radial[part][row];
+        return sum;
+    }
+};
+
+// A chunk of a row of z's gradient, by the threads that share the row; and with the first chunk its part of d_inv_tau.
+template <class Op>
+FNTX_DEVICE void store_gradient(const Arguments& a, const PackedSide& side, int first_row, int chunk,
+                                const Staged& sums, float out, float k) {
+    constexpr int SHARED_BY = THREADS / ROWS, FEATURES = CHUNK / SHARED_BY;
+    const int in_block = thread() / SHARED_BY, row = first_row + in_block;
+    if (row >= side.n) return;
     const int m = row >= side.z[0].n;
     const int64_t n_first = side.z[0].n, index = row - m * n_first;
     const bool positive = a.paired && (a.loss || a.d_pos);
     const int partner = int(m ? index : index + n_first);
-    const float norm = side.norm[row], length = a.normalize ? fmaxf(norm, a.eps) : 1;
-    radial *= side.r[row] * out;
-    float share = a.n_sides == 1 ? radial / 2 : radial, both = 0, partner_length = 1;
+    const float norm = side.norm[row], inv_length = a.normalize ? 1 / fmaxf(norm, a.eps) : 1;
+    float radial = sums.sum_radial(in_block) * side.r[row] * out;
+    float d_inv_tau = a.n_sides == 1 ? radial / 2 : radial, both = 0, of_partner = 0;
     if (positive) {
         const float own = positive_weight(a, row), sim = side.sim_pos[row];
         both = own + positive_weight(a, partner);
         radial += both * sim;
-        share += own * sim;
-        if (a.normalize) partner_length = fmaxf(side.norm[partner], a.eps);
+        d_inv_tau += own * sim;
+        of_partner = a.normalize ? both / fmaxf(side.norm[partner], a.eps) : both;
     }
-    if (chunk == 0 && lane() == 0) a.row_shares[row] = share;
+    if (chunk == 0 && thread() % SHARED_BY == 0) a.row_d_inv_tau[row] = d_inv_tau;
     if (!side.d_z[m]) return;
     if (!a.normalize || !(norm > a.eps)) radial = 0;
-    FNTX_UNROLL for (int i = 0; i < CHUNK / 32; ++i) {
-        const int64_t d = int64_t(chunk) * CHUNK + i * 32 + lane();
+    float d_u[FEATURES];
+    const int64_t first = int64_t(chunk) * CHUNK + thread() % SHARED_BY;
+    FNTX_UNROLL for (int i = 0; i < FEATURES; ++i) {
+        const int64_t d = first + i * SHARED_BY;
         if (d >= a.D) break;
-        float d_u = features[i * 32 + lane()] * out;
-        if (positive) d_u += both * (element(Op(), side.z[1 - m], index, d) / partner_length);
-        if (a.normalize) d_u = (d_u - element(Op(), side.z[m], index, d) / length * radial) / length;
-        side.d_z[m][index * a.D + d] = d_u * k;
+        d_u[i] = sums.sum_feature(in_block, int(d - int64_t(chunk) * CHUNK)) * out;
+        if (positive) d_u[i] += element(Op(), side.z[1 - m], index, d) * of_partner;
+        if (a.normalize) d_u[i] = (d_u[i] - element(Op(), side.z[m], index, d) * inv_length * radial) * inv_length;
+    }
+    // Only now, so that no load above had to wait for a store.
+    FNTX_UNROLL for (int i = 0; i < FEATURES; ++i) {
+        const int64_t d = first + i * SHARED_BY;
+        if (d < a.D) side.d_z[m][index * a.D + d] = d_u[i] * k;
     }
 }
 
-template <class Op, class Form> FNTX_DEVICE void form_gradient(const Arguments& a, const Side& rows, const Side& cols) {
-    typedef Tiles<Op, Form> Walk;
+template <class Op>
+FNTX_DEVICE void form_gradient(const Arguments& a, const PackedSide& rows, const PackedSide& cols) {
+    typedef TileWalk<Op> Walk;
+    typedef ColumnVectors<Op> Vectors;
     const float k = inverse_temperature(a);
     const bool direct = in_direct_range(a, k);
     const Scales scales(a, cols);
-    const int tiles = (cols.n + COLS - 1) / COLS, row_blocks = (rows.n + ROWS<Form> - 1) / ROWS<Form>;
+    const int tiles = (cols.n + COLS<Op> - 1) / COLS<Op>, row_blocks = (rows.n + ROWS - 1) / ROWS;
     const int groups = (a.chunks + a.group - 1) / a.group;
     for (int task = block(); task < row_blocks * groups; task += blocks()) {
-        const int first_row = task / groups * ROWS<Form>, first_chunk = task % groups * a.group;
+        const int first_row = task / groups * ROWS, first_chunk = task % groups * a.group;
         const int group = a.chunks - first_chunk < a.group ? a.chunks - first_chunk : a.group;
         const int after = first_chunk + group;
-        Walk walk(a, rows, cols, first_row, 0, tiles, after < a.chunks ? after : 0);
-        const LaneRows mine(rows, first_row + walk.warp_row());
-        float w[2], nu[2], radial[2] = {0, 0};
+        const LaneRows mine(rows, first_row);
+        float w[2], nu[2], logit_scale[2], radial[2] = {0, 0};
         FNTX_UNROLL for (int h = 0; h < 2; ++h) {
-            w[h] = scales.weight(rows, mine.row[h], direct);
             nu[h] = rows.nu[mine.row[h]];
+            w[h] = scales.weight(rows.w[mine.row[h]], nu[h], direct);
+            logit_scale[h] = mine.r[h] * k * LOG2_E<float> * scales.r;
         }
-        typename Walk::Gradient acc;
-        FNTX_UNROLL for (int d = 0; d < Form::GROUP * CHUNK / 8; ++d)
+        Walk walk(a, rows, cols, mine, first_row, 0, tiles, after < a.chunks ? after : 0);
+        typename Walk::GradientSums acc;
+        FNTX_UNROLL for (int d = 0; d < GROUP * CHUNK / 8; ++d)
             FNTX_UNROLL for (int e = 0; e < 4; ++e) acc[d][e] = 0;
 
-        const auto weights = [&](ColumnVectors& v, int i, int col) {
-            v.w[i] = scales.weight(cols, col, direct);
-            v.nu[i] = cols.nu[col];
+        const auto weight = [&](Column& column, int col) { column.w = cols.w[col], column.nu = cols.nu[col]; };
+        const auto scale = [&](Column& column) {
+            column.w = scales.weight(column.w, column.nu, direct);
+            if (direct) column.r *= scales.inv_r, column.w *= column.r;
         };
-        walk.walk(weights, [&](typename Walk::Products& s, const ColumnVectors& v, int first_col, int slot) {
-            const Mask mask(rows, mine, cols, v, first_col);
-            FNTX_UNROLL for (int j = 0; j < Walk::COL_TILES; ++j)
-                FNTX_UNROLL for (int e = 0; e < 4; ++e) {
-                    const int h = e / 2, col = walk.warp_col() + 8 * j + lane() % 4 * 2 + e % 2;
-                    const float x = s[j][e];
-                    float g;
-                    if (direct) {
-                        g = exp2_fast(x * (v.r[col] * (mine.r[h] * k * LOG2_E))) * (w[h] + v.w[col]);
-                    } else {
-                        const float logit = x * (mine.r[h] * v.r[col]) * k;
-                        g = w[h] * exp2_fast((logit - nu[h]) * LOG2_E);
-                        g += v.w[col] * exp2_fast((logit - v.nu[col]) * LOG2_E);
-                    }
-                    g *= v.r[col] * scales.inv_r;
-                    if (!mask.whole && !mask.apart(h, col)) g = 0;
-                    radial[h] += x * g;
-                    s[j][e] = g;
-                }
+        walk.each_tile(weight, scale, [&](typename Walk::Products& s, const Mask& mask, const Vectors& v, int slot) {
+            // r_j (w_i P_ij + w_j P_ji), in the direct range with r_j and r_j w_j as a column's r and w.
+            const auto form = [&](float x, int h, int col) {
+                return exp2_fast(x * v.r[col] * logit_scale[h]) * (w[h] * v.r[col] + v.w[col]);
+            };
+            const auto form_shifted = [&](float x, int h, int col) {
+                const float logit = x * (mine.r[h] * v.r[col]) * k;
+                const float of_row = w[h] * exp_fast(logit - nu[h]);
+                return (of_row + v.w[col] * exp_fast(logit - v.nu[col])) * (v.r[col] * scales.inv_r);
+            };
+            const auto put = [&](float& x, int h, float g) { radial[h] += x * g, x = g; };
+            if (!direct)
+                walk.each(s, [&](float& x, int h, int col) { put(x, h, mask.apart(h, col) ? form_shifted(x, h, col) : 0); });
+            else if (mask.whole)
+                walk.each(s, [&](float& x, int h, int col) { put(x, h, form(x, h, col)); });
+            else
+                walk.each(s, [&](float& x, int h, int col) { put(x, h, mask.apart(h, col) ? form(x, h, col) : 0); });
             walk.gather(acc, s, slot, group);
         });
 
-        sync_block();  // the tiles' shared memory is free
-        const Shared<Op, Form> shared(a);
-        float* features = reinterpret_cast<float*>(shared.cols);
-        float* of_rows = reinterpret_cast<float*>(shared.vectors);
+        static_assert(sizeof(Staged) <= 3 * Op::PARTS * STEP<Op> * sizeof(uint16_t), "fewer steps are never held");
+        Staged& staged = *reinterpret_cast<Staged*>(shared_memory());
         FNTX_UNROLL for (int h = 0; h < 2; ++h) {
             radial[h] += shuffle_xor(radial[h], 1);
             radial[h] += shuffle_xor(radial[h], 2);
         }
-        FNTX_UNROLL for (int c = 0; c < Form::GROUP; ++c) {
+        const int part = warp() % COL_WARPS;
+        FNTX_UNROLL for (int c = 0; c < GROUP; ++c) {
             if (c >= group) break;
-            // Warps that share rows add their columns' parts one after the other.
-            for (int part = 0; part < COL_WARPS<Form>; ++part) {
-                if (warp() % COL_WARPS<Form> == part)
-                    FNTX_UNROLL for (int h = 0; h < 2; ++h) {
-                        const int row = walk.warp_row() + lane() / 4 + 8 * h;
-                        if (c == 0 && lane() % 4 == 0) of_rows[row] = radial[h] + (part ? of_rows[row] : 0);
-                        FNTX_UNROLL for (int d = 0; d < CHUNK / 8; ++d)
-                            FNTX_UNROLL for (int e = 0; e < 2; ++e) {
-                                float& sum = features[row * STAGED_STRIDE + 8 * d + lane() % 4 * 2 + e];
-                                sum = acc[c * CHUNK / 8 + d][2 * h + e] + (part ? sum : 0);
-                            }
-                    }
-                sync_block();
+            sync_block();  // the tiles' shared memory is free, or what lay here is stored
+            FNTX_UNROLL for (int h = 0; h < 2; ++h) {
+                const int row = warp_row() + lane() / 4 + 8 * h;
+                if (lane() % 4 == 0) staged.radial[part][row] = radial[h];
+                FNTX_UNROLL for (int d = 0; d < CHUNK / 8; ++d)
+                    FNTX_UNROLL for (int e = 0; e < 2; ++e)
+                        staged.features[part][row * STAGED_STRIDE + 8 * d + lane() % 4 * 2 + e] =
+                            acc[c * CHUNK / 8 + d][2 * h + e];
             }
-            for (int r = warp(); r < ROWS<Form> && first_row + r < rows.n; r += WARPS)
-                store_gradient<Op>(a, rows, first_row + r, first_chunk + c, features + r * STAGED_STRIDE, of_rows[r],
-                                   scales.out, k);
             sync_block();
+            store_gradient<Op>(a, rows, first_row, first_chunk + c, staged, scales.out, k);
         }
     }
 }

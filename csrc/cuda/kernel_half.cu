@@ -1,14 +1,12 @@
-// The kernels of float16 embeddings.
+// The kernel of float16 embeddings.
 #include "kernel.h"
 #include "kernels.h"
 
 namespace fntx {
 namespace {
-template <class Form> __global__ void __launch_bounds__(THREADS, 1) nt_xent(const __grid_constant__ Arguments a) {
-    if constexpr (RUNS_HERE<Form>) run<Half, Form>(a);
-}
+__global__ void __launch_bounds__(THREADS, 1) nt_xent(const __grid_constant__ Arguments a) { run<Half>(a); }
 }  // namespace
 
-Kernel half_kernel(int form) { return form == TALL ? nt_xent<Tall> : form == FLAT ? nt_xent<Flat> : nt_xent<Hopper>; }
+Kernel half_kernel() { return nt_xent; }
 
 }  // namespace fntx

@@ -28,9 +28,9 @@ bool failed(cudaError_t status, const char* function) {
     return true;
 }
 
-const void* address_of(int kernel) {
-    const auto of_type = kernel % 3 == FNTX_FLOAT16 ? half_kernel : kernel % 3 == FNTX_BFLOAT16 ? bfloat_kernel : split_kernel;
-    return reinterpret_cast<const void*>(of_type(kernel / 3));
+const void* address_of(int dtype) {
+    const auto of_type = dtype == FNTX_FLOAT16 ? half_kernel : dtype == FNTX_BFLOAT16 ? bfloat_kernel : split_kernel;
+    return reinterpret_cast<const void*>(of_type());
 }
 
 // Makes a device the current one, for as long as this lives.
@@ -55,12 +55,12 @@ class OnDevice {
 std::mutex mutex;
 
 // Blocks of a kernel that run at once on a multiprocessor of the current device; 0 on failure. Asked once.
-int blocks_at_once(int device, int kernel, size_t shared) {
+int blocks_at_once(int device, int dtype, size_t shared) {
     static std::map<std::tuple<int, int, size_t>, int> known;
     const std::lock_guard<std::mutex> lock(mutex);
-    const auto [at, isnew] = known.try_emplace({device, kernel, shared}, 0);
+    const auto [at, isnew] = known.try_emplace({device, dtype, shared}, 0);
     if (!isnew) return at->second;
-    const void* address = address_of(kernel);
+    const void* address = address_of(dtype);
     int most;  // once for all that the kernel may ever be launched with
     if (failed(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute") ||
         failed(cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "cudaFuncSetAttribute") ||
@@ -86,11 +86,13 @@ bool describe(int device, Machine& machine) {
         failed(cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device), "cudaDeviceGetAttribute") ||
         failed(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute"))
         return false;
-    if (!cooperative) {
-        fail("the device", "it cannot launch a grid whose blocks all run at once");
-        return false;
+    if (!cooperative) return fail("the device", "it cannot launch a grid whose blocks all run at once"), false;
+    for (int dtype : {FNTX_FLOAT16, FNTX_BFLOAT16, FNTX_FLOAT32}) {
+        cudaFuncAttributes image;  // that the driver took, or made of PTX
+        if (failed(cudaFuncGetAttributes(&image, address_of(dtype)), "cudaFuncGetAttributes")) return false;
+        if (image.binaryVersion / 10 != major) return fail("the device", "the kernels were built for other devices"), false;
     }
-    known[device] = machine = {sms, shared, blocks_at_once, device, major == 9};
+    known[device] = machine = {sms, shared, blocks_at_once, device};
     return true;
 }
 
@@ -110,13 +112,13 @@ int fntx_cuda_devices(void) {
     return failed(status, "cudaGetDeviceCount") ? -1 : count;
 }
 
-int64_t fntx_cuda_workspace(int device, int dtype, int64_t n_rows, int64_t n_cols, int64_t D) {
+int64_t fntx_cuda_workspace(int device, int dtype, int64_t n_rows, int64_t n_cols, int64_t D, int blocks) {
     Machine machine;
     if (const char* fault = fault_of_size(n_rows, n_cols, D)) return fail("fntx_cuda_workspace", fault), -1;
     message[0] = 0;
     const OnDevice here(device);
     if (!here.ok || !describe(device, machine)) return -1;
-    const Plan plan = make_plan(machine, dtype, n_rows, n_cols, D, nullptr);
+    const Plan plan = make_plan(machine, dtype, n_rows, n_cols, D, blocks, nullptr);
     if (plan.grid > 0) return plan.bytes;
     if (!message[0]) fail("fntx_cuda_run", "the device has too little shared memory for a block");
     return -1;
@@ -130,8 +132,13 @@ int fntx_cuda_run(const fntx_cuda_call* call) {
     Plan plan = plan_call(machine, *call);
     if (plan.grid < 1) return FNTX_INVALID;
     void* arguments[] = {&plan.a};
-    const cudaError_t status = cudaLaunchCooperativeKernel(address_of(plan.kernel), dim3(plan.grid), dim3(THREADS),
-                                                           arguments, plan.shared, static_cast<cudaStream_t>(call->stream));
+    const auto stream = static_cast<cudaStream_t>(call->stream);
+    cudaError_t status = cudaErrorCooperativeLaunchTooLarge;
+    // Others may hold a part of the device, as MPS allows: any number of blocks does the work.
+    for (int grid = plan.grid; grid && status == cudaErrorCooperativeLaunchTooLarge; grid /= 2) {
+        status = cudaLaunchCooperativeKernel(address_of(call->dtype), grid, THREADS, arguments, plan.shared, stream);
+        if (status == cudaErrorCooperativeLaunchTooLarge) cudaGetLastError();  // PyTorch must not find it later
+    }
     return failed(status, "cudaLaunchCooperativeKernel") ? FNTX_INVALID : FNTX_OK;
 }
 

@@ -16,10 +16,10 @@ PyObject* devices(PyObject*, PyObject*) {
 }
 
 PyObject* workspace(PyObject*, PyObject* args) {
-    int device, dtype;
+    int device, dtype, blocks;
     long long n_rows, n_cols, D;
-    if (!PyArg_ParseTuple(args, "iiLLL", &device, &dtype, &n_rows, &n_cols, &D)) return nullptr;
-    const int64_t bytes = fntx_cuda_workspace(device, dtype, n_rows, n_cols, D);
+    if (!PyArg_ParseTuple(args, "iiLLLi", &device, &dtype, &n_rows, &n_cols, &D, &blocks)) return nullptr;
+    const int64_t bytes = fntx_cuda_workspace(device, dtype, n_rows, n_cols, D, blocks);
     return bytes < 0 ? fail() : PyLong_FromLongLong(bytes);
 }
 
@@ -29,9 +29,9 @@ PyObject* run(PyObject*, PyObject* args) {
     PyObject *row_tuple, *col_tuple;
     Address inv_tau_ptr, pos, d_pos, loss, d_inv_tau, workspace, stream;
     long long D;
-    if (!PyArg_ParseTuple(args, "iipLfKfO!OKKKfKKiK", &call.phases, &call.dtype, &call.normalize, &D, &call.inv_tau,
+    if (!PyArg_ParseTuple(args, "iipLfKfO!OKKKfKKiiK", &call.phases, &call.dtype, &call.normalize, &D, &call.inv_tau,
                           &inv_tau_ptr, &call.eps, &PyTuple_Type, &row_tuple, &col_tuple, &pos, &d_pos, &loss,
-                          &call.loss_weight, &d_inv_tau, &workspace, &call.device, &stream))
+                          &call.loss_weight, &d_inv_tau, &workspace, &call.blocks, &call.device, &stream))
         return nullptr;
     if (!parse_side(row_tuple, call.rows)) return nullptr;
     if (col_tuple != Py_None) {
@@ -52,23 +52,34 @@ PyObject* run(PyObject*, PyObject* args) {
 
 #ifdef FNTX_EMULATED
 PyObject* emulate(PyObject*, PyObject* args) {
-    int multiprocessors, warpgroups;
+    int multiprocessors, block, extra_bits;
     long long shared;
     unsigned seed;
-    if (!PyArg_ParseTuple(args, "iLpI", &multiprocessors, &shared, &warpgroups, &seed)) return nullptr;
-    fntx_emulate(multiprocessors, shared, warpgroups, seed);
+    if (!PyArg_ParseTuple(args, "iLIii", &multiprocessors, &shared, &seed, &block, &extra_bits)) return nullptr;
+    fntx_emulate(multiprocessors, shared, seed, block, extra_bits);
+    Py_RETURN_NONE;
+}
+
+PyObject* product(PyObject*, PyObject* args) {
+    int bfloat, block, extra_bits;
+    Address a, b, c;
+    if (!PyArg_ParseTuple(args, "piiKKK", &bfloat, &block, &extra_bits, &a, &b, &c)) return nullptr;
+    fntx_emulated_product(bfloat, block, extra_bits, static_cast<const float*>(pointer(a)),
+                          static_cast<const float*>(pointer(b)), static_cast<float*>(pointer(c)));
     Py_RETURN_NONE;
 }
 #endif
 
 PyMethodDef methods[] = {
     {"devices", devices, METH_NOARGS, "How many CUDA devices there are."},
-    {"workspace", workspace, METH_VARARGS, "workspace(device, dtype, n_rows, n_cols, D): bytes that a call needs."},
+    {"workspace", workspace, METH_VARARGS, "workspace(device, dtype, n_rows, n_cols, D, blocks): bytes that a call needs."},
     {"run", run, METH_VARARGS, "run(phases, dtype, normalize, D, inv_tau, inv_tau_ptr, eps, rows, cols, pos, d_pos, loss, "
-                               "loss_weight, d_inv_tau, workspace, device, stream): fntx_cuda_run of "
+                               "loss_weight, d_inv_tau, workspace, blocks, device, stream): fntx_cuda_run of "
                                "csrc/cuda/fastntxent_cuda.h."},
 #ifdef FNTX_EMULATED
-    {"emulate", emulate, METH_VARARGS, "emulate(multiprocessors, shared, warpgroups, seed): another device, another order."},
+    {"emulate", emulate, METH_VARARGS, "emulate(multiprocessors, shared, seed, block, extra_bits): another "
+                                       "device, another order."},
+    {"product", product, METH_VARARGS, "product(bfloat, block, extra_bits, a, b, c): c += a b of 16 x 16 and 16 x 8."},
 #endif
     {nullptr, nullptr, 0, nullptr},
 };

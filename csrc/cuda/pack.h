@@ -44,7 +44,8 @@ FNTX_DEVICE void store_block_max(float x, float* of_blocks) {
 }
 
 // Features lane() + 32 i of a row's x in two roundings: the parts of z * down, 0 beyond D.
-template <class Op> FNTX_DEVICE void store_parts(const Arguments& a, const Side& side, int64_t row, int64_t d, float x) {
+template <class Op>
+FNTX_DEVICE void store_parts(const Arguments& a, const PackedSide& side, int64_t row, int64_t d, float x) {
     FNTX_UNROLL for (int p = 0; p < Op::PARTS; ++p) {
         const uint16_t bits = to_bits(Op(), x);
         side.x[p][row * a.chunks * CHUNK + d] = bits;
@@ -52,28 +53,29 @@ template <class Op> FNTX_DEVICE void store_parts(const Arguments& a, const Side&
     }
 }
 
-template <class Op> FNTX_DEVICE void pack_rows(const Arguments& a, const Side& side, int64_t index, float& longest,
-                                               float& largest_r) {
-    bool there[2];
-    float down[2], up[2], square[2] = {0, 0}, product = 0, r[2];
+template <class Op>
+FNTX_DEVICE void pack_rows(const Arguments& a, const PackedSide& side, int64_t index, float& longest,
+                           float& largest_r) {
+    const bool there[2] = {index < side.z[0].n, index < side.z[1].n};
+    float largest[2] = {0, 0}, down[2], up[2], square[2] = {0, 0}, product = 0, r[2];
+    for (int64_t d = lane(); d < a.D; d += 32)
+        FNTX_UNROLL for (int m = 0; m < 2; ++m)
+            if (there[m]) largest[m] = fmaxf(largest[m], fabsf(element(Op(), side.z[m], index, d)));
     FNTX_UNROLL for (int m = 0; m < 2; ++m) {
-        there[m] = index < side.z[m].n;
-        float largest = 0;  // lengths from elements near 1, so that no square leaves the range of float32
-        if (there[m])
-            for (int64_t d = lane(); d < a.D; d += 32) largest = fmaxf(largest, fabsf(element(Op(), side.z[m], index, d)));
-        // 2^-e and 2^e for largest in [2^e, 2^(e + 1)), kept normal
-        int exponent = float_bits(warp_max(largest)) >> 23 & 0xff;
+        // 2^-e and 2^e for largest in [2^e, 2^(e + 1)), kept normal: lengths are formed of elements near 1, so that no
+        // square leaves the range of float32
+        int exponent = float_bits(warp_max(largest[m])) >> 23 & 0xff;
         exponent = exponent < 1 ? 1 : exponent > 253 ? 253 : exponent;
         down[m] = bits_float(uint32_t(254 - exponent) << 23);
         up[m] = bits_float(uint32_t(exponent) << 23);
     }
     for (int64_t d = lane(); d < a.chunks * CHUNK; d += 32) {
-        float x[2] = {0, 0};
+        float x[2];
+        FNTX_UNROLL for (int m = 0; m < 2; ++m)
+            x[m] = there[m] && d < a.D ? element(Op(), side.z[m], index, d) * down[m] : 0;
         FNTX_UNROLL for (int m = 0; m < 2; ++m) {
-            if (!there[m]) continue;
-            if (d < a.D) x[m] = element(Op(), side.z[m], index, d) * down[m];
             square[m] += x[m] * x[m];
-            store_parts<Op>(a, side, index + m * side.z[0].n, d, x[m]);
+            if (there[m]) store_parts<Op>(a, side, index + m * side.z[0].n, d, x[m]);
         }
         product += x[0] * x[1];
     }
@@ -95,23 +97,7 @@ template <class Op> FNTX_DEVICE void pack_rows(const Arguments& a, const Side& s
         if (a.paired && there[m] && lane() == 0) side.sim_pos[index + m * side.z[0].n] = sim_pos;
 }
 
-// The smallest and the largest id of a span of rows, from the input: other warps are still writing the packed ids.
-FNTX_DEVICE void pack_span(const Side& side, int span) {
-    int64_t low = INT64_MAX, high = INT64_MIN;
-    for (int64_t row = span * COLS + lane(); row < span * COLS + COLS && row < side.n; row += 32) {
-        const int64_t id = side.given_ids ? side.given_ids[row] : row < side.z[0].n ? row : row - side.z[0].n;
-        low = id < low ? id : low;
-        high = id > high ? id : high;
-    }
-    FNTX_UNROLL for (int mask = 16; mask; mask /= 2) {
-        const int64_t other_low = shuffle_xor(low, mask), other_high = shuffle_xor(high, mask);
-        low = other_low < low ? other_low : low;
-        high = other_high > high ? other_high : high;
-    }
-    if (lane() == 0) side.low[span] = low, side.high[span] = high;
-}
-
-template <class Op> FNTX_DEVICE void pack(const Arguments& a, const Side& side) {
+template <class Op> FNTX_DEVICE void pack(const Arguments& a, const PackedSide& side) {
     const int64_t first = block() * WARPS + warp(), stride = blocks() * WARPS;
     const int64_t samples = side.z[0].n > side.z[1].n ? side.z[0].n : side.z[1].n;
     float longest = 0, largest_r = 0;
@@ -120,7 +106,6 @@ template <class Op> FNTX_DEVICE void pack(const Arguments& a, const Side& side) 
         for (int64_t d = lane(); d < a.chunks * CHUNK; d += 32) store_parts<Op>(a, side, row, d, 0);
         if (lane() == 0) side.r[row] = 0, side.ids[row] = 0;
     }
-    for (int64_t span = first; span < side.padded / COLS; span += stride) pack_span(side, int(span));
     store_block_max(longest, side.longest);
     store_block_max(largest_r, side.largest_r);
 }

@@ -15,21 +15,21 @@ constexpr int64_t MOST = INT32_MAX - (1 << 20);
 inline const char* fault_of_size(int64_t n_rows, int64_t n_cols, int64_t D) {
     if (n_rows < 1 || n_rows > MOST || n_cols < 0 || n_cols > MOST) return "the number of rows: at most 2^31 - 2^20";
     if (D < 1 || D > MOST) return "the number of features: at most 2^31 - 2^20";
+    const int64_t most = n_rows > n_cols ? n_rows : n_cols;  // tasks are ints, too
+    if ((most / ROWS + 1) * (D / CHUNK + 1) > MOST) return "the number of rows times that of features: at most 2^41";
     return nullptr;
 }
 
-// What a plan has to know of a device. blocks: how many of a kernel's run at once on a multiprocessor.
+// What a plan has to know of a device. blocks: how many of a type's kernel run at once on a multiprocessor.
 struct Machine {
     int multiprocessors;
     int64_t shared;  // bytes a block may have
-    int (*blocks)(int device, int kernel, size_t shared);
+    int (*blocks)(int device, int dtype, size_t shared);
     int device;
-    bool warpgroups;  // sm_90
 };
 
 struct Plan {
     Arguments a = {};
-    int kernel;  // a type of operands in a form: dtype + 3 * form
     size_t shared;
     int grid = 0;
     int64_t bytes = 0;  // of workspace
@@ -37,18 +37,19 @@ struct Plan {
 
 constexpr int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
-inline int64_t shared_bytes(int parts, int64_t rows, int64_t stages, int64_t row_slots, bool triangular) {
-    const int64_t vectors = 2 * COLS * (sizeof(int64_t) + 3 * sizeof(float));
-    const int64_t column_sums = triangular ? 2 * WARPS * COLS * sizeof(float) : 0;
-    return stages * parts * COLS * CHUNK * 2 + row_slots * parts * rows * CHUNK * 2 + vectors + column_sums;
+template <class Op> int64_t shared_bytes(int64_t stages, int64_t row_slots) {
+    const int64_t steps = stages * STEP<Op> + row_slots * ROWS * CHUNK;
+    return steps * Op::PARTS * sizeof(uint16_t) + 2 * sizeof(ColumnVectors<Op>);
 }
+
+constexpr int64_t PIECE = 256;  // bytes: each array of a workspace begins at a multiple, as cudaMalloc's memory does
 
 class Carver {
   public:
     Carver(char* base, int64_t& bytes) : base_(base), bytes_(bytes) {}
     template <class T> void take(T*& pointer, int64_t n) {
         pointer = reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(base_) + bytes_);  // of no base too
-        bytes_ += ceil_div(n * int64_t(sizeof(T)), 256) * 256;
+        bytes_ += ceil_div(n * int64_t(sizeof(T)), PIECE) * PIECE;
     }
 
   private:
@@ -56,71 +57,77 @@ class Carver {
     int64_t& bytes_;
 };
 
-// Sizes and pointers into a workspace at `base`, which may be null to ask for bytes alone. grid 0: nothing fits.
-inline Plan make_plan(const Machine& machine, int dtype, int64_t n_rows, int64_t n_cols, int64_t D, char* base) {
+// The number of the least cost among first, first + step, ... last.
+template <class Cost> int cheapest(int first, int last, int step, Cost cost) {
+    int best = first;
+    int64_t least = cost(first);
+    for (int i = first + step; i != last + step; i += step)
+        if (const int64_t here = cost(i); here < least) best = i, least = here;
+    return best;
+}
+
+// Sizes and pointers into a workspace at `base`, which may be null to ask for bytes alone, for a grid of at most `blocks`
+// (0: as many as run at once). grid 0: nothing fits.
+template <class Op>
+Plan make_plan_of(const Machine& machine, int dtype, int64_t n_rows, int64_t n_cols, int64_t D, int blocks, char* base) {
     Plan plan;
     Arguments& a = plan.a;
-    const int parts = dtype == FNTX_FLOAT32 ? Split::PARTS : 1;
-    const int64_t most = n_rows > n_cols ? n_rows : n_cols, sms = machine.multiprocessors;
+    const int64_t n[2] = {n_rows, n_cols}, most = n_rows > n_cols ? n_rows : n_cols;
+    const int64_t fewest = n_cols && n_cols < n_rows ? n_cols : n_rows;
     a.n_sides = n_cols ? 2 : 1;
     a.D = D;
     a.chunks = int(ceil_div(D, CHUNK));
     a.log_terms = logf(float(most));
-    const int64_t n[2] = {n_rows, n_cols};
 
-    // Tall blocks of rows where there are enough of them for most of the device, if a block has the shared memory.
-    struct Shape {
-        int form;
-        int64_t rows;
-        int largest_group;
+    // The largest group that fits, and its blocks at once: every smaller one fits, too.
+    const auto fit = [&](int group) {
+        a.group = group, a.stages = group + 2;
+        a.resident = shared_bytes<Op>(a.stages, a.chunks) <= machine.shared;
+        plan.shared = size_t(shared_bytes<Op>(a.stages, a.resident ? a.chunks : a.stages));
+        return int64_t(plan.shared) <= machine.shared;
     };
-    const Shape tall = machine.warpgroups ? Shape{HOPPER, ROWS<Hopper>, Hopper::GROUP} : Shape{TALL, ROWS<Tall>, Tall::GROUP};
-    const Shape flat = {FLAT, ROWS<Flat>, Flat::GROUP};
-    // The rest of a plan in a shape: as large a group as leaves a task to every multiprocessor.
-    const auto fit = [&](const Shape& shape) {
-        for (a.group = int(a.chunks < shape.largest_group ? a.chunks : shape.largest_group); a.group; --a.group) {
-            if (a.group > 1 && ceil_div(most, shape.rows) * ceil_div(a.chunks, a.group) < sms) continue;
-            a.stages = a.group + 2;
-            a.triangular = a.n_sides == 1 && shape.form != FLAT;
-            for (int64_t row_slots : {a.chunks, a.stages}) {
-                plan.shared = size_t(shared_bytes(parts, shape.rows, a.stages, row_slots, a.triangular));
-                a.resident = row_slots == a.chunks;
-                if (int64_t(plan.shared) <= machine.shared) return true;
-            }
-        }
-        return false;
-    };
-    const bool many = 4 * ceil_div(most, tall.rows) >= 3 * sms;
-    const Shape& shape = many && fit(tall) ? tall : flat;
-    if (&shape == &flat && !fit(flat)) return plan;
-    plan.kernel = dtype + 3 * shape.form;
-    const int64_t capacity = sms * machine.blocks(machine.device, plan.kernel, plan.shared);
+    int largest = a.chunks < GROUP ? a.chunks : GROUP;
+    while (largest && !fit(largest)) --largest;
+    if (!largest) return plan;
+    int64_t capacity = int64_t(machine.multiprocessors) * machine.blocks(machine.device, dtype, plan.shared);
+    if (blocks && blocks < capacity) capacity = blocks;
+    if (!capacity) return plan;
 
-    const int64_t row_blocks = ceil_div(most, shape.rows);
-    const int64_t fewest_tiles = ceil_div(n_cols && n_cols < n_rows ? n_cols : n_rows, COLS);
-    const auto between = [](int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; };
-    a.splits = int(between(capacity / row_blocks, 1, fewest_tiles < 16 ? fewest_tiles : 16));
-    const int64_t groups = ceil_div(a.chunks, a.group), tasks = row_blocks * (a.splits > groups ? a.splits : groups);
-    plan.grid = int(between(tasks > ceil_div(most, WARPS) ? tasks : ceil_div(most, WARPS), 0, capacity));
+    // Rounds of tasks, times the work of one.
+    const int64_t row_blocks = ceil_div(most, ROWS), tiles = ceil_div(fewest, COLS<Op>);
+    fit(cheapest(largest, 1, -1, [&](int group) {
+        return ceil_div(row_blocks * ceil_div(a.chunks, group), capacity) * (a.chunks + group);
+    }));
+    a.col_shares = cheapest(1, int(tiles < MOST_COL_SHARES ? tiles : MOST_COL_SHARES), 1, [&](int col_shares) {
+        return ceil_div(row_blocks * col_shares, capacity) * ceil_div(tiles, col_shares);
+    });
+    int64_t wanted = 1;
+    for (int64_t tasks : {row_blocks * a.col_shares, row_blocks * ceil_div(a.chunks, a.group), ceil_div(most, WARPS)})
+        wanted = tasks > wanted ? tasks : wanted;
+    plan.grid = int(wanted < capacity ? wanted : capacity);
 
     Carver carver(base, plan.bytes);
     for (int s = 0; s < a.n_sides; ++s) {
-        Side& side = a.sides[s];
+        PackedSide& side = a.sides[s];
         side.n = int(n[s]);
         side.padded = int(ceil_div(n[s], PADDED_ROWS) * PADDED_ROWS);
-        for (int p = 0; p < parts; ++p) carver.take(side.x[p], int64_t(side.padded) * a.chunks * CHUNK);
+        for (int p = 0; p < Op::PARTS; ++p) carver.take(side.x[p], int64_t(side.padded) * a.chunks * CHUNK);
         for (float** vector : {&side.r, &side.norm, &side.sim_pos, &side.nu, &side.w}) carver.take(*vector, side.padded);
-        carver.take(side.peaks, int64_t(a.splits) * side.padded);
-        carver.take(side.sums, int64_t(a.triangular && plan.grid > a.splits ? plan.grid : a.splits) * side.padded);
+        carver.take(side.peaks, int64_t(a.col_shares) * side.padded);
+        carver.take(side.sums, int64_t(a.col_shares) * side.padded);
         for (float** of_blocks : {&side.longest, &side.largest_r}) carver.take(*of_blocks, plan.grid);
         carver.take(side.ids, side.padded);
-        carver.take(side.low, side.padded / COLS);
-        carver.take(side.high, side.padded / COLS);
     }
+    carver.take(a.arrived, 1);
     carver.take(a.row_losses, n_rows);
-    carver.take(a.row_shares, most);
+    carver.take(a.row_d_inv_tau, most);
     carver.take(a.largest_w, plan.grid);
     return plan;
+}
+
+inline Plan make_plan(const Machine& machine, int dtype, int64_t n_rows, int64_t n_cols, int64_t D, int blocks, char* base) {
+    const auto of_type = dtype == FNTX_FLOAT32 ? make_plan_of<Split> : make_plan_of<Half>;
+    return of_type(machine, dtype, n_rows, n_cols, D, blocks, base);
 }
 
 // Why a call cannot be, or null.
@@ -148,11 +155,11 @@ inline const char* fault_of(const fntx_cuda_call& call) {
 inline Plan plan_call(const Machine& machine, const fntx_cuda_call& call) {
     const auto rows_of = [](const fntx_side& side) { return side.z[0].n + side.z[1].n; };
     Plan plan = make_plan(machine, call.dtype, rows_of(call.rows), call.cols ? rows_of(*call.cols) : 0, call.D,
-                          static_cast<char*>(call.workspace));
+                          call.blocks, static_cast<char*>(call.workspace));
     Arguments& a = plan.a;
     for (int s = 0; s < a.n_sides; ++s) {
         const fntx_side& from = s ? *call.cols : call.rows;
-        Side& side = a.sides[s];
+        PackedSide& side = a.sides[s];
         for (int m = 0; m < 2; ++m) side.z[m] = from.z[m], side.d_z[m] = static_cast<float*>(from.d_z[m]);
         side.given_ids = from.ids;
         side.neg_lse = static_cast<float*>(from.neg_lse);

@@ -8,8 +8,10 @@ of a fork, and the first to ask for it may be the child.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -28,7 +30,8 @@ class _Entry(NamedTuple):
 
 
 # In order of preference: "auto" takes the first that may be picked, serves the device and loads; on an accelerator,
-# of those that have passed there, the one that is quickest for the call's size.
+# of those that have passed there, the one that is quickest for the call's size. "cuda" is for small batches, "triton",
+# after it, for large ones.
 _TABLE: dict[str, _Entry] = {
     "cpu": _Entry("fastntxent.backends.cpu", ("cpu",), auto="yes"),
     "cuda": _Entry("fastntxent.backends.cuda.backend", ("cuda",), auto="passed"),
@@ -83,7 +86,7 @@ def select_for(name: str, rows: Tensor, method: str) -> Backend:
         if possible:  # float64 is for none of them
             n, d = rows.shape
             M = 2 * n if method.startswith("nt_xent") else n  # the first of two views, or all rows
-            chosen = policy.choose(device, candidates(device.type), rows.dtype, M, d)
+            chosen = policy.choose_backend(device, candidates(device.type), rows.dtype, M, d)
             name = chosen if chosen in possible else name
     return select(name, device.type, rows.dtype)
 
@@ -134,6 +137,16 @@ def select(name: str, device_type: str, dtype: torch.dtype) -> Backend:
     return backend
 
 
+@contextlib.contextmanager
+def warming() -> Iterator[None]:
+    """A block in which calls also launch what they would at any other temperature."""
+    with contextlib.ExitStack() as stack:
+        for backend in map(_load, _TABLE):
+            if isinstance(backend, Backend):
+                stack.enter_context(backend.warming())
+        yield
+
+
 def name_of(backend: Backend) -> str:
     """The name of a backend that `select` gave."""
     return next(name for name in _TABLE if _load(name) is backend)
@@ -175,7 +188,7 @@ def _verdict(name: str) -> str | None:
         return None
     try:
         device = torch.device("cuda", torch.cuda.current_device())
-        verdict = policy.known(device, {name: _TABLE[name].module}).get(name)
+        verdict = policy.known_verdicts(device, {name: _TABLE[name].module}).get(name)
     except RuntimeError as error:  # the device does not answer, or this is a fork of a process that uses it
         return f"unknown: {_explain(error)}"
     return str(verdict) if verdict else "not checked yet"

@@ -1,7 +1,7 @@
 """What a backend is: the primitive `neg_lse` with its gradient, and NT-Xent built on it.
 
 neg_lse and its gradient are the only O(M^2 D) work there is. A backend that has no more than those takes the rest from
-`ComposedBackend`, in O(M D) tensor code around them; one whose kernels fuse all of it is a `KernelBackend`.
+`composed.py`, in O(M D) tensor code around them; one whose kernels fuse all of it is a `KernelBackend`.
 
 Symbols (M = 2N rows, k = 1/tau, [z_i; z_j] stacked; p(i) is the other view of row i's sample):
 
@@ -23,65 +23,45 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ..sides import Side
 from ..validation import FLOAT_DTYPES
 
-NORM_EPS = 1e-12  # of torch.nn.functional.normalize
+
+class Upstream(NamedTuple):
+    """What a backward is given of a side: the gradient of its nu (M,), its nu (M,), and whether d/du is wanted."""
+
+    d_neg_lse: Tensor
+    neg_lse: Tensor
+    wanted: bool = True
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for everything narrower."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+class SumWeights(NamedTuple):
+    """Weights of the sums of softplus: of the rows' (M,), of the columns' (K,) where there are two sides, and which
+    sides' gradients are wanted."""
+
+    of_rows: Tensor
+    of_cols: Tensor
+    wants_rows: bool = True
+    wants_cols: bool = True
 
 
-def norm_eps(dtype: torch.dtype) -> float:
-    """The smallest norm a row is divided by. 1e-12 is zero in float16, whose smallest normal number serves there."""
-    return torch.finfo(torch.float16).tiny if dtype == torch.float16 else NORM_EPS
+class PairSums(NamedTuple):
+    """Sums of softplus of the rows (M,) and, of two sides, of the columns (K,); where weights were given, the gradients
+    of the weighted sum of all of them, None where not wanted."""
 
-
-def unit_rows(z: Tensor, normalize: bool = True) -> Tensor:
-    """Rows (the last dimension) in the accumulation dtype, divided by max(|z|, eps) if asked."""
-    u = z.to(accumulation_dtype(z.dtype))
-    return F.normalize(u, dim=-1, eps=norm_eps(z.dtype)) if normalize else u
-
-
-def row_dots(a: Tensor, b: Tensor) -> Tensor:
-    """a_i . b_i for every row: (M, D), (M, D) -> (M,)."""
-    return (a * b).sum(dim=1)
-
-
-def swap_views(rows: Tensor) -> Tensor:
-    """Row p(i) in the place of row i, for rows stacked as [z_i; z_j]."""
-    first, second = rows.chunk(2)
-    return torch.cat((second, first))
-
-
-class UnitRows:
-    """The stacked views in the accumulation dtype, normalised if asked, and the way back for their gradient."""
-
-    def __init__(self, z_i: Tensor, z_j: Tensor, normalize: bool):
-        self.z_dtype = z_i.dtype
-        self.u = torch.cat((z_i, z_j)).to(accumulation_dtype(z_i.dtype))
-        self.norm: Tensor | None = None
-        if normalize:
-            self.norm = torch.linalg.vector_norm(self.u, dim=1, keepdim=True)
-            self.u = self.u / self.norm.clamp_min(norm_eps(self.z_dtype))
-
-    def backward(self, d_u: Tensor) -> tuple[Tensor, Tensor]:
-        """d/dz of both views: (d_u - u (u . d_u)) / |z| where |z| > eps, d_u / eps elsewhere."""
-        if self.norm is not None:
-            eps = norm_eps(self.z_dtype)
-            radial = torch.where(self.norm > eps, row_dots(self.u, d_u).unsqueeze(1), 0)
-            d_u = torch.addcmul(d_u, self.u, radial, value=-1).div_(self.norm.clamp_min(eps))
-        d_z_i, d_z_j = d_u.chunk(2)
-        return d_z_i.clone(), d_z_j.clone()  # storages of their own: an operator's outputs share none
+    rows: Tensor
+    cols: Tensor | None
+    d_rows: Tensor | None = None
+    d_cols: Tensor | None = None
+    d_inv_tau: Tensor | None = None
+    d_bias: Tensor | None = None
 
 
 class Backend(ABC):
     """One implementation of the losses' core. Methods allocate what they return, and neither change nor alias their
-    arguments. `inv_tau` is a 0-d tensor, in host memory or on the rows' device."""
+    arguments. `inv_tau` is a Python number, or a 0-d tensor on an accelerator, where the host cannot read it."""
 
     device_types: tuple[str, ...] = ("any",)
     dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
@@ -99,20 +79,22 @@ class Backend(ABC):
         assert not form
         return contextlib.nullcontext()
 
-    @abstractmethod
-    def neg_lse(self, u: Tensor, ids: Tensor, inv_tau: Tensor) -> Tensor:
-        """nu of the rows: (M, D), (M,), () -> (M,) in the accumulation dtype."""
+    def warming(self) -> contextlib.AbstractContextManager[None]:
+        """A block in which every call also launches the kernels that it would at any other temperature. Results are
+        those of any call."""
+        return contextlib.nullcontext()
 
     @abstractmethod
-    def cross_neg_lse(
-        self, u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """nu of the rows u (M, D) against the columns v (K, D), and of the columns against the rows: (M,) and (K,)."""
+    def neg_lse(self, rows: Side, inv_tau: float | Tensor) -> Tensor:
+        """nu of the rows (M,) in the accumulation dtype."""
 
-    def nt_xent_rows(self, z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+    @abstractmethod
+    def cross_neg_lse(self, rows: Side, cols: Side, inv_tau: float | Tensor) -> tuple[Tensor, Tensor]:
+        """nu of the M rows against the K columns, and of the columns against the rows: (M,) and (K,)."""
+
+    @abstractmethod
+    def nt_xent_rows(self, z_i: Tensor, z_j: Tensor, inv_tau: float | Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
         """nu and pi of every row, (M,) each, order [z_i; z_j]."""
-        u = UnitRows(z_i, z_j, normalize).u
-        return self.neg_lse(u, sample_ids(u), inv_tau), positives(u, inv_tau)
 
 
 class KernelBackend(Backend):
@@ -120,32 +102,19 @@ class KernelBackend(Backend):
     the accumulation dtype."""
 
     @abstractmethod
-    def neg_lse_backward(
-        self, d_neg_lse: Tensor, u: Tensor, ids: Tensor, inv_tau: Tensor, neg_lse: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Gradient of sum_i d_neg_lse_i nu_i with respect to u (M, D) and k (0-d)."""
+    def neg_lse_backward(self, rows: Side, inv_tau: float | Tensor, upstream: Upstream) -> tuple[Tensor, Tensor]:
+        """Gradient of sum_i d_neg_lse_i nu_i with respect to u (M, D), always wanted, and k (0-d)."""
 
     @abstractmethod
     def cross_neg_lse_backward(
-        self,
-        d_rows: Tensor,
-        d_cols: Tensor,
-        u: Tensor,
-        v: Tensor,
-        u_ids: Tensor,
-        v_ids: Tensor,
-        inv_tau: Tensor,
-        rows_neg_lse: Tensor,
-        cols_neg_lse: Tensor,
-        needs_u: bool,
-        needs_v: bool,
+        self, rows: Side, cols: Side, inv_tau: float | Tensor, of_rows: Upstream, of_cols: Upstream
     ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """Gradient of sum_i d_rows_i nu_i + sum_j d_cols_j nu_j with respect to u, v and k; None where not needed."""
+        """Gradient of the sum over both sides of d_neg_lse_i nu_i with respect to the rows' u, the columns' u and k;
+        None where not wanted."""
 
-    def neg_lse_sum(self, u: Tensor, ids: Tensor, inv_tau: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    @abstractmethod
+    def neg_lse_sum(self, rows: Side, inv_tau: float | Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """sum_i weights_i nu_i (0-d), over the rows that have a nu, with its gradient with respect to u and k."""
-        neg_lse = self.neg_lse(u, ids, inv_tau)
-        return weighted_sum(neg_lse, weights), *self.neg_lse_backward(weights, u, ids, inv_tau, neg_lse)
 
     @abstractmethod
     def nt_xent_rows_backward(
@@ -154,7 +123,7 @@ class KernelBackend(Backend):
         d_pos: Tensor,
         z_i: Tensor,
         z_j: Tensor,
-        inv_tau: Tensor,
+        inv_tau: float | Tensor,
         neg_lse: Tensor,
         normalize: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,155 +131,74 @@ class KernelBackend(Backend):
 
     @abstractmethod
     def nt_xent_scalar(
-        self, z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool, mean: bool
+        self, z_i: Tensor, z_j: Tensor, inv_tau: float | Tensor, normalize: bool, mean: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Sum or mean of the losses (0-d) with its gradient with respect to z_i, z_j and k."""
 
-    def nt_xent_value(self, z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool, mean: bool) -> Tensor:
+    @abstractmethod
+    def nt_xent_value(self, z_i: Tensor, z_j: Tensor, inv_tau: float | Tensor, normalize: bool, mean: bool) -> Tensor:
         """Sum or mean of the losses (0-d)."""
-        losses = row_losses(*self.nt_xent_rows(z_i, z_j, inv_tau, normalize))
-        return (losses * loss_weight(z_i, mean)).sum()
-
-
-class Side(NamedTuple):
-    """Rows (M, D) and the group of each (M,). One side is its own columns; two are rows and columns."""
-
-    u: Tensor
-    ids: Tensor
-
-
-class NegLse(ABC):
-    """neg_lse of given sides: the forward, and a backward that may use what the forward left in the workspace."""
 
     @abstractmethod
-    def forward(self) -> tuple[Tensor, ...]:
-        """nu of each side's rows."""
-
-    @abstractmethod
-    def backward(
-        self, d_neg_lse: Sequence[Tensor], neg_lse: Sequence[Tensor], needs: Sequence[bool]
-    ) -> tuple[list[Tensor | None], Tensor]:
-        """Gradient of the weighted sum of all nu with respect to each side's u, None where not needed, and to k (0-d),
-        with or without a `forward` before it. Called once."""
-
-
-class ComposedBackend(KernelBackend):
-    """NT-Xent as O(M D) tensor code around neg_lse, for kernels that fuse no more than that."""
-
-    @abstractmethod
-    def prepare(self, sides: Sequence[Side], inv_tau: Tensor) -> NegLse:
-        """Set up neg_lse of one side, or between two."""
-
-    def neg_lse(self, u: Tensor, ids: Tensor, inv_tau: Tensor) -> Tensor:
-        (nu,) = self.prepare([Side(u, ids)], inv_tau).forward()
-        return nu
-
-    def neg_lse_backward(
-        self, d_neg_lse: Tensor, u: Tensor, ids: Tensor, inv_tau: Tensor, neg_lse: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        return _backward_of_one(self.prepare([Side(u, ids)], inv_tau), d_neg_lse, neg_lse)
-
-    def neg_lse_sum(self, u: Tensor, ids: Tensor, inv_tau: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        work = self.prepare([Side(u, ids)], inv_tau)
-        (neg_lse,) = work.forward()
-        return weighted_sum(neg_lse, weights), *_backward_of_one(work, weights, neg_lse)
-
-    def cross_neg_lse(
-        self, u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        rows, cols = self.prepare([Side(u, u_ids), Side(v, v_ids)], inv_tau).forward()
-        return rows, cols
-
-    def cross_neg_lse_backward(
+    def info_nce_scalar(
         self,
-        d_rows: Tensor,
-        d_cols: Tensor,
-        u: Tensor,
-        v: Tensor,
-        u_ids: Tensor,
-        v_ids: Tensor,
-        inv_tau: Tensor,
-        rows_neg_lse: Tensor,
-        cols_neg_lse: Tensor,
-        needs_u: bool,
-        needs_v: bool,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        work = self.prepare([Side(u, u_ids), Side(v, v_ids)], inv_tau)
-        (d_u, d_v), d_inv_tau = work.backward((d_rows, d_cols), (rows_neg_lse, cols_neg_lse), (needs_u, needs_v))
-        return d_u, d_v, d_inv_tau
-
-    def nt_xent_rows_backward(
-        self,
-        d_neg_lse: Tensor,
-        d_pos: Tensor,
         z_i: Tensor,
         z_j: Tensor,
-        inv_tau: Tensor,
-        neg_lse: Tensor,
+        inv_tau: float | Tensor,
         normalize: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        rows = UnitRows(z_i, z_j, normalize)
-        work = self.prepare([Side(rows.u, sample_ids(rows.u))], inv_tau)
-        largest = largest_of(d_neg_lse, d_pos)  # k times it may overflow where the gradient does not
-        of_units = _backward_of_one(work, d_neg_lse / largest, neg_lse)
-        d_z_i, d_z_j, d_inv_tau = _with_positives(rows, inv_tau, d_pos / largest, *of_units)
-        return d_z_i.mul_(largest), d_z_j.mul_(largest), d_inv_tau * largest
+        both: bool,
+        mean: bool,
+        needs_i: bool,
+        needs_j: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+        """Sum or mean of the N losses (0-d) of queries z_i (N, D) that pick their keys z_j (N, D): row n of each is a
+        pair, and the other keys are negatives. `both`: half of that, and half of the losses of keys that pick their
+        queries. With its gradient with respect to z_i, z_j and k; None where not needed."""
 
-    def nt_xent_scalar(
-        self, z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool, mean: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        rows = UnitRows(z_i, z_j, normalize)
-        work = self.prepare([Side(rows.u, sample_ids(rows.u))], inv_tau)
-        (neg_lse,) = work.forward()
-        pos = positives(rows.u, inv_tau)
-        weight = loss_weight(z_i, mean)
-        w = torch.sigmoid(neg_lse - pos) * weight
-        gradients = _with_positives(rows, inv_tau, -w, *_backward_of_one(work, w, neg_lse))
-        return (row_losses(neg_lse, pos) * weight).sum(), *gradients
+    @abstractmethod
+    def info_nce_value(
+        self, z_i: Tensor, z_j: Tensor, inv_tau: float | Tensor, normalize: bool, both: bool, mean: bool
+    ) -> Tensor:
+        """The loss of `info_nce_scalar` (0-d)."""
 
+    @abstractmethod
+    def softplus(
+        self,
+        rows: Side,
+        cols: Side | None,
+        inv_tau: float | Tensor,
+        bias: float | Tensor,
+        positives: bool,
+        weights: SumWeights | None = None,
+    ) -> PairSums:
+        """Sums of log(1 + exp(x)), x = k u_i . v_j + b, over the rows of other groups. `positives`, of two sides: and
+        of log(1 + exp(-x)) over those of the same group. Values and gradients come from one pass."""
 
-def _backward_of_one(work: NegLse, d_neg_lse: Tensor, neg_lse: Tensor) -> tuple[Tensor, Tensor]:
-    (d_u,), d_inv_tau = work.backward([d_neg_lse], [neg_lse], [True])
-    assert d_u is not None
-    return d_u, d_inv_tau
+    @abstractmethod
+    def sigmoid_scalar(
+        self,
+        z_i: Tensor,
+        z_j: Tensor,
+        inv_tau: float | Tensor,
+        bias: float | Tensor,
+        normalize: bool,
+        two_views: bool,
+        mean: bool,
+        needs_i: bool,
+        needs_j: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
+        """SigLIP's loss of pairs (z_i, z_j), or NT-Logistic's of `two_views` (0-d): the sum over all pairs, or 1 / N or
+        1 / 2N of it. With its gradient with respect to z_i, z_j, k and b; None where not needed."""
 
-
-def _with_positives(
-    rows: UnitRows, inv_tau: Tensor, d_pos: Tensor, d_u: Tensor, d_inv_tau: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Add the positives' part to the gradient of the masked sums, and take it back to z_i and z_j."""
-    partner = swap_views(rows.u)
-    d_u.addcmul_(partner, (inv_tau * (d_pos + swap_views(d_pos))).unsqueeze(1))
-    d_inv_tau = d_inv_tau + torch.dot(d_pos, row_dots(rows.u, partner))
-    return *rows.backward(d_u), d_inv_tau
-
-
-def loss_weight(z_i: Tensor, mean: bool) -> float:
-    """What a row's loss counts for: of N samples' 2N rows, the mean or the sum."""
-    return 0.5 / z_i.shape[0] if mean else 1.0
-
-
-def row_losses(neg_lse: Tensor, pos: Tensor) -> Tensor:
-    """softplus(nu - pi), to full relative accuracy at both ends: torch's softplus turns linear at 20."""
-    return 0 - F.logsigmoid(pos - neg_lse)  # a difference, so that no loss is -0
-
-
-def largest_of(*weights: Tensor) -> Tensor:
-    """The largest magnitude of the entries (0-d), as a divisor: not 0."""
-    return torch.cat(weights).abs().amax().clamp_min(torch.finfo(weights[0].dtype).tiny)
-
-
-def weighted_sum(neg_lse: Tensor, weights: Tensor) -> Tensor:
-    """sum_i w_i nu_i over the rows that have a nu."""
-    return (neg_lse.masked_fill(neg_lse == -torch.inf, 0) * weights).sum()
-
-
-def sample_ids(u: Tensor) -> Tensor:
-    """The sample of every row of [z_i; z_j]."""
-    return torch.arange(u.shape[0] // 2, device=u.device).repeat(2)
-
-
-def positives(u: Tensor, inv_tau: Tensor) -> Tensor:
-    """pi of every row of [u_i; u_j]."""
-    u_i, u_j = u.chunk(2)
-    return (inv_tau * row_dots(u_i, u_j)).repeat(2)
+    @abstractmethod
+    def sigmoid_value(
+        self,
+        z_i: Tensor,
+        z_j: Tensor,
+        inv_tau: float | Tensor,
+        bias: float | Tensor,
+        normalize: bool,
+        two_views: bool,
+        mean: bool,
+    ) -> Tensor:
+        """The loss of `sigmoid_scalar` (0-d)."""

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .base import KernelBackend, accumulation_dtype, loss_weight, weighted_sum
+from ..algebra import accumulation_dtype, loss_weight, weighted_sum
+from ..sides import Side
+from .base import Upstream
+from .softplus import TiledSoftplus
 
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 FORWARD, BACKWARD = 1, 2
+Matrix = tuple[int, int, int, int]  # address, rows, strides
+SideAddresses = tuple[Matrix, Matrix, int, int, int, int, int]
+_NO_MATRIX: Matrix = (0, 0, 0, 0)
+_ACCUMULATED = {dtype: accumulation_dtype(dtype) for dtype in DTYPES}
 
 
-class Side(NamedTuple):
-    """One side of the similarity matrix, as csrc/cpu/fastntxent.h has it."""
+class SideArguments(NamedTuple):
+    """What a call is given for a side: `fntx_side` in csrc/cpu/fastntxent.h."""
 
     first: Tensor
     second: Tensor | None = None
@@ -25,37 +33,46 @@ class Side(NamedTuple):
     d_first: Tensor | None = None
     d_second: Tensor | None = None
 
-    def n_rows(self) -> int:
-        """Rows of both matrices."""
-        return self.first.shape[0] + (0 if self.second is None else self.second.shape[0])
-
-    def pack(self) -> tuple[object, ...]:
-        """As the modules take it."""
-        vectors = (self.ids, self.neg_lse, self.d_neg_lse, self.d_first, self.d_second)
-        return (_matrix(self.first), _matrix(self.second), *map(address, vectors))
+    def addresses(self) -> SideAddresses:
+        """Return the addresses, sizes and strides, as the modules take them."""
+        first, second, ids, neg_lse, d_neg_lse, d_first, d_second = self
+        return (
+            _matrix(first),
+            _NO_MATRIX if second is None else _matrix(second),
+            address(ids),
+            address(neg_lse),
+            address(d_neg_lse),
+            address(d_first),
+            address(d_second),
+        )
 
 
 def address(x: Tensor | None) -> int:
-    """Of a tensor's first element; 0 for none."""
+    """Address of the first element, or 0 for None."""
     return 0 if x is None else x.data_ptr()
 
 
-def _matrix(z: Tensor | None) -> tuple[int, ...]:
-    return (0, 0, 0, 0) if z is None else (z.data_ptr(), z.shape[0], *z.stride())
+def count_rows(side: SideAddresses) -> int:
+    """Rows of both matrices."""
+    return side[0][1] + side[1][1]
 
 
-class NativeBackend(KernelBackend):
+def _matrix(z: Tensor) -> Matrix:
+    return (z.data_ptr(), z.size(0), *z.stride())  # type: ignore[return-value]  # two strides
+
+
+class NativeBackend(TiledSoftplus):
     """Every method of a backend as a call."""
 
     @abstractmethod
     def run(
         self,
         phases: int,
-        inv_tau: Tensor,
+        inv_tau: float | Tensor,
         normalize: bool,
-        rows: Side,
+        rows: SideArguments,
         *,
-        cols: Side | None = None,
+        cols: SideArguments | None = None,
         pos: Tensor | None = None,
         d_pos: Tensor | None = None,
         loss: Tensor | None = None,
@@ -65,62 +82,53 @@ class NativeBackend(KernelBackend):
         """Make the call."""
 
     @abstractmethod
-    def groups(self, *ids: Tensor) -> list[Tensor]:
+    def kernel_ids(self, *ids: Tensor) -> list[Tensor]:
         """Ids of one or two sides as the kernels take them: contiguous int64."""
 
-    def neg_lse(self, u: Tensor, ids: Tensor, inv_tau: Tensor) -> Tensor:
-        neg_lse = _new(u, u.shape[0])
-        self.run(FORWARD, inv_tau, False, Side(u, ids=self.groups(ids)[0], neg_lse=neg_lse))
+    def neg_lse(self, rows: Side, inv_tau: float | Tensor) -> Tensor:
+        neg_lse = new_sums(rows.u, rows.u.shape[0])
+        self.run(FORWARD, inv_tau, False, SideArguments(rows.u, ids=self.kernel_ids(rows.ids)[0], neg_lse=neg_lse))
         return neg_lse
 
-    def neg_lse_backward(
-        self, d_neg_lse: Tensor, u: Tensor, ids: Tensor, inv_tau: Tensor, neg_lse: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        d_u, d_inv_tau = _gradient(u), _new(neg_lse)
-        rows = Side(u, None, self.groups(ids)[0], neg_lse.contiguous(), d_neg_lse.contiguous(), d_u)
-        self.run(BACKWARD, inv_tau, False, rows, d_inv_tau=d_inv_tau)
+    def neg_lse_backward(self, rows: Side, inv_tau: float | Tensor, upstream: Upstream) -> tuple[Tensor, Tensor]:
+        d_u, d_inv_tau = new_gradient(rows.u), new_sums(upstream.neg_lse)
+        (ids,) = self.kernel_ids(rows.ids)
+        self.run(BACKWARD, inv_tau, False, of_backward(rows.u, ids, upstream, d_u), d_inv_tau=d_inv_tau)
         return d_u, d_inv_tau
 
-    def neg_lse_sum(self, u: Tensor, ids: Tensor, inv_tau: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        d_u, neg_lse, d_inv_tau = _gradient(u), _new(u, u.shape[0]), _new(u)
-        rows = Side(u, None, self.groups(ids)[0], neg_lse, weights.contiguous(), d_u)
-        self.run(FORWARD | BACKWARD, inv_tau, False, rows, d_inv_tau=d_inv_tau)
-        return weighted_sum(neg_lse, weights), d_u, d_inv_tau
+    def neg_lse_sum(self, rows: Side, inv_tau: float | Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        u = rows.u
+        d_u, neg_lse, d_inv_tau = new_gradient(u), new_sums(u, u.shape[0]), new_sums(u)
+        given = SideArguments(u, None, self.kernel_ids(rows.ids)[0], neg_lse, weights.contiguous(), d_u)
+        self.run(FORWARD | BACKWARD, inv_tau, False, given, d_inv_tau=d_inv_tau)
+        total = torch.dot(neg_lse, weights) if u.is_cpu else None  # where every row has a nu, a quarter of the time
+        if total is None or not math.isfinite(total):
+            total = weighted_sum(neg_lse, weights)
+        return total, d_u, d_inv_tau
 
-    def cross_neg_lse(
-        self, u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        u_ids, v_ids = self.groups(u_ids, v_ids)
-        nu_u, nu_v = _new(u, u.shape[0]), _new(v, v.shape[0])
-        self.run(FORWARD, inv_tau, False, Side(u, ids=u_ids, neg_lse=nu_u), cols=Side(v, ids=v_ids, neg_lse=nu_v))
-        return nu_u, nu_v
+    def cross_neg_lse(self, rows: Side, cols: Side, inv_tau: float | Tensor) -> tuple[Tensor, Tensor]:
+        row_ids, col_ids = self.kernel_ids(rows.ids, cols.ids)
+        nu_rows, nu_cols = new_sums(rows.u, rows.u.shape[0]), new_sums(cols.u, cols.u.shape[0])
+        of_cols = SideArguments(cols.u, ids=col_ids, neg_lse=nu_cols)
+        self.run(FORWARD, inv_tau, False, SideArguments(rows.u, ids=row_ids, neg_lse=nu_rows), cols=of_cols)
+        return nu_rows, nu_cols
 
     def cross_neg_lse_backward(
-        self,
-        d_rows: Tensor,
-        d_cols: Tensor,
-        u: Tensor,
-        v: Tensor,
-        u_ids: Tensor,
-        v_ids: Tensor,
-        inv_tau: Tensor,
-        rows_neg_lse: Tensor,
-        cols_neg_lse: Tensor,
-        needs_u: bool,
-        needs_v: bool,
+        self, rows: Side, cols: Side, inv_tau: float | Tensor, of_rows: Upstream, of_cols: Upstream
     ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        u_ids, v_ids = self.groups(u_ids, v_ids)
-        d_u, d_v = _gradient(u) if needs_u else None, _gradient(v) if needs_v else None
-        d_inv_tau = _new(rows_neg_lse)
-        rows = Side(u, None, u_ids, rows_neg_lse.contiguous(), d_rows.contiguous(), d_u)
-        cols = Side(v, None, v_ids, cols_neg_lse.contiguous(), d_cols.contiguous(), d_v)
-        self.run(BACKWARD, inv_tau, False, rows, cols=cols, d_inv_tau=d_inv_tau)
-        return d_u, d_v, d_inv_tau
+        row_ids, col_ids = self.kernel_ids(rows.ids, cols.ids)
+        d_rows = new_gradient(rows.u) if of_rows.wanted else None
+        d_cols = new_gradient(cols.u) if of_cols.wanted else None
+        d_inv_tau = new_sums(of_rows.neg_lse)
+        given = of_backward(rows.u, row_ids, of_rows, d_rows)
+        given_cols = of_backward(cols.u, col_ids, of_cols, d_cols)
+        self.run(BACKWARD, inv_tau, False, given, cols=given_cols, d_inv_tau=d_inv_tau)
+        return d_rows, d_cols, d_inv_tau
 
-    def nt_xent_rows(self, z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
-        neg_lse = _new(z_i, 2 * z_i.shape[0])
+    def nt_xent_rows(self, z_i: Tensor, z_j: Tensor, inv_tau: float | Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+        neg_lse = new_sums(z_i, 2 * z_i.shape[0])
         pos = torch.empty_like(neg_lse)
-        self.run(FORWARD, inv_tau, normalize, Side(z_i, z_j, neg_lse=neg_lse), pos=pos)
+        self.run(FORWARD, inv_tau, normalize, SideArguments(z_i, z_j, neg_lse=neg_lse), pos=pos)
         return neg_lse, pos
 
     def nt_xent_rows_backward(
@@ -129,34 +137,41 @@ class NativeBackend(KernelBackend):
         d_pos: Tensor,
         z_i: Tensor,
         z_j: Tensor,
-        inv_tau: Tensor,
+        inv_tau: float | Tensor,
         neg_lse: Tensor,
         normalize: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        d_z_i, d_z_j, d_inv_tau = _gradient(z_i), _gradient(z_j), _new(neg_lse)
-        rows = Side(z_i, z_j, None, neg_lse.contiguous(), d_neg_lse.contiguous(), d_z_i, d_z_j)
+        d_z_i, d_z_j, d_inv_tau = new_gradient(z_i), new_gradient(z_j), new_sums(neg_lse)
+        rows = SideArguments(z_i, z_j, None, neg_lse.contiguous(), d_neg_lse.contiguous(), d_z_i, d_z_j)
         self.run(BACKWARD, inv_tau, normalize, rows, d_pos=d_pos.contiguous(), d_inv_tau=d_inv_tau)
         return d_z_i, d_z_j, d_inv_tau
 
-    def nt_xent_value(self, z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool, mean: bool) -> Tensor:
-        loss = _new(z_i)
-        self.run(FORWARD, inv_tau, normalize, Side(z_i, z_j), loss=loss, weight=loss_weight(z_i, mean))
+    def nt_xent_value(self, z_i: Tensor, z_j: Tensor, inv_tau: float | Tensor, normalize: bool, mean: bool) -> Tensor:
+        loss = new_sums(z_i)
+        self.run(FORWARD, inv_tau, normalize, SideArguments(z_i, z_j), loss=loss, weight=loss_weight(z_i, mean))
         return loss
 
     def nt_xent_scalar(
-        self, z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool, mean: bool
+        self, z_i: Tensor, z_j: Tensor, inv_tau: float | Tensor, normalize: bool, mean: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        d_z_i, d_z_j, loss = _gradient(z_i), _gradient(z_j), _new(z_i)
+        d_z_i, d_z_j, loss = new_gradient(z_i), new_gradient(z_j), new_sums(z_i)
         d_inv_tau = torch.empty_like(loss)
-        rows = Side(z_i, z_j, d_first=d_z_i, d_second=d_z_j)
+        rows = SideArguments(z_i, z_j, d_first=d_z_i, d_second=d_z_j)
         weight = loss_weight(z_i, mean)
         self.run(FORWARD | BACKWARD, inv_tau, normalize, rows, loss=loss, weight=weight, d_inv_tau=d_inv_tau)
         return loss, d_z_i, d_z_j, d_inv_tau
 
 
-def _gradient(of: Tensor) -> Tensor:
-    return torch.empty_like(of, dtype=accumulation_dtype(of.dtype), memory_format=torch.contiguous_format)
+def of_backward(u: Tensor, ids: Tensor, upstream: Upstream, d_u: Tensor | None) -> SideArguments:
+    """What the backward of a side is given."""
+    return SideArguments(u, None, ids, upstream.neg_lse.contiguous(), upstream.d_neg_lse.contiguous(), d_u)
 
 
-def _new(like: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=accumulation_dtype(like.dtype), device=like.device)
+def new_gradient(of: Tensor) -> Tensor:
+    """Memory for a gradient in rows."""
+    return torch.empty_like(of, dtype=_ACCUMULATED[of.dtype], memory_format=torch.contiguous_format)
+
+
+def new_sums(like: Tensor, *shape: int) -> Tensor:
+    """Memory for sums over rows of that dtype."""
+    return like.new_empty(shape, dtype=_ACCUMULATED[like.dtype])

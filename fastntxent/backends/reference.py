@@ -11,22 +11,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Backend, accumulation_dtype, norm_eps
+from ..algebra import accumulation_dtype, norm_eps
+from ..sides import Guide, Side, Teacher
+from .base import Backend
 
 
 class ReferenceBackend(Backend):
-    def neg_lse(self, u: Tensor, ids: Tensor, inv_tau: Tensor) -> Tensor:
-        u = u.to(accumulation_dtype(u.dtype))
-        return _masked_logsumexp(inv_tau * (u @ u.T), ids[:, None] != ids)
+    def neg_lse(self, rows: Side, inv_tau: float | Tensor) -> Tensor:
+        u = rows.u.to(accumulation_dtype(rows.u.dtype))
+        return _masked_logsumexp(inv_tau * (u @ u.T), _counted(u @ u.T, rows, rows.ids))
 
-    def cross_neg_lse(
-        self, u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        dtype = accumulation_dtype(u.dtype)
-        logits, mask = inv_tau * (u.to(dtype) @ v.to(dtype).T), u_ids[:, None] != v_ids
-        return _masked_logsumexp(logits, mask), _masked_logsumexp(logits.T, mask.T)
+    def cross_neg_lse(self, rows: Side, cols: Side, inv_tau: float | Tensor) -> tuple[Tensor, Tensor]:
+        dtype = accumulation_dtype(rows.u.dtype)
+        sims = rows.u.to(dtype) @ cols.u.to(dtype).T
+        of_rows, of_cols = _counted(sims, rows, cols.ids), _counted(sims.T, cols, rows.ids)
+        return _masked_logsumexp(inv_tau * sims, of_rows), _masked_logsumexp(inv_tau * sims.T, of_cols)
 
-    def nt_xent_rows(self, z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+    def nt_xent_rows(self, z_i: Tensor, z_j: Tensor, inv_tau: float | Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
         n_samples = z_i.shape[0]
         u = torch.cat((z_i, z_j)).to(accumulation_dtype(z_i.dtype))
         if normalize:
@@ -36,6 +37,62 @@ class ReferenceBackend(Backend):
         logits = inv_tau * (u @ u.T)
         pos = logits.gather(1, partner[:, None]).squeeze(1)
         return _masked_logsumexp(logits, sample[:, None] != sample), pos
+
+    def softplus(
+        self, rows: Side, cols: Side | None, inv_tau: float | Tensor, bias: float | Tensor, *, positives: bool
+    ) -> Tensor:
+        """The sum of log(1 + exp(x)), x = logit + bias, over the rows of other groups (M,), among themselves or against
+        columns; `positives`: and of log(1 + exp(-x)) over those of the same group."""
+        dtype, of_cols = accumulation_dtype(rows.u.dtype), rows if cols is None else cols
+        x = inv_tau * (rows.u.to(dtype) @ of_cols.u.to(dtype).T) + bias
+        agree = rows.ids[:, None] == of_cols.ids
+        values = -F.logsigmoid(torch.where(agree, x, -x))
+        return values.sum(dim=1) if positives else values.masked_fill(agree, 0).sum(dim=1)
+
+    def soft_dots(self, rows: Side, cols: Side, teacher: Teacher) -> tuple[Tensor, Tensor]:
+        """Sums of u_i . v_j weighted by the teacher's softmax, over the columns of other groups (M,) and over the rows
+        (K,)."""
+        logits, agree = teacher.inv_tau * (teacher.rows @ teacher.cols.T), rows.ids[:, None] == cols.ids
+        sims = (rows.u @ cols.u.T).masked_fill(agree, 0)
+        of_rows, of_cols = (
+            torch.exp((logits - lse).clamp_max(0)) for lse in (teacher.rows_lse[:, None], teacher.cols_lse)
+        )
+        return (of_rows * sims).sum(dim=1), (of_cols * sims).sum(dim=0)
+
+    def guided_neg_lse(self, rows: Side, cols: Side, inv_tau: float | Tensor, guide: Guide) -> Tensor:
+        """nu of the rows (M,) over the columns of other groups that are not above the guide's limits."""
+        left_out = (guide.rows @ guide.cols.T > guide.limits[:, None]) | (rows.ids[:, None] == cols.ids)
+        return _masked_logsumexp(inv_tau * (rows.u @ cols.u.T), ~left_out)
+
+    def positive_lse(
+        self, u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: float | Tensor, *, same: bool
+    ) -> Tensor:
+        """Log-sum-exp of each row's logits with the columns of its id (M,), but for its own where v is u."""
+        return _masked_logsumexp(*_positives(u, v, u_ids, v_ids, inv_tau, same))
+
+    def positive_sum(
+        self, u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: float | Tensor, nu: Tensor, *, same: bool
+    ) -> Tensor:
+        """The sum over them of log(1 + exp(nu - logit)) (M,)."""
+        logits, mask = _positives(u, v, u_ids, v_ids, inv_tau, same)
+        return torch.where(mask, -F.logsigmoid(logits - nu[:, None]), 0).sum(dim=1)
+
+
+def _counted(sims: Tensor, rows: Side, col_ids: Tensor) -> Tensor:
+    """Which columns each row counts: those of other groups, and not beyond its limit."""
+    apart = rows.ids[:, None] != col_ids
+    return apart if rows.limits is None else apart & ~(sims > rows.limits[:, None])
+
+
+def _positives(
+    u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: float | Tensor, same: bool
+) -> tuple[Tensor, Tensor]:
+    """All logits, and which of them are of positive pairs."""
+    mask = u_ids[:, None] == v_ids
+    if same:
+        mask = mask.fill_diagonal_(False)
+    dtype = accumulation_dtype(u.dtype)
+    return inv_tau * (u.to(dtype) @ v.to(dtype).T), mask
 
 
 def _masked_logsumexp(logits: Tensor, mask: Tensor) -> Tensor:

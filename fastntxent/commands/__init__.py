@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from ..options import BACKENDS
-from . import bench, check, info
+from . import bench, info, verify
 
 PROGRAM = "python -m fastntxent"
 
@@ -33,15 +33,15 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"{PROGRAM}.simclr trains an encoder.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for name, module in {"info": info, "verify": check, "bench": bench}.items():
+    for name, module in {"info": info, "verify": verify, "bench": bench}.items():
         assert module.__doc__
         summary = module.__doc__.splitlines()[0]
         command = commands.add_parser(name, help=summary, description=module.__doc__)
         command.add_argument("--json", action="store_true", help="JSON on stdout")
         if module is not info:
-            default = "every device" if module is check else "the last GPU, else the CPU"
+            default = "every device" if module is verify else "the last GPU, else the CPU"
             command.add_argument("--device", metavar="DEV", help=f"cpu, cuda or cuda:1 (default: {default})")
-        if module is check:
+        if module is verify:
             command.add_argument(
                 "--backend",
                 choices=[name for name in BACKENDS if name not in ("auto", "reference")],

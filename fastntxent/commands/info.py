@@ -12,11 +12,11 @@ import torch
 
 from .. import __version__, backends
 from ..backends import candidates, checkable, name_of, select
-from ..devices import present
+from ..devices import present_devices
 from ..verification import policy
 from ..verification.process import VERIFY
-from ..verification.store import CACHE, cache_folder, describe
-from ..verification.timing import DTYPES, FEATURES, ROWS
+from ..verification.store import CACHE, cache_folder, model_of
+from ..verification.timing import TIMED_DTYPES, TIMED_FEATURES, TIMED_ROWS
 
 
 def run(given: argparse.Namespace) -> int:
@@ -32,7 +32,7 @@ def collect() -> dict[str, Any]:
         "versions": {
             "fastntxent": __version__,
             "torch": torch.__version__,
-            "triton": describe(torch.device("cpu")).triton,
+            "triton": model_of(torch.device("cpu")).triton,
             "python": platform.python_version(),
             "cuda": torch.version.cuda or torch.version.hip or "none",
             "platform": platform.platform(),
@@ -40,16 +40,16 @@ def collect() -> dict[str, Any]:
         "environment": {name: os.environ.get(name) for name in (CACHE, VERIFY)},
         "cache": str(cache_folder()),
         "backends": {name: status._asdict() for name, status in backends().items()},
-        "devices": {str(device): _device(device) for device in present()},
+        "devices": {str(device): _device(device) for device in present_devices()},
     }
 
 
 def _device(device: torch.device) -> dict[str, Any]:
     try:
-        model = describe(device)
+        model = model_of(device)
     except RuntimeError as error:  # a device that does not answer is what a report is about
         return {"error": " ".join(str(error).split())}
-    verdicts = policy.known(device, checkable(device.type))
+    verdicts = policy.known_verdicts(device, checkable(device.type))
     return {
         "name": model.name,
         "capability": model.capability,
@@ -65,14 +65,14 @@ def _auto(device: torch.device) -> dict[str, dict[str, str]]:
     if not possible:
         taken = name_of(select("auto", device.type, torch.float32))
         return {"every size": {"backend": taken, "why": "the first that loads here"}}
-    decision = policy.look_up(device, possible)
+    decision = policy.known_decision(device, possible)
     return {
         f"{str(dtype).removeprefix('torch.')}, {features} features, {rows} rows": dict(
             zip(("backend", "why"), decision.explain(dtype, rows, features), strict=True)
         )
-        for dtype in DTYPES
-        for features in FEATURES
-        for rows in ROWS
+        for dtype in TIMED_DTYPES
+        for features in TIMED_FEATURES
+        for rows in TIMED_ROWS
     }
 
 

@@ -1,9 +1,10 @@
 """Drop-ins: the contrastive losses of other libraries, by their names, signatures, defaults and values.
 
 One module a library, which imports nothing of it: `lightly`, `pytorch_metric_learning`, `solo_learn`, `sup_contrast`,
-`info_nce`, `open_clip`, `sentence_transformers`, `simclr`, `torchmultimodal`. docs/migration.md has a before and after
-for each, and what differs. What they share: half-precision embeddings give a float32 loss, no loss is NaN where the
-library's divides zero by zero, and bad input is an error that names the argument.
+`info_nce`, `open_clip`, `sentence_transformers` (and `gist`, its loss with a guide), `simclr`, `torchmultimodal`.
+docs/migration.md has a before and after for each, and what differs. What they share: half-precision embeddings give a
+float32 loss, no loss is NaN where the library's divides zero by zero, and bad input is an error that names the
+argument.
 """
 
 import importlib
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from . import (
+        gist,
         info_nce,
         lightly,
         open_clip,
@@ -34,6 +36,7 @@ else:
 
 
 __all__ = [
+    "gist",
     "info_nce",
     "lightly",
     "open_clip",

@@ -12,28 +12,21 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends.base import row_dots, row_losses
-from ..common import (
-    inverse_temperature,
-    n_samples,
-    neg_lse_of_columns,
-    neg_lse_of_rows,
-    reduce,
-    sample_ids,
-    unit_rows,
-    watch,
-)
-from ..distributed import Shard, log_sum_exp, open_shard
-from ..losses import dcl, nt_xent
+from ..algebra import row_dots, row_losses
+from ..batch import Batch
+from ..losses import dcl, macl, nt_xent
 from ..modules.base import TypedModule
+from ..opening import open_batch
 from ..ops import copy_now
-from ..validation import check_features, check_number, check_rows, check_same, extremes
+from ..sides import Side
+from ..validation import check_features, check_number, check_parameter, check_rows, check_same, extremes
+from ..watching import watch
 from .shared import as_scalar, default_group
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["DCLLoss", "DCLWLoss", "MemoryBankModule", "NTXentLoss", "negative_mises_fisher_weights"]
+__all__ = ["DCLLoss", "DCLWLoss", "MACLLoss", "MemoryBankModule", "NTXentLoss", "negative_mises_fisher_weights"]
 
 
 class NTXentLoss(TypedModule):
@@ -77,23 +70,23 @@ class NTXentLoss(TypedModule):
         _check_distributed(gather_distributed)
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
-        group = _group(self.gather_distributed)
-        _check_outputs(out0, out1, may_be_empty=group is not None)
+        group = _gathering_group(self.gather_distributed)
         tau = as_scalar(self.temperature)
         has_bank = self.memory_bank.size[0] > 0
         if not (has_bank or _is_negative(tau)):
+            _check_outputs(out0, out1, may_be_empty=group is not None)
             return nt_xent(out0, out1, tau, group=group)
-        shard = open_shard(group, "NTXentLoss", out0, "auto", views=1 if has_bank else 2, temperature=tau)
-        u0, u1 = unit_rows(out0), unit_rows(out1)
+        batch = open_batch(
+            group, "NTXentLoss", {"out0": out0, "out1": out1}, views=1 if has_bank else 2, temperature=tau
+        )
+        u0, u1 = batch.unit_rows(out0), batch.unit_rows(out1)
         if has_bank:
             if self.memory_bank.bank.ndim == 2:
                 check_features("out0", out0, "the bank's rows", self.memory_bank.bank)
             _, bank = self.memory_bank(u1, update=u0.requires_grad)
             assert bank is not None
-            logits = _bank_logits(u0, u1, bank.T.to(u0), tau, shard)
-        else:
-            logits = _logits(u0, u1, tau, shard)
-        return watch(reduce(row_losses(*logits), "mean", shard=shard), tau)
+            return watch(_against_bank(batch, u0, u1, bank.T.to(u0), tau), tau)
+        return watch(batch.reduce(row_losses(*_logits(batch, u0, u1, tau))), tau)
 
 
 class DCLLoss(TypedModule):
@@ -126,23 +119,23 @@ class DCLLoss(TypedModule):
         _check_distributed(gather_distributed)
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
-        group = _group(self.gather_distributed)
-        _check_outputs(out0, out1, may_be_empty=group is not None)
+        group = _gathering_group(self.gather_distributed)
         tau = as_scalar(self.temperature)
         if self.weight_fn is None and not _is_negative(tau):
+            _check_outputs(out0, out1, may_be_empty=group is not None)
             return dcl(out0, out1, tau, group=group)
-        shard = open_shard(
-            group, type(self).__name__, out0, "auto", views=2, temperature=tau,
+        batch = open_batch(
+            group, type(self).__name__, {"out0": out0, "out1": out1}, views=2, temperature=tau,
             weighted=self.weight_fn is not None,
         )  # fmt: skip
-        u0, u1 = unit_rows(out0), unit_rows(out1)
-        nu, pos = _logits(u0, u1, tau, shard)
+        u0, u1 = batch.unit_rows(out0), batch.unit_rows(out1)
+        nu, pos = _logits(batch, u0, u1, tau)
         if self.weight_fn is not None:
             pos_0, pos_1 = pos.chunk(2)
-            pos = torch.cat((self._weights(u0, u1, shard) * pos_0, self._weights(u1, u0, shard) * pos_1))
-        return watch(reduce(torch.where(nu == -torch.inf, 0, nu - pos), "mean", shard=shard), tau)
+            pos = torch.cat((self._weights(batch, u0, u1) * pos_0, self._weights(batch, u1, u0) * pos_1))
+        return watch(batch.reduce(torch.where(nu == -torch.inf, 0, nu - pos)), tau)
 
-    def _weights(self, u0: Tensor, u1: Tensor, shard: Shard | None) -> float | Tensor:
+    def _weights(self, batch: Batch, u0: Tensor, u1: Tensor) -> float | Tensor:
         assert self.weight_fn is not None
         weights = as_scalar(self.weight_fn(u0, u1))
         if not isinstance(weights, Tensor):
@@ -170,8 +163,9 @@ class DCLWLoss(DCLLoss):
         super().__init__(temperature, partial(negative_mises_fisher_weights, sigma=sigma), gather_distributed)
         self.sigma = sigma
 
-    def _weights(self, u0: Tensor, u1: Tensor, shard: Shard | None) -> Tensor:
-        return _mises_fisher_weights(u0, u1, self.sigma, shard)
+    def _weights(self, batch: Batch, u0: Tensor, u1: Tensor) -> Tensor:
+        sims = row_dots(u0.detach(), u1.detach()) / self.sigma
+        return 2 - batch.n_samples * torch.exp(sims - batch.log_sum_exp(sims))
 
 
 def negative_mises_fisher_weights(out0: Tensor, out1: Tensor, sigma: float = 0.5) -> Tensor:
@@ -182,7 +176,35 @@ def negative_mises_fisher_weights(out0: Tensor, out1: Tensor, sigma: float = 0.5
         >>> negative_mises_fisher_weights(torch.eye(2), torch.eye(2))
         tensor([1., 1.])
     """
-    return _mises_fisher_weights(out0, out1, sigma, None)
+    return 2 - out0.shape[0] * torch.softmax(row_dots(out0.detach(), out1.detach()) / sigma, dim=0)
+
+
+class MACLLoss(TypedModule):
+    """Model-aware contrastive loss, whose temperature follows how well the views agree; see `fastntxent.macl`.
+
+    Args:
+        temperature: at least 1e-8, a float or a tensor of one element.
+        alpha, A_0: in [0, 1]: how far the temperature moves, and the agreement at which it does not.
+
+    A row's weight 1 / (1 - exp(-loss)) is exact; lightly adds 1e-8 to its denominator, which bounds it.
+
+    Example:
+        >>> import torch
+        >>> MACLLoss(temperature=1.0, alpha=0.0)(torch.eye(4), torch.eye(4))  # l / (1 - e^-l), l = log(e + 6) - 1
+        tensor(1.6934)
+    """
+
+    def __init__(self, temperature: float | Tensor = 0.1, alpha: float = 0.5, A_0: float = 0.0):
+        super().__init__()
+        self.temperature = temperature
+        self.alpha = check_parameter("alpha", alpha)
+        self.A_0 = check_parameter("a_0", A_0)
+        value = _value(as_scalar(temperature))
+        if value is not None and value < 1e-8:
+            raise ValueError(f"temperature must be at least 1e-8, got {temperature}")
+
+    def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
+        return macl(z0, z1, as_scalar(self.temperature), alpha=self.alpha, a_0=self.A_0)
 
 
 class MemoryBankModule(TypedModule):
@@ -229,15 +251,16 @@ class MemoryBankModule(TypedModule):
         """The output, and what the bank held before it; `labels` are for lightly's signature alone."""
         if not self.size[0]:
             return output, None
-        if self.bank.ndim == 1:
-            check_rows("output", output)
+        first_call = self.bank.ndim == 1
+        if first_call or update:
+            check_rows("output", output, may_be_empty=self.gather_distributed and not first_call)
+        if first_call:
             self._begin(output.shape[1])
             self.bank, self.bank_ptr = self.bank.to(output.device), self.bank_ptr.to(output.device)
         held = copy_now(self.bank)
         if update:
-            check_rows("output", output, may_be_empty=self.gather_distributed)
             check_features("output", output, "the bank's rows", self.bank)
-            self._push(_rows_of_all_ranks(output) if self.gather_distributed else output)
+            self._push(_detached_rows_of_all_ranks(output) if self.gather_distributed else output)
         return output, held.T if self.feature_dim_first else held
 
     @torch.inference_mode(False)  # of a first batch in inference mode: updates out of it change the bank
@@ -258,6 +281,7 @@ class MemoryBankModule(TypedModule):
 
 
 def _check_outputs(out0: Tensor, out1: Tensor, *, may_be_empty: bool) -> None:
+    """For a loss of ours that has other names for them."""
     check_rows("out0", out0, may_be_empty=may_be_empty)
     check_rows("out1", out1, may_be_empty=may_be_empty)
     check_same("out0", out0, "out1", out1, "shape", "dtype", "device")
@@ -278,14 +302,13 @@ def _bank_size(size: object) -> tuple[int, ...]:
     return entries
 
 
-def _group(gather_distributed: bool) -> ProcessGroup | None:
+def _gathering_group(gather_distributed: bool) -> ProcessGroup | None:
     return default_group() if gather_distributed else None
 
 
 @torch.no_grad()
-def _rows_of_all_ranks(rows: Tensor) -> Tensor:
-    shard = open_shard(default_group(), "MemoryBankModule", rows, "auto")
-    return shard.gather(rows) if shard else rows
+def _detached_rows_of_all_ranks(rows: Tensor) -> Tensor:
+    return open_batch(default_group(), "MemoryBankModule", {"output": rows}).gather(rows)
 
 
 def _value(temperature: float | Tensor) -> float | None:
@@ -301,29 +324,21 @@ def _is_negative(temperature: float | Tensor) -> bool:
     return value is not None and value < 0
 
 
-def _logits(u0: Tensor, u1: Tensor, temperature: float | Tensor, shard: Shard | None) -> tuple[Tensor, Tensor]:
+def _logits(batch: Batch, u0: Tensor, u1: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
     """nu and the positive's logit, (2N,) each, of unit rows; also at a negative temperature."""
-    u, ids = torch.cat((u0, u1)), sample_ids(u0, shard).repeat(2)
+    u, ids = torch.cat((u0, u1)), batch.sample_ids().repeat(2)
+    sims = row_dots(u0, u1).repeat(2)
     if _is_negative(temperature):
-        inv_tau = inverse_temperature(-temperature, u, shard=shard)
-        return neg_lse_of_columns(u, -u, ids, ids, inv_tau, "auto", shard, shard), -inv_tau * row_dots(u0, u1).repeat(2)
-    inv_tau = inverse_temperature(temperature, u, shard=shard)
-    return neg_lse_of_rows(u, ids, inv_tau, "auto", shard), inv_tau * row_dots(u0, u1).repeat(2)
+        inv_tau = batch.inverse_temperature(-temperature)
+        return batch.neg_lse_to(Side(u, ids), Side(-u, ids), inv_tau), -inv_tau * sims
+    inv_tau = batch.inverse_temperature(temperature)
+    return batch.neg_lse(u, ids, inv_tau), inv_tau * sims
 
 
-def _bank_logits(
-    u0: Tensor, u1: Tensor, bank: Tensor, temperature: float | Tensor, shard: Shard | None
-) -> tuple[Tensor, Tensor]:
-    """nu against the bank, which is this rank's, and the positive's logit, (N,) each."""
+def _against_bank(batch: Batch, u0: Tensor, u1: Tensor, bank: Tensor, temperature: float | Tensor) -> Tensor:
+    """The loss of each row against its positive and the bank, which is this rank's, reduced."""
     if _is_negative(temperature):
         u0, temperature = -u0, -temperature
-    inv_tau = inverse_temperature(temperature, u0, shard=shard)
-    here, there = (torch.full((rows.shape[0],), of, device=u0.device) for of, rows in enumerate((u0, bank)))
-    nu = neg_lse_of_columns(u0, bank, here, there, inv_tau, "auto") if len(u0) else u0.new_empty(0)
-    return nu, inv_tau * row_dots(u0, u1)
-
-
-def _mises_fisher_weights(out0: Tensor, out1: Tensor, sigma: float, shard: Shard | None) -> Tensor:
-    sims = row_dots(out0.detach(), out1.detach()) / sigma
-    shares = torch.exp(sims - log_sum_exp(sims, shard)) if shard else torch.softmax(sims, dim=0)
-    return 2 - n_samples(out0, shard) * shares
+    inv_tau = batch.inverse_temperature(temperature)
+    rows, cols = (Side(x, torch.full((x.shape[0],), i, device=u0.device)) for i, x in enumerate((u0, bank)))
+    return batch.held_loss(rows, cols, inv_tau, inv_tau * row_dots(u0, u1))

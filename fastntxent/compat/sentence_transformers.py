@@ -1,34 +1,44 @@
-"""sentence-transformers' `losses.MultipleNegativesRankingLoss`, and the similarities it knows."""
+"""sentence-transformers' `losses.MultipleNegativesRankingLoss`, its cached form, and the similarities they know."""
 
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
-from ..backends.base import row_dots, row_losses
-from ..common import (
-    cross_neg_lse,
-    inverse_temperature,
-    log_add,
-    neg_lse_of_columns,
-    neg_lse_of_rows,
-    reduce,
-    sample_ids,
-    unit_rows,
-)
-from ..distributed import Shard, open_shard
-from ..losses.queries import hardened, hardened_neg_lse
+from ..algebra import log_add, row_dots, row_losses, unit_rows
+from ..batch import Batch
+from ..chunked_view import ChunkedView
+from ..losses.info_nce_loss import hardened, hardened_neg_lse
 from ..modules.base import TypedModule
+from ..opening import open_batch
 from ..options import HARDNESS_MODES, HardnessMode
-from ..validation import check_choice, check_in_range, check_number, check_positive, check_rows, check_same
+from ..sides import Side
+from ..validation import check_choice, check_parameter, check_positive_number
+from .cached import (
+    NO_MODEL,
+    check_has_batches,
+    check_mini_batches,
+    embedded,
+    loss_and_gradients,
+    loss_of_two_passes,
+    mini_batched,
+    with_progress,
+)
+from .gist import CachedGISTEmbedLoss as CachedGISTEmbedLoss
+from .gist import GISTEmbedLoss as GISTEmbedLoss
 from .shared import default_group
 
-__all__ = ["MultipleNegativesRankingLoss", "cos_sim", "dot_score"]
+__all__ = [
+    "CachedMultipleNegativesRankingLoss",
+    "CachedMultipleNegativesSymmetricRankingLoss",
+    "MultipleNegativesRankingLoss",
+    "cos_sim",
+    "dot_score",
+]
 
 Direction: TypeAlias = Literal["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"]
 PartitionMode: TypeAlias = Literal["joint", "per_direction"]
@@ -106,6 +116,16 @@ _CPC = """
       url={https://arxiv.org/abs/1807.03748},
 }
 """
+_GRAD_CACHE = """
+@misc{gao2021scaling,
+    title={Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup},
+    author={Luyu Gao and Yunyi Zhang and Jiawei Han and Jamie Callan},
+    year={2021},
+    eprint={2101.06983},
+    archivePrefix={arXiv},
+    primaryClass={cs.LG}
+}
+"""
 
 
 class MultipleNegativesRankingLoss(TypedModule):
@@ -126,7 +146,9 @@ class MultipleNegativesRankingLoss(TypedModule):
             "all_negatives".
 
     Its call takes the features of anchor, positive, negatives..., a dict each, or their embeddings, (N, D) each, and
-    labels, which nothing reads. `compute_loss_from_embeddings` is the loss without the model.
+    labels, which nothing reads. `compute_loss_from_embeddings` is the loss without the model. A keyword of ours: `ids`,
+    (N,) integers; samples of the same id are no negatives of each other, in all their columns. A sample's own hard
+    negatives stay.
 
     Memory is O(C N D) for C columns.
 
@@ -150,8 +172,7 @@ class MultipleNegativesRankingLoss(TypedModule):
     ):
         super().__init__()
         if not isinstance(scale, Tensor):
-            scale = check_number("scale", scale)
-            check_positive("scale", scale)
+            scale = check_positive_number("scale", scale)
         check_choice("similarity_fct", _similarity_name(similarity_fct), tuple(_NORMALIZES))
         for direction in directions:
             check_choice("directions", direction, DIRECTIONS)
@@ -164,9 +185,7 @@ class MultipleNegativesRankingLoss(TypedModule):
             )
         if hardness_mode is not None:
             check_choice("hardness_mode", hardness_mode, HARDNESS_MODES)
-        hardness_strength = check_in_range(
-            "hardness_strength", hardness_strength, 0, math.inf, with_low=True, with_high=False
-        )
+        hardness_strength = check_parameter("hardness_strength", hardness_strength)
         if hardness_mode is not None and hardness_strength == 0:
             logger.warning("hardness_mode=%r has no effect with a hardness_strength of 0", hardness_mode)
         self.model = model
@@ -178,36 +197,40 @@ class MultipleNegativesRankingLoss(TypedModule):
         self.hardness_mode = hardness_mode
         self.hardness_strength = hardness_strength
 
-    def forward(self, sentence_features: Iterable[Any], labels: Tensor | None = None) -> Tensor:
-        return self.compute_loss_from_embeddings([self._embed(column) for column in sentence_features], labels)
+    def forward(
+        self, sentence_features: Iterable[Any], labels: Tensor | None = None, *, ids: Tensor | None = None
+    ) -> Tensor:
+        embeddings = [self._embedding_of(column) for column in sentence_features]
+        return self.compute_loss_from_embeddings(embeddings, labels, ids=ids)
 
-    def _embed(self, column: Any) -> Tensor:
+    def _embedding_of(self, column: Any) -> Tensor:
         if isinstance(column, Tensor):
             return column
         if self.model is None:
-            raise ValueError("model must be given where a call brings features and not embeddings, got None")
+            raise ValueError(NO_MODEL)
         return self.model(column)["sentence_embedding"]
 
-    def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor:
+    def compute_loss_from_embeddings(
+        self, embeddings: list[Tensor], labels: Tensor | None = None, *, ids: Tensor | None = None
+    ) -> Tensor:
         """The loss of anchors, positives, negatives..., (N, D) each; `labels` are for the library's signature alone."""
         group = default_group() if self.gather_across_devices else None
         if len(embeddings) < 2:
             raise ValueError(f"embeddings must hold anchors and positives at least, got {len(embeddings)} tensors")
-        for index, column in enumerate(embeddings):
-            check_rows(f"embeddings[{index}]", column, may_be_empty=group is not None)
-            check_same("embeddings[0]", embeddings[0], f"embeddings[{index}]", column, "shape", "dtype", "device")
         normalize = _NORMALIZES[str(_similarity_name(self.similarity_fct))]
-        shard = open_shard(
-            group, type(self).__name__, embeddings[0], "auto",
-            **self.get_config_dict(), gradients=[column.requires_grad for column in embeddings],
-        )  # fmt: skip
-        inv_tau = inverse_temperature(1 / self.scale, embeddings[0], shard=shard)
-        u, v, *negatives = (unit_rows(column, normalize) for column in embeddings)
+        columns = {f"embeddings[{index}]": column for index, column in enumerate(embeddings)}
+        config = MultipleNegativesRankingLoss.get_config_dict(self)
+        batch = open_batch(group, type(self).__name__, columns, ids=ids, normalize=normalize, **config)
+        inv_tau = batch.inverse_temperature(1 / self.scale)
+        if ids is None and (loss := self._at_once(batch, embeddings, inv_tau)) is not None:
+            return loss
+        groups = batch.sample_ids() if ids is None else ids
+        u, v, *negatives = map(batch.unit_rows, embeddings)
         pos = inv_tau * row_dots(u, v)
-        directions = self._directions(u, v, negatives, inv_tau, shard)
+        directions = self._nu_by_direction(batch, u, v, negatives, groups, inv_tau)
         if self.partition_mode == "per_direction":
             losses = torch.stack([row_losses(nu, pos) for nu in directions.values()]).mean(dim=0)
-            return reduce(losses, "mean", shard=shard)
+            return batch.reduce(losses)
         joint = torch.full_like(pos, -torch.inf)
         for nu in directions.values():
             joint = log_add(joint, nu)
@@ -215,33 +238,41 @@ class MultipleNegativesRankingLoss(TypedModule):
         if "doc_to_query" in directions:  # the softmax has the positive twice: log(2 e^pi + e^nu) - pi
             log_2 = torch.full_like(pos, 2).log()
             losses = log_2 + row_losses(joint - log_2, pos)
-        return reduce(losses, "mean", shard=shard)
+        return batch.reduce(losses)
 
-    def _directions(
-        self, u: Tensor, v: Tensor, negatives: list[Tensor], inv_tau: Tensor, shard: Shard | None
+    def _at_once(self, batch: Batch, embeddings: list[Tensor], inv_tau: float | Tensor) -> Tensor | None:
+        """The loss where it is plain InfoNCE, in one direction or the mean of two."""
+        symmetric = set(self.directions) == {"query_to_doc", "doc_to_query"} and self.partition_mode == "per_direction"
+        if len(embeddings) > 2 or self.hardness_mode is not None or not (symmetric or len(set(self.directions)) == 1):
+            return None
+        anchors, positives = embeddings
+        return batch.info_nce_at_once(anchors, positives, inv_tau, both=symmetric)
+
+    def _nu_by_direction(
+        self, batch: Batch, u: Tensor, v: Tensor, negatives: list[Tensor], groups: Tensor, inv_tau: float | Tensor
     ) -> dict[str, Tensor]:
-        """Of each direction the log-sum-exp over what is no positive (N,)."""
-        samples = sample_ids(u, shard)
-        docs, of_docs = torch.cat((v, *negatives)), samples.repeat(1 + len(negatives))
-        docs_shard = open_shard(shard.group, type(self).__name__, docs, "auto") if shard else None
+        """Of each direction the log-sum-exp over other groups' samples, and the own hard negatives (N,)."""
+        queries, keys = Side(u, groups), Side(v, groups)
+        docs = Side(torch.cat((v, *negatives)), groups.repeat(1 + len(negatives)))
+        of_docs = batch.beside(docs.u)
         others_hardness = self._hardness("in_batch_negatives")
         nu: dict[str, Tensor] = {}
         to_query = None
         if others_hardness or "doc_to_query" not in self.directions:
-            to_doc = hardened_neg_lse(u, docs, samples, of_docs, inv_tau, others_hardness, "auto", shard, docs_shard)
+            to_doc = hardened_neg_lse(batch, queries, docs, inv_tau, others_hardness, beside=of_docs)
         else:  # both directions from one pass
-            to_doc, to_query = cross_neg_lse(u, docs, samples, of_docs, inv_tau, "auto", shard, docs_shard)
+            to_doc, to_query = batch.cross_neg_lse(queries, docs, inv_tau, beside=of_docs)
         for own in negatives:
             to_doc = log_add(to_doc, hardened(row_dots(u, own), inv_tau, self._hardness("hard_negatives")))
         nu["query_to_doc"] = to_doc
         if "query_to_query" in self.directions:
-            nu["query_to_query"] = neg_lse_of_rows(u, samples, inv_tau, "auto", shard)
+            nu["query_to_query"] = batch.neg_lse(u, groups, inv_tau)
         if "doc_to_query" in self.directions:
             if to_query is None:
-                to_query = neg_lse_of_columns(v, u, samples, samples, inv_tau, "auto", shard, shard)
+                to_query = batch.neg_lse_to(keys, queries, inv_tau)
             nu["doc_to_query"] = to_query[: u.shape[0]]
         if "doc_to_doc" in self.directions:
-            nu["doc_to_doc"] = neg_lse_of_columns(v, docs, samples, of_docs, inv_tau, "auto", shard, docs_shard)
+            nu["doc_to_doc"] = batch.neg_lse_to(keys, docs, inv_tau, beside=of_docs)
         return nu
 
     def _hardness(self, mode: str) -> float:
@@ -273,3 +304,155 @@ class MultipleNegativesRankingLoss(TypedModule):
         if directions == {"query_to_doc", "doc_to_query"} and self.partition_mode == "per_direction":
             return _JINA
         return _CPC
+
+
+class CachedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
+    """MultipleNegativesRankingLoss of a batch whose activations do not fit: the model sees mini-batches of it.
+
+    The call embeds all columns without a graph. The backward of the loss that it returns embeds them again, a
+    mini-batch at a time, from the same state and on the same random numbers (Gao et al., "Scaling Deep Contrastive
+    Learning Batch Size under Memory Limited Setup", 2021; `fastntxent.cached_backward` says what is repeated). Where
+    gradients are off, nothing runs twice. Under DistributedDataParallel gradients are synchronised once, in the last
+    mini-batch.
+
+    Args:
+        mini_batch_size: rows of a column that the model sees at once.
+        mini_batch_num_tokens: in its place, the most tokens that the model sees at once, counted in the features'
+            attention_mask; a row with more is a mini-batch by itself. Either way the padding behind the longest text of
+            a mini-batch is cut off. Under `fully_shard` use mini_batch_size: each rank must have as many mini-batches.
+        show_progress_bar: whether tqdm shows the mini-batches of both passes.
+        model, scale, similarity_fct, gather_across_devices, directions, partition_mode, hardness_mode,
+            hardness_strength: as in `MultipleNegativesRankingLoss`.
+
+    Its call takes the features of anchor, positive, negatives..., a dict each, whose tensors have the batch along their
+    first dimension. Embeddings, (N, D) each, and `ids` are taken as in the uncached loss.
+
+    Memory is that of a mini-batch's activations, the embeddings and their gradients, and a copy of the model's buffers.
+
+    Example:
+        >>> import torch
+        >>> class Model(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.words = torch.nn.EmbeddingBag(9, 4)
+        ...     def forward(self, features):
+        ...         return {"sentence_embedding": self.words(features["input_ids"])}
+        >>> model = Model()
+        >>> loss = CachedMultipleNegativesRankingLoss(model, mini_batch_size=2)
+        >>> loss([{"input_ids": torch.randint(9, (6, 3))} for _ in range(2)]).backward()
+        >>> model.words.weight.grad.shape
+        torch.Size([9, 4])
+    """
+
+    uses_gradient_cache = True  # for the library's MatryoshkaLoss, which then decorates calculate_loss
+
+    def __init__(
+        self,
+        model: nn.Module | None,
+        scale: float | Tensor = 20.0,
+        similarity_fct: Callable[[Tensor, Tensor], Tensor] = cos_sim,
+        mini_batch_size: int = 32,
+        mini_batch_num_tokens: int | None = None,
+        gather_across_devices: bool = False,
+        directions: tuple[Direction, ...] = ("query_to_doc",),
+        partition_mode: PartitionMode = "joint",
+        show_progress_bar: bool = False,
+        hardness_mode: HardnessMode | None = None,
+        hardness_strength: float = 0.0,
+    ):
+        super().__init__(
+            model,
+            scale=scale,
+            similarity_fct=similarity_fct,
+            gather_across_devices=gather_across_devices,
+            directions=directions,
+            partition_mode=partition_mode,
+            hardness_mode=hardness_mode,
+            hardness_strength=hardness_strength,
+        )
+        check_has_batches(model, "MultipleNegativesRankingLoss")
+        self.mini_batch_size, self.mini_batch_num_tokens = check_mini_batches(mini_batch_size, mini_batch_num_tokens)
+        self.show_progress_bar = show_progress_bar
+
+    def forward(
+        self, sentence_features: Iterable[Any], labels: Tensor | None = None, *, ids: Tensor | None = None
+    ) -> Tensor:
+        columns = list(sentence_features)
+        if any(isinstance(column, Tensor) for column in columns):
+            return super().forward(columns, labels, ids=ids)
+        if not torch.is_grad_enabled():
+            embeddings = embedded(self._views(columns, passes=1))
+            return self.calculate_loss([[column] for column in embeddings], labels, ids=ids)
+        return loss_of_two_passes(
+            self._views(columns, passes=2),
+            lambda leaves: self.calculate_loss([[leaf] for leaf in leaves], labels, with_backward=True, ids=ids),
+        )
+
+    def _views(self, columns: Sequence[Any], passes: int) -> list[ChunkedView]:
+        if self.model is None:
+            raise ValueError(NO_MODEL)
+        views = mini_batched(self.model, columns, size=self.mini_batch_size, num_tokens=self.mini_batch_num_tokens)
+        return with_progress(views, passes) if self.show_progress_bar else views
+
+    def calculate_loss(
+        self,
+        reps: list[list[Tensor]],
+        labels: Tensor | None = None,
+        *,
+        with_backward: bool = False,
+        ids: Tensor | None = None,
+    ) -> Tensor:
+        """Return the loss of the columns' embeddings, each a list of mini-batches.
+
+        with_backward: also give the embeddings their gradients. The loss then has a graph of a learnt scale alone.
+        """
+        loss = self.compute_loss_from_embeddings([torch.cat(column) for column in reps], labels, ids=ids)
+        if not with_backward:
+            return loss
+        return loss_and_gradients(loss, [part for column in reps for part in column], self.scale)
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """The arguments, as the library's trainer records them."""
+        return {
+            **super().get_config_dict(),
+            "mini_batch_size": self.mini_batch_size,
+            "mini_batch_num_tokens": self.mini_batch_num_tokens,
+        }
+
+    @property
+    def citation(self) -> str:
+        """BibTeX of the paper whose method this is, for the library's model card."""
+        return _GRAD_CACHE
+
+
+class CachedMultipleNegativesSymmetricRankingLoss(CachedMultipleNegativesRankingLoss):
+    """CachedMultipleNegativesRankingLoss with the directions ("query_to_doc", "doc_to_query"), a softmax for each.
+
+    Example:
+        >>> import torch
+        >>> loss = CachedMultipleNegativesSymmetricRankingLoss(None, scale=1.0)
+        >>> loss([torch.eye(4), torch.eye(4)])  # log(e + 3) - 1
+        tensor(0.7437)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None,
+        scale: float | Tensor = 20.0,
+        similarity_fct: Callable[[Tensor, Tensor], Tensor] = cos_sim,
+        mini_batch_size: int = 32,
+        mini_batch_num_tokens: int | None = None,
+        gather_across_devices: bool = False,
+        show_progress_bar: bool = False,
+    ):
+        super().__init__(
+            model,
+            scale=scale,
+            similarity_fct=similarity_fct,
+            mini_batch_size=mini_batch_size,
+            mini_batch_num_tokens=mini_batch_num_tokens,
+            gather_across_devices=gather_across_devices,
+            directions=("query_to_doc", "doc_to_query"),
+            partition_mode="per_direction",
+            show_progress_bar=show_progress_bar,
+        )

@@ -70,7 +70,7 @@ def as_ids(name: str, labels: Tensor, rows: Tensor) -> Tensor:
 def as_scalar(value: float | Tensor) -> float | Tensor:
     """A tensor of one element, of any shape, as a 0-d tensor."""
     dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_nested
-    return value.reshape(()) if isinstance(value, Tensor) and dense and value.numel() == 1 else value
+    return value.reshape(()) if isinstance(value, Tensor) and dense and value.ndim and value.numel() == 1 else value
 
 
 class Logits:

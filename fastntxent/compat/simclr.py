@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends.base import row_dots, row_losses
-from ..common import batch_sum, inverse_temperature, n_samples, neg_lse_of_rows, sample_ids, unit_rows
-from ..distributed import Group, Shard, Sharding, open_shard
-from ..losses import nt_xent
+from ..algebra import row_losses, unit_rows
+from ..distributed import Group, Sharding
+from ..opening import open_batch
+from ..scale import inverse_temperature
 from ..validation import check_number, check_rows, check_tensor
+from ..watching import watch
 from .shared import Logits, default_group_of
 
 __all__ = ["ContrastiveLoss", "add_contrastive_loss"]
@@ -81,33 +82,19 @@ def add_contrastive_loss(
     by_sample = weights if isinstance(weights, Tensor) and weights.ndim else None
     if by_sample is not None and by_sample.shape != z_i.shape[:1]:
         raise ValueError(f"weights must be a number or have shape ({len(z_i)},), got {tuple(by_sample.shape)}")
-    shard = open_shard(
-        group, "add_contrastive_loss", z_i, "auto", views=2, hidden_norm=hidden_norm, temperature=temperature,
-        weights=weights if by_sample is None else "one a sample",
+    batch = open_batch(
+        group, "add_contrastive_loss", {"hidden": z_i, "hidden's second half": z_j}, views=2, normalize=False,
+        hidden_norm=hidden_norm, temperature=temperature, weights=weights if by_sample is None else "one a sample",
     )  # fmt: skip
-    if shard is None and by_sample is None:
-        loss, columns = 2 * weights * nt_xent(z_i, z_j, temperature, normalize=False), z_j
+    inv_tau = batch.inverse_temperature(temperature)
+    if by_sample is None:
+        loss = 2 * weights * batch.nt_xent(z_i, z_j, inv_tau)
     else:
-        losses, columns = _by_sample(z_i, z_j, temperature, shard)
-        if by_sample is None:
-            loss = weights * batch_sum(losses, shard) / n_samples(z_i, shard)
-        else:
-            by_sample = by_sample.to(losses)
-            loss = batch_sum(by_sample * losses, shard) / batch_sum(by_sample != 0, shard).clamp_min(1)
-    logits = Logits(z_i, columns, inverse_temperature(temperature, z_i))
-    return ContrastiveLoss(loss, logits, sample_ids(z_i, shard))
-
-
-def _by_sample(z_i: Tensor, z_j: Tensor, temperature: float | Tensor, shard: Shard | None) -> tuple[Tensor, Tensor]:
-    """The losses of both views of each sample (N,), and the second views of all samples."""
-    if shard is None:
-        return nt_xent(z_i, z_j, temperature, reduction="none", normalize=False).view(2, -1).sum(dim=0), z_j
-    u = torch.cat((z_i, z_j))
-    inv_tau = inverse_temperature(temperature, u, shard=shard)
-    nu = neg_lse_of_rows(u, sample_ids(z_i, shard).repeat(2), inv_tau, "auto", shard)
-    losses = row_losses(nu.view(2, -1), inv_tau * row_dots(z_i, z_j)).sum(dim=0)
-    of_ranks = shard.columns(u).whole().split(shard.rows)
-    return losses, torch.cat([rows[len(rows) // 2 :] for rows in of_ranks])
+        by_sample = by_sample.to(z_i)
+        losses = row_losses(*batch.nt_xent_rows(z_i, z_j, inv_tau)).view(2, -1).sum(dim=0)
+        loss = batch.total(by_sample * losses) / batch.total(by_sample != 0).clamp_min(1)
+    logits = Logits(z_i, batch.gather(z_j), inverse_temperature(temperature, z_i))
+    return ContrastiveLoss(watch(loss, temperature), logits, batch.sample_ids())
 
 
 def _group(name: str, context: object) -> Group | None:

@@ -1,16 +1,20 @@
-"""solo-learn's `solo.losses.simclr.simclr_loss_func`, unsupervised and supervised."""
+"""solo-learn's contrastive losses: `solo.losses.simclr_loss_func`, unsupervised and supervised, `mocov2plus_loss_func`,
+`mocov3_loss_func`, `nnclr_loss_func` and `ressl_loss_func`."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from ..backends.base import row_losses
-from ..common import inverse_temperature, neg_lse_of_rows, positive_lse, reduce, unit_rows, watched
-from ..distributed import open_shard
-from ..validation import check_rows
+from ..algebra import row_losses
+from ..losses import info_nce
+from ..opening import open_batch
+from ..sides import Side, Teacher
+from ..validation import check_features, check_rows, check_same, check_temperature, check_tensor
+from ..watching import watched
 from .shared import as_ids, default_group
 
-__all__ = ["simclr_loss_func"]
+__all__ = ["mocov2plus_loss_func", "mocov3_loss_func", "nnclr_loss_func", "ressl_loss_func", "simclr_loss_func"]
 
 
 @watched
@@ -42,11 +46,130 @@ def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float | Tensor = 0
     group = default_group()
     check_rows("z", z, may_be_empty=group is not None)
     ids = as_ids("indexes", indexes, z)
-    shard = open_shard(group, "simclr_loss_func", z, "auto", temperature=temperature)
-    inv_tau = inverse_temperature(temperature, z, shard=shard)
-    u = unit_rows(z)
-    nu = neg_lse_of_rows(u, ids, inv_tau, "auto", shard)
-    lse = positive_lse(u, ids, inv_tau, "auto", shard)
+    batch = open_batch(group, "simclr_loss_func", {"z": z}, temperature=temperature)
+    inv_tau = batch.inverse_temperature(temperature)
+    if (loss := batch.sup_con_at_once(z, ids, inv_tau, "ratio")) is not None:
+        return loss
+    u = batch.unit_rows(z)
+    nu = batch.neg_lse(u, ids, inv_tau)
+    lse = batch.positive_lse(u, ids, inv_tau)
     alone = lse.isneginf()
     losses = row_losses(nu, lse.masked_fill(alone, 0)).masked_fill(alone, 0)
-    return reduce(losses, "mean", counted=~alone, shard=shard)
+    return batch.reduce(losses, counted=~alone)
+
+
+def mocov2plus_loss_func(query: Tensor, key: Tensor, queue: Tensor, temperature: float | Tensor = 0.1) -> Tensor:
+    """MoCo v2's loss: each query picks its key among the queue's columns; nothing is normalised here.
+
+    As solo-learn's it is of this process's queries alone, also in a process group.
+
+    Args:
+        query, key: (N, D), normalised by the caller.
+        queue: (D, K), the negatives, a column each. It must not change before the backward: solo-learn passes a clone.
+        temperature: as in `nt_xent`.
+
+    Returns:
+        A 0-d tensor, the mean over the queries.
+
+    Example:
+        >>> import torch
+        >>> mocov2plus_loss_func(torch.eye(2), torch.eye(2), torch.zeros(2, 3), temperature=1.0)  # log(e + 3) - 1
+        tensor(0.7437)
+    """
+    check_tensor("queue", queue)
+    if queue.ndim != 2:
+        raise ValueError(f"queue must have shape (D, K), a column for each negative, got {tuple(queue.shape)}")
+    return info_nce(query, key, temperature, negatives=queue.T, normalize=False)
+
+
+def mocov3_loss_func(query: Tensor, key: Tensor, temperature: float | Tensor = 0.2) -> Tensor:
+    """MoCo v3's loss: each query picks its key among all keys, times 2 temperature.
+
+    In a process group the keys, and the mean, are of all ranks (solo-learn's mean is over the rank's own queries).
+
+    Args:
+        query, key: (N, D) embeddings, normalised here.
+        temperature: as in `nt_xent`.
+
+    Returns:
+        A 0-d tensor.
+
+    Example:
+        >>> import torch
+        >>> mocov3_loss_func(torch.eye(4), torch.eye(4), temperature=0.5)  # log(1 + 3 / e^2)
+        tensor(0.3408)
+    """
+    return info_nce(query, key, temperature, group=default_group()) * (2 * temperature)
+
+
+def nnclr_loss_func(nn: Tensor, p: Tensor, temperature: float | Tensor = 0.1) -> Tensor:
+    """NNCLR's loss: each nearest neighbour picks its prediction among all predictions.
+
+    In a process group the predictions, and the mean, are of all ranks (solo-learn's mean is over the rank's own).
+
+    Args:
+        nn: (N, D), of each sample's first view the nearest neighbour in the queue, normalised here.
+        p: (N, D), the predictions of the second view, normalised here.
+        temperature: as in `nt_xent`.
+
+    Returns:
+        A 0-d tensor.
+
+    Example:
+        >>> import torch
+        >>> nnclr_loss_func(torch.eye(4), torch.eye(4), temperature=1.0)  # log(e + 3) - 1
+        tensor(0.7437)
+    """
+    return info_nce(nn, p, temperature, group=default_group())
+
+
+@watched
+def ressl_loss_func(
+    q: Tensor,
+    k: Tensor,
+    queue: Tensor,
+    temperature_q: float | Tensor = 0.1,
+    temperature_k: float | Tensor = 0.04,
+) -> Tensor:
+    r"""ReSSL's loss: the softmax of a query over the queue is to be that of its key; nothing is normalised here.
+
+    .. math:: L_i = -\sum_j p^k_{ij} \log p^q_{ij}, \qquad p^k_{ij} = \mathrm{softmax}_j(k_i \cdot v_j/\tau_k), \quad
+        p^q_{ij} = \mathrm{softmax}_j(q_i \cdot v_j/\tau_q)
+
+    with v the rows of the queue. Zheng et al., "ReSSL: Relational Self-Supervised Learning with Weak Augmentation",
+    2021. As solo-learn's it is of this process's queries alone, also in a process group.
+
+    Args:
+        q, k: (N, D), normalised by the caller. No gradient goes through k.
+        queue: (K, D), a row each. It must not change before the backward: solo-learn passes a clone.
+        temperature_q, temperature_k: as in `nt_xent`; no gradient goes through temperature_k.
+
+    Returns:
+        A 0-d tensor, the mean over the queries; float64 for float64 embeddings, else float32.
+
+    Memory is O((N + K) D): no logits (N, K) are held.
+
+    Example:
+        >>> import torch
+        >>> ressl_loss_func(torch.eye(4), torch.eye(4), torch.eye(4), 1.0, 1.0)  # the entropy of softmax([1, 0, 0, 0])
+        tensor(1.2683)
+    """
+    check_temperature(temperature_q, q, name="temperature_q")
+    check_temperature(temperature_k, q, name="temperature_k")
+    batch = open_batch(None, "ressl_loss_func", {"q": q, "k": k}, normalize=False)
+    check_rows("queue", queue)
+    check_same("q", q, "queue", queue, "dtype", "device")
+    check_features("q", q, "queue", queue)
+    inv_tau, teachers_inv_tau = (batch.inverse_temperature(tau) for tau in (temperature_q, temperature_k))
+    if isinstance(teachers_inv_tau, Tensor):
+        teachers_inv_tau = teachers_inv_tau.detach()
+    u, v, t = batch.unit_rows(q), batch.unit_rows(queue), batch.unit_rows(k.detach())
+    of_rows, of_cols = (torch.full_like(x[:, 0], index, dtype=torch.int64) for index, x in enumerate((u, v)))  # apart
+    rows, cols, others = Side(u, of_rows), Side(v, of_cols), batch.beside(queue)
+    lse = batch.neg_lse_to(rows, cols, inv_tau, beside=others)
+    teachers_lse = batch.neg_lse_to(Side(t, of_rows), Side(v.detach(), of_cols), teachers_inv_tau, beside=others)
+    # The queue has no softmaxes over the keys: their log-sum-exp is infinite, and each of their probabilities 0.
+    teacher = Teacher(t, v.detach(), teachers_inv_tau, teachers_lse, torch.full_like(v[:, 0], torch.inf).detach())
+    expected = batch.soft_dots_at_once(rows, cols, teacher)
+    assert expected is not None, "all rows are here, and reduced"
+    return batch.reduce(lse) - inv_tau * (expected / batch.n_samples)

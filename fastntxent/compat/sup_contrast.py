@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..backends.base import row_dots
-from ..common import inverse_temperature, unit_rows, watch
+from ..algebra import row_dots, unit_rows
 from ..losses import nt_xent, sup_con
 from ..modules.base import TypedModule
-from ..ops.groups import group_sums
+from ..ops.groups import sums_and_counts
+from ..options import Reduction
 from ..primitives import cross_neg_lse, neg_lse
+from ..scale import inverse_temperature
 from ..validation import check_choice, check_rows, check_temperature
+from ..watching import watch
 from .shared import as_ids, check_dense
 
 __all__ = ["SupConLoss"]
@@ -78,27 +80,34 @@ class SupConLoss(TypedModule):
             return watch(scale * loss, self.temperature, mask)
         if labels is None and self.contrast_mode == "all" and V == 2:
             return scale * nt_xent(views[0], views[1], self.temperature, normalize=False)
-        ids = torch.arange(B, device=rows.device) if labels is None else _ids(labels, rows[:B])
+        ids = torch.arange(B, device=rows.device) if labels is None else _sample_labels(labels, rows[:B])
         if self.contrast_mode == "all":
-            losses = sup_con(rows, ids.repeat(V), self.temperature, reduction="sum", normalize=False)
-            return watch(scale * losses / (V * B), self.temperature, labels)
+            # Of several views every row has a positive, and the mean over those that have one is the mean over all.
+            reduction: Reduction = "mean" if V > 1 else "sum"
+            loss = sup_con(rows, torch.cat([ids] * V), self.temperature, reduction=reduction, normalize=False)
+            factor = scale if V > 1 else scale / B
+            return watch(_times(factor, loss), self.temperature, labels)
         return watch(scale * _first_view(views, ids, self.temperature), self.temperature, labels)
 
 
+def _times(factor: float | Tensor, loss: Tensor) -> Tensor:
+    return loss if type(factor) is float and factor == 1 else factor * loss
+
+
 def _first_view(views: Tensor, ids: Tensor, temperature: float | Tensor) -> Tensor:
-    sums, counts = group_sums(unit_rows(views, normalize=False).sum(dim=0), ids)
+    sums, counts = sums_and_counts(unit_rows(views, normalize=False).sum(dim=0), ids)
     weights = (len(views) * counts).to(sums.dtype)
-    return _mean(views, "one", temperature, sums, weights, torch.ones_like(weights))
+    return _mean_loss(views, "one", temperature, sums, weights, torch.ones_like(weights))
 
 
 def _masked(views: Tensor, mask: Tensor, temperature: float | Tensor, contrast_mode: str) -> Tensor:
     total = unit_rows(views, normalize=False).sum(dim=0)
     weights = len(views) * mask.sum(dim=1, dtype=total.dtype)
     own = mask.diagonal().to(total.dtype)
-    return _mean(views, contrast_mode, temperature, ops.mask_product(mask, total), weights, own)
+    return _mean_loss(views, contrast_mode, temperature, ops.mask_product(mask, total), weights, own)
 
 
-def _mean(
+def _mean_loss(
     views: Tensor, contrast_mode: str, temperature: float | Tensor, sums: Tensor, weights: Tensor, own: Tensor
 ) -> Tensor:
     """The mean over the anchors.
@@ -122,7 +131,7 @@ def _mean(
     return ((weights * nu - logits) / torch.where(weights < 1e-6, 1, weights)).mean()
 
 
-def _ids(labels: Tensor, rows: Tensor) -> Tensor:
+def _sample_labels(labels: Tensor, rows: Tensor) -> Tensor:
     check_dense("labels", labels)
     if labels.numel() != rows.shape[0]:
         raise ValueError(

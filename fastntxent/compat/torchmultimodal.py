@@ -9,15 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..common import factor, reduce, unit_rows
-from ..distributed import Shard, open_shard
-from ..losses.two_towers import clip_directions
+from ..batch import Batch
+from ..losses.clip_loss import clip_directions
 from ..modules.base import TypedModule
+from ..opening import open_batch
 from ..validation import (
     check_factor,
-    check_in_range,
+    check_parameter,
     check_positive,
-    check_reduction,
     check_rows,
     check_same,
     extremes,
@@ -53,13 +52,10 @@ class ContrastiveLossOutput(NamedTuple):
     loss_b: Tensor
 
 
-class _Terms(NamedTuple):
-    a: Tensor
-    b: Tensor
+class _Opened(NamedTuple):
+    batch: Batch
     scale: Tensor
-    loss_a: Tensor
-    loss_b: Tensor
-    shard: Shard | None
+    label_smoothing: float
 
 
 def contrastive_loss_with_temperature(
@@ -95,8 +91,11 @@ def contrastive_loss_with_temperature(
         >>> contrastive_loss_with_temperature(torch.eye(4), torch.eye(4), torch.tensor(0.0)).loss
         tensor(0.7437)
     """
-    a, b, scale, loss_a, loss_b, shard = _terms(embeddings_a, embeddings_b, logit_scale, mask, cross_entropy_kwargs)
-    columns_a, columns_b = (shard.columns(rows).whole() if shard else rows for rows in (a, b))
+    opened = _opened(embeddings_a, embeddings_b, logit_scale, mask, cross_entropy_kwargs)
+    batch, scale, _ = opened
+    a, b = batch.unit_rows(embeddings_a), batch.unit_rows(embeddings_b)
+    loss_a, loss_b = _losses(opened, a, b, mask)
+    columns_a, columns_b = batch.all_rows(a), batch.all_rows(b)
     if mask is not None:
         a, b = a[mask], b[mask]
     return ContrastiveLossOutput(
@@ -141,17 +140,23 @@ class ContrastiveLossWithTemperature(TypedModule):
         mask: Tensor | None = None,
     ) -> Tensor:
         self.logit_scale.data.clamp_(self.logit_scale_min, self.logit_scale_max)
-        terms = _terms(embeddings_a, embeddings_b, self.logit_scale, mask, cross_entropy_kwargs)
-        return terms.loss_a / 2 + terms.loss_b / 2
+        opened = _opened(embeddings_a, embeddings_b, self.logit_scale, mask, cross_entropy_kwargs)
+        if mask is None and not opened.label_smoothing:
+            loss = opened.batch.info_nce_at_once(embeddings_a, embeddings_b, opened.scale, both=True)
+            if loss is not None:
+                return loss
+        a, b = opened.batch.unit_rows(embeddings_a), opened.batch.unit_rows(embeddings_b)
+        loss_a, loss_b = _losses(opened, a, b, mask)
+        return loss_a / 2 + loss_b / 2
 
 
-def _terms(
+def _opened(
     embeddings_a: Tensor,
     embeddings_b: Tensor,
     logit_scale: Tensor,
     mask: Tensor | None,
     cross_entropy_kwargs: dict[str, Any] | None,
-) -> _Terms:
+) -> _Opened:
     group = default_group()
     check_rows("embeddings_a", embeddings_a, may_be_empty=group is not None)
     check_rows("embeddings_b", embeddings_b, may_be_empty=group is not None)
@@ -165,22 +170,28 @@ def _terms(
         raise ValueError(
             f"mask must be bool of shape ({embeddings_a.shape[0]},), got {mask.dtype} of shape {tuple(mask.shape)}"
         )
-    shard = open_shard(
-        group, "contrastive_loss_with_temperature", embeddings_a, "auto", logit_scale=logit_scale,
-        masked=mask is not None, label_smoothing=smoothing, reduction=reduction,
-        b_requires_grad=embeddings_b.requires_grad,
+    batch = open_batch(
+        group, "contrastive_loss_with_temperature", {"embeddings_a": embeddings_a, "embeddings_b": embeddings_b},
+        normalize=False, reduction=reduction, logit_scale=logit_scale, masked=mask is not None,
+        label_smoothing=smoothing,
     )  # fmt: skip
-    a, b = (unit_rows(rows, normalize=False) for rows in (embeddings_a, embeddings_b))
-    scale = factor(logit_scale, a, shard).exp()
+    log_scale = batch.factor(logit_scale)
+    assert isinstance(log_scale, Tensor)  # for logit_scale is one
+    scale = log_scale.exp()
     for extreme in extremes(scale) or ():
         check_positive("exp(logit_scale)", extreme)
-    losses: tuple[Tensor, Tensor] = clip_directions(a, b, scale, None, smoothing, "auto", shard)
-    if mask is not None and reduction == "none":
-        losses = losses[0][mask], losses[1][mask]
-    elif mask is not None:
-        losses = losses[0].masked_fill(~mask, 0), losses[1].masked_fill(~mask, 0)
-    loss_a, loss_b = (reduce(loss, reduction, counted=mask, shard=shard) for loss in losses)
-    return _Terms(a, b, scale, loss_a, loss_b, shard)
+    return _Opened(batch, scale, smoothing)
+
+
+def _losses(opened: _Opened, a: Tensor, b: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Both directions, reduced."""
+    batch, scale, smoothing = opened
+    of_a, of_b = clip_directions(batch, a, b, scale, None, smoothing)
+    if mask is None:
+        return batch.reduce(of_a), batch.reduce(of_b)
+    if batch.reduction == "none":
+        return of_a[mask], of_b[mask]
+    return tuple(batch.reduce(losses.masked_fill(~mask, 0), counted=mask) for losses in (of_a, of_b))  # type: ignore
 
 
 def _cross_entropy_options(
@@ -188,6 +199,4 @@ def _cross_entropy_options(
 ) -> tuple[float, str]:
     if others:
         raise ValueError(f"cross_entropy_kwargs must be of label_smoothing and reduction, got {', '.join(others)} too")
-    label_smoothing = check_in_range("label_smoothing", label_smoothing, 0, 1, with_low=True, with_high=False)
-    check_reduction(reduction)
-    return label_smoothing, reduction
+    return check_parameter("label_smoothing", label_smoothing), reduction

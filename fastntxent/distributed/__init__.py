@@ -9,26 +9,7 @@ two numbers a row of the others (nu_j, and w_j = d loss / d nu_j), the exact gra
 So no gradient of a row travels. docs/distributed.md has the contract and what it costs.
 """
 
-from .groups import group_counts, group_dots, positive_dots
-from .neg_lse import cross_neg_lse, neg_lse
-from .numbers import all_sum, log_sum_exp, replicated, sum_of_ranks
-from .positives import positive_lse, positive_sum
-from .shard import Group, Shard, Sharding, open_shard
+from .batch import ShardedBatch
+from .shard import Group, Sharding
 
-__all__ = [
-    "Group",
-    "Shard",
-    "Sharding",
-    "all_sum",
-    "cross_neg_lse",
-    "group_counts",
-    "group_dots",
-    "log_sum_exp",
-    "neg_lse",
-    "open_shard",
-    "positive_dots",
-    "positive_lse",
-    "positive_sum",
-    "replicated",
-    "sum_of_ranks",
-]
+__all__ = ["Group", "ShardedBatch", "Sharding"]

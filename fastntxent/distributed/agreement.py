@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops.register import saved
 from . import wire
 
 if TYPE_CHECKING:
@@ -50,19 +51,19 @@ class Part(NamedTuple):
     turn: Turn
     number: int
 
-    def begin_backward(self, ctx: Any, device: torch.device) -> tuple[Any, ...]:
-        """Return the node's saved tensors, once every rank is in the backward of this part.
+    def begin_backward(self, ctx: Any, device: torch.device) -> list[Any]:
+        """Return what the node saved, once every rank is in the backward of this part.
 
         Ranks that take the backwards of two losses in a different order, or one that leaves a backward out, would
         otherwise exchange numbers of different losses. A rank whose tensors were changed in place tells the others.
         """
         try:
-            saved: tuple[Any, ...] = ctx.saved_tensors
+            values = saved(ctx)
         except RuntimeError:
             self.turn.begin_backward(self.number, True, device)
             raise
         self.turn.begin_backward(self.number, False, device)
-        return saved
+        return values
 
 
 def agree(

@@ -14,32 +14,34 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..backends.base import row_dots
+from ..algebra import row_dots
 from ..ops.groups import counts_of_groups, sums_of_groups
+from ..ops.register import save
+from . import wire
 from .columns import Columns
 from .shard import Shard
-from .wire import eager
+from .wire import uncompiled
 
 
-@eager
+@uncompiled
 def group_dots(u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, u_shard: Shard, v_shard: Shard) -> Tensor:
     """d of the header for this rank's rows u (M,), over the v of all ranks; differentiable in both."""
     ids = (u_ids.to(torch.int64), v_ids.to(torch.int64))
     return _GroupDots.apply(u, v, *ids, u_shard.columns(u), v_shard.columns(v), False)
 
 
-@eager
+@uncompiled
 def positive_dots(u: Tensor, ids: Tensor, shard: Shard) -> Tensor:
     """The same for v = u, with no row in its own sum."""
     ids, columns = ids.to(torch.int64), shard.columns(u)
     return _GroupDots.apply(u, u, ids, ids, columns, columns, True)
 
 
-@eager
+@uncompiled
 def group_counts(ids: Tensor, shard: Shard) -> Tensor:
     """How many rows of all ranks have each row's id, itself included: (M,)."""
     ids = ids.to(torch.int64)
-    return counts_of_groups(shard.gather(ids), ids)
+    return counts_of_groups(wire.all_gather(shard.group, ids, shard.sizes), ids)
 
 
 class _GroupDots(torch.autograd.Function):
@@ -52,16 +54,16 @@ class _GroupDots(torch.autograd.Function):
             sums += sums_of_groups(block.rows, block.ids, u_ids)
         if others:
             sums -= of_v.own
-        ctx.others, ctx.layout, ctx.dtypes = others, of_u.layout, (u.dtype, v.dtype)
-        ctx.part = of_u.layout.turn.part()
-        ctx.save_for_backward(sums, v_ids, *of_u.save(u_ids))
+        ctx.others, ctx.partition, ctx.dtypes = others, of_u.partition, (u.dtype, v.dtype)
+        ctx.part = of_u.partition.turn.part()
+        save(ctx, sums, v_ids, *of_u.to_save(u_ids))
         return row_dots(of_u.own, sums)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, weights: Tensor) -> tuple[Tensor | None, ...]:
         sums, v_ids, *saved = ctx.part.begin_backward(ctx, weights.device)
-        of_u, u_ids = ctx.layout.restore(saved)
+        of_u, u_ids = ctx.partition.columns_from(saved)
         needs_u, needs_v = ctx.needs_input_grad[:2]
         d_u = d_v = None
         if needs_u:

@@ -6,7 +6,7 @@ A pair is in f of both its rows. With w_i = d loss / d f_i, and D_ij what of it 
 
     D_ij = w_i exp(l_ij - f_i)   or   -w_i sigmoid(nu_i - l_ij)      d/du_i = k sum_j (D_ij + D_ji) u_j
 
-Two numbers a row travel in the backward, w_j with f_j or nu_j, and no gradient. Pairs are those of ops/positives.py.
+Two numbers a row travel in the backward, w_j with f_j or nu_j, and no gradient. Tiles are those of ops/positives.py.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..ops.positives import Pairs, Tile, through_lse, through_sum, with_positives
-from ..ops.register import autocast_off
+from ..ops.positives import PositiveTile, PositiveTiles, through_lse, through_sum, zero_without_positive
+from ..ops.register import autocast_off, save
+from ..sides import Side
 from .columns import Block, Columns
 from .shard import Shard
-from .wire import eager
+from .wire import uncompiled
 
 
-@eager
-def positive_lse(u: Tensor, ids: Tensor, inv_tau: Tensor, shard: Shard) -> Tensor:
+@uncompiled
+def positive_lse(u: Tensor, ids: Tensor, inv_tau: float | Tensor, shard: Shard) -> Tensor:
     """Log-sum-exps of this rank's rows (M,), -inf for one without a positive; differentiable in u and inv_tau (0-d).
 
     The gradient in u is that of the sum of the ranks' losses; that in inv_tau is this rank's part of it.
@@ -34,70 +35,153 @@ def positive_lse(u: Tensor, ids: Tensor, inv_tau: Tensor, shard: Shard) -> Tenso
     return _PositiveLse.apply(u, ids.to(torch.int64), inv_tau, shard.columns(u))
 
 
-@eager
-def positive_sum(u: Tensor, ids: Tensor, inv_tau: Tensor, nu: Tensor, shard: Shard) -> Tensor:
+@uncompiled
+def positive_lse_to(rows: Side, cols: Side, inv_tau: float | Tensor, shard: Shard) -> Tensor:
+    """The same of this rank's rows and the columns of their ids on all ranks, differentiable in the columns too."""
+    ids = rows.ids.to(torch.int64), cols.ids.to(torch.int64)
+    columns = shard.columns(rows.u), shard.columns(cols.u)
+    return _CrossPositiveLse.apply(rows.u, cols.u, *ids, inv_tau, *columns)
+
+
+@uncompiled
+def positive_sum(u: Tensor, ids: Tensor, inv_tau: float | Tensor, nu: Tensor, shard: Shard) -> Tensor:
     """The other f of the header (M,), differentiable in u, inv_tau and nu, as `positive_lse`."""
     return _PositiveSum.apply(u, ids.to(torch.int64), inv_tau, nu, shard.columns(u))
 
 
 class _PositiveLse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, u: Tensor, ids: Tensor, inv_tau: Tensor, columns: Columns) -> Tensor:
+    def forward(ctx: Any, u: Tensor, ids: Tensor, inv_tau: float | Tensor, columns: Columns) -> Tensor:
         own = columns.own
         lse = own.new_full((len(own),), -torch.inf)
         with autocast_off(own):
             for block in columns.blocks(ids):
                 if len(own):
-                    lse = torch.logaddexp(lse, _pairs(own, ids, inv_tau, columns, block).lse())
-        ctx.layout, ctx.dtype = columns.layout, u.dtype
-        ctx.part = columns.layout.turn.part()
-        ctx.save_for_backward(inv_tau, lse, *columns.save(ids))
+                    lse = torch.logaddexp(lse, _tiles_of(own, ids, inv_tau, columns, block).lse())
+        ctx.partition, ctx.dtype = columns.partition, u.dtype
+        ctx.part = columns.partition.turn.part()
+        save(ctx, inv_tau, lse, *columns.to_save(ids))
         return lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_lse: Tensor) -> tuple[Tensor | None, ...]:
         inv_tau, lse, *saved = ctx.part.begin_backward(ctx, d_lse.device)
-        weights = with_positives(d_lse, lse)
-        columns, ids = ctx.layout.restore(saved)
-        d_u, d_inv_tau, _ = _backward(columns, ids, inv_tau, weights, lse, through_lse)
-        return d_u.to(ctx.dtype), None, d_inv_tau, None
+        weights = zero_without_positive(d_lse, lse)
+        columns, ids = ctx.partition.columns_from(saved)
+        d_u, d_inv_tau, _ = _gradient_of_pairs(columns, ids, inv_tau, weights, lse, through_lse)
+        return d_u.to(ctx.dtype), None, d_inv_tau if ctx.needs_input_grad[2] else None, None
+
+
+class _CrossPositiveLse(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        u: Tensor,
+        v: Tensor,
+        u_ids: Tensor,
+        v_ids: Tensor,
+        inv_tau: float | Tensor,
+        of_u: Columns,
+        of_v: Columns,
+    ) -> Tensor:
+        own = of_u.own
+        lse = own.new_full((len(own),), -torch.inf)
+        with autocast_off(own):
+            for block in of_v.blocks(v_ids):
+                if len(own):
+                    tiles = PositiveTiles(own, block.rows, u_ids, block.ids, inv_tau, own=None)
+                    lse = torch.logaddexp(lse, tiles.lse())
+        ctx.partitions, ctx.dtypes = (of_u.partition, of_v.partition), (u.dtype, v.dtype)
+        ctx.part = of_u.partition.turn.part()
+        save(ctx, inv_tau, lse, *of_u.to_save(u_ids), *of_v.to_save(v_ids))
+        return lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_lse: Tensor) -> tuple[Tensor | None, ...]:
+        inv_tau, lse, *saved = ctx.part.begin_backward(ctx, d_lse.device)
+        of_u, u_ids = ctx.partitions[0].columns_from(saved[:4])
+        of_v, v_ids = ctx.partitions[1].columns_from(saved[4:])
+        needs_u, needs_v, _, _, needs_inv_tau = ctx.needs_input_grad[:5]
+        numbers = torch.stack((zero_without_positive(d_lse, lse), lse), dim=1)
+        d_u, d_v = torch.zeros_like(of_u.own), torch.zeros_like(of_v.own)
+        of_inv_tau = d_lse.new_zeros(())
+        with autocast_off(d_u):
+            if needs_v:
+                for block in of_u.blocks(u_ids, numbers):
+                    if len(d_v):
+                        tiles = PositiveTiles(of_v.own, block.rows, v_ids, block.ids, inv_tau, own=None)
+                        part, of_block = _through_lse_of_columns(tiles, block.numbers[0])
+                        d_v += part
+                        of_inv_tau = of_inv_tau + of_block
+            if needs_u or not needs_v:  # either side's pairs are all pairs
+                of_inv_tau = d_lse.new_zeros(())
+                for block in of_v.blocks(v_ids):
+                    if len(d_u):
+                        tiles = PositiveTiles(of_u.own, block.rows, u_ids, block.ids, inv_tau, own=None)
+                        part, of_block = _through_lse_of_rows(tiles, numbers)
+                        d_u += part
+                        of_inv_tau = of_inv_tau + of_block
+        return (
+            d_u.to(ctx.dtypes[0]) if needs_u else None,
+            d_v.to(ctx.dtypes[1]) if needs_v else None,
+            None,
+            None,
+            of_inv_tau if needs_inv_tau else None,
+            None,
+            None,
+        )
+
+
+def _through_lse_of_rows(tiles: PositiveTiles, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows' gradient, and that in inv_tau, through their own log-sum-exps."""
+    rows = tiles.by_row(numbers).T[:, :, None]
+    d_u, _, d_inv_tau = tiles.backward(lambda tile: through_lse(tile, *rows[:, tile.rows]), needs_v=False)
+    return d_u, d_inv_tau
+
+
+def _through_lse_of_columns(tiles: PositiveTiles, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """The same through the log-sum-exps of the columns."""
+    cols = tiles.by_column(numbers).T[:, None]
+    d_u, _, d_inv_tau = tiles.backward(lambda tile: through_lse(tile, *cols[:, :, tile.cols]), needs_v=False)
+    return d_u, d_inv_tau
 
 
 class _PositiveSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, u: Tensor, ids: Tensor, inv_tau: Tensor, nu: Tensor, columns: Columns) -> Tensor:
+    def forward(ctx: Any, u: Tensor, ids: Tensor, inv_tau: float | Tensor, nu: Tensor, columns: Columns) -> Tensor:
         own = columns.own
         sums = own.new_zeros(len(own))
         with autocast_off(own):
             for block in columns.blocks(ids):
                 if len(own):
-                    sums += _pairs(own, ids, inv_tau, columns, block).sum(nu)
-        ctx.layout, ctx.dtype = columns.layout, u.dtype
-        ctx.part = columns.layout.turn.part()
-        ctx.save_for_backward(inv_tau, nu, *columns.save(ids))
+                    sums += _tiles_of(own, ids, inv_tau, columns, block).sum(nu)
+        ctx.partition, ctx.dtype = columns.partition, u.dtype
+        ctx.part = columns.partition.turn.part()
+        save(ctx, inv_tau, nu, *columns.to_save(ids))
         return sums
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_sum: Tensor) -> tuple[Tensor | None, ...]:
         inv_tau, nu, *saved = ctx.part.begin_backward(ctx, d_sum.device)
-        columns, ids = ctx.layout.restore(saved)
-        d_u, d_inv_tau, of_rows = _backward(columns, ids, inv_tau, d_sum, nu, through_sum)
-        return d_u.to(ctx.dtype), None, d_inv_tau, -of_rows, None
+        columns, ids = ctx.partition.columns_from(saved)
+        d_u, d_inv_tau, of_rows = _gradient_of_pairs(columns, ids, inv_tau, d_sum, nu, through_sum)
+        return d_u.to(ctx.dtype), None, d_inv_tau if ctx.needs_input_grad[2] else None, -of_rows, None
 
 
-def _pairs(own: Tensor, ids: Tensor, inv_tau: Tensor, columns: Columns, block: Block) -> Pairs:
-    return Pairs(own, block.rows, ids, block.ids, inv_tau, own=columns.layout.span.start - block.span.start)
+def _tiles_of(own: Tensor, ids: Tensor, inv_tau: float | Tensor, columns: Columns, block: Block) -> PositiveTiles:
+    return PositiveTiles(own, block.rows, ids, block.ids, inv_tau, own=columns.partition.span.start - block.span.start)
 
 
-def _backward(
+def _gradient_of_pairs(
     columns: Columns,
     ids: Tensor,
-    inv_tau: Tensor,
+    inv_tau: float | Tensor,
     d_f: Tensor,
     inner: Tensor,
-    through: Callable[[Tile, Tensor, Tensor], Tensor],
+    through: Callable[[PositiveTile, Tensor, Tensor], Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient in this rank's rows, this rank's part of that in inv_tau, and sum_j D_ij of each row. `inner`: f or nu,
     which D_ij compares a logit with."""
@@ -106,25 +190,25 @@ def _backward(
     with autocast_off(own):
         for block in columns.blocks(ids, numbers):
             if len(own):
-                pairs = _pairs(own, ids, inv_tau, columns, block)
-                d_u_part, d_inv_tau_part, of_rows_part = _of_block(pairs, numbers, block.numbers[0], through)
+                tiles = _tiles_of(own, ids, inv_tau, columns, block)
+                d_u_part, d_inv_tau_part, of_rows_part = _of_block(tiles, numbers, block.numbers[0], through)
                 d_u += d_u_part
                 d_inv_tau = d_inv_tau + d_inv_tau_part
                 of_rows += of_rows_part
-    return d_u, (d_inv_tau / 2).to(inv_tau.device), of_rows  # a pair is on the rank of either of its rows
+    return d_u, d_inv_tau / 2, of_rows  # a pair is on the rank of either of its rows
 
 
 def _of_block(
-    pairs: Pairs, of_rows: Tensor, of_cols: Tensor, through: Callable[[Tile, Tensor, Tensor], Tensor]
+    tiles: PositiveTiles, of_rows: Tensor, of_cols: Tensor, through: Callable[[PositiveTile, Tensor, Tensor], Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same from the pairs of one block, whose numbers are `of_cols`, and this rank's `of_rows`."""
-    rows, cols = of_rows[pairs.row_order].T[:, :, None], of_cols[pairs.col_order].T[:, None]
+    rows, cols = tiles.by_row(of_rows).T[:, :, None], tiles.by_column(of_cols).T[:, None]
     sums = of_rows.new_zeros(len(of_rows))
 
-    def d_logits(tile: Tile) -> Tensor:
+    def d_logits(tile: PositiveTile) -> Tensor:
         d = through(tile, *rows[:, tile.rows])
         sums[tile.rows] += d.sum(dim=1)
         return d.add_(through(tile, *cols[:, :, tile.cols]))
 
-    d_u, _, d_inv_tau = pairs.backward(d_logits, needs_v=False)
-    return d_u, d_inv_tau, pairs.of_rows(sums)
+    d_u, _, d_inv_tau = tiles.backward(d_logits, needs_v=False)
+    return d_u, d_inv_tau, tiles.of_rows(sums)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-Pairs = list[tuple[slice, slice]]
+SpanPairs = list[tuple[slice, slice]]
 
 
 def spans(sizes: Sequence[int]) -> list[slice]:
@@ -18,7 +18,7 @@ def spans(sizes: Sequence[int]) -> list[slice]:
     return [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
 
 
-def half_ring(rank: int, sizes: Sequence[int]) -> Pairs:
+def half_ring(rank: int, sizes: Sequence[int]) -> SpanPairs:
     """For blocks that go round: a rank's own, then that of the rank before it, and so on, half the way.
 
     Half-way round an even number two ranks hold each other's block. Each takes one half of the lower one's rows.
@@ -34,7 +34,7 @@ def half_ring(rank: int, sizes: Sequence[int]) -> Pairs:
     return pairs
 
 
-def triangle(rank: int, world: int, n_rows: int) -> Pairs:
+def triangle(rank: int, world: int, n_rows: int) -> SpanPairs:
     """For rows that are all at hand: of 2R shares of the rows every rank takes the r-th from the top and the r-th from
     the bottom, each against itself and what is below it. That is as much work for every rank, however the rows came."""
     cuts = [n_rows * share // (2 * world) for share in range(2 * world + 1)]

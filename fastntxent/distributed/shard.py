@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias, Union
 
@@ -9,13 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..backends.base import accumulation_dtype
+from ..algebra import accumulation_dtype
 from ..options import STRATEGIES, Strategy
 from ..validation import FLOAT_DTYPES, check_choice
 from . import wire
 from .agreement import Turn, agree
-from .columns import Columns, Layout
-from .wire import eager
+from .columns import Columns, Partition
+from .wire import uncompiled
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -110,9 +111,10 @@ def process_group(group: object) -> ProcessGroup:
 
 @dataclass(eq=False)
 class Shard:
-    """One call's view of the ranks. `samples` and `rows` have a number for each of them."""
+    """One call's view of the ranks. `samples` and `sizes`, of its rows, have a number for each of them."""
 
     group: ProcessGroup
+    sharding: Sharding
     rank: int
     samples: list[int]
     views: int
@@ -122,7 +124,7 @@ class Shard:
     _columns: list[tuple[Tensor, Columns]] = field(default_factory=list)
 
     @property
-    def rows(self) -> list[int]:
+    def sizes(self) -> list[int]:
         return [self.views * n for n in self.samples]
 
     @property
@@ -131,7 +133,7 @@ class Shard:
 
     @property
     def n_rows(self) -> int:
-        return sum(self.rows)
+        return sum(self.sizes)
 
     def sample_ids(self, like: Tensor) -> Tensor:
         """The samples of this rank, counted over all ranks."""
@@ -140,8 +142,8 @@ class Shard:
 
     def row_ids(self, like: Tensor) -> Tensor:
         """This rank's rows, view after view, counted over all ranks."""
-        first = sum(self.rows[: self.rank])
-        return torch.arange(first, first + self.rows[self.rank], device=like.device)
+        first = sum(self.sizes[: self.rank])
+        return torch.arange(first, first + self.sizes[self.rank], device=like.device)
 
     def columns(self, u: Tensor) -> Columns:
         """This rank's rows as columns of all ranks. Two terms of a loss that ask for the same rows share them."""
@@ -149,9 +151,9 @@ class Shard:
             if known is u:
                 return columns
         dtype = accumulation_dtype(u.dtype)
-        layout = Layout(self.group, self.rank, self.rows, self.ring, dtype, self.turn)
+        partition = Partition(self.group, self.rank, self.sizes, self.ring, dtype, self.turn)
         # Not a copy where the dtype is that of u: a change of u in place is one of these rows, and noticed.
-        columns = Columns(layout, u.detach().resolve_neg().to(self.wire_dtype or dtype))
+        columns = Columns(partition, u.detach().resolve_neg().to(self.wire_dtype or dtype))
         self._columns.append((u, columns))
         return columns
 
@@ -161,45 +163,38 @@ class Shard:
             return u
         return u + (u.to(self.wire_dtype).to(u.dtype) - u).detach()  # exact: a rounding is small beside its number
 
-    @eager
+    @uncompiled
     def gather(self, x: Tensor) -> Tensor:
-        """One entry a row of this rank (M, ...) to those of all ranks."""
-        return wire.all_gather(self.group, x, self.rows)
+        """One entry a sample of this rank (N, ...) to those of all ranks."""
+        return wire.all_gather(self.group, x, self.samples)
 
 
+@uncompiled
 def open_shard(
-    group: Group | None, function: str, rows: Tensor, backend: str, *, views: int = 1, **agreed: object
-) -> Shard | None:
-    """Settle with the other ranks what each holds: None without a group.
+    group: Group, function: str, rows: Mapping[str, Tensor], views: int, agreed: Mapping[str, object]
+) -> Shard:
+    """Settle with the other ranks what each holds.
 
-    `rows` (n, D) has one row for each of this rank's samples, of which a loss has `views`. `agreed` is everything else
-    that must be the same on every rank.
+    `rows`, each (n, D), have one row for each of this rank's samples, of which a loss has `views`. `agreed` is
+    everything else that must be the same on every rank.
     """
-    if group is None:
-        return None
-    if backend == "reference":
-        raise ValueError("backend 'reference' takes no group: it is the dense loss of one process")
-    return _open(group, function, rows, views, agreed)
-
-
-@eager
-def _open(group: Group, function: str, rows: Tensor, views: int, agreed: dict[str, object]) -> Shard:
     sharding = group if isinstance(group, Sharding) else Sharding(group)
     of = process_group(sharding.group)
+    first = next(iter(rows.values()))
     facts = {
-        "features": rows.shape[-1],
-        "dtype": rows.dtype,
-        "requires_grad": rows.requires_grad and torch.is_grad_enabled(),
+        "features": first.shape[-1],
+        "dtype": first.dtype,
+        **{f"{name}.requires_grad": x.requires_grad and torch.is_grad_enabled() for name, x in rows.items()},
         "strategy": sharding.strategy,
         "wire_dtype": sharding.wire_dtype,
         "views": views,
         "function": function,
         **agreed,
     }
-    turn, samples = agree(of, function, len(rows), facts if sharding.check else None, rows.device)
+    turn, samples = agree(of, function, len(first), facts if sharding.check else None, first.device)
     if sum(samples) == 0:
         raise ValueError(f"{function} must have a row on one of the {of.size()} ranks at least, got none")
-    dtype = sharding.wire_dtype or accumulation_dtype(rows.dtype)
-    size = sum(samples) * views * rows.shape[-1] * dtype.itemsize
+    dtype = sharding.wire_dtype or accumulation_dtype(first.dtype)
+    size = sum(samples) * views * first.shape[-1] * dtype.itemsize
     ring = sharding.strategy == "ring" or (sharding.strategy == "auto" and size > RING_BYTES)
-    return Shard(of, of.rank(), samples, views, ring, sharding.wire_dtype, turn)
+    return Shard(of, sharding, of.rank(), samples, views, ring, sharding.wire_dtype, turn)

@@ -71,7 +71,7 @@ def exchange_numbers(group: ProcessGroup, x: Tensor, sizes: Sequence[int]) -> Te
     return received.view(len(sizes), own)
 
 
-def sum_of_ranks(group: ProcessGroup, x: Tensor) -> Tensor:
+def all_reduce(group: ProcessGroup, x: Tensor) -> Tensor:
     """The sum over the ranks of a tensor of the same shape on each. A rank adds a part of it and gathers the others':
     less than twice the tensor is sent, however many ranks there are."""
     world = dist.get_world_size(group)
@@ -113,7 +113,7 @@ def ring(group: ProcessGroup, own: Sequence[Tensor], sizes: Sequence[int], hops:
             block = coming
 
 
-def eager(function: _Function) -> _Function:
+def uncompiled(function: _Function) -> _Function:
     """Leave a function out of compiled graphs, and all that it calls: between two graphs it runs as it is."""
     left_out = _disable_dynamo(function)
 
@@ -131,6 +131,8 @@ def _written(x: Tensor) -> Tensor:
 
 
 def _bytes(x: Tensor) -> Tensor:
+    if x.ndim and x.stride(-1) != 1:  # of one element, as an expanded gradient is, that counts as contiguous
+        x = x.clone(memory_format=torch.contiguous_format)
     return x.view(torch.uint8)
 
 

@@ -1,15 +1,18 @@
 """The losses as functions: conventions, reductions and the O(M D) formulas over the operators. docs/losses.md has all
 formulas in one place."""
 
-from .adaptive import macl
-from .debiased import debiased, hard_negative
-from .decoupled import dcl, dclw
-from .multiview import multiview_nt_xent
-from .queries import info_nce
-from .robust import rince
-from .simclr import NTXentTerms, nt_xent, nt_xent_terms
-from .supervised import sup_con
-from .two_towers import clip
+from .clip_loss import clip, multi_clip
+from .dcl_loss import dcl, dclw
+from .debiased_loss import debiased, hard_negative
+from .distill_loss import distill
+from .guided_loss import guided_info_nce
+from .info_nce_loss import info_nce
+from .macl_loss import macl
+from .multiview_loss import multiview_nt_xent
+from .nt_xent_loss import NTXentTerms, nt_xent, nt_xent_terms
+from .rince_loss import rince
+from .siglip_loss import nt_logistic, siglip
+from .sup_con_loss import sup_con
 
 __all__ = [
     "NTXentTerms",
@@ -17,12 +20,17 @@ __all__ = [
     "dcl",
     "dclw",
     "debiased",
+    "distill",
+    "guided_info_nce",
     "hard_negative",
     "info_nce",
     "macl",
+    "multi_clip",
     "multiview_nt_xent",
+    "nt_logistic",
     "nt_xent",
     "nt_xent_terms",
     "rince",
+    "siglip",
     "sup_con",
 ]

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from typing import TYPE_CHECKING, ParamSpec, Protocol, TypedDict, TypeVar
+import sys
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from ..algebra import in_double
 from ..backends import check_name as check_backend
-from ..common import in_double
 from ..distributed import Group, Sharding
 from ..options import BackendName, Reduction
 from ..validation import check_reduction, check_temperature
+
+if sys.version_info >= (3, 11):
+    from typing import Unpack as Unpack
+else:
+    from typing_extensions import Unpack as Unpack  # PyTorch depends on it
 
 _P = ParamSpec("_P")
 _R_co = TypeVar("_R_co", covariant=True)
@@ -22,13 +29,19 @@ class _HasForward(Protocol[_P, _R_co]):
     def forward(self, *args: _P.args, **kwargs: _P.kwargs) -> _R_co: ...
 
 
-class _Options(TypedDict):
-    """What every loss takes by these names."""
+class LossOptions(TypedDict, total=False):
+    """The keywords that every loss takes, as a function and as a module."""
 
     reduction: Reduction
     normalize: bool
     backend: BackendName
     group: Group | None
+
+
+class ModuleOptions(LossOptions, total=False):
+    """The keywords that every module takes; `TemperatureLoss` has their defaults."""
+
+    learn_temperature: bool
 
 
 class TypedModule(nn.Module):
@@ -40,7 +53,10 @@ class TypedModule(nn.Module):
 
 
 class TemperatureLoss(TypedModule):
-    """A temperature, a reduction, whether rows are normalised, a backend, and the ranks of the batch."""
+    """A temperature, a reduction, whether rows are normalised, a backend, and the ranks of the batch.
+
+    A loss's constructor takes the keywords as `**options` and passes them on. Its signature still names each of them.
+    """
 
     _shown: tuple[str, ...] = ()  # attributes of a subclass that repr() shows
 
@@ -48,12 +64,16 @@ class TemperatureLoss(TypedModule):
         self,
         temperature: float | Tensor,
         *,
-        reduction: Reduction,
-        normalize: bool,
-        backend: BackendName,
-        group: Group | None,
-        learn_temperature: bool,
+        reduction: Reduction = "mean",
+        normalize: bool = True,
+        backend: BackendName = "auto",
+        group: Group | None = None,
+        learn_temperature: bool = False,
+        **unknown: object,
     ):
+        if unknown:
+            name = next(iter(unknown))
+            raise TypeError(f"{type(self).__qualname__}.__init__() got an unexpected keyword argument {name!r}")
         super().__init__()
         temperature = check_temperature(temperature)
         check_reduction(reduction)
@@ -67,6 +87,12 @@ class TemperatureLoss(TypedModule):
             self.log_temperature = nn.Parameter(torch.tensor(_log(temperature)))
         else:
             self._temperature = temperature
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        constructor = vars(cls).get("__init__")
+        if TemperatureLoss in cls.__bases__ and constructor is not None:
+            constructor.__signature__ = _with_options_named(inspect.signature(constructor))
 
     @property
     def temperature(self) -> float | Tensor:
@@ -84,7 +110,7 @@ class TemperatureLoss(TypedModule):
             self._temperature = value
 
     @property
-    def _options(self) -> _Options:
+    def _options(self) -> LossOptions:
         return {
             "reduction": self.reduction,
             "normalize": self.normalize,
@@ -96,6 +122,18 @@ class TemperatureLoss(TypedModule):
         temperature = "learn_temperature=True" if self.learn_temperature else f"temperature={self._temperature}"
         shown = [f"{name}={getattr(self, name)!r}" for name in ("reduction", "normalize", "backend", *self._shown)]
         return ", ".join([temperature, *shown])
+
+
+def _with_options_named(signature: inspect.Signature) -> inspect.Signature:
+    """Return the signature with TemperatureLoss's keywords in the place of `**options`. A default of the loss's own, as
+    CLIPLoss has for learn_temperature, goes before TemperatureLoss's."""
+    own = dict(signature.parameters)
+    if own.pop("options", None) is None:
+        return signature
+    base = inspect.signature(TemperatureLoss.__init__).parameters
+    options = {name: parameter for name, parameter in base.items() if parameter.kind is parameter.KEYWORD_ONLY}
+    others = {name: parameter for name, parameter in own.items() if name not in options}
+    return signature.replace(parameters=[*(others | options | own).values()])
 
 
 def _log(temperature: float | Tensor) -> float:

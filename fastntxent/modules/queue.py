@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backends.base import accumulation_dtype, row_dots, row_losses
-from ..common import inverse_temperature, log_add, neg_lse_of_columns, reduce, sample_ids, unit_rows, watch
-from ..distributed import Group, open_shard
-from ..ops import copy_now, held_neg_lse, tracing
-from ..options import BackendName, Reduction
-from ..validation import ID_DTYPES, check_features, check_ids, check_integer, check_rows, check_same
-from .base import TemperatureLoss
+from ..algebra import accumulation_dtype, log_add, row_dots, row_losses, unit_rows
+from ..batch import Batch
+from ..opening import open_batch
+from ..ops import copy_now, tracing
+from ..options import BackendName
+from ..sides import Side
+from ..validation import ID_DTYPES, check_features, check_ids, check_integer, check_rows
+from ..watching import watch
+from .base import ModuleOptions, TemperatureLoss, Unpack
 
 _NO_ID = torch.iinfo(torch.int64).min  # stored for a row pushed without an id: matches no query
 _NO_GROUP = _NO_ID + 1  # for queries without ids: matches no stored row
@@ -108,20 +110,34 @@ class NegativeQueue(nn.Module):
         self._ids[places] = new_ids
         self._cursor.copy_(cursor)
 
-    def neg_lse(self, u: Tensor, ids: Tensor | None, inv_tau: Tensor, backend: str) -> Tensor:
+    def neg_lse(self, u: Tensor, ids: Tensor | None, inv_tau: float | Tensor, backend: BackendName) -> Tensor:
         """nu of unit rows u (N, D) against the rows held; -inf while there are none. No gradient reaches the queue.
 
         Without ids, or against a row that came without one, every row held is a negative.
         """
+        batch = open_batch(None, "NegativeQueue.neg_lse", {"u": u}, ids=ids, normalize=False, backend=backend)
+        return self.neg_lse_of(batch, u, ids, inv_tau)
+
+    def neg_lse_of(self, batch: Batch, u: Tensor, ids: Tensor | None, inv_tau: float | Tensor) -> Tensor:
+        """The same of rows of a batch that is open."""
+        sides = self.sides_of(u, ids)
+        if sides is None or not len(u):
+            return u.new_full((u.shape[0],), -torch.inf)
+        rows, cols, held = sides
+        return batch.neg_lse_to_held(rows, cols, inv_tau, held)
+
+    def sides_of(self, u: Tensor, ids: Tensor | None) -> tuple[Side, Side, Tensor] | None:
+        """Rows, the queue as it is now, and how many of its rows count; None where it holds none."""
         # Compiled code takes the whole buffer, whose shape is always the same.
         first = self.size if torch.compiler.is_compiling() else self.filled
-        if not first or not len(u):
-            return u.new_full((u.shape[0],), -torch.inf)
+        if not first:
+            return None
         if ids is None:
             ids = torch.full((u.shape[0],), _NO_GROUP, device=u.device)
         # The backward needs these, and the queue moves on before it.
         rows, row_ids, held = map(copy_now, (self._rows[:first], self._ids[:first], self._cursor[1]))
-        return held_neg_lse(u, rows.to(u), ids.to(torch.int64), row_ids.to(u.device), held, inv_tau, backend)
+        queue = Side(rows.to(u), row_ids.to(u.device))
+        return Side(u, ids.to(torch.int64)), queue, held
 
     def get_extra_state(self) -> Tensor:
         """Pointer and fill, for `state_dict`: like the buffers there, they go on changing with the queue."""
@@ -239,47 +255,35 @@ class QueueInfoNCELoss(TemperatureLoss):
         *,
         in_batch_negatives: bool = True,
         queue_dtype: torch.dtype = torch.float32,
-        reduction: Reduction = "mean",
-        normalize: bool = True,
-        backend: BackendName = "auto",
-        group: Group | None = None,
-        learn_temperature: bool = False,
+        **options: Unpack[ModuleOptions],
     ):
-        super().__init__(
-            temperature,
-            reduction=reduction,
-            normalize=normalize,
-            backend=backend,
-            group=group,
-            learn_temperature=learn_temperature,
-        )
+        super().__init__(temperature, **options)
         self.in_batch_negatives = in_batch_negatives
-        self.queue = NegativeQueue(size, dim, dtype=queue_dtype, normalize=normalize)
+        self.queue = NegativeQueue(size, dim, dtype=queue_dtype, normalize=self.normalize)
 
     def forward(self, query: Tensor, key: Tensor, ids: Tensor | None = None) -> Tensor:
-        check_rows("query", query, may_be_empty=self.group is not None)
-        check_rows("key", key, may_be_empty=self.group is not None)
-        check_same("query", query, "key", key, "shape", "dtype", "device")
-        check_features("query", query, "the queue's rows", self.queue._rows)
-        if ids is not None:
-            check_ids("ids", ids, "query", query)
         given_ids = ids
         pointer, filled = self.queue._cursor.unbind()
-        shard = open_shard(
-            self.group, "QueueInfoNCELoss", query, self.backend, temperature=self.temperature,
-            reduction=self.reduction, normalize=self.normalize, in_batch_negatives=self.in_batch_negatives,
-            ids_given=ids is not None, key_requires_grad=key.requires_grad,
-            queue_pointer=pointer, queue_filled=filled,
+        batch = open_batch(
+            self.group, "QueueInfoNCELoss", {"query": query, "key": key}, ids=ids, temperature=self.temperature,
+            reduction=self.reduction, normalize=self.normalize, backend=self.backend,
+            in_batch_negatives=self.in_batch_negatives, queue_pointer=pointer, queue_filled=filled,
         )  # fmt: skip
-        inv_tau = inverse_temperature(self.temperature, query, shard=shard)
-        u, v = unit_rows(query, self.normalize), unit_rows(key, self.normalize)
-        nu = self.queue.neg_lse(u, ids, inv_tau, self.backend)
+        check_features("query", query, "the queue's rows", self.queue._rows)
+        inv_tau = batch.inverse_temperature(self.temperature)
+        u, v = batch.unit_rows(query), batch.unit_rows(key)
+        pos, of_queue = inv_tau * row_dots(u, v), self.queue.sides_of(u, ids)
+        parts = []
         if self.in_batch_negatives:
-            groups = sample_ids(u, shard) if ids is None else ids
-            nu = log_add(nu, neg_lse_of_columns(u, v, groups, groups, inv_tau, self.backend, shard, shard))
-        losses = reduce(row_losses(nu, inv_tau * row_dots(u, v)), self.reduction, shard=shard)
-        if self.training:
-            if shard:  # the keys of all ranks, in their order: every rank holds the same queue
-                key, ids = shard.columns(v).whole(), None if ids is None else shard.gather(ids)
-            self.queue.push(key, ids)
-        return watch(losses, self.temperature, given_ids)
+            groups = batch.sample_ids() if ids is None else ids
+            nu = batch.neg_lse_to(Side(u, groups), Side(v, groups), inv_tau)
+            # log(1 + e^(nu - pos) + e^(queue - pos)) is this, and log(1 + e^(queue - pos')) with the batch's in pos'.
+            parts.append(batch.reduce(row_losses(nu, pos)))
+            pos = log_add(nu, pos)
+        if of_queue is not None:
+            rows, cols, held = of_queue
+            parts.append(batch.held_loss(rows, cols, inv_tau, pos, held))
+        loss = sum(parts[1:], parts[0]) if parts else batch.reduce(row_losses(torch.full_like(pos, -torch.inf), pos))
+        if self.training:  # every rank holds the same queue
+            self.queue.push(batch.all_rows(v), None if ids is None else batch.gather(ids))
+        return watch(loss, self.temperature, given_ids)

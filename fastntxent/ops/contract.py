@@ -15,26 +15,32 @@ An argument is one of
     grad N D    a gradient in the accumulation dtype
     index P     int64 numbers of rows
     mask B C    bool or numbers, one for each pair of rows
-    number      0-d in the accumulation dtype, in host memory or where the rows are
+    number      0-d in the accumulation dtype, in host memory or where the rows are; inv_tau may be a Python number
     count       a 0-d integer in host memory
 
 with the same letter for the same size. Tensors that PyTorch negates lazily (`z.conj().imag`), or whose zeros it has not
-written yet, are resolved here: a kernel reads what lies in memory.
+written yet, are resolved here: a kernel reads what lies in memory. Where host memory has inv_tau or a bias, a kernel is
+given it as a Python number.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
-from typing import NamedTuple
+import struct
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..backends.base import accumulation_dtype
+from ..algebra import accumulation_dtype
 from ..validation import FLOAT_DTYPES, ID_DTYPES, check_positive
 
 _ROWS = ("rows", "full")
+_FLOAT32 = struct.Struct("f")
+_MOST_PASSED = 4096
+_passed: set[Hashable] = set()
 
 
 class _Argument(NamedTuple):
@@ -46,6 +52,8 @@ class _Argument(NamedTuple):
 class _Call(NamedTuple):
     arguments: tuple[_Argument, ...]
     order: tuple[int, ...]  # rows first: they say what the letters stand for
+    inv_tau: int | None  # where it stands
+    bias: int | None
 
 
 def _parse(text: str) -> _Call:
@@ -55,16 +63,25 @@ def _parse(text: str) -> _Call:
         factors = [re.fullmatch(r"(\d*)([A-Z])", size) for size in sizes]
         arguments.append(_Argument(name, kind, tuple((int(f[1] or 1), f[2]) for f in factors if f)))
     order = sorted(range(len(arguments)), key=lambda index: arguments[index].kind not in _ROWS)
-    return _Call(tuple(arguments), tuple(order))
+    places = {argument.name: index for index, argument in enumerate(arguments)}
+    return _Call(tuple(arguments), tuple(order), places.get("inv_tau"), places.get("bias"))
 
 
 _TWO_VIEWS = "z_i: rows N D, z_j: rows N D, inv_tau: number"
+_SCALAR_BACKWARD = f"d_loss: number, d_z_i: grad N D, d_z_j: grad N D, d_inv_tau: number, {_TWO_VIEWS}"
 _ONE_SIDE = "u: rows M D, ids: ids M, inv_tau: number"
 _TWO_SIDES = "u: rows M D, v: rows K D, u_ids: ids M, v_ids: ids K, inv_tau: number"
 _PAIRS = "u: full M D, v: full K D, a: index P, b: index P"
+_LIMITED = "u: rows M D, v: rows K D, u_ids: ids M, v_ids: ids K, u_limits: sums M, v_limits: sums K, inv_tau: number"
+_STUDENT = "u: full M D, v: full K D, t_u: full M E, t_v: full K E, u_ids: ids M, v_ids: ids K"
+_TAUGHT = f"{_STUDENT}, inv_tau: number, rows_lse: sums M, cols_lse: sums K"
+_GUIDED = (
+    "u: full M D, v: full K D, g_u: full M E, g_v: full K E, u_ids: ids M, v_ids: ids K, inv_tau: number, "
+    "limits: sums M"
+)
 _HELD = "u: rows M D, rows: rows K D, u_ids: ids M, row_ids: ids K, held: count, inv_tau: number"
 
-# The tensors of each call in order; what follows them is no tensor.
+# The tensors of each call in order; what follows them is no tensor. Calls are named after the operators.
 _CALLS = {
     name: _parse(text)
     for name, text in {
@@ -78,17 +95,45 @@ _CALLS = {
         ),
         "held_neg_lse": _HELD,
         "held_neg_lse_backward": f"d_neg_lse: sums M, {_HELD}, neg_lse: sums M",
+        "held_loss": f"{_HELD}, against: sums M",
+        "held_loss_backward": (
+            "d_loss: number, d_u: grad M D, d_inv_tau: number, d_against: sums M, u: rows M D, inv_tau: number, "
+            "against: sums M"
+        ),
         "nt_xent_rows": _TWO_VIEWS,
         "nt_xent_rows_backward": f"d_neg_lse: sums 2N, d_pos: sums 2N, {_TWO_VIEWS}, neg_lse: sums 2N",
         "nt_xent_value": _TWO_VIEWS,
         "nt_xent_scalar": _TWO_VIEWS,
-        "nt_xent_scalar_backward": (
-            f"d_loss: number, d_z_i: grad N D, d_z_j: grad N D, d_inv_tau: number, {_TWO_VIEWS}"
+        "nt_xent_scalar_backward": _SCALAR_BACKWARD,
+        "info_nce_value": _TWO_VIEWS,
+        "info_nce_scalar": _TWO_VIEWS,
+        "info_nce_scalar_backward": _SCALAR_BACKWARD,
+        "limited_neg_lse": _LIMITED,
+        "limited_neg_lse_backward": (
+            f"d_rows: sums M, d_cols: sums K, {_LIMITED}, rows_neg_lse: sums M, cols_neg_lse: sums K"
         ),
+        "limited_nt_xent_value": _TWO_VIEWS,
+        "limited_nt_xent_scalar": _TWO_VIEWS,
+        "limited_nt_xent_scalar_backward": _SCALAR_BACKWARD,
+        "sigmoid_value": f"{_TWO_VIEWS}, bias: number",
+        "sigmoid_scalar": f"{_TWO_VIEWS}, bias: number",
+        "sigmoid_scalar_backward": (
+            "d_loss: number, d_z_i: grad N D, d_z_j: grad N D, d_inv_tau: number, d_bias: number, "
+            f"{_TWO_VIEWS}, bias: number"
+        ),
+        "softplus": f"{_TWO_SIDES}, bias: number",
+        "softplus_backward": f"d_rows: sums M, d_cols: sums K, {_TWO_SIDES}, bias: number",
+        "sup_con_scalar": "z: rows M D, ids: ids M, inv_tau: number",
         "positive_lse": _TWO_SIDES,
         "positive_lse_backward": f"d_lse: sums M, {_TWO_SIDES}, lse: sums M",
         "positive_sum": f"{_TWO_SIDES}, nu: sums M",
         "positive_sum_backward": f"d_sum: sums M, {_TWO_SIDES}, nu: sums M",
+        "soft_dots": _TAUGHT,
+        "soft_dots_backward": f"d_rows: sums M, d_cols: sums K, {_TAUGHT}",
+        "soft_dots_sum": _TAUGHT,
+        "soft_dots_sum_backward": "d_sum: number, d_u: grad M D, d_v: grad K D, u: full M D, v: full K D",
+        "guided_neg_lse": _GUIDED,
+        "guided_neg_lse_backward": f"d_neg_lse: sums M, {_GUIDED}, neg_lse: sums M",
         "pair_dots": _PAIRS,
         "pair_dots_backward": f"d_dots: sums P, {_PAIRS}",
         "mask_product": "mask: mask B C, x: full C D",
@@ -99,27 +144,49 @@ _CALLS = {
 }
 
 
-def checked(call: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+def checked(call: str, *values: Tensor | float) -> tuple[Any, ...]:
     """The tensors of a call, as a kernel may read them; an error that names the first that is not what it has to be."""
-    tensors = tuple(map(_resolved, tensors))
-    check_kinds(call, tensors)
-    arguments, order = _CALLS[call]
-    sizes: dict[str, tuple[int, str]] = {}  # of each letter, and the argument that set it
-    for index in order:
-        argument, x = arguments[index], tensors[index]
-        _check_sizes(argument, x, sizes)
-        _check_storage(argument.name, x)
-        if argument.name == "inv_tau" and x.is_cpu:  # a compiled caller's checks saw no value; here there is one
-            check_positive("1 / temperature", x.item())
-    return tensors
+    found = [_resolved(x) if isinstance(x, Tensor) else x for x in values]
+    key = (call, *map(_key_of, found))
+    if key not in _passed:
+        check_kinds(call, found)
+        _check_all_sizes(call, found)
+        if len(_passed) >= _MOST_PASSED:
+            _passed.clear()
+        _passed.add(key)
+    arguments, _, inv_tau, bias = _CALLS[call]
+    for argument, x in zip(arguments, found, strict=True):
+        if isinstance(x, Tensor):
+            _check_storage(argument.name, x)
+    if inv_tau is not None and (not isinstance(x := found[inv_tau], Tensor) or x.is_cpu):
+        found[inv_tau] = _inverse_temperature(x, accumulation_dtype(rows_of(call, found).dtype))
+    if bias is not None and isinstance(x := found[bias], Tensor) and x.is_cpu:
+        found[bias] = _rounded(x.item(), accumulation_dtype(rows_of(call, found).dtype))
+    return tuple(found)
 
 
-def check_kinds(call: str, tensors: Sequence[Tensor]) -> None:
+def _key_of(x: Tensor | float) -> Hashable:
+    """What all checks but that of the storage go by; they take longer than a look for what has passed them before."""
+    if not isinstance(x, Tensor):
+        return float
+    return "nested" if x.is_nested else (x.dtype, x.device, x.layout, x.shape)
+
+
+def taken_by(call: str, arguments: Sequence[Any]) -> Sequence[Any]:
+    """The arguments of a call that are its tensors, or inv_tau as a float; what follows them is of another kind."""
+    return arguments[: len(_CALLS[call].arguments)]
+
+
+def check_kinds(call: str, values: Sequence[Tensor | float]) -> None:
     """Layouts, dtypes, dimensions and devices: what is known of tensors without data too."""
-    arguments, order = _CALLS[call]
-    rows, rows_name = rows_of(call, tensors), arguments[order[0]].name
+    arguments, order, *_ = _CALLS[call]
+    rows, rows_name = rows_of(call, values), arguments[order[0]].name
     for index in order:
-        (name, kind, letters), x = arguments[index], tensors[index]
+        (name, kind, letters), x = arguments[index], values[index]
+        if not isinstance(x, Tensor):
+            if name == "inv_tau":
+                continue
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
         if x.layout != torch.strided or x.is_nested:
             raise TypeError(f"{name} must be a dense (strided) tensor, got layout {x.layout}, nested: {x.is_nested}")
         _check_dtype(name, kind, x.dtype, rows, rows_name)
@@ -132,9 +199,36 @@ def check_kinds(call: str, tensors: Sequence[Tensor]) -> None:
             raise ValueError(f"{name} must be on the device of {rows_name}, {rows.device}, got {x.device}")
 
 
-def rows_of(call: str, tensors: Sequence[Tensor]) -> Tensor:
+def rows_of(call: str, values: Sequence[Any]) -> Tensor:
     """The first rows among the tensors of a call: its dtype and device are those of the call."""
-    return tensors[_CALLS[call].order[0]]
+    rows: Tensor = values[_CALLS[call].order[0]]
+    return rows
+
+
+def _inverse_temperature(inv_tau: Tensor | float, dtype: torch.dtype) -> float:
+    """1/tau as kernels of that dtype have it: rounded once, so that all of them work with the same number. A compiled
+    caller's checks saw no value; here there is one."""
+    value = _rounded(inv_tau.item() if isinstance(inv_tau, Tensor) else inv_tau, dtype)
+    check_positive("1 / temperature", value)
+    return value
+
+
+def _rounded(value: float, dtype: torch.dtype) -> float:
+    if dtype != torch.float32:
+        return value
+    try:
+        (value,) = _FLOAT32.unpack(_FLOAT32.pack(value))
+    except OverflowError:
+        return math.copysign(math.inf, value)
+    return value
+
+
+def _check_all_sizes(call: str, values: Sequence[Tensor | float]) -> None:
+    arguments, order, *_ = _CALLS[call]
+    sizes: dict[str, tuple[int, str]] = {}  # of each letter, and the argument that set it
+    for index in order:
+        if isinstance(x := values[index], Tensor):
+            _check_sizes(arguments[index], x, sizes)
 
 
 def _check_sizes(argument: _Argument, x: Tensor, sizes: dict[str, tuple[int, str]]) -> None:

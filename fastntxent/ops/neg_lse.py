@@ -7,69 +7,71 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.base import accumulation_dtype, weighted_sum
-from ..backends.reference import BACKEND as _REFERENCE
+from ..algebra import accumulation_dtype, weighted_sum
+from ..backends.base import Upstream
+from ..sides import Side
 from .contract import checked
-from .register import autocast_off, may_be_differentiated, register, run_kernel
+from .kernels import (
+    run_cross_neg_lse,
+    run_cross_neg_lse_backward,
+    run_neg_lse,
+    run_neg_lse_backward,
+    run_neg_lse_sum,
+)
+from .register import may_be_differentiated, register, save, save_gradients, saved, scaled
 
 
-def neg_lse(u: Tensor, ids: Tensor, inv_tau: Tensor, backend: str) -> Tensor:
+def neg_lse(u: Tensor, ids: Tensor, inv_tau: float | Tensor, backend: str) -> Tensor:
     """nu of the rows (M,), differentiable in u and inv_tau."""
-    if backend == "reference":
-        with autocast_off(u):
-            return _REFERENCE.neg_lse(u, ids, inv_tau)
     return _neg_lse(u, ids, inv_tau, backend)
 
 
-def neg_lse_sum(u: Tensor, ids: Tensor, inv_tau: Tensor, weights: Tensor, backend: str) -> Tensor:
+def neg_lse_sum(u: Tensor, ids: Tensor, inv_tau: float | Tensor, weights: Tensor, backend: str) -> Tensor:
     """sum_i weights_i nu_i (0-d), over the rows that have a nu; differentiable in u and inv_tau. The weights are given,
     so value and gradient come from one call."""
-    if backend == "reference" or not may_be_differentiated(u, inv_tau):
+    if not may_be_differentiated(u, inv_tau):
         return weighted_sum(neg_lse(u, ids, inv_tau, backend), weights)
     return _neg_lse_sum(u, ids, inv_tau, weights, backend)
 
 
 def cross_neg_lse(
-    u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: Tensor, backend: str
+    u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: float | Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
     """nu of the rows (M,) against the columns and of the columns (K,) against the rows, differentiable in u, v and
     inv_tau."""
-    if backend == "reference":
-        with autocast_off(u):
-            return _REFERENCE.cross_neg_lse(u, v, u_ids, v_ids, inv_tau)
     return _cross_neg_lse(u, v, u_ids, v_ids, inv_tau, backend)
 
 
 # --- one set of rows -------------------------------------------------------------------------------------------------
 
 
-def _forward(u: Tensor, ids: Tensor, inv_tau: Tensor, backend: str) -> Tensor:
-    return run_kernel(backend, "neg_lse", u, ids, inv_tau)
+def _forward(u: Tensor, ids: Tensor, inv_tau: float | Tensor, backend: str) -> Tensor:
+    return run_neg_lse(Side(u, ids), inv_tau, backend)
 
 
-def _fake(u: Tensor, ids: Tensor, inv_tau: Tensor, backend: str) -> Tensor:
+def _fake(u: Tensor, ids: Tensor, inv_tau: float | Tensor, backend: str) -> Tensor:
     return u.new_empty(u.shape[0], dtype=accumulation_dtype(u.dtype))
 
 
 def _setup(ctx: Any, inputs: Any, output: Tensor) -> None:
     *tensors, ctx.backend = inputs
-    ctx.save_for_backward(*tensors, output)
+    save(ctx, *tensors, output)
 
 
 def _autograd(ctx: Any, d_neg_lse: Tensor) -> tuple[Tensor | None, ...]:
-    d_u, d_inv_tau = _neg_lse_backward(d_neg_lse, *ctx.saved_tensors, ctx.backend)
+    d_u, d_inv_tau = _neg_lse_backward(d_neg_lse, *saved(ctx), ctx.backend)
     return d_u, None, d_inv_tau, None
 
 
 def _backward(
-    d_neg_lse: Tensor, u: Tensor, ids: Tensor, inv_tau: Tensor, neg_lse: Tensor, backend: str
+    d_neg_lse: Tensor, u: Tensor, ids: Tensor, inv_tau: float | Tensor, neg_lse: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
-    d_u, d_inv_tau = run_kernel(backend, "neg_lse_backward", d_neg_lse, u, ids, inv_tau, neg_lse)
+    d_u, d_inv_tau = run_neg_lse_backward(Side(u, ids), inv_tau, Upstream(d_neg_lse, neg_lse), backend)
     return d_u.to(u.dtype), d_inv_tau
 
 
 def _backward_fake(
-    d_neg_lse: Tensor, u: Tensor, ids: Tensor, inv_tau: Tensor, neg_lse: Tensor, backend: str
+    d_neg_lse: Tensor, u: Tensor, ids: Tensor, inv_tau: float | Tensor, neg_lse: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
     return u.new_empty(u.shape), d_neg_lse.new_empty(())
 
@@ -87,55 +89,64 @@ _neg_lse = register(
 # --- a weighted sum of one set's, with its gradient ------------------------------------------------------------------
 
 
-def _sum_forward(
-    u: Tensor, ids: Tensor, inv_tau: Tensor, weights: Tensor, backend: str
+def _weighted_forward(
+    u: Tensor, ids: Tensor, inv_tau: float | Tensor, weights: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return run_kernel(backend, "neg_lse_sum", u, ids, inv_tau, weights)
+    return run_neg_lse_sum(Side(u, ids), inv_tau, weights, backend)
 
 
-def _sum_fake(u: Tensor, ids: Tensor, inv_tau: Tensor, weights: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def scalar_path_fake(u: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """A value, and its gradients in u and inv_tau, without data."""
     dtype = accumulation_dtype(u.dtype)
     return u.new_empty((), dtype=dtype), u.new_empty(u.shape, dtype=dtype), u.new_empty((), dtype=dtype)
 
 
-def _sum_setup(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
+def _weighted_setup(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
     u, _, inv_tau, *_ = inputs
-    gradients = output[1:]
-    ctx.mark_non_differentiable(*gradients)
-    ctx.set_materialize_grads(False)  # no zeros for gradients that nobody asks for
-    # The backward needs no u; it takes it so that a second derivative finds its way to the refusal.
-    ctx.save_for_backward(*gradients, u, inv_tau)
+    save_gradients(ctx, output[1:], u, inv_tau)
 
 
-def _sum_autograd(ctx: Any, d_sum: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if d_sum is None:  # nothing came back
-        return (None,) * 5
-    d_u, d_inv_tau = _neg_lse_sum_backward(d_sum, *ctx.saved_tensors)
+def _weighted_autograd(ctx: Any, d_sum: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    d_u, d_inv_tau = scaled_scalar_path(ctx, d_sum)
     return d_u, None, d_inv_tau, None, None
 
 
-def _sum_backward(d_sum: Tensor, d_u: Tensor, d_inv_tau: Tensor, u: Tensor, inv_tau: Tensor) -> tuple[Tensor, Tensor]:
+def scaled_scalar_path(ctx: Any, d_value: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients that were kept, times what came back."""
+    if d_value is None:  # nothing came back
+        return None, None
+    # An operator of its own only where this may be differentiated again: elsewhere it is a product each.
+    if torch.is_grad_enabled():
+        d_u, d_inv_tau = _neg_lse_sum_backward(d_value, *saved(ctx))
+        return d_u, d_inv_tau
+    d_u, d_inv_tau, u, _ = ctx.saved_tensors
+    return scaled(d_value, d_u, u), d_value * d_inv_tau if ctx.needs_input_grad[2] else None
+
+
+def _weighted_backward(
+    d_sum: Tensor, d_u: Tensor, d_inv_tau: Tensor, u: Tensor, inv_tau: float | Tensor
+) -> tuple[Tensor, Tensor]:
     d_sum, d_u, d_inv_tau, u, _ = checked("neg_lse_sum_backward", d_sum, d_u, d_inv_tau, u, inv_tau)
-    return (d_sum * d_u).to(u.dtype), d_sum * d_inv_tau
+    return scaled(d_sum, d_u, u), d_sum * d_inv_tau
 
 
-def _sum_backward_fake(
-    d_sum: Tensor, d_u: Tensor, d_inv_tau: Tensor, u: Tensor, inv_tau: Tensor
+def _weighted_backward_fake(
+    d_sum: Tensor, d_u: Tensor, d_inv_tau: Tensor, u: Tensor, inv_tau: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     return u.new_empty(u.shape), torch.empty_like(d_inv_tau)
 
 
 _neg_lse_sum_backward = register(
     "neg_lse_sum_backward(Tensor d_sum, Tensor d_u, Tensor d_inv_tau, Tensor u, Tensor inv_tau) -> (Tensor, Tensor)",
-    _sum_backward,
-    _sum_backward_fake,
+    _weighted_backward,
+    _weighted_backward_fake,
 )
 _neg_lse_sum = register(
     "neg_lse_sum(Tensor u, Tensor ids, Tensor inv_tau, Tensor weights, str backend) -> (Tensor, Tensor, Tensor)",
-    _sum_forward,
-    _sum_fake,
-    _sum_setup,
-    _sum_autograd,
+    _weighted_forward,
+    scalar_path_fake,
+    _weighted_setup,
+    _weighted_autograd,
     value_alone=True,
 )
 
@@ -143,13 +154,13 @@ _neg_lse_sum = register(
 
 
 def _cross_forward(
-    u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: Tensor, backend: str
+    u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: float | Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
-    return run_kernel(backend, "cross_neg_lse", u, v, u_ids, v_ids, inv_tau)
+    return run_cross_neg_lse(Side(u, u_ids), Side(v, v_ids), inv_tau, backend)
 
 
 def _cross_fake(
-    u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: Tensor, backend: str
+    u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: float | Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
     dtype = accumulation_dtype(u.dtype)
     return u.new_empty(u.shape[0], dtype=dtype), v.new_empty(v.shape[0], dtype=dtype)
@@ -157,12 +168,12 @@ def _cross_fake(
 
 def _cross_setup(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.backend = inputs
-    ctx.save_for_backward(*tensors, *output)
+    save(ctx, *tensors, *output)
 
 
 def _cross_autograd(ctx: Any, d_rows: Tensor, d_cols: Tensor) -> tuple[Tensor | None, ...]:
     needs_u, needs_v = ctx.needs_input_grad[:2]
-    d_u, d_v, d_inv_tau = _cross_neg_lse_backward(d_rows, d_cols, *ctx.saved_tensors, needs_u, needs_v, ctx.backend)
+    d_u, d_v, d_inv_tau = _cross_neg_lse_backward(d_rows, d_cols, *saved(ctx), needs_u, needs_v, ctx.backend)
     return d_u if needs_u else None, d_v if needs_v else None, None, None, d_inv_tau, None
 
 
@@ -173,15 +184,15 @@ def _cross_backward(
     v: Tensor,
     u_ids: Tensor,
     v_ids: Tensor,
-    inv_tau: Tensor,
+    inv_tau: float | Tensor,
     rows_neg_lse: Tensor,
     cols_neg_lse: Tensor,
     needs_u: bool,
     needs_v: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    tensors = (d_rows, d_cols, u, v, u_ids, v_ids, inv_tau, rows_neg_lse, cols_neg_lse)
-    d_u, d_v, d_inv_tau = run_kernel(backend, "cross_neg_lse_backward", *tensors, needs_u, needs_v)
+    of_rows, of_cols = Upstream(d_rows, rows_neg_lse, needs_u), Upstream(d_cols, cols_neg_lse, needs_v)
+    d_u, d_v, d_inv_tau = run_cross_neg_lse_backward(Side(u, u_ids), Side(v, v_ids), inv_tau, of_rows, of_cols, backend)
     return (
         u.new_empty(0) if d_u is None else d_u.to(u.dtype),
         v.new_empty(0) if d_v is None else d_v.to(v.dtype),

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.base import row_dots
+from ..algebra import row_dots
 from .contract import checked
 from .register import autocast_off, register
 

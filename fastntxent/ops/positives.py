@@ -7,8 +7,9 @@ Without a positive a row's log-sum-exp is -inf, its sum 0.
 
 `same` says that v is u, row for row: a row is then no positive of itself.
 
-Both sides are put in the order of their ids, in which the pairs of a block of rows lie in one run of columns. Blocks
-and runs are taken a tile at a time, and once more in the backward, which forms a tile's logits again:
+Both sides are put in the order of their ids, unless they fit into one tile. In that order the pairs of a block of rows
+lie in one run of columns. Blocks and runs are taken a tile at a time, and once more in the backward, which forms a
+tile's logits again:
 
     D_ij = d loss / d (k u_i . v_j)      d_u_i = k sum_j D_ij v_j      d_v_j = k sum_i D_ij u_i      d_k = sum D_ij s_ij
 
@@ -25,9 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends.base import accumulation_dtype, row_dots
+from ..algebra import accumulation_dtype, row_dots
 from .contract import checked
-from .register import autocast_off, register
+from .register import autocast_off, register, save, saved
 
 # Rows of a block, columns of a tile. Small blocks waste little where groups are of two rows; an accelerator wants fewer
 # launches.
@@ -35,79 +36,79 @@ _TILE_CPU = (128, 2048)
 _TILE_ACCELERATOR = (1024, 8192)
 
 
-def positive_lse(
-    u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: Tensor, same: bool, backend: str
-) -> Tensor:
+def positive_lse(u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: float | Tensor, *, same: bool) -> Tensor:
     """Log-sum-exp over the positives (M,), differentiable in u, v and inv_tau."""
-    if backend == "reference":
-        logits, mask = _dense(u, v, u_ids, v_ids, inv_tau, same)
-        some = mask.any(dim=1)
-        logits = torch.where(mask | ~some[:, None], logits, -torch.inf)
-        return torch.where(some, torch.logsumexp(logits, dim=1), -torch.inf)
     return _positive_lse(u, v, u_ids, v_ids, inv_tau, same)
 
 
 def positive_sum(
-    u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: Tensor, nu: Tensor, same: bool, backend: str
+    u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: float | Tensor, nu: Tensor, *, same: bool
 ) -> Tensor:
     """Sum over the positives of log(1 + exp(nu - logit)) (M,), differentiable in u, v, inv_tau and nu."""
-    if backend == "reference":
-        logits, mask = _dense(u, v, u_ids, v_ids, inv_tau, same)
-        return torch.where(mask, -F.logsigmoid(logits - nu[:, None]), 0).sum(dim=1)
     return _positive_sum(u, v, u_ids, v_ids, inv_tau, nu, same)
-
-
-def _dense(u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: Tensor, same: bool) -> tuple[Tensor, Tensor]:
-    """The oracle's logits, whole, and which of them are positives."""
-    mask = u_ids[:, None] == v_ids
-    if same:
-        mask = mask.fill_diagonal_(False)
-    dtype = accumulation_dtype(u.dtype)
-    with autocast_off(u):
-        return inv_tau * (u.to(dtype) @ v.to(dtype).T), mask
 
 
 # --- tiles -----------------------------------------------------------------------------------------------------------
 
 
-class Tile(NamedTuple):
+class PositiveTile(NamedTuple):
+    """Logits of a block of rows and a run of columns, and which of them are positives."""
+
     rows: slice
     cols: slice
     logits: Tensor
     mask: Tensor
 
 
-class Pairs:
-    """Both sides in the order of their ids, and the tiles in which ids meet.
+class PositiveTiles:
+    """Both sides in the order of their ids, and the tiles in which ids meet. What fits into one tile stays in its own
+    order, and the tile is kept for the backward.
 
     `own`: row i is column own + i, where there is one, and no positive of itself; None: no row is a column.
     """
 
-    def __init__(self, u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: Tensor, own: int | None):
+    def __init__(self, u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: float | Tensor, own: int | None):
         dtype = accumulation_dtype(u.dtype)
-        self.row_ids, self.row_order = torch.sort(u_ids.to(torch.int64), stable=True)
-        self.col_ids, self.col_order = torch.sort(v_ids.to(torch.int64), stable=True)
-        self.u, self.v = u.to(dtype)[self.row_order], v.to(dtype)[self.col_order]
-        self.inv_tau = inv_tau.to(u.device)
+        self.inv_tau = inv_tau
         self.own = own
         self.height, self.width = _TILE_CPU if u.device.type == "cpu" else _TILE_ACCELERATOR
+        M, K = u.shape[0], v.shape[0]
+        self._sorted = self.height < M or self.width < K
+        if not self._sorted:
+            self.row_ids, self.col_ids, self.u, self.v = u_ids, v_ids, u.to(dtype), v.to(dtype)
+            self._only: PositiveTile | None = None
+            return
+        self.row_ids, self._row_order = torch.sort(u_ids.to(torch.int64), stable=True)
+        self.col_ids, self._col_order = torch.sort(v_ids.to(torch.int64), stable=True)
+        self.u, self.v = u.to(dtype)[self._row_order], v.to(dtype)[self._col_order]
         first = torch.searchsorted(self.col_ids, self.row_ids)
         last = torch.searchsorted(self.col_ids, self.row_ids, right=True)
-        M = u.shape[0]
         self.starts = range(0, M, self.height)
         ends = torch.tensor([min(start + self.height, M) - 1 for start in self.starts], device=u.device)
         self.runs = torch.stack((first[:: self.height], last[ends]), dim=1).tolist()
 
-    def __iter__(self) -> Iterator[Tile]:
+    def __iter__(self) -> Iterator[PositiveTile]:
+        if not self._sorted:
+            self._only = self._only or self._tile(slice(0, len(self.u)), slice(0, len(self.v)))
+            yield self._only
+            return
         for start, (first, last) in zip(self.starts, self.runs, strict=True):
             rows = slice(start, start + self.height)
-            scaled = self.u[rows] * self.inv_tau
             for left in range(first, last, self.width):
-                cols = slice(left, min(left + self.width, last))
-                mask = self.row_ids[rows, None] == self.col_ids[cols]
-                if self.own is not None:
-                    mask &= self.row_order[rows, None] + self.own != self.col_order[cols]
-                yield Tile(rows, cols, scaled @ self.v[cols].T, mask)
+                yield self._tile(rows, slice(left, min(left + self.width, last)))
+
+    def _tile(self, rows: slice, cols: slice) -> PositiveTile:
+        mask = self.row_ids[rows, None] == self.col_ids[cols]
+        if self.own is not None:
+            self._leave_own_out(mask, rows, cols)
+        return PositiveTile(rows, cols, (self.u[rows] * self.inv_tau) @ self.v[cols].T, mask)
+
+    def _leave_own_out(self, mask: Tensor, rows: slice, cols: slice) -> None:
+        assert self.own is not None
+        if self._sorted:
+            mask &= self._row_order[rows, None] + self.own != self._col_order[cols]
+        elif -mask.shape[0] < self.own < mask.shape[1]:  # a tile of everything
+            mask.diagonal(self.own).fill_(False)
 
     def lse(self) -> Tensor:
         """The rows' log-sum-exps over their positives."""
@@ -118,14 +119,14 @@ class Pairs:
 
     def sum(self, nu: Tensor) -> Tensor:
         """The rows' sums over their positives."""
-        nu = nu[self.row_order, None]
+        nu = self.by_row(nu)[:, None]
         sums = self.u.new_zeros(len(self.u))
         for rows, _, logits, mask in self:
-            sums[rows] -= F.logsigmoid(logits.sub_(nu[rows])).masked_fill_(~mask, 0).sum(dim=1)
+            sums[rows] -= F.logsigmoid(logits - nu[rows]).masked_fill_(~mask, 0).sum(dim=1)
         return self.of_rows(sums)
 
     def backward(
-        self, d_logits: Callable[[Tile], Tensor], *, needs_v: bool = True
+        self, d_logits: Callable[[PositiveTile], Tensor], *, needs_v: bool = True
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Gradients in u, v if it needs one, and inv_tau from that in each tile's logits."""
         d_u, d_v = torch.zeros_like(self.u), torch.zeros_like(self.v) if needs_v else None
@@ -136,33 +137,42 @@ class Pairs:
                 d_v[tile.cols].addmm_(d.T, self.u[tile.rows])
         d_inv_tau = row_dots(self.u, d_u).sum()
         if d_v is not None:
-            d_v = _in_place_of(self.col_order, d_v * self.inv_tau)
+            d_v = d_v * self.inv_tau
+            d_v = _in_place_of(self._col_order, d_v) if self._sorted else d_v
         return self.of_rows(d_u * self.inv_tau), d_v, d_inv_tau
 
+    def by_row(self, x: Tensor) -> Tensor:
+        """Entries of the rows in the order of the tiles."""
+        return x[self._row_order] if self._sorted else x
+
+    def by_column(self, x: Tensor) -> Tensor:
+        """Entries of the columns in the order of the tiles."""
+        return x[self._col_order] if self._sorted else x
+
     def of_rows(self, values: Tensor) -> Tensor:
-        """From the order of the ids back to that of the rows."""
-        return _in_place_of(self.row_order, values)
+        """From the order of the tiles back to that of the rows."""
+        return _in_place_of(self._row_order, values) if self._sorted else values
 
 
-def _pairs(u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: Tensor, same: bool) -> Pairs:
-    return Pairs(u, v, u_ids, v_ids, inv_tau, own=0 if same else None)
+def _tiles(u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: float | Tensor, same: bool) -> PositiveTiles:
+    return PositiveTiles(u, v, u_ids, v_ids, inv_tau, own=0 if same else None)
 
 
 def _in_place_of(order: Tensor, values: Tensor) -> Tensor:
     return torch.empty_like(values).index_copy_(0, order, values)
 
 
-def through_lse(tile: Tile, d_lse: Tensor, lse: Tensor) -> Tensor:
+def through_lse(tile: PositiveTile, d_lse: Tensor, lse: Tensor) -> Tensor:
     """The logits' gradient through the log-sum-exps of the rows, or of the columns, given theirs."""
     return tile.logits.sub(lse).exp_().masked_fill_(~tile.mask, 0).mul_(d_lse)
 
 
-def through_sum(tile: Tile, d_sum: Tensor, nu: Tensor) -> Tensor:
+def through_sum(tile: PositiveTile, d_sum: Tensor, nu: Tensor) -> Tensor:
     """The same through the sums."""
     return torch.sigmoid(nu - tile.logits).mul_(tile.mask).mul_(-d_sum)
 
 
-def with_positives(d_lse: Tensor, lse: Tensor) -> Tensor:
+def zero_without_positive(d_lse: Tensor, lse: Tensor) -> Tensor:
     """A row without positives has no weight, whatever came from behind its -inf."""
     return d_lse.masked_fill(lse == -torch.inf, 0)
 
@@ -170,40 +180,40 @@ def with_positives(d_lse: Tensor, lse: Tensor) -> Tensor:
 # --- log-sum-exp -----------------------------------------------------------------------------------------------------
 
 
-def _lse_forward(u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: Tensor, same: bool) -> Tensor:
+def _lse_forward(u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: float | Tensor, same: bool) -> Tensor:
     u, v, u_ids, v_ids, inv_tau = checked("positive_lse", u, v, u_ids, v_ids, inv_tau)
     with autocast_off(u):
-        return _pairs(u, v, u_ids, v_ids, inv_tau, same).lse()
+        return _tiles(u, v, u_ids, v_ids, inv_tau, same).lse()
 
 
-def _rows_fake(u: Tensor, *_: Any) -> Tensor:
+def _per_row_fake(u: Tensor, *_: Any) -> Tensor:
     return u.new_empty(u.shape[0], dtype=accumulation_dtype(u.dtype))
 
 
 def _lse_setup(ctx: Any, inputs: Any, output: Tensor) -> None:
     *tensors, ctx.same = inputs
-    ctx.save_for_backward(*tensors, output)
+    save(ctx, *tensors, output)
 
 
 def _lse_autograd(ctx: Any, d_lse: Tensor) -> tuple[Tensor | None, ...]:
-    d_u, d_v, d_inv_tau = _positive_lse_backward(d_lse, *ctx.saved_tensors, ctx.same)
+    d_u, d_v, d_inv_tau = _positive_lse_backward(d_lse, *saved(ctx), ctx.same)
     return d_u, d_v, None, None, d_inv_tau, None
 
 
 def _lse_backward(
-    d_lse: Tensor, u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: Tensor, lse: Tensor, same: bool
+    d_lse: Tensor, u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: float | Tensor, lse: Tensor, same: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     tensors = (d_lse, u, v, u_ids, v_ids, inv_tau, lse)
     d_lse, u, v, u_ids, v_ids, inv_tau, lse = checked("positive_lse_backward", *tensors)
     with autocast_off(u):
-        pairs = _pairs(u, v, u_ids, v_ids, inv_tau, same)
-        d_lse, lse = with_positives(d_lse, lse)[pairs.row_order, None], lse[pairs.row_order, None]
-        d_u, d_v, d_inv_tau = pairs.backward(lambda tile: through_lse(tile, d_lse[tile.rows], lse[tile.rows]))
+        tiles = _tiles(u, v, u_ids, v_ids, inv_tau, same)
+        d_lse, lse = tiles.by_row(zero_without_positive(d_lse, lse))[:, None], tiles.by_row(lse)[:, None]
+        d_u, d_v, d_inv_tau = tiles.backward(lambda tile: through_lse(tile, d_lse[tile.rows], lse[tile.rows]))
         assert d_v is not None
-        return d_u.to(u.dtype), d_v.to(v.dtype), d_inv_tau.to(inv_tau.device)
+        return d_u.to(u.dtype), d_v.to(v.dtype), d_inv_tau
 
 
-def _backward_fake(d_rows: Tensor, u: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _lse_backward_fake(d_rows: Tensor, u: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return u.new_empty(u.shape), v.new_empty(v.shape), d_rows.new_empty(())
 
 
@@ -211,12 +221,12 @@ _positive_lse_backward = register(
     "positive_lse_backward(Tensor d_lse, Tensor u, Tensor v, Tensor u_ids, Tensor v_ids, Tensor inv_tau, Tensor lse,"
     " bool same) -> (Tensor, Tensor, Tensor)",
     _lse_backward,
-    _backward_fake,
+    _lse_backward_fake,
 )
 _positive_lse = register(
     "positive_lse(Tensor u, Tensor v, Tensor u_ids, Tensor v_ids, Tensor inv_tau, bool same) -> Tensor",
     _lse_forward,
-    _rows_fake,
+    _per_row_fake,
     _lse_setup,
     _lse_autograd,
 )
@@ -224,44 +234,46 @@ _positive_lse = register(
 # --- one term for each positive --------------------------------------------------------------------------------------
 
 
-def _sum_forward(u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: Tensor, nu: Tensor, same: bool) -> Tensor:
+def _sum_forward(
+    u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: float | Tensor, nu: Tensor, same: bool
+) -> Tensor:
     u, v, u_ids, v_ids, inv_tau, nu = checked("positive_sum", u, v, u_ids, v_ids, inv_tau, nu)
     with autocast_off(u):
-        return _pairs(u, v, u_ids, v_ids, inv_tau, same).sum(nu)
+        return _tiles(u, v, u_ids, v_ids, inv_tau, same).sum(nu)
 
 
 def _sum_setup(ctx: Any, inputs: Any, output: Tensor) -> None:
     *tensors, ctx.same = inputs
-    ctx.save_for_backward(*tensors)
+    save(ctx, *tensors)
 
 
 def _sum_autograd(ctx: Any, d_sum: Tensor) -> tuple[Tensor | None, ...]:
-    d_u, d_v, d_inv_tau, d_nu = _positive_sum_backward(d_sum, *ctx.saved_tensors, ctx.same)
+    d_u, d_v, d_inv_tau, d_nu = _positive_sum_backward(d_sum, *saved(ctx), ctx.same)
     return d_u, d_v, None, None, d_inv_tau, d_nu, None
 
 
 def _sum_backward(
-    d_sum: Tensor, u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: Tensor, nu: Tensor, same: bool
+    d_sum: Tensor, u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: float | Tensor, nu: Tensor, same: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tensors = (d_sum, u, v, u_ids, v_ids, inv_tau, nu)
     d_sum, u, v, u_ids, v_ids, inv_tau, nu = checked("positive_sum_backward", *tensors)
     with autocast_off(u):
-        pairs = _pairs(u, v, u_ids, v_ids, inv_tau, same)
+        tiles = _tiles(u, v, u_ids, v_ids, inv_tau, same)
         d_nu = torch.zeros_like(d_sum)
-        nu, d_sum = nu[pairs.row_order, None], d_sum[pairs.row_order, None]
+        nu, d_sum = tiles.by_row(nu)[:, None], tiles.by_row(d_sum)[:, None]
 
-        def d_logits(tile: Tile) -> Tensor:
+        def d_logits(tile: PositiveTile) -> Tensor:
             d = through_sum(tile, d_sum[tile.rows], nu[tile.rows])
             d_nu[tile.rows] -= d.sum(dim=1)
             return d
 
-        d_u, d_v, d_inv_tau = pairs.backward(d_logits)
+        d_u, d_v, d_inv_tau = tiles.backward(d_logits)
         assert d_v is not None
-        return d_u.to(u.dtype), d_v.to(v.dtype), d_inv_tau.to(inv_tau.device), pairs.of_rows(d_nu)
+        return d_u.to(u.dtype), d_v.to(v.dtype), d_inv_tau, tiles.of_rows(d_nu)
 
 
 def _sum_backward_fake(d_sum: Tensor, u: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return *_backward_fake(d_sum, u, v), torch.empty_like(d_sum)
+    return *_lse_backward_fake(d_sum, u, v), torch.empty_like(d_sum)
 
 
 _positive_sum_backward = register(
@@ -273,7 +285,7 @@ _positive_sum_backward = register(
 _positive_sum = register(
     "positive_sum(Tensor u, Tensor v, Tensor u_ids, Tensor v_ids, Tensor inv_tau, Tensor nu, bool same) -> Tensor",
     _sum_forward,
-    _rows_fake,
+    _per_row_fake,
     _sum_setup,
     _sum_autograd,
 )

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backends.base import swap_views
+from ..algebra import swap_views
 from .contract import checked
 from .register import autocast_off, register
 

@@ -7,6 +7,9 @@ of 0.1 the gradient's error grows from 1e-7 to 3e-3); sums, exponentials and gra
 Second derivatives: the kernels have none. Every `_backward` operator is differentiable in name only, so that asking
 raises an error in place of a silent zero.
 
+Temperature: an operator that takes one has two overloads over the same functions. `Tensor inv_tau` may be learnt, or
+lie on an accelerator; `float inv_tau` (the overload "float") makes no tensor, and is a constant of a compiled graph.
+
 The short way: what the dispatcher does for an operator registered from Python takes longer than the loss of a small
 batch (70 of 110 microseconds at N = 16, several times that with cold caches). With no compiler, mode or transform
 active, plain tensors go to the same function through a plain autograd.Function.
@@ -23,11 +26,12 @@ from torch import Tensor
 
 from ..backends import select_for
 from ..backends.base import KernelBackend
-from .contract import check_kinds, checked, rows_of
+from .contract import check_kinds, checked, rows_of, taken_by
 
 _LIBRARY = torch.library.Library("fastntxent", "DEF")
 _PLAIN = (Tensor, torch.nn.Parameter)
 _AS_IT_IS = contextlib.nullcontext()
+_INV_TAU = "Tensor inv_tau"
 
 _USE_REFERENCE = (
     "pass backend='reference', which is plain PyTorch and can be differentiated in any way (its memory grows with M^2)"
@@ -43,17 +47,26 @@ def autocast_off(rows: Tensor) -> contextlib.AbstractContextManager[None]:
 
 
 def run_kernel(backend: str, method: str, *arguments: Any) -> Any:
-    """Call a method of the kernels of that backend: the one way to them, for the operators and for ranks.
+    """Check the tensors of a kernel, which come first among its arguments, and call it."""
+    tensors = checked(method, *taken_by(method, arguments))
+    return call_kernel(backend, method, rows_of(method, tensors), *tensors, *arguments[len(tensors) :])
 
-    Its tensors come first. They are checked, and autocast is off meanwhile.
-    """
-    tensors = checked(method, *(x for x in arguments if isinstance(x, Tensor)))
-    rows = rows_of(method, tensors)
+
+def call_kernel(backend: str, method: str, rows: Tensor, *arguments: Any) -> Any:
+    """Call a method of the backend that serves these rows, with arguments that were checked, and autocast off."""
+    kernel = getattr(kernels_for(backend, rows, method), method, None)
+    if kernel is None:  # not every backend has kernels for limits: plain PyTorch runs everywhere
+        kernel = getattr(kernels_for("blocked", rows, method), method)
+    with autocast_off(rows):
+        return kernel(*arguments)
+
+
+def kernels_for(backend: str, rows: Tensor, method: str) -> KernelBackend:
+    """The kernels of that backend for such rows."""
     kernels = select_for(backend, rows, method)
     if not isinstance(kernels, KernelBackend):
         raise RuntimeError(f"backend {backend!r} has no kernels: call it through fastntxent's functions")
-    with autocast_off(rows):
-        return getattr(kernels, method)(*tensors, *arguments[len(tensors) :])
+    return kernels
 
 
 def _refuse_second_derivative(ctx: Any, *_: Any) -> None:
@@ -66,6 +79,31 @@ def _refuse_forward_mode(ctx: Any, *_: Any) -> None:
 
 def _save_nothing(ctx: Any, inputs: Any, output: Any) -> None:
     pass
+
+
+def save(ctx: Any, *values: Tensor | float | None) -> None:
+    """Keep tensors, and a temperature that may be a float, for the backward."""
+    ctx.floats = [None if isinstance(x, Tensor) else x for x in values]
+    ctx.save_for_backward(*[x if isinstance(x, Tensor) else None for x in values])
+
+
+def save_gradients(ctx: Any, gradients: Sequence[Tensor], *inputs: Tensor | float) -> None:
+    """Keep gradients that came with a value. The backward needs no inputs; it takes them so that a second derivative
+    finds its way to the refusal."""
+    ctx.mark_non_differentiable(*gradients)
+    ctx.set_materialize_grads(False)  # no zeros for gradients that nobody asks for
+    save(ctx, *gradients, *inputs)
+
+
+def scaled(d_value: Tensor, gradient: Tensor, x: Tensor) -> Tensor:
+    """A gradient that was kept, times what came back, in the dtype of what it belongs to."""
+    product = d_value * gradient
+    return product if product.dtype == x.dtype else product.to(x.dtype)  # such a `to` takes as long as the product
+
+
+def saved(ctx: Any) -> list[Any]:
+    """Return what `save` kept."""
+    return [x if number is None else number for x, number in zip(ctx.saved_tensors, ctx.floats, strict=True)]
 
 
 def register(
@@ -81,12 +119,26 @@ def register(
 
     value_alone: the first output is all that a caller gets, the others are for the backward.
     """
-    name = schema.partition("(")[0]
-    _LIBRARY.define(schema)
-    _LIBRARY.impl(name, forward, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastntxent::{name}", _checking_kinds(name, fake), lib=_LIBRARY)
-    torch.library.register_autograd(f"fastntxent::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
-    operator = getattr(torch.ops.fastntxent, name).default
+    name, _, arguments = schema.partition("(")
+    parameters = arguments.partition(")")[0].split(", ")
+    place = parameters.index(_INV_TAU) if _INV_TAU in parameters else None
+    if place is not None:
+        backward = _without_gradient_of_a_float(backward, place)
+    checking_fake = _checking_kinds(name, fake)
+
+    def define(schema: str) -> Any:
+        overload = schema.partition("(")[0]
+        _LIBRARY.define(schema)
+        _LIBRARY.impl(overload, forward, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fastntxent::{overload}", checking_fake, lib=_LIBRARY)
+        torch.library.register_autograd(f"fastntxent::{overload}", backward, setup_context=setup_context, lib=_LIBRARY)
+        return getattr(getattr(torch.ops.fastntxent, name), overload.partition(".")[2] or "default")
+
+    of_tensors = define(schema)
+    of_float: Any = None if place is None else define(f"{name}.float({arguments}".replace(_INV_TAU, "float inv_tau"))
+
+    def operator(*args: Any) -> Any:
+        return of_tensors(*args) if place is None or isinstance(args[place], Tensor) else of_float(*args)
 
     # register_autograd does not reach torch.func's transforms; an autograd.Function of the same two halves does.
     class Transformed(torch.autograd.Function):
@@ -127,22 +179,36 @@ def register(
     return call
 
 
+def _without_gradient_of_a_float(backward: Callable[..., Any], place: int) -> Callable[..., Any]:
+    """Return None for inv_tau's gradient unless it is needed."""
+
+    def call(ctx: Any, *gradients: Any) -> Any:
+        found = backward(ctx, *gradients)
+        if found[place] is None or ctx.needs_input_grad[place]:
+            return found
+        return (*found[:place], None, *found[place + 1 :])
+
+    return call
+
+
 def _checking_kinds(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     """A fake kernel that refuses what the kernel would, as far as tensors without data can tell."""
 
     def call(*args: Any) -> Any:
-        check_kinds(name, [arg for arg in args if isinstance(arg, Tensor)])
+        check_kinds(name, taken_by(name, args))
         return fake(*args)
 
     return call
 
 
-def may_be_differentiated(*tensors: Tensor) -> bool:
+def may_be_differentiated(*values: Tensor | float) -> bool:
     """Whether a gradient may be asked for. Inside a vmap a tensor does not say that one is wanted around it; under
     torch.jit.trace neither the example nor the grad mode says it of later calls."""
     if tracing():
         return True
-    return torch.is_grad_enabled() and (any(x.requires_grad for x in tensors) or _transforming())
+    return torch.is_grad_enabled() and (
+        any(isinstance(x, Tensor) and x.requires_grad for x in values) or _transforming()
+    )
 
 
 def _transforming() -> bool:
@@ -163,7 +229,7 @@ def unobserved(args: Sequence[Any]) -> bool:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._are_functorch_transforms_active()
-        or tracing()
+        or torch._C._get_tracing_state() is not None
     ):
         return False
     # The gradients of is_grads_batched=True look plain, but have no storage: the dispatcher takes them apart.

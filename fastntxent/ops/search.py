@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends.base import accumulation_dtype, unit_rows
+from ..algebra import accumulation_dtype, unit_rows
 from .contract import checked
 from .register import autocast_off, register
 

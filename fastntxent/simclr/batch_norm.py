@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from ..backends.base import accumulation_dtype
+from ..algebra import accumulation_dtype
 from ..distributed import wire
 
 

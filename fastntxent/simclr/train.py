@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
-from .. import alignment, budget, cached_backward, uniformity
+from .. import alignment, cached_backward, error_budget, uniformity
 from .batch_norm import over_ranks
 from .build import load_parameters, make_model, pick_device
 from .checkpoint import FILE_NAME, check_agreement, load_checkpoint, resume_path, save_checkpoint
@@ -396,7 +396,7 @@ class Trainer:
         return self.history.row(-1)
 
     def _verify(self, batch: _Batch) -> None:
-        report = budget.compare(
+        report = error_budget.compare(
             batch.z_i, batch.z_j, batch.temperature, backend=self.loss.backend, group=self.ranks.group
         )
         names = ("loss_error", "loss_budget", "gradient_error", "gradient_budget")

@@ -1,7 +1,7 @@
 """What a backend has to do right on a device: values and gradients against float64, and the same bits each time.
 
 Sizes are small, and reach every kernel all the same: a backend says which forms of its kernels there are, and each is
-forced in turn. New memory holds NaN, so that what a kernel leaves unwritten shows. Tolerances are those of `budget`.
+forced in turn. New memory holds NaN, so that what a kernel leaves unwritten shows. `error_budget` has the tolerances.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import budget
+from .. import error_budget
 from ..backends.base import Backend
 from ..losses import nt_xent
 from .problems import (
@@ -24,6 +24,7 @@ from .problems import (
     groups_problem,
     nt_xent_problem,
     sum_problem,
+    towers_problem,
     views_of,
     whole_numbers_problem,
 )
@@ -49,7 +50,7 @@ def cases(name: str, backend: Backend, device: torch.device) -> Iterator[Case]:
     for dtype in backend.dtypes:
         label = str(dtype).removeprefix("torch.")
         for form in backend.forms(device, dtype):
-            for call, rows, features in _calls(slow, form):
+            for call, rows, features in _small_calls(slow, form):
                 words = f"{call}: {label}, {2 * rows} rows of {features} features" + (f", {form}" if form else "")
                 yield words, functools.partial(_in_form, name, backend, form, call, rows, features, dtype, device)
             if dtype == torch.float32 and device.type == "cuda" and not torch.version.hip:
@@ -65,17 +66,17 @@ def cases(name: str, backend: Backend, device: torch.device) -> Iterator[Case]:
         yield from _on_streams(name, device)
 
 
-# The calls that are made in every form.
-CALLS: dict[str, Callable[[tuple[Tensor, Tensor]], Problem]] = {
+# The calls that are made in every form of a backend's kernels.
+FORM_CALLS: dict[str, Callable[[tuple[Tensor, Tensor]], Problem]] = {
     "nt_xent": lambda views: nt_xent_problem(views, 0.1),
     # Logits beyond the range of exp, and gradients of the rows' losses, take kernels of their own.
-    "nt_xent, temperature 0.005": lambda views: nt_xent_problem(views, 0.005, upstream=_weights(views)),
+    "nt_xent, temperature 0.005": lambda views: nt_xent_problem(views, 0.005, upstream=_upstream_gradient(views)),
     "two sides": lambda views: cross_problem(views, 0.2),
     "groups": lambda views: groups_problem(views, 0.2),
 }
 
 
-def _calls(slow: bool, form: str) -> list[tuple[str, int, int]]:
+def _small_calls(slow: bool, form: str) -> list[tuple[str, int, int]]:
     """A call, N and D: at a tile's edges, beside them, and beyond; each form has a D for every part of the table."""
     if slow:
         sizes = [(1, 7), (33, 64)] if form else [(1, 7), (33, 64), (40, 130)]
@@ -83,7 +84,7 @@ def _calls(slow: bool, form: str) -> list[tuple[str, int, int]]:
     features = (64, 128, 130, 768)
     sizes = [(1, 7), (33, 64), (97, 130), (160, 200), (300, 520), (64, 768)]
     if form:
-        sizes = [(33, 64), (160, 130), (520, 128), (65, 768)]
+        sizes = [(33, 64), (97, 200), (160, 130), (520, 128), (65, 768)]
     return [
         *(("nt_xent", *size) for size in sizes),
         *(("nt_xent, temperature 0.005", 300 if d == 128 else 97, d) for d in features),
@@ -92,8 +93,8 @@ def _calls(slow: bool, form: str) -> list[tuple[str, int, int]]:
 
 
 def _large_calls(device: torch.device) -> list[tuple[str, int, int]]:
-    """A call, N and D of batches that fill a device: some kernels take another form for them than for small ones."""
-    # Beyond 96 rows of a side for each multiprocessor csrc/cuda/plan.h takes blocks of 128 rows.
+    """A call, N and D of batches that fill a device: some kernels cut them in another way than small ones."""
+    # More blocks of 32 rows than csrc/cuda/plan.h has at once: each takes several tasks in turn.
     n = 50 * torch.cuda.get_device_properties(device).multi_processor_count + 5
     return [("nt_xent", n, 64), ("nt_xent", n, 200), ("nt_xent", n, 768), ("two sides", 2 * n, 128)]
 
@@ -108,9 +109,9 @@ def _in_form(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    problem = CALLS[call](views_of(rows, features, dtype, device))
+    problem = FORM_CALLS[call](views_of(rows, features, dtype, device))
     with backend.forced(form):
-        verify(problem, name)
+        check_problem(problem, name)
 
 
 def _in_tf32(name: str, backend: Backend, form: str, rows: int, features: int, device: torch.device) -> None:
@@ -123,7 +124,7 @@ def _in_tf32(name: str, backend: Backend, form: str, rows: int, features: int, d
         torch.set_float32_matmul_precision(before)
 
 
-def _weights(views: Sequence[Tensor]) -> Tensor:
+def _upstream_gradient(views: Sequence[Tensor]) -> Tensor:
     """An upstream gradient for each row."""
     rows = sum(len(view) for view in views)
     return torch.randn(rows, generator=generator(7), dtype=torch.float64).to(views[0].device)
@@ -134,7 +135,7 @@ def _special(name: str, device: torch.device, dtype: torch.dtype, label: str, sl
     n, d = (20, 40) if slow else (40, 72)
     views = views_of(n, d, dtype, device)
     long = tuple(z.mul(1.5) for z in views)
-    upstream = _weights(views)
+    upstream = _upstream_gradient(views)
     on_device = torch.tensor(0.1, dtype=torch.float64, device=device)
     wide = torch.stack(views, dim=2)  # rows with a stride of their own
 
@@ -148,13 +149,16 @@ def _special(name: str, device: torch.device, dtype: torch.dtype, label: str, sl
         "groups, one row without a negative": groups_problem(views, 0.2),
         "two sides": cross_problem(views, 0.2),
         "a weighted sum": sum_problem(views, 0.2),
+        "two towers, both directions": towers_problem(views, 0.1, both=True),
         "whole numbers": whole_numbers_problem(dtype, device),
     }
     if not slow:
         broad = views_of(n, 300, dtype, device)
         problems["rows of any length, 300 features"] = nt_xent_problem(broad, 1.0, normalize=False, upstream=upstream)
+        problems["two towers, one direction"] = towers_problem(views, 0.1, both=False)
+        problems["two towers, temperature 0.005"] = towers_problem(views, 0.005, both=True)
     for words, problem in problems.items():
-        yield f"{label}, {words}", functools.partial(verify, problem, name)
+        yield f"{label}, {words}", functools.partial(check_problem, problem, name)
     ill = views[0].clone()
     ill[1] = torch.nan
     sick = ill, views[1]
@@ -164,23 +168,26 @@ def _special(name: str, device: torch.device, dtype: torch.dtype, label: str, sl
         "a row of NaN, groups": groups_problem(sick, 0.2),
         "a row of NaN, two sides": cross_problem(sick, 0.2),
         "a row of NaN, a weighted sum": sum_problem(sick, 0.2),
+        "a row of NaN, two towers": towers_problem(sick, 0.1, both=True),
     }.items():
         yield f"{label}, {words}", functools.partial(_keeps_nan, problem, name)
     if device.type != "cpu":
         many = views_of(4096, 64, dtype, device, common=0.5)
-        yield f"{label}, 8,192 rows with a common direction", lambda: verify(nt_xent_problem(many, 0.1), name)
+        yield f"{label}, 8,192 rows with a common direction", lambda: check_problem(nt_xent_problem(many, 0.1), name)
 
 
-def verify(problem: Problem, backend: str) -> None:
+def check_problem(problem: Problem, backend: str) -> None:
     """Raise FaultError unless a backend's results are within budget, and have the same bits a second time."""
     results = _poisoned(problem, backend)
     oracle = "reference" if problem.rows <= _MOST_DENSE_ROWS else "blocked"
     truths, same_precision = problem.run(oracle, True), problem.run(oracle, False)
     for name, value in results.items():
         scale = problem.scales.get(name, 0.0)
-        errors, reference = (budget.measure(x, truths[name], scale=scale) for x in (value, same_precision[name]))
+        errors, reference = (
+            error_budget.errors_of(x, truths[name], scale=scale) for x in (value, same_precision[name])
+        )
         gradient = name.startswith("d_") and name != "d_temperature"
-        limit = budget.allowed(
+        limit = error_budget.allowed(
             reference, problem.dtype, problem.logit_size, output_dtype=value.dtype if gradient else None
         )
         if not errors.within(limit):
@@ -193,7 +200,7 @@ def verify(problem: Problem, backend: str) -> None:
             raise FaultError("not reproducible", f"{100 * share:.2g} % of {name} has other bits the second time")
 
 
-def _off(value: Tensor, errors: budget.Errors, limit: budget.Errors) -> str:
+def _off(value: Tensor, errors: error_budget.Errors, limit: error_budget.Errors) -> str:
     missing = int(value.isnan().sum())
     if missing:
         return f"has {missing} of {value.numel()} numbers that are NaN, as unwritten memory is"
@@ -275,7 +282,7 @@ def _graph(views: Sequence[Tensor], name: str, device: torch.device) -> None:
 
 def _other_device(problem: Problem, name: str, other: torch.device) -> None:
     with torch.cuda.device(other):
-        verify(problem, name)
+        check_problem(problem, name)
 
 
 def _poisoned(problem: Problem, backend: str) -> dict[str, Tensor]:

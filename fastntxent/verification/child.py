@@ -21,7 +21,7 @@ import torch
 
 from ..backends import add, select
 from . import checks, timing
-from .store import describe
+from .store import model_of
 from .verdict import Verdict
 
 
@@ -38,10 +38,13 @@ def main(report_path: str, request_text: str) -> None:
         device = torch.device(request["device"])
         # TF32 in the reference would widen every tolerance.
         torch.set_float32_matmul_precision("highest")
-        tell(**(_time if "time" in request else _check)(request, device, tell))
+        if "time" in request:
+            tell(**_report_times(request, device, tell))
+        else:
+            tell(verdict=_report_verdict(request, device, tell).to_dict())
 
 
-def _time(request: dict[str, Any], device: torch.device, tell: Callable[..., None]) -> dict[str, Any]:
+def _report_times(request: dict[str, Any], device: torch.device, tell: Callable[..., None]) -> dict[str, Any]:
     running: dict[str, str] = {}
 
     def begin(backend: str, case: str) -> None:
@@ -49,27 +52,23 @@ def _time(request: dict[str, Any], device: torch.device, tell: Callable[..., Non
         tell(**running)
 
     try:
-        _open(request, device)
+        _use_device(request, device)
     except Exception as error:
         return {"verdict": Verdict("not available", _words(error)).to_dict()}
     try:
-        return {"times": timing.measure(request["time"], device, begin)}
+        return {"times": timing.time_backends(request["time"], device, begin)}
     except Exception as error:
         return {"verdict": Verdict("raised an error", _words(error), running.get("case", "")).to_dict()}
 
 
-def _check(request: dict[str, Any], device: torch.device, tell: Callable[..., None]) -> dict[str, Any]:
-    return {"verdict": _verdict(request, device, tell).to_dict()}
-
-
-def _verdict(request: dict[str, Any], device: torch.device, tell: Callable[..., None]) -> Verdict:
+def _report_verdict(request: dict[str, Any], device: torch.device, tell: Callable[..., None]) -> Verdict:
     name, module = request["backend"], request.get("module")
     part, parts = request.get("part", [0, 1])
     if module:
         add(name, module, (device.type,))
     try:
         backend = select(name, device.type, torch.float32)
-        _open(request, device)
+        _use_device(request, device)
         listed = list(checks.cases(name, backend, device))
     except Exception as error:
         return Verdict("not available", _words(error))
@@ -90,12 +89,12 @@ def _verdict(request: dict[str, Any], device: torch.device, tell: Callable[..., 
     return Verdict("passed", checks=passed)
 
 
-def _open(request: dict[str, Any], device: torch.device) -> None:
+def _use_device(request: dict[str, Any], device: torch.device) -> None:
     """Use the device; RuntimeError unless it is the one that the parent means."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch.zeros(1, device=device).item()
-    here = describe(device)._asdict()
+    here = model_of(device)._asdict()
     meant = request.get("model", here)
     for key, value in here.items():
         if value != meant.get(key):

@@ -6,22 +6,24 @@ announced in a line. After that a choice is two look-ups in a dict.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import sys
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
 from . import process
 from .process import VERIFY
-from .store import Store, describe
+from .store import Store, model_of
 from .verdict import Verdict
 
 FALLBACK = "blocked"
+SMALL_BATCH = 8192  # rows: where nothing was timed, the first that has passed serves these and the last serves more
 REPLAYED = " replayed"  # after a backend's name: its time in a captured CUDA graph, without the host's part
 # What "auto" may take on a device of this type, once it has passed; and where the backend lies.
 Candidates = Mapping[str, str]
@@ -38,7 +40,7 @@ class Decision:
 
     Attributes:
         verdicts: by backend.
-        times: as `timing.measure` gives them; None if there are none.
+        times: as `timing.time_backends` gives them; None if there are none.
         reason: why no backend was checked; empty if some were.
     """
 
@@ -65,7 +67,7 @@ class Decision:
             return FALLBACK, self.reason or "no kernels have passed here"
         times = self._nearest(dtype, rows, features, captured)
         if not times:
-            return self.passed[0], "it has passed, and nothing was timed at this size"
+            return self.passed[0 if rows <= SMALL_BATCH else -1], "it has passed, and nothing was timed at this size"
         quickest = min(times, key=lambda name: times[name])
         said = ", ".join(f"{name} {value:.3g} ms" for name, value in sorted(times.items(), key=lambda item: item[1]))
         return quickest, f"the quickest of those that have passed: {said}"
@@ -85,7 +87,7 @@ class Decision:
         return replayed if captured and replayed else {name: table[name] for name in allowed if name in table}
 
 
-def choose(device: torch.device, candidates: Candidates, dtype: torch.dtype, rows: int, features: int) -> str:
+def choose_backend(device: torch.device, candidates: Candidates, dtype: torch.dtype, rows: int, features: int) -> str:
     """The backend for a call on an accelerator.
 
     Args:
@@ -96,7 +98,21 @@ def choose(device: torch.device, candidates: Candidates, dtype: torch.dtype, row
     decision = _decided.get(device)
     if decision is None:
         decision = decide(device, candidates)
-    return decision.take(dtype, rows, features, _capturing(device))
+    return decision.take(dtype, rows, features, _as_captured > 0 or _capturing(device))
+
+
+_as_captured = 0  # blocks that are open
+
+
+@contextlib.contextmanager
+def as_captured() -> Iterator[None]:
+    """A block in which "auto" chooses, in every thread, what it would in the capture of a CUDA graph."""
+    global _as_captured
+    _as_captured += 1
+    try:
+        yield
+    finally:
+        _as_captured -= 1
 
 
 def decide(device: torch.device, candidates: Candidates) -> Decision:
@@ -139,14 +155,14 @@ def forget() -> None:
 
 
 def _find_out(device: torch.device, candidates: Candidates) -> Decision:
-    verdicts, times = time_passed(device, candidates, verify(device, candidates, timed=True))
+    verdicts, times = time_passed(device, candidates, find_verdicts(device, candidates, timed=True))
     return Decision(verdicts, times)
 
 
 def _complain(device: torch.device, decision: Decision) -> None:
     """Say once what did not pass, or could not be checked."""
     for name, verdict in decision.verdicts.items():
-        where = describe(device).name
+        where = model_of(device).name
         if verdict.status == "not available":
             _say_once(
                 f"fastntxent: backend {name!r} could not be checked on {where} and is not taken in this process: "
@@ -159,7 +175,7 @@ def _complain(device: torch.device, decision: Decision) -> None:
             )
 
 
-def verify(
+def find_verdicts(
     device: torch.device, candidates: Candidates, *, refresh: bool = False, timed: bool = False
 ) -> dict[str, Verdict]:
     """The verdict of each backend on a device: looked up, or found in a child process and kept.
@@ -170,7 +186,7 @@ def verify(
         refresh: check again what is known.
         timed: what passes is timed next, which the announcement should say.
     """
-    store = Store(describe(device))
+    store = Store(model_of(device))
     found = {} if refresh else _known(store, candidates)
     if len(found) == len(candidates):
         return {name: found[name] for name in candidates}
@@ -185,7 +201,7 @@ def verify(
             )
         for name in missing:
             request = {**_request(device), "backend": name, "module": candidates[name], "parts": _parts(name, device)}
-            found[name] = process.check(request)
+            found[name] = process.check_in_child(request)
             store.keep(name, candidates[name], found[name])
     return {name: found[name] for name in candidates}
 
@@ -200,7 +216,7 @@ def time_passed(
     Returns:
         The verdicts, and the times; None if there are none.
     """
-    store, verdicts = Store(describe(device)), dict(verdicts)
+    store, verdicts = Store(model_of(device)), dict(verdicts)
 
     def passed() -> dict[str, str]:
         return {name: module for name, module in candidates.items() if name in verdicts and verdicts[name].ok}
@@ -211,7 +227,7 @@ def time_passed(
             times = None if refresh else store.times(passed())
             while times is None and passed():
                 names = [*passed(), FALLBACK, "reference"]
-                times, running, verdict = process.measure({**_request(device), "time": names})
+                times, running, verdict = process.time_in_child({**_request(device), "time": names})
                 if times is not None:
                     store.keep_times(passed(), times)
                 elif running in passed() and verdict and verdict.status != "not available":
@@ -223,7 +239,7 @@ def time_passed(
 
 
 def _request(device: torch.device) -> dict[str, Any]:
-    return {"device": str(device), "model": describe(device)._asdict()}
+    return {"device": str(device), "model": model_of(device)._asdict()}
 
 
 def _parts(name: str, device: torch.device) -> int:
@@ -235,23 +251,23 @@ def _known(store: Store, candidates: Candidates) -> dict[str, Verdict]:
     return {name: verdict for name, verdict in known.items() if verdict}
 
 
-def look_up(device: torch.device, candidates: Candidates) -> Decision:
+def known_decision(device: torch.device, candidates: Candidates) -> Decision:
     """What is known of a device, without finding out anything."""
     if never():
         return Decision({}, None, f"{VERIFY}=never: no kernels are checked or taken")
     if not candidates:
         return Decision({}, None, "no kernels load here")
-    verdicts = known(device, candidates)
+    verdicts = known_verdicts(device, candidates)
     passed = {name: module for name, module in candidates.items() if name in verdicts and verdicts[name].ok}
-    times = Store(describe(device)).times(passed) if passed else None
+    times = Store(model_of(device)).times(passed) if passed else None
     return Decision(verdicts, times, "" if verdicts else "until the first call on this device has checked the kernels")
 
 
-def known(device: torch.device, candidates: Candidates) -> dict[str, Verdict]:
+def known_verdicts(device: torch.device, candidates: Candidates) -> dict[str, Verdict]:
     """The verdicts that are kept or that this process has found, without finding out any."""
     decision = _decided.get(device)
     found = {} if decision is None else {name: v for name, v in decision.verdicts.items() if name in candidates}
-    return {**found, **_known(Store(describe(device)), candidates)}
+    return {**found, **_known(Store(model_of(device)), candidates)}
 
 
 def _capturing(device: torch.device) -> bool:

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends.base import accumulation_dtype
-from ..losses import nt_xent
-from ..ops import neg_lse_sum
+from ..algebra import accumulation_dtype
+from ..losses import clip, info_nce, nt_xent
+from ..opening import open_batch
 from ..options import Reduction
 from ..primitives import cross_neg_lse, neg_lse
 
@@ -41,7 +41,7 @@ def nt_xent_problem(
     """NT-Xent and its gradients in the views and the temperature: the mean, or a sum of rows weighted by `upstream`."""
 
     def run(backend: str, exact: bool) -> dict[str, Tensor]:
-        z_i, z_j, tau = _leaves((*views, torch.as_tensor(temperature, dtype=torch.float64)), exact)
+        z_i, z_j, tau = _fresh_leaves((*views, torch.as_tensor(temperature, dtype=torch.float64)), exact)
         reduction: Reduction = "mean" if upstream is None else "none"
         loss = nt_xent(z_i, z_j, tau, reduction=reduction, normalize=normalize, backend=backend)  # type: ignore[arg-type]
         (loss if upstream is None else (loss * upstream.to(loss)).sum()).backward()
@@ -57,6 +57,30 @@ def nt_xent_problem(
     return Problem(run, views[0].dtype, len(z), largest / tau, {"d_temperature": weights * largest / tau**2})
 
 
+def towers_problem(views: Sequence[Tensor], temperature: float, *, both: bool) -> Problem:
+    """InfoNCE, or CLIP with `both` directions: the mean with all gradients from one call, with that of either tower
+    alone, as where the other is frozen, and without any."""
+
+    def run(backend: str, exact: bool) -> dict[str, Tensor]:
+        def loss_of(z_i: Tensor, z_j: Tensor, tau: Tensor) -> Tensor:
+            return (clip if both else info_nce)(z_i, z_j, tau, backend=backend)  # type: ignore[arg-type]
+
+        z_i, z_j, tau = _fresh_leaves((*views, torch.tensor(temperature, dtype=torch.float64)), exact)
+        loss = loss_of(z_i, z_j, tau)
+        loss.backward()
+        query, key = _fresh_leaves(views, exact)
+        loss_of(query, key.detach(), tau.detach()).backward()
+        loss_of(query.detach(), key, tau.detach()).backward()
+        with torch.no_grad():
+            value = loss_of(z_i, z_j, tau)
+        return _gradients(
+            loss=loss, value=value, d_z_i=z_i, d_z_j=z_j, d_temperature=tau, d_z_i_alone=query, d_z_j_alone=key
+        )
+
+    scales = {"d_temperature": 1 / temperature**2}
+    return Problem(run, views[0].dtype, sum(map(len, views)), 1 / temperature, scales)
+
+
 def groups_problem(views: Sequence[Tensor], temperature: float) -> Problem:
     """`neg_lse` of rows in groups, negative ids among them, and of rows that have no negative."""
     u = _unit(torch.cat(list(views)))
@@ -64,7 +88,7 @@ def groups_problem(views: Sequence[Tensor], temperature: float) -> Problem:
     weights = torch.randn(len(u), generator=generator(8), dtype=torch.float64).to(u.device)
 
     def run(backend: str, exact: bool) -> dict[str, Tensor]:
-        x, tau = _leaves((u, torch.tensor(temperature, dtype=torch.float64)), exact)
+        x, tau = _fresh_leaves((u, torch.tensor(temperature, dtype=torch.float64)), exact)
         nu = neg_lse(x, ids, tau, backend=backend)  # type: ignore[arg-type]
         alone = neg_lse(x[:3], ids[:3] * 0, tau, backend=backend)  # type: ignore[arg-type]
         (nu * weights.to(nu)).sum().backward()
@@ -81,7 +105,7 @@ def cross_problem(views: Sequence[Tensor], temperature: float) -> Problem:
     weights = [torch.randn(len(x), generator=generator(9), dtype=torch.float64).to(x.device) for x in (u, v)]
 
     def run(backend: str, exact: bool) -> dict[str, Tensor]:
-        x, y, tau = _leaves((u, v, torch.tensor(temperature, dtype=torch.float64)), exact)
+        x, y, tau = _fresh_leaves((u, v, torch.tensor(temperature, dtype=torch.float64)), exact)
         rows, cols = cross_neg_lse(x, y, u_ids, v_ids, tau, backend=backend)  # type: ignore[arg-type]
         ((rows * weights[0].to(rows)).sum() + (cols * weights[1].to(cols)).sum()).backward()
         return _gradients(rows=rows, cols=cols, d_u=x, d_v=y, d_temperature=tau)
@@ -97,11 +121,10 @@ def sum_problem(views: Sequence[Tensor], temperature: float) -> Problem:
     weights = torch.randn(len(u), generator=generator(10), dtype=torch.float64).to(u.device)
 
     def run(backend: str, exact: bool) -> dict[str, Tensor]:
-        x, tau = _leaves((u, torch.tensor(temperature, dtype=torch.float64)), exact)
+        x, tau = _fresh_leaves((u, torch.tensor(temperature, dtype=torch.float64)), exact)
+        batch = open_batch(None, "neg_lse_sum", {"u": x}, ids=ids, normalize=False, backend=backend)
         w = weights.to(accumulation_dtype(x.dtype))
-        total = neg_lse_sum(
-            x if backend != "reference" else x.to(w.dtype), ids, tau.reciprocal().to(w.dtype), w, backend
-        )
+        total = batch.weighted_neg_lse(x, ids, batch.inverse_temperature(tau), w)
         total.backward()
         return _gradients(total=total, d_u=x, d_temperature=tau)
 
@@ -134,7 +157,7 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _leaves(tensors: Sequence[Tensor], exact: bool) -> list[Tensor]:
+def _fresh_leaves(tensors: Sequence[Tensor], exact: bool) -> list[Tensor]:
     """Tensors of their own to differentiate by, with the strides that were given."""
     dtypes = [torch.float64 if exact else x.dtype for x in tensors]
     copies = [

@@ -42,7 +42,7 @@ class _End(NamedTuple):
     never_started: str = ""
 
 
-def check(request: Mapping[str, Any], deadline: float = DEADLINE, silence: float = SILENCE) -> Verdict:
+def check_in_child(request: Mapping[str, Any], deadline: float = DEADLINE, silence: float = SILENCE) -> Verdict:
     """Check a backend in a child process.
 
     Args:
@@ -61,13 +61,13 @@ def check(request: Mapping[str, Any], deadline: float = DEADLINE, silence: float
     stop = threading.Event()
     with ThreadPoolExecutor(parts) as pool:
         try:
-            ends = list(pool.map(lambda share: _run(share, deadline, silence, stop), shares))
+            ends = list(pool.map(lambda share: _run_child(share, deadline, silence, stop), shares))
         except BaseException:  # Ctrl-C: the pool is left when its threads end
             stop.set()
             raise
-    verdict = _together([_verdict(end) for end in ends])
+    verdict = _together([_verdict_of(end) for end in ends])
     if parts > 1 and verdict.status == "not available":
-        verdict = _verdict(_run(request, deadline, silence))
+        verdict = _verdict_of(_run_child(request, deadline, silence))
     return verdict._replace(seconds=time.perf_counter() - started)
 
 
@@ -78,7 +78,7 @@ def _together(verdicts: list[Verdict]) -> Verdict:
     return worst._replace(checks=sum(verdict.checks for verdict in verdicts))
 
 
-def measure(
+def time_in_child(
     request: Mapping[str, Any], deadline: float = DEADLINE, silence: float = SILENCE
 ) -> tuple[dict[str, Any] | None, str, Verdict | None]:
     """Time backends in a child process.
@@ -87,28 +87,28 @@ def measure(
         The times; or None, the backend that was running when it went wrong, and its verdict.
     """
     started = time.perf_counter()
-    end = _run(request, deadline, silence)
+    end = _run_child(request, deadline, silence)
     for line in end.lines:
         if "times" in line:
             return line["times"], "", None
     running = [line["backend"] for line in end.lines if "backend" in line]
-    verdict = _verdict(end)._replace(checks=0, seconds=time.perf_counter() - started)
+    verdict = _verdict_of(end)._replace(checks=0, seconds=time.perf_counter() - started)
     return None, running[-1] if running else "", verdict
 
 
-def _verdict(end: _End) -> Verdict:
+def _verdict_of(end: _End) -> Verdict:
     """What the child says; of one that has said nothing, how it ended."""
     for line in end.lines:
         if "verdict" in line:
             return Verdict.from_dict(line["verdict"])
     cases = [line["case"] for line in end.lines if "case" in line]
-    status, detail = _explain(end)
+    status, detail = _how_it_ended(end)
     if not cases and status != "not available":  # not the kernels' doing: none has run yet
         status, detail = "not available", f"the child process ended before its first check: {detail}"
     return Verdict(status, detail, cases[-1] if cases else "", max(len(cases) - 1, 0))
 
 
-def _explain(end: _End) -> tuple[Status, str]:
+def _how_it_ended(end: _End) -> tuple[Status, str]:
     """Status and detail of a child that has left no verdict."""
     if end.never_started:
         return "not available", end.never_started
@@ -124,19 +124,23 @@ def _explain(end: _End) -> tuple[Status, str]:
     return "crashed", f"exit status {end.status}{said}"
 
 
-def _run(request: Mapping[str, Any], deadline: float, silence: float, stop: threading.Event | None = None) -> _End:
+def _run_child(
+    request: Mapping[str, Any], deadline: float, silence: float, stop: threading.Event | None = None
+) -> _End:
     import tempfile  # not above: `import fastntxent` needs neither
 
     if not sys.executable or getattr(sys, "frozen", False):
         return _End(never_started="this program has no Python interpreter to start a child process with")
     try:
         with tempfile.TemporaryDirectory(prefix="fastntxent-", ignore_cleanup_errors=True) as folder:
-            return _run_in(Path(folder), request, deadline, silence, stop or threading.Event())
+            return _run_child_in(Path(folder), request, deadline, silence, stop or threading.Event())
     except OSError as error:
         return _End(never_started=f"a child process cannot be started: {error}")
 
 
-def _run_in(folder: Path, request: Mapping[str, Any], deadline: float, silence: float, stop: threading.Event) -> _End:
+def _run_child_in(
+    folder: Path, request: Mapping[str, Any], deadline: float, silence: float, stop: threading.Event
+) -> _End:
     import subprocess
 
     report, errors = folder / "report", folder / "stderr"

@@ -77,7 +77,7 @@ class Model(NamedTuple):
 
 
 @functools.cache
-def describe(device: torch.device) -> Model:
+def model_of(device: torch.device) -> Model:
     """The model of a device of this machine."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -87,15 +87,15 @@ def describe(device: torch.device) -> Model:
             capability or f"sm_{properties.major}{properties.minor}",
             _driver(),
             torch.__version__,
-            _triton(),
+            _triton_version(),
             properties.multi_processor_count,
         )
     return Model(
-        _processor(), torch.backends.cpu.get_cpu_capability(), platform.release(), torch.__version__, _triton()
+        _processor(), torch.backends.cpu.get_cpu_capability(), platform.release(), torch.__version__, _triton_version()
     )
 
 
-def _triton() -> str:
+def _triton_version() -> str:
     """Triton's version, and what in the environment changes its kernels: interpreted ones prove nothing of others."""
     if not importlib.util.find_spec("triton"):
         return "none"
@@ -137,7 +137,7 @@ def sources_key(module: str) -> str:
     files = sorted(path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".json"))
     if module.startswith("fastntxent.backends."):
         files += sorted(PACKAGE.glob(f"_{module.split('.')[2]}.*"))  # fastntxent/_cuda.abi3.so
-    files.append(PACKAGE / "budget.py")
+    files.append(PACKAGE / "error_budget.py")
     found = importlib.util.find_spec(module)
     if found and found.origin and Path(found.origin) not in files:
         files.append(Path(found.origin))
@@ -182,7 +182,7 @@ class Store:
         """The times of these backends, by name and module; None if there are none of these very kernels."""
         entry = self._read()["times"].get("auto")
         try:
-            return _checked(entry["times"]) if entry["keys"] == self._keys(modules) else None
+            return _checked_times(entry["times"]) if entry["keys"] == self._keys(modules) else None
         except (AttributeError, TypeError, KeyError, ValueError):
             return None
 
@@ -196,14 +196,14 @@ class Store:
 
         Where no lock can be had, as in a folder that cannot be written to, none is held.
         """
-        lock = self._lock()
+        lock = self._acquire_lock()
         try:
             yield
         finally:
             if lock:
                 lock.release()
 
-    def _lock(self) -> Any:
+    def _acquire_lock(self) -> Any:
         from filelock import FileLock, Timeout  # not above: `import fastntxent` needs none
 
         try:
@@ -265,7 +265,7 @@ class Store:
                 )
 
 
-def _checked(times: dict[str, Any]) -> dict[str, Any]:
+def _checked_times(times: dict[str, Any]) -> dict[str, Any]:
     """The times, by dtype, features, rows and backend; an error if they are anything else."""
     for of_dtype in times.values():
         for features, of_features in of_dtype.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,16 +14,20 @@ from ..backends import select
 from ..losses import nt_xent
 from .policy import REPLAYED
 
-ROWS = (256, 1024, 4096, 16384)
-FEATURES = (128, 768)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-REPEATS = 12
-SECONDS = 0.5  # of one entry, at most, once it has been called twice
+TIMED_ROWS = (256, 1024, 4096, 16384)
+TIMED_FEATURES = (128, 768)
+TIMED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TEMPERATURE = 0.1
+MOST_DENSE = 2048  # samples for which the dense reference is timed
+FEWEST_TURNS = 3  # of each call
+MOST_TURNS, SECONDS_OF_CALL = 12, 0.5  # in an entry
 
 Times = dict[str, dict[str, dict[str, dict[str, float]]]]  # by dtype, features, rows and backend: milliseconds
 
 
-def measure(names: Sequence[str], device: torch.device, begin: Callable[[str, str], None] = lambda *_: None) -> Times:
+def time_backends(
+    names: Sequence[str], device: torch.device, begin: Callable[[str, str], None] = lambda *_: None
+) -> Times:
     """Medians of forward and backward of the mean loss, in milliseconds, over the grid above.
 
     The backends take turns in one process. What does not fit in memory, or a backend does not take, has no entry; the
@@ -38,12 +43,12 @@ def measure(names: Sequence[str], device: torch.device, begin: Callable[[str, st
         Exception: any error of a kernel but lack of memory. The backend that `begin` was last called with has made it.
     """
     times: Times = {}
-    for dtype in DTYPES:
+    for dtype in TIMED_DTYPES:
         of_dtype = times.setdefault(str(dtype).removeprefix("torch."), {})
         taking = [name for name in names if _takes(name, device, dtype)]
-        for d in FEATURES:
+        for d in TIMED_FEATURES:
             of_features = of_dtype.setdefault(str(d), {})
-            for rows in ROWS:
+            for rows in TIMED_ROWS:
                 of_features[str(rows)] = _entry(taking, device, dtype, rows // 2, d, begin)
     return times
 
@@ -70,12 +75,12 @@ def _entry(
         views = [torch.randn(n, d, generator=generator).to(device, dtype).requires_grad_() for _ in range(2)]
     except torch.OutOfMemoryError:
         return {}
-    calls: dict[str, Callable[[], None]] = {}
+    calls: dict[str, Callable[[], Any]] = {}
     for name in names:
-        if name == "reference" and n > 2048:
+        if name == "reference" and n > MOST_DENSE:
             continue
         begin(name, words)
-        call = _call(views, name)
+        call = gradient_call(nt_xent_on(name), views)
         try:
             call()
             call()
@@ -87,24 +92,34 @@ def _entry(
         replay = replay_of(call, device)
         if replay:
             calls[name + REPLAYED] = replay
+    return medians_in_turn(calls, device, MOST_TURNS, SECONDS_OF_CALL * len(calls))
+
+
+def nt_xent_on(backend: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """The mean NT-Xent of a backend."""
+    return lambda z_i, z_j: nt_xent(z_i, z_j, TEMPERATURE, backend=backend)  # type: ignore[arg-type]
+
+
+def gradient_call(loss: Callable[[Tensor, Tensor], Tensor], views: Sequence[Tensor]) -> Callable[[], Any]:
+    """A forward and backward of a loss, as a call without arguments."""
+    return lambda: torch.autograd.grad(loss(*views), views)
+
+
+def medians_in_turn(
+    calls: dict[str, Callable[[], Any]], device: torch.device, most_turns: int, seconds: float
+) -> dict[str, float]:
+    """Median milliseconds of each call. The calls take turns until the seconds are over, FEWEST_TURNS at least."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     started = time.perf_counter()
-    for repeat in range(REPEATS):
-        if repeat >= 3 and time.perf_counter() - started > SECONDS * len(calls):
+    for turn in range(most_turns):
+        if turn >= FEWEST_TURNS and time.perf_counter() - started > seconds:
             break
         for name, call in calls.items():
             taken[name].append(milliseconds(call, device))
     return {name: median(values) for name, values in taken.items()}
 
 
-def _call(views: Sequence[Tensor], name: str) -> Callable[[], None]:
-    def call() -> None:
-        torch.autograd.grad(nt_xent(views[0], views[1], 0.1, backend=name), views)  # type: ignore[arg-type]
-
-    return call
-
-
-def replay_of(call: Callable[[], None], device: torch.device) -> Callable[[], None] | None:
+def replay_of(call: Callable[[], Any], device: torch.device) -> Callable[[], Any] | None:
     """The call as a captured CUDA graph; None on a CPU, and for what cannot be captured or does not fit."""
     if device.type != "cuda":
         return None
@@ -124,7 +139,7 @@ def replay_of(call: Callable[[], None], device: torch.device) -> Callable[[], No
     return graph.replay
 
 
-def milliseconds(call: Callable[[], None], device: torch.device) -> float:
+def milliseconds(call: Callable[[], Any], device: torch.device) -> float:
     """How long a call takes on a device, with what the device was doing before already done."""
     if device.type == "cpu":
         started = time.perf_counter()

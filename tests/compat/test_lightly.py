@@ -150,6 +150,7 @@ def test_memory_bank_compiles_whole_once_for_every_batch_size(size):
     assert counter.frame_count <= 2  # the first batch size, and then any
 
 
+@pytest.mark.slow
 def test_memory_bank_compiled_by_inductor_gives_the_gradient_of_what_it_held():
     losses = []
     for _ in range(2):

@@ -15,6 +15,7 @@ from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
 from fastntxent.compat import (
+    gist,
     lightly,
     open_clip,
     pytorch_metric_learning,
@@ -67,6 +68,21 @@ def of_open_clip(local_loss: bool, gather_with_grad: bool) -> Call:
     return call
 
 
+def of_open_clip_with_ids(name: str) -> Call:
+    def call(z: Tensor, ids: Tensor, tau: Tensor) -> Tensor:
+        loss = getattr(open_clip, name)(rank=rank_here(), world_size=world_size())
+        return loss(*normalize(z[:2], dim=2), 1 / tau, logit_bias=torch.tensor(-3.0), ids=ids)
+
+    return call
+
+
+def distilled_by_open_clip(z: Tensor, ids: Tensor, tau: Tensor) -> Tensor:
+    """Both losses, with a narrower teacher."""
+    loss = open_clip.DistillClipLoss(rank=rank_here(), world_size=world_size())
+    teacher = normalize(z[[2, 0], :, :9].detach(), dim=2)
+    return sum(loss(*normalize(z[:2], dim=2), 1 / tau, *teacher, 4.0))
+
+
 def of_torchmultimodal(backprop_type: torchmultimodal.BackpropType, masked: bool = False, **options: Any) -> Call:
     def call(z: Tensor, ids: Tensor, tau: Tensor) -> Tensor:
         a, b = normalize(z[:2], dim=2)
@@ -76,10 +92,20 @@ def of_torchmultimodal(backprop_type: torchmultimodal.BackpropType, masked: bool
     return call
 
 
-def of_sentence_transformers(columns: int, **options: Any) -> Call:
+def of_sentence_transformers(columns: int, with_ids: bool = False, **options: Any) -> Call:
     def call(z: Tensor, ids: Tensor, tau: Tensor) -> Tensor:
         loss = sentence_transformers.MultipleNegativesRankingLoss(None, 1 / tau, gather_across_devices=True, **options)
-        return loss(z[:columns].unbind())
+        return loss(z[:columns].unbind(), ids=ids if with_ids else None)
+
+    return call
+
+
+def of_gist(columns: int, **options: Any) -> Call:
+    """The guide is narrower than the model."""
+
+    def call(z: Tensor, ids: Tensor, tau: Tensor) -> Tensor:
+        loss = gist.GISTEmbedLoss(None, None, tau, gather_across_devices=True, **options)
+        return loss.compute_loss_from_embeddings(z[:columns].unbind(), z[:columns, :, :9].detach().unbind())
 
     return call
 
@@ -169,6 +195,9 @@ CASES: dict[str, Call] = {
     "open_clip, local_loss": of_open_clip(True, False),
     "open_clip, gather_with_grad": of_open_clip(False, True),
     "open_clip, both": of_open_clip(True, True),
+    "open_clip, distilled": distilled_by_open_clip,
+    "open_clip, ids": of_open_clip_with_ids("ClipLoss"),
+    "open_clip, siglip ids": of_open_clip_with_ids("SigLipLoss"),
     "torchmultimodal": of_torchmultimodal(GLOBAL),
     "torchmultimodal, local": of_torchmultimodal(LOCAL, label_smoothing=0.2),
     "torchmultimodal, none": of_torchmultimodal(NONE, reduction="sum"),
@@ -179,9 +208,12 @@ CASES: dict[str, Call] = {
     "sentence_transformers, both": of_sentence_transformers(2, **BOTH),
     "sentence_transformers, per direction": of_sentence_transformers(3, partition_mode="per_direction", **BOTH),
     "sentence_transformers, all": of_sentence_transformers(3, directions=ALL_DIRECTIONS),
+    "sentence_transformers, ids": of_sentence_transformers(3, with_ids=True, directions=ALL_DIRECTIONS),
     "sentence_transformers, harder": of_sentence_transformers(
         3, directions=ALL_DIRECTIONS, hardness_mode="all_negatives", hardness_strength=2.0
     ),
+    "gist": of_gist(2),
+    "gist, negatives": of_gist(3, margin=0.1, margin_strategy="relative", contrast_anchors=False),
     "simclr": of_simclr(True, False),
     "simclr, weights": of_simclr(True, True),
     "simclr, rows as they are": of_simclr(False, False),

@@ -97,7 +97,7 @@ def test_main_refuses_an_unknown_choice(capsys):
 
 
 def test_main_exit_status_of_a_failed_verification(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("fastntxent.budget.Report.ok", False)
+    monkeypatch.setattr("fastntxent.error_budget.Report.ok", False)
     status = main(["--data", "digits", "--verify-every", "5", "--quiet", "--out", str(tmp_path)])
     assert status == 1
     assert re.match(r"stopped: the loss failed its verification at step 0: .*budget", capsys.readouterr().err)

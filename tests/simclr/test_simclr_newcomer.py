@@ -198,6 +198,7 @@ def here(home, monkeypatch):
     sys.modules.pop("my_net", None)
 
 
+@pytest.mark.slow
 def test_bad_files_end_the_run_and_are_all_named(cli, here):
     done = cli("--data", "folder", "--data-dir", "photos", "--out", "runs/bad")
     assert done.returncode == 2
@@ -245,6 +246,7 @@ def test_run_writes_what_the_page_lists(here):
     assert log["seconds"] == sorted(log["seconds"])
 
 
+@pytest.mark.slow
 def test_run_is_stopped_twice_and_ends_on_two_ranks_without_a_gap(cli, here):
     again = Path("runs/again")
     log = again / "log.csv"
@@ -349,6 +351,7 @@ def test_trainer_takes_a_dataset_and_load_encoder_gives_its_encoder(here):
         assert torch.equal(encoder(images), trainer.model.encoder.eval()(images))
 
 
+@pytest.mark.slow
 def test_finished_run_is_judged_again_with_the_same_result(cli, here):
     shutil.copytree("runs/mine", "runs/judged")
     assert cli("--resume", "--out", "runs/judged", "--quiet").returncode == 0

@@ -181,6 +181,7 @@ data.train_images[:2]
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_memory", ["yes", "no"])
 def test_a_large_image_is_read_without_a_warning(tmp_path, in_memory):
     for name in range(10):

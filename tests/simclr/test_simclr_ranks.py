@@ -296,6 +296,7 @@ def largest_difference(curve: list[float], expected: list[float]) -> float:
     return float((curve - expected).abs().max() / expected.abs().max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_run_over_ranks_is_the_run_of_one_process(found, alone, name):
     digits, expected = DIGITS[dtype_of(name)], alone[name]
@@ -445,6 +446,7 @@ def device_option(device: str) -> Any:
     return pytest.param(device, marks=pytest.mark.skipif(not enough, reason="needs three CUDA devices"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", [device_option("cpu"), device_option("cuda")])
 def test_torchrun_trains_the_demo_and_goes_on_with_other_ranks(tmp_path, device):
     options = ["--data", "digits", "--width", "4", "--batch-size", "50", "--device", device, "--amp", "off"]
@@ -509,6 +511,7 @@ def children(process: subprocess.Popen[str]) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "to_one_rank"),
     [(signal.SIGINT, False), (signal.SIGTERM, False), (signal.SIGTERM, True)],

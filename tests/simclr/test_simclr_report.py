@@ -97,6 +97,7 @@ for name, features in cases.items():
 """
 
 
+@pytest.mark.slow
 def test_lay_out_survives_every_kind_of_features():
     # In a process of its own: scikit-learn's t-SNE of a NaN is a segmentation fault.
     result = subprocess.run([sys.executable, "-c", DEGENERATE], cwd=ROOT, capture_output=True, text=True)
@@ -242,6 +243,7 @@ finish(trainer)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["draw", "judge"])
 def test_finish_leaves_metrics_and_a_report_if_the_process_dies(tmp_path, moment):
     command = [sys.executable, "-c", KILLED, str(tmp_path), moment]
@@ -294,6 +296,7 @@ def test_report_survives_odd_names_everywhere(make_trainer, stripes, monkeypatch
     summarise(metrics, str(trainer.config.out)).encode()
 
 
+@pytest.mark.slow
 def test_report_of_images_of_one_value_is_written(cli, tmp_path):
     # In a process of its own: t-SNE of the images would end it.
     images = np.full((300, 12, 12), 7, np.uint8)

@@ -141,6 +141,7 @@ def test_fit_runs_in_another_thread(make_trainer):
     assert trainer.step == trainer.last_step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_cli_stopped_by_a_signal_says_how_to_go_on(cli, tmp_path, number, status):
     process = cli(

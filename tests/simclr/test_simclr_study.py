@@ -83,6 +83,7 @@ def test_study_shows_collapse_and_its_absence(quick):
     assert last["distribution"]["uniformity"] < last["nt_xent"]["uniformity"]
 
 
+@pytest.mark.slow
 def test_study_killed_goes_on_to_the_same_numbers(quick, cli, tmp_path, monkeypatch):
     process = cli("study", "--quick", "--out", tmp_path, wait=False)
     second = tmp_path / objective_run("alignment", "batch") / "measured.json"

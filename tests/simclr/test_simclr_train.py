@@ -197,6 +197,7 @@ def test_save_checkpoint_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch)
     assert load_checkpoint(path)["step"] == 1
 
 
+@pytest.mark.slow
 def test_kill_during_a_run_leaves_a_checkpoint_to_resume(cli, tmp_path):
     # The run is too long to end before the kill, however busy the machine; it is compared up to a little beyond it.
     options = ["--data", "digits", "--epochs", "20000", "--width", "4", "--device", "cpu", "--quiet"]

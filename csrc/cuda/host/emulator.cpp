@@ -46,39 +46,23 @@ struct Lane {
     bool started = false, runnable = true, finished = false;
     std::vector<Copy> copies;
     int groups = 0;
-    std::vector<uint32_t> unpublished;  // where its copies lie, for the matrix units not yet
 };
 
 struct Block;
 
-struct Meeting {
-    std::vector<void*> brought;
-    Act act = nullptr;
-    size_t met = 0;
-};
-
 struct Warp {
     Block* block;
     Lane lanes[32];
-    Meeting meeting;
-    int runnable = 32;
-};
-
-struct Group {
-    Meeting meeting;
-    std::vector<GroupProduct> products;  // under way: 128 lanes of each
+    void* brought[32];  // to where its lanes meet
+    Act act = nullptr;
+    int met = 0, runnable = 32;
 };
 
 struct Block {
     int index;
     std::unique_ptr<char, decltype(&free)> shared{nullptr, &free};
-    size_t shared_bytes;
-    std::vector<char> unpublished;  // of every 16 bytes: how many copies
     std::vector<Warp> warps;
-    std::vector<Group> groups;
     int met = 0;
-    int named[16] = {};
-    std::vector<Lane*> waiting[16];
 };
 
 std::vector<Block> grid;
@@ -91,6 +75,7 @@ const void* scheduler_stack;
 size_t scheduler_stack_size;
 std::string reason;
 std::mt19937 order(1);
+TensorCore tensor_core;
 
 void* stack_of(size_t index) {
     static std::vector<void*> stacks;  // kept: a launch is short
@@ -125,18 +110,11 @@ void fail(const char* why) {
     block_here();  // for ever: the scheduler gives up
 }
 
-void copy_now(Lane& lane, void* to, const void* from) {
-    memcpy(to, from, 16);
-    const uint32_t at = shared_address(to) / 16;
-    ++lane.warp->block->unpublished[at];
-    lane.unpublished.push_back(at);
-}
-
 void perform(Lane& lane, int last_group) {
     size_t kept = 0;
     for (const Copy& copy : lane.copies) {
         if (copy.group <= last_group)
-            copy_now(lane, copy.to, copy.from);
+            memcpy(copy.to, copy.from, 16);
         else
             lane.copies[kept++] = copy;
     }
@@ -174,30 +152,24 @@ void resume(Lane& lane) {
     setcontext(&context);
 }
 
-template <int M, int N> void add_product(float (&c)[M][N], const float (&a)[M][16], const float (&b)[16][N]) {
-    for (int m = 0; m < M; ++m)
-        for (int k = 0; k < 16; ++k)
-            for (int n = 0; n < N; ++n) c[m][n] += a[m][k] * b[k][n];
-}
-
 float half(uint32_t word, int which) { return from_bits(Half(), uint16_t(word >> 16 * which)); }
 float bfloat(uint32_t word, int which) { return from_bits(Bfloat(), uint16_t(word >> 16 * which)); }
 
 // mma.m16n8k16: lane 4 g + t holds of a rows g and g + 8, of b column g, of c columns 2 t and 2 t + 1.
-template <float (*UNPACK)(uint32_t, int)> void multiply(void** of_lanes) {
+template <float (*UNPACK)(uint32_t, int), bool BFLOAT> void multiply(void** of_lanes) {
     Product** all = reinterpret_cast<Product**>(of_lanes);
-    float a[16][16], b[16][8];
+    float a[16][16], b[16][8], c[16][8];
     for (int lane = 0; lane < 32; ++lane) {
         const int g = lane / 4, t = lane % 4;
+        for (int i = 0; i < 4; ++i) c[g + i / 2 * 8][2 * t + i % 2] = all[lane]->c[i];
         for (int i = 0; i < 4; ++i)
             for (int e = 0; e < 2; ++e) a[g + i % 2 * 8][2 * t + e + i / 2 * 8] = UNPACK(all[lane]->a[i], e);
         for (int i = 0; i < 2; ++i)
             for (int e = 0; e < 2; ++e) b[2 * t + e + 8 * i][g] = UNPACK(all[lane]->b[i], e);
     }
-    float c[16][8] = {};
-    add_product(c, a, b);
+    multiply_add(tensor_core, least_exponent(BFLOAT), c, a, b);
     for (int lane = 0; lane < 32; ++lane)
-        for (int i = 0; i < 4; ++i) all[lane]->c[i] += c[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
+        for (int i = 0; i < 4; ++i) all[lane]->c[i] = c[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
 }
 
 // ldmatrix.x4: register m of lane 4 g + t holds elements 2 t and 2 t + 1 of row g (transposed: column g) of matrix m,
@@ -216,102 +188,10 @@ void load(void** of_lanes, bool transposed) {
         }
 }
 
-// Two bytes at a place of shared memory, through the swizzle of 128 bytes.
-uint16_t swizzled(Block& block, uint32_t address) {
-    address ^= (address >> 7 & 7) << 4;
-    if (address + 2 > block.shared_bytes || block.unpublished[address / 16]) {
-        if (reason.empty()) reason = "the matrix units read what was not there for them";
-        return 0;
-    }
-    uint16_t bits;
-    memcpy(&bits, block.shared.get() + address, 2);
-    return bits;
-}
-
-// An operand's fields: its address, and the bytes between 8 rows (neighbours along k) or 8 k (neighbours along n).
-uint16_t described(Block& block, uint64_t operand, int outer, int inner) {
-    if (operand >> 62 != 1 || (operand >> 49 & 7)) {
-        if (reason.empty()) reason = "an operand without the swizzle of 128 bytes";
-        return 0;
-    }
-    const uint32_t start = uint32_t(operand & 0x3fff) << 4, stride = uint32_t(operand >> 32 & 0x3fff) << 4;
-    return swizzled(block, start + outer / 8 * stride + outer % 8 * 128 + inner * 2);
-}
-
-// wgmma.m64n64k16: warp w of the group holds rows [16 w, 16 w + 16) of a and c, as in multiply.
-void multiply_one(Block& block, const GroupProduct* lanes) {
-    const auto unpack = [&](uint16_t bits) { return lanes->bfloat ? from_bits(Bfloat(), bits) : from_bits(Half(), bits); };
-    float a[64][16], b[16][64];
-    for (int k = 0; k < 16; ++k)
-        for (int n = 0; n < 64; ++n)
-            b[k][n] = unpack(lanes->a ? described(block, lanes->b, k, n) : described(block, lanes->b, n, k));
-    for (int row = 0; row < 64; ++row)
-        for (int k = 0; k < 16; ++k) {
-            const GroupProduct& lane = lanes[row / 16 * 32 + row % 8 * 4 + k % 8 / 2];
-            const uint32_t word = lane.a ? lane.a[k / 8 * 2 + row % 16 / 8] : 0;
-            a[row][k] = unpack(lane.a ? uint16_t(word >> 16 * (k % 2)) : described(block, lane.described_a, row, k));
-        }
-    float c[64][64] = {};
-    add_product(c, a, b);
-    for (int lane = 0; lane < 128; ++lane)
-        for (int j = 0; j < 8; ++j)
-            for (int i = 0; i < 4; ++i)
-                lanes[lane].c[j][i] += c[lane / 32 * 16 + lane % 32 / 4 + i / 2 * 8][8 * j + lane % 4 * 2 + i % 2];
-}
-
-Group& my_group() { return current->warp->block->groups[current->thread / 128]; }
-
-void do_products(Group& group) {
-    for (size_t i = 0; i < group.products.size(); i += 128) multiply_one(*current->warp->block, &group.products[i]);
-    group.products.clear();
-}
-
-void meet_in(Meeting& meeting, size_t lanes, size_t index, void* mine, Act act) {
-    if (meeting.met && meeting.act != act) return fail("lanes met at different collectives");
-    meeting.act = act;
-    meeting.brought.resize(lanes);
-    meeting.brought[index] = mine;
-    if (++meeting.met < lanes) return block_here();
-    meeting.met = 0;
-    act(meeting.brought.data());
-    const size_t first = current->thread / lanes * lanes;
-    for (size_t i = first; i < first + lanes; ++i) release(current->warp->block->warps[i / 32].lanes[i % 32]);
-}
-
 }  // namespace
 
-void multiply_group(const GroupProduct& mine) {
-    meet_group(const_cast<GroupProduct*>(&mine), [](void** of_lanes) {
-        Group& group = my_group();
-        for (int i = 0; i < 128; ++i) group.products.push_back(*static_cast<GroupProduct*>(of_lanes[i]));
-        if (order() % 2) do_products(group);
-    });
-}
-
-void end_products() {
-    meet_group(nullptr, [](void**) { do_products(my_group()); });
-}
-
-void publish_copies() {
-    for (uint32_t at : current->unpublished) --current->warp->block->unpublished[at];
-    current->unpublished.clear();
-}
-
-uint32_t shared_address(const void* p) {
-    return uint32_t(static_cast<const char*>(p) - current->warp->block->shared.get());
-}
-
-void meet_at(int barrier, int threads, bool wait) {
-    Block& block = *current->warp->block;
-    if (wait) block.waiting[barrier].push_back(current);
-    if (++block.named[barrier] < threads) return wait ? block_here() : void();
-    block.named[barrier] = 0;
-    for (Lane* lane : block.waiting[barrier]) release(*lane);
-    block.waiting[barrier].clear();
-}
-
-void multiply_half(void** of_lanes) { multiply<half>(of_lanes); }
-void multiply_bfloat(void** of_lanes) { multiply<bfloat>(of_lanes); }
+void multiply_half(void** of_lanes) { multiply<half, false>(of_lanes); }
+void multiply_bfloat(void** of_lanes) { multiply<bfloat, true>(of_lanes); }
 void load_matrices(void** of_lanes) { load(of_lanes, false); }
 void load_matrices_transposed(void** of_lanes) { load(of_lanes, true); }
 
@@ -321,9 +201,18 @@ int blocks() { return int(grid.size()); }
 char* shared_memory() { return current->warp->block->shared.get(); }
 const char* failure() { return reason.c_str(); }
 void seed(unsigned value) { order.seed(value); }
+void add_as(const TensorCore& core) { tensor_core = core; }
 
-void meet(void* mine, Act act) { meet_in(current->warp->meeting, 32, current->thread % 32, mine, act); }
-void meet_group(void* mine, Act act) { meet_in(my_group().meeting, 128, current->thread % 128, mine, act); }
+void meet(void* mine, Act act) {
+    Warp& warp = *current->warp;
+    if (warp.met && warp.act != act) return fail("lanes met at different collectives");
+    warp.act = act;
+    warp.brought[current->thread % 32] = mine;
+    if (++warp.met < 32) return block_here();
+    warp.met = 0;
+    act(warp.brought);
+    for (Lane& lane : warp.lanes) release(lane);
+}
 
 void sync_block() {
     Block& block = *current->warp->block;
@@ -345,7 +234,7 @@ void copy_async(void* to, const void* from) {
     if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16)
         return fail("an asynchronous copy is not aligned");
     if (order() % 2)
-        copy_now(*current, to, from);
+        memcpy(to, from, 16);
     else
         current->copies.push_back({to, from, current->groups});
 }
@@ -366,10 +255,7 @@ bool launch(int n_blocks, int n_threads, size_t shared_bytes, const std::functio
         void* memory = nullptr;
         if (posix_memalign(&memory, 128, shared_bytes)) abort();
         block.shared.reset(static_cast<char*>(memset(memory, 0xff, shared_bytes)));
-        block.shared_bytes = shared_bytes;
-        block.unpublished.assign(shared_bytes / 16, 0);
         block.warps = std::vector<Warp>(n_threads / 32);
-        block.groups.resize(n_threads / 128);
         for (int t = 0; t < n_threads; ++t) {
             Warp& warp = block.warps[t / 32];
             warp.block = &block;
@@ -396,9 +282,6 @@ bool launch(int n_blocks, int n_threads, size_t shared_bytes, const std::functio
                     if (lane.runnable) resume(lane);
         }
     }
-    for (const Block& block : grid)
-        for (int count : block.named)
-            if (count && reason.empty()) reason = "a named barrier was left half full";
     grid.clear();
     return reason.empty();
 }

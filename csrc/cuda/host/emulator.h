@@ -1,8 +1,9 @@
 // The device of device.h for a host compiler: a fiber for each thread of the grid, in one thread of the process.
 //
 // Warps run in a random order, from one collective to the next, and all 32 lanes must meet at the same one. Products of
-// the matrix units follow PTX's layout of fragments. An asynchronous copy happens at any moment from its start to the
-// wait that ends it: whoever reads too early, or writes too early over what others still read, gets other bits.
+// the matrix units follow PTX's layout of fragments, and round as a chip does. An asynchronous copy happens at any moment
+// from its start to the wait that ends it: whoever reads too early, or writes too early over what others still read, gets
+// other bits.
 #pragma once
 
 #include <math.h>
@@ -10,6 +11,8 @@
 #include <string.h>
 
 #include <functional>
+
+#include "tensor_core.h"
 
 #define FNTX_DEVICE inline
 #define FNTX_UNROLL
@@ -22,6 +25,8 @@ bool launch(int n_blocks, int n_threads, size_t shared_bytes, const std::functio
 const char* failure();
 // Another order of warps and copies.
 void seed(unsigned value);
+// Products from now on are those of another chip.
+void add_as(const TensorCore& core);
 
 int thread();
 int block();
@@ -32,16 +37,10 @@ void sync_grid();
 void copy_async(void* to, const void* from);
 void commit_copies();
 void wait_copies(int pending);
-void publish_copies();
-uint32_t shared_address(const void* p);
 
-// Named barriers: WAIT of `threads` threads come to stay, the others to say that they were here.
-void meet_at(int barrier, int threads, bool wait);
-
-// All lanes of a warp, or of a warpgroup, meet: `act` sees what each brought, once, and may write to it.
+// All lanes of a warp meet: `act` sees what each brought, once, and may write to it.
 typedef void (*Act)(void** of_lanes);
 void meet(void* mine, Act act);
-void meet_group(void* mine, Act act);
 
 template <class T> struct Shuffle {
     T value, result;
@@ -63,16 +62,6 @@ struct Product {
 void multiply_half(void** of_lanes);
 void multiply_bfloat(void** of_lanes);
 
-// wgmma.m64n64k16: a in registers or, without, described. Done at any moment until end_products().
-struct GroupProduct {
-    float (*c)[4];
-    const uint32_t* a;
-    uint64_t described_a, b;
-    bool bfloat;
-};
-void multiply_group(const GroupProduct& mine);
-void end_products();
-
 }  // namespace emulator
 
 namespace fntx {
@@ -80,7 +69,6 @@ namespace fntx {
 inline int thread() { return emulator::thread(); }
 inline int block() { return emulator::block(); }
 inline int blocks() { return emulator::blocks(); }
-inline void add_to(float* sum, float x) { *sum += x; }
 inline char* shared_memory() { return emulator::shared_memory(); }
 inline void sync_block() { emulator::sync_block(); }
 inline void sync_grid() { emulator::sync_grid(); }
@@ -97,6 +85,12 @@ template <class T> T shuffle_xor(T value, int mask) {
     return mine.result;
 }
 
+inline int count_arrival(int* arrived) { return (*arrived)++; }
+inline bool any_of_warp(bool x) {
+    FNTX_UNROLL for (int mask = 16; mask; mask /= 2) x |= shuffle_xor(x, mask);
+    return x;
+}
+
 inline void load_matrices(uint32_t (&fragment)[4], const void* row) {
     emulator::Matrices mine = {fragment, static_cast<const uint16_t*>(row)};
     emulator::meet(&mine, emulator::load_matrices);
@@ -110,19 +104,6 @@ template <class Op> void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_
     emulator::Product mine = {c, a, {b0, b1}};
     emulator::meet(&mine, Op::BFLOAT ? emulator::multiply_bfloat : emulator::multiply_half);
 }
-
-inline uint32_t shared_address(const void* p) { return emulator::shared_address(p); }
-inline void publish_copies() { emulator::publish_copies(); }
-inline void begin_products(float (&)[8][4]) {}
-inline void end_products(float (&)[8][4]) { emulator::end_products(); }
-template <class Op> void multiply_group(float (&c)[8][4], uint64_t a, uint64_t b) {
-    emulator::multiply_group({c, nullptr, a, b, Op::BFLOAT});
-}
-template <class Op> void multiply_group(float (&c)[8][4], const uint32_t (&a)[4], uint64_t b) {
-    emulator::multiply_group({c, a, 0, b, Op::BFLOAT});
-}
-inline void wait_turn(int group) { emulator::meet_at(group, THREADS, true); }
-inline void give_turn(int group) { emulator::meet_at(group, THREADS, false); }
 
 // As ex2.approx.ftz: subnormal results are zero.
 inline float exp2_fast(float x) {

@@ -10,25 +10,30 @@ using namespace fntx;
 namespace {
 
 char message[256];
-Machine machine = {2, 232448, [](int, int, size_t) { return 1; }, 0, true};
+Machine machine = {2, 232448, [](int, int, size_t) { return 1; }, 0};
+bool refuses;
 
 int fail(const char* why) {
     snprintf(message, sizeof message, "fntx_cuda_run: %s", why);
     return FNTX_INVALID;
 }
 
-template <class Op> void run_form(const Plan& plan) {
-    const int form = plan.kernel / 3;
-    form == TALL ? run<Op, Tall>(plan.a) : form == FLAT ? run<Op, Flat>(plan.a) : run<Op, Hopper>(plan.a);
-}
-
 }  // namespace
 
-void fntx_emulate(int multiprocessors, int64_t shared, bool warpgroups, unsigned seed) {
-    machine.warpgroups = warpgroups;
+void fntx_emulate(int multiprocessors, int64_t shared, unsigned seed, int block, int extra_bits) {
     machine.multiprocessors = multiprocessors;
     machine.shared = shared;
     emulator::seed(seed);
+    refuses = seed % 2 == 0;
+    emulator::add_as({block, extra_bits});
+}
+
+void fntx_emulated_product(bool bfloat, int block, int extra_bits, const float* a, const float* b, float* c) {
+    typedef const float(&A)[16][16];
+    typedef const float(&B)[16][8];
+    typedef float(&C)[16][8];
+    emulator::multiply_add({block, extra_bits}, emulator::least_exponent(bfloat), reinterpret_cast<C>(*c),
+                           reinterpret_cast<A>(*a), reinterpret_cast<B>(*b));
 }
 
 extern "C" {
@@ -37,9 +42,9 @@ const char* fntx_cuda_error(void) { return message; }
 
 int fntx_cuda_devices(void) { return 1; }
 
-int64_t fntx_cuda_workspace(int, int dtype, int64_t n_rows, int64_t n_cols, int64_t D) {
+int64_t fntx_cuda_workspace(int, int dtype, int64_t n_rows, int64_t n_cols, int64_t D, int blocks) {
     if (const char* fault = fault_of_size(n_rows, n_cols, D)) return fail(fault), -1;
-    const Plan plan = make_plan(machine, dtype, n_rows, n_cols, D, nullptr);
+    const Plan plan = make_plan(machine, dtype, n_rows, n_cols, D, blocks, nullptr);
     if (plan.grid > 0) return plan.bytes;
     fail("the device has too little shared memory for a block");
     return -1;
@@ -49,11 +54,12 @@ int fntx_cuda_run(const fntx_cuda_call* call) {
     if (const char* fault = fault_of(*call)) return fail(fault);
     const Plan plan = plan_call(machine, *call);
     memset(call->workspace, 0xff, plan.bytes);
-    const bool met = emulator::launch(plan.grid, THREADS, plan.shared, [&] {
+    const int grid = refuses && plan.grid > 1 ? plan.grid / 2 : plan.grid;  // as after cudaErrorCooperativeLaunchTooLarge
+    const bool met = emulator::launch(grid, THREADS, plan.shared, [&] {
         switch (call->dtype) {
-        case FNTX_FLOAT16: return run_form<Half>(plan);
-        case FNTX_BFLOAT16: return run_form<Bfloat>(plan);
-        default: return run_form<Split>(plan);
+        case FNTX_FLOAT16: return run<Half>(plan.a);
+        case FNTX_BFLOAT16: return run<Bfloat>(plan.a);
+        default: return run<Split>(plan.a);
         }
     });
     return met ? FNTX_OK : fail(emulator::failure());

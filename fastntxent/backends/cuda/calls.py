@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from ..base import norm_eps
-from ..native import DTYPES, NativeBackend, Side, address
+from ...algebra import norm_eps
+from ..native import DTYPES, NativeBackend, SideArguments, address, count_rows
+from ..towers import ComposedTowers
+
+_KINDS = {dtype: (code, norm_eps(dtype)) for dtype, code in DTYPES.items()}
 
 
-class CudaBackend(NativeBackend):
+class CudaBackend(ComposedTowers, NativeBackend):
     """The kernels of a module built from csrc/cuda: `fastntxent._cuda`, or the same on an emulated device, for tensors
     in host memory."""
 
@@ -22,46 +27,62 @@ class CudaBackend(NativeBackend):
         self.device_types = (device_type,)
         self.kernels = kernels
         self.workspace = functools.lru_cache(maxsize=1024)(kernels.workspace)
+        self.blocks = 0  # of a grid at most; 0: as many as run at once
+
+    def forms(self, device: torch.device, dtype: torch.dtype) -> Sequence[str]:
+        # How tasks are cut follows the size of the grid, and one block alone takes all of them in turn.
+        return ("", "grid=1", "grid=3")
+
+    @contextlib.contextmanager
+    def forced(self, form: str) -> Iterator[None]:
+        before, self.blocks = self.blocks, int(form.removeprefix("grid=") or 0)
+        try:
+            yield
+        finally:
+            self.blocks = before
 
     def run(
         self,
         phases: int,
-        inv_tau: Tensor,
+        inv_tau: float | Tensor,
         normalize: bool,
-        rows: Side,
+        rows: SideArguments,
         *,
-        cols: Side | None = None,
+        cols: SideArguments | None = None,
         pos: Tensor | None = None,
         d_pos: Tensor | None = None,
         loss: Tensor | None = None,
         weight: float = 1.0,
         d_inv_tau: Tensor | None = None,
     ) -> None:
+        # Each look-up here costs every step of training: those that PyTorch answers in C.
         z = rows.first
-        device, dtype, D = z.device, DTYPES[z.dtype], z.shape[1]
-        on_gpu, k_on_host = device.type == "cuda", inv_tau.device.type == "cpu"
-        index = device.index or 0
-        size = self.workspace(index, dtype, rows.n_rows(), 0 if cols is None else cols.n_rows(), D)
-        workspace = torch.empty(size, dtype=torch.uint8, device=device)
+        on_gpu = z.is_cuda
+        index, D = (z.get_device() if on_gpu else 0), z.size(1)
+        dtype, eps = _KINDS[z.dtype]
+        of_rows, of_cols = rows.addresses(), None if cols is None else cols.addresses()
+        n_rows, n_cols = count_rows(of_rows), 0 if of_cols is None else count_rows(of_cols)
+        workspace = z.new_empty(self.workspace(index, dtype, n_rows, n_cols, D, self.blocks), dtype=torch.uint8)
         self.kernels.run(
             phases,
             dtype,
             normalize,
             D,
-            inv_tau.item() if k_on_host else 0.0,
-            0 if k_on_host else inv_tau.data_ptr(),
-            norm_eps(z.dtype),
-            rows.pack(),
-            None if cols is None else cols.pack(),
+            0.0 if isinstance(inv_tau, Tensor) else inv_tau,
+            inv_tau.data_ptr() if isinstance(inv_tau, Tensor) else 0,
+            eps,
+            of_rows,
+            of_cols,
             address(pos),
             address(d_pos),
             address(loss),
             weight,
             address(d_inv_tau),
             workspace.data_ptr(),
+            self.blocks,
             index,
             torch._C._cuda_getCurrentRawStream(index) if on_gpu else 0,
         )
 
-    def groups(self, *ids: Tensor) -> list[Tensor]:
+    def kernel_ids(self, *ids: Tensor) -> list[Tensor]:
         return [each.to(torch.int64).contiguous() for each in ids]

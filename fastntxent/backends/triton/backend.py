@@ -3,39 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
 
-from ..base import KernelBackend, loss_weight, norm_eps
+from ...algebra import loss_weight, norm_eps, weighted_sum
+from ...sides import Side
+from ..base import Upstream
+from ..towers import ComposedTowers
 from . import config
-from .backward import Backward, survey
-from .forward import Forward
-from .pack import Packed
+from .backward import gradient
+from .forward import log_sum_exps, losses
+from .launch import Work, repeated, warming
+from .pack import Packed, pack_rows
+from .sides import Sides, make_sides
 from .tiles import INTERPRETED
+from .weights import scale, survey
 
 if not INTERPRETED and not torch.cuda.is_available():
     raise RuntimeError("no CUDA device here; under TRITON_INTERPRET=1 the kernels run on CPU tensors, slowly")
 
 
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-def _on_its_device(method: Method) -> Method:
-    """Triton launches on the current device: make it that of the first tensor."""
-
-    @functools.wraps(method)
-    def run(self: KernelBackend, tensor: Tensor, *rest: Any) -> Any:
-        with torch.cuda.device_of(tensor):
-            return method(self, tensor, *rest)
-
-    return cast(Method, run)
-
-
-class TritonBackend(KernelBackend):
+class TritonBackend(ComposedTowers):
     """The kernels of this package."""
 
     device_types = ("cuda", "cpu") if INTERPRETED else ("cuda",)
@@ -44,105 +34,118 @@ class TritonBackend(KernelBackend):
     def forms(self, device: torch.device, dtype: torch.dtype) -> Sequence[str]:
         return config.forms(device, dtype)
 
+    def setting(self, dtype: torch.dtype) -> Hashable:
+        """What launches follow from that no argument says."""
+        return _takes_tf32(dtype), config.forced_now()
+
     def forced(self, form: str) -> contextlib.AbstractContextManager[None]:
         return config.forced(form)
 
-    @_on_its_device
-    def neg_lse(self, u: Tensor, ids: Tensor, inv_tau: Tensor) -> Tensor:
-        (nu,) = Forward([_rows(u, ids)], inv_tau).run()
+    def warming(self) -> contextlib.AbstractContextManager[None]:
+        return warming()
+
+    @repeated
+    def neg_lse(self, work: Work, rows: Side, inv_tau: float | Tensor) -> Tensor:
+        (nu,) = log_sum_exps(_one_side(work, rows, inv_tau))
         return nu
 
-    @_on_its_device
+    @repeated
     def neg_lse_backward(
-        self, d_neg_lse: Tensor, u: Tensor, ids: Tensor, inv_tau: Tensor, neg_lse: Tensor
+        self, work: Work, rows: Side, inv_tau: float | Tensor, upstream: Upstream
     ) -> tuple[Tensor, Tensor]:
-        rows = _rows(u, ids)
-        weights = survey([rows], [d_neg_lse], [neg_lse])
-        d_u, _, d_inv_tau, _ = Backward(Forward([rows], inv_tau), weights, [neg_lse]).run(0)
-        return d_u, d_inv_tau
+        sides = _one_side(work, rows, inv_tau)
+        found = gradient(sides, scale(sides, survey(sides, upstream)))
+        return found.d_first, found.d_inv_tau
 
-    @_on_its_device
-    def cross_neg_lse(
-        self, u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        rows, cols = Forward([_rows(u, u_ids), _rows(v, v_ids)], inv_tau).run()
-        return rows, cols
+    def neg_lse_sum(self, rows: Side, inv_tau: float | Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        neg_lse = self.neg_lse(rows, inv_tau)
+        d_u, d_inv_tau = self.neg_lse_backward(rows, inv_tau, Upstream(weights, neg_lse))
+        return weighted_sum(neg_lse, weights), d_u, d_inv_tau
 
-    @_on_its_device
+    @repeated
+    def cross_neg_lse(self, work: Work, rows: Side, cols: Side, inv_tau: float | Tensor) -> tuple[Tensor, Tensor]:
+        nu_rows, nu_cols = log_sum_exps(_two_sides(work, rows, cols, inv_tau))
+        return nu_rows, nu_cols
+
+    @repeated
     def cross_neg_lse_backward(
-        self,
-        d_rows: Tensor,
-        d_cols: Tensor,
-        u: Tensor,
-        v: Tensor,
-        u_ids: Tensor,
-        v_ids: Tensor,
-        inv_tau: Tensor,
-        rows_neg_lse: Tensor,
-        cols_neg_lse: Tensor,
-        needs_u: bool,
-        needs_v: bool,
+        self, work: Work, rows: Side, cols: Side, inv_tau: float | Tensor, of_rows: Upstream, of_cols: Upstream
     ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        sides, nus = [_rows(u, u_ids), _rows(v, v_ids)], [rows_neg_lse, cols_neg_lse]
-        backward = Backward(Forward(sides, inv_tau), survey(sides, [d_rows, d_cols], nus), nus)
-        d_u = d_v = None
-        if needs_v:
-            d_v, _, d_inv_tau, _ = backward.run(1)
-        if needs_u or not needs_v:  # either side's sum is the temperature's gradient
-            d_u, _, d_inv_tau, _ = backward.run(0)
-        return d_u if needs_u else None, d_v, d_inv_tau
+        sides = _two_sides(work, rows, cols, inv_tau)
+        weights = scale(sides, survey(sides, of_rows, of_cols))
+        d_rows = d_cols = None
+        if of_cols.wanted:
+            d_cols, _, d_inv_tau, _ = gradient(sides.swapped(), weights.swapped())
+        if of_rows.wanted or not of_cols.wanted:  # either side's sum is the temperature's gradient
+            d_rows, _, d_inv_tau, _ = gradient(sides, weights)
+        return d_rows if of_rows.wanted else None, d_cols, d_inv_tau
 
-    @_on_its_device
-    def nt_xent_rows(self, z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
-        rows = _views(z_i, z_j, normalize)
-        (nu,) = Forward([rows], inv_tau).run()
-        return nu, inv_tau * rows.sim_pos[: rows.n]
+    @repeated
+    def nt_xent_rows(
+        self, work: Work, z_i: Tensor, z_j: Tensor, inv_tau: float | Tensor, normalize: bool
+    ) -> tuple[Tensor, Tensor]:
+        sides = _two_views(work, z_i, z_j, inv_tau, normalize)
+        (nu,) = log_sum_exps(sides)
+        return nu, inv_tau * sides.rows.sim_pos[: sides.rows.n]
 
-    @_on_its_device
+    @repeated
     def nt_xent_rows_backward(
         self,
+        work: Work,
         d_neg_lse: Tensor,
         d_pos: Tensor,
         z_i: Tensor,
         z_j: Tensor,
-        inv_tau: Tensor,
+        inv_tau: float | Tensor,
         neg_lse: Tensor,
         normalize: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        rows, d_pos = _views(z_i, z_j, normalize), d_pos.contiguous()
-        weights = survey([rows], [d_neg_lse], [neg_lse], d_pos)
-        d_z_i, d_z_j, d_inv_tau, _ = Backward(Forward([rows], inv_tau), weights, [neg_lse]).run(0, d_pos=d_pos)
-        return d_z_i, d_z_j, d_inv_tau
+        sides, d_pos = _two_views(work, z_i, z_j, inv_tau, normalize), d_pos.contiguous()
+        weights = survey(sides, Upstream(d_neg_lse, neg_lse), d_pos=d_pos)
+        found = gradient(sides, scale(sides, weights), d_pos=d_pos)
+        return found.d_first, found.d_second, found.d_inv_tau
 
-    @_on_its_device
-    def nt_xent_value(self, z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool, mean: bool) -> Tensor:
-        _, _, totals = Forward([_views(z_i, z_j, normalize)], inv_tau).losses()
+    @repeated
+    def nt_xent_value(
+        self, work: Work, z_i: Tensor, z_j: Tensor, inv_tau: float | Tensor, normalize: bool, mean: bool
+    ) -> Tensor:
+        _, totals = losses(_two_views(work, z_i, z_j, inv_tau, normalize))
         return totals.sum() * loss_weight(z_i, mean)
 
-    @_on_its_device
+    @repeated
     def nt_xent_scalar(
-        self, z_i: Tensor, z_j: Tensor, inv_tau: Tensor, normalize: bool, mean: bool
+        self, work: Work, z_i: Tensor, z_j: Tensor, inv_tau: float | Tensor, normalize: bool, mean: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        forward = Forward([_views(z_i, z_j, normalize)], inv_tau)
-        nu, weights, totals = forward.losses()
-        weight = loss_weight(z_i, mean)
-        d_z_i, d_z_j, d_inv_tau, loss = Backward(forward, weights, [nu]).run(
-            0, d_pos=weights.of_sides[0], weight=weight, pos_factor=-weight, totals=totals
-        )
-        return loss, d_z_i, d_z_j, d_inv_tau
+        sides = _two_views(work, z_i, z_j, inv_tau, normalize)
+        weights, totals = losses(sides)
+        weight, q = loss_weight(z_i, mean), weights.of_rows.d_neg_lse
+        found = gradient(sides, scale(sides, weights), d_pos=q, weight=weight, pos_factor=-weight, totals=totals)
+        return found.loss, found.d_first, found.d_second, found.d_inv_tau
 
 
-def _views(z_i: Tensor, z_j: Tensor, normalize: bool) -> Packed:
-    return Packed(z_i, z_j, normalize=normalize, eps=norm_eps(z_i.dtype), tf32=_takes_tf32(z_i))
+def _two_views(work: Work, z_i: Tensor, z_j: Tensor, inv_tau: float | Tensor, normalize: bool) -> Sides:
+    tf32, eps = _takes_tf32(z_i.dtype), norm_eps(z_i.dtype)
+    rows = pack_rows(work, z_i, z_j, normalize=normalize, eps=eps, tf32=tf32)
+    return make_sides(work, rows, rows, inv_tau)
 
 
-def _rows(u: Tensor, ids: Tensor) -> Packed:
-    return Packed(u, ids=ids, normalize=False, eps=norm_eps(u.dtype), tf32=_takes_tf32(u))
+def _one_side(work: Work, rows: Side, inv_tau: float | Tensor) -> Sides:
+    packed = _pack_side(work, rows)
+    return make_sides(work, packed, packed, inv_tau)
 
 
-def _takes_tf32(rows: Tensor) -> bool:
+def _two_sides(work: Work, rows: Side, cols: Side, inv_tau: float | Tensor) -> Sides:
+    return make_sides(work, _pack_side(work, rows), _pack_side(work, cols), inv_tau)
+
+
+def _pack_side(work: Work, side: Side) -> Packed:
+    dtype = side.u.dtype
+    return pack_rows(work, side.u, ids=side.ids, normalize=False, eps=norm_eps(dtype), tf32=_takes_tf32(dtype))
+
+
+def _takes_tf32(dtype: torch.dtype) -> bool:
     """Whether PyTorch's own products of such rows are in TF32. Triton has it on NVIDIA's chips."""
-    if rows.dtype != torch.float32 or torch.version.hip:
+    if dtype != torch.float32 or torch.version.hip:
         return False
     precision = getattr(torch.backends.cuda.matmul, "fp32_precision", "none")
     if precision == "none":  # an older PyTorch, or nothing said of this backend

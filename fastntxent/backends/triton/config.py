@@ -4,7 +4,7 @@ A tile is a choice between the registers that hold it, the shared memory that fe
 that a multiprocessor runs at once: where there are two, one's exponentials run beside the other's products.
 `table.json` is the table; `python -m benchmarks tune` writes it, and nothing is tuned while a person trains. Where
 "measured" says nothing of a kernel, no device has timed its tiles: they come from the model (`python -m benchmarks
-model`), among those that Triton 3.9 compiles without a spill (`make kernels-report`) and 3.6 with 32 bytes at most.
+model`), among those that Triton 3.9 compiles without a spill (`make kernels-report`) and 3.6 with 48 bytes at most.
 
     {family: {kernel: {width: [[rows, features, tile], ...]}}}
 
@@ -30,7 +30,7 @@ import triton
 from .pack import PADDED_ROWS, Packed
 
 
-class Tile(NamedTuple):
+class TileConfig(NamedTuple):
     """block_m rows by block_n columns of the similarity matrix, formed over block_d features at a time; maxnreg, where
     there is one, is the most registers of a thread: fewer than the compiler would take let two programs run at once."""
 
@@ -43,7 +43,7 @@ class Tile(NamedTuple):
 
     @property
     def options(self) -> dict[str, int]:
-        """What a launch is told."""
+        """What a launch is told of it."""
         limit = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
@@ -54,22 +54,24 @@ _forced: dict[str, int] = {}
 KERNELS = ("direct", "owned", "fused", "form", "gather")
 TABLE: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "table.json").read_text())
 PROGRAMS = 2  # that a multiprocessor should have to run
+FEWEST_SQUARES = 2000  # of all rows against all columns; of one side the half of them, a thousand, are programs
 PLANES = 128  # of sums, one for each square of a side
+PANEL = 32 * 2**20  # bytes of two squares of G: what an A100's and an H100's second-level cache hold beside x
 
 
-def choose(kernel: str, rows: Packed, n: int | None = None) -> Tile | None:
+def choose(kernel: str, rows: Packed, n: int | None = None) -> TileConfig | None:
     """The tile of a kernel for these rows (or n, where more than their number counts) on their device."""
     return look_up(family(rows.x.device), kernel, width(rows), rows.n if n is None else n, rows.DP)
 
 
-def tile(kernel: str, rows: Packed, n: int | None = None) -> Tile:
+def tile(kernel: str, rows: Packed, n: int | None = None) -> TileConfig:
     """The same, where there is one."""
     chosen = choose(kernel, rows, n)
     assert chosen is not None
     return chosen
 
 
-def look_up(family: str, kernel: str, width: int, n: int, DP: int) -> Tile | None:
+def look_up(family: str, kernel: str, width: int, n: int, DP: int) -> TileConfig | None:
     """The first entry that serves; block_d divides what there is."""
     n = _forced.get("rows", n)
     entry = next(tile for rows, features, tile in entries(family, kernel, width) if rows >= n and features >= DP)
@@ -79,12 +81,12 @@ def look_up(family: str, kernel: str, width: int, n: int, DP: int) -> Tile | Non
 
 
 @functools.cache
-def entries(family: str, kernel: str, width: int) -> list[tuple[float, float, Tile | None]]:
+def entries(family: str, kernel: str, width: int) -> list[tuple[float, float, TileConfig | None]]:
     """A kernel's part of the table: the most rows, the most features, and the tile."""
     said = TABLE[family].get(kernel, {}).get(str(width))
     if said is None:
         return entries(TABLE[family]["resembles"], kernel, width)
-    return [(rows or math.inf, features or math.inf, tile and Tile(*tile)) for rows, features, tile in said]
+    return [(rows or math.inf, features or math.inf, tile and TileConfig(*tile)) for rows, features, tile in said]
 
 
 def forms(device: torch.device, dtype: torch.dtype) -> list[str]:
@@ -105,11 +107,36 @@ def forms(device: torch.device, dtype: torch.dtype) -> list[str]:
 @contextlib.contextmanager
 def forced(form: str) -> Iterator[None]:
     """A block in which every call takes the tiles of a form."""
-    _forced.update({key: int(value) for key, value in (word.split("=") for word in form.split())})
+    global _forced
+    before, _forced = _forced, {key: int(value) for key, value in (word.split("=") for word in form.split())}
     try:
         yield
     finally:
-        _forced.clear()
+        _forced = before
+
+
+def forced_now() -> tuple[tuple[str, int], ...]:
+    """The form of a block that we are in."""
+    return tuple(_forced.items())
+
+
+def split(rows: Packed) -> int:
+    """The kernels' SPLIT: 0, or of float32 rows the products that the matrix units add before they round."""
+    return products_at_once(chip(rows.x.device)) if rows.split else 0
+
+
+def products_at_once(chip: str) -> int:
+    """Of half precision: 16 since Hopper (and in the interpreter), 8 before. AMD's do not round toward zero: as if they
+    added all at once."""
+    if chip.startswith("gfx"):
+        return 128
+    return 8 if chip.startswith("sm_8") else 16
+
+
+def rows_held(chip: str) -> int:
+    """The kernels' ROWS_HELD: how many rows of a tile, 8 apart, one thread holds of a column. mma and wgmma leave two
+    there; tensor memory and AMD's matrix units do not."""
+    return 2 if chip.startswith(("sm_8", "sm_9", "sm_12", "interpreter")) else 1
 
 
 def width(rows: Packed) -> int:
@@ -117,14 +144,19 @@ def width(rows: Packed) -> int:
     return rows.x.element_size() * (2 if rows.split else 1)
 
 
-@functools.cache
 def family(device: torch.device) -> str:
-    """Whose tiles a device takes."""
+    """Whose tiles a device takes: a B300 a B200's, a chip that the table does not name those of small ones."""
+    name = {"sm_103": "sm_100"}.get(chip(device), chip(device))
+    return name if name in TABLE else "small"
+
+
+@functools.cache
+def chip(device: torch.device) -> str:
+    """A device's kind, as compilers name it."""
     if device.type == "cpu":
         return "interpreter"
     properties = torch.cuda.get_device_properties(device)
-    name = properties.gcnArchName.partition(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
-    return name if name in TABLE else "small"
+    return properties.gcnArchName.partition(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
 
 
 @functools.cache
@@ -134,12 +166,12 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def edge_of_square(n_rows: int, n_cols: int, block: int) -> int:
-    """Rows and columns of a program's square of tiles: as large as leaves a thousand programs, eight tiles at most; but
-    no more than PLANES squares along a side, so that their sums stay O(M)."""
+    """Rows and columns of a program's square of tiles: as large as leaves FEWEST_SQUARES, eight tiles at most; but no
+    more than PLANES squares along a side, so that their sums stay O(M)."""
     if "tiles" in _forced:
         return _forced["tiles"] * block
     tiles = 8
-    while tiles > 1 and triton.cdiv(n_rows, block * tiles) * triton.cdiv(n_cols, block * tiles) < 2000:
+    while tiles > 1 and triton.cdiv(n_rows, block * tiles) * triton.cdiv(n_cols, block * tiles) < FEWEST_SQUARES:
         tiles //= 2
     while triton.cdiv(max(n_rows, n_cols), block * tiles) > PLANES:
         tiles *= 2
@@ -152,11 +184,14 @@ def columns_of_part(multiprocessors: int, blocks: int, n_cols: int, block_n: int
     return triton.cdiv(triton.cdiv(n_cols, block_n), wanted) * block_n
 
 
-def height_of_panel(multiprocessors: int, highest: int, DP: int, gather: Tile) -> int:
-    """Rows of a panel: of all heights from half the highest, one that leaves the fewest multiprocessors idle."""
+def edge_of_panel(multiprocessors: int, n: int, DP: int, width: int, gather: TileConfig) -> int:
+    """Rows of each of a panel's two squares: of all sizes from half the largest, one that leaves the fewest
+    multiprocessors idle."""
+    largest = max(math.isqrt(PANEL // (2 * width)) // PADDED_ROWS, 1) * PADDED_ROWS
+    largest = min(largest, triton.cdiv(n, PADDED_ROWS) * PADDED_ROWS)
 
-    def idle(height: int) -> float:
-        rounds = triton.cdiv(height, gather.block_m) * (DP // gather.block_d) / multiprocessors
+    def idle(edge: int) -> float:
+        rounds = triton.cdiv(2 * edge, gather.block_m) * (DP // gather.block_d) / multiprocessors
         return math.ceil(rounds) / rounds
 
-    return min(range(highest, highest // 2, -PADDED_ROWS), key=idle)
+    return min(range(largest, largest // 2, -PADDED_ROWS), key=idle)

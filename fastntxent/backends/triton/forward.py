@@ -2,291 +2,270 @@
 
 Direct: a program owns a square of tiles. One exponential of a tile serves the sums of its rows and of its columns, so
 of one side only tiles on and above the diagonal are formed, and of one that the diagonal crosses the part above it
-counts. Sums go to planes that no two programs share, and are added in a fixed order by `_finish_kernel`:
+counts. Sums go to planes that no two programs share, and are added in a fixed order (finish.py):
 
     one side of Q squares    rows of square a: plane b >= a from square (a, b) as rows, plane b < a from (b, a) as
                              columns, plane Q from (a, a) as columns
     two sides                rows: a plane for each square of columns; columns: a plane for each square of rows
 
+Columns are the outer loop of a square: they stay in shared memory, and their sums in registers, while its rows pass.
 Reads x once for each square, writes M sums for each row of squares. Owned: a program owns a block of rows, with a
 running maximum over all columns; the columns of a rectangle take a launch of their own. It serves temperatures at which
 exp leaves its range, and small batches, where one launch that ends in nu is worth more than half of the products.
 
-Which of the two it is may be known to the device alone: both are launched then, and the one that is not wanted returns
-at once.
+Either has two loops over tiles. One compares ids; the other, without a mask, takes what lies within both sides and
+whose rows and columns have no ids in common, by the smallest and largest of each.
+
+Which of the two it is may be known to the device alone (sides.py).
 """
 
 from __future__ import annotations
-
-import math
-from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..base import Upstream
 from . import config
-from .pack import SPAN, Packed
+from .finish import RowEnds, end_arguments, end_rows, finish
+from .pack import SPAN
+from .sides import Sides, in_direct_range, load_inverse_temperature
 from .tiles import (
-    DIRECT_LIMIT,
-    INTERPRETED,
     LOG2_E,
     SIZES,
-    add_product,
-    in_direct_range,
-    inverse_temperature,
-    load_rows,
-    masked,
+    add_products,
+    add_similarities,
+    apart,
+    disjoint,
+    load_pieces,
     similarities,
-    survey_weights,
+    transposed,
 )
+from .weights import Weights
 
-FINISHED = 128  # rows of a program of `_finish_kernel`
+ROUND = tl.constexpr(1024)  # columns for which `_owned_kernel` decides at once whether any needs a mask
 
 
 @triton.jit
-def _square_of(index, SQUARES, ONE_SIDE: tl.constexpr):
+def _square_of(index, squares, ONE_SIDE: tl.constexpr):
     """Row and column of a program's square: of one side by columns of the upper triangle, else row by row."""
     if ONE_SIDE:
         col = ((tl.sqrt(8.0 * index.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
         col = tl.where(col * (col + 1) // 2 > index, col - 1, col)  # the root was rounded
         col = tl.where((col + 1) * (col + 2) // 2 <= index, col + 1, col)
         return index - col * (col + 1) // 2, col
-    return index // SQUARES, index % SQUARES
+    return index // squares, index % squares
+
+
+@triton.jit
+def _sum_columns(
+    rows_x_ptr, rows_lo_ptr, rows_r_ptr, rows_ids_ptr, cols_x_ptr, cols_lo_ptr, cols_r_ptr, cols_ids_ptr,
+    row_plane_ptr, col_plane_ptr, col, row0, end, not_first, n_rows, n_cols, DP, k,
+    MASKED: tl.constexpr, ONE_SIDE: tl.constexpr, ROWS_HELD: tl.constexpr,
+    SPLIT: tl.constexpr, TF32: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr,
+):  # fmt: skip
+    """The tiles of BLOCK_N columns and rows [row0, end): the columns' sums, and their part of the rows' sums.
+
+    A thread adds what it holds of a column over all tiles; threads add up their parts once, at the end. So only rows
+    are summed in the loop, which lie in a quarter of a warp (mma, wgmma), or in one thread (tensor memory)."""
+    offs_n = col + tl.arange(0, BLOCK_N)
+    c_n = tl.load(cols_r_ptr + offs_n) * (k * LOG2_E)
+    if WHOLE_D:
+        x_n = transposed(load_pieces(cols_x_ptr, cols_lo_ptr, col, 0, BLOCK_D, BLOCK_N, BLOCK_D, SPLIT))
+    # The rows r and r + 8 of a tile lie in one thread where ROWS_HELD is 2.
+    sums = tl.zeros((BLOCK_M // (8 * ROWS_HELD), 8, BLOCK_N), tl.float32)
+    for row in range(row0, end, BLOCK_M):
+        offs_m = row + tl.arange(0, BLOCK_M)
+        if WHOLE_D:
+            x_m = load_pieces(rows_x_ptr, rows_lo_ptr, row, 0, BLOCK_D, BLOCK_M, BLOCK_D, SPLIT)
+            s = add_products(tl.zeros((BLOCK_M, BLOCK_N), tl.float32), x_m, x_n, SPLIT, TF32, UPCAST)
+        else:
+            s = similarities(
+                rows_x_ptr, rows_lo_ptr, cols_x_ptr, cols_lo_ptr, row, col, DP,
+                SPLIT, TF32, UPCAST, BLOCK_M, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+        exps = tl.exp2(s * c_n[None, :] * tl.load(rows_r_ptr + offs_m)[:, None])
+        if MASKED:
+            counted = apart(rows_ids_ptr, cols_ids_ptr, row, col, n_rows, n_cols, BLOCK_M, BLOCK_N)
+            if ONE_SIDE:
+                counted &= offs_m[:, None] < offs_n[None, :]
+            exps = tl.where(counted, exps, 0.0)
+        sums += tl.sum(tl.reshape(exps, (BLOCK_M // (8 * ROWS_HELD), ROWS_HELD, 8, BLOCK_N)), 1)
+        before = tl.load(row_plane_ptr + offs_m, mask=not_first, other=0.0)
+        tl.store(row_plane_ptr + offs_m, before + tl.sum(exps, 1))
+    tl.store(col_plane_ptr + offs_n, tl.sum(tl.sum(sums, 0), 0))
+    tl.debug_barrier()  # the next columns read the rows' sums, not always with the threads that wrote them
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _direct_kernel(
-    rows_x, rows_lo, rows_r, rows_ids, rows_low, rows_high, n_rows,
-    cols_x, cols_lo, cols_r, cols_ids, cols_low, cols_high, n_cols,
-    row_planes, col_planes, s_row_plane, s_col_plane, squares, edge, inv_tau, bounds, log_terms, DP,
-    ONE_SIDE: tl.constexpr, BOUNDED: tl.constexpr, ON_DEVICE: tl.constexpr,
+    rows_x_ptr, rows_lo_ptr, rows_r_ptr, rows_ids_ptr, rows_low_ptr, rows_high_ptr,
+    cols_x_ptr, cols_lo_ptr, cols_r_ptr, cols_ids_ptr, cols_low_ptr, cols_high_ptr,
+    row_planes_ptr, col_planes_ptr, bounds_ptr, n_rows, n_cols, DP, squares, edge, stride_row_plane, stride_col_plane,
+    inv_tau, log_terms,
+    ONE_SIDE: tl.constexpr, BOUNDED: tl.constexpr, ON_DEVICE: tl.constexpr, ROWS_HELD: tl.constexpr,
     SPLIT: tl.constexpr, TF32: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    k = inverse_temperature(inv_tau, ON_DEVICE)
-    if not in_direct_range(k, bounds, log_terms, BOUNDED):
+    k = load_inverse_temperature(inv_tau, ON_DEVICE)
+    if not in_direct_range(bounds_ptr, k, log_terms, BOUNDED):
         return
     a, b = _square_of(tl.program_id(0), squares, ONE_SIDE)
     on_diagonal = ONE_SIDE & (a == b)
-    row_plane = row_planes + b.to(tl.int64) * s_row_plane
-    col_plane = col_planes + tl.where(on_diagonal, squares, a).to(tl.int64) * s_col_plane
+    row_plane_ptr = row_planes_ptr + b.to(tl.int64) * stride_row_plane
+    col_plane_ptr = col_planes_ptr + tl.where(on_diagonal, squares, a).to(tl.int64) * stride_col_plane
     row0, col0 = a * edge, b * edge
-    for i in range(0, tl.cdiv(tl.minimum(edge, n_rows - row0), BLOCK_M)):
-        row = row0 + i * BLOCK_M
-        offs_m = row + tl.arange(0, BLOCK_M)
-        r_m = tl.load(rows_r + offs_m) * (k * LOG2_E)
-        if WHOLE_D:
-            x_m = load_rows(rows_x, row, 0, DP, BLOCK_M, BLOCK_D)
-            lo_m = load_rows(rows_lo, row, 0, DP, BLOCK_M, BLOCK_D) if SPLIT else x_m
-        row_sums = tl.zeros((BLOCK_M,), tl.float32)
-        first = tl.where(on_diagonal, i * BLOCK_M // BLOCK_N, 0)
-        for j in range(first, tl.cdiv(tl.minimum(edge, n_cols - col0), BLOCK_N)):
-            col = col0 + j * BLOCK_N
-            offs_n = col + tl.arange(0, BLOCK_N)
-            if WHOLE_D:
-                x_n = load_rows(cols_x, col, 0, DP, BLOCK_N, BLOCK_D)
-                lo_n = load_rows(cols_lo, col, 0, DP, BLOCK_N, BLOCK_D) if SPLIT else x_n
-                s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-                s = add_product(s, x_m, lo_m, tl.trans(x_n), tl.trans(lo_n), SPLIT, TF32, UPCAST)
-            else:
-                s = similarities(
-                    rows_x, rows_lo, cols_x, cols_lo, row, col, DP, BLOCK_M, BLOCK_N, BLOCK_D, SPLIT, TF32, UPCAST
-                )
-            exps = tl.exp2(s * tl.load(cols_r + offs_n)[None, :] * r_m[:, None])
-            exps = masked(
-                exps, 0.0, rows_ids, rows_low, rows_high, n_rows, cols_ids, cols_low, cols_high, n_cols, row, col,
-                BLOCK_M, BLOCK_N, SPAN,
+    whole = (row0 + edge <= n_rows) & (col0 + edge <= n_cols)
+    if whole:
+        whole = disjoint(rows_low_ptr, rows_high_ptr, cols_low_ptr, cols_high_ptr, row0, edge, col0, edge, SPAN)
+    if whole:
+        for i in range(0, edge, BLOCK_N):
+            _sum_columns(
+                rows_x_ptr, rows_lo_ptr, rows_r_ptr, rows_ids_ptr, cols_x_ptr, cols_lo_ptr, cols_r_ptr, cols_ids_ptr,
+                row_plane_ptr, col_plane_ptr, col0 + i, row0, row0 + edge, i > 0, n_rows, n_cols, DP, k,
+                False, ONE_SIDE, ROWS_HELD, SPLIT, TF32, UPCAST, BLOCK_M, BLOCK_N, BLOCK_D, WHOLE_D,
             )  # fmt: skip
-            if on_diagonal & (col < row + BLOCK_M):
-                exps = tl.where(offs_m[:, None] < offs_n[None, :], exps, 0.0)
-            row_sums += tl.sum(exps, 1)
-            before = tl.load(col_plane + offs_n, mask=(offs_n < n_cols) & (i > 0), other=0.0)
-            tl.store(col_plane + offs_n, before + tl.sum(exps, 0), mask=offs_n < n_cols)
-        tl.store(row_plane + offs_m, row_sums, mask=offs_m < n_rows)
-        tl.debug_barrier()  # the next row of tiles reads the columns' sums, not always with the threads that wrote them
+    else:  # tiles of half the width: ids are 64 bits wide, and would not fit in the registers
+        HALF: tl.constexpr = BLOCK_N // 2
+        blocks = tl.cdiv(tl.minimum(edge, n_cols - col0), HALF)
+        for i in range(0, blocks):
+            col = col0 + (blocks - 1 - i) * HALF  # the last first: on the diagonal only they meet all rows
+            end = tl.minimum(row0 + edge, tl.minimum(n_rows, col + HALF) if ONE_SIDE else n_rows)
+            _sum_columns(
+                rows_x_ptr, rows_lo_ptr, rows_r_ptr, rows_ids_ptr, cols_x_ptr, cols_lo_ptr, cols_r_ptr, cols_ids_ptr,
+                row_plane_ptr, col_plane_ptr, col, row0, end, i > 0, n_rows, n_cols, DP, k,
+                True, ONE_SIDE, ROWS_HELD, SPLIT, TF32, UPCAST, BLOCK_M, HALF, BLOCK_D, WHOLE_D,
+            )  # fmt: skip
 
 
 @triton.jit
-def _end_rows(nu, offs, n, pos_ptr, q_ptr, peaks_ptr, totals_ptr, dots_ptr, k):
-    """NT-Xent of a program's rows: their losses log(1 + exp(nu - pos)) in a sum, and q = sigmoid(nu - pos)."""
-    inside = offs < n
-    sim_pos = tl.load(pos_ptr + offs, mask=inside, other=0.0)
-    x = nu - k * sim_pos
-    e = tl.exp(-tl.abs(x))
-    # log(1 + e) of a small e, to its own relative accuracy: Kahan's quotient.
-    grown = 1.0 + e
-    log1p = tl.where(grown == 1.0, e, tl.log(grown) * e / tl.where(grown == 1.0, 1.0, grown - 1.0))
-    tl.store(totals_ptr + tl.program_id(0), tl.sum(tl.where(inside, tl.maximum(x, 0.0) + log1p, 0.0)))
-    q = tl.where(x > 0, 1.0, e) / (1.0 + e)
-    tl.store(q_ptr + offs, q, mask=inside)
-    survey_weights(q, nu, q * sim_pos, offs, n, peaks_ptr, dots_ptr)
+def _add_exponentials(
+    peaks, sums, x_m, r_m, rows_x_ptr, rows_lo_ptr, rows_ids_ptr, rows_low_ptr, rows_high_ptr,
+    cols_x_ptr, cols_lo_ptr, cols_r_ptr, cols_ids_ptr, cols_low_ptr, cols_high_ptr, row, n_rows, n_cols, DP, k,
+    MASKED: tl.constexpr, SPLIT: tl.constexpr, TF32: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
+    """The running maxima and sums of some rows after the rounds of columns that need a mask, or after the others."""
+    for first in range(0, n_cols, ROUND):
+        whole = (row + BLOCK_M <= n_rows) & (first + ROUND <= n_cols)
+        if whole:
+            whole = disjoint(rows_low_ptr, rows_high_ptr, cols_low_ptr, cols_high_ptr, row, BLOCK_M, first, ROUND, SPAN)
+        if whole != MASKED:
+            for col in range(first, tl.minimum(first + ROUND, n_cols), BLOCK_N):
+                if WHOLE_D:
+                    x_n = load_pieces(cols_x_ptr, cols_lo_ptr, col, 0, BLOCK_D, BLOCK_N, BLOCK_D, SPLIT)
+                    s = add_similarities(tl.zeros((BLOCK_M, BLOCK_N), tl.float32), x_m, x_n, SPLIT, TF32, UPCAST)
+                else:
+                    s = similarities(
+                        rows_x_ptr, rows_lo_ptr, cols_x_ptr, cols_lo_ptr, row, col, DP,
+                        SPLIT, TF32, UPCAST, BLOCK_M, BLOCK_N, BLOCK_D,
+                    )  # fmt: skip
+                # Rounded the same from both sides: only what went into a sum may be compared with it.
+                r_n = tl.load(cols_r_ptr + col + tl.arange(0, BLOCK_N))
+                logits = s * (r_m[:, None] * r_n[None, :]) * k
+                if MASKED:
+                    counted = apart(rows_ids_ptr, cols_ids_ptr, row, col, n_rows, n_cols, BLOCK_M, BLOCK_N)
+                    logits = tl.where(counted, logits, -float("inf"))
+                new_peaks = tl.maximum(peaks, tl.max(logits, 1))  # a NaN that it drops reaches the sum
+                shift = tl.where(new_peaks == -float("inf"), 0.0, new_peaks)  # -inf - -inf is NaN: no negative yet
+                exps = tl.exp2((logits - shift[:, None]) * LOG2_E)
+                sums = sums * tl.exp2((peaks - shift) * LOG2_E) + tl.sum(exps, 1)
+                peaks = new_peaks
+    return peaks, sums
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _owned_kernel(
-    rows_x, rows_lo, rows_r, rows_ids, rows_low, rows_high, n_rows,
-    cols_x, cols_lo, cols_r, cols_ids, cols_low, cols_high, n_cols,
-    nu_ptr, pos_ptr, q_ptr, peaks_ptr, totals_ptr, dots_ptr, inv_tau, bounds, log_terms, DP,
+    rows_x_ptr, rows_lo_ptr, rows_r_ptr, rows_ids_ptr, rows_low_ptr, rows_high_ptr,
+    cols_x_ptr, cols_lo_ptr, cols_r_ptr, cols_ids_ptr, cols_low_ptr, cols_high_ptr,
+    nu_ptr, pos_ptr, q_ptr, peaks_ptr, totals_ptr, dots_ptr, bounds_ptr, n_rows, n_cols, DP, inv_tau, log_terms,
     ALWAYS: tl.constexpr, LOSS: tl.constexpr, BOUNDED: tl.constexpr, ON_DEVICE: tl.constexpr,
     SPLIT: tl.constexpr, TF32: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SPAN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    k = inverse_temperature(inv_tau, ON_DEVICE)
-    if not ALWAYS and in_direct_range(k, bounds, log_terms, BOUNDED):
+    k = load_inverse_temperature(inv_tau, ON_DEVICE)
+    if not ALWAYS and in_direct_range(bounds_ptr, k, log_terms, BOUNDED):
         return
     row = tl.program_id(0) * BLOCK_M
     offs_m = row + tl.arange(0, BLOCK_M)
-    r_m = tl.load(rows_r + offs_m)
+    r_m = tl.load(rows_r_ptr + offs_m)
+    x_m = load_pieces(rows_x_ptr, rows_lo_ptr, row, 0, BLOCK_D, BLOCK_M, BLOCK_D, SPLIT) if WHOLE_D else ()
     peaks = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     sums = tl.zeros((BLOCK_M,), tl.float32)
-    for col in range(0, n_cols, BLOCK_N):
-        s = similarities(rows_x, rows_lo, cols_x, cols_lo, row, col, DP, BLOCK_M, BLOCK_N, BLOCK_D, SPLIT, TF32, UPCAST)
-        # Rounded the same from both sides: only what went into a sum may be compared with it.
-        r_n = tl.load(cols_r + col + tl.arange(0, BLOCK_N))
-        logits = s * (r_m[:, None] * r_n[None, :]) * k
-        logits = masked(
-            logits, -float("inf"), rows_ids, rows_low, rows_high, n_rows, cols_ids, cols_low, cols_high, n_cols,
-            row, col, BLOCK_M, BLOCK_N, SPAN,
+    for MASKED in tl.static_range(2):
+        peaks, sums = _add_exponentials(
+            peaks, sums, x_m, r_m, rows_x_ptr, rows_lo_ptr, rows_ids_ptr, rows_low_ptr, rows_high_ptr,
+            cols_x_ptr, cols_lo_ptr, cols_r_ptr, cols_ids_ptr, cols_low_ptr, cols_high_ptr, row, n_rows, n_cols, DP, k,
+            MASKED == 1, SPLIT, TF32, UPCAST, BLOCK_M, BLOCK_N, BLOCK_D, WHOLE_D, SPAN,
         )  # fmt: skip
-        new_peaks = tl.maximum(peaks, tl.max(logits, 1))
-        shift = tl.where(new_peaks == -float("inf"), 0.0, new_peaks)  # -inf - -inf is NaN: no negative yet
-        exps = tl.exp2((logits - shift[:, None]) * LOG2_E)
-        sums = sums * tl.exp2((peaks - shift) * LOG2_E) + tl.sum(exps, 1)
-        peaks = new_peaks
     nu = peaks + tl.log(sums)
     tl.store(nu_ptr + offs_m, nu, mask=offs_m < n_rows)
     if LOSS:
-        _end_rows(nu, offs_m, n_rows, pos_ptr, q_ptr, peaks_ptr, totals_ptr, dots_ptr, k)
+        end_rows(nu, pos_ptr, q_ptr, peaks_ptr, totals_ptr, dots_ptr, offs_m, n_rows, k)
 
 
-@triton.jit(do_not_specialize=SIZES)
-def _finish_kernel(
-    planes, s_plane, n_planes, nu_ptr, n, pos_ptr, q_ptr, peaks_ptr, totals_ptr, dots_ptr, inv_tau, bounds, log_terms,
-    BOUNDED: tl.constexpr, ON_DEVICE: tl.constexpr, LOSS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """nu from the planes, if it was direct; and the loss."""
-    k = inverse_temperature(inv_tau, ON_DEVICE)
-    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = offs < n
-    if in_direct_range(k, bounds, log_terms, BOUNDED):
-        sums = tl.zeros((BLOCK,), tl.float32)
-        plane = planes + offs
-        for _ in range(0, n_planes):
-            sums += tl.load(plane, mask=inside, other=0.0)
-            plane += s_plane
-        nu = tl.log(sums)
-        tl.store(nu_ptr + offs, nu, mask=inside)
+def log_sum_exps(sides: Sides) -> list[Tensor]:
+    """nu of every side."""
+    nus = [sides.work.output(side.rows.n) for side in sides.each()]
+    _write(sides, nus, None)
+    return nus
+
+
+def losses(sides: Sides) -> tuple[Weights, Tensor]:
+    """nu of two views' rows with its weights q, and partial sums of the rows' losses."""
+    nu, q = sides.work.empty(2, sides.rows.r.shape[0]).unbind()
+    peaks, totals, dots = sides.work.empty(3, sides.rows.peaks.shape[1]).unbind()
+    (programs,) = _write(sides, [nu], RowEnds(q, peaks, totals, dots))
+    return Weights(Upstream(q, nu), None, peaks[:programs], dots[:programs]), totals[:programs]
+
+
+def _write(sides: Sides, nus: list[Tensor], ends: RowEnds | None) -> list[int]:
+    """Write nu of every side and the ends of its rows. Returns how many programs ended a side's rows."""
+    each = list(zip(sides.each(), nus, strict=True))
+    squares = config.choose("direct", sides.rows, sides.longer) is not None and sides.may_be(direct=True)
+    if not squares:
+        return [_own_rows(side, nu, ends, always=True) for side, nu in each]
+    planes = _sum_squares(sides)
+    if sides.may_be(direct=False):
+        for side, nu in each:
+            _own_rows(side, nu, None, always=False)
+    return [finish(side, sums, nu, ends) for (side, nu), sums in zip(each, planes, strict=True)]
+
+
+def _sum_squares(sides: Sides) -> list[Tensor]:
+    """Planes of sums for every side."""
+    rows, cols, new = sides.rows, sides.cols, sides.work.empty
+    tile = config.tile("direct", rows, sides.longer)
+    edge = config.edge_of_square(rows.n, cols.n, max(tile.block_m, tile.block_n))
+    row_squares, col_squares = triton.cdiv(rows.n, edge), triton.cdiv(cols.n, edge)
+    if sides.one_side:
+        programs = row_squares * (row_squares + 1) // 2
+        row_planes = col_planes = new(row_squares + 1, rows.r.shape[0])
     else:
-        nu = tl.load(nu_ptr + offs, mask=inside, other=0.0)
-    if LOSS:
-        _end_rows(nu, offs, n, pos_ptr, q_ptr, peaks_ptr, totals_ptr, dots_ptr, k)
+        programs = row_squares * col_squares
+        row_planes, col_planes = new(col_squares, rows.r.shape[0]), new(row_squares, cols.r.shape[0])
+    sides.work.launch(
+        _direct_kernel, (programs,), **rows.operands("rows"), **cols.operands("cols"),
+        row_planes_ptr=row_planes, col_planes_ptr=col_planes, DP=rows.DP, squares=col_squares, edge=edge,
+        stride_row_plane=row_planes.stride(0), stride_col_plane=col_planes.stride(0), **sides.regime(),
+        ONE_SIDE=sides.one_side, ROWS_HELD=config.rows_held(config.chip(rows.x.device)), **sides.modes(),
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=tile.block_d, WHOLE_D=tile.block_d == rows.DP,
+        SPAN=SPAN, **tile.options,
+    )  # fmt: skip
+    return [row_planes] if sides.one_side else [row_planes, col_planes]
 
 
-def on_device(inv_tau: Tensor) -> bool:
-    """Whether the host must not read it."""
-    return inv_tau.device.type != "cpu"
-
-
-class Weights(NamedTuple):
-    """Weights of nu of every side, and what programs found in them: the largest, and sums of the positives' weights
-    times sim_pos."""
-
-    of_sides: list[Tensor]
-    peaks: Tensor
-    dots: Tensor
-
-
-class Forward:
-    """nu of one packed side, or of two."""
-
-    def __init__(self, sides: list[Packed], inv_tau: Tensor):
-        self.sides = sides
-        self.rows, self.cols = sides[0], sides[-1]
-        self.one_side = len(sides) == 1
-        self.on_device = on_device(inv_tau)
-        self.k = inv_tau if self.on_device else inv_tau.item()
-        # Rows that are not normalised: the device knows how long they are.
-        self.bounded = not self.rows.normalize
-        self.bounds = self.rows.bounds(self.cols) if self.bounded else [self.rows.r, self.rows.r]
-        self.log_terms = math.log(max(self.rows.n, self.cols.n))
-        self.modes = {"SPLIT": self.rows.split, "TF32": self.rows.tf32, "UPCAST": INTERPRETED}
-        self.flags = {"BOUNDED": self.bounded, "ON_DEVICE": self.on_device}
-
-    def may_be(self, direct: bool) -> bool:
-        """Whether this regime's kernels have to be launched: both, where only the device knows."""
-        if self.bounded or self.on_device:
-            return True
-        margin = DIRECT_LIMIT.value - (self.k + self.log_terms)  # which the device may round to the other side
-        return (margin > 0) == direct or abs(margin) < 1e-3
-
-    def regime(self, which: int = 0) -> tuple[Tensor | float, Tensor, float]:
-        """What a kernel of side `which` chooses the regime by."""
-        return self.k, self.bounds[which], self.log_terms
-
-    def operands(self, side: Packed) -> tuple[Tensor | int, ...]:
-        return side.x, side.lo, side.r, side.ids, side.low, side.high, side.n
-
-    def run(self) -> list[Tensor]:
-        """nu of every side."""
-        nus = [side.new(side.n) for side in self.sides]
-        self._run(nus, None)
-        return nus
-
-    def losses(self) -> tuple[Tensor, Weights, Tensor]:
-        """Of two views: nu, its weights q, and sums of the rows' losses."""
-        nu, q = self.rows.new(2, self.rows.r.shape[0]).unbind()
-        ends = (q, *self.rows.new(3, self.rows.peaks.shape[1]).unbind())
-        programs = self._run([nu], ends)
-        peaks, totals, dots = (end[:programs] for end in ends[1:])
-        return nu, Weights([q], peaks, dots), totals
-
-    def _run(self, nus: list[Tensor], ends: tuple[Tensor, ...] | None) -> int:
-        """Write nu, and what `_end_rows` writes; how many programs ended rows."""
-        largest = max(side.n for side in self.sides)
-        summed = config.choose("direct", self.rows, largest) is not None and self.may_be(direct=True)
-        planes = self._sum() if summed else None
-        programs = 0
-        if planes is None or self.may_be(direct=False):
-            for side, other, nu in zip(self.sides, (self.cols, self.rows), nus, strict=False):
-                programs = self._own(side, other, nu, ends, always=planes is None)
-        for side, nu, sums in zip(self.sides, nus, planes or (), strict=False):
-            programs = triton.cdiv(side.n, FINISHED)
-            _finish_kernel[(programs,)](
-                sums, sums.stride(0), sums.shape[0], nu, side.n, side.sim_pos, *(ends or [nu] * 4), *self.regime(),
-                **self.flags, LOSS=ends is not None, BLOCK=FINISHED, num_warps=4,
-            )  # fmt: skip
-        return programs
-
-    def _sum(self) -> list[Tensor]:
-        tile = config.tile("direct", self.rows, max(side.n for side in self.sides))
-        edge = config.edge_of_square(self.rows.n, self.cols.n, max(tile.block_m, tile.block_n))
-        row_squares, col_squares = (triton.cdiv(side.n, edge) for side in (self.rows, self.cols))
-        if self.one_side:
-            planes = [self.rows.new(row_squares + 1, self.rows.r.shape[0])]
-            programs = row_squares * (row_squares + 1) // 2
-        else:
-            planes = [
-                self.rows.new(col_squares, self.rows.r.shape[0]),
-                self.rows.new(row_squares, self.cols.r.shape[0]),
-            ]
-            programs = row_squares * col_squares
-        _direct_kernel[(programs,)](
-            *self.operands(self.rows), *self.operands(self.cols),
-            planes[0], planes[-1], planes[0].stride(0), planes[-1].stride(0), col_squares, edge,
-            *self.regime(), self.rows.DP, ONE_SIDE=self.one_side, **self.flags, **self.modes,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=tile.block_d, WHOLE_D=tile.block_d == self.rows.DP,
-            SPAN=SPAN, **tile.options,
-        )  # fmt: skip
-        return planes
-
-    def _own(self, side: Packed, other: Packed, nu: Tensor, ends: tuple[Tensor, ...] | None, always: bool) -> int:
-        tile = config.tile("owned", side)
-        programs = triton.cdiv(side.n, tile.block_m)
-        _owned_kernel[(programs,)](
-            *self.operands(side), *self.operands(other), nu, side.sim_pos, *(ends or [nu] * 4), *self.regime(),
-            side.DP, ALWAYS=always, LOSS=always and ends is not None, **self.flags, **self.modes,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=tile.block_d, SPAN=SPAN,
-            **tile.options,
-        )  # fmt: skip
-        return programs
+def _own_rows(sides: Sides, nu: Tensor, ends: RowEnds | None, *, always: bool) -> int:
+    """Write nu of the rows and their ends: always, or only beyond the direct range. Returns the number of programs."""
+    rows, cols = sides.rows, sides.cols
+    tile = config.tile("owned", rows)
+    programs = triton.cdiv(rows.n, tile.block_m)
+    sides.work.launch(
+        _owned_kernel, (programs,), **rows.operands("rows"), **cols.operands("cols"),
+        **end_arguments(rows, nu, ends), DP=rows.DP, **sides.regime(),
+        ALWAYS=always, LOSS=ends is not None, **sides.modes(),
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=tile.block_d, WHOLE_D=tile.block_d == rows.DP,
+        SPAN=SPAN, **tile.options,
+    )  # fmt: skip
+    return programs

@@ -12,26 +12,32 @@ row and the largest r.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import INTERPRETED, SIZES, in_two_parts, largest_of
+from .launch import Work
+from .tiles import FARTHEST, INTERPRETED, SIZES, in_two_parts
 
 SPAN = 32
 PADDED_ROWS = 256  # every tile's height and width divide it
 
 
 @triton.jit
-def load_stacked(first_ptr, second_ptr, row, d, n_first, n, D, s_first_m, s_first_d, s_second_m, s_second_d):
+def load_stacked(
+    first_ptr, second_ptr, row, d, n_first, n, D, stride_first_m, stride_first_d, stride_second_m, stride_second_d
+):
     """z of stacked rows, in float32, 0 beyond rows and features."""
     of_first = (row < n_first) & (row < n)
     of_second = (row >= n_first) & (row < n)
     inside = (d < D)[None, :]
     row, d = row.to(tl.int64), d.to(tl.int64)
-    first = first_ptr + row[:, None] * s_first_m + d[None, :] * s_first_d
-    second = second_ptr + (row - n_first)[:, None] * s_second_m + d[None, :] * s_second_d
+    first = first_ptr + row[:, None] * stride_first_m + d[None, :] * stride_first_d
+    second = second_ptr + (row - n_first)[:, None] * stride_second_m + d[None, :] * stride_second_d
     z = tl.load(first, mask=of_first[:, None] & inside, other=0.0).to(tl.float32)
     return z + tl.load(second, mask=of_second[:, None] & inside, other=0.0).to(tl.float32)
 
@@ -44,27 +50,41 @@ def _power_of_two(largest):
     return ((254 - exponent) << 23).to(tl.float32, bitcast=True), (exponent << 23).to(tl.float32, bitcast=True)
 
 
+@triton.jit
+def _sum_features(x, SPAN: tl.constexpr):
+    """Sums of at most 64 features of each row, neighbours first. A reduction adds in the order of its layout, which
+    follows the strides of z; a reduction of two numbers has one order."""
+    for _ in tl.static_range(6):
+        if x.shape[1] > 1:
+            x = tl.sum(tl.reshape(x, (SPAN, x.shape[1] // 2, 2)), 2)
+    return tl.reshape(x, (SPAN,))
+
+
 @triton.jit(do_not_specialize=SIZES)
 def _pack_kernel(
-    first_ptr, second_ptr, ids_ptr, x_ptr, lo_ptr, r_ptr, norm_ptr, pos_ptr, out_ids_ptr, low_ptr, high_ptr,
-    peaks_ptr, s_peaks, n_first, n, D, DP, eps, s_first_m, s_first_d, s_second_m, s_second_d, s_ids,
+    first_ptr, second_ptr, ids_ptr, x_ptr, lo_ptr, r_ptr, norm_ptr, pos_ptr, out_ids_ptr, low_ptr, high_ptr, peaks_ptr,
+    n_first, n, D, DP, stride_first_m, stride_first_d, stride_second_m, stride_second_d, stride_ids, stride_peaks, eps,
     NORMALIZE: tl.constexpr, SCALED: tl.constexpr, SPLIT: tl.constexpr, GIVEN_IDS: tl.constexpr, PAIRED: tl.constexpr,
     UPCAST: tl.constexpr, SPAN: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * SPAN + tl.arange(0, SPAN)
     partner = tl.where(row < n_first, row + n_first, row - n_first)
 
-    # Lengths from elements near 1, so that no square leaves the range of float32.
+    # Lengths from elements near 1, so that no square leaves the range of float32. A NaN that a maximum drops is in x.
     largest = tl.zeros((SPAN,), tl.float32)
     of_partner = tl.zeros((SPAN,), tl.float32)
     for start in range(0, DP, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        z = load_stacked(first_ptr, second_ptr, row, d, n_first, n, D, s_first_m, s_first_d, s_second_m, s_second_d)
+        z = load_stacked(
+            first_ptr, second_ptr, row, d, n_first, n, D,
+            stride_first_m, stride_first_d, stride_second_m, stride_second_d,
+        )  # fmt: skip
         largest = tl.maximum(largest, tl.max(tl.abs(z), 1))
         if PAIRED:
             z = load_stacked(
-                first_ptr, second_ptr, partner, d, n_first, n, D, s_first_m, s_first_d, s_second_m, s_second_d
-            )
+                first_ptr, second_ptr, partner, d, n_first, n, D,
+                stride_first_m, stride_first_d, stride_second_m, stride_second_d,
+            )  # fmt: skip
             of_partner = tl.maximum(of_partner, tl.max(tl.abs(z), 1))
     down, up = _power_of_two(largest)
     partner_down, partner_up = _power_of_two(of_partner)
@@ -74,10 +94,13 @@ def _pack_kernel(
     product = tl.zeros((SPAN,), tl.float32)
     for start in range(0, DP, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        z = load_stacked(first_ptr, second_ptr, row, d, n_first, n, D, s_first_m, s_first_d, s_second_m, s_second_d)
+        z = load_stacked(
+            first_ptr, second_ptr, row, d, n_first, n, D,
+            stride_first_m, stride_first_d, stride_second_m, stride_second_d,
+        )  # fmt: skip
         x = z * down[:, None] if SCALED else z
         z *= down[:, None]
-        square += tl.sum(z * z, 1)
+        square += _sum_features(z * z, SPAN)
         offs = row.to(tl.int64)[:, None] * DP + d[None, :]
         high, low = in_two_parts(x, x_ptr.dtype.element_ty, SPLIT, UPCAST)
         tl.store(x_ptr + offs, high)
@@ -85,11 +108,12 @@ def _pack_kernel(
             tl.store(lo_ptr + offs, low)
         if PAIRED:
             p = load_stacked(
-                first_ptr, second_ptr, partner, d, n_first, n, D, s_first_m, s_first_d, s_second_m, s_second_d
-            )
+                first_ptr, second_ptr, partner, d, n_first, n, D,
+                stride_first_m, stride_first_d, stride_second_m, stride_second_d,
+            )  # fmt: skip
             p *= partner_down[:, None]
-            partner_square += tl.sum(p * p, 1)
-            product += tl.sum(z * p, 1)
+            partner_square += _sum_features(p * p, SPAN)
+            product += _sum_features(z * p, SPAN)
 
     root = tl.sqrt_rn(square)
     norm = root * up
@@ -101,7 +125,7 @@ def _pack_kernel(
     tl.store(r_ptr + row, r)
     program = tl.program_id(0)
     tl.store(peaks_ptr + program, tl.max(tl.where(row < n, norm, 0.0)))
-    tl.store(peaks_ptr + s_peaks + program, tl.max(r))
+    tl.store(peaks_ptr + stride_peaks + program, tl.max(r))
     if PAIRED:
         if NORMALIZE:
             partner_root = tl.sqrt_rn(partner_square)
@@ -112,72 +136,103 @@ def _pack_kernel(
         tl.store(pos_ptr + row, product)
 
     if GIVEN_IDS:
-        ids = tl.load(ids_ptr + row.to(tl.int64) * s_ids, mask=row < n, other=0).to(tl.int64)
+        ids = tl.load(ids_ptr + row.to(tl.int64) * stride_ids, mask=row < n, other=0).to(tl.int64)
     else:
         ids = tl.where(row < n_first, row, row - n_first).to(tl.int64)
     tl.store(out_ids_ptr + row, ids)
-    tl.store(low_ptr + program, tl.min(tl.where(row < n, ids, 0x7FFFFFFFFFFFFFFF)))
-    tl.store(high_ptr + program, tl.max(tl.where(row < n, ids, -0x7FFFFFFFFFFFFFFF)))
+    tl.store(low_ptr + program, tl.min(tl.where(row < n, ids, FARTHEST)))
+    tl.store(high_ptr + program, tl.max(tl.where(row < n, ids, -FARTHEST)))
 
 
-@triton.jit(do_not_specialize=SIZES)
-def _bounds_kernel(rows_peaks, n_rows_peaks, cols_peaks, n_cols_peaks, bounds_ptr):
-    """For either side: max|u_i| max|v_j|, and the largest r of the other side."""
-    longest = largest_of(rows_peaks, n_rows_peaks) * largest_of(cols_peaks, n_cols_peaks)
-    tl.store(bounds_ptr, longest)
-    tl.store(bounds_ptr + 1, largest_of(cols_peaks + n_cols_peaks, n_cols_peaks))
-    tl.store(bounds_ptr + 4, longest)
-    tl.store(bounds_ptr + 5, largest_of(rows_peaks + n_rows_peaks, n_rows_peaks))
-
-
+@dataclass(frozen=True, eq=False)
 class Packed:
-    """Stacked rows of one or two matrices as the kernels take them, and the matrices themselves."""
+    """Stacked rows of one or two matrices as the kernels take them, and the matrices themselves.
 
-    def __init__(
-        self,
-        first: Tensor,
-        second: Tensor | None = None,
-        ids: Tensor | None = None,
-        *,
-        normalize: bool,
-        eps: float,
-        tf32: bool,
-    ):
-        self.first = first
-        self.second = first[:0] if second is None else second
-        self.normalize, self.eps = normalize, eps
-        self.n_first, self.D = first.shape
-        self.n = self.n_first + self.second.shape[0]
-        self.DP = padded_features(self.D)
-        self.tf32 = first.dtype == torch.float32 and tf32
-        self.split = first.dtype == torch.float32 and not tf32
-        padded = triton.cdiv(self.n, PADDED_ROWS) * PADDED_ROWS
-        spans = padded // SPAN
-        self.x = first.new_empty((padded, self.DP), dtype=torch.float16 if self.split else first.dtype)
-        self.lo = torch.empty_like(self.x) if self.split else self.x
-        self.r, self.norm, self.sim_pos = first.new_empty((3, padded), dtype=torch.float32).unbind()
-        self.peaks = first.new_empty((2, spans), dtype=torch.float32)
-        self.ids = first.new_empty(padded, dtype=torch.int64)
-        self.low, self.high = first.new_empty((2, spans), dtype=torch.int64).unbind()
-        _pack_kernel[(spans,)](
-            first, self.second, self.ids if ids is None else ids,
-            self.x, self.lo, self.r, self.norm, self.sim_pos, self.ids, self.low, self.high, self.peaks, spans,
-            self.n_first, self.n, self.D, self.DP, eps, *first.stride(), *self.second.stride(),
-            0 if ids is None else ids.stride(0),
-            NORMALIZE=normalize, SCALED=normalize or first.dtype == torch.float32, SPLIT=self.split,
-            GIVEN_IDS=ids is not None, PAIRED=second is not None,
-            UPCAST=INTERPRETED, SPAN=SPAN, BLOCK_D=min(self.DP, 64), num_warps=4,
-        )  # fmt: skip
+    `x` is the operand and `lo` its small part (x again where there is none), `r` the factor from x to unit rows, `norm`
+    the lengths, `sim_pos` the positives' similarities; `low` and `high` the smallest and largest id of SPAN rows,
+    `peaks` their largest norm and largest r."""
 
-    def bounds(self, other: Packed) -> list[Tensor]:
-        """For these rows, then for the other: the largest product of lengths, and the largest r of the opposite."""
-        bounds = self.new(2, 4)  # rows of 16 bytes: aligned, for one compiled kernel
-        _bounds_kernel[(1,)](self.peaks, self.peaks.shape[1], other.peaks, other.peaks.shape[1], bounds, num_warps=4)
-        return list(bounds.unbind())
+    first: Tensor
+    second: Tensor
+    n_first: int
+    n: int
+    D: int
+    DP: int
+    normalize: bool
+    eps: float
+    tf32: bool
+    split: bool
+    x: Tensor
+    lo: Tensor
+    r: Tensor
+    norm: Tensor
+    sim_pos: Tensor
+    ids: Tensor
+    low: Tensor
+    high: Tensor
+    peaks: Tensor
 
-    def new(self, *shape: int) -> Tensor:
-        """A float32 tensor where the rows are, not yet written."""
-        return self.r.new_empty(shape)
+    @property
+    def unread(self) -> Tensor:
+        """An address for a float32 parameter that a kernel takes and does not use."""
+        return self.r
+
+    def operands(self, side: str) -> dict[str, Any]:
+        """A kernel's arguments `rows_x_ptr` to `n_rows`, or `cols_x_ptr` to `n_cols`."""
+        return {
+            f"{side}_x_ptr": self.x, f"{side}_lo_ptr": self.lo, f"{side}_r_ptr": self.r,
+            f"{side}_ids_ptr": self.ids, f"{side}_low_ptr": self.low, f"{side}_high_ptr": self.high,
+            f"n_{side}": self.n,
+        }  # fmt: skip
+
+    def matrices(self) -> dict[str, Any]:
+        """A kernel's arguments for the matrices that were packed."""
+        first_m, first_d = self.first.stride()
+        second_m, second_d = self.second.stride()
+        return {
+            "first_ptr": self.first, "second_ptr": self.second,
+            "n_first": self.n_first, "n": self.n, "D": self.D, "DP": self.DP,
+            "stride_first_m": first_m, "stride_first_d": first_d,
+            "stride_second_m": second_m, "stride_second_d": second_d,
+        }  # fmt: skip
+
+
+def pack_rows(
+    work: Work,
+    first: Tensor,
+    second: Tensor | None = None,
+    ids: Tensor | None = None,
+    *,
+    normalize: bool,
+    eps: float,
+    tf32: bool,
+) -> Packed:
+    """Pack the rows of a matrix, or of two that hold each other's positives; without `ids` a row has its sample's."""
+    n_first, D = first.shape
+    n, DP = n_first + (0 if second is None else second.shape[0]), padded_features(D)
+    padded = triton.cdiv(n, PADDED_ROWS) * PADDED_ROWS
+    spans = padded // SPAN
+    full = first.dtype == torch.float32
+    split = full and not tf32
+    x = work.empty(padded, DP, dtype=torch.float16 if split else first.dtype)
+    lo = work.empty(padded, DP, dtype=x.dtype) if split else x
+    r, norm, sim_pos = work.empty(3, padded).unbind()
+    peaks = work.empty(2, spans)
+    own_ids = work.empty(padded, dtype=torch.int64)
+    low, high = work.empty(2, spans, dtype=torch.int64).unbind()
+    packed = Packed(
+        first, first[:0] if second is None else second, n_first, n, D, DP, normalize, eps, full and tf32, split,
+        x, lo, r, norm, sim_pos, own_ids, low, high, peaks,
+    )  # fmt: skip
+    work.launch(
+        _pack_kernel, (spans,), **packed.matrices(),
+        ids_ptr=own_ids if ids is None else ids, stride_ids=0 if ids is None else ids.stride(0),  # read if GIVEN_IDS
+        x_ptr=x, lo_ptr=lo, r_ptr=r, norm_ptr=norm, pos_ptr=sim_pos, out_ids_ptr=own_ids, low_ptr=low, high_ptr=high,
+        peaks_ptr=peaks, stride_peaks=spans, eps=eps,
+        NORMALIZE=normalize, SCALED=normalize or full, SPLIT=split, GIVEN_IDS=ids is not None,
+        PAIRED=second is not None, UPCAST=INTERPRETED, SPAN=SPAN, BLOCK_D=min(DP, 64), num_warps=4,
+    )  # fmt: skip
+    return packed
 
 
 def padded_features(D: int) -> int:

@@ -10,36 +10,44 @@ Reads z of a row and of its positive, a program owns SPAN rows. Sums over all ro
 of the kernels before this one; the first program here adds them, and takes no launch of its own for it.
 """
 
+from __future__ import annotations
+
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .pack import load_stacked
-from .tiles import SIZES, inverse_temperature, largest_of, largest_scale, sum_of
+from ..ranges import G_SCALE
+from .pack import SPAN, load_stacked
+from .sides import Sides, largest_scale, load_inverse_temperature
+from .tiles import SIZES, sum_of_parts
+from .weights import TileWeights
 
 
 @triton.jit(do_not_specialize=SIZES)
-def unpack_kernel(
-    gathered_ptr, s_gathered, radial_ptr, s_radial, n_gathered, radial_parts, n_radial, peaks_ptr, n_peaks,
-    totals_ptr, dots_ptr, n_dots, first_ptr, second_ptr, norm_ptr, pos_ptr, d_pos_ptr,
-    d_first_ptr, d_second_ptr, d_inv_tau_ptr, loss_ptr,
-    n_first, n, D, DP, eps, factor, pos_factor, share, loss_factor, inv_tau, bounds,
-    s_first_m, s_first_d, s_second_m, s_second_d,
+def _unpack_kernel(
+    gathered_ptr, radial_ptr, radial_parts_ptr, largest_ptr, totals_ptr, dots_ptr, bounds_ptr,
+    first_ptr, second_ptr, norm_ptr, pos_ptr, d_pos_ptr, d_first_ptr, d_second_ptr, d_inv_tau_ptr, loss_ptr,
+    n_gathered, n_radial, n_dots, n_first, n, D, DP,
+    stride_gathered, stride_radial, stride_first_m, stride_first_d, stride_second_m, stride_second_d,
+    inv_tau, eps, factor, pos_factor, share, loss_factor,
     NORMALIZE: tl.constexpr, PAIRED: tl.constexpr, LOSS: tl.constexpr, BOUNDED: tl.constexpr, ON_DEVICE: tl.constexpr,
     SPAN: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """d/dz of SPAN rows; the first program's also d/dk and, of weights that came with it, the loss."""
-    k = inverse_temperature(inv_tau, ON_DEVICE)
+    k = load_inverse_temperature(inv_tau, ON_DEVICE)
     row = tl.program_id(0) * SPAN + tl.arange(0, SPAN)
     inside = row < n
     partner = tl.where(row < n_first, row + n_first, row - n_first)
-    scale = factor * largest_of(peaks_ptr, n_peaks) * largest_scale(bounds, BOUNDED)
+    scale = factor * tl.load(largest_ptr) * largest_scale(bounds_ptr, BOUNDED)
     norm = tl.load(norm_ptr + row, mask=inside, other=1.0)
     length = tl.maximum(norm, eps)
     radial = tl.zeros((SPAN,), tl.float32)
     of_part = radial_ptr + row
     for _ in range(0, n_gathered):
         radial += tl.load(of_part, mask=inside, other=0.0)
-        of_part += s_radial
+        of_part += stride_radial
     radial *= scale
     if PAIRED:
         both = tl.load(d_pos_ptr + row, mask=inside, other=0.0) * pos_factor
@@ -47,12 +55,12 @@ def unpack_kernel(
         radial += both * tl.load(pos_ptr + row, mask=inside, other=0.0)
         partner_length = tl.maximum(tl.load(norm_ptr + partner, mask=inside, other=1.0), eps)
     if tl.program_id(0) == 0:
-        d_inv_tau = sum_of(radial_parts, n_radial) * scale * share
+        d_inv_tau = sum_of_parts(radial_parts_ptr, n_radial) * scale * share
         if PAIRED:
-            d_inv_tau += sum_of(dots_ptr, n_dots) * pos_factor
+            d_inv_tau += sum_of_parts(dots_ptr, n_dots) * pos_factor
         tl.store(d_inv_tau_ptr, d_inv_tau)
         if LOSS:
-            tl.store(loss_ptr, sum_of(totals_ptr, n_dots) * loss_factor)
+            tl.store(loss_ptr, sum_of_parts(totals_ptr, n_dots) * loss_factor)
     wide = row.to(tl.int64)
     for start in range(0, DP, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
@@ -61,19 +69,69 @@ def unpack_kernel(
         part = gathered_ptr + wide[:, None] * DP + d[None, :]
         for _ in range(0, n_gathered):
             d_u += tl.load(part, mask=here, other=0.0)
-            part += s_gathered
+            part += stride_gathered
         d_u *= scale
         if PAIRED:
             u = load_stacked(
-                first_ptr, second_ptr, partner, d, n_first, n, D, s_first_m, s_first_d, s_second_m, s_second_d
-            )
+                first_ptr, second_ptr, partner, d, n_first, n, D,
+                stride_first_m, stride_first_d, stride_second_m, stride_second_d,
+            )  # fmt: skip
             if NORMALIZE:
                 u = u / partner_length[:, None]
             d_u += both[:, None] * u
         if NORMALIZE:
-            u = load_stacked(first_ptr, second_ptr, row, d, n_first, n, D, s_first_m, s_first_d, s_second_m, s_second_d)
+            u = load_stacked(
+                first_ptr, second_ptr, row, d, n_first, n, D,
+                stride_first_m, stride_first_d, stride_second_m, stride_second_d,
+            )  # fmt: skip
             d_u -= u / length[:, None] * tl.where(norm > eps, radial, 0.0)[:, None]
             d_u = d_u / length[:, None]
         of_first = (row < n_first)[:, None]
         tl.store(d_first_ptr + wide[:, None] * D + d[None, :], d_u * k, mask=here & of_first)
         tl.store(d_second_ptr + (wide - n_first)[:, None] * D + d[None, :], d_u * k, mask=here & ~of_first)
+
+
+class Gathered(NamedTuple):
+    """What the rows gathered, in P parts: sums (P, rows, features), radial (P, rows), and parts of radial's total."""
+
+    sums: Tensor
+    radial: Tensor
+    radial_parts: Tensor
+
+
+class Gradients(NamedTuple):
+    """d/dz of both matrices of a side, d/dk, and the loss, which is written only if its partial sums came along."""
+
+    d_first: Tensor
+    d_second: Tensor
+    d_inv_tau: Tensor
+    loss: Tensor
+
+
+def unpack_gradients(
+    sides: Sides,
+    weights: TileWeights,
+    gathered: Gathered,
+    *,
+    d_pos: Tensor | None = None,
+    weight: float = 1.0,
+    pos_factor: float = 1.0,
+    totals: Tensor | None = None,
+) -> Gradients:
+    """The gradients of the rows' matrices from what their rows gathered."""
+    rows, output, unread = sides.rows, sides.work.output, sides.rows.unread
+    found = Gradients(output(*rows.first.shape), output(*rows.second.shape), output(), output())
+    sides.work.launch(
+        _unpack_kernel, (triton.cdiv(rows.n, SPAN),), **rows.matrices(),
+        gathered_ptr=gathered.sums, radial_ptr=gathered.radial, radial_parts_ptr=gathered.radial_parts,
+        largest_ptr=weights.largest, totals_ptr=unread if totals is None else totals, dots_ptr=weights.dots,
+        norm_ptr=rows.norm, pos_ptr=rows.sim_pos, d_pos_ptr=unread if d_pos is None else d_pos.contiguous(),
+        d_first_ptr=found.d_first, d_second_ptr=found.d_second, d_inv_tau_ptr=found.d_inv_tau, loss_ptr=found.loss,
+        n_gathered=gathered.sums.shape[0], n_radial=gathered.radial_parts.shape[0], n_dots=weights.dots.shape[0],
+        stride_gathered=gathered.sums.stride(0), stride_radial=gathered.radial.stride(0),
+        **sides.temperature_and_bounds(), eps=rows.eps, factor=weight / G_SCALE[rows.x.dtype], pos_factor=pos_factor,
+        share=0.5 if sides.one_side else 1.0, loss_factor=weight,
+        NORMALIZE=rows.normalize, PAIRED=d_pos is not None, LOSS=totals is not None,
+        SPAN=SPAN, BLOCK_D=min(rows.DP, 64), num_warps=4,
+    )  # fmt: skip
+    return found

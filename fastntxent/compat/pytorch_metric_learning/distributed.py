@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...common import batch_sum, group_counts, scale_gradient
-from ...distributed import Shard, open_shard, wire
+from ...algebra import scale_gradient
+from ...distributed import ShardedBatch
 from ...losses import sup_con
 from ...modules.base import TypedModule
+from ...opening import open_batch
 from ...validation import check_rows
 from ..pairs import IndicesTuple, checked_pairs
 from ..shared import as_ids, default_group
@@ -98,9 +99,9 @@ class DistributedLossWrapper(TypedModule):
             )
         if labels is None:
             raise ValueError("labels must be given with a CrossBatchMemory, got None")
-        shard = _open(group, self.loss.loss, "embeddings", embeddings, labels, masked=enqueue_mask is not None)
-        mask = None if enqueue_mask is None else shard.gather(enqueue_mask.to(embeddings.device))
-        return self.loss(_rows(embeddings, shard), shard.gather(labels.to(embeddings.device)), None, mask)
+        batch = _open_ranks(group, self.loss.loss, "embeddings", embeddings, labels, masked=enqueue_mask is not None)
+        mask = None if enqueue_mask is None else batch.gather(enqueue_mask.to(embeddings.device))
+        return self.loss(_rows_of_all_ranks(embeddings, batch), batch.gather(labels.to(embeddings.device)), None, mask)
 
     def _of_all_ranks(
         self,
@@ -113,64 +114,63 @@ class DistributedLossWrapper(TypedModule):
     ) -> Tensor:
         if labels is None and indices_tuple is None:
             raise ValueError("labels and indices_tuple must not both be None")
-        shard = refs = _open(
+        batch = refs = _open_ranks(
             group, self.loss, "embeddings", embeddings, labels, pairs=indices_tuple is not None,
             ref_emb=ref_emb is not None, efficient=self.efficient,
         )  # fmt: skip
-        all_rows = _rows(embeddings, shard)
-        all_labels = None if labels is None else shard.gather(labels.to(embeddings.device))
+        all_rows = _rows_of_all_ranks(embeddings, batch)
+        all_labels = None if labels is None else batch.gather(labels.to(embeddings.device))
         all_refs = all_ref_labels = None
         if ref_emb is not None:
             own = ref_labels is labels  # as in one process
-            refs = _open(group, self.loss, "ref_emb", ref_emb, None if own else ref_labels, own=own)
-            all_refs = _rows(ref_emb, refs)
+            refs = _open_ranks(group, self.loss, "ref_emb", ref_emb, None if own else ref_labels, own=own)
+            all_refs = _rows_of_all_ranks(ref_emb, refs)
             all_ref_labels = all_labels
             if not own:
                 all_ref_labels = None if ref_labels is None else refs.gather(ref_labels.to(embeddings.device))
         if indices_tuple is not None:
-            indices_tuple = self._pairs(indices_tuple, shard, refs, embeddings.device)
+            indices_tuple = self._pairs_by_rank(indices_tuple, batch, refs, embeddings.device)
         return self.loss(all_rows, all_labels, indices_tuple, all_refs, all_ref_labels)
 
-    def _pairs(self, pairs: IndicesTuple, shard: Shard, refs: Shard, device: torch.device) -> IndicesTuple:
+    def _pairs_by_rank(
+        self, pairs: IndicesTuple, batch: ShardedBatch, refs: ShardedBatch, device: torch.device
+    ) -> IndicesTuple:
         """Indices of rows in the order of the ranks, from those that count this rank's first."""
-        n_anchors = shard.rows[shard.rank] if self.efficient else shard.n_rows
-        indices = checked_pairs(pairs, n_anchors, refs.n_rows, device)
-        rows, cols = _own_first(shard, device), _own_first(refs, device)
+        n_anchors = batch.sizes[batch.rank] if self.efficient else batch.n_samples
+        indices = checked_pairs(pairs, n_anchors, refs.n_samples, device)
+        rows, cols = _own_first(batch, device), _own_first(refs, device)
         a1, p, a2, n = (order[index] for order, index in zip((rows, cols, rows, cols), indices, strict=True))
-        return (*_joined(a1, p, shard), *_joined(a2, n, shard)) if self.efficient else (a1, p, a2, n)
+        if self.efficient:
+            a1, p, a2, n = map(batch.gather_ragged, (a1, p, a2, n))
+        return a1, p, a2, n
 
 
-def _open(group: ProcessGroup, loss: PairLoss, name: str, rows: Tensor, labels: Tensor | None, **agreed: bool) -> Shard:
+def _open_ranks(
+    group: ProcessGroup, loss: PairLoss, name: str, rows: Tensor, labels: Tensor | None, **agreed: Any
+) -> ShardedBatch:
     check_rows(name, rows, may_be_empty=True)
     if labels is not None:
         as_ids("labels" if name == "embeddings" else "ref_labels", labels, rows)
-    shard = open_shard(
-        group, f"{name} of {type(loss).__name__}", rows, "auto", temperature=loss.temperature,
+    batch = open_batch(
+        group, f"{name} of {type(loss).__name__}", {name: rows}, temperature=loss.temperature,
         labels=None if labels is None else labels.dtype, **agreed,
     )  # fmt: skip
-    assert shard is not None
-    return shard
+    assert isinstance(batch, ShardedBatch)
+    return batch
 
 
-def _rows(x: Tensor, shard: Shard) -> Tensor:
+def _rows_of_all_ranks(x: Tensor, batch: ShardedBatch) -> Tensor:
     """The rows of all ranks in their order. This rank's have a gradient, as often as there are ranks: each forms the
     whole loss, and the gradient of its own rows alone, of which DDP takes the mean."""
-    parts = list(shard.gather(x.detach()).split(shard.rows))
-    parts[shard.rank] = scale_gradient(x, torch.tensor(len(parts)))
+    parts = list(batch.gather(x).split(batch.sizes))
+    parts[batch.rank] = scale_gradient(x, len(parts))
     return torch.cat(parts)
 
 
-def _own_first(shard: Shard, device: torch.device) -> Tensor:
+def _own_first(batch: ShardedBatch, device: torch.device) -> Tensor:
     """Where rows are in the order of the ranks, this rank's first and then those of the others."""
-    parts = list(torch.arange(shard.n_rows, device=device).split(shard.rows))
-    return torch.cat((parts.pop(shard.rank), *parts))
-
-
-@wire.eager
-def _joined(a: Tensor, b: Tensor, shard: Shard) -> tuple[Tensor, Tensor]:
-    """The pairs of all ranks, of which each has its own number."""
-    numbers = wire.gather_numbers(shard.group, torch.tensor(len(a), device=a.device)).tolist()
-    return wire.all_gather(shard.group, a, numbers), wire.all_gather(shard.group, b, numbers)
+    parts = list(torch.arange(batch.n_samples, device=device).split(batch.sizes))
+    return torch.cat((parts.pop(batch.rank), *parts))
 
 
 def _labels_of_all_ranks(loss: PairLoss, embeddings: Tensor, labels: Tensor | None, group: ProcessGroup) -> Tensor:
@@ -178,13 +178,12 @@ def _labels_of_all_ranks(loss: PairLoss, embeddings: Tensor, labels: Tensor | No
     if labels is None:
         raise ValueError("labels must be given in a process group, got None")
     ids = as_ids("labels", labels, embeddings)
-    shard = open_shard(group, type(loss).__name__, embeddings, "auto")
-    assert shard is not None
-    matches = group_counts(ids, shard)
-    n_positives, n_negatives = batch_sum(matches - 1, shard), batch_sum(shard.n_rows - matches, shard)
+    batch = open_batch(group, type(loss).__name__, {"embeddings": embeddings})
+    matches = batch.group_counts(ids)
+    n_positives, n_negatives = batch.total(matches - 1), batch.total(batch.n_samples - matches)
     terms = partial(sup_con, embeddings, ids, loss.temperature, normalize=loss.normalize, group=group)
     if isinstance(loss, SupConLoss):
         mean = terms()
     else:
-        mean = batch_sum((matches - 1) * terms(form="pairs", reduction="none"), shard) / n_positives.clamp_min(1)
+        mean = batch.total((matches - 1) * terms(form="pairs", reduction="none")) / n_positives.clamp_min(1)
     return unless_few(mean, n_positives, n_negatives)

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from ... import ops
-from ...backends.base import row_dots, row_losses
-from ...common import inverse_temperature, unit_rows, watch
+from ...algebra import row_dots, row_losses, unit_rows
 from ...losses import info_nce, nt_xent, sup_con
 from ...modules.base import TypedModule
 from ...ops.groups import counts_of_groups, sums_of_groups
+from ...scale import inverse_temperature
 from ...validation import check_features, check_rows, check_same, check_temperature
+from ...watching import watch
 from ..pairs import IndicesTuple, checked_pairs, lse_by_anchor, pairs_of_ids, sum_by_anchor
 from ..shared import as_ids
 
@@ -78,11 +79,11 @@ class PairLoss(TypedModule):
                 "ref_labels must be given where ref_emb has another number of rows than embeddings, "
                 f"got {ref_emb.shape[0]} and {embeddings.shape[0]}"
             )
-        loss = self.compare(embeddings, labels, indices_tuple, ref_emb, None if own else ref_labels, own)
+        loss = self.loss_against(embeddings, labels, indices_tuple, ref_emb, None if own else ref_labels, own)
         # A reducer may make something else of it. A memory's labels move on before the backward, which has copies.
         return watch(loss, self.temperature, labels) if isinstance(loss, Tensor) else loss
 
-    def compare(
+    def loss_against(
         self,
         embeddings: Tensor,
         labels: Tensor | None,
@@ -109,7 +110,7 @@ class PairLoss(TypedModule):
         else:
             terms = self._of_labels(u, v, ids, ref_ids, own)
         if self.reducer is None:
-            return (u * 0).sum() if terms is None else _mean(terms)
+            return (u * 0).sum() if terms is None else _mean_of_terms(terms)
         info = (0, None, "already_reduced") if terms is None else terms[:3]
         loss_info = dict(zip(("losses", "indices", "reduction_type"), info, strict=True))
         return self.reducer({"loss": loss_info}, embeddings, None if labels is None else labels.to(embeddings.device))
@@ -163,7 +164,7 @@ class NTXentLoss(PairLoss):
     def __init__(self, temperature: float | Tensor = 0.07, **kwargs: object):
         super().__init__(temperature, **kwargs)  # type: ignore[arg-type]
 
-    def _nu(self, u: Tensor, v: Tensor, ids: Tensor, ref_ids: Tensor, inv_tau: Tensor) -> Tensor:
+    def _nu(self, u: Tensor, v: Tensor, ids: Tensor, ref_ids: Tensor, inv_tau: float | Tensor) -> Tensor:
         if v is u:
             return ops.neg_lse(u, ids, inv_tau, "auto")
         return ops.cross_neg_lse(u, v, ids, ref_ids, inv_tau, "auto")[0]
@@ -177,7 +178,7 @@ class NTXentLoss(PairLoss):
         """The sum of each anchor's terms."""
         inv_tau = inverse_temperature(self.temperature, u)
         nu = self._nu(u, v, ids, ref_ids, inv_tau)
-        return ops.positive_sum(u, v, ids, ref_ids, inv_tau, nu, own, "auto")
+        return ops.positive_sum(u, v, ids, ref_ids, inv_tau, nu, same=own)
 
     def _of_labels(self, u: Tensor, v: Tensor, ids: Tensor, ref_ids: Tensor, own: bool) -> Terms | None:
         if _few(*map(int, _numbers_of_pairs(ids, ref_ids, own))):
@@ -185,7 +186,7 @@ class NTXentLoss(PairLoss):
         if _is_per_anchor(self.reducer):
             counts = counts_of_groups(ref_ids, ids) - int(own)
             return _of_anchors(self._sums(u, v, ids, ref_ids, own) / counts.clamp_min(1), counts, True)
-        inv_tau = inverse_temperature(self.temperature, u).to(u.device)
+        inv_tau = inverse_temperature(self.temperature, u)
         nu = self._nu(u, v, ids, ref_ids, inv_tau)
         a, p = pairs_of_ids(ids, ref_ids, own)
         return Terms(row_losses(nu[a], inv_tau * ops.pair_dots(u, v, a, p)), (a, p), "pos_pair")
@@ -193,7 +194,7 @@ class NTXentLoss(PairLoss):
     def _of_pairs(self, u: Tensor, v: Tensor, a1: Tensor, p: Tensor, a2: Tensor, n: Tensor) -> Terms | None:
         if _few(len(a1), len(a2)):
             return None
-        inv_tau = inverse_temperature(self.temperature, u).to(u.device)
+        inv_tau = inverse_temperature(self.temperature, u)
         nu = lse_by_anchor(inv_tau * ops.pair_dots(u, v, a2, n), a2, u.shape[0])
         per_anchor = _is_per_anchor(self.reducer)
         if per_anchor:  # it knows a pair once
@@ -240,7 +241,7 @@ class SupConLoss(PairLoss):
         if v is u:
             loss = sup_con(u, ids, self.temperature, normalize=False)
         else:
-            loss = _mean(self._terms(u, v, ids, ref_ids, own))
+            loss = _mean_of_terms(self._terms(u, v, ids, ref_ids, own))
         return unless_few(loss, *_numbers_of_pairs(ids, ref_ids, own))
 
     def _of_labels(self, u: Tensor, v: Tensor, ids: Tensor, ref_ids: Tensor, own: bool) -> Terms | None:
@@ -265,9 +266,7 @@ class SupConLoss(PairLoss):
             raise ValueError("indices_tuple must not have the same pair as a positive and as a negative one")
         pairs = torch.cat((positives, negatives))
         anchors = pairs.div(v.shape[0], rounding_mode="floor")
-        logits = inverse_temperature(self.temperature, u).to(u.device) * ops.pair_dots(
-            u, v, anchors, pairs % v.shape[0]
-        )
+        logits = inverse_temperature(self.temperature, u) * ops.pair_dots(u, v, anchors, pairs % v.shape[0])
         nu = lse_by_anchor(logits, anchors, u.shape[0])
         ones = torch.ones_like(logits)
         compared = sum_by_anchor(ones, anchors, u.shape[0])
@@ -384,7 +383,7 @@ def _of_anchors(losses: Tensor, n_positives: Tensor, compared: Tensor | bool) ->
     )
 
 
-def _mean(terms: Terms) -> Tensor:
+def _mean_of_terms(terms: Terms) -> Tensor:
     if terms.counted is None:
         return terms.losses.mean()
     return terms.losses.sum() / terms.counted.sum().clamp_min(1)

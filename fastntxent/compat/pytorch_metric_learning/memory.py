@@ -101,9 +101,9 @@ class CrossBatchMemory(TypedModule):
         # Copies: the backward needs these rows, and the memory moves on before it.
         refs, ref_labels = self.embedding_memory[order], self.label_memory[order]
         if mined:
-            pairs = self._pairs(embeddings, labels, refs, ref_labels, own, indices_tuple)
+            pairs = self._pairs_of_call(embeddings, labels, refs, ref_labels, own, indices_tuple)
             return self.loss(embeddings, labels, pairs, refs, ref_labels)
-        return self.loss.compare(embeddings, labels, None, refs, ref_labels, own is not None)
+        return self.loss.loss_against(embeddings, labels, None, refs, ref_labels, own is not None)
 
     @torch.no_grad()
     def add_to_memory(self, embeddings: Tensor, labels: Tensor, batch_size: int | None = None) -> None:
@@ -118,7 +118,7 @@ class CrossBatchMemory(TypedModule):
         self.has_been_filled = self.has_been_filled or last >= self.memory_size
         self.queue_idx = last % self.memory_size
 
-    def _pairs(
+    def _pairs_of_call(
         self,
         embeddings: Tensor,
         labels: Tensor,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ... import retrieve
-from ...common import unit_rows
+from ...algebra import unit_rows
 from ..sources import require
 
 Scores = dict[str, float]

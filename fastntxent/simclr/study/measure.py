@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import alignment, contrastive_accuracy, effective_rank, uniformity
-from ...common import unit_rows
+from ...algebra import unit_rows
 from ..build import pick_device
 from ..config import Config
 from ..data import ImageData

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import retrieve
-from ...common import unit_rows
+from ...algebra import unit_rows
 from ..data import ImageData
 from ..figures import BLUE, INK, ORANGE, new_figure
 from ..sources import require

@@ -1,0 +1,158 @@
+"""The ways through a kernel's machine code: its blocks, loops, and the shortest way for each amount of work.
+
+It knows of instructions what branches do, and nothing else; sass.py says what each of them is.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+_LABEL = re.compile(r"^(\.L_\w+):")
+_INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
+_TARGET = re.compile(r"`\((\.L_\w+)\)|\b(0x[0-9a-f]+)\b")
+_CONDITION = re.compile(r"\bU?P\d|\bUR(\d|Z)")
+_BRANCHES = ("BRA", "BRX", "JMP")
+_ENDS = ("EXIT", "RET", "KILL")
+
+
+class Graph:
+    """Blocks of instructions without a branch inside, and the loops among them.
+
+    loops: blocks of each loop by its first block, larger loops first."""
+
+    def __init__(self, text: str):
+        instructions, places = _listing(text)
+        starts = _starts(instructions, places)
+        number = {start: block for block, start in enumerate(starts)}
+        self.blocks = [instructions[a:b] for a, b in zip(starts, [*starts[1:], len(instructions)], strict=True)]
+        self.after: dict[int, list[int]] = {}
+        waiting = [0]
+        while waiting:  # blocks that can be reached: what only diverged warps enter is none
+            block = waiting.pop()
+            if block not in self.after:
+                last = starts[block] + len(self.blocks[block]) - 1
+                self.after[block] = [number[i] for i in _successors(instructions, last, places)]
+                waiting += self.after[block]
+        self.loops = self._find_loops()
+
+    def _find_loops(self) -> dict[int, set[int]]:
+        before: dict[int, set[int]] = {block: set() for block in self.after}
+        for block, successors in self.after.items():
+            for successor in successors:
+                before[successor].add(block)
+        every_way = _dominators(before)
+        loops: dict[int, set[int]] = {}
+        for block, successors in self.after.items():
+            for first in every_way[block].intersection(successors):
+                inside, waiting = loops.setdefault(first, {first}), [block]
+                while waiting:
+                    found = waiting.pop()
+                    if found not in inside:
+                        inside.add(found)
+                        waiting += before[found]
+        return dict(sorted(loops.items(), key=lambda loop: -len(loop[1])))
+
+
+def _listing(text: str) -> tuple[list[str], dict[str, int]]:
+    """Instructions, and the places of labels and of addresses among them."""
+    instructions: list[str] = []
+    places: dict[str, int] = {}
+    for line in text.splitlines():
+        if label := _LABEL.match(line):
+            places[label[1]] = len(instructions)
+        elif found := _INSTRUCTION.match(line):
+            places[hex(int(found[1], 16))] = len(instructions)
+            instructions.append(found[2])
+    return instructions, places
+
+
+def _starts(instructions: list[str], places: dict[str, int]) -> list[int]:
+    """Where blocks begin: the first instruction, after a branch, and wherever a branch goes."""
+    starts = {0}
+    for i, instruction in enumerate(instructions):
+        if opcode(instruction) in (*_BRANCHES, *_ENDS, "CALL"):
+            starts.update((i + 1, *_targets(instruction, places)))
+    return sorted(starts & {*range(len(instructions))})
+
+
+def _successors(instructions: list[str], i: int, places: dict[str, int]) -> list[int]:
+    """What may come after an instruction. A branch of diverged warps is never taken; a call returns, but for a
+    conditional one, which compilers use as a branch too."""
+    instruction, name = instructions[i], opcode(instructions[i])
+    following = [i + 1] if i + 1 < len(instructions) else []
+    guarded = instruction.startswith("@")
+    if name in _ENDS:
+        return following if guarded else []
+    if (name in _BRANCHES and ".DIV" not in instruction) or (name == "CALL" and guarded):
+        sometimes = guarded or _CONDITION.search(instruction.partition(" ")[2])
+        return _targets(instruction, places) + (following if sometimes else [])
+    return following
+
+
+def _targets(instruction: str, places: dict[str, int]) -> list[int]:
+    return [places[label or address] for label, address in _TARGET.findall(instruction) if (label or address) in places]
+
+
+@functools.cache
+def opcode(instruction: str) -> str:
+    """What it does, without its guard and modifiers."""
+    return re.sub(r"^@!?U?P\w+\s+", "", instruction).split()[0].partition(".")[0]
+
+
+def _dominators(before: dict[int, set[int]]) -> dict[int, set[int]]:
+    """The blocks that lie on every way from the first block to each block, itself among them."""
+    found = {block: {*before} if block else {0} for block in before}
+    changed = True
+    while changed:
+        changed = False
+        for block in sorted(before):
+            if block:
+                now = {block} | set.intersection(*(found[other] for other in before[block]))
+                changed |= now != found[block]
+                found[block] = now
+    return found
+
+
+class Way(NamedTuple):
+    """A way through a region: its instructions, an inner loop's as its worth says, and its blocks and inner loops."""
+
+    length: int
+    steps: tuple[int, ...]
+
+
+Worth = tuple[float, int]  # any two numbers that add up along a way
+
+
+def shortest(
+    begin: int, after: dict[int, set[int]], ends: set[int], worth: Callable[[int], tuple[Worth, int]]
+) -> dict[Worth, Way]:
+    """The shortest way from a node to any end for each work that a way may do; `worth` has that and a node's length."""
+    found: dict[int, dict[Worth, Way]] = {}
+    for node in _last_first(begin, after):
+        work, length = worth(node)
+        ways: dict[Worth, Way] = {work: Way(length, (node,))} if node in ends else {}
+        for other in sorted(after[node]):
+            for more, way in found.get(other, {}).items():
+                both = work[0] + more[0], work[1] + more[1]
+                if both not in ways or length + way.length < ways[both].length:
+                    ways[both] = Way(length + way.length, (node, *way.steps))
+        found[node] = ways
+    assert found[begin], "a loop without a way back, or a program without an end"
+    return found[begin]
+
+
+def _last_first(begin: int, after: dict[int, set[int]]) -> Iterator[int]:
+    """Every node that can be reached, after those that follow it."""
+    seen, open_nodes = {begin}, [(begin, iter(sorted(after[begin])))]
+    while open_nodes:
+        node, followers = open_nodes[-1]
+        unseen = next((other for other in followers if other not in seen), None)
+        if unseen is None:
+            open_nodes.pop()
+            yield node
+        else:
+            seen.add(unseen)
+            open_nodes.append((unseen, iter(sorted(after[unseen]))))

@@ -1,0 +1,89 @@
+// How the matrix units of a chip add, for the emulated device.
+//
+// A block of products enters the accumulator at once. A product's exponent is the sum of its factors' (its significand,
+// below 4, is not normalised); a factor below the normal numbers has the exponent of the smallest of them. All are
+// shifted to the largest exponent, that of the accumulator included, and what falls off below float32's 23 bits of
+// fraction and the chip's extra ones is lost. The sum of the rest is exact, and is cut to float32: every rounding is
+// toward zero. (Khattak and Mikaitis, Accurate models of NVIDIA tensor cores, doi 10.1145/3830409.)
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+namespace emulator {
+
+// The products that are added at once, and the extra bits; block 0 rounds every sum to nearest, as no chip does.
+struct TensorCore {
+    int block = 0, extra_bits = 0;
+};
+
+// Of the smallest normal number of an operand's type.
+constexpr int least_exponent(bool bfloat) { return bfloat ? -126 : -14; }
+
+inline int exponent_of(double x, int least) {
+    if (x == 0) return -1000;
+    uint64_t bits;
+    memcpy(&bits, &x, 8);
+    const int exponent = int(bits >> 52 & 2047) - 1023;
+    return exponent < least ? least : exponent;
+}
+
+inline double power_of_2(int exponent) {
+    const uint64_t bits = uint64_t(exponent + 1023) << 52;
+    double x;
+    memcpy(&x, &bits, 8);
+    return x;
+}
+
+// A float64 number without what float32 has no bits for.
+inline float cut(double x) {
+    const int exponent = exponent_of(x, -126);
+    if (x == 0 || exponent > 127) return float(x);
+    const double unit = power_of_2(exponent - 23);
+    return float(double(int32_t(x / unit)) * unit);
+}
+
+// c += a b, for operands whose smallest normal number is 2^least.
+template <int M, int N>
+void multiply_add(const TensorCore& core, int least, float (&c)[M][N], const float (&a)[M][16], const float (&b)[16][N]) {
+    int of_a[M][16], of_b[16][N];
+    float all = 0;  // NaN where anything is not finite
+    for (int k = 0; k < 16; ++k) {
+        for (int m = 0; m < M; ++m) of_a[m][k] = exponent_of(a[m][k], least), all += a[m][k] * 0;
+        for (int n = 0; n < N; ++n) of_b[k][n] = exponent_of(b[k][n], least), all += b[k][n] * 0;
+    }
+    for (int m = 0; m < M; ++m)
+        for (int n = 0; n < N; ++n) all += c[m][n] * 0;
+    if (core.block == 0 || all != all) {
+        for (int m = 0; m < M; ++m)
+            for (int n = 0; n < N; ++n) {
+                float sum = 0;
+                for (int k = 0; k < 16; ++k) sum += a[m][k] * b[k][n];
+                c[m][n] += sum;
+            }
+        return;
+    }
+    for (int m = 0; m < M; ++m)
+        for (int first = 0; first < 16; first += core.block) {
+            int largest[N];
+            double sum[N], per_unit[N];
+            for (int n = 0; n < N; ++n) largest[n] = exponent_of(c[m][n], -126);
+            for (int k = first; k < first + core.block; ++k)
+                for (int n = 0; n < N; ++n) {
+                    const int exponent = of_a[m][k] + of_b[k][n];
+                    largest[n] = exponent > largest[n] ? exponent : largest[n];
+                }
+            for (int n = 0; n < N; ++n) {
+                largest[n] = largest[n] < -133 ? -133 : largest[n];  // no block is shifted to less
+                per_unit[n] = power_of_2(23 + core.extra_bits - largest[n]);
+                sum[n] = isinf(c[m][n]) ? 0 : double(int32_t(c[m][n] * per_unit[n]));
+            }
+            for (int k = first; k < first + core.block; ++k)
+                for (int n = 0; n < N; ++n) sum[n] += double(int32_t(double(a[m][k]) * b[k][n] * per_unit[n]));
+            for (int n = 0; n < N; ++n)
+                if (!isinf(c[m][n])) c[m][n] = cut(sum[n] / per_unit[n]);
+        }
+}
+
+}  // namespace emulator

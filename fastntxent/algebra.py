@@ -1,0 +1,75 @@
+"""The plain algebra of the losses: unit rows, products of rows, row losses, and sums of logarithms.
+
+All of it is O(M D) differentiable tensor code in the accumulation dtype: float64 for float64 embeddings, else float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NORM_EPS = 1e-12  # of torch.nn.functional.normalize
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def norm_eps(dtype: torch.dtype) -> float:
+    """The smallest norm a row is divided by. 1e-12 is zero in float16, whose smallest normal number serves there."""
+    return torch.finfo(torch.float16).tiny if dtype == torch.float16 else NORM_EPS
+
+
+def unit_rows(z: Tensor, normalize: bool = True) -> Tensor:
+    """Rows (the last dimension) in the accumulation dtype, divided by max(|z|, eps) if asked."""
+    u = z.to(accumulation_dtype(z.dtype))
+    return F.normalize(u, dim=-1, eps=norm_eps(z.dtype)) if normalize else u
+
+
+def row_dots(a: Tensor, b: Tensor) -> Tensor:
+    """a_i . b_i for every row: (M, D), (M, D) -> (M,)."""
+    return (a * b).sum(dim=1)
+
+
+def swap_views(rows: Tensor) -> Tensor:
+    """Row p(i) in the place of row i, for rows stacked as [z_i; z_j]."""
+    first, second = rows.chunk(2)
+    return torch.cat((second, first))
+
+
+def row_losses(neg_lse: Tensor, pos: Tensor) -> Tensor:
+    """softplus(nu - pi), to full relative accuracy at both ends: torch's softplus turns linear at 20."""
+    return 0 - F.logsigmoid(pos - neg_lse)  # a difference, so that no loss is -0
+
+
+def loss_weight(z_i: Tensor, mean: bool) -> float:
+    """What a row's loss counts for: of N samples' 2N rows, the mean or the sum."""
+    return 0.5 / z_i.shape[0] if mean else 1.0
+
+
+def direction_weight(z_i: Tensor, both: bool, mean: bool) -> float:
+    """What a row's loss counts for in one direction: of N pairs, the mean or the sum; half of it where both count."""
+    return (0.5 if both else 1.0) / (z_i.shape[0] if mean else 1)
+
+
+def weighted_sum(neg_lse: Tensor, weights: Tensor) -> Tensor:
+    """sum_i w_i nu_i over the rows that have a nu."""
+    return (neg_lse.masked_fill(neg_lse == -torch.inf, 0) * weights).sum()
+
+
+def scale_gradient(x: Tensor, scale: float | Tensor) -> Tensor:
+    """x itself, with a gradient times `scale`, through which none goes."""
+    return torch.where(x.isinf(), x, x + (scale - 1) * (x - x.detach()))  # inf - inf is NaN
+
+
+def log_add(a: Tensor, b: Tensor) -> Tensor:
+    """log(exp a + exp b) with a gradient of zero, not NaN, where both are -inf."""
+    empty = a == -torch.inf
+    return torch.where(empty, b, torch.logaddexp(a.masked_fill(empty, 0), b.masked_fill(empty, 0)))
+
+
+def in_double(x: Tensor) -> Tensor:
+    """x in float64, or as it is on a device that may have none."""
+    return x.double() if x.device.type in ("cpu", "cuda", "meta") else x

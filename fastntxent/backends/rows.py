@@ -1,0 +1,28 @@
+"""Rows as kernels take them that do not normalise, and the way back for their gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..algebra import accumulation_dtype, norm_eps, row_dots
+
+
+class UnitRows:
+    """Rows in the accumulation dtype, normalised if asked."""
+
+    def __init__(self, z: Tensor, normalize: bool):
+        self.z_dtype = z.dtype
+        self.u = z.to(accumulation_dtype(z.dtype)).contiguous()  # so that bits do not depend on strides
+        self.norm: Tensor | None = None
+        if normalize:
+            self.norm = torch.linalg.vector_norm(self.u, dim=1, keepdim=True)
+            self.u = self.u / self.norm.clamp_min(norm_eps(self.z_dtype))
+
+    def backward(self, d_u: Tensor) -> Tensor:
+        """d/dz: (d_u - u (u . d_u)) / |z| where |z| > eps, d_u / eps elsewhere."""
+        if self.norm is None:
+            return d_u
+        eps = norm_eps(self.z_dtype)
+        radial = torch.where(self.norm > eps, row_dots(self.u, d_u).unsqueeze(1), 0)
+        return torch.addcmul(d_u, self.u, radial, value=-1).div_(self.norm.clamp_min(eps))

@@ -1,0 +1,91 @@
+"""The ends of rows: nu from the planes of sums (forward.py), and NT-Xent's losses from nu.
+
+`_finish_kernel` adds a row's planes in their order. `end_rows` is its last step, and the last step of `_owned_kernel`
+where one launch ends in nu. Every program leaves its part of what concerns all rows: the largest weight, the sum of the
+losses, and the sum of q sim_pos, which is the temperature's gradient through the positives.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .pack import Packed
+from .sides import Sides, in_direct_range, load_inverse_temperature
+from .tiles import SIZES, survey_weights
+
+FINISHED = 128  # rows of a program of `_finish_kernel`
+
+
+@triton.jit
+def end_rows(nu, pos_ptr, q_ptr, peaks_ptr, totals_ptr, dots_ptr, offs, n, k):
+    """NT-Xent of a program's rows: their losses log(1 + exp(nu - pos)) in a sum, and q = sigmoid(nu - pos)."""
+    inside = offs < n
+    sim_pos = tl.load(pos_ptr + offs, mask=inside, other=0.0)
+    x = nu - k * sim_pos
+    e = tl.exp(-tl.abs(x))
+    # log(1 + e) of a small e, to its own relative accuracy: Kahan's quotient.
+    grown = 1.0 + e
+    log1p = tl.where(grown == 1.0, e, tl.log(grown) * e / tl.where(grown == 1.0, 1.0, grown - 1.0))
+    tl.store(totals_ptr + tl.program_id(0), tl.sum(tl.where(inside, tl.maximum(x, 0.0) + log1p, 0.0)))
+    q = tl.where(x > 0, 1.0, e) / (1.0 + e)
+    tl.store(q_ptr + offs, q, mask=inside)
+    survey_weights(q, nu, q * sim_pos, peaks_ptr, dots_ptr, offs, n)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _finish_kernel(
+    planes_ptr, nu_ptr, pos_ptr, q_ptr, peaks_ptr, totals_ptr, dots_ptr, bounds_ptr,
+    n_planes, n, stride_plane, inv_tau, log_terms,
+    LOSS: tl.constexpr, BOUNDED: tl.constexpr, ON_DEVICE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """nu from the planes, if it was direct; and the loss."""
+    k = load_inverse_temperature(inv_tau, ON_DEVICE)
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = offs < n
+    if in_direct_range(bounds_ptr, k, log_terms, BOUNDED):
+        sums = tl.zeros((BLOCK,), tl.float32)
+        plane = planes_ptr + offs
+        for _ in range(0, n_planes):
+            sums += tl.load(plane, mask=inside, other=0.0)
+            plane += stride_plane
+        nu = tl.log(sums)
+        tl.store(nu_ptr + offs, nu, mask=inside)
+    else:
+        nu = tl.load(nu_ptr + offs, mask=inside, other=0.0)
+    if LOSS:
+        end_rows(nu, pos_ptr, q_ptr, peaks_ptr, totals_ptr, dots_ptr, offs, n, k)
+
+
+class RowEnds(NamedTuple):
+    """What `end_rows` writes: q for every row; for every program the largest q, and the sums of the losses and of
+    q sim_pos."""
+
+    q: Tensor
+    peaks: Tensor
+    totals: Tensor
+    dots: Tensor
+
+
+def end_arguments(rows: Packed, nu: Tensor, ends: RowEnds | None) -> dict[str, Tensor]:
+    """The arguments of a kernel that writes nu and, unless `ends` is None, what `end_rows` writes."""
+    if ends is None:
+        ends = RowEnds(q=rows.unread, peaks=rows.unread, totals=rows.unread, dots=rows.unread)
+    return {
+        "nu_ptr": nu, "pos_ptr": rows.sim_pos,
+        "q_ptr": ends.q, "peaks_ptr": ends.peaks, "totals_ptr": ends.totals, "dots_ptr": ends.dots,
+    }  # fmt: skip
+
+
+def finish(sides: Sides, planes: Tensor, nu: Tensor, ends: RowEnds | None) -> int:
+    """Write nu of the rows, and their ends. Returns the number of programs."""
+    rows, programs = sides.rows, triton.cdiv(sides.rows.n, FINISHED)
+    sides.work.launch(
+        _finish_kernel, (programs,), planes_ptr=planes, **end_arguments(rows, nu, ends),
+        n_planes=planes.shape[0], n=rows.n, stride_plane=planes.stride(0), **sides.regime(),
+        LOSS=ends is not None, BLOCK=FINISHED, num_warps=4,
+    )  # fmt: skip
+    return programs

@@ -1,0 +1,198 @@
+"""gathered and radial (backward.py) of rows with so many features that no program holds the sums of a block of them.
+
+G goes through memory, two squares at a time, small enough to stay in the second-level cache. `_form_kernel` writes the
+two, one above the other, and `_gather_kernel` multiplies them with their columns and adds to what the rows have from
+the squares before, in a fixed order.
+
+    one side    G is symmetric: a square (a, b) above the diagonal is formed once and written twice, transposed for the
+                rows of b. Of the diagonal come two squares at once, (a, a) and (a + 1, a + 1); they come first
+    two sides   (a, b) and (a + 1, b), for the columns' squares b one after the other
+
+With u = 2 M^2 D flops for a full product the gradient of one side costs 1.5u. An operand is G_ij r_j, whose factor
+belongs to the contraction: that is why the second copy of a square is written, and not read out of the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from . import config
+from .pack import PADDED_ROWS, SPAN
+from .sides import Sides, in_direct_range, largest_scale, load_inverse_temperature
+from .tiles import (
+    SIZES,
+    add_product,
+    in_two_parts,
+    load_rows,
+    masked,
+    rounded,
+    similarities,
+    store_rows,
+    weigh,
+)
+from .unpack import Gathered
+from .weights import TileWeights
+
+
+class Squares(NamedTuple):
+    """Two squares of G: where the rows and the columns of each begin, whether the second is the first one's mirror
+    image, and whether their rows have sums already."""
+
+    row_0: int
+    col_0: int
+    row_1: int
+    col_1: int
+    mirrored: bool
+    add: bool
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _form_kernel(
+    rows_x_ptr, rows_lo_ptr, rows_r_ptr, rows_ids_ptr, rows_low_ptr, rows_high_ptr,
+    cols_x_ptr, cols_lo_ptr, cols_r_ptr, cols_ids_ptr, cols_low_ptr, cols_high_ptr,
+    rows_w_ptr, cols_w_ptr, g_ptr, parts_ptr, bounds_ptr, n_rows, n_cols, DP, row_0, col_0, row_1, col_1, mirrored,
+    stride_rows_w, stride_cols_w, stride_g, inv_tau, log_terms,
+    SHIFTED: tl.constexpr, BOUNDED: tl.constexpr, ON_DEVICE: tl.constexpr,
+    SPLIT: tl.constexpr, TF32: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SPAN: tl.constexpr, PADDED_ROWS: tl.constexpr,
+):  # fmt: skip
+    """A tile of both squares, each of its columns times its r over the largest, and its part of sum_j G_ij s_ij / r_i.
+    The tiles of one column run together, and share x of their rows and columns in the second-level cache."""
+    k = load_inverse_temperature(inv_tau, ON_DEVICE)
+    if in_direct_range(bounds_ptr, k, log_terms, BOUNDED) == SHIFTED:
+        return
+    down, across = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
+    second = down >= stride_g
+    row, col = tl.where(second, row_1 - stride_g, row_0) + down, tl.where(second, col_1, col_0) + across
+    if (row >= tl.cdiv(n_rows, PADDED_ROWS) * PADDED_ROWS) | (col >= tl.cdiv(n_cols, PADDED_ROWS) * PADDED_ROWS):
+        return
+    s = similarities(
+        rows_x_ptr, rows_lo_ptr, cols_x_ptr, cols_lo_ptr, row, col, DP, SPLIT, TF32, UPCAST, BLOCK_M, BLOCK_N, BLOCK_D
+    )
+    of_row, of_col = rows_w_ptr + row + tl.arange(0, BLOCK_M), cols_w_ptr + col + tl.arange(0, BLOCK_N)
+    r_m, r_n = tl.load(of_row + stride_rows_w), tl.load(of_col + stride_cols_w)
+    from_m = tl.load(rows_r_ptr + row + tl.arange(0, BLOCK_M)) * largest_scale(bounds_ptr, BOUNDED)
+    g = weigh(
+        s, from_m, tl.load(of_row), tl.load(of_row + 3 * stride_rows_w),
+        r_n, tl.load(of_col), tl.load(of_col + 3 * stride_cols_w), tl.full((BLOCK_N,), 1.0, tl.float32), k, SHIFTED,
+    )  # fmt: skip
+    g = masked(
+        g, rows_ids_ptr, rows_low_ptr, rows_high_ptr, cols_ids_ptr, cols_low_ptr, cols_high_ptr,
+        row, col, n_rows, n_cols, 0.0, BLOCK_M, BLOCK_N, SPAN,
+    )  # fmt: skip
+    offs_m, offs_n = down + tl.arange(0, BLOCK_M), across + tl.arange(0, BLOCK_N)
+    wide_m, wide_n = offs_m.to(tl.int64) * stride_g, (stride_g + offs_n).to(tl.int64) * stride_g
+    of_rows = g * r_n[None, :]
+    tl.store(parts_ptr + across // BLOCK_N * 2 * stride_g + offs_m, tl.sum(s * of_rows, 1))
+    tl.store(g_ptr + wide_m[:, None] + offs_n[None, :], rounded(of_rows, g_ptr.dtype.element_ty, UPCAST))
+    if mirrored:
+        of_cols = g * r_m[:, None]
+        tl.store(parts_ptr + (down // BLOCK_M * 2 + 1) * stride_g + offs_n, tl.sum(s * of_cols, 0))
+        of_cols = rounded(of_cols, g_ptr.dtype.element_ty, UPCAST)
+        tl.store(g_ptr + wide_n[:, None] + offs_m[None, :], tl.trans(of_cols))
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _gather_kernel(
+    rows_r_ptr, cols_x_ptr, cols_lo_ptr, g_ptr, parts_ptr, gathered_ptr, radial_ptr, radial_parts_ptr,
+    n_rows, n_cols, DP, row_0, col_0, row_1, col_1, n_parts_0, n_parts_1, add, stride_g,
+    SPLIT: tl.constexpr, TF32: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Two squares of G times their columns, for a block of rows and features. The blocks of one row run together, and
+    share its G in the second-level cache."""
+    down, d = tl.program_id(1) * BLOCK_M, tl.program_id(0) * BLOCK_D
+    second = down >= stride_g
+    row, first_col = tl.where(second, row_1 - stride_g, row_0) + down, tl.where(second, col_1, col_0)
+    if row >= n_rows:
+        return
+    offs_h, offs_n = down + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    from_col = (first_col + offs_n).to(tl.int64)[:, None] * DP + (d + tl.arange(0, BLOCK_D))[None, :]
+    g_tile, x_tile, lo_tile = (
+        g_ptr + offs_h.to(tl.int64)[:, None] * stride_g + offs_n[None, :],
+        cols_x_ptr + from_col,
+        cols_lo_ptr + from_col,
+    )
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    if add:
+        acc = load_rows(gathered_ptr, row, d, DP, BLOCK_M, BLOCK_D)
+    for _ in range(0, tl.minimum(stride_g, n_cols - first_col), BLOCK_N):
+        x_n = tl.load(x_tile)
+        lo_n = tl.load(lo_tile) if SPLIT else x_n
+        high, low = in_two_parts(tl.load(g_tile), x_n.dtype, SPLIT, UPCAST)
+        acc = add_product(acc, high, low, x_n, lo_n, SPLIT, TF32, UPCAST)
+        g_tile += BLOCK_N
+        x_tile += BLOCK_N * DP
+        lo_tile += BLOCK_N * DP
+    store_rows(gathered_ptr, acc, row, d, DP, BLOCK_M, BLOCK_D)
+    if d == 0:
+        offs_m = row + tl.arange(0, BLOCK_M)
+        radial = tl.zeros((BLOCK_M,), tl.float32)
+        part = parts_ptr + offs_h
+        for _ in range(0, tl.where(second, n_parts_1, n_parts_0)):
+            radial += tl.load(part)
+            part += 2 * stride_g
+        radial = tl.where(offs_m < n_rows, radial * tl.load(rows_r_ptr + offs_m), 0.0)
+        if add:
+            radial += tl.load(radial_ptr + offs_m)
+            tl.debug_barrier()  # several threads may read a row's sum, and one of them stores it
+        tl.store(radial_ptr + offs_m, radial)
+        tl.store(radial_parts_ptr + row // BLOCK_M, tl.sum(radial))
+
+
+def schedule(n_rows: int, n_cols: int, edge: int, one_side: bool) -> Iterator[Squares]:
+    """All of G, in squares."""
+    if one_side:
+        for row in range(0, n_rows, 2 * edge):
+            yield Squares(row, row, row + edge, row + edge, mirrored=False, add=False)
+        for row in range(0, n_rows, edge):
+            for col in range(row + edge, n_rows, edge):
+                yield Squares(row, col, col, row, mirrored=True, add=True)
+    else:
+        for col in range(0, n_cols, edge):
+            for row in range(0, n_rows, 2 * edge):
+                yield Squares(row, col, row + edge, col, mirrored=False, add=col > 0)
+
+
+def gather(sides: Sides, weights: TileWeights) -> Gathered:
+    """gathered and radial of the rows."""
+    rows, cols, new = sides.rows, sides.cols, sides.work.empty
+    form, multiply = config.tile("form", rows), config.tile("gather", rows)
+    multiprocessors = config.multiprocessors(rows.x.device)
+    edge = config.edge_of_panel(multiprocessors, sides.longer, rows.DP, config.width(rows), multiply)
+    g = new(2 * edge, edge, dtype=torch.float32 if rows.split else rows.x.dtype)
+    tiles_down, tiles_across = triton.cdiv(edge, form.block_m), triton.cdiv(edge, form.block_n)
+    sums = new(max(tiles_down, tiles_across), 2 * edge)
+    gathered = Gathered(new(1, *rows.x.shape), new(1, rows.x.shape[0]), new(triton.cdiv(rows.n, multiply.block_m)))
+    padded_cols = triton.cdiv(cols.n, PADDED_ROWS) * PADDED_ROWS  # what `_form_kernel` goes up to
+    for squares in schedule(rows.n, cols.n, edge, sides.one_side):
+        places = {"row_0": squares.row_0, "col_0": squares.col_0, "row_1": squares.row_1, "col_1": squares.col_1}
+        written = 2 if squares.mirrored or squares.row_1 < rows.n else 1
+        formed = 1 if squares.mirrored else written
+        parts_0 = triton.cdiv(min(edge, padded_cols - squares.col_0), form.block_n)
+        parts_1 = triton.cdiv(min(edge, padded_cols - squares.col_1), form.block_n)
+        for shifted in sides.shifts():
+            sides.work.launch(
+                _form_kernel, (formed * tiles_down, tiles_across), **rows.operands("rows"), **cols.operands("cols"),
+                rows_w_ptr=weights.rows_w, cols_w_ptr=weights.cols_w, g_ptr=g, parts_ptr=sums,
+                DP=rows.DP, **places, mirrored=squares.mirrored, stride_rows_w=weights.rows_w.stride(0),
+                stride_cols_w=weights.cols_w.stride(0), stride_g=edge, **sides.regime(),
+                SHIFTED=shifted, **sides.modes(),
+                BLOCK_M=form.block_m, BLOCK_N=form.block_n, BLOCK_D=form.block_d,
+                SPAN=SPAN, PADDED_ROWS=PADDED_ROWS, **form.options,
+            )  # fmt: skip
+        sides.work.launch(
+            _gather_kernel, (rows.DP // multiply.block_d, written * triton.cdiv(edge, multiply.block_m)),
+            rows_r_ptr=rows.r, cols_x_ptr=cols.x, cols_lo_ptr=cols.lo, g_ptr=g, parts_ptr=sums,
+            gathered_ptr=gathered.sums, radial_ptr=gathered.radial, radial_parts_ptr=gathered.radial_parts,
+            n_rows=rows.n, n_cols=cols.n, DP=rows.DP, **places,
+            n_parts_0=parts_0, n_parts_1=tiles_down if squares.mirrored else parts_1, add=squares.add, stride_g=edge,
+            **sides.modes(),
+            BLOCK_M=multiply.block_m, BLOCK_N=multiply.block_n, BLOCK_D=multiply.block_d, **multiply.options,
+        )  # fmt: skip
+    return gathered

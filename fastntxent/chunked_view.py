@@ -1,0 +1,241 @@
+"""One view of a batch as gradient caching sees it: its encoder, its inputs, and the chunks of rows they come in."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from .trees import is_container, map_tensors, named_tensors, part
+from .validation import check_integer
+
+Output: TypeAlias = "str | int | Callable[[Any], Tensor] | None"
+Lengths: TypeAlias = "str | Callable[[Any], Tensor | Sequence[int]]"
+
+
+@dataclass(frozen=True)
+class ChunkedView:
+    """A view of the batch. The tensors of `inputs` have the batch along their first dimension, or none at all."""
+
+    encoder: nn.Module
+    encoder_name: str
+    inputs: Any
+    sizes: Sequence[int]  # rows of each chunk
+    unpack: bool
+    encoder_kwargs: Mapping[str, Any]
+    output: Output
+    prepare: Callable[[Any], Any] | None = None  # turns a chunk's inputs into what the encoder takes
+
+    def chunks(self) -> list[tuple[int, int]]:
+        """Return the first row of each chunk and the row behind its last."""
+        return list(itertools.pairwise(itertools.accumulate(self.sizes, initial=0)))
+
+    def embed(self, chunk: tuple[int, int]) -> Tensor:
+        """Return the embeddings (n, D) of a chunk's rows."""
+        begin, end = chunk
+
+        # A copy, which the encoder may write to, and an inference tensor no longer.
+        inputs = map_tensors(lambda x: (x[begin:end] if x.ndim else x).detach().clone(), self.inputs)
+        if self.prepare is not None:
+            inputs = self.prepare(inputs)
+        if self.unpack and isinstance(inputs, Mapping):
+            returned: Any = self.encoder(**inputs, **self.encoder_kwargs)
+        elif self.unpack and isinstance(inputs, (list, tuple)):
+            returned = self.encoder(*inputs, **self.encoder_kwargs)
+        else:
+            returned = self.encoder(inputs, **self.encoder_kwargs)
+        return self._embeddings_of(returned, end - begin)
+
+    def _embeddings_of(self, returned: Any, rows: int) -> Tensor:
+        name, z = self.encoder_name, returned
+        if callable(self.output):
+            name, z = f"output, called with what {name} returned,", self.output(returned)
+        elif self.output is not None:
+            name, z = f"{name}, at output={self.output!r},", part(returned, self.output)
+        if not isinstance(z, Tensor):
+            hint = "" if self.output is not None else "; output= says where in it the embeddings are"
+            raise TypeError(f"{name} must return a torch.Tensor, got {type(z).__name__}{hint}")
+        if z.ndim == 0 or len(z) != rows:
+            raise ValueError(f"{name} must return a row for each of the {rows} rows, got shape {tuple(z.shape)}")
+        return z
+
+    def tensors(self) -> list[Tensor]:
+        """Return every tensor that the encoder is called with."""
+        return [tensor for _, tensor in named_tensors((self.inputs, dict(self.encoder_kwargs)), "")]
+
+
+def chunked_views(
+    encoder: nn.Module | Sequence[nn.Module],
+    views: Iterable[Any],
+    *,
+    chunk_size: Any,
+    chunk_tokens: int | None,
+    lengths: Lengths | Sequence[Lengths],
+    unpack: bool = False,
+    encoder_kwargs: Any = None,
+    output: Any = None,
+    names: tuple[str, str] = ("encoder", "views"),
+) -> list[ChunkedView]:
+    """Return the views of a call of `cached_backward`, whose arguments these are. They are checked here.
+
+    names: what error messages call `encoder` and `views`.
+    """
+    encoder_name, views_name = names
+    if isinstance(views, Tensor):
+        raise TypeError(
+            f"{views_name} must be a sequence of tensors, one per view, got one tensor; pass views.unbind()"
+        )
+    if isinstance(views, Mapping):
+        raise TypeError(f"{views_name} must be a sequence, one element per view, got one {type(views).__name__}")
+    views = tuple(views)
+    encoders = _check_encoders(encoder_name, encoder, len(views))
+    sizes = _check_chunk_size(chunk_size, len(views), chunk_tokens)
+    if len(views) == 0:
+        raise ValueError(f"{views_name} must hold at least one tensor, got none")
+    kwargs = _one_each("encoder_kwargs", {} if encoder_kwargs is None else encoder_kwargs, len(views))
+    outputs, all_lengths = _one_each("output", output, len(views)), _one_each("lengths", lengths, len(views))
+    found = []
+    for index, view in enumerate(views):
+        name = f"{views_name}[{index}]"
+        rows = _check_view(name, view, may_be_empty=isinstance(sizes[index], list))
+        _check_kwargs(kwargs[index])
+        if chunk_tokens is not None:
+            of_chunks = _pack(_lengths(name, view, rows, all_lengths[index]), chunk_tokens)
+        else:
+            of_chunks = _cut(name, rows, sizes[index])
+        found.append(ChunkedView(*encoders[index], view, of_chunks, unpack, kwargs[index], outputs[index]))
+    return found
+
+
+def _one_each(name: str, value: Any, n_views: int) -> Sequence[Any]:
+    """Return what a list or tuple has for each view, or the one value for all of them."""
+    if not isinstance(value, (list, tuple)):
+        return [value] * n_views
+    if len(value) != n_views:
+        raise ValueError(f"{name} must hold an element for each of the {n_views} views, got {len(value)}")
+    return value
+
+
+def _check_encoders(encoder_name: str, encoder: Any, n_views: int) -> list[tuple[nn.Module, str]]:
+    """Return each view's encoder, with its name."""
+    several = isinstance(encoder, (list, tuple, nn.ModuleList))
+    modules = list(encoder) if several else [encoder]
+    names = [f"{encoder_name}[{index}]" for index in range(len(modules))] if several else [encoder_name]
+    for name, module in zip(names, modules, strict=True):
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"{name} must be a torch.nn.Module, got {type(module).__name__}")
+        if any(map(is_lazy, (*module.parameters(), *module.buffers()))):
+            raise ValueError(f"{name} must have all its parameters, got a lazy layer without: run it once before")
+        if hasattr(module, "no_sync") and getattr(module, "static_graph", False):  # whose first backward synchronises
+            raise ValueError(f"{name} must be DistributedDataParallel without static_graph=True, got it with")
+    if several and len(modules) != n_views:
+        raise ValueError(f"{encoder_name} must hold a module for each of the {n_views} views, got {len(modules)}")
+    return list(zip(modules, names, strict=True)) if several else [(encoder, encoder_name)] * n_views
+
+
+def _check_chunk_size(chunk_size: Any, n_views: int, chunk_tokens: int | None) -> Sequence[int | list[int]]:
+    """Return each view's number of rows in a chunk, or the rows of each of its chunks."""
+    if (chunk_size is None) == (chunk_tokens is None):
+        raise TypeError("chunk_size must be given, or chunk_tokens in its place, and not both")
+    if chunk_tokens is not None:
+        check_integer("chunk_tokens", chunk_tokens, 1)
+        return [1] * n_views
+    if not isinstance(chunk_size, Sequence):
+        check_integer("chunk_size", chunk_size, 1)
+        return [int(chunk_size)] * n_views
+    per_view = len(chunk_size) > 0 and all(isinstance(sizes, (list, tuple)) for sizes in chunk_size)
+    found = []
+    for sizes in _one_each("chunk_size", chunk_size, n_views) if per_view else [chunk_size]:
+        for size in sizes:
+            check_integer("chunk_size", size, 0)
+        if len(sizes) == 0:
+            raise ValueError("chunk_size must hold the rows of at least one chunk, got none")
+        found.append(list(map(int, sizes)))
+    return found if per_view else found * n_views
+
+
+def _check_view(name: str, view: Any, *, may_be_empty: bool) -> int:
+    """Return the number of rows."""
+    tensors = list(named_tensors(view, name))
+    if not tensors:
+        that_holds_none = " that holds none" if is_container(view) else ""
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(view).__name__}{that_holds_none}")
+    for path, tensor in tensors:
+        if tensor.layout != torch.strided or tensor.is_nested:
+            raise TypeError(
+                f"{path} must be a dense (strided) tensor, got layout {tensor.layout}, nested: {tensor.is_nested}"
+            )
+        _check_no_graph(path, tensor)
+    tensors = [(path, tensor) for path, tensor in tensors if tensor.ndim > 0] or tensors
+    (first, tensor), *others = tensors
+    if tensor.ndim == 0 or (len(tensor) == 0 and not may_be_empty):
+        raise ValueError(f"{first} must have at least one row, got shape {tuple(tensor.shape)}")
+    for path, other in others:
+        if len(other) != len(tensor):
+            raise ValueError(
+                f"{path} must have as many rows as {first}, {len(tensor)}, got shape {tuple(other.shape)}; pass what "
+                "has no batch along its first dimension by encoder_kwargs"
+            )
+    return len(tensor)
+
+
+def _check_no_graph(name: str, tensor: Tensor) -> None:
+    if tensor.grad_fn is not None:
+        raise ValueError(
+            f"{name} must be data without a graph, got the output of {tensor.grad_fn.name()}, whose inputs "
+            "would get no gradient: move what computes it into the encoder, or pass it detached"
+        )
+
+
+def _check_kwargs(kwargs: Any) -> None:
+    if not isinstance(kwargs, Mapping):
+        raise TypeError(f"encoder_kwargs must be a mapping, got {type(kwargs).__name__}")
+    for path, tensor in named_tensors(dict(kwargs), "encoder_kwargs"):
+        _check_no_graph(path, tensor)
+
+
+def _cut(name: str, rows: int, size: int | list[int]) -> list[int]:
+    """Return the rows of each chunk: of `size` rows, the last one of what is left, or as they are listed."""
+    if isinstance(size, list):
+        if sum(size) != rows:
+            raise ValueError(f"chunk_size must add up to the {rows} rows of {name}, got {sum(size)}")
+        return size
+    return [min(size, rows - begin) for begin in range(0, rows, size)]
+
+
+def _lengths(name: str, view: Any, rows: int, lengths: Lengths) -> list[int]:
+    """Return each row's number of tokens."""
+    if callable(lengths):
+        found: Any = lengths(view)
+    else:
+        try:
+            mask = part(view, lengths)
+        except (AttributeError, IndexError, KeyError, TypeError):
+            raise ValueError(
+                f"{name} has no {lengths!r} to count the tokens of: lengths must be the key of a mask, or a function "
+                "that takes a view and returns the length of each row"
+            ) from None
+        found = mask.bool().reshape(rows, -1).sum(1)
+    found = found.tolist() if isinstance(found, Tensor) else list(found)
+    if len(found) != rows:
+        raise ValueError(f"lengths must give a number for each of the {rows} rows of {name}, got {len(found)}")
+    for length in found:
+        check_integer("lengths", length, 0)
+    return found
+
+
+def _pack(lengths: Sequence[int], budget: int) -> list[int]:
+    """Return the rows of each chunk: as many as the budget has tokens for, and one at least."""
+    sizes, used = [0], 0
+    for length in lengths:
+        if sizes[-1] and used + length > budget:
+            sizes.append(0)
+            used = 0
+        sizes[-1] += 1
+        used += length
+    return sizes

@@ -1,0 +1,297 @@
+"""sentence-transformers' `losses.GISTEmbedLoss`, InfoNCE whose false negatives a guide finds, and its cached form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..chunked_view import ChunkedView
+from ..losses import guided_info_nce
+from ..modules.base import TypedModule
+from ..options import MARGIN_STRATEGIES, MarginStrategy
+from ..validation import check_choice, check_parameter, check_temperature
+from .cached import (
+    check_has_batches,
+    check_mini_batches,
+    embedded,
+    loss_and_gradients,
+    loss_of_two_passes,
+    mini_batched,
+    with_progress,
+)
+from .shared import default_group
+
+__all__ = ["CachedGISTEmbedLoss", "GISTEmbedLoss"]
+
+_GIST = """
+@misc{solatorio2024gistembed,
+    title={GISTEmbed: Guided In-sample Selection of Training Negatives for Text Embedding Fine-tuning},
+    author={Aivin V. Solatorio},
+    year={2024},
+    eprint={2402.16829},
+    archivePrefix={arXiv},
+    primaryClass={cs.LG}
+}
+"""
+
+
+class GISTEmbedLoss(TypedModule):
+    """InfoNCE of anchors against positives, anchors and negatives of the batch, but for those that a guide takes for
+    positives; see `fastntxent.guided_info_nce`.
+
+    Args:
+        model: turns a dict of features into a dict with "sentence_embedding"; None where embeddings are given.
+        guide: the same for the guide. Where both have a tokenizer, and the guide's vocabulary is another or its texts
+            are shorter, the model's tokenizer turns "input_ids" back into text for it.
+        temperature: positive.
+        margin_strategy, margin: a negative is left out where its similarity is above g - margin ("absolute") or
+            g - margin |g| ("relative"), g that of the anchor and its positive, for the guide.
+        contrast_anchors: whether other anchors are negatives.
+        contrast_positives: whether other positives are negatives of a positive.
+        gather_across_devices: whether the batch is that of all ranks of the default process group. The loss is the mean
+            over all ranks' anchors, on every rank, and anchors are those of all ranks (theirs the rank's own).
+
+    Its call takes the features of anchor, positive and, if there are any, negative, a dict each, and labels, which
+    nothing reads. `compute_loss_from_embeddings` is the loss without the models.
+
+    Example:
+        >>> import torch
+        >>> z, guide = torch.eye(3), torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])  # samples 0 and 2 are alike
+        >>> loss = GISTEmbedLoss(None, None, temperature=1.0, margin=0.5)
+        >>> loss.compute_loss_from_embeddings([z, z], [guide, guide])
+        tensor(0.8843)
+    """
+
+    _several_negatives = False  # whether a call may bring more than one column of them
+
+    def __init__(
+        self,
+        model: nn.Module | None,
+        guide: nn.Module | None,
+        temperature: float | Tensor = 0.01,
+        margin_strategy: MarginStrategy = "absolute",
+        margin: float = 0.0,
+        contrast_anchors: bool = True,
+        contrast_positives: bool = True,
+        gather_across_devices: bool = False,
+    ):
+        super().__init__()
+        check_choice("margin_strategy", margin_strategy, MARGIN_STRATEGIES)
+        self.model = model
+        self.guide = guide
+        self.temperature = check_temperature(temperature)
+        self.margin_strategy = margin_strategy
+        self.margin = check_parameter("margin", margin)
+        self.contrast_anchors = contrast_anchors
+        self.contrast_positives = contrast_positives
+        self.gather_across_devices = gather_across_devices
+        self.must_retokenize = _reads_otherwise(model, guide)
+
+    def forward(self, sentence_features: Iterable[Mapping[str, Any]], labels: Tensor | None = None) -> Tensor:
+        model, guide = self._models()
+        columns = list(sentence_features)
+        # Before the model sees them: it writes its outputs into what it is given.
+        for_guide = [self._features_for_guide(column) for column in columns]
+        embeddings = [model(column)["sentence_embedding"] for column in columns]
+        with torch.no_grad():
+            guide_embeddings = [guide(column)["sentence_embedding"] for column in for_guide]
+        return self.compute_loss_from_embeddings(embeddings, guide_embeddings)
+
+    def _models(self) -> tuple[nn.Module, nn.Module]:
+        if self.model is None or self.guide is None:
+            missing = "model" if self.model is None else "guide"
+            raise ValueError(f"{missing} must be given where a call brings features and not embeddings, got None")
+        return self.model, self.guide
+
+    def _features_for_guide(self, column: Mapping[str, Any]) -> dict[str, Any]:
+        if not self.must_retokenize:
+            return dict(column)
+        if "input_ids" not in column:
+            raise ValueError(
+                "sentence_features must have 'input_ids', which become text for a guide with another vocabulary, "
+                f"got {', '.join(map(repr, column))}"
+            )
+        model: Any = self.model
+        guide: Any = self.guide
+        texts = model.tokenizer.batch_decode(column["input_ids"], skip_special_tokens=True)
+        features = (guide.preprocess if hasattr(guide, "preprocess") else guide.tokenize)(texts)
+        device = getattr(guide, "device", column["input_ids"].device)
+        return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in features.items()}
+
+    def compute_loss_from_embeddings(self, embeddings: Sequence[Tensor], guide_embeddings: Sequence[Tensor]) -> Tensor:
+        """The loss of anchors, positives and, if there are any, negatives, (N, D) each; the guide's are (N, E) each."""
+        several = self._several_negatives
+        if len(embeddings) < 2 or (len(embeddings) > 3 and not several):
+            number = "at least 2" if several else "2 or 3"
+            raise ValueError(f"embeddings must be those of {number} columns, anchors first, got {len(embeddings)}")
+        if len(guide_embeddings) != len(embeddings):
+            raise ValueError(
+                f"guide_embeddings must be as many as embeddings, {len(embeddings)}, got {len(guide_embeddings)}"
+            )
+        anchor, positive, *negatives = embeddings
+        guide_anchor, guide_positive, *guide_negatives = guide_embeddings
+        return guided_info_nce(
+            anchor,
+            positive,
+            guide_anchor,
+            guide_positive,
+            self.temperature,
+            margin=self.margin,
+            margin_strategy=self.margin_strategy,
+            negatives=_joined(negatives),
+            guide_negatives=_joined(guide_negatives),
+            contrast_anchors=self.contrast_anchors,
+            contrast_positives=self.contrast_positives,
+            group=default_group() if self.gather_across_devices else None,
+        )
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """The arguments, as the library's trainer records them."""
+        return {
+            "guide": self.guide,
+            "temperature": self.temperature,
+            "margin_strategy": self.margin_strategy,
+            "margin": self.margin,
+            "contrast_anchors": self.contrast_anchors,
+            "contrast_positives": self.contrast_positives,
+            "gather_across_devices": self.gather_across_devices,
+        }
+
+    @property
+    def citation(self) -> str:
+        """BibTeX of the paper whose loss this is, for the library's model card."""
+        return _GIST
+
+
+class CachedGISTEmbedLoss(GISTEmbedLoss):
+    """GISTEmbedLoss of a batch whose activations do not fit: model and guide see mini-batches of it.
+
+    The call embeds all columns without a graph, by the model and then, once and for all, by the guide. The backward of
+    the loss that it returns embeds them again by the model, as `CachedMultipleNegativesRankingLoss` does, which says
+    what is repeated. Where gradients are off, the model runs once too.
+
+    Args:
+        mini_batch_size, mini_batch_num_tokens, show_progress_bar: as in `CachedMultipleNegativesRankingLoss`; the guide
+            sees the same mini-batches.
+        model, guide, temperature, margin_strategy, margin, contrast_anchors, contrast_positives, gather_across_devices:
+            as in `GISTEmbedLoss`.
+
+    Its call takes the features of anchor, positive, negatives..., a dict each, whose tensors have the batch along their
+    first dimension, and labels, which nothing reads. There may be more than one column of negatives here.
+
+    Memory is that of a mini-batch's activations, both models' embeddings and the model's gradients of them, and a copy
+    of the model's buffers.
+
+    Example:
+        >>> import torch
+        >>> class Model(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.words = torch.nn.EmbeddingBag(9, 4)
+        ...     def forward(self, features):
+        ...         return {"sentence_embedding": self.words(features["input_ids"])}
+        >>> model, guide = Model(), Model()
+        >>> loss = CachedGISTEmbedLoss(model, guide, mini_batch_size=2)
+        >>> loss([{"input_ids": torch.randint(9, (6, 3))} for _ in range(2)]).backward()
+        >>> model.words.weight.grad.shape, guide.words.weight.grad
+        (torch.Size([9, 4]), None)
+    """
+
+    uses_gradient_cache = True  # for the library's MatryoshkaLoss, which then decorates calculate_loss
+    _several_negatives = True
+
+    def __init__(
+        self,
+        model: nn.Module | None,
+        guide: nn.Module | None,
+        temperature: float | Tensor = 0.01,
+        mini_batch_size: int = 32,
+        mini_batch_num_tokens: int | None = None,
+        show_progress_bar: bool = False,
+        margin_strategy: MarginStrategy = "absolute",
+        margin: float = 0.0,
+        contrast_anchors: bool = True,
+        contrast_positives: bool = True,
+        gather_across_devices: bool = False,
+    ):
+        super().__init__(
+            model,
+            guide,
+            temperature=temperature,
+            margin_strategy=margin_strategy,
+            margin=margin,
+            contrast_anchors=contrast_anchors,
+            contrast_positives=contrast_positives,
+            gather_across_devices=gather_across_devices,
+        )
+        check_has_batches(model, "GISTEmbedLoss")
+        self.mini_batch_size, self.mini_batch_num_tokens = check_mini_batches(mini_batch_size, mini_batch_num_tokens)
+        self.show_progress_bar = show_progress_bar
+
+    def forward(self, sentence_features: Iterable[Mapping[str, Any]], labels: Tensor | None = None) -> Tensor:
+        columns = list(sentence_features)
+        if not torch.is_grad_enabled():
+            views, of_guide = self._views(columns, passes=1)
+            return self.calculate_loss(_lists(embedded(views)), _lists(embedded(of_guide)))
+        views, of_guide = self._views(columns, passes=2)
+
+        def loss_of(leaves: list[Tensor]) -> Tensor:
+            with torch.no_grad():
+                guide_embeddings = embedded(of_guide)
+            return self.calculate_loss(_lists(leaves), _lists(guide_embeddings), with_backward=True)
+
+        return loss_of_two_passes(views, loss_of)
+
+    def _views(self, columns: Sequence[Any], passes: int) -> tuple[list[ChunkedView], list[ChunkedView]]:
+        """The mini-batches of the model, and those of the guide."""
+        model, guide = self._models()
+        size, num_tokens = self.mini_batch_size, self.mini_batch_num_tokens
+        views = mini_batched(model, columns, size=size, num_tokens=num_tokens)
+        of_guide = mini_batched(
+            guide, columns, name="guide", size=size, num_tokens=num_tokens, prepare=self._features_for_guide
+        )
+        return with_progress(views, passes) if self.show_progress_bar else views, of_guide
+
+    def calculate_loss(
+        self, reps: list[list[Tensor]], reps_guided: list[list[Tensor]], *, with_backward: bool = False
+    ) -> Tensor:
+        """Return the loss of the columns' embeddings and the guide's, each a list of mini-batches.
+
+        with_backward: also give the model's embeddings their gradients. The loss then has a graph of a learnt
+            temperature alone.
+        """
+        loss = self.compute_loss_from_embeddings(list(map(torch.cat, reps)), list(map(torch.cat, reps_guided)))
+        if not with_backward:
+            return loss
+        return loss_and_gradients(loss, [part for column in reps for part in column], self.temperature)
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """The arguments, as the library's trainer records them."""
+        return {
+            **super().get_config_dict(),
+            "mini_batch_size": self.mini_batch_size,
+            "mini_batch_num_tokens": self.mini_batch_num_tokens,
+        }
+
+
+def _joined(columns: list[Tensor]) -> Tensor | None:
+    """The rows of all columns below each other, or None for no column."""
+    if len(columns) > 1:
+        return torch.cat(columns)
+    return columns[0] if columns else None
+
+
+def _lists(embeddings: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Each column's embeddings as its only mini-batch."""
+    return [[column] for column in embeddings]
+
+
+def _reads_otherwise(model: Any, guide: Any) -> bool:
+    """Whether the guide cannot take the model's features: its vocabulary is another, or its texts are shorter."""
+    if not (hasattr(model, "tokenizer") and hasattr(guide, "tokenizer")):
+        return False
+    shorter = bool(guide.max_seq_length < model.max_seq_length)
+    return shorter or model.tokenizer.get_vocab() != guide.tokenizer.get_vocab()

@@ -1,0 +1,185 @@
+"""The error budget: the one place where tolerances stand.
+
+A result is within budget when its error against the float64 reference is at most twice the error of the reference
+computed in the result's own precision, plus a floor for rounding, on the maximum and on the RMS. Errors are relative
+to the truth's own maximum and RMS.
+
+The floor. A logit k s is rounded to eps k |s|, and an error in a logit is a relative error in a probability, so the
+floor is a number of units of eps (1 + k |s|). It covers the cases where the reference in the same precision happens
+to be exact: over the cases of the tests the worst needed 1.4 units, nearly all none. A gradient that is returned in
+half precision adds that dtype's own eps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .algebra import accumulation_dtype, norm_eps
+from .distributed import Group, ShardedBatch
+from .losses import nt_xent
+from .opening import open_batch
+from .ops import autocast_off
+from .options import BackendName
+from .validation import check_temperature, check_views
+
+REFERENCE_FACTOR = 2.0
+FLOOR_ULPS_MAXIMUM = 3.0
+FLOOR_ULPS_RMS = 2.0
+
+
+class Errors(NamedTuple):
+    """Errors of a result, relative to the truth: the largest over the truth's largest, RMS over RMS."""
+
+    maximum: float
+    rms: float
+
+    def within(self, limit: Errors) -> bool:
+        """False for NaN."""
+        return self.maximum <= limit.maximum and self.rms <= limit.rms
+
+
+def errors_of(value: Tensor, truth: Tensor, *, scale: float = 0.0) -> Errors:
+    """Errors of value against a float64 truth of the same shape; 0 where both are the same infinity.
+
+    scale: the size of what the truth is a difference of, where that may cancel to nothing: errors are then relative
+    to it if it is the larger.
+    """
+    difference = torch.where(value == truth, 0.0, value.double() - truth)
+    finite = torch.where(truth.isfinite(), truth, 0.0)
+    return Errors(*(_ratio(norm(difference), max(norm(finite), scale)) for norm in (_maximum, _rms)))
+
+
+def allowed(
+    reference: Errors, dtype: torch.dtype, logit_size: float, *, output_dtype: torch.dtype | None = None
+) -> Errors:
+    """The largest errors that are within budget, from those of the reference in the same precision.
+
+    Args:
+        reference: errors of the reference backend on the same input.
+        dtype: of the input; the computation's precision follows from it.
+        logit_size: the largest |k s|.
+        output_dtype: of the result, if it is narrower than the computation.
+    """
+    unit = torch.finfo(accumulation_dtype(dtype)).eps * (1 + logit_size)
+    if dtype == torch.float64:
+        unit *= 2  # the truth is float64 too, and rounded as often
+    rounding = 0.0
+    if output_dtype is not None and output_dtype != accumulation_dtype(dtype):
+        rounding = torch.finfo(output_dtype).eps
+    return Errors(
+        REFERENCE_FACTOR * reference.maximum + FLOOR_ULPS_MAXIMUM * unit + rounding,
+        REFERENCE_FACTOR * reference.rms + FLOOR_ULPS_RMS * unit + rounding,
+    )
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `compare` found: errors and budgets of the mean loss and of its gradient in the embeddings."""
+
+    loss: Errors
+    loss_allowed: Errors
+    gradient: Errors
+    gradient_allowed: Errors
+
+    @property
+    def ok(self) -> bool:
+        return self.loss.within(self.loss_allowed) and self.gradient.within(self.gradient_allowed)
+
+    @property
+    def loss_error(self) -> float:
+        return self.loss.rms
+
+    @property
+    def loss_budget(self) -> float:
+        return self.loss_allowed.rms
+
+    @property
+    def gradient_error(self) -> float:
+        return self.gradient.rms
+
+    @property
+    def gradient_budget(self) -> float:
+        return self.gradient_allowed.rms
+
+    def __str__(self) -> str:
+        verdict = "within budget" if self.ok else "BEYOND BUDGET"
+        return (
+            f"{verdict}: loss error {self.loss_error:.1e} (allowed {self.loss_budget:.1e}), "
+            f"gradient error {self.gradient_error:.1e} (allowed {self.gradient_budget:.1e})"
+        )
+
+
+def compare(
+    z_i: Tensor, z_j: Tensor, temperature: float | Tensor, *, backend: BackendName = "auto", group: Group | None = None
+) -> Report:
+    """Hold a backend's mean NT-Xent and its gradient against the float64 reference on a live batch.
+
+    Args:
+        z_i, z_j: (N, D) embeddings; copies are used, no gradient reaches them.
+        temperature: as in `nt_xent`; its value is read.
+        backend: the backend to judge.
+        group: the ranks over which the batch is spread, as in `nt_xent`: judged is what they have together, on the rows
+            of all of them, and every rank gets the same report.
+
+    Returns:
+        A `Report`; its `ok` says whether errors are within budget, and printed it is one line.
+
+    Raises:
+        As `nt_xent`. Memory is the reference's, O(N^2) in float64, on each rank for the rows of all.
+    """
+    check_views(z_i, z_j, may_be_empty=group is not None)
+    check_temperature(temperature, z_i)
+    tau = temperature.item() if isinstance(temperature, Tensor) else temperature
+    batch = open_batch(group, "compare", {"z_i": z_i, "z_j": z_j}, backend=backend, temperature=tau)
+    with autocast_off(z_i):
+        loss, *d_z = _loss_and_gradients(z_i, z_j, tau, backend, group)
+        if isinstance(batch, ShardedBatch):
+            # Every rank's loss is the loss, and the gradient is that of their sum.
+            d_z = [batch.gather(d.to(loss.dtype)) / len(batch.sizes) for d in d_z]
+        z_i, z_j = batch.gather(z_i.detach()), batch.gather(z_j.detach())
+        same_loss, *same_d_z = _loss_and_gradients(z_i, z_j, tau, "reference")
+        gradient, same_gradient = torch.cat(d_z), torch.cat(same_d_z)
+        true_loss, true_gradient = true_loss_and_gradient(z_i, z_j, tau)
+    return Report(
+        loss=errors_of(loss, true_loss),
+        loss_allowed=allowed(errors_of(same_loss, true_loss), z_i.dtype, 1 / tau),
+        gradient=errors_of(gradient, true_gradient),
+        gradient_allowed=allowed(errors_of(same_gradient, true_gradient), z_i.dtype, 1 / tau, output_dtype=z_i.dtype),
+    )
+
+
+@torch.enable_grad()
+def _loss_and_gradients(
+    z_i: Tensor, z_j: Tensor, temperature: float, backend: BackendName, group: Group | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    z_i, z_j = (z.detach().clone().requires_grad_() for z in (z_i, z_j))
+    loss = nt_xent(z_i, z_j, temperature, backend=backend, group=group)
+    d_z_i, d_z_j = torch.autograd.grad(loss, (z_i, z_j))
+    return loss.detach(), d_z_i, d_z_j
+
+
+@torch.enable_grad()
+def true_loss_and_gradient(z_i: Tensor, z_j: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The mean loss and its gradient in [z_i; z_j] in float64, with the eps that belongs to the views' own dtype."""
+    eps = norm_eps(z_i.dtype)
+    z_i, z_j = (z.detach().double().requires_grad_() for z in (z_i, z_j))
+    u_i, u_j = (F.normalize(z, dim=1, eps=eps) for z in (z_i, z_j))
+    loss = nt_xent(u_i, u_j, temperature, normalize=False, backend="reference")
+    return loss.detach(), torch.cat(torch.autograd.grad(loss, (z_i, z_j)))
+
+
+def _ratio(error: float, size: float) -> float:
+    return error / size if size > 0 else (0.0 if error == 0 else float("inf"))
+
+
+def _maximum(x: Tensor) -> float:
+    return float(x.abs().max())
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.square().mean().sqrt())

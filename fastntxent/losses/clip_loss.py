@@ -1,0 +1,239 @@
+"""The symmetric loss of two towers, and of all pairs of several."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..algebra import row_dots, row_losses
+from ..batch import Batch
+from ..distributed import Group
+from ..opening import agree_on, open_batch
+from ..options import POSITIVES, SEVERAL_FORMS, BackendName, Positives, Reduction, SeveralForm
+from ..scale import factor
+from ..sides import Side
+from ..validation import check_choice, check_factor, check_number, check_parameter, check_same, check_tensor
+from ..watching import watched
+from .false_negatives import Limits
+from .info_nce_loss import several_positives
+
+
+class CLIPDirections(NamedTuple):
+    """The two halves of the loss: (N,) each."""
+
+    image_to_text: Tensor
+    text_to_image: Tensor
+
+
+@watched
+def clip(
+    image_features: Tensor,
+    text_features: Tensor,
+    temperature: float | Tensor | None = None,
+    *,
+    logit_scale: float | Tensor | None = None,
+    logit_bias: float | Tensor | None = None,
+    ids: Tensor | None = None,
+    positives: Positives = "pair",
+    form: SeveralForm = "out",
+    label_smoothing: float = 0.0,
+    margin: float | None = None,
+    relative_margin: float | None = None,
+    ceiling: float | None = None,
+    reduction: Reduction = "mean",
+    normalize: bool = True,
+    backend: BackendName = "auto",
+    group: Group | None = None,
+) -> Tensor:
+    r"""CLIP's loss: each image picks its text and each text its image, both from one pass over the similarities.
+
+    .. math::
+        L = \frac{1}{2N} \sum_{n=1}^{N} \Big[ \log\big(1 + e^{\nu^{img}_n - \pi_n}\big)
+            + \log\big(1 + e^{\nu^{txt}_n - \pi_n}\big) \Big], \qquad \pi_n = s_{nn}/\tau
+
+    Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021; open_clip's
+    `ClipLoss` of features that are normalised already is this with `normalize=False`.
+
+    Args:
+        image_features, text_features: (N, D); row n of both belongs together.
+        temperature: as in `nt_xent`; 0.07 where neither it nor a logit_scale is given.
+        logit_scale: 1 / temperature, in its place: a positive float or a 0-d tensor, as `log_scale.exp()` of a learnt
+            parameter.
+        logit_bias: added to every logit, where the softmax cancels it: the loss does not change, and the bias gets a
+            gradient of exactly zero. (SigLIP's sigmoid loss is the one that has use for it.)
+        ids: (N,) integers: samples of the same id are no negatives of each other.
+        positives: "pair", row n of both alone; or "same_id", all rows of the other tower that are of its id: `info_nce`
+            with several positives, in both directions. It needs ids, and takes no label_smoothing.
+        form: with several positives "out" or "in", as in `info_nce`.
+        label_smoothing: as in `nt_xent`, in both directions.
+        margin, relative_margin, ceiling: as in `nt_xent`, in both directions.
+        reduction: "mean" (1/N over the samples of half the sum of both directions), "sum", or "none".
+        normalize, backend, group: as in `nt_xent`.
+
+    Returns:
+        A 0-d tensor, or (N,) for "none"; float64 for float64 features, else float32. Differentiable in the features,
+        the temperature or the scale.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `nt_xent`.
+
+    Deterministic, O(N D) memory.
+
+    Example:
+        >>> import torch, fastntxent
+        >>> z = torch.eye(4)
+        >>> fastntxent.clip(z, z, temperature=1.0)  # log(e + 3) - 1, in both directions
+        tensor(0.7437)
+    """
+    label_smoothing = check_parameter("label_smoothing", label_smoothing)
+    if logit_scale is not None and temperature is not None:
+        raise ValueError("temperature and logit_scale must not both be given: one is the inverse of the other")
+    check_choice("positives", positives, POSITIVES)
+    check_choice("form", form, SEVERAL_FORMS)
+    limits = Limits.checked(margin, relative_margin, ceiling, label_smoothing)
+    if positives == "same_id" and (ids is None or label_smoothing or limits):
+        raise ValueError("positives 'same_id' needs ids, and takes no label_smoothing or margin")
+    batch = open_batch(
+        group, "clip", {"image_features": image_features, "text_features": text_features}, ids=ids,
+        reduction=reduction, normalize=normalize, backend=backend, temperature=temperature, logit_scale=logit_scale,
+        label_smoothing=label_smoothing, positives=positives, form=form, limits=limits,
+    )  # fmt: skip
+    if logit_scale is None:
+        scale = batch.inverse_temperature(0.07 if temperature is None else temperature)
+    else:
+        scale = batch.logit_scale(logit_scale)
+    loss = None
+    if ids is None and not label_smoothing and limits is None:
+        loss = batch.info_nce_at_once(image_features, text_features, scale, both=True)
+    if loss is None:
+        u, v = batch.unit_rows(image_features), batch.unit_rows(text_features)
+        if positives == "same_id":
+            assert ids is not None
+            images, texts = Side(u, ids), Side(v, ids)
+            directions = CLIPDirections(
+                several_positives(batch, images, texts, scale, form),
+                several_positives(batch, texts, images, scale, form),
+            )
+        else:
+            directions = clip_directions(batch, u, v, scale, ids, label_smoothing, limits)
+        loss = batch.reduce(directions.image_to_text / 2 + directions.text_to_image / 2)
+    return loss if logit_bias is None else loss + 0 * _checked_bias(logit_bias, loss)
+
+
+def clip_directions(
+    batch: Batch,
+    u: Tensor,
+    v: Tensor,
+    scale: float | Tensor,
+    ids: Tensor | None,
+    label_smoothing: float,
+    limits: Limits | None = None,
+) -> CLIPDirections:
+    """Both directions' losses of rows as `unit_rows` gives them."""
+    groups = batch.sample_ids() if ids is None else ids
+    # First, so that its backward comes last, when the kernel's has given its memory back.
+    sims = row_dots(u, v)
+    pos = scale * sims
+    if limits is None:
+        nu_rows, nu_cols = batch.cross_neg_lse(Side(u, groups), Side(v, groups), scale)
+    else:
+        of_pair = limits.of(sims, u.shape[1])
+        nu_rows, nu_cols = batch.limited_cross_neg_lse(Side(u, groups, of_pair), Side(v, groups, of_pair), scale)
+    rows, cols = row_losses(nu_rows, pos), row_losses(nu_cols, pos)
+    if label_smoothing:
+        candidates = batch.n_samples - batch.group_counts(groups) + 1
+        rows_mean = (pos + scale * (batch.all_dots(u, v) - batch.group_dots(u, v, groups))) / candidates
+        cols_mean = (pos + scale * (batch.all_dots(v, u) - batch.group_dots(v, u, groups))) / candidates
+        rows = rows + label_smoothing * (pos - rows_mean)
+        cols = cols + label_smoothing * (pos - cols_mean)
+    return CLIPDirections(rows, cols)
+
+
+def _checked_bias(logit_bias: float | Tensor, loss: Tensor) -> float | Tensor:
+    if not isinstance(logit_bias, Tensor):
+        return factor(check_number("logit_bias", logit_bias, "a float or a tensor of one element"), loss)
+    check_factor("logit_bias", logit_bias, loss)
+    if logit_bias.numel() != 1:
+        raise ValueError(f"logit_bias must be a float or have one element, got shape {tuple(logit_bias.shape)}")
+    return factor(logit_bias, loss)
+
+
+def multi_clip(
+    features: Sequence[Tensor],
+    temperature: float | Tensor | None = None,
+    *,
+    logit_scale: float | Tensor | None = None,
+    weights: Sequence[float] | None = None,
+    ids: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    reduction: Reduction = "mean",
+    normalize: bool = True,
+    backend: BackendName = "auto",
+    group: Group | None = None,
+) -> Tensor:
+    r"""CLIP's loss of every two of several towers: images, texts, sounds...
+
+    .. math:: L = \sum_{a < b} w_{ab} L^{\text{clip}}(x_a, x_b)
+
+    Each pair is one pass over its similarities. The default weights make it the mean over the pairs.
+
+    Args:
+        features: T >= 2 tensors (N, D); row n of all of them belongs together.
+        temperature, logit_scale: as in `clip`, the same for all pairs.
+        weights: a finite number of at least 0 for each pair, in the order (0, 1), (0, 2), ..., (1, 2), ...; a pair of
+            weight 0 costs nothing. None: 1 / the number of pairs.
+        ids, label_smoothing, reduction, normalize, backend, group: as in `clip`.
+
+    Returns:
+        A 0-d tensor, or (N,) for "none"; float64 for float64 features, else float32.
+
+    Raises:
+        TypeError: features is one tensor, or weights are no numbers.
+        ValueError: fewer than two towers, another number of weights than pairs, a negative one, or none above 0.
+        TypeError, ValueError, RuntimeError: as `clip`.
+
+    Deterministic, O(T N D) memory.
+
+    Example:
+        >>> import torch, fastntxent
+        >>> z = torch.eye(4)
+        >>> fastntxent.multi_clip([z, z, z], temperature=1.0)  # log(e + 3) - 1 of each pair
+        tensor(0.7437)
+    """
+    pairs, weights = _pairs_of_towers(features, weights)
+    agree_on(group, "multi_clip", features[0], {"towers": len(features), "weights": weights})
+    options = {"ids": ids, "label_smoothing": label_smoothing, "reduction": reduction, "normalize": normalize}
+    losses = [
+        weight * clip(a, b, temperature, logit_scale=logit_scale, backend=backend, group=group, **options)  # type: ignore[arg-type]
+        for (a, b), weight in zip(pairs, weights, strict=True)
+        if weight
+    ]
+    return torch.stack(losses).sum(dim=0)
+
+
+def _pairs_of_towers(
+    features: Sequence[Tensor] | Tensor, weights: Sequence[float] | None
+) -> tuple[list[tuple[Tensor, Tensor]], list[float]]:
+    if isinstance(features, Tensor):
+        raise TypeError("features must be a sequence of tensors, one per tower, got one tensor; pass features.unbind()")
+    if not isinstance(features, Sequence):
+        raise TypeError(f"features must be a sequence of tensors, one per tower, got {type(features).__name__}")
+    pairs = list(itertools.combinations(features, 2))
+    if not pairs:
+        raise ValueError(f"features must be of at least two towers, got {len(features)}")
+    for index, x in enumerate(features[1:], start=1):
+        check_tensor(f"features[{index}]", x)
+        check_same("features[0]", features[0], f"features[{index}]", x, "shape", "dtype", "device")
+    if weights is None:
+        return pairs, [1 / len(pairs)] * len(pairs)
+    checked = [check_number("weights", weight, "a number for each pair") for weight in weights]
+    if len(checked) != len(pairs):
+        raise ValueError(f"weights must be one for each of the {len(pairs)} pairs, got {len(checked)}")
+    if not all(0 <= weight < math.inf for weight in checked) or not any(checked):
+        raise ValueError(f"weights must be finite, at least 0, and one of them above, got {checked}")
+    return pairs, checked

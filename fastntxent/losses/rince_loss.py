@@ -1,0 +1,88 @@
+"""Robust InfoNCE."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..algebra import accumulation_dtype, log_add, row_losses
+from ..distributed import Group
+from ..opening import open_batch
+from ..options import BackendName, Reduction
+from ..validation import check_parameter, extremes
+from ..watching import watched
+
+
+@watched
+def rince(
+    z_i: Tensor,
+    z_j: Tensor,
+    temperature: float | Tensor = 0.5,
+    *,
+    q: float = 0.5,
+    lam: float = 0.01,
+    reduction: Reduction = "mean",
+    normalize: bool = True,
+    backend: BackendName = "auto",
+    group: Group | None = None,
+) -> Tensor:
+    r"""RINCE: a loss that bounds what one wrongly paired row can contribute.
+
+    .. math::
+        L_i = -\frac{e^{q s_{i,p(i)}/\tau}}{q} +
+              \frac{1}{q} \Big( \lambda \sum_{j \ne i} e^{s_{ij}/\tau} \Big)^{q}
+
+    Chuang et al., "Robust Contrastive Learning against Noisy Views", 2022. q = 1 is fully robust and symmetric; q -> 0
+    tends to InfoNCE (plus log lam), whose positives count without bound. The mean is over the 2N rows.
+
+    Args:
+        q: in (0, 1].
+        lam: the weight of the denominator, in (0, 1).
+
+    The other arguments, errors, determinism and memory are those of `dcl`. Terms are of the size of exp(q / tau), which
+    float32 holds for q / tau < 88; a temperature beyond it is a ValueError, where it is not on an accelerator.
+
+    Returns:
+        A 0-d tensor, or (2N,) for "none", in the order [z_i; z_j]; float64 for float64 embeddings, else float32.
+
+    Example:
+        >>> import torch, fastntxent
+        >>> z = torch.eye(4)
+        >>> fastntxent.rince(z, z, temperature=1.0, q=1.0, lam=0.5)  # -e + (e + 6) / 2
+        tensor(1.6409)
+    """
+    q = check_parameter("q", q)
+    lam = check_parameter("lam", lam)
+    batch = open_batch(
+        group, "rince", {"z_i": z_i, "z_j": z_j}, views=2, reduction=reduction, normalize=normalize, backend=backend,
+        temperature=temperature, q=q, lam=lam,
+    )  # fmt: skip
+    inv_tau = batch.inverse_temperature(temperature)
+    _check_powers(q, temperature, z_i.dtype)
+    nu, pos = batch.nt_xent_rows(z_i, z_j, inv_tau)
+    return batch.reduce(_difference_of_powers(nu, pos, q, lam))
+
+
+def _check_powers(q: float, temperature: float | Tensor, dtype: torch.dtype) -> None:
+    largest = math.log(torch.finfo(accumulation_dtype(dtype)).max)
+    tau = min(extremes(temperature) or (math.inf,)) if isinstance(temperature, Tensor) else temperature
+    if q / tau >= largest:
+        raise ValueError(f"q / temperature must be below {largest:.0f}, where exp ends, got {q} / {tau}")
+
+
+def _difference_of_powers(nu: Tensor, pos: Tensor, q: float, lam: float) -> Tensor:
+    """((lam (exp(nu) + exp(pi)))^q - exp(q pi)) / q.
+
+    The larger power is factored out, and multiplied in by halves: it may overflow where the difference does not. What
+    is left is exp(-|r|) - 1, with r the logarithm of the powers' ratio. That is expm1 near 0, so the smallest q loses
+    nothing, and not elsewhere: autograd's derivative of expm1 is 1 + expm1, which cancels.
+    """
+    q = max(q, torch.finfo(pos.dtype).tiny ** 0.5)  # a smaller q changes no bit, but its products underflow
+    ratio = q * (math.log(lam) + row_losses(nu, pos))
+    first = ratio > 0
+    below = torch.where(first, -ratio, ratio)
+    gap = torch.where(below > -1, torch.expm1(below), torch.exp(below) - 1) / q
+    half = torch.exp(torch.where(first, math.log(lam) + log_add(nu, pos), pos) * (q / 2))
+    return torch.where(first, -gap, gap) * half * half

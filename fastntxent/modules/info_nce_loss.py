@@ -1,0 +1,83 @@
+"""InfoNCE from queries to keys as a module."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..losses import info_nce
+from ..losses.false_negatives import Limits
+from ..options import HARDNESS_MODES, POSITIVES, SEVERAL_FORMS, HardnessMode, Positives, SeveralForm
+from ..validation import check_choice, check_parameter
+from .base import ModuleOptions, TemperatureLoss, Unpack
+
+
+class InfoNCELoss(TemperatureLoss):
+    r"""InfoNCE from queries to keys as a module; see `info_nce` for the formula and the options that are named there.
+
+    Its call takes query, key, and optionally explicit negatives (K, D) or (N, K, D) and `ids`. The other arguments are
+    as of `NTXentLoss`.
+
+    Example:
+        >>> import torch, fastntxent
+        >>> loss = fastntxent.InfoNCELoss(temperature=1.0)
+        >>> loss(torch.eye(4), torch.eye(4))
+        tensor(0.7437)
+    """
+
+    _shown = (
+        "in_batch_negatives",
+        "positives",
+        "form",
+        "label_smoothing",
+        "margin",
+        "relative_margin",
+        "ceiling",
+        "hardness_mode",
+        "hardness_strength",
+    )
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.1,
+        *,
+        in_batch_negatives: bool | None = None,
+        positives: Positives = "pair",
+        form: SeveralForm = "out",
+        label_smoothing: float = 0.0,
+        margin: float | None = None,
+        relative_margin: float | None = None,
+        ceiling: float | None = None,
+        hardness_mode: HardnessMode = "all_negatives",
+        hardness_strength: float = 0.0,
+        **options: Unpack[ModuleOptions],
+    ):
+        super().__init__(temperature, **options)
+        check_choice("positives", positives, POSITIVES)
+        check_choice("form", form, SEVERAL_FORMS)
+        self.positives, self.form = positives, form
+        self.label_smoothing = check_parameter("label_smoothing", label_smoothing)
+        Limits.checked(margin, relative_margin, ceiling, label_smoothing)
+        self.margin, self.relative_margin, self.ceiling = margin, relative_margin, ceiling
+        check_choice("hardness_mode", hardness_mode, HARDNESS_MODES)
+        self.hardness_strength = check_parameter("hardness_strength", hardness_strength)
+        self.hardness_mode = hardness_mode
+        self.in_batch_negatives = in_batch_negatives
+
+    def forward(self, query: Tensor, key: Tensor, negatives: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
+        return info_nce(
+            query,
+            key,
+            self.temperature,
+            negatives=negatives,
+            ids=ids,
+            positives=self.positives,
+            form=self.form,
+            in_batch_negatives=self.in_batch_negatives,
+            label_smoothing=self.label_smoothing,
+            margin=self.margin,
+            relative_margin=self.relative_margin,
+            ceiling=self.ceiling,
+            hardness_mode=self.hardness_mode,
+            hardness_strength=self.hardness_strength,
+            **self._options,
+        )

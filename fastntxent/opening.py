@@ -1,0 +1,62 @@
+"""Where a loss opens its batch: its rows are checked, its ranks agree, and where the rows are is settled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from .backends import check_name as check_backend
+from .batch import Batch, DenseBatch, LocalBatch
+from .distributed import Group, ShardedBatch
+from .validation import check_ids, check_reduction, check_row_count, check_rows, check_same
+
+
+def agree_on(group: Group | None, function: str, rows: Tensor, agreed: Mapping[str, object]) -> None:
+    """Have the ranks compare options that decide which losses of such rows they call, before they call any."""
+    if group is not None:
+        ShardedBatch.open(group, function, {"rows": rows.flatten(0, -2)}, 1, "mean", True, "auto", agreed)
+
+
+def open_batch(
+    group: Group | None,
+    function: str,
+    rows: Mapping[str, Tensor],
+    *,
+    ids: Tensor | None = None,
+    views: int = 1,
+    reduction: str = "mean",
+    normalize: bool = True,
+    backend: str = "auto",
+    **agreed: object,
+) -> Batch:
+    """Check what every loss takes, settle with the other ranks what each holds, and return the batch.
+
+    Args:
+        group: the ranks, None for this process alone.
+        function: what was called, for errors over ranks.
+        rows: embeddings (N, D) by the names of the arguments, all of one shape, dtype and device.
+        ids: (N,) integers, the group of each sample, if the caller gave any.
+        views: how many rows the loss has for each sample.
+        agreed: what else must be the same on every rank. A tensor of one number is compared by its value on a CPU, one
+            on an accelerator is not read.
+    """
+    names = list(rows)
+    for name, x in rows.items():
+        check_rows(name, x, may_be_empty=group is not None)
+    first = rows[names[0]]
+    for name in names[1:]:
+        check_same(names[0], first, name, rows[name], "shape", "dtype", "device")
+    check_row_count(views * first.shape[0], *names)
+    if ids is not None:
+        check_ids("ids", ids, names[0], first)
+    check_reduction(reduction)
+    check_backend(backend)
+    if backend == "reference":
+        if group is not None:
+            raise ValueError("backend 'reference' takes no group: it is the dense loss of one process")
+        return DenseBatch(first, views, reduction, normalize)
+    if group is None:
+        return LocalBatch(first, views, reduction, normalize, backend)
+    agreed = {"ids_given": ids is not None, **agreed}
+    return ShardedBatch.open(group, function, rows, views, reduction, normalize, backend, agreed)

@@ -1,0 +1,222 @@
+"""What a teacher's softmax expects of a student's similarities, in tiles of plain PyTorch on any device.
+
+    p_ij = exp(k t_i . t_j - lse_i), over the columns;  q_ij = exp(k t_i . t_j - lse_j), over the rows
+    rows_i = sum over {j : id_j != id_i} of p_ij u_i . v_j      cols_j = sum over {i : id_i != id_j} of q_ij u_i . v_j
+
+soft_dots       (u, v, t_u, t_v, u_ids, v_ids, inv_tau, rows_lse, cols_lse) -> rows (M,), cols (K,)
+soft_dots_sum   the same                                                   -> the sum of both, d_u, d_v
+
+t, k and lse are the teacher's. All of it is linear in the student's similarities: for weights a_i of the rows and c_j
+of the columns
+
+    G_ij = a_i p_ij + c_j q_ij      d/du_i = sum_j G_ij v_j      d/dv_j = sum_i G_ij u_i
+
+and of the sum, whose weights are 1, the value comes with the gradient: sum_i u_i . d/du_i, without a tile of the
+student's. The teacher has no gradient. Of u = 2 M K D flops and t = 2 M K E: u + t for the values, t + 2u for the
+gradients, with the sum or without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..algebra import accumulation_dtype, in_double, row_dots
+from ..backends.tiling import Blocks, Tiles, TileValues
+from ..sides import Side, Teacher
+from .contract import checked
+from .register import autocast_off, may_be_differentiated, register, save, save_gradients, saved, scaled
+
+
+def soft_dots(rows: Side, cols: Side, teacher: Teacher) -> tuple[Tensor, Tensor]:
+    """The rows' sums (M,) and the columns' (K,), differentiable in the student's rows and columns."""
+    return _soft_dots(rows.u, cols.u, teacher.rows, teacher.cols, rows.ids, cols.ids, *teacher[2:])
+
+
+def soft_dots_sum(rows: Side, cols: Side, teacher: Teacher) -> Tensor:
+    """All of these sums added up (0-d), with the gradient from the same call."""
+    needs = may_be_differentiated(rows.u), may_be_differentiated(cols.u)
+    if not any(needs):
+        of_rows, of_cols = soft_dots(rows, cols, teacher)
+        return of_rows.sum() + of_cols.sum()
+    return _soft_dots_sum(rows.u, cols.u, teacher.rows, teacher.cols, rows.ids, cols.ids, *teacher[2:], *needs)
+
+
+# --- tiles -----------------------------------------------------------------------------------------------------------
+
+
+class SoftTargets:
+    """The teacher's tiles, and the student's beside them."""
+
+    def __init__(self, rows: Side, cols: Side, teacher: Teacher):
+        self._u, self._v, self._teacher = rows.u, cols.u, teacher
+        sides = [Blocks(Side(teacher.rows, rows.ids)), Blocks(Side(teacher.cols, cols.ids))]
+        self._tiles = Tiles(sides, teacher.inv_tau)
+
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """The rows' sums and the columns'."""
+        of_rows, of_cols = self._u.new_zeros(len(self._u)), self._v.new_zeros(len(self._v))
+        buffer = torch.empty_like(self._tiles.buffer)
+        for tile, p, q in self._probabilities():
+            sims = self._tiles.tile_of(buffer, tile.rows, tile.cols)
+            torch.mm(self._u[tile.rows], self._v[tile.cols].T, out=sims)
+            of_rows[tile.rows] += p.mul_(sims).sum(dim=1)
+            of_cols[tile.cols] += q.mul_(sims).sum(dim=0)
+        return of_rows, of_cols
+
+    def gradients(
+        self, weights: tuple[Tensor, Tensor] | None, needs_u: bool, needs_v: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients in the rows and the columns, None where not needed, by the weights of the rows' sums and the
+        columns'; None: all 1."""
+        d_u, d_v = torch.zeros_like(self._u) if needs_u else None, torch.zeros_like(self._v) if needs_v else None
+        for tile, p, q in self._probabilities():
+            if weights is not None:
+                of_rows, of_cols = weights
+                p.mul_(of_rows[tile.rows, None])
+                q.mul_(of_cols[tile.cols])
+            g = p.add_(q)
+            if d_u is not None:
+                d_u[tile.rows].addmm_(g, self._v[tile.cols])
+            if d_v is not None:
+                d_v[tile.cols].addmm_(g.T, self._u[tile.rows])
+        return d_u, d_v
+
+    def _probabilities(self) -> Iterator[tuple[TileValues, Tensor, Tensor]]:
+        """Every tile, with p and q of its pairs: 0 of those of the same id."""
+        tiles, teacher = self._tiles, self._teacher
+        for tile, mixed in tiles.logits():
+            p = tiles.tile_of(tiles.scratch, tile.rows, tile.cols)
+            # A logit is above its log-sum-exp by rounding alone, which exp overflows on where logits are huge.
+            torch.sub(tile.values, teacher.rows_lse[tile.rows, None], out=p).clamp_max_(0).exp_()
+            q = tile.values.sub_(teacher.cols_lse[tile.cols]).clamp_max_(0).exp_()
+            if mixed:
+                agree = tiles.agree(tile)
+                p.masked_fill_(agree, 0)
+                q.masked_fill_(agree, 0)
+            yield tile, p, q
+
+
+def soft_targets(call: str, *given: Any) -> tuple[SoftTargets, tuple[Any, ...]]:
+    """The tiles of a call's tensors, which are checked, and the checked tensors before them."""
+    *weights, u, v, t_u, t_v, u_ids, v_ids, inv_tau, rows_lse, cols_lse = checked(call, *given)
+    teacher = Teacher(t_u, t_v, inv_tau, rows_lse, cols_lse)
+    return SoftTargets(Side(u.contiguous(), u_ids), Side(v.contiguous(), v_ids), teacher), tuple(weights)
+
+
+# --- the sums of rows and columns ------------------------------------------------------------------------------------
+
+
+def _forward(u: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    with autocast_off(u):
+        tiles, _ = soft_targets("soft_dots", u, *rest)
+        return tiles.sums()
+
+
+def _fake(u: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return u.new_empty(u.shape[0]), v.new_empty(v.shape[0])
+
+
+def _setup(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
+    save(ctx, *inputs)
+
+
+def _autograd(ctx: Any, d_rows: Tensor, d_cols: Tensor) -> tuple[Tensor | None, ...]:
+    needs_u, needs_v = ctx.needs_input_grad[:2]
+    d_u, d_v = _soft_dots_backward(d_rows, d_cols, *saved(ctx), needs_u, needs_v)
+    return d_u if needs_u else None, d_v if needs_v else None, *[None] * 7
+
+
+def _backward(d_rows: Tensor, d_cols: Tensor, u: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *of_teacher, needs_u, needs_v = rest
+    with autocast_off(u):
+        tiles, (d_rows, d_cols) = soft_targets("soft_dots_backward", d_rows, d_cols, u, v, *of_teacher)
+        d_u, d_v = tiles.gradients((d_rows, d_cols), needs_u, needs_v)
+    return u.new_empty(0) if d_u is None else d_u, v.new_empty(0) if d_v is None else d_v
+
+
+def _backward_fake(d_rows: Tensor, d_cols: Tensor, u: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    needs_u, needs_v = rest[-2:]
+    return u.new_empty(u.shape if needs_u else 0), v.new_empty(v.shape if needs_v else 0)
+
+
+_TENSORS = (
+    "Tensor u, Tensor v, Tensor t_u, Tensor t_v, Tensor u_ids, Tensor v_ids, Tensor inv_tau, Tensor rows_lse,"
+    " Tensor cols_lse"
+)
+_soft_dots_backward = register(
+    f"soft_dots_backward(Tensor d_rows, Tensor d_cols, {_TENSORS}, bool needs_u, bool needs_v) -> (Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+_soft_dots = register(f"soft_dots({_TENSORS}) -> (Tensor, Tensor)", _forward, _fake, _setup, _autograd)
+
+# --- their sum, with its gradient ------------------------------------------------------------------------------------
+
+
+def _sum_forward(u: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *of_teacher, needs_u, needs_v = rest
+    with autocast_off(u):
+        tiles, _ = soft_targets("soft_dots_sum", u, v, *of_teacher)
+        d_u, d_v = tiles.gradients(None, needs_u, needs_v)
+    side, gradient = (u, d_u) if d_u is not None else (v, d_v)
+    assert gradient is not None, "one side needs a gradient"
+    total = in_double(row_dots(side, gradient)).sum().to(accumulation_dtype(u.dtype))
+    return total, _or_zeros(d_u, u), _or_zeros(d_v, v)
+
+
+def _or_zeros(gradient: Tensor | None, x: Tensor) -> Tensor:
+    """A gradient that is not needed in the memory of a single zero."""
+    return x.new_zeros(()).expand(x.shape) if gradient is None else gradient
+
+
+def _sum_fake(u: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    needs_u, needs_v = rest[-2:]
+    return (
+        u.new_empty(()),
+        u.new_empty(u.shape) if needs_u else _or_zeros(None, u),
+        v.new_empty(v.shape) if needs_v else _or_zeros(None, v),
+    )
+
+
+def _sum_setup(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
+    save_gradients(ctx, output[1:], *inputs[:2])
+
+
+def _sum_autograd(ctx: Any, d_sum: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    needs_u, needs_v = ctx.needs_input_grad[:2]
+    if d_sum is None:  # nothing came back
+        return (None,) * len(ctx.needs_input_grad)
+    if torch.is_grad_enabled():  # an operator of its own only where this may be differentiated again
+        d_u, d_v = _soft_dots_sum_backward(d_sum, *saved(ctx))
+    else:
+        d_u, d_v, u, v = ctx.saved_tensors
+        d_u, d_v = scaled(d_sum, d_u, u), scaled(d_sum, d_v, v)
+    return d_u if needs_u else None, d_v if needs_v else None, *[None] * 9
+
+
+def _scale(*given: Tensor) -> tuple[Tensor, Tensor]:
+    d_sum, d_u, d_v, u, v = checked("soft_dots_sum_backward", *given)
+    return scaled(d_sum, d_u, u), scaled(d_sum, d_v, v)
+
+
+def _scale_fake(d_sum: Tensor, d_u: Tensor, d_v: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return u.new_empty(u.shape), v.new_empty(v.shape)
+
+
+_soft_dots_sum_backward = register(
+    "soft_dots_sum_backward(Tensor d_sum, Tensor d_u, Tensor d_v, Tensor u, Tensor v) -> (Tensor, Tensor)",
+    _scale,
+    _scale_fake,
+)
+_soft_dots_sum = register(
+    f"soft_dots_sum({_TENSORS}, bool needs_u, bool needs_v) -> (Tensor, Tensor, Tensor)",
+    _sum_forward,
+    _sum_fake,
+    _sum_setup,
+    _sum_autograd,
+    value_alone=True,
+)

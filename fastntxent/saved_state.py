@@ -1,0 +1,215 @@
+"""The state of a module besides its parameters, and of random generators: held, and put back.
+
+State is whatever `vars(module)` reaches through submodules and containers: buffers, tensors, arrays and numbers among
+the attributes, generators of the module's own. The objects stay the same ones, because others hold references to them
+(DistributedDataParallel to buffers, an optimiser to tensors): a tensor gets its values back, a container its contents.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import random
+import sys
+import types
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_WITHOUT_STATE = (int, float, str, type(None), types.FunctionType)  # most attributes: skipped early
+# Every module's parameters and hooks. FSDP swaps sharded for whole parameters in a forward: not to be put back.
+_NOT_STATE = vars(nn.Module()).keys() - {"_buffers", "_modules"}
+
+
+class ModuleState:
+    """The modules' state at the moment this is made, with a copy of its tensors, parameters left out.
+
+    Args:
+        modules: the modules.
+        unless: the `StateVersions` of a moment before; what has not changed since then is left out.
+    """
+
+    def __init__(self, *modules: nn.Module, unless: StateVersions | None = None) -> None:
+        values = (value for value in _reachable(*modules) if unless is None or not unless.unchanged(value))
+        with torch.no_grad():
+            self._undo = [undo for value in values for undo in _holding(value)]
+
+    def restore(self) -> None:
+        """Put the state back, into the same objects."""
+        with torch.no_grad():
+            for undo in self._undo:
+                undo()
+
+
+class StateVersions:
+    """All that a `ModuleState` of the modules would hold, each with a value that changes when it is written to."""
+
+    def __init__(self, *modules: nn.Module) -> None:
+        # The objects too: another one must not come by the identity of one that is gone.
+        self._known = {id(value): (value, _version(value)) for value in _reachable(*modules)}
+
+    def unchanged(self, value: object) -> bool:
+        """Whether the value is one of them, as it was."""
+        known = self._known.get(id(value))
+        return known is not None and _same(known[1], _version(value))
+
+
+class RandomState:
+    """The state of the global generators: Python's, NumPy's where it is in use, PyTorch's on the CPU and on devices."""
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        numpy = _numpy()
+        self._undo: list[Callable[[], object]] = [
+            functools.partial(random.setstate, random.getstate()),
+            functools.partial(torch.set_rng_state, torch.get_rng_state()),
+        ]
+        if numpy:
+            self._undo.append(functools.partial(numpy.random.set_state, numpy.random.get_state()))
+        for device in devices:
+            generators = torch.get_device_module(device)
+            self._undo.append(functools.partial(generators.set_rng_state, generators.get_rng_state(device), device))
+
+    def restore(self) -> None:
+        """Set the generators back."""
+        for undo in self._undo:
+            undo()
+
+
+def sharing_state(modules: Iterable[nn.Module]) -> list[list[nn.Module]]:
+    """Return the modules in groups: two that share state, parameters left out, are in the same one."""
+    groups: list[tuple[list[nn.Module], set[int]]] = []
+    for module in modules:
+        members, state = [module], {id(value) for value in _reachable(module) if _is_state(value)}
+        for group in [group for group in groups if group[1] & state]:
+            groups.remove(group)
+            members, state = group[0] + members, group[1] | state
+        groups.append((members, state))
+    return [members for members, _ in groups]
+
+
+def _numpy() -> Any:
+    return sys.modules.get("numpy")  # where nobody has imported it, there is no state of it
+
+
+def _reachable(*modules: nn.Module) -> Iterator[object]:
+    """Every object that may hold state, once."""
+    seen: dict[int, object] = {}
+    pending: list[object] = [*modules]
+    for module in modules:
+        pending.extend(module.buffers())  # those of a TorchScript module are not among its attributes
+    while pending:
+        value = pending.pop()
+        if id(value) not in seen and not isinstance(value, _WITHOUT_STATE):
+            seen[id(value)] = value
+            pending.extend(_contents(value))
+            yield value
+
+
+def _contents(value: object) -> Collection[Any]:
+    """The objects that a module or container refers to."""
+    if isinstance(value, nn.Module):
+        return [attribute for name, attribute in vars(value).items() if name not in _NOT_STATE]
+    if isinstance(value, dict):
+        return value.values()
+    if isinstance(value, (list, tuple, set, frozenset, deque)):
+        return value
+    return ()
+
+
+def _version(value: object) -> object:
+    numpy = _numpy()
+    if isinstance(value, Tensor):
+        return value.clone() if value.is_inference() else value._version
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    if isinstance(value, random.Random):
+        return value.getstate()
+    if numpy and isinstance(value, numpy.random.RandomState):
+        return repr(value.get_state(legacy=False))
+    if numpy and isinstance(value, numpy.random.Generator):
+        return repr(value.bit_generator.state)
+    if numpy and isinstance(value, numpy.ndarray):
+        return value.tobytes()
+    return tuple(_contents(value))
+
+
+def _same(version: object, other: object) -> bool:
+    if isinstance(version, Tensor):
+        return isinstance(other, Tensor) and torch.equal(version, other)
+    if isinstance(version, tuple) and isinstance(other, tuple):
+        # What a container or module holds, by identity; a generator's state by value.
+        return len(version) == len(other) and all(map(_identical_or_equal, version, other))
+    return version == other
+
+
+def _identical_or_equal(a: object, b: object) -> bool:
+    return a is b or (type(a) is type(b) and isinstance(a, (int, float, str, tuple)) and a == b)
+
+
+def _is_state(value: object) -> bool:
+    """Whether `_holding` has anything to give back to the object."""
+    numpy = _numpy()
+    if isinstance(value, Tensor):
+        return not value.requires_grad and not isinstance(value, nn.Parameter)  # learnt, or has a graph: not refilled
+    of_numpy = (numpy.random.RandomState, numpy.random.Generator, numpy.ndarray) if numpy else ()
+    return isinstance(value, (nn.Module, dict, list, set, deque, torch.Generator, random.Random, *of_numpy))
+
+
+def _holding(value: object) -> Iterator[Callable[[], object]]:
+    """How to give an object back the state that it has now: one function, or none if it has no state of its own."""
+    numpy = _numpy()
+    if isinstance(value, Tensor):
+        if _is_state(value):
+            storage = value.data
+            yield functools.partial(_refill_tensor, value, storage, _distinct(storage).clone())
+    elif isinstance(value, (nn.Module, dict)):
+        mapping = vars(value) if isinstance(value, nn.Module) else value
+        yield functools.partial(_refill_mapping, mapping, tuple(mapping), tuple(mapping.values()))
+    elif isinstance(value, (list, set, deque)):
+        yield functools.partial(_refill_collection, value, tuple(value))
+    elif isinstance(value, torch.Generator):
+        yield functools.partial(value.set_state, value.get_state())
+    elif isinstance(value, random.Random):
+        yield functools.partial(value.setstate, value.getstate())
+    elif numpy and isinstance(value, numpy.random.RandomState):
+        yield functools.partial(value.set_state, value.get_state())
+    elif numpy and isinstance(value, numpy.random.Generator):
+        yield functools.partial(setattr, value.bit_generator, "state", value.bit_generator.state)
+    elif numpy and isinstance(value, numpy.ndarray) and value.flags.writeable:
+        yield functools.partial(numpy.copyto, value, value.copy())
+
+
+def _distinct(tensor: Tensor) -> Tensor:
+    """The tensor with one element of each expanded dimension, which in memory has no more, and could not be written."""
+    if tensor.layout == torch.strided:
+        for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+            if stride == 0 and size > 1:
+                tensor = tensor.narrow(dim, 0, 1)
+    return tensor
+
+
+def _refill_tensor(tensor: Tensor, storage: Tensor, values: Tensor) -> None:
+    """Write the values into the memory that the tensor had, without a trace in its version counter: a graph that
+    was made before and needs them may use them again."""
+    _distinct(storage).copy_(values)
+    tensor.data = storage
+
+
+def _refill_mapping(mapping: dict[Any, Any], keys: Collection[Any], values: Collection[Any]) -> None:
+    if not (_identical(mapping.keys(), keys) and _identical(mapping.values(), values)):
+        mapping.clear()
+        for key, value in zip(keys, values, strict=True):
+            mapping[key] = value  # not by update(), which adds to a Counter
+
+
+def _refill_collection(collection: Any, items: Collection[Any]) -> None:
+    if not _identical(collection, items):
+        collection.clear()
+        (collection.update if isinstance(collection, set) else collection.extend)(items)
+
+
+def _identical(now: Collection[Any], held: Collection[Any]) -> bool:
+    return len(now) == len(held) and all(map(operator.is_, now, held))

@@ -1,0 +1,186 @@
+"""The two passes of gradient caching: embeddings without a graph, and later the encoders' gradients, chunk by chunk."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .chunked_view import ChunkedView
+from .saved_state import ModuleState, RandomState, StateVersions, sharing_state
+
+# The same chunk on the same state may round differently where a graph is recorded, above all in bfloat16. Another draw
+# of dropout's masks is an order of magnitude beyond this.
+_REPEATS_WITHIN = 0.05
+
+
+class TwoPasses:
+    """Encode views twice, the second time from the same state and on the same random numbers as the first.
+
+    The state of the encoders and the generators that the second pass starts from is held when this is made.
+    """
+
+    def __init__(self, views: Sequence[ChunkedView]) -> None:
+        self._views = views
+        encoders = list({id(view.encoder): view.encoder for view in views}.values())
+        tensors = [tensor for view in views for tensor in view.tensors()]
+        tensors += [tensor for encoder in encoders for tensor in (*encoder.parameters(), *encoder.buffers())]
+        self._devices = {tensor.device for tensor in tensors if tensor.device.type not in ("cpu", "meta")}
+        groups = sharing_state(encoders) if len(encoders) > 1 else [encoders]
+        self._start = [(group, ModuleState(*group)) for group in groups]
+        self._start_random = RandomState(self._devices)
+
+    def first(self) -> list[Tensor]:
+        """Return each view's embeddings (N, D), leaves that require a gradient where the encoder may get one."""
+        self._leaves, self._random = [], []
+        for view in self._views:
+            leaf, states = _encode(view, self._devices)
+            self._leaves.append(leaf)
+            self._random.append(states)
+        self._encoded = StateVersions(*(encoder for group, _ in self._start for encoder in group))
+        return self._leaves
+
+    def second(self, d_leaves: Sequence[Tensor | None]) -> None:
+        """Pull the gradients of the embeddings through the encoders.
+
+        Encoders that get no gradient do not run again. What has changed in encoders and generators since the first
+        pass, as a loss may change them, is kept.
+        """
+        learning = {
+            id(view.encoder) for view, leaf in zip(self._views, self._leaves, strict=True) if leaf.requires_grad
+        }
+        # An encoder runs again where another one of its group does: they pass state to each other.
+        again = [(group, start) for group, start in self._start if any(id(encoder) in learning for encoder in group)]
+        encoders = [encoder for group, _ in again for encoder in group]
+        if not encoders:
+            return
+        random, changed = RandomState(self._devices), ModuleState(*encoders, unless=self._encoded)
+        for _, start in again:
+            start.restore()
+        # Before PyTorch 2.10 it may hold the weights as the first pass cast them, without a graph.
+        torch.clear_autocast_cache()
+        self._encode_again({id(encoder) for encoder in encoders}, d_leaves)
+        for encoder in encoders:
+            # DistributedDataParallel's own check, which it would else make in its next forward.
+            getattr(encoder, "_check_reducer_finalized", lambda: None)()
+        changed.restore()
+        random.restore()
+
+    def undo(self) -> None:
+        """Give encoders and generators the state that they had before the first pass."""
+        for _, start in self._start:
+            start.restore()
+        self._start_random.restore()
+
+    def _encode_again(self, encoders: set[int], d_leaves: Sequence[Tensor | None]) -> None:
+        last_view = {id(view.encoder): view for view in self._views}
+        learnt: set[int] = set()
+        repeats = []
+        for view, leaf, d_leaf, states in zip(self._views, self._leaves, d_leaves, self._random, strict=True):
+            if id(view.encoder) not in encoders:
+                continue
+            d_leaf = torch.zeros_like(leaf) if d_leaf is None else d_leaf
+            for index, (chunk, state) in enumerate(zip(view.chunks(), states, strict=True)):
+                state.restore()
+                last = view is last_view[id(view.encoder)] and index == len(states) - 1
+                with _no_sync(view.encoder, unless=last), torch.enable_grad():
+                    z = view.embed(chunk)
+                    repeats.append((view.encoder_name, _distance(z, leaf[slice(*chunk)])))
+                    if z.requires_grad:  # not where a tower is frozen
+                        z.backward(d_leaf[slice(*chunk)].to(z.dtype))
+                        learnt.add(id(view.encoder))
+                    elif last and id(view.encoder) in learnt and hasattr(view.encoder, "no_sync"):
+                        raise RuntimeError(
+                            f"{view.encoder_name} synchronises its gradients in the last chunk, which has none: put a "
+                            "view that has a gradient last in views"
+                        )
+        _check_repeated(repeats)
+
+
+def with_second_pass(loss: Tensor, passes: TwoPasses, d_leaves: Sequence[Tensor | None]) -> Tensor:
+    """Return the loss, with a backward that begins with the second pass.
+
+    d_leaves: the loss's gradients with respect to the first pass's embeddings.
+    """
+    trigger = torch.empty((), device=loss.device, requires_grad=True)
+    result: Tensor = _WithSecondPass.apply(loss, trigger, passes, d_leaves)
+    return result
+
+
+class _WithSecondPass(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, loss: Tensor, trigger: Tensor, passes: TwoPasses, d_leaves: Sequence[Tensor | None]
+    ) -> Tensor:
+        ctx.passes, ctx.d_leaves = passes, d_leaves
+        ctx.autocast = _autocast_now(("cpu", loss.device.type))
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor, None, None, None]:
+        try:
+            with ctx.autocast():
+                ctx.passes.second([None if d_leaf is None else d_loss * d_leaf for d_leaf in ctx.d_leaves])
+        except BaseException:
+            ctx.passes.undo()
+            raise
+        return d_loss, None, None, None
+
+
+def _autocast_now(device_types: Sequence[str]) -> Callable[[], contextlib.ExitStack]:
+    """Return a function that makes a context with today's autocast settings: a backward may run outside them."""
+    settings = [
+        (name, torch.get_autocast_dtype(name), torch.is_autocast_enabled(name)) for name in dict.fromkeys(device_types)
+    ]
+    cache_enabled = torch.is_autocast_cache_enabled()
+
+    def again() -> contextlib.ExitStack:
+        stack = contextlib.ExitStack()
+        for setting in settings:
+            stack.enter_context(torch.autocast(*setting, cache_enabled=cache_enabled))
+        return stack
+
+    return again
+
+
+def _encode(view: ChunkedView, devices: set[torch.device]) -> tuple[Tensor, list[RandomState]]:
+    """The view's embeddings, as a leaf for the loss, and the random state before each chunk."""
+    # Only autograd knows whether an encoder with no parameter to learn is frozen: others may lie beyond its own.
+    frozen = not any(parameter.requires_grad for parameter in view.encoder.parameters())
+    parts, states, learns = [], [], not frozen
+    for chunk in view.chunks():
+        states.append(RandomState(devices))
+        with torch.set_grad_enabled(frozen):
+            z = view.embed(chunk)
+        learns |= z.requires_grad
+        # A copy, as z may be a view of all that the encoder computed, or memory that it writes the next chunk to.
+        parts.append(z.detach().clone())
+    return torch.cat(parts).requires_grad_(learns), states
+
+
+def _distance(z: Tensor, first: Tensor) -> Tensor:
+    first = first.detach().float()
+    return torch.dist(z.detach().float(), first) / first.norm()
+
+
+def _check_repeated(distances: Sequence[tuple[str, Tensor]]) -> None:
+    too_far = [(value, name) for name, value in ((name, float(d)) for name, d in distances) if value > _REPEATS_WITHIN]
+    if too_far:  # neither NaN nor of no rows
+        distance, name = max(too_far)
+        raise RuntimeError(
+            f"{name} gave other embeddings in the second pass over the same rows (relative difference "
+            f"{distance:.2g}), so the gradient is wrong: it has state or random numbers that cached_backward does "
+            "not repeat"
+        )
+
+
+@contextlib.contextmanager
+def _no_sync(encoder: nn.Module, *, unless: bool) -> Iterator[None]:
+    no_sync = getattr(encoder, "no_sync", None)
+    with contextlib.nullcontext() if unless or no_sync is None else no_sync():
+        yield

@@ -1,0 +1,108 @@
+"""Negatives that are too similar to a row leave its sum: ties, NaN, errors, and large and converged batches."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastntxent
+from fastntxent import error_budget
+from tests.cases import BACKENDS, KERNELS, converged_batch, random_batch
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_as_similar_as_the_limit_stays(backend):
+    # Rows of two features whose similarities are 0, 1 and -1 exactly: with a margin of 0 the limit is 1.
+    z_i = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    exact = fastntxent.nt_xent(z_i, z_i, 1.0, backend=backend)
+    torch.testing.assert_close(fastntxent.nt_xent(z_i, z_i, 1.0, margin=0.0, backend=backend), exact)
+    fewer = fastntxent.nt_xent(z_i, z_i, 1.0, margin=1e-3, reduction="none", backend=backend)
+    # The first two samples lose each other, and keep the third's two rows; the third keeps all four.
+    left_out, kept = torch.log(torch.tensor(1 + 2 * torch.e**-1)), torch.log(torch.tensor(1 + 4 * torch.e**-1))
+    torch.testing.assert_close(fewer, torch.stack([left_out, left_out, kept] * 2))
+
+
+@pytest.mark.parametrize("d", [8, 128, 768])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_copies_of_the_positive_stay_with_a_margin_of_zero(backend, d):
+    z, w = torch.randn(2, 40, d)
+    query, key = z.repeat(4, 1), (z + 0.1 * w).repeat(4, 1)
+    losses = fastntxent.info_nce(query, key, 0.01, margin=0.0, reduction="none", backend=backend)
+    assert losses.min() > 1.38  # log 4 of a positive and three copies
+
+
+@pytest.mark.parametrize(("temperature", "length"), [(1e6, 1.0), (0.5, 1e-4), (500.0, 1.0)])
+@pytest.mark.parametrize("backend", KERNELS)
+def test_limits_are_as_fine_where_logits_are_small(backend, temperature, length):
+    z_i, z_j = length * torch.randn(2, 64, 32, dtype=torch.float64)
+    options = {"margin": 0.0, "normalize": False}
+    expected = fastntxent.nt_xent(z_i, z_j, temperature, backend="reference", **options)
+    value = fastntxent.nt_xent(z_i.float(), z_j.float(), temperature, backend=backend, **options)
+    torch.testing.assert_close(value.double(), expected, rtol=2e-4, atol=0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.005])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_that_lose_all_negatives_have_no_loss_and_no_gradient(backend, temperature):
+    z = torch.randn(2, 6, 4, requires_grad=True)
+    loss = fastntxent.nt_xent(z[0], z[1], temperature, ceiling=-2.0, backend=backend)
+    assert loss == 0
+    assert not torch.autograd.grad(loss, z)[0].any()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.005])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_is_not_left_out(backend, temperature):
+    z = torch.randn(2, 6, 4)
+    z[0, 3, 1] = torch.nan
+    losses = fastntxent.nt_xent(z[0], z[1], temperature, margin=0.5, reduction="none", backend=backend)
+    assert losses.isnan().all()
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("stage", ["start", 0.7, 1e-6])
+def test_limits_keep_the_accuracy_of_nt_xent(backend, stage):
+    batch = random_batch(700, 32, 0.1) if stage == "start" else converged_batch(300, 32, 0.02, stage)
+    similarities = F.normalize(torch.cat((batch.z_i, batch.z_j)).double(), dim=1)
+    similarities = similarities @ similarities.T
+    # A ceiling that no similarity is near, so that rounding decides about none.
+    ordered = similarities.flatten().sort().values
+    high = int(len(ordered) * 0.9)
+    gap = int((ordered[high + 1 : high + 2000] - ordered[high : high + 1999]).argmax()) + high
+    ceiling = float(ordered[gap : gap + 2].mean())
+
+    def result(dtype, name):
+        z_i, z_j = (z.to(dtype, copy=True).requires_grad_() for z in (batch.z_i, batch.z_j))
+        loss = fastntxent.nt_xent(z_i, z_j, batch.temperature, ceiling=ceiling, normalize=batch.normalize, backend=name)
+        return [loss.detach(), *torch.autograd.grad(loss, (z_i, z_j))]
+
+    truth, same, value = (
+        result(torch.float64, "reference"),
+        result(torch.float32, "reference"),
+        result(torch.float32, backend),
+    )
+    for v, s, t in zip(value, same, truth, strict=True):
+        limit = error_budget.allowed(error_budget.errors_of(s, t), torch.float32, 1 / batch.temperature)
+        assert error_budget.errors_of(v, t).within(limit)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"margin": 0.1, "relative_margin": 0.1}, ValueError, "margin and relative_margin must not both be given"),
+        ({"margin": float("nan")}, ValueError, "margin must be finite, got nan"),
+        ({"ceiling": float("inf")}, ValueError, "ceiling must be finite, got inf"),
+        ({"margin": "0.1"}, TypeError, "margin must be a number, got str"),
+        ({"margin": torch.tensor(0.1)}, TypeError, "margin must be a number, got Tensor"),
+        ({"relative_margin": 1.5}, ValueError, r"relative_margin must be in \[0, 1\], got 1.5"),
+        ({"margin": 0.1, "label_smoothing": 0.1}, ValueError, "label_smoothing takes no margin"),
+    ],
+)
+@pytest.mark.parametrize("loss", [fastntxent.nt_xent, fastntxent.info_nce, fastntxent.clip])
+def test_errors_name_the_argument(loss, options, error, words):
+    with pytest.raises(error, match=words):
+        loss(*torch.randn(2, 6, 4), 0.5, **options)
+
+
+def test_sup_con_takes_a_ceiling_with_one_label_a_row_alone():
+    with pytest.raises(ValueError, match="ceiling must be None where a row has several labels"):
+        fastntxent.sup_con(torch.randn(6, 4), torch.ones(6, 2, dtype=torch.bool), 0.5, ceiling=0.1)
