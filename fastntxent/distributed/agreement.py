@@ -16,7 +16,7 @@ from . import wire
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_FORWARD, _BACKWARD = 0, 1
+_FORWARD, _BACKWARD, _TEACHER = 0, 1, 2
 
 # Calls of losses so far in each group.
 _calls: weakref.WeakKeyDictionary[ProcessGroup, int] = weakref.WeakKeyDictionary()
@@ -36,10 +36,17 @@ class Turn:
 
     def begin_backward(self, part: int, failed: bool, device: torch.device) -> None:
         """Raise, on every rank, unless all are in the backward of this part, and none failed before it."""
+        what = f"the backward of {self._function}, call {self._number}, part {part}"
+        self._meet_again(_BACKWARD, part, failed, what, device)
+
+    def end_calls_of_teacher(self, failed: bool, device: torch.device) -> None:
+        """Raise, on every rank but those that failed, unless all have called their teacher, and none failed in it."""
+        self._meet_again(_TEACHER, 0, failed, f"teacher in {self._function}, call {self._number},", device)
+
+    def _meet_again(self, phase: int, part: int, failed: bool, what: str, device: torch.device) -> None:
         if not self._checked:
             return
-        what = f"the backward of {self._function}, call {self._number}, part {part}"
-        headers = _meet(self._group, [_BACKWARD, self._number, part, int(failed)], what, device)
+        headers = _meet(self._group, [phase, self._number, part, int(failed)], what, device)
         lost = [str(rank) for rank, (*_, failed_there) in enumerate(headers) if failed_there]
         if lost and not failed:
             raise RuntimeError(f"{what} raised an error on rank {', '.join(lost)}")
@@ -88,7 +95,7 @@ def agree(
 def _meet(group: ProcessGroup, header: list[int], what: str, device: torch.device) -> list[list[int]]:
     """The headers of all ranks. They are of one size wherever they are sent, so that any two of them meet."""
     headers = wire.gather_numbers(group, torch.tensor(header, device=device)).tolist()
-    phases = {(phase, number, part) if phase == _BACKWARD else (phase,) for phase, number, part, _ in headers}
+    phases = {(phase,) if phase == _FORWARD else (phase, number, part) for phase, number, part, _ in headers}
     if len(phases) > 1:
         found = [f"rank {rank} is in {this}" for rank, this in enumerate(wire.gather_objects(group, what))]
         raise RuntimeError(
