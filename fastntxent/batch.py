@@ -211,10 +211,10 @@ class Batch(ABC):
 
     @abstractmethod
     def called_neg_lse(
-        self, similarities: Callable[[Tensor, Tensor], Tensor], inv_tau: float | Tensor, like: Tensor
+        self, similarities: Callable[[Tensor, Tensor], Tensor], inv_tau: float | Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor]:
         """nu of images and of texts, and the logits of the pairs, of similarities that come from a function of the
-        samples' numbers (`sample_ids`): (N,) each, without a gradient, in the dtype of `like`."""
+        samples' numbers (`sample_ids`) and is of that dtype: (N,) each, without a gradient."""
 
     @abstractmethod
     def soft_dots(self, rows: Side, cols: Side, teacher: Teacher | CalledTeacher) -> tuple[Tensor, Tensor]:
@@ -387,10 +387,10 @@ class LocalBatch(Batch):
         return ops.softplus_sums(rows, cols, inv_tau, bias, positives=positives, backend=self._backend)
 
     def called_neg_lse(
-        self, similarities: Callable[[Tensor, Tensor], Tensor], inv_tau: float | Tensor, like: Tensor
+        self, similarities: Callable[[Tensor, Tensor], Tensor], inv_tau: float | Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor]:
         ids = self.sample_ids()
-        return ops.called_neg_lse(ids, ids, similarities, inv_tau, like)
+        return ops.called_neg_lse(ids, ids, similarities, inv_tau, dtype)
 
     def soft_dots(self, rows: Side, cols: Side, teacher: Teacher | CalledTeacher) -> tuple[Tensor, Tensor]:
         return ops.soft_dots(rows, cols, teacher)
@@ -450,10 +450,10 @@ class DenseBatch(Batch):
             return _REFERENCE.softplus(rows, cols, inv_tau, bias, positives=positives)
 
     def called_neg_lse(
-        self, similarities: Callable[[Tensor, Tensor], Tensor], inv_tau: float | Tensor, like: Tensor
+        self, similarities: Callable[[Tensor, Tensor], Tensor], inv_tau: float | Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor]:
         ids = self.sample_ids()
-        with ops.autocast_off(like):
+        with ops.autocast_off(ids):
             return _REFERENCE.called_neg_lse(similarities(ids, ids), ids, inv_tau)
 
     def soft_dots(self, rows: Side, cols: Side, teacher: Teacher | CalledTeacher) -> tuple[Tensor, Tensor]:

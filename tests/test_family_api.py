@@ -553,6 +553,52 @@ BAD_CALLS = {
         "teacher_image_features must be a torch.Tensor",
     ),
     "distill teacher dtype": (lambda: distill(Z, W, Z, W.long()), TypeError, "teacher_text_features must be float16"),
+    "distill no teacher": (
+        lambda: distill(Z, W),
+        TypeError,
+        "teacher_image_features and teacher_text_features must be given, or teacher in their place",
+    ),
+    "distill two teachers": (
+        lambda: distill(Z, W, Z, W, teacher=lambda rows, cols: rows[:, None] + 0.5 * cols),
+        ValueError,
+        "teacher must not be given beside teacher_image_features and teacher_text_features: it takes their place",
+    ),
+    "distill one and a half": (
+        lambda: distill(Z, W, teacher_text_features=W, teacher=lambda rows, cols: Z @ W.T),
+        ValueError,
+        "teacher must not be given beside teacher_text_features",
+    ),
+    "distill teacher is a matrix": (
+        lambda: distill(Z, W, teacher=Z @ W.T),
+        TypeError,
+        "teacher must be a function of image and text numbers, got Tensor",
+    ),
+    "distill teacher returns a list": (
+        lambda: distill(Z, W, teacher=lambda rows, cols: (Z @ W.T).tolist()),
+        TypeError,
+        r"teacher\(rows, cols\) must be a torch.Tensor, got list",
+    ),
+    "distill teacher returns integers": (
+        lambda: distill(Z, W, teacher=lambda rows, cols: rows[:, None] + cols),
+        TypeError,
+        r"teacher\(rows, cols\) must be float16, bfloat16, float32 or float64, got torch.int64",
+    ),
+    "distill teacher returns a row": (
+        lambda: distill(Z, W, teacher=lambda rows, cols: Z[rows, 0]),
+        ValueError,
+        r"teacher\(rows, cols\) must have shape \(6, 6\), the lengths of rows and cols, got \(6,\)",
+    ),
+    "distill teacher returns a sparse tensor": (
+        lambda: distill(Z, W, teacher=lambda rows, cols: (Z @ W.T).to_sparse()),
+        TypeError,
+        r"teacher\(rows, cols\) must be a dense \(strided\) tensor",
+    ),
+    "distill teacher elsewhere": (
+        lambda: distill(Z, W, teacher=lambda rows, cols: (Z @ W.T).to("meta")),
+        ValueError,
+        r"teacher\(rows, cols\) must be on the device of its arguments, cpu, got meta",
+    ),
+    "module no teacher": (lambda: fastntxent.DistillLoss()(Z, W), TypeError, "must be given, or teacher in their"),
     "distill both scales": (
         lambda: distill(Z, W, Z, W, 0.5, logit_scale=10.0),
         ValueError,

@@ -86,8 +86,7 @@ class Tiles:
 
 
 class CalledTiles(Tiles):
-    """Tiles whose similarities come from a function of the rows' and the columns' ids. Of `like` they take the dtype
-    and the device."""
+    """Tiles whose similarities come from a function of the rows' and the columns' ids."""
 
     def __init__(
         self,
@@ -95,9 +94,10 @@ class CalledTiles(Tiles):
         col_ids: Tensor,
         similarities: Callable[[Tensor, Tensor], Tensor],
         inv_tau: float | Tensor,
-        like: Tensor,
+        dtype: torch.dtype,
     ):
-        super().__init__([Blocks(Side(like.new_empty(len(ids), 0), ids)) for ids in (row_ids, col_ids)], inv_tau)
+        sides = [Side(torch.empty(len(ids), 0, dtype=dtype, device=ids.device), ids) for ids in (row_ids, col_ids)]
+        super().__init__(list(map(Blocks, sides)), inv_tau)
         self._similarities = similarities
 
     def fill(self, values: Tensor, rows: slice, cols: slice) -> None:

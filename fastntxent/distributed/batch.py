@@ -161,9 +161,9 @@ class ShardedBatch(Batch):
         return softplus.softplus_sums(rows, cols, inv_tau, bias, self._shard, self._backend, positives=positives)
 
     def called_neg_lse(
-        self, similarities: Callable[[Tensor, Tensor], Tensor], inv_tau: float | Tensor, like: Tensor
+        self, similarities: Callable[[Tensor, Tensor], Tensor], inv_tau: float | Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return soft_targets.called_neg_lse(similarities, inv_tau, like, self._shard)
+        return soft_targets.called_neg_lse(similarities, inv_tau, self.sample_ids(), dtype, self._shard)
 
     def soft_dots(self, rows: Side, cols: Side, teacher: Teacher | CalledTeacher) -> tuple[Tensor, Tensor]:
         return soft_targets.soft_dots(rows, cols, teacher, self._shard)

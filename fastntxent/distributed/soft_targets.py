@@ -32,20 +32,19 @@ _OfSide: TypeAlias = (
 
 @uncompiled
 def called_neg_lse(
-    similarities: _Similarities, inv_tau: float | Tensor, like: Tensor, shard: Shard
+    similarities: _Similarities, inv_tau: float | Tensor, ids: Tensor, dtype: torch.dtype, shard: Shard
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of a teacher that is called nu of this rank's rows over all ranks' columns, nu of its columns over all ranks'
-    rows, and the logits of its pairs, (m,) each. If a rank's teacher raises, every rank raises."""
-    ids, failure = shard.sample_ids(like), None
-    nu_rows = pos = like.new_empty(len(ids))
-    of_all = like.new_full((shard.n_samples,), -torch.inf)
+    rows, and the logits of its pairs, (m,) each. ids: of its samples. If a rank's teacher raises, every rank raises."""
+    all_ids, failure = torch.arange(shard.n_samples, device=ids.device), None
+    nu_rows = pos = torch.empty(len(ids), dtype=dtype, device=ids.device)
+    of_all = torch.full((len(all_ids),), -torch.inf, dtype=dtype, device=ids.device)
     if len(ids):
-        all_ids = torch.arange(shard.n_samples, device=like.device)
         try:
-            nu_rows, of_all, pos = ops.called_neg_lse(ids, all_ids, similarities, inv_tau, like)
+            nu_rows, of_all, pos = ops.called_neg_lse(ids, all_ids, similarities, inv_tau, dtype)
         except Exception as error:
             failure = error
-    shard.turn.end_calls_of_teacher(failure is not None, like.device)
+    shard.turn.end_calls_of_teacher(failure is not None, ids.device)
     if failure is not None:
         raise failure
     nu_cols = wire.exchange_numbers(shard.group, of_all, shard.samples).logsumexp(dim=0)

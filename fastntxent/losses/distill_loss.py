@@ -168,7 +168,7 @@ def distill_terms(
     if teacher is None:
         expected = _expected_loss(batch, u, v, k, *_of_features(batch, t_features, t_k))
     else:
-        expected = _expected_loss(batch, u, v, k, *_of_function(batch, teacher, t_k, u))
+        expected = _expected_loss(batch, u, v, k, *_of_function(batch, teacher, t_k, u.dtype))
     return DistillTerms(contrastive, contrastive + expected)
 
 
@@ -201,7 +201,7 @@ def _of_features(batch: Batch, features: Sequence[Tensor], t_k: float | Tensor) 
 
 @uncompiled
 def _of_function(
-    batch: Batch, teacher: Similarities, t_k: float | Tensor, student: Tensor
+    batch: Batch, teacher: Similarities, t_k: float | Tensor, dtype: torch.dtype
 ) -> tuple[CalledTeacher, Tensor]:
     """The same of a teacher that is called."""
 
@@ -209,9 +209,9 @@ def _of_function(
         with torch.no_grad():
             found = teacher(rows, cols)
         _check_similarities(found, rows, cols)
-        return found.detach().to(student.dtype)
+        return found.detach().to(dtype)
 
-    nu_rows, nu_cols, pos = batch.called_neg_lse(similarities, t_k, student)
+    nu_rows, nu_cols, pos = batch.called_neg_lse(similarities, t_k, dtype)
     missed = torch.sigmoid(nu_rows - pos) + torch.sigmoid(nu_cols - pos)
     return CalledTeacher(similarities, t_k, torch.logaddexp(nu_rows, pos), torch.logaddexp(nu_cols, pos)), missed
 

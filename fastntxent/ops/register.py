@@ -185,7 +185,7 @@ def function_of(
     """
 
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
-        return _loop(again or made.apply, info.batch_size, in_dims, args)
+        return _loop(again or call, info.batch_size, in_dims, args)
 
     halves = {
         "forward": staticmethod(forward),
@@ -195,7 +195,11 @@ def function_of(
         "vmap": staticmethod(vmap),
     }
     made: Any = type(name, (torch.autograd.Function,), halves)
-    return made.apply
+
+    def call(*args: Any) -> Any:
+        return made.apply(*args)
+
+    return call
 
 
 def uncompiled(function: _Function) -> _Function:

@@ -61,31 +61,16 @@ def soft_dots_sum(rows: Side, cols: Side, teacher: Teacher | CalledTeacher) -> T
     return _soft_dots_sum(rows.u, cols.u, teacher.rows, teacher.cols, rows.ids, cols.ids, *teacher[2:], *needs)
 
 
-@uncompiled
 def called_neg_lse(
     row_ids: Tensor,
     col_ids: Tensor,
     similarities: Callable[[Tensor, Tensor], Tensor],
     inv_tau: float | Tensor,
-    like: Tensor,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of a teacher that is called nu of the rows (M,), nu of the columns (K,), and each row's logit with the column of
-    its id (M,): one column at most has it. Without a gradient, in the dtype of `like`."""
-    with torch.no_grad(), autocast_off(like):
-        tiles = CalledTiles(row_ids, col_ids, similarities, inv_tau, like)
-        pos = like.new_zeros(len(row_ids))
-        peaks = [like.new_full((len(ids),), -math.inf) for ids in (row_ids, col_ids)]
-        sums = [torch.zeros_like(peak) for peak in peaks]
-        for tile, mixed in tiles.logits():
-            scratch = tiles.tile_of(tiles.scratch, tile.rows, tile.cols)
-            if mixed:
-                agree = tiles.agree(tile)
-                pos[tile.rows] += torch.where(agree, tile.values, 0).sum(dim=1)
-                tile.values.masked_fill_(agree, -math.inf)
-            fold(peaks[0][tile.rows], sums[0][tile.rows], tile.values, scratch, dim=1)
-            fold(peaks[1][tile.cols], sums[1][tile.cols], tile.values, scratch, dim=0)
-        nu_rows, nu_cols = (total.log_().add_(peak) for total, peak in zip(sums, peaks, strict=True))
-        return nu_rows, nu_cols, pos
+    its id (M,): one column at most has it. It has no gradient."""
+    return _called_neg_lse(row_ids, col_ids, similarities, inv_tau, dtype)
 
 
 # --- tiles -----------------------------------------------------------------------------------------------------------
@@ -97,7 +82,7 @@ class SoftTargets:
     def __init__(self, rows: Side, cols: Side, teacher: Teacher | CalledTeacher):
         self._u, self._v, self._teacher = rows.u.contiguous(), cols.u.contiguous(), teacher
         if isinstance(teacher, CalledTeacher):
-            self._tiles: Tiles = CalledTiles(rows.ids, cols.ids, teacher.similarities, teacher.inv_tau, self._u)
+            self._tiles: Tiles = CalledTiles(rows.ids, cols.ids, teacher.similarities, teacher.inv_tau, self._u.dtype)
         else:
             sides = [Blocks(Side(teacher.rows, rows.ids)), Blocks(Side(teacher.cols, cols.ids))]
             self._tiles = Tiles(sides, teacher.inv_tau)
@@ -281,6 +266,32 @@ _soft_dots_sum = register(
 # --- of a teacher that is called -------------------------------------------------------------------------------------
 
 
+def _called_log_sums(
+    row_ids: Tensor,
+    col_ids: Tensor,
+    similarities: Callable[[Tensor, Tensor], Tensor],
+    inv_tau: float | Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tiles = CalledTiles(row_ids, col_ids, similarities, inv_tau, dtype)
+    pos, *peaks = (
+        torch.full((len(ids),), value, dtype=dtype, device=ids.device)
+        for ids, value in ((row_ids, 0.0), (row_ids, -math.inf), (col_ids, -math.inf))
+    )
+    sums = [torch.zeros_like(peak) for peak in peaks]
+    with autocast_off(pos):
+        for tile, mixed in tiles.logits():
+            scratch = tiles.tile_of(tiles.scratch, tile.rows, tile.cols)
+            if mixed:
+                agree = tiles.agree(tile)
+                pos[tile.rows] += torch.where(agree, tile.values, 0).sum(dim=1)
+                tile.values.masked_fill_(agree, -math.inf)
+            fold(peaks[0][tile.rows], sums[0][tile.rows], tile.values, scratch, dim=1)
+            fold(peaks[1][tile.cols], sums[1][tile.cols], tile.values, scratch, dim=0)
+    nu_rows, nu_cols = (total.log_().add_(peak) for total, peak in zip(sums, peaks, strict=True))
+    return nu_rows, nu_cols, pos
+
+
 def _called_forward(u: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     with autocast_off(u):
         return called_targets(u, v, *rest).sums()
@@ -305,6 +316,7 @@ def _called_sum_forward(u: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tenso
         return _sum_with_gradients(called_targets(u, v, *given), u, v, needs_u, needs_v)
 
 
+_called_neg_lse = uncompiled(function_of("called_neg_lse", _called_log_sums))
 _called_soft_dots_backward = function_of("called_soft_dots_backward", _called_backward)
 _called_soft_dots = uncompiled(function_of("called_soft_dots", _called_forward, _setup, _called_autograd))
 _called_soft_dots_sum = uncompiled(function_of("called_soft_dots_sum", _called_sum_forward, _sum_setup, _sum_autograd))
