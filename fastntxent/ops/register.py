@@ -86,7 +86,7 @@ def _save_nothing(ctx: Any, inputs: Any, output: Any) -> None:
 
 def save(ctx: Any, *values: Any) -> None:
     """Keep tensors, and what may be none, as a temperature that is a float, for the backward."""
-    ctx.others = [None if isinstance(x, Tensor) else x for x in values]
+    ctx.no_tensors = [None if isinstance(x, Tensor) else x for x in values]
     ctx.save_for_backward(*[x if isinstance(x, Tensor) else None for x in values])
 
 
@@ -106,7 +106,7 @@ def scaled(d_value: Tensor, gradient: Tensor, x: Tensor) -> Tensor:
 
 def saved(ctx: Any) -> list[Any]:
     """Return what `save` kept."""
-    return [x if other is None else other for x, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
+    return [x if other is None else other for x, other in zip(ctx.saved_tensors, ctx.no_tensors, strict=True)]
 
 
 def register(
