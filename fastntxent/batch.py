@@ -68,6 +68,10 @@ class Batch(ABC):
         """The batch of other rows (K, D) that the same call takes, as negatives of all queries."""
         return type(self)(rows, 1, self.reduction, self.normalize)
 
+    def in_tiles(self) -> Batch:
+        """The batch with log-sum-exps from the very logits that `soft_dots` forms, to the bit."""
+        return self
+
     @property
     def n_samples(self) -> int:
         """Samples of the batch."""
@@ -304,6 +308,9 @@ class LocalBatch(Batch):
 
     def beside(self, rows: Tensor) -> LocalBatch:
         return LocalBatch(rows, 1, self.reduction, self.normalize, self._backend)
+
+    def in_tiles(self) -> LocalBatch:
+        return LocalBatch(self.first, self.views, self.reduction, self.normalize, "blocked")
 
     def _neg_lse(self, u: Tensor, ids: Tensor, inv_tau: float | Tensor) -> Tensor:
         return ops.neg_lse(u, ids, inv_tau, self._backend)

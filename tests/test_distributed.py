@@ -136,6 +136,7 @@ CASES: dict[str, Call] = {
     "distill sum": functools.partial(distill, teacher_logit_scale=4.0, reduction="sum"),
     "distill rows as they are": functools.partial(distill, normalize=False, teacher_temperature=2.0),
     "distill frozen": functools.partial(distill, frozen=True),
+    "distill sharp teacher": functools.partial(distill, teacher_temperature=1e-6),
     "distill called": functools.partial(distill_called, teacher_temperature=0.3),
     "distill called at its temperature": functools.partial(distill_called, reduction="sum", normalize=False),
     "distill called frozen": functools.partial(distill_called, frozen=True),

@@ -227,6 +227,52 @@ def test_teacher_at_a_tensor_temperature_and_a_scale(backend):
         torch.testing.assert_close(value, true, rtol=1e-6, atol=1e-8)
 
 
+# --- sharp teachers --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("t_tau", [1e-4, 1e-8, 1e-37])
+def test_sharp_teacher_costs_no_accuracy(t_tau, normalize, called, reduction, backend):
+    # Logits up to 1e37, rounded by more than an exponential's range: log-sum-exps and probabilities have to be of the same.
+    n, generator = 60, torch.Generator().manual_seed(3)
+    image = torch.randn(n, 16, generator=generator)
+    text = image + torch.randn(n, 16, generator=generator)
+    t_image = F.normalize(torch.randn(n, 24, generator=generator), dim=1)
+    t_text = F.normalize(t_image + torch.randn(n, 24, generator=generator) / 3, dim=1)
+    sims = t_image.double() @ t_text.double().T
+    if called:
+        single = sims.float()
+        sims, teacher = single.double(), {"teacher": lambda rows, cols: single[rows[:, None], cols]}
+    else:
+        teacher = dict(zip(("teacher_image_features", "teacher_text_features"), (t_image, t_text), strict=True))
+    if not normalize:
+        image, text = (F.normalize(x, dim=1) for x in (image, text))
+
+    def found(loss: Any, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.to(dtype).requires_grad_() for x in (image, text, torch.tensor(0.07))]
+        value = loss(*leaves)
+        upstream = torch.linspace(-1, 2, value.numel(), dtype=dtype).view(value.shape)
+        return [value.detach(), *torch.autograd.grad((value * upstream).sum(), leaves)]
+
+    def true(a: Tensor, b: Tensor, tau: Tensor) -> Tensor:
+        a, b = (F.normalize(x, dim=1) if normalize else x for x in (a, b))
+        losses = dense.distill(a, b, tau, sims / t_tau, torch.eye(n, dtype=torch.float64), 1.0)
+        return losses if reduction == "none" else losses.mean()
+
+    options = {**teacher, "teacher_temperature": t_tau, "normalize": normalize, "reduction": reduction}
+    values, references = (
+        found(lambda a, b, tau, name=name: distill(a, b, temperature=tau, backend=name, **options), torch.float32)
+        for name in (backend, "reference")
+    )
+    for value, reference, truth in zip(values, references, found(true, torch.float64), strict=True):
+        scale = float(truth.abs().max()) if truth.ndim else max(float(truth.abs()), 1.0)
+        error, of_reference = (float((x.double() - truth).abs().max()) / scale for x in (value, reference))
+        assert error < 2 * of_reference + 1e-5
+
+
 # --- over ranks ------------------------------------------------------------------------------------------------------
 
 

@@ -50,6 +50,10 @@ class ShardedBatch(Batch):
             self._shard.sharding, self._function, {"rows": rows}, 1, self.reduction, self.normalize, self._backend, {}
         )
 
+    def in_tiles(self) -> ShardedBatch:
+        options = self.views, self.reduction, self.normalize, "blocked"
+        return ShardedBatch(self.first, *options, self._shard, self._function)
+
     # --- rows and numbers -------------------------------------------------------------------------------------------
 
     @property

@@ -9,7 +9,7 @@ no rows travel: each rank calls its own for its rows and its columns. ops/soft_t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,9 +25,17 @@ from .shard import Shard
 from .wire import uncompiled
 
 _Similarities: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-_OfSide: TypeAlias = (
-    "Tensor | _Similarities"  # a side's rows for the teacher, or the teacher with that side as its rows
-)
+
+
+class _Taught(NamedTuple):
+    """A side of the pairs, its teacher's rows or the teacher that is called, and of each row the teacher's log-sum-exp
+    and the weight of its sum."""
+
+    u: Tensor
+    ids: Tensor
+    teacher: Tensor | _Similarities
+    lse: Tensor
+    weights: Tensor | None = None
 
 
 @uncompiled
@@ -60,10 +68,7 @@ def soft_dots(rows: Side, cols: Side, teacher: Teacher | CalledTeacher, shard: S
     ids = rows.ids.to(torch.int64), cols.ids.to(torch.int64)
     columns = shard.columns(rows.u), shard.columns(cols.u)
     if isinstance(teacher, CalledTeacher):
-        similarities, *numbers = teacher
-        return _SoftDotsOverRanks.apply(
-            rows.u, cols.u, *ids, similarities, lambda cols, rows: similarities(rows, cols).T, *numbers, *columns
-        )
+        return _SoftDotsOverRanks.apply(rows.u, cols.u, *ids, teacher.similarities, *teacher, *columns)
     return _SoftDotsOverRanks.apply(rows.u, cols.u, *ids, *teacher, *columns)
 
 
@@ -75,8 +80,8 @@ class _SoftDotsOverRanks(torch.autograd.Function):
         v: Tensor,
         u_ids: Tensor,
         v_ids: Tensor,
-        t_u: _OfSide,
-        t_v: _OfSide,
+        t_u: Tensor | _Similarities,
+        t_v: Tensor | _Similarities,
         inv_tau: float | Tensor,
         rows_lse: Tensor,
         cols_lse: Tensor,
@@ -88,8 +93,8 @@ class _SoftDotsOverRanks(torch.autograd.Function):
         with autocast_off(u):
             for block in of_v.blocks(v_ids, *_sent(t_v), cols_lse):
                 if len(own):
-                    numbers = inv_tau, rows_lse, block.numbers[-1]
-                    tiles, _ = _tiles("soft_dots", (), Side(own, u_ids), block, t_u, *numbers)
+                    others = _Taught(block.rows, block.ids, _teacher_of(block, t_v), block.numbers[-1])
+                    tiles, _ = _tiles("soft_dots", _Taught(own, u_ids, t_u, rows_lse), others, inv_tau)
                     of_own, of_all[block.span] = tiles.sums()
                     rows += of_own
         cols = of_v.partition.exchange(of_all).sum(dim=0)
@@ -104,58 +109,52 @@ class _SoftDotsOverRanks(torch.autograd.Function):
         inv_tau, t_u, t_v, rows_lse, cols_lse, *saved = ctx.part.begin_backward(ctx, d_rows.device)
         of_u, u_ids = ctx.partitions[0].columns_from(saved[:4])
         of_v, v_ids = ctx.partitions[1].columns_from(saved[4:])
-        of_rows, of_cols = (d_rows, t_u, rows_lse), (d_cols, t_v, cols_lse)
+        rows = _Taught(of_u.own, u_ids, t_u, rows_lse, d_rows)
+        cols = _Taught(of_v.own, v_ids, t_v, cols_lse, d_cols)
         d_u = d_v = None
         if ctx.needs_input_grad[0]:
-            d_u = _gradient_of_rows(Side(of_u.own, u_ids), of_rows, of_v, v_ids, of_cols, inv_tau).to(ctx.dtypes[0])
+            d_u = _gradient(rows, cols, of_v, inv_tau).to(ctx.dtypes[0])
         if ctx.needs_input_grad[1]:
-            d_v = _gradient_of_rows(Side(of_v.own, v_ids), of_cols, of_u, u_ids, of_rows, inv_tau).to(ctx.dtypes[1])
+            d_v = _gradient(cols, rows, of_u, inv_tau, of_columns=True).to(ctx.dtypes[1])
         return d_u, d_v, *[None] * 9
 
 
-def _gradient_of_rows(
-    rows: Side,
-    of_rows: tuple[Tensor, _OfSide, Tensor],
-    columns: Columns,
-    column_ids: Tensor,
-    of_columns: tuple[Tensor, _OfSide, Tensor],
-    inv_tau: float | Tensor,
+def _gradient(
+    own: _Taught, others: _Taught, columns: Columns, inv_tau: float | Tensor, *, of_columns: bool = False
 ) -> Tensor:
-    """Gradient in the rows. `of_rows`, `of_columns`: the weights of their sums, their teacher and log-sum-exps, both of
-    this rank."""
-    d_sums, teacher, lse = of_rows
-    d_columns, of_teacher, columns_lse = of_columns
-    d_rows = torch.zeros_like(rows.u)
-    with autocast_off(rows.u):
-        for block in columns.blocks(column_ids, *_sent(of_teacher), torch.stack((d_columns, columns_lse), dim=1)):
-            if len(rows.u):
-                d_block, block_lse = block.numbers[-1].T.contiguous()
-                numbers = inv_tau, lse, block_lse
-                tiles, weights = _tiles("soft_dots_backward", (d_sums, d_block), rows, block, teacher, *numbers)
-                of_block, _ = tiles.gradients((weights[0], weights[1]), True, False)
+    """Gradient in this rank's rows against all ranks' columns, or in its columns against all ranks' rows: `columns`, of
+    which `others` are this rank's. Tiles have the rows on their side either way, so that a logit is rounded as it was
+    in the forward."""
+    d_own = torch.zeros_like(own.u)
+    assert others.weights is not None
+    numbers = torch.stack((others.lse, others.weights), dim=1)
+    with autocast_off(own.u):
+        for block in columns.blocks(others.ids, *_sent(others.teacher), numbers):
+            if len(own.u):
+                lse, weights = block.numbers[-1].T.contiguous()
+                there = _Taught(block.rows, block.ids, _teacher_of(block, others.teacher), lse, weights)
+                sides = (there, own) if of_columns else (own, there)
+                tiles, (of_rows, of_cols) = _tiles("soft_dots_backward", *sides, inv_tau)
+                of_block = tiles.gradients((of_rows, of_cols), not of_columns, of_columns)[of_columns]
                 assert of_block is not None
-                d_rows += of_block
-    return d_rows
+                d_own += of_block
+    return d_own
 
 
-def _sent(of_side: _OfSide) -> tuple[Tensor, ...]:
-    """The teacher's rows of a side, if there are any, as what travels with the side."""
-    return (of_side,) if isinstance(of_side, Tensor) else ()
+def _sent(teacher: Tensor | _Similarities) -> tuple[Tensor, ...]:
+    """The teacher's rows, if it has any, as what travels with a side."""
+    return (teacher,) if isinstance(teacher, Tensor) else ()
 
 
-def _tiles(
-    call: str,
-    weights: tuple[Tensor, ...],
-    rows: Side,
-    block: Block,
-    of_rows: _OfSide,
-    inv_tau: float | Tensor,
-    rows_lse: Tensor,
-    block_lse: Tensor,
-) -> tuple[SoftTargets, tuple[Any, ...]]:
-    """The tiles of rows here and columns of a block, and the weights as they may be used."""
-    numbers = inv_tau, rows_lse, block_lse
-    if isinstance(of_rows, Tensor):
-        sides = rows.u, block.rows, of_rows, block.numbers[0], rows.ids, block.ids
-        return soft_targets(call, *weights, *sides, *numbers)
-    return called_targets(rows.u, block.rows, rows.ids, block.ids, of_rows, *numbers), weights
+def _teacher_of(block: Block, teacher: Tensor | _Similarities) -> Tensor | _Similarities:
+    """The same of a block that has come with what was `_sent`."""
+    return block.numbers[0] if isinstance(teacher, Tensor) else teacher
+
+
+def _tiles(call: str, rows: _Taught, cols: _Taught, inv_tau: float | Tensor) -> tuple[SoftTargets, tuple[Any, ...]]:
+    """The tiles of two sides, and the weights as they may be used."""
+    weights = [side.weights for side in (rows, cols) if side.weights is not None]
+    ids, numbers = (rows.ids, cols.ids), (inv_tau, rows.lse, cols.lse)
+    if not isinstance(rows.teacher, Tensor):
+        return called_targets(rows.u, cols.u, *ids, rows.teacher, *numbers), tuple(weights)
+    return soft_targets(call, *weights, rows.u, cols.u, rows.teacher, cols.teacher, *ids, *numbers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -15,11 +16,13 @@ from ..opening import open_batch
 from ..ops import uncompiled
 from ..options import BackendName, Reduction
 from ..sides import CalledTeacher, Side, Teacher
-from ..validation import FLOAT_DTYPES, check_rows, check_same, check_temperature, check_tensor
+from ..validation import FLOAT_DTYPES, check_rows, check_same, check_temperature, check_tensor, extremes
 from ..watching import watched
 from .clip_loss import clip_directions
 
 Similarities: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
+_LARGEST_SHARED_LOGIT = 256.0  # an error of 2e-5 in float32
 
 
 class DistillTerms(NamedTuple):
@@ -194,9 +197,24 @@ def _of_features(batch: Batch, features: Sequence[Tensor], t_k: float | Tensor) 
     a, b = others.unit_rows(t_image), others.unit_rows(t_text)
     pos = t_k * row_dots(a, b)
     a, b = others.as_compared(a), others.as_compared(b)
+    if _is_sharp(a, b, t_k, batch.normalize):
+        others = others.in_tiles()
     nu_rows, nu_cols = others.cross_neg_lse(Side(a, ids), Side(b, ids), t_k)
     missed = torch.sigmoid(nu_rows - pos) + torch.sigmoid(nu_cols - pos)
     return Teacher(a, b, t_k, torch.logaddexp(nu_rows, pos), torch.logaddexp(nu_cols, pos)), missed
+
+
+def _is_sharp(a: Tensor, b: Tensor, t_k: float | Tensor, normalize: bool) -> bool:
+    """Whether the host can see that the teacher's logits are large.
+
+    Two kernels round a logit differently, by about half of eps |k s|. Where one forms the log-sum-exps and the other
+    the probabilities, that is a relative error of these.
+    """
+    largest = (t_k, t_k) if not isinstance(t_k, Tensor) else extremes(t_k)
+    if largest is None:
+        return False
+    lengths = () if normalize else [extremes(torch.linalg.vector_norm(x, dim=1)) for x in (a, b)]
+    return math.prod((largest[1], *(found[1] for found in lengths if found))) > _LARGEST_SHARED_LOGIT
 
 
 @uncompiled
