@@ -236,7 +236,7 @@ def test_teacher_at_a_tensor_temperature_and_a_scale(backend):
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("t_tau", [1e-4, 1e-8, 1e-37])
 def test_sharp_teacher_costs_no_accuracy(t_tau, normalize, called, reduction, backend):
-    # Logits up to 1e37, rounded by more than an exponential's range: log-sum-exps and probabilities have to be of the same.
+    # Logits up to 1e37, rounded by more than exp's range: log-sum-exps and probabilities have to be of the same ones.
     n, generator = 60, torch.Generator().manual_seed(3)
     image = torch.randn(n, 16, generator=generator)
     text = image + torch.randn(n, 16, generator=generator)

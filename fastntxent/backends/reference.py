@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..algebra import accumulation_dtype, norm_eps
+from ..algebra import accumulation_dtype, unit_rows
 from ..sides import CalledTeacher, Guide, Side, Teacher
 from .base import Backend
 
@@ -29,9 +29,7 @@ class ReferenceBackend(Backend):
 
     def nt_xent_rows(self, z_i: Tensor, z_j: Tensor, inv_tau: float | Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
         n_samples = z_i.shape[0]
-        u = torch.cat((z_i, z_j)).to(accumulation_dtype(z_i.dtype))
-        if normalize:
-            u = F.normalize(u, dim=1, eps=norm_eps(z_i.dtype))
+        u = unit_rows(torch.cat((z_i, z_j)), normalize)
         row = torch.arange(2 * n_samples, device=u.device)
         sample, partner = row % n_samples, (row + n_samples) % (2 * n_samples)
         logits = inv_tau * (u @ u.T)
