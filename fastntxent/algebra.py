@@ -33,13 +33,12 @@ def unit_rows(z: Tensor, normalize: bool = True) -> Tensor:
 
 
 def overflow_factor(u: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """A power of two for each row (..., 1), below 1 where the row's squares could overflow; None for rows of a dtype
-    that has no such numbers. Unit rows are the same for it, to the bit."""
-    if dtype == torch.float16:
+    """A power of two for each row (..., 1), below 1 where the row's squares could overflow float32; None where they do
+    not, as float16's, or are of numbers that float64 alone has. Unit rows are the same for it, to the bit."""
+    if dtype in (torch.float16, torch.float64):
         return None
-    limit, factor = (2.0**60, 2.0**-80) if u.dtype == torch.float32 else (2.0**500, 2.0**-600)
     largest = torch.linalg.vector_norm(u.detach(), ord=torch.inf, dim=-1, keepdim=True)
-    return torch.ones_like(largest).masked_fill(largest > limit, factor)
+    return torch.ones_like(largest).masked_fill(largest > 2.0**60, 2.0**-80)
 
 
 def row_dots(a: Tensor, b: Tensor) -> Tensor:

@@ -275,6 +275,26 @@ def test_mean_is_finite_where_the_sum_of_its_rows_is_not():
             torch.testing.assert_close(value, rows.double().mean().float())  # which come another way: ulps apart
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", ["nt_xent", "clip", "siglip", "info_nce", "dcl"])
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(torch.float32, 3e19), (torch.float32, 1e38), (torch.bfloat16, 1e38), (torch.float64, 1e150)]
+)
+def test_unit_rows_of_a_length_whose_square_overflows(name, reduction, dtype, size, backend):
+    rows = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0)).clamp(-3, 3).to(dtype)
+    results = []
+    for scale in (1.0, size):
+        z = (rows[0] * scale).requires_grad_()  # beside rows of an ordinary length
+        losses = getattr(fastntxent, name)(z, rows[1], 0.5, reduction=reduction, backend=backend)
+        losses.mean().backward()
+        results.append((losses.detach().double(), z.grad.double() * scale))
+    # What is rounded to bfloat16 is another row, and gradients of 1e-38 are subnormal.
+    tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-5
+    for value, expected in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(value, expected, rtol=tolerance, atol=tolerance)
+
+
 def test_sup_con_without_any_positive_is_zero():
     for form in ("out", "in", "pairs"):
         z = Z.clone().requires_grad_()
