@@ -25,7 +25,20 @@ def norm_eps(dtype: torch.dtype) -> float:
 def unit_rows(z: Tensor, normalize: bool = True) -> Tensor:
     """Rows (the last dimension) in the accumulation dtype, divided by max(|z|, eps) if asked."""
     u = z.to(accumulation_dtype(z.dtype))
-    return F.normalize(u, dim=-1, eps=norm_eps(z.dtype)) if normalize else u
+    if not normalize:
+        return u
+    if (factor := overflow_factor(u, z.dtype)) is not None:
+        u = u * factor
+    return F.normalize(u, dim=-1, eps=norm_eps(z.dtype))
+
+
+def overflow_factor(u: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """A power of two for each row (..., 1), below 1 where the row's squares could overflow float32; None where they do
+    not, as float16's, or are of numbers that float64 alone has. Unit rows are the same for it, to the bit."""
+    if dtype in (torch.float16, torch.float64):
+        return None
+    largest = torch.linalg.vector_norm(u.detach(), ord=torch.inf, dim=-1, keepdim=True)
+    return torch.ones_like(largest).masked_fill(largest > 2.0**60, 2.0**-80)
 
 
 def row_dots(a: Tensor, b: Tensor) -> Tensor:

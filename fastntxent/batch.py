@@ -10,6 +10,7 @@ All of it is differentiable, and in the accumulation dtype: float64 for float64 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from .algebra import in_double, row_dots, row_losses, unit_rows, weighted_sum
 from .backends.reference import BACKEND as _REFERENCE
 from .ops.groups import counts_of_groups, sums_of_groups
 from .scale import bias_of_logits, factor, inverse_temperature, is_per_row, logit_scale_factor
-from .sides import Guide, Side, Teacher
+from .sides import CalledTeacher, Guide, Side, Teacher
 
 
 class Batch(ABC):
@@ -66,6 +67,10 @@ class Batch(ABC):
     def beside(self, rows: Tensor) -> Batch:
         """The batch of other rows (K, D) that the same call takes, as negatives of all queries."""
         return type(self)(rows, 1, self.reduction, self.normalize)
+
+    def in_tiles(self) -> Batch:
+        """The batch with log-sum-exps from the very logits that `soft_dots` forms, to the bit."""
+        return self
 
     @property
     def n_samples(self) -> int:
@@ -209,7 +214,14 @@ class Batch(ABC):
         columns; `positives`, against columns: and over those of the same group of log(1 + exp(-k u_i . v_j - b))."""
 
     @abstractmethod
-    def soft_dots(self, rows: Side, cols: Side, teacher: Teacher) -> tuple[Tensor, Tensor]:
+    def called_neg_lse(
+        self, similarities: Callable[[Tensor, Tensor], Tensor], inv_tau: float | Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """nu of images and of texts, and the logits of the pairs, of similarities that come from a function of the
+        samples' numbers (`sample_ids`) and is of that dtype: (N,) each, without a gradient."""
+
+    @abstractmethod
+    def soft_dots(self, rows: Side, cols: Side, teacher: Teacher | CalledTeacher) -> tuple[Tensor, Tensor]:
         """What the teacher expects of u_i . v_j: of each row the sum of p_ij u_i . v_j over the columns of other groups
         (M,), p_ij the teacher's softmax of the row over all columns, and the same of each column over the rows (K,)."""
 
@@ -265,7 +277,7 @@ class Batch(ABC):
         there is such a call."""
         return None
 
-    def soft_dots_at_once(self, rows: Side, cols: Side, teacher: Teacher) -> Tensor | None:
+    def soft_dots_at_once(self, rows: Side, cols: Side, teacher: Teacher | CalledTeacher) -> Tensor | None:
         """All sums of `soft_dots` added up (0-d), with the gradient from the same call, where there is such a call."""
         return None
 
@@ -296,6 +308,9 @@ class LocalBatch(Batch):
 
     def beside(self, rows: Tensor) -> LocalBatch:
         return LocalBatch(rows, 1, self.reduction, self.normalize, self._backend)
+
+    def in_tiles(self) -> LocalBatch:
+        return LocalBatch(self.first, self.views, self.reduction, self.normalize, "blocked")
 
     def _neg_lse(self, u: Tensor, ids: Tensor, inv_tau: float | Tensor) -> Tensor:
         return ops.neg_lse(u, ids, inv_tau, self._backend)
@@ -378,10 +393,16 @@ class LocalBatch(Batch):
     ) -> Tensor:
         return ops.softplus_sums(rows, cols, inv_tau, bias, positives=positives, backend=self._backend)
 
-    def soft_dots(self, rows: Side, cols: Side, teacher: Teacher) -> tuple[Tensor, Tensor]:
+    def called_neg_lse(
+        self, similarities: Callable[[Tensor, Tensor], Tensor], inv_tau: float | Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ids = self.sample_ids()
+        return ops.called_neg_lse(ids, ids, similarities, inv_tau, dtype)
+
+    def soft_dots(self, rows: Side, cols: Side, teacher: Teacher | CalledTeacher) -> tuple[Tensor, Tensor]:
         return ops.soft_dots(rows, cols, teacher)
 
-    def soft_dots_at_once(self, rows: Side, cols: Side, teacher: Teacher) -> Tensor | None:
+    def soft_dots_at_once(self, rows: Side, cols: Side, teacher: Teacher | CalledTeacher) -> Tensor | None:
         return None if self.reduction == "none" else ops.soft_dots_sum(rows, cols, teacher)
 
     def positive_lse(self, u: Tensor, ids: Tensor, inv_tau: float | Tensor) -> Tensor:
@@ -435,7 +456,14 @@ class DenseBatch(Batch):
         with ops.autocast_off(rows.u):
             return _REFERENCE.softplus(rows, cols, inv_tau, bias, positives=positives)
 
-    def soft_dots(self, rows: Side, cols: Side, teacher: Teacher) -> tuple[Tensor, Tensor]:
+    def called_neg_lse(
+        self, similarities: Callable[[Tensor, Tensor], Tensor], inv_tau: float | Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ids = self.sample_ids()
+        with ops.autocast_off(ids):
+            return _REFERENCE.called_neg_lse(similarities(ids, ids), ids, inv_tau)
+
+    def soft_dots(self, rows: Side, cols: Side, teacher: Teacher | CalledTeacher) -> tuple[Tensor, Tensor]:
         with ops.autocast_off(rows.u):
             return _REFERENCE.soft_dots(rows, cols, teacher)
 

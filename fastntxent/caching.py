@@ -87,13 +87,17 @@ def cached_backward(
         `.grad`, as `backward` does; their hooks see the gradient of one chunk.
 
     Raises:
-        TypeError: the encoder is not a module or returns no tensor, a view holds no tensor or one that is not dense,
-            the loss is not a tensor, or chunk_size is neither an integer nor several, or given beside chunk_tokens.
-        ValueError: there is no view, a view is empty or has a graph, its tensors have different numbers of rows,
-            chunk_size or chunk_tokens is below 1, the chunks are not the rows of a view, a list has not an element for
-            each view, there is no mask to count the tokens of, the loss is not a scalar, the encoder returns another
-            number of rows, has a lazy layer that never ran, or is DistributedDataParallel with static_graph=True.
-        RuntimeError: nothing requires a gradient, the second pass did not repeat the first, the last chunk under
+        TypeError: the encoder is not a module or returns no dense tensor, a view holds no tensor or one that is not
+            dense, the loss is not a floating-point tensor, an argument is of another type, or chunk_size is given
+            beside chunk_tokens.
+        ValueError: there is no view, a view is empty, on the meta device or has a graph, its tensors have different
+            numbers of rows, chunk_size or chunk_tokens is below 1, the chunks are not the rows of a view, a list has
+            not an element for each view, there is no mask to count the tokens of, what the encoder returns has no such
+            `output`, the loss is not a scalar, the encoder returns another number of rows or chunks of different
+            shapes, has a lazy layer that never ran or parameters on the meta device, or is DistributedDataParallel with
+            static_graph=True.
+        RuntimeError: nothing requires a gradient, the encoder's embeddings do not although its parameters do, loss_fn
+            has called backward itself, the second pass did not repeat the first, the last chunk under
             DistributedDataParallel does not synchronise all gradients, or the call is within
             `torch.nn.utils.parametrize.cached()`.
 
@@ -135,6 +139,7 @@ def cached_backward(
         encoder_kwargs=encoder_kwargs,
         output=output,
     )
+    _check_loss_fn(loss_fn)
     if getattr(parametrize, "_cache_enabled", 0):
         raise RuntimeError(
             "cached_backward must not be called within torch.nn.utils.parametrize.cached(), which would keep the first "
@@ -144,18 +149,67 @@ def cached_backward(
     try:
         leaves = passes.first()
         with torch.enable_grad():
-            loss = _checked_loss(loss_fn(*leaves))
+            loss = _checked_loss(loss_fn(*leaves), leaves)
             loss.backward()
         passes.second([leaf.grad for leaf in leaves])
+        _check_learnt(loss, leaves, passes)
     except BaseException:
         passes.undo()
         raise
     return loss.detach()
 
 
-def _checked_loss(loss: Any) -> Tensor:
+def _check_loss_fn(loss_fn: object) -> None:
+    if isinstance(loss_fn, type) and issubclass(loss_fn, nn.Module):
+        raise TypeError(
+            f"loss_fn must be a function of embeddings, got the class {loss_fn.__name__}: pass an object of it"
+        )
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function of embeddings, got {type(loss_fn).__name__}")
+
+
+def _checked_loss(loss: Any, leaves: Sequence[Tensor]) -> Tensor:
+    """The loss of embeddings that are leaves, which a backward can start from."""
     if not isinstance(loss, Tensor):
         raise TypeError(f"loss_fn must return a torch.Tensor, got {type(loss).__name__}")
+    if loss.layout != torch.strided or loss.is_nested or loss.is_meta:
+        got = "a nested tensor" if loss.is_nested else "a tensor on the meta device" if loss.is_meta else loss.layout
+        raise TypeError(f"loss_fn must return a dense (strided) tensor with a value, got {got}")
     if loss.ndim != 0:
         raise ValueError(f"loss_fn must return a scalar, got shape {tuple(loss.shape)}")
+    if not loss.is_floating_point():
+        raise TypeError(f"loss_fn must return a floating-point scalar, got {loss.dtype}")
+    if any(leaf.grad is not None for leaf in leaves):
+        raise RuntimeError("loss_fn must return the loss alone, got one whose backward it has called already")
+    if not loss.requires_grad:
+        if any(leaf.requires_grad for leaf in leaves):
+            why = "of embeddings that do: is there a detach() or no_grad() in it?"
+        else:
+            why = "as neither the encoder nor loss_fn has anything to learn"
+        raise RuntimeError(f"loss_fn must return a loss to differentiate, got one that does not require grad, {why}")
     return loss
+
+
+def _check_learnt(loss: Tensor, leaves: Sequence[Tensor], passes: TwoPasses) -> None:
+    """The loss's gradient has come to a parameter, as an encoder's may be cut from its embeddings."""
+    if passes.learnt or all(leaf.grad is None for leaf in leaves) or _has_other_leaves(loss, leaves):
+        return
+    raise RuntimeError(
+        "encoder must return embeddings that require a gradient, as its parameters do, got none that do: is there a "
+        "detach() or no_grad() in its forward?"
+    )
+
+
+def _has_other_leaves(loss: Tensor, leaves: Sequence[Tensor]) -> bool:
+    """Return whether the graph of the loss ends in anything but these leaves."""
+    known, seen, ahead = set(map(id, leaves)), set(), [loss.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) not in known:
+            return True
+        ahead += [following for following, _ in node.next_functions]
+    return loss.grad_fn is None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -56,13 +58,25 @@ class ChunkedView:
         if callable(self.output):
             name, z = f"output, called with what {name} returned,", self.output(returned)
         elif self.output is not None:
-            name, z = f"{name}, at output={self.output!r},", part(returned, self.output)
+            name, z = f"{name}, at output={self.output!r},", self._output_of(returned)
         if not isinstance(z, Tensor):
             hint = "" if self.output is not None else "; output= says where in it the embeddings are"
             raise TypeError(f"{name} must return a torch.Tensor, got {type(z).__name__}{hint}")
+        if z.layout != torch.strided or z.is_nested or z.is_meta:
+            got = "a nested tensor" if z.is_nested else "a tensor on the meta device" if z.is_meta else z.layout
+            raise TypeError(f"{name} must return a dense (strided) tensor with values, got {got}")
         if z.ndim == 0 or len(z) != rows:
             raise ValueError(f"{name} must return a row for each of the {rows} rows, got shape {tuple(z.shape)}")
         return z
+
+    def _output_of(self, returned: Any) -> Any:
+        try:
+            return part(returned, self.output)
+        except (AttributeError, IndexError, KeyError, TypeError):
+            raise ValueError(
+                f"output must be a key, index or attribute of what {self.encoder_name} returns, "
+                f"{_with_keys(returned)}, or a function of it, got {self.output!r}"
+            ) from None
 
     def tensors(self) -> list[Tensor]:
         """Return every tensor that the encoder is called with."""
@@ -92,6 +106,8 @@ def chunked_views(
         )
     if isinstance(views, Mapping):
         raise TypeError(f"{views_name} must be a sequence, one element per view, got one {type(views).__name__}")
+    if not isinstance(views, Iterable):
+        raise TypeError(f"{views_name} must be a sequence, one element per view, got {type(views).__name__}")
     views = tuple(views)
     encoders = _check_encoders(encoder_name, encoder, len(views))
     sizes = _check_chunk_size(chunk_size, len(views), chunk_tokens)
@@ -103,6 +119,8 @@ def chunked_views(
     for index, view in enumerate(views):
         name = f"{views_name}[{index}]"
         rows = _check_view(name, view, may_be_empty=isinstance(sizes[index], list))
+        if unpack and isinstance(view, Mapping):
+            _check_names(name, view)
         _check_kwargs(kwargs[index])
         if chunk_tokens is not None:
             of_chunks = _pack(_lengths(name, view, rows, all_lengths[index]), chunk_tokens)
@@ -129,13 +147,25 @@ def _check_encoders(encoder_name: str, encoder: Any, n_views: int) -> list[tuple
     for name, module in zip(names, modules, strict=True):
         if not isinstance(module, nn.Module):
             raise TypeError(f"{name} must be a torch.nn.Module, got {type(module).__name__}")
+        if _has_no_forward(module):
+            raise TypeError(f"{name} must have a forward, got {type(module).__name__}, which has none")
         if any(map(is_lazy, (*module.parameters(), *module.buffers()))):
             raise ValueError(f"{name} must have all its parameters, got a lazy layer without: run it once before")
+        if any(parameter.is_meta for parameter in module.parameters()):
+            raise ValueError(f"{name} must have its parameters in memory, got some on the meta device")
         if hasattr(module, "no_sync") and getattr(module, "static_graph", False):  # whose first backward synchronises
             raise ValueError(f"{name} must be DistributedDataParallel without static_graph=True, got it with")
     if several and len(modules) != n_views:
         raise ValueError(f"{encoder_name} must hold a module for each of the {n_views} views, got {len(modules)}")
     return list(zip(modules, names, strict=True)) if several else [(encoder, encoder_name)] * n_views
+
+
+def _has_no_forward(module: nn.Module) -> bool:
+    of_class, of_base = (
+        [inspect.getattr_static(cls, name, None) for name in ("forward", "__call__")]  # as torch.jit's cannot be asked
+        for cls in (type(module), nn.Module)
+    )
+    return of_class == of_base and "forward" not in vars(module)
 
 
 def _check_chunk_size(chunk_size: Any, n_views: int, chunk_tokens: int | None) -> Sequence[int | list[int]]:
@@ -170,6 +200,8 @@ def _check_view(name: str, view: Any, *, may_be_empty: bool) -> int:
             raise TypeError(
                 f"{path} must be a dense (strided) tensor, got layout {tensor.layout}, nested: {tensor.is_nested}"
             )
+        if tensor.is_meta:
+            raise ValueError(f"{path} must have values, got a tensor on the meta device")
         _check_no_graph(path, tensor)
     tensors = [(path, tensor) for path, tensor in tensors if tensor.ndim > 0] or tensors
     (first, tensor), *others = tensors
@@ -192,9 +224,16 @@ def _check_no_graph(name: str, tensor: Tensor) -> None:
         )
 
 
+def _check_names(name: str, arguments: Mapping[Any, Any]) -> None:
+    for key in arguments:
+        if not isinstance(key, str):
+            raise TypeError(f"{name} must have the names of arguments as its keys, got {key!r}")
+
+
 def _check_kwargs(kwargs: Any) -> None:
     if not isinstance(kwargs, Mapping):
         raise TypeError(f"encoder_kwargs must be a mapping, got {type(kwargs).__name__}")
+    _check_names("encoder_kwargs", kwargs)
     for path, tensor in named_tensors(dict(kwargs), "encoder_kwargs"):
         _check_no_graph(path, tensor)
 
@@ -220,13 +259,28 @@ def _lengths(name: str, view: Any, rows: int, lengths: Lengths) -> list[int]:
                 f"{name} has no {lengths!r} to count the tokens of: lengths must be the key of a mask, or a function "
                 "that takes a view and returns the length of each row"
             ) from None
-        found = mask.bool().reshape(rows, -1).sum(1)
-    found = found.tolist() if isinstance(found, Tensor) else list(found)
+        if not isinstance(mask, Tensor) or mask.ndim == 0 or len(mask) != rows:
+            got = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"lengths must be the key of a mask with {name}'s {rows} rows, got {lengths!r}, {got}")
+        found = mask.bool().reshape(rows, math.prod(mask.shape[1:])).sum(1)
+    if isinstance(found, Tensor):
+        found = found.tolist()
+    if not isinstance(found, Iterable):
+        raise TypeError(f"lengths must give a number for each of the {rows} rows of {name}, got {type(found).__name__}")
+    found = list(found)
     if len(found) != rows:
         raise ValueError(f"lengths must give a number for each of the {rows} rows of {name}, got {len(found)}")
     for length in found:
         check_integer("lengths", length, 0)
     return found
+
+
+def _with_keys(returned: Any) -> str:
+    """Return an object's type, and the keys or the number of its items, for an error."""
+    name = type(returned).__name__
+    if isinstance(returned, Mapping):
+        return f"{name} with the keys {', '.join(map(repr, returned))}"
+    return f"{name} of length {len(returned)}" if isinstance(returned, (list, tuple)) else name
 
 
 def _pack(lengths: Sequence[int], budget: int) -> list[int]:

@@ -39,7 +39,7 @@ def open_batch(
         ids: (N,) integers, the group of each sample, if the caller gave any.
         views: how many rows the loss has for each sample.
         agreed: what else must be the same on every rank. A tensor of one number is compared by its value on a CPU, one
-            on an accelerator is not read.
+            on an accelerator is not read; an `Alike` is compared by all its values, wherever it lies.
     """
     names = list(rows)
     for name, x in rows.items():

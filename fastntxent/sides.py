@@ -3,6 +3,7 @@ two sides."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -23,6 +24,16 @@ class Teacher(NamedTuple):
 
     rows: Tensor
     cols: Tensor
+    inv_tau: float | Tensor
+    rows_lse: Tensor
+    cols_lse: Tensor
+
+
+class CalledTeacher(NamedTuple):
+    """A teacher that is called for its similarities, by the ids of rows and columns, with what its softmaxes need, as
+    `Teacher` has it."""
+
+    similarities: Callable[[Tensor, Tensor], Tensor]
     inv_tau: float | Tensor
     rows_lse: Tensor
     cols_lse: Tensor

@@ -33,6 +33,7 @@ class TwoPasses:
         groups = sharing_state(encoders) if len(encoders) > 1 else [encoders]
         self._start = [(group, ModuleState(*group)) for group in groups]
         self._start_random = RandomState(self._devices)
+        self.learnt: set[int] = set()  # encoders, by id, that a gradient has gone through
 
     def first(self) -> list[Tensor]:
         """Return each view's embeddings (N, D), leaves that require a gradient where the encoder may get one."""
@@ -78,7 +79,6 @@ class TwoPasses:
 
     def _encode_again(self, encoders: set[int], d_leaves: Sequence[Tensor | None]) -> None:
         last_view = {id(view.encoder): view for view in self._views}
-        learnt: set[int] = set()
         repeats = []
         for view, leaf, d_leaf, states in zip(self._views, self._leaves, d_leaves, self._random, strict=True):
             if id(view.encoder) not in encoders:
@@ -89,11 +89,11 @@ class TwoPasses:
                 last = view is last_view[id(view.encoder)] and index == len(states) - 1
                 with _no_sync(view.encoder, unless=last), torch.enable_grad():
                     z = view.embed(chunk)
-                    repeats.append((view.encoder_name, _distance(z, leaf[slice(*chunk)])))
+                    repeats.append((view.encoder_name, _distance(view.encoder_name, z, leaf[slice(*chunk)])))
                     if z.requires_grad:  # not where a tower is frozen
                         z.backward(d_leaf[slice(*chunk)].to(z.dtype))
-                        learnt.add(id(view.encoder))
-                    elif last and id(view.encoder) in learnt and hasattr(view.encoder, "no_sync"):
+                        self.learnt.add(id(view.encoder))
+                    elif last and id(view.encoder) in self.learnt and hasattr(view.encoder, "no_sync"):
                         raise RuntimeError(
                             f"{view.encoder_name} synchronises its gradients in the last chunk, which has none: put a "
                             "view that has a gradient last in views"
@@ -160,10 +160,19 @@ def _encode(view: ChunkedView, devices: set[torch.device]) -> tuple[Tensor, list
         learns |= z.requires_grad
         # A copy, as z may be a view of all that the encoder computed, or memory that it writes the next chunk to.
         parts.append(z.detach().clone())
-    return torch.cat(parts).requires_grad_(learns), states
+    shapes = list({tuple(part.shape[1:]): None for part in parts if len(part)})
+    if len(shapes) > 1:
+        raise ValueError(f"{view.encoder_name} must return rows of one shape, got rows {shapes[0]} and {shapes[1]}")
+    leaf = torch.cat(parts)
+    if learns and not (leaf.is_floating_point() or leaf.is_complex()):
+        raise TypeError(f"{view.encoder_name} must return floating-point embeddings, got {leaf.dtype}")
+    return leaf.requires_grad_(learns), states
 
 
-def _distance(z: Tensor, first: Tensor) -> Tensor:
+def _distance(name: str, z: Tensor, first: Tensor) -> Tensor:
+    if len(z) and z.shape != first.shape:
+        shapes = f"{tuple(first.shape)}, then {tuple(z.shape)}"
+        raise RuntimeError(f"{name} must return the same shape in both passes over the same rows, got {shapes}")
     first = first.detach().float()
     return torch.dist(z.detach().float(), first) / first.norm()
 

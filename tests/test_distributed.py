@@ -40,6 +40,16 @@ def distill(z: Tensor, ids: Tensor, tau: Tensor, *, frozen: bool = False, **kw: 
     return fastntxent.distill(z[0].detach() if frozen else z[0], z[1], *teacher, tau, **kw)
 
 
+def distill_called(z: Tensor, ids: Tensor, tau: Tensor, *, frozen: bool = False, **kw: Any) -> Tensor:
+    """The teacher goes by the samples' numbers in the whole batch."""
+    return fastntxent.distill(
+        *(z[0], z[1].detach() if frozen else z[1]),
+        teacher=lambda rows, cols: torch.cos(2.0 * rows[:, None] + 3.0 * cols),
+        temperature=tau,
+        **kw,
+    )
+
+
 def guided(z: Tensor, ids: Tensor, tau: Tensor, *, negatives: bool = False, **kw: Any) -> Tensor:
     """The guide is narrower than the embeddings."""
     guide = z[2, :, :10].detach(), (z[0] + z[2])[:, :10]
@@ -126,6 +136,10 @@ CASES: dict[str, Call] = {
     "distill sum": functools.partial(distill, teacher_logit_scale=4.0, reduction="sum"),
     "distill rows as they are": functools.partial(distill, normalize=False, teacher_temperature=2.0),
     "distill frozen": functools.partial(distill, frozen=True),
+    "distill sharp teacher": functools.partial(distill, teacher_temperature=1e-6),
+    "distill called": functools.partial(distill_called, teacher_temperature=0.3),
+    "distill called at its temperature": functools.partial(distill_called, reduction="sum", normalize=False),
+    "distill called frozen": functools.partial(distill_called, frozen=True),
     "guided": guided,
     "guided keys alone": functools.partial(guided, contrast_anchors=False, contrast_positives=False, reduction="sum"),
     "guided negatives": functools.partial(guided, negatives=True, margin=0.1, margin_strategy="relative"),

@@ -6,6 +6,7 @@ import copy
 import datetime
 import gc
 import os
+import re
 import time
 from typing import Any
 
@@ -90,6 +91,33 @@ def compared(x: Tensor) -> dict[str, error_budget.Report]:
     return reports
 
 
+def error_of_weights(rank: int) -> dict[str, str]:
+    """What each of two ranks gets for pair_weights that differ, and for those that do not."""
+    weights = torch.rand(300, 300, generator=torch.Generator().manual_seed(0))
+    swapped = weights.clone()
+    swapped[0, 0], swapped[3, 7] = weights[3, 7], weights[0, 0]
+    one, other = torch.tensor([[1.0, 0.5], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.5, 1.0]])
+    pairs = {
+        "an ulp": (weights, torch.nextafter(weights, weights + (torch.arange(300) == 9))),
+        "places": (weights, swapped),
+        "short": (one, other),
+        "shape": (one, torch.ones(3, 3)),
+        "given": (one, None),
+        "the same": (one, one.clone()),
+        "dtypes": (one.half(), one.double()),
+        "zeros": (one, one * torch.tensor([[1.0, 1.0], [-1.0, 1.0]])),
+    }
+    found = {}
+    for name, of_ranks in pairs.items():
+        try:
+            fastntxent.sup_con(torch.ones(2, D), torch.tensor([0, 1]), pair_weights=of_ranks[rank], group="world")
+        except ValueError as error:
+            found[name] = str(error)
+        else:
+            found[name] = "none"
+    return found
+
+
 def two_ranks() -> dict[str, Any]:
     world, rank = dist.group.WORLD, dist.get_rank()
     x, ids = mine(WORLD)
@@ -134,6 +162,7 @@ def two_ranks() -> dict[str, Any]:
         value.backward()
         found[name] = value.detach(), next(plain.parameters()).grad
     found["queues"] = error_of_queues(rank, world)
+    found["weights"] = error_of_weights(rank)
     found["errors"] = {name: error_of(options) for name, options in DISAGREEMENTS.items()}
     found["empty"] = error_of([{"n": 0}, {"n": 0}])
     found["alone"] = error_of([{"backend": "reference"}] * 2)
@@ -274,6 +303,28 @@ def test_disagreement_is_named_on_every_rank(found, says: str):
 def test_queues_that_go_on_from_different_places_are_named_on_every_rank(found):
     for of_rank in found:
         assert of_rank["queues"] == "the ranks must be given the same: queue_pointer is 0 on rank 0; 1 on rank 1"
+
+
+@pytest.mark.parametrize("which", ["an ulp", "places", "short"])
+def test_pair_weights_of_other_values_are_named_on_every_rank(found, which: str):
+    says = r"the ranks must be given the same: pair_weights is (.*) on rank 0; (.*) on rank 1"
+    shape = r"a tensor of shape \((\d+), \1\) and checksum -?[0-9a-f]+"
+    for of_rank in found:
+        match = re.fullmatch(says, of_rank["weights"][which])
+        assert match
+        assert all(re.fullmatch(shape, one) for one in match.groups())
+        assert match[1] != match[2]
+
+
+def test_pair_weights_of_another_shape_or_on_one_rank_alone_are_named(found):
+    for of_rank in found:
+        assert re.search(r"shape \(2, 2\) .* on rank 0; .* shape \(3, 3\) .* on rank 1", of_rank["weights"]["shape"])
+        assert re.search(r"shape \(2, 2\) .* on rank 0; None on rank 1", of_rank["weights"]["given"])
+
+
+def test_pair_weights_of_the_same_values_pass_whatever_their_dtype(found):
+    for of_rank in found:
+        assert [of_rank["weights"][name] for name in ("the same", "dtypes", "zeros")] == ["none"] * 3
 
 
 def test_no_rows_on_any_rank_is_an_error(found):

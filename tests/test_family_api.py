@@ -275,6 +275,26 @@ def test_mean_is_finite_where_the_sum_of_its_rows_is_not():
             torch.testing.assert_close(value, rows.double().mean().float())  # which come another way: ulps apart
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", ["nt_xent", "clip", "siglip", "info_nce", "dcl"])
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(torch.float32, 3e19), (torch.float32, 1e38), (torch.bfloat16, 1e38), (torch.float64, 1e150)]
+)
+def test_unit_rows_of_a_length_whose_square_overflows(name, reduction, dtype, size, backend):
+    rows = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0)).clamp(-3, 3).to(dtype)
+    results = []
+    for scale in (1.0, size):
+        z = (rows[0] * scale).requires_grad_()  # beside rows of an ordinary length
+        losses = getattr(fastntxent, name)(z, rows[1], 0.5, reduction=reduction, backend=backend)
+        losses.mean().backward()
+        results.append((losses.detach().double(), z.grad.double() * scale))
+    # What is rounded to bfloat16 is another row, and gradients of 1e-38 are subnormal.
+    tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-5
+    for value, expected in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(value, expected, rtol=tolerance, atol=tolerance)
+
+
 def test_sup_con_without_any_positive_is_zero():
     for form in ("out", "in", "pairs"):
         z = Z.clone().requires_grad_()
@@ -553,6 +573,52 @@ BAD_CALLS = {
         "teacher_image_features must be a torch.Tensor",
     ),
     "distill teacher dtype": (lambda: distill(Z, W, Z, W.long()), TypeError, "teacher_text_features must be float16"),
+    "distill no teacher": (
+        lambda: distill(Z, W),
+        TypeError,
+        "teacher_image_features and teacher_text_features must be given, or teacher in their place",
+    ),
+    "distill two teachers": (
+        lambda: distill(Z, W, Z, W, teacher=lambda rows, cols: rows[:, None] + 0.5 * cols),
+        ValueError,
+        "teacher must not be given beside teacher_image_features and teacher_text_features: it takes their place",
+    ),
+    "distill one and a half": (
+        lambda: distill(Z, W, teacher_text_features=W, teacher=lambda rows, cols: Z @ W.T),
+        ValueError,
+        "teacher must not be given beside teacher_text_features",
+    ),
+    "distill teacher is a matrix": (
+        lambda: distill(Z, W, teacher=Z @ W.T),
+        TypeError,
+        "teacher must be a function of image and text numbers, got Tensor",
+    ),
+    "distill teacher returns a list": (
+        lambda: distill(Z, W, teacher=lambda rows, cols: (Z @ W.T).tolist()),
+        TypeError,
+        r"teacher\(rows, cols\) must be a torch.Tensor, got list",
+    ),
+    "distill teacher returns integers": (
+        lambda: distill(Z, W, teacher=lambda rows, cols: rows[:, None] + cols),
+        TypeError,
+        r"teacher\(rows, cols\) must be float16, bfloat16, float32 or float64, got torch.int64",
+    ),
+    "distill teacher returns a row": (
+        lambda: distill(Z, W, teacher=lambda rows, cols: Z[rows, 0]),
+        ValueError,
+        r"teacher\(rows, cols\) must have shape \(6, 6\), the lengths of rows and cols, got \(6,\)",
+    ),
+    "distill teacher returns a sparse tensor": (
+        lambda: distill(Z, W, teacher=lambda rows, cols: (Z @ W.T).to_sparse()),
+        TypeError,
+        r"teacher\(rows, cols\) must be a dense \(strided\) tensor",
+    ),
+    "distill teacher elsewhere": (
+        lambda: distill(Z, W, teacher=lambda rows, cols: (Z @ W.T).to("meta")),
+        ValueError,
+        r"teacher\(rows, cols\) must be on the device of its arguments, cpu, got meta",
+    ),
+    "module no teacher": (lambda: fastntxent.DistillLoss()(Z, W), TypeError, "must be given, or teacher in their"),
     "distill both scales": (
         lambda: distill(Z, W, Z, W, 0.5, logit_scale=10.0),
         ValueError,

@@ -81,6 +81,25 @@ def distill(**options: float):
     )
 
 
+def called(n: int, d: int, generator: torch.Generator):
+    """Towers, and a teacher's similarities that are no products of features."""
+    tensors, _ = towers()(n, d, generator)
+    return tensors, {"sims": torch.tanh(normal(n, n, generator=generator))}
+
+
+def distill_called(**options: float):
+    return lambda image, text, tau, sims, **kw: fastntxent.distill(
+        image, text, None, None, tau, teacher=lambda rows, cols: sims[rows[:, None], cols], **options, **kw
+    )
+
+
+def dense_called(t_tau: float | None = None):
+    def oracle(image, text, tau, sims):
+        return dense.distill(image, text, tau, sims, torch.eye(len(sims)).to(sims), t_tau or tau.detach())
+
+    return oracle
+
+
 def guided_inputs(negatives: bool = False):
     """Embeddings, and a guide of another width whose unit rows are no inputs of the loss."""
 
@@ -352,6 +371,9 @@ CASES = {
     "distill one sample": Case(
         distill(teacher_logit_scale=3.0), lambda *args, **kw: dense.distill(*args, **kw, t_tau=1 / 3), taught, min_n=1
     ),
+    "distill called": Case(distill_called(teacher_temperature=0.2), dense_called(0.2), called),
+    "distill called at its temperature": Case(distill_called(), dense_called(), called),
+    "distill called one sample": Case(distill_called(teacher_logit_scale=3.0), dense_called(1 / 3), called, min_n=1),
     "guided_info_nce": Case(guided(), dense_guided(), guided_inputs()),
     "guided_info_nce margin": Case(
         guided(margin=-0.2, contrast_anchors=False), dense_guided(margin=-0.2, anchors=False), guided_inputs()

@@ -37,9 +37,12 @@ assert_type(fastntxent.SupConLoss(form="pairs", reduction="none")(z, ids), Tenso
 assert_type(fastntxent.InfoNCELoss(hardness_mode="hard_negatives")(z, z, negatives=z), Tensor)
 assert_type(fastntxent.CLIPLoss(torch.tensor(0.1))(z, z), Tensor)
 assert_type(fastntxent.QueueInfoNCELoss(16, 4)(z, z, ids), Tensor)
+assert_type(fastntxent.DistillLoss()(z, z, z, z), Tensor)
+assert_type(fastntxent.DistillLoss()(z, z, teacher=lambda rows, cols: z[rows] @ z[cols].T), Tensor)
 fastntxent.NTXentLoss()(z)  # type: ignore
 fastntxent.NTXentLoss()(z, z, labels=ids)  # type: ignore
 fastntxent.QueueInfoNCELoss(16, 4)(z, z, "ids")  # type: ignore
+fastntxent.DistillLoss()(z, z, teacher=z)  # type: ignore
 
 # So have the drop-ins.
 assert_type(lightly.NTXentLoss(torch.tensor(0.1))(z, z), Tensor)

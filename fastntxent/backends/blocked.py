@@ -38,7 +38,7 @@ from ..sides import Side
 from .base import Upstream
 from .composed import ComposedBackend, PreparedNegLse, largest_magnitude
 from .ranges import DIRECT_LIMIT, LARGEST_WEIGHT, SMALLEST_FACTOR
-from .tiling import Blocks, Tiles, TileValues
+from .tiling import Blocks, Tiles, TileValues, fold
 
 
 class _NegLseTiles(Tiles, PreparedNegLse):
@@ -158,9 +158,9 @@ class _ShiftedTiles(_NegLseTiles):
         for tile in self.masked_logits():
             rows, cols, _, diagonal = tile
             scratch = self.tile_of(self.scratch, rows, cols)
-            _fold(peaks[0][rows], sums[0][rows], self.counted(tile), scratch, dim=1)
+            fold(peaks[0][rows], sums[0][rows], self.counted(tile), scratch, dim=1)
             if not diagonal:
-                _fold(peaks[-1][cols], sums[-1][cols], self.counted(tile, of_cols=True), scratch, dim=0)
+                fold(peaks[-1][cols], sums[-1][cols], self.counted(tile, of_cols=True), scratch, dim=0)
         return tuple(total.log_().add_(peak) for total, peak in zip(sums, peaks, strict=True))
 
     def probabilities(self, weights: list[Tensor], nus: list[Tensor]) -> Iterator[tuple[TileValues, Tensor]]:
@@ -173,15 +173,6 @@ class _ShiftedTiles(_NegLseTiles):
             else:
                 of_cols = self.counted(tile, of_cols=True)
                 yield tile, g.add_(of_cols.sub_(nus[-1][cols]).exp_().mul_(weights[-1][cols]))
-
-
-def _fold(peaks: Tensor, sums: Tensor, logits: Tensor, scratch: Tensor, dim: int) -> None:
-    """Take a tile into the running maxima and the sums of exp(logit - maximum), in place."""
-    new_peaks = torch.maximum(peaks, logits.amax(dim=dim))
-    shift = torch.where(new_peaks == -math.inf, 0, new_peaks)  # -inf - -inf is NaN: a row that has no negative yet
-    exps = torch.sub(logits, shift.unsqueeze(dim), out=scratch).exp_()
-    sums.mul_(torch.exp(peaks - shift)).add_(exps.sum(dim=dim))
-    peaks.copy_(new_peaks)
 
 
 def _stays_in_range(sides: Sequence[Blocks], inv_tau: float | Tensor) -> bool:

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..algebra import accumulation_dtype, norm_eps
-from ..sides import Guide, Side, Teacher
+from ..algebra import accumulation_dtype, unit_rows
+from ..sides import CalledTeacher, Guide, Side, Teacher
 from .base import Backend
 
 
@@ -29,9 +29,7 @@ class ReferenceBackend(Backend):
 
     def nt_xent_rows(self, z_i: Tensor, z_j: Tensor, inv_tau: float | Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
         n_samples = z_i.shape[0]
-        u = torch.cat((z_i, z_j)).to(accumulation_dtype(z_i.dtype))
-        if normalize:
-            u = F.normalize(u, dim=1, eps=norm_eps(z_i.dtype))
+        u = unit_rows(torch.cat((z_i, z_j)), normalize)
         row = torch.arange(2 * n_samples, device=u.device)
         sample, partner = row % n_samples, (row + n_samples) % (2 * n_samples)
         logits = inv_tau * (u @ u.T)
@@ -49,10 +47,21 @@ class ReferenceBackend(Backend):
         values = -F.logsigmoid(torch.where(agree, x, -x))
         return values.sum(dim=1) if positives else values.masked_fill(agree, 0).sum(dim=1)
 
-    def soft_dots(self, rows: Side, cols: Side, teacher: Teacher) -> tuple[Tensor, Tensor]:
+    def called_neg_lse(
+        self, similarities: Tensor, ids: Tensor, inv_tau: float | Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """nu of rows and of columns, and the logits of the diagonal, of similarities (M, M) as they are given."""
+        logits, apart = inv_tau * similarities, ids[:, None] != ids
+        return _masked_logsumexp(logits, apart), _masked_logsumexp(logits.T, apart), logits.diagonal()
+
+    def soft_dots(self, rows: Side, cols: Side, teacher: Teacher | CalledTeacher) -> tuple[Tensor, Tensor]:
         """Sums of u_i . v_j weighted by the teacher's softmax, over the columns of other groups (M,) and over the rows
         (K,)."""
-        logits, agree = teacher.inv_tau * (teacher.rows @ teacher.cols.T), rows.ids[:, None] == cols.ids
+        if isinstance(teacher, CalledTeacher):
+            similarities = teacher.similarities(rows.ids, cols.ids)
+        else:
+            similarities = teacher.rows @ teacher.cols.T
+        logits, agree = teacher.inv_tau * similarities, rows.ids[:, None] == cols.ids
         sims = (rows.u @ cols.u.T).masked_fill(agree, 0)
         of_rows, of_cols = (
             torch.exp((logits - lse).clamp_max(0)) for lse in (teacher.rows_lse[:, None], teacher.cols_lse)

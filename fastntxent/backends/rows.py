@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..algebra import accumulation_dtype, norm_eps, row_dots
+from ..algebra import accumulation_dtype, norm_eps, overflow_factor, row_dots
 
 
 class UnitRows:
@@ -15,7 +15,11 @@ class UnitRows:
         self.z_dtype = z.dtype
         self.u = z.to(accumulation_dtype(z.dtype)).contiguous()  # so that bits do not depend on strides
         self.norm: Tensor | None = None
+        self._factor: Tensor | None = None
         if normalize:
+            self._factor = overflow_factor(self.u, z.dtype)
+            if self._factor is not None:
+                self.u = self.u * self._factor
             self.norm = torch.linalg.vector_norm(self.u, dim=1, keepdim=True)
             self.u = self.u / self.norm.clamp_min(norm_eps(self.z_dtype))
 
@@ -25,4 +29,5 @@ class UnitRows:
             return d_u
         eps = norm_eps(self.z_dtype)
         radial = torch.where(self.norm > eps, row_dots(self.u, d_u).unsqueeze(1), 0)
-        return torch.addcmul(d_u, self.u, radial, value=-1).div_(self.norm.clamp_min(eps))
+        d_z = torch.addcmul(d_u, self.u, radial, value=-1).div_(self.norm.clamp_min(eps))
+        return d_z if self._factor is None else d_z.mul_(self._factor)

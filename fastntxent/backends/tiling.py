@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -49,7 +51,6 @@ class Tiles:
     def __init__(self, sides: Sequence[Blocks], inv_tau: float | Tensor):
         self.sides = sides
         self.rows, self.cols = sides[0], sides[-1]
-        self.scaled = self.rows.u * inv_tau
         self.inv_tau = inv_tau
         self.buffer, self.scratch = self.rows.u.new_empty(2, self.rows.size * self.cols.size)
 
@@ -62,8 +63,16 @@ class Tiles:
                 if one_side and j < i:
                     continue
                 values = self.tile_of(self.buffer, rows, cols)
-                torch.mm(self.scaled[rows], self.cols.u[cols].T, out=values)
+                self.fill(values, rows, cols)
                 yield TileValues(rows, cols, values, one_side and i == j), _may_meet(row_spans, i, col_spans, j)
+
+    def fill(self, values: Tensor, rows: slice, cols: slice) -> None:
+        """Write a tile's logits."""
+        torch.mm(self._scaled[rows], self.cols.u[cols].T, out=values)
+
+    @functools.cached_property
+    def _scaled(self) -> Tensor:
+        return self.rows.u * self.inv_tau
 
     def agree(self, tile: TileValues) -> Tensor:
         """Which rows and columns of a tile are of the same group."""
@@ -74,6 +83,34 @@ class Tiles:
         """A tile's place in a buffer."""
         height, width = rows.stop - rows.start, cols.stop - cols.start
         return buffer[: height * width].view(height, width)
+
+
+class CalledTiles(Tiles):
+    """Tiles whose similarities come from a function of the rows' and the columns' ids."""
+
+    def __init__(
+        self,
+        row_ids: Tensor,
+        col_ids: Tensor,
+        similarities: Callable[[Tensor, Tensor], Tensor],
+        inv_tau: float | Tensor,
+        dtype: torch.dtype,
+    ):
+        sides = [Side(torch.empty(len(ids), 0, dtype=dtype, device=ids.device), ids) for ids in (row_ids, col_ids)]
+        super().__init__(list(map(Blocks, sides)), inv_tau)
+        self._similarities = similarities
+
+    def fill(self, values: Tensor, rows: slice, cols: slice) -> None:
+        torch.mul(self._similarities(self.rows.ids[rows], self.cols.ids[cols]), self.inv_tau, out=values)
+
+
+def fold(peaks: Tensor, sums: Tensor, logits: Tensor, scratch: Tensor, dim: int) -> None:
+    """Take a tile into the running maxima and the sums of exp(logit - maximum), in place."""
+    new_peaks = torch.maximum(peaks, logits.amax(dim=dim))
+    shift = torch.where(new_peaks == -math.inf, 0, new_peaks)  # -inf - -inf is NaN: a row that has no negative yet
+    exps = torch.sub(logits, shift.unsqueeze(dim), out=scratch).exp_()
+    sums.mul_(torch.exp(peaks - shift)).add_(exps.sum(dim=dim))
+    peaks.copy_(new_peaks)
 
 
 def _may_meet(row_spans: list[tuple[int, int]] | None, i: int, col_spans: list[tuple[int, int]] | None, j: int) -> bool:

@@ -9,7 +9,8 @@ two numbers a row of the others (nu_j, and w_j = d loss / d nu_j), the exact gra
 So no gradient of a row travels. docs/distributed.md has the contract and what it costs.
 """
 
+from .agreement import Alike
 from .batch import ShardedBatch
 from .shard import Group, Sharding
 
-__all__ = ["Group", "ShardedBatch", "Sharding"]
+__all__ = ["Alike", "Group", "ShardedBatch", "Sharding"]

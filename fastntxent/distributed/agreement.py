@@ -10,16 +10,26 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..algebra import in_double
 from ..ops.register import saved
 from . import wire
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_FORWARD, _BACKWARD = 0, 1
+_FORWARD, _BACKWARD, _TEACHER = 0, 1, 2
+
+# Odd, and of no short pattern: Knuth's and the golden ratio's, as signed 64-bit numbers.
+_MIX, _STEP = 6364136223846793005, -7046029254386353131
 
 # Calls of losses so far in each group.
 _calls: weakref.WeakKeyDictionary[ProcessGroup, int] = weakref.WeakKeyDictionary()
+
+
+class Alike(NamedTuple):
+    """A tensor among the facts of a call that every rank must have with the same values."""
+
+    tensor: Tensor
 
 
 class Turn:
@@ -36,10 +46,17 @@ class Turn:
 
     def begin_backward(self, part: int, failed: bool, device: torch.device) -> None:
         """Raise, on every rank, unless all are in the backward of this part, and none failed before it."""
+        what = f"the backward of {self._function}, call {self._number}, part {part}"
+        self._meet_again(_BACKWARD, part, failed, what, device)
+
+    def end_calls_of_teacher(self, failed: bool, device: torch.device) -> None:
+        """Raise, on every rank but those that failed, unless all have called their teacher, and none failed in it."""
+        self._meet_again(_TEACHER, 0, failed, f"teacher in {self._function}, call {self._number},", device)
+
+    def _meet_again(self, phase: int, part: int, failed: bool, what: str, device: torch.device) -> None:
         if not self._checked:
             return
-        what = f"the backward of {self._function}, call {self._number}, part {part}"
-        headers = _meet(self._group, [_BACKWARD, self._number, part, int(failed)], what, device)
+        headers = _meet(self._group, torch.tensor([phase, self._number, part, int(failed)], device=device), what)
         lost = [str(rank) for rank, (*_, failed_there) in enumerate(headers) if failed_there]
         if lost and not failed:
             raise RuntimeError(f"{what} raised an error on rank {', '.join(lost)}")
@@ -75,9 +92,13 @@ def agree(
     if facts is not None:
         described = {name: _describe(fact) for name, fact in facts.items()}
         digest = hashlib.sha256(repr(sorted(described.items())).encode()).digest()[:8]
-        header = [_FORWARD, number, n_samples, int.from_bytes(digest, "big", signed=True)]
-        headers = _meet(group, header, f"a call of {function}", device)
+        header = torch.tensor([_FORWARD, number, n_samples, int.from_bytes(digest, "big", signed=True)], device=device)
+        alike = {name: fact.tensor for name, fact in facts.items() if isinstance(fact, Alike)}
+        for x in alike.values():
+            header[-1] += _checksum(x)  # where the tensor lies: the host waits for the headers alone
+        headers = _meet(group, header, f"a call of {function}")
         if len({digest for *_, digest in headers}) > 1:
+            described |= {name: f"{described[name]} and checksum {int(_checksum(x)):x}" for name, x in alike.items()}
             raise ValueError(_disagreement(wire.gather_objects(group, described)))
         number = max(number for _, number, *_ in headers)  # a rank may have raised before it came here
         samples = [n for _, _, n, _ in headers]
@@ -85,10 +106,10 @@ def agree(
     return Turn(group, number, function, facts is not None), samples
 
 
-def _meet(group: ProcessGroup, header: list[int], what: str, device: torch.device) -> list[list[int]]:
+def _meet(group: ProcessGroup, header: Tensor, what: str) -> list[list[int]]:
     """The headers of all ranks. They are of one size wherever they are sent, so that any two of them meet."""
-    headers = wire.gather_numbers(group, torch.tensor(header, device=device)).tolist()
-    phases = {(phase, number, part) if phase == _BACKWARD else (phase,) for phase, number, part, _ in headers}
+    headers = wire.gather_numbers(group, header).tolist()
+    phases = {(phase,) if phase == _FORWARD else (phase, number, part) for phase, number, part, _ in headers}
     if len(phases) > 1:
         found = [f"rank {rank} is in {this}" for rank, this in enumerate(wire.gather_objects(group, what))]
         raise RuntimeError(
@@ -99,10 +120,22 @@ def _meet(group: ProcessGroup, header: list[int], what: str, device: torch.devic
 
 def _describe(fact: object) -> str:
     """A value as it is shown and compared. A tensor on an accelerator is not read."""
+    if isinstance(fact, Alike):
+        return f"a tensor of shape {tuple(fact.tensor.shape)}"
     if not isinstance(fact, Tensor):
         return repr(fact)
     number = repr(fact.item()) if fact.ndim == 0 and fact.device.type == "cpu" else f"a tensor ({fact.ndim}-d)"
     return number + (", requires_grad" if fact.requires_grad and torch.is_grad_enabled() else "")
+
+
+def _checksum(x: Tensor) -> Tensor:
+    """A 64-bit number (0-d) of the values and their places, the same in every dtype that holds these values."""
+    wide = in_double(x.detach()).flatten() + 0.0  # no -0
+    bits = wide.view(torch.int64) if wide.dtype == torch.float64 else wide.float().view(torch.int32).to(torch.int64)
+    places = torch.arange(1, len(bits) + 1, device=bits.device) * _STEP
+    for _ in range(2):  # each round maps the bits one to one
+        bits = (bits ^ (bits >> 32 & 0xFFFFFFFF) ^ places) * _MIX
+    return (bits ^ (bits >> 32 & 0xFFFFFFFF)).sum()
 
 
 def _disagreement(described: Sequence[dict[str, str]]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import ops
 from ..batch import Batch
 from ..scale import is_per_row
-from ..sides import Guide, Side, Teacher
+from ..sides import CalledTeacher, Guide, Side, Teacher
 from . import groups, guided, limited, neg_lse, numbers, positives, soft_targets, softplus, wire
 from .shard import Group, Shard, open_shard
 
@@ -49,6 +49,10 @@ class ShardedBatch(Batch):
         return ShardedBatch.open(
             self._shard.sharding, self._function, {"rows": rows}, 1, self.reduction, self.normalize, self._backend, {}
         )
+
+    def in_tiles(self) -> ShardedBatch:
+        options = self.views, self.reduction, self.normalize, "blocked"
+        return ShardedBatch(self.first, *options, self._shard, self._function)
 
     # --- rows and numbers -------------------------------------------------------------------------------------------
 
@@ -160,7 +164,12 @@ class ShardedBatch(Batch):
     ) -> Tensor:
         return softplus.softplus_sums(rows, cols, inv_tau, bias, self._shard, self._backend, positives=positives)
 
-    def soft_dots(self, rows: Side, cols: Side, teacher: Teacher) -> tuple[Tensor, Tensor]:
+    def called_neg_lse(
+        self, similarities: Callable[[Tensor, Tensor], Tensor], inv_tau: float | Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return soft_targets.called_neg_lse(similarities, inv_tau, self.sample_ids(), dtype, self._shard)
+
+    def soft_dots(self, rows: Side, cols: Side, teacher: Teacher | CalledTeacher) -> tuple[Tensor, Tensor]:
         return soft_targets.soft_dots(rows, cols, teacher, self._shard)
 
     # --- sums and losses --------------------------------------------------------------------------------------------

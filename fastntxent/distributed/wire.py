@@ -7,20 +7,18 @@ the ranks: the same bits on every rank, and on every run.
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._compile import _disable_dynamo
+
+from ..ops.register import uncompiled as uncompiled  # nothing here can be compiled
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class NoAnswerError(RuntimeError):
@@ -111,18 +109,6 @@ def ring(group: ProcessGroup, own: Sequence[Tensor], sizes: Sequence[int], hops:
                 transfer.wait()
         if step < hops:
             block = coming
-
-
-def uncompiled(function: _Function) -> _Function:
-    """Leave a function out of compiled graphs, and all that it calls: between two graphs it runs as it is."""
-    left_out = _disable_dynamo(function)
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        # Only where there is a compiler: what leaves code out of it takes seconds to import.
-        return (left_out if torch.compiler.is_compiling() else function)(*args, **kwargs)
-
-    return cast(_Function, call)
 
 
 def _written(x: Tensor) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,11 +13,16 @@ from ..algebra import accumulation_dtype, in_double, row_dots
 from ..batch import Batch
 from ..distributed import Group
 from ..opening import open_batch
+from ..ops import uncompiled
 from ..options import BackendName, Reduction
-from ..sides import Side, Teacher
-from ..validation import check_rows, check_same, check_temperature
+from ..sides import CalledTeacher, Side, Teacher
+from ..validation import FLOAT_DTYPES, check_rows, check_same, check_temperature, check_tensor, extremes
 from ..watching import watched
 from .clip_loss import clip_directions
+
+Similarities: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
+_LARGEST_SHARED_LOGIT = 256.0  # an error of 2e-5 in float32
 
 
 class DistillTerms(NamedTuple):
@@ -28,10 +35,11 @@ class DistillTerms(NamedTuple):
 def distill(
     image_features: Tensor,
     text_features: Tensor,
-    teacher_image_features: Tensor,
-    teacher_text_features: Tensor,
+    teacher_image_features: Tensor | None = None,
+    teacher_text_features: Tensor | None = None,
     temperature: float | Tensor | None = None,
     *,
+    teacher: Callable[[Tensor, Tensor], Tensor] | None = None,
     teacher_temperature: float | Tensor | None = None,
     logit_scale: float | Tensor | None = None,
     teacher_logit_scale: float | Tensor | None = None,
@@ -57,6 +65,12 @@ def distill(
         teacher_image_features, teacher_text_features: (N, E), the teacher's of the same samples, of any floating dtype.
             No gradient goes through them.
         temperature: as in `nt_xent`; 0.07 where neither it nor a logit_scale is given.
+        teacher: in place of the teacher's features, a function that gives its similarities tile by tile, where they are
+            no products of features. `teacher(rows, cols)` gets the numbers of images and of texts, two 1-d int64
+            tensors on the student's device, and returns a tensor (len(rows), len(cols)) of any floating dtype on that
+            device: the similarity of each of these images to each of these texts, before the teacher's temperature.
+            `normalize` does not touch it; -inf makes a pair's probability 0, if its image and its text have another.
+            It must return the same numbers at every call; when it is called, and for which pairs, is said below.
         teacher_temperature: the teacher's, through which no gradient goes; the student's where neither it nor a
             teacher_logit_scale is given.
         logit_scale, teacher_logit_scale: 1 / temperature, in its place: a positive float or a 0-d tensor.
@@ -68,21 +82,31 @@ def distill(
         float64 features, else float32. Differentiable in the student's features, temperature or scale.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `nt_xent`.
+        TypeError, ValueError, RuntimeError: as `nt_xent` does, for a teacher in neither form or in both, and for a
+            `teacher` that returns something else.
 
     Deterministic, O(N (D + E)) memory. The student's log-sum-exps are CLIP's, in one pass with their gradient; the
     teacher's take one pass of its similarities, and what it expects of the student's another.
+
+    A `teacher` is called without gradients and with autocast off, for tiles of at most 512 x 512 (4,096 x 4,096 on an
+    accelerator). Each pair is asked for twice: for the teacher's log-sum-exps, and for what it expects, with the
+    gradient. With reduction "none" the gradient asks a third time, in the backward. Over ranks samples are numbered
+    through all ranks in their order; a rank asks for its images with all texts twice forward and once backward, and
+    backward once for all images with its texts. The reference asks for all pairs at once. Under torch.compile a
+    `teacher` is a graph break.
 
     Example:
         >>> import torch, fastntxent
         >>> z = torch.eye(4)
         >>> fastntxent.distill(z, z, z, z, temperature=1.0)  # the entropy of softmax([1, 0, 0, 0])
         tensor(1.2683)
+        >>> fastntxent.distill(z, z, teacher=lambda rows, cols: z[rows] @ z[cols].T, temperature=1.0)  # the same
+        tensor(1.2683)
     """
     return distill_terms(
         "distill", image_features, text_features, teacher_image_features, teacher_text_features, temperature,
-        teacher_temperature=teacher_temperature, logit_scale=logit_scale, teacher_logit_scale=teacher_logit_scale,
-        reduction=reduction, normalize=normalize, backend=backend, group=group,
+        teacher=teacher, teacher_temperature=teacher_temperature, logit_scale=logit_scale,
+        teacher_logit_scale=teacher_logit_scale, reduction=reduction, normalize=normalize, backend=backend, group=group,
     ).distilled  # fmt: skip
 
 
@@ -91,10 +115,11 @@ def distill_terms(
     function: str,
     image_features: Tensor,
     text_features: Tensor,
-    teacher_image_features: Tensor,
-    teacher_text_features: Tensor,
+    teacher_image_features: Tensor | None = None,
+    teacher_text_features: Tensor | None = None,
     temperature: float | Tensor | None = None,
     *,
+    teacher: Similarities | None = None,
     teacher_temperature: float | Tensor | None = None,
     logit_scale: float | Tensor | None = None,
     teacher_logit_scale: float | Tensor | None = None,
@@ -115,16 +140,20 @@ def distill_terms(
     """
     _check_one_of("temperature", temperature, "logit_scale", logit_scale)
     _check_one_of("teacher_temperature", teacher_temperature, "teacher_logit_scale", teacher_logit_scale)
+    features = {"teacher_image_features": teacher_image_features, "teacher_text_features": teacher_text_features}
+    _check_one_teacher(teacher, features)
     batch = open_batch(
         group, function, {"image_features": image_features, "text_features": text_features}, reduction=reduction,
         normalize=normalize, backend=backend, temperature=temperature, logit_scale=logit_scale,
         teacher_temperature=teacher_temperature, teacher_logit_scale=teacher_logit_scale,
+        teacher="features" if teacher is None else "a function",
     )  # fmt: skip
-    of_teacher = {"teacher_image_features": teacher_image_features, "teacher_text_features": teacher_text_features}
     for name, value in (("teacher_temperature", teacher_temperature), ("teacher_logit_scale", teacher_logit_scale)):
         if value is not None:
             check_temperature(value, image_features, name=name)
-    t_image, t_text = _checked_teacher(of_teacher, image_features, may_be_empty=group is not None)
+    t_features = (
+        [] if teacher is not None else _checked_features(features, image_features, may_be_empty=group is not None)
+    )
     k = _scale(batch, temperature, logit_scale)
     if teacher_temperature is None and teacher_logit_scale is None:
         t_k = k.detach() if isinstance(k, Tensor) else k
@@ -138,20 +167,20 @@ def distill_terms(
     contrastive = batch.info_nce_at_once(image, text, k, both=True)
     if contrastive is None:
         directions = clip_directions(batch, u, v, k, None, 0.0)
-        losses = directions.image_to_text / 2 + directions.text_to_image / 2
-        if reduction == "none":
-            return DistillTerms(losses, losses + _expected_loss(batch, u, v, k, t_image, t_text, t_k))
-        contrastive = batch.reduce(losses)
-    return DistillTerms(contrastive, contrastive + _expected_loss(batch, u, v, k, t_image, t_text, t_k))
+        contrastive = batch.reduce(directions.image_to_text / 2 + directions.text_to_image / 2)
+    if teacher is None:
+        expected = _expected_loss(batch, u, v, k, *_of_features(batch, t_features, t_k))
+    else:
+        expected = _expected_loss(batch, u, v, k, *_of_function(batch, teacher, t_k, u.dtype))
+    return DistillTerms(contrastive, contrastive + expected)
 
 
 def _expected_loss(
-    batch: Batch, u: Tensor, v: Tensor, k: float | Tensor, t_image: Tensor, t_text: Tensor, t_k: float | Tensor
+    batch: Batch, u: Tensor, v: Tensor, k: float | Tensor, teacher: Teacher | CalledTeacher, missed: Tensor
 ) -> Tensor:
     """Half of sum_{j != i} p^T_ij (pi_i - l_ij), and of the same over the columns' rows, of each sample, reduced."""
     ids = batch.sample_ids()
     rows, cols = Side(batch.as_compared(u), ids), Side(batch.as_compared(v), ids)
-    teacher, missed = _teacher(batch, t_image, t_text, t_k)
     total = batch.soft_dots_at_once(rows, cols, teacher)
     if total is None:
         of_rows, of_cols = batch.soft_dots(rows, cols, teacher)
@@ -161,15 +190,73 @@ def _expected_loss(
     return (k / 2 * loss / n).to(u.dtype)
 
 
-def _teacher(batch: Batch, t_image: Tensor, t_text: Tensor, t_k: float | Tensor) -> tuple[Teacher, Tensor]:
+def _of_features(batch: Batch, features: Sequence[Tensor], t_k: float | Tensor) -> tuple[Teacher, Tensor]:
     """The teacher, and of each sample what its softmaxes give to other samples, in both directions."""
+    t_image, t_text = features
     others, ids = batch.beside(t_image), batch.sample_ids()
     a, b = others.unit_rows(t_image), others.unit_rows(t_text)
     pos = t_k * row_dots(a, b)
     a, b = others.as_compared(a), others.as_compared(b)
+    if _is_sharp(a, b, t_k, batch.normalize):
+        others = others.in_tiles()
     nu_rows, nu_cols = others.cross_neg_lse(Side(a, ids), Side(b, ids), t_k)
     missed = torch.sigmoid(nu_rows - pos) + torch.sigmoid(nu_cols - pos)
     return Teacher(a, b, t_k, torch.logaddexp(nu_rows, pos), torch.logaddexp(nu_cols, pos)), missed
+
+
+def _is_sharp(a: Tensor, b: Tensor, t_k: float | Tensor, normalize: bool) -> bool:
+    """Whether the host can see that the teacher's logits are large.
+
+    Two kernels round a logit differently, by about half of eps |k s|. Where one forms the log-sum-exps and the other
+    the probabilities, that is a relative error of these.
+    """
+    largest = (t_k, t_k) if not isinstance(t_k, Tensor) else extremes(t_k)
+    if largest is None:
+        return False
+    lengths = () if normalize else [extremes(torch.linalg.vector_norm(x, dim=1)) for x in (a, b)]
+    return math.prod((largest[1], *(found[1] for found in lengths if found))) > _LARGEST_SHARED_LOGIT
+
+
+@uncompiled
+def _of_function(
+    batch: Batch, teacher: Similarities, t_k: float | Tensor, dtype: torch.dtype
+) -> tuple[CalledTeacher, Tensor]:
+    """The same of a teacher that is called."""
+
+    def similarities(rows: Tensor, cols: Tensor) -> Tensor:
+        with torch.no_grad():
+            found = teacher(rows, cols)
+        _check_similarities(found, rows, cols)
+        return found.detach().to(dtype)
+
+    nu_rows, nu_cols, pos = batch.called_neg_lse(similarities, t_k, dtype)
+    missed = torch.sigmoid(nu_rows - pos) + torch.sigmoid(nu_cols - pos)
+    return CalledTeacher(similarities, t_k, torch.logaddexp(nu_rows, pos), torch.logaddexp(nu_cols, pos)), missed
+
+
+def _check_similarities(found: Tensor, rows: Tensor, cols: Tensor) -> None:
+    """What the teacher returned for these images and texts."""
+    name = "teacher(rows, cols)"
+    check_tensor(name, found)
+    if found.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {found.dtype}")
+    if found.shape != (len(rows), len(cols)):
+        raise ValueError(
+            f"{name} must have shape ({len(rows)}, {len(cols)}), the lengths of rows and cols, got {tuple(found.shape)}"
+        )
+    if found.device != rows.device:
+        raise ValueError(f"{name} must be on the device of its arguments, {rows.device}, got {found.device}")
+
+
+def _check_one_teacher(teacher: object, features: Mapping[str, Any]) -> None:
+    given = [name for name, x in features.items() if x is not None]
+    if teacher is None:
+        if not given:
+            raise TypeError(f"{' and '.join(features)} must be given, or teacher in their place")
+    elif given:
+        raise ValueError(f"teacher must not be given beside {' and '.join(given)}: it takes their place")
+    elif not callable(teacher):
+        raise TypeError(f"teacher must be a function of image and text numbers, got {type(teacher).__name__}")
 
 
 def _scale(batch: Batch, temperature: float | Tensor | None, logit_scale: float | Tensor | None) -> float | Tensor:
@@ -183,7 +270,7 @@ def _check_one_of(name: str, value: object, other_name: str, other: object) -> N
         raise ValueError(f"{name} and {other_name} must not both be given: one is the inverse of the other")
 
 
-def _checked_teacher(features: dict[str, Tensor], student: Tensor, *, may_be_empty: bool) -> list[Tensor]:
+def _checked_features(features: Mapping[str, Any], student: Tensor, *, may_be_empty: bool) -> list[Tensor]:
     """The teacher's features without a gradient, in the dtype in which the student's are compared."""
     (a_name, a), (b_name, b) = features.items()
     for name, x in features.items():

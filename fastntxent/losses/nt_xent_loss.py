@@ -67,7 +67,8 @@ def nt_xent(
             as similar as the limit, up to rounding, stays, and so does a NaN. No gradient goes through the choice.
         reduction: "mean" is the paper's 1/(2N), "sum", or "none".
         normalize: divide each row by max(||z||, 1e-12) (6.1e-5 for float16), as `torch.nn.functional.normalize`
-            does. False takes the rows as they are, of any length.
+            does, for float32 and bfloat16 rows of any finite length and for float64 up to 1e154, where their squares
+            overflow. False takes the rows as they are, and their products must not overflow.
         backend: "auto", or a name from `backends()`.
         group: the ranks over which the batch is spread: "world" (the default process group, looked up at each call), a
             process group, a DeviceMesh of one dimension, or a `Sharding` of one, with options. Each rank passes its own

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..algebra import in_double, log_add, row_dots, row_losses
 from ..batch import Batch
-from ..distributed import Group
+from ..distributed import Alike, Group
 from ..opening import open_batch
 from ..ops import autocast_off
 from ..ops.groups import add_at, taken
@@ -78,7 +78,7 @@ def sup_con(
         pair_weights: (C, C), finite floats of at least 0, through which no gradient goes: W[a, b] is the weight of a
             row of class b as a positive of a row of class a; a row's weights count in proportion. Labels are one a row
             and in [0, C) then, and the form is "out", without a ceiling. The identity gives `sup_con` without weights.
-            A row whose others all weigh 0 has no positive. The same on every rank.
+            A row whose others all weigh 0 has no positive. The same on every rank, which the ranks compare.
         reduction: "mean" (over the rows with a positive), "sum", or "none".
         normalize, backend: as in `nt_xent`.
         group: as in `nt_xent`. Positives are those of all ranks too.
@@ -114,7 +114,7 @@ def sup_con(
     batch = open_batch(
         group, "sup_con", {"z": z}, reduction=reduction, normalize=normalize, backend=backend,
         temperature=temperature, form=form, n_classes=n_classes, limits=limits,
-        pair_weights=None if pair_weights is None else len(pair_weights),
+        pair_weights=None if pair_weights is None else Alike(pair_weights),
     )  # fmt: skip
     inv_tau = batch.inverse_temperature(temperature)
     if pair_weights is not None:

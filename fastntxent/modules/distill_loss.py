@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from ..losses import distill
@@ -17,7 +19,8 @@ class DistillLoss(TemperatureLoss):
         teacher_temperature: the teacher's; None: the student's, at each call.
         reduction, normalize, backend, group, learn_temperature: as of `NTXentLoss`.
 
-    Its call takes the student's image and text features and the teacher's.
+    Its call takes the student's image and text features and the teacher's, or `teacher=`, a function of image and text
+    numbers, in place of the teacher's.
 
     Example:
         >>> import torch, fastntxent
@@ -44,8 +47,10 @@ class DistillLoss(TemperatureLoss):
         self,
         image_features: Tensor,
         text_features: Tensor,
-        teacher_image_features: Tensor,
-        teacher_text_features: Tensor,
+        teacher_image_features: Tensor | None = None,
+        teacher_text_features: Tensor | None = None,
+        *,
+        teacher: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
         return distill(
             image_features,
@@ -53,6 +58,7 @@ class DistillLoss(TemperatureLoss):
             teacher_image_features,
             teacher_text_features,
             self.temperature,
+            teacher=teacher,
             teacher_temperature=self.teacher_temperature,
             **self._options,
         )

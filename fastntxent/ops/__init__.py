@@ -37,15 +37,16 @@ from .nt_xent import nt_xent_rows, nt_xent_scalar
 from .pairs import mask_product, pair_dots
 from .positives import positive_lse, positive_sum
 from .ranks import positive_ranks
-from .register import autocast_off, may_be_differentiated, tracing, unobserved
+from .register import autocast_off, may_be_differentiated, tracing, uncompiled, unobserved
 from .search import nearest
-from .soft_targets import soft_dots, soft_dots_sum
+from .soft_targets import called_neg_lse, soft_dots, soft_dots_sum
 from .softplus import sigmoid_scalar, softplus_sums
 from .sup_con import sup_con_scalar
 from .towers import info_nce_scalar
 
 __all__ = [
     "autocast_off",
+    "called_neg_lse",
     "copy_now",
     "cross_neg_lse",
     "guided_neg_lse",
@@ -71,5 +72,6 @@ __all__ = [
     "softplus_sums",
     "sup_con_scalar",
     "tracing",
+    "uncompiled",
     "unobserved",
 ]

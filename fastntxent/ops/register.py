@@ -18,11 +18,13 @@ active, plain tensors go to the same function through a plain autograd.Function.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from ..backends import select_for
 from ..backends.base import KernelBackend
@@ -32,6 +34,7 @@ _LIBRARY = torch.library.Library("fastntxent", "DEF")
 _PLAIN = (Tensor, torch.nn.Parameter)
 _AS_IT_IS = contextlib.nullcontext()
 _INV_TAU = "Tensor inv_tau"
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _USE_REFERENCE = (
     "pass backend='reference', which is plain PyTorch and can be differentiated in any way (its memory grows with M^2)"
@@ -81,9 +84,9 @@ def _save_nothing(ctx: Any, inputs: Any, output: Any) -> None:
     pass
 
 
-def save(ctx: Any, *values: Tensor | float | None) -> None:
-    """Keep tensors, and a temperature that may be a float, for the backward."""
-    ctx.floats = [None if isinstance(x, Tensor) else x for x in values]
+def save(ctx: Any, *values: Any) -> None:
+    """Keep tensors, and what may be none, as a temperature that is a float, for the backward."""
+    ctx.no_tensors = [None if isinstance(x, Tensor) else x for x in values]
     ctx.save_for_backward(*[x if isinstance(x, Tensor) else None for x in values])
 
 
@@ -103,7 +106,7 @@ def scaled(d_value: Tensor, gradient: Tensor, x: Tensor) -> Tensor:
 
 def saved(ctx: Any) -> list[Any]:
     """Return what `save` kept."""
-    return [x if number is None else number for x, number in zip(ctx.saved_tensors, ctx.floats, strict=True)]
+    return [x if other is None else other for x, other in zip(ctx.saved_tensors, ctx.no_tensors, strict=True)]
 
 
 def register(
@@ -141,18 +144,7 @@ def register(
         return of_tensors(*args) if place is None or isinstance(args[place], Tensor) else of_float(*args)
 
     # register_autograd does not reach torch.func's transforms; an autograd.Function of the same two halves does.
-    class Transformed(torch.autograd.Function):
-        @staticmethod
-        def forward(*args: Any) -> Any:
-            return operator(*args)
-
-        @staticmethod
-        def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
-            return _loop(observed, info.batch_size, in_dims, args)
-
-    Transformed.setup_context = staticmethod(setup_context)  # type: ignore[method-assign]
-    Transformed.backward = staticmethod(backward)  # type: ignore[method-assign]
-    Transformed.jvp = staticmethod(_refuse_forward_mode)  # type: ignore[method-assign]
+    transformed = function_of(name, operator, setup_context, backward, again=lambda *args: observed(*args))
 
     def eager(ctx: Any, *args: Any) -> Any:  # one with a setup_context has its signature inspected at every call
         output = forward(*args)
@@ -168,7 +160,7 @@ def register(
     Eager: Any = type(name, (torch.autograd.Function,), halves)
 
     def observed(*args: Any) -> Any:
-        return Transformed.apply(*args) if _transforming() else operator(*args)
+        return transformed(*args) if _transforming() else operator(*args)
 
     def call(*args: Any) -> Any:
         if unobserved(args):
@@ -177,6 +169,49 @@ def register(
         return output[0] if value_alone else output
 
     return call
+
+
+def function_of(
+    name: str,
+    forward: Callable[..., Any],
+    setup_context: Callable[..., None] = _save_nothing,
+    backward: Callable[..., Any] = _refuse_second_derivative,
+    *,
+    again: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """Return a differentiable function of these halves, which takes torch.func's transforms too.
+
+    again: what a vmap calls for each slice; None: the function itself.
+    """
+
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        return _loop(again or call, info.batch_size, in_dims, args)
+
+    halves = {
+        "forward": staticmethod(forward),
+        "setup_context": staticmethod(setup_context),
+        "backward": staticmethod(backward),
+        "jvp": staticmethod(_refuse_forward_mode),
+        "vmap": staticmethod(vmap),
+    }
+    made: Any = type(name, (torch.autograd.Function,), halves)
+
+    def call(*args: Any) -> Any:
+        return made.apply(*args)
+
+    return call
+
+
+def uncompiled(function: _Function) -> _Function:
+    """Run a function eagerly under torch.compile (a graph break), and all that it calls."""
+    left_out = _disable_dynamo(function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # Only where there is a compiler: what leaves code out of it takes seconds to import.
+        return (left_out if torch.compiler.is_compiling() else function)(*args, **kwargs)
+
+    return cast(_Function, call)
 
 
 def _without_gradient_of_a_float(backward: Callable[..., Any], place: int) -> Callable[..., Any]:

@@ -6,8 +6,9 @@
 soft_dots       (u, v, t_u, t_v, u_ids, v_ids, inv_tau, rows_lse, cols_lse) -> rows (M,), cols (K,)
 soft_dots_sum   the same                                                   -> the sum of both, d_u, d_v
 
-t, k and lse are the teacher's. All of it is linear in the student's similarities: for weights a_i of the rows and c_j
-of the columns
+t, k and lse are the teacher's. A teacher that is called for its similarities has no t, and fits in no schema: it has
+autograd functions of its own here, which a compiler leaves out. All of it is linear in the student's similarities: for
+weights a_i of the rows and c_j of the columns
 
     G_ij = a_i p_ij + c_j q_ij      d/du_i = sum_j G_ij v_j      d/dv_j = sum_i G_ij u_i
 
@@ -18,31 +19,58 @@ gradients, with the sum or without.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..algebra import accumulation_dtype, in_double, row_dots
-from ..backends.tiling import Blocks, Tiles, TileValues
-from ..sides import Side, Teacher
+from ..backends.tiling import Blocks, CalledTiles, Tiles, TileValues, fold
+from ..sides import CalledTeacher, Side, Teacher
 from .contract import checked
-from .register import autocast_off, may_be_differentiated, register, save, save_gradients, saved, scaled
+from .register import (
+    autocast_off,
+    function_of,
+    may_be_differentiated,
+    register,
+    save,
+    save_gradients,
+    saved,
+    scaled,
+    uncompiled,
+)
 
 
-def soft_dots(rows: Side, cols: Side, teacher: Teacher) -> tuple[Tensor, Tensor]:
+def soft_dots(rows: Side, cols: Side, teacher: Teacher | CalledTeacher) -> tuple[Tensor, Tensor]:
     """The rows' sums (M,) and the columns' (K,), differentiable in the student's rows and columns."""
+    if isinstance(teacher, CalledTeacher):
+        return _called_soft_dots(rows.u, cols.u, rows.ids, cols.ids, *teacher)
     return _soft_dots(rows.u, cols.u, teacher.rows, teacher.cols, rows.ids, cols.ids, *teacher[2:])
 
 
-def soft_dots_sum(rows: Side, cols: Side, teacher: Teacher) -> Tensor:
+def soft_dots_sum(rows: Side, cols: Side, teacher: Teacher | CalledTeacher) -> Tensor:
     """All of these sums added up (0-d), with the gradient from the same call."""
     needs = may_be_differentiated(rows.u), may_be_differentiated(cols.u)
     if not any(needs):
         of_rows, of_cols = soft_dots(rows, cols, teacher)
         return of_rows.sum() + of_cols.sum()
+    if isinstance(teacher, CalledTeacher):
+        return _called_soft_dots_sum(rows.u, cols.u, rows.ids, cols.ids, *teacher, *needs)[0]
     return _soft_dots_sum(rows.u, cols.u, teacher.rows, teacher.cols, rows.ids, cols.ids, *teacher[2:], *needs)
+
+
+def called_neg_lse(
+    row_ids: Tensor,
+    col_ids: Tensor,
+    similarities: Callable[[Tensor, Tensor], Tensor],
+    inv_tau: float | Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a teacher that is called nu of the rows (M,), nu of the columns (K,), and each row's logit with the column of
+    its id (M,): one column at most has it. It has no gradient."""
+    return _called_neg_lse(row_ids, col_ids, similarities, inv_tau, dtype)
 
 
 # --- tiles -----------------------------------------------------------------------------------------------------------
@@ -51,10 +79,13 @@ def soft_dots_sum(rows: Side, cols: Side, teacher: Teacher) -> Tensor:
 class SoftTargets:
     """The teacher's tiles, and the student's beside them."""
 
-    def __init__(self, rows: Side, cols: Side, teacher: Teacher):
-        self._u, self._v, self._teacher = rows.u, cols.u, teacher
-        sides = [Blocks(Side(teacher.rows, rows.ids)), Blocks(Side(teacher.cols, cols.ids))]
-        self._tiles = Tiles(sides, teacher.inv_tau)
+    def __init__(self, rows: Side, cols: Side, teacher: Teacher | CalledTeacher):
+        self._u, self._v, self._teacher = rows.u.contiguous(), cols.u.contiguous(), teacher
+        if isinstance(teacher, CalledTeacher):
+            self._tiles: Tiles = CalledTiles(rows.ids, cols.ids, teacher.similarities, teacher.inv_tau, self._u.dtype)
+        else:
+            sides = [Blocks(Side(teacher.rows, rows.ids)), Blocks(Side(teacher.cols, cols.ids))]
+            self._tiles = Tiles(sides, teacher.inv_tau)
 
     def sums(self) -> tuple[Tensor, Tensor]:
         """The rows' sums and the columns'."""
@@ -104,7 +135,12 @@ def soft_targets(call: str, *given: Any) -> tuple[SoftTargets, tuple[Any, ...]]:
     """The tiles of a call's tensors, which are checked, and the checked tensors before them."""
     *weights, u, v, t_u, t_v, u_ids, v_ids, inv_tau, rows_lse, cols_lse = checked(call, *given)
     teacher = Teacher(t_u, t_v, inv_tau, rows_lse, cols_lse)
-    return SoftTargets(Side(u.contiguous(), u_ids), Side(v.contiguous(), v_ids), teacher), tuple(weights)
+    return SoftTargets(Side(u, u_ids), Side(v, v_ids), teacher), tuple(weights)
+
+
+def called_targets(u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, *of_teacher: Any) -> SoftTargets:
+    """The tiles of a teacher that is called."""
+    return SoftTargets(Side(u, u_ids), Side(v, v_ids), CalledTeacher(*of_teacher))
 
 
 # --- the sums of rows and columns ------------------------------------------------------------------------------------
@@ -161,7 +197,13 @@ def _sum_forward(u: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tens
     *of_teacher, needs_u, needs_v = rest
     with autocast_off(u):
         tiles, _ = soft_targets("soft_dots_sum", u, v, *of_teacher)
-        d_u, d_v = tiles.gradients(None, needs_u, needs_v)
+        return _sum_with_gradients(tiles, u, v, needs_u, needs_v)
+
+
+def _sum_with_gradients(
+    tiles: SoftTargets, u: Tensor, v: Tensor, needs_u: bool, needs_v: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    d_u, d_v = tiles.gradients(None, needs_u, needs_v)
     side, gradient = (u, d_u) if d_u is not None else (v, d_v)
     assert gradient is not None, "one side needs a gradient"
     total = in_double(row_dots(side, gradient)).sum().to(accumulation_dtype(u.dtype))
@@ -195,7 +237,7 @@ def _sum_autograd(ctx: Any, d_sum: Tensor | None, *_: Any) -> tuple[Tensor | Non
     else:
         d_u, d_v, u, v = ctx.saved_tensors
         d_u, d_v = scaled(d_sum, d_u, u), scaled(d_sum, d_v, v)
-    return d_u if needs_u else None, d_v if needs_v else None, *[None] * 9
+    return d_u if needs_u else None, d_v if needs_v else None, *[None] * (len(ctx.needs_input_grad) - 2)
 
 
 def _scale(*given: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,3 +262,61 @@ _soft_dots_sum = register(
     _sum_autograd,
     value_alone=True,
 )
+
+# --- of a teacher that is called -------------------------------------------------------------------------------------
+
+
+def _called_log_sums(
+    row_ids: Tensor,
+    col_ids: Tensor,
+    similarities: Callable[[Tensor, Tensor], Tensor],
+    inv_tau: float | Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tiles = CalledTiles(row_ids, col_ids, similarities, inv_tau, dtype)
+    pos, *peaks = (
+        torch.full((len(ids),), value, dtype=dtype, device=ids.device)
+        for ids, value in ((row_ids, 0.0), (row_ids, -math.inf), (col_ids, -math.inf))
+    )
+    sums = [torch.zeros_like(peak) for peak in peaks]
+    with autocast_off(pos):
+        for tile, mixed in tiles.logits():
+            scratch = tiles.tile_of(tiles.scratch, tile.rows, tile.cols)
+            if mixed:
+                agree = tiles.agree(tile)
+                pos[tile.rows] += torch.where(agree, tile.values, 0).sum(dim=1)
+                tile.values.masked_fill_(agree, -math.inf)
+            fold(peaks[0][tile.rows], sums[0][tile.rows], tile.values, scratch, dim=1)
+            fold(peaks[1][tile.cols], sums[1][tile.cols], tile.values, scratch, dim=0)
+    nu_rows, nu_cols = (total.log_().add_(peak) for total, peak in zip(sums, peaks, strict=True))
+    return nu_rows, nu_cols, pos
+
+
+def _called_forward(u: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    with autocast_off(u):
+        return called_targets(u, v, *rest).sums()
+
+
+def _called_autograd(ctx: Any, d_rows: Tensor, d_cols: Tensor) -> tuple[Tensor | None, ...]:
+    needs_u, needs_v = ctx.needs_input_grad[:2]
+    d_u, d_v = _called_soft_dots_backward(d_rows, d_cols, *saved(ctx), needs_u, needs_v)
+    return d_u if needs_u else None, d_v if needs_v else None, *[None] * 6
+
+
+def _called_backward(d_rows: Tensor, d_cols: Tensor, u: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *given, needs_u, needs_v = rest
+    with autocast_off(u):
+        d_u, d_v = called_targets(u, v, *given).gradients((d_rows, d_cols), needs_u, needs_v)
+    return _or_zeros(d_u, u), _or_zeros(d_v, v)
+
+
+def _called_sum_forward(u: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *given, needs_u, needs_v = rest
+    with autocast_off(u):
+        return _sum_with_gradients(called_targets(u, v, *given), u, v, needs_u, needs_v)
+
+
+_called_neg_lse = uncompiled(function_of("called_neg_lse", _called_log_sums))
+_called_soft_dots_backward = function_of("called_soft_dots_backward", _called_backward)
+_called_soft_dots = uncompiled(function_of("called_soft_dots", _called_forward, _setup, _called_autograd))
+_called_soft_dots_sum = uncompiled(function_of("called_soft_dots_sum", _called_sum_forward, _sum_setup, _sum_autograd))
