@@ -116,7 +116,8 @@ def test_change_in_place_before_the_backward_is_an_error(case, backend, reductio
     drawn = draw(case, 8, 4, 0.3, 0)
     for wants_tau in (True, False):
         tau = drawn.tau.clone().requires_grad_(wants_tau)
-        for changed in ("temperature", *drawn.options):
+        # A teacher that is a function holds its similarities itself, where nobody can watch them.
+        for changed in ("temperature", *(name for name in drawn.options if name != "sims")):
             options = {name: option.clone() for name, option in drawn.options.items()}
             given = tau * 1
             tensors = [z.clone().requires_grad_() for z in drawn.tensors]
