@@ -30,6 +30,51 @@ def test_copies_of_the_positive_stay_with_a_margin_of_zero(backend, d):
     assert losses.min() > 1.38  # log 4 of a positive and three copies
 
 
+@pytest.mark.parametrize("d", [1, 3, 48, 300])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ties_stay_whatever_the_similarity_to_the_positive(backend, d):
+    """Opposite, orthogonal and equal positives, and rows that are not normalised."""
+    options = {"reduction": "none", "backend": backend}
+    for x, y in torch.randn(8, 2, 1, d).repeat(1, 1, 4, 1):
+        orthogonal = y - (x * y).sum(dim=1, keepdim=True) / (x * x).sum(dim=1, keepdim=True) * x
+        for positive in (-x, x, orthogonal):
+            query = fastntxent.info_nce(x, positive, 1.0, margin=0.0, **options)
+            torch.testing.assert_close(query, torch.full((4,), 4.0).log())
+        for limits in ({"margin": 0.0}, {"relative_margin": 0.0}):
+            losses = fastntxent.nt_xent(x, -x, 1.0, **limits, **options)
+            torch.testing.assert_close(losses, torch.full((8,), 4.0).log())
+        torch.testing.assert_close(
+            fastntxent.nt_xent(x, x, 1.0, ceiling=1.0, **options), torch.full((8,), 7.0).log(), rtol=1e-5, atol=1e-5
+        )
+        of_lengths = {"normalize": False, "margin": 0.0}
+        both = fastntxent.clip(F.normalize(x), 5 * F.normalize(y), 1.0, **of_lengths, **options)
+        torch.testing.assert_close(both, torch.full((4,), 4.0).log())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("temperature", [2e-3, 5e-4])
+@pytest.mark.parametrize("backend", KERNELS)
+def test_weights_near_the_smallest_numbers_give_no_nan(backend, temperature, dtype):
+    """Of rows that pick their positive by hundreds of nats, the weights of the gradient are 1e-200."""
+    x, w = torch.randn(2, 6, 5, dtype=torch.float64)
+    y, ids = x + 0.3 * w, torch.tensor([0, 1, 2, 0, 1, 5])
+    losses = [
+        lambda a, b, **to: fastntxent.nt_xent(a, b, temperature, ceiling=0.0, **to),
+        lambda a, b, **to: fastntxent.nt_xent(a, b, temperature, ids=ids, **to),
+        lambda a, b, **to: fastntxent.clip(a, b, temperature, ids=ids, positives="same_id", form="in", **to),
+        lambda a, b, **to: fastntxent.sup_con(torch.cat((a, b)), ids.repeat(2), temperature, ceiling=0.4, **to),
+    ]
+    for loss in losses:
+        found = []
+        for name in (backend, "reference"):
+            a, b = (z.to(dtype, copy=True).requires_grad_() for z in (x, y))
+            found.append(torch.autograd.grad(loss(a, b, backend=name), (a, b)))
+        for ours, reference in zip(*found, strict=True):
+            assert ours.isfinite().all()
+            # A hundredth of what float32 rounds logits of 1,000 to; of float64 there is nothing to be seen.
+            torch.testing.assert_close(ours, reference, rtol=1e-2 if dtype == torch.float32 else 1e-9, atol=1e-4)
+
+
 @pytest.mark.parametrize(("temperature", "length"), [(1e6, 1.0), (0.5, 1e-4), (500.0, 1.0)])
 @pytest.mark.parametrize("backend", KERNELS)
 def test_limits_are_as_fine_where_logits_are_small(backend, temperature, length):

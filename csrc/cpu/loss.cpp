@@ -481,7 +481,8 @@ template <class T> class Run {
             }
         });
         if (limited_) scale_limits();  // the tiles may be shifted now
-        weight_unit_ = shifted_ ? largest / LARGEST_WEIGHT<T> : largest;
+        // Of doubles, the quotient of weights that are small by themselves may be none.
+        weight_unit_ = shifted_ ? larger(largest / LARGEST_WEIGHT<T>, std::numeric_limits<double>::min()) : largest;
         for_sides([&](OwnedSide<T>& side) {
             sum_over_rows(side, [&](int64_t row) {
                 const double nu = side.neg_lse[row] == -INF ? INF : side.neg_lse[row];

@@ -6,7 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..algebra import row_losses
+from .. import ops
+from ..algebra import in_double, row_dots, row_losses
 from ..losses import info_nce
 from ..opening import open_batch
 from ..sides import Side, Teacher
@@ -164,12 +165,22 @@ def ressl_loss_func(
     if isinstance(teachers_inv_tau, Tensor):
         teachers_inv_tau = teachers_inv_tau.detach()
     u, v, t = batch.unit_rows(q), batch.unit_rows(queue), batch.unit_rows(k.detach())
-    of_rows, of_cols = (torch.full_like(x[:, 0], index, dtype=torch.int64) for index, x in enumerate((u, v)))  # apart
-    rows, cols, others = Side(u, of_rows), Side(v, of_cols), batch.beside(queue)
-    lse = batch.neg_lse_to(rows, cols, inv_tau, beside=others)
-    teachers_lse = batch.neg_lse_to(Side(t, of_rows), Side(v.detach(), of_cols), teachers_inv_tau, beside=others)
+    # A query's positive is the row of the queue nearest to its key (any row would do). With pi its logit and nu the
+    # log-sum-exp of the others, -sum_j p_j log p^q_j = softplus(nu - pi) + sum_{j != positive} p_j (pi - l_j).
+    held = v.detach()
+    nearest = ops.nearest(t, held, 1)[1].squeeze(1)
+    rows, cols, others = Side(u, nearest), Side(v, torch.arange(len(v), device=v.device)), batch.beside(queue)
+    nu = batch.neg_lse_to(rows, cols, inv_tau, beside=others)
+    sims = row_dots(u, v[nearest])
+    teachers_pos = teachers_inv_tau * row_dots(t, held[nearest])
+    # By the logits that the probabilities are formed of, to the bit.
+    teachers_nu = batch.in_tiles().neg_lse_to(
+        rows._replace(u=t), cols._replace(u=held), teachers_inv_tau, beside=others.in_tiles()
+    )
     # The queue has no softmaxes over the keys: their log-sum-exp is infinite, and each of their probabilities 0.
-    teacher = Teacher(t, v.detach(), teachers_inv_tau, teachers_lse, torch.full_like(v[:, 0], torch.inf).detach())
-    expected = batch.soft_dots_at_once(rows, cols, teacher)
+    teachers_lse = torch.logaddexp(teachers_nu, teachers_pos), torch.full_like(held[:, 0], torch.inf)
+    expected = batch.soft_dots_at_once(rows, cols, Teacher(t, held, teachers_inv_tau, *teachers_lse))
     assert expected is not None, "all rows are here, and reduced"
-    return batch.reduce(lse) - inv_tau * (expected / batch.n_samples)
+    missed = torch.sigmoid(teachers_nu - teachers_pos)
+    soft = in_double(missed * sims).sum() - expected
+    return batch.reduce(row_losses(nu, inv_tau * sims)) + (inv_tau * soft / batch.n_samples).to(u.dtype)

@@ -142,7 +142,7 @@ def clip_directions(
     if limits is None:
         nu_rows, nu_cols = batch.cross_neg_lse(Side(u, groups), Side(v, groups), scale)
     else:
-        of_pair = limits.of(sims, u.shape[1])
+        of_pair = limits.of(sims, u, v)
         nu_rows, nu_cols = batch.limited_cross_neg_lse(Side(u, groups, of_pair), Side(v, groups, of_pair), scale)
     rows, cols = row_losses(nu_rows, pos), row_losses(nu_cols, pos)
     if label_smoothing:

@@ -22,7 +22,8 @@ class Limits(NamedTuple):
     ceiling           the same for every row; with a margin, the smaller of the two
 
     Products of the same rows may round differently, by the shape of the tile they are formed in. So that what is as
-    similar as the positive is not taken for more similar, a limit that follows from it is raised by eps sqrt(D) s_pos.
+    similar as the limit is not taken for more similar, a limit is raised by eps (2 + sqrt(D)) |u_i| |u_pos|; a ceiling
+    alone, of rows without one positive, by that of |u_i|^2.
     """
 
     margin: float | None
@@ -46,26 +47,32 @@ class Limits(NamedTuple):
             relative_margin = check_parameter("relative_margin", relative_margin)
         return cls(margin, relative_margin, None if ceiling is None else _finite("ceiling", ceiling))
 
-    def by_positive(self, rows: Tensor) -> tuple[float, float] | None:
-        """(a, b) where a row's limit is a s_pos + b, of embeddings like `rows`; None where it is the smaller of two."""
+    def by_positive(self, rows: Tensor, normalize: bool) -> tuple[float, float] | None:
+        """(a, b) where a row's limit is a s_pos + b, of embeddings like `rows`; None where there is no such pair: the
+        limit is the smaller of two, or goes by the rows' lengths."""
         of_margin = self.margin is not None or self.relative_margin is not None
-        if self.ceiling is not None:
-            return None if of_margin else (0.0, self.ceiling)
+        if not normalize or (of_margin and self.ceiling is not None):
+            return None
         rounding = _rounding(rows.dtype, rows.shape[-1])
+        if self.ceiling is not None:
+            return 0.0, self.ceiling + rounding
         if self.margin is not None:
-            return 1.0 + rounding, -self.margin
-        return 1.0 - (self.relative_margin or 0.0) + rounding, 0.0
+            return 1.0, rounding - self.margin
+        return 1.0 - (self.relative_margin or 0.0), rounding
 
-    def of(self, similarities: Tensor, features: int) -> Tensor:
-        """Each row's limit, a constant, from the similarity to its positive, of rows of so many features."""
+    def of(self, similarities: Tensor, u: Tensor, positives: Tensor) -> Tensor:
+        """Each row's limit (M,), a constant, from its similarity to its positive (M,) and both rows, (M, D) each.
+        With a ceiling alone, similarities may be anything."""
         with torch.no_grad():
-            rounding = _rounding(similarities.dtype, features)
+            lengths = torch.linalg.vector_norm(u, dim=-1) * torch.linalg.vector_norm(positives, dim=-1)
             limits = torch.full_like(similarities, torch.inf)
             if self.margin is not None:
-                limits = similarities * (1 + rounding) - self.margin
+                limits = similarities - self.margin
             if self.relative_margin is not None:
-                limits = similarities * (1 - self.relative_margin + rounding)
-            return limits if self.ceiling is None else limits.clamp_max(self.ceiling)
+                limits = similarities * (1 - self.relative_margin)
+            if self.ceiling is not None:
+                limits = limits.clamp_max(self.ceiling)
+            return limits + _rounding(u.dtype, u.shape[-1]) * lengths
 
 
 def _finite(name: str, value: float) -> float:
@@ -77,4 +84,4 @@ def _finite(name: str, value: float) -> float:
 
 def _rounding(dtype: torch.dtype, features: int) -> float:
     eps: float = torch.finfo(accumulation_dtype(dtype)).eps
-    return eps * features**0.5
+    return eps * (2 + features**0.5)

@@ -144,7 +144,7 @@ def info_nce(
         assert ids is not None
         return batch.reduce(several_positives(batch, Side(u, ids), Side(v, ids), inv_tau, form))
     sims = row_dots(u, v)
-    pos, of_rows = inv_tau * sims, None if limits is None else limits.of(sims, u.shape[1])
+    pos, of_rows = inv_tau * sims, None if limits is None else limits.of(sims, u, v)
     terms = []
     if in_batch_negatives:
         hardness = 0.0 if hardness_mode == "hard_negatives" else hardness_strength

@@ -91,9 +91,11 @@ def multiview_losses(
     itself = torch.eye(V, dtype=torch.bool, device=z.device).unsqueeze(2)
     with autocast_off(z):
         sims = torch.einsum("and,bnd->abn", u, u)  # of view a's row n with view b's
-    of_rows = (
-        None if limits is None else limits.of(sims.masked_fill(itself, torch.inf).amin(dim=1).flatten(), z.shape[-1])
-    )
+    of_rows = None
+    if limits is not None:
+        to_positive, which = sims.masked_fill(itself, torch.inf).min(dim=1)  # the least similar one, and its view
+        of_positive = u.gather(0, which.unsqueeze(2).expand_as(u))
+        of_rows = limits.of(to_positive.flatten(), rows, of_positive.flatten(0, 1))
     nu = batch.neg_lse(rows, groups, inv_tau, of_rows)
     by_view = inv_tau.view(V, 1, N) if is_per_row(inv_tau) else inv_tau
     pos = by_view * sims

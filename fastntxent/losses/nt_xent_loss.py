@@ -107,7 +107,7 @@ def nt_xent(
     if ids is None and not label_smoothing and not is_per_row(inv_tau):
         if limits is None:
             return batch.nt_xent(z_i, z_j, inv_tau)
-        by_positive = limits.by_positive(z_i)
+        by_positive = limits.by_positive(z_i, normalize)
         loss = None if by_positive is None else batch.limited_nt_xent_at_once(z_i, z_j, inv_tau, *by_positive)
         if loss is not None:
             return loss

@@ -130,7 +130,7 @@ def sup_con(
     dots = batch.positive_dots(u, labels) if form == "out" else None
     if dots is not None and limits is None:
         return _out(batch, u, dots, counts, inv_tau)
-    of_rows = None if limits is None else limits.of(torch.zeros_like(counts, dtype=u.dtype), u.shape[1])
+    of_rows = None if limits is None else limits.of(torch.zeros_like(counts, dtype=u.dtype), u, u)
     nu = batch.neg_lse(u, labels, inv_tau, of_rows)
     if dots is not None:
         lse = batch.positive_lse(u, labels, inv_tau).masked_fill(counts == 0, 0)

@@ -57,6 +57,24 @@ def test_ressl_is_the_cross_entropy_of_two_softmaxes_over_the_queue(sizes, tempe
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("temperatures", [(0.1, 0.04), (0.05, 0.04), (0.2, 0.05)])
+def test_ressl_is_accurate_where_the_student_agrees_with_the_teacher(temperatures):
+    """A loss of 1e-4 is not the difference of two numbers near 20."""
+    for _ in range(5):
+        query, queue = (F.normalize(torch.randn(n, 64), dim=1) for n in (32, 64))
+        key = F.normalize(query + 0.075 * torch.randn(32, 64), dim=1)
+        queue[:32] = F.normalize(query + 0.05 * torch.randn(32, 64), dim=1)
+
+        def definition(q, k=key, v=queue):
+            targets = (k.double() @ v.double().T / temperatures[1]).softmax(dim=1)
+            return -(targets * (q @ v.double().T / temperatures[0]).log_softmax(dim=1)).sum(dim=1).mean()
+
+        value, gradient = gradients(lambda q, k=key, v=queue: solo_learn.ressl_loss_func(q, k, v, *temperatures), query)
+        true_value, true_gradient = gradients(definition, query.double())
+        torch.testing.assert_close(value.double(), true_value, rtol=1e-5, atol=0)
+        assert (gradient - true_gradient).norm() < 5e-5 * true_gradient.norm()
+
+
 def test_ressl_has_no_gradient_in_the_keys_and_one_in_the_temperature_of_queries():
     query, key, queue = (F.normalize(torch.randn(n, 6, dtype=torch.float64), dim=1) for n in (5, 5, 9))
     key.requires_grad_()
