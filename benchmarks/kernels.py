@@ -40,7 +40,7 @@ MULTIPLES = (  # of 16, beside addresses, as Triton finds at a launch: lengths o
     "stride_col_plane",
     "stride_plane",
 )
-FLOATS = ("log_terms", "eps", "factor", "pos_factor", "share", "loss_factor")
+FLOATS = ("log_terms", "eps", "factor", "pos_factor", "share", "loss_factor", "limit_scale", "limit_shift")
 AROUND = (
     "pack",
     "finish",
@@ -48,7 +48,18 @@ AROUND = (
     "scale",
     "bounds",
     "unpack",
+    "end",
 )  # kernels around the products: one tile, no matrix unit
+# Kernels in another form, by whose tiles they take: those of sigmoid losses, and those of rows with limits.
+TILED_AS = {
+    "pair_sums": "sums",
+    "pairs": "pairs",
+    "form_pairs": "form_pairs",
+    "gather_pairs": "gather",
+    "owned_limited": "sums",
+    "fused_limited": "pairs",
+    "form_limited": "form_pairs",
+}
 
 
 class Limit(NamedTuple):
@@ -218,11 +229,12 @@ def compile_all(target: str, dtype: str, d: int) -> list[CompiledKernel]:
             reports += [compile_one(target, kernel, dtype, d, variant) for kernel in AROUND]
         if dtype == "tf32" and variant == "usual":  # the same tiles as float32: once is enough
             continue
-        for kernel in config.KERNELS:
-            limits = [rows for rows, *_ in config.entries(family, kernel, _width(dtype))]
-            tiles = {config.look_up(family, kernel, _width(dtype), rows, DP) for rows in [*limits, math.inf]}
+        for kernel in (*config.KERNELS, *TILED_AS):
+            tiled_as = TILED_AS.get(kernel, kernel)
+            limits = [rows for rows, *_ in config.entries(family, tiled_as, _width(dtype))]
+            tiles = {config.look_up(family, tiled_as, _width(dtype), rows, DP) for rows in [*limits, math.inf]}
             fused = config.look_up(family, "fused", _width(dtype), math.inf, DP) is not None
-            if kernel in ("form", "gather") and fused:
+            if tiled_as in ("form", "form_pairs", "gather") and fused:
                 continue
             shifts = (False, True) if kernel in ("fused", "form") else (None,)
             reports += [
@@ -249,8 +261,9 @@ def flops_of_turn(kernel: str, tile: tuple[int, ...] | None, d: int, dtype: str)
 
     assert tile is not None
     block_m, block_n, block_d, *_ = tile
-    products = (2 if kernel == "fused" else 1) * (3 if dtype == "fp32" else 1)
-    return 2 * products * block_m * block_n * (pack.padded_features(d) if kernel == "fused" else block_d)
+    fused = TILED_AS.get(kernel, kernel) in ("fused", "pairs")
+    products = (2 if fused else 1) * (3 if dtype == "fp32" else 1)
+    return 2 * products * block_m * block_n * (pack.padded_features(d) if fused else block_d)
 
 
 def rate(chip: Chip, dtype: str, tile: tuple[int, ...] | None) -> float:
@@ -288,6 +301,7 @@ def compile_one(
         pack,
         panels,
         sides,
+        softplus,
         tiles,
         unpack,
         weights,
@@ -312,14 +326,28 @@ def compile_one(
         "pack": pack._pack_kernel,
         "bounds": sides._bounds_kernel,
         "unpack": unpack._unpack_kernel,
+        "pair_sums": softplus._pairs_kernel,
+        "pairs": softplus._pairs_kernel,
+        "form_pairs": softplus._form_pairs_kernel,
+        "gather_pairs": panels._gather_kernel,
+        "owned_limited": forward._owned_kernel,
+        "fused_limited": backward._fused_kernel,
+        "form_limited": panels._form_kernel,
+        "end": softplus._end_kernel,
     }[kernel]
+    fused, limited = TILED_AS.get(kernel, kernel) in ("fused", "pairs"), kernel.endswith("_limited")
+    shifted = True if limited else shifted
     constants = {
         "ONE_SIDE": usual, "BOUNDED": not usual, "ON_DEVICE": not usual, "ALWAYS": usual, "LOSS": usual,
+        "WEIGHED": usual,
         "NORMALIZE": usual, "PAIRED": usual, "SCALED": usual or dtype != "bf16", "GIVEN_IDS": not usual,
         "SPLIT": split, "TF32": tf32, "UPCAST": False, "SHIFTED": shifted, "SPAN": pack.SPAN,
         "G_SCALE": ranges.G_SCALE[OPERANDS[dtype]], "PADDED_ROWS": pack.PADDED_ROWS,
         "BLOCK": block_m, "BLOCK_M": block_m, "BLOCK_N": block_n,
-        "BLOCK_D": DP if kernel == "fused" else block_d, "WHOLE_D": block_d == DP,
+        "BLOCK_D": DP if fused else block_d, "WHOLE_D": fused or block_d == DP,
+        "GRADIENT": kernel != "pair_sums", "WEIGHTED": not usual, "POSITIVES": True, "BIAS_ON_DEVICE": not usual,
+        "BY_ROW": not usual, "SUMS": softplus.SUMS.value if kernel == "gather_pairs" else 1,
+        "IN_UNITS": kernel == "gather_pairs" and dtype == "fp32", "LIMITED": limited,
         **({"stride_first_m": 1, "stride_second_m": 1} if variant == "transposed" else
            {"stride_first_d": 1, "stride_second_d": 1}),
         "ROWS_HELD": config.rows_held(target),
@@ -332,7 +360,7 @@ def compile_one(
         "out_ids_ptr": "*i64",
         **dict.fromkeys(("first_ptr", "second_ptr", "g_ptr"), "*bf16" if dtype == "bf16" else "*fp32"),
         **dict.fromkeys(FLOATS, "fp32"),
-        "inv_tau": "fp32" if usual else "*fp32",
+        **dict.fromkeys(("inv_tau", "bias"), "fp32" if usual else "*fp32"),
         **dict.fromkeys(constants, "constexpr"),
     }
     signature = {name: types.get(name, "*fp32" if name.endswith("_ptr") else "i32") for name in function.arg_names}

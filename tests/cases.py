@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastntxent import backends, cross_neg_lse, error_budget, neg_lse, nt_xent, ops
 from fastntxent.algebra import accumulation_dtype, norm_eps
+from fastntxent.sides import Side
 from tests import dense
 
 blocked = importlib.import_module("fastntxent.backends.blocked")
@@ -210,6 +211,103 @@ def assert_towers_within_budget(
     size = float(weights.mean() if mean else weights.sum()) * largest
     scales = [0.0] * (len(value) - 1) + [size]
     assert_arrays_within_budget(value, same, truth, batch.z_i.dtype, largest / batch.temperature, scales)
+
+
+def sigmoid_result(
+    batch: Batch, bias: float, two_views: bool, needs: Sequence[bool], loss: Callable[..., Tensor], dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """The mean of a sigmoid loss, and its gradients in the rows that need one, the inverse temperature and the bias."""
+    z = [z.to(dtype, copy=True).requires_grad_(need) for z, need in zip((batch.z_i, batch.z_j), needs, strict=True)]
+    accumulated = accumulation_dtype(dtype)
+    numbers = [
+        torch.tensor(x, dtype=accumulated).to(batch.z_i.device).requires_grad_() for x in (1 / batch.temperature, bias)
+    ]
+    value = loss(*z, *numbers, batch.normalize, two_views, True)
+    return value.detach(), *torch.autograd.grad(value, [x for x in (*z, *numbers) if x.requires_grad])
+
+
+def assert_sigmoid_within_budget(
+    batch: Batch, backend: str, *, two_views: bool, bias: float, needs: Sequence[bool] = (True, True)
+) -> None:
+    """Loss and gradients of the scalar path of NT-Logistic or of SigLIP against the dense formula."""
+    eps, options = norm_eps(batch.z_i.dtype), (bias, two_views, needs)
+
+    def formula(z_i: Tensor, z_j: Tensor, k: Tensor, b: Tensor, normalize: bool, two_views: bool, _: bool) -> Tensor:
+        rows = [F.normalize(z.to(k.dtype), dim=1, eps=eps) if normalize else z.to(k.dtype) for z in (z_i, z_j)]
+        losses = dense.nt_logistic(torch.stack(rows), 1 / k, b) if two_views else dense.siglip(*rows, 1 / k, b)
+        return losses.mean()
+
+    def scalar(*arguments: Any) -> Tensor:
+        return ops.sigmoid_scalar(*arguments, backend)
+
+    value = sigmoid_result(batch, *options, scalar, batch.z_i.dtype)
+    same = sigmoid_result(batch, *options, formula, batch.z_i.dtype)
+    truth = sigmoid_result(batch, *options, formula, torch.float64)
+    with torch.no_grad():
+        k, b = (torch.tensor(x) for x in (1 / batch.temperature, bias))
+        alone = ops.sigmoid_scalar(
+            batch.z_i, batch.z_j, k, b.to(batch.z_i.device), batch.normalize, two_views, True, backend
+        )
+    longest = [1.0 if batch.normalize else float(z.double().norm(dim=1).max()) for z in (batch.z_i, batch.z_j)]
+    largest = max(longest) ** 2 if two_views else longest[0] * longest[1]
+    # The numbers' gradients are sums of both signs: errors are relative to what the bias's would be with one, which is
+    # at most the loss and the number of positives.
+    size = float(truth[0]) + 1
+    scales = [0.0] * (len(value) - 2) + [size * largest, size]
+    logit_size = largest / batch.temperature + abs(bias)
+    assert_arrays_within_budget(value, same, truth, batch.z_i.dtype, logit_size, scales)
+    assert_arrays_within_budget([alone], same[:1], truth[:1], batch.z_i.dtype, logit_size)
+
+
+def softplus_result(
+    batch: Sequence[Tensor], numbers: Sequence[float], weights: Tensor, sums: Callable[..., Tensor], dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """Sums of softplus of (u, v, u_ids, v_ids), v None for one side, and the gradients of their weighted sum in the
+    rows, the columns, the inverse temperature and the bias."""
+    u, v = (None if x is None else x.to(dtype, copy=True).requires_grad_() for x in batch[:2])
+    accumulated = accumulation_dtype(dtype)
+    k, b = (torch.tensor(x, dtype=accumulated).to(batch[0].device).requires_grad_() for x in numbers)
+    found = sums(Side(u, batch[2]), None if v is None else Side(v, batch[3]), k, b)
+    leaves = [x for x in (u, v, k, b) if x is not None]
+    return found.detach(), *torch.autograd.grad((found * weights.to(found)).sum(), leaves)
+
+
+def assert_softplus_within_budget(
+    backend: str,
+    M: int,
+    K: int | None,
+    groups: str,
+    *,
+    k: float = 5.0,
+    bias: float = -2.0,
+    dtype: torch.dtype = torch.float32,
+    d: int = 16,
+    positives: bool = False,
+    device: str = "cpu",
+) -> None:
+    """Random unit rows and columns, or one side where K is None, against the dense formula."""
+    generator = torch.Generator().manual_seed(2)
+    rows = [F.normalize(torch.randn(n, d, generator=generator), dim=1).to(device, dtype) for n in (M, K or 0)]
+    ids = [x.to(device) for x in group_ids(groups, M, K or 0)]
+    batch = rows[0], None if K is None else rows[1], *ids
+    weights = torch.randn(M, generator=generator, dtype=torch.float64).to(device)
+
+    def formula(rows: Side, cols: Side | None, k: Tensor, b: Tensor) -> Tensor:
+        u, v = (side.u.to(k.dtype) for side in (rows, cols or rows))
+        return dense.softplus_sums(u, v, rows.ids, (cols or rows).ids, k, b, positives)
+
+    def of_backend(*given: Any) -> Tensor:
+        return ops.softplus_sums(*given, positives=positives, backend=backend)
+
+    value, same, truth = (
+        softplus_result(batch, (k, bias), weights, *each)
+        for each in ((of_backend, dtype), (formula, dtype), (formula, torch.float64))
+    )
+    # Weights of both signs cancel: gradients are judged by the size of their terms, |s| being about D^-1/2. A slope is
+    # less than its value, and with positives at most 1.
+    size = float((truth[0].abs() * weights.abs()).sum()) + positives * float(weights.abs().sum())
+    of_sides = [k * size / (d**0.5 * n) for n in (M, K) if n is not None]
+    assert_arrays_within_budget(value, same, truth, dtype, k + abs(bias), [0.0, *of_sides, size / d**0.5, size])
 
 
 def group_ids(name: str, M: int, K: int = 0) -> tuple[Tensor, Tensor]:

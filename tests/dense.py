@@ -204,6 +204,16 @@ def siglip(image: Tensor, text: Tensor, tau: Tensor, bias: float | Tensor, ids: 
     return F.binary_cross_entropy_with_logits(logits, together, reduction="none").sum(dim=1)
 
 
+def softplus_sums(
+    u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, k: Tensor, bias: Tensor, positives: bool
+) -> Tensor:
+    """Of each row the sum over columns of other groups of log(1 + exp(x)), and with positives of log(1 + exp(-x)) over
+    those of its own."""
+    x, agree = k * (u @ v.T) + bias, u_ids[:, None] == v_ids
+    values = -F.logsigmoid(torch.where(agree, x, -x))
+    return (values if positives else values.masked_fill(agree, 0)).sum(dim=1)
+
+
 def nt_logistic(u: Tensor, tau: Tensor, bias: float | Tensor, ids: Tensor | None = None) -> Tensor:
     """Of two views (2, N, D): for each row a binary cross-entropy with its positive, and with each negative."""
     N = u.shape[1]

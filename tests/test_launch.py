@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastntxent
 from fastntxent import ops
 from fastntxent.backends import warming
+from fastntxent.sides import Side
 from fastntxent.verification import policy
 
 pytest.importorskip("triton")
@@ -42,7 +43,7 @@ def calls(n=12, d=5, dtype=torch.float32, seed=0):
     z_i, z_j, v = (torch.randn(rows, d, generator=generator).to(DEVICE, dtype) for rows in (n, n, n + 5))
     tensors = [x.requires_grad_() for x in (z_i, z_j, v)]
     ids, v_ids = torch.arange(n, device=DEVICE) // 3, torch.arange(n + 5, device=DEVICE) // 4
-    weights = torch.linspace(-1, 2, n, device=DEVICE)
+    weights, bias = torch.linspace(-1, 2, n, device=DEVICE), torch.tensor(-2.0, device=DEVICE)
     return {
         "nt_xent_scalar": (lambda k: ops.nt_xent_scalar(z_i, z_j, k, True, True, "triton"), tensors[:2], 1),
         "nt_xent_scalar twice the same": (lambda k: ops.nt_xent_scalar(z_i, z_i, k, True, True, "triton"), [z_i], 1),
@@ -56,6 +57,22 @@ def calls(n=12, d=5, dtype=torch.float32, seed=0):
         ),
         "cross_neg_lse one side": (
             lambda k: (ops.cross_neg_lse(z_i, v.detach(), ids, v_ids, k, "triton")[0] * weights).sum(), [z_i], 2
+        ),
+        "sigmoid_scalar": (
+            lambda k: ops.sigmoid_scalar(z_i, z_j, k, bias, True, False, True, "triton"), tensors[:2], 1
+        ),
+        "sigmoid_scalar two views": (
+            lambda k: ops.sigmoid_scalar(z_i, z_j, k, bias, True, True, True, "triton"), tensors[:2], 1
+        ),
+        "softplus": (
+            lambda k: (
+                ops.softplus_sums(Side(z_i, ids), Side(v, v_ids), k, bias, positives=True, backend="triton") * weights
+            ).sum(), [z_i, v], 2
+        ),
+        "softplus one side": (
+            lambda k: (
+                ops.softplus_sums(Side(z_i, ids), None, k, bias, positives=False, backend="triton") * weights
+            ).sum(), [z_i], 2
         ),
     }  # fmt: skip
 
@@ -96,7 +113,7 @@ def test_no_operation_of_pytorch_comes_between_launches(name, monkeypatch):
     monkeypatch.setattr(launch.Work, "launch", lambda *_, **__: None)  # the interpreter calls PyTorch itself
     backend = importlib.import_module("fastntxent.backends.triton.backend")
     for each in ("nt_xent_scalar", "nt_xent_rows_backward", "neg_lse", "neg_lse_backward", "cross_neg_lse",
-                 "cross_neg_lse_backward"):  # fmt: skip
+                 "cross_neg_lse_backward", "sigmoid_scalar", "_softplus"):  # fmt: skip
         whole = getattr(backend.TritonBackend, each)
 
         def watched(self, *args, whole=whole):

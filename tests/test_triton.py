@@ -16,14 +16,19 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastntxent import backends, cross_neg_lse, error_budget, neg_lse, nt_xent
+from fastntxent import backends, cross_neg_lse, error_budget, neg_lse, nt_logistic, nt_xent, ops, siglip
 from fastntxent.backends import select
-from tests import tensor_cores, test_losses
+from fastntxent.backends.base import Upstream
+from fastntxent.sides import Side
+from tests import tensor_cores, test_false_negatives, test_losses
 from tests.cases import (
     Batch,
+    assert_arrays_within_budget,
     assert_cross_neg_lse_within_budget,
     assert_gradient_within_rounding,
     assert_neg_lse_within_budget,
+    assert_sigmoid_within_budget,
+    assert_softplus_within_budget,
     assert_towers_within_budget,
     assert_within_budget,
     assert_within_rounding,
@@ -32,6 +37,8 @@ from tests.cases import (
     drift,
     evaluate,
     random_batch,
+    sigmoid_result,
+    softplus_result,
     start_of_training,
 )
 from tests.tiers import every_pair, tiered
@@ -52,6 +59,17 @@ if STATUS.available:
     panels = importlib.import_module("fastntxent.backends.triton.panels")
     tiles = importlib.import_module("fastntxent.backends.triton.tiles")
     LOOK_UP = config.look_up
+
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def store_similarities(
+        x_ptr, lo_ptr, out_ptr, DP: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr, SAME: tl.constexpr
+    ):
+        s = tiles.similarities(x_ptr, lo_ptr, x_ptr, lo_ptr, 0, 0, DP, SPLIT, False, UPCAST, 128, 128, 64, SAME)
+        at = tl.arange(0, 128)
+        tl.store(out_ptr + at[:, None] * 128 + at[None, :], s)
 
     PADDED_ROWS = pack.PADDED_ROWS
 
@@ -173,8 +191,7 @@ def sums_in_tensor_cores(monkeypatch):
     def add_product(acc, a, a_lo, b, b_lo, *modes):
         return tl.dot(a, b, tl.dot(a, b_lo, tl.dot(a_lo, b, acc)))
 
-    for module in (tiles, backward):
-        monkeypatch.setattr(module, "add_product", add_product)
+    monkeypatch.setattr(tiles, "add_product", add_product)
 
 
 @pytest.mark.slow
@@ -240,6 +257,204 @@ def test_towers_within_budget(n, d, dtype, temperature, both):
         assert_towers_within_budget(batch, "triton", both=both, needs=needs)
 
 
+@every_pair(
+    size=[(1, 1), (1, None), (2, None), (33, 100), (70, 1), (70, None)],
+    groups=["samples", "unique", "one", "few", "negative"],
+    bias=[-10.0, 3.0],
+    dtype=DTYPES,
+    d=[16, 40],
+)
+def test_softplus_of_any_groups_within_budget(size, groups, bias, dtype, d):
+    for positives in (False, True) if size[1] else (False,):
+        options = {"bias": bias, "dtype": dtype, "d": d, "positives": positives, "device": DEVICE}
+        assert_softplus_within_budget("triton", *size, groups, **options)
+
+
+@pytest.mark.parametrize("n", [15, 16, 17, 31, 32, 33, 63, 65, 80])
+def test_softplus_at_tile_edges_within_budget(n):
+    for size in ((n, None), (n, 32), (32, n)):
+        assert_softplus_within_budget("triton", *size, "samples", positives=size[1] is not None, device=DEVICE)
+
+
+@every_pair(
+    size=[(1, 1), (2, 3), (33, 16), (40, 130), (20, 300)],
+    numbers=[(0.1, -10.0), (0.01, -20.0), (10.0, 0.0)],
+    dtype=DTYPES,
+    two_views=[True, False],
+)
+def test_sigmoid_losses_within_budget(size, numbers, dtype, two_views):
+    temperature, bias = numbers
+    n, d = size
+    batch = on_device(random_batch(n, d, temperature, dtype=dtype))
+    if d == 1:  # on the line every unit row is 1 or -1, and the gradient is nothing but rounding
+        batch = batch._replace(normalize=False)
+    for needs in ((True, True),) if two_views else ((True, True), (True, False), (False, True), (False, False)):
+        assert_sigmoid_within_budget(batch, "triton", two_views=two_views, bias=bias, needs=needs)
+
+
+@pytest.mark.parametrize("two_views", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sigmoid_losses_of_rows_as_they_are_within_budget(dtype, two_views):
+    batch = random_batch(40, 24, 0.3, dtype=dtype).map(lambda z: z / 8)._replace(normalize=False)
+    assert_sigmoid_within_budget(on_device(batch), "triton", two_views=two_views, bias=-3.0)
+
+
+def converged_views() -> torch.Tensor:
+    """Samples in directions at right angles, views that nearly agree."""
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.linalg.qr(torch.randn(64, 64, generator=generator))[0][:60]
+    return F.normalize(centres + 0.02 * torch.randn(2, 60, 64, generator=generator), dim=2)
+
+
+@pytest.mark.parametrize("two_views", [True, False])
+def test_sigmoid_losses_keep_their_accuracy_when_converged(each_chip, two_views):
+    loss = nt_logistic if two_views else siglip
+
+    def result(views, backend):
+        z = views.to(DEVICE, copy=True).requires_grad_()
+        value = loss(z[0], z[1], 0.0275, bias=-18.0, normalize=False, backend=backend)
+        return value.detach(), torch.autograd.grad(value, z)[0]
+
+    for rows in (1, math.inf):
+        each_chip(rows)
+        value, gradient = result(converged_views(), "triton")
+        true_value, true_gradient = result(converged_views().double(), "reference")
+        assert 1e-8 < float(true_value) < 1e-5
+        assert_within_rounding(value, true_value, 1 / 0.0275)
+        assert_within_rounding(gradient, true_gradient, 1 / 0.0275)
+
+
+def test_float16_gradients_do_not_underflow_when_converged():
+    # Every slope is below 1e-8: in units of the largest weight, a float16 would have no digit of them.
+    z = converged_views().to(DEVICE, torch.float16)
+
+    def gradient(dtype, backend):
+        views = z.to(dtype, copy=True).requires_grad_()
+        loss = siglip(views[0], views[1], 0.02, bias=-24.0, normalize=False, backend=backend)
+        return torch.autograd.grad(loss * 2.0**24, views)[0]
+
+    true = gradient(torch.float64, "reference")
+    assert error_budget.errors_of(gradient(torch.float16, "triton"), true).rms < 2e-3
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_softplus_upstream_of_any_magnitude(scale, dtype):
+    u, v = (F.normalize(torch.randn(n, 24), dim=1).to(DEVICE, dtype) for n in (33, 40))
+    batch, weights = (u, v, torch.arange(33, device=DEVICE), torch.arange(40, device=DEVICE)), torch.ones(33)
+
+    def gradients(scale):
+        sums = lambda *given: ops.softplus_sums(*given, positives=True, backend="triton")  # noqa: E731
+        return softplus_result(batch, (5.0, -2.0), scale * weights.to(DEVICE), sums, dtype)[3:]
+
+    for found, expected in zip(gradients(scale), gradients(1.0), strict=True):
+        torch.testing.assert_close(found / scale, expected, rtol=1e-5, atol=0)
+
+
+def limited_result(batch, dtype, backend, **limits):
+    z_i, z_j = (z.to(dtype, copy=True).requires_grad_() for z in (batch.z_i, batch.z_j))
+    tau = torch.tensor(batch.temperature, dtype=torch.float64, requires_grad=True)
+    losses = nt_xent(z_i, z_j, tau, normalize=batch.normalize, backend=backend, **limits)
+    weighted = (losses * torch.linspace(-1, 2, len(losses)).to(losses)).sum() if losses.ndim else losses
+    return losses.detach(), *torch.autograd.grad(weighted, (z_i, z_j, tau))
+
+
+def ceiling_between(batch: Batch, share: float) -> float:
+    """A ceiling above that share of the similarities, in a gap between two of them that no rounding bridges."""
+    u = F.normalize(torch.cat((batch.z_i, batch.z_j)).double(), dim=1)
+    ordered = (u @ u.T).flatten().sort().values
+    first = int(len(ordered) * share)
+    gap = first + int(ordered[first : first + 400].diff().argmax())
+    return float(ordered[gap : gap + 2].mean())
+
+
+@every_pair(
+    size=[(2, 3), (33, 16), (40, 130), (70, 260)],
+    temperature=[0.005, 0.1, 10.0],
+    dtype=DTYPES,
+    reduction=["mean", "none"],
+)
+def test_limits_within_budget(size, temperature, dtype, reduction):
+    n, d = size
+    batch = on_device(random_batch(n, d, temperature, dtype=dtype))
+    options = {"ceiling": ceiling_between(batch, 0.6) if n > 2 else 0.9, "reduction": reduction}
+    value = limited_result(batch, dtype, "triton", **options)
+    same, truth = (limited_result(batch, each, "reference", **options) for each in (dtype, torch.float64))
+    scales = [0.0, 0.0, 0.0, 3 * len(same[0].flatten()) / temperature**2]
+    assert_arrays_within_budget(value, same, truth, dtype, 1 / temperature, scales)
+
+
+@pytest.mark.parametrize("loss", [0.7, 1e-3, 1e-6])
+def test_limits_keep_the_accuracy_of_a_converged_gradient(each_chip, loss):
+    batch = on_device(converged_batch(64, 128, 0.02, loss))
+    options = {"ceiling": ceiling_between(batch, 0.9)}
+    for rows in (1, math.inf):
+        each_chip(rows)
+        value = limited_result(batch, torch.float32, "triton", **options)
+        truth = limited_result(batch, torch.float64, "reference", **options)
+        for v, t in zip(value[1:3], truth[1:3], strict=True):
+            assert_within_rounding(v, t, 1 / 0.02)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("d", "rows"), [(8, 1), (40, 1), (128, math.inf), (300, 1), (300, math.inf)])
+def test_limits_leave_out_the_same_in_the_backward(each_chip, d, rows, dtype):
+    # Directions at equal angles, in rows that round differently: which of them are beyond the limit is chance. If the
+    # backward agrees, the probabilities of a row sum to 1.
+    each_chip(rows)
+    generator = torch.Generator().manual_seed(0)
+    directions = F.normalize(torch.eye(8, d, dtype=torch.float64) + 0.3 * torch.ones(1, d), dim=1)
+    cosine = float(directions[0] @ directions[1])
+    ids = torch.randint(0, 8, (150,), generator=generator)
+    noise = 1 + 2.0 ** (-8 if dtype == torch.bfloat16 else -11) * torch.randn(150, d, generator=generator)
+    u = (directions[ids] if dtype == torch.float32 else directions[ids] * noise).to(DEVICE, dtype)
+    u = u if dtype != torch.float32 else F.normalize(u * torch.rand(150, 1, generator=generator).to(DEVICE), dim=1)
+    ids, limits = ids.to(DEVICE), torch.full((150,), cosine, device=DEVICE)
+    kernels = select("triton", DEVICE, dtype)
+    for rows_of, cols_of in ((slice(None), None), (slice(0, 70), slice(70, None))):
+        one, other = (None if at is None else Side(u[at], ids[at], limits[at]) for at in (rows_of, cols_of))
+        sides = [(one, one)] if other is None else [(one, other), (other, one)]
+        nus = [nu for nu in kernels.limited_neg_lse(one, other, 1.0) if nu is not None]
+        expected, pairs = 0.0, 0
+        for side, against in sides:
+            s = side.u.double() @ against.u.double().T
+            apart = side.ids[:, None] != against.ids
+            logits = s.masked_fill(~apart | (s > side.limits[:, None]), -math.inf)
+            expected += float((logits.softmax(dim=1).nan_to_num() * s).sum())
+            pairs += int(apart.sum())
+        counted = float(torch.cat(nus).exp().sum()) / math.exp(cosine)
+        assert 0.01 * pairs < counted < 0.99 * pairs, "rounding leaves some out"
+        if dtype == torch.float32:  # whose similarities are all the same: which rows have any left is chance too
+            expected = sum(int((nu > -math.inf).sum()) for nu in nus) * cosine
+        upstreams = [Upstream(torch.ones_like(nu), nu) for nu in nus]
+        *_, d_k = kernels.limited_neg_lse_backward(one, other, 1.0, upstreams[0], upstreams[-1])
+        assert float(d_k) == pytest.approx(
+            expected, abs=2e-3
+        )  # a pair that counts in one of the two changes it by more
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_similarities_have_the_same_bits_with_rows_and_columns_exchanged(each_chip, same):
+    x = torch.randn(128, 128, generator=torch.Generator().manual_seed(0)).to(DEVICE) / 4
+    high = x.half()
+    low, found = (x - high.float()).half(), torch.empty(128, 128, device=DEVICE)
+    split = config.products_at_once(config.chip(found.device))
+    store_similarities[(1,)](high, low, found, 128, split, tiles.INTERPRETED, same, **tiles.NO_CONTRACTION)
+    torch.testing.assert_close(found, x @ x.T, rtol=1e-5, atol=1e-5)
+    assert torch.equal(found, found.T) == same
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="needs Triton's interpreter: these tests' tensors are in host memory")
+def test_limits_as_every_backend_has_them(maxima_that_drop_nan):
+    test_false_negatives.test_what_is_as_similar_as_the_limit_stays("triton")
+    test_false_negatives.test_copies_of_the_positive_stay_with_a_margin_of_zero("triton", 128)
+    for temperature in (1.0, 0.005):
+        test_false_negatives.test_rows_that_lose_all_negatives_have_no_loss_and_no_gradient("triton", temperature)
+        test_false_negatives.test_nan_is_not_left_out("triton", temperature)
+    for temperature, length in ((1e6, 1.0), (0.5, 1e-4), (500.0, 1.0)):
+        test_false_negatives.test_limits_are_as_fine_where_logits_are_small("triton", temperature, length)
+
+
 @pytest.mark.parametrize("d", [24, 300])
 def test_tf32_is_taken_where_pytorch_may(d):
     batch = on_device(random_batch(40, d, 0.2))
@@ -259,6 +474,9 @@ def test_tf32_is_taken_where_pytorch_may(d):
 def test_same_bits_every_time(d, dtype):
     batch = on_device(random_batch(70, d, 0.1, dtype=dtype))
     for a, b in zip(evaluate(batch, "triton"), evaluate(batch, "triton"), strict=True):
+        assert torch.equal(a, b)
+    options = batch, -3.0, False, (True, True), lambda *given: ops.sigmoid_scalar(*given, "triton"), dtype
+    for a, b in zip(sigmoid_result(*options), sigmoid_result(*options), strict=True):
         assert torch.equal(a, b)
 
 
@@ -346,6 +564,16 @@ def test_panels_of_two_sides_within_budget(small_panels, M, K):
     assert_cross_neg_lse_within_budget("triton", M, K, "few", 0.2, d=260, device=DEVICE)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_panels_of_sigmoid_losses_within_budget(small_panels, dtype):
+    options = {"dtype": dtype, "d": 260, "device": DEVICE}
+    assert_softplus_within_budget("triton", 4 * PAIRS, None, "few", **options)
+    assert_softplus_within_budget("triton", 4 * PAIRS, 3 * PAIRS, "samples", positives=True, **options)
+    batch = on_device(random_batch(PAIRS, 260, 0.1, dtype=dtype))
+    for two_views in (True, False):
+        assert_sigmoid_within_budget(batch, "triton", two_views=two_views, bias=-10.0)
+
+
 def as_if(monkeypatch, family: str, rows: float) -> None:
     """Tiles are those of this device, for a batch of so many rows."""
     pad_rows(monkeypatch, PADDED_ROWS)
@@ -392,6 +620,8 @@ def test_columns_in_parts_within_budget(monkeypatch, multiprocessors):
     monkeypatch.setattr(config, "multiprocessors", lambda device: multiprocessors)
     assert_within_budget(on_device(random_batch(70, 16, 0.1)), "triton")
     assert_within_budget(on_device(random_batch(70, 16, 0.005)), "triton", reduction="none", upstream=upstream(70))
+    for K in (None, 90):
+        assert_softplus_within_budget("triton", 70, K, "samples", positives=K is not None, device=DEVICE)
 
 
 @pytest.fixture
@@ -420,6 +650,9 @@ def test_memory_that_was_not_written_is_not_used(poisoned, monkeypatch, n, d, te
     assert_within_budget(batch, "triton")
     assert_within_budget(batch, "triton", reduction="none", upstream=upstream(n))
     assert_cross_neg_lse_within_budget("triton", n, n // 2 + 1, "samples", temperature, d=d, device=DEVICE)
+    assert_softplus_within_budget("triton", n, n // 2 + 1, "samples", dtype=dtype, d=d, positives=True, device=DEVICE)
+    for two_views in (True, False):
+        assert_sigmoid_within_budget(batch, "triton", two_views=two_views, bias=-3.0)
 
 
 EDGE = 256 if DEVICE == "cpu" else 512  # of squares, of which the second ends before its last padded rows
@@ -457,6 +690,9 @@ def test_a_temperature_that_the_host_must_not_read(monkeypatch, normalize, tempe
         batch = batch.map(lambda z: F.normalize(z, dim=1))
     assert_within_budget(on_device(batch), "triton")
     assert_within_budget(on_device(batch), "triton", reduction="none", upstream=upstream(40))
+    if temperature == 0.1:
+        for two_views in (True, False):
+            assert_sigmoid_within_budget(on_device(batch), "triton", two_views=two_views, bias=-3.0)
 
 
 @pytest.mark.parametrize("ratio", [2.0**10, 2.0**14])
@@ -545,7 +781,7 @@ def test_a_cuda_graph_captures_loss_and_gradient(n, d, dtype, temperature_on):
 
 def kernels():
     """Every kernel that is launched, by its name."""
-    modules = ("pack", "sides", "forward", "finish", "weights", "backward", "panels", "unpack")
+    modules = ("pack", "sides", "forward", "finish", "weights", "backward", "panels", "softplus", "unpack")
     found = [vars(importlib.import_module(f"fastntxent.backends.triton.{module}")) for module in modules]
     return {name: value for each in found for name, value in each.items() if name.endswith("_kernel")}
 
@@ -553,7 +789,18 @@ def kernels():
 @pytest.mark.parametrize("name", kernels() if STATUS.available else [])
 def test_parameters_of_a_kernel_stand_in_one_order(name):
     parameters = inspect.signature(kernels()[name].fn).parameters
-    numbers = ("inv_tau", "log_terms", "eps", "factor", "pos_factor", "share", "loss_factor")
+    numbers = (
+        "inv_tau",
+        "bias",
+        "log_terms",
+        "limit_scale",
+        "limit_shift",
+        "eps",
+        "factor",
+        "pos_factor",
+        "share",
+        "loss_factor",
+    )
 
     def kind(parameter):
         if parameter.annotation is not parameter.empty:
@@ -595,6 +842,19 @@ def test_nan_reaches_all_that_depends_on_it(maxima_that_drop_nan, temperature, n
         for value, expected in zip(values, evaluate(batch, "reference", **options), strict=True):
             assert expected.isnan().all()
             assert value.isnan().all()
+
+
+@pytest.mark.parametrize("d", [16, 300])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_reaches_all_that_depends_on_it_of_sigmoid_losses(maxima_that_drop_nan, dtype, d):
+    z_i, z_j, *_ = random_batch(40, d, 0.1, dtype=dtype)
+    z_i[3, 5] = torch.nan
+    batch = on_device(Batch(z_i, z_j, 0.1))
+    for two_views in (True, False):
+        scalar = lambda *given: ops.sigmoid_scalar(*given, "triton")  # noqa: E731
+        loss, d_i, d_j, *numbers = sigmoid_result(batch, -3.0, two_views, (True, True), scalar, dtype)
+        assert all(x.isnan().all() for x in (loss, d_j, *numbers))
+        assert d_i.isnan().any(dim=1).all() if two_views else d_i[3].isnan().all()
 
 
 def test_float64_and_other_devices_are_refused():

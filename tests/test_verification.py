@@ -62,7 +62,8 @@ def unwritten_row(x, call):
 METHODS = {
     "nt_xent_scalar": 4, "nt_xent_value": 1, "nt_xent_rows": 2, "nt_xent_rows_backward": 3, "neg_lse": 1,
     "neg_lse_backward": 2, "neg_lse_sum": 3, "cross_neg_lse": 2, "cross_neg_lse_backward": 3, "info_nce_scalar": 4,
-    "info_nce_value": 1,
+    "info_nce_value": 1, "sigmoid_scalar": 5, "sigmoid_value": 1, "softplus": 5, "limited_nt_xent_scalar": 4,
+    "limited_nt_xent_value": 1, "limited_neg_lse": 2, "limited_neg_lse_backward": 3,
 }  # fmt: skip
 BREAKS = {
     one_wrong_element: "wrong", dropped_nan: "wrong", another_order: "not reproducible", unwritten_row: "wrong",
@@ -82,7 +83,9 @@ def broken(monkeypatch):
             listed = list(results) if many else [results]
             if listed[output] is not None:  # a gradient that is not wanted
                 listed[output] = change(listed[output], next(calls))
-            return tuple(listed) if many else listed[0]
+            return (
+                listed[0] if not many else type(results)._make(listed) if hasattr(results, "_make") else tuple(listed)
+            )
 
         kernels = type("Broken", (type(RIGHT),), {method: changed})()
         monkeypatch.setattr(kernels, "dtypes", (torch.float32,))
@@ -151,12 +154,12 @@ def test_checks_pass_sound_kernels():
 def tiles_of(family, width):
     """Every tile of the table that a batch can reach: kernel, block_m, block_n, warps, stages."""
     found = set()
-    for kernel in config.KERNELS:
+    for kernel in (*config.KERNELS, *config.VARIANTS.values()):
         for rows, *_ in config.entries(family, kernel, width):
             for DP in (64, 128, 256, 768):
                 tile = config.look_up(family, kernel, width, rows, DP)
                 panels = config.look_up(family, "fused", width, rows, DP) is None
-                if tile and (kernel not in ("form", "gather") or panels):
+                if tile and (kernel not in ("form", "gather", "form_pairs") or panels):
                     found.add((kernel, *tile[:2], tile.num_warps, tile.num_stages))
     return found
 
@@ -174,7 +177,8 @@ def test_checks_reach_every_tile_of_the_table(family, monkeypatch):
         def launch(*arguments, **options):
             options.update(zip(kernel.arg_names, arguments, strict=True))
             name = kernel.fn.__name__.strip("_").removesuffix("_kernel")
-            if name in config.KERNELS:
+            name = "sums" if name == "pairs" and not options["GRADIENT"] else name
+            if name in (*config.KERNELS, *config.VARIANTS.values()) and not options.get("LIMITED"):
                 tile = (name, options["BLOCK_M"], options["BLOCK_N"], options["num_warps"], options["num_stages"])
                 launched.setdefault(dtype, set()).add(tile)
                 if "SHIFTED" in options:

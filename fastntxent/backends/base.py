@@ -48,11 +48,10 @@ class SumWeights(NamedTuple):
 
 
 class PairSums(NamedTuple):
-    """Sums of softplus of the rows (M,) and, of two sides, of the columns (K,); where weights were given, the gradients
-    of the weighted sum of all of them, None where not wanted."""
+    """Sums of softplus of the rows (M,); where weights were given, the gradients of the weighted sum of the rows' and
+    the columns' sums, None where not wanted."""
 
     rows: Tensor
-    cols: Tensor | None
     d_rows: Tensor | None = None
     d_cols: Tensor | None = None
     d_inv_tau: Tensor | None = None

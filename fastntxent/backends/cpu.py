@@ -309,7 +309,7 @@ class CpuBackend(NativeBackend):
             bias=bias,
             d_bias=d_bias,
         )
-        return PairSums(sums[0], None if one_side else sums[1], gradients[0], gradients[1], d_inv_tau, d_bias)
+        return PairSums(sums[0], gradients[0], gradients[1], d_inv_tau, d_bias)
 
     def sigmoid_scalar(
         self,

@@ -27,7 +27,7 @@ from .tiling import Blocks, Tiles, TileValues
 
 
 class TiledSoftplus(KernelBackend):
-    """Sigmoid losses in tiles of plain PyTorch."""
+    """Sigmoid losses in tiles of plain PyTorch: those of `blocked` and `cuda`."""
 
     def softplus(
         self,
@@ -119,12 +119,12 @@ class _SoftplusTiles(Tiles):
     def __init__(self, sides: Sequence[Blocks], inv_tau: float | Tensor, bias: float | Tensor, positives: bool):
         super().__init__(sides, inv_tau)
         self.bias, self.positives = bias, positives
-        self.sums = [side.u.new_zeros(side.u.shape[0]) for side in sides]
+        self.sums = self.rows.u.new_zeros(self.rows.u.shape[0])
 
     def values_alone(self) -> PairSums:
         for tile, mixed in self.logits():
             self._x_of(tile, mixed)
-        return PairSums(*self._sums_of_sides())
+        return PairSums(self.sums)
 
     def with_gradients(self, weights: SumWeights) -> PairSums:
         one_side = len(self.sides) == 1
@@ -146,7 +146,7 @@ class _SoftplusTiles(Tiles):
         if d_cols is not None and not one_side:
             d_cols.mul_(self.inv_tau)
         return PairSums(
-            *self._sums_of_sides(),
+            self.sums,
             d_rows if weights.wants_rows else None,
             None if one_side else d_cols,
             d_inv_tau,
@@ -162,10 +162,7 @@ class _SoftplusTiles(Tiles):
         values = -F.logsigmoid(-x)
         if agree is not None and not self.positives:
             values.masked_fill_(agree, 0)
-        self.sums[0][tile.rows] += values.sum(dim=1)
-        if not tile.diagonal:
-            self.sums[-1][tile.cols] += values.sum(dim=0)
+        self.sums[tile.rows] += values.sum(dim=1)
+        if len(self.sides) == 1 and not tile.diagonal:
+            self.sums[tile.cols] += values.sum(dim=0)
         return x, agree
-
-    def _sums_of_sides(self) -> tuple[Tensor, Tensor | None]:
-        return self.sums[0], self.sums[1] if len(self.sums) > 1 else None

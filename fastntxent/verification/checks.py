@@ -22,7 +22,9 @@ from .problems import (
     cross_problem,
     generator,
     groups_problem,
+    limits_problem,
     nt_xent_problem,
+    sigmoid_problem,
     sum_problem,
     towers_problem,
     views_of,
@@ -73,6 +75,9 @@ FORM_CALLS: dict[str, Callable[[tuple[Tensor, Tensor]], Problem]] = {
     "nt_xent, temperature 0.005": lambda views: nt_xent_problem(views, 0.005, upstream=_upstream_gradient(views)),
     "two sides": lambda views: cross_problem(views, 0.2),
     "groups": lambda views: groups_problem(views, 0.2),
+    "two towers, a sigmoid for each pair": lambda views: sigmoid_problem(views, 0.1, -10.0, two_views=False),
+    "two views, a sigmoid for each pair": lambda views: sigmoid_problem(views, 0.2, -3.0, two_views=True),
+    "limits": lambda views: limits_problem(views, 0.1),
 }
 
 
@@ -89,6 +94,7 @@ def _small_calls(slow: bool, form: str) -> list[tuple[str, int, int]]:
         *(("nt_xent", *size) for size in sizes),
         *(("nt_xent, temperature 0.005", 300 if d == 128 else 97, d) for d in features),
         *((call, 160, d) for call in ("two sides", "groups") for d in (128, 768)),
+        *((call, 97, d) for call in FORM_CALLS if call == "limits" or "sigmoid" in call for d in (64, 128, 200, 768)),
     ]
 
 
@@ -150,6 +156,9 @@ def _special(name: str, device: torch.device, dtype: torch.dtype, label: str, sl
         "two sides": cross_problem(views, 0.2),
         "a weighted sum": sum_problem(views, 0.2),
         "two towers, both directions": towers_problem(views, 0.1, both=True),
+        "two towers, a sigmoid for each pair": sigmoid_problem(views, 0.1, -10.0, two_views=False),
+        "two views, a sigmoid for each pair": sigmoid_problem(views, 0.2, -3.0, two_views=True),
+        "limits": limits_problem(views, 0.1),
         "whole numbers": whole_numbers_problem(dtype, device),
     }
     if not slow:
@@ -169,6 +178,9 @@ def _special(name: str, device: torch.device, dtype: torch.dtype, label: str, sl
         "a row of NaN, two sides": cross_problem(sick, 0.2),
         "a row of NaN, a weighted sum": sum_problem(sick, 0.2),
         "a row of NaN, two towers": towers_problem(sick, 0.1, both=True),
+        "a row of NaN, a sigmoid for each pair": sigmoid_problem(sick, 0.1, -3.0, two_views=False),
+        "a row of NaN, limits": limits_problem(sick, 0.1),
+        "a row of NaN, a sigmoid for each pair of two views": sigmoid_problem(sick, 0.1, -3.0, two_views=True),
     }.items():
         yield f"{label}, {words}", functools.partial(_keeps_nan, problem, name)
     if device.type != "cpu":
@@ -186,7 +198,7 @@ def check_problem(problem: Problem, backend: str) -> None:
         errors, reference = (
             error_budget.errors_of(x, truths[name], scale=scale) for x in (value, same_precision[name])
         )
-        gradient = name.startswith("d_") and name != "d_temperature"
+        gradient = name.startswith(("d_z", "d_u", "d_v"))
         limit = error_budget.allowed(
             reference, problem.dtype, problem.logit_size, output_dtype=value.dtype if gradient else None
         )

@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..algebra import accumulation_dtype
-from ..losses import clip, info_nce, nt_xent
+from ..losses import clip, info_nce, nt_logistic, nt_xent, siglip
 from ..opening import open_batch
 from ..options import Reduction
 from ..primitives import cross_neg_lse, neg_lse
+from ..sides import Side
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,95 @@ def towers_problem(views: Sequence[Tensor], temperature: float, *, both: bool) -
 
     scales = {"d_temperature": 1 / temperature**2}
     return Problem(run, views[0].dtype, sum(map(len, views)), 1 / temperature, scales)
+
+
+def sigmoid_problem(views: Sequence[Tensor], temperature: float, bias: float, *, two_views: bool) -> Problem:
+    """SigLIP, or NT-Logistic of `two_views`: the mean with all gradients from one call, with that of either view alone,
+    and without any; and a loss for each row with weights, SigLIP's in groups."""
+    n = len(views[0])
+    weights = torch.randn(n * (1 + two_views), generator=generator(11), dtype=torch.float64).to(views[0].device)
+    groups = torch.arange(n, device=views[0].device) % 7
+
+    def loss_of(backend: str, *given: Tensor, **options: Any) -> Tensor:
+        z_i, z_j, tau, b = given
+        return (nt_logistic if two_views else siglip)(z_i, z_j, tau, bias=b, backend=backend, **options)  # type: ignore[arg-type]
+
+    def run(backend: str, exact: bool) -> dict[str, Tensor]:
+        numbers = [torch.tensor(x, dtype=torch.float64) for x in (temperature, bias)]
+        z_i, z_j, tau, b = _fresh_leaves((*views, *numbers), exact)
+        loss = loss_of(backend, z_i, z_j, tau, b)
+        loss.backward()
+        of_rows = _fresh_leaves((*views, *numbers), exact)
+        options = {} if two_views else {"ids": groups}
+        losses = loss_of(backend, *of_rows, reduction="none", **options)
+        (losses * weights.to(losses)).sum().backward()
+        first, second = _fresh_leaves(views, exact)
+        loss_of(backend, first, second.detach(), tau.detach(), b.detach()).backward()
+        loss_of(backend, first.detach(), second, tau.detach(), b.detach()).backward()
+        with torch.no_grad():
+            value = loss_of(backend, z_i, z_j, tau, b)
+        u, v, tau_of_rows, b_of_rows = of_rows
+        return _gradients(
+            loss=loss, value=value, losses=losses, d_z_i=z_i, d_z_j=z_j, d_temperature=tau, d_bias=b,
+            d_z_i_alone=first, d_z_j_alone=second,
+            d_z_i_of_rows=u, d_z_j_of_rows=v, d_temperature_of_rows=tau_of_rows, d_bias_of_rows=b_of_rows,
+        )  # fmt: skip
+
+    # Gradients in the numbers may cancel. With one sign that in the bias is at most the loss and the row's positives.
+    with torch.no_grad():
+        exactly = [z.double() for z in views]
+        numbers = [torch.tensor(x, dtype=torch.float64) for x in (temperature, bias)]
+        options = {} if two_views else {"ids": groups}
+        losses = loss_of("blocked", *exactly, *numbers, reduction="none", **options) + (1 if two_views else n / 7 + 1)
+    mean, of_rows = float(losses.mean()), float((losses * weights.abs()).sum())
+    scales = {
+        "d_bias": mean, "d_temperature": mean / temperature**2,
+        "d_bias_of_rows": of_rows, "d_temperature_of_rows": of_rows / temperature**2,
+    }  # fmt: skip
+    return Problem(run, views[0].dtype, sum(map(len, views)), 1 / temperature + abs(bias), scales)
+
+
+def limits_problem(views: Sequence[Tensor], temperature: float) -> Problem:
+    """NT-Xent whose rows leave out what is more similar than a ceiling; and log-sum-exps with that limit, of one side
+    and between two."""
+    rows = _unit(torch.cat(list(views)))
+    similarities = (rows.double() @ rows.double().T).flatten()
+    ordered = similarities[similarities.isfinite()].sort().values
+    first = len(ordered) * 6 // 10
+    gap = first + int(ordered[first : first + max(len(ordered) // 10, 2)].diff().argmax())
+    ceiling = float(ordered[gap : gap + 2].mean())  # in a gap: no rounding decides about a pair
+    n, device = len(views[0]), views[0].device
+    ids, weights = (
+        torch.arange(2 * n, device=device) % n,
+        torch.randn(2 * n, generator=generator(12)).double().to(device),
+    )
+
+    def run(backend: str, exact: bool) -> dict[str, Tensor]:
+        z_i, z_j, tau = _fresh_leaves((*views, torch.tensor(temperature, dtype=torch.float64)), exact)
+        loss = nt_xent(z_i, z_j, tau, ceiling=ceiling, backend=backend)  # type: ignore[arg-type]
+        loss.backward()
+        with torch.no_grad():
+            value = nt_xent(z_i, z_j, tau, ceiling=ceiling, backend=backend)  # type: ignore[arg-type]
+        leaves = rows, rows[:n], rows[n:], torch.tensor(temperature, dtype=torch.float64)
+        x, u, v, tau_of_sums = _fresh_leaves(leaves, exact)
+        limits = torch.full((2 * n,), ceiling, dtype=accumulation_dtype(x.dtype), device=device)
+        batch = open_batch(None, "limits", {"u": x}, ids=ids, normalize=False, backend=backend)
+        k = batch.inverse_temperature(tau_of_sums)
+        nu = batch.neg_lse(x, ids, k, limits)
+        sides = Side(u, ids[:n], limits[:n]), Side(v, ids[n:], limits[n:])
+        of_towers = torch.cat(batch.limited_cross_neg_lse(*sides, k))
+        ((nu + of_towers) * weights.to(nu)).sum().backward()
+        return _gradients(
+            loss=loss, value=value, d_z_i=z_i, d_z_j=z_j, d_temperature=tau, neg_lse=nu, of_towers=of_towers,
+            d_u=x, d_u_of_towers=u, d_v_of_towers=v, d_temperature_of_sums=tau_of_sums,
+        )  # fmt: skip
+
+    size = float(weights.abs().sum())
+    scales = {
+        "d_temperature": 1 / temperature**2, "d_temperature_of_sums": 2 * size / temperature**2,
+        "neg_lse": 1.0, "of_towers": 1.0,  # a relative error of a sum is an absolute one of its logarithm
+    }  # fmt: skip
+    return Problem(run, views[0].dtype, 2 * n, 1 / temperature, scales)
 
 
 def groups_problem(views: Sequence[Tensor], temperature: float) -> Problem:

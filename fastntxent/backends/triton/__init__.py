@@ -5,6 +5,9 @@ row blocks. With u = 2 M^2 D flops, 2.5u in all; 2u where G goes through panels.
 result has the same bits each time; nothing waits for the device. Memory: packed rows, a plane of sums for each thousand
 rows, and beyond 256 features (128 of float32, and of any dtype on gfx942) a panel of G of at most 32 MiB (panels.py).
 
+Sigmoid losses, and rows that leave out what is more similar than a limit, have kernels of their own, which form all
+similarities in either direction.
+
 Under Triton's interpreter (TRITON_INTERPRET=1 before it is imported) the kernels take tensors in host memory.
 """
 

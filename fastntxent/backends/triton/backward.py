@@ -24,55 +24,52 @@ from .pack import SPAN
 from .sides import Sides, in_direct_range, largest_scale, load_inverse_temperature
 from .tiles import (
     SIZES,
-    add_product,
+    add_dots,
     add_similarities,
+    add_tile,
     apart,
+    column_of_tile,
+    columns_that_meet,
     in_two_parts,
+    load_limits,
     load_pieces,
-    meeting,
-    span,
     store_rows,
+    tiles_of,
     weigh,
+    weigh_within,
 )
 from .unpack import Gathered, Gradients, unpack_gradients
 from .weights import TileWeights
 
 
 @triton.jit
-def _add_tile(gathered, g, g_lo, cols, SPLIT: tl.constexpr, TF32: tl.constexpr, UPCAST: tl.constexpr):
-    """gathered + G x of a tile, piece by piece."""
-    sums = ()
-    for i in tl.static_range(len(cols)):
-        x, lo = cols[i]
-        sums += (add_product(gathered[i], g, g_lo, x, lo, SPLIT, TF32, UPCAST),)
-    return sums
-
-
-@triton.jit
 def _add_weighted_columns(
-    gathered, radial, x_m, r_m, a_m, nu_m, rows_ids_ptr, cols_x_ptr, cols_lo_ptr, cols_ids_ptr, cols_w_ptr,
-    row, first, tiles, gap_0, skip_0, gap_1, skip_1, n_rows, n_cols, stride_cols_w, k,
-    MASKED: tl.constexpr, SHIFTED: tl.constexpr, SPLIT: tl.constexpr, TF32: tl.constexpr, UPCAST: tl.constexpr,
+    gathered, radial, x_m, r_m, a_m, nu_m, limits_m,
+    rows_ids_ptr, cols_x_ptr, cols_lo_ptr, cols_ids_ptr, cols_w_ptr, cols_limits_ptr,
+    row, order, tiles, n_rows, n_cols, stride_cols_w, k, limit_scale, limit_shift,
+    MASKED: tl.constexpr, LIMITED: tl.constexpr, SHIFTED: tl.constexpr,
+    SPLIT: tl.constexpr, TF32: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """gathered and radial with some tiles: from a first column on, but for the columns that are skipped at two gaps."""
+    """gathered and radial with some tiles."""
     for tile in range(tiles):
-        col = first + tile * BLOCK_N
-        col += tl.where(col >= gap_0, skip_0, 0)
-        col += tl.where(col >= gap_1, skip_1, 0)
-        col = tl.multiple_of(col, BLOCK_N)
+        col = column_of_tile(tile, order, BLOCK_N)
         of_col = cols_w_ptr + col + tl.arange(0, BLOCK_N)
         x_n = load_pieces(cols_x_ptr, cols_lo_ptr, col, 0, BLOCK_D, BLOCK_N, BLOCK_D, SPLIT)
         r_n, a_n = tl.load(of_col + stride_cols_w), tl.load(of_col + 2 * stride_cols_w)
         nu_n = tl.load(of_col + 3 * stride_cols_w) if SHIFTED else a_n
-        s = add_similarities(tl.zeros((BLOCK_M, BLOCK_N), tl.float32), x_m, x_n, SPLIT, TF32, UPCAST)
-        g = weigh(s, r_m, a_m, nu_m, r_n, a_n, nu_n, r_n, k, SHIFTED)
+        s = add_similarities(tl.zeros((BLOCK_M, BLOCK_N), tl.float32), x_m, x_n, SPLIT, TF32, UPCAST, LIMITED)
+        if LIMITED:
+            limits_n = load_limits(cols_limits_ptr, col + tl.arange(0, BLOCK_N), n_cols, limit_scale, limit_shift)
+            g = weigh_within(s, r_m, a_m, nu_m, limits_m, r_n, a_n, nu_n, limits_n, r_n, k)
+        else:
+            g = weigh(s, r_m, a_m, nu_m, r_n, a_n, nu_n, r_n, k, SHIFTED)
         if MASKED:
             g = tl.where(apart(rows_ids_ptr, cols_ids_ptr, row, col, n_rows, n_cols, BLOCK_M, BLOCK_N), g, 0.0)
         if not SPLIT:
             radial = tl.fma(s, g, radial)
         g_high, g_low = in_two_parts(g, cols_x_ptr.dtype.element_ty, SPLIT, UPCAST)
-        gathered = _add_tile(gathered, g_high, g_low, x_n, SPLIT, TF32, UPCAST)
+        gathered = add_tile(gathered, g_high, g_low, x_n, SPLIT, TF32, UPCAST)
     return gathered, radial
 
 
@@ -80,9 +77,10 @@ def _add_weighted_columns(
 def _fused_kernel(
     rows_x_ptr, rows_lo_ptr, rows_r_ptr, rows_ids_ptr, rows_low_ptr, rows_high_ptr,
     cols_x_ptr, cols_lo_ptr, cols_r_ptr, cols_ids_ptr, cols_low_ptr, cols_high_ptr,
-    rows_w_ptr, cols_w_ptr, gathered_ptr, radial_ptr, radial_parts_ptr, bounds_ptr, n_rows, n_cols, part_cols, middle,
-    stride_rows_w, stride_cols_w, stride_gathered, stride_radial, inv_tau, log_terms,
-    SHIFTED: tl.constexpr, BOUNDED: tl.constexpr, ON_DEVICE: tl.constexpr,
+    rows_w_ptr, cols_w_ptr, rows_limits_ptr, cols_limits_ptr, gathered_ptr, radial_ptr, radial_parts_ptr, bounds_ptr,
+    n_rows, n_cols, part_cols, middle, stride_rows_w, stride_cols_w, stride_gathered, stride_radial,
+    inv_tau, log_terms, limit_scale, limit_shift,
+    LIMITED: tl.constexpr, SHIFTED: tl.constexpr, BOUNDED: tl.constexpr, ON_DEVICE: tl.constexpr,
     SPLIT: tl.constexpr, TF32: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
@@ -94,6 +92,7 @@ def _fused_kernel(
     largest_r = largest_scale(bounds_ptr, BOUNDED)
     r_m = tl.load(rows_r_ptr + offs_m) * largest_r  # beside the columns' r over the largest
     a_m, nu_m = tl.load(rows_w_ptr + offs_m), tl.load(rows_w_ptr + 3 * stride_rows_w + offs_m)
+    limits_m = load_limits(rows_limits_ptr, offs_m, n_rows, limit_scale, limit_shift) if LIMITED else r_m
     x_m = load_pieces(rows_x_ptr, rows_lo_ptr, row, 0, BLOCK_D, BLOCK_M, BLOCK_D, SPLIT)
     WIDTH: tl.constexpr = BLOCK_D // len(x_m)
     gathered = ()
@@ -101,36 +100,29 @@ def _fused_kernel(
         gathered += (tl.zeros((BLOCK_M, WIDTH), tl.float32),)
     radial = tl.zeros((BLOCK_M, 1 if SPLIT else BLOCK_N), tl.float32)  # a thread's own: no shuffle in the loop
 
-    # Ids are compared in the tiles alone that may hold one of ours. Two views have two ranges of such tiles, one on
-    # either side of the middle; a last tile that is not full is the third.
     part = tl.program_id(1)
     first = part * part_cols
-    last = tl.minimum(first + part_cols, n_cols)
-    full = last // BLOCK_N * BLOCK_N
-    middle = tl.minimum(tl.maximum(middle // BLOCK_N * BLOCK_N, first), full)
-    low, high = span(rows_low_ptr, rows_high_ptr, row, BLOCK_M, SPAN)
-    begin_0, end_0 = meeting(cols_low_ptr, cols_high_ptr, low, high, first, middle, BLOCK_N, SPAN)
-    begin_1, end_1 = meeting(cols_low_ptr, cols_high_ptr, low, high, middle, full, BLOCK_N, SPAN)
-    met = (end_0 - begin_0 + end_1 - begin_1) // BLOCK_N
-    gathered, radial = _add_weighted_columns(
-        gathered, radial, x_m, r_m, a_m, nu_m, rows_ids_ptr, cols_x_ptr, cols_lo_ptr, cols_ids_ptr, cols_w_ptr,
-        row, first, (full - first) // BLOCK_N - met, begin_0, end_0 - begin_0, begin_1, end_1 - begin_1,
-        n_rows, n_cols, stride_cols_w, k,
-        False, SHIFTED, SPLIT, TF32, UPCAST, BLOCK_M, BLOCK_N, BLOCK_D,
+    columns = columns_that_meet(
+        rows_low_ptr, rows_high_ptr, cols_low_ptr, cols_high_ptr, row, first, tl.minimum(first + part_cols, n_cols),
+        middle, BLOCK_M, BLOCK_N, SPAN,
     )  # fmt: skip
+    order, n_tiles = tiles_of(columns, False, BLOCK_N)
     gathered, radial = _add_weighted_columns(
-        gathered, radial, x_m, r_m, a_m, nu_m, rows_ids_ptr, cols_x_ptr, cols_lo_ptr, cols_ids_ptr, cols_w_ptr,
-        row, begin_0, met + tl.cdiv(last - full, BLOCK_N), end_0, begin_1 - end_0, end_1, full - end_1,
-        n_rows, n_cols, stride_cols_w, k,
-        True, SHIFTED, SPLIT, TF32, UPCAST, BLOCK_M, BLOCK_N, BLOCK_D,
+        gathered, radial, x_m, r_m, a_m, nu_m, limits_m,
+        rows_ids_ptr, cols_x_ptr, cols_lo_ptr, cols_ids_ptr, cols_w_ptr, cols_limits_ptr,
+        row, order, n_tiles, n_rows, n_cols, stride_cols_w, k, limit_scale, limit_shift,
+        False, LIMITED, SHIFTED, SPLIT, TF32, UPCAST, BLOCK_M, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    order, n_tiles = tiles_of(columns, True, BLOCK_N)
+    gathered, radial = _add_weighted_columns(
+        gathered, radial, x_m, r_m, a_m, nu_m, limits_m,
+        rows_ids_ptr, cols_x_ptr, cols_lo_ptr, cols_ids_ptr, cols_w_ptr, cols_limits_ptr,
+        row, order, n_tiles, n_rows, n_cols, stride_cols_w, k, limit_scale, limit_shift,
+        True, LIMITED, SHIFTED, SPLIT, TF32, UPCAST, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     radial = tl.sum(radial, 1)
-    if SPLIT:  # G has 22 bits: radial is what was gathered times x. The compiler must not hold x in registers till here
-        again = row + tl.minimum(part_cols, 0)
-        x_m = load_pieces(rows_x_ptr, rows_lo_ptr, again, 0, BLOCK_D, BLOCK_M, BLOCK_D, SPLIT)
-        for i in tl.static_range(len(x_m)):
-            x, lo = x_m[i]
-            radial += tl.sum((x.to(tl.float32) + lo.to(tl.float32)) * gathered[i], 1)
+    if SPLIT:  # G has 22 bits: radial is what was gathered times x
+        radial = add_dots(radial, gathered, rows_x_ptr, rows_lo_ptr, row, part_cols, BLOCK_M, BLOCK_D, SPLIT)
     radial = tl.where(offs_m < n_rows, radial * (r_m / largest_r), 0.0)
     tl.store(radial_ptr + part * stride_radial + offs_m, radial)
     tl.store(radial_parts_ptr + part * tl.num_programs(0) + tl.program_id(0), tl.sum(radial))
@@ -150,7 +142,7 @@ def gradient(
 ) -> Gradients:
     """d/dz of both matrices of the rows, d/dk, and `weight` times the sum of `totals`. `weight` is a factor of the
     weights of nu, `pos_factor` one of `d_pos`, the positives' weights."""
-    fused = config.choose("fused", sides.rows) is not None
+    fused = config.choose(sides.tiles_as("fused"), sides.rows) is not None
     gathered = _gather_fused(sides, weights) if fused else panels.gather(sides, weights)
     return unpack_gradients(sides, weights, gathered, d_pos=d_pos, weight=weight, pos_factor=pos_factor, totals=totals)
 
@@ -158,7 +150,7 @@ def gradient(
 def _gather_fused(sides: Sides, weights: TileWeights) -> Gathered:
     """gathered and radial of every part of the columns."""
     rows, cols, new = sides.rows, sides.cols, sides.work.empty
-    tile = config.tile("fused", rows)
+    tile = config.tile(sides.tiles_as("fused"), rows)
     blocks = triton.cdiv(rows.n, tile.block_m)
     part_cols = config.columns_of_part(config.multiprocessors(rows.x.device), blocks, cols.n, tile.block_n)
     n_parts = triton.cdiv(cols.n, part_cols)
@@ -171,7 +163,7 @@ def _gather_fused(sides: Sides, weights: TileWeights) -> Gathered:
             part_cols=part_cols, middle=cols.n_first,
             stride_rows_w=weights.rows_w.stride(0), stride_cols_w=weights.cols_w.stride(0),
             stride_gathered=gathered.sums.stride(0), stride_radial=gathered.radial.stride(0),
-            **sides.regime(), SHIFTED=shifted, **sides.modes(),
+            **sides.limits_of("rows", "cols"), **sides.regime(), SHIFTED=shifted, **sides.modes(),
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=rows.DP, SPAN=SPAN, **tile.options,
         )  # fmt: skip
     return gathered

@@ -52,6 +52,9 @@ class TileConfig(NamedTuple):
 _forced: dict[str, int] = {}
 
 KERNELS = ("direct", "owned", "fused", "form", "gather")
+# Tiles of the kernels for sigmoid losses and for limits, in the place of those of `owned`, `fused` and `form`. They are
+# not from the model, which has no such kernels: they are among those that compile without a spill.
+VARIANTS = {"owned": "sums", "fused": "pairs", "form": "form_pairs"}
 TABLE: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "table.json").read_text())
 PROGRAMS = 2  # that a multiprocessor should have to run
 FEWEST_SQUARES = 2000  # of all rows against all columns; of one side the half of them, a thousand, are programs

@@ -37,9 +37,11 @@ from .tiles import (
     add_similarities,
     apart,
     disjoint,
+    load_limits,
     load_pieces,
     similarities,
     transposed,
+    within,
 )
 from .weights import Weights
 
@@ -142,8 +144,8 @@ def _direct_kernel(
 @triton.jit
 def _add_exponentials(
     peaks, sums, x_m, r_m, rows_x_ptr, rows_lo_ptr, rows_ids_ptr, rows_low_ptr, rows_high_ptr,
-    cols_x_ptr, cols_lo_ptr, cols_r_ptr, cols_ids_ptr, cols_low_ptr, cols_high_ptr, row, n_rows, n_cols, DP, k,
-    MASKED: tl.constexpr, SPLIT: tl.constexpr, TF32: tl.constexpr, UPCAST: tl.constexpr,
+    cols_x_ptr, cols_lo_ptr, cols_r_ptr, cols_ids_ptr, cols_low_ptr, cols_high_ptr, limits, row, n_rows, n_cols, DP, k,
+    MASKED: tl.constexpr, LIMITED: tl.constexpr, SPLIT: tl.constexpr, TF32: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """The running maxima and sums of some rows after the rounds of columns that need a mask, or after the others."""
@@ -155,15 +157,19 @@ def _add_exponentials(
             for col in range(first, tl.minimum(first + ROUND, n_cols), BLOCK_N):
                 if WHOLE_D:
                     x_n = load_pieces(cols_x_ptr, cols_lo_ptr, col, 0, BLOCK_D, BLOCK_N, BLOCK_D, SPLIT)
-                    s = add_similarities(tl.zeros((BLOCK_M, BLOCK_N), tl.float32), x_m, x_n, SPLIT, TF32, UPCAST)
+                    zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+                    s = add_similarities(zeros, x_m, x_n, SPLIT, TF32, UPCAST, LIMITED)
                 else:
                     s = similarities(
                         rows_x_ptr, rows_lo_ptr, cols_x_ptr, cols_lo_ptr, row, col, DP,
-                        SPLIT, TF32, UPCAST, BLOCK_M, BLOCK_N, BLOCK_D,
+                        SPLIT, TF32, UPCAST, BLOCK_M, BLOCK_N, BLOCK_D, LIMITED,
                     )  # fmt: skip
                 # Rounded the same from both sides: only what went into a sum may be compared with it.
                 r_n = tl.load(cols_r_ptr + col + tl.arange(0, BLOCK_N))
-                logits = s * (r_m[:, None] * r_n[None, :]) * k
+                s *= r_m[:, None] * r_n[None, :]
+                logits = s * k
+                if LIMITED:
+                    logits = within(logits, s, limits[:, None], -float("inf"))
                 if MASKED:
                     counted = apart(rows_ids_ptr, cols_ids_ptr, row, col, n_rows, n_cols, BLOCK_M, BLOCK_N)
                     logits = tl.where(counted, logits, -float("inf"))
@@ -179,8 +185,9 @@ def _add_exponentials(
 def _owned_kernel(
     rows_x_ptr, rows_lo_ptr, rows_r_ptr, rows_ids_ptr, rows_low_ptr, rows_high_ptr,
     cols_x_ptr, cols_lo_ptr, cols_r_ptr, cols_ids_ptr, cols_low_ptr, cols_high_ptr,
-    nu_ptr, pos_ptr, q_ptr, peaks_ptr, totals_ptr, dots_ptr, bounds_ptr, n_rows, n_cols, DP, inv_tau, log_terms,
-    ALWAYS: tl.constexpr, LOSS: tl.constexpr, BOUNDED: tl.constexpr, ON_DEVICE: tl.constexpr,
+    rows_limits_ptr, nu_ptr, pos_ptr, q_ptr, peaks_ptr, totals_ptr, dots_ptr, bounds_ptr, n_rows, n_cols, DP,
+    inv_tau, log_terms, limit_scale, limit_shift,
+    ALWAYS: tl.constexpr, LOSS: tl.constexpr, LIMITED: tl.constexpr, BOUNDED: tl.constexpr, ON_DEVICE: tl.constexpr,
     SPLIT: tl.constexpr, TF32: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
@@ -191,13 +198,15 @@ def _owned_kernel(
     offs_m = row + tl.arange(0, BLOCK_M)
     r_m = tl.load(rows_r_ptr + offs_m)
     x_m = load_pieces(rows_x_ptr, rows_lo_ptr, row, 0, BLOCK_D, BLOCK_M, BLOCK_D, SPLIT) if WHOLE_D else ()
+    limits = load_limits(rows_limits_ptr, offs_m, n_rows, limit_scale, limit_shift) if LIMITED else r_m
     peaks = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     sums = tl.zeros((BLOCK_M,), tl.float32)
     for MASKED in tl.static_range(2):
         peaks, sums = _add_exponentials(
             peaks, sums, x_m, r_m, rows_x_ptr, rows_lo_ptr, rows_ids_ptr, rows_low_ptr, rows_high_ptr,
-            cols_x_ptr, cols_lo_ptr, cols_r_ptr, cols_ids_ptr, cols_low_ptr, cols_high_ptr, row, n_rows, n_cols, DP, k,
-            MASKED == 1, SPLIT, TF32, UPCAST, BLOCK_M, BLOCK_N, BLOCK_D, WHOLE_D, SPAN,
+            cols_x_ptr, cols_lo_ptr, cols_r_ptr, cols_ids_ptr, cols_low_ptr, cols_high_ptr, limits,
+            row, n_rows, n_cols, DP, k,
+            MASKED == 1, LIMITED, SPLIT, TF32, UPCAST, BLOCK_M, BLOCK_N, BLOCK_D, WHOLE_D, SPAN,
         )  # fmt: skip
     nu = peaks + tl.log(sums)
     tl.store(nu_ptr + offs_m, nu, mask=offs_m < n_rows)
@@ -259,11 +268,11 @@ def _sum_squares(sides: Sides) -> list[Tensor]:
 def _own_rows(sides: Sides, nu: Tensor, ends: RowEnds | None, *, always: bool) -> int:
     """Write nu of the rows and their ends: always, or only beyond the direct range. Returns the number of programs."""
     rows, cols = sides.rows, sides.cols
-    tile = config.tile("owned", rows)
+    tile = config.tile(sides.tiles_as("owned"), rows)
     programs = triton.cdiv(rows.n, tile.block_m)
     sides.work.launch(
         _owned_kernel, (programs,), **rows.operands("rows"), **cols.operands("cols"),
-        **end_arguments(rows, nu, ends), DP=rows.DP, **sides.regime(),
+        **end_arguments(rows, nu, ends), DP=rows.DP, **sides.regime(), **sides.limits_of("rows"),
         ALWAYS=always, LOSS=ends is not None, **sides.modes(),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=tile.block_d, WHOLE_D=tile.block_d == rows.DP,
         SPAN=SPAN, **tile.options,

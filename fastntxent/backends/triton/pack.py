@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Work
-from .tiles import FARTHEST, INTERPRETED, SIZES, in_two_parts
+from .tiles import FARTHEST, INTERPRETED, SIZES, in_two_parts, power_of_two
 
 SPAN = 32
 PADDED_ROWS = 256  # every tile's height and width divide it
@@ -40,14 +40,6 @@ def load_stacked(
     second = second_ptr + (row - n_first)[:, None] * stride_second_m + d[None, :] * stride_second_d
     z = tl.load(first, mask=of_first[:, None] & inside, other=0.0).to(tl.float32)
     return z + tl.load(second, mask=of_second[:, None] & inside, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _power_of_two(largest):
-    """1 / 2^e for largest in [2^e, 2^(e + 1)), kept normal, and 2^e."""
-    exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 0xFF
-    exponent = tl.minimum(tl.maximum(exponent, 1), 253)
-    return ((254 - exponent) << 23).to(tl.float32, bitcast=True), (exponent << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -86,8 +78,8 @@ def _pack_kernel(
                 stride_first_m, stride_first_d, stride_second_m, stride_second_d,
             )  # fmt: skip
             of_partner = tl.maximum(of_partner, tl.max(tl.abs(z), 1))
-    down, up = _power_of_two(largest)
-    partner_down, partner_up = _power_of_two(of_partner)
+    down, up = power_of_two(largest)
+    partner_down, partner_up = power_of_two(of_partner)
 
     square = tl.zeros((SPAN,), tl.float32)
     partner_square = tl.zeros((SPAN,), tl.float32)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -51,6 +51,20 @@ def _bounds_kernel(rows_peaks_ptr, cols_peaks_ptr, bounds_ptr, n_rows_peaks, n_c
     tl.store(bounds_ptr + 5, max_of_parts(rows_peaks_ptr + n_rows_peaks, n_rows_peaks))
 
 
+class Limits(NamedTuple):
+    """Of each row and of each column the largest similarity that its sum takes: `scale` times these numbers, and
+    `shift`."""
+
+    of_rows: Tensor
+    of_cols: Tensor
+    scale: float = 1.0
+    shift: float = 0.0
+
+    def swapped(self) -> Limits:
+        """The same for rows and columns exchanged."""
+        return self._replace(of_rows=self.of_cols, of_cols=self.of_rows)
+
+
 @dataclass(frozen=True, eq=False)
 class Sides:
     """Packed rows against packed columns, or one side against itself; and what decides the regime. `bounds` holds
@@ -62,6 +76,7 @@ class Sides:
     inv_tau: float | Tensor
     bounds: Tensor
     swapped_bounds: Tensor
+    limits: Limits | None = None
 
     @property
     def one_side(self) -> bool:
@@ -69,7 +84,8 @@ class Sides:
 
     def swapped(self) -> Sides:
         """The columns as rows, and the rows as columns."""
-        return Sides(self.work, self.cols, self.rows, self.inv_tau, self.swapped_bounds, self.bounds)
+        limits = self.limits and self.limits.swapped()
+        return Sides(self.work, self.cols, self.rows, self.inv_tau, self.swapped_bounds, self.bounds, limits)
 
     def each(self) -> list[Sides]:
         """The call as each of its sides sees it, that side being the rows."""
@@ -82,8 +98,9 @@ class Sides:
 
     @property
     def log_terms(self) -> float:
-        """The logarithm of the number of terms in the longest sum."""
-        return math.log(self.longer)
+        """The logarithm of the number of terms in the longest sum. Where there are limits it is not within any range:
+        their kernels have one regime, shifted."""
+        return math.log(self.longer) if self.limits is None else math.inf
 
     @property
     def bounded(self) -> bool:
@@ -97,6 +114,8 @@ class Sides:
 
     def may_be(self, *, direct: bool) -> bool:
         """Whether this regime's kernels have to be launched: both, where only the device knows."""
+        if self.limits is not None:
+            return not direct
         if self.bounded or self.on_device:
             return True
         if self.work.direct is not None:
@@ -121,20 +140,36 @@ class Sides:
         """A kernel's arguments for the choice of the regime, those of `temperature_and_bounds` among them."""
         return {**self.temperature_and_bounds(), "log_terms": self.log_terms}
 
+    def tiles_as(self, kernel: str) -> str:
+        """Whose tiles a kernel takes: where there are limits, those of its variant."""
+        return kernel if self.limits is None else config.VARIANTS[kernel]
+
+    def limits_of(self, *names: str) -> dict[str, Any]:
+        """A kernel's arguments for the limits of its "rows" and of its "cols"."""
+        limits = self.limits or Limits(self.rows.unread, self.cols.unread)
+        given = {"rows": limits.of_rows, "cols": limits.of_cols}
+        numbers = {"limit_scale": limits.scale, "limit_shift": limits.shift, "LIMITED": self.limits is not None}
+        return {**{f"{name}_limits_ptr": given[name] for name in names}, **numbers}
+
     def modes(self) -> dict[str, Any]:
         """A kernel's constants for how operands are multiplied."""
         return {"SPLIT": config.split(self.rows), "TF32": self.rows.tf32, "UPCAST": INTERPRETED}
 
 
-def make_sides(work: Work, rows: Packed, cols: Packed, inv_tau: float | Tensor) -> Sides:
+def make_sides(work: Work, rows: Packed, cols: Packed, inv_tau: float | Tensor, limits: Limits | None = None) -> Sides:
     """Rows and columns of a call, which are one object where there is one side. Launches a kernel where only the device
     knows how long the rows are."""
     if rows.normalize:
-        return Sides(work, rows, cols, inv_tau, bounds=rows.unread, swapped_bounds=cols.unread)
+        return Sides(work, rows, cols, inv_tau, rows.unread, cols.unread, limits)
     both = work.empty(2, 4)  # rows of 16 bytes: aligned, for one compiled kernel
     work.launch(
         _bounds_kernel, (1,), rows_peaks_ptr=rows.peaks, cols_peaks_ptr=cols.peaks, bounds_ptr=both,
         n_rows_peaks=rows.peaks.shape[1], n_cols_peaks=cols.peaks.shape[1], num_warps=4,
     )  # fmt: skip
     bounds, swapped_bounds = both.unbind()
-    return Sides(work, rows, cols, inv_tau, bounds, swapped_bounds)
+    return Sides(work, rows, cols, inv_tau, bounds, swapped_bounds, limits)
+
+
+def unbounded_sides(work: Work, rows: Packed, cols: Packed, inv_tau: float | Tensor) -> Sides:
+    """The same for kernels that have one regime alone."""
+    return Sides(work, rows, cols, inv_tau, bounds=rows.unread, swapped_bounds=cols.unread)

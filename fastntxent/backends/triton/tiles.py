@@ -32,7 +32,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 SIZES = [
     "n", "n_rows", "n_cols", "n_first", "n_peaks", "n_dots", "n_planes", "n_gathered", "n_radial",
     "n_rows_peaks", "n_cols_peaks", "squares", "edge", "part_cols", "middle", "stride_peaks",
-    "row_0", "col_0", "row_1", "col_1", "mirrored", "n_parts_0", "n_parts_1", "add",
+    "row_0", "col_0", "row_1", "col_1", "mirrored", "n_parts_0", "n_parts_1", "n_totals", "add",
 ]  # fmt: skip
 SUMMED = tl.constexpr(64)  # features of float32 rows that the matrix units add in one accumulator
 TINY = tl.constexpr(1.1754943508222875e-38)  # the smallest normal float32
@@ -87,16 +87,18 @@ def load_pieces(x_ptr, lo_ptr, first_row, d, DP, ROWS: tl.constexpr, BLOCK_D: tl
 
 
 @triton.jit
-def add_product(acc, a, a_lo, b, b_lo, SPLIT: tl.constexpr, TF32: tl.constexpr, UPCAST: tl.constexpr):
+def add_product(
+    acc, a, a_lo, b, b_lo, SPLIT: tl.constexpr, TF32: tl.constexpr, UPCAST: tl.constexpr, SAME: tl.constexpr = False
+):
     """acc + a b. Of two parts, the three products that matter are added apart from acc, the largest last.
 
     Each block of products cuts half a unit in the last place off the sum so far, on average. B blocks cut off
     0.18 (B + 1) units of 2^-23 of the whole. They are put back when the sum joins acc, by a multiply-add that no
-    compiler folds into the product."""
+    compiler folds into the product. SAME: rows and columns exchanged have the same bits."""
     if UPCAST and a.dtype == tl.bfloat16:
         a, b = a.to(tl.float32), b.to(tl.float32)
     if SPLIT:
-        small = tl.dot(a, b_lo, tl.dot(a_lo, b))
+        small = tl.fma(tl.dot(a, b_lo), 1.0, tl.dot(a_lo, b)) if SAME else tl.dot(a, b_lo, tl.dot(a_lo, b))
         LOST: tl.constexpr = (18 * (a.shape[1] // SPLIT + 1) + 50) // 100
         return tl.fma(tl.dot(a, b, small), 1.0 + LOST * 2.0**-23, acc)
     if TF32:
@@ -116,19 +118,23 @@ def transposed(pieces):
 
 
 @triton.jit
-def add_products(s, rows, columns, SPLIT: tl.constexpr, TF32: tl.constexpr, UPCAST: tl.constexpr):
+def add_products(
+    s, rows, columns, SPLIT: tl.constexpr, TF32: tl.constexpr, UPCAST: tl.constexpr, SAME: tl.constexpr = False
+):
     """s + rows times columns over the features of some pieces."""
     for i in tl.static_range(len(rows)):
         a, a_lo = rows[i]
         b, b_lo = columns[i]
-        s = add_product(s, a, a_lo, b, b_lo, SPLIT, TF32, UPCAST)
+        s = add_product(s, a, a_lo, b, b_lo, SPLIT, TF32, UPCAST, SAME)
     return s
 
 
 @triton.jit
-def add_similarities(s, rows, cols, SPLIT: tl.constexpr, TF32: tl.constexpr, UPCAST: tl.constexpr):
+def add_similarities(
+    s, rows, cols, SPLIT: tl.constexpr, TF32: tl.constexpr, UPCAST: tl.constexpr, SAME: tl.constexpr = False
+):
     """s + x_i . x_j over the features of some pieces."""
-    return add_products(s, rows, transposed(cols), SPLIT, TF32, UPCAST)
+    return add_products(s, rows, transposed(cols), SPLIT, TF32, UPCAST, SAME)
 
 
 @triton.jit
@@ -142,6 +148,14 @@ def rounded(x, dtype: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def power_of_two(largest):
+    """1 / 2^e for largest in [2^e, 2^(e + 1)), kept normal, and 2^e."""
+    exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 0xFF
+    exponent = tl.minimum(tl.maximum(exponent, 1), 253)
+    return ((254 - exponent) << 23).to(tl.float32, bitcast=True), (exponent << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def in_two_parts(x, dtype: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr):
     """Float32 numbers as an operand: x, or if SPLIT the sum of two parts."""
     high = rounded(x, dtype, UPCAST)
@@ -151,17 +165,32 @@ def in_two_parts(x, dtype: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constex
 
 
 @triton.jit
+def in_units(g, dtype: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr):
+    """An operand whose rows may all be small: each in units of a power of two from its largest; and the units."""
+    down, up = power_of_two(tl.max(tl.abs(g), 1))
+    high, low = in_two_parts(g * down[:, None], dtype, SPLIT, UPCAST)
+    return high, low, up
+
+
+@triton.jit
+def add_in_units(acc, a, a_lo, units, b, b_lo, SPLIT: tl.constexpr, TF32: tl.constexpr, UPCAST: tl.constexpr):
+    """acc + a b of such an operand."""
+    found = add_product(tl.zeros(acc.shape, tl.float32), a, a_lo, b, b_lo, SPLIT, TF32, UPCAST)
+    return tl.fma(found, tl.broadcast_to(units[:, None], acc.shape), acc)
+
+
+@triton.jit
 def similarities(
     rows_x_ptr, rows_lo_ptr, cols_x_ptr, cols_lo_ptr, row, col, DP,
     SPLIT: tl.constexpr, TF32: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SAME: tl.constexpr = False,
 ):  # fmt: skip
     """x_i . x_j of a tile, over all features in chunks."""
     s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for d in range(0, DP, BLOCK_D):
         a = load_pieces(rows_x_ptr, rows_lo_ptr, row, d, DP, BLOCK_M, BLOCK_D, SPLIT)
         b = load_pieces(cols_x_ptr, cols_lo_ptr, col, d, DP, BLOCK_N, BLOCK_D, SPLIT)
-        s = add_similarities(s, a, b, SPLIT, TF32, UPCAST)
+        s = add_similarities(s, a, b, SPLIT, TF32, UPCAST, SAME)
     return s
 
 
@@ -232,6 +261,29 @@ def weigh(s, r_m, a_m, nu_m, r_n, a_n, nu_n, factor_n, k, SHIFTED: tl.constexpr)
 
 
 @triton.jit
+def load_limits(limits_ptr, offs, n, scale, shift):
+    """The largest similarity that each row's sum takes."""
+    return tl.load(limits_ptr + offs, mask=offs < n, other=0.0) * scale + shift
+
+
+@triton.jit
+def within(values, similarities, limits, other):
+    """The values of similarities up to a limit. A NaN is not above it."""
+    return tl.where(similarities > limits, other, values)
+
+
+@triton.jit
+def weigh_within(s, r_m, a_m, nu_m, limits_m, r_n, a_n, nu_n, limits_n, factor_n, k):
+    """G_ij as `weigh` has it shifted, each of its terms where s_ij is within that row's limit."""
+    similarities = s * (r_m[:, None] * r_n[None, :])  # the forward's, to the last bit, and so are the logits
+    logits = similarities * k
+    of_rows = within(logits, similarities, limits_m[:, None], -float("inf"))
+    of_cols = within(logits, similarities, limits_n[None, :], -float("inf"))
+    of_rows = a_m[:, None] * factor_n[None, :] * tl.exp2((of_rows - nu_m[:, None]) * LOG2_E)
+    return of_rows + a_n[None, :] * tl.exp2((of_cols - nu_n[None, :]) * LOG2_E)
+
+
+@triton.jit
 def meeting(cols_low_ptr, cols_high_ptr, low, high, first, last, BLOCK_N: tl.constexpr, SPAN: tl.constexpr):
     """The range of columns from the first to the last tile in [first, last) whose ids meet [low, high]: empty, at
     `first`, where none does."""
@@ -247,6 +299,64 @@ def meeting(cols_low_ptr, cols_high_ptr, low, high, first, last, BLOCK_N: tl.con
     begin, end = tl.min(begins), tl.max(ends)
     begin, end = begin // BLOCK_N * BLOCK_N, tl.cdiv(end, BLOCK_N) * BLOCK_N
     return tl.where(begin < end, begin, first), end
+
+
+@triton.jit
+def columns_that_meet(
+    rows_low_ptr, rows_high_ptr, cols_low_ptr, cols_high_ptr, row, first, last, middle,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
+    """Columns [first, last) by whether their tiles may hold an id of the rows. Two views have two ranges that may, one
+    on either side of the middle; a last tile that is not full is the third."""
+    full = last // BLOCK_N * BLOCK_N
+    middle = tl.minimum(tl.maximum(middle // BLOCK_N * BLOCK_N, first), full)
+    low, high = span(rows_low_ptr, rows_high_ptr, row, BLOCK_M, SPAN)
+    begin_0, end_0 = meeting(cols_low_ptr, cols_high_ptr, low, high, first, middle, BLOCK_N, SPAN)
+    begin_1, end_1 = meeting(cols_low_ptr, cols_high_ptr, low, high, middle, full, BLOCK_N, SPAN)
+    return first, begin_0, end_0, begin_1, end_1, full, last
+
+
+@triton.jit
+def tiles_of(columns, MASKED: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The tiles of `columns_that_meet` that need a mask, or the others, for `column_of_tile`, and their number."""
+    first, begin_0, end_0, begin_1, end_1, full, last = columns
+    met = (end_0 - begin_0 + end_1 - begin_1) // BLOCK_N
+    if MASKED:
+        return (begin_0, end_0, begin_1 - end_0, end_1, full - end_1), met + tl.cdiv(last - full, BLOCK_N)
+    return (first, begin_0, end_0 - begin_0, begin_1, end_1 - begin_1), (full - first) // BLOCK_N - met
+
+
+@triton.jit
+def column_of_tile(tile, order, BLOCK_N: tl.constexpr):
+    """Where a tile begins: columns follow each other from the first on, but for those that are skipped at two gaps."""
+    first, gap_0, skip_0, gap_1, skip_1 = order
+    col = first + tile * BLOCK_N
+    col += tl.where(col >= gap_0, skip_0, 0)
+    col += tl.where(col >= gap_1, skip_1, 0)
+    return tl.multiple_of(col, BLOCK_N)
+
+
+@triton.jit
+def add_tile(gathered, g, g_lo, cols, SPLIT: tl.constexpr, TF32: tl.constexpr, UPCAST: tl.constexpr):
+    """gathered + G x of a tile, piece by piece."""
+    sums = ()
+    for i in tl.static_range(len(cols)):
+        x, lo = cols[i]
+        sums += (add_product(gathered[i], g, g_lo, x, lo, SPLIT, TF32, UPCAST),)
+    return sums
+
+
+@triton.jit
+def add_dots(
+    dots, sums, x_ptr, lo_ptr, row, part_cols, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr
+):
+    """dots + x_i . sums_i of rows that are read again: the compiler must not hold x in registers till here."""
+    again = row + tl.minimum(part_cols, 0)
+    x_m = load_pieces(x_ptr, lo_ptr, again, 0, BLOCK_D, BLOCK_M, BLOCK_D, SPLIT)
+    for i in tl.static_range(len(x_m)):
+        x, lo = x_m[i]
+        dots += tl.sum((x.to(tl.float32) + lo.to(tl.float32)) * sums[i], 1)
+    return dots
 
 
 INTERPRETED = not isinstance(load_rows, triton.JITFunction)

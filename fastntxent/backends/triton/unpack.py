@@ -32,15 +32,15 @@ def _unpack_kernel(
     n_gathered, n_radial, n_dots, n_first, n, D, DP,
     stride_gathered, stride_radial, stride_first_m, stride_first_d, stride_second_m, stride_second_d,
     inv_tau, eps, factor, pos_factor, share, loss_factor,
-    NORMALIZE: tl.constexpr, PAIRED: tl.constexpr, LOSS: tl.constexpr, BOUNDED: tl.constexpr, ON_DEVICE: tl.constexpr,
-    SPAN: tl.constexpr, BLOCK_D: tl.constexpr,
+    NORMALIZE: tl.constexpr, WEIGHED: tl.constexpr, PAIRED: tl.constexpr, LOSS: tl.constexpr,
+    BOUNDED: tl.constexpr, ON_DEVICE: tl.constexpr, SPAN: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """d/dz of SPAN rows; the first program's also d/dk and, of weights that came with it, the loss."""
     k = load_inverse_temperature(inv_tau, ON_DEVICE)
     row = tl.program_id(0) * SPAN + tl.arange(0, SPAN)
     inside = row < n
     partner = tl.where(row < n_first, row + n_first, row - n_first)
-    scale = factor * tl.load(largest_ptr) * largest_scale(bounds_ptr, BOUNDED)
+    scale = factor * tl.load(largest_ptr) * largest_scale(bounds_ptr, BOUNDED) if WEIGHED else factor
     norm = tl.load(norm_ptr + row, mask=inside, other=1.0)
     length = tl.maximum(norm, eps)
     radial = tl.zeros((SPAN,), tl.float32)
@@ -110,7 +110,7 @@ class Gradients(NamedTuple):
 
 def unpack_gradients(
     sides: Sides,
-    weights: TileWeights,
+    weights: TileWeights | None,
     gathered: Gathered,
     *,
     d_pos: Tensor | None = None,
@@ -118,20 +118,24 @@ def unpack_gradients(
     pos_factor: float = 1.0,
     totals: Tensor | None = None,
 ) -> Gradients:
-    """The gradients of the rows' matrices from what their rows gathered."""
+    """The gradients of the rows' matrices from what their rows gathered, times `weight`. G is in the units of
+    `weights`, where there are any."""
     rows, output, unread = sides.rows, sides.work.output, sides.rows.unread
     found = Gradients(output(*rows.first.shape), output(*rows.second.shape), output(), output())
     sides.work.launch(
         _unpack_kernel, (triton.cdiv(rows.n, SPAN),), **rows.matrices(),
         gathered_ptr=gathered.sums, radial_ptr=gathered.radial, radial_parts_ptr=gathered.radial_parts,
-        largest_ptr=weights.largest, totals_ptr=unread if totals is None else totals, dots_ptr=weights.dots,
+        largest_ptr=unread if weights is None else weights.largest, totals_ptr=unread if totals is None else totals,
+        dots_ptr=unread if weights is None else weights.dots,
         norm_ptr=rows.norm, pos_ptr=rows.sim_pos, d_pos_ptr=unread if d_pos is None else d_pos.contiguous(),
         d_first_ptr=found.d_first, d_second_ptr=found.d_second, d_inv_tau_ptr=found.d_inv_tau, loss_ptr=found.loss,
-        n_gathered=gathered.sums.shape[0], n_radial=gathered.radial_parts.shape[0], n_dots=weights.dots.shape[0],
+        n_gathered=gathered.sums.shape[0], n_radial=gathered.radial_parts.shape[0],
+        n_dots=0 if weights is None else weights.dots.shape[0],
         stride_gathered=gathered.sums.stride(0), stride_radial=gathered.radial.stride(0),
-        **sides.temperature_and_bounds(), eps=rows.eps, factor=weight / G_SCALE[rows.x.dtype], pos_factor=pos_factor,
+        **sides.temperature_and_bounds(), eps=rows.eps,
+        factor=weight if weights is None else weight / G_SCALE[rows.x.dtype], pos_factor=pos_factor,
         share=0.5 if sides.one_side else 1.0, loss_factor=weight,
-        NORMALIZE=rows.normalize, PAIRED=d_pos is not None, LOSS=totals is not None,
+        NORMALIZE=rows.normalize, WEIGHED=weights is not None, PAIRED=d_pos is not None, LOSS=totals is not None,
         SPAN=SPAN, BLOCK_D=min(rows.DP, 64), num_warps=4,
     )  # fmt: skip
     return found
