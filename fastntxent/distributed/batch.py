@@ -52,7 +52,7 @@ class ShardedBatch(Batch):
 
     def in_tiles(self) -> ShardedBatch:
         options = self.views, self.reduction, self.normalize, "blocked"
-        return ShardedBatch(self.first, *options, self._shard, self._function)
+        return ShardedBatch(self.first, *options, self._shard.in_blocks(), self._function)
 
     # --- rows and numbers -------------------------------------------------------------------------------------------
 
@@ -170,7 +170,7 @@ class ShardedBatch(Batch):
         return soft_targets.called_neg_lse(similarities, inv_tau, self.sample_ids(), dtype, self._shard)
 
     def soft_dots(self, rows: Side, cols: Side, teacher: Teacher | CalledTeacher) -> tuple[Tensor, Tensor]:
-        return soft_targets.soft_dots(rows, cols, teacher, self._shard)
+        return soft_targets.soft_dots(rows, cols, teacher, self._shard.in_blocks())
 
     # --- sums and losses --------------------------------------------------------------------------------------------
 

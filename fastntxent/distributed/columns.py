@@ -29,7 +29,7 @@ class Block(NamedTuple):
     def cut(self, span: slice) -> Block:
         """Return the rows of `span`, which lies in this block."""
         here = slice(span.start - self.span.start, span.stop - self.span.start)
-        return Block(span, self.rows[here], self.ids[here])
+        return Block(span, self.rows[here], self.ids[here], tuple(x[here] for x in self.numbers))
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Partition:
     ring: bool
     dtype: torch.dtype  # of the arithmetic
     turn: Turn
+    by_rank: bool = False  # blocks are those of one rank each, by all-gather too
 
     @property
     def spans(self) -> list[slice]:
@@ -96,7 +97,7 @@ class Columns:
     def blocks(self, ids: Tensor, *numbers: Tensor) -> Iterator[Block]:
         """The rows of all ranks in one block, or of one rank after another, which are left out if they have none."""
         hops = len(self.partition.sizes) - 1
-        blocks = self._round(hops, ids, *numbers) if self.partition.ring else [self._all(ids, *numbers)]
+        blocks = self._round(hops, ids, *numbers) if self.partition.ring else self._gathered_blocks(ids, *numbers)
         return (block for block in blocks if len(block.rows))
 
     def pairs(self, ids: Tensor) -> Iterator[tuple[Block, Block]]:
@@ -113,6 +114,15 @@ class Columns:
         for block, (rows, cols) in zip(met, pairs, strict=True):
             if rows.start < rows.stop and cols.start < cols.stop:
                 yield here.cut(rows), block.cut(cols)
+
+    def _gathered_blocks(self, ids: Tensor, *numbers: Tensor) -> Iterator[Block]:
+        block = self._all(ids, *numbers)
+        if not self.partition.by_rank:
+            yield block
+            return
+        for span in self.partition.spans:  # copied: products of rows may be rounded by where they lie in memory
+            own = block.cut(span)
+            yield Block(span, own.rows.clone(), own.ids, tuple(x.clone() for x in own.numbers))
 
     def _all(self, ids: Tensor, *numbers: Tensor) -> Block:
         gathered = tuple(wire.all_gather(self.partition.group, x, self.partition.sizes) for x in numbers)

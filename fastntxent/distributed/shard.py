@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias, Union
 
 import torch
@@ -121,6 +121,7 @@ class Shard:
     ring: bool
     wire_dtype: torch.dtype | None
     turn: Turn
+    by_rank: bool = False
     _columns: list[tuple[Tensor, Columns]] = field(default_factory=list)
 
     @property
@@ -145,13 +146,18 @@ class Shard:
         first = sum(self.sizes[: self.rank])
         return torch.arange(first, first + self.sizes[self.rank], device=like.device)
 
+    def in_blocks(self) -> Shard:
+        """The same with blocks of one rank each: similarities are then products of the same shape forward and backward,
+        of rows and of columns, and equal to the bit."""
+        return replace(self, by_rank=True, _columns=[])
+
     def columns(self, u: Tensor) -> Columns:
         """This rank's rows as columns of all ranks. Two terms of a loss that ask for the same rows share them."""
         for known, columns in self._columns:
             if known is u:
                 return columns
         dtype = accumulation_dtype(u.dtype)
-        partition = Partition(self.group, self.rank, self.sizes, self.ring, dtype, self.turn)
+        partition = Partition(self.group, self.rank, self.sizes, self.ring, dtype, self.turn, self.by_rank)
         # Not a copy where the dtype is that of u: a change of u in place is one of these rows, and noticed.
         columns = Columns(partition, u.detach().resolve_neg().to(self.wire_dtype or dtype))
         self._columns.append((u, columns))
