@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .algebra import accumulation_dtype, in_double
 from .ops import may_be_differentiated
-from .validation import check_bias, check_temperature, extremes
+from .validation import check_bias, check_range, check_temperature, extremes
 
 
 def inverse_temperature(temperature: float | Tensor, rows: Tensor, *, per_row: int | None = None) -> float | Tensor:
@@ -55,15 +55,13 @@ def bias_of_logits(bias: float | Tensor, rows: Tensor, name: str) -> Tensor:
     """A number that is added to every logit, as a tensor in the accumulation dtype (0-d)."""
     bias = check_bias(name, bias, rows)
     dtype = accumulation_dtype(rows.dtype)
-    largest = torch.finfo(dtype).max
     values: tuple[float, ...] = ()  # that may leave the dtype's range
     if not isinstance(bias, Tensor):
         values = (bias,)
-    elif torch.finfo(bias.dtype).max > largest:
+    elif torch.finfo(bias.dtype).max > torch.finfo(dtype).max:
         values = extremes(bias) or ()
     for value in values:
-        if not -largest <= value <= largest:
-            raise ValueError(f"{name} in {dtype} must be from {-largest:.2g} to {largest:.2g}, got {value}")
+        check_range(name, value, dtype)
     found = factor(bias, rows)
     return found if isinstance(found, Tensor) else scalar_like(found, rows)
 

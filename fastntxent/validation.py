@@ -10,6 +10,7 @@ import math
 import operator
 import sys
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -177,6 +178,26 @@ def check_number(name: str, value: object, expected: str = "a number") -> float:
     return number if integer is None else integer
 
 
+def check_numbers(name: str, values: Any, expected: str) -> list[float]:
+    """A sequence of real numbers. Return them as `check_number` does.
+
+    expected: what the sequence has, as "a number for each pair".
+    """
+    try:
+        entries = list(values)
+    except TypeError:
+        raise TypeError(f"{name} must be a sequence, {expected}, got {type(values).__name__}") from None
+    return [check_number(name, entry, expected) for entry in entries]
+
+
+def check_weights(name: str, values: Any, expected: str) -> list[float]:
+    """A sequence of numbers that are finite and not negative, one of them not 0. Return them as `check_number` does."""
+    weights = check_numbers(name, values, expected)
+    if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+        raise ValueError(f"{name} must be finite, at least 0, and one of them above, got {weights}")
+    return weights
+
+
 def check_bias(name: str, bias: float | Tensor, rows: Tensor | None = None) -> float | Tensor:
     """A finite number, or a 0-d floating tensor in host memory or on the rows' device. Return it, as a Python number
     where it is one."""
@@ -192,6 +213,13 @@ def check_bias(name: str, bias: float | Tensor, rows: Tensor | None = None) -> f
         if not -math.inf < value < math.inf:
             raise ValueError(f"{name} must be finite, got {value}")
     return bias
+
+
+def check_range(name: str, value: float, dtype: torch.dtype) -> None:
+    """A number that does not overflow the dtype."""
+    largest = torch.finfo(dtype).max
+    if not -largest <= value <= largest:
+        raise ValueError(f"{name} in {dtype} must be from {-largest:.2g} to {largest:.2g}, got {value}")
 
 
 def check_integer(name: str, value: object, least: int) -> int:

@@ -1,5 +1,7 @@
 """A loss of the embeddings' first features, at several widths."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -57,28 +59,101 @@ def test_matryoshka_of_no_embeddings_or_of_a_function_as_a_module_is_an_error():
         fastntxent.MatryoshkaLoss(lambda x: x, dims=[1])
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"positives": "same_id", "form": "in"},
+        {"margin": 0.1},
+        {"relative_margin": 0.2, "ceiling": 0.5},
+        {"label_smoothing": 0.1},
+        {"reduction": "none", "normalize": False},
+    ],
+)
+def test_multi_clip_and_its_module_pass_every_option_to_clip(options):
+    z, ids = torch.randn(3, 6, 4), torch.tensor([0, 0, 1, 1, 2, 3])
+    weights = [1.0, 0.5, 2.0]
+    pairs = zip(weights, [(0, 1), (0, 2), (1, 2)], strict=True)
+    expected = sum(w * fastntxent.clip(z[a], z[b], 0.3, ids=ids, **options) for w, (a, b) in pairs)
+    plain = fastntxent.clip(z[0], z[1], 0.3, ids=ids, reduction=options.get("reduction", "mean"))
+    assert not torch.allclose(fastntxent.clip(z[0], z[1], 0.3, ids=ids, **options), plain)  # the options count
+    value = fastntxent.multi_clip(list(z), 0.3, weights=weights, ids=ids, **options)
+    module = fastntxent.MultiCLIPLoss(0.3, weights=weights, learn_temperature=False, **options)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(module(list(z), ids), expected)
+
+
+def test_multi_clip_takes_all_options_of_clip_but_a_bias():
+    clip, several = (inspect.signature(f).parameters for f in (fastntxent.clip, fastntxent.multi_clip))
+    assert {name: p.default for name, p in several.items() if name in clip} == {
+        name: p.default for name, p in clip.items() if name not in ("image_features", "text_features", "logit_bias")
+    }
+
+
 def test_multi_clip_errors_name_the_argument():
     z = torch.randn(3, 5, 4)
+
+    def of_module(weights):
+        return fastntxent.MultiCLIPLoss(weights=weights)
+
     with pytest.raises(TypeError, match="features must be a sequence of tensors"):
         fastntxent.multi_clip(z)
+    with pytest.raises(TypeError, match=r"features\[0\] must be a torch.Tensor, got NoneType"):
+        fastntxent.multi_clip([None, z[0]])
+    with pytest.raises(TypeError, match=r"features\[0\] must be a torch.Tensor, got list"):
+        fastntxent.multi_clip([[[1.0]], z[0]])
     with pytest.raises(ValueError, match="features must be of at least two towers, got 1"):
         fastntxent.multi_clip([z[0]])
     with pytest.raises(ValueError, match="weights must be one for each of the 3 pairs, got 2"):
         fastntxent.multi_clip(list(z), weights=[1, 2])
-    with pytest.raises(ValueError, match="weights must be finite, at least 0, and one of them above"):
-        fastntxent.multi_clip(list(z), weights=[0, 0, 0])
+    for function in (lambda weights: fastntxent.multi_clip(list(z), weights=weights), of_module):
+        with pytest.raises(ValueError, match="weights must be finite, at least 0, and one of them above"):
+            function([0, 0, 0])
+        with pytest.raises(ValueError, match=r"weights must be finite, at least 0, .*got \[-1.0, 2.0, 2.0\]"):
+            function([-1.0, 2.0, 2.0])
+        with pytest.raises(TypeError, match="weights must be a sequence, a number for each pair, got float"):
+            function(0.5)
+        with pytest.raises(TypeError, match="weights must be a number for each pair, got str"):
+            function(["a", 1, 1])
     with pytest.raises(ValueError, match="same shape"):
         fastntxent.multi_clip([z[0], z[1][:3]])
 
 
 @pytest.mark.parametrize("loss", [fastntxent.info_nce, fastntxent.clip])
-def test_several_positives_need_ids_and_take_no_smoothing(loss):
+def test_several_positives_need_ids(loss):
     z_i, z_j = torch.randn(2, 5, 4)
-    with pytest.raises(ValueError, match="ids"):
+    with pytest.raises(ValueError, match="ids must be given with positives 'same_id', got None"):
         loss(z_i, z_j, positives="same_id")
-    with pytest.raises(ValueError, match="label_smoothing"):
-        loss(z_i, z_j, positives="same_id", ids=torch.arange(5), label_smoothing=0.1)
     with pytest.raises(ValueError, match="positives must be one of 'pair', 'same_id', got 'all'"):
         loss(z_i, z_j, positives="all")
     with pytest.raises(ValueError, match="form must be one of 'out', 'in', got 'pairs'"):
         loss(z_i, z_j, positives="same_id", ids=torch.arange(5), form="pairs")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("label_smoothing", 0.1, "label_smoothing must be 0 with positives 'same_id', got 0.1"),
+        ("margin", 0.0, "margin must be None with positives 'same_id', got 0.0"),
+        ("relative_margin", 0.1, "relative_margin must be None with positives 'same_id', got 0.1"),
+        ("ceiling", 0.1, "ceiling must be None with positives 'same_id', got 0.1"),
+        ("hardness_strength", 2.0, "hardness_strength must be 0 with positives 'same_id', got 2.0"),
+        ("in_batch_negatives", False, "in_batch_negatives must be None or True with positives 'same_id', got False"),
+    ],
+)
+def test_what_several_positives_do_not_take_is_refused_by_function_and_constructor(option, value, words):
+    z_i, z_j = torch.randn(2, 5, 4)
+    options = {"positives": "same_id", option: value}
+    calls = [
+        lambda: fastntxent.info_nce(z_i, z_j, ids=torch.arange(5), **options),
+        lambda: fastntxent.InfoNCELoss(**options),
+    ]
+    if option not in ("hardness_strength", "in_batch_negatives"):
+        calls += [
+            lambda: fastntxent.clip(z_i, z_j, ids=torch.arange(5), **options),
+            lambda: fastntxent.multi_clip([z_i, z_j], ids=torch.arange(5), **options),
+            lambda: fastntxent.CLIPLoss(**options),
+            lambda: fastntxent.MultiCLIPLoss(**options),
+        ]
+    for call in calls:
+        with pytest.raises(ValueError, match=f"^{words}$"):
+            call()

@@ -105,22 +105,17 @@ def info_nce(
         >>> fastntxent.info_nce(z, z, temperature=1.0)  # log(e + 3) - 1
         tensor(0.7437)
     """
-    check_choice("hardness_mode", hardness_mode, HARDNESS_MODES)
-    hardness_strength = check_parameter("hardness_strength", hardness_strength)
     label_smoothing = check_parameter("label_smoothing", label_smoothing)
-    if label_smoothing and hardness_strength:
-        raise ValueError("label_smoothing and hardness_strength cannot both be given")
+    hardness_strength = check_hardness(hardness_mode, hardness_strength, label_smoothing)
     limits = Limits.checked(margin, relative_margin, ceiling, label_smoothing)
-    check_choice("positives", positives, POSITIVES)
-    check_choice("form", form, SEVERAL_FORMS)
+    check_positives(
+        positives, form, limits, label_smoothing=label_smoothing, hardness_strength=hardness_strength,
+        in_batch_negatives=in_batch_negatives,
+    )  # fmt: skip
     if positives == "same_id":
-        if ids is None:
-            raise ValueError("ids must be given where positives is 'same_id'")
-        if negatives is not None or label_smoothing or hardness_strength or limits or in_batch_negatives is False:
-            raise ValueError(
-                "positives 'same_id' takes no explicit negatives, label_smoothing, hardness_strength or margin, and "
-                "needs the negatives of the batch"
-            )
+        check_ids_given(ids)
+        if negatives is not None:
+            raise ValueError(f"negatives must be None with positives 'same_id', got {type(negatives).__name__}")
     if negatives is not None:
         _check_negatives(negatives, query, may_be_empty=group is not None)
     if in_batch_negatives is None:
@@ -166,6 +161,45 @@ def info_nce(
         mean = (pos + inv_tau * sum(term.sims for term in terms)) / candidates
         losses = losses + label_smoothing * (pos - mean)
     return batch.reduce(losses)
+
+
+def check_hardness(hardness_mode: str, hardness_strength: float, label_smoothing: float) -> float:
+    """Check what is added to the logits of negatives, and return the strength as a number."""
+    check_choice("hardness_mode", hardness_mode, HARDNESS_MODES)
+    hardness_strength = check_parameter("hardness_strength", hardness_strength)
+    if label_smoothing and hardness_strength:
+        raise ValueError("label_smoothing and hardness_strength cannot both be given")
+    return hardness_strength
+
+
+def check_positives(
+    positives: str,
+    form: str,
+    limits: Limits | None,
+    *,
+    label_smoothing: float,
+    hardness_strength: float = 0.0,
+    in_batch_negatives: bool | None = None,
+) -> None:
+    """Check which columns are a row's positives, and that no option is given that several positives do not take."""
+    check_choice("positives", positives, POSITIVES)
+    check_choice("form", form, SEVERAL_FORMS)
+    if positives != "same_id":
+        return
+    for name, number in (("label_smoothing", label_smoothing), ("hardness_strength", hardness_strength)):
+        if number:
+            raise ValueError(f"{name} must be 0 with positives 'same_id', got {number}")
+    for name, limit in ({} if limits is None else limits._asdict()).items():
+        if limit is not None:
+            raise ValueError(f"{name} must be None with positives 'same_id', got {limit}")
+    if in_batch_negatives is not None and not in_batch_negatives:
+        raise ValueError(f"in_batch_negatives must be None or True with positives 'same_id', got {in_batch_negatives}")
+
+
+def check_ids_given(ids: Tensor | None) -> None:
+    """The ids by which positives "same_id" are found."""
+    if ids is None:
+        raise ValueError("ids must be given with positives 'same_id', got None")
 
 
 def several_positives(batch: Batch, rows: Side, cols: Side, inv_tau: float | Tensor, form: str) -> Tensor:
