@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..ops import autocast_off
+from ..algebra import product
 from ..validation import ID_DTYPES, check_tensor
 
 if TYPE_CHECKING:
@@ -97,8 +97,7 @@ class Logits:
 
     def dense(self) -> Tensor:
         """The whole matrix, differentiable: O(M^2) memory."""
-        with autocast_off(self._rows):
-            return self._rows @ self._cols.T * self._scale
+        return product(self._rows, self._cols.T) * self._scale
 
     @torch.no_grad()
     def argmax(self) -> Tensor:
