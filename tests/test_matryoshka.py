@@ -1,11 +1,14 @@
 """A loss of the embeddings' first features, at several widths."""
 
 import inspect
+from functools import partial
 
 import pytest
 import torch
 
 import fastntxent
+from fastntxent.compat import open_clip, sup_contrast
+from fastntxent.trees import named_tensors
 
 
 def test_matryoshka_is_the_weighted_sum_of_the_losses_of_cut_rows():
@@ -44,7 +47,10 @@ def test_module_trains_the_parameters_of_its_loss():
         ({"dims": [5]}, ValueError, "dims must be at most the embeddings' number of features, 4, got 5"),
         ({"dims": [2], "weights": [1, 2]}, ValueError, "weights must be one for each of the 1 dims, got 2"),
         ({"dims": [2], "weights": [0]}, ValueError, "weights must be finite, and one of them not 0"),
-        ({"dims": [2], "weights": ["a"]}, TypeError, "weights must be a number, got str"),
+        ({"dims": [2], "weights": ["a"]}, TypeError, "weights must be a number for each of the dims, got str"),
+        ({"dims": 2}, TypeError, "dims must be a sequence of ints, got int"),
+        ({"dims": None}, TypeError, "dims must be a sequence of ints, got NoneType"),
+        ({"dims": [2], "weights": 1.0}, TypeError, "weights must be a sequence, a number for each of the dims, got fl"),
     ],
 )
 def test_matryoshka_errors_name_the_argument(options, error, words):
@@ -57,6 +63,74 @@ def test_matryoshka_of_no_embeddings_or_of_a_function_as_a_module_is_an_error():
         fastntxent.matryoshka(lambda x: x, torch.arange(3), dims=[1])
     with pytest.raises(TypeError, match="loss must be a module, got function"):
         fastntxent.MatryoshkaLoss(lambda x: x, dims=[1])
+    with pytest.raises(TypeError, match="loss must be a function or a module, got str"):
+        fastntxent.matryoshka("nt_xent", torch.eye(3), dims=[1])
+
+
+def test_matryoshka_names_an_embedding_that_is_not_dense_and_a_result_that_is_no_tensor():
+    z = torch.randn(6, 4)
+    with pytest.raises(TypeError, match=r"z_j must be a dense \(strided\) tensor, got torch.sparse_coo"):
+        fastntxent.matryoshka(fastntxent.nt_xent, z, z.to_sparse(), dims=[2])
+    with pytest.raises(TypeError, match=r"features\[1\] must be a dense \(strided\) tensor"):
+        fastntxent.matryoshka(fastntxent.multi_clip, [z, z.to_sparse()], dims=[2])
+    with pytest.raises(TypeError, match="loss must return a tensor, or a tuple, list or mapping of tensors, got float"):
+        fastntxent.matryoshka(lambda z: (z.sum(), 1.0), z, dims=[2])
+
+
+def _terms(z_i, z_j):
+    return fastntxent.nt_xent_terms(z_i, z_j)
+
+
+def _towers(loss, **options):
+    return lambda z_i, z_j: loss(z_i, z_j, logit_scale=2.0, **options)
+
+
+LOGITS, CAPTIONS = torch.randn(6, 3, 7), torch.randint(1, 7, (6, 3))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        _terms,
+        _towers(open_clip.ClipLoss(), output_dict=True),
+        lambda z_i, z_j: open_clip.DistillClipLoss()(z_i, z_j, 2.0, z_j, z_i, 3.0),
+        _towers(open_clip.CoCaLoss(2.0, 1.0), logits=LOGITS, labels=CAPTIONS),
+        lambda z_i, z_j: [z_i.sum(), {"of": z_j.sum(dim=0).square().sum()}],
+    ],
+    ids=["named tuple", "dict", "tuple", "CoCa", "list"],
+)
+def test_matryoshka_weighs_every_entry_of_what_the_loss_returns(loss):
+    z_i, z_j = torch.randn(2, 6, 8)
+    value = fastntxent.matryoshka(loss, z_i, z_j, dims=[8, 3], weights=[1.0, -0.5])
+    whole, cut = (loss(z_i[:, :d], z_j[:, :d]) for d in (8, 3))
+    assert type(value) is type(whole)
+    expected = [a - b / 2 for (_, a), (_, b) in zip(named_tensors(whole, ""), named_tensors(cut, ""), strict=True)]
+    torch.testing.assert_close([x for _, x in named_tensors(value, "")], expected)
+
+
+def test_matryoshka_cuts_no_pair_weights_masks_or_logits():
+    z, labels, weights = torch.randn(6, 4), torch.arange(6) % 3, torch.rand(3, 3)
+    value = fastntxent.matryoshka(fastntxent.sup_con, z, labels, pair_weights=weights, dims=[2])
+    torch.testing.assert_close(value, fastntxent.sup_con(z[:, :2], labels, pair_weights=weights))
+    views, mask = torch.randn(6, 2, 4), torch.rand(6, 6)
+    loss = sup_contrast.SupConLoss()
+    for arguments, options in (((None, mask), {}), ((), {"mask": mask})):
+        value = fastntxent.MatryoshkaLoss(loss, dims=[3])(views, *arguments, **options)
+        torch.testing.assert_close(value, loss(views[..., :3], mask=mask))
+    images, texts = torch.randn(2, 6, 8)
+    loss = open_clip.CoCaLoss(2.0, 1.0)
+    value = fastntxent.matryoshka(loss, images, texts, LOGITS, CAPTIONS, 2.0, dims=[5])
+    torch.testing.assert_close(value, loss(images[:, :5], texts[:, :5], LOGITS, CAPTIONS, 2.0))
+
+
+def test_matryoshka_cuts_whatever_is_not_bound():
+    z_i, z_j, key = torch.randn(3, 6, 4)
+
+    def loss(z_i, z_j, other):
+        return (z_i * z_j).sum() + other.sum()
+
+    value = fastntxent.matryoshka(partial(loss, other=key), z_i, z_j, dims=[2])
+    torch.testing.assert_close(value, loss(z_i[:, :2], z_j[:, :2], key))
 
 
 @pytest.mark.parametrize(
