@@ -38,16 +38,16 @@ def _check_invertible(smallest: float, largest: float, dtype: torch.dtype, large
         raise ValueError(f"temperature must be at most {1 / smallest_inverse:.2g}, got {largest}")
 
 
-def logit_scale_factor(logit_scale: float | Tensor, rows: Tensor) -> float | Tensor:
+def logit_scale_factor(logit_scale: float | Tensor, rows: Tensor, name: str = "logit_scale") -> float | Tensor:
     """A logit scale, which is given in place of a temperature, as a factor."""
-    scale = factor(check_temperature(logit_scale, rows, name="logit_scale"), rows)
+    scale = factor(check_temperature(logit_scale, rows, name=name), rows)
     dtype = accumulation_dtype(rows.dtype)
     if isinstance(scale, Tensor):
         if isinstance(logit_scale, Tensor) and logit_scale.dtype == dtype:
             return scale  # the very number that was checked
-        check_temperature(scale, name=f"logit_scale in {dtype}")
+        check_temperature(scale, name=f"{name} in {dtype}")
     elif not 1 / (largest := torch.finfo(dtype).max) <= scale <= largest:
-        raise ValueError(f"logit_scale in {dtype} must be from {1 / largest:.2g} to {largest:.2g}, got {scale}")
+        raise ValueError(f"{name} in {dtype} must be from {1 / largest:.2g} to {largest:.2g}, got {scale}")
     return scale
 
 

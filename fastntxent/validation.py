@@ -23,6 +23,7 @@ MOST_ROWS = 2**31 - 1  # of a loss, in all of its views: what the kernels count 
 
 # The interval of each number that a loss takes, as it is written: a square bracket includes that end.
 _INTERVALS = {
+    "A_0": ("[", 0, 1, "]"),
     "a_0": ("[", 0, 1, "]"),
     "alpha": ("[", 0, 1, "]"),
     "beta": ("[", 0, math.inf, ")"),
@@ -89,6 +90,12 @@ def check_features(a_name: str, a: Tensor, b_name: str, b: Tensor) -> None:
         raise ValueError(
             f"{a_name} and {b_name} must have the same number of features, got {a.shape[-1]} and {b.shape[-1]}"
         )
+
+
+def check_row_each(name: str, x: Tensor, rows_name: str, rows: Tensor) -> None:
+    """As many rows as there are."""
+    if x.shape[0] != rows.shape[0]:
+        raise ValueError(f"{name} must have {rows.shape[0]} rows, one for each of {rows_name}, got {x.shape[0]}")
 
 
 def check_ids(name: str, ids: Tensor, rows_name: str, rows: Tensor) -> None:

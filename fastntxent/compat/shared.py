@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -65,6 +66,13 @@ def as_ids(name: str, labels: Tensor, rows: Tensor) -> Tensor:
     if labels.is_floating_point():  # their bits are the same ids on every rank, which numbering them would not give
         return (labels.double() + 0.0).view(torch.int64)  # -0.0 is 0.0
     return labels if labels.dtype in ID_DTYPES else labels.to(torch.int64)
+
+
+def as_columns(name: str, columns: Any) -> list[Any]:
+    """What a call brings for each column of a data set: anchors, positives and so on."""
+    if isinstance(columns, (str, Mapping)) or not isinstance(columns, Iterable):
+        raise TypeError(f"{name} must be a sequence, one element per column, got {type(columns).__name__}")
+    return list(columns)
 
 
 def as_scalar(value: float | Tensor) -> float | Tensor:
