@@ -70,7 +70,8 @@ def clip(
         ids: (N,) integers: samples of the same id are no negatives of each other.
         positives: "pair", row n of both alone; or "same_id", all rows of the other tower that are of its id: `info_nce`
             with several positives, in both directions. It needs ids, and takes no label_smoothing.
-        form: with several positives "out" or "in", as in `info_nce`.
+        form: with several positives "out" or "in", as in `info_nce`; near convergence the gradient of "out" has the
+            accuracy of a logit alone, as there.
         label_smoothing: as in `nt_xent`, in both directions.
         margin, relative_margin, ceiling: as in `nt_xent`, in both directions.
         reduction: "mean" (1/N over the samples of half the sum of both directions), "sum", or "none".

@@ -78,7 +78,9 @@ def info_nce(
         positives: "pair", the query's own key alone; or "same_id", all keys of its id, as `sup_con` has them for one
             set of rows. The latter needs ids, and takes neither explicit negatives nor the options below.
         form: with several positives P, "out": the mean of their log-probabilities, nu' - mean_p s_np / tau, nu' over
-            all keys; or "in": the logarithm of the mean of their probabilities.
+            all keys; or "in": the logarithm of the mean of their probabilities. In "out" the positives are in the
+            denominator that they are compared with, so its gradient has the accuracy of a logit, eps / tau, also where
+            the loss is tiny; "in" keeps its relative accuracy, and with one positive a row is the same loss.
         label_smoothing: as in `nt_xent`.
         margin, relative_margin, ceiling: as in `nt_xent`, for the batch's negatives and for explicit ones.
         hardness_mode, hardness_strength: add hardness_strength times the similarity, through which no gradient goes, to
