@@ -5,11 +5,15 @@ All of it is O(M D) differentiable tensor code in the accumulation dtype: float6
 
 from __future__ import annotations
 
+import contextlib
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 NORM_EPS = 1e-12  # of torch.nn.functional.normalize
+_AS_IT_IS = contextlib.nullcontext()
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -39,6 +43,70 @@ def overflow_factor(u: Tensor, dtype: torch.dtype) -> Tensor | None:
         return None
     largest = torch.linalg.vector_norm(u.detach(), ord=torch.inf, dim=-1, keepdim=True)
     return torch.ones_like(largest).masked_fill(largest > 2.0**60, 2.0**-80)
+
+
+def autocast_off(rows: Tensor) -> contextlib.AbstractContextManager[None]:
+    """A block in which autocast leaves operations on the rows' device alone."""
+    if not torch._C._is_any_autocast_enabled():
+        return _AS_IT_IS
+    device_type = rows.device.type
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else _AS_IT_IS
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of two matrices, which autocast changes neither here nor in the backward.
+
+    PyTorch's own backward of a product is a product too, and runs in half precision where `backward` is called inside
+    autocast, whatever the forward ran in.
+    """
+    if torch._C._get_tracing_state() is not None:  # torch.jit.trace records no such function
+        with autocast_off(a):
+            return a @ b
+    found: Tensor = (_Product if torch.compiler.is_compiling() else _TransformedProduct).apply(a, b)
+    return found
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(a: Tensor, b: Tensor) -> Tensor:
+        with autocast_off(a):
+            return a @ b
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, d_product: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        a, b = ctx.saved_tensors
+        needs_a, needs_b = ctx.needs_input_grad
+        with autocast_off(a):
+            return d_product @ b.mT if needs_a else None, a.mT @ d_product if needs_b else None
+
+
+class _TransformedProduct(_Product):
+    """A `_Product` with second derivatives, the forward mode and vmap, which a compiler does not trace."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, d_product: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        a, b = ctx.saved_tensors
+        needs_a, needs_b = ctx.needs_input_grad
+        return product(d_product, b.mT) if needs_a else None, product(a.mT, d_product) if needs_b else None
+
+    @staticmethod
+    def jvp(ctx: Any, d_a: Tensor | None, d_b: Tensor | None) -> Tensor | None:
+        a, b = ctx.saved_tensors
+        of_b = None if d_b is None else product(a, d_b)
+        if d_a is None:
+            return of_b
+        return product(d_a, b) if of_b is None else product(d_a, b) + of_b
 
 
 def row_dots(a: Tensor, b: Tensor) -> Tensor:

@@ -46,9 +46,9 @@ class Batch(ABC):
         """1 / temperature, checked; (per_row,) where one for each row is taken too."""
         return self._replicated(inverse_temperature(temperature, self.first, per_row=per_row))
 
-    def logit_scale(self, logit_scale: float | Tensor) -> float | Tensor:
+    def logit_scale(self, logit_scale: float | Tensor, name: str = "logit_scale") -> float | Tensor:
         """A logit scale in its place, checked."""
-        return self._replicated(logit_scale_factor(logit_scale, self.first))
+        return self._replicated(logit_scale_factor(logit_scale, self.first, name))
 
     def factor(self, value: float | Tensor) -> float | Tensor:
         """Another number that multiplies logits."""

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .modules.base import TypedModule
 from .opening import agree_on
-from .validation import check_integer, check_number
+from .trees import map_tensors, named_tensors
+from .validation import check_integer, check_numbers, check_tensor
+
+_Result = TypeVar("_Result")
+
+# Arguments, in this package or in those that `compat` stands in for, that have features of another kind.
+_WHOLE = frozenset({"logits", "mask", "pair_weights"})
 
 
 def matryoshka(
-    loss: Callable[..., Tensor],
+    loss: Callable[..., _Result],
     *arguments: Any,
     dims: Sequence[int],
     weights: Sequence[float] | None = None,
     **options: Any,
-) -> Tensor:
+) -> _Result:
     r"""A loss of the embeddings' first d features, summed over several widths d.
 
     .. math:: L = \sum_m w_m \, \text{loss}(z_{:, 1..d_m})
@@ -30,17 +37,19 @@ def matryoshka(
 
     Args:
         loss: a loss or a module of this package, or any other that takes embeddings.
-        arguments, options: of the loss. Floating-point tensors of two dimensions or more, also in lists and tuples, are
-            embeddings, (..., D), of which the first d features are passed on, a guide's or a teacher's too; everything
-            else as it is.
+        arguments, options: of the loss. Floating-point tensors of two dimensions or more, also in lists, tuples and
+            mappings, are embeddings, (..., D), of which the first d features are passed on, a guide's or a teacher's
+            too; everything else as it is. So are the loss's arguments of the names `pair_weights`, `mask` and `logits`;
+            bind others that are no embeddings, and a `weights` of the loss's own, with `functools.partial`.
         dims: the widths, integers from 1 to D.
         weights: a finite number for each. None: 1 each, as in the paper.
 
     Returns:
-        What the loss returns, in sum.
+        What the loss returns, in sum; of a tuple, a list or a mapping of tensors, each entry in sum.
 
     Raises:
-        TypeError: dims or weights are no numbers.
+        TypeError: loss cannot be called, or returns anything but tensors; dims or weights are no numbers; an embedding
+            is not a dense tensor.
         ValueError: no dims, one below 1 or beyond D, another number of weights, a weight that is not finite, or no
             embeddings among the arguments.
 
@@ -50,21 +59,29 @@ def matryoshka(
         >>> fastntxent.matryoshka(fastntxent.nt_xent, z, z, 1.0, dims=[4, 2], weights=[1.0, 0.0])
         tensor(1.1654)
     """
+    if not callable(loss):
+        raise TypeError(f"loss must be a function or a module, got {type(loss).__name__}")
     dims, weights = _check(dims, weights)
-    embeddings = _embeddings((arguments, options))
-    widths = [x.shape[-1] for x in embeddings]
-    if not widths:
+    names = _names(loss, len(arguments))
+    embeddings = [
+        x for name, value in [*zip(names, arguments, strict=True), *options.items()] for x in _found(name, value)
+    ]
+    if not embeddings:
         raise ValueError("matryoshka needs embeddings among the arguments of the loss: tensors (..., D) of floats")
-    if max(dims) > min(widths):
-        raise ValueError(f"dims must be at most the embeddings' number of features, {min(widths)}, got {max(dims)}")
+    width = min(x.shape[-1] for x in embeddings)
+    if max(dims) > width:
+        raise ValueError(f"dims must be at most the embeddings' number of features, {width}, got {max(dims)}")
     group = options.get("group", getattr(loss, "group", None))
     agree_on(group, "matryoshka", embeddings[0], {"dims": dims, "weights": weights})
-    losses = [
-        weight * loss(*_cut(arguments, dim), **_cut(options, dim))
-        for dim, weight in zip(dims, weights, strict=True)
-        if weight
+    counted = [(dim, weight) for dim, weight in zip(dims, weights, strict=True) if weight]
+    results = [
+        loss(
+            *(_cut(name, value, dim) for name, value in zip(names, arguments, strict=True)),
+            **{name: _cut(name, value, dim) for name, value in options.items()},
+        )
+        for dim, _ in counted
     ]
-    return torch.stack(losses).sum(dim=0)
+    return _weighted_sum([weight for _, weight in counted], results)
 
 
 class MatryoshkaLoss(TypedModule):
@@ -90,7 +107,7 @@ class MatryoshkaLoss(TypedModule):
         self.dims, self.weights = _check(dims, weights)
         self.loss = loss
 
-    def forward(self, *arguments: Any, **options: Any) -> Tensor:
+    def forward(self, *arguments: Any, **options: Any) -> Any:
         return matryoshka(self.loss, *arguments, dims=self.dims, weights=self.weights, **options)
 
     def extra_repr(self) -> str:
@@ -98,10 +115,14 @@ class MatryoshkaLoss(TypedModule):
 
 
 def _check(dims: Sequence[int], weights: Sequence[float] | None) -> tuple[list[int], list[float]]:
+    if not isinstance(dims, Iterable):
+        raise TypeError(f"dims must be a sequence of ints, got {type(dims).__name__}")
     dims = [check_integer("dims", dim, 1) for dim in dims]
     if not dims:
         raise ValueError("dims must have at least one width, got none")
-    weights = [1.0] * len(dims) if weights is None else [check_number("weights", weight) for weight in weights]
+    weights = (
+        [1.0] * len(dims) if weights is None else check_numbers("weights", weights, "a number for each of the dims")
+    )
     if len(weights) != len(dims):
         raise ValueError(f"weights must be one for each of the {len(dims)} dims, got {len(weights)}")
     if not all(-math.inf < weight < math.inf for weight in weights) or not any(weights):
@@ -109,23 +130,46 @@ def _check(dims: Sequence[int], weights: Sequence[float] | None) -> tuple[list[i
     return dims, weights
 
 
-def _is_embeddings(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.is_floating_point() and x.ndim >= 2
+def _names(loss: Callable[..., Any], n_arguments: int) -> list[str]:
+    """What the loss calls its positional arguments, or their places where it does not say."""
+    places = [f"arguments[{place}]" for place in range(n_arguments)]
+    try:
+        # A module's call takes anything, and passes it on.
+        parameters = inspect.signature(getattr(loss, "forward", loss)).parameters.values()
+    except (TypeError, ValueError):  # some functions in C have no signature
+        return places
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [parameter.name for parameter in parameters if parameter.kind in positional][:n_arguments]
+    return names + places[len(names) :]
 
 
-def _embeddings(x: Any) -> list[Tensor]:
-    if isinstance(x, dict):
-        x = list(x.values())
-    if isinstance(x, (list, tuple)):
-        return [z for each in x for z in _embeddings(each)]
-    return [x] if _is_embeddings(x) else []
+def _is_embeddings(x: Tensor) -> bool:
+    return x.is_floating_point() and x.ndim >= 2
 
 
-def _cut(x: Any, dim: int) -> Any:
-    """The same with the first features of all embeddings."""
-    if isinstance(x, dict):
-        return {name: _cut(value, dim) for name, value in x.items()}
-    if isinstance(x, (list, tuple)):
-        cut = [_cut(each, dim) for each in x]
-        return type(x)(*cut) if hasattr(x, "_fields") else type(x)(cut)
-    return x[..., :dim] if _is_embeddings(x) else x
+def _found(name: str, value: Any) -> list[Tensor]:
+    """The embeddings in an argument, checked."""
+    if name in _WHOLE:
+        return []
+    embeddings = [(where, x) for where, x in named_tensors(value, name) if _is_embeddings(x)]
+    for where, x in embeddings:
+        check_tensor(where, x)
+    return [x for _, x in embeddings]
+
+
+def _cut(name: str, value: Any, dim: int) -> Any:
+    """The argument with the first features of all its embeddings."""
+    return value if name in _WHOLE else map_tensors(lambda x: x[..., :dim] if _is_embeddings(x) else x, value)
+
+
+def _weighted_sum(weights: list[float], results: list[Any]) -> Any:
+    """The results' weighted sum, entry by entry."""
+    first = results[0]
+    if isinstance(first, Tensor):
+        return torch.stack([weight * result for weight, result in zip(weights, results, strict=True)]).sum(dim=0)
+    if isinstance(first, Mapping):
+        return {key: _weighted_sum(weights, [result[key] for result in results]) for key in first}
+    if isinstance(first, (list, tuple)):
+        entries = [_weighted_sum(weights, list(each)) for each in zip(*results, strict=True)]
+        return type(first)(*entries) if hasattr(first, "_fields") else type(first)(entries)
+    raise TypeError(f"loss must return a tensor, or a tuple, list or mapping of tensors, got {type(first).__name__}")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .algebra import accumulation_dtype, in_double
 from .ops import may_be_differentiated
-from .validation import check_bias, check_temperature, extremes
+from .validation import check_bias, check_range, check_temperature, extremes
 
 
 def inverse_temperature(temperature: float | Tensor, rows: Tensor, *, per_row: int | None = None) -> float | Tensor:
@@ -38,16 +38,16 @@ def _check_invertible(smallest: float, largest: float, dtype: torch.dtype, large
         raise ValueError(f"temperature must be at most {1 / smallest_inverse:.2g}, got {largest}")
 
 
-def logit_scale_factor(logit_scale: float | Tensor, rows: Tensor) -> float | Tensor:
+def logit_scale_factor(logit_scale: float | Tensor, rows: Tensor, name: str = "logit_scale") -> float | Tensor:
     """A logit scale, which is given in place of a temperature, as a factor."""
-    scale = factor(check_temperature(logit_scale, rows, name="logit_scale"), rows)
+    scale = factor(check_temperature(logit_scale, rows, name=name), rows)
     dtype = accumulation_dtype(rows.dtype)
     if isinstance(scale, Tensor):
         if isinstance(logit_scale, Tensor) and logit_scale.dtype == dtype:
             return scale  # the very number that was checked
-        check_temperature(scale, name=f"logit_scale in {dtype}")
+        check_temperature(scale, name=f"{name} in {dtype}")
     elif not 1 / (largest := torch.finfo(dtype).max) <= scale <= largest:
-        raise ValueError(f"logit_scale in {dtype} must be from {1 / largest:.2g} to {largest:.2g}, got {scale}")
+        raise ValueError(f"{name} in {dtype} must be from {1 / largest:.2g} to {largest:.2g}, got {scale}")
     return scale
 
 
@@ -55,15 +55,13 @@ def bias_of_logits(bias: float | Tensor, rows: Tensor, name: str) -> Tensor:
     """A number that is added to every logit, as a tensor in the accumulation dtype (0-d)."""
     bias = check_bias(name, bias, rows)
     dtype = accumulation_dtype(rows.dtype)
-    largest = torch.finfo(dtype).max
     values: tuple[float, ...] = ()  # that may leave the dtype's range
     if not isinstance(bias, Tensor):
         values = (bias,)
-    elif torch.finfo(bias.dtype).max > largest:
+    elif torch.finfo(bias.dtype).max > torch.finfo(dtype).max:
         values = extremes(bias) or ()
     for value in values:
-        if not -largest <= value <= largest:
-            raise ValueError(f"{name} in {dtype} must be from {-largest:.2g} to {largest:.2g}, got {value}")
+        check_range(name, value, dtype)
     found = factor(bias, rows)
     return found if isinstance(found, Tensor) else scalar_like(found, rows)
 

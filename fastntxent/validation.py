@@ -10,6 +10,7 @@ import math
 import operator
 import sys
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ MOST_ROWS = 2**31 - 1  # of a loss, in all of its views: what the kernels count 
 
 # The interval of each number that a loss takes, as it is written: a square bracket includes that end.
 _INTERVALS = {
+    "A_0": ("[", 0, 1, "]"),
     "a_0": ("[", 0, 1, "]"),
     "alpha": ("[", 0, 1, "]"),
     "beta": ("[", 0, math.inf, ")"),
@@ -88,6 +90,12 @@ def check_features(a_name: str, a: Tensor, b_name: str, b: Tensor) -> None:
         raise ValueError(
             f"{a_name} and {b_name} must have the same number of features, got {a.shape[-1]} and {b.shape[-1]}"
         )
+
+
+def check_row_each(name: str, x: Tensor, rows_name: str, rows: Tensor) -> None:
+    """As many rows as there are."""
+    if x.shape[0] != rows.shape[0]:
+        raise ValueError(f"{name} must have {rows.shape[0]} rows, one for each of {rows_name}, got {x.shape[0]}")
 
 
 def check_ids(name: str, ids: Tensor, rows_name: str, rows: Tensor) -> None:
@@ -177,6 +185,26 @@ def check_number(name: str, value: object, expected: str = "a number") -> float:
     return number if integer is None else integer
 
 
+def check_numbers(name: str, values: Any, expected: str) -> list[float]:
+    """A sequence of real numbers. Return them as `check_number` does.
+
+    expected: what the sequence has, as "a number for each pair".
+    """
+    try:
+        entries = list(values)
+    except TypeError:
+        raise TypeError(f"{name} must be a sequence, {expected}, got {type(values).__name__}") from None
+    return [check_number(name, entry, expected) for entry in entries]
+
+
+def check_weights(name: str, values: Any, expected: str) -> list[float]:
+    """A sequence of numbers that are finite and not negative, one of them not 0. Return them as `check_number` does."""
+    weights = check_numbers(name, values, expected)
+    if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+        raise ValueError(f"{name} must be finite, at least 0, and one of them above, got {weights}")
+    return weights
+
+
 def check_bias(name: str, bias: float | Tensor, rows: Tensor | None = None) -> float | Tensor:
     """A finite number, or a 0-d floating tensor in host memory or on the rows' device. Return it, as a Python number
     where it is one."""
@@ -192,6 +220,13 @@ def check_bias(name: str, bias: float | Tensor, rows: Tensor | None = None) -> f
         if not -math.inf < value < math.inf:
             raise ValueError(f"{name} must be finite, got {value}")
     return bias
+
+
+def check_range(name: str, value: float, dtype: torch.dtype) -> None:
+    """A number that does not overflow the dtype."""
+    largest = torch.finfo(dtype).max
+    if not -largest <= value <= largest:
+        raise ValueError(f"{name} in {dtype} must be from {-largest:.2g} to {largest:.2g}, got {value}")
 
 
 def check_integer(name: str, value: object, least: int) -> int:

@@ -552,6 +552,38 @@ BAD_CALLS = {
     ),
     "clip scale": (lambda: clip(Z, W, logit_scale=-1.0), ValueError, "logit_scale must be positive"),
     "clip bias": (lambda: clip(Z, W, logit_bias="0"), TypeError, "logit_bias must be a float or .*, got str"),
+    "clip bias nan": (lambda: clip(Z, W, logit_bias=math.nan), ValueError, "logit_bias must be finite, got nan"),
+    "clip bias inf": (lambda: clip(Z, W, logit_bias=torch.tensor([math.inf])), ValueError, "logit_bias must be finite"),
+    "clip bias range": (
+        lambda: clip(Z, W, logit_bias=torch.tensor(1e300, dtype=torch.float64)),
+        ValueError,
+        r"logit_bias in torch.float32 must be from -3.4e\+38 to 3.4e\+38, got 1e\+300",
+    ),
+    "clip bias shape": (
+        lambda: clip(Z, W, logit_bias=torch.zeros(2)),
+        ValueError,
+        r"logit_bias must be a float or have one element, got shape \(2,\)",
+    ),
+    "clip bias sparse": (
+        lambda: clip(Z, W, logit_bias=torch.zeros(1).to_sparse()),
+        TypeError,
+        "logit_bias must be a d",
+    ),
+    "module bias": (
+        lambda: fastntxent.SigLIPLoss(bias=1e300),
+        ValueError,
+        r"bias in torch.float32 must be from -3.4e\+38 to 3.4e\+38, got 1e\+300",
+    ),
+    "module bias set": (
+        lambda: setattr(fastntxent.SigLIPLoss(), "bias", -1e300),
+        ValueError,
+        "bias in torch.float32 must be from",
+    ),
+    "module hardness smoothing": (
+        lambda: fastntxent.InfoNCELoss(hardness_strength=1, label_smoothing=0.1),
+        ValueError,
+        "label_smoothing and hardness_strength cannot both",
+    ),
     "distill shapes": (
         lambda: distill(Z, W[:3], Z, W),
         ValueError,

@@ -501,6 +501,20 @@ def test_loss_dtypes_within_budget(case, tau, dtype, autocast, backend):
     assert all(g.dtype == dtype for g in value[1:-1])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_loss_gives_the_temperature_its_gradient_where_nothing_else_wants_one(case, reduction, backend):
+    drawn = draw(case, 6, 4, 0.3, 0)
+    tau = drawn.tau.clone().requires_grad_()
+
+    def gradient(wanted: bool) -> Tensor:
+        tensors = [z.detach().requires_grad_(wanted) for z in drawn.tensors]
+        loss = case.loss(*tensors, tau, reduction=reduction, backend=backend, **drawn.options)
+        return torch.autograd.grad(loss.sum(), tau)[0]
+
+    torch.testing.assert_close(gradient(False), gradient(True), rtol=1e-9, atol=1e-12)
+
+
 @given(
     name=st.sampled_from(sorted(CASES)),
     n=st.integers(1, 20),

@@ -103,7 +103,7 @@ class ComposedBackend(ComposedTowers):
         self, rows: Side, cols: Side | None, inv_tau: float | Tensor, of_rows: Upstream, of_cols: Upstream
     ) -> tuple[Tensor | None, Tensor | None, Tensor]:
         if cols is None:
-            d_u, d_inv_tau = _backward_of_one(self.prepare([rows], inv_tau), of_rows)
+            (d_u,), d_inv_tau = self.prepare([rows], inv_tau).backward([of_rows])
             return d_u, None, d_inv_tau
         (d_rows, d_cols), d_inv_tau = self.prepare([rows, cols], inv_tau).backward([of_rows, of_cols])
         return d_rows, d_cols, d_inv_tau

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..algebra import accumulation_dtype, unit_rows
+from ..algebra import accumulation_dtype, product, unit_rows
 from ..sides import CalledTeacher, Guide, Side, Teacher
 from .base import Backend
 
@@ -19,11 +19,12 @@ from .base import Backend
 class ReferenceBackend(Backend):
     def neg_lse(self, rows: Side, inv_tau: float | Tensor) -> Tensor:
         u = rows.u.to(accumulation_dtype(rows.u.dtype))
-        return _masked_logsumexp(inv_tau * (u @ u.T), _counted(u @ u.T, rows, rows.ids))
+        sims = product(u, u.T)
+        return _masked_logsumexp(inv_tau * sims, _counted(sims, rows, rows.ids))
 
     def cross_neg_lse(self, rows: Side, cols: Side, inv_tau: float | Tensor) -> tuple[Tensor, Tensor]:
         dtype = accumulation_dtype(rows.u.dtype)
-        sims = rows.u.to(dtype) @ cols.u.to(dtype).T
+        sims = product(rows.u.to(dtype), cols.u.to(dtype).T)
         of_rows, of_cols = _counted(sims, rows, cols.ids), _counted(sims.T, cols, rows.ids)
         return _masked_logsumexp(inv_tau * sims, of_rows), _masked_logsumexp(inv_tau * sims.T, of_cols)
 
@@ -32,7 +33,7 @@ class ReferenceBackend(Backend):
         u = unit_rows(torch.cat((z_i, z_j)), normalize)
         row = torch.arange(2 * n_samples, device=u.device)
         sample, partner = row % n_samples, (row + n_samples) % (2 * n_samples)
-        logits = inv_tau * (u @ u.T)
+        logits = inv_tau * product(u, u.T)
         pos = logits.gather(1, partner[:, None]).squeeze(1)
         return _masked_logsumexp(logits, sample[:, None] != sample), pos
 
@@ -42,7 +43,7 @@ class ReferenceBackend(Backend):
         """The sum of log(1 + exp(x)), x = logit + bias, over the rows of other groups (M,), among themselves or against
         columns; `positives`: and of log(1 + exp(-x)) over those of the same group."""
         dtype, of_cols = accumulation_dtype(rows.u.dtype), rows if cols is None else cols
-        x = inv_tau * (rows.u.to(dtype) @ of_cols.u.to(dtype).T) + bias
+        x = inv_tau * product(rows.u.to(dtype), of_cols.u.to(dtype).T) + bias
         agree = rows.ids[:, None] == of_cols.ids
         values = -F.logsigmoid(torch.where(agree, x, -x))
         return values.sum(dim=1) if positives else values.masked_fill(agree, 0).sum(dim=1)
@@ -62,7 +63,7 @@ class ReferenceBackend(Backend):
         else:
             similarities = teacher.rows @ teacher.cols.T
         logits, agree = teacher.inv_tau * similarities, rows.ids[:, None] == cols.ids
-        sims = (rows.u @ cols.u.T).masked_fill(agree, 0)
+        sims = product(rows.u, cols.u.T).masked_fill(agree, 0)
         of_rows, of_cols = (
             torch.exp((logits - lse).clamp_max(0)) for lse in (teacher.rows_lse[:, None], teacher.cols_lse)
         )
@@ -71,7 +72,7 @@ class ReferenceBackend(Backend):
     def guided_neg_lse(self, rows: Side, cols: Side, inv_tau: float | Tensor, guide: Guide) -> Tensor:
         """nu of the rows (M,) over the columns of other groups that are not above the guide's limits."""
         left_out = (guide.rows @ guide.cols.T > guide.limits[:, None]) | (rows.ids[:, None] == cols.ids)
-        return _masked_logsumexp(inv_tau * (rows.u @ cols.u.T), ~left_out)
+        return _masked_logsumexp(inv_tau * product(rows.u, cols.u.T), ~left_out)
 
     def positive_lse(
         self, u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: float | Tensor, *, same: bool
@@ -101,7 +102,7 @@ def _positives(
     if same:
         mask = mask.fill_diagonal_(False)
     dtype = accumulation_dtype(u.dtype)
-    return inv_tau * (u.to(dtype) @ v.to(dtype).T), mask
+    return inv_tau * product(u.to(dtype), v.to(dtype).T), mask
 
 
 def _masked_logsumexp(logits: Tensor, mask: Tensor) -> Tensor:

@@ -12,7 +12,15 @@ from ..chunked_view import ChunkedView
 from ..losses import guided_info_nce
 from ..modules.base import TypedModule
 from ..options import MARGIN_STRATEGIES, MarginStrategy
-from ..validation import check_choice, check_parameter, check_temperature
+from ..validation import (
+    check_choice,
+    check_features,
+    check_parameter,
+    check_row_each,
+    check_rows,
+    check_same,
+    check_temperature,
+)
 from .cached import (
     check_has_batches,
     check_mini_batches,
@@ -22,7 +30,7 @@ from .cached import (
     mini_batched,
     with_progress,
 )
-from .shared import default_group
+from .shared import as_columns, default_group
 
 __all__ = ["CachedGISTEmbedLoss", "GISTEmbedLoss"]
 
@@ -92,7 +100,7 @@ class GISTEmbedLoss(TypedModule):
 
     def forward(self, sentence_features: Iterable[Mapping[str, Any]], labels: Tensor | None = None) -> Tensor:
         model, guide = self._models()
-        columns = list(sentence_features)
+        columns = as_columns("sentence_features", sentence_features)
         # Before the model sees them: it writes its outputs into what it is given.
         for_guide = [self._features_for_guide(column) for column in columns]
         embeddings = [model(column)["sentence_embedding"] for column in columns]
@@ -123,7 +131,9 @@ class GISTEmbedLoss(TypedModule):
 
     def compute_loss_from_embeddings(self, embeddings: Sequence[Tensor], guide_embeddings: Sequence[Tensor]) -> Tensor:
         """The loss of anchors, positives and, if there are any, negatives, (N, D) each; the guide's are (N, E) each."""
-        several = self._several_negatives
+        several, group = self._several_negatives, default_group() if self.gather_across_devices else None
+        embeddings = as_columns("embeddings", embeddings)
+        guide_embeddings = as_columns("guide_embeddings", guide_embeddings)
         if len(embeddings) < 2 or (len(embeddings) > 3 and not several):
             number = "at least 2" if several else "2 or 3"
             raise ValueError(f"embeddings must be those of {number} columns, anchors first, got {len(embeddings)}")
@@ -131,6 +141,13 @@ class GISTEmbedLoss(TypedModule):
             raise ValueError(
                 f"guide_embeddings must be as many as embeddings, {len(embeddings)}, got {len(guide_embeddings)}"
             )
+        for name, columns in (("embeddings", embeddings), ("guide_embeddings", guide_embeddings)):
+            for index, column in enumerate(columns):
+                check_rows(f"{name}[{index}]", column, may_be_empty=group is not None)
+                check_features(f"{name}[0]", columns[0], f"{name}[{index}]", column)
+        for index, column in enumerate(guide_embeddings):
+            check_row_each(f"guide_embeddings[{index}]", column, f"embeddings[{index}]", embeddings[index])
+        check_same("embeddings[0]", embeddings[0], "embeddings[1]", embeddings[1], "shape", "dtype", "device")
         anchor, positive, *negatives = embeddings
         guide_anchor, guide_positive, *guide_negatives = guide_embeddings
         return guided_info_nce(
@@ -145,7 +162,7 @@ class GISTEmbedLoss(TypedModule):
             guide_negatives=_joined(guide_negatives),
             contrast_anchors=self.contrast_anchors,
             contrast_positives=self.contrast_positives,
-            group=default_group() if self.gather_across_devices else None,
+            group=group,
         )
 
     def get_config_dict(self) -> dict[str, Any]:
@@ -232,7 +249,7 @@ class CachedGISTEmbedLoss(GISTEmbedLoss):
         self.show_progress_bar = show_progress_bar
 
     def forward(self, sentence_features: Iterable[Mapping[str, Any]], labels: Tensor | None = None) -> Tensor:
-        columns = list(sentence_features)
+        columns = as_columns("sentence_features", sentence_features)
         if not torch.is_grad_enabled():
             views, of_guide = self._views(columns, passes=1)
             return self.calculate_loss(_lists(embedded(views)), _lists(embedded(of_guide)))

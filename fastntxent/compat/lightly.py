@@ -19,7 +19,7 @@ from ..modules.base import TypedModule
 from ..opening import open_batch
 from ..ops import copy_now
 from ..sides import Side
-from ..validation import check_features, check_number, check_parameter, check_rows, check_same, extremes
+from ..validation import check_factor, check_features, check_number, check_parameter, check_rows, check_same, extremes
 from ..watching import watch
 from .shared import as_scalar, default_group
 
@@ -62,9 +62,7 @@ class NTXentLoss(TypedModule):
         self.temperature = temperature
         self.memory_bank = MemoryBankModule(memory_bank_size, gather_distributed)
         self.gather_distributed = gather_distributed
-        if not isinstance(temperature, Tensor):
-            check_number("temperature", temperature, "a float or a 0-d tensor")
-        value = _value(as_scalar(temperature))
+        value = _checked_value(temperature)
         if value is not None and -1e-8 < value < 1e-8:
             raise ValueError(f"temperature must not be within 1e-8 of zero, got {temperature}")
         _check_distributed(gather_distributed)
@@ -113,6 +111,8 @@ class DCLLoss(TypedModule):
         gather_distributed: bool = False,
     ):
         super().__init__()
+        if _checked_value(temperature) == 0:
+            raise ValueError(f"temperature must not be zero, got {temperature}")
         self.temperature = temperature
         self.weight_fn = weight_fn
         self.gather_distributed = gather_distributed
@@ -198,12 +198,15 @@ class MACLLoss(TypedModule):
         super().__init__()
         self.temperature = temperature
         self.alpha = check_parameter("alpha", alpha)
-        self.A_0 = check_parameter("a_0", A_0)
-        value = _value(as_scalar(temperature))
-        if value is not None and value < 1e-8:
+        self.A_0 = check_parameter("A_0", A_0)
+        value = _checked_value(temperature)
+        if value is not None and not value >= 1e-8:
             raise ValueError(f"temperature must be at least 1e-8, got {temperature}")
 
     def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
+        check_rows("z0", z0)
+        check_rows("z1", z1)
+        check_same("z0", z0, "z1", z1, "shape", "dtype", "device")
         return macl(z0, z1, as_scalar(self.temperature), alpha=self.alpha, a_0=self.A_0)
 
 
@@ -309,6 +312,17 @@ def _gathering_group(gather_distributed: bool) -> ProcessGroup | None:
 @torch.no_grad()
 def _detached_rows_of_all_ranks(rows: Tensor) -> Tensor:
     return open_batch(default_group(), "MemoryBankModule", {"output": rows}).gather(rows)
+
+
+def _checked_value(temperature: float | Tensor) -> float | None:
+    """The value of a float or of a floating tensor of one element, or None where the host cannot read it."""
+    if isinstance(temperature, Tensor):
+        check_factor("temperature", temperature, None)
+        if temperature.numel() != 1:
+            raise ValueError(f"temperature must be a float or have one element, got shape {tuple(temperature.shape)}")
+    else:
+        temperature = check_number("temperature", temperature, "a float or a tensor of one element")
+    return _value(as_scalar(temperature))
 
 
 def _value(temperature: float | Tensor) -> float | None:

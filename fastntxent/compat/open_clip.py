@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from ..losses import clip, siglip
 from ..losses.distill_loss import distill_terms
 from ..modules.base import TypedModule
-from ..validation import check_choice
+from ..scale import bias_of_logits
+from ..validation import check_choice, check_row_each, check_rows, check_same
 from .shared import as_scalar, default_group_of
 
 if TYPE_CHECKING:
@@ -141,6 +142,8 @@ class DistillClipLoss(_OfRanks):
         dist_logit_scale: float | Tensor,
         output_dict: bool = False,
     ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
+        group = self._group()
+        _check_teacher(image_features, dist_image_features, dist_text_features, may_be_empty=group is not None)
         contrastive, distilled = distill_terms(
             type(self).__name__,
             image_features,
@@ -150,11 +153,21 @@ class DistillClipLoss(_OfRanks):
             logit_scale=_as_scale("logit_scale", logit_scale),
             teacher_logit_scale=_as_scale("dist_logit_scale", dist_logit_scale),
             normalize=False,
-            group=self._group(),
+            group=group,
         )
         if output_dict:
             return {"contrastive_loss": contrastive, "distill_loss": distilled}
         return contrastive, distilled
+
+
+def _check_teacher(image: Tensor, dist_image: Tensor, dist_text: Tensor, *, may_be_empty: bool) -> None:
+    """For a loss of ours that has other names for them."""
+    check_rows("image_features", image, may_be_empty=may_be_empty)
+    check_rows("dist_image_features", dist_image, may_be_empty=may_be_empty)
+    check_rows("dist_text_features", dist_text, may_be_empty=may_be_empty)
+    check_same("dist_image_features", dist_image, "dist_text_features", dist_text, "shape", "device")
+    check_same("image_features", image, "dist_image_features", dist_image, "device")
+    check_row_each("dist_image_features", dist_image, "image_features", image)
 
 
 class CoCaLoss(_OfRanks):
@@ -274,13 +287,16 @@ class SigLipLoss(TypedModule):
         *,
         ids: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
+        group = default_group_of("world_size", self.world_size, self.rank)
+        check_rows("image_features", image_features, may_be_empty=group is not None)
+        logit_bias = 0.0 if logit_bias is None else bias_of_logits(as_scalar(logit_bias), image_features, "logit_bias")
         loss = siglip(
             image_features,
             text_features,
             logit_scale=_as_scale("logit_scale", logit_scale),
-            bias=0.0 if logit_bias is None else as_scalar(logit_bias),
+            bias=logit_bias,
             ids=ids,
             normalize=False,
-            group=default_group_of("world_size", self.world_size, self.rank),
+            group=group,
         )
         return {"contrastive_loss": loss} if output_dict else loss

@@ -17,7 +17,7 @@ from ..modules.base import TypedModule
 from ..opening import open_batch
 from ..options import HARDNESS_MODES, HardnessMode
 from ..sides import Side
-from ..validation import check_choice, check_parameter, check_positive_number
+from ..validation import check_choice, check_parameter, check_temperature
 from .cached import (
     NO_MODEL,
     check_has_batches,
@@ -30,7 +30,7 @@ from .cached import (
 )
 from .gist import CachedGISTEmbedLoss as CachedGISTEmbedLoss
 from .gist import GISTEmbedLoss as GISTEmbedLoss
-from .shared import default_group
+from .shared import as_columns, default_group
 
 __all__ = [
     "CachedMultipleNegativesRankingLoss",
@@ -79,6 +79,15 @@ def _similarity_name(similarity_fct: object) -> object:
     name = getattr(similarity_fct, "__name__", similarity_fct)
     of_model = getattr(getattr(similarity_fct, "__self__", None), "similarity_fn_name", None)
     return name if name != "similarity" or of_model is None else _OF_MODELS.get(of_model, of_model)
+
+
+def _checked_directions(directions: Any) -> tuple[Direction, ...]:
+    if isinstance(directions, str) or not isinstance(directions, Iterable):
+        raise TypeError(f"directions must be a tuple of names, got {directions!r}")
+    directions = tuple(directions)
+    for direction in directions:
+        check_choice("directions", direction, DIRECTIONS)
+    return directions
 
 
 _GTE = """
@@ -171,11 +180,9 @@ class MultipleNegativesRankingLoss(TypedModule):
         hardness_strength: float = 0.0,
     ):
         super().__init__()
-        if not isinstance(scale, Tensor):
-            scale = check_positive_number("scale", scale)
+        scale = check_temperature(scale, name="scale")
         check_choice("similarity_fct", _similarity_name(similarity_fct), tuple(_NORMALIZES))
-        for direction in directions:
-            check_choice("directions", direction, DIRECTIONS)
+        directions = _checked_directions(directions)
         if "query_to_doc" not in directions:
             raise ValueError(f"directions must have 'query_to_doc', which has the positive pair, got {directions}")
         check_choice("partition_mode", partition_mode, PARTITION_MODES)
@@ -192,7 +199,7 @@ class MultipleNegativesRankingLoss(TypedModule):
         self.scale = scale
         self.similarity_fct = similarity_fct
         self.gather_across_devices = gather_across_devices
-        self.directions = tuple(directions)
+        self.directions = directions
         self.partition_mode = partition_mode
         self.hardness_mode = hardness_mode
         self.hardness_strength = hardness_strength
@@ -200,7 +207,7 @@ class MultipleNegativesRankingLoss(TypedModule):
     def forward(
         self, sentence_features: Iterable[Any], labels: Tensor | None = None, *, ids: Tensor | None = None
     ) -> Tensor:
-        embeddings = [self._embedding_of(column) for column in sentence_features]
+        embeddings = [self._embedding_of(column) for column in as_columns("sentence_features", sentence_features)]
         return self.compute_loss_from_embeddings(embeddings, labels, ids=ids)
 
     def _embedding_of(self, column: Any) -> Tensor:
@@ -215,13 +222,14 @@ class MultipleNegativesRankingLoss(TypedModule):
     ) -> Tensor:
         """The loss of anchors, positives, negatives..., (N, D) each; `labels` are for the library's signature alone."""
         group = default_group() if self.gather_across_devices else None
+        embeddings = as_columns("embeddings", embeddings)
         if len(embeddings) < 2:
             raise ValueError(f"embeddings must hold anchors and positives at least, got {len(embeddings)} tensors")
         normalize = _NORMALIZES[str(_similarity_name(self.similarity_fct))]
         columns = {f"embeddings[{index}]": column for index, column in enumerate(embeddings)}
         config = MultipleNegativesRankingLoss.get_config_dict(self)
         batch = open_batch(group, type(self).__name__, columns, ids=ids, normalize=normalize, **config)
-        inv_tau = batch.inverse_temperature(1 / self.scale)
+        inv_tau = batch.logit_scale(self.scale, "scale")
         if ids is None and (loss := self._at_once(batch, embeddings, inv_tau)) is not None:
             return loss
         groups = batch.sample_ids() if ids is None else ids
@@ -377,7 +385,7 @@ class CachedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
     def forward(
         self, sentence_features: Iterable[Any], labels: Tensor | None = None, *, ids: Tensor | None = None
     ) -> Tensor:
-        columns = list(sentence_features)
+        columns = as_columns("sentence_features", sentence_features)
         if any(isinstance(column, Tensor) for column in columns):
             return super().forward(columns, labels, ids=ids)
         if not torch.is_grad_enabled():
@@ -406,7 +414,8 @@ class CachedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
 
         with_backward: also give the embeddings their gradients. The loss then has a graph of a learnt scale alone.
         """
-        loss = self.compute_loss_from_embeddings([torch.cat(column) for column in reps], labels, ids=ids)
+        embeddings = [torch.cat(column) for column in as_columns("reps", reps)]
+        loss = self.compute_loss_from_embeddings(embeddings, labels, ids=ids)
         if not with_backward:
             return loss
         return loss_and_gradients(loss, [part for column in reps for part in column], self.scale)

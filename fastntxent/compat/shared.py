@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..ops import autocast_off
+from ..algebra import product
 from ..validation import ID_DTYPES, check_tensor
 
 if TYPE_CHECKING:
@@ -67,6 +68,13 @@ def as_ids(name: str, labels: Tensor, rows: Tensor) -> Tensor:
     return labels if labels.dtype in ID_DTYPES else labels.to(torch.int64)
 
 
+def as_columns(name: str, columns: Any) -> list[Any]:
+    """What a call brings for each column of a data set: anchors, positives and so on."""
+    if isinstance(columns, (str, Mapping)) or not isinstance(columns, Iterable):
+        raise TypeError(f"{name} must be a sequence, one element per column, got {type(columns).__name__}")
+    return list(columns)
+
+
 def as_scalar(value: float | Tensor) -> float | Tensor:
     """A tensor of one element, of any shape, as a 0-d tensor."""
     dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_nested
@@ -97,8 +105,7 @@ class Logits:
 
     def dense(self) -> Tensor:
         """The whole matrix, differentiable: O(M^2) memory."""
-        with autocast_off(self._rows):
-            return self._rows @ self._cols.T * self._scale
+        return product(self._rows, self._cols.T) * self._scale
 
     @torch.no_grad()
     def argmax(self) -> Tensor:

@@ -77,9 +77,13 @@ def mocov2plus_loss_func(query: Tensor, key: Tensor, queue: Tensor, temperature:
         >>> mocov2plus_loss_func(torch.eye(2), torch.eye(2), torch.zeros(2, 3), temperature=1.0)  # log(e + 3) - 1
         tensor(0.7437)
     """
+    check_rows("query", query)
     check_tensor("queue", queue)
-    if queue.ndim != 2:
-        raise ValueError(f"queue must have shape (D, K), a column for each negative, got {tuple(queue.shape)}")
+    if queue.ndim != 2 or queue.shape[0] != query.shape[1] or queue.shape[1] == 0:
+        raise ValueError(
+            f"queue must have shape ({query.shape[1]}, K), a column for each negative, got {tuple(queue.shape)}"
+        )
+    check_same("query", query, "queue", queue, "dtype", "device")
     return info_nce(query, key, temperature, negatives=queue.T, normalize=False)
 
 
@@ -121,7 +125,11 @@ def nnclr_loss_func(nn: Tensor, p: Tensor, temperature: float | Tensor = 0.1) ->
         >>> nnclr_loss_func(torch.eye(4), torch.eye(4), temperature=1.0)  # log(e + 3) - 1
         tensor(0.7437)
     """
-    return info_nce(nn, p, temperature, group=default_group())
+    group = default_group()
+    check_rows("nn", nn, may_be_empty=group is not None)
+    check_rows("p", p, may_be_empty=group is not None)
+    check_same("nn", nn, "p", p, "shape", "dtype", "device")
+    return info_nce(nn, p, temperature, group=group)
 
 
 @watched

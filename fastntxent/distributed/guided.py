@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..algebra import autocast_off
 from ..ops.guided import run_guided_neg_lse, run_guided_neg_lse_backward
-from ..ops.register import autocast_off, save
+from ..ops.register import save
 from ..sides import Guide, Side
 from .columns import Columns
 from .shard import Shard

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..algebra import autocast_off
 from ..backends.base import Upstream
 from ..ops.kernels import run_cross_neg_lse, run_cross_neg_lse_backward, run_neg_lse, run_neg_lse_backward
-from ..ops.register import autocast_off, save
+from ..ops.register import save
 from ..sides import Side
 from .columns import Columns
 from .shard import Shard

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..algebra import autocast_off
 from ..ops.positives import PositiveTile, PositiveTiles, through_lse, through_sum, zero_without_positive
-from ..ops.register import autocast_off, save
+from ..ops.register import save
 from ..sides import Side
 from .columns import Block, Columns
 from .shard import Shard

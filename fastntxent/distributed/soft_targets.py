@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import ops
-from ..ops.register import autocast_off, save
+from ..algebra import autocast_off
+from ..ops.register import save
 from ..ops.soft_targets import SoftTargets, called_targets, soft_targets
 from ..sides import CalledTeacher, Side, Teacher
 from . import wire

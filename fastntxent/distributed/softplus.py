@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..algebra import autocast_off
 from ..backends.base import SumWeights
-from ..ops.register import autocast_off, save
+from ..ops.register import save
 from ..ops.softplus import run_softplus
 from ..sides import Side
 from .columns import Columns

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,13 +14,13 @@ from ..algebra import row_dots, row_losses
 from ..batch import Batch
 from ..distributed import Group
 from ..opening import agree_on, open_batch
-from ..options import POSITIVES, SEVERAL_FORMS, BackendName, Positives, Reduction, SeveralForm
-from ..scale import factor
+from ..options import BackendName, Positives, Reduction, SeveralForm
+from ..scale import bias_of_logits
 from ..sides import Side
-from ..validation import check_choice, check_factor, check_number, check_parameter, check_same, check_tensor
+from ..validation import check_parameter, check_rows, check_same, check_tensor, check_weights
 from ..watching import watched
 from .false_negatives import Limits
-from .info_nce_loss import several_positives
+from .info_nce_loss import check_ids_given, check_positives, several_positives
 
 
 class CLIPDirections(NamedTuple):
@@ -64,12 +64,14 @@ def clip(
         temperature: as in `nt_xent`; 0.07 where neither it nor a logit_scale is given.
         logit_scale: 1 / temperature, in its place: a positive float or a 0-d tensor, as `log_scale.exp()` of a learnt
             parameter.
-        logit_bias: added to every logit, where the softmax cancels it: the loss does not change, and the bias gets a
-            gradient of exactly zero. (SigLIP's sigmoid loss is the one that has use for it.)
+        logit_bias: a finite float or a tensor of one element, added to every logit, where the softmax cancels it: the
+            loss does not change, and the bias gets a gradient of exactly zero. (SigLIP's sigmoid loss is the one that
+            has use for it.)
         ids: (N,) integers: samples of the same id are no negatives of each other.
         positives: "pair", row n of both alone; or "same_id", all rows of the other tower that are of its id: `info_nce`
             with several positives, in both directions. It needs ids, and takes no label_smoothing.
-        form: with several positives "out" or "in", as in `info_nce`.
+        form: with several positives "out" or "in", as in `info_nce`; near convergence the gradient of "out" has the
+            accuracy of a logit alone, as there.
         label_smoothing: as in `nt_xent`, in both directions.
         margin, relative_margin, ceiling: as in `nt_xent`, in both directions.
         reduction: "mean" (1/N over the samples of half the sum of both directions), "sum", or "none".
@@ -93,16 +95,16 @@ def clip(
     label_smoothing = check_parameter("label_smoothing", label_smoothing)
     if logit_scale is not None and temperature is not None:
         raise ValueError("temperature and logit_scale must not both be given: one is the inverse of the other")
-    check_choice("positives", positives, POSITIVES)
-    check_choice("form", form, SEVERAL_FORMS)
     limits = Limits.checked(margin, relative_margin, ceiling, label_smoothing)
-    if positives == "same_id" and (ids is None or label_smoothing or limits):
-        raise ValueError("positives 'same_id' needs ids, and takes no label_smoothing or margin")
+    check_positives(positives, form, limits, label_smoothing=label_smoothing)
+    if positives == "same_id":
+        check_ids_given(ids)
     batch = open_batch(
         group, "clip", {"image_features": image_features, "text_features": text_features}, ids=ids,
         reduction=reduction, normalize=normalize, backend=backend, temperature=temperature, logit_scale=logit_scale,
-        label_smoothing=label_smoothing, positives=positives, form=form, limits=limits,
+        logit_bias=logit_bias, label_smoothing=label_smoothing, positives=positives, form=form, limits=limits,
     )  # fmt: skip
+    bias = None if logit_bias is None else _checked_bias(logit_bias, image_features)
     if logit_scale is None:
         scale = batch.inverse_temperature(0.07 if temperature is None else temperature)
     else:
@@ -122,7 +124,7 @@ def clip(
         else:
             directions = clip_directions(batch, u, v, scale, ids, label_smoothing, limits)
         loss = batch.reduce(directions.image_to_text / 2 + directions.text_to_image / 2)
-    return loss if logit_bias is None else loss + 0 * _checked_bias(logit_bias, loss)
+    return loss if bias is None else loss + 0 * bias
 
 
 def clip_directions(
@@ -154,13 +156,14 @@ def clip_directions(
     return CLIPDirections(rows, cols)
 
 
-def _checked_bias(logit_bias: float | Tensor, loss: Tensor) -> float | Tensor:
-    if not isinstance(logit_bias, Tensor):
-        return factor(check_number("logit_bias", logit_bias, "a float or a tensor of one element"), loss)
-    check_factor("logit_bias", logit_bias, loss)
-    if logit_bias.numel() != 1:
-        raise ValueError(f"logit_bias must be a float or have one element, got shape {tuple(logit_bias.shape)}")
-    return factor(logit_bias, loss)
+def _checked_bias(logit_bias: float | Tensor, rows: Tensor) -> Tensor:
+    """A bias of one element, as a 0-d tensor."""
+    if isinstance(logit_bias, Tensor):
+        check_tensor("logit_bias", logit_bias)
+        if logit_bias.numel() != 1:
+            raise ValueError(f"logit_bias must be a float or have one element, got shape {tuple(logit_bias.shape)}")
+        logit_bias = logit_bias.reshape(())
+    return bias_of_logits(logit_bias, rows, "logit_bias")
 
 
 def multi_clip(
@@ -170,7 +173,12 @@ def multi_clip(
     logit_scale: float | Tensor | None = None,
     weights: Sequence[float] | None = None,
     ids: Tensor | None = None,
+    positives: Positives = "pair",
+    form: SeveralForm = "out",
     label_smoothing: float = 0.0,
+    margin: float | None = None,
+    relative_margin: float | None = None,
+    ceiling: float | None = None,
     reduction: Reduction = "mean",
     normalize: bool = True,
     backend: BackendName = "auto",
@@ -187,13 +195,15 @@ def multi_clip(
         temperature, logit_scale: as in `clip`, the same for all pairs.
         weights: a finite number of at least 0 for each pair, in the order (0, 1), (0, 2), ..., (1, 2), ...; a pair of
             weight 0 costs nothing. None: 1 / the number of pairs.
-        ids, label_smoothing, reduction, normalize, backend, group: as in `clip`.
+        ids, positives, form: as in `clip`.
+        label_smoothing, margin, relative_margin, ceiling: as in `clip`.
+        reduction, normalize, backend, group: as in `clip`.
 
     Returns:
         A 0-d tensor, or (N,) for "none"; float64 for float64 features, else float32.
 
     Raises:
-        TypeError: features is one tensor, or weights are no numbers.
+        TypeError: features is no sequence of tensors, or weights none of numbers.
         ValueError: fewer than two towers, another number of weights than pairs, a negative one, or none above 0.
         TypeError, ValueError, RuntimeError: as `clip`.
 
@@ -205,19 +215,19 @@ def multi_clip(
         >>> fastntxent.multi_clip([z, z, z], temperature=1.0)  # log(e + 3) - 1 of each pair
         tensor(0.7437)
     """
-    pairs, weights = _pairs_of_towers(features, weights)
+    pairs, weights = _pairs_of_towers(features, weights, may_be_empty=group is not None)
     agree_on(group, "multi_clip", features[0], {"towers": len(features), "weights": weights})
-    options = {"ids": ids, "label_smoothing": label_smoothing, "reduction": reduction, "normalize": normalize}
-    losses = [
-        weight * clip(a, b, temperature, logit_scale=logit_scale, backend=backend, group=group, **options)  # type: ignore[arg-type]
-        for (a, b), weight in zip(pairs, weights, strict=True)
-        if weight
-    ]
+    of_pair = functools.partial(
+        clip, temperature=temperature, logit_scale=logit_scale, ids=ids, positives=positives, form=form,
+        label_smoothing=label_smoothing, margin=margin, relative_margin=relative_margin, ceiling=ceiling,
+        reduction=reduction, normalize=normalize, backend=backend, group=group,
+    )  # fmt: skip
+    losses = [weight * of_pair(a, b) for (a, b), weight in zip(pairs, weights, strict=True) if weight]
     return torch.stack(losses).sum(dim=0)
 
 
 def _pairs_of_towers(
-    features: Sequence[Tensor] | Tensor, weights: Sequence[float] | None
+    features: Sequence[Tensor] | Tensor, weights: Sequence[float] | None, *, may_be_empty: bool
 ) -> tuple[list[tuple[Tensor, Tensor]], list[float]]:
     if isinstance(features, Tensor):
         raise TypeError("features must be a sequence of tensors, one per tower, got one tensor; pass features.unbind()")
@@ -226,14 +236,12 @@ def _pairs_of_towers(
     pairs = list(itertools.combinations(features, 2))
     if not pairs:
         raise ValueError(f"features must be of at least two towers, got {len(features)}")
-    for index, x in enumerate(features[1:], start=1):
-        check_tensor(f"features[{index}]", x)
+    for index, x in enumerate(features):
+        check_rows(f"features[{index}]", x, may_be_empty=may_be_empty)
         check_same("features[0]", features[0], f"features[{index}]", x, "shape", "dtype", "device")
     if weights is None:
         return pairs, [1 / len(pairs)] * len(pairs)
-    checked = [check_number("weights", weight, "a number for each pair") for weight in weights]
+    checked = check_weights("weights", weights, "a number for each pair")
     if len(checked) != len(pairs):
         raise ValueError(f"weights must be one for each of the {len(pairs)} pairs, got {len(checked)}")
-    if not all(0 <= weight < math.inf for weight in checked) or not any(checked):
-        raise ValueError(f"weights must be finite, at least 0, and one of them above, got {checked}")
     return pairs, checked

@@ -16,7 +16,7 @@ from ..opening import open_batch
 from ..ops import uncompiled
 from ..options import BackendName, Reduction
 from ..sides import CalledTeacher, Side, Teacher
-from ..validation import FLOAT_DTYPES, check_rows, check_same, check_temperature, check_tensor, extremes
+from ..validation import FLOAT_DTYPES, check_row_each, check_rows, check_same, check_temperature, check_tensor, extremes
 from ..watching import watched
 from .clip_loss import clip_directions
 
@@ -275,10 +275,7 @@ def _checked_features(features: Mapping[str, Any], student: Tensor, *, may_be_em
     (a_name, a), (b_name, b) = features.items()
     for name, x in features.items():
         check_rows(name, x, may_be_empty=may_be_empty)
-        if x.shape[0] != student.shape[0]:
-            raise ValueError(
-                f"{name} must have {student.shape[0]} rows, one for each of image_features, got {x.shape[0]}"
-            )
+        check_row_each(name, x, "image_features", student)
         check_same("image_features", student, name, x, "device")
     check_same(a_name, a, b_name, b, "shape")
     return [x.detach().to(accumulation_dtype(student.dtype)) for x in (a, b)]

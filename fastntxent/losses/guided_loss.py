@@ -13,7 +13,7 @@ from ..distributed import Group
 from ..opening import open_batch
 from ..options import MARGIN_STRATEGIES, BackendName, MarginStrategy, Reduction
 from ..sides import Guide, Side
-from ..validation import check_choice, check_features, check_parameter, check_rows, check_same
+from ..validation import check_choice, check_features, check_parameter, check_row_each, check_rows, check_same
 from ..watching import watched
 
 
@@ -150,8 +150,7 @@ def _checked_guide(of_guide: Mapping[str, tuple[Any, str, Tensor]], *, may_be_em
     unit = []
     for name, (x, rows_name, rows) in of_guide.items():
         check_rows(name, x, may_be_empty=may_be_empty)
-        if x.shape[0] != rows.shape[0]:
-            raise ValueError(f"{name} must have {rows.shape[0]} rows, one for each of {rows_name}, got {x.shape[0]}")
+        check_row_each(name, x, rows_name, rows)
         check_features(first_name, first, name, x)
         check_same(rows_name, rows, name, x, "device")
         unit.append(unit_rows(x.detach().to(accumulation_dtype(query.dtype))))

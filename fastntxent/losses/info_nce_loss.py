@@ -12,7 +12,6 @@ from ..algebra import log_add, row_dots, row_losses, scale_gradient
 from ..batch import Batch
 from ..distributed import Group
 from ..opening import open_batch
-from ..ops import autocast_off
 from ..options import (
     HARDNESS_MODES,
     POSITIVES,
@@ -79,7 +78,9 @@ def info_nce(
         positives: "pair", the query's own key alone; or "same_id", all keys of its id, as `sup_con` has them for one
             set of rows. The latter needs ids, and takes neither explicit negatives nor the options below.
         form: with several positives P, "out": the mean of their log-probabilities, nu' - mean_p s_np / tau, nu' over
-            all keys; or "in": the logarithm of the mean of their probabilities.
+            all keys; or "in": the logarithm of the mean of their probabilities. In "out" the positives are in the
+            denominator that they are compared with, so its gradient has the accuracy of a logit, eps / tau, also where
+            the loss is tiny; "in" keeps its relative accuracy, and with one positive a row is the same loss.
         label_smoothing: as in `nt_xent`.
         margin, relative_margin, ceiling: as in `nt_xent`, for the batch's negatives and for explicit ones.
         hardness_mode, hardness_strength: add hardness_strength times the similarity, through which no gradient goes, to
@@ -105,22 +106,17 @@ def info_nce(
         >>> fastntxent.info_nce(z, z, temperature=1.0)  # log(e + 3) - 1
         tensor(0.7437)
     """
-    check_choice("hardness_mode", hardness_mode, HARDNESS_MODES)
-    hardness_strength = check_parameter("hardness_strength", hardness_strength)
     label_smoothing = check_parameter("label_smoothing", label_smoothing)
-    if label_smoothing and hardness_strength:
-        raise ValueError("label_smoothing and hardness_strength cannot both be given")
+    hardness_strength = check_hardness(hardness_mode, hardness_strength, label_smoothing)
     limits = Limits.checked(margin, relative_margin, ceiling, label_smoothing)
-    check_choice("positives", positives, POSITIVES)
-    check_choice("form", form, SEVERAL_FORMS)
+    check_positives(
+        positives, form, limits, label_smoothing=label_smoothing, hardness_strength=hardness_strength,
+        in_batch_negatives=in_batch_negatives,
+    )  # fmt: skip
     if positives == "same_id":
-        if ids is None:
-            raise ValueError("ids must be given where positives is 'same_id'")
-        if negatives is not None or label_smoothing or hardness_strength or limits or in_batch_negatives is False:
-            raise ValueError(
-                "positives 'same_id' takes no explicit negatives, label_smoothing, hardness_strength or margin, and "
-                "needs the negatives of the batch"
-            )
+        check_ids_given(ids)
+        if negatives is not None:
+            raise ValueError(f"negatives must be None with positives 'same_id', got {type(negatives).__name__}")
     if negatives is not None:
         _check_negatives(negatives, query, may_be_empty=group is not None)
     if in_batch_negatives is None:
@@ -166,6 +162,45 @@ def info_nce(
         mean = (pos + inv_tau * sum(term.sims for term in terms)) / candidates
         losses = losses + label_smoothing * (pos - mean)
     return batch.reduce(losses)
+
+
+def check_hardness(hardness_mode: str, hardness_strength: float, label_smoothing: float) -> float:
+    """Check what is added to the logits of negatives, and return the strength as a number."""
+    check_choice("hardness_mode", hardness_mode, HARDNESS_MODES)
+    hardness_strength = check_parameter("hardness_strength", hardness_strength)
+    if label_smoothing and hardness_strength:
+        raise ValueError("label_smoothing and hardness_strength cannot both be given")
+    return hardness_strength
+
+
+def check_positives(
+    positives: str,
+    form: str,
+    limits: Limits | None,
+    *,
+    label_smoothing: float,
+    hardness_strength: float = 0.0,
+    in_batch_negatives: bool | None = None,
+) -> None:
+    """Check which columns are a row's positives, and that no option is given that several positives do not take."""
+    check_choice("positives", positives, POSITIVES)
+    check_choice("form", form, SEVERAL_FORMS)
+    if positives != "same_id":
+        return
+    for name, number in (("label_smoothing", label_smoothing), ("hardness_strength", hardness_strength)):
+        if number:
+            raise ValueError(f"{name} must be 0 with positives 'same_id', got {number}")
+    for name, limit in ({} if limits is None else limits._asdict()).items():
+        if limit is not None:
+            raise ValueError(f"{name} must be None with positives 'same_id', got {limit}")
+    if in_batch_negatives is not None and not in_batch_negatives:
+        raise ValueError(f"in_batch_negatives must be None or True with positives 'same_id', got {in_batch_negatives}")
+
+
+def check_ids_given(ids: Tensor | None) -> None:
+    """The ids by which positives "same_id" are found."""
+    if ids is None:
+        raise ValueError("ids must be given with positives 'same_id', got None")
 
 
 def several_positives(batch: Batch, rows: Side, cols: Side, inv_tau: float | Tensor, form: str) -> Tensor:
@@ -223,8 +258,7 @@ def _of_all(
 
 def _of_each(u: Tensor, w: Tensor, inv_tau: float | Tensor, hardness: float, limits: Tensor | None) -> _Negatives:
     """Each query's own."""
-    with autocast_off(u):
-        sims = torch.bmm(w, u.unsqueeze(2)).squeeze(2)
+    sims = (w * u.unsqueeze(1)).sum(dim=2)
     by_row = inv_tau.unsqueeze(1) if is_per_row(inv_tau) else inv_tau
     logits = hardened(sims, by_row, hardness)
     if limits is not None:

@@ -89,8 +89,7 @@ def multiview_losses(
     rows = u.flatten(0, 1)
     groups = (batch.sample_ids() if ids is None else ids).repeat(V)
     itself = torch.eye(V, dtype=torch.bool, device=z.device).unsqueeze(2)
-    with autocast_off(z):
-        sims = torch.einsum("and,bnd->abn", u, u)  # of view a's row n with view b's
+    sims = torch.stack([(view * u).sum(dim=2) for view in u.unbind()])  # (V, V, N), of each view's row n with each's
     of_rows = None
     if limits is not None:
         to_positive, which = sims.masked_fill(itself, torch.inf).min(dim=1)  # the least similar one, and its view

@@ -7,11 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from ..algebra import in_double, log_add, row_dots, row_losses
+from ..algebra import in_double, log_add, product, row_dots, row_losses
 from ..batch import Batch
 from ..distributed import Alike, Group
 from ..opening import open_batch
-from ..ops import autocast_off
 from ..ops.groups import add_at, taken
 from ..options import FORMS, BackendName, Reduction, SupConForm
 from ..validation import (
@@ -156,9 +155,9 @@ def _over_shared_labels(batch: Batch, u: Tensor, labels: Tensor) -> tuple[Tensor
     all."""
     belongs = (labels != 0).to(u.dtype)
     own = belongs.sum(dim=1)
-    with autocast_off(u):
-        sums = belongs @ batch.sum_of_ranks(belongs.T @ u) - own[:, None] * u
-        return row_dots(u, sums), belongs @ batch.sum_of_ranks(belongs.sum(dim=0)) - own
+    of_classes = batch.sum_of_ranks(product(belongs.T, u))
+    counts = product(belongs, batch.sum_of_ranks(belongs.sum(dim=0)).unsqueeze(1)).squeeze(1)
+    return row_dots(u, product(belongs, of_classes) - own[:, None] * u), counts - own
 
 
 def _over_weighted_classes(batch: Batch, u: Tensor, labels: Tensor, pair_weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,8 +168,7 @@ def _over_weighted_classes(batch: Batch, u: Tensor, labels: Tensor, pair_weights
     weights, classes, n_classes = (weights / largest).to(u.dtype), labels.to(torch.int64), weights.shape[0]
     counts = batch.sum_of_ranks(add_at(u.new_zeros(n_classes), classes, torch.ones_like(u[:, 0])))
     sums = batch.sum_of_ranks(add_at(u.new_zeros(n_classes, u.shape[1]), classes, u))
-    with autocast_off(u):
-        sums = taken(weights @ sums, classes) - taken(weights.diagonal(), classes)[:, None] * u
+    sums = taken(product(weights, sums), classes) - taken(weights.diagonal(), classes)[:, None] * u
     # The row itself is left out before its class is weighed, so that a weight of 0 in all is exactly that.
     totals = (weights * (counts - torch.eye(n_classes, dtype=u.dtype, device=u.device))).sum(dim=1)
     return row_dots(u, sums), taken(totals, classes)

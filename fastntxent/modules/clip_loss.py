@@ -12,8 +12,9 @@ from torch import Tensor
 from ..algebra import in_double
 from ..losses import clip, multi_clip
 from ..losses.false_negatives import Limits
-from ..options import POSITIVES, SEVERAL_FORMS, Positives, SeveralForm
-from ..validation import check_choice, check_parameter
+from ..losses.info_nce_loss import check_positives
+from ..options import Positives, SeveralForm
+from ..validation import check_parameter, check_weights
 from .base import LossOptions, TemperatureLoss, Unpack
 
 
@@ -86,11 +87,10 @@ class CLIPLoss(TemperatureLoss):
         **options: Unpack[LossOptions],
     ):
         super().__init__(temperature, learn_temperature=learn_temperature, **options)
-        check_choice("positives", positives, POSITIVES)
-        check_choice("form", form, SEVERAL_FORMS)
-        self.positives, self.form = positives, form
         self.label_smoothing = check_parameter("label_smoothing", label_smoothing)
-        Limits.checked(margin, relative_margin, ceiling, label_smoothing)
+        limits = Limits.checked(margin, relative_margin, ceiling, label_smoothing)
+        check_positives(positives, form, limits, label_smoothing=label_smoothing)
+        self.positives, self.form = positives, form
         self.margin, self.relative_margin, self.ceiling = margin, relative_margin, ceiling
         if max_logit_scale is not None:
             max_logit_scale = check_parameter("max_logit_scale", max_logit_scale)
@@ -111,20 +111,21 @@ class CLIPLoss(TemperatureLoss):
         # The logarithm is bounded, since the scale may overflow, and its gradient with it.
         return bound * torch.exp(_AtMost.apply(-log_temperature - math.log(bound), 0.0))
 
-    def forward(self, image_features: Tensor, text_features: Tensor, ids: Tensor | None = None) -> Tensor:
-        return clip(
-            image_features,
-            text_features,
-            logit_scale=self.logit_scale,
-            ids=ids,
-            positives=self.positives,
-            form=self.form,
-            label_smoothing=self.label_smoothing,
-            margin=self.margin,
-            relative_margin=self.relative_margin,
-            ceiling=self.ceiling,
+    @property
+    def _of_clip(self) -> dict[str, Any]:
+        return {
+            "logit_scale": self.logit_scale,
+            "positives": self.positives,
+            "form": self.form,
+            "label_smoothing": self.label_smoothing,
+            "margin": self.margin,
+            "relative_margin": self.relative_margin,
+            "ceiling": self.ceiling,
             **self._options,
-        )
+        }
+
+    def forward(self, image_features: Tensor, text_features: Tensor, ids: Tensor | None = None) -> Tensor:
+        return clip(image_features, text_features, ids=ids, **self._of_clip)
 
 
 class MultiCLIPLoss(CLIPLoss):
@@ -142,33 +143,36 @@ class MultiCLIPLoss(CLIPLoss):
         tensor(0.7437)
     """
 
-    _shown = ("label_smoothing", "max_logit_scale", "weights")
+    _shown = (*CLIPLoss._shown, "weights")
 
     def __init__(
         self,
         temperature: float | Tensor = 0.07,
         *,
         weights: Sequence[float] | None = None,
+        positives: Positives = "pair",
+        form: SeveralForm = "out",
         label_smoothing: float = 0.0,
+        margin: float | None = None,
+        relative_margin: float | None = None,
+        ceiling: float | None = None,
         max_logit_scale: float | None = 100.0,
         learn_temperature: bool = True,
         **options: Unpack[LossOptions],
     ):
         super().__init__(
             temperature,
+            positives=positives,
+            form=form,
             label_smoothing=label_smoothing,
+            margin=margin,
+            relative_margin=relative_margin,
+            ceiling=ceiling,
             max_logit_scale=max_logit_scale,
             learn_temperature=learn_temperature,
             **options,
         )
-        self.weights = None if weights is None else list(weights)
+        self.weights = None if weights is None else check_weights("weights", weights, "a number for each pair")
 
     def forward(self, features: Sequence[Tensor], ids: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        return multi_clip(
-            features,
-            logit_scale=self.logit_scale,
-            weights=self.weights,
-            ids=ids,
-            label_smoothing=self.label_smoothing,
-            **self._options,
-        )
+        return multi_clip(features, weights=self.weights, ids=ids, **self._of_clip)

@@ -6,8 +6,9 @@ from torch import Tensor
 
 from ..losses import info_nce
 from ..losses.false_negatives import Limits
-from ..options import HARDNESS_MODES, POSITIVES, SEVERAL_FORMS, HardnessMode, Positives, SeveralForm
-from ..validation import check_choice, check_parameter
+from ..losses.info_nce_loss import check_hardness, check_positives
+from ..options import HardnessMode, Positives, SeveralForm
+from ..validation import check_parameter
 from .base import ModuleOptions, TemperatureLoss, Unpack
 
 
@@ -52,15 +53,16 @@ class InfoNCELoss(TemperatureLoss):
         **options: Unpack[ModuleOptions],
     ):
         super().__init__(temperature, **options)
-        check_choice("positives", positives, POSITIVES)
-        check_choice("form", form, SEVERAL_FORMS)
-        self.positives, self.form = positives, form
         self.label_smoothing = check_parameter("label_smoothing", label_smoothing)
-        Limits.checked(margin, relative_margin, ceiling, label_smoothing)
+        limits = Limits.checked(margin, relative_margin, ceiling, label_smoothing)
         self.margin, self.relative_margin, self.ceiling = margin, relative_margin, ceiling
-        check_choice("hardness_mode", hardness_mode, HARDNESS_MODES)
-        self.hardness_strength = check_parameter("hardness_strength", hardness_strength)
         self.hardness_mode = hardness_mode
+        self.hardness_strength = check_hardness(hardness_mode, hardness_strength, label_smoothing)
+        check_positives(
+            positives, form, limits, label_smoothing=label_smoothing, hardness_strength=hardness_strength,
+            in_batch_negatives=in_batch_negatives,
+        )  # fmt: skip
+        self.positives, self.form = positives, form
         self.in_batch_negatives = in_batch_negatives
 
     def forward(self, query: Tensor, key: Tensor, negatives: Tensor | None = None, ids: Tensor | None = None) -> Tensor:

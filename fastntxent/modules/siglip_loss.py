@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..losses import nt_logistic, siglip
-from ..validation import check_bias
+from ..validation import check_bias, check_range
 from .base import LossOptions, ModuleOptions, TemperatureLoss, Unpack
 
 
@@ -21,7 +21,7 @@ class _Biased:
         bias = check_bias("bias", bias)
         self.learn_bias = learn_bias
         if learn_bias:
-            self.learnt_bias = nn.Parameter(torch.tensor(_value(bias)))
+            self.learnt_bias = nn.Parameter(torch.tensor(_value(bias, torch.get_default_dtype())))
         else:
             self.__dict__["_bias"] = bias  # a parameter that is given stays its giver's
 
@@ -35,13 +35,16 @@ class _Biased:
         value = check_bias("bias", value)
         if self.learn_bias:
             with torch.no_grad():
-                self.learnt_bias.fill_(_value(value))
+                self.learnt_bias.fill_(_value(value, self.learnt_bias.dtype))
         else:
             self.__dict__["_bias"] = value
 
 
-def _value(bias: float | Tensor) -> float:
-    return float(bias.detach()) if isinstance(bias, Tensor) else bias
+def _value(bias: float | Tensor, dtype: torch.dtype) -> float:
+    """A bias as the first value of a parameter of that dtype."""
+    value = float(bias.detach()) if isinstance(bias, Tensor) else bias
+    check_range("bias", value, dtype)
+    return value
 
 
 class SigLIPLoss(_Biased, TemperatureLoss):

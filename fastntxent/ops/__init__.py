@@ -29,6 +29,7 @@ layer takes it where a gradient is wanted and one number is asked for. `neg_lse_
 is linear in nu.
 """
 
+from ..algebra import autocast_off
 from .guided import guided_neg_lse
 from .held import copy_now, held_loss, held_neg_lse
 from .limited import limited_neg_lse, limited_nt_xent_scalar
@@ -37,7 +38,7 @@ from .nt_xent import nt_xent_rows, nt_xent_scalar
 from .pairs import mask_product, pair_dots
 from .positives import positive_lse, positive_sum
 from .ranks import positive_ranks
-from .register import autocast_off, may_be_differentiated, tracing, uncompiled, unobserved
+from .register import may_be_differentiated, tracing, uncompiled, unobserved
 from .search import nearest
 from .soft_targets import called_neg_lse, soft_dots, soft_dots_sum
 from .softplus import sigmoid_scalar, softplus_sums

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algebra import row_dots
+from ..algebra import autocast_off, row_dots
 from ..backends.tiling import Blocks, Tiles, TileValues
 from ..sides import Guide, Side
 from .contract import checked
-from .register import autocast_off, register, save, saved
+from .register import register, save, saved
 
 
 def guided_neg_lse(rows: Side, cols: Side, inv_tau: float | Tensor, guide: Guide) -> Tensor:

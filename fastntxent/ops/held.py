@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algebra import accumulation_dtype, row_losses
+from ..algebra import accumulation_dtype, autocast_off, row_losses
 from ..backends.base import Upstream
 from ..sides import Side
 from .contract import checked
 from .kernels import run_cross_neg_lse, run_cross_neg_lse_backward
 from .neg_lse import cross_neg_lse
 from .register import (
-    autocast_off,
     kernels_for,
     may_be_differentiated,
     register,

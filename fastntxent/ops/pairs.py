@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algebra import row_dots
+from ..algebra import autocast_off, product, row_dots
 from .contract import checked
-from .register import autocast_off, register
+from .register import register
 
 _CHUNK = 2**20  # numbers held at once
 
@@ -32,8 +32,7 @@ def mask_product(mask: Tensor, x: Tensor) -> Tensor:
     """mask @ x for a mask (B, C) of any dtype, differentiable in x, and in a mask of x's dtype."""
     if mask.dtype != x.dtype:
         return _mask_product(mask, x)
-    with autocast_off(x):
-        return mask @ x
+    return product(mask, x)
 
 
 def _height(width: int) -> int:

@@ -26,9 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..algebra import accumulation_dtype, row_dots
+from ..algebra import accumulation_dtype, autocast_off, row_dots
 from .contract import checked
-from .register import autocast_off, register, save, saved
+from .register import register, save, saved
 
 # Rows of a block, columns of a tile. Small blocks waste little where groups are of two rows; an accelerator wants fewer
 # launches.

@@ -6,9 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..algebra import swap_views
+from ..algebra import autocast_off, swap_views
 from .contract import checked
-from .register import autocast_off, register
+from .register import register
 
 _TILE = 2**22  # similarities held at once
 _EXACT = 2**24  # a sum of so many ones is exact in float32

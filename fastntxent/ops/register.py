@@ -17,7 +17,6 @@ active, plain tensors go to the same function through a plain autograd.Function.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
@@ -26,27 +25,19 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
+from ..algebra import autocast_off
 from ..backends import select_for
 from ..backends.base import KernelBackend
 from .contract import check_kinds, checked, rows_of, taken_by
 
 _LIBRARY = torch.library.Library("fastntxent", "DEF")
 _PLAIN = (Tensor, torch.nn.Parameter)
-_AS_IT_IS = contextlib.nullcontext()
 _INV_TAU = "Tensor inv_tau"
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _USE_REFERENCE = (
     "pass backend='reference', which is plain PyTorch and can be differentiated in any way (its memory grows with M^2)"
 )
-
-
-def autocast_off(rows: Tensor) -> contextlib.AbstractContextManager[None]:
-    """A block in which autocast leaves operations on the rows' device alone."""
-    if not torch._C._is_any_autocast_enabled():
-        return _AS_IT_IS
-    device_type = rows.device.type
-    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else _AS_IT_IS
 
 
 def run_kernel(backend: str, method: str, *arguments: Any) -> Any:

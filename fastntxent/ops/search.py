@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..algebra import accumulation_dtype, unit_rows
+from ..algebra import accumulation_dtype, autocast_off, unit_rows
 from .contract import checked
-from .register import autocast_off, register
+from .register import register
 
 _TILE_BYTES = 2**25  # similarities held at once, in bytes
 _QUERIES = 1024  # at most so many rows of a tile

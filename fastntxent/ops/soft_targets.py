@@ -26,12 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algebra import accumulation_dtype, in_double, row_dots
+from ..algebra import accumulation_dtype, autocast_off, in_double, row_dots
 from ..backends.tiling import Blocks, CalledTiles, Tiles, TileValues, fold
 from ..sides import CalledTeacher, Side, Teacher
 from .contract import checked
 from .register import (
-    autocast_off,
     function_of,
     may_be_differentiated,
     register,

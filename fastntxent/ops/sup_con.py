@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algebra import row_dots, row_losses
+from ..algebra import autocast_off, row_dots, row_losses
 from ..backends.base import KernelBackend, Upstream
 from ..backends.rows import UnitRows
 from ..sides import Side
@@ -31,7 +31,7 @@ from .contract import checked
 from .groups import counts_of_groups, sums_and_counts
 from .neg_lse import scalar_path_fake, scaled_scalar_path
 from .positives import PositiveTile, PositiveTiles, through_lse, through_sum
-from .register import autocast_off, kernels_for, register, save_gradients
+from .register import kernels_for, register, save_gradients
 
 
 def sup_con_scalar(

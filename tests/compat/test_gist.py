@@ -314,6 +314,12 @@ def test_errors():
         ours.GISTEmbedLoss(Embedding(WORDS, 5), None)([{}, {}])
     with pytest.raises(ValueError, match="embeddings must be those of 2 or 3 columns, anchors first, got 4"):
         loss.compute_loss_from_embeddings([z] * 4, [z] * 4)
+    with pytest.raises(ValueError, match=r"embeddings\[0\] and embeddings\[1\] must have the same shape"):
+        loss.compute_loss_from_embeddings([z, z[:1]], [z, z[:1]])
+    with pytest.raises(ValueError, match=r"guide_embeddings\[1\] must have .* rows, one for each of embeddings\[1\]"):
+        loss.compute_loss_from_embeddings([z, z], [z, z[:1]])
+    with pytest.raises(TypeError, match=r"embeddings\[1\] must be a torch.Tensor, got NoneType"):
+        loss.compute_loss_from_embeddings([z, None], [z, z])
     with pytest.raises(ValueError, match="guide_embeddings must be as many as embeddings, 3, got 2"):
         loss.compute_loss_from_embeddings([z] * 3, [z] * 2)
     with pytest.raises(ValueError, match="margin_strategy must be one of"):

@@ -206,8 +206,24 @@ def test_errors():
     for temperature in (1e-9, torch.tensor(-1e-9)):
         with pytest.raises(ValueError, match="temperature must not be within 1e-8 of zero, got"):
             ours.NTXentLoss(temperature)
-    with pytest.raises(TypeError, match="temperature must be a float or a 0-d tensor, got str"):
-        ours.NTXentLoss("0.5")
+    for loss in (ours.NTXentLoss, ours.DCLLoss, ours.DCLWLoss, ours.MACLLoss):
+        for temperature, got in (("a", "str"), ([0.1], "list"), (1j, "complex"), (None, "NoneType"), (True, "bool")):
+            with pytest.raises(TypeError, match=f"temperature must be a float or a tensor of one element, got {got}"):
+                loss(temperature)
+        with pytest.raises(TypeError, match=r"temperature must be a floating-point tensor, got torch.int64"):
+            loss(torch.tensor(1))
+        with pytest.raises(ValueError, match=r"temperature must be a float or have one element, got shape \(2,\)"):
+            loss(torch.ones(2))
+    for loss in (ours.DCLLoss, ours.DCLWLoss):
+        with pytest.raises(ValueError, match="temperature must not be zero, got 0"):
+            loss(0)
+    for temperature in (0.0, -1.0, float("nan"), torch.tensor(1e-9)):
+        with pytest.raises(ValueError, match="temperature must be at least 1e-8, got"):
+            ours.MACLLoss(temperature)
+    with pytest.raises(ValueError, match=r"A_0 must be in \[0, 1\], got 2"):
+        ours.MACLLoss(A_0=2)
+    with pytest.raises(ValueError, match="z0 and z1 must have the same shape"):
+        ours.MACLLoss()(torch.ones(2, 3), torch.ones(3, 3))
     with pytest.raises(ValueError, match="out0 and out1 must have the same shape"):
         ours.NTXentLoss()(torch.ones(2, 3), torch.ones(3, 3))
     for size in ((-1, 3), (4, 3, 2), -1):

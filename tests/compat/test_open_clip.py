@@ -1,5 +1,7 @@
 """fastntxent.compat.open_clip against open_clip, where it is installed."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -165,6 +167,18 @@ def test_errors():
     for loss in (ours.ClipLoss(), ours.SigLipLoss()):
         with pytest.raises(ValueError, match=r"ids must have shape \(4,\)"):
             loss(z, z, 1.0, ids=torch.arange(3))
+    for loss in (ours.ClipLoss(), ours.SigLipLoss()):
+        for bias in (math.nan, math.inf, torch.tensor([math.nan])):
+            with pytest.raises(ValueError, match="logit_bias must be finite, got"):
+                loss(z, z, 1.0, bias)
+        with pytest.raises(ValueError, match=r"logit_bias in torch.float32 must be from .*, got 1e\+300"):
+            loss(z, z, 1.0, torch.tensor(1e300, dtype=torch.float64))
+    with pytest.raises(ValueError, match="dist_image_features must have 4 rows, one for each of image_features, got 3"):
+        ours.DistillClipLoss()(z, z, 1.0, z[:3], z[:3], 1.0)
+    with pytest.raises(ValueError, match="dist_image_features and dist_text_features must have the same shape"):
+        ours.DistillClipLoss()(z, z, 1.0, z, z[:3], 1.0)
+    with pytest.raises(TypeError, match=r"dist_text_features must be a torch.Tensor, got NoneType"):
+        ours.DistillClipLoss()(z, z, 1.0, z, None, 1.0)
     with pytest.raises(TypeError, match="dist_logit_scale must be a float or a tensor of one element, got None"):
         ours.DistillClipLoss()(z, z, 1.0, z, z, None)
     with pytest.raises(TypeError, match="logit_scale must be a float or a tensor of one element, got None"):

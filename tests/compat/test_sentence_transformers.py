@@ -189,6 +189,8 @@ def test_gathering_is_nothing_in_one_process():
     ("options", "message"),
     [
         ({"scale": 0}, "scale must be positive and finite, got 0"),
+        ({"scale": torch.tensor(0.0)}, "scale must be positive and finite, got 0.0"),
+        ({"scale": torch.ones(2)}, r"scale must be a 0-d tensor, got shape \(2,\)"),
         ({"similarity_fct": torch.cdist}, "similarity_fct must be one of 'cos_sim', 'dot_score', got 'cdist'"),
         ({"directions": ()}, "directions must have 'query_to_doc'"),
         ({"directions": ("query_to_doc", "x")}, "directions must be one of"),
@@ -204,6 +206,61 @@ def test_gathering_is_nothing_in_one_process():
 def test_errors(options, message):
     with pytest.raises(ValueError, match=message):
         ours.MultipleNegativesRankingLoss(None, **options)
+
+
+@pytest.mark.parametrize(
+    "cls",
+    [
+        ours.MultipleNegativesRankingLoss,
+        ours.CachedMultipleNegativesRankingLoss,
+        ours.CachedMultipleNegativesSymmetricRankingLoss,
+    ],
+)
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [
+        (torch.tensor(True), "scale must be a floating-point tensor, got torch.bool"),
+        (torch.tensor(1), "scale must be a floating-point tensor, got torch.int64"),
+        ("20", "scale must be a float or a 0-d tensor, got str"),
+        (None, "scale must be a float or a 0-d tensor, got NoneType"),
+    ],
+)
+def test_scale_of_another_type_is_refused_by_the_constructor(cls, scale, message):
+    with pytest.raises(TypeError, match=message):
+        cls(None, scale=scale)
+
+
+def test_scale_that_is_changed_is_checked_by_its_name():
+    scale = torch.nn.Parameter(torch.tensor(20.0))
+    loss = ours.MultipleNegativesRankingLoss(None, scale=scale)
+    with torch.no_grad():
+        scale.fill_(-1.0)
+    with pytest.raises(ValueError, match=r"scale must be positive and finite, got -1.0"):
+        loss(list(torch.randn(2, 4, 3)))
+    with pytest.raises(ValueError, match=r"^scale in torch.float32 must be from"):
+        ours.MultipleNegativesRankingLoss(None, scale=1e300)(list(torch.randn(2, 4, 3)))
+
+
+@pytest.mark.parametrize("directions", [None, "query_to_doc", 3])
+def test_directions_that_are_no_tuple_are_refused(directions):
+    with pytest.raises(TypeError, match=f"^directions must be a tuple of names, got {directions!r}$"):
+        ours.MultipleNegativesRankingLoss(None, directions=directions)
+
+
+@pytest.mark.parametrize("columns", [None, 3, {"input_ids": torch.ones(2, 3)}, "text"])
+def test_a_call_without_columns_says_so(columns):
+    words = f"must be a sequence, one element per column, got {type(columns).__name__}"
+    model = Model()
+    for loss in (
+        ours.MultipleNegativesRankingLoss(model),
+        ours.CachedMultipleNegativesRankingLoss(model),
+        ours.GISTEmbedLoss(model, model),
+        ours.CachedGISTEmbedLoss(model, model),
+    ):
+        with pytest.raises(TypeError, match=f"sentence_features {words}"):
+            loss(columns)
+    with pytest.raises(TypeError, match=f"embeddings {words}"):
+        ours.MultipleNegativesRankingLoss(None).compute_loss_from_embeddings(columns)
 
 
 def test_errors_of_a_call():

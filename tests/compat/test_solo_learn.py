@@ -129,5 +129,18 @@ def test_ressl_errors():
 
 
 def test_queue_has_a_column_for_each_negative():
-    with pytest.raises(ValueError, match=r"queue must have shape \(D, K\)"):
-        solo_learn.mocov2plus_loss_func(torch.eye(2), torch.eye(2), torch.ones(2))
+    for queue in (torch.ones(2), torch.ones(3, 2), torch.ones(2, 0)):
+        with pytest.raises(ValueError, match=r"queue must have shape \(2, K\), a column for each negative, got"):
+            solo_learn.mocov2plus_loss_func(torch.eye(2), torch.eye(2), queue)
+    with pytest.raises(ValueError, match="query and queue must have the same dtype"):
+        solo_learn.mocov2plus_loss_func(torch.eye(2), torch.eye(2), torch.ones(2, 3).double())
+
+
+def test_nnclr_errors_have_its_own_names():
+    z = torch.eye(4)
+    with pytest.raises(TypeError, match=r"nn must be a torch.Tensor, got NoneType"):
+        solo_learn.nnclr_loss_func(None, z)
+    with pytest.raises(ValueError, match="nn and p must have the same shape"):
+        solo_learn.nnclr_loss_func(z, z[:2])
+    with pytest.raises(ValueError, match="p must have 2 dimensions"):
+        solo_learn.nnclr_loss_func(z, z[0])
