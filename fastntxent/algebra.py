@@ -54,7 +54,7 @@ def autocast_off(rows: Tensor) -> contextlib.AbstractContextManager[None]:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of two matrices, which autocast changes neither here nor in the backward.
+    """a @ b of two matrices, or of as many as of the others, which autocast changes neither here nor in the backward.
 
     PyTorch's own backward of a product is a product too, and runs in half precision where `backward` is called inside
     autocast, whatever the forward ran in.
@@ -66,11 +66,16 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return found
 
 
+def _multiplied(a: Tensor, b: Tensor) -> Tensor:
+    """Nothing is broadcast: what a saved-tensor hook made of a and b must fit."""
+    return torch.bmm(a, b) if a.ndim == 3 else torch.mm(a, b)
+
+
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(a: Tensor, b: Tensor) -> Tensor:
         with autocast_off(a):
-            return a @ b
+            return _multiplied(a, b)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -81,7 +86,10 @@ class _Product(torch.autograd.Function):
         a, b = ctx.saved_tensors
         needs_a, needs_b = ctx.needs_input_grad
         with autocast_off(a):
-            return d_product @ b.mT if needs_a else None, a.mT @ d_product if needs_b else None
+            return (
+                _multiplied(d_product, b.mT) if needs_a else None,
+                _multiplied(a.mT, d_product) if needs_b else None,
+            )
 
 
 class _TransformedProduct(_Product):

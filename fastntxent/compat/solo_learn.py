@@ -177,7 +177,8 @@ def ressl_loss_func(
     # log-sum-exp of the others, -sum_j p_j log p^q_j = softplus(nu - pi) + sum_{j != positive} p_j (pi - l_j).
     held = v.detach()
     nearest = ops.nearest(t, held, 1)[1].squeeze(1)
-    rows, cols, others = Side(u, nearest), Side(v, torch.arange(len(v), device=v.device)), batch.beside(queue)
+    others = batch.beside(queue)
+    rows, cols = Side(u, nearest), Side(v, others.sample_ids())
     nu = batch.neg_lse_to(rows, cols, inv_tau, beside=others)
     sims = row_dots(u, v[nearest])
     teachers_pos = teachers_inv_tau * row_dots(t, held[nearest])

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..algebra import log_add, row_dots, row_losses, scale_gradient
+from ..algebra import log_add, product, row_dots, row_losses, scale_gradient
 from ..batch import Batch
 from ..distributed import Group
 from ..opening import open_batch
@@ -258,7 +258,7 @@ def _of_all(
 
 def _of_each(u: Tensor, w: Tensor, inv_tau: float | Tensor, hardness: float, limits: Tensor | None) -> _Negatives:
     """Each query's own."""
-    sims = (w * u.unsqueeze(1)).sum(dim=2)
+    sims = product(w, u.unsqueeze(2)).squeeze(2)
     by_row = inv_tau.unsqueeze(1) if is_per_row(inv_tau) else inv_tau
     logits = hardened(sims, by_row, hardness)
     if limits is not None:
