@@ -284,7 +284,7 @@ class CpuBackend(NativeBackend):
     ) -> PairSums:
         one_side = cols is None
         sides = [rows] if cols is None else [rows, cols]
-        sums = [new_sums(side.u, side.u.shape[0]) for side in sides]
+        sums = new_sums(rows.u, rows.u.shape[0])
         of_sums: list[Tensor | None] = [None, None]
         gradients: list[Tensor | None] = [None, None]
         d_inv_tau = d_bias = None
@@ -295,7 +295,7 @@ class CpuBackend(NativeBackend):
             d_inv_tau, d_bias = new_sums(rows.u), new_sums(rows.u)
         ids = self.kernel_ids(*[side.ids for side in sides])
         given = [
-            SideArguments(side.u, None, ids[which], sums[which], of_sums[which], gradients[which])
+            SideArguments(side.u, None, ids[which], None if which else sums, of_sums[which], gradients[which])
             for which, side in enumerate(sides)
         ]
         self.run(
@@ -309,7 +309,7 @@ class CpuBackend(NativeBackend):
             bias=bias,
             d_bias=d_bias,
         )
-        return PairSums(sums[0], gradients[0], gradients[1], d_inv_tau, d_bias)
+        return PairSums(sums, gradients[0], gradients[1], d_inv_tau, d_bias)
 
     def sigmoid_scalar(
         self,
