@@ -675,6 +675,7 @@ def test_squares_of_a_panel_that_end_early_use_no_memory_that_was_not_written(po
 def uneven(look_up):
     """Tiles of other heights in `form` and in `gather`, of other widths than heights everywhere."""
     sizes = {"form": (32, 64), "gather": (128, 32), "direct": (32, 64), "owned": (64, 32), "fused": (64, 32)}
+    sizes |= {variant: sizes[kernel] for kernel, variant in config.VARIANTS.items()}
 
     def chosen(family, kernel, width, n, DP):
         tile = look_up(family, kernel, width, n, DP)
