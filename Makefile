@@ -64,7 +64,7 @@ triton-versions: $(VENV)/installed
 
 # The figures of the README and the docs: make bench BENCH_OUT=benchmarks/results, then python -m benchmarks report
 bench: $(VENV)/bench
-	for suite in cpu memory scaling family converged distributed; do \
+	for suite in cpu memory scaling family drop-ins converged distributed; do \
 	  $(VENV)/bin/python -m benchmarks $$suite --out $(BENCH_OUT)/$$suite.json || exit 1; \
 	done
 

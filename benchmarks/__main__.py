@@ -9,6 +9,7 @@ distributed
            a step over 1 to 4 gloo ranks of this machine, bytes and time against the model of docs/distributed.md, and
            an all-gather with autograd beside it (needs the tests' files)
 family     CLIP's loss against its dense formula, SupCon against NT-Xent: time, and peak memory (Linux)
+drop-ins   small batches of the losses in fastntxent.compat against the formulas of the libraries that they replace
 gpu        as cpu, on a CUDA device, with the model's prediction beside ours
 kernels    the Triton kernels compiled for GPUs that need not be here: registers, shared memory, spills, and what a turn
            of the innermost loop takes; --check fails where that is more than a chip has or the suite allows
@@ -30,6 +31,7 @@ from . import (
     converged,
     cpu,
     distributed,
+    drop_ins,
     family,
     gpu,
     instruction_set,
@@ -51,12 +53,13 @@ SUITES = {
     "converged": converged,
     "distributed": distributed,
     "family": family,
+    "drop-ins": drop_ins,
     "gpu": gpu,
     "kernels": kernels,
     "model": model,
     "tune": tune,
 }
-CPU_SUITES = ("cpu", "memory", "scaling", "converged", "distributed", "family")
+CPU_SUITES = ("cpu", "memory", "scaling", "converged", "distributed", "family", "drop-ins")
 
 
 def _positive(text: str) -> int:
@@ -87,9 +90,9 @@ def main(argv: list[str] | None = None) -> None:
             suite.add_argument("--kernels", nargs="+", choices=tune.ROW_CLASSES, metavar="KERNEL", help="these alone")
             suite.add_argument("--most", type=_positive, default=12, help="tiles to time for a class (default: 12)")
             suite.add_argument("--write", action="store_true", help="into the package's table")
-        elif name not in ("converged", "distributed", "family", "kernels", "model"):
+        elif name not in ("converged", "distributed", "drop-ins", "family", "kernels", "model"):
             suite.add_argument("--only", nargs="+", choices=COMPETITORS, metavar="LOSS", help="these losses alone")
-        if name in ("cpu", "family", "gpu", "scaling", "tune"):
+        if name in ("cpu", "drop-ins", "family", "gpu", "scaling", "tune"):
             suite.add_argument(
                 "--seconds", type=float, default=20, help="to spend on a size (cpu, gpu: 5 to 200 rounds)"
             )

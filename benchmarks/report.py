@@ -21,6 +21,7 @@ PAGES = {
         "devices": "devices",
     },
     "docs/distributed.md": {"distributed": "distributed"},
+    "docs/migration.md": {"drop-ins": "drop-ins"},
 }
 
 

@@ -150,6 +150,20 @@ def family_table(record: SuiteRecord) -> str:
     return f"{_markdown(['loss', 'N', 'D', 'ms', '/ the first', 'MiB'], rows)}\n\n{_footnote(record)}"
 
 
+def drop_ins_table(record: SuiteRecord) -> str:
+    """Milliseconds of the plain formula and of our drop-in, and their ratio."""
+    heads = ["loss", "N", "D", "threads", "plain formula, ms", "fastntxent, ms", "plain / ours"]
+    rows = [
+        [
+            row["loss"],
+            *(str(row[key]) for key in ("n", "d", "threads")),
+            *map(digits, (row["plain"]["p50"], row["ours"]["p50"], row["plain_over_ours"])),
+        ]
+        for row in record["results"]
+    ]
+    return f"{_markdown(heads, rows)}\n\n{_footnote(record)}"
+
+
 def distributed_table(record: SuiteRecord) -> str:
     """Bytes, milliseconds and their parts over ranks, each with the model's; and others over ours."""
     heads = ["ranks", "m", "D", "strategy", "bytes sent", "/ formula", "ms", "/ model", "products", "model", "waiting"]
@@ -216,6 +230,7 @@ TABLES = {
     "converged": accuracy_table,
     "distributed": distributed_table,
     "family": family_table,
+    "drop-ins": drop_ins_table,
     "kernels": kernels_table,
     "model": model_table,
     "tune": tune_table,

@@ -14,6 +14,7 @@ from benchmarks import __main__ as cli
 from benchmarks import (
     competitors,
     distributed,
+    drop_ins,
     family,
     host,
     instruction_set,
@@ -134,7 +135,7 @@ def small_product(monkeypatch):
 
 
 def run(suite, out, *options):
-    brief = ["--seconds", "0"] if suite in ("cpu", "family", "scaling") else []
+    brief = ["--seconds", "0"] if suite in ("cpu", "drop-ins", "family", "scaling") else []
     cli.main([suite, "--out", str(out), *brief, *options])
     record = json.loads(out.read_text())
     assert record["suite"] == suite
@@ -188,6 +189,22 @@ def test_family_times_every_loss_against_the_first(tmp_path, capsys):
     assert [row["loss"] for row in record["results"]] == list(family.LOSSES)
     assert [row["over_first"] for row in record["results"] if row["loss"] in ("dense CLIP", "nt_xent")] == [1, 1]
     assert tables.family_table(record) in capsys.readouterr().out
+
+
+def test_drop_ins_are_the_formulas_that_they_are_timed_against(tmp_path, capsys):
+    threads = torch.get_num_threads()
+    record = run("drop-ins", tmp_path / "drop-ins.json", "--n", "16", "--d", "8")
+    assert [row["threads"] for row in record["results"][:: len(drop_ins.pairs(8))]] == sorted({1, threads})
+    for row in record["results"]:
+        assert row["plain_over_ours"] == pytest.approx(row["plain"]["p50"] / row["ours"]["p50"])
+    assert torch.get_num_threads() == threads
+    assert tables.drop_ins_table(record) in capsys.readouterr().out
+
+
+def test_a_drop_in_that_is_another_loss_is_not_timed():
+    pair = drop_ins.Pair(lambda a, b: (a * b).sum(), lambda a, b: 1.001 * (a * b).sum())
+    with pytest.raises(AssertionError):
+        drop_ins.check(pair, drop_ins.inputs(pair, 16, 8))
 
 
 @needs_linux
@@ -272,6 +289,16 @@ RESULTS = {
     ],
     "scaling": [{**SIZE, "s": 1.5, "growth": 1, "growth_normalised": 1, "times_floor": 1.25, "extra_bytes": 2**25}],
     "family": [{**SIZE, "loss": "clip", "over_first": 0.5, "extra_bytes": 2**23, **timed(2, 0.5)}],
+    "drop-ins": [
+        {
+            **SIZE,
+            "loss": "open_clip, ClipLoss",
+            "threads": 1,
+            "plain": {"p50": 3.0},
+            "ours": {"p50": 2.0},
+            "plain_over_ours": 1.5,
+        }
+    ],
     "converged": [{**SIZE, "temperature": 0.1, "stage": "start", "errors": {"blocked": 8.8e-8, "eager": 2.1e-7}}],
     "distributed": [
         {
@@ -309,7 +336,7 @@ def committed(tmp_path):
 def test_report_fills_the_pages_and_draws(committed):
     results, readme = committed
     command = ["report", "--results", str(results), "--root", str(results)]
-    with pytest.raises(SystemExit, match="time, memory, scaling, family, accuracy, devices, distributed"):
+    with pytest.raises(SystemExit, match="time, memory, scaling, family, accuracy, devices, distributed, drop-ins"):
         cli.main([*command, "--check"])
     cli.main(command)
     text = readme.read_text()
@@ -323,6 +350,7 @@ def test_report_fills_the_pages_and_draws(committed):
     assert "A CPU, threads: 2, AVX2, PyTorch 2.0; 2026-01-02." in text
     over_ranks = (results / "docs/distributed.md").read_text()
     assert "| 2 | 512 | 128 | ring | 1,000 | 1 | 8 | 1.6 | 4 | 3 | 2 | 1.5 | 2.5 | 3.5 |" in over_ranks
+    assert "| open_clip, ClipLoss | 256 | 128 | 1 | 3 | 2 | 1.5 |" in (results / "docs/migration.md").read_text()
     drawn = {name: (results / name).read_bytes() for name in ("time.svg", "memory.svg")}
     cli.main([*command, "--check"])
     cli.main(command)

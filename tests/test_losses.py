@@ -16,6 +16,7 @@ from torch import Tensor
 import fastntxent
 from fastntxent import error_budget
 from fastntxent.backends import tiling
+from fastntxent.compat import lightly
 from tests import dense
 from tests.cases import BACKENDS, CUDA_KERNELS, KERNELS, LargestTensor, assert_within_rounding, needs_cuda
 
@@ -715,3 +716,14 @@ def test_loss_mixes_no_devices(case, temperature_on):
         loss = case.loss(*tensors, temperature, reduction=reduction, backend="blocked", **options)
         gradients = torch.autograd.grad(loss.sum(), tensors)
         assert {x.device.type for x in (loss, *gradients)} == {"meta"}
+
+
+@pytest.mark.parametrize("sigma", [1e-6, 1e-40, 1e-300])
+@pytest.mark.parametrize("loss", [fastntxent.DCLWLoss, lightly.DCLWLoss])
+def test_a_small_sigma_weighs_the_most_similar_pair_alone(loss, sigma):
+    z_i, z_j = torch.randn(2, 8, 4)
+    pos, negatives = dense.pairs_and_negatives(F.normalize(torch.stack((z_i, z_j)).double(), dim=2))
+    weights = torch.full((8,), 2.0, dtype=torch.float64)
+    weights[pos[:8].argmax()] -= 8
+    expected = (-weights.repeat(2) * pos / 0.1 + torch.logsumexp(negatives / 0.1, dim=1)).mean()
+    torch.testing.assert_close(loss(0.1, sigma=sigma)(z_i, z_j).double(), expected, rtol=1e-5, atol=1e-5)

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..algebra import row_dots, row_losses
 from ..batch import Batch
 from ..losses import dcl, macl, nt_xent
+from ..losses.dcl_loss import mises_fisher_weights
 from ..modules.base import TypedModule
 from ..opening import open_batch
 from ..ops import copy_now
@@ -164,8 +165,7 @@ class DCLWLoss(DCLLoss):
         self.sigma = sigma
 
     def _weights(self, batch: Batch, u0: Tensor, u1: Tensor) -> Tensor:
-        sims = row_dots(u0.detach(), u1.detach()) / self.sigma
-        return 2 - batch.n_samples * torch.exp(sims - batch.log_sum_exp(sims))
+        return mises_fisher_weights(batch, row_dots(u0.detach(), u1.detach()), self.sigma)
 
 
 def negative_mises_fisher_weights(out0: Tensor, out1: Tensor, sigma: float = 0.5) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..algebra import in_double
+from ..batch import Batch
 from ..distributed import Group
 from ..opening import open_batch
 from ..options import BackendName, Reduction
@@ -90,9 +92,14 @@ def dclw(
     )  # fmt: skip
     inv_tau = batch.inverse_temperature(temperature)
     nu, pos = batch.nt_xent_rows(z_i, z_j, inv_tau)
-    sims = (pos[: z_i.shape[0]] / (inv_tau * sigma)).detach()
-    weights = 2 - batch.n_samples * torch.exp(sims - batch.log_sum_exp(sims))
+    weights = mises_fisher_weights(batch, pos[: z_i.shape[0]] / inv_tau, sigma)
     return batch.reduce(_decoupled(nu, weights.repeat(2) * pos))
+
+
+def mises_fisher_weights(batch: Batch, sims: Tensor, sigma: float) -> Tensor:
+    """2 - exp(s_n / sigma) over its mean of all samples, (N,), without a gradient. In float64, for small sigmas."""
+    wide = in_double(sims.detach()) / sigma
+    return (2 - batch.n_samples * torch.exp(wide - batch.log_sum_exp(wide))).to(sims.dtype)
 
 
 def _decoupled(nu: Tensor, pos: Tensor) -> Tensor:
