@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastntxent import backends, clip, neg_lse, nt_xent
-from tests.cases import assert_within_budget, evaluate, random_batch
+from fastntxent import backends, clip, cross_neg_lse, neg_lse, nt_xent
+from tests.cases import assert_cross_neg_lse_within_budget, assert_within_budget, evaluate, random_batch
 
 BUILT = backends()["cpu"]
 needs_cpu_kernels = pytest.mark.skipif(not BUILT.available, reason=f"needs the CPU kernels built: {BUILT.reason}")
@@ -119,6 +119,19 @@ def test_any_number_of_threads_within_budget_and_same_bits_each_time(threads, co
     for _ in range(10):
         for a, b in zip(evaluate(batch, "cpu"), first, strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("temperature", [0.005, 0.1])
+@pytest.mark.parametrize("count", [2, 3, 16])
+@pytest.mark.parametrize(("rows", "cols"), [(60, 4200), (4200, 60)])
+def test_few_rows_against_many_columns_are_shared_among_threads(threads, count, rows, cols, temperature):
+    threads(count)
+    assert_cross_neg_lse_within_budget("cpu", rows, cols, "few", temperature)
+    u, v = torch.randn(rows, 16), torch.randn(cols, 16)
+    ids = torch.arange(rows), torch.arange(cols)
+    first = cross_neg_lse(u, v, *ids, temperature)
+    for _ in range(5):
+        assert all(map(torch.equal, cross_neg_lse(u, v, *ids, temperature), first))
 
 
 @pytest.mark.parametrize("tiles", [0, 1, 5])

@@ -161,6 +161,22 @@ void threads_and_workspaces() {
         }
 }
 
+// Few rows or columns, of which slabs of the other side have sums of their own: slabs that end beyond the other side,
+// and that have no negative for some rows.
+void slabs() {
+    int dtype = FNTX_FLOAT64, taken = 0;
+    for (double tau : {0.07, 0.001})
+        for (Case c : {Case{{3, 0}, {230, 20}, 5600}, Case{{250, 0}, {3, 0}, 5600}, Case{{49, 0}, {290, 0}, 290},
+                       Case{{200, 93}, {40, 9}, 290}}) {
+            c.dtype = dtype++ % int(std::size(DTYPES)), c.tau = tau, c.ids = draw() % 3;
+            Case compared = c;
+            compared.against = true;
+            for (const Case& each : {c, compared, limited(c), softplus(c)})
+                if (++taken % 2) verify(each, {2, 5}, {0, ALL_TILES});
+            ++taken;  // the other two of the next shape
+        }
+}
+
 // Tiles of 96 and of 192 rows.
 void larger_tiles() {
     for (double tau : {0.07, 0.001}) {
@@ -419,6 +435,7 @@ int main() {
         {"against", [] { shapes(against); }},
         {"limits", [] { shapes(limited_of_some); }},
         {"softplus", [] { shapes(softplus_of_some); }},
+        {"slabs", slabs},
         {"classes", [] { shapes(classes_of_some); }},
         {"sigmoid", [] { shapes(sigmoid); }},
         {"threads and workspaces", threads_and_workspaces},

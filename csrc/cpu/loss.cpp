@@ -20,6 +20,7 @@
 #include "classes.h"
 #include "memory.h"
 #include "schedule.h"
+#include "slabs.h"
 #include "team.h"
 
 namespace fntx {
@@ -33,7 +34,7 @@ constexpr double PARALLEL_FROM = 4e6;      // multiplications of a full product;
 
 constexpr double INF = std::numeric_limits<double>::infinity();
 
-int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+int64_t round_up(int64_t x, int64_t to) { return divide_up(x, to) * to; }
 
 // The larger one; NaN once there is one.
 double larger(double a, double b) { return b <= a || a != a ? a : b; }
@@ -105,10 +106,13 @@ template <class T> class Run {
           cols_memory_(symmetric_ ? nullptr : new OwnedSide<T>(*call.cols, call.D, ld_, true, gathers_columns(call))),
           cols_(symmetric_ ? rows_ : *cols_memory_),
           classes_(call.classes ? Classes(call.classes, rows_.n) : Classes()),
-          edge_(edge(std::min(rows_.n, cols_.n))),
+          edge_(edge()),
+          slabs_(blocks(rows_), blocks(cols_), symmetric_ ? 1 : team_.threads()),
           triangle_(blocks(rows_)),
-          rectangle_(blocks(rows_), blocks(cols_)),
-          tasks_(symmetric_ ? triangle_.size() : rectangle_.size()),
+          rectangle_(slabs_.rows, slabs_.cols),
+          tasks_(symmetric_ ? triangle_.size() : slabs_.count * rectangle_.size()),
+          few_(slabs_.of_rows ? cols_ : rows_),
+          slab_sums_(few_, slabs_.count, ld_),
           scratch_size_(round_up(edge_ * (edge_ + (softplus(call) ? 2 : 1) * (kernels.lanes + 1)), SCRATCH_MULTIPLE)),
           scratch_(team_.threads() * scratch_size_) {}
 
@@ -128,12 +132,14 @@ template <class T> class Run {
                 workspace_ = Buffer<T>(kept_ * edge_ * edge_);
             }
             each_tile(kernels_.forward);
+            join_sums();
             for_sides([&](OwnedSide<T>& side) { take_logarithms(side); });
             if (call_.loss) of_classes() ? take_class_losses() : take_losses();
         }
         if (call_.phases & FNTX_BACKWARD) {
             weigh();
             each_tile(kernels_.backward);
+            join_gathered();
             workspace_ = {}, scratch_ = {};  // before the outputs' pages are first touched
             for_sides([&](OwnedSide<T>& side) { side.panel_memory = {}; });
             finish_sides();
@@ -157,6 +163,8 @@ template <class T> class Run {
             for (int64_t row = 0; row < side.n; ++row) side.weights[row] = T(side.w[row] / weight_unit_);
         });
         each_tile(kernels_.softplus);
+        join_sums();
+        join_gathered();
         if (call_.loss) take_softplus_losses();
         for_sides([&](OwnedSide<T>& side) {
             T* const out = static_cast<T*>(side.given.neg_lse);
@@ -224,15 +232,17 @@ template <class T> class Run {
         return ld * int64_t(sizeof(T)) % COMPETING_BYTES ? ld : ld + lanes;
     }
 
-    // Several tiles a side share the work among threads, and spare a symmetric call one triangle.
-    int64_t edge(int64_t n) const {
-        const bool whole = !symmetric_ && team_.threads() == 1;
-        const int64_t tiles = whole ? 1 : TILES_PER_SIDE * team_.threads();
-        const int64_t even = whole ? round_up(n, ALIGNED_ROWS) : n / tiles / ALIGNED_ROWS * ALIGNED_ROWS;
-        return std::min(std::max(even, ALIGNED_ROWS), LARGEST_EDGE);
+    // Several tiles a side share the work among threads, and spare a symmetric call one triangle. A side that is not
+    // much longer than such a tile is not cut: slabs of the other one share the work.
+    int64_t edge() const {
+        const int64_t whole = round_up(std::min(rows_.n, cols_.n), ALIGNED_ROWS);
+        const int64_t even = int64_t(sqrt(double(rows_.n) * double(cols_.n))) / (TILES_PER_SIDE * team_.threads());
+        const bool uncut = !symmetric_ && (team_.threads() == 1 || whole <= 2 * even);
+        const int64_t edge = uncut ? whole : even / ALIGNED_ROWS * ALIGNED_ROWS;
+        return std::min(std::max(edge, ALIGNED_ROWS), LARGEST_EDGE);
     }
 
-    int64_t blocks(const OwnedSide<T>& side) const { return (side.n + edge_ - 1) / edge_; }
+    int64_t blocks(const OwnedSide<T>& side) const { return divide_up(side.n, edge_); }
 
     template <class Body> void for_sides(Body body) {
         body(rows_);
@@ -324,38 +334,54 @@ template <class T> class Run {
             side.nu[row] = T(INF);
         }
         if (side.gathered) std::fill(side.gathered + first * ld_, side.gathered + last * ld_, T(0));
+        if (&side == &few_) slab_sums_.clear(first, last);
         return kernels_.load_rows(side, side.given.z, call_.dtype, call_.D, ld_, normalize_, eps_, first, last);
     }
 
     // --- tiles ---------------------------------------------------------------------------------------------------
 
     void each_tile(void (*kernel)(const Tile<T>&)) {
-        const int64_t P = blocks(rows_), Q = symmetric_ ? 0 : blocks(cols_);
+        const int64_t P = slabs_.count * slabs_.rows, Q = symmetric_ ? 0 : slabs_.count * slabs_.cols;
         std::unique_ptr<std::atomic<int32_t>[]> turns(new std::atomic<int32_t>[size_t(P + Q)]);
         for (int64_t block = 0; block < P + Q; ++block) turns[size_t(block)].store(0);
         team_.each(tasks_, [&](int64_t index, int thread) {
-            const Task task = symmetric_ ? triangle_[index] : rectangle_[index];
-            std::atomic<int32_t>& row_turn = turns[size_t(task.row_block)];
-            std::atomic<int32_t>& col_turn = turns[size_t(symmetric_ ? task.col_block : P + task.col_block)];
+            const int64_t slab = index % slabs_.count;
+            const Task task = symmetric_ ? triangle_[index] : rectangle_[index / slabs_.count];
+            std::atomic<int32_t>* const of_rows = turns.get() + slab * slabs_.rows;
+            std::atomic<int32_t>* const of_cols = symmetric_ ? of_rows : turns.get() + P + slab * slabs_.cols;
+            std::atomic<int32_t>&row_turn = of_rows[task.row_block], &col_turn = of_cols[task.col_block];
             if (!team_.wait(row_turn, task.row_turn, thread) || !team_.wait(col_turn, task.col_turn, thread)) return;
-            kernel(tile(task, index, thread));
+            const Tile<T> tile = this->tile(task, slab, index, thread);
+            if (tile.n_rows > 0 && tile.n_cols > 0) kernel(tile);
             row_turn.store(task.row_turn + 1, std::memory_order_release);
             // Once only for a diagonal tile, whose block may have moved on by now.
             if (&col_turn != &row_turn) col_turn.store(task.col_turn + 1, std::memory_order_release);
         });
     }
 
-    Tile<T> tile(const Task& task, int64_t index, int thread) {
+    void join_sums() {
+        if (slabs_.count == 1) return;
+        sum_over_rows(few_, [&](int64_t row) { return slab_sums_.join_sums(few_, row), 0.0; });
+    }
+
+    void join_gathered() {
+        if (slabs_.count == 1 || !few_.gathered) return;
+        sum_over_rows(few_, [&](int64_t row) { return slab_sums_.join_gathered(few_, row, kernels_), 0.0; });
+    }
+
+    Tile<T> tile(const Task& task, int64_t slab, int64_t index, int thread) {
+        PackedSide<T>* const few = slab ? &slab_sums_[slab] : &few_;
         Tile<T> tile;
-        tile.rows = &rows_;
-        tile.cols = &cols_;
+        tile.rows = slabs_.of_rows ? &rows_ : few;
+        tile.cols = slabs_.of_rows || symmetric_ ? few : &cols_;
         tile.D = call_.D;
         tile.ld = ld_;
-        tile.row0 = task.row_block * edge_;
+        tile.row0 = (task.row_block + (slabs_.of_rows ? slab * slabs_.rows : 0)) * edge_;
         tile.n_rows = std::min(edge_, rows_.n - tile.row0);
-        tile.col0 = task.col_block * edge_;
+        tile.col0 = (task.col_block + (slabs_.of_rows ? 0 : slab * slabs_.cols)) * edge_;
         tile.n_cols = std::min(edge_, cols_.n - tile.col0);
         tile.diagonal = symmetric_ && task.row_block == task.col_block;
+        if (tile.n_rows <= 0 || tile.n_cols <= 0) return tile;  // beyond the last slab
         tile.masked = tile.n_cols % kernels_.panel || span(rows_, tile.row0).meets(span(cols_, tile.col0));
         tile.shifted = shifted_;
         tile.limited = limited_;
@@ -541,9 +567,13 @@ template <class T> class Run {
     OwnedSide<T>& cols_;
     const Classes classes_;
     const int64_t edge_;
+    const Slabs slabs_;
     const Triangle triangle_;
     const Rectangle rectangle_;
-    const int64_t tasks_, scratch_size_;
+    const int64_t tasks_;
+    OwnedSide<T>& few_;  // the side of which each slab has sums of its own
+    SlabSums<T> slab_sums_;
+    const int64_t scratch_size_;
     Buffer<T> scratch_, workspace_, class_sums_;
     int64_t kept_ = 0;     // tiles whose exponentials stay in the workspace
     bool shifted_ = false, limited_ = false;

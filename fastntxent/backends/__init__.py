@@ -124,8 +124,7 @@ def select(name: str, device_type: str, dtype: torch.dtype) -> Backend:
     """The backend for `name` on tensors like these; for "auto" the first of the table that serves unchecked."""
     check_name(name)
     if name == "auto":
-        serving = (_serving(each, device_type, dtype) for each, entry in _TABLE.items() if entry.auto == "yes")
-        return next(backend for backend in serving if backend)
+        return _first_serving(device_type, dtype)
     backend = _load(name)
     device_types = _device_types(name)
     if device_types != ANY_DEVICE and device_type not in device_types:
@@ -135,6 +134,12 @@ def select(name: str, device_type: str, dtype: torch.dtype) -> Backend:
     if dtype not in backend.dtypes:
         raise TypeError(f"backend {name!r} takes {', '.join(map(str, backend.dtypes))}, got {dtype}")
     return backend
+
+
+@functools.cache  # small batches would notice the search
+def _first_serving(device_type: str, dtype: torch.dtype) -> Backend:
+    serving = (_serving(each, device_type, dtype) for each, entry in _TABLE.items() if entry.auto == "yes")
+    return next(backend for backend in serving if backend)
 
 
 @contextlib.contextmanager

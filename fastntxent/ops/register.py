@@ -149,13 +149,15 @@ def register(
         "jvp": staticmethod(_refuse_forward_mode),
     }
     Eager: Any = type(name, (torch.autograd.Function,), halves)
+    # Function.apply, without what it does first for transforms of torch.func: there are none around on the short way.
+    apply = super(torch.autograd.Function, Eager).apply
 
     def observed(*args: Any) -> Any:
         return transformed(*args) if _transforming() else operator(*args)
 
     def call(*args: Any) -> Any:
         if unobserved(args):
-            return Eager.apply(*args)
+            return apply(*args)
         output = observed(*args)
         return output[0] if value_alone else output
 
@@ -230,11 +232,12 @@ def _checking_kinds(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
 def may_be_differentiated(*values: Tensor | float) -> bool:
     """Whether a gradient may be asked for. Inside a vmap a tensor does not say that one is wanted around it; under
     torch.jit.trace neither the example nor the grad mode says it of later calls."""
-    if tracing():
-        return True
-    return torch.is_grad_enabled() and (
-        any(isinstance(x, Tensor) and x.requires_grad for x in values) or _transforming()
-    )
+    if torch.is_grad_enabled():
+        for x in values:
+            if isinstance(x, Tensor) and x.requires_grad:
+                return True
+        return _transforming() or tracing()
+    return tracing()
 
 
 def _transforming() -> bool:

@@ -1,0 +1,95 @@
+// Few rows against many columns, as queries against a long queue, make one or two blocks of rows, of which one tile at
+// a time may add to the sums. There the columns' blocks are dealt out in slabs. Each slab adds to sums of its own, so
+// that slabs do not wait for each other, and the sums are joined afterwards, always in the same order. The same for
+// few columns against many rows.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "kernels.h"
+#include "memory.h"
+
+namespace fntx {
+
+inline int64_t divide_up(int64_t x, int64_t by) { return (x + by - 1) / by; }
+
+// Slabs of a matrix of P x Q blocks: `rows` x `cols` blocks each, the last maybe with blocks beyond the matrix.
+struct Slabs {
+    int64_t count = 1, rows, cols;
+    bool of_rows = false;  // the rows are dealt out, and the columns are few
+
+    Slabs(int64_t P, int64_t Q, int threads) : rows(P), cols(Q), of_rows(P > Q) {
+        const int64_t few = std::min(P, Q), many = std::max(P, Q), busy = 2 * int64_t(threads);
+        if (threads <= 1 || few >= busy) return;
+        const int64_t wanted = std::min(divide_up(busy, few), many), blocks = divide_up(many, wanted);
+        count = divide_up(many, blocks);
+        (of_rows ? rows : cols) = blocks;
+    }
+};
+
+// What the slabs but the first add to, in the place of the few rows' own.
+template <class T> class SlabSums {
+  public:
+    SlabSums() = default;
+    SlabSums(const PackedSide<T>& few, int64_t slabs, int64_t ld) : ld_(ld), sides_(size_t(slabs - 1), few) {
+        if (slabs == 1) return;
+        const int64_t padded = divide_up(few.n, ALIGNED_ROWS) * ALIGNED_ROWS, n = padded * (slabs - 1);
+        sums_ = Buffer<double>(2 * n);
+        peaks_ = Buffer<T>(n);
+        if (few.gathered) gathered_ = Buffer<T>(n * ld);
+        for (size_t slab = 0; slab < sides_.size(); ++slab) {
+            const int64_t first = int64_t(slab) * padded;
+            sides_[slab].sums = sums_ + first;
+            sides_[slab].slopes = sums_ + n + first;
+            sides_[slab].peaks = peaks_ + first;
+            if (few.gathered) sides_[slab].gathered = gathered_ + first * ld;
+        }
+    }
+
+    // Of slab 1, 2, ...
+    PackedSide<T>& operator[](int64_t slab) { return sides_[size_t(slab - 1)]; }
+
+    // Rows [first, last) have no sum yet.
+    void clear(int64_t first, int64_t last) {
+        for (PackedSide<T>& side : sides_) {
+            std::fill(side.sums + first, side.sums + last, 0.0);
+            std::fill(side.slopes + first, side.slopes + last, 0.0);
+            std::fill(side.peaks + first, side.peaks + last, T(-INFINITY));
+            if (side.gathered) std::fill(side.gathered + first * ld_, side.gathered + last * ld_, T(0));
+        }
+    }
+
+    // Add a row's sums to the row's own; without peaks all are -inf.
+    void join_sums(PackedSide<T>& few, int64_t row) const {
+        for (const PackedSide<T>& side : sides_) {
+            const T peak = std::max(few.peaks[row], side.peaks[row]);
+            few.sums[row] = scaled(few, row, peak) + scaled(side, row, peak);
+            few.slopes[row] += side.slopes[row];
+            few.peaks[row] = peak;
+        }
+    }
+
+    // Add what a row has gathered to what the row itself has.
+    void join_gathered(PackedSide<T>& few, int64_t row, const Kernels<T>& kernels) const {
+        for (const PackedSide<T>& side : sides_)
+            kernels.add_scaled(few.gathered + row * ld_, T(1), side.gathered + row * ld_, ld_);
+    }
+
+  private:
+    // A row's sum with another peak.
+    static double scaled(const PackedSide<T>& side, int64_t row, T peak) {
+        if (side.peaks[row] == peak) return side.sums[row];
+        return side.sums[row] * exp(double(side.peaks[row]) - double(peak));
+    }
+
+    int64_t ld_ = 0;
+    std::vector<PackedSide<T>> sides_;
+    Buffer<double> sums_;
+    Buffer<T> peaks_, gathered_;
+};
+
+}  // namespace fntx
