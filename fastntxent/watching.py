@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
-from .ops import unobserved
+from .ops import keeps, unobserved
 
 _Loss = TypeVar("_Loss", bound=Callable[..., Any])
 _WATCHED = (
@@ -40,7 +40,10 @@ def watch(result: Tensor, *given: object) -> Tensor:
     """Return the result, whose backward raises if one of the given tensors was changed in place before it."""
     tensors = [x for x in given if isinstance(x, Tensor)]
     if tensors and unobserved([result, *tensors]) and result.grad_fn is not None:
-        tensors = [x for x in tensors if not x.is_inference()]  # those have no version
+        # Inference tensors have no version.
+        tensors = [x for x in tensors if not (x.is_inference() or keeps(result, x))]
+        if not tensors:
+            return result
         versions = [x._version for x in tensors]
         result.grad_fn.register_prehook(functools.partial(_check_versions, tensors, versions))
     return result

@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from ..losses import clip, siglip
+from ..losses import clip
 from ..losses.distill_loss import distill_terms
+from ..losses.siglip_loss import siglip_of
 from ..modules.base import TypedModule
-from ..scale import bias_of_logits
+from ..opening import open_batch
 from ..validation import check_choice, check_row_each, check_rows, check_same
+from ..watching import watch
 from .shared import as_scalar, default_group_of
 
 if TYPE_CHECKING:
@@ -288,15 +290,9 @@ class SigLipLoss(TypedModule):
         ids: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
         group = default_group_of("world_size", self.world_size, self.rank)
-        check_rows("image_features", image_features, may_be_empty=group is not None)
-        logit_bias = 0.0 if logit_bias is None else bias_of_logits(as_scalar(logit_bias), image_features, "logit_bias")
-        loss = siglip(
-            image_features,
-            text_features,
-            logit_scale=_as_scale("logit_scale", logit_scale),
-            bias=logit_bias,
-            ids=ids,
-            normalize=False,
-            group=group,
-        )
+        scale, bias = _as_scale("logit_scale", logit_scale), 0.0 if logit_bias is None else as_scalar(logit_bias)
+        rows = {"image_features": image_features, "text_features": text_features}
+        batch = open_batch(group, "SigLipLoss", rows, ids=ids, normalize=False, logit_scale=scale, logit_bias=bias)
+        inv_tau, b = batch.logit_scale(scale), batch.bias(bias, "logit_bias")
+        loss = watch(siglip_of(batch, image_features, text_features, inv_tau, b, ids), logit_scale, ids)
         return {"contrastive_loss": loss} if output_dict else loss

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..algebra import row_dots, row_losses
+from ..batch import Batch
 from ..distributed import Group
 from ..opening import open_batch
 from ..options import BackendName, Reduction
@@ -73,14 +74,25 @@ def siglip(
         inv_tau = batch.inverse_temperature(0.1 if temperature is None else temperature)
     else:
         inv_tau = batch.logit_scale(logit_scale)
-    b = batch.bias(bias)
+    return siglip_of(batch, image_features, text_features, inv_tau, batch.bias(bias), ids)
+
+
+def siglip_of(
+    batch: Batch,
+    image_features: Tensor,
+    text_features: Tensor,
+    inv_tau: float | Tensor,
+    bias: Tensor,
+    ids: Tensor | None,
+) -> Tensor:
+    """SigLIP's loss of the features of a batch, by numbers that it has checked."""
     if ids is None:
-        loss = batch.sigmoid_at_once(image_features, text_features, inv_tau, b, two_views=False)
+        loss = batch.sigmoid_at_once(image_features, text_features, inv_tau, bias, two_views=False)
         if loss is not None:
             return loss
     groups = batch.sample_ids() if ids is None else ids
     rows, cols = (Side(batch.unit_rows(z), groups) for z in (image_features, text_features))
-    return batch.reduce(batch.softplus_sums(rows, cols, inv_tau, b, positives=True))
+    return batch.reduce(batch.softplus_sums(rows, cols, inv_tau, bias, positives=True))
 
 
 @watched

@@ -146,9 +146,17 @@ _CALLS = {
 
 def checked(call: str, *values: Tensor | float) -> tuple[Any, ...]:
     """The tensors of a call, as a kernel may read them; an error that names the first that is not what it has to be."""
-    found = [_resolved(x) if isinstance(x, Tensor) else x for x in values]
-    key = (call, *map(_key_of, found))
-    if key not in _passed:
+    found: list[Any] = []
+    # What all checks but that of the storage go by; they take longer than a look for what has passed them before.
+    known: list[Hashable] = [call]
+    for x in values:
+        if isinstance(x, Tensor):
+            x = _resolved(x) if x.is_neg() or x._is_zerotensor() else x
+            known.append("nested" if x.is_nested else (x.dtype, x.device, x.layout, x.shape))
+        else:
+            known.append(float)
+        found.append(x)
+    if (key := tuple(known)) not in _passed:
         check_kinds(call, found)
         _check_all_sizes(call, found)
         if len(_passed) >= _MOST_PASSED:
@@ -158,18 +166,12 @@ def checked(call: str, *values: Tensor | float) -> tuple[Any, ...]:
     for argument, x in zip(arguments, found, strict=True):
         if isinstance(x, Tensor):
             _check_storage(argument.name, x)
+    dtype = accumulation_dtype(rows_of(call, found).dtype)
     if inv_tau is not None and (not isinstance(x := found[inv_tau], Tensor) or x.is_cpu):
-        found[inv_tau] = _inverse_temperature(x, accumulation_dtype(rows_of(call, found).dtype))
+        found[inv_tau] = _inverse_temperature(x, dtype)
     if bias is not None and isinstance(x := found[bias], Tensor) and x.is_cpu:
-        found[bias] = _rounded(x.item(), accumulation_dtype(rows_of(call, found).dtype))
+        found[bias] = _rounded(x.item(), dtype)
     return tuple(found)
-
-
-def _key_of(x: Tensor | float) -> Hashable:
-    """What all checks but that of the storage go by; they take longer than a look for what has passed them before."""
-    if not isinstance(x, Tensor):
-        return float
-    return "nested" if x.is_nested else (x.dtype, x.device, x.layout, x.shape)
 
 
 def taken_by(call: str, arguments: Sequence[Any]) -> Sequence[Any]:
@@ -282,8 +284,5 @@ def _check_storage(name: str, x: Tensor) -> None:
 
 
 def _resolved(x: Tensor) -> Tensor:
-    if x.is_neg():
-        x = x.resolve_neg()
-    if x._is_zerotensor():
-        x = x.clone()
-    return x
+    x = x.resolve_neg()
+    return x.clone() if x._is_zerotensor() else x

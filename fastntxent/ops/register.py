@@ -87,6 +87,12 @@ def save_gradients(ctx: Any, gradients: Sequence[Tensor], *inputs: Tensor | floa
     ctx.mark_non_differentiable(*gradients)
     ctx.set_materialize_grads(False)  # no zeros for gradients that nobody asks for
     save(ctx, *gradients, *inputs)
+    ctx.kept = [id(x) for x in inputs]
+
+
+def keeps(result: Tensor, x: Tensor) -> bool:
+    """Whether the node of a result has saved this very tensor, so that autograd notices when it changes."""
+    return id(x) in getattr(result.grad_fn, "kept", ())
 
 
 def scaled(d_value: Tensor, gradient: Tensor, x: Tensor) -> Tensor:
@@ -261,12 +267,11 @@ def unobserved(args: Sequence[Any]) -> bool:
         or torch._C._get_tracing_state() is not None
     ):
         return False
-    # The gradients of is_grads_batched=True look plain, but have no storage: the dispatcher takes them apart.
-    return all(
-        type(arg) in _PLAIN and not arg.is_meta and torch._C._has_storage(arg)
-        for arg in args
-        if isinstance(arg, Tensor)
-    )
+    for arg in args:
+        # The gradients of is_grads_batched=True look plain, but have no storage: the dispatcher takes them apart.
+        if isinstance(arg, Tensor) and (type(arg) not in _PLAIN or arg.is_meta or not torch._C._has_storage(arg)):
+            return False
+    return True
 
 
 def _loop(call: Callable[..., Any], size: int, in_dims: tuple[int | None, ...], args: tuple[Any, ...]) -> Any:
