@@ -71,6 +71,8 @@ class BuildExt(build_ext):
 
     def build_cpu(self, ext: Extension) -> None:
         """Compile the kernels once per instruction set, then the rest, and link all of it."""
+        # In a folder that an earlier build filled, a failed one would hand on that build's kernels.
+        Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
         try:
             for name, flags in INSTRUCTION_SETS.items():
                 ext.extra_objects += self.compiler.compile(

@@ -161,7 +161,7 @@ def drop_ins_table(record: SuiteRecord) -> str:
         ]
         for row in record["results"]
     ]
-    return f"{_markdown(heads, rows)}\n\n{_footnote(record)}"
+    return f"{_markdown(heads, rows)}\n\n{_footnote(record, libraries=False)}"
 
 
 def distributed_table(record: SuiteRecord) -> str:
@@ -193,13 +193,14 @@ def _head(name: str) -> str:
     return _HEADS.get(name, name) + ("\\*" if COMPETITORS[name].note else "")
 
 
-def _footnote(record: SuiteRecord, names: list[str] = ()) -> str:
+def _footnote(record: SuiteRecord, names: list[str] = (), *, libraries: bool = True) -> str:
     machine = record["machine"]
     facts = [f"{machine['processor']}, threads: {machine['threads']}, {machine['vector']}"]
     if machine.get("held"):
         facts.append(f"our kernel held to {machine['held']}")
     facts += dict.fromkeys(result["device"] for result in record["results"] if "device" in result)
-    facts += [f"PyTorch {machine['torch']}", *(f"{name} {number}" for name, number in machine["packages"].items())]
+    facts.append(f"PyTorch {machine['torch']}")
+    facts += [f"{name} {number}" for name, number in machine["packages"].items() if libraries]
     sentences = [f"{', '.join(facts)}; {machine['time'][:10]}."]
     sentences += [f"\\* {COMPETITORS[name].note}." for name in names if COMPETITORS[name].note]
     if record["missing"]:

@@ -32,10 +32,10 @@ def inverse_temperature(temperature: float | Tensor, rows: Tensor, *, per_row: i
 def _check_invertible(smallest: float, largest: float, dtype: torch.dtype, largest_inverse: float) -> None:
     """1 / temperature is at most so much, and not 0 in the dtype."""
     if smallest < 1 / largest_inverse:
-        raise ValueError(f"temperature must be at least {1 / largest_inverse:.2g}, got {smallest}")
+        raise ValueError(f"temperature must be at least {1 / largest_inverse:.4g}, got {smallest}")
     smallest_inverse = torch.finfo(dtype).tiny * torch.finfo(dtype).eps
     if largest * smallest_inverse > 1:
-        raise ValueError(f"temperature must be at most {1 / smallest_inverse:.2g}, got {largest}")
+        raise ValueError(f"temperature must be at most {1 / smallest_inverse:.4g}, got {largest}")
 
 
 def logit_scale_factor(logit_scale: float | Tensor, rows: Tensor, name: str = "logit_scale") -> float | Tensor:
@@ -47,7 +47,7 @@ def logit_scale_factor(logit_scale: float | Tensor, rows: Tensor, name: str = "l
             return scale  # the very number that was checked
         check_temperature(scale, name=f"{name} in {dtype}")
     elif not 1 / (largest := torch.finfo(dtype).max) <= scale <= largest:
-        raise ValueError(f"{name} in {dtype} must be from {1 / largest:.2g} to {largest:.2g}, got {scale}")
+        raise ValueError(f"{name} in {dtype} must be from {1 / largest:.4g} to {largest:.4g}, got {scale}")
     return scale
 
 

@@ -128,7 +128,8 @@ def check_temperature(
         for extreme in extremes(temperature) or ():  # NaN if there is one
             check_positive(name, extreme)
         return temperature
-    return check_positive_number(name, temperature, "a float or a 0-d tensor")
+    tensors = "a 0-d tensor" if per_row is None else "a tensor, 0-d or with one temperature per row"
+    return check_positive_number(name, temperature, f"a float or {tensors}")
 
 
 def extremes(x: Tensor) -> tuple[float, float] | None:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
-from .ops import keeps, unobserved
+from .ops import unobserved, watched_by_autograd
 
 _Loss = TypeVar("_Loss", bound=Callable[..., Any])
 _WATCHED = (
@@ -41,7 +41,7 @@ def watch(result: Tensor, *given: object) -> Tensor:
     tensors = [x for x in given if isinstance(x, Tensor)]
     if tensors and unobserved([result, *tensors]) and result.grad_fn is not None:
         # Inference tensors have no version.
-        tensors = [x for x in tensors if not (x.is_inference() or keeps(result, x))]
+        tensors = [x for x in tensors if not (x.is_inference() or watched_by_autograd(result, x))]
         if not tensors:
             return result
         versions = [x._version for x in tensors]

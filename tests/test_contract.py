@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import warnings
 from collections.abc import Callable
@@ -9,8 +10,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import fastntxent
+from fastntxent.compat import open_clip
 from tests.cases import BACKENDS, KERNELS
 from tests.hostile import REFUSALS, Campaign, operators, valid_arguments, with_cut_storage
 from tests.test_losses import CASES, Drawn, draw
@@ -126,6 +129,36 @@ def test_change_in_place_before_the_backward_is_an_error(case, backend, reductio
                 {"temperature": given, **options}[changed].zero_()
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 loss.backward()
+
+
+SCALED = {
+    "clip": lambda a, b, scale: fastntxent.clip(a, b, logit_scale=scale),
+    "siglip": lambda a, b, scale: fastntxent.siglip(a, b, logit_scale=scale),
+    "ClipLoss": open_clip.ClipLoss(),
+    "SigLipLoss": open_clip.SigLipLoss(),
+}
+
+
+@pytest.mark.parametrize("around", ["nothing", "hooks", "checkpoint"])
+@pytest.mark.parametrize("name", SCALED)
+def test_change_of_a_scale_in_place_before_the_backward_is_an_error(name, around):
+    """A tensor that autograd saves as it is: hooks keep autograd from looking at it, and a checkpoint runs again."""
+    z, scale = torch.randn(2, 8, 4), torch.tensor(2.0, requires_grad=True)
+    rows = z[0].clone().requires_grad_()
+
+    def loss(a):
+        return SCALED[name](a, z[1], scale)
+
+    if around == "checkpoint":
+        value = checkpoint(loss, rows, use_reentrant=False)
+    else:
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+        with hooks if around == "hooks" else contextlib.nullcontext():
+            value = loss(rows)
+    with torch.no_grad():
+        scale.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

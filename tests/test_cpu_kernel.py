@@ -124,14 +124,19 @@ def test_any_number_of_threads_within_budget_and_same_bits_each_time(threads, co
 @pytest.mark.parametrize("temperature", [0.005, 0.1])
 @pytest.mark.parametrize("count", [2, 3, 16])
 @pytest.mark.parametrize(("rows", "cols"), [(60, 4200), (4200, 60)])
-def test_few_rows_against_many_columns_are_shared_among_threads(threads, count, rows, cols, temperature):
+def test_few_rows_against_many_columns_within_budget_and_same_bits(threads, count, rows, cols, temperature):
     threads(count)
     assert_cross_neg_lse_within_budget("cpu", rows, cols, "few", temperature)
-    u, v = torch.randn(rows, 16), torch.randn(cols, 16)
+    u, v = torch.randn(rows, 16, requires_grad=True), torch.randn(cols, 16, requires_grad=True)
     ids = torch.arange(rows), torch.arange(cols)
-    first = cross_neg_lse(u, v, *ids, temperature)
+
+    def found():
+        nus = cross_neg_lse(u, v, *ids, temperature)
+        return *nus, *torch.autograd.grad(nus[0].sum() + nus[1].sum(), (u, v))
+
+    first = found()
     for _ in range(5):
-        assert all(map(torch.equal, cross_neg_lse(u, v, *ids, temperature), first))
+        assert all(map(torch.equal, found(), first))
 
 
 @pytest.mark.parametrize("tiles", [0, 1, 5])

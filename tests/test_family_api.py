@@ -304,6 +304,14 @@ def test_sup_con_without_any_positive_is_zero():
         assert sup_con(Z[:1], LABELS[:1], 0.1, form=form) == 0
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sup_con_at_the_least_temperatures_is_not_below_zero(backend):
+    labels = torch.arange(37) % 3
+    losses = sup_con(torch.randn(37, 3), labels, 1e-38, reduction="none", backend=backend)
+    assert losses.isfinite().all()
+    assert (losses > 0).all()
+
+
 def test_sup_con_weights_of_the_identity_are_none():
     labels = LABELS % 3
     for reduction in ("mean", "sum", "none"):
@@ -443,6 +451,8 @@ BAD_CALLS = {
         r"have shape \(12,\), one per row, or be",
     ),
     "nt_xent a temperature 0": (lambda: nt_xent(Z, W, torch.arange(12.0)), ValueError, "temperature must be positive"),
+    "nt_xent a temperature list": (lambda: nt_xent(Z, W, [0.1]), TypeError, "one temperature per row, got list"),
+    "sup_con least temperature": (lambda: sup_con(Z, LABELS, 2.9e-39), ValueError, "at least 2.939e-39, got 2.9e-39"),
     "views rank": (lambda: multiview_nt_xent(Z), ValueError, r"views must have shape \(V, N, D\), got \(6, 4\)"),
     "views one": (lambda: multiview_nt_xent([Z]), ValueError, "at least two views, got 1"),
     "views shapes": (lambda: multiview_nt_xent([Z, W[:2]]), ValueError, r"views\[0\] and views\[1\].*same shape"),
@@ -548,7 +558,7 @@ BAD_CALLS = {
     "clip scale 1e-39": (
         lambda: clip(Z, W, logit_scale=1e-39),
         ValueError,
-        r"logit_scale in torch.float32 must be from 2.9e-39 to 3.4e\+38, got 1e-39",
+        r"logit_scale in torch.float32 must be from 2.939e-39 to 3.403e\+38, got 1e-39",
     ),
     "clip scale": (lambda: clip(Z, W, logit_scale=-1.0), ValueError, "logit_scale must be positive"),
     "clip bias": (lambda: clip(Z, W, logit_bias="0"), TypeError, "logit_bias must be a float or .*, got str"),

@@ -718,7 +718,7 @@ def test_loss_mixes_no_devices(case, temperature_on):
         assert {x.device.type for x in (loss, *gradients)} == {"meta"}
 
 
-@pytest.mark.parametrize("sigma", [1e-6, 1e-40, 1e-300])
+@pytest.mark.parametrize("sigma", [1e-6, 1e-40, 1e-300, 5e-324])
 @pytest.mark.parametrize("loss", [fastntxent.DCLWLoss, lightly.DCLWLoss])
 def test_a_small_sigma_weighs_the_most_similar_pair_alone(loss, sigma):
     z_i, z_j = torch.randn(2, 8, 4)

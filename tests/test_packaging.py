@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -65,6 +66,19 @@ def test_failed_build_is_announced(tmp_path):
     built = subprocess.run(command, check=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert "fastntxent: no CPU kernels" in built.stdout + built.stderr
     assert not list(tmp_path.glob("fastntxent/*.so"))
+
+
+def test_failed_build_hands_on_no_kernels_of_an_earlier_one(tmp_path):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "fastntxent/__init__.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(CHECKOUT / name, tmp_path / name)
+    left = tmp_path / "build" / "lib" / "fastntxent" / f"_cpu.abi3{sysconfig.get_config_var('SHLIB_SUFFIX')}"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"of an earlier build")
+    environment = {**os.environ, "FASTNTXENT_CUDA": "0", "CC": "false", "CXX": "false"}
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", "build/lib"]
+    subprocess.run(command, check=True, cwd=tmp_path, env=environment, capture_output=True)
+    assert not left.exists()
 
 
 def test_build_does_not_require_torch():

@@ -161,20 +161,21 @@ void threads_and_workspaces() {
         }
 }
 
-// Few rows or columns, of which slabs of the other side have sums of their own: slabs that end beyond the other side,
-// and that have no negative for some rows.
+// Few rows or columns, which have sums for each slab of the other side. Some slabs reach beyond that side, some have no
+// negative for a row.
 void slabs() {
-    int dtype = FNTX_FLOAT64, taken = 0;
+    int dtype = 0, loss = 0;
     for (double tau : {0.07, 0.001})
         for (Case c : {Case{{3, 0}, {230, 20}, 5600}, Case{{250, 0}, {3, 0}, 5600}, Case{{49, 0}, {290, 0}, 290},
-                       Case{{200, 93}, {40, 9}, 290}}) {
-            c.dtype = dtype++ % int(std::size(DTYPES)), c.tau = tau, c.ids = draw() % 3;
-            Case compared = c;
-            compared.against = true;
-            for (const Case& each : {c, compared, limited(c), softplus(c)})
-                if (++taken % 2) verify(each, {2, 5}, {0, ALL_TILES});
-            ++taken;  // the other two of the next shape
-        }
+                       Case{{200, 93}, {40, 9}, 290}, Case{{40, 0}, {400, 31}, 250}})
+            for (int variant = 0; variant < 2; ++variant) {
+                c.dtype = dtype++ % int(std::size(DTYPES)), c.tau = tau, c.ids = draw() % 3;
+                c.wanted = draw() % 3 ? ALL_WANTED : 1 + int(draw() % 15);
+                Case compared = c, signs = softplus(c, FNTX_SIGMOID);
+                compared.against = true, signs.cols_loss_weight = 0.3;
+                const Case cases[] = {c, limited(c), softplus(c), compared, signs};
+                verify(cases[loss++ % std::size(cases)], {2, 5}, {0, ALL_TILES});
+            }
 }
 
 // Tiles of 96 and of 192 rows.

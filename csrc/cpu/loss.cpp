@@ -2,8 +2,8 @@
 //
 // With u = 2 M^2 D flops: the forward forms half of the products (u/2); the backward forms them again (u/2), except
 // where it finds their exponentials in the workspace, and gathers the gradient (u). 2u in all, 1.5u while the
-// workspace lasts. Memory: three (M, D) matrices - u, u transposed, the gathered gradient -, the workspace, and a tile
-// for each thread.
+// workspace lasts. Memory: three (M, D) matrices - u, u transposed, the gathered gradient -, the workspace, a tile for
+// each thread, and where one side is much longer than the other the copies of slabs.h, of no more rows than it has.
 //
 // No sum's order depends on which thread took what: a result has the same bits each time. The size of the tiles follows
 // from the number of threads, so another number may round differently.
@@ -238,8 +238,8 @@ template <class T> class Run {
         const int64_t whole = round_up(std::min(rows_.n, cols_.n), ALIGNED_ROWS);
         const int64_t even = int64_t(sqrt(double(rows_.n) * double(cols_.n))) / (TILES_PER_SIDE * team_.threads());
         const bool uncut = !symmetric_ && (team_.threads() == 1 || whole <= 2 * even);
-        const int64_t edge = uncut ? whole : even / ALIGNED_ROWS * ALIGNED_ROWS;
-        return std::min(std::max(edge, ALIGNED_ROWS), LARGEST_EDGE);
+        const int64_t wanted = uncut ? whole : even / ALIGNED_ROWS * ALIGNED_ROWS;
+        return std::min(std::max(wanted, ALIGNED_ROWS), LARGEST_EDGE);
     }
 
     int64_t blocks(const OwnedSide<T>& side) const { return divide_up(side.n, edge_); }
@@ -361,12 +361,19 @@ template <class T> class Run {
 
     void join_sums() {
         if (slabs_.count == 1) return;
-        sum_over_rows(few_, [&](int64_t row) { return slab_sums_.join_sums(few_, row), 0.0; });
+        sum_over_rows(few_, [&](int64_t row) {
+            slab_sums_.join_sums(few_, row);
+            return 0.0;
+        });
     }
 
     void join_gathered() {
         if (slabs_.count == 1 || !few_.gathered) return;
-        sum_over_rows(few_, [&](int64_t row) { return slab_sums_.join_gathered(few_, row, kernels_), 0.0; });
+        sum_over_rows(few_, [&](int64_t row) {
+            slab_sums_.join_gathered(few_, row, kernels_);
+            return 0.0;
+        });
+        slab_sums_.release_gathered();
     }
 
     Tile<T> tile(const Task& task, int64_t slab, int64_t index, int thread) {

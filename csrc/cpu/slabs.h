@@ -1,7 +1,6 @@
-// Few rows against many columns, as queries against a long queue, make one or two blocks of rows, of which one tile at
-// a time may add to the sums. There the columns' blocks are dealt out in slabs. Each slab adds to sums of its own, so
-// that slabs do not wait for each other, and the sums are joined afterwards, always in the same order. The same for
-// few columns against many rows.
+// Only one tile at a time may add to the sums of a block of rows. With few rows and many columns, as of queries against a
+// long queue, there are fewer such blocks than threads. So the columns are split into slabs, each with a copy of the
+// rows' sums, and the copies are added up in a fixed order. Few columns against many rows: the same, transposed.
 #pragma once
 
 #include <math.h>
@@ -17,21 +16,22 @@ namespace fntx {
 
 inline int64_t divide_up(int64_t x, int64_t by) { return (x + by - 1) / by; }
 
-// Slabs of a matrix of P x Q blocks: `rows` x `cols` blocks each, the last maybe with blocks beyond the matrix.
+// Slabs of a matrix of P x Q blocks: `rows` x `cols` blocks each. The last one may reach beyond the matrix.
 struct Slabs {
     int64_t count = 1, rows, cols;
-    bool of_rows = false;  // the rows are dealt out, and the columns are few
+    bool of_rows = false;  // the rows are split, because the columns are few
 
     Slabs(int64_t P, int64_t Q, int threads) : rows(P), cols(Q), of_rows(P > Q) {
         const int64_t few = std::min(P, Q), many = std::max(P, Q), busy = 2 * int64_t(threads);
         if (threads <= 1 || few >= busy) return;
-        const int64_t wanted = std::min(divide_up(busy, few), many), blocks = divide_up(many, wanted);
+        // No more than make the copies as long as the side that is split.
+        const int64_t wanted = std::min(divide_up(busy, few), many / few), blocks = divide_up(many, wanted);
         count = divide_up(many, blocks);
         (of_rows ? rows : cols) = blocks;
     }
 };
 
-// What the slabs but the first add to, in the place of the few rows' own.
+// The copies of slabs 1, 2, ...; slab 0 adds to the side itself.
 template <class T> class SlabSums {
   public:
     SlabSums() = default;
@@ -50,10 +50,10 @@ template <class T> class SlabSums {
         }
     }
 
-    // Of slab 1, 2, ...
+    // The side that a slab adds to.
     PackedSide<T>& operator[](int64_t slab) { return sides_[size_t(slab - 1)]; }
 
-    // Rows [first, last) have no sum yet.
+    // Set the sums of rows [first, last) to zero.
     void clear(int64_t first, int64_t last) {
         for (PackedSide<T>& side : sides_) {
             std::fill(side.sums + first, side.sums + last, 0.0);
@@ -63,7 +63,7 @@ template <class T> class SlabSums {
         }
     }
 
-    // Add a row's sums to the row's own; without peaks all are -inf.
+    // Add the slabs' sums of a row to the side's. Tiles that are not shifted leave every peak at -inf.
     void join_sums(PackedSide<T>& few, int64_t row) const {
         for (const PackedSide<T>& side : sides_) {
             const T peak = std::max(few.peaks[row], side.peaks[row]);
@@ -73,11 +73,14 @@ template <class T> class SlabSums {
         }
     }
 
-    // Add what a row has gathered to what the row itself has.
+    // Add what the slabs have gathered for a row to what the side has.
     void join_gathered(PackedSide<T>& few, int64_t row, const Kernels<T>& kernels) const {
         for (const PackedSide<T>& side : sides_)
             kernels.add_scaled(few.gathered + row * ld_, T(1), side.gathered + row * ld_, ld_);
     }
+
+    // Free what was gathered.
+    void release_gathered() { gathered_ = {}; }
 
   private:
     // A row's sum with another peak.

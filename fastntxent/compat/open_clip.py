@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..losses import clip
 from ..losses.distill_loss import distill_terms
-from ..losses.siglip_loss import siglip_of
+from ..losses.siglip_loss import siglip_of_batch
 from ..modules.base import TypedModule
 from ..opening import open_batch
 from ..validation import check_choice, check_row_each, check_rows, check_same
@@ -294,5 +294,5 @@ class SigLipLoss(TypedModule):
         rows = {"image_features": image_features, "text_features": text_features}
         batch = open_batch(group, "SigLipLoss", rows, ids=ids, normalize=False, logit_scale=scale, logit_bias=bias)
         inv_tau, b = batch.logit_scale(scale), batch.bias(bias, "logit_bias")
-        loss = watch(siglip_of(batch, image_features, text_features, inv_tau, b, ids), logit_scale, ids)
+        loss = watch(siglip_of_batch(batch, image_features, text_features, inv_tau, b, ids), logit_scale, ids)
         return {"contrastive_loss": loss} if output_dict else loss

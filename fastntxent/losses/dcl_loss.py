@@ -97,8 +97,9 @@ def dclw(
 
 
 def mises_fisher_weights(batch: Batch, sims: Tensor, sigma: float) -> Tensor:
-    """2 - exp(s_n / sigma) over its mean of all samples, (N,), without a gradient. In float64, for small sigmas."""
-    wide = in_double(sims.detach()) / sigma
+    """2 - exp(s_n / sigma) / mean_m exp(s_m / sigma), (N,), without a gradient. In float64, for small sigmas."""
+    wide = in_double(sims.detach())
+    wide = wide / max(sigma, 4 * torch.finfo(wide.dtype).tiny)  # a smaller one would weigh the same pair alone
     return (2 - batch.n_samples * torch.exp(wide - batch.log_sum_exp(wide))).to(sims.dtype)
 
 

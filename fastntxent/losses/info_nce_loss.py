@@ -159,7 +159,7 @@ def info_nce(
     losses = row_losses(nu, pos)
     if label_smoothing:
         candidates = 1 + sum(term.number for term in terms)
-        mean = (pos + inv_tau * sum(term.sims for term in terms)) / candidates
+        mean = pos / candidates + inv_tau * (sum(term.sims for term in terms) / candidates)
         losses = losses + label_smoothing * (pos - mean)
     return batch.reduce(losses)
 

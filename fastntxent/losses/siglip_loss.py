@@ -74,10 +74,10 @@ def siglip(
         inv_tau = batch.inverse_temperature(0.1 if temperature is None else temperature)
     else:
         inv_tau = batch.logit_scale(logit_scale)
-    return siglip_of(batch, image_features, text_features, inv_tau, batch.bias(bias), ids)
+    return siglip_of_batch(batch, image_features, text_features, inv_tau, batch.bias(bias), ids)
 
 
-def siglip_of(
+def siglip_of_batch(
     batch: Batch,
     image_features: Tensor,
     text_features: Tensor,
@@ -85,7 +85,7 @@ def siglip_of(
     bias: Tensor,
     ids: Tensor | None,
 ) -> Tensor:
-    """SigLIP's loss of the features of a batch, by numbers that it has checked."""
+    """SigLIP's loss in an open batch, whose inverse temperature and bias are checked already."""
     if ids is None:
         loss = batch.sigmoid_at_once(image_features, text_features, inv_tau, bias, two_views=False)
         if loss is not None:

@@ -133,7 +133,7 @@ def sup_con(
     nu = batch.neg_lse(u, labels, inv_tau, of_rows)
     if dots is not None:
         lse = batch.positive_lse(u, labels, inv_tau).masked_fill(counts == 0, 0)
-        losses = log_add(nu, lse) - inv_tau * dots / counts.clamp_min(1)
+        losses = log_add(nu, lse) - inv_tau * (dots / counts.clamp_min(1))
     elif form == "in":
         lse = batch.positive_lse(u, labels, inv_tau).masked_fill(counts == 0, 0)
         losses = row_losses(nu, lse) + counts.clamp_min(1).to(u.dtype).log()
@@ -146,7 +146,7 @@ def _out(batch: Batch, u: Tensor, dots: Tensor, counts: Tensor, inv_tau: float |
     """L_out is linear in the positives: a row's product with the sum of theirs, and their number or weight, is all it
     takes."""
     # First, so that its backward comes last, when the kernel's has given its memory back.
-    mean = inv_tau * dots / counts.masked_fill(counts == 0, 1)
+    mean = inv_tau * (dots / counts.masked_fill(counts == 0, 1))
     return batch.neg_lse_less(u, batch.row_ids(), inv_tau, mean, counted=counts > 0)
 
 

@@ -97,6 +97,10 @@ class NegativeQueue(nn.Module):
             raise RuntimeError("NegativeQueue takes no rows under torch.jit.trace, which would replay the first push")
         check_rows("z", z)
         check_features("z", z, "the queue's rows", self._rows)
+        if z.is_meta and not self._rows.is_meta:
+            raise ValueError(
+                f"z must hold numbers, for a queue on {self._rows.device}, got a tensor on the meta device"
+            )
         if ids is not None:
             check_ids("ids", ids, "z", z)
         pointer, filled = self._cursor.unbind()

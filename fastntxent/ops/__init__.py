@@ -38,7 +38,7 @@ from .nt_xent import nt_xent_rows, nt_xent_scalar
 from .pairs import mask_product, pair_dots
 from .positives import positive_lse, positive_sum
 from .ranks import positive_ranks
-from .register import keeps, may_be_differentiated, tracing, uncompiled, unobserved
+from .register import may_be_differentiated, tracing, uncompiled, unobserved, watched_by_autograd
 from .search import nearest
 from .soft_targets import called_neg_lse, soft_dots, soft_dots_sum
 from .softplus import sigmoid_scalar, softplus_sums
@@ -54,7 +54,6 @@ __all__ = [
     "held_loss",
     "held_neg_lse",
     "info_nce_scalar",
-    "keeps",
     "limited_neg_lse",
     "limited_nt_xent_scalar",
     "mask_product",
@@ -76,4 +75,5 @@ __all__ = [
     "tracing",
     "uncompiled",
     "unobserved",
+    "watched_by_autograd",
 ]

@@ -147,7 +147,7 @@ _CALLS = {
 def checked(call: str, *values: Tensor | float) -> tuple[Any, ...]:
     """The tensors of a call, as a kernel may read them; an error that names the first that is not what it has to be."""
     found: list[Any] = []
-    # What all checks but that of the storage go by; they take longer than a look for what has passed them before.
+    # All that the checks depend on, but for storage. A set is searched in less time than they take.
     known: list[Hashable] = [call]
     for x in values:
         if isinstance(x, Tensor):

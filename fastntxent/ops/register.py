@@ -87,12 +87,20 @@ def save_gradients(ctx: Any, gradients: Sequence[Tensor], *inputs: Tensor | floa
     ctx.mark_non_differentiable(*gradients)
     ctx.set_materialize_grads(False)  # no zeros for gradients that nobody asks for
     save(ctx, *gradients, *inputs)
-    ctx.kept = [id(x) for x in inputs]
+    if not _may_be_hooked():
+        ctx.watched = [id(x) for x in inputs]
 
 
-def keeps(result: Tensor, x: Tensor) -> bool:
-    """Whether the node of a result has saved this very tensor, so that autograd notices when it changes."""
-    return id(x) in getattr(result.grad_fn, "kept", ())
+def watched_by_autograd(result: Tensor, x: Tensor) -> bool:
+    """Whether a result that has just been made has saved this very tensor: its backward raises if x has changed.
+    Where hooks take saved tensors, as under activation checkpointing, autograd does not look."""
+    return id(x) in getattr(result.grad_fn, "watched", ())
+
+
+def _may_be_hooked() -> bool:
+    """Whether hooks may take the tensors that are saved now."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # not in every PyTorch
+    return top is None or top(False) is not None
 
 
 def scaled(d_value: Tensor, gradient: Tensor, x: Tensor) -> Tensor:
@@ -155,7 +163,7 @@ def register(
         "jvp": staticmethod(_refuse_forward_mode),
     }
     Eager: Any = type(name, (torch.autograd.Function,), halves)
-    # Function.apply, without what it does first for transforms of torch.func: there are none around on the short way.
+    # Function.apply does more, for transforms of torch.func. `unobserved` has found none.
     apply = super(torch.autograd.Function, Eager).apply
 
     def observed(*args: Any) -> Any:
