@@ -45,12 +45,8 @@ class Pair(NamedTuple):
     learnt: tuple[float, ...] = ()
 
 
-def _positives(n: int) -> Tensor:
-    return torch.arange(n)
-
-
 def _solo_learn(z_i: Tensor, z_j: Tensor) -> Tensor:
-    z, indexes = F.normalize(torch.cat((z_i, z_j)), dim=1), _positives(len(z_i)).repeat(2)
+    z, indexes = F.normalize(torch.cat((z_i, z_j)), dim=1), torch.arange(len(z_i)).repeat(2)
     sim = torch.exp(z @ z.T / TEMPERATURE)
     same = indexes[:, None] == indexes[None, :]
     neg = ~same
@@ -60,7 +56,7 @@ def _solo_learn(z_i: Tensor, z_j: Tensor) -> Tensor:
 
 
 def _clip(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-    logits, targets = scale.exp() * image @ text.T, _positives(len(image))
+    logits, targets = scale.exp() * image @ text.T, torch.arange(len(image))
     return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
 
@@ -72,8 +68,8 @@ def _siglip(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
 
 def _ranking(a: Tensor, b: Tensor, symmetric: bool = False) -> Tensor:
     scores = F.normalize(a, dim=1) @ F.normalize(b, dim=1).T / TEMPERATURE
-    loss = F.cross_entropy(scores, _positives(len(a)))
-    return (loss + F.cross_entropy(scores.T, _positives(len(a)))) / 2 if symmetric else loss
+    loss = F.cross_entropy(scores, torch.arange(len(a)))
+    return (loss + F.cross_entropy(scores.T, torch.arange(len(a)))) / 2 if symmetric else loss
 
 
 def _sup_contrast(z_i: Tensor, z_j: Tensor) -> Tensor:
@@ -116,7 +112,7 @@ def pairs(d: int) -> dict[str, Pair]:
         "solo-learn, simclr_loss_func": Pair(
             _solo_learn,
             lambda z_i, z_j: solo_learn.simclr_loss_func(
-                torch.cat((z_i, z_j)), _positives(len(z_i)).repeat(2), TEMPERATURE
+                torch.cat((z_i, z_j)), torch.arange(len(z_i)).repeat(2), TEMPERATURE
             ),
         ),
         "open_clip, ClipLoss": Pair(

@@ -42,10 +42,9 @@ def watch(result: Tensor, *given: object) -> Tensor:
     if tensors and unobserved([result, *tensors]) and result.grad_fn is not None:
         # Inference tensors have no version.
         tensors = [x for x in tensors if not (x.is_inference() or watched_by_autograd(result, x))]
-        if not tensors:
-            return result
-        versions = [x._version for x in tensors]
-        result.grad_fn.register_prehook(functools.partial(_check_versions, tensors, versions))
+        if tensors:
+            versions = [x._version for x in tensors]
+            result.grad_fn.register_prehook(functools.partial(_check_versions, tensors, versions))
     return result
 
 

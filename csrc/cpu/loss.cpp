@@ -34,8 +34,6 @@ constexpr double PARALLEL_FROM = 4e6;      // multiplications of a full product;
 
 constexpr double INF = std::numeric_limits<double>::infinity();
 
-int64_t round_up(int64_t x, int64_t to) { return divide_up(x, to) * to; }
-
 // The larger one; NaN once there is one.
 double larger(double a, double b) { return b <= a || a != a ? a : b; }
 
@@ -233,7 +231,7 @@ template <class T> class Run {
     }
 
     // Several tiles a side share the work among threads, and spare a symmetric call one triangle. A side that is not
-    // much longer than such a tile is not cut: slabs of the other one share the work.
+    // much longer than such a tile is cut by LARGEST_EDGE alone: slabs of the other one share the work.
     int64_t edge() const {
         const int64_t whole = round_up(std::min(rows_.n, cols_.n), ALIGNED_ROWS);
         const int64_t even = int64_t(sqrt(double(rows_.n) * double(cols_.n))) / (TILES_PER_SIDE * team_.threads());
@@ -352,7 +350,7 @@ template <class T> class Run {
             std::atomic<int32_t>&row_turn = of_rows[task.row_block], &col_turn = of_cols[task.col_block];
             if (!team_.wait(row_turn, task.row_turn, thread) || !team_.wait(col_turn, task.col_turn, thread)) return;
             const Tile<T> tile = this->tile(task, slab, index, thread);
-            if (tile.n_rows > 0 && tile.n_cols > 0) kernel(tile);
+            if (tile.n_rows > 0 && tile.n_cols > 0) kernel(tile);  // the last slab may reach beyond the matrix
             row_turn.store(task.row_turn + 1, std::memory_order_release);
             // Once only for a diagonal tile, whose block may have moved on by now.
             if (&col_turn != &row_turn) col_turn.store(task.col_turn + 1, std::memory_order_release);
@@ -388,7 +386,6 @@ template <class T> class Run {
         tile.col0 = (task.col_block + (slabs_.of_rows ? 0 : slab * slabs_.cols)) * edge_;
         tile.n_cols = std::min(edge_, cols_.n - tile.col0);
         tile.diagonal = symmetric_ && task.row_block == task.col_block;
-        if (tile.n_rows <= 0 || tile.n_cols <= 0) return tile;  // beyond the last slab
         tile.masked = tile.n_cols % kernels_.panel || span(rows_, tile.row0).meets(span(cols_, tile.col0));
         tile.shifted = shifted_;
         tile.limited = limited_;

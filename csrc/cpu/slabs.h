@@ -16,6 +16,8 @@ namespace fntx {
 
 inline int64_t divide_up(int64_t x, int64_t by) { return (x + by - 1) / by; }
 
+inline int64_t round_up(int64_t x, int64_t to) { return divide_up(x, to) * to; }
+
 // Slabs of a matrix of P x Q blocks: `rows` x `cols` blocks each. The last one may reach beyond the matrix.
 struct Slabs {
     int64_t count = 1, rows, cols;
@@ -34,10 +36,9 @@ struct Slabs {
 // The copies of slabs 1, 2, ...; slab 0 adds to the side itself.
 template <class T> class SlabSums {
   public:
-    SlabSums() = default;
     SlabSums(const PackedSide<T>& few, int64_t slabs, int64_t ld) : ld_(ld), sides_(size_t(slabs - 1), few) {
         if (slabs == 1) return;
-        const int64_t padded = divide_up(few.n, ALIGNED_ROWS) * ALIGNED_ROWS, n = padded * (slabs - 1);
+        const int64_t padded = round_up(few.n, ALIGNED_ROWS), n = padded * (slabs - 1);
         sums_ = Buffer<double>(2 * n);
         peaks_ = Buffer<T>(n);
         if (few.gathered) gathered_ = Buffer<T>(n * ld);

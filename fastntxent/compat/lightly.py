@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..algebra import row_dots, row_losses
-from ..batch import Batch
+from ..batch import Batch, LocalBatch
 from ..losses import dcl, macl, nt_xent
 from ..losses.dcl_loss import mises_fisher_weights
 from ..modules.base import TypedModule
@@ -165,7 +165,7 @@ class DCLWLoss(DCLLoss):
         self.sigma = sigma
 
     def _weights(self, batch: Batch, u0: Tensor, u1: Tensor) -> Tensor:
-        return mises_fisher_weights(batch, row_dots(u0.detach(), u1.detach()), self.sigma)
+        return mises_fisher_weights(batch, row_dots(u0, u1), self.sigma)
 
 
 def negative_mises_fisher_weights(out0: Tensor, out1: Tensor, sigma: float = 0.5) -> Tensor:
@@ -176,7 +176,7 @@ def negative_mises_fisher_weights(out0: Tensor, out1: Tensor, sigma: float = 0.5
         >>> negative_mises_fisher_weights(torch.eye(2), torch.eye(2))
         tensor([1., 1.])
     """
-    return 2 - out0.shape[0] * torch.softmax(row_dots(out0.detach(), out1.detach()) / sigma, dim=0)
+    return mises_fisher_weights(LocalBatch(out0, 1, "none", False), row_dots(out0, out1), sigma)
 
 
 class MACLLoss(TypedModule):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -99,7 +101,8 @@ def dclw(
 def mises_fisher_weights(batch: Batch, sims: Tensor, sigma: float) -> Tensor:
     """2 - exp(s_n / sigma) / mean_m exp(s_m / sigma), (N,), without a gradient. In float64, for small sigmas."""
     wide = in_double(sims.detach())
-    wide = wide / max(sigma, 4 * torch.finfo(wide.dtype).tiny)  # a smaller one would weigh the same pair alone
+    least = 4 * torch.finfo(wide.dtype).tiny  # a smaller sigma would weigh the same pair alone
+    wide = wide / math.copysign(max(abs(sigma), least), sigma)
     return (2 - batch.n_samples * torch.exp(wide - batch.log_sum_exp(wide))).to(sims.dtype)
 
 

@@ -28,12 +28,12 @@ def test_dcl_equals_lightly(n, d, seed, tau, sign, weighted):
     assert_same(ours.DCLLoss(sign * tau, weight_fn), theirs, tau, *batch(2, n, d, seed)[0])
 
 
-@given(**sizes, tau=temperatures, sigma=st.floats(0.2, 2))
+@given(**sizes, tau=temperatures, sigma=st.floats(0.2, 2), sign=signs)
 @drawn
 @pytest.mark.filterwarnings("ignore:To copy construct from a tensor")
-def test_dclw_equals_lightly(n, d, seed, tau, sigma):
-    theirs = lightly("dcl_loss").DCLWLoss(tau, sigma)
-    assert_same(ours.DCLWLoss(tau, sigma), theirs, tau, *batch(2, n, d, seed)[0])
+def test_dclw_equals_lightly(n, d, seed, tau, sigma, sign):
+    theirs = lightly("dcl_loss").DCLWLoss(tau, sign * sigma)
+    assert_same(ours.DCLWLoss(tau, sign * sigma), theirs, tau, *batch(2, n, d, seed)[0])
 
 
 @given(**sizes, tau=temperatures, sign=signs, size=st.integers(1, 40), steps=st.integers(1, 4))
