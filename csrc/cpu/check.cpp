@@ -25,6 +25,7 @@ void* acquire_memory(size_t bytes, size_t& capacity) {
     return memset(memory, 0xff, capacity = bytes);
 }
 void release_memory(void* memory, size_t) { free(memory); }
+void leave_memory(void* memory, size_t) { free(memory); }
 }  // namespace fntx
 #endif
 

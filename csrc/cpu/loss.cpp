@@ -28,6 +28,8 @@ namespace {
 
 constexpr int64_t LARGEST_EDGE = 192;      // a tile and the rows it touches stay in a core's second cache at D = 128
 constexpr int64_t TILES_PER_SIDE = 4;      // at least, for each thread, down to the smallest edge
+constexpr int64_t TILES_PER_BLOCK = 4;     // at most: two blocks stay in 2 MiB of second cache at D = 128
+constexpr int64_t BLOCKS_PER_SIDE = 8;     // at least, for each of several threads, down to one tile a block
 constexpr int64_t SCRATCH_MULTIPLE = 64;  // numbers: a multiple of the cache line, so that threads share none
 constexpr int64_t COMPETING_BYTES = 1024;  // rows a multiple of it apart fall on the same few lines of the first cache
 constexpr double PARALLEL_FROM = 4e6;      // multiplications of a full product; fewer are done as soon by one thread
@@ -105,10 +107,12 @@ template <class T> class Run {
           cols_(symmetric_ ? rows_ : *cols_memory_),
           classes_(call.classes ? Classes(call.classes, rows_.n) : Classes()),
           edge_(edge()),
+          block_tiles_(block_tiles()),
           slabs_(blocks(rows_), blocks(cols_), symmetric_ ? 1 : team_.threads()),
           triangle_(blocks(rows_)),
           rectangle_(slabs_.rows, slabs_.cols),
           tasks_(symmetric_ ? triangle_.size() : slabs_.count * rectangle_.size()),
+          places_(first_place(tasks_)),
           few_(slabs_.of_rows ? cols_ : rows_),
           slab_sums_(few_, slabs_.count, ld_),
           scratch_size_(round_up(edge_ * (edge_ + (softplus(call) ? 2 : 1) * (kernels.lanes + 1)), SCRATCH_MULTIPLE)),
@@ -126,7 +130,7 @@ template <class T> class Run {
         if (softplus(call_)) return softplus_phases();
         if (call_.phases & FNTX_FORWARD) {
             if (call_.phases & FNTX_BACKWARD && !shifted_) {
-                kept_ = std::min(tasks_, call_.workspace / int64_t(sizeof(T)) / (edge_ * edge_));
+                kept_ = std::min(places_, call_.workspace / int64_t(sizeof(T)) / (edge_ * edge_));
                 workspace_ = Buffer<T>(kept_ * edge_ * edge_);
             }
             each_tile(kernels_.forward);
@@ -138,7 +142,9 @@ template <class T> class Run {
             weigh();
             each_tile(kernels_.backward);
             join_gathered();
-            workspace_ = {}, scratch_ = {};  // before the outputs' pages are first touched
+            // Before the outputs' pages are first touched. A small enough batch comes again and takes the same.
+            if (kept_ == places_) workspace_.leave();
+            workspace_ = {}, scratch_ = {};
             for_sides([&](OwnedSide<T>& side) { side.panel_memory = {}; });
             finish_sides();
         }
@@ -240,7 +246,15 @@ template <class T> class Run {
         return std::min(std::max(wanted, ALIGNED_ROWS), LARGEST_EDGE);
     }
 
-    int64_t blocks(const OwnedSide<T>& side) const { return divide_up(side.n, edge_); }
+    // Tiles of a block, in either direction.
+    int64_t block_tiles() const {
+        const int64_t shorter = divide_up(std::min(rows_.n, cols_.n), edge_);
+        const int64_t even = int64_t(sqrt(double(rows_.n) * double(cols_.n))) / edge_ / (BLOCKS_PER_SIDE * team_.threads());
+        const int64_t most = std::min(team_.threads() == 1 ? TILES_PER_BLOCK : std::max(even, int64_t(1)), TILES_PER_BLOCK);
+        return divide_up(shorter, divide_up(shorter, most));
+    }
+
+    int64_t blocks(const OwnedSide<T>& side) const { return divide_up(side.n, edge_ * block_tiles_); }
 
     template <class Body> void for_sides(Body body) {
         body(rows_);
@@ -349,8 +363,16 @@ template <class T> class Run {
             std::atomic<int32_t>* const of_cols = symmetric_ ? of_rows : turns.get() + P + slab * slabs_.cols;
             std::atomic<int32_t>&row_turn = of_rows[task.row_block], &col_turn = of_cols[task.col_block];
             if (!team_.wait(row_turn, task.row_turn, thread) || !team_.wait(col_turn, task.col_turn, thread)) return;
-            const Tile<T> tile = this->tile(task, slab, index, thread);
-            if (tile.n_rows > 0 && tile.n_cols > 0) kernel(tile);  // the last slab may reach beyond the matrix
+            const bool on_diagonal = symmetric_ && task.row_block == task.col_block;
+            int64_t place = first_place(index);
+            for (int64_t i = 0; i < block_tiles_; ++i)
+                for (int64_t step = on_diagonal ? i : 0; step < block_tiles_; ++step, ++place) {
+                    // There and back, so that a tile shares its columns or its rows with the one before.
+                    const int64_t j = i % 2 ? block_tiles_ - 1 - step + (on_diagonal ? i : 0) : step;
+                    if (team_.interrupted(thread)) return;
+                    const Tile<T> tile = this->tile(task, slab, i, j, place, thread);
+                    if (tile.n_rows > 0 && tile.n_cols > 0) kernel(tile);  // a block may reach beyond the matrix
+                }
             row_turn.store(task.row_turn + 1, std::memory_order_release);
             // Once only for a diagonal tile, whose block may have moved on by now.
             if (&col_turn != &row_turn) col_turn.store(task.col_turn + 1, std::memory_order_release);
@@ -374,18 +396,25 @@ template <class T> class Run {
         slab_sums_.release_gathered();
     }
 
-    Tile<T> tile(const Task& task, int64_t slab, int64_t index, int thread) {
+    // Where a task's tiles start in the workspace: those on the diagonal, which have fewer, are the first tasks.
+    int64_t first_place(int64_t task) const {
+        const int64_t n = block_tiles_, half = symmetric_ ? std::min(task, blocks(rows_)) : 0;
+        return half * (n * (n + 1) / 2) + (task - half) * n * n;
+    }
+
+    // Tile (i, j) of a task.
+    Tile<T> tile(const Task& task, int64_t slab, int64_t i, int64_t j, int64_t place, int thread) {
         PackedSide<T>* const few = slab ? &slab_sums_[slab] : &few_;
         Tile<T> tile;
         tile.rows = slabs_.of_rows ? &rows_ : few;
         tile.cols = slabs_.of_rows || symmetric_ ? few : &cols_;
         tile.D = call_.D;
         tile.ld = ld_;
-        tile.row0 = (task.row_block + (slabs_.of_rows ? slab * slabs_.rows : 0)) * edge_;
+        tile.row0 = ((task.row_block + (slabs_.of_rows ? slab * slabs_.rows : 0)) * block_tiles_ + i) * edge_;
         tile.n_rows = std::min(edge_, rows_.n - tile.row0);
-        tile.col0 = (task.col_block + (slabs_.of_rows ? 0 : slab * slabs_.cols)) * edge_;
+        tile.col0 = ((task.col_block + (slabs_.of_rows ? 0 : slab * slabs_.cols)) * block_tiles_ + j) * edge_;
         tile.n_cols = std::min(edge_, cols_.n - tile.col0);
-        tile.diagonal = symmetric_ && task.row_block == task.col_block;
+        tile.diagonal = symmetric_ && tile.row0 == tile.col0;
         tile.masked = tile.n_cols % kernels_.panel || span(rows_, tile.row0).meets(span(cols_, tile.col0));
         tile.shifted = shifted_;
         tile.limited = limited_;
@@ -393,7 +422,7 @@ template <class T> class Run {
         tile.inv_tau = T(call_.inv_tau);
         tile.bias = T(call_.bias);
         tile.edge = edge_;
-        tile.exps = index < kept_ ? workspace_ + index * edge_ * edge_ : nullptr;
+        tile.exps = place < kept_ ? workspace_ + place * edge_ * edge_ : nullptr;
         tile.buffer = scratch_ + thread * scratch_size_;
         tile.sums = tile.buffer + edge_ * edge_;
         return tile;
@@ -570,11 +599,11 @@ template <class T> class Run {
     std::unique_ptr<OwnedSide<T>> cols_memory_;
     OwnedSide<T>& cols_;
     const Classes classes_;
-    const int64_t edge_;
+    const int64_t edge_, block_tiles_;
     const Slabs slabs_;
     const Triangle triangle_;
     const Rectangle rectangle_;
-    const int64_t tasks_;
+    const int64_t tasks_, places_;
     OwnedSide<T>& few_;  // the side of which each slab has sums of its own
     SlabSums<T> slab_sums_;
     const int64_t scratch_size_;

@@ -3,6 +3,7 @@
 #include <stdlib.h>
 
 #include <atomic>
+#include <utility>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -23,6 +24,7 @@ struct HeldMemory {
 HeldMemory held[HELD_BLOCKS];  // from the oldest on
 int held_blocks = 0;
 size_t held_bytes = 0;
+HeldMemory left = {nullptr, 0};  // one block of more than HELD_BYTES
 
 // Guards what is held. Whoever does not get it at once goes to the system: nobody waits, neither for another thread nor
 // in a child that was forked while a thread of its parent was in here.
@@ -34,6 +36,9 @@ struct Guard {
         if (mine) busy.clear(std::memory_order_release);
     }
 };
+
+// Whether a block serves for so many bytes, and is not more than twice too large.
+bool serves(const HeldMemory& block, size_t bytes) { return block.capacity >= bytes && block.capacity / 2 <= bytes; }
 
 HeldMemory remove(int index) {
     const HeldMemory block = held[index];
@@ -49,13 +54,15 @@ void* acquire_memory(size_t bytes, size_t& capacity) {
     bytes = (bytes + LINE) / LINE * LINE;
     {
         const Guard guard;
-        int best = -1;  // the smallest that is large enough and not more than twice too large
+        int best = -1;  // the smallest
         for (int i = 0; guard.mine && i < held_blocks; ++i)
-            if (held[i].capacity >= bytes && held[i].capacity / 2 <= bytes &&
-                (best < 0 || held[i].capacity < held[best].capacity))
-                best = i;
-        if (best >= 0) {
-            const HeldMemory block = remove(best);
+            if (serves(held[i], bytes) && (best < 0 || held[i].capacity < held[best].capacity)) best = i;
+        HeldMemory block = {nullptr, 0};
+        if (best >= 0)
+            block = remove(best);
+        else if (guard.mine && left.memory && serves(left, bytes))
+            std::swap(block, left);
+        if (block.memory) {
             capacity = block.capacity;
             return block.memory;
         }
@@ -76,6 +83,22 @@ void release_memory(void* memory, size_t capacity) {
     while (held_blocks == HELD_BLOCKS || held_bytes + capacity > HELD_BYTES) free(remove(0).memory);
     held[held_blocks++] = {memory, capacity};
     held_bytes += capacity;
+}
+
+// Pages that the system may take are still there for whoever writes to them first.
+void leave_memory(void* memory, size_t capacity) {
+    if (capacity <= HELD_BYTES) return release_memory(memory, capacity);
+#if defined(__linux__) && defined(MADV_FREE)
+    const size_t whole_pages = capacity / HUGE_PAGE * HUGE_PAGE;  // what shares its last page with others stays
+    HeldMemory block = {memory, capacity};
+    if (madvise(memory, whole_pages, MADV_FREE) == 0) {
+        const Guard guard;
+        if (guard.mine) std::swap(block, left);
+    }
+    free(block.memory);
+#else
+    free(memory);
+#endif
 }
 
 }  // namespace fntx

@@ -71,6 +71,18 @@ class Team {
         return true;
     }
 
+    // Whether the team stopped; the leader asks the poll now and then.
+    bool interrupted(int thread) {
+        if (thread == 0 && poll_) {
+            const auto now = std::chrono::steady_clock::now();
+            if (now - polled_ > POLL_EVERY) {
+                polled_ = now;
+                if (poll_()) stop_.store(true, std::memory_order_relaxed);
+            }
+        }
+        return stopped();
+    }
+
   private:
     // The parallel region: leader on the calling thread, help on the others.
     void start(void (*leader)(void*), void* context);
@@ -87,17 +99,6 @@ class Team {
 
     static void relax(int spins) {
         if (spins > SPINS) std::this_thread::yield();
-    }
-
-    bool interrupted(int thread) {
-        if (thread == 0 && poll_) {
-            const auto now = std::chrono::steady_clock::now();
-            if (now - polled_ > POLL_EVERY) {
-                polled_ = now;
-                if (poll_()) stop_.store(true, std::memory_order_relaxed);
-            }
-        }
-        return stopped();
     }
 
     const int threads_;
