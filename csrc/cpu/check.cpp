@@ -116,13 +116,15 @@ Case against(int64_t n, int64_t D) {
 }
 
 // SupCon's loss. With ids by index two views are pairs; unique ids leave no positive.
-Case classes(Case c) {
-    c.classes = true;
+Case classes(Case c, int form = FNTX_OUT) {
+    c.classes = true, c.form = form;
     c.mean = draw() % 2;
     return c;
 }
 
-Case classes_of_some(int64_t n, int64_t D) { return classes(draw() % 2 ? two_views(n, D) : one_matrix(n, D)); }
+Case classes_of_some(int64_t n, int64_t D) {
+    return classes(draw() % 2 ? two_views(n, D) : one_matrix(n, D), draw() % std::size(FORMS));
+}
 
 // Rows that leave out what is too similar to them.
 Case limited(Case c) {
@@ -154,7 +156,8 @@ void threads_and_workspaces() {
     for (double tau : {0.07, 0.001})
         for (Case c : {Case{{150, 150}, {0, 0}, 45}, Case{{143, 143}, {0, 0}, 49}, Case{{193, 0}, {97, 40}, 160},
                        Case{{49, 48}, {150, 95}, 170}, in_pairs({{193, 0}, {97, 96}, 160}),
-                       classes({{150, 150}, {0, 0}, 45}), limited({{150, 150}, {0, 0}, 45}), limited(in_pairs({{193, 0}, {97, 96}, 160})),
+                       classes({{150, 150}, {0, 0}, 45}), classes({{150, 150}, {0, 0}, 45}, FNTX_RATIO),
+                       classes({{150, 150}, {0, 0}, 45}, FNTX_PAIRS), limited({{150, 150}, {0, 0}, 45}), limited(in_pairs({{193, 0}, {97, 96}, 160})),
                        softplus({{150, 150}, {0, 0}, 45}), softplus(in_pairs({{193, 0}, {97, 96}, 160})),
                        softplus(in_pairs({{193, 0}, {97, 40}, 160}), FNTX_SIGMOID)}) {
             c.dtype = dtype++ % int(std::size(DTYPES)), c.tau = tau, c.ids = draw() % 3;  // not all the same
@@ -187,6 +190,8 @@ void larger_tiles() {
         verify({{300, 91}, {0, 389}, 27, FNTX_BFLOAT16, 2, 1, 1, tau}, {1, 2}, {4});
         verify(in_pairs({{395, 0}, {395, 0}, 27, FNTX_FLOAT32, 1, 0, 1, tau}), {1, 2}, {16});
         verify(softplus({{200, 200}, {0, 0}, 27, FNTX_FLOAT64, 1, 0, 1, tau}), {1, 2}, {0});
+        for (int form = FNTX_IN; form <= FNTX_PAIRS; ++form)
+            verify(classes({{200, 200}, {0, 0}, 27, form == FNTX_IN ? FNTX_FLOAT64 : FNTX_FLOAT32, 1, 2, 1, tau}, form), {1, 2}, {4});
         const Case columns = in_pairs({{395, 0}, {395, 0}, 27, FNTX_FLOAT32, 1, 0, 1, tau});
         for (int function : {FNTX_SOFTPLUS, FNTX_SIGMOID}) verify(softplus(columns, function), {1, 2}, {0});
     }
@@ -354,6 +359,10 @@ void invalid_calls() {
     refused("against without columns", [](Call c) { c.against = c.d_inv_tau; });
     const std::vector<int64_t> of_rows(6);
     refused("classes and neg_lse", [&](Call c) { c.classes = of_rows.data(), c.pos = nullptr; });
+    refused("a form without classes", [](Call c) { c.form = FNTX_IN; });
+    refused("form", [&](Call c) {
+        c.classes = of_rows.data(), c.form = 4, c.rows.neg_lse = nullptr, c.pos = nullptr;
+    });
     refused("classes and ids", [&](Call c) {
         c.classes = c.rows.ids = of_rows.data(), c.rows.neg_lse = nullptr, c.pos = nullptr;
     });

@@ -29,6 +29,7 @@ inline double noise() { return double(draw()) / 0x1p31 - 1; }  // in [-1, 1)
 const char* const DTYPES[] = {"float16", "bfloat16", "float32", "float64"};
 const char* const LAYOUTS[] = {"contiguous", "gapped", "transposed", "every second", "expanded"};
 const char* const IDS[] = {"by index", "unique", "labels", "all the same"};
+const char* const FORMS[] = {"out", "in", "ratio", "pairs"};
 
 const double TEMPERATURES[] = {0.5, 0.07, 0.005, 0.001};
 constexpr int ALL_WANTED = 15;  // d_z of both matrices of both sides
@@ -48,14 +49,15 @@ struct Case {
     double limit_scale = 0, limit_shift = 0;  // of LIMITS_OF_POSITIVES
     bool against = false;                     // the loss of a rectangle compares nu with given numbers
     bool classes = false, mean = false;       // the loss is that of classes, which the ids are; over their rows its mean
+    int form = FNTX_OUT;                      // of that loss
 
     std::string name() const {
         char text[400];
         snprintf(text, sizeof text, "rows %d + %d, cols %d + %d, D %d, %s, %s, ids %s, normalize %d, tau %g, eps %g, "
                  "scale %g, wanted %d, cols_loss_weight %g, function %d, bias %g, limits %d: %g s + %g, against %d, "
-                 "classes %d, mean %d", int(rows[0]), int(rows[1]), int(cols[0]), int(cols[1]),
+                 "classes %d, form %s, mean %d", int(rows[0]), int(rows[1]), int(cols[0]), int(cols[1]),
                  int(D), DTYPES[dtype], LAYOUTS[layout], IDS[ids], normalize, tau, eps, scale, wanted, cols_loss_weight,
-                 function, bias, int(limits), limit_scale, limit_shift, int(against), int(classes), int(mean));
+                 function, bias, int(limits), limit_scale, limit_shift, int(against), int(classes), FORMS[form], int(mean));
         return text;
     }
 };
@@ -164,6 +166,7 @@ struct Problem {
     const Real k;
     ProblemSide sides[2];
     Reals s, pos, d_pos, against, d_against;
+    Reals class_weights;  // of each row's loss
     bool ambiguous = false;
     Real loss = 0;
     Gradient of_weights, of_loss;
@@ -203,8 +206,12 @@ struct Problem {
             int64_t counted = 0;
             for (int64_t i = 0; i < m; ++i) counted += count_positives(i) > 0;
             const Real weight = LOSS_WEIGHT / (c.mean ? std::max(counted, int64_t(1)) : 1);
-            for (int64_t i = 0; i < m; ++i) q[0].push_back(count_positives(i) ? weight : 0);
-            for (int64_t i = 0; i < m; ++i) loss += count_positives(i) ? weight * (sides[0].nu[i] - mean_positive(i)) : 0;
+            for (int64_t i = 0; i < m; ++i) {
+                Real slope = 0;
+                loss += count_positives(i) ? weight * class_loss(i, slope) : 0;
+                q[0].push_back(count_positives(i) ? weight * slope : 0);
+                class_weights.push_back(weight);
+            }
             d_loss.clear();
         }
         for (int64_t i = 0; paired && !sigmoid && !c.against && !c.classes && i < m; ++i) {
@@ -226,7 +233,7 @@ struct Problem {
         if (sigmoid) d_loss.clear();
         if (paired) of_loss = gradient(q[0], q[1], d_loss);
         for (int64_t i = 0; two_views && !softplus && !c.classes && i < m; ++i) d_pos.push_back(noise());
-        of_weights = gradient(sides[0].w, sides[1].w, d_pos);
+        if (!c.classes) of_weights = gradient(sides[0].w, sides[1].w, d_pos);
     }
 
     bool same_class(int64_t i, int64_t j) const { return i != j && sides[0].ids[i] == sides[0].ids[j]; }
@@ -235,6 +242,38 @@ struct Problem {
         int64_t count = 0;
         for (int64_t j = 0; j < sides[0].n; ++j) count += same_class(i, j);
         return count;
+    }
+
+    // The loss of a row that has positives, and what it takes of nu's gradient.
+    Real class_loss(int64_t i, Real& slope) const {
+        const int64_t n = sides[0].n;
+        const Real nu = sides[0].nu[i], count = count_positives(i);
+        if (c.form == FNTX_OUT) return slope = 1, nu - mean_positive(i);
+        if (c.form != FNTX_PAIRS) {
+            const Real x = nu - lse_of_positives(i);
+            slope = 1 / (1 + expl(-x));
+            return log1p_exp(x) + (c.form == FNTX_IN ? logl(count) : 0);
+        }
+        Real sum = 0;
+        for (int64_t j = 0; j < n; ++j) {
+            if (!same_class(i, j)) continue;
+            sum += log1p_exp(nu - k * s[i * n + j]) / count;
+            slope += 1 / (1 + expl(k * s[i * n + j] - nu)) / count;
+        }
+        return sum;
+    }
+
+    Real lse_of_positives(int64_t i) const {
+        const int64_t n = sides[0].n;
+        return log_sum(n, [&](int64_t j) { return same_class(i, j) ? k * s[i * n + j] : -INF; });
+    }
+
+    // What the gradient of row i's loss takes of the logit of its positive j.
+    Real of_positive(int64_t i, int64_t j, Real w) const {
+        const Real nu = sides[0].nu[i], logit = k * s[i * sides[0].n + j], count = count_positives(i);
+        if (c.form == FNTX_OUT) return -w / count;
+        if (c.form == FNTX_PAIRS) return -class_weights[i] / count / (1 + expl(logit - nu));
+        return -w * expl(logit - lse_of_positives(i));
     }
 
     Real mean_positive(int64_t i) const {
@@ -272,7 +311,7 @@ struct Problem {
     };
 
     Pair pair(int64_t i, int64_t j) const {
-        const bool agree = c.classes ? i == j : sides[0].ids[i] == sides[last].ids[j];
+        const bool agree = c.classes && c.form == FNTX_OUT ? i == j : sides[0].ids[i] == sides[last].ids[j];
         return {agree, i * sides[last].n + j};
     }
 
@@ -356,7 +395,7 @@ struct Problem {
             }
             if (!d_pos.empty()) add(i, partner(i), d_pos[i]);
             for (int64_t j = 0; c.classes && w[i] != 0 && j < sides[0].n; ++j)
-                if (same_class(i, j)) add(i, j, -w[i] / count_positives(i));
+                if (same_class(i, j)) add(i, j, of_positive(i, j, w[i]));
         }
         for (int side : {0, 1})
             for (int64_t i = 0; i < sides[side].n; ++i) {

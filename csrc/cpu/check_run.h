@@ -44,7 +44,7 @@ template <class T> struct CheckedCall {
             against.assign(p.against.begin(), p.against.end()), d_against = unwritten(against.size());
             call.against = against.data(), call.d_against = mode == LOSS ? d_against.data() : nullptr;
         }
-        if (p.c.classes) call.classes = p.sides[0].ids.data(), call.mean_of_classes = p.c.mean;
+        if (p.c.classes) call.classes = p.sides[0].ids.data(), call.form = p.c.form, call.mean_of_classes = p.c.mean;
         call.cols_loss_weight = std::max(p.c.cols_loss_weight, 0.0);
         if (mode != FORWARD) call.d_inv_tau = &scalars[1];
         if (mode != FORWARD && p.softplus) call.d_bias = &scalars[2];

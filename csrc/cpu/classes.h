@@ -1,11 +1,15 @@
 // The rows of a batch by their class.
 #pragma once
 
+#include <math.h>
 #include <stdint.h>
 
 #include <algorithm>
 #include <numeric>
 #include <vector>
+
+#include "kernels.h"
+#include "memory.h"
 
 namespace fntx {
 
@@ -33,6 +37,9 @@ class Classes {
     int64_t count(int64_t c) const { return first_[c + 1] - first_[c]; }
     int64_t of_row(int64_t row) const { return class_of_row_[row]; }
 
+    // The rows in the order of their classes.
+    const int64_t* order() const { return rows_.data(); }
+
     struct Rows {
         const int64_t *first, *last;
         const int64_t* begin() const { return first; }
@@ -53,6 +60,29 @@ class Classes {
     std::vector<int64_t> rows_, class_of_row_, first_;
     int64_t with_positive_ = 0;
     bool in_pairs_ = true;
+};
+
+// The rows of a side once more, for sums over their positives: the same rows, what they gather goes to the same place, but
+// sums, weights and log-sum-exps are their own.
+template <class T> struct PositiveSide : PackedSide<T> {
+    explicit PositiveSide(const PackedSide<T>& rows) : PackedSide<T>(rows) {
+        const int64_t padded = (rows.n + ALIGNED_ROWS - 1) / ALIGNED_ROWS * ALIGNED_ROWS;
+        double_memory_ = Buffer<double>(2 * padded);
+        row_memory_ = Buffer<T>(3 * padded);
+        this->sums = double_memory_;
+        this->slopes = double_memory_ + padded;
+        this->peaks = row_memory_;
+        this->weights = row_memory_ + padded;
+        this->nu = row_memory_ + 2 * padded;
+        std::fill(this->sums, this->sums + 2 * padded, 0.0);
+        std::fill(this->peaks, this->peaks + padded, T(-INFINITY));
+        std::fill(this->weights, this->weights + padded, T(0));
+        std::fill(this->nu, this->nu + padded, T(INFINITY));
+    }
+
+  private:
+    Buffer<double> double_memory_;
+    Buffer<T> row_memory_;
 };
 
 }  // namespace fntx

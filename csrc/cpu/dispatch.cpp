@@ -94,6 +94,7 @@ bool valid(const fntx_call& call) {
     if (call.classes && (!call.loss || call.cols || call.against || call.limited || call.pos || call.d_pos)) return false;
     if (call.classes && (call.rows.ids || call.rows.limits || call.rows.neg_lse)) return false;
     if (call.classes && call.function != FNTX_LOG_SUM_EXP) return false;
+    if (call.form < FNTX_OUT || call.form > FNTX_PAIRS || (call.form != FNTX_OUT && !call.classes)) return false;
     if (call.loss && !(has_loss && forward && call.loss_weight > 0 && call.cols_loss_weight >= 0)) return false;
     if (backward && !call.d_inv_tau) return false;
     const bool has_limits = call.rows.limits || (call.cols && call.cols->limits);

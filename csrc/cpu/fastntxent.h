@@ -13,7 +13,14 @@
 //
 //     loss  = sum_i w (nu_i - (1/c_i) sum_j k u_i . u_j)                over the rows with c_i > 0
 //
-// Where every class has two rows that is NT-Xent, and is formed as such.
+// That is FNTX_OUT. In the other forms nu_i leaves out the whole class, and with lse_i = log sum_j exp(k u_i . u_j) over the
+// positives
+//
+//     FNTX_IN     loss = sum_i w (log(1 + exp(nu_i - lse_i)) + log c_i)
+//     FNTX_RATIO  the same without log c_i
+//     FNTX_PAIRS  loss = sum_i (w / c_i) sum_j log(1 + exp(nu_i - k u_i . u_j))
+//
+// Where every class has two rows all of them are NT-Xent, and are formed as such.
 //
 // Where there are limits, a row's sum leaves out what is more similar to it: u_i . v_j > limit_i. A NaN stays.
 //
@@ -40,6 +47,7 @@ enum fntx_status { FNTX_OK = 0, FNTX_INTERRUPTED = 1, FNTX_NO_MEMORY = 2, FNTX_I
 enum fntx_dtype { FNTX_FLOAT16 = 0, FNTX_BFLOAT16 = 1, FNTX_FLOAT32 = 2, FNTX_FLOAT64 = 3 };
 enum fntx_phases { FNTX_FORWARD = 1, FNTX_BACKWARD = 2 };
 enum fntx_functions { FNTX_LOG_SUM_EXP = 0, FNTX_SOFTPLUS = 1, FNTX_SIGMOID = 2 };
+enum fntx_forms { FNTX_OUT = 0, FNTX_IN = 1, FNTX_RATIO = 2, FNTX_PAIRS = 3 };
 
 // An (n, D) matrix of the call's dtype; strides in elements.
 struct fntx_matrix {
@@ -81,6 +89,7 @@ struct fntx_call {
     const void* against;      // (M,) in, of a loss: what takes the place of pi_i, of rows against any columns; or NULL
     void* d_against;          // (M,) out, its gradient; or NULL
     const int64_t* classes;   // (M,) in, of a symmetric loss in the place of ids and without neg_lse; or NULL
+    int form;                 // of fntx_forms, with classes
     int mean_of_classes;      // loss_weight is divided by the number of rows that have a positive
     void* loss;               // 0-d out: the weighted sum of the losses; forward; two views, as many columns as rows, or classes; or NULL
     double loss_weight;       // > 0

@@ -106,8 +106,9 @@ double load_rows(const PackedSide<T>& side, const fntx_matrix* z, int dtype, int
             memset(u, 0, size_t(ld) * sizeof(T));
             continue;
         }
-        const bool second = row >= z[0].n;
-        load_row_of(u, z[second], dtype, second ? row - z[0].n : row, D, ld);
+        const int64_t from = side.order ? side.order[row] : row;
+        const bool second = from >= z[0].n;
+        load_row_of(u, z[second], dtype, second ? from - z[0].n : from, D, ld);
         const double square = squared_length(u, ld);
         side.norm[row] = T(sqrt(square));
         if (normalize) {
@@ -138,6 +139,15 @@ template <class T> FNTX_INLINE Bits<T> apart(const Tile<T>& tile, int64_t row, i
     Bits<T> ids;
     memcpy(&ids, tile.cols->ids + tile.col0 + col, sizeof ids);
     return (ids != tile.rows->ids[tile.row0 + row]) & (ids >= 0);
+}
+
+// All ones where the pair counts in a shifted tile.
+template <class T> FNTX_INLINE Bits<T> counted(const Tile<T>& tile, int64_t row, int64_t col) {
+    const Bits<T> is_apart = apart(tile, row, col);
+    if (!tile.agreeing) return is_apart;
+    Bits<T> agree = ~is_apart & exists(tile, col);
+    if (tile.diagonal && row >= col && row < col + LANES<T>) agree[row - col] = 0;
+    return agree;
 }
 
 // What of a row's or column's exponentials, or weights of them, lies within its limit.
@@ -194,7 +204,7 @@ template <bool MASKED, bool LIMITED, class T> void forward_direct(const Tile<T>&
         for (int64_t col = 0; col < tile.n_cols; ++col) tile.cols->sums[tile.col0 + col] += col_sums[col];
 }
 
-// Logits to the buffer, -inf where the groups agree. They are rounded here, once, for all that follows: a logit of 1e5
+// Logits to the buffer, -inf where a pair does not count. They are rounded here, once, for all that follows: a logit of 1e5
 // is rounded to 1e-2, and only what went into a sum may be compared with it.
 template <class T> void masked_logits(const Tile<T>& tile) {
     form_products<T>(tile, [&](Acc<T>& acc, int64_t row, int64_t col) __attribute__((always_inline)) {
@@ -203,7 +213,7 @@ template <class T> void masked_logits(const Tile<T>& tile) {
 #pragma GCC unroll 3
             for (int v = 0; v < REGISTER_VECTORS; ++v) {
                 Vec<T> logits = acc.c[r][v] * tile.inv_tau;
-                if (tile.masked) logits = apart(tile, row + r, col + v * LANES<T>) ? logits : broadcast<T>(-INFINITY);
+                if (tile.masked) logits = counted(tile, row + r, col + v * LANES<T>) ? logits : broadcast<T>(-INFINITY);
                 acc.c[r][v] = logits;
             }
         Acc<T>::write(acc, tile.buffer + row * tile.edge + col, tile.edge);
@@ -351,6 +361,60 @@ template <class T> void backward(const Tile<T>& tile) {
     gather(tile);
 }
 
+// --- pairs of positives ----------------------------------------------------------------------------------------------
+
+// log(1 + exp(nu - logit)) and its slope, both 0 where the pair does not count.
+template <class T> FNTX_INLINE Vec<T> softplus_above(Vec<T> nu, Vec<T> logits, Vec<T>& slope) {
+    const Vec<T> least = broadcast<T>(-INFINITY);
+    return softplus<T>(logits == least ? least : nu - logits, slope);
+}
+
+template <class T> void pairs(const Tile<T>& tile) {
+    masked_logits(tile);
+    const PackedSide<T>&rows = *tile.rows, &cols = *tile.cols;
+    for (int64_t row = 0; row < tile.n_rows; ++row) {
+        const int64_t i = tile.row0 + row;
+        Vec<T> sums = {}, slopes = {}, slope;
+        for (int64_t col = 0; col < tile.n_cols; col += LANES<T>) {
+            sums += softplus_above<T>(broadcast<T>(rows.nu[i]), load(tile.buffer + row * tile.edge + col), slope);
+            slopes += slope;
+        }
+        rows.sums[i] += sum_of_lanes<T>(sums);
+        rows.slopes[i] += sum_of_lanes<T>(slopes);
+    }
+    if (tile.diagonal) return;
+    for (int64_t col = 0; col < tile.n_cols; col += LANES<T>) {
+        const int64_t j = tile.col0 + col;
+        Vec<T> sums = {}, slopes = {}, slope;
+        for (int64_t row = 0; row < tile.n_rows; ++row) {
+            sums += softplus_above<T>(load(cols.nu + j), load(tile.buffer + row * tile.edge + col), slope);
+            slopes += slope;
+        }
+        for (int lane = 0; lane < LANES<T>; ++lane) {
+            cols.sums[j + lane] += sums[lane];
+            cols.slopes[j + lane] += slopes[lane];
+        }
+    }
+}
+
+template <class T> void pairs_backward(const Tile<T>& tile) {
+    masked_logits(tile);
+    const PackedSide<T>&rows = *tile.rows, &cols = *tile.cols;
+    for (int64_t row = 0; row < tile.n_rows; ++row) {
+        const int64_t i = tile.row0 + row;
+        for (int64_t col = 0; col < tile.n_cols; col += LANES<T>) {
+            const int64_t j = tile.col0 + col;
+            T* const g = tile.buffer + row * tile.edge + col;
+            const Vec<T> logits = load(g);
+            Vec<T> of_row, of_col;
+            softplus_above<T>(broadcast<T>(rows.nu[i]), logits, of_row);
+            softplus_above<T>(load(cols.nu + j), logits, of_col);
+            store<T>(g, -(rows.weights[i] * of_row + load(cols.weights + j) * of_col));
+        }
+    }
+    gather(tile);
+}
+
 // --- softplus --------------------------------------------------------------------------------------------------------
 
 // Where ids agree a pair adds nothing, or log(1 + exp(-x)); the ids of a tile may all be apart.
@@ -441,8 +505,8 @@ template <class T> void exp2_of(const T* x, T scale, T* y, int64_t n) {
 }
 
 template <class T>
-constexpr Kernels<T> TABLE = {LANES<T>,    PANEL<T>,         load_rows<T>, forward<T>,
-                              backward<T>, softplus_tile<T>, dot<T>,       add_scaled<T>, exp2_of<T>};
+constexpr Kernels<T> TABLE = {LANES<T>,         PANEL<T>, load_rows<T>,      forward<T>, backward<T>,
+                              softplus_tile<T>, pairs<T>, pairs_backward<T>, dot<T>,     add_scaled<T>, exp2_of<T>};
 
 }  // namespace
 

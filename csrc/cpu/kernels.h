@@ -21,6 +21,7 @@ template <class T> using Id = typename IdOf<T>::Type;
 // everything is allocated up to a multiple of ALIGNED_ROWS.
 template <class T> struct PackedSide {
     int64_t n;     // rows
+    const int64_t* order;  // of each row, which of z's it is; NULL: the same
     T* u;          // (n, ld) rows, normalised if asked
     T* panels;     // u transposed, `panel` rows at a time: (n / panel, D, panel); NULL: no columns of a tile
     T* norm;       // |z|
@@ -45,6 +46,7 @@ template <class T> struct Tile {
     bool masked;    // some ids may agree, or columns are missing in the last panel
     bool shifted;   // logits may leave the range of the exponential
     bool limited;   // a row leaves out what lies above its limit
+    bool agreeing;  // pairs of the same id count instead, but for a row with itself; such a tile is masked and shifted
     bool positives; // softplus: where ids agree, log(1 + exp(-x)) is added, instead of nothing
     T inv_tau, bias;
     int64_t edge;   // rows and columns of a full tile, and the row length of what follows
@@ -70,6 +72,12 @@ template <class T> struct Kernels {
 
     // Add the tile's sums and slopes of softplus, x = k s + b, as `forward` does, and what it gathers as `backward` does.
     void (*softplus)(const Tile<T>& tile);
+
+    // Of an agreeing tile: add log(1 + exp(nu_i - k s_ij)), and its slope, to the sums of either side ...
+    void (*pairs)(const Tile<T>& tile);
+
+    // ... and what either side gathers where each such pair of a row weighs as much as the row, and lowers the loss.
+    void (*pairs_backward)(const Tile<T>& tile);
 
     double (*dot)(const T* a, const T* b, int64_t ld);
     void (*add_scaled)(T* a, T x, const T* b, int64_t ld);  // a += x b

@@ -56,6 +56,7 @@ struct Span {
 template <class T> struct OwnedSide : PackedSide<T> {
     OwnedSide(const fntx_side& given, int64_t D, int64_t ld, bool are_columns, bool gather) : given(given) {
         this->n = count_rows(given);
+        this->order = nullptr;
         const int64_t padded = round_up(this->n, ALIGNED_ROWS);
         chunks = padded / ALIGNED_ROWS;
         spans.resize(size_t(chunks));
@@ -116,7 +117,11 @@ template <class T> class Run {
           few_(slabs_.of_rows ? cols_ : rows_),
           slab_sums_(few_, slabs_.count, ld_),
           scratch_size_(round_up(edge_ * (edge_ + (softplus(call) ? 2 : 1) * (kernels.lanes + 1)), SCRATCH_MULTIPLE)),
-          scratch_(team_.threads() * scratch_size_) {}
+          scratch_(team_.threads() * scratch_size_) {
+        if (!over_positives()) return;
+        rows_.order = classes_.order();
+        positives_.reset(new PositiveSide<T>(rows_));
+    }
 
     // False if it was interrupted.
     bool execute() {
@@ -136,11 +141,12 @@ template <class T> class Run {
             each_tile(kernels_.forward);
             join_sums();
             for_sides([&](OwnedSide<T>& side) { take_logarithms(side); });
-            if (call_.loss) of_classes() ? take_class_losses() : take_losses();
+            if (call_.loss) over_positives() ? take_losses_over_positives() : of_classes() ? take_class_losses() : take_losses();
         }
         if (call_.phases & FNTX_BACKWARD) {
             weigh();
             each_tile(kernels_.backward);
+            if (over_positives()) each_tile(of_each_pair() ? kernels_.pairs_backward : kernels_.backward, positives_.get());
             join_gathered();
             // Before the outputs' pages are first touched. A small enough batch comes again and takes the same.
             if (kept_ == places_) workspace_.leave();
@@ -207,11 +213,16 @@ template <class T> class Run {
 
     // Whether a loss has pi, the products of pairs of rows, in it.
     bool takes_positives() const {
-        return call_.loss && call_.function != FNTX_SIGMOID && !call_.against && !of_classes();
+        return call_.loss && call_.function != FNTX_SIGMOID && !call_.against && !in_classes();
     }
 
-    // Whether the positives of a row are the sum of its class.
-    bool of_classes() const { return call_.classes && !classes_.in_pairs(); }
+    bool in_classes() const { return call_.classes && !classes_.in_pairs(); }
+
+    // Whether the positives of a row are the sum of its class; whether they have sums of their own, in tiles; and whether
+    // each has a term of its own.
+    bool of_classes() const { return in_classes() && call_.form == FNTX_OUT; }
+    bool over_positives() const { return in_classes() && call_.form != FNTX_OUT; }
+    bool of_each_pair() const { return call_.form == FNTX_PAIRS; }
 
     static bool softplus(const fntx_call& call) { return call.function != FNTX_LOG_SUM_EXP; }
 
@@ -336,7 +347,7 @@ template <class T> class Run {
             int64_t id = -1;
             if (row < side.n) {
                 id = side.given.ids ? side.given.ids[row] : row < n_first ? row : row - n_first;
-                if (call_.classes) id = of_classes() ? row : classes_.first_of_pair(row);
+                if (call_.classes) id = class_id(row);
                 side.spans[size_t(chunk)].add({id, id});
             }
             side.ids[row] = Id<T>(id);
@@ -350,9 +361,20 @@ template <class T> class Run {
         return kernels_.load_rows(side, side.given.z, call_.dtype, call_.D, ld_, normalize_, eps_, first, last);
     }
 
+    // Rows that have the same are no negatives of each other.
+    int64_t class_id(int64_t row) const {
+        if (over_positives()) return class_of(row);
+        return of_classes() ? row : classes_.first_of_pair(row);
+    }
+
+    int64_t class_of(int64_t row) const { return classes_.of_row(rows_.order ? rows_.order[row] : row); }
+
+    double count_positives(int64_t row) const { return double(classes_.count(class_of(row)) - 1); }
+
     // --- tiles ---------------------------------------------------------------------------------------------------
 
-    void each_tile(void (*kernel)(const Tile<T>&)) {
+    // Of `agreeing`, the rows once more, only the tiles that have pairs of the same id.
+    void each_tile(void (*kernel)(const Tile<T>&), PackedSide<T>* agreeing = nullptr) {
         const int64_t P = slabs_.count * slabs_.rows, Q = symmetric_ ? 0 : slabs_.count * slabs_.cols;
         std::unique_ptr<std::atomic<int32_t>[]> turns(new std::atomic<int32_t>[size_t(P + Q)]);
         for (int64_t block = 0; block < P + Q; ++block) turns[size_t(block)].store(0);
@@ -370,8 +392,15 @@ template <class T> class Run {
                     // There and back, so that a tile shares its columns or its rows with the one before.
                     const int64_t j = i % 2 ? block_tiles_ - 1 - step + (on_diagonal ? i : 0) : step;
                     if (team_.interrupted(thread)) return;
-                    const Tile<T> tile = this->tile(task, slab, i, j, place, thread);
-                    if (tile.n_rows > 0 && tile.n_cols > 0) kernel(tile);  // a block may reach beyond the matrix
+                    Tile<T> tile = this->tile(task, slab, i, j, place, thread);
+                    if (tile.n_rows <= 0 || tile.n_cols <= 0) continue;  // a block may reach beyond the matrix
+                    if (agreeing && !tile.masked) continue;
+                    if (agreeing) {
+                        tile.rows = tile.cols = agreeing;
+                        tile.agreeing = tile.masked = tile.shifted = true;
+                        tile.exps = nullptr;
+                    }
+                    kernel(tile);
                 }
             row_turn.store(task.row_turn + 1, std::memory_order_release);
             // Once only for a diagonal tile, whose block may have moved on by now.
@@ -418,6 +447,7 @@ template <class T> class Run {
         tile.masked = tile.n_cols % kernels_.panel || span(rows_, tile.row0).meets(span(cols_, tile.col0));
         tile.shifted = shifted_;
         tile.limited = limited_;
+        tile.agreeing = false;
         tile.positives = call_.function == FNTX_SIGMOID;
         tile.inv_tau = T(call_.inv_tau);
         tile.bias = T(call_.bias);
@@ -447,6 +477,13 @@ template <class T> class Run {
         });
     }
 
+    // log(1 + exp(x)) and its slope.
+    static double softplus(double x, double& slope) {
+        const double e = exp(-fabs(x));
+        slope = (x > 0 ? 1 : e) / (1 + e);
+        return (x > 0 ? x : 0) + log1p(e);
+    }
+
     // loss_i = log(1 + exp(nu - pi)), and the weights q_i = sigmoid(nu - pi) of its gradient.
     void take_losses() {
         double loss = 0;
@@ -457,10 +494,10 @@ template <class T> class Run {
             if (weight == 0) return std::fill(side.w, side.w + side.n, 0.0);
             loss += weight * sum_over_rows(side, [&](int64_t row) {
                 const double pi = against ? double(against[row]) : call_.inv_tau * similarity_to_positive(side, row);
-                const double x = side.neg_lse[row] - pi, e = exp(-fabs(x));
-                side.w[row] = weight * (x > 0 ? 1 : e) / (1 + e);
+                const double loss = softplus(side.neg_lse[row] - pi, side.w[row]);
+                side.w[row] *= weight;
                 if (d_against) d_against[row] = T(-side.w[row]);
-                return (x > 0 ? x : 0) + log1p(e);
+                return loss;
             });
         });
         *static_cast<T*>(call_.loss) = T(loss);
@@ -482,11 +519,37 @@ template <class T> class Run {
         });
         const double weight = rows_loss_weight();
         *static_cast<T*>(call_.loss) = T(sum_over_rows(rows_, [&](int64_t row) {
-            const double n_positives = double(classes_.count(classes_.of_row(row)) - 1);
+            const double n_positives = count_positives(row);
             rows_.w[row] = n_positives > 0 ? weight : 0;
             rows_.d_pos[row] = n_positives > 0 ? -weight / n_positives : 0;
             if (n_positives == 0) return 0.0;
             return weight * rows_.neg_lse[row] + rows_.d_pos[row] * call_.inv_tau * similarity_to_class(row);
+        }));
+    }
+
+    // loss_i = log(1 + exp(nu - lse)) with the log-sum-exp of the row's positives, or the mean of log(1 + exp(nu - pi)) over
+    // them. d_pos is the weight of lse, or of each positive.
+    void take_losses_over_positives() {
+        PositiveSide<T>& positives = *positives_;
+        const double weight = rows_loss_weight();
+        if (of_each_pair())
+            for (int64_t row = 0; row < rows_.n; ++row) positives.nu[row] = T(rows_.neg_lse[row]);
+        each_tile(of_each_pair() ? kernels_.pairs : kernels_.forward, &positives);
+        *static_cast<T*>(call_.loss) = T(sum_over_rows(rows_, [&](int64_t row) {
+            const double n_positives = count_positives(row);
+            rows_.w[row] = rows_.d_pos[row] = 0;
+            if (n_positives == 0) return 0.0;
+            if (of_each_pair()) {
+                rows_.d_pos[row] = weight / n_positives;
+                rows_.w[row] = rows_.d_pos[row] * positives.slopes[row];
+                return rows_.d_pos[row] * positives.sums[row];
+            }
+            const double lse = log(positives.sums[row]) + double(positives.peaks[row]);
+            const double loss = softplus(rows_.neg_lse[row] - lse, rows_.w[row]);
+            rows_.w[row] *= weight;
+            rows_.d_pos[row] = -rows_.w[row];
+            positives.nu[row] = T(lse);
+            return weight * (loss + (call_.form == FNTX_IN ? log(n_positives) : 0));
         }));
     }
 
@@ -527,7 +590,7 @@ template <class T> class Run {
                 if (!(call_.phases & FNTX_FORWARD)) side.neg_lse[row] = double(neg_lse[row]);
                 if (!call_.loss) side.w[row] = w ? double(w[row]) : 0;
                 if (side.neg_lse[row] == -INF) side.w[row] = 0;  // no negative: no weight, whatever came
-                if (!of_classes()) side.d_pos[row] = takes_positives() ? -side.w[row] : d_pos ? double(d_pos[row]) : 0;
+                if (!in_classes()) side.d_pos[row] = takes_positives() ? -side.w[row] : d_pos ? double(d_pos[row]) : 0;
                 largest = larger(largest, larger(fabs(side.w[row]), fabs(side.d_pos[row])));
             }
         });
@@ -548,6 +611,7 @@ template <class T> class Run {
                 const double w = side.w[row] / weight_unit_;
                 side.weights[row] = T(shifted_ ? w : w * exp(-nu));
                 side.nu[row] = T(nu);
+                if (positives_) positives_->weights[row] = T(side.d_pos[row] / weight_unit_);
                 return 0.0;
             });
         });
@@ -578,12 +642,13 @@ template <class T> class Run {
                 d_inv_tau += both * similarity_to_class(row);
             }
             d_inv_tau *= share;
-            T* const out = static_cast<T*>(side.given.d_z[row >= n_first]);
+            const int64_t to = side.order ? side.order[row] : row;
+            T* const out = static_cast<T*>(side.given.d_z[to >= n_first]);
             if (!out) return d_inv_tau;
             if (normalize_ && side.norm[row] > eps_) kernels_.add_scaled(g, T(-kernels_.dot(u, g, ld_)), u, ld_);
             const double length = normalize_ ? std::max(side.norm[row], eps_) : T(1);
             const double scale = weight_unit_ * call_.inv_tau / length;
-            T* const d_z = out + (row >= n_first ? row - n_first : row) * call_.D;
+            T* const d_z = out + (to >= n_first ? to - n_first : to) * call_.D;
             for (int64_t d = 0; d < call_.D; ++d) d_z[d] = T(double(g[d]) * scale);
             return d_inv_tau;
         });
@@ -599,6 +664,7 @@ template <class T> class Run {
     std::unique_ptr<OwnedSide<T>> cols_memory_;
     OwnedSide<T>& cols_;
     const Classes classes_;
+    std::unique_ptr<PositiveSide<T>> positives_;
     const int64_t edge_, block_tiles_;
     const Slabs slabs_;
     const Triangle triangle_;

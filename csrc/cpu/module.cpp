@@ -69,7 +69,7 @@ bool parse_against(PyObject* given, fntx_call& call) {
 bool parse_classes(PyObject* given, fntx_call& call) {
     Address classes;
     if (given == Py_None) return true;
-    if (!PyArg_ParseTuple(given, "Kp", &classes, &call.mean_of_classes)) return false;
+    if (!PyArg_ParseTuple(given, "Kip", &classes, &call.form, &call.mean_of_classes)) return false;
     call.classes = static_cast<const int64_t*>(pointer(classes));
     return true;
 }
@@ -130,7 +130,7 @@ PyMethodDef methods[] = {
     {"run", run, METH_VARARGS, "run(phases, function, dtype, normalize, threads, D, inv_tau, bias, eps, rows, cols, pos, "
                                "d_pos, loss, loss_weight, cols_loss_weight, d_inv_tau, d_bias, (row_limits, col_limits, "
                                "limited, limit_scale, limit_shift) or None, (against, d_against) or None, (classes, "
-                               "mean_of_classes) or None, workspace, interruptible): fntx_run of csrc/cpu/fastntxent.h; "
+                               "form, mean_of_classes) or None, workspace, interruptible): fntx_run of csrc/cpu/fastntxent.h; "
                                "interruptible, of the main thread alone: Ctrl-C ends it."},
     {"instruction_set", instruction_set, METH_NOARGS, "The instruction set in use."},
     {"use_instruction_set", use_instruction_set, METH_VARARGS, "Use another one from now on."},

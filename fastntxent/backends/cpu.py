@@ -39,13 +39,15 @@ from .native import (
 )
 from .softplus import sigmoid_weight
 
-# Bytes of exponentials kept from the forward to the backward of one call. Those of N = 4096 fit, and nothing is held
-# between calls. Two sides form twice the exponentials for their rows: theirs share what they get with the packed rows.
+# Bytes of exponentials kept from the forward to the backward of one call. Those of N = 4096 fit. Where all of a call's
+# fit, their memory is left for the next call: the system may take it at any time, and takes it when it runs short
+# (csrc/cpu/memory.h). Two sides form twice the exponentials for their rows: theirs share what they get with the packed rows.
 WORKSPACE = 144 * 2**20
 WORKSPACE_AND_ROWS = 116 * 2**20
 
 
 LOG_SUM_EXP, SOFTPLUS, SIGMOID = range(3)  # what a row sums up: `fntx_functions` in csrc/cpu/fastntxent.h
+FORMS = {"out": 0, "in": 1, "ratio": 2, "pairs": 3}  # `fntx_forms`
 
 
 class Limits(NamedTuple):
@@ -97,6 +99,7 @@ class CpuBackend(NativeBackend):
         against: Tensor | None = None,
         d_against: Tensor | None = None,
         classes: Tensor | None = None,
+        form: str = "out",
         mean_of_classes: bool = False,
     ) -> None:
         assert not isinstance(inv_tau, Tensor)
@@ -123,7 +126,7 @@ class CpuBackend(NativeBackend):
             address(d_bias),
             None if limits is None else limits.arguments(),
             None if against is None else (address(against), address(d_against)),
-            None if classes is None else (address(classes), mean_of_classes),
+            None if classes is None else (address(classes), FORMS[form], mean_of_classes),
             _workspace(rows, cols),
             threading.get_ident() == threading.main_thread().ident,
         )
@@ -258,7 +261,7 @@ class CpuBackend(NativeBackend):
         return loss
 
     def sup_con_scalar(
-        self, z: Tensor, classes: Tensor, inv_tau: float | Tensor, normalize: bool, mean: bool
+        self, z: Tensor, classes: Tensor, inv_tau: float | Tensor, form: str, normalize: bool, mean: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         loss, d_z, d_inv_tau = new_sums(z), new_gradient(z), new_sums(z)
         self.run(
@@ -269,6 +272,7 @@ class CpuBackend(NativeBackend):
             loss=loss,
             d_inv_tau=d_inv_tau,
             classes=classes.contiguous(),
+            form=form,
             mean_of_classes=mean,
         )
         return loss, d_z, d_inv_tau

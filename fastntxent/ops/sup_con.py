@@ -12,7 +12,7 @@ With P(i) the other rows of row i's id, c_i their number and v_i a row's share o
 Between the embeddings and their gradient there is no graph: log-sum-exps over other ids are the kernels', sums over
 positives those of positives.py, whose rows are put in order once for both directions. Where the host sees that every id
 is there twice, the rows are two views, and the loss is NT-Xent's one call. A backend with a `sup_con_scalar` forms all
-of "out" in one call.
+of it in one call.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def _forward(
     kernels = kernels_for(backend, z, "neg_lse")
     with autocast_off(z):
         ids = ids.to(torch.int64)
-        if form == "out" and (at_once := getattr(kernels, "sup_con_scalar", None)) is not None:
-            return at_once(z, ids, k, normalize, mean)
+        if (at_once := getattr(kernels, "sup_con_scalar", None)) is not None:
+            return at_once(z, ids, k, form, normalize, mean)
         in_order, order = ids.sort(stable=True)
         if _all_in_pairs(in_order):
             return _two_views(kernels, z, order, k, normalize, mean)
