@@ -47,17 +47,17 @@ struct Case {
     double bias = 0;
     Limits limits = NO_LIMITS;
     double limit_scale = 0, limit_shift = 0;  // of LIMITS_OF_POSITIVES
-    bool against = false;                     // the loss of a rectangle compares nu with given numbers
+    double against = 0;                       // the loss of a rectangle compares nu with numbers of this size
     bool classes = false, mean = false;       // the loss is that of classes, which the ids are; over their rows its mean
     int form = FNTX_OUT;                      // of that loss
 
     std::string name() const {
         char text[400];
         snprintf(text, sizeof text, "rows %d + %d, cols %d + %d, D %d, %s, %s, ids %s, normalize %d, tau %g, eps %g, "
-                 "scale %g, wanted %d, cols_loss_weight %g, function %d, bias %g, limits %d: %g s + %g, against %d, "
+                 "scale %g, wanted %d, cols_loss_weight %g, function %d, bias %g, limits %d: %g s + %g, against %g, "
                  "classes %d, form %s, mean %d", int(rows[0]), int(rows[1]), int(cols[0]), int(cols[1]),
                  int(D), DTYPES[dtype], LAYOUTS[layout], IDS[ids], normalize, tau, eps, scale, wanted, cols_loss_weight,
-                 function, bias, int(limits), limit_scale, limit_shift, int(against), int(classes), FORMS[form], int(mean));
+                 function, bias, int(limits), limit_scale, limit_shift, against, int(classes), FORMS[form], int(mean));
         return text;
     }
 };
@@ -175,7 +175,7 @@ struct Problem {
         : c(c),
           last(c.cols[0] + c.cols[1] > 0),
           two_views(!last && c.rows[0] == c.rows[1]),
-          paired(two_views || (last && c.cols_loss_weight >= 0) || c.against || c.classes),
+          paired(two_views || (last && c.cols_loss_weight >= 0) || c.against > 0 || c.classes),
           softplus(c.function != FNTX_LOG_SUM_EXP),
           sigmoid(c.function == FNTX_SIGMOID),
           k(1 / c.tau),
@@ -194,14 +194,14 @@ struct Problem {
             for (Real nu : sides[side].nu) loss += weight * nu;
             q[side].assign(sides[side].n, weight);
         }
-        for (int64_t i = 0; c.against && i < m; ++i) {
-            against.push_back(float(3 * noise()));
+        for (int64_t i = 0; c.against > 0 && i < m; ++i) {
+            against.push_back(float(c.against * noise()));
             const Real x = sides[0].nu[i] - against[i];
             loss += LOSS_WEIGHT * log1p_exp(x);
             q[0].push_back(LOSS_WEIGHT / (1 + expl(-x)));
             d_against.push_back(-q[0][i]);
         }
-        if (c.against) q[1].assign(sides[last].n, 0), d_loss.clear();
+        if (c.against > 0) q[1].assign(sides[last].n, 0), d_loss.clear();
         if (c.classes) {
             int64_t counted = 0;
             for (int64_t i = 0; i < m; ++i) counted += count_positives(i) > 0;
@@ -214,7 +214,7 @@ struct Problem {
             }
             d_loss.clear();
         }
-        for (int64_t i = 0; paired && !sigmoid && !c.against && !c.classes && i < m; ++i) {
+        for (int64_t i = 0; paired && !sigmoid && c.against == 0 && !c.classes && i < m; ++i) {
             pos.push_back(k * s[i * n + partner(i)]);
             for (int side = 0; side <= last; ++side) {
                 const Real weight = side ? c.cols_loss_weight : LOSS_WEIGHT, nu = sides[side].nu[i];

@@ -40,7 +40,7 @@ template <class T> struct CheckedCall {
         if (p.two_views && !p.softplus && !p.c.classes && mode != BACKWARD) call.pos = pos.data();
         if (p.two_views && !p.softplus && (mode == BACKWARD || mode == BOTH)) call.d_pos = d_pos.data();
         if (p.paired && (mode == LOSS || mode == FORWARD)) call.loss = &scalars[0], call.loss_weight = LOSS_WEIGHT;
-        if (p.c.against && call.loss) {
+        if (p.c.against > 0 && call.loss) {
             against.assign(p.against.begin(), p.against.end()), d_against = unwritten(against.size());
             call.against = against.data(), call.d_against = mode == LOSS ? d_against.data() : nullptr;
         }

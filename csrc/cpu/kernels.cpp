@@ -349,6 +349,13 @@ template <class T> void gather(const Tile<T>& tile) {
                        tile.n_rows);
 }
 
+template <class T> void forward_and_gather(const Tile<T>& tile) {
+    Tile<T> in_buffer = tile;
+    in_buffer.exps = tile.buffer;
+    forward(in_buffer);
+    gather(in_buffer);
+}
+
 template <class T> void backward(const Tile<T>& tile) {
     if (tile.shifted)
         weigh_shifted(tile);
@@ -505,8 +512,10 @@ template <class T> void exp2_of(const T* x, T scale, T* y, int64_t n) {
 }
 
 template <class T>
-constexpr Kernels<T> TABLE = {LANES<T>,         PANEL<T>, load_rows<T>,      forward<T>, backward<T>,
-                              softplus_tile<T>, pairs<T>, pairs_backward<T>, dot<T>,     add_scaled<T>, exp2_of<T>};
+constexpr Kernels<T> TABLE = {
+    LANES<T>,       PANEL<T>, load_rows<T>,      forward<T>, forward_and_gather<T>, backward<T>,
+    softplus_tile<T>, pairs<T>, pairs_backward<T>, dot<T>,     add_scaled<T>,         exp2_of<T>,
+};
 
 }  // namespace
 

@@ -67,6 +67,9 @@ template <class T> struct Kernels {
     // Add the tile's sums to its rows' and, unless it is diagonal, to its columns'.
     void (*forward)(const Tile<T>& tile);
 
+    // The same, with exponentials themselves for G in what the rows gather: exp(k s) U_cols.
+    void (*forward_and_gather)(const Tile<T>& tile);
+
     // Add G U_cols to what the rows have gathered and, unless it is diagonal, G^T U_rows to what the columns have.
     void (*backward)(const Tile<T>& tile);
 

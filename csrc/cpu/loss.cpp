@@ -1,6 +1,9 @@
 // A call's phases: rows in, forward over the tiles, formulas per row, backward over the tiles, gradients out.
 //
-// With u = 2 M^2 D flops: the forward forms half of the products (u/2); the backward forms them again (u/2), except
+// Where the rows alone have losses and gradients (queries against a queue), one pass has both: the exponentials that a row
+// sums weigh what it gathers, and the sum's inverse comes in at the end. That is 2u for a rectangle, where two passes are 3u.
+//
+// Else, with u = 2 M^2 D flops: the forward forms half of the products (u/2); the backward forms them again (u/2), except
 // where it finds their exponentials in the workspace, and gathers the gradient (u). 2u in all, 1.5u while the
 // workspace lasts. Memory: three (M, D) matrices - u, u transposed, the gathered gradient -, the workspace, a tile for
 // each thread, and where one side is much longer than the other the copies of slabs.h, of no more rows than it has.
@@ -134,20 +137,22 @@ template <class T> class Run {
         load();
         if (softplus(call_)) return softplus_phases();
         if (call_.phases & FNTX_FORWARD) {
-            if (call_.phases & FNTX_BACKWARD && !shifted_) {
+            at_once_ = may_gather_at_once();
+            if (call_.phases & FNTX_BACKWARD && !shifted_ && !at_once_) {
                 kept_ = std::min(places_, call_.workspace / int64_t(sizeof(T)) / (edge_ * edge_));
                 workspace_ = Buffer<T>(kept_ * edge_ * edge_);
             }
-            each_tile(kernels_.forward);
+            each_tile(at_once_ ? kernels_.forward_and_gather : kernels_.forward);
             join_sums();
             for_sides([&](OwnedSide<T>& side) { take_logarithms(side); });
             if (call_.loss) over_positives() ? take_losses_over_positives() : of_classes() ? take_class_losses() : take_losses();
         }
         if (call_.phases & FNTX_BACKWARD) {
             weigh();
-            each_tile(kernels_.backward);
+            if (!at_once_) each_tile(kernels_.backward);
             if (over_positives()) each_tile(of_each_pair() ? kernels_.pairs_backward : kernels_.backward, positives_.get());
             join_gathered();
+            if (at_once_) weigh_gathered();
             // Before the outputs' pages are first touched. A small enough batch comes again and takes the same.
             if (kept_ == places_) workspace_.leave();
             workspace_ = {}, scratch_ = {};
@@ -297,7 +302,9 @@ template <class T> class Run {
         });
         const double bound = normalize_ ? 1 : sqrt(largest[0]) * sqrt(largest[symmetric_ ? 0 : 1]);
         const double terms = log(double(std::max(rows_.n, cols_.n)));
-        shifted_ = !(call_.inv_tau * bound + terms < DIRECT_LIMIT<T>);
+        log_length_ = normalize_ ? 0 : log(sqrt(largest[symmetric_ ? 0 : 1]));
+        largest_log_ = call_.inv_tau * bound + terms;
+        shifted_ = !(largest_log_ < DIRECT_LIMIT<T>);
         limited_ = call_.limited || call_.rows.limits || (call_.cols && call_.cols->limits);
         // Exponentials of small logits round together, and a similarity could not be told from the limit by them.
         shifted_ = shifted_ || (limited_ && call_.inv_tau * bound < 1);
@@ -603,6 +610,7 @@ template <class T> class Run {
             }
         });
         if (limited_) scale_limits();  // the tiles may be shifted now
+        check_gathered();
         // Of doubles, the quotient of weights that are small by themselves may be none.
         weight_unit_ = shifted_ ? larger(largest / LARGEST_WEIGHT<T>, std::numeric_limits<double>::min()) : largest;
         for_sides([&](OwnedSide<T>& side) {
@@ -614,6 +622,37 @@ template <class T> class Run {
                 if (positives_) positives_->weights[row] = T(side.d_pos[row] / weight_unit_);
                 return 0.0;
             });
+        });
+    }
+
+    // --- rows alone ----------------------------------------------------------------------------------------------
+
+    // Whether what the rows gather may be weighed at the end, as far as it is known before a sum is.
+    bool may_gather_at_once() const {
+        const bool rows_alone = call_.loss && !symmetric_ && rows_.gathered && !cols_.gathered && call_.cols_loss_weight == 0;
+        return rows_alone && !shifted_ && !limited_ && largest_log_ + std::max(log_length_, 0.0) < DIRECT_LIMIT<T>;
+    }
+
+    // Whether no row's sum is so small that its terms, times columns, come near the least number of T. If one is, all that
+    // was gathered is dropped, for a pass with weights.
+    void check_gathered() {
+        if (!at_once_) return;
+        for (int64_t row = 0; row < rows_.n; ++row)
+            if (rows_.w[row] != 0) at_once_ = at_once_ && rows_.neg_lse[row] + log_length_ > -double(DIRECT_LIMIT<T>);
+        at_once_ = at_once_ && !shifted_;
+        if (at_once_) return;
+        for (int64_t chunk = 0; chunk < rows_.chunks; ++chunk) {
+            const int64_t first = chunk * ALIGNED_ROWS, last = first + ALIGNED_ROWS;
+            std::fill(rows_.gathered + first * ld_, rows_.gathered + last * ld_, T(0));
+            if (&rows_ == &few_) slab_sums_.clear(first, last);
+        }
+    }
+
+    void weigh_gathered() {
+        sum_over_rows(rows_, [&](int64_t row) {
+            T* const g = rows_.gathered + row * ld_;
+            for (int64_t d = 0; d < ld_; ++d) g[d] *= rows_.weights[row];
+            return 0.0;
         });
     }
 
@@ -676,6 +715,9 @@ template <class T> class Run {
     Buffer<T> scratch_, workspace_, class_sums_;
     int64_t kept_ = 0;     // tiles whose exponentials stay in the workspace
     bool shifted_ = false, limited_ = false;
+    bool at_once_ = false;  // the rows' gradients are gathered in the forward
+    double largest_log_ = 0;  // bound of k s + ln M
+    double log_length_ = 0;   // of the longest column
     double weight_unit_ = 1;
 };
 
