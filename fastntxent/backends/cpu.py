@@ -41,7 +41,8 @@ from .softplus import sigmoid_weight
 
 # Bytes of exponentials kept from the forward to the backward of one call. Those of N = 4096 fit. Where all of a call's
 # fit, their memory is left for the next call: the system may take it at any time, and takes it when it runs short
-# (csrc/cpu/memory.h). Two sides form twice the exponentials for their rows: theirs share what they get with the packed rows.
+# (csrc/cpu/memory.h). Two sides form twice the exponentials for their rows: theirs share what they get with the packed
+# rows.
 WORKSPACE = 144 * 2**20
 WORKSPACE_AND_ROWS = 116 * 2**20
 

@@ -90,9 +90,9 @@ def sup_con(
 
     Deterministic. "out" takes the time of `nt_xent` and O(M D) memory (with several labels O((M + D) C) beside it, with
     pair_weights O((C + D) C)). "in" and "pairs" form the products of positives once more, sum n_c^2 D multiplications
-    forward and again backward with n_c rows in class c, in tiles, and off the CPU one wait for the device. In "out" the
-    positives are part of the sum, as the formula has it: unlike the other two, its gradient has the accuracy of a logit,
-    eps / tau, not of the loss.
+    forward and again backward with n_c rows in class c, in tiles, and off the CPU one wait for the device. In "out"
+    the positives are part of the sum, as the formula has it: unlike the other two, its gradient has the accuracy of a
+    logit, eps / tau, not of the loss.
 
     Example:
         >>> import torch, fastntxent
