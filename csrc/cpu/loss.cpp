@@ -26,13 +26,8 @@
 namespace fntx {
 namespace {
 
-constexpr int64_t LARGEST_EDGE = 192;      // a tile and the rows it touches stay in a core's second cache at D = 128
-constexpr int64_t TILES_PER_SIDE = 4;      // at least, for each thread, down to the smallest edge
-constexpr int64_t TILES_PER_BLOCK = 4;     // at most: two blocks stay in 2 MiB of second cache at D = 128
-constexpr int64_t BLOCKS_PER_SIDE = 8;     // at least, for each of several threads, down to one tile a block
 constexpr int64_t SCRATCH_MULTIPLE = 64;  // numbers: a multiple of the cache line, so that threads share none
 constexpr int64_t COMPETING_BYTES = 1024;  // rows a multiple of it apart fall on the same few lines of the first cache
-constexpr double PARALLEL_FROM = 4e6;      // multiplications of a full product; fewer are done as soon by one thread
 
 constexpr double INF = std::numeric_limits<double>::infinity();
 
@@ -106,13 +101,9 @@ template <class T> class Run {
           cols_memory_(symmetric_ ? nullptr : new OwnedSide<T>(*call.cols, call.D, ld_, true, gathers_columns(call))),
           cols_(symmetric_ ? rows_ : *cols_memory_),
           classes_(call.classes ? Classes(call.classes, rows_.n) : Classes()),
-          edge_(edge()),
-          block_tiles_(block_tiles()),
-          slabs_(blocks(rows_), blocks(cols_), symmetric_ ? 1 : team_.threads()),
-          triangle_(blocks(rows_)),
-          rectangle_(slabs_.rows, slabs_.cols),
-          tasks_(symmetric_ ? triangle_.size() : slabs_.count * rectangle_.size()),
-          places_(first_place(tasks_)),
+          schedule_(rows_.n, cols_.n, symmetric_, team_.threads()),
+          slabs_(schedule_.slabs),
+          edge_(schedule_.edge),
           few_(slabs_.of_rows ? cols_ : rows_),
           slab_sums_(few_, slabs_.count, ld_),
           scratch_size_(round_up(edge_ * (edge_ + (softplus(call) ? 2 : 1) * (kernels.lanes + 1)), SCRATCH_MULTIPLE)),
@@ -130,7 +121,7 @@ template <class T> class Run {
         if (softplus(call_)) return softplus_phases();
         if (call_.phases & FNTX_FORWARD) {
             if (call_.phases & FNTX_BACKWARD && !shifted_) {
-                kept_ = std::min(places_, call_.workspace / int64_t(sizeof(T)) / (edge_ * edge_));
+                kept_ = std::min(schedule_.places(), call_.workspace / int64_t(sizeof(T)) / (edge_ * edge_));
                 workspace_ = Buffer<T>(kept_ * edge_ * edge_);
             }
             each_tile(kernels_.forward);
@@ -143,7 +134,7 @@ template <class T> class Run {
             each_tile(kernels_.backward);
             join_gathered();
             // Before the outputs' pages are first touched. A small enough batch comes again and takes the same.
-            if (kept_ == places_) workspace_.leave();
+            if (kept_ == schedule_.places()) workspace_.leave();
             workspace_ = {}, scratch_ = {};
             for_sides([&](OwnedSide<T>& side) { side.panel_memory = {}; });
             finish_sides();
@@ -226,35 +217,14 @@ template <class T> class Run {
     }
 
     static int threads(const fntx_call& call) {
-        const int64_t cols = call.cols ? count_rows(*call.cols) : count_rows(call.rows);
-        const double products = double(count_rows(call.rows)) * double(cols) * double(call.D);
-        return products < PARALLEL_FROM ? 1 : std::max(call.threads, 1);
+        const int64_t rows = count_rows(call.rows), cols = call.cols ? count_rows(*call.cols) : rows;
+        return useful_threads(rows, cols, call.D, call.threads);
     }
 
     static int64_t row_length(int64_t D, int64_t lanes) {
         const int64_t ld = round_up(D, lanes);
         return ld * int64_t(sizeof(T)) % COMPETING_BYTES ? ld : ld + lanes;
     }
-
-    // Several tiles a side share the work among threads, and spare a symmetric call one triangle. A side that is not
-    // much longer than such a tile is cut by LARGEST_EDGE alone: slabs of the other one share the work.
-    int64_t edge() const {
-        const int64_t whole = round_up(std::min(rows_.n, cols_.n), ALIGNED_ROWS);
-        const int64_t even = int64_t(sqrt(double(rows_.n) * double(cols_.n))) / (TILES_PER_SIDE * team_.threads());
-        const bool uncut = !symmetric_ && (team_.threads() == 1 || whole <= 2 * even);
-        const int64_t wanted = uncut ? whole : even / ALIGNED_ROWS * ALIGNED_ROWS;
-        return std::min(std::max(wanted, ALIGNED_ROWS), LARGEST_EDGE);
-    }
-
-    // Tiles of a block, in either direction.
-    int64_t block_tiles() const {
-        const int64_t shorter = divide_up(std::min(rows_.n, cols_.n), edge_);
-        const int64_t even = int64_t(sqrt(double(rows_.n) * double(cols_.n))) / edge_ / (BLOCKS_PER_SIDE * team_.threads());
-        const int64_t most = std::min(team_.threads() == 1 ? TILES_PER_BLOCK : std::max(even, int64_t(1)), TILES_PER_BLOCK);
-        return divide_up(shorter, divide_up(shorter, most));
-    }
-
-    int64_t blocks(const OwnedSide<T>& side) const { return divide_up(side.n, edge_ * block_tiles_); }
 
     template <class Body> void for_sides(Body body) {
         body(rows_);
@@ -356,21 +326,21 @@ template <class T> class Run {
         const int64_t P = slabs_.count * slabs_.rows, Q = symmetric_ ? 0 : slabs_.count * slabs_.cols;
         std::unique_ptr<std::atomic<int32_t>[]> turns(new std::atomic<int32_t>[size_t(P + Q)]);
         for (int64_t block = 0; block < P + Q; ++block) turns[size_t(block)].store(0);
-        team_.each(tasks_, [&](int64_t index, int thread) {
-            const int64_t slab = index % slabs_.count;
-            const Task task = symmetric_ ? triangle_[index] : rectangle_[index / slabs_.count];
-            std::atomic<int32_t>* const of_rows = turns.get() + slab * slabs_.rows;
-            std::atomic<int32_t>* const of_cols = symmetric_ ? of_rows : turns.get() + P + slab * slabs_.cols;
+        const int64_t n = schedule_.block_tiles;
+        team_.each(schedule_.size(), [&](int64_t index, int thread) {
+            const Task task = schedule_[index];
+            std::atomic<int32_t>* const of_rows = turns.get() + task.slab * slabs_.rows;
+            std::atomic<int32_t>* const of_cols = symmetric_ ? of_rows : turns.get() + P + task.slab * slabs_.cols;
             std::atomic<int32_t>&row_turn = of_rows[task.row_block], &col_turn = of_cols[task.col_block];
             if (!team_.wait(row_turn, task.row_turn, thread) || !team_.wait(col_turn, task.col_turn, thread)) return;
             const bool on_diagonal = symmetric_ && task.row_block == task.col_block;
-            int64_t place = first_place(index);
-            for (int64_t i = 0; i < block_tiles_; ++i)
-                for (int64_t step = on_diagonal ? i : 0; step < block_tiles_; ++step, ++place) {
+            int64_t place = schedule_.first_place(index);
+            for (int64_t i = 0; i < n; ++i)
+                for (int64_t step = on_diagonal ? i : 0; step < n; ++step, ++place) {
                     // There and back, so that a tile shares its columns or its rows with the one before.
-                    const int64_t j = i % 2 ? block_tiles_ - 1 - step + (on_diagonal ? i : 0) : step;
+                    const int64_t j = i % 2 ? n - 1 - step + (on_diagonal ? i : 0) : step;
                     if (team_.interrupted(thread)) return;
-                    const Tile<T> tile = this->tile(task, slab, i, j, place, thread);
+                    const Tile<T> tile = this->tile(task, i, j, place, thread);
                     if (tile.n_rows > 0 && tile.n_cols > 0) kernel(tile);  // a block may reach beyond the matrix
                 }
             row_turn.store(task.row_turn + 1, std::memory_order_release);
@@ -396,23 +366,17 @@ template <class T> class Run {
         slab_sums_.release_gathered();
     }
 
-    // Where a task's tiles start in the workspace: those on the diagonal, which have fewer, are the first tasks.
-    int64_t first_place(int64_t task) const {
-        const int64_t n = block_tiles_, half = symmetric_ ? std::min(task, blocks(rows_)) : 0;
-        return half * (n * (n + 1) / 2) + (task - half) * n * n;
-    }
-
     // Tile (i, j) of a task.
-    Tile<T> tile(const Task& task, int64_t slab, int64_t i, int64_t j, int64_t place, int thread) {
-        PackedSide<T>* const few = slab ? &slab_sums_[slab] : &few_;
+    Tile<T> tile(const Task& task, int64_t i, int64_t j, int64_t place, int thread) {
+        PackedSide<T>* const few = task.slab ? &slab_sums_[task.slab] : &few_;
         Tile<T> tile;
         tile.rows = slabs_.of_rows ? &rows_ : few;
         tile.cols = slabs_.of_rows || symmetric_ ? few : &cols_;
         tile.D = call_.D;
         tile.ld = ld_;
-        tile.row0 = ((task.row_block + (slabs_.of_rows ? slab * slabs_.rows : 0)) * block_tiles_ + i) * edge_;
+        tile.row0 = schedule_.first_row(task, i);
         tile.n_rows = std::min(edge_, rows_.n - tile.row0);
-        tile.col0 = ((task.col_block + (slabs_.of_rows ? 0 : slab * slabs_.cols)) * block_tiles_ + j) * edge_;
+        tile.col0 = schedule_.first_col(task, j);
         tile.n_cols = std::min(edge_, cols_.n - tile.col0);
         tile.diagonal = symmetric_ && tile.row0 == tile.col0;
         tile.masked = tile.n_cols % kernels_.panel || span(rows_, tile.row0).meets(span(cols_, tile.col0));
@@ -599,11 +563,9 @@ template <class T> class Run {
     std::unique_ptr<OwnedSide<T>> cols_memory_;
     OwnedSide<T>& cols_;
     const Classes classes_;
-    const int64_t edge_, block_tiles_;
-    const Slabs slabs_;
-    const Triangle triangle_;
-    const Rectangle rectangle_;
-    const int64_t tasks_, places_;
+    const Schedule schedule_;
+    const Slabs& slabs_;
+    const int64_t edge_;
     OwnedSide<T>& few_;  // the side of which each slab has sums of its own
     SlabSums<T> slab_sums_;
     const int64_t scratch_size_;

@@ -1,6 +1,5 @@
-// Only one tile at a time may add to the sums of a block of rows. With few rows and many columns, as of queries against a
-// long queue, there are fewer such blocks than threads. So the columns are split into slabs, each with a copy of the
-// rows' sums, and the copies are added up in a fixed order. Few columns against many rows: the same, transposed.
+// The sums of slabs (schedule.h): each slab but the first has a copy of the shorter side's, and the copies are added up in
+// a fixed order.
 #pragma once
 
 #include <math.h>
@@ -11,27 +10,9 @@
 
 #include "kernels.h"
 #include "memory.h"
+#include "schedule.h"
 
 namespace fntx {
-
-inline int64_t divide_up(int64_t x, int64_t by) { return (x + by - 1) / by; }
-
-inline int64_t round_up(int64_t x, int64_t to) { return divide_up(x, to) * to; }
-
-// Slabs of a matrix of P x Q blocks: `rows` x `cols` blocks each. The last one may reach beyond the matrix.
-struct Slabs {
-    int64_t count = 1, rows, cols;
-    bool of_rows = false;  // the rows are split, because the columns are few
-
-    Slabs(int64_t P, int64_t Q, int threads) : rows(P), cols(Q), of_rows(P > Q) {
-        const int64_t few = std::min(P, Q), many = std::max(P, Q), busy = 2 * int64_t(threads);
-        if (threads <= 1 || few >= busy) return;
-        // No more than make the copies as long as the side that is split.
-        const int64_t wanted = std::min(divide_up(busy, few), many / few), blocks = divide_up(many, wanted);
-        count = divide_up(many, blocks);
-        (of_rows ? rows : cols) = blocks;
-    }
-};
 
 // The copies of slabs 1, 2, ...; slab 0 adds to the side itself.
 template <class T> class SlabSums {
