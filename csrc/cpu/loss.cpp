@@ -147,15 +147,15 @@ template <class T> class Run {
         for_sides([&](OwnedSide<T>& side) {
             const T* const w = static_cast<const T*>(side.given.d_neg_lse);
             const double of_loss = &side == &rows_ ? call_.loss_weight : call_.cols_loss_weight;
-            for (int64_t row = 0; row < side.n; ++row) {
+            largest = larger(largest, largest_over_rows(side, [&](int64_t row) {
                 side.w[row] = call_.loss ? of_loss : w ? double(w[row]) : 0;
                 side.d_pos[row] = 0;
-                largest = larger(largest, fabs(side.w[row]));
-            }
+                return fabs(side.w[row]);
+            }));
         });
         weight_unit_ = largest == 0 ? 1 : largest;
         for_sides([&](OwnedSide<T>& side) {
-            for (int64_t row = 0; row < side.n; ++row) side.weights[row] = T(side.w[row] / weight_unit_);
+            each_row(side, [&](int64_t row) { side.weights[row] = T(side.w[row] / weight_unit_); });
         });
         each_tile(kernels_.softplus);
         join_sums();
@@ -163,10 +163,10 @@ template <class T> class Run {
         if (call_.loss) take_softplus_losses();
         for_sides([&](OwnedSide<T>& side) {
             T* const out = static_cast<T*>(side.given.neg_lse);
-            for (int64_t row = 0; row < side.n; ++row) {
+            d_bias += sum_over_rows(side, [&](int64_t row) {
                 if (out) out[row] = T(side.sums[row]);
-                d_bias += side.w[row] * side.slopes[row] + side.d_pos[row];
-            }
+                return side.w[row] * side.slopes[row] + side.d_pos[row];
+            });
         });
         if (!(call_.phases & FNTX_BACKWARD)) return;
         scratch_ = {};
@@ -231,18 +231,52 @@ template <class T> class Run {
         if (!symmetric_) body(cols_);
     }
 
-    // body(row) for every row, and the sum of what it returns; a chunk of rows is one thread's.
-    template <class Body> double sum_over_rows(OwnedSide<T>& side, Body body) {
-        std::vector<double> sums(size_t(side.chunks));
-        team_.each(side.chunks, [&](int64_t chunk, int) {
-            double sum = 0;
+    // body(row) for every row, and the sum or the largest of what it returns. A chunk of rows is one thread's, and what the
+    // chunks give is put together in their order.
+    template <class Body> double sum_over_rows(const OwnedSide<T>& side, Body body) {
+        return over_rows(side, body, [](double a, double b) { return a + b; });
+    }
+    template <class Body> double largest_over_rows(const OwnedSide<T>& side, Body body) {
+        return over_rows(side, body, larger);
+    }
+
+    template <class Body, class Join> double over_rows(const OwnedSide<T>& side, Body body, Join join) {
+        std::vector<double> parts(size_t(side.chunks));
+        each_chunk(side, [&](int64_t chunk) {
+            double part = 0;
             const int64_t last = std::min(side.n, (chunk + 1) * ALIGNED_ROWS);
-            for (int64_t row = chunk * ALIGNED_ROWS; row < last; ++row) sum += body(row);
-            sums[size_t(chunk)] = sum;
+            for (int64_t row = chunk * ALIGNED_ROWS; row < last; ++row) part = join(part, body(row));
+            parts[size_t(chunk)] = part;
         });
         double total = 0;
-        for (double sum : sums) total += sum;
+        for (double part : parts) total = join(total, part);
         return total;
+    }
+
+    // body(row) for every row.
+    template <class Body> void each_row(const OwnedSide<T>& side, Body body) {
+        each_chunk(side, [&](int64_t chunk) {
+            const int64_t last = std::min(side.n, (chunk + 1) * ALIGNED_ROWS);
+            for (int64_t row = chunk * ALIGNED_ROWS; row < last; ++row) body(row);
+        });
+    }
+
+    // body(chunk) for every chunk of rows.
+    template <class Body> void each_chunk(const OwnedSide<T>& side, Body body) {
+        const int64_t n = chunks_per_take(side.chunks, team_.threads());
+        team_.each(divide_up(side.chunks, n), [&](int64_t take, int thread) {
+            const int64_t last = std::min(side.chunks, (take + 1) * n);
+            for (int64_t chunk = take * n; chunk < last && !team_.interrupted(thread); ++chunk) body(chunk);
+        });
+    }
+
+    // body(row) for every row of which each slab has a sum: the more slabs, the fewer rows are a thread's at a time.
+    template <class Body> void each_row_of_slabs(Body body) {
+        const int64_t rows = std::max(ALIGNED_ROWS / slabs_.count, int64_t(1));
+        team_.each(divide_up(few_.n, rows), [&](int64_t chunk, int) {
+            const int64_t last = std::min(few_.n, (chunk + 1) * rows);
+            for (int64_t row = chunk * rows; row < last; ++row) body(row);
+        });
     }
 
     void load() {
@@ -250,10 +284,11 @@ template <class T> class Run {
         int which = 0;
         for_sides([&](OwnedSide<T>& side) {
             std::vector<double> squares(size_t(side.chunks));
-            team_.each(side.chunks, [&](int64_t chunk, int) { squares[size_t(chunk)] = load_chunk(side, chunk); });
+            each_chunk(side, [&](int64_t chunk) { squares[size_t(chunk)] = load_chunk(side, chunk); });
             for (double square : squares) largest[which] = larger(largest[which], square);
             ++which;
         });
+        team_.each(slabs_.count - 1, [&](int64_t copy, int) { slab_sums_.clear(copy + 1); });
         const double bound = normalize_ ? 1 : sqrt(largest[0]) * sqrt(largest[symmetric_ ? 0 : 1]);
         const double terms = log(double(std::max(rows_.n, cols_.n)));
         shifted_ = !(call_.inv_tau * bound + terms < DIRECT_LIMIT<T>);
@@ -266,13 +301,15 @@ template <class T> class Run {
     void load_limits() {
         for_sides([&](OwnedSide<T>& side) {
             const T* const given = static_cast<const T*>(side.given.limits);
-            for (int64_t row = 0; row < side.chunks * ALIGNED_ROWS; ++row) {
+            std::fill(side.largest_similarity + side.n, side.largest_similarity + side.chunks * ALIGNED_ROWS, T(INF));
+            each_row(side, [&](int64_t row) {
                 double limit = INF;
-                if (row < side.n && given) limit = double(given[row]);
-                if (row < side.n && !given && call_.limited)
+                if (given)
+                    limit = double(given[row]);
+                else if (call_.limited)
                     limit = call_.limit_scale * similarity_to_positive(side, row) + call_.limit_shift;
                 side.largest_similarity[row] = T(limit);
-            }
+            });
         });
         scale_limits();
     }
@@ -313,10 +350,10 @@ template <class T> class Run {
             side.sums[row] = side.slopes[row] = 0;
             side.peaks[row] = T(-INF);
             side.weights[row] = 0;
+            side.w[row] = 0;
             side.nu[row] = T(INF);
         }
         if (side.gathered) std::fill(side.gathered + first * ld_, side.gathered + last * ld_, T(0));
-        if (&side == &few_) slab_sums_.clear(first, last);
         return kernels_.load_rows(side, side.given.z, call_.dtype, call_.D, ld_, normalize_, eps_, first, last);
     }
 
@@ -351,18 +388,12 @@ template <class T> class Run {
 
     void join_sums() {
         if (slabs_.count == 1) return;
-        sum_over_rows(few_, [&](int64_t row) {
-            slab_sums_.join_sums(few_, row);
-            return 0.0;
-        });
+        each_row_of_slabs([&](int64_t row) { slab_sums_.join_sums(few_, row); });
     }
 
     void join_gathered() {
         if (slabs_.count == 1 || !few_.gathered) return;
-        sum_over_rows(few_, [&](int64_t row) {
-            slab_sums_.join_gathered(few_, row, kernels_);
-            return 0.0;
-        });
+        each_row_of_slabs([&](int64_t row) { slab_sums_.join_gathered(few_, row, kernels_); });
         slab_sums_.release_gathered();
     }
 
@@ -403,11 +434,10 @@ template <class T> class Run {
 
     void take_logarithms(OwnedSide<T>& side) {
         T* const out = static_cast<T*>(side.given.neg_lse);
-        sum_over_rows(side, [&](int64_t row) {
+        each_row(side, [&](int64_t row) {
             side.neg_lse[row] = log(side.sums[row]) + (shifted_ ? double(side.peaks[row]) : 0);
             if (out) out[row] = T(side.neg_lse[row]);
             if (call_.pos) static_cast<T*>(call_.pos)[row] = T(call_.inv_tau * similarity_to_positive(side, row));
-            return 0.0;
         });
     }
 
@@ -418,7 +448,7 @@ template <class T> class Run {
             const double weight = &side == &rows_ ? rows_loss_weight() : call_.cols_loss_weight;
             const T* const against = static_cast<const T*>(call_.against);
             T* const d_against = static_cast<T*>(call_.d_against);
-            if (weight == 0) return std::fill(side.w, side.w + side.n, 0.0);
+            if (weight == 0) return;  // as its rows' weights are from the start
             loss += weight * sum_over_rows(side, [&](int64_t row) {
                 const double pi = against ? double(against[row]) : call_.inv_tau * similarity_to_positive(side, row);
                 const double x = side.neg_lse[row] - pi, e = exp(-fabs(x));
@@ -487,32 +517,32 @@ template <class T> class Run {
         for_sides([&](OwnedSide<T>& side) {
             const T* const neg_lse = static_cast<const T*>(side.given.neg_lse);
             const T* const w = static_cast<const T*>(side.given.d_neg_lse);
-            for (int64_t row = 0; row < side.n; ++row) {
+            largest = larger(largest, largest_over_rows(side, [&](int64_t row) {
                 if (!(call_.phases & FNTX_FORWARD)) side.neg_lse[row] = double(neg_lse[row]);
                 if (!call_.loss) side.w[row] = w ? double(w[row]) : 0;
                 if (side.neg_lse[row] == -INF) side.w[row] = 0;  // no negative: no weight, whatever came
                 if (!of_classes()) side.d_pos[row] = takes_positives() ? -side.w[row] : d_pos ? double(d_pos[row]) : 0;
-                largest = larger(largest, larger(fabs(side.w[row]), fabs(side.d_pos[row])));
-            }
+                return larger(fabs(side.w[row]), fabs(side.d_pos[row]));
+            }));
         });
         if (largest == 0) largest = 1;
         for_sides([&](OwnedSide<T>& side) {
-            for (int64_t row = 0; row < side.n && !shifted_; ++row) {
-                if (side.w[row] == 0) continue;
+            if (shifted_) return;
+            shifted_ = 0 < largest_over_rows(side, [&](int64_t row) {
+                if (side.w[row] == 0) return 0.0;
                 const double factor = fabs(side.w[row]) / largest * exp(-side.neg_lse[row]);
-                shifted_ = !(factor > SMALLEST_FACTOR<T> && factor < 1 / SMALLEST_FACTOR<T>);
-            }
+                return factor > SMALLEST_FACTOR<T> && factor < 1 / SMALLEST_FACTOR<T> ? 0.0 : 1.0;
+            });
         });
         if (limited_) scale_limits();  // the tiles may be shifted now
         // Of doubles, the quotient of weights that are small by themselves may be none.
         weight_unit_ = shifted_ ? larger(largest / LARGEST_WEIGHT<T>, std::numeric_limits<double>::min()) : largest;
         for_sides([&](OwnedSide<T>& side) {
-            sum_over_rows(side, [&](int64_t row) {
+            each_row(side, [&](int64_t row) {
                 const double nu = side.neg_lse[row] == -INF ? INF : side.neg_lse[row];
                 const double w = side.w[row] / weight_unit_;
                 side.weights[row] = T(shifted_ ? w : w * exp(-nu));
                 side.nu[row] = T(nu);
-                return 0.0;
             });
         });
     }

@@ -149,8 +149,11 @@ PyObject* schedule(PyObject*, PyObject* args) {
         }
     }
     if (!tasks) return nullptr;
-    return Py_BuildValue("iLLLLN", of_call.threads, (long long)of_call.edge, (long long)of_call.block_tiles,
-                         (long long)fntx::ALIGNED_ROWS, (long long)of_call.slabs.count, tasks);
+    const auto rows_per_take = [&](int64_t n) {
+        return (long long)(fntx::ALIGNED_ROWS * fntx::chunks_per_take(fntx::divide_up(n, fntx::ALIGNED_ROWS), of_call.threads));
+    };
+    return Py_BuildValue("iLLLLLN", of_call.threads, (long long)of_call.edge, (long long)of_call.block_tiles,
+                         rows_per_take(rows), rows_per_take(cols), (long long)of_call.slabs.count, tasks);
 }
 
 PyMethodDef methods[] = {
@@ -161,9 +164,9 @@ PyMethodDef methods[] = {
                                "interruptible, of the main thread alone: Ctrl-C ends it."},
     {"instruction_set", instruction_set, METH_NOARGS, "The instruction set in use."},
     {"use_instruction_set", use_instruction_set, METH_VARARGS, "Use another one from now on."},
-    {"schedule", schedule, METH_VARARGS, "schedule(rows, cols or 0, D, threads): (threads, edge, block_tiles, rows of a chunk, "
-                                         "slabs, tasks), how a call of so many threads is cut, by csrc/cpu/schedule.h; a "
-                                         "task is (slab, first row, first column, row_turn, col_turn, place)."},
+    {"schedule", schedule, METH_VARARGS, "schedule(rows, cols or 0, D, threads): (threads, edge, block_tiles, rows and columns "
+                                         "that a thread takes at a time, slabs, tasks), how csrc/cpu/schedule.h cuts a call; "
+                                         "a task is (slab, first row, first column, row_turn, col_turn, place)."},
     {"exp2", exp2, METH_VARARGS, "exp2(dtype, x, y, n): the kernels' own 2^x."},
     {nullptr, nullptr, 0, nullptr},
 };

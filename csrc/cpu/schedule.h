@@ -20,6 +20,8 @@ constexpr int64_t LARGEST_EDGE = 192;      // a tile and the rows it touches sta
 constexpr int64_t TILES_PER_SIDE = 4;      // at least, for each thread, down to the smallest edge
 constexpr int64_t TILES_PER_BLOCK = 4;     // at most: two blocks stay in 2 MiB of second cache at D = 128
 constexpr int64_t BLOCKS_PER_SIDE = 8;     // at least, for each of several threads, down to one tile a block
+constexpr int64_t CHUNKS_PER_TAKE = 8;     // at most
+constexpr int64_t TAKES_PER_THREAD = 4;    // at least, down to one chunk a take
 constexpr double PARALLEL_FROM = 4e6;      // multiplications of a full product; fewer are done as soon by one thread
 
 inline int64_t divide_up(int64_t x, int64_t by) { return (x + by - 1) / by; }
@@ -29,6 +31,13 @@ inline int64_t round_up(int64_t x, int64_t to) { return divide_up(x, to) * to; }
 // The threads that a call uses, of those that it may use.
 inline int useful_threads(int64_t rows, int64_t cols, int64_t D, int threads) {
     return double(rows) * double(cols) * double(D) < PARALLEL_FROM ? 1 : std::max(threads, 1);
+}
+
+// How many chunks of ALIGNED_ROWS rows a thread takes at a time in a phase over rows. Threads that each took one would
+// wait for the counter of those taken, which one of them can change in 0.1 us and which 64 would change every 0.02 us.
+inline int64_t chunks_per_take(int64_t chunks, int threads) {
+    if (threads == 1) return 1;
+    return std::min(std::max(chunks / (TAKES_PER_THREAD * threads), int64_t(1)), CHUNKS_PER_TAKE);
 }
 
 // Slabs of a matrix of P x Q blocks: `rows` x `cols` blocks each. The last one may reach beyond the matrix.

@@ -35,14 +35,14 @@ template <class T> class SlabSums {
     // The side that a slab adds to.
     PackedSide<T>& operator[](int64_t slab) { return sides_[size_t(slab - 1)]; }
 
-    // Set the sums of rows [first, last) to zero.
-    void clear(int64_t first, int64_t last) {
-        for (PackedSide<T>& side : sides_) {
-            std::fill(side.sums + first, side.sums + last, 0.0);
-            std::fill(side.slopes + first, side.slopes + last, 0.0);
-            std::fill(side.peaks + first, side.peaks + last, T(-INFINITY));
-            if (side.gathered) std::fill(side.gathered + first * ld_, side.gathered + last * ld_, T(0));
-        }
+    // Set a slab's sums to zero.
+    void clear(int64_t slab) {
+        PackedSide<T>& side = (*this)[slab];
+        const int64_t padded = round_up(side.n, ALIGNED_ROWS);
+        std::fill(side.sums, side.sums + padded, 0.0);
+        std::fill(side.slopes, side.slopes + padded, 0.0);
+        std::fill(side.peaks, side.peaks + padded, T(-INFINITY));
+        if (side.gathered) std::fill(side.gathered, side.gathered + padded * ld_, T(0));
     }
 
     // Add the slabs' sums of a row to the side's. Tiles that are not shifted leave every peak at -inf.
