@@ -89,6 +89,12 @@ def test_the_kernels_tasks_cover_the_matrix_once_and_every_block_has_its_turns(p
     assert places == sorted(set(places))
 
 
+@pytest.mark.parametrize("sizes", [(0, 0, 8, 1), (8, -1, 8, 1), (8, 8, 0, 1), (8, 8, 8, 0), (2**31, 8, 8, 1)])
+def test_the_kernels_refuse_sizes_that_no_call_has(sizes):
+    with pytest.raises(ValueError, match="sizes and threads from 1 on"):
+        schedule.cut(schedule.Problem("none", *sizes[:3]), sizes[3])
+
+
 def test_a_call_of_one_thread_is_all_work():
     prediction = schedule.simulate(schedule.two_views(256, 128), 1)
     assert prediction.waiting == 0
