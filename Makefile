@@ -1,4 +1,5 @@
-# make test | test-all | test-instruction-sets | lint | sanitize | kernels-report | triton-versions | demo | bench | gpu | clean
+# make test | test-all | test-instruction-sets | lint | sanitize | kernels-report | triton-versions | demo | bench |
+#   bench-avx2 | gpu | clean
 #
 # Each target makes the virtual environment it needs. Another PyTorch: make test TORCH=torch
 
@@ -9,7 +10,7 @@ DEMO_VENV ?= .venv-demo
 DEMO_OUT ?= runs/demo
 BENCH_OUT ?= runs/bench
 
-.PHONY: test test-all test-instruction-sets lint sanitize kernels-report triton-versions demo bench gpu clean
+.PHONY: test test-all test-instruction-sets lint sanitize kernels-report triton-versions demo bench bench-avx2 gpu clean
 
 # Tests run beside each other, with one thread each. `make test` leaves out those marked slow, which repeat in minutes what
 # others show in seconds; `make test-all` runs every test.
@@ -62,11 +63,18 @@ triton-versions: $(VENV)/installed
 	    --targets sm_80 sm_90 sm_100 sm_120 gfx942 || exit 1; \
 	done
 
-# The figures of the README and the docs: make bench BENCH_OUT=benchmarks/results, then python -m benchmarks report
+# The figures of the README and the docs: make bench BENCH_OUT=benchmarks/results, then python -m benchmarks report. Those of
+# suite cpu are named after the instruction set, so that one folder holds several.
 bench: $(VENV)/bench
-	for suite in cpu memory scaling family drop-ins converged distributed; do \
+	set=$$($(VENV)/bin/python -m benchmarks.instruction_set) && \
+	  $(VENV)/bin/python -m benchmarks cpu --out $(BENCH_OUT)/cpu-$$set.json
+	for suite in memory scaling family drop-ins converged distributed schedule; do \
 	  $(VENV)/bin/python -m benchmarks $$suite --out $(BENCH_OUT)/$$suite.json || exit 1; \
 	done
+
+# Suite cpu as on a processor without AVX-512.
+bench-avx2: $(VENV)/bench
+	$(AVX2) $(VENV)/bin/python -m benchmarks cpu --instruction-set avx2 --out $(BENCH_OUT)/cpu-avx2.json
 
 # On a machine with a GPU: build, verify, the suite, compute-sanitizer, the benchmark, the tuner, ncu, each in parts of ten
 # minutes at most. It goes on where it stopped: make gpu STAGE=verify, make gpu OPTIONS="--seconds 540",

@@ -1,9 +1,12 @@
 """python -m benchmarks SUITE: figures of this machine, as a table on the screen and as JSON.
 
 cpu        forward, backward and both of every loss, and the machine's own limit: twice 2 M^2 D flops, M = 2N, at the
-           rate of a 2048^3 product measured in the same run; --threads 1 2 adds our kernel's speed-up
+           rate of a 2048^3 product measured in the same run; --threads 1 2 adds our kernel's speed-up. The report takes
+           every cpu*.json, one for each instruction set
 memory     peak memory beside the inputs, a process each (Linux)
-scaling    our `cpu` kernel at large N: seconds over N^2, and peak memory (Linux)
+scaling    our `cpu` kernel at large N: seconds over N^2, and peak memory (Linux); --threads 1 2 4 ...: our kernel and
+           torch.mm at these numbers of threads, beside what suite schedule predicts
+schedule   speed-up of our `cpu` kernel on 1 to 64 threads, predicted by simulating its schedule; nothing is timed
 converged  errors of the gradient against float64 as training converges (batches from tests/cases.py: needs pytest)
 distributed
            a step over 1 to 4 gloo ranks of this machine, bytes and time against the model of docs/distributed.md, and
@@ -41,6 +44,7 @@ from . import (
     model,
     report,
     scaling,
+    schedule,
     tables,
     tune,
 )
@@ -50,6 +54,7 @@ SUITES = {
     "cpu": cpu,
     "memory": memory,
     "scaling": scaling,
+    "schedule": schedule,
     "converged": converged,
     "distributed": distributed,
     "family": family,
@@ -60,6 +65,11 @@ SUITES = {
     "tune": tune,
 }
 CPU_SUITES = ("cpu", "memory", "scaling", "converged", "distributed", "family", "drop-ins")
+THREADS = {
+    "cpu": "time our kernel at these numbers of threads too",
+    "scaling": "compare these numbers of threads, not large N",
+    "schedule": "default: 1 2 4 8 16 32 64",
+}
 
 
 def _positive(text: str) -> int:
@@ -90,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
             suite.add_argument("--kernels", nargs="+", choices=tune.ROW_CLASSES, metavar="KERNEL", help="these alone")
             suite.add_argument("--most", type=_positive, default=12, help="tiles to time for a class (default: 12)")
             suite.add_argument("--write", action="store_true", help="into the package's table")
-        elif name not in ("converged", "distributed", "drop-ins", "family", "kernels", "model"):
+        elif name not in ("converged", "distributed", "drop-ins", "family", "kernels", "model", "schedule"):
             suite.add_argument("--only", nargs="+", choices=COMPETITORS, metavar="LOSS", help="these losses alone")
         if name in ("cpu", "drop-ins", "family", "gpu", "scaling", "tune"):
             suite.add_argument(
@@ -103,15 +113,17 @@ def main(argv: list[str] | None = None) -> None:
         if name == "distributed":
             suite.add_argument("--ranks", type=_positive, nargs="+", default=[1, 2, 3, 4], help="default: 1 2 3 4")
             suite.add_argument("--rounds", type=_positive, default=21, help="of a comparison (default: 21)")
-        if name == "cpu":
-            suite.add_argument(
-                "--threads", type=_positive, nargs="+", help="time our kernel at these numbers of threads too"
-            )
+        if name in THREADS:
+            suite.add_argument("--threads", type=_positive, nargs="+", help=THREADS[name])
     report.add_command(commands)
     arguments = parser.parse_args(argv)
     if arguments.suite == "report":
         report.run(arguments)
         return
+    if arguments.suite == "scaling" and max(arguments.threads or [1]) > machine.processors():
+        parser.error(f"--threads {max(arguments.threads)}: this machine has {machine.processors()} processors to use")
+    if arguments.suite == "schedule" and instruction_set.in_use() is None:
+        parser.error("schedule needs the CPU kernels, which were not built")
     if arguments.suite in CPU_SUITES:
         try:
             instruction_set.hold(arguments.instruction_set)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from . import machine
 from .competitors import OURS, load, names
 from .timing import TEMPERATURE, Case, compare, compare_threads, lines
 
@@ -26,7 +27,8 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[st
         result = compare(losses, Case(n, d), arguments.seconds)
         kernel = next((losses[name] for name in OURS if name in losses), None)
         if arguments.threads and kernel:
-            result["threads"] = compare_threads(kernel, arguments.threads, Case(n, d), arguments.seconds)
+            gemm, _ = machine.gemm_call()
+            result["threads"] = compare_threads(kernel, arguments.threads, Case(n, d), arguments.seconds, gemm)
         results.append(result)
         print(*lines(result), sep="\n", flush=True)
     return results, missing

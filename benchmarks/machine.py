@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import time
@@ -15,6 +16,7 @@ import fastntxent
 from . import competitors, instruction_set
 
 GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
+LARGEST_PRODUCT = 2**28  # bytes of a result that `similarities_call` holds at once
 
 
 def provenance() -> dict[str, object]:
@@ -23,6 +25,7 @@ def provenance() -> dict[str, object]:
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "vector": torch.backends.cpu.get_cpu_capability(),
+        "instruction_set": instruction_set.in_use(),
         "held": instruction_set.held,
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -38,6 +41,11 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def processors() -> int:
+    """Return how many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class HostClock:
@@ -77,6 +85,21 @@ def gemm_call(device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[
         return clock.seconds(start, clock.mark())
 
     return call, 2 * size**3
+
+
+def similarities_call(n: int, d: int) -> Callable[[], float]:
+    """Return a call that multiplies 2n rows with themselves, some rows at a time, and returns its seconds."""
+    z = torch.randn(2 * n, d)
+    rows = min(len(z), max(LARGEST_PRODUCT // (len(z) * z.itemsize), 1))
+    out = torch.empty(rows, len(z))
+
+    def call() -> float:
+        start = time.perf_counter()
+        for part in z.split(rows):
+            torch.mm(part, z.T, out=out[: len(part)])
+        return time.perf_counter() - start
+
+    return call
 
 
 def gemm_rate(repeats: int = 3) -> float:

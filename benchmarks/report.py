@@ -7,10 +7,11 @@ import json
 import re
 from pathlib import Path
 
-from . import devices
-from .tables import TABLES, SuiteRecord
+from . import devices, instruction_set
+from .tables import TABLES, SuiteRecord, all_sets, sets_table
 
-# Each page's sections, and the suite that fills them; "devices" is what `make gpu` has left.
+# Each page's sections, and the suite that fills them; "devices" is what `make gpu` has left. Suite "cpu" has a record
+# for each instruction set: section "time" has our kernel on every set, section "times" every loss as well.
 PAGES = {
     "README.md": {
         "time": "cpu",
@@ -20,6 +21,7 @@ PAGES = {
         "accuracy": "converged",
         "devices": "devices",
     },
+    "docs/benchmarks.md": {"times": "cpu", "schedule": "schedule"},
     "docs/distributed.md": {"distributed": "distributed"},
     "docs/migration.md": {"drop-ins": "drop-ins"},
 }
@@ -51,9 +53,9 @@ def write(results: Path, root: Path) -> None:
     for page, sections in PAGES.items():
         text = (root / page).read_text()
         for section, suite in sections.items():
-            text = replace(text, section, table_of(results, suite))
+            text = replace(text, section, table_of(results, suite, section))
         (root / page).write_text(text)
-    plots.draw(read_suite(results, "cpu"), read_suite(results, "memory"), results)
+    plots.draw(read_sets(results)[0], read_suite(results, "memory"), results)
 
 
 def stale_sections(results: Path, root: Path) -> list[str]:
@@ -62,15 +64,17 @@ def stale_sections(results: Path, root: Path) -> list[str]:
         section
         for page, sections in PAGES.items()
         for section, suite in sections.items()
-        if replace((root / page).read_text(), section, table_of(results, suite)) != (root / page).read_text()
+        if replace((root / page).read_text(), section, table_of(results, suite, section)) != (root / page).read_text()
     ]
 
 
-def table_of(results: Path, suite: str) -> str:
+def table_of(results: Path, suite: str, section: str = "") -> str:
     """A suite's table; where it was not run, how to."""
     if suite == "devices":
         return devices.section(results)
     try:
+        if suite == "cpu":
+            return all_sets(read_sets(results)) if section == "times" else sets_table(read_sets(results))
         return TABLES[suite](read_suite(results, suite))
     except FileNotFoundError:
         return f"Not measured: `python -m benchmarks {suite} --out benchmarks/results/{suite}.json`."
@@ -82,6 +86,16 @@ def read_suite(results: Path, suite: str) -> SuiteRecord:
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: python -m benchmarks {suite} --out {path}")
     return json.loads(path.read_text())
+
+
+def read_sets(results: Path) -> list[SuiteRecord]:
+    """The records of suite `cpu`, the widest instruction set first."""
+    order = {f"cpu-{name}": place for place, name in enumerate(instruction_set.NAMES)}
+    paths = sorted(results.glob("cpu*.json"), key=lambda path: (order.get(path.stem, len(order)), path.name))
+    if not paths:
+        out = results / "cpu-SET.json"
+        raise FileNotFoundError(f"{out} is missing: python -m benchmarks cpu --out {out}")
+    return [json.loads(path.read_text()) for path in paths]
 
 
 def replace(text: str, section: str, table: str) -> str:

@@ -1,18 +1,25 @@
-"""Suite `scaling`: does time grow with N^2, and memory with N?"""
+"""Suite `scaling`: does time grow with N^2 and memory with N, and what do more threads gain?"""
 
 from __future__ import annotations
 
 import argparse
 import statistics
 
-from . import machine, memory
+from . import instruction_set, machine, memory, schedule, timing
+from .competitors import load
 
 GRID = (8192, 16384, 32768, 65536)
+THREADS_GRID = (256, 1024, 4096)
 
 
 def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[str, str]]:
-    """One process a size; seconds also as multiples of the floor at the GEMM's rate before and after."""
+    """Over threads if any are given, else over sizes."""
     name = (arguments.only or ["cpu"])[0]
+    return _over_threads(name, arguments) if arguments.threads else (_over_sizes(name, arguments), {})
+
+
+def _over_sizes(name: str, arguments: argparse.Namespace) -> list[dict[str, object]]:
+    """One process a size; seconds also as multiples of the floor at the GEMM's rate before and after."""
     results = []
     for d in arguments.d or [128]:
         rows = []
@@ -27,4 +34,31 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[st
             row["growth_normalised"] = row["times_floor"] / first["times_floor"]
             print(f"N {n}, D {d}: {row['s']:.2f} s, {row['growth_normalised']:.2f} x N^2", flush=True)
         results += rows
-    return results, {}
+    return results
+
+
+def _over_threads(name: str, arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[str, str]]:
+    """Our kernel, and torch.mm of the same rows with themselves, at each number of threads in turn."""
+    made, missing = load([name], timing.TEMPERATURE)
+    results = []
+    for n, d in ((n, d) for d in arguments.d or [128] for n in (arguments.n or THREADS_GRID) if made):
+        case = timing.Case(n, d)
+        timing.check(name, made[name], case)
+        product = machine.similarities_call(n, d)
+        counts = timing.compare_threads(made[name], arguments.threads, case, arguments.seconds, product)
+        for count, row in counts.items():
+            relative = int(count) / arguments.threads[0]
+            row["efficiency"] = row["speed_up"] / relative
+            row["gemm_efficiency"] = row["gemm_speed_up"] / relative
+            row["predicted_speed_up"] = _predicted(name, n, d, arguments.threads[0], int(count))
+            print(f"N {n}, D {d}, threads {count}: {row['both']['p50']:.3f} ms, x {row['speed_up']:.2f}", flush=True)
+        results.append({"n": n, "d": d, "ours": name, "threads": counts})
+    return results, missing
+
+
+def _predicted(name: str, n: int, d: int, first: int, count: int) -> float | None:
+    """Return the simulated speed-up over the first number of threads; only the C++ kernels have a schedule."""
+    if name != "cpu" or instruction_set.in_use() is None:
+        return None
+    problem = schedule.two_views(n, d)
+    return schedule.simulate(problem, first).ms / schedule.simulate(problem, count).ms

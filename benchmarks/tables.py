@@ -7,6 +7,8 @@ from .competitors import COMPETITORS, OURS
 SuiteRecord = dict  # what __main__ writes
 
 _HEADS = {**{name: f"`{name}`" for name in OURS}, "compiled": "torch.compile", "chunked": "checkpointed chunks"}
+_SETS = {"avx512": "AVX-512", "avx2": "AVX2", "portable": "portable C++"}
+_RIVALS = ("eager", "compiled", "lightly")  # whose times the tables have as multiples of ours
 _ABSENT = "-"
 
 
@@ -14,7 +16,7 @@ def time_table(record: SuiteRecord) -> str:
     """Milliseconds of a forward and a backward, our kernel over the floor, and others over our kernel."""
     results = record["results"]
     names = _in_order(name for result in results for name in result["losses"])
-    rivals = [name for name in ("eager", "compiled", "lightly") if name in names]
+    rivals = [name for name in _RIVALS if name in names]
     size = {"N": "n", "D": "d", **({"dtype": "dtype"} if record["suite"] == "gpu" else {})}
     heads = [*size, *map(_head, names), "ours / floor", *(f"{_head(name)} / ours" for name in rivals)]
     rows = []
@@ -30,6 +32,35 @@ def time_table(record: SuiteRecord) -> str:
     if threaded := [result for result in results if "threads" in result]:
         parts.append(_threads(threaded))
     return "\n\n".join(parts)
+
+
+def sets_table(records: list[SuiteRecord]) -> str:
+    """A row for each instruction set and size: our milliseconds, ours over the floor, and others over ours."""
+    rivals = _in_order(name for record in records for result in record["results"] for name in result["losses"])
+    rivals = [name for name in _RIVALS if name in rivals]
+    heads = ["instruction set", "processor", "N", "D", "ours, ms", "ours / floor"]
+    heads += [f"{_head(name)} / ours" for name in rivals]
+    rows = []
+    for record in records:
+        machine = record["machine"]
+        for result in record["results"]:
+            losses, ours = result["losses"], result["losses"][result["ours"]]
+            row = [set_name(machine), machine["processor"], str(result["n"]), str(result["d"])]
+            row += [digits(ours["both"]["p50"]), digits(ours["times_floor"], 2)]
+            row += [digits(losses[name]["over_ours"], 2) if name in losses else _ABSENT for name in rivals]
+            rows.append(row)
+    return "\n\n".join([_markdown(heads, rows), *dict.fromkeys(map(_footnote, records))])
+
+
+def all_sets(records: list[SuiteRecord]) -> str:
+    """Every loss on every instruction set: a heading and `time_table` for each set."""
+    return "\n\n".join(f"### {set_name(record['machine'])}\n\n{time_table(record)}" for record in records)
+
+
+def set_name(machine: dict) -> str:
+    """Return our kernel's instruction set. Older records lack it; their kernels took the same one as PyTorch."""
+    used = machine.get("instruction_set") or machine["vector"].lower()
+    return _SETS.get(used, used)
 
 
 def _threads(results: list[dict]) -> str:
@@ -57,7 +88,9 @@ def memory_table(record: SuiteRecord) -> str:
 
 
 def scaling_table(record: SuiteRecord) -> str:
-    """Seconds and their growth over N^2, as measured and at an even GEMM rate."""
+    """Seconds and their growth over N^2, as measured and at an even GEMM rate; or the table over threads."""
+    if any("threads" in result for result in record["results"]):
+        return _threads_table(record)
     heads = ["N", "D", "seconds", "seconds / N^2, first = 1", "at the first's GEMM rate", "/ floor", "MiB"]
     rows = [
         [
@@ -69,6 +102,46 @@ def scaling_table(record: SuiteRecord) -> str:
         for row in record["results"]
     ]
     return f"{_markdown(heads, rows)}\n\n{_footnote(record)}"
+
+
+def _threads_table(record: SuiteRecord) -> str:
+    """Milliseconds, speed-up and efficiency of our kernel and of torch.mm, and the predicted speed-up."""
+    heads = ["N", "D", "threads", "ours, ms", "speed-up", "predicted", "efficiency"]
+    heads += ["torch.mm, ms", "speed-up", "efficiency"]
+    rows = [
+        [
+            *(str(result["n"]), str(result["d"]), count),
+            *map(digits, (row["both"]["p50"], row["speed_up"])),
+            digits(row["predicted_speed_up"]) if row["predicted_speed_up"] else _ABSENT,
+            *map(digits, (row["efficiency"], row["gemm"]["p50"], row["gemm_speed_up"], row["gemm_efficiency"])),
+        ]
+        for result in record["results"]
+        for count, row in result["threads"].items()
+    ]
+    return f"{_markdown(heads, rows)}\n\n{_footnote(record)}"
+
+
+def schedule_table(record: SuiteRecord) -> str:
+    """Predicted speed-ups over one thread, and where the time goes on the most threads."""
+    counts = list(dict.fromkeys(row["threads"] for row in record["results"]))
+    speed_ups: dict[tuple[str, int], dict[int, float]] = {}
+    for row in record["results"]:
+        speed_ups.setdefault((row["problem"], row["d"]), {})[row["threads"]] = row["speed_up"]
+    heads = ["", "D", *(f"{count} thread{'s' if count > 1 else ''}" for count in counts)]
+    rows = [[name, str(d), *(digits(of[count]) for count in counts)] for (name, d), of in speed_ups.items()]
+    shares = ("computing", "waiting", "serial")
+    parts_heads = ["", "D", "threads", "ms", "edge", "tasks", "computing", "waiting for turns", "serial", "balance"]
+    parts = [
+        [
+            *(row["problem"], str(row["d"]), str(row["threads"]), digits(row["ms"]), str(row["edge"])),
+            f"{row['tasks']:,}",
+            *(f"{100 * row[share]:.0f} %" for share in shares),
+            digits(row["balance"], 2),
+        ]
+        for row in record["results"]
+        if row["threads"] == max(counts)
+    ]
+    return f"{_markdown(heads, rows)}\n\n{_markdown(parts_heads, parts)}"
 
 
 def accuracy_table(record: SuiteRecord) -> str:
@@ -198,6 +271,8 @@ def _footnote(record: SuiteRecord, names: list[str] = (), *, libraries: bool = T
     facts = [f"{machine['processor']}, threads: {machine['threads']}, {machine['vector']}"]
     if machine.get("held"):
         facts.append(f"our kernel held to {machine['held']}")
+    elif machine.get("instruction_set"):
+        facts.append(f"our kernel: {machine['instruction_set']}")
     facts += dict.fromkeys(result["device"] for result in record["results"] if "device" in result)
     facts.append(f"PyTorch {machine['torch']}")
     facts += [f"{name} {number}" for name, number in machine["packages"].items() if libraries]
@@ -228,6 +303,7 @@ TABLES = {
     "gpu": time_table,
     "memory": memory_table,
     "scaling": scaling_table,
+    "schedule": schedule_table,
     "converged": accuracy_table,
     "distributed": distributed_table,
     "family": family_table,

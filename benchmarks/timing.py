@@ -150,14 +150,18 @@ def lines(result: dict[str, object]) -> list[str]:
     ]
 
 
-def compare_threads(loss: Loss, counts: list[int], case: Case, seconds: float) -> dict[str, object]:
-    """One loss, and a GEMM, at several numbers of threads in turn: milliseconds, and the speed-up over the first."""
+def compare_threads(
+    loss: Loss, counts: list[int], case: Case, seconds: float, gemm: Callable[[], float]
+) -> dict[str, dict]:
+    """One loss, and a GEMM that returns its seconds, at several numbers of threads in turn.
+
+    Return milliseconds, and speed-ups over the first number.
+    """
     batches = [case.inputs(seed) for seed in range(BATCHES)]
-    gemm, _ = machine.gemm_call()
 
     def timed(count: int, turn: int) -> Phases:
         torch.set_num_threads(count)
-        step(loss, *batches[turn % BATCHES])  # a team of another size starts with its first call
+        step(loss, *batches[turn % BATCHES]), gemm()  # a team of another size starts with its first call
         return {"both": step(loss, *batches[turn % BATCHES])["both"], "gemm": gemm()}
 
     before = torch.get_num_threads()

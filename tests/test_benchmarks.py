@@ -183,6 +183,43 @@ def test_scaling_compares_with_the_first_size(tmp_path):
     assert len(second["gemm_gflops"]) == 2
 
 
+@pytest.mark.skipif(machine.processors() < 2, reason="needs two processors")
+@pytest.mark.parametrize("name", ["blocked", pytest.param("cpu", marks=needs_cpu_kernels)])
+def test_scaling_over_threads_times_our_kernel_and_a_product_beside_the_prediction(name, tmp_path, capsys):
+    options = ["--threads", "1", "2", "--n", "300", "--d", "16", "--only", name]
+    record = run("scaling", tmp_path / "scaling.json", *options)
+    one, two = record["results"][0]["threads"].values()
+    assert (one["speed_up"], one["efficiency"], one["gemm_efficiency"]) == (1, 1, 1)
+    assert two["efficiency"] == pytest.approx(two["speed_up"] / 2)
+    assert two["gemm_efficiency"] == pytest.approx(two["gemm_speed_up"] / 2)
+    if name == "cpu":
+        assert (one["predicted_speed_up"], two["predicted_speed_up"] > 1) == (1, True)
+    else:
+        assert two["predicted_speed_up"] is None
+    assert tables.scaling_table(record) in capsys.readouterr().out
+
+
+def test_scaling_refuses_more_threads_than_processors(capsys):
+    count = machine.processors()
+    with pytest.raises(SystemExit):
+        cli.main(["scaling", "--threads", "1", str(count + 1)])
+    assert f"--threads {count + 1}: this machine has {count} processors to use" in capsys.readouterr().err
+
+
+def test_similarities_are_multiplied_some_rows_at_a_time(monkeypatch):
+    monkeypatch.setattr(machine, "LARGEST_PRODUCT", 5 * 14 * 4)  # five rows of the 14
+    shapes = []
+    multiply = torch.mm
+
+    def seen(a, b, out):
+        shapes.append((a.shape[0], b.shape[1], out.shape[0]))
+        return multiply(a, b, out=out)
+
+    monkeypatch.setattr(torch, "mm", seen)
+    assert machine.similarities_call(7, 3)() > 0
+    assert shapes == [(5, 14, 5), (5, 14, 5), (4, 14, 4)]
+
+
 @needs_linux
 def test_family_times_every_loss_against_the_first(tmp_path, capsys):
     record = run("family", tmp_path / "family.json", "--n", "64", "--d", "8")
@@ -288,6 +325,22 @@ RESULTS = {
         {**SIZE, "loss": name, "extra_bytes": size} for name, size in (("blocked", 2**19), ("eager", 3 * 2**21))
     ],
     "scaling": [{**SIZE, "s": 1.5, "growth": 1, "growth_normalised": 1, "times_floor": 1.25, "extra_bytes": 2**25}],
+    "schedule": [
+        {
+            "problem": "two views, N = 256",
+            "d": 128,
+            "threads": threads,
+            "ms": 0.5,
+            "edge": 48,
+            "tasks": 1066,
+            "computing": 0.75,
+            "waiting": 0.1,
+            "serial": 0.15,
+            "balance": 0.9,
+            "speed_up": speed_up,
+        }
+        for threads, speed_up in ((1, 1.0), (2, 1.5))
+    ],
     "family": [{**SIZE, "loss": "clip", "over_first": 0.5, "extra_bytes": 2**23, **timed(2, 0.5)}],
     "drop-ins": [
         {
@@ -336,13 +389,19 @@ def committed(tmp_path):
 def test_report_fills_the_pages_and_draws(committed):
     results, readme = committed
     command = ["report", "--results", str(results), "--root", str(results)]
-    with pytest.raises(SystemExit, match="time, memory, scaling, family, accuracy, devices, distributed, drop-ins"):
+    sections = "time, memory, scaling, family, accuracy, devices, times, schedule, distributed, drop-ins"
+    with pytest.raises(SystemExit, match=sections):
         cli.main([*command, "--check"])
     cli.main(command)
     text = readme.read_text()
-    assert text.startswith("before\n<!-- figures:time -->\n\n| N | D | `blocked` | eager | info-nce-pytorch\\* |")
-    assert "| 256 | 128 | 3.14 | 31.4 | 1 | 1.6 | 10 |" in text
-    assert "another loss, for scale" in text
+    assert text.startswith("before\n<!-- figures:time -->\n\n| instruction set | processor | N | D | ours, ms |")
+    assert "| AVX2 | A CPU | 256 | 128 | 3.14 | 1.6 | 10 |" in text
+    page = (results / "docs/benchmarks.md").read_text()
+    assert "### AVX2\n\n| N | D | `blocked` | eager | info-nce-pytorch\\* |" in page
+    assert "| 256 | 128 | 3.14 | 31.4 | 1 | 1.6 | 10 |" in page
+    assert "another loss, for scale" in page
+    assert "| two views, N = 256 | 128 | 1 | 1.5 |" in page
+    assert "| two views, N = 256 | 128 | 2 | 0.5 | 48 | 1,066 | 75 % | 10 % | 15 % | 0.9 |" in page
     assert "| 256 | 128 | < 1 | 6 |" in text
     assert "| 256 | 128 | 1.5 | 1 | 1 | 1.25 | 32 |" in text
     assert "| clip | 256 | 128 | 2 | 0.5 | 8 |" in text
@@ -361,8 +420,38 @@ def test_report_fills_the_pages_and_draws(committed):
 def test_report_check_finds_a_changed_readme(committed):
     results, readme = committed
     cli.main(["report", "--results", str(results), "--root", str(results)])
-    readme.write_text(readme.read_text().replace("31.4", "13.4"))
+    readme.write_text(readme.read_text().replace("3.14", "1.34"))
     assert report.stale_sections(results, results) == ["time"]
+
+
+def test_report_has_rows_for_every_instruction_set(committed):
+    results, readme = committed
+    first = json.loads((results / "cpu.json").read_text())
+    (results / "cpu.json").unlink()
+    of_set = {"vector": "AVX512", "held": None, "processor": "Another CPU"}
+    wide = {**first, "machine": {**MACHINE, **of_set, "instruction_set": "avx512"}}
+    held = {**first, "machine": {**MACHINE, "held": "avx2", "instruction_set": "avx2"}, "results": first["results"][:1]}
+    (results / "cpu-avx2.json").write_text(json.dumps(held))
+    (results / "cpu-avx512.json").write_text(json.dumps(wide))
+    cli.main(["report", "--results", str(results), "--root", str(results)])
+    rows = [line for line in readme.read_text().splitlines() if line.startswith("| AVX")]
+    assert [row.split(" | ")[:3] for row in rows] == [
+        ["| AVX-512", "Another CPU", "256"],
+        ["| AVX-512", "Another CPU", "1024"],
+        ["| AVX2", "A CPU", "256"],
+    ]
+    assert "our kernel: avx512" in readme.read_text()
+    assert "our kernel held to avx2" in readme.read_text()
+    page = (results / "docs/benchmarks.md").read_text()
+    assert page.index("### AVX-512") < page.index("### AVX2")
+
+
+def test_report_says_how_to_make_the_times(committed):
+    results, _ = committed
+    (results / "cpu.json").unlink()
+    with pytest.raises(FileNotFoundError, match="python -m benchmarks cpu --out"):
+        report.read_sets(results)
+    assert report.table_of(results, "cpu").startswith("Not measured: `python -m benchmarks cpu --out")
 
 
 def test_report_says_which_marker_or_file_is_missing(committed):
@@ -395,8 +484,15 @@ def test_figures_of_a_kernel_held_to_an_instruction_set_say_so(released, tmp_pat
     options = ["--n", "16", "--d", "8", "--only", "cpu", "--instruction-set", "portable"]
     record = run("cpu", tmp_path / "cpu.json", *options)
     assert _cpu.instruction_set() == "portable"
-    assert record["machine"]["held"] == "portable"
+    assert record["machine"]["held"] == record["machine"]["instruction_set"] == "portable"
     assert "our kernel held to portable" in capsys.readouterr().out
+
+
+@needs_cpu_kernels
+def test_the_instruction_set_in_use_is_printed():
+    command = [sys.executable, "-m", "benchmarks.instruction_set"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() in instruction_set.NAMES
 
 
 def in_use():

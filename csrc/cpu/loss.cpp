@@ -29,13 +29,8 @@
 namespace fntx {
 namespace {
 
-constexpr int64_t LARGEST_EDGE = 192;      // a tile and the rows it touches stay in a core's second cache at D = 128
-constexpr int64_t TILES_PER_SIDE = 4;      // at least, for each thread, down to the smallest edge
-constexpr int64_t TILES_PER_BLOCK = 4;     // at most: two blocks stay in 2 MiB of second cache at D = 128
-constexpr int64_t BLOCKS_PER_SIDE = 8;     // at least, for each of several threads, down to one tile a block
 constexpr int64_t SCRATCH_MULTIPLE = 64;  // numbers: a multiple of the cache line, so that threads share none
 constexpr int64_t COMPETING_BYTES = 1024;  // rows a multiple of it apart fall on the same few lines of the first cache
-constexpr double PARALLEL_FROM = 4e6;      // multiplications of a full product; fewer are done as soon by one thread
 
 constexpr double INF = std::numeric_limits<double>::infinity();
 
@@ -110,13 +105,9 @@ template <class T> class Run {
           cols_memory_(symmetric_ ? nullptr : new OwnedSide<T>(*call.cols, call.D, ld_, true, gathers_columns(call))),
           cols_(symmetric_ ? rows_ : *cols_memory_),
           classes_(call.classes ? Classes(call.classes, rows_.n) : Classes()),
-          edge_(edge()),
-          block_tiles_(block_tiles()),
-          slabs_(blocks(rows_), blocks(cols_), symmetric_ ? 1 : team_.threads()),
-          triangle_(blocks(rows_)),
-          rectangle_(slabs_.rows, slabs_.cols),
-          tasks_(symmetric_ ? triangle_.size() : slabs_.count * rectangle_.size()),
-          places_(first_place(tasks_)),
+          schedule_(rows_.n, cols_.n, symmetric_, team_.threads()),
+          slabs_(schedule_.slabs),
+          edge_(schedule_.edge),
           few_(slabs_.of_rows ? cols_ : rows_),
           slab_sums_(few_, slabs_.count, ld_),
           scratch_size_(round_up(edge_ * (edge_ + (softplus(call) ? 2 : 1) * (kernels.lanes + 1)), SCRATCH_MULTIPLE)),
@@ -139,7 +130,7 @@ template <class T> class Run {
         if (call_.phases & FNTX_FORWARD) {
             at_once_ = may_gather_at_once();
             if (call_.phases & FNTX_BACKWARD && !shifted_ && !at_once_) {
-                kept_ = std::min(places_, call_.workspace / int64_t(sizeof(T)) / (edge_ * edge_));
+                kept_ = std::min(schedule_.places(), call_.workspace / int64_t(sizeof(T)) / (edge_ * edge_));
                 workspace_ = Buffer<T>(kept_ * edge_ * edge_);
             }
             each_tile(at_once_ ? kernels_.forward_and_gather : kernels_.forward);
@@ -154,7 +145,7 @@ template <class T> class Run {
             join_gathered();
             if (at_once_) weigh_gathered();
             // Before the outputs' pages are first touched. A small enough batch comes again and takes the same.
-            if (kept_ == places_) workspace_.leave();
+            if (kept_ == schedule_.places()) workspace_.leave();
             workspace_ = {}, scratch_ = {};
             for_sides([&](OwnedSide<T>& side) { side.panel_memory = {}; });
             finish_sides();
@@ -167,15 +158,15 @@ template <class T> class Run {
         for_sides([&](OwnedSide<T>& side) {
             const T* const w = static_cast<const T*>(side.given.d_neg_lse);
             const double of_loss = &side == &rows_ ? call_.loss_weight : call_.cols_loss_weight;
-            for (int64_t row = 0; row < side.n; ++row) {
+            largest = larger(largest, largest_over_rows(side, [&](int64_t row) {
                 side.w[row] = call_.loss ? of_loss : w ? double(w[row]) : 0;
                 side.d_pos[row] = 0;
-                largest = larger(largest, fabs(side.w[row]));
-            }
+                return fabs(side.w[row]);
+            }));
         });
         weight_unit_ = largest == 0 ? 1 : largest;
         for_sides([&](OwnedSide<T>& side) {
-            for (int64_t row = 0; row < side.n; ++row) side.weights[row] = T(side.w[row] / weight_unit_);
+            each_row(side, [&](int64_t row) { side.weights[row] = T(side.w[row] / weight_unit_); });
         });
         each_tile(kernels_.softplus);
         join_sums();
@@ -183,10 +174,10 @@ template <class T> class Run {
         if (call_.loss) take_softplus_losses();
         for_sides([&](OwnedSide<T>& side) {
             T* const out = static_cast<T*>(side.given.neg_lse);
-            for (int64_t row = 0; row < side.n; ++row) {
+            d_bias += sum_over_rows(side, [&](int64_t row) {
                 if (out) out[row] = T(side.sums[row]);
-                d_bias += side.w[row] * side.slopes[row] + side.d_pos[row];
-            }
+                return side.w[row] * side.slopes[row] + side.d_pos[row];
+            });
         });
         if (!(call_.phases & FNTX_BACKWARD)) return;
         scratch_ = {};
@@ -242,9 +233,8 @@ template <class T> class Run {
     }
 
     static int threads(const fntx_call& call) {
-        const int64_t cols = call.cols ? count_rows(*call.cols) : count_rows(call.rows);
-        const double products = double(count_rows(call.rows)) * double(cols) * double(call.D);
-        return products < PARALLEL_FROM ? 1 : std::max(call.threads, 1);
+        const int64_t rows = count_rows(call.rows), cols = call.cols ? count_rows(*call.cols) : rows;
+        return useful_threads(rows, cols, call.D, call.threads);
     }
 
     static int64_t row_length(int64_t D, int64_t lanes) {
@@ -252,43 +242,57 @@ template <class T> class Run {
         return ld * int64_t(sizeof(T)) % COMPETING_BYTES ? ld : ld + lanes;
     }
 
-    // Several tiles a side share the work among threads, and spare a symmetric call one triangle. A side that is not
-    // much longer than such a tile is cut by LARGEST_EDGE alone: slabs of the other one share the work.
-    int64_t edge() const {
-        const int64_t whole = round_up(std::min(rows_.n, cols_.n), ALIGNED_ROWS);
-        const int64_t even = int64_t(sqrt(double(rows_.n) * double(cols_.n))) / (TILES_PER_SIDE * team_.threads());
-        const bool uncut = !symmetric_ && (team_.threads() == 1 || whole <= 2 * even);
-        const int64_t wanted = uncut ? whole : even / ALIGNED_ROWS * ALIGNED_ROWS;
-        return std::min(std::max(wanted, ALIGNED_ROWS), LARGEST_EDGE);
-    }
-
-    // Tiles of a block, in either direction.
-    int64_t block_tiles() const {
-        const int64_t shorter = divide_up(std::min(rows_.n, cols_.n), edge_);
-        const int64_t even = int64_t(sqrt(double(rows_.n) * double(cols_.n))) / edge_ / (BLOCKS_PER_SIDE * team_.threads());
-        const int64_t most = std::min(team_.threads() == 1 ? TILES_PER_BLOCK : std::max(even, int64_t(1)), TILES_PER_BLOCK);
-        return divide_up(shorter, divide_up(shorter, most));
-    }
-
-    int64_t blocks(const OwnedSide<T>& side) const { return divide_up(side.n, edge_ * block_tiles_); }
-
     template <class Body> void for_sides(Body body) {
         body(rows_);
         if (!symmetric_) body(cols_);
     }
 
-    // body(row) for every row, and the sum of what it returns; a chunk of rows is one thread's.
-    template <class Body> double sum_over_rows(OwnedSide<T>& side, Body body) {
-        std::vector<double> sums(size_t(side.chunks));
-        team_.each(side.chunks, [&](int64_t chunk, int) {
-            double sum = 0;
+    // body(row) for every row, and the sum or the largest of what it returns. A chunk of rows is one thread's, and what the
+    // chunks give is put together in their order.
+    template <class Body> double sum_over_rows(const OwnedSide<T>& side, Body body) {
+        return over_rows(side, body, [](double a, double b) { return a + b; });
+    }
+    template <class Body> double largest_over_rows(const OwnedSide<T>& side, Body body) {
+        return over_rows(side, body, larger);
+    }
+
+    template <class Body, class Join> double over_rows(const OwnedSide<T>& side, Body body, Join join) {
+        std::vector<double> parts(size_t(side.chunks));
+        each_chunk(side, [&](int64_t chunk) {
+            double part = 0;
             const int64_t last = std::min(side.n, (chunk + 1) * ALIGNED_ROWS);
-            for (int64_t row = chunk * ALIGNED_ROWS; row < last; ++row) sum += body(row);
-            sums[size_t(chunk)] = sum;
+            for (int64_t row = chunk * ALIGNED_ROWS; row < last; ++row) part = join(part, body(row));
+            parts[size_t(chunk)] = part;
         });
         double total = 0;
-        for (double sum : sums) total += sum;
+        for (double part : parts) total = join(total, part);
         return total;
+    }
+
+    // body(row) for every row.
+    template <class Body> void each_row(const OwnedSide<T>& side, Body body) {
+        each_chunk(side, [&](int64_t chunk) {
+            const int64_t last = std::min(side.n, (chunk + 1) * ALIGNED_ROWS);
+            for (int64_t row = chunk * ALIGNED_ROWS; row < last; ++row) body(row);
+        });
+    }
+
+    // body(chunk) for every chunk of rows.
+    template <class Body> void each_chunk(const OwnedSide<T>& side, Body body) {
+        const int64_t n = chunks_per_take(side.chunks, team_.threads());
+        team_.each(divide_up(side.chunks, n), [&](int64_t take, int thread) {
+            const int64_t last = std::min(side.chunks, (take + 1) * n);
+            for (int64_t chunk = take * n; chunk < last && !team_.interrupted(thread); ++chunk) body(chunk);
+        });
+    }
+
+    // body(row) for every row of which each slab has a sum: the more slabs, the fewer rows are a thread's at a time.
+    template <class Body> void each_row_of_slabs(Body body) {
+        const int64_t rows = std::max(ALIGNED_ROWS / slabs_.count, int64_t(1));
+        team_.each(divide_up(few_.n, rows), [&](int64_t chunk, int) {
+            const int64_t last = std::min(few_.n, (chunk + 1) * rows);
+            for (int64_t row = chunk * rows; row < last; ++row) body(row);
+        });
     }
 
     void load() {
@@ -296,10 +300,11 @@ template <class T> class Run {
         int which = 0;
         for_sides([&](OwnedSide<T>& side) {
             std::vector<double> squares(size_t(side.chunks));
-            team_.each(side.chunks, [&](int64_t chunk, int) { squares[size_t(chunk)] = load_chunk(side, chunk); });
+            each_chunk(side, [&](int64_t chunk) { squares[size_t(chunk)] = load_chunk(side, chunk); });
             for (double square : squares) largest[which] = larger(largest[which], square);
             ++which;
         });
+        team_.each(slabs_.count - 1, [&](int64_t copy, int) { slab_sums_.clear(copy + 1); });
         const double bound = normalize_ ? 1 : sqrt(largest[0]) * sqrt(largest[symmetric_ ? 0 : 1]);
         const double terms = log(double(std::max(rows_.n, cols_.n)));
         log_length_ = normalize_ ? 0 : log(sqrt(largest[symmetric_ ? 0 : 1]));
@@ -314,13 +319,15 @@ template <class T> class Run {
     void load_limits() {
         for_sides([&](OwnedSide<T>& side) {
             const T* const given = static_cast<const T*>(side.given.limits);
-            for (int64_t row = 0; row < side.chunks * ALIGNED_ROWS; ++row) {
+            std::fill(side.largest_similarity + side.n, side.largest_similarity + side.chunks * ALIGNED_ROWS, T(INF));
+            each_row(side, [&](int64_t row) {
                 double limit = INF;
-                if (row < side.n && given) limit = double(given[row]);
-                if (row < side.n && !given && call_.limited)
+                if (given)
+                    limit = double(given[row]);
+                else if (call_.limited)
                     limit = call_.limit_scale * similarity_to_positive(side, row) + call_.limit_shift;
                 side.largest_similarity[row] = T(limit);
-            }
+            });
         });
         scale_limits();
     }
@@ -361,10 +368,10 @@ template <class T> class Run {
             side.sums[row] = side.slopes[row] = 0;
             side.peaks[row] = T(-INF);
             side.weights[row] = 0;
+            side.w[row] = 0;
             side.nu[row] = T(INF);
         }
         if (side.gathered) std::fill(side.gathered + first * ld_, side.gathered + last * ld_, T(0));
-        if (&side == &few_) slab_sums_.clear(first, last);
         return kernels_.load_rows(side, side.given.z, call_.dtype, call_.D, ld_, normalize_, eps_, first, last);
     }
 
@@ -385,21 +392,21 @@ template <class T> class Run {
         const int64_t P = slabs_.count * slabs_.rows, Q = symmetric_ ? 0 : slabs_.count * slabs_.cols;
         std::unique_ptr<std::atomic<int32_t>[]> turns(new std::atomic<int32_t>[size_t(P + Q)]);
         for (int64_t block = 0; block < P + Q; ++block) turns[size_t(block)].store(0);
-        team_.each(tasks_, [&](int64_t index, int thread) {
-            const int64_t slab = index % slabs_.count;
-            const Task task = symmetric_ ? triangle_[index] : rectangle_[index / slabs_.count];
-            std::atomic<int32_t>* const of_rows = turns.get() + slab * slabs_.rows;
-            std::atomic<int32_t>* const of_cols = symmetric_ ? of_rows : turns.get() + P + slab * slabs_.cols;
+        const int64_t n = schedule_.block_tiles;
+        team_.each(schedule_.size(), [&](int64_t index, int thread) {
+            const Task task = schedule_[index];
+            std::atomic<int32_t>* const of_rows = turns.get() + task.slab * slabs_.rows;
+            std::atomic<int32_t>* const of_cols = symmetric_ ? of_rows : turns.get() + P + task.slab * slabs_.cols;
             std::atomic<int32_t>&row_turn = of_rows[task.row_block], &col_turn = of_cols[task.col_block];
             if (!team_.wait(row_turn, task.row_turn, thread) || !team_.wait(col_turn, task.col_turn, thread)) return;
             const bool on_diagonal = symmetric_ && task.row_block == task.col_block;
-            int64_t place = first_place(index);
-            for (int64_t i = 0; i < block_tiles_; ++i)
-                for (int64_t step = on_diagonal ? i : 0; step < block_tiles_; ++step, ++place) {
+            int64_t place = schedule_.first_place(index);
+            for (int64_t i = 0; i < n; ++i)
+                for (int64_t step = on_diagonal ? i : 0; step < n; ++step, ++place) {
                     // There and back, so that a tile shares its columns or its rows with the one before.
-                    const int64_t j = i % 2 ? block_tiles_ - 1 - step + (on_diagonal ? i : 0) : step;
+                    const int64_t j = i % 2 ? n - 1 - step + (on_diagonal ? i : 0) : step;
                     if (team_.interrupted(thread)) return;
-                    Tile<T> tile = this->tile(task, slab, i, j, place, thread);
+                    Tile<T> tile = this->tile(task, i, j, place, thread);
                     if (tile.n_rows <= 0 || tile.n_cols <= 0) continue;  // a block may reach beyond the matrix
                     if (agreeing && !tile.masked) continue;
                     if (agreeing) {
@@ -417,38 +424,26 @@ template <class T> class Run {
 
     void join_sums() {
         if (slabs_.count == 1) return;
-        sum_over_rows(few_, [&](int64_t row) {
-            slab_sums_.join_sums(few_, row);
-            return 0.0;
-        });
+        each_row_of_slabs([&](int64_t row) { slab_sums_.join_sums(few_, row); });
     }
 
     void join_gathered() {
         if (slabs_.count == 1 || !few_.gathered) return;
-        sum_over_rows(few_, [&](int64_t row) {
-            slab_sums_.join_gathered(few_, row, kernels_);
-            return 0.0;
-        });
+        each_row_of_slabs([&](int64_t row) { slab_sums_.join_gathered(few_, row, kernels_); });
         slab_sums_.release_gathered();
     }
 
-    // Where a task's tiles start in the workspace: those on the diagonal, which have fewer, are the first tasks.
-    int64_t first_place(int64_t task) const {
-        const int64_t n = block_tiles_, half = symmetric_ ? std::min(task, blocks(rows_)) : 0;
-        return half * (n * (n + 1) / 2) + (task - half) * n * n;
-    }
-
     // Tile (i, j) of a task.
-    Tile<T> tile(const Task& task, int64_t slab, int64_t i, int64_t j, int64_t place, int thread) {
-        PackedSide<T>* const few = slab ? &slab_sums_[slab] : &few_;
+    Tile<T> tile(const Task& task, int64_t i, int64_t j, int64_t place, int thread) {
+        PackedSide<T>* const few = task.slab ? &slab_sums_[task.slab] : &few_;
         Tile<T> tile;
         tile.rows = slabs_.of_rows ? &rows_ : few;
         tile.cols = slabs_.of_rows || symmetric_ ? few : &cols_;
         tile.D = call_.D;
         tile.ld = ld_;
-        tile.row0 = ((task.row_block + (slabs_.of_rows ? slab * slabs_.rows : 0)) * block_tiles_ + i) * edge_;
+        tile.row0 = schedule_.first_row(task, i);
         tile.n_rows = std::min(edge_, rows_.n - tile.row0);
-        tile.col0 = ((task.col_block + (slabs_.of_rows ? 0 : slab * slabs_.cols)) * block_tiles_ + j) * edge_;
+        tile.col0 = schedule_.first_col(task, j);
         tile.n_cols = std::min(edge_, cols_.n - tile.col0);
         tile.diagonal = symmetric_ && tile.row0 == tile.col0;
         tile.masked = tile.n_cols % kernels_.panel || span(rows_, tile.row0).meets(span(cols_, tile.col0));
@@ -476,11 +471,10 @@ template <class T> class Run {
 
     void take_logarithms(OwnedSide<T>& side) {
         T* const out = static_cast<T*>(side.given.neg_lse);
-        sum_over_rows(side, [&](int64_t row) {
+        each_row(side, [&](int64_t row) {
             side.neg_lse[row] = log(side.sums[row]) + (shifted_ ? double(side.peaks[row]) : 0);
             if (out) out[row] = T(side.neg_lse[row]);
             if (call_.pos) static_cast<T*>(call_.pos)[row] = T(call_.inv_tau * similarity_to_positive(side, row));
-            return 0.0;
         });
     }
 
@@ -498,7 +492,7 @@ template <class T> class Run {
             const double weight = &side == &rows_ ? rows_loss_weight() : call_.cols_loss_weight;
             const T* const against = static_cast<const T*>(call_.against);
             T* const d_against = static_cast<T*>(call_.d_against);
-            if (weight == 0) return std::fill(side.w, side.w + side.n, 0.0);
+            if (weight == 0) return;  // as its rows' weights are from the start
             loss += weight * sum_over_rows(side, [&](int64_t row) {
                 const double pi = against ? double(against[row]) : call_.inv_tau * similarity_to_positive(side, row);
                 const double loss = softplus(side.neg_lse[row] - pi, side.w[row]);
@@ -540,7 +534,7 @@ template <class T> class Run {
         PositiveSide<T>& positives = *positives_;
         const double weight = rows_loss_weight();
         if (of_each_pair())
-            for (int64_t row = 0; row < rows_.n; ++row) positives.nu[row] = T(rows_.neg_lse[row]);
+            each_row(rows_, [&](int64_t row) { positives.nu[row] = T(rows_.neg_lse[row]); });
         each_tile(of_each_pair() ? kernels_.pairs : kernels_.forward, &positives);
         *static_cast<T*>(call_.loss) = T(sum_over_rows(rows_, [&](int64_t row) {
             const double n_positives = count_positives(row);
@@ -593,34 +587,34 @@ template <class T> class Run {
         for_sides([&](OwnedSide<T>& side) {
             const T* const neg_lse = static_cast<const T*>(side.given.neg_lse);
             const T* const w = static_cast<const T*>(side.given.d_neg_lse);
-            for (int64_t row = 0; row < side.n; ++row) {
+            largest = larger(largest, largest_over_rows(side, [&](int64_t row) {
                 if (!(call_.phases & FNTX_FORWARD)) side.neg_lse[row] = double(neg_lse[row]);
                 if (!call_.loss) side.w[row] = w ? double(w[row]) : 0;
                 if (side.neg_lse[row] == -INF) side.w[row] = 0;  // no negative: no weight, whatever came
                 if (!in_classes()) side.d_pos[row] = takes_positives() ? -side.w[row] : d_pos ? double(d_pos[row]) : 0;
-                largest = larger(largest, larger(fabs(side.w[row]), fabs(side.d_pos[row])));
-            }
+                return larger(fabs(side.w[row]), fabs(side.d_pos[row]));
+            }));
         });
         if (largest == 0) largest = 1;
         for_sides([&](OwnedSide<T>& side) {
-            for (int64_t row = 0; row < side.n && !shifted_; ++row) {
-                if (side.w[row] == 0) continue;
+            if (shifted_) return;
+            shifted_ = 0 < largest_over_rows(side, [&](int64_t row) {
+                if (side.w[row] == 0) return 0.0;
                 const double factor = fabs(side.w[row]) / largest * exp(-side.neg_lse[row]);
-                shifted_ = !(factor > SMALLEST_FACTOR<T> && factor < 1 / SMALLEST_FACTOR<T>);
-            }
+                return factor > SMALLEST_FACTOR<T> && factor < 1 / SMALLEST_FACTOR<T> ? 0.0 : 1.0;
+            });
         });
         if (limited_) scale_limits();  // the tiles may be shifted now
         check_gathered();
         // Of doubles, the quotient of weights that are small by themselves may be none.
         weight_unit_ = shifted_ ? larger(largest / LARGEST_WEIGHT<T>, std::numeric_limits<double>::min()) : largest;
         for_sides([&](OwnedSide<T>& side) {
-            sum_over_rows(side, [&](int64_t row) {
+            each_row(side, [&](int64_t row) {
                 const double nu = side.neg_lse[row] == -INF ? INF : side.neg_lse[row];
                 const double w = side.w[row] / weight_unit_;
                 side.weights[row] = T(shifted_ ? w : w * exp(-nu));
                 side.nu[row] = T(nu);
                 if (positives_) positives_->weights[row] = T(side.d_pos[row] / weight_unit_);
-                return 0.0;
             });
         });
     }
@@ -637,22 +631,19 @@ template <class T> class Run {
     // was gathered is dropped, for a pass with weights.
     void check_gathered() {
         if (!at_once_) return;
-        for (int64_t row = 0; row < rows_.n; ++row)
-            if (rows_.w[row] != 0) at_once_ = at_once_ && rows_.neg_lse[row] + log_length_ > -double(DIRECT_LIMIT<T>);
-        at_once_ = at_once_ && !shifted_;
+        const double small = largest_over_rows(rows_, [&](int64_t row) {
+            return rows_.w[row] == 0 || rows_.neg_lse[row] + log_length_ > -double(DIRECT_LIMIT<T>) ? 0.0 : 1.0;
+        });
+        at_once_ = small == 0 && !shifted_;
         if (at_once_) return;
-        for (int64_t chunk = 0; chunk < rows_.chunks; ++chunk) {
-            const int64_t first = chunk * ALIGNED_ROWS, last = first + ALIGNED_ROWS;
-            std::fill(rows_.gathered + first * ld_, rows_.gathered + last * ld_, T(0));
-            if (&rows_ == &few_) slab_sums_.clear(first, last);
-        }
+        each_row(rows_, [&](int64_t row) { std::fill_n(rows_.gathered + row * ld_, ld_, T(0)); });
+        if (&rows_ == &few_) team_.each(slabs_.count - 1, [&](int64_t copy, int) { slab_sums_.clear(copy + 1); });
     }
 
     void weigh_gathered() {
-        sum_over_rows(rows_, [&](int64_t row) {
+        each_row(rows_, [&](int64_t row) {
             T* const g = rows_.gathered + row * ld_;
             for (int64_t d = 0; d < ld_; ++d) g[d] *= rows_.weights[row];
-            return 0.0;
         });
     }
 
@@ -704,11 +695,9 @@ template <class T> class Run {
     OwnedSide<T>& cols_;
     const Classes classes_;
     std::unique_ptr<PositiveSide<T>> positives_;
-    const int64_t edge_, block_tiles_;
-    const Slabs slabs_;
-    const Triangle triangle_;
-    const Rectangle rectangle_;
-    const int64_t tasks_, places_;
+    const Schedule schedule_;
+    const Slabs& slabs_;
+    const int64_t edge_;
     OwnedSide<T>& few_;  // the side of which each slab has sums of its own
     SlabSums<T> slab_sums_;
     const int64_t scratch_size_;

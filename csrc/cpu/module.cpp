@@ -4,6 +4,7 @@
 #include <thread>
 
 #include "../python.h"
+#include "schedule.h"
 
 namespace {
 
@@ -126,6 +127,35 @@ PyObject* exp2(PyObject*, PyObject* args) {
     return PyErr_Format(PyExc_ValueError, "exp2 takes float32 or float64");
 }
 
+PyObject* schedule(PyObject*, PyObject* args) {
+    long long rows, cols, D;
+    int threads;
+    if (!PyArg_ParseTuple(args, "LLLi", &rows, &cols, &D, &threads)) return nullptr;
+    if (rows < 1 || cols < 0 || rows > FNTX_MOST_ROWS || cols > FNTX_MOST_ROWS || D < 1 || threads < 1)
+        return PyErr_Format(PyExc_ValueError, "schedule takes sizes and threads from 1 on, got (%lld, %lld, %lld, %d)", rows,
+                            cols, D, threads);
+    const bool symmetric = cols == 0;
+    if (symmetric) cols = rows;
+    const fntx::Schedule of_call(rows, cols, symmetric, fntx::useful_threads(rows, cols, D, threads));
+    PyObject* const tasks = PyList_New(Py_ssize_t(of_call.size()));
+    for (int64_t index = 0; tasks && index < of_call.size(); ++index) {
+        const fntx::Task task = of_call[index];
+        PyObject* const item = Py_BuildValue(
+            "LLLiiL", (long long)task.slab, (long long)of_call.first_row(task, 0), (long long)of_call.first_col(task, 0),
+            int(task.row_turn), int(task.col_turn), (long long)of_call.first_place(index));
+        if (!item || PyList_SetItem(tasks, Py_ssize_t(index), item) < 0) {
+            Py_DECREF(tasks);
+            return nullptr;
+        }
+    }
+    if (!tasks) return nullptr;
+    const auto rows_per_take = [&](int64_t n) {
+        return (long long)(fntx::ALIGNED_ROWS * fntx::chunks_per_take(fntx::divide_up(n, fntx::ALIGNED_ROWS), of_call.threads));
+    };
+    return Py_BuildValue("iLLLLLN", of_call.threads, (long long)of_call.edge, (long long)of_call.block_tiles,
+                         rows_per_take(rows), rows_per_take(cols), (long long)of_call.slabs.count, tasks);
+}
+
 PyMethodDef methods[] = {
     {"run", run, METH_VARARGS, "run(phases, function, dtype, normalize, threads, D, inv_tau, bias, eps, rows, cols, pos, "
                                "d_pos, loss, loss_weight, cols_loss_weight, d_inv_tau, d_bias, (row_limits, col_limits, "
@@ -134,6 +164,9 @@ PyMethodDef methods[] = {
                                "interruptible, of the main thread alone: Ctrl-C ends it."},
     {"instruction_set", instruction_set, METH_NOARGS, "The instruction set in use."},
     {"use_instruction_set", use_instruction_set, METH_VARARGS, "Use another one from now on."},
+    {"schedule", schedule, METH_VARARGS, "schedule(rows, cols or 0, D, threads): (threads, edge, block_tiles, rows and columns "
+                                         "that a thread takes at a time, slabs, tasks), how csrc/cpu/schedule.h cuts a call; "
+                                         "a task is (slab, first row, first column, row_turn, col_turn, place)."},
     {"exp2", exp2, METH_VARARGS, "exp2(dtype, x, y, n): the kernels' own 2^x."},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -1,15 +1,68 @@
-// The order in which tiles are taken. Tiles that touch the same block of rows or columns add to the same sums, so each
-// block has turns: a tile waits for its two blocks' turns, and the order of every sum is the same whichever thread
-// computes it. Tiles come in rounds in which no block occurs twice, so that threads seldom wait.
+// How the similarity matrix is cut into tasks, and the order in which they are taken. A task is a block of rows against a
+// block of columns, a few tiles either way. Tasks that touch the same block add to the same sums, so each block has turns:
+// a task waits for its two blocks' turns, and the order of every sum is the same whichever thread computes it. Tasks come
+// in rounds in which no block occurs twice, so that threads seldom wait.
+//
+// All of it follows from the sizes and the number of threads. `python -m benchmarks schedule` asks for it by
+// _cpu.schedule() and predicts from it what more threads gain.
 #pragma once
 
+#include <math.h>
 #include <stdint.h>
+
+#include <algorithm>
+
+#include "kernels.h"
 
 namespace fntx {
 
+constexpr int64_t LARGEST_EDGE = 192;      // a tile and the rows it touches stay in a core's second cache at D = 128
+constexpr int64_t TILES_PER_SIDE = 4;      // at least, for each thread, down to the smallest edge
+constexpr int64_t TILES_PER_BLOCK = 4;     // at most: two blocks stay in 2 MiB of second cache at D = 128
+constexpr int64_t BLOCKS_PER_SIDE = 8;     // at least, for each of several threads, down to one tile a block
+constexpr int64_t CHUNKS_PER_TAKE = 8;     // at most
+constexpr int64_t TAKES_PER_THREAD = 4;    // at least, down to one chunk a take
+constexpr double PARALLEL_FROM = 4e6;      // multiplications of a full product; fewer are done as soon by one thread
+
+inline int64_t divide_up(int64_t x, int64_t by) { return (x + by - 1) / by; }
+
+inline int64_t round_up(int64_t x, int64_t to) { return divide_up(x, to) * to; }
+
+// The threads that a call uses, of those that it may use.
+inline int useful_threads(int64_t rows, int64_t cols, int64_t D, int threads) {
+    return double(rows) * double(cols) * double(D) < PARALLEL_FROM ? 1 : std::max(threads, 1);
+}
+
+// How many chunks of ALIGNED_ROWS rows a thread takes at a time in a phase over rows. Threads that each took one would
+// wait for the counter of those taken, which one of them can change in 0.1 us and which 64 would change every 0.02 us.
+inline int64_t chunks_per_take(int64_t chunks, int threads) {
+    if (threads == 1) return 1;
+    return std::min(std::max(chunks / (TAKES_PER_THREAD * threads), int64_t(1)), CHUNKS_PER_TAKE);
+}
+
+// Slabs of a matrix of P x Q blocks: `rows` x `cols` blocks each. The last one may reach beyond the matrix.
+//
+// Only one task at a time may add to the sums of a block of rows. With few rows and many columns, as of queries against a
+// long queue, there are fewer such blocks than threads. So the columns are split into slabs, each with a copy of the
+// rows' sums, and the copies are added up in a fixed order. Few columns against many rows: the same, transposed.
+struct Slabs {
+    int64_t count = 1, rows, cols;
+    bool of_rows = false;  // the rows are split, because the columns are few
+
+    Slabs(int64_t P, int64_t Q, int threads) : rows(P), cols(Q), of_rows(P > Q) {
+        const int64_t few = std::min(P, Q), many = std::max(P, Q), busy = 2 * int64_t(threads);
+        if (threads <= 1 || few >= busy) return;
+        // No more than make the copies as long as the side that is split.
+        const int64_t wanted = std::min(divide_up(busy, few), many / few), blocks = divide_up(many, wanted);
+        count = divide_up(many, blocks);
+        (of_rows ? rows : cols) = blocks;
+    }
+};
+
 struct Task {
-    int64_t row_block, col_block;
+    int64_t row_block, col_block;  // in the task's slab
     int32_t row_turn, col_turn;
+    int64_t slab = 0;
 };
 
 // All tiles on or above the diagonal of a symmetric matrix of P blocks: first the diagonal, then a tournament in which
@@ -62,6 +115,76 @@ class Rectangle {
   private:
     int64_t few_, many_;
     bool swapped_;
+};
+
+// The tasks of a call, from the first taken to the last.
+class Schedule {
+  public:
+    const bool symmetric;  // the rows are the columns
+    const int threads;
+    const int64_t rows, cols;
+    const int64_t edge;         // rows and columns of a tile
+    const int64_t block_tiles;  // tiles of a block, in either direction
+    const Slabs slabs;
+
+    Schedule(int64_t rows, int64_t cols, bool symmetric, int threads)
+        : symmetric(symmetric),
+          threads(threads),
+          rows(rows),
+          cols(cols),
+          edge(choose_edge()),
+          block_tiles(choose_block_tiles()),
+          slabs(blocks(rows), blocks(cols), symmetric ? 1 : threads),
+          triangle_(blocks(rows)),
+          rectangle_(slabs.rows, slabs.cols) {}
+
+    int64_t size() const { return symmetric ? triangle_.size() : slabs.count * rectangle_.size(); }
+
+    Task operator[](int64_t index) const {
+        if (symmetric) return triangle_[index];
+        Task task = rectangle_[index / slabs.count];
+        task.slab = index % slabs.count;
+        return task;
+    }
+
+    // Where a task's tiles start in the workspace: those on the diagonal, which have fewer, are the first tasks.
+    int64_t first_place(int64_t index) const {
+        const int64_t n = block_tiles, half = symmetric ? std::min(index, blocks(rows)) : 0;
+        return half * (n * (n + 1) / 2) + (index - half) * n * n;
+    }
+
+    int64_t places() const { return first_place(size()); }
+
+    // The first row and column of tile (i, j) of a task; either may lie beyond the matrix.
+    int64_t first_row(const Task& task, int64_t i) const {
+        return ((task.row_block + (slabs.of_rows ? task.slab * slabs.rows : 0)) * block_tiles + i) * edge;
+    }
+    int64_t first_col(const Task& task, int64_t j) const {
+        return ((task.col_block + (slabs.of_rows ? 0 : task.slab * slabs.cols)) * block_tiles + j) * edge;
+    }
+
+  private:
+    // Several tiles a side share the work among threads, and spare a symmetric call one triangle. A side that is not
+    // much longer than such a tile is cut by LARGEST_EDGE alone: slabs of the other one share the work.
+    int64_t choose_edge() const {
+        const int64_t whole = round_up(std::min(rows, cols), ALIGNED_ROWS);
+        const int64_t even = int64_t(sqrt(double(rows) * double(cols))) / (TILES_PER_SIDE * threads);
+        const bool uncut = !symmetric && (threads == 1 || whole <= 2 * even);
+        const int64_t wanted = uncut ? whole : even / ALIGNED_ROWS * ALIGNED_ROWS;
+        return std::min(std::max(wanted, ALIGNED_ROWS), LARGEST_EDGE);
+    }
+
+    int64_t choose_block_tiles() const {
+        const int64_t shorter = divide_up(std::min(rows, cols), edge);
+        const int64_t even = int64_t(sqrt(double(rows) * double(cols))) / edge / (BLOCKS_PER_SIDE * threads);
+        const int64_t most = std::min(threads == 1 ? TILES_PER_BLOCK : std::max(even, int64_t(1)), TILES_PER_BLOCK);
+        return divide_up(shorter, divide_up(shorter, most));
+    }
+
+    int64_t blocks(int64_t n) const { return divide_up(n, edge * block_tiles); }
+
+    const Triangle triangle_;
+    const Rectangle rectangle_;
 };
 
 }  // namespace fntx

@@ -1,6 +1,5 @@
-// Only one tile at a time may add to the sums of a block of rows. With few rows and many columns, as of queries against a
-// long queue, there are fewer such blocks than threads. So the columns are split into slabs, each with a copy of the
-// rows' sums, and the copies are added up in a fixed order. Few columns against many rows: the same, transposed.
+// The sums of slabs (schedule.h): each slab but the first has a copy of the shorter side's, and the copies are added up in
+// a fixed order.
 #pragma once
 
 #include <math.h>
@@ -11,27 +10,9 @@
 
 #include "kernels.h"
 #include "memory.h"
+#include "schedule.h"
 
 namespace fntx {
-
-inline int64_t divide_up(int64_t x, int64_t by) { return (x + by - 1) / by; }
-
-inline int64_t round_up(int64_t x, int64_t to) { return divide_up(x, to) * to; }
-
-// Slabs of a matrix of P x Q blocks: `rows` x `cols` blocks each. The last one may reach beyond the matrix.
-struct Slabs {
-    int64_t count = 1, rows, cols;
-    bool of_rows = false;  // the rows are split, because the columns are few
-
-    Slabs(int64_t P, int64_t Q, int threads) : rows(P), cols(Q), of_rows(P > Q) {
-        const int64_t few = std::min(P, Q), many = std::max(P, Q), busy = 2 * int64_t(threads);
-        if (threads <= 1 || few >= busy) return;
-        // No more than make the copies as long as the side that is split.
-        const int64_t wanted = std::min(divide_up(busy, few), many / few), blocks = divide_up(many, wanted);
-        count = divide_up(many, blocks);
-        (of_rows ? rows : cols) = blocks;
-    }
-};
 
 // The copies of slabs 1, 2, ...; slab 0 adds to the side itself.
 template <class T> class SlabSums {
@@ -54,14 +35,14 @@ template <class T> class SlabSums {
     // The side that a slab adds to.
     PackedSide<T>& operator[](int64_t slab) { return sides_[size_t(slab - 1)]; }
 
-    // Set the sums of rows [first, last) to zero.
-    void clear(int64_t first, int64_t last) {
-        for (PackedSide<T>& side : sides_) {
-            std::fill(side.sums + first, side.sums + last, 0.0);
-            std::fill(side.slopes + first, side.slopes + last, 0.0);
-            std::fill(side.peaks + first, side.peaks + last, T(-INFINITY));
-            if (side.gathered) std::fill(side.gathered + first * ld_, side.gathered + last * ld_, T(0));
-        }
+    // Set a slab's sums to zero.
+    void clear(int64_t slab) {
+        PackedSide<T>& side = (*this)[slab];
+        const int64_t padded = round_up(side.n, ALIGNED_ROWS);
+        std::fill(side.sums, side.sums + padded, 0.0);
+        std::fill(side.slopes, side.slopes + padded, 0.0);
+        std::fill(side.peaks, side.peaks + padded, T(-INFINITY));
+        if (side.gathered) std::fill(side.gathered, side.gathered + padded * ld_, T(0));
     }
 
     // Add the slabs' sums of a row to the side's. Tiles that are not shifted leave every peak at -inf.

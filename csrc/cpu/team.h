@@ -55,10 +55,10 @@ class Team {
         if (threads_ <= 1 || count <= 1) return share(0);
         job_ = [](void* context, int thread) { (*static_cast<decltype(share)*>(context))(thread); };
         context_ = &share;
-        open_.store(true);
+        open_.store(++jobs_);
         share(0);
         // Whoever has not come yet is not waited for: a helper that counts itself in and finds the job closed leaves.
-        open_.store(false);
+        open_.store(0);
         for (int spins = 0; inside_.load() != 0; ++spins) relax(spins);
     }
 
@@ -87,12 +87,16 @@ class Team {
     // The parallel region: leader on the calling thread, help on the others.
     void start(void (*leader)(void*), void* context);
 
+    // A job that has nothing left is not entered again: helpers that count themselves in and out until it is closed keep
+    // those that still work, and the leader, from the lines that they share.
     void help(int thread) {
+        int64_t done = 0;
         for (int spins = 0; !finished_.load(); ++spins) {
             relax(spins);
-            if (!open_.load()) continue;
+            const int64_t job = open_.load();
+            if (job == 0 || job == done) continue;
             inside_.fetch_add(1);
-            if (open_.load()) job_(context_, thread), spins = 0;
+            if (open_.load() == job) job_(context_, thread), done = job, spins = 0;
             inside_.fetch_sub(1);
         }
     }
@@ -104,8 +108,10 @@ class Team {
     const int threads_;
     int (*const poll_)(void);
     std::chrono::steady_clock::time_point polled_ = std::chrono::steady_clock::now();
-    std::atomic<bool> stop_{false}, finished_{false}, open_{false};
+    std::atomic<bool> stop_{false}, finished_{false};
+    std::atomic<int64_t> open_{0};  // the number of the job that is open, from 1; 0: none
     std::atomic<int> inside_{0};
+    int64_t jobs_ = 0;
     void (*job_)(void*, int) = nullptr;
     void* context_ = nullptr;
 };

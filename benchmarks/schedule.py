@@ -1,0 +1,332 @@
+"""Suite `schedule`: predict what the CPU kernels gain from threads, by a simulation of their schedule.
+
+The kernels themselves say how a call is cut and in which order its tasks are taken (`_cpu.schedule`,
+csrc/cpu/schedule.h). What the threads do is simulated event by event, as csrc/cpu/team.h has it: enter a phase, take
+the next index, wait for the turns of the task's two blocks, compute, leave. `Costs` says how long each event takes.
+
+The prediction is optimistic: cores share no memory bandwidth, no cache and no power budget, and fresh pages cost
+nothing. Where a real machine falls behind it, look for one of those. Where the prediction itself falls behind the
+number of threads, the schedule is at fault.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+from collections.abc import Callable
+from typing import NamedTuple
+
+Block = tuple[int, str, int]  # its slab, its side, its first row or column
+Turns = tuple[tuple[Block, int], ...]
+
+THREADS = (1, 2, 4, 8, 16, 32, 64)
+GRID = (256, 1024, 4096, 16384)
+QUEUE = 65536  # columns that queries are held against
+QUERIES = (64, 256)
+ALIGNED_ROWS = 48  # csrc/cpu/kernels.h
+
+
+class Costs(NamedTuple):
+    """Nanoseconds of one core, for float32 and AVX-512.
+
+    The first group is a least-squares fit to the one-thread times in benchmarks/results/cpu-avx512.json. The model
+    gives these back within 6 %, from N = 16 to 4,096 and D = 128 to 2,048. The second group is counted: 15 to 20 ns for
+    exp or log in double precision, 1 to 2 ns for a number read or written. The third is of the size of published
+    latencies: 50 to 150 ns between two cores of one processor, and some microseconds for a parallel region of OpenMP.
+    """
+
+    call: float = 130_000  # Python, autograd, memory: whatever the size
+    multiply_add: float = 0.02
+    exponential: float = 0.17  # an element of a tile, formed or found in the workspace, with its weight or its sum
+    touch: float = 0.18  # a feature of a tile's row or column, loaded, or loaded and added to
+    feature: float = 0.9  # a feature of a row, loaded and normalised, or of its gradient
+
+    # Each of these is per row.
+    logarithm: float = 20
+    loss: float = 30
+    largest_weight: float = 5
+    weight_in_range: float = 20
+    weight: float = 20
+    join_sums: float = 5  # and per slab
+
+    team: float = 5_000  # a parallel region begins and ends
+    hand_over: float = 100  # until a waiting thread sees what another wrote
+    line: float = 100  # a cache line that many threads write moves to the next one
+
+
+COSTS = Costs()
+
+
+class Problem(NamedTuple):
+    """The sizes of a loss with its gradients. Without columns the rows are their own."""
+
+    name: str
+    rows: int
+    cols: int
+    d: int
+    gathers_cols: bool = True
+
+    @property
+    def symmetric(self) -> bool:
+        return not self.cols
+
+
+def two_views(n: int, d: int) -> Problem:
+    """NT-Xent of n samples."""
+    return Problem(f"two views, N = {n:,}", 2 * n, 0, d)
+
+
+def two_towers(n: int, d: int) -> Problem:
+    """CLIP of n samples."""
+    return Problem(f"two towers, N = {n:,}", n, n, d)
+
+
+def queries(n: int, d: int) -> Problem:
+    """InfoNCE of n queries against a queue, which takes no gradient."""
+    return Problem(f"{n} queries, queue of {QUEUE:,}", n, QUEUE, d, gathers_cols=False)
+
+
+class Task(NamedTuple):
+    """A block of rows against a block of columns, as `_cpu.schedule` gives it."""
+
+    slab: int
+    first_row: int
+    first_col: int
+    row_turn: int
+    col_turn: int
+    place: int  # of its first tile in the workspace
+
+
+class Cut(NamedTuple):
+    """How the kernels cut a call."""
+
+    threads: int
+    edge: int
+    block_tiles: int
+    rows_per_take: int  # by a thread in a phase over rows
+    cols_per_take: int
+    slabs: int
+    tasks: list[Task]
+
+
+def cut(problem: Problem, threads: int) -> Cut:
+    """Ask the kernels."""
+    from fastntxent import _cpu
+
+    *numbers, tasks = _cpu.schedule(problem.rows, problem.cols, problem.d, threads)
+    return Cut(*numbers, [Task(*task) for task in tasks])
+
+
+def turns_of(problem: Problem, task: Task) -> Turns:
+    """The blocks that a task adds to, with its turn at each; one block on the diagonal."""
+    rows = ((task.slab, "rows", task.first_row), task.row_turn)
+    cols = ((task.slab, "rows" if problem.symmetric else "cols", task.first_col), task.col_turn)
+    return (rows,) if rows[0] == cols[0] else (rows, cols)
+
+
+class TileSize(NamedTuple):
+    """A tile, and its place in the workspace."""
+
+    rows: int
+    cols: int
+    diagonal: bool
+    place: int
+
+
+def tiles(problem: Problem, of: Cut, task: Task) -> list[TileSize]:
+    """The tiles of a task that exist: only those on and above the diagonal where rows and columns are one block."""
+    on_diagonal = problem.symmetric and task.first_row == task.first_col
+    found, place = [], task.place
+    for i in range(of.block_tiles):
+        for j in range(i if on_diagonal else 0, of.block_tiles):
+            n_rows = min(of.edge, problem.rows - task.first_row - i * of.edge)
+            n_cols = min(of.edge, (problem.cols or problem.rows) - task.first_col - j * of.edge)
+            if n_rows > 0 and n_cols > 0:
+                found.append(TileSize(n_rows, n_cols, on_diagonal and i == j, place))
+            place += 1
+    return found
+
+
+class SimulatedTeam:
+    """Threads that go through the phases of a call. Times are nanoseconds since its start."""
+
+    def __init__(self, threads: int, costs: Costs):
+        self.threads, self.costs = threads, costs
+        self.now = 0.0
+        self.serial_ns = self.busy_ns = self.waiting_ns = 0.0
+        self.busy_in_tiles = [0.0] * threads
+
+    def serial(self, ns: float) -> None:
+        """The calling thread alone."""
+        self.now += ns
+        self.serial_ns += ns
+
+    def rows(self, rows: int, per_take: int, ns_of_row: float) -> None:
+        """A phase over rows, some at a time."""
+        self._phase(-(-rows // per_take), lambda i: (min(per_take, rows - i * per_take) * ns_of_row, ()))
+
+    def tasks(self, durations: list[float], turns: list[Turns]) -> None:
+        """A phase over tasks."""
+        self._phase(len(durations), lambda i: (durations[i], turns[i]), self.busy_in_tiles)
+
+    def _phase(
+        self, count: int, work: Callable[[int], tuple[float, Turns]], busy_of: list[float] | None = None
+    ) -> None:
+        """Team::each: indices in order, each to whichever thread is free; thread 0 leads.
+
+        Two cache lines are written by all threads, one after the other: that of the next index, and that of the team,
+        on which helpers count themselves in and out and the leader closes the phase.
+        """
+        alone = self.threads == 1 or count <= 1
+        line, hand_over = (0.0, 0.0) if alone else (self.costs.line, self.costs.hand_over)
+        helpers = () if alone else range(1, self.threads)
+        next_free = team_free = end = self.now  # when each line is free, and the last thread has left
+        index, closed = 0, False
+        turns: dict[Block, int] = {}
+        ended: dict[Block, float] = {}  # when the last turn of a block did
+        events = [(self.now, 0, "take"), *((self.now + hand_over, helper, "enter") for helper in helpers)]
+        while events:
+            time, thread, what = heapq.heappop(events)
+            if what == "take":
+                time = next_free = max(time, next_free) + line
+                if index == count:
+                    heapq.heappush(events, (time, thread, "leave" if thread else "close"))
+                    continue
+                duration, blocks = work(index)
+                index += 1
+                start = max([time, *(ended.get(block, 0.0) for block, _ in blocks)])
+                if start > time:
+                    start += hand_over
+                for block, turn in blocks:
+                    # Earlier indices were taken before, so a block's turns come one after the other or never.
+                    assert turns.get(block, 0) == turn, "the schedule would wait forever"
+                    turns[block] = turn + 1
+                    ended[block] = start + duration
+                self.waiting_ns += start - time
+                self.busy_ns += duration
+                if busy_of is not None:
+                    busy_of[thread] += duration
+                heapq.heappush(events, (start + duration, thread, "take"))
+            elif what == "enter" and not closed:
+                team_free = max(time, team_free) + line
+                heapq.heappush(events, (team_free, thread, "take"))
+            elif what == "leave":
+                team_free = end = max(time, team_free) + line
+            elif what == "close":
+                team_free = end = max(time, team_free) + line
+                closed = True
+        self.now = end
+
+
+class Prediction(NamedTuple):
+    """A call's time, and shares of the time of all its threads."""
+
+    ms: float
+    edge: int  # of a tile
+    tasks: int
+    computing: float
+    waiting: float  # for turns
+    serial: float  # while one thread alone works, outside the phases
+    balance: float  # work on tiles: the mean of the threads over the largest
+
+
+def simulate(problem: Problem, threads: int, costs: Costs = COSTS) -> Prediction:
+    """Loss and gradients in one call: the phases of csrc/cpu/loss.cpp in their order."""
+    of = cut(problem, threads)
+    team = SimulatedTeam(of.threads, costs)
+    d = problem.d
+    sides = [(problem.rows, of.rows_per_take)]
+    if not problem.symmetric:
+        sides.append((problem.cols, of.cols_per_take))
+    with_gradient = sides if problem.gathers_cols else sides[:1]
+    forward, backward = _durations(problem, of, costs)
+    turns = [turns_of(problem, task) for task in of.tasks]
+    few = min(sides)[0]
+
+    def each_row(ns: float, of_sides: list[tuple[int, int]] = sides) -> None:
+        for rows, per_take in of_sides:
+            team.rows(rows, per_take, ns)
+
+    def each_row_of_slabs(ns_of_copy: float) -> None:
+        if of.slabs > 1:
+            team.rows(few, max(ALIGNED_ROWS // of.slabs, 1), (of.slabs - 1) * ns_of_copy)
+
+    team.serial(costs.call + (costs.team if of.threads > 1 else 0))
+    each_row(d * costs.feature)
+    team.rows(of.slabs - 1, 1, few * d * costs.touch)  # the slabs' sums are cleared, one slab at a time
+    team.tasks(forward, turns)
+    each_row_of_slabs(costs.join_sums)
+    each_row(costs.logarithm)
+    each_row(costs.loss, with_gradient)
+    each_row(costs.largest_weight)
+    each_row(costs.weight_in_range, with_gradient)
+    each_row(costs.weight)
+    team.tasks(backward, turns)
+    each_row_of_slabs(d * costs.touch)
+    each_row(d * costs.feature, with_gradient)
+    of_all = of.threads * team.now
+    most = max(team.busy_in_tiles)
+    return Prediction(
+        ms=team.now / 1e6,
+        edge=of.edge,
+        tasks=len(of.tasks),
+        computing=team.busy_ns / of_all,
+        waiting=team.waiting_ns / of_all,
+        serial=team.serial_ns / team.now,
+        balance=sum(team.busy_in_tiles) / of.threads / most,
+    )
+
+
+def _durations(problem: Problem, of: Cut, costs: Costs) -> tuple[list[float], list[float]]:
+    """Nanoseconds of every task in the forward, and in the backward."""
+    kept = _workspace(problem) // 4 // of.edge**2
+    forward, backward = [], []
+    for task in of.tasks:
+        first = second = 0.0
+        for tile in tiles(problem, of, task):
+            pairs, rows = tile.rows * tile.cols, tile.rows + tile.cols
+            formed = pairs * (problem.d * costs.multiply_add + costs.exponential) + rows * problem.d * costs.touch
+            products = 2 if problem.gathers_cols and not tile.diagonal else 1  # G U and, for the columns, G^T U
+            gathered = pairs * problem.d * costs.multiply_add * products
+            found = pairs * costs.exponential + rows * problem.d * costs.touch
+            first += formed
+            second += gathered + (found if tile.place < kept else formed)
+        forward.append(first)
+        backward.append(second)
+    return forward, backward
+
+
+def _workspace(problem: Problem) -> int:
+    """Bytes of exponentials that a call keeps."""
+    from fastntxent.backends import cpu
+
+    if problem.symmetric:
+        return cpu.WORKSPACE
+    return max(cpu.WORKSPACE_AND_ROWS - 3 * 4 * (problem.rows + problem.cols) * problem.d, 0)
+
+
+def problems(sizes: list[int] | None, d: int) -> list[Problem]:
+    """Two views and two towers at each size; queries against a queue unless sizes are given."""
+    return [
+        *(of(n, d) for of in (two_views, two_towers) for n in sizes or GRID),
+        *(queries(n, d) for n in QUERIES if not sizes),
+    ]
+
+
+def predict(problem: Problem, threads: tuple[int, ...] | list[int], costs: Costs = COSTS) -> list[dict[str, object]]:
+    """A row for each number of threads; speed-ups are over one thread."""
+    one = simulate(problem, 1, costs).ms
+    rows = []
+    for count in threads:
+        prediction = simulate(problem, count, costs)
+        shares = prediction._asdict()
+        rows.append(
+            {"problem": problem.name, "d": problem.d, "threads": count, **shares, "speed_up": one / prediction.ms}
+        )
+    return rows
+
+
+def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[str, str]]:
+    """Predictions for every problem."""
+    wanted = [problem for d in arguments.d or [128] for problem in problems(arguments.n, d)]
+    return [row for problem in wanted for row in predict(problem, arguments.threads or THREADS)], {}
