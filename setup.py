@@ -31,16 +31,15 @@ CUDA = Path("csrc/cuda")
 SHARED = sorted(Path("csrc").glob("*.h"))  # by both
 CUDA_CODE = ("80", "86", "89", "90", "100", "103", "110", "120")  # and PTX of the first, for all that come after
 X86 = platform.machine().lower() in ("x86_64", "amd64")
+AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]
 INSTRUCTION_SETS = {
     "portable": [],
-    **(
-        {
-            "avx2": ["-mavx2", "-mfma"],
-            "avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"],
-        }
-        if X86
-        else {}
-    ),
+    **({"avx2": ["-mavx2", "-mfma"], "avx512": AVX512} if X86 else {}),
+}
+# These multiply bfloat16 rows without widening them. An older compiler (GCC before 11) does not know the flags.
+BFLOAT_SETS = {
+    "avx512_bf16": [*AVX512, "-mavx512bf16"],
+    "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 FLAGS = ["-std=c++17", "-O3", "-g0", "-Wall", "-Wextra", "-fvisibility=hidden"]
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler has none: threads of our own there
@@ -75,15 +74,30 @@ class BuildExt(build_ext):
         Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
         try:
             for name, flags in INSTRUCTION_SETS.items():
-                ext.extra_objects += self.compiler.compile(
-                    [str(CPU / "kernels.cpp")],
-                    output_dir=str(Path(self.build_temp) / name),
-                    extra_postargs=[*FLAGS, *flags],
-                    depends=ext.depends,
-                )
+                ext.extra_objects += self.compile_kernels(ext, name, flags)
+            if X86:
+                self.add_bfloat_sets(ext)
             super().build_extension(ext)
         except Exception as error:
             self.announce(f"fastntxent: no CPU kernels ({error}); plain PyTorch serves instead", logging.WARNING)
+
+    def compile_kernels(self, ext: Extension, name: str, flags: list[str]) -> list[str]:
+        return self.compiler.compile(
+            [str(CPU / "kernels.cpp")],
+            output_dir=str(Path(self.build_temp) / name),
+            extra_postargs=[*FLAGS, *flags],
+            depends=ext.depends,
+        )
+
+    def add_bfloat_sets(self, ext: Extension) -> None:
+        """Compile the kernels that multiply bfloat16 rows, if this compiler can."""
+        try:
+            objects = [self.compile_kernels(ext, name, flags) for name, flags in BFLOAT_SETS.items()]
+        except Exception as error:
+            self.announce(f"fastntxent: no CPU kernels for AVX512_BF16 and AMX ({error})", logging.WARNING)
+            return
+        ext.extra_objects += [path for paths in objects for path in paths]
+        ext.define_macros.append(("FNTX_BFLOAT", "1"))
 
     def build_cuda(self, ext: Extension) -> None:
         """Compile by nvcc what has changed, as much at a time as there are processors, and link it."""

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.instruction_set import NAMES
 from fastntxent import backends, clip, cross_neg_lse, neg_lse, nt_xent
 from tests.cases import assert_cross_neg_lse_within_budget, assert_within_budget, evaluate, random_batch
 
@@ -37,7 +38,7 @@ def has_instruction_set(name):
     return True
 
 
-@pytest.fixture(params=["avx512", "avx2", "portable"])
+@pytest.fixture(params=NAMES)
 def instruction_set(request):
     if not has_instruction_set(request.param):
         pytest.skip(f"needs a machine with {request.param}")
@@ -52,6 +53,15 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+def test_instruction_set_that_the_machine_lacks_is_refused():
+    before = _cpu.instruction_set()
+    for name in (*NAMES, "another"):
+        if not has_instruction_set(name):
+            with pytest.raises(ValueError, match=f"this machine has no instruction set '{name}'"):
+                _cpu.use_instruction_set(name)
+            assert _cpu.instruction_set() == before
 
 
 @pytest.mark.skipif(os.environ.get("CI") != "true", reason="CI asserts that the kernels were built")

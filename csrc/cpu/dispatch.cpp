@@ -6,6 +6,9 @@
 
 #include "fastntxent.h"
 #include "loss.h"
+#ifdef FNTX_BFLOAT
+#include "processor.h"
+#endif
 
 namespace fntx {
 
@@ -19,6 +22,15 @@ FNTX_DECLARE(portable)
 FNTX_DECLARE(avx2)
 FNTX_DECLARE(avx512)
 #endif
+#ifdef FNTX_BFLOAT
+#define FNTX_DECLARE_BFLOAT(set)               \
+    namespace set {                           \
+    const Kernels<float>* bfloat_kernels();   \
+    bool multiplies_right();                  \
+    }
+FNTX_DECLARE_BFLOAT(avx512_bf16)
+FNTX_DECLARE_BFLOAT(amx)
+#endif
 
 namespace {
 
@@ -27,21 +39,39 @@ struct InstructionSet {
     bool (*usable)();
     const Kernels<float>* (*float_kernels)();
     const Kernels<double>* (*double_kernels)();
+    const Kernels<float>* (*bfloat_kernels)();  // of calls with bfloat16 rows
 };
+
+#ifdef FNTX_X86
+bool has_avx512() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+}
+#endif
 
 // From the fastest down.
 const InstructionSet SETS[] = {
 #ifdef FNTX_X86
-    {"avx512",
+#ifdef FNTX_BFLOAT
+    // A set whose products differ from plain C++ on this machine is not used; each is tried once.
+    {"amx",
      [] {
-         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+         static const bool usable = has_avx512() && has_amx() && amx::multiplies_right();
+         return usable;
      },
-     avx512::float_kernels, avx512::double_kernels},
-    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, avx2::float_kernels,
-     avx2::double_kernels},
+     avx512::float_kernels, avx512::double_kernels, amx::bfloat_kernels},
+    {"avx512_bf16",
+     [] {
+         static const bool usable = has_avx512() && has_avx512_bf16() && avx512_bf16::multiplies_right();
+         return usable;
+     },
+     avx512::float_kernels, avx512::double_kernels, avx512_bf16::bfloat_kernels},
 #endif
-    {"portable", [] { return true; }, portable::float_kernels, portable::double_kernels},
+    {"avx512", has_avx512, avx512::float_kernels, avx512::double_kernels, avx512::float_kernels},
+    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, avx2::float_kernels,
+     avx2::double_kernels, avx2::float_kernels},
+#endif
+    {"portable", [] { return true; }, portable::float_kernels, portable::double_kernels, portable::float_kernels},
 };
 
 const InstructionSet* fastest() {
@@ -117,8 +147,9 @@ int fntx_run(const fntx_call* call) {
     if (!valid(*call)) return FNTX_INVALID;
     const InstructionSet& set = instruction_set();
     try {
+        const auto float_kernels = call->dtype == FNTX_BFLOAT16 ? set.bfloat_kernels : set.float_kernels;
         const bool done = call->dtype == FNTX_FLOAT64 ? run<double>(*call, *set.double_kernels())
-                                                      : run<float>(*call, *set.float_kernels());
+                                                      : run<float>(*call, *float_kernels());
         return done ? FNTX_OK : FNTX_INTERRUPTED;
     } catch (const std::bad_alloc&) {
         return FNTX_NO_MEMORY;

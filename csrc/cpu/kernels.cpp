@@ -6,9 +6,19 @@
 
 #include "products.h"
 #include "vec.h"
+#ifdef FNTX_BFLOAT
+#include "bfloat_check.h"
+#include "bfloat_products.h"
+#endif
 
 namespace fntx::FNTX_ISA {
 namespace {
+
+#ifdef FNTX_BFLOAT
+using Products = BfloatProducts;
+#else
+using Products = FloatProducts;
+#endif
 
 // --- input -----------------------------------------------------------------------------------------------------------
 
@@ -92,7 +102,7 @@ void load_row_of(float* u, const fntx_matrix& z, int dtype, int64_t row, int64_t
         load_row(u, static_cast<const float*>(z.data) + offset, z.stride_col, D, ld);
 }
 
-void load_row_of(double* u, const fntx_matrix& z, int, int64_t row, int64_t D, int64_t ld) {
+[[maybe_unused]] void load_row_of(double* u, const fntx_matrix& z, int, int64_t row, int64_t D, int64_t ld) {
     load_row(u, static_cast<const double*>(z.data) + row * z.stride_row, z.stride_col, D, ld);
 }
 
@@ -104,6 +114,9 @@ double load_rows(const PackedSide<T>& side, const fntx_matrix* z, int dtype, int
         T* u = side.u + row * ld;
         if (row >= side.n) {
             memset(u, 0, size_t(ld) * sizeof(T));
+#ifdef FNTX_BFLOAT
+            pack_bfloats(side, row, ld, 0, 1, normalize);
+#endif
             continue;
         }
         const int64_t from = side.order ? side.order[row] : row;
@@ -111,15 +124,24 @@ double load_rows(const PackedSide<T>& side, const fntx_matrix* z, int dtype, int
         load_row_of(u, z[second], dtype, second ? from - z[0].n : from, D, ld);
         const double square = squared_length(u, ld);
         side.norm[row] = T(sqrt(square));
-        if (normalize) {
-            const T length = side.norm[row] > eps ? side.norm[row] : eps;
+        const T length = normalize ? side.norm[row] > eps ? side.norm[row] : eps : T(1);
+#ifdef FNTX_BFLOAT
+        pack_bfloats(side, row, ld, sqrt(square), length, normalize);
+#endif
+        if (normalize)
             for (int64_t d = 0; d < D; ++d) u[d] /= length;
-        }
         if (!(square <= largest)) largest = square;  // NaN stays
     }
+#ifdef FNTX_BFLOAT
+    const int64_t n_words = words_of(D), word_ld = word_row_length(ld);
+    for (int64_t row = first; row < last && side.bfloat_panels; row += PANEL<T>)
+        transpose_words<PANEL<T>>(side.bfloat_panels + row * n_words, PANEL<T>, side.bfloats + row * word_ld, word_ld,
+                                  n_words);
+#else
     if (side.panels)
         for (int64_t row = first; row < last; row += PANEL<T>)
             pack_panel(side.panels + row * D, side.u + row * ld, D, ld);
+#endif
     return largest;
 }
 
@@ -178,9 +200,9 @@ template <bool MASKED, bool LIMITED, class T> void forward_direct(const Tile<T>&
     T* row_sums = tile.sums;
     T* col_sums = tile.sums + tile.edge * LANES<T>;
     memset(tile.sums, 0, size_t(tile.edge * (LANES<T> + 1)) * sizeof(T));
-    form_products<T>(tile, [&](Acc<T>& acc, int64_t row, int64_t col) __attribute__((always_inline)) {
+    form_products<Products>(tile, [&](Acc<T>& acc, int64_t row, int64_t col) __attribute__((always_inline)) {
         exponentiate<MASKED>(acc, tile, row, col);
-        if (tile.exps) Acc<T>::write(acc, tile.exps + row * tile.edge + col, tile.edge);
+        if (tile.exps && !Products::KEEPS_PRODUCTS) Acc<T>::write(acc, tile.exps + row * tile.edge + col, tile.edge);
         Vec<T> of_cols[REGISTER_VECTORS] = {};
         for (int r = 0; r < REGISTER_ROWS; ++r) {
             if (row + r >= tile.n_rows) break;
@@ -207,7 +229,7 @@ template <bool MASKED, bool LIMITED, class T> void forward_direct(const Tile<T>&
 // Logits to the buffer, -inf where a pair does not count. They are rounded here, once, for all that follows: a logit of 1e5
 // is rounded to 1e-2, and only what went into a sum may be compared with it.
 template <class T> void masked_logits(const Tile<T>& tile) {
-    form_products<T>(tile, [&](Acc<T>& acc, int64_t row, int64_t col) __attribute__((always_inline)) {
+    form_products<Products>(tile, [&](Acc<T>& acc, int64_t row, int64_t col) __attribute__((always_inline)) {
 #pragma GCC unroll 8
         for (int r = 0; r < REGISTER_ROWS; ++r)
 #pragma GCC unroll 3
@@ -266,6 +288,7 @@ template <class T> void forward_shifted(const Tile<T>& tile) {
 }
 
 template <class T> void forward(const Tile<T>& tile) {
+    const Products::Using tiles;
     if (tile.shifted)
         forward_shifted(tile);
     else if (tile.limited)
@@ -276,7 +299,9 @@ template <class T> void forward(const Tile<T>& tile) {
 
 // G of a tile to its buffer, from the products...
 template <bool MASKED, bool LIMITED, class T> void weigh_products(const Tile<T>& tile) {
-    form_products<T>(tile, [&](Acc<T>& acc, int64_t row, int64_t col) __attribute__((always_inline)) {
+    Products::Radial radial;
+    form_products_again<Products>(tile, [&](Acc<T>& acc, int64_t row, int64_t col) __attribute__((always_inline)) {
+        radial.keep(acc);
         exponentiate<MASKED>(acc, tile, row, col);
         const T* a = tile.rows->weights + tile.row0 + row;
         const T* b = tile.cols->weights + tile.col0 + col;
@@ -295,8 +320,10 @@ template <bool MASKED, bool LIMITED, class T> void weigh_products(const Tile<T>&
                 }
             }
         }
+        radial.add(acc);
         Acc<T>::write(acc, tile.buffer + row * tile.edge + col, tile.edge);
     });
+    radial.finish(tile, 1);
 }
 
 // ... from the exponentials that the forward left ...
@@ -321,6 +348,7 @@ template <class T> void weigh_exponentials(const Tile<T>& tile) {
 // ... and with a shift of each side's own.
 template <class T> void weigh_shifted(const Tile<T>& tile) {
     masked_logits(tile);
+    Products::Radial radial;
     const PackedSide<T>&rows = *tile.rows, &cols = *tile.cols;
     for (int64_t row = 0; row < tile.n_rows; ++row) {
         T* g = tile.buffer + row * tile.edge;
@@ -331,41 +359,33 @@ template <class T> void weigh_shifted(const Tile<T>& tile) {
             const Vec<T> logits = load(g + col);
             const Vec<T> of_row = tile.limited ? logits_within<T>(tile, logits, broadcast<T>(rows.limits[i])) : logits;
             const Vec<T> of_col = tile.limited ? logits_within<T>(tile, logits, load(cols.limits + j)) : logits;
-            store<T>(g + col, rows.weights[i] * exp_shifted<T>(of_row, nu_i) +
-                                  load(cols.weights + j) * exp_shifted<T>(of_col, load(cols.nu + j)));
+            const Vec<T> g_v = rows.weights[i] * exp_shifted<T>(of_row, nu_i) +
+                               load(cols.weights + j) * exp_shifted<T>(of_col, load(cols.nu + j));
+            radial.add_logits(g_v, logits);
+            store<T>(g + col, g_v);
         }
     }
-}
-
-// What either side gathers with the G in the tile's buffer.
-template <class T> void gather(const Tile<T>& tile) {
-    const PackedSide<T>&rows = *tile.rows, &cols = *tile.cols;
-    const int64_t ld = tile.ld, at_rows = tile.row0 * ld, at_cols = tile.col0 * ld;
-    if (rows.gathered)
-        add_product<T>(rows.gathered + at_rows, ld, tile.n_rows, ld, tile.buffer, tile.edge, 1, cols.u + at_cols, ld,
-                       tile.n_cols);
-    if (cols.gathered && !tile.diagonal)
-        add_product<T>(cols.gathered + at_cols, ld, tile.n_cols, ld, tile.buffer, 1, tile.edge, rows.u + at_rows, ld,
-                       tile.n_rows);
+    radial.finish(tile, 1 / double(tile.inv_tau));
 }
 
 template <class T> void forward_and_gather(const Tile<T>& tile) {
     Tile<T> in_buffer = tile;
     in_buffer.exps = tile.buffer;
     forward(in_buffer);
-    gather(in_buffer);
+    Products::gather(in_buffer);
 }
 
 template <class T> void backward(const Tile<T>& tile) {
+    const Products::Using tiles;
     if (tile.shifted)
         weigh_shifted(tile);
-    else if (tile.exps)
+    else if (tile.exps && !Products::KEEPS_PRODUCTS)
         weigh_exponentials(tile);
     else if (tile.limited)
         tile.masked ? weigh_products<true, true>(tile) : weigh_products<false, true>(tile);
     else
         tile.masked ? weigh_products<true, false>(tile) : weigh_products<false, false>(tile);
-    gather(tile);
+    Products::gather(tile);
 }
 
 // --- pairs of positives ----------------------------------------------------------------------------------------------
@@ -377,6 +397,7 @@ template <class T> FNTX_INLINE Vec<T> softplus_above(Vec<T> nu, Vec<T> logits, V
 }
 
 template <class T> void pairs(const Tile<T>& tile) {
+    const Products::Using tiles;
     masked_logits(tile);
     const PackedSide<T>&rows = *tile.rows, &cols = *tile.cols;
     for (int64_t row = 0; row < tile.n_rows; ++row) {
@@ -405,6 +426,8 @@ template <class T> void pairs(const Tile<T>& tile) {
 }
 
 template <class T> void pairs_backward(const Tile<T>& tile) {
+    const Products::Using tiles;
+    Products::Radial radial;
     masked_logits(tile);
     const PackedSide<T>&rows = *tile.rows, &cols = *tile.cols;
     for (int64_t row = 0; row < tile.n_rows; ++row) {
@@ -416,10 +439,13 @@ template <class T> void pairs_backward(const Tile<T>& tile) {
             Vec<T> of_row, of_col;
             softplus_above<T>(broadcast<T>(rows.nu[i]), logits, of_row);
             softplus_above<T>(load(cols.nu + j), logits, of_col);
-            store<T>(g, -(rows.weights[i] * of_row + load(cols.weights + j) * of_col));
+            const Vec<T> g_v = -(rows.weights[i] * of_row + load(cols.weights + j) * of_col);
+            radial.add_logits(g_v, logits);
+            store<T>(g, g_v);
         }
     }
-    gather(tile);
+    radial.finish(tile, 1 / double(tile.inv_tau));
+    Products::gather(tile);
 }
 
 // --- softplus --------------------------------------------------------------------------------------------------------
@@ -444,7 +470,9 @@ template <Agreeing AGREEING, class T> void softplus_products(const Tile<T>& tile
     T *row_sums = tile.sums, *row_slopes = row_sums + by_rows;
     T *col_sums = row_slopes + by_rows, *col_slopes = col_sums + tile.edge;
     memset(tile.sums, 0, size_t(2 * (by_rows + tile.edge)) * sizeof(T));
-    form_products<T>(tile, [&](Acc<T>& acc, int64_t row, int64_t col) __attribute__((always_inline)) {
+    Products::Radial radial;
+    form_products<Products>(tile, [&](Acc<T>& acc, int64_t row, int64_t col) __attribute__((always_inline)) {
+        radial.keep(acc);
         const T* a = tile.rows->weights + tile.row0 + row;
         const T* b = tile.cols->weights + tile.col0 + col;
         for (int v = 0; v < REGISTER_VECTORS; ++v) {
@@ -466,8 +494,10 @@ template <Agreeing AGREEING, class T> void softplus_products(const Tile<T>& tile
             store<T>(col_sums + at, load(col_sums + at) + of_cols);
             store<T>(col_slopes + at, load(col_slopes + at) + slopes_of_cols);
         }
+        radial.add(acc);
         Acc<T>::write(acc, tile.buffer + row * tile.edge + col, tile.edge);
     });
+    radial.finish(tile, 1);
     for (int64_t row = 0; row < tile.n_rows; ++row) {
         tile.rows->sums[tile.row0 + row] += sum_of_lanes<T>(load(row_sums + row * LANES<T>));
         tile.rows->slopes[tile.row0 + row] += sum_of_lanes<T>(load(row_slopes + row * LANES<T>));
@@ -480,13 +510,14 @@ template <Agreeing AGREEING, class T> void softplus_products(const Tile<T>& tile
 }
 
 template <class T> void softplus_tile(const Tile<T>& tile) {
+    const Products::Using tiles;
     if (!tile.masked)
         softplus_products<NONE>(tile);
     else if (tile.positives)
         softplus_products<POSITIVES>(tile);
     else
         softplus_products<LEFT_OUT>(tile);
-    gather(tile);
+    Products::gather(tile);
 }
 
 // --- rows ------------------------------------------------------------------------------------------------------------
@@ -511,15 +542,34 @@ template <class T> void exp2_of(const T* x, T scale, T* y, int64_t n) {
     memcpy(y + i, rest, size_t(n - i) * sizeof(T));
 }
 
+#ifdef FNTX_BFLOAT
+constexpr bool MULTIPLIES_BFLOAT = true;
+#else
+constexpr bool MULTIPLIES_BFLOAT = false;
+#endif
+
 template <class T>
 constexpr Kernels<T> TABLE = {
-    LANES<T>,       PANEL<T>, load_rows<T>,      forward<T>, forward_and_gather<T>, backward<T>,
-    softplus_tile<T>, pairs<T>, pairs_backward<T>, dot<T>,     add_scaled<T>,         exp2_of<T>,
+    LANES<T>,         PANEL<T>,         MULTIPLIES_BFLOAT,
+    load_rows<T>,     forward<T>,       MULTIPLIES_BFLOAT ? nullptr : forward_and_gather<T>,
+    backward<T>,      softplus_tile<T>, pairs<T>,
+    pairs_backward<T>, dot<T>,          add_scaled<T>,
+    exp2_of<T>,
 };
 
 }  // namespace
 
+#ifdef FNTX_BFLOAT
+const Kernels<float>* bfloat_kernels() { return &TABLE<float>; }
+
+bool multiplies_right() {
+    const Products::Using tiles;
+    const std::unique_ptr<BfloatCheck> check(new (std::nothrow) BfloatCheck);
+    return check && check->right();
+}
+#else
 const Kernels<float>* float_kernels() { return &TABLE<float>; }
 const Kernels<double>* double_kernels() { return &TABLE<double>; }
+#endif
 
 }  // namespace fntx::FNTX_ISA

@@ -11,6 +11,19 @@ namespace fntx {
 // register block divides it.
 constexpr int64_t ALIGNED_ROWS = 48;
 
+// A copy of bfloat16 rows has two numbers in each word of 32 bits: the words of n numbers, padded to whole registers.
+constexpr int64_t WORDS_OF_REGISTER = 16;
+constexpr int64_t words_of(int64_t n) {
+    return (n + 2 * WORDS_OF_REGISTER - 1) / (2 * WORDS_OF_REGISTER) * WORDS_OF_REGISTER;
+}
+
+constexpr int64_t COMPETING_BYTES = 1024;  // rows a multiple of it apart fall on the same few lines of the first cache
+
+// Words from one such row to the next, where rows of floats are ld apart.
+constexpr int64_t word_row_length(int64_t ld) {
+    return words_of(ld) * 4 % COMPETING_BYTES ? words_of(ld) : words_of(ld) + WORDS_OF_REGISTER;
+}
+
 // Group ids, in integers as wide as T, so that comparing them gives masks of T's vectors.
 template <class T> struct IdOf;
 template <> struct IdOf<float> { typedef int32_t Type; };
@@ -25,6 +38,10 @@ template <class T> struct PackedSide {
     T* u;          // (n, ld) rows, normalised if asked
     T* panels;     // u transposed, `panel` rows at a time: (n / panel, D, panel); NULL: no columns of a tile
     T* norm;       // |z|
+    // Instead of panels, where the set multiplies bfloat16 numbers:
+    uint32_t* bfloats;        // (n, word_ld) words of the rows, each times a power of two
+    uint32_t* bfloat_panels;  // the words transposed, `panel` rows at a time: (n / panel, n_words, panel); or NULL
+    T* factors;               // u of a row is its factor times its row in bfloats
     Id<T>* ids;    // group, -1 beyond n
     double* sums;  // direct: sum exp(k s); shifted: the same times exp(-peak); softplus: sum log(1 + exp(x))
     double* slopes;  // softplus: sum d log(1 + exp(x)) / dx
@@ -40,6 +57,7 @@ template <class T> struct Tile {
     PackedSide<T>* rows;
     PackedSide<T>* cols;
     int64_t D, ld;
+    int64_t n_words, word_ld;  // words_of(D), word_row_length(ld)
     int64_t row0, n_rows;  // multiples of ALIGNED_ROWS, except where the side ends
     int64_t col0, n_cols;
     bool diagonal;  // the columns are the rows: formed whole, used from one side only
@@ -50,14 +68,19 @@ template <class T> struct Tile {
     bool positives; // softplus: where ids agree, log(1 + exp(-x)) is added, instead of nothing
     T inv_tau, bias;
     int64_t edge;   // rows and columns of a full tile, and the row length of what follows
-    T* exps;        // (edge, edge): a forward leaves its exponentials here, a backward finds them; or NULL
+    T* exps;        // (edge, edge): a forward leaves its exponentials here, a backward finds them; or NULL. In their
+                    // place, products of bfloat16 numbers
     T* buffer;      // (edge, edge) of the thread's own
     T* sums;        // (edge, lanes + 1) of the thread's own, of softplus twice that
+    // Where the set multiplies bfloat16 numbers:
+    uint32_t* bfloats;  // (edge, words_of(edge)) of the thread's own
+    double* radial;     // a backward adds the tile's sum of G_ij s_ij: the temperature's gradient, free of G's rounding
 };
 
 template <class T> struct Kernels {
     int lanes;  // row lengths are a multiple of this
     int panel;  // columns of a register block
+    bool multiplies_bfloat;  // takes bfloat16 rows alone, and does not widen them
 
     // Convert, normalise, pad and pack rows [first, last) of a side, whose rows are z[0]'s and then z[1]'s; both bounds
     // are multiples of ALIGNED_ROWS. Returns the largest |u|^2, before any normalisation.
@@ -67,7 +90,8 @@ template <class T> struct Kernels {
     // Add the tile's sums to its rows' and, unless it is diagonal, to its columns'.
     void (*forward)(const Tile<T>& tile);
 
-    // The same, with exponentials themselves for G in what the rows gather: exp(k s) U_cols.
+    // The same, with exponentials themselves for G in what the rows gather: exp(k s) U_cols. NULL where the set
+    // multiplies bfloat16 numbers: `radial` needs the weights.
     void (*forward_and_gather)(const Tile<T>& tile);
 
     // Add G U_cols to what the rows have gathered and, unless it is diagonal, G^T U_rows to what the columns have.

@@ -30,7 +30,6 @@ namespace fntx {
 namespace {
 
 constexpr int64_t SCRATCH_MULTIPLE = 64;  // numbers: a multiple of the cache line, so that threads share none
-constexpr int64_t COMPETING_BYTES = 1024;  // rows a multiple of it apart fall on the same few lines of the first cache
 
 constexpr double INF = std::numeric_limits<double>::infinity();
 
@@ -52,15 +51,21 @@ struct Span {
 
 // A packed side with its memory.
 template <class T> struct OwnedSide : PackedSide<T> {
-    OwnedSide(const fntx_side& given, int64_t D, int64_t ld, bool are_columns, bool gather) : given(given) {
+    OwnedSide(const fntx_side& given, int64_t D, int64_t ld, bool are_columns, bool gather, bool bfloat)
+        : given(given) {
         this->n = count_rows(given);
         this->order = nullptr;
         const int64_t padded = round_up(this->n, ALIGNED_ROWS);
         chunks = padded / ALIGNED_ROWS;
         spans.resize(size_t(chunks));
         this->u = u_memory = Buffer<T>(padded * ld);
-        if (are_columns) panel_memory = Buffer<T>(padded * D);
+        if (are_columns && !bfloat) panel_memory = Buffer<T>(padded * D);
         this->panels = panel_memory;
+        if (bfloat) bfloat_memory = Buffer<uint32_t>(padded * word_row_length(ld)), factor_memory = Buffer<T>(padded);
+        if (are_columns && bfloat) bfloat_panel_memory = Buffer<uint32_t>(padded * words_of(D));
+        this->bfloats = bfloat_memory;
+        this->bfloat_panels = bfloat_panel_memory;
+        this->factors = factor_memory;
         if (gather) gathered_memory = Buffer<T>(padded * ld);
         this->gathered = gathered_memory;
         row_memory = Buffer<T>(6 * padded);
@@ -86,7 +91,11 @@ template <class T> struct OwnedSide : PackedSide<T> {
     double* d_pos;            // the weight of pi
     T* largest_similarity;    // that the row's sum takes, where there are limits
 
-    Buffer<T> u_memory, panel_memory, gathered_memory, row_memory;
+    // Free the copies of the rows that only tiles read.
+    void release_packed() { panel_memory = {}, bfloat_memory = {}, bfloat_panel_memory = {}; }
+
+    Buffer<T> u_memory, panel_memory, gathered_memory, row_memory, factor_memory;
+    Buffer<uint32_t> bfloat_memory, bfloat_panel_memory;
     Buffer<double> double_memory;
     Buffer<Id<T>> id_memory;
 };
@@ -101,8 +110,8 @@ template <class T> class Run {
           eps_(T(call.eps)),
           ld_(row_length(call.D, kernels.lanes)),
           team_(threads(call), call.poll),
-          rows_(call.rows, call.D, ld_, symmetric_, gathers_rows(call)),
-          cols_memory_(symmetric_ ? nullptr : new OwnedSide<T>(*call.cols, call.D, ld_, true, gathers_columns(call))),
+          rows_(call.rows, call.D, ld_, symmetric_, gathers_rows(call), in_bfloat()),
+          cols_memory_(symmetric_ ? nullptr : new_columns()),
           cols_(symmetric_ ? rows_ : *cols_memory_),
           classes_(call.classes ? Classes(call.classes, rows_.n) : Classes()),
           schedule_(rows_.n, cols_.n, symmetric_, team_.threads()),
@@ -110,8 +119,12 @@ template <class T> class Run {
           edge_(schedule_.edge),
           few_(slabs_.of_rows ? cols_ : rows_),
           slab_sums_(few_, slabs_.count, ld_),
-          scratch_size_(round_up(edge_ * (edge_ + (softplus(call) ? 2 : 1) * (kernels.lanes + 1)), SCRATCH_MULTIPLE)),
-          scratch_(team_.threads() * scratch_size_) {
+          tile_words_(in_bfloat() ? edge_ * words_of(edge_) : 0),
+          scratch_size_(round_up(edge_ * edge_ + tile_words_ + (softplus(call) ? 2 : 1) * edge_ * (kernels.lanes + 1),
+                                 SCRATCH_MULTIPLE)),
+          scratch_(team_.threads() * scratch_size_),
+          radial_(in_bfloat() ? schedule_.size() : 0) {
+        if (in_bfloat()) std::fill_n(radial_ + 0, schedule_.size(), 0.0);
         if (!over_positives()) return;
         rows_.order = classes_.order();
         positives_.reset(new PositiveSide<T>(rows_));
@@ -147,7 +160,7 @@ template <class T> class Run {
             // Before the outputs' pages are first touched. A small enough batch comes again and takes the same.
             if (kept_ == schedule_.places()) workspace_.leave();
             workspace_ = {}, scratch_ = {};
-            for_sides([&](OwnedSide<T>& side) { side.panel_memory = {}; });
+            for_sides([&](OwnedSide<T>& side) { side.release_packed(); });
             finish_sides();
         }
     }
@@ -181,7 +194,7 @@ template <class T> class Run {
         });
         if (!(call_.phases & FNTX_BACKWARD)) return;
         scratch_ = {};
-        for_sides([&](OwnedSide<T>& side) { side.panel_memory = {}; });
+        for_sides([&](OwnedSide<T>& side) { side.release_packed(); });
         *static_cast<T*>(call_.d_bias) = T(d_bias);
         finish_sides();
     }
@@ -203,9 +216,17 @@ template <class T> class Run {
 
     void finish_sides() {
         double d_inv_tau = 0;
+        for (int64_t task = 0; in_bfloat() && task < schedule_.size(); ++task) d_inv_tau += weight_unit_ * radial_[task];
         for_sides([&](OwnedSide<T>& side) { d_inv_tau += finish(side); });
         *static_cast<T*>(call_.d_inv_tau) = T(d_inv_tau);
     }
+
+    OwnedSide<T>* new_columns() const {
+        return new OwnedSide<T>(*call_.cols, call_.D, ld_, true, gathers_columns(call_), in_bfloat());
+    }
+
+    // Whether the tiles multiply bfloat16 numbers.
+    bool in_bfloat() const { return kernels_.multiplies_bfloat; }
 
     // Whether a loss has pi, the products of pairs of rows, in it.
     bool takes_positives() const {
@@ -414,6 +435,7 @@ template <class T> class Run {
                         tile.agreeing = tile.masked = tile.shifted = true;
                         tile.exps = nullptr;
                     }
+                    if (in_bfloat()) tile.radial = radial_ + index;
                     kernel(tile);
                 }
             row_turn.store(task.row_turn + 1, std::memory_order_release);
@@ -441,6 +463,8 @@ template <class T> class Run {
         tile.cols = slabs_.of_rows || symmetric_ ? few : &cols_;
         tile.D = call_.D;
         tile.ld = ld_;
+        tile.n_words = words_of(call_.D);
+        tile.word_ld = word_row_length(ld_);
         tile.row0 = schedule_.first_row(task, i);
         tile.n_rows = std::min(edge_, rows_.n - tile.row0);
         tile.col0 = schedule_.first_col(task, j);
@@ -456,7 +480,8 @@ template <class T> class Run {
         tile.edge = edge_;
         tile.exps = place < kept_ ? workspace_ + place * edge_ * edge_ : nullptr;
         tile.buffer = scratch_ + thread * scratch_size_;
-        tile.sums = tile.buffer + edge_ * edge_;
+        tile.bfloats = reinterpret_cast<uint32_t*>(tile.buffer + edge_ * edge_);
+        tile.sums = tile.buffer + edge_ * edge_ + tile_words_;
         return tile;
     }
 
@@ -624,7 +649,8 @@ template <class T> class Run {
     // Whether what the rows gather may be weighed at the end, as far as it is known before a sum is.
     bool may_gather_at_once() const {
         const bool rows_alone = call_.loss && !symmetric_ && rows_.gathered && !cols_.gathered && call_.cols_loss_weight == 0;
-        return rows_alone && !shifted_ && !limited_ && largest_log_ + std::max(log_length_, 0.0) < DIRECT_LIMIT<T>;
+        if (!rows_alone || !kernels_.forward_and_gather) return false;
+        return !shifted_ && !limited_ && largest_log_ + std::max(log_length_, 0.0) < DIRECT_LIMIT<T>;
     }
 
     // Whether no row's sum is so small that its terms, times columns, come near the least number of T. If one is, all that
@@ -658,7 +684,7 @@ template <class T> class Run {
         return sum_over_rows(side, [&](int64_t row) {
             const T* const u = side.u + row * ld_;
             T* const g = side.gathered + row * ld_;
-            double d_inv_tau = weight_unit_ * kernels_.dot(u, g, ld_);
+            double d_inv_tau = in_bfloat() ? 0 : weight_unit_ * kernels_.dot(u, g, ld_);
             if (has_positives) {
                 const Place other = positive(side, row);
                 const double both = side.d_pos[row] + other.side.d_pos[other.row];
@@ -700,8 +726,10 @@ template <class T> class Run {
     const int64_t edge_;
     OwnedSide<T>& few_;  // the side of which each slab has sums of its own
     SlabSums<T> slab_sums_;
+    const int64_t tile_words_;  // of a tile's G in bfloat16
     const int64_t scratch_size_;
     Buffer<T> scratch_, workspace_, class_sums_;
+    Buffer<double> radial_;  // for each task, the sum of Tile::radial; in_bfloat() only
     int64_t kept_ = 0;     // tiles whose exponentials stay in the workspace
     bool shifted_ = false, limited_ = false;
     bool at_once_ = false;  // the rows' gradients are gathered in the forward

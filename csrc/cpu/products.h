@@ -96,29 +96,84 @@ template <class T> FNTX_INLINE void prefetch_part(const T* p, int64_t n, int64_t
     for (int64_t line = first; line < last; ++line) __builtin_prefetch(p + line * LINE<T>);
 }
 
-// c (n_rows, width) += a b with a[row a_row + i a_step], b (inner, width) of ldb elements a row; n_rows is rounded up to
-// whole register blocks, width is a multiple of a vector. Rows of b lie apart, often by a multiple of 512 bytes, and then
-// fall on so few lines of the first cache that PACKED_ROWS of them push each other out: hence packed.
-template <class T>
-FNTX_INLINE void add_product(T* c, int64_t ldc, int64_t n_rows, int64_t width, const T* a, int64_t a_row,
-                             int64_t a_step, const T* b, int64_t ldb, int64_t inner) {
-    alignas(64) T packed[PACKED_ROWS * PANEL<T>];
+// How a tile is multiplied: the parameter `Way` of the templates below. bfloat_products.h has the other one.
+struct FloatProducts {
+    static constexpr int64_t ROWS = REGISTER_ROWS;      // of a block
+    static constexpr int64_t INNER = INNER_CHUNK;       // steps of a chunk of form_products
+    static constexpr int64_t GATHERED = PACKED_ROWS;    // steps of a chunk of add_product
+    static constexpr bool KEEPS_PRODUCTS = false;       // a forward keeps exponentials for the backward instead
+
+    // Sums up G_ij s_ij, the gradient in k. Here it does nothing: the rows' u_i . (sum_j G_ij u_j) have the same sum.
+    struct Radial {
+        template <class Acc> void keep(const Acc&) {}
+        template <class Acc> void add(const Acc&) {}
+        template <class V> void add_logits(V, V) {}
+        template <class T> void finish(const Tile<T>&, double) {}
+    };
+
+    struct Using {
+        Using() {}  // a variable of it counts as used
+    };
+
+    // The operands and their inner dimension.
+    template <class T> static const T* rows(const Tile<T>& tile) { return tile.rows->u; }
+    template <class T> static const T* panels(const Tile<T>& tile) { return tile.cols->panels; }
+    template <class T> static int64_t row_length(const Tile<T>& tile) { return tile.ld; }
+    template <class T> static int64_t panel_depth(const Tile<T>& tile) { return tile.D; }
+    template <class T> static int64_t inner(const Tile<T>& tile) { return tile.D; }
+
+    template <class T> FNTX_INLINE void scale(Accumulators<T, REGISTER_VECTORS>&, const Tile<T>&, int64_t, int64_t) {}
+
+    // Where partial sums wait for the next chunk of the inner dimension.
+    template <class T> static T* sums(const Tile<T>& tile) { return tile.buffer; }
+
+    // Multiply a chunk of a block: add to the partial sums in c if there are any (`begun`), and hand the sums to
+    // finish(sums, 0) after the `last` chunk, else leave them in c.
+    template <class T, class Finish>
+    FNTX_INLINE void multiply(T* c, int64_t ldc, bool begun, const T* a, int64_t lda, const T* b, int64_t inner,
+                              bool last, Finish finish) {
+        typedef Accumulators<T, REGISTER_VECTORS> Acc;
+        Acc acc;
+        if (begun)
+            Acc::read(acc, c, ldc);
+        else
+            Acc::zero(acc);
+        Acc::add_product(acc, a, lda, 1, b, PANEL<T>, inner);
+        if (last)
+            finish(acc, 0);
+        else
+            Acc::write(acc, c, ldc);
+    }
+
+    // c += a b, of a block of V vectors.
+    template <int V, class T>
+    FNTX_INLINE void add(T* c, int64_t ldc, const T* a, int64_t a_row, int64_t a_step, const T* packed, int64_t inner) {
+        typedef Accumulators<T, V> Acc;
+        Acc acc;
+        Acc::zero(acc);
+        Acc::add_product(acc, a, a_row, a_step, packed, V * LANES<T>, inner);
+        Acc::add(acc, c, ldc);
+    }
+
+    template <class T> static void gather(const Tile<T>& tile);
+};
+
+// c (n_rows, width) += a b with a[row a_row + i a_step], b (inner, width); n_rows is rounded up to whole blocks, width
+// is a multiple of a vector. pack(Count<V>, packed, i, count, d) copies rows [i, i + count) of b, V vectors from column
+// d on.
+template <class Way, class T, class A, class Pack>
+FNTX_INLINE void add_product(T* c, int64_t ldc, int64_t n_rows, int64_t width, const A* a, int64_t a_row,
+                             int64_t a_step, int64_t inner, Pack pack) {
+    alignas(64) A packed[Way::GATHERED * PANEL<T>];
     const auto columns = [&](auto vectors, int64_t d) __attribute__((always_inline)) {
         constexpr int V = decltype(vectors)::value;
-        typedef Accumulators<T, V> Acc;
-        for (int64_t first = 0; first < inner; first += PACKED_ROWS) {
-            const int64_t count = inner - first < PACKED_ROWS ? inner - first : PACKED_ROWS;
-            for (int64_t i = 0; i < count; ++i)
-#pragma GCC unroll 3
-                for (int v = 0; v < V; ++v)
-                    store<T>(packed + (i * V + v) * LANES<T>, load(b + (first + i) * ldb + d + v * LANES<T>));
-            for (int64_t row = 0; row < n_rows; row += REGISTER_ROWS) {
+        for (int64_t first = 0; first < inner; first += Way::GATHERED) {
+            const int64_t count = inner - first < Way::GATHERED ? inner - first : Way::GATHERED;
+            pack(vectors, packed, first, count, d);
+            for (int64_t row = 0; row < n_rows; row += Way::ROWS) {
                 T* const to = c + row * ldc + d;
-                for (int r = 0; r < REGISTER_ROWS; ++r) prefetch_to_write(to + r * ldc, V * LANES<T>);
-                Acc acc;
-                Acc::zero(acc);
-                Acc::add_product(acc, a + row * a_row + first * a_step, a_row, a_step, packed, V * LANES<T>, count);
-                Acc::add(acc, to, ldc);
+                for (int r = 0; r < Way::ROWS; ++r) prefetch_to_write(to + r * ldc, V * LANES<T>);
+                Way::template add<V>(to, ldc, a + row * a_row + first * a_step, a_row, a_step, packed, count);
             }
         }
     };
@@ -128,38 +183,62 @@ FNTX_INLINE void add_product(T* c, int64_t ldc, int64_t n_rows, int64_t width, c
     if (width - d == LANES<T>) columns(Count<1>{}, d);
 }
 
-// Form the products of a tile's rows with its columns, a register block at a time, and hand each to finish(acc, row,
-// column) while it is in registers. A long inner dimension is cut into chunks; partial sums
-// wait in the tile's buffer.
-template <class T, class Finish> FNTX_INLINE void form_products(const Tile<T>& tile, Finish finish) {
+// Add what either side gathers with the G in the tile's buffer. Rows of u lie apart, often by a multiple of 512 bytes,
+// and then fall on so few lines of the first cache that PACKED_ROWS of them push each other out: hence packed.
+template <class T> void FloatProducts::gather(const Tile<T>& tile) {
+    const PackedSide<T>&rows = *tile.rows, &cols = *tile.cols;
+    const int64_t ld = tile.ld, at_rows = tile.row0 * ld, at_cols = tile.col0 * ld;
+    const auto packed_from = [ld](const T* b) {
+        return [b, ld](auto vectors, T* packed, int64_t first, int64_t count, int64_t d)
+                   __attribute__((always_inline)) {
+            constexpr int V = decltype(vectors)::value;
+            for (int64_t i = 0; i < count; ++i)
+#pragma GCC unroll 3
+                for (int v = 0; v < V; ++v)
+                    store<T>(packed + (i * V + v) * LANES<T>, load(b + (first + i) * ld + d + v * LANES<T>));
+        };
+    };
+    if (rows.gathered)
+        add_product<FloatProducts>(rows.gathered + at_rows, ld, tile.n_rows, ld, tile.buffer, tile.edge, 1, tile.n_cols,
+                                   packed_from(cols.u + at_cols));
+    if (cols.gathered && !tile.diagonal)
+        add_product<FloatProducts>(cols.gathered + at_cols, ld, tile.n_cols, ld, tile.buffer, 1, tile.edge, tile.n_rows,
+                                   packed_from(rows.u + at_rows));
+}
+
+// Form the products of a tile's rows with its columns, a block at a time, and hand each register block to finish(acc,
+// row, column) while it is in registers. A long inner dimension is cut into chunks; partial sums wait in memory.
+template <class Way, class T, class Finish> FNTX_INLINE void form_products(const Tile<T>& tile, Finish finish) {
     typedef Accumulators<T, REGISTER_VECTORS> Acc;
-    const int64_t ld = tile.ld, blocks = (tile.n_rows + REGISTER_ROWS - 1) / REGISTER_ROWS;
-    for (int64_t d0 = 0; d0 < tile.D; d0 += INNER_CHUNK) {
-        const int64_t depth = INNER_CHUNK < tile.D - d0 ? INNER_CHUNK : tile.D - d0;
-        const bool last_chunk = d0 + depth == tile.D;
+    const int64_t ld = Way::row_length(tile), blocks = (tile.n_rows + Way::ROWS - 1) / Way::ROWS;
+    const int64_t inner = Way::inner(tile);
+    for (int64_t d0 = 0; d0 < inner; d0 += Way::INNER) {
+        const int64_t depth = Way::INNER < inner - d0 ? Way::INNER : inner - d0;
         for (int64_t col = 0; col < tile.n_cols; col += PANEL<T>) {
-            const T* panel = tile.cols->panels + (tile.col0 + col) * tile.D + d0 * PANEL<T>;
+            const auto* panel = Way::panels(tile) + (tile.col0 + col) * Way::panel_depth(tile) + d0 * PANEL<T>;
             const bool last_panel = col + PANEL<T> >= tile.n_cols;
             for (int64_t block = 0; block < blocks; ++block) {
-                const int64_t row = block * REGISTER_ROWS;
-                const T* u = tile.rows->u + (tile.row0 + row) * ld + d0;
-                T* partial = tile.buffer + row * tile.edge + col;
-                if (!last_panel) prefetch_part(panel + PANEL<T> * tile.D, depth * PANEL<T>, block, blocks);
+                const int64_t row = block * Way::ROWS;
+                const auto* u = Way::rows(tile) + (tile.row0 + row) * ld + d0;
+                if (!last_panel)
+                    prefetch_part(panel + PANEL<T> * Way::panel_depth(tile), depth * PANEL<T>, block, blocks);
                 if (col == 0 && block + 1 < blocks)
-                    for (int r = 0; r < REGISTER_ROWS; ++r) prefetch_part(u + (REGISTER_ROWS + r) * ld, depth, 0, 1);
-                Acc acc;
-                if (d0 == 0)
-                    Acc::zero(acc);
-                else
-                    Acc::read(acc, partial, tile.edge);
-                Acc::add_product(acc, u, ld, 1, panel, PANEL<T>, depth);
-                if (last_chunk)
-                    finish(acc, row, col);
-                else
-                    Acc::write(acc, partial, tile.edge);
+                    for (int r = 0; r < Way::ROWS; ++r) prefetch_part(u + (Way::ROWS + r) * ld, depth, 0, 1);
+                Way::multiply(Way::sums(tile) + row * tile.edge + col, tile.edge, d0 > 0, u, ld, panel, depth,
+                              d0 + depth == inner, [&](Acc& acc, int64_t r) __attribute__((always_inline)) {
+                                  Way::scale(acc, tile, row + r, col);
+                                  finish(acc, row + r, col);
+                              });
             }
         }
     }
+}
+
+// The same for a backward, which may find what the forward formed.
+template <class Way, class T, class Finish> FNTX_INLINE void form_products_again(const Tile<T>& tile, Finish finish) {
+    if constexpr (Way::KEEPS_PRODUCTS)
+        if (tile.exps) return Way::recall(tile, finish);
+    form_products<Way>(tile, finish);
 }
 
 }  // namespace fntx::FNTX_ISA

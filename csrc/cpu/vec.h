@@ -8,7 +8,16 @@
 #include "../ranges.h"
 
 #if defined(__AVX512F__)
+#if defined(__AMX_BF16__) || defined(FNTX_EMULATE_AMX)  // these beside FNTX_EMULATE
+#define FNTX_ISA amx
+#define FNTX_BFLOAT  // bfloat16 rows are multiplied as they are...
+#define FNTX_TILES   // ... by tiles
+#elif defined(__AVX512BF16__) || defined(FNTX_EMULATE_AVX512_BF16)
+#define FNTX_ISA avx512_bf16
+#define FNTX_BFLOAT
+#else
 #define FNTX_ISA avx512
+#endif
 #define FNTX_VECTOR_BYTES 64
 #define FNTX_REGISTER_ROWS 8
 #elif defined(__AVX2__)

@@ -2,7 +2,8 @@
 
 The schedule is that of `blocked`, on register tiles: u/2 flops forward and 3u/2 backward, of which a bounded workspace
 of exponentials saves u/2 for the tiles that fit (u = 2 M^2 D). Memory beside it is three (M, D) matrices. Threads are
-PyTorch's: `torch.set_num_threads` holds here too.
+PyTorch's: `torch.set_num_threads` holds here too. Half-precision rows are widened to float32, except that AVX512_BF16
+and AMX multiply bfloat16 rows as they are, with float32 sums.
 """
 
 from __future__ import annotations
