@@ -32,7 +32,7 @@ SHARED = sorted(Path("csrc").glob("*.h"))  # by both
 CUDA_CODE = ("80", "86", "89", "90", "100", "103", "110", "120")  # and PTX of the first, for all that come after
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 INSTRUCTION_SETS = {
-    "portable": [],
+    "baseline": [],  # the kernels call it "neon" on aarch64, else "portable"
     **(
         {
             "avx2": ["-mavx2", "-mfma"],

@@ -8,7 +8,7 @@ from __future__ import annotations
 import runpy
 import sys
 
-NAMES = ("avx512", "avx2", "portable")
+NAMES = ("avx512", "avx2", "neon", "portable")
 
 held: str | None = None  # None: the kernels take the fastest that this machine has
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.instruction_set import NAMES
 from fastntxent import backends, clip, cross_neg_lse, neg_lse, nt_xent
 from tests.cases import assert_cross_neg_lse_within_budget, assert_within_budget, evaluate, random_batch
 
@@ -37,7 +38,7 @@ def has_instruction_set(name):
     return True
 
 
-@pytest.fixture(params=["avx512", "avx2", "portable"])
+@pytest.fixture(params=NAMES)
 def instruction_set(request):
     if not has_instruction_set(request.param):
         pytest.skip(f"needs a machine with {request.param}")

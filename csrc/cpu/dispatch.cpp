@@ -14,10 +14,14 @@ namespace fntx {
     const Kernels<float>* float_kernels();    \
     const Kernels<double>* double_kernels();  \
     }
-FNTX_DECLARE(portable)
 #ifdef FNTX_X86
 FNTX_DECLARE(avx2)
 FNTX_DECLARE(avx512)
+#endif
+#ifdef __aarch64__
+FNTX_DECLARE(neon)
+#else
+FNTX_DECLARE(portable)
 #endif
 
 namespace {
@@ -29,7 +33,7 @@ struct InstructionSet {
     const Kernels<double>* (*double_kernels)();
 };
 
-// From the fastest down.
+// From the fastest down. The last needs nothing beyond the compiler's baseline, which on aarch64 has NEON.
 const InstructionSet SETS[] = {
 #ifdef FNTX_X86
     {"avx512",
@@ -41,7 +45,11 @@ const InstructionSet SETS[] = {
     {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, avx2::float_kernels,
      avx2::double_kernels},
 #endif
+#ifdef __aarch64__
+    {"neon", [] { return true; }, neon::float_kernels, neon::double_kernels},
+#else
     {"portable", [] { return true; }, portable::float_kernels, portable::double_kernels},
+#endif
 };
 
 const InstructionSet* fastest() {

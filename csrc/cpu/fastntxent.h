@@ -96,7 +96,7 @@ struct fntx_call {
 // Run a call. On anything but FNTX_OK the outputs hold nothing of use.
 int fntx_run(const struct fntx_call* call);
 
-// The instruction set that fntx_run uses here: "avx512", "avx2" or "portable".
+// The instruction set that fntx_run uses here: "avx512", "avx2" or "portable"; on aarch64 always "neon".
 const char* fntx_instruction_set(void);
 
 // Use another one from now on: a test's way to reach them all. FNTX_INVALID if this machine cannot.
