@@ -153,10 +153,13 @@ template <class T, class Finish> FNTX_INLINE void form_products(const Tile<T>& t
                 else
                     Acc::read(acc, partial, tile.edge);
                 Acc::add_product(acc, u, ld, 1, panel, PANEL<T>, depth);
-                if (last_chunk)
-                    finish(acc, row, col);
-                else
+                if (last_chunk) {
+                    // A copy: Clang keeps an array in memory for its whole life if anyone reads it by a variable index.
+                    Acc products = acc;
+                    finish(products, row, col);
+                } else {
                     Acc::write(acc, partial, tile.edge);
+                }
             }
         }
     }
