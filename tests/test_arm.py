@@ -1,4 +1,4 @@
-"""The machine code of the CPU kernels on aarch64, from a cross compiler."""
+"""The CPU kernels of aarch64, cross-compiled: their machine code, and their results under an emulator."""
 
 import re
 import shutil
@@ -10,6 +10,15 @@ import pytest
 ROOT = Path(__file__).parent.parent
 COMPILER = "aarch64-linux-gnu-g++"
 needs_compiler = pytest.mark.skipif(not shutil.which(COMPILER), reason="needs apt-get install g++-aarch64-linux-gnu")
+needs_emulator = pytest.mark.skipif(not shutil.which("qemu-aarch64"), reason="needs apt-get install qemu-user")
+
+
+@pytest.mark.slow
+@needs_compiler
+@needs_emulator
+def test_kernels_under_emulation_agree_with_their_definition():
+    done = subprocess.run(["make", "arm", "OPTIONS=--quick"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def innermost_loops(assembly: str) -> list[list[str]]:

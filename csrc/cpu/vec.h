@@ -26,8 +26,8 @@
 #endif
 
 #if defined(__aarch64__) && !defined(__clang__)
-// GCC's scheduling before register allocation moves loads so far ahead that 4 of 24 sums of a block leave the registers,
-// and an exponential takes 36 instructions instead of 28.
+// GCC's scheduling before register allocation moves loads so far ahead that 4 of a block's 24 sums leave the registers
+// (tests/test_arm.py looks for that), and its exponentials take a quarter more instructions.
 #pragma GCC optimize("no-schedule-insns")
 #endif
 
