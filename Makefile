@@ -1,4 +1,4 @@
-# make test | test-all | test-instruction-sets | lint | sanitize | kernels-report | triton-versions | demo | bench |
+# make test | test-all | test-instruction-sets | lint | sanitize | arm | kernels-report | triton-versions | demo | bench |
 #   bench-avx2 | gpu | clean
 #
 # Each target makes the virtual environment it needs. Another PyTorch: make test TORCH=torch
@@ -10,7 +10,7 @@ DEMO_VENV ?= .venv-demo
 DEMO_OUT ?= runs/demo
 BENCH_OUT ?= runs/bench
 
-.PHONY: test test-all test-instruction-sets lint sanitize kernels-report triton-versions demo bench bench-avx2 gpu clean
+.PHONY: test test-all test-instruction-sets lint sanitize arm kernels-report triton-versions demo bench bench-avx2 gpu clean
 
 # Tests run beside each other, with one thread each. `make test` leaves out those marked slow, which repeat in minutes what
 # others show in seconds; `make test-all` runs every test.
@@ -47,6 +47,12 @@ sanitize: $(VENV)/installed
 	CXX="$(CXX)" csrc/cpu/sanitize.sh
 	CXX="$(CXX)" csrc/cpu/sanitize_calls.sh $(VENV)/bin/python
 	CXX="$(CXX)" csrc/cuda/sanitize.sh
+
+# The CPU kernels of aarch64 against their definition, cross-compiled and run by an emulator: ten minutes of a core, or
+# two with OPTIONS=--quick, which leaves out most large cases. OPTIONS can also name groups of csrc/cpu/check.cpp:
+# make arm OPTIONS="'two views' slabs". Debian has the tools: apt-get install g++-aarch64-linux-gnu qemu-user.
+arm:
+	csrc/cpu/sanitize.sh arm $(if $(OPTIONS),-- $(OPTIONS))
 
 # Registers, shared memory, spills and instructions of the Triton and CUDA kernels on every chip, none of which has to be
 # here.

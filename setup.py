@@ -33,7 +33,7 @@ CUDA_CODE = ("80", "86", "89", "90", "100", "103", "110", "120")  # and PTX of t
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]
 INSTRUCTION_SETS = {
-    "portable": [],
+    "baseline": [],  # the kernels call it "neon" on aarch64, else "portable"
     **({"avx2": ["-mavx2", "-mfma"], "avx512": AVX512} if X86 else {}),
 }
 # These multiply bfloat16 rows without widening them. An older compiler (GCC before 11) does not know the flags.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import runpy
 import sys
 
-NAMES = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
+NAMES = ("amx", "avx512_bf16", "avx512", "avx2", "neon", "portable")
 
 held: str | None = None  # None: the kernels take the fastest that this machine has
 

@@ -526,7 +526,7 @@ def test_backends_says_what_the_cpu_kernels_use():
     try:
         for count, words in ((1, "1 thread"), (2, "2 threads")):
             torch.set_num_threads(count)
-            assert re.fullmatch(rf"(amx|avx512_bf16|avx512|avx2|portable), {words}", backends()["cpu"].details)
+            assert re.fullmatch(rf"(amx|avx512_bf16|avx512|avx2|neon|portable), {words}", backends()["cpu"].details)
     finally:
         torch.set_num_threads(before)
 

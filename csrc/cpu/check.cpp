@@ -1,11 +1,12 @@
-// Holds the C interface (fastntxent.h) against the definition, O(M^2 D) in long double, over odd shapes, types, strides
-// and numbers of threads. sanitize.sh builds it, with the sanitizers and without: inputs and outputs are allocated to
-// the element, so that whoever leaves them is seen, and whatever nobody wrote is NaN. The first failure names its case.
+// Holds the C interface (fastntxent.h) against the definition, O(M^2 D), over odd shapes, types, strides and numbers of
+// threads. sanitize.sh builds it, with the sanitizers and without: inputs and outputs are allocated to the element, so
+// that whoever leaves them is seen, and whatever nobody wrote is NaN. The first failure names its case.
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include <algorithm>
 #include <chrono>
 #include <functional>
 #include <string>
@@ -31,12 +32,17 @@ void leave_memory(void* memory, size_t) { free(memory); }
 
 namespace {
 
+#ifdef __aarch64__
+const char* const BASELINE = "neon";
+#else
+const char* const BASELINE = "portable";
+#endif
 constexpr int64_t SMALLEST_EDGE = fntx::ALIGNED_ROWS;  // of a tile
 
 #ifdef FNTX_EMULATE
 const char* const SETS[] = {"avx512_bf16", "amx"};  // other builds check the others
 #else
-const char* const SETS[] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
+const char* const SETS[] = {BASELINE, "avx2", "avx512", "avx512_bf16", "amx"};
 #endif
 
 void on_each_set(const std::function<void()>& body) {
@@ -46,12 +52,13 @@ void on_each_set(const std::function<void()>& body) {
 
 // The unit roundoff of bfloat16 where G is rounded to it: in gradients of bfloat16 rows, on the sets that do not widen
 // them.
-Real rounding(int dtype) {
+double rounding(int dtype) {
     const std::string set = fntx_instruction_set();
-    return dtype == FNTX_BFLOAT16 && (set == "amx" || set == "avx512_bf16") ? ldexpl(1, -8) : 0;
+    return dtype == FNTX_BFLOAT16 && (set == "amx" || set == "avx512_bf16") ? ldexp(1, -8) : 0;
 }
 
-template <class T> void verify_as(const Problem& p, const std::vector<int>& threads, const std::vector<int>& tiles) {
+template <class T> void verify_as(const Case& c, const std::vector<int>& threads, const std::vector<int>& tiles) {
+    const Problem<T> p(c);
     if (p.ambiguous) return;
     on_each_set([&] {
         for (int team : threads)
@@ -70,24 +77,36 @@ template <class T> void verify_as(const Problem& p, const std::vector<int>& thre
     });
 }
 
-// On every instruction set, in every mode; `tiles` of the smallest size fit into the workspace. Emulation is slow and
-// takes only the last of the numbers of threads.
+// --quick is for emulated machines. It leaves out the cases of float64 whose definition takes more than QUICK
+// multiplications, since long double may be software there. It takes one in four of the others with more than COSTLY.
+bool quick = false;
+constexpr int64_t QUICK = 30000, COSTLY = 400000;
+
+bool taken(const Case& c) {
+    static int large = 0;
+    const int64_t rows = c.rows[0] + c.rows[1], cols = c.cols[0] + c.cols[1];
+    const int64_t multiplications = rows * (cols ? cols : rows) * c.D;
+    if (!quick) return true;
+    return c.dtype == FNTX_FLOAT64 ? multiplications <= QUICK : multiplications <= COSTLY || large++ % 4 == 0;
+}
+
+// On every instruction set, in every mode; `tiles` of the smallest size fit into the workspace. Emulated instructions are
+// slow, and take only the last of the numbers of threads.
 void verify(Case c, std::vector<int> threads, const std::vector<int>& tiles) {
 #ifdef FNTX_EMULATE
     c.dtype = FNTX_BFLOAT16, threads = {threads.back()};
 #endif
-    const Problem p(c);
-    c.dtype == FNTX_FLOAT64 ? verify_as<double>(p, threads, tiles) : verify_as<float>(p, threads, tiles);
+    if (!taken(c)) return;
+    c.dtype == FNTX_FLOAT64 ? verify_as<double>(c, threads, tiles) : verify_as<float>(c, threads, tiles);
 }
 
 // --- groups ----------------------------------------------------------------------------------------------------------
 
 const int64_t SIZES[] = {1, 2, 3, 7, 23, 24, 25, 47, 48, 49, 95, 97, 150};
-constexpr int SMALL_SIZES = 7;      // of these, from the first
-constexpr int64_t COSTLY = 400000;  // multiplications of the definition: of cases with more, one in six is taken
-constexpr int ALL_TILES = 1000;     // more than any case has
+constexpr int SMALL_SIZES = 7;   // of these, from the first
+constexpr int ALL_TILES = 1000;  // more than any case has
 
-// Every size with every dimension (those that cost the definition most only sometimes), the rest by chance.
+// Every size with every dimension (one in six of those that are COSTLY), the rest by chance.
 template <class Shape> void shapes(Shape shape) {
     for (int64_t n : SIZES)
         for (int64_t D : {1, 2, 3, 15, 16, 17, 48, 127, 128, 129, 300}) {
@@ -243,7 +262,7 @@ std::vector<double> unusual(std::initializer_list<double> numbers) {
 // rows are normalised. A row of any finite length harms nobody there. Row i's positive has the same index modulo 50.
 template <class T> void unusual_rows(const Case& c) {
     const double huge = sizeof(T) == 4 ? 3e38 : 1e150;
-    Problem p(c);
+    Problem<T> p(c);
     for (double x : unusual({huge, -huge})) {
         p.sides[0].z[0].set(3, 5, x);
         on_each_set([&] {
@@ -263,7 +282,7 @@ template <class T> void unusual_rows(const Case& c) {
 
 // What a backward is given may be anything.
 template <class T> void unusual_upstream(const Case& c) {
-    const Problem p(c);
+    const Problem<T> p(c);
     for (double x : unusual({1e30, -1e30}))
         on_each_set([&] {
             CheckedCall<T> weights(p, BACKWARD, 1, 0), neg_lse(p, BACKWARD, 1, 0);
@@ -293,8 +312,9 @@ template <class T> void exp2_within(int dtype, double reach) {
         for (int64_t i = 0; i < n; ++i) x.push_back(T(reach * noise()));
         expect(fntx_exp2(dtype, x.data(), y.data(), n) == FNTX_OK, "exp2: status");
         for (int64_t i = 0; i < n; ++i) {
-            const Real exact = exp2l(x[i]), unit = ldexpl(std::numeric_limits<T>::epsilon(), ilogbl(exact));
-            if (fabsl(y[i] - exact) <= 1.4L * unit) continue;
+            typedef typename RealOf<T>::Type Real;
+            const Real exact = exp2(Real(x[i])), unit = ldexp(Real(std::numeric_limits<T>::epsilon()), ilogb(exact));
+            if (fabs(y[i] - exact) <= Real(1.4) * unit) continue;
             expect(false, "exp2(" + std::to_string(x[i]) + ") on " + fntx_instruction_set());
         }
     }
@@ -343,16 +363,16 @@ void memory_left() {
 
 void instruction_sets() {
     on_each_set([] { printf("  %s\n", fntx_instruction_set()); });
-    expect(fntx_use_instruction_set("portable") == FNTX_OK, "portable: not there");
+    expect(fntx_use_instruction_set(BASELINE) == FNTX_OK, "the baseline: not there");
     expect(fntx_use_instruction_set("another") == FNTX_INVALID, "an unknown instruction set: accepted");
-    expect(!strcmp(fntx_instruction_set(), "portable"), "a refused instruction set: took effect");
+    expect(!strcmp(fntx_instruction_set(), BASELINE), "a refused instruction set: took effect");
 }
 
 void invalid_calls() {
     typedef fntx_call& Call;
-    const Problem two({{3, 3}, {0, 0}, 5}), one({{1, 0}, {0, 0}, 5}), rectangle({{3, 3}, {4, 0}, 5});
+    const Problem<float> two({{3, 3}, {0, 0}, 5}), one({{1, 0}, {0, 0}, 5}), rectangle({{3, 3}, {4, 0}, 5});
     fntx_side* cols;
-    const auto status = [&](int expected, const Problem& p, Mode mode, const char* what, auto change) {
+    const auto status = [&](int expected, const Problem<float>& p, Mode mode, const char* what, auto change) {
         CheckedCall<float> run(p, mode, 1, 0);
         cols = &run.cols;
         change(run.call);
@@ -406,7 +426,7 @@ void invalid_calls() {
         c.classes = c.rows.ids = of_rows.data(), c.rows.neg_lse = nullptr, c.pos = nullptr;
     });
     refused("sigmoid without columns", [](Call c) { c.function = FNTX_SIGMOID, c.d_bias = c.d_inv_tau, c.pos = nullptr; });
-    const Problem sums(softplus({{3, 3}, {0, 0}, 5})), beside(softplus(in_pairs({{3, 0}, {3, 0}, 5})));
+    const Problem<float> sums(softplus({{3, 3}, {0, 0}, 5})), beside(softplus(in_pairs({{3, 0}, {3, 0}, 5})));
     status(FNTX_OK, sums, LOSS, "valid softplus", [](Call) {});
     status(FNTX_OK, beside, LOSS, "valid softplus of pairs", [](Call) {});
     status(FNTX_INVALID, sums, LOSS, "no d_bias", [](Call c) { c.d_bias = nullptr; });
@@ -437,7 +457,7 @@ void interruption() {
         call.loss = &loss, call.loss_weight = 1, call.d_inv_tau = &d_inv_tau, call.poll = stop;
         for (fntx_matrix& z : call.rows.z) z = {row.data(), 8192, 0, 1};
         polled_by = {};
-        fntx_use_instruction_set("portable");
+        fntx_use_instruction_set(BASELINE);
         expect(fntx_run(&call) == FNTX_INTERRUPTED, "poll asked to stop: not interrupted");
         expect(polled_by == std::this_thread::get_id(), "poll: called by another thread");
     }
@@ -445,7 +465,7 @@ void interruption() {
 
 // Several callers at once get the bits that each gets alone.
 void concurrency() {
-    std::vector<Problem> problems;
+    std::vector<Problem<float>> problems;
     for (int64_t n : {150, 97, 24})
         for (double tau : {0.07, 0.001}) {
             problems.emplace_back(Case{{n, n}, {0, 0}, 60, FNTX_FLOAT32, 0, 0, 1, tau});
@@ -453,7 +473,7 @@ void concurrency() {
         }
     on_each_set([&] {
         std::vector<std::string> alone;
-        for (const Problem& p : problems) alone.push_back(CheckedCall<float>(p, BOTH, 2, 1 << 16).bits());
+        for (const Problem<float>& p : problems) alone.push_back(CheckedCall<float>(p, BOTH, 2, 1 << 16).bits());
         std::vector<std::thread> callers;
         std::vector<size_t> same(4);
         for (size_t caller = 0; caller < same.size(); ++caller)
@@ -470,7 +490,8 @@ void concurrency() {
 
 }  // namespace
 
-int main() {
+// check [--quick] [GROUP ...]: run these groups, or all of them.
+int main(int count, char** names) {
     const struct {
         const char* name;
         void (*run)();
@@ -496,9 +517,22 @@ int main() {
         {"interruption", interruption},
         {"concurrency", concurrency},
     };
+    std::vector<std::string> chosen;
+    for (int i = 1; i < count; ++i) {
+        const std::string name = names[i];
+        const auto has_it = [&](const auto& group) { return group.name == name; };
+        if (name == "--quick")
+            quick = true;
+        else if (std::any_of(std::begin(groups), std::end(groups), has_it))
+            chosen.push_back(name);
+        else
+            return fprintf(stderr, "check: there is no group '%s'\n", names[i]), 2;
+    }
     for (const auto& group : groups) {
+        if (!chosen.empty() && !std::count(chosen.begin(), chosen.end(), group.name)) continue;
         const auto start = std::chrono::steady_clock::now();
         const long before = checks;
+        draw.seed(1 + unsigned(&group - groups));  // alone, a group has the cases that it has among the others
         group.run();
         const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
         printf("%-24s %6ld checks %6.2f s\n", group.name, checks - before, seconds.count());

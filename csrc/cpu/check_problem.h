@@ -1,4 +1,4 @@
-// Cases for check.cpp: input of every type and layout, and the results by definition, O(M^2 D) in long double.
+// Cases for check.cpp: input of every type and layout, and the results by definition, O(M^2 D).
 #pragma once
 
 #include <math.h>
@@ -14,9 +14,16 @@
 
 #include "fastntxent.h"
 
-typedef long double Real;
-typedef std::vector<Real> Reals;
-constexpr Real INF = std::numeric_limits<Real>::infinity();
+// The type of the definition is wider than the kernels' T. For float that is double: long double would prove no more, and
+// is software on aarch64.
+template <class T> struct RealOf {
+    typedef double Type;
+};
+template <> struct RealOf<double> {
+    typedef long double Type;
+};
+
+constexpr double INF = std::numeric_limits<double>::infinity();
 
 constexpr double LOSS_WEIGHT = 0.75;  // of the losses of rows
 
@@ -78,9 +85,9 @@ inline uint16_t to_float16(double x) {
     return uint16_t((x < 0 ? 0x8000 : 0) + (exponent + 13) * 1024 + int(ldexp(fabs(x), 11 - exponent)));
 }
 
-inline Real from_float16(uint16_t bits) {
+inline double from_float16(uint16_t bits) {
     const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-    const Real size = exponent ? ldexpl(1024 + fraction, exponent - 25) : ldexpl(fraction, -24);
+    const double size = exponent ? ldexp(1024 + fraction, exponent - 25) : ldexp(fraction, -24);
     return bits & 0x8000 ? -size : size;
 }
 
@@ -106,7 +113,7 @@ struct Matrix {
         if (dtype == FNTX_FLOAT64) memcpy(to, &x, 8);
     }
 
-    Real get(int64_t row, int64_t d) const {
+    double get(int64_t row, int64_t d) const {
         const uint16_t* from = &words[(row * stride_row + d * stride_col) * width];
         float single = 0;
         double x = 0;
@@ -121,7 +128,9 @@ struct Matrix {
 inline int other_layout(int layout) { return (layout + 2) % int(std::size(LAYOUTS)); }
 
 // One side of a problem: what goes in, and its rows and results by the definition.
-struct ProblemSide {
+template <class Real> struct ProblemSide {
+    typedef std::vector<Real> Reals;
+
     Matrix z[2];
     int64_t n;
     std::vector<int64_t> ids;
@@ -135,7 +144,7 @@ struct ProblemSide {
         for (Matrix& m : z) {
             for (int64_t i = 0; i < m.n; ++i)
                 for (int64_t d = 0; d < c.D; ++d) {
-                    const double base = like && i < like->n ? 0.8 * double(like->get(i, d)) : 0;
+                    const double base = like && i < like->n ? 0.8 * like->get(i, d) : 0;
                     m.set(i, d, base + 1.5 * c.scale * noise() / sqrt(double(c.D)));
                 }
             like = &z[0];
@@ -151,25 +160,28 @@ struct ProblemSide {
 
 // --- the definition --------------------------------------------------------------------------------------------------
 
-struct Gradient {
-    Reals d_z[2];
+template <class Real> struct Gradient {
+    std::vector<Real> d_z[2];
     Real d_inv_tau = 0, d_bias = 0;
     Real size_of_z = 0, size_of_inv_tau = 0, size_of_bias = 0;  // of a gradient's terms before any cancel out: what errors compare with
 };
 
-struct Problem {
+template <class T> struct Problem {
+    typedef typename RealOf<T>::Type Real;
+    typedef std::vector<Real> Reals;
+
     const Case c;
     const int last;  // the side of the columns
     const bool two_views;
     const bool paired;  // rows have positives, and there is a loss
     const bool softplus, sigmoid;
     const Real k;
-    ProblemSide sides[2];
+    ProblemSide<Real> sides[2];
     Reals s, pos, d_pos, against, d_against;
     Reals class_weights;  // of each row's loss
     bool ambiguous = false;
     Real loss = 0;
-    Gradient of_weights, of_loss;
+    Gradient<Real> of_weights, of_loss;
 
     explicit Problem(const Case& c)
         : c(c),
@@ -180,7 +192,7 @@ struct Problem {
           sigmoid(c.function == FNTX_SIGMOID),
           k(1 / c.tau),
           sides{{c, c.rows, nullptr}, {c, c.cols, &sides[0].z[0]}} {
-        for (ProblemSide& side : sides) load(side);
+        for (ProblemSide<Real>& side : sides) load(side);
         const int64_t m = sides[0].n, n = sides[last].n;
         for (int64_t i = 0; i < m; ++i)
             for (int64_t j = 0; j < n; ++j) s.push_back(dot(row(sides[0].u, i), row(sides[last].u, j)));
@@ -198,7 +210,7 @@ struct Problem {
             against.push_back(float(c.against * noise()));
             const Real x = sides[0].nu[i] - against[i];
             loss += LOSS_WEIGHT * log1p_exp(x);
-            q[0].push_back(LOSS_WEIGHT / (1 + expl(-x)));
+            q[0].push_back(LOSS_WEIGHT / (1 + exp(-x)));
             d_against.push_back(-q[0][i]);
         }
         if (c.against > 0) q[1].assign(sides[last].n, 0), d_loss.clear();
@@ -221,12 +233,12 @@ struct Problem {
                 if (softplus) {
                     loss += weight * (nu + log1p_exp(-pos[i] - c.bias));
                     q[side].push_back(weight);
-                    d_loss[i] -= weight / (1 + expl(pos[i] + c.bias));
+                    d_loss[i] -= weight / (1 + exp(pos[i] + c.bias));
                     continue;
                 }
                 const Real x = nu - pos[i];
                 loss += weight * log1p_exp(x);
-                q[side].push_back(weight / (1 + expl(-x)));
+                q[side].push_back(weight / (1 + exp(-x)));
                 d_loss[i] -= q[side][i];
             }
         }
@@ -292,12 +304,12 @@ struct Problem {
         return sum;
     }
 
-    void load(ProblemSide& side) {
+    void load(ProblemSide<Real>& side) {
         for (const Matrix& z : side.z)
             for (int64_t i = 0; i < z.n; ++i) {
                 Reals u;
                 for (int64_t d = 0; d < c.D; ++d) u.push_back(z.get(i, d));
-                const Real length = sqrtl(dot(u.data(), u.data()));
+                const Real length = sqrt(dot(u.data(), u.data()));
                 for (Real& x : u) x /= c.normalize ? std::max(length, Real(c.eps)) : 1;
                 side.u.insert(side.u.end(), u.begin(), u.end());
                 side.length.push_back(length);
@@ -329,7 +341,7 @@ struct Problem {
     // positive's limit makes the case ambiguous.
     void set_limits(int side) {
         const int64_t n = sides[side].n, others = side ? sides[0].n : sides[last].n;
-        const Real near = c.dtype == FNTX_FLOAT64 ? 1e-12L : 1e-5L, scale = 1 + sides[0].longest * sides[last].longest;
+        const Real near = sizeof(T) == 8 ? 1e-12 : 1e-5, scale = 1 + sides[0].longest * sides[last].longest;
         for (int64_t row = 0; row < n && c.limits; ++row) {
             Reals sorted;
             for (int64_t other = 0; other < others; ++other) sorted.push_back(similarity(side, row, other));
@@ -337,9 +349,8 @@ struct Problem {
             Real limit = c.limits == LIMITS_OF_POSITIVES ? c.limit_scale * similarity(side, row, partner(row)) + c.limit_shift
                          : others < 2                    ? sorted[0] + 1
                                                          : (sorted[others / 2] + sorted[others / 2 - 1]) / 2;
-            if (c.dtype != FNTX_FLOAT64) limit = float(limit);
-            if (c.dtype == FNTX_FLOAT64) limit = double(limit);
-            for (Real x : sorted) ambiguous |= fabsl(x - limit) < near * scale;
+            limit = T(limit);
+            for (Real x : sorted) ambiguous |= fabs(x - limit) < near * scale;
             sides[side].limits.push_back(limit);
         }
     }
@@ -347,7 +358,7 @@ struct Problem {
     // Of x in log(1 + exp(x)); 0: the pair is left out.
     int sign(const Pair& at) const { return !at.agree ? 1 : sigmoid ? -1 : 0; }
 
-    static Real log1p_exp(Real x) { return x > 0 ? x + log1pl(expl(-x)) : log1pl(expl(x)); }
+    static Real log1p_exp(Real x) { return x > 0 ? x + log1p(exp(-x)) : log1p(exp(x)); }
 
     // What a row or a column has: `at` is the pair with the other side's row j.
     template <class At> Real over(int side, int64_t row, int64_t n, At at) const {
@@ -361,36 +372,36 @@ struct Problem {
     template <class Logit> static Real log_sum(int64_t n, Logit logit) {
         Real peak = -INF, sum = 0;
         for (int64_t j = 0; j < n; ++j) peak = std::max(peak, logit(j));
-        for (int64_t j = 0; j < n && peak > -INF; ++j) sum += expl(logit(j) - peak);
-        return peak + logl(sum);
+        for (int64_t j = 0; j < n && peak > -INF; ++j) sum += exp(logit(j) - peak);
+        return peak + log(sum);
     }
 
     // Of sum_i w_i nu_i + sum_j cols_w_j nu_j + sum_i d_pos_i pi_i; without weights there are no positives.
-    Gradient gradient(const Reals& w, const Reals& cols_w, const Reals& d_pos) const {
-        Gradient out;
+    Gradient<Real> gradient(const Reals& w, const Reals& cols_w, const Reals& d_pos) const {
+        Gradient<Real> out;
         Reals d_u[2], sizes[2];
         for (int side : {0, 1}) d_u[side].resize(sides[side].u.size()), sizes[side].resize(sides[side].n);
         const auto add = [&](int64_t i, int64_t j, Real x) {  // x times the gradient of the logit
-            out.d_bias += x, out.size_of_bias += fabsl(x);
+            out.d_bias += x, out.size_of_bias += fabs(x);
             const Real *u_i = row(sides[0].u, i), *u_j = row(sides[last].u, j);
             Real *d_i = &d_u[0][i * c.D], *d_j = &d_u[last][j * c.D];
             for (int64_t d = 0; d < c.D; ++d) d_i[d] += k * x * u_j[d], d_j[d] += k * x * u_i[d];
             out.d_inv_tau += x * s[i * sides[last].n + j];
-            sizes[0][i] += fabsl(k * x) * sides[last].longest;
-            sizes[last][j] += fabsl(k * x) * sides[0].longest;
-            out.size_of_inv_tau += fabsl(x) * largest_logit() / k;
+            sizes[0][i] += fabs(k * x) * sides[last].longest;
+            sizes[last][j] += fabs(k * x) * sides[0].longest;
+            out.size_of_inv_tau += fabs(x) * largest_logit() / k;
         };
         for (int64_t i = 0; i < sides[0].n; ++i) {
             for (int64_t j = 0; j < sides[last].n; ++j) {
                 if (softplus) {
                     const int y = sign(pair(i, j));
                     const Real weight = w[i] + (last ? cols_w[j] : 0), x = y * (k * s[pair(i, j).index] + c.bias);
-                    if (y) add(i, j, y * weight / (1 + expl(-x)));
+                    if (y) add(i, j, y * weight / (1 + exp(-x)));
                     continue;
                 }
                 const Real of_row = logit(pair(i, j), 0, i), of_col = last ? logit(pair(i, j), 1, j) : -INF;
-                const Real part = of_row == -INF ? 0 : w[i] * expl(of_row - sides[0].nu[i]);
-                const Real of_column = of_col == -INF ? 0 : cols_w[j] * expl(of_col - sides[1].nu[j]);
+                const Real part = of_row == -INF ? 0 : w[i] * exp(of_row - sides[0].nu[i]);
+                const Real of_column = of_col == -INF ? 0 : cols_w[j] * exp(of_col - sides[1].nu[j]);
                 if (part != 0 || of_column != 0) add(i, j, part + of_column);
             }
             if (!d_pos.empty()) add(i, partner(i), d_pos[i]);

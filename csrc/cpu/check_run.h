@@ -20,13 +20,15 @@ const char* const MODES[] = {"", "forward", "backward", "forward and backward", 
 
 // One call, with what it reads and writes.
 template <class T> struct CheckedCall {
-    const Problem& p;
+    typedef typename Problem<T>::Real Real;
+
+    const Problem<T>& p;
     const Mode mode;
     std::vector<T> against, d_against, limits[2], nu[2], w[2], d_z[2][2], pos, d_pos, scalars;
     fntx_side cols;
     fntx_call call = {};
 
-    CheckedCall(const Problem& p, Mode mode, int threads, int64_t workspace) : p(p), mode(mode) {
+    CheckedCall(const Problem<T>& p, Mode mode, int threads, int64_t workspace) : p(p), mode(mode) {
         call.phases = mode == LOSS ? BOTH : mode;
         call.dtype = p.c.dtype, call.normalize = p.c.normalize, call.threads = threads, call.D = p.c.D;
         call.limited = p.c.limits == LIMITS_OF_POSITIVES;
@@ -53,7 +55,7 @@ template <class T> struct CheckedCall {
     static std::vector<T> unwritten(int64_t n) { return std::vector<T>(n, std::numeric_limits<T>::quiet_NaN()); }
 
     fntx_side fill(int which) {
-        const ProblemSide& side = p.sides[which];
+        const ProblemSide<Real>& side = p.sides[which];
         fntx_side out = {};
         nu[which] = unwritten(side.n);
         if (mode == BACKWARD) nu[which].assign(side.nu.begin(), side.nu.end());
@@ -90,7 +92,7 @@ template <class T> struct CheckedCall {
     // Each element is within absolute + relative |expected| of what is expected.
     void hold(const char* what, const std::vector<T>& got, const Real* expected, Real absolute, Real relative) const {
         for (size_t i = 0; i < got.size(); ++i) {
-            const Real error = fabsl(got[i] - expected[i]), bound = absolute + relative * fabsl(expected[i]);
+            const Real error = fabs(got[i] - expected[i]), bound = absolute + relative * fabs(expected[i]);
             if (got[i] == expected[i] || (!isinf(expected[i]) && error <= bound)) continue;
             char text[200];
             snprintf(text, sizeof text, ": %s[%d] is %.9g, expected %.9g +- %.2g", what, int(i), double(got[i]),
@@ -102,10 +104,10 @@ template <class T> struct CheckedCall {
 
     // `rounding`: of what a gradient is made of, where that is coarser than T.
     void compare(Real rounding = 0) const {
-        const Real epsilon = sizeof(T) == 4 ? 1.2e-7L : 2.3e-16L, tolerance = 16 * epsilon * (1 + p.largest_logit());
+        const Real epsilon = sizeof(T) == 4 ? 1.2e-7 : 2.3e-16, tolerance = 16 * epsilon * (1 + p.largest_logit());
         const Real of_gradient = tolerance + rounding;
         const Real least = std::numeric_limits<T>::min();
-        const Gradient& gradient = mode == LOSS ? p.of_loss : p.of_weights;
+        const Gradient<Real>& gradient = mode == LOSS ? p.of_loss : p.of_weights;
         for (int side = 0; side <= p.last; ++side) {
             if (mode != BACKWARD && (side ? cols : call.rows).neg_lse)
                 hold(side ? "neg_lse of cols" : "neg_lse", nu[side], p.sides[side].nu.data(), tolerance, tolerance);

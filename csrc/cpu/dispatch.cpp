@@ -17,7 +17,6 @@ namespace fntx {
     const Kernels<float>* float_kernels();    \
     const Kernels<double>* double_kernels();  \
     }
-FNTX_DECLARE(portable)
 #ifdef FNTX_X86
 FNTX_DECLARE(avx2)
 FNTX_DECLARE(avx512)
@@ -30,6 +29,11 @@ FNTX_DECLARE(avx512)
     }
 FNTX_DECLARE_BFLOAT(avx512_bf16)
 FNTX_DECLARE_BFLOAT(amx)
+#endif
+#ifdef __aarch64__
+FNTX_DECLARE(neon)
+#else
+FNTX_DECLARE(portable)
 #endif
 
 namespace {
@@ -49,7 +53,7 @@ bool has_avx512() {
 }
 #endif
 
-// From the fastest down.
+// From the fastest down. The last needs nothing beyond the compiler's baseline, which on aarch64 has NEON.
 const InstructionSet SETS[] = {
 #ifdef FNTX_X86
 #ifdef FNTX_BFLOAT
@@ -71,7 +75,11 @@ const InstructionSet SETS[] = {
     {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, avx2::float_kernels,
      avx2::double_kernels, avx2::float_kernels},
 #endif
+#ifdef __aarch64__
+    {"neon", [] { return true; }, neon::float_kernels, neon::double_kernels, neon::float_kernels},
+#else
     {"portable", [] { return true; }, portable::float_kernels, portable::double_kernels, portable::float_kernels},
+#endif
 };
 
 const InstructionSet* fastest() {

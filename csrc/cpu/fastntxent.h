@@ -105,8 +105,8 @@ struct fntx_call {
 // Run a call. On anything but FNTX_OK the outputs hold nothing of use.
 int fntx_run(const struct fntx_call* call);
 
-// The instruction set that fntx_run uses here: "amx", "avx512_bf16", "avx512", "avx2" or "portable". The first two multiply
-// bfloat16 rows in bfloat16, with float sums, and are "avx512" for all other rows.
+// The instruction set that fntx_run uses here: "amx", "avx512_bf16", "avx512", "avx2" or "portable"; on aarch64 always "neon".
+// The first two multiply bfloat16 rows in bfloat16, with float sums, and are "avx512" for all other rows.
 const char* fntx_instruction_set(void);
 
 // Use another one from now on: a test's way to reach them all. FNTX_INVALID if this machine cannot.

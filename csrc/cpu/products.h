@@ -139,10 +139,13 @@ struct FloatProducts {
         else
             Acc::zero(acc);
         Acc::add_product(acc, a, lda, 1, b, PANEL<T>, inner);
-        if (last)
-            finish(acc, 0);
-        else
+        if (last) {
+            // A copy: Clang keeps an array in memory for its whole life if anyone reads it by a variable index.
+            Acc products = acc;
+            finish(products, 0);
+        } else {
             Acc::write(acc, c, ldc);
+        }
     }
 
     // c += a b, of a block of V vectors.

@@ -1,34 +1,43 @@
 #!/bin/sh
-# Build check.cpp with the kernels and run it: csrc/cpu/sanitize.sh [address] [exact] [thread] [emulated] [plain]
+# Build check.cpp with the kernels and run it: csrc/cpu/sanitize.sh [BUILD ...] [-- [--quick] [GROUP ...]]
 #
 #   address  AddressSanitizer and UndefinedBehaviorSanitizer, threads by OpenMP as in production
 #   exact    the same, and each piece of the kernels' own memory is allocated to the byte and starts as NaN
 #   thread   ThreadSanitizer; threads are std::thread, because GCC's OpenMP runtime is not instrumented
 #   emulated as exact, with AVX512_BF16's and AMX's instructions emulated, on bfloat16 rows alone; wants AVX-512
 #   plain    as setup.py builds it
+#   arm      as setup.py builds it on aarch64, run by an emulator of that machine
+#   arm-address  the same, by AddressSanitizer and UndefinedBehaviorSanitizer, without the search for leaks
 #
-# All but plain by default. Objects go to build/sanitize; CXX chooses the compiler.
+# The default is address, exact, thread and emulated. What follows -- goes to check.cpp: --quick, and names of its groups ("two
+# views", slabs, ...; all by default). Objects go to build/sanitize. CXX chooses the compiler of this machine, ARM_CXX
+# that of aarch64, ARM_RUN the emulator.
 set -eu
 cd "$(dirname "$0")/../.."
-CXX=${CXX:-g++}
 
-build_and_run() {
-    name=$1
+builds=""
+while [ $# -gt 0 ] && [ "$1" != -- ]; do
+    builds="$builds $1"
     shift
+done
+[ $# -eq 0 ] || shift # what is left is for check.cpp
+
+build_and_run() { # NAME FLAGS [ARGUMENT ...]
+    name=$1 flags=$2
+    shift 2
     out=build/sanitize/$name
     mkdir -p "$out"
-    compile() { "$CXX" -std=c++17 -Wall -Wextra -Icsrc/cpu "$@"; }
+    compile() { "$cxx" -std=c++17 -Wall -Wextra -Icsrc/cpu "$@"; }
     objects=""
-    add() { # OBJECT SOURCE [FLAGS]
+    add() { # OBJECT SOURCE [FLAG ...]
         object=$out/$1.o source=csrc/cpu/$2.cpp
         shift 2
         compile $flags "$@" -c "$source" -o "$object"
         objects="$objects $object"
     }
-    flags=$*
     define=""
-    add kernels_portable kernels
-    case $(uname -m) in
+    add kernels_baseline kernels
+    case $machine in
     x86_64 | amd64)
         define=-DFNTX_X86
         add kernels_avx2 kernels -mavx2 -mfma
@@ -55,30 +64,47 @@ build_and_run() {
     case $name in exact | emulated) ;; *) add memory memory ;; esac
     compile $flags $objects -pthread -o "$out/check"
     echo "== $name"
-    $run "$out/check"
+    $run "$out/check" "$@"
 }
 
-# GCC's ThreadSanitizer wants its addresses where they are without randomisation.
-run=""
-if setarch "$(uname -m)" -R true 2>/dev/null; then run="setarch $(uname -m) -R"; fi
+here() {
+    machine=$(uname -m) cxx=${CXX:-g++} run=""
+    # GCC's ThreadSanitizer wants its addresses where they are without randomisation.
+    if setarch "$machine" -R true 2>/dev/null; then run="setarch $machine -R"; fi
+    build_and_run "$@"
+}
+
+on_arm() {
+    machine=aarch64 cxx=${ARM_CXX:-aarch64-linux-gnu-g++} run=${ARM_RUN:-qemu-aarch64 -L /usr/aarch64-linux-gnu}
+    for tool in "$cxx" "${run%% *}"; do
+        command -v "$tool" >/dev/null && continue
+        echo "$tool is missing: apt-get install g++-aarch64-linux-gnu qemu-user" >&2
+        exit 2
+    done
+    build_and_run "$@"
+}
 
 # Some calls ask for more memory than there is.
 export ASAN_OPTIONS=allocator_may_return_null=1 TSAN_OPTIONS=allocator_may_return_null=1:halt_on_error=1
 
 sanitizers="-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all -fopenmp"
-for build in ${@:-address exact thread emulated}; do
+for build in ${builds:-address exact thread emulated}; do
     case $build in
-    address) build_and_run address $sanitizers ;;
-    exact) build_and_run exact $sanitizers -DFNTX_EXACT_MEMORY ;;
+    address) here address "$sanitizers" "$@" ;;
+    exact) here exact "$sanitizers -DFNTX_EXACT_MEMORY" "$@" ;;
     emulated)
         if grep -qs avx512vl /proc/cpuinfo; then
-            build_and_run emulated $sanitizers -DFNTX_EXACT_MEMORY -DFNTX_EMULATE
+            here emulated "$sanitizers -DFNTX_EXACT_MEMORY -DFNTX_EMULATE" "$@"
         else
             echo "== emulated: left out, because this processor has no AVX-512"
         fi
         ;;
-    thread) build_and_run thread -O1 -g -fsanitize=thread -DFNTX_STD_THREADS ;;
-    plain) build_and_run plain -O3 -fopenmp ;;
+    thread) here thread "-O1 -g -fsanitize=thread -DFNTX_STD_THREADS" "$@" ;;
+    plain) here plain "-O3 -fopenmp" "$@" ;;
+    arm) on_arm arm "-O3 -fopenmp" "$@" ;;
+    arm-address) # the search for leaks would trace the process, which the emulator does not allow
+        (export ASAN_OPTIONS="$ASAN_OPTIONS:detect_leaks=0" && on_arm arm-address "$sanitizers" "$@")
+        ;;
     *) echo "unknown build: $build" >&2 && exit 2 ;;
     esac
 done
