@@ -26,7 +26,7 @@ void* acquire_memory(size_t bytes, size_t& capacity) {
     return memset(memory, 0xff, capacity = bytes);
 }
 void release_memory(void* memory, size_t) { free(memory); }
-void leave_memory(void* memory, size_t) { free(memory); }
+void lend_memory(void* memory, size_t) { free(memory); }
 }  // namespace fntx
 #endif
 
@@ -268,6 +268,7 @@ template <class T> void unusual_rows(const Case& c) {
         on_each_set([&] {
             for (int64_t workspace : {0, 1 << 20})
                 for (Mode mode : {FORWARD, BACKWARD, BOTH, LOSS}) {
+                    if (c.classes && mode != FORWARD && mode != LOSS) continue;
                     CheckedCall<T> run(p, mode, 1, workspace);
                     expect(!run.bits().empty(), run.name() + ": status");
                     if (mode != LOSS || (isfinite(x) && !c.normalize) || c.dtype == FNTX_FLOAT16) continue;
@@ -302,6 +303,11 @@ void not_finite() {
                 const Case columns = in_pairs({{50, 0}, {50, 0}, 17, dtype, 0, 0, normalize, tau}, 0);
                 for (const Case& each : {c, columns, softplus(c), softplus(columns), softplus(columns, FNTX_SIGMOID)})
                     dtype == FNTX_FLOAT64 ? unusual_rows<double>(each) : unusual_rows<float>(each);
+                const Case labels = {{50, 50}, {0, 0}, 17, dtype, 0, 2, normalize, tau};
+                for (int form = FNTX_OUT; form <= FNTX_PAIRS; ++form) {
+                    const Case each = classes(labels, form);
+                    dtype == FNTX_FLOAT64 ? unusual_rows<double>(each) : unusual_rows<float>(each);
+                }
             }
 }
 
@@ -340,24 +346,24 @@ void exponentials() {
     });
 }
 
-// A large block that a call leaves is the next call's, whatever the system did to it.
-void memory_left() {
+// A large block that a call lends to the system is the next call's, whatever the system did to it.
+void memory_lent() {
 #if defined(__linux__) && !defined(FNTX_EXACT_MEMORY)
     constexpr int64_t size = int64_t(40) << 20;
     const auto fill = [](char* block) { memset(block, 1, size); };
     fntx::Buffer<char> first(size), second(size);
-    char* const left = first;
+    char* const lent = first;
     fill(first), fill(second);
-    first.leave();
-    expect(!first, "a block that was left: still there");
+    first.lend();
+    expect(!first, "a block that was lent: still there");
     fntx::Buffer<char> again(size), other(size);
-    expect(again == left && other != left && other != second, "a block that was left: not taken once");
+    expect(again == lent && other != lent && other != second, "a block that was lent: not taken once");
     fill(again), fill(other);
-    expect(second[0] == 1 && second[size - 1] == 1, "a block that was left: it was another's");
-    again.leave(), other.leave();  // which gives the first one back
+    expect(second[0] == 1 && second[size - 1] == 1, "a block that was lent: it was another's");
+    again.lend(), other.lend();  // which frees the first one
     fill(fntx::Buffer<char>(size));
-    fntx::Buffer<char> small(100);
-    small.leave();
+    fntx::Buffer<char> larger(3 * size), small(100);
+    small.lend();
 #endif
 }
 
@@ -440,6 +446,44 @@ void invalid_calls() {
     }
 }
 
+// Blocks of several tiles on several threads: as one thread has it, whose blocks the other groups hold to the definition.
+void blocks() {
+    const int64_t n = 3150, D = 16, labels = 90;
+    std::vector<float> z(2 * n * D);
+    for (float& x : z) x = float(noise());
+    std::vector<int64_t> classes;
+    for (int64_t i = 0; i < 2 * n; ++i) classes.push_back(int64_t(draw() % labels));
+    for (double tau : {0.2, 0.001})
+        for (int form = -1; form <= FNTX_PAIRS; ++form) {  // -1: NT-Xent
+            std::vector<float> gradients[4];
+            float losses[4], d_inv_tau[4];
+            const int threads[] = {1, 2, 3, 2};
+            for (int run = 0; run < 4; ++run) {
+                gradients[run].assign(z.size(), NAN);
+                fntx_call call = {};
+                call.phases = BOTH, call.dtype = FNTX_FLOAT32, call.normalize = 1, call.threads = threads[run];
+                call.D = D, call.inv_tau = 1 / tau, call.eps = 1e-12, call.workspace = 20 << 20;
+                call.loss = &losses[run], call.loss_weight = 1.0 / double(2 * n), call.d_inv_tau = &d_inv_tau[run];
+                if (form >= 0) call.classes = classes.data(), call.form = form;
+                for (int view : {0, 1}) {
+                    call.rows.z[view] = {z.data() + view * n * D, n, D, 1};
+                    call.rows.d_z[view] = gradients[run].data() + view * n * D;
+                }
+                expect(fntx_run(&call) == FNTX_OK, "blocks: status");
+            }
+            double largest = 0, error = 0;
+            for (size_t i = 0; i < z.size(); ++i) {
+                largest = std::max(largest, fabs(double(gradients[0][i])));
+                for (int run : {1, 2}) error = std::max(error, fabs(double(gradients[run][i]) - gradients[0][i]));
+            }
+            const double tolerance = 1e-6 * (1 + 1 / tau);
+            const std::string name = "blocks, tau " + std::to_string(tau) + ", form " + std::to_string(form);
+            expect(largest > 0 && error <= tolerance * largest, name + ": the gradient of several threads");
+            expect(fabs(losses[1] / losses[0] - 1) <= tolerance, name + ": the loss of two threads");
+            expect(gradients[1] == gradients[3] && losses[1] == losses[3], name + ": other bits the second time");
+        }
+}
+
 std::thread::id polled_by;
 
 int stop() {
@@ -447,20 +491,24 @@ int stop() {
     return 1;
 }
 
-// A call of seconds, stopped by the first poll.
+// Calls of seconds, stopped by the first poll.
 void interruption() {
     const std::vector<float> row(128, 0.1f);
-    for (int threads : {1, 2, 3}) {
-        float loss, d_inv_tau;
-        fntx_call call = {};
-        call.phases = BOTH, call.dtype = FNTX_FLOAT32, call.threads = threads, call.D = 128, call.inv_tau = 2;
-        call.loss = &loss, call.loss_weight = 1, call.d_inv_tau = &d_inv_tau, call.poll = stop;
-        for (fntx_matrix& z : call.rows.z) z = {row.data(), 8192, 0, 1};
-        polled_by = {};
-        fntx_use_instruction_set(BASELINE);
-        expect(fntx_run(&call) == FNTX_INTERRUPTED, "poll asked to stop: not interrupted");
-        expect(polled_by == std::this_thread::get_id(), "poll: called by another thread");
-    }
+    std::vector<int64_t> classes;
+    for (int64_t i = 0; i < 2 * 8192; ++i) classes.push_back(i % 7);
+    for (int threads : {1, 2, 3})
+        for (bool in_classes : {false, true}) {
+            float loss, d_inv_tau;
+            fntx_call call = {};
+            call.phases = BOTH, call.dtype = FNTX_FLOAT32, call.threads = threads, call.D = 128, call.inv_tau = 2;
+            call.loss = &loss, call.loss_weight = 1, call.d_inv_tau = &d_inv_tau, call.poll = stop;
+            if (in_classes) call.classes = classes.data(), call.form = FNTX_PAIRS;
+            for (fntx_matrix& z : call.rows.z) z = {row.data(), 8192, 0, 1};
+            polled_by = {};
+            fntx_use_instruction_set(BASELINE);
+            expect(fntx_run(&call) == FNTX_INTERRUPTED, "poll asked to stop: not interrupted");
+            expect(polled_by == std::this_thread::get_id(), "poll: called by another thread");
+        }
 }
 
 // Several callers at once get the bits that each gets alone.
@@ -497,7 +545,7 @@ int main(int count, char** names) {
         void (*run)();
     } groups[] = {
         {"instruction sets", instruction_sets},
-        {"memory left", memory_left},
+        {"memory lent", memory_lent},
         {"exponentials", exponentials},
         {"invalid calls", invalid_calls},
         {"two views", [] { shapes(two_views); }},
@@ -514,6 +562,7 @@ int main(int count, char** names) {
         {"larger tiles", larger_tiles},
         {"magnitudes", magnitudes},
         {"not finite", not_finite},
+        {"blocks", blocks},
         {"interruption", interruption},
         {"concurrency", concurrency},
     };

@@ -10,6 +10,7 @@
 
 #include "kernels.h"
 #include "memory.h"
+#include "slabs.h"
 
 namespace fntx {
 
@@ -66,7 +67,7 @@ class Classes {
 // sums, weights and log-sum-exps are their own.
 template <class T> struct PositiveSide : PackedSide<T> {
     explicit PositiveSide(const PackedSide<T>& rows) : PackedSide<T>(rows) {
-        const int64_t padded = (rows.n + ALIGNED_ROWS - 1) / ALIGNED_ROWS * ALIGNED_ROWS;
+        const int64_t padded = round_up(rows.n, ALIGNED_ROWS);
         double_memory_ = Buffer<double>(2 * padded);
         row_memory_ = Buffer<T>(3 * padded);
         this->sums = double_memory_;

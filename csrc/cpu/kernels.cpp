@@ -226,16 +226,16 @@ template <bool MASKED, bool LIMITED, class T> void forward_direct(const Tile<T>&
         for (int64_t col = 0; col < tile.n_cols; ++col) tile.cols->sums[tile.col0 + col] += col_sums[col];
 }
 
-// Logits to the buffer, -inf where a pair does not count. They are rounded here, once, for all that follows: a logit of 1e5
+// Logits to the buffer; `masked`: -inf where a pair does not count. They are rounded here, once, for all that follows: a logit of 1e5
 // is rounded to 1e-2, and only what went into a sum may be compared with it.
-template <class T> void masked_logits(const Tile<T>& tile) {
+template <class T> void form_logits(const Tile<T>& tile, bool masked) {
     form_products<Products>(tile, [&](Acc<T>& acc, int64_t row, int64_t col) __attribute__((always_inline)) {
 #pragma GCC unroll 8
         for (int r = 0; r < REGISTER_ROWS; ++r)
 #pragma GCC unroll 3
             for (int v = 0; v < REGISTER_VECTORS; ++v) {
                 Vec<T> logits = acc.c[r][v] * tile.inv_tau;
-                if (tile.masked) logits = counted(tile, row + r, col + v * LANES<T>) ? logits : broadcast<T>(-INFINITY);
+                if (masked) logits = counted(tile, row + r, col + v * LANES<T>) ? logits : broadcast<T>(-INFINITY);
                 acc.c[r][v] = logits;
             }
         Acc<T>::write(acc, tile.buffer + row * tile.edge + col, tile.edge);
@@ -255,7 +255,7 @@ template <class T> FNTX_INLINE T raise_peak(PackedSide<T>& side, int64_t row, T 
 }
 
 template <class T> void forward_shifted(const Tile<T>& tile) {
-    masked_logits(tile);
+    form_logits(tile, tile.masked);
     const Vec<T> least = broadcast<T>(-INFINITY);
     for (int64_t row = 0; row < tile.n_rows; ++row) {
         const T* logits = tile.buffer + row * tile.edge;
@@ -347,7 +347,7 @@ template <class T> void weigh_exponentials(const Tile<T>& tile) {
 
 // ... and with a shift of each side's own.
 template <class T> void weigh_shifted(const Tile<T>& tile) {
-    masked_logits(tile);
+    form_logits(tile, tile.masked);
     Products::Radial radial;
     const PackedSide<T>&rows = *tile.rows, &cols = *tile.cols;
     for (int64_t row = 0; row < tile.n_rows; ++row) {
@@ -391,20 +391,22 @@ template <class T> void backward(const Tile<T>& tile) {
 // --- pairs of positives ----------------------------------------------------------------------------------------------
 
 // log(1 + exp(nu - logit)) and its slope, both 0 where the pair does not count.
-template <class T> FNTX_INLINE Vec<T> softplus_above(Vec<T> nu, Vec<T> logits, Vec<T>& slope) {
-    const Vec<T> least = broadcast<T>(-INFINITY);
-    return softplus<T>(logits == least ? least : nu - logits, slope);
+template <class T> FNTX_INLINE Vec<T> softplus_above(const Tile<T>& tile, int64_t row, int64_t col, Vec<T> nu, Vec<T>& slope) {
+    const Bits<T> counts = counted(tile, row, col);
+    const Vec<T> value = softplus<T>(nu - load(tile.buffer + row * tile.edge + col), slope);
+    slope = counts ? slope : Vec<T>{};
+    return counts ? value : Vec<T>{};
 }
 
 template <class T> void pairs(const Tile<T>& tile) {
     const Products::Using tiles;
-    masked_logits(tile);
+    form_logits(tile, false);
     const PackedSide<T>&rows = *tile.rows, &cols = *tile.cols;
     for (int64_t row = 0; row < tile.n_rows; ++row) {
         const int64_t i = tile.row0 + row;
         Vec<T> sums = {}, slopes = {}, slope;
         for (int64_t col = 0; col < tile.n_cols; col += LANES<T>) {
-            sums += softplus_above<T>(broadcast<T>(rows.nu[i]), load(tile.buffer + row * tile.edge + col), slope);
+            sums += softplus_above<T>(tile, row, col, broadcast<T>(rows.nu[i]), slope);
             slopes += slope;
         }
         rows.sums[i] += sum_of_lanes<T>(sums);
@@ -415,7 +417,7 @@ template <class T> void pairs(const Tile<T>& tile) {
         const int64_t j = tile.col0 + col;
         Vec<T> sums = {}, slopes = {}, slope;
         for (int64_t row = 0; row < tile.n_rows; ++row) {
-            sums += softplus_above<T>(load(cols.nu + j), load(tile.buffer + row * tile.edge + col), slope);
+            sums += softplus_above<T>(tile, row, col, load(cols.nu + j), slope);
             slopes += slope;
         }
         for (int lane = 0; lane < LANES<T>; ++lane) {
@@ -428,7 +430,7 @@ template <class T> void pairs(const Tile<T>& tile) {
 template <class T> void pairs_backward(const Tile<T>& tile) {
     const Products::Using tiles;
     Products::Radial radial;
-    masked_logits(tile);
+    form_logits(tile, false);
     const PackedSide<T>&rows = *tile.rows, &cols = *tile.cols;
     for (int64_t row = 0; row < tile.n_rows; ++row) {
         const int64_t i = tile.row0 + row;
@@ -437,8 +439,8 @@ template <class T> void pairs_backward(const Tile<T>& tile) {
             T* const g = tile.buffer + row * tile.edge + col;
             const Vec<T> logits = load(g);
             Vec<T> of_row, of_col;
-            softplus_above<T>(broadcast<T>(rows.nu[i]), logits, of_row);
-            softplus_above<T>(load(cols.nu + j), logits, of_col);
+            softplus_above<T>(tile, row, col, broadcast<T>(rows.nu[i]), of_row);
+            softplus_above<T>(tile, row, col, load(cols.nu + j), of_col);
             const Vec<T> g_v = -(rows.weights[i] * of_row + load(cols.weights + j) * of_col);
             radial.add_logits(g_v, logits);
             store<T>(g, g_v);

@@ -100,10 +100,10 @@ template <class T> struct Kernels {
     // Add the tile's sums and slopes of softplus, x = k s + b, as `forward` does, and what it gathers as `backward` does.
     void (*softplus)(const Tile<T>& tile);
 
-    // Of an agreeing tile: add log(1 + exp(nu_i - k s_ij)), and its slope, to the sums of either side ...
+    // Of an agreeing tile: add log(1 + exp(nu_i - k s_ij)), and its slope, to the sums of either side.
     void (*pairs)(const Tile<T>& tile);
 
-    // ... and what either side gathers where each such pair of a row weighs as much as the row, and lowers the loss.
+    // Its backward, as `backward`: G_ij = -(a_i slope_ij + a_j slope_ji), with the weights a of either side.
     void (*pairs_backward)(const Tile<T>& tile);
 
     double (*dot)(const T* a, const T* b, int64_t ld);

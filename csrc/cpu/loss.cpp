@@ -149,7 +149,10 @@ template <class T> class Run {
             each_tile(at_once_ ? kernels_.forward_and_gather : kernels_.forward);
             join_sums();
             for_sides([&](OwnedSide<T>& side) { take_logarithms(side); });
-            if (call_.loss) over_positives() ? take_losses_over_positives() : of_classes() ? take_class_losses() : take_losses();
+            if (call_.loss && over_positives())
+                take_losses_over_positives();
+            else if (call_.loss)
+                of_classes() ? take_class_losses() : take_losses();
         }
         if (call_.phases & FNTX_BACKWARD) {
             weigh();
@@ -157,8 +160,9 @@ template <class T> class Run {
             if (over_positives()) each_tile(of_each_pair() ? kernels_.pairs_backward : kernels_.backward, positives_.get());
             join_gathered();
             if (at_once_) weigh_gathered();
-            // Before the outputs' pages are first touched. A small enough batch comes again and takes the same.
-            if (kept_ == schedule_.places()) workspace_.leave();
+            // Before the outputs' pages are first touched. Where all of it is kept, a training step is short, and the next
+            // one will want the same workspace.
+            if (kept_ == schedule_.places()) workspace_.lend();
             workspace_ = {}, scratch_ = {};
             for_sides([&](OwnedSide<T>& side) { side.release_packed(); });
             finish_sides();
@@ -408,7 +412,7 @@ template <class T> class Run {
 
     // --- tiles ---------------------------------------------------------------------------------------------------
 
-    // Of `agreeing`, the rows once more, only the tiles that have pairs of the same id.
+    // Call the kernel on every tile; or with `agreeing`, the rows' sums over their positives, on those in which ids meet.
     void each_tile(void (*kernel)(const Tile<T>&), PackedSide<T>* agreeing = nullptr) {
         const int64_t P = slabs_.count * slabs_.rows, Q = symmetric_ ? 0 : slabs_.count * slabs_.cols;
         std::unique_ptr<std::atomic<int32_t>[]> turns(new std::atomic<int32_t>[size_t(P + Q)]);
@@ -429,7 +433,7 @@ template <class T> class Run {
                     if (team_.interrupted(thread)) return;
                     Tile<T> tile = this->tile(task, i, j, place, thread);
                     if (tile.n_rows <= 0 || tile.n_cols <= 0) continue;  // a block may reach beyond the matrix
-                    if (agreeing && !tile.masked) continue;
+                    if (agreeing && !ids_meet(tile)) continue;
                     if (agreeing) {
                         tile.rows = tile.cols = agreeing;
                         tile.agreeing = tile.masked = tile.shifted = true;
@@ -470,7 +474,7 @@ template <class T> class Run {
         tile.col0 = schedule_.first_col(task, j);
         tile.n_cols = std::min(edge_, cols_.n - tile.col0);
         tile.diagonal = symmetric_ && tile.row0 == tile.col0;
-        tile.masked = tile.n_cols % kernels_.panel || span(rows_, tile.row0).meets(span(cols_, tile.col0));
+        tile.masked = tile.n_cols % kernels_.panel || ids_meet(tile);
         tile.shifted = shifted_;
         tile.limited = limited_;
         tile.agreeing = false;
@@ -484,6 +488,9 @@ template <class T> class Run {
         tile.sums = tile.buffer + edge_ * edge_ + tile_words_;
         return tile;
     }
+
+    // Whether a row and a column of the tile may have the same id.
+    bool ids_meet(const Tile<T>& tile) const { return span(rows_, tile.row0).meets(span(cols_, tile.col0)); }
 
     Span span(const OwnedSide<T>& side, int64_t first) const {
         Span all;
@@ -630,7 +637,7 @@ template <class T> class Run {
             });
         });
         if (limited_) scale_limits();  // the tiles may be shifted now
-        check_gathered();
+        drop_gathered_if_small();
         // Of doubles, the quotient of weights that are small by themselves may be none.
         weight_unit_ = shifted_ ? larger(largest / LARGEST_WEIGHT<T>, std::numeric_limits<double>::min()) : largest;
         for_sides([&](OwnedSide<T>& side) {
@@ -653,9 +660,9 @@ template <class T> class Run {
         return !shifted_ && !limited_ && largest_log_ + std::max(log_length_, 0.0) < DIRECT_LIMIT<T>;
     }
 
-    // Whether no row's sum is so small that its terms, times columns, come near the least number of T. If one is, all that
-    // was gathered is dropped, for a pass with weights.
-    void check_gathered() {
+    // Where a row's sum is so small that its terms, times columns, come near the least number of T, drop all that was
+    // gathered: a pass with weights gathers it again.
+    void drop_gathered_if_small() {
         if (!at_once_) return;
         const double small = largest_over_rows(rows_, [&](int64_t row) {
             return rows_.w[row] == 0 || rows_.neg_lse[row] + log_length_ > -double(DIRECT_LIMIT<T>) ? 0.0 : 1.0;

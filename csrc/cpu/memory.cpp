@@ -13,7 +13,7 @@ namespace fntx {
 namespace {
 
 constexpr size_t HELD_BYTES = size_t(32) << 20;  // a call of N = 1024, D = 128 takes 12 MiB
-constexpr int HELD_BLOCKS = 32;                // a call takes 8, or 14 with columns of its own
+constexpr int HELD_BLOCKS = 32;                // a call takes 8 to 20
 constexpr size_t LINE = 64, HUGE_PAGE = size_t(1) << 21;  // of x86-64 and most of arm64
 
 struct HeldMemory {
@@ -24,7 +24,7 @@ struct HeldMemory {
 HeldMemory held[HELD_BLOCKS];  // from the oldest on
 int held_blocks = 0;
 size_t held_bytes = 0;
-HeldMemory left = {nullptr, 0};  // one block of more than HELD_BYTES
+HeldMemory spare = {nullptr, 0};  // one block of more than HELD_BYTES, whose pages the system may take
 
 // Guards what is held. Whoever does not get it at once goes to the system: nobody waits, neither for another thread nor
 // in a child that was forked while a thread of its parent was in here.
@@ -38,7 +38,18 @@ struct Guard {
 };
 
 // Whether a block serves for so many bytes, and is not more than twice too large.
-bool serves(const HeldMemory& block, size_t bytes) { return block.capacity >= bytes && block.capacity / 2 <= bytes; }
+bool serves(const HeldMemory& block, size_t bytes) {
+    return block.memory && block.capacity >= bytes && block.capacity / 2 <= bytes;
+}
+
+void free_spare() {
+    HeldMemory block = {nullptr, 0};
+    {
+        const Guard guard;
+        if (guard.mine) std::swap(block, spare);
+    }
+    free(block.memory);
+}
 
 HeldMemory remove(int index) {
     const HeldMemory block = held[index];
@@ -60,17 +71,22 @@ void* acquire_memory(size_t bytes, size_t& capacity) {
         HeldMemory block = {nullptr, 0};
         if (best >= 0)
             block = remove(best);
-        else if (guard.mine && left.memory && serves(left, bytes))
-            std::swap(block, left);
-        if (block.memory) {
+        else if (guard.mine && (bytes > HELD_BYTES || serves(spare, bytes)))
+            std::swap(block, spare);
+        if (serves(block, bytes)) {
             capacity = block.capacity;
             return block.memory;
         }
+        free(block.memory);  // a spare block that does not serve a large call makes room for what does
     }
     capacity = bytes;
     void* memory = nullptr;
     const bool large = bytes >= 2 * HUGE_PAGE;
-    if (posix_memalign(&memory, large ? HUGE_PAGE : LINE, bytes)) throw std::bad_alloc();
+    const size_t alignment = large ? HUGE_PAGE : LINE;
+    if (posix_memalign(&memory, alignment, bytes)) {
+        free_spare();
+        if (posix_memalign(&memory, alignment, bytes)) throw std::bad_alloc();
+    }
 #if defined(__linux__)
     if (large) madvise(memory, bytes, MADV_HUGEPAGE);  // a wish, which the system may refuse
 #endif
@@ -85,15 +101,15 @@ void release_memory(void* memory, size_t capacity) {
     held_bytes += capacity;
 }
 
-// Pages that the system may take are still there for whoever writes to them first.
-void leave_memory(void* memory, size_t capacity) {
+// MADV_FREE: the system drops these pages when it runs short; those that are written to before that stay.
+void lend_memory(void* memory, size_t capacity) {
     if (capacity <= HELD_BYTES) return release_memory(memory, capacity);
 #if defined(__linux__) && defined(MADV_FREE)
     const size_t whole_pages = capacity / HUGE_PAGE * HUGE_PAGE;  // what shares its last page with others stays
     HeldMemory block = {memory, capacity};
     if (madvise(memory, whole_pages, MADV_FREE) == 0) {
         const Guard guard;
-        if (guard.mine) std::swap(block, left);
+        if (guard.mine) std::swap(block, spare);
     }
     free(block.memory);
 #else

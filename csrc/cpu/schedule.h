@@ -147,7 +147,8 @@ class Schedule {
         return task;
     }
 
-    // Where a task's tiles start in the workspace: those on the diagonal, which have fewer, are the first tasks.
+    // Where a task's tiles start in the workspace: those on the diagonal, which have fewer, are the first tasks. A block
+    // that reaches beyond the matrix has places for tiles that are not there.
     int64_t first_place(int64_t index) const {
         const int64_t n = block_tiles, half = symmetric ? std::min(index, blocks(rows)) : 0;
         return half * (n * (n + 1) / 2) + (index - half) * n * n;
@@ -178,7 +179,7 @@ class Schedule {
         const int64_t shorter = divide_up(std::min(rows, cols), edge);
         const int64_t even = int64_t(sqrt(double(rows) * double(cols))) / edge / (BLOCKS_PER_SIDE * threads);
         const int64_t most = std::min(threads == 1 ? TILES_PER_BLOCK : std::max(even, int64_t(1)), TILES_PER_BLOCK);
-        return divide_up(shorter, divide_up(shorter, most));
+        return divide_up(shorter, divide_up(shorter, most));  // as even as may be
     }
 
     int64_t blocks(int64_t n) const { return divide_up(n, edge * block_tiles); }
