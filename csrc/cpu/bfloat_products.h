@@ -171,9 +171,9 @@ struct BfloatProducts {
     }
 
     template <int V>
-    FNTX_INLINE void add(float* c, int64_t ldc, const uint32_t* a, int64_t a_row, int64_t, const uint32_t* packed,
+    FNTX_INLINE void add(float* c, int64_t ldc, const uint32_t* a, int64_t a_row, int64_t, Rows<uint32_t> b,
                          int64_t inner) {
-        multiply_block<V>(c, ldc, true, a, a_row, packed, inner);
+        multiply_block<V>(c, ldc, true, a, a_row, b.first, inner);
     }
 
     // See FloatProducts::Radial.
@@ -285,6 +285,7 @@ struct BfloatProducts {
                         const BfloatPairs pairs = interleave(row(2 * (first + i)), row(2 * (first + i) + 1));
                         memcpy(packed + (i * V + v) * LANES<float>, &pairs, sizeof pairs);
                     }
+                return Rows<uint32_t>{packed, V * LANES<float>};
             });
     }
 };

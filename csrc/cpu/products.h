@@ -96,6 +96,12 @@ template <class T> FNTX_INLINE void prefetch_part(const T* p, int64_t n, int64_t
     for (int64_t line = first; line < last; ++line) __builtin_prefetch(p + line * LINE<T>);
 }
 
+// Rows of an operand, `step` numbers apart.
+template <class T> struct Rows {
+    const T* first;
+    int64_t step;
+};
+
 // How a tile is multiplied: the parameter `Way` of the templates below. bfloat_products.h has the other one.
 struct FloatProducts {
     static constexpr int64_t ROWS = REGISTER_ROWS;      // of a block
@@ -150,11 +156,11 @@ struct FloatProducts {
 
     // c += a b, of a block of V vectors.
     template <int V, class T>
-    FNTX_INLINE void add(T* c, int64_t ldc, const T* a, int64_t a_row, int64_t a_step, const T* packed, int64_t inner) {
+    FNTX_INLINE void add(T* c, int64_t ldc, const T* a, int64_t a_row, int64_t a_step, Rows<T> b, int64_t inner) {
         typedef Accumulators<T, V> Acc;
         Acc acc;
         Acc::zero(acc);
-        Acc::add_product(acc, a, a_row, a_step, packed, V * LANES<T>, inner);
+        Acc::add_product(acc, a, a_row, a_step, b.first, b.step, inner);
         Acc::add(acc, c, ldc);
     }
 
@@ -162,8 +168,8 @@ struct FloatProducts {
 };
 
 // c (n_rows, width) += a b with a[row a_row + i a_step], b (inner, width); n_rows is rounded up to whole blocks, width
-// is a multiple of a vector. pack(Count<V>, packed, i, count, d) copies rows [i, i + count) of b, V vectors from column
-// d on.
+// is a multiple of a vector. pack(Count<V>, packed, i, count, d) returns rows [i, i + count) of b, V vectors from column
+// d on, which it may have copied.
 template <class Way, class T, class A, class Pack>
 FNTX_INLINE void add_product(T* c, int64_t ldc, int64_t n_rows, int64_t width, const A* a, int64_t a_row,
                              int64_t a_step, int64_t inner, Pack pack) {
@@ -172,11 +178,11 @@ FNTX_INLINE void add_product(T* c, int64_t ldc, int64_t n_rows, int64_t width, c
         constexpr int V = decltype(vectors)::value;
         for (int64_t first = 0; first < inner; first += Way::GATHERED) {
             const int64_t count = inner - first < Way::GATHERED ? inner - first : Way::GATHERED;
-            pack(vectors, packed, first, count, d);
+            const Rows<A> b = pack(vectors, packed, first, count, d);
             for (int64_t row = 0; row < n_rows; row += Way::ROWS) {
                 T* const to = c + row * ldc + d;
                 for (int r = 0; r < Way::ROWS; ++r) prefetch_to_write(to + r * ldc, V * LANES<T>);
-                Way::template add<V>(to, ldc, a + row * a_row + first * a_step, a_row, a_step, packed, count);
+                Way::template add<V>(to, ldc, a + row * a_row + first * a_step, a_row, a_step, b, count);
             }
         }
     };
@@ -187,7 +193,8 @@ FNTX_INLINE void add_product(T* c, int64_t ldc, int64_t n_rows, int64_t width, c
 }
 
 // Add what either side gathers with the G in the tile's buffer. Rows of u lie apart, often by a multiple of 512 bytes,
-// and then fall on so few lines of the first cache that PACKED_ROWS of them push each other out: hence packed.
+// and then fall on so few lines of the first cache that PACKED_ROWS of them push each other out: hence packed, unless they
+// are few.
 template <class T> void FloatProducts::gather(const Tile<T>& tile) {
     const PackedSide<T>&rows = *tile.rows, &cols = *tile.cols;
     const int64_t ld = tile.ld, at_rows = tile.row0 * ld, at_cols = tile.col0 * ld;
@@ -195,10 +202,12 @@ template <class T> void FloatProducts::gather(const Tile<T>& tile) {
         return [b, ld](auto vectors, T* packed, int64_t first, int64_t count, int64_t d)
                    __attribute__((always_inline)) {
             constexpr int V = decltype(vectors)::value;
+            if (count <= ALIGNED_ROWS) return Rows<T>{b + first * ld + d, ld};
             for (int64_t i = 0; i < count; ++i)
 #pragma GCC unroll 3
                 for (int v = 0; v < V; ++v)
                     store<T>(packed + (i * V + v) * LANES<T>, load(b + (first + i) * ld + d + v * LANES<T>));
+            return Rows<T>{packed, V * LANES<T>};
         };
     };
     if (rows.gathered)
