@@ -68,10 +68,7 @@ FNTX_INLINE void multiply_block(float* c, int64_t ldc, bool begun, const uint32_
                                 int64_t inner) {
     typedef Accumulators<float, V> Acc;
     Acc acc;
-    if (begun)
-        Acc::read(acc, c, ldc);
-    else
-        Acc::zero(acc);
+    Acc::begin(acc, c, ldc, begun);
     for (int64_t i = 0; i < inner; ++i, ++a, b += V * LANES<float>) {
         BfloatPairs b_i[V];
 #pragma GCC unroll 3

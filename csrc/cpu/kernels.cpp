@@ -226,8 +226,8 @@ template <bool MASKED, bool LIMITED, class T> void forward_direct(const Tile<T>&
         for (int64_t col = 0; col < tile.n_cols; ++col) tile.cols->sums[tile.col0 + col] += col_sums[col];
 }
 
-// Logits to the buffer; `masked`: -inf where a pair does not count. They are rounded here, once, for all that follows: a logit of 1e5
-// is rounded to 1e-2, and only what went into a sum may be compared with it.
+// Logits to the buffer; `masked`: -inf where a pair does not count. They are rounded here, once, for all that follows: a
+// logit of 1e5 is rounded to 1e-2, and only what went into a sum may be compared with it.
 template <class T> void form_logits(const Tile<T>& tile, bool masked) {
     form_products<Products>(tile, [&](Acc<T>& acc, int64_t row, int64_t col) __attribute__((always_inline)) {
 #pragma GCC unroll 8

@@ -48,6 +48,14 @@ template <class T, int V> struct Accumulators {
             for (int v = 0; v < V; ++v) acc.c[r][v] = load<T>(c + r * ldc + v * LANES<T>);
     }
 
+    // The partial sums in c if there are any, else zeros.
+    FNTX_INLINE void begin(Accumulators& acc, const T* c, int64_t ldc, bool begun) {
+        if (begun)
+            read(acc, c, ldc);
+        else
+            zero(acc);
+    }
+
     FNTX_INLINE void write(const Accumulators& acc, T* c, int64_t ldc) {
 #pragma GCC unroll 8
         for (int r = 0; r < REGISTER_ROWS; ++r)
@@ -140,10 +148,7 @@ struct FloatProducts {
                               bool last, Finish finish) {
         typedef Accumulators<T, REGISTER_VECTORS> Acc;
         Acc acc;
-        if (begun)
-            Acc::read(acc, c, ldc);
-        else
-            Acc::zero(acc);
+        Acc::begin(acc, c, ldc, begun);
         Acc::add_product(acc, a, lda, 1, b, PANEL<T>, inner);
         if (last) {
             // A copy: Clang keeps an array in memory for its whole life if anyone reads it by a variable index.
