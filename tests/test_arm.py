@@ -36,9 +36,9 @@ def innermost_loops(assembly: str) -> list[list[str]]:
 def test_sums_of_products_stay_in_registers():
     command = [COMPILER, "-std=c++17", "-O3", "-S", "-o", "-", "csrc/cpu/kernels.cpp"]
     assembly = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    # 8 rows x 3 vectors; loops over a column of the block's exponentials have other instructions in between.
+    # 8 rows x 3 vectors: 24 products, and at most 16 instructions for loads, addresses and the loop itself.
     blocks = [loop for loop in innermost_loops(assembly) if sum("fmla" in line for line in loop) == 24]
     assert len(blocks) >= 20
     for loop in blocks:
-        assert len(loop) <= 38, loop
+        assert len(loop) <= 40, loop
         assert not any(re.search(r"\bsp\b|^st|^bl\b", line) for line in loop), loop

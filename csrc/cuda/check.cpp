@@ -1,4 +1,4 @@
-// Holds the kernels on the emulated device (host/) against the definition, O(M^2 D) in long double, as csrc/cpu/check.cpp
+// Holds the kernels on the emulated device (host/) against the definition, O(M^2 D) in double, as csrc/cpu/check.cpp
 // holds the CPU's, with the same cases: inputs, outputs and workspace are allocated to the element, so that under
 // AddressSanitizer whoever leaves them is seen, and whatever nobody wrote is NaN. sanitize.sh builds it.
 #include <chrono>
@@ -51,10 +51,10 @@ void emulate(const Emulated& device) {
 }
 
 // Of G, an element of which is rounded to 8 bits, 11, or 22: many of them add up to less, one alone to this.
-Real rounding_of(int dtype) { return dtype == FNTX_BFLOAT16 ? 4e-3L : dtype == FNTX_FLOAT16 ? 5e-4L : 5e-7L; }
+double rounding_of(int dtype) { return dtype == FNTX_BFLOAT16 ? 4e-3 : dtype == FNTX_FLOAT16 ? 5e-4 : 5e-7; }
 
 void verify(const Case& c, const Emulated& device) {
-    const Problem p(c);
+    const Problem<float> p(c);
     for (Mode mode : {FORWARD, BACKWARD, BOTH, LOSS}) {
         if (mode == LOSS && !p.two_views) continue;
         CheckedCall<float> run(p, mode, 1, 0), second(p, mode, 1, 0);
@@ -110,7 +110,7 @@ void not_a_number() {
     for (double tau : {0.5, 0.005})
         for (int normalize : {0, 1})
             for (const Emulated& device : DEVICES) {
-                Problem p({{50, 50}, {0, 0}, 17, FNTX_FLOAT32, 0, 0, normalize, tau});
+                Problem<float> p({{50, 50}, {0, 0}, 17, FNTX_FLOAT32, 0, 0, normalize, tau});
                 p.sides[0].z[0].set(3, 5, NAN);
                 emulate(device);
                 CheckedCall<float> run(p, LOSS, 1, 0);
