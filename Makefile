@@ -40,6 +40,7 @@ lint: $(VENV)/installed
 	$(VENV)/bin/mypy
 	$(VENV)/bin/mypy tests/typed_usage.py
 	$(VENV)/bin/basedpyright --pythonpath $(VENV)/bin/python
+	$(VENV)/bin/clang-format --dry-run -Werror $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 # The CPU kernels, and the CUDA kernels on an emulated device, against their definition under sanitizers, and every
 # operator called with wrong tensors: minutes.

@@ -162,9 +162,9 @@ struct BfloatProducts {
             for (int64_t row = 0; row < tile.n_rows; row += ROWS)
                 finish_block(tile.exps + row * tile.edge + col, tile.edge,
                              [&](Acc& acc, int64_t r) __attribute__((always_inline)) {
-                                 scale(acc, tile, row + r, col);
-                                 finish(acc, row + r, col);
-                             });
+                    scale(acc, tile, row + r, col);
+                    finish(acc, row + r, col);
+                });
     }
 
     template <int V>
@@ -266,24 +266,23 @@ struct BfloatProducts {
     // gathered (n, ld) += the tile's bfloats times n_inner rows of z.
     static void gather_side(const Tile<float>& tile, float* gathered, int64_t n, const uint32_t* z, int64_t n_inner) {
         const int64_t inner = whole_steps((n_inner + 1) / 2);
-        add_product<BfloatProducts>(
-            gathered, tile.ld, n, tile.ld, tile.bfloats, words_of(tile.edge), 1, inner,
-            [&](auto vectors, uint32_t* packed, int64_t first, int64_t count, int64_t d)
-                __attribute__((always_inline)) {
-                constexpr int V = decltype(vectors)::value;
-                for (int64_t i = 0; i < count; ++i)
+        add_product<BfloatProducts>(gathered, tile.ld, n, tile.ld, tile.bfloats, words_of(tile.edge), 1, inner,
+                                    [&](auto vectors, uint32_t* packed, int64_t first, int64_t count, int64_t d)
+                                        __attribute__((always_inline)) {
+            constexpr int V = decltype(vectors)::value;
+            for (int64_t i = 0; i < count; ++i)
 #pragma GCC unroll 3
-                    for (int v = 0; v < V; ++v) {
-                        const auto row = [&](int64_t j) __attribute__((always_inline)) {
-                            if (j >= n_inner) return Halves{};
-                            const auto* numbers = reinterpret_cast<const uint16_t*>(z + j * tile.word_ld);
-                            return load_halves(numbers + d + v * LANES<float>);
-                        };
-                        const BfloatPairs pairs = interleave(row(2 * (first + i)), row(2 * (first + i) + 1));
-                        memcpy(packed + (i * V + v) * LANES<float>, &pairs, sizeof pairs);
-                    }
-                return Rows<uint32_t>{packed, V * LANES<float>};
-            });
+                for (int v = 0; v < V; ++v) {
+                    const auto row = [&](int64_t j) __attribute__((always_inline)) {
+                        if (j >= n_inner) return Halves{};
+                        const auto* numbers = reinterpret_cast<const uint16_t*>(z + j * tile.word_ld);
+                        return load_halves(numbers + d + v * LANES<float>);
+                    };
+                    const BfloatPairs pairs = interleave(row(2 * (first + i)), row(2 * (first + i) + 1));
+                    memcpy(packed + (i * V + v) * LANES<float>, &pairs, sizeof pairs);
+                }
+            return Rows<uint32_t>{packed, V * LANES<float>};
+        });
     }
 };
 
@@ -292,7 +291,7 @@ struct BfloatProducts {
 // Pack a row of u that is not normalised yet, and its factor; u will be divided by `divisor`. Without normalisation the
 // powers of two are bounded, so that the product of two factors stays in range.
 FNTX_INLINE void pack_bfloats(const PackedSide<float>& side, int64_t row, int64_t ld, double length, double divisor,
-                            bool normalize) {
+                              bool normalize) {
     int exponent = length > 0 && length < INFINITY ? ilogb(length) : 0;
     if (!normalize) exponent = exponent > 60 ? 60 : exponent < -60 ? -60 : exponent;
     side.factors[row] = float(ldexp(1.0, exponent) / divisor);

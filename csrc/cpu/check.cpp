@@ -65,7 +65,8 @@ template <class T> void verify_as(const Case& c, const std::vector<int>& threads
             for (Mode mode : {FORWARD, BACKWARD, BOTH, LOSS})
                 for (int kept : tiles) {
                     if (mode == LOSS && !p.paired) continue;
-                    if (p.c.classes && mode != LOSS && mode != FORWARD) continue;  // they have no meaning without a loss
+                    if (p.c.classes && mode != LOSS && mode != FORWARD)
+                        continue;                                   // they have no meaning without a loss
                     if (mode < BOTH && kept != tiles[0]) continue;  // they have no use for a workspace
                     const int64_t workspace = kept * int64_t(SMALLEST_EDGE * SMALLEST_EDGE * sizeof(T));
                     CheckedCall<T> run(p, mode, team, workspace), second(p, mode, team, workspace);
@@ -78,8 +79,8 @@ template <class T> void verify_as(const Case& c, const std::vector<int>& threads
 }
 
 // --quick is for emulated machines. It leaves out the cases of float64 whose definition takes more than QUICK
-// multiplications, since long double may be software there. It takes one in four of the others with more than COSTLY, and
-// no large blocks.
+// multiplications, since long double may be software there. It takes one in four of the others with more than COSTLY,
+// and no large blocks.
 bool quick = false;
 constexpr int64_t QUICK = 30000, COSTLY = 400000;
 
@@ -91,8 +92,8 @@ bool taken(const Case& c) {
     return c.dtype == FNTX_FLOAT64 ? multiplications <= QUICK : multiplications <= COSTLY || large++ % 4 == 0;
 }
 
-// On every instruction set, in every mode; `tiles` of the smallest size fit into the workspace. Emulated instructions are
-// slow, and take only the last of the numbers of threads.
+// On every instruction set, in every mode; `tiles` of the smallest size fit into the workspace. Emulated instructions
+// are slow, and take only the last of the numbers of threads.
 void verify(Case c, std::vector<int> threads, const std::vector<int>& tiles) {
 #ifdef FNTX_EMULATE
     c.dtype = FNTX_BFLOAT16, threads = {threads.back()};
@@ -145,8 +146,8 @@ Case softplus(Case c, int function = FNTX_SOFTPLUS) {
     return c;
 }
 
-// A loss that compares nu with given numbers. Beside numbers of a size of 100 some rows weigh nothing, and others nearly
-// nothing.
+// A loss that compares nu with given numbers. Beside numbers of a size of 100 some rows weigh nothing, and others
+// nearly nothing.
 Case against(int64_t n, int64_t D) {
     Case c = rectangle(n, D);
     c.against = draw() % 2 ? 3 : 100;
@@ -192,12 +193,13 @@ Case sigmoid(int64_t n, int64_t D) {
 void threads_and_workspaces() {
     int dtype = FNTX_FLOAT64;
     for (double tau : {0.07, 0.001})
-        for (Case c : {Case{{150, 150}, {0, 0}, 45}, Case{{143, 143}, {0, 0}, 49}, Case{{193, 0}, {97, 40}, 160},
-                       Case{{49, 48}, {150, 95}, 170}, in_pairs({{193, 0}, {97, 96}, 160}),
-                       classes({{150, 150}, {0, 0}, 45}), classes({{150, 150}, {0, 0}, 45}, FNTX_RATIO),
-                       classes({{150, 150}, {0, 0}, 45}, FNTX_PAIRS), limited({{150, 150}, {0, 0}, 45}), limited(in_pairs({{193, 0}, {97, 96}, 160})),
-                       softplus({{150, 150}, {0, 0}, 45}), softplus(in_pairs({{193, 0}, {97, 96}, 160})),
-                       softplus(in_pairs({{193, 0}, {97, 40}, 160}), FNTX_SIGMOID)}) {
+        for (Case c :
+             {Case{{150, 150}, {0, 0}, 45}, Case{{143, 143}, {0, 0}, 49}, Case{{193, 0}, {97, 40}, 160},
+              Case{{49, 48}, {150, 95}, 170}, in_pairs({{193, 0}, {97, 96}, 160}), classes({{150, 150}, {0, 0}, 45}),
+              classes({{150, 150}, {0, 0}, 45}, FNTX_RATIO), classes({{150, 150}, {0, 0}, 45}, FNTX_PAIRS),
+              limited({{150, 150}, {0, 0}, 45}), limited(in_pairs({{193, 0}, {97, 96}, 160})),
+              softplus({{150, 150}, {0, 0}, 45}), softplus(in_pairs({{193, 0}, {97, 96}, 160})),
+              softplus(in_pairs({{193, 0}, {97, 40}, 160}), FNTX_SIGMOID)}) {
             c.dtype = dtype++ % int(std::size(DTYPES)), c.tau = tau, c.ids = draw() % 3;  // not all the same
             verify(c, {1, 2, 3}, {0, 1, ALL_TILES});
         }
@@ -229,7 +231,8 @@ void larger_tiles() {
         verify(in_pairs({{395, 0}, {395, 0}, 27, FNTX_FLOAT32, 1, 0, 1, tau}), {1, 2}, {16});
         verify(softplus({{200, 200}, {0, 0}, 27, FNTX_FLOAT64, 1, 0, 1, tau}), {1, 2}, {0});
         for (int form = FNTX_IN; form <= FNTX_PAIRS; ++form)
-            verify(classes({{200, 200}, {0, 0}, 27, form == FNTX_IN ? FNTX_FLOAT64 : FNTX_FLOAT32, 1, 2, 1, tau}, form), {1, 2}, {4});
+            verify(classes({{200, 200}, {0, 0}, 27, form == FNTX_IN ? FNTX_FLOAT64 : FNTX_FLOAT32, 1, 2, 1, tau}, form),
+                   {1, 2}, {4});
         const Case columns = in_pairs({{395, 0}, {395, 0}, 27, FNTX_FLOAT32, 1, 0, 1, tau});
         for (int function : {FNTX_SOFTPLUS, FNTX_SIGMOID}) verify(softplus(columns, function), {1, 2}, {0});
     }
@@ -427,13 +430,11 @@ void invalid_calls() {
     const std::vector<int64_t> of_rows(6);
     refused("classes and neg_lse", [&](Call c) { c.classes = of_rows.data(), c.pos = nullptr; });
     refused("a form without classes", [](Call c) { c.form = FNTX_IN; });
-    refused("form", [&](Call c) {
-        c.classes = of_rows.data(), c.form = 4, c.rows.neg_lse = nullptr, c.pos = nullptr;
-    });
-    refused("classes and ids", [&](Call c) {
-        c.classes = c.rows.ids = of_rows.data(), c.rows.neg_lse = nullptr, c.pos = nullptr;
-    });
-    refused("sigmoid without columns", [](Call c) { c.function = FNTX_SIGMOID, c.d_bias = c.d_inv_tau, c.pos = nullptr; });
+    refused("form", [&](Call c) { c.classes = of_rows.data(), c.form = 4, c.rows.neg_lse = nullptr, c.pos = nullptr; });
+    refused("classes and ids",
+            [&](Call c) { c.classes = c.rows.ids = of_rows.data(), c.rows.neg_lse = nullptr, c.pos = nullptr; });
+    refused("sigmoid without columns",
+            [](Call c) { c.function = FNTX_SIGMOID, c.d_bias = c.d_inv_tau, c.pos = nullptr; });
     const Problem<float> sums(softplus({{3, 3}, {0, 0}, 5})), beside(softplus(in_pairs({{3, 0}, {3, 0}, 5})));
     status(FNTX_OK, sums, LOSS, "valid softplus", [](Call) {});
     status(FNTX_OK, beside, LOSS, "valid softplus of pairs", [](Call) {});
@@ -448,7 +449,8 @@ void invalid_calls() {
     }
 }
 
-// Blocks of several tiles on several threads: as one thread has it, whose blocks the other groups hold to the definition.
+// Blocks of several tiles on several threads: as one thread has it, whose blocks the other groups hold to the
+// definition.
 void blocks() {
     if (quick) return;
     const int64_t n = 3150, D = 16, labels = 90;

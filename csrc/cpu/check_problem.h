@@ -14,8 +14,8 @@
 
 #include "fastntxent.h"
 
-// The type of the definition is wider than the kernels' T. For float that is double: long double would prove no more, and
-// is software on aarch64.
+// The type of the definition is wider than the kernels' T. For float that is double: long double would prove no more,
+// and is software on aarch64.
 template <class T> struct RealOf {
     typedef double Type;
 };
@@ -48,23 +48,25 @@ struct Case {
     int64_t D;
     int dtype = FNTX_FLOAT32, layout = 0, ids = 0, normalize = 1;
     double tau = 0.07, eps = 1e-12, scale = 1;
-    int wanted = ALL_WANTED;  // a bit for each d_z
+    int wanted = ALL_WANTED;       // a bit for each d_z
     double cols_loss_weight = -1;  // of the losses of as many columns as rows; negative: a rectangle has no loss
     int function = FNTX_LOG_SUM_EXP;
     double bias = 0;
     Limits limits = NO_LIMITS;
     double limit_scale = 0, limit_shift = 0;  // of LIMITS_OF_POSITIVES
     double against = 0;                       // the loss of a rectangle compares nu with numbers of this size
-    bool classes = false, mean = false;       // the loss is that of classes, which the ids are; over their rows its mean
-    int form = FNTX_OUT;                      // of that loss
+    bool classes = false, mean = false;  // the loss is that of classes, which the ids are; over their rows its mean
+    int form = FNTX_OUT;                 // of that loss
 
     std::string name() const {
         char text[400];
-        snprintf(text, sizeof text, "rows %d + %d, cols %d + %d, D %d, %s, %s, ids %s, normalize %d, tau %g, eps %g, "
+        snprintf(text, sizeof text,
+                 "rows %d + %d, cols %d + %d, D %d, %s, %s, ids %s, normalize %d, tau %g, eps %g, "
                  "scale %g, wanted %d, cols_loss_weight %g, function %d, bias %g, limits %d: %g s + %g, against %g, "
-                 "classes %d, form %s, mean %d", int(rows[0]), int(rows[1]), int(cols[0]), int(cols[1]),
-                 int(D), DTYPES[dtype], LAYOUTS[layout], IDS[ids], normalize, tau, eps, scale, wanted, cols_loss_weight,
-                 function, bias, int(limits), limit_scale, limit_shift, against, int(classes), FORMS[form], int(mean));
+                 "classes %d, form %s, mean %d",
+                 int(rows[0]), int(rows[1]), int(cols[0]), int(cols[1]), int(D), DTYPES[dtype], LAYOUTS[layout],
+                 IDS[ids], normalize, tau, eps, scale, wanted, cols_loss_weight, function, bias, int(limits),
+                 limit_scale, limit_shift, against, int(classes), FORMS[form], int(mean));
         return text;
     }
 };
@@ -163,7 +165,8 @@ template <class Real> struct ProblemSide {
 template <class Real> struct Gradient {
     std::vector<Real> d_z[2];
     Real d_inv_tau = 0, d_bias = 0;
-    Real size_of_z = 0, size_of_inv_tau = 0, size_of_bias = 0;  // of a gradient's terms before any cancel out: what errors compare with
+    Real size_of_z = 0, size_of_inv_tau = 0,
+         size_of_bias = 0;  // of a gradient's terms before any cancel out: what errors compare with
 };
 
 template <class T> struct Problem {
@@ -346,9 +349,10 @@ template <class T> struct Problem {
             Reals sorted;
             for (int64_t other = 0; other < others; ++other) sorted.push_back(similarity(side, row, other));
             std::sort(sorted.begin(), sorted.end());
-            Real limit = c.limits == LIMITS_OF_POSITIVES ? c.limit_scale * similarity(side, row, partner(row)) + c.limit_shift
-                         : others < 2                    ? sorted[0] + 1
-                                                         : (sorted[others / 2] + sorted[others / 2 - 1]) / 2;
+            Real limit = c.limits == LIMITS_OF_POSITIVES
+                             ? c.limit_scale * similarity(side, row, partner(row)) + c.limit_shift
+                         : others < 2 ? sorted[0] + 1
+                                      : (sorted[others / 2] + sorted[others / 2 - 1]) / 2;
             limit = T(limit);
             for (Real x : sorted) ambiguous |= fabs(x - limit) < near * scale;
             sides[side].limits.push_back(limit);

@@ -84,7 +84,8 @@ template <class T> struct CheckedCall {
     std::string bits() {
         std::string all;
         if (fntx_run(&call) != FNTX_OK) return all;
-        for (const auto* x : {&nu[0], &nu[1], &d_z[0][0], &d_z[0][1], &d_z[1][0], &d_z[1][1], &pos, &d_against, &scalars})
+        for (const auto* x :
+             {&nu[0], &nu[1], &d_z[0][0], &d_z[0][1], &d_z[1][0], &d_z[1][1], &pos, &d_against, &scalars})
             all.append(reinterpret_cast<const char*>(x->data()), x->size() * sizeof(T));
         return all;
     }

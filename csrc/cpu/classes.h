@@ -63,8 +63,8 @@ class Classes {
     bool in_pairs_ = true;
 };
 
-// The rows of a side once more, for sums over their positives: the same rows, what they gather goes to the same place, but
-// sums, weights and log-sum-exps are their own.
+// The rows of a side once more, for sums over their positives: the same rows, what they gather goes to the same place,
+// but sums, weights and log-sum-exps are their own.
 template <class T> struct PositiveSide : PackedSide<T> {
     explicit PositiveSide(const PackedSide<T>& rows) : PackedSide<T>(rows) {
         const int64_t padded = round_up(rows.n, ALIGNED_ROWS);

@@ -12,20 +12,20 @@
 
 namespace fntx {
 
-#define FNTX_DECLARE(set)                     \
-    namespace set {                           \
-    const Kernels<float>* float_kernels();    \
-    const Kernels<double>* double_kernels();  \
+#define FNTX_DECLARE(set)                    \
+    namespace set {                          \
+    const Kernels<float>* float_kernels();   \
+    const Kernels<double>* double_kernels(); \
     }
 #ifdef FNTX_X86
 FNTX_DECLARE(avx2)
 FNTX_DECLARE(avx512)
 #endif
 #ifdef FNTX_BFLOAT
-#define FNTX_DECLARE_BFLOAT(set)               \
-    namespace set {                           \
-    const Kernels<float>* bfloat_kernels();   \
-    bool multiplies_right();                  \
+#define FNTX_DECLARE_BFLOAT(set)            \
+    namespace set {                         \
+    const Kernels<float>* bfloat_kernels(); \
+    bool multiplies_right();                \
     }
 FNTX_DECLARE_BFLOAT(avx512_bf16)
 FNTX_DECLARE_BFLOAT(amx)
@@ -53,23 +53,25 @@ bool has_avx512() {
 }
 #endif
 
+#if defined(FNTX_X86) && defined(FNTX_BFLOAT)
+// A set whose products differ from plain C++ on this machine is not used; each is tried once.
+bool amx_works() {
+    static const bool works = has_avx512() && has_amx() && amx::multiplies_right();
+    return works;
+}
+
+bool avx512_bf16_works() {
+    static const bool works = has_avx512() && has_avx512_bf16() && avx512_bf16::multiplies_right();
+    return works;
+}
+#endif
+
 // From the fastest down. The last needs nothing beyond the compiler's baseline, which on aarch64 has NEON.
 const InstructionSet SETS[] = {
 #ifdef FNTX_X86
 #ifdef FNTX_BFLOAT
-    // A set whose products differ from plain C++ on this machine is not used; each is tried once.
-    {"amx",
-     [] {
-         static const bool usable = has_avx512() && has_amx() && amx::multiplies_right();
-         return usable;
-     },
-     avx512::float_kernels, avx512::double_kernels, amx::bfloat_kernels},
-    {"avx512_bf16",
-     [] {
-         static const bool usable = has_avx512() && has_avx512_bf16() && avx512_bf16::multiplies_right();
-         return usable;
-     },
-     avx512::float_kernels, avx512::double_kernels, avx512_bf16::bfloat_kernels},
+    {"amx", amx_works, avx512::float_kernels, avx512::double_kernels, amx::bfloat_kernels},
+    {"avx512_bf16", avx512_bf16_works, avx512::float_kernels, avx512::double_kernels, avx512_bf16::bfloat_kernels},
 #endif
     {"avx512", has_avx512, avx512::float_kernels, avx512::double_kernels, avx512::float_kernels},
     {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, avx2::float_kernels,
@@ -129,7 +131,8 @@ bool valid(const fntx_call& call) {
     const bool has_loss = paired || call.function == FNTX_SIGMOID || call.against || call.classes;
     if (call.against && (!call.loss || !call.cols || call.cols_loss_weight != 0 || call.limited)) return false;
     if (call.against && call.function != FNTX_LOG_SUM_EXP) return false;
-    if (call.classes && (!call.loss || call.cols || call.against || call.limited || call.pos || call.d_pos)) return false;
+    if (call.classes && (!call.loss || call.cols || call.against || call.limited || call.pos || call.d_pos))
+        return false;
     if (call.classes && (call.rows.ids || call.rows.limits || call.rows.neg_lse)) return false;
     if (call.classes && call.function != FNTX_LOG_SUM_EXP) return false;
     if (call.form < FNTX_OUT || call.form > FNTX_PAIRS || (call.form != FNTX_OUT && !call.classes)) return false;

@@ -226,8 +226,8 @@ template <bool MASKED, bool LIMITED, class T> void forward_direct(const Tile<T>&
         for (int64_t col = 0; col < tile.n_cols; ++col) tile.cols->sums[tile.col0 + col] += col_sums[col];
 }
 
-// Logits to the buffer; `masked`: -inf where a pair does not count. They are rounded here, once, for all that follows: a
-// logit of 1e5 is rounded to 1e-2, and only what went into a sum may be compared with it.
+// Logits to the buffer; `masked`: -inf where a pair does not count. They are rounded here, once, for all that follows:
+// a logit of 1e5 is rounded to 1e-2, and only what went into a sum may be compared with it.
 template <class T> void form_logits(const Tile<T>& tile, bool masked) {
     form_products<Products>(tile, [&](Acc<T>& acc, int64_t row, int64_t col) __attribute__((always_inline)) {
 #pragma GCC unroll 8
@@ -337,9 +337,9 @@ template <class T> void weigh_exponentials(const Tile<T>& tile) {
         const T* col_limits = tile.limited ? tile.cols->limits + tile.col0 : nullptr;
         for (int64_t col = 0; col < tile.n_cols; col += LANES<T>) {
             const Vec<T> e = load(exps + col), b_v = load(b + col);
-            const Vec<T> weights = col_limits ? within<T>(broadcast<T>(a), e, row_limit) +
-                                                    within<T>(b_v, e, load(col_limits + col))
-                                              : a + b_v;
+            const Vec<T> weights =
+                col_limits ? within<T>(broadcast<T>(a), e, row_limit) + within<T>(b_v, e, load(col_limits + col))
+                           : a + b_v;
             store<T>(g + col, e * weights);
         }
     }
@@ -391,7 +391,8 @@ template <class T> void backward(const Tile<T>& tile) {
 // --- pairs of positives ----------------------------------------------------------------------------------------------
 
 // log(1 + exp(nu - logit)) and its slope, both 0 where the pair does not count.
-template <class T> FNTX_INLINE Vec<T> softplus_above(const Tile<T>& tile, int64_t row, int64_t col, Vec<T> nu, Vec<T>& slope) {
+template <class T> FNTX_INLINE Vec<T> softplus_above(const Tile<T>& tile, int64_t row, int64_t col, Vec<T> nu,
+                                                     Vec<T>& slope) {
     const Bits<T> counts = counted(tile, row, col);
     const Vec<T> value = softplus<T>(nu - load(tile.buffer + row * tile.edge + col), slope);
     slope = counts ? slope : Vec<T>{};
@@ -552,10 +553,10 @@ constexpr bool MULTIPLIES_BFLOAT = false;
 
 template <class T>
 constexpr Kernels<T> TABLE = {
-    LANES<T>,         PANEL<T>,         MULTIPLIES_BFLOAT,
-    load_rows<T>,     forward<T>,       MULTIPLIES_BFLOAT ? nullptr : forward_and_gather<T>,
-    backward<T>,      softplus_tile<T>, pairs<T>,
-    pairs_backward<T>, dot<T>,          add_scaled<T>,
+    LANES<T>,          PANEL<T>,         MULTIPLIES_BFLOAT,
+    load_rows<T>,      forward<T>,       MULTIPLIES_BFLOAT ? nullptr : forward_and_gather<T>,
+    backward<T>,       softplus_tile<T>, pairs<T>,
+    pairs_backward<T>, dot<T>,           add_scaled<T>,
     exp2_of<T>,
 };
 

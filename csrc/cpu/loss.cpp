@@ -1,10 +1,11 @@
 // A call's phases: rows in, forward over the tiles, formulas per row, backward over the tiles, gradients out.
 //
-// Where the rows alone have losses and gradients (queries against a queue), one pass has both: the exponentials that a row
-// sums weigh what it gathers, and the sum's inverse comes in at the end. That is 2u for a rectangle, where two passes are 3u.
+// Where the rows alone have losses and gradients (queries against a queue), one pass has both: the exponentials that a
+// row sums weigh what it gathers, and the sum's inverse comes in at the end. That is 2u for a rectangle, where two
+// passes are 3u.
 //
-// Else, with u = 2 M^2 D flops: the forward forms half of the products (u/2); the backward forms them again (u/2), except
-// where it finds their exponentials in the workspace, and gathers the gradient (u). 2u in all, 1.5u while the
+// Else, with u = 2 M^2 D flops: the forward forms half of the products (u/2); the backward forms them again (u/2),
+// except where it finds their exponentials in the workspace, and gathers the gradient (u). 2u in all, 1.5u while the
 // workspace lasts. Memory: three (M, D) matrices - u, u transposed, the gathered gradient -, the workspace, a tile for
 // each thread, and where one side is much longer than the other the copies of slabs.h, of no more rows than it has.
 //
@@ -157,11 +158,12 @@ template <class T> class Run {
         if (call_.phases & FNTX_BACKWARD) {
             weigh();
             if (!at_once_) each_tile(kernels_.backward);
-            if (over_positives()) each_tile(of_each_pair() ? kernels_.pairs_backward : kernels_.backward, positives_.get());
+            if (over_positives())
+                each_tile(of_each_pair() ? kernels_.pairs_backward : kernels_.backward, positives_.get());
             join_gathered();
             if (at_once_) weigh_gathered();
-            // Before the outputs' pages are first touched. Where all of it is kept, a training step is short, and the next
-            // one will want the same workspace.
+            // Before the outputs' pages are first touched. Where all of it is kept, a training step is short, and the
+            // next one will want the same workspace.
             if (kept_ == schedule_.places()) workspace_.lend();
             workspace_ = {}, scratch_ = {};
             for_sides([&](OwnedSide<T>& side) { side.release_packed(); });
@@ -220,7 +222,8 @@ template <class T> class Run {
 
     void finish_sides() {
         double d_inv_tau = 0;
-        for (int64_t task = 0; in_bfloat() && task < schedule_.size(); ++task) d_inv_tau += weight_unit_ * radial_[task];
+        for (int64_t task = 0; in_bfloat() && task < schedule_.size(); ++task)
+            d_inv_tau += weight_unit_ * radial_[task];
         for_sides([&](OwnedSide<T>& side) { d_inv_tau += finish(side); });
         *static_cast<T*>(call_.d_inv_tau) = T(d_inv_tau);
     }
@@ -239,8 +242,8 @@ template <class T> class Run {
 
     bool in_classes() const { return call_.classes && !classes_.in_pairs(); }
 
-    // Whether the positives of a row are the sum of its class; whether they have sums of their own, in tiles; and whether
-    // each has a term of its own.
+    // Whether the positives of a row are the sum of its class; whether they have sums of their own, in tiles; and
+    // whether each has a term of its own.
     bool of_classes() const { return in_classes() && call_.form == FNTX_OUT; }
     bool over_positives() const { return in_classes() && call_.form != FNTX_OUT; }
     bool of_each_pair() const { return call_.form == FNTX_PAIRS; }
@@ -272,8 +275,8 @@ template <class T> class Run {
         if (!symmetric_) body(cols_);
     }
 
-    // body(row) for every row, and the sum or the largest of what it returns. A chunk of rows is one thread's, and what the
-    // chunks give is put together in their order.
+    // body(row) for every row, and the sum or the largest of what it returns. A chunk of rows is one thread's, and what
+    // the chunks give is put together in their order.
     template <class Body> double sum_over_rows(const OwnedSide<T>& side, Body body) {
         return over_rows(side, body, [](double a, double b) { return a + b; });
     }
@@ -412,7 +415,8 @@ template <class T> class Run {
 
     // --- tiles ---------------------------------------------------------------------------------------------------
 
-    // Call the kernel on every tile; or with `agreeing`, the rows' sums over their positives, on those in which ids meet.
+    // Call the kernel on every tile; or with `agreeing`, the rows' sums over their positives, on those in which ids
+    // meet.
     void each_tile(void (*kernel)(const Tile<T>&), PackedSide<T>* agreeing = nullptr) {
         const int64_t P = slabs_.count * slabs_.rows, Q = symmetric_ ? 0 : slabs_.count * slabs_.cols;
         std::unique_ptr<std::atomic<int32_t>[]> turns(new std::atomic<int32_t>[size_t(P + Q)]);
@@ -541,8 +545,8 @@ template <class T> class Run {
         return call_.loss_weight / double(counted);
     }
 
-    // loss_i = nu - pi, with the mean of the positives' logits for pi. A row's share of a positive is that of the positive
-    // in the row, because all rows of a class have as many.
+    // loss_i = nu - pi, with the mean of the positives' logits for pi. A row's share of a positive is that of the
+    // positive in the row, because all rows of a class have as many.
     void take_class_losses() {
         class_sums_ = Buffer<T>(classes_.size() * ld_);
         team_.each(classes_.size(), [&](int64_t c, int) {
@@ -560,13 +564,12 @@ template <class T> class Run {
         }));
     }
 
-    // loss_i = log(1 + exp(nu - lse)) with the log-sum-exp of the row's positives, or the mean of log(1 + exp(nu - pi)) over
-    // them. d_pos is the weight of lse, or of each positive.
+    // loss_i = log(1 + exp(nu - lse)) with the log-sum-exp of the row's positives, or the mean of log(1 + exp(nu - pi))
+    // over them. d_pos is the weight of lse, or of each positive.
     void take_losses_over_positives() {
         PositiveSide<T>& positives = *positives_;
         const double weight = rows_loss_weight();
-        if (of_each_pair())
-            each_row(rows_, [&](int64_t row) { positives.nu[row] = T(rows_.neg_lse[row]); });
+        if (of_each_pair()) each_row(rows_, [&](int64_t row) { positives.nu[row] = T(rows_.neg_lse[row]); });
         each_tile(of_each_pair() ? kernels_.pairs : kernels_.forward, &positives);
         *static_cast<T*>(call_.loss) = T(sum_over_rows(rows_, [&](int64_t row) {
             const double n_positives = count_positives(row);
@@ -610,9 +613,10 @@ template <class T> class Run {
         return kernels_.dot(side.u + row * ld_, other.side.u + other.row * ld_, ld_);
     }
 
-    // Weights of any magnitude (a loss scaler's 2^16, a mean's 1e-6) enter the tiles in units of `weight_unit_`. Without
-    // a shift the largest is 1. Where w exp(-nu) would then leave the range of T for some row, because one weight is
-    // 1e38 times another, the tiles are shifted: their w exp(k s - nu) is at most w, so the largest is LARGEST_WEIGHT.
+    // Weights of any magnitude (a loss scaler's 2^16, a mean's 1e-6) enter the tiles in units of `weight_unit_`.
+    // Without a shift the largest is 1. Where w exp(-nu) would then leave the range of T for some row, because one
+    // weight is 1e38 times another, the tiles are shifted: their w exp(k s - nu) is at most w, so the largest is
+    // LARGEST_WEIGHT.
     void weigh() {
         double largest = 0;
         const T* const d_pos = static_cast<const T*>(call_.d_pos);
@@ -655,7 +659,8 @@ template <class T> class Run {
 
     // Whether what the rows gather may be weighed at the end, as far as it is known before a sum is.
     bool may_gather_at_once() const {
-        const bool rows_alone = call_.loss && !symmetric_ && rows_.gathered && !cols_.gathered && call_.cols_loss_weight == 0;
+        const bool rows_alone =
+            call_.loss && !symmetric_ && rows_.gathered && !cols_.gathered && call_.cols_loss_weight == 0;
         if (!rows_alone || !kernels_.forward_and_gather) return false;
         return !shifted_ && !limited_ && largest_log_ + std::max(log_length_, 0.0) < DIRECT_LIMIT<T>;
     }
@@ -680,8 +685,8 @@ template <class T> class Run {
         });
     }
 
-    // From what was gathered to the gradient in z; returns the side's part of the gradient in k. Everything is in units of
-    // `weight_unit_`, and of k, until it is written.
+    // From what was gathered to the gradient in z; returns the side's part of the gradient in k. Everything is in units
+    // of `weight_unit_`, and of k, until it is written.
     double finish(OwnedSide<T>& side) {
         if (!side.gathered) return 0;
         const bool has_positives = takes_positives() || call_.d_pos;
@@ -737,9 +742,9 @@ template <class T> class Run {
     const int64_t scratch_size_;
     Buffer<T> scratch_, workspace_, class_sums_;
     Buffer<double> radial_;  // for each task, the sum of Tile::radial; in_bfloat() only
-    int64_t kept_ = 0;     // tiles whose exponentials stay in the workspace
+    int64_t kept_ = 0;       // tiles whose exponentials stay in the workspace
     bool shifted_ = false, limited_ = false;
-    bool at_once_ = false;  // the rows' gradients are gathered in the forward
+    bool at_once_ = false;    // the rows' gradients are gathered in the forward
     double largest_log_ = 0;  // bound of k s + ln M
     double log_length_ = 0;   // of the longest column
     double weight_unit_ = 1;

@@ -12,8 +12,8 @@
 namespace fntx {
 namespace {
 
-constexpr size_t HELD_BYTES = size_t(32) << 20;  // a call of N = 1024, D = 128 takes 12 MiB
-constexpr int HELD_BLOCKS = 32;                // a call takes 8 to 20
+constexpr size_t HELD_BYTES = size_t(32) << 20;           // a call of N = 1024, D = 128 takes 12 MiB
+constexpr int HELD_BLOCKS = 32;                           // a call takes 8 to 20
 constexpr size_t LINE = 64, HUGE_PAGE = size_t(1) << 21;  // of x86-64 and most of arm64
 
 struct HeldMemory {

@@ -1,7 +1,8 @@
 // Uninitialised, aligned memory for a call. Freed blocks are held for the next call, 32 MiB in all: taking them anew
-// from the system costs a page fault for each 4 KiB, which is a third of the time at N = 256. Larger blocks ask for huge
-// pages and go back at once, except for one that the next call is likely to want: it is lent to the system, which takes
-// its pages only when it runs short. At N = 4096 that saves a tenth of the time. It counts as resident until then.
+// from the system costs a page fault for each 4 KiB, which is a third of the time at N = 256. Larger blocks ask for
+// huge pages and go back at once, except for one that the next call is likely to want: it is lent to the system, which
+// takes its pages only when it runs short. At N = 4096 that saves a tenth of the time. It counts as resident until
+// then.
 #pragma once
 
 #include <stddef.h>

@@ -1,5 +1,5 @@
-// fastntxent._cpu: the C interface for Python, within the stable ABI, so that one build serves every Python 3 from 3.10.
-// Addresses come as integers (Tensor.data_ptr()); fastntxent/backends/cpu.py sees to shapes and dtypes.
+// fastntxent._cpu: the C interface for Python, within the stable ABI, so that one build serves every Python 3
+// from 3.10. Addresses come as integers (Tensor.data_ptr()); fastntxent/backends/cpu.py sees to shapes and dtypes.
 #include <chrono>
 #include <thread>
 
@@ -8,8 +8,8 @@
 
 namespace {
 
-// Whether a signal's handler raised (Ctrl-C): asked by the main thread, which has let go of the interpreter. Handlers run
-// in no other thread, and another would not come back from here once the interpreter shuts down.
+// Whether a signal's handler raised (Ctrl-C): asked by the main thread, which has let go of the interpreter. Handlers
+// run in no other thread, and another would not come back from here once the interpreter shuts down.
 int signal_raised() {
     const PyGILState_STATE state = PyGILState_Ensure();
     const int raised = PyErr_CheckSignals();
@@ -36,14 +36,16 @@ PyObject* failure(int status, const fntx_call& call) {
     const fntx_side& side = call.cols && count_rows(*call.cols) > count_rows(call.rows) ? *call.cols : call.rows;
     const auto D = static_cast<long long>(call.D);
     if (status == FNTX_TOO_LARGE)
-        return PyErr_Format(PyExc_ValueError, "the CPU kernels take at most %d rows, those of both views together, and "
-                            "less than 2^59 numbers, got %llu rows of %lld features", FNTX_MOST_ROWS, count_rows(side), D);
+        return PyErr_Format(PyExc_ValueError,
+                            "the CPU kernels take at most %d rows, those of both views together, and "
+                            "less than 2^59 numbers, got %llu rows of %lld features",
+                            FNTX_MOST_ROWS, count_rows(side), D);
     if (status == FNTX_NO_MEMORY)
         return PyErr_Format(PyExc_MemoryError, "the CPU kernels found no memory for %llu rows of %lld features",
                             count_rows(side), D);
     if (!PyErr_Occurred())
-        PyErr_Format(PyExc_RuntimeError, "fastntxent's CPU kernel refused a call (status %d): a defect, please report it",
-                     status);
+        PyErr_Format(PyExc_RuntimeError,
+                     "fastntxent's CPU kernel refused a call (status %d): a defect, please report it", status);
     return nullptr;
 }
 
@@ -83,16 +85,17 @@ PyObject* run(PyObject*, PyObject* args) {
     long long D, workspace;
     int interruptible;
     if (!PyArg_ParseTuple(args, "iiipiLdddO!OKKKddKKOOOLp", &call.phases, &call.function, &call.dtype, &call.normalize,
-                          &call.threads, &D, &call.inv_tau, &call.bias, &call.eps, &PyTuple_Type, &row_tuple, &col_tuple,
-                          &pos, &d_pos, &loss, &call.loss_weight, &call.cols_loss_weight, &d_inv_tau, &d_bias,
-                          &limits, &against, &classes, &workspace, &interruptible))
+                          &call.threads, &D, &call.inv_tau, &call.bias, &call.eps, &PyTuple_Type, &row_tuple,
+                          &col_tuple, &pos, &d_pos, &loss, &call.loss_weight, &call.cols_loss_weight, &d_inv_tau,
+                          &d_bias, &limits, &against, &classes, &workspace, &interruptible))
         return nullptr;
     if (!parse_side(row_tuple, call.rows)) return nullptr;
     if (col_tuple != Py_None) {
         if (!parse_side(col_tuple, cols)) return nullptr;
         call.cols = &cols;
     }
-    if (!parse_limits(limits, call, cols) || !parse_against(against, call) || !parse_classes(classes, call)) return nullptr;
+    if (!parse_limits(limits, call, cols) || !parse_against(against, call) || !parse_classes(classes, call))
+        return nullptr;
     call.D = D;
     call.workspace = workspace;
     call.pos = pointer(pos);
@@ -132,17 +135,17 @@ PyObject* schedule(PyObject*, PyObject* args) {
     int threads;
     if (!PyArg_ParseTuple(args, "LLLi", &rows, &cols, &D, &threads)) return nullptr;
     if (rows < 1 || cols < 0 || rows > FNTX_MOST_ROWS || cols > FNTX_MOST_ROWS || D < 1 || threads < 1)
-        return PyErr_Format(PyExc_ValueError, "schedule takes sizes and threads from 1 on, got (%lld, %lld, %lld, %d)", rows,
-                            cols, D, threads);
+        return PyErr_Format(PyExc_ValueError, "schedule takes sizes and threads from 1 on, got (%lld, %lld, %lld, %d)",
+                            rows, cols, D, threads);
     const bool symmetric = cols == 0;
     if (symmetric) cols = rows;
     const fntx::Schedule of_call(rows, cols, symmetric, fntx::useful_threads(rows, cols, D, threads));
     PyObject* const tasks = PyList_New(Py_ssize_t(of_call.size()));
     for (int64_t index = 0; tasks && index < of_call.size(); ++index) {
         const fntx::Task task = of_call[index];
-        PyObject* const item = Py_BuildValue(
-            "LLLiiL", (long long)task.slab, (long long)of_call.first_row(task, 0), (long long)of_call.first_col(task, 0),
-            int(task.row_turn), int(task.col_turn), (long long)of_call.first_place(index));
+        PyObject* const item = Py_BuildValue("LLLiiL", (long long)task.slab, (long long)of_call.first_row(task, 0),
+                                             (long long)of_call.first_col(task, 0), int(task.row_turn),
+                                             int(task.col_turn), (long long)of_call.first_place(index));
         if (!item || PyList_SetItem(tasks, Py_ssize_t(index), item) < 0) {
             Py_DECREF(tasks);
             return nullptr;
@@ -150,29 +153,32 @@ PyObject* schedule(PyObject*, PyObject* args) {
     }
     if (!tasks) return nullptr;
     const auto rows_per_take = [&](int64_t n) {
-        return (long long)(fntx::ALIGNED_ROWS * fntx::chunks_per_take(fntx::divide_up(n, fntx::ALIGNED_ROWS), of_call.threads));
+        return (long long)(fntx::ALIGNED_ROWS *
+                           fntx::chunks_per_take(fntx::divide_up(n, fntx::ALIGNED_ROWS), of_call.threads));
     };
     return Py_BuildValue("iLLLLLN", of_call.threads, (long long)of_call.edge, (long long)of_call.block_tiles,
                          rows_per_take(rows), rows_per_take(cols), (long long)of_call.slabs.count, tasks);
 }
 
 PyMethodDef methods[] = {
-    {"run", run, METH_VARARGS, "run(phases, function, dtype, normalize, threads, D, inv_tau, bias, eps, rows, cols, pos, "
-                               "d_pos, loss, loss_weight, cols_loss_weight, d_inv_tau, d_bias, (row_limits, col_limits, "
-                               "limited, limit_scale, limit_shift) or None, (against, d_against) or None, (classes, "
-                               "form, mean_of_classes) or None, workspace, interruptible): fntx_run of csrc/cpu/fastntxent.h; "
-                               "interruptible, of the main thread alone: Ctrl-C ends it."},
+    {"run", run, METH_VARARGS,
+     "run(phases, function, dtype, normalize, threads, D, inv_tau, bias, eps, rows, cols, pos, "
+     "d_pos, loss, loss_weight, cols_loss_weight, d_inv_tau, d_bias, (row_limits, col_limits, "
+     "limited, limit_scale, limit_shift) or None, (against, d_against) or None, (classes, "
+     "form, mean_of_classes) or None, workspace, interruptible): fntx_run of csrc/cpu/fastntxent.h; "
+     "interruptible, of the main thread alone: Ctrl-C ends it."},
     {"instruction_set", instruction_set, METH_NOARGS, "The instruction set in use."},
     {"use_instruction_set", use_instruction_set, METH_VARARGS, "Use another one from now on."},
-    {"schedule", schedule, METH_VARARGS, "schedule(rows, cols or 0, D, threads): (threads, edge, block_tiles, rows and columns "
-                                         "that a thread takes at a time, slabs, tasks), how csrc/cpu/schedule.h cuts a call; "
-                                         "a task is (slab, first row, first column, row_turn, col_turn, place)."},
+    {"schedule", schedule, METH_VARARGS,
+     "schedule(rows, cols or 0, D, threads): (threads, edge, block_tiles, rows and columns "
+     "that a thread takes at a time, slabs, tasks), how csrc/cpu/schedule.h cuts a call; "
+     "a task is (slab, first row, first column, row_turn, col_turn, place)."},
     {"exp2", exp2, METH_VARARGS, "exp2(dtype, x, y, n): the kernels' own 2^x."},
     {nullptr, nullptr, 0, nullptr},
 };
 
-PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_cpu", "The CPU kernels of csrc/cpu.", -1, methods,
-                          nullptr, nullptr, nullptr, nullptr};
+PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "_cpu", "The CPU kernels of csrc/cpu.", -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 

@@ -10,7 +10,8 @@
 // quarter longer without: a block of 4 x 24 sums waits for its first lines as long as it takes to use them.
 //
 // Every element of form_products is summed in the order of the inner dimension, whatever the block: u_i . u_j and
-// u_j . u_i have the same bits, and a logit is the same number in the forward, in the backward, and from whichever side.
+// u_j . u_i have the same bits, and a logit is the same number in the forward, in the backward, and from whichever
+// side.
 #pragma once
 
 #include "kernels.h"
@@ -18,8 +19,8 @@
 
 namespace fntx::FNTX_ISA {
 
-// Rows and vectors of a register block: its sums, and what a step loads, fill the registers. Loops over them are unrolled
-// by as much as there may be, 8 and 3.
+// Rows and vectors of a register block: its sums, and what a step loads, fill the registers. Loops over them are
+// unrolled by as much as there may be, 8 and 3.
 constexpr int REGISTER_ROWS = FNTX_REGISTER_ROWS;
 constexpr int REGISTER_VECTORS = 3;
 template <class T> constexpr int PANEL = REGISTER_VECTORS * LANES<T>;
@@ -112,10 +113,10 @@ template <class T> struct Rows {
 
 // How a tile is multiplied: the parameter `Way` of the templates below. bfloat_products.h has the other one.
 struct FloatProducts {
-    static constexpr int64_t ROWS = REGISTER_ROWS;      // of a block
-    static constexpr int64_t INNER = INNER_CHUNK;       // steps of a chunk of form_products
-    static constexpr int64_t GATHERED = PACKED_ROWS;    // steps of a chunk of add_product
-    static constexpr bool KEEPS_PRODUCTS = false;       // a forward keeps exponentials for the backward instead
+    static constexpr int64_t ROWS = REGISTER_ROWS;    // of a block
+    static constexpr int64_t INNER = INNER_CHUNK;     // steps of a chunk of form_products
+    static constexpr int64_t GATHERED = PACKED_ROWS;  // steps of a chunk of add_product
+    static constexpr bool KEEPS_PRODUCTS = false;     // a forward keeps exponentials for the backward instead
 
     // Sums up G_ij s_ij, the gradient in k. Here it does nothing: the rows' u_i . (sum_j G_ij u_j) have the same sum.
     struct Radial {
@@ -173,8 +174,8 @@ struct FloatProducts {
 };
 
 // c (n_rows, width) += a b with a[row a_row + i a_step], b (inner, width); n_rows is rounded up to whole blocks, width
-// is a multiple of a vector. pack(Count<V>, packed, i, count, d) returns rows [i, i + count) of b, V vectors from column
-// d on, which it may have copied.
+// is a multiple of a vector. pack(Count<V>, packed, i, count, d) returns rows [i, i + count) of b, V vectors from
+// column d on, which it may have copied.
 template <class Way, class T, class A, class Pack>
 FNTX_INLINE void add_product(T* c, int64_t ldc, int64_t n_rows, int64_t width, const A* a, int64_t a_row,
                              int64_t a_step, int64_t inner, Pack pack) {
@@ -198,8 +199,8 @@ FNTX_INLINE void add_product(T* c, int64_t ldc, int64_t n_rows, int64_t width, c
 }
 
 // Add what either side gathers with the G in the tile's buffer. Rows of u lie apart, often by a multiple of 512 bytes,
-// and then fall on so few lines of the first cache that PACKED_ROWS of them push each other out: hence packed, unless they
-// are few.
+// and then fall on so few lines of the first cache that PACKED_ROWS of them push each other out: hence packed, unless
+// they are few.
 template <class T> void FloatProducts::gather(const Tile<T>& tile) {
     const PackedSide<T>&rows = *tile.rows, &cols = *tile.cols;
     const int64_t ld = tile.ld, at_rows = tile.row0 * ld, at_cols = tile.col0 * ld;
@@ -243,9 +244,9 @@ template <class Way, class T, class Finish> FNTX_INLINE void form_products(const
                     for (int r = 0; r < Way::ROWS; ++r) prefetch_part(u + (Way::ROWS + r) * ld, depth, 0, 1);
                 Way::multiply(Way::sums(tile) + row * tile.edge + col, tile.edge, d0 > 0, u, ld, panel, depth,
                               d0 + depth == inner, [&](Acc& acc, int64_t r) __attribute__((always_inline)) {
-                                  Way::scale(acc, tile, row + r, col);
-                                  finish(acc, row + r, col);
-                              });
+                    Way::scale(acc, tile, row + r, col);
+                    finish(acc, row + r, col);
+                });
             }
         }
     }

@@ -1,7 +1,7 @@
-// How the similarity matrix is cut into tasks, and the order in which they are taken. A task is a block of rows against a
-// block of columns, a few tiles either way. Tasks that touch the same block add to the same sums, so each block has turns:
-// a task waits for its two blocks' turns, and the order of every sum is the same whichever thread computes it. Tasks come
-// in rounds in which no block occurs twice, so that threads seldom wait.
+// How the similarity matrix is cut into tasks, and the order in which they are taken. A task is a block of rows against
+// a block of columns, a few tiles either way. Tasks that touch the same block add to the same sums, so each block has
+// turns: a task waits for its two blocks' turns, and the order of every sum is the same whichever thread computes it.
+// Tasks come in rounds in which no block occurs twice, so that threads seldom wait.
 //
 // All of it follows from the sizes and the number of threads. `python -m benchmarks schedule` asks for it by
 // _cpu.schedule() and predicts from it what more threads gain.
@@ -16,13 +16,13 @@
 
 namespace fntx {
 
-constexpr int64_t LARGEST_EDGE = 192;      // a tile and the rows it touches stay in a core's second cache at D = 128
-constexpr int64_t TILES_PER_SIDE = 4;      // at least, for each thread, down to the smallest edge
-constexpr int64_t TILES_PER_BLOCK = 4;     // at most: two blocks stay in 2 MiB of second cache at D = 128
-constexpr int64_t BLOCKS_PER_SIDE = 8;     // at least, for each of several threads, down to one tile a block
-constexpr int64_t CHUNKS_PER_TAKE = 8;     // at most
-constexpr int64_t TAKES_PER_THREAD = 4;    // at least, down to one chunk a take
-constexpr double PARALLEL_FROM = 4e6;      // multiplications of a full product; fewer are done as soon by one thread
+constexpr int64_t LARGEST_EDGE = 192;    // a tile and the rows it touches stay in a core's second cache at D = 128
+constexpr int64_t TILES_PER_SIDE = 4;    // at least, for each thread, down to the smallest edge
+constexpr int64_t TILES_PER_BLOCK = 4;   // at most: two blocks stay in 2 MiB of second cache at D = 128
+constexpr int64_t BLOCKS_PER_SIDE = 8;   // at least, for each of several threads, down to one tile a block
+constexpr int64_t CHUNKS_PER_TAKE = 8;   // at most
+constexpr int64_t TAKES_PER_THREAD = 4;  // at least, down to one chunk a take
+constexpr double PARALLEL_FROM = 4e6;    // multiplications of a full product; fewer are done as soon by one thread
 
 inline int64_t divide_up(int64_t x, int64_t by) { return (x + by - 1) / by; }
 
@@ -42,8 +42,8 @@ inline int64_t chunks_per_take(int64_t chunks, int threads) {
 
 // Slabs of a matrix of P x Q blocks: `rows` x `cols` blocks each. The last one may reach beyond the matrix.
 //
-// Only one task at a time may add to the sums of a block of rows. With few rows and many columns, as of queries against a
-// long queue, there are fewer such blocks than threads. So the columns are split into slabs, each with a copy of the
+// Only one task at a time may add to the sums of a block of rows. With few rows and many columns, as of queries against
+// a long queue, there are fewer such blocks than threads. So the columns are split into slabs, each with a copy of the
 // rows' sums, and the copies are added up in a fixed order. Few columns against many rows: the same, transposed.
 struct Slabs {
     int64_t count = 1, rows, cols;
@@ -147,8 +147,8 @@ class Schedule {
         return task;
     }
 
-    // Where a task's tiles start in the workspace: those on the diagonal, which have fewer, are the first tasks. A block
-    // that reaches beyond the matrix has places for tiles that are not there.
+    // Where a task's tiles start in the workspace: those on the diagonal, which have fewer, are the first tasks. A
+    // block that reaches beyond the matrix has places for tiles that are not there.
     int64_t first_place(int64_t index) const {
         const int64_t n = block_tiles, half = symmetric ? std::min(index, blocks(rows)) : 0;
         return half * (n * (n + 1) / 2) + (index - half) * n * n;

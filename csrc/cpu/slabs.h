@@ -1,5 +1,5 @@
-// The sums of slabs (schedule.h): each slab but the first has a copy of the shorter side's, and the copies are added up in
-// a fixed order.
+// The sums of slabs (schedule.h): each slab but the first has a copy of the shorter side's, and the copies are added up
+// in a fixed order.
 #pragma once
 
 #include <math.h>

@@ -87,8 +87,8 @@ class Team {
     // The parallel region: leader on the calling thread, help on the others.
     void start(void (*leader)(void*), void* context);
 
-    // A job that has nothing left is not entered again: helpers that count themselves in and out until it is closed keep
-    // those that still work, and the leader, from the lines that they share.
+    // A job that has nothing left is not entered again: helpers that count themselves in and out until it is closed
+    // keep those that still work, and the leader, from the lines that they share.
     void help(int thread) {
         int64_t done = 0;
         for (int spins = 0; !finished_.load(); ++spins) {

@@ -69,9 +69,7 @@ template <class T> FNTX_INLINE Vec<T> load(const T* p) {
     return *reinterpret_cast<const typename Types<T>::Unaligned*>(p);
 }
 
-template <class T> FNTX_INLINE void store(T* p, Vec<T> v) {
-    *reinterpret_cast<typename Types<T>::Unaligned*>(p) = v;
-}
+template <class T> FNTX_INLINE void store(T* p, Vec<T> v) { *reinterpret_cast<typename Types<T>::Unaligned*>(p) = v; }
 
 template <class T> FNTX_INLINE Vec<T> broadcast(T x) { return x - Vec<T>{}; }
 
@@ -149,8 +147,8 @@ template <class T> FNTX_INLINE Vec<T> exp_shifted(Vec<T> x, Vec<T> shift) {
 
 template <class T> constexpr int LOG1P_TERMS = sizeof(T) == 4 ? 8 : 16;
 
-// log(1 + exp(x)), to its own relative accuracy, and its slope 1 / (1 + exp(-x)). With e = exp(-|x|) and t = e / (2 + e),
-// which is 1/3 at most, log(1 + e) is 2 artanh(t): a series in t^2 whose rest is below 1.5e-9 (float) and 1.7e-17
+// log(1 + exp(x)), to its own relative accuracy, and its slope 1 / (1 + exp(-x)). With e = exp(-|x|) and t = e / (2 +
+// e), which is 1/3 at most, log(1 + e) is 2 artanh(t): a series in t^2 whose rest is below 1.5e-9 (float) and 1.7e-17
 // (double) of it.
 template <class T> FNTX_INLINE Vec<T> softplus(Vec<T> x, Vec<T>& slope) {
     const Vec<T> e = exp_shifted<T>(x > 0 ? -x : x, Vec<T>{});

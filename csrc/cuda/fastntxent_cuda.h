@@ -9,24 +9,24 @@ extern "C" {
 #endif
 
 struct fntx_cuda_call {
-    int phases;               // of fntx_phases
-    int dtype;                // of z
+    int phases;  // of fntx_phases
+    int dtype;   // of z
     int normalize;
     int64_t D;
-    float inv_tau;            // k
-    const float* inv_tau_ptr; // or where it is in device memory: the host does not look
+    float inv_tau;             // k
+    const float* inv_tau_ptr;  // or where it is in device memory: the host does not look
     float eps;
-    struct fntx_side rows;    // ids of any value
+    struct fntx_side rows;         // ids of any value
     const struct fntx_side* cols;  // NULL: symmetric
-    float* pos;               // (M,) out, forward, symmetric, two views; or NULL
-    const float* d_pos;       // (M,) in, backward, with two views; or NULL
-    float* loss;              // 0-d out: the sum of the losses, times loss_weight; forward, symmetric, two views; or NULL
+    float* pos;                    // (M,) out, forward, symmetric, two views; or NULL
+    const float* d_pos;            // (M,) in, backward, with two views; or NULL
+    float* loss;  // 0-d out: the sum of the losses, times loss_weight; forward, symmetric, two views; or NULL
     float loss_weight;
-    float* d_inv_tau;         // 0-d out, backward
-    void* workspace;          // fntx_cuda_workspace bytes, 16-byte aligned; nothing of it has to be set
-    int blocks;               // of the grid at most; 0: as many as run at once
+    float* d_inv_tau;  // 0-d out, backward
+    void* workspace;   // fntx_cuda_workspace bytes, 16-byte aligned; nothing of it has to be set
+    int blocks;        // of the grid at most; 0: as many as run at once
     int device;
-    void* stream;             // a cudaStream_t of that device
+    void* stream;  // a cudaStream_t of that device
 };
 
 // Bytes of workspace for a call on n_rows rows and n_cols columns (0: symmetric), for a grid of at most

@@ -42,8 +42,7 @@ FNTX_DEVICE void sum_exponentials(const Arguments& a, const PackedSide& rows, co
                 walk.each(s, [&](float& x, int h, int col) { x *= v.r[col] * scale[h]; });
             else  // rounded the same from both sides: only what went into a sum may be compared with it
                 walk.each(s, [&](float& x, int h, int col) { x *= mine.r[h] * v.r[col], x *= k; });
-            if (!mask.whole)
-                walk.each(s, [&](float& x, int h, int col) { x = mask.apart(h, col) ? x : NONE; });
+            if (!mask.whole) walk.each(s, [&](float& x, int h, int col) { x = mask.apart(h, col) ? x : NONE; });
             if (direct) {
                 walk.each(s, [&](float& x, int h, int) { sums[h].sum += exp2_fast(x); });
             } else {
@@ -58,8 +57,8 @@ FNTX_DEVICE void sum_exponentials(const Arguments& a, const PackedSide& rows, co
         sync_block();  // the tiles' shared memory is free
         LogSum* of_warps = reinterpret_cast<LogSum*>(shared_memory());
         FNTX_UNROLL for (int h = 0; h < 2; ++h) {
-            FNTX_UNROLL for (int width = 1; width < 4; width *= 2)
-                sums[h].add({shuffle_xor(sums[h].peak, width), shuffle_xor(sums[h].sum, width)});
+            FNTX_UNROLL for (int width = 1; width < 4; width *= 2) sums[h].add(
+                {shuffle_xor(sums[h].peak, width), shuffle_xor(sums[h].sum, width)});
             if (lane() % 4 == 0) of_warps[warp() % COL_WARPS * ROWS + warp_row() + lane() / 4 + 8 * h] = sums[h];
         }
         sync_block();

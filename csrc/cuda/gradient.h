@@ -118,8 +118,7 @@ FNTX_DEVICE void form_gradient(const Arguments& a, const PackedSide& rows, const
         }
         Walk walk(a, rows, cols, mine, first_row, 0, tiles, after < a.chunks ? after : 0);
         typename Walk::GradientSums acc;
-        FNTX_UNROLL for (int d = 0; d < GROUP * CHUNK / 8; ++d)
-            FNTX_UNROLL for (int e = 0; e < 4; ++e) acc[d][e] = 0;
+        FNTX_UNROLL for (int d = 0; d < GROUP * CHUNK / 8; ++d) FNTX_UNROLL for (int e = 0; e < 4; ++e) acc[d][e] = 0;
 
         const auto weight = [&](Column& column, int col) { column.w = cols.w[col], column.nu = cols.nu[col]; };
         const auto scale = [&](Column& column) {
@@ -138,7 +137,8 @@ FNTX_DEVICE void form_gradient(const Arguments& a, const PackedSide& rows, const
             };
             const auto put = [&](float& x, int h, float g) { radial[h] += x * g, x = g; };
             if (!direct)
-                walk.each(s, [&](float& x, int h, int col) { put(x, h, mask.apart(h, col) ? form_shifted(x, h, col) : 0); });
+                walk.each(
+                    s, [&](float& x, int h, int col) { put(x, h, mask.apart(h, col) ? form_shifted(x, h, col) : 0); });
             else if (mask.whole)
                 walk.each(s, [&](float& x, int h, int col) { put(x, h, form(x, h, col)); });
             else
@@ -159,10 +159,9 @@ FNTX_DEVICE void form_gradient(const Arguments& a, const PackedSide& rows, const
             FNTX_UNROLL for (int h = 0; h < 2; ++h) {
                 const int row = warp_row() + lane() / 4 + 8 * h;
                 if (lane() % 4 == 0) staged.radial[part][row] = radial[h];
-                FNTX_UNROLL for (int d = 0; d < CHUNK / 8; ++d)
-                    FNTX_UNROLL for (int e = 0; e < 2; ++e)
-                        staged.features[part][row * STAGED_STRIDE + 8 * d + lane() % 4 * 2 + e] =
-                            acc[c * CHUNK / 8 + d][2 * h + e];
+                FNTX_UNROLL for (int d = 0; d < CHUNK / 8; ++d) FNTX_UNROLL for (int e = 0; e < 2; ++e)
+                    staged.features[part][row * STAGED_STRIDE + 8 * d + lane() % 4 * 2 + e] =
+                    acc[c * CHUNK / 8 + d][2 * h + e];
             }
             sync_block();
             store_gradient<Op>(a, rows, first_row, first_chunk + c, staged, scales.out, k);

@@ -8,12 +8,12 @@
 //     total     the block that comes last            the loss and d_inv_tau from M terms each
 //
 // with a barrier of the grid between the first four: u = 2 M^2 DP flops, at DP <= 192 3u in all. Blocks take tasks in
-// turn, so that any number of them does for any M. Every sum has one owner and one order, and the bits are the same each
-// time (on one device: the number of shares follows its size).
+// turn, so that any number of them does for any M. Every sum has one owner and one order, and the bits are the same
+// each time (on one device: the number of shares follows its size).
 //
-// DP is D in whole chunks of 64. A block: 8 warps, all that a multiprocessor's registers hold. Shared memory, for DP = 128:
-// 4 steps of 64 features of the columns, 64 KiB; 32 rows, 8 KiB in half precision and twice that in two parts; 5 KiB of
-// vectors. benchmarks/binary.py reports registers and instructions, and that nothing is spilled.
+// DP is D in whole chunks of 64. A block: 8 warps, all that a multiprocessor's registers hold. Shared memory, for DP =
+// 128: 4 steps of 64 features of the columns, 64 KiB; 32 rows, 8 KiB in half precision and twice that in two parts; 5
+// KiB of vectors. benchmarks/binary.py reports registers and instructions, and that nothing is spilled.
 #pragma once
 
 #include "gradient.h"

@@ -62,8 +62,10 @@ int blocks_at_once(int device, int dtype, size_t shared) {
     if (!isnew) return at->second;
     const void* address = address_of(dtype);
     int most;  // once for all that the kernel may ever be launched with
-    if (failed(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute") ||
-        failed(cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "cudaFuncSetAttribute") ||
+    if (failed(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+               "cudaDeviceGetAttribute") ||
+        failed(cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
+               "cudaFuncSetAttribute") ||
         failed(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&at->second, address, THREADS, shared),
                "cudaOccupancyMaxActiveBlocksPerMultiprocessor")) {
         known.erase(at);
@@ -82,7 +84,8 @@ bool describe(int device, Machine& machine) {
     }
     int sms, shared, cooperative, major;
     if (failed(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute") ||
-        failed(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute") ||
+        failed(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+               "cudaDeviceGetAttribute") ||
         failed(cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device), "cudaDeviceGetAttribute") ||
         failed(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute"))
         return false;
@@ -90,7 +93,8 @@ bool describe(int device, Machine& machine) {
     for (int dtype : {FNTX_FLOAT16, FNTX_BFLOAT16, FNTX_FLOAT32}) {
         cudaFuncAttributes image;  // that the driver took, or made of PTX
         if (failed(cudaFuncGetAttributes(&image, address_of(dtype)), "cudaFuncGetAttributes")) return false;
-        if (image.binaryVersion / 10 != major) return fail("the device", "the kernels were built for other devices"), false;
+        if (image.binaryVersion / 10 != major)
+            return fail("the device", "the kernels were built for other devices"), false;
     }
     known[device] = machine = {sms, shared, blocks_at_once, device};
     return true;
@@ -141,5 +145,4 @@ int fntx_cuda_run(const fntx_cuda_call* call) {
     }
     return failed(status, "cudaLaunchCooperativeKernel") ? FNTX_INVALID : FNTX_OK;
 }
-
 }

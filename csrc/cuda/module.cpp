@@ -72,20 +72,23 @@ PyObject* product(PyObject*, PyObject* args) {
 
 PyMethodDef methods[] = {
     {"devices", devices, METH_NOARGS, "How many CUDA devices there are."},
-    {"workspace", workspace, METH_VARARGS, "workspace(device, dtype, n_rows, n_cols, D, blocks): bytes that a call needs."},
-    {"run", run, METH_VARARGS, "run(phases, dtype, normalize, D, inv_tau, inv_tau_ptr, eps, rows, cols, pos, d_pos, loss, "
-                               "loss_weight, d_inv_tau, workspace, blocks, device, stream): fntx_cuda_run of "
-                               "csrc/cuda/fastntxent_cuda.h."},
+    {"workspace", workspace, METH_VARARGS,
+     "workspace(device, dtype, n_rows, n_cols, D, blocks): bytes that a call needs."},
+    {"run", run, METH_VARARGS,
+     "run(phases, dtype, normalize, D, inv_tau, inv_tau_ptr, eps, rows, cols, pos, d_pos, loss, "
+     "loss_weight, d_inv_tau, workspace, blocks, device, stream): fntx_cuda_run of "
+     "csrc/cuda/fastntxent_cuda.h."},
 #ifdef FNTX_EMULATED
-    {"emulate", emulate, METH_VARARGS, "emulate(multiprocessors, shared, seed, block, extra_bits): another "
-                                       "device, another order."},
+    {"emulate", emulate, METH_VARARGS,
+     "emulate(multiprocessors, shared, seed, block, extra_bits): another "
+     "device, another order."},
     {"product", product, METH_VARARGS, "product(bfloat, block, extra_bits, a, b, c): c += a b of 16 x 16 and 16 x 8."},
 #endif
     {nullptr, nullptr, 0, nullptr},
 };
 
-PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_cuda", "The CUDA kernels of csrc/cuda.", -1, methods,
-                          nullptr, nullptr, nullptr, nullptr};
+PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "_cuda", "The CUDA kernels of csrc/cuda.", -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 

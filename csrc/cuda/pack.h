@@ -3,8 +3,8 @@
 //     n_i = |z_i|,  u_i = z_i / max(n_i, eps) = r_i x_i,  sim_pos_i = u_i . u_p(i)
 //
 // x_i is z_i times the power of two that brings its largest element to [1, 2): in half precision nothing is rounded,
-// whatever the row's length; float32 is the sum of two float16 parts with 22 bits. A warp packs one row of each matrix of
-// a side, and so has both views of a sample. Reads z twice (the second time from a cache), writes x once.
+// whatever the row's length; float32 is the sum of two float16 parts with 22 bits. A warp packs one row of each matrix
+// of a side, and so has both views of a sample. Reads z twice (the second time from a cache), writes x once.
 #pragma once
 
 #include "tiles.h"
@@ -59,8 +59,8 @@ FNTX_DEVICE void pack_rows(const Arguments& a, const PackedSide& side, int64_t i
     const bool there[2] = {index < side.z[0].n, index < side.z[1].n};
     float largest[2] = {0, 0}, down[2], up[2], square[2] = {0, 0}, product = 0, r[2];
     for (int64_t d = lane(); d < a.D; d += 32)
-        FNTX_UNROLL for (int m = 0; m < 2; ++m)
-            if (there[m]) largest[m] = fmaxf(largest[m], fabsf(element(Op(), side.z[m], index, d)));
+        FNTX_UNROLL for (int m = 0; m < 2; ++m) if (there[m]) largest[m] =
+            fmaxf(largest[m], fabsf(element(Op(), side.z[m], index, d)));
     FNTX_UNROLL for (int m = 0; m < 2; ++m) {
         // 2^-e and 2^e for largest in [2^e, 2^(e + 1)), kept normal: lengths are formed of elements near 1, so that no
         // square leaves the range of float32
@@ -71,8 +71,8 @@ FNTX_DEVICE void pack_rows(const Arguments& a, const PackedSide& side, int64_t i
     }
     for (int64_t d = lane(); d < a.chunks * CHUNK; d += 32) {
         float x[2];
-        FNTX_UNROLL for (int m = 0; m < 2; ++m)
-            x[m] = there[m] && d < a.D ? element(Op(), side.z[m], index, d) * down[m] : 0;
+        FNTX_UNROLL for (int m = 0; m < 2; ++m) x[m] =
+            there[m] && d < a.D ? element(Op(), side.z[m], index, d) * down[m] : 0;
         FNTX_UNROLL for (int m = 0; m < 2; ++m) {
             square[m] += x[m] * x[m];
             if (there[m]) store_parts<Op>(a, side, index + m * side.z[0].n, d, x[m]);
@@ -93,8 +93,8 @@ FNTX_DEVICE void pack_rows(const Arguments& a, const PackedSide& side, int64_t i
         side.ids[row] = side.given_ids ? side.given_ids[row] : index;
     }
     const float sim_pos = warp_sum(product) * r[0] * r[1];
-    FNTX_UNROLL for (int m = 0; m < 2; ++m)
-        if (a.paired && there[m] && lane() == 0) side.sim_pos[index + m * side.z[0].n] = sim_pos;
+    FNTX_UNROLL for (int m = 0; m < 2; ++m) if (a.paired && there[m] && lane() == 0)
+        side.sim_pos[index + m * side.z[0].n] = sim_pos;
 }
 
 template <class Op> FNTX_DEVICE void pack(const Arguments& a, const PackedSide& side) {

@@ -8,7 +8,8 @@
 
 namespace fntx {
 
-// Most rows of a side, and features. Indices are ints, and a loop over rows goes up to a stride of the grid beyond them.
+// Most rows of a side, and features. Indices are ints, and a loop over rows goes up to a stride of the grid beyond
+// them.
 constexpr int64_t MOST = INT32_MAX - (1 << 20);
 
 // Why there can be no call of this size (n_cols 0: symmetric), or null.
@@ -66,10 +67,11 @@ template <class Cost> int cheapest(int first, int last, int step, Cost cost) {
     return best;
 }
 
-// Sizes and pointers into a workspace at `base`, which may be null to ask for bytes alone, for a grid of at most `blocks`
-// (0: as many as run at once). grid 0: nothing fits.
+// Sizes and pointers into a workspace at `base`, which may be null to ask for bytes alone, for a grid of at most
+// `blocks` (0: as many as run at once). grid 0: nothing fits.
 template <class Op>
-Plan make_plan_of(const Machine& machine, int dtype, int64_t n_rows, int64_t n_cols, int64_t D, int blocks, char* base) {
+Plan make_plan_of(const Machine& machine, int dtype, int64_t n_rows, int64_t n_cols, int64_t D, int blocks,
+                  char* base) {
     Plan plan;
     Arguments& a = plan.a;
     const int64_t n[2] = {n_rows, n_cols}, most = n_rows > n_cols ? n_rows : n_cols;
@@ -112,7 +114,8 @@ Plan make_plan_of(const Machine& machine, int dtype, int64_t n_rows, int64_t n_c
         side.n = int(n[s]);
         side.padded = int(ceil_div(n[s], PADDED_ROWS) * PADDED_ROWS);
         for (int p = 0; p < Op::PARTS; ++p) carver.take(side.x[p], int64_t(side.padded) * a.chunks * CHUNK);
-        for (float** vector : {&side.r, &side.norm, &side.sim_pos, &side.nu, &side.w}) carver.take(*vector, side.padded);
+        for (float** vector : {&side.r, &side.norm, &side.sim_pos, &side.nu, &side.w})
+            carver.take(*vector, side.padded);
         carver.take(side.peaks, int64_t(a.col_shares) * side.padded);
         carver.take(side.sums, int64_t(a.col_shares) * side.padded);
         for (float** of_blocks : {&side.longest, &side.largest_r}) carver.take(*of_blocks, plan.grid);
@@ -125,7 +128,8 @@ Plan make_plan_of(const Machine& machine, int dtype, int64_t n_rows, int64_t n_c
     return plan;
 }
 
-inline Plan make_plan(const Machine& machine, int dtype, int64_t n_rows, int64_t n_cols, int64_t D, int blocks, char* base) {
+inline Plan make_plan(const Machine& machine, int dtype, int64_t n_rows, int64_t n_cols, int64_t D, int blocks,
+                      char* base) {
     const auto of_type = dtype == FNTX_FLOAT32 ? make_plan_of<Split> : make_plan_of<Half>;
     return of_type(machine, dtype, n_rows, n_cols, D, blocks, base);
 }
@@ -133,7 +137,8 @@ inline Plan make_plan(const Machine& machine, int dtype, int64_t n_rows, int64_t
 // Why a call cannot be, or null.
 inline const char* fault_of(const fntx_cuda_call& call) {
     if (call.dtype < FNTX_FLOAT16 || call.dtype > FNTX_FLOAT32) return "dtype";
-    if (!(call.phases & (FNTX_FORWARD | FNTX_BACKWARD)) || call.phases > (FNTX_FORWARD | FNTX_BACKWARD)) return "phases";
+    if (!(call.phases & (FNTX_FORWARD | FNTX_BACKWARD)) || call.phases > (FNTX_FORWARD | FNTX_BACKWARD))
+        return "phases";
     if (!call.workspace || reinterpret_cast<uintptr_t>(call.workspace) % 16) return "workspace";
     const bool two_views = !call.cols && call.rows.z[0].n == call.rows.z[1].n;
     if ((call.pos || call.d_pos || call.loss) && !two_views) return "positives without two views";

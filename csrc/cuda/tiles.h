@@ -1,8 +1,8 @@
 // Tiles of similarities: a block of rows walks over columns, COLS at a time, CHUNK features a step.
 //
 // A step's columns (and its rows, where not all of a row stays) come into shared memory two steps ahead. Each warp
-// multiplies 16 rows with its columns: the accumulators of m16n8k16 hold, for lane 4 g + t, rows g and g + 8 and columns
-// 2 t and 2 t + 1 of every 8. The chunks that the second product takes are a tile's last, and still there.
+// multiplies 16 rows with its columns: the accumulators of m16n8k16 hold, for lane 4 g + t, rows g and g + 8 and
+// columns 2 t and 2 t + 1 of every 8. The chunks that the second product takes are a tile's last, and still there.
 #pragma once
 
 #include "../ranges.h"
@@ -47,8 +47,8 @@ FNTX_DEVICE int next_piece(int piece, int times) { return piece ^ (16 * times); 
 // The inverse temperature, from device memory or as it was passed.
 FNTX_DEVICE float inverse_temperature(const Arguments& a) { return a.inv_tau_ptr ? *a.inv_tau_ptr : a.inv_tau; }
 
-// The largest of each of two things that the blocks found, the same for every block. All loads of a round are under way at
-// once: small batches wait for little else.
+// The largest of each of two things that the blocks found, the same for every block. All loads of a round are under way
+// at once: small batches wait for little else.
 struct Largest {
     float first = 0, second = 0;
 
@@ -115,7 +115,13 @@ template <class Op> class TileWalk {
     // first_chunk.
     FNTX_DEVICE TileWalk(const Arguments& a, const PackedSide& rows, const PackedSide& cols, const LaneRows& mine,
                          int first_row, int first_tile, int tiles, int first_chunk)
-        : a_(a), rows_(rows), cols_(cols), mine_(mine), shared_(a), first_tile_(first_tile), tiles_(tiles),
+        : a_(a),
+          rows_(rows),
+          cols_(cols),
+          mine_(mine),
+          shared_(a),
+          first_tile_(first_tile),
+          tiles_(tiles),
           first_chunk_(first_chunk) {
         const int64_t mine_of_copies = thread() / 8 * width() + thread() % 8 * 8;
         row_source_ = rows.x[0] + first_row * width() + mine_of_copies;
@@ -140,8 +146,7 @@ template <class Op> class TileWalk {
         fetch(next, 1, read);
         for (int tile = 0, slot = 0; tile < tiles_; ++tile) {
             Products s;
-            FNTX_UNROLL for (int j = 0; j < FRAGMENTS; ++j)
-                FNTX_UNROLL for (int e = 0; e < 4; ++e) s[j][e] = 0;
+            FNTX_UNROLL for (int j = 0; j < FRAGMENTS; ++j) FNTX_UNROLL for (int e = 0; e < 4; ++e) s[j][e] = 0;
             int last = slot;
             for (int index = 0; index < a_.chunks; ++index) {
                 wait_copies<1>();
@@ -154,19 +159,20 @@ template <class Op> class TileWalk {
             store(next, tile + 1, scale);
             fetch(next, tile + 2, read);
             const ColumnVectors<Op>& v = shared_.vectors[tile % 2];
-            use(s, Mask{mine_, v.ids, cols_.n - (first_tile_ + tile) * COLS<Op>, v.masked[warp_col() / 32] == 0}, v, last);
+            use(s, Mask{mine_, v.ids, cols_.n - (first_tile_ + tile) * COLS<Op>, v.masked[warp_col() / 32] == 0}, v,
+                last);
         }
         wait_copies<0>();
     }
 
     // use(element, row of the lane's two, column of the tile) for all of a lane's elements.
     template <class Use> static FNTX_DEVICE void each(Products& s, Use use) {
-        FNTX_UNROLL for (int h = 0; h < 2; ++h)
-            FNTX_UNROLL for (int j = 0; j < FRAGMENTS; ++j)
-                FNTX_UNROLL for (int e = 0; e < 2; ++e) use(s[j][2 * h + e], h, warp_col() + 8 * j + lane() % 4 * 2 + e);
+        FNTX_UNROLL for (int h = 0; h < 2; ++h) FNTX_UNROLL for (int j = 0; j < FRAGMENTS; ++j)
+            FNTX_UNROLL for (int e = 0; e < 2; ++e) use(s[j][2 * h + e], h, warp_col() + 8 * j + lane() % 4 * 2 + e);
     }
 
-    // acc (16 rows, features of the group) += g (16 rows, this warp's columns) x, for a tile whose last step is in `slot`.
+    // acc (16 rows, features of the group) += g (16 rows, this warp's columns) x, for a tile whose last step is in
+    // `slot`.
     FNTX_DEVICE void gather(GradientSums& acc, const Products& g, int slot, int group) const {
         const int at = piece(warp_col() + lane() % 16, lane() / 16);
         FNTX_UNROLL for (int k = 0; k < WARP_COLS<Op> / 16; ++k) {
@@ -208,7 +214,8 @@ template <class Op> class TileWalk {
         if (ahead_.tile < tiles_) {
             const int chunk = chunk_of(ahead_.index);
             copy<COLS<Op>>(cols(ahead_.slot), col_source_ + chunk * CHUNK, cols_);
-            if (!a_.resident || ahead_.tile == 0) copy<ROWS>(rows(ahead_.slot, chunk), row_source_ + chunk * CHUNK, rows_);
+            if (!a_.resident || ahead_.tile == 0)
+                copy<ROWS>(rows(ahead_.slot, chunk), row_source_ + chunk * CHUNK, rows_);
         }
         commit_copies();
         ahead_.slot = after(ahead_.slot);
@@ -264,8 +271,9 @@ template <class Op> class TileWalk {
         }
     }
 
-    // c += a b[first, first + 1]. Of two parts the three products that matter, the largest last, in sums of their own: the
-    // matrix units round toward zero, and what they add up over many features or columns drifts. The addition does not.
+    // c += a b[first, first + 1]. Of two parts the three products that matter, the largest last, in sums of their own:
+    // the matrix units round toward zero, and what they add up over many features or columns drifts. The addition does
+    // not.
     static FNTX_DEVICE void multiply_parts(float (&c)[4], const uint32_t (&a)[Op::PARTS][4],
                                            const uint32_t (&b)[Op::PARTS][4], int first) {
         if constexpr (Op::PARTS == 1) {
@@ -302,8 +310,8 @@ template <class Op> class TileWalk {
     const Shared<Op> shared_;
     const int first_tile_, tiles_, first_chunk_;
     const uint16_t *row_source_, *col_source_;  // where this thread's copies begin
-    int64_t low_, high_;  // the range of the rows' ids
-    Ahead ahead_;         // the step to load next
+    int64_t low_, high_;                        // the range of the rows' ids
+    Ahead ahead_;                               // the step to load next
 };
 
 }  // namespace fntx

@@ -1,5 +1,3 @@
-#include "../device.h"
-
 #include <setjmp.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -10,6 +8,8 @@
 #include <random>
 #include <string>
 #include <vector>
+
+#include "../device.h"
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/common_interface_defs.h>
@@ -24,8 +24,8 @@ namespace emulator {
 namespace {
 
 using fntx::Bfloat;
-using fntx::Half;
 using fntx::from_bits;
+using fntx::Half;
 
 constexpr size_t STACK = 256 << 10;
 

@@ -1,9 +1,9 @@
 // The device of device.h for a host compiler: a fiber for each thread of the grid, in one thread of the process.
 //
 // Warps run in a random order, from one collective to the next, and all 32 lanes must meet at the same one. Products of
-// the matrix units follow PTX's layout of fragments, and round as a chip does. An asynchronous copy happens at any moment
-// from its start to the wait that ends it: whoever reads too early, or writes too early over what others still read, gets
-// other bits.
+// the matrix units follow PTX's layout of fragments, and round as a chip does. An asynchronous copy happens at any
+// moment from its start to the wait that ends it: whoever reads too early, or writes too early over what others still
+// read, gets other bits.
 #pragma once
 
 #include <math.h>
@@ -135,7 +135,7 @@ inline uint16_t to_bits(Half, float x) {
     const float size = fabsf(x);
     if (size >= 65520) return sign | 0x7c00;
     int exponent = -13;
-    if (size >= 6.103515625e-5f) frexpf(size, &exponent);  // smaller ones have the least exponent
+    if (size >= 6.103515625e-5f) frexpf(size, &exponent);               // smaller ones have the least exponent
     const int fraction = int(nearbyintf(ldexpf(size, 11 - exponent)));  // 2048 carries into the exponent
     return uint16_t(sign + (exponent + 13) * 1024 + fraction);
 }

@@ -1,9 +1,10 @@
 // The C interface on the emulator: pointers are of host memory, and a call is over when it returns.
+#include "launch.h"
+
 #include <stdio.h>
 
 #include "../kernel.h"
 #include "../plan.h"
-#include "launch.h"
 
 using namespace fntx;
 
@@ -29,9 +30,9 @@ void fntx_emulate(int multiprocessors, int64_t shared, unsigned seed, int block,
 }
 
 void fntx_emulated_product(bool bfloat, int block, int extra_bits, const float* a, const float* b, float* c) {
-    typedef const float(&A)[16][16];
-    typedef const float(&B)[16][8];
-    typedef float(&C)[16][8];
+    typedef const float (&A)[16][16];
+    typedef const float (&B)[16][8];
+    typedef float (&C)[16][8];
     emulator::multiply_add({block, extra_bits}, emulator::least_exponent(bfloat), reinterpret_cast<C>(*c),
                            reinterpret_cast<A>(*a), reinterpret_cast<B>(*b));
 }
@@ -54,15 +55,18 @@ int fntx_cuda_run(const fntx_cuda_call* call) {
     if (const char* fault = fault_of(*call)) return fail(fault);
     const Plan plan = plan_call(machine, *call);
     memset(call->workspace, 0xff, plan.bytes);
-    const int grid = refuses && plan.grid > 1 ? plan.grid / 2 : plan.grid;  // as after cudaErrorCooperativeLaunchTooLarge
+    const int grid =
+        refuses && plan.grid > 1 ? plan.grid / 2 : plan.grid;  // as after cudaErrorCooperativeLaunchTooLarge
     const bool met = emulator::launch(grid, THREADS, plan.shared, [&] {
         switch (call->dtype) {
-        case FNTX_FLOAT16: return run<Half>(plan.a);
-        case FNTX_BFLOAT16: return run<Bfloat>(plan.a);
-        default: return run<Split>(plan.a);
+            case FNTX_FLOAT16:
+                return run<Half>(plan.a);
+            case FNTX_BFLOAT16:
+                return run<Bfloat>(plan.a);
+            default:
+                return run<Split>(plan.a);
         }
     });
     return met ? FNTX_OK : fail(emulator::failure());
 }
-
 }

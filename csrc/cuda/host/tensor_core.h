@@ -46,7 +46,8 @@ inline float cut(double x) {
 
 // c += a b, for operands whose smallest normal number is 2^least.
 template <int M, int N>
-void multiply_add(const TensorCore& core, int least, float (&c)[M][N], const float (&a)[M][16], const float (&b)[16][N]) {
+void multiply_add(const TensorCore& core, int least, float (&c)[M][N], const float (&a)[M][16],
+                  const float (&b)[16][N]) {
     int of_a[M][16], of_b[16][N];
     float all = 0;  // NaN where anything is not finite
     for (int k = 0; k < 16; ++k) {
