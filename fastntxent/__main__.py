@@ -1,4 +1,4 @@
-"""`python -m fastntxent`: what is installed, what this machine's devices can do with it, and how fast."""
+"""`python -m fastntxent`: show what is installed, verify it on this machine's devices, and time it."""
 
 import sys
 

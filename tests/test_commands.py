@@ -62,8 +62,8 @@ def test_info_is_the_default_and_says_what_there_is(capsys, cache):
     for name, backend in backends().items():
         assert any(line.startswith(f"  {name:10}{backend.reason or backend.details or 'available'}") for line in lines)
     assert re.search(r"^cpu: .+, driver .+\n  cpu +not checked yet", text, re.MULTILINE)
-    assert "  auto, every size: cpu (the first that loads here)" in lines or not backends()["cpu"].available
-    assert f"verdicts are kept in {cache}" in lines
+    assert "  auto, every size: cpu (the first backend that loads here)" in lines or not backends()["cpu"].available
+    assert f"verdicts are stored in {cache}" in lines
     assert f"FASTNTXENT_CACHE={cache}" in lines
 
 
@@ -148,7 +148,7 @@ def test_verify_passes_here_and_keeps_it(capsys, cache):
     status, text, errors = run(capsys, "verify", "--backend", HERE, "--device", "cpu")
     assert status == 0, text
     assert re.search(
-        rf"^cpu: .+\n  {HERE:10}passed \d+ checks in .+ s\n  kept in {cache}/.+\.json$", text, re.MULTILINE
+        rf"^cpu: .+\n  {HERE:10}passed \d+ checks in .+ s\n  stored in {cache}/.+\.json$", text, re.MULTILINE
     )
     assert errors.startswith(f"fastntxent: checking {HERE} on ")
     status, again, errors = run(capsys, "verify", "--backend", HERE, "--device", "cpu")
@@ -163,7 +163,7 @@ def test_verify_says_where_nothing_can_be_kept(capsys, answers, tmp_path, monkey
     with pytest.warns(UserWarning, match="cannot keep its verdicts") if not policy.Store._complained else nullcontext():
         status, text, _ = run(capsys, "verify", "--device", "cpu", "--backend", "blocked")
     assert status == 0
-    assert f"  not kept: {file} cannot be written to" in text
+    assert f"  not stored: {file} is not writable" in text
 
 
 def test_verify_looks_again_where_it_is_told_to(capsys, answers):
@@ -268,7 +268,7 @@ def test_bench_says_why_a_time_is_missing(capsys, small, monkeypatch):
     _, text, _ = run(capsys, "bench", "--device", "cpu")
     assert "no torch.compile for float32, 8, 16: RuntimeError: no C++ compiler\n" in text
     row = bench.time_size(torch.device("cpu"), torch.float32, 8, 16, without=["blocked"])
-    assert row["missing"]["blocked"] == "it has not passed on this device"
+    assert row["missing"]["blocked"] == "it has not passed its checks on this device"
     assert "blocked" not in row["milliseconds"]
 
 
@@ -295,7 +295,7 @@ def test_mistakes_are_one_line(capsys, arguments, words):
 def test_backend_that_runs_nowhere_here_is_a_mistake(capsys):
     status, _, errors = run(capsys, "verify", "--backend", "cuda")
     assert status == 2
-    assert errors == "error: --backend cuda can be checked on no device of this machine\n"
+    assert errors == "error: --backend cuda cannot be checked on any device of this machine\n"
 
 
 @pytest.mark.parametrize("arguments", [("prove",), ("verify", "--backend", "reference"), ("info", "--device", "cpu")])

@@ -55,7 +55,7 @@ def test_main_reports_on_images_without_labels(tmp_path, capsys):
     page = (tmp_path / "run" / "report.html").read_text()
     assert "no labels" in page
     assert "k-NN accuracy" not in page
-    assert "Not asked for in this run" in page
+    assert "The loss was not verified in this run" in page
 
 
 @pytest.mark.parametrize(

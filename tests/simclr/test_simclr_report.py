@@ -192,7 +192,7 @@ def test_finish_writes_the_report_without_a_picture_that_fails(trainer, monkeypa
     assert metrics["evaluation"]["notes"] == ["Not drawn: curves.png (mathtext <refuses>)."]
     assert not (trainer.config.out / "curves.png").exists()
     assert (trainer.config.out / "views.png").read_bytes().startswith(PNG)
-    assert "Curves of the training: not drawn (mathtext &lt;refuses&gt;)." in page(trainer.config.out)
+    assert "Training curves: not drawn (mathtext &lt;refuses&gt;)." in page(trainer.config.out)
     assert "Not drawn: curves.png" in summarise(metrics, "x")
 
 
@@ -255,7 +255,7 @@ def test_finish_leaves_metrics_and_a_report_if_the_process_dies(tmp_path, moment
         {"knn", "linear probe", "effective rank", "alignment", "uniformity"} if moment == "draw" else set()
     )
     text = page(tmp_path)
-    assert "Two maps of the test images: not drawn (the process ended before)." in text
+    assert "Two maps of the test images: not drawn (the process ended before it was drawn)." in text
     assert ("before the encoder was judged" in text) == (moment == "judge")
 
 
@@ -339,15 +339,15 @@ def test_main_goes_to_the_end_whatever_classes_are_judged(tmp_path, capsys, labe
         ({"knn": {"trained": 0.9}, "linear probe": {"untrained": 0.9}}, []),
         ({"knn": {"trained": 1.0, "untrained": 1.0, "raw pixels": 1.0}}, []),
         ({"knn": {"trained": 0.8, "untrained": 0.8, "raw pixels": 0.7}},
-         ["not better than the untrained encoder by k-NN accuracy. More epochs"]),
+         ["no better than the untrained encoder by k-NN accuracy. More epochs"]),
         ({"knn": {"trained": 0.8, "raw pixels": 0.9}, "linear probe": {"trained": 0.5, "raw pixels": 0.9}},
-         ["not better than raw pixels by k-NN accuracy and linear probe accuracy. More epochs"]),
+         ["no better than raw pixels by k-NN accuracy and linear probe accuracy. More epochs"]),
         ({"knn": {"trained": 0.5, "untrained": 0.6, "raw pixels": 0.7}},
          ["than the untrained encoder by k-NN accuracy, or than raw pixels by k-NN accuracy. More epochs"]),
         ({"uniformity": {"trained": -0.01}, "effective rank": {"trained": 1.0, "raw pixels": 30.0}},
-         ["The embeddings have collapsed: with a uniformity of -0.01"]),
+         ["The embeddings have collapsed: a uniformity of -0.01"]),
         ({"uniformity": {"trained": -2.0}, "effective rank": {"trained": 1.2, "raw pixels": 30.0}},
-         ["The features have collapsed: with an effective rank of 1.2"]),
+         ["The features have collapsed: an effective rank of 1.2"]),
         ({"uniformity": {"trained": -2.0}, "effective rank": {"trained": 1.0, "raw pixels": 1.0}}, []),
     ],
 )  # fmt: skip
