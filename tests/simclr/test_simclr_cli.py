@@ -49,8 +49,8 @@ def test_main_reports_on_images_without_labels(tmp_path, capsys):
     arguments = ["--data", "npz", "--data-dir", tmp_path / "d.npz", "--epochs", 1, "--out", tmp_path / "run", "--quiet"]
     assert main([str(argument) for argument in arguments]) == 0
     assert capsys.readouterr().err == (
-        "note: The images carry no labels, so accuracies are not measured.\n"
-        "note: --batch-size 256 is more than the 48 training images: every step takes all of them\n"
+        "note: The images have no labels, so accuracies are not measured.\n"
+        "note: --batch-size 256 exceeds the 48 training images: every step uses all of them\n"
     )
     page = (tmp_path / "run" / "report.html").read_text()
     assert "no labels" in page
@@ -163,4 +163,4 @@ def test_main_says_what_it_read(tmp_path, capsys):
 def test_resume_of_a_run_from_python_is_told_to_go_on_there(make_trainer, tmp_path, capsys):
     make_trainer(max_steps=1).fit()
     assert main(["--resume", "--out", str(tmp_path / "run")]) == 2
-    assert "is of a run whose data came from Python: go on with it there" in capsys.readouterr().err
+    assert "belongs to a run whose data came from Python: continue it there" in capsys.readouterr().err

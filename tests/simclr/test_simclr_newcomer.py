@@ -144,7 +144,7 @@ def stop(process: subprocess.Popen[bytes], log: Path, row: int, number: int) -> 
     process.send_signal(number)
     errors = process.communicate()[1].decode()
     assert process.returncode == 128 + number, errors
-    found = re.search(rf"interrupted at step (\d+) of {STEPS}; saved; go on with (.*)", errors)
+    found = re.search(rf"interrupted at step (\d+) of {STEPS}; checkpoint saved; continue with (.*)", errors)
     assert found, errors
     python, *arguments = shlex.split(found[2])
     assert python == "python"

@@ -381,7 +381,7 @@ def test_ranks_with_other_options_are_told_which(found):
     world = len(found)
     for of_rank in found:
         said = of_rank["errors"]["options_differ"]
-        assert said.startswith("ValueError: the ranks must be given the same, but on ranks 0 to")
+        assert said.startswith("ValueError: all ranks must be given the same, but on ranks 0 to")
         assert said.endswith(f"--log-every is {', '.join(str(1 + rank) for rank in range(world))}")
 
 
@@ -413,7 +413,7 @@ def test_join_alone_without_torchrun_and_with_one_process_of_it(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert join() is ALONE
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RuntimeError, match=r"run\(\) is of one process"):
+    with pytest.raises(RuntimeError, match=r"run\(\) uses a single process"):
         run_module.run(Config())
 
 
@@ -533,7 +533,7 @@ def test_torchrun_is_stopped_with_words_and_a_checkpoint(tmp_path, number, to_on
     os.kill(children(process)[-1] if to_one_rank else process.pid, number)
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert errors.count(f"saved; go on with python -m fastntxent.simclr --resume --out {tmp_path}") == 1, errors
+    assert errors.count(f"saved; continue with python -m fastntxent.simclr --resume --out {tmp_path}") == 1, errors
     state = load_checkpoint(path)
     assert state["step"] > 2
     resumed = prepare(with_saved_options({"resume": str(path), "max_steps": state["step"] + 1}))

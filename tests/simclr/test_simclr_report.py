@@ -217,10 +217,10 @@ def test_finish_writes_the_history_if_nothing_could_be_judged(trainer, monkeypat
     monkeypatch.setattr(run_module, "evaluate", fail)
     metrics = finish(trainer)
     assert metrics["evaluation"]["scores"] == {}
-    assert metrics["evaluation"]["notes"][0].startswith("Not judged: the encoder (")
+    assert metrics["evaluation"]["notes"][0].startswith("Not evaluated: the encoder (")
     assert len(metrics["history"]["steps"]["loss"]) == 3
     assert "Nothing was measured." in page(trainer.config.out)
-    assert "Not judged" in summarise(metrics, "x")
+    assert "Not evaluated" in summarise(metrics, "x")
 
 
 KILLED = """
@@ -256,7 +256,7 @@ def test_finish_leaves_metrics_and_a_report_if_the_process_dies(tmp_path, moment
     )
     text = page(tmp_path)
     assert "Two maps of the test images: not drawn (the process ended before it was drawn)." in text
-    assert ("before the encoder was judged" in text) == (moment == "judge")
+    assert ("before the encoder was evaluated" in text) == (moment == "judge")
 
 
 def test_finish_lets_an_error_of_the_disk_through(trainer, monkeypatch):
@@ -385,13 +385,13 @@ def test_report_shows_the_resolved_settings_and_the_title(make_trainer, stripes)
 
 
 def test_report_is_made_for_phones_and_for_the_dark(trainer, evaluation):
-    evaluation.notes.append("Not taken: nothing.")
+    evaluation.notes.append("Not measured: nothing.")
     write_report(trainer, evaluation, ())
     text = page(trainer.config.out)
     assert '<meta name="color-scheme" content="light dark">' in text
     assert "@media (prefers-color-scheme: dark)" in STYLE
     assert text.count("<table") == len(re.findall(r"<div class=scroll><table", text)) >= 3
-    assert "<p>Not taken: nothing.</p>" in text
+    assert "<p>Not measured: nothing.</p>" in text
     # Only values, paths for one, may break within a word; headings of rows and columns may not.
     assert re.findall(r"[^{}]*(?={[^{}]*anywhere)", STYLE)
     for selector in re.findall(r"([^{}]*){[^{}]*overflow-wrap: anywhere", STYLE):
