@@ -219,7 +219,7 @@ def test_run_tells_what_it_left_out(home):
     for words in (
         r"1 folder without an image: empty class",
         r"5 hidden entries: .*\.ipynb_checkpoints.*\._x\.png",
-        r"without the suffix of an image: \.db \(2\), \.txt \(1\)",
+        r"without an image suffix: \.db \(2\), \.txt \(1\)",
         r"broken links, pipes or devices: a, b, red cats/pipe\.png",
         r"link back to a parent folder: red cats/loop",
         rf"2 of {3 * EACH + 2} images, which cannot be read: .*empty\.jpeg .*broken\.png",

@@ -387,7 +387,7 @@ def test_ranks_with_other_options_are_told_which(found):
 
 def test_dense_loss_is_of_one_process(found):
     for of_rank in found:
-        assert "--loss reference is the dense loss of one process" in of_rank["errors"]["reference"]
+        assert "--loss reference is a dense loss for one process" in of_rank["errors"]["reference"]
 
 
 def test_first_rank_of_a_machine_downloads_for_the_others(found):
@@ -395,7 +395,7 @@ def test_first_rank_of_a_machine_downloads_for_the_others(found):
 
 
 def test_backend_reference_is_named_as_it_was_given():
-    with pytest.raises(ValueError, match="--backend reference is the dense loss of one process"):
+    with pytest.raises(ValueError, match="--backend reference is a dense loss for one process"):
         build_objective(Config(backend="reference"), object())
 
 
