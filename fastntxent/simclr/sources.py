@@ -80,8 +80,8 @@ def _read_idx(root: Path, stem: str, rank: int) -> Array:
             break
     else:
         raise FileNotFoundError(
-            f"no {stem} or {stem}.gz in {one_line(root)}; Debian's package dataset-fashion-mnist puts them in "
-            f"{FASHION_MNIST_DIR}, elsewhere say where they are with --data-dir"
+            f"no {stem} or {stem}.gz in {one_line(root)}; Debian's package dataset-fashion-mnist installs them in "
+            f"{FASHION_MNIST_DIR}, and --data-dir names another folder"
         )
     name = one_line(path)
     try:

@@ -422,7 +422,7 @@ def test_pick_device_gives_each_rank_a_gpu_or_says_why_not(monkeypatch):
     ranks = Ranks(object(), rank=6, world=8, local=2)
     with pytest.raises(ValueError, match=r"--device must be cuda for 8 ranks, .*, got cuda:1"):
         pick_device("cuda:1", ranks)
-    with pytest.raises(ValueError, match="--device cuda must find a GPU for each rank of a machine, got 2 for rank 2"):
+    with pytest.raises(ValueError, match="--device cuda needs a GPU for each rank of a machine, got 2 for rank 2"):
         pick_device("cuda", ranks)
     assert pick_device("cpu", ranks) == torch.device("cpu")
 

@@ -113,7 +113,7 @@ def test_trainer_copies_an_encoder_only_after_it_was_tried(stripes, tmp_path, en
         assert all(torch.equal(value, twin[name]) for name, value in trainer.model.state_dict().items())
         return
     module.lock = threading.Lock()
-    with pytest.raises(ValueError, match=r"must be a module that copy.deepcopy copies, .*cannot pickle"):
+    with pytest.raises(ValueError, match=r"must be a module that copy.deepcopy can copy, .*cannot pickle"):
         Trainer(config, stripes, encoder=module)
 
 
