@@ -98,9 +98,9 @@ def test_info_says_what_auto_takes_on_a_gpu_and_why(monkeypatch):
     auto = info._auto(gpu)
     assert auto["bfloat16, 128 features, 256 rows"] == {
         "backend": "triton",
-        "why": "the quickest of those that have passed: triton 0.5 ms, blocked 2 ms",
+        "why": "the fastest of those that have passed: triton 0.5 ms, blocked 2 ms",
     }
-    assert auto["float32, 128 features, 256 rows"]["why"] == "it has passed, and nothing was timed at this size"
+    assert auto["float32, 128 features, 256 rows"]["why"] == "it has passed, but nothing was timed at this size"
     monkeypatch.setenv("FASTNTXENT_VERIFY", "never")
     assert info._auto(gpu)["float32, 128 features, 256 rows"]["why"].startswith("FASTNTXENT_VERIFY=never")
 
@@ -160,7 +160,7 @@ def test_verify_says_where_nothing_can_be_kept(capsys, answers, tmp_path, monkey
     file = tmp_path / "file"
     file.touch()
     monkeypatch.setenv("FASTNTXENT_CACHE", str(file))
-    with pytest.warns(UserWarning, match="cannot keep its verdicts") if not policy.Store._complained else nullcontext():
+    with pytest.warns(UserWarning, match="cannot store its verdicts") if not policy.Store._complained else nullcontext():
         status, text, _ = run(capsys, "verify", "--device", "cpu", "--backend", "blocked")
     assert status == 0
     assert f"  not stored: {file} is not writable" in text

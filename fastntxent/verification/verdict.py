@@ -1,4 +1,4 @@
-"""What is known of a backend on a device."""
+"""The verdict on a backend on a device."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ class Verdict(NamedTuple):
     """The outcome of checking a backend on a device.
 
     Attributes:
-        status: one of STATUSES. "not available" says that nothing could be checked.
-        detail: what is wrong, by how much, or why; empty for "passed".
-        case: the check that found it, or that was running; empty for "passed".
-        checks: how many checks passed.
-        seconds: how long it took.
+        status: one of STATUSES. "not available" means that nothing could be checked.
+        detail: the error, its size or the reason; empty for "passed".
+        case: the check that failed or was running; empty for "passed".
+        checks: number of checks that passed.
+        seconds: duration of the checks.
     """
 
     status: Status
@@ -36,15 +36,15 @@ class Verdict(NamedTuple):
         return f"{self.status}{where}" + (f": {self.detail}" if self.detail else "")
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, for JSON."""
+        """Return the fields, for JSON."""
         return self._asdict()
 
     @classmethod
     def from_dict(cls, values: Any) -> Verdict:
-        """The inverse of `to_dict`.
+        """Return the inverse of `to_dict`.
 
         Raises:
-            ValueError, TypeError, KeyError: the values are not those of a verdict.
+            ValueError, TypeError, KeyError: the values are not a verdict.
         """
         if values["status"] not in STATUSES:
             raise ValueError(f"status must be one of {', '.join(STATUSES)}, got {values['status']!r}")

@@ -57,7 +57,7 @@ def test_second_interrupt_stops_at_once(make_trainer, tmp_path):
 def test_signal_in_the_last_step_is_not_lost(make_trainer, tmp_path, number):
     trainer = make_trainer()
     signal_at(trainer, 8, number)
-    with pytest.raises(InterruptedRun, match=r"at step 9 of 9; saved") as caught:
+    with pytest.raises(InterruptedRun, match=r"at step 9 of 9; checkpoint saved") as caught:
         trainer.fit()
     assert caught.value.number == number
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 9
