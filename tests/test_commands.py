@@ -160,7 +160,7 @@ def test_verify_says_where_nothing_can_be_kept(capsys, answers, tmp_path, monkey
     file = tmp_path / "file"
     file.touch()
     monkeypatch.setenv("FASTNTXENT_CACHE", str(file))
-    with pytest.warns(UserWarning, match="cannot store its verdicts") if not policy.Store._complained else nullcontext():
+    with pytest.warns(UserWarning, match="cannot store") if not policy.Store._complained else nullcontext():
         status, text, _ = run(capsys, "verify", "--device", "cpu", "--backend", "blocked")
     assert status == 0
     assert f"  not stored: {file} is not writable" in text
