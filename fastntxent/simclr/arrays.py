@@ -169,7 +169,7 @@ def _without_copy(rows: Rows, layout: _Layout) -> Tensor | None:
 def _fill(
     rows: Rows, layout: _Layout, convert: Callable[[Array], Array], targets: Sequence[tuple[Tensor, Tensor]]
 ) -> None:
-    """Write the rows of each mask to the tensor beside it, in order."""
+    """Write the rows of each mask, in order, to the tensor paired with it."""
     start = 0
     filled = [0] * len(targets)
     for images in _converted(rows, layout, convert):

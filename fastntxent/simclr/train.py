@@ -406,7 +406,7 @@ class Trainer:
         if not report.ok:
             raise TrainingError(
                 f"the loss failed its verification at step {self.step}: the relative error of the loss is "
-                f"{report.loss_error:.3g} (budget {report.loss_budget:.3g}), of the gradient "
+                f"{report.loss_error:.3g} (budget {report.loss_budget:.3g}), and of the gradient "
                 f"{report.gradient_error:.3g} (budget {report.gradient_budget:.3g}), backend {self.loss.backend}"
             )
 
