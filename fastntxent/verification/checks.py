@@ -82,7 +82,7 @@ FORM_CALLS: dict[str, Callable[[tuple[Tensor, Tensor]], Problem]] = {
 
 
 def _small_calls(slow: bool, form: str) -> list[tuple[str, int, int]]:
-    """Return (call, N, D), with sizes at tile edges, next to them and beyond. Every form gets each D of the table."""
+    """Return (call, N, D), with sizes at tile edges, next to them and beyond. The Ds reach every part of the table."""
     if slow:
         sizes = [(1, 7), (33, 64)] if form else [(1, 7), (33, 64), (40, 130)]
         return [("nt_xent", *size) for size in sizes]

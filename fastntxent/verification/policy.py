@@ -211,7 +211,7 @@ def time_passed(
 ) -> tuple[dict[str, Verdict], dict[str, Any] | None]:
     """Return the times of the backends that have passed, from the store or measured in a child process.
 
-    The timed batches are larger than the checked ones. A backend that ends the child in one of them has not passed.
+    The timed batches are larger than the checked ones. A backend that fails in one of them counts as not passed.
 
     Returns:
         The updated verdicts, and the times or None.

@@ -133,7 +133,7 @@ def _how_it_ended(end: _End) -> tuple[Status, str]:
 def _run_child(
     request: Mapping[str, Any], deadline: float, silence: float, stop: threading.Event | None = None
 ) -> _End:
-    import tempfile  # imported here to keep `import fastntxent` fast
+    import tempfile  # imported here: `import fastntxent` needs neither this nor subprocess
 
     if not sys.executable or getattr(sys, "frozen", False):
         return _End(never_started="this program has no Python interpreter to start a child process with")
@@ -170,7 +170,7 @@ def _run_child_in(
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    """Return this process's environment, with changes so that it cannot affect a verdict."""
+    """Return this process's environment without the settings that could change a verdict."""
     environment = {
         **os.environ,
         VERIFY: "never",  # a child starts no children
