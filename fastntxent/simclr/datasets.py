@@ -199,6 +199,6 @@ def _compact(images: Tensor, mask: Tensor) -> Tensor:
     """Return the images of a mask, moved to the front of the same memory."""
     places = mask.nonzero().flatten()
     for start in range(0, len(places), 1024):
-        block = places[start : start + 1024]  # images only move forward, so none is overwritten before it is read
+        block = places[start : start + 1024]  # images move towards the front: none is overwritten before it is read
         images[start : start + len(block)] = images[block]
     return images[: len(places)]
