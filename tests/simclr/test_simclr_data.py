@@ -237,7 +237,7 @@ def test_fingerprint_is_the_checksum_of_all_bytes():
 
 
 def test_load_data_refuses_options_that_have_no_effect():
-    with pytest.raises(ValueError, match="--in-memory no is for --data folder"):
+    with pytest.raises(ValueError, match="--in-memory no requires --data folder"):
         load_data("digits", in_memory="no")
     with pytest.raises(ValueError, match="in_memory must be one of auto, yes, no, got True"):
         load_data("digits", in_memory=True)

@@ -313,7 +313,7 @@ def test_npz_never_runs_code(tmp_path, key):
 
 
 def test_npz_is_a_regular_file(tmp_path):
-    with pytest.raises(ValueError, match=r"--data npz needs an .npz file as its --data-dir, and .* is a folder"):
+    with pytest.raises(ValueError, match=r"--data npz needs an .npz file as its --data-dir, but .* is a folder"):
         load(tmp_path)
     os.mkfifo(tmp_path / "d.npz")
     with pytest.raises(ValueError, match=r"d\.npz is not a regular file"):
