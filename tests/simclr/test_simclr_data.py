@@ -317,7 +317,7 @@ def test_fashion_mnist_refuses_another_number_of_dimensions(tmp_path, rank):
     write_fashion(tmp_path)
     content = struct.pack(f">HBB{rank}I", 0, 8, rank, *[1] * rank) + b"a"
     (tmp_path / "train-images-idx3-ubyte").write_bytes(content)
-    with pytest.raises(ValueError, match=rf"train-images-idx3-ubyte is not an idx file of 3 dimensions, it has {rank}"):
+    with pytest.raises(ValueError, match=rf"train-images-idx3-ubyte is not an idx file of 3 dimensions: it has {rank}"):
         load("fashion-mnist", tmp_path)
 
 

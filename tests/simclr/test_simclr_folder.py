@@ -93,7 +93,7 @@ def test_folder_errors_name_the_path(tmp_path):
     (tmp_path / "004.png").write_bytes(b"not a picture")
     with pytest.raises(ValueError, match=r"1 of 10 images of .* cannot be read: 004\.png \(not an image of a known"):
         load(tmp_path)
-    with pytest.raises(ValueError, match=r"--data folder needs a folder as its --data-dir, but .*000\.png is none"):
+    with pytest.raises(ValueError, match=r"--data folder needs a folder as its --data-dir, but .*000\.png is not one"):
         load(tmp_path / "000.png")
 
 
