@@ -266,7 +266,7 @@ def test_bench_says_why_a_time_is_missing(capsys, small, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", none)
     _, text, _ = run(capsys, "bench", "--device", "cpu")
-    assert "no torch.compile for float32, 8, 16: RuntimeError: no C++ compiler\n" in text
+    assert "no torch.compile for float32, N = 8, D = 16: RuntimeError: no C++ compiler\n" in text
     row = bench.time_size(torch.device("cpu"), torch.float32, 8, 16, without=["blocked"])
     assert row["missing"]["blocked"] == "it has not passed its checks on this device"
     assert "blocked" not in row["milliseconds"]

@@ -401,7 +401,7 @@ def test_report_is_made_for_phones_and_for_the_dark(trainer, evaluation):
 def test_report_marks_an_encoder_that_learnt_nothing(trainer, evaluation):
     evaluation.scores["knn"].update(trained=0.5, untrained=0.6)
     metrics = write_report(trainer, evaluation, ())
-    (remark,) = [remark for remark in metrics["evaluation"]["remarks"] if "not better" in remark]
+    (remark,) = [remark for remark in metrics["evaluation"]["remarks"] if "no better" in remark]
     assert f"<p class=remark>{remark}</p>" in page(trainer.config.out)
     assert remark in summarise(metrics, "x")
 
