@@ -1,5 +1,6 @@
-"""What a person installs: the wheel's contents and requirements, and the README's own code."""
+"""The wheel's contents and requirements, and the code of README.md and docs/losses.md."""
 
+import ast
 import os
 import re
 import shutil
@@ -12,8 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+
+import fastntxent
 
 CHECKOUT = Path(__file__).parent.parent
+SET_UP, *BLOCKS = re.findall(r"```python\n(.*?)```", (CHECKOUT / "docs/losses.md").read_text(), re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +37,8 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     sources = {str(p.relative_to(CHECKOUT)) for p in (CHECKOUT / "fastntxent").rglob("*.py")}
     assert sources <= names
     assert "fastntxent/py.typed" in names
-    assert {name.partition("/")[0] for name in names} <= {"fastntxent", "fastntxent-0.1.0.dist-info"}
+    metadata = f"fastntxent-{fastntxent.__version__}.dist-info"
+    assert {name.partition("/")[0] for name in names} <= {"fastntxent", metadata}
     assert any(name.endswith("LICENSE") for name in names)
 
 
@@ -96,6 +102,28 @@ def test_readme_python_runs(tmp_path, monkeypatch):
     np.savez("features.npz", features=features, paths=np.array([f"{i}.png" for i in range(9)]))  # as `embed` writes it
     for block in blocks:
         exec(block, {})
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_losses_page_runs(block):
+    names: dict = {}
+    exec(SET_UP, names)
+    for statement in ast.parse(block).body:
+        names.pop("loss", None)
+        exec(compile(ast.Module([statement], []), "losses.md", "exec"), names)
+        if "loss" in names:
+            assert names["loss"].shape == ()
+            assert torch.isfinite(names["loss"])
+            names["loss"].backward()
+
+
+def test_losses_page_calls_every_loss():
+    functions = {name for name in fastntxent.losses.__all__ if name.islower()} | {"matryoshka"}
+    calls = set(re.findall(r"fastntxent\.(\w+)[(,]", "".join(BLOCKS)))
+    assert functions <= calls
+    modules = {name for name in fastntxent.modules.__all__ if name.endswith("Loss")} | {"MatryoshkaLoss"}
+    table = "".join(re.findall(r"^\|.*", (CHECKOUT / "docs/losses.md").read_text(), re.MULTILINE))
+    assert modules <= set(re.findall(r"`(\w+)`", table))
 
 
 def test_readme_commands_are_make_targets():
