@@ -126,10 +126,18 @@ def test_losses_page_calls_every_loss():
     assert modules <= set(re.findall(r"`(\w+)`", table))
 
 
-def test_readme_commands_are_make_targets():
+@pytest.mark.parametrize(
+    ("page", "named"), [("README.md", {"test", "lint", "demo", "bench"}), ("CONTRIBUTING.md", {"test-all", "sanitize"})]
+)
+def test_commands_of_pages_are_make_targets(page, named):
     targets = set(re.findall(r"^([a-z-]+):", (CHECKOUT / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"\bmake ([a-z-]+)", (CHECKOUT / "README.md").read_text()))
-    assert {"test", "lint", "demo", "bench"} <= named <= targets
+    on_page = set(re.findall(r"(?:`|^)make ([a-z-]+)", (CHECKOUT / page).read_text(), re.MULTILINE))
+    assert named <= on_page <= targets
+
+
+def test_changelog_has_this_version_on_top():
+    dated = re.findall(r"^## \[(.+)\] - \d{4}-\d\d-\d\d$", (CHECKOUT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert dated[0] == fastntxent.__version__
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a shell for an nvcc that is none")
