@@ -1,4 +1,4 @@
-"""Time and memory against N, as SVG: the same results give the same bytes."""
+"""Plots of time and memory against N, as SVG. The same results give the same bytes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Lines = dict[str, list[tuple[float, float]]]
 
 
 def draw(times: SuiteRecord, memory: SuiteRecord, folder: Path) -> None:
-    """Write time.svg and memory.svg."""
+    """Write time.svg and memory.svg to the folder."""
     results = sorted((result for result in times["results"] if result["d"] == D), key=lambda result: result["n"])
     lines: Lines = {
         name: [(r["n"], r["losses"][name]["both"]["p50"]) for r in results if name in r["losses"]]
@@ -27,7 +27,7 @@ def draw(times: SuiteRecord, memory: SuiteRecord, folder: Path) -> None:
     _plot(lines, floor, "forward and backward, ms", folder / "time.svg")
 
     rows = sorted((row for row in memory["results"] if row["d"] == D), key=lambda row: row["n"])
-    # A few pages are noise, and a logarithm has no zero.
+    # A few pages are noise, and a logarithmic axis has no zero.
     lines = {
         name: [(r["n"], r["extra_bytes"] / 2**20) for r in rows if r["loss"] == name and r["extra_bytes"] > 2**16]
         for name in COMPETITORS

@@ -162,7 +162,7 @@ def test_commands_of_stages_are_understood(stage, monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_session_without_a_gpu_is_a_mistake(capsys):
     assert gpu_session.main([]) == 2
-    assert capsys.readouterr().err == "error: there is no GPU here; --rehearse runs what can run without\n"
+    assert capsys.readouterr().err == "error: there is no GPU here; --rehearse runs the parts that work without one\n"
 
 
 @pytest.mark.slow
