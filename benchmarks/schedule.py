@@ -70,6 +70,11 @@ class Problem(NamedTuple):
     def symmetric(self) -> bool:
         return not self.cols
 
+    @property
+    def rows_alone(self) -> bool:
+        """Whether one pass over the tiles computes both the sums and the gradients."""
+        return not self.symmetric and not self.gathers_cols
+
 
 def two_views(n: int, d: int) -> Problem:
     """Return NT-Xent of n samples."""
@@ -254,15 +259,18 @@ def simulate(problem: Problem, threads: int, costs: Costs = COSTS) -> Prediction
     team.serial(costs.call + (costs.team if of.threads > 1 else 0))
     each_row(d * costs.feature)
     team.rows(of.slabs - 1, 1, few * d * costs.touch)  # clears the slabs' sums, one slab at a time
-    team.tasks(forward, turns)
+    team.tasks([a + b for a, b in zip(forward, backward, strict=True)] if problem.rows_alone else forward, turns)
     each_row_of_slabs(costs.join_sums)
     each_row(costs.logarithm)
     each_row(costs.loss, with_gradient)
     each_row(costs.largest_weight)
     each_row(costs.weight_in_range, with_gradient)
     each_row(costs.weight)
-    team.tasks(backward, turns)
+    if not problem.rows_alone:
+        team.tasks(backward, turns)
     each_row_of_slabs(d * costs.touch)
+    if problem.rows_alone:
+        each_row(d * costs.touch, with_gradient)  # multiplies the gathered rows by their weights
     each_row(d * costs.feature, with_gradient)
     of_all = of.threads * team.now
     most = max(team.busy_in_tiles)
@@ -278,7 +286,7 @@ def simulate(problem: Problem, threads: int, costs: Costs = COSTS) -> Prediction
 
 
 def _durations(problem: Problem, of: Cut, costs: Costs) -> tuple[list[float], list[float]]:
-    """Return the nanoseconds of every task in the forward and in the backward."""
+    """Return the nanoseconds of every task in the forward and in the backward. One pass for both takes their sum."""
     kept = _workspace(problem) // 4 // of.edge**2
     forward, backward = [], []
     for task in of.tasks:
@@ -289,6 +297,9 @@ def _durations(problem: Problem, of: Cut, costs: Costs) -> tuple[list[float], li
             products = 2 if problem.gathers_cols and not tile.diagonal else 1  # G U and, for the columns, G^T U
             gathered = pairs * problem.d * costs.multiply_add * products
             found = pairs * costs.exponential + rows * problem.d * costs.touch
+            if problem.rows_alone:  # the tile is used while it is held: no second pass
+                first, second = first + formed, second + gathered
+                continue
             first += formed
             second += gathered + (found if tile.place < kept else formed)
         forward.append(first)
