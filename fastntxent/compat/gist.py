@@ -55,8 +55,8 @@ class GISTEmbedLoss(TypedModule):
 
     Args:
         model: maps a dict of features to a dict with "sentence_embedding", or None to pass embeddings.
-        guide: like `model`, for the guide. If both have a tokenizer, and the guide has another vocabulary or a smaller
-            max_seq_length, "input_ids" are decoded by the model's tokenizer and tokenized again for the guide.
+        guide: the guide model, called like `model`. If both have a tokenizer, and the guide has another vocabulary or a
+            smaller max_seq_length, "input_ids" are decoded by the model's tokenizer and tokenized again for the guide.
         temperature: positive.
         margin_strategy: how the limit follows from g, the guide's similarity of anchor and positive: g - margin for
             "absolute", g - margin |g| for "relative".
@@ -65,7 +65,7 @@ class GISTEmbedLoss(TypedModule):
         contrast_positives: use other positives as negatives of a positive.
         gather_across_devices: use the batch of all ranks of the default process group. The loss is the mean over all
             ranks' anchors, the same on every rank, and the anchors among the negatives are those of all ranks (in the
-            library both are the rank's anchors).
+            library both are limited to the rank's anchors).
 
     Example:
         >>> import torch

@@ -25,6 +25,7 @@ class InfoNCE(TypedModule):
         temperature: as in `fastntxent.nt_xent`.
         reduction: "mean", "sum" or "none".
         negative_mode: "unpaired" or "paired", the shape of the call's negative_keys.
+
     Example:
         >>> import torch
         >>> InfoNCE(temperature=1.0)(torch.eye(4), torch.eye(4))

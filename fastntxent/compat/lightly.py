@@ -41,7 +41,7 @@ class NTXentLoss(TypedModule):
         memory_bank_size: (size, dim), or 0 for no bank. An int takes its dim from the first batch.
         gather_distributed: use the batch of all ranks of the default process group, like `group=` of
             `fastntxent.nt_xent`. The loss is the mean over all ranks' rows, the same on every rank (lightly's is the
-            mean over the rank's rows). Its gradient is lightly's. A bank takes in the rows of all ranks.
+            mean over the rank's rows), and has lightly's gradient. A bank takes in the rows of all ranks.
 
     Raises:
         ValueError: the temperature is within 1e-8 of zero, or the size is negative, as in lightly.

@@ -272,7 +272,7 @@ _EXCHANGES = ("bidir", "shift", "reduce", "gather")
 class SigLipLoss(TypedModule):
     """SigLIP's loss of normalised features, in one pass over the similarities.
 
-    In a process group the loss is the whole batch's, the same on every rank; open_clip's is each rank's part.
+    In a process group the loss is the whole batch's, the same on every rank; open_clip's is that of each rank's images.
 
     Args:
         cache_labels: no effect: there are no labels to cache.

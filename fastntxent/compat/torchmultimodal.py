@@ -69,7 +69,7 @@ def contrastive_loss_with_temperature(
     """CLIP's loss of rows as they are, in both directions from one pass over the similarities.
 
     As in torchmultimodal, in a process group the batch is spread over all ranks. "mean" and "sum" cover the whole batch
-    and are the same on every rank (torchmultimodal's cover the rank's rows).
+    and are the same on every rank (torchmultimodal's cover only the rank's rows).
 
     Args:
         embeddings_a: (N, D), normalised by the caller.
@@ -114,6 +114,7 @@ class ContrastiveLossWithTemperature(TypedModule):
         logit_scale: initial logarithm of the scale, or a parameter to use as it is.
         logit_scale_min: lower bound of the logarithm, or None.
         logit_scale_max: upper bound of the logarithm, or None. At least one of the bounds must be given.
+
     Example:
         >>> import torch
         >>> ContrastiveLossWithTemperature(logit_scale=0.0)(torch.eye(4), torch.eye(4)).detach()

@@ -87,7 +87,7 @@ class _LimitedNegLseOverRanks(torch.autograd.Function):
                         assert part is not None
                         d_v += part
                         of_inv_tau = of_inv_tau + of_block
-            if needs_u or not needs_v:  # inv_tau needs one of the two passes: each goes over all of the loss's pairs
+            if needs_u or not needs_v:  # inv_tau needs one pass: over the ranks, either covers all pairs
                 of_inv_tau = d_nu.new_zeros(())
                 own, upstream = Side(of_u.own, u_ids, limits), Upstream(d_nu, nu)
                 for block in of_v.blocks(v_ids):

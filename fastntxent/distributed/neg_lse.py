@@ -122,7 +122,7 @@ class _CrossNegLseOverRanks(torch.autograd.Function):
         if needs_v:
             d_v, part = _gradient_of_rows(Side(of_v.own, v_ids), of_cols, of_u, u_ids, of_rows, inv_tau, ctx.backend)
             parts.append(part)
-        # Both passes count all pairs, each from the ranks of its side, so with both the result is their mean.
+        # Summed over the ranks, each pass covers every pair once. If both ran, so does their mean.
         d_inv_tau = torch.stack(parts).mean() if needs_inv_tau else None
         return (
             d_u.to(ctx.dtypes[0]) if needs_u and d_u is not None else None,

@@ -1,8 +1,8 @@
 """Numbers that depend on all ranks, and the scale of their gradients.
 
 The convention follows DistributedDataParallel: each rank calls backward on its local loss, and DDP averages the
-parameters' gradients over the ranks. The functions here return the gradient of the *sum* of the ranks' losses, so that
-after DDP it is the gradient of their mean.
+parameters' gradients over the ranks. Numbers formed here have the gradient of the *sum* of the ranks' losses, which DDP
+turns into that of their mean. `replicated` takes this mean itself.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ class _CrossPositiveLse(torch.autograd.Function):
                         part, of_block = _through_lse_of_columns(tiles, block.numbers[0])
                         d_v += part
                         of_inv_tau = of_inv_tau + of_block
-            if needs_u or not needs_v:  # inv_tau needs one of the two passes: each goes over all of the loss's pairs
+            if needs_u or not needs_v:  # inv_tau needs one pass: over the ranks, either covers all pairs
                 of_inv_tau = d_lse.new_zeros(())
                 for block in of_v.blocks(v_ids):
                     if len(d_u):

@@ -40,7 +40,7 @@ def half_ring(rank: int, sizes: Sequence[int]) -> SpanPairs:
 def triangle(rank: int, world: int, n_rows: int) -> SpanPairs:
     """Return the pairs for rows that have all been gathered. The rows are cut into 2R shares; rank r takes the r-th
     share from the top and the r-th from the bottom, each against itself and all rows below it. Every rank gets the same
-    amount of work, whatever the sizes of the ranks."""
+    amount of work, however many rows it holds."""
     cuts = [n_rows * share // (2 * world) for share in range(2 * world + 1)]
     shares = [slice(cuts[rank], cuts[rank + 1]), slice(cuts[-2 - rank], cuts[-1 - rank])]
     if rank == world - 1:  # its two shares are adjacent: join them

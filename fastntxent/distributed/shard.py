@@ -163,7 +163,7 @@ class Shard:
         """Return this rank's rows as the other ranks see them, with a straight-through gradient to u."""
         if self.wire_dtype is None:
             return u
-        return u + (u.to(self.wire_dtype).to(u.dtype) - u).detach()  # exact, as the rounding is small beside u
+        return u + (u.to(self.wire_dtype).to(u.dtype) - u).detach()  # exact, because the rounding error is small
 
     @uncompiled
     def gather(self, x: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
     sum_i = sum over {j : id_j != id_i} of log(1 + exp(x_ij))  [+ sum over {j : id_j = id_i} of log(1 + exp(-x_ij))]
 
-In the forward, columns travel. In the backward, each rank forms the gradients of its rows and its columns: rows travel
-with one number each, the upstream gradient of their sum. No gradient of an embedding travels.
+In the forward, columns travel. In the backward, each rank forms the gradients of its rows and its columns: both sides
+travel with one number each, the upstream gradient of their sum. No gradient of an embedding travels.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class _SoftplusOverRanks(torch.autograd.Function):
             if needs_v:
                 d_v, *of_numbers = _gradient_of_rows(Side(of_v.own, v_ids), none_of_v, of_u, u_ids, d_sums, *options)
                 numbers = of_numbers[0], of_numbers[1]
-            if needs_u or not needs_v:  # inv_tau and bias need one of the two passes: each goes over all pairs
+            if needs_u or not needs_v:  # inv_tau and bias need one pass: over the ranks, either covers all pairs
                 d_u, *of_numbers = _gradient_of_rows(Side(of_u.own, u_ids), d_sums, of_v, v_ids, none_of_v, *options)
                 numbers = of_numbers[0], of_numbers[1]
         assert numbers is not None

@@ -26,7 +26,7 @@ class NoAnswerError(RuntimeError):
 
 
 def all_gather(group: ProcessGroup, x: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Return the rows of all ranks in rank order. Rank r holds sizes[r] rows; shorter ones are padded to be sent."""
+    """Return the rows of all ranks in rank order. Rank r holds sizes[r] rows; shorter blocks are padded to be sent."""
     largest = max(sizes)
     if largest == 0:
         return x
@@ -42,7 +42,7 @@ def all_gather(group: ProcessGroup, x: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def _all_gather() -> Callable[..., Any]:
-    """Return PyTorch's all-gather, by its name since PyTorch 2.13, which warns of the old name."""
+    """Return PyTorch's all-gather. PyTorch 2.13 renamed it and warns about the old name."""
     return getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 

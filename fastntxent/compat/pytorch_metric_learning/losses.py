@@ -91,7 +91,7 @@ class PairLoss(TypedModule):
                 f"got {ref_emb.shape[0]} and {embeddings.shape[0]}"
             )
         loss = self.loss_against(embeddings, labels, indices_tuple, ref_emb, None if own else ref_labels, own)
-        # A reducer may return something else than a tensor. A memory's labels change before the backward, which uses
+        # A reducer may return something other than a tensor. A memory's labels change before the backward, which uses
         # copies.
         return watch(loss, self.temperature, labels) if isinstance(loss, Tensor) else loss
 
