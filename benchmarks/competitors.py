@@ -25,9 +25,9 @@ PACKAGES = ("lightly", "pytorch-metric-learning", "info-nce-pytorch")
 
 
 class Competitor(NamedTuple):
-    """A loss to compare: how to make it, where and up to which size it runs, and the value it must equal."""
+    """A loss to compare: how to make it, on which devices and up to which size it runs, and its reference."""
 
-    make: Callable[[float], Loss]  # raises ImportError where it cannot run
+    make: Callable[[float], Loss]  # raises ImportError if it cannot run here
     largest: int  # samples; beyond this a step takes about half a minute, or many GiB
     truth: Callable[[Tensor, Tensor, float], Tensor] = losses.oracle
     note: str = ""

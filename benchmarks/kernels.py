@@ -1,5 +1,5 @@
-"""Suite `kernels`: the Triton kernels compiled ahead of time for GPUs that need not be present: registers, memory,
-spills.
+"""Suite `kernels`: registers, memory and spills of the Triton kernels, compiled ahead of time for GPUs that need not be
+present.
 
 Every tile in fastntxent.backends.triton's table is compiled in two variants: as NT-Xent of normalised rows launches it
 ("usual"), and as a rectangle of rows of any length with the temperature on the device does ("general"). This finds

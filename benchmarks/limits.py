@@ -1,5 +1,4 @@
-"""Constants and functions shared by the models of the Triton kernels (model.py) and of the CUDA kernel (model_cuda.py):
-a time with its bottleneck.
+"""Constants and functions shared by the models of the Triton kernels (model.py) and the CUDA kernel (model_cuda.py).
 
 SYNC and LOAD are the latencies of shared memory and of the second-level cache: 29 to 33 and about 260 cycles on A100
 and H100 (Luo et al., arXiv 2402.13499). We assume them for the B200 too. FIRST is twice the latency of memory (470 to

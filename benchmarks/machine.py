@@ -20,7 +20,7 @@ LARGEST_PRODUCT = 2**28  # bytes of a result that `similarities_call` holds at a
 
 
 def provenance() -> dict[str, object]:
-    """Return where and with which versions a result is measured."""
+    """Return the machine, the versions and the time of a measurement."""
     return {
         "processor": _processor(),
         "threads": torch.get_num_threads(),

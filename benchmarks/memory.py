@@ -62,8 +62,8 @@ def _main(name: str, n: int, d: int, seconds: float) -> None:
     if missing:
         raise SystemExit(f"{name}: {missing[name]}")
     z_i, z_j = Case(n, d).inputs()
-    # A small step first loads libraries and starts threads. It leaves the memory that a kernel keeps between calls to
-    # be counted below. "compiled" takes the full size, so that its compiler's memory is not counted.
+    # Load libraries and start threads with a small step, so that memory which a kernel keeps for large batches still
+    # counts below. "compiled" warms up at full size, so that its compiler's memory does not count.
     step(losses[name], *Case(n if name == "compiled" else min(n, 32), d).inputs())
     rates = [machine.gemm_rate()]
     forget_peak()

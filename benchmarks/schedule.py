@@ -203,7 +203,7 @@ class SimulatedTeam:
                 if start > time:
                     start += hand_over
                 for block, turn in blocks:
-                    # Smaller indices were taken before, so a block's turns are in order here, or never.
+                    # All smaller indices have been taken, so a block's turns must come in order here.
                     assert turns.get(block, 0) == turn, "the schedule would wait forever"
                     turns[block] = turn + 1
                     ended[block] = start + duration
@@ -297,7 +297,7 @@ def _durations(problem: Problem, of: Cut, costs: Costs) -> tuple[list[float], li
             products = 2 if problem.gathers_cols and not tile.diagonal else 1  # G U and, for the columns, G^T U
             gathered = pairs * problem.d * costs.multiply_add * products
             found = pairs * costs.exponential + rows * problem.d * costs.touch
-            if problem.rows_alone:  # the tile is used while it is held: no second pass
+            if problem.rows_alone:  # the exponentials are used as soon as they are formed
                 first, second = first + formed, second + gathered
                 continue
             first += formed

@@ -47,9 +47,7 @@ def pairs_of_ids(ids: Tensor, ref_ids: Tensor, own: bool) -> tuple[Tensor, Tenso
     first = torch.searchsorted(in_order, ids.contiguous())
     counts = torch.searchsorted(in_order, ids.contiguous(), right=True) - first
     a = torch.arange(len(ids), device=ids.device).repeat_interleave(counts)
-    begin = first - (
-        counts.cumsum(0) - counts
-    )  # start of a row's run in `columns`, minus the start of its pairs in `a`
+    begin = first - (counts.cumsum(0) - counts)  # start of a row's run in `columns`, less the start of its pairs
     p = columns[begin[a] + torch.arange(len(a), device=ids.device)]
     if own:
         kept = a != p

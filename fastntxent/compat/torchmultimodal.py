@@ -212,7 +212,5 @@ def _cross_entropy_options(
     label_smoothing: float = 0.0, reduction: str = "mean", **others: object
 ) -> tuple[float, str]:
     if others:
-        raise ValueError(
-            f"cross_entropy_kwargs may only have label_smoothing and reduction, got {', '.join(others)} too"
-        )
+        raise ValueError(f"cross_entropy_kwargs may have label_smoothing and reduction, got {', '.join(others)} too")
     return check_parameter("label_smoothing", label_smoothing), reduction
