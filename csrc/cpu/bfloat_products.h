@@ -85,8 +85,7 @@ FNTX_INLINE void multiply_block(float* c, int64_t ldc, bool begun, const uint32_
 
 #endif
 
-// Transpose ROWS rows of words, so that to[d ldt + row] = from[row ldf + d] for d < D. Blocks of 4 x 4 go through
-// vectors of four.
+// Transpose ROWS rows of words, so that to[d ldt + row] = from[row ldf + d] for d < D, in 4 x 4 blocks of vectors.
 template <int ROWS> void transpose_words(uint32_t* to, int64_t ldt, const uint32_t* from, int64_t ldf, int64_t D) {
     typedef uint32_t Four __attribute__((vector_size(16)));
     typedef uint32_t UnalignedFour __attribute__((vector_size(16), aligned(4), may_alias));

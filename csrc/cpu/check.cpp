@@ -146,8 +146,8 @@ Case softplus(Case c, int function = FNTX_SOFTPLUS) {
     return c;
 }
 
-// A loss that compares nu with given numbers. With numbers of size 100, some rows have a weight of zero and others
-// nearly zero.
+// A loss that compares nu with given numbers. With numbers of size 100, some rows have a weight of 0 and others almost
+// 0.
 Case against(int64_t n, int64_t D) {
     Case c = rectangle(n, D);
     c.against = draw() % 2 ? 3 : 100;
@@ -263,8 +263,8 @@ std::vector<double> unusual(std::initializer_list<double> numbers) {
 }
 
 // A NaN reaches the loss and every row that has it among its negatives. So does an infinity if rows are normalised,
-// because it becomes a NaN. A row of finite length affects no other row in that case. Row i's positive has the same
-// index modulo 50.
+// because it becomes a NaN. A row of finite length then affects no other row. The positive of row i has the same index
+// modulo 50.
 template <class T> void unusual_rows(const Case& c) {
     const double huge = sizeof(T) == 4 ? 3e38 : 1e150;
     Problem<T> p(c);
@@ -317,8 +317,7 @@ void not_finite() {
             }
 }
 
-// The error is within 1.4 units in the last place. 1.30 was measured without fused multiply-adds (portable; at -O1,
-// every set).
+// The error is within 1.4 units in the last place. 1.30 was measured without fused multiply-adds (portable, or -O1).
 template <class T> void exp2_within(int dtype, double reach) {
     for (int64_t n = 0; n < 1000; n = n < 70 ? n + 1 : 3 * n) {
         std::vector<T> x, y(n);
@@ -353,8 +352,7 @@ void exponentials() {
     });
 }
 
-// A large block that one call lends to the system goes to the next call, whether or not the system has reclaimed its
-// pages.
+// A large block that one call lends to the system goes to the next call, even if the system has reclaimed its pages.
 void memory_lent() {
 #if defined(__linux__) && !defined(FNTX_EXACT_MEMORY)
     constexpr int64_t size = int64_t(40) << 20;
@@ -452,8 +450,8 @@ void invalid_calls() {
     }
 }
 
-// Blocks of several tiles on several threads give the results of one thread, whose blocks the other groups compare with
-// the definition.
+// With blocks of several tiles, several threads give the results of one thread, which the other groups compare with the
+// definition.
 void blocks() {
     if (quick) return;
     const int64_t n = 3150, D = 16, labels = 90;

@@ -99,8 +99,7 @@ const InstructionSet& instruction_set() {
 
 int64_t count_rows(const fntx_side& side) { return side.z[0].n + side.z[1].n; }
 
-// The most elements that a side may have, with MARGIN rows to cover its padding: as doubles, their bytes fit 64-bit
-// sizes.
+// The most elements of a side, with MARGIN rows to cover its padding. As doubles, their bytes still fit a 64-bit size.
 constexpr int64_t MOST_NUMBERS = INT64_MAX / 16, MARGIN = 1024;
 
 bool too_large(const fntx_side& side, int64_t D) {

@@ -43,8 +43,7 @@
 extern "C" {
 #endif
 
-// FNTX_TOO_LARGE: a side has more than FNTX_MOST_ROWS rows, or so many features that a 64-bit size cannot hold its
-// bytes.
+// FNTX_TOO_LARGE: a side has more than FNTX_MOST_ROWS rows, or more features than a 64-bit size can count the bytes of.
 enum fntx_status { FNTX_OK = 0, FNTX_INTERRUPTED = 1, FNTX_NO_MEMORY = 2, FNTX_INVALID = 3, FNTX_TOO_LARGE = 4 };
 #define FNTX_MOST_ROWS INT32_MAX
 enum fntx_dtype { FNTX_FLOAT16 = 0, FNTX_BFLOAT16 = 1, FNTX_FLOAT32 = 2, FNTX_FLOAT64 = 3 };

@@ -59,7 +59,7 @@ template <class T> FNTX_INLINE double squared_length(const T* u, int64_t ld) {
     return sum;
 }
 
-// Transpose PANEL rows, so that panel[d PANEL + row] = u[row ld + d]. Blocks of 4 x 4 go through vectors of four.
+// Transpose PANEL rows, so that panel[d PANEL + row] = u[row ld + d], in 4 x 4 blocks of vectors.
 template <class T> void pack_panel(T* panel, const T* u, int64_t D, int64_t ld) {
     typedef T Four __attribute__((vector_size(4 * sizeof(T))));
     typedef T UnalignedFour __attribute__((vector_size(4 * sizeof(T)), aligned(sizeof(T)), may_alias));
@@ -172,8 +172,7 @@ template <class T> FNTX_INLINE Bits<T> counted(const Tile<T>& tile, int64_t row,
     return agree;
 }
 
-// Return `values` (exponentials, or their weights), with 0 where the exponential exceeds the limit of its row or
-// column.
+// Return `values` (exponentials or their weights), with 0 where the exponential exceeds the row's or column's limit.
 template <class T> FNTX_INLINE Vec<T> within(Vec<T> values, Vec<T> exps, Vec<T> limits) {
     return exps > limits ? Vec<T>{} : values;
 }
@@ -228,7 +227,7 @@ template <bool MASKED, bool LIMITED, class T> void forward_direct(const Tile<T>&
 }
 
 // Write the logits to the buffer; with `masked`, -inf where a pair does not count. The logits are rounded here, once
-// for every later use. A logit of 1e5 is rounded to about 1e-2, so it may be compared only with sums of logits that
+// for every later use. Rounding moves a logit of 1e5 by up to 4e-3, so it can be compared only with sums of logits that
 // were rounded in the same way.
 template <class T> void form_logits(const Tile<T>& tile, bool masked) {
     form_products<Products>(tile, [&](Acc<T>& acc, int64_t row, int64_t col) __attribute__((always_inline)) {

@@ -99,8 +99,7 @@ template <class T> struct Kernels {
     // instruction set multiplies bfloat16 numbers, because `radial` needs the weights.
     void (*forward_and_gather)(const Tile<T>& tile);
 
-    // Add G U_cols to what the rows have gathered and, unless the tile is diagonal, G^T U_rows to what the columns have
-    // gathered.
+    // Add G U_cols to the rows' `gathered` and, unless the tile is diagonal, G^T U_rows to the columns' `gathered`.
     void (*backward)(const Tile<T>& tile);
 
     // Add the tile's sums and slopes of softplus(k s + b) like `forward`, and gather like `backward`.
@@ -109,8 +108,8 @@ template <class T> struct Kernels {
     // For an agreeing tile: add log(1 + exp(nu_i - k s_ij)) and its slope to the sums and slopes of rows and columns.
     void (*pairs)(const Tile<T>& tile);
 
-    // The backward of `pairs`. It gathers like `backward`, with G_ij = -(a_i slope_ij + a_j slope_ji) and the weights a
-    // of rows and columns.
+    // The backward of `pairs`: gather like `backward`, with G_ij = -(a_i slope_ij + a_j slope_ji), where a are the
+    // weights of rows and columns.
     void (*pairs_backward)(const Tile<T>& tile);
 
     double (*dot)(const T* a, const T* b, int64_t ld);

@@ -1,5 +1,4 @@
-// The phases of a call: load the rows, forward over the tiles, formulas per row, backward over the tiles, write
-// gradients.
+// The phases of a call: load rows, forward over the tiles, formulas per row, backward over the tiles, write gradients.
 //
 // Flops are in units of u, a full product: 2 M^2 D, or 2 M N D for a rectangle.
 //
@@ -7,7 +6,7 @@
 // columns with its exponentials as weights, and the result is divided by the row's sum at the end. That takes 2u for a
 // rectangle, where two passes take 3u.
 //
-// Otherwise the forward forms half of the products (u/2), the backward forms them again (u/2), unless the workspace has
+// Otherwise the forward forms half of the products (u/2). The backward forms them again (u/2), unless the workspace has
 // kept their exponentials, and gathers the gradient (u). That takes 2u in all, or 1.5u while the workspace lasts.
 // Memory: three (M, D) matrices (u, u transposed, the gathered gradient), the workspace, a tile for each thread and, if
 // one side is much longer than the other, the copies of slabs.h, which together have no more rows than the longer side.
@@ -257,8 +256,7 @@ template <class T> class Run {
         return call.phases & FNTX_BACKWARD && (call.cols->d_z[0] || call.cols->d_z[1]);
     }
 
-    // The gathered gradient of either side also gives the temperature's gradient, so the rows gather whenever the
-    // columns do not.
+    // Either side's gathered gradient also gives the temperature's, so the rows gather whenever the columns do not.
     static bool gathers_rows(const fntx_call& call) {
         const bool wanted = call.rows.d_z[0] || call.rows.d_z[1];
         return call.phases & FNTX_BACKWARD && (wanted || !call.cols || !gathers_columns(call));
@@ -318,8 +316,7 @@ template <class T> class Run {
         });
     }
 
-    // Call body(row) for every row of the side that slabs keep copies of. The more slabs, the fewer rows a thread takes
-    // at a time.
+    // Call body(row) for every row of the shorter side. The more slabs, the fewer rows a thread takes at a time.
     template <class Body> void each_row_of_slabs(Body body) {
         const int64_t rows = std::max(ALIGNED_ROWS / slabs_.count, int64_t(1));
         team_.each(divide_up(few_.n, rows), [&](int64_t chunk, int) {
@@ -663,8 +660,8 @@ template <class T> class Run {
 
     // --- rows alone ----------------------------------------------------------------------------------------------
 
-    // Return whether the rows may gather unweighted exponentials and be weighted at the end, as far as that is known
-    // before the sums are.
+    // Return whether the rows may gather with exponentials and be weighted at the end, as far as the sums need not be
+    // known.
     bool may_gather_at_once() const {
         const bool rows_alone =
             call_.loss && !symmetric_ && rows_.gathered && !cols_.gathered && call_.cols_loss_weight == 0;

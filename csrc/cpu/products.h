@@ -9,9 +9,8 @@
 // While a block is computed, the operands of the next one are prefetched. Without that, rows from the L3 cache took a
 // quarter longer: a block of 4 x 24 sums waits for its first lines as long as it takes to use them.
 //
-// form_products sums every element in the order of the inner dimension, whatever the block. So the products of rows (i,
-// j) and of rows (j, i) have the same bits, and a logit is the same number in the forward, in the backward, and from
-// either side.
+// form_products sums every element in the order of the inner dimension, for any block. So s_ij and s_ji have the same
+// bits, and a logit is the same number in the forward, in the backward, and from either side.
 #pragma once
 
 #include "kernels.h"
@@ -118,8 +117,8 @@ struct FloatProducts {
     static constexpr int64_t GATHERED = PACKED_ROWS;  // inner steps of a chunk in add_product
     static constexpr bool KEEPS_PRODUCTS = false;     // the forward keeps exponentials instead
 
-    // Sums up G_ij s_ij, the gradient in k. A no-op here, because u_i . (sum_j G_ij u_j), summed over the rows, gives
-    // the same number.
+    // Accumulates the sum of G_ij s_ij, the gradient in k. A no-op here, because the sum of u_i . (sum_j G_ij u_j) over
+    // the rows is the same number.
     struct Radial {
         template <class Acc> void keep(const Acc&) {}
         template <class Acc> void add(const Acc&) {}
@@ -200,8 +199,7 @@ FNTX_INLINE void add_product(T* c, int64_t ldc, int64_t n_rows, int64_t width, c
 }
 
 // Add what rows and columns gather, with G in the tile's buffer. The row stride of u is often a multiple of 512 bytes,
-// so that PACKED_ROWS of its rows would evict each other from the L1 cache. More than a few rows are therefore packed
-// first.
+// so that PACKED_ROWS of its rows would evict each other from the L1 cache. Unless they are few, they are packed first.
 template <class T> void FloatProducts::gather(const Tile<T>& tile) {
     const PackedSide<T>&rows = *tile.rows, &cols = *tile.cols;
     const int64_t ld = tile.ld, at_rows = tile.row0 * ld, at_cols = tile.col0 * ld;

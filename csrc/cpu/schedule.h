@@ -41,13 +41,12 @@ inline int64_t chunks_per_take(int64_t chunks, int threads) {
     return std::min(std::max(chunks / (TAKES_PER_THREAD * threads), int64_t(1)), CHUNKS_PER_TAKE);
 }
 
-// How a matrix of P x Q blocks is cut into slabs of `rows` x `cols` blocks each. The last slab may extend beyond the
-// matrix.
+// How a matrix of P x Q blocks is cut into slabs of `rows` x `cols` blocks. The last slab may extend beyond the matrix.
 //
 // Only one task at a time may add to the sums of a block of rows. With few rows and many columns (queries against a
-// long queue), there are fewer blocks of rows than threads. So the columns are split into slabs, each slab has its own
-// copy of the rows' sums, and the copies are added in a fixed order. With few columns and many rows, the roles are
-// swapped.
+// long queue), there are fewer blocks of rows than threads. So the columns are split into slabs, every slab but the
+// first has a copy of the rows' sums, and the copies are added in a fixed order. With few columns and many rows, rows
+// and columns swap roles.
 struct Slabs {
     int64_t count = 1, rows, cols;
     bool of_rows = false;  // split the rows, because the columns are few
@@ -92,8 +91,8 @@ class Triangle {
     }
 
   private:
-    // Return the number of the block's games before this round, plus one for the diagonal. With an odd P, block x sits
-    // out round x.
+    // Return the number of earlier games of the block, plus one for the diagonal. With an odd P, block x sits out round
+    // x.
     int32_t turn(int64_t block, int64_t round) const { return int32_t(1 + round - (P_ % 2 && round > block)); }
 
     int64_t P_, players_;

@@ -58,8 +58,8 @@ class Team {
         context_ = &share;
         open_.store(++jobs_);
         share(0);
-        // Wait only for helpers that are inside. A helper that arrives later counts itself in, finds the job closed,
-        // and leaves.
+        // Wait only for helpers that are inside. One that arrives later counts itself in, finds the job closed, and
+        // leaves.
         open_.store(0);
         for (int spins = 0; inside_.load() != 0; ++spins) relax(spins);
     }

@@ -132,8 +132,7 @@ template <class T> FNTX_INLINE Vec<T> exp2_in_range(Vec<T> x, Vec<T> scale) {
     Vec<T> p = broadcast<T>(E::COEFFICIENTS[E::DEGREE]);
 #pragma GCC unroll 12
     for (int i = E::DEGREE - 1; i >= 0; --i) p = p * f + E::COEFFICIENTS[i];
-    // The arithmetic is unsigned because the bits of NaN and infinity are shifted too and wrap around. The product
-    // stays NaN.
+    // Unsigned, because the bits of NaN and infinity are shifted too and wrap around. In the product, NaN stays NaN.
     return p * (Vec<T>)(((Word<T>)biased << E::MANTISSA) + E::ONE);
 }
 

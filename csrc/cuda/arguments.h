@@ -1,5 +1,4 @@
-// The arguments of the kernel: the call, how it is cut into tasks, and the layout of the workspace. plan.h sets all of
-// them.
+// The arguments of the kernel, set by plan.h: the call, how it is cut into tasks, and the layout of the workspace.
 #pragma once
 
 #include "fastntxent_cuda.h"
@@ -20,8 +19,7 @@ struct Split {
     static constexpr bool BFLOAT = false;
 };
 
-// A block has 32 rows. Four warps share a row, each with a quarter of a tile's columns, so that small batches fill a
-// device.
+// A block has 32 rows. Four warps share a row, each with a quarter of a tile's columns, so small batches fill a device.
 constexpr int WARPS = 8, THREADS = 32 * WARPS;
 constexpr int ROW_WARPS = 2, ROWS = 16 * ROW_WARPS;
 constexpr int COL_WARPS = WARPS / ROW_WARPS;

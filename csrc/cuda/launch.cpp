@@ -54,8 +54,7 @@ class OnDevice {
 
 std::mutex mutex;
 
-// Return how many blocks of a kernel run at once on a multiprocessor of the current device, or 0 on failure. Each
-// answer is cached.
+// Return how many blocks of a kernel run at once on a multiprocessor of the current device; 0 on failure. Cached.
 int blocks_at_once(int device, int dtype, size_t shared) {
     static std::map<std::tuple<int, int, size_t>, int> known;
     const std::lock_guard<std::mutex> lock(mutex);
@@ -139,8 +138,8 @@ int fntx_cuda_run(const fntx_cuda_call* call) {
     void* arguments[] = {&plan.a};
     const auto stream = static_cast<cudaStream_t>(call->stream);
     cudaError_t status = cudaErrorCooperativeLaunchTooLarge;
-    // Other processes may hold part of the device (MPS). Any number of blocks does the work, so retry with half the
-    // grid.
+    // Other processes may hold part of the device (MPS). A grid of any size does the work, so retry with half the
+    // blocks.
     for (int grid = plan.grid; grid && status == cudaErrorCooperativeLaunchTooLarge; grid /= 2) {
         status = cudaLaunchCooperativeKernel(address_of(call->dtype), grid, THREADS, arguments, plan.shared, stream);
         if (status == cudaErrorCooperativeLaunchTooLarge) cudaGetLastError();  // so that PyTorch does not find it later

@@ -3,9 +3,9 @@
 //     n_i = |z_i|,  u_i = z_i / max(n_i, eps) = r_i x_i,  sim_pos_i = u_i . u_p(i)
 //
 // x_i is z_i times the power of two that brings its largest element to [1, 2). In half precision this rounds nothing,
-// whatever the row's length; a float32 row becomes the sum of two float16 parts with 22 bits. A warp packs one row of
-// each matrix of a side, so it holds both views of a sample. It reads z twice (the second time from a cache) and writes
-// x once.
+// however long or short the row is. A float32 row becomes the sum of two float16 parts with 22 bits. A warp packs one
+// row of each matrix of a side, so it holds both views of a sample. z is read twice (the second time from a cache), x
+// is written once.
 #pragma once
 
 #include "tiles.h"

@@ -113,7 +113,7 @@ template <class Op> class TileWalk {
     typedef float Products[FRAGMENTS][4];
     typedef float GradientSums[GROUP * CHUNK / 8][4];
 
-    // Walk a block of rows over some tiles of columns, and start the first copies. The first step of a tile takes
+    // Walk a block of rows over some tiles of columns, and start the first copies. Each tile begins with chunk
     // first_chunk.
     FNTX_DEVICE TileWalk(const Arguments& a, const PackedSide& rows, const PackedSide& cols, const LaneRows& mine,
                          int first_row, int first_tile, int tiles, int first_chunk)
@@ -275,8 +275,8 @@ template <class Op> class TileWalk {
         }
     }
 
-    // c += a b[first, first + 1]. With two parts, the three products that matter are summed in an accumulator of their
-    // own, the largest last: the matrix units round toward zero, so a long sum drifts. The final addition rounds to
+    // c += a b[first, first + 1]. With two parts, the three products that matter are summed in a separate accumulator,
+    // the largest last. The matrix units round toward zero, so a long sum in them drifts; the final addition rounds to
     // nearest.
     static FNTX_DEVICE void multiply_parts(float (&c)[4], const uint32_t (&a)[Op::PARTS][4],
                                            const uint32_t (&b)[Op::PARTS][4], int first) {

@@ -38,8 +38,7 @@ void copy_async(void* to, const void* from);
 void commit_copies();
 void wait_copies(int pending);
 
-// Wait until all lanes of a warp have called this. Then `act` runs once, with the `mine` of every lane, and may write
-// to it.
+// Wait until all lanes of the warp have called this. `act` runs once, sees every lane's `mine`, and may write to it.
 typedef void (*Act)(void** of_lanes);
 void meet(void* mine, Act act);
 

@@ -13,8 +13,8 @@
 
 namespace emulator {
 
-// The number of products that are added at once, and of extra bits. Block 0 rounds every sum to nearest, as no real
-// chip does.
+// How many products are added at once, and how many extra bits are kept. Block 0 rounds sums to nearest, as no chip
+// does.
 struct TensorCore {
     int block = 0, extra_bits = 0;
 };
