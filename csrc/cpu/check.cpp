@@ -1,7 +1,7 @@
 // Tests the C interface (fastntxent.h) against the definition, in O(M^2 D), over odd shapes, dtypes, strides and
 // numbers of threads. sanitize.sh builds it with and without sanitizers. Inputs and outputs are allocated to the
-// element, so an access out of bounds is detected, and start as NaN, so an output that was not written is detected. The
-// first failure names its case and ends the run.
+// element, which exposes out-of-bounds accesses, and outputs start as NaN, which exposes elements that were not
+// written. The first failure names its case and ends the run.
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -92,8 +92,8 @@ bool taken(const Case& c) {
     return c.dtype == FNTX_FLOAT64 ? multiplications <= QUICK : multiplications <= COSTLY || large++ % 4 == 0;
 }
 
-// Check a case on every instruction set and in every mode, with workspaces for each number in `tiles` of tiles of the
-// smallest size. Emulated instructions are slow, so they run only the last number of threads.
+// Check a case on every instruction set, in every mode, and with a workspace for each number of smallest tiles in
+// `tiles`. Emulated instructions are slow, so they run only the last number of threads.
 void verify(Case c, std::vector<int> threads, const std::vector<int>& tiles) {
 #ifdef FNTX_EMULATE
     c.dtype = FNTX_BFLOAT16, threads = {threads.back()};
@@ -146,8 +146,8 @@ Case softplus(Case c, int function = FNTX_SOFTPLUS) {
     return c;
 }
 
-// A loss that compares nu with given numbers. With numbers of size 100, some rows have a weight of 0 and others almost
-// 0.
+// A loss that compares nu with given numbers. With numbers of size 100, some rows have no weight and others almost
+// none.
 Case against(int64_t n, int64_t D) {
     Case c = rectangle(n, D);
     c.against = draw() % 2 ? 3 : 100;

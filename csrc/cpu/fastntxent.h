@@ -1,8 +1,8 @@
 // The C interface of the CPU kernels: plain pointers and sizes, without Python or PyTorch.
 //
 // One call computes neg_lse of the given rows, its gradient, or a loss together with its gradient. It serves NT-Xent
-// (two views), and InfoNCE and CLIP (rows against columns). With k = inv_tau, rows u_i = z_i / max(|z_i|, eps) (u_i =
-// z_i without `normalize`) and columns v_j likewise:
+// (two views), and InfoNCE and CLIP (rows against columns). Let k = inv_tau, u_i = z_i / max(|z_i|, eps) for row i (or
+// z_i, without `normalize`), and v_j likewise for column j:
 //
 //     nu_i  = log sum over {j : id_j != id_i} of exp(k u_i . v_j)     neg_lse of a row; for a column, the sum is over i
 //     pi_i  = k u_i . u_p(i)                                          pos: p(i) is the same row of the other view

@@ -1,6 +1,6 @@
 // Tests the kernels on the emulated device (host/) against the definition, in O(M^2 D) and double, with the same cases
-// as csrc/cpu/check.cpp. Inputs, outputs and workspace are allocated to the element, so that AddressSanitizer detects
-// an access out of bounds, and outputs and workspace start as NaN, so an element that was not written is detected.
+// as csrc/cpu/check.cpp. Inputs, outputs and workspace are allocated to the element, which exposes out-of-bounds
+// accesses under AddressSanitizer. Outputs and workspace start as NaN, which exposes elements that were not written.
 // sanitize.sh builds it.
 #include <chrono>
 #include <memory>

@@ -55,7 +55,7 @@ FNTX_DEVICE void sum_exponentials(const Arguments& a, const PackedSide& rows, co
                 sums[0].add(here[0]), sums[1].add(here[1]);
             }
         });
-        sync_block();  // shared memory is free
+        sync_block();  // wait until shared memory is free
         LogSum* of_warps = reinterpret_cast<LogSum*>(shared_memory());
         FNTX_UNROLL for (int h = 0; h < 2; ++h) {
             FNTX_UNROLL for (int width = 1; width < 4; width *= 2) sums[h].add(

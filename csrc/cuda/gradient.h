@@ -156,7 +156,7 @@ FNTX_DEVICE void form_gradient(const Arguments& a, const PackedSide& rows, const
         const int part = warp() % COL_WARPS;
         FNTX_UNROLL for (int c = 0; c < GROUP; ++c) {
             if (c >= group) break;
-            sync_block();  // shared memory is free: the tiles, or the previous chunk, are done
+            sync_block();  // wait until the tiles, or the previous chunk, have left shared memory
             FNTX_UNROLL for (int h = 0; h < 2; ++h) {
                 const int row = warp_row() + lane() / 4 + 8 * h;
                 if (lane() % 4 == 0) staged.radial[part][row] = radial[h];

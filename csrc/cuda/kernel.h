@@ -11,10 +11,10 @@
 // take tasks in turn, so a grid of any size works for any M. Every sum has one owner and one order, so results have the
 // same bits every time (on one device: the number of shares depends on the device's size).
 //
-// DP is D rounded up to whole chunks of 64. A block has 8 warps, which use all registers of a multiprocessor. Shared
-// memory for DP = 128: 64 KiB for 4 steps of 64 features of the columns; 8 KiB for 32 rows in half precision, or twice
-// that in two parts; 5 KiB of vectors. benchmarks/binary.py reports registers and instructions, and checks that nothing
-// is spilled.
+// DP is D rounded up to whole chunks of 64. A block has 8 warps, the most that a multiprocessor's registers hold.
+// Shared memory for DP = 128: 64 KiB for 4 steps of 64 features of the columns; 8 KiB for 32 rows in half precision, or
+// twice that in two parts; 5 KiB of vectors. benchmarks/binary.py reports registers and instructions, and checks for
+// spills.
 #pragma once
 
 #include "gradient.h"

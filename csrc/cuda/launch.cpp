@@ -138,8 +138,7 @@ int fntx_cuda_run(const fntx_cuda_call* call) {
     void* arguments[] = {&plan.a};
     const auto stream = static_cast<cudaStream_t>(call->stream);
     cudaError_t status = cudaErrorCooperativeLaunchTooLarge;
-    // Other processes may hold part of the device (MPS). A grid of any size does the work, so retry with half the
-    // blocks.
+    // Other processes may hold part of the device (MPS). A grid of any size does the work, so retry with half of it.
     for (int grid = plan.grid; grid && status == cudaErrorCooperativeLaunchTooLarge; grid /= 2) {
         status = cudaLaunchCooperativeKernel(address_of(call->dtype), grid, THREADS, arguments, plan.shared, stream);
         if (status == cudaErrorCooperativeLaunchTooLarge) cudaGetLastError();  // so that PyTorch does not find it later

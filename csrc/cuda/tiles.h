@@ -41,8 +41,8 @@ template <class Op> struct Shared {
 };
 
 // piece returns where 8 features of a row lie in a step's matrix of 64 features. The 16-byte pieces of a 128-byte row
-// are permuted, so that neither the copies nor load_matrices have bank conflicts. next_piece returns the piece 16 *
-// times features further on.
+// are permuted, so that neither the copies nor load_matrices have bank conflicts. next_piece returns the place of the
+// piece that lies 16 * times features further on.
 FNTX_DEVICE int piece(int row, int features_by_8) { return row * CHUNK + ((features_by_8 ^ (row & 7)) * 8); }
 FNTX_DEVICE int next_piece(int piece, int times) { return piece ^ (16 * times); }
 
@@ -113,8 +113,7 @@ template <class Op> class TileWalk {
     typedef float Products[FRAGMENTS][4];
     typedef float GradientSums[GROUP * CHUNK / 8][4];
 
-    // Walk a block of rows over some tiles of columns, and start the first copies. Each tile begins with chunk
-    // first_chunk.
+    // Walk a block of rows over some tiles of columns, and start the first copies. Every tile starts with first_chunk.
     FNTX_DEVICE TileWalk(const Arguments& a, const PackedSide& rows, const PackedSide& cols, const LaneRows& mine,
                          int first_row, int first_tile, int tiles, int first_chunk)
         : a_(a),
@@ -128,7 +127,7 @@ template <class Op> class TileWalk {
         const int64_t mine_of_copies = thread() / 8 * width() + thread() % 8 * 8;
         row_source_ = rows.x[0] + first_row * width() + mine_of_copies;
         col_source_ = cols.x[0] + int64_t(first_tile) * COLS<Op> * width() + mine_of_copies;
-        sync_block();  // shared memory is free
+        sync_block();  // wait until shared memory is free
         load();
         load();
         const int row = first_row + lane();
@@ -173,8 +172,7 @@ template <class Op> class TileWalk {
             FNTX_UNROLL for (int e = 0; e < 2; ++e) use(s[j][2 * h + e], h, warp_col() + 8 * j + lane() % 4 * 2 + e);
     }
 
-    // acc (16 rows, features of the group) += g (16 rows, this warp's columns) x, for a tile whose last step is in
-    // `slot`.
+    // acc (16 rows, features of the group) += g (16 rows, this warp's columns) x. `slot` holds the tile's last step.
     FNTX_DEVICE void gather(GradientSums& acc, const Products& g, int slot, int group) const {
         const int at = piece(warp_col() + lane() % 16, lane() / 16);
         FNTX_UNROLL for (int k = 0; k < WARP_COLS<Op> / 16; ++k) {
@@ -276,8 +274,7 @@ template <class Op> class TileWalk {
     }
 
     // c += a b[first, first + 1]. With two parts, the three products that matter are summed in a separate accumulator,
-    // the largest last. The matrix units round toward zero, so a long sum in them drifts; the final addition rounds to
-    // nearest.
+    // the largest last: the matrix units round toward zero, so a long sum in them drifts. The final addition does not.
     static FNTX_DEVICE void multiply_parts(float (&c)[4], const uint32_t (&a)[Op::PARTS][4],
                                            const uint32_t (&b)[Op::PARTS][4], int first) {
         if constexpr (Op::PARTS == 1) {

@@ -13,8 +13,7 @@
 
 namespace emulator {
 
-// How many products are added at once, and how many extra bits are kept. Block 0 rounds sums to nearest, as no chip
-// does.
+// How many products are added at once, and how many extra bits are kept. Unlike real chips, block 0 rounds to nearest.
 struct TensorCore {
     int block = 0, extra_bits = 0;
 };
