@@ -245,7 +245,7 @@ def _check_sizes(argument: _Argument, x: Tensor, sizes: dict[str, tuple[int, str
             sizes[letter] = size // factor, name
         elif size != factor * sizes[letter][0]:
             known = tuple(factor * sizes[letter][0] if letter in sizes else "any" for factor, letter in letters)
-            raise ValueError(f"{name} must have shape {known}, to fit {sizes[letter][1]}, got {tuple(x.shape)}")
+            raise ValueError(f"{name} must have shape {known} to match {sizes[letter][1]}, got {tuple(x.shape)}")
 
 
 def _check_dtype(name: str, kind: str, dtype: torch.dtype, rows: Tensor, rows_name: str) -> None:

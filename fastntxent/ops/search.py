@@ -25,7 +25,7 @@ _TIED = 2**18  # similarities that are searched again at once, for rows with a t
 def _forward(queries: Tensor, corpus: Tensor, k: int) -> tuple[Tensor, Tensor]:
     queries, corpus = checked("nearest", queries, corpus)
     if not 1 <= k <= len(corpus):
-        raise ValueError(f"k must be in [1, {len(corpus)}], the rows of corpus, got {k}")
+        raise ValueError(f"k must be between 1 and {len(corpus)}, the number of rows of corpus, got {k}")
     Q, dtype = len(queries), accumulation_dtype(queries.dtype)
     height, width = _tile_shape(len(corpus), k, dtype.itemsize)
     scores, indices = queries.new_empty(Q, k, dtype=dtype), queries.new_empty(Q, k, dtype=torch.int64)
