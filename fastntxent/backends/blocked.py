@@ -66,7 +66,7 @@ class _NegLseTiles(Tiles, PreparedNegLse):
                 of_cols[tile.cols].addmm_(g.T, self.rows.u[tile.rows])
         d_inv_tau = row_dots(self.rows.u, gathered[0]).sum() * unit / (3 - len(self.sides))
         for d_u in gathered:
-            d_u.mul_(self.inv_tau).mul_(unit)  # their product may overflow where the gradient does not
+            d_u.mul_(self.inv_tau).mul_(unit)  # one factor at a time: their product could overflow
         d_sides = [gathered[0], of_cols][: len(self.sides)]
         return [d_u if each.wanted else None for d_u, each in zip(d_sides, upstreams, strict=True)], d_inv_tau
 

@@ -12,8 +12,8 @@ import torch
 # weights. Above the limit, logits are shifted by their maximum or by nu.
 DIRECT_LIMIT = {torch.float32: 60.0, torch.float64: 480.0}
 
-# Direct regime: with the largest weight w scaled to 1, all factors w exp(-nu) lie between this and its inverse. That is
-# three decades inside either end of float32's range (1.2e-38 to 3.4e38), and eight inside float64's.
+# Direct regime: with the largest weight w scaled to 1, all factors w exp(-nu) must lie between this and its inverse.
+# That is three decades inside either end of float32's range (1.2e-38 to 3.4e38), and eight inside float64's.
 SMALLEST_FACTOR = {torch.float32: 1e-35, torch.float64: 1e-300}
 
 # Shifted regime: no factor exceeds its weight, and the largest weight is scaled to at most this value. It is the middle

@@ -23,7 +23,7 @@ class TileValues(NamedTuple):
 
     rows: slice
     cols: slice
-    values: Tensor  # a view of one buffer, which the next tile overwrites
+    values: Tensor  # a view of a buffer that the next tile overwrites
     diagonal: bool
 
 

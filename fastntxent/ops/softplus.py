@@ -38,7 +38,7 @@ def sigmoid_scalar(
 ) -> Tensor:
     """Return SigLIP over the pairs (z_i, z_j), or NT-Logistic if `two_views`, as a sum or a mean.
 
-    Differentiable in both sides, inv_tau and bias. Gradients that are not needed are not computed.
+    Differentiable in both sides, inv_tau and bias. Backends can skip the gradient of a tower that does not need one.
     """
     needs_i, needs_j = may_be_differentiated(z_i), may_be_differentiated(z_j)
     options = normalize, two_views, mean

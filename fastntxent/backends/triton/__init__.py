@@ -6,7 +6,8 @@ additions, so results are bitwise reproducible, and the host never waits for the
 plane of sums per thousand rows, and a panel of G of at most 32 MiB (panels.py). The panel is needed only beyond 256
 features (128 for float32, and for any dtype on gfx942).
 
-Sigmoid losses and similarity limits have separate kernels, which compute all similarities in both directions.
+Sigmoid losses and similarity limits have separate kernels. Except in panels, these compute all similarities and not
+only half of them.
 
 Under Triton's interpreter (TRITON_INTERPRET=1 before importing it) the kernels take tensors in host memory.
 """

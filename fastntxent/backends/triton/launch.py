@@ -47,7 +47,7 @@ _APART = 256  # bytes; aligns the parts of a workspace like separate tensors
 
 
 class Place(NamedTuple):
-    """The target of a pointer. `base` is an index into the workspace (0), the arguments and the outputs."""
+    """The target of a pointer. `base` is its index among the workspace (0), the arguments and the outputs."""
 
     base: int
     offset: int

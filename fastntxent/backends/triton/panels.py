@@ -123,7 +123,8 @@ def _gather_kernel(
     """Multiply two squares of G with their columns, for a block of rows and features.
 
     The blocks of one row run together and share its G in the L2 cache. Each row has SUMS sums, of which the first is
-    radial. With IN_UNITS each row of a tile of G is scaled by its largest element before the product.
+    radial. With IN_UNITS each row of a tile of G is divided by a power of two near its largest element before the
+    product.
     """
     down, d = tl.program_id(1) * BLOCK_M, tl.program_id(0) * BLOCK_D
     second = down >= stride_g

@@ -37,7 +37,7 @@ SIZES = [
 ]  # fmt: skip
 SUMMED = tl.constexpr(64)  # features of float32 rows that the matrix units add in one accumulator
 TINY = tl.constexpr(1.1754943508222875e-38)  # the smallest normal float32
-FARTHEST = tl.constexpr(0x7FFFFFFFFFFFFFFF)  # the largest int64, which bounds all ids
+FARTHEST = tl.constexpr(0x7FFFFFFFFFFFFFFF)  # the largest int64
 AT_ONCE = tl.constexpr(1024)  # partial results that a program reads at once
 
 
@@ -370,7 +370,7 @@ def add_tile(gathered, g, g_lo, cols, SPLIT: tl.constexpr, TF32: tl.constexpr, U
 def add_dots(
     dots, sums, x_ptr, lo_ptr, row, part_cols, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr
 ):
-    """Return dots + x_i . sums_i. x_i is loaded again, so that the compiler need not hold it in registers until here."""
+    """Return dots + x_i . sums_i. x_i is loaded again so that the compiler need not hold it in registers until here."""
     again = row + tl.minimum(part_cols, 0)  # equal to row, but the compiler cannot know that
     x_m = load_pieces(x_ptr, lo_ptr, again, 0, BLOCK_D, BLOCK_M, BLOCK_D, SPLIT)
     for i in tl.static_range(len(x_m)):
