@@ -106,7 +106,7 @@ def forms(device: torch.device, dtype: torch.dtype) -> list[str]:
         if rows < math.inf
     }
     largest = max(limits, default=0) + 1
-    parts = sorted({*limits, largest}) if limits else []  # a table of one part has one choice
+    parts = sorted({*limits, largest}) if limits else []  # with a single part there is no choice
     return ["", *(f"rows={rows} tiles=1" for rows in parts), f"rows={largest} tiles=8"]
 
 

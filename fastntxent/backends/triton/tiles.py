@@ -145,7 +145,7 @@ def add_similarities(
 @triton.jit
 def rounded(x, dtype: tl.constexpr, UPCAST: tl.constexpr):
     """Return x in a narrower dtype, rounded to nearest. The interpreter's own cast to bfloat16 would truncate."""
-    if UPCAST and (dtype == tl.bfloat16 and x.dtype == tl.float32):  # Triton 3.3 has no chains of `and`
+    if UPCAST and (dtype == tl.bfloat16 and x.dtype == tl.float32):  # Triton 3.3 does not support chained `and`
         bits = x.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
         x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
