@@ -2,7 +2,8 @@
 
 A backend's module is imported on first use, so `import fastntxent` costs nothing for unused kernels. If the import
 fails, the error is kept, shown by `backends()`, and raised when the backend is requested by name. A name never falls
-back to another backend; only "auto" chooses. `cpu` is the exception that loads at once: it must notice a fork, and its
+back to another backend; only "auto" chooses. (One method may: limits on a backend without kernels for them run on
+`blocked`.) `cpu` is the exception that loads at once: it must notice a fork, and its
 first use may come after the fork, in the child.
 """
 
@@ -85,7 +86,7 @@ def select_for(name: str, rows: Tensor, method: str) -> Backend:
         possible = candidates(device.type, rows.dtype)
         if possible:  # empty for float64, which none of them takes
             n, d = rows.shape
-            M = 2 * n if method.startswith("nt_xent") else n  # `rows` may be the first of two views
+            M = 2 * n if "nt_xent" in method else n  # `rows` may be the first of two views
             chosen = policy.choose_backend(device, candidates(device.type), rows.dtype, M, d)
             name = chosen if chosen in possible else name
     return select(name, device.type, rows.dtype)
