@@ -10,7 +10,6 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 CHECKOUT = Path(__file__).parent.parent
