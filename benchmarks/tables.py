@@ -6,7 +6,8 @@ from .competitors import COMPETITORS, OURS
 
 SuiteRecord = dict  # as written by __main__
 
-_HEADS = {**{name: f"`{name}`" for name in OURS}, "compiled": "torch.compile", "chunked": "checkpointed chunks"}
+NAMES = {"compiled": "torch.compile", "chunked": "checkpointed chunks"}
+_HEADS = {**{name: f"`{name}`" for name in OURS}, **NAMES}
 _SETS = {"avx512": "AVX-512", "avx2": "AVX2", "neon": "NEON", "portable": "portable C++"}
 _RIVALS = ("eager", "compiled", "lightly")  # losses whose times the tables show as multiples of ours
 _ABSENT = "-"
