@@ -61,7 +61,7 @@ class NTXentLoss(TypedModule):
     ):
         super().__init__()
         self.temperature = temperature
-        self.memory_bank = MemoryBankModule(memory_bank_size, gather_distributed)
+        self.memory_bank = MemoryBankModule(_bank_size(memory_bank_size, "memory_bank_size"), gather_distributed)
         self.gather_distributed = gather_distributed
         value = _checked_value(temperature)
         if value is not None and -1e-8 < value < 1e-8:
@@ -263,7 +263,7 @@ class MemoryBankModule(TypedModule):
         self, size: int | Sequence[int] = 65536, gather_distributed: bool = False, feature_dim_first: bool = True
     ) -> None:
         super().__init__()
-        self.size = _bank_size(size)
+        self.size = _bank_size(size, "size")
         self.gather_distributed = gather_distributed
         self.feature_dim_first = feature_dim_first
         self.bank: Tensor
@@ -326,13 +326,13 @@ def _check_distributed(gather_distributed: bool) -> None:
         raise ValueError("gather_distributed must be False: this PyTorch was built without torch.distributed, got True")
 
 
-def _bank_size(size: object) -> tuple[int, ...]:
+def _bank_size(size: object, name: str) -> tuple[int, ...]:
     try:
         entries = tuple(map(operator.index, size if isinstance(size, Iterable) else (size,)))
     except TypeError:
-        raise TypeError(f"memory_bank_size must be an int or a pair (size, dim), got {size!r}") from None
+        raise TypeError(f"{name} must be an int or a pair (size, dim), got {size!r}") from None
     if any(entry < 0 for entry in entries) or len(entries) not in (1, 2):
-        raise ValueError(f"memory_bank_size must be (size, dim), size or 0, none negative, got {size}")
+        raise ValueError(f"{name} must be (size, dim), size or 0, none negative, got {size}")
     return entries
 
 

@@ -229,6 +229,8 @@ def test_errors():
     for size in ((-1, 3), (4, 3, 2), -1):
         with pytest.raises(ValueError, match=r"memory_bank_size must be \(size, dim\), size or 0, none negative"):
             ours.NTXentLoss(memory_bank_size=size)
+        with pytest.raises(ValueError, match=r"^size must be \(size, dim\)"):
+            ours.MemoryBankModule(size)
     for size in ("x", 2.0, (4.0, 3), None):
         with pytest.raises(TypeError, match="memory_bank_size must be an int or a pair"):
             ours.NTXentLoss(memory_bank_size=size)
