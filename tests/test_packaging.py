@@ -1,6 +1,5 @@
-"""The wheel's contents and requirements, and the code of README.md and docs/losses.md."""
+"""What a person installs: the wheel's contents and requirements, and the README's own code."""
 
-import ast
 import os
 import re
 import shutil
@@ -11,14 +10,11 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
 import fastntxent
 
 CHECKOUT = Path(__file__).parent.parent
-SET_UP, *BLOCKS = re.findall(r"```python\n(.*?)```", (CHECKOUT / "docs/losses.md").read_text(), re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -92,52 +88,6 @@ def test_build_does_not_require_torch():
     (requires,) = re.findall(r"^requires = (.*)$", (CHECKOUT / "pyproject.toml").read_text(), re.MULTILINE)
     assert "setuptools" in requires
     assert "torch" not in requires
-
-
-def test_readme_python_runs(tmp_path, monkeypatch):
-    blocks = re.findall(r"```python\n(.*?)```", (CHECKOUT / "README.md").read_text(), re.DOTALL)
-    assert blocks
-    monkeypatch.chdir(tmp_path)
-    features = np.random.default_rng(0).standard_normal((9, 4)).astype(np.float32)
-    np.savez("features.npz", features=features, paths=np.array([f"{i}.png" for i in range(9)]))  # as `embed` writes it
-    for block in blocks:
-        exec(block, {})
-
-
-@pytest.mark.parametrize("block", BLOCKS)
-def test_losses_page_runs(block):
-    names: dict = {}
-    exec(SET_UP, names)
-    for statement in ast.parse(block).body:
-        names.pop("loss", None)
-        exec(compile(ast.Module([statement], []), "losses.md", "exec"), names)
-        if "loss" in names:
-            assert names["loss"].shape == ()
-            assert torch.isfinite(names["loss"])
-            names["loss"].backward()
-
-
-def test_losses_page_calls_every_loss():
-    functions = {name for name in fastntxent.losses.__all__ if name.islower()} | {"matryoshka"}
-    calls = set(re.findall(r"fastntxent\.(\w+)[(,]", "".join(BLOCKS)))
-    assert functions <= calls
-    modules = {name for name in fastntxent.modules.__all__ if name.endswith("Loss")} | {"MatryoshkaLoss"}
-    table = "".join(re.findall(r"^\|.*", (CHECKOUT / "docs/losses.md").read_text(), re.MULTILINE))
-    assert modules <= set(re.findall(r"`(\w+)`", table))
-
-
-@pytest.mark.parametrize(
-    ("page", "named"), [("README.md", {"test", "lint", "demo", "bench"}), ("CONTRIBUTING.md", {"test-all", "sanitize"})]
-)
-def test_commands_of_pages_are_make_targets(page, named):
-    targets = set(re.findall(r"^([a-z-]+):", (CHECKOUT / "Makefile").read_text(), re.MULTILINE))
-    on_page = set(re.findall(r"(?:`|^)make ([a-z-]+)", (CHECKOUT / page).read_text(), re.MULTILINE))
-    assert named <= on_page <= targets
-
-
-def test_changelog_has_this_version_on_top():
-    dated = re.findall(r"^## \[(.+)\] - \d{4}-\d\d-\d\d$", (CHECKOUT / "CHANGELOG.md").read_text(), re.MULTILINE)
-    assert dated[0] == fastntxent.__version__
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a shell for an nvcc that is none")
