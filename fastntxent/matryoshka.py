@@ -33,25 +33,28 @@ def matryoshka(
     .. math:: L = \sum_m w_m \, \text{loss}(z_{:, 1..d_m})
 
     Kusupati et al., "Matryoshka Representation Learning", 2022. Rows are cut before the loss normalises them. Each
-    width is one pass: half the width costs half the time.
+    width takes one pass; half the width costs half the time.
 
     Args:
-        loss: a loss or a module of this package, or any other that takes embeddings.
-        arguments, options: of the loss. Floating-point tensors of two dimensions or more, also in lists, tuples and
-            mappings, are embeddings, (..., D), of which the first d features are passed on, a guide's or a teacher's
-            too; everything else as it is. So are the loss's arguments of the names `pair_weights`, `mask` and `logits`;
-            bind others that are no embeddings, and a `weights` of the loss's own, with `functools.partial`.
-        dims: the widths, integers from 1 to D.
-        weights: a finite number for each. None: 1 each, as in the paper.
+        loss: A loss or module of this package, or any other function of embeddings.
+        *arguments: Positional arguments of the loss. Floating-point tensors of at least two dimensions, also inside
+            lists, tuples and mappings, are embeddings (..., D), and the loss gets their first d features. This includes
+            the embeddings of a guide or a teacher. Everything else is passed on unchanged, and so are the arguments
+            named `pair_weights`, `mask` and `logits`. Use `functools.partial` to bind other tensors that are not
+            embeddings, and a `weights` argument of the loss.
+        dims: The widths, integers from 1 to D.
+        weights: One finite number per width, not all 0. None: 1 each, as in the paper.
+        **options: Keyword arguments of the loss, treated like `arguments`.
 
     Returns:
-        What the loss returns, in sum; of a tuple, a list or a mapping of tensors, each entry in sum.
+        The weighted sum of the losses, of the shape and dtype that the loss returns. If it returns a tuple, a list or a
+        mapping of tensors, each entry is summed.
 
     Raises:
-        TypeError: loss cannot be called, or returns anything but tensors; dims or weights are no numbers; an embedding
-            is not a dense tensor.
-        ValueError: no dims, one below 1 or beyond D, another number of weights, a weight that is not finite, or no
-            embeddings among the arguments.
+        TypeError: `loss` is not callable or does not return tensors, `dims` or `weights` are not numbers, or an
+            embedding is not a dense tensor.
+        ValueError: `dims` is empty, a width is below 1 or above D, the number of weights differs from that of the
+            widths, a weight is not finite, all weights are 0, or no argument is an embedding.
 
     Example:
         >>> import torch, fastntxent
@@ -85,13 +88,24 @@ def matryoshka(
 
 
 class MatryoshkaLoss(TypedModule):
-    """A loss of the embeddings' first features, at several widths; see `matryoshka`.
+    r"""A loss of the embeddings' first features, summed over several widths, as a module.
+
+    .. math:: L = \sum_m w_m \, \text{loss}(z_{:, 1..d_m})
+
+    Kusupati et al., "Matryoshka Representation Learning", 2022. Rows are cut before the loss normalises them. Each
+    width takes one pass; half the width costs half the time.
+
+    Call it with the arguments of `loss`. The function is `matryoshka`.
 
     Args:
-        loss: the loss, a module.
-        dims, weights: as in `matryoshka`.
+        loss: The loss, a module.
+        dims: The widths, integers from 1 to D.
+        weights: One finite number per width, not all 0. None: 1 each, as in the paper.
 
-    Its call takes what the loss takes.
+    Raises:
+        TypeError: `loss` is not a module, or `dims` or `weights` are not numbers.
+        ValueError: `dims` is empty, a width is below 1, the number of weights differs from that of the widths, a weight
+            is not finite, or all weights are 0.
 
     Example:
         >>> import torch, fastntxent
@@ -108,6 +122,19 @@ class MatryoshkaLoss(TypedModule):
         self.loss = loss
 
     def forward(self, *arguments: Any, **options: Any) -> Any:
+        """Return the loss, summed over the widths.
+
+        Args:
+            *arguments: Positional arguments of the loss. Floating-point tensors of at least two dimensions, also inside
+                lists, tuples and mappings, are embeddings (..., D), and the loss gets their first d features. This
+                includes the embeddings of a guide or a teacher. Everything else is passed on unchanged, and so are the
+                arguments named `pair_weights`, `mask` and `logits`. Use `functools.partial` to bind other tensors that
+                are not embeddings, and a `weights` argument of the loss.
+            **options: Keyword arguments of the loss, treated like `arguments`.
+
+        Returns:
+            The weighted sum of the losses, of the shape and dtype that the loss returns.
+        """
         return matryoshka(self.loss, *arguments, dims=self.dims, weights=self.weights, **options)
 
     def extra_repr(self) -> str:

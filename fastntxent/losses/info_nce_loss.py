@@ -59,46 +59,81 @@ def info_nce(
     backend: BackendName = "auto",
     group: Group | None = None,
 ) -> Tensor:
-    r"""InfoNCE: for each query, pick its key among the negatives.
+    r"""InfoNCE: each query picks its key among the negatives.
 
-    .. math:: L_n = \log\big(1 + e^{\nu_n - s_n/\tau}\big), \qquad
+    .. math::
+        L_n = \log(1 + e^{\nu_n - s_n/\tau}), \quad
         \nu_n = \log \sum_{j \in \text{negatives}(n)} e^{s_{nj}/\tau}
 
-    van den Oord et al., "Representation Learning with Contrastive Predictive Coding", 2018. The mean is 1/N, from
-    queries to keys alone; for both directions see `clip`.
+    van den Oord et al., "Representation Learning with Contrastive Predictive Coding", 2018. s_n is the similarity of
+    query n to its own key. Queries pick keys, but keys do not pick queries; `clip` has both directions.
+
+    With positives="same_id" and form "out" the positives are part of the denominator, so near convergence the gradient
+    has the accuracy of a logit, eps / tau. "in" keeps its relative accuracy, and is the same loss where every row has
+    one positive.
+
+    A negative that is as similar as its limit, up to rounding, stays in the sum, and so does one whose similarity is
+    NaN. No gradient flows through the choice. Limits apply to explicit negatives too.
+
+    The hardness options follow Lan et al., "LLaVE: Large Language and Vision Embedding Models with Hardness-Weighted
+    Contrastive Learning", 2025, as in sentence-transformers. With explicit negatives that queries share,
+    sentence-transformers hardens only a query's own; here all of them get harder.
+
+    The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O((N +
+    K) D) with K shared negatives, and O(N K D) with one set per query, which is the size of the sets.
 
     Args:
-        query, key: (N, D) embeddings; row n of key is the positive of row n of query.
-        temperature: as in `nt_xent`; a tensor (N,) is one for each query.
-        negatives: explicit negatives: (K, D), shared by all queries, or (N, K, D), each query's own. None: the other
-            samples' keys.
-        in_batch_negatives: whether the other samples' keys are negatives. By default, only without explicit ones.
-        ids: (N,) integers: keys of the same id are no negatives of each other's queries. Explicit
-            negatives have none.
-        positives: "pair", the query's own key alone; or "same_id", all keys of its id, as `sup_con` has them for one
-            set of rows. The latter needs ids, and takes neither explicit negatives nor the options below.
-        form: with several positives P, "out": the mean of their log-probabilities, nu' - mean_p s_np / tau, nu' over
-            all keys; or "in": the logarithm of the mean of their probabilities. In "out" the positives are in the
-            denominator that they are compared with, so its gradient has the accuracy of a logit, eps / tau, also where
-            the loss is tiny; "in" keeps its relative accuracy, and with one positive a row is the same loss.
-        label_smoothing: as in `nt_xent`.
-        margin, relative_margin, ceiling: as in `nt_xent`, for the batch's negatives and for explicit ones.
-        hardness_mode, hardness_strength: add hardness_strength times the similarity, through which no gradient goes, to
-            the logits of the negatives: "in_batch_negatives", "hard_negatives" (the explicit ones) or "all_negatives".
-            Lan et al., "LLaVE: Large Language and Vision Embedding Models with Hardness-Weighted Contrastive
-            Learning", 2025, as sentence-transformers has it (which, of negatives that queries share, hardens a
-            query's own alone).
-        reduction: "mean" (1/N), "sum" or "none".
-        normalize, backend: as in `nt_xent`.
-        group: as in `nt_xent`; explicit negatives (K, D) are those of all ranks, of any number on each.
+        query: (N, D) embeddings of the queries, float16, bfloat16, float32 or float64. Row n belongs to sample n.
+        key: (N, D) embeddings of the keys, with the shape, dtype and device of `query`. Row n is the positive of row n
+            of `query`.
+        temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
+            read a tensor on an accelerator, so its sign is not checked there. A tensor (N,) holds one temperature per
+            query.
+        negatives: Explicit negatives with the dtype and device of `query`: (K, D), shared by all queries, or (N, K, D),
+            one set per query. None: the keys of other samples are the negatives.
+        in_batch_negatives: Whether the keys of other samples are negatives. None: only without explicit negatives.
+        ids: (N,) integers, the group of each sample. Samples of the same group are not negatives of each other, which
+            removes false negatives. Ids have the same meaning on every rank. None: every other sample is a negative.
+            Explicit negatives have no ids.
+        positives: "pair": row n of the other side is the only positive of row n. "same_id": all rows of the other side
+            with its id are positives; this needs `ids` and excludes label smoothing, margins and a ceiling. It also
+            excludes explicit negatives, hardness and in_batch_negatives=False.
+        form: How the positives are combined with positives="same_id". "out" averages their log-probabilities: nu' -
+            mean_p s_np / tau, with nu' the log-sum-exp over all columns. "in" takes the logarithm of their mean
+            probability.
+        label_smoothing: The share of the target, in [0, 1), that is spread evenly over the positive and the negatives,
+            as in `torch.nn.functional.cross_entropy`.
+        margin: Leave a negative out of row i's sum where its similarity to row i is above s_pos - margin, with s_pos
+            the similarity of row i to its positive. A finite float; None sets no limit. Not with `relative_margin` or
+            `label_smoothing`.
+        relative_margin: Leave a negative out of row i's sum where its similarity to row i is above (1 -
+            relative_margin) s_pos. A float in [0, 1]; None sets no limit. Not with `margin` or `label_smoothing`.
+        ceiling: Leave a negative out of row i's sum where its similarity to row i is above this finite float. With a
+            margin too, the smaller limit holds. None sets no limit. Not with `label_smoothing`.
+        hardness_mode: Which negatives get harder logits: "in_batch_negatives", "hard_negatives" (the explicit ones) or
+            "all_negatives".
+        hardness_strength: This number, 0 or more, times the similarity is added to the logits of those negatives,
+            without a gradient through the addend. 0 adds nothing. Not with `label_smoothing`.
+        reduction: "mean" over the N queries, "sum", or "none" for one loss per query.
+        normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
+            6.1e-5) in float16). False takes the rows as they are, and their products must not overflow.
+        backend: "auto", which chooses one for the device, or a name from `backends()`.
+        group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
+            group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
+            any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
+            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
+            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
+            whole batch. Explicit negatives (K, D) are shared by all ranks too; each rank passes any number of them.
 
     Returns:
         A 0-d tensor, or (N,) for "none"; float64 for float64 embeddings, else float32.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `nt_xent`.
-
-    Deterministic. Memory is O((N + K) D); with each query's own negatives O(N K D), which is their size.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
+            is unknown.
+        RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
+            a second derivative is taken, which only backend="reference" without a group has.
 
     Example:
         >>> import torch, fastntxent

@@ -41,58 +41,69 @@ def sup_con(
     backend: BackendName = "auto",
     group: Group | None = None,
 ) -> Tensor:
-    r"""SupCon: contrastive loss whose positives are all other rows with the same label.
-
-    With P(i) the positives of row i, and sums over j that leave out row i itself ("all") or its class ("neg"):
+    r"""SupCon: a contrastive loss whose positives are all other rows with the same label.
 
     .. math::
         L^{out}_i = \log \sum_{all} e^{s_{ij}/\tau} - \frac{1}{|P(i)|} \sum_{p \in P(i)} s_{ip}/\tau
 
         L^{in}_i = \log \sum_{all} e^{s_{ij}/\tau} - \log \frac{1}{|P(i)|} \sum_{p \in P(i)} e^{s_{ip}/\tau}
 
-        L^{pairs}_i = \frac{1}{|P(i)|} \sum_{p \in P(i)} \log \Big(1 + \sum_{neg} e^{(s_{ij} - s_{ip})/\tau}\Big)
+        L^{pairs}_i = \frac{1}{|P(i)|} \sum_{p \in P(i)} \log(1 + \sum_{neg} e^{(s_{ij} - s_{ip})/\tau})
 
-    With `pair_weights` W all other rows are positives, each with the weight of its class for row i's, y the labels:
+    P(i) are the positives of row i. The sums over "all" leave out row i itself, those over "neg" its whole class. "out"
+    and "in" are equations 2 and 3 of Khosla et al., "Supervised Contrastive Learning", 2020. "pairs" has one NT-Xent
+    term for each positive, without the other positives in its denominator, as in pytorch-metric-learning's
+    `NTXentLoss`.
+
+    With `pair_weights` W every other row is a positive, weighted by its class and that of row i; y are the labels:
 
     .. math::
         L^{W}_i = \log \sum_{all} e^{s_{ij}/\tau}
             - \frac{\sum_{j \ne i} W_{y_i y_j} s_{ij}/\tau}{\sum_{j \ne i} W_{y_i y_j}}
 
-    L_out and L_in are equations 2 and 3 of Khosla et al., "Supervised Contrastive Learning", 2020; the third has one
-    NT-Xent term for each positive, in whose denominator the other positives are not (pytorch-metric-learning's
-    `NTXentLoss`).
+    A row without a positive has loss 0 in "none" and "sum" and is left out of "mean", which is 0 if no row has a
+    positive. It is still a negative of the other rows. With `pair_weights`, a row whose other rows all weigh 0 has no
+    positive, and the identity matrix gives the loss without weights. A ceiling removes negatives only.
 
-    A row without a positive counts for nothing: it is 0 in "none" and "sum", and left out of the mean, which is over
-    the rows with a positive, and 0 where there are none. It still is a negative of the others.
+    The same input gives the same bits each time, on one device and with one number of threads. "out" takes the time of
+    `nt_xent` and O(M D) memory, plus O((M + D) C) with several labels per row or O((C + D) C) with `pair_weights`. "in"
+    and "pairs" form the products of positives once more, in tiles: sum n_c^2 D multiplications in the forward and again
+    in the backward, with n_c rows in class c, and off the CPU one wait for the device. In "out" the positives are part
+    of the sum, so its gradient has the accuracy of a logit, eps / tau; the other two keep the relative accuracy of the
+    loss.
 
     Args:
-        z: (M, D) embeddings, all views of all samples, in any order. float16, bfloat16, float32 or float64.
-        labels: (M,) integers. Or several labels a row: (M, C), bool or integer, not 0 where row i has label c. A pair
-            then counts once for each label it shares, for "out" alone: without a mask of all pairs it cannot be known
-            which pairs share at least one.
-        temperature: as in `nt_xent`.
-        form: "out", "in" or "pairs".
-        ceiling: negatives that are more similar than it leave a row's sum, as in `nt_xent`; positives stay. Not with
-            several labels a row.
-        pair_weights: (C, C), finite floats of at least 0, through which no gradient goes: W[a, b] is the weight of a
-            row of class b as a positive of a row of class a; a row's weights count in proportion. Labels are one a row
-            and in [0, C) then, and the form is "out", without a ceiling. The identity gives `sup_con` without weights.
-            A row whose others all weigh 0 has no positive. The same on every rank, which the ranks compare.
-        reduction: "mean" (over the rows with a positive), "sum", or "none".
-        normalize, backend: as in `nt_xent`.
-        group: as in `nt_xent`. Positives are those of all ranks too.
+        z: (M, D) embeddings of all views of all samples, in any order, float16, bfloat16, float32 or float64.
+        labels: (M,) integers, the class of each row; or (M, C), bool or integer, nonzero where row i has label c. With
+            several labels per row a pair counts once for each label it shares, and the form is "out".
+        temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
+            read a tensor on an accelerator, so its sign is not checked there.
+        form: "out", "in" or "pairs", the formulas above.
+        ceiling: Leave a negative out of row i's sum where its similarity to row i is above this finite float. None sets
+            no limit. Not with `pair_weights` or several labels per row.
+        pair_weights: (C, C) finite floats, at least 0: W[a, b] is the weight of a row of class b as a positive of a row
+            of class a. Only the proportions within a row of W count. Needs one label per row, in [0, C), and the form
+            "out". No gradient flows through the weights. The same tensor on every rank.
+        reduction: "mean" over the rows with a positive, "sum", or "none" for one loss per row.
+        normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
+            6.1e-5) in float16). False takes the rows as they are, and their products must not overflow.
+        backend: "auto", which chooses one for the device, or a name from `backends()`.
+        group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
+            group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
+            any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
+            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
+            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
+            whole batch. Positives come from all ranks too.
 
     Returns:
         A 0-d tensor, or (M,) for "none"; float64 for float64 embeddings, else float32.
 
     Raises:
-        TypeError, ValueError: as `nt_xent` does, and for labels of another shape or dtype.
-
-    Deterministic. "out" takes the time of `nt_xent` and O(M D) memory (with several labels O((M + D) C) beside it, with
-    pair_weights O((C + D) C)). "in" and "pairs" form the products of positives once more, sum n_c^2 D multiplications
-    forward and again backward with n_c rows in class c, in tiles, and off the CPU one wait for the device. In "out"
-    the positives are part of the sum, as the formula has it: unlike the other two, its gradient has the accuracy of a
-    logit, eps / tau, not of the loss.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
+            is unknown.
+        RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
+            a second derivative is taken, which only backend="reference" without a group has.
 
     Example:
         >>> import torch, fastntxent
