@@ -61,8 +61,8 @@ def zero_shot_classify(image_features: Tensor, class_features: Tensor) -> Classi
         class_features: (C, D) features of the classes, with the dtype and device of `image_features`.
 
     Returns:
-        A named tuple (classes, scores) of tensors (N,): int64, the lowest class where several have the same score, and
-        the cosine similarities, float64 for float64 features, else float32. Not differentiable.
+        A named tuple (classes, scores) of tensors (N,). Classes are int64, the lowest where several have the same
+        score. Scores are cosine similarities, float64 for float64 features, else float32. Not differentiable.
 
     Raises:
         TypeError: an argument is not a dense floating-point tensor.
