@@ -1,4 +1,4 @@
-"""The symmetric loss of two towers, and of all pairs of several."""
+"""The symmetric loss between two towers, and between all pairs of several."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .info_nce_loss import check_ids_given, check_positives, several_positives
 
 
 class CLIPDirections(NamedTuple):
-    """The two halves of the loss: (N,) each."""
+    """The losses of both directions, (N,) each."""
 
     image_to_text: Tensor
     text_to_image: Tensor
@@ -169,9 +169,9 @@ def clip_directions(
     label_smoothing: float,
     limits: Limits | None = None,
 ) -> CLIPDirections:
-    """Both directions' losses of rows as `unit_rows` gives them."""
+    """Return the losses of both directions for rows that come from `unit_rows`."""
     groups = batch.sample_ids() if ids is None else ids
-    # First, so that its backward comes last, when the kernel's has given its memory back.
+    # Formed first, so that its backward runs last, after the kernel's backward has freed its memory.
     sims = row_dots(u, v)
     pos = scale * sims
     if limits is None:
@@ -190,7 +190,7 @@ def clip_directions(
 
 
 def _checked_bias(logit_bias: float | Tensor, rows: Tensor) -> Tensor:
-    """A bias of one element, as a 0-d tensor."""
+    """Return a bias of one element as a 0-d tensor, checked."""
     if isinstance(logit_bias, Tensor):
         check_tensor("logit_bias", logit_bias)
         if logit_bias.numel() != 1:

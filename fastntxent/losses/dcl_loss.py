@@ -1,4 +1,4 @@
-"""Decoupled contrastive losses: the positive leaves the denominator."""
+"""Decoupled contrastive losses: the positive is not in the denominator."""
 
 from __future__ import annotations
 
@@ -149,13 +149,13 @@ def dclw(
 
 
 def mises_fisher_weights(batch: Batch, sims: Tensor, sigma: float) -> Tensor:
-    """2 - exp(s_n / sigma) / mean_m exp(s_m / sigma), (N,), without a gradient. In float64, for small sigmas."""
+    """Return 2 - exp(s_n / sigma) / mean_m exp(s_m / sigma), (N,), without a gradient; in float64, for small sigmas."""
     wide = in_double(sims.detach())
-    least = 4 * torch.finfo(wide.dtype).tiny  # a smaller sigma would weigh the same pair alone
+    least = 4 * torch.finfo(wide.dtype).tiny  # a smaller sigma gives the same weights
     wide = wide / math.copysign(max(abs(sigma), least), sigma)
     return (2 - batch.n_samples * torch.exp(wide - batch.log_sum_exp(wide))).to(sims.dtype)
 
 
 def _decoupled(nu: Tensor, pos: Tensor) -> Tensor:
-    """nu - pi, and 0 for a row without negatives."""
+    """Return nu - pi, or 0 for a row without negatives."""
     return torch.where(nu == -torch.inf, 0, nu - pos)

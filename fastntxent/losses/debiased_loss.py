@@ -1,4 +1,4 @@
-"""Losses that correct the negatives for the positives that hide among them, and weigh the hard ones."""
+"""Losses that correct for false negatives, and give hard negatives more weight."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def hard_negative(
     )  # fmt: skip
     inv_tau = batch.inverse_temperature(temperature)
     nu, pos = batch.nt_xent_rows(z_i, z_j, factor(inv_tau * (1 + beta), z_i))
-    log_n = scalar_like(2 * batch.n_samples - 2, z_i).log()  # -inf without negatives, as nu is
+    log_n = scalar_like(2 * batch.n_samples - 2, z_i).log()  # -inf without negatives, like nu
     if beta:
         pos = pos / (1 + beta)
         weights = batch.nt_xent_rows(z_i, z_j, factor(inv_tau * beta, z_i))[0]
@@ -171,7 +171,7 @@ def hard_negative(
 
 
 def _without_false_negatives(nu: Tensor, pos: Tensor, tau_plus: float, log_n: Tensor) -> Tensor:
-    """log(e^nu - tau_plus n e^pi) - log(1 - tau_plus), and -inf where that has no logarithm."""
+    """Return log(e^nu - tau_plus n e^pi) - log(1 - tau_plus), or -inf where the first logarithm does not exist."""
     ratio = math.log(tau_plus) + log_n + pos - nu
     some = ratio < 0
     left = torch.log(-torch.expm1(ratio.masked_fill(~some, -1.0)))

@@ -1,4 +1,4 @@
-"""The loss of a student of two towers whose targets are a teacher's softmaxes."""
+"""The loss of a two-tower student whose targets are a teacher's softmaxes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _LARGEST_SHARED_LOGIT = 256.0  # an error of 2e-5 in float32
 
 
 class DistillTerms(NamedTuple):
-    """A student's two losses, reduced: CLIP's, of the pairs, and the cross-entropy with its teacher."""
+    """A student's two losses, reduced: CLIP's loss of the pairs, and the cross-entropy with the teacher."""
 
     contrastive: Tensor
     distilled: Tensor
@@ -152,15 +152,16 @@ def distill_terms(
     backend: BackendName = "auto",
     group: Group | None = None,
 ) -> DistillTerms:
-    """`distill` and the `clip` of the same features, which has most of it in it. function: what was called, for errors
-    over ranks.
+    """Return the `distill` and the `clip` of the same features; `distill` computes most of `clip` anyway.
 
-    With pi_i the logit of row i's positive, nu_i its log-sum-exp over the others and l_ij its logits,
+    With pi_i the logit of row i's positive, nu_i the log-sum-exp over the other columns and l_ij the logits,
 
         -sum_j p^T_ij log p^S_ij = softplus(nu_i - pi_i) + sum_{j != i} p^T_ij (pi_i - l_ij)
 
-    The first is InfoNCE, so that nothing is subtracted that was added before, and the second is linear in the student's
+    The first term is InfoNCE, so nothing is added and subtracted again. The second is linear in the student's
     similarities.
+
+    function: the name of the public function, for errors over ranks.
     """
     _check_one_of("temperature", temperature, "logit_scale", logit_scale)
     _check_one_of("teacher_temperature", teacher_temperature, "teacher_logit_scale", teacher_logit_scale)
@@ -184,8 +185,8 @@ def distill_terms(
     else:
         t_k = _scale(batch, teacher_temperature, teacher_logit_scale)
         t_k = t_k.detach() if isinstance(t_k, Tensor) else t_k
-    # Two terms give a gradient to the features, which near the teacher cancel: in half precision what is left would be
-    # smaller than the rounding of either.
+    # The features get gradients from two terms, which nearly cancel where the student is close to the teacher. In half
+    # precision the rounding of each term would exceed their sum.
     image, text = (x.to(accumulation_dtype(x.dtype)) for x in (image_features, text_features))
     u, v = batch.unit_rows(image), batch.unit_rows(text)
     contrastive = batch.info_nce_at_once(image, text, k, both=True)
@@ -202,7 +203,7 @@ def distill_terms(
 def _expected_loss(
     batch: Batch, u: Tensor, v: Tensor, k: float | Tensor, teacher: Teacher | CalledTeacher, missed: Tensor
 ) -> Tensor:
-    """Half of sum_{j != i} p^T_ij (pi_i - l_ij), and of the same over the columns' rows, of each sample, reduced."""
+    """Return half the sum over j != i of p^T_ij (pi_i - l_ij), in both directions, for each sample, reduced."""
     ids = batch.sample_ids()
     rows, cols = Side(batch.as_compared(u), ids), Side(batch.as_compared(v), ids)
     total = batch.soft_dots_at_once(rows, cols, teacher)
@@ -215,7 +216,8 @@ def _expected_loss(
 
 
 def _of_features(batch: Batch, features: Sequence[Tensor], t_k: float | Tensor) -> tuple[Teacher, Tensor]:
-    """The teacher, and of each sample what its softmaxes give to other samples, in both directions."""
+    """Return the teacher, and for each sample the probability that its softmaxes give to other samples, in both
+    directions."""
     t_image, t_text = features
     others, ids = batch.beside(t_image), batch.sample_ids()
     a, b = others.unit_rows(t_image), others.unit_rows(t_text)
@@ -229,10 +231,10 @@ def _of_features(batch: Batch, features: Sequence[Tensor], t_k: float | Tensor) 
 
 
 def _is_sharp(a: Tensor, b: Tensor, t_k: float | Tensor, normalize: bool) -> bool:
-    """Whether the host can see that the teacher's logits are large.
+    """Return whether the host can tell that the teacher's logits are large.
 
-    Two kernels round a logit differently, by about half of eps |k s|. Where one forms the log-sum-exps and the other
-    the probabilities, that is a relative error of these.
+    Two kernels round a logit differently, by about half of eps |k s|. If one forms the log-sum-exps and another the
+    probabilities, this becomes a relative error of the probabilities.
     """
     largest = (t_k, t_k) if not isinstance(t_k, Tensor) else extremes(t_k)
     if largest is None:
@@ -245,7 +247,7 @@ def _is_sharp(a: Tensor, b: Tensor, t_k: float | Tensor, normalize: bool) -> boo
 def _of_function(
     batch: Batch, teacher: Similarities, t_k: float | Tensor, dtype: torch.dtype
 ) -> tuple[CalledTeacher, Tensor]:
-    """The same of a teacher that is called."""
+    """Return the same as `_of_features`, for a teacher that is a function."""
 
     def similarities(rows: Tensor, cols: Tensor) -> Tensor:
         with torch.no_grad():
@@ -259,7 +261,7 @@ def _of_function(
 
 
 def _check_similarities(found: Tensor, rows: Tensor, cols: Tensor) -> None:
-    """What the teacher returned for these images and texts."""
+    """Check the similarities that the teacher returned for these images and texts."""
     name = "teacher(rows, cols)"
     check_tensor(name, found)
     if found.dtype not in FLOAT_DTYPES:
@@ -295,7 +297,7 @@ def _check_one_of(name: str, value: object, other_name: str, other: object) -> N
 
 
 def _checked_features(features: Mapping[str, Any], student: Tensor, *, may_be_empty: bool) -> list[Tensor]:
-    """The teacher's features without a gradient, in the dtype in which the student's are compared."""
+    """Return the teacher's features without a gradient, in the accumulation dtype of the student."""
     (a_name, a), (b_name, b) = features.items()
     for name, x in features.items():
         check_rows(name, x, may_be_empty=may_be_empty)

@@ -1,4 +1,4 @@
-"""InfoNCE whose false negatives are left out, as a guide's embeddings find them."""
+"""InfoNCE without the false negatives that a guide's embeddings reveal."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def guided_info_nce(
     """
     check_choice("margin_strategy", margin_strategy, MARGIN_STRATEGIES)
     margin = check_parameter("margin", margin)
-    # All of it is checked before the ranks meet, so that a rank that raises leaves none in the middle of the loss.
+    # Check everything before the ranks exchange anything: a rank that raises later would leave the others hanging.
     check_rows("query", query, may_be_empty=group is not None)
     check_rows("key", key, may_be_empty=group is not None)
     check_same("query", query, "key", key, "shape", "dtype", "device")
@@ -142,7 +142,7 @@ def guided_info_nce(
         cols, guide_cols, ids = [*cols, u], [*guide_cols, g_query], [*ids, samples]
     if negatives is not None:
         cols, guide_cols = [*cols, batch.unit_rows(negatives)], [*guide_cols, *g_negatives]
-        ids.append(samples.new_full((negatives.shape[0],), -1))  # of no sample
+        ids.append(samples.new_full((negatives.shape[0],), -1))  # belong to no sample
     if len(cols) == 1:
         nu = batch.guided_neg_lse(Side(u, samples), Side(v, samples), inv_tau, Guide(g_query, g_key, limits))
     else:
@@ -156,17 +156,20 @@ def guided_info_nce(
 
 
 def _limits(g_query: Tensor, g_key: Tensor, margin: float, margin_strategy: str) -> Tensor:
-    """The largest similarity to a query, for the guide, that is still a negative's (N,)."""
+    """Return the largest similarity to each query, according to the guide, that a negative may have (N,)."""
     pos = row_dots(g_query, g_key)
-    # A tie stays one in whichever tile its product is formed: on a CPU, products of the same rows differed by at most
-    # 0.6 of this, at 3 to 4,096 features.
+    # A tie must stay a tie in every tile. On a CPU, products of the same rows differed by at most 0.6 times this
+    # rounding, for 3 to 4,096 features.
     rounding = torch.finfo(pos.dtype).eps * g_query.shape[1] ** 0.5
     return pos - margin * (pos.abs() if margin_strategy == "relative" else 1) + rounding
 
 
 def _checked_guide(of_guide: Mapping[str, tuple[Any, str, Tensor]], *, may_be_empty: bool) -> list[Tensor]:
-    """The guide's unit rows without a gradient, in the dtype that embeddings are compared in. of_guide: by name, its
-    rows, the name of the embeddings of the same samples, and those."""
+    """Return the guide's unit rows without a gradient, in the accumulation dtype of the embeddings.
+
+    of_guide: from the name of each guide argument to its rows, the name of the embeddings of the same samples, and
+    those embeddings.
+    """
     first_name, (first, _, query) = next(iter(of_guide.items()))
     unit = []
     for name, (x, rows_name, rows) in of_guide.items():

@@ -200,7 +200,7 @@ def info_nce(
 
 
 def check_hardness(hardness_mode: str, hardness_strength: float, label_smoothing: float) -> float:
-    """Check what is added to the logits of negatives, and return the strength as a number."""
+    """Check the hardness options, and return the strength as a number."""
     check_choice("hardness_mode", hardness_mode, HARDNESS_MODES)
     hardness_strength = check_parameter("hardness_strength", hardness_strength)
     if label_smoothing and hardness_strength:
@@ -217,7 +217,7 @@ def check_positives(
     hardness_strength: float = 0.0,
     in_batch_negatives: bool | None = None,
 ) -> None:
-    """Check which columns are a row's positives, and that no option is given that several positives do not take."""
+    """Check how positives are chosen and combined, and that no option is given that positives="same_id" excludes."""
     check_choice("positives", positives, POSITIVES)
     check_choice("form", form, SEVERAL_FORMS)
     if positives != "same_id":
@@ -233,18 +233,18 @@ def check_positives(
 
 
 def check_ids_given(ids: Tensor | None) -> None:
-    """The ids by which positives "same_id" are found."""
+    """Check that ids are given, by which positives="same_id" are found."""
     if ids is None:
         raise ValueError("ids must be given with positives 'same_id', got None")
 
 
 def several_positives(batch: Batch, rows: Side, cols: Side, inv_tau: float | Tensor, form: str) -> Tensor:
-    """The losses (N,) of rows whose positives are all columns of their id; each has one at least."""
+    """Return the losses (N,) of rows whose positives are all columns with the row's id, at least one each."""
     ids = rows.ids.to(torch.int64)
     counts = batch.group_counts(ids).to(rows.u.dtype)
     if form == "out":
         mean = batch.group_dots(rows.u, cols.u, ids) / counts
-        # Over all columns: no row is of the group of any.
+        # All columns count: no column shares an id with a row.
         everything = Side(rows.u, torch.zeros_like(ids)), Side(cols.u, torch.ones_like(ids))
         return batch.neg_lse_to(*everything, inv_tau) - inv_tau * mean
     rows, cols = Side(rows.u, ids), Side(cols.u, ids)
@@ -253,8 +253,8 @@ def several_positives(batch: Batch, rows: Side, cols: Side, inv_tau: float | Ten
 
 
 class _Negatives(NamedTuple):
-    """Of each query's negatives of one kind: nu, and for smoothed labels the sum of their similarities and their
-    number."""
+    """The log-sum-exp nu over one kind of negatives of each query. For label smoothing also the sum of their
+    similarities and their number."""
 
     nu: Tensor
     sims: Tensor | float
@@ -264,7 +264,7 @@ class _Negatives(NamedTuple):
 def _of_batch(
     batch: Batch, queries: Side, v: Tensor, inv_tau: float | Tensor, hardness: float, *, summed: bool
 ) -> _Negatives:
-    """The keys of other samples."""
+    """Return the terms of the keys of other samples."""
     u, ids, _ = queries
     nu = hardened_neg_lse(batch, queries, Side(v, ids), inv_tau, hardness)
     if not summed:
@@ -284,7 +284,7 @@ def _of_all(
     *,
     summed: bool,
 ) -> _Negatives:
-    """Explicit negatives of all queries. They belong to no query: their ids are nobody's."""
+    """Return the terms of explicit negatives that all queries share. Their ids differ from those of every query."""
     queries, negatives = (Side(x, torch.full((x.shape[0],), i, device=u.device)) for i, x in enumerate((u, w)))
     queries = queries._replace(limits=limits)
     nu = hardened_neg_lse(batch, queries, negatives, inv_tau, hardness, beside=others)
@@ -292,7 +292,7 @@ def _of_all(
 
 
 def _of_each(u: Tensor, w: Tensor, inv_tau: float | Tensor, hardness: float, limits: Tensor | None) -> _Negatives:
-    """Each query's own."""
+    """Return the terms of explicit negatives that come as one set per query."""
     sims = product(w, u.unsqueeze(2)).squeeze(2)
     by_row = inv_tau.unsqueeze(1) if is_per_row(inv_tau) else inv_tau
     logits = hardened(sims, by_row, hardness)
@@ -302,17 +302,17 @@ def _of_each(u: Tensor, w: Tensor, inv_tau: float | Tensor, hardness: float, lim
 
 
 def hardened(sims: Tensor, inv_tau: float | Tensor, hardness: float) -> Tensor:
-    """The logits k s + hardness * s, no gradient through the second s."""
+    """Return the logits k s + hardness * s, without a gradient through the second s."""
     return inv_tau * sims + hardness * sims.detach()
 
 
 def hardened_neg_lse(
     batch: Batch, rows: Side, cols: Side, inv_tau: float | Tensor, hardness: float, *, beside: Batch | None = None
 ) -> Tensor:
-    """nu of the rows against the columns with logits k s + hardness * s, no gradient through the second s.
+    """Return nu with logits k s + hardness * s, without a gradient through the second s.
 
-    The value is that at an inverse temperature of k + hardness, and so is the gradient in k; the gradient in the rows
-    is k / (k + hardness) of that one's.
+    The value is nu at an inverse temperature of k + hardness, and so is the gradient in k. The gradient in the rows is
+    k / (k + hardness) times the gradient at k + hardness.
     """
     if not hardness:
         return batch.neg_lse_to(rows, cols, inv_tau, beside=beside)

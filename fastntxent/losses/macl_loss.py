@@ -1,4 +1,4 @@
-"""A temperature that follows the model."""
+"""MACL: a temperature that follows the alignment of the batch."""
 
 from __future__ import annotations
 
@@ -85,20 +85,20 @@ def macl(
         temperature=temperature, alpha=alpha, a_0=a_0,
     )  # fmt: skip
     inv_tau = batch.inverse_temperature(temperature)
-    # Detached, where torch.jit.trace would leave a block of no_grad out.
+    # Detached, because torch.jit.trace would ignore a no_grad block.
     sims = row_dots(batch.unit_rows(z_i.detach()), batch.unit_rows(z_j.detach()))
     stretch = (1 + alpha * (batch.total(sims) / batch.n_samples - a_0)).clamp_min(1e-3)
-    stretch = torch.where(stretch.isfinite(), stretch, 1.0)  # embeddings that are not show it in the losses
+    stretch = torch.where(stretch.isfinite(), stretch, 1.0)  # embeddings that are not finite show in the losses
     nu, pos = batch.nt_xent_rows(z_i, z_j, inv_tau / stretch)
     return batch.reduce(_reweighted(nu, pos))
 
 
 def _reweighted(nu: Tensor, pos: Tensor) -> Tensor:
-    """l / (1 - exp(-l)) of the row losses l, with no gradient through the weight.
+    """Return l / (1 - exp(-l)) for the row losses l, without a gradient through the weight.
 
-    With x = nu - pi, both 1 - exp(-l) and dl/dx are sigmoid(x), so the derivative in x is 1 and the second derivative
-    is sigmoid(-x). They are attached to the value as such: for an easy row l and 1 - exp(-l) underflow, and their
-    quotient is 1.
+    With x = nu - pi, both 1 - exp(-l) and dl/dx are sigmoid(x). So the derivative in x is 1, and the second derivative
+    is sigmoid(-x). Both are attached to the value explicitly, because for an easy row l and 1 - exp(-l) underflow
+    although their quotient is 1.
     """
     x = nu - pos
     losses = row_losses(nu.detach(), pos.detach())

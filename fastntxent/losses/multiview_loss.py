@@ -1,4 +1,5 @@
-"""NT-Xent of any number of views, with false negatives removed, smoothed labels or a temperature for each row."""
+"""NT-Xent of any number of views, optionally without false negatives, with smoothed labels, or with a temperature per
+row."""
 
 from __future__ import annotations
 
@@ -112,13 +113,13 @@ def multiview_losses(
     label_smoothing: float,
     limits: Limits | None,
 ) -> Tensor:
-    """The mean over each row's positives: (V, N, D) -> (V N,). `inv_tau` is 0-d or (V N,)."""
+    """Return the mean over each row's positives: (V, N, D) -> (V N,). `inv_tau` is 0-d or (V N,)."""
     V, N, _ = z.shape
     u = batch.unit_rows(z)
     rows = u.flatten(0, 1)
     groups = (batch.sample_ids() if ids is None else ids).repeat(V)
     itself = torch.eye(V, dtype=torch.bool, device=z.device).unsqueeze(2)
-    sims = torch.stack([(view * u).sum(dim=2) for view in u.unbind()])  # (V, V, N), of each view's row n with each's
+    sims = torch.stack([(view * u).sum(dim=2) for view in u.unbind()])  # (V, V, N): row n of every two views
     of_rows = None
     if limits is not None:
         to_positive, which = sims.masked_fill(itself, torch.inf).min(dim=1)  # the least similar one, and its view
@@ -129,7 +130,7 @@ def multiview_losses(
     pos = by_view * sims
     losses = row_losses(nu.view(V, 1, N), pos)
     if label_smoothing:
-        # Cross-entropy's smoothing adds eps times (the positive's logit - the mean logit of the candidates).
+        # Label smoothing in cross-entropy adds eps times (the positive's logit - the mean logit of the candidates).
         summed = batch.all_dots(rows, rows) - batch.group_dots(rows, rows, groups)
         negatives = (inv_tau * summed).view(V, 1, N)
         candidates = (V * batch.n_samples - batch.group_counts(groups) + 1).view(V, 1, N)
@@ -138,7 +139,7 @@ def multiview_losses(
 
 
 def _stacked(views: Tensor | Sequence[Tensor], *, may_be_empty: bool) -> Tensor:
-    """The views as one checked tensor (V, N, D)."""
+    """Return the views as one checked tensor (V, N, D)."""
     if isinstance(views, Tensor):
         check_tensor("views", views)
         if views.ndim != 3:
@@ -155,6 +156,7 @@ def _stacked(views: Tensor | Sequence[Tensor], *, may_be_empty: bool) -> Tensor:
 
 
 def stack_views(views: Sequence[Tensor]) -> Tensor:
-    """(V, N, D). Autocast has an opinion on stacking, and on float16 in bfloat16 an error."""
+    """Return the views as one tensor (V, N, D). Autocast is off: it may change the dtype, and raises for float16 under
+    bfloat16."""
     with autocast_off(views[0]):
         return torch.stack(tuple(views))

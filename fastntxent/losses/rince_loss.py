@@ -1,4 +1,4 @@
-"""Robust InfoNCE."""
+"""RINCE, robust InfoNCE."""
 
 from __future__ import annotations
 
@@ -96,13 +96,14 @@ def _check_powers(q: float, temperature: float | Tensor, dtype: torch.dtype) -> 
 
 
 def _difference_of_powers(nu: Tensor, pos: Tensor, q: float, lam: float) -> Tensor:
-    """((lam (exp(nu) + exp(pi)))^q - exp(q pi)) / q.
+    """Return ((lam (exp(nu) + exp(pi)))^q - exp(q pi)) / q.
 
-    The larger power is factored out, and multiplied in by halves: it may overflow where the difference does not. What
-    is left is exp(-|r|) - 1, with r the logarithm of the powers' ratio. That is expm1 near 0, so the smallest q loses
-    nothing, and not elsewhere: autograd's derivative of expm1 is 1 + expm1, which cancels.
+    The larger power is factored out and multiplied in as two halves, since it may overflow where the difference does
+    not. What remains is exp(-|r|) - 1, with r the logarithm of the ratio of the powers. Near 0 it is formed by expm1,
+    so that the smallest q loses no accuracy. Elsewhere it is not, because autograd differentiates expm1 as 1 + expm1,
+    which cancels.
     """
-    q = max(q, torch.finfo(pos.dtype).tiny ** 0.5)  # a smaller q changes no bit, but its products underflow
+    q = max(q, torch.finfo(pos.dtype).tiny ** 0.5)  # a smaller q gives the same bits, but its products underflow
     ratio = q * (math.log(lam) + row_losses(nu, pos))
     first = ratio > 0
     below = torch.where(first, -ratio, ratio)

@@ -1,4 +1,4 @@
-"""Losses with a sigmoid for each pair: SigLIP of two towers, NT-Logistic of two views."""
+"""Losses with a sigmoid for each pair: SigLIP for two towers, NT-Logistic for two views."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def siglip_of_batch(
     bias: Tensor,
     ids: Tensor | None,
 ) -> Tensor:
-    """SigLIP's loss in an open batch, whose inverse temperature and bias are checked already."""
+    """Return SigLIP's loss in an open batch, for a checked inverse temperature and bias."""
     if ids is None:
         loss = batch.sigmoid_at_once(image_features, text_features, inv_tau, bias, two_views=False)
         if loss is not None:

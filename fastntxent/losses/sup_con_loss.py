@@ -112,7 +112,7 @@ def sup_con(
         >>> fastntxent.sup_con(z, labels, temperature=1.0)  # two views: SimCLR's log(e + 6) - 1
         tensor(1.1654)
     """
-    # Labels are checked before the ranks meet, so that a rank that raises leaves none in the middle of the loss.
+    # Check labels before the ranks exchange anything: a rank that raises later would leave the others hanging.
     check_rows("z", z, may_be_empty=group is not None)
     check_choice("form", form, FORMS)
     n_classes = _check_labels(labels, z, form)
@@ -154,16 +154,21 @@ def sup_con(
 
 
 def _out(batch: Batch, u: Tensor, dots: Tensor, counts: Tensor, inv_tau: float | Tensor) -> Tensor:
-    """L_out is linear in the positives: a row's product with the sum of theirs, and their number or weight, is all it
-    takes."""
-    # First, so that its backward comes last, when the kernel's has given its memory back.
+    """Return the loss L_out, which is linear in the positives.
+
+    It needs only each row's product with the sum of its positives (`dots`), and their number or total weight
+    (`counts`).
+    """
+    # Formed first, so that its backward runs last, after the kernel's backward has freed its memory.
     mean = inv_tau * (dots / counts.masked_fill(counts == 0, 1))
     return batch.neg_lse_less(u, batch.row_ids(), inv_tau, mean, counted=counts > 0)
 
 
 def _over_shared_labels(batch: Batch, u: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row its product with the sum of the others, each as often as it shares a label, and how often that is in
-    all."""
+    """Return each row's product with the sum of the other rows, and their number.
+
+    Each other row counts once for every label it shares with the row.
+    """
     belongs = (labels != 0).to(u.dtype)
     own = belongs.sum(dim=1)
     of_classes = batch.sum_of_ranks(product(belongs.T, u))
@@ -172,21 +177,24 @@ def _over_shared_labels(batch: Batch, u: Tensor, labels: Tensor) -> tuple[Tensor
 
 
 def _over_weighted_classes(batch: Batch, u: Tensor, labels: Tensor, pair_weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row its product with the sum of the others, each by the weight of its class, and their weight in all."""
+    """Return each row's product with the weighted sum of the other rows, and their total weight.
+
+    Each other row has the weight of its class.
+    """
     weights = in_double(pair_weights.detach())
-    # A row's weights count in proportion alone. With 1 for the largest, no sum of theirs overflows.
+    # Only the proportions within a row of weights count. With 1 as the largest weight no sum overflows.
     largest = weights.amax(dim=1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
     weights, classes, n_classes = (weights / largest).to(u.dtype), labels.to(torch.int64), weights.shape[0]
     counts = batch.sum_of_ranks(add_at(u.new_zeros(n_classes), classes, torch.ones_like(u[:, 0])))
     sums = batch.sum_of_ranks(add_at(u.new_zeros(n_classes, u.shape[1]), classes, u))
     sums = taken(product(weights, sums), classes) - taken(weights.diagonal(), classes)[:, None] * u
-    # The row itself is left out before its class is weighed, so that a weight of 0 in all is exactly that.
+    # Subtract the row itself before weighting its class, so that a total weight of 0 is exactly 0.
     totals = (weights * (counts - torch.eye(n_classes, dtype=u.dtype, device=u.device))).sum(dim=1)
     return row_dots(u, sums), taken(totals, classes)
 
 
 def _check_pair_weights(pair_weights: Tensor, labels: Tensor, z: Tensor, form: str, ceiling: float | None) -> None:
-    """Weights of all pairs of classes, and labels that are such classes."""
+    """Check the weights of all pairs of classes, and that the labels are such classes."""
     check_tensor("pair_weights", pair_weights)
     if pair_weights.dtype not in FLOAT_DTYPES:
         raise TypeError(f"pair_weights must be float16, bfloat16, float32 or float64, got {pair_weights.dtype}")
@@ -212,7 +220,7 @@ def _check_pair_weights(pair_weights: Tensor, labels: Tensor, z: Tensor, form: s
 
 
 def _check_labels(labels: Tensor, z: Tensor, form: str) -> int | None:
-    """The number of classes where a row has several labels, None where it has one."""
+    """Return the number of classes where a row has several labels, or None where it has one."""
     check_tensor("labels", labels)
     if labels.ndim != 2:
         check_ids("labels", labels, "z", z)

@@ -1,4 +1,4 @@
-"""CLIP's loss as a module, of two towers or several, which holds its own logit scale."""
+"""CLIP's loss for two or more towers as a module that holds its own logit scale."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .base import LossOptions, TemperatureLoss, Unpack
 
 
 class _AtMost(torch.autograd.Function):
-    """min(x, bound), whose gradient can always bring x back: only what would take it further beyond is stopped."""
+    """min(x, bound) with a gradient that can always lower x: only one that would raise x further is stopped."""
 
     @staticmethod
     def forward(x: Tensor, bound: float) -> Tensor:
@@ -141,7 +141,7 @@ class CLIPLoss(TemperatureLoss):
 
     @property
     def logit_scale(self) -> float | Tensor:
-        """1 / temperature, below its bound: a float, or a 0-d tensor of `temperature`'s dtype."""
+        """1 / temperature, clamped to `max_logit_scale`: a float, or a 0-d tensor of `temperature`'s dtype."""
         bound = self.max_logit_scale
         if self.learn_temperature:
             log_temperature = in_double(self.log_temperature)
@@ -151,7 +151,7 @@ class CLIPLoss(TemperatureLoss):
             return min(1 / self._temperature, math.inf if bound is None else bound)
         if bound is None:
             return torch.exp(-log_temperature)
-        # The logarithm is bounded, since the scale may overflow, and its gradient with it.
+        # Bound the logarithm, since the scale and its gradient may overflow.
         return bound * torch.exp(_AtMost.apply(-log_temperature - math.log(bound), 0.0))
 
     @property

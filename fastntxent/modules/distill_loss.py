@@ -1,4 +1,4 @@
-"""The loss of a student of two towers with a teacher as a module."""
+"""The loss of a two-tower student with a teacher, as a module."""
 
 from __future__ import annotations
 

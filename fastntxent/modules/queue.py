@@ -1,4 +1,4 @@
-"""A queue of embeddings of past batches, and the loss that takes negatives from it."""
+"""A queue of embeddings of past batches, and a loss that takes negatives from it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from ..validation import ID_DTYPES, check_features, check_ids, check_integer, ch
 from ..watching import watch
 from .base import ModuleOptions, TemperatureLoss, Unpack
 
-_NO_ID = torch.iinfo(torch.int64).min  # stored for a row pushed without an id: matches no query
-_NO_GROUP = _NO_ID + 1  # for queries without ids: matches no stored row
+_NO_ID = torch.iinfo(torch.int64).min  # the id of a row pushed without one: matches no query
+_NO_GROUP = _NO_ID + 1  # the id of queries without ids: matches no stored row
 
 
 class NegativeQueue(nn.Module):
@@ -54,7 +54,7 @@ class NegativeQueue(nn.Module):
                 [0., 1.]]))
     """
 
-    @torch.inference_mode(False)  # buffers made in it could not be written to outside
+    @torch.inference_mode(False)  # buffers made in inference mode could not be written to outside it
     def __init__(self, size: int, dim: int, *, dtype: torch.dtype = torch.float32, normalize: bool = True):
         super().__init__()
         size, dim = check_integer("size", size, 1), check_integer("dim", dim, 1)
@@ -66,8 +66,8 @@ class NegativeQueue(nn.Module):
         self._ids: Tensor
         self.register_buffer("_rows", torch.zeros(size, dim, dtype=dtype))
         self.register_buffer("_ids", torch.full((size,), _NO_ID))
-        # Where the next row goes, and how many are held. A tensor, since compiled code is made anew for each value of a
-        # Python number; no buffer, since it stays in host memory.
+        # The index of the next row, and the number of rows held. A tensor, because torch.compile recompiles for each
+        # value of a Python number. Not a buffer, because it stays in host memory.
         self._cursor = torch.zeros(2, dtype=torch.int64, device="cpu")
 
     def __len__(self) -> int:
@@ -119,7 +119,7 @@ class NegativeQueue(nn.Module):
         if ids is not None:
             check_ids("ids", ids, "z", z)
         pointer, filled = self._cursor.unbind()
-        # All that can fail comes before the first change.
+        # Everything that can fail comes before the first change.
         rows = unit_rows(z[-self.size :], self.normalize).to(self._rows)
         N = rows.shape[0]
         new_ids = self._ids.new_full((N,), _NO_ID) if ids is None else ids[-self.size :].to(self._ids)
@@ -156,13 +156,13 @@ class NegativeQueue(nn.Module):
 
     def sides_of(self, u: Tensor, ids: Tensor | None) -> tuple[Side, Side, Tensor] | None:
         """Return the rows, a snapshot of the queue and how many of its rows count, or None if it is empty."""
-        # Compiled code takes the whole buffer, whose shape is always the same.
+        # Compiled code uses the whole buffer, whose shape never changes.
         first = self.size if torch.compiler.is_compiling() else self.filled
         if not first:
             return None
         if ids is None:
             ids = torch.full((u.shape[0],), _NO_GROUP, device=u.device)
-        # The backward needs these, and the queue moves on before it.
+        # Copies, because the backward needs them after the queue has changed.
         rows, row_ids, held = map(copy_now, (self._rows[:first], self._ids[:first], self._cursor[1]))
         queue = Side(rows.to(u), row_ids.to(u.device))
         return Side(u, ids.to(torch.int64)), queue, held
@@ -203,7 +203,7 @@ class NegativeQueue(nn.Module):
         held = rows[:filled] if assign else rows[:filled].to(self._rows.dtype)
         if not held.to(accumulation_dtype(held.dtype)).isfinite().all():
             raise ValueError(f"{rows_key} must be finite in {held.dtype}")
-        # What is assigned becomes the queue's own, which pushes change in place.
+        # Clone tensors that are assigned: they become the queue's buffers, which pushes change in place.
         return {key: value.detach().clone() if assign else value for key, value in saved.items()}
 
     def _load_from_state_dict(
@@ -338,13 +338,14 @@ class QueueInfoNCELoss(TemperatureLoss):
         if self.in_batch_negatives:
             groups = batch.sample_ids() if ids is None else ids
             nu = batch.neg_lse_to(Side(u, groups), Side(v, groups), inv_tau)
-            # log(1 + e^(nu - pos) + e^(queue - pos)) is this, and log(1 + e^(queue - pos')) with the batch's in pos'.
+            # log(1 + e^(nu - pos) + e^(queue - pos)) is this term plus log(1 + e^(queue - pos')), where pos' includes
+            # the batch's negatives.
             parts.append(batch.reduce(row_losses(nu, pos)))
             pos = log_add(nu, pos)
         if of_queue is not None:
             rows, cols, held = of_queue
             parts.append(batch.held_loss(rows, cols, inv_tau, pos, held))
         loss = sum(parts[1:], parts[0]) if parts else batch.reduce(row_losses(torch.full_like(pos, -torch.inf), pos))
-        if self.training:  # every rank holds the same queue
+        if self.training:  # with the rows of all ranks, so the queues of all ranks stay equal
             self.queue.push(batch.all_rows(v), None if ids is None else batch.gather(ids))
         return watch(loss, self.temperature, given_ids)

@@ -1,4 +1,4 @@
-"""SigLIP's and NT-Logistic's losses as modules, which may hold a temperature and a bias that are learnt."""
+"""The losses of SigLIP and NT-Logistic as modules, whose temperature and bias may be learnt."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .base import LossOptions, ModuleOptions, TemperatureLoss, Unpack
 
 
 class _Biased:
-    """Logits with a bias, a parameter `learnt_bias` where it is learnt."""
+    """A mix-in for logits with a bias, which is the parameter `learnt_bias` where it is learnt."""
 
     learn_bias: bool
     learnt_bias: nn.Parameter
@@ -23,11 +23,11 @@ class _Biased:
         if learn_bias:
             self.learnt_bias = nn.Parameter(torch.tensor(_value(bias, torch.get_default_dtype())))
         else:
-            self.__dict__["_bias"] = bias  # a parameter that is given stays its giver's
+            self.__dict__["_bias"] = bias  # bypass nn.Module: a parameter that was passed in is not registered here
 
     @property
     def bias(self) -> float | Tensor:
-        """b: as it was given, or the parameter. May be set."""
+        """b, as it was given, or the parameter. Can be set."""
         return self.learnt_bias if self.learn_bias else self._bias
 
     @bias.setter
@@ -41,7 +41,7 @@ class _Biased:
 
 
 def _value(bias: float | Tensor, dtype: torch.dtype) -> float:
-    """A bias as the first value of a parameter of that dtype."""
+    """Return a bias as the initial value of a parameter of this dtype, checked."""
     value = float(bias.detach()) if isinstance(bias, Tensor) else bias
     check_range("bias", value, dtype)
     return value

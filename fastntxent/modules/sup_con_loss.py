@@ -1,4 +1,4 @@
-"""Supervised contrastive loss as a module."""
+"""The supervised contrastive loss as a module."""
 
 from __future__ import annotations
 
