@@ -1,10 +1,10 @@
-"""Gradient caching: a batch larger than the encoder's activations fit in memory, with the gradient of the whole.
+"""Gradient caching: the gradient of a whole batch that is larger than the encoder's activations fit in memory.
 
-A contrastive loss does not split over a batch: every row is every other row's negative. But given the loss's
-gradient with respect to the *embeddings*, the encoder's part of the chain rule is a sum over rows and does split.
-So: encode in chunks without a graph, form the loss and its gradient on all embeddings, then encode each chunk again,
-with a graph, and pull its share of that gradient through. Gao et al., "Scaling Deep Contrastive Learning Batch Size
-under Memory Limited Setup", 2021.
+A contrastive loss does not split over a batch: every row is a negative of every other row. But once the gradient of the
+loss with respect to the *embeddings* is known, the encoder's part of the chain rule is a sum over rows and does split.
+So: encode in chunks without a graph, form the loss and its gradient on all embeddings, then encode each chunk again
+with a graph and backpropagate the chunk's part of that gradient. Gao et al., "Scaling Deep Contrastive Learning Batch
+Size under Memory Limited Setup", 2021.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The devices of this machine: which backends are proved there, and `warm_up`, which loads kernels for a capture."""
+"""`verify`, which checks the backends on a device, and `warm_up`, which loads kernels before a capture."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def warm_up(loss: Callable[..., Tensor], *inputs: object, **options: object) -> 
         raise RuntimeError("warm_up must be called before the capture of a CUDA graph, not in it")
     if torch.is_inference_mode_enabled():
         raise RuntimeError("warm_up must be called outside torch.inference_mode(): it runs the backward too")
-    # One object stays one: a loss may treat a batch against itself in its own way.
+    # A tensor that is passed twice stays one object: a loss may treat a batch against itself specially.
     tensors = {id(x): x for x in (*inputs, *options.values()) if isinstance(x, Tensor)}
     leaves = {key: x.detach().requires_grad_(x.requires_grad) for key, x in tensors.items()}
     given = [leaves.get(id(x), x) for x in inputs]

@@ -1,13 +1,13 @@
-"""The error budget: the one place where tolerances stand.
+"""The error budget: the one place where tolerances are defined.
 
-A result is within budget when its error against the float64 reference is at most twice the error of the reference
-computed in the result's own precision, plus a floor for rounding, on the maximum and on the RMS. Errors are relative
-to the truth's own maximum and RMS.
+A result is within budget if its error against the float64 reference is at most twice the error of the reference
+computed in the result's own precision, plus a floor for rounding, both in the maximum and in the RMS. Errors are
+relative to the maximum and the RMS of the truth.
 
-The floor. A logit k s is rounded to eps k |s|, and an error in a logit is a relative error in a probability, so the
-floor is a number of units of eps (1 + k |s|). It covers the cases where the reference in the same precision happens
-to be exact: over the cases of the tests the worst needed 1.4 units, nearly all none. A gradient that is returned in
-half precision adds that dtype's own eps.
+The floor covers cases where the reference in the same precision happens to be exact. A logit k s is rounded to eps k
+|s|, and an error in a logit is a relative error in a probability, so the floor is a number of units of eps (1 + k |s|).
+Over the cases of the tests the worst needed 1.4 units, and nearly all needed none. A gradient that is returned in half
+precision adds the eps of that dtype.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def allowed(
     """
     unit = torch.finfo(accumulation_dtype(dtype)).eps * (1 + logit_size)
     if dtype == torch.float64:
-        unit *= 2  # the truth is float64 too, and rounded as often
+        unit *= 2  # the truth is float64 too, with as many roundings
     rounding = 0.0
     if output_dtype is not None and output_dtype != accumulation_dtype(dtype):
         rounding = torch.finfo(output_dtype).eps
@@ -158,7 +158,7 @@ def compare(
     with autocast_off(z_i):
         loss, *d_z = _loss_and_gradients(z_i, z_j, tau, backend, group)
         if isinstance(batch, ShardedBatch):
-            # Every rank's loss is the loss, and the gradient is that of their sum.
+            # Each rank returns the loss of the whole batch, and the gradient is that of the sum over ranks.
             d_z = [batch.gather(d.to(loss.dtype)) / len(batch.sizes) for d in d_z]
         z_i, z_j = batch.gather(z_i.detach()), batch.gather(z_j.detach())
         same_loss, *same_d_z = _loss_and_gradients(z_i, z_j, tau, "reference")

@@ -17,7 +17,8 @@ from .validation import check_integer, check_numbers, check_tensor
 
 _Result = TypeVar("_Result")
 
-# Arguments, in this package or in those that `compat` stands in for, that have features of another kind.
+# Tensor arguments, in this package and in the libraries of `compat`, whose last dimension is not the features of an
+# embedding.
 _WHOLE = frozenset({"logits", "mask", "pair_weights"})
 
 
@@ -158,10 +159,10 @@ def _check(dims: Sequence[int], weights: Sequence[float] | None) -> tuple[list[i
 
 
 def _names(loss: Callable[..., Any], n_arguments: int) -> list[str]:
-    """What the loss calls its positional arguments, or their places where it does not say."""
+    """Return the names of the loss's positional arguments, or their positions where the loss does not name them."""
     places = [f"arguments[{place}]" for place in range(n_arguments)]
     try:
-        # A module's call takes anything, and passes it on.
+        # The __call__ of a module takes any arguments and passes them to forward.
         parameters = inspect.signature(getattr(loss, "forward", loss)).parameters.values()
     except (TypeError, ValueError):  # some functions in C have no signature
         return places
@@ -175,7 +176,7 @@ def _is_embeddings(x: Tensor) -> bool:
 
 
 def _found(name: str, value: Any) -> list[Tensor]:
-    """The embeddings in an argument, checked."""
+    """Return the embeddings in an argument, checked."""
     if name in _WHOLE:
         return []
     embeddings = [(where, x) for where, x in named_tensors(value, name) if _is_embeddings(x)]
@@ -185,12 +186,12 @@ def _found(name: str, value: Any) -> list[Tensor]:
 
 
 def _cut(name: str, value: Any, dim: int) -> Any:
-    """The argument with the first features of all its embeddings."""
+    """Return the argument with all its embeddings cut to the first features."""
     return value if name in _WHOLE else map_tensors(lambda x: x[..., :dim] if _is_embeddings(x) else x, value)
 
 
 def _weighted_sum(weights: list[float], results: list[Any]) -> Any:
-    """The results' weighted sum, entry by entry."""
+    """Return the weighted sum of the results, entry by entry."""
     first = results[0]
     if isinstance(first, Tensor):
         return torch.stack([weight * result for weight, result in zip(weights, results, strict=True)]).sum(dim=0)

@@ -1,4 +1,4 @@
-"""What a representation looks like, without the M x M matrix of similarities."""
+"""Measures of a representation, without the M x M matrix of similarities."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def effective_rank(z: Tensor) -> Tensor:
     with ops.autocast_off(z):
         z = unit_rows(z, normalize=False)
         finite = z.isfinite().all()
-        sigma = torch.linalg.svdvals(torch.where(finite, z, 0))  # which raises an error on a CPU where there is a NaN
+        sigma = torch.linalg.svdvals(torch.where(finite, z, 0))  # on a CPU svdvals raises for a NaN
     total = sigma.sum()
     p = sigma / total.clamp_min(torch.finfo(sigma.dtype).tiny)
     return torch.where(finite, torch.where(total > 0, torch.special.entr(p).sum().exp(), 0), torch.nan)

@@ -1,4 +1,4 @@
-"""The primitive as a public function: log-sum-exp over the rows of other groups, of one set of rows or between two."""
+"""The primitive as public functions: log-sum-exp over the rows of other groups, in one set of rows or between two."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nearest neighbours by cosine similarity, a tile of the similarities at a time."""
+"""Nearest neighbours by cosine similarity, one tile of similarities at a time."""
 
 from __future__ import annotations
 
@@ -118,5 +118,5 @@ def _find_nearest(q_name: str, queries: Tensor, c_name: str, corpus: Tensor, k: 
     k = check_integer("k", k, 1)
     if k > corpus.shape[0]:
         raise ValueError(f"k must be in [1, {corpus.shape[0]}], the rows of {c_name}, got {k}")
-    # Detached, where torch.jit.trace would leave a block of no_grad out.
+    # Detached, because torch.jit.trace would ignore a no_grad block.
     return Retrieval(*ops.nearest(queries.detach(), corpus.detach(), k))

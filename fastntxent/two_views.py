@@ -1,4 +1,4 @@
-"""From one tensor of embeddings to the two views that the losses take."""
+"""Splitting one tensor of embeddings into the two views that the losses take."""
 
 from __future__ import annotations
 
