@@ -123,7 +123,7 @@ def warm_up(loss: Callable[..., Tensor], *inputs: object, **options: object) -> 
 
 
 def _leaves_of(value: Tensor) -> list[Tensor]:
-    """The tensors in which a result would accumulate gradients."""
+    """Return the leaf tensors that a backward from the result would give gradients to."""
     nodes, seen, found = [value.grad_fn], set(), []
     while nodes:
         node: Any = nodes.pop()

@@ -82,7 +82,7 @@ def allowed(
 
 @dataclass(frozen=True)
 class Report:
-    """What `compare` finds: errors and budgets of the mean loss and of its gradient in the embeddings."""
+    """The result of `compare`: errors and budgets of the mean loss and of its gradient in the embeddings."""
 
     loss: Errors
     loss_allowed: Errors
@@ -158,7 +158,8 @@ def compare(
     with autocast_off(z_i):
         loss, *d_z = _loss_and_gradients(z_i, z_j, tau, backend, group)
         if isinstance(batch, ShardedBatch):
-            # Each rank returns the loss of the whole batch, and the gradient is that of the sum over ranks.
+            # Each rank returns the loss of the whole batch, and its gradient is that of the sum of the losses over
+            # ranks.
             d_z = [batch.gather(d.to(loss.dtype)) / len(batch.sizes) for d in d_z]
         z_i, z_j = batch.gather(z_i.detach()), batch.gather(z_j.detach())
         same_loss, *same_d_z = _loss_and_gradients(z_i, z_j, tau, "reference")
