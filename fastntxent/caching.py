@@ -161,7 +161,7 @@ def cached_backward(
 def _check_loss_fn(loss_fn: object) -> None:
     if isinstance(loss_fn, type) and issubclass(loss_fn, nn.Module):
         raise TypeError(
-            f"loss_fn must be a function of embeddings, got the class {loss_fn.__name__}: pass an object of it"
+            f"loss_fn must be a function of embeddings, got the class {loss_fn.__name__}: pass an instance of it"
         )
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a function of embeddings, got {type(loss_fn).__name__}")
@@ -179,12 +179,12 @@ def _checked_loss(loss: Any, leaves: Sequence[Tensor]) -> Tensor:
     if not loss.is_floating_point():
         raise TypeError(f"loss_fn must return a floating-point scalar, got {loss.dtype}")
     if any(leaf.grad is not None for leaf in leaves):
-        raise RuntimeError("loss_fn must return the loss alone, got one whose backward it has called already")
+        raise RuntimeError("loss_fn must return the loss without calling its backward, but has called it")
     if not loss.requires_grad:
         if any(leaf.requires_grad for leaf in leaves):
-            why = "of embeddings that do: is there a detach() or no_grad() in it?"
+            why = "although the embeddings do: is there a detach() or no_grad() in it?"
         else:
-            why = "as neither the encoder nor loss_fn has anything to learn"
+            why = "because neither the encoder nor loss_fn has anything to learn"
         raise RuntimeError(f"loss_fn must return a loss to differentiate, got one that does not require grad, {why}")
     return loss
 
@@ -194,8 +194,8 @@ def _check_learnt(loss: Tensor, leaves: Sequence[Tensor], passes: TwoPasses) -> 
     if passes.learnt or all(leaf.grad is None for leaf in leaves) or _has_other_leaves(loss, leaves):
         return
     raise RuntimeError(
-        "encoder must return embeddings that require a gradient, as its parameters do, got none that do: is there a "
-        "detach() or no_grad() in its forward?"
+        "encoder must return embeddings that require a gradient, as its parameters do, got embeddings that do not: is "
+        "there a detach() or no_grad() in its forward?"
     )
 
 

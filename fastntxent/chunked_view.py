@@ -56,11 +56,11 @@ class ChunkedView:
     def _embeddings_of(self, returned: Any, rows: int) -> Tensor:
         name, z = self.encoder_name, returned
         if callable(self.output):
-            name, z = f"output, called with what {name} returned,", self.output(returned)
+            name, z = f"output, called with the result of {name},", self.output(returned)
         elif self.output is not None:
             name, z = f"{name}, at output={self.output!r},", self._output_of(returned)
         if not isinstance(z, Tensor):
-            hint = "" if self.output is not None else "; output= says where in it the embeddings are"
+            hint = "" if self.output is not None else "; use output= to select the embeddings"
             raise TypeError(f"{name} must return a torch.Tensor, got {type(z).__name__}{hint}")
         if z.layout != torch.strided or z.is_nested or z.is_meta:
             got = "a nested tensor" if z.is_nested else "a tensor on the meta device" if z.is_meta else z.layout
@@ -74,7 +74,7 @@ class ChunkedView:
             return part(returned, self.output)
         except (AttributeError, IndexError, KeyError, TypeError):
             raise ValueError(
-                f"output must be a key, index or attribute of what {self.encoder_name} returns, "
+                f"output must be a key, index or attribute of the output of {self.encoder_name}, "
                 f"{_with_keys(returned)}, or a function of it, got {self.output!r}"
             ) from None
 
@@ -150,11 +150,11 @@ def _check_encoders(encoder_name: str, encoder: Any, n_views: int) -> list[tuple
         if _has_no_forward(module):
             raise TypeError(f"{name} must have a forward, got {type(module).__name__}, which has none")
         if any(map(is_lazy, (*module.parameters(), *module.buffers()))):
-            raise ValueError(f"{name} must have all its parameters, got a lazy layer without: run it once before")
+            raise ValueError(f"{name} must have all its parameters, got a lazy layer without them: run it once first")
         if any(parameter.is_meta for parameter in module.parameters()):
             raise ValueError(f"{name} must have its parameters in memory, got some on the meta device")
         if hasattr(module, "no_sync") and getattr(module, "static_graph", False):  # its first backward synchronises
-            raise ValueError(f"{name} must be DistributedDataParallel without static_graph=True, got it with")
+            raise ValueError(f"{name} must not be DistributedDataParallel with static_graph=True")
     if several and len(modules) != n_views:
         raise ValueError(f"{encoder_name} must hold a module for each of the {n_views} views, got {len(modules)}")
     return list(zip(modules, names, strict=True)) if several else [(encoder, encoder_name)] * n_views
@@ -210,8 +210,8 @@ def _check_view(name: str, view: Any, *, may_be_empty: bool) -> int:
     for path, other in others:
         if len(other) != len(tensor):
             raise ValueError(
-                f"{path} must have as many rows as {first}, {len(tensor)}, got shape {tuple(other.shape)}; pass what "
-                "has no batch along its first dimension by encoder_kwargs"
+                f"{path} must have as many rows as {first}, {len(tensor)}, got shape {tuple(other.shape)}; pass "
+                "inputs without a batch dimension in encoder_kwargs"
             )
     return len(tensor)
 
@@ -220,14 +220,14 @@ def _check_no_graph(name: str, tensor: Tensor) -> None:
     if tensor.grad_fn is not None:
         raise ValueError(
             f"{name} must be data without a graph, got the output of {tensor.grad_fn.name()}, whose inputs "
-            "would get no gradient: move what computes it into the encoder, or pass it detached"
+            "would get no gradient: move the computation into the encoder, or detach the view"
         )
 
 
 def _check_names(name: str, arguments: Mapping[Any, Any]) -> None:
     for key in arguments:
         if not isinstance(key, str):
-            raise TypeError(f"{name} must have the names of arguments as its keys, got {key!r}")
+            raise TypeError(f"{name} must have argument names as its keys, got {key!r}")
 
 
 def _check_kwargs(kwargs: Any) -> None:

@@ -71,7 +71,9 @@ def matryoshka(
         x for name, value in [*zip(names, arguments, strict=True), *options.items()] for x in _found(name, value)
     ]
     if not embeddings:
-        raise ValueError("matryoshka needs embeddings among the arguments of the loss: tensors (..., D) of floats")
+        raise ValueError(
+            "matryoshka needs an embedding among the arguments of the loss: a floating-point tensor (..., D)"
+        )
     width = min(x.shape[-1] for x in embeddings)
     if max(dims) > width:
         raise ValueError(f"dims must be at most the embeddings' number of features, {width}, got {max(dims)}")
@@ -118,7 +120,7 @@ class MatryoshkaLoss(TypedModule):
     def __init__(self, loss: nn.Module, dims: Sequence[int], weights: Sequence[float] | None = None):
         super().__init__()
         if not isinstance(loss, nn.Module):
-            raise TypeError(f"loss must be a module, got {type(loss).__name__}; see matryoshka for functions")
+            raise TypeError(f"loss must be a module, got {type(loss).__name__}; use matryoshka for functions")
         self.dims, self.weights = _check(dims, weights)
         self.loss = loss
 
@@ -152,9 +154,9 @@ def _check(dims: Sequence[int], weights: Sequence[float] | None) -> tuple[list[i
         [1.0] * len(dims) if weights is None else check_numbers("weights", weights, "a number for each of the dims")
     )
     if len(weights) != len(dims):
-        raise ValueError(f"weights must be one for each of the {len(dims)} dims, got {len(weights)}")
+        raise ValueError(f"weights must have one number for each of the {len(dims)} dims, got {len(weights)}")
     if not all(-math.inf < weight < math.inf for weight in weights) or not any(weights):
-        raise ValueError(f"weights must be finite, and one of them not 0, got {weights}")
+        raise ValueError(f"weights must be finite and not all 0, got {weights}")
     return dims, weights
 
 

@@ -190,7 +190,7 @@ def check_number(name: str, value: object, expected: str = "a number") -> float:
     except OverflowError:  # an int or a Fraction, which Python may refuse to print if it is too long
         largest = sys.float_info.max
         raise ValueError(
-            f"{name} must be from {-largest:.2g} to {largest:.2g}, got {type(value).__name__} beyond"
+            f"{name} must be from {-largest:.2g} to {largest:.2g}, got {type(value).__name__} out of range"
         ) from None
     return number if integer is None else integer
 
@@ -212,7 +212,7 @@ def check_weights(name: str, values: Any, expected: str) -> list[float]:
     `check_number`."""
     weights = check_numbers(name, values, expected)
     if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
-        raise ValueError(f"{name} must be finite, at least 0, and one of them above, got {weights}")
+        raise ValueError(f"{name} must be finite and at least 0, and not all 0, got {weights}")
     return weights
 
 

@@ -309,7 +309,7 @@ def _pairs_of_towers(
         raise TypeError(f"features must be a sequence of tensors, one per tower, got {type(features).__name__}")
     pairs = list(itertools.combinations(features, 2))
     if not pairs:
-        raise ValueError(f"features must be of at least two towers, got {len(features)}")
+        raise ValueError(f"features must hold at least two towers, got {len(features)}")
     for index, x in enumerate(features):
         check_rows(f"features[{index}]", x, may_be_empty=may_be_empty)
         check_same("features[0]", features[0], f"features[{index}]", x, "shape", "dtype", "device")
@@ -317,5 +317,5 @@ def _pairs_of_towers(
         return pairs, [1 / len(pairs)] * len(pairs)
     checked = check_weights("weights", weights, "a number for each pair")
     if len(checked) != len(pairs):
-        raise ValueError(f"weights must be one for each of the {len(pairs)} pairs, got {len(checked)}")
+        raise ValueError(f"weights must have one number for each of the {len(pairs)} pairs, got {len(checked)}")
     return pairs, checked

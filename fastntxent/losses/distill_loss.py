@@ -278,11 +278,11 @@ def _check_one_teacher(teacher: object, features: Mapping[str, Any]) -> None:
     given = [name for name, x in features.items() if x is not None]
     if teacher is None:
         if not given:
-            raise TypeError(f"{' and '.join(features)} must be given, or teacher in their place")
+            raise TypeError(f"{' and '.join(features)} must be given, or teacher instead")
     elif given:
-        raise ValueError(f"teacher must not be given beside {' and '.join(given)}: it takes their place")
+        raise ValueError(f"teacher must not be given with {' and '.join(given)}: it replaces them")
     elif not callable(teacher):
-        raise TypeError(f"teacher must be a function of image and text numbers, got {type(teacher).__name__}")
+        raise TypeError(f"teacher must be a function of image and text indices, got {type(teacher).__name__}")
 
 
 def _scale(batch: Batch, temperature: float | Tensor | None, logit_scale: float | Tensor | None) -> float | Tensor:

@@ -40,7 +40,7 @@ class Limits(NamedTuple):
         if margin is not None and relative_margin is not None:
             raise ValueError("margin and relative_margin must not both be given")
         if label_smoothing:
-            raise ValueError("label_smoothing takes no margin, relative_margin or ceiling")
+            raise ValueError("label_smoothing cannot be combined with margin, relative_margin or ceiling")
         if margin is not None:
             margin = _finite("margin", margin)
         if relative_margin is not None:

@@ -164,7 +164,7 @@ def info_nce(
         negatives="none" if negatives is None else f"{negatives.ndim}-d",
     )  # fmt: skip
     if negatives is None and not in_batch_negatives:
-        raise ValueError("negatives must be given where in_batch_negatives is False: a query needs some")
+        raise ValueError("negatives must be given when in_batch_negatives is False")
     inv_tau = batch.inverse_temperature(temperature, per_row=query.shape[0])
     if ids is None and negatives is None and not label_smoothing and not hardness_strength and limits is None:
         loss = batch.info_nce_at_once(query, key, inv_tau, both=False)

@@ -118,7 +118,7 @@ def sup_con(
     n_classes = _check_labels(labels, z, form)
     limits = Limits.checked(None, None, ceiling)
     if limits is not None and n_classes is not None:
-        raise ValueError("ceiling must be None where a row has several labels")
+        raise ValueError("ceiling must be None with several labels per row")
     if pair_weights is not None:
         _check_pair_weights(pair_weights, labels, z, form, ceiling)
     batch = open_batch(
@@ -238,11 +238,13 @@ def _check_multi_labels(labels: Tensor, z: Tensor, form: str) -> None:
             f"got {tuple(labels.shape)}"
         )
     if labels.shape[1] == 1 and labels.dtype != torch.bool:
-        raise ValueError(f"labels must have shape ({z.shape[0]},) for one class a row, got a column: labels.squeeze(1)")
+        raise ValueError(
+            f"labels must have shape ({z.shape[0]},) for one class per row, got a column; pass labels.squeeze(1)"
+        )
     if labels.device != z.device:
         raise ValueError(f"labels must be on the device of z, {z.device}, got {labels.device}")
     if form != "out":
         raise ValueError(
-            f"form must be 'out' where a row has several labels, got {form!r}: it needs every pair that shares a "
-            "label once, which takes a mask of all pairs"
+            f"form must be 'out' with several labels per row, got {form!r}: other forms need every pair that "
+            "shares a label once, and so a mask of all pairs"
         )

@@ -113,9 +113,7 @@ class NegativeQueue(nn.Module):
         check_rows("z", z)
         check_features("z", z, "the queue's rows", self._rows)
         if z.is_meta and not self._rows.is_meta:
-            raise ValueError(
-                f"z must hold numbers, for a queue on {self._rows.device}, got a tensor on the meta device"
-            )
+            raise ValueError(f"z must hold values for a queue on {self._rows.device}, got a tensor on the meta device")
         if ids is not None:
             check_ids("ids", ids, "z", z)
         pointer, filled = self._cursor.unbind()
@@ -197,7 +195,7 @@ class NegativeQueue(nn.Module):
                 raise TypeError(f"{key} must have a dtype like {own.dtype}, got {value.dtype}")
             if value.is_meta or (own.is_meta and not assign):
                 raise ValueError(
-                    f"{key} must have data, and the queue too unless assign=True: one is on the meta device"
+                    f"{key} must have data, and so must the queue unless assign=True: one is on the meta device"
                 )
         filled = int(self._checked_cursor(cursor_key, cursor)[1])
         held = rows[:filled] if assign else rows[:filled].to(self._rows.dtype)
