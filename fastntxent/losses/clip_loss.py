@@ -64,8 +64,9 @@ def clip(
     has the accuracy of a logit, eps / tau. "in" keeps its relative accuracy, and is the same loss where every row has
     one positive.
 
-    A negative that is as similar as its limit, up to rounding, stays in the sum, and so does one whose similarity is
-    NaN. No gradient flows through the choice. Limits and smoothing apply in both directions.
+    A negative exactly at a limit that `margin`, `relative_margin` or `ceiling` sets, up to rounding, stays in the sum,
+    and so does one whose similarity is NaN. No gradient flows through the choice. Limits and smoothing apply in both
+    directions.
 
     The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O(N D);
     the reference backend takes O(N^2).
@@ -229,8 +230,8 @@ def multi_clip(
     has the accuracy of a logit, eps / tau. "in" keeps its relative accuracy, and is the same loss where every row has
     one positive.
 
-    A negative that is as similar as its limit, up to rounding, stays in the sum, and so does one whose similarity is
-    NaN. No gradient flows through the choice.
+    A negative exactly at a limit that `margin`, `relative_margin` or `ceiling` sets, up to rounding, stays in the sum,
+    and so does one whose similarity is NaN. No gradient flows through the choice.
 
     The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O(T N
     D); the reference backend takes O(N^2).

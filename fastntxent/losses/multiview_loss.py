@@ -44,8 +44,9 @@ def multiview_nt_xent(
     P(i) are the other views of row i's sample n(i). Each ordered pair of views has one term, as in Tian et al.,
     "Contrastive Multiview Coding", 2020, with the negatives of all views. With V = 2 the loss is `nt_xent`.
 
-    A negative that is as similar as its limit, up to rounding, stays in the sum, and so does one whose similarity is
-    NaN. No gradient flows through the choice. Of several positives the least similar one sets the limit.
+    A negative exactly at a limit that `margin`, `relative_margin` or `ceiling` sets, up to rounding, stays in the sum,
+    and so does one whose similarity is NaN. No gradient flows through the choice. Of several positives the least
+    similar one sets the limit.
 
     The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O(V N D
     + V^2 N).

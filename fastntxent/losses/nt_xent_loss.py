@@ -64,8 +64,8 @@ def nt_xent(
     are [z_i; z_j], and p(i) is the other view of row i's sample. The positive stays in the denominator. With N = 1
     there are no negatives and the loss is 0.
 
-    A negative that is as similar as its limit, up to rounding, stays in the sum, and so does one whose similarity is
-    NaN. No gradient flows through the choice.
+    A negative exactly at a limit that `margin`, `relative_margin` or `ceiling` sets, up to rounding, stays in the sum,
+    and so does one whose similarity is NaN. No gradient flows through the choice.
 
     With `normalize`, float16, bfloat16 and float32 rows may have any finite length, and float64 rows up to 1e154, where
     their squares overflow. `split_views` makes `z_i` and `z_j` from one tensor. Gradients have the dtype of the

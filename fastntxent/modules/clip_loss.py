@@ -53,13 +53,14 @@ class CLIPLoss(TemperatureLoss):
     has the accuracy of a logit, eps / tau. "in" keeps its relative accuracy, and is the same loss where every row has
     one positive.
 
-    A negative that is as similar as its limit, up to rounding, stays in the sum, and so does one whose similarity is
-    NaN. No gradient flows through the choice.
+    A negative exactly at a limit that `margin`, `relative_margin` or `ceiling` sets, up to rounding, stays in the sum,
+    and so does one whose similarity is NaN. No gradient flows through the choice.
 
     The module holds the temperature, whose inverse is the logit scale, and learns it by default, as CLIP does.
     `logit_scale` is the bounded scale that the loss uses.
 
-    Call it as `loss(image_features, text_features, ids=None)`; `forward` has the shapes. The function is `clip`.
+    Call it as `loss(image_features, text_features, ids=None)`; `forward` describes the arguments. The function is
+    `clip`.
 
     Args:
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
@@ -198,13 +199,13 @@ class MultiCLIPLoss(CLIPLoss):
     has the accuracy of a logit, eps / tau. "in" keeps its relative accuracy, and is the same loss where every row has
     one positive.
 
-    A negative that is as similar as its limit, up to rounding, stays in the sum, and so does one whose similarity is
-    NaN. No gradient flows through the choice.
+    A negative exactly at a limit that `margin`, `relative_margin` or `ceiling` sets, up to rounding, stays in the sum,
+    and so does one whose similarity is NaN. No gradient flows through the choice.
 
     The module holds the temperature, whose inverse is the logit scale, and learns it by default, as CLIP does.
     `logit_scale` is the bounded scale that the loss uses.
 
-    Call it as `loss(features, ids=None)`; `forward` has the shapes. The function is `multi_clip`.
+    Call it as `loss(features, ids=None)`; `forward` describes the arguments. The function is `multi_clip`.
 
     Args:
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not

@@ -23,8 +23,8 @@ class DistillLoss(TemperatureLoss):
     student's similarities and temperature, p^T and q^T from the teacher's. The loss is smallest, and then equals the
     teacher's entropy, where the student's softmaxes are the teacher's.
 
-    Call it as `loss(image_features, text_features, teacher_image_features, teacher_text_features)`; `forward` has the
-    shapes. The function is `distill`.
+    Call it as `loss(image_features, text_features, teacher_image_features, teacher_text_features)`; `forward` describes
+    the arguments. The function is `distill`.
 
     With `teacher=`, a function, it takes no features of a teacher.
 

@@ -30,8 +30,8 @@ class GuidedInfoNCELoss(TemperatureLoss):
     or limit is NaN stays too. The loss of a query without negatives is 0. No gradient flows through the choice of
     negatives.
 
-    Call it as `loss(query, key, guide_query, guide_key, negatives=None, guide_negatives=None)`; `forward` has the
-    shapes. The function is `guided_info_nce`.
+    Call it as `loss(query, key, guide_query, guide_key, negatives=None, guide_negatives=None)`; `forward` describes the
+    arguments. The function is `guided_info_nce`.
 
     Args:
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not

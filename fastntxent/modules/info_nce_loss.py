@@ -26,14 +26,16 @@ class InfoNCELoss(TemperatureLoss):
     has the accuracy of a logit, eps / tau. "in" keeps its relative accuracy, and is the same loss where every row has
     one positive.
 
-    A negative that is as similar as its limit, up to rounding, stays in the sum, and so does one whose similarity is
-    NaN. No gradient flows through the choice. Limits apply to explicit negatives too.
+    A negative exactly at a limit that `margin`, `relative_margin` or `ceiling` sets, up to rounding, stays in the sum,
+    and so does one whose similarity is NaN. No gradient flows through the choice. Limits apply to explicit negatives
+    too.
 
     The hardness options follow Lan et al., "LLaVE: Large Language and Vision Embedding Models with Hardness-Weighted
     Contrastive Learning", 2025, as in sentence-transformers. With explicit negatives that queries share,
     sentence-transformers hardens only a query's own; here all of them get harder.
 
-    Call it as `loss(query, key, negatives=None, ids=None)`; `forward` has the shapes. The function is `info_nce`.
+    Call it as `loss(query, key, negatives=None, ids=None)`; `forward` describes the arguments. The function is
+    `info_nce`.
 
     Args:
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
@@ -57,8 +59,8 @@ class InfoNCELoss(TemperatureLoss):
             margin too, the smaller limit holds. None sets no limit. Not with `label_smoothing`.
         hardness_mode: Which negatives get harder logits: "in_batch_negatives", "hard_negatives" (the explicit ones) or
             "all_negatives".
-        hardness_strength: This number, 0 or more, times the similarity is added to the logits of those negatives,
-            without a gradient through the addend. 0 adds nothing. Not with `label_smoothing`.
+        hardness_strength: Add this multiple (0 or more) of the similarity to the logits of those negatives. No gradient
+            flows through the addend. Not with `label_smoothing`.
         reduction: "mean" over the N queries, "sum", or "none" for one loss per query.
         normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
             6.1e-5) in float16). False takes the rows as they are, and their products must not overflow.

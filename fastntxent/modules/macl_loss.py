@@ -21,7 +21,7 @@ class MACLLoss(TemperatureLoss):
     p(n) is the other view of sample n. No gradient flows through A or the weight 1 / (1 - exp(-l)). A row's loss tends
     to 1 as l tends to 0, and is 1 for N = 1.
 
-    Call it as `loss(z_i, z_j)`; `forward` has the shapes. The function is `macl`.
+    Call it as `loss(z_i, z_j)`; `forward` describes the arguments. The function is `macl`.
 
     Args:
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not

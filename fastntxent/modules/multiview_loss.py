@@ -22,10 +22,11 @@ class MultiViewNTXentLoss(TemperatureLoss):
     P(i) are the other views of row i's sample n(i). Each ordered pair of views has one term, as in Tian et al.,
     "Contrastive Multiview Coding", 2020, with the negatives of all views. With V = 2 the loss is `nt_xent`.
 
-    A negative that is as similar as its limit, up to rounding, stays in the sum, and so does one whose similarity is
-    NaN. No gradient flows through the choice. Of several positives the least similar one sets the limit.
+    A negative exactly at a limit that `margin`, `relative_margin` or `ceiling` sets, up to rounding, stays in the sum,
+    and so does one whose similarity is NaN. No gradient flows through the choice. Of several positives the least
+    similar one sets the limit.
 
-    Call it as `loss(views, ids=None)`; `forward` has the shapes. The function is `multiview_nt_xent`.
+    Call it as `loss(views, ids=None)`; `forward` describes the arguments. The function is `multiview_nt_xent`.
 
     Args:
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not

@@ -21,10 +21,10 @@ class NTXentLoss(TemperatureLoss):
     are [z_i; z_j], and p(i) is the other view of row i's sample. The positive stays in the denominator. With N = 1
     there are no negatives and the loss is 0.
 
-    A negative that is as similar as its limit, up to rounding, stays in the sum, and so does one whose similarity is
-    NaN. No gradient flows through the choice.
+    A negative exactly at a limit that `margin`, `relative_margin` or `ceiling` sets, up to rounding, stays in the sum,
+    and so does one whose similarity is NaN. No gradient flows through the choice.
 
-    Call it as `loss(z_i, z_j, ids=None)`; `forward` has the shapes. The function is `nt_xent`.
+    Call it as `loss(z_i, z_j, ids=None)`; `forward` describes the arguments. The function is `nt_xent`.
 
     Args:
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not

@@ -256,7 +256,7 @@ class QueueInfoNCELoss(TemperatureLoss):
     The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O((N +
     size) D).
 
-    Call it as `loss(query, key, ids=None)`; `forward` has the shapes.
+    Call it as `loss(query, key, ids=None)`; `forward` describes the arguments.
 
     Args:
         size: The number of rows that the queue holds, at least 1.

@@ -20,7 +20,7 @@ class RINCELoss(TemperatureLoss):
     log(lam), in which a positive counts without bound. Terms have the size of exp(q / tau), which float32 holds for q /
     tau < 88.
 
-    Call it as `loss(z_i, z_j)`; `forward` has the shapes. The function is `rince`.
+    Call it as `loss(z_i, z_j)`; `forward` describes the arguments. The function is `rince`.
 
     Args:
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not

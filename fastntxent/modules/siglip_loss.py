@@ -59,7 +59,8 @@ class SigLIPLoss(_Biased, TemperatureLoss):
 
     The module learns both by default, as SigLIP does.
 
-    Call it as `loss(image_features, text_features, ids=None)`; `forward` has the shapes. The function is `siglip`.
+    Call it as `loss(image_features, text_features, ids=None)`; `forward` describes the arguments. The function is
+    `siglip`.
 
     Args:
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
@@ -131,7 +132,7 @@ class NTLogisticLoss(_Biased, TemperatureLoss):
     Table 2 of Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", 2020, with all
     negatives and a bias, which is 0 there. The rows are [z_i; z_j], and p(i) is the other view of row i's sample.
 
-    Call it as `loss(z_i, z_j, ids=None)`; `forward` has the shapes. The function is `nt_logistic`.
+    Call it as `loss(z_i, z_j, ids=None)`; `forward` describes the arguments. The function is `nt_logistic`.
 
     Args:
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not

@@ -38,7 +38,7 @@ class SupConLoss(TemperatureLoss):
 
     The module holds `pair_weights` as a buffer.
 
-    Call it as `loss(z, labels)`; `forward` has the shapes. The function is `sup_con`.
+    Call it as `loss(z, labels)`; `forward` describes the arguments. The function is `sup_con`.
 
     Args:
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
