@@ -1,5 +1,7 @@
 """The docstrings of the public names, as an editor shows them: complete, in one format, and in the same words."""
 
+import enum
+import importlib
 import inspect
 import re
 from collections import defaultdict
@@ -8,22 +10,34 @@ import pytest
 from torch import nn
 
 import fastntxent
-from fastntxent import error_budget, losses, modules
+from fastntxent import compat, error_budget, losses, modules
 from fastntxent.modules.base import TemperatureLoss, _with_options_named
 
+
+def forwards(names):
+    """Return the `forward` of every module of this package among the names."""
+    return {
+        f"{name}.forward": cls.forward
+        for name, cls in names.items()
+        if inspect.isclass(cls) and issubclass(cls, nn.Module) and cls.forward.__module__.startswith("fastntxent.")
+    }
+
+
 PUBLIC = {name: getattr(fastntxent, name) for name in fastntxent.__all__}
-FORWARDS = {
-    f"{name}.forward": cls.forward
-    for name, cls in PUBLIC.items()
-    if inspect.isclass(cls) and issubclass(cls, nn.Module) and cls.forward.__module__.startswith("fastntxent.")
-}
 METHODS = {
-    **FORWARDS,
+    **forwards(PUBLIC),
     "NegativeQueue.push": fastntxent.NegativeQueue.push,
     "NegativeQueue.neg_lse": fastntxent.NegativeQueue.neg_lse,
 }
 DOCUMENTED = {**PUBLIC, **METHODS, "error_budget.compare": error_budget.compare}
 FUNCTIONS = {name: obj for name, obj in DOCUMENTED.items() if inspect.isfunction(obj)}
+DROP_INS = {
+    f"{library}.{name}": obj
+    for library in compat.__all__
+    for module in [importlib.import_module(f"fastntxent.compat.{library}")]
+    for name, obj in [(name, getattr(module, name)) for name in module.__all__]
+    if callable(obj) and not (inspect.isclass(obj) and issubclass(obj, enum.Enum))
+}
 LOSSES = sorted({*losses.__all__, *modules.__all__} - {"NTXentTerms", "NegativeQueue"})
 
 # A parameter has one description, the same wherever it stands. Only these have more, because it means something else or
@@ -96,6 +110,14 @@ def test_docstring_describes_the_parameters_of_the_signature_in_their_order(name
     assert list(described(DOCUMENTED[name])) == signature(DOCUMENTED[name])
 
 
+@pytest.mark.parametrize(("name", "obj"), (DROP_INS | forwards(DROP_INS)).items())
+def test_docstring_of_a_drop_in_describes_the_parameters_of_the_signature_in_their_order(name, obj):
+    parameters, arguments = signature(obj), list(described(obj))
+    if parameters[-1] == "**kwargs":  # the docstring has the names that the library takes
+        parameters[-1:] = arguments[len(parameters) - 1 :]
+    assert arguments == parameters
+
+
 @pytest.mark.parametrize("name", DOCUMENTED)
 def test_docstring_begins_with_one_line(name):
     summary, *rest = inspect.getdoc(DOCUMENTED[name]).splitlines()
@@ -103,9 +125,15 @@ def test_docstring_begins_with_one_line(name):
     assert not rest or not rest[0]
 
 
-@pytest.mark.parametrize("name", PUBLIC)
-def test_docstring_has_an_example(name):
-    assert any(line.startswith("    >>> ") for line in section(PUBLIC[name], "Example"))
+@pytest.mark.parametrize(("name", "obj"), (PUBLIC | DROP_INS).items())
+def test_docstring_has_an_example(name, obj):
+    assert any(line.startswith("    >>> ") for line in section(obj, "Example"))
+
+
+@pytest.mark.parametrize(("name", "obj"), (DOCUMENTED | DROP_INS | forwards(DROP_INS)).items())
+def test_docstring_refers_to_no_other_for_an_argument(name, obj):
+    for argument, text in described(obj).items():
+        assert not re.match(r"(?i)(as|like) (in|of|for) `", text), f"{argument}: {text}"
 
 
 @pytest.mark.parametrize("name", LOSSES)
