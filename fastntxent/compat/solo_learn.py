@@ -26,7 +26,7 @@ def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float | Tensor = 0
         {\sum_{p \in P(i)} e^{s_{ip}/\tau} + \sum_{n \notin P(i), n \ne i} e^{s_{in}/\tau}}
 
     With the sample's number as its index this is SimCLR; with its class it is the supervised form, `sup_con(form="in")`
-    minus log |P(i)|.
+    minus the logarithm of the size of P(i).
 
     As in solo-learn, in a process group the loss covers the batch of all ranks, positives included, and is the same on
     every rank. Indexes must then mean the same on every rank.
