@@ -20,9 +20,16 @@ from torch import Tensor
 from benchmarks import instruction_set
 from fastntxent.distributed import wire
 
-
 # Ranks are forked from a server that has imported these. Importing PyTorch takes longer than most tests do on a rank.
-_IMPORTED_ONCE = ["torch", "torch.distributed", "torch.testing", "pytest", "hypothesis", "fastntxent", "fastntxent.compat"]
+_IMPORTED_ONCE = [
+    "torch",
+    "torch.distributed",
+    "torch.testing",
+    "pytest",
+    "hypothesis",
+    "fastntxent",
+    "fastntxent.compat",
+]
 _FORKS = "forkserver" in multiprocessing.get_all_start_methods()  # not on Windows
 if _FORKS:
     multiprocessing.get_context("forkserver").set_forkserver_preload(_IMPORTED_ONCE)

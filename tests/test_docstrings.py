@@ -11,7 +11,6 @@ from torch import nn
 
 import fastntxent
 from fastntxent import compat, error_budget, losses, modules
-from fastntxent.modules.base import TemperatureLoss, _with_options_named
 
 
 def forwards(names):
@@ -71,10 +70,8 @@ def is_named_tuple(obj):
 
 
 def signature(obj):
-    """Return the names of the parameters, a module's options among them. `*args` and `**kwargs` keep their stars."""
+    """Return the names of the parameters. `*args` and `**kwargs` keep their stars."""
     found = inspect.signature(obj)
-    if inspect.isclass(obj) and issubclass(obj, TemperatureLoss):
-        found = _with_options_named(found)
     stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
     return [stars.get(p.kind, "") + name for name, p in found.parameters.items() if name != "self"]
 

@@ -92,7 +92,8 @@ class TemperatureLoss(TypedModule):
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
         constructor = vars(cls).get("__init__")
-        if TemperatureLoss in cls.__bases__ and constructor is not None:
+        ours = cls.__module__.startswith(f"{__package__}.")  # a user's `**options` may mean something else
+        if ours and constructor is not None:
             constructor.__signature__ = _with_options_named(inspect.signature(constructor))
 
     @property
