@@ -1,0 +1,148 @@
+"""The documentation site: `make docs` builds it into build/docs, without the network and without a warning."""
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+from docutils import nodes
+from sphinx.addnodes import pending_xref
+from sphinx.application import Sphinx
+from sphinx.transforms import SphinxTransform
+from sphinx.util.docutils import SphinxDirective
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # this checkout, whatever is installed
+
+import fastntxent  # noqa: E402
+
+project = "fastntxent"
+author = "The fastntxent authors"
+copyright = "The fastntxent authors. Apache-2.0"  # noqa: A001 (Sphinx's name)
+version = release = fastntxent.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+    "sphinx_design",
+]
+exclude_patterns = ["_build"]
+
+# --- pages
+
+html_theme = "furo"
+html_title = "fastntxent"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_show_sourcelink = False
+html_copy_source = False
+
+myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
+myst_dmath_double_inline = True
+myst_heading_anchors = 4
+suppress_warnings = ["myst.header"]  # a page may leave out a level of headings
+highlight_language = "none"  # a block without a language is a formula, a folder or output
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+copybutton_selector = "div.highlight-python pre, div.highlight-bash pre, div.highlight-toml pre"
+
+# --- mathematics
+
+# MathJax from a package, so that pages opened from a disk have their formulas. Sphinx would take it from a CDN, and does
+# so where the package is missing. tex-svg.js is one file with its glyphs in it: it loads no font and nothing else.
+_mathjax = importlib.util.find_spec("mathjax")
+for _folder in _mathjax.submodule_search_locations or () if _mathjax else ():
+    _script = Path(_folder) / "static" / "mathjax" / "es5" / "tex-svg.js"
+    if _script.exists():
+        html_static_path.append(str(_script))
+        mathjax_path = "tex-svg.js"
+mathjax3_config = {"svg": {"scale": 1.0, "fontCache": "global"}}
+
+# --- docstrings
+
+autodoc_default_options = {"member-order": "bysource"}
+autodoc_inherit_docstrings = False  # a forward without words has none, rather than those of torch.nn.Module
+autosummary_generate = False
+autodoc_typehints = "signature"
+autodoc_class_signature = "mixed"
+python_maximum_signature_line_length = 88
+python_use_unqualified_type_names = True
+add_module_names = False
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+default_role = "py:obj"  # `nt_xent` in a docstring is a link; a name that is not documented stays code
+
+# Links that work in the repository, and their places on the site.
+MOVED = {"../README.md#figures": "figures.md"}
+
+
+def move_links(app: Sphinx, name: str, source: list[str]) -> None:
+    """Point links to files outside docs/ at the page of the site that has their contents."""
+    for there, here in MOVED.items():
+        source[0] = source[0].replace(f"({there})", f"({here})")
+
+
+def tidy_docstring(app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
+    """Write a docstring as reStructuredText wants it, before napoleon reads it.
+
+    A bar of |x| is no substitution, and a list of argument names that goes over two lines is one line.
+    """
+    literal, joined = -1, list[str]()  # the indentation of the line that began a literal block or a formula
+    for line in lines:
+        indent = len(line) - len(line.lstrip())
+        if line.strip() and literal >= 0 and indent <= literal:
+            literal = -1
+        if literal < 0 and not line.lstrip().startswith((">>>", "...")):
+            if line.rstrip().endswith("::") or line.lstrip().startswith(".. "):
+                literal = indent
+            else:
+                parts = re.split(r"(``.*?``)", line)
+                line = "".join(part if part.startswith("``") else re.sub(r"(?<!\\)\|", r"\|", part) for part in parts)
+        if joined and re.fullmatch(r" {4}(\w+, )*\w+,", joined[-1]) and re.match(r" {8}(\w+, )*\w+: ", line):
+            joined[-1] += " " + line.strip()
+        else:
+            joined.append(line)
+    lines[:] = joined
+
+
+class LinkNames(SphinxTransform):
+    """Link the package's public names, where a page has them as code, to the reference."""
+
+    default_priority = 400
+    name = re.compile(r"(?:fastntxent\.)?(\w+)(?:\(.*\))?")
+
+    def apply(self) -> None:
+        """Wrap each such literal in a reference."""
+        if self.env.docname.startswith("api/"):
+            return  # its docstrings have references already
+        for literal in list(self.document.findall(nodes.literal)):
+            found = self.name.fullmatch(literal.astext())
+            inside = (nodes.reference, pending_xref, nodes.title)
+            if found is None or found[1] not in fastntxent.__all__ or _is_inside(literal, inside):
+                continue
+            target = f"fastntxent.{found[1]}"
+            reference = pending_xref(
+                "", refdomain="py", reftype="obj", reftarget=target, refdoc=self.env.docname, refwarn=False
+            )
+            literal.replace_self(reference)
+            reference += literal
+
+
+def _is_inside(node: nodes.Node, kinds: tuple[type[nodes.Node], ...]) -> bool:
+    while node is not None:
+        if isinstance(node, kinds):
+            return True
+        node = node.parent
+    return False
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Register what this file defines."""
+    app.connect("source-read", move_links)
+    app.connect("autodoc-process-docstring", tidy_docstring, priority=100)
+    app.add_transform(LinkNames)
+    return {"parallel_read_safe": True}
