@@ -1,6 +1,10 @@
 """The documentation site: `make docs` builds it into build/docs, without the network and without a warning."""
 
+import contextlib
+import importlib
 import importlib.util
+import io
+import os
 import re
 import sys
 from pathlib import Path
@@ -48,6 +52,7 @@ suppress_warnings = ["myst.header"]  # a page may leave out a level of headings
 highlight_language = "none"  # a block without a language is a formula, a folder or output
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
+html_theme_options = {"footer_icons": []}
 copybutton_selector = "div.highlight-python pre, div.highlight-bash pre, div.highlight-toml pre"
 
 # --- mathematics
@@ -140,9 +145,30 @@ def _is_inside(node: nodes.Node, kinds: tuple[type[nodes.Node], ...]) -> bool:
     return False
 
 
+class CommandHelp(SphinxDirective):
+    """The `--help` of a command: the module of its `main`, then its arguments."""
+
+    required_arguments = 1
+    optional_arguments = 1
+    final_argument_whitespace = True
+
+    def run(self) -> list[nodes.Node]:
+        """Return the help as a literal block."""
+        module, *rest = self.arguments
+        os.environ.update(COLUMNS="96", NO_COLOR="1")
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+            importlib.import_module(module).main([*" ".join(rest).split(), "--help"])
+        text = said.getvalue().rstrip()
+        if not text:
+            raise self.error(f"{module} has no help")
+        return [nodes.literal_block(text, text, language="none")]
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register what this file defines."""
     app.connect("source-read", move_links)
     app.connect("autodoc-process-docstring", tidy_docstring, priority=100)
+    app.add_directive("command-help", CommandHelp)
     app.add_transform(LinkNames)
     return {"parallel_read_safe": True}
