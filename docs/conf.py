@@ -22,7 +22,7 @@ import fastntxent  # noqa: E402
 
 project = "fastntxent"
 author = "The fastntxent authors"
-copyright = "The fastntxent authors. Apache-2.0"  # noqa: A001 (Sphinx's name)
+copyright = "The fastntxent authors. Apache-2.0"
 version = release = fastntxent.__version__
 
 extensions = [
@@ -32,9 +32,7 @@ extensions = [
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
-    "sphinx_design",
 ]
-exclude_patterns = ["_build"]
 
 # --- pages
 
@@ -52,20 +50,19 @@ suppress_warnings = ["myst.header"]  # a page may leave out a level of headings
 highlight_language = "none"  # a block without a language is a formula, a folder or output
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
-html_theme_options = {"footer_icons": []}
 copybutton_selector = "div.highlight-python pre, div.highlight-bash pre, div.highlight-toml pre"
 
 # --- mathematics
 
-# MathJax from a package, so that pages opened from a disk have their formulas. Sphinx would take it from a CDN, and does
-# so where the package is missing. tex-svg.js is one file with its glyphs in it: it loads no font and nothing else.
+# MathJax comes from the package django-static-mathjax, so formulas render without the network. If it is not installed,
+# Sphinx's default, a CDN, is used. tex-svg.js is one file with its glyphs in it: it loads no font and nothing else.
 _mathjax = importlib.util.find_spec("mathjax")
 for _folder in _mathjax.submodule_search_locations or () if _mathjax else ():
     _script = Path(_folder) / "static" / "mathjax" / "es5" / "tex-svg.js"
     if _script.exists():
         html_static_path.append(str(_script))
         mathjax_path = "tex-svg.js"
-mathjax3_config = {"svg": {"scale": 1.0, "fontCache": "global"}}
+mathjax3_config = {"svg": {"scale": 0.92}}
 
 # --- docstrings
 
@@ -77,6 +74,7 @@ autodoc_class_signature = "mixed"
 python_maximum_signature_line_length = 88
 python_use_unqualified_type_names = True
 add_module_names = False
+toc_object_entries_show_parents = "hide"
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 default_role = "py:obj"  # `nt_xent` in a docstring is a link; a name that is not documented stays code
