@@ -79,6 +79,9 @@ napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 default_role = "py:obj"  # `nt_xent` in a docstring is a link; a name that is not documented stays code
 
+# Names that pages also use for other things, such as options: linked only as `fastntxent.verify` or `verify()`.
+AMBIGUOUS = {"alignment", "backends", "clip", "distill", "verify"}
+
 # Links that work in the repository, and their places on the site.
 MOVED = {"../README.md#figures": "figures.md"}
 
@@ -90,26 +93,33 @@ def move_links(app: Sphinx, name: str, source: list[str]) -> None:
 
 
 def tidy_docstring(app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
-    """Write a docstring as reStructuredText wants it, before napoleon reads it.
+    """Make a docstring valid reStructuredText, before napoleon reads it.
 
-    A bar of |x| is no substitution, and a list of argument names that goes over two lines is one line.
+    Code that is no name becomes a literal, a bar of |x| does not start a substitution, and a list of arguments that is
+    wrapped before its colon becomes one line.
     """
-    literal, joined = -1, list[str]()  # the indentation of the line that began a literal block or a formula
-    for line in lines:
+    text = re.sub(r"(?<![:`])`([^`]+)`(?!`)", _code, "\n".join(lines))
+    tidied: list[str] = []
+    literal = -1  # the indentation of the line that began a formula or a literal block, or -1 outside of one
+    for line in text.split("\n"):
         indent = len(line) - len(line.lstrip())
-        if line.strip() and literal >= 0 and indent <= literal:
+        if line.strip() and indent <= literal:
             literal = -1
-        if literal < 0 and not line.lstrip().startswith((">>>", "...")):
-            if line.rstrip().endswith("::") or line.lstrip().startswith(".. "):
-                literal = indent
-            else:
-                parts = re.split(r"(``.*?``)", line)
-                line = "".join(part if part.startswith("``") else re.sub(r"(?<!\\)\|", r"\|", part) for part in parts)
-        if joined and re.fullmatch(r" {4}(\w+, )*\w+,", joined[-1]) and re.match(r" {8}(\w+, )*\w+: ", line):
-            joined[-1] += " " + line.strip()
+        if (literal < 0 and line.lstrip().startswith(".. ")) or line.endswith("::"):
+            literal = indent
+        elif literal < 0 and not line.lstrip().startswith((">>>", "...")):
+            parts = re.split(r"(``.*?``)", line)
+            line = "".join(part if part.startswith("``") else re.sub(r"(?<!\\)\|", r"\|", part) for part in parts)
+        if tidied and re.fullmatch(r" {4}(\w+, )*\w+,", tidied[-1]) and re.match(r" {8}(\w+, )*\w+: ", line):
+            tidied[-1] += " " + line.strip()
         else:
-            joined.append(line)
-    lines[:] = joined
+            tidied.append(line)
+    lines[:] = tidied
+
+
+def _code(match: re.Match[str]) -> str:
+    is_name = re.fullmatch(r"\w+(\.\w+)*(\(\))?", match[1])
+    return match[0] if is_name else f"``{match[1]}``"
 
 
 class LinkNames(SphinxTransform):
@@ -126,6 +136,8 @@ class LinkNames(SphinxTransform):
             found = self.name.fullmatch(literal.astext())
             inside = (nodes.reference, pending_xref, nodes.title)
             if found is None or found[1] not in fastntxent.__all__ or _is_inside(literal, inside):
+                continue
+            if found[0] in AMBIGUOUS:
                 continue
             target = f"fastntxent.{found[1]}"
             reference = pending_xref(
