@@ -10,7 +10,6 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 CHECKOUT = Path(__file__).parent.parent
@@ -86,22 +85,6 @@ def test_build_does_not_require_torch():
     (requires,) = re.findall(r"^requires = (.*)$", (CHECKOUT / "pyproject.toml").read_text(), re.MULTILINE)
     assert "setuptools" in requires
     assert "torch" not in requires
-
-
-def test_readme_python_runs(tmp_path, monkeypatch):
-    blocks = re.findall(r"```python\n(.*?)```", (CHECKOUT / "README.md").read_text(), re.DOTALL)
-    assert blocks
-    monkeypatch.chdir(tmp_path)
-    features = np.random.default_rng(0).standard_normal((9, 4)).astype(np.float32)
-    np.savez("features.npz", features=features, paths=np.array([f"{i}.png" for i in range(9)]))  # as `embed` writes it
-    for block in blocks:
-        exec(block, {})
-
-
-def test_readme_commands_are_make_targets():
-    targets = set(re.findall(r"^([a-z-]+):", (CHECKOUT / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"\bmake ([a-z-]+)", (CHECKOUT / "README.md").read_text()))
-    assert {"test", "lint", "demo", "bench"} <= named <= targets
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a shell for an nvcc that is none")
