@@ -83,7 +83,7 @@ default_role = "py:obj"  # `nt_xent` in a docstring is a link; a name that is no
 AMBIGUOUS = {"alignment", "backends", "clip", "distill", "verify"}
 
 # Links that work in the repository, and their places on the site.
-MOVED = {"../README.md#figures": "figures.md"}
+MOVED = {"../README.md#figures": "benchmarks.md"}
 
 
 def move_links(app: Sphinx, name: str, source: list[str]) -> None:

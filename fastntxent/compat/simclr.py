@@ -52,10 +52,11 @@ def add_contrastive_loss(
 
     Returns:
         A named tuple:
-        loss: 0-d.
-        logits: first against second views, (N, N), not formed. `logits.dense()` forms them; `logits.argmax()` returns
-            the nearest second view without forming them all.
-        labels: (N,), the column of each row's positive; TensorFlow returns them one-hot, (N, 2N).
+
+        - loss: 0-d.
+        - logits: first against second views, (N, N), not formed. `logits.dense()` forms them; `logits.argmax()`
+          returns the nearest second view without forming them all.
+        - labels: (N,), the column of each row's positive; TensorFlow returns them one-hot, (N, 2N).
 
         With several replicas the rows of the logits are this rank's, and the columns are those of all ranks.
 
