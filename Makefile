@@ -45,6 +45,7 @@ lint: $(VENV)/installed
 
 # The documentation site, in build/docs: open build/docs/index.html. A warning is an error, and nothing is downloaded.
 docs: $(VENV)/docs
+	rm -rf build/docs
 	$(VENV)/bin/sphinx-build -q -W --keep-going -E -d build/doctrees docs build/docs
 
 # The CPU kernels, and the CUDA kernels on an emulated device, against their definition under sanitizers, and every

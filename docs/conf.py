@@ -50,7 +50,6 @@ suppress_warnings = ["myst.header"]  # a page may leave out a level of headings
 highlight_language = "none"  # a block without a language is a formula, a folder or output
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
-copybutton_selector = "div.highlight-python pre, div.highlight-bash pre, div.highlight-toml pre"
 
 # --- mathematics
 
@@ -80,7 +79,7 @@ napoleon_use_rtype = False
 default_role = "py:obj"  # `nt_xent` in a docstring is a link; a name that is not documented stays code
 
 # Names that pages also use for other things, such as options: linked only as `fastntxent.verify` or `verify()`.
-AMBIGUOUS = {"alignment", "backends", "clip", "distill", "verify"}
+AMBIGUOUS = {"alignment", "backends", "verify"}
 
 # Links that work in the repository, and their places on the site.
 MOVED = {"../README.md#figures": "benchmarks.md"}
