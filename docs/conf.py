@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Literal, get_origin
 
 from docutils import nodes
 from sphinx.addnodes import pending_xref
@@ -19,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # this checkout, whatever is installed
 
 import fastntxent  # noqa: E402
+from fastntxent import options  # noqa: E402
 
 project = "fastntxent"
 author = "The fastntxent authors"
@@ -69,6 +71,7 @@ autodoc_default_options = {"member-order": "bysource"}
 autodoc_inherit_docstrings = False  # a forward without words has none, rather than those of torch.nn.Module
 autosummary_generate = False
 autodoc_typehints = "signature"
+autodoc_type_aliases = {name: name for name, kind in vars(options).items() if get_origin(kind) is Literal}
 autodoc_class_signature = "mixed"
 python_maximum_signature_line_length = 88
 python_use_unqualified_type_names = True
