@@ -76,7 +76,7 @@ triton-versions: $(VENV)/installed
 	    --targets sm_80 sm_90 sm_100 sm_120 gfx942 || exit 1; \
 	done
 
-# The figures of the README and the docs: make bench BENCH_OUT=benchmarks/results, then python -m benchmarks report. Those of
+# The figures of the docs: make bench BENCH_OUT=benchmarks/results, then python -m benchmarks report. The files of
 # suite cpu are named after the instruction set, so that one folder holds several.
 bench: $(VENV)/bench
 	set=$$($(VENV)/bin/python -m benchmarks.instruction_set) && \
@@ -91,7 +91,7 @@ bench-avx2: $(VENV)/bench
 
 # On a machine with a GPU: build, verify, the suite, compute-sanitizer, the benchmark, the tuner, ncu, each in parts of ten
 # minutes at most. It goes on where it stopped: make gpu STAGE=verify, make gpu OPTIONS="--seconds 540",
-# make gpu OPTIONS=--rehearse where there is no GPU. Then python -m benchmarks report puts the device into the README.
+# make gpu OPTIONS=--rehearse where there is no GPU. Then python -m benchmarks report puts the device into docs/verification.md.
 gpu: $(VENV)/bench
 	$(VENV)/bin/python -m benchmarks.gpu_session $(if $(STAGE),--stage $(STAGE)) $(if $(OUT),--out $(OUT)) $(OPTIONS)
 

@@ -1,4 +1,4 @@
-"""The README's list of devices on which the kernels were verified, from the records of `make gpu`."""
+"""The list of devices on which the kernels were verified, from the records of `make gpu`."""
 
 from __future__ import annotations
 

@@ -84,15 +84,6 @@ default_role = "py:obj"  # `nt_xent` in a docstring is a link; a name that is no
 # Names that pages also use for other things, such as options: linked only as `fastntxent.verify` or `verify()`.
 AMBIGUOUS = {"alignment", "backends", "verify"}
 
-# Links that work in the repository, and their places on the site.
-MOVED = {"../README.md#figures": "benchmarks.md"}
-
-
-def move_links(app: Sphinx, name: str, source: list[str]) -> None:
-    """Point links to files outside docs/ at the page of the site that has their contents."""
-    for there, here in MOVED.items():
-        source[0] = source[0].replace(f"({there})", f"({here})")
-
 
 def tidy_docstring(app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
     """Make a docstring valid reStructuredText, before napoleon reads it.
@@ -179,7 +170,6 @@ class CommandHelp(SphinxDirective):
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register what this file defines."""
-    app.connect("source-read", move_links)
     app.connect("autodoc-process-docstring", tidy_docstring, priority=100)
     app.add_directive("command-help", CommandHelp)
     app.add_transform(LinkNames)

@@ -65,7 +65,7 @@ else:
         return importlib.import_module(f"{__name__}.{name}")
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BackendStatus",

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import fastntxent
+
 CHECKOUT = Path(__file__).parent.parent
 
 
@@ -31,7 +33,8 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     sources = {str(p.relative_to(CHECKOUT)) for p in (CHECKOUT / "fastntxent").rglob("*.py")}
     assert sources <= names
     assert "fastntxent/py.typed" in names
-    assert {name.partition("/")[0] for name in names} <= {"fastntxent", "fastntxent-0.1.0.dist-info"}
+    metadata = f"fastntxent-{fastntxent.__version__}.dist-info"
+    assert {name.partition("/")[0] for name in names} <= {"fastntxent", metadata}
     assert any(name.endswith("LICENSE") for name in names)
 
 
