@@ -46,13 +46,26 @@ _CHECKED = {kind for entry in _TABLE.values() if entry.auto == "passed" for kind
 
 
 class BackendStatus(NamedTuple):
-    """The status of one backend, as `backends()` reports it."""
+    """The status of one backend, as `backends()` reports it.
+
+    Attributes:
+        available: Whether the backend loads on this machine.
+        device_types: The device types that it serves, such as ("cpu",); ("any",) if it runs wherever PyTorch does.
+        reason: Why it is not available, else None.
+        details: The hardware that it uses, such as "avx2, 2 threads", or None.
+        verdict: Its verification result on the current device, or None if "auto" does not depend on one.
+
+    Example:
+        >>> import fastntxent
+        >>> fastntxent.backends()["blocked"].device_types
+        ('any',)
+    """
 
     available: bool
     device_types: tuple[str, ...]
-    reason: str | None  # why it is not available, else None
-    details: str | None = None  # the hardware it uses, such as "avx2, 2 threads"
-    verdict: str | None = None  # its verification result on the current device, if "auto" depends on one
+    reason: str | None
+    details: str | None = None
+    verdict: str | None = None
 
 
 @functools.cache

@@ -60,12 +60,12 @@ def mini_batched(
     """Return a view of each column's features in mini-batches.
 
     Args:
-        model: the model that embeds the features.
-        columns: the features, one dict per column.
-        name: the model's name in errors.
-        size: rows of a mini-batch.
-        num_tokens: the most tokens of a mini-batch, used in place of `size` unless it is None.
-        prepare: applied to a mini-batch's features, without trailing padding, before the model gets them.
+        model: The model that embeds the features.
+        columns: The features, one dict per column.
+        name: The model's name in errors.
+        size: Rows of a mini-batch.
+        num_tokens: The most tokens of a mini-batch, used in place of `size` unless it is None.
+        prepare: Applied to a mini-batch's features, without trailing padding, before the model gets them.
     """
     views = chunked_views(
         model,

@@ -54,18 +54,23 @@ class GISTEmbedLoss(TypedModule):
     `compute_loss_from_embeddings` is the loss without the models.
 
     Args:
-        model: maps a dict of features to a dict with "sentence_embedding", or None to pass embeddings.
-        guide: the guide model, called like `model`. If both have a tokenizer, and the guide has another vocabulary or a
+        model: Maps a dict of features to a dict with "sentence_embedding", or None to pass embeddings.
+        guide: The guide model, called like `model`. If both have a tokenizer, and the guide has another vocabulary or a
             smaller max_seq_length, "input_ids" are decoded by the model's tokenizer and tokenized again for the guide.
-        temperature: positive.
-        margin_strategy: how the limit follows from g, the guide's similarity of anchor and positive: g - margin for
-            "absolute", g - margin |g| for "relative".
-        margin: the margin. Negatives whose similarity, for the guide, is above the limit are left out.
-        contrast_anchors: use other anchors as negatives.
-        contrast_positives: use other positives as negatives of a positive.
-        gather_across_devices: use the batch of all ranks of the default process group. The loss is the mean over all
+        temperature: tau > 0, a float or a 0-d floating-point tensor.
+        margin_strategy: How the limit follows from g, the guide's similarity of anchor and positive: g - margin for
+            "absolute", g - margin abs(g) for "relative".
+        margin: The margin. Negatives whose similarity, for the guide, is above the limit are left out.
+        contrast_anchors: Use other anchors as negatives.
+        contrast_positives: Use other positives as negatives of a positive.
+        gather_across_devices: Use the batch of all ranks of the default process group. The loss is the mean over all
             ranks' anchors, the same on every rank, and the anchors among the negatives are those of all ranks (in the
             library both are limited to the rank's anchors).
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a number is out of range, an option is unknown, or, when called, a model is missing or the columns
+            do not match.
 
     Example:
         >>> import torch
@@ -104,8 +109,8 @@ class GISTEmbedLoss(TypedModule):
         """Return the loss, a 0-d tensor.
 
         Args:
-            sentence_features: the features of anchor, positive and, optionally, negative, one dict each.
-            labels: unused, as in the library.
+            sentence_features: The features of anchor, positive and, optionally, negative, one dict each.
+            labels: Unused, as in the library.
         """
         model, guide = self._models()
         columns = as_columns("sentence_features", sentence_features)
@@ -141,8 +146,8 @@ class GISTEmbedLoss(TypedModule):
         """Return the loss of embeddings, a 0-d tensor.
 
         Args:
-            embeddings: anchors, positives and, optionally, negatives, (N, D) each.
-            guide_embeddings: the guide's embeddings of the same columns, (N, E) each.
+            embeddings: Anchors, positives and, optionally, negatives, (N, D) each.
+            guide_embeddings: The guide's embeddings of the same columns, (N, E) each.
         """
         several, group = self._several_negatives, default_group() if self.gather_across_devices else None
         embeddings = as_columns("embeddings", embeddings)
@@ -204,18 +209,28 @@ class CachedGISTEmbedLoss(GISTEmbedLoss):
     gradients disabled the model runs once.
 
     Args:
-        model: as in `GISTEmbedLoss`.
-        guide: as in `GISTEmbedLoss`. It sees the model's mini-batches.
-        temperature: as in `GISTEmbedLoss`.
-        mini_batch_size: rows of a column that the models see at a time.
-        mini_batch_num_tokens: used in place of mini_batch_size: the most tokens at a time, as in
-            `CachedMultipleNegativesRankingLoss`.
-        show_progress_bar: show the model's mini-batches of both passes with tqdm.
-        margin_strategy: as in `GISTEmbedLoss`.
-        margin: as in `GISTEmbedLoss`.
-        contrast_anchors: as in `GISTEmbedLoss`.
-        contrast_positives: as in `GISTEmbedLoss`.
-        gather_across_devices: as in `GISTEmbedLoss`.
+        model: Maps a dict of features to a dict with "sentence_embedding", or None to pass embeddings.
+        guide: The guide model, called like `model`. If both have a tokenizer, and the guide has another vocabulary or a
+            smaller max_seq_length, "input_ids" are decoded by the model's tokenizer and tokenized again for the guide.
+            It gets the same mini-batches as the model.
+        temperature: tau > 0, a float or a 0-d floating-point tensor.
+        mini_batch_size: Rows of a column that the models see at a time.
+        mini_batch_num_tokens: Used in place of mini_batch_size: the most tokens that the models see at a time, counted
+            in the features' attention_mask. A longer row is a mini-batch by itself.
+        show_progress_bar: Show the model's mini-batches of both passes with tqdm.
+        margin_strategy: How the limit follows from g, the guide's similarity of anchor and positive: g - margin for
+            "absolute", g - margin abs(g) for "relative".
+        margin: The margin. Negatives whose similarity, for the guide, is above the limit are left out.
+        contrast_anchors: Use other anchors as negatives.
+        contrast_positives: Use other positives as negatives of a positive.
+        gather_across_devices: Use the batch of all ranks of the default process group. The loss is the mean over all
+            ranks' anchors, the same on every rank, and the anchors among the negatives are those of all ranks (in the
+            library both are limited to the rank's anchors).
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a number is out of range, an option is unknown, or, when called, a model is missing or the columns
+            do not match.
 
     Memory is that of a mini-batch's activations, both models' embeddings, the gradients of the model's embeddings, and
     a copy of the model's buffers.
@@ -270,9 +285,9 @@ class CachedGISTEmbedLoss(GISTEmbedLoss):
         """Return the loss, a 0-d tensor whose backward runs the model again.
 
         Args:
-            sentence_features: the features of anchor, positive and any number of negatives, one dict each. The first
+            sentence_features: The features of anchor, positive and any number of negatives, one dict each. The first
                 dimension of all their tensors is the batch.
-            labels: unused, as in the library.
+            labels: Unused, as in the library.
         """
         columns = as_columns("sentence_features", sentence_features)
         if not torch.is_grad_enabled():
@@ -303,9 +318,9 @@ class CachedGISTEmbedLoss(GISTEmbedLoss):
         """Return the loss of embeddings, a 0-d tensor.
 
         Args:
-            reps: the model's embeddings, for each column a list of mini-batches.
-            reps_guided: the guide's embeddings, likewise.
-            with_backward: also set the gradients of the model's embeddings. The loss is then connected only to a learnt
+            reps: The model's embeddings, for each column a list of mini-batches.
+            reps_guided: The guide's embeddings, likewise.
+            with_backward: Also set the gradients of the model's embeddings. The loss is then connected only to a learnt
                 temperature.
         """
         loss = self.compute_loss_from_embeddings(list(map(torch.cat, reps)), list(map(torch.cat, reps_guided)))

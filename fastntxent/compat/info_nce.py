@@ -22,9 +22,14 @@ class InfoNCE(TypedModule):
     """InfoNCE from queries to keys as a module; see `info_nce`.
 
     Args:
-        temperature: as in `fastntxent.nt_xent`.
+        temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
+            read a tensor on an accelerator, so its sign is not checked there.
         reduction: "mean", "sum" or "none".
         negative_mode: "unpaired" or "paired", the shape of the call's negative_keys.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a number is out of range, or an option is unknown.
 
     Example:
         >>> import torch
@@ -44,8 +49,8 @@ class InfoNCE(TypedModule):
         """Return the loss: a 0-d tensor, or (N,) for reduction "none".
 
         Args:
-            query: (N, D).
-            positive_key: (N, D).
+            query: (N, D), normalised here.
+            positive_key: (N, D), normalised here.
             negative_keys: None, (K, D) if negative_mode is "unpaired", or (N, K, D) if it is "paired".
         """
         return info_nce(
@@ -71,17 +76,20 @@ def info_nce(
     Args:
         query: (N, D), normalised here.
         positive_key: (N, D), normalised here.
-        negative_keys: negatives that replace the other samples' keys. (K, D), shared by all queries, if negative_mode
+        negative_keys: Negatives that replace the other samples' keys. (K, D), shared by all queries, if negative_mode
             is "unpaired"; (N, K, D), separate for each query, if it is "paired". None uses the other samples' keys.
-        temperature: as in `nt_xent`.
+        temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
+            read a tensor on an accelerator, so its sign is not checked there.
         reduction: "mean", "sum" or "none".
         negative_mode: "unpaired" or "paired".
 
     Returns:
-        A 0-d tensor, or (N,) for "none".
+        A 0-d tensor, or (N,) for "none"; float64 for float64 embeddings, else float32.
 
     Raises:
-        TypeError, ValueError: shapes or dtypes do not match. Also ValueError for an empty batch.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
+            is unknown.
 
     Example:
         >>> import torch

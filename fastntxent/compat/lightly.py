@@ -36,10 +36,10 @@ class NTXentLoss(TypedModule):
     Without a bank it is `fastntxent.nt_xent`. A negative temperature is allowed, as in lightly, at twice the work.
 
     Args:
-        temperature: a float or a one-element tensor, not within 1e-8 of zero. The sign of a tensor is read only in host
+        temperature: A float or a one-element tensor, not within 1e-8 of zero. The sign of a tensor is read only in host
             memory and outside compiled code; elsewhere it must be positive.
         memory_bank_size: (size, dim), or 0 for no bank. An int takes its dim from the first batch.
-        gather_distributed: use the batch of all ranks of the default process group, like `group=` of
+        gather_distributed: Use the batch of all ranks of the default process group, like `group=` of
             `fastntxent.nt_xent`. The loss is the mean over all ranks' rows, the same on every rank (lightly's is the
             mean over the rank's rows), and has lightly's gradient. A bank takes in the rows of all ranks.
 
@@ -100,10 +100,18 @@ class DCLLoss(TypedModule):
     The loss of a single sample, which has no negatives, is 0 (lightly's is -inf).
 
     Args:
-        temperature: not zero; otherwise as in `NTXentLoss`.
-        weight_fn: a function of normalised views, called with (out0, out1) and with (out1, out0). It returns weights
+        temperature: A float or a one-element tensor, not zero. The sign of a tensor is read only in host memory and
+            outside compiled code; elsewhere it must be positive.
+        weight_fn: A function of normalised views, called with (out0, out1) and with (out1, out0). It returns weights
             (N,) of the positives, or a number. None means no weights.
-        gather_distributed: as in `NTXentLoss`. weight_fn gets this rank's rows.
+        gather_distributed: Use the batch of all ranks of the default process group, like `group=` of `fastntxent.dcl`.
+            The loss is the mean over all ranks' rows, the same on every rank (lightly's is the mean over the rank's
+            rows), and has lightly's gradient. weight_fn gets this rank's rows.
+
+    Raises:
+        TypeError: the temperature is not a number.
+        ValueError: the temperature is zero, or PyTorch was built without torch.distributed and gather_distributed is
+            set.
 
     Example:
         >>> import torch
@@ -162,10 +170,18 @@ class DCLWLoss(DCLLoss):
     """`DCLLoss` with negative von Mises-Fisher weights on the positives.
 
     Args:
-        temperature: as in `DCLLoss`.
-        sigma: the spread of the weights.
-        gather_distributed: as in `NTXentLoss`. The weights are those of the whole batch (lightly's are those of the
+        temperature: A float or a one-element tensor, not zero. The sign of a tensor is read only in host memory and
+            outside compiled code; elsewhere it must be positive.
+        sigma: The spread of the weights.
+        gather_distributed: Use the batch of all ranks of the default process group, like `group=` of `fastntxent.dcl`.
+            The loss is the mean over all ranks' rows, the same on every rank (lightly's is the mean over the rank's
+            rows), and has lightly's gradient. The weights are those of the whole batch (lightly's are those of the
             rank's rows).
+
+    Raises:
+        TypeError: the temperature is not a number.
+        ValueError: the temperature is zero, or PyTorch was built without torch.distributed and gather_distributed is
+            set.
 
     Example:
         >>> import torch
@@ -187,7 +203,10 @@ def negative_mises_fisher_weights(out0: Tensor, out1: Tensor, sigma: float = 0.5
     Args:
         out0: (N, D), unit rows.
         out1: (N, D), unit rows.
-        sigma: the spread of the weights.
+        sigma: The spread of the weights.
+
+    Returns:
+        A tensor (N,), float64 for float64 rows, else float32, without a gradient.
 
     Example:
         >>> import torch
@@ -203,9 +222,13 @@ class MACLLoss(TypedModule):
     A row's weight 1 / (1 - exp(-loss)) is exact. lightly bounds it by adding 1e-8 to the denominator.
 
     Args:
-        temperature: at least 1e-8, a float or a one-element tensor.
-        alpha: in [0, 1], how far the temperature moves.
-        A_0: in [0, 1], the agreement at which the temperature does not move.
+        temperature: At least 1e-8, a float or a one-element tensor.
+        alpha: In [0, 1], how far the temperature moves.
+        A_0: In [0, 1], the agreement at which the temperature does not move.
+
+    Raises:
+        TypeError: the temperature, alpha or A_0 is not a number.
+        ValueError: the temperature, alpha or A_0 is out of range.
 
     Example:
         >>> import torch
@@ -244,8 +267,8 @@ class MemoryBankModule(TypedModule):
     Args:
         size: (size, dim), 0 for no bank, or an int, which takes its dim from the first batch. An int, and the default,
             come from lightly before 1.6.
-        gather_distributed: take in the rows of all ranks of the default process group.
-        feature_dim_first: return the bank as (dim, size) instead of (size, dim).
+        gather_distributed: Take in the rows of all ranks of the default process group.
+        feature_dim_first: Return the bank as (dim, size) instead of (size, dim).
 
     Raises:
         ValueError: the size is negative or has more than two entries, or rows do not have the bank's dim.
@@ -280,8 +303,8 @@ class MemoryBankModule(TypedModule):
 
         Args:
             output: (N, dim), the rows to take in.
-            labels: unused, as in lightly.
-            update: take the rows in.
+            labels: Unused, as in lightly.
+            update: Take the rows in.
         """
         if not self.size[0]:
             return output, None

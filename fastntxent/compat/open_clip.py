@@ -77,18 +77,19 @@ class ClipLoss(_OfRanks):
     """CLIP's loss of normalised features, in both directions from one pass over the similarities.
 
     Args:
-        local_loss: no effect. The loss is the whole batch's, the same on every rank, and its gradient is exact.
-        gather_with_grad: no effect. In open_clip, False makes the gradient of the features 1/R of the exact one on R
+        local_loss: No effect. The loss is the whole batch's, the same on every rank, and its gradient is exact.
+        gather_with_grad: No effect. In open_clip, False makes the gradient of the features 1/R of the exact one on R
             ranks; with local_loss it also lacks the part from features as columns.
-        cache_labels: no effect: there are no labels to cache.
-        rank: this process's rank in the default process group.
+        cache_labels: No effect: there are no labels to cache.
+        rank: This process's rank in the default process group.
         world_size: 1, or the size of the default process group. Above 1 the batch is spread over all its ranks.
-        use_horovod: an argument of open_clip before version 4. It must be False if world_size is above 1.
+        use_horovod: An argument of open_clip before version 4. It must be False if world_size is above 1.
 
-    Raises, when called:
-        ValueError: rank or world_size does not match the process group, or use_horovod is set with several processes.
-        RuntimeError: world_size is above 1 and there is no process group.
-        TypeError, ValueError: as in `fastntxent.clip`.
+    Raises:
+        TypeError: when called, an argument has the wrong type or dtype.
+        ValueError: when called, rank or world_size does not match the process group, or use_horovod is set with several
+            processes, or shapes, dtypes or devices do not match.
+        RuntimeError: when called, world_size is above 1 and there is no process group.
 
     Example:
         >>> import torch
@@ -111,10 +112,10 @@ class ClipLoss(_OfRanks):
         Args:
             image_features: (N, D), normalised by the caller.
             text_features: (N, D), normalised by the caller.
-            logit_scale: factor of the similarities, the exp of the model's parameter; a float or a one-element tensor.
-            logit_bias: added to the logits; a float, a one-element tensor or None. It cancels in the softmax, so its
+            logit_scale: Factor of the similarities, the exp of the model's parameter; a float or a one-element tensor.
+            logit_bias: Added to the logits; a float, a one-element tensor or None. It cancels in the softmax, so its
                 gradient is exactly zero.
-            output_dict: return a dict.
+            output_dict: Return a dict.
             ids: (N,) integers, an extension of this package: samples with the same id are not negatives of each other.
         """
         loss = self._contrastive(image_features, text_features, logit_scale, logit_bias, ids)
@@ -125,15 +126,19 @@ class DistillClipLoss(_OfRanks):
     """CLIP's loss of normalised features, and their cross-entropy with a teacher's softmaxes.
 
     Args:
-        local_loss: no effect, as in `ClipLoss`.
-        gather_with_grad: no effect, as in `ClipLoss`.
-        cache_labels: no effect: there are no labels to cache.
-        rank: this process's rank in the default process group.
+        local_loss: No effect. The loss is the whole batch's, the same on every rank, and its gradient is exact.
+        gather_with_grad: No effect. In open_clip, False makes the gradient of the features 1/R of the exact one on R
+            ranks; with local_loss it also lacks the part from features as columns.
+        cache_labels: No effect: there are no labels to cache.
+        rank: This process's rank in the default process group.
         world_size: 1, or the size of the default process group. Above 1 the batch is spread over all its ranks.
-        use_horovod: an argument of open_clip before version 4. It must be False if world_size is above 1.
+        use_horovod: An argument of open_clip before version 4. It must be False if world_size is above 1.
 
-    Raises, when called:
-        TypeError, ValueError, RuntimeError: as in `ClipLoss` and `fastntxent.distill`.
+    Raises:
+        TypeError: when called, an argument has the wrong type or dtype.
+        ValueError: when called, rank or world_size does not match the process group, or use_horovod is set with several
+            processes, or shapes, dtypes or devices do not match.
+        RuntimeError: when called, world_size is above 1 and there is no process group.
 
     Example:
         >>> import torch
@@ -157,13 +162,13 @@ class DistillClipLoss(_OfRanks):
         The teacher gets no gradient. In open_clip it gets one if its model ran with gradients enabled.
 
         Args:
-            image_features: the student's (N, D), normalised by the caller.
-            text_features: the student's (N, D), normalised by the caller.
-            logit_scale: factor of the student's similarities; a float or a one-element tensor.
-            dist_image_features: the teacher's (N, E), normalised by the caller.
-            dist_text_features: the teacher's (N, E), normalised by the caller.
-            dist_logit_scale: factor of the teacher's similarities; a float or a one-element tensor.
-            output_dict: return a dict.
+            image_features: The student's (N, D), normalised by the caller.
+            text_features: The student's (N, D), normalised by the caller.
+            logit_scale: Factor of the student's similarities; a float or a one-element tensor.
+            dist_image_features: The teacher's (N, E), normalised by the caller.
+            dist_text_features: The teacher's (N, E), normalised by the caller.
+            dist_logit_scale: Factor of the teacher's similarities; a float or a one-element tensor.
+            output_dict: Return a dict.
         """
         group = self._group()
         _check_teacher(image_features, dist_image_features, dist_text_features, may_be_empty=group is not None)
@@ -197,19 +202,23 @@ class CoCaLoss(_OfRanks):
     """CLIP's loss of normalised features, and the cross-entropy of captions, each with a weight.
 
     Args:
-        caption_loss_weight: factor of the caption loss.
-        clip_loss_weight: factor of the contrastive loss. With 0 no similarities are formed, and the loss is 0.
-        pad_id: label of tokens that do not count.
-        local_loss: no effect, as in `ClipLoss`.
-        gather_with_grad: no effect, as in `ClipLoss`.
-        cache_labels: no effect: there are no labels to cache.
-        rank: this process's rank in the default process group.
+        caption_loss_weight: Factor of the caption loss.
+        clip_loss_weight: Factor of the contrastive loss. With 0 no similarities are formed, and the loss is 0.
+        pad_id: Label of tokens that do not count.
+        local_loss: No effect. The loss is the whole batch's, the same on every rank, and its gradient is exact.
+        gather_with_grad: No effect. In open_clip, False makes the gradient of the features 1/R of the exact one on R
+            ranks; with local_loss it also lacks the part from features as columns.
+        cache_labels: No effect: there are no labels to cache.
+        rank: This process's rank in the default process group.
         world_size: 1, or the size of the default process group. Above 1 the contrastive loss is over the batch of all
             its ranks.
-        use_horovod: an argument of open_clip before version 4. It must be False if world_size is above 1.
+        use_horovod: An argument of open_clip before version 4. It must be False if world_size is above 1.
 
-    Raises, when called:
-        TypeError, ValueError, RuntimeError: as in `ClipLoss`.
+    Raises:
+        TypeError: when called, an argument has the wrong type or dtype.
+        ValueError: when called, rank or world_size does not match the process group, or use_horovod is set with several
+            processes, or shapes, dtypes or devices do not match.
+        RuntimeError: when called, world_size is above 1 and there is no process group.
 
     Example:
         >>> import torch
@@ -251,10 +260,10 @@ class CoCaLoss(_OfRanks):
         Args:
             image_features: (N, D), normalised by the caller.
             text_features: (N, D), normalised by the caller.
-            logits: the captions' logits (N, T, vocabulary).
-            labels: the captions' tokens (N, T).
-            logit_scale: factor of the similarities; a float or a one-element tensor.
-            output_dict: return a dict.
+            logits: The captions' logits (N, T, vocabulary).
+            labels: The captions' tokens (N, T).
+            logit_scale: Factor of the similarities; a float or a one-element tensor.
+            output_dict: Return a dict.
         """
         if self.clip_loss_weight:
             contrastive = self.clip_loss_weight * self._contrastive(image_features, text_features, logit_scale)
@@ -275,17 +284,18 @@ class SigLipLoss(TypedModule):
     In a process group the loss is the whole batch's, the same on every rank; open_clip's is that of each rank's images.
 
     Args:
-        cache_labels: no effect: there are no labels to cache.
-        rank: this process's rank in the default process group.
+        cache_labels: No effect: there are no labels to cache.
+        rank: This process's rank in the default process group.
         world_size: 1, or the size of the default process group. Above 1 the batch is spread over all its ranks.
         dist_impl: "bidir" (the default), "shift", "reduce" or "gather". No effect: it selects how open_clip exchanges
             texts, and every choice has the same gradient.
-        chunk_size: no effect: logits are never stored.
+        chunk_size: No effect: logits are never stored.
 
-    Raises, when called:
-        ValueError: rank or world_size does not match the process group.
-        RuntimeError: world_size is above 1 and there is no process group.
-        TypeError, ValueError: as in `fastntxent.siglip`.
+    Raises:
+        TypeError: when called, an argument has the wrong type or dtype.
+        ValueError: when called, rank or world_size does not match the process group, or shapes, dtypes or devices do
+            not match.
+        RuntimeError: when called, world_size is above 1 and there is no process group.
 
     Example:
         >>> import torch
@@ -325,11 +335,10 @@ class SigLipLoss(TypedModule):
         Args:
             image_features: (N, D), normalised by the caller.
             text_features: (N, D), normalised by the caller.
-            logit_scale: factor of the similarities, the exp of the model's parameter; a float or a one-element tensor.
-            logit_bias: added to the logits; a float, a one-element tensor, or None for 0.
-            output_dict: return a dict.
-            ids: (N,) integers, an extension of this package: pairs of samples with the same id are positives, as in
-                `fastntxent.siglip`.
+            logit_scale: Factor of the similarities, the exp of the model's parameter; a float or a one-element tensor.
+            logit_bias: Added to the logits; a float, a one-element tensor, or None for 0.
+            output_dict: Return a dict.
+            ids: (N,) integers, an extension of this package: pairs of samples with the same id are positives.
         """
         group = default_group_of("world_size", self.world_size, self.rank)
         scale, bias = _as_scale("logit_scale", logit_scale), 0.0 if logit_bias is None else as_scalar(logit_bias)

@@ -53,8 +53,11 @@ def cos_sim(a: Tensor, b: Tensor) -> Tensor:
     """Return cosine similarities (M, K). Passed to a loss, it only selects them: no such matrix is formed.
 
     Args:
-        a: (M, D).
-        b: (K, D).
+        a: (M, D) rows.
+        b: (K, D) rows.
+
+    Returns:
+        A tensor (M, K), the cosine of each row of a with each row of b.
 
     Example:
         >>> import torch
@@ -68,8 +71,11 @@ def dot_score(a: Tensor, b: Tensor) -> Tensor:
     """Return inner products (M, K). Passed to a loss, it only selects them: no such matrix is formed.
 
     Args:
-        a: (M, D).
-        b: (K, D).
+        a: (M, D) rows.
+        b: (K, D) rows.
+
+    Returns:
+        A tensor (M, K), the inner product of each row of a with each row of b.
 
     Example:
         >>> import torch
@@ -152,19 +158,24 @@ class MultipleNegativesRankingLoss(TypedModule):
     `compute_loss_from_embeddings` is the loss without the model. Memory is O(C N D) for C columns.
 
     Args:
-        model: maps a dict of features to a dict with "sentence_embedding", or None to pass embeddings.
+        model: Maps a dict of features to a dict with "sentence_embedding", or None to pass embeddings.
         scale: 1 / temperature, positive.
         similarity_fct: `cos_sim` or `dot_score`, from this module or from the library; recognised by its name.
-        gather_across_devices: use the batch of all ranks of the default process group. The loss is the mean over all
+        gather_across_devices: Use the batch of all ranks of the default process group. The loss is the mean over all
             ranks' anchors, the same on every rank (the library's is over the rank's anchors). Its gradient is the
             library's.
-        directions: the similarities in the softmax: "query_to_doc" (required), "query_to_query", "doc_to_query" and
+        directions: The similarities in the softmax: "query_to_doc" (required), "query_to_query", "doc_to_query" and
             "doc_to_doc".
         partition_mode: "joint" for one softmax over all directions, or "per_direction" for the mean of one softmax for
             each direction ("query_to_doc" and "doc_to_query" only).
-        hardness_mode: which logits of a query get extra weight: "in_batch_negatives" (documents of other queries),
+        hardness_mode: Which logits of a query get extra weight: "in_batch_negatives" (documents of other queries),
             "hard_negatives" (the query's hard negatives), "all_negatives", or None.
-        hardness_strength: factor of the similarity, without a gradient, that is added to these logits.
+        hardness_strength: Factor of the similarity, without a gradient, that is added to these logits.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a number is out of range, an option is unknown, or, when called, the model is missing or the columns
+            do not match.
 
     Example:
         >>> import torch
@@ -215,9 +226,9 @@ class MultipleNegativesRankingLoss(TypedModule):
         """Return the loss, a 0-d tensor.
 
         Args:
-            sentence_features: one element per column (anchor, positive, negatives...), either a dict of features or an
+            sentence_features: One element per column (anchor, positive, negatives...), either a dict of features or an
                 embedding (N, D).
-            labels: unused, as in the library.
+            labels: Unused, as in the library.
             ids: (N,) integers, an extension of this package: samples with the same id are not negatives of each other,
                 in any column. A sample's hard negatives still count.
         """
@@ -237,9 +248,9 @@ class MultipleNegativesRankingLoss(TypedModule):
         """Return the loss of embeddings, a 0-d tensor.
 
         Args:
-            embeddings: anchors, positives, negatives..., (N, D) each.
-            labels: unused, as in the library.
-            ids: as in the loss's call.
+            embeddings: Anchors, positives, negatives..., (N, D) each.
+            labels: Unused, as in the library.
+            ids: As in the loss's call.
         """
         group = default_group() if self.gather_across_devices else None
         embeddings = as_columns("embeddings", embeddings)
@@ -344,20 +355,30 @@ class CachedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
     twice. Under DistributedDataParallel gradients are synchronised once, in the last mini-batch.
 
     Args:
-        model: as in `MultipleNegativesRankingLoss`.
-        scale: as in `MultipleNegativesRankingLoss`.
-        similarity_fct: as in `MultipleNegativesRankingLoss`.
-        mini_batch_size: rows of a column that the model sees at a time.
-        mini_batch_num_tokens: used in place of mini_batch_size: the most tokens that the model sees at a time, counted
+        model: Maps a dict of features to a dict with "sentence_embedding", or None to pass embeddings.
+        scale: 1 / temperature, positive.
+        similarity_fct: `cos_sim` or `dot_score`, from this module or from the library; recognised by its name.
+        mini_batch_size: Rows of a column that the model sees at a time.
+        mini_batch_num_tokens: Used in place of mini_batch_size: the most tokens that the model sees at a time, counted
             in the features' attention_mask. A longer row is a mini-batch by itself. Under `fully_shard` use
             mini_batch_size: every rank must have the same number of mini-batches. With either argument, padding beyond
             the longest text of a mini-batch is cut off.
-        gather_across_devices: as in `MultipleNegativesRankingLoss`.
-        directions: as in `MultipleNegativesRankingLoss`.
-        partition_mode: as in `MultipleNegativesRankingLoss`.
-        show_progress_bar: show the mini-batches of both passes with tqdm.
-        hardness_mode: as in `MultipleNegativesRankingLoss`.
-        hardness_strength: as in `MultipleNegativesRankingLoss`.
+        gather_across_devices: Use the batch of all ranks of the default process group. The loss is the mean over all
+            ranks' anchors, the same on every rank (the library's is over the rank's anchors). Its gradient is the
+            library's.
+        directions: The similarities in the softmax: "query_to_doc" (required), "query_to_query", "doc_to_query" and
+            "doc_to_doc".
+        partition_mode: "joint" for one softmax over all directions, or "per_direction" for the mean of one softmax for
+            each direction ("query_to_doc" and "doc_to_query" only).
+        show_progress_bar: Show the mini-batches of both passes with tqdm.
+        hardness_mode: Which logits of a query get extra weight: "in_batch_negatives" (documents of other queries),
+            "hard_negatives" (the query's hard negatives), "all_negatives", or None.
+        hardness_strength: Factor of the similarity, without a gradient, that is added to these logits.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a number is out of range, an option is unknown, or, when called, the model is missing or the columns
+            do not match.
 
     Memory is that of a mini-batch's activations, the embeddings and their gradients, and a copy of the model's buffers.
 
@@ -412,10 +433,11 @@ class CachedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
         """Return the loss, a 0-d tensor whose backward runs the model again.
 
         Args:
-            sentence_features: one element per column (anchor, positive, negatives...), either dicts of features or
+            sentence_features: One element per column (anchor, positive, negatives...), either dicts of features or
                 embeddings (N, D). The first dimension of all tensors in the features is the batch.
-            labels: unused, as in the library.
-            ids: as in `MultipleNegativesRankingLoss`.
+            labels: Unused, as in the library.
+            ids: (N,) integers, an extension of this package: samples with the same id are not negatives of each other,
+                in any column. A sample's hard negatives still count.
         """
         columns = as_columns("sentence_features", sentence_features)
         if any(isinstance(column, Tensor) for column in columns):
@@ -445,10 +467,10 @@ class CachedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
         """Return the loss of embeddings, a 0-d tensor.
 
         Args:
-            reps: the embeddings, for each column a list of mini-batches.
-            labels: unused, as in the library.
-            with_backward: also set the gradients of the embeddings. The loss is then connected only to a learnt scale.
-            ids: as in the loss's call.
+            reps: The embeddings, for each column a list of mini-batches.
+            labels: Unused, as in the library.
+            with_backward: Also set the gradients of the embeddings. The loss is then connected only to a learnt scale.
+            ids: As in the loss's call.
         """
         embeddings = [torch.cat(column) for column in as_columns("reps", reps)]
         loss = self.compute_loss_from_embeddings(embeddings, labels, ids=ids)
@@ -474,13 +496,23 @@ class CachedMultipleNegativesSymmetricRankingLoss(CachedMultipleNegativesRanking
     """CachedMultipleNegativesRankingLoss in the directions "query_to_doc" and "doc_to_query", one softmax for each.
 
     Args:
-        model: as in `MultipleNegativesRankingLoss`.
-        scale: as in `MultipleNegativesRankingLoss`.
-        similarity_fct: as in `MultipleNegativesRankingLoss`.
-        mini_batch_size: as in `CachedMultipleNegativesRankingLoss`.
-        mini_batch_num_tokens: as in `CachedMultipleNegativesRankingLoss`.
-        gather_across_devices: as in `MultipleNegativesRankingLoss`.
-        show_progress_bar: as in `CachedMultipleNegativesRankingLoss`.
+        model: Maps a dict of features to a dict with "sentence_embedding", or None to pass embeddings.
+        scale: 1 / temperature, positive.
+        similarity_fct: `cos_sim` or `dot_score`, from this module or from the library; recognised by its name.
+        mini_batch_size: Rows of a column that the model sees at a time.
+        mini_batch_num_tokens: Used in place of mini_batch_size: the most tokens that the model sees at a time, counted
+            in the features' attention_mask. A longer row is a mini-batch by itself. Under `fully_shard` use
+            mini_batch_size: every rank must have the same number of mini-batches. With either argument, padding beyond
+            the longest text of a mini-batch is cut off.
+        gather_across_devices: Use the batch of all ranks of the default process group. The loss is the mean over all
+            ranks' anchors, the same on every rank (the library's is over the rank's anchors). Its gradient is the
+            library's.
+        show_progress_bar: Show the mini-batches of both passes with tqdm.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a number is out of range, an option is unknown, or, when called, the model is missing or the columns
+            do not match.
 
     Example:
         >>> import torch

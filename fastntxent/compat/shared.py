@@ -27,9 +27,9 @@ def default_group_of(name: str, size: int, rank: int | None = None) -> ProcessGr
     """Like `default_group`, after checking the number of processes and the rank that the caller passed.
 
     Args:
-        name: the argument that holds the number of processes, for errors.
-        size: the number of processes; for 1 the result is None.
-        rank: this process's rank, or None to leave it unchecked.
+        name: The argument that holds the number of processes, for errors.
+        size: The number of processes; for 1 the result is None.
+        rank: This process's rank, or None to leave it unchecked.
     """
     if size == 1:
         return None
@@ -92,7 +92,7 @@ class Logits:
     Args:
         rows: (M, D), the rows on this rank.
         cols: (K, D), the columns on all ranks.
-        scale: factor of the similarities, a float or a 0-d tensor.
+        scale: Factor of the similarities, a float or a 0-d tensor.
 
     Example:
         >>> import torch

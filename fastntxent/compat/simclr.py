@@ -22,7 +22,19 @@ _L2_EPS = 1e-6  # TensorFlow's l2_normalize clamps squared lengths at 1e-12
 
 
 class ContrastiveLoss(NamedTuple):
-    """The result of `add_contrastive_loss`, which unpacks as loss, logits, labels."""
+    """The result of `add_contrastive_loss`, which unpacks as loss, logits, labels.
+
+    Attributes:
+        loss: A 0-d tensor.
+        logits: The logits of first against second views, (N, N), not formed. `logits.dense()` forms them;
+            `logits.argmax()` returns the nearest second view without forming them all.
+        labels: (N,) integers, the column of each row's positive; TensorFlow returns them one-hot, (N, 2N).
+
+    Example:
+        >>> import torch
+        >>> add_contrastive_loss(torch.eye(4).repeat(2, 1)).labels
+        tensor([0, 1, 2, 3])
+    """
 
     loss: Tensor
     logits: Logits
@@ -41,29 +53,25 @@ def add_contrastive_loss(
 
     Args:
         hidden: (2N, D), all first views followed by all second views.
-        hidden_norm: normalise the rows as TensorFlow does, dividing by max(length, 1e-6).
-        temperature: as in `nt_xent`.
+        hidden_norm: Normalise the rows as TensorFlow does, dividing by max(length, 1e-6).
+        temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
+            read a tensor on an accelerator, so its sign is not checked there.
         tpu_context: None, a context with `num_replicas`, or a process group. With several replicas the batch is spread
             over all ranks of the default process group, which must have as many. The loss is then the whole batch's,
             the same on every rank (TensorFlow's is over the replica's rows).
-        weights: weight of the samples, a number or (N,). With (N,) the sum of the weighted losses is divided by the
+        weights: Weight of the samples, a number or (N,). With (N,) the sum of the weighted losses is divided by the
             number of weights that are not zero.
-        strategy: like `tpu_context`, with the name and `num_replicas_in_sync` of TensorFlow's second version.
+        strategy: Like `tpu_context`, with the name and `num_replicas_in_sync` of TensorFlow's second version.
 
     Returns:
-        A named tuple:
-
-        - loss: 0-d.
-        - logits: first against second views, (N, N), not formed. `logits.dense()` forms them; `logits.argmax()`
-          returns the nearest second view without forming them all.
-        - labels: (N,), the column of each row's positive; TensorFlow returns them one-hot, (N, 2N).
-
-        With several replicas the rows of the logits are this rank's, and the columns are those of all ranks.
+        A `ContrastiveLoss`, whose fields are loss, logits and labels. With several replicas the rows of the logits are
+        this rank's, and the columns are those of all ranks.
 
     Raises:
-        TypeError, ValueError: as in `nt_xent`. Also ValueError for an odd number of rows, or if the number of replicas
-            is not the size of the process group.
-        RuntimeError: several replicas without a process group.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, dtypes or devices do not match, the batch is empty, the number of rows is odd, or the number
+            of replicas is not the size of the process group.
+        RuntimeError: there are several replicas, and no process group.
 
     Example:
         >>> import torch

@@ -26,7 +26,7 @@ def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float | Tensor = 0
         {\sum_{p \in P(i)} e^{s_{ip}/\tau} + \sum_{n \notin P(i), n \ne i} e^{s_{in}/\tau}}
 
     With the sample's number as its index this is SimCLR; with its class it is the supervised form, `sup_con(form="in")`
-    minus log |P(i)|.
+    minus the logarithm of the size of P(i).
 
     As in solo-learn, in a process group the loss covers the batch of all ranks, positives included, and is the same on
     every rank. Indexes must then mean the same on every rank.
@@ -34,11 +34,17 @@ def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float | Tensor = 0
     Args:
         z: (M, D), the embeddings of all views, normalised here.
         indexes: (M,), of any dtype, the sample or the class of each row.
-        temperature: as in `nt_xent`.
+        temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
+            read a tensor on an accelerator, so its sign is not checked there.
 
     Returns:
         A 0-d tensor, the mean over the rows that have a positive, or 0 if there are none. (solo-learn's loss is
         infinite and its gradient NaN as soon as one row has no positive.)
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
+            is unknown.
 
     Example:
         >>> import torch
@@ -69,10 +75,16 @@ def mocov2plus_loss_func(query: Tensor, key: Tensor, queue: Tensor, temperature:
         query: (N, D), normalised by the caller.
         key: (N, D), normalised by the caller.
         queue: (D, K), one negative per column. It must not change before the backward; solo-learn passes a clone.
-        temperature: as in `nt_xent`.
+        temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
+            read a tensor on an accelerator, so its sign is not checked there.
 
     Returns:
-        A 0-d tensor, the mean over the queries.
+        A 0-d tensor, the mean over the queries; float64 for float64 embeddings, else float32.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
+            is unknown.
 
     Example:
         >>> import torch
@@ -98,10 +110,16 @@ def mocov3_loss_func(query: Tensor, key: Tensor, temperature: float | Tensor = 0
     Args:
         query: (N, D), normalised here.
         key: (N, D), normalised here.
-        temperature: as in `nt_xent`.
+        temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
+            read a tensor on an accelerator, so its sign is not checked there.
 
     Returns:
-        A 0-d tensor.
+        A 0-d tensor; float64 for float64 embeddings, else float32.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
+            is unknown.
 
     Example:
         >>> import torch
@@ -120,10 +138,16 @@ def nnclr_loss_func(nn: Tensor, p: Tensor, temperature: float | Tensor = 0.1) ->
     Args:
         nn: (N, D), the nearest neighbour in the queue of each sample's first view, normalised here.
         p: (N, D), the predictions of the second view, normalised here.
-        temperature: as in `nt_xent`.
+        temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
+            read a tensor on an accelerator, so its sign is not checked there.
 
     Returns:
-        A 0-d tensor.
+        A 0-d tensor; float64 for float64 embeddings, else float32.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
+            is unknown.
 
     Example:
         >>> import torch
@@ -157,11 +181,16 @@ def ressl_loss_func(
         q: (N, D), normalised by the caller.
         k: (N, D), normalised by the caller. It gets no gradient.
         queue: (K, D), one row per entry. It must not change before the backward; solo-learn passes a clone.
-        temperature_q: the queries' temperature, as in `nt_xent`.
-        temperature_k: the keys' temperature, as in `nt_xent`. It gets no gradient.
+        temperature_q: The queries' temperature, tau > 0, a float or a 0-d floating-point tensor.
+        temperature_k: The keys' temperature, tau > 0, a float or a 0-d floating-point tensor. It gets no gradient.
 
     Returns:
-        A 0-d tensor, the mean over the queries: float64 for float64 embeddings, otherwise float32.
+        A 0-d tensor, the mean over the queries; float64 for float64 embeddings, else float32.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
+            is unknown.
 
     Memory is O((N + K) D): the logits (N, K) are never stored.
 

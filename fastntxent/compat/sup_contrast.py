@@ -38,6 +38,11 @@ class SupConLoss(TypedModule):
         contrast_mode: "all" to use all rows as anchors, "one" to use the rows of the first view.
         base_temperature: tau_0.
 
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a number is out of range, an option is unknown, or, when called, shapes or devices do not match, or
+            labels and mask are both given.
+
     Memory is O(B V D), plus the mask, which is never repeated for the views. Positives enter the formula only through
     their weighted sum, the product of the mask with the rows: 2 B^2 D flops in the forward and again in the backward.
 

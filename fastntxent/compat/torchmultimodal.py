@@ -43,7 +43,21 @@ class BackpropType(Enum):
 
 
 class ContrastiveLossOutput(NamedTuple):
-    """The result of `contrastive_loss_with_temperature`. The logits are not formed until `dense()` is called."""
+    """The result of `contrastive_loss_with_temperature`. The logits are not formed until `dense()` is called.
+
+    Attributes:
+        loss: The mean of `loss_a` and `loss_b`, 0-d, or one for each row for reduction "none".
+        logits_a: The logits of the rows of a against those of b.
+        logits_b: The logits of the rows of b against those of a.
+        loss_a: The loss of the rows of a.
+        loss_b: The loss of the rows of b.
+
+    Example:
+        >>> import torch
+        >>> output = contrastive_loss_with_temperature(torch.eye(4), torch.eye(4), torch.tensor(0.0))
+        >>> output.loss_a, output.loss_b
+        (tensor(0.7437), tensor(0.7437))
+    """
 
     loss: Tensor
     logits_a: Logits
@@ -74,13 +88,13 @@ def contrastive_loss_with_temperature(
     Args:
         embeddings_a: (N, D), normalised by the caller.
         embeddings_b: (N, D), normalised by the caller.
-        logit_scale: logarithm of the factor of the similarities, a 0-d tensor.
+        logit_scale: Logarithm of the factor of the similarities, a 0-d tensor.
         mask: (N,) bool, the rows whose losses count, or None for all. The other rows are still negatives. If no row
             counts, the loss is 0 (torchmultimodal's is NaN).
-        backprop_type: no effect: the gradient is the exact one, that of GLOBAL. In torchmultimodal, LOCAL and NONE lack
+        backprop_type: No effect: the gradient is the exact one, that of GLOBAL. In torchmultimodal, LOCAL and NONE lack
             the part from a rank's rows as columns of other ranks, and NONE also the part from them as columns of the
             same rank.
-        cross_entropy_kwargs: a dict that may have `label_smoothing` and `reduction`; other options of cross_entropy are
+        cross_entropy_kwargs: A dict that may have `label_smoothing` and `reduction`; other options of cross_entropy are
             an error.
 
     Returns:
@@ -88,7 +102,8 @@ def contrastive_loss_with_temperature(
         the mask.
 
     Raises:
-        TypeError, ValueError: shapes or dtypes do not match, or another option of cross_entropy is given.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes or dtypes do not match, or another option of cross_entropy is given.
 
     Example:
         >>> import torch
@@ -111,9 +126,13 @@ class ContrastiveLossWithTemperature(TypedModule):
     """`contrastive_loss_with_temperature` with a learnt logit scale, which is clamped at every call.
 
     Args:
-        logit_scale: initial logarithm of the scale, or a parameter to use as it is.
-        logit_scale_min: lower bound of the logarithm, or None.
-        logit_scale_max: upper bound of the logarithm, or None. At least one of the bounds must be given.
+        logit_scale: Initial logarithm of the scale, or a parameter to use as it is.
+        logit_scale_min: Lower bound of the logarithm, or None.
+        logit_scale_max: Upper bound of the logarithm, or None. At least one of the bounds must be given.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: both bounds are None, or, when called, shapes or dtypes do not match.
 
     Example:
         >>> import torch
@@ -149,8 +168,10 @@ class ContrastiveLossWithTemperature(TypedModule):
         Args:
             embeddings_a: (N, D), normalised by the caller.
             embeddings_b: (N, D), normalised by the caller.
-            backprop_type: no effect, as in `contrastive_loss_with_temperature`.
-            cross_entropy_kwargs: a dict that may have `label_smoothing` and `reduction`.
+            backprop_type: No effect: the gradient is the exact one, that of GLOBAL. In torchmultimodal, LOCAL and NONE
+                lack the part from a rank's rows as columns of other ranks, and NONE also the part from them as columns
+                of the same rank.
+            cross_entropy_kwargs: A dict that may have `label_smoothing` and `reduction`.
             mask: (N,) bool, the rows whose losses count, or None for all. The other rows are still negatives.
         """
         self.logit_scale.data.clamp_(self.logit_scale_min, self.logit_scale_max)

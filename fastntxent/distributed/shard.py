@@ -35,15 +35,15 @@ class Sharding:
     """The ranks over which a batch is spread, and how rows travel between them. Pass it as a loss's `group=`.
 
     Args:
-        group: a process group, a one-dimensional DeviceMesh, or "world" for the default process group, which is looked
+        group: A process group, a one-dimensional DeviceMesh, or "world" for the default process group, which is looked
             up at each call. A loss also takes any of these directly, with the default options.
         strategy: "all_gather" holds the unit rows of all ranks, O(M D) memory for M rows in total. "ring" holds the
             rows of two other ranks at a time and sends them one and a half times, overlapped with the products. "auto"
             uses the ring from 512 MiB of rows.
-        wire_dtype: dtype to which rows are rounded before they are compared, or None. torch.bfloat16 halves the bytes.
+        wire_dtype: Dtype to which rows are rounded before they are compared, or None. torch.bfloat16 halves the bytes.
             Values and gradients are then those of the rounded rows, the same on every rank. Positives of two views are
             not rounded.
-        check: compare the arguments of all ranks at each call, and raise the same error on every rank if they differ.
+        check: Compare the arguments of all ranks at each call, and raise the same error on every rank if they differ.
             False saves exchanges of 32 bytes (one in the forward, one for each term in the backward) and the time spent
             waiting for them, but then every rank must have the same number of rows.
 

@@ -37,9 +37,13 @@ class DistributedLossWrapper(TypedModule):
     Args:
         loss: `NTXentLoss` or `SupConLoss` of this module, or a `CrossBatchMemory` around one, from this module or from
             the library.
-        efficient: whether indices_tuple holds only this rank's pairs. Otherwise it has no effect: the gradient is the
+        efficient: Whether indices_tuple holds only this rank's pairs. Otherwise it has no effect: the gradient is the
             exact one. In the library, True leaves out the part from rows as other ranks' references, and the rest is R
             times too large.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: when called, shapes, dtypes or devices do not match.
 
     Example:
         >>> import torch
@@ -72,7 +76,7 @@ class DistributedLossWrapper(TypedModule):
         Args:
             embeddings: (M, D), this rank's rows. M may differ between ranks.
             labels: (M,), this rank's labels, which must mean the same on every rank.
-            indices_tuple: pairs or triplets to compare. With efficient=False, the pairs of all ranks' rows, the same on
+            indices_tuple: Pairs or triplets to compare. With efficient=False, the pairs of all ranks' rows, the same on
                 every rank (if they differ, each rank returns the loss of its pairs). With efficient=True, pairs whose
                 anchors are this rank's rows; the loss is over the pairs of all ranks.
             ref_emb: (K, D), this rank's references, or None.

@@ -73,7 +73,7 @@ class PairLoss(TypedModule):
         Args:
             embeddings: (M, D).
             labels: (M,), of any dtype. May be None if indices_tuple is given.
-            indices_tuple: the pairs to compare, as indices (a1, p, a2, n) of positive and negative pairs or (a, p, n)
+            indices_tuple: The pairs to compare, as indices (a1, p, a2, n) of positive and negative pairs or (a, p, n)
                 of triplets. None compares all pairs, by their labels.
             ref_emb: (K, D), references in which positives and negatives are looked up, or None for the embeddings.
             ref_labels: (K,). If None, or the very tensor `labels`, reference i belongs to row i: it has the row's
@@ -153,13 +153,18 @@ class NTXentLoss(PairLoss):
     `fastntxent.sup_con(form="pairs")` with another mean. The loss is 0 without a positive or without a negative pair.
 
     Args:
-        temperature: a float or a 0-d tensor.
+        temperature: A float or a 0-d tensor.
         distance: None or CosineSimilarity for cosines, or DotProductSimilarity, which may normalise or not.
         reducer: None, MeanReducer, or another of the library's reducers, which gets one loss for each positive pair.
             PerAnchorReducer gets their mean for each anchor.
-        collect_stats: not supported; None or False.
-        embedding_regularizer: not supported; None.
-        embedding_reg_weight: no effect.
+        collect_stats: Not supported; None or False.
+        embedding_regularizer: Not supported; None.
+        embedding_reg_weight: No effect.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an option is not supported, a number is out of range, or, when called, shapes, dtypes or devices do
+            not match.
 
     With labels, memory is O((M + K) D), as positive pairs are taken in tiles; a reducer other than these adds O(P) for
     P positive pairs. With pairs, memory is O(P).
@@ -227,13 +232,18 @@ class SupConLoss(PairLoss):
     rounded losses. The loss is 0 if the batch has no positive or no negative pair. A repeated pair counts once.
 
     Args:
-        temperature: a float or a 0-d tensor.
+        temperature: A float or a 0-d tensor.
         distance: None or CosineSimilarity for cosines, or DotProductSimilarity, which may normalise or not.
         reducer: None, AvgNonZeroReducer, or another of the library's reducers, which gets one loss for each anchor, 0
             for an anchor without a positive.
-        collect_stats: not supported; None or False.
-        embedding_regularizer: not supported; None.
-        embedding_reg_weight: no effect.
+        collect_stats: Not supported; None or False.
+        embedding_regularizer: Not supported; None.
+        embedding_reg_weight: No effect.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an option is not supported, a number is out of range, or, when called, shapes, dtypes or devices do
+            not match.
 
     With labels, memory is O((M + K) D). P pairs add O(P).
 
@@ -292,7 +302,11 @@ class SelfSupervisedLoss(TypedModule):
 
     Args:
         loss: `NTXentLoss` or `SupConLoss` of this module. With one positive per row they are the same loss.
-        symmetric: use all rows as anchors and as negatives. False compares embeddings with ref_emb only: `info_nce`.
+        symmetric: Use all rows as anchors and as negatives. False compares embeddings with ref_emb only: `info_nce`.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: when called, shapes, dtypes or devices do not match.
 
     Example:
         >>> import torch

@@ -24,11 +24,16 @@ class CrossBatchMemory(TypedModule):
 
     Args:
         loss: `NTXentLoss` or `SupConLoss` of this module.
-        embedding_size: features of a row.
-        memory_size: the number of rows that the memory holds.
-        miner: a miner of the library, called with embeddings and labels, and with those in the memory. The loss then
+        embedding_size: Features of a row.
+        memory_size: The number of rows that the memory holds.
+        miner: A miner of the library, called with embeddings and labels, and with those in the memory. The loss then
             compares the pairs or triplets that it returns. None compares all pairs.
-        collect_stats: not supported; None or False.
+        collect_stats: Not supported; None or False.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an option is not supported, a number is out of range, or, when called, shapes, dtypes or devices do
+            not match.
 
     With labels, memory is O((M + memory_size) D). With `indices_tuple` and no miner all pairs are listed, as in the
     library. As in the library, the `state_dict` has only rows and labels, and a restored memory starts empty.
@@ -84,7 +89,7 @@ class CrossBatchMemory(TypedModule):
         Args:
             embeddings: (M, D). At most `memory_size` rows can go into the memory in a call.
             labels: (M,), of any dtype.
-            indices_tuple: pairs or triplets to compare in addition to the miner's or, without a miner, to all pairs.
+            indices_tuple: Pairs or triplets to compare in addition to the miner's or, without a miner, to all pairs.
                 Their positives and negatives are positions in the memory.
             enqueue_mask: (M,) bool, the rows that go into the memory; only the other rows are then anchors. None puts
                 all rows into the memory and uses all as anchors.
@@ -118,7 +123,7 @@ class CrossBatchMemory(TypedModule):
         Args:
             embeddings: (M, D), the rows.
             labels: (M,), their labels.
-            batch_size: unused, as in the library.
+            batch_size: Unused, as in the library.
         """
         self.embedding_memory = self.embedding_memory.to(embeddings)
         self.label_memory = self.label_memory.to(labels)
