@@ -1,5 +1,5 @@
-# make test | test-all | test-instruction-sets | lint | sanitize | arm | kernels-report | triton-versions | demo | bench |
-#   bench-avx2 | gpu | clean
+# make test | test-all | test-instruction-sets | lint | docs | sanitize | arm | kernels-report | triton-versions | demo |
+#   bench | bench-avx2 | gpu | clean
 #
 # Each target makes the virtual environment it needs. Another PyTorch: make test TORCH=torch
 
@@ -10,7 +10,8 @@ DEMO_VENV ?= .venv-demo
 DEMO_OUT ?= runs/demo
 BENCH_OUT ?= runs/bench
 
-.PHONY: test test-all test-instruction-sets lint sanitize arm kernels-report triton-versions demo bench bench-avx2 gpu clean
+.PHONY: test test-all test-instruction-sets lint docs sanitize arm kernels-report triton-versions demo bench bench-avx2 \
+  gpu clean
 
 # Tests run beside each other, with one thread each. `make test` leaves out those marked slow, which repeat in minutes what
 # others show in seconds; `make test-all` runs every test.
@@ -41,6 +42,11 @@ lint: $(VENV)/installed
 	$(VENV)/bin/mypy tests/typed_usage.py
 	$(VENV)/bin/basedpyright --pythonpath $(VENV)/bin/python
 	$(VENV)/bin/clang-format --dry-run -Werror $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+
+# The documentation site, in build/docs: open build/docs/index.html. A warning is an error, and nothing is downloaded.
+docs: $(VENV)/docs
+	rm -rf build/docs
+	$(VENV)/bin/sphinx-build -q -W --keep-going -E -d build/doctrees docs build/docs
 
 # The CPU kernels, and the CUDA kernels on an emulated device, against their definition under sanitizers, and every
 # operator called with wrong tensors: minutes.
@@ -110,6 +116,10 @@ $(VENV)/installed: pyproject.toml setup.py
 
 $(VENV)/bench: $(VENV)/installed
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(TORCH) -e ".[bench]"
+	touch $@
+
+$(VENV)/docs: $(VENV)/installed
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(TORCH) -e ".[docs]"
 	touch $@
 
 clean:
