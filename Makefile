@@ -1,5 +1,5 @@
-# make test | test-all | test-instruction-sets | lint | sanitize | arm | kernels-report | triton-versions | demo | bench |
-#   bench-avx2 | gpu | clean
+# make test | test-all | test-instruction-sets | lint | docs | sanitize | arm | kernels-report | triton-versions | demo |
+#   bench | bench-avx2 | gpu | clean
 #
 # Each target creates the virtual environment it needs. To use another PyTorch: make test TORCH=torch
 
@@ -10,7 +10,8 @@ DEMO_VENV ?= .venv-demo
 DEMO_OUT ?= runs/demo
 BENCH_OUT ?= runs/bench
 
-.PHONY: test test-all test-instruction-sets lint sanitize arm kernels-report triton-versions demo bench bench-avx2 gpu clean
+.PHONY: test test-all test-instruction-sets lint docs sanitize arm kernels-report triton-versions demo bench bench-avx2 \
+  gpu clean
 
 # Tests run in parallel, with one thread each. `make test` skips tests marked slow, which take minutes and repeat what
 # fast tests show; `make test-all` runs every test.
@@ -42,6 +43,11 @@ lint: $(VENV)/installed
 	$(VENV)/bin/basedpyright --pythonpath $(VENV)/bin/python
 	$(VENV)/bin/clang-format --dry-run -Werror $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
+# The documentation site, in build/docs: open build/docs/index.html. A warning is an error, and nothing is downloaded.
+docs: $(VENV)/docs
+	rm -rf build/docs
+	$(VENV)/bin/sphinx-build -q -W --keep-going -E -d build/doctrees docs build/docs
+
 # Under sanitizers: the CPU kernels and the CUDA kernels (on an emulated device) compared with their definition, and
 # every operator called with wrong tensors. Takes minutes.
 sanitize: $(VENV)/installed
@@ -70,8 +76,8 @@ triton-versions: $(VENV)/installed
 	    --targets sm_80 sm_90 sm_100 sm_120 gfx942 || exit 1; \
 	done
 
-# The figures of the README and the docs: make bench BENCH_OUT=benchmarks/results, then python -m benchmarks report. The
-# file of suite cpu is named after the instruction set, so that one folder can hold several.
+# The figures of the docs: make bench BENCH_OUT=benchmarks/results, then python -m benchmarks report. The files of
+# suite cpu are named after the instruction set, so that one folder can hold several.
 bench: $(VENV)/bench
 	set=$$($(VENV)/bin/python -m benchmarks.instruction_set) && \
 	  $(VENV)/bin/python -m benchmarks cpu --out $(BENCH_OUT)/cpu-$$set.json
@@ -86,7 +92,7 @@ bench-avx2: $(VENV)/bench
 # On a machine with a GPU: build, verify, tests, compute-sanitizer, benchmark, tuner and ncu, in parts of at most ten
 # minutes. A second call continues where the first stopped. One stage: make gpu STAGE=verify. Limited time: make gpu
 # OPTIONS="--seconds 540". Without a GPU: make gpu OPTIONS=--rehearse. Afterwards python -m benchmarks report adds the
-# device to the README.
+# device to docs/verification.md.
 gpu: $(VENV)/bench
 	$(VENV)/bin/python -m benchmarks.gpu_session $(if $(STAGE),--stage $(STAGE)) $(if $(OUT),--out $(OUT)) $(OPTIONS)
 
@@ -111,6 +117,10 @@ $(VENV)/installed: pyproject.toml setup.py
 
 $(VENV)/bench: $(VENV)/installed
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(TORCH) -e ".[bench]"
+	touch $@
+
+$(VENV)/docs: $(VENV)/installed
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(TORCH) -e ".[docs]"
 	touch $@
 
 clean:

@@ -1,4 +1,4 @@
-"""`python -m fastntxent`: show what is installed, verify it on this machine's devices, and time it."""
+"""`python -m fastntxent`: what is installed, what this machine's devices support, and how fast it is."""
 
 import sys
 

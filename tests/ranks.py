@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import multiprocessing
+import os
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
@@ -18,13 +20,30 @@ from torch import Tensor
 from benchmarks import instruction_set
 from fastntxent.distributed import wire
 
+# Ranks are forked from a server that has imported these. Importing PyTorch takes longer than most tests do on a rank.
+_IMPORTED_ONCE = [
+    "torch",
+    "torch.distributed",
+    "torch.testing",
+    "pytest",
+    "hypothesis",
+    "fastntxent",
+    "fastntxent.compat",
+]
+_FORKS = "forkserver" in multiprocessing.get_all_start_methods()  # not on Windows
+if _FORKS:
+    multiprocessing.get_context("forkserver").set_forkserver_preload(_IMPORTED_ONCE)
+
 
 def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """function(*args) on every rank of a gloo group of its own; what each returned. An exception that no rank catches
-    is raised here, as that rank's traceback."""
+    """Call function(*args) on every rank of a new gloo group and return the ranks' results.
+
+    An exception that no rank catches is raised here, with the traceback of that rank.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        arguments = (world, folder, instruction_set.held, function, args)
-        context = mp.spawn(_rank, arguments, nprocs=world, join=False)
+        arguments = (world, folder, dict(os.environ), instruction_set.held, function, args)
+        method = "forkserver" if _FORKS else "spawn"
+        context = mp.start_processes(_rank, arguments, nprocs=world, join=False, start_method=method)
         try:
             for process in context.processes:
                 process.join()
@@ -74,7 +93,17 @@ class _Failure(str):
     pass
 
 
-def _rank(rank: int, world: int, folder: str, held: str | None, function: Callable[..., Any], args: tuple) -> None:
+def _rank(
+    rank: int,
+    world: int,
+    folder: str,
+    environment: dict[str, str],
+    held: str | None,
+    function: Callable[..., Any],
+    args: tuple,
+) -> None:
+    os.environ.clear()
+    os.environ.update(environment)  # the server has that of its own start
     instruction_set.hold(held)
     torch.set_num_threads(1)
     dist.init_process_group(

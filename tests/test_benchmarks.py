@@ -386,25 +386,24 @@ def committed(tmp_path):
     for page, sections in report.PAGES.items():
         markers = "".join(f"<!-- figures:{section} -->\n<!-- /figures:{section} -->\n" for section in sections)
         (tmp_path / page).write_text(f"before\n{markers}")
-    return tmp_path, tmp_path / "README.md"
+    return tmp_path, tmp_path / "docs" / "benchmarks.md"
 
 
 def test_report_fills_the_pages_and_draws(committed):
-    results, readme = committed
+    results, page = committed
     command = ["report", "--results", str(results), "--root", str(results)]
-    sections = "time, memory, scaling, family, accuracy, devices, times, schedule, distributed, drop-ins"
+    sections = "time, memory, scaling, family, accuracy, times, schedule, devices, distributed, drop-ins"
     with pytest.raises(SystemExit, match=sections):
         cli.main([*command, "--check"])
     cli.main(command)
-    text = readme.read_text()
+    text = page.read_text()
     assert text.startswith("before\n<!-- figures:time -->\n\n| instruction set | processor | N | D | ours, ms |")
     assert "| AVX2 | A CPU | 256 | 128 | 3.14 | 1.6 | 10 |" in text
-    page = (results / "docs/benchmarks.md").read_text()
-    assert "### AVX2\n\n| N | D | `blocked` | eager | info-nce-pytorch\\* |" in page
-    assert "| 256 | 128 | 3.14 | 31.4 | 1 | 1.6 | 10 |" in page
-    assert "another loss, for scale" in page
-    assert "| two views, N = 256 | 128 | 1 | 1.5 |" in page
-    assert "| two views, N = 256 | 128 | 2 | 0.5 | 48 | 1,066 | 75 % | 10 % | 15 % | 0.9 |" in page
+    assert "### AVX2\n\n| N | D | `blocked` | eager | info-nce-pytorch\\* |" in text
+    assert "| 256 | 128 | 3.14 | 31.4 | 1 | 1.6 | 10 |" in text
+    assert "another loss, for scale" in text
+    assert "| two views, N = 256 | 128 | 1 | 1.5 |" in text
+    assert "| two views, N = 256 | 128 | 2 | 0.5 | 48 | 1,066 | 75 % | 10 % | 15 % | 0.9 |" in text
     assert "| 256 | 128 | < 1 | 6 |" in text
     assert "| 256 | 128 | 1.5 | 1 | 1 | 1.25 | 32 |" in text
     assert "| clip | 256 | 128 | 2 | 0.5 | 8 |" in text
@@ -413,22 +412,22 @@ def test_report_fills_the_pages_and_draws(committed):
     over_ranks = (results / "docs/distributed.md").read_text()
     assert "| 2 | 512 | 128 | ring | 1,000 | 1 | 8 | 1.6 | 4 | 3 | 2 | 1.5 | 2.5 | 3.5 |" in over_ranks
     assert "| open_clip, ClipLoss | 256 | 128 | 1 | 3 | 2 | 1.5 |" in (results / "docs/migration.md").read_text()
-    drawn = {name: (results / name).read_bytes() for name in ("time.svg", "memory.svg")}
+    drawn = (results / "overview.svg").read_bytes()
     cli.main([*command, "--check"])
     cli.main(command)
-    assert readme.read_text() == text
-    assert drawn == {name: (results / name).read_bytes() for name in drawn}
+    assert page.read_text() == text
+    assert drawn == (results / "overview.svg").read_bytes()
 
 
-def test_report_check_finds_a_changed_readme(committed):
-    results, readme = committed
+def test_report_check_finds_a_changed_page(committed):
+    results, page = committed
     cli.main(["report", "--results", str(results), "--root", str(results)])
-    readme.write_text(readme.read_text().replace("3.14", "1.34"))
-    assert report.stale_sections(results, results) == ["time"]
+    page.write_text(page.read_text().replace("3.14", "1.34"))
+    assert report.stale_sections(results, results) == ["time", "times"]
 
 
 def test_report_has_rows_for_every_instruction_set(committed):
-    results, readme = committed
+    results, page = committed
     first = json.loads((results / "cpu.json").read_text())
     (results / "cpu.json").unlink()
     of_set = {"vector": "AVX512", "held": None, "processor": "Another CPU"}
@@ -437,16 +436,16 @@ def test_report_has_rows_for_every_instruction_set(committed):
     (results / "cpu-avx2.json").write_text(json.dumps(held))
     (results / "cpu-avx512.json").write_text(json.dumps(wide))
     cli.main(["report", "--results", str(results), "--root", str(results)])
-    rows = [line for line in readme.read_text().splitlines() if line.startswith("| AVX")]
+    text = page.read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| AVX")]
     assert [row.split(" | ")[:3] for row in rows] == [
         ["| AVX-512", "Another CPU", "256"],
         ["| AVX-512", "Another CPU", "1024"],
         ["| AVX2", "A CPU", "256"],
     ]
-    assert "our kernel: avx512" in readme.read_text()
-    assert "our kernel held to avx2" in readme.read_text()
-    page = (results / "docs/benchmarks.md").read_text()
-    assert page.index("### AVX-512") < page.index("### AVX2")
+    assert "our kernel: avx512" in text
+    assert "our kernel held to avx2" in text
+    assert text.index("### AVX-512") < text.index("### AVX2")
 
 
 def test_report_says_how_to_make_the_times(committed):
@@ -458,8 +457,8 @@ def test_report_says_how_to_make_the_times(committed):
 
 
 def test_report_says_which_marker_or_file_is_missing(committed):
-    results, readme = committed
-    readme.write_text(readme.read_text().replace("<!-- /figures:memory -->", ""))
+    results, page = committed
+    page.write_text(page.read_text().replace("<!-- /figures:memory -->", ""))
     with pytest.raises(SystemExit, match="a page needs <!-- figures:memory -->"):
         cli.main(["report", "--results", str(results), "--root", str(results), "--check"])
     (results / "scaling.json").unlink()

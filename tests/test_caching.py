@@ -691,7 +691,7 @@ def test_cached_backward_on_ranks_is_the_step_it_stands_for(of_ranks, how):
     [
         ("a tower without find_unused_parameters", "find_unused_parameters=True"),
         ("a last view without a gradient", "put a view that has a gradient last in views"),
-        ("a static graph", "without static_graph=True"),
+        ("a static graph", "with static_graph=True"),
     ],
 )
 def test_cached_backward_on_ranks_gradient_that_is_not_averaged_is_an_error(of_ranks, how, message):

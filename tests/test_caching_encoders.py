@@ -496,7 +496,7 @@ X = torch.randn(4, 6)
             (nn.Linear(6, 5), [X, {"x": X, "y": [X, X[:3]]}]),
             {},
             ValueError,
-            r"views\[1\]\['y'\]\[1\] must have as many rows as views\[1\]\['x'\], 4, got shape \(3, 6\); pass what",
+            r"views\[1\]\['y'\]\[1\] must have as many rows as views\[1\]\['x'\], 4, got shape \(3, 6\); pass inputs",
         ),
         (
             (nn.Linear(6, 5), [Pair(X, (X * torch.ones((), requires_grad=True)))]),
@@ -536,9 +536,14 @@ X = torch.randn(4, 6)
         ((nn.Linear(6, 5), [X, X]), {"chunk_size": [[4]]}, ValueError, "chunk_size must hold an element for each of"),
         ((nn.Linear(6, 5), [X, X]), {"output": [0]}, ValueError, "output must hold an element for each of the 2 views"),
         ((nn.Linear(6, 5), [X, X]), {"encoder_kwargs": 1}, TypeError, "encoder_kwargs must be a mapping, got int"),
-        ((nn.LSTM(6, 5), [X, X]), {}, TypeError, r"got tuple; output= says where in it the embeddings are"),
+        ((nn.LSTM(6, 5), [X, X]), {}, TypeError, r"got tuple; use output= to select the embeddings"),
         ((nn.LSTM(6, 5), [X, X]), {"output": 1}, TypeError, r"encoder, at output=1, must return a torch\.Tensor, got"),
-        ((nn.LSTM(6, 5), [X, X]), {"output": lambda out: out[0][0]}, ValueError, "output, called with what encoder"),
+        (
+            (nn.LSTM(6, 5), [X, X]),
+            {"output": lambda out: out[0][0]},
+            ValueError,
+            "output, called with the result of encoder",
+        ),
     ],
 )
 def test_bad_input_is_named(arguments, options, error, message):

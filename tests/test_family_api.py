@@ -478,7 +478,7 @@ BAD_CALLS = {
     "sup_con multi form": (
         lambda: sup_con(Z, LABELS[:, None].bool(), form="in"),
         ValueError,
-        "form must be 'out' where a row has several labels, got 'in'",
+        "form must be 'out' with several labels per row, got 'in'",
     ),
     "sup_con weights type": (
         lambda: sup_con(Z, LABELS % 2, pair_weights=[[1.0]]),
@@ -618,22 +618,22 @@ BAD_CALLS = {
     "distill no teacher": (
         lambda: distill(Z, W),
         TypeError,
-        "teacher_image_features and teacher_text_features must be given, or teacher in their place",
+        "teacher_image_features and teacher_text_features must be given, or teacher instead",
     ),
     "distill two teachers": (
         lambda: distill(Z, W, Z, W, teacher=lambda rows, cols: rows[:, None] + 0.5 * cols),
         ValueError,
-        "teacher must not be given beside teacher_image_features and teacher_text_features: it takes their place",
+        "teacher must not be given with teacher_image_features and teacher_text_features: it replaces them",
     ),
     "distill one and a half": (
         lambda: distill(Z, W, teacher_text_features=W, teacher=lambda rows, cols: Z @ W.T),
         ValueError,
-        "teacher must not be given beside teacher_text_features",
+        "teacher must not be given with teacher_text_features",
     ),
     "distill teacher is a matrix": (
         lambda: distill(Z, W, teacher=Z @ W.T),
         TypeError,
-        "teacher must be a function of image and text numbers, got Tensor",
+        "teacher must be a function of image and text indices, got Tensor",
     ),
     "distill teacher returns a list": (
         lambda: distill(Z, W, teacher=lambda rows, cols: (Z @ W.T).tolist()),
@@ -660,7 +660,7 @@ BAD_CALLS = {
         ValueError,
         r"teacher\(rows, cols\) must be on the device of its arguments, cpu, got meta",
     ),
-    "module no teacher": (lambda: fastntxent.DistillLoss()(Z, W), TypeError, "must be given, or teacher in their"),
+    "module no teacher": (lambda: fastntxent.DistillLoss()(Z, W), TypeError, "must be given, or teacher instead"),
     "distill both scales": (
         lambda: distill(Z, W, Z, W, 0.5, logit_scale=10.0),
         ValueError,
@@ -823,7 +823,7 @@ def test_what_cannot_be_is_named():
     with pytest.raises(ValueError, match="q / temperature must be below 89"):
         fastntxent.rince(z_i, z_j, 0.005)
     assert fastntxent.rince(z_i.double(), z_j.double(), 0.005).isfinite()
-    with pytest.raises(ValueError, match="negatives must be given where in_batch_negatives is False"):
+    with pytest.raises(ValueError, match="negatives must be given when in_batch_negatives is False"):
         fastntxent.info_nce(z_i, z_j, in_batch_negatives=False)
     assert fastntxent.macl(z_i * torch.nan, z_j).isnan()
     with pytest.raises(TypeError, match="init_process_group"):

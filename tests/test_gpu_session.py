@@ -1,4 +1,4 @@
-"""make gpu: stages that stop and go on, and what becomes of them in the README."""
+"""make gpu: stages that stop and go on, and what becomes of them in the docs."""
 
 import json
 import re
@@ -162,7 +162,7 @@ def test_commands_of_stages_are_understood(stage, monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_session_without_a_gpu_is_a_mistake(capsys):
     assert gpu_session.main([]) == 2
-    assert capsys.readouterr().err == "error: there is no GPU here; --rehearse runs what can run without\n"
+    assert capsys.readouterr().err == "error: there is no GPU here; --rehearse runs the parts that work without one\n"
 
 
 @pytest.mark.slow
@@ -180,7 +180,7 @@ def test_rehearsal_runs_every_stage(tmp_path, capsys):
     assert capsys.readouterr().out.count("passed (before)") == 6, "each in turn, and in the summary"
 
 
-# --- the README's list -----------------------------------------------------------------------------------------------
+# --- the docs' list -------------------------------------------------------------------------------------------------
 
 KEY = {
     "device": {"name": "Some GPU", "capability": "sm_99", "driver": "driver 1", "torch": "2.13", "triton": "3.9"},
@@ -240,6 +240,6 @@ def test_devices_list_what_was_found(tmp_path):
     assert "Not run: cuda 256, cuda 4096." in table
 
 
-def test_report_puts_the_devices_into_the_readme(tmp_path):
+def test_report_puts_the_devices_into_the_docs(tmp_path):
     assert report.table_of(tmp_path, "devices") == devices.NO_DEVICES
-    assert report.PAGES["README.md"]["devices"] == "devices"
+    assert report.PAGES["docs/verification.md"]["devices"] == "devices"

@@ -228,7 +228,7 @@ def test_queue_that_fails_to_push_stays_as_it_was():
     queue = filled_queue()
     before = contents(queue)
     for z, ids in ((torch.ones(2, 4, device="meta"), None), (torch.ones(2, 4), torch.arange(3))):
-        with pytest.raises(ValueError, match=r"z must hold numbers|ids must have shape"):
+        with pytest.raises(ValueError, match=r"z must hold values|ids must have shape"):
             queue.push(z, ids)
         assert_holds(queue, before)
 

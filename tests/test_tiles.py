@@ -229,7 +229,7 @@ def test_large_batches_of_half_precision_have_limits():
 
 def test_products_one_after_the_other_are_a_fault():
     assert report_of(loop(PRODUCT, PRODUCT, DRAIN)).faults() == []
-    assert report_of(loop(PRODUCT, DRAIN, PRODUCT, DRAIN)).faults() == ["every product waits for the one before"]
+    assert report_of(loop(PRODUCT, DRAIN, PRODUCT, DRAIN)).faults() == ["every product waits for the previous one"]
 
 
 def test_warps_that_repeat_the_products_of_others_are_a_fault():
@@ -240,7 +240,7 @@ def test_warps_that_repeat_the_products_of_others_are_a_fault():
         )
 
     assert kernels._repeated(product("#mma", "8, 1") + product("#mma1", "4, 2")) == 1
-    assert report_of(loop(PRODUCT), repeated=1).faults() == ["1 products of which some warps repeat what others do"]
+    assert report_of(loop(PRODUCT), repeated=1).faults() == ["1 products in which some warps repeat the work of others"]
 
 
 def test_a_turn_by_tcgen05_has_the_flops_of_its_tile():

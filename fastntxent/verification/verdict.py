@@ -1,4 +1,4 @@
-"""The verdict on a backend on a device."""
+"""What is known of a backend on a device."""
 
 from __future__ import annotations
 
@@ -12,11 +12,16 @@ class Verdict(NamedTuple):
     """The outcome of checking a backend on a device.
 
     Attributes:
-        status: one of STATUSES. "not available" means that nothing could be checked.
-        detail: the error, its size or the reason; empty for "passed".
-        case: the check that failed or was running; empty for "passed".
-        checks: number of checks that passed.
-        seconds: duration of the checks.
+        status: "passed", or one of the other STATUSES. "not available" means that nothing could be checked.
+        detail: What is wrong and by how much, or why; empty for "passed".
+        case: The check that failed or was running; empty for "passed".
+        checks: The number of checks that passed.
+        seconds: The time that the checks took.
+
+    Example:
+        >>> import fastntxent
+        >>> print(fastntxent.Verdict("passed", checks=12, seconds=3.0))
+        passed 12 checks in 3.0 s
     """
 
     status: Status
@@ -36,15 +41,15 @@ class Verdict(NamedTuple):
         return f"{self.status}{where}" + (f": {self.detail}" if self.detail else "")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields, for JSON."""
+        """The fields, for JSON."""
         return self._asdict()
 
     @classmethod
     def from_dict(cls, values: Any) -> Verdict:
-        """Return the inverse of `to_dict`.
+        """The inverse of `to_dict`.
 
         Raises:
-            ValueError, TypeError, KeyError: the values are not a verdict.
+            ValueError, TypeError, KeyError: the values are not those of a verdict.
         """
         if values["status"] not in STATUSES:
             raise ValueError(f"status must be one of {', '.join(STATUSES)}, got {values['status']!r}")

@@ -294,11 +294,11 @@ def test_errors_of_a_cached_loss():
     model = Encoder(5)
     with pytest.raises(ValueError, match="mini_batch_size must be at least 1, got 0"):
         ours.CachedGISTEmbedLoss(model, model, mini_batch_size=0)
-    with pytest.raises(ValueError, match="guide must be given where a call brings features"):
+    with pytest.raises(ValueError, match="guide must be given to call the loss with features"):
         ours.CachedGISTEmbedLoss(model, None)(text_columns(2))
     with pytest.raises(TypeError, match=r"guide must be a torch\.nn\.Module, got function"):
         ours.CachedGISTEmbedLoss(model, lambda features: features)(text_columns(2))
-    with pytest.raises(ValueError, match="embeddings must be those of at least 2 columns, anchors first, got 1"):
+    with pytest.raises(ValueError, match="embeddings must have at least 2 columns, anchors first, got 1"):
         ours.CachedGISTEmbedLoss(model, model)(text_columns(1))
     static = nn.Sequential(type("StaticEmbedding", (nn.EmbeddingBag,), {})(9, 4))
     with pytest.raises(ValueError, match="begins with a StaticEmbedding: use GISTEmbedLoss"):
@@ -308,11 +308,11 @@ def test_errors_of_a_cached_loss():
 def test_errors():
     z = torch.eye(4)
     loss = ours.GISTEmbedLoss(None, None)
-    with pytest.raises(ValueError, match="model must be given where a call brings features"):
+    with pytest.raises(ValueError, match="model must be given to call the loss with features"):
         loss([{}, {}])
-    with pytest.raises(ValueError, match="guide must be given where a call brings features"):
+    with pytest.raises(ValueError, match="guide must be given to call the loss with features"):
         ours.GISTEmbedLoss(Embedding(WORDS, 5), None)([{}, {}])
-    with pytest.raises(ValueError, match="embeddings must be those of 2 or 3 columns, anchors first, got 4"):
+    with pytest.raises(ValueError, match="embeddings must have 2 or 3 columns, anchors first, got 4"):
         loss.compute_loss_from_embeddings([z] * 4, [z] * 4)
     with pytest.raises(ValueError, match=r"embeddings\[0\] and embeddings\[1\] must have the same shape"):
         loss.compute_loss_from_embeddings([z, z[:1]], [z, z[:1]])
@@ -320,7 +320,7 @@ def test_errors():
         loss.compute_loss_from_embeddings([z, z], [z, z[:1]])
     with pytest.raises(TypeError, match=r"embeddings\[1\] must be a torch.Tensor, got NoneType"):
         loss.compute_loss_from_embeddings([z, None], [z, z])
-    with pytest.raises(ValueError, match="guide_embeddings must be as many as embeddings, 3, got 2"):
+    with pytest.raises(ValueError, match="guide_embeddings must have 3 columns, as embeddings, got 2"):
         loss.compute_loss_from_embeddings([z] * 3, [z] * 2)
     with pytest.raises(ValueError, match="margin_strategy must be one of"):
         ours.GISTEmbedLoss(None, None, margin_strategy="both")

@@ -229,8 +229,10 @@ def test_errors():
     for size in ((-1, 3), (4, 3, 2), -1):
         with pytest.raises(ValueError, match=r"memory_bank_size must be \(size, dim\), size or 0, none negative"):
             ours.NTXentLoss(memory_bank_size=size)
+        with pytest.raises(ValueError, match=r"^size must be \(size, dim\)"):
+            ours.MemoryBankModule(size)
     for size in ("x", 2.0, (4.0, 3), None):
-        with pytest.raises(TypeError, match="memory_bank_size must be an int or two of them"):
+        with pytest.raises(TypeError, match="memory_bank_size must be an int or a pair"):
             ours.NTXentLoss(memory_bank_size=size)
 
 
@@ -246,7 +248,7 @@ def test_weights_may_be_one_number():
     expected = ours.DCLLoss(weight_fn=lambda a, b: torch.full((4,), 2.0))(z_i, z_j)
     for weight in (2, torch.tensor(2.0), torch.tensor([2.0])):
         torch.testing.assert_close(ours.DCLLoss(weight_fn=lambda a, b, weight=weight: weight)(z_i, z_j), expected)
-    with pytest.raises(TypeError, match="what weight_fn returns must be a number, got NoneType"):
+    with pytest.raises(TypeError, match="weight_fn's result must be a number, got NoneType"):
         ours.DCLLoss(weight_fn=lambda a, b: None)(z_i, z_j)
 
 

@@ -405,7 +405,7 @@ def test_indices_that_cannot_be_are_named(name, indices, error, says):
 def test_references_need_labels_and_as_many_features():
     loss = ours.NTXentLoss()
     z, labels = torch.randn(16, 4), torch.arange(16) // 2
-    with pytest.raises(ValueError, match="ref_labels must be given where ref_emb has another number of rows than emb"):
+    with pytest.raises(ValueError, match="ref_labels must be given if ref_emb and embeddings do not have the same"):
         loss(z, labels, ref_emb=torch.randn(4, 4))
     with pytest.raises(ValueError, match="features"):
         loss(z, labels, ref_emb=torch.randn(4, 5), ref_labels=labels[:4])

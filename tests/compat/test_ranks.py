@@ -513,10 +513,10 @@ def replicas(**options: Any) -> Callable[[Tensor], Tensor]:
 
 # What the error must say, of what each rank calls with four rows.
 BAD: dict[str, Callable[[Tensor], Tensor]] = {
-    "world_size must be 1 or that of the default process group, 3, got 2": clip(world_size=2),
-    "rank must be this process's in the default process group": clip(rank=3),
-    "use_horovod must be False where world_size is not 1": clip(use_horovod=True),
-    "strategy.num_replicas_in_sync must be 1 or that of the default process group, 3, got 8": replicas(
+    "world_size must be 1 or the size of the default process group, 3, got 2": clip(world_size=2),
+    "rank must be this process's rank in the default group": clip(rank=3),
+    "use_horovod must be False if world_size is above 1": clip(use_horovod=True),
+    "strategy.num_replicas_in_sync must be 1 or the size of the default process group, 3, got 8": replicas(
         strategy=SimpleNamespace(num_replicas_in_sync=8)
     ),
     "tpu_context must be None, a process group, or have num_replicas_in_sync or num_replicas, got str": replicas(

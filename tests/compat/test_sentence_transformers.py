@@ -265,7 +265,7 @@ def test_a_call_without_columns_says_so(columns):
 
 def test_errors_of_a_call():
     loss = ours.MultipleNegativesRankingLoss(None)
-    with pytest.raises(ValueError, match="anchors and positives at least, got 1 tensors"):
+    with pytest.raises(ValueError, match="at least anchors and positives, got 1 tensors"):
         loss([torch.eye(3)])
     with pytest.raises(ValueError, match="model must be given"):
         loss([{}, {}])
@@ -512,7 +512,7 @@ def test_errors_of_cached_losses():
         CACHED(model)([text_columns(1)[0], {**text_columns(1)[0], "x": torch.ones(3)}])
     with pytest.raises(ValueError, match=r"sentence_features\[0\] has no 'attention_mask' to count the tokens of"):
         CACHED(model, mini_batch_num_tokens=9)([{"x": torch.ones(3)}] * 2)
-    with pytest.raises(ValueError, match="anchors and positives at least, got 1 tensors"):
+    with pytest.raises(ValueError, match="at least anchors and positives, got 1 tensors"):
         CACHED(model)(text_columns(1))
 
 
