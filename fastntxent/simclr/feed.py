@@ -21,7 +21,7 @@ from .data import ImageData
 from .images import default_threads
 from .loader import LoaderData
 from .ranks import Ranks
-from .stopping import ignore_signals
+from .stopping import ignore_signals, read
 from .stream import stream
 from .tally import Images
 
@@ -105,7 +105,7 @@ class OwnOrder:
             generator=torch.Generator(),  # otherwise it would draw from the global one
             collate_fn=_as_it_is,
         )
-        for step, images in zip(range(start, stop), reader, strict=True):
+        for step, images in zip(range(start, stop), read(reader), strict=True):
             preset, generator = PRESETS[self.config.preset], stream(self.config.seed, "views", step)
             pixels = torch.from_numpy(images).to(self.device, non_blocking=True)
             n, rows = len(self._indices(step)), self._rows(step)
@@ -152,7 +152,7 @@ class LoaderOrder:
         while step < stop:
             epoch, done = divmod(step, self.steps_per_epoch)
             self.data.set_epoch(epoch)
-            for batch in itertools.islice(self.data.loader, done, self.steps_per_epoch):
+            for batch in itertools.islice(read(self.data.loader), done, self.steps_per_epoch):
                 if step == stop:
                     return
                 yield self._views(batch, step)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from .output import last_line
-from .stopping import ignore_signals
+from .stopping import ignore_signals, read
 
 _EXPECTED = (
     "a batch of the DataLoader must be images (N, C, H, W) or (images, labels, ...), or two views of each image, "
@@ -89,7 +89,7 @@ class LoaderData:
 
 def _first_batch(loader: DataLoader[Any]) -> Any:
     try:
-        return next(iter(loader))
+        return next(read(loader))
     except StopIteration:
         raise ValueError("data must be a DataLoader with at least one batch, but it yielded none") from None
     except Exception as error:  # from the user's code

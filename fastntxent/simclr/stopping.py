@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.process import BaseProcess
 from types import FrameType
+from typing import Any
+
+from torch.utils.data import DataLoader
 
 _SIGNALS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
@@ -88,9 +93,24 @@ def ignore_signals(worker: int, then: Callable[[int], object] | None = None) -> 
         then(worker)
 
 
+def read(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Iterate over a DataLoader whose workers ignore signals, and kill them when this process exits.
+
+    An iterator may live that long, with persistent workers or in a traceback. Python then sends its workers SIGTERM and
+    waits for them forever.
+    """
+    batches = iter(loader)
+    atexit.register(_kill, list(getattr(batches, "_workers", ())))
+    return batches
+
+
 def kill_workers() -> None:
-    """Kill all worker processes. A worker that hangs in a read ignores SIGTERM and would block the exit."""
+    """Kill all worker processes: one that hangs in a read, and ignores SIGTERM, would keep this process from ending."""
+    _kill(multiprocessing.active_children())
+
+
+def _kill(workers: Iterable[BaseProcess]) -> None:
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise
-    for worker in multiprocessing.active_children():
+    for worker in workers:
         worker.kill()

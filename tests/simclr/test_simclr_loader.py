@@ -1,6 +1,9 @@
 """A DataLoader of the user's as training data, and worker processes."""
 
 import signal
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -245,3 +248,33 @@ def test_loader_that_ends_early_is_told(stripes, tmp_path, make_trainer):
     trainer = make_trainer(data=Short(TensorDataset(stripes.train_images), batch_size=32))
     with pytest.raises(RuntimeError, match="must yield 5 batches per epoch, as its length says, but ended after 3"):
         trainer.fit()
+
+
+@pytest.mark.parametrize(
+    ("options", "sample"),
+    [("num_workers=1, persistent_workers=True", "torch.rand(3, 8, 8)"), ("num_workers=1", "1 / 0")],
+    ids=["persistent", "raises"],
+)
+def test_a_process_that_keeps_an_iterator_of_workers_ends(options, sample):
+    code = f"""
+        import torch
+        from torch.utils.data import DataLoader, Dataset
+        from fastntxent.simclr.loader import LoaderData
+
+        class Images(Dataset):
+            def __len__(self):
+                return 8
+
+            def __getitem__(self, index):
+                return {sample}
+
+        try:
+            kept = LoaderData(DataLoader(Images(), 4, {options}))
+        except ValueError as error:
+            kept = error
+        print("at the end", flush=True)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.stdout == "at the end\n"
+    assert (done.returncode, done.stderr) == (0, "")
