@@ -172,8 +172,7 @@ def test_nt_xent_zero_rows_within_budget(backend, dtype):
     loss, truth = error_budget.true_loss_and_gradient(z_i, z_j, 0.5)
     results = [evaluate(batch, name) for name in (backend, "reference")]
     value, same = (torch.cat((r.d_z_i, r.d_z_j)) for r in results)
-    # A zero row's gradient is d_u / eps, 1e4 to 1e12 times larger than the others, so the two kinds are judged
-    # separately.
+    # A zero row's gradient is d_u / eps, 1e4 to 1e12 times larger than the others, so these are judged apart.
     zero = torch.zeros(80, dtype=torch.bool).index_fill(0, torch.tensor([3, 43, 48]), True)
     for rows in (zero, ~zero):
         limit = error_budget.allowed(error_budget.errors_of(same[rows], truth[rows]), dtype, 2.0, output_dtype=dtype)

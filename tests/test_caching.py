@@ -611,8 +611,7 @@ def test_cached_backward_repeats_the_generator_of_the_encoders_device():
 
 
 def replicated_step(encoder, views, loss_fn, chunk_size):
-    """The uncached step in DistributedDataParallel: buffers are synchronised in the first chunk, gradients in the
-    last."""
+    """The uncached step in DDP, which synchronises buffers in the first chunk and gradients in the last."""
     *chunks, last = (chunk for view in views for chunk in view.split(chunk_size))
     with encoder.no_sync():
         z = [encoder(chunk) for chunk in chunks]

@@ -142,8 +142,7 @@ SCALED = {
 @pytest.mark.parametrize("around", ["nothing", "hooks", "checkpoint"])
 @pytest.mark.parametrize("name", SCALED)
 def test_change_of_a_scale_in_place_before_the_backward_is_an_error(name, around):
-    """Autograd saves the scale itself. Saved-tensor hooks skip its version check, and a checkpoint runs the forward
-    again."""
+    """Autograd saves the scale itself. Hooks skip its version check, and a checkpoint runs the forward again."""
     z, scale = torch.randn(2, 8, 4), torch.tensor(2.0, requires_grad=True)
     rows = z[0].clone().requires_grad_()
 

@@ -45,8 +45,7 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 @pytest.fixture(autouse=True)
 def emulate(monkeypatch):
-    """Without a GPU, emulate the backend "cuda" and return a function that changes the device; with one, return
-    None."""
+    """Without a GPU, emulate the backend "cuda" and return a function that changes the device."""
     if STATUS.available:
         return None
     kernels = emulated_kernels()

@@ -365,8 +365,7 @@ def none_or_no_number() -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
 
 
 def strangers(case: str) -> tuple[Tensor, Tensor]:
-    """Return two views of six samples: all in one group, all but the last, or each in its own with a NaN in the
-    last."""
+    """Return two views of six samples: all in one group, all but the last, or each in its own and one row NaN."""
     x = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
     ids = torch.arange(6) if case == "NaN" else torch.zeros(6, dtype=torch.int64)
     if case != "one group":

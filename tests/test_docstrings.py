@@ -42,25 +42,25 @@ LOSSES = sorted({*losses.__all__, *modules.__all__} - {"NTXentTerms", "NegativeQ
 # A parameter has the same description in every docstring. Only these have several, because the parameter means
 # something else there, or one function adds a sentence. So rewording it in a single docstring fails the test.
 DESCRIPTIONS = {
-    "backend": 3,  # of a loss, `verify` and `compare`
-    "bias": 2,  # of a loss, and as the initial value in a module
+    "backend": 3,  # for a loss, `verify` and `compare`
+    "bias": 2,  # for a loss, and as the initial value in a module
     "ceiling": 2,  # `sup_con` has no margins
-    "form": 2,  # of `sup_con`, and for several positives
-    "group": 7,  # of a loss (three add a sentence), `nt_xent_terms`, `compare` and `Sharding`
-    "ids": 8,  # of a loss (two add a sentence), SigLIP, the primitive, and three of a queue
+    "form": 2,  # for `sup_con`, and for several positives
+    "group": 7,  # for a loss (three add a sentence), `nt_xent_terms`, `compare` and `Sharding`
+    "ids": 8,  # for a loss (two add a sentence), SigLIP, the primitive, and three for a queue
     "in_batch_negatives": 2,  # True by default with a queue
-    "loss": 3,  # of `warm_up`, `matryoshka` and its module
-    "margin": 2,  # of a limit, and of a guide
+    "loss": 3,  # for `warm_up`, `matryoshka` and its module
+    "margin": 2,  # for a limit, and for a guide
     "negatives": 2,  # only `info_nce` takes a set for each query
-    "normalize": 3,  # of a loss, with a teacher, and of a queue
-    "options": 2,  # of `warm_up` and `matryoshka`
+    "normalize": 3,  # for a loss, with a teacher, and for a queue
+    "options": 2,  # for `warm_up` and `matryoshka`
     "positives": 2,  # `info_nce` excludes more
     "reduction": 6,  # the mean is over 2N rows, V N rows, rows with a positive, queries, samples or images
     "teacher_temperature": 2,  # only the function takes a teacher_logit_scale
-    "temperature": 10,  # of a loss (per row in three, None in two, MACL's), in a module (MACL's), and of `compare`
-    "u": 2,  # of the primitive, and of a queue
-    "views": 2,  # of `multiview_nt_xent` and `cached_backward`
-    "weights": 2,  # of pairs of towers, and of widths
+    "temperature": 10,  # for a loss (per row in three, None in two, MACL's), in a module (MACL's), and for `compare`
+    "u": 2,  # for the primitive, and for a queue
+    "views": 2,  # for `multiview_nt_xent` and `cached_backward`
+    "weights": 2,  # for pairs of towers, and for widths
     "z": 5,  # one for each shape
 }
 
