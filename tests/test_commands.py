@@ -1,4 +1,4 @@
-"""python -m fastntxent: what it prints, and how it ends."""
+"""python -m fastntxent: its output and its exit status."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def answers(monkeypatch):
-    """The verdicts that child processes give: all passed, but for what a test puts here."""
+    """Verdicts that child processes return: "passed", unless a test puts another one here."""
     found = {}
     passed = Verdict("passed", checks=3)
     monkeypatch.setattr(policy.process, "check_in_child", lambda request: found.get(request["backend"], passed))
@@ -41,7 +41,7 @@ def answers(monkeypatch):
 
 
 def run(capsys, *arguments):
-    """Exit status, stdout and stderr."""
+    """Return the exit status, stdout and stderr."""
     try:
         status = commands.main(arguments)
     except SystemExit as end:
@@ -215,7 +215,7 @@ def test_verify_of_one_backend_goes_where_it_can_run(capsys, answers, monkeypatc
 )
 @pytest.mark.skipif(not backends()["triton"].available, reason="needs Triton")
 def test_verify_passes_tritons_kernels_in_the_interpreter():
-    # All of it: two minutes of one core.
+    # The complete verification: two minutes on one core.
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "fastntxent", "verify", "--backend", "triton", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
