@@ -72,7 +72,7 @@ def test_weights_near_the_smallest_numbers_give_no_nan(backend, temperature, dty
         for ours, reference in zip(*found, strict=True):
             assert ours.isfinite().all()
             # float32 rounds logits of 1,000 to 6e-5, and weights change as much. Rounding in float64 is negligible.
-            torch.testing.assert_close(ours, reference, rtol=1e-2 if dtype == torch.float32 else 1e-9, atol=1e-4)
+            torch.testing.assert_close(ours, reference, rtol=1e-3 if dtype == torch.float32 else 1e-9, atol=1e-5)
 
 
 @pytest.mark.parametrize(("temperature", "length"), [(1e6, 1.0), (0.5, 1e-4), (500.0, 1.0)])
