@@ -21,7 +21,7 @@ CHECKOUT = Path(__file__).parent.parent
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder, "."]
-    # nvcc would take minutes, and no test here looks at its output
+    # nvcc would take minutes, and no test here looks at its output.
     environment = {**os.environ, "FASTNTXENT_CUDA": "0"}
     subprocess.run(command, check=True, cwd=CHECKOUT, env=environment)
     (path,) = folder.glob("*.whl")
