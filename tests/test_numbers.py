@@ -1,4 +1,4 @@
-"""Numbers that Python, C++ and CUDA each define are equal in all of them."""
+"""Numbers that Python, C++ and CUDA each define, and that must be equal."""
 
 import math
 import re

@@ -149,9 +149,7 @@ def test_nt_xent_rows_of_any_length_within_budget(length):
 
 @pytest.fixture(params=["device"] if DEVICE == "cuda" else tensor_cores.FAMILIES)
 def each_chip(request, monkeypatch):
-    """Use one chip's tiles and rounding. The value is a function that switches to the chip's tiles for a number of
-    rows.
-    """
+    """Use one chip's tiles and rounding. Return a function that switches to the chip's tiles for a number of rows."""
     if DEVICE == "cuda":
         return lambda rows: None
     tensor_cores.interpret(monkeypatch, request.param)

@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 RIGHT = select("cpu", "cpu", torch.float32) if backends()["cpu"].available else select("blocked", "cpu", torch.float32)
 
 
-# --- what the checks find --------------------------------------------------------------------------------------------
+# --- faults that the checks find -------------------------------------------------------------------------------------
 
 
 def one_wrong_element(x, call):
@@ -409,7 +409,7 @@ def test_child_times_what_runs():
         assert all(value > 0 for value in times["float32"]["16"][rows].values())
 
 
-# --- what is stored --------------------------------------------------------------------------------------------------
+# --- stored verdicts and times ---------------------------------------------------------------------------------------
 
 MODEL = Model("Some GPU 80GB", "sm_99", "driver 1", "2.13", "3.6")
 MODULE = "fastntxent.backends.blocked"
@@ -615,7 +615,7 @@ def test_eight_processes_check_once(tmp_path):
     assert sorted((tmp_path / "checked").read_text().split()) == ["cuda", "triton"]
 
 
-# --- what "auto" picks -----------------------------------------------------------------------------------------------
+# --- the choice of "auto" --------------------------------------------------------------------------------------------
 
 GPU = torch.device("cuda", 0)
 FOUND = {"cuda": "fastntxent.backends.cuda.backend", "triton": "fastntxent.backends.triton.backend"}

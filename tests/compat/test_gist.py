@@ -31,8 +31,8 @@ options = {
 
 
 def drawn_case(n, d, seed, columns):
-    """Return embeddings, and a guide's embeddings. Random similarities are hardly ever so close to a limit that float32
-    cannot tell.
+    """Return embeddings, and a guide's embeddings in float64. Random similarities are unlikely to be within rounding of
+    a limit.
     """
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(n, d, generator=generator) + torch.randn(columns, n, d, generator=generator)

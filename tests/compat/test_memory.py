@@ -1,4 +1,4 @@
-"""No drop-in holds all pairs. For the most demanding library loss, the drop-in's peak memory is measured."""
+"""No drop-in holds all pairs. One test measures peak memory for the library loss that needs the most."""
 
 import copy
 import json

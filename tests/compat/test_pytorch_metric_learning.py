@@ -110,7 +110,7 @@ def test_reducers_equal_the_library(reducer, n, d, seed, tau, name, classes, of)
     matches = labels[:, None] == ref_labels
     pairs = (*torch.where(matches), *torch.where(~matches))
     again = torch.randint(0, max(len(pairs[0]), 1), (5,), generator=torch.Generator().manual_seed(seed))
-    # Repeat some pairs. The library's reducer of anchors counts repeats only in the gradient.
+    # Repeat some pairs. The library's reducer of anchors counts a repeat in the gradient, but not in the value.
     if len(pairs[0]) and not reducer.startswith("anchors"):
         pairs = (*(torch.cat((index, index[again])) for index in pairs[:2]), *pairs[2:])
 

@@ -34,7 +34,7 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def ctrl_c():
-    """Ctrl-C works as in a terminal. A shell in the background starts its processes with SIGINT ignored."""
+    """Restore Ctrl-C, because a shell in the background starts its processes with SIGINT ignored."""
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, handler)

@@ -97,7 +97,7 @@ def test_folder_errors_name_the_path(tmp_path):
         load(tmp_path / "000.png")
 
 
-# --- what is skipped -------------------------------------------------------------------------------------------------
+# --- skipped entries -------------------------------------------------------------------------------------------------
 
 
 def test_folder_leaves_hidden_entries_out(two_classes):

@@ -127,7 +127,7 @@ def test_check_width_is_for_models_that_have_one(name):
         check_width(name, 8, "--width")
 
 
-# --- what an encoder takes -------------------------------------------------------------------------------------------
+# --- images for an encoder -------------------------------------------------------------------------------------------
 
 
 IMAGES = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))

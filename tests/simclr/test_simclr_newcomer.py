@@ -241,7 +241,7 @@ def test_run_writes_what_the_page_lists(here):
     page = (run / "report.html").read_text()
     assert "cannot be read" in page
     scores = metrics(run)["evaluation"]["scores"]
-    assert scores["knn"]["trained"] >= 0.8, "stripes across, down and aslant are easy to tell apart"
+    assert scores["knn"]["trained"] >= 0.8, "stripes across, down and diagonal are easy to tell apart"
     log = log_of(run)
     assert log["step"] == [*range(0, STEPS, 5), STEPS - 1]
     assert log["seconds"] == sorted(log["seconds"])

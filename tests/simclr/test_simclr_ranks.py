@@ -41,7 +41,7 @@ STEPS = 20
 # the same runs agree to about 1e-14.
 DIGITS = {torch.float32: 5e-4, torch.float64: 1e-9}
 
-# The data are the 83 stripes. The ranks' shares are uneven at least in the last batch of each epoch.
+# The data are 83 stripes, so in most runs the ranks have uneven shares, at least of an epoch's last batch.
 RUNS: dict[str, dict[str, Any]] = {
     "float32": {"batch_size": 50, "verify_every": 5, "max_steps": STEPS},
     "batch norm": {"batch_size": 32},
@@ -255,7 +255,7 @@ MISTAKEN = {f.__name__: f for f in (one_cannot, one_breaks, options_differ, refe
 
 
 def downloaded(ranks: Ranks, data: ImageData, out: Path) -> bool:
-    """Return True if other ranks find the file that the first rank of their machine fetches."""
+    """Return True if the other ranks find the file that the first rank of their machine fetches."""
     there = out / "fetched"
 
     def load(*args: Any, **options: Any) -> ImageData:
