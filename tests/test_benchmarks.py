@@ -1,4 +1,4 @@
-"""The benchmarks' own arithmetic and checks, at small sizes."""
+"""The arithmetic and checks of the benchmarks, at small sizes."""
 
 import json
 import os
@@ -34,7 +34,7 @@ needs_cpu_kernels = pytest.mark.skipif(not BUILT.available, reason=f"needs the C
 if BUILT.available:
     from fastntxent import _cpu
 ROOT = Path(__file__).parent.parent
-# The slowest instruction set that this kind of machine has.
+# The slowest instruction set of this processor's architecture.
 BASELINE = "neon" if platform.machine().lower() in ("aarch64", "arm64") else "portable"
 needs_linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 
@@ -60,7 +60,7 @@ def test_host_times_every_way_to_the_loss_around_an_empty_launch():
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs the compilers that Triton ships for Linux")
 def test_host_times_compiled_triton_kernels_that_never_run():
-    # In a process of its own: here triton interprets.
+    # In a separate process, because triton runs its interpreter in this one.
     code = """
 from benchmarks import host
 with host.empty_triton():
@@ -80,7 +80,7 @@ def test_chunked_agrees_with_the_oracle_over_uneven_chunks():
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_agrees_with_the_oracle():
-    z_i, z_j = torch.randn(2, 24, 32)  # without a gradient: it has none on a CPU
+    z_i, z_j = torch.randn(2, 24, 32)  # no gradient: flex_attention has none on a CPU
     try:
         value = losses.FlexAttention(0.1, compiled=False)(z_i, z_j)
     except ImportError as error:
@@ -210,7 +210,7 @@ def test_scaling_refuses_more_threads_than_processors(capsys):
 
 
 def test_similarities_are_multiplied_some_rows_at_a_time(monkeypatch):
-    monkeypatch.setattr(machine, "LARGEST_PRODUCT", 5 * 14 * 4)  # five rows of the 14
+    monkeypatch.setattr(machine, "LARGEST_PRODUCT", 5 * 14 * 4)  # 5 of the 14 rows at a time
     shapes = []
     multiply = torch.mm
 
@@ -249,8 +249,8 @@ def test_a_drop_in_that_is_another_loss_is_not_timed():
 
 @needs_linux
 def test_losses_stay_within_their_memory():
-    # Beside the inputs: 2 x 16 MiB of features have their gradients and the kernel's copies, never 256 MiB of logits;
-    # a term for each of the 200,000 positive pairs of ten classes takes tiles.
+    # Beside the inputs, 2 x 16 MiB of features, clip holds their gradients and the kernel's copies, but never 256 MiB
+    # of logits. sup_con has 200,000 positive pairs in ten classes, and computes their terms in tiles.
     assert family.peak("two towers", "clip", 8192, 512) < 128 * 2**20
     assert family.peak("labels", "sup_con pairs", 1024, 128) < 50 * 2**20
 
@@ -260,7 +260,7 @@ def test_converged_shows_what_the_dense_loss_loses(tmp_path):
     assert len(record["results"]) == 8
     last = next(row for row in record["results"] if row["stage"] == "1e-6" and row["temperature"] == 0.1)
     assert last["errors"]["blocked"] < 1e-5 < 1e-3 < last["errors"]["eager"]
-    assert "lightly" not in last["errors"]  # it would normalise
+    assert "lightly" not in last["errors"]  # it would normalise the rows
 
 
 def test_distributed_sends_what_the_formula_says_and_times_both_strategies(tmp_path, capsys):
@@ -378,7 +378,7 @@ RESULTS = {
 
 @pytest.fixture
 def committed(tmp_path):
-    """Made records, and pages with the sections' markers."""
+    """Write synthetic records, and pages with the markers of the sections."""
     for suite, results in RESULTS.items():
         record = {"suite": suite, "machine": MACHINE, "missing": {}, "results": results}
         (tmp_path / f"{suite}.json").write_text(json.dumps(record))
@@ -474,7 +474,7 @@ def test_pages_have_the_tables_of_the_committed_results():
 
 @pytest.fixture
 def released(monkeypatch):
-    """The kernels are let go of what the test holds them to."""
+    """Restore the kernels' instruction set after a test that changes it."""
     before = _cpu.instruction_set()
     monkeypatch.setattr(instruction_set, "held", instruction_set.held)
     yield

@@ -1,4 +1,4 @@
-"""Calls of cached_backward that cannot work: each is told which argument it is, what was expected and what came."""
+"""Invalid calls of cached_backward: each error names the argument, what was expected and what was given."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ X = torch.randn(2, N, FEATURES, generator=torch.Generator().manual_seed(0))
 
 
 class Encoder(nn.Module):
-    """A layer, dropout, a count of its calls, and what is made of its output."""
+    """A layer with dropout that counts its calls, and returns `output` of the result and the count."""
 
     def __init__(self, output: Callable[[Tensor, int], Any] = lambda z, calls: z):
         super().__init__()
@@ -74,7 +74,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "encoder must have its parameters in memory, got some on the meta device",
     ),
-    # its output
+    # the encoder's output
     "returns none": (returning(lambda z, calls: None), TypeError, "encoder must return a torch.Tensor, got NoneType"),
     "returns a number": (
         returning(lambda z, calls: z.sum()),
@@ -132,7 +132,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "got one that does not require grad, because neither the encoder nor loss_fn has anything to learn",
     ),
     "frozen": ({"encoder": frozen()}, RuntimeError, "because neither the encoder nor loss_fn has anything to learn"),
-    # views
+    # the views
     "views are none": ({"views": None}, TypeError, "views must be a sequence, one element per view, got NoneType"),
     "views are a number": ({"views": 2}, TypeError, "views must be a sequence, one element per view, got int"),
     "views are one": ({"views": X}, TypeError, "views must be a sequence of tensors, one per view, got one tensor"),
@@ -152,7 +152,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "views of other lengths": (
         {"views": [X[0], X[1, :3]]},
         ValueError,
-        "z_i and z_j must have the same shape, got (6, 4) and (3, 4)",  # a loss may take them: this one does not
+        "z_i and z_j must have the same shape, got (6, 4) and (3, 4)",  # raised by this loss; others accept it
     ),
     "view with other keys": (
         {"views": [{"x": X[0]}, {3: X[1]}], "unpack": True},
@@ -267,7 +267,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "lengths must give a number for each of the 6 rows of views[0], got int",
     ),
     "lengths below zero": (tokens(lambda view: [-1] * len(view)), ValueError, "lengths must be at least 0, got -1"),
-    # where inputs go in and embeddings come out
+    # the encoder's arguments and output
     "kwargs are a number": ({"encoder_kwargs": 3}, TypeError, "encoder_kwargs must be a mapping, got int"),
     "kwargs of a number": (
         {"encoder_kwargs": {1: 2}},

@@ -1,4 +1,4 @@
-"""The code of docs/losses.md runs and has every loss, CONTRIBUTING.md names make targets, CHANGELOG.md this version."""
+"""docs/losses.md runs and covers every loss, CONTRIBUTING.md names real make targets, CHANGELOG.md has this version."""
 
 import ast
 import re

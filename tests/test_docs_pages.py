@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = [DOCS / "index.md", DOCS / "quickstart.md", *sorted((DOCS / "tutorials").glob("*.md"))]
 
-# A block of Python, and the name of the file that it is to be saved as, if the page has one.
+# A block of Python, and the file name that the page tells the reader to save it as, if any.
 BLOCK = re.compile(r"^(?:<!-- file: (\S+) -->\n\n)?```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 

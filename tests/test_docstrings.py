@@ -1,4 +1,4 @@
-"""The docstrings of the public names, as an editor shows them: complete, in one format, and in the same words."""
+"""The docstrings of the public names, as an editor shows them: complete, in one format, and consistent."""
 
 import enum
 import importlib
@@ -39,28 +39,28 @@ DROP_INS = {
 }
 LOSSES = sorted({*losses.__all__, *modules.__all__} - {"NTXentTerms", "NegativeQueue"})
 
-# A parameter has one description, the same wherever it stands. Only these have more, because it means something else or
-# one name adds a sentence. Rewording a single docstring adds one, and fails.
+# A parameter has the same description in every docstring. Only these have several, because the parameter means
+# something else there, or one function adds a sentence. So rewording it in a single docstring fails the test.
 DESCRIPTIONS = {
-    "backend": 3,  # of a loss, `verify` and `compare`
-    "bias": 2,  # of a loss, and as the initial value in a module
+    "backend": 3,  # for a loss, `verify` and `compare`
+    "bias": 2,  # for a loss, and as the initial value in a module
     "ceiling": 2,  # `sup_con` has no margins
-    "form": 2,  # of `sup_con`, and for several positives
-    "group": 7,  # of a loss (three add a sentence), `nt_xent_terms`, `compare` and `Sharding`
-    "ids": 8,  # of a loss (two add a sentence), SigLIP, the primitive, and three of a queue
+    "form": 2,  # for `sup_con`, and for several positives
+    "group": 7,  # for a loss (three add a sentence), `nt_xent_terms`, `compare` and `Sharding`
+    "ids": 8,  # for a loss (two add a sentence), SigLIP, the primitive, and three for a queue
     "in_batch_negatives": 2,  # True by default with a queue
-    "loss": 3,  # of `warm_up`, `matryoshka` and its module
-    "margin": 2,  # of a limit, and of a guide
+    "loss": 3,  # for `warm_up`, `matryoshka` and its module
+    "margin": 2,  # for a limit, and for a guide
     "negatives": 2,  # only `info_nce` takes a set for each query
-    "normalize": 3,  # of a loss, with a teacher, and of a queue
-    "options": 2,  # of `warm_up` and `matryoshka`
+    "normalize": 3,  # for a loss, with a teacher, and for a queue
+    "options": 2,  # for `warm_up` and `matryoshka`
     "positives": 2,  # `info_nce` excludes more
     "reduction": 6,  # the mean is over 2N rows, V N rows, rows with a positive, queries, samples or images
     "teacher_temperature": 2,  # only the function takes a teacher_logit_scale
-    "temperature": 10,  # of a loss (per row in three, None in two, MACL's), in a module (MACL's), and of `compare`
-    "u": 2,  # of the primitive, and of a queue
-    "views": 2,  # of `multiview_nt_xent` and `cached_backward`
-    "weights": 2,  # of pairs of towers, and of widths
+    "temperature": 10,  # for a loss (per row in three, None in two, MACL's), in a module (MACL's), and for `compare`
+    "u": 2,  # for the primitive, and for a queue
+    "views": 2,  # for `multiview_nt_xent` and `cached_backward`
+    "weights": 2,  # for pairs of towers, and for widths
     "z": 5,  # one for each shape
 }
 
@@ -77,7 +77,7 @@ def signature(obj):
 
 
 def section(obj, *titles):
-    """Return the lines of the docstring's section with one of these titles; none where there is no such section."""
+    """Return the lines of the docstring's section with one of these titles; none if there is no such section."""
     lines = inspect.getdoc(obj).splitlines()
     begin = next((index for index, line in enumerate(lines) if line in {f"{title}:" for title in titles}), None)
     if begin is None:
@@ -95,7 +95,7 @@ def described(obj):
             entries[name] += " " + line.strip()
         else:
             match = re.fullmatch(r"    (\*{0,2}\w+): (\S.*)", line)
-            assert match, f"not one argument and its description: {line!r}"
+            assert match, f"expected an argument and its description, got {line!r}"
             name, text = match.groups()
             assert name not in entries, f"{name} is described twice"
             entries[name] = text
@@ -110,7 +110,7 @@ def test_docstring_describes_the_parameters_of_the_signature_in_their_order(name
 @pytest.mark.parametrize(("name", "obj"), (DROP_INS | forwards(DROP_INS)).items())
 def test_docstring_of_a_drop_in_describes_the_parameters_of_the_signature_in_their_order(name, obj):
     parameters, arguments = signature(obj), list(described(obj))
-    if parameters[-1] == "**kwargs":  # the docstring has the names that the library takes
+    if parameters[-1] == "**kwargs":  # the docstring lists the names that the library accepts
         parameters[-1:] = arguments[len(parameters) - 1 :]
     assert arguments == parameters
 
@@ -144,7 +144,7 @@ def test_docstring_of_a_loss_has_its_formula_and_its_paper(name):
 def test_docstring_of_a_function_says_what_it_returns(name):
     returns = section(FUNCTIONS[name], "Returns")
     assert returns
-    assert ": " not in returns[0]  # Sphinx takes what stands before a colon for the type
+    assert ": " not in returns[0]  # Sphinx would take text before a colon for the type
 
 
 @pytest.mark.parametrize("name", [name for name, obj in PUBLIC.items() if not is_named_tuple(obj)])

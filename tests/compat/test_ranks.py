@@ -316,7 +316,7 @@ def lightly_pair(file: str, name: str, **options: Any) -> Pair:
 
     def pair() -> tuple[Call, ...]:
         library, utils = peers.lightly(file), sys.modules["lightly.models.utils"]
-        # tests.peers replaces this module by an empty one if torchvision is not installed.
+        # tests.peers leaves this module empty if torchvision is missing.
         if not hasattr(utils, "concat_all_gather"):
             utils.concat_all_gather = concat_all_gather
         return of(lightly), of(library)

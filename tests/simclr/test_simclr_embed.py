@@ -215,7 +215,7 @@ MISTAKES = {
     "{folder}/other.npz": "{folder}/other.npz must hold an array `images`",
     "{folder}/other.npz {folder}/images": "an .npz file must be the only input, got {folder}/other.npz, ",
     "{folder}/good.npz --image-size 16": "--image-size is for image files",
-    "{folder}/good.npz --out {folder}/good.npz --overwrite": "--out {folder}/good.npz is the file that is to be read",
+    "{folder}/good.npz --out {folder}/good.npz --overwrite": "--out {folder}/good.npz is an input file",
     "{folder}/pipe.png": "{folder}/pipe.png is neither a folder nor a file",
     "{folder}/bad.png": "1 of 1 images of {folder}/bad.png cannot be read: bad.png (not an image of a known format)",
     "{folder}/bad.png --skip-bad": "no image of {folder}/bad.png can be read",
@@ -290,7 +290,7 @@ def test_command_line_has_embed_and_export(run, tmp_path, cli):
     save_images(tmp_path / "images", 4)
     done = cli("embed", tmp_path / "images", "--checkpoint", run, "--out", tmp_path / "f.npz")
     assert done.returncode == 0, done.stderr
-    assert f"64 features of 4 images are in {tmp_path}/f.npz: features, paths, labels, class_names" in done.stdout
+    assert f"64 features of 4 images written to {tmp_path}/f.npz: features, paths, labels, class_names" in done.stdout
     done = cli("export", "--checkpoint", run, "--out", tmp_path / "e.pt2")
     assert (done.returncode, done.stderr) == (0, "")
     assert f"{tmp_path}/e.pt2 maps images (N, 3, 16, 16) in [0, 1] to features (N, 64)" in done.stdout
@@ -337,7 +337,7 @@ class Random(nn.Conv2d):
 
 @pytest.mark.parametrize(("body", "words"), [
     (Untraceable(3, 4, 16), "torch.export cannot export the encoder: "),
-    (Random(3, 4, 16), "the exported encoder gives other features"),
+    (Random(3, 4, 16), "the exported encoder gives different features"),
 ])  # fmt: skip
 def test_export_says_what_it_cannot(run, body, words):
     encoder = load_encoder(run)
@@ -352,7 +352,7 @@ def test_export_says_mistakes_in_a_line(run, tmp_path, capsys):
     assert export(["--checkpoint", str(run), "--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err.splitlines() == [
         f"error: no checkpoint at {tmp_path}/checkpoint.pt",
-        f"error: --out {tmp_path} is a folder; name the file that is to be written",
+        f"error: --out {tmp_path} is a folder; give the file to write",
     ]
 
 

@@ -167,15 +167,15 @@ def test_check_ready_tells_of_a_broken_installation_in_one_line(stripes, monkeyp
     ("train", "test", "notes"),
     [
         ([0, 1, 2, -1], [0, 1, -1], []),
-        ([-1, -1], [-1, -1], ["The images carry no labels, so accuracies are not measured."]),
-        ([-1, -1], [0, 1], ["The training images carry no labels, so accuracies are not measured."]),
-        ([0, 1], [-1, -1], ["The test images carry no labels, so accuracies are not measured."]),
+        ([-1, -1], [-1, -1], ["The images have no labels, so accuracies are not measured."]),
+        ([-1, -1], [0, 1], ["The training images have no labels, so accuracies are not measured."]),
+        ([0, 1], [-1, -1], ["The test images have no labels, so accuracies are not measured."]),
         ([1, 1, -1], [0, 1], ["All labelled training images are of one class (b), so accuracies are not measured."]),
         (
             [0, 1],
             [0, 2, 2, 3],
             [
-                "3 test images are left out of the accuracies: no training image among those judged is of the same "
+                "3 test images are left out of the accuracies: no training image among those used is of the same "
                 "class (c, (no name))."
             ],
         ),
@@ -183,7 +183,7 @@ def test_check_ready_tells_of_a_broken_installation_in_one_line(stripes, monkeyp
             [0, 1],
             [2],
             [
-                "1 test image is left out of the accuracies: no training image among those judged is of the same "
+                "1 test image is left out of the accuracies: no training image among those used is of the same "
                 "class (c).",
                 "No test image is of a class that has a training image, so accuracies are not measured.",
             ],
@@ -256,7 +256,7 @@ def test_evaluate_leaves_out_what_is_not_finite(make_trainer):
     assert all(set(values) <= {"untrained", "raw pixels"} for values in evaluation.scores.values())
     assert set(evaluation.scores["knn"]) == {"untrained", "raw pixels"}
     json.dumps(evaluation.to_dict(), allow_nan=False)
-    assert "Not judged: the features of the trained encoder (they are not all finite numbers)." in evaluation.notes
+    assert "Not evaluated: the features of the trained encoder (they are not all finite numbers)." in evaluation.notes
 
 
 def test_evaluate_leaves_out_features_whose_squares_overflow(make_trainer):
@@ -292,7 +292,7 @@ def test_evaluate_notes_a_measure_that_is_not_a_number(make_trainer, monkeypatch
     trainer = make_trainer()
     evaluation = evaluate(trainer.model, trainer.config, trainer.data)
     assert "uniformity" not in evaluation.scores
-    assert evaluation.notes[0] == "Not taken: uniformity of the trained encoder (it is not a finite number)."
+    assert evaluation.notes[0] == "Not measured: uniformity of the trained encoder (it is not a finite number)."
 
 
 def test_evaluate_without_an_untrained_model_leaves_its_column_out(make_trainer, monkeypatch):
@@ -306,7 +306,7 @@ def test_evaluate_without_an_untrained_model_leaves_its_column_out(make_trainer,
     evaluation = evaluate(trainer.model, trainer.config, trainer.data)
     assert all("untrained" not in values for values in evaluation.scores.values())
     assert evaluation.notes == [
-        "Not judged to the end: the untrained encoder (a module of one's own cannot be made again)."
+        "Not fully evaluated: the untrained encoder (a module of one's own cannot be made again)."
     ]
     again = evaluate(trainer.model, trainer.config, trainer.data, untrained=lambda: copy.deepcopy(model))
     assert again.scores == whole.scores

@@ -111,10 +111,10 @@ def test_check_model_lets_names_pass_without_importing_them(name):
     ("timm:", "must name a model of timm, such as timm:resnet18, got 'timm:'"),
     ("timm:hf-hub:some/one", "must name a model of timm"),
     ("torchvision:../x", "must name a model of torchvision"),
-    (":make", "must be spelt package.module:factory, got ':make'"),
-    ("module:", "must be spelt package.module:factory"),
-    ("..module:make", "must be spelt package.module:factory"),
-    ("module:make()", "must be spelt package.module:factory"),
+    (":make", "must have the form package.module:factory, got ':make'"),
+    ("module:", "must have the form package.module:factory"),
+    ("..module:make", "must have the form package.module:factory"),
+    ("module:make()", "must have the form package.module:factory"),
 ])  # fmt: skip
 def test_check_model_says_how_a_name_is_spelt(name, words):
     with pytest.raises(ValueError, match=f"^--model {words}"):
@@ -123,7 +123,7 @@ def test_check_model_says_how_a_name_is_spelt(name, words):
 
 @pytest.mark.parametrize("name", ["timm:resnet18", "module:make"])
 def test_check_width_is_for_models_that_have_one(name):
-    with pytest.raises(ValueError, match=f"^--width is for the models conv, .*; {name} has a width of its own"):
+    with pytest.raises(ValueError, match=f"^--width applies only to the models conv, .*; {name} has a fixed width"):
         check_width(name, 8, "--width")
 
 
@@ -149,7 +149,7 @@ def test_encoder_refuses_what_are_no_images(images, error, words, training):
 
 def test_encoder_looks_at_the_values_in_eval_mode():
     encoder = build().encoder.eval()
-    with pytest.raises(ValueError, match=r"must lie in \[0, 1\], got values up to .*: divide those of 0..255 by 255"):
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\], got values up to .*: divide values in 0..255 by 255"):
         encoder(IMAGES * 255)
     with pytest.warns(UserWarning, match="the encoder standardises them itself"):
         encoder((IMAGES - 0.5) / 0.25)

@@ -145,7 +145,7 @@ def stop(process: subprocess.Popen[bytes], log: Path, row: int, number: int) -> 
     process.send_signal(number)
     errors = process.communicate()[1].decode()
     assert process.returncode == 128 + number, errors
-    found = re.search(rf"interrupted at step (\d+) of {STEPS}; saved; go on with (.*)", errors)
+    found = re.search(rf"interrupted at step (\d+) of {STEPS}; checkpoint saved; continue with (.*)", errors)
     assert found, errors
     python, *arguments = shlex.split(found[2])
     assert python == "python"
@@ -220,7 +220,7 @@ def test_run_tells_what_it_left_out(home):
     for words in (
         r"1 folder without an image: empty class",
         r"5 hidden entries: .*\.ipynb_checkpoints.*\._x\.png",
-        r"without the suffix of an image: \.db \(2\), \.txt \(1\)",
+        r"without an image suffix: \.db \(2\), \.txt \(1\)",
         r"broken links, pipes or devices: a, b, red cats/pipe\.png",
         r"link back to a parent folder: red cats/loop",
         rf"2 of {3 * EACH + 2} images, which cannot be read: .*empty\.jpeg .*broken\.png",

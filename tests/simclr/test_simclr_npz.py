@@ -44,9 +44,9 @@ IMAGES = np.zeros((10, 8, 8), np.uint8)
         ({"images": np.full((10, 8, 8), np.nan)}, "must lie in"),
         (
             {"images": IMAGES, "labels": np.zeros(9, int)},
-            "labels must be 10 integers or texts, got int64 of",
+            "labels must be 10 integers or strings, got int64 of",
         ),
-        ({"images": IMAGES, "labels": np.full(10, 0.5)}, "labels must be 10 whole numbers or texts, got 0.5"),
+        ({"images": IMAGES, "labels": np.full(10, 0.5)}, "labels must be 10 whole numbers or strings, got 0.5"),
         ({"images": IMAGES, "labels": np.arange(10)}, "too few to hold a fifth"),
         ({"images": IMAGES, "test_images": np.zeros((10, 9, 9), np.uint8)}, "test_images must be like images"),
         ({"images": np.array([None] * 10)}, "cannot be read as an .npz file of plain arrays"),
@@ -171,7 +171,7 @@ def test_npz_has_class_names(tmp_path):
     assert data.test_labels.bincount().tolist() == [2, 2]
     with pytest.raises(ValueError, match=r"d.npz: labels must be among the 1 class names \(0 to 0, .*\), got 1"):
         loaded(tmp_path, images=PIXELS, labels=LABELS, class_names=np.array(["zebra"]))
-    with pytest.raises(ValueError, match=r"d.npz: class_names must be texts \(C,\), got int64"):
+    with pytest.raises(ValueError, match=r"d.npz: class_names must be strings \(C,\), got int64"):
         loaded(tmp_path, images=PIXELS, labels=LABELS, class_names=np.arange(2))
 
 
@@ -185,7 +185,7 @@ def test_npz_remarks_on_labels_of_one_part(tmp_path, given, missing):
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"images": PIXELS, "test_labels": LABELS}, "d.npz holds test_labels, and no test_images"),
+        ({"images": PIXELS, "test_labels": LABELS}, "d.npz holds test_labels, but no test_images"),
         (
             {"images": PIXELS, "labels": LABELS, "test_images": PIXELS[:4], "test_labels": LABELS},
             "d.npz: test_labels must be 4",
@@ -313,10 +313,10 @@ def test_npz_never_runs_code(tmp_path, key):
 
 
 def test_npz_is_a_regular_file(tmp_path):
-    with pytest.raises(ValueError, match=r"--data npz needs an .npz file as its --data-dir, and .* is a folder"):
+    with pytest.raises(ValueError, match=r"--data npz needs an .npz file as its --data-dir, but .* is a folder"):
         load(tmp_path)
     os.mkfifo(tmp_path / "d.npz")
-    with pytest.raises(ValueError, match=r"d\.npz is no regular file"):
+    with pytest.raises(ValueError, match=r"d\.npz is not a regular file"):
         load(tmp_path / "d.npz")
     with pytest.raises(FileNotFoundError, match=r"gone\.npz does not exist"):
         load(tmp_path / "gone.npz")

@@ -77,7 +77,7 @@ def test_fit_until_stops_there_and_goes_on_as_if_it_had_not(make_trainer):
 def test_config_keeps_what_is_of_the_whole_loss_to_it(option):
     Config(**option).check()
     (name,) = option
-    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} is for --objective nt_xent, not for alignment"):
+    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} requires --objective nt_xent, got alignment"):
         Config(objective="alignment", **option).check()
 
 

@@ -383,13 +383,13 @@ def test_ranks_with_other_options_are_told_which(found):
     world = len(found)
     for of_rank in found:
         said = of_rank["errors"]["options_differ"]
-        assert said.startswith("ValueError: the ranks must be given the same, but on ranks 0 to")
+        assert said.startswith("ValueError: all ranks must be given the same, but on ranks 0 to")
         assert said.endswith(f"--log-every is {', '.join(str(1 + rank) for rank in range(world))}")
 
 
 def test_dense_loss_is_of_one_process(found):
     for of_rank in found:
-        assert "--loss reference is the dense loss of one process" in of_rank["errors"]["reference"]
+        assert "--loss reference is a dense loss for one process" in of_rank["errors"]["reference"]
 
 
 def test_first_rank_of_a_machine_downloads_for_the_others(found):
@@ -397,7 +397,7 @@ def test_first_rank_of_a_machine_downloads_for_the_others(found):
 
 
 def test_backend_reference_is_named_as_it_was_given():
-    with pytest.raises(ValueError, match="--backend reference is the dense loss of one process"):
+    with pytest.raises(ValueError, match="--backend reference is a dense loss for one process"):
         build_objective(Config(backend="reference"), object())
 
 
@@ -415,7 +415,7 @@ def test_join_alone_without_torchrun_and_with_one_process_of_it(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert join() is ALONE
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RuntimeError, match=r"run\(\) is of one process"):
+    with pytest.raises(RuntimeError, match=r"run\(\) uses a single process"):
         run_module.run(Config())
 
 
@@ -424,7 +424,7 @@ def test_pick_device_gives_each_rank_a_gpu_or_says_why_not(monkeypatch):
     ranks = Ranks(object(), rank=6, world=8, local=2)
     with pytest.raises(ValueError, match=r"--device must be cuda for 8 ranks, .*, got cuda:1"):
         pick_device("cuda:1", ranks)
-    with pytest.raises(ValueError, match="--device cuda must find a GPU for each rank of a machine, got 2 for rank 2"):
+    with pytest.raises(ValueError, match="--device cuda needs a GPU for each rank of a machine, got 2 for rank 2"):
         pick_device("cuda", ranks)
     assert pick_device("cpu", ranks) == torch.device("cpu")
 
@@ -535,7 +535,7 @@ def test_torchrun_is_stopped_with_words_and_a_checkpoint(tmp_path, number, to_on
     os.kill(children(process)[-1] if to_one_rank else process.pid, number)
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert errors.count(f"saved; go on with python -m fastntxent.simclr --resume --out {tmp_path}") == 1, errors
+    assert errors.count(f"saved; continue with python -m fastntxent.simclr --resume --out {tmp_path}") == 1, errors
     state = load_checkpoint(path)
     assert state["step"] > 2
     resumed = prepare(with_saved_options({"resume": str(path), "max_steps": state["step"] + 1}))

@@ -88,9 +88,9 @@ def test_resume_continues_bit_by_bit(make_trainer, options, stop):
 def test_forewarn_tells_of_a_batch_larger_than_the_data(make_trainer):
     assert forewarn(make_trainer(batch_size=83)) == []
     (note,) = forewarn(make_trainer(batch_size=84))
-    assert note.startswith("--batch-size 84 is more than the 83 training images")
+    assert note.startswith("--batch-size 84 exceeds the 83 training images")
     (note,) = forewarn(make_trainer(accumulate_batch=90))
-    assert note.startswith("--accumulate-batch 90 is more than the 83")
+    assert note.startswith("--accumulate-batch 90 exceeds the 83")
 
 
 def test_augmentation_follows_the_data_at_hand(make_trainer, stripes, tmp_path):
@@ -113,13 +113,13 @@ def test_trainer_copies_an_encoder_only_after_it_was_tried(stripes, tmp_path, en
         assert all(torch.equal(value, twin[name]) for name, value in trainer.model.state_dict().items())
         return
     module.lock = threading.Lock()
-    with pytest.raises(ValueError, match=r"must be a module that copy.deepcopy copies, .*cannot pickle"):
+    with pytest.raises(ValueError, match=r"must be a module that copy.deepcopy can copy, .*cannot pickle"):
         Trainer(config, stripes, encoder=module)
 
 
 def test_learnt_temperature_out_of_range_ends_the_run_in_words(make_trainer):
     with pytest.raises(
-        TrainingError, match=r"the loss has no value at step \d: .*temperature.*; a lower --lr may help"
+        TrainingError, match=r"the loss cannot be computed at step \d: .*temperature.*; a lower --lr may help"
     ):
         make_trainer(learn_temperature=True, lr=100.0).fit()
 
@@ -153,7 +153,7 @@ def test_resume_lets_bookkeeping_change(make_trainer):
 
 def test_trainer_does_not_overwrite_a_checkpoint_unasked(make_trainer):
     make_trainer(max_steps=1).fit()
-    with pytest.raises(FileExistsError, match="--resume, lose it with --overwrite"):
+    with pytest.raises(FileExistsError, match="--resume, discard it with --overwrite"):
         make_trainer()
     assert make_trainer(overwrite=True).step == 0
 
