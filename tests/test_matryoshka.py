@@ -1,4 +1,4 @@
-"""A loss of the embeddings' first features, at several widths."""
+"""A loss of the embeddings' leading features, at several widths."""
 
 import inspect
 from functools import partial
@@ -149,7 +149,7 @@ def test_multi_clip_and_its_module_pass_every_option_to_clip(options):
     pairs = zip(weights, [(0, 1), (0, 2), (1, 2)], strict=True)
     expected = sum(w * fastntxent.clip(z[a], z[b], 0.3, ids=ids, **options) for w, (a, b) in pairs)
     plain = fastntxent.clip(z[0], z[1], 0.3, ids=ids, reduction=options.get("reduction", "mean"))
-    assert not torch.allclose(fastntxent.clip(z[0], z[1], 0.3, ids=ids, **options), plain)  # the options count
+    assert not torch.allclose(fastntxent.clip(z[0], z[1], 0.3, ids=ids, **options), plain)  # the options matter
     value = fastntxent.multi_clip(list(z), 0.3, weights=weights, ids=ids, **options)
     module = fastntxent.MultiCLIPLoss(0.3, weights=weights, learn_temperature=False, **options)
     torch.testing.assert_close(value, expected)

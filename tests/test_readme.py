@@ -1,4 +1,4 @@
-"""The README's code runs, and its commands and signatures are the package's."""
+"""The README's code runs, and its commands and signatures match the package."""
 
 import inspect
 import re
@@ -12,7 +12,7 @@ COMMON = 'reduction="mean", normalize=True, backend="auto", group=None'
 
 
 def signature(name):
-    """As the README writes it: `...` stands for the options that every loss has."""
+    """Return a signature as the README writes it, with `...` for the options that every loss has."""
     parts, keywords = [], False
     for parameter in inspect.signature(getattr(fastntxent, name)).parameters.values():
         stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")

@@ -1,4 +1,4 @@
-"""fastntxent.compat.info_nce against info-nce-pytorch, where it is installed."""
+"""fastntxent.compat.info_nce against info-nce-pytorch, if it is installed."""
 
 import pytest
 import torch

@@ -33,11 +33,11 @@ def test_cli_on_digits_trains_judges_and_reports(cli, tmp_path):
 
     page = (out / "report.html").read_text()
     assert f"{100 * scores['knn']['trained']:.1f} %" in page
-    assert "<run>" not in page, "what the user typed must be escaped"
+    assert "<run>" not in page, "user input must be escaped"
     assert "a &lt;run&gt; &amp; more" in page
     text = re.sub(r"base64,[^\"]*", "", page)
-    assert not re.search(r"(src|href)=(?!\"data:)|url\(|https?:", text), "the page must need nothing but itself"
-    assert "$" not in text, "a placeholder was left"
+    assert not re.search(r"(src|href)=(?!\"data:)|url\(|https?:", text), "the page must be self-contained"
+    assert "$" not in text, "no placeholder should be left"
     pictures = [base64.b64decode(code) for code in re.findall(r"base64,([^\"]*)", page)]
     assert sorted(pictures) == sorted((out / f"{name}.png").read_bytes() for name in ("curves", "embedding", "views"))
     assert all(picture.startswith(PNG) for picture in pictures)

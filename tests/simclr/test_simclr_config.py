@@ -1,4 +1,4 @@
-"""Settings: their ranges, TOML files, and what a run writes of them."""
+"""Settings: their ranges, TOML files, and the resolved settings that a run writes."""
 
 import re
 

@@ -102,7 +102,7 @@ def test_load_data_says_what_to_install(monkeypatch):
 
 
 def fake_torchvision(monkeypatch):
-    """The two data sets as torchvision shows them: array layouts, attribute names, and its error."""
+    """Install a fake torchvision with two data sets. It has the real array layouts, attribute names and error."""
 
     class CIFAR10:
         classes = ("plane", "car")
@@ -168,7 +168,7 @@ def test_cifar10_says_that_torchvision_does_not_work(monkeypatch):
         load("cifar10")
 
 
-@pytest.mark.skipif(not torchvision_works(), reason="needs a torchvision that works beside this PyTorch")
+@pytest.mark.skipif(not torchvision_works(), reason="needs a torchvision that works with this PyTorch")
 def test_cifar10_asks_the_real_torchvision_for_a_download(tmp_path):
     with pytest.raises(FileNotFoundError, match="add --download"):
         load("cifar10", tmp_path)
@@ -306,7 +306,7 @@ def test_label_tensors_do_not_mix_numbers_and_texts():
 
 def test_fashion_mnist_refuses_a_shape_that_overflows(tmp_path):
     write_fashion(tmp_path)
-    sizes = (2**31, 2**31, 4)  # 2^64 values: 0 in a 64-bit product
+    sizes = (2**31, 2**31, 4)  # 2^64 values; in a 64-bit product that is 0
     (tmp_path / "train-images-idx3-ubyte").write_bytes(struct.pack(">HBB3I", 0, 8, 3, *sizes))
     with pytest.raises(ValueError, match="with the 0 values it holds"):
         load("fashion-mnist", tmp_path)

@@ -15,7 +15,7 @@ LABELS = [index % 2 for index in range(20)]
 
 
 class Items(Dataset):
-    """A map-style dataset of given items; an exception among them is raised."""
+    """A map-style dataset of these items. An item that is an exception is raised."""
 
     def __init__(self, items):
         self.items = list(items)

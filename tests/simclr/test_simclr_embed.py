@@ -1,4 +1,4 @@
-"""What a person does with a trained encoder: embed, search, export."""
+"""The uses of a trained encoder: embed, search, export."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ PAGE = Path(__file__).parents[2] / "docs/encoder.md"
 
 
 def save_images(folder: Path, count: int = 10, mode: str = "RGB") -> np.ndarray:
-    """Random images of 16 x 16 in two class folders; their pixels (N, H, W, C) in the order of their names."""
+    """Save random 16 x 16 images in two class folders, and return their pixels (N, H, W, C) in the order of their
+    names.
+    """
     generator = np.random.default_rng(0)
     pixels = generator.integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
     for index, image in enumerate(pixels):
@@ -37,7 +39,7 @@ def save_images(folder: Path, count: int = 10, mode: str = "RGB") -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Folders of finished runs: of an encoder for colour images, and for grey ones."""
+    """Folders of finished runs, one of an encoder for grey images and one for colour images, by number of channels."""
     folders = {}
     for channels in (1, 3):
         train, test = make_stripes(30, 0), make_stripes(10, 1)
@@ -197,7 +199,7 @@ def test_embed_writes_names_of_any_bytes(run, tmp_path):
     try:
         os.rename(tmp_path / "images/cat/000.png", os.fsencode(tmp_path / "images/cat") + b"/\xff\n.png")
     except OSError:
-        pytest.skip("this file system wants names in UTF-8")
+        pytest.skip("needs a file system that takes names of any bytes")
     found = embedded(run, tmp_path / "images", out=tmp_path / "f.npz")
     assert found["paths"].tolist() == ["cat/?\n.png", "dog/001.png"]
 
@@ -310,7 +312,7 @@ def test_export_loads_without_the_package_and_gives_the_features(runs, tmp_path,
         torch.testing.assert_close(program(images), encoder(images), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:No complete tensor")  # of weights whose channels are last
+@pytest.mark.filterwarnings("ignore:No complete tensor")  # about weights in channels-last layout
 def test_export_of_a_resnet_gives_the_features(tmp_path):
     model = build_model(
         "resnet18", mean=[0.4] * 3, std=[0.2] * 3, image_size=(32, 24), width=8, hidden=8, proj_dim=4, seed=0
@@ -358,7 +360,7 @@ def test_export_says_mistakes_in_a_line(run, tmp_path, capsys):
 
 
 def snippet(mark: str) -> str:
-    """The code block of docs/encoder.md under a comment."""
+    """Return the code block of docs/encoder.md under an HTML comment."""
     found = re.findall(rf"<!-- {re.escape(mark)} -->\n\n```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert len(found) == 1, mark
     return found[0]

@@ -1,4 +1,4 @@
-"""Encoders from elsewhere: what is taken, and the words for what is not."""
+"""Encoders from elsewhere: which are accepted, and the errors for all others."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 class Net(nn.Module):
-    """A network of the common kind: its `view` takes no channels-last maps."""
+    """A typical network, whose `view` fails on channels-last maps."""
 
     def __init__(self, channels: int = 1, image_size: int = 16) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Net(nn.Module):
 
 
 def net(change=lambda h, module: h, *, make=Net):
-    """A factory of Nets whose output goes through `change`."""
+    """Return a factory of Nets whose output goes through `change`."""
 
     class Changed(make):
         def forward(self, x):
@@ -127,7 +127,7 @@ FAULTY = {
 
 @pytest.fixture
 def module(monkeypatch):
-    """A module of factories that can be imported, as a file in the current directory can."""
+    """A module of factories that can be imported, like a file in the current directory."""
     module = types.ModuleType("my_encoders")
     for name, factory in (SOUND | {name: factory for name, (factory, _) in FAULTY.items()}).items():
         if name != "missing":
@@ -274,7 +274,7 @@ def fake_timm(monkeypatch):
         if name == "bad":
             raise RuntimeError("cannot\nbe")
         if kwargs:
-            torch.rand(1)  # layers that were made before
+            torch.rand(1)  # random numbers that layers drew before the error
             raise TypeError("__init__() got an unexpected keyword argument 'img_size'")
         return nn.Sequential(nn.Conv2d(in_chans, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
@@ -361,7 +361,7 @@ def test_torchvision_mistakes_are_said_in_words(fake_torchvision):
         build("torchvision:squeezenet")
 
 
-REAL = {"reason": "needs the library beside a PyTorch that it was built for", "exc_type": (ImportError, RuntimeError)}
+REAL = {"reason": "needs the library, and a PyTorch that it works with", "exc_type": (ImportError, RuntimeError)}
 
 
 @pytest.mark.parametrize(("name", "size", "features"), [
@@ -401,7 +401,7 @@ def test_real_libraries_mistakes_are_said_in_words(name, words):
         build(name, 3, 28)
 
 
-# --- a module of one's own -------------------------------------------------------------------------------------------
+# --- the user's own module -------------------------------------------------------------------------------------------
 
 
 def test_module_is_trained_itself(stripes):
@@ -434,7 +434,7 @@ def test_trained_encoder_goes_on_with_its_own_standardisation(stripes):
 
 @pytest.fixture
 def trained(make_trainer, module, tmp_path):
-    """The folder of a finished run with a factory's encoder."""
+    """The folder of a finished run with a factory's encoder, and that encoder."""
     trainer = make_trainer(model="my_encoders:make", width=0, max_steps=2)
     trainer.fit()
     return tmp_path / "run", trainer.model.eval().encoder
@@ -486,7 +486,7 @@ def test_load_encoder_refuses_other_shapes(trained):
 
 
 def rewritten(folder, **changes):
-    """The run's checkpoint with other entries; those that are None are missing."""
+    """Rewrite the run's checkpoint with these entries, without those that are None, and return its folder."""
     state = load_checkpoint(folder / FILE_NAME) | changes
     save_checkpoint(folder / FILE_NAME, {key: value for key, value in state.items() if value is not None})
     return folder

@@ -30,7 +30,7 @@ THREE = {"trained", "untrained", "raw pixels"}
 
 
 class OnDemand:
-    """Images that are read when they are asked for, and remember how many were asked for at once."""
+    """Images that are read on demand, and record the largest number read at once."""
 
     def __init__(self, images):
         self.images, self.most = images, 0
@@ -49,7 +49,7 @@ class OnDemand:
 
 
 def labelled(train_labels, test_labels, class_names=("a", "b", "c")):
-    """Data of which only the labels matter."""
+    """Return data of which only the labels matter."""
     train, test = (torch.tensor(labels) for labels in (train_labels, test_labels))
     images = [torch.zeros(len(labels), 1, 8, 8, dtype=torch.uint8) for labels in (train, test)]
     return ImageData("made", images[0], train, images[1], test, class_names)
@@ -68,7 +68,7 @@ def test_knn_accuracy_goes_by_the_angle():
     labels = torch.tensor([0, 0, 1, 1])
     assert knn_accuracy(known, labels, unknown, torch.tensor([0, 1, 1]), k=1) == 1.0
     assert knn_accuracy(known, labels, unknown, torch.tensor([0, 1, 0]), k=1) == pytest.approx(2 / 3)
-    assert knn_accuracy(known, labels, unknown, torch.tensor([0, 1, 1]), k=50) == 1.0, "k beyond the data"
+    assert knn_accuracy(known, labels, unknown, torch.tensor([0, 1, 1]), k=50) == 1.0, "k may exceed the data"
 
 
 def test_probe_accuracy_ignores_the_scale_of_features():
@@ -203,7 +203,7 @@ def test_choose_takes_one_image_of_each_class_first():
     again = choose(Config(eval_limit=20), labelled(labels, labels))
     assert torch.equal(choice.train.indices, again.train.indices)
     with_all = choose(Config(eval_limit=640), labelled(labels, labels))
-    assert (with_all.train.labels >= 0).sum() == 600, "labelled images come before the others"
+    assert (with_all.train.labels >= 0).sum() == 600, "labelled images should come first"
 
 
 def test_choose_takes_as_many_classes_as_the_limit_has_images():
@@ -345,7 +345,7 @@ print(peak() - before)
 
 
 def test_evaluate_takes_little_memory_beside_the_images():
-    pytest.importorskip("resource", reason="the peak of a process is told by POSIX alone")
+    pytest.importorskip("resource", reason="needs POSIX, which reports the peak memory of a process")
     result = subprocess.run([sys.executable, "-c", MEASURE_MEMORY], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     kib = int(result.stdout) / (1024 if sys.platform == "darwin" else 1)

@@ -97,7 +97,7 @@ def test_folder_errors_name_the_path(tmp_path):
         load(tmp_path / "000.png")
 
 
-# --- what is skipped -------------------------------------------------------------------------------------------------
+# --- skipped entries -------------------------------------------------------------------------------------------------
 
 
 def test_folder_leaves_hidden_entries_out(two_classes):
@@ -160,7 +160,7 @@ def test_folder_ends_where_two_classes_link_to_each_other(two_classes):
 
 
 def test_folder_reads_each_folder_once_a_class_where_all_link_to_all(tmp_path):
-    names = [f"c{number}" for number in range(9)]  # 9! paths
+    names = [f"c{number}" for number in range(9)]  # which makes 9! paths
     for name in names:
         write_images(tmp_path / name, 5)
         for other in names:
@@ -176,7 +176,7 @@ def test_folder_never_opens_what_is_no_regular_file(two_classes, monkeypatch):
     os.mkfifo(two_classes / "a" / "pipe.png")
     (two_classes / "a" / "gone.png").symlink_to(two_classes / "nowhere.png")
     (two_classes / "gone_class").symlink_to(two_classes / "nowhere")
-    monkeypatch.chdir(two_classes / "b")  # the path of a socket is short
+    monkeypatch.chdir(two_classes / "b")  # the path of a socket must be short
     with socket.socket(socket.AF_UNIX) as server:
         server.bind("socket.png")
         data = load(two_classes)

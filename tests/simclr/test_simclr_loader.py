@@ -1,4 +1,4 @@
-"""A DataLoader of the user's as training data, and worker processes."""
+"""The user's DataLoader as training data, and worker processes."""
 
 import signal
 import subprocess
@@ -15,7 +15,7 @@ from fastntxent.simclr.loader import LoaderData
 
 
 class Pairs(Dataset):
-    """Two views of each image, with a label, as a transform of the user's would make them."""
+    """Two views of each image, with a label, as a transform of the user might make them."""
 
     def __init__(self, images):
         self.images = images
@@ -30,7 +30,7 @@ class Pairs(Dataset):
 
 @pytest.fixture
 def fit(tmp_path):
-    """Train on a DataLoader; every run into its own folder."""
+    """Return a function that trains on a DataLoader, each run in a new folder."""
     folders = iter(range(100))
 
     def train(loader, encoder=None, **options):
@@ -62,7 +62,7 @@ def test_loader_of_images_trains_in_its_order(stripes, fit):
     loader = DataLoader(Watched(stripes.train_images, stripes.train_labels), batch_size=32)
     trainer = fit(loader, epochs=2)
     assert (trainer.batch, trainer.steps_per_epoch, trainer.step) == (32, 3, 6)
-    assert seen[32:] == 2 * list(range(83)), "after one batch to learn the shape"
+    assert seen[32:] == 2 * list(range(83)), "training should start after one batch that gives the shape"
     assert trainer.settings["image_size"] == 16
     images = stripes.train_images[:40].float() / 255
     floating = fit(DataLoader(TensorDataset(images), batch_size=20))
@@ -90,7 +90,7 @@ def test_loader_with_an_encoder_of_ones_own(stripes, fit, tmp_path):
     encoder = nn.Sequential(nn.Conv2d(1, 6, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     before = encoder[0].weight.detach().clone()
     fit(DataLoader(TensorDataset(stripes.train_images), batch_size=32), encoder, out=tmp_path / "own")
-    assert not torch.equal(encoder[0].weight, before), "the module itself is trained"
+    assert not torch.equal(encoder[0].weight, before), "the module itself should be trained"
     fresh = nn.Sequential(nn.Conv2d(1, 6, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     loaded = load_encoder(tmp_path / "own", encoder=fresh)
     x = stripes.test_images.float() / 255
@@ -208,7 +208,7 @@ def test_loader_of_an_iterable_dataset_and_of_views_in_double_precision(stripes,
 
 
 class Handlers(Dataset):
-    """Images of zeros where the worker process ignores both signals, and of ones elsewhere."""
+    """Images of zeros if the worker process ignores both signals, else of ones."""
 
     def __len__(self):
         return 8
@@ -229,7 +229,7 @@ def test_workers_of_a_users_loader_leave_stopping_to_the_run():
     loader = DataLoader(Handlers(), 4, num_workers=1, worker_init_fn=_set)
     images, values = next(iter(LoaderData(loader).loader))
     assert images.sum() == 0
-    assert values.tolist() == [100] * 4, "the user's own worker_init_fn runs too"
+    assert values.tolist() == [100] * 4, "the user's worker_init_fn should run too"
 
 
 def test_loader_refuses_accumulation_and_other_data(stripes, tmp_path):

@@ -98,7 +98,7 @@ def test_npz_takes_16_bits_and_both_parts_alike(tmp_path):
     dark = np.full((2, 8, 8), 200, np.uint16)
     data = loaded(tmp_path, images=deep, test_images=dark)
     assert torch.equal(data.train_images[:, 0], torch.from_numpy((deep / 257).round().astype(np.uint8)))
-    assert (data.test_images == 1).all(), "200 of 65535, as the training images have it"
+    assert (data.test_images == 1).all(), "200 of 65535, the range of the training images"
 
 
 def test_npz_takes_the_range_of_floats_from_both_parts(tmp_path):
@@ -215,7 +215,7 @@ def sound():
 
 
 def with_field(field, value):
-    """The file with a 16-bit field of every entry, local and central, set."""
+    """Return the file with one 16-bit field set in every entry, local and central."""
     content = bytearray(sound())
     for signature, at in ((b"PK\3\4", 0), (b"PK\1\2", 2)):
         start = content.find(signature)
@@ -272,7 +272,7 @@ def test_npz_names_a_damaged_file_in_a_line(tmp_path, kind):
 
 
 def outcome(path):
-    """The checksum and the labels of the data, or the name of its file from the error."""
+    """Return the data's fingerprint and labels, or the file's name if the error has it, else the error."""
     try:
         data = load(path)
     except ValueError as error:
@@ -292,7 +292,7 @@ def test_npz_notices_every_flipped_bit_that_matters(tmp_path):
         content[at] ^= 1 << at % 8
         content.tofile(path)
         found.append(outcome(path))
-    assert set(map(str, found)) <= {"d.npz", str(expected)}, "a date may change, and nothing else"
+    assert set(map(str, found)) <= {"d.npz", str(expected)}, "a flipped bit may change a date, and nothing else"
     assert found.count("d.npz") > 300
 
 

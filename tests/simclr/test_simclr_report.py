@@ -29,7 +29,7 @@ run_module = importlib.import_module("fastntxent.simclr.pipeline")
 
 PNG = b"\x89PNG\r\n\x1a\n"
 PICTURES = ("curves", "embedding", "views")
-# Names that mathtext refuses, a legend drops, a font lacks, an encoding refuses, or that do not fit.
+# Names that mathtext rejects, that a legend drops, that a font or an encoding lacks, or that are too long.
 ODD_NAMES = (
     r"$\frac{$", "$", "_hidden", "", "x" * 90, "two\nlines", "汉字", "🦊", "caf\udce9", "<b>&", "a\tb", "__",
     "\x1b[31m",
@@ -58,7 +58,7 @@ def evaluation(trainer):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures that were drawn, each saved as it would have been."""
+    """Return the list of drawn figures. They are saved as usual."""
     kept = []
     save = figures.to_png
 
@@ -99,7 +99,7 @@ for name, features in cases.items():
 
 @pytest.mark.slow
 def test_lay_out_survives_every_kind_of_features():
-    # In a process of its own: scikit-learn's t-SNE of a NaN is a segmentation fault.
+    # In a separate process, because scikit-learn's t-SNE of a NaN is a segmentation fault.
     result = subprocess.run([sys.executable, "-c", DEGENERATE], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     said = dict(line.split(" | ") for line in result.stdout.splitlines())
@@ -160,7 +160,7 @@ def test_draw_curves_of_any_number_of_steps(steps, learnt, drawn):
         assert figures.draw_curves(history, 3, learnt).startswith(PNG)
     loss = drawn[0].axes[0]
     assert [text.get_text() for text in loss.texts] == (["not measured"] if steps == 0 else [])
-    assert (loss.lines[0].get_marker() == "o") == (steps == 1), "a line needs two points to be seen"
+    assert (loss.lines[0].get_marker() == "o") == (steps == 1), "a single point should have a marker"
 
 
 def test_draw_curves_ignores_a_matplotlibrc_that_asks_for_latex(monkeypatch):
@@ -298,7 +298,7 @@ def test_report_survives_odd_names_everywhere(make_trainer, stripes, monkeypatch
 
 @pytest.mark.slow
 def test_report_of_images_of_one_value_is_written(cli, tmp_path):
-    # In a process of its own: t-SNE of the images would end it.
+    # In a separate process, because t-SNE of these images could crash it.
     images = np.full((300, 12, 12), 7, np.uint8)
     np.savez(tmp_path / "d.npz", images=images, labels=np.arange(300) % 2)
     result = cli(
@@ -306,7 +306,9 @@ def test_report_of_images_of_one_value_is_written(cli, tmp_path):
         "--quiet", "--out", tmp_path / "run",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert [line.partition(":")[0] for line in result.stderr.splitlines()] == ["note"], "the images are dark"
+    assert [line.partition(":")[0] for line in result.stderr.splitlines()] == ["note"], (
+        "the only note should be about dark images"
+    )
     assert all((tmp_path / "run" / f"{name}.png").exists() for name in PICTURES)
     assert read(tmp_path / "run")["evaluation"]["scores"]["effective rank"]["raw pixels"] == pytest.approx(1)
 
@@ -392,7 +394,7 @@ def test_report_is_made_for_phones_and_for_the_dark(trainer, evaluation):
     assert "@media (prefers-color-scheme: dark)" in STYLE
     assert text.count("<table") == len(re.findall(r"<div class=scroll><table", text)) >= 3
     assert "<p>Not measured: nothing.</p>" in text
-    # Only values, paths for one, may break within a word; headings of rows and columns may not.
+    # Only values, such as paths, may break within a word. Headings of rows and columns may not.
     assert re.findall(r"[^{}]*(?={[^{}]*anywhere)", STYLE)
     for selector in re.findall(r"([^{}]*){[^{}]*overflow-wrap: anywhere", STYLE):
         assert not re.search(r"(^|[\s,])(th|\.scores)\b", selector), selector

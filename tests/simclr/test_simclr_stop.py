@@ -1,4 +1,4 @@
-"""Signals: a run ends after a step, with a checkpoint, and goes on as if nothing had happened."""
+"""A signal ends a run after its current step, with a checkpoint, and the run resumes as if nothing had happened."""
 
 import multiprocessing
 import os
@@ -15,7 +15,7 @@ from fastntxent.simclr.stopping import ignore_signals, kill_workers
 
 
 def signal_at(trainer, step, *numbers):
-    """Send the process these signals while the trainer makes a step."""
+    """Send these signals to this process while the trainer runs the step."""
     train_step = trainer._train_step
 
     def step_and_signal(views):

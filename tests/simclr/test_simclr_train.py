@@ -36,7 +36,7 @@ def test_fit_lowers_the_loss(make_trainer):
     trainer.fit()
     losses = trainer.history.columns["steps"]["loss"]
     assert len(losses) == trainer.step == 60
-    assert losses[-1] < losses[0] - 0.5, "full batches start, a smaller last batch ends the run"
+    assert losses[-1] < losses[0] - 0.5, "the run starts with a full batch and ends with a smaller one"
     assert losses[-2] < losses[0] - 0.3
 
 
@@ -97,7 +97,7 @@ def test_augmentation_follows_the_data_at_hand(make_trainer, stripes, tmp_path):
     def chosen(data):
         return make_trainer(data=data, augment="auto").settings["augment"]
 
-    assert chosen(stripes) == "photos", "whatever --data would be by default"
+    assert chosen(stripes) == "photos", "the default of --data should not matter"
     assert chosen(dataclasses.replace(stripes, name="fashion-mnist")) == "objects"
     assert chosen(DataLoader(TensorDataset(stripes.train_images), 16)) == "photos"
     assert make_trainer(augment="none").settings["augment"] == "none"
@@ -199,7 +199,7 @@ def test_save_checkpoint_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch)
 
 @pytest.mark.slow
 def test_kill_during_a_run_leaves_a_checkpoint_to_resume(cli, tmp_path):
-    # The run is too long to end before the kill, however busy the machine; it is compared up to a little beyond it.
+    # The run is too long to end before the kill, even on a busy machine. Curves are compared up to 20 steps beyond it.
     options = ["--data", "digits", "--epochs", "20000", "--width", "4", "--device", "cpu", "--quiet"]
     process = cli(*options, "--checkpoint-every", "1", "--out", tmp_path / "killed", wait=False)
     path = tmp_path / "killed" / "checkpoint.pt"
