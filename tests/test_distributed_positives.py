@@ -51,7 +51,9 @@ def batch() -> tuple[Tensor, Tensor]:
     """Return rows of which no two have the same length, and a weight for each row's loss."""
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(N, D, generator=generator, dtype=torch.float64)
-    return z * torch.linspace(0.5, 2, N, dtype=z.dtype)[:, None], torch.rand(N, generator=generator, dtype=torch.float64)
+    return z * torch.linspace(0.5, 2, N, dtype=z.dtype)[:, None], torch.rand(
+        N, generator=generator, dtype=torch.float64
+    )
 
 
 def evaluate(form: str, labels: Tensor, z: Tensor, weights: Tensor, **options: Any) -> Found:
