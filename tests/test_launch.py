@@ -84,7 +84,9 @@ def results(call, k):
 
 
 @pytest.mark.parametrize("name", calls())
-@pytest.mark.parametrize(("dtype", "k"), [(torch.float32, 10.0), (torch.bfloat16, 200.0)])
+@pytest.mark.parametrize(
+    ("dtype", "k"), [(torch.float32, 10.0), pytest.param(torch.bfloat16, 200.0, marks=pytest.mark.slow)]
+)
 def test_repeated_calls_have_the_bits_of_others_on_other_rows(recordings, monkeypatch, name, dtype, k):
     for _ in range(2):
         results(calls(dtype=dtype)[name], k)
@@ -92,14 +94,11 @@ def test_repeated_calls_have_the_bits_of_others_on_other_rows(recordings, monkey
     assert len(recorded) == calls()[name][2]
     repeat, repeated = launch.Recording.repeat, []
     monkeypatch.setattr(launch.Recording, "repeat", lambda self, given: repeated.append(self) or repeat(self, given))
-    for seed in (0, 1):
-        repeated.clear()
-        found = results(calls(dtype=dtype, seed=seed)[name], k)
-        assert repeated == recorded
-        monkeypatch.setattr(launch, "RECORDS", False)
-        expected = results(calls(dtype=dtype, seed=seed)[name], k)
-        monkeypatch.setattr(launch, "RECORDS", True)
-        assert all(map(torch.equal, found, expected))
+    found = results(calls(dtype=dtype, seed=1)[name], k)
+    assert repeated == recorded
+    monkeypatch.setattr(launch, "RECORDS", False)
+    expected = results(calls(dtype=dtype, seed=1)[name], k)
+    assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("name", calls())
@@ -226,7 +225,7 @@ def compiled_for(name: str) -> bool:
     return name.isupper() or name in ("num_warps", "num_stages", "maxnreg")
 
 
-@pytest.mark.parametrize("temperature", [0.1, 0.001])
+@pytest.mark.parametrize("temperature", [0.1, pytest.param(0.001, marks=pytest.mark.slow)])
 def test_warm_up_launches_the_kernels_of_every_temperature(monkeypatch, temperature):
     launched, whole = set(), launch.Work.launch
 
