@@ -38,9 +38,11 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/mypy tests/typed_usage.py
+	$(VENV)/bin/mypy examples tests/typed_usage.py
+	$(VENV)/bin/mypy -p benchmarks
 	$(VENV)/bin/basedpyright --pythonpath $(VENV)/bin/python
 	$(VENV)/bin/clang-format --dry-run -Werror $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+	$(VENV)/bin/codespell
 
 # The CPU kernels, and the CUDA kernels on an emulated device, against their definition under sanitizers, and every
 # operator called with wrong tensors: minutes.

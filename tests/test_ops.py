@@ -258,6 +258,10 @@ def test_compile_fullgraph_gives_the_same_gradients_and_recompiles_once(name, op
     assert counter.frame_count <= 2  # the first batch size, and then any
 
 
+on_2_6 = torch.__version__.startswith("2.6.")
+
+
+@pytest.mark.skipif(on_2_6, reason="needs a newer PyTorch: 2.6 compiles a graph for each float")
 @pytest.mark.parametrize("name", BACKENDS)
 def test_compile_of_a_temperature_schedule_recompiles_once(name):
     torch._dynamo.reset()
