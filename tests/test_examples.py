@@ -50,7 +50,7 @@ def test_example_learns(name, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(WITHOUT_TORCHVISION)
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join((str(ROOT), str(tmp_path))),
+        "PYTHONPATH": os.pathsep.join((str(ROOT), str(tmp_path), os.environ.get("PYTHONPATH", ""))),
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",  # two ranks need no two GPUs
         "HF_HUB_OFFLINE": "1",
