@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -47,6 +48,8 @@ def test_example_learns(name, tmp_path):
     before, after, module, figures = RUNS[name]
     if module is not None and importlib.util.find_spec(module) is None:
         pytest.skip(f"needs {module}, of the extra examples")
+    if name == "fsdp2.py" and torch.__version__.startswith("2.6."):
+        pytest.skip("needs a newer PyTorch: fully_shard of 2.6 does not run on CPUs")
     (tmp_path / "sitecustomize.py").write_text(WITHOUT_TORCHVISION)
     environment = {
         **os.environ,
