@@ -1,7 +1,7 @@
-# make test | test-all | test-instruction-sets | lint | sanitize | arm | kernels-report | triton-versions | demo | bench |
-#   bench-avx2 | gpu | clean
+# make test | test-all | test-instruction-sets | lint | docs | sanitize | arm | kernels-report | triton-versions | demo |
+#   bench | bench-avx2 | gpu | clean
 #
-# Each target makes the virtual environment it needs. Another PyTorch: make test TORCH=torch
+# Each target creates the virtual environment it needs. To use another PyTorch: make test TORCH=torch
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -10,10 +10,11 @@ DEMO_VENV ?= .venv-demo
 DEMO_OUT ?= runs/demo
 BENCH_OUT ?= runs/bench
 
-.PHONY: test test-all test-instruction-sets lint sanitize arm kernels-report triton-versions demo bench bench-avx2 gpu clean
+.PHONY: test test-all test-instruction-sets lint docs sanitize arm kernels-report triton-versions demo bench bench-avx2 \
+  gpu clean
 
-# Tests run beside each other, with one thread each. `make test` leaves out those marked slow, which repeat in minutes what
-# others show in seconds; `make test-all` runs every test.
+# Tests run in parallel, with one thread each. `make test` skips tests marked slow, which take minutes and repeat what
+# fast tests show; `make test-all` runs every test.
 WORKERS ?= logical
 PYTEST := $(VENV)/bin/pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal --no-header
 
@@ -23,9 +24,9 @@ test: $(VENV)/installed
 test-all: $(VENV)/installed
 	$(PYTEST)
 
-# As on a processor with AVX2 and no AVX-512, whatever this one has: the libraries held to AVX2, our kernels to AVX2, then
-# to portable C++. The tests left out do not reach those kernels. Inductor's cache is one of its own: code that it compiled
-# for AVX-512 gives wrong numbers where PyTorch is held to AVX2.
+# Tests as on a processor without AVX-512: libraries are limited to AVX2, and our kernels to AVX2, then to portable C++.
+# The ignored tests do not reach those kernels. Inductor has a separate cache, because code that it compiled for AVX-512
+# gives wrong numbers when PyTorch is limited to AVX2.
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=Haswell MKL_ENABLE_INSTRUCTIONS=AVX2 \
   TORCHINDUCTOR_CACHE_DIR=$(abspath build/inductor-avx2)
 ELSEWHERE := $(addprefix --ignore=tests/test_, cuda.py packaging.py tiles.py triton.py)
@@ -44,26 +45,31 @@ lint: $(VENV)/installed
 	$(VENV)/bin/clang-format --dry-run -Werror $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 	$(VENV)/bin/codespell
 
-# The CPU kernels, and the CUDA kernels on an emulated device, against their definition under sanitizers, and every
-# operator called with wrong tensors: minutes.
+# The documentation site, in build/docs: open build/docs/index.html. A warning is an error, and nothing is downloaded.
+docs: $(VENV)/docs
+	rm -rf build/docs
+	$(VENV)/bin/sphinx-build -q -W --keep-going -E -d build/doctrees docs build/docs
+
+# Under sanitizers: the CPU kernels and the CUDA kernels (on an emulated device) compared with their definition, and
+# every operator called with wrong tensors. Takes minutes.
 sanitize: $(VENV)/installed
 	CXX="$(CXX)" csrc/cpu/sanitize.sh
 	CXX="$(CXX)" csrc/cpu/sanitize_calls.sh $(VENV)/bin/python
 	CXX="$(CXX)" csrc/cuda/sanitize.sh
 
-# The CPU kernels of aarch64 against their definition, cross-compiled and run by an emulator: ten minutes of a core, or
-# two with OPTIONS=--quick, which leaves out most large cases. OPTIONS can also name groups of csrc/cpu/check.cpp:
-# make arm OPTIONS="'two views' slabs". Debian has the tools: apt-get install g++-aarch64-linux-gnu qemu-user.
+# The aarch64 CPU kernels compared with their definition, cross-compiled and run in an emulator. Takes ten minutes on
+# one core, or two with OPTIONS=--quick, which skips most large cases. OPTIONS can also name groups of
+# csrc/cpu/check.cpp: make arm OPTIONS="'two views' slabs". On Debian: apt-get install g++-aarch64-linux-gnu qemu-user.
 arm:
 	csrc/cpu/sanitize.sh arm $(if $(OPTIONS),-- $(OPTIONS))
 
-# Registers, shared memory, spills and instructions of the Triton and CUDA kernels on every chip, none of which has to be
-# here.
+# Registers, shared memory, spills and instructions of the Triton and CUDA kernels, compiled for every supported GPU.
+# Needs no GPU.
 kernels-report: $(VENV)/installed
 	$(VENV)/bin/python -m benchmarks kernels --check
 	$(VENV)/bin/python -m benchmarks.binary --check
 
-# The Triton kernels compiled by other Tritons, each downloaded beside the environment's own (200 MB).
+# The Triton kernels compiled by other versions of Triton, each downloaded next to the environment's version (200 MB).
 TRITONS ?= 3.3.1 3.6.0
 triton-versions: $(VENV)/installed
 	for version in $(TRITONS); do \
@@ -72,8 +78,8 @@ triton-versions: $(VENV)/installed
 	    --targets sm_80 sm_90 sm_100 sm_120 gfx942 || exit 1; \
 	done
 
-# The figures of the README and the docs: make bench BENCH_OUT=benchmarks/results, then python -m benchmarks report. Those of
-# suite cpu are named after the instruction set, so that one folder holds several.
+# The figures of the docs: make bench BENCH_OUT=benchmarks/results, then python -m benchmarks report. The files of
+# suite cpu are named after the instruction set, so that one folder can hold several.
 bench: $(VENV)/bench
 	set=$$($(VENV)/bin/python -m benchmarks.instruction_set) && \
 	  $(VENV)/bin/python -m benchmarks cpu --out $(BENCH_OUT)/cpu-$$set.json
@@ -81,26 +87,27 @@ bench: $(VENV)/bench
 	  $(VENV)/bin/python -m benchmarks $$suite --out $(BENCH_OUT)/$$suite.json || exit 1; \
 	done
 
-# Suite cpu as on a processor without AVX-512.
+# Suite cpu, as on a processor without AVX-512.
 bench-avx2: $(VENV)/bench
 	$(AVX2) $(VENV)/bin/python -m benchmarks cpu --instruction-set avx2 --out $(BENCH_OUT)/cpu-avx2.json
 
-# On a machine with a GPU: build, verify, the suite, compute-sanitizer, the benchmark, the tuner, ncu, each in parts of ten
-# minutes at most. It goes on where it stopped: make gpu STAGE=verify, make gpu OPTIONS="--seconds 540",
-# make gpu OPTIONS=--rehearse where there is no GPU. Then python -m benchmarks report puts the device into the README.
+# On a machine with a GPU: build, verify, tests, compute-sanitizer, benchmark, tuner and ncu, in parts of at most ten
+# minutes. A second call continues where the first stopped. One stage: make gpu STAGE=verify. Limited time: make gpu
+# OPTIONS="--seconds 540". Without a GPU: make gpu OPTIONS=--rehearse. Afterwards python -m benchmarks report adds the
+# device to docs/verification.md.
 gpu: $(VENV)/bench
 	$(VENV)/bin/python -m benchmarks.gpu_session $(if $(STAGE),--stage $(STAGE)) $(if $(OUT),--out $(OUT)) $(OPTIONS)
 
-# A person's first minutes: an ordinary install, SimCLR trained on real digits, a report. Not run from here, where the
-# checkout would shadow the installed package and its kernels. The environment is kept, and made anew when the package
-# changes.
+# A user's first minutes: a regular install, SimCLR trained on real digits, a report. The command runs in another
+# folder, because here the checkout would shadow the installed package and its kernels. The environment is kept until
+# the package changes.
 demo: $(DEMO_VENV)/installed
 	@echo "Training SimCLR on 5,000 handwritten digits: half a minute to two minutes on two CPU cores"
 	cd $(DEMO_VENV) && bin/python -m fastntxent.simclr --out $(abspath $(DEMO_OUT)) --overwrite --verify-every 20
 	@echo "Open $(DEMO_OUT)/report.html in a browser"
 
 $(DEMO_VENV)/installed: pyproject.toml setup.py $(shell find fastntxent csrc -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu')
-	@echo "Making an environment in $(DEMO_VENV) and installing PyTorch and fastntxent: a few minutes the first time"
+	@echo "Creating an environment in $(DEMO_VENV), with PyTorch and fastntxent: a few minutes the first time"
 	$(PYTHON) -m venv $(DEMO_VENV)
 	$(DEMO_VENV)/bin/pip install --progress-bar on --disable-pip-version-check $(TORCH) ".[simclr]"
 	touch $@
@@ -112,6 +119,10 @@ $(VENV)/installed: pyproject.toml setup.py
 
 $(VENV)/bench: $(VENV)/installed
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(TORCH) -e ".[bench]"
+	touch $@
+
+$(VENV)/docs: $(VENV)/installed
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(TORCH) -e ".[docs]"
 	touch $@
 
 clean:

@@ -1,11 +1,11 @@
-"""The native parts; everything else is in pyproject.toml.
+"""Builds the native extensions. Everything else is in pyproject.toml.
 
-`fastntxent._cpu` is C++17 for GCC or Clang and needs no PyTorch to build. `csrc/cpu/kernels.cpp` is compiled once per
-instruction set, and the machine that runs it chooses. Where it cannot be built, the install goes on without it:
-`pip install -v` shows why, and `fastntxent.backends()` says so.
+`fastntxent._cpu` is C++17 for GCC or Clang and builds without PyTorch. `csrc/cpu/kernels.cpp` is compiled once per
+instruction set, and the processor that runs it chooses one. If the build fails, the install continues without it:
+`pip install -v` shows the reason, and `fastntxent.backends()` lists the backend as unavailable.
 
-`fastntxent._cuda` is built by ninja where there is an nvcc, for every architecture of `CUDA_CODE` that it compiles for;
-no GPU and no PyTorch has to be there. FASTNTXENT_CUDA=0 leaves it out, FASTNTXENT_CUDA=1 makes a failure an error.
+`fastntxent._cuda` is built by ninja if there is an nvcc, for every architecture in `CUDA_CODE` that this nvcc supports.
+The build needs neither a GPU nor PyTorch. FASTNTXENT_CUDA=0 skips it, and FASTNTXENT_CUDA=1 makes a failure an error.
 """
 
 from __future__ import annotations
@@ -28,35 +28,35 @@ from setuptools.command.build_ext import build_ext
 
 CPU = Path("csrc/cpu")
 CUDA = Path("csrc/cuda")
-SHARED = sorted(Path("csrc").glob("*.h"))  # by both
-CUDA_CODE = ("80", "86", "89", "90", "100", "103", "110", "120")  # and PTX of the first, for all that come after
+SHARED = sorted(Path("csrc").glob("*.h"))  # used by both
+CUDA_CODE = ("80", "86", "89", "90", "100", "103", "110", "120")  # and PTX of the first, for newer GPUs
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]
 INSTRUCTION_SETS = {
-    "baseline": [],  # the kernels call it "neon" on aarch64, else "portable"
+    "baseline": [],  # called "neon" on aarch64, "portable" elsewhere
     **({"avx2": ["-mavx2", "-mfma"], "avx512": AVX512} if X86 else {}),
 }
-# These multiply bfloat16 rows without widening them. An older compiler (GCC before 11) does not know the flags.
+# These sets multiply bfloat16 rows without widening them. GCC before 11 does not know the flags.
 BFLOAT_SETS = {
     "avx512_bf16": [*AVX512, "-mavx512bf16"],
     "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 FLAGS = ["-std=c++17", "-O3", "-g0", "-Wall", "-Wextra", "-fvisibility=hidden"]
-OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler has none: threads of our own there
+OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler lacks OpenMP; our own threads replace it
 
 
 LIMITED_API = ("Py_LIMITED_API", "0x030A0000")
 
 
 def find_nvcc() -> str | None:
-    """CUDA_HOME's, else the one on PATH."""
+    """Return the nvcc of CUDA_HOME (or CUDA_PATH) if set, else the one on PATH."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     return shutil.which("nvcc", path=str(Path(home) / "bin")) if home else shutil.which("nvcc")
 
 
 class BuildExt(build_ext):
     def run(self) -> None:
-        # What an earlier build left must not pass for this one's.
+        # A library left by an earlier build must not be mistaken for a new one.
         if self.inplace or self.editable_mode:
             for ext in self.extensions:
                 Path("fastntxent", Path(self.get_ext_filename(ext.name)).name).unlink(missing_ok=True)
@@ -69,8 +69,8 @@ class BuildExt(build_ext):
             self.build_cpu(ext)
 
     def build_cpu(self, ext: Extension) -> None:
-        """Compile the kernels once per instruction set, then the rest, and link all of it."""
-        # In a folder that an earlier build filled, a failed one would hand on that build's kernels.
+        """Compile the kernels once per instruction set, then the rest, and link everything."""
+        # If this build fails, the kernels of an earlier build must not remain.
         Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
         try:
             for name, flags in INSTRUCTION_SETS.items():
@@ -79,7 +79,7 @@ class BuildExt(build_ext):
                 self.add_bfloat_sets(ext)
             super().build_extension(ext)
         except Exception as error:
-            self.announce(f"fastntxent: no CPU kernels ({error}); plain PyTorch serves instead", logging.WARNING)
+            self.announce(f"fastntxent: no CPU kernels ({error}); plain PyTorch is used instead", logging.WARNING)
 
     def compile_kernels(self, ext: Extension, name: str, flags: list[str]) -> list[str]:
         return self.compiler.compile(
@@ -90,7 +90,7 @@ class BuildExt(build_ext):
         )
 
     def add_bfloat_sets(self, ext: Extension) -> None:
-        """Compile the kernels that multiply bfloat16 rows, if this compiler can."""
+        """Compile the kernels that multiply bfloat16 rows, if the compiler supports them."""
         try:
             objects = [self.compile_kernels(ext, name, flags) for name, flags in BFLOAT_SETS.items()]
         except Exception as error:
@@ -100,7 +100,7 @@ class BuildExt(build_ext):
         ext.define_macros.append(("FNTX_BFLOAT", "1"))
 
     def build_cuda(self, ext: Extension) -> None:
-        """Compile by nvcc what has changed, as much at a time as there are processors, and link it."""
+        """Compile changed sources with nvcc, in parallel on all processors, and link them."""
         wanted = os.environ.get("FASTNTXENT_CUDA", "auto")
         if wanted not in ("auto", "0", "1"):
             raise ValueError(f"FASTNTXENT_CUDA must be 'auto', '0' or '1', got {wanted!r}")
@@ -111,12 +111,12 @@ class BuildExt(build_ext):
         try:
             nvcc = find_nvcc()
             if nvcc is None:
-                raise RuntimeError("there is no nvcc, neither in CUDA_HOME nor on PATH")
+                raise RuntimeError("nvcc is neither in CUDA_HOME nor on PATH")
             ninja = shutil.which("ninja")
             if ninja is None:
-                raise RuntimeError("there is no ninja on PATH: pip install ninja")
+                raise RuntimeError("ninja is not on PATH: pip install ninja")
             target.parent.mkdir(parents=True, exist_ok=True)
-            objects = Path("build/cuda").resolve()  # which stays, where an editable install's build_temp does not
+            objects = Path("build/cuda").resolve()  # persists, unlike build_temp of an editable install
             objects.mkdir(parents=True, exist_ok=True)
             macros = [f"-D{name}={value}" for name, value in ext.define_macros]
             includes = [f"-I{folder}" for folder in self.include_dirs]
@@ -130,7 +130,7 @@ class BuildExt(build_ext):
 
 
 def ninja_file(nvcc: str, flags: list[str], sources: Iterable[Path], objects: Path, target: Path) -> str:
-    """What ninja is to do. It finds the headers in what nvcc writes beside each object."""
+    """Return the content of build.ninja. Header dependencies come from the depfiles that nvcc writes."""
 
     def escaped(text: object, special: str = r"[$]") -> str:
         return re.sub(f"({special})", r"$\1", str(text))
@@ -140,7 +140,7 @@ def ninja_file(nvcc: str, flags: list[str], sources: Iterable[Path], objects: Pa
 
     compiler = [nvcc, "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", *flags]
     lines = [
-        f"builddir = {path(objects)}",  # where ninja keeps what it remembers
+        f"builddir = {path(objects)}",  # ninja keeps its log here
         f"nvcc = {escaped(shlex.join(compiler))}",
         "rule compile",
         "  command = $nvcc $code -MD -MF $out.d -c $in -o $out",
@@ -159,7 +159,7 @@ def ninja_file(nvcc: str, flags: list[str], sources: Iterable[Path], objects: Pa
 
 
 def gencode(nvcc: str) -> list[str]:
-    """Machine code for the architectures that this nvcc compiles for, and PTX of the oldest for later chips."""
+    """Return flags for machine code of all architectures that nvcc supports, and PTX of the oldest for newer GPUs."""
     with tempfile.TemporaryDirectory() as folder, ThreadPool() as pool:
         probe = Path(folder) / "probe.cu"
         probe.write_text("__global__ void probe() {}\n")
@@ -170,13 +170,13 @@ def gencode(nvcc: str) -> list[str]:
 
         codes = [code for code, known in zip(CUDA_CODE, pool.map(compiles, CUDA_CODE), strict=True) if known]
     if not codes:
-        raise RuntimeError(f"{nvcc} compiles for none of {', '.join(f'sm_{code}' for code in CUDA_CODE)}")
+        raise RuntimeError(f"{nvcc} supports none of {', '.join(f'sm_{code}' for code in CUDA_CODE)}")
     images = [f"-gencode=arch=compute_{code},code=sm_{code}" for code in codes]
     return [*images, f"-gencode=arch=compute_{codes[0]},code=compute_{codes[0]}"]
 
 
 def run(command: list[str]) -> None:
-    """A command whose failure shows what it said."""
+    """Run a command; if it fails, raise RuntimeError with its output."""
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{result.stdout}{result.stderr}")

@@ -1,25 +1,25 @@
-"""python -m benchmarks SUITE: figures of this machine, as a table on the screen and as JSON.
+"""python -m benchmarks SUITE: measure this machine, print a table and write JSON.
 
-cpu        forward, backward and both of every loss, and the machine's own limit: twice 2 M^2 D flops, M = 2N, at the
-           rate of a 2048^3 product measured in the same run; --threads 1 2 adds our kernel's speed-up. The report takes
-           every cpu*.json, one for each instruction set
-memory     peak memory beside the inputs, a process each (Linux)
-scaling    our `cpu` kernel at large N: seconds over N^2, and peak memory (Linux); --threads 1 2 4 ...: our kernel and
-           torch.mm at these numbers of threads, beside what suite schedule predicts
+cpu        time of forward, backward and both for every loss, and the machine's limit: twice 2 M^2 D flops, M = 2N, at
+           the rate of a 2048^3 product measured in the same run. --threads 1 2 adds our kernel's speed-up. The report
+           reads every cpu*.json, one per instruction set
+memory     peak memory beyond the inputs, one process per measurement (Linux)
+scaling    our `cpu` kernel at large N: seconds over N^2, and peak memory (Linux). --threads 1 2 4 ...: our kernel and
+           torch.mm at these numbers of threads, beside the prediction of suite schedule
 schedule   speed-up of our `cpu` kernel on 1 to 64 threads, predicted by simulating its schedule; nothing is timed
-converged  errors of the gradient against float64 as training converges (batches from tests/cases.py: needs pytest)
+converged  gradient errors against float64 as training converges (batches from tests/cases.py: needs pytest)
 distributed
-           a step over 1 to 4 gloo ranks of this machine, bytes and time against the model of docs/distributed.md, and
-           an all-gather with autograd beside it (needs the tests' files)
-family     CLIP's loss against its dense formula, SupCon against NT-Xent: time, and peak memory (Linux)
-drop-ins   small batches of the losses in fastntxent.compat against the formulas of the libraries that they replace
-gpu        as cpu, on a CUDA device, with the model's prediction beside ours
-kernels    the Triton kernels compiled for GPUs that need not be here: registers, shared memory, spills, and what a turn
-           of the innermost loop takes; --check fails where that is more than a chip has or the suite allows
-model      milliseconds that the Triton and CUDA kernels should take on GPUs that need not be here, from their machine
-           code and data sheets, each with the limit that binds; u: one product of all rows with themselves
-tune       the Triton kernels' table of tiles, from times on this GPU; --predict CHIP: from the model, without it
-report     the README's and docs' tables and the plots, from the results kept in benchmarks/results; --check only
+           a step over 1 to 4 gloo ranks on this machine: bytes and time against the model of docs/distributed.md, and
+           beside an all-gather with autograd (needs the test files)
+family     CLIP's loss against its dense formula, and SupCon against NT-Xent: time, and peak memory (Linux)
+drop-ins   small batches: the losses of fastntxent.compat against the formulas of the libraries they replace
+gpu        like cpu, on a CUDA device, with the model's prediction beside our times
+kernels    the Triton kernels compiled for GPUs that need not be present: registers, shared memory, spills, and the
+           instructions of an iteration of the innermost loop. --check fails if a kernel exceeds its chip or our limits
+model      predicted milliseconds of the Triton and CUDA kernels on GPUs that need not be present, from their machine
+           code and data sheets, each with its bottleneck. u: one product of all rows with themselves
+tune       the Triton kernels' table of tiles, from times on this GPU. --predict CHIP: from the model, without a GPU
+report     the tables of the README and docs and the plots, from the results in benchmarks/results. --check only
            compares
 """
 
@@ -66,8 +66,8 @@ SUITES = {
 }
 CPU_SUITES = ("cpu", "memory", "scaling", "converged", "distributed", "family", "drop-ins")
 THREADS = {
-    "cpu": "time our kernel at these numbers of threads too",
-    "scaling": "compare these numbers of threads, not large N",
+    "cpu": "also time our kernel at these numbers of threads",
+    "scaling": "compare these numbers of threads instead of measuring large N",
     "schedule": "default: 1 2 4 8 16 32 64",
 }
 
@@ -80,7 +80,7 @@ def _positive(text: str) -> int:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run one suite, or make the report."""
+    """Run one suite, or update the report."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -91,28 +91,28 @@ def main(argv: list[str] | None = None) -> None:
             suite.add_argument("--n", type=_positive, nargs="+", help="samples per batch (default: a range)")
         if name != "tune":
             suite.add_argument("--d", type=_positive, nargs="+", help="features (default: 128, or a range)")
-        suite.add_argument("--out", type=Path, help="write the results here, as JSON")
+        suite.add_argument("--out", type=Path, help="write the results to this JSON file")
         if name == "kernels":
             suite.add_argument("--targets", nargs="+", choices=chips.CHIPS, help="chips (default: all)")
-            suite.add_argument("--check", action="store_true", help="fail if any kernel spills or does not fit")
+            suite.add_argument("--check", action="store_true", help="fail if any kernel has faults")
         if name == "tune":
-            suite.add_argument("--predict", choices=model.TARGETS, metavar="CHIP", help="ask the model, not a device")
-            suite.add_argument("--kernels", nargs="+", choices=tune.ROW_CLASSES, metavar="KERNEL", help="these alone")
-            suite.add_argument("--most", type=_positive, default=12, help="tiles to time for a class (default: 12)")
-            suite.add_argument("--write", action="store_true", help="into the package's table")
+            suite.add_argument("--predict", choices=model.TARGETS, metavar="CHIP", help="use the model, not a device")
+            suite.add_argument("--kernels", nargs="+", choices=tune.ROW_CLASSES, metavar="KERNEL", help="only these")
+            suite.add_argument("--most", type=_positive, default=12, help="tiles to time per class (default: 12)")
+            suite.add_argument("--write", action="store_true", help="update the package's table")
         elif name not in ("converged", "distributed", "drop-ins", "family", "kernels", "model", "schedule"):
-            suite.add_argument("--only", nargs="+", choices=COMPETITORS, metavar="LOSS", help="these losses alone")
+            suite.add_argument("--only", nargs="+", choices=COMPETITORS, metavar="LOSS", help="only these losses")
         if name in ("cpu", "drop-ins", "family", "gpu", "scaling", "tune"):
             suite.add_argument(
-                "--seconds", type=float, default=20, help="to spend on a size (cpu, gpu: 5 to 200 rounds)"
+                "--seconds", type=float, default=20, help="time to spend per size (cpu, gpu: 5 to 200 rounds)"
             )
         if name in CPU_SUITES:
             suite.add_argument(
-                "--instruction-set", choices=instruction_set.NAMES, help="hold our kernel to it (default: the fastest)"
+                "--instruction-set", choices=instruction_set.NAMES, help="set for our kernel (default: the fastest)"
             )
         if name == "distributed":
             suite.add_argument("--ranks", type=_positive, nargs="+", default=[1, 2, 3, 4], help="default: 1 2 3 4")
-            suite.add_argument("--rounds", type=_positive, default=21, help="of a comparison (default: 21)")
+            suite.add_argument("--rounds", type=_positive, default=21, help="per comparison (default: 21)")
         if name in THREADS:
             suite.add_argument("--threads", type=_positive, nargs="+", help=THREADS[name])
     report.add_command(commands)

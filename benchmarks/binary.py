@@ -1,10 +1,10 @@
-"""What the built CUDA kernels take of every chip: registers, stack, matrix instructions, and what a tile issues.
+"""Resources of the built CUDA kernels on every chip: registers, stack, matrix instructions, and issue slots per tile.
 
-python -m benchmarks.binary reads `fastntxent._cuda` by the cuobjdump that Triton ships; no GPU has to be there. Of the
-forward and of the gradient it prints a block's issue slots for a step (64 features of a tile of columns; from a step
-that has nothing left to load to the longest) and for a tile beside its steps (with three chunks of the gradient),
-against the tensor cycles of their products at 1,024 multiply-adds a cycle and multiprocessor, an A100's rate. --check
-fails if a kernel spills, or misses the matrix units.
+python -m benchmarks.binary reads `fastntxent._cuda` with the cuobjdump that Triton ships; no GPU is needed. For the
+forward and the gradient it prints a block's issue slots per step (64 features of a tile of columns), from the shortest
+step, which has nothing left to load, to the longest. It also prints the slots per tile outside its steps (for three
+chunks of the gradient). Both are compared with the tensor cycles of their products, at an A100's rate of 1,024
+multiply-adds per cycle and multiprocessor. --check fails if a kernel spills or does not use the matrix units.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from . import sass
 
-WARPS = 8  # of a block, as csrc/cuda/arguments.h has it
+WARPS = 8  # per block, as in csrc/cuda/arguments.h
 FLOPS_PER_CYCLE = 2048
 _MATRIX = re.compile(r"\bHMMA")
 _FRESH = re.compile(r"\bHMMA\S* .*, RZ ;")
@@ -27,10 +27,11 @@ _NAME = re.compile(r"kernel_([a-z]+)_cu.*nt_xent")
 
 
 class BuiltKernel(NamedTuple):
-    """A kernel on a chip.
+    """A kernel compiled for one chip.
 
-    Registers and bytes of stack (spilled registers among them) a thread; matrix instructions, and those whose
-    accumulator starts at zero; the code."""
+    `registers` and `stack` (in bytes, with spilled registers) are per thread. `matrix` counts matrix instructions, and
+    `fresh` those whose accumulator starts at zero.
+    """
 
     chip: str
     operands: str
@@ -41,16 +42,16 @@ class BuiltKernel(NamedTuple):
     code: sass.Region
 
     def faults(self) -> list[str]:
-        """What must not be."""
+        """Return descriptions of everything that must not happen."""
         found = [] if self.stack == 0 else [f"{self.stack} bytes of stack"]
         if not self.matrix:
             found.append("no matrix instruction")
-        elif self.operands == "split" and self.matrix != 3 * self.fresh:  # three products, then ordinary additions
-            found.append("sums go on in the matrix units")
+        elif self.operands == "split" and self.matrix != 3 * self.fresh:  # three products, then an ordinary addition
+            found.append("float32 sums stay in the matrix units")
         return found
 
     def tiles(self) -> list[tuple[sass.Region, sass.Region]]:
-        """The loop over tiles and in it that over steps, of the forward and of the gradient."""
+        """Return the loop over tiles, and the loop over steps inside it, for the forward and for the gradient."""
         found = []
         for tile in self.code.inner:
             while tile.loop and tile.loop.loop:
@@ -61,13 +62,13 @@ class BuiltKernel(NamedTuple):
 
 
 def built() -> Path | None:
-    """The module's file; None where it was not built."""
+    """Return the module's file, or None if it was not built."""
     spec = importlib.util.find_spec("fastntxent._cuda")
     return Path(spec.origin) if spec and spec.origin else None
 
 
 def built_kernels(module: Path) -> list[BuiltKernel]:
-    """Every kernel on every chip that it has an image for."""
+    """Return every kernel for every chip in the module."""
     usage = {
         key: {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
         for key, text in _by_kernel("--dump-resource-usage", module)
@@ -86,7 +87,7 @@ def built_kernels(module: Path) -> list[BuiltKernel]:
 
 
 def _by_kernel(option: str, module: Path) -> Iterator[tuple[tuple[str, str], str]]:
-    """Chip and operands of every kernel, and what cuobjdump says of it."""
+    """Return the chip and operands of every kernel, with cuobjdump's output for it."""
     command = [sass.tool("cuobjdump"), option, module]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for of_chip in said.split("\narch = ")[1:]:
@@ -97,7 +98,7 @@ def _by_kernel(option: str, module: Path) -> Iterator[tuple[tuple[str, str], str
 
 
 def line(report: BuiltKernel) -> str:
-    """A report for the screen."""
+    """Return the report as a line of text."""
     words = [
         f"{report.chip:7} {report.operands:6} registers {report.registers:3} stack {report.stack} "
         f"matrix {report.matrix:3} fresh {report.fresh:3}"
@@ -119,9 +120,9 @@ def _cycles(region: sass.Region) -> int:
 
 
 def main() -> None:
-    """Print every report."""
+    """Print all reports."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.binary", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="fail if any kernel is not as it must be")
+    parser.add_argument("--check", action="store_true", help="fail if any kernel has faults")
     check = parser.parse_args().check
     module = built()
     if module is None:
@@ -130,7 +131,7 @@ def main() -> None:
     for report in found:
         print(line(report))
     if check and any(report.faults() for report in found):
-        raise SystemExit("not all kernels are as they must be")
+        raise SystemExit("some kernels have faults")
 
 
 if __name__ == "__main__":

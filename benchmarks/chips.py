@@ -1,14 +1,14 @@
-"""GPUs that need not be here: what the compiler is told of them, what a program may take, and their data sheets' rates.
+"""GPUs that need not be present: how the compiler names them, their limits per program, and rates from data sheets.
 
-Rates are of dense products at the boost clock. Results a cycle and multiprocessor, by the CUDA C++ programming guide
-(throughput of native arithmetic instructions): 16 exponentials on all of these but the B300, of which NVIDIA says twice
-that; 64 integers, comparisons and selections; 128 float32 operations, on the A100 64. The second-level cache's
-bandwidth is on no data sheet: github.com/te42kyfo/gpu-benches measured 5.4 TB/s on an A100, 6.9 on an H100 PCIe (114
-multiprocessors at 1.755 GHz) and 9.7 on an H200, 34 to 37 bytes a cycle and multiprocessor, up to two thirds or more of
-its size; 34 are taken for all.
+Rates are for dense products at the boost clock. The CUDA C++ programming guide (throughput of native arithmetic
+instructions) gives the results per cycle and multiprocessor: 16 exponentials on all of these chips except the B300, for
+which NVIDIA states twice as many; 64 integer operations, comparisons and selections; and 128 float32 operations, or 64
+on the A100. No data sheet has the bandwidth of the second-level cache. github.com/te42kyfo/gpu-benches measured 5.4
+TB/s on an A100, 6.9 on an H100 PCIe (114 multiprocessors at 1.755 GHz) and 9.7 on an H200. That is 34 to 37 bytes per
+cycle and multiprocessor, for data up to two thirds of the cache's size or more; we take 34 for all chips.
 
-Warps' own products (mma.sync) have the full rate on an A100. On an H100 they reach 63 % of the rate of warpgroups (Luo
-et al., arXiv 2402.13499); none is published of a B200, for which the A100's flops a cycle are taken.
+Products of single warps (mma.sync) run at the full rate on an A100. On an H100 they reach 63 % of the rate of
+warpgroups (Luo et al., arXiv 2402.13499). No figure is published for a B200, so we take the A100's flops per cycle.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 
 class Rates(NamedTuple):
-    """A second's worth: of cycles, of all multiprocessors; of 16-bit flops, TF32 flops and 16-bit flops by mma.sync;
-    exponentials; bytes of shared memory (128 a cycle and multiprocessor), of memory and of the second-level cache. Its
-    size, and float32 operations of a multiprocessor in a cycle."""
+    """Rates per second of a whole chip: cycles of all multiprocessors; 16-bit flops, TF32 flops and 16-bit flops with
+    mma.sync; exponentials; bytes of shared memory (128 per cycle and multiprocessor), of memory and of the second-level
+    cache. `l2` is that cache's size in bytes, `float32` the float32 operations per cycle of one multiprocessor."""
 
     cycles: float
     product: float
@@ -34,9 +34,9 @@ class Rates(NamedTuple):
 
 
 class Chip(NamedTuple):
-    """How Triton names it, the family of its tiles, its matrix instruction; bytes of shared memory for a program and
-    for all that run on a multiprocessor, and their threads (None: not known here); multiprocessors and their rates; the
-    first Triton known to compile for it."""
+    """A chip: its name in Triton, its family of tiles and its matrix instruction; bytes of shared memory for one
+    program and for all programs on a multiprocessor, and threads of a multiprocessor (None if unknown here); the number
+    of multiprocessors and their rates; and the first version of Triton known to compile for it."""
 
     backend: str
     arch: int | str
@@ -51,8 +51,8 @@ class Chip(NamedTuple):
     since: tuple[int, int] = (3, 3)
 
     def resident(self, registers: int | None, shared: int, num_warps: int, tensor_columns: int = 0) -> int | None:
-        """Programs that a multiprocessor of NVIDIA's holds at once: registers come in eights, by the warp; of tensor
-        memory, where there is any, there are 512 columns."""
+        """Return the number of programs that an NVIDIA multiprocessor holds at once. Registers are allocated per warp
+        in multiples of eight per thread. Tensor memory, where a chip has it, is 512 columns."""
         if self.threads is None or registers is None:
             return None
         by_registers = 65_536 // (-(-registers // 8) * 8 * 32 * num_warps)

@@ -1,4 +1,4 @@
-"""The losses compared, each called as its own documentation has it: name -> make(temperature) -> loss(z_i, z_j)."""
+"""The losses compared, each called as its documentation recommends: name -> make(temperature) -> loss(z_i, z_j)."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ PACKAGES = ("lightly", "pytorch-metric-learning", "info-nce-pytorch")
 
 
 class Competitor(NamedTuple):
-    """A loss, where and how far it is taken, and what it must equal."""
+    """A loss to compare: how to make it, on which devices and up to which size it runs, and its reference."""
 
-    make: Callable[[float], Loss]  # raises ImportError where it cannot run
-    largest: int  # samples; beyond them a step takes about half a minute, or many GiB
+    make: Callable[[float], Loss]  # raises ImportError if it cannot run here
+    largest: int  # samples; beyond this a step takes about half a minute, or many GiB
     truth: Callable[[Tensor, Tensor, float], Tensor] = losses.oracle
     note: str = ""
     device_types: tuple[str, ...] = ("any",)
@@ -42,7 +42,7 @@ def _ours(name: str, temperature: float) -> Loss:
 
 
 def _compiled(temperature: float) -> Loss:
-    torch.compiler.reset()  # a user compiles for one batch size: nothing of another's is reused
+    torch.compiler.reset()  # a user compiles for one batch size, so nothing is reused from another
     return torch.compile(lambda z_i, z_j: losses.dense(z_i, z_j, temperature), dynamic=False)
 
 
@@ -51,14 +51,14 @@ def _lightly(temperature: float) -> Loss:
 
 
 def lightly_loss(name: str) -> types.ModuleType:
-    """A module of lightly.loss, with or without torchvision."""
+    """Return a module of lightly.loss. torchvision need not be installed."""
     if importlib.util.find_spec("lightly") and not _imports("torchvision"):
         _lightly_without_torchvision()
     return importlib.import_module(f"lightly.loss.{name}")
 
 
 def _imports(name: str) -> bool:
-    """False also for a torchvision that was built for another PyTorch than the one beside it."""
+    """Return whether a module can be imported. A torchvision built for another PyTorch version cannot."""
     try:
         importlib.import_module(name)
     except Exception:
@@ -67,9 +67,10 @@ def _imports(name: str) -> bool:
 
 
 def _lightly_without_torchvision() -> None:
-    """Let a file of lightly/loss be imported, as installed, without the rest of its packages.
+    """Make the files of the installed lightly.loss importable without the rest of lightly.
 
-    Those need torchvision. `lightly.models.utils` is left empty: only a memory bank across processes calls it.
+    The rest needs torchvision. `lightly.models.utils` is left empty, since only a memory bank over several processes
+    calls it.
     """
     (root,) = importlib.util.find_spec("lightly").submodule_search_locations
     for name in ("loss", "models", "models.modules", "models.utils"):
@@ -108,7 +109,7 @@ COMPETITORS = {
 
 
 def names(device: str, n: int, only: Iterable[str] | None = None) -> list[str]:
-    """Those that serve a device and n samples, ours first."""
+    """Return the names of the losses that run on a device with n samples, ours first."""
     return [
         name
         for name, competitor in COMPETITORS.items()
@@ -117,7 +118,7 @@ def names(device: str, n: int, only: Iterable[str] | None = None) -> list[str]:
 
 
 def load(chosen: Iterable[str], temperature: float) -> tuple[dict[str, Loss], dict[str, str]]:
-    """The losses that can be made here, and why the others cannot."""
+    """Return the losses that can be made here, and the reasons why the others cannot."""
     made, missing = {}, {}
     for name in chosen:
         try:
@@ -128,6 +129,6 @@ def load(chosen: Iterable[str], temperature: float) -> tuple[dict[str, Loss], di
 
 
 def versions() -> dict[str, str]:
-    """The installed version of every library compared."""
+    """Return the installed version of every library compared."""
     installed = {package.metadata["Name"]: package.version for package in importlib.metadata.distributions()}
     return {package: installed[package] for package in PACKAGES if package in installed}

@@ -1,4 +1,4 @@
-"""Suite `converged`: errors of the gradient against float64 as training converges."""
+"""Suite `converged`: gradient errors against float64 as training converges."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ TEMPERATURES = (0.1, 0.01)
 
 
 def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[str, str]]:
-    """RMS of the error of the gradient in [z_i; z_j], in float32, over the gradient's own."""
-    from tests import cases  # not above: it needs pytest
+    """Return RMS errors of the float32 gradient in [z_i; z_j], relative to the gradient's RMS."""
+    from tests import cases  # imported here because it needs pytest
 
     results, missing = [], {}
     for temperature in TEMPERATURES:

@@ -12,14 +12,14 @@ GRID = ((16, 128), (64, 128), (256, 128), (1024, 128), (4096, 128), (2048, 512),
 
 
 def sizes(arguments: argparse.Namespace) -> list[tuple[int, int]]:
-    """The grid, or every N asked for with every D."""
+    """Return the grid, or every N with every D given on the command line."""
     if not arguments.n and not arguments.d:
         return list(GRID)
     return [(n, d) for d in arguments.d or [128] for n in arguments.n or [16, 64, 256, 1024, 4096]]
 
 
 def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[str, str]]:
-    """Results, and what is missing."""
+    """Return the results, and the losses that are missing."""
     results, missing = [], {}
     for n, d in sizes(arguments):
         losses, absent = load(names("cpu", n, arguments.only), TEMPERATURE)

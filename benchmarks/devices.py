@@ -1,4 +1,4 @@
-"""README's list of the devices on which the kernels were proved, from what `make gpu` has left."""
+"""The list of devices on which the kernels were verified, from the records of `make gpu`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NO_DEVICES = "None yet. `make gpu` on a machine with a GPU makes an entry."
 
 
 def section(results: Path) -> str:
-    """A table of devices, and the times of each."""
+    """Return a table of the devices, followed by the times on each."""
     folders = sorted(path for path in (results / "gpu").glob("*") if path.is_dir())
     found = [records for folder in folders if (records := read_device(folder))]
     if not found:
@@ -23,7 +23,7 @@ def section(results: Path) -> str:
 
 
 def read_device(folder: Path) -> list[PartRecord]:
-    """The records of one device, if its kernels were verified there; rehearsals are none."""
+    """Return the records of one device, or nothing if its kernels were not verified there. Rehearsals do not count."""
     records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.record.json"))]
     records = [record for record in records if not record["key"]["rehearsal"]]
     return records if any(record["stage"] == "verify" and record.get("result") for record in records) else []
@@ -41,13 +41,13 @@ def _row(records: list[PartRecord]) -> list[str]:
 
 
 def _share(records: list[PartRecord], stage: str) -> str:
-    """How many of a stage's parts have passed, of those that ran."""
+    """Return how many of a stage's parts passed, out of those that ran."""
     ran = [record["status"] for record in records if record["stage"] == stage and record["status"] != "missing"]
     return f"{ran.count('passed')} of {len(ran)}" if ran else "not run"
 
 
 def _times_table(records: list[PartRecord]) -> str:
-    """The table of suite `gpu`, put together from its parts."""
+    """Return the table of suite `gpu`, assembled from its parts."""
     parts = [r["result"] for r in records if r["stage"] == "benchmark" and r["status"] == "passed" and "result" in r]
     if not parts:
         return ""

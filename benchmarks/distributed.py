@@ -1,13 +1,12 @@
-"""Suite `distributed`: a step of NT-Xent over gloo ranks of this machine, a thread each, beside what it should cost.
+"""Suite `distributed`: a step of NT-Xent over gloo ranks on this machine, one thread each, beside its predicted cost.
 
-The model is that of docs/distributed.md. Its rates are measured in the same run: the kernels' by one rank while the
-others wait, the link's by an all-gather, and by a hop round the ring, of blocks as large as the step's, and by an
-all-gather of one number, whose time each call takes before the first byte. Ranks share the cores: where there are more
-of them than cores, products take so many times as long; where no core is left for gloo, no transfer is behind a
-product.
+The model is in docs/distributed.md. Its rates are measured in the same run: the kernels' rate on one rank while the
+others wait; the link's rate with an all-gather and with one hop of the ring, of blocks as large as the step's; and the
+latency of a call with an all-gather of one number. The ranks share the cores. With more ranks than cores, products take
+proportionally longer; without a core left for gloo, no transfer overlaps with a product.
 
-gathered   an all-gather with autograd, and our loss of one process over all rows, on every rank
-dense      an all-gather with autograd, and the dense formula of each rank's own rows against all
+gathered   an all-gather with autograd, then our single-process loss over all rows, on every rank
+dense      an all-gather with autograd, then the dense formula of each rank's rows against all rows
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ from fastntxent.ops import kernels
 from .competitors import Loss
 from .timing import TEMPERATURE, TOLERANCE, Case, Phases, interleave, quantiles, step
 
-SIZES = ((128, 128), (512, 128), (512, 512))  # samples of a rank, features
+SIZES = ((128, 128), (512, 128), (512, 512))  # samples per rank, features
 STRATEGIES = ("all_gather", "ring")
 
 
 def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[str, str]]:
-    """Every number of ranks, each in processes of its own."""
+    """Return results for every number of ranks; each number runs in new processes."""
     from tests.ranks import on_ranks
 
     sizes = SIZES
@@ -60,13 +59,13 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[st
 
 
 def bytes_of_step(world: int, rows: int, d: int, strategy: str) -> int:
-    """What a rank sends, by the formula of docs/distributed.md."""
+    """Return the bytes that a rank sends, by the formula of docs/distributed.md."""
     sent = (world - 1) * (rows * (4 * d + 20) + 72)
     return sent + world // 2 * rows * (4 * d + 8) if strategy == "ring" else sent
 
 
 def flops_of_step(world: int, rows: int, d: int, strategy: str) -> tuple[int, int]:
-    """Of a rank's products, forward and backward."""
+    """Return the flops of a rank's products in the forward and in the backward."""
     pairs = rows * world * rows * d
     symmetric = strategy == "ring" or world == 1
     return pairs, 4 * pairs - (rows * rows * d if symmetric else 0)
@@ -76,10 +75,10 @@ def flops_of_step(world: int, rows: int, d: int, strategy: str) -> tuple[int, in
 
 
 def measure_rank(sizes: list[tuple[int, int]], rounds: int) -> list[dict[str, Any]]:
-    """For each size what this rank sent, in how many calls, and its seconds."""
+    """Return, for each size, the bytes that this rank sent in each call, and its times."""
     from tests.ranks import bytes_sent
 
-    # What takes its place is not in every PyTorch.
+    # The replacement does not exist in every version of PyTorch.
     warnings.filterwarnings("ignore", ".*all_gather is deprecated", FutureWarning)
     world, rank = dist.get_world_size(), dist.get_rank()
     measured = []
@@ -129,8 +128,8 @@ def _all_gather(x: Tensor) -> tuple[Tensor, ...]:
 
 
 def _evaluate_whole(z_i: Tensor, z_j: Tensor, n: int) -> Tensor:
-    """The float64 gradient of one process with the whole batch in this rank's rows, times the number of ranks: the
-    gradient of the sum of their losses. The first rank forms it for all."""
+    """Return this rank's rows of the float64 gradient that one process gets with the whole batch, times the number of
+    ranks: the gradient of the sum of the ranks' losses. Rank 0 computes it for all."""
     gradient = torch.empty(2, *z_i.shape, dtype=torch.float64)
     if dist.get_rank() == 0:
         z = torch.stack((z_i, z_j)).detach().double().requires_grad_()
@@ -153,7 +152,7 @@ def _step_of_ranks(loss: Loss, z_i: Tensor, z_j: Tensor, turn: int) -> Phases:
 
 
 def _alone(z: Tensor, turn: int) -> Phases:
-    """Forward and backward of the kernels for all rows, by the first rank."""
+    """Return the kernels' forward and backward times for all rows, measured on rank 0 while the others wait."""
     dist.barrier()
     if dist.get_rank():
         return {}
@@ -163,7 +162,7 @@ def _alone(z: Tensor, turn: int) -> Phases:
 
 
 def _link(block: Tensor, turn: int) -> Phases:
-    """A gathering of blocks, one hop of the ring, and a gathering of numbers."""
+    """Return the times of an all-gather of blocks, of one hop of the ring, and of an all-gather of one number."""
     group, phases = dist.group.WORLD, {}
     sizes = [len(block)] * group.size()
     for name, send in {
@@ -180,7 +179,7 @@ def _link(block: Tensor, turn: int) -> Phases:
 
 @contextlib.contextmanager
 def _watched() -> Iterator[Phases]:
-    """Seconds in the kernels of losses over ranks, and waiting for other ranks."""
+    """Measure the seconds spent in the kernels of losses over ranks, and waiting for other ranks."""
     spent = {"products": 0.0, "waiting": 0.0}
     call_kernel, waiting = kernels.call_kernel, wire._waiting
 
@@ -202,18 +201,18 @@ def _watched() -> Iterator[Phases]:
         kernels.call_kernel, wire._waiting = call_kernel, waiting
 
 
-# --- of all ranks ----------------------------------------------------------------------------------------------------
+# --- results of all ranks --------------------------------------------------------------------------------------------
 
 
 def compare_with_model(world: int, of_ranks: tuple[dict[str, Any], ...]) -> list[dict[str, object]]:
-    """Both strategies at one size, measured and by the model."""
+    """Return the measured and the modelled figures of both strategies at one size."""
     first = of_ranks[0]
     n, d, rows = first["n"], first["d"], 2 * first["n"]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = max(1.0, world / cores)
 
     def seconds(name: str, phase: str, over: Any = max) -> list[float]:
-        """A time for each round: of the slowest rank, or the ranks' mean."""
+        """Return one time per round: that of the slowest rank, or another reduction over the ranks."""
         return [over(each) for each in zip(*(found["times"][name][phase] for found in of_ranks), strict=True)]
 
     def median(name: str, phase: str, over: Any = max) -> float:

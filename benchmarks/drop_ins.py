@@ -1,8 +1,8 @@
-"""Suite `drop-ins`: losses of fastntxent.compat beside the plain formulas of the libraries that they replace.
+"""Suite `drop-ins`: losses of fastntxent.compat beside the plain formulas of the libraries they replace.
 
-Small batches of float32, where a step is mostly Python and PyTorch's own calls. The formulas are those that the
-libraries compute, without their checks; value and gradients are compared first, and times are interleaved, at one
-thread and at all of them. Scales and biases learn, as in the libraries' own training.
+Batches are small and in float32, so a step is mostly Python and PyTorch calls. The formulas are the ones that the
+libraries compute, without their checks. Values and gradients are compared first. Times are interleaved, on one thread
+and on all threads. Scales and biases are learnt, as when training with the libraries.
 """
 
 from __future__ import annotations
@@ -25,18 +25,16 @@ from .timing import BATCHES, TEMPERATURE, Case, Phases, interleave, quantiles
 SIZES = (64, 256)
 BANK = 4096  # rows of lightly's memory bank
 CLASSES = 10
-STEPS = 10  # between two readings of the clock
+STEPS = 10  # per reading of the clock
 
 Formula = Callable[..., Tensor]
 
 
 class Pair(NamedTuple):
-    """A library's formula and our drop-in for it.
-
-    Both take two views and then, where there are any, parameters that learn.
+    """A library's formula and our drop-in for it. Both take two views, followed by any learnt parameters.
 
     normalized: whether the views are unit rows.
-    learnt: the parameters' values at the start.
+    learnt: initial values of the learnt parameters.
     """
 
     plain: Formula
@@ -96,13 +94,13 @@ def _classes(n: int) -> Tensor:
 
 
 def _with_bank(d: int) -> Pair:
-    """Return the loss with a bank beside its formula, whose bank starts with the same rows."""
+    """Return the loss with a bank, and its formula with a bank of the same initial rows."""
     loss = lightly.NTXentLoss(memory_bank_size=(BANK, d))
     return Pair(functools.partial(_bank, bank=loss.memory_bank.bank.clone()), loss)
 
 
 def pairs(d: int) -> dict[str, Pair]:
-    """What is compared, by the name of the library and of its loss."""
+    """Return the pairs to compare, by the names of the library and its loss."""
     ranking = sentence_transformers.MultipleNegativesRankingLoss(None, scale=1 / TEMPERATURE)
     symmetric = sentence_transformers.MultipleNegativesRankingLoss(
         None, scale=1 / TEMPERATURE, directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction"
@@ -146,11 +144,11 @@ def check(pair: Pair, given: list[Tensor]) -> None:
     )
     for mine, theirs in zip(found, expected, strict=True):
         if not (mine - theirs).norm() <= 1e-4 * theirs.norm() + 1e-6:
-            raise AssertionError(f"the drop-in is not its formula: {mine} for {theirs}")
+            raise AssertionError(f"the drop-in differs from its formula: {mine}, expected {theirs}")
 
 
 def inputs(pair: Pair, n: int, d: int, seed: int = 0) -> list[Tensor]:
-    """Two views and what else learns, all leaves."""
+    """Return two views and the learnt parameters, as leaves."""
     views = [view.detach() for view in Case(n, d).inputs(seed)]
     if pair.normalized:
         views = [F.normalize(view, dim=1) for view in views]
@@ -158,7 +156,7 @@ def inputs(pair: Pair, n: int, d: int, seed: int = 0) -> list[Tensor]:
 
 
 def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[str, str]]:
-    """Every pair at every size and number of threads."""
+    """Return the results of every pair at every size and number of threads."""
     results = []
     before = torch.get_num_threads()
     try:

@@ -1,7 +1,8 @@
-"""Suite `family`: other losses beside what they are measured by; times interleaved, peaks in a process each (Linux).
+"""Suite `family`: other losses, each beside a baseline. Times are interleaved; peaks are measured in one process each
+(Linux).
 
 two towers   CLIP's loss of unit rows against the dense formula of both directions
-labels       SupCon in its three forms, of ten classes, against NT-Xent of the same rows
+labels       SupCon in its three forms, with ten classes, against NT-Xent of the same rows
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def _nt_xent(z_i: Tensor, z_j: Tensor) -> Tensor:
     return fastntxent.nt_xent(z_i, z_j, TEMPERATURE)
 
 
-# What is measured, by the first one's time; and the sizes.
+# The losses of each comparison, the baseline first, and the sizes.
 COMPARISONS: dict[str, tuple[dict[str, Loss], list[tuple[int, int]]]] = {
     "two towers": ({"dense CLIP": _dense_clip, "clip": _clip}, [(8192, 512)]),
     "labels": (
@@ -60,7 +61,7 @@ LOSSES = {name: loss for losses, _ in COMPARISONS.values() for name, loss in los
 
 
 def inputs(kind: str, n: int, d: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Two views; unit rows for two towers, whose features come normalised."""
+    """Return two views. For two towers they are unit rows, since CLIP's features come normalised."""
     views = Case(n, d).inputs(seed)
     if kind == "two towers":
         return tuple(F.normalize(view.detach(), dim=1).requires_grad_() for view in views)
@@ -68,14 +69,14 @@ def inputs(kind: str, n: int, d: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[str, str]]:
-    """Each comparison at its sizes, or at those asked for."""
+    """Return every comparison at its default sizes, or at the sizes given on the command line."""
     results = []
     for kind, (losses, sizes) in COMPARISONS.items():
         if arguments.n or arguments.d:
             sizes = [(n, d) for n in arguments.n or [sizes[0][0]] for d in arguments.d or [sizes[0][1]]]
         for n, d in sizes:
             batch = inputs(kind, n, d)
-            if kind == "two towers":  # one loss, two ways
+            if kind == "two towers":  # both compute the same loss
                 values = [float(loss(*batch).detach()) for loss in losses.values()]
                 assert abs(values[0] / values[1] - 1) < 1e-4, values
             calls = {name: lambda _, loss=loss, batch=batch: step(loss, *batch) for name, loss in losses.items()}
@@ -98,7 +99,7 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[st
 
 
 def peak(kind: str, name: str, n: int, d: int) -> int:
-    """Bytes beside the inputs, of one step in a fresh process."""
+    """Return the bytes beyond the inputs that one step takes, measured in a new process."""
     command = [sys.executable, *instruction_set.module("benchmarks.family"), kind, name, str(n), str(d)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **memory.ALLOCATOR})
     if done.returncode:

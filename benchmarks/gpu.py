@@ -1,5 +1,5 @@
-"""Suite `gpu`: suite `cpu` on a CUDA device, in float32 and bfloat16, with peak memory, and the model's prediction of
-the Triton kernels' time at the matrix rate that was measured."""
+"""Suite `gpu`: suite `cpu` on a CUDA device, in float32 and bfloat16, with peak memory. The model's prediction for the
+Triton kernels, at the measured matrix rate, is printed beside the times."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GRID = ((256, 128), (1024, 128), (4096, 128), (16384, 128), (32768, 128), (4096,
 
 
 def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[str, str]]:
-    """Results, and what is missing or failed. Bfloat16 is under autocast, as it is trained."""
+    """Return the results, and the losses that are missing or failed. bfloat16 runs under autocast, as in training."""
     if not torch.cuda.is_available():
         raise SystemExit("python -m benchmarks gpu: needs a CUDA device and a PyTorch built for it")
     wanted = [(n, d) for d in arguments.d or [128] for n in arguments.n or [256, 1024, 4096, 16384]]
@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[st
                 try:
                     check(name, losses[name], case)
                     peaks[name] = _peak_bytes(losses[name], case)
-                except Exception as error:  # no memory, no kernel for this size, a wrong gradient: named, not timed
+                except Exception as error:  # no memory, no kernel for this size, a wrong gradient: reported, not timed
                     missing[f"{name} {case.dtype} {n} {d}"] = f"{type(error).__name__}: {error}".splitlines()[0]
                     del losses[name]
             result = {**compare(losses, case, arguments.seconds), "device": torch.cuda.get_device_name()}
@@ -47,12 +47,12 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[st
 
 
 def _predicted(result: dict) -> dict[str, float] | None:
-    """What the model has for this device; None if it does not know it."""
+    """Return the model's prediction for this device, or None if the model does not have the device."""
     target = "sm_{}{}".format(*torch.cuda.get_device_capability())
     if target not in model.TARGETS or torch.version.hip:
         return None
     dtype = "bf16" if result["dtype"] == "bfloat16" else "fp32"
-    rate = result["gemm_gflops"] * 1e9 if dtype == "bf16" else None  # float32's products are not what it measured
+    rate = result["gemm_gflops"] * 1e9 if dtype == "bf16" else None  # not measured for the float32 kernels' products
     return model.predict(target, result["n"], result["d"], dtype, rate)[0]
 
 
@@ -72,7 +72,7 @@ def _autocast(loss: Loss) -> Loss:
 
 
 def _peak_bytes(loss: Loss, case: Case) -> int:
-    """Largest allocation of a step beside its inputs."""
+    """Return the peak of allocated bytes during a step, beyond its inputs."""
     z_i, z_j = case.inputs()
     step(loss, z_i, z_j)
     z_i.grad = z_j.grad = None

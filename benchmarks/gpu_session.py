@@ -1,8 +1,8 @@
-"""What is run on a machine with a GPU, in stages that go on where they stopped: python -m benchmarks.gpu_session
+"""The checks on a machine with a GPU, in stages that can be resumed: python -m benchmarks.gpu_session
 
-Each part of a stage leaves a JSON file and a log in OUT/DEVICE. A part that has one, of these sources on this device,
-is not run again. Exit status: 0 all that could run has passed, 1 something has not, 2 a mistake in what was asked for,
-3 there was no time for all of it: the same command goes on.
+Each part of a stage writes a JSON record and a log to OUT/DEVICE. A part with a record for the same sources and the
+same device is not run again. Exit status: 0 if everything that could run has passed, 1 if something has not, 2 for a
+wrong command line, 3 if the time ran out; the same command then resumes.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ STATES = ("passed", "failed", "no answer", "missing")
 
 
 class Session:
-    """Runs parts one after the other, and keeps what each has given.
+    """Runs parts one after the other, and keeps their records.
 
     Args:
-        out: the folder of this device.
-        seconds: after which no part begins, and the one that runs is stopped and counts as not run.
-        again: run also what has been run.
-        rehearsal: whether other commands stand in for those that need a GPU.
+        out: folder for this device.
+        seconds: time limit. After it no part starts, and a part that is still running is stopped and counts as not run.
+        again: repeat parts that already have a record.
+        rehearsal: replace the commands that need a GPU by others.
     """
 
     def __init__(self, out: Path, seconds: float, again: bool = False, rehearsal: bool = False) -> None:
@@ -51,7 +51,7 @@ class Session:
         self.key = {"device": device, "sources": sources(ROOT), "rehearsal": rehearsal}
 
     def run(self, plan: Mapping[str, Sequence[Part]], limit: float = LIMIT) -> list[PartRecord]:
-        """Every part's record. A part for which there was no time has the status "not run"."""
+        """Return the record of every part. A part that ran out of time has the status "not run"."""
         self.out.mkdir(parents=True, exist_ok=True)
         records = []
         for stage, parts in plan.items():
@@ -65,7 +65,7 @@ class Session:
         return self.out / f"{stage}-{part.name}{suffix}"
 
     def _known(self, stage: str, part: Part) -> PartRecord | None:
-        """The record of an earlier run of these sources on this device."""
+        """Return the record from an earlier run of the same sources on this device, if there is one."""
         if self.again:
             return None
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -83,7 +83,7 @@ class Session:
             return {**record, "status": "not run"}
         print(f"{stage} {part.name}: {' '.join(part.command)}", flush=True)
         if part.makes:
-            part.makes.unlink(missing_ok=True)  # what an earlier run left is not this one's
+            part.makes.unlink(missing_ok=True)  # may be left over from an earlier run
         started = time.monotonic()
         status = self._command(stage, part, min(limit, left))
         record["seconds"] = round(time.monotonic() - started, 1)
@@ -97,7 +97,7 @@ class Session:
         return self._keep(part, {**record, "status": "failed" if status else "passed"})
 
     def _command(self, stage: str, part: Part, seconds: float) -> int | None:
-        """The exit status, or None if it took too long."""
+        """Return the command's exit status, or None if it took too long."""
         with contextlib.ExitStack() as files:
             log = files.enter_context(self._path(stage, part, ".log").open("wb"))
             stdout = files.enter_context(part.makes.open("wb")) if part.makes and part.stdout else log
@@ -130,7 +130,7 @@ class Session:
 
 
 def sources(root: Path) -> str:
-    """A hash of what the kernels are made from; not of what was built, which the first stage changes."""
+    """Return a hash of the kernels' sources. Built files are left out, because the first stage changes them."""
     digest = hashlib.sha256()
     for path in sorted(path for part in ("csrc", "fastntxent") for path in (root / part).rglob("*")):
         if path.suffix in (".py", ".json", ".h", ".cpp", ".cu"):
@@ -139,14 +139,14 @@ def sources(root: Path) -> str:
 
 
 def line(record: PartRecord) -> str:
-    """A record for the screen."""
+    """Return the record as a line of text."""
     before = " (before)" if record.get("before") else ""
     said = f"  {record['said']}" if record["status"] != "passed" and record["said"] else ""
     return f"{record['stage']:10}{record['part']:28}{record['status'] + before:20}{record['seconds']:8.1f} s{said}"
 
 
 def exit_status(records: Sequence[PartRecord]) -> int:
-    """As the module's docstring has it."""
+    """Return the exit status for these records; the module's docstring explains it."""
     found = {record["status"] for record in records}
     if found & {"failed", "no answer"}:
         return 1
@@ -159,7 +159,7 @@ def _last_line(log: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the stages that were asked for; returns the exit status."""
+    """Run the selected stages and return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu_session",
         description=__doc__,
@@ -168,12 +168,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = list(stages("", Path(), ROOT))
     parser.add_argument("--stage", nargs="+", choices=names, default=names, metavar="STAGE", help=", ".join(names))
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/gpu, or runs/gpu-rehearsal")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so many, to go on another time")
-    parser.add_argument("--again", action="store_true", help="run also what has been run")
-    parser.add_argument("--rehearse", action="store_true", help="without a GPU: what of each stage can run here")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after this time, to resume later")
+    parser.add_argument("--again", action="store_true", help="repeat parts that already have a record")
+    parser.add_argument("--rehearse", action="store_true", help="run the parts that work without a GPU")
     given = parser.parse_args(argv)
     if not given.rehearse and not torch.cuda.is_available():
-        print("error: there is no GPU here; --rehearse runs what can run without", file=sys.stderr)
+        print("error: there is no GPU here; --rehearse runs the parts that work without one", file=sys.stderr)
         return 2
     base = given.out or ROOT / ("runs/gpu-rehearsal" if given.rehearse else "benchmarks/results/gpu")
     out = base.absolute() / model_of(present_devices()[-1]).file_name.removesuffix(".json")

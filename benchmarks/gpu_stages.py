@@ -1,7 +1,7 @@
-"""The stages of `make gpu`: what is run on a machine with a GPU, and what stands in for it where there is none.
+"""The stages of `make gpu`: the commands for a machine with a GPU, and their replacements for one without.
 
-A part has passed if its command ends with 0 and has left the file that it makes. A part whose tool is not installed is
-"missing", which is no failure. Each takes ten minutes at most.
+A part has passed if its command exits with 0 and has written its file. A part whose tool is not installed is "missing",
+which does not count as a failure. A part may take ten minutes at most.
 """
 
 from __future__ import annotations
@@ -12,23 +12,24 @@ from typing import Any, NamedTuple
 from .gpu import GRID
 from .tune import ROW_CLASSES
 
-PartRecord = dict[str, Any]  # what a part has left, as JSON in a file of its own
-LIMIT = 590.0  # seconds of a part
+PartRecord = dict[str, Any]  # a part's result, stored as JSON in a separate file
+LIMIT = 590.0  # seconds per part
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
-# Backend, and the kernel of it that forms the gradient.
+# Each backend, and its kernel that computes the gradient.
 PROFILED = {"triton": "_fused_kernel", "cuda": "nt_xent"}
 
 
 class Part(NamedTuple):
-    """A command, and how its success shows.
+    """A command, and the evidence of its success.
 
     Attributes:
-        name: of the part, within its stage.
-        command: without a shell.
-        makes: the file that it leaves, which is part of the result if it is JSON; None if its exit status says all.
-        stdout: whether the command's stdout goes to that file.
-        needs: a tool that has to be on PATH.
-        environment: variables of its own.
+        name: unique within the stage.
+        command: run without a shell.
+        makes: the file that the command writes, included in the record if it is JSON. None if the exit status is
+            enough.
+        stdout: whether the command's stdout is written to that file.
+        needs: a tool that must be on PATH.
+        environment: additional environment variables.
     """
 
     name: str
@@ -40,7 +41,7 @@ class Part(NamedTuple):
 
 
 def stages(python: str, out: Path, root: Path) -> dict[str, list[Part]]:
-    """Every stage on a machine with a GPU, in order."""
+    """Return every stage for a machine with a GPU, in order."""
     benchmarks = [python, "-m", "benchmarks"]
     build = [python, "setup.py", "build_ext", "--inplace"]
     verify = [python, "-m", "fastntxent", "verify", "--device", "cuda", "--refresh", "--json"]
@@ -107,7 +108,7 @@ def stages(python: str, out: Path, root: Path) -> dict[str, list[Part]]:
 
 
 def rehearsals(python: str, out: Path, root: Path) -> dict[str, list[Part]]:
-    """What of each stage can run without a GPU."""
+    """Return the parts of each stage that can run without a GPU."""
     benchmarks = [python, "-m", "benchmarks"]
     build = [python, "setup.py", "build_ext", "--build-lib", f"{out}/lib", "--build-temp", f"{out}/temp"]
     verify = [python, "-m", "fastntxent", "verify", "--device", "cpu", "--backend", "blocked", "--refresh", "--json"]
@@ -139,7 +140,7 @@ def rehearsals(python: str, out: Path, root: Path) -> dict[str, list[Part]]:
 
 
 def _first(tests: list[str]) -> list[str]:
-    """The kernels' own tests before the others."""
+    """Return the tests with the kernels' tests first."""
     return sorted(tests, key=lambda test: (Path(test).stem not in ("test_cuda", "test_triton", "test_tiles"), test))
 
 

@@ -1,8 +1,8 @@
-"""What the host does for a loss and its gradient, beside autograd and the kernels: python -m benchmarks.host
+"""Host time of a loss and its gradient, without autograd and the kernels: python -m benchmarks.host
 
-The launch is an empty function, on a batch too small for anything else to take time, so what is left is Python and
-PyTorch; for Triton its own part too, whose kernels are compiled for sm_90 and never run. It is held against a bare
-`torch.autograd.Function` with the same outputs and gradients. Seconds are those of this thread alone.
+Kernel launches are replaced by an empty function, and the batch is too small for anything else to take time. What
+remains is Python and PyTorch and, for Triton, the backend's code; its kernels are compiled for sm_90 but never run. The
+baseline is a bare `torch.autograd.Function` with the same outputs and gradients. Times are the CPU time of this thread.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CALLS, ROUNDS = 300, 21
 
 
 def main() -> None:
-    """Print microseconds of a step: the least and the median."""
+    """Print the minimum and the median time of a step in microseconds."""
     torch.set_num_threads(1)
     for name, stand_in, (n, d) in (("cuda", empty_launch, (8, 4)), ("triton", empty_triton, (256, 4))):
         print(f"{name}, N = {n}, D = {d}")
@@ -38,12 +38,12 @@ def main() -> None:
             seconds = seconds_of_steps(steps(name, n, d), CALLS, ROUNDS)
         for step, of_step in seconds.items():
             least, median = 1e6 * min(of_step), 1e6 * statistics.median(of_step)
-            print(f"  {step:32} {least:6.1f} us at least, {median:6.1f} us in the median")
+            print(f"  {step:32} {least:6.1f} us minimum, {median:6.1f} us median")
 
 
 @contextlib.contextmanager
 def empty_launch() -> Iterator[None]:
-    """A block in which backend "cuda" takes tensors of the CPU and leaves its outputs as they come."""
+    """Replace backend "cuda" by one that accepts CPU tensors and leaves its outputs uninitialised."""
     kernels = ModuleType("_cuda")
     kernels.workspace = lambda *_: 1 << 16  # type: ignore[attr-defined]
     kernels.run = lambda *_: None  # type: ignore[attr-defined]
@@ -53,7 +53,7 @@ def empty_launch() -> Iterator[None]:
 
 @contextlib.contextmanager
 def empty_triton() -> Iterator[_NoDevice]:
-    """The same of backend "triton", whose kernels Triton compiles for an H100 that is not there."""
+    """Replace backend "triton" likewise. Its kernels are compiled for an H100 that need not be present."""
     from triton.runtime.driver import driver
 
     with mock.patch("torch.cuda.is_available", return_value=True):
@@ -63,7 +63,7 @@ def empty_triton() -> Iterator[_NoDevice]:
     backend = module.TritonBackend()
     backend.device_types = ("cpu",)
     device = _NoDevice()
-    driver.set_active(device)  # and left there: a process without a GPU has no other
+    driver.set_active(device)  # not undone: a process without a GPU has no other driver
     with (
         mock.patch.object(config, "chip", return_value="sm_90"),
         mock.patch.object(config, "multiprocessors", return_value=132),
@@ -73,7 +73,7 @@ def empty_triton() -> Iterator[_NoDevice]:
 
 
 class _NoDevice:
-    """What Triton asks of a driver, answered for an H100 that takes every launch and does nothing."""
+    """A driver for Triton that acts as an H100: it accepts every launch and does nothing."""
 
     def __init__(self) -> None:
         self.utils = SimpleNamespace(
@@ -81,7 +81,7 @@ class _NoDevice:
             load_binary=lambda name, kernel, shared, device: (0, 0, 64, 0, 1024)[: _handles()],
             unload_module=lambda module: None,
         )
-        self.launched: deque[tuple[Any, ...]] = deque(maxlen=100)  # what kernels were given last
+        self.launched: deque[tuple[Any, ...]] = deque(maxlen=100)  # arguments of the latest launches
         self.launcher_cls = lambda source, metadata: self._launch
 
     def _launch(self, *told: Any) -> None:  # grid, stream, function, two sets of metadata, two hooks, arguments
@@ -100,7 +100,7 @@ class _NoDevice:
 
 
 def _handles() -> int:
-    """How many things this Triton wants of a loaded kernel: since 3.4 the most threads too."""
+    """Return the length of Triton's tuple for a loaded kernel: since 3.4 it includes the maximum number of threads."""
     import triton
 
     return 4 if triton.__version__.startswith("3.3") else 5
@@ -115,7 +115,7 @@ def _in_place_of(name: str, backend: KernelBackend) -> Iterator[None]:
 
 
 def steps(backend: str, n: int, d: int) -> dict[str, Callable[[], None]]:
-    """A step of the loss by each way to it."""
+    """Return a step of the loss for each way to call it."""
     z_i, z_j = (torch.randn(n, d, requires_grad=True) for _ in range(2))
     module = NTXentLoss(0.1, backend=backend)
     return {
@@ -126,7 +126,7 @@ def steps(backend: str, n: int, d: int) -> dict[str, Callable[[], None]]:
 
 
 def seconds_of_steps(steps: dict[str, Callable[[], None]], calls: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds of a step, the steps in turn."""
+    """Return the times of each step in seconds; the steps take turns."""
 
     def turn(step: Callable[[], None], _: int) -> Phases:
         started = time.thread_time()

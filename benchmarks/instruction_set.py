@@ -1,7 +1,7 @@
-"""The CPU kernels held to an instruction set, in this process and in those that it starts.
+"""Restrict the CPU kernels to an instruction set, in this process and in the processes it starts.
 
-python -m benchmarks.instruction_set: print the set that they use.
-python -m benchmarks.instruction_set SET MODULE ...: run a module, held.
+python -m benchmarks.instruction_set: print the set in use.
+python -m benchmarks.instruction_set SET MODULE ...: run a module with this set.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import sys
 
 NAMES = ("amx", "avx512_bf16", "avx512", "avx2", "neon", "portable")
 
-held: str | None = None  # None: the kernels take the fastest that this machine has
+held: str | None = None  # None: the kernels use the fastest set of this machine
 
 
 def hold(name: str | None) -> None:
-    """Use this instruction set from now on; None leaves it as it is. ValueError where this machine lacks it."""
+    """Use this instruction set from now on, or change nothing for None. Raise ValueError if this machine lacks it."""
     global held
     if name is None:
         return
@@ -26,7 +26,7 @@ def hold(name: str | None) -> None:
 
 
 def in_use() -> str | None:
-    """Return the set that the kernels run with; None if they were not built."""
+    """Return the set that the kernels use, or None if they were not built."""
     try:
         from fastntxent import _cpu
     except ImportError:
@@ -35,12 +35,12 @@ def in_use() -> str | None:
 
 
 def module(name: str) -> list[str]:
-    """Python's arguments that run a module, held as here."""
+    """Return Python's arguments that run a module with the same set."""
     return ["-m", name] if held is None else ["-m", "benchmarks.instruction_set", held, name]
 
 
 if __name__ == "__main__":
-    from benchmarks import instruction_set  # this file under the name by which others import it
+    from benchmarks import instruction_set  # this file, under the name by which other modules import it
 
     if len(sys.argv) == 1:
         print(instruction_set.in_use() or "none")

@@ -1,10 +1,11 @@
-"""Suite `kernels`: the Triton kernels compiled ahead of time for GPUs that need not be here: registers, memory, spills.
+"""Suite `kernels`: registers, memory and spills of the Triton kernels, compiled ahead of time for GPUs that need not be
+present.
 
-Every tile of fastntxent.backends.triton's table, as NT-Xent of normalised rows launches it ("usual"), and as a
-rectangle of rows of any length with the temperature on the device does ("general"). What no GPU would report before a
-user's first step is found here: shared memory beyond the chip's, spilled registers, products beside the matrix units or
-one after the other, sums of float32 that a compiler has put back into them, and more instructions, shuffles or barriers
-in the loops that a step's time goes to than LIMITS has.
+Every tile in fastntxent.backends.triton's table is compiled in two variants: as NT-Xent of normalised rows launches it
+("usual"), and as a rectangle of rows of any length with the temperature on the device does ("general"). This finds
+faults that a user would otherwise meet on a GPU: more shared memory than the chip has, spilled registers, products
+outside the matrix units or without overlap, float32 sums that a compiler has moved back into the matrix units, and more
+instructions, shuffles or barriers in the hot loops than LIMITS allows.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from . import sass
 from .chips import CHIPS, Chip
 
 FEATURES = (64, 128, 256, 768)
-GENERAL = (128, 768)  # features at which the general variants are compiled too
+GENERAL = (128, 768)  # features for which the general variant is compiled too
 TORCH = {"bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32}
-OPERANDS = {**TORCH, "fp32": torch.float16}  # float32 is two parts
-MULTIPLES = (  # of 16, beside addresses, as Triton finds at a launch: lengths of packed rows
+OPERANDS = {**TORCH, "fp32": torch.float16}  # a float32 operand is two float16 parts
+MULTIPLES = (  # packed row lengths: multiples of 16 like addresses, as Triton finds at a launch
     "DP",
     "stride_g",
     "stride_scaled",
@@ -49,8 +50,8 @@ AROUND = (
     "bounds",
     "unpack",
     "end",
-)  # kernels around the products: one tile, no matrix unit
-# Kernels in another form, by whose tiles they take: those of sigmoid losses, and those of rows with limits.
+)  # kernels around the products, with one tile and no matrix instructions
+# Kernels in another form, by the kernel whose tiles they use: sigmoid losses, and rows with limits.
 TILED_AS = {
     "pair_sums": "sums",
     "pairs": "pairs",
@@ -63,21 +64,22 @@ TILED_AS = {
 
 
 class Limit(NamedTuple):
-    """Most issue slots of the innermost loop for 2^20 flops (128 rows by 64 by 64 features), and most shuffles and
-    barriers of a turn of it."""
+    """Upper limits of the innermost loop: issue slots per 2^20 flops (128 rows by 64 by 64 features), and shuffles and
+    barriers per iteration."""
 
     slots: int
     shuffles: int
     barriers: int
 
 
-# Bfloat16 in large batches, by chip, kernel and features: about a tenth above what the tiles of the table take. 2^20
-# flops take the matrix units of sm_80 512 cycles, of sm_90 256, of sm_100 128 (of 64 rows 256): fewer slots than those
-# are hidden behind them. sm_100 may take 1.3 times the slots of sm_90 in `direct`.
+# Limits for bfloat16 in large batches, by chip, kernel and features: about a tenth above the figures of the table's
+# tiles. 2^20 flops take the matrix units 512 cycles on sm_80, 256 on sm_90 and 128 on sm_100 (256 with 64 rows); fewer
+# slots than this are hidden behind the products. In `direct`, sm_100 may take 1.3 times the slots of sm_90.
 #
-# Barriers: two for each step of asynchronous copies (what comes has come, what was read may go), which `direct`, whose
-# rows' sums go through shared memory to their plane, doubles. tcgen05 adds the wait for a product and the exchange of
-# its sums. Shuffles: `direct` alone, for the sums of a tile's rows, and on sm_80, whose rows lie in four lanes, twice.
+# Barriers: two for each step of asynchronous copies (the new data has arrived, the old data may be overwritten).
+# `direct` doubles them, since its row sums go through shared memory to their plane. tcgen05 adds the wait for a product
+# and the exchange of its sums. Shuffles: only in `direct`, for the row sums of a tile, and twice as many on sm_80,
+# where a row is spread over four lanes.
 LIMITS = {
     ("sm_80", "direct", 128): Limit(375, 32, 6),
     ("sm_80", "direct", 768): Limit(180, 0, 2),
@@ -98,9 +100,11 @@ LIMITS = {
 
 
 class CompiledKernel(NamedTuple):
-    """What a compiled kernel takes. Registers and bytes of stack a thread, programs a multiprocessor; None where a
-    tool cannot tell. Tiles' products, those whose accumulator starts at zero, and fused multiply-adds of tiles; those
-    of which some warps repeat others' parts, as where a tile is too small for so many. The machine code of NVIDIA's."""
+    """A compiled kernel and its resources. `registers` and `stack` (bytes) are per thread, `resident` is programs per
+    multiprocessor; they are None if no tool reports them. `products` counts products of tiles, `fresh` those whose
+    accumulator starts at zero, `restored` fused multiply-adds that restore truncated sums of tiles, and `repeated`
+    products in which some warps repeat the work of others because the tile is too small for so many warps. `code` is
+    the machine code, for NVIDIA only."""
 
     kernel: str
     target: str
@@ -123,29 +127,29 @@ class CompiledKernel(NamedTuple):
 
     @property
     def warps(self) -> int:
-        """Of a program."""
+        """Warps per program."""
         return 4 if self.tile is None else self.tile[3]
 
     @property
     def slots(self) -> float | None:
-        """Issue slots of a turn of the innermost loop with products; None without any."""
+        """Issue slots per iteration of the innermost loop with products, or None without such a loop."""
         return self.code.main.slots(self.warps) if self.code and self.code.tensor else None
 
     @property
     def flops(self) -> float:
-        """Of the same turn. Of products by tcgen05 only the tile tells."""
+        """Flops per iteration. The machine code does not give the shape of tcgen05's products, so the tile does."""
         assert self.code is not None
         return self.code.main.flops * self.warps or flops_of_turn(self.kernel, self.tile, self.d, self.dtype)
 
     @property
     def tensor_cycles(self) -> float:
-        """What the matrix units need for it at their full rate."""
+        """Cycles that the matrix units need for an iteration at their full rate."""
         chip = CHIPS[self.target]
         return self.flops / rate(chip, self.dtype, self.tile) * chip.rates.cycles
 
     @property
     def limit(self) -> Limit | None:
-        """What the loop may take, if it is one of those that a step's time goes to."""
+        """The limits of the innermost loop, if it is one of the hot loops."""
         from fastntxent.backends.triton import config, pack
 
         family, DP = CHIPS[self.target].family, pack.padded_features(self.d)
@@ -155,12 +159,12 @@ class CompiledKernel(NamedTuple):
         return LIMITS.get((self.target, self.kernel, self.d)) if large else None
 
     def faults(self) -> list[str]:
-        """What must not be."""
+        """Return descriptions of everything that must not happen."""
         found = []
         if self.code and self.target == "sm_90" and 0 < self.code.tensor <= self.code.main.counts["drain"]:
-            found.append("every product waits for the one before")
+            found.append("every product waits for the previous one")
         if self.repeated:
-            found.append(f"{self.repeated} products of which some warps repeat what others do")
+            found.append(f"{self.repeated} products in which some warps repeat the work of others")
         if limit := self.limit:
             counts, slots = self.code.main.counts, self.slots * 2**20 / self.flops
             taken = Limit(math.ceil(slots), counts["shuffle"], counts["barrier"])
@@ -175,14 +179,14 @@ class CompiledKernel(NamedTuple):
             found.append(f"{self.stack} bytes of stack, {self.spilled} spilled")
         if self.matrix == 0 and self.tile is not None:
             found.append("no matrix instruction")
-        restored = self.restored or CHIPS[self.target].backend == "hip"  # which rounds to nearest: nothing is cut off
+        restored = self.restored or CHIPS[self.target].backend == "hip"  # AMD's matrix units round to nearest
         if self.dtype == "fp32" and self.products and (self.products > 3 * self.fresh or not restored):
-            found.append("sums go on in the matrix units")  # three products, then an addition to what there was
+            found.append("float32 sums stay in the matrix units")  # not three products, then an ordinary addition
         return found
 
 
 def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[str, str]]:
-    """Every kernel for every target."""
+    """Return the report of every kernel for every chip."""
     results = []
     for target in arguments.targets or CHIPS:
         if CHIPS[target].since > _triton_version():
@@ -194,12 +198,12 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[st
                     results.append({**report._replace(code=None)._asdict(), "faults": report.faults()})
                     print(line(report), flush=True)
     if arguments.check and (faulty := [result for result in results if result["faults"]]):
-        raise SystemExit(f"{len(faulty)} of {len(results)} kernels are not as they must be")
+        raise SystemExit(f"{len(faulty)} of {len(results)} kernels have faults")
     return results, {}
 
 
 def line(report: CompiledKernel) -> str:
-    """A report for the screen."""
+    """Return the report as a line of text."""
     tile = ",".join(str(size) for size in report.tile or "-" if size is not None)
     turn = ""
     if report.slots and CHIPS[report.target].rates:
@@ -217,7 +221,7 @@ def line(report: CompiledKernel) -> str:
 
 
 def compile_all(target: str, dtype: str, d: int) -> list[CompiledKernel]:
-    """The kernels that such rows take, in batches of any size."""
+    """Return reports of all kernels for rows of this dtype and length, in batches of any size."""
     from fastntxent.backends.triton import config, pack
 
     family, DP = CHIPS[target].family, pack.padded_features(d)
@@ -225,9 +229,9 @@ def compile_all(target: str, dtype: str, d: int) -> list[CompiledKernel]:
     if dtype == "tf32" and CHIPS[target].backend == "hip":
         return reports
     for variant in ("usual", "general") if d in GENERAL else ("usual",):
-        if d == GENERAL[0] and dtype != "tf32":  # there is one tile
+        if d == GENERAL[0] and dtype != "tf32":  # these kernels have a single tile
             reports += [compile_one(target, kernel, dtype, d, variant) for kernel in AROUND]
-        if dtype == "tf32" and variant == "usual":  # the same tiles as float32: once is enough
+        if dtype == "tf32" and variant == "usual":  # the general variant suffices: TF32 has float32's tiles
             continue
         for kernel in (*config.KERNELS, *TILED_AS):
             tiled_as = TILED_AS.get(kernel, kernel)
@@ -256,7 +260,8 @@ def _triton_version() -> tuple[int, ...]:
 
 
 def flops_of_turn(kernel: str, tile: tuple[int, ...] | None, d: int, dtype: str) -> float:
-    """Of a turn of a kernel's innermost loop: a tile, or a chunk of its features or (`gather`) of its columns."""
+    """Return the flops per iteration of a kernel's innermost loop: one tile, or a chunk of its features or (`gather`)
+    its columns."""
     from fastntxent.backends.triton import pack
 
     assert tile is not None
@@ -267,8 +272,8 @@ def flops_of_turn(kernel: str, tile: tuple[int, ...] | None, d: int, dtype: str)
 
 
 def rate(chip: Chip, dtype: str, tile: tuple[int, ...] | None) -> float:
-    """Flops a second of the matrix units for such a tile. Instructions of warpgroups take 64 rows or more; tcgen05,
-    whose sums have 128 lanes, is taken to do 64 rows at half its rate."""
+    """Return the matrix units' flops per second for a tile. Warpgroup instructions need at least 64 rows. tcgen05's
+    sums have 128 lanes, so we assume half the rate for 64 rows."""
     rates, rows = chip.rates, 64 if tile is None else tile[0]
     assert rates is not None
     full = rates.product if rows >= 64 else rates.by_warps
@@ -287,7 +292,7 @@ def compile_one(
     tile: tuple[int, ...] | None = None,
     shifted: bool | None = None,
 ) -> CompiledKernel:
-    """Compile a kernel as it is launched, and read what it takes. Of "transposed" rows, `pack` reads columns."""
+    """Compile a kernel as it is launched, and return its report. In the variant "transposed", `pack` reads columns."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -308,7 +313,7 @@ def compile_one(
     )
 
     chip, usual = CHIPS[target], variant != "general"
-    if chip.backend == "hip":  # Triton 3.3 links by ROCm's ld.lld, and nothing here reads what comes of it
+    if chip.backend == "hip":  # Triton 3.3 links with ROCm's ld.lld, whose output is not needed here
         os.environ.setdefault("TRITON_HIP_LLD_PATH", shutil.which("true") or "")
     split, tf32 = config.products_at_once(target) if dtype == "fp32" else 0, dtype == "tf32"
     DP = pack.padded_features(d)
@@ -382,7 +387,7 @@ def compile_one(
     )
     assembly = compiled.asm["ptx"] if chip.backend == "cuda" else compiled.asm["amdgcn"]
     registers, stack, spilled = _cuda_usage(compiled.asm["cubin"]) if chip.backend == "cuda" else _hip_usage(assembly)
-    instruction = chip.matrix if block_m >= 64 else r"mma\.sync|v_mfma"  # fewer rows than the newest instructions take
+    instruction = chip.matrix if block_m >= 64 else r"mma\.sync|v_mfma"  # the newest instructions need 64 rows
     shared, matrix = compiled.metadata.shared, len(re.findall(instruction, assembly))
     resident = chip.resident(registers, shared, num_warps, getattr(compiled.metadata, "tmem_size", 0))
     return CompiledKernel(
@@ -393,14 +398,15 @@ def compile_one(
 
 
 _ACCUMULATED = re.compile(r"(?:tt\.dot|ttng\.warp_group_dot) \S+, \S+, (%[\w#]+)")
-_IN_TENSOR_MEMORY = re.compile(r"ttng\.tc_gen5_mma \S+, \S+, \S+, (%\w+)")  # whether the accumulator counts
+_IN_TENSOR_MEMORY = re.compile(r"ttng\.tc_gen5_mma \S+, \S+, \S+, (%\w+)")  # whether the accumulator is added
 _ZERO = re.compile(r"(%\w+) = arith\.constant dense<0\.0+e\+00> : tensor<\d+x\d+xf32")
 _RESTORING = re.compile(r"(%\w+) = arith\.constant dense<1\.0000\d+> : tensor<\d+x\d+xf32")  # 1 + LOST units
 _FACTOR = re.compile(r"math\.fma \S+, (%\w+), .* : tensor<\d+x\d+xf32")
 
 
 def _sums(ttgir: str) -> tuple[int, int, int]:
-    """Of Triton's code for the chip: products of tiles, those that start at zero, sums that join others restored."""
+    """Return counts from Triton's code for the chip: products of tiles, products that start at zero, and sums that are
+    restored when they join others."""
     zeros = {"%false", *_ZERO.findall(ttgir)}
     starts = _ACCUMULATED.findall(ttgir) + _IN_TENSOR_MEMORY.findall(ttgir)
     factors = set(_RESTORING.findall(ttgir))
@@ -413,14 +419,14 @@ _PRODUCT_OF = re.compile(r"(?:tt\.dot|ttng\.warp_group_dot) .*-> tensor<(\d+)x(\
 
 
 def _repeated(ttgir: str) -> int:
-    """Of Triton's code for the chip: products that span more rows or columns than their tile has."""
+    """Return the number of products in Triton's code for the chip that span more rows or columns than their tile."""
     spans = {name: (int(m) * int(of_m), int(n) * int(of_n)) for name, m, n, of_m, of_n in _WARPS_OF.findall(ttgir)}
     products = [(int(rows), int(cols), spans.get(name, (0, 0))) for rows, cols, name in _PRODUCT_OF.findall(ttgir)]
     return sum(rows < span[0] or cols < span[1] for rows, cols, span in products)
 
 
 def _cuda_usage(cubin: bytes) -> tuple[int, int, int]:
-    """Registers, stack and spilled bytes, by the cuobjdump that Triton ships."""
+    """Return registers, stack and spilled bytes, from the cuobjdump that Triton ships."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -431,7 +437,7 @@ def _cuda_usage(cubin: bytes) -> tuple[int, int, int]:
 
 
 def _hip_usage(assembly: str) -> tuple[int, int, int]:
-    """The same, from the assembler's own notes."""
+    """Return the same figures from the assembler's notes, for AMD."""
     names = r"vgpr_count|private_segment_fixed_size|vgpr_spill_count"
     found = {name: int(value) for name, value in re.findall(rf"\.({names}):\s+(\d+)", assembly)}
     return found["vgpr_count"], found["private_segment_fixed_size"], found["vgpr_spill_count"]

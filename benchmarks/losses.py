@@ -1,4 +1,4 @@
-"""NT-Xent as people write it in plain PyTorch, and the two truths that losses are held against."""
+"""NT-Xent as people write it in plain PyTorch, and the two references that losses are checked against."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import fastntxent
 
 
 def oracle(z_i: Tensor, z_j: Tensor, temperature: float, normalize: bool = True) -> Tensor:
-    """NT-Xent by our dense reference."""
+    """Return NT-Xent from our dense reference."""
     return fastntxent.nt_xent(z_i, z_j, temperature, normalize=normalize, backend="reference")
 
 
 def one_way(z_i: Tensor, z_j: Tensor, temperature: float) -> Tensor:
-    """InfoNCE of the rows of z_i against all rows of z_j."""
+    """Return InfoNCE of the rows of z_i against all rows of z_j."""
     logits = F.normalize(z_i, dim=1) @ F.normalize(z_j, dim=1).T / temperature
     return (logits.logsumexp(dim=1) - logits.diagonal()).mean()
 
 
 def dense(z_i: Tensor, z_j: Tensor, temperature: float, normalize: bool = True) -> Tensor:
-    """The usual few lines: the whole matrix, its diagonal masked, cross-entropy."""
+    """Return NT-Xent in the usual few lines: the whole matrix, its diagonal masked, and cross-entropy."""
     n_samples = z_i.shape[0]
     z = torch.cat((z_i, z_j))
     if normalize:
@@ -34,7 +34,7 @@ def dense(z_i: Tensor, z_j: Tensor, temperature: float, normalize: bool = True) 
 
 
 def chunked(z_i: Tensor, z_j: Tensor, temperature: float, chunk: int = 512) -> Tensor:
-    """The dense loss in chunks of rows, each formed again in the backward: plain PyTorch without the whole matrix."""
+    """Return the dense loss in chunks of rows, recomputed in the backward: plain PyTorch without the whole matrix."""
     z = F.normalize(torch.cat((z_i, z_j)), dim=1)
     rows = torch.arange(len(z), device=z.device)
 
@@ -49,7 +49,7 @@ def chunked(z_i: Tensor, z_j: Tensor, temperature: float, chunk: int = 512) -> T
 
 
 class FlexAttention:
-    """PyTorch's FlexAttention for its log-sum-exp, with a row's own logit masked; the positives beside it."""
+    """NT-Xent from the log-sum-exp of PyTorch's FlexAttention, with the diagonal masked; the positives are separate."""
 
     def __init__(self, temperature: float, compiled: bool = True):
         from torch.nn.attention.flex_attention import AuxRequest, flex_attention  # not in every PyTorch
@@ -61,7 +61,7 @@ class FlexAttention:
     def __call__(self, z_i: Tensor, z_j: Tensor) -> Tensor:
         u_i, u_j = F.normalize(z_i, dim=1), F.normalize(z_j, dim=1)
         u = torch.cat((u_i, u_j)).to(z_i.dtype)[None, None]
-        values = u[..., :16]  # few: the attention itself is not wanted
+        values = u[..., :16]  # narrow, since the attention's output is not used
         options = {"score_mod": _without_self, "scale": 1 / self.temperature, "return_aux": self.wanted}
         _, aux = self.attention(u, u, values, **options)
         return aux.lse.mean() - (u_i * u_j).sum(dim=1).mean() / self.temperature

@@ -1,4 +1,4 @@
-"""What a figure depends on: the machine, its versions, its clock and its measured limits."""
+"""The conditions of a measurement: the machine, its versions, its clock and its measured limits."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import fastntxent
 from . import competitors, instruction_set
 
 GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
-LARGEST_PRODUCT = 2**28  # bytes of a result that `similarities_call` holds at once
+LARGEST_PRODUCT = 2**28  # bytes of a result that `similarities_call` holds at a time
 
 
 def provenance() -> dict[str, object]:
-    """Where and with what a result was measured."""
+    """Return the machine, the versions and the time of a measurement."""
     return {
         "processor": _processor(),
         "threads": torch.get_num_threads(),
@@ -44,12 +44,12 @@ def _processor() -> str:
 
 
 def processors() -> int:
-    """Return how many processors this process may use."""
+    """Return the number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class HostClock:
-    """Wall time."""
+    """Wall time on the host."""
 
     def mark(self) -> float:
         return time.perf_counter()
@@ -59,7 +59,7 @@ class HostClock:
 
 
 class CudaClock:
-    """Time on the current stream, between events."""
+    """Time on the current stream, from events."""
 
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
@@ -75,7 +75,7 @@ CLOCKS = {"cpu": HostClock(), "cuda": CudaClock()}
 
 
 def gemm_call(device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Callable[[], float], float]:
-    """A square product that returns its seconds, and its flops."""
+    """Return a function that times a square product and returns its seconds, and the product's flops."""
     size, clock = GEMM_SIZE[device], CLOCKS[device]
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
 
@@ -88,7 +88,7 @@ def gemm_call(device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[
 
 
 def similarities_call(n: int, d: int) -> Callable[[], float]:
-    """Return a call that multiplies 2n rows with themselves, some rows at a time, and returns its seconds."""
+    """Return a function that multiplies 2n rows with themselves, a block of rows at a time, and returns its seconds."""
     z = torch.randn(2 * n, d)
     rows = min(len(z), max(LARGEST_PRODUCT // (len(z) * z.itemsize), 1))
     out = torch.empty(rows, len(z))
@@ -103,19 +103,19 @@ def similarities_call(n: int, d: int) -> Callable[[], float]:
 
 
 def gemm_rate(repeats: int = 3) -> float:
-    """Flops per second of a 2048^3 product."""
+    """Return the flops per second of a 2048^3 product."""
     call, flops = gemm_call()
     call()
     return flops / statistics.median(call() for _ in range(repeats))
 
 
 def floor(n: int, d: int, rate: float) -> float:
-    """Seconds of twice 2 M^2 D flops, M = 2N, at a rate."""
+    """Return the seconds for twice 2 M^2 D flops, M = 2N, at a rate."""
     return 2 * (2 * (2 * n) ** 2 * d) / rate
 
 
 def copy_bandwidth(repeats: int = 7) -> float:
-    """Bytes per second of a 256 MiB copy, read and write counted."""
+    """Return the bytes per second of a 256 MiB copy, counting reads and writes."""
     source = torch.randn(64 * 2**20)
     target = torch.empty_like(source)
     target.copy_(source)

@@ -1,4 +1,4 @@
-"""Suite `memory`: peak memory beside the inputs, each measurement in a process of its own."""
+"""Suite `memory`: peak memory beyond the inputs, with one process per measurement."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from .timing import TEMPERATURE, Case, step
 
 GRID = (64, 1024, 4096, 16384, 65536)
 
-# Blocks of 64 KiB and more go back to the system when they are freed: what is resident is what is held.
+# Freed blocks of 64 KiB and more are returned to the system, so resident memory is memory in use.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 
 
 def measure_in_process(name: str, n: int, d: int, seconds: float = 0) -> dict[str, object]:
-    """Peak of a step and its median time over `seconds`, in a fresh process, and the GEMM's rate before and after."""
+    """Return a step's peak memory and its median time over `seconds`, and the GEMM's rate before and after, measured in
+    a new process."""
     command = [sys.executable, *instruction_set.module("benchmarks.memory"), name, str(n), str(d), str(seconds)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **ALLOCATOR})
     if done.returncode:
@@ -31,7 +32,7 @@ def measure_in_process(name: str, n: int, d: int, seconds: float = 0) -> dict[st
 
 
 def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[str, str]]:
-    """Every size and loss that fits, and what is missing."""
+    """Return results for every size and loss that fits, and the losses that are missing."""
     results, missing = [], {}
     for n, d in ((n, d) for d in arguments.d or [128] for n in arguments.n or GRID):
         made, absent = load(names("cpu", n, arguments.only), TEMPERATURE)
@@ -43,13 +44,13 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[st
 
 
 def resident_peak() -> int:
-    """The process's largest resident size, in bytes, since `forget_peak`."""
+    """Return the process's largest resident size since `forget_peak`, in bytes."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) * 1024
 
 
 def forget_peak() -> None:
-    """Begin anew."""
+    """Reset the peak."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError as error:
@@ -61,8 +62,8 @@ def _main(name: str, n: int, d: int, seconds: float) -> None:
     if missing:
         raise SystemExit(f"{name}: {missing[name]}")
     z_i, z_j = Case(n, d).inputs()
-    # A small step loads libraries and starts threads, and leaves what a kernel holds between calls to be counted. A
-    # compiler's own memory is not the step's: its kernel is made first.
+    # Load libraries and start threads with a small step, so that memory which a kernel keeps for large batches still
+    # counts below. "compiled" warms up at full size, so that its compiler's memory does not count.
     step(losses[name], *Case(n if name == "compiled" else min(n, 32), d).inputs())
     rates = [machine.gemm_rate()]
     forget_peak()

@@ -1,27 +1,29 @@
-"""Suite `model`: what NT-Xent's kernels should take on GPUs that need not be here, by machine code and data sheets.
+"""Suite `model`: predicted times of NT-Xent's kernels on GPUs that need not be present, from machine code and data
+sheets.
 
-A kernel takes LAUNCH and the longest of
+A kernel takes LAUNCH plus the longest of
 
-    products     flops of the matrix units, at GEMM of the data sheet's rate: about what large products of cuBLAS reach
-                 under a board's power limit. A measured rate takes its place where there is one. Float32 is three
+    products     flops of the matrix units, at GEMM times the data sheet's rate, about what large cuBLAS products reach
+                 under a board's power limit. A measured rate replaces it where there is one. Float32 takes three
                  products of half-precision parts
-    slots        instructions: 4 a cycle and multiprocessor (sass.py)
+    slots        instructions: 4 per cycle and multiprocessor (sass.py)
     integers, floats, exps
-                 those of one kind, over the units that a multiprocessor has for it (chips.py)
-    shared       bytes of shared memory, the matrix units' operands among them, 128 a cycle and multiprocessor; shuffles
-    cache        bytes of x (and of G) that its tiles read, through the second-level cache
-    memory       bytes that come from or go to memory: what does not fit in that cache is read again
-    latency      the chain of a program, one turn of its loop after the other: products, instructions, and SYNC cycles
-                 for each barrier or wait; LOAD besides in a pipeline of two stages, which has nothing ahead. As many
-                 chains run at once as a multiprocessor holds programs
+                 instructions of one kind, over the units that a multiprocessor has for them (chips.py)
+    shared       bytes of shared memory, including the matrix units' operands, at 128 per cycle and multiprocessor;
+                 shuffles
+    cache        bytes of x (and of G) that its tiles read through the second-level cache
+    memory       bytes read from or written to memory: data that does not fit in that cache is read again
+    latency      the dependency chain of a program, one iteration of its loop after the other: products, instructions,
+                 and SYNC cycles for each barrier or wait, plus LOAD in a pipeline of two stages, which loads nothing
+                 ahead. A multiprocessor runs as many chains at once as it holds programs
 
-The longest is the limit that binds, and is printed. Instructions are counted in the machine code of the very tiles that
-the table has, along the way of a tile without a mask, times the turns that the schedule gives each loop. Nothing is
-fitted to a measurement of these kernels; constants and their sources are in limits.py. Of small batches the CUDA kernel
-is predicted too (model_cuda.py).
+The longest one is the bottleneck and is printed. Instructions are counted in the machine code of the table's tiles,
+along the path of a tile without a mask, times the iterations that the schedule gives each loop. Nothing is fitted to a
+measurement of these kernels. limits.py has the constants and their sources. For small batches the CUDA kernel is
+predicted too (model_cuda.py).
 
-Left out: bank conflicts, instructions that wait for each other inside a turn, masked tiles, and the host. So a
-prediction is a floor for this code, not an average.
+The model leaves out bank conflicts, dependencies between instructions of an iteration, masked tiles, and the host. So a
+prediction is a lower bound for this code, not an average.
 """
 
 from __future__ import annotations
@@ -39,13 +41,14 @@ from .limits import FIRST, GEMM, LAUNCH, LOAD, SYNC, Time, fill, longest
 
 SHAPES = ((256, 128), (4096, 128), (32768, 128), (32768, 768))
 TARGETS = ("sm_80", "sm_90", "sm_100")
-SMALL = policy.SMALL_BATCH // 2  # most samples of a batch that the CUDA kernel is asked about
-STAYS = 2 / 3  # of the second-level cache: what a kernel finds there again
+SMALL = policy.SMALL_BATCH // 2  # largest number of samples for which the CUDA kernel is predicted
+STAYS = 2 / 3  # share of the second-level cache that holds data for the next pass
 
 
 class Work(NamedTuple):
-    """What all programs of a kernel need; of a panel's kernels, all panels. operands: bytes of shared memory that
-    tcgen05 reads, which the machine code does not say. turns: of a program's loops, the outermost first."""
+    """The work of all programs of a kernel; for the kernels of panels, over all panels. `operands` are the bytes of
+    shared memory that tcgen05 reads, which the machine code does not show. `turns` are the iterations of a program's
+    loops, the outermost first."""
 
     flops: float
     exps: float
@@ -58,13 +61,13 @@ class Work(NamedTuple):
 
 
 def time_of(limits: dict[str, float], launches: int) -> Time:
-    """The longest of some limits, and the launches."""
+    """Return the longest of some limits, plus the launches."""
     time, launching = longest(limits), LAUNCH * launches
     return Time(time.seconds + launching, time.limit if time.seconds > launching else "launches")
 
 
 def least(work: Work, chip: Chip, dtype: str, tile: tuple[int, ...], gemm: float | None = None) -> dict[str, float]:
-    """Seconds that a kernel needs whatever it is compiled to, for each limit."""
+    """Return the seconds of each limit that does not depend on the compiled code."""
     rates = chip.rates
     assert rates is not None
     matrix = kernels.rate(chip, dtype, tile) * (GEMM if gemm is None else gemm / rates.product)
@@ -79,7 +82,7 @@ def least(work: Work, chip: Chip, dtype: str, tile: tuple[int, ...], gemm: float
 
 
 def needs(work: Work, report: kernels.CompiledKernel, dtype: str, gemm: float | None = None) -> dict[str, float]:
-    """Seconds of each limit of a compiled kernel."""
+    """Return the seconds of each limit of a compiled kernel."""
     chip, code, tile = CHIPS[report.target], report.code, report.tile
     rates = chip.rates
     assert rates is not None
@@ -88,13 +91,13 @@ def needs(work: Work, report: kernels.CompiledKernel, dtype: str, gemm: float | 
     lanes, turns = 32 * report.warps, turns_of(work, report)
 
     def executed(of: Callable[[sass.Region], float]) -> float:
-        """By all programs, for each of their warps."""
+        """Return a figure summed over all programs, per warp."""
         return code.total(turns, of) * work.programs
 
     of_kind = {kind: executed(lambda region, kind=kind: region.counts[kind]) * lanes for kind in ("exp", "alu", "fma")}
     shared = 128 * report.warps * executed(lambda region: region.shared)
     operands = 0 if code.main.flops else work.operands
-    a_turn = rates.cycles / chip.multiprocessors  # cycles a second, of one multiprocessor
+    a_turn = rates.cycles / chip.multiprocessors  # cycles per second of one multiprocessor
     held = report.resident or 1
     chain = code.total(turns, lambda region: _chain(region, report)) + FIRST
     rounds = math.ceil(work.programs / work.launches / (chip.multiprocessors * held)) * work.launches
@@ -110,8 +113,8 @@ def needs(work: Work, report: kernels.CompiledKernel, dtype: str, gemm: float | 
 
 
 def turns_of(work: Work, report: kernels.CompiledKernel) -> tuple[float, ...]:
-    """The turns of each loop of the machine code: a single one for a loop around those that the schedule has, and none
-    for one that was unrolled."""
+    """Return the iterations of each loop of the machine code. A loop around the schedule's loops has one iteration, and
+    an unrolled loop has no entry."""
     code, missing = report.code, report.code.depth - len(work.turns)
     turns = (1.0,) * missing + work.turns[: code.depth]
     found, wanted = code.total(turns, lambda region: region.flops) * report.warps, work.flops / work.programs
@@ -120,16 +123,16 @@ def turns_of(work: Work, report: kernels.CompiledKernel) -> tuple[float, ...]:
 
 
 def _uneven(work: Work, chip: Chip) -> float:
-    """How much longer the multiprocessors with most programs have to work than they would if all had as many."""
+    """Return the ratio of the busiest multiprocessor's time to the time with evenly distributed programs."""
     rounds = work.programs / work.launches / chip.multiprocessors
     return math.ceil(rounds) / rounds
 
 
 def _chain(region: sass.Region, report: kernels.CompiledKernel) -> float:
-    """Cycles in which a program that is alone on its multiprocessor does a region, beside its inner loops."""
+    """Return the cycles of a region, without its inner loops, for a program alone on its multiprocessor."""
     counts = region.counts
     flops = region.flops * report.warps
-    if not region.flops and counts["tensor"]:  # tcgen05: as many as a turn has, or of another region its part of them
+    if not region.flops and counts["tensor"]:  # tcgen05: flops of an iteration, split by matrix instructions
         flops = report.flops * counts["tensor"] / report.code.main.counts["tensor"]
     chip = CHIPS[report.target]
     products = flops / kernels.rate(chip, report.dtype, report.tile) * chip.rates.cycles
@@ -140,7 +143,7 @@ def _chain(region: sass.Region, report: kernels.CompiledKernel) -> float:
 
 
 def work_of(kernel: str, tiles: dict[str, tuple[int, ...]], M: int, DP: int, dtype: str, chip: Chip) -> Work:
-    """NT-Xent's M rows of DP features."""
+    """Return the work of a kernel for NT-Xent of M rows with DP features."""
     from fastntxent.backends.triton import config
 
     block_m, block_n, block_d, *_ = tiles[kernel]
@@ -148,7 +151,7 @@ def work_of(kernel: str, tiles: dict[str, tuple[int, ...]], M: int, DP: int, dty
     pairs, x_bytes = M * M, M * DP * width
     product, row, chunks = 2 * pairs * DP * parts, DP * width, DP / block_d
     stays = STAYS * chip.rates.l2
-    again = x_bytes if x_bytes > stays else 0  # of a pass over x that follows another
+    again = x_bytes if x_bytes > stays else 0  # read from memory by each further pass over x
     operands = product * (1 / min(block_m, 128) + 1 / block_n)
     if kernel == "direct":
         edge = config.edge_of_square(M, M, max(block_m, block_n))
@@ -167,14 +170,14 @@ def work_of(kernel: str, tiles: dict[str, tuple[int, ...]], M: int, DP: int, dty
         part_cols = config.columns_of_part(chip.multiprocessors, blocks, M, block_n)
         parts_of_cols = math.ceil(M / part_cols)
         memory = x_bytes + again * blocks / (config.PROGRAMS * chip.multiprocessors) + 8 * parts_of_cols * M * DP
-        operands += product / min(block_m, 128)  # of the second product one operand is in registers
+        operands += product / min(block_m, 128)  # one operand of the second product is in registers
         turns = (part_cols / block_n,)
         return Work(2 * product, pairs, operands, pairs / block_m * row, memory, blocks * parts_of_cols, turns)
     return _work_of_panels(kernel, tiles, M, DP, dtype, chip)
 
 
 def _work_of_panels(kernel: str, tiles: dict[str, tuple[int, ...]], M: int, DP: int, dtype: str, chip: Chip) -> Work:
-    """`form` and `gather`: two squares of G at a time, of which those above the diagonal are formed once."""
+    """Return the work of `form` or `gather`: two squares of G at a time; those above the diagonal are formed once."""
     from fastntxent.backends.triton import config
 
     block_m, block_n, block_d, *_ = tiles[kernel]
@@ -184,7 +187,7 @@ def _work_of_panels(kernel: str, tiles: dict[str, tuple[int, ...]], M: int, DP: 
     squares = math.ceil(M / edge)
     above = squares * (squares - 1) // 2
     launches = math.ceil(squares / 2) + above
-    # Of a panel, its rows of x and their sums, what the second-level cache does not hold comes from memory again.
+    # The part of a panel, its rows of x and their sums that the second-level cache cannot hold comes from memory again.
     panel, rows, sums = 2 * edge * edge * width, 2 * edge * row, 2 * edge * DP * 4
     missed = max(0.0, 1 - STAYS * chip.rates.l2 / (panel + rows + sums))
     memory = launches * (rows + missed * panel)
@@ -192,7 +195,7 @@ def _work_of_panels(kernel: str, tiles: dict[str, tuple[int, ...]], M: int, DP: 
         pairs = (squares + above) * edge * edge
         flops, formed = 2 * pairs * DP * parts, pairs / (block_m * block_n)
         operands, cache = flops * (1 / min(block_m, 128) + 1 / block_n), formed * (block_m + block_n) * row
-        cache += squares**2 * edge * edge * width  # G, every square of it
+        cache += squares**2 * edge * edge * width  # every square of G
         return Work(flops, pairs, operands, cache, memory, formed, (chunks,), launches)
     pairs = squares**2 * edge * edge
     flops, programs = 2 * pairs * DP * parts, pairs / edge / block_m * DP / block_d
@@ -201,9 +204,9 @@ def _work_of_panels(kernel: str, tiles: dict[str, tuple[int, ...]], M: int, DP: 
 
 
 def around(M: int, DP: int, dtype: str, chip: Chip, finished: bool) -> float:
-    """Seconds of packing, of the ends of rows, of their weights and of the way back: memory and launches."""
+    """Return the seconds of packing, finishing the rows, their weights and unpacking: memory traffic and launches."""
     rates, width = chip.rates, 2 if dtype == "bf16" else 4
-    read = M * DP * (2 * 2 * width + width)  # twice, with the positive; written once
+    read = M * DP * (2 * 2 * width + width)  # read twice, with the positive; written once
     back = M * DP * (4 + 2 * width + 4)
     return (read + back) / rates.memory + LAUNCH * (4 if finished else 3)
 
@@ -211,7 +214,7 @@ def around(M: int, DP: int, dtype: str, chip: Chip, finished: bool) -> float:
 def predict(
     target: str, n: int, d: int, dtype: str, gemm: float | None = None
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Milliseconds of every kernel of a forward and backward, of the forward, of all; and the limit of each kernel."""
+    """Return the milliseconds of each kernel, of the forward and of both passes, and the bottleneck of each kernel."""
     from fastntxent.backends.triton import config, pack
 
     chip, M, DP = CHIPS[target], 2 * n, pack.padded_features(d)
@@ -234,7 +237,7 @@ def predict(
 
 
 def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[str, str]]:
-    """Predictions for every chip whose data sheet is known."""
+    """Return predictions for every chip whose data sheet we have."""
     shapes = [(n, d) for d in arguments.d or [128] for n in arguments.n or [256, 4096, 32768]]
     results, missing = [], {}
     if binary.built() is None:
@@ -253,7 +256,7 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[st
 
 
 def line(result: dict) -> str:
-    """A prediction for the screen."""
+    """Return a prediction as a line of text."""
     times: dict[str, float] = result["ms"]
     binds: dict[str, str] = result["limits"]
     size = f"{result['target']:6} N {result['n']}, D {result['d']}, {result['dtype']}, {result['backend']}"

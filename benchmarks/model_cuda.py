@@ -1,17 +1,17 @@
 """The model of the CUDA kernel: one launch for a small batch, phase by phase.
 
-A block does its tasks one after the other, and between phases BARRIER waits for the grid. A task walks tiles of
-columns, a chunk of features a step, and takes
+A block runs its tasks one after the other; between phases it waits BARRIER for the grid. A task loops over tiles of
+columns, one chunk of features per step. The times are
 
-    step     the longest of its instructions, its products, its bytes from the second-level cache, and its chain: a
+    step     the longest of its instructions, its products, its bytes from the second-level cache, and its latency: a
              barrier, a wait for copies and a load from shared memory (SYNC each), then four products that add to the
              same sums (PRODUCT each)
-    tile     what its steps do not repeat: exponentials, and in the gradient the second product
-    task     what its tiles do not repeat, and two dependent loads (LOAD each) before them
+    tile     the part outside its steps: exponentials and, in the gradient, the second product
+    task     the part outside its tiles, and two dependent loads (LOAD each) before them
 
-Instructions are read from the built module (sass.py). PRODUCT is the latency of m16n8k16, 32 to 33 cycles on A100 and
-H100 (Luo et al., arXiv 2402.13499); BARRIER what the barrier of cooperative groups takes on a V100 (Zhang et al., "A
-Study of Single and Multi-device Synchronization Methods in Nvidia GPUs", 2020), ours being no more than that.
+Instructions are counted in the built module (sass.py). PRODUCT is the latency of m16n8k16, 32 to 33 cycles on A100 and
+H100 (Luo et al., arXiv 2402.13499). BARRIER is the time of a cooperative-groups grid barrier on a V100 (Zhang et al.,
+"A Study of Single and Multi-device Synchronization Methods in Nvidia GPUs", 2020), which our barrier should not exceed.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from .chips import CHIPS, Chip
 from .limits import FIRST, GEMM, LAUNCH, LOAD, SYNC, Time, fill, longest
 
 PRODUCT = 33  # cycles
-BARRIER, BARRIERS = 1.5e-6, 3  # seconds; after the packing, the sums and the ends of rows
-# As csrc/cuda/arguments.h has them.
+BARRIER, BARRIERS = 1.5e-6, 3  # seconds; after packing, after the sums and after finishing the rows
+# As in csrc/cuda/arguments.h.
 ROWS, CHUNK, GROUP, MOST_COL_SHARES, COL_WARPS = 32, 64, 3, 16, 4
 
 
 class Plan(NamedTuple):
-    """How csrc/cuda/plan.h cuts a call: the grid, blocks at once on a multiprocessor, shares of the columns in the
-    forward, chunks of features that a task of the gradient sums."""
+    """How csrc/cuda/plan.h splits a call: the grid, the blocks that a multiprocessor holds at once, the shares of the
+    columns in the forward, and the chunks of features that a task of the gradient sums."""
 
     grid: int
     held: int
@@ -48,7 +48,7 @@ class Plan(NamedTuple):
 
 
 def plan(chip: Chip, registers: int, M: int, D: int, parts: int) -> Plan:
-    """For M rows against themselves."""
+    """Return the plan for M rows against themselves."""
     cols, chunks = 128 // parts, math.ceil(D / CHUNK)
     row_blocks, tiles = math.ceil(M / ROWS), math.ceil(M / cols)
 
@@ -78,7 +78,7 @@ def plan(chip: Chip, registers: int, M: int, D: int, parts: int) -> Plan:
 
 
 class Phase(NamedTuple):
-    """The forward's sums or the gradient: tasks of all blocks, tiles of a task, chunks of features in its sums."""
+    """The forward's sums or the gradient: tasks of all blocks, tiles per task, and chunks of features in its sums."""
 
     tasks: int
     tiles: int
@@ -86,15 +86,15 @@ class Phase(NamedTuple):
 
 
 def time_of_phase(task: sass.Region, phase: Phase, cut: Plan, chip: Chip, parts: int) -> Time:
-    """Seconds of a phase, and the limit of its steps."""
+    """Return the seconds of a phase, and the bottleneck of its steps."""
     rates = chip.rates
     assert rates is not None
     tile = task.loop
     assert tile is not None
     step = tile.main
     active = min(phase.tasks, cut.grid, chip.multiprocessors)
-    blocks = math.ceil(min(phase.tasks, cut.grid) / chip.multiprocessors)  # that share a multiprocessor
-    of_product = rates.by_warps / rates.cycles  # flops a cycle of a multiprocessor
+    blocks = math.ceil(min(phase.tasks, cut.grid) / chip.multiprocessors)  # per multiprocessor
+    of_product = rates.by_warps / rates.cycles  # flops per cycle of a multiprocessor
 
     def slots(instructions: float) -> float:
         return instructions * WARPS * blocks / sass.SCHEDULERS
@@ -107,7 +107,7 @@ def time_of_phase(task: sass.Region, phase: Phase, cut: Plan, chip: Chip, parts:
         "latency": 3 * SYNC + CHUNK // 16 * PRODUCT,
     }
     of_step = longest(limits)
-    share = phase.summed / GROUP  # of the second product, whose machine code is for GROUP chunks
+    share = phase.summed / GROUP  # of the second product: its machine code is for GROUP chunks
     rest = tile.ways[round(tile.counts["tensor"] * share)]
     second = cut.cols // COL_WARPS // 16 * PRODUCT if phase.summed else 0
     of_tile = max(slots(rest), tile.flops * share * WARPS * blocks / of_product) + second
@@ -117,14 +117,14 @@ def time_of_phase(task: sass.Region, phase: Phase, cut: Plan, chip: Chip, parts:
 
 
 def predict(target: str, n: int, d: int, dtype: str) -> tuple[dict[str, float], dict[str, str]]:
-    """Milliseconds of a loss and its gradient from one launch, by phase, and their limits."""
+    """Return the milliseconds of a loss and its gradient in one launch, by phase, and their bottlenecks."""
     chip, M, parts = CHIPS[target], 2 * n, 2 if dtype == "fp32" else 1
     rates = chip.rates
     assert rates is not None
     program, registers = built_kernel(target, "split" if parts == 2 else "bfloat")
     cut = plan(chip, registers, M, d, parts)
     sides = sorted((loop for loop in program.inner if loop.tensor), key=lambda loop: loop.tensor)
-    tasks = [loop.loop for loop in sides]  # of every side
+    tasks = [loop.loop for loop in sides]  # one per side
     assert len(tasks) == 2, "the machine code is not a forward's sums and a gradient"
     groups = math.ceil(cut.chunks / cut.group)
     phases = {
@@ -135,7 +135,7 @@ def predict(target: str, n: int, d: int, dtype: str) -> tuple[dict[str, float], 
         name: time_of_phase(task, phase, cut, chip, parts)
         for task, (name, phase) in zip(tasks, phases.items(), strict=True)
     }
-    # Packing, the ends of rows and the totals: their instructions once, and first loads of memory and of the cache.
+    # Packing, finishing the rows and the totals: each instruction once, and first loads from memory and from the cache.
     others = sum(loop.total([], lambda region: region.instructions) for loop in program.inner if not loop.tensor)
     cycles = (program.instructions + others) * WARPS / sass.SCHEDULERS + FIRST + 6 * LOAD
     times = {name: time.seconds for name, time in found.items()}
@@ -149,7 +149,7 @@ def predict(target: str, n: int, d: int, dtype: str) -> tuple[dict[str, float], 
 
 @functools.cache
 def built_kernel(target: str, operands: str) -> tuple[sass.Region, int]:
-    """A kernel of the built module for a chip, and its registers a thread."""
+    """Return a kernel of the built module for a chip, and its registers per thread."""
     module = binary.built()
     if module is None:
         raise FileNotFoundError("fastntxent._cuda was not built")
@@ -164,7 +164,7 @@ def built_kernel(target: str, operands: str) -> tuple[sass.Region, int]:
 
 @functools.cache
 def built_programs(target: str) -> dict[str, sass.Region]:
-    """Every kernel of the built module for a chip."""
+    """Return every kernel of the built module for a chip."""
     module = binary.built()
     assert module is not None
     return sass.programs(module, target)

@@ -1,4 +1,4 @@
-"""A few calls of one backend, for a profiler to look at: python -m benchmarks.one_call BACKEND"""
+"""A few calls of one backend, for a profiler: python -m benchmarks.one_call BACKEND"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .timing import TEMPERATURE, Case, step
 
 
 def main() -> None:
-    """Forward and backward of the mean loss, four times."""
+    """Run forward and backward of the mean loss four times."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.one_call", description=__doc__)
     parser.add_argument("backend")
     parser.add_argument("--device", default="cuda")

@@ -1,4 +1,4 @@
-"""The pages' tables and the plots, from the committed results."""
+"""The tables of the pages and the plots, from the committed results."""
 
 from __future__ import annotations
 
@@ -10,45 +10,46 @@ from pathlib import Path
 from . import devices, instruction_set
 from .tables import TABLES, SuiteRecord, all_sets, sets_table
 
-# Each page's sections, and the suite that fills them; "devices" is what `make gpu` has left. Suite "cpu" has a record
-# for each instruction set: section "time" has our kernel on every set, section "times" every loss as well.
+# Each page's sections, and the suites that fill them; "devices" shows the records of `make gpu`. Suite "cpu" has one
+# record per instruction set: section "time" shows our kernel on every set, section "times" all losses.
 PAGES = {
-    "README.md": {
+    "docs/benchmarks.md": {
         "time": "cpu",
         "memory": "memory",
         "scaling": "scaling",
         "family": "family",
         "accuracy": "converged",
-        "devices": "devices",
+        "times": "cpu",
+        "schedule": "schedule",
     },
-    "docs/benchmarks.md": {"times": "cpu", "schedule": "schedule"},
+    "docs/verification.md": {"devices": "devices"},
     "docs/distributed.md": {"distributed": "distributed"},
     "docs/migration.md": {"drop-ins": "drop-ins"},
 }
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
-    """`report` and its options."""
+    """Add the command `report` and its options."""
     parser = commands.add_parser("report")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="the suites' JSON files")
-    parser.add_argument("--root", type=Path, default=Path(), help="of the pages")
-    parser.add_argument("--check", action="store_true", help="write nothing; fail unless the pages have these tables")
+    parser.add_argument("--root", type=Path, default=Path(), help="folder of the pages")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if the pages differ from the results")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Write, or check."""
+    """Write or check the report."""
     try:
         if not arguments.check:
             write(arguments.results, arguments.root)
         elif stale := stale_sections(arguments.results, arguments.root):
-            raise ValueError(f"the pages are not what {arguments.results} makes, in {', '.join(stale)}")
+            raise ValueError(f"pages differ from the results in {arguments.results}, in sections {', '.join(stale)}")
     except (FileNotFoundError, ValueError) as error:
         raise SystemExit(str(error)) from error
 
 
 def write(results: Path, root: Path) -> None:
     """Fill the pages' sections and draw the plots."""
-    from . import plots  # not above: only drawing needs matplotlib
+    from . import plots  # imported here because it needs matplotlib
 
     for page, sections in PAGES.items():
         text = (root / page).read_text()
@@ -59,7 +60,7 @@ def write(results: Path, root: Path) -> None:
 
 
 def stale_sections(results: Path, root: Path) -> list[str]:
-    """The sections that are not what the results make."""
+    """Return the sections that differ from the results."""
     return [
         section
         for page, sections in PAGES.items()
@@ -69,7 +70,7 @@ def stale_sections(results: Path, root: Path) -> list[str]:
 
 
 def table_of(results: Path, suite: str, section: str = "") -> str:
-    """A suite's table; where it was not run, how to."""
+    """Return a suite's table, or the command that measures it if there are no results."""
     if suite == "devices":
         return devices.section(results)
     try:
@@ -81,7 +82,7 @@ def table_of(results: Path, suite: str, section: str = "") -> str:
 
 
 def read_suite(results: Path, suite: str) -> SuiteRecord:
-    """One suite's record."""
+    """Return one suite's record."""
     path = results / f"{suite}.json"
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: python -m benchmarks {suite} --out {path}")
@@ -89,7 +90,7 @@ def read_suite(results: Path, suite: str) -> SuiteRecord:
 
 
 def read_sets(results: Path) -> list[SuiteRecord]:
-    """The records of suite `cpu`, the widest instruction set first."""
+    """Return the records of suite `cpu`, the widest instruction set first."""
     order = {f"cpu-{name}": place for place, name in enumerate(instruction_set.NAMES)}
     paths = sorted(results.glob("cpu*.json"), key=lambda path: (order.get(path.stem, len(order)), path.name))
     if not paths:
@@ -99,9 +100,9 @@ def read_sets(results: Path) -> list[SuiteRecord]:
 
 
 def replace(text: str, section: str, table: str) -> str:
-    """The text with the table between the section's markers."""
+    """Return the text with the table placed between the section's markers."""
     start, end = f"<!-- figures:{section} -->", f"<!-- /figures:{section} -->"
     text, found = re.subn(f"{start}.*?{end}", lambda _: f"{start}\n\n{table}\n\n{end}", text, flags=re.DOTALL)
     if found != 1:
-        raise ValueError(f"a page needs {start} ... {end} once, has it {found} times")
+        raise ValueError(f"a page needs {start} ... {end} exactly once, but has it {found} times")
     return text

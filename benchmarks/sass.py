@@ -1,16 +1,16 @@
-"""What a compiled kernel makes a multiprocessor do, read from its machine code (SASS): no GPU has to be here.
+"""Costs of a compiled kernel on a multiprocessor, read from its machine code (SASS). No GPU is needed.
 
-`program` reads a cubin by Triton's nvdisasm, `programs` every kernel of a CUDA module by cuobjdump. A program is a
-region of code: what one warp executes once, and the loops on its way, which are regions again.
+`program` reads a cubin with Triton's nvdisasm; `programs` reads every kernel of a CUDA module with cuobjdump. A program
+is a region of code: the instructions that one warp executes once, and the loops among them, which are regions again.
 
-    issue slots of a tile     instructions of the loop for a warp, times the program's warps, over 4: a multiprocessor
-                              has 4 schedulers, and each issues an instruction of one warp in a cycle
-    tensor cycles of a tile   its flops over those that the matrix units of a multiprocessor do in a cycle (chips.py)
+    issue slots of a tile     instructions per warp in the loop, times the program's warps, over 4: a multiprocessor has
+                              4 schedulers, and each issues one instruction of one warp per cycle
+    tensor cycles of a tile   its flops over the flops per cycle of a multiprocessor's matrix units (chips.py)
 
-The tile cannot take fewer cycles than either. Where code branches, a region counts the way that meets the most work of
-the matrix units, and among those ways the shortest: masks that few tiles need, spin-waits, slow paths of a division and
-code for diverged warps are left out. `most` is the longest of those ways, which a tile that needs its mask may take.
-Instructions under a predicate count, since they are issued whether or not they do anything.
+A tile cannot take fewer cycles than either. Where code branches, a region takes the path with the most work for the
+matrix units and, among these, the shortest. This leaves out masks that few tiles need, spin-waits, slow paths of a
+division and code for diverged warps. `most` is the longest of these paths, for a tile that needs its mask. Predicated
+instructions count, since they are issued whether or not they have an effect.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from typing import NamedTuple
 
 from .ways import Graph, Way, opcode, shortest
 
-SCHEDULERS = 4  # of a multiprocessor
+SCHEDULERS = 4  # per multiprocessor
 _KINDS = {
     "tensor": "HMMA HGMMA QGMMA IMMA IGMMA UTCHMMA UTCQMMA UTCIMMA UTCOMMA",
     "exp": "MUFU",  # exponentials, logarithms, reciprocals
     "shared": "LDS LDSM STS STSM ATOMS LDGSTS",
     "shuffle": "SHFL REDUX MATCH",
-    "barrier": "BAR",  # all warps of the program meet
-    "drain": "WARPGROUP.DEPBAR",  # until a warpgroup's products are done
+    "barrier": "BAR",  # for all warps of the program
+    "drain": "WARPGROUP.DEPBAR",  # waits until a warpgroup's products are done
     "wait": "DEPBAR WARPGROUP SYNCS LDGDEPBAR ARRIVES WARPSYNC FENCE MEMBAR NANOSLEEP UTCBAR",
     "branch": "BRA BRX JMP BSSY BSYNC BREAK CALL RET EXIT",
     "global": "LDG STG LD ST RED ATOM ATOMG LDL STL LDC ULDC LDCU",
@@ -49,12 +49,13 @@ _WARP_DEPTH = re.compile(r"HMMA\.168(8|16)")  # 16 rows, 8 columns, and as many 
 
 
 class Region(NamedTuple):
-    """A program or a loop of it: what a warp executes once beside its inner loops, by kind; cycles in which that moves
-    128 bytes of shared memory, or shuffles; flops of the matrix units for a warp; the inner loops, in order;
-    instructions of the longest way, an inner loop counted once; and, for each number of matrix instructions that a way
-    beside the inner loops may meet, the fewest instructions beside them.
+    """A program or one of its loops, without its inner loops unless stated otherwise. `counts`: instructions that a
+    warp executes once, by kind. `shared`: cycles for its accesses to shared memory, at 128 bytes per cycle, and for its
+    shuffles. `flops`: flops of the matrix units per warp. `inner`: the inner loops, in order. `most`: instructions of
+    the longest path, with each inner loop counted once. `ways`: for each possible number of matrix instructions on a
+    path, the fewest instructions of such a path.
 
-    Products by tcgen05 are not in `shared` and `flops`: the machine code does not name their shape."""
+    Products with tcgen05 are missing in `shared` and `flops`, because the machine code does not show their shape."""
 
     counts: Counter[str]
     shared: float
@@ -65,23 +66,23 @@ class Region(NamedTuple):
 
     @property
     def instructions(self) -> int:
-        """What a warp issues beside inner loops."""
+        """Instructions that a warp issues outside inner loops."""
         return self.counts.total()
 
     @property
     def tensor(self) -> int:
-        """Matrix instructions, an inner loop counted once."""
+        """Matrix instructions, with each inner loop counted once."""
         return self.counts["tensor"] + sum(loop.tensor for loop in self.inner)
 
     @property
     def work(self) -> tuple[float, int]:
-        """Flops (of tcgen05: matrix instructions) and exponentials, an inner loop counted once."""
+        """Flops (for tcgen05: matrix instructions) and exponentials, with each inner loop counted once."""
         products = (self.flops or self.counts["tensor"]) + sum(loop.work[0] for loop in self.inner)
         return products, self.counts["exp"] + sum(loop.work[1] for loop in self.inner)
 
     @property
     def loop(self) -> Region | None:
-        """The inner loop with the most work, of equals the one with the fewest instructions; None without products."""
+        """The inner loop with the most work, and among equals with the fewest instructions. None without products."""
         busy = [loop for loop in self.inner if loop.tensor]
         return max(
             busy, key=lambda loop: (loop.work, -loop.total([], lambda region: region.instructions)), default=None
@@ -89,7 +90,7 @@ class Region(NamedTuple):
 
     @property
     def depth(self) -> int:
-        """Loops from here to the innermost of the busiest."""
+        """The number of nested loops from here to the innermost of the busiest."""
         return 0 if self.loop is None else 1 + self.loop.depth
 
     @property
@@ -98,12 +99,13 @@ class Region(NamedTuple):
         return self if self.loop is None else self.loop.main
 
     def slots(self, num_warps: int) -> float:
-        """Issue slots that a program's warps take of each scheduler."""
+        """Return the issue slots that a program's warps take on each scheduler."""
         return self.instructions * num_warps / SCHEDULERS
 
     def total(self, trips: Iterable[float], of: Callable[[Region], float]) -> float:
-        """A figure of all that is executed, where the busiest loop, the busiest in it and so on make these trips. Loops
-        without products make one, others (tiles with a mask) none."""
+        """Return the sum of a figure over everything executed. `trips` are the iterations of the busiest loop, the
+        busiest loop inside it, and so on. Loops without products run once; other loops (tiles with a mask) do not
+        run."""
         first, *rest = trips = [*trips] or [1.0]
         found = of(self)
         for loop in self.inner:
@@ -115,14 +117,14 @@ class Region(NamedTuple):
 
 
 def tool(name: str) -> Path:
-    """A program that Triton ships: nvdisasm, cuobjdump."""
+    """Return the path of a program that Triton ships: nvdisasm or cuobjdump."""
     import triton
 
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
 
 
 def program(cubin: bytes) -> Region:
-    """The only kernel of a cubin."""
+    """Return the only kernel of a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -131,7 +133,7 @@ def program(cubin: bytes) -> Region:
 
 
 def programs(module: Path, chip: str) -> dict[str, Region]:
-    """Every kernel of a module for a chip, by its (mangled) name."""
+    """Return every kernel of a module for a chip, by its mangled name."""
     command = [tool("cuobjdump"), "-sass", "-arch", chip, module]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     parts = re.split(r"^\s*Function : (\S+)$", text, flags=re.MULTILINE)[1:]
@@ -139,15 +141,15 @@ def programs(module: Path, chip: str) -> dict[str, Region]:
 
 
 def parse(text: str) -> Region:
-    """A kernel, from what nvdisasm -c or cuobjdump -sass print of it."""
+    """Return a kernel from the output of nvdisasm -c or cuobjdump -sass."""
     return _region(Graph(text), None)
 
 
 def _region(graph: Graph, first: int | None) -> Region:
-    """The loop that begins with a block, or the whole program."""
+    """Return the loop that begins with a block, or the whole program if `first` is None."""
     members = {*graph.after} if first is None else graph.loops[first]
     begin = 0 if first is None else first
-    node_of = {block: block for block in members}  # a block, or the first of the inner loop that has it
+    node_of = {block: block for block in members}  # each block, or the first block of the inner loop that contains it
     inner: dict[int, Region] = {}
     for other, inside in graph.loops.items():
         if other != first and inside <= members and node_of[other] == other and other not in inner:
@@ -163,8 +165,8 @@ def _region(graph: Graph, first: int | None) -> Region:
         after[node].discard(node)
 
     def worth(node: int) -> tuple[tuple[float, int], int]:
-        """Work, and the fewest instructions, an inner loop gone through once. Exponentials tell loops over tiles of two
-        sizes apart; beside loops the regime with more of them is no better."""
+        """Return the work and the fewest instructions of a node, with an inner loop run once. Exponentials distinguish
+        loops over tiles of two sizes. Outside loops they do not count, since a path with more of them is not better."""
         if node in inner:
             return inner[node].work, int(inner[node].total([], lambda region: region.instructions))
         code = graph.blocks[node]
@@ -192,13 +194,13 @@ def _kinds_of(code: Iterable[str]) -> Counter[str]:
 def _kind(instruction: str) -> str:
     name = "WARPGROUP.DEPBAR" if "WARPGROUP.DEPBAR" in instruction else opcode(instruction)
     if name.startswith("U") and name not in _KIND_OF:
-        return "uniform"  # once for a warp, beside the lanes
+        return "uniform"  # executed once per warp, not per lane
     return _KIND_OF.get(name, "other")
 
 
 def _shared(instruction: str) -> float:
-    """Cycles of shared memory, without conflicts: 128 bytes each. Operands of a warpgroup's product (64 rows; the first
-    too where it is no register) count a quarter for each of its four warps."""
+    """Return cycles of shared memory without conflicts, at 128 bytes per cycle. The operands of a warpgroup's product
+    (64 rows; the first operand only if it is not in registers) are split evenly over its four warps."""
     name = opcode(instruction)
     if name == "HGMMA":
         _, columns, _ = _WARPGROUP_SHAPE.search(instruction).groups()
@@ -216,7 +218,7 @@ def _shared(instruction: str) -> float:
 
 
 def _flops(instruction: str) -> float:
-    """Of the matrix units, for a warp: a warpgroup's product counts a quarter for each of its four."""
+    """Return flops of the matrix units per warp. A warpgroup's product is split evenly over its four warps."""
     if shape := _WARPGROUP_SHAPE.search(instruction):
         return 2 * math.prod(map(int, shape.groups())) / 4
     depth = _WARP_DEPTH.search(instruction)

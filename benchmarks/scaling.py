@@ -1,4 +1,4 @@
-"""Suite `scaling`: does time grow with N^2 and memory with N, and what do more threads gain?"""
+"""Suite `scaling`: does time grow with N^2 and memory with N, and how much do more threads gain?"""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ THREADS_GRID = (256, 1024, 4096)
 
 
 def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[str, str]]:
-    """Over threads if any are given, else over sizes."""
+    """Return results over threads if any are given, otherwise over sizes."""
     name = (arguments.only or ["cpu"])[0]
     return _over_threads(name, arguments) if arguments.threads else (_over_sizes(name, arguments), {})
 
 
 def _over_sizes(name: str, arguments: argparse.Namespace) -> list[dict[str, object]]:
-    """One process a size; seconds also as multiples of the floor at the GEMM's rate before and after."""
+    """Return results from one process per size. Seconds are also given over the floor at the process's GEMM rate."""
     results = []
     for d in arguments.d or [128]:
         rows = []
@@ -29,7 +29,7 @@ def _over_sizes(name: str, arguments: argparse.Namespace) -> list[dict[str, obje
             row["times_floor"] = row["s"] / machine.floor(n, d, rate)
             rows.append(row)
             first = rows[0]
-            # Seconds / N^2 against the first size's: 1 where time grows with N^2. The floor has N^2 in it.
+            # seconds / N^2 relative to the first size: 1 if time grows with N^2. The floor already contains N^2.
             row["growth"] = row["s"] / first["s"] * (first["n"] / n) ** 2
             row["growth_normalised"] = row["times_floor"] / first["times_floor"]
             print(f"N {n}, D {d}: {row['s']:.2f} s, {row['growth_normalised']:.2f} x N^2", flush=True)
@@ -38,7 +38,7 @@ def _over_sizes(name: str, arguments: argparse.Namespace) -> list[dict[str, obje
 
 
 def _over_threads(name: str, arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[str, str]]:
-    """Our kernel, and torch.mm of the same rows with themselves, at each number of threads in turn."""
+    """Return times of our kernel, and of torch.mm of the same rows with themselves, at each number of threads."""
     made, missing = load([name], timing.TEMPERATURE)
     results = []
     for n, d in ((n, d) for d in arguments.d or [128] for n in (arguments.n or THREADS_GRID) if made):
@@ -57,7 +57,7 @@ def _over_threads(name: str, arguments: argparse.Namespace) -> tuple[list[dict[s
 
 
 def _predicted(name: str, n: int, d: int, first: int, count: int) -> float | None:
-    """Return the simulated speed-up over the first number of threads; only the C++ kernels have a schedule."""
+    """Return the simulated speed-up over the first number of threads, or None: only the C++ kernels have a schedule."""
     if name != "cpu" or instruction_set.in_use() is None:
         return None
     problem = schedule.two_views(n, d)

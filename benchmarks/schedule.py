@@ -1,11 +1,11 @@
-"""Suite `schedule`: predict what the CPU kernels gain from threads, by a simulation of their schedule.
+"""Suite `schedule`: predicted speed-ups of the CPU kernels on more threads, from a simulation of their schedule.
 
-The kernels themselves say how a call is cut and in which order its tasks are taken (`_cpu.schedule`,
-csrc/cpu/schedule.h). What the threads do is simulated event by event, as csrc/cpu/team.h has it: enter a phase, take
-the next index, wait for the turns of the task's two blocks, compute, leave. `Costs` says how long each event takes.
+The kernels themselves report how a call is split and in which order its tasks are taken (`_cpu.schedule`,
+csrc/cpu/schedule.h). The threads are simulated event by event, following csrc/cpu/team.h: enter a phase, take the next
+index, wait for the turns of the task's two blocks, compute, leave. `Costs` holds the duration of each event.
 
-The prediction is optimistic: cores share no memory bandwidth, no cache and no power budget, and fresh pages cost
-nothing. Where a real machine falls behind it, look for one of those. Where the prediction itself falls behind the
+The prediction is optimistic: the cores do not share memory bandwidth, cache or a power budget, and fresh pages cost
+nothing. If a real machine is slower than predicted, look for one of these. If the prediction itself falls short of the
 number of threads, the schedule is at fault.
 """
 
@@ -16,32 +16,32 @@ import heapq
 from collections.abc import Callable
 from typing import NamedTuple
 
-Block = tuple[int, str, int]  # its slab, its side, its first row or column
+Block = tuple[int, str, int]  # slab, side, first row or column
 Turns = tuple[tuple[Block, int], ...]
 
 THREADS = (1, 2, 4, 8, 16, 32, 64)
 GRID = (256, 1024, 4096, 16384)
-QUEUE = 65536  # columns that queries are held against
+QUEUE = 65536  # columns that queries are compared with
 QUERIES = (64, 256)
 ALIGNED_ROWS = 48  # csrc/cpu/kernels.h
 
 
 class Costs(NamedTuple):
-    """Nanoseconds of one core, for float32 and AVX-512.
+    """Nanoseconds on one core, for float32 and AVX-512.
 
     The first group is a least-squares fit to the one-thread times in benchmarks/results/cpu-avx512.json. The model
-    gives these back within 6 %, from N = 16 to 4,096 and D = 128 to 2,048. The second group is counted: 15 to 20 ns for
-    exp or log in double precision, 1 to 2 ns for a number read or written. The third is of the size of published
-    latencies: 50 to 150 ns between two cores of one processor, and some microseconds for a parallel region of OpenMP.
+    reproduces them within 6 %, from N = 16 to 4,096 and D = 128 to 2,048. The second group is counted: 15 to 20 ns for
+    exp or log in double precision, 1 to 2 ns for a number read or written. The third has the order of published
+    latencies: 50 to 150 ns between two cores of one processor, and a few microseconds for a parallel region of OpenMP.
     """
 
-    call: float = 130_000  # Python, autograd, memory: whatever the size
+    call: float = 130_000  # Python, autograd and memory, independent of the size
     multiply_add: float = 0.02
-    exponential: float = 0.17  # an element of a tile, formed or found in the workspace, with its weight or its sum
-    touch: float = 0.18  # a feature of a tile's row or column, loaded, or loaded and added to
-    feature: float = 0.9  # a feature of a row, loaded and normalised, or of its gradient
+    exponential: float = 0.17  # per element of a tile: formed or read from the workspace, with its weight or its sum
+    touch: float = 0.18  # per feature of a tile's row or column: a load, or a load and an addition
+    feature: float = 0.9  # per feature of a row: loaded and normalised, in the forward or in the gradient
 
-    # Each of these is per row.
+    # These are per row.
     logarithm: float = 20
     loss: float = 30
     largest_weight: float = 5
@@ -49,16 +49,16 @@ class Costs(NamedTuple):
     weight: float = 20
     join_sums: float = 5  # and per slab
 
-    team: float = 5_000  # a parallel region begins and ends
-    hand_over: float = 100  # until a waiting thread sees what another wrote
-    line: float = 100  # a cache line that many threads write moves to the next one
+    team: float = 5_000  # start and end of a parallel region
+    hand_over: float = 100  # until a waiting thread sees the write of another
+    line: float = 100  # until a contended cache line reaches the next thread
 
 
 COSTS = Costs()
 
 
 class Problem(NamedTuple):
-    """The sizes of a loss with its gradients. Without columns the rows are their own."""
+    """The sizes of a loss with its gradients. `cols` is 0 if the columns are the rows."""
 
     name: str
     rows: int
@@ -70,47 +70,52 @@ class Problem(NamedTuple):
     def symmetric(self) -> bool:
         return not self.cols
 
+    @property
+    def rows_alone(self) -> bool:
+        """Whether one pass over the tiles computes both the sums and the gradients."""
+        return not self.symmetric and not self.gathers_cols
+
 
 def two_views(n: int, d: int) -> Problem:
-    """NT-Xent of n samples."""
+    """Return NT-Xent of n samples."""
     return Problem(f"two views, N = {n:,}", 2 * n, 0, d)
 
 
 def two_towers(n: int, d: int) -> Problem:
-    """CLIP of n samples."""
+    """Return CLIP of n samples."""
     return Problem(f"two towers, N = {n:,}", n, n, d)
 
 
 def queries(n: int, d: int) -> Problem:
-    """InfoNCE of n queries against a queue, which takes no gradient."""
+    """Return InfoNCE of n queries against a queue, which gets no gradient."""
     return Problem(f"{n} queries, queue of {QUEUE:,}", n, QUEUE, d, gathers_cols=False)
 
 
 class Task(NamedTuple):
-    """A block of rows against a block of columns, as `_cpu.schedule` gives it."""
+    """A block of rows against a block of columns, as in `_cpu.schedule`."""
 
     slab: int
     first_row: int
     first_col: int
     row_turn: int
     col_turn: int
-    place: int  # of its first tile in the workspace
+    place: int  # position of its first tile in the workspace
 
 
 class Cut(NamedTuple):
-    """How the kernels cut a call."""
+    """How the kernels split a call."""
 
     threads: int
     edge: int
     block_tiles: int
-    rows_per_take: int  # by a thread in a phase over rows
+    rows_per_take: int  # taken by a thread at a time in a phase over rows
     cols_per_take: int
     slabs: int
     tasks: list[Task]
 
 
 def cut(problem: Problem, threads: int) -> Cut:
-    """Ask the kernels."""
+    """Return how the kernels split this call."""
     from fastntxent import _cpu
 
     *numbers, tasks = _cpu.schedule(problem.rows, problem.cols, problem.d, threads)
@@ -118,14 +123,14 @@ def cut(problem: Problem, threads: int) -> Cut:
 
 
 def turns_of(problem: Problem, task: Task) -> Turns:
-    """The blocks that a task adds to, with its turn at each; one block on the diagonal."""
+    """Return the blocks that a task adds to, and its turn at each. A task on the diagonal has only one block."""
     rows = ((task.slab, "rows", task.first_row), task.row_turn)
     cols = ((task.slab, "rows" if problem.symmetric else "cols", task.first_col), task.col_turn)
     return (rows,) if rows[0] == cols[0] else (rows, cols)
 
 
 class TileSize(NamedTuple):
-    """A tile, and its place in the workspace."""
+    """A tile, and its position in the workspace."""
 
     rows: int
     cols: int
@@ -134,7 +139,7 @@ class TileSize(NamedTuple):
 
 
 def tiles(problem: Problem, of: Cut, task: Task) -> list[TileSize]:
-    """The tiles of a task that exist: only those on and above the diagonal where rows and columns are one block."""
+    """Return the tiles of a task. If rows and columns are the same block, only those on and above the diagonal."""
     on_diagonal = problem.symmetric and task.first_row == task.first_col
     found, place = [], task.place
     for i in range(of.block_tiles):
@@ -157,25 +162,25 @@ class SimulatedTeam:
         self.busy_in_tiles = [0.0] * threads
 
     def serial(self, ns: float) -> None:
-        """The calling thread alone."""
+        """Advance time by work of the calling thread alone."""
         self.now += ns
         self.serial_ns += ns
 
     def rows(self, rows: int, per_take: int, ns_of_row: float) -> None:
-        """A phase over rows, some at a time."""
+        """Run a phase over rows, `per_take` rows at a time."""
         self._phase(-(-rows // per_take), lambda i: (min(per_take, rows - i * per_take) * ns_of_row, ()))
 
     def tasks(self, durations: list[float], turns: list[Turns]) -> None:
-        """A phase over tasks."""
+        """Run a phase over tasks."""
         self._phase(len(durations), lambda i: (durations[i], turns[i]), self.busy_in_tiles)
 
     def _phase(
         self, count: int, work: Callable[[int], tuple[float, Turns]], busy_of: list[float] | None = None
     ) -> None:
-        """Team::each: indices in order, each to whichever thread is free; thread 0 leads.
+        """Run Team::each: each free thread takes the next index in order; thread 0 leads.
 
-        Two cache lines are written by all threads, one after the other: that of the next index, and that of the team,
-        on which helpers count themselves in and out and the leader closes the phase.
+        All threads write two cache lines, one after the other: the line of the next index and the line of the team, on
+        which helpers register and sign off and the leader closes the phase.
         """
         alone = self.threads == 1 or count <= 1
         line, hand_over = (0.0, 0.0) if alone else (self.costs.line, self.costs.hand_over)
@@ -183,7 +188,7 @@ class SimulatedTeam:
         next_free = team_free = end = self.now  # when each line is free, and the last thread has left
         index, closed = 0, False
         turns: dict[Block, int] = {}
-        ended: dict[Block, float] = {}  # when the last turn of a block did
+        ended: dict[Block, float] = {}  # when the last turn of each block ended
         events = [(self.now, 0, "take"), *((self.now + hand_over, helper, "enter") for helper in helpers)]
         while events:
             time, thread, what = heapq.heappop(events)
@@ -198,7 +203,7 @@ class SimulatedTeam:
                 if start > time:
                     start += hand_over
                 for block, turn in blocks:
-                    # Earlier indices were taken before, so a block's turns come one after the other or never.
+                    # All smaller indices have been taken, so a block's turns must come in order here.
                     assert turns.get(block, 0) == turn, "the schedule would wait forever"
                     turns[block] = turn + 1
                     ended[block] = start + duration
@@ -226,12 +231,12 @@ class Prediction(NamedTuple):
     tasks: int
     computing: float
     waiting: float  # for turns
-    serial: float  # while one thread alone works, outside the phases
-    balance: float  # work on tiles: the mean of the threads over the largest
+    serial: float  # one thread works alone, outside the phases
+    balance: float  # work on tiles: the mean over the threads, over the maximum
 
 
 def simulate(problem: Problem, threads: int, costs: Costs = COSTS) -> Prediction:
-    """Loss and gradients in one call: the phases of csrc/cpu/loss.cpp in their order."""
+    """Return the prediction for loss and gradients in one call: the phases of csrc/cpu/loss.cpp in their order."""
     of = cut(problem, threads)
     team = SimulatedTeam(of.threads, costs)
     d = problem.d
@@ -253,16 +258,19 @@ def simulate(problem: Problem, threads: int, costs: Costs = COSTS) -> Prediction
 
     team.serial(costs.call + (costs.team if of.threads > 1 else 0))
     each_row(d * costs.feature)
-    team.rows(of.slabs - 1, 1, few * d * costs.touch)  # the slabs' sums are cleared, one slab at a time
-    team.tasks(forward, turns)
+    team.rows(of.slabs - 1, 1, few * d * costs.touch)  # clears the slabs' sums, one slab at a time
+    team.tasks([a + b for a, b in zip(forward, backward, strict=True)] if problem.rows_alone else forward, turns)
     each_row_of_slabs(costs.join_sums)
     each_row(costs.logarithm)
     each_row(costs.loss, with_gradient)
     each_row(costs.largest_weight)
     each_row(costs.weight_in_range, with_gradient)
     each_row(costs.weight)
-    team.tasks(backward, turns)
+    if not problem.rows_alone:
+        team.tasks(backward, turns)
     each_row_of_slabs(d * costs.touch)
+    if problem.rows_alone:
+        each_row(d * costs.touch, with_gradient)  # multiplies the gathered rows by their weights
     each_row(d * costs.feature, with_gradient)
     of_all = of.threads * team.now
     most = max(team.busy_in_tiles)
@@ -278,7 +286,7 @@ def simulate(problem: Problem, threads: int, costs: Costs = COSTS) -> Prediction
 
 
 def _durations(problem: Problem, of: Cut, costs: Costs) -> tuple[list[float], list[float]]:
-    """Nanoseconds of every task in the forward, and in the backward."""
+    """Return the nanoseconds of every task in the forward and in the backward. One pass for both takes their sum."""
     kept = _workspace(problem) // 4 // of.edge**2
     forward, backward = [], []
     for task in of.tasks:
@@ -289,6 +297,9 @@ def _durations(problem: Problem, of: Cut, costs: Costs) -> tuple[list[float], li
             products = 2 if problem.gathers_cols and not tile.diagonal else 1  # G U and, for the columns, G^T U
             gathered = pairs * problem.d * costs.multiply_add * products
             found = pairs * costs.exponential + rows * problem.d * costs.touch
+            if problem.rows_alone:  # the exponentials are used as soon as they are formed
+                first, second = first + formed, second + gathered
+                continue
             first += formed
             second += gathered + (found if tile.place < kept else formed)
         forward.append(first)
@@ -297,7 +308,7 @@ def _durations(problem: Problem, of: Cut, costs: Costs) -> tuple[list[float], li
 
 
 def _workspace(problem: Problem) -> int:
-    """Bytes of exponentials that a call keeps."""
+    """Return the bytes of exponentials that a call keeps."""
     from fastntxent.backends import cpu
 
     if problem.symmetric:
@@ -306,7 +317,7 @@ def _workspace(problem: Problem) -> int:
 
 
 def problems(sizes: list[int] | None, d: int) -> list[Problem]:
-    """Two views and two towers at each size; queries against a queue unless sizes are given."""
+    """Return two views and two towers at each size, and queries against a queue if no sizes are given."""
     return [
         *(of(n, d) for of in (two_views, two_towers) for n in sizes or GRID),
         *(queries(n, d) for n in QUERIES if not sizes),
@@ -314,7 +325,7 @@ def problems(sizes: list[int] | None, d: int) -> list[Problem]:
 
 
 def predict(problem: Problem, threads: tuple[int, ...] | list[int], costs: Costs = COSTS) -> list[dict[str, object]]:
-    """A row for each number of threads; speed-ups are over one thread."""
+    """Return one row per number of threads, with speed-ups over one thread."""
     one = simulate(problem, 1, costs).ms
     rows = []
     for count in threads:
@@ -327,6 +338,6 @@ def predict(problem: Problem, threads: tuple[int, ...] | list[int], costs: Costs
 
 
 def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[str, str]]:
-    """Predictions for every problem."""
+    """Return predictions for every problem."""
     wanted = [problem for d in arguments.d or [128] for problem in problems(arguments.n, d)]
     return [row for problem in wanted for row in predict(problem, arguments.threads or THREADS)], {}

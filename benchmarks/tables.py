@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from .competitors import COMPETITORS, OURS
 
-SuiteRecord = dict  # what __main__ writes
+SuiteRecord = dict  # as written by __main__
 
-_HEADS = {**{name: f"`{name}`" for name in OURS}, "compiled": "torch.compile", "chunked": "checkpointed chunks"}
+NAMES = {"compiled": "torch.compile", "chunked": "checkpointed chunks"}
+_HEADS = {**{name: f"`{name}`" for name in OURS}, **NAMES}
 _SETS = {"avx512": "AVX-512", "avx2": "AVX2", "neon": "NEON", "portable": "portable C++"}
-_RIVALS = ("eager", "compiled", "lightly")  # whose times the tables have as multiples of ours
+_RIVALS = ("eager", "compiled", "lightly")  # losses whose times the tables show as multiples of ours
 _ABSENT = "-"
 
 
 def time_table(record: SuiteRecord) -> str:
-    """Milliseconds of a forward and a backward, our kernel over the floor, and others over our kernel."""
+    """Return milliseconds of forward plus backward, our kernel over the floor, and other losses over our kernel."""
     results = record["results"]
     names = _in_order(name for result in results for name in result["losses"])
     rivals = [name for name in _RIVALS if name in names]
@@ -35,7 +36,7 @@ def time_table(record: SuiteRecord) -> str:
 
 
 def sets_table(records: list[SuiteRecord]) -> str:
-    """A row for each instruction set and size: our milliseconds, ours over the floor, and others over ours."""
+    """Return a row for each instruction set and size: our milliseconds, ours over the floor, and others over ours."""
     rivals = _in_order(name for record in records for result in record["results"] for name in result["losses"])
     rivals = [name for name in _RIVALS if name in rivals]
     heads = ["instruction set", "processor", "N", "D", "ours, ms", "ours / floor"]
@@ -53,12 +54,12 @@ def sets_table(records: list[SuiteRecord]) -> str:
 
 
 def all_sets(records: list[SuiteRecord]) -> str:
-    """Every loss on every instruction set: a heading and `time_table` for each set."""
+    """Return every loss on every instruction set: a heading and `time_table` for each set."""
     return "\n\n".join(f"### {set_name(record['machine'])}\n\n{time_table(record)}" for record in records)
 
 
 def set_name(machine: dict) -> str:
-    """Return our kernel's instruction set. Older records lack it; their kernels took the same one as PyTorch."""
+    """Return our kernel's instruction set. Records from before it was stored used the same set as PyTorch."""
     used = machine.get("instruction_set") or machine["vector"].lower()
     return _SETS.get(used, used)
 
@@ -79,7 +80,7 @@ def _threads(results: list[dict]) -> str:
 
 
 def memory_table(record: SuiteRecord) -> str:
-    """Peak MiB beside the inputs."""
+    """Return peak MiB beyond the inputs."""
     cells = {(row["n"], row["d"], row["loss"]): _mib(row["extra_bytes"]) for row in record["results"]}
     names = _in_order(name for *_, name in cells)
     sizes = dict.fromkeys((n, d) for n, d, _ in cells)
@@ -88,10 +89,10 @@ def memory_table(record: SuiteRecord) -> str:
 
 
 def scaling_table(record: SuiteRecord) -> str:
-    """Seconds and their growth over N^2, as measured and at an even GEMM rate; or the table over threads."""
+    """Return seconds and their growth over N^2, as measured and at a constant GEMM rate; or the table over threads."""
     if any("threads" in result for result in record["results"]):
         return _threads_table(record)
-    heads = ["N", "D", "seconds", "seconds / N^2, first = 1", "at the first's GEMM rate", "/ floor", "MiB"]
+    heads = ["N", "D", "seconds", "seconds / N^2, first = 1", "normalised by GEMM rate", "/ floor", "MiB"]
     rows = [
         [
             str(row["n"]),
@@ -105,7 +106,7 @@ def scaling_table(record: SuiteRecord) -> str:
 
 
 def _threads_table(record: SuiteRecord) -> str:
-    """Milliseconds, speed-up and efficiency of our kernel and of torch.mm, and the predicted speed-up."""
+    """Return times, speed-ups and efficiencies of our kernel and of torch.mm, and the predicted speed-up."""
     heads = ["N", "D", "threads", "ours, ms", "speed-up", "predicted", "efficiency"]
     heads += ["torch.mm, ms", "speed-up", "efficiency"]
     rows = [
@@ -122,7 +123,7 @@ def _threads_table(record: SuiteRecord) -> str:
 
 
 def schedule_table(record: SuiteRecord) -> str:
-    """Predicted speed-ups over one thread, and where the time goes on the most threads."""
+    """Return predicted speed-ups over one thread, and how the time is spent at the largest number of threads."""
     counts = list(dict.fromkeys(row["threads"] for row in record["results"]))
     speed_ups: dict[tuple[str, int], dict[int, float]] = {}
     for row in record["results"]:
@@ -145,7 +146,7 @@ def schedule_table(record: SuiteRecord) -> str:
 
 
 def accuracy_table(record: SuiteRecord) -> str:
-    """Relative errors of the gradient: a row for every loss, a column for every stage of training."""
+    """Return relative errors of the gradient: a row per loss, a column per stage of training."""
     cells = {
         (result["n"], result["d"], result["temperature"], name, result["stage"]): f"{error:.0e}".replace("e-0", "e-")
         for result in record["results"]
@@ -161,7 +162,7 @@ def accuracy_table(record: SuiteRecord) -> str:
 
 
 def kernels_table(record: SuiteRecord) -> str:
-    """Registers, shared memory and matrix instructions of every compiled kernel."""
+    """Return registers, shared memory and matrix instructions of every compiled kernel."""
     heads = ["chip", "kernel", "dtype", "D", "variant", "tile", "regime", "shared, KiB", "registers", "at once"]
     heads += ["matrix instructions", "faults"]
     regimes = {None: "", False: "direct", True: "shifted"}
@@ -180,8 +181,8 @@ def kernels_table(record: SuiteRecord) -> str:
 
 
 def model_table(record: SuiteRecord) -> str:
-    """Predicted milliseconds, and the limits that bind."""
-    heads = ["chip", "N", "D", "dtype", "backend", "both", "both / u", "parts and their limits"]
+    """Return predicted milliseconds and the bottlenecks."""
+    heads = ["chip", "N", "D", "dtype", "backend", "both", "both / u", "parts and their bottlenecks"]
     rows = [
         [
             *(str(row[key]) for key in ("target", "n", "d", "dtype", "backend")),
@@ -194,7 +195,7 @@ def model_table(record: SuiteRecord) -> str:
 
 
 def tune_table(record: SuiteRecord) -> str:
-    """The tile of every class, and the milliseconds of the best."""
+    """Return the tile of every class, and the milliseconds of the fastest."""
     heads = ["chip", "kernel", "dtype", "D", "M", "tile", "ms"]
     rows = [
         [
@@ -208,7 +209,7 @@ def tune_table(record: SuiteRecord) -> str:
 
 
 def family_table(record: SuiteRecord) -> str:
-    """Milliseconds, the ratio to the first of a comparison, and peak MiB beside the inputs."""
+    """Return milliseconds, their ratio to the first loss of a comparison, and peak MiB beyond the inputs."""
     rows = [
         [
             row["loss"],
@@ -220,11 +221,11 @@ def family_table(record: SuiteRecord) -> str:
         ]
         for row in record["results"]
     ]
-    return f"{_markdown(['loss', 'N', 'D', 'ms', '/ the first', 'MiB'], rows)}\n\n{_footnote(record)}"
+    return f"{_markdown(['loss', 'N', 'D', 'ms', 'ms / first', 'MiB'], rows)}\n\n{_footnote(record)}"
 
 
 def drop_ins_table(record: SuiteRecord) -> str:
-    """Milliseconds of the plain formula and of our drop-in, and their ratio."""
+    """Return milliseconds of the plain formula and of our drop-in, and their ratio."""
     heads = ["loss", "N", "D", "threads", "plain formula, ms", "fastntxent, ms", "plain / ours"]
     rows = [
         [
@@ -238,7 +239,8 @@ def drop_ins_table(record: SuiteRecord) -> str:
 
 
 def distributed_table(record: SuiteRecord) -> str:
-    """Bytes, milliseconds and their parts over ranks, each with the model's; and others over ours."""
+    """Return bytes, milliseconds and their parts over ranks, each beside the model's figure, and other losses over
+    ours."""
     heads = ["ranks", "m", "D", "strategy", "bytes sent", "/ formula", "ms", "/ model", "products", "model", "waiting"]
     heads += ["transfers, model", "gathered / ours", "dense / ours"]
     rows = [
@@ -253,7 +255,7 @@ def distributed_table(record: SuiteRecord) -> str:
         ]
         for row in record["results"]
     ]
-    note = f"A thread for each rank, {record['results'][0]['cores']} cores, gloo."
+    note = f"One thread per rank, {record['results'][0]['cores']} cores, gloo."
     return f"{_markdown(heads, rows)}\n\n{_footnote(record)} {note}"
 
 
@@ -293,7 +295,7 @@ def _mib(size: int) -> str:
 
 
 def digits(x: float, count: int = 3) -> str:
-    """So many significant digits, without an exponent."""
+    """Return x with this many significant digits, without an exponent."""
     text = f"{float(f'{x:.{count}g}'):.9f}"
     return text.rstrip("0").rstrip(".")
 

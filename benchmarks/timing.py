@@ -1,4 +1,5 @@
-"""Time of forward, backward and both: competitors interleaved in one run, each checked for equality first."""
+"""Times of forward, backward and both: the losses are interleaved in one run, and each is checked for correctness
+first."""
 
 from __future__ import annotations
 
@@ -17,16 +18,16 @@ from . import machine
 from .competitors import COMPETITORS, OURS, Loss
 
 TEMPERATURE = 0.1
-FEWEST, MOST = 5, 200  # rounds of a comparison
-BATCHES = 3  # they take turns
-LARGEST_CHECKED = 4096  # samples: the truth is dense, in float64
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of a gradient; the value's is a tenth of it
+FEWEST, MOST = 5, 200  # rounds per comparison
+BATCHES = 3  # used in turn
+LARGEST_CHECKED = 4096  # samples: the reference is dense, in float64
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative error of the gradient; a tenth of it for the value
 
 Phases = dict[str, float]  # seconds by name
 
 
 class Case(NamedTuple):
-    """A size, and where it is computed."""
+    """The size, device and dtype of a batch."""
 
     n: int
     d: int
@@ -34,7 +35,7 @@ class Case(NamedTuple):
     dtype: torch.dtype = torch.float32
 
     def inputs(self, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """Two noisy views of random directions."""
+        """Return two noisy views of random directions."""
         generator = torch.Generator().manual_seed(seed)
         z = torch.randn(self.n, self.d, generator=generator)
         views = (z + torch.randn(2, self.n, self.d, generator=generator)).to(self.device, self.dtype)
@@ -54,7 +55,8 @@ def _evaluate_truth(truth: Callable[..., Tensor], case: Case) -> tuple[float, Te
 
 
 def check(name: str, loss: Loss, case: Case) -> float:
-    """Relative error of the gradient against the float64 truth; raise unless it and the value's are within bounds."""
+    """Return the relative error of the gradient against the float64 reference. Raise if it, or that of the value, is
+    too large."""
     case = case._replace(n=min(case.n, LARGEST_CHECKED))
     value, gradient = _evaluate(loss, *case.inputs())
     true_value, true_gradient = _evaluate_truth(COMPETITORS[name].truth, case)
@@ -66,7 +68,7 @@ def check(name: str, loss: Loss, case: Case) -> float:
 
 
 def step(loss: Loss, z_i: Tensor, z_j: Tensor) -> Phases:
-    """Seconds of one forward and one backward."""
+    """Return the seconds of one forward and one backward."""
     z_i.grad = z_j.grad = None
     clock = machine.CLOCKS[z_i.device.type]
     start = clock.mark()
@@ -84,7 +86,8 @@ def step(loss: Loss, z_i: Tensor, z_j: Tensor) -> Phases:
 def interleave(
     calls: dict[str, Callable[[int], Phases]], seconds: float, fewest: int = FEWEST
 ) -> dict[str, dict[str, list[float]]]:
-    """Make every call once a round, in another order each, until the seconds are spent: name -> phase -> times."""
+    """Make every call once per round, in a different order each round, until the time is spent. Return name -> phase ->
+    times."""
     for call in calls.values():
         call(0)  # compiles, allocates, starts threads
     times: dict[str, dict[str, list[float]]] = {name: {} for name in calls}
@@ -98,14 +101,14 @@ def interleave(
 
 
 def quantiles(seconds: list[float]) -> dict[str, float]:
-    """p20, p50 and p80 in milliseconds."""
+    """Return p20, p50 and p80 in milliseconds."""
     ordered = sorted(1e3 * s for s in seconds)
     last = len(ordered) - 1
     return {"p20": ordered[round(0.2 * last)], "p50": statistics.median(ordered), "p80": ordered[round(0.8 * last)]}
 
 
 def compare(losses: dict[str, Loss], case: Case, seconds: float) -> dict[str, object]:
-    """One size: every loss, and a GEMM, in turn."""
+    """Return the comparison of all losses and a GEMM at one size."""
     errors = {name: check(name, loss, case) for name, loss in losses.items()}
     batches = [case.inputs(seed) for seed in range(BATCHES)]
     gemm, flops = machine.gemm_call(case.device, case.dtype)
@@ -140,7 +143,7 @@ def compare(losses: dict[str, Loss], case: Case, seconds: float) -> dict[str, ob
 
 
 def lines(result: dict[str, object]) -> list[str]:
-    """What one comparison found, for the screen."""
+    """Return the results of one comparison as lines of text."""
     size = f"N {result['n']}, D {result['d']}, {result['dtype']}"
     return [
         f"{size}, {name}: forward {row['forward']['p50']:.3f} ms, backward {row['backward']['p50']:.3f} ms, "
@@ -153,15 +156,15 @@ def lines(result: dict[str, object]) -> list[str]:
 def compare_threads(
     loss: Loss, counts: list[int], case: Case, seconds: float, gemm: Callable[[], float]
 ) -> dict[str, dict]:
-    """One loss, and a GEMM that returns its seconds, at several numbers of threads in turn.
+    """Time one loss, and a GEMM that returns its seconds, at several numbers of threads in turn.
 
-    Return milliseconds, and speed-ups over the first number.
+    Return milliseconds, and speed-ups over the first number of threads.
     """
     batches = [case.inputs(seed) for seed in range(BATCHES)]
 
     def timed(count: int, turn: int) -> Phases:
         torch.set_num_threads(count)
-        step(loss, *batches[turn % BATCHES]), gemm()  # a team of another size starts with its first call
+        step(loss, *batches[turn % BATCHES]), gemm()  # the first call starts the threads of a new team
         return {"both": step(loss, *batches[turn % BATCHES])["both"], "gemm": gemm()}
 
     before = torch.get_num_threads()

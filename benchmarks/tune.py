@@ -1,10 +1,11 @@
 """Suite `tune`: the Triton backend's table of tiles, from measurements on this GPU or, with --predict, from the model.
 
-For every kernel, width of a feature and class of rows and features, the candidates that the compiler fits into the chip
-without a spill are timed in turns, as part of the forward or of the backward that they serve; the fastest enters the
-table, the others and their times the results. Where two kernels could serve a class (`owned` and `direct`, `fused` and
-the panels), the table has the faster. A candidate whose result is not that of the present tile is an error. Nobody's
-training is tuned: this is run once for a kind of device, and its table is what the package ships.
+There is an entry for every kernel, feature width, and class of rows and features. Its candidates are the tiles that the
+compiler fits into the chip without a spill. They are timed in turn, as part of the forward or the backward that they
+serve. The fastest enters the table, and all times enter the results. Where two kernels can serve a class (`owned` and
+`direct`, `fused` and the panels), the table has the faster one. A candidate whose result differs from that of the
+current tile is an error. The suite runs once per kind of device, and the package ships its table; nothing is tuned
+during training.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from . import kernels, limits, machine, model, timing
 from .chips import CHIPS
 
 TABLE_PATH = Path("fastntxent/backends/triton/table.json")
-FEATURE_CLASSES = {64: 64, 128: 128, 256: 256, None: 768}  # most of a class, and those that stand for it
-ROW_CLASSES = {  # most of a class, of every kernel; a rival before the one that gives way to it
+FEATURE_CLASSES = {64: 64, 128: 128, 256: 256, None: 768}  # upper bound of a class -> features that represent it
+ROW_CLASSES = {  # upper bounds of the classes of each kernel; a kernel's rival precedes it
     "owned": (1024, None),
     "direct": (1024, None),
     "form": (2048, None),
@@ -34,15 +35,15 @@ ROW_CLASSES = {  # most of a class, of every kernel; a rival before the one that
 }
 RIVAL = {"direct": "owned", "fused": "gather"}
 M_OF = {1024: 512, 2048: 2048, None: 32_768}
-REPEATS = 20  # of a step in a CUDA graph: the host's part of a short one is longer than the device's
-SPREAD = 1.03  # a predicted time within it counts as the same: the deeper pipeline is taken
+REPEATS = 20  # steps per CUDA graph: in a short step the host takes longer than the device
+SPREAD = 1.03  # predicted times within this factor count as equal; the deeper pipeline is then taken
 
 Sizes = tuple[int, ...]  # the fields of a config.TileConfig
 Best = dict[tuple[str, str, int | None, int | None], tuple[float, Sizes | None]]  # kernel, dtype, rows, features
 
 
 def candidates(kernel: str, width: int, DP: int) -> Iterator[Sizes]:
-    """Every tile worth a compilation: its sums in a thread's registers, its operands in shared memory."""
+    """Return every tile worth compiling: its sums fit in registers and its operands in shared memory."""
     sides = (32, 64, 128) if kernel in ("owned", "fused") else (64, 128, 256)
     depths = {"fused": {DP}, "gather": {64, 128, 256}}.get(kernel, {32, 64, DP if DP <= 128 else 64})
     for block_m, block_n, block_d, warps, stages in itertools.product(sides, sides, depths, (4, 8), (2, 3)):
@@ -62,15 +63,15 @@ def candidates(kernel: str, width: int, DP: int) -> Iterator[Sizes]:
 def rank(
     target: str, kernel: str, dtype: str, DP: int, M: int, tiles: Iterable[Sizes], most: int
 ) -> list[tuple[float, Sizes]]:
-    """The best tiles without a fault, by the model's seconds: at most so many, and none that the model has behind all
-    that were found."""
+    """Return the fastest tiles without faults and their seconds by the model, at most `most` of them. A tile whose
+    lower bound is above all of these is not compiled."""
     from fastntxent.backends.triton import config
 
     chip, width = CHIPS[target], 2 if dtype == "bf16" else 4
     present = {name: config.look_up(chip.family, name, width, M, DP) for name in config.KERNELS}
 
     def predicted(tile: Sizes, reports: list[kernels.CompiledKernel]) -> float:
-        """Seconds by the model; without a report of the compiled tile, the least that it can take."""
+        """Return the model's seconds. Without a report of the compiled tile this is a lower bound."""
         work = model.work_of(kernel, {**present, kernel: config.TileConfig(*tile)}, M, DP, dtype, chip)
         known = [model.needs(work, report, dtype) for report in reports if report.variant == "usual"]
         bounds = known or [model.least(work, chip, dtype, tile)]
@@ -88,7 +89,7 @@ def rank(
 
 
 def compile_tile(target: str, kernel: str, dtype: str, DP: int, tile: Sizes) -> list[kernels.CompiledKernel]:
-    """What the compiler makes of a tile, in both variants and regimes; nothing if it is over a limit of its own."""
+    """Return the reports of a tile in all variants and regimes, or nothing if it exceeds a limit of the compiler."""
     shifts = (False, True) if kernel in ("fused", "form") else (None,)
     cases = itertools.product(("usual", "general"), shifts)
     try:
@@ -98,18 +99,18 @@ def compile_tile(target: str, kernel: str, dtype: str, DP: int, tile: Sizes) -> 
 
 
 def take(ranked: list[tuple[float, Sizes]]) -> Sizes | None:
-    """Of those about as fast as the fastest, the largest tile, and of these the deepest pipeline."""
+    """Return the largest of the tiles that are about as fast as the fastest, and among equals the deepest pipeline."""
     fast = [tile for s, tile in ranked if s <= SPREAD * ranked[0][0]]
     return min(fast, key=_size, default=None)
 
 
 def _size(tile: Sizes) -> tuple[int, int, int]:
-    """Largest tiles first, then the deepest pipelines, then the fewest warps."""
+    """Return the sort key: largest tiles first, then the deepest pipelines, then the fewest warps."""
     return -math.prod(tile[:3]), -tile[4], tile[3]
 
 
 def times(kernel: str, dtype: torch.dtype, d: int, M: int, tiles: list[Sizes], seconds: float) -> dict[Sizes, float]:
-    """Median seconds of the forward or the backward that the kernel is part of, with each tile in turn."""
+    """Return the median seconds of the kernel's forward or backward with each tile; the tiles take turns."""
     from fastntxent.backends.triton import backend, backward, config, forward, launch, weights
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -135,7 +136,7 @@ def times(kernel: str, dtype: torch.dtype, d: int, M: int, tiles: list[Sizes], s
 
 
 def _called(kernel: str, tile: object, work: Callable[[], object]) -> Callable[[int], timing.Phases]:
-    """A call of the work with this tile, timed."""
+    """Return a function that times one call of the work with this tile."""
 
     def timed(turn: int) -> timing.Phases:
         with taking(kernel, tile):
@@ -147,7 +148,8 @@ def _called(kernel: str, tile: object, work: Callable[[], object]) -> Callable[[
 
 
 def _replayed(kernel: str, tile: object, work: Callable[[], object]) -> Callable[[int], timing.Phases]:
-    """The same from a CUDA graph of several, without the host's part. To be called while the tile is taken."""
+    """Like `_called`, from a CUDA graph of several calls, without the host's part. Call it inside `taking` this
+    tile."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(REPEATS):
@@ -164,7 +166,7 @@ def _replayed(kernel: str, tile: object, work: Callable[[], object]) -> Callable
 
 @contextlib.contextmanager
 def taking(kernel: str, tile: object) -> Iterator[None]:
-    """The backend with this tile for the kernel, and without the one that would go before it."""
+    """Use this tile for the kernel, and disable the kernel that would be preferred to it."""
     from fastntxent.backends.triton import config
 
     look_up = config.look_up
@@ -178,7 +180,7 @@ def taking(kernel: str, tile: object) -> Iterator[None]:
 
 
 def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[str, str]]:
-    """Tune, and write the table after each kernel: what was measured is not lost."""
+    """Tune, and write the table after each kernel, so that measurements are not lost."""
     target = arguments.predict or _target()
     measured = "" if arguments.predict else f"{torch.cuda.get_device_name()}, {json.dumps(machine.provenance())}"
     results: list[dict[str, object]] = []
@@ -186,7 +188,7 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[st
     for kernel in [kernel for kernel in ROW_CLASSES if kernel in (arguments.kernels or ROW_CLASSES)]:
         for dtype, rows, (most, d) in itertools.product(("bf16", "fp32"), ROW_CLASSES[kernel], FEATURE_CLASSES.items()):
             ranked = []
-            if not (kernel == "fused" and most is None):  # its rows' gradient would be beyond the registers
+            if not (kernel == "fused" and most is None):  # the gradient of its rows would not fit in registers
                 ranked = rank(
                     target, kernel, dtype, d, M_OF[rows], candidates(kernel, width_of(dtype), d), arguments.most
                 )
@@ -213,20 +215,20 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[st
 
 
 def width_of(dtype: str) -> int:
-    """Bytes of a packed feature."""
+    """Return the bytes of a packed feature."""
     return 2 if dtype == "bf16" else 4
 
 
 def line(result: dict) -> str:
-    """The fastest few, for the screen."""
+    """Return the fastest tiles as a line of text."""
     times = ", ".join(f"{tile} {ms:.4g}" for tile, ms in list(result["ms"].items())[:3])
     size = f"{result['target']} {result['kernel']} {result['dtype']} D {result['d']} M {result['M']}"
     return f"{size}: {result['tile']} of {times}"
 
 
 def merge(table: dict, family: str, kernel: str, best: Best, measured: str) -> None:
-    """Put a kernel's tiles in the place of the family's old ones: small batches first, then by features; null where
-    its rival was found faster."""
+    """Replace the family's entries for a kernel. Small batches come first, then the order is by features. The entry is
+    null where the kernel's rival was faster."""
     of_family = table.setdefault(family, {"resembles": "large", "measured": {}})
     of_family["measured"][kernel] = measured
     for dtype in ("bf16", "fp32"):
@@ -240,7 +242,7 @@ def merge(table: dict, family: str, kernel: str, best: Best, measured: str) -> N
 
 
 def dumps(table: dict) -> str:
-    """JSON with a line for each entry."""
+    """Return JSON with one line per entry."""
     return _indent(table) + "\n"
 
 
@@ -254,11 +256,11 @@ def _indent(value: object, indent: int = 0) -> str:
 
 
 def _target() -> str:
-    """The chip here."""
+    """Return the name of this machine's chip."""
     if not torch.cuda.is_available():
         raise SystemExit("python -m benchmarks tune: needs a CUDA device, or --predict CHIP")
     major, minor = torch.cuda.get_device_capability()
     name = f"sm_{major}{minor}"
     if name not in model.TARGETS:
-        raise SystemExit(f"python -m benchmarks tune: knows {', '.join(model.TARGETS)}, this is {name}")
+        raise SystemExit(f"python -m benchmarks tune: supports {', '.join(model.TARGETS)}, but this is {name}")
     return name

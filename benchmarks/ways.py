@@ -1,6 +1,6 @@
-"""The ways through a kernel's machine code: its blocks, loops, and the shortest way for each amount of work.
+"""Paths through a kernel's machine code: its blocks and loops, and the shortest path for each amount of work.
 
-It knows of instructions what branches do, and nothing else; sass.py says what each of them is.
+The only instructions that this module understands are branches; sass.py knows the others.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _ENDS = ("EXIT", "RET", "KILL")
 class Graph:
     """Blocks of instructions without a branch inside, and the loops among them.
 
-    loops: blocks of each loop by its first block, larger loops first."""
+    loops: the blocks of each loop by its first block, larger loops first."""
 
     def __init__(self, text: str):
         instructions, places = _listing(text)
@@ -30,7 +30,7 @@ class Graph:
         self.blocks = [instructions[a:b] for a, b in zip(starts, [*starts[1:], len(instructions)], strict=True)]
         self.after: dict[int, list[int]] = {}
         waiting = [0]
-        while waiting:  # blocks that can be reached: what only diverged warps enter is none
+        while waiting:  # only reachable blocks: code for diverged warps is left out
             block = waiting.pop()
             if block not in self.after:
                 last = starts[block] + len(self.blocks[block]) - 1
@@ -57,7 +57,7 @@ class Graph:
 
 
 def _listing(text: str) -> tuple[list[str], dict[str, int]]:
-    """Instructions, and the places of labels and of addresses among them."""
+    """Return the instructions, and the positions of labels and addresses among them."""
     instructions: list[str] = []
     places: dict[str, int] = {}
     for line in text.splitlines():
@@ -70,7 +70,7 @@ def _listing(text: str) -> tuple[list[str], dict[str, int]]:
 
 
 def _starts(instructions: list[str], places: dict[str, int]) -> list[int]:
-    """Where blocks begin: the first instruction, after a branch, and wherever a branch goes."""
+    """Return the positions where blocks begin: the first instruction, after each branch, and each branch target."""
     starts = {0}
     for i, instruction in enumerate(instructions):
         if opcode(instruction) in (*_BRANCHES, *_ENDS, "CALL"):
@@ -79,8 +79,8 @@ def _starts(instructions: list[str], places: dict[str, int]) -> list[int]:
 
 
 def _successors(instructions: list[str], i: int, places: dict[str, int]) -> list[int]:
-    """What may come after an instruction. A branch of diverged warps is never taken; a call returns, but for a
-    conditional one, which compilers use as a branch too."""
+    """Return the possible successors of an instruction. A branch of diverged warps is never taken. A call returns,
+    unless it is conditional: compilers also use conditional calls as branches."""
     instruction, name = instructions[i], opcode(instructions[i])
     following = [i + 1] if i + 1 < len(instructions) else []
     guarded = instruction.startswith("@")
@@ -98,12 +98,12 @@ def _targets(instruction: str, places: dict[str, int]) -> list[int]:
 
 @functools.cache
 def opcode(instruction: str) -> str:
-    """What it does, without its guard and modifiers."""
+    """Return the opcode, without guard and modifiers."""
     return re.sub(r"^@!?U?P\w+\s+", "", instruction).split()[0].partition(".")[0]
 
 
 def _dominators(before: dict[int, set[int]]) -> dict[int, set[int]]:
-    """The blocks that lie on every way from the first block to each block, itself among them."""
+    """Return, for each block, the blocks on every path from the first block to it, itself included."""
     found = {block: {*before} if block else {0} for block in before}
     changed = True
     while changed:
@@ -117,19 +117,21 @@ def _dominators(before: dict[int, set[int]]) -> dict[int, set[int]]:
 
 
 class Way(NamedTuple):
-    """A way through a region: its instructions, an inner loop's as its worth says, and its blocks and inner loops."""
+    """A path through a region: its blocks and inner loops, and its number of instructions, where an inner loop counts
+    as `worth` says."""
 
     length: int
     steps: tuple[int, ...]
 
 
-Worth = tuple[float, int]  # any two numbers that add up along a way
+Worth = tuple[float, int]  # two numbers that add up along a path
 
 
 def shortest(
     begin: int, after: dict[int, set[int]], ends: set[int], worth: Callable[[int], tuple[Worth, int]]
 ) -> dict[Worth, Way]:
-    """The shortest way from a node to any end for each work that a way may do; `worth` has that and a node's length."""
+    """Return the shortest path from a node to any end, for each amount of work that a path may do. `worth` returns a
+    node's work and length."""
     found: dict[int, dict[Worth, Way]] = {}
     for node in _last_first(begin, after):
         work, length = worth(node)
@@ -140,12 +142,12 @@ def shortest(
                 if both not in ways or length + way.length < ways[both].length:
                     ways[both] = Way(length + way.length, (node, *way.steps))
         found[node] = ways
-    assert found[begin], "a loop without a way back, or a program without an end"
+    assert found[begin], "a loop without a path back, or a program without an end"
     return found[begin]
 
 
 def _last_first(begin: int, after: dict[int, set[int]]) -> Iterator[int]:
-    """Every node that can be reached, after those that follow it."""
+    """Yield every reachable node after its successors."""
     seen, open_nodes = {begin}, [(begin, iter(sorted(after[begin])))]
     while open_nodes:
         node, followers = open_nodes[-1]

@@ -1,4 +1,4 @@
-"""NT-Xent (SimCLR) and its family, without ever holding the 2N x 2N similarity matrix."""
+"""NT-Xent (SimCLR) and its family, without the 2N x 2N similarity matrix."""
 
 import importlib
 from typing import TYPE_CHECKING
@@ -59,13 +59,13 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> object:
-        """Load the drop-ins when they are first used."""
+        """Import the drop-ins on first use."""
         if name != "compat":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return importlib.import_module(f"{__name__}.{name}")
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BackendStatus",

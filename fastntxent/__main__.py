@@ -1,4 +1,4 @@
-"""`python -m fastntxent`: what is installed, what this machine's devices can do with it, and how fast."""
+"""`python -m fastntxent`: what is installed, what this machine's devices support, and how fast it is."""
 
 import sys
 

@@ -1,6 +1,6 @@
-"""The plain algebra of the losses: unit rows, products of rows, row losses, and sums of logarithms.
+"""Plain tensor algebra for the losses: unit rows, products of rows, row losses, and sums of logarithms.
 
-All of it is O(M D) differentiable tensor code in the accumulation dtype: float64 for float64 embeddings, else float32.
+Everything is O(M D) differentiable tensor code in the accumulation dtype: float64 for float64 embeddings, else float32.
 """
 
 from __future__ import annotations
@@ -12,22 +12,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NORM_EPS = 1e-12  # of torch.nn.functional.normalize
+NORM_EPS = 1e-12  # the default of torch.nn.functional.normalize
 _AS_IT_IS = contextlib.nullcontext()
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for everything narrower."""
+    """Return float64 for float64, and float32 for every narrower dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def norm_eps(dtype: torch.dtype) -> float:
-    """The smallest norm a row is divided by. 1e-12 is zero in float16, whose smallest normal number serves there."""
+    """Return the smallest norm that a row is divided by: 1e-12, or in float16, where that is zero, the smallest normal
+    number."""
     return torch.finfo(torch.float16).tiny if dtype == torch.float16 else NORM_EPS
 
 
 def unit_rows(z: Tensor, normalize: bool = True) -> Tensor:
-    """Rows (the last dimension) in the accumulation dtype, divided by max(|z|, eps) if asked."""
+    """Return rows (the last dimension) in the accumulation dtype, divided by max(|z|, eps) if `normalize` is set."""
     u = z.to(accumulation_dtype(z.dtype))
     if not normalize:
         return u
@@ -37,8 +38,11 @@ def unit_rows(z: Tensor, normalize: bool = True) -> Tensor:
 
 
 def overflow_factor(u: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """A power of two for each row (..., 1), below 1 where the row's squares could overflow float32; None where they do
-    not, as float16's, or are of numbers that float64 alone has. Unit rows are the same for it, to the bit."""
+    """Return a power of two for each row (..., 1), below 1 where the row's squares might overflow float32.
+
+    Scaling by it does not change a single bit of the unit rows. Return None for float16, whose squares do not overflow
+    float32, and for float64, whose rows are not scaled.
+    """
     if dtype in (torch.float16, torch.float64):
         return None
     largest = torch.linalg.vector_norm(u.detach(), ord=torch.inf, dim=-1, keepdim=True)
@@ -46,7 +50,7 @@ def overflow_factor(u: Tensor, dtype: torch.dtype) -> Tensor | None:
 
 
 def autocast_off(rows: Tensor) -> contextlib.AbstractContextManager[None]:
-    """A block in which autocast leaves operations on the rows' device alone."""
+    """Return a context in which autocast is off for the device of the rows."""
     if not torch._C._is_any_autocast_enabled():
         return _AS_IT_IS
     device_type = rows.device.type
@@ -54,12 +58,13 @@ def autocast_off(rows: Tensor) -> contextlib.AbstractContextManager[None]:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of two matrices, or of as many as of the others, which autocast changes neither here nor in the backward.
+    """Return a @ b, for two matrices or two batches of matrices, unaffected by autocast in the forward and in the
+    backward.
 
-    PyTorch's own backward of a product is a product too, and runs in half precision where `backward` is called inside
-    autocast, whatever the forward ran in.
+    The backward of PyTorch's own product is a product too. If `backward` is called under autocast, it runs in half
+    precision, regardless of the precision of the forward.
     """
-    if torch._C._get_tracing_state() is not None:  # torch.jit.trace records no such function
+    if torch._C._get_tracing_state() is not None:  # torch.jit.trace cannot record an autograd.Function
         with autocast_off(a):
             return a @ b
     found: Tensor = (_Product if torch.compiler.is_compiling() else _TransformedProduct).apply(a, b)
@@ -67,7 +72,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _multiplied(a: Tensor, b: Tensor) -> Tensor:
-    """Nothing is broadcast: what a saved-tensor hook made of a and b must fit."""
+    """Return a @ b without broadcasting: tensors that a saved-tensor hook has changed must still fit."""
     return torch.bmm(a, b) if a.ndim == 3 else torch.mm(a, b)
 
 
@@ -93,7 +98,7 @@ class _Product(torch.autograd.Function):
 
 
 class _TransformedProduct(_Product):
-    """A `_Product` with second derivatives, the forward mode and vmap, which a compiler does not trace."""
+    """A `_Product` with second derivatives, forward mode and vmap, which torch.compile does not trace."""
 
     generate_vmap_rule = True
 
@@ -118,47 +123,47 @@ class _TransformedProduct(_Product):
 
 
 def row_dots(a: Tensor, b: Tensor) -> Tensor:
-    """a_i . b_i for every row: (M, D), (M, D) -> (M,)."""
+    """Return a_i . b_i for every row: (M, D), (M, D) -> (M,)."""
     return (a * b).sum(dim=1)
 
 
 def swap_views(rows: Tensor) -> Tensor:
-    """Row p(i) in the place of row i, for rows stacked as [z_i; z_j]."""
+    """Return rows stacked as [z_i; z_j] with row p(i) in the place of row i."""
     first, second = rows.chunk(2)
     return torch.cat((second, first))
 
 
 def row_losses(neg_lse: Tensor, pos: Tensor) -> Tensor:
-    """softplus(nu - pi), to full relative accuracy at both ends: torch's softplus turns linear at 20."""
-    return 0 - F.logsigmoid(pos - neg_lse)  # a difference, so that no loss is -0
+    """Return softplus(nu - pi) with full relative accuracy at both ends; torch's softplus turns linear at 20."""
+    return 0 - F.logsigmoid(pos - neg_lse)  # the subtraction avoids a loss of -0
 
 
 def loss_weight(z_i: Tensor, mean: bool) -> float:
-    """What a row's loss counts for: of N samples' 2N rows, the mean or the sum."""
+    """Return the weight of a row's loss in the mean or the sum over the 2N rows of N samples."""
     return 0.5 / z_i.shape[0] if mean else 1.0
 
 
 def direction_weight(z_i: Tensor, both: bool, mean: bool) -> float:
-    """What a row's loss counts for in one direction: of N pairs, the mean or the sum; half of it where both count."""
+    """Return the weight of a row's loss in the mean or the sum over N pairs, halved where both directions count."""
     return (0.5 if both else 1.0) / (z_i.shape[0] if mean else 1)
 
 
 def weighted_sum(neg_lse: Tensor, weights: Tensor) -> Tensor:
-    """sum_i w_i nu_i over the rows that have a nu."""
+    """Return sum_i w_i nu_i over the rows whose nu is not -inf."""
     return (neg_lse.masked_fill(neg_lse == -torch.inf, 0) * weights).sum()
 
 
 def scale_gradient(x: Tensor, scale: float | Tensor) -> Tensor:
-    """x itself, with a gradient times `scale`, through which none goes."""
+    """Return x with its gradient multiplied by `scale`, through which no gradient flows."""
     return torch.where(x.isinf(), x, x + (scale - 1) * (x - x.detach()))  # inf - inf is NaN
 
 
 def log_add(a: Tensor, b: Tensor) -> Tensor:
-    """log(exp a + exp b) with a gradient of zero, not NaN, where both are -inf."""
+    """Return log(exp a + exp b), with a gradient of zero instead of NaN where both are -inf."""
     empty = a == -torch.inf
     return torch.where(empty, b, torch.logaddexp(a.masked_fill(empty, 0), b.masked_fill(empty, 0)))
 
 
 def in_double(x: Tensor) -> Tensor:
-    """x in float64, or as it is on a device that may have none."""
+    """Return x in float64, or unchanged on a device that may not support float64."""
     return x.double() if x.device.type in ("cpu", "cuda", "meta") else x

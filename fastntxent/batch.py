@@ -1,10 +1,10 @@
-"""What a loss is made of: log-sum-exps, positives, groups and sums over the rows of one call.
+"""The building blocks of a loss: log-sum-exps, positives, groups and sums over the rows of one call.
 
-Where the rows are is asked once, when the call opens its batch (opening.py): all of them here, for the kernels
+Where the rows are is decided once, when the call opens its batch (opening.py): all in this process, for the kernels
 (`LocalBatch`) or for the dense reference (`DenseBatch`), or spread over ranks (`distributed.ShardedBatch`). A loss is
-written in these methods and never asks again. Columns, groups and sums are those of all ranks.
+written with these methods and does not depend on that. Columns, groups and sums cover all ranks.
 
-All of it is differentiable, and in the accumulation dtype: float64 for float64 embeddings, else float32.
+Everything is differentiable, and in the accumulation dtype: float64 for float64 embeddings, else float32.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from .sides import CalledTeacher, Guide, Side, Teacher
 
 
 class Batch(ABC):
-    """The rows of one call, and how its losses are reduced.
+    """The rows of one call, and the reduction of its losses.
 
-    Methods take rows u (M, D) as `unit_rows` gives them and ids (M,), a group of each; inv_tau is a number, or where it
-    is said one for each row, (M,).
+    Methods take rows u (M, D) that come from `unit_rows`, and ids (M,), the group of each row. inv_tau is a number, or
+    (M,) where a method says so.
     """
 
     def __init__(self, rows: Tensor, views: int, reduction: str, normalize: bool):
-        self.first = rows  # (N, D), of the first view
+        self.first = rows  # (N, D), the first view
         self.views = views
         self.reduction = reduction
         self.normalize = normalize
@@ -39,73 +39,75 @@ class Batch(ABC):
     # --- rows and numbers -------------------------------------------------------------------------------------------
 
     def unit_rows(self, z: Tensor) -> Tensor:
-        """Embeddings (M, D) in the accumulation dtype, scaled to unit length if the caller wants that."""
+        """Return embeddings (M, D) in the accumulation dtype, scaled to unit length if `normalize` is set."""
         return unit_rows(z, self.normalize)
 
     def inverse_temperature(self, temperature: float | Tensor, *, per_row: int | None = None) -> float | Tensor:
-        """1 / temperature, checked; (per_row,) where one for each row is taken too."""
+        """Return 1 / temperature, checked. With `per_row` a tensor (per_row,), one temperature per row, is accepted
+        too."""
         return self._replicated(inverse_temperature(temperature, self.first, per_row=per_row))
 
     def logit_scale(self, logit_scale: float | Tensor, name: str = "logit_scale") -> float | Tensor:
-        """A logit scale in its place, checked."""
+        """Return a logit scale, which replaces 1 / temperature, checked."""
         return self._replicated(logit_scale_factor(logit_scale, self.first, name))
 
     def factor(self, value: float | Tensor) -> float | Tensor:
-        """Another number that multiplies logits."""
+        """Return another number that multiplies logits."""
         return self._replicated(factor(value, self.first))
 
     def bias(self, value: float | Tensor, name: str = "bias") -> Tensor:
-        """A number that is added to every logit (0-d), checked."""
+        """Return a number that is added to every logit (0-d), checked."""
         replicated = self._replicated(bias_of_logits(value, self.first, name))
         assert isinstance(replicated, Tensor)
         return replicated
 
     def _replicated(self, value: float | Tensor) -> float | Tensor:
-        """A number that is the same wherever there are rows of the batch."""
+        """Return a number that is the same on all ranks."""
         return value
 
     def beside(self, rows: Tensor) -> Batch:
-        """The batch of other rows (K, D) that the same call takes, as negatives of all queries."""
+        """Return a batch of other rows (K, D) of the same call, which are negatives of all queries."""
         return type(self)(rows, 1, self.reduction, self.normalize)
 
     def in_tiles(self) -> Batch:
-        """The batch with log-sum-exps from the very logits that `soft_dots` forms, to the bit."""
+        """Return the batch with log-sum-exps of exactly the logits that `soft_dots` forms, bit for bit."""
         return self
 
     @property
     def n_samples(self) -> int:
-        """Samples of the batch."""
+        """The number of samples in the batch."""
         return self.first.shape[0]
 
     def sample_ids(self) -> Tensor:
-        """The number of each sample (N,)."""
+        """Return the index of each sample (N,)."""
         return torch.arange(self.first.shape[0], device=self.first.device)
 
     def row_ids(self) -> Tensor:
-        """The number of each row of all views (M,)."""
+        """Return the index of each row of all views (M,)."""
         return torch.arange(self.views * self.first.shape[0], device=self.first.device)
 
     def as_compared(self, u: Tensor) -> Tensor:
-        """Rows as they are compared, with the gradient of the rows as they are."""
+        """Return rows as they are compared with others (over ranks they may be rounded), with the gradient of the given
+        rows."""
         return u
 
     def all_rows(self, u: Tensor) -> Tensor:
-        """The rows of the whole batch, without a gradient where they come from afar."""
+        """Return the rows of the whole batch; rows of other ranks have no gradient."""
         return u
 
     def gather(self, x: Tensor) -> Tensor:
-        """One entry a sample (N, ...) to those of the whole batch, without a gradient where they come from afar."""
+        """Return one entry per sample (N, ...) for the whole batch; entries of other ranks have no gradient."""
         return x
 
     # --- log-sum-exps -----------------------------------------------------------------------------------------------
 
     def neg_lse(self, u: Tensor, ids: Tensor, inv_tau: float | Tensor, limits: Tensor | None = None) -> Tensor:
-        """nu_i = log sum over {j : id_j != id_i} of exp(k u_i . u_j) (M,), with one temperature or one for each row.
+        """Return nu_i = log sum over {j : id_j != id_i} of exp(k u_i . u_j) (M,), with one temperature or one per row.
 
-        Row i's own 1/tau multiplies the row, and not the same row where it is a column: that product is no longer
-        symmetric. It is formed whole and costs twice as much.
+        With one temperature per row, 1/tau multiplies a row but not the same row as a column. The product is then not
+        symmetric: it is formed in full, at twice the cost.
 
-        limits: of each row the largest similarity that its sum takes (M,), a constant.
+        limits: the largest similarity that the sum of each row includes (M,), a constant.
         """
         if is_per_row(inv_tau):
             return self.neg_lse_to(Side(u, ids, limits), Side(u, ids), inv_tau)
@@ -114,8 +116,10 @@ class Batch(ABC):
         return self._neg_lse(u, ids, inv_tau)
 
     def neg_lse_to(self, rows: Side, cols: Side, inv_tau: float | Tensor, *, beside: Batch | None = None) -> Tensor:
-        """nu of the rows against the columns (M,), with one temperature or one for each row. The columns are rows of
-        this batch, or of the one `beside` it."""
+        """Return nu of the rows against the columns (M,), with one temperature or one per row.
+
+        The columns are rows of this batch, or of the batch `beside`.
+        """
         if is_per_row(inv_tau):
             limits = None if rows.limits is None else rows.limits * inv_tau.detach()
             rows, inv_tau = Side(rows.u * inv_tau.unsqueeze(1), rows.ids, limits), 1.0
@@ -124,7 +128,7 @@ class Batch(ABC):
         return self._neg_lse_to(rows, cols, inv_tau, beside or self)
 
     def limited_cross_neg_lse(self, rows: Side, cols: Side, inv_tau: float | Tensor) -> tuple[Tensor, Tensor]:
-        """`cross_neg_lse` of two sides that have limits."""
+        """Return `cross_neg_lse` for two sides with limits."""
         return self._limited_neg_lse(rows, cols, inv_tau, self, both=True)
 
     @abstractmethod
@@ -142,30 +146,32 @@ class Batch(ABC):
     def cross_neg_lse(
         self, rows: Side, cols: Side, inv_tau: float | Tensor, *, beside: Batch | None = None
     ) -> tuple[Tensor, Tensor]:
-        """nu of the rows against the columns (M,), and of the columns against the rows (K,), from one pass."""
+        """Return nu of the rows against the columns (M,) and of the columns against the rows (K,), from one pass."""
 
     @abstractmethod
     def neg_lse_to_held(self, rows: Side, cols: Side, inv_tau: float | Tensor, held: Tensor | None = None) -> Tensor:
-        """nu of the rows (M,) against columns that every rank holds for itself beside the batch: a queue, a bank.
+        """Return nu of the rows (M,) against columns that every rank holds in full, such as a queue or a memory bank.
 
-        held: how many of them count, from the first on, a 0-d integer tensor in host memory; None: all.
+        held: the number of leading columns that count, a 0-d integer tensor in host memory; None: all.
         """
 
     @abstractmethod
     def guided_neg_lse(
         self, rows: Side, cols: Side, inv_tau: float | Tensor, guide: Guide, *, beside: Batch | None = None
     ) -> Tensor:
-        """nu of the rows against the columns (M,) but for those that the guide leaves out. The columns are rows of this
-        batch, or of the one `beside` it."""
+        """Return nu of the rows (M,) against the columns that the guide does not exclude.
+
+        The columns are rows of this batch, or of the batch `beside`.
+        """
 
     def held_loss(
         self, rows: Side, cols: Side, inv_tau: float | Tensor, pos: Tensor, held: Tensor | None = None
     ) -> Tensor:
-        """log(1 + exp(nu - pos)) of the rows against such columns, reduced."""
+        """Return log(1 + exp(nu - pos)) of the rows against columns as in `neg_lse_to_held`, reduced."""
         return self.reduce(row_losses(self.neg_lse_to_held(rows, cols, inv_tau, held), pos))
 
     def nt_xent_rows(self, z_i: Tensor, z_j: Tensor, inv_tau: float | Tensor) -> tuple[Tensor, Tensor]:
-        """Of two views nu, and pi, the logit with the other view, of every row: (2N,) each."""
+        """Return nu and pi, the logit with the other view, for every row of two views: (2N,) each."""
         u_i, u_j = self.unit_rows(z_i), self.unit_rows(z_j)
         pos = inv_tau * row_dots(u_i, u_j)
         return self._neg_lse(torch.cat((u_i, u_j)), self.sample_ids().repeat(2), inv_tau), pos.repeat(2)
@@ -173,28 +179,28 @@ class Batch(ABC):
     # --- positives and groups ---------------------------------------------------------------------------------------
 
     def all_dots(self, u: Tensor, v: Tensor, *, beside: Batch | None = None) -> Tensor:
-        """u_i . (the sum of all rows v) (M,), of this batch or of the one `beside` it."""
+        """Return u_i . (the sum of all rows v) (M,), with v of this batch or of the batch `beside`."""
         return row_dots(u, v.sum(dim=0).expand_as(u))
 
     def group_dots(self, u: Tensor, v: Tensor, ids: Tensor) -> Tensor:
-        """u_i . (the sum of the rows v of the same id, row i's own included) (M,)."""
+        """Return u_i . (the sum of the rows v of the same id, including row i's) (M,)."""
         return row_dots(u, sums_of_groups(v, ids, ids))
 
     def positive_dots(self, u: Tensor, ids: Tensor) -> Tensor:
-        """u_i . (the sum of the other rows of its id) (M,)."""
+        """Return u_i . (the sum of the other rows of the same id) (M,)."""
         return row_dots(u, sums_of_groups(u, ids, ids) - u)
 
     def group_counts(self, ids: Tensor) -> Tensor:
-        """How many rows have each row's id, itself included (M,)."""
+        """Return how many rows have each row's id, including the row itself (M,)."""
         return counts_of_groups(ids, ids)
 
     @abstractmethod
     def positive_lse(self, u: Tensor, ids: Tensor, inv_tau: float | Tensor) -> Tensor:
-        """Log-sum-exp of each row's logits with the other rows of its id (M,), -inf where there are none."""
+        """Return the log-sum-exp of each row's logits with the other rows of its id (M,); -inf if there are none."""
 
     def positive_lse_to(self, rows: Side, cols: Side, inv_tau: float | Tensor) -> Tensor:
-        """Log-sum-exp of each row's logits with the columns of its id (M,), -inf where there are none; with one
-        temperature or one for each row."""
+        """Return the log-sum-exp of each row's logits with the columns of its id (M,), with one temperature or one per
+        row; -inf if there are none."""
         if is_per_row(inv_tau):
             rows, inv_tau = Side(rows.u * inv_tau.unsqueeze(1), rows.ids), 1.0
         return self._positive_lse_to(rows, cols, inv_tau)
@@ -204,49 +210,60 @@ class Batch(ABC):
 
     @abstractmethod
     def positive_sum(self, u: Tensor, ids: Tensor, inv_tau: float | Tensor, nu: Tensor) -> Tensor:
-        """The sum over the other rows of its id of log(1 + exp(nu - logit)) (M,)."""
+        """Return the sum of log(1 + exp(nu - logit)) over the other rows of the row's id (M,)."""
 
     @abstractmethod
     def softplus_sums(
         self, rows: Side, cols: Side | None, inv_tau: float | Tensor, bias: Tensor, *, positives: bool
     ) -> Tensor:
-        """The sum over the rows of other groups of log(1 + exp(k u_i . v_j + b)) (M,), among themselves or against
-        columns; `positives`, against columns: and over those of the same group of log(1 + exp(-k u_i . v_j - b))."""
+        """Return the sum of log(1 + exp(k u_i . v_j + b)) over the rows or columns j of other groups (M,).
+
+        Without columns the rows are compared with each other. With `positives`, against columns, log(1 + exp(-k u_i .
+        v_j - b)) over the columns of the same group is added.
+        """
 
     @abstractmethod
     def called_neg_lse(
         self, similarities: Callable[[Tensor, Tensor], Tensor], inv_tau: float | Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """nu of images and of texts, and the logits of the pairs, of similarities that come from a function of the
-        samples' numbers (`sample_ids`) and is of that dtype: (N,) each, without a gradient."""
+        """Return nu of the images, nu of the texts and the logits of the pairs, (N,) each, without a gradient.
+
+        The similarities come from a function of sample indices (`sample_ids`), and have the given dtype.
+        """
 
     @abstractmethod
     def soft_dots(self, rows: Side, cols: Side, teacher: Teacher | CalledTeacher) -> tuple[Tensor, Tensor]:
-        """What the teacher expects of u_i . v_j: of each row the sum of p_ij u_i . v_j over the columns of other groups
-        (M,), p_ij the teacher's softmax of the row over all columns, and the same of each column over the rows (K,)."""
+        """Return the expectation of u_i . v_j under the teacher, over the pairs of different groups.
+
+        For each row it is the sum over the columns of p_ij u_i . v_j (M,), with p_ij the teacher's softmax of the row
+        over all columns; for each column it is the same over the rows (K,).
+        """
 
     # --- sums and losses --------------------------------------------------------------------------------------------
 
     def total(self, x: Tensor) -> Tensor:
-        """The sum of the entries (0-d)."""
+        """Return the sum of the entries over all ranks (0-d)."""
         return x.sum()
 
     def sum_of_ranks(self, x: Tensor) -> Tensor:
-        """What was summed over the rows here, over all rows (any shape)."""
+        """Return a sum over this rank's rows, of any shape, added over all ranks."""
         return x
 
     def log_sum_exp(self, x: Tensor) -> Tensor:
-        """log of the sum of exp(x) over all rows (0-d), without a gradient."""
+        """Return log of the sum of exp(x) over all rows (0-d), without a gradient."""
         return x.detach().logsumexp(dim=0)
 
     def reduce(self, losses: Tensor, counted: Tensor | None = None) -> Tensor:
-        """The losses, their sum or their mean, as the caller wants; `counted`: the mean is over the rows where it is
-        True, 0 if there are none. Losses of the other rows are 0 already."""
+        """Return the losses, their sum or their mean, as `reduction` says.
+
+        counted: the mean covers only the rows where it is True, and is 0 if there are none. The losses of the other
+        rows are 0 already.
+        """
         if self.reduction == "none":
             return losses
         if self.reduction == "sum":
             return self.total(losses)
-        wide = in_double(losses)  # their sum may overflow float32 where the mean does not
+        wide = in_double(losses)  # the sum may overflow float32 even if the mean does not
         if counted is None:
             return self._mean(wide).to(losses.dtype)
         return (self.total(wide) / self.total(counted).clamp_min(1)).to(losses.dtype)
@@ -257,41 +274,50 @@ class Batch(ABC):
     def limited_nt_xent_at_once(
         self, z_i: Tensor, z_j: Tensor, inv_tau: float | Tensor, limit_scale: float, limit_shift: float
     ) -> Tensor | None:
-        """NT-Xent whose rows take negatives up to limit_scale times the similarity to their positive, plus limit_shift,
-        reduced, with its gradient from the same call, where there is such a call."""
+        """Return the reduced NT-Xent with limits from one call that also forms its gradient, or None if there is no
+        such call.
+
+        The sum of a row includes negatives up to limit_scale times the similarity to its positive, plus limit_shift.
+        """
         return None
 
     def nt_xent(self, z_i: Tensor, z_j: Tensor, inv_tau: float | Tensor) -> Tensor:
-        """log(1 + exp(nu - pi)) of the rows of two views, reduced."""
+        """Return log(1 + exp(nu - pi)) of the rows of two views, reduced."""
         return self.reduce(row_losses(*self.nt_xent_rows(z_i, z_j, inv_tau)))
 
     def info_nce_at_once(self, z_i: Tensor, z_j: Tensor, inv_tau: float | Tensor, *, both: bool) -> Tensor | None:
-        """The loss of queries z_i that pick their keys z_j among all samples', or of `both` directions half, reduced,
-        with its gradient from the same call, where there is such a call."""
+        """Return the reduced InfoNCE from one call that also forms its gradient, or None if there is no such call.
+
+        Queries z_i pick their keys z_j among those of all samples; with `both` the loss is half the sum of both
+        directions.
+        """
         return None
 
     def sigmoid_at_once(
         self, z_i: Tensor, z_j: Tensor, inv_tau: float | Tensor, bias: Tensor, *, two_views: bool
     ) -> Tensor | None:
-        """SigLIP's loss of pairs, or NT-Logistic's of two views, reduced, with its gradient from the same call, where
-        there is such a call."""
+        """Return SigLIP's loss of pairs, or NT-Logistic's of two views, reduced, from one call that also forms its
+        gradient, or None if there is no such call."""
         return None
 
     def soft_dots_at_once(self, rows: Side, cols: Side, teacher: Teacher | CalledTeacher) -> Tensor | None:
-        """All sums of `soft_dots` added up (0-d), with the gradient from the same call, where there is such a call."""
+        """Return the total of all sums of `soft_dots` (0-d) from one call that also forms its gradient, or None if
+        there is no such call."""
         return None
 
     def sup_con_at_once(self, z: Tensor, ids: Tensor, inv_tau: float | Tensor, form: str) -> Tensor | None:
-        """SupCon of embeddings (M, D), reduced, with its gradient from the same call, where there is such a call."""
+        """Return SupCon's loss of embeddings (M, D), reduced, from one call that also forms its gradient, or None if
+        there is no such call."""
         return None
 
     def neg_lse_less(self, u: Tensor, ids: Tensor, inv_tau: float | Tensor, mean: Tensor, counted: Tensor) -> Tensor:
-        """nu - mean of the rows that are counted, and 0 of the others, reduced over those that are."""
+        """Return nu - mean for the rows that are counted and 0 for the others, reduced over the counted rows."""
         losses = self.neg_lse(u, ids, inv_tau) - mean
         return self.reduce(losses.masked_fill(~counted, 0), counted=counted)
 
     def weighted_neg_lse(self, u: Tensor, ids: Tensor, inv_tau: float | Tensor, weights: Tensor) -> Tensor:
-        """sum_i weights_i nu_i (0-d) over the rows here that have a nu; no gradient in the weights."""
+        """Return sum_i weights_i nu_i (0-d) over this rank's rows whose nu is not -inf, without a gradient in the
+        weights."""
         return weighted_sum(self.neg_lse(u, ids, inv_tau), weights)
 
 
@@ -300,7 +326,7 @@ def _unlimited(side: Side) -> Side:
 
 
 class LocalBatch(Batch):
-    """All rows are here, for a backend's kernels."""
+    """A batch whose rows are all in this process, for the kernels of a backend."""
 
     def __init__(self, rows: Tensor, views: int, reduction: str, normalize: bool, backend: str = "auto"):
         super().__init__(rows, views, reduction, normalize)
@@ -382,7 +408,7 @@ class LocalBatch(Batch):
         weights = counted.to(mean.dtype)
         if self.reduction == "mean":
             weights = weights / weights.sum().clamp_min(1)
-        # Linear in nu, so its gradient is known with its value.
+        # The loss is linear in nu, so one call forms its value and its gradient.
         return self.weighted_neg_lse(u, ids, inv_tau, weights) - (weights * mean).sum()
 
     def weighted_neg_lse(self, u: Tensor, ids: Tensor, inv_tau: float | Tensor, weights: Tensor) -> Tensor:
@@ -416,7 +442,7 @@ class LocalBatch(Batch):
 
 
 class DenseBatch(Batch):
-    """All rows are here, for the reference: plain PyTorch that holds every similarity."""
+    """A batch whose rows are all in this process, for the reference: plain PyTorch that holds every similarity."""
 
     def _neg_lse(self, u: Tensor, ids: Tensor, inv_tau: float | Tensor) -> Tensor:
         with ops.autocast_off(u):

@@ -1,4 +1,4 @@
-"""One view of a batch as gradient caching sees it: its encoder, its inputs, and the chunks of rows they come in."""
+"""One view of a batch in gradient caching: its encoder, its inputs, and the chunks that its rows are cut into."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ Lengths: TypeAlias = "str | Callable[[Any], Tensor | Sequence[int]]"
 
 @dataclass(frozen=True)
 class ChunkedView:
-    """A view of the batch. The tensors of `inputs` have the batch along their first dimension, or none at all."""
+    """A view of the batch. Each tensor of `inputs` has the batch along its first dimension, or is 0-d."""
 
     encoder: nn.Module
     encoder_name: str
     inputs: Any
-    sizes: Sequence[int]  # rows of each chunk
+    sizes: Sequence[int]  # the rows of each chunk
     unpack: bool
     encoder_kwargs: Mapping[str, Any]
     output: Output
-    prepare: Callable[[Any], Any] | None = None  # turns a chunk's inputs into what the encoder takes
+    prepare: Callable[[Any], Any] | None = None  # converts a chunk's inputs to the encoder's inputs
 
     def chunks(self) -> list[tuple[int, int]]:
-        """Return the first row of each chunk and the row behind its last."""
+        """Return the first row and the end (exclusive) of each chunk."""
         return list(itertools.pairwise(itertools.accumulate(self.sizes, initial=0)))
 
     def embed(self, chunk: tuple[int, int]) -> Tensor:
         """Return the embeddings (n, D) of a chunk's rows."""
         begin, end = chunk
 
-        # A copy, which the encoder may write to, and an inference tensor no longer.
+        # A copy that the encoder may write to, and that is not an inference tensor.
         inputs = map_tensors(lambda x: (x[begin:end] if x.ndim else x).detach().clone(), self.inputs)
         if self.prepare is not None:
             inputs = self.prepare(inputs)
@@ -56,11 +56,11 @@ class ChunkedView:
     def _embeddings_of(self, returned: Any, rows: int) -> Tensor:
         name, z = self.encoder_name, returned
         if callable(self.output):
-            name, z = f"output, called with what {name} returned,", self.output(returned)
+            name, z = f"output, called with the result of {name},", self.output(returned)
         elif self.output is not None:
             name, z = f"{name}, at output={self.output!r},", self._output_of(returned)
         if not isinstance(z, Tensor):
-            hint = "" if self.output is not None else "; output= says where in it the embeddings are"
+            hint = "" if self.output is not None else "; use output= to select the embeddings"
             raise TypeError(f"{name} must return a torch.Tensor, got {type(z).__name__}{hint}")
         if z.layout != torch.strided or z.is_nested or z.is_meta:
             got = "a nested tensor" if z.is_nested else "a tensor on the meta device" if z.is_meta else z.layout
@@ -74,12 +74,12 @@ class ChunkedView:
             return part(returned, self.output)
         except (AttributeError, IndexError, KeyError, TypeError):
             raise ValueError(
-                f"output must be a key, index or attribute of what {self.encoder_name} returns, "
+                f"output must be a key, index or attribute of the output of {self.encoder_name}, "
                 f"{_with_keys(returned)}, or a function of it, got {self.output!r}"
             ) from None
 
     def tensors(self) -> list[Tensor]:
-        """Return every tensor that the encoder is called with."""
+        """Return every tensor that the encoder gets."""
         return [tensor for _, tensor in named_tensors((self.inputs, dict(self.encoder_kwargs)), "")]
 
 
@@ -95,9 +95,9 @@ def chunked_views(
     output: Any = None,
     names: tuple[str, str] = ("encoder", "views"),
 ) -> list[ChunkedView]:
-    """Return the views of a call of `cached_backward`, whose arguments these are. They are checked here.
+    """Return the views of a `cached_backward` call, with its arguments checked.
 
-    names: what error messages call `encoder` and `views`.
+    names: the names of `encoder` and `views` in error messages.
     """
     encoder_name, views_name = names
     if isinstance(views, Tensor):
@@ -131,7 +131,7 @@ def chunked_views(
 
 
 def _one_each(name: str, value: Any, n_views: int) -> Sequence[Any]:
-    """Return what a list or tuple has for each view, or the one value for all of them."""
+    """Return the elements of a list or tuple, one per view, or the single value for every view."""
     if not isinstance(value, (list, tuple)):
         return [value] * n_views
     if len(value) != n_views:
@@ -140,7 +140,7 @@ def _one_each(name: str, value: Any, n_views: int) -> Sequence[Any]:
 
 
 def _check_encoders(encoder_name: str, encoder: Any, n_views: int) -> list[tuple[nn.Module, str]]:
-    """Return each view's encoder, with its name."""
+    """Return the encoder of each view, with its name."""
     several = isinstance(encoder, (list, tuple, nn.ModuleList))
     modules = list(encoder) if several else [encoder]
     names = [f"{encoder_name}[{index}]" for index in range(len(modules))] if several else [encoder_name]
@@ -150,11 +150,11 @@ def _check_encoders(encoder_name: str, encoder: Any, n_views: int) -> list[tuple
         if _has_no_forward(module):
             raise TypeError(f"{name} must have a forward, got {type(module).__name__}, which has none")
         if any(map(is_lazy, (*module.parameters(), *module.buffers()))):
-            raise ValueError(f"{name} must have all its parameters, got a lazy layer without: run it once before")
+            raise ValueError(f"{name} must have all its parameters, got a lazy layer without them: run it once first")
         if any(parameter.is_meta for parameter in module.parameters()):
             raise ValueError(f"{name} must have its parameters in memory, got some on the meta device")
-        if hasattr(module, "no_sync") and getattr(module, "static_graph", False):  # whose first backward synchronises
-            raise ValueError(f"{name} must be DistributedDataParallel without static_graph=True, got it with")
+        if hasattr(module, "no_sync") and getattr(module, "static_graph", False):  # its first backward synchronises
+            raise ValueError(f"{name} must not be DistributedDataParallel with static_graph=True")
     if several and len(modules) != n_views:
         raise ValueError(f"{encoder_name} must hold a module for each of the {n_views} views, got {len(modules)}")
     return list(zip(modules, names, strict=True)) if several else [(encoder, encoder_name)] * n_views
@@ -162,14 +162,14 @@ def _check_encoders(encoder_name: str, encoder: Any, n_views: int) -> list[tuple
 
 def _has_no_forward(module: nn.Module) -> bool:
     of_class, of_base = (
-        [inspect.getattr_static(cls, name, None) for name in ("forward", "__call__")]  # as torch.jit's cannot be asked
+        [inspect.getattr_static(cls, name, None) for name in ("forward", "__call__")]  # getattr fails for torch.jit's
         for cls in (type(module), nn.Module)
     )
     return of_class == of_base and "forward" not in vars(module)
 
 
 def _check_chunk_size(chunk_size: Any, n_views: int, chunk_tokens: int | None) -> Sequence[int | list[int]]:
-    """Return each view's number of rows in a chunk, or the rows of each of its chunks."""
+    """Return, for each view, the number of rows per chunk, or the list of the rows of its chunks."""
     if (chunk_size is None) == (chunk_tokens is None):
         raise TypeError("chunk_size must be given, or chunk_tokens in its place, and not both")
     if chunk_tokens is not None:
@@ -190,7 +190,7 @@ def _check_chunk_size(chunk_size: Any, n_views: int, chunk_tokens: int | None) -
 
 
 def _check_view(name: str, view: Any, *, may_be_empty: bool) -> int:
-    """Return the number of rows."""
+    """Return the number of rows of a view, checked."""
     tensors = list(named_tensors(view, name))
     if not tensors:
         that_holds_none = " that holds none" if is_container(view) else ""
@@ -210,8 +210,8 @@ def _check_view(name: str, view: Any, *, may_be_empty: bool) -> int:
     for path, other in others:
         if len(other) != len(tensor):
             raise ValueError(
-                f"{path} must have as many rows as {first}, {len(tensor)}, got shape {tuple(other.shape)}; pass what "
-                "has no batch along its first dimension by encoder_kwargs"
+                f"{path} must have as many rows as {first}, {len(tensor)}, got shape {tuple(other.shape)}; pass "
+                "inputs without a batch dimension in encoder_kwargs"
             )
     return len(tensor)
 
@@ -220,14 +220,14 @@ def _check_no_graph(name: str, tensor: Tensor) -> None:
     if tensor.grad_fn is not None:
         raise ValueError(
             f"{name} must be data without a graph, got the output of {tensor.grad_fn.name()}, whose inputs "
-            "would get no gradient: move what computes it into the encoder, or pass it detached"
+            "would get no gradient: move the computation into the encoder, or detach the view"
         )
 
 
 def _check_names(name: str, arguments: Mapping[Any, Any]) -> None:
     for key in arguments:
         if not isinstance(key, str):
-            raise TypeError(f"{name} must have the names of arguments as its keys, got {key!r}")
+            raise TypeError(f"{name} must have argument names as its keys, got {key!r}")
 
 
 def _check_kwargs(kwargs: Any) -> None:
@@ -239,7 +239,7 @@ def _check_kwargs(kwargs: Any) -> None:
 
 
 def _cut(name: str, rows: int, size: int | list[int]) -> list[int]:
-    """Return the rows of each chunk: of `size` rows, the last one of what is left, or as they are listed."""
+    """Return the rows of each chunk: as listed, or `size` rows each with the remainder in the last."""
     if isinstance(size, list):
         if sum(size) != rows:
             raise ValueError(f"chunk_size must add up to the {rows} rows of {name}, got {sum(size)}")
@@ -248,7 +248,7 @@ def _cut(name: str, rows: int, size: int | list[int]) -> list[int]:
 
 
 def _lengths(name: str, view: Any, rows: int, lengths: Lengths) -> list[int]:
-    """Return each row's number of tokens."""
+    """Return the number of tokens of each row."""
     if callable(lengths):
         found: Any = lengths(view)
     else:
@@ -276,7 +276,7 @@ def _lengths(name: str, view: Any, rows: int, lengths: Lengths) -> list[int]:
 
 
 def _with_keys(returned: Any) -> str:
-    """Return an object's type, and the keys or the number of its items, for an error."""
+    """Return the type of an object, with its keys or its length, for an error message."""
     name = type(returned).__name__
     if isinstance(returned, Mapping):
         return f"{name} with the keys {', '.join(map(repr, returned))}"
@@ -284,7 +284,7 @@ def _with_keys(returned: Any) -> str:
 
 
 def _pack(lengths: Sequence[int], budget: int) -> list[int]:
-    """Return the rows of each chunk: as many as the budget has tokens for, and one at least."""
+    """Return the rows of each chunk: as many as fit the token budget, and at least one."""
     sizes, used = [0], 0
     for length in lengths:
         if sizes[-1] and used + length > budget:

@@ -1,4 +1,4 @@
-"""The devices of this machine: which backends are proved there, and `warm_up`, which loads kernels for a capture."""
+"""`verify`, which checks the backends on a device, and `warm_up`, which loads kernels before a capture."""
 
 from __future__ import annotations
 
@@ -18,24 +18,25 @@ from .verification.verdict import Verdict
 def verify(
     device: torch.device | str | None = None, *, backend: str | None = None, refresh: bool = False
 ) -> dict[str, Verdict]:
-    """Prove the kernels on a device, before `backend="auto"` takes them: values and gradients against float64.
+    """Check the kernels on a device before backend="auto" uses them: values and gradients against float64.
 
-    `auto` does this by itself at its first call on a GPU. Calling it beforehand moves the time (up to two minutes, most
-    of it while Triton compiles) to where it suits: the start of a container, a node of the same kind, the first line of
-    a script. Each backend is checked in a process of its own, so that a kernel that crashes or hangs there costs a
-    message; what passes on a GPU is timed. Verdicts and times are kept under the user's cache folder, for this device
-    model, driver, PyTorch, Triton and these kernels.
+    "auto" does this by itself at its first call on a GPU. Calling it beforehand moves the time (up to two minutes, most
+    of it in Triton's compiler) to a better moment: the start of a container, another node of the same kind, the first
+    line of a script. Each backend is checked in a process of its own, so a kernel that crashes or hangs there costs
+    only a message. A backend that passes on a GPU is also timed. Verdicts and times are stored in the user's cache
+    folder, for this device model, driver, PyTorch, Triton and version of the kernels.
 
     Args:
-        device: a CPU or GPU of this machine; None for the current GPU, or the CPU where there is none.
-        backend: the name of one to check; None for all that can run there, which are then timed.
-        refresh: check again what has a verdict, and time it again.
+        device: A CPU or GPU of this machine. None: the current GPU, or the CPU where there is none.
+        backend: The name of the one backend to check. None: all that can run there, which are then timed.
+        refresh: Check and time again, even where a verdict is stored.
 
     Returns:
-        A `Verdict` by backend; its `ok` says whether it has passed, and printed it is one line.
+        A dict from the name of each backend to its `Verdict`; its `ok` says whether the backend passed, and it prints
+        as one line.
 
     Raises:
-        ValueError: there is no such device or backend.
+        ValueError: there is no such device, or no such backend for it.
 
     Example:
         >>> import fastntxent
@@ -64,23 +65,28 @@ def verify(
 def warm_up(loss: Callable[..., Tensor], *inputs: object, **options: object) -> None:
     """Compile and load every kernel of a loss and its gradient, so that a CUDA graph can capture them.
 
-    A kernel that is loaded for the first time cannot be captured. Which kernels a call launches follows from shapes,
-    dtypes and, in Triton's, from the temperature: those of every temperature are made ready here. The loss is called
-    four times: for the backend that "auto" takes in a capture and for the one it takes outside, each with a backward
-    and under `torch.no_grad()`. No gradient is accumulated; random generators are put back, and the state of a module
-    (a queue, the statistics of a batch norm).
+    A CUDA graph cannot capture the first launch of a kernel, which loads it. Shapes, dtypes and, for Triton's kernels,
+    the temperature decide which kernels a call launches; `warm_up` prepares those of every temperature. It calls the
+    loss four times: with the backend that "auto" takes inside a capture and with the one it takes outside, each with a
+    backward and under `torch.no_grad()`. It accumulates no gradient, and restores the random generators and the state
+    of a module (a queue, the statistics of a batch norm).
+
+    On the CPU there is nothing to prepare, and the loss is only run.
 
     Args:
-        loss: a loss of this package, as a module or a function, or any function around one that returns a tensor. The
-            state of modules that a function calls is not put back: pass the module itself.
-        inputs, options: what it is called with in the capture. Shapes, strides, dtypes, devices and `requires_grad` of
-            tensors count, values do not.
+        loss: A loss of this package, as a module or a function, or any function around one that returns a tensor. The
+            state of modules that a function calls is not restored: pass the module itself.
+        *inputs: Positional arguments of the loss as in the capture. The shapes, strides, dtypes, devices and
+            `requires_grad` of tensors matter; their values do not.
+        **options: Keyword arguments of the loss, treated like `inputs`.
+
+    Returns:
+        None.
 
     Raises:
-        TypeError: `loss` cannot be called, or returns something else than a tensor.
-        RuntimeError: a stream of the device is capturing already, or inference mode is on; or what the loss raises.
-
-    On the CPU there is nothing to make ready, and the loss is only run.
+        TypeError: `loss` is not callable, or does not return a tensor.
+        RuntimeError: a stream of the device is capturing already, or inference mode is on; or the error that the loss
+            raises.
 
     Example:
         >>> import torch, fastntxent
@@ -93,7 +99,7 @@ def warm_up(loss: Callable[..., Tensor], *inputs: object, **options: object) -> 
         raise RuntimeError("warm_up must be called before the capture of a CUDA graph, not in it")
     if torch.is_inference_mode_enabled():
         raise RuntimeError("warm_up must be called outside torch.inference_mode(): it runs the backward too")
-    # One object stays one: a loss may treat a batch against itself in its own way.
+    # A tensor that is passed twice stays one object: a loss may treat a batch against itself specially.
     tensors = {id(x): x for x in (*inputs, *options.values()) if isinstance(x, Tensor)}
     leaves = {key: x.detach().requires_grad_(x.requires_grad) for key, x in tensors.items()}
     given = [leaves.get(id(x), x) for x in inputs]
@@ -117,7 +123,7 @@ def warm_up(loss: Callable[..., Tensor], *inputs: object, **options: object) -> 
 
 
 def _leaves_of(value: Tensor) -> list[Tensor]:
-    """The tensors in which a result would accumulate gradients."""
+    """Return the leaf tensors that a backward from the result would give gradients to."""
     nodes, seen, found = [value.grad_fn], set(), []
     while nodes:
         node: Any = nodes.pop()
@@ -131,7 +137,7 @@ def _leaves_of(value: Tensor) -> list[Tensor]:
 
 
 def find_device(device: torch.device | str | None) -> torch.device:
-    """The device of a name, with its index; ValueError if it is not there."""
+    """Return the device of a name, with its index. Raise ValueError if it is not there."""
     if device is None:
         device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     try:
@@ -145,5 +151,5 @@ def find_device(device: torch.device | str | None) -> torch.device:
 
 
 def present_devices() -> list[torch.device]:
-    """The CPU and every GPU of this machine."""
+    """Return the CPU and every GPU of this machine."""
     return [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]

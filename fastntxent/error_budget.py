@@ -1,13 +1,13 @@
-"""The error budget: the one place where tolerances stand.
+"""The error budget: the one place where tolerances are defined.
 
-A result is within budget when its error against the float64 reference is at most twice the error of the reference
-computed in the result's own precision, plus a floor for rounding, on the maximum and on the RMS. Errors are relative
-to the truth's own maximum and RMS.
+A result is within budget if its error against the float64 reference is at most twice the error of the reference
+computed in the result's own precision, plus a floor for rounding, both in the maximum and in the RMS. Errors are
+relative to the maximum and the RMS of the truth.
 
-The floor. A logit k s is rounded to eps k |s|, and an error in a logit is a relative error in a probability, so the
-floor is a number of units of eps (1 + k |s|). It covers the cases where the reference in the same precision happens
-to be exact: over the cases of the tests the worst needed 1.4 units, nearly all none. A gradient that is returned in
-half precision adds that dtype's own eps.
+The floor covers cases where the reference in the same precision happens to be exact. A logit k s is rounded to eps k
+|s|, and an error in a logit is a relative error in a probability, so the floor is a number of units of eps (1 + k |s|).
+Over the cases of the tests the worst needed 1.4 units, and nearly all needed none. A gradient that is returned in half
+precision adds the eps of that dtype.
 """
 
 from __future__ import annotations
@@ -33,21 +33,24 @@ FLOOR_ULPS_RMS = 2.0
 
 
 class Errors(NamedTuple):
-    """Errors of a result, relative to the truth: the largest over the truth's largest, RMS over RMS."""
+    """Errors of a result relative to the truth: the largest over the truth's largest, and RMS over RMS."""
 
     maximum: float
     rms: float
 
     def within(self, limit: Errors) -> bool:
-        """False for NaN."""
+        """Return whether both errors are at most the limit's; False for NaN."""
         return self.maximum <= limit.maximum and self.rms <= limit.rms
 
 
 def errors_of(value: Tensor, truth: Tensor, *, scale: float = 0.0) -> Errors:
-    """Errors of value against a float64 truth of the same shape; 0 where both are the same infinity.
+    """Return the errors of a value against a float64 truth of the same shape; 0 where both are the same infinity.
 
-    scale: the size of what the truth is a difference of, where that may cancel to nothing: errors are then relative
-    to it if it is the larger.
+    Args:
+        value: The result, of any floating-point dtype.
+        truth: The truth, float64 and of the same shape.
+        scale: The size of the terms whose difference the truth is, where they may cancel. Errors are relative to it if
+            it is larger than the truth.
     """
     difference = torch.where(value == truth, 0.0, value.double() - truth)
     finite = torch.where(truth.isfinite(), truth, 0.0)
@@ -57,17 +60,17 @@ def errors_of(value: Tensor, truth: Tensor, *, scale: float = 0.0) -> Errors:
 def allowed(
     reference: Errors, dtype: torch.dtype, logit_size: float, *, output_dtype: torch.dtype | None = None
 ) -> Errors:
-    """The largest errors that are within budget, from those of the reference in the same precision.
+    """Return the largest errors within budget, from the errors of the reference in the same precision.
 
     Args:
-        reference: errors of the reference backend on the same input.
-        dtype: of the input; the computation's precision follows from it.
-        logit_size: the largest |k s|.
-        output_dtype: of the result, if it is narrower than the computation.
+        reference: The errors of the reference backend on the same input.
+        dtype: The dtype of the input, which decides the precision of the computation.
+        logit_size: The largest |k s|.
+        output_dtype: The dtype of the result, if it is narrower than that of the computation.
     """
     unit = torch.finfo(accumulation_dtype(dtype)).eps * (1 + logit_size)
     if dtype == torch.float64:
-        unit *= 2  # the truth is float64 too, and rounded as often
+        unit *= 2  # the truth is float64 too, with as many roundings
     rounding = 0.0
     if output_dtype is not None and output_dtype != accumulation_dtype(dtype):
         rounding = torch.finfo(output_dtype).eps
@@ -79,7 +82,7 @@ def allowed(
 
 @dataclass(frozen=True)
 class Report:
-    """What `compare` found: errors and budgets of the mean loss and of its gradient in the embeddings."""
+    """The result of `compare`: errors and budgets of the mean loss and of its gradient in the embeddings."""
 
     loss: Errors
     loss_allowed: Errors
@@ -117,20 +120,36 @@ class Report:
 def compare(
     z_i: Tensor, z_j: Tensor, temperature: float | Tensor, *, backend: BackendName = "auto", group: Group | None = None
 ) -> Report:
-    """Hold a backend's mean NT-Xent and its gradient against the float64 reference on a live batch.
+    """Compare a backend's mean NT-Xent and its gradient with the float64 reference on a live batch.
+
+    On each rank it takes the memory of the reference, O(N^2) in float64, for the rows of all ranks.
 
     Args:
-        z_i, z_j: (N, D) embeddings; copies are used, no gradient reaches them.
-        temperature: as in `nt_xent`; its value is read.
-        backend: the backend to judge.
-        group: the ranks over which the batch is spread, as in `nt_xent`: judged is what they have together, on the rows
-            of all of them, and every rank gets the same report.
+        z_i: (N, D) embeddings of the first view, float16, bfloat16, float32 or float64, with any strides. Row n belongs
+            to sample n.
+        z_j: (N, D) embeddings of the second view, with the shape, dtype and device of `z_i`. Row n belongs to sample n.
+        temperature: tau > 0, a float or a 0-d floating-point tensor, whose value is read.
+        backend: The backend to judge: "auto", which chooses one for the device, or a name from `backends()`.
+        group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
+            group, a one-dimensional DeviceMesh, or a `Sharding`. The joint result is judged on the rows of all ranks,
+            and every rank gets the same report. None: this rank's samples are the whole batch.
 
     Returns:
-        A `Report`; its `ok` says whether errors are within budget, and printed it is one line.
+        A `Report`. Its `ok` says whether the errors are within budget, and it prints as one line. No gradient reaches
+        the embeddings.
 
     Raises:
-        As `nt_xent`. Memory is the reference's, O(N^2) in float64, on each rank for the rows of all.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
+            is unknown.
+        RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
+            a second derivative is taken, which only backend="reference" without a group has.
+
+    Example:
+        >>> import torch
+        >>> from fastntxent.error_budget import compare
+        >>> compare(torch.eye(4), torch.eye(4), 0.5).ok
+        True
     """
     check_views(z_i, z_j, may_be_empty=group is not None)
     check_temperature(temperature, z_i)
@@ -139,7 +158,8 @@ def compare(
     with autocast_off(z_i):
         loss, *d_z = _loss_and_gradients(z_i, z_j, tau, backend, group)
         if isinstance(batch, ShardedBatch):
-            # Every rank's loss is the loss, and the gradient is that of their sum.
+            # Each rank returns the loss of the whole batch, and its gradient is that of the sum of the losses over
+            # ranks.
             d_z = [batch.gather(d.to(loss.dtype)) / len(batch.sizes) for d in d_z]
         z_i, z_j = batch.gather(z_i.detach()), batch.gather(z_j.detach())
         same_loss, *same_d_z = _loss_and_gradients(z_i, z_j, tau, "reference")
@@ -165,7 +185,7 @@ def _loss_and_gradients(
 
 @torch.enable_grad()
 def true_loss_and_gradient(z_i: Tensor, z_j: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """The mean loss and its gradient in [z_i; z_j] in float64, with the eps that belongs to the views' own dtype."""
+    """Return the mean loss and its gradient in [z_i; z_j], computed in float64 with the eps of the views' own dtype."""
     eps = norm_eps(z_i.dtype)
     z_i, z_j = (z.detach().double().requires_grad_() for z in (z_i, z_j))
     u_i, u_j = (F.normalize(z, dim=1, eps=eps) for z in (z_i, z_j))

@@ -1,4 +1,4 @@
-"""Files written whole or not at all."""
+"""Files that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file so that a crash at any moment leaves either the old file or the new one.
 
     Args:
-        path: the file; if it is a symbolic link, the link itself is replaced.
-        write: called with a new file of this call's own beside `path`, open for reading and writing.
+        path: The file. If it is a symbolic link, the link itself is replaced.
+        write: A function that is called with a new temporary file beside `path`, open for reading and writing.
 
     Raises:
-        OSError: the file cannot be written; the old one is left as it was.
+        OSError: the file cannot be written. The old one stays as it was.
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
     try:
-        # "x" makes the file or fails: it follows no link and shares no file with another process.
+        # "x" creates the file or fails, so it follows no link and never opens another process's file.
         with partial.open("x+b") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)  # Windows renames no file that is open
+        os.replace(partial, path)  # after closing the file, since Windows does not rename open files
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
     if os.name == "posix":
-        # The rename itself must reach the disk before an older file may be relied on to be gone.
+        # Sync the folder too: the rename itself must reach the disk before callers rely on it.
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)

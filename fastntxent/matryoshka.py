@@ -17,7 +17,8 @@ from .validation import check_integer, check_numbers, check_tensor
 
 _Result = TypeVar("_Result")
 
-# Arguments, in this package or in those that `compat` stands in for, that have features of another kind.
+# Tensor arguments, in this package and in the libraries of `compat`, whose last dimension is not the features of an
+# embedding.
 _WHOLE = frozenset({"logits", "mask", "pair_weights"})
 
 
@@ -33,25 +34,28 @@ def matryoshka(
     .. math:: L = \sum_m w_m \, \text{loss}(z_{:, 1..d_m})
 
     Kusupati et al., "Matryoshka Representation Learning", 2022. Rows are cut before the loss normalises them. Each
-    width is one pass: half the width costs half the time.
+    width takes one pass; half the width costs half the time.
 
     Args:
-        loss: a loss or a module of this package, or any other that takes embeddings.
-        arguments, options: of the loss. Floating-point tensors of two dimensions or more, also in lists, tuples and
-            mappings, are embeddings, (..., D), of which the first d features are passed on, a guide's or a teacher's
-            too; everything else as it is. So are the loss's arguments of the names `pair_weights`, `mask` and `logits`;
-            bind others that are no embeddings, and a `weights` of the loss's own, with `functools.partial`.
-        dims: the widths, integers from 1 to D.
-        weights: a finite number for each. None: 1 each, as in the paper.
+        loss: A loss or module of this package, or any other function of embeddings.
+        *arguments: Positional arguments of the loss. Floating-point tensors of at least two dimensions, also inside
+            lists, tuples and mappings, are embeddings (..., D), and the loss gets their first d features. This includes
+            the embeddings of a guide or a teacher. Everything else is passed on unchanged, and so are the arguments
+            named `pair_weights`, `mask` and `logits`. Use `functools.partial` to bind other tensors that are not
+            embeddings, and a `weights` argument of the loss.
+        dims: The widths, integers from 1 to D.
+        weights: One finite number per width, not all 0. None: 1 each, as in the paper.
+        **options: Keyword arguments of the loss, treated like `arguments`.
 
     Returns:
-        What the loss returns, in sum; of a tuple, a list or a mapping of tensors, each entry in sum.
+        The weighted sum of the losses, of the shape and dtype that the loss returns. If it returns a tuple, a list or a
+        mapping of tensors, each entry is summed.
 
     Raises:
-        TypeError: loss cannot be called, or returns anything but tensors; dims or weights are no numbers; an embedding
-            is not a dense tensor.
-        ValueError: no dims, one below 1 or beyond D, another number of weights, a weight that is not finite, or no
-            embeddings among the arguments.
+        TypeError: `loss` is not callable or does not return tensors, `dims` or `weights` are not numbers, or an
+            embedding is not a dense tensor.
+        ValueError: `dims` is empty, a width is below 1 or above D, the number of weights differs from that of the
+            widths, a weight is not finite, all weights are 0, or no argument is an embedding.
 
     Example:
         >>> import torch, fastntxent
@@ -67,7 +71,9 @@ def matryoshka(
         x for name, value in [*zip(names, arguments, strict=True), *options.items()] for x in _found(name, value)
     ]
     if not embeddings:
-        raise ValueError("matryoshka needs embeddings among the arguments of the loss: tensors (..., D) of floats")
+        raise ValueError(
+            "matryoshka needs an embedding among the arguments of the loss: a floating-point tensor (..., D)"
+        )
     width = min(x.shape[-1] for x in embeddings)
     if max(dims) > width:
         raise ValueError(f"dims must be at most the embeddings' number of features, {width}, got {max(dims)}")
@@ -85,13 +91,24 @@ def matryoshka(
 
 
 class MatryoshkaLoss(TypedModule):
-    """A loss of the embeddings' first features, at several widths; see `matryoshka`.
+    r"""A loss of the embeddings' first features, summed over several widths, as a module.
+
+    .. math:: L = \sum_m w_m \, \text{loss}(z_{:, 1..d_m})
+
+    Kusupati et al., "Matryoshka Representation Learning", 2022. Rows are cut before the loss normalises them. Each
+    width takes one pass; half the width costs half the time.
+
+    Call it with the arguments of `loss`. The function is `matryoshka`.
 
     Args:
-        loss: the loss, a module.
-        dims, weights: as in `matryoshka`.
+        loss: The loss, a module.
+        dims: The widths, integers from 1 to D.
+        weights: One finite number per width, not all 0. None: 1 each, as in the paper.
 
-    Its call takes what the loss takes.
+    Raises:
+        TypeError: `loss` is not a module, or `dims` or `weights` are not numbers.
+        ValueError: `dims` is empty, a width is below 1, the number of weights differs from that of the widths, a weight
+            is not finite, or all weights are 0.
 
     Example:
         >>> import torch, fastntxent
@@ -103,11 +120,24 @@ class MatryoshkaLoss(TypedModule):
     def __init__(self, loss: nn.Module, dims: Sequence[int], weights: Sequence[float] | None = None):
         super().__init__()
         if not isinstance(loss, nn.Module):
-            raise TypeError(f"loss must be a module, got {type(loss).__name__}; see matryoshka for functions")
+            raise TypeError(f"loss must be a module, got {type(loss).__name__}; use matryoshka for functions")
         self.dims, self.weights = _check(dims, weights)
         self.loss = loss
 
     def forward(self, *arguments: Any, **options: Any) -> Any:
+        """Return the loss, summed over the widths.
+
+        Args:
+            *arguments: Positional arguments of the loss. Floating-point tensors of at least two dimensions, also inside
+                lists, tuples and mappings, are embeddings (..., D), and the loss gets their first d features. This
+                includes the embeddings of a guide or a teacher. Everything else is passed on unchanged, and so are the
+                arguments named `pair_weights`, `mask` and `logits`. Use `functools.partial` to bind other tensors that
+                are not embeddings, and a `weights` argument of the loss.
+            **options: Keyword arguments of the loss, treated like `arguments`.
+
+        Returns:
+            The weighted sum of the losses, of the shape and dtype that the loss returns.
+        """
         return matryoshka(self.loss, *arguments, dims=self.dims, weights=self.weights, **options)
 
     def extra_repr(self) -> str:
@@ -124,17 +154,17 @@ def _check(dims: Sequence[int], weights: Sequence[float] | None) -> tuple[list[i
         [1.0] * len(dims) if weights is None else check_numbers("weights", weights, "a number for each of the dims")
     )
     if len(weights) != len(dims):
-        raise ValueError(f"weights must be one for each of the {len(dims)} dims, got {len(weights)}")
+        raise ValueError(f"weights must have one number for each of the {len(dims)} dims, got {len(weights)}")
     if not all(-math.inf < weight < math.inf for weight in weights) or not any(weights):
-        raise ValueError(f"weights must be finite, and one of them not 0, got {weights}")
+        raise ValueError(f"weights must be finite and not all 0, got {weights}")
     return dims, weights
 
 
 def _names(loss: Callable[..., Any], n_arguments: int) -> list[str]:
-    """What the loss calls its positional arguments, or their places where it does not say."""
+    """Return the names of the loss's positional arguments, or their positions where the loss does not name them."""
     places = [f"arguments[{place}]" for place in range(n_arguments)]
     try:
-        # A module's call takes anything, and passes it on.
+        # The __call__ of a module takes any arguments and passes them to forward.
         parameters = inspect.signature(getattr(loss, "forward", loss)).parameters.values()
     except (TypeError, ValueError):  # some functions in C have no signature
         return places
@@ -148,7 +178,7 @@ def _is_embeddings(x: Tensor) -> bool:
 
 
 def _found(name: str, value: Any) -> list[Tensor]:
-    """The embeddings in an argument, checked."""
+    """Return the embeddings in an argument, checked."""
     if name in _WHOLE:
         return []
     embeddings = [(where, x) for where, x in named_tensors(value, name) if _is_embeddings(x)]
@@ -158,12 +188,12 @@ def _found(name: str, value: Any) -> list[Tensor]:
 
 
 def _cut(name: str, value: Any, dim: int) -> Any:
-    """The argument with the first features of all its embeddings."""
+    """Return the argument with all its embeddings cut to the first features."""
     return value if name in _WHOLE else map_tensors(lambda x: x[..., :dim] if _is_embeddings(x) else x, value)
 
 
 def _weighted_sum(weights: list[float], results: list[Any]) -> Any:
-    """The results' weighted sum, entry by entry."""
+    """Return the weighted sum of the results, entry by entry."""
     first = results[0]
     if isinstance(first, Tensor):
         return torch.stack([weight * result for weight, result in zip(weights, results, strict=True)]).sum(dim=0)

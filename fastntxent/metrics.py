@@ -1,4 +1,4 @@
-"""What a representation looks like, without the M x M matrix of similarities."""
+"""Measures of a representation, without the M x M matrix of similarities."""
 
 from __future__ import annotations
 
@@ -14,21 +14,25 @@ from .validation import check_positive_number, check_rows, check_views
 
 
 def alignment(z_i: Tensor, z_j: Tensor) -> Tensor:
-    r"""Mean squared distance between the two views of a sample on the unit sphere; 0 is perfect, 2 is chance.
+    r"""Mean squared distance between the two views of a sample on the unit sphere: 0 is perfect, 2 is chance.
 
     .. math:: \frac{1}{N} \sum_{n=1}^{N} \| u_n^{(i)} - u_n^{(j)} \|^2
 
     Wang & Isola, "Understanding Contrastive Representation Learning through Alignment and Uniformity on the
-    Hypersphere", 2020, with their exponent 2.
+    Hypersphere", 2020, with their exponent 2. Rows are scaled to unit length first.
 
     Args:
-        z_i, z_j: (N, D) embeddings of the two views, of any floating dtype; they are normalised here.
+        z_i: (N, D) embeddings of the first view, float16, bfloat16, float32 or float64, with any strides. Row n belongs
+            to sample n.
+        z_j: (N, D) embeddings of the second view, with the shape, dtype and device of `z_i`. Row n belongs to sample n.
 
     Returns:
         A 0-d tensor in [0, 4], float64 for float64 embeddings, else float32; differentiable.
 
     Raises:
-        TypeError, ValueError: as `nt_xent` does of its views.
+        TypeError: a view is not a dense floating-point tensor.
+        ValueError: a view is not a matrix with rows and features, or the shapes, dtypes or devices of the views do not
+            match.
 
     Example:
         >>> import torch, fastntxent
@@ -40,25 +44,27 @@ def alignment(z_i: Tensor, z_j: Tensor) -> Tensor:
 
 
 def uniformity(z: Tensor, t: float = 2.0, *, backend: BackendName = "auto") -> Tensor:
-    r"""How evenly the embeddings cover the unit sphere: 0 is a single point, lower is more uniform.
+    r"""How evenly the embeddings cover the unit sphere: 0 is a single point, and lower is more uniform.
 
     .. math:: \log \frac{1}{M (M - 1)} \sum_{i \ne j} e^{-t \| u_i - u_j \|^2}
 
-    Wang & Isola, 2020 (see `alignment`). With ||u - v||^2 = 2 - 2 u.v this is `neg_lse` at a temperature of 1/(2t),
-    so its memory is O(M D). Rows of zero length have no direction and count as orthogonal to all: look at the norms
-    too.
+    Wang & Isola, "Understanding Contrastive Representation Learning through Alignment and Uniformity on the
+    Hypersphere", 2020. Since ||u - v||^2 = 2 - 2 u.v, this is `neg_lse` at a temperature of 1/(2t), and takes O(M D)
+    memory. Rows are scaled to unit length first. A row of length zero has no direction and counts as orthogonal to all
+    others, so look at the norms too.
 
     Args:
-        z: (M, D) embeddings, M >= 2, of any floating dtype; they are normalised here.
-        t: the kernel's sharpness, positive.
-        backend: "auto", or a name from `backends()`.
+        z: (M, D) embeddings, M >= 2, float16, bfloat16, float32 or float64.
+        t: The sharpness of the kernel, a positive float.
+        backend: "auto", which chooses one for the device, or a name from `backends()`.
 
     Returns:
         A 0-d tensor, float64 for float64 embeddings, else float32; differentiable.
 
     Raises:
-        TypeError: z is not a floating-point tensor.
-        ValueError: z is not a matrix of at least two rows, t is not positive and finite, or the backend is unknown.
+        TypeError: `z` is not a dense floating-point tensor, or `t` is not a number.
+        ValueError: `z` is not a matrix of at least two rows, `t` is not positive and finite, or the backend is unknown.
+        RuntimeError: the backend is not available here; the message says why.
 
     Example:
         >>> import torch, fastntxent
@@ -75,23 +81,29 @@ def uniformity(z: Tensor, t: float = 2.0, *, backend: BackendName = "auto") -> T
 
 
 def positive_ranks(z_i: Tensor, z_j: Tensor) -> Tensor:
-    r"""The place of each row's positive among all other rows by cosine similarity; 1 is first.
+    r"""The rank of each row's positive among all other rows by cosine similarity; 1 is first.
 
     .. math:: r_i = 1 + |\{ j \ne i, p(i) : s_{ij} \ge s_{i,p(i)} \}|
 
-    A tie counts against the positive, and so does a NaN: collapsed embeddings, all alike, come last, not first.
+    The rows are [z_i; z_j], and p(i) is the other view of row i's sample. A tie counts against the positive, and so
+    does a NaN: in a collapsed batch, where all embeddings are alike, every positive comes last.
+
+    Rows are compared a block at a time: O(N D) memory, plus 4 million similarities (16 MiB in float32), or 2N where
+    that is more.
 
     Args:
-        z_i, z_j: (N, D) embeddings of the two views, of any floating dtype; they are normalised here.
+        z_i: (N, D) embeddings of the first view, float16, bfloat16, float32 or float64, with any strides. Row n belongs
+            to sample n.
+        z_j: (N, D) embeddings of the second view, with the shape, dtype and device of `z_i`. Row n belongs to sample n.
 
     Returns:
-        (2N,) int64 in [1, 2N - 1], in the order [z_i; z_j]. 1 / r averages to the mean reciprocal rank, r <= k to the
-        top-k accuracy. Not differentiable.
+        A tensor (2N,) of int64 in [1, 2N - 1], in the order [z_i; z_j]. The mean of 1 / r is the mean reciprocal rank,
+        and the mean of r <= k the top-k accuracy. Not differentiable.
 
     Raises:
-        TypeError, ValueError: as `nt_xent` does of its views.
-
-    A block of rows at a time: O(N D) memory, and 4 million similarities (16 MiB of float32) or 2N where that is more.
+        TypeError: a view is not a dense floating-point tensor.
+        ValueError: a view is not a matrix with rows and features, or the shapes, dtypes or devices of the views do not
+            match.
 
     Example:
         >>> import torch, fastntxent
@@ -103,12 +115,26 @@ def positive_ranks(z_i: Tensor, z_j: Tensor) -> Tensor:
 
 
 def contrastive_accuracy(z_i: Tensor, z_j: Tensor) -> Tensor:
-    """The share of rows that are nearer to their other view than to any other row, by cosine similarity.
+    """The share of rows that are closer to their other view than to any other row, by cosine similarity.
 
-    What the loss trains, as a number between 0 and 1; see `positive_ranks`, whose arguments, errors and memory it has.
+    It is the mean of `positive_ranks(z_i, z_j) == 1`, which a contrastive loss trains. A tie counts against the
+    positive, and so does a NaN.
+
+    Rows are compared a block at a time: O(N D) memory, plus 4 million similarities (16 MiB in float32), or 2N where
+    that is more.
+
+    Args:
+        z_i: (N, D) embeddings of the first view, float16, bfloat16, float32 or float64, with any strides. Row n belongs
+            to sample n.
+        z_j: (N, D) embeddings of the second view, with the shape, dtype and device of `z_i`. Row n belongs to sample n.
 
     Returns:
-        A 0-d float32 tensor, not differentiable.
+        A 0-d float32 tensor in [0, 1], not differentiable.
+
+    Raises:
+        TypeError: a view is not a dense floating-point tensor.
+        ValueError: a view is not a matrix with rows and features, or the shapes, dtypes or devices of the views do not
+            match.
 
     Example:
         >>> import torch, fastntxent
@@ -121,22 +147,23 @@ def contrastive_accuracy(z_i: Tensor, z_j: Tensor) -> Tensor:
 def effective_rank(z: Tensor) -> Tensor:
     r"""How many dimensions the embeddings use: 1 is collapse onto a line, min(M, D) is all of them, equally.
 
-    .. math:: \exp\Big(-\sum_k p_k \log p_k\Big), \qquad p_k = \sigma_k / \sum_l \sigma_l
+    .. math:: \exp(-\sum_k p_k \log p_k), \quad p_k = \sigma_k / \sum_l \sigma_l
 
-    with the singular values of z as it is, neither centred nor normalised. Roy & Vetterli, "The Effective Rank: A
-    Measure of Effective Dimensionality", 2007; RankMe (Garrido et al., 2023) is the same number.
+    sigma are the singular values of z, neither centred nor normalised. Roy & Vetterli, "The Effective Rank: A Measure
+    of Effective Dimensionality", 2007; RankMe (Garrido et al., 2023) is the same number.
+
+    It takes O(M D min(M, D)) time and O(M D) memory.
 
     Args:
-        z: (M, D) embeddings, of any floating dtype.
+        z: (M, D) embeddings, float16, bfloat16, float32 or float64.
 
     Returns:
-        A 0-d tensor, float64 for float64 embeddings, else float32; 0 where all embeddings are zero, NaN where one is
-        not finite. Differentiable where the singular values differ.
+        A 0-d tensor, float64 for float64 embeddings, else float32. It is 0 where all embeddings are zero, and NaN where
+        an entry is not finite. Differentiable where the singular values differ.
 
     Raises:
-        TypeError, ValueError: z is not a floating-point matrix with at least one row.
-
-    O(M D min(M, D)) time, O(M D) memory.
+        TypeError: `z` is not a dense floating-point tensor.
+        ValueError: `z` is not a matrix with rows and features.
 
     Example:
         >>> import torch, fastntxent
@@ -147,7 +174,7 @@ def effective_rank(z: Tensor) -> Tensor:
     with ops.autocast_off(z):
         z = unit_rows(z, normalize=False)
         finite = z.isfinite().all()
-        sigma = torch.linalg.svdvals(torch.where(finite, z, 0))  # which raises an error on a CPU where there is a NaN
+        sigma = torch.linalg.svdvals(torch.where(finite, z, 0))  # on a CPU svdvals raises for a NaN
     total = sigma.sum()
     p = sigma / total.clamp_min(torch.finfo(sigma.dtype).tiny)
     return torch.where(finite, torch.where(total > 0, torch.special.entr(p).sum().exp(), 0), torch.nan)

@@ -1,4 +1,4 @@
-"""Where a loss opens its batch: its rows are checked, its ranks agree, and where the rows are is settled."""
+"""Opening a batch: check the rows, let the ranks agree, and decide where the rows are."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .validation import check_ids, check_reduction, check_row_count, check_rows,
 
 
 def agree_on(group: Group | None, function: str, rows: Tensor, agreed: Mapping[str, object]) -> None:
-    """Have the ranks compare options that decide which losses of such rows they call, before they call any."""
+    """Have the ranks compare options that decide which losses they call on such rows, before they call any."""
     if group is not None:
         ShardedBatch.open(group, function, {"rows": rows.flatten(0, -2)}, 1, "mean", True, "auto", agreed)
 
@@ -30,16 +30,22 @@ def open_batch(
     backend: str = "auto",
     **agreed: object,
 ) -> Batch:
-    """Check what every loss takes, settle with the other ranks what each holds, and return the batch.
+    """Check the arguments that every loss takes, let the ranks compare theirs, and return the batch.
 
     Args:
-        group: the ranks, None for this process alone.
-        function: what was called, for errors over ranks.
-        rows: embeddings (N, D) by the names of the arguments, all of one shape, dtype and device.
+        group: The ranks, or None for this process alone.
+        function: The name of the public function, for errors over ranks.
+        rows: The embeddings (N, D) by argument name, all of one shape, dtype and device.
         ids: (N,) integers, the group of each sample, if the caller gave any.
-        views: how many rows the loss has for each sample.
-        agreed: what else must be the same on every rank. A tensor of one number is compared by its value on a CPU, one
-            on an accelerator is not read; an `Alike` is compared by all its values, wherever it lies.
+        views: The number of rows per sample in the loss.
+        reduction: The reduction of the losses: "mean", "sum" or "none".
+        normalize: Whether rows are scaled to unit length.
+        backend: "auto" or the name of a backend.
+        **agreed: Other values that must be equal on every rank. A tensor of one number is compared by value on a CPU
+            and not read on an accelerator; an `Alike` is compared by all its values on any device.
+
+    Returns:
+        The batch that matches `group` and `backend`.
     """
     names = list(rows)
     for name, x in rows.items():

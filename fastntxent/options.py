@@ -1,4 +1,4 @@
-"""The options that are chosen by name: a type for the signatures, and the same names as a tuple for the checks."""
+"""The options that are chosen by name: a type for the signatures, and a tuple of the same names for the checks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The primitive as a public function: log-sum-exp over the rows of other groups, of one set of rows or between two."""
+"""The primitive as public functions: log-sum-exp over the rows of other groups, in one set of rows or between two."""
 
 from __future__ import annotations
 
@@ -14,7 +14,18 @@ from .watching import watched
 
 
 class CrossNegLse(NamedTuple):
-    """What `cross_neg_lse` returns: (M,) and (K,)."""
+    """The log-sum-exps of both sides, as `cross_neg_lse` returns them.
+
+    Attributes:
+        rows: (M,), nu of each row of u against the rows of v; float64 for float64 rows, else float32.
+        cols: (K,), nu of each row of v against the rows of u, in the same dtype.
+
+    Example:
+        >>> import torch, fastntxent
+        >>> u, v = torch.eye(3), torch.ones(2, 3)
+        >>> fastntxent.cross_neg_lse(u, v, torch.arange(3), torch.arange(2), temperature=1.0).cols  # log(2e)
+        tensor([1.6931, 1.6931])
+    """
 
     rows: Tensor
     cols: Tensor
@@ -22,25 +33,34 @@ class CrossNegLse(NamedTuple):
 
 @watched
 def neg_lse(u: Tensor, ids: Tensor, temperature: float | Tensor, *, backend: BackendName = "auto") -> Tensor:
-    r"""Log-sum-exp of every row's similarities to the rows of other groups, the primitive of the whole family.
+    r"""Log-sum-exp of each row's similarities to the rows of other groups, the primitive of the whole family.
 
     .. math:: \nu_i = \log \sum_{j : id_j \ne id_i} e^{u_i \cdot u_j / \tau}
 
-    With `ids` the sample index it gives NT-Xent's negatives; with unique ids it excludes only the row itself; with
-    labels it removes false negatives.
+    With sample indices as `ids` it gives the negatives of NT-Xent. With unique ids each row leaves out only itself.
+    With labels it removes false negatives.
+
+    The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O(M D);
+    the reference backend takes O(M^2).
 
     Args:
-        u: (M, D) rows, float16, bfloat16, float32 or float64. They are taken as they are; a loss on cosine
-            similarities passes unit rows.
-        ids: (M,) integers on the device of u, in any order.
-        temperature: as in `nt_xent`.
-        backend: "auto", or a name from `backends()`.
+        u: (M, D) rows, float16, bfloat16, float32 or float64, taken as they are. For cosine similarities, pass unit
+            rows.
+        ids: (M,) integers on the device of `u`, the group of each row, in any order.
+        temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
+            read a tensor on an accelerator, so its sign is not checked there.
+        backend: "auto", which chooses one for the device, or a name from `backends()`.
 
     Returns:
-        (M,), float64 for float64 rows, else float32; -inf, with a gradient of zero, for a row that has no row of
-        another group. Differentiable in u and temperature.
+        A tensor (M,), float64 for float64 rows, else float32. It is -inf, with a gradient of zero, for a row without a
+        row of another group. Differentiable in `u` and `temperature`.
 
-    Errors, determinism and memory are those of `nt_xent`.
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
+            is unknown.
+        RuntimeError: the backend is not available here (the message says why), or a second derivative is taken, which
+            only backend="reference" has.
 
     Example:
         >>> import torch, fastntxent
@@ -58,24 +78,36 @@ def cross_neg_lse(
     r"""`neg_lse` between two sets of rows, in both directions from one pass over their similarities.
 
     .. math::
-        \nu^u_i = \log \sum_{j : id^v_j \ne id^u_i} e^{u_i \cdot v_j / \tau}, \qquad
+        \nu^u_i = \log \sum_{j : id^v_j \ne id^u_i} e^{u_i \cdot v_j / \tau}, \quad
         \nu^v_j = \log \sum_{i : id^u_i \ne id^v_j} e^{u_i \cdot v_j / \tau}
 
-    What two towers (images and texts), queries against a queue of keys, and one rank's rows against all others' are
-    made of. A side that needs no gradient, as a queue, costs none.
+    Losses use it between two towers (images and texts), between queries and a queue of keys, and between one rank's
+    rows and all others. A side that needs no gradient, such as a queue, costs none.
+
+    The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O((M +
+    K) D); the reference backend takes O(M K).
 
     Args:
-        u: (M, D) rows, taken as they are; float16, bfloat16, float32 or float64.
-        v: (K, D) rows of the same dtype and device.
-        u_ids, v_ids: (M,) and (K,) integers on the rows' device: the groups of both sides.
-        temperature: as in `nt_xent`.
-        backend: "auto", or a name from `backends()`.
+        u: (M, D) rows, float16, bfloat16, float32 or float64, taken as they are. For cosine similarities, pass unit
+            rows.
+        v: (K, D) rows of the dtype and device of `u`.
+        u_ids: (M,) integers on the device of `u`, the group of each row of `u`.
+        v_ids: (K,) integers on the device of `v`, the group of each row of `v`.
+        temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
+            read a tensor on an accelerator, so its sign is not checked there.
+        backend: "auto", which chooses one for the device, or a name from `backends()`.
 
     Returns:
-        A named tuple (rows, cols) of (M,) and (K,), float64 for float64 rows, else float32; -inf, with a gradient of
-        zero, for a row to which the other side has no row of another group. Differentiable in u, v and temperature.
+        A named tuple (rows, cols) of tensors (M,) and (K,), float64 for float64 rows, else float32. An entry is -inf,
+        with a gradient of zero, where the other side has no row of another group. Differentiable in `u`, `v` and
+        `temperature`.
 
-    Errors, determinism and memory are those of `nt_xent`.
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
+            is unknown.
+        RuntimeError: the backend is not available here (the message says why), or a second derivative is taken, which
+            only backend="reference" has.
 
     Example:
         >>> import torch, fastntxent

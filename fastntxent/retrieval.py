@@ -1,4 +1,4 @@
-"""Nearest neighbours by cosine similarity, a tile of the similarities at a time."""
+"""Nearest neighbours by cosine similarity, one tile of similarities at a time."""
 
 from __future__ import annotations
 
@@ -11,40 +11,62 @@ from .validation import check_features, check_integer, check_rows, check_same
 
 
 class Classification(NamedTuple):
-    """What `zero_shot_classify` returns: (N,) each."""
+    """The classes of images and their scores, as `zero_shot_classify` returns them.
+
+    Attributes:
+        classes: (N,) int64, the class of each image.
+        scores: (N,) cosine similarities to that class, float64 for float64 features, else float32.
+
+    Example:
+        >>> import torch, fastntxent
+        >>> fastntxent.zero_shot_classify(torch.eye(3)[[2, 0]], torch.eye(3)).scores
+        tensor([1., 1.])
+    """
 
     classes: Tensor
     scores: Tensor
 
 
 class Retrieval(NamedTuple):
-    """What `retrieve` returns: (Q, k) each."""
+    """The nearest rows of a corpus, as `retrieve` returns them.
+
+    Attributes:
+        scores: (Q, k) cosine similarities, largest first, float64 for float64 embeddings, else float32.
+        indices: (Q, k) int64, the rows of the corpus.
+
+    Example:
+        >>> import torch, fastntxent
+        >>> fastntxent.retrieve(torch.eye(3)[[2, 0]], torch.eye(3), k=1).indices
+        tensor([[2],
+                [0]])
+    """
 
     scores: Tensor
     indices: Tensor
 
 
 def zero_shot_classify(image_features: Tensor, class_features: Tensor) -> Classification:
-    r"""The class whose features lie nearest to each image's, by cosine similarity.
+    r"""The class whose features are nearest to each image's, by cosine similarity.
 
     .. math:: c_n = \arg\max_c \frac{x_n \cdot w_c}{\|x_n\| \|w_c\|}
 
-    Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021, with the text
-    features of each class's prompt, or the mean of several prompts'.
+    Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021. The features of a
+    class are those of its prompt, or the mean over several prompts. Rows are scaled to unit length first.
+
+    The result is deterministic. Besides the arguments and the result, memory holds one tile of 32 MiB, the unit rows of
+    its 1,024 images and 8,192 classes, and at most 16 MiB more, for any N and C.
 
     Args:
-        image_features: (N, D), of any floating dtype; they are normalised here.
-        class_features: (C, D) of the same dtype and device.
+        image_features: (N, D) features of the images, float16, bfloat16, float32 or float64. Row n belongs to sample n.
+        class_features: (C, D) features of the classes, with the dtype and device of `image_features`.
 
     Returns:
-        A named tuple (classes, scores): (N,) int64, the lowest of classes with the same score, and the similarities,
-        float64 for float64 features, else float32. Not differentiable.
+        A named tuple (classes, scores) of tensors (N,). Classes are int64, the lowest where several have the same
+        score. Scores are cosine similarities, float64 for float64 features, else float32. Not differentiable.
 
     Raises:
-        TypeError, ValueError: an argument is not a floating-point matrix with rows, or they do not fit together.
-
-    Deterministic. Memory beside the arguments and the result: a tile of 32 MiB, the unit rows of its 1,024 images and
-    8,192 classes, and 16 MiB at most, whatever N and C.
+        TypeError: an argument is not a dense floating-point tensor.
+        ValueError: an argument is not a matrix with rows and features, or the features, dtypes or devices do not match.
 
     Example:
         >>> import torch, fastntxent
@@ -58,21 +80,26 @@ def zero_shot_classify(image_features: Tensor, class_features: Tensor) -> Classi
 def retrieve(queries: Tensor, corpus: Tensor, k: int) -> Retrieval:
     r"""The k rows of the corpus that are nearest to each query by cosine similarity, nearest first.
 
+    .. math:: \text{score}_{qc} = \frac{x_q \cdot w_c}{\|x_q\| \|w_c\|}
+
+    Rows are scaled to unit length first. A NaN similarity, from an embedding with a NaN, counts as -inf.
+
+    The result is deterministic. Besides the arguments and the result, memory holds one tile of 32 MiB, the unit rows of
+    its 1,024 queries and 8,192 columns (256 k columns where that is more), and at most 32 MiB more, for any Q and C.
+
     Args:
-        queries: (Q, D), of any floating dtype; they are normalised here.
-        corpus: (C, D) of the same dtype and device.
-        k: how many, 1 to C.
+        queries: (Q, D) embeddings, float16, bfloat16, float32 or float64.
+        corpus: (C, D) embeddings to search, with the dtype and device of `queries`.
+        k: The number of rows to find, from 1 to C.
 
     Returns:
-        A named tuple (scores, indices) of (Q, k); scores are float64 for float64 embeddings, else float32. Of equal
-        scores the lower index comes first, and stays in. Not differentiable.
+        A named tuple (scores, indices) of tensors (Q, k). Scores are float64 for float64 embeddings, else float32;
+        indices are int64. Of equal scores the lower index comes first, and is kept. Not differentiable.
 
     Raises:
-        TypeError, ValueError: as `zero_shot_classify`, and for a k out of range.
-
-    A similarity that is NaN, because an embedding holds one, counts as -inf. Deterministic. Memory beside the arguments
-    and the result: a tile of 32 MiB, the unit rows of its 1,024 queries and 8,192 columns (or 256 k, where that is
-    more), and 32 MiB at most, whatever Q and C.
+        TypeError: an argument is not a dense floating-point tensor, or `k` is not an int.
+        ValueError: an argument is not a matrix with rows and features, or the features, dtypes or devices do not match,
+            or `k` is out of range.
 
     Example:
         >>> import torch, fastntxent
@@ -91,5 +118,5 @@ def _find_nearest(q_name: str, queries: Tensor, c_name: str, corpus: Tensor, k: 
     k = check_integer("k", k, 1)
     if k > corpus.shape[0]:
         raise ValueError(f"k must be in [1, {corpus.shape[0]}], the rows of {c_name}, got {k}")
-    # Detached, where torch.jit.trace would leave a block of no_grad out.
+    # Detached, because torch.jit.trace would ignore a no_grad block.
     return Retrieval(*ops.nearest(queries.detach(), corpus.detach(), k))

@@ -1,8 +1,9 @@
-"""The state of a module besides its parameters, and of random generators: held, and put back.
+"""Saving and restoring the state of a module besides its parameters, and of random generators.
 
-State is whatever `vars(module)` reaches through submodules and containers: buffers, tensors, arrays and numbers among
-the attributes, generators of the module's own. The objects stay the same ones, because others hold references to them
-(DistributedDataParallel to buffers, an optimiser to tensors): a tensor gets its values back, a container its contents.
+State is everything that `vars(module)` reaches through submodules and containers: buffers, tensors, arrays and numbers
+among the attributes, and generators of the module. The objects keep their identity, because others hold references to
+them (DistributedDataParallel to buffers, an optimiser to tensors): a tensor gets its values back, a container its
+contents.
 """
 
 from __future__ import annotations
@@ -19,17 +20,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_WITHOUT_STATE = (int, float, str, type(None), types.FunctionType)  # most attributes: skipped early
-# Every module's parameters and hooks. FSDP swaps sharded for whole parameters in a forward: not to be put back.
+_WITHOUT_STATE = (int, float, str, type(None), types.FunctionType)  # the types of most attributes, skipped early
+# The parameters and hooks of every module. FSDP swaps sharded for full parameters in a forward, so they must not be
+# restored.
 _NOT_STATE = vars(nn.Module()).keys() - {"_buffers", "_modules"}
 
 
 class ModuleState:
-    """The modules' state at the moment this is made, with a copy of its tensors, parameters left out.
+    """The state of modules at construction, with copies of its tensors but without parameters.
 
     Args:
-        modules: the modules.
-        unless: the `StateVersions` of a moment before; what has not changed since then is left out.
+        *modules: The modules.
+        unless: `StateVersions` from an earlier moment; state that has not changed since then is left out.
     """
 
     def __init__(self, *modules: nn.Module, unless: StateVersions | None = None) -> None:
@@ -38,27 +40,28 @@ class ModuleState:
             self._undo = [undo for value in values for undo in _holding(value)]
 
     def restore(self) -> None:
-        """Put the state back, into the same objects."""
+        """Restore the state, into the same objects."""
         with torch.no_grad():
             for undo in self._undo:
                 undo()
 
 
 class StateVersions:
-    """All that a `ModuleState` of the modules would hold, each with a value that changes when it is written to."""
+    """Everything that a `ModuleState` of the modules would hold, each with a version that changes when the object is
+    written to."""
 
     def __init__(self, *modules: nn.Module) -> None:
-        # The objects too: another one must not come by the identity of one that is gone.
+        # Keep the objects too, so that no new object gets the id of one that has been freed.
         self._known = {id(value): (value, _version(value)) for value in _reachable(*modules)}
 
     def unchanged(self, value: object) -> bool:
-        """Whether the value is one of them, as it was."""
+        """Return whether the value is one of these objects and has not changed."""
         known = self._known.get(id(value))
         return known is not None and _same(known[1], _version(value))
 
 
 class RandomState:
-    """The state of the global generators: Python's, NumPy's where it is in use, PyTorch's on the CPU and on devices."""
+    """The state of the global generators: Python's, NumPy's if it is imported, and PyTorch's on CPU and devices."""
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
         numpy = _numpy()
@@ -73,13 +76,13 @@ class RandomState:
             self._undo.append(functools.partial(generators.set_rng_state, generators.get_rng_state(device), device))
 
     def restore(self) -> None:
-        """Set the generators back."""
+        """Restore the generators."""
         for undo in self._undo:
             undo()
 
 
 def sharing_state(modules: Iterable[nn.Module]) -> list[list[nn.Module]]:
-    """Return the modules in groups: two that share state, parameters left out, are in the same one."""
+    """Return the modules in groups: two modules that share state other than parameters are in one group."""
     groups: list[tuple[list[nn.Module], set[int]]] = []
     for module in modules:
         members, state = [module], {id(value) for value in _reachable(module) if _is_state(value)}
@@ -91,15 +94,15 @@ def sharing_state(modules: Iterable[nn.Module]) -> list[list[nn.Module]]:
 
 
 def _numpy() -> Any:
-    return sys.modules.get("numpy")  # where nobody has imported it, there is no state of it
+    return sys.modules.get("numpy")  # if it is not imported, it has no state
 
 
 def _reachable(*modules: nn.Module) -> Iterator[object]:
-    """Every object that may hold state, once."""
+    """Yield every object that may hold state, once."""
     seen: dict[int, object] = {}
     pending: list[object] = [*modules]
     for module in modules:
-        pending.extend(module.buffers())  # those of a TorchScript module are not among its attributes
+        pending.extend(module.buffers())  # a TorchScript module does not list them among its attributes
     while pending:
         value = pending.pop()
         if id(value) not in seen and not isinstance(value, _WITHOUT_STATE):
@@ -109,7 +112,7 @@ def _reachable(*modules: nn.Module) -> Iterator[object]:
 
 
 def _contents(value: object) -> Collection[Any]:
-    """The objects that a module or container refers to."""
+    """Return the objects that a module or container refers to."""
     if isinstance(value, nn.Module):
         return [attribute for name, attribute in vars(value).items() if name not in _NOT_STATE]
     if isinstance(value, dict):
@@ -140,7 +143,7 @@ def _same(version: object, other: object) -> bool:
     if isinstance(version, Tensor):
         return isinstance(other, Tensor) and torch.equal(version, other)
     if isinstance(version, tuple) and isinstance(other, tuple):
-        # What a container or module holds, by identity; a generator's state by value.
+        # Compare the contents of containers and modules by identity, and the state of generators by value.
         return len(version) == len(other) and all(map(_identical_or_equal, version, other))
     return version == other
 
@@ -150,16 +153,16 @@ def _identical_or_equal(a: object, b: object) -> bool:
 
 
 def _is_state(value: object) -> bool:
-    """Whether `_holding` has anything to give back to the object."""
+    """Return whether `_holding` has anything to restore for the object."""
     numpy = _numpy()
     if isinstance(value, Tensor):
-        return not value.requires_grad and not isinstance(value, nn.Parameter)  # learnt, or has a graph: not refilled
+        return not value.requires_grad and not isinstance(value, nn.Parameter)  # neither learnt nor part of a graph
     of_numpy = (numpy.random.RandomState, numpy.random.Generator, numpy.ndarray) if numpy else ()
     return isinstance(value, (nn.Module, dict, list, set, deque, torch.Generator, random.Random, *of_numpy))
 
 
 def _holding(value: object) -> Iterator[Callable[[], object]]:
-    """How to give an object back the state that it has now: one function, or none if it has no state of its own."""
+    """Yield a function that restores the current state of an object, or nothing if it has no state of its own."""
     numpy = _numpy()
     if isinstance(value, Tensor):
         if _is_state(value):
@@ -183,7 +186,8 @@ def _holding(value: object) -> Iterator[Callable[[], object]]:
 
 
 def _distinct(tensor: Tensor) -> Tensor:
-    """The tensor with one element of each expanded dimension, which in memory has no more, and could not be written."""
+    """Return the tensor with one element of each expanded dimension. An expanded dimension has one element in memory
+    and cannot be written to."""
     if tensor.layout == torch.strided:
         for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
             if stride == 0 and size > 1:
@@ -192,8 +196,10 @@ def _distinct(tensor: Tensor) -> Tensor:
 
 
 def _refill_tensor(tensor: Tensor, storage: Tensor, values: Tensor) -> None:
-    """Write the values into the memory that the tensor had, without a trace in its version counter: a graph that
-    was made before and needs them may use them again."""
+    """Write the values into the tensor's original memory without changing its version counter.
+
+    A graph that was recorded before and needs the values can still use them.
+    """
     _distinct(storage).copy_(values)
     tensor.data = storage
 
@@ -202,7 +208,7 @@ def _refill_mapping(mapping: dict[Any, Any], keys: Collection[Any], values: Coll
     if not (_identical(mapping.keys(), keys) and _identical(mapping.values(), values)):
         mapping.clear()
         for key, value in zip(keys, values, strict=True):
-            mapping[key] = value  # not by update(), which adds to a Counter
+            mapping[key] = value  # not update(), which adds up in a Counter
 
 
 def _refill_collection(collection: Any, items: Collection[Any]) -> None:

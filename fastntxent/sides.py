@@ -1,5 +1,4 @@
-"""What losses, operators and backends hand down as one argument: a side of a log-sum-exp, and a teacher or a guide of
-two sides."""
+"""Arguments that losses, operators and backends pass on as one: a side of a log-sum-exp, a teacher, and a guide."""
 
 from __future__ import annotations
 
@@ -10,8 +9,11 @@ from torch import Tensor
 
 
 class Side(NamedTuple):
-    """Rows u (M, D), the group of each, ids (M,), and where there are limits the largest similarity that each row's sum
-    takes (M,). One side is its own columns; two are rows and columns."""
+    """One side of a log-sum-exp: rows u (M, D), their groups ids (M,), and optionally limits (M,), the largest
+    similarity that each row's sum includes.
+
+    A single side is its own columns. Two sides are rows and columns.
+    """
 
     u: Tensor
     ids: Tensor
@@ -19,8 +21,10 @@ class Side(NamedTuple):
 
 
 class Teacher(NamedTuple):
-    """A teacher's rows (M, E) and columns (K, E), one for each of the student's, with what its softmaxes need: the
-    inverse temperature, and of each row and each column the log-sum-exp of all its logits."""
+    """A teacher's rows (M, E) and columns (K, E), one for each of the student's, and the terms of its softmaxes.
+
+    These are the inverse temperature, and the log-sum-exp of all logits of each row and each column.
+    """
 
     rows: Tensor
     cols: Tensor
@@ -30,8 +34,7 @@ class Teacher(NamedTuple):
 
 
 class CalledTeacher(NamedTuple):
-    """A teacher that is called for its similarities, by the ids of rows and columns, with what its softmaxes need, as
-    `Teacher` has it."""
+    """A teacher that is a function of the ids of rows and columns, and the terms of its softmaxes as in `Teacher`."""
 
     similarities: Callable[[Tensor, Tensor], Tensor]
     inv_tau: float | Tensor
@@ -40,8 +43,10 @@ class CalledTeacher(NamedTuple):
 
 
 class Guide(NamedTuple):
-    """A guide's rows (M, E) and columns (K, E), one for each of the student's, and each row's limit (M,): a column does
-    not count whose similarity to the row is, for the guide, above it."""
+    """A guide's rows (M, E) and columns (K, E), one for each of the student's, and each row's limit (M,).
+
+    A column whose similarity to the row, according to the guide, is above the limit does not count.
+    """
 
     rows: Tensor
     cols: Tensor

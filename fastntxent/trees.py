@@ -1,5 +1,5 @@
-"""Trees of tensors: what an encoder takes or returns. Mappings, lists, tuples and dataclasses are walked; any other
-object is a leaf."""
+"""Trees of tensors, as an encoder takes or returns them: mappings, lists, tuples and dataclasses. Any other object is a
+leaf."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def named_tensors(tree: object, name: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor of the tree, after the Python expression that reaches it from `name`."""
+    """Yield every tensor of the tree, paired with the Python expression that reaches it from `name`."""
     if isinstance(tree, Tensor):
         yield name, tree
     for key, item in _items(tree):
@@ -20,8 +20,11 @@ def named_tensors(tree: object, name: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    """Return the tree with function(tensor) for each tensor. Containers on the way are new ones of the same type, so
-    that they may be written to; whatever holds no tensor is the same object."""
+    """Return the tree with function(tensor) in place of each tensor.
+
+    Containers on the path to a tensor are new objects of the same type, so that they can be written to. A part without
+    tensors stays the same object.
+    """
     if isinstance(tree, Tensor):
         return function(tree)
     old = _items(tree)
@@ -31,12 +34,12 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
 
 
 def is_container(tree: object) -> bool:
-    """Return whether tensors are looked for inside the object."""
+    """Return whether the object is searched for tensors."""
     return isinstance(tree, (Mapping, list, tuple)) or _is_dataclass(tree)
 
 
 def part(tree: Any, key: Any) -> Any:
-    """Return the tree's item of that key, or its attribute of that name."""
+    """Return the item of the tree with this key, or its attribute of this name."""
     if isinstance(key, str) and not isinstance(tree, Mapping):
         return getattr(tree, key)
     return tree[key]
@@ -63,12 +66,12 @@ def _rebuilt(tree: Any, items: list[tuple[Any, Any]]) -> Any:
         return dict(items)
     if isinstance(tree, tuple):
         values = [item for _, item in items]
-        return tree._make(values) if hasattr(tree, "_make") else type(tree)(values)  # a named tuple
-    # Through a copy, which keeps all else that the object knows: a constructor may take anything.
+        return tree._make(values) if hasattr(tree, "_make") else type(tree)(values)  # named tuples have _make
+    # Copy the object, which keeps its other attributes; a constructor may have any signature.
     rebuilt = copy.copy(tree)
     for key, item in items:
         if _is_dataclass(tree):
-            object.__setattr__(rebuilt, key, item)  # a frozen one too
+            object.__setattr__(rebuilt, key, item)  # works for frozen dataclasses too
         else:
             rebuilt[key] = item
     return rebuilt

@@ -1,4 +1,4 @@
-"""The two passes of gradient caching: embeddings without a graph, and later the encoders' gradients, chunk by chunk."""
+"""The two passes of gradient caching: embeddings without a graph, then the encoders' gradients, chunk by chunk."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch.autograd.function import once_differentiable
 from .chunked_view import ChunkedView
 from .saved_state import ModuleState, RandomState, StateVersions, sharing_state
 
-# The same chunk on the same state may round differently where a graph is recorded, above all in bfloat16. Another draw
-# of dropout's masks is an order of magnitude beyond this.
+# The same chunk with the same state may round differently when a graph is recorded, above all in bfloat16. Different
+# dropout masks differ by an order of magnitude more than this.
 _REPEATS_WITHIN = 0.05
 
 
 class TwoPasses:
-    """Encode views twice, the second time from the same state and on the same random numbers as the first.
+    """Encodes views twice, the second time from the same state and with the same random numbers.
 
-    The state of the encoders and the generators that the second pass starts from is held when this is made.
+    The constructor saves the state of the encoders and the generators, from which the second pass starts.
     """
 
     def __init__(self, views: Sequence[ChunkedView]) -> None:
@@ -33,10 +33,10 @@ class TwoPasses:
         groups = sharing_state(encoders) if len(encoders) > 1 else [encoders]
         self._start = [(group, ModuleState(*group)) for group in groups]
         self._start_random = RandomState(self._devices)
-        self.learnt: set[int] = set()  # encoders, by id, that a gradient has gone through
+        self.learnt: set[int] = set()  # ids of the encoders that a gradient has reached
 
     def first(self) -> list[Tensor]:
-        """Return each view's embeddings (N, D), leaves that require a gradient where the encoder may get one."""
+        """Return the embeddings (N, D) of each view, leaves that require a gradient if the encoder may get one."""
         self._leaves, self._random = [], []
         for view in self._views:
             leaf, states = _encode(view, self._devices)
@@ -46,15 +46,15 @@ class TwoPasses:
         return self._leaves
 
     def second(self, d_leaves: Sequence[Tensor | None]) -> None:
-        """Pull the gradients of the embeddings through the encoders.
+        """Backpropagate the gradients of the embeddings through the encoders.
 
-        Encoders that get no gradient do not run again. What has changed in encoders and generators since the first
-        pass, as a loss may change them, is kept.
+        Encoders without a gradient do not run again. Changes of encoders and generators since the first pass, for
+        example by the loss, are kept.
         """
         learning = {
             id(view.encoder) for view, leaf in zip(self._views, self._leaves, strict=True) if leaf.requires_grad
         }
-        # An encoder runs again where another one of its group does: they pass state to each other.
+        # An encoder also runs again if another encoder of its group does, because they share state.
         again = [(group, start) for group, start in self._start if any(id(encoder) in learning for encoder in group)]
         encoders = [encoder for group, _ in again for encoder in group]
         if not encoders:
@@ -62,17 +62,17 @@ class TwoPasses:
         random, changed = RandomState(self._devices), ModuleState(*encoders, unless=self._encoded)
         for _, start in again:
             start.restore()
-        # Before PyTorch 2.10 it may hold the weights as the first pass cast them, without a graph.
+        # Before PyTorch 2.10 the cache may hold weights that the first pass cast without a graph.
         torch.clear_autocast_cache()
         self._encode_again({id(encoder) for encoder in encoders}, d_leaves)
         for encoder in encoders:
-            # DistributedDataParallel's own check, which it would else make in its next forward.
+            # DistributedDataParallel's own check, which it would otherwise make in its next forward.
             getattr(encoder, "_check_reducer_finalized", lambda: None)()
         changed.restore()
         random.restore()
 
     def undo(self) -> None:
-        """Give encoders and generators the state that they had before the first pass."""
+        """Restore the state that encoders and generators had before the first pass."""
         for _, start in self._start:
             start.restore()
         self._start_random.restore()
@@ -90,7 +90,7 @@ class TwoPasses:
                 with _no_sync(view.encoder, unless=last), torch.enable_grad():
                     z = view.embed(chunk)
                     repeats.append((view.encoder_name, _distance(view.encoder_name, z, leaf[slice(*chunk)])))
-                    if z.requires_grad:  # not where a tower is frozen
+                    if z.requires_grad:  # False for a frozen tower
                         z.backward(d_leaf[slice(*chunk)].to(z.dtype))
                         self.learnt.add(id(view.encoder))
                     elif last and id(view.encoder) in self.learnt and hasattr(view.encoder, "no_sync"):
@@ -102,9 +102,9 @@ class TwoPasses:
 
 
 def with_second_pass(loss: Tensor, passes: TwoPasses, d_leaves: Sequence[Tensor | None]) -> Tensor:
-    """Return the loss, with a backward that begins with the second pass.
+    """Return the loss with a backward that starts with the second pass.
 
-    d_leaves: the loss's gradients with respect to the first pass's embeddings.
+    d_leaves: the gradients of the loss with respect to the embeddings of the first pass.
     """
     trigger = torch.empty((), device=loss.device, requires_grad=True)
     result: Tensor = _WithSecondPass.apply(loss, trigger, passes, d_leaves)
@@ -133,7 +133,8 @@ class _WithSecondPass(torch.autograd.Function):
 
 
 def _autocast_now(device_types: Sequence[str]) -> Callable[[], contextlib.ExitStack]:
-    """Return a function that makes a context with today's autocast settings: a backward may run outside them."""
+    """Return a function that recreates the current autocast settings as a context, since a backward may run outside
+    them."""
     settings = [
         (name, torch.get_autocast_dtype(name), torch.is_autocast_enabled(name)) for name in dict.fromkeys(device_types)
     ]
@@ -149,8 +150,9 @@ def _autocast_now(device_types: Sequence[str]) -> Callable[[], contextlib.ExitSt
 
 
 def _encode(view: ChunkedView, devices: set[torch.device]) -> tuple[Tensor, list[RandomState]]:
-    """The view's embeddings, as a leaf for the loss, and the random state before each chunk."""
-    # Only autograd knows whether an encoder with no parameter to learn is frozen: others may lie beyond its own.
+    """Return the embeddings of a view as a leaf for the loss, and the random state before each chunk."""
+    # Only autograd knows whether an encoder without trainable parameters is frozen: its output may depend on trainable
+    # tensors elsewhere.
     frozen = not any(parameter.requires_grad for parameter in view.encoder.parameters())
     parts, states, learns = [], [], not frozen
     for chunk in view.chunks():
@@ -158,7 +160,7 @@ def _encode(view: ChunkedView, devices: set[torch.device]) -> tuple[Tensor, list
         with torch.set_grad_enabled(frozen):
             z = view.embed(chunk)
         learns |= z.requires_grad
-        # A copy, as z may be a view of all that the encoder computed, or memory that it writes the next chunk to.
+        # A copy, because z may be a view of a larger output, or memory that the encoder reuses for the next chunk.
         parts.append(z.detach().clone())
     shapes = list({tuple(part.shape[1:]): None for part in parts if len(part)})
     if len(shapes) > 1:
@@ -179,7 +181,7 @@ def _distance(name: str, z: Tensor, first: Tensor) -> Tensor:
 
 def _check_repeated(distances: Sequence[tuple[str, Tensor]]) -> None:
     too_far = [(value, name) for name, value in ((name, float(d)) for name, d in distances) if value > _REPEATS_WITHIN]
-    if too_far:  # neither NaN nor of no rows
+    if too_far:  # NaN, as for chunks without rows, is not too far
         distance, name = max(too_far)
         raise RuntimeError(
             f"{name} gave other embeddings in the second pass over the same rows (relative difference "

@@ -1,4 +1,4 @@
-"""From one tensor of embeddings to the two views that the losses take."""
+"""Splitting one tensor of embeddings into the two views that the losses take."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ def split_views(z: Tensor, layout: Layout = "concatenated") -> tuple[Tensor, Ten
     """The two views of a batch that holds both: (2N, D) -> (N, D), (N, D).
 
     Args:
-        z: (2N, D) embeddings, or (N, 2, D) with the views along the second dimension, whatever the layout.
-        layout: of a (2N, D) tensor: "concatenated" is [view 1 of all samples; view 2 of all samples], what
-            `torch.cat((z_i, z_j))` gives; "interleaved" is sample by sample, [view 1 of 1; view 2 of 1; ...].
+        z: (2N, D) embeddings, or (N, 2, D) with the views along the second dimension, for which `layout` has no effect;
+            float16, bfloat16, float32 or float64.
+        layout: The order of the rows of a (2N, D) tensor. "concatenated": view 1 of all samples, then view 2 of all
+            samples, as `torch.cat((z_i, z_j))` gives. "interleaved": sample by sample, view 1 then view 2.
 
     Returns:
-        (z_i, z_j), views of z without a copy; gradients flow back to z.
+        A tuple (z_i, z_j) of tensors (N, D) of the dtype of `z`, views of its memory without a copy; gradients flow
+        back to `z`.
 
     Raises:
-        TypeError: z is not a floating-point tensor.
+        TypeError: `z` is not a dense floating-point tensor.
         ValueError: the number of rows is odd or zero, the shape is neither of the above, or the layout is unknown.
 
     Example:

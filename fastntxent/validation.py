@@ -1,7 +1,7 @@
-"""Checks of what a person passes in: each raises an error that names the argument, what was expected and what came.
+"""Checks of arguments. Each check raises an error that names the argument, the expectation and the actual value.
 
-Everything here looks at shapes, dtypes and devices, which the host knows. The one look at a value is the
-temperature's, and only where it lies in host memory: a temperature on an accelerator is never read.
+The checks look at shapes, dtypes and devices, which the host knows. Values of a tensor are read only in host memory: a
+temperature on an accelerator is never read.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from .options import REDUCTIONS
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ID_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-MOST_ROWS = 2**31 - 1  # of a loss, in all of its views: what the kernels count in 32 bits
+MOST_ROWS = 2**31 - 1  # over all views of a loss: the kernels count rows in 32 bits
 
-# The interval of each number that a loss takes, as it is written: a square bracket includes that end.
+# The interval of each numeric parameter of a loss; a square bracket includes the end.
 _INTERVALS = {
     "A_0": ("[", 0, 1, "]"),
     "a_0": ("[", 0, 1, "]"),
@@ -39,7 +39,7 @@ _INTERVALS = {
 
 
 def check_tensor(name: str, value: object) -> None:
-    """A tensor with an address for every element: not sparse, nested, quantised or in a layout of MKL-DNN."""
+    """Check that the value is a dense tensor: not sparse, nested, quantised or in MKL-DNN's layout."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.layout != torch.strided or value.is_nested or value.is_quantized:
@@ -48,7 +48,8 @@ def check_tensor(name: str, value: object) -> None:
 
 
 def check_rows(name: str, rows: Tensor, *, may_be_empty: bool = False) -> None:
-    """A floating-point matrix with at least one column, and one row unless it may be without."""
+    """Check that the rows are a floating-point matrix with at least one column, and at least one row unless
+    `may_be_empty`."""
     check_tensor(name, rows)
     if rows.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {rows.dtype}")
@@ -60,15 +61,16 @@ def check_rows(name: str, rows: Tensor, *, may_be_empty: bool = False) -> None:
 
 
 def check_row_count(n_rows: int, *names: str) -> None:
-    """No more than MOST_ROWS, of these arguments together."""
-    # A compiled graph is to serve every number of rows, which a bound here would end: the kernels check it again.
+    """Check that these arguments together have at most MOST_ROWS rows."""
+    # Skipped under torch.compile, where a bound would specialise the graph on the number of rows. The kernels check it
+    # again.
     if not torch.compiler.is_compiling() and n_rows > MOST_ROWS:
         name = " and ".join(names) + (" together" if len(names) > 1 else "")
         raise ValueError(f"{name} must have at most {MOST_ROWS} rows, got {n_rows}")
 
 
 def check_views(z_i: Tensor, z_j: Tensor, *, may_be_empty: bool = False) -> None:
-    """Two views of one batch: matrices of the same shape, dtype and device."""
+    """Check that two views are matrices of the same shape, dtype and device."""
     check_rows("z_i", z_i, may_be_empty=may_be_empty)
     check_rows("z_j", z_j, may_be_empty=may_be_empty)
     check_same("z_i", z_i, "z_j", z_j, "shape", "dtype", "device")
@@ -76,7 +78,7 @@ def check_views(z_i: Tensor, z_j: Tensor, *, may_be_empty: bool = False) -> None
 
 
 def check_same(a_name: str, a: Tensor, b_name: str, b: Tensor, *attributes: str) -> None:
-    """Two tensors that agree in these attributes."""
+    """Check that two tensors agree in these attributes."""
     for attribute in attributes:
         of_a, of_b = getattr(a, attribute), getattr(b, attribute)
         if of_a != of_b:
@@ -85,7 +87,7 @@ def check_same(a_name: str, a: Tensor, b_name: str, b: Tensor, *attributes: str)
 
 
 def check_features(a_name: str, a: Tensor, b_name: str, b: Tensor) -> None:
-    """Two sets of rows of the same length."""
+    """Check that two sets of rows have the same number of features."""
     if a.shape[-1] != b.shape[-1]:
         raise ValueError(
             f"{a_name} and {b_name} must have the same number of features, got {a.shape[-1]} and {b.shape[-1]}"
@@ -93,13 +95,13 @@ def check_features(a_name: str, a: Tensor, b_name: str, b: Tensor) -> None:
 
 
 def check_row_each(name: str, x: Tensor, rows_name: str, rows: Tensor) -> None:
-    """As many rows as there are."""
+    """Check that `x` has as many rows as `rows`."""
     if x.shape[0] != rows.shape[0]:
         raise ValueError(f"{name} must have {rows.shape[0]} rows, one for each of {rows_name}, got {x.shape[0]}")
 
 
 def check_ids(name: str, ids: Tensor, rows_name: str, rows: Tensor) -> None:
-    """One integer group per row, on the rows' device."""
+    """Check that ids hold one integer per row, on the device of the rows."""
     check_tensor(name, ids)
     if ids.dtype not in ID_DTYPES:
         raise TypeError(f"{name} must have an integer dtype, got {ids.dtype}")
@@ -118,14 +120,17 @@ def check_temperature(
     per_row: int | None = None,
     name: str = "temperature",
 ) -> float | Tensor:
-    """A positive, finite number, or a 0-d floating tensor in host memory or on the rows' device; or, with `per_row`,
-    a tensor of so many. Return it, as a Python number where it is one."""
+    """Return a temperature, checked, as a Python number if it is a number.
+
+    It is a positive, finite number, or a 0-d floating-point tensor in host memory or on the device of the rows; with
+    `per_row`, a tensor (per_row,) is accepted too.
+    """
     if isinstance(temperature, Tensor):
         check_factor(name, temperature, rows)
         if temperature.ndim != 0 and (per_row is None or temperature.shape != (per_row,)):
             either = "" if per_row is None else f"have shape ({per_row},), one per row, or "
             raise ValueError(f"{name} must {either}be a 0-d tensor, got shape {tuple(temperature.shape)}")
-        for extreme in extremes(temperature) or ():  # NaN if there is one
+        for extreme in extremes(temperature) or ():  # NaN if an entry is NaN
             check_positive(name, extreme)
         return temperature
     tensors = "a 0-d tensor" if per_row is None else "a tensor, 0-d or with one temperature per row"
@@ -133,7 +138,8 @@ def check_temperature(
 
 
 def extremes(x: Tensor) -> tuple[float, float] | None:
-    """The smallest and the largest entry, or None where the host cannot see them: on an accelerator, or traced."""
+    """Return the smallest and the largest entry, or None where the host cannot see them: on an accelerator, or while
+    tracing."""
     if not x.is_cpu or not x.numel() or _traced():
         return None
     x = _unwrapped(x)
@@ -144,19 +150,20 @@ def extremes(x: Tensor) -> tuple[float, float] | None:
 
 
 def _traced() -> bool:
-    """Whether tensors may have no values yet: in a compiler, or in a dispatch mode (a tracer, fake tensors)."""
+    """Return whether tensors may lack values: under torch.compile, or in a dispatch mode (a tracer, fake tensors)."""
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _unwrapped(x: Tensor) -> Tensor:
-    """The tensor inside torch.func's transforms: all values of a vmap at once."""
+    """Return the tensor inside torch.func's transforms, with all values of a vmap at once."""
     while torch._C._functorch.is_functorch_wrapped_tensor(x):
         x = torch._C._functorch.get_unwrapped(x)
     return x
 
 
 def check_factor(name: str, value: Tensor, rows: Tensor | None) -> None:
-    """A floating tensor that may multiply what comes of the rows: in host memory, or on their device."""
+    """Check a floating-point tensor that multiplies or shifts logits: it is in host memory or on the device of the
+    rows."""
     check_tensor(name, value)
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
@@ -167,29 +174,31 @@ def check_factor(name: str, value: Tensor, rows: Tensor | None) -> None:
 
 
 def check_number(name: str, value: object, expected: str = "a number") -> float:
-    """A real number in the range of a float, and not True or False. Return it as a Python number: NumPy's have
-    arithmetic of their own."""
+    """Return a real number in the range of a float, checked, as a Python number.
+
+    True and False are rejected. NumPy's numbers are converted, because their arithmetic differs.
+    """
     if type(value) is float:
         return value
     integer = value if type(value) is int else None
-    if integer is not None and torch.compiler.is_compiling():  # it may be symbolic, and then has 64 bits
+    if integer is not None and torch.compiler.is_compiling():  # may be symbolic, and then fits 64 bits
         return integer
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
     try:
         number = float(value)
-    except OverflowError:  # of an int or a Fraction; Python may refuse to print one so long
+    except OverflowError:  # an int or a Fraction, which Python may refuse to print if it is too long
         largest = sys.float_info.max
         raise ValueError(
-            f"{name} must be from {-largest:.2g} to {largest:.2g}, got {type(value).__name__} beyond"
+            f"{name} must be from {-largest:.2g} to {largest:.2g}, got {type(value).__name__} out of range"
         ) from None
     return number if integer is None else integer
 
 
 def check_numbers(name: str, values: Any, expected: str) -> list[float]:
-    """A sequence of real numbers. Return them as `check_number` does.
+    """Return a sequence of real numbers, each checked and converted as in `check_number`.
 
-    expected: what the sequence has, as "a number for each pair".
+    expected: the content of the sequence for the error message, such as "a number for each pair".
     """
     try:
         entries = list(values)
@@ -199,16 +208,19 @@ def check_numbers(name: str, values: Any, expected: str) -> list[float]:
 
 
 def check_weights(name: str, values: Any, expected: str) -> list[float]:
-    """A sequence of numbers that are finite and not negative, one of them not 0. Return them as `check_number` does."""
+    """Return a sequence of finite numbers, checked: none is negative, and not all are 0. Each is converted as in
+    `check_number`."""
     weights = check_numbers(name, values, expected)
     if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
-        raise ValueError(f"{name} must be finite, at least 0, and one of them above, got {weights}")
+        raise ValueError(f"{name} must be finite and at least 0, and not all 0, got {weights}")
     return weights
 
 
 def check_bias(name: str, bias: float | Tensor, rows: Tensor | None = None) -> float | Tensor:
-    """A finite number, or a 0-d floating tensor in host memory or on the rows' device. Return it, as a Python number
-    where it is one."""
+    """Return a bias, checked, as a Python number if it is a number.
+
+    It is finite, or a 0-d floating-point tensor in host memory or on the device of the rows.
+    """
     if not isinstance(bias, Tensor):
         bias = check_number(name, bias, "a float or a 0-d tensor")
         values: tuple[float, ...] = (bias,)
@@ -224,14 +236,14 @@ def check_bias(name: str, bias: float | Tensor, rows: Tensor | None = None) -> f
 
 
 def check_range(name: str, value: float, dtype: torch.dtype) -> None:
-    """A number that does not overflow the dtype."""
+    """Check that a number does not overflow the dtype."""
     largest = torch.finfo(dtype).max
     if not -largest <= value <= largest:
         raise ValueError(f"{name} in {dtype} must be from {-largest:.2g} to {largest:.2g}, got {value}")
 
 
 def check_integer(name: str, value: object, least: int) -> int:
-    """An integer of at least so much, and not True or False. Return it as a Python int."""
+    """Return an integer, checked to be at least `least`, as a Python int. True and False are rejected."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < least:
@@ -240,7 +252,7 @@ def check_integer(name: str, value: object, least: int) -> int:
 
 
 def check_parameter(name: str, value: float) -> float:
-    """Check a loss's parameter against its interval, and return it as `check_number` does."""
+    """Return a loss's parameter, checked against its interval and converted as in `check_number`."""
     left, low, high, right = _INTERVALS[name]
     value = check_number(name, value)
     above = low <= value if left == "[" else low < value
@@ -251,24 +263,24 @@ def check_parameter(name: str, value: float) -> float:
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """One of the choices."""
+    """Check that the value is one of the choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def check_positive(name: str, value: float) -> None:
-    """A number above zero, neither infinite nor NaN."""
-    if not 0 < value < math.inf:  # comparisons alone: torch.compile traces them with a symbolic value
+    """Check that a number is positive and finite."""
+    if not 0 < value < math.inf:  # only comparisons, which torch.compile traces for symbolic values
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
 def check_positive_number(name: str, value: object, expected: str = "a number") -> float:
-    """A number above zero, neither infinite nor NaN. Return it as `check_number` does."""
+    """Return a positive and finite number, checked and converted as in `check_number`."""
     number = check_number(name, value, expected)
     check_positive(name, number)
     return number
 
 
 def check_reduction(reduction: str) -> None:
-    """One of REDUCTIONS."""
+    """Check that the reduction is one of REDUCTIONS."""
     check_choice("reduction", reduction, REDUCTIONS)

@@ -1,4 +1,4 @@
-"""Backwards that notice when what a loss was given has changed since."""
+"""Backwards that raise if an argument of the loss has been changed in place since the call."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ _WATCHED = (
 
 def watched(loss: _Loss) -> _Loss:
     """Make a loss's backward raise if its temperature, ids, labels, weights, teacher or guide were changed in place
-    after the call, as PyTorch's own losses do. (Autograd itself looks after the rows.)"""
+    after the call.
+
+    PyTorch's own losses do the same. Autograd itself watches the rows.
+    """
     names = list(inspect.signature(loss).parameters)
     places = [(names.index(name), name) for name in _WATCHED if name in names]
 
@@ -37,7 +40,7 @@ def watched(loss: _Loss) -> _Loss:
 
 
 def watch(result: Tensor, *given: object) -> Tensor:
-    """Return the result, whose backward raises if one of the given tensors was changed in place before it."""
+    """Return the result, whose backward raises if one of the given tensors was changed in place in the meantime."""
     tensors = [x for x in given if isinstance(x, Tensor)]
     if tensors and unobserved([result, *tensors]) and result.grad_fn is not None:
         # Inference tensors have no version.
@@ -49,7 +52,7 @@ def watch(result: Tensor, *given: object) -> Tensor:
 
 
 def _check_versions(tensors: list[Tensor], versions: list[int], _: object) -> None:
-    """Raise, in the words of PyTorch's own check of what a backward reads."""
+    """Raise if a tensor has changed, with the message of PyTorch's own check of saved tensors."""
     for x, version in zip(tensors, versions, strict=True):
         if x._version != version:
             raise RuntimeError(

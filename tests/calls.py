@@ -1,4 +1,4 @@
-"""Every public loss, measure, primitive and drop-in as a call on tensors, for what all of them have to survive:
+"""Every public loss, measure, primitive and drop-in as a call on tensors, for the tests that cover them all:
 compilation, export, tracing, transforms."""
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ D = 4
 
 
 class Call(NamedTuple):
-    """make: from options (a temperature, a reduction) to what is called. inputs: its tensors for N samples."""
+    """`make` maps options (a temperature, a reduction) to a callable; `inputs` returns its tensors for N samples."""
 
     make: Callable[..., Callable[..., Any]]
     inputs: Callable[[int], tuple[Tensor, ...]]
@@ -59,7 +59,7 @@ def three(n: int) -> tuple[Tensor, ...]:
 
 
 def taught(n: int) -> tuple[Tensor, ...]:
-    """Towers and a teacher's, without a gradient and of another width."""
+    """Two towers, and a teacher's rows for each: no gradient, and a different width."""
     return *views(n), torch.randn(n, D + 2), torch.randn(n, D + 2)
 
 
@@ -89,7 +89,7 @@ def by_sample(n: int) -> tuple[Tensor, ...]:
 
 
 def of(function: Callable[..., Any], **options: Any) -> Callable[..., Callable[..., Any]]:
-    """Tensors in the order of the function's arguments."""
+    """Return a `make` whose callable takes tensors in the order of the function's arguments."""
     return lambda **more: lambda *tensors: function(*tensors, **options, **more)
 
 
@@ -142,7 +142,7 @@ _debiased = {"tau_plus": 0.1}
 _hard = {"tau_plus": 0.1, "beta": 0.5}
 _pml = pytorch_metric_learning
 
-# By the public name, and what makes the case another one.
+# Keys: the public name, then the variant, if any.
 CALLS: dict[str, Call] = {
     **{name: Call(of(getattr(fx, name)), views) for name in ("nt_xent", "dcl", "dclw", "rince", "macl", "info_nce")},
     "clip": Call(of(fx.clip), views),
@@ -348,7 +348,7 @@ CALLS: dict[str, Call] = {
     ),
 }
 
-# Public, and no function of tensors.
+# Public names that are not functions of tensors.
 NO_CALLS = {
     *(
         "BackendStatus",
@@ -362,10 +362,10 @@ NO_CALLS = {
         "verify",
         "warm_up",
     ),
-    "NegativeQueue",  # QueueInfoNCELoss has one
-    "pytorch_metric_learning.CrossBatchMemory",  # asks the device how many of its rows are held
+    "NegativeQueue",  # covered by QueueInfoNCELoss
+    "pytorch_metric_learning.CrossBatchMemory",  # reads on the host how many rows it holds
     "cached_backward",  # runs an encoder and a backward
-    "sentence_transformers.CachedMultipleNegativesRankingLoss",  # and so do these
+    "sentence_transformers.CachedMultipleNegativesRankingLoss",  # the Cached* losses do too
     "sentence_transformers.CachedMultipleNegativesSymmetricRankingLoss",
     "gist.CachedGISTEmbedLoss",
     *("simclr.ContrastiveLoss", "torchmultimodal.ContrastiveLossOutput"),
@@ -383,7 +383,8 @@ def outputs(result: Any) -> list[Tensor]:
 
 
 def gradients(result: Any, inputs: tuple[Any, ...]) -> list[Tensor | None]:
-    """Of all outputs, each entry with a weight of its own, in the inputs that want one."""
+    """Return the gradients in the inputs that require one, of a sum of all outputs with a different weight per
+    element."""
     differentiable = [x for x in outputs(result) if x.requires_grad]
     if not differentiable:
         return []
@@ -393,7 +394,7 @@ def gradients(result: Any, inputs: tuple[Any, ...]) -> list[Tensor | None]:
 
 
 def assert_same(result: Any, expected: Any, inputs: tuple[Any, ...]) -> None:
-    """Values, and gradients where the expected ones have any."""
+    """Compare values, and gradients if the expected outputs have any."""
     torch.testing.assert_close(outputs(result), outputs(expected))
     if any(x.requires_grad for x in outputs(expected)):
         torch.testing.assert_close(gradients(result, inputs), gradients(expected, inputs))

@@ -1,4 +1,4 @@
-"""What the tests share: batches at a chosen stage of training, and a backend held against the float64 oracle."""
+"""Shared by the tests: batches at a chosen stage of training, and comparisons of a backend with the float64 oracle."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ blocked = importlib.import_module("fastntxent.backends.blocked")
 tiling = importlib.import_module("fastntxent.backends.tiling")
 TILE = tiling.BLOCK_CPU
 
-# Every backend that can be called here runs every case of the suite.
-# Those of cuda and triton are in files of their own: they want a GPU, or take a minute for what others do in a second.
+# Every available backend runs every case of the suite. cuda and triton have test files of their own: they need a GPU,
+# or take a minute where the others take a second.
 _ELSEWHERE = ("cuda", "triton", "reference")
 KERNELS = [name for name, status in backends().items() if status.available and name not in _ELSEWHERE]
 CUDA_KERNELS = [name for name in ("cuda", "triton", "blocked") if backends()[name].available]
@@ -38,7 +38,7 @@ needs_constants = pytest.mark.skipif(
 
 
 class Batch(NamedTuple):
-    """Two views and how their loss is taken."""
+    """Two views and the options of their loss."""
 
     z_i: Tensor
     z_j: Tensor
@@ -50,7 +50,7 @@ class Batch(NamedTuple):
 
 
 def random_batch(n: int, d: int, temperature: float, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Batch:
-    """The start of training: two noisy views of random directions, rows of different lengths."""
+    """Return a batch as at the start of training: two noisy views of random directions, rows of different lengths."""
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(n, d, generator=generator, dtype=torch.float64)
     noise = torch.randn(2, n, d, generator=generator, dtype=torch.float64)
@@ -60,16 +60,16 @@ def random_batch(n: int, d: int, temperature: float, *, dtype: torch.dtype = tor
 
 
 def start_of_training(n: int, d: int, temperature: float, *, seed: int = 0) -> Batch:
-    """Directions of which nothing is learnt yet: a sample's two views know nothing of each other."""
+    """Return a batch of an untrained encoder: the two views of a sample are independent random directions."""
     return Batch(*torch.randn(2, n, d, generator=torch.Generator().manual_seed(seed)), temperature)
 
 
 def converged_batch(n: int, d: int, temperature: float, loss: float, *, seed: int = 0) -> Batch:
-    """Float32 embeddings whose mean loss is `loss`.
+    """Return float32 embeddings whose mean loss is `loss`.
 
-    A sample's views share a direction, mixed with one direction common to all by a share found by bisection: the
-    larger the share, the closer the negatives come to the positives. Unit rows cannot get below a loss of about
-    2N exp(-1/tau), so at larger temperatures the rows are longer and stay unnormalised.
+    The views of a sample share a direction. One direction common to all samples is mixed in, with a weight found by
+    bisection: the larger the weight, the closer the negatives come to the positives. Unit rows cannot reach a loss
+    below about 2N exp(-1/tau), so at larger temperatures the rows are longer and stay unnormalised.
     """
     generator = torch.Generator().manual_seed(seed)
     own, common = (
@@ -92,7 +92,7 @@ def converged_batch(n: int, d: int, temperature: float, loss: float, *, seed: in
 
 
 class Result(NamedTuple):
-    """A loss with everything it can be differentiated by."""
+    """A loss and its gradients in every differentiable input."""
 
     loss: Tensor
     d_z_i: Tensor
@@ -101,7 +101,7 @@ class Result(NamedTuple):
 
 
 def evaluate(batch: Batch, backend: str, *, upstream: Tensor | None = None, reduction: str = "mean") -> Result:
-    """Value and gradients; `upstream` weighs the rows of reduction="none"."""
+    """Return value and gradients; `upstream` weights the rows of reduction="none"."""
     z_i, z_j = (z.detach().requires_grad_() for z in (batch.z_i, batch.z_j))
     temperature = torch.tensor(batch.temperature, dtype=torch.float64, requires_grad=True)
     loss = nt_xent(z_i, z_j, temperature, reduction=reduction, normalize=batch.normalize, backend=backend)
@@ -112,7 +112,7 @@ def evaluate(batch: Batch, backend: str, *, upstream: Tensor | None = None, redu
 def assert_within_budget(
     batch: Batch, backend: str, *, upstream: Tensor | None = None, reduction: str = "mean"
 ) -> None:
-    """Loss and gradients of a backend against the oracle, within `fastntxent.error_budget`."""
+    """Compare a backend's loss and gradients with the oracle, within `fastntxent.error_budget`."""
     options = {"upstream": upstream, "reduction": reduction}
     check_results(
         evaluate(batch, backend, **options),
@@ -124,11 +124,11 @@ def assert_within_budget(
 
 
 def check_results(result: Result, same_precision: Result, truth: Result, batch: Batch, weights: Tensor | float) -> None:
-    """`weights` are those of the row losses."""
+    """Compare results within the budget; `weights` are the weights of the row losses."""
     z_i, z_j = (z.double() for z in (batch.z_i, batch.z_j))
     largest = 1.0 if batch.normalize else float(torch.cat((z_i, z_j)).norm(dim=1).max()) ** 2
-    # The temperature's gradient is a sum of differences of similarities, which can cancel to nothing: errors are
-    # relative to the sum of their sizes, sum_i |w_i| q_i k^2 max |s|.
+    # The temperature's gradient is a sum of differences of similarities, which can cancel to zero. So its error is
+    # taken relative to the sum of the terms' sizes, sum_i |w_i| q_i k^2 max |s|.
     losses = nt_xent(z_i, z_j, batch.temperature, reduction="none", normalize=batch.normalize, backend="reference")
     scale = float(((1 - torch.exp(-losses)) * weights).abs().sum()) * largest / batch.temperature**2
     for name, value, same, true in zip(Result._fields, result, same_precision, truth, strict=True):
@@ -147,7 +147,7 @@ def assert_arrays_within_budget(
     logit_size: float,
     scales: Sequence[float] | None = None,
 ) -> None:
-    """Each result within the error budget; `scales` as in `error_budget.errors_of`, where a result may cancel."""
+    """Check each result against the error budget; `scales` (see `error_budget.errors_of`) if a result may cancel."""
     scales = [0.0] * len(values) if scales is None else scales
     for index, (value, same, true, scale) in enumerate(zip(values, same_precision, truths, scales, strict=True)):
         errors, reference = (error_budget.errors_of(x.detach(), true.detach(), scale=scale) for x in (value, same))
@@ -156,8 +156,8 @@ def assert_arrays_within_budget(
 
 
 def assert_within_rounding(value: Tensor, truth: Tensor, logit_size: float, *, times: float = 1.0) -> None:
-    """A float32 result within the budget's floor alone, or `times` it: for accuracy that a formula shared with the
-    reference could lose."""
+    """Check a float32 result against `times` the budget's floor, for accuracy that a formula shared with the reference
+    could lose."""
     errors = error_budget.errors_of(value.detach(), truth.detach())
     floor = error_budget.allowed(error_budget.Errors(0.0, 0.0), torch.float32, logit_size)
     limit = error_budget.Errors(times * floor.maximum, times * floor.rms)
@@ -165,8 +165,8 @@ def assert_within_rounding(value: Tensor, truth: Tensor, logit_size: float, *, t
 
 
 def assert_gradient_within_rounding(batch: Batch, backend: str) -> None:
-    """The gradient in the embeddings, by the largest |k s| of the batch: at the start of training this is far below the
-    1/tau of two views that agree."""
+    """Check the gradient in the embeddings, with the largest |k s| of the batch as the logit size. At the start of
+    training this is far below 1/tau, which two identical views would have."""
     z = torch.cat((batch.z_i, batch.z_j)).double()
     u = F.normalize(z, dim=1) if batch.normalize else z
     logit_size = float((u @ u.T).fill_diagonal_(0).abs().max()) / batch.temperature
@@ -183,7 +183,7 @@ def towers_result(
     loss: Callable[..., Tensor],
     dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
-    """A loss of two towers, and its gradients in those that need one and in the inverse temperature."""
+    """Return a loss of two towers, and its gradients in the inverse temperature and in the towers that need one."""
     z = [z.to(dtype, copy=True).requires_grad_(need) for z, need in zip((batch.z_i, batch.z_j), needs, strict=True)]
     k = torch.tensor(1 / batch.temperature, dtype=accumulation_dtype(dtype)).to(batch.z_i.device).requires_grad_()
     value = loss(*z, k, batch.normalize, both, mean)
@@ -193,7 +193,7 @@ def towers_result(
 def assert_towers_within_budget(
     batch: Batch, backend: str, *, both: bool, mean: bool = True, needs: Sequence[bool] = (True, True)
 ) -> None:
-    """Loss and gradients of the scalar path of two towers against the dense formula."""
+    """Compare loss and gradients of the scalar path of two towers with the dense formula."""
     eps, options = norm_eps(batch.z_i.dtype), (both, mean, needs)
     losses: list[Tensor] = []
 
@@ -210,8 +210,8 @@ def assert_towers_within_budget(
     truth = towers_result(batch, *options, formula, torch.float64)
     longest = [1.0 if batch.normalize else float(z.double().norm(dim=1).max()) for z in (batch.z_i, batch.z_j)]
     largest = longest[0] * longest[1]
-    # The gradient in k is a sum of differences of similarities, which can cancel to nothing: errors are relative to the
-    # sum of their sizes.
+    # The gradient in k is a sum of differences of similarities, which can cancel to zero. So its error is taken
+    # relative to the sum of the terms' sizes.
     weights = 1 - torch.exp(-losses[-1].detach())
     size = float(weights.mean() if mean else weights.sum()) * largest
     scales = [0.0] * (len(value) - 1) + [size]
@@ -221,7 +221,7 @@ def assert_towers_within_budget(
 def sigmoid_result(
     batch: Batch, bias: float, two_views: bool, needs: Sequence[bool], loss: Callable[..., Tensor], dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
-    """The mean of a sigmoid loss, and its gradients in the rows that need one, the inverse temperature and the bias."""
+    """Return the mean of a sigmoid loss, and its gradients in k, the bias and the rows that need one."""
     z = [z.to(dtype, copy=True).requires_grad_(need) for z, need in zip((batch.z_i, batch.z_j), needs, strict=True)]
     accumulated = accumulation_dtype(dtype)
     numbers = [
@@ -234,7 +234,7 @@ def sigmoid_result(
 def assert_sigmoid_within_budget(
     batch: Batch, backend: str, *, two_views: bool, bias: float, needs: Sequence[bool] = (True, True)
 ) -> None:
-    """Loss and gradients of the scalar path of NT-Logistic or of SigLIP against the dense formula."""
+    """Compare loss and gradients of the scalar path of NT-Logistic or SigLIP with the dense formula."""
     eps, options = norm_eps(batch.z_i.dtype), (bias, two_views, needs)
 
     def formula(z_i: Tensor, z_j: Tensor, k: Tensor, b: Tensor, normalize: bool, two_views: bool, _: bool) -> Tensor:
@@ -255,8 +255,8 @@ def assert_sigmoid_within_budget(
         )
     longest = [1.0 if batch.normalize else float(z.double().norm(dim=1).max()) for z in (batch.z_i, batch.z_j)]
     largest = max(longest) ** 2 if two_views else longest[0] * longest[1]
-    # The numbers' gradients are sums of both signs: errors are relative to what the bias's would be with one, which is
-    # at most the loss and the number of positives.
+    # The gradients of k and the bias are sums of both signs. Errors are relative to the sum of the sizes of the bias's
+    # terms, which is at most the loss plus the number of positives.
     size = float(truth[0]) + 1
     scales = [0.0] * (len(value) - 2) + [size * largest, size]
     logit_size = largest / batch.temperature + abs(bias)
@@ -267,8 +267,8 @@ def assert_sigmoid_within_budget(
 def softplus_result(
     batch: Sequence[Tensor], numbers: Sequence[float], weights: Tensor, sums: Callable[..., Tensor], dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
-    """Sums of softplus of (u, v, u_ids, v_ids), v None for one side, and the gradients of their weighted sum in the
-    rows, the columns, the inverse temperature and the bias."""
+    """Return sums of softplus of (u, v, u_ids, v_ids), where v is None for one side, and the gradients of their
+    weighted sum in the rows, the columns, the inverse temperature and the bias."""
     u, v = (None if x is None else x.to(dtype, copy=True).requires_grad_() for x in batch[:2])
     accumulated = accumulation_dtype(dtype)
     k, b = (torch.tensor(x, dtype=accumulated).to(batch[0].device).requires_grad_() for x in numbers)
@@ -290,7 +290,7 @@ def assert_softplus_within_budget(
     positives: bool = False,
     device: str = "cpu",
 ) -> None:
-    """Random unit rows and columns, or one side where K is None, against the dense formula."""
+    """Compare random unit rows and columns, or one side if K is None, with the dense formula."""
     generator = torch.Generator().manual_seed(2)
     rows = [F.normalize(torch.randn(n, d, generator=generator), dim=1).to(device, dtype) for n in (M, K or 0)]
     ids = [x.to(device) for x in group_ids(groups, M, K or 0)]
@@ -308,15 +308,15 @@ def assert_softplus_within_budget(
         softplus_result(batch, (k, bias), weights, *each)
         for each in ((of_backend, dtype), (formula, dtype), (formula, torch.float64))
     )
-    # Weights of both signs cancel: gradients are judged by the size of their terms, |s| being about D^-1/2. A slope is
-    # less than its value, and with positives at most 1.
+    # Weights of both signs cancel, so gradients are judged by the size of their terms, with |s| about D^-1/2. A slope
+    # is less than its value, and at most 1 with positives.
     size = float((truth[0].abs() * weights.abs()).sum()) + positives * float(weights.abs().sum())
     of_sides = [k * size / (d**0.5 * n) for n in (M, K) if n is not None]
     assert_arrays_within_budget(value, same, truth, dtype, k + abs(bias), [0.0, *of_sides, size / d**0.5, size])
 
 
 def group_ids(name: str, M: int, K: int = 0) -> tuple[Tensor, Tensor]:
-    """Ids of M rows and of K columns."""
+    """Return ids of M rows and of K columns."""
     generator = torch.Generator().manual_seed(2)
     few = torch.randint(0, 3, (M + K,), generator=generator)
     ids = {
@@ -333,7 +333,7 @@ def group_ids(name: str, M: int, K: int = 0) -> tuple[Tensor, Tensor]:
 def neg_lse_result(
     u: Tensor, ids: Tensor, temperature: float, weights: Tensor, backend: str, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
-    """neg_lse, and the gradients of its weighted sum in u and in the temperature."""
+    """Return neg_lse, and the gradients of its weighted sum in u and the temperature."""
     u = u.to(dtype, copy=True).requires_grad_()
     tau = torch.tensor(temperature, dtype=torch.float64, requires_grad=True)
     nu = neg_lse(u, ids, tau, backend=backend)
@@ -343,7 +343,7 @@ def neg_lse_result(
 def assert_neg_lse_within_budget(
     backend: str, M: int, groups: str, temperature: float, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> tuple[Tensor, ...]:
-    """Random unit rows of 16 features against the oracle; returns what the backend found."""
+    """Compare random unit rows of 16 features with the oracle, and return the backend's result."""
     generator = torch.Generator().manual_seed(2)
     u = F.normalize(torch.randn(M, 16, generator=generator), dim=1).to(device, dtype)
     ids = group_ids(groups, M)[0].to(device)
@@ -353,8 +353,8 @@ def assert_neg_lse_within_budget(
         for each in ((backend, dtype), ("reference", dtype), ("reference", torch.float64))
     )
     assert torch.equal(value[0] == -math.inf, truth[0] == -math.inf)
-    # The temperature's gradient is a sum of w_i k^2 E[s]: with weights of both signs it is judged by the size of its
-    # terms, |s| being about D^-1/2 = 1/4.
+    # The temperature's gradient is a sum of w_i k^2 E[s]. Weights of both signs cancel, so it is judged by the size of
+    # its terms, with |s| about D^-1/2 = 1/4.
     scales = 0.0, 0.0, float(weights.abs().sum()) / (4 * temperature**2)
     assert_arrays_within_budget(value, same, truth, dtype, 1 / temperature, scales)
     return value
@@ -363,7 +363,8 @@ def assert_neg_lse_within_budget(
 def cross_result(
     batch: Sequence[Tensor], temperature: float, weights: Sequence[Tensor], backend: str, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
-    """cross_neg_lse of (u, v, u_ids, v_ids), and the gradients of its weighted sum in u, v and the temperature."""
+    """Return cross_neg_lse of (u, v, u_ids, v_ids), and the gradients of its weighted sum in u, v and the
+    temperature."""
     u, v = (rows.to(dtype, copy=True).requires_grad_() for rows in batch[:2])
     tau = torch.tensor(temperature, dtype=torch.float64, requires_grad=True)
     nus = cross_neg_lse(u, v, *batch[2:], tau, backend=backend)
@@ -374,7 +375,7 @@ def cross_result(
 def assert_cross_neg_lse_within_budget(
     backend: str, M: int, K: int, groups: str, temperature: float, *, d: int = 16, device: str = "cpu"
 ) -> None:
-    """Random unit rows and columns against the oracle, in float32."""
+    """Compare random unit rows and columns with the oracle, in float32."""
     generator = torch.Generator().manual_seed(2)
     rows = [F.normalize(torch.randn(n, d, generator=generator), dim=1) for n in (M, K)]
     batch = [x.to(device) for x in (*rows, *group_ids(groups, M, K))]
@@ -385,16 +386,16 @@ def assert_cross_neg_lse_within_budget(
     )
     for given, true in zip(value[:2], truth[:2], strict=True):
         assert torch.equal(given == -math.inf, true == -math.inf)
-    # A relative error of a sum is an absolute one of its logarithm, which can be near 0. Weights of both signs cancel:
-    # gradients are judged by the size of their terms, |s| being about D^-1/2 = 1/4.
+    # A relative error of a sum is an absolute error of its logarithm, which can be near 0. Weights of both signs
+    # cancel, so gradients are judged by the size of their terms, with |s| about D^-1/2 = 1/4.
     size = float(sum(w.abs().sum() for w in weights)) / temperature
     scales = 1, 1, size / (4 * M), size / (4 * K), size / (4 * temperature)
     assert_arrays_within_budget(value, same, truth, torch.float32, 1 / temperature, scales)
 
 
 def drift(backend: str, device: str = "cpu") -> float:
-    """Relative error of a float32 gradient over 8,192 columns that have a direction in common: none of the terms of its
-    sums cancel, and sums that are rounded toward zero lose at every step."""
+    """Return the relative error of a float32 gradient over 8,192 columns with a common direction. No terms of its sums
+    cancel, so sums that round toward zero lose at every step."""
     generator = torch.Generator().manual_seed(3)
     u, v = (F.normalize(torch.randn(n, 64, generator=generator) + 1, dim=1).to(device) for n in (32, 8192))
     ids = torch.arange(32, device=device), torch.arange(32, 32 + 8192, device=device)
@@ -413,7 +414,7 @@ def _weighted(nu: Tensor, weights: Tensor) -> Tensor:
 
 
 class LargestTensor(TorchDispatchMode):
-    """Remembers the size of the largest tensor that an operation made."""
+    """Records the size of the largest tensor that an operation creates."""
 
     def __init__(self):
         super().__init__()

@@ -1,8 +1,8 @@
-"""Without a GPU, Triton's kernels run in its interpreter: which they do is settled when triton is imported."""
+"""Without a GPU, Triton's kernels run in its interpreter. Triton reads the setting when it is imported."""
 
 import os
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # tests run beside each other: one thread for each, before torch counts cores
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers run side by side: one thread each, set before torch counts cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -21,9 +21,9 @@ def same_draws_every_time():
 
 
 def pytest_addoption(parser):
-    text = "hold the CPU kernels to it, in the processes that tests start too (best: the fastest that this machine has)"
+    text = "use this instruction set in the CPU kernels and in processes that tests start (best: the machine's fastest)"
     parser.addoption("--instruction-set", choices=("best", *instruction_set.NAMES), default="best", help=text)
-    text = "whose tensor cores Triton's interpreter and the emulated CUDA device round as, where a test does not say"
+    text = "chip whose rounding Triton's interpreter and the emulated CUDA device copy, unless a test chooses one"
     parser.addoption("--tensor-cores", choices=tuple(tensor_cores.CHIPS), default=tensor_cores.chosen, help=text)
 
 

@@ -1,6 +1,6 @@
-"""The family written out densely in float64: one oracle for each loss, sharing nothing with the package.
+"""The family written out densely in float64: one oracle for each loss, which shares no code with the package.
 
-Each takes embeddings (normalised already), the temperature, and returns the losses of the rows.
+Each takes embeddings (already normalised) and the temperature, and returns the losses of the rows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ def per_row(tau: Tensor) -> Tensor:
 
 
 def multiview(u: Tensor, tau: Tensor, ids: Tensor | None = None, smoothing: float = 0.0) -> Tensor:
-    """(V, N, D): for each row the mean over its positives of a cross-entropy among that one and the negatives."""
+    """Embeddings (V, N, D): for each row, the mean over its positives of the cross-entropy of that positive among
+    itself and the negatives."""
     V, N, _ = u.shape
     rows = u.flatten(0, 1)
     logits = rows @ rows.T / per_row(tau)
@@ -36,7 +37,7 @@ def multiview(u: Tensor, tau: Tensor, ids: Tensor | None = None, smoothing: floa
 
 
 def pairs_and_negatives(u: Tensor) -> tuple[Tensor, Tensor]:
-    """Of two views (2, N, D): every row's similarity to its positive (2N,), and to its negatives (2N, 2N - 2)."""
+    """For two views (2, N, D), return each row's similarity to its positive (2N,) and to its negatives (2N, 2N - 2)."""
     N = u.shape[1]
     rows = u.flatten(0, 1)
     sims = rows @ rows.T
@@ -77,13 +78,13 @@ def macl(u: Tensor, tau: Tensor, alpha: float, a_0: float) -> Tensor:
     tau = tau * (1 + alpha * (pos.mean().detach() - a_0))
     logits = torch.cat((pos[:, None], negatives), dim=1) / tau
     missed = torch.softmax(logits, dim=1)[:, 1:].sum(dim=1)  # 1 - p of the positive
-    # The form that keeps its digits: of p near 1, and of p near 0.
+    # The first form is accurate if p is near 1, the second if p is near 0.
     losses = torch.where(missed < 0.5, -torch.log1p(-missed.clamp_max(0.5)), -torch.log_softmax(logits, dim=1)[:, 0])
     return losses / missed.detach()
 
 
 def sup_con(u: Tensor, tau: Tensor, labels: Tensor, form: str) -> Tensor:
-    """0 for a row without a positive."""
+    """Supervised contrastive loss; 0 for a row without a positive."""
     logits = u @ u.T / tau
     losses = []
     for i in range(len(u)):
@@ -108,7 +109,8 @@ def sup_con(u: Tensor, tau: Tensor, labels: Tensor, form: str) -> Tensor:
 
 
 def weighted_sup_con(u: Tensor, tau: Tensor, labels: Tensor, pair_weights: Tensor) -> Tensor:
-    """Of each row the cross-entropy of its softmax over the others with their weights; 0 where all of them are 0."""
+    """For each row, the cross-entropy of its softmax over the other rows with its pair weights as targets; 0 if all
+    weights are 0."""
     logits = u @ u.T / tau
     losses = []
     for i in range(len(u)):
@@ -133,7 +135,7 @@ def info_nce(
     smoothing: float = 0.0,
     hardness: tuple[float, float] = (0.0, 0.0),
 ) -> Tensor:
-    """`hardness`: of the in-batch and of the explicit negatives."""
+    """`hardness` is the strength for the in-batch negatives and for the explicit ones."""
     losses = []
     for n in range(len(query)):
         t = tau[n] if tau.ndim else tau
@@ -156,7 +158,8 @@ def clip(image: Tensor, text: Tensor, tau: Tensor, ids: Tensor | None = None, sm
 
 
 def distill(image: Tensor, text: Tensor, tau: Tensor, t_image: Tensor, t_text: Tensor, t_tau: float | Tensor) -> Tensor:
-    """Half of each image's cross-entropy with the teacher's softmax over the texts, and half of each text's."""
+    """Half of each image's cross-entropy with the teacher's softmax over the texts, plus half of each text's over the
+    images."""
     logits, targets = image @ text.T / tau, t_image @ t_text.T / t_tau
 
     def direction(logits: Tensor, targets: Tensor) -> Tensor:
@@ -175,7 +178,7 @@ def guided(
     anchors: bool = True,
     positives: bool = True,
 ) -> Tensor:
-    """`rest`: the negatives if there are any, and the temperature. `guide`: of query, key and negatives."""
+    """`rest` is the negatives, if any, and the temperature; `guide` has rows for query, key and negatives."""
     *negatives, tau = rest
     losses = []
     for n in range(len(query)):
@@ -197,7 +200,7 @@ def guided(
 
 
 def siglip(image: Tensor, text: Tensor, tau: Tensor, bias: float | Tensor, ids: Tensor | None = None) -> Tensor:
-    """Of each image a binary cross-entropy with each text, whether the two belong together."""
+    """For each image, the sum over the texts of the binary cross-entropy that the two belong together."""
     groups = torch.arange(len(image)) if ids is None else ids
     together = (groups[:, None] == groups).to(image.dtype)
     logits = image @ text.T / tau + bias
@@ -207,15 +210,15 @@ def siglip(image: Tensor, text: Tensor, tau: Tensor, bias: float | Tensor, ids: 
 def softplus_sums(
     u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, k: Tensor, bias: Tensor, positives: bool
 ) -> Tensor:
-    """Of each row the sum over columns of other groups of log(1 + exp(x)), and with positives of log(1 + exp(-x)) over
-    those of its own."""
+    """For each row, the sum over columns of other groups of log(1 + exp(x)); with `positives`, plus the sum over
+    columns of its group of log(1 + exp(-x))."""
     x, agree = k * (u @ v.T) + bias, u_ids[:, None] == v_ids
     values = -F.logsigmoid(torch.where(agree, x, -x))
     return (values if positives else values.masked_fill(agree, 0)).sum(dim=1)
 
 
 def nt_logistic(u: Tensor, tau: Tensor, bias: float | Tensor, ids: Tensor | None = None) -> Tensor:
-    """Of two views (2, N, D): for each row a binary cross-entropy with its positive, and with each negative."""
+    """For two views (2, N, D): each row's binary cross-entropy with its positive, plus those with its negatives."""
     N = u.shape[1]
     rows, groups = u.flatten(0, 1), (torch.arange(N) if ids is None else ids).repeat(2)
     logits = rows @ rows.T / tau + bias
@@ -228,8 +231,8 @@ def nt_logistic(u: Tensor, tau: Tensor, bias: float | Tensor, ids: Tensor | None
 
 
 def limited(u: Tensor, tau: Tensor, ids: Tensor | None = None, **limits: float) -> Tensor:
-    """Of views (V, N, D) the mean over a row's positives of a cross-entropy among that one and the negatives that are
-    not too similar, by the least similar positive."""
+    """Views (V, N, D): for each row, the mean over its positives of the cross-entropy of that positive among itself and
+    the negatives within the limit, which the least similar positive sets."""
     V, N, _ = u.shape
     rows = u.flatten(0, 1)
     sims = rows @ rows.T
@@ -274,7 +277,7 @@ def limited_info_nce(
 
 
 def limited_sup_con(u: Tensor, tau: Tensor, labels: Tensor, form: str, ceiling: float) -> Tensor:
-    """0 for a row without a positive."""
+    """`sup_con` with only the negatives up to the ceiling; 0 for a row without a positive."""
     sims = u @ u.T
     losses = []
     for i in range(len(u)):
@@ -294,7 +297,7 @@ def limited_sup_con(u: Tensor, tau: Tensor, labels: Tensor, form: str, ceiling: 
 
 
 def several(u: Tensor, v: Tensor, tau: Tensor, ids: Tensor, form: str) -> Tensor:
-    """Of each row of u the cross-entropy against all rows of v, with all those of its id as positives."""
+    """For each row of u, the cross-entropy against all rows of v, where every row with its id is a positive."""
     logits = u @ v.T / tau
     losses = []
     for i in range(len(u)):
@@ -307,8 +310,8 @@ def several(u: Tensor, v: Tensor, tau: Tensor, ids: Tensor, form: str) -> Tensor
 
 
 def towers(u: Tensor, v: Tensor, k: Tensor, both: bool) -> Tensor:
-    """InfoNCE from u to v, or half of that and half of the other direction (CLIP), at the inverse temperature k: in the
-    form that keeps its digits, however small the losses are."""
+    """InfoNCE from u to v, or its mean with the other direction (CLIP), at inverse temperature k, in a form that stays
+    accurate for tiny losses."""
     N = len(u)
     logits = k * (u @ v.T)
     pos, others = logits.diagonal(), ~torch.eye(N, dtype=torch.bool, device=u.device)

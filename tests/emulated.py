@@ -1,4 +1,4 @@
-"""The CUDA kernels on an emulated device: the same sources, for a host compiler (csrc/cuda/host)."""
+"""The CUDA kernels on an emulated device: the same sources, built with a host compiler (csrc/cuda/host)."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from pathlib import Path
 from types import ModuleType
 
 SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
-# Fibers are made by ucontext, which other systems have given up.
+# Fibers use ucontext, which other systems no longer support.
 COMPILER = (os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")) if sys.platform == "linux" else None
-H100 = 232_448  # bytes of shared memory that a block may have
+H100 = 232_448  # bytes of shared memory available to a block
 GEFORCE = 101_376
 
 
 @functools.cache
 def emulated_kernels() -> ModuleType:
-    """The module `_cuda` whose device is emulated, built once."""
+    """Return the module `_cuda` with the emulated device, built once."""
     assert COMPILER is not None
     folder = tempfile.mkdtemp(prefix="fastntxent-emulated-")
     target = Path(folder) / "_cuda.abi3.so"

@@ -1,7 +1,7 @@
-"""Direct calls of every operator with one argument wrong: each ends in an error that names it, or in the right numbers.
+"""Call every operator with one wrong argument: each call must raise an error that names it, or return correct numbers.
 
-python -m tests.hostile [--kernels PATH]    the whole campaign; PATH: a build of fastntxent._cpu to run it on,
-                                            as the one under AddressSanitizer of csrc/cpu/sanitize.sh
+python -m tests.hostile [--kernels PATH]    the whole campaign; PATH is a build of fastntxent._cpu to test,
+                                            such as the AddressSanitizer build of csrc/cpu/sanitize.sh
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ REFUSALS = (TypeError, ValueError, RuntimeError, NotImplementedError, IndexError
 
 
 def operators() -> list[str]:
-    """All that the package registers."""
+    """Return the names of all operators that the package registers."""
     import fastntxent.ops.contract as contract
 
     return list(contract._CALLS)
@@ -29,7 +29,8 @@ def operators() -> list[str]:
 def valid_arguments(
     name: str, backend: str, dtype: torch.dtype = torch.float32, overload: str = "default"
 ) -> dict[str, object]:
-    """What the operator's schema asks for, consistent; the tensors that a backward takes come from the forward."""
+    """Return consistent arguments for the operator's schema; the tensors that a backward takes come from the
+    forward."""
     from fastntxent import ops
 
     generator = torch.Generator().manual_seed(0)
@@ -81,7 +82,7 @@ def with_cut_storage(x: Tensor, share: float) -> Tensor:
 
 
 def wrong(x: Tensor) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """A tensor in place of x that is not what it should be, or only looks so."""
+    """Yield replacements for x that are wrong, or that only look wrong."""
     for dtype in (
         torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.uint8, torch.int16, torch.int32,
         torch.int64, torch.bool, torch.complex64,
@@ -120,14 +121,14 @@ def wrong(x: Tensor) -> Iterator[tuple[str, Callable[[], Tensor]]]:
 
 
 def wrong_numbers() -> Iterator[tuple[str, Callable[[], float]]]:
-    """Numbers that are no inverse temperature, or only just one."""
+    """Yield numbers that are invalid as an inverse temperature, or only just valid."""
     for value in (0.0, -0.0, -2.0, float("nan"), float("inf"), -float("inf"), 1e-300):
         yield f"as {value}", lambda value=value: value
     yield "a huge one", lambda: 1e300
 
 
 class Campaign:
-    """Counts the calls, and keeps what came out wrong."""
+    """Counts the calls and collects the faults."""
 
     def __init__(self, backend: str):
         self.backend = backend
@@ -146,7 +147,7 @@ class Campaign:
             for what, make in wrong(value) if isinstance(value, Tensor) else wrong_numbers():
                 try:
                     replacement = make()
-                except REFUSALS:  # there is no such tensor
+                except REFUSALS:  # no such tensor exists
                     continue
                 self.calls += 1
                 label = f"{name}, {argument} {what} ({dtype})"
@@ -157,13 +158,13 @@ class Campaign:
         try:
             found = operator(*arguments.values())
         except REFUSALS as error:
-            # PyTorch's own: its dispatcher has kernels for dense tensors alone, and it looks at each index.
+            # PyTorch's own errors: its dispatcher has kernels for dense tensors only, and indexing checks its bounds.
             told = [f"{name} must" for name in (*arguments, "temperature")]
             told += ["Could not run", "out of bounds for", "index out of range"]
             if "defect" in str(error) or not any(each in str(error) for each in told):
-                self.faults.append(f"{label}: names nothing: {type(error).__name__}: {str(error)[:150]}")
+                self.faults.append(f"{label}: names no argument: {type(error).__name__}: {str(error)[:150]}")
             return
-        far_away = any(f" {value} " in label for value in ("huge", "infinite", "negative"))  # as exponents: overflow
+        far_away = any(f" {value} " in label for value in ("huge", "infinite", "negative"))  # exponents that overflow
         if "backend" not in arguments or self.backend == "blocked" or far_away:
             return
         tolerance = 2e-2 if "bfloat16" in label else 1e-3
@@ -172,11 +173,11 @@ class Campaign:
             if not (x.is_meta and y.is_meta) and not torch.allclose(
                 x.double(), y.double(), tolerance, 1e-4, equal_nan=True
             ):
-                self.faults.append(f"{label}: not the numbers of plain PyTorch")
+                self.faults.append(f"{label}: differs from plain PyTorch")
 
 
 def use_kernels(path: str) -> None:
-    """Put another build of the CPU kernels in the place of the installed one."""
+    """Replace the installed CPU kernels with another build."""
     spec = importlib.util.spec_from_file_location("fastntxent._cpu", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,9 +1,11 @@
-"""Several ranks on one machine, with gloo: a function called on each, in a process of its own."""
+"""Several gloo ranks on one machine: call a function on each rank, in a separate process."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import multiprocessing
+import os
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
@@ -18,13 +20,30 @@ from torch import Tensor
 from benchmarks import instruction_set
 from fastntxent.distributed import wire
 
+# Ranks are forked from a server that has imported these, because importing PyTorch takes longer than most tests do.
+_IMPORTED_ONCE = [
+    "torch",
+    "torch.distributed",
+    "torch.testing",
+    "pytest",
+    "hypothesis",
+    "fastntxent",
+    "fastntxent.compat",
+]
+_FORKS = "forkserver" in multiprocessing.get_all_start_methods()  # not on Windows
+if _FORKS:
+    multiprocessing.get_context("forkserver").set_forkserver_preload(_IMPORTED_ONCE)
+
 
 def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """function(*args) on every rank of a gloo group of its own; what each returned. An exception that no rank catches
-    is raised here, as that rank's traceback."""
+    """Call function(*args) on every rank of a new gloo group and return the ranks' results.
+
+    An exception that a rank does not catch is raised here, with that rank's traceback.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        arguments = (world, folder, instruction_set.held, function, args)
-        context = mp.spawn(_rank, arguments, nprocs=world, join=False)
+        arguments = (world, folder, dict(os.environ), instruction_set.held, function, args)
+        method = "forkserver" if _FORKS else "spawn"
+        context = mp.start_processes(_rank, arguments, nprocs=world, join=False, start_method=method)
         try:
             for process in context.processes:
                 process.join()
@@ -43,13 +62,13 @@ def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def bytes_sent() -> Iterator[list[int]]:
-    """What this rank sends meanwhile in every call that fastntxent makes of torch.distributed."""
+    """Record the bytes that this rank sends in each torch.distributed call of fastntxent made in this block."""
     sent: list[int] = []
     gather, exchange, transfer = wire._all_gather, dist.all_to_all_single, dist.batch_isend_irecv
 
     def counting_gather() -> Callable[..., Any]:
         def call(received: Tensor, own: Tensor, **options: Any) -> Any:
-            sent.append(received.nbytes - own.nbytes)  # every other rank's, as this one's goes to every other
+            sent.append(received.nbytes - own.nbytes)  # sends to the others as much as it receives from them
             return gather()(received, own, **options)
 
         return call
@@ -74,7 +93,17 @@ class _Failure(str):
     pass
 
 
-def _rank(rank: int, world: int, folder: str, held: str | None, function: Callable[..., Any], args: tuple) -> None:
+def _rank(
+    rank: int,
+    world: int,
+    folder: str,
+    environment: dict[str, str],
+    held: str | None,
+    function: Callable[..., Any],
+    args: tuple,
+) -> None:
+    os.environ.clear()
+    os.environ.update(environment)  # the fork server has the environment of its start
     instruction_set.hold(held)
     torch.set_num_threads(1)
     dist.init_process_group(

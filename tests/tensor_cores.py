@@ -1,13 +1,13 @@
-"""How tensor cores add, for Triton's interpreter: NumPy rounds to nearest, and they do not.
+"""How tensor cores add, for Triton's interpreter: NumPy rounds to nearest, tensor cores do not.
 
-A block of products enters the accumulator at once. A product's exponent is the sum of its factors' (its significand,
-below 4, is not normalised); a factor below the normal numbers has the exponent of the smallest of them. All are shifted
-to the largest exponent, that of the accumulator included, and what falls off below float32's 23 bits of fraction and
-the chip's extra ones is lost. The sum of the rest is exact, and is cut to float32: every rounding is toward zero.
+A block of products enters the accumulator at once. A product's exponent is the sum of its factors' exponents (its
+significand, below 4, is not normalised); a subnormal factor has the exponent of the smallest normal number. All terms,
+the accumulator included, are shifted to the largest exponent. Bits below float32's 23 fraction bits and the chip's
+extra bits are lost. The sum of the rest is exact, and is truncated to float32: every rounding is toward zero.
 
 Fasi, Higham, Mikaitis and Pranesh, Numerical behavior of NVIDIA tensor cores (PeerJ Computer Science, 2021); Ootomo and
 Yokota (arXiv 2203.03341); Khattak and Mikaitis, Accurate models of NVIDIA tensor cores (doi 10.1145/3830409), who
-publish results of an A100, an H100 and a B200. csrc/cuda/host/tensor_core.h is the same for the emulated CUDA device.
+publish results of an A100, an H100 and a B200. csrc/cuda/host/tensor_core.h does the same for the emulated CUDA device.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ import pytest
 
 
 class TensorCore(NamedTuple):
-    """How many products of half-precision numbers are added at once (of TF32 half as many), and the extra bits."""
+    """Number of half-precision products added at once (half as many for TF32), and the number of extra bits."""
 
     block: int
     extra_bits: int
 
 
-# A B200 adds as an H100. No chip rounds to nearest.
+# A B200 adds like an H100. No real chip rounds to nearest.
 CHIPS = {"nearest": TensorCore(0, 0), "a100": TensorCore(8, 1), "h100": TensorCore(16, 2)}
-FAMILIES = {"a100": "sm_80", "h100": "sm_90"}  # whose tiles they take
+FAMILIES = {"a100": "sm_80", "h100": "sm_90"}  # the architecture whose tiles are used
 LEAST_EXPONENT = {"fp16": -14, "bf16": -126, "tf32": -126}
 _NONE = -1000  # the exponent of zero
-_LEAST_SHIFT = -133  # no block is shifted to less
+_LEAST_SHIFT = -133  # the shift of a block is at least this
 
 chosen = "h100"  # --tensor-cores
 
@@ -40,7 +40,7 @@ Array = npt.NDArray[Any]
 
 @np.errstate(all="ignore")
 def multiply_add(a: Array, b: Array, c: Array, core: TensorCore, kind: str) -> npt.NDArray[np.float32]:
-    """c (M, N) + a (M, K) b (K, N), of numbers that are already of that kind."""
+    """c (M, N) + a (M, K) b (K, N), for operands that `kind` represents exactly."""
     if core.block == 0:
         return a.astype(np.float32) @ b.astype(np.float32) + c.astype(np.float32)
     a, b, c = (x.astype(np.float64) for x in (a, b, c))
@@ -69,19 +69,19 @@ def _exponents(x: Array, least: int) -> Array:
 
 
 def _cut(x: Array) -> Array:
-    """Float64 numbers without what float32 has no bits for."""
+    """Truncate float64 numbers to float32's precision."""
     exponents = np.frexp(x)[1]
     unit = np.ldexp(1.0, np.maximum(exponents - 24, -149))
     return np.where(exponents > 128, np.copysign(np.inf, x), np.trunc(x / unit) * unit)
 
 
 def _of_tf32(x: Array) -> Array:
-    """The bits that tensor cores read of float32 numbers."""
+    """Return float32 numbers with only the bits that tensor cores read for TF32."""
     return (np.ascontiguousarray(x).view(np.uint32) & 0xFFFFE000).view(np.float32)
 
 
 def interpret(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Triton's interpreter multiplies as that chip does."""
+    """Make Triton's interpreter multiply like that chip."""
     from triton.runtime import interpreter
 
     from fastntxent.backends.triton import config
@@ -93,11 +93,11 @@ def interpret(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         if x.dtype == np.float16:
             kind = "fp16"
         elif str(input_precision).upper().endswith("IEEE"):
-            kind = "bf16"  # comes widened
+            kind = "bf16"  # widened to float32 by the interpreter
         else:
             kind, x, y = "tf32", _of_tf32(x), _of_tf32(y)
         return interpreter.TensorHandle(multiply_add(x, y, c.data, CHIPS[name], kind), c.dtype.scalar)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
-    at_once = CHIPS[name].block or 128  # to nearest: nothing is lost, as if all were added at once
+    at_once = CHIPS[name].block or 128  # to nearest: no bits are lost, as if all were added at once
     monkeypatch.setattr(config, "products_at_once", lambda chip: at_once)

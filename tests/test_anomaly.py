@@ -1,4 +1,4 @@
-"""Losses of batches without any negative, under PyTorch's anomaly detection: no NaN, in any node of the backward."""
+"""Losses without any negatives give no NaN in any node of the backward, under PyTorch's anomaly detection."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def one_sample(name: str, **options: Any) -> Callable[..., Tensor]:
     return lambda a, b, **o: getattr(fx, name)(a[:1], b[:1], **options, **o)
 
 
-# Each takes two views (N, D) and options.
+# Each entry takes two views (N, D) and options.
 LOSSES: dict[str, Callable[..., Tensor]] = {
     **{
         f"{name} {options}": lambda a, b, name=name, options=options, **o: getattr(fx, name)(

@@ -54,7 +54,7 @@ def test_nt_xent_rows_come_in_the_order_of_the_views(backend):
 
 
 def test_nt_xent_published_value(backend):
-    # The paper's loss at chance: all embeddings equal, N = 256, so log(2N - 1) whatever the temperature.
+    # The paper's loss at chance: with all embeddings equal and N = 256, it is log(2N - 1) at any temperature.
     z = torch.ones(256, 128)
     assert float(nt_xent(z, z, 0.1, backend=backend)) == pytest.approx(math.log(511), rel=1e-6)
 
@@ -237,11 +237,15 @@ BAD_CALLS = {
         ValueError,
         r"temperature must be at most 7.136e\+44, got 1e\+300",
     ),
-    "temperature 10**400": (lambda: nt_xent(Z, Z, 10**400), ValueError, r"temperature must be from .*, got int beyond"),
+    "temperature 10**400": (
+        lambda: nt_xent(Z, Z, 10**400),
+        ValueError,
+        r"temperature must be from .*, got int out of range",
+    ),
     "temperature Fraction": (
         lambda: nt_xent(Z, Z, Fraction(10**400)),
         ValueError,
-        "temperature must be from .*, got Fraction beyond",
+        "temperature must be from .*, got Fraction out of range",
     ),
     "temperature tiny": (lambda: nt_xent(Z, Z, 1e-320), ValueError, "temperature"),
     "temperature tensor 0": (lambda: nt_xent(Z, Z, torch.tensor(0.0)), ValueError, "positive and finite, got 0.0"),
@@ -313,7 +317,7 @@ def test_bad_input_is_named(case):
         call()
 
 
-# Every function, with one good value for each of its tensors.
+# Every function, with a valid value for each of its tensors.
 TENSORS = {
     "nt_xent": (nt_xent, {"z_i": Z, "z_j": Z, "temperature": torch.tensor(0.5), "ids": IDS}),
     "nt_xent_terms": (nt_xent_terms, {"z_i": Z, "z_j": Z, "temperature": torch.tensor(0.5)}),
@@ -387,7 +391,7 @@ UNFIT = {
 }
 
 
-@pytest.mark.filterwarnings("ignore")  # PyTorch's, of its own prototypes
+@pytest.mark.filterwarnings("ignore")  # PyTorch warns that some tensor types are prototypes
 @pytest.mark.parametrize("unfit", UNFIT)
 @pytest.mark.parametrize("name", TENSORS)
 def test_unfit_tensor_is_named(name, unfit):
@@ -533,7 +537,7 @@ def test_backends_says_what_the_cpu_kernels_use():
 
 @pytest.fixture
 def broken_backend(monkeypatch):
-    """A backend that does not import, first in the order of preference, as a compiled one would be."""
+    """A backend that fails to import, at the top of the order of preference."""
     entry = table._TABLE["blocked"]._replace(module="fastntxent.backends.does_not_exist", device_types=("cpu",))
     monkeypatch.setattr(table, "_TABLE", {"broken": entry, **table._TABLE})
     table._first_serving.cache_clear()
@@ -614,7 +618,7 @@ for module in (fastntxent, fastntxent.compat):
 
 
 def test_package_needs_no_numpy():
-    # PyTorch itself warns when it is imported without.
+    # PyTorch itself warns if NumPy is missing.
     code = """
 import sys, warnings
 sys.modules["numpy"] = None

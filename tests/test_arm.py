@@ -1,4 +1,4 @@
-"""The CPU kernels of aarch64, cross-compiled: their machine code, and their results under an emulator."""
+"""The CPU kernels on aarch64, cross-compiled: their machine code, and their results under an emulator."""
 
 import re
 import shutil
@@ -22,7 +22,7 @@ def test_kernels_under_emulation_agree_with_their_definition():
 
 
 def innermost_loops(assembly: str) -> list[list[str]]:
-    """The instructions between each label and the first branch back to it, where no other label lies between."""
+    """Return the instructions from each label to the first branch back to it, if no other label lies between."""
     loops = []
     for label, body in re.findall(r"^(\.L\d+):\n((?:\t.*\n)+)", assembly, re.MULTILINE):
         code = [line.strip() for line in body.splitlines() if not line.startswith("\t.")]
@@ -36,7 +36,7 @@ def innermost_loops(assembly: str) -> list[list[str]]:
 def test_sums_of_products_stay_in_registers():
     command = [COMPILER, "-std=c++17", "-O3", "-S", "-o", "-", "csrc/cpu/kernels.cpp"]
     assembly = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    # 8 rows x 3 vectors: 24 products, and at most 16 instructions for loads, addresses and the loop itself.
+    # 8 rows x 3 vectors make 24 products; loads, addresses and the loop itself take at most 16 instructions.
     blocks = [loop for loop in innermost_loops(assembly) if sum("fmla" in line for line in loop) == 24]
     assert len(blocks) >= 20
     for loop in blocks:

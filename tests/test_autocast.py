@@ -1,4 +1,4 @@
-"""Autocast around the backward of every public function of tensors."""
+"""Autocast around the backward of every public function that takes tensors."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import fastntxent
 from fastntxent.algebra import product
 from tests.calls import CALLS, outputs
 
-# Products, or a decomposition, that PyTorch itself runs in half precision there.
+# PyTorch itself runs these products and this decomposition in half precision under autocast.
 PLAIN_PYTORCH = {"effective_rank", "sentence_transformers.cos_sim", "sentence_transformers.dot_score"}
 NAMES = [name for name in CALLS if name not in PLAIN_PYTORCH]
 WITH_BACKEND = [name for name in NAMES if CALLS[name].reduction and "." not in name]
 
 
 def results(name: str, *, forward: bool, backward: bool, **options: Any) -> list[torch.Tensor]:
-    """Values, then all gradients, with autocast around one, both or none of the passes."""
+    """Return the values, then all gradients, with autocast around one, both or neither of the passes."""
     torch.manual_seed(0)
     call = CALLS[name]
     temperature = torch.tensor(0.3, requires_grad=True)

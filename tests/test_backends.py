@@ -1,4 +1,4 @@
-"""Every backend against the oracle: stages of training, temperatures, sizes, dtypes, layouts."""
+"""Every backend against the oracle: stages of training, temperatures, sizes, dtypes and layouts."""
 
 import math
 
@@ -31,7 +31,7 @@ from tests.cases import (
 )
 
 TEMPERATURES = [0.001, 0.01, 0.07, 0.5, 10.0]
-HALF = TILE // 2  # N of one tile: M = 2N
+HALF = TILE // 2  # N of one tile, because M = 2N
 
 
 @pytest.fixture(params=KERNELS)
@@ -67,7 +67,7 @@ def test_nt_xent_random_upstream_within_budget(backend, n, normalize, temperatur
     generator = torch.Generator().manual_seed(1)
     upstream = torch.randn(2 * n, generator=generator, dtype=torch.float64)
     batch = random_batch(n, 40, temperature)
-    if not normalize:  # rows of a length near 1, so that the logits stay those of a trained network
+    if not normalize:  # rows of length about 1 keep the logits in the range of a trained network
         batch = batch.map(lambda z: z / 10)._replace(normalize=False)
     assert_within_budget(batch, backend, upstream=upstream, reduction="none")
 
@@ -103,13 +103,13 @@ def test_nt_xent_one_upstream_entry_near_the_end_of_the_range_spoils_no_other_ro
 @pytest.mark.parametrize("temperature", [0.005, 0.02, 1.0])
 def test_nt_xent_float64_large_losses_within_budget(backend, temperature):
     z_i, z_j, *_ = random_batch(33, 8, temperature, dtype=torch.float64)
-    assert_within_budget(Batch(z_i, -z_j, temperature), backend)  # positives at the far end: losses of about 2 / tau
+    assert_within_budget(Batch(z_i, -z_j, temperature), backend)  # opposite positives: losses of about 2 / tau
 
 
 @pytest.mark.parametrize("inv_tau", [40, 52, 54, 56, 70, 82, 84, 86, 88, 90, 94, 110, 400])
 @pytest.mark.parametrize("stage", ["collapsed", "converged"])
 def test_nt_xent_where_exponentials_leave_the_range_of_float32(backend, stage, inv_tau):
-    if stage == "collapsed":  # every logit is at its largest
+    if stage == "collapsed":  # all logits are near the maximum
         z = torch.ones(2, 60, 16) + 1e-3 * torch.randn(2, 60, 16, generator=torch.Generator().manual_seed(0))
         batch = Batch(*z, 1 / inv_tau)
     else:
@@ -172,7 +172,7 @@ def test_nt_xent_zero_rows_within_budget(backend, dtype):
     loss, truth = error_budget.true_loss_and_gradient(z_i, z_j, 0.5)
     results = [evaluate(batch, name) for name in (backend, "reference")]
     value, same = (torch.cat((r.d_z_i, r.d_z_j)) for r in results)
-    # A zero row's gradient is d_u / eps, larger than the others by 1e4 to 1e12: the two kinds are judged apart.
+    # A zero row's gradient is d_u / eps, 1e4 to 1e12 times larger than the others, so these are judged apart.
     zero = torch.zeros(80, dtype=torch.bool).index_fill(0, torch.tensor([3, 43, 48]), True)
     for rows in (zero, ~zero):
         limit = error_budget.allowed(error_budget.errors_of(same[rows], truth[rows]), dtype, 2.0, output_dtype=dtype)
@@ -184,7 +184,7 @@ def test_nt_xent_zero_rows_within_budget(backend, dtype):
 @pytest.mark.parametrize("length", [1e-13, 1e-11, 1e-9])
 def test_nt_xent_rows_around_eps_within_budget(backend, length, dtype):
     z_i, z_j, *_ = random_batch(20, 16, 0.5, dtype=dtype)
-    # All rows of one view are short: below eps they are divided by eps, and keep their radial gradient.
+    # All rows of one view are short. Rows shorter than eps are divided by eps, and keep their radial gradient.
     batch = Batch(torch.nn.functional.normalize(z_i, dim=1) * length, z_j, 0.5)
     assert_within_budget(batch, backend)
 
@@ -192,7 +192,7 @@ def test_nt_xent_rows_around_eps_within_budget(backend, length, dtype):
 @pytest.mark.parametrize("n", [64, HALF + 1])
 @pytest.mark.parametrize("seed", range(3))
 def test_nt_xent_huge_logits_are_no_worse_than_the_reference(backend, n, seed):
-    # Logits of 1e5 are rounded to 1e-2: only what was rounded alike on the way in and out cancels.
+    # Logits of 1e5 are rounded to 1e-2. The errors cancel only if forward and backward round them alike.
     batch = random_batch(n, 16, 0.1, seed=seed).map(lambda z: z * 30)._replace(normalize=False)
     truth = evaluate(batch.map(torch.Tensor.double), "reference")
     value, same = (torch.cat((r.d_z_i, r.d_z_j)) for r in (evaluate(batch, backend), evaluate(batch, "reference")))
@@ -202,7 +202,7 @@ def test_nt_xent_huge_logits_are_no_worse_than_the_reference(backend, n, seed):
 
 @pytest.mark.parametrize("n", [1, 5])
 def test_nt_xent_one_feature_has_no_gradient(backend, n):
-    # On the line every unit row is 1 or -1, and no small step changes it.
+    # With one feature, every unit row is 1 or -1, and no small step changes it.
     batch = random_batch(n, 1, 0.5)
     result, truth = evaluate(batch, backend), evaluate(batch.map(torch.Tensor.double), "reference")
     torch.testing.assert_close(result.loss.double(), truth.loss, rtol=1e-6, atol=0)
@@ -300,7 +300,7 @@ def test_neg_lse_row_without_negatives_is_minus_infinity_with_zero_gradient(back
 
 @pytest.mark.parametrize("temperature", [0.001, 0.5])
 def test_neg_lse_of_rows_without_negatives_can_be_masked_away(backend, temperature):
-    # torch.where lets 0 * inf = NaN through to the rows that it masks: it must not spread to the others.
+    # torch.where lets 0 * inf = NaN reach the masked rows; it must not spread to the others.
     u = torch.nn.functional.normalize(torch.randn(4, 3), dim=1).requires_grad_()
     ids = torch.zeros(4, dtype=torch.long)
     nu = neg_lse(u, ids, temperature, backend=backend)

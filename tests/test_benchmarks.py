@@ -1,4 +1,4 @@
-"""The benchmarks' own arithmetic and checks, at small sizes."""
+"""The arithmetic and checks of the benchmarks, at small sizes."""
 
 import json
 import os
@@ -34,7 +34,7 @@ needs_cpu_kernels = pytest.mark.skipif(not BUILT.available, reason=f"needs the C
 if BUILT.available:
     from fastntxent import _cpu
 ROOT = Path(__file__).parent.parent
-# The slowest instruction set that this kind of machine has.
+# The slowest instruction set of this processor's architecture.
 BASELINE = "neon" if platform.machine().lower() in ("aarch64", "arm64") else "portable"
 needs_linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 
@@ -60,7 +60,7 @@ def test_host_times_every_way_to_the_loss_around_an_empty_launch():
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs the compilers that Triton ships for Linux")
 def test_host_times_compiled_triton_kernels_that_never_run():
-    # In a process of its own: here triton interprets.
+    # In a separate process, because triton runs its interpreter in this one.
     code = """
 from benchmarks import host
 with host.empty_triton():
@@ -80,7 +80,7 @@ def test_chunked_agrees_with_the_oracle_over_uneven_chunks():
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_agrees_with_the_oracle():
-    z_i, z_j = torch.randn(2, 24, 32)  # without a gradient: it has none on a CPU
+    z_i, z_j = torch.randn(2, 24, 32)  # no gradient: flex_attention has none on a CPU
     try:
         value = losses.FlexAttention(0.1, compiled=False)(z_i, z_j)
     except ImportError as error:
@@ -210,7 +210,7 @@ def test_scaling_refuses_more_threads_than_processors(capsys):
 
 
 def test_similarities_are_multiplied_some_rows_at_a_time(monkeypatch):
-    monkeypatch.setattr(machine, "LARGEST_PRODUCT", 5 * 14 * 4)  # five rows of the 14
+    monkeypatch.setattr(machine, "LARGEST_PRODUCT", 5 * 14 * 4)  # 5 of the 14 rows at a time
     shapes = []
     multiply = torch.mm
 
@@ -249,8 +249,8 @@ def test_a_drop_in_that_is_another_loss_is_not_timed():
 
 @needs_linux
 def test_losses_stay_within_their_memory():
-    # Beside the inputs: 2 x 16 MiB of features have their gradients and the kernel's copies, never 256 MiB of logits;
-    # a term for each of the 200,000 positive pairs of ten classes takes tiles.
+    # Beside the inputs, 2 x 16 MiB of features, clip holds their gradients and the kernel's copies, but never 256 MiB
+    # of logits. sup_con has 200,000 positive pairs in ten classes, and computes their terms in tiles.
     assert family.peak("two towers", "clip", 8192, 512) < 128 * 2**20
     assert family.peak("labels", "sup_con pairs", 1024, 128) < 50 * 2**20
 
@@ -260,7 +260,7 @@ def test_converged_shows_what_the_dense_loss_loses(tmp_path):
     assert len(record["results"]) == 8
     last = next(row for row in record["results"] if row["stage"] == "1e-6" and row["temperature"] == 0.1)
     assert last["errors"]["blocked"] < 1e-5 < 1e-3 < last["errors"]["eager"]
-    assert "lightly" not in last["errors"]  # it would normalise
+    assert "lightly" not in last["errors"]  # it would normalise the rows
 
 
 def test_distributed_sends_what_the_formula_says_and_times_both_strategies(tmp_path, capsys):
@@ -378,7 +378,7 @@ RESULTS = {
 
 @pytest.fixture
 def committed(tmp_path):
-    """Made records, and pages with the sections' markers."""
+    """Write synthetic records, and pages with the markers of the sections."""
     for suite, results in RESULTS.items():
         record = {"suite": suite, "machine": MACHINE, "missing": {}, "results": results}
         (tmp_path / f"{suite}.json").write_text(json.dumps(record))
@@ -386,25 +386,24 @@ def committed(tmp_path):
     for page, sections in report.PAGES.items():
         markers = "".join(f"<!-- figures:{section} -->\n<!-- /figures:{section} -->\n" for section in sections)
         (tmp_path / page).write_text(f"before\n{markers}")
-    return tmp_path, tmp_path / "README.md"
+    return tmp_path, tmp_path / "docs" / "benchmarks.md"
 
 
 def test_report_fills_the_pages_and_draws(committed):
-    results, readme = committed
+    results, page = committed
     command = ["report", "--results", str(results), "--root", str(results)]
-    sections = "time, memory, scaling, family, accuracy, devices, times, schedule, distributed, drop-ins"
+    sections = "time, memory, scaling, family, accuracy, times, schedule, devices, distributed, drop-ins"
     with pytest.raises(SystemExit, match=sections):
         cli.main([*command, "--check"])
     cli.main(command)
-    text = readme.read_text()
+    text = page.read_text()
     assert text.startswith("before\n<!-- figures:time -->\n\n| instruction set | processor | N | D | ours, ms |")
     assert "| AVX2 | A CPU | 256 | 128 | 3.14 | 1.6 | 10 |" in text
-    page = (results / "docs/benchmarks.md").read_text()
-    assert "### AVX2\n\n| N | D | `blocked` | eager | info-nce-pytorch\\* |" in page
-    assert "| 256 | 128 | 3.14 | 31.4 | 1 | 1.6 | 10 |" in page
-    assert "another loss, for scale" in page
-    assert "| two views, N = 256 | 128 | 1 | 1.5 |" in page
-    assert "| two views, N = 256 | 128 | 2 | 0.5 | 48 | 1,066 | 75 % | 10 % | 15 % | 0.9 |" in page
+    assert "### AVX2\n\n| N | D | `blocked` | eager | info-nce-pytorch\\* |" in text
+    assert "| 256 | 128 | 3.14 | 31.4 | 1 | 1.6 | 10 |" in text
+    assert "another loss, for scale" in text
+    assert "| two views, N = 256 | 128 | 1 | 1.5 |" in text
+    assert "| two views, N = 256 | 128 | 2 | 0.5 | 48 | 1,066 | 75 % | 10 % | 15 % | 0.9 |" in text
     assert "| 256 | 128 | < 1 | 6 |" in text
     assert "| 256 | 128 | 1.5 | 1 | 1 | 1.25 | 32 |" in text
     assert "| clip | 256 | 128 | 2 | 0.5 | 8 |" in text
@@ -413,22 +412,22 @@ def test_report_fills_the_pages_and_draws(committed):
     over_ranks = (results / "docs/distributed.md").read_text()
     assert "| 2 | 512 | 128 | ring | 1,000 | 1 | 8 | 1.6 | 4 | 3 | 2 | 1.5 | 2.5 | 3.5 |" in over_ranks
     assert "| open_clip, ClipLoss | 256 | 128 | 1 | 3 | 2 | 1.5 |" in (results / "docs/migration.md").read_text()
-    drawn = {name: (results / name).read_bytes() for name in ("time.svg", "memory.svg")}
+    drawn = (results / "overview.svg").read_bytes()
     cli.main([*command, "--check"])
     cli.main(command)
-    assert readme.read_text() == text
-    assert drawn == {name: (results / name).read_bytes() for name in drawn}
+    assert page.read_text() == text
+    assert drawn == (results / "overview.svg").read_bytes()
 
 
-def test_report_check_finds_a_changed_readme(committed):
-    results, readme = committed
+def test_report_check_finds_a_changed_page(committed):
+    results, page = committed
     cli.main(["report", "--results", str(results), "--root", str(results)])
-    readme.write_text(readme.read_text().replace("3.14", "1.34"))
-    assert report.stale_sections(results, results) == ["time"]
+    page.write_text(page.read_text().replace("3.14", "1.34"))
+    assert report.stale_sections(results, results) == ["time", "times"]
 
 
 def test_report_has_rows_for_every_instruction_set(committed):
-    results, readme = committed
+    results, page = committed
     first = json.loads((results / "cpu.json").read_text())
     (results / "cpu.json").unlink()
     of_set = {"vector": "AVX512", "held": None, "processor": "Another CPU"}
@@ -437,16 +436,16 @@ def test_report_has_rows_for_every_instruction_set(committed):
     (results / "cpu-avx2.json").write_text(json.dumps(held))
     (results / "cpu-avx512.json").write_text(json.dumps(wide))
     cli.main(["report", "--results", str(results), "--root", str(results)])
-    rows = [line for line in readme.read_text().splitlines() if line.startswith("| AVX")]
+    text = page.read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| AVX")]
     assert [row.split(" | ")[:3] for row in rows] == [
         ["| AVX-512", "Another CPU", "256"],
         ["| AVX-512", "Another CPU", "1024"],
         ["| AVX2", "A CPU", "256"],
     ]
-    assert "our kernel: avx512" in readme.read_text()
-    assert "our kernel held to avx2" in readme.read_text()
-    page = (results / "docs/benchmarks.md").read_text()
-    assert page.index("### AVX-512") < page.index("### AVX2")
+    assert "our kernel: avx512" in text
+    assert "our kernel held to avx2" in text
+    assert text.index("### AVX-512") < text.index("### AVX2")
 
 
 def test_report_says_how_to_make_the_times(committed):
@@ -458,8 +457,8 @@ def test_report_says_how_to_make_the_times(committed):
 
 
 def test_report_says_which_marker_or_file_is_missing(committed):
-    results, readme = committed
-    readme.write_text(readme.read_text().replace("<!-- /figures:memory -->", ""))
+    results, page = committed
+    page.write_text(page.read_text().replace("<!-- /figures:memory -->", ""))
     with pytest.raises(SystemExit, match="a page needs <!-- figures:memory -->"):
         cli.main(["report", "--results", str(results), "--root", str(results), "--check"])
     (results / "scaling.json").unlink()
@@ -475,7 +474,7 @@ def test_pages_have_the_tables_of_the_committed_results():
 
 @pytest.fixture
 def released(monkeypatch):
-    """The kernels are let go of what the test holds them to."""
+    """Restore the kernels' instruction set after a test that changes it."""
     before = _cpu.instruction_set()
     monkeypatch.setattr(instruction_set, "held", instruction_set.held)
     yield

@@ -1,4 +1,4 @@
-"""The simulated schedule of the CPU kernels: by hand, against the kernels' own order, and against measured times."""
+"""The simulated schedule of the CPU kernels, compared with hand counts, the kernels' order and measured times."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ A, B, C = ((0, "rows", first) for first in range(3))
 def test_a_task_waits_for_the_turns_of_its_blocks():
     team = schedule.SimulatedTeam(2, INSTANT)
     team.tasks([5, 3, 2], [((A, 0),), ((B, 0),), ((A, 1), (B, 1))])
-    # The second thread takes the last task at 3, and starts it when the first task ends.
+    # The second thread takes the last task at 3, and starts it when the first task ends, at 5.
     assert (team.now, team.waiting_ns, team.busy_ns) == (7, 2, 10)
     assert team.busy_in_tiles == [5, 5]
 
@@ -29,14 +29,14 @@ def test_a_task_waits_for_the_turns_of_its_blocks():
 def test_a_waiting_thread_sees_the_end_of_a_turn_later():
     team = schedule.SimulatedTeam(2, INSTANT._replace(hand_over=0.5))
     team.tasks([5, 3, 2], [((A, 0),), ((B, 0),), ((A, 1), (C, 0))])
-    assert (team.now, team.waiting_ns) == (7.5, 2)  # of the other thread, which came at 0.5 and waits from 3.5 to 5.5
+    assert (team.now, team.waiting_ns) == (7.5, 2)  # the other thread starts at 0.5 and waits from 3.5 to 5.5
 
 
 def test_threads_change_a_shared_line_one_after_the_other():
     team = schedule.SimulatedTeam(2, INSTANT._replace(line=1))
     team.rows(4, 1, 10)
-    # The leader takes at 1 and 12, the other one, which counts itself in first, at 2 and 13. Both find nothing left, at
-    # 23 and 24; the leader closes the phase, and the other one counts itself out until 25.
+    # The leader takes a row at 1 and 12. The other thread first counts itself in, and takes a row at 2 and 13. Both
+    # find no rows left, at 23 and 24. The leader closes the phase, and the other thread counts itself out until 25.
     assert team.now == 25
 
 
@@ -119,7 +119,7 @@ def test_one_thread_takes_what_was_measured():
 def test_two_threads_gain_what_was_measured():
     for result in json.loads((RESULTS / "cpu-avx512.json").read_text())["results"]:
         if result["n"] < 256:
-            continue  # one thread is used, whatever the number
+            continue  # one thread is used, whatever the setting
         problem = schedule.two_views(result["n"], result["d"])
         predicted = schedule.simulate(problem, 1).ms / schedule.simulate(problem, 2).ms
         assert predicted == pytest.approx(result["threads"]["2"]["speed_up"], rel=0.05), (result["n"], result["d"])
@@ -127,7 +127,7 @@ def test_two_threads_gain_what_was_measured():
 
 @needs_results
 def test_the_committed_prediction_is_that_of_these_kernels():
-    """Where it fails: python -m benchmarks schedule --out benchmarks/results/schedule.json, then the report."""
+    """If it fails: python -m benchmarks schedule --out benchmarks/results/schedule.json, then the report."""
     known = json.loads((RESULTS / "schedule.json").read_text())["results"]
     problems = {problem.name: problem for problem in schedule.problems(None, 128)}
     assert {row["problem"] for row in known} == set(problems)

@@ -1,4 +1,4 @@
-"""Gradient caching against the step it stands for."""
+"""Gradient caching, compared with the step without caching."""
 
 import collections
 import contextlib
@@ -56,7 +56,7 @@ def test_cached_backward_holds_one_chunk_of_activations():
 
 
 def test_cached_backward_of_no_rows_takes_as_many_passes():
-    # What a rank without rows owes the others, if the encoder or the loss is over all of them.
+    # A rank without rows must run as many passes as the others, because the encoder or the loss may be collective.
     encoder, sizes = nn.Linear(6, 5), []
     encoder.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
     cached_backward(encoder, torch.randn(2, 0, 6).unbind(), lambda z_i, z_j: (z_i * z_j).sum(), chunk_size=[0, 0])
@@ -74,8 +74,8 @@ def test_cached_backward_accumulates_in_grad():
 
 
 def test_cached_backward_replays_dropout():
-    # With a loss linear in the embeddings the gradient is a sum over rows of what dropout let through in the *first*
-    # pass: the embeddings that the loss saw.
+    # The loss is linear in the embeddings, so the gradient is a sum over rows of the features that dropout kept. They
+    # must be those of the first pass, whose embeddings the loss saw.
     torch.manual_seed(0)
     encoder = nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 1, bias=False))
     seen = []
@@ -117,7 +117,7 @@ def test_cached_backward_updates_running_statistics_once():
 
 
 class Replica(nn.Linear):
-    """Notes, as DistributedDataParallel would act on it, whether each pass with a graph is to synchronise."""
+    """Records for each pass with a graph whether DistributedDataParallel would synchronise in it."""
 
     def __init__(self):
         super().__init__(6, 5)
@@ -186,14 +186,14 @@ def loss_of(z_i, z_j):
 
 
 def chunked_step(encoder, views, loss_fn, chunk_size):
-    """What `cached_backward` stands for: one pass over the chunks, with all activations held."""
+    """The step without caching: one pass over the chunks, with all activations held."""
     loss = loss_fn(*(torch.cat([encoder(chunk) for chunk in view.split(chunk_size)]) for view in views))
     loss.backward()
     return loss.detach()
 
 
 class Stateful(nn.Module):
-    """An encoder whose embeddings depend on what it did before."""
+    """An encoder whose embeddings depend on its previous calls."""
 
     def __init__(self):
         super().__init__()
@@ -226,7 +226,7 @@ class Assigned(Stateful):
         self.register_buffer("transient", torch.ones(8), persistent=False)
         self.register_buffer("unset", None)
         self.norm = nn.Module()
-        self.norm.running = self.running  # shared, until the first of them is assigned
+        self.norm.running = self.running  # shared, until `running` is assigned
 
     def scale(self, h):
         self.running = 0.5 * self.running + 0.5 * h.detach().std(0)
@@ -328,7 +328,7 @@ def seed_all(seed):
 
 
 @pytest.mark.parametrize("make", STATEFUL)
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of older PyTorch's norms and JIT
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # older PyTorch's norms and JIT
 def test_cached_backward_repeats_state_and_random_numbers(make):
     views, later = torch.randn(2, 10, 6).unbind(), torch.randn(4, 6)
     ends = []
@@ -337,7 +337,7 @@ def test_cached_backward_repeats_state_and_random_numbers(make):
         encoder = make()
         losses = [step(encoder, views, loss_of, chunk_size=4) for _ in range(2)]
         drawn = random.random(), np.random.rand(), torch.rand(1).item()
-        ends.append((losses, gradients(encoder), encoder(later).detach(), drawn))  # the later embeddings tell the state
+        ends.append((losses, gradients(encoder), encoder(later).detach(), drawn))  # `later` reveals the state
     torch.testing.assert_close(*ends)
 
 
@@ -361,12 +361,12 @@ def test_cached_backward_leaves_a_graph_that_needs_a_buffer():
 
 
 class Failing(Attributes):
-    """Raises in a forward of one's choice."""
+    """Raises in the forward that `countdown` selects."""
 
     def init(self):
         super().init()
         self.generator = torch.Generator().manual_seed(3)
-        self.countdown = iter(())  # not repeated
+        self.countdown = iter(())  # restoring the encoder's state does not rewind it
 
     def scale(self, h):
         scale = super().scale(h) + torch.rand(8, generator=self.generator) + random.random()
@@ -475,7 +475,7 @@ def test_cached_backward_learns_what_is_not_a_parameter_of_the_encoder():
 
 
 class Towers(nn.Module):
-    """A tower for each view, told apart by their dtype."""
+    """Two towers in one encoder, chosen by the dtype of the input."""
 
     def __init__(self):
         super().__init__()
@@ -520,7 +520,7 @@ def test_cached_backward_inputs_are_neither_changed_nor_given_a_gradient():
 
 
 def test_cached_backward_takes_the_embeddings_out_of_memory_that_is_written_again():
-    # As CUDA graphs do, and views of a larger output would keep it.
+    # CUDA graphs reuse their output memory like this, so the embeddings must be copied.
     class Static(nn.Linear):
         def forward(self, x):
             z = super().forward(x)
@@ -611,7 +611,7 @@ def test_cached_backward_repeats_the_generator_of_the_encoders_device():
 
 
 def replicated_step(encoder, views, loss_fn, chunk_size):
-    """The same in DistributedDataParallel, which synchronises buffers in the first chunk and gradients in the last."""
+    """The uncached step in DDP, which synchronises buffers in the first chunk and gradients in the last."""
     *chunks, last = (chunk for view in views for chunk in view.split(chunk_size))
     with encoder.no_sync():
         z = [encoder(chunk) for chunk in chunks]
@@ -619,10 +619,11 @@ def replicated_step(encoder, views, loss_fn, chunk_size):
 
 
 def step_on_ranks(views, step, loss_fn, **options):
-    """Gradients of two steps, and the state after them as embeddings; before them it differs between the ranks."""
+    """Return the gradients of the second of two steps, and embeddings that reveal the state after it. The initial state
+    differs between the ranks."""
     torch.manual_seed(1)
     encoder = DistributedDataParallel(Assigned(), **options)
-    encoder.module.transient.mul_(1 + dist.get_rank())  # until the first rank's is broadcast
+    encoder.module.transient.mul_(1 + dist.get_rank())  # overwritten by the first rank's broadcast
     for _ in range(2):
         encoder.zero_grad()
         step(encoder, views, loss_fn, chunk_size=2)
@@ -630,7 +631,7 @@ def step_on_ranks(views, step, loss_fn, **options):
 
 
 def cached_on_ranks():
-    """For each construction what it gave and what it should, and the errors of those that cannot be right."""
+    """Return for each wrapper the result and the expected one, and the error of each unsupported combination."""
     generator = torch.Generator().manual_seed(1)
     views = [view.split((6, 4))[dist.get_rank()] for view in torch.randn(2, 10, 6, generator=generator)]
     loss_fn = NTXentLoss(0.2, group=dist.group.WORLD)
@@ -643,7 +644,7 @@ def cached_on_ranks():
     for step in (cached_backward, chunked_step):
         torch.manual_seed(1)
         encoder = fully_shard(Assigned(), mesh=init_device_mesh("cpu", (2,)))
-        step(encoder, [view[:4] for view in views], loss_fn, chunk_size=2)  # as many chunks on each rank
+        step(encoder, [view[:4] for view in views], loss_fn, chunk_size=2)  # every rank has the same number of chunks
         ends.append(([g.full_tensor() for g in gradients(encoder)], encoder(views[0]).detach()))
     found["fully_shard"] = ends
 
@@ -691,7 +692,7 @@ def test_cached_backward_on_ranks_is_the_step_it_stands_for(of_ranks, how):
     [
         ("a tower without find_unused_parameters", "find_unused_parameters=True"),
         ("a last view without a gradient", "put a view that has a gradient last in views"),
-        ("a static graph", "without static_graph=True"),
+        ("a static graph", "with static_graph=True"),
     ],
 )
 def test_cached_backward_on_ranks_gradient_that_is_not_averaged_is_an_error(of_ranks, how, message):

@@ -1,4 +1,4 @@
-"""Gradient caching of what people train: several encoders, mappings and dataclasses as inputs, tokens, AMP, ranks."""
+"""Gradient caching of real set-ups: several encoders, mappings and dataclasses as inputs, tokens, AMP, ranks."""
 
 import collections
 import copy
@@ -28,7 +28,7 @@ def gradients(*modules):
 
 
 class Encoding(collections.UserDict):
-    """Like Hugging Face's BatchEncoding: a mapping that is no dict, with its items as attributes too."""
+    """Like Hugging Face's BatchEncoding: a mapping that is not a dict, with its items as attributes too."""
 
     def __init__(self, data, n_sequences):
         super().__init__(data)
@@ -43,7 +43,7 @@ class Encoding(collections.UserDict):
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """A batch of a user's own, which no constructor call could copy."""
+    """A user's batch class, which cannot be copied by calling its constructor."""
 
     pixels: torch.Tensor
     nested: dict
@@ -65,7 +65,7 @@ class Output:
 
 
 class Image(nn.Module):
-    """Takes pixels however they come, with dropout."""
+    """An encoder with dropout that accepts pixels in every container of this file."""
 
     def __init__(self):
         super().__init__()
@@ -85,7 +85,7 @@ class Image(nn.Module):
 
 
 class Text(nn.Module):
-    """Called as Hugging Face's models are: by keywords, and the embeddings are one part of the output."""
+    """Called like a Hugging Face model: keyword arguments, and an output with the embeddings in one of its fields."""
 
     def __init__(self):
         super().__init__()
@@ -116,7 +116,7 @@ def text_inputs(kind=Encoding):
 
 
 def chunked(call, sizes):
-    """The embeddings of one pass over the chunks with all activations held; `call` takes a slice of rows."""
+    """Return the embeddings of one pass over the chunks with all activations held; `call` takes a slice of rows."""
     ends = torch.tensor(sizes).cumsum(0).tolist()
     return torch.cat([call(slice(end - size, end)) for end, size in zip(ends, sizes, strict=True)])
 
@@ -133,7 +133,7 @@ BY_FOUR = [4, 4, 2]
 
 
 def clip_step(image, text, loss_fn, sizes=BY_FOUR):
-    """The uncached step of an image and a text tower."""
+    """The uncached step of an image tower and a text tower."""
     torch.manual_seed(3)
     x, words = pixels(), text_inputs()
     z_i = chunked(lambda rows: image(x[rows]), sizes)
@@ -339,7 +339,7 @@ def test_encoder_kwargs_go_to_every_call():
 @pytest.mark.parametrize(
     ("budget", "expected"),
     [
-        (7, [4, 7, 4, 7, 6, 4]),  # rows of 3 + 1, 7, 2 + 2, 5 + 1 + 1, 6, 4 tokens
+        (7, [4, 7, 4, 7, 6, 4]),  # the rows have 3 + 1, 7, 2 + 2, 5 + 1 + 1, 6, 4 tokens
         (1, [3, 1, 7, 2, 2, 5, 1, 1, 6, 4]),
         (100, [32]),
     ],
@@ -350,7 +350,7 @@ def test_chunks_of_tokens(budget, expected):
     ones = lambda x: torch.ones(len(x), dtype=torch.int32)  # noqa: E731
     loss = cached_clip_step(image, text, loss_fn, chunk_tokens=budget, lengths=[ones, "attention_mask"])
     assert text.seen[: len(expected)] == expected
-    text.eval(), image.eval()  # without dropout, which draws by chunks
+    text.eval(), image.eval()  # dropout draws per chunk, so it is off here
     for module in plain[:2]:
         module.eval()
     for module in (image, text, loss_fn):
@@ -368,7 +368,7 @@ def test_lengths_may_be_a_function_of_the_view():
         text, [view, view], nt_xent, chunk_tokens=2 * WIDTH, lengths=by_width, unpack=True, output="pooler_output"
     )
     expected = lengths().reshape(-1, 2).sum(1).tolist()
-    assert text.seen == 2 * expected  # which is state, and as after one pass
+    assert text.seen == 2 * expected  # `seen` is state, so it is as after one pass
 
 
 def test_chunks_may_be_listed_for_each_view():
@@ -428,7 +428,7 @@ def test_amp_with_a_scaler_is_the_uncached_step(dtype):
     torch.testing.assert_close(loss, expected_loss, atol=0, rtol=torch.finfo(dtype).eps)
     for values, of_uncached in zip(found, expected, strict=True):
         for value, other in zip(values, of_uncached, strict=True):
-            # Weights' gradients are sums that are rounded to half precision for each chunk.
+            # Gradients of weights are sums, rounded to half precision once per chunk.
             assert torch.dist(value, other) < 4 * torch.finfo(dtype).eps * other.norm()
 
 
@@ -496,7 +496,7 @@ X = torch.randn(4, 6)
             (nn.Linear(6, 5), [X, {"x": X, "y": [X, X[:3]]}]),
             {},
             ValueError,
-            r"views\[1\]\['y'\]\[1\] must have as many rows as views\[1\]\['x'\], 4, got shape \(3, 6\); pass what",
+            r"views\[1\]\['y'\]\[1\] must have as many rows as views\[1\]\['x'\], 4, got shape \(3, 6\); pass inputs",
         ),
         (
             (nn.Linear(6, 5), [Pair(X, (X * torch.ones((), requires_grad=True)))]),
@@ -536,9 +536,14 @@ X = torch.randn(4, 6)
         ((nn.Linear(6, 5), [X, X]), {"chunk_size": [[4]]}, ValueError, "chunk_size must hold an element for each of"),
         ((nn.Linear(6, 5), [X, X]), {"output": [0]}, ValueError, "output must hold an element for each of the 2 views"),
         ((nn.Linear(6, 5), [X, X]), {"encoder_kwargs": 1}, TypeError, "encoder_kwargs must be a mapping, got int"),
-        ((nn.LSTM(6, 5), [X, X]), {}, TypeError, r"got tuple; output= says where in it the embeddings are"),
+        ((nn.LSTM(6, 5), [X, X]), {}, TypeError, r"got tuple; use output= to select the embeddings"),
         ((nn.LSTM(6, 5), [X, X]), {"output": 1}, TypeError, r"encoder, at output=1, must return a torch\.Tensor, got"),
-        ((nn.LSTM(6, 5), [X, X]), {"output": lambda out: out[0][0]}, ValueError, "output, called with what encoder"),
+        (
+            (nn.LSTM(6, 5), [X, X]),
+            {"output": lambda out: out[0][0]},
+            ValueError,
+            "output, called with the result of encoder",
+        ),
     ],
 )
 def test_bad_input_is_named(arguments, options, error, message):
@@ -547,12 +552,12 @@ def test_bad_input_is_named(arguments, options, error, message):
 
 
 def share(x):
-    """This rank's rows: 6 of the first and 4 of the second."""
+    """Return this rank's rows: the first 6, or the last 4."""
     return x[slice(0, 6) if dist.get_rank() == 0 else slice(6, N)]
 
 
 def towers_on_ranks():
-    """Gradients on two ranks by DDP, one wrapper for each tower and by FSDP2, each beside those of one process."""
+    """Return gradients on two ranks and on one process, for one DDP wrapper per tower, FSDP2 and the first FSDP."""
     found = {}
     loss_fn = CLIPLoss(0.2, group=dist.group.WORLD)
     arguments = {"unpack": True, "output": [None, "pooler_output"]}
@@ -574,7 +579,7 @@ def towers_on_ranks():
     plain = copy.deepcopy((image, text))
     mesh = init_device_mesh("cpu", (2,))
     sharded = [fully_shard(image, mesh=mesh), fully_shard(text, mesh=mesh)]
-    sizes = [2, 2, 2] if dist.get_rank() == 0 else [2, 2, 0]  # as many chunks on each rank
+    sizes = [2, 2, 2] if dist.get_rank() == 0 else [2, 2, 0]  # every rank has the same number of chunks
     loss = cached_backward(sharded, views, loss_fn, chunk_size=sizes, **arguments)
     expected = clip_step(*plain, CLIPLoss(0.2))
     full = [p.grad.full_tensor() for module in sharded for p in module.parameters()]
@@ -594,7 +599,7 @@ def towers_on_ranks():
             ends.append(gradients(*wrapped))
         found[f"the first FSDP, use_orig_params={use_orig_params}"] = ends
 
-    # With dropout and a scaler, against the same calls with all activations held.
+    # Dropout and a scaler, compared with the same calls without caching.
     ends = []
     for cached in (True, False):
         towers_now = [DistributedDataParallel(tower) for tower in towers()[:2]]

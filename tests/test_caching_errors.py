@@ -1,4 +1,4 @@
-"""Calls of cached_backward that cannot work: each is told which argument it is, what was expected and what came."""
+"""Invalid calls of cached_backward: each error names the argument, what was expected and what was given."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ X = torch.randn(2, N, FEATURES, generator=torch.Generator().manual_seed(0))
 
 
 class Encoder(nn.Module):
-    """A layer, dropout, a count of its calls, and what is made of its output."""
+    """A layer with dropout that counts its calls, and returns `output` of the result and the count."""
 
     def __init__(self, output: Callable[[Tensor, int], Any] = lambda z, calls: z):
         super().__init__()
@@ -74,7 +74,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "encoder must have its parameters in memory, got some on the meta device",
     ),
-    # its output
+    # the encoder's output
     "returns none": (returning(lambda z, calls: None), TypeError, "encoder must return a torch.Tensor, got NoneType"),
     "returns a number": (
         returning(lambda z, calls: z.sum()),
@@ -124,15 +124,15 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "returns no graph": (
         returning(lambda z, calls: z.detach()),
         RuntimeError,
-        "encoder must return embeddings that require a gradient, as its parameters do, got none that do",
+        "encoder must return embeddings that require a gradient, as its parameters do, got embeddings that do not",
     ),
     "nothing to learn": (
         {"encoder": nn.Flatten()},
         RuntimeError,
-        "got one that does not require grad, as neither the encoder nor loss_fn has anything to learn",
+        "got one that does not require grad, because neither the encoder nor loss_fn has anything to learn",
     ),
-    "frozen": ({"encoder": frozen()}, RuntimeError, "as neither the encoder nor loss_fn has anything to learn"),
-    # views
+    "frozen": ({"encoder": frozen()}, RuntimeError, "because neither the encoder nor loss_fn has anything to learn"),
+    # the views
     "views are none": ({"views": None}, TypeError, "views must be a sequence, one element per view, got NoneType"),
     "views are a number": ({"views": 2}, TypeError, "views must be a sequence, one element per view, got int"),
     "views are one": ({"views": X}, TypeError, "views must be a sequence of tensors, one per view, got one tensor"),
@@ -152,12 +152,12 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "views of other lengths": (
         {"views": [X[0], X[1, :3]]},
         ValueError,
-        "z_i and z_j must have the same shape, got (6, 4) and (3, 4)",  # a loss may take them: this one does not
+        "z_i and z_j must have the same shape, got (6, 4) and (3, 4)",  # raised by this loss; others accept it
     ),
     "view with other keys": (
         {"views": [{"x": X[0]}, {3: X[1]}], "unpack": True},
         TypeError,
-        "views[1] must have the names of arguments as its keys, got 3",
+        "views[1] must have argument names as its keys, got 3",
     ),
     # the loss
     "loss is none": (of_loss(None), TypeError, "loss_fn must be a function of embeddings, got NoneType"),
@@ -165,7 +165,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "loss is a class": (
         of_loss(NTXentLoss),
         TypeError,
-        "loss_fn must be a function of embeddings, got the class NTXentLoss: pass an object of it",
+        "loss_fn must be a function of embeddings, got the class NTXentLoss: pass an instance of it",
     ),
     "loss of none": (of_loss(lambda a, b: None), TypeError, "loss_fn must return a torch.Tensor, got NoneType"),
     "loss of a float": (of_loss(lambda a, b: 1.0), TypeError, "loss_fn must return a torch.Tensor, got float"),
@@ -202,12 +202,12 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "loss is detached": (
         of_loss(lambda a, b: LOSS(a, b).detach()),
         RuntimeError,
-        "loss_fn must return a loss to differentiate, got one that does not require grad, of embeddings that do",
+        "loss_fn must return a loss to differentiate, got one that does not require grad, although the embeddings do",
     ),
     "loss ran backward": (
         of_loss(with_backward),
         RuntimeError,
-        "loss_fn must return the loss alone, got one whose backward it has called already",
+        "loss_fn must return the loss without calling its backward",
     ),
     # chunks
     **{
@@ -267,33 +267,33 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "lengths must give a number for each of the 6 rows of views[0], got int",
     ),
     "lengths below zero": (tokens(lambda view: [-1] * len(view)), ValueError, "lengths must be at least 0, got -1"),
-    # where inputs go in and embeddings come out
+    # the encoder's arguments and output
     "kwargs are a number": ({"encoder_kwargs": 3}, TypeError, "encoder_kwargs must be a mapping, got int"),
     "kwargs of a number": (
         {"encoder_kwargs": {1: 2}},
         TypeError,
-        "encoder_kwargs must have the names of arguments as its keys, got 1",
+        "encoder_kwargs must have argument names as its keys, got 1",
     ),
     "output of a float": (
         {"output": 3.5},
         ValueError,
-        "output must be a key, index or attribute of what encoder returns, Tensor, or a function of it, got 3.5",
+        "output must be a key, index or attribute of the output of encoder, Tensor, or a function of it, got 3.5",
     ),
     "output of no key": (
         {**returning(lambda z, calls: {"a": z}), "output": "b"},
         ValueError,
-        "output must be a key, index or attribute of what encoder returns, dict with the keys 'a', or a function of "
+        "output must be a key, index or attribute of the output of encoder, dict with the keys 'a', or a function of "
         "it, got 'b'",
     ),
     "output beyond": (
         {**returning(lambda z, calls: (z,)), "output": 3},
         ValueError,
-        "of what encoder returns, tuple of length 1, or a function of it, got 3",
+        "of the output of encoder, tuple of length 1, or a function of it, got 3",
     ),
     "output of none": (
         {"output": lambda z: None},
         TypeError,
-        "output, called with what encoder returned, must return a torch.Tensor, got NoneType",
+        "output, called with the result of encoder, must return a torch.Tensor, got NoneType",
     ),
 }
 

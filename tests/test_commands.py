@@ -1,4 +1,4 @@
-"""python -m fastntxent: what it prints, and how it ends."""
+"""python -m fastntxent: its output and its exit status."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def answers(monkeypatch):
-    """The verdicts that child processes give: all passed, but for what a test puts here."""
+    """Verdicts that child processes return: "passed", unless a test puts another one here."""
     found = {}
     passed = Verdict("passed", checks=3)
     monkeypatch.setattr(policy.process, "check_in_child", lambda request: found.get(request["backend"], passed))
@@ -41,7 +41,7 @@ def answers(monkeypatch):
 
 
 def run(capsys, *arguments):
-    """Exit status, stdout and stderr."""
+    """Return the exit status, stdout and stderr."""
     try:
         status = commands.main(arguments)
     except SystemExit as end:
@@ -62,8 +62,8 @@ def test_info_is_the_default_and_says_what_there_is(capsys, cache):
     for name, backend in backends().items():
         assert any(line.startswith(f"  {name:10}{backend.reason or backend.details or 'available'}") for line in lines)
     assert re.search(r"^cpu: .+, driver .+\n  cpu +not checked yet", text, re.MULTILINE)
-    assert "  auto, every size: cpu (the first that loads here)" in lines or not backends()["cpu"].available
-    assert f"verdicts are kept in {cache}" in lines
+    assert "  auto, every size: cpu (the first backend that loads here)" in lines or not backends()["cpu"].available
+    assert f"verdicts are stored in {cache}" in lines
     assert f"FASTNTXENT_CACHE={cache}" in lines
 
 
@@ -98,9 +98,9 @@ def test_info_says_what_auto_takes_on_a_gpu_and_why(monkeypatch):
     auto = info._auto(gpu)
     assert auto["bfloat16, 128 features, 256 rows"] == {
         "backend": "triton",
-        "why": "the quickest of those that have passed: triton 0.5 ms, blocked 2 ms",
+        "why": "the fastest of those that have passed: triton 0.5 ms, blocked 2 ms",
     }
-    assert auto["float32, 128 features, 256 rows"]["why"] == "it has passed, and nothing was timed at this size"
+    assert auto["float32, 128 features, 256 rows"]["why"] == "it has passed, but nothing was timed at this size"
     monkeypatch.setenv("FASTNTXENT_VERIFY", "never")
     assert info._auto(gpu)["float32, 128 features, 256 rows"]["why"].startswith("FASTNTXENT_VERIFY=never")
 
@@ -148,7 +148,7 @@ def test_verify_passes_here_and_keeps_it(capsys, cache):
     status, text, errors = run(capsys, "verify", "--backend", HERE, "--device", "cpu")
     assert status == 0, text
     assert re.search(
-        rf"^cpu: .+\n  {HERE:10}passed \d+ checks in .+ s\n  kept in {cache}/.+\.json$", text, re.MULTILINE
+        rf"^cpu: .+\n  {HERE:10}passed \d+ checks in .+ s\n  stored in {cache}/.+\.json$", text, re.MULTILINE
     )
     assert errors.startswith(f"fastntxent: checking {HERE} on ")
     status, again, errors = run(capsys, "verify", "--backend", HERE, "--device", "cpu")
@@ -160,10 +160,10 @@ def test_verify_says_where_nothing_can_be_kept(capsys, answers, tmp_path, monkey
     file = tmp_path / "file"
     file.touch()
     monkeypatch.setenv("FASTNTXENT_CACHE", str(file))
-    with pytest.warns(UserWarning, match="cannot keep its verdicts") if not policy.Store._complained else nullcontext():
+    with pytest.warns(UserWarning, match="cannot store") if not policy.Store._complained else nullcontext():
         status, text, _ = run(capsys, "verify", "--device", "cpu", "--backend", "blocked")
     assert status == 0
-    assert f"  not kept: {file} cannot be written to" in text
+    assert f"  not stored: {file} is not writable" in text
 
 
 def test_verify_looks_again_where_it_is_told_to(capsys, answers):
@@ -215,7 +215,7 @@ def test_verify_of_one_backend_goes_where_it_can_run(capsys, answers, monkeypatc
 )
 @pytest.mark.skipif(not backends()["triton"].available, reason="needs Triton")
 def test_verify_passes_tritons_kernels_in_the_interpreter():
-    # All of it: two minutes of one core.
+    # The complete verification: two minutes on one core.
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "fastntxent", "verify", "--backend", "triton", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
@@ -266,9 +266,9 @@ def test_bench_says_why_a_time_is_missing(capsys, small, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", none)
     _, text, _ = run(capsys, "bench", "--device", "cpu")
-    assert "no torch.compile for float32, 8, 16: RuntimeError: no C++ compiler\n" in text
+    assert "no torch.compile for float32, N = 8, D = 16: RuntimeError: no C++ compiler\n" in text
     row = bench.time_size(torch.device("cpu"), torch.float32, 8, 16, without=["blocked"])
-    assert row["missing"]["blocked"] == "it has not passed on this device"
+    assert row["missing"]["blocked"] == "it has not passed its checks on this device"
     assert "blocked" not in row["milliseconds"]
 
 
@@ -295,7 +295,7 @@ def test_mistakes_are_one_line(capsys, arguments, words):
 def test_backend_that_runs_nowhere_here_is_a_mistake(capsys):
     status, _, errors = run(capsys, "verify", "--backend", "cuda")
     assert status == 2
-    assert errors == "error: --backend cuda can be checked on no device of this machine\n"
+    assert errors == "error: --backend cuda cannot be checked on any device of this machine\n"
 
 
 @pytest.mark.parametrize("arguments", [("prove",), ("verify", "--backend", "reference"), ("info", "--device", "cpu")])

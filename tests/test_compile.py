@@ -1,4 +1,4 @@
-"""torch.compile, torch.export and torch.jit.trace of every public function of tensors, at changing batch sizes."""
+"""torch.compile, torch.export and torch.jit.trace of every public function of tensors, with changing batch sizes."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from tests.tiers import tiered
 
 SIZES = (4, 7, 3, 12, 47, 16)
 
-# Rows held between calls: a pointer of the module's, not a function of the inputs.
+# These hold rows between calls: the position in the queue is state of the module, not a function of the inputs.
 STATEFUL = {"QueueInfoNCELoss", "lightly.NTXentLoss bank"}
-# Takes the distinct pairs, as many as there are: a size that no graph knows.
+# It selects the distinct pairs, so the size of its result depends on the data.
 DATA_DEPENDENT = {"pytorch_metric_learning.SupConLoss pairs"}
 WITHOUT_STATE = [name for name in CALLS if name not in STATEFUL]
 
@@ -38,7 +38,7 @@ def counted(function):
 
 
 def scheduled(call):
-    """The call with its temperature as the first argument: a module's is set, as a schedule does."""
+    """Return the call with the temperature as its first argument; on a module it is set, as a schedule would."""
     if not call.temperature:
         loss = call.make()
         return lambda tau, *tensors: loss(*tensors)
@@ -53,7 +53,7 @@ def scheduled(call):
     return run
 
 
-# A module and a drop-in take the graph of the function behind them.
+# A module and a drop-in compile the graph of the function that they call.
 COMPILED = tiered(
     (name for name in WITHOUT_STATE if name not in DATA_DEPENDENT),
     slow=lambda name: "." in name or name[0].isupper(),
@@ -68,10 +68,10 @@ def test_compile_takes_two_graphs_at_changing_sizes_and_temperatures(name):
     for n in SIZES:
         inputs = (0.3 + n / 100, *call.inputs(n))
         assert_same(compiled(*inputs), run(*inputs), inputs)
-    assert counter.frame_count <= 2  # the first batch size, and then any
+    assert counter.frame_count <= 2  # one for the first batch size, one for any other
 
 
-# Every operator that takes a temperature, by a loss that takes no other than the caller's.
+# Every operator that takes a temperature, in a loss that passes the caller's temperature unchanged.
 OF_A_FLOAT = [
     *(
         "nt_xent",
@@ -104,7 +104,7 @@ def test_a_float_temperature_is_a_constant_of_the_graph(name):
     assert_same(compiled(*inputs), call.at(0.25)(*inputs), inputs)
     forward, backward = graphs
     taken = [node.meta["val"].shape for node in forward.graph.nodes if node.op == "placeholder"]
-    assert sorted(taken) == sorted(x.shape for x in inputs)  # a tensor of a CPU's would keep CUDA graphs away
+    assert sorted(taken) == sorted(x.shape for x in inputs)  # a CPU tensor among the inputs would prevent CUDA graphs
     temperatures = [number for graph in (forward, backward) for number in _temperatures(graph)]
     assert temperatures
     assert all(type(number) is float for number in temperatures)
@@ -112,7 +112,7 @@ def test_a_float_temperature_is_a_constant_of_the_graph(name):
 
 
 def _temperatures(graph):
-    """What our operators are given as inv_tau."""
+    """Yield the inv_tau argument of each of our operators."""
     for node in graph.graph.nodes:
         schema = getattr(node.target, "_schema", None)
         if schema is not None and schema.name.startswith("fastntxent::"):
@@ -135,7 +135,7 @@ def test_a_temperature_that_changes_takes_one_graph_more(name):
     for n in range(6):
         inputs = (0.3 + n / 100, *call.inputs(8))
         assert_same(compiled(*inputs), run(*inputs), inputs)
-    assert len(kernels) == 4  # forward and backward, of the first temperature and of any other
+    assert len(kernels) == 4  # forward and backward, for the first temperature and for any other
 
 
 @needs_constants
@@ -160,7 +160,7 @@ def test_a_hardness_that_changes_takes_one_graph_more(loss):
         value = compiled(0.3 + n / 10, *inputs)
         value.backward()
         torch.testing.assert_close(value, loss(0.3 + n / 10, *inputs))
-    assert len(kernels) == 4  # forward and backward, of the first hardness and of any other
+    assert len(kernels) == 4  # forward and backward, for the first hardness and for any other
 
 
 def test_a_pytorch_that_cannot_tell_constants_compiles_them_as_tensors(monkeypatch):
@@ -172,7 +172,7 @@ def test_a_pytorch_that_cannot_tell_constants_compiles_them_as_tensors(monkeypat
 
 
 class Tensors(nn.Module):
-    """A loss whose outputs are a tuple of tensors, which export and tracing want."""
+    """A loss with a tuple of tensors as its output, which export and tracing require."""
 
     def __init__(self, call):
         super().__init__()
@@ -188,7 +188,7 @@ def test_jit_trace_gives_value_and_gradient_of_other_sizes(name):
     call = CALLS[name]
     torch.manual_seed(0)
     loss = Tensors(call.at(0.5))
-    # Traced without a wish for gradients, and checked by a second trace.
+    # Traced with inputs that need no gradient; torch.jit.trace checks itself by a second trace.
     traced = torch.jit.trace(loss, tuple(x.detach() for x in call.inputs(8)))
     assert "PythonOp" not in str(traced.graph)
     for n in (8, 12, 5):
@@ -197,12 +197,12 @@ def test_jit_trace_gives_value_and_gradient_of_other_sizes(name):
 
 
 def dynamic(inputs):
-    """The first dimension of each tensor, or the second of stacked views, or both of a mask."""
+    """Make the batch dimension dynamic: the first one, the second one of stacked views, or both of a mask."""
     auto, n = torch.export.Dim.AUTO, 8
     return (tuple({dim: auto for dim, size in enumerate(x.shape) if size >= n} for x in inputs),)
 
 
-# torchmultimodal's clamps its parameter in place, which torch.export refuses.
+# torchmultimodal's module clamps its parameter in place, which torch.export rejects.
 EXPORTED = [
     name
     for name in WITHOUT_STATE

@@ -1,4 +1,4 @@
-"""What reaches a kernel, on whatever way: tensors that are not what they should be are errors that name them."""
+"""Every path to a kernel checks its tensors: a wrong tensor is an error that names it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_campaign_finds_a_call_that_is_not_checked(monkeypatch):
     campaign = Campaign("blocked")
     arguments = valid_arguments("cross_neg_lse_backward", "blocked")
     campaign.judge("", "cross_neg_lse_backward", "d_rows", {**arguments, "d_rows": torch.randn(7)})
-    assert "names nothing" in campaign.faults[0]
+    assert "names no argument" in campaign.faults[0]
 
 
 def loss_of(case, drawn: Drawn, backend: str) -> tuple[Tensor, list[Tensor]]:
@@ -76,7 +76,7 @@ def test_saved_tensor_hooks_that_return_something_else_are_errors_or_rounding(ca
         gradients = torch.autograd.grad(loss, tensors)
     except REFUSALS:
         return
-    for gradient, right in zip(gradients, expected, strict=True):  # what is left is the rounding to half precision
+    for gradient, right in zip(gradients, expected, strict=True):  # the rest is rounding to half precision
         assert float((gradient - right).norm() / right.norm()) < 0.01
 
 
@@ -119,7 +119,7 @@ def test_change_in_place_before_the_backward_is_an_error(case, backend, reductio
     drawn = draw(case, 8, 4, 0.3, 0)
     for wants_tau in (True, False):
         tau = drawn.tau.clone().requires_grad_(wants_tau)
-        # A teacher that is a function holds its similarities itself, where nobody can watch them.
+        # A teacher function holds the similarities itself, so autograd cannot see them change.
         for changed in ("temperature", *(name for name in drawn.options if name != "sims")):
             options = {name: option.clone() for name, option in drawn.options.items()}
             given = tau * 1
@@ -142,7 +142,7 @@ SCALED = {
 @pytest.mark.parametrize("around", ["nothing", "hooks", "checkpoint"])
 @pytest.mark.parametrize("name", SCALED)
 def test_change_of_a_scale_in_place_before_the_backward_is_an_error(name, around):
-    """A tensor that autograd saves as it is: hooks keep autograd from looking at it, and a checkpoint runs again."""
+    """Autograd saves the scale itself. Hooks skip its version check, and a checkpoint runs the forward again."""
     z, scale = torch.randn(2, 8, 4), torch.tensor(2.0, requires_grad=True)
     rows = z[0].clone().requires_grad_()
 
@@ -195,11 +195,11 @@ def test_loss_may_be_changed_in_place_by_its_caller():
     torch.testing.assert_close(quarter, whole / 4)
 
 
-# --- what PyTorch does lazily ----------------------------------------------------------------------------------------
+# --- PyTorch's lazy tensors -------------------------------------------------------------------------------------------
 
 
 def negated(x: Tensor) -> Tensor:
-    """x, as a view with PyTorch's negative bit."""
+    """Return x as a view with PyTorch's negative bit set."""
     view = torch.complex(torch.zeros_like(x), -x).conj().imag
     assert view.is_neg()
     return view

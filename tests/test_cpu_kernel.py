@@ -1,4 +1,4 @@
-"""The kernels of csrc/cpu: their exponential, instruction sets, threads, workspace, and their manners as a guest."""
+"""The kernels of csrc/cpu: exponential, instruction sets, threads, workspace, and behaviour inside a host process."""
 
 import importlib
 import os
@@ -189,7 +189,7 @@ def test_ids_of_any_size_are_groups():
         assert torch.equal(neg_lse(u, other, 0.1, backend="cpu"), expected)
 
 
-# --- a guest in somebody's process -----------------------------------------------------------------------------------
+# --- behaviour inside a host process ----------------------------------------------------------------------------------
 
 
 def test_calls_from_several_python_threads_give_the_same_bits():
@@ -237,7 +237,7 @@ def run_python(code, **options):
 
 @pytest.mark.parametrize("before", ["fastntxent.nt_xent(*z, 0.1)", "pass"], ids=["used", "only imported"])
 def test_child_after_fork_computes(before):
-    # The scalar paths: PyTorch's own parallel operators, which other paths use, wait for ever in such a child.
+    # The scalar paths only: other paths use PyTorch's own parallel operators, which hang in a forked child.
     code = f"""
         import os, torch, fastntxent
         z = torch.randn(2, 200, 64, requires_grad=True)
@@ -264,8 +264,8 @@ def test_child_after_fork_computes(before):
 def test_ctrl_c_ends_a_long_call():
     code = """
         import signal, torch, fastntxent
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started us may have had it ignored
-        z = torch.randn(2, 300_000, 64)  # minutes
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the parent process may have set it to be ignored
+        z = torch.randn(2, 300_000, 64)  # takes minutes
         print("ready", flush=True)
         fastntxent.nt_xent(*z, 0.1, backend="cpu")
     """
@@ -288,7 +288,7 @@ def test_ctrl_c_ends_a_long_call():
     ("threads", "reduction"), [(1, "none"), (2, "none"), (2, "mean")], ids=["1 thread", "2 threads", "scalar path"]
 )
 def test_daemon_thread_in_a_call_lets_the_process_end(threads, reduction):
-    # The interpreter takes a second to shut down, in which calls of the thread end and others would begin.
+    # Interpreter shutdown takes a second. In that time the thread's calls end, and it tries to start new ones.
     code = f"""
         import threading, time, torch, fastntxent
         torch.set_num_threads({threads})
@@ -296,7 +296,7 @@ def test_daemon_thread_in_a_call_lets_the_process_end(threads, reduction):
             def __del__(self, sleep=time.sleep):
                 sleep(1)
         slow, inside = Slow(), threading.Event()
-        z = torch.randn(2, 6000, 64, requires_grad=True)  # long, so that few moments are PyTorch's
+        z = torch.randn(2, 6000, 64, requires_grad=True)  # large, so that little time is spent in PyTorch
         def work():
             while True:
                 inside.set()
@@ -330,7 +330,7 @@ def test_no_address_space_is_a_memory_error():
         try:
             fastntxent.nt_xent(*z, 0.1, backend="cpu")
         except MemoryError as error:
-            assert "no memory for 80000 rows of 128 features" in str(error)
+            assert "memory for 80000 rows of 128 features" in str(error)
             raise SystemExit(0)
         raise SystemExit(1)
     """

@@ -1,4 +1,4 @@
-"""The CUDA kernels against the oracle: on a GPU where there is one, else the same sources on an emulated device."""
+"""The CUDA kernels against the oracle: on a GPU if there is one, else the same sources on an emulated device."""
 
 import importlib
 import os
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.skipif(
     not STATUS.available and COMPILER is None, reason="needs a CUDA device, or Linux and a C++ compiler to emulate one"
 )
 needs_emulator = pytest.mark.skipif(
-    STATUS.available, reason="needs the emulated device: a GPU takes its own form alone"
+    STATUS.available, reason="needs the emulated device: on a GPU, the configuration is fixed"
 )
 
 package = importlib.import_module("fastntxent.backends")
@@ -45,7 +45,7 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 @pytest.fixture(autouse=True)
 def emulate(monkeypatch):
-    """Without a GPU, backend "cuda" is the emulated one; the result makes it another device."""
+    """Without a GPU, emulate the backend "cuda" and return a function that changes the device."""
     if STATUS.available:
         return None
     kernels = emulated_kernels()
@@ -69,7 +69,7 @@ def test_kernels_spill_nowhere_and_run_on_the_matrix_units():
     found = {(report.chip, report.operands) for report in reports}
     for chip in ("sm_80", "sm_90"):
         assert found >= {(chip, kind) for kind in ("half", "bfloat", "split")}
-    for report in reports:  # a forward and a gradient, each a loop over tiles with one over steps inside
+    for report in reports:  # a forward and a gradient, each a loop over tiles around a loop over steps
         (forward, _), (gradient, step) = report.tiles()
         assert not forward.flops
         assert gradient.flops == 3 * step.flops
@@ -96,7 +96,7 @@ def test_kernels_were_built():
 @pytest.mark.parametrize(("n", "d"), [(1, 1), (2, 3), (33, 16), (40, 130), (20, 300)])
 def test_nt_xent_within_budget(n, d, temperature, dtype):
     batch = on_device(random_batch(n, d, temperature, dtype=dtype))
-    if d > 1:  # on the line every unit row is 1 or -1, and the gradient is nothing but rounding
+    if d > 1:  # with one feature, every unit row is 1 or -1, and the gradient is pure rounding error
         assert_within_budget(batch, "cuda")
     else:
         result, truth = evaluate(batch, "cuda"), evaluate(batch.map(torch.Tensor.double), "reference")
@@ -109,7 +109,7 @@ def test_nt_xent_within_budget(n, d, temperature, dtype):
 @pytest.mark.parametrize("multiprocessors", [1, 5])
 @pytest.mark.parametrize(("n", "d"), [(70, 64), (66, 200), (40, 520)])
 def test_every_cut_within_budget(emulate, n, d, multiprocessors, shared, dtype):
-    # Rows that stay in shared memory or not, groups of one chunk to three, columns in shares or not.
+    # Rows that fit in shared memory or not, groups of one to three chunks, columns divided into shares or not.
     emulate(multiprocessors, shared)
     assert_within_budget(random_batch(n, d, 0.005 if n == 66 else 0.1, dtype=dtype), "cuda")
 
@@ -125,14 +125,14 @@ def test_grids_that_are_forced_within_budget(emulate, form, dtype):
         assert_within_budget(on_device(random_batch(97, 200, 0.1, dtype=dtype)), "cuda")
     assert backend.blocks == 0
     one, all_blocks = (backend.workspace(0, calls.DTYPES[dtype], 194, 0, 200, blocks) for blocks in (1, 0))
-    assert one < all_blocks  # where one block does everything, no columns are shared out
+    assert one < all_blocks  # a single block does not divide the columns into shares
 
 
 @needs_emulator
 @pytest.mark.parametrize("multiprocessors", [1, 4])
 def test_bits_do_not_depend_on_the_order_of_events(emulate, multiprocessors):
-    # Nor on when an asynchronous copy takes place: what lacks a barrier or a wait gives other bits. Nor on whether the
-    # device takes the whole grid (with odd seeds) or half of it.
+    # Nor on when an asynchronous copy happens (a missing barrier or wait would change the bits), nor on whether the
+    # device takes the whole grid (odd seeds) or half of it.
     for dtype in DTYPES:
         batch = random_batch(70, 150, 0.1, dtype=dtype)
         results = []
@@ -160,7 +160,7 @@ def test_larger_batches_within_budget(n, dtype):
 @pytest.mark.parametrize("temperature", [0.02, 0.3])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nt_xent_of_rows_as_they_are_within_budget(dtype, temperature):
-    # How long the rows are, and so whether exp leaves its range, is known to the device alone.
+    # Only the device knows the lengths of the rows, and so whether exp leaves its range.
     batch = random_batch(40, 24, temperature, dtype=dtype).map(lambda z: z / 8)._replace(normalize=False)
     assert_within_budget(on_device(batch), "cuda", reduction="none", upstream=upstream(40))
     assert_within_budget(on_device(batch), "cuda")
@@ -168,7 +168,7 @@ def test_nt_xent_of_rows_as_they_are_within_budget(dtype, temperature):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_nt_xent_huge_logits_are_no_worse_than_the_reference(seed):
-    # Logits of 1e5 are rounded to 1e-2: only what was rounded alike on the way in and out cancels.
+    # Logits of 1e5 are rounded to 1e-2. The errors cancel only if forward and backward round them alike.
     batch = on_device(random_batch(64, 16, 0.1, seed=seed).map(lambda z: z * 30)._replace(normalize=False))
     truth = evaluate(batch.map(torch.Tensor.double), "reference")
     value, same = (torch.cat((r.d_z_i, r.d_z_j)) for r in (evaluate(batch, "cuda"), evaluate(batch, "reference")))
@@ -206,7 +206,7 @@ def test_nt_xent_zero_rows_within_budget(dtype):
 
 @pytest.fixture(params=["device"] if STATUS.available else tensor_cores.FAMILIES)
 def each_chip(request, emulate):
-    """The rounding of a chip's tensor cores."""
+    """Round like the tensor cores of each emulated chip, or run on the real device."""
     if emulate:
         emulate(3, chip=request.param)
 
@@ -226,7 +226,7 @@ def test_gradient_over_many_columns_does_not_drift(each_chip):
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float16, 1e-4), (torch.bfloat16, 8e-4)])
 @pytest.mark.parametrize("loss", [None, 0.7, 1e-3, 1e-6])
 def test_half_precision_gradient_before_it_is_rounded(loss, dtype, limit):
-    # G is rounded to 8 or 11 bits, each element on its own: their sum over a row's negatives is better than one.
+    # Each element of G is rounded to 8 or 11 bits. Independent errors average out in the sum over a row's negatives.
     batch = start_of_training(64, 128, 0.1) if loss is None else converged_batch(64, 128, 0.1, loss)
     batch = on_device(batch.map(lambda z: z.to(dtype)))
     _, *gradients, _ = select("cuda", DEVICE, dtype).nt_xent_scalar(batch.z_i, batch.z_j, 10.0, batch.normalize, True)

@@ -1,4 +1,4 @@
-"""Losses over ranks: value and parameters' gradient against the float64 loss of one process with the whole batch."""
+"""Losses over ranks: value and parameter gradients, compared with one process's float64 loss of the whole batch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TAU = 0.2
 SIZES = {1: [7], 2: [5, 8], 3: [4, 0, 6], 4: [3, 6, 0, 2]}  # samples of each rank
 RTOL = 1e-5
 
-# Each takes embeddings (VIEWS, n, D), ids (n,), a learnt temperature, and the options `group` and `backend`.
+# Each case takes embeddings (VIEWS, n, D), ids (n,), a learnt temperature, and the options `group` and `backend`.
 Call = Callable[..., Tensor]
 
 
@@ -35,13 +35,13 @@ def info_nce(z: Tensor, ids: Tensor, tau: Tensor, *, negatives: bool = False, **
 
 
 def distill(z: Tensor, ids: Tensor, tau: Tensor, *, frozen: bool = False, **kw: Any) -> Tensor:
-    """The teacher is narrower than the student."""
+    """The teacher's rows are narrower than the student's."""
     teacher = z[2, :, :10], (z[0] + z[2])[:, :10]
     return fastntxent.distill(z[0].detach() if frozen else z[0], z[1], *teacher, tau, **kw)
 
 
 def distill_called(z: Tensor, ids: Tensor, tau: Tensor, *, frozen: bool = False, **kw: Any) -> Tensor:
-    """The teacher goes by the samples' numbers in the whole batch."""
+    """The teacher is a function of the sample indices in the whole batch."""
     return fastntxent.distill(
         *(z[0], z[1].detach() if frozen else z[1]),
         teacher=lambda rows, cols: torch.cos(2.0 * rows[:, None] + 3.0 * cols),
@@ -51,26 +51,26 @@ def distill_called(z: Tensor, ids: Tensor, tau: Tensor, *, frozen: bool = False,
 
 
 def guided(z: Tensor, ids: Tensor, tau: Tensor, *, negatives: bool = False, **kw: Any) -> Tensor:
-    """The guide is narrower than the embeddings."""
+    """The guide's rows are narrower than the embeddings."""
     guide = z[2, :, :10].detach(), (z[0] + z[2])[:, :10]
     given = {"negatives": z[2], "guide_negatives": z[1, :, :10].detach()} if negatives else {}
     return fastntxent.guided_info_nce(z[0], z[1], *guide, tau, **given, **kw)
 
 
 def sup_con(z: Tensor, ids: Tensor, tau: Tensor, *, several: bool = False, **kw: Any) -> Tensor:
-    """All views; with `several` labels a row, as many as its id says, which may be none."""
+    """Use all views; with `several`, each row has as many labels as its id says, possibly none."""
     labels = torch.arange(3) < ids[:, None] if several else ids
     return fastntxent.sup_con(z.flatten(0, 1), labels.repeat(VIEWS, *[1] * (labels.ndim - 1)), tau, **kw)
 
 
 def weighted_sup_con(z: Tensor, ids: Tensor, tau: Tensor, **kw: Any) -> Tensor:
-    """All views, by weights of which those of the last class are 0."""
+    """Use all views, with pair weights whose last row is 0."""
     weights = torch.tensor([[1.0, 0.5, 0.0, 0.2], [0.1, 2.0, 0.7, 0.0], [0.0, 0.3, 0.4, 0.0], [0.0, 0.0, 0.0, 0.0]])
     return fastntxent.sup_con(z.flatten(0, 1), ids.repeat(VIEWS) % 4, tau, pair_weights=weights.to(z.device), **kw)
 
 
 def queue(z: Tensor, ids: Tensor, tau: Tensor, **kw: Any) -> Tensor:
-    """Two steps, the second with the first's keys in the queue; query and key from different views."""
+    """Two steps: the second has the first one's keys in the queue. Query and key come from different views."""
     loss = fastntxent.QueueInfoNCELoss(20, D, **kw)
     loss.__class__ = _WithTemperature
     loss.given = tau
@@ -164,7 +164,7 @@ class Result(NamedTuple):
 
 
 def whole_batch(n: int) -> tuple[Tensor, Tensor]:
-    """Inputs (VIEWS, n, FEATURES) and ids (n,)."""
+    """Return inputs (VIEWS, n, FEATURES) and ids (n,)."""
     generator = torch.Generator().manual_seed(n)
     x = torch.randn(1, n, FEATURES, generator=generator) + torch.randn(VIEWS, n, FEATURES, generator=generator)
     return x, torch.randint(0, 4, (n,), generator=generator)
@@ -190,7 +190,7 @@ def truth(name: str, n: int) -> Result:
 
 
 def mine(world: int) -> tuple[Tensor, Tensor]:
-    """This rank's part of the whole batch."""
+    """Return this rank's part of the whole batch."""
     sizes = SIZES[world]
     first = sum(sizes[: dist.get_rank()])
     here = slice(first, first + sizes[dist.get_rank()])
@@ -210,14 +210,14 @@ def assert_close(result: Result, expected: Result, rtol: float = RTOL) -> None:
 def every_case(world: int) -> dict[tuple[str, str], tuple[Result, Result]]:
     model = DistributedDataParallel(encoder())
     x, ids = mine(world)
-    # DDP lays its buckets anew after the first backward, and then adds in another order.
+    # DDP rebuilds its buckets after the first backward, which changes the order of its sums.
     evaluate(model, x, ids, CASES["nt_xent"], group=dist.group.WORLD)
     results = {}
     for strategy in ("all_gather", "ring"):
         group = Sharding(dist.group.WORLD, strategy=strategy)
         for name, call in CASES.items():
             results[name, strategy] = tuple(evaluate(model, x, ids, call, group=group) for _ in range(2))
-            if name == PER_ROW:  # made of the rows' own temperatures: DDP's to average, as a parameter of the model
+            if name == PER_ROW:  # each rank has the part of its rows: average as DDP would
                 for result in results[name, strategy]:
                     dist.all_reduce(result.d_temperature)
                     result.d_temperature.div_(world)
@@ -237,7 +237,7 @@ def test_ranks_equal_one_process(results, name: str, strategy: str):
     first = of_ranks[0][name, strategy][0]
     assert_close(first, expected)
     for of_rank in of_ranks:
-        for repeat in of_rank[name, strategy]:  # on every rank and on every run the same bits
+        for repeat in of_rank[name, strategy]:  # the same bits on every rank and in every run
             assert repeat.same_bits(first)
 
 
@@ -245,7 +245,7 @@ def test_ranks_equal_one_process(results, name: str, strategy: str):
 
 
 def few_rows(sizes: list[int]) -> list[tuple[Tensor, Tensor]]:
-    """Losses whose gradients are expanded tensors of one element, with their gradient in this rank's rows."""
+    """Return losses whose gradients are expanded one-element tensors, and their gradients in this rank's rows."""
     first = sum(sizes[: dist.get_rank()])
     here, found = slice(first, first + sizes[dist.get_rank()]), []
     for name in FEW:
@@ -270,4 +270,4 @@ def test_ranks_with_one_row_equal_one_process(sizes: list[int]):
         for of_rank in of_ranks:
             torch.testing.assert_close(of_rank[index][0], loss.detach())
         gradient = torch.cat([of_rank[index][1] for of_rank in of_ranks])
-        torch.testing.assert_close(gradient / 2, expected)  # as DDP averages, of two ranks
+        torch.testing.assert_close(gradient / 2, expected)  # DDP averages over the two ranks

@@ -1,4 +1,4 @@
-"""What else is promised of losses over ranks: reductions, options, wrappers, bytes, memory and errors."""
+"""Further promises of losses over ranks: reductions, options, wrappers, bytes, memory and errors."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def relative(value: Tensor, true: Tensor) -> float:
     return float((value.double() - true).abs().max() / true.abs().max())
 
 
-# --- what two ranks do -----------------------------------------------------------------------------------------------
+# --- two ranks --------------------------------------------------------------------------------------------------------
 
 
 class Together(nn.Module):
-    """Encoder and loss in one module, the temperature among the parameters that are averaged."""
+    """Encoder and loss in one module, so DDP averages the gradient of the temperature too."""
 
     def __init__(self, group: Any):
         super().__init__()
@@ -75,7 +75,7 @@ def row_weights() -> Tensor:
 
 
 def compared(x: Tensor) -> dict[str, error_budget.Report]:
-    """Loss and gradient held against the reference: as they are, and with one rank's gradient wrong by 1e-4."""
+    """Return comparisons with the reference: sound ones, and one in which rank 1's gradient is wrong by 1e-4."""
     world, right = dist.group.WORLD, BlockedBackend.cross_neg_lse_backward
 
     def wrong(*args: Any) -> tuple[Tensor, Any, Any]:
@@ -92,7 +92,7 @@ def compared(x: Tensor) -> dict[str, error_budget.Report]:
 
 
 def error_of_weights(rank: int) -> dict[str, str]:
-    """What each of two ranks gets for pair_weights that differ, and for those that do not."""
+    """Return this rank's error, or "none", for each pair of pair_weights that the two ranks pass."""
     weights = torch.rand(300, 300, generator=torch.Generator().manual_seed(0))
     swapped = weights.clone()
     swapped[0, 0], swapped[3, 7] = weights[3, 7], weights[0, 0]
@@ -170,9 +170,8 @@ def two_ranks() -> dict[str, Any]:
     return found
 
 
-# What each of two ranks passes, and what the error must say.
 def error_of_queues(rank: int, world: Any) -> str:
-    """Both queues are full, and the next row goes to another place."""
+    """Both queues are full, but the next row goes to a different position on each rank."""
     loss = fastntxent.QueueInfoNCELoss(4, D, group=world)
     for n in (3, 1 + rank):
         loss.queue.push(torch.ones(n, D))
@@ -183,6 +182,7 @@ def error_of_queues(rank: int, world: Any) -> str:
     return "none"
 
 
+# Keys: what the error must say. Values: what each of two ranks passes.
 DISAGREEMENTS: dict[str, list[dict[str, Any]]] = {
     "features is 3 on rank 0; 4 on rank 1": [{"d": 3}, {"d": 4}],
     "dtype is torch.float32 on rank 0; torch.float64 on rank 1": [{}, {"dtype": torch.float64}],
@@ -236,7 +236,7 @@ def test_bfloat16_on_the_wire_is_the_loss_of_rounded_rows(found):
     assert first.same_bits(found[1]["bfloat16"])
     expected = truth("nt_xent", N)
     assert 1e-6 < relative(first.d_weight, expected.d_weight) < 2e-2
-    # Rows of the negatives rounded, here too; the positives and the way of the gradient are not.
+    # Here too, the rows of the negatives are rounded. The positives are not, and the gradient passes straight through.
     x, _ = whole_batch(N)
     model = encoder(torch.float64)
     z = model(x[:2].flatten(0, 1).double())
@@ -347,7 +347,7 @@ def test_compare_judges_what_the_ranks_have_together(found):
     assert found[0]["compared"]["wrong"] == found[1]["compared"]["wrong"]
 
 
-# --- rows without negatives, and what is no number -------------------------------------------------------------------
+# --- rows without negatives, and NaN ----------------------------------------------------------------------------------
 
 
 def none_or_no_number() -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
@@ -365,7 +365,7 @@ def none_or_no_number() -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
 
 
 def strangers(case: str) -> tuple[Tensor, Tensor]:
-    """Two views of six samples: all of one group, all but the last, or each its own with a NaN in the last."""
+    """Return two views of six samples: all in one group, all but the last, or each in its own and one row NaN."""
     x = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
     ids = torch.arange(6) if case == "NaN" else torch.zeros(6, dtype=torch.int64)
     if case != "one group":
@@ -395,20 +395,20 @@ def test_rows_without_negatives_here_or_anywhere_and_nan_are_as_in_one_process()
 # --- a rank that does not answer -------------------------------------------------------------------------------------
 
 
-SOON = 10.0  # seconds that the ranks of such a group wait for one another, long before those of the others do
+SOON = 10.0  # timeout in seconds of this group's ranks, far below the default of the others
 
 
 def one_of_two_stops(how: str, strategy: str) -> tuple[str, float]:
     z = torch.randn(4, 8, requires_grad=True)
     impatient = dist.new_group(timeout=datetime.timedelta(seconds=SOON))
     group = Sharding(impatient, strategy=strategy, check=False)
-    dist.barrier()  # a rank that has yet to start is not what the other is to wait for
+    dist.barrier()  # wait here for slow starts, so that the timeout does not see them
     loss = fastntxent.nt_xent(z, z, 0.5, group=group)
     start = time.monotonic()
     if dist.get_rank() == 1:
         if how == "dies":
             os._exit(1)
-        dist.barrier()  # until the other has given up
+        dist.barrier()  # until the other rank gives up
         return "", 0.0
     try:
         loss.backward()
@@ -430,7 +430,7 @@ def test_rank_that_does_not_answer_ends_the_others_with_words(how: str, strategy
 
 # --- bytes and memory ------------------------------------------------------------------------------------------------
 
-ROWS, WIDTH = 32, 128  # samples of a rank; a width that no other tensor has
+ROWS, WIDTH = 32, 128  # samples per rank; a width that no other tensor has
 CLASSES = 4
 OF_VIEWS = ("nt_xent", "clip")
 OF_LABELS: dict[str, dict[str, Any]] = {
@@ -450,7 +450,7 @@ def loss_of(name: str, a: Tensor, b: Tensor, group: Sharding) -> Tensor:
 
 
 def measure() -> dict[Any, tuple[int, int]]:
-    """Bytes that this rank sends in a step, and the most bytes of rows that it holds while kernels run."""
+    """Return the bytes that this rank sends in a step, and the most bytes of rows that it holds while kernels run."""
     measured = {}
     groups = {size: dist.new_group(list(range(size))) for size in (3, 4)}
     held = 0
@@ -465,7 +465,7 @@ def measure() -> dict[Any, tuple[int, int]]:
 
         return call
 
-    gc.freeze()  # what is there already need not be looked through at every call
+    gc.freeze()  # skip existing objects in the scans below
     kernels.call_kernel, positives.PositiveTiles = looking(kernels.call_kernel), looking(positives.PositiveTiles)
     for size, group in groups.items():
         if dist.get_rank() >= size:
@@ -487,7 +487,7 @@ def measured() -> dict[Any, tuple[int, int]]:
     return on_ranks(4, measure)[0]
 
 
-# Of the bytes of an all-gather with autograd, on three ranks and on four; docs/distributed.md has them.
+# Shares of an all-gather's bytes with autograd, on three and on four ranks; docs/distributed.md quotes them.
 SENT = {
     ("nt_xent", "all_gather"): (0.521, 0.521),
     ("clip", "all_gather"): (0.519, 0.519),
@@ -507,7 +507,7 @@ SENT = {
 @pytest.mark.parametrize("size", [3, 4])
 @pytest.mark.parametrize(("name", "strategy"), SENT)
 def test_a_step_sends_a_fraction_of_an_all_gather_with_autograd(measured, name: str, strategy: str, size: int):
-    # Rows forward, and a reduce-scatter of their gradients backward, which is the least that it can send.
+    # An all-gather with autograd sends at least its rows forward, and a reduce-scatter of their gradients backward.
     with_autograd = 2 * (size - 1) * 2 * ROWS * WIDTH * 4
     sent, _ = measured[size, strategy, name]
     assert sent / with_autograd == pytest.approx(SENT[name, strategy][size - 3], abs=1e-3)
@@ -518,10 +518,10 @@ def test_ring_holds_two_blocks_whatever_the_number_of_ranks(measured, name: str)
     (_, of_three), (_, of_four) = (measured[size, "ring", name] for size in (3, 4))
     assert of_four == of_three
     (_, of_three), (_, of_four) = (measured[size, "all_gather", name] for size in (3, 4))
-    assert of_four > of_three  # the measurement sees what is held
+    assert of_four > of_three  # proves that the measurement sees the rows
 
 
-# --- who forms what ---------------------------------------------------------------------------------------------------
+# --- which rank computes which similarities ---------------------------------------------------------------------------
 
 ROWS_OF_RANKS = (
     [51], [40, 40], [51, 80], [0, 71], [40] * 3, [40, 0, 60], [40] * 4, [30, 61, 0, 20], [6] * 5, [20] * 6,
@@ -540,18 +540,18 @@ def test_every_similarity_is_formed_once_and_every_rank_forms_as_many(how: str, 
         if how == "half_ring":
             pairs = schedule.half_ring(rank, rows)
             own = schedule.spans(rows)[rank]
-            assert all(own.start <= a.start and a.stop <= own.stop for a, _ in pairs)  # the others' stay theirs
+            assert all(own.start <= a.start and a.stop <= own.stop for a, _ in pairs)  # only rows of this rank
         else:
             pairs = schedule.triangle(rank, world, n_rows)
         for a, b in pairs:
             formed[a, b] += 1
             if a != b:
-                formed.T[a, b] += 1  # of two rows, for both
+                formed.T[a, b] += 1  # serves both rows
         of_ranks.append(int(formed.sum() - before))
     assert (formed == 1).all()
     if len(set(rows)) == 1 and rows[0] % 2 == 0:
         assert len(set(of_ranks)) == 1
-    elif how == "triangle":  # a row more or less of each of two shares
+    elif how == "triangle":  # one row more or less in each of two shares
         assert max(of_ranks) - min(of_ranks) <= 4 * n_rows
 
 

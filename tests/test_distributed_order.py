@@ -1,4 +1,4 @@
-"""What ranks notice: changes in place, backwards in different orders or left out, a group that is not there yet."""
+"""What ranks detect: changes in place, backwards out of order or missing, a group that does not exist yet."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STRATEGIES = ("all_gather", "ring")
 
 
 def call(name: str) -> Callable[..., Tensor]:
-    """A loss of rows (2 N, D) with ids (N,), over all ranks."""
+    """Return a loss of rows (2 N, D) with ids (N,), over all ranks."""
 
     def loss(z: Tensor, ids: Tensor, **options: object) -> Tensor:
         options = {"normalize": False, "group": "world", **options}
@@ -49,8 +49,8 @@ def rows() -> Tensor:
 
 
 def after_a_change(strategy: str) -> dict[tuple[str, str], str]:
-    """Of each loss and each thing that changes in place before its backward: whether the gradient is right, or what was
-    raised."""
+    """Return, for each loss and each tensor changed in place before the backward, whether the gradient is right, or the
+    error."""
     found = {}
     for name, loss in LOSSES.items():
         for changed in ("rows", "ids"):
@@ -70,8 +70,8 @@ def after_a_change(strategy: str) -> dict[tuple[str, str], str]:
 
 
 def packed(strategy: str) -> dict[str, bool]:
-    """Whether rows that have travelled, and a rank's own, pass through the hooks of saved tensors; and what comes of
-    hooks that return others."""
+    """Return for each loss whether its saved rows, local or gathered, pass through saved-tensor hooks, and whether
+    hooks that return copies keep the gradient."""
     found = {}
     for name, loss in LOSSES.items():
         z = rows().requires_grad_()
@@ -129,7 +129,7 @@ def of_ranks() -> dict[object, list[object]]:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_change_in_place_over_ranks_is_noticed(of_ranks, strategy):
     for found in of_ranks["changed", strategy]:
-        # The ids of nt_xent are none; rows of which only copies are kept may change.
+        # Changes are harmless to a loss that takes no ids (nt_xent), and to rows of which only copies are saved.
         assert {key: what for key, what in found.items() if what not in ("noticed", "right")} == {}
         assert found["sup_con in", "ids"] == found["sup_con out", "rows"] == found["clip", "rows"] == "noticed"
 
@@ -154,9 +154,9 @@ def out_of_order() -> list[str]:
     found = [raised(swapped[0].backward)]
     z = rows().requires_grad_()
     loss = fastntxent.sup_con(z, IDS.repeat(2), form="pairs", group="world")
-    # Rank 1 leaves its backward out.
+    # Rank 1 skips its backward.
     found.append(raised(loss.backward if not dist.get_rank() else lambda: fastntxent.dcl(*z.chunk(2), group="world")))
-    found.append(raised(lambda: fastntxent.nt_xent(*z.chunk(2), group="world").backward()))  # the group goes on
+    found.append(raised(lambda: fastntxent.nt_xent(*z.chunk(2), group="world").backward()))  # the group still works
     z_now = rows().requires_grad_() * 1
     loss = fastntxent.sup_con(z_now, IDS.repeat(2), form="in", normalize=False, group="world")
     if not dist.get_rank():

@@ -1,4 +1,4 @@
-"""SupCon over ranks, row by row: labels of all kinds, tiles, rounding, accuracy, errors."""
+"""SupCon over ranks, row by row: all kinds of labels, tiles, rounding, accuracy and errors."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ LABELS = {
     "all alone": torch.arange(N),
 }
 SEVERAL = torch.rand(N, 3, generator=torch.Generator().manual_seed(1)) < 0.4
-SEVERAL[[0, 5]] = False  # of no class at all
+SEVERAL[[0, 5]] = False  # rows without any class
 
-# Form and labels.
+# Values: form and labels.
 CALLS = {f"{form}, {name}": (form, labels) for form, (name, labels) in itertools.product(FORMS, LABELS.items())}
 CALLS |= {"out, several": ("out", SEVERAL), "out, several integers": ("out", SEVERAL * torch.tensor([1, 2, -1]))}
 
@@ -48,10 +48,12 @@ class Found(NamedTuple):
 
 
 def batch() -> tuple[Tensor, Tensor]:
-    """Rows, no two of one length, and a weight for the loss of each."""
+    """Return rows of which no two have the same length, and a weight for each row's loss."""
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(N, D, generator=generator, dtype=torch.float64)
-    return z + z.flip(0), torch.rand(N, generator=generator, dtype=torch.float64)
+    return z * torch.linspace(0.5, 2, N, dtype=z.dtype)[:, None], torch.rand(
+        N, generator=generator, dtype=torch.float64
+    )
 
 
 def evaluate(form: str, labels: Tensor, z: Tensor, weights: Tensor, **options: Any) -> Found:
@@ -102,12 +104,12 @@ def on_each_rank() -> dict[str, Any]:
 
 
 def square_of_lse(lse: Tensor) -> Tensor:
-    """Of the rows with a positive. What comes back to the others is 0 x inf."""
+    """Sum only the rows with a positive. The upstream gradient of the other rows is 0 x inf."""
     return torch.where(lse.isinf(), 0, lse.square()).sum()
 
 
 def summed(rank: int) -> dict[str, Tensor]:
-    """One number, fewer than ranks, more than they divide, not in the order of memory, integers."""
+    """One number, fewer than ranks, a count that the ranks do not divide, a non-contiguous tensor, integers."""
     x = torch.randn(4, 5, generator=torch.Generator().manual_seed(rank))
     return {"one": x[0, 0], "few": x[0, :2], "more": x, "transposed": x.T, "integers": (100 * x).long()}
 
@@ -130,12 +132,12 @@ def of_ranks() -> list[dict[str, Any]]:
 
 
 def together(of_ranks: list[dict[str, Any]], *key: object) -> Found:
-    """The rows of all ranks in their order, and a temperature's gradient that is the same on each."""
+    """Concatenate the rows of all ranks, and check that the temperature's gradient is the same on each."""
     parts = [found[key if len(key) > 1 else key[0]] for found in of_ranks]
     for part in parts:
         assert torch.equal(part.d_temperature, parts[0].d_temperature)
     losses, d_z = (torch.cat(x) for x in list(zip(*parts, strict=True))[:2])
-    return Found(losses, d_z, parts[0].d_temperature * len(ROWS))  # the mean of the ranks' losses, theirs summed
+    return Found(losses, d_z, parts[0].d_temperature * len(ROWS))  # from the ranks' mean to their sum
 
 
 def assert_close(found: Found, expected: Found, rtol: float) -> None:
@@ -175,7 +177,7 @@ def test_sup_con_with_bfloat16_on_the_wire_is_the_loss_of_rounded_rows(of_ranks,
     found = together(of_ranks, "bfloat16", name, strategy)
     assert_close(found, Found(losses.detach(), z.grad, tau.grad), RTOL[torch.float64])
     exact = together(of_ranks, name, strategy, torch.float64)
-    if exact.d_z.any():  # then rounding shows
+    if exact.d_z.any():  # otherwise there is nothing to round
         assert (found.d_z - exact.d_z).abs().max() > 1e-5
 
 

@@ -1,4 +1,4 @@
-"""The budget's own arithmetic, and the comparison of a live batch."""
+"""The arithmetic of the error budget, and the comparison on a live batch."""
 
 import pytest
 import torch
@@ -68,7 +68,7 @@ def test_compare_rejects_a_gradient_wrong_by_1e_4(monkeypatch):
 
 @pytest.fixture
 def products_in_tf32(monkeypatch):
-    """Backend `blocked` takes logits of rows with the 10 bits of tf32's mantissa."""
+    """Make the backend `blocked` compute logits from rows with TF32's 10 bits of mantissa."""
 
     def rounded(x):
         if isinstance(x, Side):

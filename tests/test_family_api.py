@@ -1,4 +1,4 @@
-"""The family's modules, conventions and errors."""
+"""The modules, conventions and errors of the family."""
 
 import copy
 import inspect
@@ -33,7 +33,7 @@ Z = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 W = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
 LABELS = torch.tensor([0, 1, 0, 1, 2, 2])
 
-# Module, its options, the arguments of a call, the function with the same options.
+# Module: its options, the arguments of a call, and the function with the same options.
 MODULES = {
     "NTXentLoss": ({"label_smoothing": 0.1}, (Z, W, LABELS), lambda *a, **o: nt_xent(*a[:2], ids=a[2], **o)),
     "MultiViewNTXentLoss": (
@@ -71,7 +71,7 @@ def test_module_equals_its_function(name, learn):
     module = getattr(fastntxent, name)(0.3, learn_temperature=learn, **options, **common)
 
     def expected(temperature):
-        # At the module's own: exp(log(0.3)) is 0.3 but for the last bits, which are a processor's.
+        # Use the module's temperature: exp(log(0.3)) is 0.3 up to the last bits, which depend on the processor.
         with torch.no_grad():
             own = float(module.temperature)
         assert own == pytest.approx(temperature)
@@ -113,7 +113,7 @@ def test_module_defaults_are_its_functions(name):
     }[name]
     for option, parameter in inspect.signature(function).parameters.items():
         if option in module and parameter.default is not inspect.Parameter.empty:
-            # A temperature is None to tell it from one that is given beside a logit_scale.
+            # clip and distill default to None, to detect a temperature given together with a logit_scale.
             of_towers = name in ("CLIPLoss", "DistillLoss") and option == "temperature"
             default = 0.07 if of_towers else parameter.default
             assert module[option].default == default, option
@@ -257,7 +257,7 @@ def test_learnt_temperature_far_away_gives_numbers_or_an_error_in_words(name, dt
         finite += 1
         assert value.isfinite()
         assert not gradient.isnan()
-        if -400 < log_temperature < 0:  # at 0 a loss in float32 no longer knows its temperature
+        if -400 < log_temperature < 0:  # at log_temperature = 0, a float32 loss does not resolve its temperature
             true_value, true_gradient = results(log_temperature, torch.float64, torch.float64)
             torch.testing.assert_close(value.double(), true_value, rtol=1e-4, atol=1e-30)
             largest = torch.finfo(dtype).max
@@ -272,7 +272,7 @@ def test_mean_is_finite_where_the_sum_of_its_rows_is_not():
         for backend in BACKENDS:
             value, rows = (loss(z, w, 1e-38, reduction=r, backend=backend) for r in ("mean", "none"))
             assert rows.sum().isinf()
-            torch.testing.assert_close(value, rows.double().mean().float())  # which come another way: ulps apart
+            torch.testing.assert_close(value, rows.double().mean().float())  # summed in another order: ulps apart
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -285,11 +285,11 @@ def test_unit_rows_of_a_length_whose_square_overflows(name, reduction, dtype, si
     rows = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0)).clamp(-3, 3).to(dtype)
     results = []
     for scale in (1.0, size):
-        z = (rows[0] * scale).requires_grad_()  # beside rows of an ordinary length
+        z = (rows[0] * scale).requires_grad_()  # the other view has rows of ordinary length
         losses = getattr(fastntxent, name)(z, rows[1], 0.5, reduction=reduction, backend=backend)
         losses.mean().backward()
         results.append((losses.detach().double(), z.grad.double() * scale))
-    # What is rounded to bfloat16 is another row, and gradients of 1e-38 are subnormal.
+    # Rounding to bfloat16 changes the row, and gradients of 1e-38 are subnormal.
     tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-5
     for value, expected in zip(*reversed(results), strict=True):
         torch.testing.assert_close(value, expected, rtol=tolerance, atol=tolerance)
@@ -331,7 +331,7 @@ def test_sup_con_weights_that_are_all_zero_are_no_positives():
     loss = sup_con(z, LABELS % 3, 0.1, pair_weights=torch.zeros(3, 3))
     assert loss == 0
     assert not torch.autograd.grad(loss, z)[0].any()
-    alone = torch.eye(6) + torch.eye(6).roll(1, 0) * torch.tensor([1.0, 0, 0, 0, 0, 0])  # a weight for one pair alone
+    alone = torch.eye(6) + torch.eye(6).roll(1, 0) * torch.tensor([1.0, 0, 0, 0, 0, 0])  # one pair alone has a weight
     rows = sup_con(Z, torch.arange(6), 0.1, pair_weights=alone, reduction="none")
     assert rows.ne(0).sum() == 1
     torch.testing.assert_close(sup_con(Z, torch.arange(6), 0.1, pair_weights=alone), rows.sum())
@@ -394,7 +394,7 @@ def test_losses_without_negatives_are_zero_and_macl_is_one():
 
 
 def test_dcl_published_value():
-    # All embeddings equal: log(2N - 2), whatever the temperature.
+    # With all embeddings equal, it is log(2N - 2) at any temperature.
     z = torch.ones(256, 8)
     assert float(dcl(z, z, 0.1)) == pytest.approx(math.log(510), rel=1e-6)
 
@@ -478,7 +478,7 @@ BAD_CALLS = {
     "sup_con multi form": (
         lambda: sup_con(Z, LABELS[:, None].bool(), form="in"),
         ValueError,
-        "form must be 'out' where a row has several labels, got 'in'",
+        "form must be 'out' with several labels per row, got 'in'",
     ),
     "sup_con weights type": (
         lambda: sup_con(Z, LABELS % 2, pair_weights=[[1.0]]),
@@ -618,22 +618,22 @@ BAD_CALLS = {
     "distill no teacher": (
         lambda: distill(Z, W),
         TypeError,
-        "teacher_image_features and teacher_text_features must be given, or teacher in their place",
+        "teacher_image_features and teacher_text_features must be given, or teacher instead",
     ),
     "distill two teachers": (
         lambda: distill(Z, W, Z, W, teacher=lambda rows, cols: rows[:, None] + 0.5 * cols),
         ValueError,
-        "teacher must not be given beside teacher_image_features and teacher_text_features: it takes their place",
+        "teacher must not be given with teacher_image_features and teacher_text_features: it replaces them",
     ),
     "distill one and a half": (
         lambda: distill(Z, W, teacher_text_features=W, teacher=lambda rows, cols: Z @ W.T),
         ValueError,
-        "teacher must not be given beside teacher_text_features",
+        "teacher must not be given with teacher_text_features",
     ),
     "distill teacher is a matrix": (
         lambda: distill(Z, W, teacher=Z @ W.T),
         TypeError,
-        "teacher must be a function of image and text numbers, got Tensor",
+        "teacher must be a function of image and text indices, got Tensor",
     ),
     "distill teacher returns a list": (
         lambda: distill(Z, W, teacher=lambda rows, cols: (Z @ W.T).tolist()),
@@ -660,7 +660,7 @@ BAD_CALLS = {
         ValueError,
         r"teacher\(rows, cols\) must be on the device of its arguments, cpu, got meta",
     ),
-    "module no teacher": (lambda: fastntxent.DistillLoss()(Z, W), TypeError, "must be given, or teacher in their"),
+    "module no teacher": (lambda: fastntxent.DistillLoss()(Z, W), TypeError, "must be given, or teacher instead"),
     "distill both scales": (
         lambda: distill(Z, W, Z, W, 0.5, logit_scale=10.0),
         ValueError,
@@ -778,7 +778,7 @@ def guided_keys(z: Tensor, w: Tensor, guide: Tensor, **options: float) -> Tensor
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("width", [3, 384])
 def test_guide_keeps_ties_whichever_tile_forms_them(backend, width):
-    # Every row of the guide comes four times, in different tiles: each is as near to its copies as to itself.
+    # Every row of the guide occurs four times, in different tiles, so each is as similar to its copies as to itself.
     generator = torch.Generator().manual_seed(0)
     z, w = torch.randn(2, 1200, 8, generator=generator)
     guide = torch.randn(300, width, generator=generator).repeat(4, 1)
@@ -793,10 +793,10 @@ def test_guide_that_is_nan_leaves_nothing_out(backend):
     guide = Z.clone()
     guide[2] = torch.nan
     losses, without = guided_keys(Z, W, guide, margin=3.0, backend=backend), info_nce(Z, W, 0.2, reduction="none")
-    torch.testing.assert_close(losses[2], without[2])  # it has no limit
+    torch.testing.assert_close(losses[2], without[2])  # a NaN row has no limit
     pairs = torch.stack((W[0], W[2])), torch.tensor([0, 1])
     only = info_nce(Z[:1], W[:1], 0.2, negatives=pairs[0][1:])
-    torch.testing.assert_close(losses[0], only)  # its one negative is the row whose similarity is unknown
+    torch.testing.assert_close(losses[0], only)  # its only negative is the row whose similarity is NaN
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -823,7 +823,7 @@ def test_what_cannot_be_is_named():
     with pytest.raises(ValueError, match="q / temperature must be below 89"):
         fastntxent.rince(z_i, z_j, 0.005)
     assert fastntxent.rince(z_i.double(), z_j.double(), 0.005).isfinite()
-    with pytest.raises(ValueError, match="negatives must be given where in_batch_negatives is False"):
+    with pytest.raises(ValueError, match="negatives must be given when in_batch_negatives is False"):
         fastntxent.info_nce(z_i, z_j, in_batch_negatives=False)
     assert fastntxent.macl(z_i * torch.nan, z_j).isnan()
     with pytest.raises(TypeError, match="init_process_group"):
@@ -835,6 +835,6 @@ def test_clip_scale_beyond_its_bound_comes_back_and_goes_no_further():
     for other, moves in ((torch.nn.functional.normalize(torch.randn(16, 8), dim=1), True), (z, False)):
         loss = fastntxent.CLIPLoss(temperature=1e-3)
         loss(z, other).backward()
-        # Descent makes log_temperature larger, the scale smaller, or nothing at all.
+        # Descent increases log_temperature, which lowers the scale, or leaves it unchanged.
         assert (loss.log_temperature.grad < 0) == moves
         assert moves or loss.log_temperature.grad == 0

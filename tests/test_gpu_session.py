@@ -1,4 +1,4 @@
-"""make gpu: stages that stop and go on, and what becomes of them in the README."""
+"""make gpu: stages that can be stopped and resumed, and how their results reach the docs."""
 
 import json
 import re
@@ -21,7 +21,7 @@ def python(code):
 
 
 def counting(file, code=""):
-    """A command that leaves a mark each time it runs."""
+    """Return a command that appends a mark to the file each time it runs."""
     return python(f"open({str(file)!r}, 'a').write('x'); {code or 'pass'}")
 
 
@@ -46,10 +46,10 @@ def test_parts_that_have_run_are_not_run_again(tmp_path, monkeypatch):
     Session(out, FOREVER).run(plan)
     assert mark.read_text() == "xxxxxx"
     Session(out, FOREVER, rehearsal=True).run(plan)
-    assert mark.read_text() == "xxxxxxxx", "a rehearsal is not the thing"
+    assert mark.read_text() == "xxxxxxxx", "a real run must not count as a rehearsal"
     (out / "a-one.record.json").write_text('{"stage": "a"')
     Session(out, FOREVER, rehearsal=True).run(plan)
-    assert mark.read_text() == "xxxxxxxxx", "a record cut short is none"
+    assert mark.read_text() == "xxxxxxxxx", "a truncated record must not count"
 
 
 def test_failure_of_one_part_leaves_the_others(tmp_path, capsys):
@@ -89,7 +89,7 @@ def test_session_without_time_goes_on_later(tmp_path):
     records = Session(tmp_path, 2.5).run(plan)
     assert statuses(records) == [("a", "quick", "passed"), ("a", "slow", "not run"), ("a", "last", "not run")]
     assert exit_status(records) == 3
-    assert not (tmp_path / "a-slow.record.json").exists(), "it was stopped for want of time, which says nothing of it"
+    assert not (tmp_path / "a-slow.record.json").exists(), "a part stopped for lack of time must leave no record"
     records = Session(tmp_path, FOREVER).run(plan)
     assert [status for *_, status in statuses(records)] == ["passed"] * 3
     assert exit_status(records) == 0
@@ -162,11 +162,11 @@ def test_commands_of_stages_are_understood(stage, monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_session_without_a_gpu_is_a_mistake(capsys):
     assert gpu_session.main([]) == 2
-    assert capsys.readouterr().err == "error: there is no GPU here; --rehearse runs what can run without\n"
+    assert capsys.readouterr().err == "error: there is no GPU here; --rehearse runs the parts that work without one\n"
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU: with one, run the thing")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU: with one, run the real session")
 def test_rehearsal_runs_every_stage(tmp_path, capsys):
     assert gpu_session.main(["--rehearse", "--out", str(tmp_path)]) == 0, capsys.readouterr().out
     said = capsys.readouterr().out
@@ -175,12 +175,12 @@ def test_rehearsal_runs_every_stage(tmp_path, capsys):
     (folder,) = tmp_path.iterdir()
     verified = json.loads((folder / "verify-kernels.record.json").read_text())
     assert verified["result"]["cpu"]["blocked"]["status"] == "passed"
-    assert devices.section(tmp_path) == devices.NO_DEVICES, "a rehearsal is no device"
+    assert devices.section(tmp_path) == devices.NO_DEVICES, "a rehearsal must not list a device"
     assert gpu_session.main(["--rehearse", "--out", str(tmp_path), "--stage", "verify", "profile"]) == 0
-    assert capsys.readouterr().out.count("passed (before)") == 6, "each in turn, and in the summary"
+    assert capsys.readouterr().out.count("passed (before)") == 6, "each part once when reached and once in the summary"
 
 
-# --- the README's list -----------------------------------------------------------------------------------------------
+# --- the docs' list -------------------------------------------------------------------------------------------------
 
 KEY = {
     "device": {"name": "Some GPU", "capability": "sm_99", "driver": "driver 1", "torch": "2.13", "triton": "3.9"},
@@ -208,7 +208,7 @@ def keep(folder, stage, part, status="passed", result=None, key=KEY):
 def test_devices_are_none_where_nothing_was_run(tmp_path):
     assert devices.section(tmp_path) == devices.NO_DEVICES
     keep(tmp_path / "gpu" / "one", "suite", "test_cuda")
-    assert devices.section(tmp_path) == devices.NO_DEVICES, "nothing was verified"
+    assert devices.section(tmp_path) == devices.NO_DEVICES, "no backend was verified"
     keep(tmp_path / "gpu" / "one", "verify", "kernels", result={"cpu": {}}, key={**KEY, "rehearsal": True})
     assert devices.section(tmp_path) == devices.NO_DEVICES
 
@@ -240,6 +240,6 @@ def test_devices_list_what_was_found(tmp_path):
     assert "Not run: cuda 256, cuda 4096." in table
 
 
-def test_report_puts_the_devices_into_the_readme(tmp_path):
+def test_report_puts_the_devices_into_the_docs(tmp_path):
     assert report.table_of(tmp_path, "devices") == devices.NO_DEVICES
-    assert report.PAGES["README.md"]["devices"] == "devices"
+    assert report.PAGES["docs/verification.md"]["devices"] == "devices"

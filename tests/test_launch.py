@@ -1,4 +1,4 @@
-"""The launches of a call that are recorded and repeated, and kernels that are made ready for a capture."""
+"""Recording and repeating the launches of a call, and preparing kernels for a graph capture."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def recordings(monkeypatch):
-    """None yet; calls are recorded in the interpreter too."""
+    """Start without recordings, and record calls in the interpreter too."""
     kept: dict = {}
     monkeypatch.setattr(launch, "RECORDS", True)
     monkeypatch.setattr(launch, "_recordings", kept)
@@ -38,7 +38,7 @@ def recordings(monkeypatch):
 
 
 def calls(n=12, d=5, dtype=torch.float32, seed=0):
-    """By the operator: a loss, its rows, and how many recordings value and gradient make."""
+    """Return for each operator: a loss, its rows, and the number of recordings that value and gradient make."""
     generator = torch.Generator().manual_seed(seed)
     z_i, z_j, v = (torch.randn(rows, d, generator=generator).to(DEVICE, dtype) for rows in (n, n, n + 5))
     tensors = [x.requires_grad_() for x in (z_i, z_j, v)]
@@ -110,7 +110,7 @@ def test_no_operation_of_pytorch_comes_between_launches(name, monkeypatch):
             return func(*args, **kwargs or {})
 
     seen: set[str] = set()
-    monkeypatch.setattr(launch.Work, "launch", lambda *_, **__: None)  # the interpreter calls PyTorch itself
+    monkeypatch.setattr(launch.Work, "launch", lambda *_, **__: None)  # the interpreter itself calls PyTorch
     backend = importlib.import_module("fastntxent.backends.triton.backend")
     for each in ("nt_xent_scalar", "nt_xent_rows_backward", "neg_lse", "neg_lse_backward", "cross_neg_lse",
                  "cross_neg_lse_backward", "sigmoid_scalar", "_softplus"):  # fmt: skip
@@ -132,11 +132,11 @@ def recorded(recordings):
 def test_what_differs_from_call_to_call_is_not_recorded(recordings):
     call = calls()["nt_xent_scalar"]
     for step in range(4):
-        results(call, 10.0 + step)  # a schedule
+        results(call, 10.0 + step)  # a temperature schedule
     assert recorded(recordings) == 0
     loss = lambda k: ops.neg_lse(call[1][0], torch.arange(12, device=DEVICE), k, "triton").sum()  # noqa: E731
     for _ in range(3):
-        torch.autograd.grad(loss(10.0), call[1][0])  # its backward copies an expanded gradient
+        torch.autograd.grad(loss(10.0), call[1][0])  # the backward copies an expanded gradient, so it is not recorded
     assert recorded(recordings) == 1
 
 
@@ -222,7 +222,7 @@ print(fastntxent.backends()["triton"].reason)
 
 
 def compiled_for(name: str) -> bool:
-    """Whether a kernel is compiled anew for another value of this argument or option."""
+    """Return whether the kernel is compiled again for each value of this argument or option."""
     return name.isupper() or name in ("num_warps", "num_stages", "maxnreg")
 
 
@@ -317,7 +317,7 @@ def test_a_call_that_cannot_be_repeated_is_recorded_once(recordings, monkeypatch
     monkeypatch.setattr(launch.Recording, "__init__", lambda self, *args: made.append(self) or whole(self, *args))
     z_i, z_j = torch.randn(2, 12, 5, device=DEVICE).unbind()
     for _ in range(4):
-        ops.nt_xent_scalar(z_i, z_j, 10.0, True, True, "triton")  # without a gradient: the value alone
+        ops.nt_xent_scalar(z_i, z_j, 10.0, True, True, "triton")  # no gradient: only the value
     assert len(made) == 1
 
 

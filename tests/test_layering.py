@@ -1,4 +1,4 @@
-"""Data goes one way: no module imports from a layer above its own."""
+"""Imports go one way: no module imports from a layer above its own."""
 
 import ast
 import subprocess
@@ -9,7 +9,7 @@ import fastntxent
 
 ROOT = Path(fastntxent.__file__).parent
 
-# From the bottom up. A module may import from its own layer and from those below it.
+# From the bottom up. A module may import from its own layer and from the layers below.
 LAYERS = [
     ["options"],
     ["validation", "saved_state", "trees", "sides", "files", "_cpu", "_cuda"],
@@ -41,7 +41,7 @@ LAYERS = [
 
 
 def layer_of(module: str) -> int:
-    """The layer that lists the module, or the nearest package around it."""
+    """Return the level of the layer that lists the module, or else the nearest package around it."""
     name = module
     while True:
         for level, names in enumerate(LAYERS):
@@ -52,7 +52,7 @@ def layer_of(module: str) -> int:
 
 
 def imports_of(path: Path) -> set[str]:
-    """The package's own modules that a file imports, without the leading fastntxent."""
+    """Return the modules of this package that a file imports, without the leading fastntxent."""
     package = ["fastntxent", *path.relative_to(ROOT).parts[:-1]]
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -69,7 +69,7 @@ def imports_of(path: Path) -> set[str]:
 
 
 def resolve(name: str) -> str:
-    """The module that a dotted name lies in."""
+    """Return the module that contains a dotted name."""
     parts = name.split(".")[1:]
     while (
         parts

@@ -22,15 +22,15 @@ from tests.cases import BACKENDS, CUDA_KERNELS, KERNELS, LargestTensor, assert_w
 
 
 class Case(NamedTuple):
-    """A loss as it is called, and its oracle on unit rows. Both take embeddings, a temperature and options drawn with
-    the embeddings (ids, labels)."""
+    """A loss, and its oracle on unit rows. Both take embeddings, a temperature, and options drawn with the embeddings
+    (ids, labels)."""
 
     loss: Callable[..., Tensor]
     oracle: Callable[..., Tensor]
     inputs: Callable[[int, int, torch.Generator], tuple[list[Tensor], dict[str, Tensor]]]
-    counted: Callable[..., Tensor] | None = None  # rows that the mean is over
-    per_row: int = 0  # temperatures: so many times N of them, or one
-    logit_size: Callable[[float], float] = lambda tau: 1 / tau  # of the largest term
+    counted: Callable[..., Tensor] | None = None  # the rows that the mean counts
+    per_row: int = 0  # number of temperatures divided by N; 0 for a single temperature
+    logit_size: Callable[[float], float] = lambda tau: 1 / tau  # size of the largest term
     min_n: int = 2
 
 
@@ -52,7 +52,7 @@ def labelled(n_classes: int, multi: bool = False):
         if multi:
             labels = torch.rand(n, n_classes, generator=generator) < 0.4
         else:
-            labels[0] = -9  # alone in its class
+            labels[0] = -9  # the only row of its class
         return [normal(n, d, generator=generator)], {"labels": labels}
 
     return inputs
@@ -70,7 +70,7 @@ def towers(*, negatives: str = "", ids: int = 0):
 
 
 def taught(n: int, d: int, generator: torch.Generator):
-    """Towers, and a teacher of another width whose unit rows are no inputs of the loss."""
+    """Return two towers, and a teacher of another width whose unit rows are not inputs of the loss."""
     tensors, _ = towers()(n, d, generator)
     teacher = normal(1, n, d + 2, generator=generator) + normal(2, n, d + 2, generator=generator)
     return tensors, dict(zip(("t_image", "t_text"), F.normalize(teacher, dim=-1), strict=True))
@@ -83,7 +83,7 @@ def distill(**options: float):
 
 
 def called(n: int, d: int, generator: torch.Generator):
-    """Towers, and a teacher's similarities that are no products of features."""
+    """Return two towers, and teacher similarities that are not products of features."""
     tensors, _ = towers()(n, d, generator)
     return tensors, {"sims": torch.tanh(normal(n, n, generator=generator))}
 
@@ -102,7 +102,7 @@ def dense_called(t_tau: float | None = None):
 
 
 def guided_inputs(negatives: bool = False):
-    """Embeddings, and a guide of another width whose unit rows are no inputs of the loss."""
+    """Return embeddings, and a guide of another width whose unit rows are not inputs of the loss."""
 
     def inputs(n: int, d: int, generator: torch.Generator):
         tensors, _ = towers(negatives="unpaired" if negatives else "")(n, d, generator)
@@ -158,7 +158,7 @@ def sup_con(form: str):
 
 
 def weighted(n_classes: int, *, absent: int = 0):
-    """Classes of which the last `absent` have no row, and weights of which some are 0: all of class 0's, as a row."""
+    """Draw labels that never use the last `absent` classes, and pair weights with some zeros and an all-zero row 0."""
 
     def inputs(n: int, d: int, generator: torch.Generator):
         labels = torch.randint(0, n_classes - absent, (n,), generator=generator)
@@ -437,7 +437,7 @@ def draw(case: Case, n: int, d: int, tau: float, seed: int) -> Drawn:
 
 
 def results(loss: Callable[..., Tensor], drawn: Drawn, upstream: Tensor | None = None) -> list[Tensor]:
-    """Value and every gradient."""
+    """Return the value and every gradient."""
     tensors = [z.detach().clone().requires_grad_() for z in drawn.tensors]
     tau = drawn.tau.detach().clone().requires_grad_()
     value = loss(*tensors, tau, **drawn.options)
@@ -492,7 +492,7 @@ def test_loss_dtypes_within_budget(case, tau, dtype, autocast, backend):
 
     size = case.logit_size(tau / 2 if case.per_row else tau)
     for v, s, t in zip(computed(backend), computed("reference"), true, strict=True):
-        # The temperature's gradient is a difference of similarities over tau^2, which cancels.
+        # The temperature's gradient is a difference of similarities over tau^2, which can cancel.
         scale = 1 / tau**2 / max(t.numel(), 1) if t.shape == drawn.tau.shape and t is true[-1] else 0.0
         limit = error_budget.allowed(error_budget.errors_of(s, t, scale=scale), dtype, size, output_dtype=v.dtype)
         errors = error_budget.errors_of(v, t, scale=scale)
@@ -562,9 +562,9 @@ def test_loss_in_tiles_of_any_edge_equals_its_dense_formula(name, reduction, edg
         torch.testing.assert_close(v, t, rtol=1e-9, atol=1e-10)
 
 
-# No gradient goes through their weights: finite differences of the gradient see them move.
+# Their weights are detached, but finite differences of the gradient see the weights change.
 DETACHED = {name for name in CASES if name.startswith(("dclw", "macl", "info_nce hard"))}
-# Plain tensor code alone.
+# These use plain tensor code, no kernel.
 PLAIN = {name for name in CASES if name.startswith("info_nce paired")}
 
 
@@ -610,7 +610,7 @@ CONVERGED = {
 
 @pytest.mark.parametrize("name", CONVERGED)
 def test_gradient_keeps_its_accuracy_when_converged(name):
-    # Samples in directions at right angles, views that nearly agree: losses of 1e-7 to 1e-6, in float32.
+    # Orthogonal sample directions and views that almost agree give float32 losses of 1e-7 to 1e-6.
     generator = torch.Generator().manual_seed(0)
     centres = torch.linalg.qr(normal(64, 64, generator=generator))[0][:60]
     views = (centres + 0.02 * normal(2, 60, 64, generator=generator)).float()
@@ -665,7 +665,7 @@ def test_macl_reference_has_the_second_derivative_of_a_loss_with_its_weights_hel
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rince_is_finite_where_a_power_overflows_and_the_difference_does_not(backend):
-    # Rows that coincide: exp(k) and 1.1 exp(k), of which float32 holds the first alone.
+    # Equal rows give exp(k) and 1.1 exp(k). float32 can hold only the first.
     def results(dtype: torch.dtype, name: str) -> list[Tensor]:
         z = torch.tensor([[1.0, 0.0]], dtype=dtype).repeat(4, 1)
         tau = torch.tensor(1 / 88.7, dtype=torch.float64, requires_grad=True)
@@ -707,7 +707,7 @@ def test_loss_on_cuda_equals_its_dense_formula(case, temperature_on, backend):
 
 @pytest.mark.parametrize("temperature_on", [None, "cpu", "meta"])
 def test_loss_mixes_no_devices(case, temperature_on):
-    # Tensors without data refuse a vector in host memory as an accelerator's do, and let a 0-d one pass.
+    # Meta tensors, like tensors on an accelerator, reject a vector in host memory but accept a 0-d tensor.
     drawn = draw(case, 6, 4, 0.3, 0)
     tensors = [torch.empty_like(z, device="meta", requires_grad=True) for z in drawn.tensors]
     options = {name: torch.empty_like(option, device="meta") for name, option in drawn.options.items()}

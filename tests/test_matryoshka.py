@@ -1,4 +1,4 @@
-"""A loss of the embeddings' first features, at several widths."""
+"""A loss of the embeddings' leading features, at several widths."""
 
 import inspect
 from functools import partial
@@ -45,8 +45,8 @@ def test_module_trains_the_parameters_of_its_loss():
         ({"dims": [0]}, ValueError, "dims must be at least 1, got 0"),
         ({"dims": [2.5]}, TypeError, "dims must be an int, got float"),
         ({"dims": [5]}, ValueError, "dims must be at most the embeddings' number of features, 4, got 5"),
-        ({"dims": [2], "weights": [1, 2]}, ValueError, "weights must be one for each of the 1 dims, got 2"),
-        ({"dims": [2], "weights": [0]}, ValueError, "weights must be finite, and one of them not 0"),
+        ({"dims": [2], "weights": [1, 2]}, ValueError, "weights must have one number for each of the 1 dims, got 2"),
+        ({"dims": [2], "weights": [0]}, ValueError, "weights must be finite and not all 0"),
         ({"dims": [2], "weights": ["a"]}, TypeError, "weights must be a number for each of the dims, got str"),
         ({"dims": 2}, TypeError, "dims must be a sequence of ints, got int"),
         ({"dims": None}, TypeError, "dims must be a sequence of ints, got NoneType"),
@@ -59,7 +59,7 @@ def test_matryoshka_errors_name_the_argument(options, error, words):
 
 
 def test_matryoshka_of_no_embeddings_or_of_a_function_as_a_module_is_an_error():
-    with pytest.raises(ValueError, match="matryoshka needs embeddings among the arguments"):
+    with pytest.raises(ValueError, match="matryoshka needs an embedding among the arguments"):
         fastntxent.matryoshka(lambda x: x, torch.arange(3), dims=[1])
     with pytest.raises(TypeError, match="loss must be a module, got function"):
         fastntxent.MatryoshkaLoss(lambda x: x, dims=[1])
@@ -149,7 +149,7 @@ def test_multi_clip_and_its_module_pass_every_option_to_clip(options):
     pairs = zip(weights, [(0, 1), (0, 2), (1, 2)], strict=True)
     expected = sum(w * fastntxent.clip(z[a], z[b], 0.3, ids=ids, **options) for w, (a, b) in pairs)
     plain = fastntxent.clip(z[0], z[1], 0.3, ids=ids, reduction=options.get("reduction", "mean"))
-    assert not torch.allclose(fastntxent.clip(z[0], z[1], 0.3, ids=ids, **options), plain)  # the options count
+    assert not torch.allclose(fastntxent.clip(z[0], z[1], 0.3, ids=ids, **options), plain)  # the options matter
     value = fastntxent.multi_clip(list(z), 0.3, weights=weights, ids=ids, **options)
     module = fastntxent.MultiCLIPLoss(0.3, weights=weights, learn_temperature=False, **options)
     torch.testing.assert_close(value, expected)
@@ -175,14 +175,14 @@ def test_multi_clip_errors_name_the_argument():
         fastntxent.multi_clip([None, z[0]])
     with pytest.raises(TypeError, match=r"features\[0\] must be a torch.Tensor, got list"):
         fastntxent.multi_clip([[[1.0]], z[0]])
-    with pytest.raises(ValueError, match="features must be of at least two towers, got 1"):
+    with pytest.raises(ValueError, match="features must hold at least two towers, got 1"):
         fastntxent.multi_clip([z[0]])
-    with pytest.raises(ValueError, match="weights must be one for each of the 3 pairs, got 2"):
+    with pytest.raises(ValueError, match="weights must have one number for each of the 3 pairs, got 2"):
         fastntxent.multi_clip(list(z), weights=[1, 2])
     for function in (lambda weights: fastntxent.multi_clip(list(z), weights=weights), of_module):
-        with pytest.raises(ValueError, match="weights must be finite, at least 0, and one of them above"):
+        with pytest.raises(ValueError, match="weights must be finite and at least 0, and not all 0"):
             function([0, 0, 0])
-        with pytest.raises(ValueError, match=r"weights must be finite, at least 0, .*got \[-1.0, 2.0, 2.0\]"):
+        with pytest.raises(ValueError, match=r"weights must be finite and at least 0, .*got \[-1.0, 2.0, 2.0\]"):
             function([-1.0, 2.0, 2.0])
         with pytest.raises(TypeError, match="weights must be a sequence, a number for each pair, got float"):
             function(0.5)

@@ -1,4 +1,4 @@
-"""The model of the CUDA kernel: its cut of a call, and the time of its phases."""
+"""The model of the CUDA kernel: how it cuts a call, and the times of its phases."""
 
 import math
 from collections import Counter
@@ -13,7 +13,7 @@ CHIP = CHIPS["sm_90"]
 
 
 def carved(cut, n, parts):
-    """Bytes of workspace by csrc/cuda/plan.h."""
+    """Return the bytes of workspace that csrc/cuda/plan.h allocates."""
     padded = math.ceil(n / 128) * 128
     floats = [padded] * 5 + [cut.col_shares * padded] * 2 + [cut.grid] * 2 + [2 * padded] + [1] + [n] * 2 + [cut.grid]
     pieces = [2 * padded * cut.chunks * model_cuda.CHUNK] * parts + [4 * count for count in floats]
@@ -48,7 +48,8 @@ def cycles(task, phase, cut=CUT, parts=1):
 
 
 def test_a_phase_takes_its_steps_tiles_and_tasks():
-    per_step = 128 * 64 * 2 / (CHIP.rates.cache / CHIP.rates.cycles)  # bytes for all multiprocessors
+    # The bytes of a step, divided by the cache rate of all multiprocessors.
+    per_step = 128 * 64 * 2 / (CHIP.rates.cache / CHIP.rates.cycles)
     sums, limit = cycles(TASK, model_cuda.Phase(132, 2, 0))
     assert limit == "cache"
     assert sums == pytest.approx(2 * (2 * per_step + 2 * 200) + 2 * 100 + 2 * limits.LOAD)

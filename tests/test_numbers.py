@@ -1,4 +1,4 @@
-"""Numbers that Python, C++ and CUDA each write down: the same in all of them."""
+"""Numbers that Python, C++ and CUDA each define, and that must be equal."""
 
 import math
 import re
@@ -13,7 +13,7 @@ from fastntxent.backends import native, ranges
 
 
 def read(header: str) -> str:
-    """A header of csrc without its comments."""
+    """Return a header of csrc without its comments."""
     text = (Path(__file__).parents[1] / "csrc" / header).read_text()
     return re.sub(r"//.*", "", text)
 
@@ -23,21 +23,21 @@ INTERFACE = read("cpu/fastntxent.h")
 
 
 def number(text: str) -> float:
-    """A literal of C++."""
+    """Return the value of a C++ literal."""
     return float.fromhex(text) if text.startswith("0x") else float(text.rstrip("f"))
 
 
 def constant(header: str, name: str) -> float:
-    """A constant that has a literal for its value."""
+    """Return the value of a constant that is defined by a literal."""
     found = re.search(rf"\b{name} = (?:T\()?([^;,)]+)\)?[;,]", header)
-    assert found, f"{name} is not there"
+    assert found, f"{name} is not in the header"
     return number(found[1])
 
 
 def by_type(header: str, name: str) -> dict[torch.dtype, float]:
-    """A constant of float and double."""
+    """Return the values of a constant for float and for double."""
     found = re.search(rf"\b{name} = sizeof\(T\) == 4 \? (\S+) : (\S+);", header)
-    assert found, f"{name} is not there"
+    assert found, f"{name} is not in the header"
     return {torch.float32: number(found[1]), torch.float64: number(found[2])}
 
 
@@ -57,7 +57,7 @@ def test_ranges_lie_within_their_types():
 def test_weights_fit_float16_in_both_kernels():
     largest = torch.finfo(torch.float16).max
     in_cuda, in_triton = constant(RANGES, "G_SCALE"), ranges.G_SCALE[torch.float16]
-    # The largest element of G: two terms, times the factor of a column, which is below 2 in CUDA, at most 1 in Triton.
+    # The largest element of G has two terms, times the factor of a column: below 2 in CUDA, at most 1 in Triton.
     assert 2 * 2 * in_cuda < largest
     assert 2 * in_triton < largest
     assert in_cuda == 2 * in_triton

@@ -1,4 +1,4 @@
-"""The registered operators: opcheck, compilation, transforms, autocast, what they refuse."""
+"""The registered operators: opcheck, compilation, transforms, autocast, and refused calls."""
 
 import importlib
 
@@ -30,7 +30,7 @@ def inverse_temperature(requires_grad=True):
 
 
 def opcheck(name, arguments):
-    """Both overloads: of a temperature that is a tensor, as it stands here, and of a float."""
+    """Run opcheck on both overloads: with inv_tau as a tensor, as in `arguments`, and as a float."""
     operator = getattr(torch.ops.fastntxent, name)
     torch.library.opcheck(operator.default, arguments)
     if "float" in operator.overloads():
@@ -255,7 +255,7 @@ def test_compile_fullgraph_gives_the_same_gradients_and_recompiles_once(name, op
             gradients.append([p.grad.clone() for p in step.parameters()])
         for expected, value in zip(*gradients, strict=True):
             torch.testing.assert_close(value, expected)
-    assert counter.frame_count <= 2  # the first batch size, and then any
+    assert counter.frame_count <= 2  # one compilation for the first batch size, one for all others
 
 
 @needs_constants
@@ -321,7 +321,7 @@ def test_func_vmap_of_grad_equals_reference(backend):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_gradient_around_a_vmap_equals_reference(backend, reduction):
-    # In float64: a sum of squares has no limit of its own in float32.
+    # In float64, because no error budget covers a sum of squares in float32.
     z, others = torch.randn(2, 3, 6, 4, dtype=torch.float64)
     z.requires_grad_()
 
@@ -346,7 +346,7 @@ def test_func_vmap_over_another_dimension_equals_reference(backend):
 
 
 def test_half_precision_gradient_is_rounded_after_its_scaling(backend):
-    # A converged batch: gradients that float16 cannot hold until a loss scaler has lifted them.
+    # A converged batch: float16 can hold the gradients only after a loss scaler has multiplied them.
     z_i = random_batch(40, 64, 0.05, dtype=torch.float16).z_i
     z_j = z_i.clone()
     _, truth = error_budget.true_loss_and_gradient(z_i, z_j, 0.05)
@@ -471,7 +471,7 @@ def test_autocast_is_off_inside_the_kernels(backend, monkeypatch):
 
 
 class Recorder(TorchDispatchMode):
-    """Notes the package's operators as they are called."""
+    """Records the names of the package's operators as they are called."""
 
     def __init__(self):
         super().__init__()
@@ -495,7 +495,7 @@ def test_scalar_path_is_taken_where_a_gradient_is_wanted(backend, wants):
             nt_xent(**arguments, backend=backend)
     assert recorder.names == [
         "nt_xent_value",
-        "nt_xent_scalar",  # whose backward is three products
+        "nt_xent_scalar",  # its backward only multiplies the saved gradients
         *("nt_xent_rows", "nt_xent_rows_backward"),
         "nt_xent_value",
     ]
@@ -573,7 +573,7 @@ def test_cuda_step_never_waits_for_the_device(backend, reduction):
     def step():
         nt_xent(z_i, z_j, temperature, reduction=reduction, backend=backend).sum().backward()
 
-    step()  # loading kernels may wait
+    step()  # the first call loads kernels and may wait
     torch.cuda.set_sync_debug_mode("error")
     try:
         step()
@@ -582,7 +582,7 @@ def test_cuda_step_never_waits_for_the_device(backend, reduction):
 
 
 class Cut(torch.autograd.Function):
-    """Sends no gradient back."""
+    """An identity whose backward returns None."""
 
     @staticmethod
     def forward(ctx, x):

@@ -1,4 +1,4 @@
-"""The oracle itself: against loops in NumPy, cases worked by hand, and finite differences."""
+"""The oracle against loops in NumPy, results worked out by hand, and finite differences."""
 
 import math
 
@@ -11,7 +11,7 @@ from tests.cases import random_batch
 
 
 def loop_nt_xent(z_i: np.ndarray, z_j: np.ndarray, temperature: float) -> np.ndarray:
-    """Equation 1 of the paper, a sum at a time, sharing nothing with the package."""
+    """Return equation 1 of the paper, computed one sum at a time without the package."""
     rows = [row / max(math.sqrt(sum(x * x for x in row)), 1e-12) for row in np.concatenate([z_i, z_j])]
     n = len(z_i)
     losses = []
@@ -42,24 +42,25 @@ def test_reference_neg_lse_equals_numpy_loop():
 def test_reference_single_sample_is_zero():
     z = torch.tensor([[3.0, 4.0]], dtype=torch.float64, requires_grad=True)
     loss = nt_xent(z, -2 * z, 0.1, backend="reference")
-    assert str(loss.item()) == "0.0"  # and not -0.0
+    assert str(loss.item()) == "0.0"  # not -0.0
     (gradient,) = torch.autograd.grad(loss, z)
     assert torch.equal(gradient, torch.zeros_like(z))
 
 
 def test_reference_two_samples_worked_by_hand():
-    # Views (1, 0), (0, 1) and again (1, 0), (0, 1): each row has its positive at 1 and two negatives at 0, so a row's
-    # loss is log(e^k + 2) - k.
+    # Both views are (1, 0), (0, 1). Each row has a positive at 1 and two negatives at 0, so its loss is
+    # log(e^k + 2) - k.
     z = torch.eye(2, dtype=torch.float64)
     assert float(nt_xent(z, z, 0.5, backend="reference")) == pytest.approx(math.log(math.exp(2) + 2) - 2, rel=1e-15)
-    # Opposite positives: z_j = -z_i puts each positive at -1.
+    # Opposite positives: with z_j = -z_i, each positive is at -1.
     assert float(nt_xent(z, -z, 0.5, backend="reference")) == pytest.approx(math.log(math.exp(-2) + 2) + 2, rel=1e-15)
 
 
 def test_reference_two_samples_gradient_worked_by_hand():
-    # z_i = (1, 0), (0, 1) = z_j. By symmetry d loss / d u_1 = -k q (e1 - e2 / ...) has only e1 and e2 parts, and the
-    # normalisation removes e1: the e2 part is what rows 2 and 4 contribute. With p = 1 / (e^k + 2) the probability of
-    # one negative, row 1 is pushed by 2 p from its own two negatives and by 2 p from theirs, over 4 rows.
+    # Both views are e1 = (1, 0), e2 = (0, 1). The gradient of u_1 has only e1 and e2 parts, and the normalisation
+    # removes e1. Let p = 1 / (e^k + 2) be the probability of one negative. Row 1's loss adds 2 k p e2, one k p for each
+    # of its two negatives. The losses of rows 2 and 4, which have row 1 as a negative, add k p e2 each. The mean is
+    # over 4 rows.
     z_i = torch.eye(2, dtype=torch.float64, requires_grad=True)
     z_j = torch.eye(2, dtype=torch.float64)
     temperature = 0.5

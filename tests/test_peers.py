@@ -1,4 +1,4 @@
-"""The family against the libraries that people use, where they are installed."""
+"""The loss family against the libraries in common use, if they are installed."""
 
 import pytest
 import torch
@@ -29,7 +29,8 @@ def test_dclw_equals_lightly(n, d, seed, tau, sigma):
 def test_macl_equals_lightly(n, d, seed, tau, alpha, a_0):
     loss = lightly("macl_loss").MACLLoss(temperature=tau, alpha=alpha, A_0=a_0)
     (z_i, z_j), _ = batch(2, n, d, seed)
-    # Theirs adds an eps of its own to the denominator of a row's weight, 1 - exp(-loss): alike where that is larger.
+    # lightly adds another eps to the denominator of a row's weight, 1 - exp(-loss). Compare only where the denominator
+    # is much larger than eps.
     if float(fastntxent.nt_xent(z_i, z_j, tau, reduction="none").min()) > 0.05:
         assert_same(
             lambda a, b: fastntxent.macl(a, b, tau, alpha=alpha, a_0=a_0), loss, tau * (1 - alpha), z_i, z_j, exact=1e-6
@@ -44,7 +45,7 @@ def test_sup_con_pairs_equals_pytorch_metric_learning(n, d, seed, tau):
     same = labels[:, None] == labels
     counts = same.sum(dim=1) - 1
     if same.all() or not counts.any():
-        return  # theirs is 0 without any negative pair, and without any positive one
+        return  # their loss is 0 if there is no negative pair, or no positive pair
 
     def ours(z):  # their mean is over pairs, ours over rows
         return (fastntxent.sup_con(z, labels, tau, form="pairs", reduction="none") * counts).sum() / counts.sum()
@@ -52,7 +53,7 @@ def test_sup_con_pairs_equals_pytorch_metric_learning(n, d, seed, tau):
     assert_same(ours, lambda z: loss(z, labels), tau, z)
 
 
-# At smaller temperatures float32 rounds an anchor's loss to 0, and their mean leaves that anchor out.
+# At smaller temperatures float32 rounds an anchor's loss to 0, and their mean then skips this anchor.
 @given(**sizes, tau=st.floats(0.3, 2))
 @drawn
 def test_sup_con_out_equals_pytorch_metric_learning(n, d, seed, tau):

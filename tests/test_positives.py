@@ -1,4 +1,4 @@
-"""Sums over positive pairs, as operators: tiles, two sides, range, accuracy, registration."""
+"""Operators that sum over positive pairs: tiles, two sides, range, accuracy, registration."""
 
 import math
 
@@ -81,7 +81,7 @@ def test_positives_at_tile_edges_within_budget(dtype, inv_tau, M, operator):
         results(OPERATORS[operator], rounded, inv_tau, False, backend, dtype) for backend in ("reference", "blocked")
     )
     for v, s, t in zip(value, same, truth, strict=True):
-        scale = M if t.ndim == 0 else 0.0  # d_k is a sum of similarities of both signs
+        scale = M if t.ndim == 0 else 0.0  # d_k is a sum of similarities with both signs
         limit = error_budget.allowed(error_budget.errors_of(s, t, scale=scale), dtype, inv_tau, output_dtype=v.dtype)
         errors = error_budget.errors_of(v, t, scale=scale)
         assert errors.within(limit), f"{errors}, allowed {limit}"
@@ -127,7 +127,7 @@ def test_positives_operators_pass_opcheck(name, dtype):
 
 
 def converged():
-    """Two views that agree, negatives far away: at a temperature of 0.055 a loss of about 1e-6."""
+    """Return two views that agree, with distant negatives. The loss is about 1e-6 at a temperature of 0.055."""
     generator = torch.Generator().manual_seed(0)
     centres = torch.linalg.qr(torch.randn(64, 64, generator=generator, dtype=torch.float64))[0][:60]
     z = centres.repeat(2, 1) + 0.02 * torch.randn(120, 64, generator=generator, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""What must hold of NT-Xent whatever the embeddings, on inputs that hypothesis draws."""
+"""Properties of NT-Xent that hold for all embeddings, on inputs drawn by hypothesis."""
 
 import math
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 
 @st.composite
 def batches(draw, min_n=1):
-    """Two float64 views with no short row, and a temperature."""
+    """Draw two float64 views without short rows, and a temperature."""
     n, d = draw(st.integers(min_n, 12)), draw(st.integers(2, 9))
     elements = st.floats(-4, 4, width=32)
     z = torch.tensor(draw(arrays.arrays("float64", (2, n, d), elements=elements)))

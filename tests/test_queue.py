@@ -1,4 +1,4 @@
-"""The queue of negatives, and the loss over it, against a plain list of everything that was pushed."""
+"""The queue of negatives and its loss, against a plain list of all pushed rows."""
 
 import copy
 import math
@@ -36,7 +36,7 @@ def test_queue_holds_the_last_rows(size, batches, with_ids):
 
 
 def oracle(query, key, tau, held, in_batch, ids=None, held_ids=None):
-    """Losses of the rows, with the held rows as explicit negatives of each query."""
+    """Return the rows' losses, with the held rows as explicit negatives of each query."""
     losses = []
     for n in range(len(query)):
         rows = [held[j] for j in range(len(held)) if ids is None or held_ids[j] != ids[n]]
@@ -58,7 +58,7 @@ def test_queue_loss_equals_its_dense_formula_at_every_step(size, with_ids, in_ba
         size, 4, 0.3, in_batch_negatives=in_batch, queue_dtype=torch.float64, reduction="none", backend=backend
     )
     held, held_ids = [], []
-    for step, n in enumerate([3, 3, 7, 1, 4]):  # some divide the queue, some do not, one is larger than it
+    for step, n in enumerate([3, 3, 7, 1, 4]):  # some divide the queue's size, some do not, and one exceeds it
         query, key = (normal(n, 4, seed=10 * step + i).requires_grad_() for i in (0, 1))
         ids = torch.randint(0, 6, (n,), generator=torch.Generator().manual_seed(step)) if with_ids else None
         value = loss(query, key, ids)
@@ -68,7 +68,7 @@ def test_queue_loss_equals_its_dense_formula_at_every_step(size, with_ids, in_ba
         )
         torch.testing.assert_close(value, expected)
         weights = torch.linspace(1, 2, n, dtype=torch.float64)
-        # The queue has moved on by now; the gradient is of what it held.
+        # The queue has changed since the forward. The gradient must use the rows that it held then.
         for v, e in zip(
             torch.autograd.grad((value * weights).sum(), (query, key)),
             torch.autograd.grad((expected * weights).sum(), (query, key)),
@@ -210,14 +210,14 @@ def test_queue_takes_a_whole_state_of_another_dtype_or_a_saved_module(n, assign,
     before = contents(saved)
     for other in (queue, same):
         other.push(torch.eye(4), torch.arange(4))
-    assert_holds(saved, before)  # nothing is shared, whatever was assigned
+    assert_holds(saved, before)  # no memory is shared, even after `assign`
     saved.push(torch.eye(4), torch.arange(4))
     torch.testing.assert_close(contents(queue), contents(saved), check_dtype=False)
 
 
 def test_queue_state_dict_goes_on_with_the_queue_as_a_whole():
     queue = filled_queue()
-    state = queue.state_dict()  # refers to the buffers, as every module's does
+    state = queue.state_dict()  # shares the module's buffers, as in PyTorch
     queue.push(torch.eye(4))
     before = contents(queue)
     queue.load_state_dict(state)
@@ -228,7 +228,7 @@ def test_queue_that_fails_to_push_stays_as_it_was():
     queue = filled_queue()
     before = contents(queue)
     for z, ids in ((torch.ones(2, 4, device="meta"), None), (torch.ones(2, 4), torch.arange(3))):
-        with pytest.raises(ValueError, match=r"z must hold numbers|ids must have shape"):
+        with pytest.raises(ValueError, match=r"z must hold values|ids must have shape"):
             queue.push(z, ids)
         assert_holds(queue, before)
 
@@ -262,7 +262,7 @@ def test_queue_loss_compiles_whole_once_for_every_fill_and_batch_size(with_ids, 
         torch.testing.assert_close(*values)
         torch.testing.assert_close(*(torch.autograd.grad(value, query) for value in values))
         assert_holds(loss.queue, contents(eager.queue))
-    assert counter.frame_count <= 2  # the first batch size, and then any
+    assert counter.frame_count <= 2  # one compilation for the first batch size, one for all others
 
 
 def test_queue_loss_compiled_by_inductor_has_the_gradient_of_what_was_held():
@@ -273,7 +273,7 @@ def test_queue_loss_compiled_by_inductor_has_the_gradient_of_what_was_held():
     for step in range(3):
         query, key = (normal(5, 4, seed=10 * step + i).float().requires_grad_() for i in (0, 1))
         pairs.append(((query, key), [call(query, key) for call in (eager, compiled)]))
-    for inputs, values in pairs:  # the queue has moved on, in its own call and by later ones
+    for inputs, values in pairs:  # the queue has changed since, in this call and in later ones
         torch.testing.assert_close(*(torch.autograd.grad(value, inputs) for value in values))
 
 
@@ -289,7 +289,7 @@ def test_queue_stays_as_it_is_in_evaluation():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_queue_in_half_precision(dtype, autocast):
-    # Rows whose squares leave the range of float16: normalised in float32 before they are rounded.
+    # The squares of these rows overflow float16, so rows must be normalised in float32 before they are rounded.
     key = (normal(6, 8) * 3000).to(dtype)
     query = normal(6, 8, seed=1).to(dtype).requires_grad_()
     losses = [QueueInfoNCELoss(9, 8, 0.1, queue_dtype=dtype), QueueInfoNCELoss(9, 8, 0.1).to(dtype)]

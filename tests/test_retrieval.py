@@ -1,4 +1,4 @@
-"""Streamed cosine search and the measures of a representation."""
+"""Streamed cosine search, and measures of a representation."""
 
 import subprocess
 import sys
@@ -21,13 +21,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def signs(rows, d, seed):
-    """Rows of 1 and -1: their cosine similarities are exact, and many tie."""
+    """Return rows of 1 and -1. Their cosine similarities are exact, and many are tied."""
     return torch.randint(0, 2, (rows, d), generator=torch.Generator().manual_seed(seed)).float() * 2 - 1
 
 
 @pytest.fixture
 def tile(monkeypatch):
-    """Sets the rows and columns of a tile."""
+    """Return a function that sets the rows and columns of a tile."""
 
     def set_tile(rows, columns):
         for name, value in {"_QUERIES": rows, "_COLUMNS": columns, "_COLUMNS_PER_K": 1, "_TIED": 2 * columns}.items():
@@ -116,8 +116,9 @@ def test_retrieve_never_holds_all_scores():
     assert largest.numel <= module._TILE_BYTES // 4
 
 
-# What a fresh process takes beside the arguments, in MiB, against what the docstrings say: a tile of 32 MiB, the unit
-# rows of its columns and queries (5 MiB at 128 features) and a margin; 16 MiB of similarities and twice the rows.
+# Limits in MiB on the memory that a call adds in a fresh process. The docstrings promise, for the searches, a tile of
+# 32 MiB and the unit rows of its columns and queries (5 MiB at 128 features); for positive_ranks, 16 MiB of
+# similarities and twice the rows. The limits add a margin.
 PEAKS = {
     "retrieve(torch.randn(2500, 128), torch.randn(30000, 128), 10)": 64,
     "retrieve(torch.randn(200, 16), torch.randn(60000, 16), 500)": 72,
@@ -129,7 +130,7 @@ PEAKS = {
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units: needs Linux")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: ru_maxrss has other units elsewhere")
 @pytest.mark.parametrize("call", PEAKS)
 def test_memory_is_as_documented(call):
     name, _, arguments = call.partition("(")

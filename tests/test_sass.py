@@ -1,4 +1,4 @@
-"""Counts read from machine code: loops, the way that a tile takes through one, and what it moves."""
+"""Counts read from machine code: loops, the path of a tile through a loop, and traffic of shared memory."""
 
 import itertools
 
@@ -8,7 +8,7 @@ from benchmarks import sass
 
 
 def code(*lines: str, hexadecimal: bool = False) -> sass.Region:
-    """A kernel of instructions and labels ("name:"), as nvdisasm prints it; hexadecimal: as cuobjdump does."""
+    """Return a kernel of instructions and labels ("name:"), printed as by nvdisasm, or cuobjdump if `hexadecimal`."""
     address = itertools.count(0, 16)
     places = [(line, None if line.endswith(":") else next(address)) for line in lines]
     targets = {
@@ -55,7 +55,7 @@ def test_a_tile_counts_without_its_mask_and_without_code_for_diverged_warps(hexa
     tile = kernel.main
     assert dict(kernel.counts) == {"global": 1, "branch": 1}
     assert dict(tile.counts) == {"tensor": 1, "branch": 3, "exp": 1, "shuffle": 1}
-    assert tile.most == 10  # with the mask and one turn of the wait
+    assert tile.most == 10  # with the mask and one iteration of the wait
     assert tile.slots(num_warps=8) == 2 * 6
     assert [dict(loop.counts) for loop in tile.inner] == [{"wait": 1, "branch": 1}]
 
@@ -137,7 +137,7 @@ def test_a_conditional_call_is_a_branch_and_any_other_call_returns():
         ("STSM.16.M88.2 [R144], R104", 2),
         ("SHFL.BFLY PT, R5, R4, 0x1, 0x1f", 1),
         ("HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24, gsb0", 12),  # 64 rows and 128 columns of 32 bytes, 4 warps
-        ("HGMMA.64x128x16.F32.BF16 R24, R152, gdesc[UR4], R24", 8),  # the rows in registers
+        ("HGMMA.64x128x16.F32.BF16 R24, R152, gdesc[UR4], R24", 8),  # rows are in registers
         ("FADD R1, R1, R2", 0),
     ],
 )
@@ -151,7 +151,7 @@ def test_cycles_of_shared_memory_are_read_from_the_width_of_an_instruction(instr
         ("HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24, gsb0", 64 * 128 * 16 * 2 / 4),
         ("HMMA.16816.F32.BF16 R4, R8, R12, R4", 16 * 8 * 16 * 2),
         ("HMMA.1688.F32.TF32 R4, R8, R12, R4", 16 * 8 * 8 * 2),
-        ("UTCHMMA gdesc[UR8], gdesc[UR10], tmem[UR24], tmem[UR32], idesc[UR33], UPT", 0),  # in a register
+        ("UTCHMMA gdesc[UR8], gdesc[UR10], tmem[UR24], tmem[UR32], idesc[UR33], UPT", 0),  # the shape is in a register
     ],
 )
 def test_flops_are_read_from_the_shape_of_a_product(instruction, flops):

@@ -1,4 +1,4 @@
-"""A teacher that is called for its similarities: how it is called, and that it is the same loss as of features."""
+"""Distillation from a teacher that is a function: how it is called, and that the loss equals the one from features."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def looked_up(rows: Tensor, cols: Tensor) -> Tensor:
 
 
 def results(*teacher: Tensor, image: Tensor = IMAGE, text: Tensor = TEXT, **options: Any) -> list[Tensor]:
-    """Value and gradients."""
+    """Return the value and the gradients."""
     image, text = (x.clone().requires_grad_() for x in (image, text))
     tau = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     value = distill(image, text, *teacher, temperature=tau, **options)
@@ -158,7 +158,7 @@ def test_module_takes_a_teacher_that_is_called():
 
 
 def test_teacher_may_be_a_module_that_counts_nothing_of_its_own():
-    class Table(torch.nn.Sequential):  # of length 0, and so false
+    class Table(torch.nn.Sequential):  # has length 0, so it is falsy
         def forward(self, rows: Tensor, cols: Tensor) -> Tensor:
             return looked_up(rows, cols)
 
@@ -236,7 +236,8 @@ def test_teacher_at_a_tensor_temperature_and_a_scale(backend):
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("t_tau", [1e-4, 1e-8, 1e-37])
 def test_sharp_teacher_costs_no_accuracy(t_tau, normalize, called, reduction, backend):
-    # Logits up to 1e37, rounded by more than exp's range: log-sum-exps and probabilities have to be of the same ones.
+    # Logits reach 1e37, so their rounding errors exceed the range of exp. Log-sum-exps and probabilities must use the
+    # same rounded logits.
     n, generator = 60, torch.Generator().manual_seed(3)
     image = torch.randn(n, 16, generator=generator)
     text = image + torch.randn(n, 16, generator=generator)

@@ -1,4 +1,4 @@
-"""The models of tensor cores, of Triton's interpreter and of the emulated CUDA device: what chips gave, to the bit."""
+"""The tensor-core models of Triton's interpreter and of the emulated CUDA device match published results to the bit."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -29,12 +29,12 @@ def emulator(chip: str, a: np.ndarray, b: np.ndarray, c: float, kind: str = "fp1
 
 @pytest.fixture(params=[interpreter] if COMPILER is None else [interpreter, emulator])
 def dot(request) -> Dot:
-    """c + a b, of 16 features or fewer, on a chip."""
+    """Return a function that computes c + a b on a chip, for at most 16 features."""
     return request.param
 
 
 def published() -> list:
-    """What chips gave. No CUDA kernel multiplies in TF32, and the emulator has none."""
+    """Return the published results as cases. The emulator has no TF32, because no CUDA kernel multiplies in TF32."""
     cases = []
     for line in (Path(__file__).parent / "tensor_cores.txt").read_text().splitlines():
         if not line.startswith("#"):
@@ -52,33 +52,34 @@ def test_published_results_to_the_bit(model, chip, kind, numbers):
 
 
 def ones(values: list[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Factors of these products, the others 1."""
+    """Return factors of these products; the second factors are 1."""
     return np.array(values, np.float32), np.ones(len(values), np.float32)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("chip", ROUNDING)
 def test_sums_are_cut_toward_zero_on_either_side(dot, chip, sign):
-    # Between 2^24 and 2^25 float32 holds the even numbers; to nearest it would be 2^24 + 4.
+    # Between 2^24 and 2^25 float32 holds only even numbers. Rounding to nearest would give 2^24 + 4.
     assert dot(chip, *ones([sign, sign, sign]), sign * 2.0**24) == sign * (2.0**24 + 2)
     assert dot(chip, *ones([-sign, -sign, -sign]), sign * 2.0**24) == sign * (2.0**24 - 3)
 
 
 def test_a_block_is_added_at_once(dot):
-    # Three in the first 8, one in the second: 4 if they meet, else the 3 is cut to 2 and the 1 to nothing.
+    # The first 8 products sum to 3, the second 8 to 1. Added at once they make 4; added apart, 3 is cut to 2,
+    # and 1 to 0.
     products = ones([1, 1, 1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0])
     assert dot("h100", *products, 2.0**24) == 2.0**24 + 4
     assert dot("a100", *products, 2.0**24) == 2.0**24 + 2
 
 
 def test_what_falls_below_the_extra_bits_is_lost_term_by_term(dot):
-    # Beside 1 a chip holds 2^-23 and its extra bits: one on an A100, two on an H100.
+    # Next to 1, a chip holds 2^-23 and its extra bits: one on an A100, two on an H100.
     for smallest, lost_on in ((2.0**-24, ()), (2.0**-25, ("a100",)), (2.0**-26, ("a100", "h100"))):
         for chip in ROUNDING:
             eight = dot(chip, *ones([smallest] * 8), 1.0)
             kept = 8 * smallest if chip not in lost_on else 0.0
             assert eight == 1 + (kept if kept >= 2.0**-23 else 0.0)
-    # Of one sign or the other: a difference of the last extra bit costs a whole unit, one below it nothing.
+    # Subtracting the last extra bit lowers 1 by a whole unit. Subtracting half of it changes nothing.
     assert dot("a100", *ones([-(2.0**-24)]), 1.0) == 1 - 2.0**-24
     assert dot("a100", *ones([-(2.0**-25)]), 1.0) == 1
     assert dot("h100", *ones([-(2.0**-25)]), 1.0) == 1 - 2.0**-24
@@ -87,18 +88,18 @@ def test_what_falls_below_the_extra_bits_is_lost_term_by_term(dot):
 
 @pytest.mark.parametrize("chip", ROUNDING)
 def test_products_are_exact_and_not_normalised(dot, chip):
-    # 1.5 x 1.5 has the exponent of 1, and its last extra bit is that of 1.
+    # 1.5 x 1.5 has the exponent of 1, so its last extra bit is the same as for 1.
     last = 2.0 ** -(23 + CHIPS[chip].extra_bits)
     factor = np.array([1.5], np.float32)
     assert dot(chip, factor, factor, -last) == 2.25 - 2.0**-22
     assert dot(chip, factor, factor, -last / 2) == 2.25
-    widest = np.array([1 + 2.0**-10], np.float32)  # 21 bits of product
+    widest = np.array([1 + 2.0**-10], np.float32)  # the product has 21 bits
     assert dot(chip, widest, widest, 0.0) == (1 + 2.0**-10) ** 2
 
 
 @pytest.mark.parametrize("chip", ROUNDING)
 def test_small_and_large_numbers(dot, chip):
-    subnormal = np.array([2.0**-24], np.float32)  # the smallest of float16
+    subnormal = np.array([2.0**-24], np.float32)  # the smallest positive float16
     assert dot(chip, subnormal, subnormal, 0.0) == 2.0**-48
     assert dot(chip, *ones([0, 0]), 2.0**-149) == 2.0**-149
     assert dot(chip, *ones([65504] * 16), 0.0) == 16 * 65504

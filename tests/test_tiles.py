@@ -1,4 +1,4 @@
-"""The table of the Triton kernels' tiles, the model of their times, and the tuner that writes the one by the other."""
+"""The tile table of the Triton kernels, the model that predicts their times, and the tuner that writes the table."""
 
 import argparse
 import importlib
@@ -15,7 +15,7 @@ STATUS = backends()["triton"]
 if not STATUS.available:
     pytest.skip(f"needs Triton: {STATUS.reason}", allow_module_level=True)
 
-# Rows of padding hold whatever was in memory, and are not used.
+# Padding rows hold uninitialised memory, which no result uses.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 config = importlib.import_module("fastntxent.backends.triton.config")
@@ -57,7 +57,8 @@ def test_columns_of_a_part_fill_the_multiprocessors(n, blocks, columns):
 
 def test_panels_leave_few_multiprocessors_idle():
     gather = config.TileConfig(128, 64, 256, 8, 3)
-    assert config.edge_of_panel(132, 65536, 768, 2, gather) == 2816  # two squares of 22 blocks of rows, 3 of features
+    # Two squares of 22 row blocks times 3 feature blocks.
+    assert config.edge_of_panel(132, 65536, 768, 2, gather) == 2816
     assert config.PANEL >= 2 * 2 * 2816**2
     assert config.edge_of_panel(132, 300, 768, 2, gather) == 512
     assert config.edge_of_panel(132, 200, 768, 2, gather) == 256
@@ -141,7 +142,7 @@ WORK = model.Work(2 * 132 * 10 * 2 * 64 * 64 * 16, 1e9, 0, 1e6, 1e6, 2 * 132, (1
 
 def test_a_kernel_takes_the_longest_of_its_limits_and_says_which():
     rates = chips.CHIPS["sm_90"].rates
-    report = report_of(loop(PRODUCT, "FADD R1, R1, R2", "MUFU.EX2 R4, R4", "MUFU.EX2 R4, R4"))  # and a branch
+    report = report_of(loop(PRODUCT, "FADD R1, R1, R2", "MUFU.EX2 R4, R4", "MUFU.EX2 R4, R4"))  # plus a branch: 5 slots
     turns, warps = 10 * 2 * 132, 4
     found = model.needs(WORK, report, "bf16")
     assert found["products"] == pytest.approx(WORK.flops / (limits.GEMM * rates.product))
@@ -158,7 +159,8 @@ def test_a_kernel_takes_the_longest_of_its_limits_and_says_which():
 
 def test_a_program_alone_on_its_multiprocessor_takes_its_turns_one_after_the_other():
     report = report_of(loop(PRODUCT, DRAIN, "BAR.SYNC.DEFER_BLOCKING 0x0", "FADD R1, R1, R2"))
-    cycles = 10 * (32 + 5 + 2 * limits.SYNC) + 1 + limits.FIRST  # products, instructions, waits; and the end
+    # Products, instructions and waits; then the end of the program.
+    cycles = 10 * (32 + 5 + 2 * limits.SYNC) + 1 + limits.FIRST
 
     def latency(work, **changes):
         seconds = model.needs(work, report._replace(**changes), "bf16")["latency"]
@@ -181,7 +183,7 @@ def test_what_no_compiler_changes_is_a_bound_before_anything_is_compiled():
 
 
 def report_of(code="", tile=(64, 64, 128, 4, 3), **changes):
-    """A kernel's report, of this machine code."""
+    """Return a kernel's report with this machine code."""
     usual = "fused", "sm_90", "bf16", 128, "usual", False, tile
     report = kernels.CompiledKernel(*usual, 50_000, 128, 0, 0, 1, 2, 2, 1, 0)
     return report._replace(code=sass.parse(code), **changes)
@@ -193,7 +195,7 @@ DRAIN = "WARPGROUP.DEPBAR.LE gsb0, 0x0"
 
 
 def loop(*instructions):
-    """Machine code of a loop."""
+    """Return the machine code of a loop."""
     lines = [*instructions, "@P0 BRA `(.L_x_0)", "EXIT"]
     return ".L_x_0:\n" + "\n".join(f"        /*{16 * i:04x}*/  {line} ;" for i, line in enumerate(lines))
 
@@ -219,7 +221,7 @@ def test_a_turn_of_a_loop_is_held_to_its_slots_shuffles_and_barriers(monkeypatch
 
 
 def test_large_batches_of_half_precision_have_limits():
-    assert kernels.LIMITS["sm_100", "direct", 128].slots <= 1.3 * 220  # what sm_90 takes
+    assert kernels.LIMITS["sm_100", "direct", 128].slots <= 1.3 * 220  # the limit of sm_90
     for target in ("sm_80", "sm_90", "sm_100"):
         for d in (128, 768):
             tiles = {kernel: config.look_up(target, kernel, 2, math.inf, d) for kernel in config.KERNELS}
@@ -229,7 +231,7 @@ def test_large_batches_of_half_precision_have_limits():
 
 def test_products_one_after_the_other_are_a_fault():
     assert report_of(loop(PRODUCT, PRODUCT, DRAIN)).faults() == []
-    assert report_of(loop(PRODUCT, DRAIN, PRODUCT, DRAIN)).faults() == ["every product waits for the one before"]
+    assert report_of(loop(PRODUCT, DRAIN, PRODUCT, DRAIN)).faults() == ["every product waits for the previous one"]
 
 
 def test_warps_that_repeat_the_products_of_others_are_a_fault():
@@ -240,7 +242,7 @@ def test_warps_that_repeat_the_products_of_others_are_a_fault():
         )
 
     assert kernels._repeated(product("#mma", "8, 1") + product("#mma1", "4, 2")) == 1
-    assert report_of(loop(PRODUCT), repeated=1).faults() == ["1 products of which some warps repeat what others do"]
+    assert report_of(loop(PRODUCT), repeated=1).faults() == ["1 products in which some warps repeat the work of others"]
 
 
 def test_a_turn_by_tcgen05_has_the_flops_of_its_tile():
@@ -253,7 +255,7 @@ def test_a_turn_by_tcgen05_has_the_flops_of_its_tile():
 
 def test_a_prediction_beside_a_measurement_says_what_it_is_of(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    report = report_of(loop(BY_ONE_THREAD))  # of which the machine code does not say how large it is
+    report = report_of(loop(BY_ONE_THREAD))  # the size of this product is not in the machine code
     monkeypatch.setattr(kernels, "compile_one", lambda *_: report)
     result = {"n": 32_768, "d": 128, "dtype": "bfloat16", "gemm_gflops": 650_000.0}
     predicted = gpu._predicted(result)
@@ -274,7 +276,7 @@ def test_candidates_are_tiles_that_the_kernels_take(kernel):
         assert pack.PADDED_ROWS % block_m == pack.PADDED_ROWS % block_n == 128 % block_d == 0
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs the interpreter: a GPU has tiles that it cannot take")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs the interpreter: a GPU cannot take every tile")
 @pytest.mark.parametrize("kernel", ["direct", "owned", "fused", "gather"])
 def test_tiles_are_timed_in_turns_and_checked(kernel):
     tiles = [(32, 32, 16, 4, 2), (64, 32, 16, 4, 2)]

@@ -1,4 +1,4 @@
-"""The scalar path of two towers, InfoNCE and CLIP from one call, on every backend against the dense formula."""
+"""The scalar path of two towers: InfoNCE and CLIP from one call, on every backend, against the dense formula."""
 
 import itertools
 
@@ -36,7 +36,7 @@ def both(request):
 
 
 def result(batch, backend, both, *, mean=True, needs=(True, True), dtype=torch.float32):
-    """Loss and gradients of the operator."""
+    """Return the operator's loss and gradients."""
     return towers_result(batch, both, mean, needs, lambda *arguments: ops.info_nce_scalar(*arguments, backend), dtype)
 
 
@@ -92,7 +92,7 @@ def test_towers_form_no_gradient_of_a_frozen_side(backend, both, needs):
 
 
 def test_towers_of_one_feature_have_no_gradient(backend, both):
-    # On the line every unit row is 1 or -1, and no small step changes it.
+    # In one dimension every unit row is 1 or -1, and a small step does not change it.
     for n, temperature in itertools.product((1, 2, 17), (0.1, 0.5, 10.0)):
         batch = random_batch(n, 1, temperature)
         u, v = (z.double().sign() for z in batch[:2])
@@ -120,7 +120,7 @@ def test_dense_formula_is_the_cross_entropy(both):
 def test_towers_of_rows_around_eps_within_budget(backend, both, dtype):
     eps = {torch.float16: 6e-5, torch.float32: 1e-12}[dtype]
     z_i, z_j, *_ = random_batch(20, 16, 0.5)
-    for length in (eps / 10, 10 * eps):  # below eps they are divided by eps, and keep their radial gradient
+    for length in (eps / 10, 10 * eps):  # rows shorter than eps are divided by eps, and keep their radial gradient
         batch = Batch((F.normalize(z_i, dim=1) * length).to(dtype), z_j.to(dtype), 0.5)
         assert_towers_within_budget(batch, backend, both=both)
         assert_towers_within_budget(batch._replace(z_i=batch.z_j, z_j=batch.z_i), backend, both=both)
@@ -147,7 +147,7 @@ def test_towers_of_strided_rows_equal_contiguous(backend, both, layout):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_towers_of_huge_logits_are_no_worse_than_the_formula(backend, both, seed):
-    # Logits of 1e5 are rounded to 1e-2: only what was rounded alike on the way in and out cancels.
+    # Logits of 1e5 have rounding errors of 1e-2, which cancel only if forward and backward round alike.
     batch = random_batch(64, 16, 0.1, seed=seed).map(lambda z: z * 30)._replace(normalize=False)
     assert_towers_within_budget(batch, backend, both=both)
 
@@ -283,7 +283,7 @@ def test_compile_gives_the_same_gradients_and_recompiles_once(backend, both, nee
         inputs = [x for x in tensors if x.requires_grad]
         results = [(value, *torch.autograd.grad(value, inputs)) for value in (compiled(*tensors), loss(*tensors))]
         torch.testing.assert_close(*results)
-    assert counter.frame_count <= 2  # the first batch size, and then any
+    assert counter.frame_count <= 2  # one compilation for the first batch size, one for all others
 
 
 @pytest.mark.parametrize("needs", [(True, True), (True, False)])

@@ -1,4 +1,4 @@
-"""torch.func's transforms and autograd's own, of every public function of tensors."""
+"""Transforms of torch.func and of autograd, applied to every public function of tensors."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from tests.calls import CALLS, outputs
 
 N_SLICES = 3
 
-# Rows held between calls change in place, which no transform can take apart.
+# These modify rows that they hold between calls, and transforms do not support that.
 STATEFUL = {"QueueInfoNCELoss", "lightly.NTXentLoss bank"}
-# Sizes or branches that depend on batched values: PyTorch's vmap says so.
+# Sizes or branches depend on batched values, so PyTorch's vmap raises an error.
 DATA_DEPENDENT = {
     "pytorch_metric_learning.NTXentLoss pairs",
     "pytorch_metric_learning.SupConLoss pairs",
     "torchmultimodal.contrastive_loss_with_temperature mask",
 }
 VMAPPED = [name for name in CALLS if name not in STATEFUL | DATA_DEPENDENT]
-# No kernels: forward-mode derivatives are PyTorch's own.
+# These run no kernels, so PyTorch computes their forward-mode derivatives.
 PLAIN_PYTORCH = {
     "info_nce own",
     "alignment",
@@ -29,7 +29,7 @@ PLAIN_PYTORCH = {
     "sentence_transformers.cos_sim",
     "sentence_transformers.dot_score",
 }
-# lightly's looks at a temperature's sign.
+# lightly's NT-Xent reads the sign of the temperature.
 BATCHED_TEMPERATURE = [name for name in VMAPPED if CALLS[name].temperature and "lightly.NTXent" not in name]
 
 
@@ -72,7 +72,7 @@ def test_vmap_over_temperatures_refuses_a_bad_one():
 
 
 def differentiable(name):
-    """Inputs that want a gradient, and a loss of rows where there is one."""
+    """Return the inputs, a loss (of rows where possible), and the inputs that need a gradient."""
     torch.manual_seed(0)
     inputs = CALLS[name].inputs(5)
     loss = loss_of(name, **({"reduction": "none"} if CALLS[name].reduction else {}))

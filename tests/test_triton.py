@@ -1,4 +1,4 @@
-"""The Triton kernels against the oracle: on a GPU where there is one, else in Triton's interpreter at small sizes."""
+"""The Triton kernels against the oracle: on a GPU if there is one, else at small sizes in Triton's interpreter."""
 
 import importlib
 import inspect
@@ -47,7 +47,7 @@ STATUS = backends()["triton"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
     pytest.mark.skipif(not STATUS.available, reason=f"needs Triton: {STATUS.reason}"),
-    # Logarithms of empty sums, and the exponentials of the regime that is not wanted.
+    # NumPy warns about logarithms of empty sums, and about exponentials in the regime that is not used.
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 
@@ -77,7 +77,7 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 
 def pad_rows(monkeypatch, multiple: int) -> None:
-    """Packed rows are padded to a multiple of so many. The interpreter takes as long for padding as for rows."""
+    """Pad packed rows to this multiple. In the interpreter, padding costs as much as rows."""
     for module in (pack, panels, config):
         monkeypatch.setattr(module, "PADDED_ROWS", multiple)
 
@@ -110,7 +110,7 @@ def upstream(n: int, scale: float = 1.0) -> torch.Tensor:
 @every_pair(size=[(1, 1), (2, 3), (33, 16), (40, 130), (20, 300)], temperature=[0.001, 0.1, 10.0], dtype=DTYPES)
 def test_nt_xent_within_budget(size, temperature, dtype):
     n, d = size
-    if d > 1:  # on the line every unit row is 1 or -1, and the gradient is nothing but rounding
+    if d > 1:  # in one dimension every unit row is 1 or -1, and the gradient is pure rounding
         assert_within_budget(on_device(random_batch(n, d, temperature, dtype=dtype)), "triton")
     else:
         batch = on_device(random_batch(n, d, temperature, dtype=dtype))
@@ -129,7 +129,7 @@ def test_nt_xent_at_tile_edges_within_budget(n, temperature):
 @pytest.mark.parametrize("temperature", [0.02, 0.3])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nt_xent_of_rows_as_they_are_within_budget(dtype, temperature):
-    # How long the rows are is known to the device alone: both regimes are launched, one of them returns.
+    # Only the device knows the rows' lengths, so both regimes are launched and one returns at once.
     batch = random_batch(40, 24, temperature, dtype=dtype).map(lambda z: z / 8)._replace(normalize=False)
     assert_within_budget(on_device(batch), "triton", reduction="none", upstream=upstream(40))
 
@@ -149,7 +149,7 @@ def test_nt_xent_rows_of_any_length_within_budget(length):
 
 @pytest.fixture(params=["device"] if DEVICE == "cuda" else tensor_cores.FAMILIES)
 def each_chip(request, monkeypatch):
-    """The tiles and the rounding of a chip; its tiles for so many rows where the result is called."""
+    """Use one chip's tiles and rounding. Return a function that switches to the chip's tiles for a number of rows."""
     if DEVICE == "cuda":
         return lambda rows: None
     tensor_cores.interpret(monkeypatch, request.param)
@@ -173,7 +173,7 @@ def test_gradient_accuracy_with_the_tiles_of_a_large_batch(each_chip, d):
 
 @pytest.fixture
 def one_multiprocessor(monkeypatch):
-    """A program goes through all columns."""
+    """One program walks over all columns."""
     monkeypatch.setattr(config, "multiprocessors", lambda device: 1)
 
 
@@ -185,7 +185,7 @@ def test_gradient_over_many_columns_does_not_drift(each_chip, one_multiprocessor
 
 @pytest.fixture
 def sums_in_tensor_cores(monkeypatch):
-    """Float32 products go on adding in the accumulator that they are given."""
+    """Float32 products keep adding to the accumulator that they are given."""
     import triton.language as tl
 
     def add_product(acc, a, a_lo, b, b_lo, *modes):
@@ -195,7 +195,7 @@ def sums_in_tensor_cores(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(DEVICE == "cuda", reason="needs the interpreter: a GPU's code has been compiled")
+@pytest.mark.skipif(DEVICE == "cuda", reason="needs the interpreter: compiled code cannot be patched")
 def test_gradient_limits_reject_sums_in_tensor_cores(sums_in_tensor_cores, each_chip, one_multiprocessor):
     with pytest.raises(AssertionError, match="allowed"):
         assert_gradient_within_rounding(converged_batch(64, 128, 0.01, 1e-3), "triton")
@@ -286,7 +286,7 @@ def test_sigmoid_losses_within_budget(size, numbers, dtype, two_views):
     temperature, bias = numbers
     n, d = size
     batch = on_device(random_batch(n, d, temperature, dtype=dtype))
-    if d == 1:  # on the line every unit row is 1 or -1, and the gradient is nothing but rounding
+    if d == 1:  # in one dimension every unit row is 1 or -1, and the gradient is pure rounding
         batch = batch._replace(normalize=False)
     for needs in ((True, True),) if two_views else ((True, True), (True, False), (False, True), (False, False)):
         assert_sigmoid_within_budget(batch, "triton", two_views=two_views, bias=bias, needs=needs)
@@ -300,7 +300,7 @@ def test_sigmoid_losses_of_rows_as_they_are_within_budget(dtype, two_views):
 
 
 def converged_views() -> torch.Tensor:
-    """Samples in directions at right angles, views that nearly agree."""
+    """Return two views of samples with orthogonal directions; the views nearly agree."""
     generator = torch.Generator().manual_seed(0)
     centres = torch.linalg.qr(torch.randn(64, 64, generator=generator))[0][:60]
     return F.normalize(centres + 0.02 * torch.randn(2, 60, 64, generator=generator), dim=2)
@@ -325,7 +325,7 @@ def test_sigmoid_losses_keep_their_accuracy_when_converged(each_chip, two_views)
 
 
 def test_float16_gradients_do_not_underflow_when_converged():
-    # Every slope is below 1e-8: in units of the largest weight, a float16 would have no digit of them.
+    # Every slope is below 1e-8. In units of the largest weight, float16 would lose all digits.
     z = converged_views().to(DEVICE, torch.float16)
 
     def gradient(dtype, backend):
@@ -360,7 +360,7 @@ def limited_result(batch, dtype, backend, **limits):
 
 
 def ceiling_between(batch: Batch, share: float) -> float:
-    """A ceiling above that share of the similarities, in a gap between two of them that no rounding bridges."""
+    """Return a ceiling above this share of the similarities, in a gap too wide for rounding to bridge."""
     u = F.normalize(torch.cat((batch.z_i, batch.z_j)).double(), dim=1)
     ordered = (u @ u.T).flatten().sort().values
     first = int(len(ordered) * share)
@@ -399,8 +399,8 @@ def test_limits_keep_the_accuracy_of_a_converged_gradient(each_chip, loss):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("d", "rows"), [(8, 1), (40, 1), (128, math.inf), (300, 1), (300, math.inf)])
 def test_limits_leave_out_the_same_in_the_backward(each_chip, d, rows, dtype):
-    # Directions at equal angles, in rows that round differently: which of them are beyond the limit is chance. If the
-    # backward agrees, the probabilities of a row sum to 1.
+    # Directions at equal angles, in rows that round differently, so rounding decides which pairs exceed the limit. If
+    # the backward makes the same choice, the probabilities of each row sum to 1.
     each_chip(rows)
     generator = torch.Generator().manual_seed(0)
     directions = F.normalize(torch.eye(8, d, dtype=torch.float64) + 0.3 * torch.ones(1, d), dim=1)
@@ -422,19 +422,19 @@ def test_limits_leave_out_the_same_in_the_backward(each_chip, d, rows, dtype):
             logits = s.masked_fill(~apart | (s > side.limits[:, None]), -math.inf)
             nu = nus[len(nus) - 1 if side is other else 0]
             of_rows = (logits.softmax(dim=1).nan_to_num() * s).sum(dim=1)
-            # Whether a row has any left is chance too: what is left of it is as similar as the limit.
+            # Rounding also decides whether a row keeps any negative; a kept negative is as similar as the limit.
             of_rows = torch.where(logits.isfinite().any(dim=1), of_rows, cosine)
             expected += float(of_rows[nu > -math.inf].sum())
             pairs += int(apart.sum())
         counted = float(torch.cat(nus).exp().sum()) / math.exp(cosine)
-        assert 0 < counted < 0.99 * pairs, "rounding leaves some out, and some in"
-        if dtype == torch.float32:  # whose similarities are all the same: which rows have any left is chance too
+        assert 0 < counted < 0.99 * pairs, "rounding should leave some pairs out and keep others"
+        if dtype == torch.float32:  # all similarities are equal, and rounding decides which rows keep a negative
             expected = sum(int((nu > -math.inf).sum()) for nu in nus) * cosine
         upstreams = [Upstream(torch.ones_like(nu), nu) for nu in nus]
         *_, d_k = kernels.limited_neg_lse_backward(one, other, 1.0, upstreams[0], upstreams[-1])
         assert float(d_k) == pytest.approx(
             expected, abs=2e-3
-        )  # a pair that counts in one of the two changes it by more
+        )  # a pair that counts in only one direction changes the sum by more
 
 
 @pytest.mark.parametrize("same", [True, False])
@@ -448,7 +448,7 @@ def test_similarities_have_the_same_bits_with_rows_and_columns_exchanged(each_ch
     assert torch.equal(found, found.T) == same
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="needs Triton's interpreter: these tests' tensors are in host memory")
+@pytest.mark.skipif(DEVICE == "cuda", reason="needs Triton's interpreter: these tests use tensors in host memory")
 def test_limits_as_every_backend_has_them(maxima_that_drop_nan):
     test_false_negatives.test_what_is_as_similar_as_the_limit_stays("triton")
     test_false_negatives.test_copies_of_the_positive_stay_with_a_margin_of_zero("triton", 128)
@@ -496,7 +496,7 @@ def test_same_bits_every_time(d, dtype):
     ],
 )
 def test_sums_of_squares_of_any_size(monkeypatch, tiles, M, dtype, d, rows_held):
-    # Squares that no mask concerns, that hold the diagonal or a positive, and that end inside a tile.
+    # Squares without a mask, squares with the diagonal or a positive, and squares that end inside a tile.
     if DEVICE == "cpu":
         monkeypatch.setattr(config, "rows_held", lambda chip: rows_held)
     generator = torch.Generator().manual_seed(0)
@@ -514,7 +514,7 @@ def test_sums_of_squares_of_any_size(monkeypatch, tiles, M, dtype, d, rows_held)
         torch.testing.assert_close(value.double(), expected, rtol=2e-6, atol=2e-6)
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="needs the interpreter, which calls the mask as Python does")
+@pytest.mark.skipif(DEVICE == "cuda", reason="needs the interpreter, where the mask is a Python function")
 @pytest.mark.parametrize("multiprocessors", [1, 4])
 def test_ids_are_compared_in_tiles_that_may_hold_a_rows_own_alone(monkeypatch, multiprocessors):
     compared, apart = set(), tiles.apart
@@ -529,7 +529,7 @@ def test_ids_are_compared_in_tiles_that_may_hold_a_rows_own_alone(monkeypatch, m
     starts = range(0, 192, 32)
     assert compared == {(row, col) for row in starts for col in starts if row % 96 == col % 96}
     compared.clear()
-    assert_within_budget(random_batch(80, 16, 0.1), "triton")  # five, of which the third has rows of both views
+    assert_within_budget(random_batch(80, 16, 0.1), "triton")  # five tiles; the third has rows of both views
     starts = range(0, 160, 32)
     own = {(row, col) for row in starts for col in starts if {*_ids(row)} & {*_ids(col)}}
     assert own <= compared
@@ -542,13 +542,13 @@ def _ids(row: int) -> list[int]:
 
 @pytest.fixture
 def small_panels(monkeypatch):
-    """Squares of G of 64 rows in the interpreter; of 256, the least, on a GPU, whose tiles are larger."""
+    """Squares of G have 64 rows in the interpreter, and 256 (the minimum) on a GPU, whose tiles are larger."""
     monkeypatch.setattr(config, "PANEL", 1)
     if DEVICE == "cpu":
         monkeypatch.setattr(config, "PADDED_ROWS", 64)
 
 
-PAIRS = 33 if DEVICE == "cpu" else 260  # fill two squares of the diagonal and begin a third
+PAIRS = 33 if DEVICE == "cpu" else 260  # enough for two squares of the diagonal and part of a third
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.1])
@@ -579,14 +579,14 @@ def test_panels_of_sigmoid_losses_within_budget(small_panels, dtype):
 
 
 def as_if(monkeypatch, family: str, rows: float) -> None:
-    """Tiles are those of this device, for a batch of so many rows."""
+    """Use the tiles of this chip family, for a batch of this many rows."""
     pad_rows(monkeypatch, PADDED_ROWS)
     monkeypatch.setattr(config, "family", lambda device: family)
     monkeypatch.setattr(config, "look_up", lambda name, kernel, width, n, DP: LOOK_UP(name, kernel, width, rows, DP))
 
 
 def tiles_used(family: str, dtype: torch.dtype, d: int, rows: float) -> set[tuple]:
-    """By each kernel that such a batch needs: the tile, and whether it holds all features."""
+    """Return the tile of each kernel that such a batch launches, and whether the tile holds all features."""
     DP, width = pack.padded_features(d), 4 if dtype == torch.float32 else 2
     tiles = {kernel: config.look_up(family, kernel, width, rows, DP) for kernel in config.KERNELS}
     unused = ("form", "gather") if tiles["fused"] else ()
@@ -598,7 +598,7 @@ def tiles_used(family: str, dtype: torch.dtype, d: int, rows: float) -> set[tupl
 
 
 def batches_of_every_tile() -> list[tuple]:
-    """As few batches as use every tile of the table, each the one that adds most."""
+    """Return a small set of batches that uses every tile of the table (a greedy cover)."""
     families, dtypes = ["sm_80", "sm_90", "sm_100", "small", "gfx942"], [torch.bfloat16, torch.float32]
     every = {
         case: tiles_used(*case) for case in itertools.product(families, dtypes, [16, 128, 256, 300], [1, math.inf])
@@ -611,7 +611,7 @@ def batches_of_every_tile() -> list[tuple]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU takes its own tiles alone: needs the interpreter")
+@pytest.mark.skipif(DEVICE == "cuda", reason="needs the interpreter: a GPU takes only its own tiles")
 @pytest.mark.parametrize(("family", "dtype", "d", "rows"), batches_of_every_tile())
 def test_every_tile_of_the_table_within_budget(monkeypatch, family, dtype, d, rows):
     as_if(monkeypatch, family, rows)
@@ -630,7 +630,7 @@ def test_columns_in_parts_within_budget(monkeypatch, multiprocessors):
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Fresh memory holds NaN, or an integer that no index should be."""
+    """Fill new memory with NaN, or with an integer that is no valid index."""
 
     def poison(allocate):
         def allocated(*args, **kwargs):
@@ -659,7 +659,7 @@ def test_memory_that_was_not_written_is_not_used(poisoned, monkeypatch, n, d, te
         assert_sigmoid_within_budget(batch, "triton", two_views=two_views, bias=-3.0)
 
 
-EDGE = 256 if DEVICE == "cpu" else 512  # of squares, of which the second ends before its last padded rows
+EDGE = 256 if DEVICE == "cpu" else 512  # rows of a square; the second square ends before its last padded rows
 
 
 @pytest.mark.slow
@@ -673,7 +673,7 @@ def test_squares_of_a_panel_that_end_early_use_no_memory_that_was_not_written(po
 
 
 def uneven(look_up):
-    """Tiles of other heights in `form` and in `gather`, of other widths than heights everywhere."""
+    """Give `form` and `gather` tiles of different heights, and all kernels tiles that are not square."""
     sizes = {"form": (32, 64), "gather": (128, 32), "direct": (32, 64), "owned": (64, 32), "fused": (64, 32)}
     sizes |= {variant: sizes[kernel] for kernel, variant in config.VARIANTS.items()}
 
@@ -706,11 +706,12 @@ def test_one_row_much_longer_than_the_rest_leaves_their_gradients_accurate(ratio
     u, v = (F.normalize(torch.randn(n, 16, generator=generator), dim=1).to(DEVICE) for n in (20, 40))
     v[7] *= ratio
     u_ids, v_ids = torch.zeros(20, dtype=torch.int64, device=DEVICE), torch.arange(40, device=DEVICE)
-    v_ids[7] = 0  # the long one is nobody's negative
+    v_ids[7] = 0  # the long row is not a negative of any row
     batch, weights = (u, v, u_ids, v_ids + (v_ids != 0)), (torch.ones(20, device=DEVICE), torch.ones(40, device=DEVICE))
     runs = ("triton", torch.float32), ("reference", torch.float64)
     value, truth = (cross_result(batch, 0.5, weights, *run)[2] for run in runs)
-    # G counts each row's length over the longest: its small float16 part loses a bit for each bit of ratio beyond 2^12.
+    # G includes each row's length relative to the longest. Beyond a ratio of 2^12, its small float16 part loses one bit
+    # for each further bit of the ratio.
     assert_within_rounding(value, truth, 1 / 0.5, times=max(1.0, ratio / 2**12))
 
 
@@ -769,7 +770,7 @@ def test_a_cuda_graph_captures_loss_and_gradient(n, d, dtype, temperature_on):
 
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        step()  # compiles
+        step()  # compile the kernels
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -785,7 +786,7 @@ def test_a_cuda_graph_captures_loss_and_gradient(n, d, dtype, temperature_on):
 
 
 def kernels():
-    """Every kernel that is launched, by its name."""
+    """Return every kernel that is launched, by name."""
     modules = ("pack", "sides", "forward", "finish", "weights", "backward", "panels", "softplus", "unpack")
     found = [vars(importlib.import_module(f"fastntxent.backends.triton.{module}")) for module in modules]
     return {name: value for each in found for name, value in each.items() if name.endswith("_kernel")}
@@ -821,13 +822,13 @@ def test_parameters_of_a_kernel_stand_in_one_order(name):
 
 
 def test_sizes_that_compile_no_other_kernel_are_parameters():
-    # One that was renamed in the kernels alone would compile a kernel for each of its values.
+    # If a size were renamed only in the kernels, Triton would compile a kernel for each of its values.
     assert set(tiles.SIZES) <= {name for kernel in kernels().values() for name in kernel.arg_names}
 
 
 @pytest.fixture
 def maxima_that_drop_nan(monkeypatch):
-    """The interpreter's maximum of a number and NaN is the number, as a device's is. Before Triton 3.9 it was not."""
+    """Make the interpreter's maximum of a number and NaN the number, as on a device. Triton before 3.9 did not."""
     if DEVICE == "cpu":
         interpreter = importlib.import_module("triton.runtime.interpreter")
         monkeypatch.setattr(
@@ -887,7 +888,8 @@ def test_without_a_device_or_the_interpreter_it_says_what_it_needs():
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])
 def test_kernels_compile_within_the_chip_without_a_spill_and_on_its_matrix_units(target, tmp_path):
-    # In a process of its own: here triton interprets. `make kernels-report` takes every number of features.
+    # In a separate process, because Triton interprets in this one. `make kernels-report` covers all numbers of
+    # features.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     features = ["64", "128", "256", "768"] if target == "sm_90" else ["128", "768"]
     command = [sys.executable, "-m", "benchmarks", "kernels", "--targets", target, "--d", *features, "--check"]
@@ -900,7 +902,7 @@ def test_kernels_compile_within_the_chip_without_a_spill_and_on_its_matrix_units
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs the compilers that Triton ships for Linux")
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 def test_compiled_sums_of_float32_leave_the_matrix_units(target):
-    # Half precision shows that the count would see it: its gradient goes on in the accumulator.
+    # The half-precision gradient stays in its accumulator, so it shows that the count would detect this.
     code = f"""
 from benchmarks import kernels
 from fastntxent.backends.triton import config
@@ -923,7 +925,7 @@ for dtype in ("fp32", "bf16"):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs the compilers that Triton ships for Linux")
 def test_sums_of_packed_rows_have_one_order_whatever_the_strides():
-    # A reduction adds in the order of its layout, which follows the strides: all of them are of two numbers.
+    # A reduction adds in the order of its layout, which follows the strides. So every sum must have two terms.
     code = """
 import triton
 from benchmarks import kernels
@@ -950,7 +952,7 @@ for variant in ("usual", "transposed"):
         assert set(sums) == {"2"}
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="needs Triton's interpreter: a GPU has test_losses.py's cases on cuda")
+@pytest.mark.skipif(DEVICE == "cuda", reason="needs Triton's interpreter: on a GPU, test_losses.py runs these cases")
 @pytest.mark.parametrize("name", sorted(test_losses.CASES))
 def test_family_equals_its_dense_formulas(name):
     case = test_losses.CASES[name]

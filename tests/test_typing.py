@@ -1,4 +1,4 @@
-"""What type checkers see of the package: its calls return tensors, and options are the names there are."""
+"""The package as type checkers see it: calls return tensors, and option types list the existing names."""
 
 import importlib.util
 import subprocess
@@ -18,7 +18,7 @@ CHECKERS = {"mypy": ["tests/typed_usage.py"], "basedpyright": ["--pythonpath", s
 @pytest.mark.parametrize("checker", CHECKERS)
 def test_type_checkers_see_the_signatures(checker):
     if importlib.util.find_spec(checker) is None:
-        pytest.skip(f"needs {checker}, of the extra lint")
+        pytest.skip(f"needs {checker}, which the extra 'lint' installs")
     command = [sys.executable, "-m", checker, *CHECKERS[checker]]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr

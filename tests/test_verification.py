@@ -1,4 +1,4 @@
-"""Kernels proved on their device: what checks find, how a child's end is told, what is kept, what "auto" takes."""
+"""Verification of kernels on their device: checks, child processes, the store of verdicts, and the choice of "auto"."""
 
 import importlib
 import itertools
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 RIGHT = select("cpu", "cpu", torch.float32) if backends()["cpu"].available else select("blocked", "cpu", torch.float32)
 
 
-# --- what the checks find --------------------------------------------------------------------------------------------
+# --- faults that the checks find -------------------------------------------------------------------------------------
 
 
 def one_wrong_element(x, call):
@@ -72,7 +72,7 @@ BREAKS = {
 
 @pytest.fixture
 def broken(monkeypatch):
-    """Put the kernels of this machine into the table with one output of one method changed."""
+    """Register this machine's kernels as "broken", with one output of one method changed."""
 
     def put(method, output, change):
         calls = itertools.count()
@@ -81,7 +81,7 @@ def broken(monkeypatch):
             results = getattr(RIGHT, method)(*args)
             many = isinstance(results, tuple)
             listed = list(results) if many else [results]
-            if listed[output] is not None:  # a gradient that is not wanted
+            if listed[output] is not None:  # None is a gradient that is not needed
                 listed[output] = change(listed[output], next(calls))
             return (
                 listed[0] if not many else type(results)._make(listed) if hasattr(results, "_make") else tuple(listed)
@@ -117,8 +117,8 @@ def test_checks_find_every_break_of_every_kernel(broken, monkeypatch, method, ou
     assert caught.value.status == BREAKS[change], caught.value
 
 
-# Some calls of info_nce_scalar(z_i, z_j, inv_tau, normalize, both, mean, needs_i, needs_j), and an output that is wrong
-# in them.
+# Some kinds of calls of info_nce_scalar(z_i, z_j, inv_tau, normalize, both, mean, needs_i, needs_j), and an output to
+# corrupt in them.
 TOWERS = {
     "one direction": (lambda args: not args[4], 1),
     "both directions": (lambda args: args[4], 1),
@@ -152,7 +152,7 @@ def test_checks_pass_sound_kernels():
 
 
 def tiles_of(family, width):
-    """Every tile of the table that a batch can reach: kernel, block_m, block_n, warps, stages."""
+    """Return every reachable tile of the table, as (kernel, block_m, block_n, warps, stages)."""
     found = set()
     for kernel in (*config.KERNELS, *config.VARIANTS.values()):
         for rows, *_ in config.entries(family, kernel, width):
@@ -168,7 +168,7 @@ def tiles_of(family, width):
 @pytest.mark.skipif(not backends()["triton"].available, reason="needs Triton")
 @pytest.mark.parametrize("family", ["sm_80", "sm_90", "sm_100", "gfx942", "small", "large"])
 def test_checks_reach_every_tile_of_the_table(family, monkeypatch):
-    # Kernels are noted and not run: which are launched, and with which tiles, depends on no result.
+    # Kernels are recorded instead of run. Which kernels and tiles are launched does not depend on results.
     from triton.runtime.interpreter import InterpretedFunction
 
     launched, shifted = {}, {}
@@ -201,20 +201,20 @@ def test_checks_reach_every_tile_of_the_table(family, monkeypatch):
         run()
     for dtype, width in (("bfloat16", 2), ("float32", 4)):
         assert tiles_of(family, width) <= launched[dtype]
-    assert all(both == {False, True} for both in shifted.values()), "within the range of exp, and beyond"
+    assert all(both == {False, True} for both in shifted.values()), "each tile should run in both regimes"
     assert {("direct", one_side, None, False) for one_side in (True, False)} <= seen
     assert {("finish", None, loss, False) for loss in (True, False)} <= seen
 
 
 @pytest.mark.parametrize("multiprocessors", [20, 28, 108, 132, 148, 188])
 def test_checks_fill_every_device(multiprocessors, monkeypatch):
-    # Three blocks of 32 rows (csrc/cuda/arguments.h) for each multiprocessor, which has one or two at once.
+    # Each multiprocessor should get three blocks of 32 rows (csrc/cuda/arguments.h); it runs one or two at a time.
     properties = types.SimpleNamespace(multi_processor_count=multiprocessors)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     calls = checks._large_calls(torch.device("cuda", 0))
     assert {call for call, *_ in calls} == {"nt_xent", "two sides"}
     for call, n, _ in calls:
-        rows = n + 9 if call == "two sides" else 2 * n  # of the larger side
+        rows = n + 9 if call == "two sides" else 2 * n  # rows of the larger side
         assert 4 * math.ceil(rows / 128) >= 3 * multiprocessors
 
 
@@ -224,17 +224,17 @@ def test_checks_leave_the_settings_of_the_process_alone():
     assert (torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory) == before
 
 
-# --- the child -------------------------------------------------------------------------------------------------------
+# --- the child process -----------------------------------------------------------------------------------------------
 
 ENDS = {
-    "wrong_element": ("wrong", r"d_z_j is off by 0\.001 of its largest, \S+ allowed"),
-    "other_bits": ("not reproducible", r"d_z_j has other bits the second time"),
-    "unwritten_row": ("wrong", r"d_z_j has \d+ of \d+ numbers that are NaN, as unwritten memory is"),
+    "wrong_element": ("wrong", r"d_z_j is off by 0\.001 of its largest value, with \S+ allowed"),
+    "other_bits": ("not reproducible", r"d_z_j differs bitwise in the second call"),
+    "unwritten_row": ("wrong", r"d_z_j has \d+ of \d+ elements that are NaN, like unwritten memory"),
     "raises": ("raised an error", r"RuntimeError: an illegal memory access was encountered"),
     "segfault": ("crashed", r"SIGSEGV"),
     "hangs": ("no answer", r"killed after 20 s"),
     "no_import": ("not available", r"no such device here"),
-    "hidden_order": ("not reproducible", r"d_z_j has other bits the second time"),
+    "hidden_order": ("not reproducible", r"d_z_j differs bitwise in the second call"),
     "no_memory": ("not available", r"memory ran out: RuntimeError: CUDA error: out of memory"),
     "ended": ("not available", r"ended by SIGKILL from outside"),
     "no_start": ("not available", r"ended before its first check: exit status 3"),
@@ -253,7 +253,7 @@ def test_child_that_ends_badly_is_told_in_words(name):
     if name not in ("no_import", "no_start"):
         assert verdict.case.startswith("nt_xent: float"), verdict
     loss = nt_xent(torch.randn(4, 8), torch.randn(4, 8), 0.1)
-    assert loss.isfinite(), "this process goes on"
+    assert loss.isfinite(), "the parent process should survive"
 
 
 def test_child_passes_the_kernels_of_this_machine():
@@ -303,7 +303,7 @@ def test_children_share_the_checks(monkeypatch):
         return process._End(0, lines=[{"verdict": verdict.to_dict()}])
 
     monkeypatch.setattr(process, "_run_child", no_room)
-    assert process.check_in_child({"parts": 2}).ok, "one after the other, where there is room for one"
+    assert process.check_in_child({"parts": 2}).ok, "parts should run in turn if only one fits"
     assert asked[-1] is None
     assert len(asked) == 3
 
@@ -350,7 +350,7 @@ def test_child_on_another_device_or_version_says_nothing_of_this_one():
     model = {**store.model_of(CPU)._asdict(), "torch": "1.0"}
     verdict = process.check_in_child({"backend": "blocked", "device": "cpu", "module": None, "model": model})
     assert verdict.status == "not available"
-    assert re.search(r"the child process has torch '\S+', and this process '1.0'", verdict.detail)
+    assert re.search(r"the child process has torch '\S+', but this process has '1.0'", verdict.detail)
 
 
 def test_child_of_a_program_without_an_interpreter(monkeypatch):
@@ -405,11 +405,11 @@ def test_child_times_what_runs():
     times = json.loads(found.stdout)
     assert set(times) == {"float32", "float16"}
     for rows in ("64", "128"):
-        assert set(times["float32"]["16"][rows]) == {"blocked", "reference"}, "a backend that refuses has no entry"
+        assert set(times["float32"]["16"][rows]) == {"blocked", "reference"}, "a refusing backend has no entry"
         assert all(value > 0 for value in times["float32"]["16"][rows].values())
 
 
-# --- what is kept ----------------------------------------------------------------------------------------------------
+# --- stored verdicts and times ---------------------------------------------------------------------------------------
 
 MODEL = Model("Some GPU 80GB", "sm_99", "driver 1", "2.13", "3.6")
 MODULE = "fastntxent.backends.blocked"
@@ -430,7 +430,7 @@ def test_store_keeps_verdicts_by_model_and_kernels(tmp_path):
         assert Store(Model(**{**MODEL._asdict(), **change}), tmp_path).verdict("triton", MODULE) is None, change
     assert Store(Model("Another GPU", *list(MODEL)[1:]), tmp_path).verdict("triton", MODULE) is None
     kept.keep("triton", MODULE, Verdict("not available", "memory ran out"))
-    assert again.verdict("triton", MODULE) == PASSED, "what says nothing of the kernels is not kept"
+    assert again.verdict("triton", MODULE) == PASSED, "this verdict says nothing about the kernels"
 
 
 def test_store_does_not_know_changed_kernels(tmp_path, monkeypatch):
@@ -482,9 +482,9 @@ def test_store_in_a_folder_that_cannot_be_written_keeps_within_the_process(tmp_p
     monkeypatch.setattr(store, "write_whole", refuse)
     monkeypatch.setattr(Store, "_complained", False)
     kept = Store(MODEL, tmp_path / "new")
-    with pytest.warns(UserWarning, match=r"cannot keep its verdicts .*Read-only.*FASTNTXENT_CACHE names another"):
+    with pytest.warns(UserWarning, match=r"cannot store its verdicts .*Read-only.*FASTNTXENT_CACHE to another"):
         kept.keep("triton", MODULE, PASSED)
-    kept.keep("cuda", MODULE, PASSED)  # not said again
+    kept.keep("cuda", MODULE, PASSED)  # no second warning
     assert kept.verdict("triton", MODULE) == PASSED
 
 
@@ -537,7 +537,7 @@ def test_model_of_a_part_of_a_device_is_another(tmp_path):
 
 
 def test_file_is_closed_before_it_is_renamed(tmp_path, monkeypatch):
-    # Windows renames no file that is open.
+    # Windows cannot rename an open file.
     files = importlib.import_module("fastntxent.files")
     opened, replace = [], os.replace
 
@@ -575,7 +575,7 @@ def test_user_without_a_home_keeps_nothing(monkeypatch):
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     monkeypatch.setattr(Store, "_complained", False)
     monkeypatch.setattr(Store, "_unsaved", {})
-    with pytest.warns(UserWarning, match="cannot keep its verdicts"):
+    with pytest.warns(UserWarning, match="cannot store its verdicts"):
         Store(MODEL).keep("triton", MODULE, PASSED)
 
 
@@ -615,7 +615,7 @@ def test_eight_processes_check_once(tmp_path):
     assert sorted((tmp_path / "checked").read_text().split()) == ["cuda", "triton"]
 
 
-# --- what "auto" takes ------------------------------------------------------------------------------------------------
+# --- the choice of "auto" --------------------------------------------------------------------------------------------
 
 GPU = torch.device("cuda", 0)
 FOUND = {"cuda": "fastntxent.backends.cuda.backend", "triton": "fastntxent.backends.triton.backend"}
@@ -623,7 +623,7 @@ FOUND = {"cuda": "fastntxent.backends.cuda.backend", "triton": "fastntxent.backe
 
 @pytest.fixture
 def simulated(monkeypatch, tmp_path):
-    """A machine with GPUs: the answers of the child processes, and what was asked of them."""
+    """A simulated machine with GPUs: the answers of its child processes, and a record of the requests to them."""
 
     machine = types.SimpleNamespace(
         verdicts={"cuda": PASSED, "triton": PASSED}, times=None, ends={}, asked=[], models={0: MODEL}
@@ -663,7 +663,7 @@ def test_first_call_checks_once_and_then_never(simulated, capsys):
     assert asked == [("cuda", "cuda:0"), ("triton", "cuda:0"), (("cuda", "triton", "blocked", "reference"), "cuda:0")]
     for rows in (2, 100, 10**6):
         choose(rows=rows)
-    policy.forget()  # as in the next process
+    policy.forget()  # as in a new process
     simulated.times = {}
     assert choose() == "cuda"
     assert [call for call in simulated.asked[3:] if isinstance(call[0], str)] == []
@@ -675,15 +675,15 @@ def test_without_times_small_batches_go_to_cuda_and_large_ones_to_triton(simulat
     policy.forget()
     simulated.verdicts["triton"] = Verdict("wrong", "off", "a case")
     policy.Store(MODEL).keep("triton", FOUND["triton"], simulated.verdicts["triton"])
-    assert choose(rows=10**6) == "cuda", "the only one that has passed"
+    assert choose(rows=10**6) == "cuda", "triton failed, so cuda should be chosen"
 
 
 def test_call_in_float64_leaves_the_others_their_kernels(simulated, monkeypatch):
     monkeypatch.setattr(backends_module, "candidates", lambda kind, dtype=None: {} if dtype == torch.float64 else FOUND)
     monkeypatch.setattr(backends_module, "select", lambda name, kind, dtype: name)
     rows = types.SimpleNamespace(device=GPU, dtype=torch.float64, ndim=2, shape=(64, 8))
-    assert select_for("auto", rows, "neg_lse") == "auto", "of the table: no kernels take float64"
-    assert simulated.asked == [], "nothing is checked for it"
+    assert select_for("auto", rows, "neg_lse") == "auto", "no kernel takes float64, so the table should decide"
+    assert simulated.asked == [], "a float64 call should check nothing"
     rows.dtype = torch.float32
     assert select_for("auto", rows, "neg_lse") == "cuda"
     rows.dtype = torch.float64
@@ -709,9 +709,9 @@ def test_what_cannot_be_checked_is_said_once(simulated, capsys):
     policy.forget()
     assert choose() == "triton"
     said = capsys.readouterr().err
-    assert said.count("backend 'cuda' could not be checked on Some GPU 80GB and is not taken in this process") == 1
+    assert said.count("backend 'cuda' could not be checked on Some GPU 80GB and is not used in this process") == 1
     assert "all devices are busy" in said
-    assert [name for name, _ in simulated.asked if name == "cuda"] == ["cuda"] * 2, "not kept"
+    assert [name for name, _ in simulated.asked if name == "cuda"] == ["cuda"] * 2, "this verdict should not be stored"
 
 
 @pytest.mark.parametrize("status", ["crashed", "no answer", "raised an error"])
@@ -724,7 +724,7 @@ def test_backend_that_ends_the_timing_is_not_taken(simulated, status):
     policy.forget()
     asked = len(simulated.asked)
     assert choose() == "triton"
-    assert len(simulated.asked) == asked, "verdict and times are kept"
+    assert len(simulated.asked) == asked, "verdict and times should be stored"
 
 
 @pytest.mark.parametrize("culprit", ["blocked", "cuda"])
@@ -762,9 +762,9 @@ def test_verify_leaves_nothing_for_the_first_call(simulated, monkeypatch, capsys
     assert capsys.readouterr().err == ""
     simulated.times = {"float32": {"128": {"256": {"cuda": 0.9, "triton": 0.5, "blocked": 0.4}}}}
     fastntxent.verify(refresh=True)
-    assert choose() == "blocked", "checked and timed again"
+    assert choose() == "blocked", "a refresh should check and time again"
     fastntxent.verify(backend="triton", refresh=True)
-    assert simulated.asked[-1][0] == "triton", "one alone is not timed"
+    assert simulated.asked[-1][0] == "triton", "a single backend should not be timed"
 
 
 def test_verdicts_of_this_process_are_known_where_none_can_be_kept(simulated, monkeypatch):
@@ -798,7 +798,7 @@ def test_failure_falls_back_and_warns_once(simulated):
     assert "wrong in nt_xent: float32: d_z_j is off" in str(caught[0].message)
     assert "python -m fastntxent info" in str(caught[0].message)
     policy.forget()
-    assert choose() == "blocked", "kept, and said already: an error if it warned again"
+    assert choose() == "blocked", "the verdict should be stored, and a second warning is an error"
     assert len(simulated.asked) == 2
 
 
@@ -838,7 +838,9 @@ def test_two_device_models_are_checked_each(simulated):
     checked = [device for backend, device in simulated.asked if backend == "triton"]
     assert checked == ["cuda:0", "cuda:1"]
     choose(torch.device("cuda", 2))
-    assert [device for backend, device in simulated.asked if backend == "triton"] == checked, "the first one's model"
+    assert [device for backend, device in simulated.asked if backend == "triton"] == checked, (
+        "devices of one model should be checked once"
+    )
 
 
 def test_choice_follows_what_was_measured(simulated):
@@ -851,18 +853,20 @@ def test_choice_follows_what_was_measured(simulated):
             "768": {"256": {"cuda": 0.5, "triton": 0.6, "blocked": 0.3}},
         }
     }
-    assert choose(rows=100) == choose(rows=1000) == "cuda", "nearest in octaves; the dense loss is never taken"
+    assert choose(rows=100) == choose(rows=1000) == "cuda", (
+        "the nearest size in octaves decides; the dense loss is never picked"
+    )
     assert choose(rows=1100) == choose(rows=10**6) == "triton"
-    assert choose(rows=256, features=512) == "blocked", "correct, and slower"
-    assert choose(dtype=torch.float16) == "cuda", "not timed: the first that passed"
+    assert choose(rows=256, features=512) == "blocked", "both kernels are correct but slower"
+    assert choose(dtype=torch.float16) == "cuda", "without times, the first that passed should be chosen"
     assert policy._decided[GPU].explain(torch.float32, 4096, 128) == (
         "triton",
-        "the quickest of those that have passed: triton 0.5 ms, blocked 0.8 ms, cuda 0.9 ms",
+        "the fastest of those that have passed: triton 0.5 ms, blocked 0.8 ms, cuda 0.9 ms",
     )
     policy.forget()
     asked = len(simulated.asked)
     choose()
-    assert len(simulated.asked) == asked, "times are kept too"
+    assert len(simulated.asked) == asked, "times should be stored too"
 
 
 def test_choice_in_a_captured_graph_goes_by_replays(simulated, monkeypatch):
@@ -872,7 +876,7 @@ def test_choice_in_a_captured_graph_goes_by_replays(simulated, monkeypatch):
     assert choose(rows=256) == "triton"
     monkeypatch.setattr(policy, "_capturing", lambda device: True)
     assert choose(rows=256) == "cuda"
-    assert choose(rows=16384) == "triton", "no replay was timed there"
+    assert choose(rows=16384) == "triton", "no replay was timed at this size"
     monkeypatch.setattr(policy, "_capturing", lambda device: False)
     assert choose(rows=256) == "triton"
 
@@ -901,14 +905,14 @@ def test_cpu_tensors_are_not_the_policys_business(monkeypatch):
 
 def test_candidates_are_what_loads_and_takes_the_dtype():
     found = candidates("cuda", torch.float64)
-    assert found == {}, "no kernel for a GPU takes float64"
+    assert found == {}, "no GPU kernel takes float64"
     assert set(candidates("cuda")) <= {"cuda", "triton"}
     assert candidates("cpu") == {}
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a C++ compiler that torch.compile finds")
 def test_compiled_code_chooses_when_it_runs(monkeypatch):
-    # A compiled graph runs once before it is recorded into a CUDA graph: what a choice needs is found out then.
+    # A compiled graph runs once before it is captured in a CUDA graph, and that run must make the choice.
     compiling, chosen = [], []
 
     def take(device, found, dtype, rows, features):
@@ -923,5 +927,5 @@ def test_compiled_code_chooses_when_it_runs(monkeypatch):
     z_i, z_j = torch.randn(2, 6, 8).requires_grad_()
     for _ in range(2):
         compiled(z_i, z_j).backward()
-    assert chosen == [(12, 8)] * 2, "once for each run, with real sizes, and never while it is traced"
+    assert chosen == [(12, 8)] * 2, "each run should choose once, with real sizes, and never during tracing"
     assert not any(compiling)

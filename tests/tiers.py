@@ -1,4 +1,4 @@
-"""Which cases `make test` leaves to `make test-all`: those that repeat in minutes what others show in seconds."""
+"""Which cases `make test` leaves to `make test-all`: those that take minutes and repeat what others show in seconds."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from allpairspy import AllPairs
 
 
 def tiered(values: Iterable[Any], slow: Callable[[Any], bool]) -> list[Any]:
-    """The values of a parametrisation, some of them slow."""
+    """Return the values of a parametrisation, with the slow ones marked."""
     return [pytest.param(value, marks=pytest.mark.slow) if slow(value) else value for value in values]
 
 
 def every_pair(**axes: Iterable[Any]) -> pytest.MarkDecorator:
-    """Parametrise by cases in which every two values of two axes meet, as few as that takes."""
+    """Parametrise by the fewest cases in which every two values of two axes meet."""
     names, values = list(axes), [list(axis) for axis in axes.values()]
     return pytest.mark.parametrize(names, [tuple(case) for case in AllPairs(values)])

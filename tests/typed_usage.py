@@ -1,6 +1,6 @@
-"""A user's code, for the type checkers alone: `test_typing.py` runs them over it, and nothing runs the code.
+"""User code for the type checkers only: `test_typing.py` checks it, and nothing runs it.
 
-They report a `type: ignore` that has nothing to ignore: the lines that have one must be refused, and no others.
+The checkers report an unused `type: ignore`. So every line that has one must be rejected, and no other line may be.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fastntxent.compat import (
 z = torch.randn(8, 4)
 ids = torch.arange(8)
 
-# A module's call has the arguments of its forward, and returns a tensor.
+# Calling a module takes the arguments of its forward and returns a tensor.
 assert_type(fastntxent.NTXentLoss(0.1, label_smoothing=0.1)(z, z, ids=ids), Tensor)
 assert_type(fastntxent.MultiViewNTXentLoss()([z, z, z]), Tensor)
 assert_type(fastntxent.DCLLoss(backend="cpu")(z, z), Tensor)
@@ -44,7 +44,7 @@ fastntxent.NTXentLoss()(z, z, labels=ids)  # type: ignore
 fastntxent.QueueInfoNCELoss(16, 4)(z, z, "ids")  # type: ignore
 fastntxent.DistillLoss()(z, z, teacher=z)  # type: ignore
 
-# So have the drop-ins.
+# So does calling a drop-in.
 assert_type(lightly.NTXentLoss(torch.tensor(0.1))(z, z), Tensor)
 assert_type(lightly.MemoryBankModule((16, 4))(z, update=True), "tuple[Tensor, Tensor | None]")
 assert_type(fastntxent.compat.lightly.DCLLoss()(z, z), Tensor)

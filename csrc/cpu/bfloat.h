@@ -1,11 +1,10 @@
 // The instructions that multiply pairs of bfloat16 numbers, each as a function: VDPBF16PS and VCVTNEPS2BF16
-// (AVX512_BF16), and tiles (AMX). With FNTX_EMULATE the same functions are AVX-512 code that rounds as Intel's manual
-// says, so that check.cpp can hold the kernels to their definition on processors without the instructions. Of
-// AVX512_BF16 the emulation gave the bits of a processor on 48 million random lanes, NaN and subnormal numbers among
-// them.
+// (AVX512_BF16) and tiles (AMX). With FNTX_EMULATE, the same functions are AVX-512 code that rounds according to
+// Intel's manual, so that check.cpp can test the kernels on processors without the instructions. The emulation of
+// AVX512_BF16 agreed bit for bit with a processor on 48 million random lanes, which included NaN and subnormal numbers.
 //
-// A pair is a 32-bit word, with the number of the even index in its low half. A product takes its left operand row by
-// row, and its right operand as rows that have a pair of every column.
+// A pair is a 32-bit word with the number of the even index in its low half. A product reads its left operand row by
+// row; each row of its right operand holds one pair of every column.
 #pragma once
 
 #include <immintrin.h>
@@ -34,7 +33,7 @@ FNTX_INLINE Vec<float> fused(Vec<float> a, Vec<float> b, Vec<float> c) {
 
 #endif
 
-// c + a b in each lane: the odd product is added first, then the even one, each with one rounding.
+// Return c + a b in each lane: the odd product is added first, then the even one, each with one rounding.
 FNTX_INLINE Vec<float> add_products(Vec<float> c, BfloatPairs a, BfloatPairs b) {
 #ifdef FNTX_EMULATE
     return fused(even(a), even(b), fused(odd(a), odd(b), without_subnormals(c)));
@@ -43,7 +42,7 @@ FNTX_INLINE Vec<float> add_products(Vec<float> c, BfloatPairs a, BfloatPairs b) 
 #endif
 }
 
-// Rounded to the nearest, ties to even; NaN stays NaN, subnormal numbers become zero.
+// Round to nearest, ties to even. NaN stays NaN, and subnormal numbers become zero.
 FNTX_INLINE Halves to_bfloat(Vec<float> x) {
 #ifdef FNTX_EMULATE
     const BfloatPairs bits = (BfloatPairs)without_subnormals(x), rounded = bits + 0x7fff + (bits >> 16 & 1);
@@ -59,14 +58,14 @@ FNTX_INLINE Halves to_bfloat(Vec<float> x) {
 #ifdef FNTX_TILES
 
 constexpr int TILE_ROWS = 16;
-constexpr int TILE_BYTES = 64;  // of a row
+constexpr int TILE_BYTES = 64;  // bytes of a row
 constexpr int TILES = 8;
 
 #ifdef FNTX_EMULATE
 
 inline thread_local BfloatPairs tile_rows[TILES][TILE_ROWS];
 
-// c + a B: even and odd products have a sum each, and the two are added up before they are added to c.
+// Return c + a B. Even and odd products are summed separately, and the two sums are added before they are added to c.
 FNTX_INLINE Vec<float> add_tile_row(Vec<float> c, BfloatPairs a, const BfloatPairs* b) {
     Vec<float> evens = {}, odds = {};
     for (int i = 0; i < TILE_ROWS; ++i) {
@@ -101,8 +100,8 @@ class UsingTiles {
     UsingTiles& operator=(const UsingTiles&) = delete;
 };
 
-// Assembly, because GCC 12's intrinsics do not tell the compiler that a tile is loaded from memory, so that it may
-// leave out the stores before. Rows are `stride` words apart.
+// These are assembly because GCC 12's intrinsics do not tell the compiler that a tile is loaded from memory, so it may
+// drop the stores before the load. Rows are `stride` words apart.
 
 template <int TILE> FNTX_INLINE void zero_tile() {
 #ifdef FNTX_EMULATE
@@ -130,7 +129,7 @@ template <int TILE> FNTX_INLINE void store_tile(void* to, int64_t stride) {
 #endif
 }
 
-// C += A B, with C and B of 16 columns.
+// C += A B, where C and B have 16 columns.
 template <int C, int A, int B> FNTX_INLINE void multiply_tiles() {
 #ifdef FNTX_EMULATE
     for (int row = 0; row < TILE_ROWS; ++row)

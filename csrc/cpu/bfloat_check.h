@@ -1,5 +1,5 @@
-// One product of each layout of bfloat_products.h, compared with plain C++. All numbers are small integers, so that the
-// order of a sum makes no difference.
+// Compares one product in each layout of bfloat_products.h with plain C++. All numbers are small integers, so the order
+// of a sum makes no difference.
 #pragma once
 
 #include <algorithm>
@@ -52,7 +52,7 @@ class BfloatCheck {
         return right;
     }
 
-    // Rows and columns gather into the same sums: G + G^T times u.
+    // Rows and columns gather into the same array, which then holds (G + G^T) u.
     bool gathered_right() {
         for (int64_t i = 0; i < EDGE * EDGE; ++i) buffer_[i] = float(i * 11 % 13 - 6);
         std::fill(gathered_, gathered_ + EDGE * LD, 0.0f);

@@ -1,12 +1,12 @@
-// Products of bfloat16 rows by the instructions of bfloat.h, which sum up in float.
+// Products of bfloat16 rows by the instructions of bfloat.h, which accumulate in float.
 //
-// Similarities: the rows z are multiplied as they are, except for a power of two that brings a row's length to [1, 2).
-// That rounds nothing and keeps every sum in range, where the instructions flush no result to zero. The product of two
-// bfloat16 numbers is exact in float, so the sums are as accurate as those of widened rows. They are then multiplied by
-// a factor of the row and one of the column, which normalise.
+// Similarities: the rows z are multiplied unchanged, except for a power of two that makes each row's length at least 1
+// and less than 2. This scaling rounds nothing and keeps every sum in a range in which the instructions flush no result
+// to zero. The product of two bfloat16 numbers is exact in float, so the sums are as accurate as sums over widened
+// rows. A factor per row and a factor per column then normalise them.
 //
-// Gradients: sum_j G_ij u_j = sum_j (G_ij factor_j) z_j. Only G_ij factor_j is rounded, to bfloat16, as the gradient
-// will be. The temperature's gradient is returned in float: sum G_ij s_ij is formed from G before it is rounded.
+// Gradients: sum_j G_ij u_j = sum_j (G_ij factor_j) z_j. Only G_ij factor_j is rounded to bfloat16, as the gradient
+// itself will be. The temperature's gradient is returned in float, so sum G_ij s_ij is formed before G is rounded.
 #pragma once
 
 #include <math.h>
@@ -18,11 +18,11 @@ namespace fntx::FNTX_ISA {
 
 #ifdef FNTX_TILES
 
-// A block is one tile of rows by up to three of columns, and takes seven of the eight tiles.
+// A block is one tile of rows by up to three tiles of columns, and uses seven of the eight tile registers.
 constexpr int64_t BLOCK_ROWS = TILE_ROWS, INNER_STEP = WORDS_OF_REGISTER;
 
-// c (BLOCK_ROWS, V vectors) = a b, or c + a b if it is `begun`. b has V vectors a row, and the inner dimension is
-// `inner` words, a multiple of INNER_STEP.
+// c (BLOCK_ROWS, V vectors) = a b, or c + a b if `begun`. b has V vectors per row, and the inner dimension is `inner`
+// words, a multiple of INNER_STEP.
 template <int V>
 FNTX_INLINE void multiply_block(float* c, int64_t ldc, bool begun, const uint32_t* a, int64_t lda, const uint32_t* b,
                                 int64_t inner) {
@@ -60,7 +60,7 @@ FNTX_INLINE void multiply_block(float* c, int64_t ldc, bool begun, const uint32_
 constexpr int64_t BLOCK_ROWS = REGISTER_ROWS, INNER_STEP = 1;
 
 struct UsingTiles {
-    UsingTiles() {}  // a variable of it counts as used
+    UsingTiles() {}  // so that an instance does not count as unused
 };
 
 template <int V>
@@ -85,13 +85,13 @@ FNTX_INLINE void multiply_block(float* c, int64_t ldc, bool begun, const uint32_
 
 #endif
 
-// Transpose ROWS rows of words: to[d ldt + row] = from[row ldf + d] for d < D. Four by four, in vectors of four.
+// Transpose ROWS rows of words, so that to[d ldt + row] = from[row ldf + d] for d < D, in 4 x 4 blocks of vectors.
 template <int ROWS> void transpose_words(uint32_t* to, int64_t ldt, const uint32_t* from, int64_t ldf, int64_t D) {
     typedef uint32_t Four __attribute__((vector_size(16)));
     typedef uint32_t UnalignedFour __attribute__((vector_size(16), aligned(4), may_alias));
     const auto load_four = [](const uint32_t* p) { return Four(*reinterpret_cast<const UnalignedFour*>(p)); };
     const auto store_four = [](uint32_t* p, Four x) { *reinterpret_cast<UnalignedFour*>(p) = x; };
-    static_assert(ROWS % 4 == 0 && WORDS_OF_REGISTER % 4 == 0);  // D is a multiple of the latter
+    static_assert(ROWS % 4 == 0 && WORDS_OF_REGISTER % 4 == 0);  // D is a multiple of WORDS_OF_REGISTER
     for (int64_t d = 0; d < D; d += 4)
         for (int row = 0; row < ROWS; row += 4) {
             const uint32_t* p = from + row * ldf + d;
@@ -101,7 +101,7 @@ template <int ROWS> void transpose_words(uint32_t* to, int64_t ldt, const uint32
         }
 }
 
-// Pairs of a number of `first` and one of `second`.
+// Return pairs of one number from `first` and one from `second`.
 FNTX_INLINE BfloatPairs interleave(Halves first, Halves second) {
     return __builtin_convertvector(first, BfloatPairs) | __builtin_convertvector(second, BfloatPairs) << 16;
 }
@@ -114,7 +114,7 @@ FNTX_INLINE Halves load_halves(const void* p) {
 
 struct BfloatProducts {
     static constexpr int64_t ROWS = BLOCK_ROWS;
-    static constexpr int64_t INNER = 128;  // words of a panel's part: as many bytes as in FloatProducts
+    static constexpr int64_t INNER = 128;  // words: the same number of bytes of a panel as in FloatProducts
     static constexpr int64_t GATHERED = 96;
     static constexpr bool KEEPS_PRODUCTS = true;
 
@@ -130,12 +130,12 @@ struct BfloatProducts {
 
     static int64_t whole_steps(int64_t n) { return (n + INNER_STEP - 1) / INNER_STEP * INNER_STEP; }
 
-    // Make similarities of products.
+    // Turn products into similarities.
     FNTX_INLINE void scale(Acc& acc, const Tile<float>& tile, int64_t row, int64_t col) {
 #pragma GCC unroll 3
         for (int v = 0; v < REGISTER_VECTORS; ++v) {
             const Vec<float> of_cols = load(tile.cols->factors + tile.col0 + col + v * LANES<float>);
-            // The same bits whichever of the two is the row.
+            // The two factors are multiplied first, so s_ij and s_ji have the same bits.
 #pragma GCC unroll 8
             for (int r = 0; r < REGISTER_ROWS; ++r) acc.c[r][v] *= of_cols * tile.rows->factors[tile.row0 + row + r];
         }
@@ -156,7 +156,7 @@ struct BfloatProducts {
         }
     }
 
-    // Hand the products that a forward kept to finish(acc, row, col), as form_products does.
+    // Call finish(acc, row, col) on the products that the forward kept, as form_products does.
     template <class Finish> FNTX_INLINE void recall(const Tile<float>& tile, Finish finish) {
         for (int64_t col = 0; col < tile.n_cols; col += PANEL<float>)
             for (int64_t row = 0; row < tile.n_rows; row += ROWS)
@@ -192,12 +192,12 @@ struct BfloatProducts {
         void finish(const Tile<float>& tile, double scale) {
             double sum = 0;
             for (int lane = 0; lane < LANES<float>; ++lane) sum += lanes_[lane];
-            // A diagonal tile has every pair twice.
+            // A diagonal tile contains every pair twice.
             *tile.radial += sum * scale * (tile.diagonal ? 0.5 : 1);
         }
 
       private:
-        // The similarity of a pair that G leaves out may be infinite.
+        // The similarity of a pair that does not count (G = 0) may be infinite.
         FNTX_INLINE Vec<float> product(Vec<float> g, Vec<float> s) { return g == 0 ? Vec<float>{} : g * s; }
 
         __attribute__((always_inline)) void add_sum(Vec<float> sum) {
@@ -208,7 +208,7 @@ struct BfloatProducts {
         double lanes_[LANES<float>] = {};
     };
 
-    // Add what either side gathers with the G in the tile's buffer.
+    // Add what rows and columns gather, with G in the tile's buffer.
     static void gather(const Tile<float>& tile) {
         const PackedSide<float>&rows = *tile.rows, &cols = *tile.cols;
         if (rows.gathered) {
@@ -224,7 +224,7 @@ struct BfloatProducts {
     }
 
   private:
-    // Write G_ij factor_j to the tile's bfloats, and zeros behind the last column.
+    // Write G_ij factor_j to the tile's bfloats, with zeros after the last column.
     static void round_rows(const Tile<float>& tile) {
         const int64_t length = words_of(tile.edge), end = 2 * words_of(tile.n_cols);
         const float* factors = tile.cols->factors + tile.col0;
@@ -236,7 +236,7 @@ struct BfloatProducts {
             }
     }
 
-    // Write G_ij factor_i, transposed.
+    // Write G_ij factor_i to the tile's bfloats, transposed.
     static void round_columns(const Tile<float>& tile) {
         const int64_t length = words_of(tile.edge), end = 2 * words_of(tile.n_rows);
         const float* factors = tile.rows->factors + tile.row0;
@@ -255,7 +255,7 @@ struct BfloatProducts {
             }
     }
 
-    // A vector of G, zero behind the last column.
+    // Return a vector of G, with zeros after the last column.
     FNTX_INLINE Vec<float> columns_of(const Tile<float>& tile, int64_t row, int64_t col) {
         const Vec<float> g = load(tile.buffer + row * tile.edge + col);
         Bits<float> columns;
@@ -288,8 +288,8 @@ struct BfloatProducts {
 
 // --- input -----------------------------------------------------------------------------------------------------------
 
-// Pack a row of u that is not normalised yet, and its factor; u will be divided by `divisor`. Without normalisation the
-// powers of two are bounded, so that the product of two factors stays in range.
+// Pack a row of u that has not been normalised yet, and store its factor; u will be divided by `divisor`. Without
+// normalisation the exponents are clamped, so that the product of two factors stays in range.
 FNTX_INLINE void pack_bfloats(const PackedSide<float>& side, int64_t row, int64_t ld, double length, double divisor,
                               bool normalize) {
     int exponent = length > 0 && length < INFINITY ? ilogb(length) : 0;

@@ -1,6 +1,7 @@
-// Holds the C interface (fastntxent.h) against the definition, O(M^2 D), over odd shapes, types, strides and numbers of
-// threads. sanitize.sh builds it, with the sanitizers and without: inputs and outputs are allocated to the element, so
-// that whoever leaves them is seen, and whatever nobody wrote is NaN. The first failure names its case.
+// Tests the C interface (fastntxent.h) against the definition, in O(M^2 D), over odd shapes, dtypes, strides and
+// numbers of threads. sanitize.sh builds it with and without sanitizers. Inputs and outputs are allocated to the
+// element, which exposes out-of-bounds accesses, and outputs start as NaN, which exposes elements that were not
+// written. The first failure names its case and ends the run.
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -18,7 +19,7 @@
 #include "memory.h"
 
 #ifdef FNTX_EXACT_MEMORY
-// In the place of memory.cpp: nothing is rounded up or held, so that the kernels' own memory is guarded as well.
+// Replaces memory.cpp: nothing is rounded up or held, so that the sanitizers guard the kernels' own memory as well.
 namespace fntx {
 void* acquire_memory(size_t bytes, size_t& capacity) {
     void* memory = nullptr;
@@ -40,7 +41,7 @@ const char* const BASELINE = "portable";
 constexpr int64_t SMALLEST_EDGE = fntx::ALIGNED_ROWS;  // of a tile
 
 #ifdef FNTX_EMULATE
-const char* const SETS[] = {"avx512_bf16", "amx"};  // other builds check the others
+const char* const SETS[] = {"avx512_bf16", "amx"};  // other builds check the other sets
 #else
 const char* const SETS[] = {BASELINE, "avx2", "avx512", "avx512_bf16", "amx"};
 #endif
@@ -50,8 +51,8 @@ void on_each_set(const std::function<void()>& body) {
         if (fntx_use_instruction_set(set) == FNTX_OK) body();
 }
 
-// The unit roundoff of bfloat16 where G is rounded to it: in gradients of bfloat16 rows, on the sets that do not widen
-// them.
+// Return the unit roundoff of bfloat16 where G is rounded to it (gradients of bfloat16 rows on the sets that do not
+// widen them), otherwise 0.
 double rounding(int dtype) {
     const std::string set = fntx_instruction_set();
     return dtype == FNTX_BFLOAT16 && (set == "amx" || set == "avx512_bf16") ? ldexp(1, -8) : 0;
@@ -65,22 +66,21 @@ template <class T> void verify_as(const Case& c, const std::vector<int>& threads
             for (Mode mode : {FORWARD, BACKWARD, BOTH, LOSS})
                 for (int kept : tiles) {
                     if (mode == LOSS && !p.paired) continue;
-                    if (p.c.classes && mode != LOSS && mode != FORWARD)
-                        continue;                                   // they have no meaning without a loss
-                    if (mode < BOTH && kept != tiles[0]) continue;  // they have no use for a workspace
+                    if (p.c.classes && mode != LOSS && mode != FORWARD) continue;  // classes need a loss
+                    if (mode < BOTH && kept != tiles[0]) continue;                 // only BOTH and LOSS use a workspace
                     const int64_t workspace = kept * int64_t(SMALLEST_EDGE * SMALLEST_EDGE * sizeof(T));
                     CheckedCall<T> run(p, mode, team, workspace), second(p, mode, team, workspace);
                     const std::string bits = run.bits();
                     expect(!bits.empty(), run.name() + ": status");
                     run.compare(rounding(p.c.dtype));
-                    expect(second.bits() == bits, run.name() + ": other bits the second time");
+                    expect(second.bits() == bits, run.name() + ": different bits the second time");
                 }
     });
 }
 
-// --quick is for emulated machines. It leaves out the cases of float64 whose definition takes more than QUICK
-// multiplications, since long double may be software there. It takes one in four of the others with more than COSTLY,
-// and no large blocks.
+// --quick is for emulated machines. It leaves out float64 cases whose definition takes more than QUICK multiplications,
+// because long double may be emulated in software there. Of the other cases with more than COSTLY multiplications it
+// runs one in four, and it leaves out large blocks.
 bool quick = false;
 constexpr int64_t QUICK = 30000, COSTLY = 400000;
 
@@ -92,8 +92,8 @@ bool taken(const Case& c) {
     return c.dtype == FNTX_FLOAT64 ? multiplications <= QUICK : multiplications <= COSTLY || large++ % 4 == 0;
 }
 
-// On every instruction set, in every mode; `tiles` of the smallest size fit into the workspace. Emulated instructions
-// are slow, and take only the last of the numbers of threads.
+// Check a case on every instruction set, in every mode, and with a workspace for each number of smallest tiles in
+// `tiles`. Emulated instructions are slow, so they run only the last number of threads.
 void verify(Case c, std::vector<int> threads, const std::vector<int>& tiles) {
 #ifdef FNTX_EMULATE
     c.dtype = FNTX_BFLOAT16, threads = {threads.back()};
@@ -105,10 +105,10 @@ void verify(Case c, std::vector<int> threads, const std::vector<int>& tiles) {
 // --- groups ----------------------------------------------------------------------------------------------------------
 
 const int64_t SIZES[] = {1, 2, 3, 7, 23, 24, 25, 47, 48, 49, 95, 97, 150};
-constexpr int SMALL_SIZES = 7;   // of these, from the first
+constexpr int SMALL_SIZES = 7;   // the first sizes
 constexpr int ALL_TILES = 1000;  // more than any case has
 
-// Every size with every dimension (one in six of those that are COSTLY), the rest by chance.
+// Check every size with every dimension (one in six of those that are COSTLY). The other options are random.
 template <class Shape> void shapes(Shape shape) {
     for (int64_t n : SIZES)
         for (int64_t D : {1, 2, 3, 15, 16, 17, 48, 127, 128, 129, 300}) {
@@ -128,7 +128,7 @@ Case rectangle(int64_t n, int64_t D) {
     return {{n, draw() % 2 ? n : 0}, {other, draw() % 2 ? SIZES[draw() % SMALL_SIZES] : 0}, D};
 }
 
-// As many columns as rows, and the loss of their pairs: in both directions, or with a weight of 0 in one.
+// As many columns as rows, with the loss of their pairs: in both directions, or with a weight of 0 in one.
 Case in_pairs(Case c, double cols_loss_weight = 0.3) {
     c.cols_loss_weight = cols_loss_weight;
     return c;
@@ -139,22 +139,22 @@ Case pairs(int64_t n, int64_t D) {
     return in_pairs({{n, 0}, {first, n - first}, D}, draw() % 2 ? 0.3 : 0);
 }
 
-// The losses of NT-Logistic and of SigLIP, and the sums alone.
+// NT-Logistic or SigLIP: the loss, and the sums alone.
 Case softplus(Case c, int function = FNTX_SOFTPLUS) {
     c.function = function;
     c.bias = 12 * noise();
     return c;
 }
 
-// A loss that compares nu with given numbers. Beside numbers of a size of 100 some rows weigh nothing, and others
-// nearly nothing.
+// A loss that compares nu with given numbers. With numbers of size 100, some rows have no weight and others almost
+// none.
 Case against(int64_t n, int64_t D) {
     Case c = rectangle(n, D);
     c.against = draw() % 2 ? 3 : 100;
     return c;
 }
 
-// SupCon's loss. With ids by index two views are pairs; unique ids leave no positive.
+// SupCon's loss. With ids by index, two views are pairs; unique ids leave no positives.
 Case classes(Case c, int form = FNTX_OUT) {
     c.classes = true, c.form = form;
     c.mean = draw() % 2;
@@ -165,7 +165,7 @@ Case classes_of_some(int64_t n, int64_t D) {
     return classes(draw() % 2 ? two_views(n, D) : one_matrix(n, D), draw() % std::size(FORMS));
 }
 
-// Rows that leave out what is too similar to them.
+// Rows that leave out similarities above a limit.
 Case limited(Case c) {
     const bool has_positives = c.cols_loss_weight >= 0 || (c.rows[0] == c.rows[1] && c.cols[0] + c.cols[1] == 0);
     c.limits = has_positives && draw() % 2 ? LIMITS_OF_POSITIVES : LIMITS_OF_ROWS;
@@ -189,7 +189,7 @@ Case sigmoid(int64_t n, int64_t D) {
     return softplus(c, FNTX_SIGMOID);
 }
 
-// Shapes at which several threads share a call (from 4e6 multiplications on), with odd and even numbers of blocks.
+// Shapes that several threads share (from 4e6 multiplications on), with odd and even numbers of blocks.
 void threads_and_workspaces() {
     int dtype = FNTX_FLOAT64;
     for (double tau : {0.07, 0.001})
@@ -200,13 +200,13 @@ void threads_and_workspaces() {
               limited({{150, 150}, {0, 0}, 45}), limited(in_pairs({{193, 0}, {97, 96}, 160})),
               softplus({{150, 150}, {0, 0}, 45}), softplus(in_pairs({{193, 0}, {97, 96}, 160})),
               softplus(in_pairs({{193, 0}, {97, 40}, 160}), FNTX_SIGMOID)}) {
-            c.dtype = dtype++ % int(std::size(DTYPES)), c.tau = tau, c.ids = draw() % 3;  // not all the same
+            c.dtype = dtype++ % int(std::size(DTYPES)), c.tau = tau, c.ids = draw() % 3;  // without "all the same"
             verify(c, {1, 2, 3}, {0, 1, ALL_TILES});
         }
 }
 
-// Few rows or columns, which have sums for each slab of the other side. Some slabs reach beyond that side, some have no
-// negative for a row.
+// Few rows or columns, with a copy of their sums for each slab of the other side. Some slabs extend beyond that side,
+// and some have no negatives for a row.
 void slabs() {
     int dtype = 0, loss = 0;
     for (double tau : {0.07, 0.001})
@@ -238,7 +238,7 @@ void larger_tiles() {
     }
 }
 
-// Rows shorter than eps, float16's subnormal numbers, and lengths whose squares leave the range of floats.
+// Rows shorter than eps, subnormal float16 numbers, and lengths whose squares leave the range of float.
 void magnitudes() {
     for (int dtype = 0; dtype <= FNTX_FLOAT64; ++dtype)
         for (int normalize : {0, 1}) {
@@ -251,8 +251,8 @@ void magnitudes() {
         }
 }
 
-// NaN, another whose lowest bits (of which an exponential makes an exponent) are not zero in a float or a double, both
-// infinities, and numbers.
+// Return two kinds of NaN, both infinities, and the given numbers. The marked NaN has non-zero low bits, as float and
+// as double; the exponential turns those bits into an exponent.
 std::vector<double> unusual(std::initializer_list<double> numbers) {
     const uint64_t bits = 0x7ff8000000000000 | uint64_t(0xa5) << 29 | 0x5a5;
     double marked;
@@ -262,8 +262,9 @@ std::vector<double> unusual(std::initializer_list<double> numbers) {
     return all;
 }
 
-// One NaN reaches every row that has it among its negatives, and the loss; so does an infinity, which becomes one where
-// rows are normalised. A row of any finite length harms nobody there. Row i's positive has the same index modulo 50.
+// A NaN reaches the loss and every row that has it among its negatives. So does an infinity if rows are normalised,
+// because it becomes a NaN. A row of finite length then affects no other row. The positive of row i has the same index
+// modulo 50.
 template <class T> void unusual_rows(const Case& c) {
     const double huge = sizeof(T) == 4 ? 3e38 : 1e150;
     Problem<T> p(c);
@@ -277,15 +278,15 @@ template <class T> void unusual_rows(const Case& c) {
                     expect(!run.bits().empty(), run.name() + ": status");
                     if (mode != LOSS || (isfinite(x) && !c.normalize) || c.dtype == FNTX_FLOAT16) continue;
                     const bool lost = isfinite(x) != isfinite(run.scalars[0]);
-                    expect(!lost, run.name() + ": loss with " + std::to_string(x));
+                    expect(!lost, run.name() + ": loss for input " + std::to_string(x));
                     for (size_t i = 0; i < run.nu[p.last].size() && (isnan(x) || (isinf(x) && c.normalize)); ++i)
-                        expect(i % 50 == 3 || isnan(run.nu[p.last][i]), run.name() + ": NaN lost");
+                        expect(i % 50 == 3 || isnan(run.nu[p.last][i]), run.name() + ": NaN is lost");
                 }
         });
     }
 }
 
-// What a backward is given may be anything.
+// A backward takes any upstream gradient and neg_lse.
 template <class T> void unusual_upstream(const Case& c) {
     const Problem<T> p(c);
     for (double x : unusual({1e30, -1e30}))
@@ -293,8 +294,8 @@ template <class T> void unusual_upstream(const Case& c) {
             CheckedCall<T> weights(p, BACKWARD, 1, 0), neg_lse(p, BACKWARD, 1, 0);
             weights.w[0][3] = T(x), neg_lse.nu[0][3] = T(x);
             expect(!weights.bits().empty() && !neg_lse.bits().empty(), weights.name() + ": status");
-            expect(isfinite(x) || !isfinite(weights.scalars[1]), weights.name() + ": a weight's NaN lost");
-            expect(!isnan(x) || isnan(neg_lse.scalars[1]), neg_lse.name() + ": the NaN of a neg_lse lost");
+            expect(isfinite(x) || !isfinite(weights.scalars[1]), weights.name() + ": NaN weight is lost");
+            expect(!isnan(x) || isnan(neg_lse.scalars[1]), neg_lse.name() + ": NaN neg_lse is lost");
         });
 }
 
@@ -316,7 +317,7 @@ void not_finite() {
             }
 }
 
-// Within 1.4 units in the last place: 1.30 was measured without fused multiply-adds (portable; at -O1 every set).
+// The error is within 1.4 units in the last place. 1.30 was measured without fused multiply-adds (portable, or -O1).
 template <class T> void exp2_within(int dtype, double reach) {
     for (int64_t n = 0; n < 1000; n = n < 70 ? n + 1 : 3 * n) {
         std::vector<T> x, y(n);
@@ -331,14 +332,14 @@ template <class T> void exp2_within(int dtype, double reach) {
     }
 }
 
-// Out of its range it may give anything, but NaN stays NaN.
+// Outside its range, exp2 may return anything, but NaN stays NaN.
 template <class T> void exp2_of_any(int dtype) {
     const double huge = std::numeric_limits<T>::max();
     for (double x : unusual({1e3, 1e4, -1e4, 1e9, huge, -huge})) {
         const std::vector<T> in(37, T(x));
         std::vector<T> out(37);
         expect(fntx_exp2(dtype, in.data(), out.data(), 37) == FNTX_OK, "exp2: status");
-        for (T y : out) expect(!isnan(x) || isnan(y), "exp2: NaN lost");
+        for (T y : out) expect(!isnan(x) || isnan(y), "exp2: NaN is lost");
     }
 }
 
@@ -347,11 +348,11 @@ void exponentials() {
         for (double reach : {0.6, 10.0, 125.9}) exp2_within<float>(FNTX_FLOAT32, reach);
         for (double reach : {0.6, 10.0, 1021.9}) exp2_within<double>(FNTX_FLOAT64, reach);
         exp2_of_any<float>(FNTX_FLOAT32), exp2_of_any<double>(FNTX_FLOAT64);
-        expect(fntx_exp2(FNTX_FLOAT16, nullptr, nullptr, 0) == FNTX_INVALID, "exp2 of float16: accepted");
+        expect(fntx_exp2(FNTX_FLOAT16, nullptr, nullptr, 0) == FNTX_INVALID, "exp2 of float16: not rejected");
     });
 }
 
-// A large block that a call lends to the system is the next call's, whatever the system did to it.
+// A large block that one call lends to the system goes to the next call, even if the system has reclaimed its pages.
 void memory_lent() {
 #if defined(__linux__) && !defined(FNTX_EXACT_MEMORY)
     constexpr int64_t size = int64_t(40) << 20;
@@ -360,12 +361,12 @@ void memory_lent() {
     char* const lent = first;
     fill(first), fill(second);
     first.lend();
-    expect(!first, "a block that was lent: still there");
+    expect(!first, "lend: the buffer keeps its block");
     fntx::Buffer<char> again(size), other(size);
-    expect(again == lent && other != lent && other != second, "a block that was lent: not taken once");
+    expect(again == lent && other != lent && other != second, "lend: the block is not reused exactly once");
     fill(again), fill(other);
-    expect(second[0] == 1 && second[size - 1] == 1, "a block that was lent: it was another's");
-    again.lend(), other.lend();  // which frees the first one
+    expect(second[0] == 1 && second[size - 1] == 1, "lend: the block belonged to another buffer");
+    again.lend(), other.lend();  // frees the first one
     fill(fntx::Buffer<char>(size));
     fntx::Buffer<char> larger(3 * size), small(100);
     small.lend();
@@ -374,9 +375,9 @@ void memory_lent() {
 
 void instruction_sets() {
     on_each_set([] { printf("  %s\n", fntx_instruction_set()); });
-    expect(fntx_use_instruction_set(BASELINE) == FNTX_OK, "the baseline: not there");
-    expect(fntx_use_instruction_set("another") == FNTX_INVALID, "an unknown instruction set: accepted");
-    expect(!strcmp(fntx_instruction_set(), BASELINE), "a refused instruction set: took effect");
+    expect(fntx_use_instruction_set(BASELINE) == FNTX_OK, "the baseline instruction set is missing");
+    expect(fntx_use_instruction_set("another") == FNTX_INVALID, "an unknown instruction set: not rejected");
+    expect(!strcmp(fntx_instruction_set(), BASELINE), "a rejected instruction set took effect");
 }
 
 void invalid_calls() {
@@ -393,7 +394,7 @@ void invalid_calls() {
     const auto refused = [&](const char* what, auto change) { status(FNTX_INVALID, two, LOSS, what, change); };
     status(FNTX_OK, two, LOSS, "a valid call", [](Call) {});
     status(FNTX_OK, rectangle, BOTH, "a valid rectangle", [](Call) {});
-    expect(fntx_run(nullptr) == FNTX_INVALID, "no call: accepted");
+    expect(fntx_run(nullptr) == FNTX_INVALID, "no call: not rejected");
     refused("no data", [](Call c) { c.rows.z[1].data = nullptr; });
     refused("n = 0", [](Call c) { c.rows.z[0].n = c.rows.z[1].n = 0; });
     refused("n < 0", [](Call c) { c.rows.z[0].n = -1; });
@@ -422,7 +423,7 @@ void invalid_calls() {
     status(FNTX_INVALID, rectangle, BOTH, "no columns", [&](Call) { cols->z[0].n = 0; });
     status(FNTX_INVALID, rectangle, BOTH, "pos with columns", [](Call c) { c.pos = c.d_inv_tau; });
     const auto with_loss = [](Call c) { c.loss = c.d_inv_tau, c.loss_weight = 1; };
-    status(FNTX_INVALID, rectangle, BOTH, "a loss of other columns than rows", with_loss);
+    status(FNTX_INVALID, rectangle, BOTH, "a loss with another number of columns than rows", with_loss);
     refused("function", [](Call c) { c.function = 3; });
     refused("limits of softplus", [](Call c) { c.function = FNTX_SOFTPLUS, c.limited = 1, c.pos = nullptr; });
     status(FNTX_INVALID, rectangle, BOTH, "limits without positives", [](Call c) { c.limited = 1; });
@@ -440,16 +441,16 @@ void invalid_calls() {
     status(FNTX_OK, beside, LOSS, "valid softplus of pairs", [](Call) {});
     status(FNTX_INVALID, sums, LOSS, "no d_bias", [](Call c) { c.d_bias = nullptr; });
     status(FNTX_INVALID, sums, BOTH, "pos of softplus", [](Call c) { c.pos = c.d_inv_tau; });
-    // Nobody has so much memory: refused before anything is read.
+    // No machine has so much memory, so the call has to fail before it reads anything.
     for (int64_t D : {int64_t(1) << 50, int64_t(1) << 58, INT64_MAX / 16, INT64_MAX}) {
         CheckedCall<float> run(one, FORWARD, 1, 0);
         run.call.D = D;
         const int got = fntx_run(&run.call);
-        expect(got == FNTX_NO_MEMORY || got == FNTX_TOO_LARGE, "D " + std::to_string(D) + ": accepted");
+        expect(got == FNTX_NO_MEMORY || got == FNTX_TOO_LARGE, "D " + std::to_string(D) + ": not rejected");
     }
 }
 
-// Blocks of several tiles on several threads: as one thread has it, whose blocks the other groups hold to the
+// With blocks of several tiles, several threads give the results of one thread, which the other groups compare with the
 // definition.
 void blocks() {
     if (quick) return;
@@ -483,9 +484,9 @@ void blocks() {
             }
             const double tolerance = 1e-6 * (1 + 1 / tau);
             const std::string name = "blocks, tau " + std::to_string(tau) + ", form " + std::to_string(form);
-            expect(largest > 0 && error <= tolerance * largest, name + ": the gradient of several threads");
-            expect(fabs(losses[1] / losses[0] - 1) <= tolerance, name + ": the loss of two threads");
-            expect(gradients[1] == gradients[3] && losses[1] == losses[3], name + ": other bits the second time");
+            expect(largest > 0 && error <= tolerance * largest, name + ": gradient of several threads");
+            expect(fabs(losses[1] / losses[0] - 1) <= tolerance, name + ": loss of two threads");
+            expect(gradients[1] == gradients[3] && losses[1] == losses[3], name + ": different bits the second time");
         }
 }
 
@@ -496,7 +497,7 @@ int stop() {
     return 1;
 }
 
-// Calls of seconds, stopped by the first poll.
+// Calls that would take seconds, stopped by the first poll.
 void interruption() {
     const std::vector<float> row(128, 0.1f);
     std::vector<int64_t> classes;
@@ -511,12 +512,12 @@ void interruption() {
             for (fntx_matrix& z : call.rows.z) z = {row.data(), 8192, 0, 1};
             polled_by = {};
             fntx_use_instruction_set(BASELINE);
-            expect(fntx_run(&call) == FNTX_INTERRUPTED, "poll asked to stop: not interrupted");
-            expect(polled_by == std::this_thread::get_id(), "poll: called by another thread");
+            expect(fntx_run(&call) == FNTX_INTERRUPTED, "poll: the call was not interrupted");
+            expect(polled_by == std::this_thread::get_id(), "poll: called from another thread");
         }
 }
 
-// Several callers at once get the bits that each gets alone.
+// Several concurrent callers get the same bits as each of them alone.
 void concurrency() {
     std::vector<Problem<float>> problems;
     for (int64_t n : {150, 97, 24})
@@ -537,7 +538,7 @@ void concurrency() {
                 }
             });
         for (std::thread& caller : callers) caller.join();
-        for (size_t count : same) expect(count == 2 * problems.size(), "concurrent calls: other bits");
+        for (size_t count : same) expect(count == 2 * problems.size(), "concurrent calls: different bits");
     });
 }
 
@@ -586,7 +587,7 @@ int main(int count, char** names) {
         if (!chosen.empty() && !std::count(chosen.begin(), chosen.end(), group.name)) continue;
         const auto start = std::chrono::steady_clock::now();
         const long before = checks;
-        draw.seed(1 + unsigned(&group - groups));  // alone, a group has the cases that it has among the others
+        draw.seed(1 + unsigned(&group - groups));  // so that a group has the same cases when it runs alone
         group.run();
         const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
         printf("%-24s %6ld checks %6.2f s\n", group.name, checks - before, seconds.count());

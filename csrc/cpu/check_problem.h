@@ -1,4 +1,4 @@
-// Cases for check.cpp: input of every type and layout, and the results by definition, O(M^2 D).
+// Test cases for check.cpp: inputs of every dtype and layout, and the results by definition, in O(M^2 D).
 #pragma once
 
 #include <math.h>
@@ -14,8 +14,8 @@
 
 #include "fastntxent.h"
 
-// The type of the definition is wider than the kernels' T. For float that is double: long double would prove no more,
-// and is software on aarch64.
+// The definition is computed in a wider type than the kernels' T. For float that is double; long double would prove no
+// more and is emulated in software on aarch64.
 template <class T> struct RealOf {
     typedef double Type;
 };
@@ -25,11 +25,11 @@ template <> struct RealOf<double> {
 
 constexpr double INF = std::numeric_limits<double>::infinity();
 
-constexpr double LOSS_WEIGHT = 0.75;  // of the losses of rows
+constexpr double LOSS_WEIGHT = 0.75;  // loss_weight of every case
 
 inline std::mt19937 draw(1);
 
-inline double noise() { return double(draw()) / 0x1p31 - 1; }  // in [-1, 1)
+inline double noise() { return double(draw()) / 0x1p31 - 1; }  // uniform in [-1, 1)
 
 // --- input -----------------------------------------------------------------------------------------------------------
 
@@ -39,24 +39,25 @@ const char* const IDS[] = {"by index", "unique", "labels", "all the same"};
 const char* const FORMS[] = {"out", "in", "ratio", "pairs"};
 
 const double TEMPERATURES[] = {0.5, 0.07, 0.005, 0.001};
-constexpr int ALL_WANTED = 15;  // d_z of both matrices of both sides
+constexpr int ALL_WANTED = 15;  // bits for d_z of both matrices of both sides
 
 enum Limits { NO_LIMITS, LIMITS_OF_ROWS, LIMITS_OF_POSITIVES };
 
 struct Case {
-    int64_t rows[2], cols[2];  // of the two matrices of each side; no columns: symmetric
+    int64_t rows[2], cols[2];  // rows of the two matrices of each side; no columns: symmetric
     int64_t D;
     int dtype = FNTX_FLOAT32, layout = 0, ids = 0, normalize = 1;
     double tau = 0.07, eps = 1e-12, scale = 1;
-    int wanted = ALL_WANTED;       // a bit for each d_z
-    double cols_loss_weight = -1;  // of the losses of as many columns as rows; negative: a rectangle has no loss
+    int wanted = ALL_WANTED;  // one bit for each d_z
+    // The weight of the columns' losses, with as many columns as rows. Negative: a rectangle has no loss.
+    double cols_loss_weight = -1;
     int function = FNTX_LOG_SUM_EXP;
     double bias = 0;
     Limits limits = NO_LIMITS;
-    double limit_scale = 0, limit_shift = 0;  // of LIMITS_OF_POSITIVES
-    double against = 0;                       // the loss of a rectangle compares nu with numbers of this size
-    bool classes = false, mean = false;  // the loss is that of classes, which the ids are; over their rows its mean
-    int form = FNTX_OUT;                 // of that loss
+    double limit_scale = 0, limit_shift = 0;  // for LIMITS_OF_POSITIVES
+    double against = 0;                       // > 0: the loss of a rectangle compares nu with numbers up to this size
+    bool classes = false, mean = false;       // classes: ids are classes; mean: over the rows with a positive
+    int form = FNTX_OUT;                      // form of the loss with classes
 
     std::string name() const {
         char text[400];
@@ -71,14 +72,14 @@ struct Case {
     }
 };
 
-// By chance, among the first so many dtypes.
+// Draw the options of a case at random, with one of the first `dtypes` dtypes.
 inline void draw_options(Case& c, size_t dtypes) {
     c.dtype = draw() % dtypes, c.layout = draw() % std::size(LAYOUTS), c.ids = draw() % std::size(IDS);
     c.normalize = draw() % 2, c.wanted = draw() % 2 ? ALL_WANTED : draw() % (ALL_WANTED + 1);
     c.tau = TEMPERATURES[draw() % std::size(TEMPERATURES)];
 }
 
-// Rounded towards zero: the definition reads the same bits.
+// Round towards zero. The definition reads the same bits, so the rounding does not matter.
 inline uint16_t to_float16(double x) {
     if (!(fabs(x) < 65536)) return uint16_t((x < 0 ? 0xfc00 : 0x7c00) + (x != x ? 0x3ff : 0));
     int exponent = 0;
@@ -95,8 +96,8 @@ inline double from_float16(uint16_t bits) {
 
 struct Matrix {
     int dtype;
-    int64_t n, width, stride_row, stride_col;  // width: of an element, in words
-    std::vector<uint16_t> words;               // NaN where there is no element
+    int64_t n, width, stride_row, stride_col;  // width: 16-bit words of an element
+    std::vector<uint16_t> words;               // NaN between the elements
 
     Matrix(int dtype, int64_t n, int64_t D, int layout) : dtype(dtype), n(n) {
         const int64_t widths[] = {1, 1, 2, 4}, strides[][2] = {{D, 1}, {D + 5, 1}, {1, n}, {2 * D + 1, 2}, {0, 1}};
@@ -126,21 +127,21 @@ struct Matrix {
     }
 };
 
-// That of a side's second matrix.
+// Return the layout of a side's second matrix.
 inline int other_layout(int layout) { return (layout + 2) % int(std::size(LAYOUTS)); }
 
-// One side of a problem: what goes in, and its rows and results by the definition.
+// One side of a problem: its inputs, and its rows and results by definition.
 template <class Real> struct ProblemSide {
     typedef std::vector<Real> Reals;
 
     Matrix z[2];
     int64_t n;
     std::vector<int64_t> ids;
-    Reals limits;            // of each row, the largest similarity that counts
-    Reals w, u, length, nu;  // w: the weights of nu that a call is given
-    Real longest = 0;        // |u|
+    Reals limits;            // largest similarity that counts for each row
+    Reals w, u, length, nu;  // w: the upstream gradient of nu
+    Real longest = 0;        // largest |u|
 
-    // Rows near those of `like`, as two views are.
+    // Draw rows near the rows of `like`, as two views are near each other.
     ProblemSide(const Case& c, const int64_t* n_of, const Matrix* like)
         : z{{c.dtype, n_of[0], c.D, c.layout}, {c.dtype, n_of[1], c.D, other_layout(c.layout)}}, n(n_of[0] + n_of[1]) {
         for (Matrix& m : z) {
@@ -165,8 +166,8 @@ template <class Real> struct ProblemSide {
 template <class Real> struct Gradient {
     std::vector<Real> d_z[2];
     Real d_inv_tau = 0, d_bias = 0;
-    Real size_of_z = 0, size_of_inv_tau = 0,
-         size_of_bias = 0;  // of a gradient's terms before any cancel out: what errors compare with
+    // The size of the gradient's terms before they cancel. Errors are relative to it.
+    Real size_of_z = 0, size_of_inv_tau = 0, size_of_bias = 0;
 };
 
 template <class T> struct Problem {
@@ -174,14 +175,14 @@ template <class T> struct Problem {
     typedef std::vector<Real> Reals;
 
     const Case c;
-    const int last;  // the side of the columns
+    const int last;  // index of the side of the columns
     const bool two_views;
-    const bool paired;  // rows have positives, and there is a loss
+    const bool paired;  // the problem has a loss
     const bool softplus, sigmoid;
     const Real k;
     ProblemSide<Real> sides[2];
     Reals s, pos, d_pos, against, d_against;
-    Reals class_weights;  // of each row's loss
+    Reals class_weights;  // weight of each row's loss
     bool ambiguous = false;
     Real loss = 0;
     Gradient<Real> of_weights, of_loss;
@@ -259,7 +260,7 @@ template <class T> struct Problem {
         return count;
     }
 
-    // The loss of a row that has positives, and what it takes of nu's gradient.
+    // Return the loss of a row that has positives, and the derivative of the loss in nu by reference.
     Real class_loss(int64_t i, Real& slope) const {
         const int64_t n = sides[0].n;
         const Real nu = sides[0].nu[i], count = count_positives(i);
@@ -283,7 +284,7 @@ template <class T> struct Problem {
         return log_sum(n, [&](int64_t j) { return same_class(i, j) ? k * s[i * n + j] : -INF; });
     }
 
-    // What the gradient of row i's loss takes of the logit of its positive j.
+    // Return the derivative of row i's loss in the logit of its positive j.
     Real of_positive(int64_t i, int64_t j, Real w) const {
         const Real nu = sides[0].nu[i], logit = k * s[i * sides[0].n + j], count = count_positives(i);
         if (c.form == FNTX_OUT) return -w / count;
@@ -330,7 +331,7 @@ template <class T> struct Problem {
         return {agree, i * sides[last].n + j};
     }
 
-    // As it counts for a row of a side.
+    // Return the logit of a pair for one row of a side: -inf if the pair does not count.
     Real logit(const Pair& at, int side, int64_t row) const {
         const bool left_out = c.limits && s[at.index] > sides[side].limits[row];
         return at.agree || left_out ? -INF : k * s[at.index];
@@ -340,8 +341,8 @@ template <class T> struct Problem {
         return side ? s[other * sides[1].n + row] : s[row * sides[last].n + other];
     }
 
-    // Limits of rows lie in a gap between similarities; a similarity that rounding may bring to either side of a
-    // positive's limit makes the case ambiguous.
+    // LIMITS_OF_ROWS are put into a gap between similarities. If rounding could move a similarity across the limit of a
+    // positive, the case is ambiguous.
     void set_limits(int side) {
         const int64_t n = sides[side].n, others = side ? sides[0].n : sides[last].n;
         const Real near = sizeof(T) == 8 ? 1e-12 : 1e-5, scale = 1 + sides[0].longest * sides[last].longest;
@@ -359,12 +360,12 @@ template <class T> struct Problem {
         }
     }
 
-    // Of x in log(1 + exp(x)); 0: the pair is left out.
+    // Return the sign of x in log(1 + exp(x)), or 0 if the pair is left out.
     int sign(const Pair& at) const { return !at.agree ? 1 : sigmoid ? -1 : 0; }
 
     static Real log1p_exp(Real x) { return x > 0 ? x + log1p(exp(-x)) : log1p(exp(x)); }
 
-    // What a row or a column has: `at` is the pair with the other side's row j.
+    // Return nu of a row or a column, over n pairs: at(j) is its pair with row j of the other side.
     template <class At> Real over(int side, int64_t row, int64_t n, At at) const {
         if (!softplus) return log_sum(n, [&](int64_t j) { return logit(at(j), side, row); });
         Real sum = 0;
@@ -380,12 +381,13 @@ template <class T> struct Problem {
         return peak + log(sum);
     }
 
-    // Of sum_i w_i nu_i + sum_j cols_w_j nu_j + sum_i d_pos_i pi_i; without weights there are no positives.
+    // Return the gradient of sum_i w_i nu_i + sum_j cols_w_j nu_j + sum_i d_pos_i pi_i. An empty d_pos means no
+    // positives.
     Gradient<Real> gradient(const Reals& w, const Reals& cols_w, const Reals& d_pos) const {
         Gradient<Real> out;
         Reals d_u[2], sizes[2];
         for (int side : {0, 1}) d_u[side].resize(sides[side].u.size()), sizes[side].resize(sides[side].n);
-        const auto add = [&](int64_t i, int64_t j, Real x) {  // x times the gradient of the logit
+        const auto add = [&](int64_t i, int64_t j, Real x) {  // add x times the gradient of logit (i, j)
             out.d_bias += x, out.size_of_bias += fabs(x);
             const Real *u_i = row(sides[0].u, i), *u_j = row(sides[last].u, j);
             Real *d_i = &d_u[0][i * c.D], *d_j = &d_u[last][j * c.D];

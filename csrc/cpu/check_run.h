@@ -1,4 +1,4 @@
-// The calls of check.cpp: one call with what it reads and writes, held against its problem's definition.
+// The calls of check.cpp: one call with its inputs and outputs, compared with the definition of its problem.
 #pragma once
 
 #include <stdlib.h>
@@ -18,7 +18,7 @@ inline void expect(bool holds, const std::string& what) {
 enum Mode { FORWARD = FNTX_FORWARD, BACKWARD = FNTX_BACKWARD, BOTH = FORWARD | BACKWARD, LOSS };
 const char* const MODES[] = {"", "forward", "backward", "forward and backward", "loss"};
 
-// One call, with what it reads and writes.
+// One call with its inputs and outputs.
 template <class T> struct CheckedCall {
     typedef typename Problem<T>::Real Real;
 
@@ -59,7 +59,7 @@ template <class T> struct CheckedCall {
         fntx_side out = {};
         nu[which] = unwritten(side.n);
         if (mode == BACKWARD) nu[which].assign(side.nu.begin(), side.nu.end());
-        for (int64_t i = 0; i < side.n; ++i)  // without a negative no weight counts, whatever came
+        for (int64_t i = 0; i < side.n; ++i)  // a row without negatives gets NaN, which must be ignored
             w[which].push_back(isinf(side.nu[i]) ? T(NAN) : T(side.w[i]));
         limits[which].assign(side.limits.begin(), side.limits.end());
         out.limits = p.c.limits == LIMITS_OF_ROWS ? limits[which].data() : nullptr;
@@ -80,7 +80,7 @@ template <class T> struct CheckedCall {
                std::to_string(call.threads) + ", workspace " + std::to_string(call.workspace);
     }
 
-    // Make the call; all that it wrote, as bytes. Empty if it failed.
+    // Make the call and return all outputs as bytes, or an empty string if it failed.
     std::string bits() {
         std::string all;
         if (fntx_run(&call) != FNTX_OK) return all;
@@ -90,7 +90,7 @@ template <class T> struct CheckedCall {
         return all;
     }
 
-    // Each element is within absolute + relative |expected| of what is expected.
+    // Require every element to be within absolute + relative |expected| of its expected value.
     void hold(const char* what, const std::vector<T>& got, const Real* expected, Real absolute, Real relative) const {
         for (size_t i = 0; i < got.size(); ++i) {
             const Real error = fabs(got[i] - expected[i]), bound = absolute + relative * fabs(expected[i]);
@@ -103,7 +103,8 @@ template <class T> struct CheckedCall {
         checks += !got.empty();
     }
 
-    // `rounding`: of what a gradient is made of, where that is coarser than T.
+    // Compare every output with the definition. `rounding` is the unit roundoff of a gradient's operands, if that is
+    // coarser than T's.
     void compare(Real rounding = 0) const {
         const Real epsilon = sizeof(T) == 4 ? 1.2e-7 : 2.3e-16, tolerance = 16 * epsilon * (1 + p.largest_logit());
         const Real of_gradient = tolerance + rounding;

@@ -1,4 +1,4 @@
-// The rows of a batch by their class.
+// The rows of a batch, grouped by class.
 #pragma once
 
 #include <math.h>
@@ -38,7 +38,7 @@ class Classes {
     int64_t count(int64_t c) const { return first_[c + 1] - first_[c]; }
     int64_t of_row(int64_t row) const { return class_of_row_[row]; }
 
-    // The rows in the order of their classes.
+    // Return the rows in the order of their classes.
     const int64_t* order() const { return rows_.data(); }
 
     struct Rows {
@@ -47,10 +47,10 @@ class Classes {
         const int64_t* end() const { return last; }
     };
 
-    // The rows of a class, in ascending order.
+    // Return the rows of a class, in ascending order.
     Rows rows(int64_t c) const { return {rows_.data() + first_[c], rows_.data() + first_[c + 1]}; }
 
-    // Rows whose class has others, and whether every class has two rows.
+    // with_positive returns the number of rows that have a positive; in_pairs returns whether every class has two rows.
     int64_t with_positive() const { return with_positive_; }
     bool in_pairs() const { return in_pairs_; }
 
@@ -63,8 +63,8 @@ class Classes {
     bool in_pairs_ = true;
 };
 
-// The rows of a side once more, for sums over their positives: the same rows, what they gather goes to the same place,
-// but sums, weights and log-sum-exps are their own.
+// A second view of a side's rows, for sums over their positives. It shares the rows and what they gather, and has its
+// own sums, weights and log-sum-exps.
 template <class T> struct PositiveSide : PackedSide<T> {
     explicit PositiveSide(const PackedSide<T>& rows) : PackedSide<T>(rows) {
         const int64_t padded = round_up(rows.n, ALIGNED_ROWS);

@@ -1,4 +1,4 @@
-// The C interface: checks, and the instruction set that this machine has.
+// The C interface: validates calls and chooses the instruction set.
 #include <string.h>
 
 #include <atomic>
@@ -43,7 +43,7 @@ struct InstructionSet {
     bool (*usable)();
     const Kernels<float>* (*float_kernels)();
     const Kernels<double>* (*double_kernels)();
-    const Kernels<float>* (*bfloat_kernels)();  // of calls with bfloat16 rows
+    const Kernels<float>* (*bfloat_kernels)();  // for calls with bfloat16 rows
 };
 
 #ifdef FNTX_X86
@@ -54,7 +54,7 @@ bool has_avx512() {
 #endif
 
 #if defined(FNTX_X86) && defined(FNTX_BFLOAT)
-// A set whose products differ from plain C++ on this machine is not used; each is tried once.
+// An instruction set whose products differ from plain C++ on this machine is not used. Each is tested once.
 bool amx_works() {
     static const bool works = has_avx512() && has_amx() && amx::multiplies_right();
     return works;
@@ -66,7 +66,7 @@ bool avx512_bf16_works() {
 }
 #endif
 
-// From the fastest down. The last needs nothing beyond the compiler's baseline, which on aarch64 has NEON.
+// From the fastest to the slowest. The last one needs only the compiler's baseline, which on aarch64 includes NEON.
 const InstructionSet SETS[] = {
 #ifdef FNTX_X86
 #ifdef FNTX_BFLOAT
@@ -99,17 +99,17 @@ const InstructionSet& instruction_set() {
 
 int64_t count_rows(const fntx_side& side) { return side.z[0].n + side.z[1].n; }
 
-// Of a side's padded rows and features, with MARGIN to spare for the padding, the bytes in doubles still fit 64 bits.
+// The most elements of a side, with MARGIN rows to cover its padding. As doubles, their bytes still fit a 64-bit size.
 constexpr int64_t MOST_NUMBERS = INT64_MAX / 16, MARGIN = 1024;
 
 bool too_large(const fntx_side& side, int64_t D) {
     for (const fntx_matrix& z : side.z)
-        if (z.n < 0 || z.n > FNTX_MOST_ROWS) return z.n > 0;  // before a sum that might overflow
+        if (z.n < 0 || z.n > FNTX_MOST_ROWS) return z.n > 0;  // before count_rows, which might overflow
     const int64_t n = count_rows(side);
     return n > FNTX_MOST_ROWS || D > MOST_NUMBERS / (n + MARGIN);
 }
 
-// Of a side that is not too large.
+// Return whether a side is valid that is not too large.
 bool valid(const fntx_side& side, int64_t D) {
     for (const fntx_matrix& z : side.z)
         if (z.n < 0 || (z.n > 0 && !z.data)) return false;

@@ -1,4 +1,4 @@
-// The functions of one instruction set (kernels.h): setup.py compiles this file once for each, with its flags.
+// The functions of one instruction set (kernels.h). setup.py compiles this file once for each set, with its flags.
 #include "kernels.h"
 
 #include <math.h>
@@ -38,7 +38,7 @@ FNTX_INLINE float bits_to_float(uint32_t bits) {
 FNTX_INLINE float widen(BFloat16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
 
 FNTX_INLINE float widen(Float16 x) {
-    // The exponent's bias differs by 112: a product, so that subnormal numbers come out right.
+    // The exponents' biases differ by 112. Multiplying by 2^112 also converts subnormal numbers.
     const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13, sign = uint32_t(x.bits & 0x8000) << 16;
     const uint32_t special = magnitude >= 0x0f800000 ? 0x7f800000 : 0;  // infinity, NaN
     uint32_t bits;
@@ -50,7 +50,7 @@ FNTX_INLINE float widen(Float16 x) {
 FNTX_INLINE float widen(float x) { return x; }
 FNTX_INLINE double widen(double x) { return x; }
 
-// In double precision, which neither overflows nor underflows for a row of floats.
+// Return the squared length, in double precision, which neither overflows nor underflows for a row of floats.
 template <class T> FNTX_INLINE double squared_length(const T* u, int64_t ld) {
     double sums[LANES<T>] = {}, sum = 0;
     for (int64_t d = 0; d < ld; d += LANES<T>)
@@ -59,7 +59,7 @@ template <class T> FNTX_INLINE double squared_length(const T* u, int64_t ld) {
     return sum;
 }
 
-// Transpose PANEL rows: panel[d PANEL + row] = u[row ld + d]. Four by four, in vectors of four.
+// Transpose PANEL rows, so that panel[d PANEL + row] = u[row ld + d], in 4 x 4 blocks of vectors.
 template <class T> void pack_panel(T* panel, const T* u, int64_t D, int64_t ld) {
     typedef T Four __attribute__((vector_size(4 * sizeof(T))));
     typedef T UnalignedFour __attribute__((vector_size(4 * sizeof(T)), aligned(sizeof(T)), may_alias));
@@ -149,21 +149,21 @@ double load_rows(const PackedSide<T>& side, const fntx_matrix* z, int dtype, int
 
 template <class T> using Acc = Accumulators<T, REGISTER_VECTORS>;
 
-// All ones where the column exists.
+// Return all ones where the column exists.
 template <class T> FNTX_INLINE Bits<T> exists(const Tile<T>& tile, int64_t col) {
     Bits<T> ids;
     memcpy(&ids, tile.cols->ids + tile.col0 + col, sizeof ids);
     return ids >= 0;
 }
 
-// All ones where row and column are of different groups, and the column exists.
+// Return all ones where row and column belong to different groups and the column exists.
 template <class T> FNTX_INLINE Bits<T> apart(const Tile<T>& tile, int64_t row, int64_t col) {
     Bits<T> ids;
     memcpy(&ids, tile.cols->ids + tile.col0 + col, sizeof ids);
     return (ids != tile.rows->ids[tile.row0 + row]) & (ids >= 0);
 }
 
-// All ones where the pair counts in a shifted tile.
+// Return all ones where the pair counts in a shifted tile.
 template <class T> FNTX_INLINE Bits<T> counted(const Tile<T>& tile, int64_t row, int64_t col) {
     const Bits<T> is_apart = apart(tile, row, col);
     if (!tile.agreeing) return is_apart;
@@ -172,12 +172,12 @@ template <class T> FNTX_INLINE Bits<T> counted(const Tile<T>& tile, int64_t row,
     return agree;
 }
 
-// What of a row's or column's exponentials, or weights of them, lies within its limit.
+// Return `values` (exponentials or their weights), with 0 where the exponential exceeds the row's or column's limit.
 template <class T> FNTX_INLINE Vec<T> within(Vec<T> values, Vec<T> exps, Vec<T> limits) {
     return exps > limits ? Vec<T>{} : values;
 }
 
-// The logits of a shifted tile for one side's sums.
+// Return the logits of a shifted tile that count for one side's sums, with -inf for those above its limits.
 template <class T> FNTX_INLINE Vec<T> logits_within(const Tile<T>& tile, Vec<T> logits, Vec<T> limits) {
     if (!tile.limited) return logits;
     return logits > limits ? broadcast<T>(-INFINITY) : logits;
@@ -226,8 +226,9 @@ template <bool MASKED, bool LIMITED, class T> void forward_direct(const Tile<T>&
         for (int64_t col = 0; col < tile.n_cols; ++col) tile.cols->sums[tile.col0 + col] += col_sums[col];
 }
 
-// Logits to the buffer; `masked`: -inf where a pair does not count. They are rounded here, once, for all that follows:
-// a logit of 1e5 is rounded to 1e-2, and only what went into a sum may be compared with it.
+// Write the logits to the buffer; with `masked`, -inf where a pair does not count. The logits are rounded here, once
+// for every later use. Rounding moves a logit of 1e5 by up to 4e-3, so it can be compared only with sums of logits that
+// were rounded in the same way.
 template <class T> void form_logits(const Tile<T>& tile, bool masked) {
     form_products<Products>(tile, [&](Acc<T>& acc, int64_t row, int64_t col) __attribute__((always_inline)) {
 #pragma GCC unroll 8
@@ -244,7 +245,8 @@ template <class T> void form_logits(const Tile<T>& tile, bool masked) {
 
 template <class T> FNTX_INLINE Vec<T> larger(Vec<T> a, Vec<T> b) { return a > b ? a : b; }
 
-// Move a row's sum to the larger of two peaks; returns what to subtract from its logits, 0 if all are -inf.
+// Raise the row's peak to `candidate` if that is larger, and rescale its sum. Return the number to subtract from the
+// row's logits: the peak, or 0 if all logits are -inf.
 template <class T> FNTX_INLINE T raise_peak(PackedSide<T>& side, int64_t row, T candidate) {
     T& peak = side.peaks[row];
     if (candidate > peak) {
@@ -297,7 +299,7 @@ template <class T> void forward(const Tile<T>& tile) {
         tile.masked ? forward_direct<true, false>(tile) : forward_direct<false, false>(tile);
 }
 
-// G of a tile to its buffer, from the products...
+// Write G of a tile to its buffer, from the products.
 template <bool MASKED, bool LIMITED, class T> void weigh_products(const Tile<T>& tile) {
     Products::Radial radial;
     form_products_again<Products>(tile, [&](Acc<T>& acc, int64_t row, int64_t col) __attribute__((always_inline)) {
@@ -326,7 +328,7 @@ template <bool MASKED, bool LIMITED, class T> void weigh_products(const Tile<T>&
     radial.finish(tile, 1);
 }
 
-// ... from the exponentials that the forward left ...
+// Write G of a tile to its buffer, from the exponentials that the forward kept.
 template <class T> void weigh_exponentials(const Tile<T>& tile) {
     const T* b = tile.cols->weights + tile.col0;
     for (int64_t row = 0; row < tile.n_rows; ++row) {
@@ -345,7 +347,7 @@ template <class T> void weigh_exponentials(const Tile<T>& tile) {
     }
 }
 
-// ... and with a shift of each side's own.
+// Write G of a shifted tile to its buffer. The logits are shifted by nu of the row and by nu of the column.
 template <class T> void weigh_shifted(const Tile<T>& tile) {
     form_logits(tile, tile.masked);
     Products::Radial radial;
@@ -390,7 +392,7 @@ template <class T> void backward(const Tile<T>& tile) {
 
 // --- pairs of positives ----------------------------------------------------------------------------------------------
 
-// log(1 + exp(nu - logit)) and its slope, both 0 where the pair does not count.
+// Return log(1 + exp(nu - logit)), and its slope by reference. Both are 0 where the pair does not count.
 template <class T> FNTX_INLINE Vec<T> softplus_above(const Tile<T>& tile, int64_t row, int64_t col, Vec<T> nu,
                                                      Vec<T>& slope) {
     const Bits<T> counts = counted(tile, row, col);
@@ -453,7 +455,8 @@ template <class T> void pairs_backward(const Tile<T>& tile) {
 
 // --- softplus --------------------------------------------------------------------------------------------------------
 
-// Where ids agree a pair adds nothing, or log(1 + exp(-x)); the ids of a tile may all be apart.
+// How the pairs of a tile with equal ids count: NONE if there are no such pairs, LEFT_OUT if they add nothing,
+// POSITIVES if they add log(1 + exp(-x)).
 enum Agreeing { NONE, LEFT_OUT, POSITIVES };
 
 template <Agreeing AGREEING, class T>
@@ -467,7 +470,7 @@ FNTX_INLINE Vec<T> softplus_of(const Tile<T>& tile, int64_t row, int64_t col, Ve
     return there ? value : Vec<T>{};
 }
 
-// No sum over a row comes into the gradient, so one pass has both: values, slopes, and G = slope (a_i + a_j).
+// The gradient contains no sum over a row, so one pass computes values, slopes and G = slope (a_i + a_j).
 template <Agreeing AGREEING, class T> void softplus_products(const Tile<T>& tile) {
     const int64_t by_rows = tile.edge * LANES<T>;
     T *row_sums = tile.sums, *row_slopes = row_sums + by_rows;

@@ -1,4 +1,4 @@
-// What one instruction set implements: the functions of `Kernels`, and the memory they share with the schedule.
+// The functions that every instruction set implements (`Kernels`), and the memory they share with the schedule.
 #pragma once
 
 #include <stdint.h>
@@ -7,24 +7,26 @@
 
 namespace fntx {
 
-// Rows and columns of a block are a multiple of this, as are the rows that a side allocates: every instruction set's
+// The rows and columns of a block, and the rows that a side allocates, are multiples of this. Every instruction set's
 // register block divides it.
 constexpr int64_t ALIGNED_ROWS = 48;
 
-// A copy of bfloat16 rows has two numbers in each word of 32 bits: the words of n numbers, padded to whole registers.
+// The copy of bfloat16 rows packs two numbers into each 32-bit word. words_of returns the number of words that n
+// numbers take, padded to whole registers.
 constexpr int64_t WORDS_OF_REGISTER = 16;
 constexpr int64_t words_of(int64_t n) {
     return (n + 2 * WORDS_OF_REGISTER - 1) / (2 * WORDS_OF_REGISTER) * WORDS_OF_REGISTER;
 }
 
-constexpr int64_t COMPETING_BYTES = 1024;  // rows a multiple of it apart fall on the same few lines of the first cache
+// Rows a multiple of this apart compete for the same few lines of the L1 cache.
+constexpr int64_t COMPETING_BYTES = 1024;
 
-// Words from one such row to the next, where rows of floats are ld apart.
+// Return the row stride of that copy, in words, for rows of floats with a row stride of ld.
 constexpr int64_t word_row_length(int64_t ld) {
     return words_of(ld) * 4 % COMPETING_BYTES ? words_of(ld) : words_of(ld) + WORDS_OF_REGISTER;
 }
 
-// Group ids, in integers as wide as T, so that comparing them gives masks of T's vectors.
+// Group ids are integers as wide as T, so that comparing them gives masks for vectors of T.
 template <class T> struct IdOf;
 template <> struct IdOf<float> {
     typedef int32_t Type;
@@ -34,26 +36,26 @@ template <> struct IdOf<double> {
 };
 template <class T> using Id = typename IdOf<T>::Type;
 
-// The rows of one side of the similarity matrix as the kernels take them. Matrices are row-major with `ld` elements a
-// row, zero beyond D; everything is allocated up to a multiple of ALIGNED_ROWS.
+// One side of the similarity matrix as the kernels take it. Matrices are row-major with a row stride of `ld` elements,
+// and zero beyond column D. Every array is allocated up to a multiple of ALIGNED_ROWS.
 template <class T> struct PackedSide {
-    int64_t n;             // rows
-    const int64_t* order;  // of each row, which of z's it is; NULL: the same
-    T* u;                  // (n, ld) rows, normalised if asked
-    T* panels;             // u transposed, `panel` rows at a time: (n / panel, D, panel); NULL: no columns of a tile
-    T* norm;               // |z|
-    // Instead of panels, where the set multiplies bfloat16 numbers:
-    uint32_t* bfloats;        // (n, word_ld) words of the rows, each times a power of two
-    uint32_t* bfloat_panels;  // the words transposed, `panel` rows at a time: (n / panel, n_words, panel); or NULL
-    T* factors;               // u of a row is its factor times its row in bfloats
-    Id<T>* ids;               // group, -1 beyond n
-    double* sums;             // direct: sum exp(k s); shifted: the same times exp(-peak); softplus: sum log(1 + exp(x))
-    double* slopes;           // softplus: sum d log(1 + exp(x)) / dx
-    T* peaks;                 // shifted: the largest k s so far
+    int64_t n;             // number of rows
+    const int64_t* order;  // index in z of each row; NULL: the identity
+    T* u;                  // (n, ld) rows, normalised if `normalize`
+    T* panels;  // (n / panel, D, panel): u transposed, `panel` rows at a time; NULL: never the columns of a tile
+    T* norm;    // |z|
+    // In place of panels, if the instruction set multiplies bfloat16 numbers:
+    uint32_t* bfloats;        // (n, word_ld) words of the rows, each row scaled by a power of two
+    uint32_t* bfloat_panels;  // (n / panel, n_words, panel): the words transposed, `panel` rows at a time; or NULL
+    T* factors;               // u is this factor times the row in `bfloats`
+    Id<T>* ids;               // group id; -1 beyond n
+    double* sums;             // sum exp(k s) if direct, sum exp(k s - peak) if shifted; softplus: sum log(1 + exp(x))
+    double* slopes;           // softplus: sum of d log(1 + exp(x)) / dx
+    T* peaks;                 // shifted: largest k s so far
     T* weights;               // backward: w exp(-nu) if direct, w if shifted or softplus; 0 beyond n
-    T* nu;                    // backward, shifted; +inf where there is no negative
-    T* limits;    // where the tile is limited, the largest exp(k s), or if shifted the largest k s, that the row counts
-    T* gathered;  // (n, ld) sum_j G_ij u_j; NULL: not wanted
+    T* nu;                    // backward, shifted: neg_lse; +inf for a row without negatives
+    T* limits;                // limited tiles: largest exp(k s) that counts for the row, or largest k s if shifted
+    T* gathered;              // (n, ld) sum_j G_ij u_j; NULL: not wanted
 };
 
 // A tile of the similarity matrix: a block of rows against a block of columns.
@@ -62,58 +64,57 @@ template <class T> struct Tile {
     PackedSide<T>* cols;
     int64_t D, ld;
     int64_t n_words, word_ld;  // words_of(D), word_row_length(ld)
-    int64_t row0, n_rows;      // multiples of ALIGNED_ROWS, except where the side ends
+    int64_t row0, n_rows;      // multiples of ALIGNED_ROWS, except at the end of the side
     int64_t col0, n_cols;
-    bool diagonal;   // the columns are the rows: formed whole, used from one side only
-    bool masked;     // some ids may agree, or columns are missing in the last panel
-    bool shifted;    // logits may leave the range of the exponential
-    bool limited;    // a row leaves out what lies above its limit
-    bool agreeing;   // pairs of the same id count instead, but for a row with itself; such a tile is masked and shifted
-    bool positives;  // softplus: where ids agree, log(1 + exp(-x)) is added, instead of nothing
+    bool diagonal;   // rows and columns coincide: formed whole, used for the rows only
+    bool masked;     // some ids may agree, or the last panel is incomplete
+    bool shifted;    // logits may overflow the exponential
+    bool limited;    // rows leave out similarities above their limits
+    bool agreeing;   // only pairs with equal ids count, but no row with itself; implies masked and shifted
+    bool positives;  // softplus: pairs with equal ids add log(1 + exp(-x)) instead of nothing
     T inv_tau, bias;
-    int64_t edge;  // rows and columns of a full tile, and the row length of what follows
-    T* exps;       // (edge, edge): a forward leaves its exponentials here, a backward finds them; or NULL. In their
-                   // place, products of bfloat16 numbers
-    T* buffer;     // (edge, edge) of the thread's own
-    T* sums;       // (edge, lanes + 1) of the thread's own, of softplus twice that
-    // Where the set multiplies bfloat16 numbers:
-    uint32_t* bfloats;  // (edge, words_of(edge)) of the thread's own
-    double* radial;     // a backward adds the tile's sum of G_ij s_ij: the temperature's gradient, free of G's rounding
+    int64_t edge;  // rows and columns of a full tile; row stride of exps and buffer
+    T* exps;       // (edge, edge) exponentials (bfloat16: products) kept from forward to backward; or NULL
+    T* buffer;     // (edge, edge) scratch of the thread
+    T* sums;       // (edge, lanes + 1) scratch of the thread; twice that for softplus
+    // If the instruction set multiplies bfloat16 numbers:
+    uint32_t* bfloats;  // (edge, words_of(edge)) scratch of the thread
+    double* radial;     // a backward adds its sum of G_ij s_ij, formed before G is rounded: the temperature's gradient
 };
 
 template <class T> struct Kernels {
-    int lanes;               // row lengths are a multiple of this
+    int lanes;               // row strides are multiples of this
     int panel;               // columns of a register block
-    bool multiplies_bfloat;  // takes bfloat16 rows alone, and does not widen them
+    bool multiplies_bfloat;  // serves bfloat16 rows only, without widening them
 
-    // Convert, normalise, pad and pack rows [first, last) of a side, whose rows are z[0]'s and then z[1]'s; both bounds
-    // are multiples of ALIGNED_ROWS. Returns the largest |u|^2, before any normalisation.
+    // Convert, normalise, pad and pack rows [first, last) of a side, which has the rows of z[0] and then those of z[1].
+    // Both bounds are multiples of ALIGNED_ROWS. Return the largest squared length of a row before normalisation.
     double (*load_rows)(const PackedSide<T>& side, const fntx_matrix* z, int dtype, int64_t D, int64_t ld,
                         bool normalize, T eps, int64_t first, int64_t last);
 
-    // Add the tile's sums to its rows' and, unless it is diagonal, to its columns'.
+    // Add the tile's sums to the sums of its rows and, unless it is diagonal, of its columns.
     void (*forward)(const Tile<T>& tile);
 
-    // The same, with exponentials themselves for G in what the rows gather: exp(k s) U_cols. NULL where the set
-    // multiplies bfloat16 numbers: `radial` needs the weights.
+    // Run `forward`, and gather with the exponentials in place of G: the rows add exp(k s) U_cols. NULL if the
+    // instruction set multiplies bfloat16 numbers, because `radial` needs the weights.
     void (*forward_and_gather)(const Tile<T>& tile);
 
-    // Add G U_cols to what the rows have gathered and, unless it is diagonal, G^T U_rows to what the columns have.
+    // Add G U_cols to the rows' `gathered` and, unless the tile is diagonal, G^T U_rows to the columns' `gathered`.
     void (*backward)(const Tile<T>& tile);
 
-    // Add the tile's sums and slopes of softplus, x = k s + b, as `forward` does, and what it gathers as `backward`
-    // does.
+    // Add the tile's sums and slopes of softplus(k s + b) like `forward`, and gather like `backward`.
     void (*softplus)(const Tile<T>& tile);
 
-    // Of an agreeing tile: add log(1 + exp(nu_i - k s_ij)), and its slope, to the sums of either side.
+    // For an agreeing tile: add log(1 + exp(nu_i - k s_ij)) and its slope to the sums and slopes of rows and columns.
     void (*pairs)(const Tile<T>& tile);
 
-    // Its backward, as `backward`: G_ij = -(a_i slope_ij + a_j slope_ji), with the weights a of either side.
+    // The backward of `pairs`: gather like `backward`, with G_ij = -(a_i slope_ij + a_j slope_ji), where a are the
+    // weights of rows and columns.
     void (*pairs_backward)(const Tile<T>& tile);
 
     double (*dot)(const T* a, const T* b, int64_t ld);
     void (*add_scaled)(T* a, T x, const T* b, int64_t ld);  // a += x b
-    void (*exp2)(const T* x, T scale, T* y, int64_t n);     // y = 2^(x scale), as the tiles' exponentials
+    void (*exp2)(const T* x, T scale, T* y, int64_t n);     // y = 2^(x scale), by the exponential that tiles use
 };
 
 }  // namespace fntx

@@ -1,16 +1,18 @@
-// A call's phases: rows in, forward over the tiles, formulas per row, backward over the tiles, gradients out.
+// The phases of a call: load rows, forward over the tiles, formulas per row, backward over the tiles, write gradients.
 //
-// Where the rows alone have losses and gradients (queries against a queue), one pass has both: the exponentials that a
-// row sums weigh what it gathers, and the sum's inverse comes in at the end. That is 2u for a rectangle, where two
-// passes are 3u.
+// Flops are in units of u, a full product: 2 M^2 D, or 2 M N D for a rectangle.
 //
-// Else, with u = 2 M^2 D flops: the forward forms half of the products (u/2); the backward forms them again (u/2),
-// except where it finds their exponentials in the workspace, and gathers the gradient (u). 2u in all, 1.5u while the
-// workspace lasts. Memory: three (M, D) matrices - u, u transposed, the gathered gradient -, the workspace, a tile for
-// each thread, and where one side is much longer than the other the copies of slabs.h, of no more rows than it has.
+// If only the rows have losses and gradients (queries against a queue), one pass computes both. Each row gathers
+// columns with its exponentials as weights, and the result is divided by the row's sum at the end. That takes 2u for a
+// rectangle, where two passes take 3u.
 //
-// No sum's order depends on which thread took what: a result has the same bits each time. The size of the tiles follows
-// from the number of threads, so another number may round differently.
+// Otherwise the forward forms half of the products (u/2). The backward forms them again (u/2), unless the workspace has
+// kept their exponentials, and gathers the gradient (u). That takes 2u in all, or 1.5u while the workspace lasts.
+// Memory: three (M, D) matrices (u, u transposed, the gathered gradient), the workspace, a tile for each thread and, if
+// one side is much longer than the other, the copies of slabs.h, which together have no more rows than the longer side.
+//
+// No sum depends on which thread ran which task, so a result has the same bits every time. The size of the tiles
+// depends on the number of threads, so another number of threads may round differently.
 #include "loss.h"
 
 #include <math.h>
@@ -30,16 +32,16 @@
 namespace fntx {
 namespace {
 
-constexpr int64_t SCRATCH_MULTIPLE = 64;  // numbers: a multiple of the cache line, so that threads share none
+constexpr int64_t SCRATCH_MULTIPLE = 64;  // elements: a multiple of the cache line, so that threads do not share one
 
 constexpr double INF = std::numeric_limits<double>::infinity();
 
-// The larger one; NaN once there is one.
+// Return the larger number, or NaN if either is NaN.
 double larger(double a, double b) { return b <= a || a != a ? a : b; }
 
 int64_t count_rows(const fntx_side& side) { return side.z[0].n + side.z[1].n; }
 
-// Where the ids of some rows lie.
+// The range of the ids of some rows.
 struct Span {
     int64_t low = std::numeric_limits<int64_t>::max(), high = -1;
 
@@ -50,7 +52,7 @@ struct Span {
     bool meets(const Span& other) const { return low <= other.high && other.low <= high; }
 };
 
-// A packed side with its memory.
+// A packed side that owns its memory.
 template <class T> struct OwnedSide : PackedSide<T> {
     OwnedSide(const fntx_side& given, int64_t D, int64_t ld, bool are_columns, bool gather, bool bfloat)
         : given(given) {
@@ -86,11 +88,11 @@ template <class T> struct OwnedSide : PackedSide<T> {
     }
 
     const fntx_side& given;
-    int64_t chunks;           // of ALIGNED_ROWS rows
-    std::vector<Span> spans;  // of each chunk's ids
+    int64_t chunks;           // number of chunks, each of ALIGNED_ROWS rows
+    std::vector<Span> spans;  // range of ids in each chunk
     double *neg_lse, *w;      // nu and its weight
-    double* d_pos;            // the weight of pi
-    T* largest_similarity;    // that the row's sum takes, where there are limits
+    double* d_pos;            // weight of pi
+    T* largest_similarity;    // the limit of each row, if there are limits
 
     // Free the copies of the rows that only tiles read.
     void release_packed() { panel_memory = {}, bfloat_memory = {}, bfloat_panel_memory = {}; }
@@ -131,7 +133,7 @@ template <class T> class Run {
         positives_.reset(new PositiveSide<T>(rows_));
     }
 
-    // False if it was interrupted.
+    // Run the call. Return false if it was interrupted.
     bool execute() {
         team_.lead([&] { phases(); });
         return !team_.stopped();
@@ -162,8 +164,8 @@ template <class T> class Run {
                 each_tile(of_each_pair() ? kernels_.pairs_backward : kernels_.backward, positives_.get());
             join_gathered();
             if (at_once_) weigh_gathered();
-            // Before the outputs' pages are first touched. Where all of it is kept, a training step is short, and the
-            // next one will want the same workspace.
+            // Release memory before the outputs' pages are first touched. If the workspace kept every tile, the step is
+            // short and the next one will probably want the same workspace.
             if (kept_ == schedule_.places()) workspace_.lend();
             workspace_ = {}, scratch_ = {};
             for_sides([&](OwnedSide<T>& side) { side.release_packed(); });
@@ -171,7 +173,7 @@ template <class T> class Run {
         }
     }
 
-    // The weights are known before the values: one pass over the tiles has both.
+    // The weights do not depend on the sums, so one pass over the tiles computes both values and gradients.
     void softplus_phases() {
         double largest = 0, d_bias = 0;
         for_sides([&](OwnedSide<T>& side) {
@@ -232,18 +234,18 @@ template <class T> class Run {
         return new OwnedSide<T>(*call_.cols, call_.D, ld_, true, gathers_columns(call_), in_bfloat());
     }
 
-    // Whether the tiles multiply bfloat16 numbers.
+    // Return whether the tiles multiply bfloat16 numbers.
     bool in_bfloat() const { return kernels_.multiplies_bfloat; }
 
-    // Whether a loss has pi, the products of pairs of rows, in it.
+    // Return whether the loss contains pi, the logit of each row's one positive.
     bool takes_positives() const {
         return call_.loss && call_.function != FNTX_SIGMOID && !call_.against && !in_classes();
     }
 
     bool in_classes() const { return call_.classes && !classes_.in_pairs(); }
 
-    // Whether the positives of a row are the sum of its class; whether they have sums of their own, in tiles; and
-    // whether each has a term of its own.
+    // of_classes: a row's positives enter through the sum of its class. over_positives: the positives have sums of
+    // their own, formed in tiles. of_each_pair: every positive has a loss term of its own.
     bool of_classes() const { return in_classes() && call_.form == FNTX_OUT; }
     bool over_positives() const { return in_classes() && call_.form != FNTX_OUT; }
     bool of_each_pair() const { return call_.form == FNTX_PAIRS; }
@@ -254,7 +256,7 @@ template <class T> class Run {
         return call.phases & FNTX_BACKWARD && (call.cols->d_z[0] || call.cols->d_z[1]);
     }
 
-    // What either side gathers gives the temperature's gradient: the rows do, unless only the columns' is wanted.
+    // Either side's gathered gradient also gives the temperature's, so the rows gather whenever the columns do not.
     static bool gathers_rows(const fntx_call& call) {
         const bool wanted = call.rows.d_z[0] || call.rows.d_z[1];
         return call.phases & FNTX_BACKWARD && (wanted || !call.cols || !gathers_columns(call));
@@ -275,8 +277,8 @@ template <class T> class Run {
         if (!symmetric_) body(cols_);
     }
 
-    // body(row) for every row, and the sum or the largest of what it returns. A chunk of rows is one thread's, and what
-    // the chunks give is put together in their order.
+    // Call body(row) for every row; return the sum, or the largest, of the results. Threads take whole chunks of rows,
+    // and the results of the chunks are combined in order.
     template <class Body> double sum_over_rows(const OwnedSide<T>& side, Body body) {
         return over_rows(side, body, [](double a, double b) { return a + b; });
     }
@@ -297,7 +299,7 @@ template <class T> class Run {
         return total;
     }
 
-    // body(row) for every row.
+    // Call body(row) for every row.
     template <class Body> void each_row(const OwnedSide<T>& side, Body body) {
         each_chunk(side, [&](int64_t chunk) {
             const int64_t last = std::min(side.n, (chunk + 1) * ALIGNED_ROWS);
@@ -305,7 +307,7 @@ template <class T> class Run {
         });
     }
 
-    // body(chunk) for every chunk of rows.
+    // Call body(chunk) for every chunk of rows.
     template <class Body> void each_chunk(const OwnedSide<T>& side, Body body) {
         const int64_t n = chunks_per_take(side.chunks, team_.threads());
         team_.each(divide_up(side.chunks, n), [&](int64_t take, int thread) {
@@ -314,7 +316,7 @@ template <class T> class Run {
         });
     }
 
-    // body(row) for every row of which each slab has a sum: the more slabs, the fewer rows are a thread's at a time.
+    // Call body(row) for every row of the shorter side. The more slabs, the fewer rows a thread takes at a time.
     template <class Body> void each_row_of_slabs(Body body) {
         const int64_t rows = std::max(ALIGNED_ROWS / slabs_.count, int64_t(1));
         team_.each(divide_up(few_.n, rows), [&](int64_t chunk, int) {
@@ -339,7 +341,7 @@ template <class T> class Run {
         largest_log_ = call_.inv_tau * bound + terms;
         shifted_ = !(largest_log_ < DIRECT_LIMIT<T>);
         limited_ = call_.limited || call_.rows.limits || (call_.cols && call_.cols->limits);
-        // Exponentials of small logits round together, and a similarity could not be told from the limit by them.
+        // Exponentials of small logits round to equal numbers, so they cannot tell a similarity from its limit.
         shifted_ = shifted_ || (limited_ && call_.inv_tau * bound < 1);
         if (limited_) load_limits();
     }
@@ -360,7 +362,8 @@ template <class T> class Run {
         scale_limits();
     }
 
-    // As the tiles compare them: with their own exponentials, or logits, so that what is as similar as the limit stays.
+    // Convert the limits to the exponentials or logits that the tiles compare them with, computed in the same way, so
+    // that a similarity equal to its limit stays.
     void scale_limits() {
         for_sides([&](OwnedSide<T>& side) {
             const T k = T(call_.inv_tau);
@@ -403,7 +406,7 @@ template <class T> class Run {
         return kernels_.load_rows(side, side.given.z, call_.dtype, call_.D, ld_, normalize_, eps_, first, last);
     }
 
-    // Rows that have the same are no negatives of each other.
+    // Return the id of a row in a loss with classes. Rows with equal ids are not each other's negatives.
     int64_t class_id(int64_t row) const {
         if (over_positives()) return class_of(row);
         return of_classes() ? row : classes_.first_of_pair(row);
@@ -415,8 +418,8 @@ template <class T> class Run {
 
     // --- tiles ---------------------------------------------------------------------------------------------------
 
-    // Call the kernel on every tile; or with `agreeing`, the rows' sums over their positives, on those in which ids
-    // meet.
+    // Call the kernel on every tile. With `agreeing`, the side that holds the rows' sums over their positives, call it
+    // only on the tiles in which ids may agree.
     void each_tile(void (*kernel)(const Tile<T>&), PackedSide<T>* agreeing = nullptr) {
         const int64_t P = slabs_.count * slabs_.rows, Q = symmetric_ ? 0 : slabs_.count * slabs_.cols;
         std::unique_ptr<std::atomic<int32_t>[]> turns(new std::atomic<int32_t>[size_t(P + Q)]);
@@ -432,11 +435,11 @@ template <class T> class Run {
             int64_t place = schedule_.first_place(index);
             for (int64_t i = 0; i < n; ++i)
                 for (int64_t step = on_diagonal ? i : 0; step < n; ++step, ++place) {
-                    // There and back, so that a tile shares its columns or its rows with the one before.
+                    // Go back and forth, so that each tile shares its columns or its rows with the one before.
                     const int64_t j = i % 2 ? n - 1 - step + (on_diagonal ? i : 0) : step;
                     if (team_.interrupted(thread)) return;
                     Tile<T> tile = this->tile(task, i, j, place, thread);
-                    if (tile.n_rows <= 0 || tile.n_cols <= 0) continue;  // a block may reach beyond the matrix
+                    if (tile.n_rows <= 0 || tile.n_cols <= 0) continue;  // a block may extend beyond the matrix
                     if (agreeing && !ids_meet(tile)) continue;
                     if (agreeing) {
                         tile.rows = tile.cols = agreeing;
@@ -447,7 +450,7 @@ template <class T> class Run {
                     kernel(tile);
                 }
             row_turn.store(task.row_turn + 1, std::memory_order_release);
-            // Once only for a diagonal tile, whose block may have moved on by now.
+            // A diagonal tile stores its turn only once, because its block may have moved on by now.
             if (&col_turn != &row_turn) col_turn.store(task.col_turn + 1, std::memory_order_release);
         });
     }
@@ -463,7 +466,7 @@ template <class T> class Run {
         slab_sums_.release_gathered();
     }
 
-    // Tile (i, j) of a task.
+    // Return tile (i, j) of a task.
     Tile<T> tile(const Task& task, int64_t i, int64_t j, int64_t place, int thread) {
         PackedSide<T>* const few = task.slab ? &slab_sums_[task.slab] : &few_;
         Tile<T> tile;
@@ -493,7 +496,7 @@ template <class T> class Run {
         return tile;
     }
 
-    // Whether a row and a column of the tile may have the same id.
+    // Return whether a row and a column of the tile may have the same id.
     bool ids_meet(const Tile<T>& tile) const { return span(rows_, tile.row0).meets(span(cols_, tile.col0)); }
 
     Span span(const OwnedSide<T>& side, int64_t first) const {
@@ -514,21 +517,21 @@ template <class T> class Run {
         });
     }
 
-    // log(1 + exp(x)) and its slope.
+    // Return log(1 + exp(x)), and its slope by reference.
     static double softplus(double x, double& slope) {
         const double e = exp(-fabs(x));
         slope = (x > 0 ? 1 : e) / (1 + e);
         return (x > 0 ? x : 0) + log1p(e);
     }
 
-    // loss_i = log(1 + exp(nu - pi)), and the weights q_i = sigmoid(nu - pi) of its gradient.
+    // loss_i = log(1 + exp(nu - pi)), with the weights q_i = sigmoid(nu - pi) for its gradient.
     void take_losses() {
         double loss = 0;
         for_sides([&](OwnedSide<T>& side) {
             const double weight = &side == &rows_ ? rows_loss_weight() : call_.cols_loss_weight;
             const T* const against = static_cast<const T*>(call_.against);
             T* const d_against = static_cast<T*>(call_.d_against);
-            if (weight == 0) return;  // as its rows' weights are from the start
+            if (weight == 0) return;  // the weights of its rows are already 0
             loss += weight * sum_over_rows(side, [&](int64_t row) {
                 const double pi = against ? double(against[row]) : call_.inv_tau * similarity_to_positive(side, row);
                 const double loss = softplus(side.neg_lse[row] - pi, side.w[row]);
@@ -545,8 +548,8 @@ template <class T> class Run {
         return call_.loss_weight / double(counted);
     }
 
-    // loss_i = nu - pi, with the mean of the positives' logits for pi. A row's share of a positive is that of the
-    // positive in the row, because all rows of a class have as many.
+    // loss_i = nu - pi, where pi is the mean of the positives' logits. A positive weighs the same in row i's loss as
+    // row i weighs in the positive's loss, because all rows of a class have the same number of positives.
     void take_class_losses() {
         class_sums_ = Buffer<T>(classes_.size() * ld_);
         team_.each(classes_.size(), [&](int64_t c, int) {
@@ -564,8 +567,8 @@ template <class T> class Run {
         }));
     }
 
-    // loss_i = log(1 + exp(nu - lse)) with the log-sum-exp of the row's positives, or the mean of log(1 + exp(nu - pi))
-    // over them. d_pos is the weight of lse, or of each positive.
+    // loss_i = log(1 + exp(nu - lse)), where lse is the log-sum-exp of the row's positives; or the mean of log(1 +
+    // exp(nu - pi)) over the positives. d_pos is the weight of lse, or of each positive.
     void take_losses_over_positives() {
         PositiveSide<T>& positives = *positives_;
         const double weight = rows_loss_weight();
@@ -589,7 +592,7 @@ template <class T> class Run {
         }));
     }
 
-    // The sum over the other rows of the class.
+    // Return the sum of the row's similarities to the other rows of its class.
     double similarity_to_class(int64_t row) const {
         const T* const u = rows_.u + row * ld_;
         return double(kernels_.dot(u, class_sums_ + classes_.of_row(row) * ld_, ld_)) - kernels_.dot(u, u, ld_);
@@ -600,7 +603,7 @@ template <class T> class Run {
         int64_t row;
     };
 
-    // The positive of a row: the same row of the other view, or of the other side.
+    // Return the positive of a row: the same row of the other view, or of the other side.
     Place positive(const OwnedSide<T>& side, int64_t row) const {
         if (!symmetric_) return {&side == &rows_ ? cols_ : rows_, row};
         if (call_.classes) return {rows_, classes_.other_of_pair(row)};
@@ -613,10 +616,10 @@ template <class T> class Run {
         return kernels_.dot(side.u + row * ld_, other.side.u + other.row * ld_, ld_);
     }
 
-    // Weights of any magnitude (a loss scaler's 2^16, a mean's 1e-6) enter the tiles in units of `weight_unit_`.
-    // Without a shift the largest is 1. Where w exp(-nu) would then leave the range of T for some row, because one
-    // weight is 1e38 times another, the tiles are shifted: their w exp(k s - nu) is at most w, so the largest is
-    // LARGEST_WEIGHT.
+    // Weights of any magnitude (2^16 from a loss scaler, 1e-6 from a mean) enter the tiles in units of `weight_unit_`.
+    // Without a shift, the largest weight is 1. If w exp(-nu) would then leave the range of T for some row, because one
+    // weight is 1e38 times another, the tiles are shifted instead. Their w exp(k s - nu) is at most w, so the largest
+    // weight is LARGEST_WEIGHT.
     void weigh() {
         double largest = 0;
         const T* const d_pos = static_cast<const T*>(call_.d_pos);
@@ -626,7 +629,7 @@ template <class T> class Run {
             largest = larger(largest, largest_over_rows(side, [&](int64_t row) {
                 if (!(call_.phases & FNTX_FORWARD)) side.neg_lse[row] = double(neg_lse[row]);
                 if (!call_.loss) side.w[row] = w ? double(w[row]) : 0;
-                if (side.neg_lse[row] == -INF) side.w[row] = 0;  // no negative: no weight, whatever came
+                if (side.neg_lse[row] == -INF) side.w[row] = 0;  // no negatives, so no weight
                 if (!in_classes()) side.d_pos[row] = takes_positives() ? -side.w[row] : d_pos ? double(d_pos[row]) : 0;
                 return larger(fabs(side.w[row]), fabs(side.d_pos[row]));
             }));
@@ -640,9 +643,9 @@ template <class T> class Run {
                 return factor > SMALLEST_FACTOR<T> && factor < 1 / SMALLEST_FACTOR<T> ? 0.0 : 1.0;
             });
         });
-        if (limited_) scale_limits();  // the tiles may be shifted now
+        if (limited_) scale_limits();  // the tiles may be shifted by now
         drop_gathered_if_small();
-        // Of doubles, the quotient of weights that are small by themselves may be none.
+        // The quotient of small doubles may underflow to 0.
         weight_unit_ = shifted_ ? larger(largest / LARGEST_WEIGHT<T>, std::numeric_limits<double>::min()) : largest;
         for_sides([&](OwnedSide<T>& side) {
             each_row(side, [&](int64_t row) {
@@ -657,7 +660,8 @@ template <class T> class Run {
 
     // --- rows alone ----------------------------------------------------------------------------------------------
 
-    // Whether what the rows gather may be weighed at the end, as far as it is known before a sum is.
+    // Return whether the rows may gather with exponentials and be weighted at the end, as far as the sums need not be
+    // known.
     bool may_gather_at_once() const {
         const bool rows_alone =
             call_.loss && !symmetric_ && rows_.gathered && !cols_.gathered && call_.cols_loss_weight == 0;
@@ -665,8 +669,8 @@ template <class T> class Run {
         return !shifted_ && !limited_ && largest_log_ + std::max(log_length_, 0.0) < DIRECT_LIMIT<T>;
     }
 
-    // Where a row's sum is so small that its terms, times columns, come near the least number of T, drop all that was
-    // gathered: a pass with weights gathers it again.
+    // If a row's sum is so small that its terms, times the columns, come near the smallest number of T, discard what
+    // was gathered. A pass with weights then gathers it again.
     void drop_gathered_if_small() {
         if (!at_once_) return;
         const double small = largest_over_rows(rows_, [&](int64_t row) {
@@ -685,12 +689,12 @@ template <class T> class Run {
         });
     }
 
-    // From what was gathered to the gradient in z; returns the side's part of the gradient in k. Everything is in units
-    // of `weight_unit_`, and of k, until it is written.
+    // Turn what a side has gathered into its gradient in z, and return the side's part of the gradient in k. Until the
+    // gradient is written, everything is in units of `weight_unit_` and of k.
     double finish(OwnedSide<T>& side) {
         if (!side.gathered) return 0;
         const bool has_positives = takes_positives() || call_.d_pos;
-        // Every similarity is one of a row and one of a column; of two sides, one gives the gradient in k.
+        // A symmetric call counts every similarity twice. Of two sides, only one contributes to the gradient in k.
         const double share = symmetric_ ? 0.5 : &side == (rows_.gathered ? &rows_ : &cols_) ? 1 : 0;
         const int64_t n_first = side.given.z[0].n;
         return sum_over_rows(side, [&](int64_t row) {
@@ -736,17 +740,17 @@ template <class T> class Run {
     const Schedule schedule_;
     const Slabs& slabs_;
     const int64_t edge_;
-    OwnedSide<T>& few_;  // the side of which each slab has sums of its own
+    OwnedSide<T>& few_;  // the shorter side: every slab but the first has a copy of its sums
     SlabSums<T> slab_sums_;
-    const int64_t tile_words_;  // of a tile's G in bfloat16
+    const int64_t tile_words_;  // scratch elements for a tile's G in bfloat16
     const int64_t scratch_size_;
     Buffer<T> scratch_, workspace_, class_sums_;
-    Buffer<double> radial_;  // for each task, the sum of Tile::radial; in_bfloat() only
-    int64_t kept_ = 0;       // tiles whose exponentials stay in the workspace
+    Buffer<double> radial_;  // sum of Tile::radial for each task; in_bfloat() only
+    int64_t kept_ = 0;       // number of tiles whose exponentials stay in the workspace
     bool shifted_ = false, limited_ = false;
-    bool at_once_ = false;    // the rows' gradients are gathered in the forward
-    double largest_log_ = 0;  // bound of k s + ln M
-    double log_length_ = 0;   // of the longest column
+    bool at_once_ = false;    // the rows gather their gradients in the forward
+    double largest_log_ = 0;  // upper bound of k s + ln M
+    double log_length_ = 0;   // log of the length of the longest column
     double weight_unit_ = 1;
 };
 

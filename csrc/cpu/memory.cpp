@@ -14,20 +14,20 @@ namespace {
 
 constexpr size_t HELD_BYTES = size_t(32) << 20;           // a call of N = 1024, D = 128 takes 12 MiB
 constexpr int HELD_BLOCKS = 32;                           // a call takes 8 to 20
-constexpr size_t LINE = 64, HUGE_PAGE = size_t(1) << 21;  // of x86-64 and most of arm64
+constexpr size_t LINE = 64, HUGE_PAGE = size_t(1) << 21;  // HUGE_PAGE: of x86-64 and most of arm64
 
 struct HeldMemory {
     void* memory;
     size_t capacity;
 };
 
-HeldMemory held[HELD_BLOCKS];  // from the oldest on
+HeldMemory held[HELD_BLOCKS];  // oldest first
 int held_blocks = 0;
 size_t held_bytes = 0;
-HeldMemory spare = {nullptr, 0};  // one block of more than HELD_BYTES, whose pages the system may take
+HeldMemory spare = {nullptr, 0};  // one block larger than HELD_BYTES, whose pages the system may reclaim
 
-// Guards what is held. Whoever does not get it at once goes to the system: nobody waits, neither for another thread nor
-// in a child that was forked while a thread of its parent was in here.
+// Guards the held blocks. A thread that does not get the guard at once allocates from the system, so no thread waits:
+// not for another thread, and not in a child that was forked while a thread of its parent held the guard.
 std::atomic_flag busy = ATOMIC_FLAG_INIT;
 
 struct Guard {
@@ -37,7 +37,7 @@ struct Guard {
     }
 };
 
-// Whether a block serves for so many bytes, and is not more than twice too large.
+// Return whether a block has at least so many bytes, and at most about twice as many.
 bool serves(const HeldMemory& block, size_t bytes) {
     return block.memory && block.capacity >= bytes && block.capacity / 2 <= bytes;
 }
@@ -65,7 +65,7 @@ void* acquire_memory(size_t bytes, size_t& capacity) {
     bytes = (bytes + LINE) / LINE * LINE;
     {
         const Guard guard;
-        int best = -1;  // the smallest
+        int best = -1;  // index of the smallest block that serves
         for (int i = 0; guard.mine && i < held_blocks; ++i)
             if (serves(held[i], bytes) && (best < 0 || held[i].capacity < held[best].capacity)) best = i;
         HeldMemory block = {nullptr, 0};
@@ -77,7 +77,7 @@ void* acquire_memory(size_t bytes, size_t& capacity) {
             capacity = block.capacity;
             return block.memory;
         }
-        free(block.memory);  // a spare block that does not serve a large call makes room for what does
+        free(block.memory);  // a spare block that is no use to a large call makes room for one that is
     }
     capacity = bytes;
     void* memory = nullptr;
@@ -88,7 +88,7 @@ void* acquire_memory(size_t bytes, size_t& capacity) {
         if (posix_memalign(&memory, alignment, bytes)) throw std::bad_alloc();
     }
 #if defined(__linux__)
-    if (large) madvise(memory, bytes, MADV_HUGEPAGE);  // a wish, which the system may refuse
+    if (large) madvise(memory, bytes, MADV_HUGEPAGE);  // only a hint to the system
 #endif
     return memory;
 }
@@ -101,11 +101,11 @@ void release_memory(void* memory, size_t capacity) {
     held_bytes += capacity;
 }
 
-// MADV_FREE: the system drops these pages when it runs short; those that are written to before that stay.
+// With MADV_FREE, the system may drop these pages when it runs short. Pages that are written to before that stay.
 void lend_memory(void* memory, size_t capacity) {
     if (capacity <= HELD_BYTES) return release_memory(memory, capacity);
 #if defined(__linux__) && defined(MADV_FREE)
-    const size_t whole_pages = capacity / HUGE_PAGE * HUGE_PAGE;  // what shares its last page with others stays
+    const size_t whole_pages = capacity / HUGE_PAGE * HUGE_PAGE;  // the last page may be shared, so it stays
     HeldMemory block = {memory, capacity};
     if (madvise(memory, whole_pages, MADV_FREE) == 0) {
         const Guard guard;

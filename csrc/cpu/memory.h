@@ -1,8 +1,8 @@
-// Uninitialised, aligned memory for a call. Freed blocks are held for the next call, 32 MiB in all: taking them anew
-// from the system costs a page fault for each 4 KiB, which is a third of the time at N = 256. Larger blocks ask for
-// huge pages and go back at once, except for one that the next call is likely to want: it is lent to the system, which
-// takes its pages only when it runs short. At N = 4096 that saves a tenth of the time. It counts as resident until
-// then.
+// Uninitialised, aligned memory for a call. Up to 32 MiB of freed blocks are held for the next call, because fresh
+// memory from the system costs a page fault per 4 KiB, which takes a third of the time at N = 256. Larger blocks ask
+// for huge pages and are freed at once, except one that the next call is likely to need. That one is lent to the
+// system, which reclaims its pages only under memory pressure. This saves a tenth of the time at N = 4096; the block
+// counts as resident until then.
 #pragma once
 
 #include <stddef.h>
@@ -12,10 +12,12 @@
 
 namespace fntx {
 
-// At least `bytes`, aligned to a cache line; throws std::bad_alloc. `capacity` is what release_memory needs to know.
+// Return at least `bytes`, aligned to a cache line, or throw std::bad_alloc. `capacity` has to be passed on to
+// release_memory or lend_memory.
 void* acquire_memory(size_t bytes, size_t& capacity);
 void release_memory(void* memory, size_t capacity);
-void lend_memory(void* memory, size_t capacity);  // released, but a next call of the same size may find it
+// Release the memory, but let a later call of about the same size find it.
+void lend_memory(void* memory, size_t capacity);
 
 template <class T> class Buffer {
   public:
@@ -35,7 +37,7 @@ template <class T> class Buffer {
         if (data_) release_memory(data_, capacity_);
     }
 
-    // Release it, for a next call of the same size to find.
+    // Release the memory, but let a later call of about the same size find it.
     void lend() {
         if (data_) lend_memory(data_, capacity_);
         data_ = nullptr;

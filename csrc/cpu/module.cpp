@@ -1,5 +1,5 @@
-// fastntxent._cpu: the C interface for Python, within the stable ABI, so that one build serves every Python 3
-// from 3.10. Addresses come as integers (Tensor.data_ptr()); fastntxent/backends/cpu.py sees to shapes and dtypes.
+// fastntxent._cpu: the C interface for Python, within the stable ABI, so that one build serves every Python from 3.10
+// on. Addresses are passed as integers (Tensor.data_ptr()). fastntxent/backends/cpu.py checks shapes and dtypes.
 #include <chrono>
 #include <thread>
 
@@ -8,8 +8,8 @@
 
 namespace {
 
-// Whether a signal's handler raised (Ctrl-C): asked by the main thread, which has let go of the interpreter. Handlers
-// run in no other thread, and another would not come back from here once the interpreter shuts down.
+// Return whether a signal handler raised (Ctrl-C). Called by the main thread after it has released the GIL: signal
+// handlers run in no other thread, and another thread would not return from here once the interpreter shuts down.
 int signal_raised() {
     const PyGILState_STATE state = PyGILState_Ensure();
     const int raised = PyErr_CheckSignals();
@@ -17,9 +17,9 @@ int signal_raised() {
     return raised;
 }
 
-// Take the interpreter back. While it shuts down, Python before 3.14 ends every thread but the main one in here, by
-// unwinding its stack: through PyTorch's frames, too, some of which end the process on that. Such a thread waits for
-// the end of the process, as it does from 3.14 on.
+// Reacquire the GIL. During shutdown, Python before 3.14 ends every thread but the main one in here by unwinding its
+// stack, through PyTorch's frames too, and some of those abort the process when they are unwound. Such a thread waits
+// for the process to end instead, as it does from Python 3.14 on.
 void take_back(PyThreadState* thread) {
     try {
         PyEval_RestoreThread(thread);
@@ -37,19 +37,20 @@ PyObject* failure(int status, const fntx_call& call) {
     const auto D = static_cast<long long>(call.D);
     if (status == FNTX_TOO_LARGE)
         return PyErr_Format(PyExc_ValueError,
-                            "the CPU kernels take at most %d rows, those of both views together, and "
-                            "less than 2^59 numbers, got %llu rows of %lld features",
+                            "the CPU kernels take at most %d rows (both views together) and "
+                            "fewer than 2^59 numbers, got %llu rows of %lld features",
                             FNTX_MOST_ROWS, count_rows(side), D);
     if (status == FNTX_NO_MEMORY)
-        return PyErr_Format(PyExc_MemoryError, "the CPU kernels found no memory for %llu rows of %lld features",
+        return PyErr_Format(PyExc_MemoryError,
+                            "the CPU kernels could not allocate memory for %llu rows of %lld features",
                             count_rows(side), D);
     if (!PyErr_Occurred())
         PyErr_Format(PyExc_RuntimeError,
-                     "fastntxent's CPU kernel refused a call (status %d): a defect, please report it", status);
+                     "fastntxent's CPU kernel rejected a call (status %d). This is a bug, please report it", status);
     return nullptr;
 }
 
-// Groups of arguments that few calls have: a tuple, or None.
+// Rarely used groups of arguments: each is a tuple or None.
 bool parse_limits(PyObject* given, fntx_call& call, fntx_side& cols) {
     Address of_rows, of_cols;
     if (given == Py_None) return true;
@@ -127,7 +128,7 @@ PyObject* exp2(PyObject*, PyObject* args) {
     long long n;
     if (!PyArg_ParseTuple(args, "iKKL", &dtype, &x, &y, &n)) return nullptr;
     if (fntx_exp2(dtype, pointer(x), pointer(y), n) == FNTX_OK) Py_RETURN_NONE;
-    return PyErr_Format(PyExc_ValueError, "exp2 takes float32 or float64");
+    return PyErr_Format(PyExc_ValueError, "exp2 takes dtype float32 or float64");
 }
 
 PyObject* schedule(PyObject*, PyObject* args) {
@@ -135,8 +136,8 @@ PyObject* schedule(PyObject*, PyObject* args) {
     int threads;
     if (!PyArg_ParseTuple(args, "LLLi", &rows, &cols, &D, &threads)) return nullptr;
     if (rows < 1 || cols < 0 || rows > FNTX_MOST_ROWS || cols > FNTX_MOST_ROWS || D < 1 || threads < 1)
-        return PyErr_Format(PyExc_ValueError, "schedule takes sizes and threads from 1 on, got (%lld, %lld, %lld, %d)",
-                            rows, cols, D, threads);
+        return PyErr_Format(PyExc_ValueError, "schedule takes sizes and threads >= 1, got (%lld, %lld, %lld, %d)", rows,
+                            cols, D, threads);
     const bool symmetric = cols == 0;
     if (symmetric) cols = rows;
     const fntx::Schedule of_call(rows, cols, symmetric, fntx::useful_threads(rows, cols, D, threads));
@@ -165,15 +166,15 @@ PyMethodDef methods[] = {
      "run(phases, function, dtype, normalize, threads, D, inv_tau, bias, eps, rows, cols, pos, "
      "d_pos, loss, loss_weight, cols_loss_weight, d_inv_tau, d_bias, (row_limits, col_limits, "
      "limited, limit_scale, limit_shift) or None, (against, d_against) or None, (classes, "
-     "form, mean_of_classes) or None, workspace, interruptible): fntx_run of csrc/cpu/fastntxent.h; "
-     "interruptible, of the main thread alone: Ctrl-C ends it."},
-    {"instruction_set", instruction_set, METH_NOARGS, "The instruction set in use."},
-    {"use_instruction_set", use_instruction_set, METH_VARARGS, "Use another one from now on."},
+     "form, mean_of_classes) or None, workspace, interruptible): call fntx_run of csrc/cpu/fastntxent.h. "
+     "interruptible, in the main thread only: stop on Ctrl-C."},
+    {"instruction_set", instruction_set, METH_NOARGS, "Return the instruction set in use."},
+    {"use_instruction_set", use_instruction_set, METH_VARARGS, "Switch to another instruction set."},
     {"schedule", schedule, METH_VARARGS,
-     "schedule(rows, cols or 0, D, threads): (threads, edge, block_tiles, rows and columns "
-     "that a thread takes at a time, slabs, tasks), how csrc/cpu/schedule.h cuts a call; "
+     "schedule(rows, cols or 0, D, threads): return how csrc/cpu/schedule.h cuts a call: (threads, edge, "
+     "block_tiles, rows per take, columns per take, slabs, tasks), where "
      "a task is (slab, first row, first column, row_turn, col_turn, place)."},
-    {"exp2", exp2, METH_VARARGS, "exp2(dtype, x, y, n): the kernels' own 2^x."},
+    {"exp2", exp2, METH_VARARGS, "exp2(dtype, x, y, n): write 2^x to y with the kernels' exponential."},
     {nullptr, nullptr, 0, nullptr},
 };
 

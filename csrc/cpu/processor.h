@@ -1,4 +1,4 @@
-// Whether the processor and the system have the instructions of bfloat.h.
+// Detection of the instructions of bfloat.h, which both the processor and the operating system have to support.
 #pragma once
 
 #include <cpuid.h>
@@ -20,7 +20,7 @@ struct Registers {
     uint32_t eax = 0, ebx = 0, ecx = 0, edx = 0;
 };
 
-// Zeros where there is no such leaf.
+// Return the registers of a CPUID leaf, or zeros if there is no such leaf.
 inline Registers cpuid(uint32_t leaf, uint32_t part) {
     Registers found;
     __get_cpuid_count(leaf, part, &found.eax, &found.ebx, &found.ecx, &found.edx);
@@ -29,11 +29,11 @@ inline Registers cpuid(uint32_t leaf, uint32_t part) {
 
 inline bool has_avx512_bf16() { return cpuid(7, 0).eax >= 1 && cpuid(7, 1).eax >> 5 & 1; }
 
-// A process has to ask Linux for the memory of the tiles. Other systems are not supported.
+// On Linux, a process has to request the tiles' register state. Other systems are not supported.
 inline bool has_amx() {
 #ifdef __linux__
     constexpr uint32_t AMX_BF16 = 1u << 22, AMX_TILE = 1u << 24, OSXSAVE = 1u << 27, TILES = 3u << 17;
-    constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // of arch_prctl, since Linux 5.16
+    constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // arguments of arch_prctl, since Linux 5.16
     if ((cpuid(7, 0).edx & (AMX_BF16 | AMX_TILE)) != (AMX_BF16 | AMX_TILE)) return false;
     if (!(cpuid(1, 0).ecx & OSXSAVE)) return false;
     uint32_t enabled, high;

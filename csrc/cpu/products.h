@@ -1,17 +1,16 @@
 // Products on register blocks. The accumulators of a block of R rows and V vectors stay in registers for the whole
-// inner dimension; each step loads V vectors of b and R numbers of a.
+// inner dimension. Each step loads V vectors of b and R numbers of a.
 //
-// Against a library's GEMM: the same schedule on torch.mm (backend `blocked`, which has to write every tile out and
-// read it back) takes 2.3 times as long at N = 4096, D = 128, and 1.4 times at N = 2048, D = 2048, on 2 cores with
-// AVX-512 (benchmarks/results); these blocks do the whole loss, exponentials included, at the flops per second of
-// torch.mm itself.
+// Compared with a library's GEMM: the same schedule on torch.mm (backend `blocked`, which has to write out every tile
+// and read it back) takes 2.3 times as long at N = 4096, D = 128, and 1.4 times at N = 2048, D = 2048, on 2 cores with
+// AVX-512 (benchmarks/results). These blocks compute the whole loss, exponentials included, at the flops per second of
+// torch.mm.
 //
-// What a block reads next is asked for while the one before it is computed. Rows that come from the third cache took a
-// quarter longer without: a block of 4 x 24 sums waits for its first lines as long as it takes to use them.
+// While a block is computed, the operands of the next one are prefetched. Without that, rows from the L3 cache took a
+// quarter longer: a block of 4 x 24 sums waits for its first lines as long as it takes to use them.
 //
-// Every element of form_products is summed in the order of the inner dimension, whatever the block: u_i . u_j and
-// u_j . u_i have the same bits, and a logit is the same number in the forward, in the backward, and from whichever
-// side.
+// form_products sums every element in the order of the inner dimension, for any block. So s_ij and s_ji have the same
+// bits, and a logit is the same number in the forward, in the backward, and from either side.
 #pragma once
 
 #include "kernels.h"
@@ -19,13 +18,13 @@
 
 namespace fntx::FNTX_ISA {
 
-// Rows and vectors of a register block: its sums, and what a step loads, fill the registers. Loops over them are
-// unrolled by as much as there may be, 8 and 3.
+// Rows and vectors of a register block, whose sums and operands of one step fill the registers. Loops over them are
+// unrolled 8 and 3 times, the largest values of any instruction set.
 constexpr int REGISTER_ROWS = FNTX_REGISTER_ROWS;
 constexpr int REGISTER_VECTORS = 3;
 template <class T> constexpr int PANEL = REGISTER_VECTORS * LANES<T>;
-constexpr int64_t INNER_CHUNK = 128;  // features: a panel's part of so many stays in the first cache
-constexpr int64_t PACKED_ROWS = 96;   // of what is gathered: a panel of so many stays there beside the G of a block
+constexpr int64_t INNER_CHUNK = 128;  // features: this part of a panel stays in the L1 cache
+constexpr int64_t PACKED_ROWS = 96;   // gathered rows: a panel of this many stays in the L1 cache beside G of a block
 template <int N> struct Count {
     static constexpr int value = N;
 };
@@ -49,7 +48,7 @@ template <class T, int V> struct Accumulators {
             for (int v = 0; v < V; ++v) acc.c[r][v] = load<T>(c + r * ldc + v * LANES<T>);
     }
 
-    // The partial sums in c if there are any, else zeros.
+    // Load the partial sums from c if there are any, otherwise zeros.
     FNTX_INLINE void begin(Accumulators& acc, const T* c, int64_t ldc, bool begun) {
         if (begun)
             read(acc, c, ldc);
@@ -74,7 +73,7 @@ template <class T, int V> struct Accumulators {
             }
     }
 
-    // acc += a b over `inner` steps: a[r a_row + i a_step], b[i b_step + ...].
+    // acc += a b over `inner` steps; step i reads a[r a_row + i a_step] and b[i b_step + ...].
     FNTX_INLINE void add_product(Accumulators& acc, const T* a, int64_t a_row, int64_t a_step, const T* b,
                                  int64_t b_step, int64_t inner) {
         for (int64_t i = 0; i < inner; ++i, a += a_step, b += b_step) {
@@ -91,34 +90,35 @@ template <class T, int V> struct Accumulators {
     }
 };
 
-template <class T> constexpr int64_t LINE = 64 / int64_t(sizeof(T));  // numbers
+template <class T> constexpr int64_t LINE = 64 / int64_t(sizeof(T));  // elements of a cache line
 
-// Ask for numbers [0, n) of p, to be written.
+// Prefetch elements [0, n) of p for writing.
 template <class T> FNTX_INLINE void prefetch_to_write(const T* p, int64_t n) {
     for (int64_t i = 0; i < n; i += LINE<T>) __builtin_prefetch(p + i, 1);
 }
 
-// Ask for the share of numbers [0, n) of p that falls to one of `parts`.
+// Prefetch one share of elements [0, n) of p, which is divided into `parts` shares.
 template <class T> FNTX_INLINE void prefetch_part(const T* p, int64_t n, int64_t part, int64_t parts) {
     const int64_t lines = (n + LINE<T> - 1) / LINE<T>, each = (lines + parts - 1) / parts;
     const int64_t first = part * each, last = first + each < lines ? first + each : lines;
     for (int64_t line = first; line < last; ++line) __builtin_prefetch(p + line * LINE<T>);
 }
 
-// Rows of an operand, `step` numbers apart.
+// The rows of an operand, with a stride of `step` elements.
 template <class T> struct Rows {
     const T* first;
     int64_t step;
 };
 
-// How a tile is multiplied: the parameter `Way` of the templates below. bfloat_products.h has the other one.
+// How a tile is multiplied: the template parameter `Way` below. The alternative is in bfloat_products.h.
 struct FloatProducts {
-    static constexpr int64_t ROWS = REGISTER_ROWS;    // of a block
-    static constexpr int64_t INNER = INNER_CHUNK;     // steps of a chunk of form_products
-    static constexpr int64_t GATHERED = PACKED_ROWS;  // steps of a chunk of add_product
-    static constexpr bool KEEPS_PRODUCTS = false;     // a forward keeps exponentials for the backward instead
+    static constexpr int64_t ROWS = REGISTER_ROWS;    // rows of a block
+    static constexpr int64_t INNER = INNER_CHUNK;     // inner steps of a chunk in form_products
+    static constexpr int64_t GATHERED = PACKED_ROWS;  // inner steps of a chunk in add_product
+    static constexpr bool KEEPS_PRODUCTS = false;     // the forward keeps exponentials instead
 
-    // Sums up G_ij s_ij, the gradient in k. Here it does nothing: the rows' u_i . (sum_j G_ij u_j) have the same sum.
+    // Accumulates the sum of G_ij s_ij, the gradient in k. A no-op here, because the sum of u_i . (sum_j G_ij u_j) over
+    // the rows is the same number.
     struct Radial {
         template <class Acc> void keep(const Acc&) {}
         template <class Acc> void add(const Acc&) {}
@@ -127,7 +127,7 @@ struct FloatProducts {
     };
 
     struct Using {
-        Using() {}  // a variable of it counts as used
+        Using() {}  // so that an instance does not count as unused
     };
 
     // The operands and their inner dimension.
@@ -139,11 +139,11 @@ struct FloatProducts {
 
     template <class T> FNTX_INLINE void scale(Accumulators<T, REGISTER_VECTORS>&, const Tile<T>&, int64_t, int64_t) {}
 
-    // Where partial sums wait for the next chunk of the inner dimension.
+    // Return where partial sums are kept between chunks of the inner dimension.
     template <class T> static T* sums(const Tile<T>& tile) { return tile.buffer; }
 
-    // Multiply a chunk of a block: add to the partial sums in c if there are any (`begun`), and hand the sums to
-    // finish(sums, 0) after the `last` chunk, else leave them in c.
+    // Multiply a chunk of a block. It starts from the partial sums in c if there are any (`begun`). After the `last`
+    // chunk the sums go to finish(sums, 0), before that to c.
     template <class T, class Finish>
     FNTX_INLINE void multiply(T* c, int64_t ldc, bool begun, const T* a, int64_t lda, const T* b, int64_t inner,
                               bool last, Finish finish) {
@@ -152,7 +152,7 @@ struct FloatProducts {
         Acc::begin(acc, c, ldc, begun);
         Acc::add_product(acc, a, lda, 1, b, PANEL<T>, inner);
         if (last) {
-            // A copy: Clang keeps an array in memory for its whole life if anyone reads it by a variable index.
+            // Copy, because Clang keeps an array in memory for its whole life if any code indexes it by a variable.
             Acc products = acc;
             finish(products, 0);
         } else {
@@ -160,7 +160,7 @@ struct FloatProducts {
         }
     }
 
-    // c += a b, of a block of V vectors.
+    // c += a b for a block of V vectors.
     template <int V, class T>
     FNTX_INLINE void add(T* c, int64_t ldc, const T* a, int64_t a_row, int64_t a_step, Rows<T> b, int64_t inner) {
         typedef Accumulators<T, V> Acc;
@@ -173,9 +173,9 @@ struct FloatProducts {
     template <class T> static void gather(const Tile<T>& tile);
 };
 
-// c (n_rows, width) += a b with a[row a_row + i a_step], b (inner, width); n_rows is rounded up to whole blocks, width
-// is a multiple of a vector. pack(Count<V>, packed, i, count, d) returns rows [i, i + count) of b, V vectors from
-// column d on, which it may have copied.
+// c (n_rows, width) += a b, with a[row a_row + i a_step] and b (inner, width). n_rows is rounded up to whole blocks,
+// and width is a multiple of a vector. pack(Count<V>, packed, i, count, d) returns rows [i, i + count) of b, V vectors
+// from column d on; it may copy them to `packed`.
 template <class Way, class T, class A, class Pack>
 FNTX_INLINE void add_product(T* c, int64_t ldc, int64_t n_rows, int64_t width, const A* a, int64_t a_row,
                              int64_t a_step, int64_t inner, Pack pack) {
@@ -198,9 +198,8 @@ FNTX_INLINE void add_product(T* c, int64_t ldc, int64_t n_rows, int64_t width, c
     if (width - d == LANES<T>) columns(Count<1>{}, d);
 }
 
-// Add what either side gathers with the G in the tile's buffer. Rows of u lie apart, often by a multiple of 512 bytes,
-// and then fall on so few lines of the first cache that PACKED_ROWS of them push each other out: hence packed, unless
-// they are few.
+// Add what rows and columns gather, with G in the tile's buffer. The row stride of u is often a multiple of 512 bytes,
+// so that PACKED_ROWS of its rows would evict each other from the L1 cache. Unless they are few, they are packed first.
 template <class T> void FloatProducts::gather(const Tile<T>& tile) {
     const PackedSide<T>&rows = *tile.rows, &cols = *tile.cols;
     const int64_t ld = tile.ld, at_rows = tile.row0 * ld, at_cols = tile.col0 * ld;
@@ -224,8 +223,8 @@ template <class T> void FloatProducts::gather(const Tile<T>& tile) {
                                    packed_from(rows.u + at_rows));
 }
 
-// Form the products of a tile's rows with its columns, a block at a time, and hand each register block to finish(acc,
-// row, column) while it is in registers. A long inner dimension is cut into chunks; partial sums wait in memory.
+// Form the products of a tile's rows and columns block by block, and call finish(acc, row, column) on each register
+// block while it is in registers. A long inner dimension is cut into chunks, with partial sums kept in memory.
 template <class Way, class T, class Finish> FNTX_INLINE void form_products(const Tile<T>& tile, Finish finish) {
     typedef Accumulators<T, REGISTER_VECTORS> Acc;
     const int64_t ld = Way::row_length(tile), blocks = (tile.n_rows + Way::ROWS - 1) / Way::ROWS;
@@ -252,7 +251,7 @@ template <class Way, class T, class Finish> FNTX_INLINE void form_products(const
     }
 }
 
-// The same for a backward, which may find what the forward formed.
+// Like form_products, for a backward, which may reuse the products that the forward kept.
 template <class Way, class T, class Finish> FNTX_INLINE void form_products_again(const Tile<T>& tile, Finish finish) {
     if constexpr (Way::KEEPS_PRODUCTS)
         if (tile.exps) return Way::recall(tile, finish);

@@ -1,17 +1,17 @@
 #!/bin/sh
 # Build check.cpp with the kernels and run it: csrc/cpu/sanitize.sh [BUILD ...] [-- [--quick] [GROUP ...]]
 #
-#   address  AddressSanitizer and UndefinedBehaviorSanitizer, threads by OpenMP as in production
-#   exact    the same, and each piece of the kernels' own memory is allocated to the byte and starts as NaN
-#   thread   ThreadSanitizer; threads are std::thread, because GCC's OpenMP runtime is not instrumented
-#   emulated as exact, with AVX512_BF16's and AMX's instructions emulated, on bfloat16 rows alone; wants AVX-512
-#   plain    as setup.py builds it
-#   arm      as setup.py builds it on aarch64, run by an emulator of that machine
-#   arm-address  the same, by AddressSanitizer and UndefinedBehaviorSanitizer, without the search for leaks
+#   address      AddressSanitizer and UndefinedBehaviorSanitizer, with OpenMP threads as in production
+#   exact        like address; the kernels' own buffers are allocated to the byte and start as NaN
+#   thread       ThreadSanitizer, with std::thread, because GCC's OpenMP runtime is not instrumented
+#   emulated     like exact, on bfloat16 rows only, with emulated AVX512_BF16 and AMX instructions; needs AVX-512
+#   plain        as setup.py builds it
+#   arm          as setup.py builds it on aarch64, run in an emulator of aarch64
+#   arm-address  arm with AddressSanitizer and UndefinedBehaviorSanitizer, without leak detection
 #
-# The default is address, exact, thread and emulated. What follows -- goes to check.cpp: --quick, and names of its groups ("two
-# views", slabs, ...; all by default). Objects go to build/sanitize. CXX chooses the compiler of this machine, ARM_CXX
-# that of aarch64, ARM_RUN the emulator.
+# The default is address, exact, thread and emulated. Arguments after -- go to check.cpp: --quick, and the names of its
+# groups ("two views", slabs, ...; all by default). Objects go to build/sanitize. CXX chooses the compiler for this
+# machine, ARM_CXX the compiler for aarch64, and ARM_RUN the emulator.
 set -eu
 cd "$(dirname "$0")/../.."
 
@@ -20,7 +20,7 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
     builds="$builds $1"
     shift
 done
-[ $# -eq 0 ] || shift # what is left is for check.cpp
+[ $# -eq 0 ] || shift # the rest goes to check.cpp
 
 build_and_run() { # NAME FLAGS [ARGUMENT ...]
     name=$1 flags=$2
@@ -69,7 +69,7 @@ build_and_run() { # NAME FLAGS [ARGUMENT ...]
 
 here() {
     machine=$(uname -m) cxx=${CXX:-g++} run=""
-    # GCC's ThreadSanitizer wants its addresses where they are without randomisation.
+    # GCC's ThreadSanitizer needs address randomisation turned off.
     if setarch "$machine" -R true 2>/dev/null; then run="setarch $machine -R"; fi
     build_and_run "$@"
 }
@@ -84,7 +84,7 @@ on_arm() {
     build_and_run "$@"
 }
 
-# Some calls ask for more memory than there is.
+# Some calls request more memory than the machine has.
 export ASAN_OPTIONS=allocator_may_return_null=1 TSAN_OPTIONS=allocator_may_return_null=1:halt_on_error=1
 
 sanitizers="-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all -fopenmp"
@@ -96,13 +96,13 @@ for build in ${builds:-address exact thread emulated}; do
         if grep -qs avx512vl /proc/cpuinfo; then
             here emulated "$sanitizers -DFNTX_EXACT_MEMORY -DFNTX_EMULATE" "$@"
         else
-            echo "== emulated: left out, because this processor has no AVX-512"
+            echo "== emulated: skipped, because this processor has no AVX-512"
         fi
         ;;
     thread) here thread "-O1 -g -fsanitize=thread -DFNTX_STD_THREADS" "$@" ;;
     plain) here plain "-O3 -fopenmp" "$@" ;;
     arm) on_arm arm "-O3 -fopenmp" "$@" ;;
-    arm-address) # the search for leaks would trace the process, which the emulator does not allow
+    arm-address) # leak detection traces the process, which the emulator does not allow
         (export ASAN_OPTIONS="$ASAN_OPTIONS:detect_leaks=0" && on_arm arm-address "$sanitizers" "$@")
         ;;
     *) echo "unknown build: $build" >&2 && exit 2 ;;

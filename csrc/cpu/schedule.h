@@ -1,10 +1,10 @@
-// How the similarity matrix is cut into tasks, and the order in which they are taken. A task is a block of rows against
-// a block of columns, a few tiles either way. Tasks that touch the same block add to the same sums, so each block has
-// turns: a task waits for its two blocks' turns, and the order of every sum is the same whichever thread computes it.
-// Tasks come in rounds in which no block occurs twice, so that threads seldom wait.
+// How the similarity matrix is cut into tasks, and the order of the tasks. A task is a block of rows against a block of
+// columns, and a block is a few tiles long. Tasks that share a block add to the same sums, so every block has a turn
+// counter, and a task waits for its turn at both of its blocks. The order of every sum is therefore the same whichever
+// thread computes it. Tasks come in rounds in which no block occurs twice, so threads seldom wait.
 //
-// All of it follows from the sizes and the number of threads. `python -m benchmarks schedule` asks for it by
-// _cpu.schedule() and predicts from it what more threads gain.
+// The schedule depends only on the sizes and the number of threads. `python -m benchmarks schedule` reads it through
+// _cpu.schedule() and predicts the speed-up with more threads.
 #pragma once
 
 #include <math.h>
@@ -16,43 +16,45 @@
 
 namespace fntx {
 
-constexpr int64_t LARGEST_EDGE = 192;    // a tile and the rows it touches stay in a core's second cache at D = 128
-constexpr int64_t TILES_PER_SIDE = 4;    // at least, for each thread, down to the smallest edge
-constexpr int64_t TILES_PER_BLOCK = 4;   // at most: two blocks stay in 2 MiB of second cache at D = 128
-constexpr int64_t BLOCKS_PER_SIDE = 8;   // at least, for each of several threads, down to one tile a block
+constexpr int64_t LARGEST_EDGE = 192;    // at D = 128, a tile and its rows stay in a core's L2 cache
+constexpr int64_t TILES_PER_SIDE = 4;    // at least, per thread, unless the smallest edge is reached
+constexpr int64_t TILES_PER_BLOCK = 4;   // at most: at D = 128, two blocks stay in an L2 cache of 2 MiB
+constexpr int64_t BLOCKS_PER_SIDE = 8;   // at least, per thread of several, unless blocks are down to one tile
 constexpr int64_t CHUNKS_PER_TAKE = 8;   // at most
-constexpr int64_t TAKES_PER_THREAD = 4;  // at least, down to one chunk a take
-constexpr double PARALLEL_FROM = 4e6;    // multiplications of a full product; fewer are done as soon by one thread
+constexpr int64_t TAKES_PER_THREAD = 4;  // at least, unless takes are down to one chunk
+constexpr double PARALLEL_FROM = 4e6;    // multiplications of a full product; with fewer, one thread is as fast
 
 inline int64_t divide_up(int64_t x, int64_t by) { return (x + by - 1) / by; }
 
 inline int64_t round_up(int64_t x, int64_t to) { return divide_up(x, to) * to; }
 
-// The threads that a call uses, of those that it may use.
+// Return how many threads a call uses, at most `threads`.
 inline int useful_threads(int64_t rows, int64_t cols, int64_t D, int threads) {
     return double(rows) * double(cols) * double(D) < PARALLEL_FROM ? 1 : std::max(threads, 1);
 }
 
-// How many chunks of ALIGNED_ROWS rows a thread takes at a time in a phase over rows. Threads that each took one would
-// wait for the counter of those taken, which one of them can change in 0.1 us and which 64 would change every 0.02 us.
+// Return how many chunks of ALIGNED_ROWS rows a thread takes at a time in a phase over rows. If threads took single
+// chunks, they would wait for the shared counter: it can change once per 0.1 us, and 64 threads would change it once
+// per 0.02 us.
 inline int64_t chunks_per_take(int64_t chunks, int threads) {
     if (threads == 1) return 1;
     return std::min(std::max(chunks / (TAKES_PER_THREAD * threads), int64_t(1)), CHUNKS_PER_TAKE);
 }
 
-// Slabs of a matrix of P x Q blocks: `rows` x `cols` blocks each. The last one may reach beyond the matrix.
+// How a matrix of P x Q blocks is cut into slabs of `rows` x `cols` blocks. The last slab may extend beyond the matrix.
 //
-// Only one task at a time may add to the sums of a block of rows. With few rows and many columns, as of queries against
-// a long queue, there are fewer such blocks than threads. So the columns are split into slabs, each with a copy of the
-// rows' sums, and the copies are added up in a fixed order. Few columns against many rows: the same, transposed.
+// Only one task at a time may add to the sums of a block of rows. With few rows and many columns (queries against a
+// long queue), there are fewer blocks of rows than threads. So the columns are split into slabs, every slab but the
+// first has a copy of the rows' sums, and the copies are added in a fixed order. With few columns and many rows, rows
+// and columns swap roles.
 struct Slabs {
     int64_t count = 1, rows, cols;
-    bool of_rows = false;  // the rows are split, because the columns are few
+    bool of_rows = false;  // split the rows, because the columns are few
 
     Slabs(int64_t P, int64_t Q, int threads) : rows(P), cols(Q), of_rows(P > Q) {
         const int64_t few = std::min(P, Q), many = std::max(P, Q), busy = 2 * int64_t(threads);
         if (threads <= 1 || few >= busy) return;
-        // No more than make the copies as long as the side that is split.
+        // At most so many slabs that the copies together are as long as the split side.
         const int64_t wanted = std::min(divide_up(busy, few), many / few), blocks = divide_up(many, wanted);
         count = divide_up(many, blocks);
         (of_rows ? rows : cols) = blocks;
@@ -60,13 +62,13 @@ struct Slabs {
 };
 
 struct Task {
-    int64_t row_block, col_block;  // in the task's slab
+    int64_t row_block, col_block;  // block indices within the task's slab
     int32_t row_turn, col_turn;
     int64_t slab = 0;
 };
 
-// All tiles on or above the diagonal of a symmetric matrix of P blocks: first the diagonal, then a tournament in which
-// everybody meets everybody once (the circle method; with an odd P one block rests in each round).
+// The tasks on and above the diagonal of a symmetric matrix of P x P blocks: first the diagonal, then a round-robin
+// tournament of the blocks (the circle method; with an odd P, one block sits out each round).
 class Triangle {
   public:
     explicit Triangle(int64_t P) : P_(P), players_(P + P % 2) {}
@@ -78,7 +80,7 @@ class Triangle {
         index -= P_;
         const int64_t games = P_ / 2, circle = players_ - 1;
         const int64_t round = index / games;
-        const int64_t game = index % games + P_ % 2;  // game 0 is the fixed player's, who is missing if P is odd
+        const int64_t game = index % games + P_ % 2;  // game 0 belongs to the fixed player, who is missing if P is odd
         int64_t a = (round + game) % circle, b = game == 0 ? circle : (round - game + circle) % circle;
         if (a > b) {
             const int64_t c = a;
@@ -89,13 +91,14 @@ class Triangle {
     }
 
   private:
-    // Games before this round, and the diagonal tile; with an odd P block x rests in round x.
+    // Return the number of earlier games of the block, plus one for the diagonal. With an odd P, block x sits out round
+    // x.
     int32_t turn(int64_t block, int64_t round) const { return int32_t(1 + round - (P_ % 2 && round > block)); }
 
     int64_t P_, players_;
 };
 
-// All tiles of a matrix of P x Q blocks, along its (cyclic) diagonals.
+// The tasks of a matrix of P x Q blocks, along its cyclic diagonals.
 class Rectangle {
   public:
     Rectangle(int64_t P, int64_t Q) : few_(P < Q ? P : Q), many_(P < Q ? Q : P), swapped_(P > Q) {}
@@ -117,14 +120,14 @@ class Rectangle {
     bool swapped_;
 };
 
-// The tasks of a call, from the first taken to the last.
+// The tasks of a call, in order.
 class Schedule {
   public:
     const bool symmetric;  // the rows are the columns
     const int threads;
     const int64_t rows, cols;
     const int64_t edge;         // rows and columns of a tile
-    const int64_t block_tiles;  // tiles of a block, in either direction
+    const int64_t block_tiles;  // tiles of a block in each direction
     const Slabs slabs;
 
     Schedule(int64_t rows, int64_t cols, bool symmetric, int threads)
@@ -147,8 +150,8 @@ class Schedule {
         return task;
     }
 
-    // Where a task's tiles start in the workspace: those on the diagonal, which have fewer, are the first tasks. A
-    // block that reaches beyond the matrix has places for tiles that are not there.
+    // Return where a task's tiles start in the workspace. Tasks on the diagonal have fewer tiles, and come first. A
+    // block that extends beyond the matrix also has places for its missing tiles.
     int64_t first_place(int64_t index) const {
         const int64_t n = block_tiles, half = symmetric ? std::min(index, blocks(rows)) : 0;
         return half * (n * (n + 1) / 2) + (index - half) * n * n;
@@ -156,7 +159,7 @@ class Schedule {
 
     int64_t places() const { return first_place(size()); }
 
-    // The first row and column of tile (i, j) of a task; either may lie beyond the matrix.
+    // Return the first row and column of tile (i, j) of a task. Either may lie beyond the matrix.
     int64_t first_row(const Task& task, int64_t i) const {
         return ((task.row_block + (slabs.of_rows ? task.slab * slabs.rows : 0)) * block_tiles + i) * edge;
     }
@@ -165,8 +168,8 @@ class Schedule {
     }
 
   private:
-    // Several tiles a side share the work among threads, and spare a symmetric call one triangle. A side that is not
-    // much longer than such a tile is cut by LARGEST_EDGE alone: slabs of the other one share the work.
+    // Several tiles per side let threads share the work, and save a symmetric call one triangle. A side that is not
+    // much longer than such a tile is limited by LARGEST_EDGE alone, and slabs of the other side share the work.
     int64_t choose_edge() const {
         const int64_t whole = round_up(std::min(rows, cols), ALIGNED_ROWS);
         const int64_t even = int64_t(sqrt(double(rows) * double(cols))) / (TILES_PER_SIDE * threads);
@@ -179,7 +182,7 @@ class Schedule {
         const int64_t shorter = divide_up(std::min(rows, cols), edge);
         const int64_t even = int64_t(sqrt(double(rows) * double(cols))) / edge / (BLOCKS_PER_SIDE * threads);
         const int64_t most = std::min(threads == 1 ? TILES_PER_BLOCK : std::max(even, int64_t(1)), TILES_PER_BLOCK);
-        return divide_up(shorter, divide_up(shorter, most));  // as even as may be
+        return divide_up(shorter, divide_up(shorter, most));  // as even as possible
     }
 
     int64_t blocks(int64_t n) const { return divide_up(n, edge * block_tiles); }

@@ -1,5 +1,5 @@
-// The sums of slabs (schedule.h): each slab but the first has a copy of the shorter side's, and the copies are added up
-// in a fixed order.
+// The sums of slabs (schedule.h). Every slab but the first has a copy of the shorter side's sums, and the copies are
+// added in a fixed order.
 #pragma once
 
 #include <math.h>
@@ -14,7 +14,7 @@
 
 namespace fntx {
 
-// The copies of slabs 1, 2, ...; slab 0 adds to the side itself.
+// The copies for slabs 1, 2, ...; slab 0 adds to the side itself.
 template <class T> class SlabSums {
   public:
     SlabSums(const PackedSide<T>& few, int64_t slabs, int64_t ld) : ld_(ld), sides_(size_t(slabs - 1), few) {
@@ -32,7 +32,7 @@ template <class T> class SlabSums {
         }
     }
 
-    // The side that a slab adds to.
+    // Return the copy that a slab adds to.
     PackedSide<T>& operator[](int64_t slab) { return sides_[size_t(slab - 1)]; }
 
     // Set a slab's sums to zero.
@@ -45,7 +45,7 @@ template <class T> class SlabSums {
         if (side.gathered) std::fill(side.gathered, side.gathered + padded * ld_, T(0));
     }
 
-    // Add the slabs' sums of a row to the side's. Tiles that are not shifted leave every peak at -inf.
+    // Add the slabs' sums of a row to the side's sum. Tiles that are not shifted leave every peak at -inf.
     void join_sums(PackedSide<T>& few, int64_t row) const {
         for (const PackedSide<T>& side : sides_) {
             const T peak = std::max(few.peaks[row], side.peaks[row]);
@@ -55,17 +55,17 @@ template <class T> class SlabSums {
         }
     }
 
-    // Add what the slabs have gathered for a row to what the side has.
+    // Add what the slabs have gathered for a row to what the side has gathered.
     void join_gathered(PackedSide<T>& few, int64_t row, const Kernels<T>& kernels) const {
         for (const PackedSide<T>& side : sides_)
             kernels.add_scaled(few.gathered + row * ld_, T(1), side.gathered + row * ld_, ld_);
     }
 
-    // Free what was gathered.
+    // Free the copies of what was gathered.
     void release_gathered() { gathered_ = {}; }
 
   private:
-    // A row's sum with another peak.
+    // Return a row's sum, rescaled to another peak.
     static double scaled(const PackedSide<T>& side, int64_t row, T peak) {
         if (side.peaks[row] == peak) return side.sums[row];
         return side.sums[row] * exp(double(side.peaks[row]) - double(peak));

@@ -1,9 +1,10 @@
-// Threads: OpenMP's, which PyTorch's thread pool is too, so that a call takes over its threads instead of fighting
-// them. One parallel region spans a call; in it the calling thread leads, and hands out the work of one phase after the
-// other. A parallel region for each phase took up to 60 us each on a virtual machine that was slow to wake a thread.
+// The threads of a call. They are OpenMP threads, like PyTorch's thread pool, so a call takes over PyTorch's threads
+// instead of competing with them. One parallel region spans the call. In it the calling thread is the leader and hands
+// out the work of one phase after another. A parallel region per phase took up to 60 us each on a virtual machine that
+// was slow to wake threads.
 //
-// In a child after fork OpenMP's pool is gone, and a parallel region would wait for it forever: there, and in builds
-// with FNTX_STD_THREADS, threads are started for the call.
+// In a child process after fork, OpenMP's pool is gone, and a parallel region would wait for it forever. There, and in
+// builds with FNTX_STD_THREADS, threads are started for each call.
 #pragma once
 
 #include <stdint.h>
@@ -15,25 +16,25 @@
 
 namespace fntx {
 
-constexpr auto POLL_EVERY = std::chrono::milliseconds(50);  // what fastntxent.h promises
-constexpr int SPINS = 1000;  // turns of a wait before a thread offers its core to others at each turn
+constexpr auto POLL_EVERY = std::chrono::milliseconds(50);  // as documented in fastntxent.h
+constexpr int SPINS = 1000;  // iterations of a wait after which a thread yields its core in every further one
 
 class Team {
   public:
-    // poll is called by the leader every POLL_EVERY; anything but 0 stops the team.
+    // The leader calls `poll` every POLL_EVERY; a non-zero result stops the team.
     Team(int threads, int (*poll)(void)) : threads_(threads), poll_(poll) {}
 
     int threads() const { return threads_; }
     bool stopped() const { return stop_.load(std::memory_order_relaxed); }
 
-    // Run body() with the team at hand; what it throws is thrown here.
+    // Run body() while the team waits for its work, and rethrow its exceptions.
     template <class Body> void lead(Body body) {
         if (threads_ <= 1) return body();
         std::exception_ptr error;
         auto leader = [&] {
             try {
                 body();
-            } catch (const std::exception&) {  // no more than this: the unwinding that ends a thread may not be stopped
+            } catch (const std::exception&) {  // not `...`, which would also stop the unwinding that ends a thread
                 error = std::current_exception();
             }
             finished_.store(true);
@@ -42,7 +43,7 @@ class Team {
         if (error) std::rethrow_exception(error);
     }
 
-    // Within lead: body(index, thread) for every index below count, in order, each on whichever thread is free.
+    // Within lead: call body(index, thread) for every index below `count`. Threads take the indices in order.
     template <class Body> void each(int64_t count, Body body) {
         std::atomic<int64_t> next{0};
         auto share = [&](int thread) {
@@ -57,12 +58,13 @@ class Team {
         context_ = &share;
         open_.store(++jobs_);
         share(0);
-        // Whoever has not come yet is not waited for: a helper that counts itself in and finds the job closed leaves.
+        // Wait only for helpers that are inside. One that arrives later counts itself in, finds the job closed, and
+        // leaves.
         open_.store(0);
         for (int spins = 0; inside_.load() != 0; ++spins) relax(spins);
     }
 
-    // Wait until `turn` reaches `expected`; false if the team stopped.
+    // Wait until `turn` reaches `expected`. Return false if the team stopped.
     bool wait(const std::atomic<int32_t>& turn, int32_t expected, int thread) {
         for (int spins = 0; turn.load(std::memory_order_acquire) != expected; ++spins) {
             if (interrupted(thread)) return false;
@@ -71,7 +73,7 @@ class Team {
         return true;
     }
 
-    // Whether the team stopped; the leader asks the poll now and then.
+    // Return whether the team stopped. The leader polls in here.
     bool interrupted(int thread) {
         if (thread == 0 && poll_) {
             const auto now = std::chrono::steady_clock::now();
@@ -84,11 +86,11 @@ class Team {
     }
 
   private:
-    // The parallel region: leader on the calling thread, help on the others.
+    // The parallel region: runs `leader` on the calling thread and `help` on the others.
     void start(void (*leader)(void*), void* context);
 
-    // A job that has nothing left is not entered again: helpers that count themselves in and out until it is closed
-    // keep those that still work, and the leader, from the lines that they share.
+    // Never enter a finished job again: helpers that kept counting themselves in and out until it closes would take the
+    // shared cache lines from the threads that still work, and from the leader.
     void help(int thread) {
         int64_t done = 0;
         for (int spins = 0; !finished_.load(); ++spins) {
@@ -109,7 +111,7 @@ class Team {
     int (*const poll_)(void);
     std::chrono::steady_clock::time_point polled_ = std::chrono::steady_clock::now();
     std::atomic<bool> stop_{false}, finished_{false};
-    std::atomic<int64_t> open_{0};  // the number of the job that is open, from 1; 0: none
+    std::atomic<int64_t> open_{0};  // number of the open job, from 1; 0: none
     std::atomic<int> inside_{0};
     int64_t jobs_ = 0;
     void (*job_)(void*, int) = nullptr;

@@ -1,6 +1,6 @@
-// Vectors of one register, written with the vector extensions of GCC and Clang: each instruction set compiles this
-// file with its own flags and gets its own width. Everything here lives in a namespace per instruction set, so that
-// the linker can never give one set's code to another.
+// Vectors of one register, written with the vector extensions of GCC and Clang. Each instruction set compiles this file
+// with its own flags and gets its own width. Everything here lives in a namespace per instruction set, so that the
+// linker cannot mix their code.
 #pragma once
 
 #include <stdint.h>
@@ -8,10 +8,10 @@
 #include "../ranges.h"
 
 #if defined(__AVX512F__)
-#if defined(__AMX_BF16__) || defined(FNTX_EMULATE_AMX)  // these beside FNTX_EMULATE
+#if defined(__AMX_BF16__) || defined(FNTX_EMULATE_AMX)  // these come with FNTX_EMULATE
 #define FNTX_ISA amx
-#define FNTX_BFLOAT  // bfloat16 rows are multiplied as they are...
-#define FNTX_TILES   // ... by tiles
+#define FNTX_BFLOAT  // bfloat16 rows are multiplied without widening...
+#define FNTX_TILES   // ... in tiles
 #elif defined(__AVX512BF16__) || defined(FNTX_EMULATE_AVX512_BF16)
 #define FNTX_ISA avx512_bf16
 #define FNTX_BFLOAT
@@ -35,8 +35,8 @@
 #endif
 
 #if defined(__aarch64__) && !defined(__clang__)
-// GCC's scheduling before register allocation moves loads so far ahead that 4 of a block's 24 sums leave the registers
-// (tests/test_arm.py looks for that), and its exponentials take a quarter more instructions.
+// GCC's scheduling before register allocation moves loads so far ahead that 4 of a block's 24 sums are spilled
+// (tests/test_arm.py checks for that) and exponentials take a quarter more instructions.
 #pragma GCC optimize("no-schedule-insns")
 #endif
 
@@ -73,7 +73,7 @@ template <class T> FNTX_INLINE void store(T* p, Vec<T> v) { *reinterpret_cast<ty
 
 template <class T> FNTX_INLINE Vec<T> broadcast(T x) { return x - Vec<T>{}; }
 
-// Pairwise, from the outer lanes in.
+// Return the sum of the lanes, added pairwise: the upper half to the lower half, until one lane is left.
 template <class T> FNTX_INLINE T sum_of_lanes(Vec<T> v) {
     T lanes[LANES<T>];
     store<T>(lanes, v);
@@ -83,9 +83,9 @@ template <class T> FNTX_INLINE T sum_of_lanes(Vec<T> v) {
 }
 
 // --- 2^x -------------------------------------------------------------------------------------------------------------
-// x = n + f with n the nearest integer, |f| <= 1/2; 2^f is a minimax polynomial with p(0) = 1, relative error 2.6e-9
-// (degree 6, float) and 1.8e-17 (degree 11, double). With the rounding of its evaluation the result is within
-// 1.1 units in the last place of 2^x, 1.4 where there is no fused multiply-add (tests/test_cpu_kernel.py measures it
+// x = n + f with n the nearest integer and |f| <= 1/2. 2^f is a minimax polynomial with p(0) = 1 and a relative error
+// of 2.6e-9 (degree 6, float) or 1.8e-17 (degree 11, double). Including the rounding of its evaluation, the result is
+// within 1.1 units in the last place of 2^x, or 1.4 without a fused multiply-add (tests/test_cpu_kernel.py measures it
 // against long double).
 
 template <class T> struct Exp2;
@@ -94,7 +94,7 @@ template <> struct Exp2<float> {
     static constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
     static constexpr int MANTISSA = 23;
     static constexpr uint32_t ONE = 0x3f800000;
-    static constexpr float LEAST = -87.0f;  // log of nearly the smallest normal number
+    static constexpr float LEAST = -87.0f;  // just above the log of the smallest normal number
     static constexpr float COEFFICIENTS[] = {1.0f,
                                              0x1.62e4311733cb7p-1f,
                                              0x1.ebfbe2c540d82p-3f,
@@ -125,18 +125,18 @@ template <> struct Exp2<double> {
     static constexpr int DEGREE = 11;
 };
 
-// 2^(x scale), for results in the range of normal numbers. Where there is a fused multiply-add the product is exact.
+// Return 2^(x scale), for results in the range of normal numbers. With a fused multiply-add the product is exact.
 template <class T> FNTX_INLINE Vec<T> exp2_in_range(Vec<T> x, Vec<T> scale) {
     using E = Exp2<T>;
     const Vec<T> biased = x * scale + E::ROUND, f = x * scale - (biased - E::ROUND);
     Vec<T> p = broadcast<T>(E::COEFFICIENTS[E::DEGREE]);
 #pragma GCC unroll 12
     for (int i = E::DEGREE - 1; i >= 0; --i) p = p * f + E::COEFFICIENTS[i];
-    // The bits of NaN and infinity shift and wrap around too, hence unsigned; in a product, NaN stays NaN.
+    // Unsigned, because the bits of NaN and infinity are shifted too and wrap around. In the product, NaN stays NaN.
     return p * (Vec<T>)(((Word<T>)biased << E::MANTISSA) + E::ONE);
 }
 
-// exp(x - shift) for results of at most about 1; what would be below the normal numbers is 0.
+// Return exp(x - shift), for results of at most about 1. Results below the normal numbers become 0.
 template <class T> FNTX_INLINE Vec<T> exp_shifted(Vec<T> x, Vec<T> shift) {
     const Vec<T> least = broadcast<T>(Exp2<T>::LEAST), d = x - shift;
     const Vec<T> power = exp2_in_range<T>(d < least ? least : d, broadcast<T>(LOG2_E<T>));
@@ -147,9 +147,9 @@ template <class T> FNTX_INLINE Vec<T> exp_shifted(Vec<T> x, Vec<T> shift) {
 
 template <class T> constexpr int LOG1P_TERMS = sizeof(T) == 4 ? 8 : 16;
 
-// log(1 + exp(x)), to its own relative accuracy, and its slope 1 / (1 + exp(-x)). With e = exp(-|x|) and t = e / (2 +
-// e), which is 1/3 at most, log(1 + e) is 2 artanh(t): a series in t^2 whose rest is below 1.5e-9 (float) and 1.7e-17
-// (double) of it.
+// Return log(1 + exp(x)), accurate relative to its value, and its slope 1 / (1 + exp(-x)) by reference. With e =
+// exp(-|x|) and t = e / (2 + e) <= 1/3, log(1 + e) is 2 artanh(t), a series in t^2. Its truncation error is below
+// 1.5e-9 (float) or 1.7e-17 (double) of the result.
 template <class T> FNTX_INLINE Vec<T> softplus(Vec<T> x, Vec<T>& slope) {
     const Vec<T> e = exp_shifted<T>(x > 0 ? -x : x, Vec<T>{});
     const Vec<T> quotient = T(1) / ((e + T(1)) * (e + T(2)));  // one division for both

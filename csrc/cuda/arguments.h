@@ -1,11 +1,11 @@
-// What the kernel is told: the call, its cut into tasks, and where things lie in the workspace (plan.h sets all of it).
+// The arguments of the kernel, set by plan.h: the call, how it is cut into tasks, and the layout of the workspace.
 #pragma once
 
 #include "fastntxent_cuda.h"
 
 namespace fntx {
 
-// The types of operands: float16, bfloat16, or float32 as the sum of two float16 parts.
+// The operand types: float16, bfloat16, and float32 as the sum of two float16 parts.
 struct Half {
     static constexpr int PARTS = 1;
     static constexpr bool BFLOAT = false;
@@ -19,29 +19,28 @@ struct Split {
     static constexpr bool BFLOAT = false;
 };
 
-// A block: 32 rows, each shared by four warps that take a quarter of a tile's columns, so that small batches fill a
-// device.
+// A block has 32 rows. Four warps share a row, each with a quarter of a tile's columns, so small batches fill a device.
 constexpr int WARPS = 8, THREADS = 32 * WARPS;
 constexpr int ROW_WARPS = 2, ROWS = 16 * ROW_WARPS;
 constexpr int COL_WARPS = WARPS / ROW_WARPS;
-constexpr int CHUNK = 64;  // features of a step
-constexpr int GROUP = 3;   // most chunks of the gradient that a lane's registers hold; further ones form G once more
-constexpr int PADDED_ROWS = 128;     // rows of a side are padded to a multiple: a tile's columns and rows divide it
-constexpr int MOST_COL_SHARES = 16;  // whose parts of a row's sum a thread loads all at once
-template <class Op> constexpr int COLS = 128 / Op::PARTS;  // columns of a tile: a step is 16 KiB
+constexpr int CHUNK = 64;            // features of a step
+constexpr int GROUP = 3;             // chunks of the gradient that fit a lane's registers; further chunks form G again
+constexpr int PADDED_ROWS = 128;     // rows of a side are padded to a multiple; a tile's rows and columns divide it
+constexpr int MOST_COL_SHARES = 16;  // a thread loads a row's sums of all shares at once
+template <class Op> constexpr int COLS = 128 / Op::PARTS;  // columns of a tile; a step takes 16 KiB
 template <class Op> constexpr int WARP_COLS = COLS<Op> / COL_WARPS;
-template <class Op> constexpr int STEP = COLS<Op> * CHUNK;  // elements of a step's columns, of one part
+template <class Op> constexpr int STEP = COLS<Op> * CHUNK;  // elements of one part of a step's columns
 
-// The values of a tile's columns beside x; and for each 32 of them whether any may be of a row's group, or is not
-// there.
+// The vectors of a tile's columns. masked: for each 32 columns, whether any of them may share a group with one of the
+// rows or lies beyond the last column.
 template <class Op> struct ColumnVectors {
     int64_t ids[COLS<Op>];
     float r[COLS<Op>], w[COLS<Op>], nu[COLS<Op>];
     int masked[COLS<Op> / 32];
 };
 
-// One side of the similarity matrix as the kernels take it: its input, rows packed as u_i = r_i x_i, and the vectors of
-// a forward and a backward.
+// One side of the similarity matrix as the kernels take it: its inputs, the rows packed as u_i = r_i x_i, and the
+// vectors of forward and backward.
 struct PackedSide {
     fntx_matrix z[2];
     const int64_t* given_ids;
@@ -49,10 +48,10 @@ struct PackedSide {
     uint16_t* x[2];  // (padded, DP): the parts of x
     float *r, *norm, *sim_pos;
     int64_t* ids;
-    float *peaks, *sums;  // (col_shares, padded): log-sum-exp of a share's columns is peak + log(sum)
-    float *nu, *w;        // nu: +inf where there is no negative
-    float* longest;       // (blocks,): the largest norm that a block packed,
-    float* largest_r;     // and the largest r
+    float *peaks, *sums;  // (col_shares, padded): a share's log-sum-exp is peak + log(sum)
+    float *nu, *w;        // nu: +inf for a row without negatives
+    float* longest;       // (blocks,): largest norm that each block packed
+    float* largest_r;     // (blocks,): largest r that each block packed
     float* neg_lse;
     const float* d_neg_lse;
     float* d_z[2];
@@ -62,9 +61,9 @@ struct Arguments {
     PackedSide sides[2];
     int n_sides;  // 1: symmetric
     int forward, backward, normalize;
-    int paired;  // two views: row i of the one belongs to row i of the other
+    int paired;  // two views: row i of one is the positive of row i of the other
     int64_t D;
-    int chunks;  // of a row
+    int chunks;  // chunks of a row
     float inv_tau;
     const float* inv_tau_ptr;
     float eps;
@@ -74,12 +73,12 @@ struct Arguments {
     float* loss;
     float loss_weight;
     float* d_inv_tau;
-    float *row_losses, *row_d_inv_tau;  // terms of the loss, and of d_inv_tau
-    int* arrived;                       // blocks whose work is done
-    float* largest_w;                   // (blocks,): the largest weight that a block saw
-    int col_shares;                     // tasks that share the columns of a block of rows in the forward
+    float *row_losses, *row_d_inv_tau;  // each row's terms of loss and d_inv_tau
+    int* arrived;                       // number of blocks that have finished
+    float* largest_w;                   // (blocks,): largest weight that each block saw
+    int col_shares;                     // number of tasks that share the columns of a block of rows in the forward
     int group;                          // chunks of a task of the gradient
-    int stages;                         // steps held in shared memory: those of a group, and two on their way
+    int stages;                         // steps in shared memory: a group's steps, and two in flight
     int resident;                       // whether all chunks of a block of rows stay in shared memory
 };
 

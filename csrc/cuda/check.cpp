@@ -1,6 +1,7 @@
-// Holds the kernels on the emulated device (host/) against the definition, O(M^2 D) in double, as csrc/cpu/check.cpp
-// holds the CPU's, with the same cases: inputs, outputs and workspace are allocated to the element, so that under
-// AddressSanitizer whoever leaves them is seen, and whatever nobody wrote is NaN. sanitize.sh builds it.
+// Tests the kernels on the emulated device (host/) against the definition, in O(M^2 D) and double, with the same cases
+// as csrc/cpu/check.cpp. Inputs, outputs and workspace are allocated to the element, which exposes out-of-bounds
+// accesses under AddressSanitizer. Outputs and workspace start as NaN, which exposes elements that were not written.
+// sanitize.sh builds it.
 #include <chrono>
 #include <memory>
 
@@ -9,12 +10,12 @@
 #include "host/tensor_core.h"
 #include "plan.h"
 
-// The CPU's interface in front of the emulated device, so that check_run.h serves both.
+// The CPU kernels' interface in front of the emulated device, so that check_run.h serves both.
 extern "C" int fntx_run(const fntx_call* from) {
     fntx_cuda_call call = {};
     call.phases = from->phases, call.dtype = from->dtype, call.normalize = from->normalize, call.D = from->D;
     call.eps = float(from->eps), call.rows = from->rows, call.cols = from->cols;
-    // On every second call the temperature lies on the device.
+    // On every second call the temperature is in device memory.
     static int calls = 0;
     const float inv_tau = float(from->inv_tau);
     call.inv_tau = calls % 2 ? inv_tau : NAN;
@@ -50,7 +51,8 @@ void emulate(const Emulated& device) {
     fntx_emulate(device.multiprocessors, device.shared, draw(), device.core.block, device.core.extra_bits);
 }
 
-// Of G, an element of which is rounded to 8 bits, 11, or 22: many of them add up to less, one alone to this.
+// Return the rounding error of an element of G, which has 8, 11 or 22 bits. Sums of many elements have a smaller
+// relative error, a single element may have this one.
 double rounding_of(int dtype) { return dtype == FNTX_BFLOAT16 ? 4e-3 : dtype == FNTX_FLOAT16 ? 5e-4 : 5e-7; }
 
 void verify(const Case& c, const Emulated& device) {
@@ -63,16 +65,16 @@ void verify(const Case& c, const Emulated& device) {
         expect(!bits.empty(), run.name() + ": status");
         run.compare(rounding_of(c.dtype));
         emulate(device);
-        expect(second.bits() == bits, run.name() + ": other bits in another order");
+        expect(second.bits() == bits, run.name() + ": different bits in another order");
     }
 }
 
 const Emulated& any_device() { return DEVICES[draw() % std::size(DEVICES)]; }
 
 const int64_t SIZES[] = {1, 2, 15, 17, 31, 33, 63, 64, 65, 97, 129};
-constexpr int SMALL_SIZES = 5;        // of these, from the first
-constexpr int64_t COSTLY = 100000;    // multiplications of the definition: of cases with more, one in eight is taken
-constexpr int SERVED = FNTX_FLOAT64;  // dtypes: all before it
+constexpr int SMALL_SIZES = 5;        // the first sizes
+constexpr int64_t COSTLY = 100000;    // multiplications of the definition; of the cases with more, one in eight runs
+constexpr int SERVED = FNTX_FLOAT64;  // the dtypes before this one are supported
 
 template <class Shape> void shapes(Shape shape) {
     for (int64_t n : SIZES)
@@ -93,7 +95,7 @@ Case rectangle(int64_t n, int64_t D) {
     return {{n, draw() % 2 ? n : 0}, {other, draw() % 2 ? SIZES[draw() % SMALL_SIZES] : 0}, D};
 }
 
-// Rows shorter than eps, float16's subnormal numbers, and lengths whose squares leave the range of floats.
+// Rows shorter than eps, subnormal float16 numbers, and lengths whose squares leave the range of float.
 void magnitudes() {
     for (int dtype = 0; dtype < SERVED; ++dtype)
         for (int normalize : {0, 1}) {
@@ -105,7 +107,7 @@ void magnitudes() {
         }
 }
 
-// One NaN reaches every row that has it among its negatives, and the loss.
+// A NaN reaches the loss and every row that has it among its negatives.
 void not_a_number() {
     for (double tau : {0.5, 0.005})
         for (int normalize : {0, 1})
@@ -114,21 +116,21 @@ void not_a_number() {
                 p.sides[0].z[0].set(3, 5, NAN);
                 emulate(device);
                 CheckedCall<float> run(p, LOSS, 1, 0);
-                expect(!run.bits().empty() && isnan(run.scalars[0]), run.name() + ": NaN lost in the loss");
-                for (int i = 0; i < 100; ++i) expect(i % 50 == 3 || isnan(run.nu[0][i]), run.name() + ": NaN lost");
+                expect(!run.bits().empty() && isnan(run.scalars[0]), run.name() + ": NaN is lost in the loss");
+                for (int i = 0; i < 100; ++i) expect(i % 50 == 3 || isnan(run.nu[0][i]), run.name() + ": NaN is lost");
             }
 }
 
-// A size beyond the kernels' indices is refused, before anything is asked for.
+// Sizes beyond the kernels' indices are rejected before anything is allocated.
 void sizes() {
     const int64_t most = fntx::MOST, largest = INT64_MAX;
     for (int64_t n : {int64_t(0), int64_t(-1), most + 1, largest}) {
-        expect(fntx_cuda_workspace(0, FNTX_FLOAT16, n, 0, 8, 0) == -1, "rows: accepted");
-        expect(fntx_cuda_workspace(0, FNTX_FLOAT16, 8, 0, n, 0) == -1, "features: accepted");
-        expect(n == 0 || fntx_cuda_workspace(0, FNTX_FLOAT16, 8, n, 8, 0) == -1, "columns: accepted");
+        expect(fntx_cuda_workspace(0, FNTX_FLOAT16, n, 0, 8, 0) == -1, "rows: not rejected");
+        expect(fntx_cuda_workspace(0, FNTX_FLOAT16, 8, 0, n, 0) == -1, "features: not rejected");
+        expect(n == 0 || fntx_cuda_workspace(0, FNTX_FLOAT16, 8, n, 8, 0) == -1, "columns: not rejected");
     }
-    expect(fntx_cuda_workspace(0, FNTX_FLOAT16, int64_t(1) << 30, 0, int64_t(1) << 20, 0) == -1, "tasks: accepted");
-    expect(fntx_cuda_workspace(0, FNTX_FLOAT16, most, most, 8, 0) > 2 * most, "most rows: refused");
+    expect(fntx_cuda_workspace(0, FNTX_FLOAT16, int64_t(1) << 30, 0, int64_t(1) << 20, 0) == -1, "tasks: not rejected");
+    expect(fntx_cuda_workspace(0, FNTX_FLOAT16, most, most, 8, 0) > 2 * most, "most rows: rejected");
 }
 
 // Every plan fits its machine, and its tasks take each tile of a row and each chunk once.

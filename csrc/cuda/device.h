@@ -1,6 +1,6 @@
-// What the kernels ask of the machine: threads and barriers, operands of the matrix units, asynchronous copies. On a
-// device these are PTX instructions; a host compiler takes the same functions from host/emulator.h, and with them the
-// whole kernel runs where there is no GPU.
+// The machine-dependent functions of the kernels: threads and barriers, matrix-unit operands, asynchronous copies. On a
+// device these are PTX instructions. A host compiler takes the same functions from host/emulator.h, so the whole kernel
+// runs without a GPU.
 #pragma once
 
 #include "arguments.h"
@@ -20,9 +20,9 @@ FNTX_DEVICE int thread() { return threadIdx.x; }
 FNTX_DEVICE int block() { return blockIdx.x; }
 FNTX_DEVICE int blocks() { return gridDim.x; }
 FNTX_DEVICE void sync_block() { __syncthreads(); }
-// Not inlined: what five of them have in common would lie in a register through all that is between.
+// Not inlined: otherwise the common part of five calls would occupy a register throughout the code between them.
 __device__ __noinline__ inline void sync_grid() { cooperative_groups::this_grid().sync(); }
-// How many came here before, all of whose writes this thread sees.
+// Count this block in, and return how many arrived before it. This thread sees all their writes.
 FNTX_DEVICE int count_arrival(int* arrived) {
     __threadfence();
     const int before = atomicAdd(arrived, 1);
@@ -39,17 +39,17 @@ FNTX_DEVICE char* shared_memory() {
 
 FNTX_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
-// 16 bytes into shared memory, past the first-level cache.
+// Copy 16 bytes to shared memory, bypassing the L1 cache.
 FNTX_DEVICE void copy_async(void* to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }
 FNTX_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Wait until at most PENDING of this thread's committed groups are under way.
+// Wait until at most PENDING of this thread's committed groups are in flight.
 template <int PENDING> FNTX_DEVICE void wait_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-// Four 8 x 8 matrices of 16 bits; lane 8 m + i gives the address of row i of matrix m.
+// Load four 8 x 8 matrices of 16-bit elements. Lane 8 m + i passes the address of row i of matrix m.
 FNTX_DEVICE void load_matrices(uint32_t (&f)[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(f[0]), "=r"(f[1]), "=r"(f[2]), "=r"(f[3])
@@ -75,7 +75,7 @@ template <class Op> FNTX_DEVICE void multiply(float (&c)[4], const uint32_t (&a)
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// 2^x within two units in the last place.
+// Return 2^x within two units in the last place.
 FNTX_DEVICE float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -85,7 +85,7 @@ FNTX_DEVICE float exp2_fast(float x) {
 FNTX_DEVICE uint32_t float_bits(float x) { return __float_as_uint(x); }
 FNTX_DEVICE float bits_float(uint32_t x) { return __uint_as_float(x); }
 
-// The 16 bits of a float rounded to nearest, and back.
+// Convert a float to 16 bits, rounding to nearest, and back.
 FNTX_DEVICE uint16_t to_bits(Half, float x) { return __half_as_ushort(__float2half_rn(x)); }
 FNTX_DEVICE uint16_t to_bits(Split, float x) { return to_bits(Half(), x); }
 FNTX_DEVICE uint16_t to_bits(Bfloat, float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }

@@ -1,20 +1,21 @@
-// nu_i = log sum over {j : id_j != id_i} of exp(k s_ij), the losses, and every row's weight.
+// nu_i = log sum over {j : id_j != id_i} of exp(k s_ij), the losses, and the weight of every row.
 //
-// A task owns a block of rows and a share of the columns; a lane has a running sum (and, out of the direct range, a
-// running maximum) over its own columns, added up once at the end. `finish` adds the shares in a fixed order.
+// A task is a block of rows and a share of the columns. A lane keeps a running sum over its own columns (and, outside
+// the direct range, a running maximum), and the lanes' sums are added once at the end. `finish` adds the shares in a
+// fixed order.
 #pragma once
 
 #include "pack.h"
 
 namespace fntx {
 
-// log-sum-exp as a peak and a sum: peak + log(sum). Nothing yet: a peak of -inf, or of 0 with no sum.
+// A log-sum-exp as peak + log(sum). An empty sum has a peak of -inf, or a peak of 0 and a sum of 0.
 struct LogSum {
     float peak, sum;
 
     FNTX_DEVICE void add(const LogSum& other) {
         const float top = fmaxf(peak, other.peak);
-        const float shift = top == NONE ? 0 : top;  // -inf - -inf is NaN
+        const float shift = top == NONE ? 0 : top;  // -inf - -inf would be NaN
         sum = sum * exp_fast(peak - shift) + other.sum * exp_fast(other.peak - shift);
         peak = top;
     }
@@ -40,7 +41,7 @@ FNTX_DEVICE void sum_exponentials(const Arguments& a, const PackedSide& rows, co
         walk.each_tile(no_weight, as_it_is, [&](typename Walk::Products& s, const Mask& mask, const Vectors& v, int) {
             if (direct)
                 walk.each(s, [&](float& x, int h, int col) { x *= v.r[col] * scale[h]; });
-            else  // rounded the same from both sides: only what went into a sum may be compared with it
+            else  // rounded as in every other use, because a logit is compared with the sum that it entered
                 walk.each(s, [&](float& x, int h, int col) { x *= mine.r[h] * v.r[col], x *= k; });
             if (!mask.whole) walk.each(s, [&](float& x, int h, int col) { x = mask.apart(h, col) ? x : NONE; });
             if (direct) {
@@ -54,7 +55,7 @@ FNTX_DEVICE void sum_exponentials(const Arguments& a, const PackedSide& rows, co
                 sums[0].add(here[0]), sums[1].add(here[1]);
             }
         });
-        sync_block();  // the tiles' shared memory is free
+        sync_block();  // wait until shared memory is free
         LogSum* of_warps = reinterpret_cast<LogSum*>(shared_memory());
         FNTX_UNROLL for (int h = 0; h < 2; ++h) {
             FNTX_UNROLL for (int width = 1; width < 4; width *= 2) sums[h].add(
@@ -71,8 +72,8 @@ FNTX_DEVICE void sum_exponentials(const Arguments& a, const PackedSide& rows, co
     }
 }
 
-// nu of every row, its loss log(1 + exp(nu - pi)), and its weight: sigmoid(nu - pi) where the loss is asked for, else
-// what came. A row without negatives has none, whatever came from behind its -inf.
+// Compute each row's nu, its loss log(1 + exp(nu - pi)) and its weight: sigmoid(nu - pi) if a loss is wanted, otherwise
+// the upstream gradient. A row without negatives (nu = -inf) has weight 0 for any upstream gradient.
 FNTX_DEVICE void finish(const Arguments& a, const PackedSide& side) {
     const float k = inverse_temperature(a);
     float largest = 0;
@@ -85,7 +86,7 @@ FNTX_DEVICE void finish(const Arguments& a, const PackedSide& side) {
         float nu = a.forward ? 0 : side.neg_lse[row];
         if (a.forward) {
             LogSum shares[MOST_COL_SHARES], total = {NONE, 0};
-            // All loads are under way at once.
+            // All loads are in flight at once.
             FNTX_UNROLL for (int col_share = 0; col_share < MOST_COL_SHARES; ++col_share) {
                 const int64_t at = int64_t(col_share) * side.padded + row;
                 const bool there = col_share < a.col_shares;
@@ -109,12 +110,12 @@ FNTX_DEVICE void finish(const Arguments& a, const PackedSide& side) {
         side.w[row] = empty ? 0 : w;
         largest = fmaxf(largest, empty ? 0 : fabsf(w));
     }
-    // Of the two sides of a rectangle the second adds to what the first found.
+    // The second side of a rectangle extends the first side's maximum.
     if (thread() == 0 && &side != &a.sides[0]) largest = fmaxf(largest, a.largest_w[block()]);
     store_block_max(largest, a.largest_w);
 }
 
-// The sum of n terms, by one block, in a fixed order.
+// Return the sum of n terms, added by one block in a fixed order.
 FNTX_DEVICE float sum_terms(const float* terms, int n) {
     float* of_warps = reinterpret_cast<float*>(shared_memory());
     float sum = 0;

@@ -1,19 +1,19 @@
-// The gradient of sum_i w_i nu_i for one side, with the positives and the normalisation's Jacobian.
+// The gradient of sum_i w_i nu_i for one side, with the positives and the Jacobian of the normalisation.
 //
 //     G_ij = w_i P_ij + w_j P_ji      gathered_i = sum_j G_ij u_j      radial_i = sum_j G_ij s_ij
 //     d/du_i = k (gathered_i + (p_i + p_p(i)) u_p(i))        u_i . d/du_i = k (radial_i + (p_i + p_p(i)) sim_pos_i)
 //     d/dz_i = (d/du_i - u_i (u_i . d/du_i)) / n_i           where n_i > eps, else (d/du_i) / eps
 //
-// A task owns a block of rows and a group of features: it forms G tile by tile in registers, where the accumulators of
-// the first product are the operand of the second, and rounds nothing but G. radial is summed in float32 before that.
-// The positives, with weights p, are taken from z itself, in float32.
+// A task is a block of rows and a group of features. It forms G tile by tile in registers, where the accumulators of
+// the first product are the operand of the second, and it rounds nothing but G. radial is summed in float32 before that
+// rounding. The positives, with weights p, are read from z itself, in float32.
 #pragma once
 
 #include "forward.h"
 
 namespace fntx {
 
-// What one call's weights and columns are multiplied with on the way in, and gradients on the way out.
+// The factors that weights and columns are multiplied by on input, and gradients on output.
 struct Scales {
     float w, r, inv_r, out;
 
@@ -26,7 +26,7 @@ struct Scales {
         r = bits_float(exponent << 23), inv_r = bits_float((254 - exponent) << 23);
         out = (a.loss ? a.loss_weight : 1) * (largest / G_SCALE) * r;
     }
-    // As a tile takes it: w exp(-nu) in the direct range, else w.
+    // Return the weight that a tile takes: w exp(-nu) in the direct range, otherwise w.
     FNTX_DEVICE float weight(float of_row, float nu, bool direct) const {
         return of_row * w * (direct ? exp_fast(-nu) : 1);
     }
@@ -36,10 +36,10 @@ FNTX_DEVICE float positive_weight(const Arguments& a, int row) {
     return a.loss ? -a.loss_weight * a.sides[0].w[row] : a.d_pos[row];
 }
 
-// Floats between rows of the sums in shared memory: no multiple of the banks.
+// The stride, in floats, of the sums in shared memory. Not a multiple of the banks.
 constexpr int STAGED_STRIDE = CHUNK + 8;
 
-// A block of rows' sums in shared memory: those of each warp that shares a row.
+// The sums of a block of rows in shared memory, one copy for each warp that shares a row.
 struct Staged {
     float features[COL_WARPS][ROWS * STAGED_STRIDE];
     float radial[COL_WARPS][ROWS];
@@ -56,7 +56,8 @@ struct Staged {
     }
 };
 
-// A chunk of a row of z's gradient, by the threads that share the row; and with the first chunk its part of d_inv_tau.
+// Store a chunk of a row's gradient in z. The threads that share the row divide its features; with the first chunk, one
+// of them also stores the row's term of d_inv_tau.
 template <class Op>
 FNTX_DEVICE void store_gradient(const Arguments& a, const PackedSide& side, int first_row, int chunk,
                                 const Staged& sums, float out, float k) {
@@ -89,7 +90,7 @@ FNTX_DEVICE void store_gradient(const Arguments& a, const PackedSide& side, int 
         if (positive) d_u[i] += element(Op(), side.z[1 - m], index, d) * of_partner;
         if (a.normalize) d_u[i] = (d_u[i] - element(Op(), side.z[m], index, d) * inv_length * radial) * inv_length;
     }
-    // Only now, so that no load above had to wait for a store.
+    // Store last, so that no load above waits for a store.
     FNTX_UNROLL for (int i = 0; i < FEATURES; ++i) {
         const int64_t d = first + i * SHARED_BY;
         if (d < a.D) side.d_z[m][index * a.D + d] = d_u[i] * k;
@@ -126,7 +127,7 @@ FNTX_DEVICE void form_gradient(const Arguments& a, const PackedSide& rows, const
             if (direct) column.r *= scales.inv_r, column.w *= column.r;
         };
         walk.each_tile(weight, scale, [&](typename Walk::Products& s, const Mask& mask, const Vectors& v, int slot) {
-            // r_j (w_i P_ij + w_j P_ji), in the direct range with r_j and r_j w_j as a column's r and w.
+            // Both return r_j (w_i P_ij + w_j P_ji). In the direct range, a column's r and w hold r_j and r_j w_j.
             const auto form = [&](float x, int h, int col) {
                 return exp2_fast(x * v.r[col] * logit_scale[h]) * (w[h] * v.r[col] + v.w[col]);
             };
@@ -155,7 +156,7 @@ FNTX_DEVICE void form_gradient(const Arguments& a, const PackedSide& rows, const
         const int part = warp() % COL_WARPS;
         FNTX_UNROLL for (int c = 0; c < GROUP; ++c) {
             if (c >= group) break;
-            sync_block();  // the tiles' shared memory is free, or what lay here is stored
+            sync_block();  // wait until the tiles, or the previous chunk, have left shared memory
             FNTX_UNROLL for (int h = 0; h < 2; ++h) {
                 const int row = warp_row() + lane() / 4 + 8 * h;
                 if (lane() % 4 == 0) staged.radial[part][row] = radial[h];

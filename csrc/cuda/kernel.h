@@ -1,26 +1,27 @@
-// The whole of a call in one cooperative launch.
+// A whole call in one cooperative launch.
 //
-//     pack      a warp packs a row of each view      reads z, writes x (M DP 2 or 4 bytes) and vectors of M
+//     pack      a warp packs a row of each view      reads z, writes x (M DP 2 or 4 bytes) and vectors of length M
 //     sums      a block of rows, a share of columns  2 M^2 DP flops; every block of rows reads x of all columns once
 //     finish    a thread adds a row's shares         nu, loss, weight
-//     gradient  a block of rows, a group of features 4 M^2 DP flops for one group (the first product again for each
-//                                                    further one of up to 192 features); reads as sums; writes d_z
-//     total     the block that comes last            the loss and d_inv_tau from M terms each
+//     gradient  a block of rows, a group of features 4 M^2 DP flops for one group; each further group of up to 192
+//                                                    features forms the first product again; reads as sums; writes d_z
+//     total     the last block to arrive             the loss and d_inv_tau, from M terms each
 //
-// with a barrier of the grid between the first four: u = 2 M^2 DP flops, at DP <= 192 3u in all. Blocks take tasks in
-// turn, so that any number of them does for any M. Every sum has one owner and one order, and the bits are the same
-// each time (on one device: the number of shares follows its size).
+// Grid barriers separate the first four phases. With u = 2 M^2 DP flops, a call with DP <= 192 takes 3u in all. Blocks
+// take tasks in turn, so a grid of any size works for any M. Every sum has one owner and one order, so results have the
+// same bits every time (on one device: the number of shares depends on the device's size).
 //
-// DP is D in whole chunks of 64. A block: 8 warps, all that a multiprocessor's registers hold. Shared memory, for DP =
-// 128: 4 steps of 64 features of the columns, 64 KiB; 32 rows, 8 KiB in half precision and twice that in two parts; 5
-// KiB of vectors. benchmarks/binary.py reports registers and instructions, and that nothing is spilled.
+// DP is D rounded up to whole chunks of 64. A block has 8 warps, the most that a multiprocessor's registers hold.
+// Shared memory for DP = 128: 64 KiB for 4 steps of 64 features of the columns; 8 KiB for 32 rows in half precision, or
+// twice that in two parts; 5 KiB of vectors. benchmarks/binary.py reports registers and instructions, and checks for
+// spills.
 #pragma once
 
 #include "gradient.h"
 
 namespace fntx {
 
-// Whether this block is the last to come here. It sees what all have written.
+// Return whether this block is the last to arrive here. The last block sees the writes of all others.
 FNTX_DEVICE bool last_to_arrive(int* arrived) {
     int* before = reinterpret_cast<int*>(shared_memory());
     sync_block();
@@ -41,7 +42,7 @@ template <class Op> FNTX_DEVICE void run(const Arguments& a) {
     int terms = 0;
     if (a.backward) {
         sync_grid();
-        // Either side's sum is the temperature's gradient: the last that was formed.
+        // The sum of either side is the temperature's gradient. The side formed last is used.
         for (int s = a.n_sides - 1; s >= 0; --s) {
             const PackedSide& side = a.sides[s];
             const bool wanted = side.d_z[0] || side.d_z[1];

@@ -1,4 +1,4 @@
-// The kernel of bfloat16 embeddings.
+// The kernel for bfloat16 embeddings.
 #include "kernel.h"
 #include "kernels.h"
 

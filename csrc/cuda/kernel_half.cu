@@ -1,4 +1,4 @@
-// The kernel of float16 embeddings.
+// The kernel for float16 embeddings.
 #include "kernel.h"
 #include "kernels.h"
 

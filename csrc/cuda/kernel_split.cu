@@ -1,4 +1,4 @@
-// The kernel of float32 embeddings.
+// The kernel for float32 embeddings.
 #include "kernel.h"
 #include "kernels.h"
 

@@ -1,4 +1,4 @@
-// The kernels, one for each type of operands: each is compiled on its own.
+// The kernels, one for each operand type. Each is compiled in a file of its own.
 #pragma once
 
 #include "arguments.h"

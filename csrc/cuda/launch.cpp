@@ -1,4 +1,4 @@
-// The C interface on a device: what it can run at once, and the launch.
+// The C interface on a device: queries of the device, and the launch.
 #include <cuda_runtime_api.h>
 #include <stdio.h>
 
@@ -20,10 +20,10 @@ int fail(const char* what, const char* why) {
     return FNTX_INVALID;
 }
 
-// The status of a CUDA function, as words if it is one of failure.
+// Return whether a CUDA function failed, and keep its error message if it did.
 bool failed(cudaError_t status, const char* function) {
     if (status == cudaSuccess) return false;
-    cudaGetLastError();  // not the next caller's
+    cudaGetLastError();  // clear it for the next caller
     fail(function, cudaGetErrorString(status));
     return true;
 }
@@ -33,7 +33,7 @@ const void* address_of(int dtype) {
     return reinterpret_cast<const void*>(of_type());
 }
 
-// Makes a device the current one, for as long as this lives.
+// Makes a device current for the lifetime of this object.
 class OnDevice {
   public:
     explicit OnDevice(int device) {
@@ -54,14 +54,14 @@ class OnDevice {
 
 std::mutex mutex;
 
-// Blocks of a kernel that run at once on a multiprocessor of the current device; 0 on failure. Asked once.
+// Return how many blocks of a kernel run at once on a multiprocessor of the current device; 0 on failure. Cached.
 int blocks_at_once(int device, int dtype, size_t shared) {
     static std::map<std::tuple<int, int, size_t>, int> known;
     const std::lock_guard<std::mutex> lock(mutex);
     const auto [at, isnew] = known.try_emplace({device, dtype, shared}, 0);
     if (!isnew) return at->second;
     const void* address = address_of(dtype);
-    int most;  // once for all that the kernel may ever be launched with
+    int most;  // set once to the largest size of any launch
     if (failed(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
                "cudaDeviceGetAttribute") ||
         failed(cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
@@ -89,12 +89,12 @@ bool describe(int device, Machine& machine) {
         failed(cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device), "cudaDeviceGetAttribute") ||
         failed(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute"))
         return false;
-    if (!cooperative) return fail("the device", "it cannot launch a grid whose blocks all run at once"), false;
+    if (!cooperative) return fail("the device", "it does not support cooperative launches"), false;
     for (int dtype : {FNTX_FLOAT16, FNTX_BFLOAT16, FNTX_FLOAT32}) {
-        cudaFuncAttributes image;  // that the driver took, or made of PTX
+        cudaFuncAttributes image;  // chosen by the driver, or compiled from PTX
         if (failed(cudaFuncGetAttributes(&image, address_of(dtype)), "cudaFuncGetAttributes")) return false;
         if (image.binaryVersion / 10 != major)
-            return fail("the device", "the kernels were built for other devices"), false;
+            return fail("the device", "the kernels were built for other compute capabilities"), false;
     }
     known[device] = machine = {sms, shared, blocks_at_once, device};
     return true;
@@ -138,10 +138,10 @@ int fntx_cuda_run(const fntx_cuda_call* call) {
     void* arguments[] = {&plan.a};
     const auto stream = static_cast<cudaStream_t>(call->stream);
     cudaError_t status = cudaErrorCooperativeLaunchTooLarge;
-    // Others may hold a part of the device, as MPS allows: any number of blocks does the work.
+    // Other processes may hold part of the device (MPS). A grid of any size does the work, so retry with half of it.
     for (int grid = plan.grid; grid && status == cudaErrorCooperativeLaunchTooLarge; grid /= 2) {
         status = cudaLaunchCooperativeKernel(address_of(call->dtype), grid, THREADS, arguments, plan.shared, stream);
-        if (status == cudaErrorCooperativeLaunchTooLarge) cudaGetLastError();  // PyTorch must not find it later
+        if (status == cudaErrorCooperativeLaunchTooLarge) cudaGetLastError();  // so that PyTorch does not find it later
     }
     return failed(status, "cudaLaunchCooperativeKernel") ? FNTX_INVALID : FNTX_OK;
 }

@@ -1,5 +1,5 @@
-// fastntxent._cuda: the C interface for Python, within the stable ABI. Addresses come as integers (Tensor.data_ptr());
-// fastntxent/backends/cuda sees to shapes and dtypes.
+// fastntxent._cuda: the C interface for Python, within the stable ABI. Addresses are passed as integers
+// (Tensor.data_ptr()). fastntxent/backends/cuda checks shapes and dtypes.
 #include "../python.h"
 #include "fastntxent_cuda.h"
 #ifdef FNTX_EMULATED
@@ -71,17 +71,17 @@ PyObject* product(PyObject*, PyObject* args) {
 #endif
 
 PyMethodDef methods[] = {
-    {"devices", devices, METH_NOARGS, "How many CUDA devices there are."},
+    {"devices", devices, METH_NOARGS, "Return the number of CUDA devices."},
     {"workspace", workspace, METH_VARARGS,
-     "workspace(device, dtype, n_rows, n_cols, D, blocks): bytes that a call needs."},
+     "workspace(device, dtype, n_rows, n_cols, D, blocks): return the bytes of workspace that a call needs."},
     {"run", run, METH_VARARGS,
      "run(phases, dtype, normalize, D, inv_tau, inv_tau_ptr, eps, rows, cols, pos, d_pos, loss, "
-     "loss_weight, d_inv_tau, workspace, blocks, device, stream): fntx_cuda_run of "
+     "loss_weight, d_inv_tau, workspace, blocks, device, stream): call fntx_cuda_run of "
      "csrc/cuda/fastntxent_cuda.h."},
 #ifdef FNTX_EMULATED
     {"emulate", emulate, METH_VARARGS,
-     "emulate(multiprocessors, shared, seed, block, extra_bits): another "
-     "device, another order."},
+     "emulate(multiprocessors, shared, seed, block, extra_bits): set the emulated device and the seed of "
+     "its order."},
     {"product", product, METH_VARARGS, "product(bfloat, block, extra_bits, a, b, c): c += a b of 16 x 16 and 16 x 8."},
 #endif
     {nullptr, nullptr, 0, nullptr},

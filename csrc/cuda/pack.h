@@ -1,10 +1,11 @@
-// Rows in: norms, positives, group ids, and the operands of the matrix units.
+// Packs rows: norms, positives, group ids, and the operands of the matrix units.
 //
 //     n_i = |z_i|,  u_i = z_i / max(n_i, eps) = r_i x_i,  sim_pos_i = u_i . u_p(i)
 //
-// x_i is z_i times the power of two that brings its largest element to [1, 2): in half precision nothing is rounded,
-// whatever the row's length; float32 is the sum of two float16 parts with 22 bits. A warp packs one row of each matrix
-// of a side, and so has both views of a sample. Reads z twice (the second time from a cache), writes x once.
+// x_i is z_i times the power of two that brings its largest element to [1, 2). In half precision this rounds nothing,
+// however long or short the row is. A float32 row becomes the sum of two float16 parts with 22 bits. A warp packs one
+// row of each matrix of a side, so it holds both views of a sample. z is read twice (the second time from a cache), x
+// is written once.
 #pragma once
 
 #include "tiles.h"
@@ -30,7 +31,7 @@ FNTX_DEVICE float warp_max(float x) {
     return x;
 }
 
-// The block's largest, for all of its threads' sake in slot block() of `of_blocks`.
+// Store the block's largest x in of_blocks[block()].
 FNTX_DEVICE void store_block_max(float x, float* of_blocks) {
     float* of_warps = reinterpret_cast<float*>(shared_memory());
     x = warp_max(x);
@@ -43,7 +44,7 @@ FNTX_DEVICE void store_block_max(float x, float* of_blocks) {
     }
 }
 
-// Features lane() + 32 i of a row's x in two roundings: the parts of z * down, 0 beyond D.
+// Store feature d of a row of x in Op::PARTS parts. Each part rounds what the parts before it have left.
 template <class Op>
 FNTX_DEVICE void store_parts(const Arguments& a, const PackedSide& side, int64_t row, int64_t d, float x) {
     FNTX_UNROLL for (int p = 0; p < Op::PARTS; ++p) {
@@ -62,8 +63,8 @@ FNTX_DEVICE void pack_rows(const Arguments& a, const PackedSide& side, int64_t i
         FNTX_UNROLL for (int m = 0; m < 2; ++m) if (there[m]) largest[m] =
             fmaxf(largest[m], fabsf(element(Op(), side.z[m], index, d)));
     FNTX_UNROLL for (int m = 0; m < 2; ++m) {
-        // 2^-e and 2^e for largest in [2^e, 2^(e + 1)), kept normal: lengths are formed of elements near 1, so that no
-        // square leaves the range of float32
+        // 2^-e and 2^e for largest in [2^e, 2^(e + 1)), clamped to normal numbers. Squares are formed from elements
+        // near 1, so none leaves the range of float32.
         int exponent = float_bits(warp_max(largest[m])) >> 23 & 0xff;
         exponent = exponent < 1 ? 1 : exponent > 253 ? 253 : exponent;
         down[m] = bits_float(uint32_t(254 - exponent) << 23);
@@ -82,7 +83,7 @@ FNTX_DEVICE void pack_rows(const Arguments& a, const PackedSide& side, int64_t i
     FNTX_UNROLL for (int m = 0; m < 2; ++m) {
         const float root = sqrtf(warp_sum(square[m])), norm = root * up[m];
         r[m] = up[m];
-        if (a.normalize) r[m] = norm > a.eps ? 1 / root : up[m] / a.eps;  // 1 / max(n, eps) in units of the scaled row
+        if (a.normalize) r[m] = norm > a.eps ? 1 / root : up[m] / a.eps;  // 1 / max(n, eps), for the scaled row
         if (!there[m]) continue;
         longest = fmaxf(longest, norm);
         largest_r = fmaxf(largest_r, r[m]);

@@ -1,4 +1,4 @@
-// How a call is cut for a machine, and where things lie in its workspace: plain arithmetic.
+// How a call is cut for a machine, and the layout of its workspace. Plain arithmetic.
 #pragma once
 
 #include <math.h>
@@ -8,23 +8,25 @@
 
 namespace fntx {
 
-// Most rows of a side, and features. Indices are ints, and a loop over rows goes up to a stride of the grid beyond
-// them.
+// The largest number of rows of a side, and of features. Indices are ints, and a loop over rows may run one grid stride
+// past the last row.
 constexpr int64_t MOST = INT32_MAX - (1 << 20);
 
-// Why there can be no call of this size (n_cols 0: symmetric), or null.
+// Return why a call of this size is not possible (n_cols 0: symmetric), or null.
 inline const char* fault_of_size(int64_t n_rows, int64_t n_cols, int64_t D) {
-    if (n_rows < 1 || n_rows > MOST || n_cols < 0 || n_cols > MOST) return "the number of rows: at most 2^31 - 2^20";
-    if (D < 1 || D > MOST) return "the number of features: at most 2^31 - 2^20";
-    const int64_t most = n_rows > n_cols ? n_rows : n_cols;  // tasks are ints, too
-    if ((most / ROWS + 1) * (D / CHUNK + 1) > MOST) return "the number of rows times that of features: at most 2^41";
+    if (n_rows < 1 || n_rows > MOST || n_cols < 0 || n_cols > MOST)
+        return "the number of rows must be 1 to 2^31 - 2^20";
+    if (D < 1 || D > MOST) return "the number of features must be 1 to 2^31 - 2^20";
+    const int64_t most = n_rows > n_cols ? n_rows : n_cols;  // task indices are ints too
+    if ((most / ROWS + 1) * (D / CHUNK + 1) > MOST) return "rows times features must be at most 2^41";
     return nullptr;
 }
 
-// What a plan has to know of a device. blocks: how many of a type's kernel run at once on a multiprocessor.
+// What a plan needs to know about a device. blocks() returns how many blocks of a dtype's kernel run at once on a
+// multiprocessor.
 struct Machine {
     int multiprocessors;
-    int64_t shared;  // bytes a block may have
+    int64_t shared;  // bytes available to a block
     int (*blocks)(int device, int dtype, size_t shared);
     int device;
 };
@@ -33,7 +35,7 @@ struct Plan {
     Arguments a = {};
     size_t shared;
     int grid = 0;
-    int64_t bytes = 0;  // of workspace
+    int64_t bytes = 0;  // bytes of workspace
 };
 
 constexpr int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
@@ -43,13 +45,13 @@ template <class Op> int64_t shared_bytes(int64_t stages, int64_t row_slots) {
     return steps * Op::PARTS * sizeof(uint16_t) + 2 * sizeof(ColumnVectors<Op>);
 }
 
-constexpr int64_t PIECE = 256;  // bytes: each array of a workspace begins at a multiple, as cudaMalloc's memory does
+constexpr int64_t PIECE = 256;  // bytes: arrays of the workspace are aligned to this, like memory from cudaMalloc
 
 class Carver {
   public:
     Carver(char* base, int64_t& bytes) : base_(base), bytes_(bytes) {}
     template <class T> void take(T*& pointer, int64_t n) {
-        pointer = reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(base_) + bytes_);  // of no base too
+        pointer = reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(base_) + bytes_);  // also without a base
         bytes_ += ceil_div(n * int64_t(sizeof(T)), PIECE) * PIECE;
     }
 
@@ -58,7 +60,7 @@ class Carver {
     int64_t& bytes_;
 };
 
-// The number of the least cost among first, first + step, ... last.
+// Return the number of least cost among first, first + step, ..., last.
 template <class Cost> int cheapest(int first, int last, int step, Cost cost) {
     int best = first;
     int64_t least = cost(first);
@@ -67,8 +69,8 @@ template <class Cost> int cheapest(int first, int last, int step, Cost cost) {
     return best;
 }
 
-// Sizes and pointers into a workspace at `base`, which may be null to ask for bytes alone, for a grid of at most
-// `blocks` (0: as many as run at once). grid 0: nothing fits.
+// Return the plan of a call, with pointers into a workspace at `base`, for a grid of at most `blocks` (0: as many as
+// run at once). `base` may be null, to compute only the bytes. The grid is 0 if nothing fits.
 template <class Op>
 Plan make_plan_of(const Machine& machine, int dtype, int64_t n_rows, int64_t n_cols, int64_t D, int blocks,
                   char* base) {
@@ -81,7 +83,7 @@ Plan make_plan_of(const Machine& machine, int dtype, int64_t n_rows, int64_t n_c
     a.chunks = int(ceil_div(D, CHUNK));
     a.log_terms = logf(float(most));
 
-    // The largest group that fits, and its blocks at once: every smaller one fits, too.
+    // Find the largest group that fits and how many of its blocks run at once. Every smaller group fits too.
     const auto fit = [&](int group) {
         a.group = group, a.stages = group + 2;
         a.resident = shared_bytes<Op>(a.stages, a.chunks) <= machine.shared;
@@ -95,7 +97,7 @@ Plan make_plan_of(const Machine& machine, int dtype, int64_t n_rows, int64_t n_c
     if (blocks && blocks < capacity) capacity = blocks;
     if (!capacity) return plan;
 
-    // Rounds of tasks, times the work of one.
+    // The cost is the number of rounds of tasks times the work of one task.
     const int64_t row_blocks = ceil_div(most, ROWS), tiles = ceil_div(fewest, COLS<Op>);
     fit(cheapest(largest, 1, -1, [&](int group) {
         return ceil_div(row_blocks * ceil_div(a.chunks, group), capacity) * (a.chunks + group);
@@ -134,29 +136,31 @@ inline Plan make_plan(const Machine& machine, int dtype, int64_t n_rows, int64_t
     return of_type(machine, dtype, n_rows, n_cols, D, blocks, base);
 }
 
-// Why a call cannot be, or null.
+// Return why a call is invalid, or null.
 inline const char* fault_of(const fntx_cuda_call& call) {
-    if (call.dtype < FNTX_FLOAT16 || call.dtype > FNTX_FLOAT32) return "dtype";
+    if (call.dtype < FNTX_FLOAT16 || call.dtype > FNTX_FLOAT32) return "unsupported dtype";
     if (!(call.phases & (FNTX_FORWARD | FNTX_BACKWARD)) || call.phases > (FNTX_FORWARD | FNTX_BACKWARD))
-        return "phases";
-    if (!call.workspace || reinterpret_cast<uintptr_t>(call.workspace) % 16) return "workspace";
+        return "invalid phases";
+    if (!call.workspace || reinterpret_cast<uintptr_t>(call.workspace) % 16)
+        return "the workspace must be given and 16-byte aligned";
     const bool two_views = !call.cols && call.rows.z[0].n == call.rows.z[1].n;
-    if ((call.pos || call.d_pos || call.loss) && !two_views) return "positives without two views";
+    if ((call.pos || call.d_pos || call.loss) && !two_views) return "pos, d_pos and loss need two views";
     for (const fntx_side* side : {&call.rows, call.cols}) {
         if (!side) continue;
         for (const fntx_matrix& z : side->z)
-            if (z.n < 0 || z.n > MOST || (z.n && !z.data)) return "a matrix";
-        if (side->z[0].n < 1) return "a side without rows";
+            if (z.n < 0 || z.n > MOST || (z.n && !z.data)) return "a matrix has an invalid number of rows, or no data";
+        if (side->z[0].n < 1) return "the first matrix of a side has no rows";
         if (const char* fault = fault_of_size(side->z[0].n + side->z[1].n, 0, call.D)) return fault;
-        if (!(call.phases & FNTX_FORWARD) && !side->neg_lse) return "no neg_lse";
-        if (call.phases & FNTX_BACKWARD && !side->d_neg_lse && !call.loss) return "no d_neg_lse";
+        if (!(call.phases & FNTX_FORWARD) && !side->neg_lse) return "a backward without a forward needs neg_lse";
+        if (call.phases & FNTX_BACKWARD && !side->d_neg_lse && !call.loss)
+            return "a backward without a loss needs d_neg_lse";
     }
-    if (call.loss && !(call.phases & FNTX_FORWARD)) return "a loss without a forward";
-    if (call.phases & FNTX_BACKWARD && !call.d_inv_tau) return "no d_inv_tau";
+    if (call.loss && !(call.phases & FNTX_FORWARD)) return "a loss needs a forward";
+    if (call.phases & FNTX_BACKWARD && !call.d_inv_tau) return "a backward needs d_inv_tau";
     return nullptr;
 }
 
-// The plan of a call that has no fault.
+// Return the plan of a valid call.
 inline Plan plan_call(const Machine& machine, const fntx_cuda_call& call) {
     const auto rows_of = [](const fntx_side& side) { return side.z[0].n + side.z[1].n; };
     Plan plan = make_plan(machine, call.dtype, rows_of(call.rows), call.cols ? rows_of(*call.cols) : 0, call.D,

@@ -1,12 +1,12 @@
 #!/bin/sh
-# The CUDA kernels under a sanitizer: csrc/cuda/sanitize.sh [address] [plain] [device]
+# Run the CUDA kernels under a sanitizer: csrc/cuda/sanitize.sh [address] [plain] [device]
 #
-#   address  check.cpp on the emulated device, by AddressSanitizer and UndefinedBehaviorSanitizer
-#   plain    the same without
-#   device   tests/test_cuda.py on a GPU, by compute-sanitizer: memcheck, racecheck, synccheck, initcheck, or those that
-#            TOOLS names. PYTHON chooses the interpreter, in which the package is installed
+#   address  check.cpp on the emulated device, with AddressSanitizer and UndefinedBehaviorSanitizer
+#   plain    check.cpp on the emulated device, without sanitizers
+#   device   tests/test_cuda.py on a GPU under compute-sanitizer: memcheck, racecheck, synccheck and initcheck, or the
+#            tools in TOOLS. PYTHON chooses the interpreter, which needs the package installed
 #
-# address by default. Objects go to build/sanitize; CXX chooses the compiler.
+# The default is address. Objects go to build/sanitize. CXX chooses the compiler.
 set -eu
 cd "$(dirname "$0")/../.."
 

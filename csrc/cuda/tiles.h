@@ -1,8 +1,9 @@
-// Tiles of similarities: a block of rows walks over columns, COLS at a time, CHUNK features a step.
+// Tiles of similarities: a block of rows walks over the columns, COLS at a time, in steps of CHUNK features.
 //
-// A step's columns (and its rows, where not all of a row stays) come into shared memory two steps ahead. Each warp
-// multiplies 16 rows with its columns: the accumulators of m16n8k16 hold, for lane 4 g + t, rows g and g + 8 and
-// columns 2 t and 2 t + 1 of every 8. The chunks that the second product takes are a tile's last, and still there.
+// The columns of a step (and the rows, unless all of a row's chunks stay resident) are copied to shared memory two
+// steps ahead. Each warp multiplies 16 rows with its columns. In lane 4 g + t, the accumulators of m16n8k16 hold rows g
+// and g + 8, and columns 2 t and 2 t + 1 of every 8. The chunks that the second product needs are the last steps of a
+// tile, so they are still in shared memory.
 #pragma once
 
 #include "../ranges.h"
@@ -19,13 +20,13 @@ FNTX_DEVICE int lane() { return thread() % 32; }
 FNTX_DEVICE int warp() { return thread() / 32; }
 FNTX_DEVICE int warp_row() { return warp() / COL_WARPS * 16; }
 
-// One of ColumnVectors; w and nu only in a backward.
+// One column of ColumnVectors. w and nu are set only in a backward.
 struct Column {
     int64_t id;
     float r, w, nu;
 };
 
-// Shared memory: steps of columns, rows, vectors of two tiles.
+// The layout of shared memory: steps of columns, steps of rows, vectors of two tiles.
 template <class Op> struct Shared {
     uint16_t* cols;
     uint16_t* rows;
@@ -39,16 +40,17 @@ template <class Op> struct Shared {
     }
 };
 
-// Where 8 features of a row lie in a step's matrix of 64 features: 16-byte pieces are permuted within a row of 128
-// bytes, so that neither the copies nor load_matrices meet in a bank. 16 features on, it is next_piece of it.
+// piece returns where 8 features of a row lie in a step's matrix of 64 features. The 16-byte pieces of a 128-byte row
+// are permuted, so that neither the copies nor load_matrices have bank conflicts. next_piece returns the place of the
+// piece that lies 16 * times features further on.
 FNTX_DEVICE int piece(int row, int features_by_8) { return row * CHUNK + ((features_by_8 ^ (row & 7)) * 8); }
 FNTX_DEVICE int next_piece(int piece, int times) { return piece ^ (16 * times); }
 
-// The inverse temperature, from device memory or as it was passed.
+// Return the inverse temperature, from device memory or from the arguments.
 FNTX_DEVICE float inverse_temperature(const Arguments& a) { return a.inv_tau_ptr ? *a.inv_tau_ptr : a.inv_tau; }
 
-// The largest of each of two things that the blocks found, the same for every block. All loads of a round are under way
-// at once: small batches wait for little else.
+// The maxima of two arrays with one element per block, the same in every block. All loads of a round are in flight at
+// once, because loads take most of the time in small batches.
 struct Largest {
     float first = 0, second = 0;
 
@@ -69,7 +71,7 @@ struct Largest {
     }
 };
 
-// Whether no logit leaves the range of exp.
+// Return whether all logits stay in the range of exp.
 FNTX_DEVICE bool in_direct_range(const Arguments& a, float k) {
     float bound = 1;
     if (!a.normalize) {
@@ -79,7 +81,7 @@ FNTX_DEVICE bool in_direct_range(const Arguments& a, float k) {
     return k * bound + a.log_terms < DIRECT_LIMIT<float>;
 }
 
-// One lane's two rows of a block.
+// A lane's two rows of a block.
 struct LaneRows {
     int row[2];
     float r[2];
@@ -94,25 +96,24 @@ struct LaneRows {
     }
 };
 
-// Which of a tile's columns are of another group than the lane's rows, and are there at all.
+// Tells which columns of a tile exist and belong to another group than the lane's rows.
 struct Mask {
     const LaneRows& rows;
     const int64_t* ids;
-    int there;   // columns
-    bool whole;  // all of them, for this warp
+    int there;   // number of columns that exist
+    bool whole;  // all pairs of this warp count
 
     FNTX_DEVICE bool apart(int h, int col) const { return col < there && ids[col] != rows.id[h]; }
 };
 
-// The tiles of a block of rows, one after the other.
+// The tiles of a block of rows, one after another.
 template <class Op> class TileWalk {
   public:
-    static constexpr int FRAGMENTS = WARP_COLS<Op> / 8;  // of 8 columns, as the matrix units give them
+    static constexpr int FRAGMENTS = WARP_COLS<Op> / 8;  // 8 columns each, as the matrix units return them
     typedef float Products[FRAGMENTS][4];
     typedef float GradientSums[GROUP * CHUNK / 8][4];
 
-    // A block of rows against some tiles of columns, of which the first copies start at once. A tile's first step takes
-    // first_chunk.
+    // Walk a block of rows over some tiles of columns, and start the first copies. Every tile starts with first_chunk.
     FNTX_DEVICE TileWalk(const Arguments& a, const PackedSide& rows, const PackedSide& cols, const LaneRows& mine,
                          int first_row, int first_tile, int tiles, int first_chunk)
         : a_(a),
@@ -126,7 +127,7 @@ template <class Op> class TileWalk {
         const int64_t mine_of_copies = thread() / 8 * width() + thread() % 8 * 8;
         row_source_ = rows.x[0] + first_row * width() + mine_of_copies;
         col_source_ = cols.x[0] + int64_t(first_tile) * COLS<Op> * width() + mine_of_copies;
-        sync_block();  // whoever used the shared memory is done
+        sync_block();  // wait until shared memory is free
         load();
         load();
         const int row = first_row + lane();
@@ -137,8 +138,8 @@ template <class Op> class TileWalk {
         }
     }
 
-    // For each tile: the lane's x_i . x_j, its mask, the tile's vectors, and where its last step lies.
-    // `read` fetches a column's w and nu, two tiles ahead; `scale` makes of a column what a tile takes.
+    // Call use() for each tile, with the lane's x_i . x_j, its mask, the tile's vectors, and the slot of its last step.
+    // `read` fetches a column's w and nu, two tiles ahead. `scale` turns a column into the values that the tile takes.
     template <class Read, class Scale, class Use> FNTX_DEVICE void each_tile(Read read, Scale scale, Use use) {
         Column next = {};
         fetch(next, 0, read);
@@ -165,14 +166,13 @@ template <class Op> class TileWalk {
         wait_copies<0>();
     }
 
-    // use(element, row of the lane's two, column of the tile) for all of a lane's elements.
+    // Call use(element, which of the lane's two rows, column of the tile) for each of the lane's elements.
     template <class Use> static FNTX_DEVICE void each(Products& s, Use use) {
         FNTX_UNROLL for (int h = 0; h < 2; ++h) FNTX_UNROLL for (int j = 0; j < FRAGMENTS; ++j)
             FNTX_UNROLL for (int e = 0; e < 2; ++e) use(s[j][2 * h + e], h, warp_col() + 8 * j + lane() % 4 * 2 + e);
     }
 
-    // acc (16 rows, features of the group) += g (16 rows, this warp's columns) x, for a tile whose last step is in
-    // `slot`.
+    // acc (16 rows, features of the group) += g (16 rows, this warp's columns) x. `slot` holds the tile's last step.
     FNTX_DEVICE void gather(GradientSums& acc, const Products& g, int slot, int group) const {
         const int at = piece(warp_col() + lane() % 16, lane() / 16);
         FNTX_UNROLL for (int k = 0; k < WARP_COLS<Op> / 16; ++k) {
@@ -195,7 +195,7 @@ template <class Op> class TileWalk {
   private:
     static FNTX_DEVICE int warp_col() { return warp() % COL_WARPS * WARP_COLS<Op>; }
 
-    // The chunk that a tile takes at its `index`th step: those of the group are the last.
+    // Return the chunk that a tile takes at step `index`. The group's chunks come last.
     FNTX_DEVICE int chunk_of(int index) const {
         const int chunk = first_chunk_ + index;
         return chunk < a_.chunks ? chunk : chunk - a_.chunks;
@@ -209,7 +209,7 @@ template <class Op> class TileWalk {
         return shared_.rows + (a_.resident ? chunk : slot) * Op::PARTS * ROWS * CHUNK;
     }
 
-    // Start the copies of the step after those that were started, one group of every thread's.
+    // Start the copies of the next step. Each thread commits them as one group.
     FNTX_DEVICE void load() {
         if (ahead_.tile < tiles_) {
             const int chunk = chunk_of(ahead_.index);
@@ -224,7 +224,8 @@ template <class Op> class TileWalk {
 
     FNTX_DEVICE int64_t width() const { return int64_t(a_.chunks) * CHUNK; }
 
-    // `from` is where the thread's first 16 bytes lie in a side's first part; the others follow THREADS / 8 rows apart.
+    // `from` points to the thread's first 16 bytes in the first part of a side. Its other pieces follow, THREADS / 8
+    // rows apart.
     template <int HEIGHT> FNTX_DEVICE void copy(uint16_t* to, const uint16_t* from, const PackedSide& side) const {
         to += piece(thread() / 8, thread() % 8);
         FNTX_UNROLL for (int p = 0; p < Op::PARTS; ++p) {
@@ -234,7 +235,8 @@ template <class Op> class TileWalk {
         }
     }
 
-    // A thread's column of a tile, from memory, and into shared memory a tile later: nobody waits for it.
+    // Load a thread's column of a tile from memory (fetch), and write it to shared memory one tile later (store), so
+    // that no thread waits for the load.
     template <class Read> FNTX_DEVICE void fetch(Column& column, int tile, Read read) const {
         if (thread() >= COLS<Op> || tile >= tiles_) return;
         const int col = (first_tile_ + tile) * COLS<Op> + thread();
@@ -271,9 +273,8 @@ template <class Op> class TileWalk {
         }
     }
 
-    // c += a b[first, first + 1]. Of two parts the three products that matter, the largest last, in sums of their own:
-    // the matrix units round toward zero, and what they add up over many features or columns drifts. The addition does
-    // not.
+    // c += a b[first, first + 1]. With two parts, the three products that matter are summed in a separate accumulator,
+    // the largest last: the matrix units round toward zero, so a long sum in them drifts. The final addition does not.
     static FNTX_DEVICE void multiply_parts(float (&c)[4], const uint32_t (&a)[Op::PARTS][4],
                                            const uint32_t (&b)[Op::PARTS][4], int first) {
         if constexpr (Op::PARTS == 1) {
@@ -287,7 +288,7 @@ template <class Op> class TileWalk {
         }
     }
 
-    // Columns [16 k, 16 k + 16) of g as each part of a first operand.
+    // Convert columns [16 k, 16 k + 16) of g to the parts of a first operand.
     static FNTX_DEVICE void operand(uint32_t (&parts)[Op::PARTS][4], const Products& g, int k) {
         FNTX_UNROLL for (int i = 0; i < 4; ++i) {
             float first = g[2 * k + i / 2][i % 2 * 2], second = g[2 * k + i / 2][i % 2 * 2 + 1];
@@ -309,9 +310,9 @@ template <class Op> class TileWalk {
     const LaneRows& mine_;
     const Shared<Op> shared_;
     const int first_tile_, tiles_, first_chunk_;
-    const uint16_t *row_source_, *col_source_;  // where this thread's copies begin
-    int64_t low_, high_;                        // the range of the rows' ids
-    Ahead ahead_;                               // the step to load next
+    const uint16_t *row_source_, *col_source_;  // sources of this thread's copies
+    int64_t low_, high_;                        // range of the rows' ids
+    Ahead ahead_;                               // the next step to load
 };
 
 }  // namespace fntx

@@ -1,9 +1,10 @@
-"""The table of backends: which exist, which load here, and which one serves a call.
+"""The table of backends: which exist, which load on this machine, and which one serves a call.
 
-A backend's module is imported when it is first asked for, so that `import fastntxent` costs nothing for kernels
-that are not used, and a backend that fails to import keeps its error for `backends()` and for whoever asks for it
-by name. There is no silent fallback from a name: only "auto" chooses. `cpu` alone is loaded at once: it has to know
-of a fork, and the first to ask for it may be the child.
+A backend's module is imported on first use, so `import fastntxent` costs nothing for unused kernels. If the import
+fails, the error is kept, shown by `backends()`, and raised when the backend is requested by name. A name never falls
+back to another backend; only "auto" chooses. (One method may: limits on a backend without kernels for them run on
+`blocked`.) `cpu` is the exception that loads at once: it must notice a fork, and its
+first use may come after the fork, in the child.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ ANY_DEVICE = ("any",)
 class _Entry(NamedTuple):
     module: str
     device_types: tuple[str, ...]
-    auto: str  # may "auto" pick it: "yes", "no", or "passed", on devices on which it has passed `verification`
+    auto: str  # whether "auto" may pick it: "yes", "no", or "passed" (only on devices where it passed `verification`)
 
 
-# In order of preference: "auto" takes the first that may be picked, serves the device and loads; on an accelerator,
-# of those that have passed there, the one that is quickest for the call's size. "cuda" is for small batches, "triton",
-# after it, for large ones.
+# In order of preference: "auto" takes the first entry that it may pick, that serves the device and that loads. On an
+# accelerator it takes the fastest one for the call's size, among those that passed there. "cuda" is for small batches,
+# "triton" for large ones.
 _TABLE: dict[str, _Entry] = {
     "cpu": _Entry("fastntxent.backends.cpu", ("cpu",), auto="yes"),
     "cuda": _Entry("fastntxent.backends.cuda.backend", ("cuda",), auto="passed"),
@@ -45,32 +46,45 @@ _CHECKED = {kind for entry in _TABLE.values() if entry.auto == "passed" for kind
 
 
 class BackendStatus(NamedTuple):
-    """What `backends()` says of one backend."""
+    """The status of one backend, as `backends()` reports it.
+
+    Attributes:
+        available: Whether the backend loads on this machine.
+        device_types: The device types that it serves, such as ("cpu",); ("any",) if it runs wherever PyTorch does.
+        reason: Why it is not available, else None.
+        details: The hardware that it uses, such as "avx2, 2 threads", or None.
+        verdict: Its verification result on the current device, or None if "auto" does not depend on one.
+
+    Example:
+        >>> import fastntxent
+        >>> fastntxent.backends()["blocked"].device_types
+        ('any',)
+    """
 
     available: bool
     device_types: tuple[str, ...]
-    reason: str | None  # why it is not available, else None
-    details: str | None = None  # what of this machine it uses: "avx2, 2 threads"
-    verdict: str | None = None  # how it was found on the current device, where "auto" goes by that
+    reason: str | None
+    details: str | None = None
+    verdict: str | None = None
 
 
 @functools.cache
 def _load(name: str) -> Backend | Exception:
     try:
         backend: Backend = importlib.import_module(_TABLE[name].module).BACKEND
-    except Exception as error:  # whatever stops an import is the answer to "why not?"
+    except Exception as error:  # any error here is the reason why the backend is not available
         return error
     return backend
 
 
 def check_name(name: str) -> None:
-    """Raise unless `name` is "auto" or stands in the table."""
+    """Raise ValueError unless `name` is "auto" or in the table."""
     if name != "auto" and name not in _TABLE:
         raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, _TABLE))}, got {name!r}")
 
 
 def _serving(name: str, device_type: str, dtype: torch.dtype) -> Backend | None:
-    """The backend, if it loads and takes such tensors. One that is for other devices is not loaded to find out."""
+    """Return the backend if it loads and takes such tensors, else None. Backends for other devices are not loaded."""
     device_types = _TABLE[name].device_types
     if device_types != ANY_DEVICE and device_type not in device_types:
         return None
@@ -79,13 +93,13 @@ def _serving(name: str, device_type: str, dtype: torch.dtype) -> Backend | None:
 
 
 def select_for(name: str, rows: Tensor, method: str) -> Backend:
-    """The backend for a call of a method on these rows; for "auto" on an accelerator the quickest that has passed."""
+    """Return the backend for a method call on these rows. On an accelerator "auto" is the fastest one that passed."""
     device = rows.device
     if name == "auto" and device.type in _CHECKED and rows.ndim == 2:
         possible = candidates(device.type, rows.dtype)
-        if possible:  # float64 is for none of them
+        if possible:  # empty for float64, which none of them takes
             n, d = rows.shape
-            M = 2 * n if method.startswith("nt_xent") else n  # the first of two views, or all rows
+            M = 2 * n if "nt_xent" in method else n  # `rows` may be the first of two views
             chosen = policy.choose_backend(device, candidates(device.type), rows.dtype, M, d)
             name = chosen if chosen in possible else name
     return select(name, device.type, rows.dtype)
@@ -93,7 +107,7 @@ def select_for(name: str, rows: Tensor, method: str) -> Backend:
 
 @functools.cache
 def candidates(device_type: str, dtype: torch.dtype | None = None) -> dict[str, str]:
-    """The backends that "auto" may take on devices of this type once they have passed, each with its module."""
+    """Return the backends (name -> module) that "auto" may take on this device type once they have passed."""
     found = {
         name: entry for name, entry in _TABLE.items() if entry.auto == "passed" and device_type in entry.device_types
     }
@@ -105,7 +119,7 @@ def candidates(device_type: str, dtype: torch.dtype | None = None) -> dict[str, 
 
 
 def checkable(device_type: str) -> dict[str, str]:
-    """The backends that load here and serve devices of this type, each with its module; not the oracle itself."""
+    """Return the backends (name -> module) that load here and serve this device type, except the oracle."""
     return {
         name: entry.module
         for name, entry in _TABLE.items()
@@ -116,12 +130,12 @@ def checkable(device_type: str) -> dict[str, str]:
 
 
 def add(name: str, module: str, device_types: tuple[str, ...]) -> None:
-    """Put a backend into the table, to be called by name: where it is to be checked, and is not this package's."""
+    """Add a backend from outside the package to the table, so that it can be checked. It must be called by name."""
     _TABLE.setdefault(name, _Entry(module, device_types, auto="no"))
 
 
 def select(name: str, device_type: str, dtype: torch.dtype) -> Backend:
-    """The backend for `name` on tensors like these; for "auto" the first of the table that serves unchecked."""
+    """Return the backend for `name` and such tensors. "auto" is the first in the table that needs no verification."""
     check_name(name)
     if name == "auto":
         return _first_serving(device_type, dtype)
@@ -136,7 +150,7 @@ def select(name: str, device_type: str, dtype: torch.dtype) -> Backend:
     return backend
 
 
-@functools.cache  # small batches would notice the search
+@functools.cache  # the search would be noticeable for small batches
 def _first_serving(device_type: str, dtype: torch.dtype) -> Backend:
     serving = (_serving(each, device_type, dtype) for each, entry in _TABLE.items() if entry.auto == "yes")
     return next(backend for backend in serving if backend)
@@ -144,7 +158,7 @@ def _first_serving(device_type: str, dtype: torch.dtype) -> Backend:
 
 @contextlib.contextmanager
 def warming() -> Iterator[None]:
-    """A block in which calls also launch what they would at any other temperature."""
+    """Return a context in which calls also launch the kernels for all other temperatures."""
     with contextlib.ExitStack() as stack:
         for backend in map(_load, _TABLE):
             if isinstance(backend, Backend):
@@ -153,24 +167,24 @@ def warming() -> Iterator[None]:
 
 
 def name_of(backend: Backend) -> str:
-    """The name of a backend that `select` gave."""
+    """Return the name of a backend that `select` returned."""
     return next(name for name in _TABLE if _load(name) is backend)
 
 
 def _device_types(name: str) -> tuple[str, ...]:
-    """As the table has it; a backend that has loaded may know of more."""
+    """Return the device types in the table, or those of the loaded backend, which may be more."""
     backend = _load(name)
     more = backend.device_types if isinstance(backend, Backend) else ANY_DEVICE
     return _TABLE[name].device_types if more == ANY_DEVICE else more
 
 
 def backends() -> dict[str, BackendStatus]:
-    """Every backend by name: whether it loads here, which device types it serves, and if not, why not.
+    """Return the status of every backend by name: whether it loads here, which devices it serves, and why not if not.
 
     Returns:
-        A dict of `BackendStatus(available, device_types, reason, details, verdict)`; `device_types` is `("any",)` for
-        a backend that runs wherever PyTorch does, `details` names the instruction set and the threads of "cpu", and
-        `verdict` says whether the kernels for a GPU have passed `verify` on the current one.
+        A dict of `BackendStatus(available, device_types, reason, details, verdict)`. `device_types` is `("any",)` for a
+        backend that runs wherever PyTorch does, `details` gives the instruction set and the threads of "cpu", and
+        `verdict` tells whether the GPU kernels have passed `verify` on the current device.
 
     Example:
         >>> import fastntxent
@@ -188,13 +202,13 @@ def _status(name: str) -> BackendStatus:
 
 
 def _verdict(name: str) -> str | None:
-    """What is known of a backend on the current GPU, if "auto" would have to know."""
+    """Return the verification result of a backend on the current GPU, or None if "auto" does not depend on one."""
     if _TABLE[name].auto != "passed" or not torch.cuda.is_available():
         return None
     try:
         device = torch.device("cuda", torch.cuda.current_device())
         verdict = policy.known_verdicts(device, {name: _TABLE[name].module}).get(name)
-    except RuntimeError as error:  # the device does not answer, or this is a fork of a process that uses it
+    except RuntimeError as error:  # the device does not respond, or this process was forked from one that uses it
         return f"unknown: {_explain(error)}"
     return str(verdict) if verdict else "not checked yet"
 

@@ -1,27 +1,27 @@
-"""neg_lse in plain PyTorch, a tile of the similarity matrix at a time: runs wherever PyTorch does.
+"""neg_lse in plain PyTorch, one tile of the similarity matrix at a time. It runs wherever PyTorch does.
 
-The logits k u u^T are symmetric, so only tiles (I, J) with I <= J are formed. One exponential serves both sides:
+The logits k u u^T are symmetric, so only tiles (I, J) with I <= J are computed. One exponential serves both sides:
 
     forward    sum_I += E 1,      sum_J += E^T 1         E = exp(k U_I U_J^T), 0 where the ids agree
     backward   A_I   += G U_J,    A_J   += G^T U_I       G = E * (a_I 1^T + 1 a_J^T),  a_i = w_i exp(-nu_i)
     then       d_u = k A,         d_k = (1/2) sum_i u_i . A_i
 
-Rows against other columns take the same steps over all tiles, the columns with sums and gradients of their own; d_k is
-then sum_i u_i . A_i of the rows.
+With two sides (rows against other columns) the same steps run over all tiles, the columns have separate sums and
+gradients, and d_k is sum_i u_i . A_i over the rows.
 
-With u = 2 M^2 D flops that is u/2 forward and 3u/2 backward: the 2u schedule. A diagonal tile is formed whole and
-used from one side only. Memory: O(M D) and two tiles of B x B. The order of every sum is fixed, so a result has the
-same bits each time on the same device and number of threads.
+With u = 2 M^2 D flops this costs u/2 forward and 3u/2 backward: the 2u schedule. A diagonal tile is computed whole, and
+only its rows are summed. Memory is O(M D) plus two tiles of B x B. The order of every sum is fixed, so results are
+bitwise reproducible on the same device with the same number of threads.
 
-exp(k s) itself is formed where the host can see that no logit leaves the range of the dtype (CPU tensors). Elsewhere
-- small temperatures, rows that are not unit rows, tensors whose values only the device knows - rows and columns carry
-a running maximum, and the backward forms exp(k s - nu) for both sides.
+If the host can see that no logit leaves the range of the dtype (CPU tensors only), exp(k s) is computed directly.
+Otherwise (small temperatures, rows that are not unit rows, values that only the device knows) rows and columns keep a
+running maximum, and the backward computes exp(k s - nu) for both sides.
 
-A logit is rounded to eps k |s|, and (i, j) need not round as (j, i) does. What went into a row's sum must come out of
-its probabilities, or their error is that of the logit: so a diagonal tile, whose sums were taken by rows, adds the
-transpose of its weighted probabilities, and an off-diagonal one serves both sides with the same logit.
+A logit has a rounding error of eps k |s|, and (i, j) may round differently from (j, i). The backward must use the very
+logit that entered a row's sum, or the probabilities inherit that error. So a diagonal tile, which was summed by rows,
+adds the transpose of its weighted probabilities, and an off-diagonal tile uses one logit for both sides.
 
-A batch of a single tile keeps E for its backward.
+A batch that fits into one tile keeps E for the backward.
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ from .tiling import Blocks, Tiles, TileValues, fold
 
 
 class _NegLseTiles(Tiles, PreparedNegLse):
-    """The two subclasses differ in what they make of a tile's logits."""
+    """The common part of both regimes, which differ in how they exponentiate a tile's logits."""
 
-    top = 1.0  # the largest weight that `probabilities` takes
+    top = 1.0  # the largest weight that `probabilities` supports
 
     def backward(self, upstreams: Sequence[Upstream]) -> tuple[list[Tensor | None], Tensor]:
-        # A row without negatives has neither a weight, whatever came from behind its -inf, nor probabilities.
+        # A row without negatives ignores its upstream gradient and has no probabilities.
         empty = [upstream.neg_lse == -math.inf for upstream in upstreams]
         weights = [each.d_neg_lse.masked_fill(none, 0) for each, none in zip(upstreams, empty, strict=True)]
         nus = [each.neg_lse.masked_fill(none, math.inf) for each, none in zip(upstreams, empty, strict=True)]
-        # Weights of any magnitude (a loss scaler's 2^16, a mean's 1e-6) enter the tiles with the largest between 1 and
-        # `top`, unchanged if it lies there.
+        # Weights have any magnitude (2^16 from a loss scaler, 1e-6 from a mean). Scale them so that the largest lies
+        # between 1 and `top`; if it does already, they stay unchanged.
         largest = largest_magnitude(*weights)
         unit = largest / largest.clamp(1.0, self.top)
-        # What the rows gather gives the temperature's gradient too; of two sides, the columns' may not be wanted.
+        # The rows' gradient is always computed, because d_k follows from it. The columns' is optional.
         gathered = [torch.zeros_like(self.rows.u)]
         if len(self.sides) > 1 and upstreams[1].wanted:
             gathered.append(torch.zeros_like(self.cols.u))
@@ -66,28 +66,28 @@ class _NegLseTiles(Tiles, PreparedNegLse):
                 of_cols[tile.cols].addmm_(g.T, self.rows.u[tile.rows])
         d_inv_tau = row_dots(self.rows.u, gathered[0]).sum() * unit / (3 - len(self.sides))
         for d_u in gathered:
-            d_u.mul_(self.inv_tau).mul_(unit)  # their product may overflow where the gradient does not
+            d_u.mul_(self.inv_tau).mul_(unit)  # one factor at a time: their product could overflow
         d_sides = [gathered[0], of_cols][: len(self.sides)]
         return [d_u if each.wanted else None for d_u, each in zip(d_sides, upstreams, strict=True)], d_inv_tau
 
     @abstractmethod
     def probabilities(self, weights: list[Tensor], nus: list[Tensor]) -> Iterator[tuple[TileValues, Tensor]]:
-        """G of the header for every tile; nu is +inf for a row without negatives."""
+        """Yield every tile with its G (see the module docstring). nu is +inf for a row without negatives."""
 
 
 class _DirectTiles(_NegLseTiles):
-    """exp(k s) itself: every logit is known to be in range."""
+    """The direct regime: exp(k s) itself, because every logit is known to be in range."""
 
     def __init__(self, sides: Sequence[Blocks], inv_tau: float | Tensor):
         super().__init__(sides, inv_tau)
-        # Small whole numbers in the rows' own dtype: comparing them into a factor of 0 or 1 takes a seventh of the
-        # time of a boolean mask of the integers.
+        # Ids as small whole numbers in the dtype of the rows. Comparing them into a factor of 0 or 1 takes a seventh of
+        # the time of a boolean mask from the integers.
         codes = torch.unique(torch.cat([side.ids for side in sides]), return_inverse=True)[1].to(self.rows.u.dtype)
         self.codes = codes.split([len(side.ids) for side in sides])
         self.kept: TileValues | None = None
 
     def exponentials(self) -> Iterator[TileValues]:
-        """E of the header for every tile."""
+        """Yield every tile of E (see the module docstring)."""
         if self.kept is not None:
             yield self.kept
             return
@@ -131,14 +131,14 @@ class _DirectTiles(_NegLseTiles):
 
 
 class _ShiftedTiles(_NegLseTiles):
-    """exp(k s - maximum) and exp(k s - nu): any range of logits, and of weights."""
+    """The shifted regime: exp(k s - maximum) and exp(k s - nu), for logits and weights of any range."""
 
     def __init__(self, sides: Sequence[Blocks], inv_tau: float | Tensor):
         super().__init__(sides, inv_tau)
         self.top = LARGEST_WEIGHT[self.rows.u.dtype]
 
     def counted(self, tile: TileValues, *, of_cols: bool = False) -> Tensor:
-        """A tile's logits as they count for its rows, or for its columns: -inf above a limit."""
+        """Return a tile's logits with -inf above the limits of its rows, or of its columns."""
         side, part = (self.cols, tile.cols) if of_cols else (self.rows, tile.rows)
         if side.limits is None:
             return tile.values
@@ -146,7 +146,7 @@ class _ShiftedTiles(_NegLseTiles):
         return tile.values.masked_fill(tile.values > (limits if of_cols else limits[:, None]), -math.inf)
 
     def masked_logits(self) -> Iterator[TileValues]:
-        """Logits, -inf where the ids agree."""
+        """Yield every tile of logits, with -inf where the ids agree."""
         for tile, mixed in self.logits():
             if mixed:
                 tile.values.masked_fill_(self.agree(tile), -math.inf)
@@ -176,7 +176,7 @@ class _ShiftedTiles(_NegLseTiles):
 
 
 def _stays_in_range(sides: Sequence[Blocks], inv_tau: float | Tensor) -> bool:
-    """Whether the host can see that exp(k s) does."""
+    """Return whether the host can see that exp(k s) stays in range."""
     rows, cols = sides[0].u, sides[-1].u
     if rows.device.type != "cpu" or isinstance(inv_tau, Tensor):
         return False

@@ -1,4 +1,4 @@
-"""NT-Xent as O(M D) tensor code around neg_lse, for kernels that fuse no more than that."""
+"""NT-Xent as O(M D) tensor code around neg_lse, for backends whose kernels compute only neg_lse."""
 
 from __future__ import annotations
 
@@ -16,24 +16,26 @@ from .towers import ComposedTowers
 
 
 class PreparedNegLse(ABC):
-    """neg_lse of given sides: the forward, and a backward that may use what the forward left in the workspace."""
+    """neg_lse of given sides: a forward, and a backward that may reuse results of the forward."""
 
     @abstractmethod
     def forward(self) -> tuple[Tensor, ...]:
-        """nu of each side's rows."""
+        """Return nu of each side's rows."""
 
     @abstractmethod
     def backward(self, upstreams: Sequence[Upstream]) -> tuple[list[Tensor | None], Tensor]:
-        """Gradient of the weighted sum of all nu with respect to each side's u, None where not wanted, and to k (0-d),
-        with or without a `forward` before it. Called once."""
+        """Return the gradient of the weighted sum of all nu in each side's u, None where not wanted, and in k (0-d).
+
+        It is called once, with or without a `forward` before it.
+        """
 
 
 class ComposedBackend(ComposedTowers):
-    """NT-Xent as O(M D) tensor code around neg_lse, for kernels that fuse no more than that."""
+    """A backend that needs only `prepare`: NT-Xent is O(M D) tensor code around it."""
 
     @abstractmethod
     def prepare(self, sides: Sequence[Side], inv_tau: float | Tensor) -> PreparedNegLse:
-        """Set up neg_lse of one side, or between two."""
+        """Return neg_lse within one side or between two."""
 
     def neg_lse(self, rows: Side, inv_tau: float | Tensor) -> Tensor:
         (nu,) = self.prepare([rows], inv_tau).forward()
@@ -73,7 +75,7 @@ class ComposedBackend(ComposedTowers):
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows = UnitRows(torch.cat((z_i, z_j)), normalize)
         work = self.prepare([Side(rows.u, view_ids(rows.u))], inv_tau)
-        largest = largest_magnitude(d_neg_lse, d_pos)  # k times it may overflow where the gradient does not
+        largest = largest_magnitude(d_neg_lse, d_pos)  # k times it could overflow even if the gradient does not
         of_units = _backward_of_one(work, Upstream(d_neg_lse / largest, neg_lse))
         d_z_i, d_z_j, d_inv_tau = _add_positives(rows, inv_tau, d_pos / largest, *of_units)
         return d_z_i.mul_(largest), d_z_j.mul_(largest), d_inv_tau * largest
@@ -149,30 +151,30 @@ def _backward_of_one(work: PreparedNegLse, upstream: Upstream) -> tuple[Tensor, 
 def _add_positives(
     rows: UnitRows, inv_tau: float | Tensor, d_pos: Tensor, d_u: Tensor, d_inv_tau: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Add the positives' part to the gradient of the masked sums, and take it back to z_i and z_j."""
+    """Return the gradients in z_i, z_j and k: those through nu, given as d_u and d_inv_tau, plus the positives'."""
     partner = swap_views(rows.u)
     d_u.addcmul_(partner, (inv_tau * (d_pos + swap_views(d_pos))).unsqueeze(1))
     d_inv_tau = d_inv_tau + torch.dot(d_pos, row_dots(rows.u, partner))
     d_z_i, d_z_j = rows.backward(d_u).chunk(2)
-    return d_z_i.clone(), d_z_j.clone(), d_inv_tau  # storages of their own: an operator's outputs share none
+    return d_z_i.clone(), d_z_j.clone(), d_inv_tau  # cloned because an operator's outputs must not share storage
 
 
 def largest_magnitude(*weights: Tensor) -> Tensor:
-    """The largest magnitude of the entries (0-d), as a divisor: not 0."""
+    """Return the largest magnitude of the entries (0-d), at least the smallest normal number, for use as a divisor."""
     return torch.cat(weights).abs().amax().clamp_min(torch.finfo(weights[0].dtype).tiny)
 
 
 def _limited(u: Tensor, scale: float, shift: float) -> Side:
-    """Rows of two views whose sums take what is at most scale times as similar as their positive, and shift."""
+    """Return the rows of two views with limits of scale times the similarity to their positive, plus shift."""
     return Side(u, view_ids(u), scale * positive_logits(u, 1.0) + shift)
 
 
 def view_ids(u: Tensor) -> Tensor:
-    """The sample of every row of [z_i; z_j]."""
+    """Return the sample index of every row of [z_i; z_j]."""
     return torch.arange(u.shape[0] // 2, device=u.device).repeat(2)
 
 
 def positive_logits(u: Tensor, inv_tau: float | Tensor) -> Tensor:
-    """pi of every row of [u_i; u_j]."""
+    """Return pi of every row of [u_i; u_j]."""
     u_i, u_j = u.chunk(2)
     return (inv_tau * row_dots(u_i, u_j)).repeat(2)

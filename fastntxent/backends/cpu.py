@@ -1,9 +1,9 @@
 """The C++ kernels of csrc/cpu: normalisation, tiles of the upper triangle, loss and every gradient in one call.
 
-The schedule is that of `blocked`, on register tiles: u/2 flops forward and 3u/2 backward, of which a bounded workspace
-of exponentials saves u/2 for the tiles that fit (u = 2 M^2 D). Memory beside it is three (M, D) matrices. Threads are
-PyTorch's: `torch.set_num_threads` holds here too. Half-precision rows are widened to float32, except that AVX512_BF16
-and AMX multiply bfloat16 rows as they are, with float32 sums.
+The schedule is the one of `blocked`, on register tiles: u/2 flops forward and 3u/2 backward, with u = 2 M^2 D. A
+bounded workspace keeps exponentials of the forward, which saves up to u/2 in the backward. The other memory is three
+(M, D) matrices. The number of threads is PyTorch's (`torch.set_num_threads`). Half-precision rows are widened to
+float32, except that processors with AVX512_BF16 or AMX multiply bfloat16 rows directly, with float32 sums.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 try:
-    import fastntxent._cpu as _cpu  # type: ignore[import-not-found]  # by its full name: the package is still loading
+    # The full name is needed because the package is still loading.
+    import fastntxent._cpu as _cpu  # type: ignore[import-not-found]
 except ModuleNotFoundError as error:
     raise RuntimeError(
-        f"the CPU kernels were not built beside {Path(__file__).parents[1]}: there was no C++17 compiler or it failed "
-        "(pip install -v shows why), or this is a checkout that shadows the installed package (pip install -e . builds "
-        "them here)"
+        f"the CPU kernels were not built in {Path(__file__).parents[1]}: either there was no working C++17 compiler at "
+        "installation (pip install -v shows why), or this is a checkout that shadows the installed package "
+        "(pip install -e . builds them here)"
     ) from error
 
 from ..algebra import accumulation_dtype, direction_weight, loss_weight, norm_eps
@@ -40,21 +41,22 @@ from .native import (
 )
 from .softplus import sigmoid_weight
 
-# Bytes of exponentials kept from the forward to the backward of one call. Those of N = 4096 fit. Where all of a call's
-# fit, their memory is left for the next call: the system may take it at any time, and takes it when it runs short
-# (csrc/cpu/memory.h). Two sides form twice the exponentials for their rows: theirs share what they get with the packed
-# rows.
+# Bytes of exponentials that a call may keep from its forward to its backward; N = 4096 fits. If all exponentials of a
+# call fit, the memory stays reserved for the next call, but the system may reclaim it when memory runs short
+# (csrc/cpu/memory.h). Two sides have twice as many exponentials per row, so their budget includes the packed rows.
 WORKSPACE = 144 * 2**20
 WORKSPACE_AND_ROWS = 116 * 2**20
 
 
-LOG_SUM_EXP, SOFTPLUS, SIGMOID = range(3)  # what a row sums up: `fntx_functions` in csrc/cpu/fastntxent.h
+LOG_SUM_EXP, SOFTPLUS, SIGMOID = range(3)  # the function that a row sums: `fntx_functions` in csrc/cpu/fastntxent.h
 FORMS = {"out": 0, "in": 1, "ratio": 2, "pairs": 3}  # `fntx_forms`
 
 
 class Limits(NamedTuple):
-    """The largest similarity that a row's sum takes: one for each row, or `scale` times that to its positive, plus
-    `shift`."""
+    """The largest similarity that counts in a row's sum: a number per row, or a function of the row's positive.
+
+    That function is `scale` times the similarity to the positive, plus `shift`.
+    """
 
     rows: Tensor | None = None
     cols: Tensor | None = None
@@ -63,18 +65,18 @@ class Limits(NamedTuple):
 
     @classmethod
     def of(cls, rows: Side, cols: Side | None) -> Limits:
-        """Those of the sides."""
+        """Return the limits stored in the sides."""
         given = [None if x is None or x.limits is None else x.limits.contiguous() for x in (rows, cols)]
         return cls(given[0], given[1])
 
     def arguments(self) -> tuple[int, int, bool, float, float]:
-        """As the module takes them."""
+        """Return the arguments in the order that the extension module takes them."""
         by_positive = self.rows is None and self.cols is None
         return address(self.rows), address(self.cols), by_positive, self.scale, self.shift
 
 
 class CpuBackend(NativeBackend):
-    """csrc/cpu on CPU tensors."""
+    """The backend that runs the kernels of csrc/cpu on CPU tensors."""
 
     def details(self) -> str:
         threads = torch.get_num_threads()
@@ -375,7 +377,7 @@ class CpuBackend(NativeBackend):
         return loss
 
     def kernel_ids(self, *ids: Tensor) -> list[Tensor]:
-        # The same groups in [0, 2^31).
+        # The kernels take ids in [0, 2^31). Renumber the groups if any id lies outside.
         if any(low < 0 or high >= 2**31 for low, high in (each.aminmax() for each in ids)):
             codes = torch.unique(torch.cat([each.to(torch.int64) for each in ids]), return_inverse=True)[1]
             ids = codes.split([len(each) for each in ids])
@@ -383,7 +385,7 @@ class CpuBackend(NativeBackend):
 
 
 def _workspace(rows: SideArguments, cols: SideArguments | None) -> int:
-    """Bytes that a call may keep."""
+    """Return the bytes of exponentials that a call may keep."""
     if cols is None:
         return WORKSPACE
     packed = 3 * (rows.first.numel() + cols.first.numel()) * accumulation_dtype(rows.first.dtype).itemsize

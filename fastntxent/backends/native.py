@@ -1,4 +1,4 @@
-"""What the C++ and the CUDA kernels share: each computes everything in one call, of one interface (csrc)."""
+"""The common base of the C++ and the CUDA backends, whose kernels compute everything in one call (csrc)."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .softplus import TiledSoftplus
 
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 FORWARD, BACKWARD = 1, 2
-Matrix = tuple[int, int, int, int]  # address, rows, strides
+Matrix = tuple[int, int, int, int]  # address, number of rows, and two strides
 SideAddresses = tuple[Matrix, Matrix, int, int, int, int, int]
 _NO_MATRIX: Matrix = (0, 0, 0, 0)
 _ACCUMULATED = {dtype: accumulation_dtype(dtype) for dtype in DTYPES}
 
 
 class SideArguments(NamedTuple):
-    """What a call is given for a side: `fntx_side` in csrc/cpu/fastntxent.h."""
+    """The arguments of a call for one side: `fntx_side` in csrc/cpu/fastntxent.h."""
 
     first: Tensor
     second: Tensor | None = None
@@ -34,7 +34,7 @@ class SideArguments(NamedTuple):
     d_second: Tensor | None = None
 
     def addresses(self) -> SideAddresses:
-        """Return the addresses, sizes and strides, as the modules take them."""
+        """Return the addresses, sizes and strides in the order that the extension modules take them."""
         first, second, ids, neg_lse, d_neg_lse, d_first, d_second = self
         return (
             _matrix(first),
@@ -48,12 +48,12 @@ class SideArguments(NamedTuple):
 
 
 def address(x: Tensor | None) -> int:
-    """Address of the first element, or 0 for None."""
+    """Return the address of the first element, or 0 for None."""
     return 0 if x is None else x.data_ptr()
 
 
 def count_rows(side: SideAddresses) -> int:
-    """Rows of both matrices."""
+    """Return the number of rows of both matrices."""
     return side[0][1] + side[1][1]
 
 
@@ -62,7 +62,7 @@ def _matrix(z: Tensor) -> Matrix:
 
 
 class NativeBackend(TiledSoftplus):
-    """Every method of a backend as a call."""
+    """A backend whose methods are calls of one function, `run`."""
 
     @abstractmethod
     def run(
@@ -79,11 +79,11 @@ class NativeBackend(TiledSoftplus):
         weight: float = 1.0,
         d_inv_tau: Tensor | None = None,
     ) -> None:
-        """Make the call."""
+        """Call the kernels."""
 
     @abstractmethod
     def kernel_ids(self, *ids: Tensor) -> list[Tensor]:
-        """Ids of one or two sides as the kernels take them: contiguous int64."""
+        """Return the ids of one or two sides as the kernels take them: contiguous int64."""
 
     def neg_lse(self, rows: Side, inv_tau: float | Tensor) -> Tensor:
         neg_lse = new_sums(rows.u, rows.u.shape[0])
@@ -101,7 +101,8 @@ class NativeBackend(TiledSoftplus):
         d_u, neg_lse, d_inv_tau = new_gradient(u), new_sums(u, u.shape[0]), new_sums(u)
         given = SideArguments(u, None, self.kernel_ids(rows.ids)[0], neg_lse, weights.contiguous(), d_u)
         self.run(FORWARD | BACKWARD, inv_tau, False, given, d_inv_tau=d_inv_tau)
-        total = torch.dot(neg_lse, weights) if u.is_cpu else None  # where every row has a nu, a quarter of the time
+        # A dot product takes a quarter of the time, but is right only if every row has a negative.
+        total = torch.dot(neg_lse, weights) if u.is_cpu else None
         if total is None or not math.isfinite(total):
             total = weighted_sum(neg_lse, weights)
         return total, d_u, d_inv_tau
@@ -163,15 +164,15 @@ class NativeBackend(TiledSoftplus):
 
 
 def of_backward(u: Tensor, ids: Tensor, upstream: Upstream, d_u: Tensor | None) -> SideArguments:
-    """What the backward of a side is given."""
+    """Return the arguments for one side of a backward."""
     return SideArguments(u, None, ids, upstream.neg_lse.contiguous(), upstream.d_neg_lse.contiguous(), d_u)
 
 
 def new_gradient(of: Tensor) -> Tensor:
-    """Memory for a gradient in rows."""
+    """Return memory for the gradient of these rows."""
     return torch.empty_like(of, dtype=_ACCUMULATED[of.dtype], memory_format=torch.contiguous_format)
 
 
 def new_sums(like: Tensor, *shape: int) -> Tensor:
-    """Memory for sums over rows of that dtype."""
+    """Return memory of this shape for sums, in the accumulation dtype of `like`."""
     return like.new_empty(shape, dtype=_ACCUMULATED[like.dtype])

@@ -1,8 +1,8 @@
-"""The dense oracle: the M x M logits, held whole, in plain differentiable PyTorch.
+"""The dense oracle: plain differentiable PyTorch on the full M x M matrix of logits.
 
-It is the only truth of the project, and is itself held against an independent NumPy loop. Autograd goes through it
-rather than through a hand-written backward, so its gradients are no relatives of the kernels', and it may be
-differentiated any number of times. Float64 in gives float64 throughout; narrower input is computed in float32.
+Every other backend is tested against it, and it is tested against an independent NumPy loop. It has no hand-written
+backward. Its gradients come from autograd, so they are independent of the kernels' gradients, and it can be
+differentiated any number of times. float64 inputs are computed in float64, narrower ones in float32.
 """
 
 from __future__ import annotations
@@ -40,8 +40,11 @@ class ReferenceBackend(Backend):
     def softplus(
         self, rows: Side, cols: Side | None, inv_tau: float | Tensor, bias: float | Tensor, *, positives: bool
     ) -> Tensor:
-        """The sum of log(1 + exp(x)), x = logit + bias, over the rows of other groups (M,), among themselves or against
-        columns; `positives`: and of log(1 + exp(-x)) over those of the same group."""
+        """Return each row's sum of log(1 + exp(x)) over columns of other groups (M,), where x = logit + bias.
+
+        Without `cols` the rows are compared among themselves. With `positives` the sum includes log(1 + exp(-x)) over
+        columns of the same group.
+        """
         dtype, of_cols = accumulation_dtype(rows.u.dtype), rows if cols is None else cols
         x = inv_tau * product(rows.u.to(dtype), of_cols.u.to(dtype).T) + bias
         agree = rows.ids[:, None] == of_cols.ids
@@ -51,13 +54,15 @@ class ReferenceBackend(Backend):
     def called_neg_lse(
         self, similarities: Tensor, ids: Tensor, inv_tau: float | Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """nu of rows and of columns, and the logits of the diagonal, of similarities (M, M) as they are given."""
+        """Return nu of rows, nu of columns, and the diagonal of the logits, for given similarities (M, M)."""
         logits, apart = inv_tau * similarities, ids[:, None] != ids
         return _masked_logsumexp(logits, apart), _masked_logsumexp(logits.T, apart), logits.diagonal()
 
     def soft_dots(self, rows: Side, cols: Side, teacher: Teacher | CalledTeacher) -> tuple[Tensor, Tensor]:
-        """Sums of u_i . v_j weighted by the teacher's softmax, over the columns of other groups (M,) and over the rows
-        (K,)."""
+        """Return the sums of u_i . v_j, weighted by the teacher's softmax, over columns (M,) and over rows (K,).
+
+        The sums are over pairs of different groups.
+        """
         if isinstance(teacher, CalledTeacher):
             similarities = teacher.similarities(rows.ids, cols.ids)
         else:
@@ -70,26 +75,26 @@ class ReferenceBackend(Backend):
         return (of_rows * sims).sum(dim=1), (of_cols * sims).sum(dim=0)
 
     def guided_neg_lse(self, rows: Side, cols: Side, inv_tau: float | Tensor, guide: Guide) -> Tensor:
-        """nu of the rows (M,) over the columns of other groups that are not above the guide's limits."""
+        """Return nu of the rows (M,) over the columns of other groups that are not above the guide's limits."""
         left_out = (guide.rows @ guide.cols.T > guide.limits[:, None]) | (rows.ids[:, None] == cols.ids)
         return _masked_logsumexp(inv_tau * product(rows.u, cols.u.T), ~left_out)
 
     def positive_lse(
         self, u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: float | Tensor, *, same: bool
     ) -> Tensor:
-        """Log-sum-exp of each row's logits with the columns of its id (M,), but for its own where v is u."""
+        """Return each row's log-sum-exp over the columns with its id (M,), except the row itself if `same`."""
         return _masked_logsumexp(*_positives(u, v, u_ids, v_ids, inv_tau, same))
 
     def positive_sum(
         self, u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: float | Tensor, nu: Tensor, *, same: bool
     ) -> Tensor:
-        """The sum over them of log(1 + exp(nu - logit)) (M,)."""
+        """Return each row's sum of log(1 + exp(nu - logit)) over the columns of `positive_lse` (M,)."""
         logits, mask = _positives(u, v, u_ids, v_ids, inv_tau, same)
         return torch.where(mask, -F.logsigmoid(logits - nu[:, None]), 0).sum(dim=1)
 
 
 def _counted(sims: Tensor, rows: Side, col_ids: Tensor) -> Tensor:
-    """Which columns each row counts: those of other groups, and not beyond its limit."""
+    """Return the mask of the columns that count for each row: those of other groups, up to the row's limit."""
     apart = rows.ids[:, None] != col_ids
     return apart if rows.limits is None else apart & ~(sims > rows.limits[:, None])
 
@@ -97,7 +102,7 @@ def _counted(sims: Tensor, rows: Side, col_ids: Tensor) -> Tensor:
 def _positives(
     u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: float | Tensor, same: bool
 ) -> tuple[Tensor, Tensor]:
-    """All logits, and which of them are of positive pairs."""
+    """Return all logits, and the mask of the positive pairs."""
     mask = u_ids[:, None] == v_ids
     if same:
         mask = mask.fill_diagonal_(False)
@@ -106,9 +111,9 @@ def _positives(
 
 
 def _masked_logsumexp(logits: Tensor, mask: Tensor) -> Tensor:
-    """log of the sum of exp(logits) over each row where mask is True; -inf, with no gradient, where it never is."""
+    """Return each row's log-sum-exp where `mask` is True, and -inf without a gradient for rows where it never is."""
     some = mask.any(dim=1)
-    # A row without a term keeps its logits and gets its -inf afterwards: logsumexp's gradient at -inf is NaN.
+    # An empty row keeps its logits here and gets its -inf afterwards, because logsumexp's gradient at -inf is NaN.
     logits = torch.where(mask | ~some[:, None], logits, -torch.inf)
     return torch.where(some, torch.logsumexp(logits, dim=1), -torch.inf)
 

@@ -1,4 +1,4 @@
-"""Rows as kernels take them that do not normalise, and the way back for their gradient."""
+"""Normalisation of rows and its gradient, for kernels that do not normalise."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from ..algebra import accumulation_dtype, norm_eps, overflow_factor, row_dots
 
 
 class UnitRows:
-    """Rows in the accumulation dtype, normalised if asked."""
+    """Rows in the accumulation dtype, optionally normalised."""
 
     def __init__(self, z: Tensor, normalize: bool):
         self.z_dtype = z.dtype
-        self.u = z.to(accumulation_dtype(z.dtype)).contiguous()  # so that bits do not depend on strides
+        self.u = z.to(accumulation_dtype(z.dtype)).contiguous()  # makes results independent of strides, to the bit
         self.norm: Tensor | None = None
         self._factor: Tensor | None = None
         if normalize:
@@ -24,7 +24,7 @@ class UnitRows:
             self.u = self.u / self.norm.clamp_min(norm_eps(self.z_dtype))
 
     def backward(self, d_u: Tensor) -> Tensor:
-        """d/dz: (d_u - u (u . d_u)) / |z| where |z| > eps, d_u / eps elsewhere."""
+        """Return d/dz: (d_u - u (u . d_u)) / |z| where |z| > eps, else d_u / eps; d_u if not normalised."""
         if self.norm is None:
             return d_u
         eps = norm_eps(self.z_dtype)

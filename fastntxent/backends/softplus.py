@@ -1,14 +1,14 @@
-"""Sums of softplus over pairs, the core of sigmoid losses, for backends without kernels of their own for them.
+"""Sums of softplus over pairs, the core of sigmoid losses, for backends without kernels for them.
 
     x_ij = k u_i . v_j + b
     sum_i = sum over {j : id_j != id_i} of log(1 + exp(x_ij))  [+ sum over {j : id_j = id_i} of log(1 + exp(-x_ij))]
 
-No sum over a row comes into the gradient: for weights a_i of the rows' sums and c_j of the columns', with y_ij = 1 for
-other groups and -1 for the same,
+The gradient does not depend on a row's sum. With weights a_i of the rows' sums and c_j of the columns' sums, and with
+y_ij = 1 between groups and -1 within one,
 
     G_ij = (a_i + c_j) y_ij sigmoid(y_ij x_ij)      d/du_i = k sum_j G_ij v_j      d/db = sum_ij G_ij
 
-so that values and gradients come from one pass over the tiles, u + 2u flops between two sides (u = 2 M K D).
+So one pass over the tiles computes values and gradients. Between two sides it costs u + 2u flops, with u = 2 M K D.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .tiling import Blocks, Tiles, TileValues
 
 
 class TiledSoftplus(KernelBackend):
-    """Sigmoid losses in tiles of plain PyTorch: those of `blocked` and `cuda`."""
+    """Sigmoid losses in tiles of plain PyTorch, for `blocked` and `cuda`."""
 
     def softplus(
         self,
@@ -79,7 +79,7 @@ class TiledSoftplus(KernelBackend):
         u_i, u_j = views.u.chunk(2)
         sims = row_dots(u_i, u_j)
         x = inv_tau * sims + bias
-        d_x = -2 * weight * torch.sigmoid(-x)  # a pair is in the losses of both its rows
+        d_x = -2 * weight * torch.sigmoid(-x)  # a pair counts in the losses of both its rows
         d_u = found.d_rows.addcmul_(torch.cat((u_j, u_i)), (inv_tau * d_x).repeat(2).unsqueeze(1))
         d_i, d_j = views.backward(d_u).chunk(2)
         loss = weight * found.rows.sum() + 2 * weight * row_losses(torch.zeros_like(x), x).sum()
@@ -106,12 +106,12 @@ class TiledSoftplus(KernelBackend):
 
 
 def sigmoid_weight(z_i: Tensor, two_views: bool, mean: bool) -> float:
-    """What a row's loss counts for: of N pairs or of 2N rows, the mean or the sum."""
+    """Return the weight of a row's loss: 1 for a sum; for a mean 1/(2N) with two views and 1/N with two towers."""
     return loss_weight(z_i, mean) if two_views else 1 / z_i.shape[0] if mean else 1.0
 
 
 def _samples(u: Tensor) -> Side:
-    """The rows [u_i; u_j] of two views, each of its sample."""
+    """Return the rows [u_i; u_j] of two views with their sample indices as ids."""
     return Side(u, torch.arange(u.shape[0] // 2, device=u.device).repeat(2))
 
 
@@ -140,7 +140,7 @@ class _SoftplusTiles(Tiles):
             d_rows[tile.rows].addmm_(g, self.cols.u[tile.cols])
             if d_cols is not None and not tile.diagonal:
                 d_cols[tile.cols].addmm_(g.T, self.rows.u[tile.rows])
-            d_bias = d_bias + (g.sum() / 2 if tile.diagonal else g.sum())  # a diagonal tile has each pair twice
+            d_bias = d_bias + (g.sum() / 2 if tile.diagonal else g.sum())  # a diagonal tile contains each pair twice
         d_inv_tau = row_dots(self.rows.u, d_rows).sum() / (2 if one_side else 1)
         d_rows.mul_(self.inv_tau)
         if d_cols is not None and not one_side:
@@ -154,7 +154,7 @@ class _SoftplusTiles(Tiles):
         )
 
     def _x_of(self, tile: TileValues, mixed: bool) -> tuple[Tensor, Tensor | None]:
-        """Add a tile to the sums. Return x with its sign, and which pairs are of the same group, if any may be."""
+        """Add a tile to the sums. Return x with its sign, and the mask of same-group pairs (None if there are none)."""
         x = tile.values.add_(self.bias)
         agree = self.agree(tile) if mixed else None
         if agree is not None and self.positives:

@@ -1,4 +1,4 @@
-"""Tiles of the similarity matrix in plain PyTorch, one after the other: of one side its upper triangle."""
+"""Tiles of the similarity matrix in plain PyTorch, one at a time. With one side only the upper triangle is computed."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from torch import Tensor
 from ..algebra import accumulation_dtype
 from ..sides import Side
 
-# Tile edges: 1 MiB of float32 stays in a core's second-level cache; an accelerator wants fewer, larger launches.
+# Tile edges. On a CPU, 1 MiB of float32 stays in a core's L2 cache. An accelerator needs fewer, larger launches.
 BLOCK_CPU = 512
 BLOCK_ACCELERATOR = 4096
 
 
 class TileValues(NamedTuple):
-    """The logits of a tile, or what is made of them."""
+    """The logits of a tile, or values computed from them in place."""
 
     rows: slice
     cols: slice
-    values: Tensor  # a view of one buffer, which the next tile overwrites
+    values: Tensor  # a view of a buffer that the next tile overwrites
     diagonal: bool
 
 
 class Blocks:
-    """A side's rows, in blocks."""
+    """A side's rows, cut into blocks."""
 
     def __init__(self, side: Side):
         self.u = side.u.to(accumulation_dtype(side.u.dtype)).contiguous()
@@ -38,15 +38,20 @@ class Blocks:
         self.slices = [slice(start, min(start + self.size, M)) for start in range(0, M, self.size)]
 
     def id_spans(self) -> list[tuple[int, int]] | None:
-        """Each block's smallest and largest id: blocks whose spans do not meet need no mask. Only the CPU may look."""
+        """Return each block's smallest and largest id, or None if the ids are not in host memory.
+
+        A tile needs no mask if the spans of its two blocks do not overlap.
+        """
         if self.ids.device.type != "cpu":
             return None
         return [(int(low), int(high)) for low, high in (self.ids[rows].aminmax() for rows in self.slices)]
 
 
 class Tiles:
-    """The tiles of the similarity matrix, of one side its upper triangle. Lists have one item a side; of one side,
-    `rows` and `cols` are the same."""
+    """The tiles of the similarity matrix; with one side only those of the upper triangle.
+
+    `sides` has one or two items. With one, `rows` and `cols` are the same object.
+    """
 
     def __init__(self, sides: Sequence[Blocks], inv_tau: float | Tensor):
         self.sides = sides
@@ -55,7 +60,7 @@ class Tiles:
         self.buffer, self.scratch = self.rows.u.new_empty(2, self.rows.size * self.cols.size)
 
     def logits(self) -> Iterator[tuple[TileValues, bool]]:
-        """Every tile's logits, and whether ids may agree in it."""
+        """Yield every tile of logits, and whether it may contain pairs with equal ids."""
         row_spans, col_spans = self.rows.id_spans(), self.cols.id_spans()
         one_side = len(self.sides) == 1
         for i, rows in enumerate(self.rows.slices):
@@ -67,7 +72,7 @@ class Tiles:
                 yield TileValues(rows, cols, values, one_side and i == j), _may_meet(row_spans, i, col_spans, j)
 
     def fill(self, values: Tensor, rows: slice, cols: slice) -> None:
-        """Write a tile's logits."""
+        """Write a tile's logits into `values`."""
         torch.mm(self._scaled[rows], self.cols.u[cols].T, out=values)
 
     @functools.cached_property
@@ -75,18 +80,18 @@ class Tiles:
         return self.rows.u * self.inv_tau
 
     def agree(self, tile: TileValues) -> Tensor:
-        """Which rows and columns of a tile are of the same group."""
+        """Return the mask of a tile's pairs that are in the same group."""
         return self.rows.ids[tile.rows, None] == self.cols.ids[tile.cols]
 
     @staticmethod
     def tile_of(buffer: Tensor, rows: slice, cols: slice) -> Tensor:
-        """A tile's place in a buffer."""
+        """Return a view of a buffer in the shape of a tile."""
         height, width = rows.stop - rows.start, cols.stop - cols.start
         return buffer[: height * width].view(height, width)
 
 
 class CalledTiles(Tiles):
-    """Tiles whose similarities come from a function of the rows' and the columns' ids."""
+    """Tiles whose similarities come from a function of the row ids and the column ids."""
 
     def __init__(
         self,
@@ -105,9 +110,9 @@ class CalledTiles(Tiles):
 
 
 def fold(peaks: Tensor, sums: Tensor, logits: Tensor, scratch: Tensor, dim: int) -> None:
-    """Take a tile into the running maxima and the sums of exp(logit - maximum), in place."""
+    """Update the running maxima and the sums of exp(logit - maximum) with a tile, in place."""
     new_peaks = torch.maximum(peaks, logits.amax(dim=dim))
-    shift = torch.where(new_peaks == -math.inf, 0, new_peaks)  # -inf - -inf is NaN: a row that has no negative yet
+    shift = torch.where(new_peaks == -math.inf, 0, new_peaks)  # no negative so far: -inf - -inf would be NaN
     exps = torch.sub(logits, shift.unsqueeze(dim), out=scratch).exp_()
     sums.mul_(torch.exp(peaks - shift)).add_(exps.sum(dim=dim))
     peaks.copy_(new_peaks)

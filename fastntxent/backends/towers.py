@@ -1,6 +1,6 @@
-"""InfoNCE and CLIP as O(N D) tensor code around cross_neg_lse, for kernels that fuse no more than that.
+"""InfoNCE and CLIP as O(N D) tensor code around cross_neg_lse, for backends whose kernels compute only that.
 
-loss_n = log(1 + exp(nu_n - pi_n)),  pi_n = k u_n . v_n      of query n, and of key n in the other direction
+loss_n = log(1 + exp(nu_n - pi_n)),  pi_n = k u_n . v_n      for query n, and for key n in the other direction
 w_n    = sigmoid(nu_n - pi_n)                                d loss_n / d nu_n = - d loss_n / d pi_n
 """
 
@@ -19,7 +19,10 @@ from .softplus import TiledSoftplus
 
 
 class _Directions(NamedTuple):
-    """What both the value and the gradient take. The directions' nu are (1 or 2, N); sims are u_n . v_n."""
+    """Quantities that the value and the gradient share.
+
+    `nu` stacks the directions in use (1 or 2, N); `sims` are u_n . v_n.
+    """
 
     ids: Tensor
     nu_i: Tensor
@@ -30,7 +33,7 @@ class _Directions(NamedTuple):
 
 
 class ComposedTowers(TiledSoftplus):
-    """The scalar path of two towers as O(N D) tensor code around cross_neg_lse."""
+    """A backend with the scalar path of two towers as O(N D) tensor code around cross_neg_lse."""
 
     def info_nce_value(
         self, z_i: Tensor, z_j: Tensor, inv_tau: float | Tensor, normalize: bool, both: bool, mean: bool

@@ -1,4 +1,4 @@
-"""The command line. Exit status: 0 done, 1 a backend did not pass, 2 a mistake in what was asked for."""
+"""The command line. Exit status: 0 success, 1 a backend did not pass, 2 the request cannot be carried out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PROGRAM = "python -m fastntxent"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run a command line; returns the exit status."""
+    """Run a command line and return the exit status."""
     given = _parser().parse_args(list(arguments) or ["info"])
     try:
         status: int = given.run(given)
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
-        description="What fastntxent can do on this machine.",
+        description="Inspect, verify and benchmark fastntxent on this machine.",
         epilog=f"{PROGRAM}.simclr trains an encoder.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
@@ -37,16 +37,16 @@ def _parser() -> argparse.ArgumentParser:
         assert module.__doc__
         summary = module.__doc__.splitlines()[0]
         command = commands.add_parser(name, help=summary, description=module.__doc__)
-        command.add_argument("--json", action="store_true", help="JSON on stdout")
+        command.add_argument("--json", action="store_true", help="print JSON to stdout")
         if module is not info:
-            default = "every device" if module is verify else "the last GPU, else the CPU"
+            default = "every device" if module is verify else "the last GPU, or the CPU if there is none"
             command.add_argument("--device", metavar="DEV", help=f"cpu, cuda or cuda:1 (default: {default})")
         if module is verify:
             command.add_argument(
                 "--backend",
                 choices=[name for name in BACKENDS if name not in ("auto", "reference")],
-                help="check this one alone",
+                help="check only this backend",
             )
-            command.add_argument("--refresh", action="store_true", help="check again what has a verdict")
+            command.add_argument("--refresh", action="store_true", help="check again, ignoring stored verdicts")
         command.set_defaults(run=module.run)
     return parser

@@ -1,8 +1,9 @@
-"""Time the backends on this machine against eager PyTorch, torch.compile and the floor: about two minutes.
+"""Time the backends on this machine against eager PyTorch, torch.compile and a matmul floor (about two minutes).
 
-Forward and backward of the mean loss at temperature 0.1, in milliseconds: medians of interleaved repeats, each backend
-first held against the float64 reference. The floor is twice the flops of the full similarity matrix, 2 x 2 M^2 D with
-M = 2N, at the rate of a matrix product in the same run. On a GPU a backend that has not passed there is left out.
+Prints the median milliseconds of forward plus backward of the mean loss at temperature 0.1. The calls take turns, and
+each backend is first compared with the float64 reference. The floor is the time of 2 x 2 M^2 D flops with M = 2N, twice
+the full similarity matrix, at the rate of a matrix product measured in the same run. On a GPU, backends that have not
+passed their checks are left out.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from ..verification.store import model_of
 from ..verification.timing import TEMPERATURE, gradient_call, medians_in_turn, nt_xent_on
 
 TIMED_SIZES = ((256, 128), (1024, 128), (4096, 128), (1024, 768))
-PRODUCT = 2048  # rows and columns of the matrices whose product gives the floor's rate
+PRODUCT = 2048  # size of the square matrix product that gives the floor's rate
 MOST_TURNS, SECONDS_OF_SIZE = 100, 10.0
 Row = dict[str, Any]
 
 
 def run(given: argparse.Namespace) -> int:
-    """Measure, and print a table or JSON."""
+    """Time the requested devices, and print a table or JSON."""
     devices = [find_device(given.device)] if given.device else present_devices()[-1:]
     found = {}
     for device in devices:
@@ -45,7 +46,7 @@ def run(given: argparse.Namespace) -> int:
 
 
 def dense_nt_xent(z_i: Tensor, z_j: Tensor) -> Tensor:
-    """NT-Xent as it is usually written: cross-entropy on the dense, masked logits."""
+    """Return NT-Xent as it is usually written: cross-entropy on the dense, masked logits."""
     z = F.normalize(torch.cat((z_i, z_j)), dim=1)
     n = len(z_i)
     own = torch.eye(2 * n, dtype=torch.bool, device=z.device)
@@ -54,18 +55,20 @@ def dense_nt_xent(z_i: Tensor, z_j: Tensor) -> Tensor:
 
 
 def time_size(device: torch.device, dtype: torch.dtype, n: int, d: int, without: Sequence[str] = ()) -> Row:
-    """One size: milliseconds by backend, of eager PyTorch, of torch.compile, and of the floor; and what has none, with
-    the reason."""
+    """Return the milliseconds of each backend, eager PyTorch, torch.compile and the floor at one size.
+
+    "missing" maps each call that could not be timed to the reason.
+    """
     generator = torch.Generator().manual_seed(0)
     views = [torch.randn(n, d, generator=generator).to(device, dtype).requires_grad_() for _ in range(2)]
     losses: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
     for name, status in backends().items():
         serves = status.available and (device.type in status.device_types or "any" in status.device_types)
-        # The interpreter's minutes say nothing, and the dense reference stands for what "eager" shows.
+        # On a CPU, Triton would spend minutes in its interpreter. "eager" already shows the dense formula.
         if serves and name not in ("reference", *without) and not (name == "triton" and device.type == "cpu"):
             losses[name] = nt_xent_on(name)
     losses |= {"eager": dense_nt_xent, "torch.compile": torch.compile(dense_nt_xent, dynamic=False)}
-    calls, missing = {}, dict.fromkeys(without, "it has not passed on this device")
+    calls, missing = {}, dict.fromkeys(without, "it has not passed its checks on this device")
     for name, loss in losses.items():
         try:
             if name in backends():
@@ -75,7 +78,7 @@ def time_size(device: torch.device, dtype: torch.dtype, n: int, d: int, without:
             call = gradient_call(loss, views)
             call()
             call()
-        except Exception as error:  # no compiler, no memory, a dtype that is not taken
+        except Exception as error:  # no compiler, out of memory, an unsupported dtype
             missing[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
             continue
         calls[name] = call
@@ -100,5 +103,8 @@ def _table(rows: list[Row]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
     for row in rows:
-        text += [f"no {name} for {row['dtype']}, {row['n']}, {row['d']}: {why}" for name, why in row["missing"].items()]
+        text += [
+            f"no {name} for {row['dtype']}, N = {row['n']}, D = {row['d']}: {why}"
+            for name, why in row["missing"].items()
+        ]
     return "\n".join(text)

@@ -1,4 +1,4 @@
-"""Versions, backends, devices, verdicts, and which backend "auto" takes for which size, and why."""
+"""Show versions, backends, devices and verdicts, and which backend "auto" takes for each size, and why."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from ..verification.timing import TIMED_DTYPES, TIMED_FEATURES, TIMED_ROWS
 
 
 def run(given: argparse.Namespace) -> int:
-    """Print what there is."""
+    """Print the result of `collect` as text or JSON."""
     found = collect()
     print(json.dumps(found, indent=1) if given.json else _text(found))
     return 0
 
 
 def collect() -> dict[str, Any]:
-    """What the command prints, as plain values. Nothing is checked or timed for it."""
+    """Return everything the command prints, as plain values, without checking or timing anything."""
     return {
         "versions": {
             "fastntxent": __version__,
@@ -47,7 +47,7 @@ def collect() -> dict[str, Any]:
 def _device(device: torch.device) -> dict[str, Any]:
     try:
         model = model_of(device)
-    except RuntimeError as error:  # a device that does not answer is what a report is about
+    except RuntimeError as error:  # a device that fails must not hide the rest of the report
         return {"error": " ".join(str(error).split())}
     verdicts = policy.known_verdicts(device, checkable(device.type))
     return {
@@ -60,11 +60,11 @@ def _device(device: torch.device) -> dict[str, Any]:
 
 
 def _auto(device: torch.device) -> dict[str, dict[str, str]]:
-    """What "auto" takes for calls of a size, and why."""
+    """Return the backend that "auto" takes for each size, and why."""
     possible = candidates(device.type)
     if not possible:
         taken = name_of(select("auto", device.type, torch.float32))
-        return {"every size": {"backend": taken, "why": "the first that loads here"}}
+        return {"every size": {"backend": taken, "why": "the first backend that loads here"}}
     decision = policy.known_decision(device, possible)
     return {
         f"{str(dtype).removeprefix('torch.')}, {features} features, {rows} rows": dict(
@@ -89,6 +89,6 @@ def _text(found: dict[str, Any]) -> str:
         lines += ["", f"{device}: {entry['name']}, {entry['capability']}, driver {entry['driver']}"]
         lines += [f"  {name:10}{verdict}" for name, verdict in entry["verdicts"].items()]
         lines += [f"  auto, {size}: {taken['backend']} ({taken['why']})" for size, taken in entry["auto"].items()]
-    lines += ["", f"verdicts are kept in {found['cache']}"]
+    lines += ["", f"verdicts are stored in {found['cache']}"]
     lines += [f"{name}={value}" for name, value in found["environment"].items() if value]
     return "\n".join(lines)

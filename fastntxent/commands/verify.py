@@ -1,6 +1,6 @@
-"""Prove the kernels on this machine's devices, and keep the verdicts that backend="auto" goes by.
+"""Check the kernels on this machine's devices, and store the verdicts that backend="auto" relies on.
 
-Exit status: 0 every backend that can run has passed, 1 one has not, 2 a mistake in what was asked for.
+Exit status: 0 every backend that can run has passed, 1 a backend has not passed, 2 the request cannot be carried out.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from ..verification.store import Store, model_of
 
 
 def run(given: argparse.Namespace) -> int:
-    """Check what was asked for, and print the verdicts."""
+    """Check the requested backends and devices, and print the verdicts."""
     devices = [find_device(given.device)] if given.device else present_devices()
     if given.backend and not given.device:
         devices = [device for device in devices if given.backend in checkable(device.type)]
         if not devices:
-            raise ValueError(f"--backend {given.backend} can be checked on no device of this machine")
+            raise ValueError(f"--backend {given.backend} cannot be checked on any device of this machine")
     found = {}
     for device in devices:
         verdicts = verify(device, backend=given.backend, refresh=given.refresh)
@@ -29,7 +29,7 @@ def run(given: argparse.Namespace) -> int:
             for name, verdict in verdicts.items():
                 print(f"  {name:10}{verdict}")
             path = Store(model_of(device)).path
-            print(f"  kept in {path}" if path.exists() else f"  not kept: {path.parent} cannot be written to")
+            print(f"  stored in {path}" if path.exists() else f"  not stored: {path.parent} is not writable")
     if given.json:
         print(json.dumps({device: {n: v.to_dict() for n, v in verdicts.items()} for device, verdicts in found.items()}))
     return int(not all(verdict.ok for verdicts in found.values() for verdict in verdicts.values()))

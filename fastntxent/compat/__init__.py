@@ -1,10 +1,10 @@
-"""Drop-ins: the contrastive losses of other libraries, by their names, signatures, defaults and values.
+"""Drop-ins: the contrastive losses of other libraries, with the same names, signatures, defaults and values.
 
-One module a library, which imports nothing of it: `lightly`, `pytorch_metric_learning`, `solo_learn`, `sup_contrast`,
-`info_nce`, `open_clip`, `sentence_transformers` (and `gist`, its loss with a guide), `simclr`, `torchmultimodal`.
-docs/migration.md has a before and after for each, and what differs. What they share: half-precision embeddings give a
-float32 loss, no loss is NaN where the library's divides zero by zero, and bad input is an error that names the
-argument.
+There is one module per library, and it imports nothing from that library: `lightly`, `pytorch_metric_learning`,
+`solo_learn`, `sup_contrast`, `info_nce`, `open_clip`, `sentence_transformers` (and `gist`, its guided losses), `simclr`
+and `torchmultimodal`. docs/migration.md shows each one before and after, and lists the differences. All of them return
+a float32 loss for half-precision embeddings, never return NaN where the library divides zero by zero, and raise errors
+that name the bad argument.
 """
 
 import importlib

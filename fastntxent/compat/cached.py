@@ -1,10 +1,10 @@
-"""Gradient caching inside a loss, as in sentence-transformers' cached losses: its call embeds features in mini-batches,
-and its backward embeds them again.
+"""Gradient caching inside a loss, as in sentence-transformers' cached losses: the call embeds features in mini-batches,
+and the backward embeds them again.
 
 mini_batched       (model, columns)    -> views of the model's mini-batches
 embedded           (views)             -> embeddings from one pass
-loss_of_two_passes (views, loss_of)    -> a loss that embeds twice
-loss_and_gradients (loss, inputs)      -> the loss without its graph, and gradients in its inputs
+loss_of_two_passes (views, loss_of)    -> a loss whose backward embeds again
+loss_and_gradients (loss, inputs)      -> the loss without its graph, and the gradients of the inputs
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from ..chunked_view import ChunkedView, chunked_views
 from ..two_passes import TwoPasses, with_second_pass
 from ..validation import check_integer
 
-NO_MODEL = "model must be given where a call brings features and not embeddings, got None"
+NO_MODEL = "model must be given to call the loss with features, got None"
 
 
 def check_mini_batches(size: Any, num_tokens: Any) -> tuple[int, int | None]:
-    """Return mini_batch_size and mini_batch_num_tokens as integers of at least 1, the second one possibly None."""
+    """Return mini_batch_size and mini_batch_num_tokens as integers of at least 1. The second may be None."""
     if num_tokens is not None:
         num_tokens = check_integer("mini_batch_num_tokens", num_tokens, 1)
     return check_integer("mini_batch_size", size, 1), num_tokens
 
 
 def check_has_batches(model: object, uncached: str) -> None:
-    """Refuse a model whose inputs have no batch dimension: one that begins with the library's StaticEmbedding."""
+    """Raise if the model begins with the library's StaticEmbedding, whose inputs have no batch dimension."""
     if _has_static_embedding(model):
         raise ValueError(
             f"model must take inputs with a batch dimension, got one that begins with a StaticEmbedding: use {uncached}"
@@ -40,7 +40,7 @@ def check_has_batches(model: object, uncached: str) -> None:
 
 
 def _has_static_embedding(model: object) -> bool:
-    """Whether the model begins with the library's StaticEmbedding, in one of a router's routes or by itself."""
+    """Return whether the model begins with the library's StaticEmbedding, directly or in one of a router's routes."""
     if not isinstance(model, nn.Sequential) or len(model) == 0:
         return False
     routes = getattr(model[0], "sub_modules", None)
@@ -57,9 +57,15 @@ def mini_batched(
     num_tokens: int | None,
     prepare: Callable[[Any], Any] | None = None,
 ) -> list[ChunkedView]:
-    """Return a view of each column of features, in mini-batches of `size` rows, or of `num_tokens` in its place.
+    """Return a view of each column's features in mini-batches.
 
-    prepare: turns a mini-batch's features, without the padding of its end, into what the model takes.
+    Args:
+        model: The model that embeds the features.
+        columns: The features, one dict per column.
+        name: The model's name in errors.
+        size: Rows of a mini-batch.
+        num_tokens: The most tokens of a mini-batch, used in place of `size` unless it is None.
+        prepare: Applied to a mini-batch's features, without trailing padding, before the model gets them.
     """
     views = chunked_views(
         model,
@@ -79,7 +85,7 @@ def mini_batched(
 
 
 def _without_padding(features: dict[str, Any]) -> dict[str, Any]:
-    """Return the features without the columns that are padding in every row, at the end of the texts."""
+    """Return the features without trailing tokens that are padding in every row."""
     mask = features.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         return features
@@ -87,14 +93,14 @@ def _without_padding(features: dict[str, Any]) -> dict[str, Any]:
     width, end = mask.shape[1], int(used.max()) + 1 if len(used) else mask.shape[1]
 
     def is_of_tokens(value: object) -> bool:
-        return isinstance(value, Tensor) and value.ndim in (2, 3) and value.shape[1] == width  # not images' channels
+        return isinstance(value, Tensor) and value.ndim in (2, 3) and value.shape[1] == width  # excludes images (4-d)
 
     return {key: value[:, :end] if is_of_tokens(value) else value for key, value in features.items()}
 
 
 def with_progress(views: Sequence[ChunkedView], passes: int) -> list[ChunkedView]:
-    """Return the same views, under a bar of how many of their mini-batches have run, over all passes."""
-    tqdm = importlib.import_module("tqdm")  # of sentence-transformers' own dependencies
+    """Return the same views with a progress bar that counts their mini-batches over all passes."""
+    tqdm = importlib.import_module("tqdm")  # a dependency of sentence-transformers
     mini_batches = passes * sum(len(view.sizes) for view in views)
     bar = tqdm.tqdm(total=mini_batches, desc="Embed mini-batches")
 
@@ -112,18 +118,18 @@ def with_progress(views: Sequence[ChunkedView], passes: int) -> list[ChunkedView
 
 def embedded(views: Sequence[ChunkedView]) -> list[Tensor]:
     """Return each view's embeddings (N, D), from one pass over its mini-batches."""
-    # Copies, as what a model returns may be a view of all its activations.
+    # Cloned, because the model's output may be a view that keeps all its activations alive.
     return [torch.cat([view.embed(chunk).clone() for chunk in view.chunks()]) for view in views]
 
 
 def loss_of_two_passes(views: Sequence[ChunkedView], loss_of: Callable[[list[Tensor]], Tensor]) -> Tensor:
-    """Return loss_of(embeddings), where the views are embedded without a graph here and again in its backward.
+    """Return loss_of(embeddings). The views are embedded without a graph here, and again in the loss's backward.
 
-    loss_of: gives each of the embeddings its gradient.
+    `loss_of` must set the gradient of every embedding.
     """
     passes = TwoPasses(views)
     try:
-        # In float32, so that a GradScaler's factor meets gradients that half precision has not rounded yet.
+        # In float32, so that a GradScaler's factor is applied before gradients are rounded to half precision.
         leaves = [_not_half(column.detach()).requires_grad_() for column in passes.first()]
         loss = loss_of(leaves)
     except BaseException:
@@ -137,11 +143,12 @@ def _not_half(x: Tensor) -> Tensor:
 
 
 def loss_and_gradients(loss: Tensor, inputs: Sequence[Tensor], scalar: float | Tensor) -> Tensor:
-    """Give the inputs their gradients of the loss, and return it with a graph of `scalar` alone, if that is learnt."""
+    """Set the gradients of the inputs and return the loss without its graph. It stays connected only to `scalar`, if
+    that is a tensor that requires a gradient."""
     of_scalar = [scalar] if isinstance(scalar, Tensor) and scalar.requires_grad else []
     gradients = torch.autograd.grad(loss, [*inputs, *of_scalar], allow_unused=True, materialize_grads=True)
     for x, gradient in zip(inputs, gradients, strict=False):
         x.grad = gradient if x.grad is None else x.grad + gradient
     loss = loss.detach()
-    # Its gradient is not formed here: that of the returned loss, a GradScaler's factor for one, is still to come.
+    # The scalar's gradient waits for the backward of the returned loss, which may carry a GradScaler's factor.
     return loss + gradients[-1] * (of_scalar[0] - of_scalar[0].detach()) if of_scalar else loss

@@ -1,4 +1,5 @@
-"""sentence-transformers' `losses.GISTEmbedLoss`, InfoNCE whose false negatives a guide finds, and its cached form."""
+"""sentence-transformers' `losses.GISTEmbedLoss`, an InfoNCE without the false negatives that a guide model finds, and
+its cached form."""
 
 from __future__ import annotations
 
@@ -47,23 +48,29 @@ _GIST = """
 
 
 class GISTEmbedLoss(TypedModule):
-    """InfoNCE of anchors against positives, anchors and negatives of the batch, but for those that a guide takes for
-    positives; see `fastntxent.guided_info_nce`.
+    """InfoNCE of anchors against the batch's positives, anchors and negatives, except for a guide's false negatives.
+
+    A guide model decides which candidates are too similar to be negatives; see `fastntxent.guided_info_nce`.
+    `compute_loss_from_embeddings` is the loss without the models.
 
     Args:
-        model: turns a dict of features into a dict with "sentence_embedding"; None where embeddings are given.
-        guide: the same for the guide. Where both have a tokenizer, and the guide's vocabulary is another or its texts
-            are shorter, the model's tokenizer turns "input_ids" back into text for it.
-        temperature: positive.
-        margin_strategy, margin: a negative is left out where its similarity is above g - margin ("absolute") or
-            g - margin |g| ("relative"), g that of the anchor and its positive, for the guide.
-        contrast_anchors: whether other anchors are negatives.
-        contrast_positives: whether other positives are negatives of a positive.
-        gather_across_devices: whether the batch is that of all ranks of the default process group. The loss is the mean
-            over all ranks' anchors, on every rank, and anchors are those of all ranks (theirs the rank's own).
+        model: Maps a dict of features to a dict with "sentence_embedding", or None to pass embeddings.
+        guide: The guide model, called like `model`. If both have a tokenizer, and the guide has another vocabulary or a
+            smaller max_seq_length, "input_ids" are decoded by the model's tokenizer and tokenized again for the guide.
+        temperature: tau > 0, a float or a 0-d floating-point tensor.
+        margin_strategy: How the limit follows from g, the guide's similarity of anchor and positive: g - margin for
+            "absolute", g - margin abs(g) for "relative".
+        margin: The margin. Negatives whose similarity, for the guide, is above the limit are left out.
+        contrast_anchors: Use other anchors as negatives.
+        contrast_positives: Use other positives as negatives of a positive.
+        gather_across_devices: Use the batch of all ranks of the default process group. The loss is the mean over all
+            ranks' anchors, the same on every rank, and the anchors among the negatives are those of all ranks (in the
+            library both are limited to the rank's anchors).
 
-    Its call takes the features of anchor, positive and, if there are any, negative, a dict each, and labels, which
-    nothing reads. `compute_loss_from_embeddings` is the loss without the models.
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a number is out of range, an option is unknown, or, when called, a model is missing or the columns
+            do not match.
 
     Example:
         >>> import torch
@@ -73,7 +80,7 @@ class GISTEmbedLoss(TypedModule):
         tensor(0.8843)
     """
 
-    _several_negatives = False  # whether a call may bring more than one column of them
+    _several_negatives = False  # whether a call may have more than one column of negatives
 
     def __init__(
         self,
@@ -99,9 +106,15 @@ class GISTEmbedLoss(TypedModule):
         self.must_retokenize = _reads_otherwise(model, guide)
 
     def forward(self, sentence_features: Iterable[Mapping[str, Any]], labels: Tensor | None = None) -> Tensor:
+        """Return the loss, a 0-d tensor.
+
+        Args:
+            sentence_features: The features of anchor, positive and, optionally, negative, one dict each.
+            labels: Unused, as in the library.
+        """
         model, guide = self._models()
         columns = as_columns("sentence_features", sentence_features)
-        # Before the model sees them: it writes its outputs into what it is given.
+        # Before the model runs: it writes its outputs into the dict.
         for_guide = [self._features_for_guide(column) for column in columns]
         embeddings = [model(column)["sentence_embedding"] for column in columns]
         with torch.no_grad():
@@ -111,7 +124,7 @@ class GISTEmbedLoss(TypedModule):
     def _models(self) -> tuple[nn.Module, nn.Module]:
         if self.model is None or self.guide is None:
             missing = "model" if self.model is None else "guide"
-            raise ValueError(f"{missing} must be given where a call brings features and not embeddings, got None")
+            raise ValueError(f"{missing} must be given to call the loss with features, got None")
         return self.model, self.guide
 
     def _features_for_guide(self, column: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,7 +132,7 @@ class GISTEmbedLoss(TypedModule):
             return dict(column)
         if "input_ids" not in column:
             raise ValueError(
-                "sentence_features must have 'input_ids', which become text for a guide with another vocabulary, "
+                "sentence_features must have 'input_ids' to decode for a guide with another vocabulary, "
                 f"got {', '.join(map(repr, column))}"
             )
         model: Any = self.model
@@ -130,16 +143,21 @@ class GISTEmbedLoss(TypedModule):
         return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in features.items()}
 
     def compute_loss_from_embeddings(self, embeddings: Sequence[Tensor], guide_embeddings: Sequence[Tensor]) -> Tensor:
-        """The loss of anchors, positives and, if there are any, negatives, (N, D) each; the guide's are (N, E) each."""
+        """Return the loss of embeddings, a 0-d tensor.
+
+        Args:
+            embeddings: Anchors, positives and, optionally, negatives, (N, D) each.
+            guide_embeddings: The guide's embeddings of the same columns, (N, E) each.
+        """
         several, group = self._several_negatives, default_group() if self.gather_across_devices else None
         embeddings = as_columns("embeddings", embeddings)
         guide_embeddings = as_columns("guide_embeddings", guide_embeddings)
         if len(embeddings) < 2 or (len(embeddings) > 3 and not several):
             number = "at least 2" if several else "2 or 3"
-            raise ValueError(f"embeddings must be those of {number} columns, anchors first, got {len(embeddings)}")
+            raise ValueError(f"embeddings must have {number} columns, anchors first, got {len(embeddings)}")
         if len(guide_embeddings) != len(embeddings):
             raise ValueError(
-                f"guide_embeddings must be as many as embeddings, {len(embeddings)}, got {len(guide_embeddings)}"
+                f"guide_embeddings must have {len(embeddings)} columns, as embeddings, got {len(guide_embeddings)}"
             )
         for name, columns in (("embeddings", embeddings), ("guide_embeddings", guide_embeddings)):
             for index, column in enumerate(columns):
@@ -166,7 +184,7 @@ class GISTEmbedLoss(TypedModule):
         )
 
     def get_config_dict(self) -> dict[str, Any]:
-        """The arguments, as the library's trainer records them."""
+        """Return the arguments, as the library's trainer records them."""
         return {
             "guide": self.guide,
             "temperature": self.temperature,
@@ -179,28 +197,43 @@ class GISTEmbedLoss(TypedModule):
 
     @property
     def citation(self) -> str:
-        """BibTeX of the paper whose loss this is, for the library's model card."""
+        """BibTeX of the loss's paper, for the library's model card."""
         return _GIST
 
 
 class CachedGISTEmbedLoss(GISTEmbedLoss):
-    """GISTEmbedLoss of a batch whose activations do not fit: model and guide see mini-batches of it.
+    """GISTEmbedLoss for batches whose activations do not fit in memory: the models see mini-batches.
 
-    The call embeds all columns without a graph, by the model and then, once and for all, by the guide. The backward of
-    the loss that it returns embeds them again by the model, as `CachedMultipleNegativesRankingLoss` does, which says
-    what is repeated. Where gradients are off, the model runs once too.
+    The call embeds all columns without a graph, by the model and by the guide. The backward embeds them again by the
+    model only, in the way of `CachedMultipleNegativesRankingLoss`, whose docstring says what is repeated. With
+    gradients disabled the model runs once.
 
     Args:
-        mini_batch_size, mini_batch_num_tokens, show_progress_bar: as in `CachedMultipleNegativesRankingLoss`; the guide
-            sees the same mini-batches.
-        model, guide, temperature, margin_strategy, margin, contrast_anchors, contrast_positives, gather_across_devices:
-            as in `GISTEmbedLoss`.
+        model: Maps a dict of features to a dict with "sentence_embedding", or None to pass embeddings.
+        guide: The guide model, called like `model`. If both have a tokenizer, and the guide has another vocabulary or a
+            smaller max_seq_length, "input_ids" are decoded by the model's tokenizer and tokenized again for the guide.
+            It gets the same mini-batches as the model.
+        temperature: tau > 0, a float or a 0-d floating-point tensor.
+        mini_batch_size: Rows of a column that the models see at a time.
+        mini_batch_num_tokens: Used in place of mini_batch_size: the most tokens that the models see at a time, counted
+            in the features' attention_mask. A longer row is a mini-batch by itself.
+        show_progress_bar: Show the model's mini-batches of both passes with tqdm.
+        margin_strategy: How the limit follows from g, the guide's similarity of anchor and positive: g - margin for
+            "absolute", g - margin abs(g) for "relative".
+        margin: The margin. Negatives whose similarity, for the guide, is above the limit are left out.
+        contrast_anchors: Use other anchors as negatives.
+        contrast_positives: Use other positives as negatives of a positive.
+        gather_across_devices: Use the batch of all ranks of the default process group. The loss is the mean over all
+            ranks' anchors, the same on every rank, and the anchors among the negatives are those of all ranks (in the
+            library both are limited to the rank's anchors).
 
-    Its call takes the features of anchor, positive, negatives..., a dict each, whose tensors have the batch along their
-    first dimension, and labels, which nothing reads. There may be more than one column of negatives here.
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a number is out of range, an option is unknown, or, when called, a model is missing or the columns
+            do not match.
 
-    Memory is that of a mini-batch's activations, both models' embeddings and the model's gradients of them, and a copy
-    of the model's buffers.
+    Memory is that of a mini-batch's activations, both models' embeddings, the gradients of the model's embeddings, and
+    a copy of the model's buffers.
 
     Example:
         >>> import torch
@@ -217,7 +250,7 @@ class CachedGISTEmbedLoss(GISTEmbedLoss):
         (torch.Size([9, 4]), None)
     """
 
-    uses_gradient_cache = True  # for the library's MatryoshkaLoss, which then decorates calculate_loss
+    uses_gradient_cache = True  # tells the library's MatryoshkaLoss to decorate calculate_loss
     _several_negatives = True
 
     def __init__(
@@ -249,6 +282,13 @@ class CachedGISTEmbedLoss(GISTEmbedLoss):
         self.show_progress_bar = show_progress_bar
 
     def forward(self, sentence_features: Iterable[Mapping[str, Any]], labels: Tensor | None = None) -> Tensor:
+        """Return the loss, a 0-d tensor whose backward runs the model again.
+
+        Args:
+            sentence_features: The features of anchor, positive and any number of negatives, one dict each. The first
+                dimension of all their tensors is the batch.
+            labels: Unused, as in the library.
+        """
         columns = as_columns("sentence_features", sentence_features)
         if not torch.is_grad_enabled():
             views, of_guide = self._views(columns, passes=1)
@@ -263,7 +303,7 @@ class CachedGISTEmbedLoss(GISTEmbedLoss):
         return loss_of_two_passes(views, loss_of)
 
     def _views(self, columns: Sequence[Any], passes: int) -> tuple[list[ChunkedView], list[ChunkedView]]:
-        """The mini-batches of the model, and those of the guide."""
+        """Return the mini-batches of the model and those of the guide."""
         model, guide = self._models()
         size, num_tokens = self.mini_batch_size, self.mini_batch_num_tokens
         views = mini_batched(model, columns, size=size, num_tokens=num_tokens)
@@ -275,10 +315,13 @@ class CachedGISTEmbedLoss(GISTEmbedLoss):
     def calculate_loss(
         self, reps: list[list[Tensor]], reps_guided: list[list[Tensor]], *, with_backward: bool = False
     ) -> Tensor:
-        """Return the loss of the columns' embeddings and the guide's, each a list of mini-batches.
+        """Return the loss of embeddings, a 0-d tensor.
 
-        with_backward: also give the model's embeddings their gradients. The loss then has a graph of a learnt
-            temperature alone.
+        Args:
+            reps: The model's embeddings, for each column a list of mini-batches.
+            reps_guided: The guide's embeddings, likewise.
+            with_backward: Also set the gradients of the model's embeddings. The loss is then connected only to a learnt
+                temperature.
         """
         loss = self.compute_loss_from_embeddings(list(map(torch.cat, reps)), list(map(torch.cat, reps_guided)))
         if not with_backward:
@@ -286,7 +329,7 @@ class CachedGISTEmbedLoss(GISTEmbedLoss):
         return loss_and_gradients(loss, [part for column in reps for part in column], self.temperature)
 
     def get_config_dict(self) -> dict[str, Any]:
-        """The arguments, as the library's trainer records them."""
+        """Return the arguments, as the library's trainer records them."""
         return {
             **super().get_config_dict(),
             "mini_batch_size": self.mini_batch_size,
@@ -295,19 +338,19 @@ class CachedGISTEmbedLoss(GISTEmbedLoss):
 
 
 def _joined(columns: list[Tensor]) -> Tensor | None:
-    """The rows of all columns below each other, or None for no column."""
+    """Return the rows of all columns, concatenated, or None without columns."""
     if len(columns) > 1:
         return torch.cat(columns)
     return columns[0] if columns else None
 
 
 def _lists(embeddings: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Each column's embeddings as its only mini-batch."""
+    """Return each column's embeddings as a list of one mini-batch."""
     return [[column] for column in embeddings]
 
 
 def _reads_otherwise(model: Any, guide: Any) -> bool:
-    """Whether the guide cannot take the model's features: its vocabulary is another, or its texts are shorter."""
+    """Return whether the guide needs its own features: it has another vocabulary or a smaller max_seq_length."""
     if not (hasattr(model, "tokenizer") and hasattr(guide, "tokenizer")):
         return False
     shorter = bool(guide.max_seq_length < model.max_seq_length)

@@ -1,4 +1,4 @@
-"""info-nce-pytorch's `info_nce.InfoNCE` and `info_nce.info_nce`."""
+"""`info_nce.InfoNCE` and `info_nce.info_nce` of info-nce-pytorch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,17 @@ NEGATIVE_MODES: tuple[str, ...] = get_args(NegativeMode)
 
 
 class InfoNCE(TypedModule):
-    """`info_nce` as a module: call it with query, positive_key and optionally negative_keys.
+    """InfoNCE from queries to keys as a module; see `info_nce`.
+
+    Args:
+        temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
+            read a tensor on an accelerator, so its sign is not checked there.
+        reduction: "mean", "sum" or "none".
+        negative_mode: "unpaired" or "paired", the shape of the call's negative_keys.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a number is out of range, or an option is unknown.
 
     Example:
         >>> import torch
@@ -36,6 +46,13 @@ class InfoNCE(TypedModule):
         self.negative_mode = negative_mode
 
     def forward(self, query: Tensor, positive_key: Tensor, negative_keys: Tensor | None = None) -> Tensor:
+        """Return the loss: a 0-d tensor, or (N,) for reduction "none".
+
+        Args:
+            query: (N, D), normalised here.
+            positive_key: (N, D), normalised here.
+            negative_keys: None, (K, D) if negative_mode is "unpaired", or (N, K, D) if it is "paired".
+        """
         return info_nce(
             query,
             positive_key,
@@ -54,20 +71,25 @@ def info_nce(
     reduction: Reduction = "mean",
     negative_mode: NegativeMode = "unpaired",
 ) -> Tensor:
-    """InfoNCE from queries to keys, one direction, 1/N: `fastntxent.info_nce`.
+    """InfoNCE from queries to keys, in one direction, with 1/N: `fastntxent.info_nce`.
 
     Args:
-        query, positive_key: (N, D), normalised here.
-        negative_keys: in place of the other samples' keys: (K, D), all queries', if negative_mode is "unpaired";
-            (N, K, D), each query's own, if "paired".
-        temperature: as in `nt_xent`.
+        query: (N, D), normalised here.
+        positive_key: (N, D), normalised here.
+        negative_keys: Negatives that replace the other samples' keys. (K, D), shared by all queries, if negative_mode
+            is "unpaired"; (N, K, D), separate for each query, if it is "paired". None uses the other samples' keys.
+        temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
+            read a tensor on an accelerator, so its sign is not checked there.
         reduction: "mean", "sum" or "none".
+        negative_mode: "unpaired" or "paired".
 
     Returns:
-        A 0-d tensor, or (N,) for "none".
+        A 0-d tensor, or (N,) for "none"; float64 for float64 embeddings, else float32.
 
     Raises:
-        TypeError, ValueError: shapes or dtypes do not fit together; ValueError also for an empty batch.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
+            is unknown.
 
     Example:
         >>> import torch
@@ -88,7 +110,7 @@ def info_nce(
                 f"got shape {tuple(negative_keys.shape)}"
             )
         if negative_mode == "paired" and len(negative_keys) != len(query):
-            raise ValueError(f"negative_keys must be of {len(query)} queries, got shape {tuple(negative_keys.shape)}")
+            raise ValueError(f"negative_keys must have {len(query)} queries, got shape {tuple(negative_keys.shape)}")
         if not negative_keys.shape[-2]:
             raise ValueError(f"negative_keys must have at least one key, got shape {tuple(negative_keys.shape)}")
         check_features("query", query, "negative_keys", negative_keys)

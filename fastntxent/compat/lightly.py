@@ -31,21 +31,21 @@ __all__ = ["DCLLoss", "DCLWLoss", "MACLLoss", "MemoryBankModule", "NTXentLoss", 
 
 
 class NTXentLoss(TypedModule):
-    """NT-Xent, or with a memory bank MoCo's loss: out0 against out1 and the bank, 1/N, in one direction.
+    """NT-Xent or, with a memory bank, MoCo's loss: out0 against out1 and the bank, in one direction, with 1/N.
 
-    Without a bank it is `fastntxent.nt_xent`. A negative temperature is taken too, at twice the work.
+    Without a bank it is `fastntxent.nt_xent`. A negative temperature is allowed, as in lightly, at twice the work.
 
     Args:
-        temperature: not within 1e-8 of zero; a float or a tensor of one element. The sign of a tensor is read only in
-            host memory and outside compiled code: elsewhere it must be positive.
-        memory_bank_size: (size, dim), or 0 for none. An int alone finds its dim in the first batch.
-        gather_distributed: whether the batch is that of all ranks of the default process group: `group=` of
-            `fastntxent.nt_xent`. The loss is the mean over all ranks' rows, on every rank (lightly's is the mean over
-            the rank's own), and its gradient lightly's. With a bank, what goes into it are the rows of all ranks.
+        temperature: A float or a one-element tensor, not within 1e-8 of zero. The sign of a tensor is read only in host
+            memory and outside compiled code; elsewhere it must be positive.
+        memory_bank_size: (size, dim), or 0 for no bank. An int takes its dim from the first batch.
+        gather_distributed: Use the batch of all ranks of the default process group, like `group=` of
+            `fastntxent.nt_xent`. The loss is the mean over all ranks' rows, the same on every rank (lightly's is the
+            mean over the rank's rows), and has lightly's gradient. A bank takes in the rows of all ranks.
 
     Raises:
-        ValueError: as lightly does, for a temperature within 1e-8 of zero and for a negative size.
-        TypeError: a temperature that is no number, a size that is no int.
+        ValueError: the temperature is within 1e-8 of zero, or the size is negative, as in lightly.
+        TypeError: the temperature is not a number, or the size is not an int.
 
     Example:
         >>> import torch
@@ -61,7 +61,7 @@ class NTXentLoss(TypedModule):
     ):
         super().__init__()
         self.temperature = temperature
-        self.memory_bank = MemoryBankModule(memory_bank_size, gather_distributed)
+        self.memory_bank = MemoryBankModule(_bank_size(memory_bank_size, "memory_bank_size"), gather_distributed)
         self.gather_distributed = gather_distributed
         value = _checked_value(temperature)
         if value is not None and -1e-8 < value < 1e-8:
@@ -69,6 +69,12 @@ class NTXentLoss(TypedModule):
         _check_distributed(gather_distributed)
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        """Return the loss, a 0-d tensor.
+
+        Args:
+            out0: (N, D), one view of each sample, normalised here. A bank is updated if it requires a gradient.
+            out1: (N, D), the other view, normalised here.
+        """
         group = _gathering_group(self.gather_distributed)
         tau = as_scalar(self.temperature)
         has_bank = self.memory_bank.size[0] > 0
@@ -89,15 +95,23 @@ class NTXentLoss(TypedModule):
 
 
 class DCLLoss(TypedModule):
-    """Decoupled contrastive loss, with any weight on the positives.
+    """Decoupled contrastive loss, optionally with weights on the positives.
+
+    The loss of a single sample, which has no negatives, is 0 (lightly's is -inf).
 
     Args:
-        temperature: not zero; otherwise as in `NTXentLoss`.
-        weight_fn: called with the normalised (out0, out1), and (out1, out0), gives weights (N,) of the positives, or a
-            number.
-        gather_distributed: as in `NTXentLoss`; weight_fn is given this rank's rows.
+        temperature: A float or a one-element tensor, not zero. The sign of a tensor is read only in host memory and
+            outside compiled code; elsewhere it must be positive.
+        weight_fn: A function of normalised views, called with (out0, out1) and with (out1, out0). It returns weights
+            (N,) of the positives, or a number. None means no weights.
+        gather_distributed: Use the batch of all ranks of the default process group, like `group=` of `fastntxent.dcl`.
+            The loss is the mean over all ranks' rows, the same on every rank (lightly's is the mean over the rank's
+            rows), and has lightly's gradient. weight_fn gets this rank's rows.
 
-    A batch of one sample, which has no negatives, is 0 (lightly's is -inf).
+    Raises:
+        TypeError: the temperature is not a number.
+        ValueError: the temperature is zero, or PyTorch was built without torch.distributed and gather_distributed is
+            set.
 
     Example:
         >>> import torch
@@ -120,6 +134,12 @@ class DCLLoss(TypedModule):
         _check_distributed(gather_distributed)
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        """Return the loss, a 0-d tensor.
+
+        Args:
+            out0: (N, D), one view of each sample, normalised here.
+            out1: (N, D), the other view, normalised here.
+        """
         group = _gathering_group(self.gather_distributed)
         tau = as_scalar(self.temperature)
         if self.weight_fn is None and not _is_negative(tau):
@@ -140,19 +160,28 @@ class DCLLoss(TypedModule):
         assert self.weight_fn is not None
         weights = as_scalar(self.weight_fn(u0, u1))
         if not isinstance(weights, Tensor):
-            check_number("what weight_fn returns", weights)
+            check_number("weight_fn's result", weights)
         elif weights.shape not in ((), (len(u0),)):
             raise ValueError(f"weight_fn must return a number or shape ({len(u0)},), got shape {tuple(weights.shape)}")
         return weights
 
 
 class DCLWLoss(DCLLoss):
-    """DCL whose positives have a negative von Mises-Fisher weight; the arguments are those of `DCLLoss`.
+    """`DCLLoss` with negative von Mises-Fisher weights on the positives.
 
     Args:
-        sigma: the spread of the weights.
+        temperature: A float or a one-element tensor, not zero. The sign of a tensor is read only in host memory and
+            outside compiled code; elsewhere it must be positive.
+        sigma: The spread of the weights.
+        gather_distributed: Use the batch of all ranks of the default process group, like `group=` of `fastntxent.dcl`.
+            The loss is the mean over all ranks' rows, the same on every rank (lightly's is the mean over the rank's
+            rows), and has lightly's gradient. The weights are those of the whole batch (lightly's are those of the
+            rank's rows).
 
-    With gather_distributed the weights are those of the whole batch; lightly's are each rank's own.
+    Raises:
+        TypeError: the temperature is not a number.
+        ValueError: the temperature is zero, or PyTorch was built without torch.distributed and gather_distributed is
+            set.
 
     Example:
         >>> import torch
@@ -169,7 +198,15 @@ class DCLWLoss(DCLLoss):
 
 
 def negative_mises_fisher_weights(out0: Tensor, out1: Tensor, sigma: float = 0.5) -> Tensor:
-    """2 - N softmax(out0_n . out1_n / sigma), (N,), of unit rows; no gradient goes through it.
+    """Return 2 - N softmax(out0_n . out1_n / sigma), (N,), without a gradient.
+
+    Args:
+        out0: (N, D), unit rows.
+        out1: (N, D), unit rows.
+        sigma: The spread of the weights.
+
+    Returns:
+        A tensor (N,), float64 for float64 rows, else float32, without a gradient.
 
     Example:
         >>> import torch
@@ -180,13 +217,18 @@ def negative_mises_fisher_weights(out0: Tensor, out1: Tensor, sigma: float = 0.5
 
 
 class MACLLoss(TypedModule):
-    """Model-aware contrastive loss, whose temperature follows how well the views agree; see `fastntxent.macl`.
+    """Model-aware contrastive loss: the temperature depends on how well the views agree. See `fastntxent.macl`.
+
+    A row's weight 1 / (1 - exp(-loss)) is exact. lightly bounds it by adding 1e-8 to the denominator.
 
     Args:
-        temperature: at least 1e-8, a float or a tensor of one element.
-        alpha, A_0: in [0, 1]: how far the temperature moves, and the agreement at which it does not.
+        temperature: At least 1e-8, a float or a one-element tensor.
+        alpha: In [0, 1], how far the temperature moves.
+        A_0: In [0, 1], the agreement at which the temperature does not move.
 
-    A row's weight 1 / (1 - exp(-loss)) is exact; lightly adds 1e-8 to its denominator, which bounds it.
+    Raises:
+        TypeError: the temperature, alpha or A_0 is not a number.
+        ValueError: the temperature, alpha or A_0 is out of range.
 
     Example:
         >>> import torch
@@ -204,6 +246,12 @@ class MACLLoss(TypedModule):
             raise ValueError(f"temperature must be at least 1e-8, got {temperature}")
 
     def forward(self, z0: Tensor, z1: Tensor) -> Tensor:
+        """Return the loss, a 0-d tensor.
+
+        Args:
+            z0: (N, D), one view of each sample, normalised here.
+            z1: (N, D), the other view, normalised here.
+        """
         check_rows("z0", z0)
         check_rows("z1", z1)
         check_same("z0", z0, "z1", z1, "shape", "dtype", "device")
@@ -211,20 +259,20 @@ class MACLLoss(TypedModule):
 
 
 class MemoryBankModule(TypedModule):
-    """`size` rows, random at first, that are replaced by those of the batches, oldest first.
+    """A bank of `size` rows, random at first, in which each batch replaces the oldest rows.
 
-    As in lightly a batch that reaches the bank's end is cut there, and the next one goes to the beginning; the bank is
-    not part of the `state_dict`. (`fastntxent.NegativeQueue` is, begins empty and loses no row.)
+    As in lightly, a batch that reaches the end of the bank is cut there, the next batch starts at the beginning, and
+    the bank is not part of the `state_dict`. (`fastntxent.NegativeQueue` is saved, starts empty and loses no row.)
 
     Args:
-        size: (size, dim), 0 for none, or an int that finds its dim in the first batch; an int, and that default, are
-            those of lightly before 1.6.
-        gather_distributed: whether an update takes the rows of all ranks of the default process group.
-        feature_dim_first: whether the bank is given as (dim, size).
+        size: (size, dim), 0 for no bank, or an int, which takes its dim from the first batch. An int, and the default,
+            come from lightly before 1.6.
+        gather_distributed: Take in the rows of all ranks of the default process group.
+        feature_dim_first: Return the bank as (dim, size) instead of (size, dim).
 
     Raises:
-        ValueError: a size below zero or of more than two entries; rows of another dim than the bank's.
-        TypeError: a size that is no int, or an update with what is no floating-point tensor.
+        ValueError: the size is negative or has more than two entries, or rows do not have the bank's dim.
+        TypeError: the size is not an int, or an update is not a floating-point tensor.
 
     Example:
         >>> import torch
@@ -238,7 +286,7 @@ class MemoryBankModule(TypedModule):
         self, size: int | Sequence[int] = 65536, gather_distributed: bool = False, feature_dim_first: bool = True
     ) -> None:
         super().__init__()
-        self.size = _bank_size(size)
+        self.size = _bank_size(size, "size")
         self.gather_distributed = gather_distributed
         self.feature_dim_first = feature_dim_first
         self.bank: Tensor
@@ -251,7 +299,13 @@ class MemoryBankModule(TypedModule):
     def forward(
         self, output: Tensor, labels: Tensor | None = None, update: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """The output, and what the bank held before it; `labels` are for lightly's signature alone."""
+        """Return the output unchanged, and the bank as it was before the update (None if its size is 0).
+
+        Args:
+            output: (N, dim), the rows to take in.
+            labels: Unused, as in lightly.
+            update: Take the rows in.
+        """
         if not self.size[0]:
             return output, None
         first_call = self.bank.ndim == 1
@@ -266,14 +320,14 @@ class MemoryBankModule(TypedModule):
             self._push(_detached_rows_of_all_ranks(output) if self.gather_distributed else output)
         return output, held.T if self.feature_dim_first else held
 
-    @torch.inference_mode(False)  # of a first batch in inference mode: updates out of it change the bank
+    @torch.inference_mode(False)  # if the first batch is in inference mode, later updates may not be
     def _begin(self, dim: int) -> None:
         self.bank = F.normalize(torch.randn(self.size[0], dim).type_as(self.bank), dim=-1)
 
     @torch.no_grad()
     def _push(self, rows: Tensor) -> None:
-        """Write rows from the pointer to the bank's end. Its value stays on the device: a place beyond the end is taken
-        round to the beginning, and gets the row that is there."""
+        """Write rows from the pointer up to the end of the bank. The pointer stays on the device: positions beyond the
+        end wrap around to the beginning, where the row that is already there is written again."""
         size = self.size[0]
         rows = rows[:size].to(self.bank)
         places = self.bank_ptr + torch.arange(len(rows), device=rows.device)
@@ -284,7 +338,7 @@ class MemoryBankModule(TypedModule):
 
 
 def _check_outputs(out0: Tensor, out1: Tensor, *, may_be_empty: bool) -> None:
-    """For a loss of ours that has other names for them."""
+    """Check the views under lightly's names for them, before a loss with other names does."""
     check_rows("out0", out0, may_be_empty=may_be_empty)
     check_rows("out1", out1, may_be_empty=may_be_empty)
     check_same("out0", out0, "out1", out1, "shape", "dtype", "device")
@@ -292,16 +346,16 @@ def _check_outputs(out0: Tensor, out1: Tensor, *, may_be_empty: bool) -> None:
 
 def _check_distributed(gather_distributed: bool) -> None:
     if gather_distributed and not dist.is_available():
-        raise ValueError("gather_distributed must be False where this PyTorch has no torch.distributed, got True")
+        raise ValueError("gather_distributed must be False: this PyTorch was built without torch.distributed, got True")
 
 
-def _bank_size(size: object) -> tuple[int, ...]:
+def _bank_size(size: object, name: str) -> tuple[int, ...]:
     try:
         entries = tuple(map(operator.index, size if isinstance(size, Iterable) else (size,)))
     except TypeError:
-        raise TypeError(f"memory_bank_size must be an int or two of them, (size, dim), got {size!r}") from None
+        raise TypeError(f"{name} must be an int or a pair (size, dim), got {size!r}") from None
     if any(entry < 0 for entry in entries) or len(entries) not in (1, 2):
-        raise ValueError(f"memory_bank_size must be (size, dim), size or 0, none negative, got {size}")
+        raise ValueError(f"{name} must be (size, dim), size or 0, none negative, got {size}")
     return entries
 
 
@@ -315,7 +369,7 @@ def _detached_rows_of_all_ranks(rows: Tensor) -> Tensor:
 
 
 def _checked_value(temperature: float | Tensor) -> float | None:
-    """The value of a float or of a floating tensor of one element, or None where the host cannot read it."""
+    """Check the temperature and return its value, or None if the host cannot read it."""
     if isinstance(temperature, Tensor):
         check_factor("temperature", temperature, None)
         if temperature.numel() != 1:
@@ -326,7 +380,7 @@ def _checked_value(temperature: float | Tensor) -> float | None:
 
 
 def _value(temperature: float | Tensor) -> float | None:
-    """The temperature, or None where the host cannot read it: on an accelerator, or in traced code."""
+    """Return the temperature, or None if the host cannot read it: on an accelerator, or in traced code."""
     if not isinstance(temperature, Tensor):
         return temperature
     limits = extremes(temperature) if temperature.ndim == 0 else None
@@ -339,7 +393,7 @@ def _is_negative(temperature: float | Tensor) -> bool:
 
 
 def _logits(batch: Batch, u0: Tensor, u1: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
-    """nu and the positive's logit, (2N,) each, of unit rows; also at a negative temperature."""
+    """Return nu and the logits of the positives, (2N,) each, for unit rows. The temperature may be negative."""
     u, ids = torch.cat((u0, u1)), batch.sample_ids().repeat(2)
     sims = row_dots(u0, u1).repeat(2)
     if _is_negative(temperature):
@@ -350,7 +404,7 @@ def _logits(batch: Batch, u0: Tensor, u1: Tensor, temperature: float | Tensor) -
 
 
 def _against_bank(batch: Batch, u0: Tensor, u1: Tensor, bank: Tensor, temperature: float | Tensor) -> Tensor:
-    """The loss of each row against its positive and the bank, which is this rank's, reduced."""
+    """Return the reduced loss of rows against their positives and this rank's bank."""
     if _is_negative(temperature):
         u0, temperature = -u0, -temperature
     inv_tau = batch.inverse_temperature(temperature)

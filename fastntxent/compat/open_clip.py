@@ -22,7 +22,7 @@ __all__ = ["ClipLoss", "CoCaLoss", "DistillClipLoss", "SigLipLoss"]
 
 
 class _OfRanks(TypedModule):
-    """What open_clip's losses of two softmaxes take: options of how a group gathers, which the loss does not see."""
+    """Base class of the two-softmax losses, with open_clip's options for gathering over ranks."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class _OfRanks(TypedModule):
 
     def _group(self) -> ProcessGroup | None:
         if self.use_horovod and self.world_size > 1:
-            raise ValueError("use_horovod must be False where world_size is not 1: rows travel by torch.distributed")
+            raise ValueError("use_horovod must be False if world_size is above 1: rows travel by torch.distributed")
         return default_group_of("world_size", self.world_size, self.rank)
 
     def _contrastive(
@@ -54,7 +54,7 @@ class _OfRanks(TypedModule):
         logit_bias: float | Tensor | None = None,
         ids: Tensor | None = None,
     ) -> Tensor:
-        """CLIP's loss of features that are normalised already."""
+        """Return CLIP's loss of normalised features."""
         group = self._group()
         return clip(
             image_features,
@@ -68,31 +68,28 @@ class _OfRanks(TypedModule):
 
 
 def _as_scale(name: str, logit_scale: float | Tensor) -> float | Tensor:
-    if logit_scale is None:  # which fastntxent's losses take for their default
+    if logit_scale is None:  # fastntxent's losses would use their default
         raise TypeError(f"{name} must be a float or a tensor of one element, got None")
     return as_scalar(logit_scale)
 
 
 class ClipLoss(_OfRanks):
-    """CLIP's loss of features that are normalised already, both directions from one pass over the similarities.
+    """CLIP's loss of normalised features, in both directions from one pass over the similarities.
 
     Args:
-        local_loss, gather_with_grad: of no consequence: the loss is the whole batch's, on every rank, and its gradient
-            is right. open_clip's is with gather_with_grad. Without, the gradient of its features is 1/R of the right
-            one of R ranks, and with local_loss also lacks what features are as columns.
-        cache_labels: kept for the signature: there are no labels to cache.
-        rank, world_size: above 1, the batch is that of all ranks of the default process group, which has so many.
-        use_horovod: an argument of open_clip before 4, which is taken from its callers; it must be False for more than
-            one process, whose rows travel by torch.distributed.
+        local_loss: No effect. The loss is the whole batch's, the same on every rank, and its gradient is exact.
+        gather_with_grad: No effect. In open_clip, False makes the gradient of the features 1/R of the exact one on R
+            ranks; with local_loss it also lacks the part from features as columns.
+        cache_labels: No effect: there are no labels to cache.
+        rank: This process's rank in the default process group.
+        world_size: 1, or the size of the default process group. Above 1 the batch is spread over all its ranks.
+        use_horovod: An argument of open_clip before version 4. It must be False if world_size is above 1.
 
-    Its call takes the features (N, D), `logit_scale` (which multiplies: exp of the model's parameter), `logit_bias`,
-    which the softmax cancels, so that its gradient is exactly zero, and `output_dict`, for {"contrastive_loss": loss}.
-    A keyword of ours: `ids`, (N,) integers; samples of the same id are no negatives of each other.
-
-    Raises, when called:
-        ValueError: rank or world_size is not that of the process group, or horovod is asked for in one.
-        RuntimeError: a world_size above 1 without a process group.
-        TypeError, ValueError: as `fastntxent.clip`.
+    Raises:
+        TypeError: when called, an argument has the wrong type or dtype.
+        ValueError: when called, rank or world_size does not match the process group, or use_horovod is set with several
+            processes, or shapes, dtypes or devices do not match.
+        RuntimeError: when called, world_size is above 1 and there is no process group.
 
     Example:
         >>> import torch
@@ -110,22 +107,38 @@ class ClipLoss(_OfRanks):
         *,
         ids: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
+        """Return the loss, a 0-d tensor, or {"contrastive_loss": loss} with `output_dict`.
+
+        Args:
+            image_features: (N, D), normalised by the caller.
+            text_features: (N, D), normalised by the caller.
+            logit_scale: Factor of the similarities, the exp of the model's parameter; a float or a one-element tensor.
+            logit_bias: Added to the logits; a float, a one-element tensor or None. It cancels in the softmax, so its
+                gradient is exactly zero.
+            output_dict: Return a dict.
+            ids: (N,) integers, an extension of this package: samples with the same id are not negatives of each other.
+        """
         loss = self._contrastive(image_features, text_features, logit_scale, logit_bias, ids)
         return {"contrastive_loss": loss} if output_dict else loss
 
 
 class DistillClipLoss(_OfRanks):
-    """CLIP's loss of features that are normalised already, and their cross-entropy with a teacher's softmaxes.
+    """CLIP's loss of normalised features, and their cross-entropy with a teacher's softmaxes.
 
     Args:
-        local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod: as of `ClipLoss`.
+        local_loss: No effect. The loss is the whole batch's, the same on every rank, and its gradient is exact.
+        gather_with_grad: No effect. In open_clip, False makes the gradient of the features 1/R of the exact one on R
+            ranks; with local_loss it also lacks the part from features as columns.
+        cache_labels: No effect: there are no labels to cache.
+        rank: This process's rank in the default process group.
+        world_size: 1, or the size of the default process group. Above 1 the batch is spread over all its ranks.
+        use_horovod: An argument of open_clip before version 4. It must be False if world_size is above 1.
 
-    Its call takes the student's features (N, D) and `logit_scale`, the teacher's `dist_image_features` and
-    `dist_text_features`, (N, E) each, and `dist_logit_scale`, and `output_dict`, for {"contrastive_loss": ...,
-    "distill_loss": ...} in place of both losses. Nothing of the teacher gets a gradient, whereas open_clip's gets one
-    where its model ran with gradients on.
-
-    Raises, when called: as `ClipLoss`, and as `fastntxent.distill`.
+    Raises:
+        TypeError: when called, an argument has the wrong type or dtype.
+        ValueError: when called, rank or world_size does not match the process group, or use_horovod is set with several
+            processes, or shapes, dtypes or devices do not match.
+        RuntimeError: when called, world_size is above 1 and there is no process group.
 
     Example:
         >>> import torch
@@ -144,6 +157,19 @@ class DistillClipLoss(_OfRanks):
         dist_logit_scale: float | Tensor,
         output_dict: bool = False,
     ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
+        """Return both losses, (contrastive, distillation), or {"contrastive_loss": ..., "distill_loss": ...}.
+
+        The teacher gets no gradient. In open_clip it gets one if its model ran with gradients enabled.
+
+        Args:
+            image_features: The student's (N, D), normalised by the caller.
+            text_features: The student's (N, D), normalised by the caller.
+            logit_scale: Factor of the student's similarities; a float or a one-element tensor.
+            dist_image_features: The teacher's (N, E), normalised by the caller.
+            dist_text_features: The teacher's (N, E), normalised by the caller.
+            dist_logit_scale: Factor of the teacher's similarities; a float or a one-element tensor.
+            output_dict: Return a dict.
+        """
         group = self._group()
         _check_teacher(image_features, dist_image_features, dist_text_features, may_be_empty=group is not None)
         contrastive, distilled = distill_terms(
@@ -163,7 +189,7 @@ class DistillClipLoss(_OfRanks):
 
 
 def _check_teacher(image: Tensor, dist_image: Tensor, dist_text: Tensor, *, may_be_empty: bool) -> None:
-    """For a loss of ours that has other names for them."""
+    """Check the teacher's features under open_clip's names for them, before `distill_terms` does under other names."""
     check_rows("image_features", image, may_be_empty=may_be_empty)
     check_rows("dist_image_features", dist_image, may_be_empty=may_be_empty)
     check_rows("dist_text_features", dist_text, may_be_empty=may_be_empty)
@@ -173,19 +199,26 @@ def _check_teacher(image: Tensor, dist_image: Tensor, dist_text: Tensor, *, may_
 
 
 class CoCaLoss(_OfRanks):
-    """CLIP's loss of features that are normalised already, and the cross-entropy of captions, each with a weight.
+    """CLIP's loss of normalised features, and the cross-entropy of captions, each with a weight.
 
     Args:
-        caption_loss_weight, clip_loss_weight: what the losses are multiplied by. A clip_loss_weight of 0 forms no
-            similarities, and its loss is 0.
-        pad_id: the label of tokens that do not count.
-        local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod: as of `ClipLoss`.
+        caption_loss_weight: Factor of the caption loss.
+        clip_loss_weight: Factor of the contrastive loss. With 0 no similarities are formed, and the loss is 0.
+        pad_id: Label of tokens that do not count.
+        local_loss: No effect. The loss is the whole batch's, the same on every rank, and its gradient is exact.
+        gather_with_grad: No effect. In open_clip, False makes the gradient of the features 1/R of the exact one on R
+            ranks; with local_loss it also lacks the part from features as columns.
+        cache_labels: No effect: there are no labels to cache.
+        rank: This process's rank in the default process group.
+        world_size: 1, or the size of the default process group. Above 1 the contrastive loss is over the batch of all
+            its ranks.
+        use_horovod: An argument of open_clip before version 4. It must be False if world_size is above 1.
 
-    Its call takes the features (N, D), the captions' `logits` (N, T, vocabulary) and `labels` (N, T), `logit_scale`,
-    and `output_dict`, for {"contrastive_loss": ..., "caption_loss": ...} in place of both losses. Over ranks the
-    captions' loss is each rank's own, and it is NaN where all tokens are padding, both as there.
-
-    Raises, when called: as `ClipLoss`.
+    Raises:
+        TypeError: when called, an argument has the wrong type or dtype.
+        ValueError: when called, rank or world_size does not match the process group, or use_horovod is set with several
+            processes, or shapes, dtypes or devices do not match.
+        RuntimeError: when called, world_size is above 1 and there is no process group.
 
     Example:
         >>> import torch
@@ -220,6 +253,18 @@ class CoCaLoss(_OfRanks):
         logit_scale: float | Tensor,
         output_dict: bool = False,
     ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
+        """Return both losses, (contrastive, caption), or {"contrastive_loss": ..., "caption_loss": ...}.
+
+        As in open_clip, the caption loss covers this rank's captions only, and it is NaN if all tokens are padding.
+
+        Args:
+            image_features: (N, D), normalised by the caller.
+            text_features: (N, D), normalised by the caller.
+            logits: The captions' logits (N, T, vocabulary).
+            labels: The captions' tokens (N, T).
+            logit_scale: Factor of the similarities; a float or a one-element tensor.
+            output_dict: Return a dict.
+        """
         if self.clip_loss_weight:
             contrastive = self.clip_loss_weight * self._contrastive(image_features, text_features, logit_scale)
         else:
@@ -234,27 +279,23 @@ _EXCHANGES = ("bidir", "shift", "reduce", "gather")
 
 
 class SigLipLoss(TypedModule):
-    """SigLIP's loss of features that are normalised already, in one pass over the similarities.
+    """SigLIP's loss of normalised features, in one pass over the similarities.
+
+    In a process group the loss is the whole batch's, the same on every rank; open_clip's is that of each rank's images.
 
     Args:
-        cache_labels: kept for the signature: there are no labels to cache.
-        rank, world_size: above 1, the batch is that of all ranks of the default process group, which has so many.
-        dist_impl: "bidir" (the default), "shift", "reduce" or "gather", by which open_clip moves its texts. Of no
-            consequence: all of them have one gradient, which this is.
-        chunk_size: kept for the signature: no logits are held, whatever it is.
+        cache_labels: No effect: there are no labels to cache.
+        rank: This process's rank in the default process group.
+        world_size: 1, or the size of the default process group. Above 1 the batch is spread over all its ranks.
+        dist_impl: "bidir" (the default), "shift", "reduce" or "gather". No effect: it selects how open_clip exchanges
+            texts, and every choice has the same gradient.
+        chunk_size: No effect: logits are never stored.
 
-    Its call takes the features (N, D), `logit_scale`, which multiplies (exp of the model's parameter), `logit_bias`,
-    which is added (None: 0), and `output_dict`, for {"contrastive_loss": loss}.
-
-    A keyword of ours: `ids`, (N,) integers; samples of the same id are no negatives of each other, but belong together:
-    their pairs are positives, as in `fastntxent.siglip`.
-
-    Over ranks the value is the whole batch's on each of them, where open_clip's is each rank's own.
-
-    Raises, when called:
-        ValueError: rank or world_size is not that of the process group.
-        RuntimeError: a world_size above 1 without a process group.
-        TypeError, ValueError: as `fastntxent.siglip`.
+    Raises:
+        TypeError: when called, an argument has the wrong type or dtype.
+        ValueError: when called, rank or world_size does not match the process group, or shapes, dtypes or devices do
+            not match.
+        RuntimeError: when called, world_size is above 1 and there is no process group.
 
     Example:
         >>> import torch
@@ -289,6 +330,16 @@ class SigLipLoss(TypedModule):
         *,
         ids: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
+        """Return the loss, a 0-d tensor, or {"contrastive_loss": loss} with `output_dict`.
+
+        Args:
+            image_features: (N, D), normalised by the caller.
+            text_features: (N, D), normalised by the caller.
+            logit_scale: Factor of the similarities, the exp of the model's parameter; a float or a one-element tensor.
+            logit_bias: Added to the logits; a float, a one-element tensor, or None for 0.
+            output_dict: Return a dict.
+            ids: (N,) integers, an extension of this package: pairs of samples with the same id are positives.
+        """
         group = default_group_of("world_size", self.world_size, self.rank)
         scale, bias = _as_scale("logit_scale", logit_scale), 0.0 if logit_bias is None else as_scalar(logit_bias)
         rows = {"image_features": image_features, "text_features": text_features}

@@ -1,8 +1,8 @@
-"""Lists of pairs, as pytorch-metric-learning's miners give them.
+"""Lists of pairs, in the format of pytorch-metric-learning's miners.
 
 checked_pairs  (indices_tuple)      -> anchors and positives, anchors and negatives
-pairs_of_ids   (ids, ref_ids)       -> rows and columns of the same id
-lse_by_anchor  (logits, anchors)    -> log-sum-exp of each anchor's pairs
+pairs_of_ids   (ids, ref_ids)       -> rows and columns with the same id
+lse_by_anchor  (logits, anchors)    -> log-sum-exp over each anchor's pairs
 sum_by_anchor  (values, anchors)    -> sum of each anchor's values
 """
 
@@ -18,7 +18,8 @@ IndicesTuple = tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Ten
 
 
 def checked_pairs(indices_tuple: IndicesTuple, n_rows: int, n_cols: int, device: torch.device) -> tuple[Tensor, ...]:
-    """Anchors and positives, anchors and negatives, from pairs or triplets of indices of rows and columns."""
+    """Return (anchors, positives, anchors, negatives) from pairs or triplets of row and column indices, after checking
+    them."""
     if not isinstance(indices_tuple, (tuple, list, Tensor)):
         raise TypeError(f"indices_tuple must be a tuple of 3 or 4 tensors, got {type(indices_tuple).__name__}")
     if len(indices_tuple) not in (3, 4):
@@ -31,22 +32,22 @@ def checked_pairs(indices_tuple: IndicesTuple, n_rows: int, n_cols: int, device:
     if len(a1) != len(p) or len(a2) != len(n):
         raise ValueError(f"indices_tuple must hold pairs, got lengths {[len(index) for index in indices_tuple]}")
     for index, limit in ((a1, n_rows), (p, n_cols), (a2, n_rows), (n, n_cols)):
-        # A compiler reads no value; the gather refuses an index out of range by itself.
+        # Under a compiler no value can be read; the gather itself rejects an index out of range.
         if not torch.compiler.is_compiling() and len(index) and not (index.min() >= 0 and index.max() < limit):
             raise ValueError(f"indices_tuple must have indices in [0, {limit}), got {index.tolist()[:8]}")
     return a1, p, a2, n
 
 
 def pairs_of_ids(ids: Tensor, ref_ids: Tensor, own: bool) -> tuple[Tensor, Tensor]:
-    """Rows and columns with the same id, row after row; `own`: column i is row i itself, and left out.
+    """Return the rows and columns with the same id, in row order. `own`: column i is row i itself and is left out.
 
-    O(P) memory for P pairs, and a wait for the device.
+    Takes O(P) memory for P pairs, and waits for the device.
     """
     in_order, columns = torch.sort(ref_ids, stable=True)
     first = torch.searchsorted(in_order, ids.contiguous())
     counts = torch.searchsorted(in_order, ids.contiguous(), right=True) - first
     a = torch.arange(len(ids), device=ids.device).repeat_interleave(counts)
-    begin = first - (counts.cumsum(0) - counts)  # of a row's run among the columns, less where its pairs begin
+    begin = first - (counts.cumsum(0) - counts)  # start of a row's run in `columns`, less the start of its pairs
     p = columns[begin[a] + torch.arange(len(a), device=ids.device)]
     if own:
         kept = a != p
@@ -55,7 +56,7 @@ def pairs_of_ids(ids: Tensor, ref_ids: Tensor, own: bool) -> tuple[Tensor, Tenso
 
 
 def lse_by_anchor(logits: Tensor, anchors: Tensor, n_anchors: int) -> Tensor:
-    """Log-sum-exp of the logits of each anchor (n_anchors,); -inf, without a gradient, for one that has none."""
+    """Return the log-sum-exp of each anchor's logits (n_anchors,). Without logits it is -inf and has no gradient."""
     largest = logits.new_full((n_anchors,), -torch.inf)
     largest = largest.scatter_reduce(0, anchors, logits.detach(), "amax")
     empty = largest == -torch.inf
@@ -64,5 +65,5 @@ def lse_by_anchor(logits: Tensor, anchors: Tensor, n_anchors: int) -> Tensor:
 
 
 def sum_by_anchor(values: Tensor, anchors: Tensor, n_anchors: int) -> Tensor:
-    """The sum of each anchor's values (n_anchors,)."""
+    """Return the sum of each anchor's values (n_anchors,)."""
     return add_at(values.new_zeros(n_anchors), anchors, values)

@@ -1,4 +1,5 @@
-"""sentence-transformers' `losses.MultipleNegativesRankingLoss`, its cached form, and the similarities they know."""
+"""sentence-transformers' `losses.MultipleNegativesRankingLoss`, its cached forms, and the similarity functions it
+takes."""
 
 from __future__ import annotations
 
@@ -49,7 +50,14 @@ logger = logging.getLogger(__name__)
 
 
 def cos_sim(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine similarities (M, K). The loss takes it as a name and forms no such matrix.
+    """Return cosine similarities (M, K). Passed to a loss, it only selects them: no such matrix is formed.
+
+    Args:
+        a: (M, D) rows.
+        b: (K, D) rows.
+
+    Returns:
+        A tensor (M, K), the cosine of each row of a with each row of b.
 
     Example:
         >>> import torch
@@ -60,7 +68,14 @@ def cos_sim(a: Tensor, b: Tensor) -> Tensor:
 
 
 def dot_score(a: Tensor, b: Tensor) -> Tensor:
-    """Inner products (M, K). The loss takes it as a name and forms no such matrix.
+    """Return inner products (M, K). Passed to a loss, it only selects them: no such matrix is formed.
+
+    Args:
+        a: (M, D) rows.
+        b: (K, D) rows.
+
+    Returns:
+        A tensor (M, K), the inner product of each row of a with each row of b.
 
     Example:
         >>> import torch
@@ -75,7 +90,7 @@ _OF_MODELS = {"cosine": "cos_sim", "dot": "dot_score"}  # a model's similarity_f
 
 
 def _similarity_name(similarity_fct: object) -> object:
-    """Its name, or that of the function which a model's method `similarity` stands for."""
+    """Return the name of a similarity function. A model's method `similarity` gets the name its model has set."""
     name = getattr(similarity_fct, "__name__", similarity_fct)
     of_model = getattr(getattr(similarity_fct, "__self__", None), "similarity_fn_name", None)
     return name if name != "similarity" or of_model is None else _OF_MODELS.get(of_model, of_model)
@@ -140,26 +155,27 @@ _GRAD_CACHE = """
 class MultipleNegativesRankingLoss(TypedModule):
     """InfoNCE of anchors against all positives and hard negatives of the batch, and its variants.
 
+    `compute_loss_from_embeddings` is the loss without the model. Memory is O(C N D) for C columns.
+
     Args:
-        model: turns a dict of features into a dict with "sentence_embedding"; None where calls bring embeddings.
+        model: Maps a dict of features to a dict with "sentence_embedding", or None to pass embeddings.
         scale: 1 / temperature, positive.
-        similarity_fct: `cos_sim` or `dot_score`, ours or the library's: known by its name.
-        gather_across_devices: whether the batch is that of all ranks of the default process group. The loss is the mean
-            over all ranks' anchors, on every rank (theirs over the rank's own), and its gradient the library's.
-        directions: what an anchor and its positive are compared with: "query_to_doc" (always there), "query_to_query",
-            "doc_to_query", "doc_to_doc".
-        partition_mode: "joint", one softmax over all directions, or "per_direction", the mean of one for each
-            ("query_to_doc" and "doc_to_query" alone).
-        hardness_mode, hardness_strength: strength times the similarity, without a gradient, is added to the logits from
-            queries to "in_batch_negatives" (all documents of other queries), to "hard_negatives" (a query's own), or to
-            "all_negatives".
+        similarity_fct: `cos_sim` or `dot_score`, from this module or from the library; recognised by its name.
+        gather_across_devices: Use the batch of all ranks of the default process group. The loss is the mean over all
+            ranks' anchors, the same on every rank (the library's is over the rank's anchors). Its gradient is the
+            library's.
+        directions: The similarities in the softmax: "query_to_doc" (required), "query_to_query", "doc_to_query" and
+            "doc_to_doc".
+        partition_mode: "joint" for one softmax over all directions, or "per_direction" for the mean of one softmax for
+            each direction ("query_to_doc" and "doc_to_query" only).
+        hardness_mode: Which logits of a query get extra weight: "in_batch_negatives" (documents of other queries),
+            "hard_negatives" (the query's hard negatives), "all_negatives", or None.
+        hardness_strength: Factor of the similarity, without a gradient, that is added to these logits.
 
-    Its call takes the features of anchor, positive, negatives..., a dict each, or their embeddings, (N, D) each, and
-    labels, which nothing reads. `compute_loss_from_embeddings` is the loss without the model. A keyword of ours: `ids`,
-    (N,) integers; samples of the same id are no negatives of each other, in all their columns. A sample's own hard
-    negatives stay.
-
-    Memory is O(C N D) for C columns.
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a number is out of range, an option is unknown, or, when called, the model is missing or the columns
+            do not match.
 
     Example:
         >>> import torch
@@ -207,6 +223,15 @@ class MultipleNegativesRankingLoss(TypedModule):
     def forward(
         self, sentence_features: Iterable[Any], labels: Tensor | None = None, *, ids: Tensor | None = None
     ) -> Tensor:
+        """Return the loss, a 0-d tensor.
+
+        Args:
+            sentence_features: One element per column (anchor, positive, negatives...), either a dict of features or an
+                embedding (N, D).
+            labels: Unused, as in the library.
+            ids: (N,) integers, an extension of this package: samples with the same id are not negatives of each other,
+                in any column. A sample's hard negatives still count.
+        """
         embeddings = [self._embedding_of(column) for column in as_columns("sentence_features", sentence_features)]
         return self.compute_loss_from_embeddings(embeddings, labels, ids=ids)
 
@@ -220,11 +245,17 @@ class MultipleNegativesRankingLoss(TypedModule):
     def compute_loss_from_embeddings(
         self, embeddings: list[Tensor], labels: Tensor | None = None, *, ids: Tensor | None = None
     ) -> Tensor:
-        """The loss of anchors, positives, negatives..., (N, D) each; `labels` are for the library's signature alone."""
+        """Return the loss of embeddings, a 0-d tensor.
+
+        Args:
+            embeddings: Anchors, positives, negatives..., (N, D) each.
+            labels: Unused, as in the library.
+            ids: As in the loss's call.
+        """
         group = default_group() if self.gather_across_devices else None
         embeddings = as_columns("embeddings", embeddings)
         if len(embeddings) < 2:
-            raise ValueError(f"embeddings must hold anchors and positives at least, got {len(embeddings)} tensors")
+            raise ValueError(f"embeddings must hold at least anchors and positives, got {len(embeddings)} tensors")
         normalize = _NORMALIZES[str(_similarity_name(self.similarity_fct))]
         columns = {f"embeddings[{index}]": column for index, column in enumerate(embeddings)}
         config = MultipleNegativesRankingLoss.get_config_dict(self)
@@ -243,13 +274,13 @@ class MultipleNegativesRankingLoss(TypedModule):
         for nu in directions.values():
             joint = log_add(joint, nu)
         losses = row_losses(joint, pos)
-        if "doc_to_query" in directions:  # the softmax has the positive twice: log(2 e^pi + e^nu) - pi
+        if "doc_to_query" in directions:  # this softmax counts the positive twice: log(2 e^pi + e^nu) - pi
             log_2 = torch.full_like(pos, 2).log()
             losses = log_2 + row_losses(joint - log_2, pos)
         return batch.reduce(losses)
 
     def _at_once(self, batch: Batch, embeddings: list[Tensor], inv_tau: float | Tensor) -> Tensor | None:
-        """The loss where it is plain InfoNCE, in one direction or the mean of two."""
+        """Return the loss in one call if it is plain InfoNCE, in one direction or the mean of both; otherwise None."""
         symmetric = set(self.directions) == {"query_to_doc", "doc_to_query"} and self.partition_mode == "per_direction"
         if len(embeddings) > 2 or self.hardness_mode is not None or not (symmetric or len(set(self.directions)) == 1):
             return None
@@ -259,7 +290,8 @@ class MultipleNegativesRankingLoss(TypedModule):
     def _nu_by_direction(
         self, batch: Batch, u: Tensor, v: Tensor, negatives: list[Tensor], groups: Tensor, inv_tau: float | Tensor
     ) -> dict[str, Tensor]:
-        """Of each direction the log-sum-exp over other groups' samples, and the own hard negatives (N,)."""
+        """Return, for each direction, the log-sum-exp (N,) over samples of other groups and the sample's hard
+        negatives."""
         queries, keys = Side(u, groups), Side(v, groups)
         docs = Side(torch.cat((v, *negatives)), groups.repeat(1 + len(negatives)))
         of_docs = batch.beside(docs.u)
@@ -268,7 +300,7 @@ class MultipleNegativesRankingLoss(TypedModule):
         to_query = None
         if others_hardness or "doc_to_query" not in self.directions:
             to_doc = hardened_neg_lse(batch, queries, docs, inv_tau, others_hardness, beside=of_docs)
-        else:  # both directions from one pass
+        else:  # one pass over the similarities gives both directions
             to_doc, to_query = batch.cross_neg_lse(queries, docs, inv_tau, beside=of_docs)
         for own in negatives:
             to_doc = log_add(to_doc, hardened(row_dots(u, own), inv_tau, self._hardness("hard_negatives")))
@@ -287,7 +319,7 @@ class MultipleNegativesRankingLoss(TypedModule):
         return self.hardness_strength if self.hardness_mode in (mode, "all_negatives") else 0.0
 
     def get_config_dict(self) -> dict[str, Any]:
-        """The arguments, as the library's trainer records them."""
+        """Return the arguments, as the library's trainer records them."""
         return {
             "scale": self.scale,
             "similarity_fct": _similarity_name(self.similarity_fct),
@@ -305,7 +337,7 @@ class MultipleNegativesRankingLoss(TypedModule):
 
     @property
     def citation(self) -> str:
-        """BibTeX of the paper whose loss this is, for the library's model card."""
+        """BibTeX of the loss's paper, for the library's model card."""
         directions = set(self.directions)
         if directions == set(DIRECTIONS) and self.partition_mode == "joint":
             return _GTE
@@ -315,25 +347,38 @@ class MultipleNegativesRankingLoss(TypedModule):
 
 
 class CachedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
-    """MultipleNegativesRankingLoss of a batch whose activations do not fit: the model sees mini-batches of it.
+    """MultipleNegativesRankingLoss for batches whose activations do not fit in memory: the model sees mini-batches.
 
-    The call embeds all columns without a graph. The backward of the loss that it returns embeds them again, a
-    mini-batch at a time, from the same state and on the same random numbers (Gao et al., "Scaling Deep Contrastive
-    Learning Batch Size under Memory Limited Setup", 2021; `fastntxent.cached_backward` says what is repeated). Where
-    gradients are off, nothing runs twice. Under DistributedDataParallel gradients are synchronised once, in the last
-    mini-batch.
+    The call embeds all columns without a graph. The backward embeds them again, one mini-batch at a time, from the same
+    state and with the same random numbers (Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory
+    Limited Setup", 2021; `fastntxent.cached_backward` says what is repeated). With gradients disabled nothing runs
+    twice. Under DistributedDataParallel gradients are synchronised once, in the last mini-batch.
 
     Args:
-        mini_batch_size: rows of a column that the model sees at once.
-        mini_batch_num_tokens: in its place, the most tokens that the model sees at once, counted in the features'
-            attention_mask; a row with more is a mini-batch by itself. Either way the padding behind the longest text of
-            a mini-batch is cut off. Under `fully_shard` use mini_batch_size: each rank must have as many mini-batches.
-        show_progress_bar: whether tqdm shows the mini-batches of both passes.
-        model, scale, similarity_fct, gather_across_devices, directions, partition_mode, hardness_mode,
-            hardness_strength: as in `MultipleNegativesRankingLoss`.
+        model: Maps a dict of features to a dict with "sentence_embedding", or None to pass embeddings.
+        scale: 1 / temperature, positive.
+        similarity_fct: `cos_sim` or `dot_score`, from this module or from the library; recognised by its name.
+        mini_batch_size: Rows of a column that the model sees at a time.
+        mini_batch_num_tokens: Used in place of mini_batch_size: the most tokens that the model sees at a time, counted
+            in the features' attention_mask. A longer row is a mini-batch by itself. Under `fully_shard` use
+            mini_batch_size: every rank must have the same number of mini-batches. With either argument, padding beyond
+            the longest text of a mini-batch is cut off.
+        gather_across_devices: Use the batch of all ranks of the default process group. The loss is the mean over all
+            ranks' anchors, the same on every rank (the library's is over the rank's anchors). Its gradient is the
+            library's.
+        directions: The similarities in the softmax: "query_to_doc" (required), "query_to_query", "doc_to_query" and
+            "doc_to_doc".
+        partition_mode: "joint" for one softmax over all directions, or "per_direction" for the mean of one softmax for
+            each direction ("query_to_doc" and "doc_to_query" only).
+        show_progress_bar: Show the mini-batches of both passes with tqdm.
+        hardness_mode: Which logits of a query get extra weight: "in_batch_negatives" (documents of other queries),
+            "hard_negatives" (the query's hard negatives), "all_negatives", or None.
+        hardness_strength: Factor of the similarity, without a gradient, that is added to these logits.
 
-    Its call takes the features of anchor, positive, negatives..., a dict each, whose tensors have the batch along their
-    first dimension. Embeddings, (N, D) each, and `ids` are taken as in the uncached loss.
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a number is out of range, an option is unknown, or, when called, the model is missing or the columns
+            do not match.
 
     Memory is that of a mini-batch's activations, the embeddings and their gradients, and a copy of the model's buffers.
 
@@ -352,7 +397,7 @@ class CachedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
         torch.Size([9, 4])
     """
 
-    uses_gradient_cache = True  # for the library's MatryoshkaLoss, which then decorates calculate_loss
+    uses_gradient_cache = True  # tells the library's MatryoshkaLoss to decorate calculate_loss
 
     def __init__(
         self,
@@ -385,6 +430,15 @@ class CachedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
     def forward(
         self, sentence_features: Iterable[Any], labels: Tensor | None = None, *, ids: Tensor | None = None
     ) -> Tensor:
+        """Return the loss, a 0-d tensor whose backward runs the model again.
+
+        Args:
+            sentence_features: One element per column (anchor, positive, negatives...), either dicts of features or
+                embeddings (N, D). The first dimension of all tensors in the features is the batch.
+            labels: Unused, as in the library.
+            ids: (N,) integers, an extension of this package: samples with the same id are not negatives of each other,
+                in any column. A sample's hard negatives still count.
+        """
         columns = as_columns("sentence_features", sentence_features)
         if any(isinstance(column, Tensor) for column in columns):
             return super().forward(columns, labels, ids=ids)
@@ -410,9 +464,13 @@ class CachedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
         with_backward: bool = False,
         ids: Tensor | None = None,
     ) -> Tensor:
-        """Return the loss of the columns' embeddings, each a list of mini-batches.
+        """Return the loss of embeddings, a 0-d tensor.
 
-        with_backward: also give the embeddings their gradients. The loss then has a graph of a learnt scale alone.
+        Args:
+            reps: The embeddings, for each column a list of mini-batches.
+            labels: Unused, as in the library.
+            with_backward: Also set the gradients of the embeddings. The loss is then connected only to a learnt scale.
+            ids: As in the loss's call.
         """
         embeddings = [torch.cat(column) for column in as_columns("reps", reps)]
         loss = self.compute_loss_from_embeddings(embeddings, labels, ids=ids)
@@ -421,7 +479,7 @@ class CachedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
         return loss_and_gradients(loss, [part for column in reps for part in column], self.scale)
 
     def get_config_dict(self) -> dict[str, Any]:
-        """The arguments, as the library's trainer records them."""
+        """Return the arguments, as the library's trainer records them."""
         return {
             **super().get_config_dict(),
             "mini_batch_size": self.mini_batch_size,
@@ -430,12 +488,31 @@ class CachedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
 
     @property
     def citation(self) -> str:
-        """BibTeX of the paper whose method this is, for the library's model card."""
+        """BibTeX of the method's paper, for the library's model card."""
         return _GRAD_CACHE
 
 
 class CachedMultipleNegativesSymmetricRankingLoss(CachedMultipleNegativesRankingLoss):
-    """CachedMultipleNegativesRankingLoss with the directions ("query_to_doc", "doc_to_query"), a softmax for each.
+    """CachedMultipleNegativesRankingLoss in the directions "query_to_doc" and "doc_to_query", one softmax for each.
+
+    Args:
+        model: Maps a dict of features to a dict with "sentence_embedding", or None to pass embeddings.
+        scale: 1 / temperature, positive.
+        similarity_fct: `cos_sim` or `dot_score`, from this module or from the library; recognised by its name.
+        mini_batch_size: Rows of a column that the model sees at a time.
+        mini_batch_num_tokens: Used in place of mini_batch_size: the most tokens that the model sees at a time, counted
+            in the features' attention_mask. A longer row is a mini-batch by itself. Under `fully_shard` use
+            mini_batch_size: every rank must have the same number of mini-batches. With either argument, padding beyond
+            the longest text of a mini-batch is cut off.
+        gather_across_devices: Use the batch of all ranks of the default process group. The loss is the mean over all
+            ranks' anchors, the same on every rank (the library's is over the rank's anchors). Its gradient is the
+            library's.
+        show_progress_bar: Show the mini-batches of both passes with tqdm.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a number is out of range, an option is unknown, or, when called, the model is missing or the columns
+            do not match.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""google-research/simclr's `objective.add_contrastive_loss`, on PyTorch tensors."""
+"""`objective.add_contrastive_loss` of google-research/simclr, for PyTorch tensors."""
 
 from __future__ import annotations
 
@@ -18,11 +18,23 @@ from .shared import Logits, default_group_of
 
 __all__ = ["ContrastiveLoss", "add_contrastive_loss"]
 
-_L2_EPS = 1e-6  # the square root of what TensorFlow's l2_normalize keeps squared lengths above
+_L2_EPS = 1e-6  # TensorFlow's l2_normalize clamps squared lengths at 1e-12
 
 
 class ContrastiveLoss(NamedTuple):
-    """What `add_contrastive_loss` returns; it unpacks as loss, logits, labels."""
+    """The result of `add_contrastive_loss`, which unpacks as loss, logits, labels.
+
+    Attributes:
+        loss: A 0-d tensor.
+        logits: The logits of first against second views, (N, N), not formed. `logits.dense()` forms them;
+            `logits.argmax()` returns the nearest second view without forming them all.
+        labels: (N,) integers, the column of each row's positive; TensorFlow returns them one-hot, (N, 2N).
+
+    Example:
+        >>> import torch
+        >>> add_contrastive_loss(torch.eye(4).repeat(2, 1)).labels
+        tensor([0, 1, 2, 3])
+    """
 
     loss: Tensor
     logits: Logits
@@ -40,25 +52,26 @@ def add_contrastive_loss(
     """NT-Xent with 1/N over the 2N rows: twice `fastntxent.nt_xent`.
 
     Args:
-        hidden: (2N, D), first all first views, then all second views.
-        hidden_norm: whether rows are normalised, as TensorFlow does: divided by max(length, 1e-6).
-        temperature: as in `nt_xent`.
-        tpu_context, strategy: of TensorFlow's first and second version; None, or of one replica. With several the batch
-            is that of all ranks of the default process group, which has so many, or of the group that is given itself:
-            the loss is the whole batch's on every rank (TensorFlow's is the replica's own).
-        weights: of the samples: a number, or (N,). The sum of weighted losses is divided by the number of weights that
-            are not zero.
+        hidden: (2N, D), all first views followed by all second views.
+        hidden_norm: Normalise the rows as TensorFlow does, dividing by max(length, 1e-6).
+        temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
+            read a tensor on an accelerator, so its sign is not checked there.
+        tpu_context: None, a context with `num_replicas`, or a process group. With several replicas the batch is spread
+            over all ranks of the default process group, which must have as many. The loss is then the whole batch's,
+            the same on every rank (TensorFlow's is over the replica's rows).
+        weights: Weight of the samples, a number or (N,). With (N,) the sum of the weighted losses is divided by the
+            number of weights that are not zero.
+        strategy: Like `tpu_context`, with the name and `num_replicas_in_sync` of TensorFlow's second version.
 
     Returns:
-        A named tuple. loss: 0-d. logits: those of first against second views, (N, N), which are not formed:
-        `logits.dense()` forms them, `logits.argmax()` gives the nearest second view of each without. labels: (N,), the
-        column of each row's positive, where TensorFlow's are one-hot (N, 2N). With several replicas rows are this
-        one's, and columns those of all.
+        A `ContrastiveLoss`, whose fields are loss, logits and labels. With several replicas the rows of the logits are
+        this rank's, and the columns are those of all ranks.
 
     Raises:
-        TypeError, ValueError: as `nt_xent` does; ValueError for an odd number of rows, and for another number of
-            replicas than the process group has.
-        RuntimeError: several replicas without a process group.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, dtypes or devices do not match, the batch is empty, the number of rows is odd, or the number
+            of replicas is not the size of the process group.
+        RuntimeError: there are several replicas, and no process group.
 
     Example:
         >>> import torch
@@ -98,7 +111,7 @@ def add_contrastive_loss(
 
 
 def _group(name: str, context: object) -> Group | None:
-    """The ranks that a context of TensorFlow's would be about, or that it is itself."""
+    """Return the group that a TensorFlow context stands for, or the group that was passed itself."""
     for attribute in ("num_replicas_in_sync", "num_replicas"):
         if hasattr(context, attribute):
             return default_group_of(f"{name}.{attribute}", getattr(context, attribute))

@@ -1,5 +1,5 @@
-"""solo-learn's contrastive losses: `solo.losses.simclr_loss_func`, unsupervised and supervised, `mocov2plus_loss_func`,
-`mocov3_loss_func`, `nnclr_loss_func` and `ressl_loss_func`."""
+"""solo-learn's contrastive losses: `simclr_loss_func` (unsupervised and supervised), `mocov2plus_loss_func`,
+`mocov3_loss_func`, `nnclr_loss_func` and `ressl_loss_func` of `solo.losses`."""
 
 from __future__ import annotations
 
@@ -20,24 +20,31 @@ __all__ = ["mocov2plus_loss_func", "mocov3_loss_func", "nnclr_loss_func", "ressl
 
 @watched
 def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float | Tensor = 0.1) -> Tensor:
-    r"""SimCLR's loss of rows in any order, whose positives are the rows with the same index.
+    r"""SimCLR's loss of rows in any order. The positives of a row are the rows with the same index.
 
     .. math:: L_i = -\log \frac{\sum_{p \in P(i)} e^{s_{ip}/\tau}}
         {\sum_{p \in P(i)} e^{s_{ip}/\tau} + \sum_{n \notin P(i), n \ne i} e^{s_{in}/\tau}}
 
-    The sample's number makes it SimCLR, its class the supervised form: `sup_con(form="in")` less log |P(i)|.
+    With the sample's number as its index this is SimCLR; with its class it is the supervised form, `sup_con(form="in")`
+    minus the logarithm of the size of P(i).
 
-    As solo-learn's, in a process group it is that of the batch of all ranks, on every rank, positives included. Indexes
-    mean the same on every rank then.
+    As in solo-learn, in a process group the loss covers the batch of all ranks, positives included, and is the same on
+    every rank. Indexes must then mean the same on every rank.
 
     Args:
-        z: (M, D) embeddings of all views, normalised here.
-        indexes: (M,), of any dtype: the sample of each row, or its target.
-        temperature: as in `nt_xent`.
+        z: (M, D), the embeddings of all views, normalised here.
+        indexes: (M,), of any dtype, the sample or the class of each row.
+        temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
+            read a tensor on an accelerator, so its sign is not checked there.
 
     Returns:
-        A 0-d tensor, the mean over the rows with a positive, and 0 where there are none (solo-learn's is infinite, and
-        its gradient NaN, as soon as one row has no positive).
+        A 0-d tensor, the mean over the rows that have a positive, or 0 if there are none. (solo-learn's loss is
+        infinite and its gradient NaN as soon as one row has no positive.)
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
+            is unknown.
 
     Example:
         >>> import torch
@@ -60,17 +67,24 @@ def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float | Tensor = 0
 
 
 def mocov2plus_loss_func(query: Tensor, key: Tensor, queue: Tensor, temperature: float | Tensor = 0.1) -> Tensor:
-    """MoCo v2's loss: each query picks its key among the queue's columns; nothing is normalised here.
+    """MoCo v2's loss: cross-entropy of each query with its key among the queue's columns. Nothing is normalised here.
 
-    As solo-learn's it is of this process's queries alone, also in a process group.
+    As in solo-learn, the loss covers this process's queries only, even in a process group.
 
     Args:
-        query, key: (N, D), normalised by the caller.
-        queue: (D, K), the negatives, a column each. It must not change before the backward: solo-learn passes a clone.
-        temperature: as in `nt_xent`.
+        query: (N, D), normalised by the caller.
+        key: (N, D), normalised by the caller.
+        queue: (D, K), one negative per column. It must not change before the backward; solo-learn passes a clone.
+        temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
+            read a tensor on an accelerator, so its sign is not checked there.
 
     Returns:
-        A 0-d tensor, the mean over the queries.
+        A 0-d tensor, the mean over the queries; float64 for float64 embeddings, else float32.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
+            is unknown.
 
     Example:
         >>> import torch
@@ -88,16 +102,24 @@ def mocov2plus_loss_func(query: Tensor, key: Tensor, queue: Tensor, temperature:
 
 
 def mocov3_loss_func(query: Tensor, key: Tensor, temperature: float | Tensor = 0.2) -> Tensor:
-    """MoCo v3's loss: each query picks its key among all keys, times 2 temperature.
+    """MoCo v3's loss: cross-entropy of each query with its key among all keys, times 2 temperature.
 
-    In a process group the keys, and the mean, are of all ranks (solo-learn's mean is over the rank's own queries).
+    In a process group the keys are those of all ranks, and the mean is over all ranks' queries (solo-learn's is over
+    the rank's queries).
 
     Args:
-        query, key: (N, D) embeddings, normalised here.
-        temperature: as in `nt_xent`.
+        query: (N, D), normalised here.
+        key: (N, D), normalised here.
+        temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
+            read a tensor on an accelerator, so its sign is not checked there.
 
     Returns:
-        A 0-d tensor.
+        A 0-d tensor; float64 for float64 embeddings, else float32.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
+            is unknown.
 
     Example:
         >>> import torch
@@ -108,17 +130,24 @@ def mocov3_loss_func(query: Tensor, key: Tensor, temperature: float | Tensor = 0
 
 
 def nnclr_loss_func(nn: Tensor, p: Tensor, temperature: float | Tensor = 0.1) -> Tensor:
-    """NNCLR's loss: each nearest neighbour picks its prediction among all predictions.
+    """NNCLR's loss: cross-entropy of each nearest neighbour with its prediction among all predictions.
 
-    In a process group the predictions, and the mean, are of all ranks (solo-learn's mean is over the rank's own).
+    In a process group the predictions are those of all ranks, and the mean is over all ranks' rows (solo-learn's is
+    over the rank's rows).
 
     Args:
-        nn: (N, D), of each sample's first view the nearest neighbour in the queue, normalised here.
+        nn: (N, D), the nearest neighbour in the queue of each sample's first view, normalised here.
         p: (N, D), the predictions of the second view, normalised here.
-        temperature: as in `nt_xent`.
+        temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
+            read a tensor on an accelerator, so its sign is not checked there.
 
     Returns:
-        A 0-d tensor.
+        A 0-d tensor; float64 for float64 embeddings, else float32.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
+            is unknown.
 
     Example:
         >>> import torch
@@ -140,23 +169,30 @@ def ressl_loss_func(
     temperature_q: float | Tensor = 0.1,
     temperature_k: float | Tensor = 0.04,
 ) -> Tensor:
-    r"""ReSSL's loss: the softmax of a query over the queue is to be that of its key; nothing is normalised here.
+    r"""ReSSL's loss: cross-entropy of a query's softmax over the queue with its key's. Nothing is normalised here.
 
     .. math:: L_i = -\sum_j p^k_{ij} \log p^q_{ij}, \qquad p^k_{ij} = \mathrm{softmax}_j(k_i \cdot v_j/\tau_k), \quad
         p^q_{ij} = \mathrm{softmax}_j(q_i \cdot v_j/\tau_q)
 
-    with v the rows of the queue. Zheng et al., "ReSSL: Relational Self-Supervised Learning with Weak Augmentation",
-    2021. As solo-learn's it is of this process's queries alone, also in a process group.
+    where v are the rows of the queue. Zheng et al., "ReSSL: Relational Self-Supervised Learning with Weak
+    Augmentation", 2021. As in solo-learn, the loss covers this process's queries only, even in a process group.
 
     Args:
-        q, k: (N, D), normalised by the caller. No gradient goes through k.
-        queue: (K, D), a row each. It must not change before the backward: solo-learn passes a clone.
-        temperature_q, temperature_k: as in `nt_xent`; no gradient goes through temperature_k.
+        q: (N, D), normalised by the caller.
+        k: (N, D), normalised by the caller. It gets no gradient.
+        queue: (K, D), one row per entry. It must not change before the backward; solo-learn passes a clone.
+        temperature_q: The queries' temperature, tau > 0, a float or a 0-d floating-point tensor.
+        temperature_k: The keys' temperature, tau > 0, a float or a 0-d floating-point tensor. It gets no gradient.
 
     Returns:
         A 0-d tensor, the mean over the queries; float64 for float64 embeddings, else float32.
 
-    Memory is O((N + K) D): no logits (N, K) are held.
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
+            is unknown.
+
+    Memory is O((N + K) D): the logits (N, K) are never stored.
 
     Example:
         >>> import torch
@@ -173,8 +209,8 @@ def ressl_loss_func(
     if isinstance(teachers_inv_tau, Tensor):
         teachers_inv_tau = teachers_inv_tau.detach()
     u, v, t = batch.unit_rows(q), batch.unit_rows(queue), batch.unit_rows(k.detach())
-    # A query's positive is the row of the queue nearest to its key (any row would do). With pi its logit and nu the
-    # log-sum-exp of the others, -sum_j p_j log p^q_j = softplus(nu - pi) + sum_{j != positive} p_j (pi - l_j).
+    # A query's positive is the queue's row nearest to its key (any row would do). With its logit pi and the other rows'
+    # log-sum-exp nu, -sum_j p_j log p^q_j = softplus(nu - pi) + sum_{j != positive} p_j (pi - l_j).
     held = v.detach()
     nearest = ops.nearest(t, held, 1)[1].squeeze(1)
     others = batch.beside(queue)
@@ -182,14 +218,14 @@ def ressl_loss_func(
     nu = batch.neg_lse_to(rows, cols, inv_tau, beside=others)
     sims = row_dots(u, v[nearest])
     teachers_pos = teachers_inv_tau * row_dots(t, held[nearest])
-    # By the logits that the probabilities are formed of, to the bit.
+    # In tiles, so that nu has the bits of the logits that the probabilities are formed from.
     teachers_nu = batch.in_tiles().neg_lse_to(
         rows._replace(u=t), cols._replace(u=held), teachers_inv_tau, beside=others.in_tiles()
     )
-    # The queue has no softmaxes over the keys: their log-sum-exp is infinite, and each of their probabilities 0.
+    # The queue's rows have no softmax over the keys: an infinite log-sum-exp makes these probabilities 0.
     teachers_lse = torch.logaddexp(teachers_nu, teachers_pos), torch.full_like(held[:, 0], torch.inf)
     expected = batch.soft_dots_at_once(rows, cols, Teacher(t, held, teachers_inv_tau, *teachers_lse))
-    assert expected is not None, "all rows are here, and reduced"
+    assert expected is not None, "without ranks, and reduced"
     missed = torch.sigmoid(teachers_nu - teachers_pos)
     soft = in_double(missed * sims).sum() - expected
     return batch.reduce(row_losses(nu, inv_tau * sims)) + (inv_tau * soft / batch.n_samples).to(u.dtype)

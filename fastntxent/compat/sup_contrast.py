@@ -1,4 +1,4 @@
-"""SupContrast's `losses.SupConLoss`."""
+"""`losses.SupConLoss` of SupContrast."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CONTRAST_MODES: tuple[str, ...] = get_args(ContrastMode)
 
 
 class SupConLoss(TypedModule):
-    r"""SupCon's L_out of rows as they are, times temperature / base_temperature: the mean over all anchors.
+    r"""SupCon's L_out, times temperature / base_temperature, averaged over all anchors.
 
     .. math:: L_i = \frac{\tau}{\tau_0} \Big[ \log \sum_{j \ne i} e^{s_{ij}/\tau}
         - \frac{1}{\sum_{j \ne i} m_{ij}} \sum_{j \ne i} m_{ij} s_{ij}/\tau \Big]
@@ -34,15 +34,17 @@ class SupConLoss(TypedModule):
     An anchor without a positive counts as 0 in the mean.
 
     Args:
-        temperature: a float or a 0-d tensor.
-        contrast_mode: the anchors: "all" rows, or those of the first view, "one".
+        temperature: tau, a float or a 0-d tensor.
+        contrast_mode: "all" to use all rows as anchors, "one" to use the rows of the first view.
         base_temperature: tau_0.
 
-    Its call takes features (B, V, ...), which the caller normalises, and either labels (B,) or (B, 1) of any dtype, or
-    a mask (B, B), bool or numbers, not necessarily symmetric: m_ij between the samples' rows. Neither is SimCLR.
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a number is out of range, an option is unknown, or, when called, shapes or devices do not match, or
+            labels and mask are both given.
 
-    Memory is O(B V D), beside the mask, which is never repeated for the views: positives enter the formula by their
-    weighted sum, the mask's product with the rows, 2 B^2 D flops each way.
+    Memory is O(B V D), plus the mask, which is never repeated for the views. Positives enter the formula only through
+    their weighted sum, the product of the mask with the rows: 2 B^2 D flops in the forward and again in the backward.
 
     Example:
         >>> import torch
@@ -63,6 +65,14 @@ class SupConLoss(TypedModule):
         self.base_temperature = base_temperature
 
     def forward(self, features: Tensor, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Return the loss, a 0-d tensor.
+
+        Args:
+            features: (B, V, ...) for B samples and V views, normalised by the caller.
+            labels: (B,) or (B, 1), of any dtype, or None.
+            mask: (B, B), bool or numbers, not necessarily symmetric, or None. It holds m_ij between the rows of the
+                samples. Without labels and mask the loss is SimCLR's.
+        """
         check_dense("features", features)
         if features.ndim < 3:
             raise ValueError(f"features must have shape (B, V, ...), got {tuple(features.shape)}")
@@ -82,7 +92,7 @@ class SupConLoss(TypedModule):
             return scale * nt_xent(views[0], views[1], self.temperature, normalize=False)
         ids = torch.arange(B, device=rows.device) if labels is None else _sample_labels(labels, rows[:B])
         if self.contrast_mode == "all":
-            # Of several views every row has a positive, and the mean over those that have one is the mean over all.
+            # With several views every row has a positive, so sup_con's mean over rows with a positive is over all rows.
             reduction: Reduction = "mean" if V > 1 else "sum"
             loss = sup_con(rows, torch.cat([ids] * V), self.temperature, reduction=reduction, normalize=False)
             factor = scale if V > 1 else scale / B
@@ -110,10 +120,11 @@ def _masked(views: Tensor, mask: Tensor, temperature: float | Tensor, contrast_m
 def _mean_loss(
     views: Tensor, contrast_mode: str, temperature: float | Tensor, sums: Tensor, weights: Tensor, own: Tensor
 ) -> Tensor:
-    """The mean over the anchors.
+    """Return the mean loss of the anchors.
 
-    Of each sample: `sums`, the weighted sum of its positives' rows, and `weights`, of their weights, in which each of
-    its own rows has the weight `own`. L_out is linear in the positives, so an anchor takes itself out of both.
+    For each sample, `sums` (B, D) is the weighted sum of its positives' rows and `weights` (B,) the sum of the weights.
+    Both include the sample's rows, each with weight `own` (B,). L_out is linear in the positives, so each anchor
+    subtracts its row from both.
     """
     rows = unit_rows(views, normalize=False).flatten(0, 1)
     every = torch.arange(rows.shape[0], device=rows.device)
@@ -127,7 +138,7 @@ def _mean_loss(
     weights = weights.repeat(n_views) - own
     positives = sums.repeat(n_views, 1) - own[:, None] * anchors
     logits = inverse_temperature(temperature, rows) * row_dots(anchors, positives)
-    nu = nu.masked_fill(nu == -torch.inf, 0)  # one row alone: nothing to compare with, and no positive
+    nu = nu.masked_fill(nu == -torch.inf, 0)  # a single row has nothing to compare with and no positive
     return ((weights * nu - logits) / torch.where(weights < 1e-6, 1, weights)).mean()
 
 

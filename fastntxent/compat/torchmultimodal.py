@@ -1,4 +1,4 @@
-"""torchmultimodal's `modules.losses.contrastive_loss_with_temperature`."""
+"""`modules.losses.contrastive_loss_with_temperature` of torchmultimodal."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ DEFAULT_LOGIT_SCALE = math.log(1 / 0.07)
 
 
 class BackpropType(Enum):
-    """To which processes a gathered row's gradient goes. Of no consequence here: the gradient is that of GLOBAL."""
+    """Which processes receive the gradient of gathered rows. No effect here: the gradient is always that of GLOBAL."""
 
     GLOBAL = 0
     LOCAL = 1
@@ -43,7 +43,21 @@ class BackpropType(Enum):
 
 
 class ContrastiveLossOutput(NamedTuple):
-    """What `contrastive_loss_with_temperature` returns: the logits are not formed, `dense()` forms them."""
+    """The result of `contrastive_loss_with_temperature`. The logits are not formed until `dense()` is called.
+
+    Attributes:
+        loss: The mean of `loss_a` and `loss_b`, 0-d, or one for each row for reduction "none".
+        logits_a: The logits of the rows of a against those of b.
+        logits_b: The logits of the rows of b against those of a.
+        loss_a: The loss of the rows of a.
+        loss_b: The loss of the rows of b.
+
+    Example:
+        >>> import torch
+        >>> output = contrastive_loss_with_temperature(torch.eye(4), torch.eye(4), torch.tensor(0.0))
+        >>> output.loss_a, output.loss_b
+        (tensor(0.7437), tensor(0.7437))
+    """
 
     loss: Tensor
     logits_a: Logits
@@ -66,25 +80,30 @@ def contrastive_loss_with_temperature(
     backprop_type: BackpropType = BackpropType.GLOBAL,
     cross_entropy_kwargs: dict[str, Any] | None = None,
 ) -> ContrastiveLossOutput:
-    """CLIP's loss of rows as they are, both directions from one pass over the similarities.
+    """CLIP's loss of rows as they are, in both directions from one pass over the similarities.
 
-    As torchmultimodal's, in a process group it is that of the batch of all ranks: `group=` of `fastntxent.clip`. "mean"
-    and "sum" are the whole batch's, on every rank (theirs are of the rank's own rows).
+    As in torchmultimodal, in a process group the batch is spread over all ranks. "mean" and "sum" cover the whole batch
+    and are the same on every rank (torchmultimodal's cover only the rank's rows).
 
     Args:
-        embeddings_a, embeddings_b: (N, D); the caller normalises them.
-        logit_scale: the logarithm of what multiplies the similarities.
-        mask: (N,) bool: the rows whose losses count; the others still are negatives. Without any the loss is 0
-            (torchmultimodal's is NaN).
-        backprop_type: of no consequence: the gradient is that of GLOBAL, the right one. In torchmultimodal LOCAL and
-            NONE lack what a rank's rows are as other ranks' columns, NONE also as its own.
-        cross_entropy_kwargs: `label_smoothing` and `reduction`; the other options of cross_entropy are refused.
+        embeddings_a: (N, D), normalised by the caller.
+        embeddings_b: (N, D), normalised by the caller.
+        logit_scale: Logarithm of the factor of the similarities, a 0-d tensor.
+        mask: (N,) bool, the rows whose losses count, or None for all. The other rows are still negatives. If no row
+            counts, the loss is 0 (torchmultimodal's is NaN).
+        backprop_type: No effect: the gradient is the exact one, that of GLOBAL. In torchmultimodal, LOCAL and NONE lack
+            the part from a rank's rows as columns of other ranks, and NONE also the part from them as columns of the
+            same rank.
+        cross_entropy_kwargs: A dict that may have `label_smoothing` and `reduction`; other options of cross_entropy are
+            an error.
 
     Returns:
-        A named tuple (loss, logits_a, logits_b, loss_a, loss_b); the logits are those of this rank's rows.
+        A named tuple (loss, logits_a, logits_b, loss_a, loss_b). The logits are for this rank's rows, or for those in
+        the mask.
 
     Raises:
-        TypeError, ValueError: shapes or dtypes do not fit together, or an option of cross_entropy is none of the two.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes or dtypes do not match, or another option of cross_entropy is given.
 
     Example:
         >>> import torch
@@ -104,11 +123,16 @@ def contrastive_loss_with_temperature(
 
 
 class ContrastiveLossWithTemperature(TypedModule):
-    """`contrastive_loss_with_temperature` with its own logit scale, a parameter that is clamped at every call.
+    """`contrastive_loss_with_temperature` with a learnt logit scale, which is clamped at every call.
 
     Args:
-        logit_scale: the logarithm of the scale at first, or a parameter that is used as it is.
-        logit_scale_min, logit_scale_max: between which the logarithm is kept; one of them may be None.
+        logit_scale: Initial logarithm of the scale, or a parameter to use as it is.
+        logit_scale_min: Lower bound of the logarithm, or None.
+        logit_scale_max: Upper bound of the logarithm, or None. At least one of the bounds must be given.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: both bounds are None, or, when called, shapes or dtypes do not match.
 
     Example:
         >>> import torch
@@ -139,6 +163,17 @@ class ContrastiveLossWithTemperature(TypedModule):
         cross_entropy_kwargs: dict[str, Any] | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
+        """Return the loss, a 0-d tensor, or (N,) for reduction "none".
+
+        Args:
+            embeddings_a: (N, D), normalised by the caller.
+            embeddings_b: (N, D), normalised by the caller.
+            backprop_type: No effect: the gradient is the exact one, that of GLOBAL. In torchmultimodal, LOCAL and NONE
+                lack the part from a rank's rows as columns of other ranks, and NONE also the part from them as columns
+                of the same rank.
+            cross_entropy_kwargs: A dict that may have `label_smoothing` and `reduction`.
+            mask: (N,) bool, the rows whose losses count, or None for all. The other rows are still negatives.
+        """
         self.logit_scale.data.clamp_(self.logit_scale_min, self.logit_scale_max)
         opened = _opened(embeddings_a, embeddings_b, self.logit_scale, mask, cross_entropy_kwargs)
         if mask is None and not opened.label_smoothing:
@@ -176,7 +211,7 @@ def _opened(
         label_smoothing=smoothing,
     )  # fmt: skip
     log_scale = batch.factor(logit_scale)
-    assert isinstance(log_scale, Tensor)  # for logit_scale is one
+    assert isinstance(log_scale, Tensor)  # because logit_scale is a tensor
     scale = log_scale.exp()
     for extreme in extremes(scale) or ():
         check_positive("exp(logit_scale)", extreme)
@@ -184,7 +219,7 @@ def _opened(
 
 
 def _losses(opened: _Opened, a: Tensor, b: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Both directions, reduced."""
+    """Return the reduced losses of both directions."""
     batch, scale, smoothing = opened
     of_a, of_b = clip_directions(batch, a, b, scale, None, smoothing)
     if mask is None:
@@ -198,5 +233,5 @@ def _cross_entropy_options(
     label_smoothing: float = 0.0, reduction: str = "mean", **others: object
 ) -> tuple[float, str]:
     if others:
-        raise ValueError(f"cross_entropy_kwargs must be of label_smoothing and reduction, got {', '.join(others)} too")
+        raise ValueError(f"cross_entropy_kwargs may have label_smoothing and reduction, got {', '.join(others)} too")
     return check_parameter("label_smoothing", label_smoothing), reduction

@@ -1,12 +1,13 @@
-"""A batch that is spread over the ranks of a process group: every row against the rows of all ranks.
+"""A batch that is spread over the ranks of a process group: every row is compared with the rows of all ranks.
 
-Each rank holds some rows. Unit rows travel, by all-gather or round a ring; each similarity is formed once, on one rank,
-for both its rows, and the parts of the log-sum-exps nu go to the ranks whose rows they are of. Later a rank forms, from
-two numbers a row of the others (nu_j, and w_j = d loss / d nu_j), the exact gradient of its own rows:
+Each rank holds some of the rows. Unit rows travel, by all-gather or around a ring. One rank forms each similarity once,
+for both of its rows, and sends the partial log-sum-exps to the ranks that hold the rows. In the backward, two numbers
+per row of the other ranks (nu_j, and w_j = d loss / d nu_j) are enough for a rank to form the exact gradient of its
+rows:
 
     G_ij = w_i P_ij + w_j P_ji,   P_ij = exp(k s_ij - nu_i)        d/du_i = k sum_j G_ij u_j
 
-So no gradient of a row travels. docs/distributed.md has the contract and what it costs.
+So no gradient of a row travels. docs/distributed.md has the contract and the costs.
 """
 
 from .agreement import Alike

@@ -1,4 +1,4 @@
-"""What the ranks compare before they exchange anything: that they are in the same call, or in the backward of one."""
+"""Checks before ranks exchange anything: all of them must be in the same call, or in the backward of the same one."""
 
 from __future__ import annotations
 
@@ -19,38 +19,39 @@ if TYPE_CHECKING:
 
 _FORWARD, _BACKWARD, _TEACHER = 0, 1, 2
 
-# Odd, and of no short pattern: Knuth's and the golden ratio's, as signed 64-bit numbers.
+# Knuth's multiplier and the golden ratio as signed 64-bit numbers: odd, and without a short bit pattern.
 _MIX, _STEP = 6364136223846793005, -7046029254386353131
 
-# Calls of losses so far in each group.
+# The number of loss calls so far in each group.
 _calls: weakref.WeakKeyDictionary[ProcessGroup, int] = weakref.WeakKeyDictionary()
 
 
 class Alike(NamedTuple):
-    """A tensor among the facts of a call that every rank must have with the same values."""
+    """A tensor that must hold the same values on every rank."""
 
     tensor: Tensor
 
 
 class Turn:
-    """One call of a loss. `number` counts the calls of its group, and is the same on every rank."""
+    """One call of a loss. `number` counts the calls in its group and is the same on every rank."""
 
     def __init__(self, group: ProcessGroup, number: int, function: str, checked: bool):
         self._group, self._number, self._function, self._checked = group, number, function, checked
         self._parts = 0
 
     def part(self) -> Part:
-        """The next of the loss's terms that exchange something in their backward."""
+        """Return a new `Part`, for the next term of the loss that communicates in its backward."""
         self._parts += 1
         return Part(self, self._parts)
 
     def begin_backward(self, part: int, failed: bool, device: torch.device) -> None:
-        """Raise, on every rank, unless all are in the backward of this part, and none failed before it."""
+        """Raise on every rank unless all of them have reached the backward of this part without an error."""
         what = f"the backward of {self._function}, call {self._number}, part {part}"
         self._meet_again(_BACKWARD, part, failed, what, device)
 
     def end_calls_of_teacher(self, failed: bool, device: torch.device) -> None:
-        """Raise, on every rank but those that failed, unless all have called their teacher, and none failed in it."""
+        """Raise unless every rank has called its teacher without an error. A rank that failed raises its original error
+        instead."""
         self._meet_again(_TEACHER, 0, failed, f"teacher in {self._function}, call {self._number},", device)
 
     def _meet_again(self, phase: int, part: int, failed: bool, what: str, device: torch.device) -> None:
@@ -63,7 +64,7 @@ class Turn:
 
 
 class Part(NamedTuple):
-    """A term of a loss that exchanges something in its backward: what its autograd node keeps of the call."""
+    """A term of a loss that communicates in its backward. Its autograd node keeps this reference to the call."""
 
     turn: Turn
     number: int
@@ -71,8 +72,8 @@ class Part(NamedTuple):
     def begin_backward(self, ctx: Any, device: torch.device) -> list[Any]:
         """Return what the node saved, once every rank is in the backward of this part.
 
-        Ranks that take the backwards of two losses in a different order, or one that leaves a backward out, would
-        otherwise exchange numbers of different losses. A rank whose tensors were changed in place tells the others.
+        Without this check, ranks that run the backwards of two losses in a different order, or skip one, would exchange
+        numbers of different losses. If tensors were changed in place on one rank, every rank raises.
         """
         try:
             values = saved(ctx)
@@ -86,7 +87,8 @@ class Part(NamedTuple):
 def agree(
     group: ProcessGroup, function: str, n_samples: int, facts: dict[str, object] | None, device: torch.device
 ) -> tuple[Turn, list[int]]:
-    """This call's turn, and how many samples each rank has: as many as this one where no facts are to be compared."""
+    """Return this call's turn and the number of samples on each rank. With `facts=None` nothing is compared, and every
+    rank is taken to have `n_samples`."""
     number = _calls.get(group, 0) + 1
     samples = [n_samples] * group.size()
     if facts is not None:
@@ -95,19 +97,20 @@ def agree(
         header = torch.tensor([_FORWARD, number, n_samples, int.from_bytes(digest, "big", signed=True)], device=device)
         alike = {name: fact.tensor for name, fact in facts.items() if isinstance(fact, Alike)}
         for x in alike.values():
-            header[-1] += _checksum(x)  # where the tensor lies: the host waits for the headers alone
+            header[-1] += _checksum(x)  # computed on the tensor's device: the host waits only for the headers
         headers = _meet(group, header, f"a call of {function}")
         if len({digest for *_, digest in headers}) > 1:
             described |= {name: f"{described[name]} and checksum {int(_checksum(x)):x}" for name, x in alike.items()}
             raise ValueError(_disagreement(wire.gather_objects(group, described)))
-        number = max(number for _, number, *_ in headers)  # a rank may have raised before it came here
+        number = max(number for _, number, *_ in headers)  # a rank that raised before this point has counted fewer
         samples = [n for _, _, n, _ in headers]
     _calls[group] = number
     return Turn(group, number, function, facts is not None), samples
 
 
 def _meet(group: ProcessGroup, header: Tensor, what: str) -> list[list[int]]:
-    """The headers of all ranks. They are of one size wherever they are sent, so that any two of them meet."""
+    """Return the headers of all ranks. Every header has the same size, so any two kinds of call can be gathered
+    together."""
     headers = wire.gather_numbers(group, header).tolist()
     phases = {(phase,) if phase == _FORWARD else (phase, number, part) for phase, number, part, _ in headers}
     if len(phases) > 1:
@@ -119,7 +122,7 @@ def _meet(group: ProcessGroup, header: Tensor, what: str) -> list[list[int]]:
 
 
 def _describe(fact: object) -> str:
-    """A value as it is shown and compared. A tensor on an accelerator is not read."""
+    """Return the text by which a value is compared and shown. The value of a tensor on an accelerator is never read."""
     if isinstance(fact, Alike):
         return f"a tensor of shape {tuple(fact.tensor.shape)}"
     if not isinstance(fact, Tensor):
@@ -129,17 +132,18 @@ def _describe(fact: object) -> str:
 
 
 def _checksum(x: Tensor) -> Tensor:
-    """A 64-bit number (0-d) of the values and their places, the same in every dtype that holds these values."""
-    wide = in_double(x.detach()).flatten() + 0.0  # no -0
+    """Return a 64-bit checksum (0-d) of the values and their positions. It does not depend on the dtype if that dtype
+    holds the values exactly."""
+    wide = in_double(x.detach()).flatten() + 0.0  # turns -0 into 0
     bits = wide.view(torch.int64) if wide.dtype == torch.float64 else wide.float().view(torch.int32).to(torch.int64)
     places = torch.arange(1, len(bits) + 1, device=bits.device) * _STEP
-    for _ in range(2):  # each round maps the bits one to one
+    for _ in range(2):  # each round is a bijection on the bits
         bits = (bits ^ (bits >> 32 & 0xFFFFFFFF) ^ places) * _MIX
     return (bits ^ (bits >> 32 & 0xFFFFFFFF)).sum()
 
 
 def _disagreement(described: Sequence[dict[str, str]]) -> str:
-    if len({of_rank["function"] for of_rank in described}) > 1:  # their other arguments cannot be compared
+    if len({of_rank["function"] for of_rank in described}) > 1:  # different functions: their arguments don't compare
         described = [{"function": of_rank["function"]} for of_rank in described]
     parts = []
     for name in sorted({name for of_rank in described for name in of_rank}):

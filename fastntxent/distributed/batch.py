@@ -1,4 +1,4 @@
-"""The batch of a loss whose rows are spread over ranks."""
+"""The batch that losses see when its rows are spread over ranks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class ShardedBatch(Batch):
-    """This rank's rows among those of all ranks. Rows and entries that go in and come out are this rank's."""
+    """This rank's rows among the rows of all ranks. Methods take and return entries for this rank's rows only."""
 
     def __init__(
         self, rows: Tensor, views: int, reduction: str, normalize: bool, backend: str, shard: Shard, function: str
@@ -40,7 +40,7 @@ class ShardedBatch(Batch):
         backend: str,
         agreed: Mapping[str, object],
     ) -> ShardedBatch:
-        """Settle with the other ranks what each holds."""
+        """Return the batch, after the ranks have agreed on the call and exchanged their sizes."""
         options = {"reduction": reduction, "normalize": normalize, **agreed}
         shard = open_shard(group, function, rows, views, options)
         return cls(next(iter(rows.values())), views, reduction, normalize, backend, shard, function)
@@ -58,17 +58,17 @@ class ShardedBatch(Batch):
 
     @property
     def group(self) -> ProcessGroup:
-        """The ranks."""
+        """The process group."""
         return self._shard.group
 
     @property
     def rank(self) -> int:
-        """This one."""
+        """This process's rank in the group."""
         return self._shard.rank
 
     @property
     def sizes(self) -> list[int]:
-        """Rows of each rank."""
+        """The number of rows on each rank."""
         return self._shard.sizes
 
     @property
@@ -95,7 +95,7 @@ class ShardedBatch(Batch):
 
     @wire.uncompiled
     def gather_ragged(self, x: Tensor) -> Tensor:
-        """The entries (n, ...) of all ranks, of which each has a number of its own."""
+        """Return the entries (n, ...) of all ranks, where each rank may have a different number of them."""
         counts = wire.gather_numbers(self.group, torch.tensor(len(x), device=x.device)).tolist()
         return wire.all_gather(self.group, x, counts)
 

@@ -1,4 +1,4 @@
-"""This rank's rows as columns of all ranks, block by block."""
+"""The rows of all ranks as columns, block by block."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 class Block(NamedTuple):
-    """Rows (n, D) of one rank or of all, with what belongs to each."""
+    """Rows (n, D) of one rank or of all ranks, with their ids and any other per-row numbers."""
 
-    span: slice  # where they are among the rows of all ranks
+    span: slice  # position among the rows of all ranks
     rows: Tensor
     ids: Tensor
     numbers: tuple[Tensor, ...] = ()
@@ -34,7 +34,7 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class Partition:
-    """How the rows of all ranks lie. It holds no tensor, so a backward may keep it."""
+    """How the rows of all ranks are laid out. It holds no tensor, so a backward may keep it."""
 
     group: ProcessGroup
     rank: int
@@ -42,29 +42,30 @@ class Partition:
     ring: bool
     dtype: torch.dtype  # of the arithmetic
     turn: Turn
-    by_rank: bool = False  # blocks are those of one rank each, by all-gather too
+    by_rank: bool = False  # one block per rank, even with all-gather
 
     @property
     def spans(self) -> list[slice]:
-        """Where each rank's rows are among those of all."""
+        """The position of each rank's rows among the rows of all ranks."""
         return schedule.spans(self.sizes)
 
     @property
     def span(self) -> slice:
-        """Where this rank's are."""
+        """The position of this rank's rows."""
         return self.spans[self.rank]
 
     @property
     def n_rows(self) -> int:
-        """Rows of all ranks."""
+        """The number of rows on all ranks together."""
         return sum(self.sizes)
 
     def exchange(self, numbers: Tensor) -> Tensor:
-        """From a number of this rank for each row of all (M,) to those of all ranks for its own rows (ranks, m)."""
+        """Send each rank the numbers found here for its rows (M,), and return what all ranks found for this rank's rows
+        (ranks, m)."""
         return wire.exchange_numbers(self.group, numbers, self.sizes)
 
     def columns_from(self, saved: Sequence[Tensor | None]) -> tuple[Columns, Tensor]:
-        """The columns, and the ids of this rank's rows, from what `Columns.to_save` gave to autograd."""
+        """Return the columns and the ids of this rank's rows from what `Columns.to_save` saved for the backward."""
         sent, whole, ids, all_ids = saved
         assert sent is not None
         assert ids is not None
@@ -74,35 +75,36 @@ class Partition:
 
 
 class Columns:
-    """The rows of all ranks, block by block, with what else each block brings.
+    """The rows of all ranks, block by block, with their ids and other per-row numbers.
 
-    What a backward needs of them goes through autograd's `save_for_backward`: so a change in place is noticed, and
-    saved-tensor hooks reach it.
+    What a backward needs is saved with autograd's `save_for_backward`, so that changes in place are detected and
+    saved-tensor hooks apply.
     """
 
     def __init__(self, partition: Partition, sent: Tensor):
         self.partition = partition
-        self._sent = sent  # this rank's rows, in the dtype that travels
+        self._sent = sent  # this rank's rows, in the dtype in which they are sent
         self._gathered: list[tuple[Tensor, Tensor]] = []
 
     def to_save(self, ids: Tensor) -> tuple[Tensor | None, ...]:
-        """This rank's rows and their ids, each followed by those of all ranks if they have been gathered."""
+        """Return this rank's rows and their ids, each followed by the gathered tensor of all ranks, or None."""
         return self._sent, self._gathered_of(self._sent), ids, self._gathered_of(ids)
 
     @property
     def own(self) -> Tensor:
-        """This rank's rows as the other ranks see them."""
+        """This rank's rows as the other ranks see them, after rounding to the wire dtype."""
         return self._sent.to(self.partition.dtype)
 
     def blocks(self, ids: Tensor, *numbers: Tensor) -> Iterator[Block]:
-        """The rows of all ranks in one block, or of one rank after another, which are left out if they have none."""
+        """Iterate over the rows of all ranks, as a single block or as one block per rank. Ranks without rows are
+        skipped."""
         hops = len(self.partition.sizes) - 1
         blocks = self._round(hops, ids, *numbers) if self.partition.ring else self._gathered_blocks(ids, *numbers)
         return (block for block in blocks if len(block.rows))
 
     def pairs(self, ids: Tensor) -> Iterator[tuple[Block, Block]]:
-        """This rank's share of the pairs of rows, each of which is on one rank: all pairs between two blocks, or those
-        within one that comes twice."""
+        """Iterate over this rank's share of all pairs of rows; each pair belongs to one rank. An item is two blocks,
+        for all pairs between them, or the same block twice, for the pairs within it."""
         partition = self.partition
         if partition.ring:
             pairs = schedule.half_ring(partition.rank, partition.sizes)
@@ -120,7 +122,7 @@ class Columns:
         if not self.partition.by_rank:
             yield block
             return
-        for span in self.partition.spans:  # copied: products of rows may be rounded by where they lie in memory
+        for span in self.partition.spans:  # cloned: the rounding of a product may depend on the alignment of its rows
             own = block.cut(span)
             yield Block(span, own.rows.clone(), own.ids, tuple(x.clone() for x in own.numbers))
 
@@ -136,13 +138,13 @@ class Columns:
 
     @uncompiled
     def whole(self) -> Tensor:
-        """The rows of all ranks in one."""
+        """Return the rows of all ranks as one tensor."""
         if self.partition.ring:
             return wire.all_gather(self.partition.group, self._sent, self.partition.sizes).to(self.partition.dtype)
         return self._once(self._sent).to(self.partition.dtype)
 
     def _once(self, x: Tensor) -> Tensor:
-        """Gathered, and kept for another term of the loss, or the backward."""
+        """Return the gathered tensor. It is gathered once, for all terms of the loss and the backward."""
         gathered = self._gathered_of(x)
         if gathered is None:
             gathered = wire.all_gather(self.partition.group, x, self.partition.sizes)

@@ -1,9 +1,9 @@
-"""Sums over the rows of a group that lies on several ranks, for losses that are linear in them.
+"""Sums over the rows of a group that may be spread over several ranks, for losses that are linear in these sums.
 
     d_i = u_i . S_i,   S_i = sum over {j : id_j = id_i} of v_j
     d/du_i = a_i S_i,  d/dv_j = sum over {i : id_i = id_j} of a_i u_i
 
-for weights a_i = d loss / d d_i. One number a row travels in the backward, and no gradient.
+with weights a_i = d loss / d d_i. In the backward the rows u travel with one number each, a_i; no gradient travels.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from .wire import uncompiled
 
 @uncompiled
 def group_dots(u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, u_shard: Shard, v_shard: Shard) -> Tensor:
-    """d of the header for this rank's rows u (M,), over the v of all ranks; differentiable in both."""
+    """Return d (M,), defined above, for this rank's rows u over the v of all ranks. Differentiable in u and v."""
     ids = (u_ids.to(torch.int64), v_ids.to(torch.int64))
     return _GroupDots.apply(u, v, *ids, u_shard.columns(u), v_shard.columns(v), False)
 
 
 @uncompiled
 def positive_dots(u: Tensor, ids: Tensor, shard: Shard) -> Tensor:
-    """The same for v = u, with no row in its own sum."""
+    """Like `group_dots` with v = u, except that no row counts in its own sum."""
     ids, columns = ids.to(torch.int64), shard.columns(u)
     return _GroupDots.apply(u, u, ids, ids, columns, columns, True)
 
 
 @uncompiled
 def group_counts(ids: Tensor, shard: Shard) -> Tensor:
-    """How many rows of all ranks have each row's id, itself included: (M,)."""
+    """Return the number of rows on all ranks with the same id as each row, the row itself included (M,)."""
     ids = ids.to(torch.int64)
     return counts_of_groups(wire.all_gather(shard.group, ids, shard.sizes), ids)
 

@@ -1,8 +1,8 @@
-"""The guided log-sum-exp over ranks: this rank's rows against the columns of all, and its gradient.
+"""The guided log-sum-exp over ranks: this rank's rows against the columns of all ranks, and the gradient.
 
-Forward, columns travel with their guide's rows. Backward, each rank forms the gradient of its own rows and of its own
-columns: rows travel with their guide's and three numbers each, the weight, nu and the limit, and no gradient of an
-embedding does. ops/guided.py has the formulas.
+In the forward, columns travel with their guide's rows. In the backward, each rank forms the gradients of its rows and
+its columns. For the columns, rows travel with their guide's rows and three numbers each (the weight, nu and the limit).
+No gradient of an embedding travels. ops/guided.py has the formulas.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from .wire import uncompiled
 def guided_neg_lse(
     rows: Side, cols: Side, inv_tau: float | Tensor, guide: Guide, of_rows: Shard, of_cols: Shard
 ) -> Tensor:
-    """nu of this rank's rows (M,) against the columns of all ranks.
+    """Return nu of this rank's rows (M,) against the columns of all ranks.
 
-    Differentiable in the rows and the columns, as of the sum of the ranks' losses, and in inv_tau (0-d), as this rank's
-    part of it.
+    The gradients in the rows and columns are those of the sum of all ranks' losses. The gradient in inv_tau (0-d) is
+    this rank's partial sum.
     """
     ids = rows.ids.to(torch.int64), cols.ids.to(torch.int64)
     columns = of_rows.columns(rows.u), of_cols.columns(cols.u)

@@ -1,9 +1,10 @@
-"""Log-sum-exps over ranks of rows that leave out what is more similar to them than a limit.
+"""Log-sum-exps over ranks that leave out columns more similar to a row than the row's limit.
 
     nu_i = log sum over {j : id_j != id_i, u_i . v_j <= limit_i} of exp(k u_i . v_j)
 
-Whether a pair counts is each row's own affair, so a similarity serves one sum: every rank forms those of its rows with
-the columns of all, and in the backward also those of its columns with the rows of all, which bring three numbers each.
+The limit belongs to the row, so a similarity counts in one sum only. Every rank forms the similarities of its rows with
+the columns of all ranks. In the backward it also forms those of its columns with the rows of all ranks, which travel
+with three numbers each (the weight, nu and the limit).
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ from .wire import uncompiled
 def limited_neg_lse(
     rows: Side, cols: Side, inv_tau: float | Tensor, of_rows: Shard, of_cols: Shard, backend: str
 ) -> Tensor:
-    """nu of this rank's rows (M,) against all ranks' columns, whose own limits do not count.
+    """Return nu of this rank's rows (M,) against the columns of all ranks. Limits of the columns are ignored.
 
-    Differentiable in the rows and the columns, as of the sum of the ranks' losses, and in inv_tau, as this rank's part.
+    The gradients in the rows and columns are those of the sum of all ranks' losses. The gradient in inv_tau is this
+    rank's partial sum.
     """
     ids = rows.ids.to(torch.int64), cols.ids.to(torch.int64)
     columns = of_rows.columns(rows.u), of_cols.columns(cols.u)
@@ -85,7 +87,7 @@ class _LimitedNegLseOverRanks(torch.autograd.Function):
                         assert part is not None
                         d_v += part
                         of_inv_tau = of_inv_tau + of_block
-            if needs_u or not needs_v:  # either side's pairs are all pairs
+            if needs_u or not needs_v:  # inv_tau needs one pass: over the ranks, either covers all pairs
                 of_inv_tau = d_nu.new_zeros(())
                 own, upstream = Side(of_u.own, u_ids, limits), Upstream(d_nu, nu)
                 for block in of_v.blocks(v_ids):

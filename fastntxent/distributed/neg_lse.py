@@ -1,4 +1,4 @@
-"""The primitive over ranks: log-sum-exps of this rank's rows against the columns of all, and their gradient."""
+"""The primitive over ranks: log-sum-exps of this rank's rows against the columns of all ranks, and the gradient."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from .wire import uncompiled
 
 @uncompiled
 def neg_lse(u: Tensor, ids: Tensor, inv_tau: float | Tensor, shard: Shard, backend: str) -> Tensor:
-    """nu of this rank's rows (M,) against the rows of all ranks, differentiable in u and inv_tau (0-d).
+    """Return nu of this rank's rows (M,) against the rows of all ranks. Differentiable in u and inv_tau (0-d).
 
-    The gradient in u is that of the sum of the ranks' losses; that in inv_tau is this rank's part of it.
+    The gradient in u is that of the sum of all ranks' losses. The gradient in inv_tau is this rank's partial sum.
     """
     return _NegLseOverRanks.apply(u, ids.to(torch.int64), inv_tau, shard.columns(u), backend)
 
@@ -38,11 +38,11 @@ def cross_neg_lse(
     *,
     both: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """nu of this rank's rows against all ranks' columns, and of this rank's columns against all ranks' rows: -inf
-    without `both`.
+    """Return nu of this rank's rows against all ranks' columns, and nu of this rank's columns against all ranks' rows.
+    Without `both`, the second is -inf.
 
-    Differentiable in both u and inv_tau (0-d), as `neg_lse`. Columns travel; rows do where the columns need a gradient,
-    in the backward.
+    Differentiable in rows.u, cols.u and inv_tau (0-d), like `neg_lse`. Columns travel in the forward and the backward;
+    rows travel in the backward only, if the columns need a gradient.
     """
     ids = (rows.ids.to(torch.int64), cols.ids.to(torch.int64))
     columns = (of_rows.columns(rows.u), of_cols.columns(cols.u))
@@ -52,7 +52,7 @@ def cross_neg_lse(
 class _NegLseOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u: Tensor, ids: Tensor, inv_tau: float | Tensor, columns: Columns, backend: str) -> Tensor:
-        of_all = columns.own.new_full((columns.partition.n_rows,), -torch.inf)  # what this rank knows of each row's nu
+        of_all = columns.own.new_full((columns.partition.n_rows,), -torch.inf)  # this rank's part of every row's nu
         with autocast_off(u):
             for a, b in columns.pairs(ids):
                 if a.span == b.span:
@@ -74,7 +74,7 @@ class _NegLseOverRanks(torch.autograd.Function):
         columns, ids = ctx.partition.columns_from(saved)
         rows, upstream = Side(columns.own, ids), Upstream(d_nu, nu)
         d_u, d_inv_tau = _gradient_of_rows(rows, upstream, columns, ids, upstream, inv_tau, ctx.backend, symmetric=True)
-        of_inv_tau = d_inv_tau / 2 if ctx.needs_input_grad[2] else None  # each pair comes twice
+        of_inv_tau = d_inv_tau / 2 if ctx.needs_input_grad[2] else None  # each pair was counted twice
         return d_u.to(ctx.dtype), None, of_inv_tau, None, None
 
 
@@ -122,7 +122,7 @@ class _CrossNegLseOverRanks(torch.autograd.Function):
         if needs_v:
             d_v, part = _gradient_of_rows(Side(of_v.own, v_ids), of_cols, of_u, u_ids, of_rows, inv_tau, ctx.backend)
             parts.append(part)
-        # A pair counts on the rank of its row and on that of its column, where both are formed.
+        # Summed over the ranks, each pass covers every pair once. If both ran, so does their mean.
         d_inv_tau = torch.stack(parts).mean() if needs_inv_tau else None
         return (
             d_u.to(ctx.dtypes[0]) if needs_u and d_u is not None else None,
@@ -149,8 +149,9 @@ def _gradient_of_rows(
     *,
     symmetric: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Gradient in the rows, and in inv_tau over all pairs of a row here and a column anywhere. What is given of the
-    columns is of this rank's. `symmetric`: they are the rows."""
+    """Return the gradient in this rank's rows, and the gradient in inv_tau over all pairs of these rows with the
+    columns of all ranks. `column_ids` and `of_columns` are for this rank's columns. `symmetric`: the columns are the
+    rows."""
     d_rows, d_inv_tau = torch.zeros_like(rows.u), of_rows.neg_lse.new_zeros(())
     with autocast_off(rows.u):
         for block in columns.blocks(column_ids, torch.stack((of_columns.d_neg_lse, of_columns.neg_lse), dim=1)):
@@ -158,7 +159,7 @@ def _gradient_of_rows(
                 if symmetric and block.span == columns.partition.span:
                     d_block, d_part = run_neg_lse_backward(rows, inv_tau, of_rows, backend)
                     d_rows += d_block
-                    d_inv_tau = d_inv_tau + 2 * d_part  # it counts a pair once
+                    d_inv_tau = d_inv_tau + 2 * d_part  # this kernel counts each pair once, the others twice
                 else:
                     d_cols, cols_nu = block.numbers[0].T.contiguous()
                     of_cols = Upstream(d_cols, cols_nu, wanted=False)

@@ -1,8 +1,8 @@
-"""Numbers of all ranks, and what their gradients are worth.
+"""Numbers that depend on all ranks, and the scale of their gradients.
 
-The convention is DistributedDataParallel's: each rank calls backward on a loss of its own, and the parameters get the
-gradient of the mean of those losses over the ranks. Whatever is formed here has the gradient of the *sum* of the ranks'
-losses, of which DDP takes the mean.
+The convention follows DistributedDataParallel: each rank calls backward on its local loss, and DDP averages the
+parameters' gradients over the ranks. Numbers formed here have the gradient of the *sum* of the ranks' losses, which DDP
+turns into that of their mean. `replicated` takes this mean itself.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from .wire import uncompiled
 
 @uncompiled
 def all_sum(x: Tensor, shard: Shard) -> Tensor:
-    """The sum of a number (0-d) over the ranks. Every rank's loss has it in it, so its gradient is the sum of theirs:
-    taken as the ranks' number times this one's, which is scaled as the others' are."""
+    """Return the sum of a number (0-d) over the ranks. Every rank's loss contains it, so its gradient is the sum of the
+    ranks' upstream gradients. These must be equal, so the backward multiplies this rank's by the world size."""
     return _AllSum.apply(x, shard)
 
 
 @uncompiled
 def sum_of_ranks(x: Tensor, shard: Shard) -> Tensor:
-    """The sum over the ranks of a tensor of the same shape on each, of which each makes what it likes: its gradient is
-    the sum of theirs, and travels as it did."""
+    """Return the all-reduced sum of a tensor that each rank may use differently. The backward all-reduces the upstream
+    gradients too."""
     return _SumOfRanks.apply(x, shard)
 
 
 @uncompiled
 def replicated(x: Tensor, shard: Shard) -> Tensor:
-    """A number (0-d) that is the same on every rank, a learnt temperature: its gradient is the mean of the ranks'
-    gradients, on each of them. So replicas stay the same whether or not DDP averages them once more."""
+    """Return a number (0-d) that is the same on every rank, such as a learnt temperature. In the backward every rank
+    gets the mean of the ranks' gradients, so replicas stay in step whether or not DDP averages them again."""
     return _Replicated.apply(x, shard) if x.requires_grad and torch.is_grad_enabled() else x
 
 
 @uncompiled
 def log_sum_exp(x: Tensor, shard: Shard) -> Tensor:
-    """log of the sum of exp(x) over all rows of all ranks (0-d), without a gradient."""
+    """Return log sum exp(x) over the rows of all ranks (0-d), without a gradient."""
     return wire.gather_numbers(shard.group, x.detach().logsumexp(dim=0)).logsumexp(dim=0)
 
 

@@ -1,12 +1,13 @@
-"""Sums over positive pairs that lie on several ranks: this rank's rows, and the rows of the same id on all of them.
+"""Sums over positive pairs across ranks: this rank's rows, and the rows with the same id on all ranks.
 
     f_i = log sum_j exp(l_ij)   or   sum_j log(1 + exp(nu_i - l_ij)),     l_ij = k u_i . u_j
 
-A pair is in f of both its rows. With w_i = d loss / d f_i, and D_ij what of it reaches l_ij,
+A pair counts in f of both its rows. With w_i = d loss / d f_i, and D_ij the gradient that reaches l_ij through f_i,
 
     D_ij = w_i exp(l_ij - f_i)   or   -w_i sigmoid(nu_i - l_ij)      d/du_i = k sum_j (D_ij + D_ji) u_j
 
-Two numbers a row travel in the backward, w_j with f_j or nu_j, and no gradient. Tiles are those of ops/positives.py.
+In the backward, rows travel with two numbers each: w_j, and f_j or nu_j. No gradient travels. ops/positives.py has the
+tiles.
 """
 
 from __future__ import annotations
@@ -29,16 +30,18 @@ from .wire import uncompiled
 
 @uncompiled
 def positive_lse(u: Tensor, ids: Tensor, inv_tau: float | Tensor, shard: Shard) -> Tensor:
-    """Log-sum-exps of this rank's rows (M,), -inf for one without a positive; differentiable in u and inv_tau (0-d).
+    """Return the log-sum-exps f (M,) of this rank's rows, -inf for rows without a positive. Differentiable in u and
+    inv_tau (0-d).
 
-    The gradient in u is that of the sum of the ranks' losses; that in inv_tau is this rank's part of it.
+    The gradient in u is that of the sum of all ranks' losses. The gradient in inv_tau is this rank's partial sum.
     """
     return _PositiveLse.apply(u, ids.to(torch.int64), inv_tau, shard.columns(u))
 
 
 @uncompiled
 def positive_lse_to(rows: Side, cols: Side, inv_tau: float | Tensor, shard: Shard) -> Tensor:
-    """The same of this rank's rows and the columns of their ids on all ranks, differentiable in the columns too."""
+    """Like `positive_lse`, between this rank's rows and the columns with the same id on all ranks. Differentiable in
+    the columns too."""
     ids = rows.ids.to(torch.int64), cols.ids.to(torch.int64)
     columns = shard.columns(rows.u), shard.columns(cols.u)
     return _CrossPositiveLse.apply(rows.u, cols.u, *ids, inv_tau, *columns)
@@ -46,7 +49,7 @@ def positive_lse_to(rows: Side, cols: Side, inv_tau: float | Tensor, shard: Shar
 
 @uncompiled
 def positive_sum(u: Tensor, ids: Tensor, inv_tau: float | Tensor, nu: Tensor, shard: Shard) -> Tensor:
-    """The other f of the header (M,), differentiable in u, inv_tau and nu, as `positive_lse`."""
+    """Return the second f defined above (M,). Differentiable in u, inv_tau and nu, like `positive_lse`."""
     return _PositiveSum.apply(u, ids.to(torch.int64), inv_tau, nu, shard.columns(u))
 
 
@@ -116,7 +119,7 @@ class _CrossPositiveLse(torch.autograd.Function):
                         part, of_block = _through_lse_of_columns(tiles, block.numbers[0])
                         d_v += part
                         of_inv_tau = of_inv_tau + of_block
-            if needs_u or not needs_v:  # either side's pairs are all pairs
+            if needs_u or not needs_v:  # inv_tau needs one pass: over the ranks, either covers all pairs
                 of_inv_tau = d_lse.new_zeros(())
                 for block in of_v.blocks(v_ids):
                     if len(d_u):
@@ -136,14 +139,14 @@ class _CrossPositiveLse(torch.autograd.Function):
 
 
 def _through_lse_of_rows(tiles: PositiveTiles, numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows' gradient, and that in inv_tau, through their own log-sum-exps."""
+    """Return the gradients in this rank's rows and in inv_tau, through the log-sum-exps of the rows."""
     rows = tiles.by_row(numbers).T[:, :, None]
     d_u, _, d_inv_tau = tiles.backward(lambda tile: through_lse(tile, *rows[:, tile.rows]), needs_v=False)
     return d_u, d_inv_tau
 
 
 def _through_lse_of_columns(tiles: PositiveTiles, numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """The same through the log-sum-exps of the columns."""
+    """Return the gradients in this rank's rows of `tiles` and in inv_tau, through the log-sum-exps of the columns."""
     cols = tiles.by_column(numbers).T[:, None]
     d_u, _, d_inv_tau = tiles.backward(lambda tile: through_lse(tile, *cols[:, :, tile.cols]), needs_v=False)
     return d_u, d_inv_tau
@@ -184,8 +187,8 @@ def _gradient_of_pairs(
     inner: Tensor,
     through: Callable[[PositiveTile, Tensor, Tensor], Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient in this rank's rows, this rank's part of that in inv_tau, and sum_j D_ij of each row. `inner`: f or nu,
-    which D_ij compares a logit with."""
+    """Return the gradient in this rank's rows, this rank's part of the gradient in inv_tau, and sum_j D_ij per row.
+    `inner` is the f or nu that D_ij compares a logit with."""
     own, numbers = columns.own, torch.stack((d_f, inner), dim=1)
     d_u, d_inv_tau, of_rows = torch.zeros_like(own), own.new_zeros(()), torch.zeros_like(d_f)
     with autocast_off(own):
@@ -196,13 +199,14 @@ def _gradient_of_pairs(
                 d_u += d_u_part
                 d_inv_tau = d_inv_tau + d_inv_tau_part
                 of_rows += of_rows_part
-    return d_u, d_inv_tau / 2, of_rows  # a pair is on the rank of either of its rows
+    return d_u, d_inv_tau / 2, of_rows  # a pair is counted for both of its rows
 
 
 def _of_block(
     tiles: PositiveTiles, of_rows: Tensor, of_cols: Tensor, through: Callable[[PositiveTile, Tensor, Tensor], Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same from the pairs of one block, whose numbers are `of_cols`, and this rank's `of_rows`."""
+    """Like `_gradient_of_pairs`, for the pairs of one block. `of_rows` and `of_cols` are the numbers of its rows and
+    columns, and `d_inv_tau` is not halved yet."""
     rows, cols = tiles.by_row(of_rows).T[:, :, None], tiles.by_column(of_cols).T[:, None]
     sums = of_rows.new_zeros(len(of_rows))
 

@@ -1,7 +1,8 @@
-"""Which rank forms which similarities, of the rows of all ranks with themselves. Two rows have one: it is formed once,
-on one rank, for both.
+"""Which rank forms which similarities, among the rows of all ranks. Similarity is symmetric, so one rank forms it once
+for both of its rows.
 
-A pair of spans, counted over the rows of all ranks, is a rectangle of similarities; a span with itself is a triangle.
+Spans index the rows of all ranks. Two different spans stand for a rectangle of similarities; a span paired with itself
+stands for a triangle.
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ SpanPairs = list[tuple[slice, slice]]
 
 
 def spans(sizes: Sequence[int]) -> list[slice]:
-    """Where each rank's rows are among those of all."""
+    """Return the position of each rank's rows among the rows of all ranks."""
     ends = itertools.accumulate(sizes)
     return [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
 
 
 def half_ring(rank: int, sizes: Sequence[int]) -> SpanPairs:
-    """For blocks that go round: a rank's own, then that of the rank before it, and so on, half the way.
+    """Return the pairs for blocks that go around a ring: this rank's block, the block of the rank before it, and so on,
+    half the way around.
 
-    Half-way round an even number two ranks hold each other's block. Each takes one half of the lower one's rows.
+    If the world size is even, two ranks hold each other's block at the last step. The lower rank takes the first half
+    of its rows against the other block, and the higher rank takes the second half.
     """
     world, blocks = len(sizes), spans(sizes)
     pairs = [(blocks[rank], blocks[rank - step]) for step in range(world // 2 + 1)]
@@ -35,10 +38,11 @@ def half_ring(rank: int, sizes: Sequence[int]) -> SpanPairs:
 
 
 def triangle(rank: int, world: int, n_rows: int) -> SpanPairs:
-    """For rows that are all at hand: of 2R shares of the rows every rank takes the r-th from the top and the r-th from
-    the bottom, each against itself and what is below it. That is as much work for every rank, however the rows came."""
+    """Return the pairs for rows that have all been gathered. The rows are cut into 2R shares; rank r takes the r-th
+    share from the top and the r-th from the bottom, each against itself and all rows below it. Every rank gets the same
+    amount of work, however many rows it holds."""
     cuts = [n_rows * share // (2 * world) for share in range(2 * world + 1)]
     shares = [slice(cuts[rank], cuts[rank + 1]), slice(cuts[-2 - rank], cuts[-1 - rank])]
-    if rank == world - 1:  # the two in the middle are one
+    if rank == world - 1:  # its two shares are adjacent: join them
         shares = [slice(cuts[rank], cuts[rank + 2])]
     return [pair for rows in shares for pair in ((rows, rows), (rows, slice(rows.stop, n_rows)))]

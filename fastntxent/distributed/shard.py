@@ -1,4 +1,4 @@
-"""How a batch is spread over ranks: what a person chooses, and what the ranks settle before a loss."""
+"""How a batch is spread over ranks: the user's options, and what the ranks agree on before a loss."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
-WORLD: Literal["world"] = "world"  # the default process group, by a name that is there before the group is
+WORLD: Literal["world"] = "world"  # the default process group; the name can be used before the group exists
 
-# "auto": unit rows of all ranks beyond so many bytes go round the ring. They are sent one and a half times then, behind
-# the products, and are never held; below it the memory is small change, and one collective is quicker than many
-# messages.
+# With "auto", unit rows of all ranks beyond this many bytes go around the ring. The ring sends them one and a half
+# times, overlapped with the products, and never holds them all. Below this size memory matters little, and one
+# collective is faster than many messages.
 RING_BYTES = 2**29
 
 
 @dataclass(frozen=True)
 class Sharding:
-    """The ranks over which a batch is spread, and how rows travel between them; what `group=` of a loss takes.
+    """The ranks over which a batch is spread, and how rows travel between them. Pass it as a loss's `group=`.
 
     Args:
-        group: a process group, a DeviceMesh of one dimension, or "world", the default process group, which is looked up
-            at each call. A loss takes each of them itself, too, for the defaults.
-        strategy: "all_gather" holds the unit rows of all ranks, O(M D) memory for M rows in all; "ring" holds two other
-            ranks' at a time, and sends them one and a half times, behind the products; "auto" is the ring from 512 MiB
-            of rows.
-        wire_dtype: None, or the dtype that rows are rounded to before they are compared: torch.bfloat16 halves the
-            bytes. Values and gradients are then those of the rounded rows, the same on every rank; positives of two
-            views are not rounded.
-        check: at each call the ranks compare what they were given, and raise one error on all of them if it differs.
-            False saves exchanges of 32 bytes, one forward and one for each term backward, and the waits for them; every
-            rank must then have the same number of rows.
+        group: A process group, a one-dimensional DeviceMesh, or "world" for the default process group, which is looked
+            up at each call. A loss also takes any of these directly, with the default options.
+        strategy: "all_gather" holds the unit rows of all ranks, O(M D) memory for M rows in total. "ring" holds the
+            rows of two other ranks at a time and sends them one and a half times, overlapped with the products. "auto"
+            uses the ring from 512 MiB of rows.
+        wire_dtype: Dtype to which rows are rounded before they are compared, or None. torch.bfloat16 halves the bytes.
+            Values and gradients are then those of the rounded rows, the same on every rank. Positives of two views are
+            not rounded.
+        check: Compare the arguments of all ranks at each call, and raise the same error on every rank if they differ.
+            False saves exchanges of 32 bytes (one in the forward, one for each term in the backward) and the time spent
+            waiting for them, but then every rank must have the same number of rows.
 
     Raises:
-        TypeError: group or wire_dtype is something else.
+        TypeError: group or wire_dtype has the wrong type.
         ValueError: the mesh has several dimensions, this rank is not in the group, or the strategy or the name of the
             group is unknown.
         RuntimeError: torch.distributed is not available.
@@ -67,14 +67,14 @@ class Sharding:
     check: bool = True
 
     def __post_init__(self) -> None:
-        if self.group != WORLD:  # which may come into being later
+        if self.group != WORLD:  # the default group may not exist yet
             process_group(self.group)
         check_choice("strategy", self.strategy, STRATEGIES)
         if self.wire_dtype is not None and self.wire_dtype not in FLOAT_DTYPES:
             raise TypeError(f"wire_dtype must be None or a floating-point dtype, got {self.wire_dtype}")
 
     def __deepcopy__(self, memo: dict[int, object]) -> Sharding:
-        """A copy of a module has the same ranks: a process group cannot be copied."""
+        """Return self: a process group cannot be copied, and a copied module keeps its ranks."""
         return self
 
 
@@ -82,7 +82,7 @@ Group: TypeAlias = Union["ProcessGroup", "DeviceMesh", Sharding, Literal["world"
 
 
 def process_group(group: object) -> ProcessGroup:
-    """The process group itself, which the name "world" has once there is one."""
+    """Return the process group that a `group=` argument stands for."""
     if not dist.is_available():
         raise RuntimeError("group needs torch.distributed, which this PyTorch was built without")
     if group == WORLD:
@@ -95,23 +95,19 @@ def process_group(group: object) -> ProcessGroup:
 
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
-            raise ValueError(f"group must be a DeviceMesh of 1 dimension, got {group.ndim}: take one, mesh['name']")
+            raise ValueError(f"group must be a DeviceMesh of 1 dimension, got {group.ndim}: pass one, mesh['name']")
         group = group.get_group()
     if group is dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError("group must be a process group that this rank belongs to")
     if not isinstance(group, dist.ProcessGroup):
-        hint = (
-            ": dist.group.WORLD is None until init_process_group was called, 'world' is it then"
-            if group is None
-            else ""
-        )
+        hint = ": dist.group.WORLD is None before init_process_group; pass 'world' instead" if group is None else ""
         raise TypeError(f"group must be a ProcessGroup, a DeviceMesh or 'world', got {type(group).__name__}{hint}")
     return group
 
 
 @dataclass(eq=False)
 class Shard:
-    """One call's view of the ranks. `samples` and `sizes`, of its rows, have a number for each of them."""
+    """One call's view of the ranks. `samples` and `sizes` are the numbers of samples and rows on each rank."""
 
     group: ProcessGroup
     sharding: Sharding
@@ -137,41 +133,41 @@ class Shard:
         return sum(self.sizes)
 
     def sample_ids(self, like: Tensor) -> Tensor:
-        """The samples of this rank, counted over all ranks."""
+        """Return the indices of this rank's samples among the samples of all ranks."""
         first = sum(self.samples[: self.rank])
         return torch.arange(first, first + self.samples[self.rank], device=like.device)
 
     def row_ids(self, like: Tensor) -> Tensor:
-        """This rank's rows, view after view, counted over all ranks."""
+        """Return the indices of this rank's rows, view after view, among the rows of all ranks."""
         first = sum(self.sizes[: self.rank])
         return torch.arange(first, first + self.sizes[self.rank], device=like.device)
 
     def in_blocks(self) -> Shard:
-        """The same with blocks of one rank each: similarities are then products of the same shape forward and backward,
-        of rows and of columns, and equal to the bit."""
+        """Return a copy with one block per rank. A similarity is then a product of the same shape in forward and
+        backward, for rows and for columns, and has the same bits each time."""
         return replace(self, by_rank=True, _columns=[])
 
     def columns(self, u: Tensor) -> Columns:
-        """This rank's rows as columns of all ranks. Two terms of a loss that ask for the same rows share them."""
+        """Return the columns of all ranks for this rank's rows u. Terms of a loss that pass the same u share them."""
         for known, columns in self._columns:
             if known is u:
                 return columns
         dtype = accumulation_dtype(u.dtype)
         partition = Partition(self.group, self.rank, self.sizes, self.ring, dtype, self.turn, self.by_rank)
-        # Not a copy where the dtype is that of u: a change of u in place is one of these rows, and noticed.
+        # If u already has this dtype, this is u itself and no copy, so a change of u in place is detected.
         columns = Columns(partition, u.detach().resolve_neg().to(self.wire_dtype or dtype))
         self._columns.append((u, columns))
         return columns
 
     def as_sent(self, u: Tensor) -> Tensor:
-        """This rank's rows as the other ranks see them, with the gradient of the rows as they are."""
+        """Return this rank's rows as the other ranks see them, with a straight-through gradient to u."""
         if self.wire_dtype is None:
             return u
-        return u + (u.to(self.wire_dtype).to(u.dtype) - u).detach()  # exact: a rounding is small beside its number
+        return u + (u.to(self.wire_dtype).to(u.dtype) - u).detach()  # exact, because the rounding error is small
 
     @uncompiled
     def gather(self, x: Tensor) -> Tensor:
-        """One entry a sample of this rank (N, ...) to those of all ranks."""
+        """Return the entries of all ranks, given one entry per sample of this rank (N, ...)."""
         return wire.all_gather(self.group, x, self.samples)
 
 
@@ -179,9 +175,9 @@ class Shard:
 def open_shard(
     group: Group, function: str, rows: Mapping[str, Tensor], views: int, agreed: Mapping[str, object]
 ) -> Shard:
-    """Settle with the other ranks what each holds.
+    """Return the shard, after the ranks have agreed on the call and exchanged their sizes.
 
-    `rows`, each (n, D), have one row for each of this rank's samples, of which a loss has `views`. `agreed` is
+    Each tensor of `rows`, (n, D), has one row per sample of this rank; a loss has `views` rows per sample. `agreed` is
     everything else that must be the same on every rank.
     """
     sharding = group if isinstance(group, Sharding) else Sharding(group)

@@ -1,9 +1,10 @@
-"""What a teacher expects of a student's similarities, over ranks: this rank's rows and columns against those of all.
+"""The expectation of a student's similarities under a teacher's softmax, over ranks: this rank's rows and columns
+against those of all ranks.
 
-Forward, columns travel with their teacher's rows and one number each, and what this rank's rows add to a column's sum
-goes to the column's rank. Backward, each rank forms the gradient of its own rows and of its own columns: the other side
-travels with its teacher's rows and two numbers each, and no gradient of an embedding does. Of a teacher that is called
-no rows travel: each rank calls its own for its rows and its columns. ops/soft_targets.py has the formulas.
+In the forward, columns travel with their teacher's rows and one number each, and the partial sums of a column go to the
+rank that holds it. In the backward, each rank forms the gradients of its rows and its columns: the other side travels
+with its teacher's rows and two numbers each. No gradient of an embedding travels. If the teacher is a function, no
+teacher's rows travel: each rank calls it for its rows and its columns. ops/soft_targets.py has the formulas.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ _Similarities: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 class _Taught(NamedTuple):
-    """A side of the pairs, its teacher's rows or the teacher that is called, and of each row the teacher's log-sum-exp
-    and the weight of its sum."""
+    """One side of the pairs: the student's rows and their ids, the teacher's rows or its function, and per row the
+    teacher's log-sum-exp and the weight of the row's sum."""
 
     u: Tensor
     ids: Tensor
@@ -43,8 +44,9 @@ class _Taught(NamedTuple):
 def called_neg_lse(
     similarities: _Similarities, inv_tau: float | Tensor, ids: Tensor, dtype: torch.dtype, shard: Shard
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a teacher that is called nu of this rank's rows over all ranks' columns, nu of its columns over all ranks'
-    rows, and the logits of its pairs, (m,) each. ids: of its samples. If a rank's teacher raises, every rank raises."""
+    """Return three tensors (m,) for a teacher that is a function: nu of this rank's rows over all ranks' columns, nu of
+    its columns over all ranks' rows, and the logits of its positive pairs. `ids` are this rank's sample ids. If the
+    teacher raises on one rank, every rank raises."""
     all_ids, failure = torch.arange(shard.n_samples, device=ids.device), None
     nu_rows = pos = torch.empty(len(ids), dtype=dtype, device=ids.device)
     of_all = torch.full((len(all_ids),), -torch.inf, dtype=dtype, device=ids.device)
@@ -62,9 +64,10 @@ def called_neg_lse(
 
 @uncompiled
 def soft_dots(rows: Side, cols: Side, teacher: Teacher | CalledTeacher, shard: Shard) -> tuple[Tensor, Tensor]:
-    """The sums of this rank's rows (M,) over all ranks' columns, and of this rank's columns (K,) over all ranks' rows.
+    """Return the sums of this rank's rows (M,) over all ranks' columns, and of this rank's columns (K,) over all ranks'
+    rows.
 
-    Differentiable in the student's rows and columns, as of the sum of the ranks' losses.
+    Differentiable in the student's rows and columns; their gradients are those of the sum of all ranks' losses.
     """
     ids = rows.ids.to(torch.int64), cols.ids.to(torch.int64)
     columns = shard.columns(rows.u), shard.columns(cols.u)
@@ -123,9 +126,9 @@ class _SoftDotsOverRanks(torch.autograd.Function):
 def _gradient(
     own: _Taught, others: _Taught, columns: Columns, inv_tau: float | Tensor, *, of_columns: bool = False
 ) -> Tensor:
-    """Gradient in this rank's rows against all ranks' columns, or in its columns against all ranks' rows: `columns`, of
-    which `others` are this rank's. Tiles have the rows on their side either way, so that a logit is rounded as it was
-    in the forward."""
+    """Return the gradient in this rank's rows against all ranks' columns or, with `of_columns`, in its columns against
+    all ranks' rows. `columns` holds the other side on all ranks, `others` the part on this rank. The student's rows are
+    always the rows of a tile, so logits are rounded as in the forward."""
     d_own = torch.zeros_like(own.u)
     assert others.weights is not None
     numbers = torch.stack((others.lse, others.weights), dim=1)
@@ -143,17 +146,17 @@ def _gradient(
 
 
 def _sent(teacher: Tensor | _Similarities) -> tuple[Tensor, ...]:
-    """The teacher's rows, if it has any, as what travels with a side."""
+    """Return the teacher's rows, which travel with a side, or nothing if the teacher is a function."""
     return (teacher,) if isinstance(teacher, Tensor) else ()
 
 
 def _teacher_of(block: Block, teacher: Tensor | _Similarities) -> Tensor | _Similarities:
-    """The same of a block that has come with what was `_sent`."""
+    """Return the teacher of a block that was received: its rows, or the same function."""
     return block.numbers[0] if isinstance(teacher, Tensor) else teacher
 
 
 def _tiles(call: str, rows: _Taught, cols: _Taught, inv_tau: float | Tensor) -> tuple[SoftTargets, tuple[Any, ...]]:
-    """The tiles of two sides, and the weights as they may be used."""
+    """Return the tiles of two sides, and the sides' weights after validation."""
     weights = [side.weights for side in (rows, cols) if side.weights is not None]
     ids, numbers = (rows.ids, cols.ids), (inv_tau, rows.lse, cols.lse)
     if not isinstance(rows.teacher, Tensor):

@@ -1,9 +1,9 @@
-"""Sums of softplus over ranks: this rank's rows against the columns of all, and their gradient.
+"""Sums of softplus over ranks: this rank's rows against the columns of all ranks, and the gradient.
 
     sum_i = sum over {j : id_j != id_i} of log(1 + exp(x_ij))  [+ sum over {j : id_j = id_i} of log(1 + exp(-x_ij))]
 
-Forward, columns travel. Backward, each rank forms the gradient of its own rows and of its own columns: rows travel with
-one number each, the gradient of their sum, and no gradient of an embedding does.
+In the forward, columns travel. In the backward, each rank forms the gradients of its rows and its columns: both sides
+travel with one number each, the upstream gradient of their sum. No gradient of an embedding travels.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ def softplus_sums(
     *,
     positives: bool,
 ) -> Tensor:
-    """The sums of this rank's rows (M,) against the columns of all ranks, or without columns against all ranks' rows.
+    """Return the sums of this rank's rows (M,) against the columns of all ranks. If `cols` is None, the columns are the
+    rows of all ranks.
 
-    Differentiable in the rows and the columns, as of the sum of the ranks' losses, and in inv_tau and bias (0-d), as
-    this rank's part of it.
+    The gradients in the rows and columns are those of the sum of all ranks' losses. The gradients in inv_tau and bias
+    (0-d) are this rank's partial sums.
     """
     of_u = shard.columns(rows.u)
     if cols is None:
@@ -81,7 +82,7 @@ class _SoftplusOverRanks(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_sums: Tensor) -> tuple[Tensor | None, ...]:
-        d_sums = d_sums.clone(memory_format=torch.contiguous_format)  # expanded, of a sum or a mean
+        d_sums = d_sums.clone(memory_format=torch.contiguous_format)  # the gradient of a sum or a mean is expanded
         inv_tau, bias, *saved = ctx.part.begin_backward(ctx, d_sums.device)
         of_u, u_ids = ctx.partitions[0].columns_from(saved[:4])
         needs_u, needs_v, _, _, needs_inv_tau, needs_bias = ctx.needs_input_grad[:6]
@@ -89,7 +90,7 @@ class _SoftplusOverRanks(torch.autograd.Function):
         d_u = d_v = None
         numbers: tuple[Tensor, Tensor] | None = None
         if ctx.same:
-            # A pair is on the rank of either of its rows, where it counts with the weights of both.
+            # A pair is formed on the ranks of both its rows, each time with the weights of both.
             d_u, d_inv_tau, d_bias = _gradient_of_rows(Side(of_u.own, u_ids), d_sums, of_u, u_ids, d_sums, *options)
             numbers = d_inv_tau / 2, d_bias / 2
         else:
@@ -98,7 +99,7 @@ class _SoftplusOverRanks(torch.autograd.Function):
             if needs_v:
                 d_v, *of_numbers = _gradient_of_rows(Side(of_v.own, v_ids), none_of_v, of_u, u_ids, d_sums, *options)
                 numbers = of_numbers[0], of_numbers[1]
-            if needs_u or not needs_v:  # either side's pairs are all pairs
+            if needs_u or not needs_v:  # inv_tau and bias need one pass: over the ranks, either covers all pairs
                 d_u, *of_numbers = _gradient_of_rows(Side(of_u.own, u_ids), d_sums, of_v, v_ids, none_of_v, *options)
                 numbers = of_numbers[0], of_numbers[1]
         assert numbers is not None
@@ -124,8 +125,8 @@ def _gradient_of_rows(
     positives: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient in the rows, and in inv_tau and bias over all pairs of a row here and a column anywhere. `of_columns`:
-    the weights of the sums of this rank's columns."""
+    """Return the gradient in this rank's rows, and the gradients in inv_tau and bias over all pairs of these rows with
+    the columns of all ranks. `of_columns` are the upstream gradients of this rank's columns' sums."""
     d_rows, d_inv_tau, d_bias = torch.zeros_like(rows.u), of_rows.new_zeros(()), of_rows.new_zeros(())
     with autocast_off(rows.u):
         for block in columns.blocks(column_ids, of_columns):

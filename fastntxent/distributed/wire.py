@@ -1,7 +1,7 @@
-"""What goes between ranks: the only place that calls torch.distributed's collectives.
+"""Communication between ranks. Only this module calls torch.distributed's collectives.
 
-Rows travel as bytes, so that every backend takes every dtype. Sums over ranks are gathered and added in the order of
-the ranks: the same bits on every rank, and on every run.
+Rows travel as bytes, so every communication backend takes every dtype. Sums over ranks are gathered and added in rank
+order, so they have the same bits on every rank and in every run.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..ops.register import uncompiled as uncompiled  # nothing here can be compiled
+from ..ops.register import uncompiled as uncompiled  # collectives cannot be compiled
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
 class NoAnswerError(RuntimeError):
-    """A rank waited for the others in vain."""
+    """A collective failed or timed out because other ranks did not take part."""
 
 
 def all_gather(group: ProcessGroup, x: Tensor, sizes: Sequence[int]) -> Tensor:
-    """The rows of all ranks in their order, sum(sizes) of them; rank r holds sizes[r]. Shorter ones travel padded."""
+    """Return the rows of all ranks in rank order. Rank r holds sizes[r] rows; shorter blocks are padded to be sent."""
     largest = max(sizes)
     if largest == 0:
         return x
@@ -42,18 +42,18 @@ def all_gather(group: ProcessGroup, x: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def _all_gather() -> Callable[..., Any]:
-    """PyTorch 2.13 renamed it, and warns of the old name."""
+    """Return PyTorch's all-gather. PyTorch 2.13 renamed it and warns about the old name."""
     return getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def gather_numbers(group: ProcessGroup, x: Tensor) -> Tensor:
-    """A tensor of the same small shape from every rank: (ranks, *shape)."""
+    """Return the x of every rank, stacked (ranks, *shape). x is small and has the same shape on every rank."""
     world = dist.get_world_size(group)
     return all_gather(group, x.unsqueeze(0), [1] * world)
 
 
 def gather_objects(group: ProcessGroup, value: object) -> list[Any]:
-    """Something of each rank that can be pickled: for errors, not for a step."""
+    """Return the value of every rank, for error messages. Values are pickled, which is too slow for a training step."""
     values: list[Any] = [None] * dist.get_world_size(group)
     with _waiting(group):
         dist.all_gather_object(values, value, group=group)
@@ -61,7 +61,8 @@ def gather_objects(group: ProcessGroup, value: object) -> list[Any]:
 
 
 def exchange_numbers(group: ProcessGroup, x: Tensor, sizes: Sequence[int]) -> Tensor:
-    """From one number for each row of all ranks (M,) to what every rank has for this one's rows (ranks, m)."""
+    """Send each rank the numbers found here for its rows (M,), and return what every rank found for this rank's rows
+    (ranks, m)."""
     own = sizes[dist.get_rank(group)]
     received = x.new_empty(len(sizes) * own)
     with _waiting(group):
@@ -70,8 +71,8 @@ def exchange_numbers(group: ProcessGroup, x: Tensor, sizes: Sequence[int]) -> Te
 
 
 def all_reduce(group: ProcessGroup, x: Tensor) -> Tensor:
-    """The sum over the ranks of a tensor of the same shape on each. A rank adds a part of it and gathers the others':
-    less than twice the tensor is sent, however many ranks there are."""
+    """Return the sum over ranks of a tensor with the same shape on each. Each rank adds up a slice and gathers the
+    other slices, so a rank sends less than twice the tensor, whatever the world size."""
     world = dist.get_world_size(group)
     cuts = [x.numel() * rank // world for rank in range(world + 1)]
     sizes = [stop - start for start, stop in itertools.pairwise(cuts)]
@@ -80,11 +81,11 @@ def all_reduce(group: ProcessGroup, x: Tensor) -> Tensor:
 
 
 def ring(group: ProcessGroup, own: Sequence[Tensor], sizes: Sequence[int], hops: int) -> Iterator[tuple[Tensor, ...]]:
-    """The blocks of ranks, one after another: this rank's, then that of the rank before it, and so on, after so many
-    hops. Ranks minus one are all the way round.
+    """Iterate over the blocks of ranks: this rank's block, the block of the rank before it, and so on, up to `hops`
+    ranks back. World size minus one hops go all the way around.
 
-    While one block is worked on, it goes to the next rank and the one after it comes in: two blocks of other ranks are
-    held at a time, however many ranks there are.
+    While the caller works on a block, the block is sent to the next rank and the following one is received. So two
+    blocks of other ranks are held at a time, whatever the world size.
     """
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     after, before = (dist.get_global_rank(group, (rank + step) % world) for step in (1, -1))
@@ -112,24 +113,24 @@ def ring(group: ProcessGroup, own: Sequence[Tensor], sizes: Sequence[int], hops:
 
 
 def _written(x: Tensor) -> Tensor:
-    """Contiguous, and negated where PyTorch has only noted that it should be."""
+    """Return x as contiguous memory, with PyTorch's lazy negation applied."""
     return x.contiguous().resolve_neg()
 
 
 def _bytes(x: Tensor) -> Tensor:
-    if x.ndim and x.stride(-1) != 1:  # of one element, as an expanded gradient is, that counts as contiguous
+    if x.ndim and x.stride(-1) != 1:  # an expanded tensor of one element counts as contiguous despite its stride
         x = x.clone(memory_format=torch.contiguous_format)
     return x.view(torch.uint8)
 
 
 @contextlib.contextmanager
 def _waiting(group: ProcessGroup) -> Iterator[None]:
-    """What torch.distributed raises when a rank does not answer says little of why it should have."""
+    """Explain errors of torch.distributed: its own text does not say why a rank may not have answered."""
     try:
         yield
     except RuntimeError as error:
         raise NoAnswerError(
             f"rank {dist.get_rank(group)} of {dist.get_world_size(group)} got no answer from the others: a rank has "
-            "ended or raised an error of its own, did not call the same losses with this group, or was later than the "
-            f"group's timeout ({error})"
+            "ended or raised an error, did not call the same losses with this group, or was slower than the group's "
+            f"timeout ({error})"
         ) from error

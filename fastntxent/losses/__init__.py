@@ -1,5 +1,5 @@
-"""The losses as functions: conventions, reductions and the O(M D) formulas over the operators. docs/losses.md has all
-formulas in one place."""
+"""The losses as functions: conventions, reductions and O(M D) formulas over the operators. docs/losses.md lists all
+formulas."""
 
 from .clip_loss import clip, multi_clip
 from .dcl_loss import dcl, dclw

@@ -1,4 +1,4 @@
-"""The symmetric loss of two towers, and of all pairs of several."""
+"""The symmetric loss between two towers, and between all pairs of several."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .info_nce_loss import check_ids_given, check_positives, several_positives
 
 
 class CLIPDirections(NamedTuple):
-    """The two halves of the loss: (N,) each."""
+    """The losses of both directions, (N,) each."""
 
     image_to_text: Tensor
     text_to_image: Tensor
@@ -50,41 +50,75 @@ def clip(
     backend: BackendName = "auto",
     group: Group | None = None,
 ) -> Tensor:
-    r"""CLIP's loss: each image picks its text and each text its image, both from one pass over the similarities.
+    r"""CLIP's loss: each image picks its text and each text its image, in one pass over the similarities.
 
     .. math::
-        L = \frac{1}{2N} \sum_{n=1}^{N} \Big[ \log\big(1 + e^{\nu^{img}_n - \pi_n}\big)
-            + \log\big(1 + e^{\nu^{txt}_n - \pi_n}\big) \Big], \qquad \pi_n = s_{nn}/\tau
+        L = \frac{1}{2N} \sum_{n=1}^{N} [ \log(1 + e^{\nu^{img}_n - \pi_n}) + \log(1 + e^{\nu^{txt}_n - \pi_n}) ], \quad
+        \pi_n = s_{nn}/\tau
 
-    Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021; open_clip's
-    `ClipLoss` of features that are normalised already is this with `normalize=False`.
+    Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021. nu^img_n is the
+    log-sum-exp of image n's logits with the other texts, nu^txt_n of text n's logits with the other images. For
+    features that are normalised already, `normalize=False` gives open_clip's `ClipLoss`.
+
+    With positives="same_id" and form "out" the positives are part of the denominator, so near convergence the gradient
+    has the accuracy of a logit, eps / tau. "in" keeps its relative accuracy, and is the same loss where every row has
+    one positive.
+
+    A negative exactly at a limit that `margin`, `relative_margin` or `ceiling` sets, up to rounding, stays in the sum,
+    and so does one whose similarity is NaN. No gradient flows through the choice. Limits and smoothing apply in both
+    directions.
+
+    The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O(N D);
+    the reference backend takes O(N^2).
 
     Args:
-        image_features, text_features: (N, D); row n of both belongs together.
-        temperature: as in `nt_xent`; 0.07 where neither it nor a logit_scale is given.
-        logit_scale: 1 / temperature, in its place: a positive float or a 0-d tensor, as `log_scale.exp()` of a learnt
-            parameter.
-        logit_bias: a finite float or a tensor of one element, added to every logit, where the softmax cancels it: the
-            loss does not change, and the bias gets a gradient of exactly zero. (SigLIP's sigmoid loss is the one that
-            has use for it.)
-        ids: (N,) integers: samples of the same id are no negatives of each other.
-        positives: "pair", row n of both alone; or "same_id", all rows of the other tower that are of its id: `info_nce`
-            with several positives, in both directions. It needs ids, and takes no label_smoothing.
-        form: with several positives "out" or "in", as in `info_nce`; near convergence the gradient of "out" has the
-            accuracy of a logit alone, as there.
-        label_smoothing: as in `nt_xent`, in both directions.
-        margin, relative_margin, ceiling: as in `nt_xent`, in both directions.
-        reduction: "mean" (1/N over the samples of half the sum of both directions), "sum", or "none".
-        normalize, backend, group: as in `nt_xent`.
+        image_features: (N, D) features of the images, float16, bfloat16, float32 or float64. Row n belongs to sample n.
+        text_features: (N, D) features of the texts, with the shape, dtype and device of `image_features`. Row n belongs
+            to sample n.
+        temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
+            read a tensor on an accelerator, so its sign is not checked there. None: 0.07, unless `logit_scale` is
+            given.
+        logit_scale: 1 / tau in place of `temperature`: a positive float or a 0-d floating-point tensor, such as
+            `log_scale.exp()` of a learnt parameter.
+        logit_bias: A finite float or a tensor of one element that is added to every logit. The softmax cancels it, so
+            the loss does not change and the bias gets a gradient of exactly 0; only SigLIP's loss has use for one.
+        ids: (N,) integers, the group of each sample. Samples of the same group are not negatives of each other, which
+            removes false negatives. Ids have the same meaning on every rank. None: every other sample is a negative.
+            Required for positives="same_id".
+        positives: "pair": row n of the other side is the only positive of row n. "same_id": all rows of the other side
+            with its id are positives; this needs `ids` and excludes label smoothing, margins and a ceiling.
+        form: How the positives are combined with positives="same_id". "out" averages their log-probabilities: nu' -
+            mean_p s_np / tau, with nu' the log-sum-exp over all columns. "in" takes the logarithm of their mean
+            probability.
+        label_smoothing: The share of the target, in [0, 1), that is spread evenly over the positive and the negatives,
+            as in `torch.nn.functional.cross_entropy`.
+        margin: Leave a negative out of row i's sum where its similarity to row i is above s_pos - margin, with s_pos
+            the similarity of row i to its positive. A finite float; None sets no limit. Not with `relative_margin` or
+            `label_smoothing`.
+        relative_margin: Leave a negative out of row i's sum where its similarity to row i is above (1 -
+            relative_margin) s_pos. A float in [0, 1]; None sets no limit. Not with `margin` or `label_smoothing`.
+        ceiling: Leave a negative out of row i's sum where its similarity to row i is above this finite float. With a
+            margin too, the smaller limit holds. None sets no limit. Not with `label_smoothing`.
+        reduction: "mean" over the N samples, "sum", or "none" for one loss per sample.
+        normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
+            6.1e-5) in float16). False takes the rows as they are, and their products must not overflow.
+        backend: "auto", which chooses one for the device, or a name from `backends()`.
+        group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
+            group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
+            any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
+            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
+            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
+            whole batch.
 
     Returns:
-        A 0-d tensor, or (N,) for "none"; float64 for float64 features, else float32. Differentiable in the features,
-        the temperature or the scale.
+        A 0-d tensor, or (N,) for "none"; float64 for float64 features, else float32.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `nt_xent`.
-
-    Deterministic, O(N D) memory.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
+            is unknown.
+        RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
+            a second derivative is taken, which only backend="reference" without a group has.
 
     Example:
         >>> import torch, fastntxent
@@ -136,9 +170,9 @@ def clip_directions(
     label_smoothing: float,
     limits: Limits | None = None,
 ) -> CLIPDirections:
-    """Both directions' losses of rows as `unit_rows` gives them."""
+    """Return the losses of both directions for rows that come from `unit_rows`."""
     groups = batch.sample_ids() if ids is None else ids
-    # First, so that its backward comes last, when the kernel's has given its memory back.
+    # Formed first, so that its backward runs last, after the kernel's backward has freed its memory.
     sims = row_dots(u, v)
     pos = scale * sims
     if limits is None:
@@ -157,7 +191,7 @@ def clip_directions(
 
 
 def _checked_bias(logit_bias: float | Tensor, rows: Tensor) -> Tensor:
-    """A bias of one element, as a 0-d tensor."""
+    """Return a bias of one element as a 0-d tensor, checked."""
     if isinstance(logit_bias, Tensor):
         check_tensor("logit_bias", logit_bias)
         if logit_bias.numel() != 1:
@@ -184,35 +218,76 @@ def multi_clip(
     backend: BackendName = "auto",
     group: Group | None = None,
 ) -> Tensor:
-    r"""CLIP's loss of every two of several towers: images, texts, sounds...
+    r"""CLIP's loss of every two of several towers, such as images, texts and sounds.
 
     .. math:: L = \sum_{a < b} w_{ab} L^{\text{clip}}(x_a, x_b)
 
-    Each pair is one pass over its similarities. The default weights make it the mean over the pairs.
+    Each pair of towers takes one pass over its similarities. With the default weights the loss is the mean over the
+    pairs. `clip` is the loss of Radford et al., "Learning Transferable Visual Models From Natural Language
+    Supervision", 2021.
+
+    With positives="same_id" and form "out" the positives are part of the denominator, so near convergence the gradient
+    has the accuracy of a logit, eps / tau. "in" keeps its relative accuracy, and is the same loss where every row has
+    one positive.
+
+    A negative exactly at a limit that `margin`, `relative_margin` or `ceiling` sets, up to rounding, stays in the sum,
+    and so does one whose similarity is NaN. No gradient flows through the choice.
+
+    The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O(T N
+    D); the reference backend takes O(N^2).
 
     Args:
-        features: T >= 2 tensors (N, D); row n of all of them belongs together.
-        temperature, logit_scale: as in `clip`, the same for all pairs.
-        weights: a finite number of at least 0 for each pair, in the order (0, 1), (0, 2), ..., (1, 2), ...; a pair of
-            weight 0 costs nothing. None: 1 / the number of pairs.
-        ids, positives, form: as in `clip`.
-        label_smoothing, margin, relative_margin, ceiling: as in `clip`.
-        reduction, normalize, backend, group: as in `clip`.
+        features: T >= 2 tensors (N, D) of one shape, dtype and device, one per tower. Row n of each belongs to sample
+            n.
+        temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
+            read a tensor on an accelerator, so its sign is not checked there. None: 0.07, unless `logit_scale` is
+            given.
+        logit_scale: 1 / tau in place of `temperature`: a positive float or a 0-d floating-point tensor, such as
+            `log_scale.exp()` of a learnt parameter.
+        weights: One finite number, at least 0, for each pair of towers, in the order (0, 1), (0, 2), ..., (1, 2), ...;
+            one of them above 0. A pair of weight 0 costs nothing. None: 1 / the number of pairs.
+        ids: (N,) integers, the group of each sample. Samples of the same group are not negatives of each other, which
+            removes false negatives. Ids have the same meaning on every rank. None: every other sample is a negative.
+            Required for positives="same_id".
+        positives: "pair": row n of the other side is the only positive of row n. "same_id": all rows of the other side
+            with its id are positives; this needs `ids` and excludes label smoothing, margins and a ceiling.
+        form: How the positives are combined with positives="same_id". "out" averages their log-probabilities: nu' -
+            mean_p s_np / tau, with nu' the log-sum-exp over all columns. "in" takes the logarithm of their mean
+            probability.
+        label_smoothing: The share of the target, in [0, 1), that is spread evenly over the positive and the negatives,
+            as in `torch.nn.functional.cross_entropy`.
+        margin: Leave a negative out of row i's sum where its similarity to row i is above s_pos - margin, with s_pos
+            the similarity of row i to its positive. A finite float; None sets no limit. Not with `relative_margin` or
+            `label_smoothing`.
+        relative_margin: Leave a negative out of row i's sum where its similarity to row i is above (1 -
+            relative_margin) s_pos. A float in [0, 1]; None sets no limit. Not with `margin` or `label_smoothing`.
+        ceiling: Leave a negative out of row i's sum where its similarity to row i is above this finite float. With a
+            margin too, the smaller limit holds. None sets no limit. Not with `label_smoothing`.
+        reduction: "mean" over the N samples, "sum", or "none" for one loss per sample.
+        normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
+            6.1e-5) in float16). False takes the rows as they are, and their products must not overflow.
+        backend: "auto", which chooses one for the device, or a name from `backends()`.
+        group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
+            group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
+            any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
+            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
+            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
+            whole batch.
 
     Returns:
         A 0-d tensor, or (N,) for "none"; float64 for float64 features, else float32.
 
     Raises:
-        TypeError: features is no sequence of tensors, or weights none of numbers.
-        ValueError: fewer than two towers, another number of weights than pairs, a negative one, or none above 0.
-        TypeError, ValueError, RuntimeError: as `clip`.
-
-    Deterministic, O(T N D) memory.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
+            is unknown.
+        RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
+            a second derivative is taken, which only backend="reference" without a group has.
 
     Example:
         >>> import torch, fastntxent
         >>> z = torch.eye(4)
-        >>> fastntxent.multi_clip([z, z, z], temperature=1.0)  # log(e + 3) - 1 of each pair
+        >>> fastntxent.multi_clip([z, z, z], temperature=1.0)  # log(e + 3) - 1 for each pair
         tensor(0.7437)
     """
     pairs, weights = _pairs_of_towers(features, weights, may_be_empty=group is not None)
@@ -235,7 +310,7 @@ def _pairs_of_towers(
         raise TypeError(f"features must be a sequence of tensors, one per tower, got {type(features).__name__}")
     pairs = list(itertools.combinations(features, 2))
     if not pairs:
-        raise ValueError(f"features must be of at least two towers, got {len(features)}")
+        raise ValueError(f"features must hold at least two towers, got {len(features)}")
     for index, x in enumerate(features):
         check_rows(f"features[{index}]", x, may_be_empty=may_be_empty)
         check_same("features[0]", features[0], f"features[{index}]", x, "shape", "dtype", "device")
@@ -243,5 +318,5 @@ def _pairs_of_towers(
         return pairs, [1 / len(pairs)] * len(pairs)
     checked = check_weights("weights", weights, "a number for each pair")
     if len(checked) != len(pairs):
-        raise ValueError(f"weights must be one for each of the {len(pairs)} pairs, got {len(checked)}")
+        raise ValueError(f"weights must have one number for each of the {len(pairs)} pairs, got {len(checked)}")
     return pairs, checked

@@ -1,4 +1,4 @@
-"""Decoupled contrastive losses: the positive leaves the denominator."""
+"""Decoupled contrastive losses: the positive is not in the denominator."""
 
 from __future__ import annotations
 
@@ -31,13 +31,38 @@ def dcl(
 
     .. math:: L_i = -s_{i,p(i)}/\tau + \log \sum_{j \ne i, p(i)} e^{s_{ij}/\tau}
 
-    Yeh et al., "Decoupled Contrastive Learning", 2022. The mean is over the 2N rows. Losses may be negative.
+    Yeh et al., "Decoupled Contrastive Learning", 2022. The rows are [z_i; z_j], and p(i) is the other view of row i's
+    sample. A loss may be negative. With N = 1 there are no negatives and the loss is 0.
 
-    Args, errors, determinism and memory are those of `nt_xent`, without `ids`, smoothing and temperatures per row. With
-    N = 1 there are no negatives and the loss is 0.
+    The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O(N D);
+    the reference backend takes O(N^2).
+
+    Args:
+        z_i: (N, D) embeddings of the first view, float16, bfloat16, float32 or float64, with any strides. Row n belongs
+            to sample n.
+        z_j: (N, D) embeddings of the second view, with the shape, dtype and device of `z_i`. Row n belongs to sample n.
+        temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
+            read a tensor on an accelerator, so its sign is not checked there.
+        reduction: "mean" over the 2N rows, "sum", or "none" for one loss per row.
+        normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
+            6.1e-5) in float16). False takes the rows as they are, and their products must not overflow.
+        backend: "auto", which chooses one for the device, or a name from `backends()`.
+        group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
+            group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
+            any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
+            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
+            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
+            whole batch.
 
     Returns:
-        A 0-d tensor, or (2N,) for "none", in the order [z_i; z_j]; float64 for float64 embeddings, else float32.
+        A 0-d tensor, or (2N,) in the order [z_i; z_j] for "none"; float64 for float64 embeddings, else float32.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
+            is unknown.
+        RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
+            a second derivative is taken, which only backend="reference" without a group has.
 
     Example:
         >>> import torch, fastntxent
@@ -65,26 +90,51 @@ def dclw(
     backend: BackendName = "auto",
     group: Group | None = None,
 ) -> Tensor:
-    r"""DCLW: DCL that pulls hardest on the pairs that are furthest apart, by a negative von Mises-Fisher weight.
+    r"""DCLW: DCL with a von Mises-Fisher weight that pulls hardest on the pairs that are furthest apart.
 
     .. math::
-        L_i = -w_i s_{i,p(i)}/\tau + \log \sum_{j \ne i, p(i)} e^{s_{ij}/\tau}, \qquad
+        L_i = -w_i s_{i,p(i)}/\tau + \log \sum_{j \ne i, p(i)} e^{s_{ij}/\tau}, \quad
         w_i = 2 - \frac{e^{s_{i,p(i)}/\sigma}}{\frac{1}{N} \sum_n e^{s_{n,p(n)}/\sigma}}
 
-    Yeh et al., "Decoupled Contrastive Learning", 2022. No gradient goes through the weights.
+    Yeh et al., "Decoupled Contrastive Learning", 2022. The rows are [z_i; z_j], and p(i) is the other view of row i's
+    sample. No gradient flows through the weights. A loss may be negative. With N = 1 there are no negatives and the
+    loss is 0.
+
+    The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O(N D);
+    the reference backend takes O(N^2).
 
     Args:
-        sigma: the spread of the weights, positive.
-
-    The other arguments, errors, determinism and memory are those of `dcl`.
+        z_i: (N, D) embeddings of the first view, float16, bfloat16, float32 or float64, with any strides. Row n belongs
+            to sample n.
+        z_j: (N, D) embeddings of the second view, with the shape, dtype and device of `z_i`. Row n belongs to sample n.
+        temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
+            read a tensor on an accelerator, so its sign is not checked there.
+        sigma: The spread of the weights, a positive float.
+        reduction: "mean" over the 2N rows, "sum", or "none" for one loss per row.
+        normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
+            6.1e-5) in float16). False takes the rows as they are, and their products must not overflow.
+        backend: "auto", which chooses one for the device, or a name from `backends()`.
+        group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
+            group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
+            any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
+            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
+            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
+            whole batch.
 
     Returns:
-        A 0-d tensor, or (2N,) for "none", in the order [z_i; z_j]; float64 for float64 embeddings, else float32.
+        A 0-d tensor, or (2N,) in the order [z_i; z_j] for "none"; float64 for float64 embeddings, else float32.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
+            is unknown.
+        RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
+            a second derivative is taken, which only backend="reference" without a group has.
 
     Example:
         >>> import torch, fastntxent
         >>> z = torch.eye(4)
-        >>> fastntxent.dclw(z, z, temperature=1.0)  # pairs alike: every weight is 1
+        >>> fastntxent.dclw(z, z, temperature=1.0)  # all pairs alike: every weight is 1
         tensor(0.7918)
     """
     sigma = check_positive_number("sigma", sigma)
@@ -99,13 +149,13 @@ def dclw(
 
 
 def mises_fisher_weights(batch: Batch, sims: Tensor, sigma: float) -> Tensor:
-    """2 - exp(s_n / sigma) / mean_m exp(s_m / sigma), (N,), without a gradient. In float64, for small sigmas."""
+    """Return 2 - exp(s_n / sigma) / mean_m exp(s_m / sigma), (N,), without a gradient; in float64, for small sigmas."""
     wide = in_double(sims.detach())
-    least = 4 * torch.finfo(wide.dtype).tiny  # a smaller sigma would weigh the same pair alone
+    least = 4 * torch.finfo(wide.dtype).tiny  # a smaller sigma gives the same weights
     wide = wide / math.copysign(max(abs(sigma), least), sigma)
     return (2 - batch.n_samples * torch.exp(wide - batch.log_sum_exp(wide))).to(sims.dtype)
 
 
 def _decoupled(nu: Tensor, pos: Tensor) -> Tensor:
-    """nu - pi, and 0 for a row without negatives."""
+    """Return nu - pi, or 0 for a row without negatives."""
     return torch.where(nu == -torch.inf, 0, nu - pos)

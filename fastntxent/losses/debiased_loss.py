@@ -1,4 +1,4 @@
-"""Losses that correct the negatives for the positives that hide among them, and weigh the hard ones."""
+"""Losses that correct for false negatives, and give hard negatives more weight."""
 
 from __future__ import annotations
 
@@ -27,23 +27,47 @@ def debiased(
     backend: BackendName = "auto",
     group: Group | None = None,
 ) -> Tensor:
-    r"""Debiased contrastive loss: an estimate of what the negatives would sum to without the false ones among them.
+    r"""The debiased contrastive loss: the sum over negatives, corrected for the false ones among them.
 
     .. math::
-        L_i = \log\big(1 + G_i e^{-s_{i,p(i)}/\tau}\big), \qquad
-        G_i = \max\Big( \frac{e^{\nu_i} - \tau^+ n\, e^{s_{i,p(i)}/\tau}}{1 - \tau^+},\; n\, e^{-1/\tau} \Big)
+        L_i = \log(1 + G_i e^{-s_{i,p(i)}/\tau}), \quad
+        G_i = \max( \frac{e^{\nu_i} - \tau^+ n\, e^{s_{i,p(i)}/\tau}}{1 - \tau^+}, n\, e^{-1/\tau} )
 
-    with n = 2N - 2 negatives. Chuang et al., "Debiased Contrastive Learning", 2020. The mean is over the 2N rows;
-    tau_plus = 0 is `nt_xent`, but for the lower bound, which cosine similarities never reach.
+    Chuang et al., "Debiased Contrastive Learning", 2020. The rows are [z_i; z_j], p(i) is the other view of row i's
+    sample, and nu_i is the log-sum-exp over the n = 2N - 2 negatives. tau_plus = 0 gives `nt_xent`, except for the
+    lower bound n exp(-1/tau), which cosine similarities never reach. The bound assumes cosine similarities, even with
+    normalize=False. With N = 1 there are no negatives and the loss is 0.
+
+    The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O(N D);
+    the reference backend takes O(N^2).
 
     Args:
-        tau_plus: the prior probability that a negative belongs to the row's own class, in [0, 1).
-
-    The other arguments, errors, determinism and memory are those of `dcl`. The bound presumes cosine similarities,
-    also with normalize=False.
+        z_i: (N, D) embeddings of the first view, float16, bfloat16, float32 or float64, with any strides. Row n belongs
+            to sample n.
+        z_j: (N, D) embeddings of the second view, with the shape, dtype and device of `z_i`. Row n belongs to sample n.
+        temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
+            read a tensor on an accelerator, so its sign is not checked there.
+        tau_plus: The prior probability, in [0, 1), that a negative belongs to the row's own class.
+        reduction: "mean" over the 2N rows, "sum", or "none" for one loss per row.
+        normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
+            6.1e-5) in float16). False takes the rows as they are, and their products must not overflow.
+        backend: "auto", which chooses one for the device, or a name from `backends()`.
+        group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
+            group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
+            any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
+            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
+            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
+            whole batch.
 
     Returns:
-        A 0-d tensor, or (2N,) for "none", in the order [z_i; z_j]; float64 for float64 embeddings, else float32.
+        A 0-d tensor, or (2N,) in the order [z_i; z_j] for "none"; float64 for float64 embeddings, else float32.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
+            is unknown.
+        RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
+            a second derivative is taken, which only backend="reference" without a group has.
 
     Example:
         >>> import torch, fastntxent
@@ -77,29 +101,53 @@ def hard_negative(
     backend: BackendName = "auto",
     group: Group | None = None,
 ) -> Tensor:
-    r"""HCL: the debiased loss with each negative weighted by how close it lies.
+    r"""HCL: the debiased loss with each negative weighted by how close it is to the row.
 
     .. math::
-        L_i = \log\big(1 + G_i e^{-s_{i,p(i)}/\tau}\big), \qquad
-        G_i = \max\Big( \frac{E_i - \tau^+ n\, e^{s_{i,p(i)}/\tau}}{1 - \tau^+},\; n\, e^{-1/\tau} \Big), \qquad
+        L_i = \log(1 + G_i e^{-s_{i,p(i)}/\tau}), \quad
+        G_i = \max( \frac{E_i - \tau^+ n\, e^{s_{i,p(i)}/\tau}}{1 - \tau^+}, n\, e^{-1/\tau} ), \quad
         E_i = \frac{\sum_j e^{(1 + \beta) s_{ij}/\tau}}{\frac{1}{n} \sum_j e^{\beta s_{ij}/\tau}}
 
-    the sums over the n = 2N - 2 negatives: `neg_lse` at two inverse temperatures. Robinson et al., "Contrastive
-    Learning with Hard Negative Samples", 2021. Gradients go through the weights too. The mean is over the 2N rows;
-    beta = 0 is `debiased`.
+    Robinson et al., "Contrastive Learning with Hard Negative Samples", 2021. The rows are [z_i; z_j], p(i) is the other
+    view of row i's sample, and the sums run over the n = 2N - 2 negatives. Gradients flow through the weights too. beta
+    = 0 gives `debiased`. The lower bound n exp(-1/tau) assumes cosine similarities, even with normalize=False. With N =
+    1 there are no negatives and the loss is 0.
+
+    The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O(N D);
+    the reference backend takes O(N^2). beta > 0 doubles the time.
 
     Args:
-        tau_plus: as in `debiased`.
-        beta: concentration on hard negatives, 0 or more.
-
-    The other arguments, errors, determinism and memory are those of `dcl`; with beta > 0 it takes twice the time.
+        z_i: (N, D) embeddings of the first view, float16, bfloat16, float32 or float64, with any strides. Row n belongs
+            to sample n.
+        z_j: (N, D) embeddings of the second view, with the shape, dtype and device of `z_i`. Row n belongs to sample n.
+        temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
+            read a tensor on an accelerator, so its sign is not checked there.
+        tau_plus: The prior probability, in [0, 1), that a negative belongs to the row's own class.
+        beta: The concentration on hard negatives, 0 or more.
+        reduction: "mean" over the 2N rows, "sum", or "none" for one loss per row.
+        normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
+            6.1e-5) in float16). False takes the rows as they are, and their products must not overflow.
+        backend: "auto", which chooses one for the device, or a name from `backends()`.
+        group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
+            group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
+            any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
+            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
+            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
+            whole batch.
 
     Returns:
-        A 0-d tensor, or (2N,) for "none", in the order [z_i; z_j]; float64 for float64 embeddings, else float32.
+        A 0-d tensor, or (2N,) in the order [z_i; z_j] for "none"; float64 for float64 embeddings, else float32.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
+            is unknown.
+        RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
+            a second derivative is taken, which only backend="reference" without a group has.
 
     Example:
         >>> import torch, fastntxent
-        >>> z = torch.eye(4)  # negatives all alike: their weights are 1
+        >>> z = torch.eye(4)  # all negatives alike: their weights are 1
         >>> fastntxent.hard_negative(z, z, temperature=1.0, tau_plus=0.1, beta=1.0)
         tensor(1.0246)
     """
@@ -111,7 +159,7 @@ def hard_negative(
     )  # fmt: skip
     inv_tau = batch.inverse_temperature(temperature)
     nu, pos = batch.nt_xent_rows(z_i, z_j, factor(inv_tau * (1 + beta), z_i))
-    log_n = scalar_like(2 * batch.n_samples - 2, z_i).log()  # -inf without negatives, as nu is
+    log_n = scalar_like(2 * batch.n_samples - 2, z_i).log()  # -inf without negatives, like nu
     if beta:
         pos = pos / (1 + beta)
         weights = batch.nt_xent_rows(z_i, z_j, factor(inv_tau * beta, z_i))[0]
@@ -123,7 +171,7 @@ def hard_negative(
 
 
 def _without_false_negatives(nu: Tensor, pos: Tensor, tau_plus: float, log_n: Tensor) -> Tensor:
-    """log(e^nu - tau_plus n e^pi) - log(1 - tau_plus), and -inf where that has no logarithm."""
+    """Return log(e^nu - tau_plus n e^pi) - log(1 - tau_plus), or -inf where the first logarithm does not exist."""
     ratio = math.log(tau_plus) + log_n + pos - nu
     some = ratio < 0
     left = torch.log(-torch.expm1(ratio.masked_fill(~some, -1.0)))

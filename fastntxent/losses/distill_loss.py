@@ -1,4 +1,4 @@
-"""The loss of a student of two towers whose targets are a teacher's softmaxes."""
+"""The loss of a two-tower student whose targets are a teacher's softmaxes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _LARGEST_SHARED_LOGIT = 256.0  # an error of 2e-5 in float32
 
 
 class DistillTerms(NamedTuple):
-    """A student's two losses, reduced: CLIP's, of the pairs, and the cross-entropy with its teacher."""
+    """A student's two losses, reduced: CLIP's loss of the pairs, and the cross-entropy with the teacher."""
 
     contrastive: Tensor
     distilled: Tensor
@@ -48,52 +48,76 @@ def distill(
     backend: BackendName = "auto",
     group: Group | None = None,
 ) -> Tensor:
-    r"""Distillation of two towers: cross-entropies of a student's softmaxes with a teacher's, in both directions.
+    r"""Distillation of two towers: the cross-entropy of a student's softmaxes with a teacher's.
 
     .. math::
-        L = -\frac{1}{2N} \sum_{i=1}^{N} \sum_{j=1}^{N} \big[
-            p^T_{ij} \log p^S_{ij} + q^T_{ij} \log q^S_{ij} \big], \qquad
+        L = -\frac{1}{2N} \sum_{i=1}^{N} \sum_{j=1}^{N} [ p^T_{ij} \log p^S_{ij} + q^T_{ij} \log q^S_{ij} ], \quad
         p_{ij} = \frac{e^{s_{ij}/\tau}}{\sum_l e^{s_{il}/\tau}}, \quad
         q_{ij} = \frac{e^{s_{ij}/\tau}}{\sum_l e^{s_{lj}/\tau}}
 
-    with the student's similarities and temperature in p^S and q^S, the teacher's in p^T and q^T; open_clip's
-    `DistillClipLoss` of features that are normalised already is this with `normalize=False`. It is least, and then the
+    Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, between two towers. p^S and q^S come from the
+    student's similarities and temperature, p^T and q^T from the teacher's. The loss is smallest, and then equals the
     teacher's entropy, where the student's softmaxes are the teacher's.
 
-    Args:
-        image_features, text_features: (N, D), the student's; row n of both belongs together.
-        teacher_image_features, teacher_text_features: (N, E), the teacher's of the same samples, of any floating dtype.
-            No gradient goes through them.
-        temperature: as in `nt_xent`; 0.07 where neither it nor a logit_scale is given.
-        teacher: in place of the teacher's features, a function that gives its similarities tile by tile, where they are
-            no products of features. `teacher(rows, cols)` gets the numbers of images and of texts, two 1-d int64
-            tensors on the student's device, and returns a tensor (len(rows), len(cols)) of any floating dtype on that
-            device: the similarity of each of these images to each of these texts, before the teacher's temperature.
-            `normalize` does not touch it; -inf makes a pair's probability 0, if its image and its text have another.
-            It must return the same numbers at every call; when it is called, and for which pairs, is said below.
-        teacher_temperature: the teacher's, through which no gradient goes; the student's where neither it nor a
-            teacher_logit_scale is given.
-        logit_scale, teacher_logit_scale: 1 / temperature, in its place: a positive float or a 0-d tensor.
-        reduction: "mean" (1/N over the samples of half the sum of both directions), "sum", or "none".
-        normalize, backend, group: as in `nt_xent`; `normalize` is for the teacher's rows too.
+    For features that are normalised already, `normalize=False` gives open_clip's `DistillClipLoss`. The loss is
+    differentiable in the student's features and in its temperature or logit scale.
 
-    Returns:
-        A 0-d tensor, or (N,) for "none": half of what row n of the images and row n of the texts add. float64 for
-        float64 features, else float32. Differentiable in the student's features, temperature or scale.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: as `nt_xent` does, for a teacher in neither form or in both, and for a
-            `teacher` that returns something else.
-
-    Deterministic, O(N (D + E)) memory. The student's log-sum-exps are CLIP's, in one pass with their gradient; the
-    teacher's take one pass of its similarities, and what it expects of the student's another.
+    The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O(N (D +
+    E)). The student's log-sum-exps are those of `clip`, in one pass with their gradient. The teacher's log-sum-exps
+    take one pass over its similarities, and the expectation of the student's similarities under the teacher takes
+    another.
 
     A `teacher` is called without gradients and with autocast off, for tiles of at most 512 x 512 (4,096 x 4,096 on an
-    accelerator). Each pair is asked for twice: for the teacher's log-sum-exps, and for what it expects, with the
-    gradient. With reduction "none" the gradient asks a third time, in the backward. Over ranks samples are numbered
-    through all ranks in their order; a rank asks for its images with all texts twice forward and once backward, and
-    backward once for all images with its texts. The reference asks for all pairs at once. Under torch.compile a
+    accelerator). Each pair is asked for twice: once for the teacher's log-sum-exps, and once for the expectation and
+    its gradient. With reduction="none" the backward asks a third time. Over ranks, samples are numbered through all
+    ranks in order: a rank asks for its images with all texts twice in the forward and once in the backward, and in the
+    backward once for all images with its texts. The reference backend asks for all pairs at once. Under torch.compile a
     `teacher` is a graph break.
+
+    Args:
+        image_features: (N, D) features of the images, float16, bfloat16, float32 or float64. Row n belongs to sample n.
+        text_features: (N, D) features of the texts, with the shape, dtype and device of `image_features`. Row n belongs
+            to sample n.
+        teacher_image_features: (N, E) features of the same images by the teacher, of any floating-point dtype. They get
+            no gradient. None where `teacher` is given.
+        teacher_text_features: (N, E) features of the same texts by the teacher, like `teacher_image_features`.
+        temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
+            read a tensor on an accelerator, so its sign is not checked there. None: 0.07, unless `logit_scale` is
+            given.
+        teacher: A function in place of the teacher's features, for similarities that are not products of features.
+            `teacher(rows, cols)` gets the indices of images and of texts, two 1-d int64 tensors on the student's
+            device, and returns the (len(rows), len(cols)) similarities of each of these images to each of these texts,
+            in any floating-point dtype on that device, before the teacher's temperature is applied. `normalize` does
+            not affect them. -inf gives a pair probability 0, as long as its image and its text each have another pair.
+            The function must return the same values at every call.
+        teacher_temperature: The teacher's temperature, like `temperature` but without a gradient. None: the student's,
+            unless `teacher_logit_scale` is given.
+        logit_scale: 1 / tau in place of `temperature`: a positive float or a 0-d floating-point tensor, such as
+            `log_scale.exp()` of a learnt parameter.
+        teacher_logit_scale: The teacher's logit scale in place of `teacher_temperature`, like `logit_scale` but without
+            a gradient.
+        reduction: "mean" over the N samples, "sum", or "none" for one loss per sample.
+        normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
+            6.1e-5) in float16). False takes the rows as they are, and their products must not overflow. The teacher's
+            features are treated in the same way.
+        backend: "auto", which chooses one for the device, or a name from `backends()`.
+        group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
+            group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
+            any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
+            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
+            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
+            whole batch.
+
+    Returns:
+        A 0-d tensor, or (N,) for "none"; float64 for float64 features, else float32.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype, there is no teacher, or `teacher` returns something other
+            than a floating-point tensor.
+        ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
+            is unknown; or a teacher is given in both forms.
+        RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
+            a second derivative is taken, which only backend="reference" without a group has.
 
     Example:
         >>> import torch, fastntxent
@@ -128,15 +152,16 @@ def distill_terms(
     backend: BackendName = "auto",
     group: Group | None = None,
 ) -> DistillTerms:
-    """`distill` and the `clip` of the same features, which has most of it in it. function: what was called, for errors
-    over ranks.
+    """Return the `distill` and the `clip` of the same features; `distill` computes most of `clip` anyway.
 
-    With pi_i the logit of row i's positive, nu_i its log-sum-exp over the others and l_ij its logits,
+    With pi_i the logit of row i's positive, nu_i the log-sum-exp over the other columns and l_ij the logits,
 
         -sum_j p^T_ij log p^S_ij = softplus(nu_i - pi_i) + sum_{j != i} p^T_ij (pi_i - l_ij)
 
-    The first is InfoNCE, so that nothing is subtracted that was added before, and the second is linear in the student's
+    The first term is InfoNCE, so nothing is added and subtracted again. The second is linear in the student's
     similarities.
+
+    function: the name of the public function, for errors over ranks.
     """
     _check_one_of("temperature", temperature, "logit_scale", logit_scale)
     _check_one_of("teacher_temperature", teacher_temperature, "teacher_logit_scale", teacher_logit_scale)
@@ -160,8 +185,8 @@ def distill_terms(
     else:
         t_k = _scale(batch, teacher_temperature, teacher_logit_scale)
         t_k = t_k.detach() if isinstance(t_k, Tensor) else t_k
-    # Two terms give a gradient to the features, which near the teacher cancel: in half precision what is left would be
-    # smaller than the rounding of either.
+    # The features get gradients from two terms, which nearly cancel where the student is close to the teacher. In half
+    # precision the rounding of each term would exceed their sum.
     image, text = (x.to(accumulation_dtype(x.dtype)) for x in (image_features, text_features))
     u, v = batch.unit_rows(image), batch.unit_rows(text)
     contrastive = batch.info_nce_at_once(image, text, k, both=True)
@@ -178,7 +203,7 @@ def distill_terms(
 def _expected_loss(
     batch: Batch, u: Tensor, v: Tensor, k: float | Tensor, teacher: Teacher | CalledTeacher, missed: Tensor
 ) -> Tensor:
-    """Half of sum_{j != i} p^T_ij (pi_i - l_ij), and of the same over the columns' rows, of each sample, reduced."""
+    """Return half the sum over j != i of p^T_ij (pi_i - l_ij), in both directions, for each sample, reduced."""
     ids = batch.sample_ids()
     rows, cols = Side(batch.as_compared(u), ids), Side(batch.as_compared(v), ids)
     total = batch.soft_dots_at_once(rows, cols, teacher)
@@ -191,7 +216,8 @@ def _expected_loss(
 
 
 def _of_features(batch: Batch, features: Sequence[Tensor], t_k: float | Tensor) -> tuple[Teacher, Tensor]:
-    """The teacher, and of each sample what its softmaxes give to other samples, in both directions."""
+    """Return the teacher, and for each sample the probability that its softmaxes give to other samples, in both
+    directions."""
     t_image, t_text = features
     others, ids = batch.beside(t_image), batch.sample_ids()
     a, b = others.unit_rows(t_image), others.unit_rows(t_text)
@@ -205,10 +231,10 @@ def _of_features(batch: Batch, features: Sequence[Tensor], t_k: float | Tensor) 
 
 
 def _is_sharp(a: Tensor, b: Tensor, t_k: float | Tensor, normalize: bool) -> bool:
-    """Whether the host can see that the teacher's logits are large.
+    """Return whether the host can tell that the teacher's logits are large.
 
-    Two kernels round a logit differently, by about half of eps |k s|. Where one forms the log-sum-exps and the other
-    the probabilities, that is a relative error of these.
+    Two kernels round a logit differently, by about half of eps |k s|. If one forms the log-sum-exps and another the
+    probabilities, this becomes a relative error of the probabilities.
     """
     largest = (t_k, t_k) if not isinstance(t_k, Tensor) else extremes(t_k)
     if largest is None:
@@ -221,7 +247,7 @@ def _is_sharp(a: Tensor, b: Tensor, t_k: float | Tensor, normalize: bool) -> boo
 def _of_function(
     batch: Batch, teacher: Similarities, t_k: float | Tensor, dtype: torch.dtype
 ) -> tuple[CalledTeacher, Tensor]:
-    """The same of a teacher that is called."""
+    """Return the same as `_of_features`, for a teacher that is a function."""
 
     def similarities(rows: Tensor, cols: Tensor) -> Tensor:
         with torch.no_grad():
@@ -235,7 +261,7 @@ def _of_function(
 
 
 def _check_similarities(found: Tensor, rows: Tensor, cols: Tensor) -> None:
-    """What the teacher returned for these images and texts."""
+    """Check the similarities that the teacher returned for these images and texts."""
     name = "teacher(rows, cols)"
     check_tensor(name, found)
     if found.dtype not in FLOAT_DTYPES:
@@ -252,11 +278,11 @@ def _check_one_teacher(teacher: object, features: Mapping[str, Any]) -> None:
     given = [name for name, x in features.items() if x is not None]
     if teacher is None:
         if not given:
-            raise TypeError(f"{' and '.join(features)} must be given, or teacher in their place")
+            raise TypeError(f"{' and '.join(features)} must be given, or teacher instead")
     elif given:
-        raise ValueError(f"teacher must not be given beside {' and '.join(given)}: it takes their place")
+        raise ValueError(f"teacher must not be given with {' and '.join(given)}: it replaces them")
     elif not callable(teacher):
-        raise TypeError(f"teacher must be a function of image and text numbers, got {type(teacher).__name__}")
+        raise TypeError(f"teacher must be a function of image and text indices, got {type(teacher).__name__}")
 
 
 def _scale(batch: Batch, temperature: float | Tensor | None, logit_scale: float | Tensor | None) -> float | Tensor:
@@ -271,7 +297,7 @@ def _check_one_of(name: str, value: object, other_name: str, other: object) -> N
 
 
 def _checked_features(features: Mapping[str, Any], student: Tensor, *, may_be_empty: bool) -> list[Tensor]:
-    """The teacher's features without a gradient, in the dtype in which the student's are compared."""
+    """Return the teacher's features without a gradient, in the accumulation dtype of the student."""
     (a_name, a), (b_name, b) = features.items()
     for name, x in features.items():
         check_rows(name, x, may_be_empty=may_be_empty)

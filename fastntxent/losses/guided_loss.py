@@ -1,4 +1,4 @@
-"""InfoNCE whose false negatives are left out, as a guide's embeddings find them."""
+"""InfoNCE without the false negatives that a guide's embeddings reveal."""
 
 from __future__ import annotations
 
@@ -36,47 +36,68 @@ def guided_info_nce(
     backend: BackendName = "auto",
     group: Group | None = None,
 ) -> Tensor:
-    r"""InfoNCE without the negatives that a guide takes for positives: those nearer to the query than its own key is.
+    r"""InfoNCE without the negatives that a guide finds closer to the query than its own key.
 
-    .. math:: L_n = \log\big(1 + e^{\nu_n - s_n/\tau}\big), \qquad
+    .. math::
+        L_n = \log(1 + e^{\nu_n - s_n/\tau}), \quad
         \nu_n = \log \sum_{j \in C(n),\ g_{nj} \le g_n - m} e^{s_{nj}/\tau}
 
-    with s the similarities of the embeddings, g the cosine similarities of the guide's, g_n that of query n and key n.
-    The candidates C(n) are the other samples' keys and the negatives, compared with query n; with `contrast_anchors`
-    the other queries, compared with query n; and with `contrast_positives` the other keys, compared with key n.
+    s are the similarities of the embeddings and g the cosine similarities of the guide's embeddings; s_n and g_n belong
+    to query n and key n. The candidates C(n) are the keys of other samples and the explicit negatives, compared with
+    query n. `contrast_anchors` adds the other queries, compared with query n; `contrast_positives` adds the other keys,
+    compared with key n.
 
-    Solatorio, "GISTEmbed: Guided In-sample Selection of Training Negatives for Text Embedding Fine-tuning", 2024, as
-    sentence-transformers' `GISTEmbedLoss` has it.
+    Solatorio, "GISTEmbed: Guided In-sample Selection of Training Negatives for Text Embedding Fine-tuning", 2024, with
+    the semantics of sentence-transformers' `GISTEmbedLoss`.
+
+    A row is never a negative of itself or of its positive. Ties stay: a negative is left out only where its similarity
+    exceeds the limit by more than rounding, eps sqrt(E), which is 3e-6 in float32 at E = 768. A pair whose similarity
+    or limit is NaN stays too. The loss of a query without negatives is 0. No gradient flows through the choice of
+    negatives.
+
+    The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O((N +
+    K) (D + E)). Similarities of the embeddings and of the guide are formed side by side, a tile at a time, in plain
+    PyTorch on every device. With u = 2 N^2 D and g = 2 N^2 E flops, each of the three products among N samples costs u
+    + g in the forward and 3u + g in the backward.
 
     Args:
-        query, key: (N, D) embeddings; row n of key is the positive of row n of query.
-        guide_query, guide_key: (N, E), the guide's of the same samples, of any floating dtype, which are normalised. No
-            gradient goes through them, nor through the choice of negatives.
-        temperature: as in `nt_xent`.
-        margin: m. A negative stays where g_nj <= g_n - m ("absolute"), or g_nj <= g_n - m |g_n| ("relative").
-        margin_strategy: "absolute" or "relative".
-        negatives: (K, D), explicit negatives of all queries.
-        guide_negatives: (K, E), the guide's of the same rows; given with negatives, and only then.
-        contrast_anchors: whether other queries are negatives of a query.
-        contrast_positives: whether other keys are negatives of a key, in the loss of its query.
-        reduction: "mean" (1/N), "sum" or "none".
-        normalize, backend: as in `nt_xent`.
-        group: as in `nt_xent`; explicit negatives are those of all ranks, of any number on each.
-
-    A row is never a negative of itself or of its positive. A tie stays: a negative is left out where its similarity is
-    above the limit by more than rounding, eps sqrt(E), which is 3e-6 in float32 at E = 768. A pair whose similarity
-    or limit is NaN stays too. The loss of a query without any negative left is 0.
+        query: (N, D) embeddings of the queries, float16, bfloat16, float32 or float64. Row n belongs to sample n.
+        key: (N, D) embeddings of the keys, with the shape, dtype and device of `query`. Row n is the positive of row n
+            of `query`.
+        guide_query: (N, E) embeddings of the queries' samples by the guide, of any floating-point dtype. They are
+            always normalised and get no gradient.
+        guide_key: (N, E) embeddings of the keys' samples by the guide, like `guide_query`.
+        temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
+            read a tensor on an accelerator, so its sign is not checked there.
+        margin: m, a finite float. A negative stays where g_nj <= g_n - m ("absolute"), or where g_nj <= g_n - m
+            abs(g_n) ("relative").
+        margin_strategy: "absolute" or "relative", the meaning of `margin`.
+        negatives: (K, D) explicit negatives of all queries, with the dtype and device of `query`. None: there are none.
+        guide_negatives: (K, E) embeddings of the explicit negatives by the guide, like `guide_query`. Required with
+            `negatives`, and only then.
+        contrast_anchors: Whether the other queries are negatives of a query.
+        contrast_positives: Whether the other keys, compared with a query's own key, count as negatives in the loss of
+            that query.
+        reduction: "mean" over the N queries, "sum", or "none" for one loss per query.
+        normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
+            6.1e-5) in float16). False takes the rows as they are, and their products must not overflow.
+        backend: "auto", which chooses one for the device, or a name from `backends()`.
+        group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
+            group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
+            any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
+            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
+            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
+            whole batch. Explicit negatives (K, D) are shared by all ranks too; each rank passes any number of them.
 
     Returns:
-        A 0-d tensor, or (N,) for "none"; float64 for float64 embeddings, else float32. Differentiable in the embeddings
-        and the temperature.
+        A 0-d tensor, or (N,) for "none"; float64 for float64 embeddings, else float32.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `nt_xent`.
-
-    Deterministic, O((N + K) (D + E)) memory. Similarities and the guide's are formed side by side, a tile at a time,
-    in plain PyTorch on every device: with u = 2 N^2 D and g = 2 N^2 E flops, each of the three products among N samples
-    costs u + g forward and 3u + g backward.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
+            is unknown.
+        RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
+            a second derivative is taken, which only backend="reference" without a group has.
 
     Example:
         >>> import torch, fastntxent
@@ -89,7 +110,7 @@ def guided_info_nce(
     """
     check_choice("margin_strategy", margin_strategy, MARGIN_STRATEGIES)
     margin = check_parameter("margin", margin)
-    # All of it is checked before the ranks meet, so that a rank that raises leaves none in the middle of the loss.
+    # Check everything before the ranks exchange anything: a rank that raises later would leave the others hanging.
     check_rows("query", query, may_be_empty=group is not None)
     check_rows("key", key, may_be_empty=group is not None)
     check_same("query", query, "key", key, "shape", "dtype", "device")
@@ -121,7 +142,7 @@ def guided_info_nce(
         cols, guide_cols, ids = [*cols, u], [*guide_cols, g_query], [*ids, samples]
     if negatives is not None:
         cols, guide_cols = [*cols, batch.unit_rows(negatives)], [*guide_cols, *g_negatives]
-        ids.append(samples.new_full((negatives.shape[0],), -1))  # of no sample
+        ids.append(samples.new_full((negatives.shape[0],), -1))  # belong to no sample
     if len(cols) == 1:
         nu = batch.guided_neg_lse(Side(u, samples), Side(v, samples), inv_tau, Guide(g_query, g_key, limits))
     else:
@@ -135,17 +156,20 @@ def guided_info_nce(
 
 
 def _limits(g_query: Tensor, g_key: Tensor, margin: float, margin_strategy: str) -> Tensor:
-    """The largest similarity to a query, for the guide, that is still a negative's (N,)."""
+    """Return the largest similarity to each query, according to the guide, that a negative may have (N,)."""
     pos = row_dots(g_query, g_key)
-    # A tie stays one in whichever tile its product is formed: on a CPU, products of the same rows differed by at most
-    # 0.6 of this, at 3 to 4,096 features.
+    # A tie must stay a tie in every tile. On a CPU, products of the same rows differed by at most 0.6 times this
+    # rounding, for 3 to 4,096 features.
     rounding = torch.finfo(pos.dtype).eps * g_query.shape[1] ** 0.5
     return pos - margin * (pos.abs() if margin_strategy == "relative" else 1) + rounding
 
 
 def _checked_guide(of_guide: Mapping[str, tuple[Any, str, Tensor]], *, may_be_empty: bool) -> list[Tensor]:
-    """The guide's unit rows without a gradient, in the dtype that embeddings are compared in. of_guide: by name, its
-    rows, the name of the embeddings of the same samples, and those."""
+    """Return the guide's unit rows without a gradient, in the accumulation dtype of the embeddings.
+
+    of_guide: from the name of each guide argument to its rows, the name of the embeddings of the same samples, and
+    those embeddings.
+    """
     first_name, (first, _, query) = next(iter(of_guide.items()))
     unit = []
     for name, (x, rows_name, rows) in of_guide.items():

@@ -59,46 +59,82 @@ def info_nce(
     backend: BackendName = "auto",
     group: Group | None = None,
 ) -> Tensor:
-    r"""InfoNCE: for each query, pick its key among the negatives.
+    r"""InfoNCE: each query picks its key among the negatives.
 
-    .. math:: L_n = \log\big(1 + e^{\nu_n - s_n/\tau}\big), \qquad
+    .. math::
+        L_n = \log(1 + e^{\nu_n - s_n/\tau}), \quad
         \nu_n = \log \sum_{j \in \text{negatives}(n)} e^{s_{nj}/\tau}
 
-    van den Oord et al., "Representation Learning with Contrastive Predictive Coding", 2018. The mean is 1/N, from
-    queries to keys alone; for both directions see `clip`.
+    van den Oord et al., "Representation Learning with Contrastive Predictive Coding", 2018. s_n is the similarity of
+    query n to its own key. Queries pick keys, but keys do not pick queries; `clip` has both directions.
+
+    With positives="same_id" and form "out" the positives are part of the denominator, so near convergence the gradient
+    has the accuracy of a logit, eps / tau. "in" keeps its relative accuracy, and is the same loss where every row has
+    one positive.
+
+    A negative exactly at a limit that `margin`, `relative_margin` or `ceiling` sets, up to rounding, stays in the sum,
+    and so does one whose similarity is NaN. No gradient flows through the choice. Limits apply to explicit negatives
+    too.
+
+    The hardness options follow Lan et al., "LLaVE: Large Language and Vision Embedding Models with Hardness-Weighted
+    Contrastive Learning", 2025, as in sentence-transformers. With explicit negatives that queries share,
+    sentence-transformers hardens only a query's own; here all of them get harder.
+
+    The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O((N +
+    K) D) with K shared negatives, and O(N K D) with one set per query, which is the size of the sets.
 
     Args:
-        query, key: (N, D) embeddings; row n of key is the positive of row n of query.
-        temperature: as in `nt_xent`; a tensor (N,) is one for each query.
-        negatives: explicit negatives: (K, D), shared by all queries, or (N, K, D), each query's own. None: the other
-            samples' keys.
-        in_batch_negatives: whether the other samples' keys are negatives. By default, only without explicit ones.
-        ids: (N,) integers: keys of the same id are no negatives of each other's queries. Explicit
-            negatives have none.
-        positives: "pair", the query's own key alone; or "same_id", all keys of its id, as `sup_con` has them for one
-            set of rows. The latter needs ids, and takes neither explicit negatives nor the options below.
-        form: with several positives P, "out": the mean of their log-probabilities, nu' - mean_p s_np / tau, nu' over
-            all keys; or "in": the logarithm of the mean of their probabilities. In "out" the positives are in the
-            denominator that they are compared with, so its gradient has the accuracy of a logit, eps / tau, also where
-            the loss is tiny; "in" keeps its relative accuracy, and with one positive a row is the same loss.
-        label_smoothing: as in `nt_xent`.
-        margin, relative_margin, ceiling: as in `nt_xent`, for the batch's negatives and for explicit ones.
-        hardness_mode, hardness_strength: add hardness_strength times the similarity, through which no gradient goes, to
-            the logits of the negatives: "in_batch_negatives", "hard_negatives" (the explicit ones) or "all_negatives".
-            Lan et al., "LLaVE: Large Language and Vision Embedding Models with Hardness-Weighted Contrastive
-            Learning", 2025, as sentence-transformers has it (which, of negatives that queries share, hardens a
-            query's own alone).
-        reduction: "mean" (1/N), "sum" or "none".
-        normalize, backend: as in `nt_xent`.
-        group: as in `nt_xent`; explicit negatives (K, D) are those of all ranks, of any number on each.
+        query: (N, D) embeddings of the queries, float16, bfloat16, float32 or float64. Row n belongs to sample n.
+        key: (N, D) embeddings of the keys, with the shape, dtype and device of `query`. Row n is the positive of row n
+            of `query`.
+        temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
+            read a tensor on an accelerator, so its sign is not checked there. A tensor (N,) holds one temperature per
+            query.
+        negatives: Explicit negatives with the dtype and device of `query`: (K, D), shared by all queries, or (N, K, D),
+            one set per query. None: the keys of other samples are the negatives.
+        in_batch_negatives: Whether the keys of other samples are negatives. None: only without explicit negatives.
+        ids: (N,) integers, the group of each sample. Samples of the same group are not negatives of each other, which
+            removes false negatives. Ids have the same meaning on every rank. None: every other sample is a negative.
+            Explicit negatives have no ids.
+        positives: "pair": row n of the other side is the only positive of row n. "same_id": all rows of the other side
+            with its id are positives; this needs `ids` and excludes label smoothing, margins and a ceiling. It also
+            excludes explicit negatives, hardness and in_batch_negatives=False.
+        form: How the positives are combined with positives="same_id". "out" averages their log-probabilities: nu' -
+            mean_p s_np / tau, with nu' the log-sum-exp over all columns. "in" takes the logarithm of their mean
+            probability.
+        label_smoothing: The share of the target, in [0, 1), that is spread evenly over the positive and the negatives,
+            as in `torch.nn.functional.cross_entropy`.
+        margin: Leave a negative out of row i's sum where its similarity to row i is above s_pos - margin, with s_pos
+            the similarity of row i to its positive. A finite float; None sets no limit. Not with `relative_margin` or
+            `label_smoothing`.
+        relative_margin: Leave a negative out of row i's sum where its similarity to row i is above (1 -
+            relative_margin) s_pos. A float in [0, 1]; None sets no limit. Not with `margin` or `label_smoothing`.
+        ceiling: Leave a negative out of row i's sum where its similarity to row i is above this finite float. With a
+            margin too, the smaller limit holds. None sets no limit. Not with `label_smoothing`.
+        hardness_mode: Which negatives get harder logits: "in_batch_negatives", "hard_negatives" (the explicit ones) or
+            "all_negatives".
+        hardness_strength: Add this multiple (0 or more) of the similarity to the logits of those negatives. No gradient
+            flows through the addend. Not with `label_smoothing`.
+        reduction: "mean" over the N queries, "sum", or "none" for one loss per query.
+        normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
+            6.1e-5) in float16). False takes the rows as they are, and their products must not overflow.
+        backend: "auto", which chooses one for the device, or a name from `backends()`.
+        group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
+            group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
+            any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
+            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
+            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
+            whole batch. Explicit negatives (K, D) are shared by all ranks too; each rank passes any number of them.
 
     Returns:
         A 0-d tensor, or (N,) for "none"; float64 for float64 embeddings, else float32.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `nt_xent`.
-
-    Deterministic. Memory is O((N + K) D); with each query's own negatives O(N K D), which is their size.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
+            is unknown.
+        RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
+            a second derivative is taken, which only backend="reference" without a group has.
 
     Example:
         >>> import torch, fastntxent
@@ -129,7 +165,7 @@ def info_nce(
         negatives="none" if negatives is None else f"{negatives.ndim}-d",
     )  # fmt: skip
     if negatives is None and not in_batch_negatives:
-        raise ValueError("negatives must be given where in_batch_negatives is False: a query needs some")
+        raise ValueError("negatives must be given when in_batch_negatives is False")
     inv_tau = batch.inverse_temperature(temperature, per_row=query.shape[0])
     if ids is None and negatives is None and not label_smoothing and not hardness_strength and limits is None:
         loss = batch.info_nce_at_once(query, key, inv_tau, both=False)
@@ -165,7 +201,7 @@ def info_nce(
 
 
 def check_hardness(hardness_mode: str, hardness_strength: float, label_smoothing: float) -> float:
-    """Check what is added to the logits of negatives, and return the strength as a number."""
+    """Check the hardness options, and return the strength as a number."""
     check_choice("hardness_mode", hardness_mode, HARDNESS_MODES)
     hardness_strength = check_parameter("hardness_strength", hardness_strength)
     if label_smoothing and hardness_strength:
@@ -182,7 +218,7 @@ def check_positives(
     hardness_strength: float = 0.0,
     in_batch_negatives: bool | None = None,
 ) -> None:
-    """Check which columns are a row's positives, and that no option is given that several positives do not take."""
+    """Check how positives are chosen and combined, and that no option is given that positives="same_id" excludes."""
     check_choice("positives", positives, POSITIVES)
     check_choice("form", form, SEVERAL_FORMS)
     if positives != "same_id":
@@ -198,18 +234,18 @@ def check_positives(
 
 
 def check_ids_given(ids: Tensor | None) -> None:
-    """The ids by which positives "same_id" are found."""
+    """Check that ids are given, by which positives="same_id" are found."""
     if ids is None:
         raise ValueError("ids must be given with positives 'same_id', got None")
 
 
 def several_positives(batch: Batch, rows: Side, cols: Side, inv_tau: float | Tensor, form: str) -> Tensor:
-    """The losses (N,) of rows whose positives are all columns of their id; each has one at least."""
+    """Return the losses (N,) of rows whose positives are all columns with the row's id, at least one each."""
     ids = rows.ids.to(torch.int64)
     counts = batch.group_counts(ids).to(rows.u.dtype)
     if form == "out":
         mean = batch.group_dots(rows.u, cols.u, ids) / counts
-        # Over all columns: no row is of the group of any.
+        # All columns count: no column shares an id with a row.
         everything = Side(rows.u, torch.zeros_like(ids)), Side(cols.u, torch.ones_like(ids))
         return batch.neg_lse_to(*everything, inv_tau) - inv_tau * mean
     rows, cols = Side(rows.u, ids), Side(cols.u, ids)
@@ -218,8 +254,8 @@ def several_positives(batch: Batch, rows: Side, cols: Side, inv_tau: float | Ten
 
 
 class _Negatives(NamedTuple):
-    """Of each query's negatives of one kind: nu, and for smoothed labels the sum of their similarities and their
-    number."""
+    """The log-sum-exp nu over one kind of negatives of each query. For label smoothing also the sum of their
+    similarities and their number."""
 
     nu: Tensor
     sims: Tensor | float
@@ -229,7 +265,7 @@ class _Negatives(NamedTuple):
 def _of_batch(
     batch: Batch, queries: Side, v: Tensor, inv_tau: float | Tensor, hardness: float, *, summed: bool
 ) -> _Negatives:
-    """The keys of other samples."""
+    """Return the terms of the keys of other samples."""
     u, ids, _ = queries
     nu = hardened_neg_lse(batch, queries, Side(v, ids), inv_tau, hardness)
     if not summed:
@@ -249,7 +285,7 @@ def _of_all(
     *,
     summed: bool,
 ) -> _Negatives:
-    """Explicit negatives of all queries. They belong to no query: their ids are nobody's."""
+    """Return the terms of explicit negatives that all queries share. Their ids differ from those of every query."""
     queries, negatives = (Side(x, torch.full((x.shape[0],), i, device=u.device)) for i, x in enumerate((u, w)))
     queries = queries._replace(limits=limits)
     nu = hardened_neg_lse(batch, queries, negatives, inv_tau, hardness, beside=others)
@@ -257,7 +293,7 @@ def _of_all(
 
 
 def _of_each(u: Tensor, w: Tensor, inv_tau: float | Tensor, hardness: float, limits: Tensor | None) -> _Negatives:
-    """Each query's own."""
+    """Return the terms of explicit negatives that come as one set per query."""
     sims = product(w, u.unsqueeze(2)).squeeze(2)
     by_row = inv_tau.unsqueeze(1) if is_per_row(inv_tau) else inv_tau
     logits = hardened(sims, by_row, hardness)
@@ -267,17 +303,17 @@ def _of_each(u: Tensor, w: Tensor, inv_tau: float | Tensor, hardness: float, lim
 
 
 def hardened(sims: Tensor, inv_tau: float | Tensor, hardness: float) -> Tensor:
-    """The logits k s + hardness * s, no gradient through the second s."""
+    """Return the logits k s + hardness * s, without a gradient through the second s."""
     return inv_tau * sims + hardness * sims.detach()
 
 
 def hardened_neg_lse(
     batch: Batch, rows: Side, cols: Side, inv_tau: float | Tensor, hardness: float, *, beside: Batch | None = None
 ) -> Tensor:
-    """nu of the rows against the columns with logits k s + hardness * s, no gradient through the second s.
+    """Return nu with logits k s + hardness * s, without a gradient through the second s.
 
-    The value is that at an inverse temperature of k + hardness, and so is the gradient in k; the gradient in the rows
-    is k / (k + hardness) of that one's.
+    The value is nu at an inverse temperature of k + hardness, and so is the gradient in k. The gradient in the rows is
+    k / (k + hardness) times the gradient at k + hardness.
     """
     if not hardness:
         return batch.neg_lse_to(rows, cols, inv_tau, beside=beside)

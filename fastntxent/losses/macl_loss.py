@@ -1,4 +1,4 @@
-"""A temperature that follows the model."""
+"""MACL: a temperature that follows the alignment of the batch."""
 
 from __future__ import annotations
 
@@ -26,26 +26,51 @@ def macl(
     backend: BackendName = "auto",
     group: Group | None = None,
 ) -> Tensor:
-    r"""MACL: NT-Xent whose temperature grows with the alignment of the batch, and whose easy rows are weighed up.
+    r"""MACL: NT-Xent with a temperature that grows with the batch's alignment, and easy rows weighted up.
 
     .. math::
-        L_i = \frac{\ell_i}{1 - e^{-\ell_i}}, \qquad \ell_i = \text{nt\_xent}_i \text{ at } \tau (1 + \alpha (A - A_0)),
-        \qquad A = \frac{1}{N} \sum_n s_{n,p(n)}
+        L_i = \frac{\ell_i}{1 - e^{-\ell_i}}, \quad
+        \ell_i = \text{nt\_xent}_i \text{ at temperature } \tau (1 + \alpha (A - A_0)), \quad
+        A = \frac{1}{N} \sum_n s_{n,p(n)}
 
-    Huang et al., "Model-Aware Contrastive Learning: Towards Escaping the Dilemmas", 2023. No gradient goes through A or
-    the weight 1 / (1 - exp(-l)). A row's loss tends to 1 as l tends to 0, and is 1 for N = 1. The mean is over the 2N
-    rows. For temperatures of your own for each row, give them to `nt_xent`.
+    Huang et al., "Model-Aware Contrastive Learning: Towards Escaping the Dilemmas", 2023. The rows are [z_i; z_j], and
+    p(n) is the other view of sample n. No gradient flows through A or the weight 1 / (1 - exp(-l)). A row's loss tends
+    to 1 as l tends to 0, and is 1 for N = 1.
+
+    For a temperature of your own for each row, use `nt_xent`.
+
+    The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O(N D);
+    the reference backend takes O(N^2).
 
     Args:
-        temperature: the base temperature.
-        alpha: in [0, 1]: how far the temperature follows; 0 keeps it. It never falls below a thousandth of the base,
-            where alpha = 1 and views that are opposites would take it to 0.
-        a_0: in [0, 1]: the alignment at which it is the base temperature.
-
-    The other arguments, errors, determinism and memory are those of `dcl`.
+        z_i: (N, D) embeddings of the first view, float16, bfloat16, float32 or float64, with any strides. Row n belongs
+            to sample n.
+        z_j: (N, D) embeddings of the second view, with the shape, dtype and device of `z_i`. Row n belongs to sample n.
+        temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
+            read a tensor on an accelerator, so its sign is not checked there. This is the base temperature.
+        alpha: How far the temperature follows the alignment A, in [0, 1]. 0 keeps it fixed. The temperature never falls
+            below a thousandth of the base, which matters where alpha = 1 and the views are opposites.
+        a_0: The alignment at which the temperature equals the base, in [0, 1].
+        reduction: "mean" over the 2N rows, "sum", or "none" for one loss per row.
+        normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
+            6.1e-5) in float16). False takes the rows as they are, and their products must not overflow.
+        backend: "auto", which chooses one for the device, or a name from `backends()`.
+        group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
+            group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
+            any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
+            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
+            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
+            whole batch.
 
     Returns:
-        A 0-d tensor, or (2N,) for "none", in the order [z_i; z_j]; float64 for float64 embeddings, else float32.
+        A 0-d tensor, or (2N,) in the order [z_i; z_j] for "none"; float64 for float64 embeddings, else float32.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
+            is unknown.
+        RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
+            a second derivative is taken, which only backend="reference" without a group has.
 
     Example:
         >>> import torch, fastntxent
@@ -60,20 +85,20 @@ def macl(
         temperature=temperature, alpha=alpha, a_0=a_0,
     )  # fmt: skip
     inv_tau = batch.inverse_temperature(temperature)
-    # Detached, where torch.jit.trace would leave a block of no_grad out.
+    # Detached, because torch.jit.trace would ignore a no_grad block.
     sims = row_dots(batch.unit_rows(z_i.detach()), batch.unit_rows(z_j.detach()))
     stretch = (1 + alpha * (batch.total(sims) / batch.n_samples - a_0)).clamp_min(1e-3)
-    stretch = torch.where(stretch.isfinite(), stretch, 1.0)  # embeddings that are not show it in the losses
+    stretch = torch.where(stretch.isfinite(), stretch, 1.0)  # embeddings that are not finite show in the losses
     nu, pos = batch.nt_xent_rows(z_i, z_j, inv_tau / stretch)
     return batch.reduce(_reweighted(nu, pos))
 
 
 def _reweighted(nu: Tensor, pos: Tensor) -> Tensor:
-    """l / (1 - exp(-l)) of the row losses l, with no gradient through the weight.
+    """Return l / (1 - exp(-l)) for the row losses l, without a gradient through the weight.
 
-    With x = nu - pi, both 1 - exp(-l) and dl/dx are sigmoid(x), so the derivative in x is 1 and the second derivative
-    is sigmoid(-x). They are attached to the value as such: for an easy row l and 1 - exp(-l) underflow, and their
-    quotient is 1.
+    With x = nu - pi, both 1 - exp(-l) and dl/dx are sigmoid(x). So the derivative in x is 1, and the second derivative
+    is sigmoid(-x). Both are attached to the value explicitly, because for an easy row l and 1 - exp(-l) underflow
+    although their quotient is 1.
     """
     x = nu - pos
     losses = row_losses(nu.detach(), pos.detach())

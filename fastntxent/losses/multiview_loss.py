@@ -1,4 +1,5 @@
-"""NT-Xent of any number of views, with false negatives removed, smoothed labels or a temperature for each row."""
+"""NT-Xent of any number of views, optionally without false negatives, with smoothed labels, or with a temperature per
+row."""
 
 from __future__ import annotations
 
@@ -34,28 +35,58 @@ def multiview_nt_xent(
     backend: BackendName = "auto",
     group: Group | None = None,
 ) -> Tensor:
-    r"""NT-Xent of V views: every other view of a row's sample is a positive of its own, and never a negative.
+    r"""NT-Xent of V views: a row's other views are its positives, never its negatives.
 
     .. math::
-        L = \frac{1}{V N (V - 1)} \sum_{i=1}^{V N} \sum_{p \in P(i)} \log\big(1 + e^{\nu_i - s_{ip}/\tau}\big), \qquad
+        L = \frac{1}{V N (V - 1)} \sum_{i=1}^{V N} \sum_{p \in P(i)} \log(1 + e^{\nu_i - s_{ip}/\tau}), \quad
         \nu_i = \log \sum_{j : n(j) \ne n(i)} e^{s_{ij}/\tau}
 
-    One term for each ordered pair of views, as of Tian et al., "Contrastive Multiview Coding", 2020, with the
-    negatives of all views; with V = 2 it is `nt_xent`.
+    P(i) are the other views of row i's sample n(i). Each ordered pair of views has one term, as in Tian et al.,
+    "Contrastive Multiview Coding", 2020, with the negatives of all views. With V = 2 the loss is `nt_xent`.
+
+    A negative exactly at a limit that `margin`, `relative_margin` or `ceiling` sets, up to rounding, stays in the sum,
+    and so does one whose similarity is NaN. No gradient flows through the choice. Of several positives the least
+    similar one sets the limit.
+
+    The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O(V N D
+    + V^2 N).
 
     Args:
-        views: (V, N, D), or a sequence of V tensors (N, D), V >= 2; row n of each view belongs to sample n.
-        temperature: as in `nt_xent`; a tensor (V N,) is one for each row, view after view.
-        margin, relative_margin, ceiling: as in `nt_xent`; of several positives the least similar one counts.
-        ids, label_smoothing, reduction, normalize, backend, group: as in `nt_xent`.
+        views: (V, N, D), or a sequence of V tensors (N, D), with V >= 2. Row n of each view belongs to sample n.
+        temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
+            read a tensor on an accelerator, so its sign is not checked there. A tensor (V N,) holds one temperature per
+            row, view after view, at twice the work.
+        ids: (N,) integers, the group of each sample. Samples of the same group are not negatives of each other, which
+            removes false negatives. Ids have the same meaning on every rank. None: every other sample is a negative.
+        label_smoothing: The share of the target, in [0, 1), that is spread evenly over the positive and the negatives,
+            as in `torch.nn.functional.cross_entropy`.
+        margin: Leave a negative out of row i's sum where its similarity to row i is above s_pos - margin, with s_pos
+            the similarity of row i to its positive. A finite float; None sets no limit. Not with `relative_margin` or
+            `label_smoothing`.
+        relative_margin: Leave a negative out of row i's sum where its similarity to row i is above (1 -
+            relative_margin) s_pos. A float in [0, 1]; None sets no limit. Not with `margin` or `label_smoothing`.
+        ceiling: Leave a negative out of row i's sum where its similarity to row i is above this finite float. With a
+            margin too, the smaller limit holds. None sets no limit. Not with `label_smoothing`.
+        reduction: "mean" over the V N rows, "sum", or "none" for one loss per row.
+        normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
+            6.1e-5) in float16). False takes the rows as they are, and their products must not overflow.
+        backend: "auto", which chooses one for the device, or a name from `backends()`.
+        group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
+            group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
+            any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
+            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
+            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
+            whole batch.
 
     Returns:
-        A 0-d tensor, or (V N,) for "none", view after view; float64 for float64 embeddings, else float32.
+        A 0-d tensor, or (V N,), view after view, for "none"; float64 for float64 embeddings, else float32.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `nt_xent`; ValueError for fewer than two views.
-
-    Deterministic, and O(V N D + V^2 N) memory.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
+            is unknown.
+        RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
+            a second derivative is taken, which only backend="reference" without a group has.
 
     Example:
         >>> import torch, fastntxent
@@ -83,13 +114,13 @@ def multiview_losses(
     label_smoothing: float,
     limits: Limits | None,
 ) -> Tensor:
-    """The mean over each row's positives: (V, N, D) -> (V N,). `inv_tau` is 0-d or (V N,)."""
+    """Return the mean over each row's positives: (V, N, D) -> (V N,). `inv_tau` is 0-d or (V N,)."""
     V, N, _ = z.shape
     u = batch.unit_rows(z)
     rows = u.flatten(0, 1)
     groups = (batch.sample_ids() if ids is None else ids).repeat(V)
     itself = torch.eye(V, dtype=torch.bool, device=z.device).unsqueeze(2)
-    sims = torch.stack([(view * u).sum(dim=2) for view in u.unbind()])  # (V, V, N), of each view's row n with each's
+    sims = torch.stack([(view * u).sum(dim=2) for view in u.unbind()])  # (V, V, N): row n of every two views
     of_rows = None
     if limits is not None:
         to_positive, which = sims.masked_fill(itself, torch.inf).min(dim=1)  # the least similar one, and its view
@@ -100,7 +131,7 @@ def multiview_losses(
     pos = by_view * sims
     losses = row_losses(nu.view(V, 1, N), pos)
     if label_smoothing:
-        # Cross-entropy's smoothing adds eps times (the positive's logit - the mean logit of the candidates).
+        # Label smoothing in cross-entropy adds eps times (the positive's logit - the mean logit of the candidates).
         summed = batch.all_dots(rows, rows) - batch.group_dots(rows, rows, groups)
         negatives = (inv_tau * summed).view(V, 1, N)
         candidates = (V * batch.n_samples - batch.group_counts(groups) + 1).view(V, 1, N)
@@ -109,7 +140,7 @@ def multiview_losses(
 
 
 def _stacked(views: Tensor | Sequence[Tensor], *, may_be_empty: bool) -> Tensor:
-    """The views as one checked tensor (V, N, D)."""
+    """Return the views as one checked tensor (V, N, D)."""
     if isinstance(views, Tensor):
         check_tensor("views", views)
         if views.ndim != 3:
@@ -126,6 +157,7 @@ def _stacked(views: Tensor | Sequence[Tensor], *, may_be_empty: bool) -> Tensor:
 
 
 def stack_views(views: Sequence[Tensor]) -> Tensor:
-    """(V, N, D). Autocast has an opinion on stacking, and on float16 in bfloat16 an error."""
+    """Return the views as one tensor (V, N, D). Autocast is off: it may change the dtype, and raises for float16 under
+    bfloat16."""
     with autocast_off(views[0]):
         return torch.stack(tuple(views))

@@ -19,7 +19,19 @@ from .multiview_loss import multiview_losses, stack_views
 
 
 class NTXentTerms(NamedTuple):
-    """What `nt_xent_terms` returns; each a 0-d tensor."""
+    """The two terms of NT-Xent and their sum, as `nt_xent_terms` returns them.
+
+    Attributes:
+        alignment: L_a, a 0-d tensor. It pulls the two views of a sample together.
+        distribution: L_d, a 0-d tensor. It keeps all rows apart.
+        loss: L = (L_a + L_d) / tau, a 0-d tensor: twice the mean of `nt_xent`.
+
+    Example:
+        >>> import torch, fastntxent
+        >>> terms = fastntxent.nt_xent_terms(torch.eye(4), torch.eye(4), temperature=1.0)
+        >>> terms.loss  # 2 (log(e + 6) - 1)
+        tensor(2.3308)
+    """
 
     alignment: Tensor
     distribution: Tensor
@@ -42,54 +54,64 @@ def nt_xent(
     backend: BackendName = "auto",
     group: Group | None = None,
 ) -> Tensor:
-    r"""NT-Xent, the loss of SimCLR: for each of the 2N rows, pick its other view among all other rows.
+    r"""NT-Xent, the loss of SimCLR: each of the 2N rows picks its other view among all other rows.
 
     .. math::
-        L = \frac{1}{2N} \sum_{i=1}^{2N} \Big[ \log \sum_{k \ne i} e^{s_{ik}/\tau} - s_{i,p(i)}/\tau \Big],
-        \qquad s_{ik} = \frac{z_i \cdot z_k}{\|z_i\| \|z_k\|}
+        L = \frac{1}{2N} \sum_{i=1}^{2N} [ \log \sum_{k \ne i} e^{s_{ik}/\tau} - s_{i,p(i)}/\tau ], \quad
+        s_{ik} = \frac{z_i \cdot z_k}{\|z_i\| \|z_k\|}
 
-    Equation 1 of Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", 2020: the
-    positive stays in the denominator. With N = 1 there are no negatives and the loss is 0.
+    Equation 1 of Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", 2020. The rows
+    are [z_i; z_j], and p(i) is the other view of row i's sample. The positive stays in the denominator. With N = 1
+    there are no negatives and the loss is 0.
+
+    A negative exactly at a limit that `margin`, `relative_margin` or `ceiling` sets, up to rounding, stays in the sum,
+    and so does one whose similarity is NaN. No gradient flows through the choice.
+
+    With `normalize`, float16, bfloat16 and float32 rows may have any finite length, and float64 rows up to 1e154, where
+    their squares overflow. `split_views` makes `z_i` and `z_j` from one tensor. Gradients have the dtype of the
+    embeddings.
+
+    The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O(N D);
+    the reference backend takes O(N^2).
 
     Args:
-        z_i, z_j: (N, D) embeddings of the two views; row n of both belongs to sample n. float16, bfloat16, float32
-            or float64, on one device, with any strides. `split_views` makes them from one tensor.
-        temperature: tau > 0, a float or a 0-d floating tensor, which may require a gradient. A tensor on an
-            accelerator is never read by the host, so its sign is the caller's care there. A tensor (2N,) is one
-            temperature for each row, in the order [z_i; z_j], and twice the work.
-        ids: (N,) integers, a label or group of each sample: samples of the same group are no negatives of each other
-            (false negatives removed). None: every other sample is a negative.
-        label_smoothing: in [0, 1): so much of the target is spread evenly over the positive and the negatives, as
-            `torch.nn.functional.cross_entropy` does.
-        margin, relative_margin, ceiling: false negatives removed by their similarity: a negative that is more similar
-            to row i than its limit leaves row i's sum. The limit is s_i,pos - margin, or (1 - relative_margin) s_i,pos
-            with relative_margin in [0, 1], or the ceiling; the smaller one where there are two. None: no limit. What is
-            as similar as the limit, up to rounding, stays, and so does a NaN. No gradient goes through the choice.
-        reduction: "mean" is the paper's 1/(2N), "sum", or "none".
-        normalize: divide each row by max(||z||, 1e-12) (6.1e-5 for float16), as `torch.nn.functional.normalize`
-            does, for float32 and bfloat16 rows of any finite length and for float64 up to 1e154, where their squares
-            overflow. False takes the rows as they are, and their products must not overflow.
-        backend: "auto", or a name from `backends()`.
-        group: the ranks over which the batch is spread: "world" (the default process group, looked up at each call), a
-            process group, a DeviceMesh of one dimension, or a `Sharding` of one, with options. Each rank passes its own
-            samples, of any number, also none; ids are the same labels on every rank. Negatives are those of all ranks,
-            "mean" and "sum" are the whole batch's on every rank, and "none" gives this rank's rows. After
-            DistributedDataParallel's averaging the parameters' gradient is that of one process with the whole batch.
-            None: this rank's samples are the batch.
+        z_i: (N, D) embeddings of the first view, float16, bfloat16, float32 or float64, with any strides. Row n belongs
+            to sample n.
+        z_j: (N, D) embeddings of the second view, with the shape, dtype and device of `z_i`. Row n belongs to sample n.
+        temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
+            read a tensor on an accelerator, so its sign is not checked there. A tensor (2N,) holds one temperature per
+            row, in the order [z_i; z_j], at twice the work.
+        ids: (N,) integers, the group of each sample. Samples of the same group are not negatives of each other, which
+            removes false negatives. Ids have the same meaning on every rank. None: every other sample is a negative.
+        label_smoothing: The share of the target, in [0, 1), that is spread evenly over the positive and the negatives,
+            as in `torch.nn.functional.cross_entropy`.
+        margin: Leave a negative out of row i's sum where its similarity to row i is above s_pos - margin, with s_pos
+            the similarity of row i to its positive. A finite float; None sets no limit. Not with `relative_margin` or
+            `label_smoothing`.
+        relative_margin: Leave a negative out of row i's sum where its similarity to row i is above (1 -
+            relative_margin) s_pos. A float in [0, 1]; None sets no limit. Not with `margin` or `label_smoothing`.
+        ceiling: Leave a negative out of row i's sum where its similarity to row i is above this finite float. With a
+            margin too, the smaller limit holds. None sets no limit. Not with `label_smoothing`.
+        reduction: "mean" over the 2N rows, "sum", or "none" for one loss per row.
+        normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
+            6.1e-5) in float16). False takes the rows as they are, and their products must not overflow.
+        backend: "auto", which chooses one for the device, or a name from `backends()`.
+        group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
+            group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
+            any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
+            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
+            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
+            whole batch.
 
     Returns:
-        A 0-d tensor, or (2N,) for "none", in the order [z_i; z_j]; float64 for float64 embeddings, else float32.
-        Gradients come in the embeddings' own dtype.
+        A 0-d tensor, or (2N,) in the order [z_i; z_j] for "none"; float64 for float64 embeddings, else float32.
 
     Raises:
-        TypeError: an argument's type or dtype is not one of the above.
-        ValueError: shapes, dtypes or devices of the views differ, a batch is empty, the temperature is not positive
-            and finite, or the reduction or backend is unknown.
-        RuntimeError: the backend asked for is not available here (the message says why), or a second derivative is
-            taken: only backend="reference" has one, and no `group`. Or a rank of the group does not answer.
-
-    The same input gives the same bits each time, on one device and number of threads. Extra memory is O(N D); the
-    reference backend's is O(N^2).
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
+            is unknown.
+        RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
+            a second derivative is taken, which only backend="reference" without a group has.
 
     Example:
         >>> import torch, fastntxent
@@ -124,25 +146,48 @@ def nt_xent_terms(
     backend: BackendName = "auto",
     group: Group | None = None,
 ) -> NTXentTerms:
-    r"""NT-Xent taken apart into what pulls views together and what keeps the embeddings from collapsing.
+    r"""NT-Xent as two terms: one pulls views together, the other keeps the embeddings from collapsing.
 
     .. math::
-        \tau L = L_a + L_d, \qquad
-        L_a = -\frac{1}{N} \sum_{i=1}^{2N} s_{i,p(i)}, \qquad
+        \tau L = L_a + L_d, \quad
+        L_a = -\frac{1}{N} \sum_{i=1}^{2N} s_{i,p(i)}, \quad
         L_d = \frac{\tau}{N} \sum_{i=1}^{2N} \log \sum_{k \ne i} e^{s_{ik}/\tau}
 
-    The convention is 1/N over the 2N rows, so `loss` is twice the mean of `nt_xent`. Alignment and distribution as
-    in Wang & Isola, "Understanding Contrastive Representation Learning through Alignment and Uniformity on the
-    Hypersphere", 2020.
+    Alignment and distribution as in Wang & Isola, "Understanding Contrastive Representation Learning through Alignment
+    and Uniformity on the Hypersphere", 2020. The sums over the 2N rows are divided by N, so `loss` is twice the mean of
+    `nt_xent`.
 
-    All three are differentiable in the embeddings and the temperature, so that a term can be weighed or dropped.
-    To train on their plain sum, take `loss`: once training has converged the two terms' gradients nearly cancel,
-    and only `loss` forms their difference before it is rounded.
+    All three are differentiable in the embeddings and the temperature, so a term can be weighted or dropped. To train
+    on their plain sum, use `loss`: once training has converged the gradients of the two terms nearly cancel, and only
+    `loss` forms their difference before it is rounded.
 
-    Args, errors, determinism and memory are those of `nt_xent`.
+    The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O(N D);
+    the reference backend takes O(N^2).
+
+    Args:
+        z_i: (N, D) embeddings of the first view, float16, bfloat16, float32 or float64, with any strides. Row n belongs
+            to sample n.
+        z_j: (N, D) embeddings of the second view, with the shape, dtype and device of `z_i`. Row n belongs to sample n.
+        temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
+            read a tensor on an accelerator, so its sign is not checked there.
+        normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
+            6.1e-5) in float16). False takes the rows as they are, and their products must not overflow.
+        backend: "auto", which chooses one for the device, or a name from `backends()`.
+        group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
+            group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
+            any number of them, even none. Negatives come from all ranks. The terms cover the whole batch and are equal
+            on every rank. Once DistributedDataParallel has averaged them, the gradients of parameters are those of one
+            process with the whole batch. None: this rank's samples are the whole batch.
 
     Returns:
         A named tuple (alignment, distribution, loss) of 0-d tensors, float64 for float64 embeddings, else float32.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
+            is unknown.
+        RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
+            a second derivative is taken, which only backend="reference" without a group has.
 
     Example:
         >>> import torch, fastntxent

@@ -1,4 +1,4 @@
-"""Robust InfoNCE."""
+"""RINCE, robust InfoNCE."""
 
 from __future__ import annotations
 
@@ -31,21 +31,44 @@ def rince(
     r"""RINCE: a loss that bounds what one wrongly paired row can contribute.
 
     .. math::
-        L_i = -\frac{e^{q s_{i,p(i)}/\tau}}{q} +
-              \frac{1}{q} \Big( \lambda \sum_{j \ne i} e^{s_{ij}/\tau} \Big)^{q}
+        L_i = -\frac{e^{q s_{i,p(i)}/\tau}}{q} + \frac{1}{q} ( \lambda \sum_{j \ne i} e^{s_{ij}/\tau} )^{q}
 
-    Chuang et al., "Robust Contrastive Learning against Noisy Views", 2022. q = 1 is fully robust and symmetric; q -> 0
-    tends to InfoNCE (plus log lam), whose positives count without bound. The mean is over the 2N rows.
+    Chuang et al., "Robust Contrastive Learning against Noisy Views", 2022. The rows are [z_i; z_j], and p(i) is the
+    other view of row i's sample. q = 1 is fully robust and symmetric; as q tends to 0 the loss tends to InfoNCE plus
+    log(lam), in which a positive counts without bound. Terms have the size of exp(q / tau), which float32 holds for q /
+    tau < 88.
+
+    The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O(N D);
+    the reference backend takes O(N^2).
 
     Args:
-        q: in (0, 1].
-        lam: the weight of the denominator, in (0, 1).
-
-    The other arguments, errors, determinism and memory are those of `dcl`. Terms are of the size of exp(q / tau), which
-    float32 holds for q / tau < 88; a temperature beyond it is a ValueError, where it is not on an accelerator.
+        z_i: (N, D) embeddings of the first view, float16, bfloat16, float32 or float64, with any strides. Row n belongs
+            to sample n.
+        z_j: (N, D) embeddings of the second view, with the shape, dtype and device of `z_i`. Row n belongs to sample n.
+        temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
+            read a tensor on an accelerator, so its sign is not checked there.
+        q: The robustness, in (0, 1]. 1 is fully robust.
+        lam: The weight of the denominator, in (0, 1).
+        reduction: "mean" over the 2N rows, "sum", or "none" for one loss per row.
+        normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
+            6.1e-5) in float16). False takes the rows as they are, and their products must not overflow.
+        backend: "auto", which chooses one for the device, or a name from `backends()`.
+        group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
+            group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
+            any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
+            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
+            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
+            whole batch.
 
     Returns:
-        A 0-d tensor, or (2N,) for "none", in the order [z_i; z_j]; float64 for float64 embeddings, else float32.
+        A 0-d tensor, or (2N,) in the order [z_i; z_j] for "none"; float64 for float64 embeddings, else float32.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
+            is unknown; or q / temperature overflows exp, which is not checked for a temperature on an accelerator.
+        RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
+            a second derivative is taken, which only backend="reference" without a group has.
 
     Example:
         >>> import torch, fastntxent
@@ -73,13 +96,14 @@ def _check_powers(q: float, temperature: float | Tensor, dtype: torch.dtype) -> 
 
 
 def _difference_of_powers(nu: Tensor, pos: Tensor, q: float, lam: float) -> Tensor:
-    """((lam (exp(nu) + exp(pi)))^q - exp(q pi)) / q.
+    """Return ((lam (exp(nu) + exp(pi)))^q - exp(q pi)) / q.
 
-    The larger power is factored out, and multiplied in by halves: it may overflow where the difference does not. What
-    is left is exp(-|r|) - 1, with r the logarithm of the powers' ratio. That is expm1 near 0, so the smallest q loses
-    nothing, and not elsewhere: autograd's derivative of expm1 is 1 + expm1, which cancels.
+    The larger power is factored out and multiplied in as two halves, since it may overflow where the difference does
+    not. What remains is exp(-|r|) - 1, with r the logarithm of the ratio of the powers. Near 0 it is formed by expm1,
+    so that the smallest q loses no accuracy. Elsewhere it is not, because autograd differentiates expm1 as 1 + expm1,
+    which cancels.
     """
-    q = max(q, torch.finfo(pos.dtype).tiny ** 0.5)  # a smaller q changes no bit, but its products underflow
+    q = max(q, torch.finfo(pos.dtype).tiny ** 0.5)  # a smaller q gives the same bits, but its products underflow
     ratio = q * (math.log(lam) + row_losses(nu, pos))
     first = ratio > 0
     below = torch.where(first, -ratio, ratio)

@@ -1,4 +1,4 @@
-"""Losses with a sigmoid for each pair: SigLIP of two towers, NT-Logistic of two views."""
+"""Losses with a sigmoid for each pair: SigLIP for two towers, NT-Logistic for two views."""
 
 from __future__ import annotations
 
@@ -28,34 +28,49 @@ def siglip(
     backend: BackendName = "auto",
     group: Group | None = None,
 ) -> Tensor:
-    r"""SigLIP's loss: every pair of an image and a text is told apart on its own, as belonging together or not.
+    r"""SigLIP's loss: each pair of an image and a text is classified on its own, as matching or not.
 
     .. math::
-        L = \frac{1}{N} \sum_{i=1}^{N} \sum_{j=1}^{N} \log\big(1 + e^{-y_{ij} (s_{ij}/\tau + b)}\big), \qquad
-        y_{ij} = \begin{cases} 1 & \text{where } id_i = id_j \\ -1 & \text{else} \end{cases}
+        L = \frac{1}{N} \sum_{i=1}^{N} \sum_{j=1}^{N} \log(1 + e^{-y_{ij} (s_{ij}/\tau + b)}), \quad
+        y_{ij} = 1 \text{ where } id_i = id_j, \text{ else } -1
 
-    Zhai et al., "Sigmoid Loss for Language Image Pre-Training", 2023. No sum over a row comes into the gradient: value
-    and gradients come from one pass over the similarities.
+    Zhai et al., "Sigmoid Loss for Language Image Pre-Training", 2023. The gradient needs no sum over a row, so the
+    value and the gradients come from one pass over the similarities. The paper starts with tau = 0.1 and b = -10, at
+    which the many negatives of a first batch cost little, and learns both.
+
+    The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O(N D);
+    the reference backend takes O(N^2).
 
     Args:
-        image_features, text_features: (N, D); row n of both belongs together.
-        temperature: as in `nt_xent`; 0.1 where neither it nor a logit_scale is given, from where the paper learns it.
-        logit_scale: 1 / temperature, in its place: a positive float or a 0-d tensor.
-        bias: b, a finite float or a 0-d tensor, which may be learnt. The paper begins at -10, where the many negatives
-            of a fresh batch cost little.
-        ids: (N,) integers: images and texts of the same id belong together, also those of other rows. None: row n of
-            both alone.
-        reduction: "mean" (1/N of the sum over all pairs), "sum", or "none": of each image the sum over all texts.
-        normalize, backend, group: as in `nt_xent`.
+        image_features: (N, D) features of the images, float16, bfloat16, float32 or float64. Row n belongs to sample n.
+        text_features: (N, D) features of the texts, with the shape, dtype and device of `image_features`. Row n belongs
+            to sample n.
+        temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
+            read a tensor on an accelerator, so its sign is not checked there. None: 0.1, unless `logit_scale` is given.
+        logit_scale: 1 / tau in place of `temperature`: a positive float or a 0-d floating-point tensor, such as
+            `log_scale.exp()` of a learnt parameter.
+        bias: b, a finite float or a 0-d floating-point tensor, which may require a gradient.
+        ids: (N,) integers. Images and texts of the same id belong together. None: only row n of both does.
+        reduction: "mean" over the N images, "sum", or "none" for one loss per image, which is a sum over all texts.
+        normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
+            6.1e-5) in float16). False takes the rows as they are, and their products must not overflow.
+        backend: "auto", which chooses one for the device, or a name from `backends()`.
+        group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
+            group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
+            any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
+            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
+            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
+            whole batch.
 
     Returns:
-        A 0-d tensor, or (N,) for "none"; float64 for float64 features, else float32. Differentiable in the features,
-        the temperature and the bias.
+        A 0-d tensor, or (N,) for "none"; float64 for float64 features, else float32.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `nt_xent`.
-
-    Deterministic, O(N D) memory.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
+            is unknown.
+        RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
+            a second derivative is taken, which only backend="reference" without a group has.
 
     Example:
         >>> import torch, fastntxent
@@ -85,7 +100,7 @@ def siglip_of_batch(
     bias: Tensor,
     ids: Tensor | None,
 ) -> Tensor:
-    """SigLIP's loss in an open batch, whose inverse temperature and bias are checked already."""
+    """Return SigLIP's loss in an open batch, for a checked inverse temperature and bias."""
     if ids is None:
         loss = batch.sigmoid_at_once(image_features, text_features, inv_tau, bias, two_views=False)
         if loss is not None:
@@ -108,30 +123,46 @@ def nt_logistic(
     backend: BackendName = "auto",
     group: Group | None = None,
 ) -> Tensor:
-    r"""NT-Logistic: the logistic loss of every pair among the 2N rows of two views, one positive for each row.
+    r"""NT-Logistic: the logistic loss of every pair among the 2N rows of two views, one positive per row.
 
     .. math::
-        \ell_i = \log\big(1 + e^{-s_{ip(i)}/\tau - b}\big)
-            + \sum_{j : id_j \ne id_i} \log\big(1 + e^{s_{ij}/\tau + b}\big)
+        \ell_i = \log(1 + e^{-s_{ip(i)}/\tau - b}) + \sum_{j : id_j \ne id_i} \log(1 + e^{s_{ij}/\tau + b})
 
-    Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", 2020, table 2, with all
-    negatives and a bias, which is 0 there.
+    Table 2 of Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", 2020, with all
+    negatives and a bias, which is 0 there. The rows are [z_i; z_j], and p(i) is the other view of row i's sample.
+
+    The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O(N D);
+    the reference backend takes O(N^2).
 
     Args:
-        z_i, z_j: as in `nt_xent`.
-        temperature: as in `nt_xent`.
-        bias: a finite float or a 0-d tensor, which may be learnt.
-        ids: as in `nt_xent`: (N,) integers, samples of the same id are no negatives of each other.
-        reduction: "mean" (1/2N), "sum" or "none".
-        normalize, backend, group: as in `nt_xent`.
+        z_i: (N, D) embeddings of the first view, float16, bfloat16, float32 or float64, with any strides. Row n belongs
+            to sample n.
+        z_j: (N, D) embeddings of the second view, with the shape, dtype and device of `z_i`. Row n belongs to sample n.
+        temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
+            read a tensor on an accelerator, so its sign is not checked there.
+        bias: b, a finite float or a 0-d floating-point tensor, which may require a gradient.
+        ids: (N,) integers, the group of each sample. Samples of the same group are not negatives of each other, which
+            removes false negatives. Ids have the same meaning on every rank. None: every other sample is a negative.
+        reduction: "mean" over the 2N rows, "sum", or "none" for one loss per row.
+        normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
+            6.1e-5) in float16). False takes the rows as they are, and their products must not overflow.
+        backend: "auto", which chooses one for the device, or a name from `backends()`.
+        group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
+            group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
+            any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
+            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
+            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
+            whole batch.
 
     Returns:
-        A 0-d tensor, or (2N,) for "none", in the order [z_i; z_j]; float64 for float64 embeddings, else float32.
+        A 0-d tensor, or (2N,) in the order [z_i; z_j] for "none"; float64 for float64 embeddings, else float32.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `nt_xent`.
-
-    Deterministic, O(N D) memory.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
+            is unknown.
+        RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
+            a second derivative is taken, which only backend="reference" without a group has.
 
     Example:
         >>> import torch, fastntxent

@@ -41,58 +41,69 @@ def sup_con(
     backend: BackendName = "auto",
     group: Group | None = None,
 ) -> Tensor:
-    r"""SupCon: contrastive loss whose positives are all other rows with the same label.
-
-    With P(i) the positives of row i, and sums over j that leave out row i itself ("all") or its class ("neg"):
+    r"""SupCon: a contrastive loss whose positives are all other rows with the same label.
 
     .. math::
         L^{out}_i = \log \sum_{all} e^{s_{ij}/\tau} - \frac{1}{|P(i)|} \sum_{p \in P(i)} s_{ip}/\tau
 
         L^{in}_i = \log \sum_{all} e^{s_{ij}/\tau} - \log \frac{1}{|P(i)|} \sum_{p \in P(i)} e^{s_{ip}/\tau}
 
-        L^{pairs}_i = \frac{1}{|P(i)|} \sum_{p \in P(i)} \log \Big(1 + \sum_{neg} e^{(s_{ij} - s_{ip})/\tau}\Big)
+        L^{pairs}_i = \frac{1}{|P(i)|} \sum_{p \in P(i)} \log(1 + \sum_{neg} e^{(s_{ij} - s_{ip})/\tau})
 
-    With `pair_weights` W all other rows are positives, each with the weight of its class for row i's, y the labels:
+    P(i) are the positives of row i. The sums over "all" leave out row i itself, those over "neg" its whole class. "out"
+    and "in" are equations 2 and 3 of Khosla et al., "Supervised Contrastive Learning", 2020. "pairs" has one NT-Xent
+    term for each positive, without the other positives in its denominator, as in pytorch-metric-learning's
+    `NTXentLoss`.
+
+    With `pair_weights` W every other row is a positive, weighted by its class and that of row i; y are the labels:
 
     .. math::
         L^{W}_i = \log \sum_{all} e^{s_{ij}/\tau}
             - \frac{\sum_{j \ne i} W_{y_i y_j} s_{ij}/\tau}{\sum_{j \ne i} W_{y_i y_j}}
 
-    L_out and L_in are equations 2 and 3 of Khosla et al., "Supervised Contrastive Learning", 2020; the third has one
-    NT-Xent term for each positive, in whose denominator the other positives are not (pytorch-metric-learning's
-    `NTXentLoss`).
+    A row without a positive has loss 0 in "none" and "sum" and is left out of "mean", which is 0 if no row has a
+    positive. It is still a negative of the other rows. With `pair_weights`, a row whose other rows all weigh 0 has no
+    positive, and the identity matrix gives the loss without weights. A ceiling removes negatives only.
 
-    A row without a positive counts for nothing: it is 0 in "none" and "sum", and left out of the mean, which is over
-    the rows with a positive, and 0 where there are none. It still is a negative of the others.
+    The same input gives the same bits each time, on one device and with one number of threads. "out" takes the time of
+    `nt_xent` and O(M D) memory, plus O((M + D) C) with several labels per row or O((C + D) C) with `pair_weights`. "in"
+    and "pairs" form the products of positives once more, in tiles: sum n_c^2 D multiplications in the forward and again
+    in the backward, with n_c rows in class c, and off the CPU one wait for the device. In "out" the positives are part
+    of the sum, so its gradient has the accuracy of a logit, eps / tau; the other two keep the relative accuracy of the
+    loss.
 
     Args:
-        z: (M, D) embeddings, all views of all samples, in any order. float16, bfloat16, float32 or float64.
-        labels: (M,) integers. Or several labels a row: (M, C), bool or integer, not 0 where row i has label c. A pair
-            then counts once for each label it shares, for "out" alone: without a mask of all pairs it cannot be known
-            which pairs share at least one.
-        temperature: as in `nt_xent`.
-        form: "out", "in" or "pairs".
-        ceiling: negatives that are more similar than it leave a row's sum, as in `nt_xent`; positives stay. Not with
-            several labels a row.
-        pair_weights: (C, C), finite floats of at least 0, through which no gradient goes: W[a, b] is the weight of a
-            row of class b as a positive of a row of class a; a row's weights count in proportion. Labels are one a row
-            and in [0, C) then, and the form is "out", without a ceiling. The identity gives `sup_con` without weights.
-            A row whose others all weigh 0 has no positive. The same on every rank, which the ranks compare.
-        reduction: "mean" (over the rows with a positive), "sum", or "none".
-        normalize, backend: as in `nt_xent`.
-        group: as in `nt_xent`. Positives are those of all ranks too.
+        z: (M, D) embeddings of all views of all samples, in any order, float16, bfloat16, float32 or float64.
+        labels: (M,) integers, the class of each row; or (M, C), bool or integer, nonzero where row i has label c. With
+            several labels per row a pair counts once for each label it shares, and the form is "out".
+        temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
+            read a tensor on an accelerator, so its sign is not checked there.
+        form: "out", "in" or "pairs", the formulas above.
+        ceiling: Leave a negative out of row i's sum where its similarity to row i is above this finite float. None sets
+            no limit. Not with `pair_weights` or several labels per row.
+        pair_weights: (C, C) finite floats, at least 0: W[a, b] is the weight of a row of class b as a positive of a row
+            of class a. Only the proportions within a row of W count. Needs one label per row, in [0, C), and the form
+            "out". No gradient flows through the weights. The same tensor on every rank.
+        reduction: "mean" over the rows with a positive, "sum", or "none" for one loss per row.
+        normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
+            6.1e-5) in float16). False takes the rows as they are, and their products must not overflow.
+        backend: "auto", which chooses one for the device, or a name from `backends()`.
+        group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
+            group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
+            any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
+            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
+            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
+            whole batch. Positives come from all ranks too.
 
     Returns:
         A 0-d tensor, or (M,) for "none"; float64 for float64 embeddings, else float32.
 
     Raises:
-        TypeError, ValueError: as `nt_xent` does, and for labels of another shape or dtype.
-
-    Deterministic. "out" takes the time of `nt_xent` and O(M D) memory (with several labels O((M + D) C) beside it, with
-    pair_weights O((C + D) C)). "in" and "pairs" form the products of positives once more, sum n_c^2 D multiplications
-    forward and again backward with n_c rows in class c, in tiles, and off the CPU one wait for the device. In "out"
-    the positives are part of the sum, as the formula has it: unlike the other two, its gradient has the accuracy of a
-    logit, eps / tau, not of the loss.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
+            is unknown.
+        RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
+            a second derivative is taken, which only backend="reference" without a group has.
 
     Example:
         >>> import torch, fastntxent
@@ -101,13 +112,13 @@ def sup_con(
         >>> fastntxent.sup_con(z, labels, temperature=1.0)  # two views: SimCLR's log(e + 6) - 1
         tensor(1.1654)
     """
-    # Labels are checked before the ranks meet, so that a rank that raises leaves none in the middle of the loss.
+    # Check labels before the ranks exchange anything: a rank that raises later would leave the others hanging.
     check_rows("z", z, may_be_empty=group is not None)
     check_choice("form", form, FORMS)
     n_classes = _check_labels(labels, z, form)
     limits = Limits.checked(None, None, ceiling)
     if limits is not None and n_classes is not None:
-        raise ValueError("ceiling must be None where a row has several labels")
+        raise ValueError("ceiling must be None with several labels per row")
     if pair_weights is not None:
         _check_pair_weights(pair_weights, labels, z, form, ceiling)
     batch = open_batch(
@@ -143,16 +154,21 @@ def sup_con(
 
 
 def _out(batch: Batch, u: Tensor, dots: Tensor, counts: Tensor, inv_tau: float | Tensor) -> Tensor:
-    """L_out is linear in the positives: a row's product with the sum of theirs, and their number or weight, is all it
-    takes."""
-    # First, so that its backward comes last, when the kernel's has given its memory back.
+    """Return the loss L_out, which is linear in the positives.
+
+    It needs only each row's product with the sum of its positives (`dots`), and their number or total weight
+    (`counts`).
+    """
+    # Formed first, so that its backward runs last, after the kernel's backward has freed its memory.
     mean = inv_tau * (dots / counts.masked_fill(counts == 0, 1))
     return batch.neg_lse_less(u, batch.row_ids(), inv_tau, mean, counted=counts > 0)
 
 
 def _over_shared_labels(batch: Batch, u: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row its product with the sum of the others, each as often as it shares a label, and how often that is in
-    all."""
+    """Return each row's product with the sum of the other rows, and their number.
+
+    Each other row counts once for every label it shares with the row.
+    """
     belongs = (labels != 0).to(u.dtype)
     own = belongs.sum(dim=1)
     of_classes = batch.sum_of_ranks(product(belongs.T, u))
@@ -161,21 +177,24 @@ def _over_shared_labels(batch: Batch, u: Tensor, labels: Tensor) -> tuple[Tensor
 
 
 def _over_weighted_classes(batch: Batch, u: Tensor, labels: Tensor, pair_weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row its product with the sum of the others, each by the weight of its class, and their weight in all."""
+    """Return each row's product with the weighted sum of the other rows, and their total weight.
+
+    Each other row has the weight of its class.
+    """
     weights = in_double(pair_weights.detach())
-    # A row's weights count in proportion alone. With 1 for the largest, no sum of theirs overflows.
+    # Only the proportions within a row of weights count. With 1 as the largest weight no sum overflows.
     largest = weights.amax(dim=1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
     weights, classes, n_classes = (weights / largest).to(u.dtype), labels.to(torch.int64), weights.shape[0]
     counts = batch.sum_of_ranks(add_at(u.new_zeros(n_classes), classes, torch.ones_like(u[:, 0])))
     sums = batch.sum_of_ranks(add_at(u.new_zeros(n_classes, u.shape[1]), classes, u))
     sums = taken(product(weights, sums), classes) - taken(weights.diagonal(), classes)[:, None] * u
-    # The row itself is left out before its class is weighed, so that a weight of 0 in all is exactly that.
+    # Subtract the row itself before weighting its class, so that a total weight of 0 is exactly 0.
     totals = (weights * (counts - torch.eye(n_classes, dtype=u.dtype, device=u.device))).sum(dim=1)
     return row_dots(u, sums), taken(totals, classes)
 
 
 def _check_pair_weights(pair_weights: Tensor, labels: Tensor, z: Tensor, form: str, ceiling: float | None) -> None:
-    """Weights of all pairs of classes, and labels that are such classes."""
+    """Check the weights of all pairs of classes, and that the labels are such classes."""
     check_tensor("pair_weights", pair_weights)
     if pair_weights.dtype not in FLOAT_DTYPES:
         raise TypeError(f"pair_weights must be float16, bfloat16, float32 or float64, got {pair_weights.dtype}")
@@ -201,7 +220,7 @@ def _check_pair_weights(pair_weights: Tensor, labels: Tensor, z: Tensor, form: s
 
 
 def _check_labels(labels: Tensor, z: Tensor, form: str) -> int | None:
-    """The number of classes where a row has several labels, None where it has one."""
+    """Return the number of classes where a row has several labels, or None where it has one."""
     check_tensor("labels", labels)
     if labels.ndim != 2:
         check_ids("labels", labels, "z", z)
@@ -219,11 +238,13 @@ def _check_multi_labels(labels: Tensor, z: Tensor, form: str) -> None:
             f"got {tuple(labels.shape)}"
         )
     if labels.shape[1] == 1 and labels.dtype != torch.bool:
-        raise ValueError(f"labels must have shape ({z.shape[0]},) for one class a row, got a column: labels.squeeze(1)")
+        raise ValueError(
+            f"labels must have shape ({z.shape[0]},) for one class per row, got a column; pass labels.squeeze(1)"
+        )
     if labels.device != z.device:
         raise ValueError(f"labels must be on the device of z, {z.device}, got {labels.device}")
     if form != "out":
         raise ValueError(
-            f"form must be 'out' where a row has several labels, got {form!r}: it needs every pair that shares a "
-            "label once, which takes a mask of all pairs"
+            f"form must be 'out' with several labels per row, got {form!r}: other forms need every pair that "
+            "shares a label once, and so a mask of all pairs"
         )

@@ -1,4 +1,4 @@
-"""What the modules share: a temperature that may be learnt, and the options of every loss."""
+"""The base class of the modules: a temperature that may be learnt, and the options of every loss."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class _HasForward(Protocol[_P, _R_co]):
 
 
 class LossOptions(TypedDict, total=False):
-    """The keywords that every loss takes, as a function and as a module."""
+    """The keyword arguments of every loss, as a function and as a module."""
 
     reduction: Reduction
     normalize: bool
@@ -39,13 +39,13 @@ class LossOptions(TypedDict, total=False):
 
 
 class ModuleOptions(LossOptions, total=False):
-    """The keywords that every module takes; `TemperatureLoss` has their defaults."""
+    """The keyword arguments of every module. `TemperatureLoss` has their defaults."""
 
     learn_temperature: bool
 
 
 class TypedModule(nn.Module):
-    """A module whose call has, for type checkers, the signature of its `forward`: nn.Module's takes and returns Any."""
+    """A module whose call has the signature of its `forward` for type checkers. nn.Module takes and returns Any."""
 
     if TYPE_CHECKING:
 
@@ -53,12 +53,13 @@ class TypedModule(nn.Module):
 
 
 class TemperatureLoss(TypedModule):
-    """A temperature, a reduction, whether rows are normalised, a backend, and the ranks of the batch.
+    """A module with a temperature, a reduction, row normalisation, a backend and a group of ranks.
 
-    A loss's constructor takes the keywords as `**options` and passes them on. Its signature still names each of them.
+    The constructor of a loss takes these as `**options` and passes them on. Its `__signature__` still lists each of
+    them.
     """
 
-    _shown: tuple[str, ...] = ()  # attributes of a subclass that repr() shows
+    _shown: tuple[str, ...] = ()  # attributes of the subclass that repr() shows
 
     def __init__(
         self,
@@ -91,13 +92,14 @@ class TemperatureLoss(TypedModule):
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
         constructor = vars(cls).get("__init__")
-        if TemperatureLoss in cls.__bases__ and constructor is not None:
+        ours = cls.__module__.startswith(f"{__package__}.")  # a user's `**options` may mean something else
+        if ours and constructor is not None:
             constructor.__signature__ = _with_options_named(inspect.signature(constructor))
 
     @property
     def temperature(self) -> float | Tensor:
-        """tau: as it was given, or a 0-d tensor that follows the parameter, in float64 where the device has it. May be
-        set, to schedule it."""
+        """tau, as it was given, or a 0-d tensor that follows the parameter; in float64 where the device has it. Can be
+        set, for example by a schedule."""
         return in_double(self.log_temperature).exp() if self.learn_temperature else self._temperature
 
     @temperature.setter
@@ -125,8 +127,10 @@ class TemperatureLoss(TypedModule):
 
 
 def _with_options_named(signature: inspect.Signature) -> inspect.Signature:
-    """Return the signature with TemperatureLoss's keywords in the place of `**options`. A default of the loss's own, as
-    CLIPLoss has for learn_temperature, goes before TemperatureLoss's."""
+    """Return the signature with TemperatureLoss's keyword arguments in place of `**options`.
+
+    A loss's own default, such as CLIPLoss's for learn_temperature, replaces that of TemperatureLoss.
+    """
     own = dict(signature.parameters)
     if own.pop("options", None) is None:
         return signature

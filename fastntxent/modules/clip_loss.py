@@ -1,4 +1,4 @@
-"""CLIP's loss as a module, of two towers or several, which holds its own logit scale."""
+"""CLIP's loss for two or more towers as a module that holds its own logit scale."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .base import LossOptions, TemperatureLoss, Unpack
 
 
 class _AtMost(torch.autograd.Function):
-    """min(x, bound), whose gradient can always bring x back: only what would take it further beyond is stopped."""
+    """min(x, bound) with a gradient that can always lower x: only one that would raise x further is stopped."""
 
     @staticmethod
     def forward(x: Tensor, bound: float) -> Tensor:
@@ -40,20 +40,64 @@ class _AtMost(torch.autograd.Function):
 
 
 class CLIPLoss(TemperatureLoss):
-    r"""CLIP's loss as a module, which holds its own logit scale; see `clip`.
+    r"""CLIP's loss as a module that holds its own logit scale.
+
+    .. math::
+        L = \frac{1}{2N} \sum_{n=1}^{N} [ \log(1 + e^{\nu^{img}_n - \pi_n}) + \log(1 + e^{\nu^{txt}_n - \pi_n}) ], \quad
+        \pi_n = s_{nn}/\tau
+
+    Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021. nu^img_n is the
+    log-sum-exp of image n's logits with the other texts, nu^txt_n of text n's logits with the other images.
+
+    With positives="same_id" and form "out" the positives are part of the denominator, so near convergence the gradient
+    has the accuracy of a logit, eps / tau. "in" keeps its relative accuracy, and is the same loss where every row has
+    one positive.
+
+    A negative exactly at a limit that `margin`, `relative_margin` or `ceiling` sets, up to rounding, stays in the sum,
+    and so does one whose similarity is NaN. No gradient flows through the choice.
+
+    The module holds the temperature, whose inverse is the logit scale, and learns it by default, as CLIP does.
+    `logit_scale` is the bounded scale that the loss uses.
+
+    Call it as `loss(image_features, text_features, ids=None)`; `forward` describes the arguments. The function is
+    `clip`.
 
     Args:
-        temperature: 1 / logit scale; where it is learnt, its first value.
-        positives, form: as in `clip`.
-        label_smoothing: in [0, 1).
-        margin, relative_margin, ceiling: as in `nt_xent`.
-        max_logit_scale: the scale is kept below it, as CLIP was trained. Beyond it a gradient that would make it larger
-            stops, and one that makes it smaller goes on. None: no bound.
-        learn_temperature: make the temperature a parameter, `log_temperature`, which is minus the logarithm of the
-            scale; on by default, as in CLIP.
-        reduction, normalize, backend, group: as of `NTXentLoss`.
+        temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
+            read a tensor on an accelerator, so its sign is not checked there. With `learn_temperature`, the initial
+            value of the parameter.
+        positives: "pair": row n of the other side is the only positive of row n. "same_id": all rows of the other side
+            with its id are positives; this needs `ids` and excludes label smoothing, margins and a ceiling.
+        form: How the positives are combined with positives="same_id". "out" averages their log-probabilities: nu' -
+            mean_p s_np / tau, with nu' the log-sum-exp over all columns. "in" takes the logarithm of their mean
+            probability.
+        label_smoothing: The share of the target, in [0, 1), that is spread evenly over the positive and the negatives,
+            as in `torch.nn.functional.cross_entropy`.
+        margin: Leave a negative out of row i's sum where its similarity to row i is above s_pos - margin, with s_pos
+            the similarity of row i to its positive. A finite float; None sets no limit. Not with `relative_margin` or
+            `label_smoothing`.
+        relative_margin: Leave a negative out of row i's sum where its similarity to row i is above (1 -
+            relative_margin) s_pos. A float in [0, 1]; None sets no limit. Not with `margin` or `label_smoothing`.
+        ceiling: Leave a negative out of row i's sum where its similarity to row i is above this finite float. With a
+            margin too, the smaller limit holds. None sets no limit. Not with `label_smoothing`.
+        max_logit_scale: An upper bound of the logit scale, a positive float; CLIP was trained with 100. Above it, a
+            gradient that would raise the scale is dropped, and one that lowers it passes. None: no bound.
+        reduction: "mean" over the N samples, "sum", or "none" for one loss per sample.
+        normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
+            6.1e-5) in float16). False takes the rows as they are, and their products must not overflow.
+        backend: "auto", which chooses one for the device, or a name from `backends()`.
+        group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
+            group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
+            any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
+            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
+            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
+            whole batch.
+        learn_temperature: Make the temperature a parameter. It is stored as its logarithm, `log_temperature`, so no
+            optimiser step can make it negative. Exclude it from weight decay.
 
-    Its call takes image and text features and `ids`.
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a number is out of range, or an option is unknown.
 
     Example:
         >>> import torch, fastntxent
@@ -98,7 +142,7 @@ class CLIPLoss(TemperatureLoss):
 
     @property
     def logit_scale(self) -> float | Tensor:
-        """1 / temperature, below its bound: a float, or a 0-d tensor of `temperature`'s dtype."""
+        """1 / temperature, clamped to `max_logit_scale`: a float, or a 0-d tensor of `temperature`'s dtype."""
         bound = self.max_logit_scale
         if self.learn_temperature:
             log_temperature = in_double(self.log_temperature)
@@ -108,7 +152,7 @@ class CLIPLoss(TemperatureLoss):
             return min(1 / self._temperature, math.inf if bound is None else bound)
         if bound is None:
             return torch.exp(-log_temperature)
-        # The logarithm is bounded, since the scale may overflow, and its gradient with it.
+        # Bound the logarithm, since the scale and its gradient may overflow.
         return bound * torch.exp(_AtMost.apply(-log_temperature - math.log(bound), 0.0))
 
     @property
@@ -125,21 +169,87 @@ class CLIPLoss(TemperatureLoss):
         }
 
     def forward(self, image_features: Tensor, text_features: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Return the loss of two towers.
+
+        Args:
+            image_features: (N, D) features of the images, float16, bfloat16, float32 or float64. Row n belongs to
+                sample n.
+            text_features: (N, D) features of the texts, with the shape, dtype and device of `image_features`. Row n
+                belongs to sample n.
+            ids: (N,) integers, the group of each sample. Samples of the same group are not negatives of each other,
+                which removes false negatives. Ids have the same meaning on every rank. None: every other sample is a
+                negative. Required for positives="same_id".
+
+        Returns:
+            A 0-d tensor, or (N,) for "none"; float64 for float64 features, else float32.
+        """
         return clip(image_features, text_features, ids=ids, **self._of_clip)
 
 
 class MultiCLIPLoss(CLIPLoss):
-    """CLIP's loss of every two of several towers as a module; see `multi_clip`.
+    r"""CLIP's loss of every two of several towers, as a module that holds its own logit scale.
+
+    .. math:: L = \sum_{a < b} w_{ab} L^{\text{clip}}(x_a, x_b)
+
+    Each pair of towers takes one pass over its similarities. With the default weights the loss is the mean over the
+    pairs. `clip` is the loss of Radford et al., "Learning Transferable Visual Models From Natural Language
+    Supervision", 2021.
+
+    With positives="same_id" and form "out" the positives are part of the denominator, so near convergence the gradient
+    has the accuracy of a logit, eps / tau. "in" keeps its relative accuracy, and is the same loss where every row has
+    one positive.
+
+    A negative exactly at a limit that `margin`, `relative_margin` or `ceiling` sets, up to rounding, stays in the sum,
+    and so does one whose similarity is NaN. No gradient flows through the choice.
+
+    The module holds the temperature, whose inverse is the logit scale, and learns it by default, as CLIP does.
+    `logit_scale` is the bounded scale that the loss uses.
+
+    Call it as `loss(features, ids=None)`; `forward` describes the arguments. The function is `multi_clip`.
 
     Args:
-        weights: one for each pair of towers, as in `multi_clip`.
+        temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
+            read a tensor on an accelerator, so its sign is not checked there. With `learn_temperature`, the initial
+            value of the parameter.
+        weights: One finite number, at least 0, for each pair of towers, in the order (0, 1), (0, 2), ..., (1, 2), ...;
+            one of them above 0. A pair of weight 0 costs nothing. None: 1 / the number of pairs.
+        positives: "pair": row n of the other side is the only positive of row n. "same_id": all rows of the other side
+            with its id are positives; this needs `ids` and excludes label smoothing, margins and a ceiling.
+        form: How the positives are combined with positives="same_id". "out" averages their log-probabilities: nu' -
+            mean_p s_np / tau, with nu' the log-sum-exp over all columns. "in" takes the logarithm of their mean
+            probability.
+        label_smoothing: The share of the target, in [0, 1), that is spread evenly over the positive and the negatives,
+            as in `torch.nn.functional.cross_entropy`.
+        margin: Leave a negative out of row i's sum where its similarity to row i is above s_pos - margin, with s_pos
+            the similarity of row i to its positive. A finite float; None sets no limit. Not with `relative_margin` or
+            `label_smoothing`.
+        relative_margin: Leave a negative out of row i's sum where its similarity to row i is above (1 -
+            relative_margin) s_pos. A float in [0, 1]; None sets no limit. Not with `margin` or `label_smoothing`.
+        ceiling: Leave a negative out of row i's sum where its similarity to row i is above this finite float. With a
+            margin too, the smaller limit holds. None sets no limit. Not with `label_smoothing`.
+        max_logit_scale: An upper bound of the logit scale, a positive float; CLIP was trained with 100. Above it, a
+            gradient that would raise the scale is dropped, and one that lowers it passes. None: no bound.
+        reduction: "mean" over the N samples, "sum", or "none" for one loss per sample.
+        normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
+            6.1e-5) in float16). False takes the rows as they are, and their products must not overflow.
+        backend: "auto", which chooses one for the device, or a name from `backends()`.
+        group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
+            group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
+            any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
+            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
+            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
+            whole batch.
+        learn_temperature: Make the temperature a parameter. It is stored as its logarithm, `log_temperature`, so no
+            optimiser step can make it negative. Exclude it from weight decay.
 
-    Its call takes the features of all towers in a sequence, and `ids`. The other arguments are as of `CLIPLoss`.
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a number is out of range, or an option is unknown.
 
     Example:
         >>> import torch, fastntxent
         >>> loss = fastntxent.MultiCLIPLoss(temperature=1.0)
-        >>> loss([torch.eye(4)] * 3).detach()  # log(e + 3) - 1 of each pair
+        >>> loss([torch.eye(4)] * 3).detach()  # log(e + 3) - 1 for each pair
         tensor(0.7437)
     """
 
@@ -175,4 +285,16 @@ class MultiCLIPLoss(CLIPLoss):
         self.weights = None if weights is None else check_weights("weights", weights, "a number for each pair")
 
     def forward(self, features: Sequence[Tensor], ids: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """Return the loss of all pairs of towers.
+
+        Args:
+            features: T >= 2 tensors (N, D) of one shape, dtype and device, one per tower. Row n of each belongs to
+                sample n.
+            ids: (N,) integers, the group of each sample. Samples of the same group are not negatives of each other,
+                which removes false negatives. Ids have the same meaning on every rank. None: every other sample is a
+                negative. Required for positives="same_id".
+
+        Returns:
+            A 0-d tensor, or (N,) for "none"; float64 for float64 features, else float32.
+        """
         return multi_clip(features, weights=self.weights, ids=ids, **self._of_clip)

@@ -10,7 +10,35 @@ from .base import ModuleOptions, TemperatureLoss, Unpack
 
 
 class DCLLoss(TemperatureLoss):
-    r"""DCL as a module; see `dcl`. Arguments as of `NTXentLoss`.
+    r"""DCL, NT-Xent without the positive in its own denominator, as a module.
+
+    .. math:: L_i = -s_{i,p(i)}/\tau + \log \sum_{j \ne i, p(i)} e^{s_{ij}/\tau}
+
+    Yeh et al., "Decoupled Contrastive Learning", 2022. The rows are [z_i; z_j], and p(i) is the other view of row i's
+    sample. A loss may be negative. With N = 1 there are no negatives and the loss is 0.
+
+    Call it as `loss(z_i, z_j)`; `forward` describes the arguments. The function is `dcl`.
+
+    Args:
+        temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
+            read a tensor on an accelerator, so its sign is not checked there. With `learn_temperature`, the initial
+            value of the parameter.
+        reduction: "mean" over the 2N rows, "sum", or "none" for one loss per row.
+        normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
+            6.1e-5) in float16). False takes the rows as they are, and their products must not overflow.
+        backend: "auto", which chooses one for the device, or a name from `backends()`.
+        group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
+            group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
+            any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
+            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
+            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
+            whole batch.
+        learn_temperature: Make the temperature a parameter. It is stored as its logarithm, `log_temperature`, so no
+            optimiser step can make it negative. Exclude it from weight decay.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a number is out of range, or an option is unknown.
 
     Example:
         >>> import torch, fastntxent
@@ -23,11 +51,54 @@ class DCLLoss(TemperatureLoss):
         super().__init__(temperature, **options)
 
     def forward(self, z_i: Tensor, z_j: Tensor) -> Tensor:
+        """Return the loss of two views.
+
+        Args:
+            z_i: (N, D) embeddings of the first view, float16, bfloat16, float32 or float64, with any strides. Row n
+                belongs to sample n.
+            z_j: (N, D) embeddings of the second view, with the shape, dtype and device of `z_i`. Row n belongs to
+                sample n.
+
+        Returns:
+            A 0-d tensor, or (2N,) in the order [z_i; z_j] for "none"; float64 for float64 embeddings, else float32.
+        """
         return dcl(z_i, z_j, self.temperature, **self._options)
 
 
 class DCLWLoss(TemperatureLoss):
-    r"""DCLW as a module; see `dclw` for `sigma`. The other arguments are as of `NTXentLoss`.
+    r"""DCLW, DCL with a von Mises-Fisher weight, as a module.
+
+    .. math::
+        L_i = -w_i s_{i,p(i)}/\tau + \log \sum_{j \ne i, p(i)} e^{s_{ij}/\tau}, \quad
+        w_i = 2 - \frac{e^{s_{i,p(i)}/\sigma}}{\frac{1}{N} \sum_n e^{s_{n,p(n)}/\sigma}}
+
+    Yeh et al., "Decoupled Contrastive Learning", 2022. The rows are [z_i; z_j], and p(i) is the other view of row i's
+    sample. No gradient flows through the weights. A loss may be negative. With N = 1 there are no negatives and the
+    loss is 0.
+
+    Call it as `loss(z_i, z_j)`; `forward` describes the arguments. The function is `dclw`.
+
+    Args:
+        temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
+            read a tensor on an accelerator, so its sign is not checked there. With `learn_temperature`, the initial
+            value of the parameter.
+        sigma: The spread of the weights, a positive float.
+        reduction: "mean" over the 2N rows, "sum", or "none" for one loss per row.
+        normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
+            6.1e-5) in float16). False takes the rows as they are, and their products must not overflow.
+        backend: "auto", which chooses one for the device, or a name from `backends()`.
+        group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
+            group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
+            any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
+            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
+            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
+            whole batch.
+        learn_temperature: Make the temperature a parameter. It is stored as its logarithm, `log_temperature`, so no
+            optimiser step can make it negative. Exclude it from weight decay.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a number is out of range, or an option is unknown.
 
     Example:
         >>> import torch, fastntxent
@@ -43,4 +114,15 @@ class DCLWLoss(TemperatureLoss):
         self.sigma = check_positive_number("sigma", sigma)
 
     def forward(self, z_i: Tensor, z_j: Tensor) -> Tensor:
+        """Return the loss of two views.
+
+        Args:
+            z_i: (N, D) embeddings of the first view, float16, bfloat16, float32 or float64, with any strides. Row n
+                belongs to sample n.
+            z_j: (N, D) embeddings of the second view, with the shape, dtype and device of `z_i`. Row n belongs to
+                sample n.
+
+        Returns:
+            A 0-d tensor, or (2N,) in the order [z_i; z_j] for "none"; float64 for float64 embeddings, else float32.
+        """
         return dclw(z_i, z_j, self.temperature, sigma=self.sigma, **self._options)

@@ -1,4 +1,4 @@
-"""The loss of a student of two towers with a teacher as a module."""
+"""The loss of a two-tower student with a teacher, as a module."""
 
 from __future__ import annotations
 
@@ -12,15 +12,45 @@ from .base import ModuleOptions, TemperatureLoss, Unpack
 
 
 class DistillLoss(TemperatureLoss):
-    r"""A student's cross-entropy with a teacher's softmaxes as a module; see `distill`.
+    r"""A student's cross-entropy with a teacher's softmaxes as a module.
+
+    .. math::
+        L = -\frac{1}{2N} \sum_{i=1}^{N} \sum_{j=1}^{N} [ p^T_{ij} \log p^S_{ij} + q^T_{ij} \log q^S_{ij} ], \quad
+        p_{ij} = \frac{e^{s_{ij}/\tau}}{\sum_l e^{s_{il}/\tau}}, \quad
+        q_{ij} = \frac{e^{s_{ij}/\tau}}{\sum_l e^{s_{lj}/\tau}}
+
+    Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, between two towers. p^S and q^S come from the
+    student's similarities and temperature, p^T and q^T from the teacher's. The loss is smallest, and then equals the
+    teacher's entropy, where the student's softmaxes are the teacher's.
+
+    Call it as `loss(image_features, text_features, teacher_image_features, teacher_text_features)`; `forward` describes
+    the arguments. The function is `distill`.
+
+    With `teacher=`, a function, it takes no features of a teacher.
 
     Args:
-        temperature: the student's; where it is learnt, its first value.
-        teacher_temperature: the teacher's; None: the student's, at each call.
-        reduction, normalize, backend, group, learn_temperature: as of `NTXentLoss`.
+        temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
+            read a tensor on an accelerator, so its sign is not checked there. With `learn_temperature`, the initial
+            value of the parameter.
+        teacher_temperature: The teacher's temperature, like `temperature` but without a gradient. None: the student's
+            at each call.
+        reduction: "mean" over the N samples, "sum", or "none" for one loss per sample.
+        normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
+            6.1e-5) in float16). False takes the rows as they are, and their products must not overflow. The teacher's
+            features are treated in the same way.
+        backend: "auto", which chooses one for the device, or a name from `backends()`.
+        group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
+            group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
+            any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
+            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
+            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
+            whole batch.
+        learn_temperature: Make the temperature a parameter. It is stored as its logarithm, `log_temperature`, so no
+            optimiser step can make it negative. Exclude it from weight decay.
 
-    Its call takes the student's image and text features and the teacher's, or `teacher=`, a function of image and text
-    numbers, in place of the teacher's.
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a number is out of range, or an option is unknown.
 
     Example:
         >>> import torch, fastntxent
@@ -52,6 +82,26 @@ class DistillLoss(TemperatureLoss):
         *,
         teacher: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
+        """Return the student's cross-entropy with its teacher.
+
+        Args:
+            image_features: (N, D) features of the images, float16, bfloat16, float32 or float64. Row n belongs to
+                sample n.
+            text_features: (N, D) features of the texts, with the shape, dtype and device of `image_features`. Row n
+                belongs to sample n.
+            teacher_image_features: (N, E) features of the same images by the teacher, of any floating-point dtype. They
+                get no gradient. None where `teacher` is given.
+            teacher_text_features: (N, E) features of the same texts by the teacher, like `teacher_image_features`.
+            teacher: A function in place of the teacher's features, for similarities that are not products of features.
+                `teacher(rows, cols)` gets the indices of images and of texts, two 1-d int64 tensors on the student's
+                device, and returns the (len(rows), len(cols)) similarities of each of these images to each of these
+                texts, in any floating-point dtype on that device, before the teacher's temperature is applied.
+                `normalize` does not affect them. -inf gives a pair probability 0, as long as its image and its text
+                each have another pair. The function must return the same values at every call.
+
+        Returns:
+            A 0-d tensor, or (N,) for "none"; float64 for float64 features, else float32.
+        """
         return distill(
             image_features,
             text_features,

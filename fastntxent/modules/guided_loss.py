@@ -11,11 +11,54 @@ from .base import ModuleOptions, TemperatureLoss, Unpack
 
 
 class GuidedInfoNCELoss(TemperatureLoss):
-    r"""InfoNCE without the negatives that a guide takes for positives, as a module; see `guided_info_nce` for the
-    formula and the options that are named there.
+    r"""InfoNCE without the negatives that a guide rejects, as a module.
 
-    Its call takes query, key, the guide's of both, and optionally explicit negatives (K, D) and the guide's of those.
-    The other arguments are as of `NTXentLoss`.
+    .. math::
+        L_n = \log(1 + e^{\nu_n - s_n/\tau}), \quad
+        \nu_n = \log \sum_{j \in C(n),\ g_{nj} \le g_n - m} e^{s_{nj}/\tau}
+
+    s are the similarities of the embeddings and g the cosine similarities of the guide's embeddings; s_n and g_n belong
+    to query n and key n. The candidates C(n) are the keys of other samples and the explicit negatives, compared with
+    query n. `contrast_anchors` adds the other queries, compared with query n; `contrast_positives` adds the other keys,
+    compared with key n.
+
+    Solatorio, "GISTEmbed: Guided In-sample Selection of Training Negatives for Text Embedding Fine-tuning", 2024, with
+    the semantics of sentence-transformers' `GISTEmbedLoss`.
+
+    A row is never a negative of itself or of its positive. Ties stay: a negative is left out only where its similarity
+    exceeds the limit by more than rounding, eps sqrt(E), which is 3e-6 in float32 at E = 768. A pair whose similarity
+    or limit is NaN stays too. The loss of a query without negatives is 0. No gradient flows through the choice of
+    negatives.
+
+    Call it as `loss(query, key, guide_query, guide_key, negatives=None, guide_negatives=None)`; `forward` describes the
+    arguments. The function is `guided_info_nce`.
+
+    Args:
+        temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
+            read a tensor on an accelerator, so its sign is not checked there. With `learn_temperature`, the initial
+            value of the parameter.
+        margin: m, a finite float. A negative stays where g_nj <= g_n - m ("absolute"), or where g_nj <= g_n - m
+            abs(g_n) ("relative").
+        margin_strategy: "absolute" or "relative", the meaning of `margin`.
+        contrast_anchors: Whether the other queries are negatives of a query.
+        contrast_positives: Whether the other keys, compared with a query's own key, count as negatives in the loss of
+            that query.
+        reduction: "mean" over the N queries, "sum", or "none" for one loss per query.
+        normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
+            6.1e-5) in float16). False takes the rows as they are, and their products must not overflow.
+        backend: "auto", which chooses one for the device, or a name from `backends()`.
+        group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
+            group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
+            any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
+            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
+            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
+            whole batch. Explicit negatives (K, D) are shared by all ranks too; each rank passes any number of them.
+        learn_temperature: Make the temperature a parameter. It is stored as its logarithm, `log_temperature`, so no
+            optimiser step can make it negative. Exclude it from weight decay.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a number is out of range, or an option is unknown.
 
     Example:
         >>> import torch, fastntxent
@@ -53,6 +96,23 @@ class GuidedInfoNCELoss(TemperatureLoss):
         negatives: Tensor | None = None,
         guide_negatives: Tensor | None = None,
     ) -> Tensor:
+        """Return the loss of queries that pick their keys among the negatives that the guide leaves.
+
+        Args:
+            query: (N, D) embeddings of the queries, float16, bfloat16, float32 or float64. Row n belongs to sample n.
+            key: (N, D) embeddings of the keys, with the shape, dtype and device of `query`. Row n is the positive of
+                row n of `query`.
+            guide_query: (N, E) embeddings of the queries' samples by the guide, of any floating-point dtype. They are
+                always normalised and get no gradient.
+            guide_key: (N, E) embeddings of the keys' samples by the guide, like `guide_query`.
+            negatives: (K, D) explicit negatives of all queries, with the dtype and device of `query`. None: there are
+                none.
+            guide_negatives: (K, E) embeddings of the explicit negatives by the guide, like `guide_query`. Required with
+                `negatives`, and only then.
+
+        Returns:
+            A 0-d tensor, or (N,) for "none"; float64 for float64 embeddings, else float32.
+        """
         return guided_info_nce(
             query,
             key,

@@ -13,10 +13,70 @@ from .base import ModuleOptions, TemperatureLoss, Unpack
 
 
 class InfoNCELoss(TemperatureLoss):
-    r"""InfoNCE from queries to keys as a module; see `info_nce` for the formula and the options that are named there.
+    r"""InfoNCE from queries to keys as a module.
 
-    Its call takes query, key, and optionally explicit negatives (K, D) or (N, K, D) and `ids`. The other arguments are
-    as of `NTXentLoss`.
+    .. math::
+        L_n = \log(1 + e^{\nu_n - s_n/\tau}), \quad
+        \nu_n = \log \sum_{j \in \text{negatives}(n)} e^{s_{nj}/\tau}
+
+    van den Oord et al., "Representation Learning with Contrastive Predictive Coding", 2018. s_n is the similarity of
+    query n to its own key. Queries pick keys, but keys do not pick queries; `clip` has both directions.
+
+    With positives="same_id" and form "out" the positives are part of the denominator, so near convergence the gradient
+    has the accuracy of a logit, eps / tau. "in" keeps its relative accuracy, and is the same loss where every row has
+    one positive.
+
+    A negative exactly at a limit that `margin`, `relative_margin` or `ceiling` sets, up to rounding, stays in the sum,
+    and so does one whose similarity is NaN. No gradient flows through the choice. Limits apply to explicit negatives
+    too.
+
+    The hardness options follow Lan et al., "LLaVE: Large Language and Vision Embedding Models with Hardness-Weighted
+    Contrastive Learning", 2025, as in sentence-transformers. With explicit negatives that queries share,
+    sentence-transformers hardens only a query's own; here all of them get harder.
+
+    Call it as `loss(query, key, negatives=None, ids=None)`; `forward` describes the arguments. The function is
+    `info_nce`.
+
+    Args:
+        temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
+            read a tensor on an accelerator, so its sign is not checked there. With `learn_temperature`, the initial
+            value of the parameter.
+        in_batch_negatives: Whether the keys of other samples are negatives. None: only without explicit negatives.
+        positives: "pair": row n of the other side is the only positive of row n. "same_id": all rows of the other side
+            with its id are positives; this needs `ids` and excludes label smoothing, margins and a ceiling. It also
+            excludes explicit negatives, hardness and in_batch_negatives=False.
+        form: How the positives are combined with positives="same_id". "out" averages their log-probabilities: nu' -
+            mean_p s_np / tau, with nu' the log-sum-exp over all columns. "in" takes the logarithm of their mean
+            probability.
+        label_smoothing: The share of the target, in [0, 1), that is spread evenly over the positive and the negatives,
+            as in `torch.nn.functional.cross_entropy`.
+        margin: Leave a negative out of row i's sum where its similarity to row i is above s_pos - margin, with s_pos
+            the similarity of row i to its positive. A finite float; None sets no limit. Not with `relative_margin` or
+            `label_smoothing`.
+        relative_margin: Leave a negative out of row i's sum where its similarity to row i is above (1 -
+            relative_margin) s_pos. A float in [0, 1]; None sets no limit. Not with `margin` or `label_smoothing`.
+        ceiling: Leave a negative out of row i's sum where its similarity to row i is above this finite float. With a
+            margin too, the smaller limit holds. None sets no limit. Not with `label_smoothing`.
+        hardness_mode: Which negatives get harder logits: "in_batch_negatives", "hard_negatives" (the explicit ones) or
+            "all_negatives".
+        hardness_strength: Add this multiple (0 or more) of the similarity to the logits of those negatives. No gradient
+            flows through the addend. Not with `label_smoothing`.
+        reduction: "mean" over the N queries, "sum", or "none" for one loss per query.
+        normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
+            6.1e-5) in float16). False takes the rows as they are, and their products must not overflow.
+        backend: "auto", which chooses one for the device, or a name from `backends()`.
+        group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
+            group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
+            any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
+            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
+            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
+            whole batch. Explicit negatives (K, D) are shared by all ranks too; each rank passes any number of them.
+        learn_temperature: Make the temperature a parameter. It is stored as its logarithm, `log_temperature`, so no
+            optimiser step can make it negative. Exclude it from weight decay.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a number is out of range, or an option is unknown.
 
     Example:
         >>> import torch, fastntxent
@@ -66,6 +126,21 @@ class InfoNCELoss(TemperatureLoss):
         self.in_batch_negatives = in_batch_negatives
 
     def forward(self, query: Tensor, key: Tensor, negatives: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
+        """Return the loss of queries that pick their keys.
+
+        Args:
+            query: (N, D) embeddings of the queries, float16, bfloat16, float32 or float64. Row n belongs to sample n.
+            key: (N, D) embeddings of the keys, with the shape, dtype and device of `query`. Row n is the positive of
+                row n of `query`.
+            negatives: Explicit negatives with the dtype and device of `query`: (K, D), shared by all queries, or (N, K,
+                D), one set per query. None: the keys of other samples are the negatives.
+            ids: (N,) integers, the group of each sample. Samples of the same group are not negatives of each other,
+                which removes false negatives. Ids have the same meaning on every rank. None: every other sample is a
+                negative. Explicit negatives have no ids.
+
+        Returns:
+            A 0-d tensor, or (N,) for "none"; float64 for float64 embeddings, else float32.
+        """
         return info_nce(
             query,
             key,

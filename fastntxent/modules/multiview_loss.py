@@ -13,8 +13,50 @@ from .base import ModuleOptions, TemperatureLoss, Unpack
 
 
 class MultiViewNTXentLoss(TemperatureLoss):
-    r"""NT-Xent of V views as a module; see `multiview_nt_xent`. Arguments as of `NTXentLoss`; its call takes the views,
-    (V, N, D) or a sequence of (N, D), and `ids`.
+    r"""NT-Xent of V views as a module.
+
+    .. math::
+        L = \frac{1}{V N (V - 1)} \sum_{i=1}^{V N} \sum_{p \in P(i)} \log(1 + e^{\nu_i - s_{ip}/\tau}), \quad
+        \nu_i = \log \sum_{j : n(j) \ne n(i)} e^{s_{ij}/\tau}
+
+    P(i) are the other views of row i's sample n(i). Each ordered pair of views has one term, as in Tian et al.,
+    "Contrastive Multiview Coding", 2020, with the negatives of all views. With V = 2 the loss is `nt_xent`.
+
+    A negative exactly at a limit that `margin`, `relative_margin` or `ceiling` sets, up to rounding, stays in the sum,
+    and so does one whose similarity is NaN. No gradient flows through the choice. Of several positives the least
+    similar one sets the limit.
+
+    Call it as `loss(views, ids=None)`; `forward` describes the arguments. The function is `multiview_nt_xent`.
+
+    Args:
+        temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
+            read a tensor on an accelerator, so its sign is not checked there. With `learn_temperature`, the initial
+            value of the parameter.
+        label_smoothing: The share of the target, in [0, 1), that is spread evenly over the positive and the negatives,
+            as in `torch.nn.functional.cross_entropy`.
+        margin: Leave a negative out of row i's sum where its similarity to row i is above s_pos - margin, with s_pos
+            the similarity of row i to its positive. A finite float; None sets no limit. Not with `relative_margin` or
+            `label_smoothing`.
+        relative_margin: Leave a negative out of row i's sum where its similarity to row i is above (1 -
+            relative_margin) s_pos. A float in [0, 1]; None sets no limit. Not with `margin` or `label_smoothing`.
+        ceiling: Leave a negative out of row i's sum where its similarity to row i is above this finite float. With a
+            margin too, the smaller limit holds. None sets no limit. Not with `label_smoothing`.
+        reduction: "mean" over the V N rows, "sum", or "none" for one loss per row.
+        normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
+            6.1e-5) in float16). False takes the rows as they are, and their products must not overflow.
+        backend: "auto", which chooses one for the device, or a name from `backends()`.
+        group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
+            group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
+            any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
+            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
+            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
+            whole batch.
+        learn_temperature: Make the temperature a parameter. It is stored as its logarithm, `log_temperature`, so no
+            optimiser step can make it negative. Exclude it from weight decay.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a number is out of range, or an option is unknown.
 
     Example:
         >>> import torch, fastntxent
@@ -41,6 +83,17 @@ class MultiViewNTXentLoss(TemperatureLoss):
         self.margin, self.relative_margin, self.ceiling = margin, relative_margin, ceiling
 
     def forward(self, views: Tensor | Sequence[Tensor], ids: Tensor | None = None) -> Tensor:
+        """Return the loss of V views.
+
+        Args:
+            views: (V, N, D), or a sequence of V tensors (N, D), with V >= 2. Row n of each view belongs to sample n.
+            ids: (N,) integers, the group of each sample. Samples of the same group are not negatives of each other,
+                which removes false negatives. Ids have the same meaning on every rank. None: every other sample is a
+                negative.
+
+        Returns:
+            A 0-d tensor, or (V N,), view after view, for "none"; float64 for float64 embeddings, else float32.
+        """
         return multiview_nt_xent(
             views,
             self.temperature,

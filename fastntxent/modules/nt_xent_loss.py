@@ -11,20 +11,50 @@ from .base import ModuleOptions, TemperatureLoss, Unpack
 
 
 class NTXentLoss(TemperatureLoss):
-    r"""NT-Xent, the loss of SimCLR, as a module; see `nt_xent` for the formula, shapes, dtypes and errors.
+    r"""NT-Xent, the loss of SimCLR, as a module.
+
+    .. math::
+        L = \frac{1}{2N} \sum_{i=1}^{2N} [ \log \sum_{k \ne i} e^{s_{ik}/\tau} - s_{i,p(i)}/\tau ], \quad
+        s_{ik} = \frac{z_i \cdot z_k}{\|z_i\| \|z_k\|}
+
+    Equation 1 of Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", 2020. The rows
+    are [z_i; z_j], and p(i) is the other view of row i's sample. The positive stays in the denominator. With N = 1
+    there are no negatives and the loss is 0.
+
+    A negative exactly at a limit that `margin`, `relative_margin` or `ceiling` sets, up to rounding, stays in the sum,
+    and so does one whose similarity is NaN. No gradient flows through the choice.
+
+    Call it as `loss(z_i, z_j, ids=None)`; `forward` describes the arguments. The function is `nt_xent`.
 
     Args:
-        temperature: tau > 0, a float, or a 0-d tensor.
-        label_smoothing: in [0, 1).
-        margin, relative_margin, ceiling: as in `nt_xent`.
-        reduction: "mean" (the paper's 1/(2N)), "sum" or "none".
-        normalize: whether rows are scaled to unit length first.
-        backend: "auto", or a name from `backends()`.
-        group: the ranks over which the batch is spread, as in `nt_xent`.
-        learn_temperature: make the temperature a parameter. It is held as its logarithm, `log_temperature`, so no
-            step of an optimiser can make it negative; leave it out of the weight decay.
+        temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
+            read a tensor on an accelerator, so its sign is not checked there. With `learn_temperature`, the initial
+            value of the parameter.
+        label_smoothing: The share of the target, in [0, 1), that is spread evenly over the positive and the negatives,
+            as in `torch.nn.functional.cross_entropy`.
+        margin: Leave a negative out of row i's sum where its similarity to row i is above s_pos - margin, with s_pos
+            the similarity of row i to its positive. A finite float; None sets no limit. Not with `relative_margin` or
+            `label_smoothing`.
+        relative_margin: Leave a negative out of row i's sum where its similarity to row i is above (1 -
+            relative_margin) s_pos. A float in [0, 1]; None sets no limit. Not with `margin` or `label_smoothing`.
+        ceiling: Leave a negative out of row i's sum where its similarity to row i is above this finite float. With a
+            margin too, the smaller limit holds. None sets no limit. Not with `label_smoothing`.
+        reduction: "mean" over the 2N rows, "sum", or "none" for one loss per row.
+        normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
+            6.1e-5) in float16). False takes the rows as they are, and their products must not overflow.
+        backend: "auto", which chooses one for the device, or a name from `backends()`.
+        group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
+            group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
+            any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
+            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
+            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
+            whole batch.
+        learn_temperature: Make the temperature a parameter. It is stored as its logarithm, `log_temperature`, so no
+            optimiser step can make it negative. Exclude it from weight decay.
 
-    Its call takes `ids` too, to leave false negatives out.
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a number is out of range, or an option is unknown.
 
     Example:
         >>> import torch, fastntxent
@@ -51,6 +81,20 @@ class NTXentLoss(TemperatureLoss):
         self.margin, self.relative_margin, self.ceiling = margin, relative_margin, ceiling
 
     def forward(self, z_i: Tensor, z_j: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Return the loss of two views.
+
+        Args:
+            z_i: (N, D) embeddings of the first view, float16, bfloat16, float32 or float64, with any strides. Row n
+                belongs to sample n.
+            z_j: (N, D) embeddings of the second view, with the shape, dtype and device of `z_i`. Row n belongs to
+                sample n.
+            ids: (N,) integers, the group of each sample. Samples of the same group are not negatives of each other,
+                which removes false negatives. Ids have the same meaning on every rank. None: every other sample is a
+                negative.
+
+        Returns:
+            A 0-d tensor, or (2N,) in the order [z_i; z_j] for "none"; float64 for float64 embeddings, else float32.
+        """
         return nt_xent(
             z_i,
             z_j,

@@ -1,4 +1,4 @@
-"""A queue of embeddings of past batches, and the loss that takes negatives from it."""
+"""A queue of embeddings of past batches, and a loss that takes negatives from it."""
 
 from __future__ import annotations
 
@@ -18,26 +18,32 @@ from ..validation import ID_DTYPES, check_features, check_ids, check_integer, ch
 from ..watching import watch
 from .base import ModuleOptions, TemperatureLoss, Unpack
 
-_NO_ID = torch.iinfo(torch.int64).min  # stored for a row pushed without an id: matches no query
-_NO_GROUP = _NO_ID + 1  # for queries without ids: matches no stored row
+_NO_ID = torch.iinfo(torch.int64).min  # the id of a row pushed without one: matches no query
+_NO_GROUP = _NO_ID + 1  # the id of queries without ids: matches no stored row
 
 
 class NegativeQueue(nn.Module):
-    """The last `size` rows that were given to it, first in, first out.
+    """A queue of the last `size` rows that were pushed, first in, first out.
 
-    Rows, ids, the pointer and how far it is filled are in its `state_dict`; a restored queue goes on as the saved one
-    would have. A restore takes all of them or none: where a key is missing, or what came does not fit together, the
-    queue stays as it was, and the key is reported as missing or the error says what is wrong.
+    Its `state_dict` holds the rows, their ids, the pointer and the fill, and a restored queue continues as the saved
+    one would have. A restore takes the whole state or nothing: if a key is missing, or the state does not fit together,
+    the queue stays as it was, and the key is reported as missing or the error says what is wrong.
 
-    Its buffers follow `.to(device)` and `.half()`; the pointer stays in host memory, so nothing waits for the device.
-    On the meta device it holds nothing, nor after `to_empty()` from there.
+    The buffers follow `.to(device)` and `.half()`. The pointer stays in host memory, so nothing waits for the device.
+    On the meta device the queue is empty, and it is still empty after `to_empty()` from there.
+
+    No gradient reaches the queue. `QueueInfoNCELoss` is a loss that uses one.
 
     Args:
-        size: rows held.
-        dim: features of a row.
-        dtype: of the rows held. They are normalised in float32 before they are rounded to it, and compared in the dtype
-            that the loss computes in.
-        normalize: whether rows are scaled to unit length as they come in.
+        size: The number of rows that the queue holds, at least 1.
+        dim: The number of features of a row, at least 1.
+        dtype: The floating-point dtype of the rows held. Rows are normalised in float32 (float64 rows in float64)
+            before they are rounded to it, and are compared in the dtype in which the loss computes.
+        normalize: Whether rows are scaled to unit length when they are pushed.
+
+    Raises:
+        TypeError: `size` or `dim` is not an int, or `dtype` is not a floating-point dtype.
+        ValueError: `size` or `dim` is below 1.
 
     Example:
         >>> import torch, fastntxent
@@ -48,7 +54,7 @@ class NegativeQueue(nn.Module):
                 [0., 1.]]))
     """
 
-    @torch.inference_mode(False)  # buffers made in it could not be written to outside
+    @torch.inference_mode(False)  # buffers made in inference mode could not be written to outside it
     def __init__(self, size: int, dim: int, *, dtype: torch.dtype = torch.float32, normalize: bool = True):
         super().__init__()
         size, dim = check_integer("size", size, 1), check_integer("dim", dim, 1)
@@ -60,8 +66,8 @@ class NegativeQueue(nn.Module):
         self._ids: Tensor
         self.register_buffer("_rows", torch.zeros(size, dim, dtype=dtype))
         self.register_buffer("_ids", torch.full((size,), _NO_ID))
-        # Where the next row goes, and how many are held. A tensor, since compiled code is made anew for each value of a
-        # Python number; no buffer, since it stays in host memory.
+        # The index of the next row, and the number of rows held. A tensor, because torch.compile recompiles for each
+        # value of a Python number. Not a buffer, because it stays in host memory.
         self._cursor = torch.zeros(2, dtype=torch.int64, device="cpu")
 
     def __len__(self) -> int:
@@ -69,42 +75,49 @@ class NegativeQueue(nn.Module):
 
     @property
     def pointer(self) -> int:
-        """Where the next row goes."""
+        """The index at which the next row is written."""
         return int(self._cursor[0])
 
     @property
     def filled(self) -> int:
-        """How many rows are held."""
+        """The number of rows held."""
         return int(self._cursor[1])
 
     @property
     def rows(self) -> Tensor:
-        """(len, D), a view of what is held, in no particular order."""
+        """The rows held, (filled, D), in no particular order: a view of the buffer."""
         return self._rows[: self.filled]
 
     @property
     def ids(self) -> Tensor:
-        """(len,) int64: the ids that the rows came with; the smallest int64 for none."""
+        """The ids of the rows held, (filled,) int64; the smallest int64 for a row pushed without an id."""
         return self._ids[: self.filled]
 
     @torch.no_grad()
     def push(self, z: Tensor, ids: Tensor | None = None) -> None:
-        """Take rows (N, D) in, with ids (N,) if they have any. Of more rows than fit, the last stay.
+        """Push rows into the queue. If they are more than it holds, the last ones stay.
 
-        No value is looked at: a row with a NaN makes losses NaN for as long as it is held.
+        No value is read: a row with a NaN makes losses NaN for as long as it is in the queue.
+
+        Args:
+            z: (N, D) rows, float16, bfloat16, float32 or float64.
+            ids: (N,) integers, the group of each row. None: the rows are negatives of every query.
+
+        Raises:
+            TypeError: an argument has the wrong type or dtype.
+            ValueError: a shape does not fit, or `z` is on the meta device and the queue is not.
+            RuntimeError: torch.jit.trace is tracing, which would replay the first push.
         """
         if tracing():
             raise RuntimeError("NegativeQueue takes no rows under torch.jit.trace, which would replay the first push")
         check_rows("z", z)
         check_features("z", z, "the queue's rows", self._rows)
         if z.is_meta and not self._rows.is_meta:
-            raise ValueError(
-                f"z must hold numbers, for a queue on {self._rows.device}, got a tensor on the meta device"
-            )
+            raise ValueError(f"z must hold values for a queue on {self._rows.device}, got a tensor on the meta device")
         if ids is not None:
             check_ids("ids", ids, "z", z)
         pointer, filled = self._cursor.unbind()
-        # All that can fail comes before the first change.
+        # Everything that can fail comes before the first change.
         rows = unit_rows(z[-self.size :], self.normalize).to(self._rows)
         N = rows.shape[0]
         new_ids = self._ids.new_full((N,), _NO_ID) if ids is None else ids[-self.size :].to(self._ids)
@@ -115,15 +128,24 @@ class NegativeQueue(nn.Module):
         self._cursor.copy_(cursor)
 
     def neg_lse(self, u: Tensor, ids: Tensor | None, inv_tau: float | Tensor, backend: BackendName) -> Tensor:
-        """nu of unit rows u (N, D) against the rows held; -inf while there are none. No gradient reaches the queue.
+        """Return nu of unit rows against the rows held: the log-sum-exp of their logits.
 
-        Without ids, or against a row that came without one, every row held is a negative.
+        Args:
+            u: (N, D) unit rows.
+            ids: (N,) integers, the group of each row. Rows of the same group in the queue do not count. None: every row
+                held counts.
+            inv_tau: 1 / temperature, a float or a 0-d tensor.
+            backend: "auto", which chooses one for the device, or a name from `backends()`.
+
+        Returns:
+            A tensor (N,), float64 for float64 rows, else float32; -inf while the queue is empty. No gradient reaches
+            the queue.
         """
         batch = open_batch(None, "NegativeQueue.neg_lse", {"u": u}, ids=ids, normalize=False, backend=backend)
         return self.neg_lse_of(batch, u, ids, inv_tau)
 
     def neg_lse_of(self, batch: Batch, u: Tensor, ids: Tensor | None, inv_tau: float | Tensor) -> Tensor:
-        """The same of rows of a batch that is open."""
+        """Like `neg_lse`, for rows of a batch that is already open."""
         sides = self.sides_of(u, ids)
         if sides is None or not len(u):
             return u.new_full((u.shape[0],), -torch.inf)
@@ -131,28 +153,28 @@ class NegativeQueue(nn.Module):
         return batch.neg_lse_to_held(rows, cols, inv_tau, held)
 
     def sides_of(self, u: Tensor, ids: Tensor | None) -> tuple[Side, Side, Tensor] | None:
-        """Rows, the queue as it is now, and how many of its rows count; None where it holds none."""
-        # Compiled code takes the whole buffer, whose shape is always the same.
+        """Return the rows, a snapshot of the queue and how many of its rows count, or None if it is empty."""
+        # Compiled code uses the whole buffer, whose shape never changes.
         first = self.size if torch.compiler.is_compiling() else self.filled
         if not first:
             return None
         if ids is None:
             ids = torch.full((u.shape[0],), _NO_GROUP, device=u.device)
-        # The backward needs these, and the queue moves on before it.
+        # Copies, because the backward needs them after the queue has changed.
         rows, row_ids, held = map(copy_now, (self._rows[:first], self._ids[:first], self._cursor[1]))
         queue = Side(rows.to(u), row_ids.to(u.device))
         return Side(u, ids.to(torch.int64)), queue, held
 
     def get_extra_state(self) -> Tensor:
-        """Pointer and fill, for `state_dict`: like the buffers there, they go on changing with the queue."""
+        """Return the pointer and the fill for `state_dict`. Like the buffers there, they change with the queue."""
         return self._cursor
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Pointer and fill, from `load_state_dict`."""
+        """Set the pointer and the fill from `load_state_dict`."""
         self._cursor.copy_(self._checked_cursor("state", state))
 
     def _checked_cursor(self, name: str, saved: object) -> Tensor:
-        """A saved pointer and fill."""
+        """Return a saved pointer and fill, checked against this queue's size."""
         if not isinstance(saved, Tensor) or saved.dtype not in ID_DTYPES or saved.shape != (2,) or saved.is_meta:
             raise TypeError(f"{name} must be a tensor of two integers, a queue's pointer and fill, got {saved!r}")
         pointer, filled = saved.tolist()
@@ -162,7 +184,7 @@ class NegativeQueue(nn.Module):
         return saved
 
     def _checked_state(self, saved: dict[str, Any], assign: bool) -> dict[str, Tensor]:
-        """Rows, ids and cursor, by their keys, if this queue can take them and they fit together."""
+        """Return rows, ids and cursor by their keys, if they fit this queue and each other."""
         (rows_key, rows), (ids_key, ids), (cursor_key, cursor) = saved.items()
         for key, value, own in ((rows_key, rows, self._rows), (ids_key, ids, self._ids)):
             if not isinstance(value, Tensor):
@@ -173,13 +195,13 @@ class NegativeQueue(nn.Module):
                 raise TypeError(f"{key} must have a dtype like {own.dtype}, got {value.dtype}")
             if value.is_meta or (own.is_meta and not assign):
                 raise ValueError(
-                    f"{key} must have data, and the queue too unless assign=True: one is on the meta device"
+                    f"{key} must have data, and so must the queue unless assign=True: one is on the meta device"
                 )
         filled = int(self._checked_cursor(cursor_key, cursor)[1])
         held = rows[:filled] if assign else rows[:filled].to(self._rows.dtype)
         if not held.to(accumulation_dtype(held.dtype)).isfinite().all():
             raise ValueError(f"{rows_key} must be finite in {held.dtype}")
-        # What is assigned becomes the queue's own, which pushes change in place.
+        # Clone tensors that are assigned: they become the queue's buffers, which pushes change in place.
         return {key: value.detach().clone() if assign else value for key, value in saved.items()}
 
     def _load_from_state_dict(
@@ -192,7 +214,7 @@ class NegativeQueue(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Take a whole queue, or load this one's own state in its place and report why."""
+        """Load a whole queue, or reload this queue's own state and report why."""
         own = {prefix + "_rows": self._rows, prefix + "_ids": self._ids, prefix + "_extra_state": self._cursor}
         missing = [key for key in own if key not in state_dict]
         missing_keys.extend(missing)
@@ -220,32 +242,53 @@ class NegativeQueue(nn.Module):
 
 
 class QueueInfoNCELoss(TemperatureLoss):
-    r"""InfoNCE against a queue of past keys, as MoCo does, and against the batch's own keys.
+    r"""InfoNCE against a queue of past keys, as in MoCo, and against the batch's own keys.
 
-    .. math:: L_n = \log\big(1 + e^{\nu_n - s_n/\tau}\big), \qquad
+    .. math::
+        L_n = \log(1 + e^{\nu_n - s_n/\tau}), \quad
         e^{\nu_n} = \sum_{\text{queue}} e^{q_n \cdot k_j/\tau} + \sum_{m \ne n} e^{q_n \cdot k_m/\tau}
 
-    He et al., "Momentum Contrast for Unsupervised Visual Representation Learning", 2020, where negatives are the
-    queue's alone (`in_batch_negatives=False`). The mean is 1/N, from queries to keys.
+    He et al., "Momentum Contrast for Unsupervised Visual Representation Learning", 2020, where the negatives come from
+    the queue alone (`in_batch_negatives=False`). s_n is the similarity of query n to its own key.
 
-    In training mode each call's keys go into the queue after the loss is formed; in evaluation mode it stays as it is.
+    In training mode each call pushes its keys once the loss is formed; in evaluation mode the queue does not change.
+
+    The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O((N +
+    size) D).
+
+    Call it as `loss(query, key, ids=None)`; `forward` describes the arguments.
 
     Args:
-        size, dim: of the queue, rows and features; see `NegativeQueue`.
-        in_batch_negatives: whether the other samples' keys of the batch are negatives too.
-        queue_dtype: of the rows held.
-        group: as in `nt_xent`; every rank's queue takes the keys of all ranks, so that all hold the same.
-        temperature and the others: as of `NTXentLoss`.
+        size: The number of rows that the queue holds, at least 1.
+        dim: The number of features of a row, at least 1.
+        temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
+            read a tensor on an accelerator, so its sign is not checked there. With `learn_temperature`, the initial
+            value of the parameter.
+        in_batch_negatives: Whether the keys of other samples in the batch are negatives too.
+        queue_dtype: The floating-point dtype of the rows in the queue.
+        reduction: "mean" over the N queries, "sum", or "none" for one loss per query.
+        normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
+            6.1e-5) in float16). False takes the rows as they are, and their products must not overflow.
+        backend: "auto", which chooses one for the device, or a name from `backends()`.
+        group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
+            group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
+            any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
+            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
+            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
+            whole batch. Every rank's queue takes the keys of all ranks, so all queues stay equal.
+        learn_temperature: Make the temperature a parameter. It is stored as its logarithm, `log_temperature`, so no
+            optimiser step can make it negative. Exclude it from weight decay.
 
-    Its call takes query and key, (N, D), and `ids` (N,): keys with a query's id, in the queue and in the batch, are no
-    negatives of it. Deterministic; memory O((N + size) D).
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a number is out of range, or an option is unknown.
 
     Example:
         >>> import torch, fastntxent
         >>> loss = fastntxent.QueueInfoNCELoss(8, 4, temperature=1.0)
-        >>> loss(torch.eye(4), torch.eye(4))  # an empty queue: log(e + 3) - 1
+        >>> loss(torch.eye(4), torch.eye(4))  # the queue is empty: log(e + 3) - 1
         tensor(0.7437)
-        >>> loss(torch.eye(4), torch.eye(4))  # now each key twice, once as a negative: log(2 e + 6) - 1
+        >>> loss(torch.eye(4), torch.eye(4))  # now each key counts twice, once as a negative: log(2 e + 6) - 1
         tensor(1.4368)
     """
 
@@ -266,6 +309,18 @@ class QueueInfoNCELoss(TemperatureLoss):
         self.queue = NegativeQueue(size, dim, dtype=queue_dtype, normalize=self.normalize)
 
     def forward(self, query: Tensor, key: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Return the loss, and in training mode push the keys into the queue.
+
+        Args:
+            query: (N, D) embeddings of the queries, float16, bfloat16, float32 or float64. Row n belongs to sample n.
+            key: (N, D) embeddings of the keys, with the shape, dtype and device of `query`. Row n is the positive of
+                row n of `query`.
+            ids: (N,) integers, the group of each sample. Keys of a query's group, in the queue and in the batch, are
+                not its negatives. None: every other key is a negative.
+
+        Returns:
+            A 0-d tensor, or (N,) for "none"; float64 for float64 embeddings, else float32.
+        """
         given_ids = ids
         pointer, filled = self.queue._cursor.unbind()
         batch = open_batch(
@@ -281,13 +336,14 @@ class QueueInfoNCELoss(TemperatureLoss):
         if self.in_batch_negatives:
             groups = batch.sample_ids() if ids is None else ids
             nu = batch.neg_lse_to(Side(u, groups), Side(v, groups), inv_tau)
-            # log(1 + e^(nu - pos) + e^(queue - pos)) is this, and log(1 + e^(queue - pos')) with the batch's in pos'.
+            # log(1 + e^(nu - pos) + e^(queue - pos)) is this term plus log(1 + e^(queue - pos')), where pos' includes
+            # the batch's negatives.
             parts.append(batch.reduce(row_losses(nu, pos)))
             pos = log_add(nu, pos)
         if of_queue is not None:
             rows, cols, held = of_queue
             parts.append(batch.held_loss(rows, cols, inv_tau, pos, held))
         loss = sum(parts[1:], parts[0]) if parts else batch.reduce(row_losses(torch.full_like(pos, -torch.inf), pos))
-        if self.training:  # every rank holds the same queue
+        if self.training:  # with the rows of all ranks, so the queues of all ranks stay equal
             self.queue.push(batch.all_rows(v), None if ids is None else batch.gather(ids))
         return watch(loss, self.temperature, given_ids)

@@ -10,7 +10,40 @@ from .base import ModuleOptions, TemperatureLoss, Unpack
 
 
 class RINCELoss(TemperatureLoss):
-    r"""Robust InfoNCE as a module; see `rince` for `q` and `lam`. The other arguments are as of `NTXentLoss`.
+    r"""RINCE, robust InfoNCE, as a module.
+
+    .. math::
+        L_i = -\frac{e^{q s_{i,p(i)}/\tau}}{q} + \frac{1}{q} ( \lambda \sum_{j \ne i} e^{s_{ij}/\tau} )^{q}
+
+    Chuang et al., "Robust Contrastive Learning against Noisy Views", 2022. The rows are [z_i; z_j], and p(i) is the
+    other view of row i's sample. q = 1 is fully robust and symmetric; as q tends to 0 the loss tends to InfoNCE plus
+    log(lam), in which a positive counts without bound. Terms have the size of exp(q / tau), which float32 holds for q /
+    tau < 88.
+
+    Call it as `loss(z_i, z_j)`; `forward` describes the arguments. The function is `rince`.
+
+    Args:
+        temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
+            read a tensor on an accelerator, so its sign is not checked there. With `learn_temperature`, the initial
+            value of the parameter.
+        q: The robustness, in (0, 1]. 1 is fully robust.
+        lam: The weight of the denominator, in (0, 1).
+        reduction: "mean" over the 2N rows, "sum", or "none" for one loss per row.
+        normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
+            6.1e-5) in float16). False takes the rows as they are, and their products must not overflow.
+        backend: "auto", which chooses one for the device, or a name from `backends()`.
+        group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
+            group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
+            any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
+            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
+            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
+            whole batch.
+        learn_temperature: Make the temperature a parameter. It is stored as its logarithm, `log_temperature`, so no
+            optimiser step can make it negative. Exclude it from weight decay.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a number is out of range, or an option is unknown.
 
     Example:
         >>> import torch, fastntxent
@@ -29,4 +62,15 @@ class RINCELoss(TemperatureLoss):
         self.lam = check_parameter("lam", lam)
 
     def forward(self, z_i: Tensor, z_j: Tensor) -> Tensor:
+        """Return the loss of two views.
+
+        Args:
+            z_i: (N, D) embeddings of the first view, float16, bfloat16, float32 or float64, with any strides. Row n
+                belongs to sample n.
+            z_j: (N, D) embeddings of the second view, with the shape, dtype and device of `z_i`. Row n belongs to
+                sample n.
+
+        Returns:
+            A 0-d tensor, or (2N,) in the order [z_i; z_j] for "none"; float64 for float64 embeddings, else float32.
+        """
         return rince(z_i, z_j, self.temperature, q=self.q, lam=self.lam, **self._options)

@@ -1,4 +1,4 @@
-"""SigLIP's and NT-Logistic's losses as modules, which may hold a temperature and a bias that are learnt."""
+"""The losses of SigLIP and NT-Logistic as modules, whose temperature and bias may be learnt."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .base import LossOptions, ModuleOptions, TemperatureLoss, Unpack
 
 
 class _Biased:
-    """Logits with a bias, a parameter `learnt_bias` where it is learnt."""
+    """A mix-in for logits with a bias, which is the parameter `learnt_bias` where it is learnt."""
 
     learn_bias: bool
     learnt_bias: nn.Parameter
@@ -23,11 +23,11 @@ class _Biased:
         if learn_bias:
             self.learnt_bias = nn.Parameter(torch.tensor(_value(bias, torch.get_default_dtype())))
         else:
-            self.__dict__["_bias"] = bias  # a parameter that is given stays its giver's
+            self.__dict__["_bias"] = bias  # bypass nn.Module: a parameter that was passed in is not registered here
 
     @property
     def bias(self) -> float | Tensor:
-        """b: as it was given, or the parameter. May be set."""
+        """b, as it was given, or the parameter. Can be set."""
         return self.learnt_bias if self.learn_bias else self._bias
 
     @bias.setter
@@ -41,23 +41,50 @@ class _Biased:
 
 
 def _value(bias: float | Tensor, dtype: torch.dtype) -> float:
-    """A bias as the first value of a parameter of that dtype."""
+    """Return a bias as the initial value of a parameter of this dtype, checked."""
     value = float(bias.detach()) if isinstance(bias, Tensor) else bias
     check_range("bias", value, dtype)
     return value
 
 
 class SigLIPLoss(_Biased, TemperatureLoss):
-    r"""SigLIP's loss as a module, which holds its own temperature and bias; see `siglip`.
+    r"""SigLIP's loss as a module that holds its own temperature and bias.
+
+    .. math::
+        L = \frac{1}{N} \sum_{i=1}^{N} \sum_{j=1}^{N} \log(1 + e^{-y_{ij} (s_{ij}/\tau + b)}), \quad
+        y_{ij} = 1 \text{ where } id_i = id_j, \text{ else } -1
+
+    Zhai et al., "Sigmoid Loss for Language Image Pre-Training", 2023. The gradient needs no sum over a row, so the
+    value and the gradients come from one pass over the similarities.
+
+    The module learns both by default, as SigLIP does.
+
+    Call it as `loss(image_features, text_features, ids=None)`; `forward` describes the arguments. The function is
+    `siglip`.
 
     Args:
-        temperature: where it is learnt, its first value.
-        bias: where it is learnt, its first value.
-        learn_temperature: make the temperature a parameter, `log_temperature`; on by default, as in SigLIP.
-        learn_bias: make the bias a parameter, `learnt_bias`; on by default, as in SigLIP.
-        reduction, normalize, backend, group: as of `NTXentLoss`.
+        temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
+            read a tensor on an accelerator, so its sign is not checked there. With `learn_temperature`, the initial
+            value of the parameter.
+        bias: b, a finite float or a 0-d floating-point tensor, which may require a gradient. With `learn_bias`, the
+            initial value of the parameter.
+        learn_bias: Make the bias a parameter, `learnt_bias`.
+        reduction: "mean" over the N images, "sum", or "none" for one loss per image, which is a sum over all texts.
+        normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
+            6.1e-5) in float16). False takes the rows as they are, and their products must not overflow.
+        backend: "auto", which chooses one for the device, or a name from `backends()`.
+        group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
+            group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
+            any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
+            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
+            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
+            whole batch.
+        learn_temperature: Make the temperature a parameter. It is stored as its logarithm, `log_temperature`, so no
+            optimiser step can make it negative. Exclude it from weight decay.
 
-    Its call takes image and text features and `ids`.
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a number is out of range, or an option is unknown.
 
     Example:
         >>> import torch, fastntxent
@@ -81,19 +108,55 @@ class SigLIPLoss(_Biased, TemperatureLoss):
         self._set_bias(bias, learn_bias)
 
     def forward(self, image_features: Tensor, text_features: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Return the loss of two towers.
+
+        Args:
+            image_features: (N, D) features of the images, float16, bfloat16, float32 or float64. Row n belongs to
+                sample n.
+            text_features: (N, D) features of the texts, with the shape, dtype and device of `image_features`. Row n
+                belongs to sample n.
+            ids: (N,) integers. Images and texts of the same id belong together. None: only row n of both does.
+
+        Returns:
+            A 0-d tensor, or (N,) for "none"; float64 for float64 features, else float32.
+        """
         return siglip(image_features, text_features, self.temperature, bias=self.bias, ids=ids, **self._options)
 
 
 class NTLogisticLoss(_Biased, TemperatureLoss):
-    r"""NT-Logistic as a module; see `nt_logistic`.
+    r"""NT-Logistic, the logistic loss of every pair of rows of two views, as a module.
+
+    .. math::
+        \ell_i = \log(1 + e^{-s_{ip(i)}/\tau - b}) + \sum_{j : id_j \ne id_i} \log(1 + e^{s_{ij}/\tau + b})
+
+    Table 2 of Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", 2020, with all
+    negatives and a bias, which is 0 there. The rows are [z_i; z_j], and p(i) is the other view of row i's sample.
+
+    Call it as `loss(z_i, z_j, ids=None)`; `forward` describes the arguments. The function is `nt_logistic`.
 
     Args:
-        temperature: as in `nt_logistic`.
-        bias: as in `nt_logistic`; where it is learnt, its first value.
-        learn_bias: make the bias a parameter, `learnt_bias`.
-        reduction, normalize, backend, group, learn_temperature: as of `NTXentLoss`.
+        temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
+            read a tensor on an accelerator, so its sign is not checked there. With `learn_temperature`, the initial
+            value of the parameter.
+        bias: b, a finite float or a 0-d floating-point tensor, which may require a gradient. With `learn_bias`, the
+            initial value of the parameter.
+        learn_bias: Make the bias a parameter, `learnt_bias`.
+        reduction: "mean" over the 2N rows, "sum", or "none" for one loss per row.
+        normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
+            6.1e-5) in float16). False takes the rows as they are, and their products must not overflow.
+        backend: "auto", which chooses one for the device, or a name from `backends()`.
+        group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
+            group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
+            any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
+            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
+            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
+            whole batch.
+        learn_temperature: Make the temperature a parameter. It is stored as its logarithm, `log_temperature`, so no
+            optimiser step can make it negative. Exclude it from weight decay.
 
-    Its call takes the two views and `ids`.
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a number is out of range, or an option is unknown.
 
     Example:
         >>> import torch, fastntxent
@@ -116,4 +179,18 @@ class NTLogisticLoss(_Biased, TemperatureLoss):
         self._set_bias(bias, learn_bias)
 
     def forward(self, z_i: Tensor, z_j: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Return the loss of two views.
+
+        Args:
+            z_i: (N, D) embeddings of the first view, float16, bfloat16, float32 or float64, with any strides. Row n
+                belongs to sample n.
+            z_j: (N, D) embeddings of the second view, with the shape, dtype and device of `z_i`. Row n belongs to
+                sample n.
+            ids: (N,) integers, the group of each sample. Samples of the same group are not negatives of each other,
+                which removes false negatives. Ids have the same meaning on every rank. None: every other sample is a
+                negative.
+
+        Returns:
+            A 0-d tensor, or (2N,) in the order [z_i; z_j] for "none"; float64 for float64 embeddings, else float32.
+        """
         return nt_logistic(z_i, z_j, self.temperature, bias=self.bias, ids=ids, **self._options)

@@ -1,4 +1,4 @@
-"""Supervised contrastive loss as a module."""
+"""The supervised contrastive loss as a module."""
 
 from __future__ import annotations
 
@@ -12,10 +12,60 @@ from .base import ModuleOptions, TemperatureLoss, Unpack
 
 
 class SupConLoss(TemperatureLoss):
-    r"""SupCon as a module; see `sup_con` for the formulas, `form`, `ceiling` and `pair_weights`, here a buffer. The
-    others are as of `NTXentLoss`.
+    r"""SupCon, the supervised contrastive loss, as a module.
 
-    Its call takes the embeddings (M, D) and their labels, (M,) or (M, C).
+    .. math::
+        L^{out}_i = \log \sum_{all} e^{s_{ij}/\tau} - \frac{1}{|P(i)|} \sum_{p \in P(i)} s_{ip}/\tau
+
+        L^{in}_i = \log \sum_{all} e^{s_{ij}/\tau} - \log \frac{1}{|P(i)|} \sum_{p \in P(i)} e^{s_{ip}/\tau}
+
+        L^{pairs}_i = \frac{1}{|P(i)|} \sum_{p \in P(i)} \log(1 + \sum_{neg} e^{(s_{ij} - s_{ip})/\tau})
+
+    P(i) are the positives of row i. The sums over "all" leave out row i itself, those over "neg" its whole class. "out"
+    and "in" are equations 2 and 3 of Khosla et al., "Supervised Contrastive Learning", 2020. "pairs" has one NT-Xent
+    term for each positive, without the other positives in its denominator, as in pytorch-metric-learning's
+    `NTXentLoss`.
+
+    With `pair_weights` W every other row is a positive, weighted by its class and that of row i; y are the labels:
+
+    .. math::
+        L^{W}_i = \log \sum_{all} e^{s_{ij}/\tau}
+            - \frac{\sum_{j \ne i} W_{y_i y_j} s_{ij}/\tau}{\sum_{j \ne i} W_{y_i y_j}}
+
+    A row without a positive has loss 0 in "none" and "sum" and is left out of "mean", which is 0 if no row has a
+    positive. It is still a negative of the other rows. With `pair_weights`, a row whose other rows all weigh 0 has no
+    positive, and the identity matrix gives the loss without weights. A ceiling removes negatives only.
+
+    The module holds `pair_weights` as a buffer.
+
+    Call it as `loss(z, labels)`; `forward` describes the arguments. The function is `sup_con`.
+
+    Args:
+        temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
+            read a tensor on an accelerator, so its sign is not checked there. With `learn_temperature`, the initial
+            value of the parameter.
+        form: "out", "in" or "pairs", the formulas above.
+        ceiling: Leave a negative out of row i's sum where its similarity to row i is above this finite float. None sets
+            no limit. Not with `pair_weights` or several labels per row.
+        pair_weights: (C, C) finite floats, at least 0: W[a, b] is the weight of a row of class b as a positive of a row
+            of class a. Only the proportions within a row of W count. Needs one label per row, in [0, C), and the form
+            "out". No gradient flows through the weights. The same tensor on every rank.
+        reduction: "mean" over the rows with a positive, "sum", or "none" for one loss per row.
+        normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
+            6.1e-5) in float16). False takes the rows as they are, and their products must not overflow.
+        backend: "auto", which chooses one for the device, or a name from `backends()`.
+        group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
+            group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
+            any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
+            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
+            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
+            whole batch. Positives come from all ranks too.
+        learn_temperature: Make the temperature a parameter. It is stored as its logarithm, `log_temperature`, so no
+            optimiser step can make it negative. Exclude it from weight decay.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a number is out of range, or an option is unknown.
 
     Example:
         >>> import torch, fastntxent
@@ -43,6 +93,16 @@ class SupConLoss(TemperatureLoss):
         self.register_buffer("pair_weights", pair_weights)
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss of labelled rows.
+
+        Args:
+            z: (M, D) embeddings of all views of all samples, in any order, float16, bfloat16, float32 or float64.
+            labels: (M,) integers, the class of each row; or (M, C), bool or integer, nonzero where row i has label c.
+                With several labels per row a pair counts once for each label it shares, and the form is "out".
+
+        Returns:
+            A 0-d tensor, or (M,) for "none"; float64 for float64 embeddings, else float32.
+        """
         return sup_con(
             z,
             labels,

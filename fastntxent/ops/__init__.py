@@ -1,32 +1,32 @@
-"""The registered operators `torch.ops.fastntxent.*`, behind differentiable functions.
+"""Differentiable functions over the registered operators `torch.ops.fastntxent.*`.
 
     neg_lse        (u, ids, inv_tau)                 -> nu                               any ids, any weights
     neg_lse_sum    (u, ids, inv_tau, weights)        -> weighted sum of nu, d_u, d_inv_tau
     cross_neg_lse  (u, v, u_ids, v_ids, inv_tau)     -> nu of the rows, nu of the columns
     held_neg_lse   (u, rows, u_ids, row_ids, held, inv_tau) -> nu against the first `held` rows of a buffer
     held_loss         (u, rows, u_ids, row_ids, held, inv_tau, against) -> a loss against the buffer, with its gradient
-    limited_neg_lse   (u, v, u_ids, v_ids, u_limits, v_limits, inv_tau) -> nu of what is no more similar than a limit
-    limited_nt_xent_scalar, limited_nt_xent_value    -> NT-Xent with such limits, the former with its gradient
+    limited_neg_lse   (u, v, u_ids, v_ids, u_limits, v_limits, inv_tau) -> nu over similarities up to each row's limit
+    limited_nt_xent_scalar, limited_nt_xent_value    -> NT-Xent with such limits; the former returns its gradient too
     nt_xent_rows   (z_i, z_j, inv_tau)               -> nu, pi                           the weighted path
     nt_xent_scalar    (z_i, z_j, inv_tau)               -> loss, d_z_i, d_z_j, d_inv_tau    the scalar path
-    nt_xent_value   (z_i, z_j, inv_tau)               -> loss                             where no gradient is wanted
+    nt_xent_value   (z_i, z_j, inv_tau)               -> loss                             when no gradient is needed
     sup_con_scalar (z, ids, inv_tau)                 -> loss, d_z, d_inv_tau             SupCon in one call
-    info_nce_scalar, info_nce_value                  -> the same of two towers, in one direction or both (CLIP)
+    info_nce_scalar, info_nce_value                  -> the same for two towers, in one direction or both (CLIP)
     softplus       (u, v, u_ids, v_ids, inv_tau, bias) -> sums of log(1 + exp(logit + bias)) over other groups
-    sigmoid_scalar, sigmoid_value                    -> SigLIP's or NT-Logistic's loss, the former with its gradient
+    sigmoid_scalar, sigmoid_value                    -> SigLIP or NT-Logistic; the former returns its gradient too
     positive_lse, positive_sum                       -> sums over the rows of the same group
-    soft_dots, soft_dots_sum                         -> a teacher's expectations of a student's similarities
-    guided_neg_lse                                   -> nu without the columns that a guide leaves out
-    pair_dots      (u, v, a, b)                      -> u_a . v_b of every pair of indices
+    soft_dots, soft_dots_sum                         -> a student's similarities averaged under a teacher's softmax
+    guided_neg_lse                                   -> nu without the columns that a guide excludes
+    pair_dots      (u, v, a, b)                      -> u_a . v_b for every pair of indices
     mask_product   (mask, x)                         -> mask @ x, for a mask of any dtype
-    positive_ranks (u)                               -> the place of each row's positive
-    nearest        (queries, corpus, k)              -> the best k by cosine similarity, and which they are
+    positive_ranks (u)                               -> the rank of each row's positive
+    nearest        (queries, corpus, k)              -> the k largest cosine similarities, and their indices
     copy_now       (x)                               -> a copy of a buffer that will change before the backward
 
-All but the `_value`s, `positive_ranks`, `nearest` and `copy_now` have a `_backward`, an operator too. The scalar path
-forms the gradient together with the loss, once, for an upstream gradient of 1; its backward only scales. The public
-layer takes it where a gradient is wanted and one number is asked for. `neg_lse_sum` is the scalar path of a loss that
-is linear in nu.
+Each of them has a `_backward` operator, except the `_value`s, `positive_ranks`, `nearest` and `copy_now`. The scalar
+path computes the loss and its gradient in one call, for an upstream gradient of 1, and its backward only scales. The
+public layer uses it when a gradient is needed and the result is a single number. `neg_lse_sum` is the scalar path of
+any loss that is linear in nu.
 """
 
 from ..algebra import autocast_off

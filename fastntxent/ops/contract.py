@@ -1,26 +1,25 @@
-"""What the tensors of a call have to be, checked where the kernels take their addresses.
+"""Checks on the tensors of every call, made before the kernels take their addresses.
 
-A kernel reads and writes as many elements as the first rows of a call say. A tensor of another shape, dtype or device
-would have it read or write beyond the memory of that tensor. The public functions check what they are given, but other
-ways lead here too: `torch.ops.fastntxent` itself, saved-tensor hooks and autograd's own hooks that return something
-else, `.data =`, exported and traced programs. So each call passes through `checked`, forward and backward, one process
-or many, whatever the backend.
+A kernel takes its sizes from the first matrix of rows in a call. If another tensor had a different shape, dtype or
+device, the kernel would read or write outside that tensor's memory. The public functions check their arguments, but
+calls also arrive by other routes: `torch.ops.fastntxent` used directly, saved-tensor and autograd hooks that return
+something else, `.data =`, exported and traced programs. So every call goes through `checked`: forward and backward,
+with one process or many, on every backend.
 
-An argument is one of
+Each argument has one of these kinds. The same letter always means the same size.
 
-    rows N D    a dense floating-point matrix; all rows of a call have one dtype and device
-    full N D    the same in float32 or float64
-    ids N       an integer for each row
-    sums N      a number for each row, in the accumulation dtype: float64 for float64 rows, else float32
+    rows N D    a dense floating-point matrix; all rows of a call share one dtype and device
+    full N D    the same, but only float32 or float64
+    ids N       one integer per row
+    sums N      one number per row, in the accumulation dtype: float64 for float64 rows, else float32
     grad N D    a gradient in the accumulation dtype
-    index P     int64 numbers of rows
-    mask B C    bool or numbers, one for each pair of rows
-    number      0-d in the accumulation dtype, in host memory or where the rows are; inv_tau may be a Python number
-    count       a 0-d integer in host memory
+    index P     int64 row indices
+    mask B C    bool or a real dtype, one entry per pair of rows
+    number      0-d in the accumulation dtype, in host memory or on the rows' device; inv_tau may be a Python number
+    count       a 0-d integer tensor in host memory
 
-with the same letter for the same size. Tensors that PyTorch negates lazily (`z.conj().imag`), or whose zeros it has not
-written yet, are resolved here: a kernel reads what lies in memory. Where host memory has inv_tau or a bias, a kernel is
-given it as a Python number.
+Kernels read raw memory, so lazily negated tensors (`z.conj().imag`) and zero tensors without storage are resolved here.
+An inv_tau or bias in host memory is passed to the kernel as a Python number.
 """
 
 from __future__ import annotations
@@ -46,13 +45,13 @@ _passed: set[Hashable] = set()
 class _Argument(NamedTuple):
     name: str
     kind: str
-    sizes: tuple[tuple[int, str], ...]  # a factor and a letter for each dimension
+    sizes: tuple[tuple[int, str], ...]  # one (factor, letter) per dimension
 
 
 class _Call(NamedTuple):
     arguments: tuple[_Argument, ...]
-    order: tuple[int, ...]  # rows first: they say what the letters stand for
-    inv_tau: int | None  # where it stands
+    order: tuple[int, ...]  # the order of checking: rows come first because they set the sizes
+    inv_tau: int | None  # position among the arguments
     bias: int | None
 
 
@@ -81,7 +80,7 @@ _GUIDED = (
 )
 _HELD = "u: rows M D, rows: rows K D, u_ids: ids M, row_ids: ids K, held: count, inv_tau: number"
 
-# The tensors of each call in order; what follows them is no tensor. Calls are named after the operators.
+# The tensor arguments of each call, in order. They come before all other arguments. Calls are named after operators.
 _CALLS = {
     name: _parse(text)
     for name, text in {
@@ -145,9 +144,9 @@ _CALLS = {
 
 
 def checked(call: str, *values: Tensor | float) -> tuple[Any, ...]:
-    """The tensors of a call, as a kernel may read them; an error that names the first that is not what it has to be."""
+    """Return the tensors of a call in a form that kernels can read. Raise an error that names the first invalid one."""
     found: list[Any] = []
-    # All that the checks depend on, but for storage. A set is searched in less time than they take.
+    # Everything the checks depend on, except storage. A set look-up is faster than repeating them.
     known: list[Hashable] = [call]
     for x in values:
         if isinstance(x, Tensor):
@@ -175,12 +174,12 @@ def checked(call: str, *values: Tensor | float) -> tuple[Any, ...]:
 
 
 def taken_by(call: str, arguments: Sequence[Any]) -> Sequence[Any]:
-    """The arguments of a call that are its tensors, or inv_tau as a float; what follows them is of another kind."""
+    """Return the arguments that the contract covers: the leading tensors, and inv_tau even if it is a float."""
     return arguments[: len(_CALLS[call].arguments)]
 
 
 def check_kinds(call: str, values: Sequence[Tensor | float]) -> None:
-    """Layouts, dtypes, dimensions and devices: what is known of tensors without data too."""
+    """Check layouts, dtypes, dimensions and devices, which are known for tensors without data too."""
     arguments, order, *_ = _CALLS[call]
     rows, rows_name = rows_of(call, values), arguments[order[0]].name
     for index in order:
@@ -202,14 +201,16 @@ def check_kinds(call: str, values: Sequence[Tensor | float]) -> None:
 
 
 def rows_of(call: str, values: Sequence[Any]) -> Tensor:
-    """The first rows among the tensors of a call: its dtype and device are those of the call."""
+    """Return the first matrix of rows in a call, which sets the call's dtype and device."""
     rows: Tensor = values[_CALLS[call].order[0]]
     return rows
 
 
 def _inverse_temperature(inv_tau: Tensor | float, dtype: torch.dtype) -> float:
-    """1/tau as kernels of that dtype have it: rounded once, so that all of them work with the same number. A compiled
-    caller's checks saw no value; here there is one."""
+    """Return 1/tau rounded to `dtype`, so that every kernel uses the same number.
+
+    The range check is repeated here: under torch.compile the public layer has no value to check.
+    """
     value = _rounded(inv_tau.item() if isinstance(inv_tau, Tensor) else inv_tau, dtype)
     check_positive("1 / temperature", value)
     return value
@@ -227,7 +228,7 @@ def _rounded(value: float, dtype: torch.dtype) -> float:
 
 def _check_all_sizes(call: str, values: Sequence[Tensor | float]) -> None:
     arguments, order, *_ = _CALLS[call]
-    sizes: dict[str, tuple[int, str]] = {}  # of each letter, and the argument that set it
+    sizes: dict[str, tuple[int, str]] = {}  # letter -> its size, and the name of the argument that set it
     for index in order:
         if isinstance(x := values[index], Tensor):
             _check_sizes(arguments[index], x, sizes)
@@ -244,7 +245,7 @@ def _check_sizes(argument: _Argument, x: Tensor, sizes: dict[str, tuple[int, str
             sizes[letter] = size // factor, name
         elif size != factor * sizes[letter][0]:
             known = tuple(factor * sizes[letter][0] if letter in sizes else "any" for factor, letter in letters)
-            raise ValueError(f"{name} must have shape {known}, to fit {sizes[letter][1]}, got {tuple(x.shape)}")
+            raise ValueError(f"{name} must have shape {known} to match {sizes[letter][1]}, got {tuple(x.shape)}")
 
 
 def _check_dtype(name: str, kind: str, dtype: torch.dtype, rows: Tensor, rows_name: str) -> None:
@@ -270,8 +271,8 @@ def _check_dtype(name: str, kind: str, dtype: torch.dtype, rows: Tensor, rows_na
 
 
 def _check_storage(name: str, x: Tensor) -> None:
-    """The last element lies within the storage, which may have been freed or cut since the tensor was made."""
-    if x.is_contiguous():  # quickly, for nearly every tensor
+    """Raise if the last element lies outside the storage, which may have been freed or resized."""
+    if x.is_contiguous():  # the fast path, taken by nearly every tensor
         spanned = x.numel()
     else:
         spanned = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))

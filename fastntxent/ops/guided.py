@@ -1,16 +1,19 @@
-"""The log-sum-exp without the columns that a guide takes for false negatives, in tiles of plain PyTorch on any device.
+"""Log-sum-exp over the negatives that a guide model accepts, in tiles of plain PyTorch on any device.
+
+The guide excludes probable false negatives: columns that it finds more similar to a row than the row's limit.
 
     nu_i = log sum over {j : id_j != id_i and not g_ij > limit_i} of exp(k u_i . v_j),     g_ij = g_u_i . g_v_j
 
-guided_neg_lse    (u, v, g_u, g_v, u_ids, v_ids, inv_tau, limits) -> nu (M,), -inf where nothing is left
+guided_neg_lse    (u, v, g_u, g_v, u_ids, v_ids, inv_tau, limits) -> nu (M,), -inf if no column is left
 
-The student's and the guide's tiles are formed side by side, and the mask lives as long as a tile. No gradient goes
-through it. For weights w_i of the rows, and P_ij = exp(k s_ij - nu_i) where a pair counts, else 0,
+A tile of the student's logits and the same tile of the guide's similarities are formed together, and the mask is
+dropped with the tile. No gradient flows through the mask. For upstream gradients w_i, and P_ij = exp(k s_ij - nu_i) if
+the pair counts, else 0,
 
     d/du_i = k w_i sum_j P_ij v_j      d/dv_j = k sum_i w_i P_ij u_i      d/dk = sum_ij w_i P_ij s_ij
 
-Of u = 2 M K D flops and g = 2 M K E: u + g forward, 3u + g backward. A comparison with NaN is false, and such a pair
-counts.
+With u = 2 M K D and g = 2 M K E flops, the forward costs u + g and the backward 3u + g. A comparison with NaN is false,
+so a pair with a NaN in g_ij counts.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from .register import register, save, saved
 
 
 def guided_neg_lse(rows: Side, cols: Side, inv_tau: float | Tensor, guide: Guide) -> Tensor:
-    """nu of the rows (M,) against the columns, differentiable in both and in inv_tau."""
+    """Return nu of the rows (M,) against the columns, differentiable in the rows, the columns and inv_tau."""
     return _guided_neg_lse(*_flat(rows, cols, inv_tau, guide))
 
 
@@ -37,7 +40,7 @@ def guided_neg_lse(rows: Side, cols: Side, inv_tau: float | Tensor, guide: Guide
 
 
 class GuidedTiles:
-    """The student's tiles, and the guide's beside them."""
+    """The student's tiles, paired with the guide's."""
 
     def __init__(self, rows: Side, cols: Side, inv_tau: float | Tensor, guide: Guide):
         self._inv_tau, self._limits = inv_tau, guide.limits
@@ -45,7 +48,7 @@ class GuidedTiles:
         self._guide = Tiles([Blocks(Side(guide.rows, rows.ids)), Blocks(Side(guide.cols, cols.ids))], 1.0)
 
     def _tiles(self) -> Iterator[tuple[TileValues, Tensor]]:
-        """The student's logits, and which of them do not count."""
+        """Yield each tile of the student's logits with a mask of those that do not count."""
         for (tile, mixed), (guide, _) in zip(self._student.logits(), self._guide.logits(), strict=True):
             left_out = guide.values > self._limits[tile.rows, None]
             if mixed:
@@ -53,7 +56,7 @@ class GuidedTiles:
             yield tile, left_out
 
     def neg_lse(self) -> Tensor:
-        """nu of the rows."""
+        """Return nu of the rows."""
         nu = self._limits.new_full((len(self._limits),), -torch.inf)
         for tile, left_out in self._tiles():
             part = tile.values.masked_fill_(left_out, -torch.inf).logsumexp(dim=1)
@@ -63,11 +66,11 @@ class GuidedTiles:
     def gradients(
         self, d_nu: Tensor, nu: Tensor, needs_u: bool, needs_v: bool
     ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """Gradients in the rows and the columns, None where not needed, and in inv_tau."""
+        """Return the gradients in the rows and the columns, None where not needed, and in inv_tau."""
         u, v = self._student.rows.u, self._student.cols.u
-        weights = d_nu.masked_fill(nu == -torch.inf, 0)  # whatever came from behind a row where nothing is left
+        weights = d_nu.masked_fill(nu == -torch.inf, 0)  # a row without columns ignores its upstream gradient
         d_v = torch.zeros_like(v) if needs_v else None
-        d_u = torch.zeros_like(u) if needs_u or d_v is None else None  # inv_tau's gradient comes of either
+        d_u = torch.zeros_like(u) if needs_u or d_v is None else None  # inv_tau's gradient needs one of the two
         for tile, left_out in self._tiles():
             p = tile.values.sub_(nu[tile.rows, None]).exp_().masked_fill_(left_out, 0)
             p.mul_(weights[tile.rows, None])
@@ -86,7 +89,7 @@ class GuidedTiles:
 
 
 def run_guided_neg_lse(rows: Side, cols: Side, inv_tau: float | Tensor, guide: Guide) -> Tensor:
-    """Check the tensors, and return nu of the rows."""
+    """Check the tensors and return nu of the rows."""
     with autocast_off(rows.u):
         return GuidedTiles(*_records(*checked("guided_neg_lse", *_flat(rows, cols, inv_tau, guide)))).neg_lse()
 
@@ -101,14 +104,14 @@ def run_guided_neg_lse_backward(
     needs_u: bool,
     needs_v: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """Check the tensors, and return the gradients in rows and columns, None where not needed, and in inv_tau."""
+    """Check the tensors and return the gradients in rows and columns, None where not needed, and in inv_tau."""
     with autocast_off(rows.u):
         d_nu, *tensors, nu = checked("guided_neg_lse_backward", d_nu, *_flat(rows, cols, inv_tau, guide), nu)
         return GuidedTiles(*_records(*tensors)).gradients(d_nu, nu, needs_u, needs_v)
 
 
 def _flat(rows: Side, cols: Side, inv_tau: float | Tensor, guide: Guide) -> tuple[Any, ...]:
-    """Tensors in the order of the schema."""
+    """Return the arguments in the order of the schema."""
     return rows.u, cols.u, guide.rows, guide.cols, rows.ids, cols.ids, inv_tau, guide.limits
 
 

@@ -1,7 +1,8 @@
-"""What losses over rows of past batches need of a compiler: buffers that fill up, and change before the backward.
+"""Losses against a buffer of rows from past batches, in a form that torch.compile handles well.
 
-A slice of a buffer that fills up has a new shape at every batch, and compiled code would be made anew for each.
-`held_neg_lse` takes the whole buffer and slices it inside, so one graph serves every fill.
+While such a buffer fills up, its filled slice has a new shape in every batch, and torch.compile would recompile each
+time. `held_neg_lse` takes the whole buffer and slices it inside the operator, so one graph serves every fill level. The
+buffer may also change before the backward; `copy_now` protects against that.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ from .register import (
 def held_neg_lse(
     u: Tensor, rows: Tensor, u_ids: Tensor, row_ids: Tensor, held: Tensor | None, inv_tau: float | Tensor, backend: str
 ) -> Tensor:
-    """nu of u (M,) against the first `held` of the rows, -inf for none; differentiable in u and inv_tau.
+    """Return nu of u (M,) against the first `held` rows, -inf if that is none; differentiable in u and inv_tau.
 
-    held: a 0-d integer tensor in host memory; None: all of them.
+    held: a 0-d integer tensor in host memory, or None for all rows.
     """
     if held is None:
         return cross_neg_lse(u, rows, u_ids, row_ids, inv_tau, backend)[0]
@@ -41,10 +42,10 @@ def held_neg_lse(
 
 
 def copy_now(x: Tensor) -> Tensor:
-    """A copy of a buffer, for a backward that comes after the buffer has changed.
+    """Return a copy of a buffer that may change before the backward.
 
-    A compiler may drop a plain clone() and copy again in the backward, from what the buffer holds by then
-    (pytorch/pytorch#197039); it never calls an operator of ours twice.
+    torch.compile may drop a plain clone() and repeat it in the backward, when the buffer holds other values
+    (pytorch/pytorch#197039). It never repeats a call of a custom operator.
     """
     return _copy(x) if torch.compiler.is_compiling() else x.clone()
 
@@ -72,7 +73,7 @@ def _forward(
 def _held_rows(held: Tensor, rows: Tensor) -> int:
     n = int(held)
     if not 0 <= n <= len(rows):
-        raise ValueError(f"held must be a number from 0 to {len(rows)}, the rows there are, got {n}")
+        raise ValueError(f"held must be between 0 and {len(rows)}, the number of rows, got {n}")
     return n
 
 
@@ -106,7 +107,7 @@ def _backward(
     n = _held_rows(held, rows)
     if not n:
         return torch.zeros_like(u), d_neg_lse.new_zeros(())
-    # No gradient reaches the rows.
+    # The buffer's rows get no gradient.
     of_u = Upstream(d_neg_lse, neg_lse)
     of_rows = Upstream(neg_lse.new_zeros(n), neg_lse.new_full((n,), -torch.inf), wanted=False)
     d_u, _, d_inv_tau = run_cross_neg_lse_backward(
@@ -149,8 +150,10 @@ def held_loss(
     mean: bool,
     backend: str,
 ) -> Tensor:
-    """The sum or the mean of log(1 + exp(nu - against)), nu of u against the first `held` of the rows; differentiable
-    in u, inv_tau and `against`."""
+    """Return the sum or mean of log(1 + exp(nu - against)), with nu of u against the first `held` rows.
+
+    Differentiable in u, inv_tau and `against`.
+    """
     if held is None:
         held = torch.ones((), dtype=torch.int64, device="cpu") * rows.shape[0]
     needs_u = may_be_differentiated(u)

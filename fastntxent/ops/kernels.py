@@ -1,7 +1,7 @@
-"""The kernels of `neg_lse` and `cross_neg_lse`: checked by the operators' names of the tensors, called with records.
+"""Checked calls of the kernels of `neg_lse` and `cross_neg_lse`.
 
-An operator's schema is a flat list, and so is its contract; a backend takes a record for each side (backends/base.py).
-Here one becomes the other.
+An operator's schema and its contract are flat lists of tensors, but a backend takes one record per side
+(backends/base.py). These functions convert between the two.
 """
 
 from __future__ import annotations

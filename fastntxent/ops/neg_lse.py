@@ -1,4 +1,4 @@
-"""The primitive: log-sum-exp over the rows of other groups, of one set of rows or between two."""
+"""The primitive: each row's log-sum-exp over the rows of other groups, within one set of rows or between two."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ from .register import may_be_differentiated, register, save, save_gradients, sav
 
 
 def neg_lse(u: Tensor, ids: Tensor, inv_tau: float | Tensor, backend: str) -> Tensor:
-    """nu of the rows (M,), differentiable in u and inv_tau."""
+    """Return nu of the rows (M,), differentiable in u and inv_tau."""
     return _neg_lse(u, ids, inv_tau, backend)
 
 
 def neg_lse_sum(u: Tensor, ids: Tensor, inv_tau: float | Tensor, weights: Tensor, backend: str) -> Tensor:
-    """sum_i weights_i nu_i (0-d), over the rows that have a nu; differentiable in u and inv_tau. The weights are given,
-    so value and gradient come from one call."""
+    """Return sum_i weights_i nu_i (0-d) over the rows with a negative, differentiable in u and inv_tau.
+
+    The weights are known in the forward, so value and gradient come from one call.
+    """
     if not may_be_differentiated(u, inv_tau):
         return weighted_sum(neg_lse(u, ids, inv_tau, backend), weights)
     return _neg_lse_sum(u, ids, inv_tau, weights, backend)
@@ -37,8 +39,10 @@ def neg_lse_sum(u: Tensor, ids: Tensor, inv_tau: float | Tensor, weights: Tensor
 def cross_neg_lse(
     u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: float | Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """nu of the rows (M,) against the columns and of the columns (K,) against the rows, differentiable in u, v and
-    inv_tau."""
+    """Return nu of the rows (M,) against the columns, and nu of the columns (K,) against the rows.
+
+    Differentiable in u, v and inv_tau.
+    """
     return _cross_neg_lse(u, v, u_ids, v_ids, inv_tau, backend)
 
 
@@ -86,7 +90,7 @@ _neg_lse = register(
     "neg_lse(Tensor u, Tensor ids, Tensor inv_tau, str backend) -> Tensor", _forward, _fake, _setup, _autograd
 )
 
-# --- a weighted sum of one set's, with its gradient ------------------------------------------------------------------
+# --- a weighted sum over one set of rows, with its gradient ----------------------------------------------------------
 
 
 def _weighted_forward(
@@ -96,7 +100,7 @@ def _weighted_forward(
 
 
 def scalar_path_fake(u: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """A value, and its gradients in u and inv_tau, without data."""
+    """Return fake outputs of a scalar path: a value, and its gradients in u and inv_tau."""
     dtype = accumulation_dtype(u.dtype)
     return u.new_empty((), dtype=dtype), u.new_empty(u.shape, dtype=dtype), u.new_empty((), dtype=dtype)
 
@@ -112,10 +116,10 @@ def _weighted_autograd(ctx: Any, d_sum: Tensor | None, *_: Any) -> tuple[Tensor 
 
 
 def scaled_scalar_path(ctx: Any, d_value: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients that were kept, times what came back."""
-    if d_value is None:  # nothing came back
+    """Return the saved gradients times the upstream gradient."""
+    if d_value is None:  # no upstream gradient
         return None, None
-    # An operator of its own only where this may be differentiated again: elsewhere it is a product each.
+    # Use the registered operator only if this may be differentiated again; otherwise scale the gradients here.
     if torch.is_grad_enabled():
         d_u, d_inv_tau = _neg_lse_sum_backward(d_value, *saved(ctx))
         return d_u, d_inv_tau

@@ -15,14 +15,14 @@ from .scalar import register_scalar_path
 def nt_xent_rows(
     z_i: Tensor, z_j: Tensor, inv_tau: float | Tensor, normalize: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """nu and pi of every row, (2N,) each, differentiable in both views and inv_tau."""
+    """Return nu and pi of every row, (2N,) each, differentiable in both views and inv_tau."""
     return _nt_xent_rows(z_i, z_j, inv_tau, normalize, backend)
 
 
 def nt_xent_scalar(
     z_i: Tensor, z_j: Tensor, inv_tau: float | Tensor, normalize: bool, mean: bool, backend: str
 ) -> Tensor:
-    """The sum or the mean of the 2N losses, differentiable in both views and inv_tau."""
+    """Return the sum or mean of the 2N losses, differentiable in both views and inv_tau."""
     if may_be_differentiated(z_i, z_j, inv_tau):
         return _nt_xent_scalar(z_i, z_j, inv_tau, normalize, mean, backend)
     return _nt_xent_value(z_i, z_j, inv_tau, normalize, mean, backend)

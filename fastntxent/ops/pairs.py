@@ -1,12 +1,12 @@
-"""Pairs that no ids describe: lists of them, and dense masks, a piece at a time.
+"""Pairs that ids cannot describe, given as a list or as a dense mask and processed in pieces.
 
-    pair_dots      (u, v, a, b)    -> u_a . v_b of each pair (P,)
+    pair_dots      (u, v, a, b)    -> u_a . v_b for each pair (P,)
     mask_product   (mask, x)       -> mask @ x, for a mask of any dtype
 
-Operators, so that a compiled, exported or traced graph is the same for any number of pairs. A list of P pairs costs
-2 P D flops forward and 4 P D backward, and its gathered rows are held a piece at a time. A mask of B x B costs 2 B^2 D
-flops each way; one of another dtype than the rows' is converted a piece at a time. Sums have a fixed order on every
-device.
+These are operators so that a compiled, exported or traced graph does not depend on the number of pairs. A list of P
+pairs costs 2 P D flops forward and 4 P D backward, and its rows are gathered one piece at a time. A B x B mask costs
+2 B^2 D flops forward and the same backward. A mask whose dtype differs from x's is converted one piece at a time. Sums
+have a fixed order on every device.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from ..algebra import autocast_off, product, row_dots
 from .contract import checked
 from .register import register
 
-_CHUNK = 2**20  # numbers held at once
+_CHUNK = 2**20  # elements in a piece
 
 
 def pair_dots(u: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """u_a . v_b for every pair of indices (a, b): (P,), differentiable in u and v."""
+    """Return u_a . v_b for every pair of indices (a, b): (P,), differentiable in u and v."""
     return _pair_dots(u, v, a, b)
 
 
 def mask_product(mask: Tensor, x: Tensor) -> Tensor:
-    """mask @ x for a mask (B, C) of any dtype, differentiable in x, and in a mask of x's dtype."""
+    """Return mask @ x for a mask (B, C) of any dtype, differentiable in x, and in the mask if it has x's dtype."""
     if mask.dtype != x.dtype:
         return _mask_product(mask, x)
     return product(mask, x)
 
 
 def _height(width: int) -> int:
-    """Rows of a piece."""
+    """Return the number of rows in a piece."""
     return max(1, _CHUNK // max(1, width))
 
 
@@ -135,7 +135,7 @@ def _mask_backward_fake(d_out: Tensor, mask: Tensor, x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-# The backward needs no x but its shape; by x a second derivative finds its way to the refusal.
+# The backward needs only the shape of x. It takes x so that a second derivative reaches the function that refuses it.
 _mask_product_backward = register(
     "mask_product_backward(Tensor d_out, Tensor mask, Tensor x) -> Tensor", _mask_backward, _mask_backward_fake
 )

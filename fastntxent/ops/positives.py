@@ -1,20 +1,18 @@
-"""Sums over all positive pairs: the rows of the same group, where a loss has a term for each of them.
+"""Sums over all positive pairs, for losses with a term for each row of the same group.
 
     positive_lse   (u, v, u_ids, v_ids, inv_tau)      -> log sum over {j : id_j = id_i} of exp(k u_i . v_j)
     positive_sum   (u, v, u_ids, v_ids, inv_tau, nu)  -> sum over {j : id_j = id_i} of log(1 + exp(nu_i - k u_i . v_j))
 
-Without a positive a row's log-sum-exp is -inf, its sum 0.
+For a row without positives the log-sum-exp is -inf and the sum is 0. `same` means that v is u, row for row, so that a
+row is not its own positive.
 
-`same` says that v is u, row for row: a row is then no positive of itself.
-
-Both sides are put in the order of their ids, unless they fit into one tile. In that order the pairs of a block of rows
-lie in one run of columns. Blocks and runs are taken a tile at a time, and once more in the backward, which forms a
-tile's logits again:
+Unless everything fits into one tile, both sides are sorted by id. Then all positives of a block of rows lie in one run
+of columns, which is processed tile by tile. The backward goes through the tiles again and recomputes their logits:
 
     D_ij = d loss / d (k u_i . v_j)      d_u_i = k sum_j D_ij v_j      d_v_j = k sum_i D_ij u_i      d_k = sum D_ij s_ij
 
-With n_c rows in group c that is sum_c n_c^2 D work, plus a block's edge for each row, and memory for the rows in order
-and two tiles. The order of every sum is fixed. The runs' ends are read by the host, once a call.
+With n_c rows in group c the work is sum_c n_c^2 D, plus about a block's height of extra columns per row. The memory is
+the sorted rows and two tiles. The order of every sum is fixed. The host reads the ends of the runs once per call.
 """
 
 from __future__ import annotations
@@ -30,21 +28,24 @@ from ..algebra import accumulation_dtype, autocast_off, row_dots
 from .contract import checked
 from .register import register, save, saved
 
-# Rows of a block, columns of a tile. Small blocks waste little where groups are of two rows; an accelerator wants fewer
-# launches.
+# Rows in a block, and columns in a tile. Small blocks waste little when groups have two rows. An accelerator needs
+# large tiles for fewer launches.
 _TILE_CPU = (128, 2048)
 _TILE_ACCELERATOR = (1024, 8192)
 
 
 def positive_lse(u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: float | Tensor, *, same: bool) -> Tensor:
-    """Log-sum-exp over the positives (M,), differentiable in u, v and inv_tau."""
+    """Return each row's log-sum-exp over its positives (M,), differentiable in u, v and inv_tau."""
     return _positive_lse(u, v, u_ids, v_ids, inv_tau, same)
 
 
 def positive_sum(
     u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: float | Tensor, nu: Tensor, *, same: bool
 ) -> Tensor:
-    """Sum over the positives of log(1 + exp(nu - logit)) (M,), differentiable in u, v, inv_tau and nu."""
+    """Return each row's sum of log(1 + exp(nu - logit)) over its positives (M,).
+
+    Differentiable in u, v, inv_tau and nu.
+    """
     return _positive_sum(u, v, u_ids, v_ids, inv_tau, nu, same)
 
 
@@ -52,7 +53,7 @@ def positive_sum(
 
 
 class PositiveTile(NamedTuple):
-    """Logits of a block of rows and a run of columns, and which of them are positives."""
+    """Logits of a block of rows against some columns, and the mask of the positives among them."""
 
     rows: slice
     cols: slice
@@ -61,10 +62,12 @@ class PositiveTile(NamedTuple):
 
 
 class PositiveTiles:
-    """Both sides in the order of their ids, and the tiles in which ids meet. What fits into one tile stays in its own
-    order, and the tile is kept for the backward.
+    """Both sides sorted by id, and an iterator over the tiles that may contain positives.
 
-    `own`: row i is column own + i, where there is one, and no positive of itself; None: no row is a column.
+    If everything fits into one tile, nothing is sorted and the tile is kept for the backward.
+
+    `own`: row i is the same as column own + i, if that column exists, and is not its own positive. None: no row is also
+    a column.
     """
 
     def __init__(self, u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: float | Tensor, own: int | None):
@@ -107,18 +110,18 @@ class PositiveTiles:
         assert self.own is not None
         if self._sorted:
             mask &= self._row_order[rows, None] + self.own != self._col_order[cols]
-        elif -mask.shape[0] < self.own < mask.shape[1]:  # a tile of everything
+        elif -mask.shape[0] < self.own < mask.shape[1]:  # the only tile
             mask.diagonal(self.own).fill_(False)
 
     def lse(self) -> Tensor:
-        """The rows' log-sum-exps over their positives."""
+        """Return each row's log-sum-exp over its positives."""
         lse = self.u.new_full((len(self.u),), -torch.inf)
         for rows, _, logits, mask in self:
             lse[rows] = torch.logaddexp(lse[rows], logits.masked_fill_(~mask, -torch.inf).logsumexp(dim=1))
         return self.of_rows(lse)
 
     def sum(self, nu: Tensor) -> Tensor:
-        """The rows' sums over their positives."""
+        """Return each row's sum over its positives."""
         nu = self.by_row(nu)[:, None]
         sums = self.u.new_zeros(len(self.u))
         for rows, _, logits, mask in self:
@@ -128,7 +131,7 @@ class PositiveTiles:
     def backward(
         self, d_logits: Callable[[PositiveTile], Tensor], *, needs_v: bool = True
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Gradients in u, v if it needs one, and inv_tau from that in each tile's logits."""
+        """Return the gradients in u, v (None if not needed) and inv_tau, given each tile's gradient in the logits."""
         d_u, d_v = torch.zeros_like(self.u), torch.zeros_like(self.v) if needs_v else None
         for tile in self:
             d = d_logits(tile)
@@ -142,15 +145,15 @@ class PositiveTiles:
         return self.of_rows(d_u * self.inv_tau), d_v, d_inv_tau
 
     def by_row(self, x: Tensor) -> Tensor:
-        """Entries of the rows in the order of the tiles."""
+        """Return per-row values in the order of the tiles."""
         return x[self._row_order] if self._sorted else x
 
     def by_column(self, x: Tensor) -> Tensor:
-        """Entries of the columns in the order of the tiles."""
+        """Return per-column values in the order of the tiles."""
         return x[self._col_order] if self._sorted else x
 
     def of_rows(self, values: Tensor) -> Tensor:
-        """From the order of the tiles back to that of the rows."""
+        """Return values in the order of the tiles, put back into the order of the rows."""
         return _in_place_of(self._row_order, values) if self._sorted else values
 
 
@@ -163,17 +166,17 @@ def _in_place_of(order: Tensor, values: Tensor) -> Tensor:
 
 
 def through_lse(tile: PositiveTile, d_lse: Tensor, lse: Tensor) -> Tensor:
-    """The logits' gradient through the log-sum-exps of the rows, or of the columns, given theirs."""
+    """Return the gradient in a tile's logits through the log-sum-exps of its rows (or of its columns)."""
     return tile.logits.sub(lse).exp_().masked_fill_(~tile.mask, 0).mul_(d_lse)
 
 
 def through_sum(tile: PositiveTile, d_sum: Tensor, nu: Tensor) -> Tensor:
-    """The same through the sums."""
+    """Return the gradient in a tile's logits through the sums of its rows."""
     return torch.sigmoid(nu - tile.logits).mul_(tile.mask).mul_(-d_sum)
 
 
 def zero_without_positive(d_lse: Tensor, lse: Tensor) -> Tensor:
-    """A row without positives has no weight, whatever came from behind its -inf."""
+    """Return d_lse with 0 for the rows without positives, whose log-sum-exp is -inf."""
     return d_lse.masked_fill(lse == -torch.inf, 0)
 
 

@@ -1,5 +1,7 @@
-"""The place of each row's positive, a block of rows at a time; an operator, so that a graph is the same for any number
-of blocks."""
+"""The rank of each row's positive, computed in blocks of rows.
+
+It is an operator so that a graph does not depend on the number of blocks.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,8 @@ from ..algebra import autocast_off, swap_views
 from .contract import checked
 from .register import register
 
-_TILE = 2**22  # similarities held at once
-_EXACT = 2**24  # a sum of so many ones is exact in float32
+_TILE = 2**22  # similarities in a block
+_EXACT = 2**24  # a sum of this many ones is exact in float32
 
 
 def _forward(u: Tensor) -> Tensor:
@@ -25,8 +27,9 @@ def _forward(u: Tensor) -> Tensor:
         for rows, me, other, rank in zip(*(x.split(height) for x in (u, own, partner, ranks)), strict=True):
             sims = torch.mm(rows, u.T, out=buffer[: len(rows)])
             pos = sims.gather(1, other[:, None])
-            sims.scatter_(1, me[:, None], -torch.inf)  # itself is worse than any
-            # In place, as 1 and 0: on a CPU the sum of a bool tensor is formed of a copy in int64. NaN is not worse.
+            sims.scatter_(1, me[:, None], -torch.inf)  # rank the row itself last
+            # In place, as 1.0 and 0.0: on a CPU the sum of a bool tensor would copy it to int64. NaN does not count as
+            # worse.
             worse = sum(part.sum(dim=1).long() for part in sims.lt_(pos).split(_EXACT, dim=1))
             rank.copy_((M - worse).clamp_max(M - 1))
     return ranks

@@ -1,18 +1,19 @@
-"""How an operator is made: schema, fake kernel, autograd, `torch.func`, and the short way from eager code.
+"""Registration of operators: schema, fake kernel, autograd, `torch.func`, and a fast path for eager code.
 
-Autocast: the operators run with autocast off, on embeddings in the dtype they come in. A half-precision product
-out of PyTorch is rounded to half precision *after* its sum, which no later float32 sum repairs (at a temperature
-of 0.1 the gradient's error grows from 1e-7 to 3e-3); sums, exponentials and gradients stay float32.
+Autocast: operators run with autocast off and take embeddings in the dtype they arrive in. PyTorch rounds the output of
+a half-precision product to half precision *after* its sum, and no later float32 sum can undo that: at a temperature of
+0.1 the gradient's error grows from 1e-7 to 3e-3. Sums, exponentials and gradients stay in float32.
 
-Second derivatives: the kernels have none. Every `_backward` operator is differentiable in name only, so that asking
-raises an error in place of a silent zero.
+Second derivatives: the kernels have none. Every `_backward` operator has a backward that raises, so that asking for a
+second derivative is an error and not a silent zero.
 
-Temperature: an operator that takes one has two overloads over the same functions. `Tensor inv_tau` may be learnt, or
-lie on an accelerator; `float inv_tau` (the overload "float") makes no tensor, and is a constant of a compiled graph.
+Temperature: an operator that takes one has two overloads over the same functions. `Tensor inv_tau` may require a
+gradient or live on an accelerator. `float inv_tau` (the overload "float") needs no tensor, and compiled graphs hold it
+as a constant.
 
-The short way: what the dispatcher does for an operator registered from Python takes longer than the loss of a small
-batch (70 of 110 microseconds at N = 16, several times that with cold caches). With no compiler, mode or transform
-active, plain tensors go to the same function through a plain autograd.Function.
+Fast path: the dispatcher takes longer over an operator registered from Python than the loss of a small batch takes (70
+of 110 microseconds at N = 16, several times that with cold caches). If no compiler, mode or transform is active, plain
+tensors go to the same function through a plain autograd.Function.
 """
 
 from __future__ import annotations
@@ -41,22 +42,22 @@ _USE_REFERENCE = (
 
 
 def run_kernel(backend: str, method: str, *arguments: Any) -> Any:
-    """Check the tensors of a kernel, which come first among its arguments, and call it."""
+    """Check the tensors of a call, which come first among the arguments, and call the kernel."""
     tensors = checked(method, *taken_by(method, arguments))
     return call_kernel(backend, method, rows_of(method, tensors), *tensors, *arguments[len(tensors) :])
 
 
 def call_kernel(backend: str, method: str, rows: Tensor, *arguments: Any) -> Any:
-    """Call a method of the backend that serves these rows, with arguments that were checked, and autocast off."""
+    """Call a method of the backend that serves these rows, with autocast off. The arguments are checked already."""
     kernel = getattr(kernels_for(backend, rows, method), method, None)
-    if kernel is None:  # not every backend has kernels for limits: plain PyTorch runs everywhere
+    if kernel is None:  # not every backend has kernels for limits, but plain PyTorch runs everywhere
         kernel = getattr(kernels_for("blocked", rows, method), method)
     with autocast_off(rows):
         return kernel(*arguments)
 
 
 def kernels_for(backend: str, rows: Tensor, method: str) -> KernelBackend:
-    """The kernels of that backend for such rows."""
+    """Return the named backend for these rows, or the one that "auto" selects."""
     kernels = select_for(backend, rows, method)
     if not isinstance(kernels, KernelBackend):
         raise RuntimeError(f"backend {backend!r} has no kernels: call it through fastntxent's functions")
@@ -76,41 +77,45 @@ def _save_nothing(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def save(ctx: Any, *values: Any) -> None:
-    """Keep tensors, and what may be none, as a temperature that is a float, for the backward."""
+    """Save values for the backward: tensors through autograd, everything else (such as a float inv_tau) on ctx."""
     ctx.no_tensors = [None if isinstance(x, Tensor) else x for x in values]
     ctx.save_for_backward(*[x if isinstance(x, Tensor) else None for x in values])
 
 
 def save_gradients(ctx: Any, gradients: Sequence[Tensor], *inputs: Tensor | float) -> None:
-    """Keep gradients that came with a value. The backward needs no inputs; it takes them so that a second derivative
-    finds its way to the refusal."""
+    """Save gradients that were computed with the value.
+
+    The inputs are saved only so that a second derivative reaches the function that refuses it.
+    """
     ctx.mark_non_differentiable(*gradients)
-    ctx.set_materialize_grads(False)  # no zeros for gradients that nobody asks for
+    ctx.set_materialize_grads(False)  # do not allocate zeros for outputs without an upstream gradient
     save(ctx, *gradients, *inputs)
     if not _may_be_hooked():
         ctx.watched = [id(x) for x in inputs]
 
 
 def watched_by_autograd(result: Tensor, x: Tensor) -> bool:
-    """Whether a result that has just been made has saved this very tensor: its backward raises if x has changed.
-    Where hooks take saved tensors, as under activation checkpointing, autograd does not look."""
+    """Return whether autograd itself detects an in-place change of x before the backward of `result`.
+
+    It does if `result` saved this very tensor, and no saved-tensor hook (as in activation checkpointing) replaced it.
+    """
     return id(x) in getattr(result.grad_fn, "watched", ())
 
 
 def _may_be_hooked() -> bool:
-    """Whether hooks may take the tensors that are saved now."""
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # not in every PyTorch
+    """Return whether saved-tensor hooks may be active."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # some versions of PyTorch lack it
     return top is None or top(False) is not None
 
 
 def scaled(d_value: Tensor, gradient: Tensor, x: Tensor) -> Tensor:
-    """A gradient that was kept, times what came back, in the dtype of what it belongs to."""
+    """Return the saved gradient times the upstream gradient, in the dtype of x."""
     product = d_value * gradient
-    return product if product.dtype == x.dtype else product.to(x.dtype)  # such a `to` takes as long as the product
+    return product if product.dtype == x.dtype else product.to(x.dtype)  # a no-op `to` costs as much as the product
 
 
 def saved(ctx: Any) -> list[Any]:
-    """Return what `save` kept."""
+    """Return the values that `save` saved."""
     return [x if other is None else other for x, other in zip(ctx.saved_tensors, ctx.no_tensors, strict=True)]
 
 
@@ -125,7 +130,7 @@ def register(
 ) -> Callable[..., Any]:
     """Define an operator, and return the function that calls it.
 
-    value_alone: the first output is all that a caller gets, the others are for the backward.
+    value_alone: return only the first output to the caller; the others are for the backward.
     """
     name, _, arguments = schema.partition("(")
     parameters = arguments.partition(")")[0].split(", ")
@@ -148,22 +153,23 @@ def register(
     def operator(*args: Any) -> Any:
         return of_tensors(*args) if place is None or isinstance(args[place], Tensor) else of_float(*args)
 
-    # register_autograd does not reach torch.func's transforms; an autograd.Function of the same two halves does.
+    # register_autograd does not support torch.func's transforms; an autograd.Function with the same halves does.
     transformed = function_of(name, operator, setup_context, backward, again=lambda *args: observed(*args))
 
-    def eager(ctx: Any, *args: Any) -> Any:  # one with a setup_context has its signature inspected at every call
+    # A combined forward: PyTorch inspects the signature at every call if there is a separate setup_context.
+    def eager(ctx: Any, *args: Any) -> Any:
         output = forward(*args)
         setup_context(ctx, args, output)
         return output[0] if value_alone else output
 
-    # By this name autograd's graph and the profiler show it.
+    # The class name is what the autograd graph and the profiler show.
     halves = {
         "forward": staticmethod(eager),
         "backward": staticmethod(backward),
         "jvp": staticmethod(_refuse_forward_mode),
     }
     Eager: Any = type(name, (torch.autograd.Function,), halves)
-    # Function.apply does more, for transforms of torch.func. `unobserved` has found none.
+    # Skip Function.apply's handling of torch.func transforms: `unobserved` has ruled them out.
     apply = super(torch.autograd.Function, Eager).apply
 
     def observed(*args: Any) -> Any:
@@ -186,9 +192,9 @@ def function_of(
     *,
     again: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """Return a differentiable function of these halves, which takes torch.func's transforms too.
+    """Return a differentiable function with this forward and backward, which supports torch.func's transforms.
 
-    again: what a vmap calls for each slice; None: the function itself.
+    again: the function that vmap calls for each slice; by default the returned function itself.
     """
 
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
@@ -210,19 +216,19 @@ def function_of(
 
 
 def uncompiled(function: _Function) -> _Function:
-    """Run a function eagerly under torch.compile (a graph break), and all that it calls."""
+    """Return the function, run eagerly under torch.compile (a graph break) together with everything it calls."""
     left_out = _disable_dynamo(function)
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        # Only where there is a compiler: what leaves code out of it takes seconds to import.
+        # Only while compiling: the disabled function imports torch._dynamo, which takes seconds.
         return (left_out if torch.compiler.is_compiling() else function)(*args, **kwargs)
 
     return cast(_Function, call)
 
 
 def _without_gradient_of_a_float(backward: Callable[..., Any], place: int) -> Callable[..., Any]:
-    """Return None for inv_tau's gradient unless it is needed."""
+    """Return a backward that gives None for inv_tau's gradient unless it is needed."""
 
     def call(ctx: Any, *gradients: Any) -> Any:
         found = backward(ctx, *gradients)
@@ -234,7 +240,7 @@ def _without_gradient_of_a_float(backward: Callable[..., Any], place: int) -> Ca
 
 
 def _checking_kinds(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
-    """A fake kernel that refuses what the kernel would, as far as tensors without data can tell."""
+    """Return a fake kernel that also makes the kernel's checks, except those that need data."""
 
     def call(*args: Any) -> Any:
         check_kinds(name, taken_by(name, args))
@@ -244,8 +250,11 @@ def _checking_kinds(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def may_be_differentiated(*values: Tensor | float) -> bool:
-    """Whether a gradient may be asked for. Inside a vmap a tensor does not say that one is wanted around it; under
-    torch.jit.trace neither the example nor the grad mode says it of later calls."""
+    """Return whether a gradient may be needed.
+
+    `requires_grad` is not conclusive inside a torch.func transform, where a tensor does not show that an outer level
+    differentiates it. Under torch.jit.trace neither it nor the grad mode tells what later calls need.
+    """
     if torch.is_grad_enabled():
         for x in values:
             if isinstance(x, Tensor) and x.requires_grad:
@@ -255,18 +264,20 @@ def may_be_differentiated(*values: Tensor | float) -> bool:
 
 
 def _transforming() -> bool:
-    """Whether a transform of torch.func is around this call, outside a compiler."""
+    """Return whether a torch.func transform is active, outside a compiler."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def tracing() -> bool:
-    """Whether torch.jit.trace records this call."""
+    """Return whether torch.jit.trace is recording this call."""
     return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
 
 
 def unobserved(args: Sequence[Any]) -> bool:
-    """Plain tensors that hold data, with no compiler, mode (a tracer, a fake tensor mode, a recorder) or transform
-    around."""
+    """Return whether the fast path is safe: plain tensors with data, and no active compiler, mode or transform.
+
+    A mode may be a tracer, a fake tensor mode or a recorder.
+    """
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
@@ -276,14 +287,14 @@ def unobserved(args: Sequence[Any]) -> bool:
     ):
         return False
     for arg in args:
-        # The gradients of is_grads_batched=True look plain, but have no storage: the dispatcher takes them apart.
+        # The gradients of is_grads_batched=True look plain but have no storage; only the dispatcher can unpack them.
         if isinstance(arg, Tensor) and (type(arg) not in _PLAIN or arg.is_meta or not torch._C._has_storage(arg)):
             return False
     return True
 
 
 def _loop(call: Callable[..., Any], size: int, in_dims: tuple[int | None, ...], args: tuple[Any, ...]) -> Any:
-    """torch.func.vmap of a call: one call per slice, the results stacked."""
+    """Return torch.func.vmap of a call: one call per slice, with the results stacked."""
     slices = [
         call(*(arg if dim is None else arg.select(dim, index) for arg, dim in zip(args, in_dims, strict=True)))
         for index in range(size)

@@ -1,8 +1,8 @@
-"""The scalar path of a loss of pairs: value and gradient from one call of the kernels. Three operators:
+"""The scalar path of a loss over pairs: value and gradient from one kernel call. It has three operators:
 
 {loss}_scalar            (z_i, z_j, inv_tau) -> loss, d_z_i, d_z_j, d_inv_tau, for an upstream gradient of 1
-{loss}_scalar_backward   scales these gradients by the upstream gradient that came
-{loss}_value             (z_i, z_j, inv_tau) -> loss, where no gradient is wanted
+{loss}_scalar_backward   scales these gradients by the actual upstream gradient
+{loss}_value             (z_i, z_j, inv_tau) -> loss, when no gradient is needed
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from .register import register, run_kernel, save_gradients, saved, scaled
 def register_scalar_path(
     loss: str, options: str, *, with_needs: bool = False, with_bias: bool = False
 ) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """Define the operators of a loss, and return the functions that call its `_scalar`, for the loss alone, and its
-    `_value`.
+    """Define the operators of a loss, and return the functions that call its `_scalar` and its `_value`.
 
-    options: what the kernels' methods of the same names take after the tensors, as a schema.
-    with_needs: `_scalar` takes needs_i and needs_j last, and its kernel returns None for a side that needs no gradient.
-    with_bias: a number that is added to every logit follows inv_tau.
+    Both functions return only the loss.
+
+    options: the schema of the arguments that the kernels take after the tensors.
+    with_needs: `_scalar` also takes needs_i and needs_j, and its kernel returns None for a gradient that is not needed.
+    with_bias: a bias, added to every logit, follows inv_tau.
     """
     numbers = ["inv_tau", "bias"] if with_bias else ["inv_tau"]
-    taken = 2 + len(numbers)  # tensors, before the options
+    taken = 2 + len(numbers)  # the number of tensors before the options
     tensors = ", ".join(f"Tensor {name}" for name in ("z_i", "z_j", *numbers))
     gradients = ", ".join(f"Tensor d_{name}" for name in ("z_i", "z_j", *numbers))
     gradient_types = ", ".join(["Tensor"] * taken)
@@ -60,12 +61,12 @@ def register_scalar_path(
         save_gradients(ctx, output[1:], *inputs[:taken])
 
     def autograd(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        if d_loss is None:  # nothing came back
+        if d_loss is None:  # no upstream gradient
             return *[None] * taken, *of_options
-        # An operator of its own only where this may be differentiated again: elsewhere it is a product each.
+        # Use the registered operator only if this may be differentiated again; otherwise scale the gradients here.
         if torch.is_grad_enabled():
             return *backward(d_loss, *saved(ctx)), *of_options
-        needed, kept = ctx.needs_input_grad, ctx.saved_tensors  # read once: activation checkpointing allows no more
+        needed, kept = ctx.needs_input_grad, ctx.saved_tensors  # activation checkpointing allows only one read
         (d_z_i, d_z_j, *d_numbers), (z_i, z_j) = kept[:taken], kept[taken : taken + 2]
         return (
             scaled(d_loss, d_z_i, z_i) if needed[0] else None,
@@ -99,7 +100,7 @@ def register_scalar_path(
         return found
 
     def refuse(ctx: Any, d_loss: Tensor) -> None:
-        raise RuntimeError(f"fastntxent::{loss}_value has no gradient: fastntxent::{loss}_scalar gives both")
+        raise RuntimeError(f"fastntxent::{loss}_value has no gradient; use fastntxent::{loss}_scalar")
 
     return (
         register(
@@ -115,7 +116,7 @@ def register_scalar_path(
 
 
 def _no_gradient(z: Tensor) -> Tensor:
-    """Zeros in the place of a gradient that is not needed, in the memory of a single one."""
+    """Return a zero, expanded to the shape of z, in place of a gradient that is not needed."""
     return z.new_zeros((), dtype=accumulation_dtype(z.dtype)).expand(z.shape)
 
 

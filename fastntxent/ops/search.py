@@ -1,5 +1,7 @@
-"""Nearest neighbours, a tile of similarities at a time; an operator, so that a graph is the same for any number of
-tiles."""
+"""Nearest neighbours by cosine similarity, computed in tiles.
+
+It is an operator so that a graph does not depend on the number of tiles.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +13,19 @@ from ..algebra import accumulation_dtype, autocast_off, unit_rows
 from .contract import checked
 from .register import register
 
-_TILE_BYTES = 2**25  # similarities held at once, in bytes
-_QUERIES = 1024  # at most so many rows of a tile
-_COLUMNS = 8192  # and so many columns, or where that is more so many times k: then most of the time goes to
-_COLUMNS_PER_K = 256  # one search for the largest of a tile, and not to merging those of many
-_TIED = 2**18  # similarities of rows with a tie that are looked through again at once
+_TILE_BYTES = 2**25  # bytes of a tile of similarities
+_QUERIES = 1024  # the most rows in a tile
+# A tile has up to _COLUMNS columns, or _COLUMNS_PER_K times k if that is more. With wide tiles most of the time goes to
+# the top-k within a tile, not to merging the results of many tiles.
+_COLUMNS = 8192
+_COLUMNS_PER_K = 256
+_TIED = 2**18  # similarities that are searched again at once, for rows with a tie
 
 
 def _forward(queries: Tensor, corpus: Tensor, k: int) -> tuple[Tensor, Tensor]:
     queries, corpus = checked("nearest", queries, corpus)
     if not 1 <= k <= len(corpus):
-        raise ValueError(f"k must be in [1, {len(corpus)}], the rows of corpus, got {k}")
+        raise ValueError(f"k must be between 1 and {len(corpus)}, the number of rows of corpus, got {k}")
     Q, dtype = len(queries), accumulation_dtype(queries.dtype)
     height, width = _tile_shape(len(corpus), k, dtype.itemsize)
     scores, indices = queries.new_empty(Q, k, dtype=dtype), queries.new_empty(Q, k, dtype=torch.int64)
@@ -45,15 +49,15 @@ nearest = register("nearest(Tensor queries, Tensor corpus, SymInt k) -> (Tensor,
 def _merge_columns(
     found: Tensor, found_indices: Tensor, queries: Tensor, v: Tensor, first: int, height: int, buffer: Tensor
 ) -> None:
-    """Merge the best of the unit rows v, whose indices begin at `first`, into those found so far, in place."""
+    """Merge the top k among the unit rows v, whose indices begin at `first`, into the results so far, in place."""
     k = found.shape[1]
     for rows, scores, indices in zip(*(x.split(height) for x in (queries, found, found_indices)), strict=True):
         u = unit_rows(rows)
         sims = torch.mm(u, v.T, out=buffer[: len(u) * len(v)].view(len(u), len(v)))
-        # NaN is neither more nor less than a number: it comes last.
+        # NaN does not compare with numbers; rank it last.
         best, columns = _largest(sims.nan_to_num_(nan=-torch.inf), min(k, len(v)))
         if first:
-            # The sort is stable, and the earlier columns come first: equal scores keep the order of their indices.
+            # The sort is stable and earlier columns come first, so equal scores stay in the order of their indices.
             best, order = torch.cat((scores, best), dim=1).sort(dim=1, descending=True, stable=True)
             columns = torch.cat((indices, columns + first), dim=1).gather(1, order)
         scores.copy_(best[:, :k])
@@ -61,32 +65,32 @@ def _merge_columns(
 
 
 def _tile_shape(n_columns: int, k: int, itemsize: int) -> tuple[int, int]:
-    """Return the queries and columns of a tile; the first tile has at least k columns."""
+    """Return the number of queries and columns in a tile. The first tile has at least k columns."""
     width = min(n_columns, max(_COLUMNS, _COLUMNS_PER_K * k))
-    per_query = width + 16 * k  # a merge holds a dozen numbers for each of the k
+    per_query = width + 16 * k  # a merge holds about a dozen numbers for each of the k results
     return max(1, min(_QUERIES, _TILE_BYTES // itemsize // per_query)), width
 
 
 def _largest(sims: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k largest of each row and their columns: largest first, and of equal ones the lower column first."""
+    """Return each row's k largest values and their columns, in descending order; ties go to the lower column."""
     if k == 1:
-        columns = sims.argmax(dim=1, keepdim=True)  # the first of the largest
+        columns = sims.argmax(dim=1, keepdim=True)  # the lowest column among ties
         return sims.gather(1, columns), columns
     width = sims.shape[1]
     best, columns = sims.topk(min(k + 1, width), dim=1)
-    if k < width:  # topk takes any of those that tie for the last place
+    if k < width:  # topk picks arbitrarily among values that tie for the last place
         tied = best[:, k - 1] == best[:, k]
         best, columns = best[:, :k], columns[:, :k]
         for rows in tied.nonzero().squeeze(1).split(max(1, _TIED // width)):
             columns[rows] = _lowest_of_the_last(sims[rows], best[rows], columns[rows])
-    # Order equal scores by column. Without ties the keys are sorted already, which makes the sort quick.
+    # Order equal scores by column. Without ties the keys are already sorted, which makes the sort fast.
     level = F.pad(best[:, 1:] != best[:, :-1], (1, 0)).cumsum(dim=1) * width
     columns = (level + columns).sort(dim=1).values - level
     return sims.gather(1, columns), columns
 
 
 def _lowest_of_the_last(sims: Tensor, best: Tensor, columns: Tensor) -> Tensor:
-    """Return the columns of the k largest, the lowest possible ones for those that equal the k-th largest."""
+    """Return the columns of the k largest values, with the lowest columns among those that tie with the k-th."""
     last, k, width = best[:, -1:], best.shape[1], sims.shape[1]
     from_the_end = torch.arange(width, 0, -1, dtype=torch.int32, device=sims.device)
     lowest = torch.where(sims == last, from_the_end, 0).topk(k, dim=1).indices

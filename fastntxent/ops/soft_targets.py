@@ -1,4 +1,4 @@
-"""What a teacher's softmax expects of a student's similarities, in tiles of plain PyTorch on any device.
+"""Expectations of a student's similarities under a teacher's softmax, in tiles of plain PyTorch on any device.
 
     p_ij = exp(k t_i . t_j - lse_i), over the columns;  q_ij = exp(k t_i . t_j - lse_j), over the rows
     rows_i = sum over {j : id_j != id_i} of p_ij u_i . v_j      cols_j = sum over {i : id_i != id_j} of q_ij u_i . v_j
@@ -6,15 +6,15 @@
 soft_dots       (u, v, t_u, t_v, u_ids, v_ids, inv_tau, rows_lse, cols_lse) -> rows (M,), cols (K,)
 soft_dots_sum   the same                                                   -> the sum of both, d_u, d_v
 
-t, k and lse are the teacher's. A teacher that is called for its similarities has no t, and fits in no schema: it has
-autograd functions of its own here, which a compiler leaves out. All of it is linear in the student's similarities: for
-weights a_i of the rows and c_j of the columns
+t, k and lse belong to the teacher. A teacher may also be a function that returns similarities. It then has no t and
+fits no operator schema, so it uses plain autograd functions, which run eagerly under torch.compile. The results are
+linear in the student's similarities. For upstream gradients a_i of the rows and c_j of the columns,
 
     G_ij = a_i p_ij + c_j q_ij      d/du_i = sum_j G_ij v_j      d/dv_j = sum_i G_ij u_i
 
-and of the sum, whose weights are 1, the value comes with the gradient: sum_i u_i . d/du_i, without a tile of the
-student's. The teacher has no gradient. Of u = 2 M K D flops and t = 2 M K E: u + t for the values, t + 2u for the
-gradients, with the sum or without.
+For `soft_dots_sum` a and c are 1, and the value follows from the gradient as sum_i u_i . d/du_i, without a tile of the
+student's similarities. The teacher gets no gradient. With u = 2 M K D and t = 2 M K E flops, `soft_dots` costs u + t
+and its backward t + 2u; `soft_dots_sum` costs t + 2u in all.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ from .register import (
 
 
 def soft_dots(rows: Side, cols: Side, teacher: Teacher | CalledTeacher) -> tuple[Tensor, Tensor]:
-    """The rows' sums (M,) and the columns' (K,), differentiable in the student's rows and columns."""
+    """Return the sums of the rows (M,) and of the columns (K,), differentiable in the student's rows and columns."""
     if isinstance(teacher, CalledTeacher):
         return _called_soft_dots(rows.u, cols.u, rows.ids, cols.ids, *teacher)
     return _soft_dots(rows.u, cols.u, teacher.rows, teacher.cols, rows.ids, cols.ids, *teacher[2:])
 
 
 def soft_dots_sum(rows: Side, cols: Side, teacher: Teacher | CalledTeacher) -> Tensor:
-    """All of these sums added up (0-d), with the gradient from the same call."""
+    """Return the total of the sums of `soft_dots` (0-d). Its gradient is computed in the same call."""
     needs = may_be_differentiated(rows.u), may_be_differentiated(cols.u)
     if not any(needs):
         of_rows, of_cols = soft_dots(rows, cols, teacher)
@@ -67,8 +67,11 @@ def called_neg_lse(
     inv_tau: float | Tensor,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a teacher that is called nu of the rows (M,), nu of the columns (K,), and each row's logit with the column of
-    its id (M,): one column at most has it. It has no gradient."""
+    """Return nu of the rows (M,), nu of the columns (K,) and the positive logits (M,) of a teacher function.
+
+    A row's positive is the column with its id; at most one column may have it. Without one the logit is 0. The results
+    have no gradient.
+    """
     return _called_neg_lse(row_ids, col_ids, similarities, inv_tau, dtype)
 
 
@@ -76,7 +79,7 @@ def called_neg_lse(
 
 
 class SoftTargets:
-    """The teacher's tiles, and the student's beside them."""
+    """The teacher's tiles, paired with the student's."""
 
     def __init__(self, rows: Side, cols: Side, teacher: Teacher | CalledTeacher):
         self._u, self._v, self._teacher = rows.u.contiguous(), cols.u.contiguous(), teacher
@@ -87,7 +90,7 @@ class SoftTargets:
             self._tiles = Tiles(sides, teacher.inv_tau)
 
     def sums(self) -> tuple[Tensor, Tensor]:
-        """The rows' sums and the columns'."""
+        """Return the sums of the rows and of the columns."""
         of_rows, of_cols = self._u.new_zeros(len(self._u)), self._v.new_zeros(len(self._v))
         buffer = torch.empty_like(self._tiles.buffer)
         for tile, p, q in self._probabilities():
@@ -100,8 +103,10 @@ class SoftTargets:
     def gradients(
         self, weights: tuple[Tensor, Tensor] | None, needs_u: bool, needs_v: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients in the rows and the columns, None where not needed, by the weights of the rows' sums and the
-        columns'; None: all 1."""
+        """Return the gradients in the rows and in the columns, None where not needed.
+
+        weights: the upstream gradients of the rows' and the columns' sums, or None if all are 1.
+        """
         d_u, d_v = torch.zeros_like(self._u) if needs_u else None, torch.zeros_like(self._v) if needs_v else None
         for tile, p, q in self._probabilities():
             if weights is not None:
@@ -116,11 +121,11 @@ class SoftTargets:
         return d_u, d_v
 
     def _probabilities(self) -> Iterator[tuple[TileValues, Tensor, Tensor]]:
-        """Every tile, with p and q of its pairs: 0 of those of the same id."""
+        """Yield every tile with p and q of its pairs, which are 0 for pairs with the same id."""
         tiles, teacher = self._tiles, self._teacher
         for tile, mixed in tiles.logits():
             p = tiles.tile_of(tiles.scratch, tile.rows, tile.cols)
-            # A logit is above its log-sum-exp by rounding alone, which exp overflows on where logits are huge.
+            # Only rounding can put a logit above its log-sum-exp, but with huge logits that is enough to overflow exp.
             torch.sub(tile.values, teacher.rows_lse[tile.rows, None], out=p).clamp_max_(0).exp_()
             q = tile.values.sub_(teacher.cols_lse[tile.cols]).clamp_max_(0).exp_()
             if mixed:
@@ -131,14 +136,14 @@ class SoftTargets:
 
 
 def soft_targets(call: str, *given: Any) -> tuple[SoftTargets, tuple[Any, ...]]:
-    """The tiles of a call's tensors, which are checked, and the checked tensors before them."""
+    """Check a call's tensors, and return the tiles and the upstream gradients that precede the other tensors."""
     *weights, u, v, t_u, t_v, u_ids, v_ids, inv_tau, rows_lse, cols_lse = checked(call, *given)
     teacher = Teacher(t_u, t_v, inv_tau, rows_lse, cols_lse)
     return SoftTargets(Side(u, u_ids), Side(v, v_ids), teacher), tuple(weights)
 
 
 def called_targets(u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, *of_teacher: Any) -> SoftTargets:
-    """The tiles of a teacher that is called."""
+    """Return the tiles of a teacher function."""
     return SoftTargets(Side(u, u_ids), Side(v, v_ids), CalledTeacher(*of_teacher))
 
 
@@ -210,7 +215,7 @@ def _sum_with_gradients(
 
 
 def _or_zeros(gradient: Tensor | None, x: Tensor) -> Tensor:
-    """A gradient that is not needed in the memory of a single zero."""
+    """Return the gradient, or a zero expanded to the shape of x if there is none."""
     return x.new_zeros(()).expand(x.shape) if gradient is None else gradient
 
 
@@ -229,9 +234,9 @@ def _sum_setup(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
 
 def _sum_autograd(ctx: Any, d_sum: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     needs_u, needs_v = ctx.needs_input_grad[:2]
-    if d_sum is None:  # nothing came back
+    if d_sum is None:  # no upstream gradient
         return (None,) * len(ctx.needs_input_grad)
-    if torch.is_grad_enabled():  # an operator of its own only where this may be differentiated again
+    if torch.is_grad_enabled():  # the registered operator is needed only if this may be differentiated again
         d_u, d_v = _soft_dots_sum_backward(d_sum, *saved(ctx))
     else:
         d_u, d_v, u, v = ctx.saved_tensors
@@ -262,7 +267,7 @@ _soft_dots_sum = register(
     value_alone=True,
 )
 
-# --- of a teacher that is called -------------------------------------------------------------------------------------
+# --- teachers that are functions -------------------------------------------------------------------------------------
 
 
 def _called_log_sums(

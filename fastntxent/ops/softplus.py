@@ -1,4 +1,4 @@
-"""Sums of softplus over pairs, and the losses made of them: SigLIP of two towers, NT-Logistic of two views."""
+"""Sums of softplus over pairs, and the losses built from them: SigLIP for two towers, NT-Logistic for two views."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from .scalar import register_scalar_path
 def softplus_sums(
     rows: Side, cols: Side | None, inv_tau: float | Tensor, bias: Tensor, *, positives: bool, backend: str
 ) -> Tensor:
-    """The rows' sums over rows of other groups of log(1 + exp(x)), x = k u_i . v_j + b, among themselves or against
-    columns (M,); `positives`, against columns: with log(1 + exp(-x)) of those of the same group. Differentiable in the
-    rows, the columns, inv_tau and bias."""
+    """Return each row's sum of log(1 + exp(x)) over columns of other groups (M,), where x = k u_i . v_j + b.
+
+    Without `cols` the rows are compared among themselves. With `positives`, which needs columns, the sum includes
+    log(1 + exp(-x)) over columns of the same group. Differentiable in the rows, the columns, inv_tau and bias.
+    """
     of_cols = rows if cols is None else cols
     return _softplus(rows.u, of_cols.u, rows.ids, of_cols.ids, inv_tau, bias, cols is None, positives, backend)
 
@@ -34,8 +36,10 @@ def sigmoid_scalar(
     mean: bool,
     backend: str,
 ) -> Tensor:
-    """SigLIP's loss of pairs (z_i, z_j), or NT-Logistic's of `two_views`, as a sum or a mean; differentiable in both
-    sides, inv_tau and bias. A side that needs no gradient costs none."""
+    """Return SigLIP over the pairs (z_i, z_j), or NT-Logistic if `two_views`, as a sum or a mean.
+
+    Differentiable in both sides, inv_tau and bias. Backends can skip the gradient of a tower that does not need one.
+    """
     needs_i, needs_j = may_be_differentiated(z_i), may_be_differentiated(z_j)
     options = normalize, two_views, mean
     if needs_i or needs_j or may_be_differentiated(inv_tau, bias):
@@ -57,7 +61,7 @@ def run_softplus(
     weights: SumWeights | None,
     backend: str,
 ) -> PairSums:
-    """Check the tensors of a kernel, and call it."""
+    """Check the tensors and return the sums and, if there are weights, the gradients."""
     v, v_ids, _ = rows if cols is None else cols
     if weights is None:
         u, v, u_ids, v_ids, k, b = checked("softplus", rows.u, v, rows.ids, v_ids, inv_tau, bias)

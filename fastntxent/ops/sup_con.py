@@ -1,18 +1,18 @@
-"""SupCon in one call: the loss, reduced, with its gradient.
+"""SupCon in one call: the reduced loss and its gradient.
 
     sup_con_scalar (z, ids, inv_tau) -> loss, d_z, d_inv_tau
 
-With P(i) the other rows of row i's id, c_i their number and v_i a row's share of the loss (0 without positives):
+P(i) are the other rows with row i's id, c_i is their number, and v_i is the row's weight (0 without positives):
 
     out    sum v_i (log sum_{j != i} e^{l_ij} - mean_{p in P(i)} l_ip)
     in     sum v_i (log(1 + e^{nu_i - lse_i}) + log c_i)       nu over rows of other ids, lse over P(i)
-    ratio  the same without log c_i
+    ratio  the same as "in" without log c_i
     pairs  sum v_i / c_i sum_{p in P(i)} log(1 + e^{nu_i - l_ip})
 
-Between the embeddings and their gradient there is no graph: log-sum-exps over other ids are the kernels', sums over
-positives those of positives.py, whose rows are put in order once for both directions. Where the host sees that every id
-is there twice, the rows are two views, and the loss is NT-Xent's one call. A backend with a `sup_con_scalar` forms all
-of it in one call.
+The gradient is computed directly, without an autograd graph. The backend's kernels compute the log-sum-exps over other
+ids, and positives.py the sums over positives, sorting the rows only once for forward and backward. If the host can see
+that every id occurs exactly twice, the rows are two views and one call of NT-Xent computes the loss. A backend with a
+`sup_con_scalar` computes everything in one call.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .register import kernels_for, register, save_gradients
 def sup_con_scalar(
     z: Tensor, ids: Tensor, inv_tau: float | Tensor, form: str, normalize: bool, mean: bool, backend: str
 ) -> Tensor:
-    """The sum or the mean over the rows with a positive (0-d), differentiable in z and inv_tau."""
+    """Return the sum or mean over the rows with a positive (0-d), differentiable in z and inv_tau."""
     return _sup_con_scalar(z, ids, inv_tau, form, normalize, mean, backend)
 
 
@@ -60,7 +60,7 @@ def _forward(
 
 
 def _all_in_pairs(in_order: Tensor) -> bool:
-    """Whether each id is there twice, as far as the host may look. Every form is NT-Xent then."""
+    """Return whether each id occurs exactly twice, so that every form equals NT-Xent. False if not in host memory."""
     if not in_order.is_cpu or len(in_order) % 2:
         return False
     first, second = in_order[::2], in_order[1::2]
@@ -82,7 +82,7 @@ _Result = tuple[Tensor, Tensor, Tensor]  # loss, d_u, d_inv_tau
 
 
 def _row_weights(counts: Tensor, mean: bool, dtype: torch.dtype) -> Tensor:
-    """What each row's loss counts for."""
+    """Return each row's weight in the loss: 0 without positives."""
     weights = (counts > 0).to(dtype)
     return weights.div_(weights.sum().clamp_min_(1)) if mean else weights
 
@@ -93,7 +93,7 @@ def _out_loss(kernels: KernelBackend, rows: Side, in_order: Tensor, k: float | T
     others, counts = sums.sub_(u), counts - 1
     weights = _row_weights(counts, mean, u.dtype)
     loss, d_u, d_k = kernels.neg_lse_sum(Side(u, torch.arange(len(u), device=u.device)), k, weights)
-    shares = weights / counts.clamp_min_(1)  # the same for all rows of a group, so a pair has it from both sides
+    shares = weights / counts.clamp_min_(1)  # equal within a group, so both rows of a pair contribute the same amount
     dots = (shares * row_dots(u, others)).sum()
     return loss - k * dots, d_u.sub_(others.mul_((2 * k * shares)[:, None])), d_k - dots
 
@@ -143,7 +143,7 @@ def _add_negatives(
     k: float | Tensor,
     upstream: Upstream,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients in u and k: those of the positive pairs, of which u is both sides, and those through nu."""
+    """Return the gradients in u and k: those of the positive pairs, with u on both sides, plus those through nu."""
     d_rows, d_cols, d_k = of_pairs
     assert d_cols is not None
     d_u, d_k_of_nu = kernels.neg_lse_backward(rows, k, upstream)

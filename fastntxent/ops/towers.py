@@ -1,4 +1,4 @@
-"""InfoNCE and CLIP of two towers as operators: the scalar path, and the loss alone."""
+"""InfoNCE and CLIP for two towers as operators: the scalar path, and the loss alone."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from .scalar import register_scalar_path
 def info_nce_scalar(
     z_i: Tensor, z_j: Tensor, inv_tau: float | Tensor, normalize: bool, both: bool, mean: bool, backend: str
 ) -> Tensor:
-    """The sum or the mean of the N losses of queries z_i that pick their keys z_j, or with `both` of half of that and
-    half of keys that pick their queries (CLIP); differentiable in both sides and inv_tau.
+    """Return the sum or mean of N losses in which the queries z_i pick their keys z_j (InfoNCE).
 
-    A side that needs no gradient costs none.
+    With `both` (CLIP) return half of that plus half of the loss in which the keys pick their queries. Differentiable in
+    both sides and inv_tau. Backends can skip the gradient of a side that does not need one.
     """
     needs_i, needs_j = may_be_differentiated(z_i), may_be_differentiated(z_j)
     if needs_i or needs_j or may_be_differentiated(inv_tau):

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .stopping import InterruptedRun
     from .train import Trainer
 else:
-    # Loaded when they are first used, so that the command can say in words what is not installed.
+    # Modules are loaded on first use, so that the command can report a missing package as a readable error.
     _WHERE = {
         "Config": "config",
         "ImageData": "data",

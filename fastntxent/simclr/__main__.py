@@ -4,8 +4,11 @@ import sys
 
 try:
     from .command import main
-except ImportError as error:  # a package of the extra, such as NumPy, which PyTorch does not require
-    print(f"error: the trainer needs more than the loss: pip install fastntxent[simclr] ({error})", file=sys.stderr)
+except ImportError as error:  # a package of the extra "simclr", such as NumPy, which PyTorch does not require
+    print(
+        f"error: the trainer needs more packages than the loss: pip install fastntxent[simclr] ({error})",
+        file=sys.stderr,
+    )
     sys.exit(2)
 except KeyboardInterrupt:
     sys.exit(130)

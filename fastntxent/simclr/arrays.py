@@ -1,4 +1,4 @@
-"""Arrays of images, in any of the usual layouts and dtypes, as uint8 tensors (N, C, H, W)."""
+"""Arrays of images, in any usual layout and dtype, as uint8 tensors (N, C, H, W)."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ class InMemory:
 
 
 class Arrays(NamedTuple):
-    """A data set as it was found, before its shapes and types are checked.
+    """A data set as it was read, before its shapes and dtypes are checked.
 
-    `where` is the file, for messages.
+    `where` names the file in messages.
     """
 
     images: Rows
@@ -65,24 +65,24 @@ class Arrays(NamedTuple):
     where: str = ""
 
     def named(self, array: str) -> str:
-        """The name of an array for messages."""
+        """Return the name of an array for messages."""
         return f"{self.where}: {array}" if self.where else array
 
 
 def rows_per_block(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
-    """How many rows are a block."""
+    """Return the number of rows in a block."""
     return max(1, BLOCK_BYTES // max(1, int(np.prod(shape[1:], dtype=object)) * dtype.itemsize))
 
 
 def image_tensors(arrays: Arrays, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The training and the test images.
+    """Return the training images and the test images.
 
     Args:
-        arrays: the images, of one size; those of both parts are taken to have the same range of values.
-        mask: the held-out images, where there is no test part.
+        arrays: the images, all of one size. Both parts are assumed to have the same range of values.
+        mask: mask of the held-out images if there is no test part, else None.
 
     Raises:
-        ValueError: a dtype or a range that is not of images.
+        ValueError: a dtype or range is not valid for images.
     """
     named = _named(arrays)
     layouts = [_layout(name, rows.shape) for name, rows in named]
@@ -103,10 +103,10 @@ def image_tensors(arrays: Arrays, mask: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def image_blocks(arrays: Arrays) -> tuple[tuple[int, int, int], Iterator[Tensor]]:
-    """The shape (C, H, W) of the images `arrays.images`, one or more, and all of them in uint8 tensors, block by block.
+    """Return the shape (C, H, W) of the images `arrays.images`, and an iterator over uint8 tensors of blocks of them.
 
     Raises:
-        ValueError: a shape, dtype or range that is not of images.
+        ValueError: a shape, dtype or range is not valid for images.
     """
     name, rows = _named(arrays)[0]
     layout = _layout(name, rows.shape, least=1)
@@ -122,7 +122,7 @@ def check_shapes(arrays: Arrays) -> None:
 
 
 def _named(arrays: Arrays) -> list[tuple[str, Rows]]:
-    """The arrays of images with their names for messages."""
+    """Return the arrays of images, with their names for messages."""
     test = [] if arrays.test_images is None else [(arrays.named("test_images"), arrays.test_images)]
     return [(arrays.named("images"), arrays.images), *test]
 
@@ -157,7 +157,7 @@ def _target(name: str, layout: _Layout, count: int) -> Tensor:
 
 
 def _without_copy(rows: Rows, layout: _Layout) -> Tensor | None:
-    """An array in memory that is a uint8 tensor already."""
+    """Return an array in memory as a tensor, if it needs no conversion; otherwise None."""
     if not isinstance(rows, InMemory) or layout.channels_last:
         return None
     array = rows.array
@@ -169,7 +169,7 @@ def _without_copy(rows: Rows, layout: _Layout) -> Tensor | None:
 def _fill(
     rows: Rows, layout: _Layout, convert: Callable[[Array], Array], targets: Sequence[tuple[Tensor, Tensor]]
 ) -> None:
-    """Write the rows of each mask to its tensor, in their order."""
+    """Write the rows of each mask, in order, to the tensor paired with it."""
     start = 0
     filled = [0] * len(targets)
     for images in _converted(rows, layout, convert):
@@ -181,18 +181,18 @@ def _fill(
 
 
 def _converted(rows: Rows, layout: _Layout, convert: Callable[[Array], Array]) -> Iterator[Tensor]:
-    """The rows as uint8 tensors (N, C, H, W)."""
+    """Yield the rows as uint8 tensors (N, C, H, W)."""
     for block in rows.blocks():
         converted = convert(block).astype(np.uint8, copy=False)
         if layout.channels_last:
             converted = converted.transpose(0, 3, 1, 2)
-        if not converted.flags.writeable:  # or PyTorch would warn
+        if not converted.flags.writeable:  # otherwise PyTorch would warn
             converted = converted.copy()
         yield torch.from_numpy(np.ascontiguousarray(converted)).view(-1, *layout.shape)
 
 
 def _conversions(named: Sequence[tuple[str, Rows]]) -> list[Callable[[Array], Array]]:
-    """How the values of each array become 0..255. Arrays of the same kind have one range."""
+    """Return the conversion of each array's values to 0..255. Arrays of the same kind share a range."""
     ranges = {name: _range(rows) for name, rows in named if rows.dtype != np.uint8 and rows.dtype.kind in "fiu"}
     floats = [ranges[name] for name, rows in named if rows.dtype.kind == "f"]
     deep = [ranges[name] for name, rows in named if _is_deep(rows)]
@@ -223,7 +223,7 @@ def _is_deep(rows: Rows) -> bool:
 
 
 def _range(rows: Rows) -> tuple[Any, Any]:
-    """The least and the largest value; not a number if there is one that is not."""
+    """Return the smallest and the largest value; NaN if a value is NaN."""
     ends = [(block.min(), block.max()) for block in rows.blocks()]
     return np.min([low for low, _ in ends]), np.max([high for _, high in ends])
 

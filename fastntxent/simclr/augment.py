@@ -1,14 +1,14 @@
-"""Random views of a batch of images, on the device the images are on.
+"""Random views of a batch of images, on the device of the images.
 
-Every geometric change (crop, flip, rotation, shear, shift, elastic bend) is linear in a few coefficients per
-image, so a view costs one small matrix product and one `grid_sample`; every colour change (brightness,
-contrast, saturation, hue, grey) is one 3 x 3 matrix per image. All random numbers of a call come from a single
-draw on a CPU generator: the views are a function of (generator state, batch) alone, the same on every device.
+All geometric changes (crop, flip, rotation, shear, shift, elastic bend) are linear in a few coefficients per image, so
+a view costs one small matrix product and one `grid_sample`. All colour changes (brightness, contrast, saturation, hue,
+grey) are one 3 x 3 matrix per image. All random numbers of a call come from a single draw of a CPU generator, so the
+views depend only on (generator state, batch) and are the same on every device.
 
-Why not kornia: measured on two CPU threads, medians, against the same list of changes in kornia 0.9.0,
+Why not kornia 0.9.0? With the same changes on two CPU threads, the medians are:
     512 grey images of 28 x 28, `digits`:  6 ms, kornia 25 ms (4 times), or 6 ms without the elastic bend;
     128 colour images of 32 x 32, `photos`: 4 ms, kornia 14 ms (3.4 times).
-It would be one more dependency, and its random numbers cannot be tied to a generator of the caller's.
+It would also be one more dependency, and its random numbers cannot come from the caller's generator.
 """
 
 import math
@@ -27,16 +27,16 @@ _LUMA = (0.299, 0.587, 0.114)
 
 @dataclass(frozen=True)
 class Preset:
-    """What a view may do to an image. The neutral value of every field leaves the image as it is.
+    """The random changes that make a view. The neutral value of each field leaves the image unchanged.
 
-    Geometry: `area` is the range of the share of the image's area that a view shows (above 1 it zooms out),
-    `aspect` the largest ratio of width to height of that crop, `rotate` the largest angle in degrees, `shear`
-    and `shift` are in half image widths, `elastic` the largest displacement of a lattice point, in the same
-    unit, `flip` the probability of a horizontal flip, `padding` what lies outside the image.
+    Geometry: `area` is the range of the fraction of the image's area that a view shows (above 1 it zooms out), `aspect`
+    the largest ratio of width to height of that crop, and `rotate` the largest angle in degrees. `shear`, `shift` and
+    `elastic` (the displacement of a lattice point) are maxima in half image widths. `flip` is the probability of a
+    horizontal flip. `padding` is the padding mode outside the image.
 
-    Colour: `brightness`, `contrast`, `saturation` are the largest relative changes, `hue` the largest turn of
-    the colour wheel as a share of a full one, all four applied with probability `jitter`; `gray` is the
-    probability of losing colour, `blur` that of a blur, `erase` that of one grey rectangle.
+    Colour: `brightness`, `contrast` and `saturation` are the largest relative changes, and `hue` is the largest turn of
+    the colour wheel as a fraction of a full turn. All four are applied with probability `jitter`. `gray`, `blur` and
+    `erase` are the probabilities of converting to grey, of a blur, and of erasing one rectangle.
     """
 
     area: tuple[float, float] = (1.0, 1.0)
@@ -59,18 +59,18 @@ class Preset:
 
 PRESETS: dict[str, Preset] = {
     "none": Preset(),
-    # Handwriting: what keeps a digit the same digit. No flip, and turns stay well below the half turn
-    # that makes a 6 a 9.
+    # Handwriting: changes that keep a digit the same digit. There is no flip, and rotations stay far from the half
+    # turn that makes a 6 a 9.
     "digits": Preset(
         area=(0.6, 1.6), aspect=1.3, rotate=20, shear=0.3, shift=0.1, elastic=0.2, brightness=0.3, contrast=0.3,
         blur=0.3,
     ),
-    # Clothing and other grey, centred objects: a left shoe is a right shoe, upside down is not.
+    # Clothing and other grey, centred objects: mirroring keeps the class, turning upside down may not.
     "objects": Preset(
         area=(0.3, 1.0), aspect=4 / 3, rotate=10, flip=0.5, brightness=0.4, contrast=0.4, blur=0.3,
         padding="border",
     ),
-    # The list of the SimCLR paper for small photographs: crop, flip, colour jitter, grey (and a mild blur).
+    # The SimCLR paper's changes for small photographs: crop, flip, colour jitter, grey, and a mild blur.
     "photos": Preset(
         area=(0.2, 1.0), aspect=4 / 3, flip=0.5, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, gray=0.2,
         blur=0.2, padding="reflection",
@@ -86,14 +86,14 @@ def two_views(
     rows: Tensor | None = None,
     batch: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Two independent random views of every image.
+    """Return two independent random views of every image.
 
     Args:
         images: (N, C, H, W) uint8.
-        preset: what a view may do.
-        generator: a CPU generator; advanced by one draw.
-        rows, batch: where the images are a part of a batch, their places (N,) in it and its size. Their views are then
-            those that they have in the whole batch.
+        preset: the random changes.
+        generator: a CPU generator, advanced by one draw.
+        rows, batch: if the images are a part of a batch, their places (N,) in it and its size. Each image then gets the
+            same views as in the whole batch.
 
     Returns:
         Two (N, C, H, W) float32 tensors in [0, 1] on the device of `images`.
@@ -107,12 +107,12 @@ def two_views(
 
 
 def augment(images: Tensor, preset: Preset, generator: torch.Generator) -> Tensor:
-    """One random view of every image: (N, C, H, W) uint8 -> (N, C, H, W) float32 in [0, 1]."""
+    """Return one random view of every image: (N, C, H, W) uint8 -> (N, C, H, W) float32 in [0, 1]."""
     return _augment(images, preset, _draw(len(images), generator))
 
 
 def _draw(n: int, generator: torch.Generator) -> Tensor:
-    """The random numbers of n views, a row for each."""
+    """Return the random numbers of n views, one row per view."""
     return torch.rand(n, _N_SCALARS + 2 * _GRID**2, generator=generator)
 
 
@@ -134,7 +134,7 @@ def _augment(images: Tensor, preset: Preset, draws: Tensor) -> Tensor:
 
 
 class _Draws:
-    """Hands out the columns of one matrix of uniform numbers, in the order they are asked for."""
+    """The columns of one matrix of uniform numbers, consumed in the order of the calls."""
 
     def __init__(self, columns: Tensor) -> None:
         self._columns = iter(columns.unbind(1))
@@ -156,7 +156,7 @@ class _Draws:
 
 @lru_cache(maxsize=8)
 def _basis(height: int, width: int, device: torch.device) -> Tensor:
-    """(3 + GRID^2, H W): x, y, 1 and the interpolation weights of every lattice point, at every pixel."""
+    """Return x, y, 1 and the interpolation weight of each lattice point at every pixel, (3 + GRID^2, H W)."""
     y = (torch.arange(height) * 2 + 1) / height - 1
     x = (torch.arange(width) * 2 + 1) / width - 1
     affine = torch.stack((x.expand(height, width), y[:, None].expand(height, width), torch.ones(height, width)))
@@ -166,13 +166,13 @@ def _basis(height: int, width: int, device: torch.device) -> Tensor:
 
 
 def _sampling_grid(preset: Preset, uniform: _Draws, lattice: Tensor, size: torch.Size) -> Tensor:
-    """(N, H, W, 2): where in the original, from -1 to 1, each pixel of the view is read."""
+    """Return the position in the original, from -1 to 1, from which each pixel of the view is read: (N, H, W, 2)."""
     area = uniform.between(*preset.area).sqrt()
     ratio = uniform.around(0, math.log(preset.aspect) / 2).exp()
     angle = uniform.around(0, math.radians(preset.rotate))
     shear = uniform.around(0, preset.shear)
     scale_x, scale_y = area * ratio, area / ratio
-    # A crop lies anywhere inside the image; a zoom out keeps the whole image inside the view.
+    # A crop lies anywhere inside the image. When zooming out, the whole image stays inside the view.
     shift_x = uniform.around(0, 1) * ((1 - scale_x).abs() + preset.shift)
     shift_y = uniform.around(0, 1) * ((1 - scale_y).abs() + preset.shift)
     mirror = 1 - 2 * uniform.happens(preset.flip).float()
@@ -188,7 +188,7 @@ def _sampling_grid(preset: Preset, uniform: _Draws, lattice: Tensor, size: torch
 
 
 def _recolour(x: Tensor, preset: Preset, uniform: _Draws) -> Tensor:
-    """Brightness, contrast, saturation, hue and grey: x -> M x + offset, M and offset one per image."""
+    """Apply brightness, contrast, saturation, hue and grey: x -> M x + offset, with M and offset per image."""
     on = uniform.happens(preset.jitter).float()
     gain = 1 + on * uniform.around(0, preset.brightness)
     contrast = 1 + on * uniform.around(0, preset.contrast)
@@ -206,7 +206,7 @@ def _recolour(x: Tensor, preset: Preset, uniform: _Draws) -> Tensor:
 
 
 def _hue_rotation(turn: Tensor, like: Tensor) -> Tensor:
-    """(N, 3, 3): a turn about the grey axis, which keeps r + g + b."""
+    """Return rotations about the grey axis, which keep r + g + b: (N, 3, 3)."""
     axis = 1 / math.sqrt(3)
     cos, sin = turn.cos()[:, None, None], turn.sin()[:, None, None]
     cross = like.new_tensor([[0, -axis, axis], [axis, 0, -axis], [-axis, axis, 0]])
@@ -215,7 +215,7 @@ def _hue_rotation(turn: Tensor, like: Tensor) -> Tensor:
 
 
 def _blur(x: Tensor, weight: Tensor) -> Tensor:
-    """Towards a binomial 5 x 5 blur by `weight`: one fixed kernel serves every strength."""
+    """Blend x with a binomial 5 x 5 blur by `weight`, so one fixed kernel serves every strength."""
     taps = x.new_tensor([1, 4, 6, 4, 1]) / 16
     channels = x.shape[1]
     kernel = (taps[:, None] * taps).expand(channels, 1, 5, 5)
@@ -224,7 +224,7 @@ def _blur(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _erase(x: Tensor, probability: float, uniform: _Draws) -> Tensor:
-    """A rectangle of the image's own mean, with sides between a fifth and a half of the image's."""
+    """Fill a rectangle with the image's mean. Its sides are between a fifth and a half of the image's."""
     on = uniform.happens(probability)
     height, width = x.shape[-2:]
 

@@ -1,14 +1,14 @@
-"""BatchNorm of a batch that is spread over ranks: statistics, and gradients through them, are those of all rows.
+"""BatchNorm of a batch that is spread over ranks. Statistics, and gradients through them, cover the rows of all ranks.
 
-From n_r values of a channel on rank r, with mean m_r and sum of squared differences q_r from it:
+Rank r has n_r values of a channel, with mean m_r and sum of squared deviations q_r:
 
     n = sum_r n_r,    m = sum_r n_r m_r / n,    n v = sum_r q_r + n_r (m_r - m)^2
 
     y = gamma x_hat + beta,    x_hat = (x - m) / sqrt(v + eps)
     d_x = gamma / sqrt(v + eps) (d_y - (sum d_y + x_hat sum d_y x_hat) / n)        sums over all ranks
 
-torch.nn.SyncBatchNorm is the same, for CUDA devices alone. This one is for any device, and any number of rows on each
-rank, also none. 2 C + 1 numbers of a rank travel forward and 2 C backward, for C channels.
+torch.nn.SyncBatchNorm does the same on CUDA devices only. This one runs on any device, with any number of rows on each
+rank, including none. For C channels each rank sends 2 C + 1 numbers in the forward and 2 C in the backward.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from ..distributed import wire
 
 
 def over_ranks(model: nn.Module, group: dist.ProcessGroup) -> nn.Module:
-    """Return the model as a module in whose forward every batch norm in training mode is over the rows of all ranks.
+    """Return the model wrapped so that every batch norm in training mode uses the rows of all ranks.
 
-    The model itself is not changed, and its parameters and buffers are shared, not copied.
+    The model itself is not changed. Its parameters and buffers are shared, not copied.
     """
     return _OverRanks(model, group)
 
 
 def without_sync(model: nn.Module) -> None:
-    """Turn SyncBatchNorms into ordinary batch norms, in place: they refuse a CPU, and `over_ranks` does their work."""
+    """Turn SyncBatchNorms into ordinary batch norms, in place. They do not run on a CPU; `over_ranks` replaces them."""
     for module in model.modules():
         if type(module) is nn.SyncBatchNorm:
-            module.process_group = None  # which cannot be copied
-            module.__class__ = BatchNormAnyDim  # type: ignore[assignment]  # of the same attributes
+            module.process_group = None  # a process group cannot be copied
+            module.__class__ = BatchNormAnyDim  # type: ignore[assignment]  # it has the same attributes
 
 
 class BatchNormAnyDim(_BatchNorm):
@@ -66,8 +66,11 @@ class _OverRanks(nn.Module):
 
 
 class _StatisticsOfAll(TorchFunctionMode):
-    """Replaces F.batch_norm in training mode. Every batch norm calls it, so subclasses with an activation in their
-    forward, shared and frozen modules, and modules without parameters or running statistics need no special case."""
+    """Replaces F.batch_norm in training mode.
+
+    Every batch norm calls that function, so there are no special cases: subclasses with an activation in the forward,
+    shared or frozen modules, and modules without parameters or running statistics all work.
+    """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__()
@@ -98,7 +101,7 @@ def _batch_norm(
     eps: float,
     group: dist.ProcessGroup,
 ) -> Tensor:
-    """F.batch_norm in training, of the rows of all ranks."""
+    """Return F.batch_norm in training mode over the rows of all ranks."""
     n, mean, var = moments(input.detach(), group)
     if running_mean is not None:
         running_mean.lerp_(mean.to(running_mean.dtype), momentum)
@@ -109,7 +112,7 @@ def _batch_norm(
 
 
 def moments(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
-    """How many values a channel of x (N, C, ...) has on all ranks (0-d), their mean and their variance (C,)."""
+    """Return the count of values per channel of x (N, C, ...) on all ranks (0-d), and their mean and variance (C,)."""
     x = x.to(accumulation_dtype(x.dtype))
     count = x.numel() // x.shape[1]
     mean = x.sum(_but_channels(x)) / max(count, 1)

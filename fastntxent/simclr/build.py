@@ -1,4 +1,4 @@
-"""Device and model of a run, and the encoder back out of its checkpoint."""
+"""Device and model of a run, and loading the encoder from its checkpoint."""
 
 from __future__ import annotations
 
@@ -18,36 +18,36 @@ AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name: str, ranks: Ranks = ALONE) -> torch.device:
-    """The device of `--device`, of several ranks each one's own GPU; ValueError if it is not there."""
+    """Return the device of `--device`, a separate GPU for each of several ranks; ValueError if it does not exist."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if ranks.group and name.startswith("cuda"):
         if name != "cuda":
-            raise ValueError(f"--device must be cuda for {ranks.world} ranks, which is a GPU for each, got {name}")
+            raise ValueError(f"--device must be cuda for {ranks.world} ranks, which gives each a GPU, got {name}")
         if ranks.local >= torch.cuda.device_count():
             raise ValueError(
-                f"--device cuda must find a GPU for each rank of a machine, got {torch.cuda.device_count()} for rank "
-                f"{ranks.local} of it; start fewer with --nproc-per-node, or take --device cpu"
+                f"--device cuda needs a GPU for each rank of a machine, got {torch.cuda.device_count()} for rank "
+                f"{ranks.local} there; start fewer with --nproc-per-node, or use --device cpu"
             )
         torch.cuda.set_device(ranks.local)
         return torch.device("cuda", ranks.local)
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()  # a device without memory, such as "meta", has nothing to read
+        torch.zeros(1, device=device).item()  # fails on a device without memory, such as "meta"
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {name} cannot be used: {first_line(error)}") from error
     return device
 
 
 def make_model(config: Config, data: TrainingData, device: torch.device, encoder: nn.Module | None = None) -> SimCLR:
-    """The model of a run as it is before its first step.
+    """Return the model of a run as it is before its first step.
 
     Args:
-        encoder: the user's module, which takes the place of `config.model`: standardised images (N, C, H, W) to
-            features (N, F). It is moved to the device and trained in place.
+        encoder: a user's module that replaces `config.model`. It maps standardised images (N, C, H, W) to features
+            (N, F). It is moved to the device and trained in place.
 
     Raises:
-        ValueError: the encoder cannot be made or trained on this data, or the device lacks the mixed precision.
+        ValueError: the encoder cannot be built or trained on this data, or the device lacks the mixed precision.
         ImportError: a package or module of the encoder cannot be imported.
     """
     on_cuda = device.type == "cuda"
@@ -72,21 +72,21 @@ def make_model(config: Config, data: TrainingData, device: torch.device, encoder
 
 
 def load_encoder(path: Path | str, encoder: nn.Module | None = None) -> Encoder:
-    """The trained encoder of a run, on the CPU and in eval mode.
+    """Return the trained encoder of a run, on the CPU and in eval mode.
 
     Args:
         path: a run's folder, or a checkpoint of this trainer.
-        encoder: a module of the trained architecture; its parameters are replaced. Required for a run whose Trainer was
-            given a module. For any other run it takes the place of the network that the checkpoint names, and nothing
-            is imported by name.
+        encoder: a module of the trained architecture, whose parameters are replaced. Required for a run whose Trainer
+            was given a module. For other runs it replaces the network that the checkpoint names, so nothing is
+            imported by name.
 
     Returns:
-        A module from float images (N, C, H, W) in [0, 1] to features (N, F). Its attributes `channels` and `image_size`
-        say what it was trained on, `feature_dim` is F.
+        A module that maps float images (N, C, H, W) in [0, 1] to features (N, F). Its attributes `channels` and
+        `image_size` describe the training images; `feature_dim` is F.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
-        ValueError: the file is no checkpoint of this trainer, is damaged, or does not fit the module.
+        ValueError: the file is not a checkpoint of this trainer, is damaged, or does not match the module.
         ImportError: a package or module of the network cannot be imported.
     """
     path = Path(path)
@@ -105,8 +105,8 @@ def load_encoder(path: Path | str, encoder: nn.Module | None = None) -> Encoder:
         raise ValueError(f"{name} lacks what the trainer saves ({type(error).__name__}: {error})") from error
     if encoder is None and state.get("own_encoder"):
         raise ValueError(
-            f"{name} holds the parameters of a module that was given to Trainer: pass a module of that architecture, "
-            "load_encoder(path, encoder=module)"
+            f"{name} holds the parameters of a module that was passed to Trainer: pass a module of that architecture "
+            "to load_encoder(path, encoder=module)"
         )
     nothing = [0.0] * channels
     with torch.random.fork_rng(devices=[]):
@@ -128,7 +128,7 @@ _PREFIX = "encoder."
 
 
 def load_parameters(module: nn.Module, parameters: dict[str, torch.Tensor], name: str) -> None:
-    """Load a checkpoint's parameters; ValueError, naming the file, if they are not of this architecture."""
+    """Load a checkpoint's parameters. ValueError, naming the file, if they do not match this architecture."""
     try:
         module.load_state_dict(parameters)
     except (RuntimeError, TypeError, AttributeError) as error:

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, read without running code, refused where they are damaged or do not fit."""
+"""Checkpoints: written atomically, read without running code, and rejected if they are damaged or do not match."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from .output import printable
 FILE_NAME = "checkpoint.pt"
 FORMAT = 2
 
-# torch.save writes a zip archive. Its comment, which torch.load passes over, holds the checksum of all bytes before it:
-# the archive's own checksums cover neither its directory nor its padding, and torch.load verifies none.
+# torch.save writes a zip archive. Its comment, which torch.load ignores, holds the checksum of all bytes before it. The
+# checksums of zip do not cover the directory and the padding, and torch.load verifies none of them.
 _MARK = b"fastntxent sha256 "
 _COMMENT_SIZE = len(_MARK) + 2 * hashlib.sha256().digest_size
 _NO_COMMENT = (0).to_bytes(2, "little")  # the last two bytes of an archive without one
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` so that a crash at any moment leaves either the old file or the new one."""
+    """Write `state` atomically: a crash at any moment leaves either the old file or the new one."""
 
     def write(file: BinaryIO) -> None:
         torch.save({"format": FORMAT, **state}, file)
@@ -40,7 +40,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def _checksum(file: BinaryIO, size: int) -> bytes:
-    """The SHA-256, in hexadecimal digits, of the first `size` bytes; leaves the file at their end."""
+    """Return the SHA-256 of the first `size` bytes in hexadecimal, and leave the file position after them."""
     digest = hashlib.sha256()
     file.seek(0)
     while size:
@@ -53,17 +53,17 @@ def _checksum(file: BinaryIO, size: int) -> bytes:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU.
+    """Return a checkpoint, with its tensors on the CPU.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: the file is no checkpoint of this trainer, or not as it was written.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not a checkpoint of this trainer, or it is damaged.
         OSError: the file cannot be read.
     """
     name = printable(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint to resume from at {name}")
-    with path.open("rb") as file:  # one file throughout, though another may take its name meanwhile
+    with path.open("rb") as file:  # stays the same file even if another one takes its name
         size = file.seek(0, os.SEEK_END) - _COMMENT_SIZE
         file.seek(max(size, 0))
         comment = file.read()
@@ -73,7 +73,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         file.seek(0)
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # a file of other bytes can end the unpickler in any way
+        except Exception as error:  # arbitrary bytes make the unpickler raise anything
             raise ValueError(f"{name} cannot be read as a checkpoint ({type(error).__name__})") from error
     if not (marked and isinstance(state, dict) and state.get("format") == FORMAT):
         raise ValueError(f"{name} is not a checkpoint of this version of the trainer, or is damaged")
@@ -81,15 +81,15 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def resume_path(config: Config) -> Path:
-    """The checkpoint that `--resume` means."""
+    """Return the path of the checkpoint that `--resume` refers to."""
     return config.out / FILE_NAME if config.resume == "auto" else Path(config.resume)
 
 
 def with_saved_options(given: dict[str, Any]) -> Config:
-    """The configuration of a command line: with `--resume`, what it leaves open comes from the checkpoint.
+    """Return the configuration of a command line. With `--resume`, options that are not given come from the checkpoint.
 
-    `--max-steps`, `--out`, `--resume` and `--overwrite` never come from the checkpoint; a
-    resumed run writes beside its checkpoint unless `--out` says otherwise.
+    `--max-steps`, `--out`, `--resume` and `--overwrite` never come from the checkpoint. A resumed run writes to the
+    folder of its checkpoint unless `--out` is given.
     """
     config = Config(**given)
     if not config.resume:
@@ -101,7 +101,7 @@ def with_saved_options(given: dict[str, Any]) -> Config:
     for part in ("data", "encoder"):
         if state.get(f"own_{part}"):
             raise ValueError(
-                f"{printable(path)} is of a run whose {part} came from Python: go on with it there, by "
+                f"{printable(path)} belongs to a run whose {part} came from Python: continue it there with "
                 "Trainer(Config(..., resume='auto'), ...).fit()"
             )
     saved = Config.from_dict(state["config"])
@@ -110,8 +110,8 @@ def with_saved_options(given: dict[str, Any]) -> Config:
 
 
 def check_agreement(now: dict[str, Any], saved: dict[str, Any], fingerprint: str, saved_fingerprint: str) -> None:
-    """Raise ValueError naming every resolved setting, the data included, in which a resumed run would differ."""
-    saved = {**Config().to_dict(), **saved}  # with the defaults of options that are younger than the checkpoint
+    """Raise ValueError that names every setting, or the data, in which a resumed run would differ."""
+    saved = {**Config().to_dict(), **saved}  # defaults for options that are newer than the checkpoint
     differing = [
         f"{flag(option.name)} (checkpoint {saved[option.name]}, now {now[option.name]})"
         for option in fields(Config)
@@ -120,4 +120,4 @@ def check_agreement(now: dict[str, Any], saved: dict[str, Any], fingerprint: str
     if fingerprint != saved_fingerprint:
         differing.append(f"the training images (checkpoint {saved_fingerprint}, now {fingerprint})")
     if differing:
-        raise ValueError("cannot resume, the run would not be the same: " + "; ".join(differing))
+        raise ValueError("cannot resume, because the run would not be the same: " + "; ".join(differing))

@@ -1,4 +1,4 @@
-"""The checks of what a caller hands over as a data set."""
+"""Checks of the data sets that callers pass."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .labels import UNLABELLED
 
 
 def check_texts(name: str, texts: Any) -> None:
-    """Raise TypeError for anything but a tuple or list of texts."""
+    """Raise TypeError for anything but a tuple or list of strings."""
     if not isinstance(texts, (tuple, list)) or not all(isinstance(text, str) for text in texts):
-        raise TypeError(f"{name} must be a tuple of texts, got {texts!r:.80}")
+        raise TypeError(f"{name} must be a tuple of strings, got {texts!r:.80}")
 
 
 def check_in_memory(in_memory: str) -> None:
-    """Raise ValueError for an unknown choice."""
+    """Raise ValueError for an unknown value of `in_memory`."""
     if in_memory not in IN_MEMORY:
         raise ValueError(f"in_memory must be one of {', '.join(IN_MEMORY)}, got {in_memory!r}")
 
@@ -54,6 +54,6 @@ def check_labels(name: str, labels: Any, count: int, classes: int) -> None:
     low, high = int(labels.min()), int(labels.max())
     if low < UNLABELLED or high >= classes:
         raise ValueError(
-            f"{name} must lie in 0..{classes - 1}, or be -1 for none, as class_names has {classes} names, "
+            f"{name} must lie in 0..{classes - 1}, or be -1 for no label, because class_names has {classes} names, "
             f"got {low}..{high}"
         )

@@ -1,7 +1,7 @@
 """The command line.
 
-Exit status: 0 done, 1 the run could not go on, 2 a mistake in what was asked for, 128 + n stopped by signal n (130 by
-Ctrl-C, 143 by SIGTERM).
+Exit status: 0 success, 1 the run could not continue, 2 the request cannot be carried out, 128 + n stopped by signal n
+(130 for Ctrl-C, 143 for SIGTERM).
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ SUB_COMMANDS = {"study": study, "embed": embed, "export": export}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the trainer or a sub-command for a command line; returns the exit status, unless it is one rank of many."""
+    """Run the trainer or a sub-command and return the exit status. One of several ranks ends its process instead."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, ValueError):  # a stream of another kind
-            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a terminal may know ASCII alone
+        with contextlib.suppress(AttributeError, ValueError):  # a stream without reconfigure
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # the terminal may support only ASCII
     ranks = join()
     try:
         status = _main(arguments, ranks)
-    except SystemExit as error:  # of the parser
+    except SystemExit as error:  # raised by the parser
         if not ranks.group:
             raise
         status = int(error.code or 0)
-    except KeyboardInterrupt:  # between two phases
+    except KeyboardInterrupt:  # Ctrl-C between two phases
         print("interrupted", file=sys.stderr)
         status = BY_SIGNAL + signal.SIGINT
     return ranks.end(status)
@@ -55,7 +55,7 @@ def _main(arguments: list[str], ranks: Ranks) -> int:
     if arguments and arguments[0] in SUB_COMMANDS:
         name, *rest = arguments
         if ranks.group:
-            return ranks.stop(f"error: {name} is of one process: start it without torchrun", MISTAKE)
+            return ranks.stop(f"error: {name} runs in a single process: start it without torchrun", MISTAKE)
         return SUB_COMMANDS[name](rest)
     with ranks.all_or_none(), ranks.one_voice():
         given = parse_args(arguments)
@@ -80,7 +80,7 @@ def _main(arguments: list[str], ranks: Ranks) -> int:
 
 
 def _train(trainer: Trainer, arguments: list[str]) -> int:
-    """Train, judge and report; returns the exit status."""
+    """Train, evaluate and report; return the exit status."""
     ranks = trainer.ranks
     try:
         trainer.fit()
@@ -88,27 +88,27 @@ def _train(trainer: Trainer, arguments: list[str]) -> int:
         return ranks.stop(f"stopped: {_line(error)}", FAILED)
     except InterruptedRun as error:
         return ranks.stop(str(error), BY_SIGNAL + error.number)
-    except LogError as error:  # on the first rank alone, as the next ones
+    except LogError as error:  # raised on the first rank only
         print(f"error: {_line(error)}", file=sys.stderr)
         return MISTAKE
-    except (NoAnswerError, MemoryError) as error:  # of this rank alone
+    except (NoAnswerError, MemoryError) as error:  # raised on this rank, perhaps not on others
         print(f"stopped: {_line(error)}", file=sys.stderr)
         return FAILED
     except OSError as error:
-        print(f"stopped: {_line(error)}; the last checkpoint is as it was", file=sys.stderr)
+        print(f"stopped: {_line(error)}; the last checkpoint is unchanged", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         kill_workers()
         if ranks.first:
-            print(f"interrupted at step {trainer.step}; --resume goes on from the last checkpoint", file=sys.stderr)
+            print(f"interrupted at step {trainer.step}; --resume continues from the last checkpoint", file=sys.stderr)
         return BY_SIGNAL + signal.SIGINT
     ranks.leave()
-    if not ranks.first:  # judging takes one process
+    if not ranks.first:  # only the first rank evaluates
         return 0
     try:
         metrics = finish(trainer, [*PROGRAM.split(), *map(shlex.quote, arguments)])
     except KeyboardInterrupt:
-        print("interrupted after training; --resume judges the encoder and writes the report", file=sys.stderr)
+        print("interrupted after training; --resume evaluates the encoder and writes the report", file=sys.stderr)
         return BY_SIGNAL + signal.SIGINT
     except OSError as error:
         print(f"stopped: the report cannot be written: {_line(error)}", file=sys.stderr)
@@ -119,7 +119,7 @@ def _train(trainer: Trainer, arguments: list[str]) -> int:
 
 
 def _line(error: Exception) -> str:
-    """The error in one line."""
+    """Return the error's message on one line."""
     words = str(error)
     if isinstance(error, OSError) and error.strerror:
         words = f"{error.strerror}: {error.filename}" if error.filename else error.strerror

@@ -1,4 +1,4 @@
-"""Every setting of a run, and the command line made from them."""
+"""The settings of a run, and the command line generated from them."""
 
 from __future__ import annotations
 
@@ -19,110 +19,112 @@ PROGRAM = "python -m fastntxent.simclr"
 
 
 def _option(default: Any, group: str, text: str, *, same: bool = True, **argparse_options: Any) -> Any:
-    """A field and its command-line option. `same`: a resumed run must agree with its checkpoint on it."""
+    """Return a field with its command-line option. `same`: a resumed run must use the checkpoint's value."""
     metadata = {"group": group, "help": text, "same": same, "argparse": argparse_options}
     return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of one run; `--help` says what each means, `check` what values it takes."""
+    """The settings of one run. `--help` explains each of them, and `check` validates the values."""
 
-    data: str = _option("mnist5k", "data", "the data set", choices=tuple(SOURCES))
+    data: str = _option("mnist5k", "data", "data set", choices=tuple(SOURCES))
     data_dir: Path | None = _option(  # noqa: RUF009 (a path does not change)
-        None, "data", "where its files are; for npz, the file itself", same=False, type=Path, metavar="PATH"
+        None, "data", "folder of the data set's files; for npz, the file itself", same=False, type=Path, metavar="PATH"
     )
     image_size: int | None = _option(
-        None, "data", "side in pixels that the images of a folder are cut and resized to (default: 32); other data "
-        "keep their size, and must have this one if it is given", type=int, metavar="PX",
+        None, "data", "crop and resize the images of a folder to this many pixels a side (default: 32); other data "
+        "sets keep their size, which must equal this value if it is given", type=int, metavar="PX",
     )  # fmt: skip
-    skip_bad: bool = _option(False, "data", "go on without the files that cannot be read as images", same=False)
+    skip_bad: bool = _option(False, "data", "skip files that cannot be read as images, instead of stopping", same=False)
     in_memory: str = _option(
-        "auto", "data", "keep decoded images in memory, or read each from its file whenever it is needed; auto: in "
-        "memory if they take at most 512 MiB", same=False, choices=("auto", "yes", "no"),
+        "auto", "data", "keep decoded images in memory, or read each from its file when it is needed; auto: keep them "
+        "if they take at most 512 MiB", same=False, choices=("auto", "yes", "no"),
     )  # fmt: skip
     workers: int | None = _option(
-        None, "data", "processes that read images while the model trains; 0: the run's own (default: where images are "
-        "read from files one for each core, at most 8)", same=False, type=int, metavar="N",
+        None, "data", "worker processes that read images while the model trains; 0: read in the main process (default: "
+        "one per core, at most 8, if images are read from files, else 0)", same=False, type=int, metavar="N",
     )  # fmt: skip
     download: bool = _option(False, "data", "let torchvision download a missing data set", same=False)
     augment: str = _option(
         "auto",
         "data",
-        "what a random view may do to an image; auto: digits for mnist5k and digits, objects for fashion-mnist, "
-        "photos for the rest",
+        "preset of the random augmentation; auto: digits for mnist5k and digits, objects for fashion-mnist, photos for "
+        "all others",
         choices=("auto", *PRESETS),
     )
 
     model: str = _option(
-        "conv", "model", "the encoder: conv, resnet18, resnet50, timm:NAME, torchvision:NAME, or "
-        "package.module:factory, a function that returns a module from images (N, C, H, W) to features (N, F)",
+        "conv", "model", "encoder: conv, resnet18, resnet50, timm:NAME, torchvision:NAME, or package.module:factory, a "
+        "function that returns a module that maps images (N, C, H, W) to features (N, F)",
         metavar="NAME",
     )  # fmt: skip
     width: int = _option(
-        0, "model", "channels of the first layer of conv, resnet18 and resnet50, at least 8 for the latter two; 0: 16 "
-        "for conv, 64 for the others", metavar="N",
+        0, "model", "channels of the first layer of conv, resnet18 and resnet50 (at least 8 for the ResNets); 0: 16 "
+        "for conv, 64 for the ResNets", metavar="N",
     )  # fmt: skip
-    norm: str = _option("batch", "model", "normalisation in encoder and head", choices=("batch", "none"))
+    norm: str = _option("batch", "model", "normalisation in the encoder and the head", choices=("batch", "none"))
     proj_hidden: int = _option(256, "model", "hidden units of the projection head", metavar="N")
-    proj_dim: int = _option(128, "model", "dimension of the embedding the loss sees", metavar="D")
+    proj_dim: int = _option(128, "model", "dimension of the embedding that the loss sees", metavar="D")
 
     objective: str = _option(
         "nt_xent",
         "loss",
-        "what is minimised: the loss, or one of its terms alone, L_a or L_d of tau L = L_a + L_d",
+        "what to minimise: the whole loss, or one term of tau L = L_a + L_d alone (alignment: L_a, distribution: L_d)",
         choices=("nt_xent", "alignment", "distribution"),
     )
     loss: str = _option(
         "fused",
         "loss",
-        "fused kernels, or the dense reference in plain PyTorch",
+        "implementation of the loss: fused kernels, or the dense reference in plain PyTorch",
         choices=("fused", "reference"),
     )
-    backend: BackendName = _option(  # noqa: RUF009 (a field, as the others)
+    backend: BackendName = _option(  # noqa: RUF009 (a field like the others)
         "auto",
         "loss",
-        "backend of the fused loss, a name from fastntxent.backends()",
+        "backend of the fused loss: auto, or a name from fastntxent.backends()",
         same=False,
         metavar="NAME",
     )
-    temperature: float = _option(0.5, "loss", "temperature, or its start if it is learnt", metavar="TAU")
+    temperature: float = _option(0.5, "loss", "temperature, or its initial value if it is learnt", metavar="TAU")
     learn_temperature: bool = _option(False, "loss", "learn the temperature along with the model")
     verify_every: int = _option(
-        0, "loss", "every K steps compare loss and gradient with the float64 reference on the batch at hand, and "
-        "stop (exit status 1) if an error exceeds its budget; 0: never", same=False, metavar="K",
+        0, "loss", "every K steps, compare loss and gradient of the current batch with the float64 reference, and stop "
+        "(exit status 1) if an error exceeds its budget; 0: never", same=False, metavar="K",
     )  # fmt: skip
 
     epochs: int = _option(
-        65, "training", "passes over the data; the schedule spans them, so a resumed run cannot change this",
-        metavar="N",
+        65, "training", "passes over the data; the learning-rate schedule depends on it, so a resumed run cannot "
+        "change it", metavar="N",
     )  # fmt: skip
     max_steps: int = _option(
-        0, "training", "stop after this many steps, counted from the start of the run, with the schedule left as it "
-        "is: a later --resume goes on as if nothing had happened; 0: no limit", same=False, metavar="N",
+        0, "training", "stop after this many steps, counted from the start of the run; the schedule does not change, "
+        "so a later --resume continues as if there had been no stop; 0: no limit", same=False, metavar="N",
     )  # fmt: skip
-    batch_size: int = _option(256, "training", "images per step, of all ranks under torchrun", metavar="N")
+    batch_size: int = _option(256, "training", "images per step, over all ranks together under torchrun", metavar="N")
     accumulate_batch: int = _option(
-        0, "training", "images the loss sees per step, in place of --batch-size, with the encoder running on --chunk "
-        "of them at a time (gradient caching); 0: off", metavar="B",
+        0, "training", "images that the loss sees per step, in place of --batch-size, while the encoder runs on "
+        "--chunk images at a time (gradient caching); 0: off", metavar="B",
     )  # fmt: skip
     chunk: int = _option(
-        0, "training", "images the encoder sees at once with --accumulate-batch; 0: --batch-size", metavar="C"
+        0, "training", "images the encoder processes at once with --accumulate-batch; 0: --batch-size", metavar="C"
     )
-    optimizer: str = _option("adamw", "training", "the optimiser", choices=("adamw", "lars"))
+    optimizer: str = _option("adamw", "training", "optimiser", choices=("adamw", "lars"))
     lr: float = _option(
         0.0, "training", "peak learning rate; 0: 0.003 for adamw, 0.075 sqrt(batch) for lars", metavar="LR"
     )
-    weight_decay: float = _option(1e-4, "training", "weight decay of matrices and kernels", metavar="WD")
+    weight_decay: float = _option(
+        1e-4, "training", "weight decay, of matrices and convolution kernels only", metavar="WD"
+    )
     momentum: float = _option(0.9, "training", "momentum of lars", metavar="M")
     warmup_epochs: float | None = _option(
-        None, "training", "epochs of linear warm-up before the cosine (default: 3, or a tenth of --epochs if that is "
-        "less)", type=float, metavar="N",
+        None, "training", "epochs of linear warm-up before the cosine decay (default: 3, or a tenth of --epochs if "
+        "that is less)", type=float, metavar="N",
     )  # fmt: skip
-    seed: int = _option(0, "training", "seed of the initial weights, the order and the views", metavar="N")
+    seed: int = _option(0, "training", "seed of the initial weights, the image order and the random views", metavar="N")
     device: str = _option(
-        "auto", "training", "auto, cpu, cuda, cuda:1, ...; under torchrun cuda is a GPU for each rank; a run is "
-        "reproduced bit by bit on the same device only",
+        "auto", "training", "auto, cpu, cuda, cuda:1, ...; under torchrun, cuda gives each rank a GPU; results are "
+        "bitwise reproducible only on the same device",
         same=False, metavar="DEV",
     )  # fmt: skip
     amp: str = _option(
@@ -131,29 +133,29 @@ class Config:
     )  # fmt: skip
 
     out: Path = _option(  # noqa: RUF009
-        Path("runs/simclr"), "output", "folder for checkpoint, figures, metrics and report", same=False, type=Path,
+        Path("runs/simclr"), "output", "folder for the checkpoint, figures, metrics and report", same=False, type=Path,
         metavar="DIR",
     )  # fmt: skip
     resume: str = _option(
-        "", "output", "continue from a checkpoint, by default the one in --out; options not given again are taken "
-        "from it, and those that shape the result must agree with it",
+        "", "output", "continue from a checkpoint, by default the one in --out; options that are not given come from "
+        "the checkpoint, and options that affect the result must match it",
         same=False, nargs="?", const="auto", metavar="PATH",
     )  # fmt: skip
     overwrite: bool = _option(
-        False, "output", "start afresh even if --out holds the checkpoint of an earlier run", same=False
+        False, "output", "start from scratch even if --out holds the checkpoint of an earlier run", same=False
     )
     checkpoint_every: int = _option(
-        200, "output", "steps between checkpoints, besides one at the end; 0: at the end only", same=False,
+        200, "output", "steps between checkpoints; one more is written at the end; 0: only at the end", same=False,
         metavar="K",
     )  # fmt: skip
     log_every: int = _option(
         10, "output", "steps between measurements of alignment and uniformity", same=False, metavar="K"
     )
-    tensorboard: bool = _option(False, "output", "log to TensorBoard too, in --out", same=False)
-    wandb: str = _option("", "output", "log to Weights & Biases too, in this project", same=False, metavar="PROJECT")
-    knn: int = _option(5, "output", "neighbours of the k-nearest-neighbour evaluation", same=False, metavar="K")
+    tensorboard: bool = _option(False, "output", "also log to TensorBoard, in --out", same=False)
+    wandb: str = _option("", "output", "also log to Weights & Biases, in this project", same=False, metavar="PROJECT")
+    knn: int = _option(5, "output", "number of neighbours in the k-NN evaluation", same=False, metavar="K")
     eval_limit: int = _option(
-        10000, "output", "images of either part, at most, that the evaluation uses", same=False, metavar="N"
+        10000, "output", "most training images, and most test images, that the evaluation uses", same=False, metavar="N"
     )
     quiet: bool = _option(False, "output", "no progress bar and no summary", same=False)
 
@@ -164,7 +166,7 @@ class Config:
 
     @property
     def batch(self) -> int:
-        """Samples per step, as the loss sees them."""
+        """Images per step that the loss sees."""
         return self.accumulate_batch or self.batch_size
 
     @property
@@ -178,7 +180,7 @@ class Config:
         return DEFAULT_PRESET.get(self.data, "photos") if self.augment == "auto" else self.augment
 
     def check(self) -> None:
-        """Raise ValueError, naming the option, for a value that no run can use."""
+        """Raise ValueError, naming the option, if a value is invalid."""
         for option in fields(self):
             allowed = option.metadata["argparse"].get("choices")
             value, wanted = getattr(self, option.name), kind(option)
@@ -207,20 +209,20 @@ class Config:
             if getattr(self, name) == 1:
                 raise ValueError(f"{flag(name)} must be 0 (off) or at least 2, got 1")
         if self.loss == "reference" and self.backend not in ("auto", "reference"):
-            raise ValueError(f"--loss reference is a backend of its own, and --backend {self.backend} another")
+            raise ValueError(f"--loss reference and --backend {self.backend} cannot be combined")
         for name in ("learn_temperature", "verify_every"):
             if self.objective != "nt_xent" and getattr(self, name):
-                raise ValueError(f"{flag(name)} is for --objective nt_xent, not for {self.objective}")
+                raise ValueError(f"{flag(name)} requires --objective nt_xent, got {self.objective}")
         if self.chunk and not self.accumulate_batch:
-            raise ValueError("--chunk has a meaning only with --accumulate-batch")
+            raise ValueError("--chunk requires --accumulate-batch")
 
     def to_dict(self) -> dict[str, str | int | float | bool | None]:
-        """The fields as values that JSON and a checkpoint can hold."""
+        """Return the fields as values that JSON and a checkpoint can hold."""
         return {name: str(v) if isinstance(v, Path) else v for name, v in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Config:
-        """The inverse of `to_dict`; unknown names, from another version, are left out."""
+        """Return the inverse of `to_dict`, ignoring names unknown to this version."""
         known = {option.name: option.metadata["argparse"].get("type") for option in fields(cls)}
         return cls(**{
             name: known[name](value) if known[name] and value is not None else value
@@ -237,31 +239,31 @@ _LEAST: dict[str, float] = {
 
 
 def kind(option: Field[Any]) -> type:
-    """The type of a field's values, other than None."""
+    """Return the type of a field's values, other than None."""
     return option.metadata["argparse"].get("type") or type(option.default)
 
 
 def flag(name: str) -> str:
-    """The command-line spelling of a field's name."""
+    """Return the command-line spelling of a field's name."""
     return "--" + name.replace("_", "-")
 
 
 class Parser(argparse.ArgumentParser):
-    """Tells a mistake in one line, where argparse would list every option above it."""
+    """An argument parser that reports an error in one line, without argparse's list of all options above it."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {' '.join(message.split())}; {self.prog} --help lists the options\n")
 
 
 def parse_args(argv: Sequence[str] | None) -> dict[str, Any]:
-    """The options that were given, and only those, by field name."""
+    """Return only the options that were given, by field name."""
     parser = Parser(
         prog=PROGRAM,
-        description="Train an image encoder with SimCLR and the fused NT-Xent loss, judge it, and write a report.",
-        epilog=f"torchrun --nproc-per-node N -m {PROGRAM.split()[-1]} ...: the same run over N processes. "
-        f"{PROGRAM} study --help: runs that show what the loss's terms and its temperature do. "
-        f"{PROGRAM} embed --help: features of images by a trained encoder. "
-        f"{PROGRAM} export --help: a trained encoder for torch.export.load.",
+        description="Train an image encoder with SimCLR and the fused NT-Xent loss, evaluate it, and write a report.",
+        epilog=f"torchrun --nproc-per-node N -m {PROGRAM.split()[-1]} ...: run on N processes. "
+        f"{PROGRAM} study --help: show what the loss's terms and its temperature do. "
+        f"{PROGRAM} embed --help: compute features of images with a trained encoder. "
+        f"{PROGRAM} export --help: export a trained encoder for torch.export.load.",
         argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=100),
     )
@@ -269,8 +271,8 @@ def parse_args(argv: Sequence[str] | None) -> dict[str, Any]:
         name: parser.add_argument_group(name)
         for name in dict.fromkeys(option.metadata["group"] for option in fields(Config))
     }
-    parser.add_argument("--config", type=Path, metavar="FILE", help="a TOML file of settings, named as these "
-                        "options are; the command line has the last word")  # fmt: skip
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with settings named like these options; "
+                        "the command line overrides it")  # fmt: skip
     for option in fields(Config):
         extra = dict(option.metadata["argparse"])
         default = option.default

@@ -1,4 +1,4 @@
-"""Settings in a TOML file: read for --config, and written beside a run as they were resolved."""
+"""Settings in a TOML file: read for --config, and written to a run's folder with every default resolved."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from .output import printable, write_text
 from .sources import require
 
 FILE_NAME = "config.toml"
-# Options that concern one start of a run, not the run.
+# Options of one start of a run, not of the run itself.
 _OF_THE_COMMAND = ("resume", "overwrite")
 
 
 def with_config_file(given: dict[str, Any]) -> dict[str, Any]:
-    """The options of a command line over those of its --config file."""
+    """Return the options of the command line merged over those of its --config file."""
     path = given.pop("config", None)
     return given if path is None else {**read_config(path), **given}
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The settings in a TOML file, by field name.
+    """Return the settings in a TOML file, by field name.
 
     Raises:
-        FileNotFoundError, OSError: the file is not there or cannot be read.
-        ValueError: it is not TOML, or has a name or a kind of value that no setting has.
+        FileNotFoundError, OSError: the file does not exist or cannot be read.
+        ValueError: it is not TOML, a name is no setting, or a value has the wrong type.
         ImportError: Python is 3.10, and tomli is missing.
     """
     try:
@@ -49,7 +49,9 @@ def read_config(path: Path) -> dict[str, Any]:
         option = known.get(key.replace("-", "_"))
         if option is None:
             near = difflib.get_close_matches(key.replace("-", "_"), known, 1)
-            raise ValueError(f"--config {name}: {key!r} is no setting" + (f"; did you mean {near[0]}?" if near else ""))
+            raise ValueError(
+                f"--config {name}: {key!r} is not a setting" + (f"; did you mean {near[0]}?" if near else "")
+            )
         wanted = kind(option)
         number = wanted is float and type(value) is int
         if type(value) is not (str if wanted is Path else wanted) and not number:
@@ -62,8 +64,8 @@ _WORDS = {bool: "true or false", int: "an integer", float: "a number", str: "a s
 
 
 def write_config(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Write config.toml into a run's folder, which --config takes."""
-    lines = ["# The settings of this run as they were resolved: --config takes this file."]
+    """Write config.toml, which --config accepts, to a run's folder."""
+    lines = ["# The settings of this run with all defaults resolved. --config accepts this file."]
     group = ""
     for option in fields(Config):
         value = settings[option.name]
@@ -77,7 +79,7 @@ def write_config(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _toml(value: str | float | bool) -> str:
-    """A value in TOML: as in JSON, but for the one control character that JSON leaves as it is."""
+    """Return a value in TOML. It is JSON, except that JSON does not escape one control character, DEL."""
     return json.dumps(printable(value) if isinstance(value, str) else value, ensure_ascii=False).replace(
         "\x7f", "\\u007f"
     )

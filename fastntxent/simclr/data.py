@@ -1,7 +1,7 @@
-"""The images of a run. Every source ends as uint8 images (N, C, H, W), in memory or read on demand, with int64 labels.
+"""The images of a run. Every source becomes uint8 images (N, C, H, W), in memory or read on demand, with int64 labels.
 
-A source without a test part of its own has a fifth of its images held out by a fixed permutation, class by
-class where there are labels: the split does not depend on the seed of a run, so runs can be compared.
+If a source has no test part, a fifth of its images (of each class, if there are labels) is held out by a fixed
+permutation. The split does not depend on the seed of a run, so runs can be compared.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from .sources import SOURCES, Request
 from .tally import Images, Tally, tally
 
 DEFAULT_SIZE = 32
-# Below this brightest value of 255, images are probably not in the range that was assumed.
+# If the brightest of all values is below this (of 255), the images probably have another range than assumed.
 _DARK = 32
 
 
 class TrainingData(Protocol):
-    """What the trainer needs to know of its images before it reads them."""
+    """The facts about its images that the trainer needs before it reads them."""
 
     @property
     def name(self) -> str: ...
@@ -50,11 +50,11 @@ class TrainingData(Protocol):
         ...
 
     def channel_moments(self) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation of each channel."""
+        """Return the mean and the standard deviation of each channel."""
         ...
 
     def fingerprint(self) -> str:
-        """A short text that changes with the images."""
+        """Return a short string that changes with the images."""
         ...
 
 
@@ -63,16 +63,16 @@ class ImageData:
     """A data set: images uint8 (N, C, H, W), labels int64 (N,).
 
     Attributes:
-        name: the source.
-        train_images, test_images: tensors on the CPU, or images that are read when they are indexed, by a tensor of
-            places, a mask or a slice.
-        train_labels, test_labels: values in 0..C-1, or -1 where there is none.
+        name: the name of the source.
+        train_images, test_images: CPU tensors, or images that are read when indexed by a tensor of places, a mask or a
+            slice.
+        train_labels, test_labels: class numbers 0..C-1, or -1 for an image without a label.
         class_names: C printable names.
-        title: what a person calls the data; `name` if it is empty.
-        notes: a line each on what was skipped or left out.
+        title: the name shown to users; `name` if it is empty.
+        notes: one line for each thing that was skipped or left out.
 
     Raises:
-        TypeError, ValueError: an attribute is not as described here.
+        TypeError, ValueError: an attribute does not match this description.
     """
 
     name: str
@@ -110,26 +110,26 @@ class ImageData:
         workers: int = 0,
         skip_bad: bool = False,
     ) -> ImageData:
-        """The items of a map-style `torch.utils.data.Dataset`, or of the one that a DataLoader reads.
+        """Return the items of a map-style `torch.utils.data.Dataset`, or of the dataset of a DataLoader.
 
-        An item is an image, or a tuple (image, label, ...). An image is a PIL image, a uint8 array or tensor (H, W),
-        (H, W, C) or (C, H, W) with 1 or 3 channels, or a floating one with values in [0, 1]; all have one size. A
-        label is an integer, a text or None. The views are drawn by the trainer: a random transform does not belong
-        into the dataset, and neither does Normalize.
+        An item is an image or a tuple (image, label, ...). An image is a PIL image, or an array or tensor (H, W),
+        (H, W, C) or (C, H, W) with 1 or 3 channels, either uint8 or floating-point in [0, 1]. All images have the same
+        size. A label is an integer, a string or None. The trainer draws the random views, so leave random transforms
+        and Normalize out of the dataset.
 
         Args:
             train: the dataset; every item is read once here.
-            test: the dataset of the test part; without one, a fifth of each class of `train` is held out.
-            name: what the data is called.
-            class_names: the names that integer labels index; by default `train.classes` where the labels fit it, else
-                the sorted labels.
-            in_memory: "yes" to keep the images in memory, "no" to read items whenever they are needed, "auto" for "yes"
-                up to 512 MiB.
-            workers: processes that read the items here, as `num_workers` of a DataLoader.
-            skip_bad: leave out the items whose reading raises an exception.
+            test: the dataset of the test part; None: hold out a fifth of each class of `train`.
+            name: the name of the data.
+            class_names: the names that integer labels index; None: `train.classes` if the labels fit it, else the
+                sorted labels.
+            in_memory: "yes" keeps the images in memory, "no" reads an item each time it is needed, "auto" is "yes" up
+                to 512 MiB.
+            workers: processes that read the items here, like `num_workers` of a DataLoader.
+            skip_bad: leave out items that raise an exception when they are read.
 
         Raises:
-            TypeError, ValueError: the dataset or an item is of another kind, the sizes differ, or items cannot be read.
+            TypeError, ValueError: the dataset or an item has the wrong type, sizes differ, or items cannot be read.
 
         Example:
             >>> images = torch.randint(0, 256, (20, 3, 16, 16), dtype=torch.uint8)
@@ -160,7 +160,7 @@ class ImageData:
 
     @property
     def is_labelled(self) -> bool:
-        """At least two classes to tell apart, in the training part, and a test image of a class that it has."""
+        """Whether the training part has at least two classes, and a test image belongs to one of them."""
         known = self.train_labels[self.train_labels != UNLABELLED].unique()
         return len(known) >= 2 and bool(torch.isin(self.test_labels, known).any())
 
@@ -169,11 +169,11 @@ class ImageData:
         return tally(self.train_images)
 
     def channel_moments(self) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation of each channel over the training images scaled to [0, 1]."""
+        """Return the mean and the standard deviation of each channel of the training images, scaled to [0, 1]."""
         return self._tally.moments()
 
     def fingerprint(self) -> str:
-        """A checksum of the training images, to notice that a resumed run was given other data."""
+        """Return a checksum of the training images, which detects that a resumed run was given other data."""
         return f"{tuple(self.train_images.shape)}-{self._tally.checksum:08x}"
 
 
@@ -192,18 +192,19 @@ def load_data(
 
     Args:
         name: a key of `SOURCES`.
-        data_dir: where the files are, or the .npz file itself; None for the source's own default.
-        image_size: side that a folder's images are resized to, 32 by default; other sources keep theirs.
-        download: let torchvision fetch the files if they are missing.
-        skip_bad: leave out the files of a folder that cannot be read as images, with a note.
-        in_memory: "yes" to keep a folder's images in memory, "no" to decode each whenever it is needed, "auto" for
+        data_dir: the folder of the files, or the .npz file itself; None: the default of the source.
+        image_size: side in pixels to which a folder's images are cropped and resized; None: 32. Other sources keep the
+            size of their images.
+        download: let torchvision download missing files.
+        skip_bad: leave out files of a folder that cannot be read as images, with a note.
+        in_memory: "yes" keeps a folder's images in memory, "no" decodes each image every time it is needed, "auto" is
             "yes" up to 512 MiB. Other sources are always in memory.
-        workers: threads that decode the files of a folder, 0 for none; by default one for each core, at most 8.
+        workers: threads that decode the files of a folder, 0 for none; None: one per core, at most 8.
         progress: show a progress bar on stderr while the files of a folder are decoded.
 
     Raises:
-        ValueError: an unknown name, or files that do not hold what they should.
-        FileNotFoundError: nothing where the data should be.
+        ValueError: the name is unknown, or the files do not have the expected content.
+        FileNotFoundError: the data does not exist.
         OSError: the data cannot be read.
         ImportError: the source needs a package that is not installed.
     """
@@ -211,7 +212,7 @@ def load_data(
         raise ValueError(f"data must be one of {', '.join(SOURCES)}, got {name!r}")
     check_in_memory(in_memory)
     if in_memory == "no" and name != "folder":
-        raise ValueError(f"--in-memory no is for --data folder: {name} is read as a whole")
+        raise ValueError(f"--in-memory no requires --data folder: {name} is always read as a whole")
     size = DEFAULT_SIZE if image_size is None else image_size
     if size < MIN_SIZE:
         raise ValueError(f"image_size must be at least {MIN_SIZE}, got {size}")
@@ -230,7 +231,7 @@ def load_data(
 
 
 def _bundle(name: str, arrays: Arrays, title: str) -> ImageData:
-    """The data set of arrays, with a fifth held out where there is no test part."""
+    """Return the data set made of arrays, with a fifth held out if there is no test part."""
     check_shapes(arrays)
     parts = [(arrays.named("labels"), arrays.labels, arrays.images.shape[0])]
     mask = None
@@ -245,7 +246,7 @@ def _bundle(name: str, arrays: Arrays, title: str) -> ImageData:
 
 
 def _with_remarks(data: ImageData) -> ImageData:
-    """The data with notes on what is probably not as it was meant."""
+    """Return the data with notes on probable mistakes added."""
     remarks = []
     labels = torch.cat((data.train_labels, data.test_labels))
     unlabelled = int((labels == UNLABELLED).sum())
@@ -254,8 +255,8 @@ def _with_remarks(data: ImageData) -> ImageData:
     brightest = data._tally.brightest()
     if brightest < _DARK:
         remarks.append(
-            f"the images are dark: no value is above {brightest} of 255. Images of 16 bits and int32 are taken to span "
-            "0 to 65535, floating-point ones 0 to 1"
+            f"the images are dark: no value is above {brightest} of 255. 16-bit and int32 images are assumed to span "
+            "0 to 65535, and floating-point images 0 to 1"
         )
     object.__setattr__(data, "notes", (*data.notes, *remarks))
     return data

@@ -1,4 +1,4 @@
-"""Datasets of PyTorch as images (N, C, H, W): kept in memory, or read item by item whenever they are needed."""
+"""PyTorch datasets as images (N, C, H, W), kept in memory or read item by item on demand."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def read_datasets(
     workers: int,
     skip_bad: bool,
 ) -> tuple[Images, Tensor, Images, Tensor, tuple[str, ...], str, tuple[str, ...]]:
-    """Read every item once: training images and labels, test images and labels, class names, title and notes."""
+    """Read every item once. Return training images and labels, test images and labels, class names, title and notes."""
     named = {"train": _unwrap(train, "train")}
     if test is not None:
         named["test"] = _unwrap(test, "test")
@@ -55,7 +55,7 @@ def read_datasets(
             held_out = scan.images[mask]
             images: list[Images] = [_compact(scan.images, ~mask), held_out]
         else:
-            # The checksum is of the training images in their order, and they are known only now.
+            # The checksum covers the training images in order, and only now are they known.
             again = _scan(named["train"], "train", scan.places[~mask], shape, False, workers)
             told_bad(again.bad, count, one_line(name), False)
             images = [
@@ -71,16 +71,16 @@ def read_datasets(
 
 
 def _unwrap(dataset: Any, what: str) -> Labelled:
-    """A map-style dataset, or the one of a DataLoader."""
+    """Return a map-style dataset, or the dataset of a DataLoader."""
     loader = dataset if isinstance(dataset, DataLoader) else None
     dataset = dataset if loader is None else loader.dataset
     if isinstance(dataset, IterableDataset):
-        raise TypeError(f"{what} is an IterableDataset: images are drawn by their number, so it must be map-style")
+        raise TypeError(f"{what} is an IterableDataset: images are read by index, so it must be map-style")
     if loader is not None and (
         type(loader.sampler) not in (RandomSampler, SequentialSampler)
         or type(loader.batch_sampler) not in (BatchSampler, type(None))
     ):
-        raise ValueError(f"{what} is a DataLoader with a sampler of its own: give its dataset, or a Subset of it")
+        raise ValueError(f"{what} is a DataLoader with a custom sampler: pass its dataset, or a Subset of it")
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or isinstance(dataset, (dict, str)):
         raise TypeError(f"{what} must be a map-style dataset, with len() and [index], got {type(dataset).__name__}")
     if len(dataset) == 0:
@@ -89,7 +89,7 @@ def _unwrap(dataset: Any, what: str) -> Labelled:
 
 
 def _first_image(dataset: Labelled) -> tuple[Shape, list[str]]:
-    """The size of the first image that can be read, with a note if it is another when it is read again."""
+    """Return the shape of the first readable image, and a note if a second reading gives a different image."""
     item = Item(None)
     for index in range(len(dataset)):
         item = read_item(dataset, index)
@@ -97,17 +97,17 @@ def _first_image(dataset: Labelled) -> tuple[Shape, list[str]]:
             again = read_item(dataset, index).image
             same = again is not None and np.array_equal(item.image, again)
             notes = [] if same else [
-                f"item {index} of train is another image each time it is read: leave random transforms out of the "
-                "dataset, the trainer draws the views"
+                f"item {index} of train is a different image each time it is read: leave random transforms out of the "
+                "dataset, since the trainer draws the views"
             ]  # fmt: skip
             return item.image.shape, notes
         require_sound(item, index, "train", ())
-    raise ValueError(f"no item of train can be read, the last for {item.problem}")
+    raise ValueError(f"no item of train can be read; the last error is {item.problem}")
 
 
 @dataclass
 class _Scan:
-    """The items that could be read: their places, labels, and their images or tally; and what is wrong with others."""
+    """The places, labels and images (or their tally) of the readable items, and the problems of the others."""
 
     places: Tensor
     labels: list[int | str | None]
@@ -139,7 +139,7 @@ def _scan(dataset: Labelled, what: str, places: Tensor, shape: Shape, keep: bool
 
 @dataclass(frozen=True)
 class _Items:
-    """`read_item` of a dataset, for the workers of a DataLoader."""
+    """A dataset whose items are read by `read_item`, for the workers of a DataLoader."""
 
     dataset: Labelled
 
@@ -161,7 +161,7 @@ def _items(dataset: Labelled, what: str, places: Tensor, workers: int) -> Iterat
         sampler=places.tolist(),
         num_workers=workers,
         collate_fn=_as_it_is,
-        generator=torch.Generator(),  # or the global one would be advanced
+        generator=torch.Generator(),  # otherwise the loader would advance the global one
     )
     try:
         yield from loader
@@ -170,12 +170,12 @@ def _items(dataset: Labelled, what: str, places: Tensor, workers: int) -> Iterat
 
 
 def _column(what: str, labels: Sequence[int | str | None]) -> Array | None:
-    """The labels as an array, with a missing one as -1 or as an empty text; None if there is none at all."""
+    """Return the labels as an array, with -1 or an empty string for missing ones; None if all are missing."""
     kinds = {type(label) for label in labels} - {type(None)}
     if not kinds:
         return None
     if len(kinds) > 1:
-        raise ValueError(f"the labels of {what} must be all integers or all texts, got both")
+        raise ValueError(f"the labels of {what} must be all integers or all strings, got both")
     if kinds == {str}:
         return np.array([label or "" for label in labels])
     numbers = [-1 if label is None else int(label) for label in labels]
@@ -186,7 +186,7 @@ def _column(what: str, labels: Sequence[int | str | None]) -> Array | None:
 
 
 def _own_names(dataset: Labelled, columns: Sequence[tuple[str, Array | None, int]]) -> Sequence[str]:
-    """The names that a dataset has for its classes, as torchvision's do, if all labels index them."""
+    """Return the dataset's `classes`, as in torchvision, if all labels index them; otherwise ()."""
     names = getattr(dataset, "classes", ())
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         return ()
@@ -196,9 +196,9 @@ def _own_names(dataset: Labelled, columns: Sequence[tuple[str, Array | None, int
 
 
 def _compact(images: Tensor, mask: Tensor) -> Tensor:
-    """The images of a mask, moved to the front of the same memory."""
+    """Return the images of a mask, moved to the front of the same memory."""
     places = mask.nonzero().flatten()
     for start in range(0, len(places), 1024):
-        block = places[start : start + 1024]  # at or behind where they go: nothing that is still needed is overwritten
+        block = places[start : start + 1024]  # images move towards the front: none is overwritten before it is read
         images[start : start + len(block)] = images[block]
     return images[: len(places)]

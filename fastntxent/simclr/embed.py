@@ -1,4 +1,4 @@
-"""The sub-command `embed`: features of images by a trained encoder. Exit statuses are those of the trainer."""
+"""The sub-command `embed`: computes features of images with a trained encoder. Same exit statuses as the trainer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .output import check_output_file, first_line, printable
 from .pixels import BadFile
 from .ranks import MISTAKES
 
-# ITU-R 601, as Pillow's own conversion to grey.
+# ITU-R 601 weights, as in Pillow's conversion to grey.
 _GREY = (0.299, 0.587, 0.114)
 
 
@@ -38,7 +38,7 @@ class Features(NamedTuple):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Embed images for a command line; returns the exit status."""
+    """Run the sub-command and return the exit status."""
     arguments = _parser().parse_args(argv)
     try:
         _embed(arguments)
@@ -60,7 +60,7 @@ def _embed(arguments: argparse.Namespace) -> None:
     encoder = load_encoder(arguments.checkpoint).to(device)
     found = images_of(arguments.images, arguments.image_size, encoder.image_size, default_threads())
     if any(path.exists() and arguments.out.exists() and path.samefile(arguments.out) for path in arguments.images):
-        raise ValueError(f"--out {printable(arguments.out)} is the file that is to be read")
+        raise ValueError(f"--out {printable(arguments.out)} is an input file")
     width = try_size(encoder, found.shape, device)
     check_output_file(arguments.out, arguments.overwrite, _bytes_of(found, width))
     for note in found.notes:
@@ -74,21 +74,21 @@ def _embed(arguments: argparse.Namespace) -> None:
     if not done.places:
         raise ValueError(f"no image of {found.where} can be read")
     if not done.features.isfinite().all():
-        print("note: some features are not finite, as the encoder's parameters may be", file=sys.stderr)
+        print("note: some features are not finite; perhaps the encoder's parameters are not", file=sys.stderr)
     features = F.normalize(done.features, out=done.features) if arguments.normalize else done.features
     arrays = _arrays(features, found, done.places)
     write_whole(arguments.out, lambda file: np.savez(file, allow_pickle=False, **arrays))
     if not arguments.quiet:
         images = counted(len(features), "image", "images")
-        print(f"{width} features of {images} are in {printable(arguments.out)}: {', '.join(arrays)}")
+        print(f"{width} features of {images} written to {printable(arguments.out)}: {', '.join(arrays)}")
 
 
 def try_size(encoder: Encoder, shape: tuple[int, int, int], device: torch.device) -> int:
-    """Return how many features the encoder makes of an image of this shape; ValueError if it does not take it."""
+    """Return the number of features for an image of this shape; ValueError if the encoder does not take the shape."""
     try:
         with torch.no_grad():
             return encoder(torch.zeros(1, encoder.channels, *shape[1:], device=device)).shape[1]
-    except Exception as error:  # a network says in any way that an image has another size than it needs
+    except Exception as error:  # networks raise anything for an image of the wrong size
         size = " x ".join(map(str, shape[1:]))
         trained = " x ".join(map(str, encoder.size))
         raise ValueError(
@@ -105,9 +105,9 @@ def encode_images(
     skip_bad: bool,
     advance: Callable[[], object] = lambda: None,
 ) -> Features:
-    """Encode the images of an input as they are read, `batch_size` at a time; features are float32 on the CPU.
+    """Encode the images of an input as they are read, `batch_size` at a time. Features are float32 on the CPU.
 
-    After the first bad image the rest is read only to find the other bad ones, unless `skip_bad` is on.
+    Without `skip_bad`, images after the first bad one are read only to find further bad ones.
     """
     features = torch.empty(len(found.names), width)
     places: list[int] = []
@@ -131,7 +131,7 @@ def encode_images(
 def _batches(
     found: Input, batch_size: int, bad: list[BadFile], skip_bad: bool, advance: Callable[[], object]
 ) -> Iterator[list[tuple[int, Tensor]]]:
-    """Images with their places, a batch at a time; bad ones are added to `bad`."""
+    """Yield batches of images with their places, and append bad images to `bad`."""
     batch: list[tuple[int, Tensor]] = []
     for place, image in enumerate(found.read()):
         advance()
@@ -147,7 +147,7 @@ def _batches(
 
 
 def _with_channels(x: Tensor, channels: int) -> Tensor:
-    """Images as grey or as colour ones."""
+    """Return the images converted to grey or to colour."""
     if x.shape[1] == channels:
         return x
     if channels == 1:
@@ -156,7 +156,7 @@ def _with_channels(x: Tensor, channels: int) -> Tensor:
 
 
 def _arrays(features: Tensor, found: Input, places: list[int]) -> dict[str, Any]:
-    """The arrays of the file. Text has a dtype of fixed length, which np.load reads without pickle."""
+    """Return the arrays of the file. Text has a fixed-length dtype, which np.load reads without pickle."""
     arrays: dict[str, Any] = {
         "features": features.numpy(),
         "paths": np.array([printable(found.names[place]) for place in places], np.str_),
@@ -168,7 +168,7 @@ def _arrays(features: Tensor, found: Input, places: list[int]) -> dict[str, Any]
 
 
 def _bytes_of(found: Input, width: int) -> int:
-    """Bytes that the file takes, at most: features, labels, text of 4 bytes a character, and headers."""
+    """Return an upper bound of the file's bytes: features, labels, text at 4 bytes a character, and headers."""
     texts = [found.names, found.class_names]
     characters = sum(len(text) * max(map(len, text), default=0) for text in texts)
     return len(found.names) * (4 * width + 8) + 4 * characters + 2**16
@@ -177,19 +177,19 @@ def _bytes_of(found: Input, width: int) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog=f"{PROGRAM} embed",
-        description="Write the features that a trained encoder gives images to an .npz file: features (N, F) float32, "
-        "paths (N,), and for images in class folders labels (N,) int64 and class_names. docs/encoder.md shows what to "
-        "do with them.",
+        description="Compute features of images with a trained encoder and write them to an .npz file: features (N, F) "
+        "float32, paths (N,), and for images in class folders labels (N,) int64 and class_names. docs/encoder.md shows "
+        "how to use them.",
     )
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGES", help="folders and image files, or an .npz "
                         "file with an array `images`")  # fmt: skip
-    parser.add_argument("--checkpoint", required=True, type=Path, metavar="PATH", help="a run's folder, or its "
+    parser.add_argument("--checkpoint", required=True, type=Path, metavar="PATH", help="folder of a run, or its "
                         "checkpoint")  # fmt: skip
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the .npz file to write")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help=".npz file to write")
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
-    parser.add_argument("--skip-bad", action="store_true", help="go on without the files that cannot be read as images")
-    parser.add_argument("--image-size", type=int, metavar="PX", help="side in pixels that images are cut and resized "
-                        "to (default: that of the training)")  # fmt: skip
+    parser.add_argument("--skip-bad", action="store_true", help="skip files that cannot be read as images")
+    parser.add_argument("--image-size", type=int, metavar="PX", help="crop and resize images to this many pixels a "
+                        "side (default: the size used in training)")  # fmt: skip
     parser.add_argument("--normalize", action="store_true", help="scale every feature vector to length 1")
     parser.add_argument(
         "--batch-size", type=int, default=256, metavar="N", help="images encoded at once (default: 256)"

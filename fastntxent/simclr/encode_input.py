@@ -1,4 +1,4 @@
-"""The input of the command `embed`: folders and image files, or the images of an .npz file, read one by one."""
+"""The input of the sub-command `embed`: folders and image files, or the images of an .npz file, read one by one."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ Size = tuple[int, int, int]
 
 
 class Input(NamedTuple):
-    """Images that have been found and not read yet.
+    """Images that have been found but not read yet.
 
     Attributes:
         names: a path or a number for each image.
-        labels: int64 (N,), in 0..C-1 or -1 for none.
-        class_names: C names; none where no image has a class.
-        notes: a line on each kind of entry that was left out.
+        labels: class numbers int64 (N,), in 0..C-1, or -1 for no class.
+        class_names: C names; empty if no image has a class.
+        notes: one line for each kind of entry that was left out.
         unreadable: folders that could not be listed.
         shape: channels, height and width of every image.
         where: the input's name in messages.
@@ -50,12 +50,12 @@ def images_of(paths: Sequence[Path], size: int | None, default_size: int, thread
     """Find the images of folders and files, or of one .npz file.
 
     Args:
-        size: side that image files are cut and resized to; None for the default.
-        threads: how many decode at once.
+        size: side in pixels to which image files are cropped and resized; None: `default_size`.
+        threads: number of decoding threads.
 
     Raises:
-        FileNotFoundError: a path is not there, or there is no image.
-        ValueError: a path is neither a folder nor a regular file, or an .npz file is damaged or one of several.
+        FileNotFoundError: a path does not exist, or there is no image.
+        ValueError: a path is neither a folder nor a regular file, or an .npz file is damaged or not the only input.
         OSError: something cannot be read.
     """
     for path in paths:
@@ -77,7 +77,7 @@ def _of_npz(path: Path) -> Input:
     shape, blocks = image_blocks(arrays)
     count = arrays.images.shape[0]
     (labels,), class_names = label_tensors([(arrays.named("labels"), arrays.labels, count)], arrays.class_names)
-    unread = () if arrays.test_images is None else ("did not read the test images: give them in a file of their own",)
+    unread = () if arrays.test_images is None else ("did not read the test images: they need a file of their own",)
 
     def read() -> Iterator[Tensor | BadFile]:
         for block in blocks:
@@ -88,7 +88,7 @@ def _of_npz(path: Path) -> Input:
 
 
 def _of_files(paths: Sequence[Path], size: int, threads: int) -> Input:
-    require("PIL.Image")  # or every file would be a bad one
+    require("PIL.Image")  # otherwise every file would count as bad
     names: list[str] = []
     files: list[str] = []
     classes: list[str | None] = []

@@ -1,5 +1,7 @@
-"""Encoders from elsewhere: networks of timm and torchvision, and the user's own. A network that cannot be trained as an
-encoder is refused before training, in a line that names the option."""
+"""Encoders from outside this package: networks of timm and torchvision, and the user's modules.
+
+A network that cannot be trained as an encoder is rejected before training, with an error that names the option.
+"""
 
 from __future__ import annotations
 
@@ -28,30 +30,30 @@ _GIVEN_TO_FACTORIES = ("channels", "image_size")
 Size = tuple[int, int]
 Made = TypeVar("Made")
 
-# Modules that factories returned. The evaluation builds an untrained encoder beside the trained one, so a factory that
-# returns the same module again would have the trained encoder compared with itself.
+# Modules that factories have returned. The evaluation builds an untrained encoder to compare with the trained one. If a
+# factory returned the same module again, the trained encoder would be compared with itself.
 _made: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def check_name(model: str, name: str) -> None:
-    """Raise ValueError unless `model` is spelt like timm:NAME, torchvision:NAME or package.module:factory."""
+    """Raise ValueError unless `model` has the form timm:NAME, torchvision:NAME or package.module:factory."""
     source, _, rest = model.partition(":")
     if model.startswith(LIBRARIES):
         if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*", rest, re.ASCII):
             raise ValueError(f"{name} must name a model of {source}, such as {source}:resnet18, got {model!r}")
     elif not all(part.isidentifier() for part in (*source.split("."), *rest.split("."))):
-        raise ValueError(f"{name} must be spelt package.module:factory, got {model!r}")
+        raise ValueError(f"{name} must have the form package.module:factory, got {model!r}")
 
 
 def by_name(model: str, channels: int, size: Size) -> nn.Module:
-    """The network of a name that `check_name` lets pass, with new parameters from torch's global generator.
+    """Return the network of a name that passed `check_name`, with new parameters from torch's global generator.
 
     Args:
         channels: number of channels of the images.
         size: height and width of the images.
 
     Raises:
-        ValueError: there is no such network, or it cannot be made.
+        ValueError: there is no such network, or it cannot be built.
         ImportError: a package or module cannot be imported.
     """
     library, _, name = model.partition(":")
@@ -63,10 +65,10 @@ def by_name(model: str, channels: int, size: Size) -> nn.Module:
 
 
 def find(model: str) -> None:
-    """Make sure that what a name stands for can be imported, without making a network of it.
+    """Check that a model's name can be imported, without building the network.
 
     Raises:
-        ValueError, ImportError: as `by_name`.
+        ValueError, ImportError: as in `by_name`.
     """
     library, _, name = model.partition(":")
     if library in ("timm", "torchvision"):
@@ -76,18 +78,18 @@ def find(model: str) -> None:
 
 
 def adopt(name: str, body: nn.Module, channels: int, size: Size, *, train: bool = True) -> int:
-    """Return how many features a network gives, after making sure that it can be an encoder.
+    """Return the number of features of a network, after checking that it can serve as an encoder.
 
-    It is run on two images of zeros, which may draw from torch's global generator and settles the shapes of lazily
-    initialised layers. Its SyncBatchNorms become ordinary ones, which the trainer spreads over ranks like all others.
+    The network is run on two images of zeros. This may draw from torch's global generator, and it initialises lazy
+    layers. SyncBatchNorms become ordinary batch norms, which the trainer computes over all ranks like any other.
 
     Args:
         name: the network's name in messages.
-        channels, size: number of channels of the images, their height and width.
-        train: whether the network will be trained. If so, a copy of it is run in training mode too, and backward.
+        channels, size: number of channels of the images, and their (height, width).
+        train: whether the network will be trained. If so, a copy is also run forward and backward in training mode.
 
     Raises:
-        ValueError: the network cannot be an encoder.
+        ValueError: the network cannot serve as an encoder.
     """
     if not isinstance(body, nn.Module):
         raise ValueError(f"{name} must be a torch.nn.Module, got {_kind(body)}")
@@ -96,7 +98,7 @@ def adopt(name: str, body: nn.Module, channels: int, size: Size, *, train: bool 
             raise ValueError(f"{name} must have its parameters in memory, but {place} is on the meta device")
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
             raise ValueError(
-                f"{name} must have float32 parameters, but {place} is {tensor.dtype}; for mixed precision take --amp"
+                f"{name} must have float32 parameters, but {place} is {tensor.dtype}; for mixed precision use --amp"
             )
     without_sync(body)
     device = next((p.device for p in body.parameters()), torch.device("cpu"))
@@ -111,17 +113,17 @@ def adopt(name: str, body: nn.Module, channels: int, size: Size, *, train: bool 
         twin = copy.deepcopy(body)
     except Exception as error:
         raise ValueError(
-            f"{name} must be a module that copy.deepcopy copies, which the evaluation does: {_reason(error)}"
+            f"{name} must be a module that copy.deepcopy can copy, as the evaluation does: {_reason(error)}"
         ) from error
     twin.train()
     if _features_of(f"{name} in training mode", twin, images, backward=True) != features:
-        raise ValueError(f"{name} must give as many features in training mode as in eval mode")
+        raise ValueError(f"{name} must return as many features in training mode as in eval mode")
     body.train()
     return features
 
 
 def _features_of(name: str, body: nn.Module, images: Tensor, *, backward: bool = False) -> int:
-    """Return how many features the network makes of each image; ValueError if it makes none, or has no backward."""
+    """Return the number of features per image; ValueError if the network returns none, or has no backward."""
     shape = " x ".join(map(str, images.shape[1:]))
     try:
         with torch.set_grad_enabled(backward):
@@ -137,14 +139,14 @@ def _features_of(name: str, body: nn.Module, images: Tensor, *, backward: bool =
         raise ValueError(f"{name} must return float32 features, got {h.dtype}")
     if h.ndim == 4 and h.shape[2:] != (1, 1):
         raise ValueError(
-            f"{name} must return features (N, F), got maps {found}: end it with torch.nn.AdaptiveAvgPool2d(1)"
+            f"{name} must return features (N, F), got maps {found}: add torch.nn.AdaptiveAvgPool2d(1) at its end"
         )
     if h.ndim == 3:
         raise ValueError(
-            f"{name} must return features (N, F), got {found}: return one token of each image, or the mean"
+            f"{name} must return features (N, F), got {found}: return one token per image, or the mean over tokens"
         )
     if h.ndim not in (2, 4) or h.shape[0] != len(images) or h.shape[1] < 1:
-        raise ValueError(f"{name} must return features (N, F), a row for each image, got {found}")
+        raise ValueError(f"{name} must return features (N, F), one row per image, got {found}")
     if backward:
         _try_backward(name, h)
     return h.shape[1]
@@ -153,7 +155,7 @@ def _features_of(name: str, body: nn.Module, images: Tensor, *, backward: bool =
 def _try_backward(name: str, h: Tensor) -> None:
     if not h.requires_grad:
         raise ValueError(
-            f"{name} must return features that have a gradient: is there a detach() or torch.no_grad() in its forward?"
+            f"{name} must return features with a gradient: is there a detach() or torch.no_grad() in its forward?"
         )
     try:
         h.sum().backward()
@@ -173,12 +175,12 @@ def _timm(model: str, name: str, channels: int, size: Size) -> nn.Module:
         if not (isinstance(error.__cause__, TypeError) and "img_size" in str(error.__cause__)):
             raise
     torch.set_rng_state(generator)
-    return _make(model, create)  # a network for images of any size
+    return _make(model, create)  # a network that takes no img_size
 
 
 def _torchvision(model: str, name: str, channels: int, size: Size) -> nn.Module:
     models = require("torchvision.models", install="torchvision")
-    names = models.list_models(module=models)  # classifiers: others load weights of their own, or give no features
+    names = models.list_models(module=models)  # classifiers only: others load weights, or have no features
     if name not in names:
         raise ValueError(_unknown(model, "torchvision", name, names))
     options: dict[str, Any] = {}
@@ -191,16 +193,14 @@ def _torchvision(model: str, name: str, channels: int, size: Size) -> nn.Module:
     network = _make(model, functools.partial(models.get_model, name, weights=None, **options))
     linear = [place for place, module in network.named_modules() if isinstance(module, nn.Linear)]
     if not linear or network.get_submodule(linear[-1]).out_features != 1000:
-        raise ValueError(
-            f"--model {model} has no linear classifier to take away; write a factory that returns features"
-        )
+        raise ValueError(f"--model {model} has no linear classifier to remove; write a factory that returns features")
     parent, _, last = linear[-1].rpartition(".")
     setattr(network.get_submodule(parent), last, nn.Identity())
     return network if channels == 3 else _GreyAsColour(network)
 
 
 class _GreyAsColour(nn.Module):
-    """A network for three channels, given images of one."""
+    """A network for three channels that takes images with one channel."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -214,14 +214,14 @@ class _GreyAsColour(nn.Module):
 def _from_factory(model: str, channels: int, size: Size) -> nn.Module:
     factory = _imported(model)
     if isinstance(factory, nn.Module):
-        raise ValueError(f"--model {model} is a module; it must be a function that returns a new one")
+        raise ValueError(f"--model {model} is a module, but it must be a function that returns a new one")
     if not callable(factory):
         raise ValueError(f"--model {model} must be a function that returns a torch.nn.Module, got {_kind(factory)}")
     _check_origin(model, factory)
     try:
         parameters = inspect.signature(factory).parameters.values()
     except (TypeError, ValueError) as error:
-        raise ValueError(f"--model {model} has no signature that Python can read: {_reason(error)}") from error
+        raise ValueError(f"--model {model} has no signature that Python can inspect: {_reason(error)}") from error
     offered = {"channels": channels, "image_size": _side(size)}
     given = {}
     for parameter in parameters:
@@ -231,32 +231,32 @@ def _from_factory(model: str, channels: int, size: Size) -> nn.Module:
             given[parameter.name] = offered[parameter.name]
         elif parameter.default is parameter.empty:
             raise ValueError(
-                f"--model {model} must need no argument but {' and '.join(_GIVEN_TO_FACTORIES)}, and it needs "
+                f"--model {model} may require only the arguments {' and '.join(_GIVEN_TO_FACTORIES)}, but it requires "
                 f"{parameter.name}"
             )
     body = _make(model, functools.partial(factory, **given))
     if not isinstance(body, nn.Module):
         raise ValueError(f"--model {model} must return a torch.nn.Module, got {_kind(body)}")
     if body in _made:
-        raise ValueError(f"--model {model} returned the same module a second time; it must make a new one in each call")
+        raise ValueError(f"--model {model} returned the same module a second time, but each call must return a new one")
     _made.add(body)
     return body
 
 
 def _imported(model: str) -> Any:
-    """Import the object that a name of the form package.module:factory stands for."""
+    """Import and return the object that a name of the form package.module:factory refers to."""
     module_name, _, attribute = model.partition(":")
     if module_name.partition(".")[0] in sys.stdlib_module_names:
         raise ValueError(
-            f"--model {model} names a module of Python's standard library, where no encoder is; "
-            "a file of that name needs another one"
+            f"--model {model} names a module of Python's standard library, which has no encoders; "
+            "if you mean a file of that name, rename it"
         )
     try:
         found = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         missing = error.name or module_name
         if f"{module_name}.".startswith(f"{missing}."):
-            words = f"there is no module {missing}: it must lie in the current directory or be installed"
+            words = f"there is no module {missing}: it must be in the current directory or installed"
         else:
             words = f"{module_name} needs the package {missing}, which is not installed: pip install {missing}"
         raise ImportError(f"--model {model}: {words}") from error
@@ -274,20 +274,22 @@ def _imported(model: str) -> Any:
 
 
 def _check_origin(model: str, factory: Any) -> None:
-    """Raise ValueError for a function written in C or of the standard library: `load_encoder` calls the function that a
-    checkpoint names, which must not be os.system."""
+    """Raise ValueError for a function written in C or in the standard library.
+
+    `load_encoder` calls the function that a checkpoint names, and that must never be os.system.
+    """
     while isinstance(factory, functools.partial):
         factory = factory.func
     home = (getattr(factory, "__module__", None) or "builtins").partition(".")[0]
     if home in sys.stdlib_module_names or isinstance(factory, types.BuiltinFunctionType):
-        raise ValueError(f"--model {model} must be a function or class of a module of yours, got one of {home}")
+        raise ValueError(f"--model {model} must be a function or class from your own module, got one from {home}")
 
 
 def _make(model: str, factory: Callable[[], Made]) -> Made:
     try:
         return factory()
     except (Exception, SystemExit) as error:
-        raise ValueError(f"--model {model} cannot be made: {_reason(error)}") from error
+        raise ValueError(f"--model {model} cannot be built: {_reason(error)}") from error
 
 
 def _unknown(model: str, place: str, name: str, known: Iterable[str]) -> str:
@@ -296,7 +298,7 @@ def _unknown(model: str, place: str, name: str, known: Iterable[str]) -> str:
 
 
 def _side(size: Size) -> int | Size:
-    """The side of a square, or (height, width) of any other image."""
+    """Return the side of a square image, or (height, width) of any other."""
     return size[0] if size[0] == size[1] else size
 
 
@@ -305,7 +307,7 @@ def _kind(value: object) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """The error's type and first line, for a sentence of one line."""
+    """Return the error's type and first line, for a message on one line."""
     words = first_line(error)
     kind = type(error).__name__
     return kind if words == kind else f"{kind}: {words}"

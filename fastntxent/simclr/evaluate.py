@@ -1,11 +1,10 @@
-"""Is the representation any good? The same protocol for the trained encoder, the untrained one and raw pixels.
+"""Evaluates the representation, with the same protocol for the trained encoder, the untrained one and raw pixels.
 
-Both encoders get their BatchNorm statistics from one pass over the plain training images first: an untrained
-network is otherwise judged with the meaningless statistics it was created with, a trained one with those of
-augmented views.
+BatchNorm statistics are first recomputed in one pass over the training images without augmentation. Otherwise the
+untrained network would use its meaningless initial statistics, and the trained one the statistics of augmented views.
 
-A finished run must not be lost here: `check_ready` finds out before training what is missing, and a measure that
-cannot be taken becomes a note. Images are read a bounded number at a time.
+A finished run must not be lost here. `check_ready` finds missing packages before training, and a measure that cannot be
+computed becomes a note. A bounded number of images is read at a time.
 """
 
 from __future__ import annotations
@@ -37,11 +36,11 @@ from .stream import stream
 from .tally import Images
 
 RAW_SIZE = 32
-RAW_VALUES = 1024  # of each image that is larger than RAW_SIZE
+RAW_VALUES = 1024  # most values kept of an image larger than RAW_SIZE
 POINTS = 1000  # test images on the map
-EXACT_VALUES = 2**23  # largest feature matrix whose effective rank is taken by SVD
-WORKING_MIB = 32  # scikit-learn's distances at a time
-TOO_LARGE = 1e15  # sums of squares of larger features may overflow float32
+EXACT_VALUES = 2**23  # the effective rank of larger feature matrices is computed without an SVD
+WORKING_MIB = 32  # memory for the distances that scikit-learn holds at a time
+TOO_LARGE = 1e15  # the sum of squares of larger features may overflow float32
 REPRESENTATIONS = ("trained", "untrained", "raw pixels")
 NAMES = {"trained": "the trained encoder", "untrained": "the untrained encoder", "raw pixels": "raw pixels"}
 MEASURES = {
@@ -49,7 +48,7 @@ MEASURES = {
     "alignment": "alignment", "uniformity": "uniformity",
 }  # fmt: skip
 ACCURACIES = ("knn", "linear probe")
-# Modules that the evaluation and the figures import, and the package of each.
+# The modules that the evaluation and the figures import, with their packages.
 NEEDED = {
     "numpy": "numpy", "sklearn.decomposition": "scikit-learn", "sklearn.exceptions": "scikit-learn",
     "sklearn.linear_model": "scikit-learn", "sklearn.manifold": "scikit-learn", "sklearn.neighbors": "scikit-learn",
@@ -62,14 +61,14 @@ Scores = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured, by measure and representation, with the test features that the map is drawn from.
+    """The scores by measure and representation, and the test features that the map is drawn from.
 
     Attributes:
-        scores: finite numbers; a measure that could not be taken is absent.
-        features: of up to POINTS test images, by representation.
-        labels: of the same images.
-        notes: what was not measured and why, a line each.
-        seconds: how long it took.
+        scores: finite numbers; a measure that could not be computed is absent.
+        features: features of up to POINTS test images, by representation.
+        labels: labels of the same images.
+        notes: one line for each thing that was not measured, with the reason.
+        seconds: duration of the evaluation.
     """
 
     scores: Scores = field(default_factory=dict)
@@ -79,18 +78,18 @@ class Evaluation:
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """The numbers and notes, for JSON."""
+        """Return the scores, notes and seconds, for JSON."""
         return {"scores": self.scores, "notes": self.notes, "seconds": self.seconds}
 
 
 def check_ready(config: Config, data: ImageData) -> list[str]:
-    """Check before training that the evaluation and the figures can be made.
+    """Check before training that the evaluation will run and the figures can be drawn.
 
     Returns:
-        A line for each measure that will not be taken, and for test images that will be left out of one.
+        One line for each measure that will be missing, and for test images that will be left out of a measure.
 
     Raises:
-        ImportError: a package that they need is not installed, or does not work.
+        ImportError: a required package is not installed or does not work.
     """
     for module, package in NEEDED.items():
         try:
@@ -101,14 +100,14 @@ def check_ready(config: Config, data: ImageData) -> list[str]:
             ) from error
         except Exception as error:  # a broken installation may raise anything
             raise ImportError(
-                f"the evaluation needs the package {package}, and the installed one does not work ({why(error)}): "
+                f"the evaluation needs the package {package}, but the installed one does not work ({why(error)}): "
                 "pip install --force-reinstall fastntxent[simclr]"
             ) from error
     return list(choose(config, data).notes)
 
 
 def why(error: Exception) -> str:
-    """Return an error's message on one line, at most 200 characters of it."""
+    """Return an error's message on one line, cut to 200 characters."""
     if isinstance(error, MemoryError):
         return "out of memory"
     return shortened(" ".join(printable(first_line(error)).split()) or type(error).__name__, 200)
@@ -117,18 +116,18 @@ def why(error: Exception) -> str:
 def evaluate(
     model: SimCLR, config: Config, data: ImageData, untrained: Callable[[], SimCLR] | None = None
 ) -> Evaluation:
-    """Judge a trained model on the test images.
+    """Evaluate a trained model on the test images.
 
-    Accuracies (k nearest neighbours, linear probe) need labels and are left out where there are none. Alignment and
-    uniformity are those of the embeddings z of two random views of every test image; the effective rank, and the
-    accuracies, are of the features h that a user of the encoder sees. A measure that cannot be taken is left out, and
-    the notes say why.
+    The accuracies (k nearest neighbours, linear probe) need labels and are left out without them. Alignment and
+    uniformity are measured on the embeddings z of two random views of every test image. The effective rank and the
+    accuracies are measured on the features h, which users of the encoder get. A measure that cannot be computed is left
+    out, and a note gives the reason.
 
     Args:
-        model: the trained model; it is left as it is.
+        model: the trained model; it is not changed.
         config: the run's settings.
         data: the images.
-        untrained: makes the model as it was before its first step; by default, from the settings.
+        untrained: returns the model as it was before its first step; None: build it from the settings.
     """
     started = time.perf_counter()
     device = pick_device(config.device)
@@ -139,17 +138,17 @@ def evaluate(
         "untrained",
         untrained or (lambda: make_model(config, data, device)),
     )
-    with judge.noting("Not judged: raw pixels"):
+    with judge.noting("Not evaluated: raw pixels"):
         judge.judge_features("raw pixels", raw_pixels)
     if max(len(data.train_images), len(data.test_images)) > config.eval_limit:
-        judge.notes.append(f"At most {config.eval_limit} images of either part were used.")
+        judge.notes.append(f"At most {config.eval_limit} images of each part (training, test) were used.")
     scores = {measure: values for measure, values in judge.scores.items() if values}
     labels = choice.test.labels[judge.shown]
     return Evaluation(scores, judge.features, labels, judge.notes, time.perf_counter() - started)
 
 
 class _Judge:
-    """The scores of one evaluation as they come in, and a note for each that does not."""
+    """Collects the scores of one evaluation, and a note for each score that cannot be computed."""
 
     def __init__(self, config: Config, choice: Choice, device: torch.device) -> None:
         self.config, self.choice, self.device = config, choice, device
@@ -164,14 +163,14 @@ class _Judge:
 
     @contextlib.contextmanager
     def noting(self, words: str) -> Iterator[None]:
-        """Turn an exception into a note that begins with these words."""
+        """In this block an exception becomes a note that begins with `words`."""
         try:
             yield
         except Exception as error:
             self.notes.append(f"{words} ({why(error)}).")
 
     def judge_model(self, name: str, make: Callable[[], SimCLR]) -> None:
-        with self.noting(f"Not judged to the end: {NAMES[name]}"):
+        with self.noting(f"Not fully evaluated: {NAMES[name]}"):
             model = make()
             recalibrate(model, self.train, self.device)
             self.judge_features(name, lambda images: encode(model.encoder, images, self.device))
@@ -184,7 +183,7 @@ class _Judge:
         self.features[name] = features[self.shown]
         unusable = why_unusable(features)
         if unusable:
-            self.notes.append(f"Not judged: the features of {NAMES[name]} ({unusable}).")
+            self.notes.append(f"Not evaluated: the features of {NAMES[name]} ({unusable}).")
             return
         self.take("effective rank", name, lambda: effective_rank(features))
         if self.choice.accuracies:
@@ -195,7 +194,7 @@ class _Judge:
             self.take("linear probe", name, lambda: probe_accuracy(*pairs))
 
     def take(self, measure: str, name: str, compute: Callable[[], float | Tensor]) -> None:
-        words = f"Not taken: {MEASURES[measure]} of {NAMES[name]}"
+        words = f"Not measured: {MEASURES[measure]} of {NAMES[name]}"
         with self.noting(words):
             value = float(compute())
             if math.isfinite(value):
@@ -205,7 +204,7 @@ class _Judge:
 
 
 def why_unusable(features: Tensor) -> str:
-    """Return why features cannot be measured or mapped, or an empty string if they can."""
+    """Return the reason why features cannot be measured or mapped, or an empty string if they can."""
     if features.ndim != 2 or features.shape[1] == 0:
         return f"they must be (N, F), got {tuple(features.shape)}"
     low, high = features.aminmax()
@@ -217,7 +216,7 @@ def why_unusable(features: Tensor) -> str:
 
 
 def encode(module: nn.Module, images: Images, device: torch.device) -> Tensor:
-    """Features of uint8 images, (N, F) float32 on the CPU, in eval mode and without a gradient."""
+    """Return the features of uint8 images, (N, F) float32 on the CPU, in eval mode and without a gradient."""
     module.eval()
     with torch.no_grad():
         return in_parts(images, lambda part: module(part.to(device).float() / 255).float().cpu())
@@ -228,11 +227,11 @@ def recalibrate(model: nn.Module, images: Images, device: torch.device) -> None:
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     if not norms:
         return
-    model.eval()  # dropout, for one, must not shape the statistics
+    model.eval()  # dropout, for example, must not affect the statistics
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # a plain average over batches
-        norm.training = True  # not norm.train(), which reaches a dropout inside it
+        norm.training = True  # norm.train() would also switch on a dropout inside it
     with torch.no_grad():
         for rows in slices(len(images), rows_at_once(images)):
             if rows.stop - rows.start > 1:
@@ -240,23 +239,23 @@ def recalibrate(model: nn.Module, images: Images, device: torch.device) -> None:
 
 
 def knn_accuracy(known: Tensor, known_labels: Tensor, unknown: Tensor, labels: Tensor, k: int) -> float:
-    """Accuracy of a distance-weighted vote of the k nearest neighbours by cosine distance."""
+    """Return the accuracy of a distance-weighted vote of the k nearest neighbours by cosine distance."""
     neighbors = require("sklearn.neighbors")
     vote = neighbors.KNeighborsClassifier(min(k, len(known)), weights="distance", metric="cosine", algorithm="brute")
-    # scikit-learn's own limit is 1 GiB of distances, and as much again to sort them.
+    # By default scikit-learn holds up to 1 GiB of distances, and as much again to sort them.
     with require("sklearn").config_context(working_memory=WORKING_MIB):
         vote.fit(known.numpy(), known_labels.numpy())
         return float(vote.score(unknown.numpy(), labels.numpy()))
 
 
 def probe_accuracy(known: Tensor, known_labels: Tensor, unknown: Tensor, labels: Tensor) -> float:
-    """Accuracy of a logistic regression on features standardised by the training part."""
+    """Return the accuracy of a logistic regression on features standardised by the training part."""
     linear_model = require("sklearn.linear_model")
     mean, std = known.mean(0), known.std(0).clamp(min=1e-6)
     probe = linear_model.LogisticRegression(C=0.1, max_iter=200)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", require("sklearn.exceptions").ConvergenceWarning)
-        warnings.simplefilter("ignore", RuntimeWarning)  # overflow, of features that hardly vary around a large mean
+        warnings.simplefilter("ignore", RuntimeWarning)  # overflow, if features hardly vary around a large mean
         probe.fit((known - mean).div_(std).numpy(), known_labels.numpy())
         right = sum(
             int((probe.predict((rows - mean).div_(std).numpy()) == true.numpy()).sum())
@@ -266,11 +265,11 @@ def probe_accuracy(known: Tensor, known_labels: Tensor, unknown: Tensor, labels:
 
 
 def effective_rank(features: Tensor) -> float:
-    """exp of the entropy of the normalised singular values of the centred features (Roy & Vetterli 2007)."""
+    """Return exp of the entropy of the normalised singular values of the centred features (Roy & Vetterli 2007)."""
     if features.numel() <= EXACT_VALUES:
         values = torch.linalg.svdvals(features.double() - features.double().mean(0))
     else:
-        # From the eigenvalues of the Gram matrix: a tenth of the memory, and singular values to 1e-8 of the largest.
+        # The Gram matrix takes a tenth of the memory; its singular values are accurate to 1e-8 of the largest.
         mean = features.mean(0, dtype=torch.float64).expand(features.shape)
         if features.shape[0] < features.shape[1]:
             features, mean = features.T, mean.T
@@ -284,7 +283,7 @@ def effective_rank(features: Tensor) -> float:
 
 
 def embed_views(model: SimCLR, images: Images, config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The embeddings of two random views of every image, the same views in every call."""
+    """Return the embeddings of two random views of every image. The views are the same in every call."""
     model.eval()
     z: tuple[list[Tensor], list[Tensor]] = ([], [])
     size = rows_at_once(images, channels=1)  # making views takes several copies of the pixels
@@ -302,9 +301,9 @@ def embed_views(model: SimCLR, images: Images, config: Config, device: torch.dev
 
 
 def raw_pixels(images: Images) -> Tensor:
-    """Pixels as features; images above 32 x 32 are averaged down to at most RAW_VALUES values each.
+    """Return pixels as features. Images above 32 x 32 are averaged down to at most RAW_VALUES values each.
 
-    That is 32 x 32 in grey and 18 x 18 in RGB: with more the probe would take hours, and memory to match.
+    That is 32 x 32 pixels in grey and 18 x 18 in RGB. With more, the probe would take hours and too much memory.
     """
 
     def pixels(part: Tensor) -> Tensor:

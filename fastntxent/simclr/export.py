@@ -1,4 +1,4 @@
-"""The sub-command `export`: a trained encoder as a program of torch.export. Exit statuses are those of the trainer."""
+"""The sub-command `export`: writes a trained encoder as a torch.export program. Same exit statuses as the trainer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .ranks import MISTAKES
 
 
 def main(argv: Sequence[str]) -> int:
-    """Export an encoder for a command line; returns the exit status."""
+    """Run the sub-command and return the exit status."""
     arguments = _parser().parse_args(argv)
     try:
         encoder = load_encoder(arguments.checkpoint)
@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
         check_output_file(arguments.out, arguments.overwrite, 2 * size + 2**20)
         program = export_encoder(encoder)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of weights whose channels are last
+            warnings.simplefilter("ignore")  # about weights in channels-last format
             write_whole(arguments.out, lambda file: torch.export.save(program, file))
     except MISTAKES as error:
         print(f"error: {error}", file=sys.stderr)
@@ -41,10 +41,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def export_encoder(encoder: Encoder) -> torch.export.ExportedProgram:
-    """The encoder, in eval mode, as a program for any number of images of the size that it was made for.
+    """Return the encoder, in eval mode, as a program for any number of images of the size it was trained on.
 
     Raises:
-        ValueError: its network cannot be exported, or the program gives other features.
+        ValueError: the encoder cannot be exported, or the program gives different features.
     """
     encoder.eval()
     generator = torch.Generator().manual_seed(0)
@@ -57,25 +57,25 @@ def export_encoder(encoder: Encoder) -> torch.export.ExportedProgram:
             run = program.module()
             differences = [(run(part) - encoder(part)).abs().max() for part in (images, images[:1])]
             scale = encoder(images).abs().max()
-    except Exception as error:  # the tracer meets a network of any kind
+    except Exception as error:  # tracing an arbitrary network may raise anything
         raise ValueError(
             f"torch.export cannot export the encoder: {type(error).__name__}: {first_line(error)}"
         ) from error
     if not max(differences) <= 1e-3 * scale:
-        raise ValueError("the exported encoder gives other features: its forward may depend on values or be random")
+        raise ValueError("the exported encoder gives different features: its forward may depend on values or be random")
     return program
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog=f"{PROGRAM} export",
-        description="Write a trained encoder as a program that torch.export.load reads without this package: images "
-        "in [0, 1] of the size of the training, any number of them, to features.",
+        description="Write a trained encoder as a program that torch.export.load reads without this package. It maps "
+        "any number of images in [0, 1], of the size used in training, to features.",
     )
-    parser.add_argument("--checkpoint", required=True, type=Path, metavar="PATH", help="a run's folder, or its "
+    parser.add_argument("--checkpoint", required=True, type=Path, metavar="PATH", help="folder of a run, or its "
                         "checkpoint")  # fmt: skip
     parser.add_argument(
-        "--out", required=True, type=Path, metavar="FILE", help="the file to write, such as encoder.pt2"
+        "--out", required=True, type=Path, metavar="FILE", help="file to write, for example encoder.pt2"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     return parser

@@ -1,7 +1,7 @@
-"""The input of each training step: two views of every image of a batch, or of this rank's part of it.
+"""The input of each training step: two views of every image of this rank's part of the batch.
 
-`OwnOrder` draws the batches from a data set: the order of the images from (seed, epoch), the views from (seed, step),
-each from a generator of its own. `LoaderOrder` takes them from a DataLoader of the user's, in the loader's order.
+`OwnOrder` draws the batches from a data set, with separate generators for the image order, seeded by (seed, epoch), and
+the views, seeded by (seed, step). `LoaderOrder` takes the batches of a user's DataLoader in the loader's order.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .data import ImageData
 from .images import default_threads
 from .loader import LoaderData
 from .ranks import Ranks
-from .stopping import ignore_signals
+from .stopping import ignore_signals, read
 from .stream import stream
 from .tally import Images
 
@@ -31,7 +31,7 @@ class Views(NamedTuple):
 
     Attributes:
         first, second: two views of each image, (N, C, H, W) in [0, 1].
-        chunks: how many of the N images to encode at a time, in order, with --accumulate-batch.
+        chunks: sizes of the consecutive chunks of the N images that are encoded at a time, with --accumulate-batch.
     """
 
     first: Tensor
@@ -43,9 +43,9 @@ class Feed(Protocol):
     """The steps of a run.
 
     Attributes:
-        batch: images of a step, on all ranks together; the last step of an epoch may have fewer.
-        steps_per_epoch: steps of one pass over the images.
-        workers: processes that read images ahead of the step.
+        batch: images per step, over all ranks together; the last step of an epoch may have fewer.
+        steps_per_epoch: steps in one pass over the images.
+        workers: worker processes that read images ahead of the step.
     """
 
     batch: int
@@ -53,20 +53,20 @@ class Feed(Protocol):
     workers: int
 
     def steps(self, start: int, stop: int) -> Generator[Views, None, None]:
-        """The steps from `start` to before `stop`."""
+        """Yield the steps `start` to `stop - 1`."""
         ...
 
 
 def make_feed(config: Config, data: ImageData | LoaderData, ranks: Ranks, device: torch.device) -> Feed:
-    """The feed of a run; ValueError if the settings do not go together with the data."""
+    """Return the feed of a run; ValueError if the settings do not suit the data."""
     if isinstance(data, LoaderData):
         return LoaderOrder(config, data, ranks, device)
     return OwnOrder(config, data, ranks, device)
 
 
 class _Pixels(Dataset[Any]):
-    """Images for worker processes, as arrays: these travel by a pipe, where tensors would need as much shared memory as
-    many containers lack."""
+    """Images for worker processes, as arrays. Arrays travel through a pipe, whereas tensors would need more shared
+    memory than many containers have."""
 
     def __init__(self, images: Images) -> None:
         self.images = images
@@ -80,7 +80,7 @@ def _as_it_is(pixels: Any) -> Any:
 
 
 class OwnOrder:
-    """Batches of a data set; any number of ranks sees the same ones."""
+    """Batches of a data set, the same for any number of ranks."""
 
     def __init__(self, config: Config, data: ImageData, ranks: Ranks, device: torch.device) -> None:
         self.config = config
@@ -89,23 +89,23 @@ class OwnOrder:
         self.device = device
         n = len(self.images)
         self.batch = min(config.batch, n)
-        # A last batch of one sample has no negative, and BatchNorm no variance.
+        # A last batch of one image is dropped: it has no negatives, and no variance for BatchNorm.
         self.steps_per_epoch = n // self.batch + (n % self.batch >= 2)
         on_disk = not isinstance(self.images, Tensor)
         self.workers = (default_threads() if on_disk else 0) if config.workers is None else config.workers
 
     def steps(self, start: int, stop: int) -> Generator[Views, None, None]:
-        """The steps from `start` to before `stop`; they are a function of the settings and the data alone."""
+        """Yield the steps `start` to `stop - 1`. They depend only on the settings and the data."""
         reader: DataLoader[Any] = DataLoader(
             _Pixels(self.images),
             sampler=(self._indices(step)[self._rows(step)] for step in range(start, stop)),
             batch_size=None,
             num_workers=self.workers,
             worker_init_fn=ignore_signals,
-            generator=torch.Generator(),  # or it would draw from the global one
+            generator=torch.Generator(),  # otherwise it would draw from the global one
             collate_fn=_as_it_is,
         )
-        for step, images in zip(range(start, stop), reader, strict=True):
+        for step, images in zip(range(start, stop), read(reader), strict=True):
             preset, generator = PRESETS[self.config.preset], stream(self.config.seed, "views", step)
             pixels = torch.from_numpy(images).to(self.device, non_blocking=True)
             n, rows = len(self._indices(step)), self._rows(step)
@@ -113,31 +113,31 @@ class OwnOrder:
             yield Views(*views, [len(part) for part in self._parts(n)])
 
     def _indices(self, step: int) -> Tensor:
-        """The images of a step, on all ranks."""
+        """Return the indices of a step's images, over all ranks."""
         epoch, position = divmod(step, self.steps_per_epoch)
         return self._order(epoch)[position * self.batch : (position + 1) * self.batch]
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019  # the reader is ahead of the step, perhaps by an epoch
+    @functools.lru_cache(maxsize=2)  # noqa: B019  # the reader may be one epoch ahead of the step
     def _order(self, epoch: int) -> Tensor:
         return torch.randperm(len(self.images), generator=stream(self.config.seed, "order", epoch))
 
     def _rows(self, step: int) -> Tensor:
-        """The places of this rank's images among those of a step."""
+        """Return the places of this rank's images in the batch of a step."""
         return torch.cat(self._parts(len(self._indices(step))))
 
     def _parts(self, n: int) -> list[Tensor]:
-        """This rank's places in each chunk that all ranks together encode at once."""
+        """Return this rank's places in each chunk that the ranks encode together."""
         config = self.config
         chunk = even_chunk(n, config.chunk or config.batch_size) if config.accumulate_batch else n
         return [self.ranks.part(places) for places in torch.arange(n).split(chunk)]
 
 
 class LoaderOrder:
-    """Batches of a DataLoader, each rank's from its own. A resumed run repeats a step only if the loader does."""
+    """Batches of a DataLoader, one loader per rank. A resumed run repeats a step only if the loader repeats it."""
 
     def __init__(self, config: Config, data: LoaderData, ranks: Ranks, device: torch.device) -> None:
         if config.accumulate_batch:
-            raise ValueError("--accumulate-batch is for a data set; the batches of a DataLoader are as it makes them")
+            raise ValueError("--accumulate-batch needs a data set; a DataLoader determines its batches itself")
         self.config = config
         self.data = data
         self.ranks = ranks
@@ -147,20 +147,20 @@ class LoaderOrder:
         self.workers = data.loader.num_workers
 
     def steps(self, start: int, stop: int) -> Generator[Views, None, None]:
-        """The steps from `start` to before `stop`; within an epoch its first batches are read and dropped."""
+        """Yield the steps `start` to `stop - 1`. Starting within an epoch reads and drops its earlier batches."""
         step = start
         while step < stop:
             epoch, done = divmod(step, self.steps_per_epoch)
             self.data.set_epoch(epoch)
-            for batch in itertools.islice(self.data.loader, done, self.steps_per_epoch):
+            for batch in itertools.islice(read(self.data.loader), done, self.steps_per_epoch):
                 if step == stop:
                     return
                 yield self._views(batch, step)
                 step += 1
             if step % self.steps_per_epoch:
                 raise ValueError(
-                    f"the DataLoader must give {self.steps_per_epoch} batches an epoch, as its length says, and ended "
-                    f"after {step % self.steps_per_epoch}"
+                    f"the DataLoader must yield {self.steps_per_epoch} batches per epoch, as its length says, but "
+                    f"ended after {step % self.steps_per_epoch}"
                 )
 
     def _views(self, batch: Any, step: int) -> Views:
@@ -174,9 +174,9 @@ class LoaderOrder:
 
 
 def even_chunk(n: int, chunk: int) -> int:
-    """The largest chunk size up to `chunk` that leaves no single row over, which BatchNorm could not use.
+    """Return the largest chunk size up to `chunk` that leaves no chunk of one row, which BatchNorm cannot use.
 
-    Where there is none (chunks of 2 and an odd n) it is the next larger one.
+    If there is none (chunks of 2 and an odd n), return the next larger size that works.
     """
     chunk = min(chunk, n)
     sizes = itertools.chain(range(chunk, 1, -1), range(chunk, n + 1))

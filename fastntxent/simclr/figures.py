@@ -1,4 +1,4 @@
-"""The three pictures of a run, as PNG. Matplotlib's object interface only: no global state, no window."""
+"""The three pictures of a run, as PNG, drawn through Matplotlib's object interface: no global state, no window."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from .stream import stream
 INK, BLUE, ORANGE, GREEN, GRID = "#222a33", "#2563a8", "#c2571a", "#2f7d4f", "#dfe3e8"
 NO_LABEL = "#b8bec6"
 N_SAMPLES = 8
-MOST_CAPTIONS = 20  # beyond that many classes colours repeat, and a key would explain nothing
+MOST_CAPTIONS = 20  # with more classes the colours repeat, so there is no legend
 CAPTION_LENGTH = 24
-# Differences below this share of the largest feature are rounding.
+# Differences below this fraction of the largest feature are rounding.
 LEAST_SPREAD = 1e-6
 
 
 @contextlib.contextmanager
 def _plain_text() -> Iterator[None]:
-    """Text is drawn by matplotlib itself, whatever the user's matplotlibrc says, and missing letters as boxes."""
+    """In this block Matplotlib draws text without LaTeX, whatever the user's matplotlibrc says, without warnings."""
     with warnings.catch_warnings(), require("matplotlib").rc_context({"text.usetex": False}):
         warnings.simplefilter("ignore")
         yield
@@ -41,7 +41,7 @@ def _plain_text() -> Iterator[None]:
 
 @_plain_text()
 def draw_curves(history: History, steps_per_epoch: int, learnt_temperature: bool) -> bytes:
-    """Loss, alignment, uniformity, learning rate and, where it is learnt, the temperature, against the step."""
+    """Plot loss, alignment, uniformity, learning rate and, if it is learnt, the temperature against the step."""
     steps, measured = history.columns["steps"], history.columns["measured"]
     every = list(range(len(steps["loss"])))
     panels = [
@@ -60,7 +60,7 @@ def draw_curves(history: History, steps_per_epoch: int, learnt_temperature: bool
         marker = "o" if len(y) == 1 else ""  # a line needs two points to be seen
         axes.plot(x, y, marker, color=colour, linewidth=0.8 if smooth else 1.4, alpha=0.3 if smooth else 1)
         if smooth:
-            # A smaller last batch has fewer negatives, hence a lower loss: the mean of an epoch is free of that.
+            # A smaller last batch has fewer negatives and thus a lower loss. Means over epochs do not show these dips.
             axes.plot(*_epoch_means(y, steps_per_epoch), color=colour, linewidth=1.8)
         if not y:
             _say(axes, "not measured")
@@ -82,7 +82,7 @@ def _epoch_means(values: list[float], steps_per_epoch: int) -> tuple[Array, Arra
 
 @_plain_text()
 def draw_embedding(evaluation: Evaluation, data: ImageData) -> bytes:
-    """Test images as points of a map, from raw pixels and from the trained encoder, coloured by class."""
+    """Draw maps of the test images, from raw pixels and from the trained encoder, coloured by class."""
     figure = new_figure(8, 4.6)
     groups = colour_key(evaluation, data)
     for axes, name in zip(figure.subplots(1, 2), ("raw pixels", "trained"), strict=True):
@@ -103,7 +103,7 @@ def draw_embedding(evaluation: Evaluation, data: ImageData) -> bytes:
 
 
 def colour_key(evaluation: Evaluation, data: ImageData) -> list[tuple[str, str, Tensor]]:
-    """Caption, colour and mask of the images of each class that is on the map; unlabelled ones come first."""
+    """Return the caption, the colour and the mask of the images of each class on the map, unlabelled images first."""
     labels = evaluation.labels
     found = labels.unique().tolist()
     palette = require("matplotlib").colormaps["tab10" if len(found) <= 10 else "tab20"]
@@ -117,7 +117,7 @@ def colour_key(evaluation: Evaluation, data: ImageData) -> list[tuple[str, str, 
 
 
 def _add_key(figure: Any, captions: list[tuple[str, str]]) -> None:
-    """A legend whose captions are plain text, even those with a dollar sign or a leading underscore."""
+    """Add a legend with plain-text captions, even if they contain a dollar sign or begin with an underscore."""
     make_line = require("matplotlib.lines").Line2D
     dots = [make_line([], [], marker="o", linestyle="", markersize=6, color=colour) for _, colour in captions]
     longest = max((len(caption) for caption, _ in captions), default=0)
@@ -125,17 +125,17 @@ def _add_key(figure: Any, captions: list[tuple[str, str]]) -> None:
         dots, [str(index) for index in range(len(dots))], loc="outside lower center", frameon=False, fontsize=9,
         ncols=max(1, min(5, int(8 / (0.4 + 0.08 * longest)))), handletextpad=0.2,
     )  # fmt: skip
-    # Set afterwards: a label that begins with an underscore would be dropped.
+    # Set afterwards, because Matplotlib drops labels that begin with an underscore.
     for text, (caption, _) in zip(legend.get_texts(), captions, strict=True):
         text.set_parse_math(False)
         text.set_text(caption)
 
 
 def lay_out(features: Tensor | None) -> tuple[Array | None, str]:
-    """Places of images in the plane, (N, 2), and how they were found or why there are none.
+    """Return the positions of images in the plane, (N, 2), and the method; or None and the reason.
 
-    t-SNE after PCA, or PCA alone for too few points to have neighbourhoods. Features that differ by rounding alone are
-    one point: scikit-learn's t-SNE divides by their spread, and a NaN crashes the process there.
+    The method is t-SNE after PCA, or PCA alone if there are too few points for neighbourhoods. Features that differ
+    only by rounding become one point: scikit-learn's t-SNE would divide by their spread and crash on the NaN.
     """
     if features is None:
         return None, "there are no features"
@@ -147,7 +147,7 @@ def lay_out(features: Tensor | None) -> tuple[Array | None, str]:
     largest = float(np.abs(x).max())
     if np.ptp(x, axis=0).max() <= LEAST_SPREAD * largest:
         return np.zeros((rows, 2)), "all images have the same features"
-    x = np.ldexp(x, -math.frexp(largest)[1])  # exact, and squares of small features do not vanish
+    x = np.ldexp(x, -math.frexp(largest)[1])  # exact, and squares of small features no longer underflow
     count = min(50, rows, columns)
     points = np.asarray(require("sklearn.decomposition").PCA(count, random_state=0).fit_transform(x))
     plane = np.pad(points, ((0, 0), (0, max(0, 2 - count))))[:, :2]
@@ -155,14 +155,14 @@ def lay_out(features: Tensor | None) -> tuple[Array | None, str]:
         return plane, "two principal components"
     start = (plane / plane[:, 0].std() * 1e-4).astype(np.float32)
     tsne = require("sklearn.manifold").TSNE(2, perplexity=min(30, rows / 4), init=start, random_state=0)
-    # One thread: so few points gain nothing from more, and lose minutes to them on a busy machine.
+    # One thread: more do not help with so few points, and on a busy machine they cost minutes.
     with require("threadpoolctl").threadpool_limits(1):
         return np.asarray(tsne.fit_transform(points)), "t-SNE"
 
 
 @_plain_text()
 def draw_views(config: Config, data: ImageData) -> bytes:
-    """A few images, each above two of its random views: what the encoder is asked to map to one place."""
+    """Draw a few test images, each above two of its random views, which the encoder should map to one place."""
     count = min(N_SAMPLES, len(data.test_images))
     chosen = torch.linspace(0, len(data.test_images) - 1, count, dtype=torch.float64).long()
     images = data.test_images[chosen]
@@ -178,15 +178,15 @@ def draw_views(config: Config, data: ImageData) -> bytes:
 
 
 def new_figure(width: float, height: float) -> Any:
-    """A figure of so many inches, laid out by itself, that any format can be saved from."""
+    """Return a figure of this size in inches, with automatic layout, that can be saved in any format."""
     figure = require("matplotlib.figure").Figure(figsize=(width, height), layout="constrained", facecolor="white")
-    # Attaching a canvas is what makes savefig independent of the user's configured backend.
+    # With a canvas attached, savefig does not depend on the user's configured backend.
     require("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
     return figure
 
 
 def to_png(figure: Any) -> bytes:
-    """The figure as a PNG file."""
+    """Return the figure as the bytes of a PNG file."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=200)
     return file.getvalue()

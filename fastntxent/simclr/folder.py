@@ -1,4 +1,4 @@
-"""The layouts of a folder of images: its parts, its classes, as torchvision's ImageFolder has them."""
+"""The layout of a folder of images: its parts, and its classes as in torchvision's ImageFolder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TEST_NAMES = ("test", "val", "validation", "valid")
 
 @dataclass(frozen=True)
 class Files:
-    """The image files of one part: paths below the root, sorted, and int64 class numbers (N,), -1 for none."""
+    """The image files of one part: sorted paths below the root, and class numbers int64 (N,), -1 for no class."""
 
     paths: tuple[str, ...]
     labels: Tensor
@@ -27,7 +27,7 @@ class Files:
 
 @dataclass(frozen=True)
 class Folder:
-    """The image files of a folder. `test` is None if it has no test part of its own."""
+    """The image files of a folder. `test` is None if the folder has no test part."""
 
     root: Path
     train: Files
@@ -39,7 +39,7 @@ class Folder:
 
 @dataclass(frozen=True)
 class _Part:
-    """Image files below `base`, with the name of the class folder of each, None for a file in no folder."""
+    """Image files below `base`, each with the name of its class folder, or None if it is in no folder."""
 
     base: str
     paths: list[str]
@@ -51,10 +51,10 @@ class _Part:
 
 
 def find(root: Path) -> Folder:
-    """Find the images of a folder: class/**/x.png or x.png, alone or below train/ and below test/, val/ or its likes.
+    """Find the images of a folder: class/**/x.png or x.png, either directly or below train/ and test/ (or val/, ...).
 
     Raises:
-        FileNotFoundError: there is no image in a part.
+        FileNotFoundError: a part has no image.
     """
     walk = Walk(str(root))
     train_base, test_base, notes = _bases(walk)
@@ -80,18 +80,18 @@ def find(root: Path) -> Folder:
 
 
 def _bases(walk: Walk) -> tuple[str, str | None, list[str]]:
-    """The folders of the training part and of the test part below the root, with notes on the choice."""
+    """Return the folders of the training part and the test part below the root, with notes on the choice."""
     folders, files = walk.listing("")
-    named = {name.lower(): name for name in folders}  # where "Test" and "test" are both there, the latter
+    named = {name.lower(): name for name in folders}  # "test" wins over "Test"
     train = named.get("train")
     tests = [named[name] for name in TEST_NAMES if name in named]
     if train is None:
         return "", None, []
     beside = [name for name in folders if name != train and name not in tests]
     if beside and not tests and not walk.listing(train)[0]:
-        return "", None, [f"took {train} for a class like {listed(beside)}: no test or val lies beside it"]
+        return "", None, [f"took {train} for a class like {listed(beside)}: there is no test or val next to it"]
     notes = []
-    # ImageNet's test part has no labels, and its val part has.
+    # A candidate that shares classes with train wins: ImageNet's test part has no labels, but its val part has.
     classes = set(walk.listing(train)[0])
     labelled = (name for name in tests if classes & set(walk.listing(name)[0]))
     test = next(labelled, tests[0] if tests else None)
@@ -99,7 +99,7 @@ def _bases(walk: Walk) -> tuple[str, str | None, list[str]]:
     if unused:
         notes.append(f"did not read {listed(unused)}: {test} is the test part")
     if beside or files:
-        notes.append(f"did not read what lies beside {train}: {listed([*beside, *files])}")
+        notes.append(f"did not read the entries next to {train}: {listed([*beside, *files])}")
     return train, test, notes
 
 
@@ -110,7 +110,7 @@ def _part(walk: Walk, base: str) -> _Part:
 
 
 def _notes(walk: Walk, part: _Part) -> list[str]:
-    """Return notes on the classes of a part."""
+    """Return notes on empty folders and unclassified images of a part."""
     notes = []
     inside = [os.path.join(part.base, name) for name in walk.listing(part.base)[0] if name not in part.names]
     empty = [path for path in inside if path not in walk.loops]
@@ -118,6 +118,6 @@ def _notes(walk: Walk, part: _Part) -> list[str]:
         notes.append(f"left out {counted(len(empty), 'folder', 'folders')} without an image: {listed(empty)}")
     loose = [path for path, name in zip(part.paths, part.classes, strict=True) if name is None]
     if loose and part.names:
-        images = counted(len(loose), "image lies", "images lie")
-        notes.append(f"{images} beside the class folders: {listed(loose)}")
+        images = counted(len(loose), "image is", "images are")
+        notes.append(f"{images} next to the class folders: {listed(loose)}")
     return notes

@@ -1,4 +1,4 @@
-"""What a run measures of itself."""
+"""The record of a run's measurements."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on: the loss failed its verification, or is no longer finite."""
+    """Training cannot continue: the loss failed verification or is not finite, or images cannot be read."""
 
 
 class History:
-    """What was measured, as columns of plain numbers: `steps` for every step, the others now and then."""
+    """Measurements as columns of plain numbers: `steps` has every step, the other tables only some."""
 
     def __init__(self, columns: dict[str, dict[str, list[float]]] | None = None) -> None:
         self.columns = columns or {
@@ -24,11 +24,11 @@ class History:
         self._pending: list[tuple[Tensor, float, Tensor | float]] = []
 
     def record(self, loss: Tensor, lr: float, temperature: Tensor | float) -> None:
-        """Note a step; tensors stay where they are, so that no step waits for the device."""
+        """Record a step. Tensors stay on their device, so no step waits for it."""
         self._pending.append((loss, lr, temperature))
 
     def flush(self, step: int) -> float:
-        """Turn what was noted into numbers; returns the newest loss."""
+        """Convert the recorded tensors to numbers and return the newest loss."""
         steps = self.columns["steps"]
         for loss, lr, temperature in self._pending:
             value = float(loss)
@@ -47,11 +47,11 @@ class History:
             self.columns[table].setdefault(name, []).append(value)
 
     def row(self, index: int) -> dict[str, float]:
-        """A row of `measured`, with what `steps` has of its step."""
+        """Return a row of `measured`, joined with the columns of `steps` at its step."""
         measured = {name: column[index] for name, column in self.columns["measured"].items()}
         at = int(measured["step"])
         return measured | {name: column[at] for name, column in self.columns["steps"].items()}
 
     def measured(self) -> Iterator[dict[str, float]]:
-        """The rows of `measured`."""
+        """Return the rows of `measured`, each as from `row`."""
         return map(self.row, range(len(self.columns["measured"]["step"])))

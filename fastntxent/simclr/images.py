@@ -1,4 +1,4 @@
-"""Image files as tensors: all of them in memory, or each decoded whenever it is needed."""
+"""Image files as tensors, all in memory or decoded on demand."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from .tally import Tally, allocate
 
 IN_MEMORY = ("auto", "yes", "no")
 MEMORY_LIMIT = 512 * 2**20
-# Files that a thread decodes in one go: handing out single ones would cost as much as decoding a small one.
+# Number of files in one task of a thread. Handing out one small file would cost as much as decoding it.
 _GROUP = 16
 
 
 @dataclass(frozen=True)
 class ImagesOnDisk:
-    """Image files as uint8 (N, 3, size, size), decoded whenever they are indexed.
+    """Image files as uint8 images (N, 3, size, size), decoded each time they are indexed.
 
     Args:
         root, paths: the folder, and the files below it.
         size: side in pixels.
-        threads: how many decode at once, outside of a DataLoader's workers; 0: the calling one.
-        tally: histogram and checksum of all of the images, if they are known.
+        threads: number of decoding threads, except in a DataLoader worker; 0: decode in the calling thread.
+        tally: histogram and checksum of all images, if known.
     """
 
     root: str
@@ -53,7 +53,7 @@ class ImagesOnDisk:
         return torch.Size((len(self.paths), 3, self.size, self.size))
 
     def __getitem__(self, indices: Any, /) -> Tensor:
-        """The images at a tensor of places, a mask or a slice.
+        """Return the images at a tensor of places, a mask or a slice.
 
         Raises:
             ValueError: a file can no longer be read.
@@ -72,7 +72,7 @@ class ImagesOnDisk:
 
 @dataclass(frozen=True)
 class Loaded:
-    """The images of a folder, their labels, and what is to be said of them."""
+    """The images and labels of a folder, with notes for the user."""
 
     train_images: Tensor | ImagesOnDisk
     train_labels: Tensor
@@ -82,25 +82,25 @@ class Loaded:
 
 
 def default_threads() -> int:
-    """One for each core that this process may use, at most 8."""
+    """Return the number of cores that this process may use, at most 8."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(8, cores)
 
 
 def keep_in_memory(in_memory: str, count: int, image_bytes: int) -> bool:
-    """Whether `count` decoded images are kept."""
+    """Return whether to keep `count` decoded images in memory."""
     return in_memory == "yes" or (in_memory == "auto" and count * image_bytes <= MEMORY_LIMIT)
 
 
 def load_files(folder: Folder, size: int, in_memory: str, threads: int, skip_bad: bool, progress: bool) -> Loaded:
-    """Decode every file once, into memory or to see that it can be read.
+    """Decode every file once, to keep it in memory or to check that it can be read.
 
-    The part that an image belongs to is chosen among all files, so leaving bad ones out moves no other image.
+    The held-out part is chosen among all files, so leaving out bad files moves no image to the other part.
 
     Raises:
         ValueError: some files cannot be read and `skip_bad` is off, or too few are left.
     """
-    require("PIL.Image")  # or every file would be a bad one
+    require("PIL.Image")  # otherwise every file would count as bad
     train, test = folder.train, folder.test
     if test is None:
         mask = require_held_out(one_line(folder.root), train.labels)
@@ -118,7 +118,7 @@ def load_files(folder: Folder, size: int, in_memory: str, threads: int, skip_bad
     note = told_bad(sorted(bad), count, one_line(folder.root), skip_bad)
     if len(images[0]) < 2 or len(images[1]) < 2:
         raise ValueError(
-            f"{one_line(folder.root)} must hold at least 2 images of either part, got {len(images[0])} for "
+            f"{one_line(folder.root)} must hold at least 2 images in each part, got {len(images[0])} for "
             f"training and {len(images[1])} for testing{'; ' if note else ''}{note}"
         )
     return Loaded(images[0], labels[0], images[1], labels[1], (*folder.notes, *([note] if note else [])))
@@ -131,8 +131,8 @@ def _choose(files: Files, mask: Tensor) -> Files:
 def _read(
     folder: Folder, part: Files, size: int, keep: bool, threads: int, bad: list[BadFile], advance: Callable[[], object]
 ) -> tuple[Tensor | ImagesOnDisk, list[int]]:
-    """The images of a part and the places of those that could be read; the others are added to `bad`."""
-    root = os.path.abspath(folder.root)  # files are read later, too
+    """Return the readable images of a part and their places, and append the others to `bad`."""
+    root = os.path.abspath(folder.root)  # files are also read later
     kept = allocate((len(part.paths), 3, size, size), one_line(root)) if keep else None
     tally = Tally(3)
     good: list[int] = []
@@ -153,7 +153,7 @@ def _read(
 
 
 def decode_all(paths: Sequence[str], size: int, threads: int) -> Iterator[Array | BadFile]:
-    """Decode files in their order, in threads that run a bounded number of files ahead."""
+    """Yield decoded files in order, from threads that run a bounded number of files ahead."""
     groups = [paths[start : start + _GROUP] for start in range(0, len(paths), _GROUP)]
 
     def decode_group(group: Sequence[str]) -> list[Array | BadFile]:
@@ -177,10 +177,10 @@ def decode_all(paths: Sequence[str], size: int, threads: int) -> Iterator[Array 
 
 
 def told_bad(bad: Sequence[object], count: int, where: str, skip_bad: bool) -> str:
-    """Return one line about the files that could not be read; empty if there are none.
+    """Return one line about the files that could not be read, or an empty string if there are none.
 
     Raises:
-        ValueError: there are some and `skip_bad` is off.
+        ValueError: there are such files and `skip_bad` is off.
     """
     if not bad:
         return ""
@@ -188,13 +188,13 @@ def told_bad(bad: Sequence[object], count: int, where: str, skip_bad: bool) -> s
         return f"left out {len(bad)} of {count} images, which cannot be read: {listed(bad, MANY)}"
     raise ValueError(
         f"{len(bad)} of {count} images of {where} cannot be read: {listed(bad, MANY)}; "
-        f"{'it' if len(bad) == 1 else 'they'} can be left out with --skip-bad (skip_bad=True)"
+        f"{'it' if len(bad) == 1 else 'they'} can be skipped with --skip-bad (skip_bad=True)"
     )
 
 
 @contextlib.contextmanager
 def progress_bar(total: int | None, what: str) -> Iterator[Callable[[], object]]:
-    """A progress bar on stderr, as a function that advances it by one; none without a total or without tqdm."""
+    """Show a progress bar on stderr and yield a function that advances it by one. No bar without a total or tqdm."""
     try:
         from tqdm import tqdm
     except ImportError:
@@ -202,6 +202,6 @@ def progress_bar(total: int | None, what: str) -> Iterator[Callable[[], object]]
     if total is None:
         yield lambda: None
         return
-    interval = 0.1 if sys.stderr.isatty() else 10  # a log file wants few lines
+    interval = 0.1 if sys.stderr.isatty() else 10  # keep log files short
     with tqdm(total=total, unit="image", dynamic_ncols=True, desc=what, mininterval=interval) as bar:
         yield bar.update

@@ -16,7 +16,7 @@ Shape = tuple[int, ...]
 
 
 class Item(NamedTuple):
-    """An image and its label, or what is wrong with it. `is_bad`: reading it failed, so it may be left out."""
+    """An image and its label, or a problem. `is_bad` means that reading failed, so the item may be left out."""
 
     image: Array | None
     label: int | str | None = None
@@ -33,11 +33,11 @@ class Labelled(Protocol):
 
 
 def read_item(dataset: Any, index: int) -> Item:
-    """An item of a dataset; no exception leaves the worker that reads it."""
+    """Return an item of a dataset. Errors are returned as a problem, so they do not end the reading worker."""
     try:
         value = dataset[index]
         image, label = _split(value)
-        if _is_pillow(image):  # decoded only now
+        if _is_pillow(image):  # PIL images are decoded here
             image = _pixels_of_pillow(image)
     except _WrongKindError as error:
         return Item(None, problem=str(error))
@@ -50,14 +50,14 @@ def read_item(dataset: Any, index: int) -> Item:
 
 
 class _WrongKindError(Exception):
-    """An item that no setting makes usable."""
+    """The item has a wrong type, shape or range, which no setting can fix."""
 
 
 def _split(value: Any) -> tuple[Any, Any]:
     if not isinstance(value, (tuple, list)):
         return value, None
     if not value:
-        raise _WrongKindError("it is empty, and must be an image or (image, label, ...)")
+        raise _WrongKindError("it must be an image or (image, label, ...), got an empty tuple or list")
     return value[0], value[1] if len(value) > 1 else None
 
 
@@ -76,8 +76,8 @@ def _pixels(image: Any) -> Array:
         image = (image.float() if image.is_floating_point() else image).numpy()
     if not isinstance(image, np.ndarray):
         raise _WrongKindError(
-            f"its image is a {type(image).__name__}, and must be a PIL image, an array or a tensor (the item itself, "
-            "or the first of a tuple)"
+            f"its image is a {type(image).__name__}, but it must be a PIL image, an array or a tensor (the item "
+            "itself, or the first element of a tuple)"
         )
     if image.ndim == 2:
         image = image[None]
@@ -91,19 +91,19 @@ def _pixels(image: Any) -> Array:
         low, high = image.min(), image.max()
         if not (low >= 0 and high <= 1):
             raise _WrongKindError(
-                f"its image is {image.dtype} and must lie in [0, 1], got [{low:g}, {high:g}]: leave Normalize out of "
-                "the transform"
+                f"its image is {image.dtype}, so it must lie in [0, 1], got [{low:g}, {high:g}]: leave Normalize out "
+                "of the transform"
             )
         image = (image.astype(np.float32) * 255).round().astype(np.uint8)
     elif image.dtype != np.uint8:
-        raise _WrongKindError(f"its image must be uint8, or floating in [0, 1], got {image.dtype}")
-    return np.require(image, requirements=["C", "W"])  # PyTorch warns of what is not writable
+        raise _WrongKindError(f"its image must be uint8, or floating-point in [0, 1], got {image.dtype}")
+    return np.require(image, requirements=["C", "W"])  # PyTorch warns about arrays that are not writable
 
 
 def _label(label: Any) -> int | str | None:
     if isinstance(label, (Tensor, np.ndarray)):
         if label.size != 1 if isinstance(label, np.ndarray) else label.numel() != 1:
-            raise _WrongKindError(f"its label must be one integer or text, got the shape {tuple(label.shape)}")
+            raise _WrongKindError(f"its label must be one integer or string, got the shape {tuple(label.shape)}")
         label = label.item()
     if isinstance(label, (float, np.floating)) and float(label).is_integer():
         return int(label)
@@ -111,18 +111,18 @@ def _label(label: Any) -> int | str | None:
         return int(label)
     if label is None or isinstance(label, str):
         return label
-    raise _WrongKindError(f"its label must be an integer, a text or None, got {label!r:.60} of {type(label).__name__}")
+    raise _WrongKindError(f"its label must be an integer, string or None, got {label!r:.60} of {type(label).__name__}")
 
 
 def require_sound(item: Item, index: int, what: str, shape: Shape) -> None:
-    """Raise ValueError for an item that is of the wrong kind or size; one that could not be read passes."""
+    """Raise ValueError for an item of the wrong type or size. An item that could not be read passes."""
     if item.image is None and not item.is_bad:
         raise ValueError(f"item {index} of {what}: {item.problem}")
     if item.image is not None and item.image.shape != shape:
         advice = (
             "end the transform with Resize((H, W))"
             if item.image.shape[1:] != shape[1:]
-            else "convert all to RGB or all to grey"
+            else "convert all images to RGB or all to grey"
         )
         raise ValueError(
             f"all images must have one size, but item {index} of {what} is {item.image.shape} and the first is {shape} "
@@ -132,13 +132,13 @@ def require_sound(item: Item, index: int, what: str, shape: Shape) -> None:
 
 @dataclass(frozen=True)
 class ImagesOfDataset:
-    """Items of a dataset as uint8 (N, C, H, W), read whenever they are indexed.
+    """Items of a dataset as uint8 images (N, C, H, W), read each time they are indexed.
 
     Args:
         dataset: the dataset.
-        places: int64 (N,), the items that are meant.
-        image_shape: channels, height and width of each.
-        tally: histogram and checksum of all of the images, if they are known.
+        places: indices of the items, int64 (N,).
+        image_shape: channels, height and width of each image.
+        tally: histogram and checksum of all images, if known.
     """
 
     dataset: Labelled = field(repr=False)
@@ -154,10 +154,10 @@ class ImagesOfDataset:
         return torch.Size((len(self.places), *self.image_shape))
 
     def __getitem__(self, indices: Any, /) -> Tensor:
-        """The images at a tensor of places, a mask or a slice.
+        """Return the images at a tensor of places, a mask or a slice.
 
         Raises:
-            ValueError: an item can no longer be read, or has another size than at first.
+            ValueError: an item can no longer be read, or its size has changed.
         """
         chosen = self.places[indices]
         images = torch.empty((chosen.numel(), *self.image_shape), dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""Labels of any kind as class numbers 0..C-1, and the images that are held out for testing."""
+"""Labels of any kind as class numbers 0..C-1, and the choice of images held out for testing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .notes import distinct, listed
 
-# Label of an image that has none.
+# The label of an image without a label.
 UNLABELLED = -1
 
 Array = np.ndarray[Any, Any]
@@ -20,26 +20,26 @@ Array = np.ndarray[Any, Any]
 def label_tensors(
     parts: Sequence[tuple[str, Array | None, int]], class_names: Sequence[object] = ()
 ) -> tuple[list[Tensor], tuple[str, ...]]:
-    """Class numbers for the labels of every part, and the names of the classes.
+    """Return class numbers for the labels of every part, and the names of the classes.
 
     Args:
-        parts: for the training part and the test part: the name for messages, the labels (N,) or (N, 1) or None, and N.
-        class_names: the names that integer labels index and that text labels are among. Without names the classes are
-            the sorted values that occur in any part. In either case an integer -1 and an empty text mean "no label".
+        parts: for the training and the test part: the name for messages, the labels (N,), (N, 1) or None, and N.
+        class_names: the names that integer labels index, or that string labels are among. Without names, the classes
+            are the sorted values that occur in any part. An integer -1 and an empty string always mean "no label".
 
     Returns:
         For every part int64 (N,) with values in 0..C-1, or -1 for no label; and C printable names.
 
     Raises:
-        ValueError: the labels are of another shape or kind, or not among `class_names`.
+        ValueError: the labels have the wrong shape or type, or are not among `class_names`.
     """
     columns = [None if labels is None else _column(name, labels, count) for name, labels, count in parts]
-    # Python's own numbers, as no dtype of NumPy holds both int64 and uint64.
+    # Python integers, because no NumPy dtype holds both int64 and uint64.
     uniques = [None if column is None else np.unique(column, return_inverse=True) for column in columns]
     found = {value for unique in uniques if unique is not None for value in unique[0].tolist()}
     kinds = {type(value) for value in found}
     if len(kinds) > 1:
-        raise ValueError(f"{' and '.join(name for name, *_ in parts)} must be all numbers or all text, got both")
+        raise ValueError(f"{' and '.join(name for name, *_ in parts)} must be all numbers or all strings, got both")
     found -= {UNLABELLED, ""}
     if not class_names:
         names: Sequence[object] = sorted(found)
@@ -67,30 +67,30 @@ def label_tensors(
 
 
 def _column(name: str, labels: Array, count: int) -> Array:
-    """The labels as a (N,) array of integers or text."""
+    """Return the labels as an (N,) array of integers or strings."""
     kind = labels.dtype.kind
     shape = labels.shape
     if shape == (count, 1):
         labels = labels[:, 0]
     elif shape != (count,):
         one_hot = " (one column for each class? give its argmax)" if len(shape) == 2 and len(labels) == count else ""
-        raise ValueError(f"{name} must be {count} integers or texts, got {labels.dtype} of shape {shape}{one_hot}")
+        raise ValueError(f"{name} must be {count} integers or strings, got {labels.dtype} of shape {shape}{one_hot}")
     if kind == "f":
         whole = np.isfinite(labels) & (labels == np.floor(labels)) & (np.abs(labels) < 2.0**53)
         if not whole.all():
-            raise ValueError(f"{name} must be {count} whole numbers or texts, got {labels[~whole][0]:g} among them")
+            raise ValueError(f"{name} must be {count} whole numbers or strings, got {labels[~whole][0]:g} among them")
         return labels.astype(np.int64)
     if kind == "b":
         return labels.astype(np.int64)
     if kind == "S":
         return np.array([value.decode("utf-8", "surrogateescape") for value in labels.tolist()], np.str_)
     if kind not in "iuU":
-        raise ValueError(f"{name} must be {count} integers or texts, got {labels.dtype}")
+        raise ValueError(f"{name} must be {count} integers or strings, got {labels.dtype}")
     return labels
 
 
 def held_out(labels: Tensor) -> Tensor:
-    """A mask of a fifth of every class, the same in every run: images without a label count as one more class."""
+    """Return a mask of a fifth of every class, the same in every run. Unlabelled images count as one more class."""
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(labels)))
     order = order[labels[order].argsort(stable=True)]  # class by class, each in the order of the permutation
     counts = labels.unique(return_counts=True)[1]
@@ -102,7 +102,7 @@ def held_out(labels: Tensor) -> Tensor:
 
 
 def require_held_out(name: str, labels: Tensor) -> Tensor:
-    """The mask of `held_out`; ValueError if it holds fewer than two images."""
+    """Return the mask of `held_out`; ValueError if it selects fewer than two images."""
     mask = held_out(labels)
     if mask.sum() < 2:
         raise ValueError(f"{name}: {len(labels)} images are too few to hold a fifth of each class out for testing")

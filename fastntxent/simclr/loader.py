@@ -1,4 +1,4 @@
-"""A DataLoader of the user's as training data: what its batches may be, and what the model needs to know of them."""
+"""A user's DataLoader as training data: checks of its batches, and the facts about them that the model needs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from .output import last_line
-from .stopping import ignore_signals
+from .stopping import ignore_signals, read
 
 _EXPECTED = (
     "a batch of the DataLoader must be images (N, C, H, W) or (images, labels, ...), or two views of each image, "
@@ -20,14 +20,14 @@ _EXPECTED = (
 
 
 class LoaderData:
-    """A DataLoader's batches: images, uint8 or in [0, 1], which are augmented, or pairs of views, which are not.
+    """The batches of a DataLoader: images (uint8 or in [0, 1]), which are augmented, or pairs of views, which are not.
 
     Args:
-        loader: a DataLoader with a length. Over several ranks each rank has its own, of the same length.
+        loader: a DataLoader with a length. Over several ranks each rank has a separate loader of the same length.
 
     Raises:
-        TypeError: it has no length, or its batches are of another kind.
-        ValueError: it is empty, or would give a batch of one image.
+        TypeError: the loader has no length, or its batches are neither.
+        ValueError: the loader is empty, or would yield a batch of one image.
     """
 
     name = title = "a DataLoader"
@@ -37,15 +37,15 @@ class LoaderData:
         try:
             self.steps_per_epoch = len(loader)
         except TypeError as error:
-            raise TypeError(f"data must be a DataLoader with a length, for the schedule: {error}") from error
+            raise TypeError(f"data must be a DataLoader with a length, which the schedule needs: {error}") from error
         if not self.steps_per_epoch:
-            raise ValueError("data must be a DataLoader with at least one batch, got one of none")
+            raise ValueError("data must be a DataLoader with at least one batch, got an empty one")
         self.loader = loader
         items: Any = loader.dataset if isinstance(loader.dataset, IterableDataset) else loader.sampler
         if loader.batch_size and not loader.drop_last and len(items) % loader.batch_size == 1:
             raise ValueError(
-                "data must be a DataLoader without a batch of one image, which has no negatives, and the last of its "
-                f"{len(items)} images is one: set drop_last=True"
+                "data must be a DataLoader without a batch of one image, which has no negatives, but the last of its "
+                f"{len(items)} images is alone in its batch: set drop_last=True"
             )
         loader.worker_init_fn = functools.partial(ignore_signals, then=loader.worker_init_fn)
         images = self.images_of(_first_batch(loader))
@@ -56,7 +56,7 @@ class LoaderData:
         self.image_shape = (channels, height, width)
 
     def images_of(self, batch: Any) -> Tensor | tuple[Tensor, Tensor]:
-        """The images of a batch, uint8, or its two views, in [0, 1] or as the loader normalised them."""
+        """Return the uint8 images of a batch, or its two views, in [0, 1] or as the loader normalised them."""
         parts = list(batch) if isinstance(batch, Sequence) else [batch]
         if parts and isinstance(parts[0], Sequence) and len(parts[0]) == 2:
             parts = list(parts[0])
@@ -69,30 +69,30 @@ class LoaderData:
             return _as_bytes(images)
         if images.shape != parts[1].shape or not (images.is_floating_point() and parts[1].is_floating_point()):
             raise TypeError(
-                f"the two views of a DataLoader's batch must be floating and of one shape, got {_describe(parts)}"
+                f"the two views of a DataLoader's batch must be floating-point, of one shape, got {_describe(parts)}"
             )
         return images.float(), parts[1].float()
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell the samplers that shuffle by the epoch's number, as DistributedSampler does."""
+        """Pass the epoch on to everything that has a `set_epoch`, such as a DistributedSampler."""
         for part in (self.loader.sampler, self.loader.batch_sampler, self.loader.dataset):
             getattr(part, "set_epoch", lambda _: None)(epoch)
 
     def channel_moments(self) -> tuple[list[float], list[float]]:
-        """Mean 0 and standard deviation 1: the loader's images are taken as they are."""
+        """Return mean 0 and standard deviation 1, so the loader's images are not standardised."""
         return [0.0] * self.image_shape[0], [1.0] * self.image_shape[0]
 
     def fingerprint(self) -> str:
-        """What can be told of the images without a pass over them."""
+        """Return a short text about the images that needs no pass over them."""
         return f"{self.steps_per_epoch} batches of {self.image_shape}"
 
 
 def _first_batch(loader: DataLoader[Any]) -> Any:
     try:
-        return next(iter(loader))
+        return next(read(loader))
     except StopIteration:
-        raise ValueError("data must be a DataLoader with at least one batch, and it gave none") from None
-    except Exception as error:  # of the user's own code
+        raise ValueError("data must be a DataLoader with at least one batch, but it yielded none") from None
+    except Exception as error:  # from the user's code
         raise ValueError(f"the first batch of the DataLoader cannot be read: {last_line(error)}") from error
 
 
@@ -104,10 +104,10 @@ def _as_bytes(images: Tensor) -> Tensor:
     if images.dtype == torch.uint8:
         return images
     if not images.is_floating_point():
-        raise TypeError(f"the images of the DataLoader must be uint8 or floating, got {images.dtype}")
+        raise TypeError(f"the images of the DataLoader must be uint8 or floating-point, got {images.dtype}")
     if not (float(images.min()) >= 0 and float(images.max()) <= 1):
         raise ValueError(
-            f"floating images of the DataLoader must lie in [0, 1], got [{float(images.min()):g}, "
+            f"floating-point images of the DataLoader must lie in [0, 1], got [{float(images.min()):g}, "
             f"{float(images.max()):g}]: leave normalisation to the encoder"
         )
     return (images * 255).round().to(torch.uint8)

@@ -1,4 +1,4 @@
-"""What a run writes while it trains: log.csv always, TensorBoard and Weights & Biases where asked for."""
+"""The logs that a run writes while it trains: always log.csv, on request TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Row = Mapping[str, float]
 
 
 class LogError(ValueError):
-    """A log that the settings ask for cannot be opened; no step was made."""
+    """A requested log cannot be opened. No training step was made."""
 
 
 class Log(Protocol):
@@ -30,10 +30,10 @@ class Log(Protocol):
 
 
 class CSVLog:
-    """log.csv, a row for each measurement. Rows are flushed as they come, so that others can follow the file."""
+    """log.csv, with one row per measurement. Every row is flushed, so the file can be followed live."""
 
     def __init__(self, path: Path, earlier: Iterable[Row]) -> None:
-        path.unlink(missing_ok=True)  # a link would lead elsewhere
+        path.unlink(missing_ok=True)  # do not write through a link
         self._file = path.open("x", newline="", encoding="utf-8")
         self._writer = csv.DictWriter(self._file, COLUMNS)
         self._writer.writeheader()
@@ -77,7 +77,7 @@ class WandbLog:
 
 
 def check_logs(config: Config) -> None:
-    """Raise ImportError, in words, where a package that the settings ask for is missing."""
+    """Raise a readable ImportError if a package for a requested log is missing."""
     if config.tensorboard:
         require("torch.utils.tensorboard", install="tensorboard")
     if config.wandb:
@@ -85,17 +85,17 @@ def check_logs(config: Config) -> None:
 
 
 def open_logs(config: Config, settings: Mapping[str, Any], step: int, run_id: str, earlier: Iterable[Row]) -> list[Log]:
-    """The logs of a run.
+    """Return the open logs of a run.
 
     Args:
-        config: says which.
-        settings: the resolved settings, for the logs that keep them.
-        step: where the run is; what an interrupted run logged beyond it is dropped.
-        run_id: the same for a run and for what resumes it.
+        config: the settings, which select the logs.
+        settings: the resolved settings, for the logs that record them.
+        step: the current step; entries that an interrupted run logged after it are dropped.
+        run_id: an id that a run shares with the runs that resume it.
         earlier: the rows up to `step`.
 
     Raises:
-        LogError: TensorBoard or Weights & Biases refuses.
+        LogError: TensorBoard or Weights & Biases cannot be opened.
         OSError: log.csv cannot be written.
     """
     logs: list[Log] = [CSVLog(config.out / CSV, earlier)]
@@ -106,7 +106,7 @@ def open_logs(config: Config, settings: Mapping[str, Any], step: int, run_id: st
         name = "--wandb"
         if config.wandb:
             logs.append(WandbLog(config.wandb, config.out, settings, run_id))
-    except Exception as error:  # these packages raise their own: no login, no network, a file in the folder's place
+    except Exception as error:  # no login, no network, a file in the folder's place, ...
         for log in logs:
             log.close()
         raise LogError(f"{name} cannot be used: {type(error).__name__}: {first_line(error)}") from error

@@ -1,8 +1,8 @@
 """Encoders and the projection head.
 
-An encoder maps images in [0, 1] to features h; the head maps h to the embedding z, which the loss compares, and is
-thrown away afterwards (SimCLR, section 4.2). The project's own networks stand here and take any image size; networks
-of other libraries and of the user come from `encoders`.
+An encoder maps images in [0, 1] to features h. The head maps h to the embedding z, the input of the loss, and is thrown
+away after training (SimCLR, section 4.2). This module has the package's own networks, which take any image size.
+`encoders` provides networks of other libraries and of users.
 """
 
 import difflib
@@ -18,15 +18,18 @@ from . import encoders
 
 SMALL_IMAGE = 64
 DEFAULT_WIDTH = {"conv": 16, "resnet18": 64, "resnet50": 64}
-# The shortcuts of a ResNet are 1 x 1 convolutions of stride 2, channels last. On a CPU with AVX2 and no AVX-512 oneDNN
-# (jit_avx2_1x1_convolution_bwd_weights, as of PyTorch 2.13) copies their input in whole blocks of 8 channels into
-# scratch memory for the channels that there are: below 8 it writes past the end, which leaves wrong gradients or a
-# corrupt heap. From 8 on there is room for every block.
+# The shortcuts of a ResNet are 1 x 1 convolutions of stride 2, channels last. On a CPU with AVX2 but no AVX-512, oneDNN
+# (jit_avx2_1x1_convolution_bwd_weights, as of PyTorch 2.13) copies their input in whole blocks of 8 channels to scratch
+# memory sized for the actual channels. Below 8 channels it writes past the end, which gives wrong gradients or corrupts
+# the heap. From 8 channels on, every block fits.
 LEAST_RESNET_WIDTH = 8
 
 
 def check_model(model: str, name: str = "model") -> None:
-    """Raise ValueError, under the setting's name, for a string that cannot be a model's name. Imports nothing."""
+    """Raise ValueError for a string that cannot be a model's name, without importing anything.
+
+    `name` is the setting's name in the error.
+    """
     if model in DEFAULT_WIDTH:
         return
     if ":" in model:
@@ -40,18 +43,18 @@ def check_model(model: str, name: str = "model") -> None:
 
 
 def check_width(model: str, width: int, name: str = "width") -> None:
-    """Raise ValueError, under the setting's name, for a width at which PyTorch does not train the model soundly."""
+    """Raise ValueError for a width that the model does not take, or at which PyTorch trains it incorrectly."""
     if model not in DEFAULT_WIDTH:
-        raise ValueError(f"{name} is for the models {', '.join(DEFAULT_WIDTH)}; {model} has a width of its own")
+        raise ValueError(f"{name} applies only to the models {', '.join(DEFAULT_WIDTH)}; {model} has a fixed width")
     if model != "conv" and width < LEAST_RESNET_WIDTH:
         raise ValueError(
-            f"{name} must be at least {LEAST_RESNET_WIDTH} for {model}, got {width}: below that PyTorch 2.13 "
-            "overruns its memory in the backward of the shortcuts, on a CPU with AVX2 but without AVX-512"
+            f"{name} must be at least {LEAST_RESNET_WIDTH} for {model}, got {width}: below that, PyTorch 2.13 "
+            "overruns a buffer in the backward of the shortcuts on CPUs with AVX2 but without AVX-512"
         )
 
 
 class Standardise(nn.Module):
-    """(x - mean) / std per channel. It is part of the encoder, so a loaded encoder takes plain images."""
+    """(x - mean) / std per channel. As a part of the encoder, it lets a loaded encoder take images in [0, 1]."""
 
     mean: Tensor
     std: Tensor
@@ -64,21 +67,22 @@ class Standardise(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = (x - self.mean) / self.std
-        # Channels last is 1.3 to 2.5 times as fast for convolutions on a CPU.
+        # On a CPU, channels last makes convolutions 1.3 to 2.5 times as fast.
         return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x.contiguous()
 
 
 class Encoder(nn.Module):
-    """Images in [0, 1], float (N, C, H, W), to features (N, F): standardise, a network, flatten.
+    """Maps float images (N, C, H, W) in [0, 1] to features (N, F): standardises, runs a network, flattens.
 
     Attributes:
         channels: C.
-        size: height and width of the images it was made for, in pixels. A fully convolutional network takes others too.
-        image_size: the longer of them.
+        size: (height, width) of the images it was built for, in pixels. Fully convolutional networks take others too.
+        image_size: the larger of the two.
         feature_dim: F.
 
-    Calling it raises ValueError or TypeError for images of another dtype or shape, and for values up to 255. It warns
-    of values beyond [-0.5, 1.5], which standardised images have. Values are looked at on a CPU in eval mode only.
+    Calling it raises ValueError or TypeError for images of the wrong dtype or shape and for values above 8, such as
+    0..255. It warns about values outside [-0.5, 1.5], which suggest standardised images. Values are checked only on a
+    CPU in eval mode.
     """
 
     def __init__(
@@ -98,7 +102,7 @@ class Encoder(nn.Module):
         self.standardise = Standardise(mean, std, channels_last)
         self.body = body
         if channels_last:
-            # The weights of convolutions alone: a parameter of five dimensions has no such layout.
+            # Only convolution weights: a parameter with five dimensions has no such layout.
             for module in body.modules():
                 if isinstance(module, nn.Conv2d):
                     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in the stubs
@@ -110,7 +114,7 @@ class Encoder(nn.Module):
         return h.flatten(1)
 
 
-@torch.fx.wrap  # a call in a graph of torch.fx, which has no values to check
+@torch.fx.wrap  # torch.fx records a call: there are no values to check
 def _check_images(x: Tensor, channels: int, training: bool) -> None:
     if is_tracing():
         return
@@ -120,12 +124,12 @@ def _check_images(x: Tensor, channels: int, training: bool) -> None:
         raise TypeError(f"images must be floating-point in [0, 1], got {x.dtype}: convert uint8 with x.float() / 255")
     if x.ndim != 4 or x.shape[1] != channels:
         raise ValueError(f"images must have the shape (N, {channels}, H, W), got {tuple(x.shape)}")
-    # Elsewhere a look at the values would wait for the device, or has no values to look at.
+    # Otherwise checking values would wait for the device, or there are no values to check.
     if training or type(x) is not Tensor or x.device.type != "cpu" or torch.compiler.is_compiling() or not x.numel():
         return
     low, high = map(float, x.detach().aminmax())
     if high > 8:
-        raise ValueError(f"images must lie in [0, 1], got values up to {high:g}: divide those of 0..255 by 255")
+        raise ValueError(f"images must lie in [0, 1], got values up to {high:g}: divide values in 0..255 by 255")
     if low < -0.5 or high > 1.5:
         warnings.warn(
             f"images should lie in [0, 1], got [{low:.3g}, {high:.3g}]: the encoder standardises them itself",
@@ -139,9 +143,9 @@ def _conv(inputs: int, outputs: int, kernel: int, stride: int, batch_norm: bool)
 
 
 class ConvNet(nn.Sequential):
-    """Three stride-2 convolutions and a 2 x 2 pool: an encoder for small images and two CPU cores.
+    """Three stride-2 convolutions and a 2 x 2 pool: an encoder for small images on two CPU cores.
 
-    The 2 x 2 pool keeps a trace of where things are, which a global pool of so shallow a network would lose.
+    The 2 x 2 pool keeps coarse positions, which a global pool of such a shallow network would lose.
     """
 
     def __init__(self, channels: int, width: int, batch_norm: bool = True) -> None:
@@ -155,7 +159,7 @@ class ConvNet(nn.Sequential):
 
 
 class _Basic(nn.Module):
-    """Two 3 x 3 convolutions around a shortcut (He et al. 2016, the block of ResNet-18)."""
+    """Two 3 x 3 convolutions with a shortcut (He et al. 2016, the block of ResNet-18)."""
 
     expansion = 1
 
@@ -170,7 +174,7 @@ class _Basic(nn.Module):
 
 
 class _Bottleneck(nn.Module):
-    """1 x 1, 3 x 3 and 1 x 1 convolutions around a shortcut (the block of ResNet-50), the stride in the 3 x 3."""
+    """1 x 1, 3 x 3 and 1 x 1 convolutions with a shortcut (the block of ResNet-50). The 3 x 3 has the stride."""
 
     expansion = 4
 
@@ -197,10 +201,10 @@ _RESNETS: dict[str, tuple[type[_Basic | _Bottleneck], tuple[int, ...]]] = {
 
 
 class ResNet(nn.Sequential):
-    """A ResNet without its classifier; `width` channels in the first stage (64 in the paper).
+    """A ResNet without its classifier, with `width` channels in the first stage (64 in the paper).
 
-    Images of at most 64 pixels get a 3 x 3 stem and no max-pool, as in SimCLR's CIFAR-10 experiments
-    (appendix B.9); larger ones the usual 7 x 7 stem.
+    Images of at most 64 pixels get a 3 x 3 stem and no max-pool, as in SimCLR's CIFAR-10 experiments (appendix B.9).
+    Larger images get the usual 7 x 7 stem.
 
     Args:
         model: "resnet18" or "resnet50".
@@ -241,7 +245,7 @@ class Projector(nn.Sequential):
 
 
 class SimCLR(nn.Module):
-    """Images -> embeddings z, optionally under autocast."""
+    """Maps images to embeddings z, optionally under autocast."""
 
     def __init__(self, encoder: Encoder, projector: Projector, amp_dtype: torch.dtype | None = None):
         super().__init__()
@@ -250,7 +254,7 @@ class SimCLR(nn.Module):
         self.amp_dtype = amp_dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        # Autocast lives here and not around the step, so that gradient caching re-runs it the same way.
+        # Autocast is applied here, not around the step, so that gradient caching reruns it in the same way.
         with torch.autocast(x.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
             z: Tensor = self.projector(self.encoder(x))
         return z
@@ -270,21 +274,21 @@ def build_model(
     amp_dtype: torch.dtype | None = None,
     encoder: nn.Module | None = None,
 ) -> SimCLR:
-    """A model whose initial parameters are a function of the arguments; torch's global generator is untouched.
+    """Return a model whose initial parameters depend only on the arguments. torch's global generator is unchanged.
 
     Args:
-        model: a name that `check_model` lets pass.
-        mean, std: of each channel of the images in [0, 1]; their length is the number of channels.
+        model: a name that passes `check_model`.
+        mean, std: mean and standard deviation of each channel of the images in [0, 1].
         image_size: side of the images, or (height, width).
-        width: channels of the first layer of "conv" and of a ResNet, at least 8 for the latter; 0 for the default.
-        hidden, proj_dim: units of the projection head's two layers.
+        width: channels of the first layer of "conv" or of a ResNet (at least 8); 0: the default.
+        hidden, proj_dim: units of the two layers of the projection head.
         seed: seed of the initial parameters. Only PyTorch's CPU generator is seeded.
-        batch_norm: False leaves BatchNorm out of "conv", the ResNets and the head, with biases in its place.
-        amp_dtype: run the forward under autocast to this dtype.
-        encoder: the user's module, which takes the place of `model`; it is used itself, not a copy.
+        batch_norm: False replaces BatchNorm by biases in "conv", the ResNets and the head.
+        amp_dtype: dtype of autocast in the forward; None: no autocast.
+        encoder: a user's module that replaces `model`. It is used directly, not copied.
 
     Raises:
-        ValueError, ImportError: the encoder cannot be built, or the module cannot be an encoder.
+        ValueError, ImportError: the encoder cannot be built, or the module cannot serve as an encoder.
     """
     devices = {p.device for p in encoder.parameters() if p.is_cuda} if isinstance(encoder, nn.Module) else ()
     with torch.random.fork_rng(devices):
@@ -307,10 +311,10 @@ def build_encoder(
     encoder: nn.Module | None = None,
     train: bool = True,
 ) -> Encoder:
-    """The encoder of `build_model`, drawn from torch's global generator.
+    """Return the encoder of `build_model`, with parameters drawn from torch's global generator.
 
     Args:
-        train: whether the encoder will be trained; if so, one that cannot be trained is refused.
+        train: whether the encoder will be trained. If so, an encoder that cannot be trained is rejected.
     """
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     channels = len(mean)
@@ -323,12 +327,12 @@ def build_encoder(
 
     name = "the encoder" if encoder is not None else f"--model {model}"
     if not batch_norm:
-        raise ValueError(f"--norm none is for {', '.join(DEFAULT_WIDTH)}; {name} has its own normalisation")
+        raise ValueError(f"--norm none applies only to {', '.join(DEFAULT_WIDTH)}; {name} has its own normalisation")
     if encoder is not None and width:
-        raise ValueError(f"--width is for {', '.join(DEFAULT_WIDTH)}, and not for an encoder of one's own, got {width}")
+        raise ValueError(f"--width applies only to {', '.join(DEFAULT_WIDTH)}, not to your own encoder, got {width}")
     body = encoders.by_name(model, channels, size) if encoder is None else encoder
     feature_dim = encoders.adopt(name, body, channels, size, train=train)
-    if isinstance(body, Encoder):  # one that was trained before: it standardises images in its own way
+    if isinstance(body, Encoder):  # a loaded encoder, which already standardises images
         return body
     library = encoder is None and model.startswith(encoders.LIBRARIES)
     return Encoder(body, mean, std, size, feature_dim, channels_last=library)

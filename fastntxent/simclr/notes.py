@@ -1,4 +1,4 @@
-"""Lists of names in one line: what a person is told about files that were left out."""
+"""Lists of names on one line, for notes such as those on files that were left out."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from collections.abc import Iterable, Sequence
 FEW = 5
 MANY = 20
 
-# Line breaks and other control characters, and the bytes of a file's name that are not UTF-8.
+# Line breaks, other control characters, and bytes of file names that are not UTF-8.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 def one_line(text: object) -> str:
-    """The text with a question mark for every character that cannot be printed within a line."""
+    """Return the text with a question mark for every character that cannot be printed on one line."""
     return _UNPRINTABLE.sub("?", str(text))
 
 
 def listed(names: Sequence[object], most: int = FEW) -> str:
-    """The first names, separated by commas, and how many more there are."""
+    """Return the first names, separated by commas, and the number of the others."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(one_line(name) for name in names[:most]) + more
 
 
 def counted(count: int, singular: str, plural: str) -> str:
-    """The count with the noun, in the number that it takes."""
+    """Return the count with the singular or the plural."""
     return f"{count} {singular if count == 1 else plural}"
 
 
 def distinct(names: Iterable[object]) -> tuple[str, ...]:
-    """The names as printable text, with a number after each that would print like one before it."""
+    """Return the names as printable text, with a number appended to duplicates."""
     found: dict[str, None] = {}
     for name in names:
         plain = text = one_line(name)

@@ -1,4 +1,4 @@
-"""Arrays of an .npz file, read a block at a time; pickled objects, which could run code, are never read."""
+"""Arrays of an .npz file, read a block at a time. Pickled objects, which could run code, are never read."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .arrays import Array, Arrays, rows_per_block
 from .notes import listed, one_line
 from .pixels import reason
 
-# What the arrays are called: training images, their labels, test images, their labels, and what is put aside for
-# validation. After this package, MedMNIST, and Keras.
+# Names of the training images and labels, the test images and labels, and the validation images and labels, in this
+# package's files, in MedMNIST's and in Keras's.
 KEYS = (
     ("images", "labels", "test_images", "test_labels", "val_images", "val_labels"),
     ("train_images", "train_labels", "test_images", "test_labels", "val_images", "val_labels"),
@@ -27,14 +27,14 @@ _CLASS_NAMES = "class_names"
 
 
 def open_npz(path: Path) -> Arrays:
-    """The arrays of an .npz file by their usual names.
+    """Return the arrays of an .npz file, found by their usual names.
 
     Raises:
-        ValueError: the file is damaged or of another kind, or has no array of images.
+        ValueError: the file is damaged, has another format, or has no array of images.
     """
     if not path.is_file():
-        kind = "a folder" if path.is_dir() else "no regular file"
-        raise ValueError(f"--data npz needs an .npz file as its --data-dir, and {one_line(path)} is {kind}")
+        kind = "a folder" if path.is_dir() else "not a regular file"
+        raise ValueError(f"--data npz needs an .npz file as its --data-dir, but {one_line(path)} is {kind}")
     members = _members(path)
     plain = {name.lower(): name for name in members}
     keys = next((keys for keys in KEYS if keys[0] in plain), None)
@@ -47,7 +47,7 @@ def open_npz(path: Path) -> Arrays:
     notes = []
     if test_images is None:
         if test_labels is not None:
-            raise ValueError(f"{one_line(path)} holds {test_labels}, and no {keys[2]}")
+            raise ValueError(f"{one_line(path)} holds {test_labels}, but no {keys[2]}")
         test_images, test_labels, val_images, val_labels = val_images, val_labels, None, None
     if test_images is not None and (labels is None) != (test_labels is None):
         missing, there = (keys[1], test_labels) if labels is None else (keys[3], labels)
@@ -75,7 +75,7 @@ def open_npz(path: Path) -> Arrays:
 
 def _texts(what: str, names: Array) -> tuple[str, ...]:
     if names.ndim != 1 or names.dtype.kind not in "US" or not names.size:
-        raise ValueError(f"{what} must be texts (C,), got {names.dtype} of shape {names.shape}")
+        raise ValueError(f"{what} must be strings (C,), got {names.dtype} of shape {names.shape}")
     return tuple(name.decode("utf-8", "replace") if isinstance(name, bytes) else name for name in names.tolist())
 
 
@@ -91,7 +91,7 @@ class Member:
     offset: int
 
     def blocks(self) -> Iterator[Array]:
-        """Blocks of rows, read anew.
+        """Yield blocks of rows, read from the file.
 
         Raises:
             ValueError: the file is damaged.
@@ -105,10 +105,10 @@ class Member:
             for start in range(0, self.shape[0], step):
                 shape = (min(step, self.shape[0] - start), *self.shape[1:])
                 yield self._block(file, shape)
-            file.read(1)  # beyond the last byte the checksum is compared
+            file.read(1)  # reading past the last byte checks the checksum
 
     def read(self) -> Array:
-        """The whole array."""
+        """Return the whole array."""
         with _words(self.path), _open(self.path, self.name) as file:
             file.read(self.offset)
             values = self._block(file, self.shape[::-1] if self.is_fortran else self.shape)
@@ -118,16 +118,16 @@ class Member:
     def _block(self, file: IO[bytes], shape: tuple[int, ...]) -> Array:
         count = math.prod(shape)
         content = file.read(count * self.dtype.itemsize)
-        # In native byte order.
+        # Convert to native byte order.
         return np.frombuffer(content, self.dtype, count).reshape(shape).astype(self.dtype.newbyteorder("="), copy=False)
 
 
 def _members(path: Path) -> dict[str, Member]:
-    """Every array of a file, by its name."""
+    """Return every array of a file, by name."""
     with path.open("rb") as file:
         start = file.read(6)
     if not start:
-        raise ValueError(f"{one_line(path)} is empty, and no .npz file")
+        raise ValueError(f"{one_line(path)} is empty, not an .npz file")
     if start == b"\x93NUMPY":
         raise ValueError(
             f"{one_line(path)} is an .npy file, one array without a name: use np.savez(path, images=..., labels=...)"
@@ -138,26 +138,26 @@ def _members(path: Path) -> dict[str, Member]:
             if b"PK\1\2" in info.comment + info.extra:  # a damaged length lets one entry swallow the next
                 raise ValueError("its directory is damaged")
             name = info.filename.removesuffix(".npy")
-            with archive.open(info) as file:  # which compares the two places that hold its name
+            with archive.open(info) as file:  # also compares the two copies of its name
                 if name != info.filename:
                     members[name] = _header(path, name, file, info.file_size)
     return members
 
 
 def _header(path: Path, name: str, file: IO[bytes], size: int) -> Member:
-    """The array that begins here; ValueError if it is not what the file holds."""
+    """Return the array whose header begins here; ValueError if the header does not match the file."""
     version = np.lib.format.read_magic(file)
     if version == (1, 0):
         shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
     elif version == (2, 0):
         shape, is_fortran, dtype = np.lib.format.read_array_header_2_0(file)
     else:
-        raise ValueError(f"array {name} is of format {version}")
+        raise ValueError(f"array {name} has the unknown format {version}")
     if dtype.hasobject or dtype.itemsize == 0:
         raise ValueError(f"array {name} holds {dtype}, not plain numbers or text")
     offset = file.tell()
     if offset + math.prod(shape) * dtype.itemsize != size:
-        raise ValueError(f"array {name} does not have the size that its header says")
+        raise ValueError(f"array {name} does not have the size given in its header")
     return Member(path, name, shape, dtype, is_fortran, offset)
 
 
@@ -169,7 +169,7 @@ def _open(path: Path, name: str) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def _words(path: Path) -> Iterator[None]:
-    """Turn every error of reading into a ValueError that names the file: damaged files raise all kinds."""
+    """In this block, turn any error into a ValueError that names the file. Damaged files raise errors of many types."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""What a run minimises: NT-Xent, or one of its two terms by itself."""
+"""The objective of a run: NT-Xent, or one of its two terms alone."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from .config import Config
 
 
 class OneTerm(NTXentLoss):
-    """L_a or L_d of tau L = L_a + L_d alone; see `nt_xent_terms`.
+    """L_a or L_d alone, where tau L = L_a + L_d; see `nt_xent_terms`.
 
-    Half of SimCLR, to learn from: alignment alone is at its best where all embeddings are one point, distribution
-    alone knows nothing of views.
+    It shows why SimCLR needs both terms. Alignment alone is smallest when all embeddings are one point, and
+    distribution alone ignores which rows are views of one image.
     """
 
     def __init__(self, term: str, temperature: float, *, backend: BackendName, group: Group | None) -> None:
@@ -29,11 +29,11 @@ class OneTerm(NTXentLoss):
 
 
 def build_objective(config: Config, group: Group | None = None) -> NTXentLoss:
-    """The loss module of a run, over the ranks of a group; ValueError for the dense loss, which is of one process."""
+    """Return the loss module of a run, over the ranks of a group; ValueError if the dense loss is asked for there."""
     backend: BackendName = "reference" if config.loss == "reference" else config.backend
     if group and backend == "reference":
         given = "--loss" if config.loss == "reference" else "--backend"
-        raise ValueError(f"{given} reference is the dense loss of one process, and this run is over several ranks")
+        raise ValueError(f"{given} reference is a dense loss for one process, but this run has several ranks")
     if config.objective == "nt_xent":
         return NTXentLoss(config.temperature, backend=backend, group=group, learn_temperature=config.learn_temperature)
     return OneTerm(config.objective, config.temperature, backend=backend, group=group)

@@ -10,7 +10,7 @@ from torch.optim import AdamW, Optimizer
 
 
 class LARS(Optimizer):
-    """SGD with momentum whose step is scaled, tensor by tensor, to the size of the weights (You et al. 2017).
+    """SGD with momentum that scales the step of each tensor to the size of its weights (You et al. 2017).
 
         d = g + weight_decay * w
         m = momentum * m + lr * trust * ||w|| / ||d|| * d
@@ -35,7 +35,7 @@ class LARS(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient; `closure` is not supported."""
+        """Update every parameter that has a gradient. `closure` is not supported."""
         assert closure is None
         for group in self.param_groups:
             for w in group["params"]:
@@ -53,14 +53,14 @@ class LARS(Optimizer):
 
 def _trust_ratio(w: Tensor, update: Tensor, trust: float) -> Tensor:
     w_norm, update_norm = w.norm(), update.norm()
-    # torch.where and not an `if`: the norms stay on the device.
+    # torch.where instead of `if` keeps the norms on the device.
     return torch.where((w_norm > 0) & (update_norm > 0), trust * w_norm / update_norm, 1.0)
 
 
 def build_optimizer(
     optimizer: str, modules: Iterable[nn.Module], lr: float, weight_decay: float, momentum: float
 ) -> Optimizer:
-    """AdamW or LARS over the modules' parameters.
+    """Return AdamW or LARS over the modules' parameters.
 
     Vectors and scalars (biases, BatchNorm, a learnt temperature) get neither weight decay nor LARS's ratio.
     """
@@ -76,7 +76,7 @@ def build_optimizer(
 
 
 def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:
-    """The rate of 0-based `step`: linear up to `peak` over `warmup` steps, then half a cosine down towards 0."""
+    """Return the rate at 0-based `step`: linear up to `peak` over `warmup` steps, then half a cosine towards 0."""
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, total - warmup)
@@ -84,5 +84,5 @@ def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:
 
 
 def default_learning_rate(optimizer: str, batch: int) -> float:
-    """AdamW: 3e-3, whatever the batch. LARS: 0.075 sqrt(batch), the paper's rule for small batches (appendix B.1)."""
+    """Return 3e-3 for AdamW, and for LARS 0.075 sqrt(batch), the paper's rule for small batches (appendix B.1)."""
     return 3e-3 if optimizer == "adamw" else 0.075 * math.sqrt(batch)

@@ -1,4 +1,4 @@
-"""Imports of packages that the loss itself does not need."""
+"""Imports of optional packages, which the loss itself does not need."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from types import ModuleType
 
 
 def require(module: str, install: str = "fastntxent[simclr]") -> ModuleType:
-    """Import a module that the loss itself does not need; ImportError says what to install."""
+    """Import and return an optional module. The ImportError for a missing one says what to install."""
     package = module.partition(".")[0] if "[" in install else install
     try:
         return import_module(module)
     except ImportError as error:
         raise ImportError(f"this needs the package {package}: pip install {install} ({error})") from error
-    except RuntimeError as error:  # torchvision, beside a PyTorch that it was not built for
-        raise ImportError(f"the installed {package} does not work beside this PyTorch: {error}") from error
+    except RuntimeError as error:  # torchvision with a PyTorch that it was not built for
+        raise ImportError(f"the installed {package} does not work with this PyTorch: {error}") from error

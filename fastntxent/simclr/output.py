@@ -1,4 +1,4 @@
-"""The folder of a run: locked by one process, found fit to be written before training, and its files written whole."""
+"""The folder of a run: locked by one process, checked for writing before training, with files written atomically."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from ..files import PARTIAL, write_whole
 
-# What a run writes; a file of these names is replaced.
+# The files that a run writes. Existing files of these names are replaced.
 FILES = (
     "checkpoint.pt", "config.toml", "log.csv", "curves.png", "embedding.png", "views.png", "metrics.json",
     "report.html",
@@ -24,38 +24,38 @@ _PROBE = ".probe"
 
 
 def printable(text: object) -> str:
-    """The text with what UTF-8 cannot hold (a file's name may be any bytes) as question marks."""
+    """Return the text with question marks for what UTF-8 cannot encode. (File names may contain any bytes.)"""
     return str(text).encode("utf-8", "replace").decode("utf-8")
 
 
 def first_line(error: BaseException) -> str:
-    """An error's message without the advice and traces that PyTorch adds below it; its type if it has none."""
+    """Return the first line of an error, without the advice that PyTorch appends; its type if the error is empty."""
     lines = printable(error).strip().splitlines()
     return lines[0].strip() if lines else type(error).__name__
 
 
 def last_line(error: BaseException) -> str:
-    """An error's last line, where DataLoader workers put the message below a traceback; its type if it has none."""
+    """Return the last line of an error, where DataLoader workers put the message; its type if it is empty."""
     return printable(error).strip().rpartition("\n")[2] or type(error).__name__
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8, whole or not at all."""
+    """Write a text file in UTF-8, atomically."""
     write_whole(path, lambda file: file.write(printable(text).encode()))
 
 
 def check_output_file(path: Path, overwrite: bool, needed: int) -> None:
-    """Find out, before the work, whether the file `--out` of a command can be written.
+    """Check, before any work, that the file `--out` of a command can be written.
 
     Args:
-        needed: bytes that it will have, at most.
+        needed: upper bound of its size in bytes.
 
     Raises:
-        FileExistsError: it is there, and `overwrite` is off.
-        ValueError: it cannot be written, or its disk has too little room.
+        FileExistsError: the file exists and `overwrite` is off.
+        ValueError: it cannot be written, or its disk has too little space.
     """
     if path.is_dir():
-        raise ValueError(f"--out {printable(path)} is a folder; name the file that is to be written")
+        raise ValueError(f"--out {printable(path)} is a folder; give the file to write")
     if os.path.lexists(path) and not overwrite:
         raise FileExistsError(f"--out {printable(path)} exists: replace it with --overwrite, or choose another --out")
     OutputFolder(path.parent).check(needed)
@@ -69,13 +69,13 @@ class OutputFolder:
         self._lock = FileLock(path / LOCK, thread_local=False)
 
     def check(self, needed: int) -> None:
-        """Find out, before any training, whether the run's files can be written.
+        """Check, before any training, that the run's files can be written.
 
         Args:
-            needed: bytes that the run will write, at most.
+            needed: upper bound of the bytes that the run will write.
 
         Raises:
-            ValueError: the folder cannot be made or written to, or its disk has too little room.
+            ValueError: the folder cannot be created or is not writable, or its disk has too little space.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -95,13 +95,13 @@ class OutputFolder:
             raise ValueError(f"--out {printable(self.path)} cannot be written to: {error.strerror}") from error
         if free < needed:
             raise ValueError(
-                f"--out {printable(self.path)} has {free / 2**20:.0f} MiB of free disk, and the run needs up to "
+                f"--out {printable(self.path)} has {free / 2**20:.0f} MiB of free disk space, but the run needs up to "
                 f"{needed / 2**20:.0f} MiB"
             )
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the lock; a process that holds it may take it again.
+        """Hold the lock in this block. A process that holds it may take it again.
 
         Raises:
             BlockingIOError: another run holds it.
@@ -111,7 +111,7 @@ class OutputFolder:
                 self._lock.acquire(timeout=0)
         except Timeout as error:
             raise BlockingIOError(
-                f"another run is writing to --out {printable(self.path)}: wait for its end, or choose another --out"
+                f"another run is writing to --out {printable(self.path)}: wait until it ends, or choose another --out"
             ) from error
         try:
             self._remove_partials()
@@ -120,7 +120,7 @@ class OutputFolder:
             self._lock.release()
 
     def _remove_partials(self) -> None:
-        """Remove what killed runs left half written; under the lock no other run is writing here."""
+        """Remove partial files of killed runs. The lock ensures that no other run is writing here."""
         for name in (*FILES, _PROBE):  # the folder may hold the user's own .partial files
             for left in self.path.glob(f"{name}.*{PARTIAL}"):
                 left.unlink(missing_ok=True)

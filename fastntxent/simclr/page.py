@@ -1,6 +1,6 @@
-"""The skeleton of report.html, and the style that the study's report shares.
+"""The template of report.html, and the style sheet that the study's report shares.
 
-In a module, so that it is installed wherever the code is.
+They live in a module so that they are always installed with the code.
 """
 
 from string import Template
@@ -75,48 +75,48 @@ PAGE = Template(
 <div class="tiles">$summary</div>
 
 <h2>Is the representation any good?</h2>
-<p>An encoder has learnt something if its features do better than the pixels it was given and better than the
-same encoder before training. All three are judged on the same test images by the same protocol; no label was used in
-training.</p>
+<p>An encoder has learnt something if its features do better than raw pixels and better than the same encoder before
+training. All three are evaluated on the same test images with the same protocol. Training used no labels.</p>
 $remarks
 $scores
 $notes
-<p class="small">Encoders with BatchNorm had its statistics set from one pass over the plain training images
-before they were judged. Raw pixels have no embedding, so alignment and uniformity do not apply to them; those of images
-above 32 x 32 are averaged down to about 1,000 values. A dash stands for what was not taken.</p>
+<p class="small">BatchNorm statistics, if the encoder has any, were recomputed in one pass over the training images
+without augmentation before the evaluation. Raw pixels have no embedding, so alignment and uniformity do not apply to
+them. Images larger than 32 x 32 are averaged down to about 1,000 raw values. A dash marks a score that was not
+measured.</p>
 <details><summary>What the measures mean</summary><dl>$measures</dl></details>
 
 <figure>
 $embedding
 $key
-<figcaption>Each point is a test image, coloured by its class where it has one. t-SNE places images so that neighbours
-stay neighbours; fewer than 50 images are placed by their two principal components. Left, from raw pixels; right, from
-what the encoder makes of them. Clear islands of one colour mean that images of one class have come to lie together,
-without the encoder having seen a class. Distances between islands mean nothing.</figcaption>
+<figcaption>Each point is a test image, coloured by its class if it has a label. t-SNE keeps neighbours close together;
+fewer than 50 images are placed by their two principal components instead. Left: raw pixels. Right: features of the
+trained encoder. Clear islands of one colour mean that the encoder has grouped the images of a class without ever seeing
+a label. Distances between islands mean nothing.</figcaption>
 </figure>
 
-<h2>How it learnt</h2>
+<h2>How did training go?</h2>
 <figure>
 $curves
-<figcaption>The loss falls as each image's two views become easier to tell from all other
-images; the heavy line is the mean of an epoch. Alignment (views of
-one image together) and uniformity (different images apart) are the two things it is made of; both should settle, and
-uniformity must not climb back to 0, which would be collapse. The learning rate warms up, then follows half a
-cosine.</figcaption>
+<figcaption>The loss falls as the two views of an image become easier to tell from all other images. The heavy line is
+the mean over each epoch. The loss trades off alignment (views of one image together) and uniformity (different images
+apart). Both should settle, and uniformity must not rise back to 0, which would mean collapse. The learning rate warms
+up, then follows half a cosine.</figcaption>
 </figure>
 <figure>
 $views
-<figcaption>What the encoder was shown. The top row is the image, the two below are random views of it; the loss asks
-for one place for both, so whatever differs between them is what the features learn to ignore.</figcaption>
+<figcaption>Examples of the augmentation, on test images. The top row shows the images, and the two rows below show
+random views of them. The loss pulls the two views of an image together, so the features learn to ignore the differences
+between views.</figcaption>
 </figure>
 
-<h2>Is the loss right?</h2>
+<h2>Is the loss computed correctly?</h2>
 $verification
 
-<h2>Again</h2>
+<h2>Reproduce and use it</h2>
 <pre>$command</pre>
-<p>Training took $training_seconds s, the evaluation $evaluation_seconds s. The encoder without its head, and the
-images that it finds most alike:</p>
+<p>Training took $training_seconds s and the evaluation $evaluation_seconds s. This code loads the encoder without its
+head and finds the most similar images:</p>
 <pre>import torch
 from fastntxent import retrieve
 from fastntxent.simclr import load_encoder

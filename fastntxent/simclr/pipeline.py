@@ -1,4 +1,4 @@
-"""One run from settings to report."""
+"""One run, from the settings to the report."""
 
 from __future__ import annotations
 
@@ -28,10 +28,12 @@ def prepare(
     data: ImageData | Dataset[Any] | DataLoader[Any] | None = None,
     encoder: nn.Module | None = None,
 ) -> Trainer:
-    """Load the data and build the trainer: whatever a user can get wrong is found out here, before any training, and
-    what is wrong on one rank ends all of them."""
+    """Load the data and return the trainer.
+
+    User errors show here, before any training. If one rank raises, all ranks raise.
+    """
     with ranks.all_or_none():
-        # What takes no time to find out, before the images are read.
+        # Quick checks come first, before the images are read.
         config.check()
         pick_device(config.device, ranks)
         if encoder is None:
@@ -39,11 +41,11 @@ def prepare(
         if ranks.first:
             check_folder(config)
         if config.download and ranks.group and ranks.local == 0:
-            _load(config, ranks)  # the other ranks of this machine find it there
+            _load(config, ranks)  # downloads; the other ranks of this machine find the files
     with ranks.all_or_none():
         trainer = Trainer(config, _load(config, ranks) if data is None else data, ranks, encoder=encoder)
     if ranks.group:
-        # What another machine may call otherwise, and how its ranks read the images.
+        # Paths, and how images are read, may differ between machines.
         places = ("data_dir", "out", "resume", "in_memory", "workers")
         options = {flag(name): value for name, value in config.to_dict().items() if name not in places}
         read = {"the training images": trainer.data.fingerprint(), "the step of the checkpoint": trainer.step}
@@ -60,59 +62,59 @@ def _load(config: Config, ranks: Ranks) -> ImageData:
     if config.image_size not in (None, data.image_size):
         raise ValueError(
             f"--image-size is {config.image_size}, but the images of --data {config.data} have {data.image_size} "
-            "pixels; only those of a folder are resized"
+            "pixels; only the images of a folder are resized"
         )
     return data
 
 
 def forewarn(trainer: Trainer) -> list[str]:
-    """Find out before training whether the run can be judged and reported.
+    """Check before training that the run can be evaluated and reported.
 
     Returns:
-        What a person may not expect of the run, a line each.
+        Notes on behaviour that may surprise the user, one line each.
 
     Raises:
-        ImportError: a package is missing that the evaluation or the report needs.
-        ValueError: the data are a DataLoader's, on which no encoder can be judged.
+        ImportError: a package that the evaluation or the report needs is missing.
+        ValueError: the data come from a DataLoader, on which an encoder cannot be evaluated.
     """
     data, config, asked = trainer.images, trainer.config, trainer.config.batch
     notes = [*data.notes, *check_ready(config, data)]
     if trainer.batch < asked:
         name = flag("accumulate_batch" if config.accumulate_batch else "batch_size")
-        notes.append(f"{name} {asked} is more than the {trainer.batch} training images: every step takes all of them")
+        notes.append(f"{name} {asked} exceeds the {trainer.batch} training images: every step uses all of them")
     if config.resume and trainer.step >= trainer.last_step:
-        notes.append(f"this run is finished, at step {trainer.step} of {trainer.last_step}: it is judged again")
+        notes.append(f"this run is finished, at step {trainer.step} of {trainer.last_step}: it is evaluated again")
     return notes
 
 
 def describe(data: ImageData) -> str:
-    """What was read, so that a class that is missing is noticed."""
+    """Return a line about the data that was read, in which a missing class is noticed."""
     images = f"{len(data.train_images):,} training and {len(data.test_images):,} test images"
     names = f" of {len(data.class_names)} classes ({listed(data.class_names)})" if data.class_names else ""
     return f"{data.title}: {images}{names}"
 
 
 def finish(trainer: Trainer, command: Sequence[str] = ()) -> dict[str, Any]:
-    """Judge a trained encoder and write the report, even if some of it cannot be measured or drawn.
+    """Evaluate a trained encoder and write the report, even if parts of it cannot be measured or drawn.
 
     Args:
         trainer: the finished run.
-        command: the command line that started it, for the record.
+        command: the command line that started the run, shown in the report.
 
     Returns:
-        What metrics.json holds.
+        The content of metrics.json.
 
     Raises:
-        OSError: the run's folder cannot be written to.
-        ValueError: the data are a DataLoader's, on which no encoder can be judged.
+        OSError: the run's folder is not writable.
+        ValueError: the data come from a DataLoader, on which an encoder cannot be evaluated.
     """
     data = trainer.images
-    # If judging kills the process (for lack of memory, say), history and settings are already written.
-    write_pages(trainer, Evaluation(notes=["The process ended before the encoder was judged."]), command)
+    # If the evaluation kills the process (out of memory, say), history and settings have already been written.
+    write_pages(trainer, Evaluation(notes=["The process ended before the encoder was evaluated."]), command)
     try:
         evaluation = evaluate(trainer.model, trainer.config, data, trainer.untrained)
     except Exception as error:
-        evaluation = Evaluation(notes=[f"Not judged: the encoder ({why(error)})."])
+        evaluation = Evaluation(notes=[f"Not evaluated: the encoder ({why(error)})."])
     return write_report(trainer, evaluation, command)
 
 
@@ -123,26 +125,26 @@ def run(
     data: ImageData | Dataset[Any] | None = None,
     encoder: nn.Module | None = None,
 ) -> dict[str, Any]:
-    """Train, judge and report, in one process; over several, `torchrun -m fastntxent.simclr` does.
+    """Train, evaluate and report in one process. For several processes use `torchrun -m fastntxent.simclr`.
 
     Args:
         config: the settings.
-        command: the command line, for the record in the report.
-        data: the images, as `Trainer` takes them; None for those that the settings name.
-        encoder: a module from images to features, trained in place; None for the one that the settings name.
+        command: the command line, shown in the report.
+        data: the images, as `Trainer` takes them; None: the data set that the settings name.
+        encoder: a module from images to features, trained in place; None: the encoder that the settings name.
 
     Returns:
-        What metrics.json holds.
+        The content of metrics.json.
 
     Raises:
         RuntimeError: torchrun has started several processes.
-        ValueError, TypeError, FileNotFoundError, FileExistsError, ImportError: before training, for settings or data
-            that cannot work.
+        ValueError, TypeError, FileNotFoundError, FileExistsError, ImportError: before training, for invalid settings
+            or data.
         BlockingIOError: before training, if another run is writing to the folder.
-        TrainingError, InterruptedRun: during training, as `Trainer.fit` says.
+        TrainingError, InterruptedRun: during training; see `Trainer.fit`.
     """
     if launched():
-        raise RuntimeError("run() is of one process: over several start torchrun -m fastntxent.simclr")
+        raise RuntimeError("run() uses a single process: for several, start torchrun -m fastntxent.simclr")
     trainer = prepare(config, data=data, encoder=encoder)
     forewarn(trainer)
     with trainer.writing():
@@ -151,7 +153,7 @@ def run(
 
 
 def summarise(metrics: dict[str, Any], out: str) -> str:
-    """Return the outcome in a few lines for the terminal; characters outside its encoding become question marks."""
+    """Return the results in a few lines for the terminal. Characters outside its encoding become question marks."""
     lines = []
     evaluation = metrics["evaluation"]
     for measure in ACCURACIES:
@@ -165,8 +167,8 @@ def summarise(metrics: dict[str, Any], out: str) -> str:
     verification = metrics["verification"]
     if verification:
         lines.append(
-            f"{'verified:':14}{verification['checks']} times, largest relative error of the loss "
-            f"{verification['max_loss_error']:.2g}, of the gradient {verification['max_gradient_error']:.2g}"
+            f"{'verified:':14}{verification['checks']} times, with relative errors of the loss up to "
+            f"{verification['max_loss_error']:.2g} and of the gradient up to {verification['max_gradient_error']:.2g}"
         )
     timing = metrics["timing"]
     lines.append(

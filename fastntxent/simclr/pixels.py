@@ -1,4 +1,4 @@
-"""One image file as pixels of 8 bits: the upright centre square, in RGB."""
+"""One image file as 8-bit RGB pixels of its upright centre square."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .optional import require
 
 Array = np.ndarray[Any, Any]
 
-# A JPEG is decoded at the smallest of its scales (1, 1/2, 1/4, 1/8) with at least this many pixels a side for each one
-# kept. With 2, images of 1,000 to 4,000 pixels cut to 32, 64 and 224 are at most 2 of 255 levels off, 0.2 on average.
+# A JPEG is decoded at the smallest scale (1, 1/2, 1/4, 1/8) whose sides are at least this many times `size`. With 2,
+# images of 1,000 to 4,000 pixels resized to 32, 64 and 224 are off by at most 2 of 255 levels, and 0.2 on average.
 _DRAFT = 2
-# Pillow's names for what turns an image upright, by the value of its EXIF tag.
+# Pillow's names of the operations that turn an image upright, by EXIF orientation.
 _ORIENTATION = 0x0112
 _TURNS = {
     2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
@@ -27,7 +27,7 @@ _REASON_LENGTH = 120
 
 
 class BadFile(NamedTuple):
-    """A file that could not be read, and why."""
+    """A file that could not be read, and the reason."""
 
     path: str
     reason: str
@@ -38,9 +38,9 @@ class BadFile(NamedTuple):
 
 @contextlib.contextmanager
 def without_warnings() -> Iterator[None]:
-    """Silence Pillow, whose warnings (a large image, odd metadata) are no reason to refuse a file.
+    """Silence warnings in this block. Pillow warns about large images and odd metadata, which are acceptable here.
 
-    Python's filters belong to all threads: this is entered around the threads that decode, not within them.
+    Warning filters are shared by all threads, so enter this block around the decoding threads, not inside them.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -48,21 +48,21 @@ def without_warnings() -> Iterator[None]:
 
 
 def try_decode(path: str, size: int) -> Array | BadFile:
-    """`decode`, with any error as a value."""
+    """Return `decode(path, size)`, or a BadFile if it raises."""
     try:
         return decode(path, size)
-    except Exception as error:  # Pillow's decoders raise anything: OSError, SyntaxError, struct.error, MemoryError, ...
+    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, MemoryError, ...
         return BadFile(path, reason(error))
 
 
 def decode(path: str, size: int) -> Array:
-    """The image's centre square, upright and resized: uint8 (3, size, size)."""
+    """Return the image's centre square, upright and resized, as uint8 (3, size, size)."""
     image_module = require("PIL.Image")
     with image_module.open(path) as image:
         drafted = image.draft("RGB", (_DRAFT * size, _DRAFT * size))
         pixels = eight_bits(image).convert("RGB")
         turn = _TURNS.get(_orientation(image))
-    # The scaled size in fractions of a pixel, or the last row and column would shift the image.
+    # The draft's size is fractional. With a rounded size, the last row and column would shift the image.
     width, height = drafted[1][2:] if drafted else pixels.size
     side = min(width, height)
     box = ((width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2)
@@ -73,12 +73,12 @@ def decode(path: str, size: int) -> Array:
 
 
 def eight_bits(image: Any) -> Any:
-    """A Pillow image of more than 8 bits a pixel as one of mode "L"; any other as it is.
+    """Return a Pillow image with more than 8 bits per channel converted to mode "L", and any other image unchanged.
 
-    Pillow's own conversion cuts off what is above 255.
+    Pillow's own conversion would clip values above 255.
 
     Raises:
-        ValueError: integers of 32 bits outside of 0..65535, or floating-point values outside of [0, 1].
+        ValueError: 32-bit integers outside 0..65535, or floating-point values outside [0, 1].
     """
     if not image.mode.startswith(("I", "F")):
         return image
@@ -96,20 +96,20 @@ def eight_bits(image: Any) -> Any:
 
 
 def sixteen_to_eight(values: Array) -> Array:
-    """Integers in 0..65535, divided by 257 and rounded."""
+    """Return integers in 0..65535 divided by 257 and rounded."""
     return (values.astype(np.uint32) + 128) // 257
 
 
 def _orientation(image: Any) -> int:
-    """The EXIF orientation of a loaded image; 1, upright, where its EXIF cannot be read."""
+    """Return the EXIF orientation of a loaded image, or 1 (upright) if its EXIF cannot be read."""
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # the pixels are sound, and viewers show them
+    except Exception:  # the pixels are still good, and viewers show them
         return 1
 
 
 def reason(error: BaseException) -> str:
-    """Why a file cannot be read, in a few words."""
+    """Return the reason why a file cannot be read, in a few words."""
     if type(error).__name__ == "UnidentifiedImageError":
         return "not an image of a known format"
     if isinstance(error, OSError) and error.strerror:

@@ -1,4 +1,4 @@
-"""The ranks of a run: the processes that torchrun started, each with a part of every batch; or one, with all of it."""
+"""The ranks of a run: the processes that torchrun started, each with a part of every batch, or a single process."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from torch import Tensor
 
 from ..distributed import wire
 
-# Errors that a user's mistake raises; the command prints them as one line.
+# Errors that user mistakes raise. The command prints them on one line.
 MISTAKES = (ValueError, OSError, ImportError)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of its run.
+    """This process's place among the processes of the run.
 
     Attributes:
-        group: all of them; None for one process.
-        rank: its number among them; the first, 0, does the writing and the talking.
-        world: how many they are.
-        local: its number among those of its machine.
+        group: the process group; None for a single process.
+        rank: rank of this process. Rank 0 writes files and prints messages.
+        world: world size.
+        local: rank of this process on its machine.
     """
 
     group: dist.ProcessGroup | None = None
@@ -37,22 +37,22 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the rank that writes and talks."""
+        """Whether this is the rank that writes and prints."""
         return self.rank == 0
 
     def part(self, x: Tensor) -> Tensor:
-        """This rank's rows of x, consecutive ones: the parts differ by one row at most, and may be empty."""
+        """Return this rank's consecutive rows of x. Parts differ by at most one row, and may be empty."""
         return x[len(x) * self.rank // self.world : len(x) * (self.rank + 1) // self.world]
 
     def gather(self, x: Tensor) -> Tensor:
-        """The rows of all ranks, in the order of the ranks."""
+        """Return the rows of all ranks, in rank order."""
         if self.group is None:
             return x
         sizes = wire.gather_numbers(self.group, torch.tensor(len(x), device=x.device))
         return wire.all_gather(self.group, x, sizes.tolist())
 
     def largest(self, number: int) -> int:
-        """The largest of the ranks' numbers."""
+        """Return the maximum of a number over all ranks."""
         if self.group is None:
             return number
         return int(wire.gather_numbers(self.group, torch.tensor(number)).max())
@@ -66,11 +66,11 @@ class Ranks:
 
     @contextlib.contextmanager
     def all_or_none(self) -> Iterator[None]:
-        """If any rank raises in this block, every rank raises at its end, so that none of them hangs.
+        """If any rank raises in this block, every rank raises at its end, so none of them hangs.
 
         Raises:
-            The rank's own exception; on a rank without one, a ValueError (for one of MISTAKES) or a RuntimeError
-            with the number and the words of one where something was.
+            The exception of this rank. A rank without one raises a ValueError (for one of MISTAKES) or a RuntimeError
+            with the number and the message of the first rank that failed.
         """
         if self.group is None:
             yield
@@ -97,7 +97,7 @@ class Ranks:
         if differing:
             values = (f"{name} is {', '.join(str(of_rank[name]) for of_rank in of_ranks)}" for name in differing)
             raise ValueError(
-                f"the ranks must be given the same, but on ranks 0 to {self.world - 1} {'; '.join(values)}"
+                f"all ranks must be given the same, but on ranks 0 to {self.world - 1} {'; '.join(values)}"
             )
 
     @contextlib.contextmanager
@@ -111,29 +111,28 @@ class Ranks:
             yield
 
     def stop(self, words: str, status: int) -> int:
-        """End the run for a reason that every rank has found; returns the exit status."""
+        """End the run for a reason that every rank knows, and return the exit status."""
         if self.first:
             print(words, file=sys.stderr, flush=True)
         if self.group:
-            wire.gather_objects(self.group, None)  # when a rank ends, torchrun ends the others: not before it is said
+            wire.gather_objects(self.group, None)  # wait for the message: torchrun kills all ranks when one ends
         self.leave()
         return status
 
     def leave(self) -> None:
-        """End the process group, on all ranks at once.
+        """Destroy the process group. All ranks must call this.
 
-        A rank that ends by itself, by an error of its own, leaves that to the end of its process: NCCL would wait here
-        for what the others do not send.
+        A rank that fails alone must not: NCCL would wait here for messages that the other ranks never send.
         """
         if self.group:
             dist.destroy_process_group()
 
     def end(self, status: int) -> int:
-        """The exit status of a process that is done; one of several ranks ends here, without Python's finalisation.
+        """Return the exit status of a finished process. One of several ranks exits here, without Python's finalisation.
 
-        A thread of gloo lets go of the last tensors after they have arrived, and needs Python for it. DDP keeps these
-        threads alive beyond the group. Python before 3.14 ends a thread that asks for it while it is finalised, in
-        the midst of a destructor: the process aborts, and torchrun ends the first rank before it has judged.
+        A gloo thread releases the last tensors after they have arrived, and takes the GIL for it. DDP keeps these
+        threads alive beyond the group. Before 3.14, Python kills a thread that takes the GIL during finalisation, here
+        inside a destructor. The process would abort, and torchrun would kill the first rank during its evaluation.
         """
         if self.group:
             sys.stdout.flush()
@@ -146,14 +145,14 @@ ALONE = Ranks()
 
 
 def launched() -> bool:
-    """Whether torchrun has started this process and others."""
+    """Whether torchrun has started several processes, including this one."""
     return dist.is_available() and dist.is_torchelastic_launched() and os.environ["WORLD_SIZE"] != "1"
 
 
 def join() -> Ranks:
-    """Meet the other processes that torchrun has started; alone without torchrun, or if it started one."""
+    """Return the ranks of this run after joining the processes that torchrun started; ALONE if there are no others."""
     if not launched():
         return ALONE
-    # A tensor travels by the library of its device: options and errors by gloo, before there is a device.
+    # The backend follows the tensor's device. Options and errors go through gloo, before a device is chosen.
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     return Ranks(dist.group.WORLD, dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]))

@@ -1,4 +1,4 @@
-"""metrics.json for programs and report.html for people; the page needs no file and no network besides itself."""
+"""Writes metrics.json for programs and report.html for people. The page is one file and needs no network."""
 
 from __future__ import annotations
 
@@ -24,32 +24,32 @@ from .page import PAGE
 from .train import Trainer
 
 _MEASURES = {
-    "knn": ("k-NN accuracy", "Share of the test images whose nearest training images, by angle, vote for the right "
-            "class. No training of any kind: it asks whether like lies near like. Higher is better."),
-    "linear probe": ("Linear probe accuracy", "Share of the test images that a linear classifier on frozen features "
-                     "gets right. It asks whether classes can be told apart by straight cuts. Higher is better."),
-    "effective rank": ("Effective rank", "How many directions the features really use around their mean. It says "
-                       "nothing of how far they spread: collapse to a point shows in the uniformity."),
-    "alignment": ("Alignment", "Mean squared distance between the embeddings of two views of one test image: 0 if "
-                  "views do not matter, 2 by chance. Lower is better, unless uniformity is lost for it."),
-    "uniformity": ("Uniformity", "How evenly the embeddings cover the sphere: 0 if all are one point, about -4 if "
-                   "spread evenly. Lower is better."),
+    "knn": ("k-NN accuracy", "Share of test images whose nearest training images, by angle, vote for the right class. "
+            "Nothing is trained: the measure shows whether similar images lie close together. Higher is better."),
+    "linear probe": ("Linear probe accuracy", "Share of test images that a linear classifier on the frozen features "
+                     "gets right. The measure shows how well planes separate the classes. Higher is better."),
+    "effective rank": ("Effective rank", "Number of directions that the features effectively use around their mean. It "
+                       "does not show how far they spread: a collapse to one point shows in the uniformity."),
+    "alignment": ("Alignment", "Mean squared distance between the embeddings of two views of the same test image: 0 if "
+                  "the views coincide, 2 by chance. Lower is better, unless uniformity gets worse for it."),
+    "uniformity": ("Uniformity", "How evenly the embeddings cover the sphere: 0 if all are one point, about -4 if they "
+                   "are spread evenly. Lower is better."),
 }  # fmt: skip
 
 
-# Above this the mean squared distance between two embeddings is below 0.05, where 2 is chance.
+# A uniformity above this is a mean squared distance between two embeddings of about 0.05 or less; chance is 2.
 COLLAPSED = -0.1
-OPEN_NOTES = 5  # on the data; more of them are folded away
+OPEN_NOTES = 5  # longer lists of notes on the data are folded away
 
 _PICTURES: dict[str, tuple[str, Callable[[Trainer, Evaluation], bytes]]] = {
-    "curves": ("Curves of the training", lambda trainer, _: draw_curves(
+    "curves": ("Training curves", lambda trainer, _: draw_curves(
         trainer.history, trainer.steps_per_epoch, trainer.config.learn_temperature
     )),
     "embedding": ("Two maps of the test images", lambda trainer, found: draw_embedding(found, trainer.images)),
     "views": ("Images and their random views", lambda trainer, _: draw_views(trainer.config, trainer.images)),
 }  # fmt: skip
 
-# A picture as a PNG file, or in words why there is none.
+# Each picture as the bytes of a PNG file, or the reason why there is none.
 Pictures = dict[str, "bytes | str"]
 
 
@@ -57,18 +57,18 @@ def write_report(trainer: Trainer, evaluation: Evaluation, command: Sequence[str
     """Write metrics.json and report.html into the run's folder, then each picture, then the report with them.
 
     A picture that cannot be drawn is left out, and the report says why. If drawing kills the process, metrics.json and
-    a report without pictures are already there.
+    a report without pictures have already been written.
 
     Args:
         trainer: the finished run.
         evaluation: its scores and test features.
-        command: the command line that started it, for the record.
+        command: the command line that started the run, shown in the report.
 
     Returns:
-        What metrics.json holds.
+        The content of metrics.json.
 
     Raises:
-        OSError: the folder cannot be written to.
+        OSError: the folder is not writable.
     """
     write_pages(trainer, evaluation, command)
     pictures: Pictures = {}
@@ -86,11 +86,11 @@ def write_report(trainer: Trainer, evaluation: Evaluation, command: Sequence[str
 def write_pages(
     trainer: Trainer, evaluation: Evaluation, command: Sequence[str], pictures: Pictures | None = None
 ) -> dict[str, Any]:
-    """Write metrics.json and report.html, without pictures if None are given; return what metrics.json holds."""
+    """Write metrics.json and report.html and return the content of metrics.json. `pictures` None: a report without."""
     metrics: dict[str, Any] = _for_json(collect_metrics(trainer, evaluation, command))
     out = trainer.config.out
     if pictures is None:
-        pictures = dict.fromkeys(_PICTURES, "the process ended before")
+        pictures = dict.fromkeys(_PICTURES, "the process ended before it was drawn")
         for name in _PICTURES:  # an earlier run may have left them here
             (out / f"{name}.png").unlink(missing_ok=True)
     write_text(out / "metrics.json", json.dumps(metrics, indent=1, allow_nan=False) + "\n")
@@ -99,7 +99,7 @@ def write_pages(
 
 
 def _for_json(value: Any) -> Any:
-    """The value for JSON: numbers that are not finite become null, lone surrogates question marks."""
+    """Return the value for JSON: numbers that are not finite become null, lone surrogates become question marks."""
     if isinstance(value, dict):
         return {printable(key): _for_json(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -110,7 +110,7 @@ def _for_json(value: Any) -> Any:
 
 
 def collect_metrics(trainer: Trainer, evaluation: Evaluation, command: Sequence[str]) -> dict[str, Any]:
-    """Everything that was measured, and what it takes to measure it again."""
+    """Return all measurements, and what is needed to repeat them."""
     steps = trainer.step
     return {
         "command": list(command),
@@ -168,7 +168,7 @@ def _version(package: str) -> str | None:
 
 
 def remarks(scores: Scores) -> list[str]:
-    """Return a line for each sign that the encoder has not learnt, with what to try; none if there is no such sign."""
+    """Return a line with advice for each sign that the encoder has learnt nothing; an empty list if there is none."""
     found = []
     worse: dict[str, list[str]] = {}
     for measure in ACCURACIES:
@@ -180,26 +180,26 @@ def remarks(scores: Scores) -> list[str]:
     if worse:
         listed = ", or than ".join(f"{other} by {' and '.join(measures)}" for other, measures in worse.items())
         found.append(
-            f"The trained encoder is not better than {listed}. More epochs, a larger batch, a lower temperature or "
+            f"The trained encoder is no better than {listed}. More epochs, a larger batch, a lower temperature or "
             "another augmentation (--augment) may help."
         )
     uniformity = scores.get("uniformity", {}).get("trained", -math.inf)
     ranks = scores.get("effective rank", {})
     if uniformity > COLLAPSED:
         found.append(
-            f"The embeddings have collapsed: with a uniformity of {uniformity:.2f} nearly all images have become one "
+            f"The embeddings have collapsed: a uniformity of {uniformity:.2f} means that nearly all images map to one "
             "point. A lower --lr, a larger batch or another augmentation (--augment) may help."
         )
     elif ranks.get("trained", math.inf) < 1.5 < 2 < ranks.get("raw pixels", 0):
         found.append(
-            f"The features have collapsed: with an effective rank of {ranks['trained']:.1f} they lie along a line. "
+            f"The features have collapsed: an effective rank of {ranks['trained']:.1f} means that they lie on a line. "
             "A lower --lr, a larger batch or another augmentation (--augment) may help."
         )
     return found
 
 
 def render(metrics: dict[str, Any], trainer: Trainer, evaluation: Evaluation, pictures: Pictures) -> str:
-    """The page. Whatever came from outside (paths, class names, the command) is escaped."""
+    """Return the page. Text from outside (paths, class names, the command) is escaped."""
     judged, timing, data = metrics["evaluation"], metrics["timing"], metrics["data"]
     channels, height, width = data["image_shape"]
     return PAGE.substitute(
@@ -263,7 +263,7 @@ def _score(measure: str, value: float | None) -> str:
 
 
 def _colour_key(trainer: Trainer, evaluation: Evaluation) -> str:
-    """A legend of the map in HTML, for phones and for names that the picture cuts short or may have no glyphs for."""
+    """Return the map's legend in HTML, for phones and for class names that the picture shortens or may not draw."""
     groups = colour_key(evaluation, trainer.images)
     if len(groups) > MOST_CAPTIONS:
         return ""
@@ -284,16 +284,16 @@ def _data_notes(notes: Sequence[str]) -> str:
 
 def _verification_text(verification: dict[str, Any] | None) -> str:
     if verification is None:
-        return "<p>Not asked for in this run; <code>--verify-every K</code> checks every K-th step.</p>"
+        return "<p>The loss was not verified in this run; <code>--verify-every K</code> verifies it every K steps.</p>"
     rows = "".join(
         f"<tr><th>{part}</th><td>{verification[f'max_{part}_error']:.2g}</td>"
         f"<td>{verification[f'min_{part}_budget']:.2g}</td></tr>"
         for part in ("loss", "gradient")
     )
     return (
-        f"<p>{verification['checks']} times during training the loss and its gradient were computed again by the "
-        "dense formula in float64, on the embeddings of that very step. Every error was within its budget; had one "
-        "not been, the run would have stopped there.</p>"
+        f"<p>{verification['checks']} times during training, the loss and its gradient were recomputed with the dense "
+        "formula in float64 on the embeddings of that step. Every error was within its budget; otherwise the run would "
+        "have stopped.</p>"
         + _table("scores", f"<tr><th></th><th>largest relative error</th><th>smallest budget</th></tr>{rows}")
     )
 

@@ -1,4 +1,4 @@
-"""Which images the evaluation judges, and how it reads them: a bounded number at a time."""
+"""The images that the evaluation uses, and reading them a bounded number at a time."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from .tally import Images
 
 ROWS = 1024
 LEAST_ROWS = 64
-KEPT_BYTES = 128 * 2**20  # images from files are kept in memory up to this size, and read again each time beyond it
+KEPT_BYTES = 128 * 2**20  # images from files are kept in memory up to this size; larger selections are read each time
 
 
 @dataclass(frozen=True)
 class Part:
-    """A selection of images with their labels; it can be indexed like the images."""
+    """A selection of images with their labels, indexed like the images."""
 
     images: Images
     indices: Tensor
@@ -40,11 +40,11 @@ class Part:
         return self.images[self.indices[rows]]
 
     def only(self, rows: Tensor) -> Part:
-        """Return the selection of these rows (a mask, or indices)."""
+        """Return the selection of these rows (a mask or indices)."""
         return Part(self.images, self.indices[rows], self.labels[rows])
 
     def kept(self) -> Part:
-        """Return the selection in memory if it comes from files and is small: every image is read several times."""
+        """Return the selection held in memory if it comes from files and is small, since images are read repeatedly."""
         if isinstance(self.images, Tensor) or math.prod(self.shape) > KEPT_BYTES:
             return self
         return Part(in_parts(self, lambda images: images), torch.arange(len(self)), self.labels)
@@ -52,14 +52,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Choice:
-    """The images that are judged, and which of them the accuracies use.
+    """The images that the evaluation uses, and the subset that the accuracies use.
 
     Attributes:
         train, test: the images.
         known: mask of the training images that have a label.
         asked: mask of the test images whose class has a known training image.
-        accuracies: whether there are two classes to tell apart, and a test image of one of them.
-        notes: a line for each measure that is not taken, and for images that are left out of one.
+        accuracies: whether there are at least two classes, and a test image of one of them.
+        notes: one line for each measure that will be missing, and for images that are left out of a measure.
     """
 
     train: Part
@@ -71,7 +71,7 @@ class Choice:
 
 
 def choose(config: Config, data: ImageData) -> Choice:
-    """Choose the images to judge, the same in every run; every class is among them while the limit allows."""
+    """Choose the images to evaluate on, the same in every run. Every class is included if the limit allows it."""
     train = _subset(data.train_images, data.train_labels, config.eval_limit)
     test = _subset(data.test_images, data.test_labels, config.eval_limit)
     known = train.labels >= 0
@@ -82,7 +82,7 @@ def choose(config: Config, data: ImageData) -> Choice:
     unlabelled = [words for words, mask in (("training", known), ("test", labelled)) if not mask.any()]
     if unlabelled:
         which = "The images" if len(unlabelled) == 2 else f"The {unlabelled[0]} images"
-        notes.append(f"{which} carry no labels, so accuracies are not measured.")
+        notes.append(f"{which} have no labels, so accuracies are not measured.")
     elif len(classes) < 2:
         notes.append(
             f"All labelled training images are of one class ({class_name(data, int(classes[0]))}), so accuracies are "
@@ -96,7 +96,7 @@ def choose(config: Config, data: ImageData) -> Choice:
             listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
             notes.append(
                 f"{count} test {'image is' if count == 1 else 'images are'} left out of the accuracies: no training "
-                f"image among those judged is of the same class ({listed})."
+                f"image among those used is of the same class ({listed})."
             )
         if not asked.any():
             notes.append("No test image is of a class that has a training image, so accuracies are not measured.")
@@ -105,7 +105,7 @@ def choose(config: Config, data: ImageData) -> Choice:
 
 
 def class_name(data: ImageData, label: int) -> str:
-    """The name of a class in printable text on one line, at most 40 characters of it."""
+    """Return the name of a class as printable text on one line, cut to 40 characters."""
     name = data.class_names[label] if label < len(data.class_names) else str(label)
     text = "".join(letter if letter.isprintable() else " " for letter in printable(name))
     text = " ".join(text.split())
@@ -113,12 +113,12 @@ def class_name(data: ImageData, label: int) -> str:
 
 
 def shortened(text: str, length: int) -> str:
-    """The text if it has at most `length` characters, else its beginning and an ellipsis."""
+    """Return the text, cut to `length` characters with an ellipsis if it is longer."""
     return text if len(text) <= length else text[: length - 1].rstrip() + "…"
 
 
 def _subset(images: Images, labels: Tensor, limit: int) -> Part:
-    """At most `limit` images: one of each class, then the labelled ones in a fixed order, then the others."""
+    """Return at most `limit` images: one of each class, then labelled images in a fixed order, then the others."""
     count = len(images)
     if count <= limit:
         return Part(images, torch.arange(count), labels)
@@ -132,7 +132,7 @@ def _subset(images: Images, labels: Tensor, limit: int) -> Part:
 
 
 def rows_at_once(images: Images, channels: int = 3) -> int:
-    """ROWS images of at most 32 x 32 pixels in so many channels, and fewer larger ones."""
+    """Return ROWS for images of up to 32 x 32 pixels in `channels` channels, and fewer for larger images."""
     return max(LEAST_ROWS, min(ROWS, ROWS * channels * 32 * 32 // math.prod(images.shape[1:])))
 
 
@@ -142,7 +142,7 @@ def slices(count: int, size: int) -> Iterator[slice]:
 
 
 def in_parts(images: Images, compute: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return compute(part) of all parts of the images, stacked in a tensor that is allocated once."""
+    """Return compute(part) for all parts of the images, concatenated in a tensor that is allocated once."""
     result = torch.empty(0)
     for rows in slices(len(images), rows_at_once(images)):
         part = compute(images[rows])

@@ -1,4 +1,4 @@
-"""The settings of a run as they were resolved: no "auto", no default that depends on the data or the machine."""
+"""The resolved settings of a run: without "auto" and without defaults that depend on the data or the machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def resolve(config: Config, trainer: Trainer) -> dict[str, Any]:
-    """The settings by name, as plain values; with them a configuration makes the same run on the same data."""
+    """Return the settings by name, as plain values. On the same data they make the same run again."""
     chosen = config.to_dict()
     if trainer.data.name != config.data:
         chosen["data"] = f"{trainer.data.name} (from Python)"
@@ -39,7 +39,7 @@ def resolve(config: Config, trainer: Trainer) -> dict[str, Any]:
 
 
 def _backend(trainer: Trainer) -> str:
-    """The backend by name; "auto" stays on an accelerator, where it goes by the size of each call."""
+    """Return the backend's name. On an accelerator "auto" stays, because it depends on the size of each call."""
     asked: str = trainer.loss.backend
     if trainer.device.type != "cpu":
         return asked

@@ -1,4 +1,4 @@
-"""The readers: each knows where one kind of data set lies and what its files look like, and nothing else."""
+"""The readers of the data sets. Each one knows only the location and the file format of its data set."""
 
 from __future__ import annotations
 
@@ -74,14 +74,14 @@ def _fashion_mnist(request: Request) -> Arrays:
 
 
 def _read_idx(root: Path, stem: str, rank: int) -> Array:
-    """An idx file (LeCun's format, big endian): two zeros, a type code, the rank, the sizes, the values."""
+    """Read an idx file (LeCun's format, big endian): two zeros, a type code, the rank, the sizes, the values."""
     for path in (root / stem, root / f"{stem}.gz"):
         if path.is_file():
             break
     else:
         raise FileNotFoundError(
-            f"no {stem} or {stem}.gz in {one_line(root)}; Debian's package dataset-fashion-mnist puts them in "
-            f"{FASHION_MNIST_DIR}, elsewhere say where they are with --data-dir"
+            f"no {stem} or {stem}.gz in {one_line(root)}; Debian's package dataset-fashion-mnist installs them in "
+            f"{FASHION_MNIST_DIR}, and --data-dir names another folder"
         )
     name = one_line(path)
     try:
@@ -94,14 +94,14 @@ def _read_idx(root: Path, stem: str, rank: int) -> Array:
     if (zeros, code) != (0, 8) or count != math.prod(shape):
         raise ValueError(f"{name} is not an idx file of unsigned bytes with the {count} values it holds")
     if found_rank != rank:
-        raise ValueError(f"{name} is not an idx file of {rank} dimensions, it has {found_rank}")
+        raise ValueError(f"{name} is not an idx file of {rank} dimensions: it has {found_rank}")
     return np.frombuffer(raw, np.uint8, count, 4 + 4 * rank).reshape(shape)
 
 
 def _folder(request: Request) -> folder.Folder:
     root = request.need_dir()
     if not root.is_dir():
-        raise ValueError(f"--data folder needs a folder as its --data-dir, and {one_line(root)} is none")
+        raise ValueError(f"--data folder needs a folder as its --data-dir, but {one_line(root)} is not one")
     return folder.find(root)
 
 
@@ -118,7 +118,7 @@ def _cifar10(request: Request) -> Arrays:
 
 
 def _stl10(request: Request) -> Arrays:
-    # The 100,000 unlabelled images carry the label -1: they train the encoder and are no part of its evaluation.
+    # The 100,000 unlabelled images have the label -1. They train the encoder but are not used in its evaluation.
     train, test = (_torchvision("STL10", request, split=split) for split in ("train+unlabeled", "test"))
     return Arrays(InMemory(train.data), train.labels, InMemory(test.data), test.labels, tuple(train.classes))
 

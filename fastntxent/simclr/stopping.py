@@ -1,20 +1,25 @@
-"""Ctrl-C and SIGTERM, which SLURM and torchrun send, end a run after the step in progress, with a checkpoint."""
+"""Ctrl-C and SIGTERM (sent by SLURM and torchrun) stop a run after the current step, with a checkpoint."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.process import BaseProcess
 from types import FrameType
+from typing import Any
+
+from torch.utils.data import DataLoader
 
 _SIGNALS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
 
 class InterruptedRun(KeyboardInterrupt):
-    """Training was asked to stop, and did after a whole step; its checkpoint is written.
+    """Training was asked to stop, and stopped after a complete step with a checkpoint.
 
     Attributes:
         number: the signal's number.
@@ -29,7 +34,7 @@ class StopRequest:
     """The signal that asked this process to stop.
 
     Attributes:
-        number: the signal's number; 0 while there is none.
+        number: the signal's number, or 0 if there was none.
     """
 
     def __init__(self, speak: bool = True) -> None:
@@ -40,10 +45,10 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Note the first signal in here instead of acting on it; a second Ctrl-C raises KeyboardInterrupt at once.
+        """In this block, record the first signal instead of acting on it. A second Ctrl-C raises KeyboardInterrupt.
 
-        A handler that the program has set itself stays in place. Signals reach the main thread alone: in another
-        thread this is a no-op.
+        A handler that the program has installed stays in place. Only the main thread receives signals, so this is a
+        no-op in other threads.
         """
         self.number, self._settled, self._process = 0, False, os.getpid()
         replaced = {}
@@ -58,29 +63,29 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def settle(self) -> None:
-        """Ignore all further signals until `listening` ends: the checkpoint is written, and the process is ending."""
+        """Ignore further signals until `listening` ends, once the checkpoint is written and the process is ending."""
         self._settled = True
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        if self._settled or os.getpid() != self._process:  # a worker process has this handler until `ignore_signals`
+        if self._settled or os.getpid() != self._process:  # worker processes inherit this handler
             return
         if self.number:
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             return
         self.number = number
-        if self._speak:  # by os.write: a signal may arrive in the midst of a print()
+        if self._speak:  # os.write, because a signal may arrive during a print()
             os.write(2, b"\nstopping after this step; Ctrl-C stops at once\n")
 
 
 def ignore_signals(worker: int, then: Callable[[int], object] | None = None) -> None:
-    """Leave stopping to the main process: for its DataLoader's worker processes, which receive the signals too.
+    """Ignore stop signals in a DataLoader worker, which receives them too, so the main process handles them.
 
-    A worker that a signal ends makes PyTorch raise RuntimeError in the main process, in the midst of any step.
+    If a signal killed a worker, PyTorch would raise RuntimeError in the main process at an arbitrary point of a step.
 
     Args:
         worker: the worker's number.
-        then: the `worker_init_fn` of a user's DataLoader.
+        then: the `worker_init_fn` of a user's DataLoader, called afterwards.
     """
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -88,9 +93,24 @@ def ignore_signals(worker: int, then: Callable[[int], object] | None = None) -> 
         then(worker)
 
 
+def read(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Iterate over a DataLoader whose workers ignore signals, and kill them when this process exits.
+
+    An iterator may live that long, with persistent workers or in a traceback. Python then sends its workers SIGTERM and
+    waits for them forever.
+    """
+    batches = iter(loader)
+    atexit.register(_kill, list(getattr(batches, "_workers", ())))
+    return batches
+
+
 def kill_workers() -> None:
     """Kill all worker processes: one that hangs in a read, and ignores SIGTERM, would keep this process from ending."""
+    _kill(multiprocessing.active_children())
+
+
+def _kill(workers: Iterable[BaseProcess]) -> None:
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise
-    for worker in multiprocessing.active_children():
+    for worker in workers:
         worker.kill()

@@ -1,4 +1,4 @@
-"""What a run needs to know of its training images as a whole, gathered a block at a time."""
+"""Statistics and a checksum of all training images, gathered a block at a time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BLOCK_BYTES = 2**24
 
 
 class Images(Protocol):
-    """Images (N, C, H, W) that are indexed by a tensor of places, a mask or a slice: a Tensor, or read on demand."""
+    """Images (N, C, H, W) indexed by a tensor of places, a mask or a slice: a Tensor, or images read on demand."""
 
     @property
     def shape(self) -> torch.Size: ...
@@ -23,20 +23,20 @@ class Images(Protocol):
 
 
 class Tally:
-    """A histogram of every channel and a checksum of all pixels of uint8 images (N, C, H, W), in their order."""
+    """A histogram of each channel, and a checksum of all pixels in order, of uint8 images (N, C, H, W)."""
 
     def __init__(self, channels: int) -> None:
         self.counts = torch.zeros(channels, 256, dtype=torch.int64)
         self.checksum = 0
 
     def add(self, images: Tensor) -> None:
-        """Count some more images."""
+        """Add more images."""
         for counts, channel in zip(self.counts, images.unbind(1), strict=True):
             counts += torch.bincount(channel.flatten(), minlength=256)
         self.checksum = zlib.crc32(images.contiguous().numpy().data, self.checksum)
 
     def moments(self) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation of each channel, scaled to [0, 1]: exact up to the last rounding."""
+        """Return mean and standard deviation of each channel, scaled to [0, 1], exact up to the final rounding."""
         levels = torch.arange(256, dtype=torch.float64) / 255
         weights = self.counts.double() / self.counts.sum(1, keepdim=True)
         mean = weights @ levels
@@ -44,17 +44,17 @@ class Tally:
         return mean.tolist(), std.clamp(min=1e-3).tolist()
 
     def brightest(self) -> int:
-        """The largest value of all."""
+        """Return the largest value."""
         return int(self.counts.sum(0).nonzero().max())
 
 
 def rows_per_block(shape: torch.Size) -> int:
-    """How many images of this shape are a block."""
+    """Return the number of images of this shape in a block."""
     return max(1, BLOCK_BYTES // (shape[1] * shape[2] * shape[3]))
 
 
 def tally(images: Images) -> Tally:
-    """The tally of images; those that are read on demand bring the one of their first reading."""
+    """Return the tally of images. Images read on demand keep the tally of their first reading."""
     known = getattr(images, "tally", None)
     if isinstance(known, Tally):
         return known
@@ -66,7 +66,7 @@ def tally(images: Images) -> Tally:
 
 
 def allocate(shape: tuple[int, ...], what: str) -> Tensor:
-    """An empty uint8 tensor; ValueError if there is no memory for it."""
+    """Return an uninitialised uint8 tensor; ValueError if memory is short."""
     try:
         return torch.empty(shape, dtype=torch.uint8)
     except (RuntimeError, MemoryError) as error:

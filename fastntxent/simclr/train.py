@@ -1,11 +1,12 @@
-"""The training loop. A step is a function of (settings, data, parameters, step number) and of nothing else.
+"""The training loop. A step depends only on (settings, data, parameters, step number).
 
-The order of the images is drawn from (seed, epoch) and the views from (seed, step), each from a generator of its
-own. So a run that goes on from a checkpoint needs no saved random state to repeat what it would have done, and
-two runs that differ only in the loss's implementation see the same batches.
+The image order is drawn from (seed, epoch) and the views from (seed, step), each with a separate generator. A resumed
+run therefore needs no saved random state to continue as if it had never stopped, and two runs that differ only in the
+implementation of the loss see the same batches.
 
-Over several ranks a step is the same function, up to rounding: each rank takes its part of the batch, with the views
-that it has in it, and the loss, its gradient and BatchNorm's statistics are those of the whole.
+Over several ranks a step computes the same function, up to rounding. Each rank takes a part of the batch, with the
+views that these images have in the whole batch. The loss, its gradient and the BatchNorm statistics are computed over
+the whole batch.
 """
 
 from __future__ import annotations
@@ -48,13 +49,13 @@ from .sources import require
 from .stopping import InterruptedRun, StopRequest
 from .stream import stream
 
-# Report, figures and logs of a run, with room to spare.
+# Upper bound for the report, figures and logs of a run.
 _REPORT_BYTES = 16 * 2**20
-_READING_FAILED = 1000  # beyond every signal's number
+_READING_FAILED = 1000  # larger than any signal number
 
 
 class _Batch(NamedTuple):
-    """What the loss saw of this rank and gave in one step, without a graph."""
+    """The loss's inputs on this rank and its value in one step, detached."""
 
     z_i: Tensor
     z_j: Tensor
@@ -63,31 +64,31 @@ class _Batch(NamedTuple):
 
 
 class Trainer:
-    """A run in memory: model, loss, optimiser, history, and the step it is at.
+    """A run in memory: model, loss, optimiser, history and the current step.
 
         trainer = Trainer(Config(out=Path("runs/mine"), epochs=100), DataLoader(...), encoder=my_module)
         trainer.fit()
 
     Args:
-        config: the settings; `config.out` must be a folder that can be written to.
-        data: the images: what `load_data` returns, a map-style Dataset of images, as `ImageData.from_datasets` takes
-            it, or a DataLoader, as `loader.LoaderData` describes it, whose batches are taken in its own order.
-        ranks: the processes of the run. Each makes a trainer and calls `fit`; the first writes the checkpoints. What
-            needs the others happens in `fit`: making a trainer may fail on one rank alone.
-        encoder: a module from images (N, C, H, W) to features (N, F), trained in place; None for the one that
+        config: the settings; `config.out` must be a writable folder.
+        data: the images: the result of `load_data`; a map-style Dataset, see `ImageData.from_datasets`; or a
+            DataLoader, see `loader.LoaderData`, whose batches are used in the order in which they come.
+        ranks: the processes of the run. Each makes a trainer and calls `fit`; the first writes the checkpoints. Making
+            a trainer never waits for other ranks, so it may fail on one rank alone.
+        encoder: a module from images (N, C, H, W) to features (N, F), trained in place; None: the encoder that
             `config.model` names.
 
     Attributes:
         model: the encoder, `model.encoder`, and the projection head.
-        step: how many steps are done.
-        history: loss, learning rate and temperature of every step, and what was measured now and then.
-        settings: the settings by name as they were resolved for these data and this machine.
+        step: number of completed steps.
+        history: loss, learning rate and temperature of every step, and the measurements taken every few steps.
+        settings: the settings by name, resolved for these data and this machine.
 
     Raises:
-        ValueError, TypeError: a setting is out of range, the device, the backend, the data or the encoder cannot be
-            used, the folder cannot be written to, or the checkpoint to resume from does not fit.
-        FileNotFoundError, FileExistsError: there is no checkpoint to resume from, or one that would be lost.
-        ImportError: a package is missing that the settings ask for.
+        ValueError, TypeError: a setting is out of range; the device, the backend, the data or the encoder cannot be
+            used; the folder is not writable; or the checkpoint to resume from does not match.
+        FileNotFoundError, FileExistsError: there is no checkpoint to resume from, or a checkpoint would be overwritten.
+        ImportError: a package that the settings require is missing.
     """
 
     def __init__(
@@ -101,12 +102,12 @@ class Trainer:
         config.check()
         check_logs(config)
         self.data = _training_data(data, config)
-        if config.augment == "auto":  # by the data at hand, which need not be those that the settings name
+        if config.augment == "auto":  # chosen by the actual data, which may come from Python
             config = replace(config, augment=DEFAULT_PRESET.get(self.data.name, "photos"))
         self.config = config
         self.ranks = ranks
         self.device = pick_device(config.device, ranks)
-        self.model = self._make_model(encoder)  # makes sure that the encoder can be copied
+        self.model = self._make_model(encoder)  # also checks that the encoder can be copied
         self._initial = None if encoder is None else copy.deepcopy(self.model).cpu()
         self.loss = build_objective(config, ranks.group).to(self.device)
         self._try_the_loss()
@@ -140,30 +141,30 @@ class Trainer:
         try:
             return make_model(self.config, self.data, self.device, encoder)
         except (RuntimeError, MemoryError) as error:
-            raise ValueError(f"the model cannot be made: {first_line(error)}") from error
+            raise ValueError(f"the model cannot be built: {first_line(error)}") from error
 
     def untrained(self) -> SimCLR:
-        """The model as it was before its first step."""
+        """Return the model as it was before its first step."""
         if self._initial is not None:
             return copy.deepcopy(self._initial).to(self.device)
         return self._make_model(None)
 
     @property
     def has_own_encoder(self) -> bool:
-        """Whether the encoder is a module that was handed over, and not one that the settings name."""
+        """Whether the encoder was passed as a module, not named by the settings."""
         return self._initial is not None
 
     @property
     def images(self) -> ImageData:
-        """The data set; ValueError for a run on a DataLoader, which has no plain images to judge an encoder on."""
+        """The data set. ValueError for a DataLoader, which has no unaugmented images to evaluate an encoder on."""
         if isinstance(self.data, LoaderData):
             raise ValueError(
-                "a run on a DataLoader cannot be judged: pass a Dataset or ImageData, which hold test images"
+                "a run on a DataLoader cannot be evaluated: pass a Dataset or ImageData, which hold test images"
             )
         return self.data
 
     def _bytes_to_write(self) -> int:
-        """What the run writes, at most: the new checkpoint beside the old one, and the report."""
+        """Return an upper bound of the bytes on disk: the old and the new checkpoint, and the report."""
         values = sum(tensor.numel() * tensor.element_size() for tensor in self.model.state_dict().values())
         moments = {"adamw": 2, "lars": 1}[self.config.optimizer] * values
         history = 100 * self.schedule_steps
@@ -171,11 +172,11 @@ class Trainer:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Hold the lock on the run's folder, on the first rank, which writes into it; `fit` does so by itself.
+        """Hold the lock on the run's folder in this block, on the first rank, which writes there. `fit` does so too.
 
         Raises:
-            BlockingIOError: another run holds it.
-            FileExistsError: another run has left its checkpoint here meanwhile.
+            BlockingIOError: another run holds the lock.
+            FileExistsError: another run has written its checkpoint there in the meantime.
         """
         with contextlib.ExitStack() as stack:
             with self.ranks.all_or_none():
@@ -183,24 +184,24 @@ class Trainer:
                     stack.enter_context(self.folder.locked())
                     if not self._owns_folder:
                         check_folder(self.config)
-                    self._owns_folder = True  # the checkpoint that will be there is this run's
+                    self._owns_folder = True  # from now on, a checkpoint there is this run's
             yield
 
     @property
     def last_step(self) -> int:
-        """Where this run stops: the end of the schedule, or --max-steps."""
+        """The step at which this run stops: the end of the schedule, or --max-steps."""
         return min(self.schedule_steps, self.config.max_steps or self.schedule_steps)
 
     def fit(self, until: int | None = None) -> None:
-        """Train to `last_step`, or to the step `until` before it, with checkpoints on the way and one at the end.
+        """Train to `last_step`, or to the earlier step `until`. Checkpoints are written on the way and at the end.
 
-        Ctrl-C and SIGTERM end it after the step in progress, on all ranks, with a checkpoint; a second Ctrl-C at once.
+        Ctrl-C and SIGTERM stop all ranks after the current step, with a checkpoint. A second Ctrl-C stops at once.
 
         Raises:
-            TrainingError: the loss failed its verification, or is no longer finite; or images can no longer be read,
-                in which case a checkpoint was written.
-            MemoryError: a step does not fit.
-            InterruptedRun: a signal asked for the end; a checkpoint was written. It is a KeyboardInterrupt.
+            TrainingError: the loss failed its verification or is no longer finite; or images can no longer be read, in
+                which case a checkpoint was written.
+            MemoryError: a step does not fit in memory.
+            InterruptedRun: a signal stopped the run, and a checkpoint was written. It is a KeyboardInterrupt.
             BlockingIOError: another run is writing to the folder.
             OSError: the checkpoint or a log cannot be written.
             LogError: TensorBoard or Weights & Biases cannot be used. It is a ValueError.
@@ -211,7 +212,7 @@ class Trainer:
             stack.enter_context(self._stop.listening())
             logs = [stack.enter_context(contextlib.closing(log)) for log in self._open_logs()]
             bar = stack.enter_context(self._progress_bar())
-            # Closed here, the feed ends its worker processes while signals are still noted.
+            # The feed is closed first, so its worker processes end while signals are still handled.
             feed = stack.enter_context(contextlib.closing(self.feed.steps(self.step, last_step)))
             self._train(last_step, feed, logs, bar)
             self.save()
@@ -226,7 +227,7 @@ class Trainer:
                 batch = self._train_step(self._next(feed))
             except (torch.OutOfMemoryError, MemoryError) as error:
                 raise MemoryError(
-                    f"memory ran out in step {self.step}: {first_line(error)}; take a smaller --batch-size, or "
+                    f"memory ran out in step {self.step}: {first_line(error)}; try a smaller --batch-size, or "
                     "--accumulate-batch with a small --chunk"
                 ) from error
             done = self.step + 1
@@ -247,22 +248,22 @@ class Trainer:
                 self.save()
 
     def _next(self, feed: Iterator[Views]) -> Views:
-        """The next step's views. If a rank was asked to stop or cannot read its images, all save and stop here."""
+        """Return the views of the next step. If any rank should stop or cannot read its images, all save and raise."""
         views, words = None, ""
         if not self._stop.number:
             try:
                 views = next(feed)
             except (torch.OutOfMemoryError, MemoryError):
                 raise
-            except Exception as error:  # of a data set's own code, perhaps from a worker process with its traceback
+            except Exception as error:  # from the data set's code, perhaps with a worker's traceback
                 words = last_line(error)
         self._stop_if_asked(words)
         assert views is not None
         return views
 
     def _stop_if_asked(self, unreadable: str = "") -> None:
-        """Save and raise if any rank was asked to stop, or cannot read its images for the reason `unreadable`."""
-        # A signal goes first: it may have ended the workers that were being waited for.
+        """Save and raise if any rank was asked to stop, or cannot read its images (`unreadable` is the reason)."""
+        # A signal takes precedence: it may have killed the workers, and so caused the read error.
         reason = self.ranks.largest(self._stop.number or (_READING_FAILED if unreadable else 0))
         if not reason:
             return
@@ -274,7 +275,7 @@ class Trainer:
         raise TrainingError(f"the images of step {self.step} cannot be read: {words}; {self._how_to_go_on()}")
 
     def _how_to_go_on(self) -> str:
-        return f"saved; go on with {PROGRAM} --resume --out {shlex.quote(printable(self.config.out))}"
+        return f"checkpoint saved; continue with {PROGRAM} --resume --out {shlex.quote(printable(self.config.out))}"
 
     def _open_logs(self) -> list[Log]:
         if not self.ranks.first:
@@ -283,10 +284,10 @@ class Trainer:
         return open_logs(self.config, self.settings, self.step, self.run_id, self.history.measured())
 
     def save(self) -> None:
-        """Write the checkpoint of the present step, which is the same for any number of ranks.
+        """Write the checkpoint of the current step. Its format does not depend on the number of ranks.
 
         Raises:
-            OSError: it cannot be written; the one before it is left as it was.
+            OSError: it cannot be written; the previous checkpoint is unchanged.
         """
         self.history.flush(self.step)
         if not self.ranks.first:
@@ -325,7 +326,7 @@ class Trainer:
             raise ValueError(f"{printable(path)} does not fit the model: {first_line(error)}") from error
 
     def _train_step(self, views: Views) -> _Batch:
-        """One update of the parameters."""
+        """Update the parameters once."""
         rate = learning_rate(self.step, self.schedule_steps, self.warmup_steps, self.peak_lr)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -334,9 +335,9 @@ class Trainer:
         def objective(z_i: Tensor, z_j: Tensor) -> Tensor:
             try:
                 loss: Tensor = self.loss(z_i, z_j)
-            except ValueError as error:  # a learnt temperature has left the range of numbers
+            except ValueError as error:  # a learnt temperature is no longer a valid number
                 raise TrainingError(
-                    f"the loss has no value at step {self.step}: {error}; a lower --lr may help"
+                    f"the loss cannot be computed at step {self.step}: {error}; a lower --lr may help"
                 ) from error
             temperature = self.loss.temperature
             if isinstance(temperature, Tensor):
@@ -359,7 +360,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _random_numbers_of_the_model(self) -> Iterator[None]:
-        """PyTorch's global generators, which dropout draws from, at a state that the step and the rank determine."""
+        """In this block PyTorch's global generators, used by dropout, are seeded by step and rank."""
         seed = stream(self.config.seed, f"model of rank {self.ranks.rank}", self.step).initial_seed()
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(seed)
@@ -367,18 +368,19 @@ class Trainer:
 
     @functools.cached_property
     def _replica(self) -> nn.Module:
-        """The model as a step runs it: over several ranks, with BatchNorm of all rows and the mean of the gradients."""
+        """The model that a step runs. Over several ranks it uses DDP, with BatchNorm over the rows of all ranks."""
         if self.ranks.group is None:
             return self.model
-        # An encoder of the user's may have parameters that its features do not depend on. Our own have none, and the
-        # search for them would cost each step a walk over the graph.
+        # An encoder from outside may have parameters that its features do not depend on. Ours have none, and searching
+        # for them would walk the graph in every step.
         foreign = self._initial is not None or self.config.model not in DEFAULT_WIDTH
         replica = DistributedDataParallel(
             over_ranks(self.model, self.ranks.group),
             process_group=self.ranks.group,
             find_unused_parameters=foreign,
         )
-        # They are the same on every rank. As an argument it is deprecated in PyTorch 2.13, and what replaces it is new.
+        # Buffers are already equal on all ranks. PyTorch 2.13 deprecates the argument, and older versions lack the
+        # replacement.
         replica.broadcast_buffers = False
         return replica
 
@@ -403,13 +405,13 @@ class Trainer:
         self.history.log("verified", step=self.step, **{name: float(getattr(report, name)) for name in names})
         if not report.ok:
             raise TrainingError(
-                f"the loss failed its verification at step {self.step}: relative error of the loss "
-                f"{report.loss_error:.3g} (budget {report.loss_budget:.3g}), of the gradient "
+                f"the loss failed its verification at step {self.step}: the relative error of the loss is "
+                f"{report.loss_error:.3g} (budget {report.loss_budget:.3g}), and of the gradient "
                 f"{report.gradient_error:.3g} (budget {report.gradient_budget:.3g}), backend {self.loss.backend}"
             )
 
     def _try_the_loss(self) -> None:
-        """Find out now, and not after the first epoch's augmentation, whether the backend runs here."""
+        """Call the loss once, so that a backend that does not run here fails before training starts."""
         z = torch.ones(2, self.config.proj_dim, device=self.device, dtype=self.model.amp_dtype or torch.float32)
         try:
             build_objective(self.config).to(self.device)(z, z)
@@ -429,7 +431,7 @@ class Trainer:
             unit="step",
             dynamic_ncols=True,
             desc=self.data.title,
-            mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file wants few lines
+            mininterval=0.1 if sys.stderr.isatty() else 10,  # keep log files short
         )
 
 
@@ -440,13 +442,13 @@ class _NoBar:
 
 
 def check_folder(config: Config) -> None:
-    """Raise FileExistsError if the run would replace a checkpoint that it does not go on with."""
+    """Raise FileExistsError if the run would overwrite a checkpoint that it does not resume from."""
     target = config.out / FILE_NAME
     source = resume_path(config) if config.resume else None
     its_own = source is not None and source.exists() and target.exists() and source.samefile(target)
     if target.exists() and not config.overwrite and not its_own:
         raise FileExistsError(
-            f"{printable(config.out)} holds another run's checkpoint: continue that one with --resume, lose it with "
+            f"{printable(config.out)} holds another run's checkpoint: continue that run with --resume, discard it with "
             "--overwrite, or choose another --out"
         )
 
@@ -457,7 +459,7 @@ def _training_data(data: object, config: Config) -> ImageData | LoaderData:
     if isinstance(data, DataLoader):
         return LoaderData(data)
     if isinstance(data, Dataset):
-        items: Any = data  # a Dataset need not have a length; from_datasets says so
+        items: Any = data  # a Dataset may lack a length; from_datasets reports that
         return ImageData.from_datasets(
             items, in_memory=config.in_memory, workers=config.workers or 0, skip_bad=config.skip_bad
         )

@@ -1,4 +1,4 @@
-"""The image files below a folder, and what else lies there; nothing is opened."""
+"""Finds the image files below a folder, and records what else is there. No file is opened."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .notes import counted, listed
 from .pixels import BadFile, reason
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
-# Besides names that begin with a dot: what macOS, Synology, Linux and Windows leave in folders.
+# Entries of macOS, Synology, Linux and Windows that are skipped, like names that begin with a dot.
 _HIDDEN = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
 
 Identity = tuple[int, int]
@@ -21,7 +21,7 @@ Listing = tuple[list[str], list[str]]
 
 @dataclass
 class Walk:
-    """Folders below a root, each listed once, with a record of everything in them that is skipped."""
+    """The folders below a root. Each is listed once, and everything skipped is recorded."""
 
     root: str
     hidden: list[str] = field(default_factory=list)
@@ -33,7 +33,7 @@ class Walk:
     _listings: dict[str, Listing] = field(default_factory=dict)
 
     def listing(self, folder: str) -> Listing:
-        """Sorted names of the folders and of the image files in a folder below the root."""
+        """Return the sorted names of the folders and the image files in a folder below the root."""
         if folder not in self._listings:
             self._listings[folder] = self._list(folder)
         return self._listings[folder]
@@ -63,10 +63,10 @@ class Walk:
         return folders, files
 
     def files(self, base: str) -> list[str]:
-        """Every image file below a folder, at any depth, sorted by the parts of its path."""
+        """Return every image file below a folder, at any depth, sorted by the parts of its path."""
         outside = _parents(self.root)
         found: list[str] = []
-        # Folders that are read already, by class: where folders link to each other, the paths through them are legion.
+        # Folders that have been read, by class. Links between folders could make the number of paths explode.
         read: set[tuple[str, Identity]] = set()
         pending = deque([(base, outside | _identity(self.root) if base else outside)])
         while pending:
@@ -87,7 +87,7 @@ class Walk:
         return sorted(found, key=lambda path: path.split(os.sep))
 
     def notes(self) -> list[str]:
-        """A line for every kind of thing that was skipped."""
+        """Return one line for each kind of entry that was skipped."""
         notes = []
         if self.hidden:
             entries = counted(len(self.hidden), "hidden entry", "hidden entries")
@@ -95,7 +95,7 @@ class Walk:
         if self.others:
             kinds = [f"{suffix} ({count})" for suffix, count in self.others.most_common()]
             files = counted(sum(self.others.values()), "file", "files")
-            notes.append(f"left out {files} without the suffix of an image: {listed(kinds)}")
+            notes.append(f"left out {files} without an image suffix: {listed(kinds)}")
         if self.odd:
             entries = counted(len(self.odd), "broken link, pipe or device", "broken links, pipes or devices")
             notes.append(f"left out {entries}: {listed(sorted(self.odd))}")
@@ -106,12 +106,12 @@ class Walk:
             )
         if self.again:
             folders = counted(len(self.again), "folder", "folders")
-            notes.append(f"read {folders} of a class once that links reach again: {listed(sorted(self.again))}")
+            notes.append(f"skipped {folders} that links reach a second time: {listed(sorted(self.again))}")
         return notes
 
 
 def _is(test: Callable[[], bool]) -> bool:
-    """A test of a directory entry, False where it cannot be made: a link to itself, a target behind a locked folder."""
+    """Return the test of a directory entry, or False if it fails: a link to itself, a target in a locked folder."""
     try:
         return test()
     except OSError:
@@ -119,7 +119,7 @@ def _is(test: Callable[[], bool]) -> bool:
 
 
 def _identity(path: str) -> frozenset[Identity]:
-    """Device and inode of a folder, the same by whatever path it is reached; empty if the folder cannot be asked."""
+    """Return device and inode of a folder, the same for every path to it; an empty set if stat fails."""
     try:
         status = os.stat(path)
     except OSError:
@@ -128,6 +128,6 @@ def _identity(path: str) -> frozenset[Identity]:
 
 
 def _parents(root: str) -> frozenset[Identity]:
-    """The folders that the root lies in: a link to one of them leads back to the root."""
+    """Return the folders above the root: a link to one of them leads back to the root."""
     parents = Path(os.path.realpath(root)).parents
     return frozenset[Identity]().union(*(_identity(str(parent)) for parent in parents))

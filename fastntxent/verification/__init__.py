@@ -1,8 +1,8 @@
-"""Kernels proved on the device that they are to run on, before "auto" takes them.
+"""Checks kernels on the device they will run on, before "auto" takes them.
 
-A child process runs `checks` on a backend, so that a fault, a hang or a crash costs a message and no training run:
-`process` starts it with a deadline, `child` is what it runs. The verdicts are kept by `store`, in a file for each
-device model, and `policy` says which backend "auto" takes on an accelerator.
+A child process runs the checks, so a fault, a hang or a crash becomes a verdict instead of ending a training run.
+`process` starts the child with a deadline, and `child` is the code that it runs. `store` keeps the verdicts, in one
+file per device model. `policy` chooses the backend that "auto" takes on an accelerator.
 
-Everything here but `child`, `checks` and `timing`, which run in the child alone, lies below the backends.
+`child`, `checks`, `problems` and `timing` lie above the losses; the other modules lie below the backends.
 """

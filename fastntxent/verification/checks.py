@@ -1,7 +1,7 @@
-"""What a backend has to do right on a device: values and gradients against float64, and the same bits each time.
+"""The checks of a backend on a device: values and gradients against float64, and the same bits in every call.
 
-Sizes are small, and reach every kernel all the same: a backend says which forms of its kernels there are, and each is
-forced in turn. New memory holds NaN, so that what a kernel leaves unwritten shows. `error_budget` has the tolerances.
+Sizes are small but still reach every kernel: a backend lists the forms of its kernels, and each form is forced in turn.
+New memory is filled with NaN, so elements that a kernel leaves unwritten are found. `error_budget` has the tolerances.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from .problems import (
 )
 from .verdict import Status
 
-# Beyond this many rows the truth comes from `blocked` in float64, in tiles: the oracle's matrices would not fit.
+# For more rows the truth comes from `blocked` in float64, in tiles, because the oracle's matrices would not fit.
 _MOST_DENSE_ROWS = 2048
 
 Case = tuple[str, Callable[[], None]]
 
 
 class FaultError(Exception):
-    """A backend is wrong, or does not repeat itself."""
+    """A backend gives wrong or irreproducible results."""
 
     def __init__(self, status: Status, words: str) -> None:
         super().__init__(words)
@@ -47,8 +47,8 @@ class FaultError(Exception):
 
 
 def cases(name: str, backend: Backend, device: torch.device) -> Iterator[Case]:
-    """Every check of a backend on a device: what it is called, and a function that raises FaultError."""
-    slow = device.type == "cpu" and "cuda" in backend.device_types  # kernels for a GPU, interpreted
+    """Yield every check of a backend on a device: its name, and a function that raises FaultError if it fails."""
+    slow = device.type == "cpu" and "cuda" in backend.device_types  # GPU kernels in an interpreter
     for dtype in backend.dtypes:
         label = str(dtype).removeprefix("torch.")
         for form in backend.forms(device, dtype):
@@ -68,10 +68,10 @@ def cases(name: str, backend: Backend, device: torch.device) -> Iterator[Case]:
         yield from _on_streams(name, device)
 
 
-# The calls that are made in every form of a backend's kernels.
+# The calls made with every form of a backend's kernels.
 FORM_CALLS: dict[str, Callable[[tuple[Tensor, Tensor]], Problem]] = {
     "nt_xent": lambda views: nt_xent_problem(views, 0.1),
-    # Logits beyond the range of exp, and gradients of the rows' losses, take kernels of their own.
+    # Logits beyond the range of exp, and an upstream gradient per row, use separate kernels.
     "nt_xent, temperature 0.005": lambda views: nt_xent_problem(views, 0.005, upstream=_upstream_gradient(views)),
     "two sides": lambda views: cross_problem(views, 0.2),
     "groups": lambda views: groups_problem(views, 0.2),
@@ -82,7 +82,7 @@ FORM_CALLS: dict[str, Callable[[tuple[Tensor, Tensor]], Problem]] = {
 
 
 def _small_calls(slow: bool, form: str) -> list[tuple[str, int, int]]:
-    """A call, N and D: at a tile's edges, beside them, and beyond; each form has a D for every part of the table."""
+    """Return (call, N, D), with sizes at tile edges, next to them and beyond. The Ds reach every part of the table."""
     if slow:
         sizes = [(1, 7), (33, 64)] if form else [(1, 7), (33, 64), (40, 130)]
         return [("nt_xent", *size) for size in sizes]
@@ -99,8 +99,8 @@ def _small_calls(slow: bool, form: str) -> list[tuple[str, int, int]]:
 
 
 def _large_calls(device: torch.device) -> list[tuple[str, int, int]]:
-    """A call, N and D of batches that fill a device: some kernels cut them in another way than small ones."""
-    # More blocks of 32 rows than csrc/cuda/plan.h has at once: each takes several tasks in turn.
+    """Return (call, N, D) of batches that fill a device, which some kernels split differently from small ones."""
+    # More blocks of 32 rows than thread blocks that run at once (csrc/cuda/plan.h), so each takes several tasks.
     n = 50 * torch.cuda.get_device_properties(device).multi_processor_count + 5
     return [("nt_xent", n, 64), ("nt_xent", n, 200), ("nt_xent", n, 768), ("two sides", 2 * n, 128)]
 
@@ -121,7 +121,7 @@ def _in_form(
 
 
 def _in_tf32(name: str, backend: Backend, form: str, rows: int, features: int, device: torch.device) -> None:
-    """Where PyTorch's own products are in TF32, so may be a backend's; the reference's are too."""
+    """Check with PyTorch set to TF32, which then applies to the products of the backend and of the reference."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
@@ -131,19 +131,19 @@ def _in_tf32(name: str, backend: Backend, form: str, rows: int, features: int, d
 
 
 def _upstream_gradient(views: Sequence[Tensor]) -> Tensor:
-    """An upstream gradient for each row."""
+    """Return an upstream gradient with one number per row."""
     rows = sum(len(view) for view in views)
     return torch.randn(rows, generator=generator(7), dtype=torch.float64).to(views[0].device)
 
 
 def _special(name: str, device: torch.device, dtype: torch.dtype, label: str, slow: bool) -> Iterator[Case]:
-    """What is not a matter of size."""
+    """Yield the checks of options, strides, extreme temperatures and NaN, at one small size."""
     n, d = (20, 40) if slow else (40, 72)
     views = views_of(n, d, dtype, device)
     long = tuple(z.mul(1.5) for z in views)
     upstream = _upstream_gradient(views)
     on_device = torch.tensor(0.1, dtype=torch.float64, device=device)
-    wide = torch.stack(views, dim=2)  # rows with a stride of their own
+    wide = torch.stack(views, dim=2)  # rows that are not contiguous
 
     problems = {
         "a weight for each row": nt_xent_problem(views, 0.1, upstream=upstream),
@@ -189,7 +189,7 @@ def _special(name: str, device: torch.device, dtype: torch.dtype, label: str, sl
 
 
 def check_problem(problem: Problem, backend: str) -> None:
-    """Raise FaultError unless a backend's results are within budget, and have the same bits a second time."""
+    """Raise FaultError unless a backend's results are within budget and have the same bits in a second call."""
     results = _poisoned(problem, backend)
     oracle = "reference" if problem.rows <= _MOST_DENSE_ROWS else "blocked"
     truths, same_precision = problem.run(oracle, True), problem.run(oracle, False)
@@ -204,32 +204,32 @@ def check_problem(problem: Problem, backend: str) -> None:
         )
         if not errors.within(limit):
             raise FaultError("wrong", f"{name} {_off(value, errors, limit)}")
-    # In the mode that poisons memory PyTorch replaces operations whose bits change, so its bits are not looked at.
+    # Poisoned memory needs PyTorch's deterministic mode, which hides changing bits. So bits are compared without it.
     once, again = problem.run(backend, False), problem.run(backend, False)
     for name, value in once.items():
         if not torch.equal(_bits(value), _bits(again[name])):
             share = float((_bits(value) != _bits(again[name])).float().mean())
-            raise FaultError("not reproducible", f"{100 * share:.2g} % of {name} has other bits the second time")
+            raise FaultError("not reproducible", f"{100 * share:.2g} % of {name} differs bitwise in the second call")
 
 
 def _off(value: Tensor, errors: error_budget.Errors, limit: error_budget.Errors) -> str:
     missing = int(value.isnan().sum())
     if missing:
-        return f"has {missing} of {value.numel()} numbers that are NaN, as unwritten memory is"
-    return f"is off by {errors.maximum:.2g} of its largest, {limit.maximum:.2g} allowed"
+        return f"has {missing} of {value.numel()} elements that are NaN, like unwritten memory"
+    return f"is off by {errors.maximum:.2g} of its largest value, with {limit.maximum:.2g} allowed"
 
 
 def _keeps_nan(problem: Problem, backend: str) -> None:
-    """Raise FaultError if a number is given where there is none."""
+    """Raise FaultError if a result has a number where the reference has NaN."""
     truths = problem.run("reference", False)
     for name, value in problem.run(backend, False).items():
         given = int((truths[name].isnan() & ~value.isnan()).sum())
         if given:
-            raise FaultError("wrong", f"{given} of the {value.numel()} numbers of {name} should be NaN and are not")
+            raise FaultError("wrong", f"{given} of the {value.numel()} elements of {name} should be NaN and are not")
 
 
 def _on_streams(name: str, device: torch.device) -> Iterator[Case]:
-    """What only a GPU can do: streams side by side, a captured graph, another current device."""
+    """Yield the checks that only a GPU can run: two streams, a captured graph, another current device."""
     views = views_of(160, 128, torch.float32, device)
     problem = nt_xent_problem(views, 0.1)
     yield "200 calls on two streams", lambda: _two_streams(problem, name, device)
@@ -240,7 +240,7 @@ def _on_streams(name: str, device: torch.device) -> Iterator[Case]:
 
 
 def _another(device: torch.device) -> torch.device | None:
-    """Another GPU that this process may use; None if there is none, or it is full or taken."""
+    """Return another GPU that this process can use; None if there is none, or its memory is full or it is exclusive."""
     for index in range(torch.cuda.device_count()):
         other = torch.device("cuda", index)
         if other != device:
@@ -262,7 +262,7 @@ def _two_streams(problem: Problem, name: str, device: torch.device) -> None:
     for result in results:
         for key, value in result.items():
             if not torch.equal(_bits(value), _bits(expected[key])):
-                raise FaultError("not reproducible", f"{key} has other bits on one of two streams")
+                raise FaultError("not reproducible", f"{key} differs bitwise on one of two streams")
 
 
 def _graph(views: Sequence[Tensor], name: str, device: torch.device) -> None:
@@ -289,7 +289,7 @@ def _graph(views: Sequence[Tensor], name: str, device: torch.device) -> None:
         eager = step()
     for key, value, expected in zip(("loss", "d_z_i", "d_z_j"), replayed, eager, strict=True):
         if not torch.equal(_bits(value), _bits(expected)):
-            raise FaultError("wrong", f"{key} of a replayed graph is not that of the same call outside")
+            raise FaultError("wrong", f"{key} of a replayed graph differs from the same eager call")
 
 
 def _other_device(problem: Problem, name: str, other: torch.device) -> None:
@@ -298,7 +298,7 @@ def _other_device(problem: Problem, name: str, other: torch.device) -> None:
 
 
 def _poisoned(problem: Problem, backend: str) -> dict[str, Tensor]:
-    """The results, where new memory holds NaN."""
+    """Return the results with new memory filled with NaN."""
     with _new_memory_is_nan():
         return problem.run(backend, False)
 
@@ -321,6 +321,6 @@ def _new_memory_is_nan() -> Iterator[None]:
 
 
 def _bits(x: Tensor) -> Tensor:
-    """Numbers as integers, so that NaN equals itself."""
+    """Return the numbers as integers, so that NaN equals itself."""
     kinds: dict[int, Any] = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     return x.contiguous().view(kinds[x.element_size()])

@@ -1,13 +1,13 @@
-"""The child process, which `process` starts: `main(REPORT, REQUEST)`.
+"""The code of the child process that `process` starts: `main(REPORT, REQUEST)`.
 
 REQUEST is JSON:
 
-    {"backend": "triton", "device": "cuda:0", "module": null}            check it
-    {"time": ["triton", "blocked"], "device": "cuda:0"}                  time these
+    {"backend": "triton", "device": "cuda:0", "module": null}            check this backend
+    {"time": ["triton", "blocked"], "device": "cuda:0"}                  time these backends
 
-`module` is where a backend lies that is not in the table. Optional are "part": [i, n], to run the i-th of n
-shares of the checks; "model", what the parent knows of the device; and "seconds", after which this process ends itself.
-REPORT is a file that gets a line of JSON for each check as it begins, and one for the verdict or the times.
+"module" is the module of a backend that is not in the table. Optional keys are "part": [i, n], which runs the i-th of n
+shares of the checks; "model", the device as the parent sees it; and "seconds", after which this process exits.
+REPORT is a file. It gets one line of JSON when a check begins, and one for the verdict or the times.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .verdict import Verdict
 
 
 def main(report_path: str, request_text: str) -> None:
-    """Do what the request asks for, and report it."""
+    """Check or time as requested, and write the report."""
     request = json.loads(request_text)
     if "seconds" in request:
         faulthandler.dump_traceback_later(request["seconds"], exit=True)
@@ -36,7 +36,7 @@ def main(report_path: str, request_text: str) -> None:
             print(json.dumps(line), file=report, flush=True)
 
         device = torch.device(request["device"])
-        # TF32 in the reference would widen every tolerance.
+        # With TF32 in the reference, every tolerance would be wider.
         torch.set_float32_matmul_precision("highest")
         if "time" in request:
             tell(**_report_times(request, device, tell))
@@ -72,7 +72,7 @@ def _report_verdict(request: dict[str, Any], device: torch.device, tell: Callabl
         listed = list(checks.cases(name, backend, device))
     except Exception as error:
         return Verdict("not available", _words(error))
-    # Neighbours, which have kernels in common: each is compiled in as few parts as can be.
+    # A share is consecutive checks. These share kernels, so few kernels are compiled in more than one child.
     share = listed[len(listed) * part // parts : len(listed) * (part + 1) // parts]
     passed, case = 0, ""
     try:
@@ -90,7 +90,7 @@ def _report_verdict(request: dict[str, Any], device: torch.device, tell: Callabl
 
 
 def _use_device(request: dict[str, Any], device: torch.device) -> None:
-    """Use the device; RuntimeError unless it is the one that the parent means."""
+    """Use the device; RuntimeError unless it is the one that the parent sees."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch.zeros(1, device=device).item()
@@ -98,11 +98,11 @@ def _use_device(request: dict[str, Any], device: torch.device) -> None:
     meant = request.get("model", here)
     for key, value in here.items():
         if value != meant.get(key):
-            raise RuntimeError(f"the child process has {key} {value!r}, and this process {meant.get(key)!r}")
+            raise RuntimeError(f"the child process has {key} {value!r}, but this process has {meant.get(key)!r}")
 
 
 def _memory_ran_out(error: Exception) -> bool:
-    """Whether memory ran out, which says nothing of the kernels. CUDA, and PyTorch on the CPU, say it in words."""
+    """Return whether memory ran out, which says nothing about the kernels. PyTorch shows it only in the message."""
     words = str(error).lower()
     return isinstance(error, MemoryError) or any(
         said in words for said in ("out of memory", "not enough memory", "can't allocate memory")

@@ -1,7 +1,7 @@
-"""Which backend "auto" takes on an accelerator: the quickest, for a call's size, of those that have passed there.
+"""Chooses the backend that "auto" takes on an accelerator: the fastest for a call's size among those that have passed.
 
-At the first call on a device the verdicts are looked up, or found by a child process, which takes up to a minute and is
-announced in a line. After that a choice is two look-ups in a dict.
+At the first call on a device, verdicts are read from the store, or found by a child process. Checking takes up to a
+minute and is announced on stderr. After that, a choice is two dict lookups.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from .store import Store, model_of
 from .verdict import Verdict
 
 FALLBACK = "blocked"
-SMALL_BATCH = 8192  # rows: where nothing was timed, the first that has passed serves these and the last serves more
-REPLAYED = " replayed"  # after a backend's name: its time in a captured CUDA graph, without the host's part
-# What "auto" may take on a device of this type, once it has passed; and where the backend lies.
+SMALL_BATCH = 8192  # without times, the first passed backend serves up to this many rows, and the last serves more
+REPLAYED = " replayed"  # suffix of a backend's name: its time in a captured CUDA graph, without host overhead
+# Backends that "auto" may take on a device type once they have passed, with their modules.
 Candidates = Mapping[str, str]
-# Children that share the checks of a backend whose kernels are compiled when they are first called.
+# Number of children that share a backend's checks, if its kernels are compiled at the first call.
 PARTS = {"triton": min(4, os.cpu_count() or 1)}
 
 _decided: dict[torch.device, Decision] = {}
@@ -36,12 +36,12 @@ _said: set[str] = set()
 
 
 class Decision:
-    """What is known of a device.
+    """Verdicts and times on a device, and the choice of a backend from them.
 
     Attributes:
-        verdicts: by backend.
-        times: as `timing.time_backends` gives them; None if there are none.
-        reason: why no backend was checked; empty if some were.
+        verdicts: verdicts by backend.
+        times: the result of `timing.time_backends`; None if there is none.
+        reason: the reason why no backend was checked; empty if any was.
     """
 
     def __init__(self, verdicts: dict[str, Verdict], times: dict[str, Any] | None, reason: str = "") -> None:
@@ -52,30 +52,30 @@ class Decision:
         self._taken: dict[tuple[torch.dtype, int, int, bool], str] = {}
 
     def take(self, dtype: torch.dtype, rows: int, features: int, captured: bool = False) -> str:
-        """The backend for a call of this size, which may be in a CUDA graph."""
+        """Return the backend for a call of this size. `captured`: the call is captured in a CUDA graph."""
         size = (dtype, rows, features, captured)
         taken = self._taken.get(size)
         if taken is None:
-            if len(self._taken) > 10_000:  # sizes that never come again
+            if len(self._taken) > 10_000:  # sizes that keep changing
                 self._taken.clear()
             taken = self._taken[size] = self.explain(dtype, rows, features, captured)[0]
         return taken
 
     def explain(self, dtype: torch.dtype, rows: int, features: int, captured: bool = False) -> tuple[str, str]:
-        """The backend for a call of this size, which may be in a CUDA graph, and why."""
+        """Return the backend for a call of this size, and the reason."""
         if not self.passed:
             return FALLBACK, self.reason or "no kernels have passed here"
         times = self._nearest(dtype, rows, features, captured)
         if not times:
-            return self.passed[0 if rows <= SMALL_BATCH else -1], "it has passed, and nothing was timed at this size"
+            return self.passed[0 if rows <= SMALL_BATCH else -1], "it has passed, but nothing was timed at this size"
         quickest = min(times, key=lambda name: times[name])
         said = ", ".join(f"{name} {value:.3g} ms" for name, value in sorted(times.items(), key=lambda item: item[1]))
-        return quickest, f"the quickest of those that have passed: {said}"
+        return quickest, f"the fastest of those that have passed: {said}"
 
     def _nearest(self, dtype: torch.dtype, rows: int, features: int, captured: bool) -> dict[str, float]:
-        """The times measured nearest to a size, in octaves, of the backends that may be taken.
+        """Return the times of the allowed backends at the nearest timed size, in octaves.
 
-        For a call in a CUDA graph they are those of replays, where there are any.
+        For a call captured in a CUDA graph these are the times of replays, if there are any.
         """
         table = (self.times or {}).get(str(dtype).removeprefix("torch."), {})
         for wanted in (features, rows):
@@ -88,12 +88,12 @@ class Decision:
 
 
 def choose_backend(device: torch.device, candidates: Candidates, dtype: torch.dtype, rows: int, features: int) -> str:
-    """The backend for a call on an accelerator.
+    """Return the backend for a call on an accelerator.
 
     Args:
-        device: with its index.
+        device: the device, with its index.
         candidates: the backends that load here, in order of preference, each with its module.
-        dtype, rows, features: of the call.
+        dtype, rows, features: dtype and size of the call.
     """
     decision = _decided.get(device)
     if decision is None:
@@ -101,12 +101,12 @@ def choose_backend(device: torch.device, candidates: Candidates, dtype: torch.dt
     return decision.take(dtype, rows, features, _as_captured > 0 or _capturing(device))
 
 
-_as_captured = 0  # blocks that are open
+_as_captured = 0  # number of open `as_captured` blocks
 
 
 @contextlib.contextmanager
 def as_captured() -> Iterator[None]:
-    """A block in which "auto" chooses, in every thread, what it would in the capture of a CUDA graph."""
+    """In this block, "auto" chooses in every thread as if a CUDA graph were being captured."""
     global _as_captured
     _as_captured += 1
     try:
@@ -116,11 +116,11 @@ def as_captured() -> Iterator[None]:
 
 
 def decide(device: torch.device, candidates: Candidates) -> Decision:
-    """Look up what is known of a device, or find out."""
+    """Return the decision for a device, from the store or by checking it now."""
     if not candidates:
         return _settle(device, Decision({}, None, "no kernels load here"))
     if never():
-        return _settle(device, Decision({}, None, f"{VERIFY}=never: no kernels are checked or taken"))
+        return _settle(device, Decision({}, None, f"{VERIFY}=never: no kernels are checked or used"))
     if _capturing(device):
         _say_once(
             f"fastntxent: a CUDA graph is being captured, so the kernels cannot be checked on {device} now; this graph "
@@ -137,7 +137,7 @@ def decide(device: torch.device, candidates: Candidates) -> Decision:
 
 
 def never() -> bool:
-    """Whether $FASTNTXENT_VERIFY says that nothing is to be checked; ValueError for a value that means nothing."""
+    """Return whether $FASTNTXENT_VERIFY forbids checks; ValueError for an unknown value."""
     value = os.environ.get(VERIFY) or "auto"
     if value not in ("auto", "never"):
         raise ValueError(f"{VERIFY} must be 'auto' or 'never', got {value!r}")
@@ -150,7 +150,7 @@ def _settle(device: torch.device, decision: Decision) -> Decision:
 
 
 def forget() -> None:
-    """Look it all up again at the next call."""
+    """Forget all decisions, so that the next call reads the store again."""
     _decided.clear()
 
 
@@ -160,31 +160,31 @@ def _find_out(device: torch.device, candidates: Candidates) -> Decision:
 
 
 def _complain(device: torch.device, decision: Decision) -> None:
-    """Say once what did not pass, or could not be checked."""
+    """Report once each backend that did not pass or could not be checked."""
     for name, verdict in decision.verdicts.items():
         where = model_of(device).name
         if verdict.status == "not available":
             _say_once(
-                f"fastntxent: backend {name!r} could not be checked on {where} and is not taken in this process: "
-                f"{verdict.detail}. `python -m fastntxent verify` checks it beforehand."
+                f"fastntxent: backend {name!r} could not be checked on {where} and is not used in this process: "
+                f"{verdict.detail}. `python -m fastntxent verify` checks it in advance."
             )
         elif not verdict.ok:
             _warn_once(
-                f"backend {name!r} did not pass on {where} and will not be taken: {verdict}. Please report it with "
-                "what `python -m fastntxent info --json` prints."
+                f"backend {name!r} did not pass on {where} and will not be used: {verdict}. Please report this with "
+                "the output of `python -m fastntxent info --json`."
             )
 
 
 def find_verdicts(
     device: torch.device, candidates: Candidates, *, refresh: bool = False, timed: bool = False
 ) -> dict[str, Verdict]:
-    """The verdict of each backend on a device: looked up, or found in a child process and kept.
+    """Return the verdict of each backend on a device, from the store or by checks in a child process.
 
     Args:
-        device: where.
+        device: the device.
         candidates: the backends and their modules.
-        refresh: check again what is known.
-        timed: what passes is timed next, which the announcement should say.
+        refresh: ignore stored verdicts.
+        timed: backends that pass are timed next, which the announcement then says.
     """
     store = Store(model_of(device))
     found = {} if refresh else _known(store, candidates)
@@ -192,7 +192,7 @@ def find_verdicts(
         return {name: found[name] for name in candidates}
     with store.checking():
         if not refresh:
-            found = _known(store, candidates)  # another process may have found out meanwhile
+            found = _known(store, candidates)  # another process may have checked meanwhile
         missing = [name for name in candidates if name not in found]
         if missing:
             _say(
@@ -209,12 +209,12 @@ def find_verdicts(
 def time_passed(
     device: torch.device, candidates: Candidates, verdicts: dict[str, Verdict], *, refresh: bool = False
 ) -> tuple[dict[str, Verdict], dict[str, Any] | None]:
-    """Time the backends that have passed: looked up, or measured in a child process and kept.
+    """Return the times of the backends that have passed, from the store or measured in a child process.
 
-    Larger batches are timed than are checked. A backend that ends the child by one of them has not passed.
+    The timed batches are larger than the checked ones. A backend that fails in one of them counts as not passed.
 
     Returns:
-        The verdicts, and the times; None if there are none.
+        The updated verdicts, and the times or None.
     """
     store, verdicts = Store(model_of(device)), dict(verdicts)
 
@@ -252,9 +252,9 @@ def _known(store: Store, candidates: Candidates) -> dict[str, Verdict]:
 
 
 def known_decision(device: torch.device, candidates: Candidates) -> Decision:
-    """What is known of a device, without finding out anything."""
+    """Return the decision for a device from what is already known, without checking anything."""
     if never():
-        return Decision({}, None, f"{VERIFY}=never: no kernels are checked or taken")
+        return Decision({}, None, f"{VERIFY}=never: no kernels are checked or used")
     if not candidates:
         return Decision({}, None, "no kernels load here")
     verdicts = known_verdicts(device, candidates)
@@ -264,7 +264,7 @@ def known_decision(device: torch.device, candidates: Candidates) -> Decision:
 
 
 def known_verdicts(device: torch.device, candidates: Candidates) -> dict[str, Verdict]:
-    """The verdicts that are kept or that this process has found, without finding out any."""
+    """Return the verdicts in the store or found by this process, without checking anything."""
     decision = _decided.get(device)
     found = {} if decision is None else {name: v for name, v in decision.verdicts.items() if name in candidates}
     return {**found, **_known(Store(model_of(device)), candidates)}
@@ -273,7 +273,7 @@ def known_verdicts(device: torch.device, candidates: Candidates) -> dict[str, Ve
 def _capturing(device: torch.device) -> bool:
     if device.type != "cuda" or not torch.cuda.is_initialized():
         return False
-    if torch.cuda.current_device() == device.index:  # in most calls, and a microsecond less
+    if torch.cuda.current_device() == device.index:  # the usual case, and a microsecond faster
         return torch.cuda.is_current_stream_capturing()
     with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()

@@ -1,4 +1,4 @@
-"""The calls that a backend is checked by: each runs on any backend, in its own precision or in float64."""
+"""The calls with which a backend is checked. Each runs on any backend, in the dtype of its input or in float64."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Problem:
 
     Attributes:
         run: takes a backend's name and whether to compute in float64; returns tensors by name, gradients as d_...
-        dtype, rows: of the call.
+        dtype, rows: dtype and number of rows of the call.
         logit_size: the largest logit.
-        scales: by name, the size of what a result is a difference of, for those that may cancel to nothing.
+        scales: for results whose terms may cancel, the size of the terms, by name.
     """
 
     run: Callable[[str, bool], dict[str, Tensor]]
@@ -40,7 +40,7 @@ class Problem:
 def nt_xent_problem(
     views: Sequence[Tensor], temperature: float | Tensor, *, normalize: bool = True, upstream: Tensor | None = None
 ) -> Problem:
-    """NT-Xent and its gradients in the views and the temperature: the mean, or a sum of rows weighted by `upstream`."""
+    """NT-Xent and its gradients by views and temperature: the mean, or a sum of row losses weighted by `upstream`."""
 
     def run(backend: str, exact: bool) -> dict[str, Tensor]:
         z_i, z_j, tau = _fresh_leaves((*views, torch.as_tensor(temperature, dtype=torch.float64)), exact)
@@ -55,13 +55,15 @@ def nt_xent_problem(
     z = torch.cat([view.double() for view in views])
     largest = 1.0 if normalize else float(z.norm(dim=1).max()) ** 2
     weights = 1.0 if upstream is None else float(upstream.abs().sum())
-    # The temperature's gradient is a sum of differences of similarities, which can cancel to nothing.
+    # The temperature's gradient is a sum of differences of similarities, which can cancel almost completely.
     return Problem(run, views[0].dtype, len(z), largest / tau, {"d_temperature": weights * largest / tau**2})
 
 
 def towers_problem(views: Sequence[Tensor], temperature: float, *, both: bool) -> Problem:
-    """InfoNCE, or CLIP with `both` directions: the mean with all gradients from one call, with that of either tower
-    alone, as where the other is frozen, and without any."""
+    """InfoNCE, or CLIP with `both` directions.
+
+    The mean loss is computed with all gradients, with one tower frozen (each in turn), and without gradients.
+    """
 
     def run(backend: str, exact: bool) -> dict[str, Tensor]:
         def loss_of(z_i: Tensor, z_j: Tensor, tau: Tensor) -> Tensor:
@@ -84,8 +86,11 @@ def towers_problem(views: Sequence[Tensor], temperature: float, *, both: bool) -
 
 
 def sigmoid_problem(views: Sequence[Tensor], temperature: float, bias: float, *, two_views: bool) -> Problem:
-    """SigLIP, or NT-Logistic of `two_views`: the mean with all gradients from one call, with that of either view alone,
-    and without any; and a loss for each row with weights, SigLIP's in groups."""
+    """SigLIP, or NT-Logistic with `two_views`.
+
+    The mean loss is computed with all gradients, with one side frozen (each in turn), and without gradients. The losses
+    per row are weighted, and SigLIP's rows are in groups.
+    """
     n = len(views[0])
     weights = torch.randn(n * (1 + two_views), generator=generator(11), dtype=torch.float64).to(views[0].device)
     groups = torch.arange(n, device=views[0].device) % 7
@@ -115,7 +120,8 @@ def sigmoid_problem(views: Sequence[Tensor], temperature: float, bias: float, *,
             d_z_i_of_rows=u, d_z_j_of_rows=v, d_temperature_of_rows=tau_of_rows, d_bias_of_rows=b_of_rows,
         )  # fmt: skip
 
-    # Gradients in the numbers may cancel. With one sign that in the bias is at most the loss and the row's positives.
+    # Gradients by temperature and bias may cancel. With all terms of one sign, the bias's gradient would be at most the
+    # loss plus the number of the row's positives.
     with torch.no_grad():
         exactly = [z.double() for z in views]
         numbers = [torch.tensor(x, dtype=torch.float64) for x in (temperature, bias)]
@@ -130,14 +136,13 @@ def sigmoid_problem(views: Sequence[Tensor], temperature: float, bias: float, *,
 
 
 def limits_problem(views: Sequence[Tensor], temperature: float) -> Problem:
-    """NT-Xent whose rows leave out what is more similar than a ceiling; and log-sum-exps with that limit, of one side
-    and between two."""
+    """NT-Xent with a ceiling, above which similarities are left out, and limited log-sum-exps of one and two sides."""
     rows = _unit(torch.cat(list(views)))
     similarities = (rows.double() @ rows.double().T).flatten()
     ordered = similarities[similarities.isfinite()].sort().values
     first = len(ordered) * 6 // 10
     gap = first + int(ordered[first : first + max(len(ordered) // 10, 2)].diff().argmax())
-    ceiling = float(ordered[gap : gap + 2].mean())  # in a gap: no rounding decides about a pair
+    ceiling = float(ordered[gap : gap + 2].mean())  # in a gap, so that rounding decides about no pair
     n, device = len(views[0]), views[0].device
     ids, weights = (
         torch.arange(2 * n, device=device) % n,
@@ -167,13 +172,13 @@ def limits_problem(views: Sequence[Tensor], temperature: float) -> Problem:
     size = float(weights.abs().sum())
     scales = {
         "d_temperature": 1 / temperature**2, "d_temperature_of_sums": 2 * size / temperature**2,
-        "neg_lse": 1.0, "of_towers": 1.0,  # a relative error of a sum is an absolute one of its logarithm
+        "neg_lse": 1.0, "of_towers": 1.0,  # a sum's relative error is its logarithm's absolute error
     }  # fmt: skip
     return Problem(run, views[0].dtype, 2 * n, 1 / temperature, scales)
 
 
 def groups_problem(views: Sequence[Tensor], temperature: float) -> Problem:
-    """`neg_lse` of rows in groups, negative ids among them, and of rows that have no negative."""
+    """`neg_lse` of rows in groups, with some negative ids, and of rows without negatives."""
     u = _unit(torch.cat(list(views)))
     ids = torch.arange(len(u), device=u.device) % 11 - 5
     weights = torch.randn(len(u), generator=generator(8), dtype=torch.float64).to(u.device)
@@ -206,7 +211,7 @@ def cross_problem(views: Sequence[Tensor], temperature: float) -> Problem:
 
 
 def sum_problem(views: Sequence[Tensor], temperature: float) -> Problem:
-    """A weighted sum of log-sum-exps with its gradient, from one call."""
+    """A weighted sum of log-sum-exps and its gradient, from a single call."""
     u = _unit(torch.cat(list(views)))
     ids = torch.arange(len(u), device=u.device) // 2
     weights = torch.randn(len(u), generator=generator(10), dtype=torch.float64).to(u.device)
@@ -226,14 +231,14 @@ def sum_problem(views: Sequence[Tensor], temperature: float) -> Problem:
 
 
 def whole_numbers_problem(dtype: torch.dtype, device: torch.device) -> Problem:
-    """Similarities that every dtype holds exactly: a wrong place in a tile is a wrong whole number."""
+    """Similarities that every dtype holds exactly, so a misplaced element of a tile gives a wrong integer."""
     n, d = 8, 16
     u = torch.randint(-2, 3, (2 * n, d), generator=generator(3)).to(device, dtype)
     return nt_xent_problem((u[:n], u[n:]), 8.0, normalize=False)
 
 
 def views_of(n: int, d: int, dtype: torch.dtype, device: torch.device, common: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Two noisy views of random directions, with rows of different lengths; `common` is the share of one direction."""
+    """Return two noisy views of random directions with different norms. `common` weights a shared direction."""
     random = generator(n * 1000 + d)
     z = torch.randn(n, d, generator=random, dtype=torch.float64)
     noise = torch.randn(2, n, d, generator=random, dtype=torch.float64)
@@ -244,12 +249,12 @@ def views_of(n: int, d: int, dtype: torch.dtype, device: torch.device, common: f
 
 
 def generator(seed: int) -> torch.Generator:
-    """Random numbers that are the same on every machine."""
+    """Return a generator whose numbers are the same on every machine."""
     return torch.Generator().manual_seed(seed)
 
 
 def _fresh_leaves(tensors: Sequence[Tensor], exact: bool) -> list[Tensor]:
-    """Tensors of their own to differentiate by, with the strides that were given."""
+    """Return new leaf tensors with the given values and strides."""
     dtypes = [torch.float64 if exact else x.dtype for x in tensors]
     copies = [
         torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=x.device).copy_(x)
@@ -259,7 +264,7 @@ def _fresh_leaves(tensors: Sequence[Tensor], exact: bool) -> list[Tensor]:
 
 
 def _gradients(**results: Tensor) -> dict[str, Tensor]:
-    """Values as they are, and gradients (named d_...) of the leaves."""
+    """Return the values, and for names d_... the gradients of the leaves."""
     found = {}
     for name, x in results.items():
         gradient = x.grad if name.startswith("d_") else x.detach()
@@ -269,5 +274,5 @@ def _gradients(**results: Tensor) -> dict[str, Tensor]:
 
 
 def _unit(x: Tensor) -> Tensor:
-    """Unit rows, in the dtype they come in."""
+    """Return unit rows in the dtype of x."""
     return F.normalize(x.to(accumulation_dtype(x.dtype)), dim=1).to(x.dtype)

@@ -1,4 +1,4 @@
-"""The child process that checks a backend, seen from its parent."""
+"""Starts and watches the child process that checks or times backends."""
 
 from __future__ import annotations
 
@@ -19,21 +19,27 @@ from .verdict import Status, Verdict
 if TYPE_CHECKING:
     from subprocess import Popen
 
-DEADLINE = 600.0  # seconds for a child in all
-SILENCE = 120.0  # seconds for one check; the first one imports PyTorch, and each may have to compile Triton's kernels
+DEADLINE = 600.0  # seconds for a child in total
+SILENCE = 120.0  # seconds for one check: the first includes importing PyTorch, and any may compile Triton kernels
 VERIFY = "FASTNTXENT_VERIFY"
-# The child has this process's search path, and the same working directory: it imports what this process imports.
+# The child gets this process's search path and working directory, so it imports the same modules.
 START = (
     "import os, sys; sys.path[:] = sys.argv.pop(1).split(os.pathsep); "
     "from fastntxent.verification.child import main; main(*sys.argv[1:])"
 )
-# Signals that come from outside: from a person, a scheduler, or the kernel when memory runs out.
+# Signals from outside: from a user, a scheduler, or the operating system when memory runs out.
 _FROM_OUTSIDE = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")
 
 
 class _End(NamedTuple):
-    """How a child has ended: its exit status (None if it was killed here, after `killed` seconds), the lines of its
-    report, the last line of its stderr, and why there was no child, if there was none."""
+    """How a child ended.
+
+    Attributes:
+        status: exit status; None if this process killed the child, after `killed` seconds.
+        lines: the lines of its report.
+        said: the last line of its output.
+        never_started: the reason why it was not started; empty if it was.
+    """
 
     status: int | None = None
     killed: float = 0.0
@@ -46,13 +52,13 @@ def check_in_child(request: Mapping[str, Any], deadline: float = DEADLINE, silen
     """Check a backend in a child process.
 
     Args:
-        request: as `child.main` takes it; "parts": n shares the checks among n processes, which compile at the same
-            time. Where there is no room for so many on the device, one does all of it.
+        request: the request for `child.main`. "parts": n shares the checks among n processes, which compile at the same
+            time. If the device has no memory for that many, one process runs all checks.
         deadline: seconds after which a child is killed.
-        silence: seconds for one check, after which a child is killed.
+        silence: seconds after which a child is killed if one check takes longer.
 
     Returns:
-        The verdict. Whatever a child does, this process goes on.
+        The verdict. A child that crashes or hangs does not affect this process.
     """
     started = time.perf_counter()
     request = dict(request)
@@ -62,7 +68,7 @@ def check_in_child(request: Mapping[str, Any], deadline: float = DEADLINE, silen
     with ThreadPoolExecutor(parts) as pool:
         try:
             ends = list(pool.map(lambda share: _run_child(share, deadline, silence, stop), shares))
-        except BaseException:  # Ctrl-C: the pool is left when its threads end
+        except BaseException:  # Ctrl-C: leaving the pool waits for its threads
             stop.set()
             raise
     verdict = _together([_verdict_of(end) for end in ends])
@@ -72,7 +78,7 @@ def check_in_child(request: Mapping[str, Any], deadline: float = DEADLINE, silen
 
 
 def _together(verdicts: list[Verdict]) -> Verdict:
-    """The first that is bad, or says that nothing can be known; else that all have passed."""
+    """Return the first bad verdict, else the first "not available", else "passed", with the total number of checks."""
     bad = [verdict for verdict in verdicts if not verdict.ok]
     worst = next((verdict for verdict in bad if verdict.status != "not available"), bad[0] if bad else verdicts[0])
     return worst._replace(checks=sum(verdict.checks for verdict in verdicts))
@@ -84,7 +90,7 @@ def time_in_child(
     """Time backends in a child process.
 
     Returns:
-        The times; or None, the backend that was running when it went wrong, and its verdict.
+        (times, "", None) on success; otherwise None, the backend that was running, and its verdict.
     """
     started = time.perf_counter()
     end = _run_child(request, deadline, silence)
@@ -97,19 +103,19 @@ def time_in_child(
 
 
 def _verdict_of(end: _End) -> Verdict:
-    """What the child says; of one that has said nothing, how it ended."""
+    """Return the child's verdict, or a verdict from how it ended if it reported none."""
     for line in end.lines:
         if "verdict" in line:
             return Verdict.from_dict(line["verdict"])
     cases = [line["case"] for line in end.lines if "case" in line]
     status, detail = _how_it_ended(end)
-    if not cases and status != "not available":  # not the kernels' doing: none has run yet
+    if not cases and status != "not available":  # no kernel has run yet
         status, detail = "not available", f"the child process ended before its first check: {detail}"
     return Verdict(status, detail, cases[-1] if cases else "", max(len(cases) - 1, 0))
 
 
 def _how_it_ended(end: _End) -> tuple[Status, str]:
-    """Status and detail of a child that has left no verdict."""
+    """Return status and detail for a child that reported no verdict."""
     if end.never_started:
         return "not available", end.never_started
     if end.status is None:
@@ -119,7 +125,7 @@ def _how_it_ended(end: _End) -> tuple[Status, str]:
         with contextlib.suppress(ValueError):
             name = signal.Signals(-end.status).name
             if name in _FROM_OUTSIDE:
-                return "not available", f"the child process was ended by {name} from outside, as if memory ran out"
+                return "not available", f"the child process was ended by {name} from outside; perhaps memory ran out"
             return "crashed", f"{name}{said}"
     return "crashed", f"exit status {end.status}{said}"
 
@@ -127,7 +133,7 @@ def _how_it_ended(end: _End) -> tuple[Status, str]:
 def _run_child(
     request: Mapping[str, Any], deadline: float, silence: float, stop: threading.Event | None = None
 ) -> _End:
-    import tempfile  # not above: `import fastntxent` needs neither
+    import tempfile  # imported here: `import fastntxent` needs neither this nor subprocess
 
     if not sys.executable or getattr(sys, "frozen", False):
         return _End(never_started="this program has no Python interpreter to start a child process with")
@@ -145,7 +151,7 @@ def _run_child_in(
 
     report, errors = folder / "report", folder / "stderr"
     path = os.pathsep.join(entry for entry in sys.path if isinstance(entry, str))
-    # If this process is gone, nobody kills the child but itself.
+    # The child kills itself if this process dies first.
     request = {**request, "seconds": deadline + 30}
     with errors.open("wb") as stderr:
         child = subprocess.Popen(
@@ -154,7 +160,7 @@ def _run_child_in(
             stdout=stderr,
             stderr=stderr,
             env=_environment(folder),
-            start_new_session=True,  # its own children die with it, and Ctrl-C is the parent's to handle
+            start_new_session=True,  # its children die with it, and only the parent gets Ctrl-C
         )
         try:
             status, killed = _wait(child, report, deadline, silence, stop)
@@ -164,22 +170,22 @@ def _run_child_in(
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    """This process's environment, without what would change a verdict."""
+    """Return this process's environment without the settings that could change a verdict."""
     environment = {
         **os.environ,
         VERIFY: "never",  # a child starts no children
-        "PYTHONWARNINGS": "ignore",  # "error" would make a fault of any warning
-        # A directory without a server: a fault in one client of NVIDIA's MPS ends every client of that server.
+        "PYTHONWARNINGS": "ignore",  # "error" would turn any warning into a failure
+        # A folder without an MPS server: with NVIDIA's MPS, a fault in one client ends every client of the server.
         "CUDA_MPS_PIPE_DIRECTORY": str(folder),
     }
-    environment.pop("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", None)  # the reference in float32 sets the tolerance
+    environment.pop("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", None)  # the float32 reference sets the tolerance
     return environment
 
 
 def _wait(
     child: Popen[bytes], report: Path, deadline: float, silence: float, stop: threading.Event
 ) -> tuple[int | None, float]:
-    """The exit status; or None and seconds, if the child takes too long, or too long over one check, or is to stop."""
+    """Return (exit status, 0), or (None, seconds) if the child or one check takes too long, or `stop` is set."""
     import subprocess
 
     started = heard = time.monotonic()
@@ -198,7 +204,7 @@ def _wait(
 
 
 def _kill(child: Popen[bytes]) -> None:
-    """End the child and what it has started; a no-op if it has ended."""
+    """Kill the child and the processes that it started; a no-op if it has ended."""
     import subprocess
 
     if child.poll() is not None:
@@ -207,16 +213,16 @@ def _kill(child: Popen[bytes]) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(child.pid, signal.SIGKILL)
     child.kill()
-    with contextlib.suppress(subprocess.TimeoutExpired):  # a process that the kernel does not let go of
+    with contextlib.suppress(subprocess.TimeoutExpired):  # the process may hang in the kernel
         child.wait(5)
 
 
 def _lines(report: Path) -> list[dict[str, Any]]:
-    """What the child has reported, as far as it got."""
+    """Return the complete lines of the child's report."""
     lines = []
     if report.exists():
         for text in report.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError):  # the last line of a child that was killed
+            with contextlib.suppress(ValueError):  # a killed child may leave a partial last line
                 lines.append(json.loads(text))
     return lines
 

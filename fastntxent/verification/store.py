@@ -1,8 +1,7 @@
-"""Verdicts and times, kept in one JSON file for each device model under the user's cache folder.
+"""Verdicts and times, kept in one JSON file per device model in the user's cache folder.
 
-A file holds, for each backend, the key it was checked under: kernels, device, driver, PyTorch and Triton. An entry
-under another key, and a file that is damaged or of another version, count as absent. `FASTNTXENT_CACHE` moves the
-folder.
+Each entry has the key it was checked under: kernels, device, driver, PyTorch and Triton. An entry with another key
+counts as absent, and so does a file that is damaged or has another version. `FASTNTXENT_CACHE` sets the folder.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ from .verdict import Verdict
 FORMAT = 1
 CACHE = "FASTNTXENT_CACHE"
 PACKAGE = Path(__file__).parents[1]
-# How long a process waits for another one that is checking the same device model, and when it says so.
+# Seconds that a process waits for another one that checks the same device model, and after which it says so.
 PATIENCE = 600.0
 SAID_AFTER = 10.0
-# Names under which Triton is installed, and variables that change what it makes of a kernel.
+# Names of Triton's packages, and environment variables that change how it compiles a kernel.
 TRITONS = ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm", "triton-windows")
 TRITON_VARIABLES = (
     "TRITON_INTERPRET",
@@ -44,12 +43,12 @@ TRITON_VARIABLES = (
 
 
 def cache_folder() -> Path:
-    """Where the files are, by platformdirs' conventions; $FASTNTXENT_CACHE if it is set."""
+    """Return the folder of the files: $FASTNTXENT_CACHE if set, else by the conventions of platformdirs."""
     given = os.environ.get(CACHE)
     if given:
         return Path(given).absolute()
     home = Path(os.path.expanduser("~"))
-    if not home.is_absolute():  # a user without a home, as in some containers: a folder that cannot be written to
+    if not home.is_absolute():  # no home, as in some containers: use a path that is not writable
         home = Path(os.devnull)
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local") / "fastntxent" / "Cache"
@@ -60,25 +59,25 @@ def cache_folder() -> Path:
 
 
 class Model(NamedTuple):
-    """A device as far as kernels can depend on it, and what compiles for it."""
+    """The properties of a device on which kernels may depend, and the versions of what compiles them."""
 
     name: str
     capability: str
     driver: str
     torch: str
     triton: str
-    multiprocessors: int = 0  # fewer than the device has in a part of it (MIG, MPS)
+    multiprocessors: int = 0  # fewer than the whole device has under MIG or MPS
 
     @property
     def file_name(self) -> str:
-        """A file's name for this model of device, on any file system."""
+        """The name of this model's file, valid on any file system."""
         words = re.sub(r"[^a-z0-9]+", "-", f"{self.name} {self.capability}".lower()).strip("-")
         return f"{words[:100]}.json"
 
 
 @functools.cache
 def model_of(device: torch.device) -> Model:
-    """The model of a device of this machine."""
+    """Return the model of a device of this machine."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         capability = getattr(properties, "gcnArchName", "") if torch.version.hip else ""
@@ -96,7 +95,7 @@ def model_of(device: torch.device) -> Model:
 
 
 def _triton_version() -> str:
-    """Triton's version, and what in the environment changes its kernels: interpreted ones prove nothing of others."""
+    """Return Triton's version, and the variables that change its kernels, such as a switch to the interpreter."""
     if not importlib.util.find_spec("triton"):
         return "none"
     from importlib.metadata import PackageNotFoundError, version
@@ -110,7 +109,7 @@ def _triton_version() -> str:
 
 
 def _driver() -> str:
-    """The kernel's driver, and the version of CUDA that the library beside it serves."""
+    """Return the version of the kernel driver, and the CUDA version that its library supports."""
     path = "/sys/module/amdgpu/version" if torch.version.hip else "/proc/driver/nvidia/version"
     said = []
     with contextlib.suppress(OSError):
@@ -131,7 +130,7 @@ def _processor() -> str:
 
 @functools.cache
 def sources_key(module: str) -> str:
-    """A hash of what a backend is made of: this package's modules, and its compiled kernels, or a module elsewhere."""
+    """Return a hash of a backend's code: this package's modules and compiled kernels, or a module from elsewhere."""
     digest = hashlib.sha256()
     folders = [PACKAGE / part for part in ("backends", "ops", "verification")]
     files = sorted(path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".json"))
@@ -148,15 +147,15 @@ def sources_key(module: str) -> str:
 
 
 class Store:
-    """The file of a device's model.
+    """The file of a device model.
 
     Args:
-        model: whose.
-        folder: None for `cache_folder()`.
+        model: the device model.
+        folder: the folder of the file; None: `cache_folder()`.
     """
 
     _complained = False
-    # By file, what could not be written to it: known to this process alone.
+    # Entries that could not be written, by file. Only this process knows them.
     _unsaved: ClassVar[dict[Path, dict[tuple[str, str], Any]]] = {}
 
     def __init__(self, model: Model, folder: Path | None = None) -> None:
@@ -164,7 +163,7 @@ class Store:
         self.path = (folder or cache_folder()) / model.file_name
 
     def verdict(self, backend: str, module: str) -> Verdict | None:
-        """What is known of a backend; None if nothing is, or of other kernels, another driver or another PyTorch."""
+        """Return the verdict on a backend; None if there is none for these kernels, this driver and this PyTorch."""
         entry = self._read()["verdicts"].get(backend)
         try:
             if entry["key"] != self._key(module):
@@ -174,12 +173,12 @@ class Store:
             return None
 
     def keep(self, backend: str, module: str, verdict: Verdict) -> None:
-        """Note a verdict; one that says nothing of the kernels is not kept."""
+        """Store a verdict, unless it is "not available", which says nothing about the kernels."""
         if verdict.status != "not available":
             self._update("verdicts", backend, {"key": self._key(module), "verdict": verdict.to_dict()})
 
     def times(self, modules: dict[str, str]) -> dict[str, Any] | None:
-        """The times of these backends, by name and module; None if there are none of these very kernels."""
+        """Return the times of these backends (modules by name); None if there are none for these exact kernels."""
         entry = self._read()["times"].get("auto")
         try:
             return _checked_times(entry["times"]) if entry["keys"] == self._keys(modules) else None
@@ -187,14 +186,14 @@ class Store:
             return None
 
     def keep_times(self, modules: dict[str, str], times: dict[str, Any]) -> None:
-        """Note the times of these backends."""
+        """Store the times of these backends."""
         self._update("times", "auto", {"keys": self._keys(modules), "times": times})
 
     @contextlib.contextmanager
     def checking(self) -> Iterator[None]:
-        """Only one process of this machine is in here for this model; the others wait, for PATIENCE seconds at most.
+        """Hold a lock in this block, so one process at a time checks this model. Others wait up to PATIENCE seconds.
 
-        Where no lock can be had, as in a folder that cannot be written to, none is held.
+        If no lock is possible, for example because the folder is not writable, the block runs without one.
         """
         lock = self._acquire_lock()
         try:
@@ -204,7 +203,7 @@ class Store:
                 lock.release()
 
     def _acquire_lock(self) -> Any:
-        from filelock import FileLock, Timeout  # not above: `import fastntxent` needs none
+        from filelock import FileLock, Timeout  # imported here, so that `import fastntxent` does not need it
 
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -232,7 +231,7 @@ class Store:
         return {name: self._key(module) for name, module in modules.items()}
 
     def _read(self) -> dict[str, Any]:
-        """The file's content, with what could not be written; empty for a file that is absent, damaged or foreign."""
+        """Return the file's content and unwritten entries. An absent, damaged or foreign file counts as empty."""
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
             if content["format"] != FORMAT or not all(
@@ -259,14 +258,14 @@ class Store:
             if not Store._complained:
                 Store._complained = True
                 warnings.warn(
-                    f"fastntxent cannot keep its verdicts in {self.path.parent} ({error.strerror or error}), and "
-                    f"checks the device again in each process; {CACHE} names another folder",
+                    f"fastntxent cannot store its verdicts in {self.path.parent} ({error.strerror or error}), so "
+                    f"each process checks the device again; set {CACHE} to another folder",
                     stacklevel=2,
                 )
 
 
 def _checked_times(times: dict[str, Any]) -> dict[str, Any]:
-    """The times, by dtype, features, rows and backend; an error if they are anything else."""
+    """Return the times if they are positive numbers by dtype, features, rows and backend; else raise."""
     for of_dtype in times.values():
         for features, of_features in of_dtype.items():
             for rows, of_rows in of_features.items():

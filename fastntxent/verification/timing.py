@@ -1,4 +1,4 @@
-"""How long backends take on a device, so that "auto" can pick by a call's size."""
+"""Times the backends on a device, so that "auto" can choose by a call's size."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ TIMED_ROWS = (256, 1024, 4096, 16384)
 TIMED_FEATURES = (128, 768)
 TIMED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TEMPERATURE = 0.1
-MOST_DENSE = 2048  # samples for which the dense reference is timed
-FEWEST_TURNS = 3  # of each call
-MOST_TURNS, SECONDS_OF_CALL = 12, 0.5  # in an entry
+MOST_DENSE = 2048  # most samples (half the rows) for which the dense reference is timed
+FEWEST_TURNS = 3  # least repeats of each call
+MOST_TURNS, SECONDS_OF_CALL = 12, 0.5  # most repeats and seconds of a call, per size
 
 Times = dict[str, dict[str, dict[str, dict[str, float]]]]  # by dtype, features, rows and backend: milliseconds
 
@@ -28,19 +28,19 @@ Times = dict[str, dict[str, dict[str, dict[str, float]]]]  # by dtype, features,
 def time_backends(
     names: Sequence[str], device: torch.device, begin: Callable[[str, str], None] = lambda *_: None
 ) -> Times:
-    """Medians of forward and backward of the mean loss, in milliseconds, over the grid above.
+    """Return median milliseconds of forward plus backward of the mean loss, over the grid above.
 
-    The backends take turns in one process. What does not fit in memory, or a backend does not take, has no entry; the
-    dense loss, "reference", is timed only where its matrix stays small. On a GPU each backend has a second entry, for
-    the same call replayed from a CUDA graph; one that cannot be captured lacks it.
+    The backends take turns in one process. A size that does not fit in memory, or a dtype that a backend does not take,
+    has no entry. The dense loss, "reference", is timed only while its matrix is small. On a GPU each backend has a
+    second entry for the same call replayed from a CUDA graph, unless the call cannot be captured.
 
     Args:
         names: the backends.
-        device: where.
-        begin: called with a backend's name, and what is timed, as each begins.
+        device: the device.
+        begin: called with a backend's name and a description of the call before it is timed.
 
     Raises:
-        Exception: any error of a kernel but lack of memory. The backend that `begin` was last called with has made it.
+        Exception: any error of a kernel except lack of memory. The last call of `begin` names the backend.
     """
     times: Times = {}
     for dtype in TIMED_DTYPES:
@@ -85,7 +85,7 @@ def _entry(
             call()
             call()
             if device.type == "cuda":
-                torch.cuda.synchronize(device)  # an error shows here, under its backend's name
+                torch.cuda.synchronize(device)  # errors surface here, while `begin` names the backend
         except (torch.OutOfMemoryError, MemoryError):
             continue
         calls[name] = call
@@ -96,19 +96,19 @@ def _entry(
 
 
 def nt_xent_on(backend: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """The mean NT-Xent of a backend."""
+    """Return the mean NT-Xent loss on a backend, as a function of two views."""
     return lambda z_i, z_j: nt_xent(z_i, z_j, TEMPERATURE, backend=backend)  # type: ignore[arg-type]
 
 
 def gradient_call(loss: Callable[[Tensor, Tensor], Tensor], views: Sequence[Tensor]) -> Callable[[], Any]:
-    """A forward and backward of a loss, as a call without arguments."""
+    """Return forward plus backward of a loss as a function without arguments."""
     return lambda: torch.autograd.grad(loss(*views), views)
 
 
 def medians_in_turn(
     calls: dict[str, Callable[[], Any]], device: torch.device, most_turns: int, seconds: float
 ) -> dict[str, float]:
-    """Median milliseconds of each call. The calls take turns until the seconds are over, FEWEST_TURNS at least."""
+    """Return the median milliseconds of each call. The calls take turns for `seconds`, but at least FEWEST_TURNS."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     started = time.perf_counter()
     for turn in range(most_turns):
@@ -120,7 +120,7 @@ def medians_in_turn(
 
 
 def replay_of(call: Callable[[], Any], device: torch.device) -> Callable[[], Any] | None:
-    """The call as a captured CUDA graph; None on a CPU, and for what cannot be captured or does not fit."""
+    """Return the replay of the call as a CUDA graph; None on a CPU, or if it cannot be captured or does not fit."""
     if device.type != "cuda":
         return None
     with torch.cuda.device(device):
@@ -133,14 +133,14 @@ def replay_of(call: Callable[[], Any], device: torch.device) -> Callable[[], Any
         try:
             with torch.cuda.graph(graph):
                 call()
-        except RuntimeError:  # lack of memory is one
+        except RuntimeError:  # includes running out of memory
             torch.cuda.synchronize()
             return None
     return graph.replay
 
 
 def milliseconds(call: Callable[[], Any], device: torch.device) -> float:
-    """How long a call takes on a device, with what the device was doing before already done."""
+    """Return the milliseconds of a call on a device that is idle when the call starts."""
     if device.type == "cpu":
         started = time.perf_counter()
         call()

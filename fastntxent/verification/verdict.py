@@ -12,11 +12,16 @@ class Verdict(NamedTuple):
     """The outcome of checking a backend on a device.
 
     Attributes:
-        status: one of STATUSES. "not available" says that nothing could be checked.
-        detail: what is wrong, by how much, or why; empty for "passed".
-        case: the check that found it, or that was running; empty for "passed".
-        checks: how many checks passed.
-        seconds: how long it took.
+        status: "passed", or one of the other STATUSES. "not available" means that nothing could be checked.
+        detail: What is wrong and by how much, or why; empty for "passed".
+        case: The check that failed or was running; empty for "passed".
+        checks: The number of checks that passed.
+        seconds: The time that the checks took.
+
+    Example:
+        >>> import fastntxent
+        >>> print(fastntxent.Verdict("passed", checks=12, seconds=3.0))
+        passed 12 checks in 3.0 s
     """
 
     status: Status

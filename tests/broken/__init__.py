@@ -1,6 +1,6 @@
-"""Backends that are broken, each in its way: what verification has to find, and to tell apart.
+"""Backends that are broken, each in one way. Verification must find each fault and tell it from the others.
 
-They are the CPU kernels with something done to what they return.
+They are the CPU kernels with a change to their results.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ RIGHT: Any = select("cpu", "cpu", torch.float32)
 
 
 class Broken(type(RIGHT)):
-    """The CPU kernels with the gradients of NT-Xent and of neg_lse changed by a function."""
+    """The CPU kernels with d_z_j of `nt_xent_scalar` changed by a function."""
 
     def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
         self.change = change

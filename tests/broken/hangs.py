@@ -1,4 +1,4 @@
-"""No answer."""
+"""A kernel that hangs."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""Bits that change from call to call, but not where PyTorch is asked for deterministic algorithms."""
+"""Bits that change from call to call, unless PyTorch is asked for deterministic algorithms."""
 
 import itertools
 

@@ -1,3 +1,3 @@
-"""A module that does not load."""
+"""A module that cannot be imported."""
 
 raise RuntimeError("no such device here")

@@ -1,4 +1,4 @@
-"""No memory left on the device."""
+"""A device that runs out of memory."""
 
 from . import Broken
 

@@ -1,4 +1,4 @@
-"""A process that ends before the first check."""
+"""A process that exits before the first check."""
 
 import os
 

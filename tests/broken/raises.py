@@ -1,4 +1,4 @@
-"""An error."""
+"""A kernel that raises an error."""
 
 from . import Broken
 

@@ -1,4 +1,4 @@
-"""A crash of the process."""
+"""A kernel that crashes its process."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""The last row is left as the memory was."""
+"""A kernel that leaves the last row uninitialised."""
 
 import torch
 

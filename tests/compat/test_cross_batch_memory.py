@@ -1,4 +1,4 @@
-"""The drop-in for pytorch-metric-learning's CrossBatchMemory, against the library where it is installed."""
+"""The drop-in for pytorch-metric-learning's CrossBatchMemory, against the library if it is installed."""
 
 import pytest
 import torch
@@ -17,9 +17,9 @@ MINERS = {
 
 
 def memories(name, tau, d, miner="none", size=16):
-    """Ours and the library's, of ours and the library's loss."""
+    """Return our memory around our loss, and the library's memory around the library's loss."""
     theirs = needs("pytorch_metric_learning.losses")
-    tau = max(tau, 0.3) if name == "SupConLoss" else tau  # below, some anchors round to 0 and the library drops them
+    tau = max(tau, 0.3) if name == "SupConLoss" else tau  # below, some anchors round to 0 and the library skips them
     return [
         library.CrossBatchMemory(getattr(library, name)(tau), d, memory_size=size, miner=MINERS[miner]()).double()
         for library in (ours, theirs)
@@ -31,7 +31,7 @@ def labels_of(n, classes, seed):
 
 
 def assert_steps_are_the_same(memories, steps):
-    """Value, gradient and what is held after each; a step is embeddings and the other arguments."""
+    """Compare value, gradient and held rows after each step. A step is embeddings and the other arguments."""
     for z, *arguments in steps:
         results = []
         for memory in memories:
@@ -83,7 +83,7 @@ def test_pairs_beside_the_miners_equal_the_library(name, given_as, miner):
 
 
 def test_rows_are_no_positives_of_their_own_copies_whatever_the_batch():
-    # The library takes the one row of a batch for a positive of itself.
+    # In a batch of one row, the library counts the row as its own positive.
     memory = ours.CrossBatchMemory(ours.SupConLoss(0.5), 3, memory_size=4)
     z, labels = torch.randn(3, 3), torch.tensor([0, 1, 0])
     memory(z[:1], labels[:1])
@@ -95,7 +95,7 @@ def test_rows_are_no_positives_of_their_own_copies_whatever_the_batch():
 
 
 def test_a_batch_that_adds_no_row_leaves_the_memory_as_it_is():
-    # The library's is full of zeros with label 0 from then on.
+    # The library's memory would now count as full, of zero rows with label 0.
     memory = ours.CrossBatchMemory(ours.NTXentLoss(), 3, memory_size=4)
     z, labels = torch.randn(4, 3), torch.tensor([0, 0, 1, 1])
     assert memory(z, labels, enqueue_mask=torch.zeros(4, dtype=torch.bool)) == 0

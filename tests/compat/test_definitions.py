@@ -1,4 +1,4 @@
-"""fastntxent.compat of the libraries that are no packages one installs, against their definitions written out."""
+"""Drop-ins for code that is not published as a package, against definitions written out here."""
 
 import math
 from types import SimpleNamespace
@@ -69,7 +69,7 @@ def test_sup_contrast_equals_its_definition(n, d, seed, tau, base, v, mode, kind
     arguments, mask = {}, torch.eye(n)
     if kind == "labels":
         arguments, mask = {"labels": labels}, labels[:, None] == labels
-    elif kind is not None:  # any mask, not symmetric, of weights where it is of numbers
+    elif kind is not None:  # any mask, not necessarily symmetric; numbers are weights
         mask = torch.rand(n, n, generator=generator) * (2 if kind.is_floating_point else 3)
         mask = (mask > 0.8) if kind is torch.bool else mask.to(kind)
         arguments = {"mask": mask}
@@ -87,7 +87,7 @@ def test_sup_contrast_equals_its_definition(n, d, seed, tau, base, v, mode, kind
         return losses.mean()
 
     loss = sup_contrast.SupConLoss(tau, mode, base)
-    # Without the factor, which makes rounding larger with everything else.
+    # Remove the factor tau / base, which scales rounding errors too.
     assert_same(lambda f: base / tau * loss(f, **arguments), definition, tau, features)
 
 
@@ -188,7 +188,7 @@ def test_labels_that_are_no_ids_are_errors(name):
 def test_simclr_equals_its_definition(n, d, seed, tau, norm, kind):
     z, _ = batch(2, n, d, seed)
     hidden = z.flatten(0, 1) if norm else normalize(z.flatten(0, 1), dim=1) * 1.1
-    vector = torch.rand(n, generator=torch.Generator().manual_seed(seed)).mul(2).sub(0.5).relu()  # some of them 0
+    vector = torch.rand(n, generator=torch.Generator().manual_seed(seed)).mul(2).sub(0.5).relu()  # some are 0
     weights = {"default": 1.0, "number": 0.7, "vector": vector}[kind]
 
     def definition(hidden):

@@ -1,4 +1,4 @@
-"""fastntxent.compat.gist against its definition, and against sentence-transformers, where it is installed."""
+"""fastntxent.compat.gist against its definition, and against sentence-transformers if it is installed."""
 
 from types import SimpleNamespace
 
@@ -31,7 +31,9 @@ options = {
 
 
 def drawn_case(n, d, seed, columns):
-    """Embeddings and a guide's, whose similarities are no closer to a limit than float32 can tell."""
+    """Return embeddings, and a guide's embeddings in float64. Random similarities are unlikely to be within rounding of
+    a limit.
+    """
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(n, d, generator=generator) + torch.randn(columns, n, d, generator=generator)
     guide = torch.randn(n, 6, generator=generator) + torch.randn(columns, n, 6, generator=generator)
@@ -39,7 +41,7 @@ def drawn_case(n, d, seed, columns):
 
 
 def dense(embeddings, guides, temperature, margin_strategy, margin, contrast_anchors, contrast_positives):
-    """All matrices of cosines side by side, those above an anchor's limit at minus infinity."""
+    """Return the loss of all cosine matrices side by side, with cosines above an anchor's limit set to -infinity."""
     (a, p, *n), (g_a, g_p, *g_n) = ([F.normalize(z, dim=1) for z in each] for each in (embeddings, guides))
     of_positive = (g_a * g_p).sum(dim=1, keepdim=True)
     limits = of_positive - margin * (of_positive.abs() if margin_strategy == "relative" else 1)
@@ -71,7 +73,7 @@ def test_loss_equals_its_definition(n, d, seed, temperature, columns, arguments)
 
 
 class Embedding(nn.Module):
-    """A model of texts of one token, with a tokenizer whose vocabulary is a list of words."""
+    """A model of one-token texts, with a tokenizer whose vocabulary is a list of words."""
 
     def __init__(self, vocabulary, d, max_seq_length=8):
         super().__init__()
@@ -125,7 +127,9 @@ def test_guide_that_needs_text_names_what_is_missing():
 
 
 class Encoder(nn.Module):
-    """Averages the words of padded texts, in place as the library's modules do: with dropout and running statistics."""
+    """Averages the words of padded texts. It has dropout and running statistics, and writes to its input, as the
+    library's modules do.
+    """
 
     def __init__(self, d, dropout=0.3):
         super().__init__()
@@ -141,14 +145,14 @@ class Encoder(nn.Module):
 
 
 def text_columns(count, n=10, width=7):
-    """All texts are of full length: where padding is cut off, dropout draws fewer numbers."""
+    """Return columns of texts of full length. If padding were cut off, dropout would draw fewer numbers."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(11, (count, n, width), generator=generator)
     return [{"input_ids": column, "attention_mask": torch.ones_like(column), "task": "query"} for column in ids]
 
 
 def uncached_in_chunks(model, guide, columns, size, **arguments):
-    """GISTEmbedLoss, whose model sees the mini-batches of the cached loss, and so draws dropout's masks as there."""
+    """Return GISTEmbedLoss of a model that sees the cached loss's mini-batches, so dropout draws the same masks."""
 
     def embeddings(encoder):
         return [
@@ -164,7 +168,7 @@ def uncached_in_chunks(model, guide, columns, size, **arguments):
     z = embeddings(model)
     with torch.no_grad():
         of_guide = embeddings(guide)
-    # The uncached loss takes one column of negatives: those of several count as its rows.
+    # The uncached loss takes one column of negatives, so several columns are concatenated.
     return ours.GISTEmbedLoss(None, None, **arguments).compute_loss_from_embeddings(
         *([*rows[:2], *([torch.cat(rows[2:])] if rows[2:] else [])] for rows in (z, of_guide))
     )
@@ -228,7 +232,7 @@ def test_guide_of_a_cached_loss_runs_once_without_gradients():
 
 
 def test_model_may_be_its_own_guide():
-    # With dropout and running statistics, whose state its run as a guide leaves behind.
+    # The forward passes of both roles update the running statistics. The repeated pass of the backward must not.
     model = Encoder(5, dropout=0.0)
     loss = ours.CachedGISTEmbedLoss(model, model, mini_batch_size=5)(text_columns(2))
     seen = int(model.norm.num_batches_tracked)
@@ -241,7 +245,7 @@ def test_model_may_be_its_own_guide():
 
 
 def cached_on_ranks():
-    """The loss and the gradient under DistributedDataParallel, with what one process has for all rows."""
+    """Return loss and gradient under DistributedDataParallel, and loss and gradient of one process with all rows."""
     rows = slice(0, 6) if dist.get_rank() == 0 else slice(6, 10)
     ends = []
     for gathers in (True, False):
@@ -294,11 +298,11 @@ def test_errors_of_a_cached_loss():
     model = Encoder(5)
     with pytest.raises(ValueError, match="mini_batch_size must be at least 1, got 0"):
         ours.CachedGISTEmbedLoss(model, model, mini_batch_size=0)
-    with pytest.raises(ValueError, match="guide must be given where a call brings features"):
+    with pytest.raises(ValueError, match="guide must be given to call the loss with features"):
         ours.CachedGISTEmbedLoss(model, None)(text_columns(2))
     with pytest.raises(TypeError, match=r"guide must be a torch\.nn\.Module, got function"):
         ours.CachedGISTEmbedLoss(model, lambda features: features)(text_columns(2))
-    with pytest.raises(ValueError, match="embeddings must be those of at least 2 columns, anchors first, got 1"):
+    with pytest.raises(ValueError, match="embeddings must have at least 2 columns, anchors first, got 1"):
         ours.CachedGISTEmbedLoss(model, model)(text_columns(1))
     static = nn.Sequential(type("StaticEmbedding", (nn.EmbeddingBag,), {})(9, 4))
     with pytest.raises(ValueError, match="begins with a StaticEmbedding: use GISTEmbedLoss"):
@@ -308,11 +312,11 @@ def test_errors_of_a_cached_loss():
 def test_errors():
     z = torch.eye(4)
     loss = ours.GISTEmbedLoss(None, None)
-    with pytest.raises(ValueError, match="model must be given where a call brings features"):
+    with pytest.raises(ValueError, match="model must be given to call the loss with features"):
         loss([{}, {}])
-    with pytest.raises(ValueError, match="guide must be given where a call brings features"):
+    with pytest.raises(ValueError, match="guide must be given to call the loss with features"):
         ours.GISTEmbedLoss(Embedding(WORDS, 5), None)([{}, {}])
-    with pytest.raises(ValueError, match="embeddings must be those of 2 or 3 columns, anchors first, got 4"):
+    with pytest.raises(ValueError, match="embeddings must have 2 or 3 columns, anchors first, got 4"):
         loss.compute_loss_from_embeddings([z] * 4, [z] * 4)
     with pytest.raises(ValueError, match=r"embeddings\[0\] and embeddings\[1\] must have the same shape"):
         loss.compute_loss_from_embeddings([z, z[:1]], [z, z[:1]])
@@ -320,7 +324,7 @@ def test_errors():
         loss.compute_loss_from_embeddings([z, z], [z, z[:1]])
     with pytest.raises(TypeError, match=r"embeddings\[1\] must be a torch.Tensor, got NoneType"):
         loss.compute_loss_from_embeddings([z, None], [z, z])
-    with pytest.raises(ValueError, match="guide_embeddings must be as many as embeddings, 3, got 2"):
+    with pytest.raises(ValueError, match="guide_embeddings must have 3 columns, as embeddings, got 2"):
         loss.compute_loss_from_embeddings([z] * 3, [z] * 2)
     with pytest.raises(ValueError, match="margin_strategy must be one of"):
         ours.GISTEmbedLoss(None, None, margin_strategy="both")
@@ -368,7 +372,7 @@ def test_loss_equals_the_library(n, d, seed, temperature, columns, arguments):
 
 
 def of_the_library(losses, name, arguments, model, guide):
-    """Its constructor wants models with tokenizers."""
+    """Return a loss of the library without calling its constructor, which requires models with tokenizers."""
     theirs = getattr(losses, name).__new__(getattr(losses, name))
     nn.Module.__init__(theirs)
     arguments = {"gather_across_devices": False, "show_progress_bar": False, "mini_batch_num_tokens": None, **arguments}
@@ -391,7 +395,7 @@ def test_cached_loss_equals_the_library(columns, widths):
         torch.manual_seed(0)
         model, guide = Encoder(5), Encoder(4).eval()
         torch.manual_seed(1)
-        in_library = theirs.SentenceTransformer(modules=[model], device="cpu")  # which Matryoshka wants
+        in_library = theirs.SentenceTransformer(modules=[model], device="cpu")  # MatryoshkaLoss needs it
         if is_ours:
             loss = ours.CachedGISTEmbedLoss(in_library, guide, **arguments)
         else:

@@ -1,4 +1,4 @@
-"""fastntxent.compat.lightly against lightly, where it is installed."""
+"""fastntxent.compat.lightly against lightly, if it is installed."""
 
 import numpy as np
 import pytest
@@ -46,7 +46,7 @@ def test_memory_bank_equals_lightly_step_by_step(n, d, seed, tau, sign, size, st
     mine, theirs = banks
     for step in range(steps):
         z_i, z_j = batch(2, n, d, seed + step)[0].double()
-        torch.testing.assert_close(mine(z_i, z_j), theirs(z_i, z_j))  # without a gradient the banks stay
+        torch.testing.assert_close(mine(z_i, z_j), theirs(z_i, z_j))  # without gradients, the banks do not change
         results = []
         for loss in banks:
             inputs = [z.clone().requires_grad_() for z in (z_i, z_j)]
@@ -136,7 +136,7 @@ def test_memory_bank_compiles_whole_once_for_every_batch_size(size):
     for _ in range(2):
         torch.manual_seed(0)
         losses.append(ours.NTXentLoss(memory_bank_size=size))
-        losses[-1](*torch.ones(2, 1, 4))  # an int finds its dim
+        losses[-1](*torch.ones(2, 1, 4))  # with an int size, the first call sets the dim
     eager, loss = losses
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -147,7 +147,7 @@ def test_memory_bank_compiles_whole_once_for_every_batch_size(size):
         torch.testing.assert_close(*values)
         torch.testing.assert_close(*(torch.autograd.grad(value, z_i) for value in values))
         assert loss.memory_bank.bank_ptr == eager.memory_bank.bank_ptr
-    assert counter.frame_count <= 2  # the first batch size, and then any
+    assert counter.frame_count <= 2  # one compilation for the first batch size, one for all others
 
 
 @pytest.mark.slow
@@ -229,8 +229,10 @@ def test_errors():
     for size in ((-1, 3), (4, 3, 2), -1):
         with pytest.raises(ValueError, match=r"memory_bank_size must be \(size, dim\), size or 0, none negative"):
             ours.NTXentLoss(memory_bank_size=size)
+        with pytest.raises(ValueError, match=r"^size must be \(size, dim\)"):
+            ours.MemoryBankModule(size)
     for size in ("x", 2.0, (4.0, 3), None):
-        with pytest.raises(TypeError, match="memory_bank_size must be an int or two of them"):
+        with pytest.raises(TypeError, match="memory_bank_size must be an int or a pair"):
             ours.NTXentLoss(memory_bank_size=size)
 
 
@@ -246,7 +248,7 @@ def test_weights_may_be_one_number():
     expected = ours.DCLLoss(weight_fn=lambda a, b: torch.full((4,), 2.0))(z_i, z_j)
     for weight in (2, torch.tensor(2.0), torch.tensor([2.0])):
         torch.testing.assert_close(ours.DCLLoss(weight_fn=lambda a, b, weight=weight: weight)(z_i, z_j), expected)
-    with pytest.raises(TypeError, match="what weight_fn returns must be a number, got NoneType"):
+    with pytest.raises(TypeError, match="weight_fn's result must be a number, got NoneType"):
         ours.DCLLoss(weight_fn=lambda a, b: None)(z_i, z_j)
 
 

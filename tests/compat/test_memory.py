@@ -1,4 +1,4 @@
-"""No drop-in holds all pairs, and what the largest of the libraries' losses takes."""
+"""No drop-in holds all pairs. One test measures peak memory for the library loss that needs the most."""
 
 import copy
 import json
@@ -24,7 +24,7 @@ from fastntxent.compat import (
 )
 from tests.cases import LargestTensor, needs_cuda
 
-N, D = 2200, 8  # a quarter of N^2 is more than the tiles and chunks
+N, D = 2200, 8  # a quarter of N^2 is more than any tile or chunk
 LABELS = (torch.arange(N) % 50).repeat(2)
 
 
@@ -78,7 +78,7 @@ def test_drop_in_never_holds_all_pairs(name):
     assert N * D <= largest_of(CALLS[name]) < N * N / 4
 
 
-# Those whose tiles or pairs the host has to know: tensors without data cannot say.
+# In the other calls the host has to read tiles or pairs from values, and meta tensors have none.
 DEVICE_ALONE = [
     name for name in CALLS if not name.startswith("NTXentLoss") and name not in ("SupConLoss of pairs", "solo-learn")
 ]

@@ -1,4 +1,4 @@
-"""docs/migration.md: its code runs, and every drop-in has its section."""
+"""The code of docs/migration.md runs, and every drop-in has its section."""
 
 import importlib
 import pkgutil
@@ -13,7 +13,7 @@ import fastntxent.compat
 PAGE = (Path(__file__).parents[2] / "docs" / "migration.md").read_text()
 SECTIONS = dict(section.split("\n", maxsplit=1) for section in re.split(r"^## ", PAGE, flags=re.MULTILINE)[1:])
 DROP_INS = {name for _, name, _ in pkgutil.iter_modules(fastntxent.compat.__path__)} - {"cached", "pairs", "shared"}
-HAND_WRITTEN = "A hand-written info_nce_loss"  # of no library
+HAND_WRITTEN = "A hand-written info_nce_loss"  # not from a library
 
 
 @pytest.mark.parametrize("section", [section for section in SECTIONS if section != HAND_WRITTEN])
@@ -48,7 +48,7 @@ def test_hand_written_loss_is_the_one_that_takes_its_place():
 def test_every_drop_in_is_in_the_table_with_its_names():
     rows = dict(re.findall(r"`fastntxent\.compat\.(\w+)` \| (.+) \|$", PAGE, re.MULTILINE))
     assert set(rows) == DROP_INS
-    assert len(SECTIONS) == len(DROP_INS) + 1  # that of the hand-written loss
+    assert len(SECTIONS) == len(DROP_INS) + 1  # plus the hand-written loss
     for name, names in rows.items():
         module = importlib.import_module(f"fastntxent.compat.{name}")
         assert set(re.findall(r"`(\w+)`", names)) <= set(module.__all__)

@@ -1,4 +1,4 @@
-"""fastntxent.compat.open_clip against open_clip, where it is installed."""
+"""fastntxent.compat.open_clip against open_clip, if it is installed."""
 
 import math
 
@@ -20,7 +20,7 @@ def test_clip_loss_equals_open_clip(n, d, seed, scale, bias, wide):
     shape = (1,) if wide else ()
 
     def called(loss):
-        return lambda a, b, s: loss(a, b, s, logit_bias=bias).sum()  # of a scale (1,) theirs is 0-d too
+        return lambda a, b, s: loss(a, b, s, logit_bias=bias).sum()  # their loss is 0-d for a scale (1,) too
 
     features = F.normalize(z, dim=2)
     assert_same(*map(called, losses), 1 / scale, *features, torch.full(shape, scale))
@@ -53,7 +53,7 @@ def dense_clip_loss(image, text, scale):
 
 def dense_distill_loss(image, text, scale, dist_image, dist_text, dist_scale):
     directions = [
-        F.cross_entropy(student, teacher.softmax(dim=1))  # of probabilities as targets
+        F.cross_entropy(student, teacher.softmax(dim=1))  # targets are probabilities
         for student, teacher in (
             (scale * image @ text.T, dist_scale * dist_image @ dist_text.T),
             (scale * text @ image.T, dist_scale * dist_text @ dist_image.T),
@@ -67,7 +67,7 @@ def dense_distill_loss(image, text, scale, dist_image, dist_text, dist_scale):
 def test_distill_clip_loss_equals_its_definition(n, d, seed, scale, dist_scale):
     z, _ = batch(4, n, d + 1, seed)
     image, text = F.normalize(z[:2], dim=2)
-    teacher = F.normalize(z[2:, :, :d], dim=2).double()  # in float32 it is no input, so that it is rounded once
+    teacher = F.normalize(z[2:, :, :d], dim=2).double()  # float64, so that the teacher is rounded only once
 
     def called(index):
         def ours_at(a, b, s):
@@ -90,7 +90,7 @@ def test_coca_loss_equals_its_definition(n, d, seed, weights, pad):
     logits = torch.randn(n, 5, 7, generator=generator)
     labels = torch.randint(0, 7, (n, 5), generator=generator)
     labels[:, -1] = pad
-    labels[0, 0] = 1  # not all of them are padding
+    labels[0, 0] = 1  # not all labels are padding
 
     def ours_of(a, b, logits, scale):
         return sum(ours.CoCaLoss(*weights, pad_id=pad)(a, b, logits, labels, scale))
@@ -160,7 +160,8 @@ def test_errors():
         ours.ClipLoss()(z, z, torch.ones(4))
     with pytest.raises(TypeError, match="logit_scale must be a float or a tensor of one element, got None"):
         ours.ClipLoss()(z, z, None)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'logits'"):  # a model that is not CLIP's
+    # Called with the output of a model other than CLIP.
+    with pytest.raises(TypeError, match="unexpected keyword argument 'logits'"):
         ours.ClipLoss()(image_features=z, text_features=z, logit_scale=1.0, logits=z)
     with pytest.raises(ValueError, match="same shape"):
         ours.ClipLoss()(z, z[:3], 1.0)
@@ -187,7 +188,7 @@ def test_errors():
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_what_a_model_returns_is_what_the_loss_takes(bias):
-    # As the trainers call it; a parameter of one element is what fully sharded training makes of a number.
+    # The trainers call it like this. Fully sharded training turns a scalar parameter into one of shape (1,).
     z = torch.eye(4).requires_grad_()
     scale = torch.ones(1, requires_grad=True)
     model_out = {"image_features": z, "text_features": z, "logit_scale": scale.exp()}

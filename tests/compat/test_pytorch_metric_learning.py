@@ -1,4 +1,4 @@
-"""fastntxent.compat.pytorch_metric_learning against the library, where it is installed."""
+"""fastntxent.compat.pytorch_metric_learning against the library, if it is installed."""
 
 import pytest
 import torch
@@ -9,9 +9,7 @@ from fastntxent.compat import pytorch_metric_learning as ours
 from tests.peers import assert_same, batch, drawn, needs, sizes
 
 names = st.sampled_from(["NTXentLoss", "SupConLoss"])
-temperatures = st.floats(
-    0.1, 2
-)  # SupCon's rows at lower ones round to 0 in the library, which then does not count them
+temperatures = st.floats(0.1, 2)
 few = {**sizes, "n": st.integers(1, 12)}
 
 
@@ -22,7 +20,7 @@ def losses(name, tau, distance="CosineSimilarity", reducer=None, **options):
 
 
 def warm(name, tau):
-    """SupCon's anchors at lower temperatures may round to 0 in the library, which then does not count them."""
+    """Return a temperature at which no SupCon anchor rounds to 0 in the library, which would then skip it."""
     return max(tau, 0.3) if name == "SupConLoss" else tau
 
 
@@ -110,7 +108,7 @@ def test_reducers_equal_the_library(reducer, n, d, seed, tau, name, classes, of)
     matches = labels[:, None] == ref_labels
     pairs = (*torch.where(matches), *torch.where(~matches))
     again = torch.randint(0, max(len(pairs[0]), 1), (5,), generator=torch.Generator().manual_seed(seed))
-    # Some of them several times, which the library's reducer of anchors counts once, but for the gradient.
+    # Repeat some pairs. The library's reducer of anchors counts a repeat in the gradient, but not in the value.
     if len(pairs[0]) and not reducer.startswith("anchors"):
         pairs = (*(torch.cat((index, index[again])) for index in pairs[:2]), *pairs[2:])
 
@@ -130,14 +128,14 @@ def test_reducers_equal_the_library(reducer, n, d, seed, tau, name, classes, of)
 
 
 def sums_of(info, z):
-    """A number of all that a loss hands out."""
+    """Return one number that depends on everything that a loss returns."""
     losses, indices, kind = info["losses"], info["indices"], info["reduction_type"]
     if kind == "already_reduced":
         assert indices is None
         assert losses == 0
         return (z * 0).sum()
     numbers = indices if kind == "element" else indices[0] * 100 + indices[1]
-    return (losses * (numbers + 1) / 1000).sum()  # the library's gradient overflows where weights are above 1
+    return (losses * (numbers + 1) / 1000).sum()  # the library's gradient overflows for weights above 1
 
 
 def test_reducer_of_self_supervised_equals_the_library():
@@ -151,7 +149,7 @@ def test_reducer_of_self_supervised_equals_the_library():
 
 @pytest.mark.parametrize("name", ["NTXentLoss", "SupConLoss"])
 def test_anchors_of_a_class_are_reduced_without_a_matrix_of_pairs(name):
-    # The library's reducer holds a matrix of rows by rows, also where the references are more.
+    # The library's reducer holds a matrix of rows by rows, even if there are more references than rows.
     reducers = needs("pytorch_metric_learning.reducers")
     z, ref, labels = torch.randn(6, 3), torch.randn(11, 3), torch.arange(11) % 3
     mine = getattr(ours, name)(0.5, reducer=reducers.PerAnchorReducer(reducers.SumReducer()))
@@ -181,7 +179,7 @@ def test_pairs_equal_the_library(n, d, seed, tau, name, k, p, q):
     def index(size, high):
         return torch.randint(0, high, (size,), generator=generator)
 
-    # Any pairs, some of them several times; the parity of a + b says which kind, so that none is of both.
+    # Random pairs, some of them repeated. The parity of a + b decides their kind, so no pair is of both kinds.
     a1, b1, a2, b2 = index(p, n), index(p, k), index(q, n), index(q, k)
     kept1, kept2 = (a1 + b1) % 2 == 0, (a2 + b2) % 2 == 1
     pairs = (a1[kept1], b1[kept1], a2[kept2], b2[kept2])
@@ -208,6 +206,7 @@ def test_triplets_equal_the_library(n, d, seed, tau, name, classes, t):
 @given(**few, tau=temperatures, name=names, symmetric=st.booleans())
 @drawn
 def test_self_supervised_equals_the_library(n, d, seed, tau, name, symmetric):
+    tau = warm(name, tau)
     mine, theirs = losses(name, tau)
     mine = ours.SelfSupervisedLoss(mine, symmetric)
     theirs = needs("pytorch_metric_learning.losses").SelfSupervisedLoss(theirs, symmetric)
@@ -217,6 +216,7 @@ def test_self_supervised_equals_the_library(n, d, seed, tau, name, symmetric):
 @given(**few, tau=temperatures, name=names, steps=st.integers(1, 4))
 @drawn
 def test_the_librarys_memory_takes_our_loss(n, d, seed, tau, name, steps):
+    tau = warm(name, tau)
     memory = needs("pytorch_metric_learning.losses").CrossBatchMemory
     memories = [memory(loss, d, memory_size=16).double() for loss in losses(name, tau)]
     for step in range(steps):
@@ -288,7 +288,7 @@ def test_half_precision_and_autocast(name):
 
 
 def test_low_temperatures_keep_their_gradient():
-    # The library adds the smallest float to a ratio that underflows: at 0.005 its loss stops at 87 without a gradient.
+    # The library adds the smallest float to a ratio that underflows. At 0.005 its loss stops at 87, without a gradient.
     z = torch.tensor([[1.0, 0.0], [-1.0, 0.01], [1.0, 0.02]], requires_grad=True)
     value = ours.NTXentLoss(0.005)(z, torch.tensor([0, 0, 1]))
     assert value > 200
@@ -300,7 +300,7 @@ def test_an_anchor_counts_though_its_loss_rounds_to_zero():
     mine, theirs = losses("SupConLoss", 0.04)
     assert mine(z.double(), labels) == pytest.approx(float(theirs(z.double(), labels)))
     assert mine(z, labels) == pytest.approx(float(mine(z.double(), labels)), rel=1e-5)
-    assert theirs(z, labels) > 3 * mine(z, labels)  # of four anchors it counts the one that float32 shows
+    assert theirs(z, labels) > 3 * mine(z, labels)  # in float32 it counts only one of four anchors
 
 
 def test_temperature_may_be_a_parameter():
@@ -405,7 +405,7 @@ def test_indices_that_cannot_be_are_named(name, indices, error, says):
 def test_references_need_labels_and_as_many_features():
     loss = ours.NTXentLoss()
     z, labels = torch.randn(16, 4), torch.arange(16) // 2
-    with pytest.raises(ValueError, match="ref_labels must be given where ref_emb has another number of rows than emb"):
+    with pytest.raises(ValueError, match="ref_labels must be given if ref_emb and embeddings do not have the same"):
         loss(z, labels, ref_emb=torch.randn(4, 4))
     with pytest.raises(ValueError, match="features"):
         loss(z, labels, ref_emb=torch.randn(4, 5), ref_labels=labels[:4])

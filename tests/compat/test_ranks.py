@@ -1,4 +1,4 @@
-"""Drop-ins in a process group: against one process with the whole batch, and against the libraries on as many ranks."""
+"""Drop-ins in a process group, against one process with the whole batch and against the libraries on as many ranks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests import peers
 from tests.ranks import on_ranks
 from tests.test_distributed import RTOL, SIZES, TAU, VIEWS, D, encoder, mine, whole_batch
 
-# Each takes embeddings (VIEWS, n, D), ids (n,) and a learnt temperature.
+# A call takes embeddings (VIEWS, n, D), ids (n,) and a learnable temperature.
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -40,7 +40,9 @@ def of_lightly(name: str, sign: int = 1, **options: Any) -> Call:
 
 
 def memory_bank(sign: int) -> Call:
-    """Three steps: the bank's random rows, those of the first step, and after its end, where the second is cut."""
+    """Three steps: the first sees the bank's random rows, the second also the rows of the first. Two ranks have 13
+    samples, so the second step is cut at the end of the bank.
+    """
 
     def call(z: Tensor, ids: Tensor, tau: Tensor) -> Tensor:
         torch.manual_seed(0)
@@ -56,7 +58,7 @@ def rank_here() -> int:
 
 
 def distances(a: Tensor, b: Tensor) -> Tensor:
-    """A weight of each pair, with a gradient."""
+    """Return a weight for each pair, with a gradient."""
     return (a - b).square().sum(dim=1)
 
 
@@ -77,7 +79,7 @@ def of_open_clip_with_ids(name: str) -> Call:
 
 
 def distilled_by_open_clip(z: Tensor, ids: Tensor, tau: Tensor) -> Tensor:
-    """Both losses, with a narrower teacher."""
+    """Return the sum of both losses, with a teacher of fewer features."""
     loss = open_clip.DistillClipLoss(rank=rank_here(), world_size=world_size())
     teacher = normalize(z[[2, 0], :, :9].detach(), dim=2)
     return sum(loss(*normalize(z[:2], dim=2), 1 / tau, *teacher, 4.0))
@@ -101,7 +103,7 @@ def of_sentence_transformers(columns: int, with_ids: bool = False, **options: An
 
 
 def of_gist(columns: int, **options: Any) -> Call:
-    """The guide is narrower than the model."""
+    """The guide has fewer features than the model."""
 
     def call(z: Tensor, ids: Tensor, tau: Tensor) -> Tensor:
         loss = gist.GISTEmbedLoss(None, None, tau, gather_across_devices=True, **options)
@@ -121,13 +123,13 @@ def of_simclr(norm: bool, by_sample: bool) -> Call:
 
 
 def of_metric_learning(name: str) -> Call:
-    """Labels that are floats, and on no rank all of them."""
+    """The labels are floats, and no rank has all of them."""
     wrapper, loss = pytorch_metric_learning.DistributedLossWrapper, getattr(pytorch_metric_learning, name)
     return lambda z, ids, tau: wrapper(loss(tau))(z[:2].flatten(0, 1), ids.repeat(2) / 4)
 
 
 class SquaredReducer:
-    """What a loss is reduced from, squared, as one of the library's reducers would have it."""
+    """The mean of squared losses, in the form of one of the library's reducers."""
 
     def __call__(self, loss_dict: dict[str, Any], embeddings: Tensor, labels: Tensor) -> Tensor:
         weights = labels.to(embeddings) if loss_dict["loss"]["reduction_type"] == "element" else 1
@@ -135,7 +137,7 @@ class SquaredReducer:
 
 
 def of_metric_learning_and(name: str, efficient: bool = False, reducer: Any = None, **wanted: bool) -> Call:
-    """References, with labels of their own or not, and pairs."""
+    """References, with or without labels of their own, and pairs."""
 
     def call(z: Tensor, ids: Tensor, tau: Tensor) -> Tensor:
         loss = getattr(pytorch_metric_learning, name)(tau, reducer=reducer)
@@ -150,7 +152,9 @@ def of_metric_learning_and(name: str, efficient: bool = False, reducer: Any = No
 
 
 def pairs_own_first(ids: Tensor, efficient: bool) -> tuple[Tensor, ...]:
-    """All positive and negative pairs, but that anchors are 0 mod 2 of their rank; this rank's rows count first."""
+    """Return all positive and negative pairs of anchors with labels of 1 or more. This rank's rows come first. If
+    `efficient`, only they are anchors.
+    """
     of_ranks, first = [ids], 0
     if dist.is_initialized():
         of_ranks = [ids] * dist.get_world_size()
@@ -166,7 +170,7 @@ def pairs_own_first(ids: Tensor, efficient: bool) -> tuple[Tensor, ...]:
 
 
 def of_memory(name: str, masked: bool) -> Call:
-    """Three steps, of which the third has no room beside the second."""
+    """Three steps; the memory cannot hold two batches at once."""
 
     def call(z: Tensor, ids: Tensor, tau: Tensor) -> Tensor:
         loss = getattr(pytorch_metric_learning, name)(tau)
@@ -250,7 +254,7 @@ def evaluate(model: nn.Module, x: Tensor, ids: Tensor, call: Call) -> Result:
     tau = torch.tensor(TAU, dtype=x.dtype, requires_grad=True)
     loss = call(model(x.flatten(0, 1)).view(*x.shape[:2], D), ids, tau)
     loss.backward()
-    d_tau = torch.zeros(()) if tau.grad is None else tau.grad  # a negative temperature is a number
+    d_tau = torch.zeros(()) if tau.grad is None else tau.grad  # a negative temperature is a plain number
     return Result(loss.detach(), *(p.grad.clone() for p in model.parameters()), d_tau)
 
 
@@ -260,7 +264,7 @@ def assert_close(result: Result, expected: Result, rtol: float) -> None:
 
 
 def everything() -> dict[str, Any]:
-    """What the tests below look at, from one start of the ranks."""
+    """Return everything that the tests below check, from one start of the ranks."""
     model, (x, ids) = DistributedDataParallel(encoder()), mine(world_size())
     found: dict[str, Any] = {"cases": {name: evaluate(model, x, ids, call) for name, call in CASES.items()}}
     if world_size() == WORLD:
@@ -272,13 +276,13 @@ def everything() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def of_two() -> list[dict[str, Any]]:
-    """`everything` of two ranks, with 5 and 8 samples."""
+    """Results of `everything` on two ranks, with 5 and 8 samples."""
     return on_ranks(2, everything)
 
 
 @pytest.fixture(scope="module")
 def of_three() -> list[dict[str, Any]]:
-    """`everything` of three ranks, with 4, none and 6 samples."""
+    """Results of `everything` on three ranks, with 4, 0 and 6 samples."""
     return on_ranks(3, everything)
 
 
@@ -300,19 +304,20 @@ def test_ranks_equal_one_process_with_the_whole_batch(ranks: str, name: str, req
 WORLD = 2
 N = min(SIZES[WORLD])
 
-# Ours and the library's, made on a rank.
+# A function that makes our call and the library's, on a rank.
 Pair = Callable[[], tuple[Call, ...]]
 
 
 def lightly_pair(file: str, name: str, **options: Any) -> Pair:
     def of(module: Any) -> Call:
-        torch.manual_seed(0)  # of a bank's first rows
+        torch.manual_seed(0)  # seed of the bank's first rows
         loss = getattr(module, name)(TAU, gather_distributed=True, **options).double()
         return lambda z, ids, tau: loss(z[0], z[1]) + loss(z[1], z[2])
 
     def pair() -> tuple[Call, ...]:
         library, utils = peers.lightly(file), sys.modules["lightly.models.utils"]
-        if not hasattr(utils, "concat_all_gather"):  # peers leave it empty where there is no torchvision
+        # tests.peers leaves this module empty if torchvision is missing.
+        if not hasattr(utils, "concat_all_gather"):
             utils.concat_all_gather = concat_all_gather
         return of(lightly), of(library)
 
@@ -336,7 +341,7 @@ def metric_learning_pair(name: str, **options: Any) -> Pair:
 
 
 def metric_learning_memory_pair(name: str, ours_of_theirs: bool) -> Pair:
-    """A memory of as many rows as two batches of all ranks have; ours, or the library's around our loss."""
+    """A memory with room for two batches of all ranks: ours, or the library's memory around our loss."""
 
     def of(losses: Any, wrapper: Any, memory: Any) -> Call:
         def call(z: Tensor, ids: Tensor, tau: Tensor) -> Tensor:
@@ -357,7 +362,7 @@ def metric_learning_memory_pair(name: str, ours_of_theirs: bool) -> Pair:
 
 
 def metric_learning_miner_pair(name: str, references: bool) -> Pair:
-    """What the library's miner over ranks finds."""
+    """With the pairs that the library's miner finds over ranks."""
 
     def of(losses: Any, wrapper: Any) -> Call:
         distributed = peers.needs("pytorch_metric_learning.utils.distributed")
@@ -391,7 +396,8 @@ def sentence_transformers_pair(**options: Any) -> Pair:
     return lambda: (of(sentence_transformers), of(peers.sentence_transformers().sentence_transformer.losses))
 
 
-# With how often ours is theirs: the mean of the ranks' losses, the gradient of the features and of the temperature.
+# The factors from our results to the library's: for the mean of the ranks' losses, for the gradient of the features,
+# and for the gradient of the temperature.
 LIBRARIES: dict[str, tuple[Pair, tuple[float, float, float]]] = {
     "lightly nt_xent": (lightly_pair("ntx_ent_loss", "NTXentLoss"), (1, 1, 1)),
     "lightly bank": (lightly_pair("ntx_ent_loss", "NTXentLoss", memory_bank_size=(24, D)), (1, 1, 1)),
@@ -413,7 +419,7 @@ LIBRARIES: dict[str, tuple[Pair, tuple[float, float, float]]] = {
     ),
 }
 
-# What lacks terms, and is no multiple of the right gradient.
+# Library losses that lack terms of the gradient, which is therefore no multiple of the right one.
 PARTIAL: dict[str, Pair] = {
     "pytorch_metric_learning sup_con, efficient": metric_learning_pair("SupConLoss", efficient=True),
     "open_clip, local_loss": open_clip_pair(True, False),
@@ -421,7 +427,7 @@ PARTIAL: dict[str, Pair] = {
 
 
 def both_of_every_library() -> dict[str, Any]:
-    """Two results of each, ours and theirs as DDP would average it, or why there are none."""
+    """Return two results for each library, ours and theirs averaged as by DDP, or the reason why it was skipped."""
     model = DistributedDataParallel(encoder(torch.float64))
     x, ids = mine(WORLD)
     found: dict[str, Any] = {}
@@ -461,7 +467,7 @@ def test_library_lacks_terms_of_the_gradient(of_two, name: str):
     assert alike < 0.999
 
 
-# --- what else there is ----------------------------------------------------------------------------------------------
+# --- outputs and errors ----------------------------------------------------------------------------------------------
 
 
 def formed(logits: Any, rows: Tensor) -> tuple[Any, ...]:
@@ -469,12 +475,12 @@ def formed(logits: Any, rows: Tensor) -> tuple[Any, ...]:
 
 
 def outputs() -> dict[str, Any]:
-    """On ranks with 4, no and 6 samples."""
+    """Return outputs on ranks with 4, 0 and 6 samples."""
     rank = dist.get_rank()
     x, ids = mine(3)
     z = normalize(x, dim=2).requires_grad_()
     found: dict[str, Any] = {}
-    if len(ids):  # a group is there, and not asked for
+    if len(ids):  # a group exists, but these losses are not told to use it
         found["own"] = lightly.NTXentLoss()(x[0], x[1]), open_clip.ClipLoss()(x[0], x[1], 2.0)
     out = simclr.add_contrastive_loss(z[:2].flatten(0, 1), False, 0.5, strategy=dist.group.WORLD)
     found["simclr"] = out.loss.detach(), out.labels, *formed(out.logits, z)
@@ -487,7 +493,7 @@ def outputs() -> dict[str, Any]:
     )
     found["none"] = out.loss_a.detach(), out.loss_b.detach()
     wrapper = pytorch_metric_learning.DistributedLossWrapper(pytorch_metric_learning.SupConLoss())
-    few = torch.zeros_like(ids), torch.arange(len(ids)) + 100 * rank  # no negatives, no positives
+    few = torch.zeros_like(ids), torch.arange(len(ids)) + 100 * rank  # no negatives, then no positives
     found["few"] = [wrapper(z[0], labels).item() for labels in few]
     found["errors"] = [message(call) for call in BAD.values()]
     return found
@@ -511,12 +517,12 @@ def replicas(**options: Any) -> Callable[[Tensor], Tensor]:
     return lambda z: simclr.add_contrastive_loss(z, **options).loss
 
 
-# What the error must say, of what each rank calls with four rows.
+# The words of an error, and the call that must raise it on every rank. Each rank has four rows.
 BAD: dict[str, Callable[[Tensor], Tensor]] = {
-    "world_size must be 1 or that of the default process group, 3, got 2": clip(world_size=2),
-    "rank must be this process's in the default process group": clip(rank=3),
-    "use_horovod must be False where world_size is not 1": clip(use_horovod=True),
-    "strategy.num_replicas_in_sync must be 1 or that of the default process group, 3, got 8": replicas(
+    "world_size must be 1 or the size of the default process group, 3, got 2": clip(world_size=2),
+    "rank must be this process's rank in the default group": clip(rank=3),
+    "use_horovod must be False if world_size is above 1": clip(use_horovod=True),
+    "strategy.num_replicas_in_sync must be 1 or the size of the default process group, 3, got 8": replicas(
         strategy=SimpleNamespace(num_replicas_in_sync=8)
     ),
     "tpu_context must be None, a process group, or have num_replicas_in_sync or num_replicas, got str": replicas(
@@ -545,14 +551,14 @@ def message(call: Callable[[Tensor], Tensor]) -> str:
 
 
 def whole() -> tuple[Tensor, Tensor, list[slice]]:
-    """Unit rows and ids of the whole batch, and each rank's part of it."""
+    """Return the unit rows and ids of the whole batch, and each rank's slice of it."""
     sizes = SIZES[3]
     x, ids = whole_batch(sum(sizes))
     return normalize(x, dim=2), ids, [slice(sum(sizes[:rank]), sum(sizes[: rank + 1])) for rank in range(3)]
 
 
 def assert_formed(found: tuple[Any, ...], rows: Tensor, columns: Tensor, scale: float) -> None:
-    """Logits of these rows against these columns, and the gradient of their sum in the rows."""
+    """Check the logits of these rows against these columns, and the gradient of their sum with respect to the rows."""
     shape, dense, argmax, gradient = found
     expected = scale * rows @ columns.T
     assert shape == dense.shape == expected.shape
@@ -566,7 +572,7 @@ def test_simclr_has_this_ranks_logits_and_labels_of_all_columns(of_three):
     expected = simclr.add_contrastive_loss(z[:2].flatten(0, 1), False, 0.5).loss
     for of_rank, here in zip(of_three, parts, strict=True):
         loss, labels, *logits = of_rank["outputs"]["simclr"]
-        torch.testing.assert_close(loss, expected)  # of a group given as the strategy itself
+        torch.testing.assert_close(loss, expected)  # with the group itself as the strategy
         assert labels.tolist() == list(range(here.start, here.stop))
         assert_formed(tuple(logits), z[0, here], z[1], 2)
 

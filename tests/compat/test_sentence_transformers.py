@@ -1,4 +1,4 @@
-"""fastntxent.compat.sentence_transformers against its definition, and against the library, where it is installed."""
+"""fastntxent.compat.sentence_transformers against its definition, and against the library if it is installed."""
 
 import inspect
 import itertools
@@ -46,8 +46,9 @@ def drawn_case(n, d, seed, scale, columns, extra, per_direction, mode, strength,
 
 
 def dense(embeddings, scale, directions, partition_mode, hardness_mode, hardness_strength, cosine, ids=None):
-    """The definition, candidate by candidate: which kind each is decides what is added to its logit. Other samples of
-    the same id are no candidates."""
+    """Return the loss by its definition, candidate by candidate. The kind of a candidate decides what is added to its
+    logit. Other samples with the same id are not candidates.
+    """
     u, *docs = (normalize(z, dim=1) if cosine else z for z in embeddings)
     n, losses = len(u), []
     for i in range(n):
@@ -265,7 +266,7 @@ def test_a_call_without_columns_says_so(columns):
 
 def test_errors_of_a_call():
     loss = ours.MultipleNegativesRankingLoss(None)
-    with pytest.raises(ValueError, match="anchors and positives at least, got 1 tensors"):
+    with pytest.raises(ValueError, match="at least anchors and positives, got 1 tensors"):
         loss([torch.eye(3)])
     with pytest.raises(ValueError, match="model must be given"):
         loss([{}, {}])
@@ -276,7 +277,9 @@ def test_errors_of_a_call():
 
 
 class TextModel(torch.nn.Module):
-    """Takes what a tokenizer returns, in place as the library's modules do: with dropout and running statistics."""
+    """Takes the output of a tokenizer. It has dropout and running statistics, and writes to its input, as the library's
+    modules do.
+    """
 
     def __init__(self):
         super().__init__()
@@ -358,7 +361,7 @@ def test_cached_loss_repeats_dropout_and_keeps_state_as_after_one_pass():
         for _ in range(2):
             columns = text_columns()
             for column in columns:
-                column["attention_mask"][::4] = 1  # no padding to cut: dropout draws by the width
+                column["attention_mask"][::4] = 1  # no padding to cut, because dropout draws by the width
             if cached:
                 loss = CACHED(model, mini_batch_size=4)(columns)
             else:
@@ -394,7 +397,7 @@ def test_cached_loss_without_gradients_runs_once():
 
 
 def test_cached_losses_may_be_summed():
-    # As gradient accumulation and several data sets do: each backward repeats its own forward.
+    # Gradient accumulation and training on several data sets do this. Each backward repeats its own forward.
     ends = []
     for kind in (CACHED, ours.MultipleNegativesRankingLoss):
         torch.manual_seed(0)
@@ -512,13 +515,14 @@ def test_errors_of_cached_losses():
         CACHED(model)([text_columns(1)[0], {**text_columns(1)[0], "x": torch.ones(3)}])
     with pytest.raises(ValueError, match=r"sentence_features\[0\] has no 'attention_mask' to count the tokens of"):
         CACHED(model, mini_batch_num_tokens=9)([{"x": torch.ones(3)}] * 2)
-    with pytest.raises(ValueError, match="anchors and positives at least, got 1 tensors"):
+    with pytest.raises(ValueError, match="at least anchors and positives, got 1 tensors"):
         CACHED(model)(text_columns(1))
 
 
 def cached_on_ranks():
-    """The loss and the gradients under DistributedDataParallel, with what one process has for all rows, and the number
-    of forwards that were to synchronise."""
+    """Return loss and gradients under DistributedDataParallel, loss and gradients of one process with all rows, and the
+    number of forwards whose backward would synchronise.
+    """
     rows = slice(0, 6) if dist.get_rank() == 0 else slice(6, 10)
     ends, synchronised = [], []
     for gathers in (True, False):

@@ -1,4 +1,4 @@
-"""Names, order and defaults of the drop-ins' parameters, and the libraries' own where they are installed."""
+"""Names, order and defaults of the drop-ins' parameters, and of the libraries' if they are installed."""
 
 import inspect
 import math
@@ -135,7 +135,7 @@ INSTALLED = {
 }
 
 
-# Keywords of our calls that no library has.
+# Keyword arguments that only our calls have.
 OURS_ALONE = {"ids"}
 
 
@@ -170,7 +170,7 @@ def test_signature_is_the_librarys(module, name, signature):
 @pytest.mark.parametrize(("module", "name", "signature"), [row for row in SIGNATURES if row[0] in INSTALLED])
 def test_library_has_that_signature(module, name, signature):
     theirs = parameters(INSTALLED[module](name), name)
-    if module is open_clip and "horovod" not in theirs:  # open_clip 4 has dropped its last argument
+    if module is open_clip and "horovod" not in theirs:  # open_clip 4 dropped its last argument
         signature = signature.removesuffix(", use_horovod=False")
     assert theirs.removesuffix(", **kwargs") == signature.removesuffix(", **kwargs")
 

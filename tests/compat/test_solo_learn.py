@@ -1,4 +1,4 @@
-"""fastntxent.compat.solo_learn's losses of two towers against their definitions."""
+"""The two-tower losses of fastntxent.compat.solo_learn against their definitions."""
 
 import pytest
 import torch
@@ -59,7 +59,7 @@ def test_ressl_is_the_cross_entropy_of_two_softmaxes_over_the_queue(sizes, tempe
 
 @pytest.mark.parametrize("temperatures", [(0.1, 0.04), (0.05, 0.04), (0.2, 0.05)])
 def test_ressl_is_accurate_where_the_student_agrees_with_the_teacher(temperatures):
-    """A loss of 1e-4 is not the difference of two numbers near 20."""
+    """A loss of 1e-4 must not be computed as the difference of two numbers near 20."""
     for _ in range(5):
         query, queue = (F.normalize(torch.randn(n, 64), dim=1) for n in (32, 64))
         key = F.normalize(query + 0.075 * torch.randn(32, 64), dim=1)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def make_stripes(count, seed):
-    """Noisy 16 x 16 images of three classes: stripes across, stripes down, and none."""
+    """Return noisy 16 x 16 images of three classes, and their labels: stripes across, stripes down, and no stripes."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % 3
     images = torch.randint(0, 100, (count, 1, 16, 16), generator=generator)
@@ -25,7 +25,7 @@ def make_stripes(count, seed):
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """These networks are too small for two threads to help, and on a busy machine two wait for each other."""
+    """These networks are too small to gain from two threads, and on a busy machine two threads wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -34,7 +34,7 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def ctrl_c():
-    """Ctrl-C as a person's terminal sends it: a shell in the background starts its processes with SIGINT ignored."""
+    """Restore Ctrl-C, because a shell in the background starts its processes with SIGINT ignored."""
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, handler)
@@ -48,7 +48,7 @@ def stripes():
 
 @pytest.fixture
 def make_trainer(stripes, tmp_path):
-    """A trainer on the stripes: 83 images, so 3 steps an epoch, the last of 19 images."""
+    """Return a function that makes a trainer on the stripes: 83 images, so 3 steps per epoch, the last of 19 images."""
 
     def make(folder="run", data=stripes, **options):
         settings = {
@@ -62,7 +62,7 @@ def make_trainer(stripes, tmp_path):
 
 @pytest.fixture
 def cli():
-    """Start `python -m fastntxent.simclr` with these arguments; wait for it unless told otherwise."""
+    """Return a function that starts `python -m fastntxent.simclr` with its arguments. It waits by default."""
     running = []
 
     def start(*arguments, wait=True):

@@ -28,8 +28,8 @@ def test_two_views_are_a_function_of_the_generator(preset, channels):
     assert min(first.min(), second.min()) >= 0
     assert max(first.max(), second.max()) <= 1
     if preset != "none":
-        assert ((first - second).flatten(1).abs().amax(1) > 0.01).all(), "two views of an image are alike"
-        assert ((first - other).flatten(1).abs().amax(1) > 0.01).all(), "another seed gives the same view"
+        assert ((first - second).flatten(1).abs().amax(1) > 0.01).all(), "two views of an image should differ"
+        assert ((first - other).flatten(1).abs().amax(1) > 0.01).all(), "another seed should give another view"
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -67,7 +67,7 @@ def test_flip_happens_as_often_as_asked():
 
 
 def test_area_shows_that_share_of_the_image():
-    # A horizontal ramp: the range of values in a view is the width of its crop.
+    # On a horizontal ramp, the range of values in a view is the width of its crop.
     ramp = (torch.arange(64) * 4).to(torch.uint8).expand(200, 1, 64, 64)
     view = augment(ramp, Preset(area=(0.25, 0.25), padding="border"), seeded())
     width = (view.amax((1, 2, 3)) - view.amin((1, 2, 3))) * 255 / 4
@@ -78,7 +78,7 @@ def test_area_shows_that_share_of_the_image():
 
 
 def test_rotate_turns_by_at_most_the_angle():
-    # A bright dot right of the centre of a square, found again after the turn.
+    # A bright dot right of the centre is located again after the rotation.
     x = torch.zeros(500, 1, 65, 65, dtype=torch.uint8)
     x[:, :, 30:35, 54:59] = 255
     view = augment(x, Preset(rotate=30), seeded())[:, 0]
@@ -106,7 +106,7 @@ def test_gray_makes_the_channels_equal_to_luma():
 
 
 def test_hue_keeps_grey_and_the_sum_of_channels():
-    x = (images() // 4) + 96  # far from 0 and 1, so that nothing is clipped
+    x = (images() // 4) + 96  # far from 0 and 1, so nothing is clipped
     view = augment(x, Preset(hue=0.5, jitter=1.0), seeded())
     torch.testing.assert_close(view.sum(1), (x / 255).sum(1), atol=1e-4, rtol=0)
     assert ((view - x / 255).abs().amax((1, 2, 3)) > 0.02).float().mean() > 0.9

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: whole, checked, one run at a time."""
+"""Checkpoints on disk are complete and checked, and one run at a time writes them."""
 
 import multiprocessing
 import os
@@ -30,7 +30,7 @@ def test_checkpoint_comes_back_and_is_a_torch_file(saved):
 def test_load_checkpoint_refuses_every_flipped_bit(saved):
     sound = saved.read_bytes()
     draw = random.Random(0)
-    # Each byte of the marks at both ends, and others at random: contents, directory, padding.
+    # Every byte of the marks at both ends, and random bytes elsewhere: contents, directory, padding.
     places = {*range(64), *range(len(sound) - 200, len(sound)), *draw.sample(range(len(sound)), 300)}
     for place in places:
         damaged = bytearray(sound)
@@ -101,7 +101,7 @@ def test_locked_folder_refuses_another_run_and_sweeps_what_killed_runs_left(tmp_
         (tmp_path / name).write_bytes(b"half")
     first, second = OutputFolder(tmp_path), OutputFolder(tmp_path)
     with first.locked(), first.locked():
-        assert [path.name for path in tmp_path.glob("*.partial")] == ["film.mp4.partial"], "the user's own stays"
+        assert [path.name for path in tmp_path.glob("*.partial")] == ["film.mp4.partial"], "the user's file should stay"
         with pytest.raises(BlockingIOError, match="another run is writing to --out"), second.locked():
             pass
     with second.locked():
@@ -113,7 +113,7 @@ def test_folder_check_says_what_is_wrong(tmp_path, monkeypatch):
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ValueError, match=r"--out .*file.* cannot be written to: .*(exists|[Nn]ot a directory)"):
             OutputFolder(path).check(0)
-    with pytest.raises(ValueError, match=r"--out .* of free disk, and the run needs up to \d+ MiB"):
+    with pytest.raises(ValueError, match=r"--out .* of free disk space, but the run needs up to \d+ MiB"):
         OutputFolder(tmp_path / "new").check(2**60)
 
     def full(descriptor):

@@ -33,11 +33,11 @@ def test_cli_on_digits_trains_judges_and_reports(cli, tmp_path):
 
     page = (out / "report.html").read_text()
     assert f"{100 * scores['knn']['trained']:.1f} %" in page
-    assert "<run>" not in page, "what the user typed must be escaped"
+    assert "<run>" not in page, "user input must be escaped"
     assert "a &lt;run&gt; &amp; more" in page
     text = re.sub(r"base64,[^\"]*", "", page)
-    assert not re.search(r"(src|href)=(?!\"data:)|url\(|https?:", text), "the page must need nothing but itself"
-    assert "$" not in text, "a placeholder was left"
+    assert not re.search(r"(src|href)=(?!\"data:)|url\(|https?:", text), "the page must be self-contained"
+    assert "$" not in text, "no placeholder should be left"
     pictures = [base64.b64decode(code) for code in re.findall(r"base64,([^\"]*)", page)]
     assert sorted(pictures) == sorted((out / f"{name}.png").read_bytes() for name in ("curves", "embedding", "views"))
     assert all(picture.startswith(PNG) for picture in pictures)
@@ -49,13 +49,13 @@ def test_main_reports_on_images_without_labels(tmp_path, capsys):
     arguments = ["--data", "npz", "--data-dir", tmp_path / "d.npz", "--epochs", 1, "--out", tmp_path / "run", "--quiet"]
     assert main([str(argument) for argument in arguments]) == 0
     assert capsys.readouterr().err == (
-        "note: The images carry no labels, so accuracies are not measured.\n"
-        "note: --batch-size 256 is more than the 48 training images: every step takes all of them\n"
+        "note: The images have no labels, so accuracies are not measured.\n"
+        "note: --batch-size 256 exceeds the 48 training images: every step uses all of them\n"
     )
     page = (tmp_path / "run" / "report.html").read_text()
     assert "no labels" in page
     assert "k-NN accuracy" not in page
-    assert "Not asked for in this run" in page
+    assert "The loss was not verified in this run" in page
 
 
 @pytest.mark.parametrize(
@@ -69,8 +69,8 @@ def test_main_reports_on_images_without_labels(tmp_path, capsys):
         ("--data digits --epochs 0", "--epochs must be at least 1, got 0"),
         ("--data digits --batch-size 1", "--batch-size must be at least 2, got 1"),
         ("--data digits --model resnet18 --width 7", "--width must be at least 8 for resnet18, got 7: .*PyTorch 2.13"),
-        ("--data digits --chunk 8", "--chunk has a meaning only with --accumulate-batch"),
-        ("--data digits --loss reference --backend blocked", "--loss reference is a backend of its own"),
+        ("--data digits --chunk 8", "--chunk requires --accumulate-batch"),
+        ("--data digits --loss reference --backend blocked", "--backend blocked cannot be combined"),
         ("--data digits --accumulate-batch 1", "--accumulate-batch must be 0"),
         ("--data digits --backend magic", "backend must be .*'magic'"),
         ("--data digits --device tpu9", "--device tpu9 cannot be used"),
@@ -163,4 +163,4 @@ def test_main_says_what_it_read(tmp_path, capsys):
 def test_resume_of_a_run_from_python_is_told_to_go_on_there(make_trainer, tmp_path, capsys):
     make_trainer(max_steps=1).fit()
     assert main(["--resume", "--out", str(tmp_path / "run")]) == 2
-    assert "is of a run whose data came from Python: go on with it there" in capsys.readouterr().err
+    assert "belongs to a run whose data came from Python: continue it there" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Settings: their ranges, TOML files, and what a run writes of them."""
+"""Settings: their ranges, TOML files, and the resolved settings that a run writes."""
 
 import re
 
@@ -88,13 +88,13 @@ def test_command_line_has_the_last_word_over_the_file(tmp_path):
     ("text", "message"),
     [
         ("epochs = @", r"c\.toml is not a TOML file: .*line 1"),
-        ("epoch = 3", r"c\.toml: 'epoch' is no setting; did you mean epochs\?"),
-        ("resume = 'x'", r"'resume' is no setting"),
+        ("epoch = 3", r"c\.toml: 'epoch' is not a setting; did you mean epochs\?"),
+        ("resume = 'x'", r"'resume' is not a setting"),
         ("epochs = '3'", r"epochs must be an integer, got '3'"),
         ("epochs = true", r"epochs must be an integer, got True"),
         ("quiet = 1", r"quiet must be true or false, got 1"),
         ("out = 3", r"out must be a string, got 3"),
-        ("[training]\nepochs = 3", r"'training' is no setting"),
+        ("[training]\nepochs = 3", r"'training' is not a setting"),
         (b"\xff\xfe", r"is not a TOML file"),
     ],
 )

@@ -102,7 +102,7 @@ def test_load_data_says_what_to_install(monkeypatch):
 
 
 def fake_torchvision(monkeypatch):
-    """The two data sets as torchvision shows them: array layouts, attribute names, and its error."""
+    """Install a fake torchvision with two data sets. It has the real array layouts, attribute names and error."""
 
     class CIFAR10:
         classes = ("plane", "car")
@@ -164,11 +164,11 @@ def test_cifar10_says_that_torchvision_does_not_work(monkeypatch):
         raise RuntimeError("operator torchvision::nms does not exist")
 
     monkeypatch.setattr("fastntxent.simclr.optional.import_module", broken)
-    with pytest.raises(ImportError, match="the installed torchvision does not work beside this PyTorch: operator"):
+    with pytest.raises(ImportError, match="the installed torchvision does not work with this PyTorch: operator"):
         load("cifar10")
 
 
-@pytest.mark.skipif(not torchvision_works(), reason="needs a torchvision that works beside this PyTorch")
+@pytest.mark.skipif(not torchvision_works(), reason="needs a torchvision that works with this PyTorch")
 def test_cifar10_asks_the_real_torchvision_for_a_download(tmp_path):
     with pytest.raises(FileNotFoundError, match="add --download"):
         load("cifar10", tmp_path)
@@ -214,8 +214,8 @@ def test_image_data_takes_what_it_documents():
         ({"train_labels": torch.zeros(5).long()}, ValueError, r"train_labels must have the shape \(6,\)"),
         ({"train_labels": torch.full((6,), 2)}, ValueError, r"train_labels must lie in 0..1, .* got 2..2"),
         ({"test_labels": torch.tensor([0, -2])}, ValueError, r"test_labels must lie in 0..1, .* got -2..0"),
-        ({"class_names": "ab"}, TypeError, "class_names must be a tuple of texts"),
-        ({"class_names": (1, 2)}, TypeError, "class_names must be a tuple of texts"),
+        ({"class_names": "ab"}, TypeError, "class_names must be a tuple of strings"),
+        ({"class_names": (1, 2)}, TypeError, "class_names must be a tuple of strings"),
     ],
 )
 def test_image_data_refuses_what_it_does_not_document(changes, error, message):
@@ -237,7 +237,7 @@ def test_fingerprint_is_the_checksum_of_all_bytes():
 
 
 def test_load_data_refuses_options_that_have_no_effect():
-    with pytest.raises(ValueError, match="--in-memory no is for --data folder"):
+    with pytest.raises(ValueError, match="--in-memory no requires --data folder"):
         load_data("digits", in_memory="no")
     with pytest.raises(ValueError, match="in_memory must be one of auto, yes, no, got True"):
         load_data("digits", in_memory=True)
@@ -288,10 +288,10 @@ def test_label_tensors_index_names_that_are_given():
     [
         (np.array([0, 3]), ("x", "y", "z"), r"among the 3 class names \(0 to 2, or -1 for none\), got 3"),
         (np.array(["w", "x"]), ("x", "y"), r"among the 2 class names \(x, y\), got w"),
-        (np.array([0, 0.5]), (), "whole numbers or texts, got 0.5"),
-        (np.array([0, np.nan]), (), "whole numbers or texts, got nan"),
+        (np.array([0, 0.5]), (), "whole numbers or strings, got 0.5"),
+        (np.array([0, np.nan]), (), "whole numbers or strings, got nan"),
         (np.eye(2), (), r"of shape \(2, 2\) \(one column for each class\? give its argmax\)"),
-        (np.array([0, 1j]), (), "integers or texts, got complex128"),
+        (np.array([0, 1j]), (), "integers or strings, got complex128"),
     ],
 )
 def test_label_tensors_refuse_other_labels(labels, names, message):
@@ -300,13 +300,13 @@ def test_label_tensors_refuse_other_labels(labels, names, message):
 
 
 def test_label_tensors_do_not_mix_numbers_and_texts():
-    with pytest.raises(ValueError, match="labels and test_labels must be all numbers or all text"):
+    with pytest.raises(ValueError, match="labels and test_labels must be all numbers or all strings"):
         label_tensors([("labels", np.array([0]), 1), ("test_labels", np.array(["a"]), 1)])
 
 
 def test_fashion_mnist_refuses_a_shape_that_overflows(tmp_path):
     write_fashion(tmp_path)
-    sizes = (2**31, 2**31, 4)  # 2^64 values: 0 in a 64-bit product
+    sizes = (2**31, 2**31, 4)  # 2^64 values; in a 64-bit product that is 0
     (tmp_path / "train-images-idx3-ubyte").write_bytes(struct.pack(">HBB3I", 0, 8, 3, *sizes))
     with pytest.raises(ValueError, match="with the 0 values it holds"):
         load("fashion-mnist", tmp_path)
@@ -317,7 +317,7 @@ def test_fashion_mnist_refuses_another_number_of_dimensions(tmp_path, rank):
     write_fashion(tmp_path)
     content = struct.pack(f">HBB{rank}I", 0, 8, rank, *[1] * rank) + b"a"
     (tmp_path / "train-images-idx3-ubyte").write_bytes(content)
-    with pytest.raises(ValueError, match=rf"train-images-idx3-ubyte is not an idx file of 3 dimensions, it has {rank}"):
+    with pytest.raises(ValueError, match=rf"train-images-idx3-ubyte is not an idx file of 3 dimensions: it has {rank}"):
         load("fashion-mnist", tmp_path)
 
 

@@ -15,7 +15,7 @@ LABELS = [index % 2 for index in range(20)]
 
 
 class Items(Dataset):
-    """A map-style dataset of given items; an exception among them is raised."""
+    """A map-style dataset of these items. An item that is an exception is raised."""
 
     def __init__(self, items):
         self.items = list(items)
@@ -169,20 +169,20 @@ IMAGE = CHANNELS_FIRST[0]
 @pytest.mark.parametrize(
     ("item", "message"),
     [
-        ({"image": IMAGE}, "item 4 of train: its image is a dict, and must be a PIL image, an array or a tensor"),
+        ({"image": IMAGE}, "item 4 of train: its image is a dict, but it must be a PIL image, an array or a tensor"),
         (((IMAGE, IMAGE), 0), "item 4 of train: its image is a tuple"),
-        ((), "item 4 of train: it is empty"),
-        (IMAGE.float(), r"item 4 of train: its image is float32 and must lie in \[0, 1\], got .*leave Normalize out"),
+        ((), "item 4 of train: it must be .* got an empty tuple"),
+        (IMAGE.float(), r"item 4 of train: its image is float32, .*\[0, 1\], got .*leave Normalize out"),
         (IMAGE / 128 - 1, r"must lie in \[0, 1\]"),
         (IMAGE * float("nan"), r"must lie in \[0, 1\], got \[nan, nan\]"),
-        (IMAGE.long(), "must be uint8, or floating in .*, got int64"),
+        (IMAGE.long(), "must be uint8, or floating-point in .*, got int64"),
         (IMAGE[None], r"must be \(H, W\), \(H, W, C\) or \(C, H, W\) with 1 or 3 channels, got \(1, 3, 10, 12\)"),
         (torch.zeros(2, 9, 9), "with 1 or 3 channels"),
-        ((IMAGE, {"boxes": []}), "its label must be an integer, a text or None, got {'boxes': \\[\\]} of dict"),
+        ((IMAGE, {"boxes": []}), "its label must be an integer, string or None, got {'boxes': \\[\\]} of dict"),
         ((IMAGE, 0.5), "its label must be an integer"),
-        ((IMAGE, torch.zeros(3)), r"its label must be one integer or text, got the shape \(3,\)"),
+        ((IMAGE, torch.zeros(3)), r"its label must be one integer or string, got the shape \(3,\)"),
         (IMAGE[:, :9], r"item 4 of train is \(3, 9, 12\) and the first is \(3, 10, 12\) .*Resize"),
-        (IMAGE[:1], r"item 4 of train is \(1, 10, 12\) and the first is \(3, 10, 12\) .*convert all to RGB"),
+        (IMAGE[:1], r"item 4 of train is \(1, 10, 12\) and the first is \(3, 10, 12\) .*convert all images to RGB"),
     ],
 )
 @pytest.mark.parametrize("skip_bad", [False, True])
@@ -206,12 +206,12 @@ class Stream(IterableDataset):
         (iter(CHANNELS_FIRST), TypeError, r"train must be a map-style dataset, with len\(\) and \[index\], got"),
         ({"a": IMAGE}, TypeError, "map-style dataset, .* got dict"),
         (Items([]), ValueError, "train is empty"),
-        (Items([KeyError("x")] * 3), ValueError, "no item of train can be read, the last for KeyError: 'x'"),
+        (Items([KeyError("x")] * 3), ValueError, "no item of train can be read; the last error is KeyError: 'x'"),
         (Items(list(CHANNELS_FIRST[:4])), ValueError, "4 images are too few to hold a fifth"),
         (Items(list(CHANNELS_FIRST[:, :, :5])), ValueError, "at least 8 x 8 pixels"),
-        (Items([(IMAGE, 1), (IMAGE, "x")]), ValueError, "the labels of train must be all integers or all texts"),
+        (Items([(IMAGE, 1), (IMAGE, "x")]), ValueError, "the labels of train must be all integers or all strings"),
         (Items([(IMAGE, 2**63), (IMAGE, 0)]), ValueError, r"less than 2\^63, got 9223372036854775808"),
-        (DataLoader(Items([]), sampler=SubsetRandomSampler([1])), ValueError, "a sampler of its own"),
+        (DataLoader(Items([]), sampler=SubsetRandomSampler([1])), ValueError, "a custom sampler"),
     ],
 )
 def test_from_datasets_refuses_other_datasets(dataset, error, message):
@@ -237,4 +237,4 @@ class Random(Items):
 
 def test_from_datasets_remarks_on_random_transforms():
     (note,) = ImageData.from_datasets(Random(range(20))).notes
-    assert note.startswith("item 0 of train is another image each time it is read: leave random transforms out")
+    assert note.startswith("item 0 of train is a different image each time it is read: leave random transforms out")

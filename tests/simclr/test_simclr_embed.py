@@ -1,4 +1,4 @@
-"""What a person does with a trained encoder: embed, search, export."""
+"""The uses of a trained encoder: embed, search, export."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ PAGE = Path(__file__).parents[2] / "docs/encoder.md"
 
 
 def save_images(folder: Path, count: int = 10, mode: str = "RGB") -> np.ndarray:
-    """Random images of 16 x 16 in two class folders; their pixels (N, H, W, C) in the order of their names."""
+    """Save random 16 x 16 images in two class folders, and return their pixels (N, H, W, C) in the order of their
+    names.
+    """
     generator = np.random.default_rng(0)
     pixels = generator.integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
     for index, image in enumerate(pixels):
@@ -37,7 +39,7 @@ def save_images(folder: Path, count: int = 10, mode: str = "RGB") -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Folders of finished runs: of an encoder for colour images, and for grey ones."""
+    """Folders of finished runs, one of an encoder for grey images and one for colour images, by number of channels."""
     folders = {}
     for channels in (1, 3):
         train, test = make_stripes(30, 0), make_stripes(10, 1)
@@ -197,7 +199,7 @@ def test_embed_writes_names_of_any_bytes(run, tmp_path):
     try:
         os.rename(tmp_path / "images/cat/000.png", os.fsencode(tmp_path / "images/cat") + b"/\xff\n.png")
     except OSError:
-        pytest.skip("this file system wants names in UTF-8")
+        pytest.skip("needs a file system that takes names of any bytes")
     found = embedded(run, tmp_path / "images", out=tmp_path / "f.npz")
     assert found["paths"].tolist() == ["cat/?\n.png", "dog/001.png"]
 
@@ -213,7 +215,7 @@ MISTAKES = {
     "{folder}/other.npz": "{folder}/other.npz must hold an array `images`",
     "{folder}/other.npz {folder}/images": "an .npz file must be the only input, got {folder}/other.npz, ",
     "{folder}/good.npz --image-size 16": "--image-size is for image files",
-    "{folder}/good.npz --out {folder}/good.npz --overwrite": "--out {folder}/good.npz is the file that is to be read",
+    "{folder}/good.npz --out {folder}/good.npz --overwrite": "--out {folder}/good.npz is an input file",
     "{folder}/pipe.png": "{folder}/pipe.png is neither a folder nor a file",
     "{folder}/bad.png": "1 of 1 images of {folder}/bad.png cannot be read: bad.png (not an image of a known format)",
     "{folder}/bad.png --skip-bad": "no image of {folder}/bad.png can be read",
@@ -288,7 +290,7 @@ def test_command_line_has_embed_and_export(run, tmp_path, cli):
     save_images(tmp_path / "images", 4)
     done = cli("embed", tmp_path / "images", "--checkpoint", run, "--out", tmp_path / "f.npz")
     assert done.returncode == 0, done.stderr
-    assert f"64 features of 4 images are in {tmp_path}/f.npz: features, paths, labels, class_names" in done.stdout
+    assert f"64 features of 4 images written to {tmp_path}/f.npz: features, paths, labels, class_names" in done.stdout
     done = cli("export", "--checkpoint", run, "--out", tmp_path / "e.pt2")
     assert (done.returncode, done.stderr) == (0, "")
     assert f"{tmp_path}/e.pt2 maps images (N, 3, 16, 16) in [0, 1] to features (N, 64)" in done.stdout
@@ -310,7 +312,7 @@ def test_export_loads_without_the_package_and_gives_the_features(runs, tmp_path,
         torch.testing.assert_close(program(images), encoder(images), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:No complete tensor")  # of weights whose channels are last
+@pytest.mark.filterwarnings("ignore:No complete tensor")  # about weights in channels-last layout
 def test_export_of_a_resnet_gives_the_features(tmp_path):
     model = build_model(
         "resnet18", mean=[0.4] * 3, std=[0.2] * 3, image_size=(32, 24), width=8, hidden=8, proj_dim=4, seed=0
@@ -335,7 +337,7 @@ class Random(nn.Conv2d):
 
 @pytest.mark.parametrize(("body", "words"), [
     (Untraceable(3, 4, 16), "torch.export cannot export the encoder: "),
-    (Random(3, 4, 16), "the exported encoder gives other features"),
+    (Random(3, 4, 16), "the exported encoder gives different features"),
 ])  # fmt: skip
 def test_export_says_what_it_cannot(run, body, words):
     encoder = load_encoder(run)
@@ -350,7 +352,7 @@ def test_export_says_mistakes_in_a_line(run, tmp_path, capsys):
     assert export(["--checkpoint", str(run), "--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err.splitlines() == [
         f"error: no checkpoint at {tmp_path}/checkpoint.pt",
-        f"error: --out {tmp_path} is a folder; name the file that is to be written",
+        f"error: --out {tmp_path} is a folder; give the file to write",
     ]
 
 
@@ -358,7 +360,7 @@ def test_export_says_mistakes_in_a_line(run, tmp_path, capsys):
 
 
 def snippet(mark: str) -> str:
-    """The code block of docs/encoder.md under a comment."""
+    """Return the code block of docs/encoder.md under an HTML comment."""
     found = re.findall(rf"<!-- {re.escape(mark)} -->\n\n```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert len(found) == 1, mark
     return found[0]

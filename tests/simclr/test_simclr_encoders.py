@@ -1,4 +1,4 @@
-"""Encoders from elsewhere: what is taken, and the words for what is not."""
+"""Encoders from elsewhere: which are accepted, and the errors for all others."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 class Net(nn.Module):
-    """A network of the common kind: its `view` takes no channels-last maps."""
+    """A typical network, whose `view` fails on channels-last maps."""
 
     def __init__(self, channels: int = 1, image_size: int = 16) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Net(nn.Module):
 
 
 def net(change=lambda h, module: h, *, make=Net):
-    """A factory of Nets whose output goes through `change`."""
+    """Return a factory of Nets whose output goes through `change`."""
 
     class Changed(make):
         def forward(self, x):
@@ -92,42 +92,42 @@ SOUND = {
 FAULTY = {
     "missing": (None, r"my_encoders has no missing; did you mean raising\?"),
     "number": (3, "must be a function that returns a torch.nn.Module, got a value of type int"),
-    "module": (MODULE, "is a module; it must be a function that returns a new one"),
+    "module": (MODULE, "is a module, but it must be a function that returns a new one"),
     "same": (lambda: MODULE, "returned the same module a second time"),
     "no_module": (lambda: 3, "must return a torch.nn.Module, got a value of type int"),
-    "argument": (lambda depth: Net(), "must need no argument but channels and image_size, and it needs depth"),
-    "raising": (raising, "cannot be made: KeyError: 'depth'"),
-    "leaving": (leaving, "cannot be made: SystemExit: 3"),
+    "argument": (lambda depth: Net(), "may require only the arguments channels and image_size, but it requires depth"),
+    "raising": (raising, "cannot be built: KeyError: 'depth'"),
+    "leaving": (leaving, "cannot be built: SystemExit: 3"),
     "tuple": (net(lambda h, _: (h, h)), "must return a tensor of features .* got a value of type tuple"),
     "dict": (net(lambda h, _: {"h": h}), "must return a tensor of features .* got a value of type dict"),
     "tuple_in_training": (
         net(lambda h, module: (h, h) if module.training else h), "in training mode must return a tensor .* tuple",
     ),
     "other_in_training": (
-        net(lambda h, module: h[:, :5] if module.training else h), "must give as many features in training mode",
+        net(lambda h, module: h[:, :5] if module.training else h), "must return as many features in training mode",
     ),
     "half": (net(lambda h, _: h.half()), "must return float32 features, got torch.float16"),
     "integer": (net(lambda h, _: h.long()), "must return float32 features, got torch.int64"),
     "maps": (lambda: nn.Conv2d(1, 4, 3), r".*got maps \(2, 4, 14, 14\) for two images of 1 x 16 x 16: .*AvgPool2d"),
-    "tokens": (net(lambda h, _: h[:, None]), r".*got \(2, 1, 6\) .*: return one token of each image, or the mean"),
-    "other_rows": (net(lambda h, _: h[:1]), r".*a row for each image, got \(1, 6\)"),
-    "flat": (net(lambda h, _: h.flatten()), r".*a row for each image, got \(12,\)"),
-    "no_features": (net(lambda h, _: h[:, :0]), r".*a row for each image, got \(2, 0\)"),
+    "tokens": (net(lambda h, _: h[:, None]), r".*got \(2, 1, 6\) .*: return one token per image, or the mean"),
+    "other_rows": (net(lambda h, _: h[:1]), r".*one row per image, got \(1, 6\)"),
+    "flat": (net(lambda h, _: h.flatten()), r".*one row per image, got \(12,\)"),
+    "no_features": (net(lambda h, _: h[:, :0]), r".*one row per image, got \(2, 0\)"),
     "no_parameters": (lambda: nn.Flatten(), "has no parameters to train"),
     "frozen": (lambda: Net().requires_grad_(False), "has no parameters to train"),
     "double": (lambda: Net().double(), "must have float32 parameters, but conv.weight is torch.float64; .* --amp"),
     "meta": (lambda: Net().to("meta"), ".*conv.weight is on the meta device"),
     "too_small": (lambda: nn.Conv2d(1, 4, 17), "does not take images of 1 x 16 x 16 .*: RuntimeError: .*Kernel size"),
-    "detached": (net(lambda h, _: h.detach()), r"must return features that have a gradient: .*detach\(\)"),
+    "detached": (net(lambda h, _: h.detach()), r"must return features with a gradient: .*detach\(\)"),
     "no_backward": (net(lambda h, _: NoBackward.apply(h)), "fails in its backward: NotImplementedError: no formula$"),
     "in_place": (net(lambda h, _: changed_in_place(h)), "fails in its backward: RuntimeError: .* inplace operation"),
-    "uncopied": (Uncopied, "must be a module that copy.deepcopy copies, .*: RuntimeError: only once"),
+    "uncopied": (Uncopied, "must be a module that copy.deepcopy can copy, .*: RuntimeError: only once"),
 }  # fmt: skip
 
 
 @pytest.fixture
 def module(monkeypatch):
-    """A module of factories that can be imported, as a file in the current directory can."""
+    """A module of factories that can be imported, like a file in the current directory."""
     module = types.ModuleType("my_encoders")
     for name, factory in (SOUND | {name: factory for name, (factory, _) in FAULTY.items()}).items():
         if name != "missing":
@@ -227,11 +227,11 @@ def test_command_line_finds_a_factory_in_the_current_directory(tmp_path, cli, mo
 
 
 def test_other_options_of_a_foreign_encoder_are_refused(module):
-    with pytest.raises(ValueError, match=r"--norm none is for conv, .*; --model my_encoders:make has its own norm"):
+    with pytest.raises(ValueError, match=r"--norm none applies only to conv, .*; --model my_encoders:make has its own"):
         build("my_encoders:make", batch_norm=False)
-    with pytest.raises(ValueError, match=r"--width is for conv, .* not for an encoder of one's own, got 8"):
+    with pytest.raises(ValueError, match=r"--width applies only to conv, .* not to your own encoder, got 8"):
         build(encoder=Net(), width=8)
-    with pytest.raises(ValueError, match="--width is for the models conv"):
+    with pytest.raises(ValueError, match="--width applies only to the models conv"):
         Config(model="my_encoders:make", width=8).check()
 
 
@@ -245,7 +245,7 @@ def test_standard_library_is_not_called(name):
 def test_functions_that_a_module_has_from_elsewhere_are_not_called(module, attribute):
     module.sys, module.Path, module.torch, module.functools = sys, Path, torch, functools
     module.reader = functools.partial(Path.read_text, Path("x"))
-    with pytest.raises(ValueError, match="must be a function or class of a module of yours, got one of"):
+    with pytest.raises(ValueError, match="must be a function or class from your own module, got one from"):
         build(f"my_encoders:{attribute}")
 
 
@@ -274,7 +274,7 @@ def fake_timm(monkeypatch):
         if name == "bad":
             raise RuntimeError("cannot\nbe")
         if kwargs:
-            torch.rand(1)  # layers that were made before
+            torch.rand(1)  # random numbers that layers drew before the error
             raise TypeError("__init__() got an unexpected keyword argument 'img_size'")
         return nn.Sequential(nn.Conv2d(in_chans, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
@@ -296,7 +296,7 @@ def test_timm_models_are_made_for_the_images(fake_timm):
 def test_timm_mistakes_are_said_in_words(fake_timm):
     with pytest.raises(ValueError, match=r"^--model timm:con: timm has no con; did you mean conv\?$"):
         build("timm:con")
-    with pytest.raises(ValueError, match=r"^--model timm:bad cannot be made: RuntimeError: cannot$"):
+    with pytest.raises(ValueError, match=r"^--model timm:bad cannot be built: RuntimeError: cannot$"):
         build("timm:bad")
 
 
@@ -357,11 +357,11 @@ def test_torchvision_models_get_the_options_they_need(fake_torchvision):
 def test_torchvision_mistakes_are_said_in_words(fake_torchvision):
     with pytest.raises(ValueError, match=r"^--model torchvision:clasifier: .*; did you mean classifier\?$"):
         build("torchvision:clasifier")
-    with pytest.raises(ValueError, match="squeezenet has no linear classifier to take away"):
+    with pytest.raises(ValueError, match="squeezenet has no linear classifier to remove"):
         build("torchvision:squeezenet")
 
 
-REAL = {"reason": "needs the library beside a PyTorch that it was built for", "exc_type": (ImportError, RuntimeError)}
+REAL = {"reason": "needs the library, and a PyTorch that it works with", "exc_type": (ImportError, RuntimeError)}
 
 
 @pytest.mark.parametrize(("name", "size", "features"), [
@@ -391,7 +391,7 @@ def test_real_torchvision_models_are_encoders(name, size, features):
     ("timm:resnet8", "timm has no resnet8; did you mean resnet18"),
     ("timm:inception_v3", "does not take images of 3 x 28 x 28"),
     ("torchvision:resnet19", "torchvision has no resnet19; did you mean resnet18"),
-    ("torchvision:vit_b_16", "cannot be made: .* indivisible by patch size"),
+    ("torchvision:vit_b_16", "cannot be built: .* indivisible by patch size"),
     ("torchvision:inception_v3", "does not take images of 3 x 28 x 28"),
     ("torchvision:fasterrcnn_resnet50_fpn", "torchvision has no fasterrcnn"),
 ])  # fmt: skip
@@ -401,7 +401,7 @@ def test_real_libraries_mistakes_are_said_in_words(name, words):
         build(name, 3, 28)
 
 
-# --- a module of one's own -------------------------------------------------------------------------------------------
+# --- the user's own module -------------------------------------------------------------------------------------------
 
 
 def test_module_is_trained_itself(stripes):
@@ -434,7 +434,7 @@ def test_trained_encoder_goes_on_with_its_own_standardisation(stripes):
 
 @pytest.fixture
 def trained(make_trainer, module, tmp_path):
-    """The folder of a finished run with a factory's encoder."""
+    """The folder of a finished run with a factory's encoder, and that encoder."""
     trainer = make_trainer(model="my_encoders:make", width=0, max_steps=2)
     trainer.fit()
     return tmp_path / "run", trainer.model.eval().encoder
@@ -486,7 +486,7 @@ def test_load_encoder_refuses_other_shapes(trained):
 
 
 def rewritten(folder, **changes):
-    """The run's checkpoint with other entries; those that are None are missing."""
+    """Rewrite the run's checkpoint with these entries, without those that are None, and return its folder."""
     state = load_checkpoint(folder / FILE_NAME) | changes
     save_checkpoint(folder / FILE_NAME, {key: value for key, value in state.items() if value is not None})
     return folder
@@ -495,7 +495,7 @@ def rewritten(folder, **changes):
 def test_load_encoder_asks_for_the_module_that_was_handed_over(trained):
     folder = rewritten(trained[0], own_encoder=True)
     with pytest.raises(
-        ValueError, match=r"checkpoint.pt holds .* given to Trainer: .*load_encoder\(path, encoder=module\)"
+        ValueError, match=r"checkpoint.pt holds .* passed to Trainer: .*load_encoder\(path, encoder=module\)"
     ):
         load_encoder(folder)
     assert load_encoder(folder, encoder=Net()).feature_dim == 6

@@ -30,7 +30,7 @@ THREE = {"trained", "untrained", "raw pixels"}
 
 
 class OnDemand:
-    """Images that are read when they are asked for, and remember how many were asked for at once."""
+    """Images that are read on demand, and record the largest number read at once."""
 
     def __init__(self, images):
         self.images, self.most = images, 0
@@ -49,7 +49,7 @@ class OnDemand:
 
 
 def labelled(train_labels, test_labels, class_names=("a", "b", "c")):
-    """Data of which only the labels matter."""
+    """Return data of which only the labels matter."""
     train, test = (torch.tensor(labels) for labels in (train_labels, test_labels))
     images = [torch.zeros(len(labels), 1, 8, 8, dtype=torch.uint8) for labels in (train, test)]
     return ImageData("made", images[0], train, images[1], test, class_names)
@@ -68,7 +68,7 @@ def test_knn_accuracy_goes_by_the_angle():
     labels = torch.tensor([0, 0, 1, 1])
     assert knn_accuracy(known, labels, unknown, torch.tensor([0, 1, 1]), k=1) == 1.0
     assert knn_accuracy(known, labels, unknown, torch.tensor([0, 1, 0]), k=1) == pytest.approx(2 / 3)
-    assert knn_accuracy(known, labels, unknown, torch.tensor([0, 1, 1]), k=50) == 1.0, "k beyond the data"
+    assert knn_accuracy(known, labels, unknown, torch.tensor([0, 1, 1]), k=50) == 1.0, "k may exceed the data"
 
 
 def test_probe_accuracy_ignores_the_scale_of_features():
@@ -167,15 +167,15 @@ def test_check_ready_tells_of_a_broken_installation_in_one_line(stripes, monkeyp
     ("train", "test", "notes"),
     [
         ([0, 1, 2, -1], [0, 1, -1], []),
-        ([-1, -1], [-1, -1], ["The images carry no labels, so accuracies are not measured."]),
-        ([-1, -1], [0, 1], ["The training images carry no labels, so accuracies are not measured."]),
-        ([0, 1], [-1, -1], ["The test images carry no labels, so accuracies are not measured."]),
+        ([-1, -1], [-1, -1], ["The images have no labels, so accuracies are not measured."]),
+        ([-1, -1], [0, 1], ["The training images have no labels, so accuracies are not measured."]),
+        ([0, 1], [-1, -1], ["The test images have no labels, so accuracies are not measured."]),
         ([1, 1, -1], [0, 1], ["All labelled training images are of one class (b), so accuracies are not measured."]),
         (
             [0, 1],
             [0, 2, 2, 3],
             [
-                "3 test images are left out of the accuracies: no training image among those judged is of the same "
+                "3 test images are left out of the accuracies: no training image among those used is of the same "
                 "class (c, (no name))."
             ],
         ),
@@ -183,7 +183,7 @@ def test_check_ready_tells_of_a_broken_installation_in_one_line(stripes, monkeyp
             [0, 1],
             [2],
             [
-                "1 test image is left out of the accuracies: no training image among those judged is of the same "
+                "1 test image is left out of the accuracies: no training image among those used is of the same "
                 "class (c).",
                 "No test image is of a class that has a training image, so accuracies are not measured.",
             ],
@@ -203,7 +203,7 @@ def test_choose_takes_one_image_of_each_class_first():
     again = choose(Config(eval_limit=20), labelled(labels, labels))
     assert torch.equal(choice.train.indices, again.train.indices)
     with_all = choose(Config(eval_limit=640), labelled(labels, labels))
-    assert (with_all.train.labels >= 0).sum() == 600, "labelled images come before the others"
+    assert (with_all.train.labels >= 0).sum() == 600, "labelled images should come first"
 
 
 def test_choose_takes_as_many_classes_as_the_limit_has_images():
@@ -256,7 +256,7 @@ def test_evaluate_leaves_out_what_is_not_finite(make_trainer):
     assert all(set(values) <= {"untrained", "raw pixels"} for values in evaluation.scores.values())
     assert set(evaluation.scores["knn"]) == {"untrained", "raw pixels"}
     json.dumps(evaluation.to_dict(), allow_nan=False)
-    assert "Not judged: the features of the trained encoder (they are not all finite numbers)." in evaluation.notes
+    assert "Not evaluated: the features of the trained encoder (they are not all finite numbers)." in evaluation.notes
 
 
 def test_evaluate_leaves_out_features_whose_squares_overflow(make_trainer):
@@ -292,7 +292,7 @@ def test_evaluate_notes_a_measure_that_is_not_a_number(make_trainer, monkeypatch
     trainer = make_trainer()
     evaluation = evaluate(trainer.model, trainer.config, trainer.data)
     assert "uniformity" not in evaluation.scores
-    assert evaluation.notes[0] == "Not taken: uniformity of the trained encoder (it is not a finite number)."
+    assert evaluation.notes[0] == "Not measured: uniformity of the trained encoder (it is not a finite number)."
 
 
 def test_evaluate_without_an_untrained_model_leaves_its_column_out(make_trainer, monkeypatch):
@@ -306,7 +306,7 @@ def test_evaluate_without_an_untrained_model_leaves_its_column_out(make_trainer,
     evaluation = evaluate(trainer.model, trainer.config, trainer.data)
     assert all("untrained" not in values for values in evaluation.scores.values())
     assert evaluation.notes == [
-        "Not judged to the end: the untrained encoder (a module of one's own cannot be made again)."
+        "Not fully evaluated: the untrained encoder (a module of one's own cannot be made again)."
     ]
     again = evaluate(trainer.model, trainer.config, trainer.data, untrained=lambda: copy.deepcopy(model))
     assert again.scores == whole.scores
@@ -345,7 +345,7 @@ print(peak() - before)
 
 
 def test_evaluate_takes_little_memory_beside_the_images():
-    pytest.importorskip("resource", reason="the peak of a process is told by POSIX alone")
+    pytest.importorskip("resource", reason="needs POSIX, which reports the peak memory of a process")
     result = subprocess.run([sys.executable, "-c", MEASURE_MEMORY], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     kib = int(result.stdout) / (1024 if sys.platform == "darwin" else 1)

@@ -93,11 +93,11 @@ def test_folder_errors_name_the_path(tmp_path):
     (tmp_path / "004.png").write_bytes(b"not a picture")
     with pytest.raises(ValueError, match=r"1 of 10 images of .* cannot be read: 004\.png \(not an image of a known"):
         load(tmp_path)
-    with pytest.raises(ValueError, match=r"--data folder needs a folder as its --data-dir, and .*000\.png is none"):
+    with pytest.raises(ValueError, match=r"--data folder needs a folder as its --data-dir, but .*000\.png is not one"):
         load(tmp_path / "000.png")
 
 
-# --- what is skipped -------------------------------------------------------------------------------------------------
+# --- skipped entries -------------------------------------------------------------------------------------------------
 
 
 def test_folder_leaves_hidden_entries_out(two_classes):
@@ -125,7 +125,7 @@ def test_folder_takes_suffixes_in_capitals_and_counts_other_files(two_classes):
         (two_classes / name).write_text("text")
     data = load(two_classes)
     assert count(data) == 20
-    assert data.notes == ("left out 4 files without the suffix of an image: .txt (2), no suffix (1), .heic (1)",)
+    assert data.notes == ("left out 4 files without an image suffix: .txt (2), no suffix (1), .heic (1)",)
 
 
 def test_folder_follows_links_to_folders_and_files(tmp_path):
@@ -160,7 +160,7 @@ def test_folder_ends_where_two_classes_link_to_each_other(two_classes):
 
 
 def test_folder_reads_each_folder_once_a_class_where_all_link_to_all(tmp_path):
-    names = [f"c{number}" for number in range(9)]  # 9! paths
+    names = [f"c{number}" for number in range(9)]  # which makes 9! paths
     for name in names:
         write_images(tmp_path / name, 5)
         for other in names:
@@ -169,14 +169,14 @@ def test_folder_reads_each_folder_once_a_class_where_all_link_to_all(tmp_path):
     assert count(data) == 9 * 9 * 5
     (links_back, again) = data.notes
     assert links_back.startswith("did not follow")
-    assert again.startswith("read 504 folders of a class once that links reach again: c0/to_c1/to_c2, c0/to_c1/to_c3")
+    assert again.startswith("skipped 504 folders that links reach a second time: c0/to_c1/to_c2, c0/to_c1/to_c3")
 
 
 def test_folder_never_opens_what_is_no_regular_file(two_classes, monkeypatch):
     os.mkfifo(two_classes / "a" / "pipe.png")
     (two_classes / "a" / "gone.png").symlink_to(two_classes / "nowhere.png")
     (two_classes / "gone_class").symlink_to(two_classes / "nowhere")
-    monkeypatch.chdir(two_classes / "b")  # the path of a socket is short
+    monkeypatch.chdir(two_classes / "b")  # the path of a socket must be short
     with socket.socket(socket.AF_UNIX) as server:
         server.bind("socket.png")
         data = load(two_classes)
@@ -218,7 +218,7 @@ def test_folder_gives_loose_images_no_label(two_classes):
     data = load(two_classes)
     assert (torch.cat((data.train_labels, data.test_labels)) == -1).sum() == 5
     assert data.notes == (
-        "5 images lie beside the class folders: 000.png, 001.png, 002.png, 003.png, 004.png",
+        "5 images are next to the class folders: 000.png, 001.png, 002.png, 003.png, 004.png",
         "5 of 25 images have no label and are left out of accuracies",
     )
 
@@ -263,7 +263,7 @@ def test_folder_prefers_test_to_val(tmp_path):
     assert (data.test_images == 40).all()
     assert data.notes == (
         "did not read val: test is the test part",
-        "did not read what lies beside train: extra, 000.png",
+        "did not read the entries next to train: extra, 000.png",
     )
 
 
@@ -280,7 +280,7 @@ def test_folder_may_hold_a_class_called_train(tmp_path):
         write_images(tmp_path / name, 10)
     data = load(tmp_path)
     assert data.class_names == ("bus", "train")
-    assert data.notes == ("took train for a class like bus: no test or val lies beside it",)
+    assert data.notes == ("took train for a class like bus: there is no test or val next to it",)
 
 
 def test_folder_joins_the_classes_of_both_parts(tmp_path):
@@ -312,7 +312,7 @@ def test_folder_names_all_bad_files_at_once(two_classes):
     assert "b/bad00.png (not an image of a known format), b/bad01.png" in words
     assert "b/bad19.png" in words
     assert "b/bad20.png" not in words
-    assert "and 10 more; they can be left out with --skip-bad" in words
+    assert "and 10 more; they can be skipped with --skip-bad" in words
 
 
 @pytest.mark.parametrize("in_memory", ["yes", "no"])
@@ -332,7 +332,7 @@ def test_skip_bad_needs_two_images_of_either_part(tmp_path):
     write_images(tmp_path, 10)
     for path in tmp_path.iterdir():
         path.write_bytes(b"")
-    with pytest.raises(ValueError, match="at least 2 images of either part, got 0 for training and 0 for testing"):
+    with pytest.raises(ValueError, match="at least 2 images in each part, got 0 for training and 0 for testing"):
         load(tmp_path, skip_bad=True)
 
 

@@ -1,6 +1,9 @@
-"""A DataLoader of the user's as training data, and worker processes."""
+"""The user's DataLoader as training data, and worker processes."""
 
 import signal
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from fastntxent.simclr.loader import LoaderData
 
 
 class Pairs(Dataset):
-    """Two views of each image, with a label, as a transform of the user's would make them."""
+    """Two views of each image, with a label, as a transform of the user might make them."""
 
     def __init__(self, images):
         self.images = images
@@ -27,7 +30,7 @@ class Pairs(Dataset):
 
 @pytest.fixture
 def fit(tmp_path):
-    """Train on a DataLoader; every run into its own folder."""
+    """Return a function that trains on a DataLoader, each run in a new folder."""
     folders = iter(range(100))
 
     def train(loader, encoder=None, **options):
@@ -59,7 +62,7 @@ def test_loader_of_images_trains_in_its_order(stripes, fit):
     loader = DataLoader(Watched(stripes.train_images, stripes.train_labels), batch_size=32)
     trainer = fit(loader, epochs=2)
     assert (trainer.batch, trainer.steps_per_epoch, trainer.step) == (32, 3, 6)
-    assert seen[32:] == 2 * list(range(83)), "after one batch to learn the shape"
+    assert seen[32:] == 2 * list(range(83)), "training should start after one batch that gives the shape"
     assert trainer.settings["image_size"] == 16
     images = stripes.train_images[:40].float() / 255
     floating = fit(DataLoader(TensorDataset(images), batch_size=20))
@@ -87,7 +90,7 @@ def test_loader_with_an_encoder_of_ones_own(stripes, fit, tmp_path):
     encoder = nn.Sequential(nn.Conv2d(1, 6, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     before = encoder[0].weight.detach().clone()
     fit(DataLoader(TensorDataset(stripes.train_images), batch_size=32), encoder, out=tmp_path / "own")
-    assert not torch.equal(encoder[0].weight, before), "the module itself is trained"
+    assert not torch.equal(encoder[0].weight, before), "the module itself should be trained"
     fresh = nn.Sequential(nn.Conv2d(1, 6, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     loaded = load_encoder(tmp_path / "own", encoder=fresh)
     x = stripes.test_images.float() / 255
@@ -168,14 +171,14 @@ class Items(Dataset):
     [
         (DataLoader(Endless(), 4), TypeError, "must be a DataLoader with a length"),
         (of(IMAGES[:0]), ValueError, "at least one batch"),
-        (DataLoader(Counted(IMAGES[:0]), 4), ValueError, "at least one batch, and it gave none"),
+        (DataLoader(Counted(IMAGES[:0]), 4), ValueError, "at least one batch, but it yielded none"),
         (DataLoader(Counted(IMAGES), 7), ValueError, "the last of its 8 images .*drop_last=True"),
         (DataLoader(Faulty(), 4), ValueError, "^the first batch of the DataLoader cannot be read: 'boom'$"),
         (DataLoader(Faulty(), 4, num_workers=1), ValueError, "^the first batch .* cannot be read: KeyError: 'boom'$"),
         (of(IMAGES[:5]), ValueError, "the last of its 5 images .*drop_last=True"),
         (of(IMAGES, batch_size=1), ValueError, "at least 2 images, got 1"),
         (of(IMAGES[:, 0]), TypeError, r"got list of \(torch.uint8 of shape \(4, 8"),
-        (of(IMAGES.long()), TypeError, "must be uint8 or floating, got torch.int64"),
+        (of(IMAGES.long()), TypeError, "must be uint8 or floating-point, got torch.int64"),
         (of(IMAGES - 0.5), ValueError, r"must lie in \[0, 1\], got \[-0.5, -0.5\]"),
         (DataLoader(Items({"image": IMAGES[0]}), 4), TypeError, "got dict"),
         (DataLoader(Items((IMAGES[0], IMAGES[0])), 4), TypeError, "two views .* must be floating"),
@@ -205,7 +208,7 @@ def test_loader_of_an_iterable_dataset_and_of_views_in_double_precision(stripes,
 
 
 class Handlers(Dataset):
-    """Images of zeros where the worker process ignores both signals, and of ones elsewhere."""
+    """Images of zeros if the worker process ignores both signals, else of ones."""
 
     def __len__(self):
         return 8
@@ -226,12 +229,12 @@ def test_workers_of_a_users_loader_leave_stopping_to_the_run():
     loader = DataLoader(Handlers(), 4, num_workers=1, worker_init_fn=_set)
     images, values = next(iter(LoaderData(loader).loader))
     assert images.sum() == 0
-    assert values.tolist() == [100] * 4, "the user's own worker_init_fn runs too"
+    assert values.tolist() == [100] * 4, "the user's worker_init_fn should run too"
 
 
 def test_loader_refuses_accumulation_and_other_data(stripes, tmp_path):
     loader = of(IMAGES)
-    with pytest.raises(ValueError, match="--accumulate-batch is for a data set"):
+    with pytest.raises(ValueError, match="--accumulate-batch needs a data set"):
         Trainer(Config(out=tmp_path / "run", accumulate_batch=8), loader)
     with pytest.raises(TypeError, match="data must be ImageData, a Dataset or a DataLoader, got list"):
         Trainer(Config(out=tmp_path / "run"), [IMAGES])
@@ -243,5 +246,35 @@ def test_loader_that_ends_early_is_told(stripes, tmp_path, make_trainer):
             return 5
 
     trainer = make_trainer(data=Short(TensorDataset(stripes.train_images), batch_size=32))
-    with pytest.raises(RuntimeError, match="must give 5 batches an epoch, as its length says, and ended after 3"):
+    with pytest.raises(RuntimeError, match="must yield 5 batches per epoch, as its length says, but ended after 3"):
         trainer.fit()
+
+
+@pytest.mark.parametrize(
+    ("options", "sample"),
+    [("num_workers=1, persistent_workers=True", "torch.rand(3, 8, 8)"), ("num_workers=1", "1 / 0")],
+    ids=["persistent", "raises"],
+)
+def test_a_process_that_keeps_an_iterator_of_workers_ends(options, sample):
+    code = f"""
+        import torch
+        from torch.utils.data import DataLoader, Dataset
+        from fastntxent.simclr.loader import LoaderData
+
+        class Images(Dataset):
+            def __len__(self):
+                return 8
+
+            def __getitem__(self, index):
+                return {sample}
+
+        try:
+            kept = LoaderData(DataLoader(Images(), 4, {options}))
+        except ValueError as error:
+            kept = error
+        print("at the end", flush=True)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.stdout == "at the end\n"
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,4 +1,4 @@
-"""What a run writes while it trains."""
+"""The logs that a run writes while it trains."""
 
 import csv
 import sys
@@ -34,7 +34,7 @@ def test_csv_of_a_resumed_run_drops_what_is_made_again(make_trainer, tmp_path):
     make_trainer(log_every=1, max_steps=4).fit()
     kept = rows(tmp_path / "run")
     with (tmp_path / "run" / "log.csv").open("a") as file:
-        file.write("4,9,9,9,9,9,9,9\n5,9,9,9,9,9,9,9\n6,9")  # written after the checkpoint, then killed
+        file.write("4,9,9,9,9,9,9,9\n5,9,9,9,9,9,9,9\n6,9")  # written after the checkpoint and before the kill
     make_trainer(log_every=1, resume="auto").fit()
     read = rows(tmp_path / "run")
     assert [int(row["step"]) for row in read] == list(range(9))
@@ -43,7 +43,7 @@ def test_csv_of_a_resumed_run_drops_what_is_made_again(make_trainer, tmp_path):
 
 @pytest.fixture
 def fakes(monkeypatch):
-    """Modules in the place of TensorBoard's and Weights & Biases', which note what they are given."""
+    """Install fakes of TensorBoard and Weights & Biases, and return the list in which they record their calls."""
     calls = []
 
     class SummaryWriter:
@@ -91,7 +91,7 @@ def test_wandb_goes_on_with_the_same_run(make_trainer, tmp_path, fakes):
     starts = [call for call in fakes if isinstance(call, dict)]
     assert [start["project"] for start in starts] == ["project", "project"]
     assert starts[0]["id"] == starts[1]["id"]
-    assert starts[0]["config"]["lr"] == 0.003, "resolved"
+    assert starts[0]["config"]["lr"] == 0.003, "the rate should be resolved"
     assert [call[1] for call in fakes if isinstance(call, tuple)] == [0, 4, 8]
     assert fakes.count("finished") == 2
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc/self/status")
 
-# Not getrusage: what it says of a process may be the peak of the one that started it.
+# Not getrusage, which may report the peak of the parent process.
 GROWTH = """
 import sys
 from pathlib import Path
@@ -26,7 +26,7 @@ print(mebibytes("VmHWM:") - before, len(data.train_images) + len(data.test_image
 
 @pytest.fixture
 def growth(tmp_path):
-    """By how many MiB the memory of a process grows at most while it loads data."""
+    """Return a function that measures the peak growth in MiB of a process's memory while it loads data."""
     for number in range(10):
         (tmp_path / "few").mkdir(exist_ok=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "few" / f"{number}.png")

@@ -48,7 +48,7 @@ def test_resnet_refuses_a_width_whose_backward_overruns_memory(model, width):
 
 @pytest.mark.parametrize("model", ["resnet18", "resnet50"])
 def test_resnet_of_the_least_width_has_the_gradient_of_float64(model):
-    # In eval mode: in a batch norm of four images through 50 layers rounding grows to 3 % of the gradient.
+    # In eval mode, because rounding in batch norms of four images grows to 3 % of the gradient over 50 layers.
     net = build(model, width=LEAST_RESNET_WIDTH).eval()
     x = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     gradients = []
@@ -60,7 +60,7 @@ def test_resnet_of_the_least_width_has_the_gradient_of_float64(model):
         assert float((value - truth).norm()) < 1e-4 * float(truth.norm())
 
 
-# torchvision's resnet18 has 11,689,512 parameters, 513,000 of them in its classifier, and its resnet50 25,557,032, with
+# In torchvision, resnet18 has 11,689,512 parameters, 513,000 of them in its classifier, and resnet50 has 25,557,032,
 # 2,049,000 of them in its classifier.
 @pytest.mark.parametrize(("model", "parameters", "features"), [
     ("resnet18", 11_176_512, 512), ("resnet50", 23_508_032, 2048),
@@ -75,7 +75,7 @@ def test_resnet50_is_torchvisions():
     models = pytest.importorskip("torchvision.models", reason="needs torchvision", exc_type=(ImportError, RuntimeError))
     ours, theirs = build("resnet50", width=64, image_size=224).encoder.body, models.resnet50()
     theirs.fc = nn.Identity()
-    # In a block of theirs the shortcut comes last too, so the tensors are in the same order.
+    # In torchvision's blocks the shortcut comes last too, so the tensors have the same order.
     theirs.load_state_dict(dict(zip(theirs.state_dict(), ours.state_dict().values(), strict=True)))
     x = torch.rand(2, 3, 96, 96)
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=1e-4, atol=1e-5)
@@ -111,10 +111,10 @@ def test_check_model_lets_names_pass_without_importing_them(name):
     ("timm:", "must name a model of timm, such as timm:resnet18, got 'timm:'"),
     ("timm:hf-hub:some/one", "must name a model of timm"),
     ("torchvision:../x", "must name a model of torchvision"),
-    (":make", "must be spelt package.module:factory, got ':make'"),
-    ("module:", "must be spelt package.module:factory"),
-    ("..module:make", "must be spelt package.module:factory"),
-    ("module:make()", "must be spelt package.module:factory"),
+    (":make", "must have the form package.module:factory, got ':make'"),
+    ("module:", "must have the form package.module:factory"),
+    ("..module:make", "must have the form package.module:factory"),
+    ("module:make()", "must have the form package.module:factory"),
 ])  # fmt: skip
 def test_check_model_says_how_a_name_is_spelt(name, words):
     with pytest.raises(ValueError, match=f"^--model {words}"):
@@ -123,11 +123,11 @@ def test_check_model_says_how_a_name_is_spelt(name, words):
 
 @pytest.mark.parametrize("name", ["timm:resnet18", "module:make"])
 def test_check_width_is_for_models_that_have_one(name):
-    with pytest.raises(ValueError, match=f"^--width is for the models conv, .*; {name} has a width of its own"):
+    with pytest.raises(ValueError, match=f"^--width applies only to the models conv, .*; {name} has a fixed width"):
         check_width(name, 8, "--width")
 
 
-# --- what an encoder takes -------------------------------------------------------------------------------------------
+# --- images for an encoder -------------------------------------------------------------------------------------------
 
 
 IMAGES = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -149,13 +149,13 @@ def test_encoder_refuses_what_are_no_images(images, error, words, training):
 
 def test_encoder_looks_at_the_values_in_eval_mode():
     encoder = build().encoder.eval()
-    with pytest.raises(ValueError, match=r"must lie in \[0, 1\], got values up to .*: divide those of 0..255 by 255"):
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\], got values up to .*: divide values in 0..255 by 255"):
         encoder(IMAGES * 255)
     with pytest.warns(UserWarning, match="the encoder standardises them itself"):
         encoder((IMAGES - 0.5) / 0.25)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        encoder(IMAGES * 1.2 - 0.1)  # what bicubic resizing leaves
+        encoder(IMAGES * 1.2 - 0.1)  # bicubic resizing overshoots like this
         encoder(IMAGES[:0])
         encoder.train()((IMAGES - 0.5) / 0.25)
 
@@ -175,7 +175,7 @@ def test_encoder_takes_other_precisions(dtype):
 
 def traced(encoder):
     with warnings.catch_warnings():
-        warnings.simplefilter("error", torch.jit.TracerWarning)  # a check that would be left in the trace
+        warnings.simplefilter("error", torch.jit.TracerWarning)  # warns about a check that would stay in the trace
         return torch.jit.trace(encoder, IMAGES[:2])
 
 

@@ -1,5 +1,6 @@
-"""A newcomer's first hour, by the pages alone: a folder as real ones are, an encoder of one's own, a run that is
-stopped twice and ends on two ranks, and what is done with the encoder afterwards."""
+"""A newcomer's first hour with nothing but the documentation: a folder as messy as real ones, a custom encoder, a run
+that is stopped twice and ends on two ranks, and uses of the trained encoder.
+"""
 
 from __future__ import annotations
 
@@ -27,16 +28,16 @@ from fastntxent.simclr import Config, Trainer, load_encoder
 
 Image = pytest.importorskip("PIL.Image")
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs pipes, links, and names of any bytes")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: pipes, links, file names of any bytes")
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 
-EACH = 40  # pictures of a class, a fifth of which are held out
+EACH = 40  # pictures per class, a fifth of which are held out
 CLASSES = ("red cats", "$\\frac{$", os.fsdecode(b"caf\xe9"))
 PRINTED = ["$\\frac{$", "caf?", "red cats"]
 
-# As timm's: a batch norm that holds its activation and a dropout.
+# Its batch norms contain an activation and a dropout, as timm's do.
 ENCODER = """
 from torch import nn
 
@@ -61,7 +62,7 @@ def net(channels, image_size, features=24):
     )
 """
 
-# 96 images to train on: 3 steps an epoch.
+# 96 training images: 3 steps per epoch.
 SETTINGS = """
 data = "folder"
 data-dir = "photos"
@@ -77,7 +78,7 @@ STEPS = 90
 
 
 def picture(label: int, random: np.random.Generator) -> np.ndarray:
-    """Noise with stripes across, down or aslant, (H, W, 3)."""
+    """Return a picture (H, W, 3) of noise with stripes across, down or diagonal."""
     height, width = random.integers(30, 50, 2)
     y, x = np.mgrid[:height, :width]
     where = (y, x, x + y)[label] + random.integers(9)
@@ -87,7 +88,7 @@ def picture(label: int, random: np.random.Generator) -> np.ndarray:
 
 
 def save(pixels: np.ndarray, place: Path, index: int) -> None:
-    """Save a picture in one of the ways that lie in real folders."""
+    """Save a picture in one of the formats found in real folders."""
     image = Image.fromarray(pixels)
     path = place / f"img {index:02}"
     if index % 8 == 0:
@@ -105,7 +106,7 @@ def save(pixels: np.ndarray, place: Path, index: int) -> None:
 
 
 def odd_folder(root: Path, elsewhere: Path) -> None:
-    """Three classes of pictures, one by a link, and what else gets into such a folder."""
+    """Make three classes of pictures, one of them a link, and the other entries that such a folder collects."""
     random = np.random.default_rng(0)
     cats = root / CLASSES[0]
     places = (cats, elsewhere / "third", root / CLASSES[2])
@@ -138,13 +139,13 @@ def environment() -> dict[str, str]:
 
 
 def stop(process: subprocess.Popen[bytes], log: Path, row: int, number: int) -> tuple[int, list[str]]:
-    """Send the signal when the log has this row; the step at which the run stopped, and how it says to go on."""
+    """Send the signal when the log has this row. Return the step of the stop, and the arguments to resume with."""
     while process.poll() is None and (not log.exists() or f"\n{row}," not in log.read_text()):
         time.sleep(0.01)
     process.send_signal(number)
     errors = process.communicate()[1].decode()
     assert process.returncode == 128 + number, errors
-    found = re.search(rf"interrupted at step (\d+) of {STEPS}; saved; go on with (.*)", errors)
+    found = re.search(rf"interrupted at step (\d+) of {STEPS}; checkpoint saved; continue with (.*)", errors)
     assert found, errors
     python, *arguments = shlex.split(found[2])
     assert python == "python"
@@ -171,12 +172,12 @@ def snippets(page: Path, word: str) -> list[str]:
 class Place(NamedTuple):
     folder: Path
     said: str
-    """What the run told on stderr."""
+    """The stderr of the run."""
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with pictures, an encoder, settings, and a finished run of them in `runs/mine`."""
+    """A folder with pictures, an encoder and settings, and a finished run with them in `runs/mine`."""
     folder = tmp_path_factory.mktemp("newcomer")
     odd_folder(folder / "photos", folder / "elsewhere")
     (folder / "my_net.py").write_text(ENCODER)
@@ -219,7 +220,7 @@ def test_run_tells_what_it_left_out(home):
     for words in (
         r"1 folder without an image: empty class",
         r"5 hidden entries: .*\.ipynb_checkpoints.*\._x\.png",
-        r"without the suffix of an image: \.db \(2\), \.txt \(1\)",
+        r"without an image suffix: \.db \(2\), \.txt \(1\)",
         r"broken links, pipes or devices: a, b, red cats/pipe\.png",
         r"link back to a parent folder: red cats/loop",
         rf"2 of {3 * EACH + 2} images, which cannot be read: .*empty\.jpeg .*broken\.png",
@@ -240,7 +241,7 @@ def test_run_writes_what_the_page_lists(here):
     page = (run / "report.html").read_text()
     assert "cannot be read" in page
     scores = metrics(run)["evaluation"]["scores"]
-    assert scores["knn"]["trained"] >= 0.8, "stripes across, down and aslant are easy to tell apart"
+    assert scores["knn"]["trained"] >= 0.8, "stripes across, down and diagonal are easy to tell apart"
     log = log_of(run)
     assert log["step"] == [*range(0, STEPS, 5), STEPS - 1]
     assert log["seconds"] == sorted(log["seconds"])
@@ -260,7 +261,7 @@ def test_run_is_stopped_twice_and_ends_on_two_ranks_without_a_gap(cli, here):
     command += [*instruction_set.module("fastntxent.simclr"), *go_on]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("report:") == 1, "one rank is to sum up"
+    assert done.stdout.count("report:") == 1, "only one rank should print the summary"
 
     whole, parts = (metrics(Path("runs/mine")), metrics(again))
     assert parts["machine"]["ranks"] == 2
@@ -268,8 +269,8 @@ def test_run_is_stopped_twice_and_ends_on_two_ranks_without_a_gap(cli, here):
     for name, curve in whole["history"]["steps"].items():
         ours = parts["history"]["steps"][name]
         assert len(ours) == STEPS
-        assert ours[:second] == curve[:second], "on the same device a resumed run is the same bit by bit"
-    # Ranks draw their dropout apart, so from there on the curves agree but for its noise.
+        assert ours[:second] == curve[:second], "on the same device a resumed run should repeat every bit"
+    # Each rank draws its own dropout, so from here on the curves agree only up to its noise.
     losses = [np.array(run["history"]["steps"]["loss"]) for run in (whole, parts)]
     fell = losses[0][0] - losses[0][-9:].mean()
     for part in (slice(second, second + 9), slice(-9, None)):
@@ -278,7 +279,7 @@ def test_run_is_stopped_twice_and_ends_on_two_ranks_without_a_gap(cli, here):
     assert ended["step"] == log_of(Path("runs/mine"))["step"]
     assert ended["seconds"] == sorted(ended["seconds"])
     for name, column in stopped.items():
-        assert ended[name][: len(column)] == column, "rows that are in the log stay as they are"
+        assert ended[name][: len(column)] == column, "rows in the log should not change"
 
 
 def test_embedded_folder_is_searched_and_classified_by_the_pages_code(cli, here, capsys):
@@ -292,7 +293,9 @@ def test_embedded_folder_is_searched_and_classified_by_the_pages_code(cli, here,
         assert np.bincount(file["labels"]).tolist() == [EACH] * 3
         paths = [str(path) for path in file["paths"]]
     assert len(set(paths)) == 3 * EACH
-    assert sum((Path("photos") / path).is_file() for path in paths) >= 2 * EACH, "all but those of caf?"
+    assert sum((Path("photos") / path).is_file() for path in paths) >= 2 * EACH, (
+        "files should be found, except those of caf?"
+    )
 
     (code,) = snippets(README, "features.npz")
     exec(code, {})
@@ -325,7 +328,7 @@ def test_pages_code_trains_on_a_data_loader(here):
 
 
 class Stripes(Dataset):
-    """As a newcomer writes one: floating images with a text for a label."""
+    """A newcomer's dataset: floating-point images with text labels."""
 
     def __len__(self):
         return 60

@@ -44,9 +44,9 @@ IMAGES = np.zeros((10, 8, 8), np.uint8)
         ({"images": np.full((10, 8, 8), np.nan)}, "must lie in"),
         (
             {"images": IMAGES, "labels": np.zeros(9, int)},
-            "labels must be 10 integers or texts, got int64 of",
+            "labels must be 10 integers or strings, got int64 of",
         ),
-        ({"images": IMAGES, "labels": np.full(10, 0.5)}, "labels must be 10 whole numbers or texts, got 0.5"),
+        ({"images": IMAGES, "labels": np.full(10, 0.5)}, "labels must be 10 whole numbers or strings, got 0.5"),
         ({"images": IMAGES, "labels": np.arange(10)}, "too few to hold a fifth"),
         ({"images": IMAGES, "test_images": np.zeros((10, 9, 9), np.uint8)}, "test_images must be like images"),
         ({"images": np.array([None] * 10)}, "cannot be read as an .npz file of plain arrays"),
@@ -98,7 +98,7 @@ def test_npz_takes_16_bits_and_both_parts_alike(tmp_path):
     dark = np.full((2, 8, 8), 200, np.uint16)
     data = loaded(tmp_path, images=deep, test_images=dark)
     assert torch.equal(data.train_images[:, 0], torch.from_numpy((deep / 257).round().astype(np.uint8)))
-    assert (data.test_images == 1).all(), "200 of 65535, as the training images have it"
+    assert (data.test_images == 1).all(), "200 of 65535, the range of the training images"
 
 
 def test_npz_takes_the_range_of_floats_from_both_parts(tmp_path):
@@ -171,7 +171,7 @@ def test_npz_has_class_names(tmp_path):
     assert data.test_labels.bincount().tolist() == [2, 2]
     with pytest.raises(ValueError, match=r"d.npz: labels must be among the 1 class names \(0 to 0, .*\), got 1"):
         loaded(tmp_path, images=PIXELS, labels=LABELS, class_names=np.array(["zebra"]))
-    with pytest.raises(ValueError, match=r"d.npz: class_names must be texts \(C,\), got int64"):
+    with pytest.raises(ValueError, match=r"d.npz: class_names must be strings \(C,\), got int64"):
         loaded(tmp_path, images=PIXELS, labels=LABELS, class_names=np.arange(2))
 
 
@@ -185,7 +185,7 @@ def test_npz_remarks_on_labels_of_one_part(tmp_path, given, missing):
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"images": PIXELS, "test_labels": LABELS}, "d.npz holds test_labels, and no test_images"),
+        ({"images": PIXELS, "test_labels": LABELS}, "d.npz holds test_labels, but no test_images"),
         (
             {"images": PIXELS, "labels": LABELS, "test_images": PIXELS[:4], "test_labels": LABELS},
             "d.npz: test_labels must be 4",
@@ -215,7 +215,7 @@ def sound():
 
 
 def with_field(field, value):
-    """The file with a 16-bit field of every entry, local and central, set."""
+    """Return the file with one 16-bit field set in every entry, local and central."""
     content = bytearray(sound())
     for signature, at in ((b"PK\3\4", 0), (b"PK\1\2", 2)):
         start = content.find(signature)
@@ -272,7 +272,7 @@ def test_npz_names_a_damaged_file_in_a_line(tmp_path, kind):
 
 
 def outcome(path):
-    """The checksum and the labels of the data, or the name of its file from the error."""
+    """Return the data's fingerprint and labels, or the file's name if the error has it, else the error."""
     try:
         data = load(path)
     except ValueError as error:
@@ -292,7 +292,7 @@ def test_npz_notices_every_flipped_bit_that_matters(tmp_path):
         content[at] ^= 1 << at % 8
         content.tofile(path)
         found.append(outcome(path))
-    assert set(map(str, found)) <= {"d.npz", str(expected)}, "a date may change, and nothing else"
+    assert set(map(str, found)) <= {"d.npz", str(expected)}, "a flipped bit may change a date, and nothing else"
     assert found.count("d.npz") > 300
 
 
@@ -313,10 +313,10 @@ def test_npz_never_runs_code(tmp_path, key):
 
 
 def test_npz_is_a_regular_file(tmp_path):
-    with pytest.raises(ValueError, match=r"--data npz needs an .npz file as its --data-dir, and .* is a folder"):
+    with pytest.raises(ValueError, match=r"--data npz needs an .npz file as its --data-dir, but .* is a folder"):
         load(tmp_path)
     os.mkfifo(tmp_path / "d.npz")
-    with pytest.raises(ValueError, match=r"d\.npz is no regular file"):
+    with pytest.raises(ValueError, match=r"d\.npz is not a regular file"):
         load(tmp_path / "d.npz")
     with pytest.raises(FileNotFoundError, match=r"gone\.npz does not exist"):
         load(tmp_path / "gone.npz")

@@ -12,7 +12,7 @@ TAU = 0.3
 
 
 def dense_terms(z_i, z_j):
-    """L_a and L_d from the whole matrix of similarities."""
+    """Return L_a and L_d from the full similarity matrix."""
     n = len(z_i)
     u = F.normalize(torch.cat((z_i, z_j)), dim=1)
     sims = u @ u.T
@@ -67,7 +67,7 @@ def test_fit_until_stops_there_and_goes_on_as_if_it_had_not(make_trainer):
     part.fit(4)
     assert part.step == 4
     part.fit(2)
-    assert part.step == 4, "an earlier step is behind it"
+    assert part.step == 4, "an earlier step should be a no-op"
     part.fit(10**6)
     assert part.step == whole.step == part.last_step
     assert part.history.columns["steps"] == whole.history.columns["steps"]
@@ -77,7 +77,7 @@ def test_fit_until_stops_there_and_goes_on_as_if_it_had_not(make_trainer):
 def test_config_keeps_what_is_of_the_whole_loss_to_it(option):
     Config(**option).check()
     (name,) = option
-    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} is for --objective nt_xent, not for alignment"):
+    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} requires --objective nt_xent, got alignment"):
         Config(objective="alignment", **option).check()
 
 
@@ -98,7 +98,7 @@ def test_model_without_batch_norm_treats_an_image_alike_in_any_batch(model):
     assert nn.BatchNorm2d not in kinds
     assert nn.BatchNorm1d not in kinds
     layers = [module for module in net.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
-    assert all(layer.bias is not None for layer in layers), "what BatchNorm's shift did needs a bias"
+    assert all(layer.bias is not None for layer in layers), "without BatchNorm's shift, layers need a bias"
     net.train()
     x = torch.rand(5, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(net(x)[:2], net(x[:2]), rtol=1e-4, atol=1e-5)

@@ -104,7 +104,7 @@ def test_decode_turns_images_upright(tmp_path, orientation, suffix):
     upright[:20] = 255
     upright[:, :20, 2] = 128
     image = Image.fromarray(upright)
-    # How a camera stores it: the inverse of what the tag asks for.
+    # A camera stores the image with the inverse of the turn that the tag asks for.
     stored = image.transpose(getattr(Image, TURNS[orientation])) if orientation in TURNS else image
     exif = Image.Exif()
     exif[0x0112] = orientation

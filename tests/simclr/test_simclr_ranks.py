@@ -1,4 +1,4 @@
-"""A run over several ranks is the run of one process."""
+"""A run over several ranks gives the results of one process."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ ROOT = Path(__file__).parents[2]
 TRAINER = instruction_set.module("fastntxent.simclr")
 
 STEPS = 20
-# A curve to three digits: float32 is rounded in another order on other ranks, and training makes more of it. In float64
-# the same runs agree to 1e-14 or so.
+# Curves agree to three digits: ranks round float32 in another order, and training amplifies the difference. In float64
+# the same runs agree to about 1e-14.
 DIGITS = {torch.float32: 5e-4, torch.float64: 1e-9}
 
-# Of the 83 stripes: what the ranks take is uneven, of the last batch of an epoch at the latest.
+# The data are 83 stripes, so in most runs the ranks have uneven shares, at least of an epoch's last batch.
 RUNS: dict[str, dict[str, Any]] = {
     "float32": {"batch_size": 50, "verify_every": 5, "max_steps": STEPS},
     "batch norm": {"batch_size": 32},
@@ -59,7 +59,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 class PartlyUsed(nn.Module):
-    """An encoder of the user's, with parameters that its features do not depend on."""
+    """An encoder of the user, with parameters that do not affect its features."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,7 +124,9 @@ def all_runs(data: ImageData, out: Path, checkpoint: str) -> dict[str, Any]:
 
 
 def normalised(ranks: Ranks | None) -> list[Tensor]:
-    """Gradients and running statistics of two BatchNorms, of all rows or of this rank's: none are the first's."""
+    """Return gradients and running statistics of two BatchNorms, over all rows or over this rank's. The first rank has
+    none.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 5), nn.BatchNorm1d(5), nn.Tanh()).double()
     x, weights = torch.randn(11, 3, 2, 2, dtype=torch.float64), torch.randn(11, 5, dtype=torch.float64)
@@ -153,7 +155,7 @@ class NormAndRelu(nn.BatchNorm2d):
 
 
 class OddNorms(nn.Module):
-    """The kinds of normalisation that encoders from elsewhere have."""
+    """The kinds of normalisation found in encoders from elsewhere."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -180,12 +182,12 @@ class OddNorms(nn.Module):
             self.again, self.without_gradient,
         ):  # fmt: skip
             x = norm(torch.tanh(x * 1.7 + 0.1))
-        self.largest = self.largest + 1  # a buffer that is replaced, and not changed in place
+        self.largest = self.largest + 1  # a buffer that is replaced, not changed in place
         return F.batch_norm(x, None, None, training=self.training).flatten(1)
 
 
 def odd_norms(ranks: Ranks | None) -> list[Tensor]:
-    """Gradients, buffers and outputs of odd norms, of all rows or of this rank's."""
+    """Return gradients, outputs and buffers of unusual norms, over all rows or over this rank's."""
     torch.manual_seed(0)
     model = OddNorms().double()
     without_sync(model)
@@ -209,13 +211,13 @@ def odd_norms(ranks: Ranks | None) -> list[Tensor]:
 
 
 def half_rows(rank: int) -> tuple[Tensor, Tensor]:
-    """Rows in half precision, and weights of what is made of them."""
+    """Return rows in half precision, and weights for their outputs."""
     x, weights = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(rank)).bfloat16()
     return x, weights
 
 
 def half_normalised(ranks: Ranks) -> list[Tensor]:
-    """What BatchNorm makes of half-precision rows, as under autocast, and their gradient."""
+    """Return BatchNorm's output for half-precision rows, as under autocast, and the gradient of the rows."""
     x, weights = half_rows(ranks.rank)
     y = over_ranks(nn.Sequential(nn.BatchNorm1d(3)), ranks.group)(x.requires_grad_())
     (y * weights).sum().backward()
@@ -253,7 +255,7 @@ MISTAKEN = {f.__name__: f for f in (one_cannot, one_breaks, options_differ, refe
 
 
 def downloaded(ranks: Ranks, data: ImageData, out: Path) -> bool:
-    """Whether what the first rank of a machine fetches is there when the others look for it."""
+    """Return True if the other ranks find the file that the first rank of their machine fetches."""
     there = out / "fetched"
 
     def load(*args: Any, **options: Any) -> ImageData:
@@ -274,7 +276,7 @@ def downloaded(ranks: Ranks, data: ImageData, out: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def alone(stripes, tmp_path_factory) -> dict[str, Any]:
-    """The same runs in this process, and the path of a checkpoint on the way."""
+    """The same runs in this process, and the path of a checkpoint from the middle of one."""
     out = tmp_path_factory.mktemp("alone")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -308,7 +310,7 @@ def test_run_over_ranks_is_the_run_of_one_process(found, alone, name):
                 assert largest_difference(of_rank[name]["history"][table][column], curve) < digits, (table, column)
         assert of_rank[name]["step"] == expected["step"]
     loss = expected["history"]["steps"]["loss"]
-    assert max(loss) - min(loss) > 0.01 * max(map(abs, loss)), "a curve, and no flat line"
+    assert max(loss) - min(loss) > 0.01 * max(map(abs, loss)), "the curve should not be flat"
     for parameter, value in expected["state"].items():
         of_ranks = [of_rank[name]["state"][parameter] for of_rank in found]
         assert all(torch.equal(other, of_ranks[0]) for other in of_ranks), parameter
@@ -381,13 +383,13 @@ def test_ranks_with_other_options_are_told_which(found):
     world = len(found)
     for of_rank in found:
         said = of_rank["errors"]["options_differ"]
-        assert said.startswith("ValueError: the ranks must be given the same, but on ranks 0 to")
+        assert said.startswith("ValueError: all ranks must be given the same, but on ranks 0 to")
         assert said.endswith(f"--log-every is {', '.join(str(1 + rank) for rank in range(world))}")
 
 
 def test_dense_loss_is_of_one_process(found):
     for of_rank in found:
-        assert "--loss reference is the dense loss of one process" in of_rank["errors"]["reference"]
+        assert "--loss reference is a dense loss for one process" in of_rank["errors"]["reference"]
 
 
 def test_first_rank_of_a_machine_downloads_for_the_others(found):
@@ -395,7 +397,7 @@ def test_first_rank_of_a_machine_downloads_for_the_others(found):
 
 
 def test_backend_reference_is_named_as_it_was_given():
-    with pytest.raises(ValueError, match="--backend reference is the dense loss of one process"):
+    with pytest.raises(ValueError, match="--backend reference is a dense loss for one process"):
         build_objective(Config(backend="reference"), object())
 
 
@@ -413,7 +415,7 @@ def test_join_alone_without_torchrun_and_with_one_process_of_it(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert join() is ALONE
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RuntimeError, match=r"run\(\) is of one process"):
+    with pytest.raises(RuntimeError, match=r"run\(\) uses a single process"):
         run_module.run(Config())
 
 
@@ -422,7 +424,7 @@ def test_pick_device_gives_each_rank_a_gpu_or_says_why_not(monkeypatch):
     ranks = Ranks(object(), rank=6, world=8, local=2)
     with pytest.raises(ValueError, match=r"--device must be cuda for 8 ranks, .*, got cuda:1"):
         pick_device("cuda:1", ranks)
-    with pytest.raises(ValueError, match="--device cuda must find a GPU for each rank of a machine, got 2 for rank 2"):
+    with pytest.raises(ValueError, match="--device cuda needs a GPU for each rank of a machine, got 2 for rank 2"):
         pick_device("cuda", ranks)
     assert pick_device("cpu", ranks) == torch.device("cpu")
 
@@ -461,7 +463,7 @@ def test_torchrun_trains_the_demo_and_goes_on_with_other_ranks(tmp_path, device)
     process = torchrun(2, *TRAINER, *options, "--max-steps", 10, "--verify-every", 5, "--out", out)
     said, errors = process.communicate()
     assert process.returncode == 0, errors
-    assert said.count("knn:") == 1, "one rank is to sum up"
+    assert said.count("knn:") == 1, "only one rank should print the summary"
     assert "10/10" in errors, "a progress bar was expected"
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["machine"]["ranks"] == 2
@@ -519,7 +521,7 @@ def children(process: subprocess.Popen[str]) -> list[int]:
 )
 def test_torchrun_is_stopped_with_words_and_a_checkpoint(tmp_path, number, to_one_rank):
     path = tmp_path / FILE_NAME
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started us may have had it ignored
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # the parent process may have had it ignored
     try:
         process = torchrun(
             2, *TRAINER, "--data", "digits", "--width", 4, "--epochs", 2000, "--checkpoint-every", 0, "--log-every", 1,
@@ -533,7 +535,7 @@ def test_torchrun_is_stopped_with_words_and_a_checkpoint(tmp_path, number, to_on
     os.kill(children(process)[-1] if to_one_rank else process.pid, number)
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert errors.count(f"saved; go on with python -m fastntxent.simclr --resume --out {tmp_path}") == 1, errors
+    assert errors.count(f"saved; continue with python -m fastntxent.simclr --resume --out {tmp_path}") == 1, errors
     state = load_checkpoint(path)
     assert state["step"] > 2
     resumed = prepare(with_saved_options({"resume": str(path), "max_steps": state["step"] + 1}))

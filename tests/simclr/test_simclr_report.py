@@ -29,7 +29,7 @@ run_module = importlib.import_module("fastntxent.simclr.pipeline")
 
 PNG = b"\x89PNG\r\n\x1a\n"
 PICTURES = ("curves", "embedding", "views")
-# Names that mathtext refuses, a legend drops, a font lacks, an encoding refuses, or that do not fit.
+# Names that mathtext rejects, that a legend drops, that a font or an encoding lacks, or that are too long.
 ODD_NAMES = (
     r"$\frac{$", "$", "_hidden", "", "x" * 90, "two\nlines", "汉字", "🦊", "caf\udce9", "<b>&", "a\tb", "__",
     "\x1b[31m",
@@ -58,7 +58,7 @@ def evaluation(trainer):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures that were drawn, each saved as it would have been."""
+    """Return the list of drawn figures. They are saved as usual."""
     kept = []
     save = figures.to_png
 
@@ -99,7 +99,7 @@ for name, features in cases.items():
 
 @pytest.mark.slow
 def test_lay_out_survives_every_kind_of_features():
-    # In a process of its own: scikit-learn's t-SNE of a NaN is a segmentation fault.
+    # In a separate process, because scikit-learn's t-SNE of a NaN is a segmentation fault.
     result = subprocess.run([sys.executable, "-c", DEGENERATE], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     said = dict(line.split(" | ") for line in result.stdout.splitlines())
@@ -160,7 +160,7 @@ def test_draw_curves_of_any_number_of_steps(steps, learnt, drawn):
         assert figures.draw_curves(history, 3, learnt).startswith(PNG)
     loss = drawn[0].axes[0]
     assert [text.get_text() for text in loss.texts] == (["not measured"] if steps == 0 else [])
-    assert (loss.lines[0].get_marker() == "o") == (steps == 1), "a line needs two points to be seen"
+    assert (loss.lines[0].get_marker() == "o") == (steps == 1), "a single point should have a marker"
 
 
 def test_draw_curves_ignores_a_matplotlibrc_that_asks_for_latex(monkeypatch):
@@ -192,7 +192,7 @@ def test_finish_writes_the_report_without_a_picture_that_fails(trainer, monkeypa
     assert metrics["evaluation"]["notes"] == ["Not drawn: curves.png (mathtext <refuses>)."]
     assert not (trainer.config.out / "curves.png").exists()
     assert (trainer.config.out / "views.png").read_bytes().startswith(PNG)
-    assert "Curves of the training: not drawn (mathtext &lt;refuses&gt;)." in page(trainer.config.out)
+    assert "Training curves: not drawn (mathtext &lt;refuses&gt;)." in page(trainer.config.out)
     assert "Not drawn: curves.png" in summarise(metrics, "x")
 
 
@@ -217,10 +217,10 @@ def test_finish_writes_the_history_if_nothing_could_be_judged(trainer, monkeypat
     monkeypatch.setattr(run_module, "evaluate", fail)
     metrics = finish(trainer)
     assert metrics["evaluation"]["scores"] == {}
-    assert metrics["evaluation"]["notes"][0].startswith("Not judged: the encoder (")
+    assert metrics["evaluation"]["notes"][0].startswith("Not evaluated: the encoder (")
     assert len(metrics["history"]["steps"]["loss"]) == 3
     assert "Nothing was measured." in page(trainer.config.out)
-    assert "Not judged" in summarise(metrics, "x")
+    assert "Not evaluated" in summarise(metrics, "x")
 
 
 KILLED = """
@@ -255,8 +255,8 @@ def test_finish_leaves_metrics_and_a_report_if_the_process_dies(tmp_path, moment
         {"knn", "linear probe", "effective rank", "alignment", "uniformity"} if moment == "draw" else set()
     )
     text = page(tmp_path)
-    assert "Two maps of the test images: not drawn (the process ended before)." in text
-    assert ("before the encoder was judged" in text) == (moment == "judge")
+    assert "Two maps of the test images: not drawn (the process ended before it was drawn)." in text
+    assert ("before the encoder was evaluated" in text) == (moment == "judge")
 
 
 def test_finish_lets_an_error_of_the_disk_through(trainer, monkeypatch):
@@ -298,7 +298,7 @@ def test_report_survives_odd_names_everywhere(make_trainer, stripes, monkeypatch
 
 @pytest.mark.slow
 def test_report_of_images_of_one_value_is_written(cli, tmp_path):
-    # In a process of its own: t-SNE of the images would end it.
+    # In a separate process, because t-SNE of these images could crash it.
     images = np.full((300, 12, 12), 7, np.uint8)
     np.savez(tmp_path / "d.npz", images=images, labels=np.arange(300) % 2)
     result = cli(
@@ -306,7 +306,9 @@ def test_report_of_images_of_one_value_is_written(cli, tmp_path):
         "--quiet", "--out", tmp_path / "run",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert [line.partition(":")[0] for line in result.stderr.splitlines()] == ["note"], "the images are dark"
+    assert [line.partition(":")[0] for line in result.stderr.splitlines()] == ["note"], (
+        "the only note should be about dark images"
+    )
     assert all((tmp_path / "run" / f"{name}.png").exists() for name in PICTURES)
     assert read(tmp_path / "run")["evaluation"]["scores"]["effective rank"]["raw pixels"] == pytest.approx(1)
 
@@ -339,15 +341,15 @@ def test_main_goes_to_the_end_whatever_classes_are_judged(tmp_path, capsys, labe
         ({"knn": {"trained": 0.9}, "linear probe": {"untrained": 0.9}}, []),
         ({"knn": {"trained": 1.0, "untrained": 1.0, "raw pixels": 1.0}}, []),
         ({"knn": {"trained": 0.8, "untrained": 0.8, "raw pixels": 0.7}},
-         ["not better than the untrained encoder by k-NN accuracy. More epochs"]),
+         ["no better than the untrained encoder by k-NN accuracy. More epochs"]),
         ({"knn": {"trained": 0.8, "raw pixels": 0.9}, "linear probe": {"trained": 0.5, "raw pixels": 0.9}},
-         ["not better than raw pixels by k-NN accuracy and linear probe accuracy. More epochs"]),
+         ["no better than raw pixels by k-NN accuracy and linear probe accuracy. More epochs"]),
         ({"knn": {"trained": 0.5, "untrained": 0.6, "raw pixels": 0.7}},
          ["than the untrained encoder by k-NN accuracy, or than raw pixels by k-NN accuracy. More epochs"]),
         ({"uniformity": {"trained": -0.01}, "effective rank": {"trained": 1.0, "raw pixels": 30.0}},
-         ["The embeddings have collapsed: with a uniformity of -0.01"]),
+         ["The embeddings have collapsed: a uniformity of -0.01"]),
         ({"uniformity": {"trained": -2.0}, "effective rank": {"trained": 1.2, "raw pixels": 30.0}},
-         ["The features have collapsed: with an effective rank of 1.2"]),
+         ["The features have collapsed: an effective rank of 1.2"]),
         ({"uniformity": {"trained": -2.0}, "effective rank": {"trained": 1.0, "raw pixels": 1.0}}, []),
     ],
 )  # fmt: skip
@@ -385,14 +387,14 @@ def test_report_shows_the_resolved_settings_and_the_title(make_trainer, stripes)
 
 
 def test_report_is_made_for_phones_and_for_the_dark(trainer, evaluation):
-    evaluation.notes.append("Not taken: nothing.")
+    evaluation.notes.append("Not measured: nothing.")
     write_report(trainer, evaluation, ())
     text = page(trainer.config.out)
     assert '<meta name="color-scheme" content="light dark">' in text
     assert "@media (prefers-color-scheme: dark)" in STYLE
     assert text.count("<table") == len(re.findall(r"<div class=scroll><table", text)) >= 3
-    assert "<p>Not taken: nothing.</p>" in text
-    # Only values, paths for one, may break within a word; headings of rows and columns may not.
+    assert "<p>Not measured: nothing.</p>" in text
+    # Only values, such as paths, may break within a word. Headings of rows and columns may not.
     assert re.findall(r"[^{}]*(?={[^{}]*anywhere)", STYLE)
     for selector in re.findall(r"([^{}]*){[^{}]*overflow-wrap: anywhere", STYLE):
         assert not re.search(r"(^|[\s,])(th|\.scores)\b", selector), selector
@@ -401,7 +403,7 @@ def test_report_is_made_for_phones_and_for_the_dark(trainer, evaluation):
 def test_report_marks_an_encoder_that_learnt_nothing(trainer, evaluation):
     evaluation.scores["knn"].update(trained=0.5, untrained=0.6)
     metrics = write_report(trainer, evaluation, ())
-    (remark,) = [remark for remark in metrics["evaluation"]["remarks"] if "not better" in remark]
+    (remark,) = [remark for remark in metrics["evaluation"]["remarks"] if "no better" in remark]
     assert f"<p class=remark>{remark}</p>" in page(trainer.config.out)
     assert remark in summarise(metrics, "x")
 

@@ -1,4 +1,4 @@
-"""Signals: a run ends after a step, with a checkpoint, and goes on as if nothing had happened."""
+"""A signal ends a run after its current step, with a checkpoint, and the run resumes as if nothing had happened."""
 
 import multiprocessing
 import os
@@ -15,7 +15,7 @@ from fastntxent.simclr.stopping import ignore_signals, kill_workers
 
 
 def signal_at(trainer, step, *numbers):
-    """Send the process these signals while the trainer makes a step."""
+    """Send these signals to this process while the trainer runs the step."""
     train_step = trainer._train_step
 
     def step_and_signal(views):
@@ -33,7 +33,7 @@ def test_signal_saves_after_the_step_and_resume_repeats_the_run(make_trainer, tm
     whole.fit()
     trainer = make_trainer("part", checkpoint_every=0)
     signal_at(trainer, 4, number)
-    with pytest.raises(InterruptedRun, match=r"at step 5 of 9; saved; go on with .* --resume --out .*part") as caught:
+    with pytest.raises(InterruptedRun, match=r"at step 5 of 9; checkpoint saved; .* --resume --out .*part") as caught:
         trainer.fit()
     assert caught.value.number == number
     assert load_checkpoint(tmp_path / "part" / "checkpoint.pt")["step"] == 5
@@ -57,7 +57,7 @@ def test_second_interrupt_stops_at_once(make_trainer, tmp_path):
 def test_signal_in_the_last_step_is_not_lost(make_trainer, tmp_path, number):
     trainer = make_trainer()
     signal_at(trainer, 8, number)
-    with pytest.raises(InterruptedRun, match=r"at step 9 of 9; saved") as caught:
+    with pytest.raises(InterruptedRun, match=r"at step 9 of 9; checkpoint saved") as caught:
         trainer.fit()
     assert caught.value.number == number
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 9
@@ -173,7 +173,9 @@ def test_images_that_cannot_be_read_any_more_end_the_run_with_a_checkpoint(make_
         raise ValueError("Caught ValueError in DataLoader worker process 0.\nOriginal Traceback\ncat/7.png is gone")
 
     trainer.feed.steps = broken
-    with pytest.raises(TrainingError, match=r"the images of step 4 cannot be read: cat/7\.png is gone; saved; go on"):
+    with pytest.raises(
+        TrainingError, match=r"the images of step 4 cannot be read: cat/7\.png is gone; checkpoint saved"
+    ):
         trainer.fit()
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 4
 
@@ -189,6 +191,6 @@ def test_step_that_does_not_fit_says_what_to_change(make_trainer, monkeypatch, e
         monkeypatch.setattr("fastntxent.simclr.feed.two_views", fail)
     else:
         monkeypatch.setattr(trainer, "_train_step", fail)
-    with pytest.raises(MemoryError, match=r"memory ran out in step 0: .*; take a smaller --batch-size") as caught:
+    with pytest.raises(MemoryError, match=r"memory ran out in step 0: .*; try a smaller --batch-size") as caught:
         trainer.fit()
     assert "\n" not in str(caught.value)

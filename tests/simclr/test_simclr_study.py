@@ -28,7 +28,7 @@ FIGURES = {
 
 @pytest.fixture(scope="session")
 def quick(tmp_path_factory):
-    """The folder of a finished quick study, and the page that was filled from it."""
+    """The folder of a finished quick study, with the page that was filled from it."""
     out = tmp_path_factory.mktemp("study")
     page = out / "page.md"
     page.write_text("".join(f"<!-- study:{section} -->\n<!-- /study:{section} -->\n" for section in TABLES))
@@ -62,7 +62,7 @@ def test_study_writes_figures_numbers_and_the_page(quick):
     assert [row["class"] for row in record["anomalies"]] == ["0", "1"]
     report = (quick / "report.html").read_text()
     assert len(re.findall(r'src="data:image/(?:svg\+xml|png);base64,', report)) == len(FIGURES)
-    assert not re.search(r"(src|href)=(?!\"data:)", report), "the page must need nothing but itself"
+    assert not re.search(r"(src|href)=(?!\"data:)", report), "the page must be self-contained"
     assert "<td>0.1</td>" in report
     page = (quick / "page.md").read_text()
     assert page == fill(page, record)
@@ -102,17 +102,17 @@ def test_study_killed_goes_on_to_the_same_numbers(quick, cli, tmp_path, monkeypa
 
     monkeypatch.setattr(Trainer, "_train_step", counted)
     record = conduct(QUICK, tmp_path, say=lambda line: None)
-    assert temperature_run(TEMPERATURE) not in trained, "a finished run is not repeated"
+    assert temperature_run(TEMPERATURE) not in trained, "a finished run should not be repeated"
     assert objective_run("distribution", "batch") in trained
     assert without_times(record) == without_times(read(quick))
 
     trained.clear()
     torch.set_num_threads(2)
     again = conduct(QUICK, tmp_path, say=lambda line: None)
-    assert torch.get_num_threads() == 2, "it takes one thread, and gives the others back"
+    assert torch.get_num_threads() == 2, "the number of threads should be restored"
     assert without_times(again) == without_times(record)
-    assert again["runs"] == record["runs"], "with the seconds they took when they were made"
-    assert not trained, "nothing was left to train"
+    assert again["runs"] == record["runs"], "finished runs should keep their seconds"
+    assert not trained, "nothing should be left to train"
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_plan_measures_to_the_end_and_holds_its_reference(plan, tmp_path):
 
 
 def blobs(spread, seed=0):
-    """Three far directions in 8 dimensions, 40 rows around each."""
+    """Return 40 rows around each of three orthogonal directions in 8 dimensions, and their labels."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(3).repeat_interleave(40)
     return torch.eye(8)[labels] + spread * torch.randn(120, 8, generator=generator), labels
@@ -170,7 +170,7 @@ def blobs(spread, seed=0):
 
 def test_separated_blobs_are_clustered_retrieved_and_told_from_news():
     (known, known_labels), (unknown, labels) = blobs(0.02, 0), blobs(0.02, 1)
-    clusters = cluster(known, unknown * 7, 3)  # by the angle: the length is nothing
+    clusters = cluster(known, unknown * 7, 3)  # compared by angle, so length does not matter
     assert clustering_scores(clusters, labels) == {"NMI": pytest.approx(1), "ARI": pytest.approx(1)}
     assert precision(unknown, labels, known, known_labels, k=10) == 1
     seen = known_labels != 2
@@ -198,7 +198,7 @@ def test_precision_and_novelty_of_rows_worked_by_hand():
     labels = torch.tensor([5, 5, 6])
     assert precision(query, torch.tensor([5]), corpus, labels, k=2) == 1
     assert precision(query, torch.tensor([6]), corpus, labels, k=3) == pytest.approx(1 / 3)
-    assert precision(query, torch.tensor([5]), corpus, labels, k=50) == pytest.approx(2 / 3), "k beyond the corpus"
+    assert precision(query, torch.tensor([5]), corpus, labels, k=50) == pytest.approx(2 / 3), "k may exceed the corpus"
     assert float(novelty(corpus, query, k=2)) == pytest.approx(1 - (1 + 0.6) / 2)
 
 
@@ -206,7 +206,7 @@ def test_similarities_take_each_pair_once():
     z_i, z_j = torch.eye(4)[:3], torch.tensor([[1.0, 0, 0, 0], [0, -1, 0, 0], [0, 0, 0.6, 0.8]])
     found = similarities(z_i, z_j, torch.tensor([0, 0, 1]))
     torch.testing.assert_close(found["positives"], torch.tensor([1.0, -1.0, 0.6]))
-    # Rows 0, 1, 3, 4 are of class 0: four pairs of them are no positives. 15 pairs in all.
+    # Rows 0, 1, 3 and 4 are of class 0. Four of their pairs are not positives. There are 15 pairs in all.
     assert (len(found["same class"]), len(found["other classes"])) == (4, 8)
 
 
@@ -215,7 +215,8 @@ def test_effective_negatives_from_all_to_one():
     assert effective_negatives(*z, temperature=1e3) == pytest.approx(98, rel=1e-3)
     assert effective_negatives(*z, temperature=1e-5) == pytest.approx(1, abs=1e-3)
     assert effective_negatives(torch.ones(5, 3), torch.ones(5, 3), temperature=0.1) == pytest.approx(8)
-    # Rows e0, e1, e2, e0 at a temperature of 1 / log 2: the first and the last weigh each other twice, so 2/3 and 1/3.
+    # Rows e0, e1, e2, e0 at a temperature of 1 / log 2: for the first and the last row, the other one weighs twice as
+    # much as the second negative, so the weights are 2/3 and 1/3.
     uneven = 3 / 2 ** (2 / 3)
     z_i, z_j = torch.eye(3)[[0, 1]], torch.eye(3)[[2, 0]]
     assert effective_negatives(z_i, z_j, 1 / math.log(2)) == pytest.approx((uneven + 2 + 2 + uneven) / 4)

@@ -53,7 +53,7 @@ struct Block;
 struct Warp {
     Block* block;
     Lane lanes[32];
-    void* brought[32];  // to where its lanes meet
+    void* brought[32];  // arguments of the lanes that have met
     Act act = nullptr;
     int met = 0, runnable = 32;
 };
@@ -78,7 +78,7 @@ std::mt19937 order(1);
 TensorCore tensor_core;
 
 void* stack_of(size_t index) {
-    static std::vector<void*> stacks;  // kept: a launch is short
+    static std::vector<void*> stacks;  // kept for later launches, which are short
     while (stacks.size() <= index) {
         void* memory = mmap(nullptr, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (memory == MAP_FAILED) abort();
@@ -107,7 +107,7 @@ void block_here() {
 
 void fail(const char* why) {
     if (reason.empty()) reason = why;
-    block_here();  // for ever: the scheduler gives up
+    block_here();  // forever: the scheduler gives up
 }
 
 void perform(Lane& lane, int last_group) {
@@ -126,7 +126,7 @@ void lane_main() {
     __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_size);
 #endif
     (*the_body)();
-    if (!current->copies.empty() && reason.empty()) reason = "a thread ended with copies under way";
+    if (!current->copies.empty() && reason.empty()) reason = "a thread ended with copies in flight";
     current->finished = true;
     current->runnable = false;
     --current->warp->runnable;
@@ -155,7 +155,7 @@ void resume(Lane& lane) {
 float half(uint32_t word, int which) { return from_bits(Half(), uint16_t(word >> 16 * which)); }
 float bfloat(uint32_t word, int which) { return from_bits(Bfloat(), uint16_t(word >> 16 * which)); }
 
-// mma.m16n8k16: lane 4 g + t holds of a rows g and g + 8, of b column g, of c columns 2 t and 2 t + 1.
+// mma.m16n8k16: lane 4 g + t holds rows g and g + 8 of a, column g of b, and columns 2 t and 2 t + 1 of c.
 template <float (*UNPACK)(uint32_t, int), bool BFLOAT> void multiply(void** of_lanes) {
     Product** all = reinterpret_cast<Product**>(of_lanes);
     float a[16][16], b[16][8], c[16][8];
@@ -172,8 +172,8 @@ template <float (*UNPACK)(uint32_t, int), bool BFLOAT> void multiply(void** of_l
         for (int i = 0; i < 4; ++i) all[lane]->c[i] = c[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
 }
 
-// ldmatrix.x4: register m of lane 4 g + t holds elements 2 t and 2 t + 1 of row g (transposed: column g) of matrix m,
-// whose rows lanes 8 m to 8 m + 7 point to.
+// ldmatrix.x4: register m of lane 4 g + t holds elements 2 t and 2 t + 1 of row g (transposed: column g) of matrix m.
+// Lanes 8 m to 8 m + 7 point to the rows of matrix m.
 void load(void** of_lanes, bool transposed) {
     Matrices** all = reinterpret_cast<Matrices**>(of_lanes);
     for (int m = 0; m < 4; ++m)
@@ -205,7 +205,7 @@ void add_as(const TensorCore& core) { tensor_core = core; }
 
 void meet(void* mine, Act act) {
     Warp& warp = *current->warp;
-    if (warp.met && warp.act != act) return fail("lanes met at different collectives");
+    if (warp.met && warp.act != act) return fail("lanes of a warp are at different collectives");
     warp.act = act;
     warp.brought[current->thread % 32] = mine;
     if (++warp.met < 32) return block_here();
@@ -271,7 +271,7 @@ bool launch(int n_blocks, int n_threads, size_t shared_bytes, const std::functio
             for (Warp& warp : block.warps)
                 if (warp.runnable) ready.push_back(&warp);
         if (ready.empty()) {
-            reason = "threads wait for others that do not come";
+            reason = "deadlock: threads wait for others that never arrive";
             break;
         }
         for (size_t i = ready.size(); i > 1; --i) std::swap(ready[i - 1], ready[order() % i]);

@@ -1,9 +1,9 @@
-// The device of device.h for a host compiler: a fiber for each thread of the grid, in one thread of the process.
+// The functions of device.h for a host compiler: a fiber for each thread of the grid, in one thread of the process.
 //
-// Warps run in a random order, from one collective to the next, and all 32 lanes must meet at the same one. Products of
-// the matrix units follow PTX's layout of fragments, and round as a chip does. An asynchronous copy happens at any
-// moment from its start to the wait that ends it: whoever reads too early, or writes too early over what others still
-// read, gets other bits.
+// Warps run in a random order from one collective to the next, and all 32 lanes must meet at the same collective.
+// Products of the matrix units follow PTX's fragment layouts and round as a real chip does. An asynchronous copy
+// happens at a random moment between its start and the wait that ends it, so code that reads too early, or overwrites
+// data that others still read, changes the result.
 #pragma once
 
 #include <math.h>
@@ -19,13 +19,13 @@
 
 namespace emulator {
 
-// Run body on n_blocks blocks of n_threads threads, each block with its shared memory (NaN at first). False, with the
-// reason in failure(), if the threads did not meet as they must.
+// Run body on n_blocks blocks of n_threads threads. Each block has its own shared memory, which starts as NaN. Return
+// false, with the reason in failure(), if the threads did not meet as they must.
 bool launch(int n_blocks, int n_threads, size_t shared_bytes, const std::function<void()>& body);
 const char* failure();
-// Another order of warps and copies.
+// Seed the order of warps and copies.
 void seed(unsigned value);
-// Products from now on are those of another chip.
+// Set the chip whose products are emulated.
 void add_as(const TensorCore& core);
 
 int thread();
@@ -38,7 +38,7 @@ void copy_async(void* to, const void* from);
 void commit_copies();
 void wait_copies(int pending);
 
-// All lanes of a warp meet: `act` sees what each brought, once, and may write to it.
+// Wait until all lanes of the warp have called this. `act` runs once, sees every lane's `mine`, and may write to it.
 typedef void (*Act)(void** of_lanes);
 void meet(void* mine, Act act);
 
@@ -105,7 +105,7 @@ template <class Op> void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_
     emulator::meet(&mine, Op::BFLOAT ? emulator::multiply_bfloat : emulator::multiply_half);
 }
 
-// As ex2.approx.ftz: subnormal results are zero.
+// Like ex2.approx.ftz, subnormal results are zero.
 inline float exp2_fast(float x) {
     const float y = exp2f(x);
     return y < 1.17549435e-38f ? 0 : y;
@@ -135,8 +135,8 @@ inline uint16_t to_bits(Half, float x) {
     const float size = fabsf(x);
     if (size >= 65520) return sign | 0x7c00;
     int exponent = -13;
-    if (size >= 6.103515625e-5f) frexpf(size, &exponent);               // smaller ones have the least exponent
-    const int fraction = int(nearbyintf(ldexpf(size, 11 - exponent)));  // 2048 carries into the exponent
+    if (size >= 6.103515625e-5f) frexpf(size, &exponent);               // smaller numbers have the least exponent
+    const int fraction = int(nearbyintf(ldexpf(size, 11 - exponent)));  // a fraction of 2048 carries into the exponent
     return uint16_t(sign + (exponent + 13) * 1024 + fraction);
 }
 inline float from_bits(Half, uint16_t x) {

@@ -1,4 +1,4 @@
-// The C interface on the emulator: pointers are of host memory, and a call is over when it returns.
+// The C interface on the emulator: pointers are host pointers, and a call has finished when it returns.
 #include "launch.h"
 
 #include <stdio.h>
@@ -55,8 +55,8 @@ int fntx_cuda_run(const fntx_cuda_call* call) {
     if (const char* fault = fault_of(*call)) return fail(fault);
     const Plan plan = plan_call(machine, *call);
     memset(call->workspace, 0xff, plan.bytes);
-    const int grid =
-        refuses && plan.grid > 1 ? plan.grid / 2 : plan.grid;  // as after cudaErrorCooperativeLaunchTooLarge
+    // Half a grid is the retry after cudaErrorCooperativeLaunchTooLarge.
+    const int grid = refuses && plan.grid > 1 ? plan.grid / 2 : plan.grid;
     const bool met = emulator::launch(grid, THREADS, plan.shared, [&] {
         switch (call->dtype) {
             case FNTX_FLOAT16:

@@ -1,10 +1,10 @@
 // How the matrix units of a chip add, for the emulated device.
 //
-// A block of products enters the accumulator at once. A product's exponent is the sum of its factors' (its significand,
-// below 4, is not normalised); a factor below the normal numbers has the exponent of the smallest of them. All are
-// shifted to the largest exponent, that of the accumulator included, and what falls off below float32's 23 bits of
-// fraction and the chip's extra ones is lost. The sum of the rest is exact, and is cut to float32: every rounding is
-// toward zero. (Khattak and Mikaitis, Accurate models of NVIDIA tensor cores, doi 10.1145/3830409.)
+// A block of products is added to the accumulator at once. The exponent of a product is the sum of its factors'
+// exponents (its significand, below 4, is not normalised). A subnormal factor has the exponent of the smallest normal
+// number. All products and the accumulator are shifted to their largest exponent, and bits below float32's 23 bits of
+// fraction and the chip's extra bits are lost. The rest is summed exactly, and the sum is cut to float32: every
+// rounding is toward zero. (Khattak and Mikaitis, Accurate models of NVIDIA tensor cores, doi 10.1145/3830409.)
 #pragma once
 
 #include <math.h>
@@ -13,12 +13,12 @@
 
 namespace emulator {
 
-// The products that are added at once, and the extra bits; block 0 rounds every sum to nearest, as no chip does.
+// How many products are added at once, and how many extra bits are kept. Unlike real chips, block 0 rounds to nearest.
 struct TensorCore {
     int block = 0, extra_bits = 0;
 };
 
-// Of the smallest normal number of an operand's type.
+// Return the exponent of the smallest normal number of an operand's type.
 constexpr int least_exponent(bool bfloat) { return bfloat ? -126 : -14; }
 
 inline int exponent_of(double x, int least) {
@@ -36,7 +36,7 @@ inline double power_of_2(int exponent) {
     return x;
 }
 
-// A float64 number without what float32 has no bits for.
+// Cut a float64 number to float32, rounding toward zero.
 inline float cut(double x) {
     const int exponent = exponent_of(x, -126);
     if (x == 0 || exponent > 127) return float(x);
@@ -49,7 +49,7 @@ template <int M, int N>
 void multiply_add(const TensorCore& core, int least, float (&c)[M][N], const float (&a)[M][16],
                   const float (&b)[16][N]) {
     int of_a[M][16], of_b[16][N];
-    float all = 0;  // NaN where anything is not finite
+    float all = 0;  // NaN if any number is not finite
     for (int k = 0; k < 16; ++k) {
         for (int m = 0; m < M; ++m) of_a[m][k] = exponent_of(a[m][k], least), all += a[m][k] * 0;
         for (int n = 0; n < N; ++n) of_b[k][n] = exponent_of(b[k][n], least), all += b[k][n] * 0;
@@ -76,7 +76,7 @@ void multiply_add(const TensorCore& core, int least, float (&c)[M][N], const flo
                     largest[n] = exponent > largest[n] ? exponent : largest[n];
                 }
             for (int n = 0; n < N; ++n) {
-                largest[n] = largest[n] < -133 ? -133 : largest[n];  // no block is shifted to less
+                largest[n] = largest[n] < -133 ? -133 : largest[n];  // the least exponent that a block is shifted to
                 per_unit[n] = power_of_2(23 + core.extra_bits - largest[n]);
                 sum[n] = isinf(c[m][n]) ? 0 : double(int32_t(c[m][n] * per_unit[n]));
             }

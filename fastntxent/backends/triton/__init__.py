@@ -1,14 +1,15 @@
-"""Triton kernels: normalisation, log-sum-exp, loss and every gradient on a GPU, on the matrix units.
+"""Triton kernels: normalisation, log-sum-exp, loss and every gradient on a GPU's matrix units.
 
-One source for NVIDIA and AMD. The forward forms half of the similarity matrix, the backward the whole of it once, by
-row blocks. With u = 2 M^2 D flops, 2.5u in all; 2u where G goes through panels. Nothing is added atomically, so a
-result has the same bits each time; nothing waits for the device. Memory: packed rows, a plane of sums for each thousand
-rows, and beyond 256 features (128 of float32, and of any dtype on gfx942) a panel of G of at most 32 MiB (panels.py).
+One source serves NVIDIA and AMD. The forward computes half of the similarity matrix, and the backward computes all of
+it once, by row blocks. With u = 2 M^2 D flops that is 2.5u in all, or 2u if G goes through panels. There are no atomic
+additions, so results are bitwise reproducible, and the host never waits for the device. Memory is the packed rows, one
+plane of sums per thousand rows, and a panel of G of at most 32 MiB (panels.py). The panel is needed only beyond 256
+features (128 for float32, and for any dtype on gfx942).
 
-Sigmoid losses, and rows that leave out what is more similar than a limit, have kernels of their own, which form all
-similarities in either direction.
+Sigmoid losses and similarity limits have separate kernels. Except in panels, these compute all similarities and not
+only half of them.
 
-Under Triton's interpreter (TRITON_INTERPRET=1 before it is imported) the kernels take tensors in host memory.
+Under Triton's interpreter (TRITON_INTERPRET=1 before importing it) the kernels take tensors in host memory.
 """
 
 import re
@@ -19,7 +20,7 @@ _OLDEST = (3, 3)
 
 
 def check_version(version: str) -> None:
-    """Raise unless this Triton compiles the kernels. 3.2 ends the process over one of them."""
+    """Raise RuntimeError if this Triton is too old to compile the kernels. Triton 3.2 crashes on one of them."""
     found = re.match(r"(\d+)\.(\d+)", version)
     if found is None or tuple(map(int, found.groups())) < _OLDEST:
         raise RuntimeError(f"Triton {'.'.join(map(str, _OLDEST))} or newer is needed, {version} is installed")

@@ -1,4 +1,4 @@
-"""The backend that calls the kernels."""
+"""The `triton` backend, which calls the kernels."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if not INTERPRETED and not torch.cuda.is_available():
 
 
 class TritonBackend(ComposedTowers):
-    """The kernels of this package."""
+    """The backend that calls the Triton kernels."""
 
     device_types = ("cuda", "cpu") if INTERPRETED else ("cuda",)
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
@@ -38,7 +38,7 @@ class TritonBackend(ComposedTowers):
         return config.forms(device, dtype)
 
     def setting(self, dtype: torch.dtype) -> Hashable:
-        """What launches follow from that no argument says."""
+        """Return the settings that launches depend on and that are not arguments."""
         return _takes_tf32(dtype), config.forced_now()
 
     def forced(self, form: str) -> contextlib.AbstractContextManager[None]:
@@ -79,7 +79,7 @@ class TritonBackend(ComposedTowers):
         d_rows = d_cols = None
         if of_cols.wanted:
             d_cols, _, d_inv_tau, _ = gradient(sides.swapped(), weights.swapped())
-        if of_rows.wanted or not of_cols.wanted:  # either side's sum is the temperature's gradient
+        if of_rows.wanted or not of_cols.wanted:  # the temperature's gradient needs either side
             d_rows, _, d_inv_tau, _ = gradient(sides, weights)
         return d_rows if of_rows.wanted else None, d_cols, d_inv_tau
 
@@ -232,9 +232,9 @@ class TritonBackend(ComposedTowers):
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
         sides, pairs = _sigmoid_sides(work, z_i, z_j, inv_tau, normalize, two_views), Pairs(bias, True)
         loss_weight = sigmoid_weight(z_i, two_views, mean)
-        weight = 2 * loss_weight if two_views else loss_weight  # a pair of two views is in the sums of both its rows
+        weight = 2 * loss_weight if two_views else loss_weight  # with two views a pair counts in the sums of both rows
         owners = sides.each()
-        if not two_views:  # either side's sums are those of all pairs
+        if not two_views:  # the sums of either side cover all pairs
             owners = [side for side, needed in zip(owners, (needs_i, needs_j), strict=True) if needed] or owners[:1]
         gradients = []
         for side in owners:
@@ -264,7 +264,7 @@ class TritonBackend(ComposedTowers):
 
 
 def _loss_and_gradients(sides: Sides, mean: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """NT-Xent of two views, with its gradient in both and in k."""
+    """Return NT-Xent of two views, and its gradients in both views and in k."""
     weights, totals = losses(sides)
     weight, q = loss_weight(sides.rows.first, mean), weights.of_rows.d_neg_lse
     found = gradient(sides, scale(sides, weights), d_pos=q, weight=weight, pos_factor=-weight, totals=totals)
@@ -279,8 +279,10 @@ def _two_views(
     normalize: bool,
     limit: tuple[float, float] | None = None,
 ) -> Sides:
-    """Two views as one side. `limit`: a row takes what is at most so many times as similar as its positive, and so much
-    more."""
+    """Return two views as one side.
+
+    limit: (scale, shift). A negative counts if its similarity is at most scale times the row's positive, plus shift.
+    """
     tf32, eps = _takes_tf32(z_i.dtype), norm_eps(z_i.dtype)
     rows = pack_rows(work, z_i, z_j, normalize=normalize, eps=eps, tf32=tf32)
     limits = None if limit is None else Limits(rows.sim_pos, rows.sim_pos, *limit)
@@ -299,7 +301,7 @@ def _limited_sides(work: Work, rows: Side, cols: Side | None, inv_tau: float | T
 def _sigmoid_sides(
     work: Work, z_i: Tensor, z_j: Tensor, inv_tau: float | Tensor, normalize: bool, two_views: bool
 ) -> Sides:
-    """Two views as one side, or two towers as two, whose row n is of group n."""
+    """Return two views as one side, or two towers as two sides. The group of a row is the index of its pair."""
     tf32, eps = _takes_tf32(z_i.dtype), norm_eps(z_i.dtype)
     rows = pack_rows(work, z_i, z_j if two_views else None, normalize=normalize, eps=eps, tf32=tf32)
     cols = rows if two_views else pack_rows(work, z_j, normalize=normalize, eps=eps, tf32=tf32)
@@ -321,11 +323,11 @@ def _pack_side(work: Work, side: Side) -> Packed:
 
 
 def _takes_tf32(dtype: torch.dtype) -> bool:
-    """Whether PyTorch's own products of such rows are in TF32. Triton has it on NVIDIA's chips."""
+    """Return whether PyTorch multiplies such rows in TF32, which Triton supports on NVIDIA chips only."""
     if dtype != torch.float32 or torch.version.hip:
         return False
     precision = getattr(torch.backends.cuda.matmul, "fp32_precision", "none")
-    if precision == "none":  # an older PyTorch, or nothing said of this backend
+    if precision == "none":  # an older PyTorch, or no setting for this backend
         return torch.get_float32_matmul_precision() != "highest"
     return bool(precision == "tf32")
 

@@ -1,16 +1,16 @@
-"""The gradient of sum_i w_i nu_i for one side of packed rows, as far as it is O(M^2 D).
+"""The O(M^2 D) part of the gradient of sum_i w_i nu_i, for one side of packed rows.
 
     G_ij = w_i P_ij + w_j P_ji      gathered_i = sum_j G_ij u_j      radial_i = sum_j G_ij s_ij
 
-`unpack.py` makes the gradients in z and k of these. G is rounded to the operands' type, after radial is summed in
-float32, and nothing is added atomically.
+`unpack.py` turns these into the gradients in z and k. radial is summed in float32 before G is rounded to the dtype of
+the operands. There are no atomic additions.
 
-Where they fit, a program of `_fused_kernel` holds the sums of all its rows' features: it forms a tile of G, rounds it,
-and multiplies it with the columns, reading x of all columns once. Of small batches it takes a part of the columns, so
-that no multiprocessor idles; `unpack.py` adds the parts in their order. Where they do not fit, squares of G go through
-memory (panels.py).
+If the sums fit into registers, a program of `_fused_kernel` holds `gathered` for all features of its rows. It computes
+a tile of G, rounds it and multiplies it with the columns, so it reads x of all columns once. In small batches a program
+processes only a part of the columns, to keep every multiprocessor busy, and `unpack.py` adds the parts in a fixed
+order. If the sums do not fit, squares of G go through memory (panels.py).
 
-Two regimes, as in the forward (sides.py).
+As in the forward, there are two regimes (sides.py).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _add_weighted_columns(
     SPLIT: tl.constexpr, TF32: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """gathered and radial with some tiles."""
+    """Return gathered and radial with some tiles of columns added."""
     for tile in range(tiles):
         col = column_of_tile(tile, order, BLOCK_N)
         of_col = cols_w_ptr + col + tl.arange(0, BLOCK_N)
@@ -90,7 +90,7 @@ def _fused_kernel(
     row = tl.program_id(0) * BLOCK_M
     offs_m = row + tl.arange(0, BLOCK_M)
     largest_r = largest_scale(bounds_ptr, BOUNDED)
-    r_m = tl.load(rows_r_ptr + offs_m) * largest_r  # beside the columns' r over the largest
+    r_m = tl.load(rows_r_ptr + offs_m) * largest_r  # the columns' r are stored divided by the largest
     a_m, nu_m = tl.load(rows_w_ptr + offs_m), tl.load(rows_w_ptr + 3 * stride_rows_w + offs_m)
     limits_m = load_limits(rows_limits_ptr, offs_m, n_rows, limit_scale, limit_shift) if LIMITED else r_m
     x_m = load_pieces(rows_x_ptr, rows_lo_ptr, row, 0, BLOCK_D, BLOCK_M, BLOCK_D, SPLIT)
@@ -98,7 +98,7 @@ def _fused_kernel(
     gathered = ()
     for _ in tl.static_range(len(x_m)):
         gathered += (tl.zeros((BLOCK_M, WIDTH), tl.float32),)
-    radial = tl.zeros((BLOCK_M, 1 if SPLIT else BLOCK_N), tl.float32)  # a thread's own: no shuffle in the loop
+    radial = tl.zeros((BLOCK_M, 1 if SPLIT else BLOCK_N), tl.float32)  # one sum per column avoids shuffles in the loop
 
     part = tl.program_id(1)
     first = part * part_cols
@@ -121,7 +121,7 @@ def _fused_kernel(
         True, LIMITED, SHIFTED, SPLIT, TF32, UPCAST, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     radial = tl.sum(radial, 1)
-    if SPLIT:  # G has 22 bits: radial is what was gathered times x
+    if SPLIT:  # G has 22 bits, enough to compute radial as x times gathered
         radial = add_dots(radial, gathered, rows_x_ptr, rows_lo_ptr, row, part_cols, BLOCK_M, BLOCK_D, SPLIT)
     radial = tl.where(offs_m < n_rows, radial * (r_m / largest_r), 0.0)
     tl.store(radial_ptr + part * stride_radial + offs_m, radial)
@@ -140,15 +140,17 @@ def gradient(
     pos_factor: float = 1.0,
     totals: Tensor | None = None,
 ) -> Gradients:
-    """d/dz of both matrices of the rows, d/dk, and `weight` times the sum of `totals`. `weight` is a factor of the
-    weights of nu, `pos_factor` one of `d_pos`, the positives' weights."""
+    """Return d/dz of both matrices of the rows, d/dk, and `weight` times the sum of `totals`.
+
+    `weight` multiplies the weights of nu, and `pos_factor` multiplies `d_pos`, the weights of the positives.
+    """
     fused = config.choose(sides.tiles_as("fused"), sides.rows) is not None
     gathered = _gather_fused(sides, weights) if fused else panels.gather(sides, weights)
     return unpack_gradients(sides, weights, gathered, d_pos=d_pos, weight=weight, pos_factor=pos_factor, totals=totals)
 
 
 def _gather_fused(sides: Sides, weights: TileWeights) -> Gathered:
-    """gathered and radial of every part of the columns."""
+    """Return gathered and radial for every part of the columns."""
     rows, cols, new = sides.rows, sides.cols, sides.work.empty
     tile = config.tile(sides.tiles_as("fused"), rows)
     blocks = triton.cdiv(rows.n, tile.block_m)

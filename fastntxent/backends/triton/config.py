@@ -1,17 +1,18 @@
-"""Which tiles a kernel takes: one table, by kind of device, kernel, and the batch's rows, features and width.
+"""The tile sizes of the kernels: one table, indexed by device family, kernel, and the batch's rows, features and width.
 
-A tile is a choice between the registers that hold it, the shared memory that feeds the matrix units, and the programs
-that a multiprocessor runs at once: where there are two, one's exponentials run beside the other's products.
-`table.json` is the table; `python -m benchmarks tune` writes it, and nothing is tuned while a person trains. Where
-"measured" says nothing of a kernel, no device has timed its tiles: they come from the model (`python -m benchmarks
-model`), among those that Triton 3.9 compiles without a spill (`make kernels-report`) and 3.6 with 48 bytes at most.
+A tile size trades off the registers that hold the tile, the shared memory that feeds the matrix units, and the number
+of programs that a multiprocessor runs at once. With two programs, the exponentials of one overlap the products of the
+other. The table is `table.json`. `python -m benchmarks tune` writes it, and nothing is tuned during training. Unless
+"measured" lists a kernel, its tiles have not been timed on a device. They come from the model (`python -m benchmarks
+model`), restricted to tiles that Triton 3.9 compiles without spills (`make kernels-report`) and Triton 3.6 with at most
+48 bytes of spills.
 
     {family: {kernel: {width: [[rows, features, tile], ...]}}}
 
-The first entry serves that has at least the batch's rows and its padded features (null: any). `width` is the bytes of a
-packed feature, both parts of a split float32 counted. A tile of null means another kernel: `owned` in the place of
-`direct`, `form` and `gather` in that of `fused`, whose registers would spill. What a family does not say is said by the
-one it resembles.
+The entry used is the first one whose rows and features are at least the batch's rows and padded features (null: any).
+`width` is the bytes per packed feature, counting both parts of a split float32. A tile of null selects another kernel:
+`owned` in place of `direct`, or `form` and `gather` in place of `fused`, whose registers would spill. If a family has
+no entries for a kernel and width, those of the family named in "resembles" are used.
 """
 
 from __future__ import annotations
@@ -31,8 +32,10 @@ from .pack import PADDED_ROWS, Packed
 
 
 class TileConfig(NamedTuple):
-    """block_m rows by block_n columns of the similarity matrix, formed over block_d features at a time; maxnreg, where
-    there is one, is the most registers of a thread: fewer than the compiler would take let two programs run at once."""
+    """block_m rows by block_n columns of the similarity matrix, computed block_d features at a time.
+
+    maxnreg limits the registers per thread, so that two programs can run at once. None leaves them to the compiler.
+    """
 
     block_m: int
     block_n: int
@@ -43,39 +46,39 @@ class TileConfig(NamedTuple):
 
     @property
     def options(self) -> dict[str, int]:
-        """What a launch is told of it."""
+        """Return the launch options of this tile."""
         limit = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
 
-# What `forced` makes of every call: as many rows, for the choice of tiles; as many tiles along a program's square.
+# Set by `forced`: "rows" replaces the number of rows in look-ups, "tiles" is the number of tiles along a square's edge.
 _forced: dict[str, int] = {}
 
 KERNELS = ("direct", "owned", "fused", "form", "gather")
-# Tiles of the kernels for sigmoid losses and for limits, in the place of those of `owned`, `fused` and `form`. They are
-# not from the model, which has no such kernels: they are among those that compile without a spill.
+# The kernels for sigmoid losses and for limits use these tiles in place of those of `owned`, `fused` and `form`. The
+# model does not cover these kernels; their tiles were chosen among those that compile without spills.
 VARIANTS = {"owned": "sums", "fused": "pairs", "form": "form_pairs"}
 TABLE: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "table.json").read_text())
-PROGRAMS = 2  # that a multiprocessor should have to run
-FEWEST_SQUARES = 2000  # of all rows against all columns; of one side the half of them, a thousand, are programs
-PLANES = 128  # of sums, one for each square of a side
-PANEL = 32 * 2**20  # bytes of two squares of G: what an A100's and an H100's second-level cache hold beside x
+PROGRAMS = 2  # programs that each multiprocessor should have
+FEWEST_SQUARES = 2000  # wanted in the full matrix; with one side half of them, a thousand, become programs
+PLANES = 128  # the most planes of sums; there is one per square along a side
+PANEL = 32 * 2**20  # bytes of two squares of G, which fit into the L2 cache of an A100 or H100 together with x
 
 
 def choose(kernel: str, rows: Packed, n: int | None = None) -> TileConfig | None:
-    """The tile of a kernel for these rows (or n, where more than their number counts) on their device."""
+    """Return the tile of a kernel for these rows on their device, or None. `n` replaces the number of rows."""
     return look_up(family(rows.x.device), kernel, width(rows), rows.n if n is None else n, rows.DP)
 
 
 def tile(kernel: str, rows: Packed, n: int | None = None) -> TileConfig:
-    """The same, where there is one."""
+    """Return the tile that `choose` returns, which must not be None."""
     chosen = choose(kernel, rows, n)
     assert chosen is not None
     return chosen
 
 
 def look_up(family: str, kernel: str, width: int, n: int, DP: int) -> TileConfig | None:
-    """The first entry that serves; block_d divides what there is."""
+    """Return the tile of the first matching entry, with block_d reduced to a divisor of DP."""
     n = _forced.get("rows", n)
     entry = next(tile for rows, features, tile in entries(family, kernel, width) if rows >= n and features >= DP)
     if entry is None:
@@ -85,7 +88,7 @@ def look_up(family: str, kernel: str, width: int, n: int, DP: int) -> TileConfig
 
 @functools.cache
 def entries(family: str, kernel: str, width: int) -> list[tuple[float, float, TileConfig | None]]:
-    """A kernel's part of the table: the most rows, the most features, and the tile."""
+    """Return a kernel's entries in the table: the most rows, the most features, and the tile."""
     said = TABLE[family].get(kernel, {}).get(str(width))
     if said is None:
         return entries(TABLE[family]["resembles"], kernel, width)
@@ -93,7 +96,7 @@ def entries(family: str, kernel: str, width: int) -> list[tuple[float, float, Ti
 
 
 def forms(device: torch.device, dtype: torch.dtype) -> list[str]:
-    """What `forced` takes: a number of rows for each part of the table, and squares of one tile and of eight."""
+    """Return the forms for `forced`: a number of rows for each part of the table, with squares of 1 and of 8 tiles."""
     widths = (4,) if dtype == torch.float32 else (2,)
     limits = {
         int(rows)
@@ -103,13 +106,13 @@ def forms(device: torch.device, dtype: torch.dtype) -> list[str]:
         if rows < math.inf
     }
     largest = max(limits, default=0) + 1
-    parts = sorted({*limits, largest}) if limits else []  # a table of one part has one choice
+    parts = sorted({*limits, largest}) if limits else []  # with a single part there is no choice
     return ["", *(f"rows={rows} tiles=1" for rows in parts), f"rows={largest} tiles=8"]
 
 
 @contextlib.contextmanager
 def forced(form: str) -> Iterator[None]:
-    """A block in which every call takes the tiles of a form."""
+    """Return a context in which every call uses the tiles of a form."""
     global _forced
     before, _forced = _forced, {key: int(value) for key, value in (word.split("=") for word in form.split())}
     try:
@@ -119,43 +122,48 @@ def forced(form: str) -> Iterator[None]:
 
 
 def forced_now() -> tuple[tuple[str, int], ...]:
-    """The form of a block that we are in."""
+    """Return the settings of the current `forced` context."""
     return tuple(_forced.items())
 
 
 def split(rows: Packed) -> int:
-    """The kernels' SPLIT: 0, or of float32 rows the products that the matrix units add before they round."""
+    """Return the constant SPLIT: `products_at_once` for float32 rows in two parts, else 0."""
     return products_at_once(chip(rows.x.device)) if rows.split else 0
 
 
 def products_at_once(chip: str) -> int:
-    """Of half precision: 16 since Hopper (and in the interpreter), 8 before. AMD's do not round toward zero: as if they
-    added all at once."""
+    """Return how many half-precision products the matrix units add before they round.
+
+    It is 16 since Hopper (and in the interpreter), and 8 before. AMD's units do not round toward zero, so for them this
+    returns a large value.
+    """
     if chip.startswith("gfx"):
         return 128
     return 8 if chip.startswith("sm_8") else 16
 
 
 def rows_held(chip: str) -> int:
-    """The kernels' ROWS_HELD: how many rows of a tile, 8 apart, one thread holds of a column. mma and wgmma leave two
-    there; tensor memory and AMD's matrix units do not."""
+    """Return the constant ROWS_HELD: how many rows of a column, 8 apart, one thread holds.
+
+    With mma and wgmma it is two; with tensor memory and AMD's matrix units it is one.
+    """
     return 2 if chip.startswith(("sm_8", "sm_9", "sm_12", "interpreter")) else 1
 
 
 def width(rows: Packed) -> int:
-    """Bytes of a packed feature."""
+    """Return the bytes per packed feature."""
     return rows.x.element_size() * (2 if rows.split else 1)
 
 
 def family(device: torch.device) -> str:
-    """Whose tiles a device takes: a B300 a B200's, a chip that the table does not name those of small ones."""
+    """Return the table's family for a device: a B300 uses the B200's tiles, and an unknown chip uses "small"."""
     name = {"sm_103": "sm_100"}.get(chip(device), chip(device))
     return name if name in TABLE else "small"
 
 
 @functools.cache
 def chip(device: torch.device) -> str:
-    """A device's kind, as compilers name it."""
+    """Return the device's architecture by its compiler name, such as sm_90 or gfx942."""
     if device.type == "cpu":
         return "interpreter"
     properties = torch.cuda.get_device_properties(device)
@@ -164,13 +172,15 @@ def chip(device: torch.device) -> str:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many run at once; the interpreter, one after the other, is shown several."""
+    """Return the number of multiprocessors. The interpreter counts as four, although it runs programs one by one."""
     return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def edge_of_square(n_rows: int, n_cols: int, block: int) -> int:
-    """Rows and columns of a program's square of tiles: as large as leaves FEWEST_SQUARES, eight tiles at most; but no
-    more than PLANES squares along a side, so that their sums stay O(M)."""
+    """Return the edge of a program's square of tiles: the largest, up to eight tiles, that leaves FEWEST_SQUARES.
+
+    It grows further if a side would have more than PLANES squares, so that the memory for sums stays O(M).
+    """
     if "tiles" in _forced:
         return _forced["tiles"] * block
     tiles = 8
@@ -182,14 +192,17 @@ def edge_of_square(n_rows: int, n_cols: int, block: int) -> int:
 
 
 def columns_of_part(multiprocessors: int, blocks: int, n_cols: int, block_n: int) -> int:
-    """Columns that one program of `fused` goes through: all, or as few as give every multiprocessor its programs."""
+    """Return the columns that one program of `fused` processes: all, or few enough to occupy every multiprocessor."""
     wanted = triton.cdiv(PROGRAMS * multiprocessors, blocks)
     return triton.cdiv(triton.cdiv(n_cols, block_n), wanted) * block_n
 
 
 def edge_of_panel(multiprocessors: int, n: int, DP: int, width: int, gather: TileConfig) -> int:
-    """Rows of each of a panel's two squares: of all sizes from half the largest, one that leaves the fewest
-    multiprocessors idle."""
+    """Return the edge of a panel's two squares.
+
+    PANEL and the number of rows limit it. Of all sizes above half that limit it is the one that leaves the fewest
+    multiprocessors idle.
+    """
     largest = max(math.isqrt(PANEL // (2 * width)) // PADDED_ROWS, 1) * PADDED_ROWS
     largest = min(largest, triton.cdiv(n, PADDED_ROWS) * PADDED_ROWS)
 

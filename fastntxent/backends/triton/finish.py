@@ -1,8 +1,8 @@
-"""The ends of rows: nu from the planes of sums (forward.py), and NT-Xent's losses from nu.
+"""The last steps for each row: nu from the planes of sums (forward.py), and NT-Xent's losses from nu.
 
-`_finish_kernel` adds a row's planes in their order. `end_rows` is its last step, and the last step of `_owned_kernel`
-where one launch ends in nu. Every program leaves its part of what concerns all rows: the largest weight, the sum of the
-losses, and the sum of q sim_pos, which is the temperature's gradient through the positives.
+`_finish_kernel` adds a row's planes in a fixed order and ends with `end_rows`. `_owned_kernel`, which computes nu in
+one launch, ends with `end_rows` too. Every program also writes partial results over its rows: the largest weight, the
+sum of the losses, and the sum of q sim_pos, which is the temperature's gradient through the positives.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from .pack import Packed
 from .sides import Sides, in_direct_range, load_inverse_temperature
 from .tiles import SIZES, survey_weights
 
-FINISHED = 128  # rows of a program of `_finish_kernel`
+FINISHED = 128  # rows per program of `_finish_kernel`
 
 
 @triton.jit
 def end_rows(nu, pos_ptr, q_ptr, peaks_ptr, totals_ptr, dots_ptr, offs, n, k):
-    """NT-Xent of a program's rows: their losses log(1 + exp(nu - pos)) in a sum, and q = sigmoid(nu - pos)."""
+    """Write NT-Xent of a program's rows: the sum of the losses log(1 + exp(nu - pos)), and q = sigmoid(nu - pos)."""
     inside = offs < n
     sim_pos = tl.load(pos_ptr + offs, mask=inside, other=0.0)
     x = nu - k * sim_pos
     e = tl.exp(-tl.abs(x))
-    # log(1 + e) of a small e, to its own relative accuracy: Kahan's quotient.
+    # log(1 + e), with full relative accuracy for small e (Kahan's quotient).
     grown = 1.0 + e
     log1p = tl.where(grown == 1.0, e, tl.log(grown) * e / tl.where(grown == 1.0, 1.0, grown - 1.0))
     tl.store(totals_ptr + tl.program_id(0), tl.sum(tl.where(inside, tl.maximum(x, 0.0) + log1p, 0.0)))
@@ -42,7 +42,7 @@ def _finish_kernel(
     n_planes, n, stride_plane, inv_tau, log_terms,
     LOSS: tl.constexpr, BOUNDED: tl.constexpr, ON_DEVICE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """nu from the planes, if it was direct; and the loss."""
+    """Write nu from the planes in the direct regime, and with LOSS the results of `end_rows`."""
     k = load_inverse_temperature(inv_tau, ON_DEVICE)
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = offs < n
@@ -61,8 +61,7 @@ def _finish_kernel(
 
 
 class RowEnds(NamedTuple):
-    """What `end_rows` writes: q for every row; for every program the largest q, and the sums of the losses and of
-    q sim_pos."""
+    """Results of `end_rows`: q per row; per program the largest q, the sum of the losses and the sum of q sim_pos."""
 
     q: Tensor
     peaks: Tensor
@@ -71,7 +70,7 @@ class RowEnds(NamedTuple):
 
 
 def end_arguments(rows: Packed, nu: Tensor, ends: RowEnds | None) -> dict[str, Tensor]:
-    """The arguments of a kernel that writes nu and, unless `ends` is None, what `end_rows` writes."""
+    """Return the arguments of a kernel that writes nu and, unless `ends` is None, the results of `end_rows`."""
     if ends is None:
         ends = RowEnds(q=rows.unread, peaks=rows.unread, totals=rows.unread, dots=rows.unread)
     return {
@@ -81,7 +80,7 @@ def end_arguments(rows: Packed, nu: Tensor, ends: RowEnds | None) -> dict[str, T
 
 
 def finish(sides: Sides, planes: Tensor, nu: Tensor, ends: RowEnds | None) -> int:
-    """Write nu of the rows, and their ends. Returns the number of programs."""
+    """Write nu of the rows, and `ends` unless it is None. Return the number of programs."""
     rows, programs = sides.rows, triton.cdiv(sides.rows.n, FINISHED)
     sides.work.launch(
         _finish_kernel, (programs,), planes_ptr=planes, **end_arguments(rows, nu, ends),

@@ -1,22 +1,24 @@
 """neg_lse of packed rows: nu_i = log sum over {j : id_j != id_i} of exp(k s_ij).
 
-Direct: a program owns a square of tiles. One exponential of a tile serves the sums of its rows and of its columns, so
-of one side only tiles on and above the diagonal are formed, and of one that the diagonal crosses the part above it
-counts. Sums go to planes that no two programs share, and are added in a fixed order (finish.py):
+Direct: a program owns a square of tiles. One exponential serves the sums of both its row and its column. So with one
+side only tiles on and above the diagonal are computed, and a tile that the diagonal crosses counts only the part above
+it. Sums go to planes that no two programs share, and are added in a fixed order (finish.py):
 
     one side of Q squares    rows of square a: plane b >= a from square (a, b) as rows, plane b < a from (b, a) as
                              columns, plane Q from (a, a) as columns
     two sides                rows: a plane for each square of columns; columns: a plane for each square of rows
 
-Columns are the outer loop of a square: they stay in shared memory, and their sums in registers, while its rows pass.
-Reads x once for each square, writes M sums for each row of squares. Owned: a program owns a block of rows, with a
-running maximum over all columns; the columns of a rectangle take a launch of their own. It serves temperatures at which
-exp leaves its range, and small batches, where one launch that ends in nu is worth more than half of the products.
+The outer loop of a square runs over columns. A block of columns stays in shared memory and its sums in registers while
+the inner loop runs over the rows. A square reads its rows and columns of x once and writes one sum per row and column.
 
-Either has two loops over tiles. One compares ids; the other, without a mask, takes what lies within both sides and
-whose rows and columns have no ids in common, by the smallest and largest of each.
+Owned: a program owns a block of rows and keeps a running maximum over all columns. With two sides the columns take a
+second launch. This kernel serves temperatures at which exp would leave its range, and small batches, where computing nu
+in one launch saves more time than skipping half of the products.
 
-Which of the two it is may be known to the device alone (sides.py).
+Both kernels have two loops over tiles. One compares ids. The other has no mask and takes the tiles that lie within both
+sides and whose rows and columns share no ids, judging by the smallest and largest id of each.
+
+In some calls only the device knows which kernel is needed (sides.py).
 """
 
 from __future__ import annotations
@@ -45,15 +47,15 @@ from .tiles import (
 )
 from .weights import Weights
 
-ROUND = tl.constexpr(1024)  # columns for which `_owned_kernel` decides at once whether any needs a mask
+ROUND = tl.constexpr(1024)  # `_owned_kernel` decides for this many columns at a time whether they need a mask
 
 
 @triton.jit
 def _square_of(index, squares, ONE_SIDE: tl.constexpr):
-    """Row and column of a program's square: of one side by columns of the upper triangle, else row by row."""
+    """Return the row and column of a program's square: by columns of the upper triangle for one side, else by rows."""
     if ONE_SIDE:
         col = ((tl.sqrt(8.0 * index.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
-        col = tl.where(col * (col + 1) // 2 > index, col - 1, col)  # the root was rounded
+        col = tl.where(col * (col + 1) // 2 > index, col - 1, col)  # correct the rounding of the square root
         col = tl.where((col + 1) * (col + 2) // 2 <= index, col + 1, col)
         return index - col * (col + 1) // 2, col
     return index // squares, index % squares
@@ -67,15 +69,17 @@ def _sum_columns(
     SPLIT: tl.constexpr, TF32: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr,
 ):  # fmt: skip
-    """The tiles of BLOCK_N columns and rows [row0, end): the columns' sums, and their part of the rows' sums.
+    """Write the sums of BLOCK_N columns over the rows [row0, end), and add their part to the sums of these rows.
 
-    A thread adds what it holds of a column over all tiles; threads add up their parts once, at the end. So only rows
-    are summed in the loop, which lie in a quarter of a warp (mma, wgmma), or in one thread (tensor memory)."""
+    Over all tiles a thread sums the elements of a column that it holds; the threads' sums are combined once, at the
+    end. So only row sums need a reduction in the loop. A row lies in four threads of a warp (mma, wgmma) or in a single
+    thread (tensor memory).
+    """
     offs_n = col + tl.arange(0, BLOCK_N)
     c_n = tl.load(cols_r_ptr + offs_n) * (k * LOG2_E)
     if WHOLE_D:
         x_n = transposed(load_pieces(cols_x_ptr, cols_lo_ptr, col, 0, BLOCK_D, BLOCK_N, BLOCK_D, SPLIT))
-    # The rows r and r + 8 of a tile lie in one thread where ROWS_HELD is 2.
+    # If ROWS_HELD is 2, rows r and r + 8 of a tile lie in the same thread.
     sums = tl.zeros((BLOCK_M // (8 * ROWS_HELD), 8, BLOCK_N), tl.float32)
     for row in range(row0, end, BLOCK_M):
         offs_m = row + tl.arange(0, BLOCK_M)
@@ -97,7 +101,7 @@ def _sum_columns(
         before = tl.load(row_plane_ptr + offs_m, mask=not_first, other=0.0)
         tl.store(row_plane_ptr + offs_m, before + tl.sum(exps, 1))
     tl.store(col_plane_ptr + offs_n, tl.sum(tl.sum(sums, 0), 0))
-    tl.debug_barrier()  # the next columns read the rows' sums, not always with the threads that wrote them
+    tl.debug_barrier()  # the next call reads the rows' sums, possibly in threads other than those that wrote them
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -128,11 +132,11 @@ def _direct_kernel(
                 row_plane_ptr, col_plane_ptr, col0 + i, row0, row0 + edge, i > 0, n_rows, n_cols, DP, k,
                 False, ONE_SIDE, ROWS_HELD, SPLIT, TF32, UPCAST, BLOCK_M, BLOCK_N, BLOCK_D, WHOLE_D,
             )  # fmt: skip
-    else:  # tiles of half the width: ids are 64 bits wide, and would not fit in the registers
+    else:  # half as wide, because with 64-bit ids a full tile would not fit in the registers
         HALF: tl.constexpr = BLOCK_N // 2
         blocks = tl.cdiv(tl.minimum(edge, n_cols - col0), HALF)
         for i in range(0, blocks):
-            col = col0 + (blocks - 1 - i) * HALF  # the last first: on the diagonal only they meet all rows
+            col = col0 + (blocks - 1 - i) * HALF  # last block first: on the diagonal only it covers all rows
             end = tl.minimum(row0 + edge, tl.minimum(n_rows, col + HALF) if ONE_SIDE else n_rows)
             _sum_columns(
                 rows_x_ptr, rows_lo_ptr, rows_r_ptr, rows_ids_ptr, cols_x_ptr, cols_lo_ptr, cols_r_ptr, cols_ids_ptr,
@@ -148,7 +152,7 @@ def _add_exponentials(
     MASKED: tl.constexpr, LIMITED: tl.constexpr, SPLIT: tl.constexpr, TF32: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """The running maxima and sums of some rows after the rounds of columns that need a mask, or after the others."""
+    """Return the running maxima and sums of some rows, updated with the columns that need a mask or with the others."""
     for first in range(0, n_cols, ROUND):
         whole = (row + BLOCK_M <= n_rows) & (first + ROUND <= n_cols)
         if whole:
@@ -164,7 +168,8 @@ def _add_exponentials(
                         rows_x_ptr, rows_lo_ptr, cols_x_ptr, cols_lo_ptr, row, col, DP,
                         SPLIT, TF32, UPCAST, BLOCK_M, BLOCK_N, BLOCK_D, LIMITED,
                     )  # fmt: skip
-                # Rounded the same from both sides: only what went into a sum may be compared with it.
+                # r_m r_n is multiplied first, so that (i, j) and (j, i) round alike. The backward compares the same
+                # logits with nu.
                 r_n = tl.load(cols_r_ptr + col + tl.arange(0, BLOCK_N))
                 s *= r_m[:, None] * r_n[None, :]
                 logits = s * k
@@ -173,8 +178,8 @@ def _add_exponentials(
                 if MASKED:
                     counted = apart(rows_ids_ptr, cols_ids_ptr, row, col, n_rows, n_cols, BLOCK_M, BLOCK_N)
                     logits = tl.where(counted, logits, -float("inf"))
-                new_peaks = tl.maximum(peaks, tl.max(logits, 1))  # a NaN that it drops reaches the sum
-                shift = tl.where(new_peaks == -float("inf"), 0.0, new_peaks)  # -inf - -inf is NaN: no negative yet
+                new_peaks = tl.maximum(peaks, tl.max(logits, 1))  # max drops a NaN, but it reaches the sum
+                shift = tl.where(new_peaks == -float("inf"), 0.0, new_peaks)  # no negative yet: -inf - -inf is NaN
                 exps = tl.exp2((logits - shift[:, None]) * LOG2_E)
                 sums = sums * tl.exp2((peaks - shift) * LOG2_E) + tl.sum(exps, 1)
                 peaks = new_peaks
@@ -215,14 +220,14 @@ def _owned_kernel(
 
 
 def log_sum_exps(sides: Sides) -> list[Tensor]:
-    """nu of every side."""
+    """Return nu of every side."""
     nus = [sides.work.output(side.rows.n) for side in sides.each()]
     _write(sides, nus, None)
     return nus
 
 
 def losses(sides: Sides) -> tuple[Weights, Tensor]:
-    """nu of two views' rows with its weights q, and partial sums of the rows' losses."""
+    """Return nu of the rows of two views with its weights q, and partial sums of the losses."""
     nu, q = sides.work.empty(2, sides.rows.r.shape[0]).unbind()
     peaks, totals, dots = sides.work.empty(3, sides.rows.peaks.shape[1]).unbind()
     (programs,) = _write(sides, [nu], RowEnds(q, peaks, totals, dots))
@@ -230,7 +235,7 @@ def losses(sides: Sides) -> tuple[Weights, Tensor]:
 
 
 def _write(sides: Sides, nus: list[Tensor], ends: RowEnds | None) -> list[int]:
-    """Write nu of every side and the ends of its rows. Returns how many programs ended a side's rows."""
+    """Write nu of every side, and `ends` unless it is None. Return the number of partial results of each side."""
     each = list(zip(sides.each(), nus, strict=True))
     squares = config.choose("direct", sides.rows, sides.longer) is not None and sides.may_be(direct=True)
     if not squares:
@@ -243,7 +248,7 @@ def _write(sides: Sides, nus: list[Tensor], ends: RowEnds | None) -> list[int]:
 
 
 def _sum_squares(sides: Sides) -> list[Tensor]:
-    """Planes of sums for every side."""
+    """Return the planes of sums of every side."""
     rows, cols, new = sides.rows, sides.cols, sides.work.empty
     tile = config.tile("direct", rows, sides.longer)
     edge = config.edge_of_square(rows.n, cols.n, max(tile.block_m, tile.block_n))
@@ -266,7 +271,10 @@ def _sum_squares(sides: Sides) -> list[Tensor]:
 
 
 def _own_rows(sides: Sides, nu: Tensor, ends: RowEnds | None, *, always: bool) -> int:
-    """Write nu of the rows and their ends: always, or only beyond the direct range. Returns the number of programs."""
+    """Write nu of the rows, and `ends` unless it is None. Return the number of programs.
+
+    Unless `always`, the kernel does nothing in the direct regime.
+    """
     rows, cols = sides.rows, sides.cols
     tile = config.tile(sides.tiles_as("owned"), rows)
     programs = triton.cdiv(rows.n, tile.block_m)

@@ -1,21 +1,23 @@
-"""Launches and the memory between them: worked out once for calls of a kind, then repeated.
+"""Launches and the memory between them, recorded once for each kind of call and then replayed.
 
-For a small batch the host takes longer than the kernels: it chooses tiles, makes a dozen tensors, and Triton finds each
-compiled kernel anew from some thirty arguments. All of that follows from the shapes, dtypes, strides, alignments and
-options of a call. So the second call of a kind is recorded: its launches, with the place of each pointer in an
-argument, an output or the workspace. Later ones make the outputs and one workspace, and hand the compiled kernels new
-addresses.
+For a small batch the host takes longer than the kernels: it chooses tiles and allocates a dozen tensors, and Triton
+looks up each compiled kernel by some thirty arguments. All of that depends only on the shapes, dtypes, strides,
+alignments and options of a call. So the second call of a kind is recorded: its launches, and for each pointer its place
+in an argument, an output or the workspace. Later calls allocate the outputs and one workspace, and launch the compiled
+kernels with the new addresses.
 
-Nothing is repeated that may differ in the next call:
+A recording must not replay anything that may differ in the next call:
 
-- A pointer to anything else, as to a copy that PyTorch made, keeps a call from being recorded, and so does a result
-  that is no output. No other operation may come between launches (tests/test_triton.py).
-- The key has what Triton compiles a kernel for: dtypes, which addresses are multiples of 16, and by shapes and strides
-  which integers are 1, multiples of 16, or beyond 32 bits. It has the temperature too, as a float: a schedule's is
-  never the same twice, so nothing is recorded.
-- A compiled kernel belongs to one device, and so does a key.
+- A call is not recorded if it has a pointer to anything else, such as a copy that PyTorch made, or a result that is not
+  an output. No other operation may run between the launches (tests/test_triton.py).
+- The key contains everything that Triton specialises a kernel for. These are the dtypes, which addresses are multiples
+  of 16 and, through shapes and strides, which integers are 1, multiples of 16, or beyond 32 bits.
+- The key also contains a temperature given as a float. A scheduled temperature never repeats, so such calls are not
+  recorded.
+- A compiled kernel belongs to one device, so the key contains the device.
 
-Calls with a large workspace are not recorded. Theirs is freed piece by piece, and their kernels take milliseconds.
+Calls with a large workspace are not recorded: it is better to free their memory piece by piece, and their kernels take
+milliseconds anyway.
 """
 
 from __future__ import annotations
@@ -37,15 +39,15 @@ _Self = TypeVar("_Self")
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
-RECORDS = not INTERPRETED  # the interpreter's tests change the tables between calls
-LARGEST = 32 * 2**20  # bytes of a workspace that is made at once
-KEPT = 1024  # recordings
-ALIGNED = 16  # bytes: Triton compiles a kernel for pointers that are multiples of it, and another for any
-_APART = 256  # bytes: the parts of a workspace are aligned as tensors are
+RECORDS = not INTERPRETED  # under the interpreter, tests change the tables between calls
+LARGEST = 32 * 2**20  # the most bytes of a recorded workspace
+KEPT = 1024  # the most recordings kept
+ALIGNED = 16  # bytes; Triton compiles separate kernels for pointers with and without this alignment
+_APART = 256  # bytes; aligns the parts of a workspace like separate tensors
 
 
 class Place(NamedTuple):
-    """Where a pointer points to: `base` counts the workspace, arguments and outputs."""
+    """The target of a pointer. `base` is its index among the workspace (0), the arguments and the outputs."""
 
     base: int
     offset: int
@@ -57,14 +59,15 @@ class Work:
 
     def __init__(self, device: torch.device, recorded: bool = False, direct: bool | None = None):
         self.device, self.recorded = device, recorded
-        self.direct = direct  # whose kernels to launch, of the two regimes; None: those that the temperature asks for
+        self.direct = direct  # forces the direct or the shifted regime; None: the temperature decides
         self.size = 0  # bytes of workspace so far
-        self.parts: list[tuple[Tensor, int]] = []  # and where each begins. Held here, no two have the same address
+        # The parts of the workspace and their offsets. The references keep two parts from sharing an address.
+        self.parts: list[tuple[Tensor, int]] = []
         self.outputs: list[Tensor] = []
         self.launches: list[tuple[Callable[..., Any], list[Any]]] = []
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """A tensor for what one kernel leaves to the next, not yet written."""
+        """Return an uninitialised tensor that passes values from one kernel to the next."""
         part = torch.empty(shape, dtype=dtype, device=self.device)
         if self.recorded:
             self.parts.append((part, self.size))
@@ -76,15 +79,17 @@ class Work:
         return part
 
     def output(self, *shape: int) -> Tensor:
-        """A float32 tensor that the call returns, not yet written."""
+        """Return an uninitialised float32 tensor that the call will return."""
         output = torch.empty(shape, dtype=torch.float32, device=self.device)
         if self.recorded:
             self.outputs.append(output)
         return output
 
     def launch(self, kernel: Any, grid: tuple[int, ...], **named: Any) -> None:
-        """Launch a kernel with its arguments and Triton's options, all by name. Triton itself is given the arguments in
-        order: binding some forty names takes it 3 us longer."""
+        """Launch a kernel with its arguments and Triton's options, all by name.
+
+        Triton gets the arguments by position: binding some forty names would take 3 us longer.
+        """
         arguments = [named.pop(name) for name in kernel.arg_names]
         compiled = kernel[grid](*arguments, **NO_CONTRACTION, **named)
         if self.recorded:
@@ -93,7 +98,7 @@ class Work:
 
 
 class Recording:
-    """The launches of a call, to be repeated on other tensors like its own."""
+    """The launches of a call, which can be repeated on other tensors of the same kind."""
 
     def __init__(self, work: Work, given: Sequence[Tensor], results: Results):
         self.device, self.size = work.device, work.size
@@ -102,7 +107,7 @@ class Recording:
         if not all(x is None or id(x) in tensors for x in results):
             raise _NotRecordable
         self.results = [None if x is None else tensors[id(x)] for x in results]
-        # What launches are given, each pointer once, and what each of them takes of it.
+        # Collect the arguments of all launches, each pointer once. Each launch then picks its arguments by index.
         told = [x for _, arguments in work.launches for x in arguments]
         places = {id(x): _place(x, tensors, work.parts) for x in told if isinstance(x, Tensor) and x.numel()}
         self.places = list(dict.fromkeys(places.values()))
@@ -117,7 +122,7 @@ class Recording:
         ]
 
     def repeat(self, given: Sequence[Tensor]) -> Results:
-        """Launch it all, and return the results."""
+        """Repeat all launches and return the results."""
         workspace = torch.empty(self.size, dtype=torch.uint8, device=self.device)
         outputs = [torch.empty(shape, dtype=torch.float32, device=self.device) for shape in self.shapes]
         tensors = (workspace, *given, *outputs)
@@ -134,16 +139,16 @@ class Recording:
 
 
 class _NotRecordable(Exception):  # noqa: N818
-    """A pointer or a result that is neither an argument, nor an output, nor in the workspace."""
+    """Raised for a pointer or a result that is neither an argument, nor an output, nor in the workspace."""
 
 
 def _without_memory(x: Any) -> Any:
-    """A constant that holds no memory: an empty tensor is a view of something."""
+    """Return a constant that keeps no memory alive. An empty tensor may be a view, so it is replaced by a new one."""
     return torch.empty(0, dtype=x.dtype, device=x.device) if isinstance(x, Tensor) else x
 
 
 def _place(x: Tensor, tensors: dict[int, int], parts: list[tuple[Tensor, int]]) -> Place:
-    """A pointer's place. Arguments and outputs are known as objects: two may have one address."""
+    """Return a pointer's place. Arguments and outputs are compared by identity, because two may share an address."""
     if id(x) in tensors:
         return Place(tensors[id(x)], 0, x.dtype)
     for part, start in parts:
@@ -153,16 +158,19 @@ def _place(x: Tensor, tensors: dict[int, int], parts: list[tuple[Tensor, int]]) 
 
 
 def _view(base: Tensor, offset: int, dtype: torch.dtype) -> Tensor:
-    """A pointer as the interpreter takes it."""
+    """Return a pointer in the form that the interpreter takes."""
     return base if base.dtype == dtype and not offset else base[offset : offset + dtype.itemsize].view(dtype)
 
 
-_recordings: dict[Hashable, Recording | bool] = {}  # False: such a call was made once; True: it cannot be repeated
+_recordings: dict[Hashable, Recording | bool] = {}  # False: called once so far; True: cannot be recorded
 
 
 def repeated(method: Callable[Concatenate[_Self, Work, _P], _R]) -> Callable[Concatenate[_Self, _P], _R]:
-    """A backend's method, given a `work`, that repeats what it recorded. It runs on its first tensor's device: Triton
-    launches on the current one."""
+    """Return a method of a backend that records its launches and replays them.
+
+    The wrapped method also takes a `Work`. It runs with its first tensor's device as the current device, because Triton
+    launches on the current device.
+    """
 
     @functools.wraps(method)
     def call(self: Any, *arguments: Any) -> Any:
@@ -170,7 +178,7 @@ def repeated(method: Callable[Concatenate[_Self, Work, _P], _R]) -> Callable[Con
         given = [x for x in fields if isinstance(x, Tensor)]
         with torch.cuda.device_of(given[0]):
             if _warming:
-                for direct in (True, False):  # launches alone: where the other regime is right, results are not written
+                for direct in (True, False):  # for the launches only; the results are ignored
                     method(self, Work(given[0].device, direct=direct), *arguments)  # type: ignore[call-arg]
             key = (method.__name__, self.setting(given[0].dtype), *_facts(given, fields)) if RECORDS else None
             if isinstance(recording := _recordings.get(key), Recording):
@@ -191,7 +199,7 @@ _warming = 0
 
 @contextlib.contextmanager
 def warming() -> Iterator[None]:
-    """A block in which every call, of any thread, also launches what it would at any other temperature."""
+    """Return a context in which every call, in any thread, also launches the kernels for all other temperatures."""
     global _warming
     _warming += 1
     try:
@@ -201,22 +209,22 @@ def warming() -> Iterator[None]:
 
 
 def _fields(arguments: Sequence[Any]) -> list[Any]:
-    """The arguments of a method, those that are records field by field."""
+    """Return the arguments of a method, with records expanded into their fields."""
     return [x for argument in arguments for x in (argument if isinstance(argument, tuple) else (argument,))]
 
 
 def _facts(given: Sequence[Tensor], fields: Sequence[Any]) -> Iterator[Hashable]:
-    """What the launches of a method follow from, beside the backend's setting."""
+    """Yield everything that a method's launches depend on, except the backend's settings."""
     yield given[0].device
     objects = [id(x) for x in given]
-    yield tuple(map(objects.index, objects))  # which are one and the same
+    yield tuple(map(objects.index, objects))  # shows which arguments are the same object
     for x in fields:
         yield (x.shape, x.stride(), x.dtype, x.data_ptr() % ALIGNED) if isinstance(x, Tensor) else x
 
 
 def _record(key: Hashable, work: Work, given: Sequence[Tensor], results: Results) -> None:
     made_before = _recordings.pop(key, None) is not None
-    while len(_recordings) >= KEPT:  # a temperature that changes makes a kind of call of each
+    while len(_recordings) >= KEPT:  # a changing temperature makes every call a new kind
         _recordings.pop(next(iter(list(_recordings))), None)
     _recordings[key] = made_before
     if work.recorded:

@@ -1,13 +1,13 @@
-"""Rows in: norms, positives and group ids, and the operands of the matrix units.
+"""Packing of the input rows: norms, positives, group ids, and the operands of the matrix units.
 
     n_i = |z_i|,  u_i = z_i / max(n_i, eps) = r_i x_i,  sim_pos_i = u_i . u_p(i)
 
-x_i is z_i times the power of two that brings its largest element to [1, 2): nothing is rounded, whatever the row's
-length. Half-precision rows that are not normalised stay as they are, and r_i = 1. Float32 is two parts (tiles.py). The
-positives are taken from z itself, in float32.
+x_i is z_i times the power of two that brings its largest element into [1, 2), so nothing is rounded, whatever the row's
+length. Half-precision rows that are not normalised stay as they are, with r_i = 1. float32 rows are stored in two parts
+(tiles.py). The positives are computed from z itself, in float32.
 
-Reads z and its positive twice, writes x: a program owns SPAN rows, the smallest and largest of their ids, the longest
-row and the largest r.
+A program owns SPAN rows. It reads them and their positives twice, and writes x, the smallest and largest id, the
+largest norm and the largest r.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from .launch import Work
 from .tiles import FARTHEST, INTERPRETED, SIZES, in_two_parts, power_of_two
 
 SPAN = 32
-PADDED_ROWS = 256  # every tile's height and width divide it
+PADDED_ROWS = 256  # rows are padded to a multiple of this; every tile's height and width divide it
 
 
 @triton.jit
 def load_stacked(
     first_ptr, second_ptr, row, d, n_first, n, D, stride_first_m, stride_first_d, stride_second_m, stride_second_d
 ):
-    """z of stacked rows, in float32, 0 beyond rows and features."""
+    """Return z of rows of the stacked matrices in float32, with 0 outside the matrices."""
     of_first = (row < n_first) & (row < n)
     of_second = (row >= n_first) & (row < n)
     inside = (d < D)[None, :]
@@ -44,8 +44,11 @@ def load_stacked(
 
 @triton.jit
 def _sum_features(x, SPAN: tl.constexpr):
-    """Sums of at most 64 features of each row, neighbours first. A reduction adds in the order of its layout, which
-    follows the strides of z; a reduction of two numbers has one order."""
+    """Return each row's sum of up to 64 features, added pairwise.
+
+    A longer reduction would add in the order of its layout, which depends on the strides of z. A pair has only one
+    order.
+    """
     for _ in tl.static_range(6):
         if x.shape[1] > 1:
             x = tl.sum(tl.reshape(x, (SPAN, x.shape[1] // 2, 2)), 2)
@@ -62,7 +65,8 @@ def _pack_kernel(
     row = tl.program_id(0) * SPAN + tl.arange(0, SPAN)
     partner = tl.where(row < n_first, row + n_first, row - n_first)
 
-    # Lengths from elements near 1, so that no square leaves the range of float32. A NaN that a maximum drops is in x.
+    # Norms are computed from elements scaled to near 1, so that no square leaves float32's range. The maximum drops a
+    # NaN, but x still contains it.
     largest = tl.zeros((SPAN,), tl.float32)
     of_partner = tl.zeros((SPAN,), tl.float32)
     for start in range(0, DP, BLOCK_D):
@@ -110,7 +114,7 @@ def _pack_kernel(
     root = tl.sqrt_rn(square)
     norm = root * up
     tl.store(norm_ptr + row, norm)
-    # 1 / max(n, eps) in units of the scaled row.
+    # r is 1 / max(n, eps) for the scaled row.
     as_they_are = up if SCALED else tl.full((SPAN,), 1.0, tl.float32)
     r = tl.where(norm > eps, tl.div_rn(1.0, root), up / eps) if NORMALIZE else as_they_are
     r = tl.where(row < n, r, 0.0)
@@ -138,11 +142,12 @@ def _pack_kernel(
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """Stacked rows of one or two matrices as the kernels take them, and the matrices themselves.
+    """The stacked rows of one or two matrices in the form that kernels take, with the matrices themselves.
 
-    `x` is the operand and `lo` its small part (x again where there is none), `r` the factor from x to unit rows, `norm`
-    the lengths, `sim_pos` the positives' similarities; `low` and `high` the smallest and largest id of SPAN rows,
-    `peaks` their largest norm and largest r."""
+    `x` is the operand and `lo` its low part (x again if there is none). `r` is the factor from x to the unit rows,
+    `norm` the rows' norms, and `sim_pos` the similarities to the positives. For every SPAN rows, `low` and `high` are
+    the smallest and largest id, and `peaks` are the largest norm and the largest r.
+    """
 
     first: Tensor
     second: Tensor
@@ -166,11 +171,11 @@ class Packed:
 
     @property
     def unread(self) -> Tensor:
-        """An address for a float32 parameter that a kernel takes and does not use."""
+        """A float32 tensor to pass for a pointer that the kernel does not read."""
         return self.r
 
     def operands(self, side: str) -> dict[str, Any]:
-        """A kernel's arguments `rows_x_ptr` to `n_rows`, or `cols_x_ptr` to `n_cols`."""
+        """Return a kernel's arguments `rows_x_ptr` to `n_rows`, or `cols_x_ptr` to `n_cols`."""
         return {
             f"{side}_x_ptr": self.x, f"{side}_lo_ptr": self.lo, f"{side}_r_ptr": self.r,
             f"{side}_ids_ptr": self.ids, f"{side}_low_ptr": self.low, f"{side}_high_ptr": self.high,
@@ -178,7 +183,7 @@ class Packed:
         }  # fmt: skip
 
     def matrices(self) -> dict[str, Any]:
-        """A kernel's arguments for the matrices that were packed."""
+        """Return a kernel's arguments for the packed matrices."""
         first_m, first_d = self.first.stride()
         second_m, second_d = self.second.stride()
         return {
@@ -199,7 +204,10 @@ def pack_rows(
     eps: float,
     tf32: bool,
 ) -> Packed:
-    """Pack the rows of a matrix, or of two that hold each other's positives; without `ids` a row has its sample's."""
+    """Return the packed rows of one matrix, or of two views that hold each other's positives.
+
+    Without `ids` the id of a row is its index within its matrix.
+    """
     n_first, D = first.shape
     n, DP = n_first + (0 if second is None else second.shape[0]), padded_features(D)
     padded = triton.cdiv(n, PADDED_ROWS) * PADDED_ROWS
@@ -228,5 +236,5 @@ def pack_rows(
 
 
 def padded_features(D: int) -> int:
-    """Features of a packed row: a power of two up to 256, then a multiple of 128."""
+    """Return the number of features of a packed row: a power of two from 16 to 256, beyond that a multiple of 128."""
     return max(16, triton.next_power_of_2(D)) if D <= 256 else triton.cdiv(D, 128) * 128

@@ -1,15 +1,15 @@
-"""gathered and radial (backward.py) of rows with so many features that no program holds the sums of a block of them.
+"""gathered and radial (backward.py) for rows with too many features for a program to hold the sums of a row block.
 
-G goes through memory, two squares at a time, small enough to stay in the second-level cache. `_form_kernel` writes the
-two, one above the other, and `_gather_kernel` multiplies them with their columns and adds to what the rows have from
-the squares before, in a fixed order.
+G goes through memory, two squares at a time, which are small enough to stay in the L2 cache. `_form_kernel` writes the
+two squares, one above the other. `_gather_kernel` multiplies them with their columns and adds the result to the sums
+from the earlier squares, in a fixed order.
 
-    one side    G is symmetric: a square (a, b) above the diagonal is formed once and written twice, transposed for the
-                rows of b. Of the diagonal come two squares at once, (a, a) and (a + 1, a + 1); they come first
-    two sides   (a, b) and (a + 1, b), for the columns' squares b one after the other
+    one side    G is symmetric: a square (a, b) above the diagonal is computed once and written twice, transposed for
+                the rows of b. The squares on the diagonal come first, two at a time: (a, a) and (a + 1, a + 1)
+    two sides   (a, b) and (a + 1, b), for one block of columns b after the other
 
-With u = 2 M^2 D flops for a full product the gradient of one side costs 1.5u. An operand is G_ij r_j, whose factor
-belongs to the contraction: that is why the second copy of a square is written, and not read out of the first.
+With u = 2 M^2 D flops for a full product, the gradient of one side costs 1.5u. An operand is G_ij r_j, and its factor
+r_j depends on the index that is summed over. So the transposed copy has other factors and must be written separately.
 """
 
 from __future__ import annotations
@@ -44,8 +44,10 @@ from .weights import TileWeights
 
 
 class Squares(NamedTuple):
-    """Two squares of G: where the rows and the columns of each begin, whether the second is the first one's mirror
-    image, and whether their rows have sums already."""
+    """Two squares of G, given by their first rows and columns.
+
+    mirrored: the second square is the transpose of the first. add: the rows already have sums, to add to.
+    """
 
     row_0: int
     col_0: int
@@ -66,8 +68,11 @@ def _form_kernel(
     SPLIT: tl.constexpr, TF32: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SPAN: tl.constexpr, PADDED_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of both squares, each of its columns times its r over the largest, and its part of sum_j G_ij s_ij / r_i.
-    The tiles of one column run together, and share x of their rows and columns in the second-level cache."""
+    """Write a tile of G for one or both squares, and its part of sum_j G_ij s_ij / r_i.
+
+    Each column is multiplied by its r divided by the largest. The tiles of one column run together and share x of their
+    rows and columns in the L2 cache.
+    """
     k = load_inverse_temperature(inv_tau, ON_DEVICE)
     if in_direct_range(bounds_ptr, k, log_terms, BOUNDED) == SHIFTED:
         return
@@ -115,9 +120,12 @@ def _gather_kernel(
     SUMS: tl.constexpr, IN_UNITS: tl.constexpr, SPLIT: tl.constexpr, TF32: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Two squares of G times their columns, for a block of rows and features. The blocks of one row run together, and
-    share its G in the second-level cache. There are SUMS sums of each row, the first of them radial. IN_UNITS, each row
-    of a tile of G is multiplied in units of its largest."""
+    """Multiply two squares of G with their columns, for a block of rows and features.
+
+    The blocks of one row run together and share its G in the L2 cache. Each row has SUMS sums, of which the first is
+    radial. With IN_UNITS each row of a tile of G is divided by a power of two near its largest element before the
+    product.
+    """
     down, d = tl.program_id(1) * BLOCK_M, tl.program_id(0) * BLOCK_D
     second = down >= stride_g
     row, first_col = tl.where(second, row_1 - stride_g, row_0) + down, tl.where(second, col_1, col_0)
@@ -159,13 +167,13 @@ def _gather_kernel(
             sums = tl.where(offs_m < n_rows, sums, 0.0)
             if add:
                 sums += tl.load(radial_ptr + i * stride_radial + offs_m)
-                tl.debug_barrier()  # several threads may read a row's sum, and one of them stores it
+                tl.debug_barrier()  # several threads may read a row's sum before one of them stores it
             tl.store(radial_ptr + i * stride_radial + offs_m, sums)
             tl.store(radial_parts_ptr + i * tl.cdiv(n_rows, BLOCK_M) + row // BLOCK_M, tl.sum(sums))
 
 
 def schedule(n_rows: int, n_cols: int, edge: int, one_side: bool) -> Iterator[Squares]:
-    """All of G, in squares."""
+    """Yield all of G, two squares at a time."""
     if one_side:
         for row in range(0, n_rows, 2 * edge):
             yield Squares(row, row, row + edge, row + edge, mirrored=False, add=False)
@@ -179,7 +187,7 @@ def schedule(n_rows: int, n_cols: int, edge: int, one_side: bool) -> Iterator[Sq
 
 
 def gather(sides: Sides, weights: TileWeights) -> Gathered:
-    """gathered and radial of the rows."""
+    """Return gathered and radial of the rows."""
 
     def form(grid: tuple[int, int], **given: Any) -> None:
         for shifted in sides.shifts():
@@ -204,8 +212,10 @@ def gather_formed(
     sums: int = 1,
     in_units: bool = False,
 ) -> Gathered:
-    """What the rows gather of squares of G that `form` writes, in the table's `tiles`, and so many sums of each row, of
-    which the first is radial."""
+    """Return gathered, and `sums` sums of each row, of which the first is radial.
+
+    `form` launches a kernel that writes two squares of G. `tiles` names its tiles in the table.
+    """
     rows, cols, new = sides.rows, sides.cols, sides.work.empty
     tile, multiply = config.tile(tiles, rows), config.tile("gather", rows)
     multiprocessors = config.multiprocessors(rows.x.device)
@@ -216,7 +226,7 @@ def gather_formed(
     gathered = Gathered(
         new(1, *rows.x.shape), new(sums, rows.x.shape[0]), new(sums, triton.cdiv(rows.n, multiply.block_m))
     )
-    padded_cols = triton.cdiv(cols.n, PADDED_ROWS) * PADDED_ROWS  # what `form` goes up to
+    padded_cols = triton.cdiv(cols.n, PADDED_ROWS) * PADDED_ROWS  # `form` writes this many columns in all
     for squares in schedule(rows.n, cols.n, edge, sides.one_side):
         places = {"row_0": squares.row_0, "col_0": squares.col_0, "row_1": squares.row_1, "col_1": squares.col_1}
         written = 2 if squares.mirrored or squares.row_1 < rows.n else 1

@@ -1,9 +1,9 @@
-"""The rows and the columns of a call, and the regime in which kernels form their logits.
+"""The rows and the columns of a call, and the regime in which kernels exponentiate the logits.
 
-Direct, kernels form exp(k s) itself. Shifted, they subtract a maximum (forward) or nu (backward) first, because
-exp(k s) would leave float32's range. Every kernel asks `in_direct_range` which of the two it is. Where the host knows
-the answer it launches one kernel; where only the device knows (rows of any length, or a temperature on the device), it
-launches both, and one of them returns at once.
+In the direct regime kernels compute exp(k s) itself. In the shifted regime exp(k s) would leave float32's range, so
+they first subtract a maximum (forward) or nu (backward). Every kernel asks `in_direct_range` which regime applies. If
+the host knows the answer, it launches one kernel. If only the device knows (rows that are not normalised, or a
+temperature on the device), it launches both, and one of them returns at once.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from .tiles import DIRECT_LIMIT, INTERPRETED, SIZES, max_of_parts
 
 @triton.jit
 def in_direct_range(bounds_ptr, k, log_terms, BOUNDED: tl.constexpr):
-    """Whether no logit leaves the range of exp. Unit rows have |s| <= 1; otherwise (BOUNDED) bounds has max|s|."""
+    """Return whether exp of every logit stays in range. Unit rows have |s| <= 1; with BOUNDED, max|s| is loaded."""
     bound = tl.load(bounds_ptr) if BOUNDED else 1.0
     return k * bound + log_terms < DIRECT_LIMIT
 
 
 @triton.jit
 def largest_scale(bounds_ptr, BOUNDED: tl.constexpr):
-    """An upper bound of the columns' r: 1 for normalised rows, whose largest x is 1 or more."""
+    """Return an upper bound of the columns' r. It is 1 for normalised rows, whose largest x is at least 1."""
     return tl.load(bounds_ptr + 1) if BOUNDED else 1.0
 
 
 @triton.jit
 def load_inverse_temperature(inv_tau, ON_DEVICE: tl.constexpr):
-    """k, from device memory or as it was passed."""
+    """Return k, loaded from device memory or as passed."""
     return tl.load(inv_tau) if ON_DEVICE else inv_tau
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _bounds_kernel(rows_peaks_ptr, cols_peaks_ptr, bounds_ptr, n_rows_peaks, n_cols_peaks):
-    """For either side: max|u_i| max|v_j|, and the largest r of the other side."""
+    """Write max|u_i| max|v_j| and the largest r of the other side, once for each side."""
     longest = max_of_parts(rows_peaks_ptr, n_rows_peaks) * max_of_parts(cols_peaks_ptr, n_cols_peaks)
     tl.store(bounds_ptr, longest)
     tl.store(bounds_ptr + 1, max_of_parts(cols_peaks_ptr + n_cols_peaks, n_cols_peaks))
@@ -52,8 +52,10 @@ def _bounds_kernel(rows_peaks_ptr, cols_peaks_ptr, bounds_ptr, n_rows_peaks, n_c
 
 
 class Limits(NamedTuple):
-    """Of each row and of each column the largest similarity that its sum takes: `scale` times these numbers, and
-    `shift`."""
+    """The largest similarity that counts in the sum of each row and of each column.
+
+    It is `scale` times the given number plus `shift`.
+    """
 
     of_rows: Tensor
     of_cols: Tensor
@@ -61,14 +63,17 @@ class Limits(NamedTuple):
     shift: float = 0.0
 
     def swapped(self) -> Limits:
-        """The same for rows and columns exchanged."""
+        """Return the limits with rows and columns exchanged."""
         return self._replace(of_rows=self.of_cols, of_cols=self.of_rows)
 
 
 @dataclass(frozen=True, eq=False)
 class Sides:
-    """Packed rows against packed columns, or one side against itself; and what decides the regime. `bounds` holds
-    max|s| and the largest r of the columns, `swapped_bounds` the same with rows and columns exchanged."""
+    """Packed rows against packed columns, or one side against itself, with the quantities that decide the regime.
+
+    `bounds` holds max|s| and the largest r of the columns. `swapped_bounds` holds the same with rows and columns
+    exchanged.
+    """
 
     work: Work
     rows: Packed
@@ -83,12 +88,12 @@ class Sides:
         return self.cols is self.rows
 
     def swapped(self) -> Sides:
-        """The columns as rows, and the rows as columns."""
+        """Return the same call with rows and columns exchanged."""
         limits = self.limits and self.limits.swapped()
         return Sides(self.work, self.cols, self.rows, self.inv_tau, self.swapped_bounds, self.bounds, limits)
 
     def each(self) -> list[Sides]:
-        """The call as each of its sides sees it, that side being the rows."""
+        """Return one `Sides` for each side of the call, with that side as the rows."""
         return [self] if self.one_side else [self, self.swapped()]
 
     @property
@@ -98,8 +103,10 @@ class Sides:
 
     @property
     def log_terms(self) -> float:
-        """The logarithm of the number of terms in the longest sum. Where there are limits it is not within any range:
-        their kernels have one regime, shifted."""
+        """The logarithm of the number of terms in the longest sum.
+
+        With limits it is infinite, which selects the shifted regime: kernels with limits have no other.
+        """
         return math.log(self.longer) if self.limits is None else math.inf
 
     @property
@@ -113,22 +120,23 @@ class Sides:
         return isinstance(self.inv_tau, Tensor)
 
     def may_be(self, *, direct: bool) -> bool:
-        """Whether this regime's kernels have to be launched: both, where only the device knows."""
+        """Return whether the kernels of this regime must be launched: those of both if only the device knows."""
         if self.limits is not None:
             return not direct
         if self.bounded or self.on_device:
             return True
         if self.work.direct is not None:
             return self.work.direct == direct
-        margin = DIRECT_LIMIT.value - (self.inv_tau + self.log_terms)  # which the device may round to the other side
+        # Near 0 the device may round the margin to the other sign, so both regimes are launched.
+        margin = DIRECT_LIMIT.value - (self.inv_tau + self.log_terms)
         return (margin > 0) == direct or abs(margin) < 1e-3
 
     def shifts(self) -> list[bool]:
-        """The SHIFTED of kernels that have to be launched."""
+        """Return the values of SHIFTED for which a kernel must be launched."""
         return [shifted for shifted in (False, True) if self.may_be(direct=not shifted)]
 
     def temperature_and_bounds(self) -> dict[str, Any]:
-        """A kernel's arguments for k and the largest r of the columns."""
+        """Return a kernel's arguments for k and the largest r of the columns."""
         return {
             "inv_tau": self.inv_tau,
             "bounds_ptr": self.bounds,
@@ -137,31 +145,33 @@ class Sides:
         }
 
     def regime(self) -> dict[str, Any]:
-        """A kernel's arguments for the choice of the regime, those of `temperature_and_bounds` among them."""
+        """Return a kernel's arguments for choosing the regime, including those of `temperature_and_bounds`."""
         return {**self.temperature_and_bounds(), "log_terms": self.log_terms}
 
     def tiles_as(self, kernel: str) -> str:
-        """Whose tiles a kernel takes: where there are limits, those of its variant."""
+        """Return the kernel name to look up in the table: with limits the kernel's variant, else `kernel` itself."""
         return kernel if self.limits is None else config.VARIANTS[kernel]
 
     def limits_of(self, *names: str) -> dict[str, Any]:
-        """A kernel's arguments for the limits of its "rows" and of its "cols"."""
+        """Return a kernel's arguments for the limits of the named sides, "rows" or "cols"."""
         limits = self.limits or Limits(self.rows.unread, self.cols.unread)
         given = {"rows": limits.of_rows, "cols": limits.of_cols}
         numbers = {"limit_scale": limits.scale, "limit_shift": limits.shift, "LIMITED": self.limits is not None}
         return {**{f"{name}_limits_ptr": given[name] for name in names}, **numbers}
 
     def modes(self) -> dict[str, Any]:
-        """A kernel's constants for how operands are multiplied."""
+        """Return a kernel's constants for the way operands are multiplied."""
         return {"SPLIT": config.split(self.rows), "TF32": self.rows.tf32, "UPCAST": INTERPRETED}
 
 
 def make_sides(work: Work, rows: Packed, cols: Packed, inv_tau: float | Tensor, limits: Limits | None = None) -> Sides:
-    """Rows and columns of a call, which are one object where there is one side. Launches a kernel where only the device
-    knows how long the rows are."""
+    """Return the rows and columns of a call, which are the same object if there is one side.
+
+    If the rows are not normalised, this launches a kernel that finds the bounds.
+    """
     if rows.normalize:
         return Sides(work, rows, cols, inv_tau, rows.unread, cols.unread, limits)
-    both = work.empty(2, 4)  # rows of 16 bytes: aligned, for one compiled kernel
+    both = work.empty(2, 4)  # each row has 16 bytes, so both are aligned and use the same compiled kernel
     work.launch(
         _bounds_kernel, (1,), rows_peaks_ptr=rows.peaks, cols_peaks_ptr=cols.peaks, bounds_ptr=both,
         n_rows_peaks=rows.peaks.shape[1], n_cols_peaks=cols.peaks.shape[1], num_warps=4,
@@ -171,5 +181,5 @@ def make_sides(work: Work, rows: Packed, cols: Packed, inv_tau: float | Tensor, 
 
 
 def unbounded_sides(work: Work, rows: Packed, cols: Packed, inv_tau: float | Tensor) -> Sides:
-    """The same for kernels that have one regime alone."""
+    """Return the rows and columns of a call for kernels that have only one regime and need no bounds."""
     return Sides(work, rows, cols, inv_tau, bounds=rows.unread, swapped_bounds=cols.unread)

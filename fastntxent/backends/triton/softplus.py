@@ -1,20 +1,20 @@
-"""Sums of softplus over pairs with their gradients, the core of sigmoid losses.
+"""Sums of softplus over pairs and their gradients, the core of sigmoid losses.
 
     x_ij = k s_ij + b      y_ij = 1 between groups, -1 within one
-    sum_i = sum_j log(1 + exp(y_ij x_ij))      over other groups, and with POSITIVES over the rest of the row's own
+    sum_i = sum_j log(1 + exp(y_ij x_ij))      over other groups, and with POSITIVES also over the rest of i's group
 
-No sum over a row has to be known before its gradient, so one pass forms a tile of x and takes both from it. For weights
-a_i of the rows' sums and c_j of the columns', of one side a_j:
+The gradient does not depend on a row's sum, so one pass computes both from each tile of x. With weights a_i of the
+rows' sums and c_j of the columns' sums (a_j if there is one side):
 
     G_ij = (a_i + c_j) y_ij sigmoid(y_ij x_ij)      gathered_i = sum_j G_ij u_j      radial_i = sum_j G_ij s_ij
 
-`unpack.py` makes the gradients of these, and d/db is the sum of G (of one side half of it). A program owns a block of
-rows, and goes through all columns or a part of them; of two sides each owns its rows once, for its own gradient. With
-u = 2 M K D flops that is u for the values alone, 2u for one side, 4u for both gradients of two. Where the sums of a
-block of rows do not fit, G goes through memory (panels.py).
+`unpack.py` turns these into gradients. d/db is the sum of G, or half of it if there is one side. A program owns a block
+of rows and processes all columns or a part of them. With two sides, each side's gradient takes a launch in which that
+side provides the rows. With u = 2 M K D flops the cost is u for the values alone, 2u with the gradient of one side, and
+4u with the gradients of two. If the sums of a row block do not fit into registers, G goes through memory (panels.py).
 
-G may be small everywhere, and how small is not known beforehand. So as a float16 operand each row of a tile is in units
-of a power of two from its own largest G, and the tile's product joins the sum in an ordinary multiply-add.
+G may be tiny everywhere, and its scale is not known beforehand. So if G becomes a float16 operand, each row of a tile
+is divided by a power of two near its largest G, and a multiply-add of the tile's product into the sum restores it.
 """
 
 from __future__ import annotations
@@ -51,22 +51,22 @@ from .tiles import (
 )
 from .unpack import Gathered
 
-LANES = tl.constexpr(8)  # sums of a row in the loop: mma and wgmma leave every eighth column in one thread
-SUMS = tl.constexpr(3)  # of a row in a panel: radial, of softplus, of G
-ENDED = 128  # rows of a program of `_end_kernel`
+LANES = tl.constexpr(8)  # partial sums per row in the loop: with mma and wgmma, columns 8 apart lie in one thread
+SUMS = tl.constexpr(3)  # sums per row in a panel: radial, the sum of softplus, and the sum of G
+ENDED = 128  # rows per program of `_end_kernel`
 
 
 @triton.jit
 def _then(polynomial, e, coefficient: tl.constexpr):
-    """Horner's next step."""
+    """Return polynomial * e + coefficient, a step of Horner's scheme."""
     return tl.fma(polynomial, e, tl.full(e.shape, coefficient, tl.float32))
 
 
 @triton.jit
 def softplus(x):
-    """log(1 + exp(x)) to its own relative accuracy, and its slope 1 / (1 + exp(-x))."""
+    """Return log(1 + exp(x)) to full relative accuracy, and its slope 1 / (1 + exp(-x))."""
     e = tl.exp2(-tl.abs(x) * LOG2_E)
-    # log(1 + e) / e on [0, 1], with the least relative error that a polynomial of this degree can have: 3e-8.
+    # The minimax polynomial of this degree for log(1 + e) / e on [0, 1]; its relative error is 3e-8.
     series = _then(tl.full(x.shape, 0.0052326940931379795, tl.float32), e, -0.02950523979961872)
     series = _then(series, e, 0.07822595536708832)
     series = _then(series, e, -0.13663245737552643)
@@ -76,7 +76,7 @@ def softplus(x):
     series = _then(series, e, -0.4999949336051941)
     series = _then(series, e, 0.9999999403953552)
     inverse = 1.0 / (1.0 + e)
-    # A NaN that the maximum drops is in e.
+    # The maximum drops a NaN, but e still contains it.
     return tl.fma(e, series, tl.maximum(x, 0.0)), tl.where(x > 0, inverse, e * inverse)
 
 
@@ -86,7 +86,10 @@ def softplus_of_pairs(
     MASKED: tl.constexpr, POSITIVES: tl.constexpr, ONE_SIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """log(1 + exp(y x)) and y sigmoid(y x) of a tile of x_i . x_j. Without MASKED all pairs are between groups."""
+    """Return log(1 + exp(y x)) and y sigmoid(y x), given s, a tile of products of packed rows.
+
+    Without MASKED all pairs must be between groups.
+    """
     x = tl.fma(s * r_n[None, :], tl.broadcast_to((r_m * k)[:, None], s.shape), tl.full(s.shape, 0.0, tl.float32) + b)
     if MASKED:
         counted = apart(rows_ids_ptr, cols_ids_ptr, row, col, n_rows, n_cols, BLOCK_M, BLOCK_N)
@@ -108,7 +111,7 @@ def softplus_of_pairs(
 
 @triton.jit
 def _in_lanes(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Sums of every eighth column: a thread's own, no shuffle in the loop."""
+    """Return each row's partial sums over every eighth column. These lie in one thread, so no shuffle is needed."""
     return tl.sum(tl.reshape(tile, (BLOCK_M, BLOCK_N // LANES, LANES)), 1)
 
 
@@ -120,7 +123,7 @@ def _add_pairs(
     POSITIVES: tl.constexpr, ONE_SIDE: tl.constexpr, SPLIT: tl.constexpr, TF32: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr,
 ):  # fmt: skip
-    """gathered, radial, and the sums of softplus and of G, with some tiles."""
+    """Return gathered, radial, and the sums of softplus and of G, with some tiles of columns added."""
     for tile in range(tiles):
         col = column_of_tile(tile, order, BLOCK_N)
         offs_n = col + tl.arange(0, BLOCK_N)
@@ -212,7 +215,7 @@ def _pairs_kernel(
     if GRADIENT:
         tl.store(slopes_ptr + program, tl.sum(tl.where(inside, tl.sum(slopes, 1), 0.0)))
         dots = tl.sum(radial, 1)
-        if SPLIT:  # G has 22 bits: radial is what was gathered times x
+        if SPLIT:  # G has 22 bits, enough to compute radial as x times gathered
             dots = add_dots(dots, gathered, rows_x_ptr, rows_lo_ptr, row, part_cols, BLOCK_M, BLOCK_D, SPLIT)
         dots = tl.where(inside, dots * r_m, 0.0)
         tl.store(radial_ptr + part * stride_radial + offs_m, dots)
@@ -227,7 +230,7 @@ def _end_kernel(
     planes_ptr, totals_ptr, slopes_ptr, sums_ptr, loss_ptr, d_bias_ptr, n, n_planes, n_totals, stride_plane,
     factor, loss_factor, BY_ROW: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The rows' sums, from the parts of their columns; the first program's also the loss and d/db."""
+    """Add up the rows' sums over the parts of the columns. The first program also writes the loss and d/db."""
     if tl.program_id(0) == 0:
         tl.store(loss_ptr, sum_of_parts(totals_ptr, n_totals) * loss_factor)
         if GRADIENT:
@@ -253,8 +256,10 @@ def _form_pairs_kernel(
     SPLIT: tl.constexpr, TF32: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SPAN: tl.constexpr, PADDED_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of both squares of G (panels.py), each of its columns times its r, and its part of radial, of the sums of
-    softplus and of those of G."""
+    """Write a tile of G for one or both squares (panels.py), with each column multiplied by its r.
+
+    Also write the tile's part of radial, of the sums of softplus and of the sums of G.
+    """
     k, b = load_inverse_temperature(inv_tau, ON_DEVICE), tl.load(bias) if BIAS_ON_DEVICE else bias
     down, across = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
     second = down >= stride_g
@@ -301,8 +306,10 @@ def _form_pairs_kernel(
 
 
 class Pairs(NamedTuple):
-    """The bias of a call's logits, whether pairs of one group count, and the weights of the rows' sums and of the
-    columns'; None where every pair has the weight 1."""
+    """The bias of the logits, whether pairs within a group count, and the weights of the rows' and the columns' sums.
+
+    The weights are None if every pair has weight 1.
+    """
 
     bias: float | Tensor
     positives: bool
@@ -310,12 +317,12 @@ class Pairs(NamedTuple):
     of_cols: Tensor | None = None
 
     def swapped(self) -> Pairs:
-        """The same for rows and columns exchanged."""
+        """Return the same with rows and columns exchanged."""
         return self._replace(of_rows=self.of_cols, of_cols=self.of_rows)
 
 
 class Formed(NamedTuple):
-    """The rows' sums in P parts (P, rows), parts of their total and of the sum of G, and what the rows gathered."""
+    """The rows' sums in P parts (P, rows), partial sums of their total and of G, and the rows' `Gathered`."""
 
     sums: Tensor
     totals: Tensor
@@ -324,7 +331,7 @@ class Formed(NamedTuple):
 
 
 def form_pairs(sides: Sides, pairs: Pairs, *, gradient: bool) -> Formed:
-    """The rows' sums and, if `gradient`, what they gather."""
+    """Return the rows' sums and, if `gradient`, their `Gathered`."""
     if gradient and config.choose("pairs", sides.rows) is None:
         return _form_in_panels(sides, pairs)
     rows, cols, new = sides.rows, sides.cols, sides.work.empty
@@ -354,12 +361,12 @@ def form_pairs(sides: Sides, pairs: Pairs, *, gradient: bool) -> Formed:
 
 
 def _form_in_panels(sides: Sides, pairs: Pairs) -> Formed:
-    """The rows' sums and what they gather, of rows with many features."""
+    """Return the rows' sums and their `Gathered`, for rows with many features."""
 
     def form(grid: tuple[int, int], **given: Any) -> None:
         sides.work.launch(_form_pairs_kernel, grid, **given, **_pair_arguments(sides, pairs))
 
-    of_half = sides.rows.x.dtype == torch.float16  # also of float32 rows, which are two parts
+    of_half = sides.rows.x.dtype == torch.float16  # true also for float32 rows, stored as two float16 parts
     dtype = torch.float32 if of_half else sides.rows.x.dtype
     found = panels.gather_formed(sides, form, dtype, tiles="form_pairs", sums=SUMS.value, in_units=of_half)
     _, totals, slopes = found.radial_parts.unbind()
@@ -368,7 +375,7 @@ def _form_in_panels(sides: Sides, pairs: Pairs) -> Formed:
 
 
 def _pair_arguments(sides: Sides, pairs: Pairs) -> dict[str, Any]:
-    """A kernel's arguments for the weights of pairs, and for their logits."""
+    """Return a kernel's arguments for the weights and the logits of pairs."""
     return {
         "rows_w_ptr": sides.rows.unread if pairs.of_rows is None else pairs.of_rows,
         "cols_w_ptr": sides.cols.unread if pairs.of_cols is None else pairs.of_cols,
@@ -383,7 +390,7 @@ def _pair_arguments(sides: Sides, pairs: Pairs) -> dict[str, Any]:
 
 
 class Ends(NamedTuple):
-    """The rows' sums, a factor times the total of them, and d/db; what was not asked for is not written."""
+    """The rows' sums, their total times a factor, and d/db. Results that were not requested are not written."""
 
     sums: Tensor
     loss: Tensor
@@ -393,7 +400,7 @@ class Ends(NamedTuple):
 def end_pairs(
     sides: Sides, formed: Formed, *, sums: bool, gradient: bool, weight: float = 1.0, loss_weight: float = 1.0
 ) -> Ends:
-    """Add the parts up. `weight` is a factor of G, `loss_weight` one of the sums' total."""
+    """Return the totals over all parts. `weight` multiplies G, and `loss_weight` multiplies the total of the sums."""
     rows, output = sides.rows, sides.work.output
     found = Ends(output(rows.n) if sums else rows.unread, output(), output())
     sides.work.launch(

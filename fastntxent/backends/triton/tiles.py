@@ -1,23 +1,24 @@
-"""What the kernels share: operands and their products, the mask, weights of a tile.
+"""Functions that the kernels share: operands and their products, the mask, and the weights of a tile.
 
-Rows are packed (pack.py) as u_i = r_i x_i: x in the type the matrix units take, r a float32. A similarity is then
-s_ij = r_i r_j (x_i . x_j), of a product that is exact but for its float32 sum. Padding rows and features are zero. In
-the backward a column of G counts r_j over the largest r: of rows that are not normalised, those more than 2^14 times
-shorter than the longest lose digits of their part in the others' gradients, at 2^20 all but four.
+Rows are packed (pack.py) as u_i = r_i x_i, with x in the dtype of the matrix units and r in float32. A similarity is
+s_ij = r_i r_j (x_i . x_j), whose only rounding is in the float32 sum of the product. Padding rows and features are
+zero. In the backward, a column of G has the factor r_j divided by the largest r. With rows that are not normalised,
+a row more than 2^14 times shorter than the longest therefore loses digits in its contribution to the other gradients;
+at 2^20 only four are left.
 
-Operands (the constexpr SPLIT and the dtype of x):
-    float16, bfloat16   x is z itself, up to a power of two: one product
-    float32             x = hi + lo in float16, whose largest element is near 1: 22 bits of mantissa, as good as float32
-                        (two parts of bfloat16 hold 16, and ten times the error), and the three products that matter
-    float32, TF32       x in float32, one product in TF32: where PyTorch's setting allows it
+Operands (selected by the constexpr SPLIT and the dtype of x):
+    float16, bfloat16   x is z times a power of two: one product
+    float32             x = hi + lo in float16, with the largest element near 1: 22 bits of mantissa, as good as float32
+                        (two bfloat16 parts hold 16 bits and have ten times the error); the three largest products
+    float32, TF32       x in float32: one product in TF32, if PyTorch's setting allows it
 
-Tensor cores round toward zero, and a long sum in them drifts. For float32 rows they add 64 features of a similarity, or
-the columns of one tile of a gradient, in a fresh accumulator; ordinary additions, which round to nearest, go on from
-there. So operands are held in pieces of 64 features. Half precision, whose own error is larger, has a single piece. The
-constexpr SPLIT is 0 where x has one part; where it has two, it is how many products the chip adds before it rounds
-(config.py).
+Tensor cores round toward zero, so long sums in them drift. For float32 rows they add only 64 features of a similarity,
+or the columns of one tile of a gradient, in a fresh accumulator. Ordinary additions, which round to nearest, combine
+these partial sums. For this purpose operands are split into pieces of 64 features. Half precision has a larger error
+anyway and uses a single piece. The constexpr SPLIT is 0 if x has one part; if it has two, SPLIT is the number of
+products that the chip adds before it rounds (config.py).
 
-The interpreter multiplies the bit patterns of bfloat16: there (UPCAST) they are widened before a product.
+The interpreter would multiply the bit patterns of bfloat16 numbers, so with UPCAST they are widened before a product.
 """
 
 import torch
@@ -28,7 +29,7 @@ from .. import ranges
 
 DIRECT_LIMIT = tl.constexpr(ranges.DIRECT_LIMIT[torch.float32])
 LOG2_E = tl.constexpr(1.4426950408889634)
-# Numbers that change from batch to batch: a kernel compiled for one value serves every other.
+# Arguments that change from batch to batch. Kernels are not specialised for their values.
 SIZES = [
     "n", "n_rows", "n_cols", "n_first", "n_peaks", "n_dots", "n_planes", "n_gathered", "n_radial",
     "n_rows_peaks", "n_cols_peaks", "squares", "edge", "part_cols", "middle", "stride_peaks",
@@ -36,13 +37,13 @@ SIZES = [
 ]  # fmt: skip
 SUMMED = tl.constexpr(64)  # features of float32 rows that the matrix units add in one accumulator
 TINY = tl.constexpr(1.1754943508222875e-38)  # the smallest normal float32
-FARTHEST = tl.constexpr(0x7FFFFFFFFFFFFFFF)  # no id is farther from zero
-AT_ONCE = tl.constexpr(1024)  # numbers of other programs that a program reads at once
+FARTHEST = tl.constexpr(0x7FFFFFFFFFFFFFFF)  # the largest int64
+AT_ONCE = tl.constexpr(1024)  # partial results that a program reads at once
 
 
 @triton.jit
 def max_of_parts(values_ptr, n):
-    """The largest of what programs found, at least 0."""
+    """Return the maximum of n partial results, at least 0."""
     offs = tl.arange(0, AT_ONCE)
     found = tl.zeros((AT_ONCE,), tl.float32)
     for first in range(0, n, AT_ONCE):
@@ -52,7 +53,7 @@ def max_of_parts(values_ptr, n):
 
 @triton.jit
 def sum_of_parts(values_ptr, n):
-    """The sum of what programs found, always in the same order."""
+    """Return the sum of n partial results, in a fixed order."""
     offs = tl.arange(0, AT_ONCE)
     found = tl.zeros((AT_ONCE,), tl.float32)
     for first in range(0, n, AT_ONCE):
@@ -62,14 +63,14 @@ def sum_of_parts(values_ptr, n):
 
 @triton.jit
 def load_rows(x_ptr, first_row, d, DP, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Features [d, d + BLOCK_D) of rows [first_row, first_row + ROWS) of a packed matrix."""
+    """Return features [d, d + BLOCK_D) of rows [first_row, first_row + ROWS) of a packed matrix."""
     first = x_ptr + tl.cast(first_row, tl.int64) * DP + d
     return tl.load(first + tl.arange(0, ROWS)[:, None] * DP + tl.arange(0, BLOCK_D)[None, :])
 
 
 @triton.jit
 def store_rows(out_ptr, values, first_row, d, DP, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The same place of a matrix of that shape."""
+    """Write features [d, d + BLOCK_D) of rows [first_row, first_row + ROWS) of a matrix in the packed shape."""
     offs_m = (first_row + tl.arange(0, ROWS)).to(tl.int64)
     offs_d = d + tl.arange(0, BLOCK_D)
     tl.store(out_ptr + offs_m[:, None] * DP + offs_d[None, :], values)
@@ -77,7 +78,7 @@ def store_rows(out_ptr, values, first_row, d, DP, ROWS: tl.constexpr, BLOCK_D: t
 
 @triton.jit
 def load_pieces(x_ptr, lo_ptr, first_row, d, DP, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr):
-    """The same rows and features as pieces of an operand: x and its small part."""
+    """Return the rows and features of `load_rows` as pieces of an operand, each a pair of x and its low part."""
     WIDTH: tl.constexpr = SUMMED if SPLIT and BLOCK_D > SUMMED else BLOCK_D
     pieces = ()
     for i in tl.static_range(BLOCK_D // WIDTH):
@@ -90,11 +91,12 @@ def load_pieces(x_ptr, lo_ptr, first_row, d, DP, ROWS: tl.constexpr, BLOCK_D: tl
 def add_product(
     acc, a, a_lo, b, b_lo, SPLIT: tl.constexpr, TF32: tl.constexpr, UPCAST: tl.constexpr, SAME: tl.constexpr = False
 ):
-    """acc + a b. Of two parts, the three products that matter are added apart from acc, the largest last.
+    """Return acc + a b. With two parts the three largest products are summed apart from acc, the largest one last.
 
-    Each block of products cuts half a unit in the last place off the sum so far, on average. B blocks cut off
-    0.18 (B + 1) units of 2^-23 of the whole. They are put back when the sum joins acc, by a multiply-add that no
-    compiler folds into the product. SAME: rows and columns exchanged have the same bits."""
+    On average each block of products truncates half a unit in the last place of the sum so far. B blocks lose
+    0.18 (B + 1) units of 2^-23 of the whole. The multiply-add that adds the sum to acc compensates for this loss, and
+    no compiler folds it into the product. With SAME the result is bitwise the same if rows and columns are exchanged.
+    """
     if UPCAST and a.dtype == tl.bfloat16:
         a, b = a.to(tl.float32), b.to(tl.float32)
     if SPLIT:
@@ -108,8 +110,11 @@ def add_product(
 
 @triton.jit
 def transposed(pieces):
-    """Pieces of rows as columns. For an operand that stays through a loop it must be called before the loop: inside,
-    Triton would copy it to shared memory for every tile."""
+    """Return pieces of rows as columns.
+
+    If an operand stays the same throughout a loop, call this before the loop. Inside the loop Triton would copy the
+    operand to shared memory for every tile.
+    """
     columns = ()
     for i in tl.static_range(len(pieces)):
         x, lo = pieces[i]
@@ -121,7 +126,7 @@ def transposed(pieces):
 def add_products(
     s, rows, columns, SPLIT: tl.constexpr, TF32: tl.constexpr, UPCAST: tl.constexpr, SAME: tl.constexpr = False
 ):
-    """s + rows times columns over the features of some pieces."""
+    """Return s + rows times columns, over the features of the given pieces."""
     for i in tl.static_range(len(rows)):
         a, a_lo = rows[i]
         b, b_lo = columns[i]
@@ -133,14 +138,14 @@ def add_products(
 def add_similarities(
     s, rows, cols, SPLIT: tl.constexpr, TF32: tl.constexpr, UPCAST: tl.constexpr, SAME: tl.constexpr = False
 ):
-    """s + x_i . x_j over the features of some pieces."""
+    """Return s + x_i . x_j, over the features of the given pieces."""
     return add_products(s, rows, transposed(cols), SPLIT, TF32, UPCAST, SAME)
 
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr, UPCAST: tl.constexpr):
-    """x in a narrower type, to nearest: the interpreter would truncate to bfloat16."""
-    if UPCAST and (dtype == tl.bfloat16 and x.dtype == tl.float32):  # Triton 3.3 has no chains of `and`
+    """Return x in a narrower dtype, rounded to nearest. The interpreter's own cast to bfloat16 would truncate."""
+    if UPCAST and (dtype == tl.bfloat16 and x.dtype == tl.float32):  # Triton 3.3 does not support chained `and`
         bits = x.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
         x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
@@ -149,7 +154,7 @@ def rounded(x, dtype: tl.constexpr, UPCAST: tl.constexpr):
 
 @triton.jit
 def power_of_two(largest):
-    """1 / 2^e for largest in [2^e, 2^(e + 1)), kept normal, and 2^e."""
+    """Return 2^-e and 2^e for `largest` in [2^e, 2^(e + 1)), with e limited so that both are normal numbers."""
     exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 0xFF
     exponent = tl.minimum(tl.maximum(exponent, 1), 253)
     return ((254 - exponent) << 23).to(tl.float32, bitcast=True), (exponent << 23).to(tl.float32, bitcast=True)
@@ -157,7 +162,7 @@ def power_of_two(largest):
 
 @triton.jit
 def in_two_parts(x, dtype: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr):
-    """Float32 numbers as an operand: x, or if SPLIT the sum of two parts."""
+    """Return float32 numbers as an operand: two parts with the sum x if SPLIT, else x twice."""
     high = rounded(x, dtype, UPCAST)
     if SPLIT:
         return high, rounded(x - high.to(tl.float32), dtype, UPCAST)
@@ -166,7 +171,10 @@ def in_two_parts(x, dtype: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constex
 
 @triton.jit
 def in_units(g, dtype: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr):
-    """An operand whose rows may all be small: each in units of a power of two from its largest; and the units."""
+    """Return an operand whose rows may be tiny, and its units.
+
+    Each row is divided by its unit, the largest power of two up to its largest element.
+    """
     down, up = power_of_two(tl.max(tl.abs(g), 1))
     high, low = in_two_parts(g * down[:, None], dtype, SPLIT, UPCAST)
     return high, low, up
@@ -174,7 +182,7 @@ def in_units(g, dtype: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr):
 
 @triton.jit
 def add_in_units(acc, a, a_lo, units, b, b_lo, SPLIT: tl.constexpr, TF32: tl.constexpr, UPCAST: tl.constexpr):
-    """acc + a b of such an operand."""
+    """Return acc + a b, for an operand a from `in_units`."""
     found = add_product(tl.zeros(acc.shape, tl.float32), a, a_lo, b, b_lo, SPLIT, TF32, UPCAST)
     return tl.fma(found, tl.broadcast_to(units[:, None], acc.shape), acc)
 
@@ -185,7 +193,7 @@ def similarities(
     SPLIT: tl.constexpr, TF32: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SAME: tl.constexpr = False,
 ):  # fmt: skip
-    """x_i . x_j of a tile, over all features in chunks."""
+    """Return x_i . x_j of a tile, over all features in chunks."""
     s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for d in range(0, DP, BLOCK_D):
         a = load_pieces(rows_x_ptr, rows_lo_ptr, row, d, DP, BLOCK_M, BLOCK_D, SPLIT)
@@ -196,7 +204,7 @@ def similarities(
 
 @triton.jit
 def span(low_ptr, high_ptr, first_row, rows, SPAN: tl.constexpr):
-    """The smallest and the largest id of some rows."""
+    """Return the smallest and the largest id of some rows."""
     offs = tl.arange(0, SPAN)
     low, high = tl.full((SPAN,), FARTHEST, tl.int64), tl.full((SPAN,), -FARTHEST, tl.int64)
     for first in range(0, rows // SPAN, SPAN):
@@ -208,7 +216,7 @@ def span(low_ptr, high_ptr, first_row, rows, SPAN: tl.constexpr):
 
 @triton.jit
 def disjoint(rows_low_ptr, rows_high_ptr, cols_low_ptr, cols_high_ptr, row, rows, col, cols, SPAN: tl.constexpr):
-    """Whether the ids of some rows all lie on one side of those of some columns."""
+    """Return whether the id ranges of some rows and some columns do not overlap."""
     low, high = span(rows_low_ptr, rows_high_ptr, row, rows, SPAN)
     col_low, col_high = span(cols_low_ptr, cols_high_ptr, col, cols, SPAN)
     return (high < col_low) | (col_high < low)
@@ -216,7 +224,7 @@ def disjoint(rows_low_ptr, rows_high_ptr, cols_low_ptr, cols_high_ptr, row, rows
 
 @triton.jit
 def apart(rows_ids_ptr, cols_ids_ptr, row, col, n_rows, n_cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """True where row and column exist and are of different groups."""
+    """Return the mask of a tile: True if row and column exist and are in different groups."""
     offs_m, offs_n = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
     differ = tl.load(rows_ids_ptr + offs_m)[:, None] != tl.load(cols_ids_ptr + offs_n)[None, :]
     return differ & (offs_m < n_rows)[:, None] & (offs_n < n_cols)[None, :]
@@ -228,8 +236,10 @@ def masked(
     row, col, n_rows, n_cols, other,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """A tile's values, `other` where the groups agree or there is no row or column. Ids are compared in the tiles alone
-    where their spans meet, or a side ends."""
+    """Return a tile's values, with `other` where the groups agree or the row or column does not exist.
+
+    Ids are compared only if the id ranges of rows and columns overlap, or if the tile extends past the end of a side.
+    """
     low, high = span(rows_low_ptr, rows_high_ptr, row, BLOCK_M, SPAN)
     col_low, col_high = span(cols_low_ptr, cols_high_ptr, col, BLOCK_N, SPAN)
     ends = (row + BLOCK_M > n_rows) | (col + BLOCK_N > n_cols)
@@ -240,8 +250,10 @@ def masked(
 
 @triton.jit
 def survey_weights(w, nu, dots, peaks_ptr, dots_ptr, offs, n):
-    """A program's largest weight and its sum of products, for those who come after. Weights of any magnitude (a loss
-    scaler's 2^16, a mean's 1e-6) enter the tiles with the largest at 1; one behind a nu of -inf does not count."""
+    """Write a program's largest weight and its sum of `dots`, for later kernels.
+
+    The largest weight is used to scale all weights (weights.py). A weight whose nu is -inf does not count.
+    """
     counted = (offs < n) & (nu != -float("inf"))
     tl.store(peaks_ptr + tl.program_id(0), tl.max(tl.where(counted, tl.abs(w), 0.0)))
     tl.store(dots_ptr + tl.program_id(0), tl.sum(tl.where(offs < n, dots, 0.0)))
@@ -249,10 +261,13 @@ def survey_weights(w, nu, dots, peaks_ptr, dots_ptr, offs, n):
 
 @triton.jit
 def weigh(s, r_m, a_m, nu_m, r_n, a_n, nu_n, factor_n, k, SHIFTED: tl.constexpr):
-    """G_ij of a tile of similarities x_i . x_j times a factor of its column, before the mask; a_n has the factor in it.
-    Direct, a is w exp(-nu): G_ij = exp(k s_ij) (a_i + a_j). Shifted, it is w: G_ij = a_i P_ij + a_j P_ji."""
+    """Return G_ij times a factor of its column, before the mask, given a tile s of x_i . x_j.
+
+    a_n already contains the factor. In the direct regime a is w exp(-nu), and G_ij = exp(k s_ij) (a_i + a_j). In the
+    shifted regime a is w, and G_ij = a_i P_ij + a_j P_ji.
+    """
     if SHIFTED:
-        logits = s * (r_m[:, None] * r_n[None, :]) * k  # the forward's, to the last bit
+        logits = s * (r_m[:, None] * r_n[None, :]) * k  # bitwise equal to the forward's logits
         of_rows = a_m[:, None] * factor_n[None, :] * tl.exp2((logits - nu_m[:, None]) * LOG2_E)
         return of_rows + a_n[None, :] * tl.exp2((logits - nu_n[None, :]) * LOG2_E)
     exps = tl.exp2(s * r_n[None, :] * (r_m * (k * LOG2_E))[:, None])
@@ -262,20 +277,20 @@ def weigh(s, r_m, a_m, nu_m, r_n, a_n, nu_n, factor_n, k, SHIFTED: tl.constexpr)
 
 @triton.jit
 def load_limits(limits_ptr, offs, n, scale, shift):
-    """The largest similarity that each row's sum takes."""
+    """Return the largest similarity that counts in each row's sum."""
     return tl.load(limits_ptr + offs, mask=offs < n, other=0.0) * scale + shift
 
 
 @triton.jit
 def within(values, similarities, limits, other):
-    """The values of similarities up to a limit. A NaN is not above it."""
+    """Return the values whose similarities are within the limits, with `other` elsewhere. A NaN counts as within."""
     return tl.where(similarities > limits, other, values)
 
 
 @triton.jit
 def weigh_within(s, r_m, a_m, nu_m, limits_m, r_n, a_n, nu_n, limits_n, factor_n, k):
-    """G_ij as `weigh` has it shifted, each of its terms where s_ij is within that row's limit."""
-    similarities = s * (r_m[:, None] * r_n[None, :])  # the forward's, to the last bit, and so are the logits
+    """Return G_ij like `weigh` in the shifted regime, keeping only the terms whose s_ij is within their row's limit."""
+    similarities = s * (r_m[:, None] * r_n[None, :])  # like the logits, bitwise equal to the forward's
     logits = similarities * k
     of_rows = within(logits, similarities, limits_m[:, None], -float("inf"))
     of_cols = within(logits, similarities, limits_n[None, :], -float("inf"))
@@ -285,8 +300,10 @@ def weigh_within(s, r_m, a_m, nu_m, limits_m, r_n, a_n, nu_n, limits_n, factor_n
 
 @triton.jit
 def meeting(cols_low_ptr, cols_high_ptr, low, high, first, last, BLOCK_N: tl.constexpr, SPAN: tl.constexpr):
-    """The range of columns from the first to the last tile in [first, last) whose ids meet [low, high]: empty, at
-    `first`, where none does."""
+    """Return the range of columns from the first to the last tile in [first, last) whose ids may lie in [low, high].
+
+    If there is no such tile, the range is empty and begins at `first`.
+    """
     offs = tl.arange(0, AT_ONCE)
     begins, ends = tl.full((AT_ONCE,), last, tl.int32), tl.full((AT_ONCE,), first, tl.int32)
     for start in range(first, last, AT_ONCE * SPAN):
@@ -306,8 +323,11 @@ def columns_that_meet(
     rows_low_ptr, rows_high_ptr, cols_low_ptr, cols_high_ptr, row, first, last, middle,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """Columns [first, last) by whether their tiles may hold an id of the rows. Two views have two ranges that may, one
-    on either side of the middle; a last tile that is not full is the third."""
+    """Return bounds that divide the columns [first, last) by whether a tile may hold an id of the rows.
+
+    With two views there are two ranges of such tiles, one on either side of the middle. A partial last tile is the
+    third.
+    """
     full = last // BLOCK_N * BLOCK_N
     middle = tl.minimum(tl.maximum(middle // BLOCK_N * BLOCK_N, first), full)
     low, high = span(rows_low_ptr, rows_high_ptr, row, BLOCK_M, SPAN)
@@ -318,7 +338,7 @@ def columns_that_meet(
 
 @triton.jit
 def tiles_of(columns, MASKED: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The tiles of `columns_that_meet` that need a mask, or the others, for `column_of_tile`, and their number."""
+    """Return the order of the tiles that need a mask (or of the others), for `column_of_tile`, and their number."""
     first, begin_0, end_0, begin_1, end_1, full, last = columns
     met = (end_0 - begin_0 + end_1 - begin_1) // BLOCK_N
     if MASKED:
@@ -328,7 +348,7 @@ def tiles_of(columns, MASKED: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def column_of_tile(tile, order, BLOCK_N: tl.constexpr):
-    """Where a tile begins: columns follow each other from the first on, but for those that are skipped at two gaps."""
+    """Return the first column of a tile. Tiles are consecutive except for two gaps, which are skipped."""
     first, gap_0, skip_0, gap_1, skip_1 = order
     col = first + tile * BLOCK_N
     col += tl.where(col >= gap_0, skip_0, 0)
@@ -338,7 +358,7 @@ def column_of_tile(tile, order, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def add_tile(gathered, g, g_lo, cols, SPLIT: tl.constexpr, TF32: tl.constexpr, UPCAST: tl.constexpr):
-    """gathered + G x of a tile, piece by piece."""
+    """Return gathered + G x for a tile, piece by piece."""
     sums = ()
     for i in tl.static_range(len(cols)):
         x, lo = cols[i]
@@ -350,8 +370,8 @@ def add_tile(gathered, g, g_lo, cols, SPLIT: tl.constexpr, TF32: tl.constexpr, U
 def add_dots(
     dots, sums, x_ptr, lo_ptr, row, part_cols, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr
 ):
-    """dots + x_i . sums_i of rows that are read again: the compiler must not hold x in registers till here."""
-    again = row + tl.minimum(part_cols, 0)
+    """Return dots + x_i . sums_i. x_i is loaded again so that the compiler need not hold it in registers until here."""
+    again = row + tl.minimum(part_cols, 0)  # equal to row, but the compiler cannot know that
     x_m = load_pieces(x_ptr, lo_ptr, again, 0, BLOCK_D, BLOCK_M, BLOCK_D, SPLIT)
     for i in tl.static_range(len(x_m)):
         x, lo = x_m[i]
@@ -360,6 +380,6 @@ def add_dots(
 
 
 INTERPRETED = not isinstance(load_rows, triton.JITFunction)
-# What every launch is told. A compiler that contracts a * b - c into one rounding gives the backward other logits than
-# the forward summed, by 3e-5 at a temperature of 0.001: where a multiply-add is wanted, it is written.
+# An option of every launch. If the compiler contracted a * b - c into one rounding, the backward's logits would differ
+# from those that the forward summed, by 3e-5 at a temperature of 0.001. Kernels call tl.fma for a multiply-add.
 NO_CONTRACTION = {"enable_fp_fusion": False}

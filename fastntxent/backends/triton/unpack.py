@@ -1,13 +1,13 @@
-"""Gradients out: what `backward.py` gathered, taken through the positives and the normalisation.
+"""Gradients of the inputs, from `gathered` and `radial` (backward.py), the positives and the normalisation.
 
 With gathered_i = sum_j G_ij u_j, radial_i = sum_j G_ij s_ij and the positives' weights p:
 
     d/du_i = k (gathered_i + (p_i + p_p(i)) u_p(i))        u_i . d/du_i = k (radial_i + (p_i + p_p(i)) sim_pos_i)
     d/dz_i = (d/du_i - u_i (u_i . d/du_i)) / n_i           where n_i > eps, else (d/du_i) / eps
-    d/dk   = share sum_i radial_i + sum_i p_i sim_pos_i    share 1/2 of one side, 1 of two
+    d/dk   = share sum_i radial_i + sum_i p_i sim_pos_i    share is 1/2 with one side, 1 with two
 
-Reads z of a row and of its positive, a program owns SPAN rows. Sums over all rows were left in parts, by the programs
-of the kernels before this one; the first program here adds them, and takes no launch of its own for it.
+A program owns SPAN rows, and reads z of these rows and of their positives. The programs of the earlier kernels have
+left partial sums over all rows. The first program of this kernel adds them, which saves a launch.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _unpack_kernel(
     NORMALIZE: tl.constexpr, WEIGHED: tl.constexpr, PAIRED: tl.constexpr, LOSS: tl.constexpr,
     BOUNDED: tl.constexpr, ON_DEVICE: tl.constexpr, SPAN: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """d/dz of SPAN rows; the first program's also d/dk and, of weights that came with it, the loss."""
+    """Write d/dz of SPAN rows. The first program also writes d/dk and, with LOSS, the loss."""
     k = load_inverse_temperature(inv_tau, ON_DEVICE)
     row = tl.program_id(0) * SPAN + tl.arange(0, SPAN)
     inside = row < n
@@ -92,7 +92,7 @@ def _unpack_kernel(
 
 
 class Gathered(NamedTuple):
-    """What the rows gathered, in P parts: sums (P, rows, features), radial (P, rows), and parts of radial's total."""
+    """gathered (P, rows, features) and radial (P, rows) in P parts, and partial sums of radial's total."""
 
     sums: Tensor
     radial: Tensor
@@ -100,7 +100,7 @@ class Gathered(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """d/dz of both matrices of a side, d/dk, and the loss, which is written only if its partial sums came along."""
+    """d/dz of both matrices of a side, d/dk, and the loss, which is written only if its partial sums were given."""
 
     d_first: Tensor
     d_second: Tensor
@@ -118,8 +118,11 @@ def unpack_gradients(
     pos_factor: float = 1.0,
     totals: Tensor | None = None,
 ) -> Gradients:
-    """The gradients of the rows' matrices from what their rows gathered, times `weight`. G is in the units of
-    `weights`, where there are any."""
+    """Return the gradients of the rows' matrices and of k, and the loss if `totals` are given.
+
+    `weight` multiplies G and the loss, and `pos_factor` multiplies `d_pos`. If there are `weights`, G was scaled by
+    them, and this undoes the scale.
+    """
     rows, output, unread = sides.rows, sides.work.output, sides.rows.unread
     found = Gradients(output(*rows.first.shape), output(*rows.second.shape), output(), output())
     sides.work.launch(

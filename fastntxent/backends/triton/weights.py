@@ -1,14 +1,14 @@
-"""Weights of nu: a survey of those that come from outside, and the form in which tiles of G take them.
+"""The weights of nu: their largest magnitude, and four numbers per row from which tiles of G are computed.
 
-For every row, in float32, with R the largest r of the columns:
+The numbers are float32. R is the largest r of the columns.
 
-    a      direct: w exp(-nu); shifted: w. In units of the largest |w|, which is at G_SCALE
-    r/R    exact, for R is a power of two
-    a r/R  what a row brings to the tiles in which it is a column
-    nu     inf where a row has no negative
+    a      w exp(-nu) in the direct regime, w in the shifted regime; scaled so that the largest |w| becomes G_SCALE
+    r/R    exact, because R is a power of two
+    a r/R  for the tiles in which the row is a column
+    nu     inf if the row has no negative
 
-So weights of any magnitude (a loss scaler's 2^16, a mean's 1e-6) enter the tiles alike, and no tile computes what
-belongs to one row alone.
+The scaling makes the kernels independent of the magnitude of the weights (2^16 from a loss scaler, 1e-6 from a mean).
+Quantities of a single row are computed here once, not in every tile.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from ..ranges import G_SCALE
 from .sides import Sides, in_direct_range, largest_scale, load_inverse_temperature
 from .tiles import LOG2_E, SIZES, TINY, max_of_parts, survey_weights
 
-SURVEYED = 1024  # rows of a program of `_survey_kernel`
-SCALED = 128  # rows of a program of `_scale_kernel`
-NUMBERS = 4  # of every row: those above
+SURVEYED = 1024  # rows per program of `_survey_kernel`
+SCALED = 128  # rows per program of `_scale_kernel`
+NUMBERS = 4  # numbers per row, listed above
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _survey_kernel(
     w_ptr, nu_ptr, d_pos_ptr, pos_ptr, peaks_ptr, dots_ptr, n, PAIRED: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """What weights from outside are like."""
+    """Write each program's largest weight and its sum of d_pos times sim_pos, for weights from an upstream gradient."""
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     w = tl.load(w_ptr + offs, mask=offs < n, other=0.0)
     nu = tl.load(nu_ptr + offs, mask=offs < n, other=0.0)
@@ -48,8 +48,10 @@ def _scale_kernel(
     w_ptr, nu_ptr, r_ptr, peaks_ptr, largest_ptr, scaled_ptr, bounds_ptr, n, n_peaks, stride_scaled, inv_tau, log_terms,
     BOUNDED: tl.constexpr, ON_DEVICE: tl.constexpr, G_SCALE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The four numbers of every row, and the largest weight. A row without negatives has no weight, whatever came from
-    behind its -inf, and no probabilities."""
+    """Write the four numbers of every row, and the largest weight.
+
+    A row without negatives ignores its upstream gradient and has no probabilities.
+    """
     direct = in_direct_range(bounds_ptr, load_inverse_temperature(inv_tau, ON_DEVICE), log_terms, BOUNDED)
     largest = max_of_parts(peaks_ptr, n_peaks)
     if tl.program_id(0) == 0:
@@ -69,8 +71,10 @@ def _scale_kernel(
 
 
 class Weights(NamedTuple):
-    """The weights of each side's nu, with that nu (the columns' are None where there is one side), and what programs
-    found in them: the largest, and sums of the positives' weights times sim_pos."""
+    """The weights of each side's nu together with that nu; of_cols is None if there is one side.
+
+    peaks: each program's largest weight. dots: each program's sum of the positives' weights times sim_pos.
+    """
 
     of_rows: Upstream
     of_cols: Upstream | None
@@ -79,7 +83,7 @@ class Weights(NamedTuple):
 
 
 class TileWeights(NamedTuple):
-    """The four numbers of every row and column, the largest weight, and the sums that came with the weights."""
+    """The four numbers of every row and every column, the largest weight, and `dots` from `Weights`."""
 
     rows_w: Tensor
     cols_w: Tensor
@@ -87,15 +91,16 @@ class TileWeights(NamedTuple):
     dots: Tensor
 
     def swapped(self) -> TileWeights:
-        """The same for rows and columns exchanged."""
+        """Return the same with rows and columns exchanged."""
         return self._replace(rows_w=self.cols_w, cols_w=self.rows_w)
 
 
 def survey(sides: Sides, of_rows: Upstream, of_cols: Upstream | None = None, d_pos: Tensor | None = None) -> Weights:
-    """Look through weights from outside: of every side's nu and, in `d_pos`, of the positives."""
+    """Return weights from upstream gradients: those of every side's nu and, in `d_pos`, those of the positives."""
     of_rows, of_cols = _contiguous(of_rows), None if of_cols is None else _contiguous(of_cols)
     upstreams = [of_rows] if of_cols is None else [of_rows, of_cols]
-    programs = [triton.cdiv(side.rows.n, 4 * SURVEYED) * 4 for side in sides.each()]  # aligned, for one compiled kernel
+    # Multiples of 4 keep the parts aligned, so that they use the same compiled kernel.
+    programs = [triton.cdiv(side.rows.n, 4 * SURVEYED) * 4 for side in sides.each()]
     found = sides.work.empty(2, sum(programs))
     for side, upstream, parts in zip(sides.each(), upstreams, found.split(programs, dim=1), strict=True):
         peaks, dots = parts.unbind()
@@ -113,7 +118,7 @@ def _contiguous(upstream: Upstream) -> Upstream:
 
 
 def scale(sides: Sides, weights: Weights) -> TileWeights:
-    """The weights as tiles of G take them."""
+    """Return the weights in the form that tiles of G take."""
     largest = sides.work.empty()
     rows_w = _scale_columns(sides.swapped(), weights.of_rows, weights.peaks, largest)
     of_cols = weights.of_cols
@@ -122,7 +127,7 @@ def scale(sides: Sides, weights: Weights) -> TileWeights:
 
 
 def _scale_columns(sides: Sides, upstream: Upstream, peaks: Tensor, largest: Tensor) -> Tensor:
-    """The four numbers of every column; writes the largest weight too."""
+    """Return the four numbers of every column, and write the largest weight."""
     cols = sides.cols
     scaled = sides.work.empty(NUMBERS, *cols.r.shape)
     sides.work.launch(

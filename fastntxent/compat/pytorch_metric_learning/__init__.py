@@ -1,4 +1,4 @@
-"""pytorch-metric-learning's `NTXentLoss`, `SupConLoss`, and what it wraps around a loss."""
+"""pytorch-metric-learning's `NTXentLoss` and `SupConLoss`, and its wrappers around a loss."""
 
 from .distributed import DistributedLossWrapper
 from .losses import NTXentLoss, SelfSupervisedLoss, SupConLoss

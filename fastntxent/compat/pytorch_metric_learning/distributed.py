@@ -26,26 +26,24 @@ __all__ = ["DistributedLossWrapper"]
 
 
 class DistributedLossWrapper(TypedModule):
-    """A loss of this module over the batch of all ranks of the default process group; without one, the loss as it is.
+    """A loss of this module over the batch of all ranks of the default process group, or unchanged without a group.
 
-    Its value is that of one process with the whole batch, on every rank; the library's is R times it on R ranks. Its
-    gradient, after DDP's averaging, is that of one process, as the library's with efficient=False.
+    The value is that of one process with the whole batch, the same on every rank; the library's is R times as large on
+    R ranks. After DDP's averaging the gradient is that of one process, as the library's is with efficient=False.
+
+    With labels alone and the default reducer, memory is that of `group=`. Anything else is computed on every rank for
+    the gathered rows of all ranks, as in the library.
 
     Args:
-        loss: `NTXentLoss` or `SupConLoss` of this module, or a `CrossBatchMemory` of one, ours or the library's.
-        efficient: whose pairs `indices_tuple` are, and of no other consequence: the gradient is right. The library's
-            with efficient=True lacks what rows are as other ranks' references, and is R times what it does have.
+        loss: `NTXentLoss` or `SupConLoss` of this module, or a `CrossBatchMemory` around one, from this module or from
+            the library.
+        efficient: Whether indices_tuple holds only this rank's pairs. Otherwise it has no effect: the gradient is the
+            exact one. In the library, True leaves out the part from rows as other ranks' references, and the rest is R
+            times too large.
 
-    Its call takes this rank's embeddings (M, D), of any number, and their labels (M,), which mean the same on every
-    rank, and what else the loss takes, `ref_emb`, `ref_labels` and `enqueue_mask` of this rank's.
-
-    `indices_tuple` counts rows as the library's `DistributedMinerWrapper` does: this rank's first, then those of the
-    others in their order; references likewise. With efficient=False it is the pairs of all ranks' rows, the same on
-    every rank; if they differ, each rank has the loss of its own. With efficient=True its anchors are this rank's rows,
-    and the loss is that of all ranks' pairs together.
-
-    Memory of labels alone, with the default reducer, is that of `group=`. Whatever else is asked for is formed on every
-    rank for the rows of all, which it holds, as the library does.
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: when called, shapes, dtypes or devices do not match.
 
     Example:
         >>> import torch
@@ -70,6 +68,21 @@ class DistributedLossWrapper(TypedModule):
         ref_labels: Tensor | None = None,
         enqueue_mask: Tensor | None = None,
     ) -> Tensor:
+        """Return the loss, a 0-d tensor, or the result of a reducer.
+
+        `indices_tuple` numbers rows as the library's `DistributedMinerWrapper` does: this rank's rows first, then those
+        of the other ranks in rank order. References are numbered likewise.
+
+        Args:
+            embeddings: (M, D), this rank's rows. M may differ between ranks.
+            labels: (M,), this rank's labels, which must mean the same on every rank.
+            indices_tuple: Pairs or triplets to compare. With efficient=False, the pairs of all ranks' rows, the same on
+                every rank (if they differ, each rank returns the loss of its pairs). With efficient=True, pairs whose
+                anchors are this rank's rows; the loss is over the pairs of all ranks.
+            ref_emb: (K, D), this rank's references, or None.
+            ref_labels: (K,), this rank's labels of the references, or None.
+            enqueue_mask: (M,) bool, for a `CrossBatchMemory`: this rank's rows that go into the memory.
+        """
         group = default_group()
         if self.has_memory:
             if ref_emb is not None or ref_labels is not None:
@@ -135,7 +148,7 @@ class DistributedLossWrapper(TypedModule):
     def _pairs_by_rank(
         self, pairs: IndicesTuple, batch: ShardedBatch, refs: ShardedBatch, device: torch.device
     ) -> IndicesTuple:
-        """Indices of rows in the order of the ranks, from those that count this rank's first."""
+        """Return the indices with rows numbered in rank order, instead of this rank's rows first."""
         n_anchors = batch.sizes[batch.rank] if self.efficient else batch.n_samples
         indices = checked_pairs(pairs, n_anchors, refs.n_samples, device)
         rows, cols = _own_first(batch, device), _own_first(refs, device)
@@ -160,15 +173,15 @@ def _open_ranks(
 
 
 def _rows_of_all_ranks(x: Tensor, batch: ShardedBatch) -> Tensor:
-    """The rows of all ranks in their order. This rank's have a gradient, as often as there are ranks: each forms the
-    whole loss, and the gradient of its own rows alone, of which DDP takes the mean."""
+    """Return the rows of all ranks in rank order. Only this rank's rows get a gradient, and it is multiplied by the
+    number of ranks: every rank computes the whole loss, and DDP averages."""
     parts = list(batch.gather(x).split(batch.sizes))
     parts[batch.rank] = scale_gradient(x, len(parts))
     return torch.cat(parts)
 
 
 def _own_first(batch: ShardedBatch, device: torch.device) -> Tensor:
-    """Where rows are in the order of the ranks, this rank's first and then those of the others."""
+    """Return the positions of the rows in rank order, this rank's first and then those of the others."""
     parts = list(torch.arange(batch.n_samples, device=device).split(batch.sizes))
     return torch.cat((parts.pop(batch.rank), *parts))
 

@@ -22,23 +22,23 @@ from ..shared import as_ids
 
 __all__ = ["NTXentLoss", "PairLoss", "SelfSupervisedLoss", "SupConLoss"]
 
-# By the name of the class: whether it normalises is asked of the object.
+# Distances are recognised by class name. Whether one normalises is an attribute of the object.
 _DISTANCES = ("CosineSimilarity", "DotProductSimilarity")
 
 
 class Terms(NamedTuple):
-    """The numbers that a loss is reduced from, as the library's reducers know them."""
+    """The numbers from which a loss is reduced, in the form that the library's reducers take."""
 
     losses: Tensor
     indices: Tensor | tuple[Tensor, Tensor]
-    kind: str  # "element", one for each anchor, or "pos_pair", one for each positive pair
-    counted: Tensor | None = None  # those that the default mean is over, all without it
+    kind: str  # "element" for one loss per anchor, "pos_pair" for one per positive pair
+    counted: Tensor | None = None  # mask of the losses in the default mean; None for all
 
 
 class PairLoss(TypedModule):
-    """What both losses take, and which pairs a call is about."""
+    """Base class of both losses: the shared arguments, and the choice of the pairs that a call compares."""
 
-    _reducer: str  # the library's default, whose mean is formed here
+    _reducer: str  # the library's default reducer, replaced by a mean that is computed here
 
     def __init__(
         self,
@@ -68,19 +68,31 @@ class PairLoss(TypedModule):
         ref_emb: Tensor | None = None,
         ref_labels: Tensor | None = None,
     ) -> Tensor:
+        """Return the loss, a 0-d tensor, or the result of a reducer.
+
+        Args:
+            embeddings: (M, D).
+            labels: (M,), of any dtype. May be None if indices_tuple is given.
+            indices_tuple: The pairs to compare, as indices (a1, p, a2, n) of positive and negative pairs or (a, p, n)
+                of triplets. None compares all pairs, by their labels.
+            ref_emb: (K, D), references in which positives and negatives are looked up, or None for the embeddings.
+            ref_labels: (K,). If None, or the very tensor `labels`, reference i belongs to row i: it has the row's
+                label, and is not a positive of the row.
+        """
         if labels is None and indices_tuple is None:
             raise ValueError("labels and indices_tuple must not both be None")
         if ref_emb is None:
             ref_labels = None
-        # As in the library: without labels of their own, or with the very same tensor, references are the rows' own.
+        # As in the library: without ref_labels, or with the very tensor `labels`, reference i belongs to row i.
         own = ref_labels is None or (ref_labels is labels and ref_labels.device == embeddings.device)
         if indices_tuple is None and own and ref_emb is not None and ref_emb.shape[0] != embeddings.shape[0]:
             raise ValueError(
-                "ref_labels must be given where ref_emb has another number of rows than embeddings, "
+                "ref_labels must be given if ref_emb and embeddings do not have the same number of rows, "
                 f"got {ref_emb.shape[0]} and {embeddings.shape[0]}"
             )
         loss = self.loss_against(embeddings, labels, indices_tuple, ref_emb, None if own else ref_labels, own)
-        # A reducer may make something else of it. A memory's labels move on before the backward, which has copies.
+        # A reducer may return something other than a tensor. A memory's labels change before the backward, which uses
+        # copies.
         return watch(loss, self.temperature, labels) if isinstance(loss, Tensor) else loss
 
     def loss_against(
@@ -92,7 +104,8 @@ class PairLoss(TypedModule):
         ref_labels: Tensor | None,
         own: bool,
     ) -> Tensor:
-        """The loss; `own`: reference i is row i itself, and no positive of it. There may be more references."""
+        """Return the loss. `own`: reference i belongs to row i and is not its positive; there may be further
+        references."""
         check_rows("embeddings", embeddings, may_be_empty=True)
         u = v = unit_rows(embeddings, self.normalize)
         if ref_emb is not None:
@@ -116,15 +129,16 @@ class PairLoss(TypedModule):
         return self.reducer({"loss": loss_info}, embeddings, None if labels is None else labels.to(embeddings.device))
 
     def _mean_of_labels(self, u: Tensor, v: Tensor, ids: Tensor, ref_ids: Tensor, own: bool) -> Tensor:
-        """The default mean over all pairs, for which nothing is asked of the device."""
+        """Return the default mean over all pairs, without waiting for the device."""
         raise NotImplementedError
 
     def _of_labels(self, u: Tensor, v: Tensor, ids: Tensor, ref_ids: Tensor, own: bool) -> Terms | None:
-        """The terms of all pairs, None where they are too few."""
+        """Return the terms of all pairs, or None if there are too few pairs."""
         raise NotImplementedError
 
     def _of_pairs(self, u: Tensor, v: Tensor, a1: Tensor, p: Tensor, a2: Tensor, n: Tensor) -> Terms | None:
-        """Those of the positive pairs (a1, p) and the negative pairs (a2, n)."""
+        """Return the terms of the positive pairs (a1, p), given the negative pairs (a2, n), or None if there are too
+        few."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
@@ -136,22 +150,24 @@ class NTXentLoss(PairLoss):
 
     .. math:: L = \frac{1}{|P|} \sum_{(a, p) \in P} \log \Big(1 + \sum_{(a, n)} e^{(s_{an} - s_{ap})/\tau}\Big)
 
-    `fastntxent.sup_con(form="pairs")` with another mean. Without a positive or without a negative pair it is 0.
+    `fastntxent.sup_con(form="pairs")` with another mean. The loss is 0 without a positive or without a negative pair.
 
     Args:
-        temperature: a float or a 0-d tensor.
-        distance: None or CosineSimilarity, or DotProductSimilarity, normalising or not.
-        reducer: None, MeanReducer, or another of the library's, which is called with a number for each positive pair.
-            PerAnchorReducer is called with their mean for each anchor.
-        collect_stats, embedding_regularizer, embedding_reg_weight: for the library's signature; not supported.
+        temperature: A float or a 0-d tensor.
+        distance: None or CosineSimilarity for cosines, or DotProductSimilarity, which may normalise or not.
+        reducer: None, MeanReducer, or another of the library's reducers, which gets one loss for each positive pair.
+            PerAnchorReducer gets their mean for each anchor.
+        collect_stats: Not supported; None or False.
+        embedding_regularizer: Not supported; None.
+        embedding_reg_weight: No effect.
 
-    Its call takes embeddings (M, D), labels (M,) of any dtype, and optionally `ref_emb` (K, D) with `ref_labels` (K,),
-    where positives and negatives are then looked for; or `indices_tuple`, indices of pairs (a1, p, a2, n) or of
-    triplets (a, p, n). Without `ref_labels`, or where they are the very tensor `labels`, reference i is row i's own:
-    it has its label, and is no positive of it.
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an option is not supported, a number is out of range, or, when called, shapes, dtypes or devices do
+            not match.
 
-    Labels: O((M + K) D) memory, and the positive pairs in tiles; with a reducer of another kind O(P) beside it. P
-    pairs: O(P).
+    With labels, memory is O((M + K) D), as positive pairs are taken in tiles; a reducer other than these adds O(P) for
+    P positive pairs. With pairs, memory is O(P).
 
     Example:
         >>> import torch
@@ -175,7 +191,7 @@ class NTXentLoss(PairLoss):
         return unless_few(total / n_positives.clamp_min(1), n_positives, n_negatives)
 
     def _sums(self, u: Tensor, v: Tensor, ids: Tensor, ref_ids: Tensor, own: bool) -> Tensor:
-        """The sum of each anchor's terms."""
+        """Return the sum of each anchor's terms."""
         inv_tau = inverse_temperature(self.temperature, u)
         nu = self._nu(u, v, ids, ref_ids, inv_tau)
         return ops.positive_sum(u, v, ids, ref_ids, inv_tau, nu, same=own)
@@ -197,7 +213,7 @@ class NTXentLoss(PairLoss):
         inv_tau = inverse_temperature(self.temperature, u)
         nu = lse_by_anchor(inv_tau * ops.pair_dots(u, v, a2, n), a2, u.shape[0])
         per_anchor = _is_per_anchor(self.reducer)
-        if per_anchor:  # it knows a pair once
+        if per_anchor:  # PerAnchorReducer counts a repeated pair once
             pairs = torch.unique(a1 * v.shape[0] + p)
             a1, p = pairs.div(v.shape[0], rounding_mode="floor"), pairs % v.shape[0]
         losses = row_losses(nu[a1], inv_tau * ops.pair_dots(u, v, a1, p))
@@ -208,23 +224,28 @@ class NTXentLoss(PairLoss):
 
 
 class SupConLoss(PairLoss):
-    r"""SupCon's L_out, and its mean over the anchors whose loss is positive.
+    r"""SupCon's L_out, averaged over the anchors whose loss is positive.
 
     .. math:: L_a = \log \sum_{j \in P(a) \cup N(a)} e^{s_{aj}/\tau} - \frac{1}{|P(a)|} \sum_{p \in P(a)} s_{ap}/\tau
 
-    Those are the anchors with a positive and anything beside it; which they are is taken from the pairs, not from what
-    rounding left of a loss. Without a positive or without a negative pair in the batch it is 0.
+    These are the anchors with a positive and at least one further pair. They are found from the pairs, not from the
+    rounded losses. The loss is 0 if the batch has no positive or no negative pair. A repeated pair counts once.
 
     Args:
-        temperature: a float or a 0-d tensor.
-        distance: None or CosineSimilarity, or DotProductSimilarity, normalising or not.
-        reducer: None, AvgNonZeroReducer, or another of the library's, which is called with a number for each anchor, 0
-            for one without a positive.
-        collect_stats, embedding_regularizer, embedding_reg_weight: for the library's signature; not supported.
+        temperature: A float or a 0-d tensor.
+        distance: None or CosineSimilarity for cosines, or DotProductSimilarity, which may normalise or not.
+        reducer: None, AvgNonZeroReducer, or another of the library's reducers, which gets one loss for each anchor, 0
+            for an anchor without a positive.
+        collect_stats: Not supported; None or False.
+        embedding_regularizer: Not supported; None.
+        embedding_reg_weight: No effect.
 
-    Its call is that of `NTXentLoss`; a pair that is given several times counts once.
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an option is not supported, a number is out of range, or, when called, shapes, dtypes or devices do
+            not match.
 
-    Labels: O((M + K) D) memory. P pairs: O(P) beside it.
+    With labels, memory is O((M + K) D). P pairs add O(P).
 
     Example:
         >>> import torch
@@ -277,13 +298,15 @@ class SupConLoss(PairLoss):
 
 
 class SelfSupervisedLoss(TypedModule):
-    """A loss of this module on two views, whose labels are the samples: `nt_xent`, for both of them.
+    """A loss of this module on two views, labelled by sample: `nt_xent`, whichever loss it wraps.
 
     Args:
-        loss: `NTXentLoss` or `SupConLoss` of this module; with one positive for each row they are the same loss.
-        symmetric: whether all rows are anchors and negatives; False compares embeddings with ref_emb alone: `info_nce`.
+        loss: `NTXentLoss` or `SupConLoss` of this module. With one positive per row they are the same loss.
+        symmetric: Use all rows as anchors and as negatives. False compares embeddings with ref_emb only: `info_nce`.
 
-    Its call takes embeddings and ref_emb, (N, D).
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: when called, shapes, dtypes or devices do not match.
 
     Example:
         >>> import torch
@@ -298,6 +321,12 @@ class SelfSupervisedLoss(TypedModule):
         self.symmetric = symmetric
 
     def forward(self, embeddings: Tensor, ref_emb: Tensor) -> Tensor:
+        """Return the loss, a 0-d tensor.
+
+        Args:
+            embeddings: (N, D), one view of each sample.
+            ref_emb: (N, D), the other view.
+        """
         if self.loss.reducer is None and embeddings.shape[0]:
             function = nt_xent if self.symmetric else info_nce
             return function(embeddings, ref_emb, self.loss.temperature, normalize=self.loss.normalize)
@@ -308,14 +337,14 @@ class SelfSupervisedLoss(TypedModule):
 
 
 def check_loss(loss: object) -> None:
-    """One of this package's losses."""
+    """Raise unless `loss` is one of this package's losses."""
     if not isinstance(loss, PairLoss):
         package = __name__.rpartition(".")[0]
         raise TypeError(f"loss must be NTXentLoss or SupConLoss of {package}, got {type(loss).__name__}")
 
 
 def _check_distance(distance: object) -> bool:
-    """Whether it normalises."""
+    """Return whether the distance normalises, after checking it."""
     if distance is None:
         return True
     name = type(distance).__name__
@@ -325,19 +354,19 @@ def _check_distance(distance: object) -> bool:
 
 
 def _checked_reducer(loss_name: str, reducer: object, default: str) -> Callable[..., Any] | None:
-    """A copy of it, as the library takes; None for the default."""
+    """Return a copy of the reducer (the library copies it too), or None for the default."""
     name = type(reducer).__name__
     if reducer is None or name == default:
         return None
     if isinstance(reducer, type) or not callable(reducer):
         raise TypeError(f"reducer of {loss_name} must be None or a reducer of pytorch-metric-learning, got {reducer!r}")
     if name == "DivisorReducer":
-        raise ValueError(f"reducer of {loss_name} must not be DivisorReducer: neither here nor there has it a divisor")
+        raise ValueError(f"reducer of {loss_name} must not be DivisorReducer: the loss has no divisor for it")
     return copy.deepcopy(reducer)
 
 
 def _is_per_anchor(reducer: object) -> bool:
-    """Whether it takes the mean of each anchor's pairs, for which the library forms a matrix of all pairs."""
+    """Return whether this is PerAnchorReducer with its default mean, for which the library forms an M x M matrix."""
     return type(reducer).__name__ == "PerAnchorReducer" and (
         getattr(reducer, "aggregation_func", None) is None
         or reducer.aggregation_func.__module__ == type(reducer).__module__  # type: ignore[attr-defined]
@@ -345,7 +374,7 @@ def _is_per_anchor(reducer: object) -> bool:
 
 
 def _ids(labels: Tensor | None, rows: Tensor, ref_labels: Tensor | None, refs: Tensor) -> tuple[Tensor, Tensor]:
-    """Ids of rows and references, the rows' for both where the references have no labels of their own."""
+    """Return the ids of rows and references. References without labels have those of the rows."""
     if labels is None:
         none = torch.empty(0, dtype=torch.int64, device=rows.device)
         return none, none
@@ -353,30 +382,30 @@ def _ids(labels: Tensor | None, rows: Tensor, ref_labels: Tensor | None, refs: T
     if ref_labels is None:
         return ids, ids
     as_ids("ref_labels", ref_labels, refs)
-    both = torch.cat((labels.to(rows.device), ref_labels.to(rows.device)))  # of one dtype, in which they are compared
+    both = torch.cat((labels.to(rows.device), ref_labels.to(rows.device)))  # compared in their common dtype
     ids, ref_ids = as_ids("labels", both, both).split((rows.shape[0], refs.shape[0]))
     return ids, ref_ids
 
 
 def _numbers_of_pairs(ids: Tensor, ref_ids: Tensor, own: bool) -> tuple[Tensor, Tensor]:
-    """How many positive and how many negative pairs there are."""
+    """Return the number of positive and the number of negative pairs."""
     matches = counts_of_groups(ref_ids, ids)
     return (matches - int(own)).sum(), (ref_ids.shape[0] - matches).sum()
 
 
 def _few(n_positives: int, n_negatives: int) -> bool:
-    """Where the library's loss is 0: no pair of a kind, or not more than one of both."""
+    """Return whether the library's loss is 0: there is no positive pair, no negative pair, or just one of each."""
     return not n_positives or not n_negatives or (n_positives == 1 and n_negatives == 1)
 
 
 def unless_few(loss: Tensor, n_positives: Tensor, n_negatives: Tensor) -> Tensor:
-    """`_few` for numbers that only the device knows."""
+    """Return the loss, or 0 where `_few` holds. The numbers stay on the device."""
     few = (n_positives == 0) | (n_negatives == 0) | ((n_positives == 1) & (n_negatives == 1))
     return loss.masked_fill(few, 0)
 
 
 def _of_anchors(losses: Tensor, n_positives: Tensor, compared: Tensor | bool) -> Terms:
-    """A term for each anchor, 0 without a positive or anything beside it."""
+    """Return a term for each anchor, 0 for those without a positive or with nothing else to compare."""
     counted = (n_positives > 0) & compared
     return Terms(
         losses.masked_fill(~counted, 0), torch.arange(losses.shape[0], device=losses.device), "element", counted

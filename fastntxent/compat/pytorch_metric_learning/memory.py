@@ -17,25 +17,26 @@ __all__ = ["CrossBatchMemory"]
 
 
 class CrossBatchMemory(TypedModule):
-    """A loss of this module between a batch and the last rows of past batches, its own among them, which come first.
+    """A loss of this module between a batch and the latest rows, which include the batch itself.
 
-    Wang et al., "Cross-Batch Memory for Embedding Learning", 2020. A row is no positive of its own copy in the memory.
-    No gradient reaches the memory.
+    Wang et al., "Cross-Batch Memory for Embedding Learning", 2020. The batch is added to the memory first, but a row is
+    not a positive of its copy there. No gradient reaches the memory.
 
     Args:
         loss: `NTXentLoss` or `SupConLoss` of this module.
-        embedding_size: features of a row.
-        memory_size: rows held.
-        miner: of the library, called with embeddings, labels, and those in the memory; its pairs or triplets are then
-            what is compared. None compares all.
-        collect_stats: for the library's signature; not supported.
+        embedding_size: Features of a row.
+        memory_size: The number of rows that the memory holds.
+        miner: A miner of the library, called with embeddings and labels, and with those in the memory. The loss then
+            compares the pairs or triplets that it returns. None compares all pairs.
+        collect_stats: Not supported; None or False.
 
-    Its call takes embeddings (M, D), of at most `memory_size` rows, and labels (M,). `indices_tuple` are pairs or
-    triplets beside the miner's or all, whose positives and negatives are places in the memory. `enqueue_mask` (M,),
-    bool, says which rows go into the memory; the others are then the anchors.
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an option is not supported, a number is out of range, or, when called, shapes, dtypes or devices do
+            not match.
 
-    Labels: O((M + memory_size) D) memory; with `indices_tuple` and no miner all pairs are listed, as the library does.
-    The `state_dict` is the library's, rows and labels alone: a restored memory begins empty.
+    With labels, memory is O((M + memory_size) D). With `indices_tuple` and no miner all pairs are listed, as in the
+    library. As in the library, the `state_dict` has only rows and labels, and a restored memory starts empty.
 
     Example:
         >>> import torch
@@ -70,7 +71,7 @@ class CrossBatchMemory(TypedModule):
         self.reset_queue()
 
     def reset_queue(self) -> None:
-        """Forget all rows."""
+        """Remove all rows."""
         self.register_buffer("embedding_memory", torch.zeros(self.memory_size, self.embedding_size))
         self.register_buffer("label_memory", torch.zeros(self.memory_size, dtype=torch.int64))
         self.has_been_filled = False
@@ -83,6 +84,16 @@ class CrossBatchMemory(TypedModule):
         indices_tuple: IndicesTuple | None = None,
         enqueue_mask: Tensor | None = None,
     ) -> Tensor:
+        """Return the loss, a 0-d tensor.
+
+        Args:
+            embeddings: (M, D). At most `memory_size` rows can go into the memory in a call.
+            labels: (M,), of any dtype.
+            indices_tuple: Pairs or triplets to compare in addition to the miner's or, without a miner, to all pairs.
+                Their positives and negatives are positions in the memory.
+            enqueue_mask: (M,) bool, the rows that go into the memory; only the other rows are then anchors. None puts
+                all rows into the memory and uses all as anchors.
+        """
         self._check(embeddings, labels, indices_tuple, enqueue_mask)
         labels = labels.to(embeddings.device)
         first = self.queue_idx
@@ -96,9 +107,9 @@ class CrossBatchMemory(TypedModule):
         held = self.memory_size if self.has_been_filled else self.queue_idx
         order = torch.arange(held, device=embeddings.device)
         mined = self.miner is not None or indices_tuple is not None
-        if own is not None and not mined and held:  # this batch in front: reference i is row i
+        if own is not None and not mined and held:  # put this batch first, so that reference i is row i
             order = (first + order) % held
-        # Copies: the backward needs these rows, and the memory moves on before it.
+        # These are copies: the memory changes before the backward, which needs the rows as they are now.
         refs, ref_labels = self.embedding_memory[order], self.label_memory[order]
         if mined:
             pairs = self._pairs_of_call(embeddings, labels, refs, ref_labels, own, indices_tuple)
@@ -107,8 +118,13 @@ class CrossBatchMemory(TypedModule):
 
     @torch.no_grad()
     def add_to_memory(self, embeddings: Tensor, labels: Tensor, batch_size: int | None = None) -> None:
-        """Take rows in, in place of the oldest; `curr_batch_idx` are then their places. `batch_size` is for the
-        library's signature."""
+        """Replace the oldest rows with these, and set `curr_batch_idx` to their positions.
+
+        Args:
+            embeddings: (M, D), the rows.
+            labels: (M,), their labels.
+            batch_size: Unused, as in the library.
+        """
         self.embedding_memory = self.embedding_memory.to(embeddings)
         self.label_memory = self.label_memory.to(labels)
         last = self.queue_idx + len(embeddings)
@@ -127,7 +143,7 @@ class CrossBatchMemory(TypedModule):
         own: Tensor | None,
         given: IndicesTuple | None,
     ) -> IndicesTuple:
-        """The miner's pairs or triplets, or all pairs, less those of a row with itself, and what is given."""
+        """Return the miner's pairs or all pairs, without pairs of a row with its copy, followed by the given pairs."""
         sizes = len(embeddings), len(refs), embeddings.device
         pairs: IndicesTuple
         if self.miner is not None:
@@ -145,7 +161,7 @@ class CrossBatchMemory(TypedModule):
         if given is None:
             return a1, p, a2, n
         more = checked_pairs(given, *sizes)
-        if len(pairs) == 3 and len(given) == 4:  # as triplets: each positive pair with each negative pair of its anchor
+        if len(pairs) == 3 and len(given) == 4:  # to triplets: each positive pair with each negative pair of its anchor
             positive, negative = torch.where(more[0][:, None] == more[2])
             more = more[0][positive], more[1][positive], more[2][negative], more[3][negative]
         return tuple(torch.cat(both) for both in zip((a1, p, a2, n), more, strict=True))  # type: ignore[return-value]
