@@ -39,9 +39,11 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/mypy tests/typed_usage.py
+	$(VENV)/bin/mypy examples tests/typed_usage.py
+	$(VENV)/bin/mypy -p benchmarks
 	$(VENV)/bin/basedpyright --pythonpath $(VENV)/bin/python
 	$(VENV)/bin/clang-format --dry-run -Werror $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+	$(VENV)/bin/codespell
 
 # The documentation site, in build/docs: open build/docs/index.html. A warning is an error, and nothing is downloaded.
 docs: $(VENV)/docs

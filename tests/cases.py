@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.fx.experimental.symbolic_shapes
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,6 +31,10 @@ CUDA_KERNELS = [name for name in ("cuda", "triton", "blocked") if backends()[nam
 BACKENDS = [*KERNELS, "reference"]
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+needs_constants = pytest.mark.skipif(
+    not hasattr(torch.fx.experimental.symbolic_shapes, "has_static_value"),
+    reason="needs a newer PyTorch, whose compiler tells a float that is constant from one that changes (2.6 does not)",
+)
 
 
 class Batch(NamedTuple):

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastntxent import NTXentLoss, cross_neg_lse, error_budget, neg_lse, nt_xent, ops, split_views, sup_con
 from fastntxent.opening import open_batch
 from fastntxent.sides import Side
-from tests.cases import BACKENDS, CUDA_KERNELS, KERNELS, needs_cuda, random_batch
+from tests.cases import BACKENDS, CUDA_KERNELS, KERNELS, needs_constants, needs_cuda, random_batch
 
 
 @pytest.fixture(params=KERNELS)
@@ -258,6 +258,7 @@ def test_compile_fullgraph_gives_the_same_gradients_and_recompiles_once(name, op
     assert counter.frame_count <= 2  # one compilation for the first batch size, one for all others
 
 
+@needs_constants
 @pytest.mark.parametrize("name", BACKENDS)
 def test_compile_of_a_temperature_schedule_recompiles_once(name):
     torch._dynamo.reset()
