@@ -29,6 +29,7 @@ def wheel(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_wheel_holds_the_package_and_nothing_else(wheel):
     names = set(wheel.namelist())
     sources = {str(p.relative_to(CHECKOUT)) for p in (CHECKOUT / "fastntxent").rglob("*.py")}
@@ -39,6 +40,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     assert any(name.endswith("LICENSE") for name in names)
 
 
+@pytest.mark.slow
 def test_wheel_requires_torch_alone(wheel):
     (metadata,) = (name for name in wheel.namelist() if name.endswith("METADATA"))
     required = re.findall(r"^Requires-Dist: (.*)$", wheel.read(metadata).decode(), re.MULTILINE)

@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import chips, gpu, kernels, limits, model, sass, tune
 from fastntxent import backends
+from tests.tiers import tiered
 
 STATUS = backends()["triton"]
 if not STATUS.available:
@@ -277,7 +278,9 @@ def test_candidates_are_tiles_that_the_kernels_take(kernel):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs the interpreter: a GPU cannot take every tile")
-@pytest.mark.parametrize("kernel", ["direct", "owned", "fused", "gather"])
+@pytest.mark.parametrize(
+    "kernel", tiered(["direct", "owned", "fused", "gather"], slow=lambda kernel: kernel != "owned")
+)
 def test_tiles_are_timed_in_turns_and_checked(kernel):
     tiles = [(32, 32, 16, 4, 2), (64, 32, 16, 4, 2)]
     found = tune.times(kernel, torch.float32, 16, 80, tiles, seconds=0)

@@ -119,7 +119,7 @@ def test_nt_xent_within_budget(size, temperature, dtype):
 
 
 @pytest.mark.parametrize("temperature", [0.005, 0.1])
-@pytest.mark.parametrize("n", [15, 16, 17, 31, 32, 33, 63, 65, 80])
+@pytest.mark.parametrize("n", tiered([15, 16, 17, 31, 32, 33, 63, 65, 80], slow=lambda n: n in (31, 32, 33, 63, 80)))
 def test_nt_xent_at_tile_edges_within_budget(n, temperature):
     batch = on_device(random_batch(n, 20, temperature))
     assert_within_budget(batch, "triton")
@@ -157,7 +157,7 @@ def each_chip(request, monkeypatch):
     return lambda rows: as_if(monkeypatch, tensor_cores.FAMILIES[request.param], rows)
 
 
-@pytest.mark.parametrize("temperature", [0.01, 0.1, 0.5])
+@pytest.mark.parametrize("temperature", tiered([0.01, 0.1, 0.5], slow=lambda temperature: temperature == 0.1))
 @pytest.mark.parametrize("loss", [None, 0.7, 1e-3, 1e-6])
 def test_gradient_accuracy_at_every_stage_of_training(each_chip, loss, temperature):
     shape = 64, 128, temperature
@@ -222,6 +222,7 @@ def test_strided_views_equal_contiguous(layout, dtype):
 
 
 @every_pair(
+    slow_pairs=True,
     size=[(1, 40), (70, 1), (33, 100)],
     groups=["samples", "unique", "one", "few", "negative"],
     temperature=[0.005, 0.2],
@@ -249,7 +250,7 @@ def test_cross_neg_lse_forms_the_gradients_that_are_wanted(needs):
 
 @pytest.mark.parametrize("both", [False, True], ids=["info_nce", "clip"])
 @pytest.mark.parametrize("temperature", [0.005, 0.1])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", tiered(DTYPES, slow=lambda dtype: dtype == torch.bfloat16))
 @pytest.mark.parametrize(("n", "d"), [(33, 40)])
 def test_towers_within_budget(n, d, dtype, temperature, both):
     batch = on_device(random_batch(n, d, temperature, dtype=dtype))
@@ -258,6 +259,7 @@ def test_towers_within_budget(n, d, dtype, temperature, both):
 
 
 @every_pair(
+    slow_pairs=True,
     size=[(1, 1), (1, None), (2, None), (33, 100), (70, 1), (70, None)],
     groups=["samples", "unique", "one", "few", "negative"],
     bias=[-10.0, 3.0],
@@ -270,13 +272,14 @@ def test_softplus_of_any_groups_within_budget(size, groups, bias, dtype, d):
         assert_softplus_within_budget("triton", *size, groups, **options)
 
 
-@pytest.mark.parametrize("n", [15, 16, 17, 31, 32, 33, 63, 65, 80])
+@pytest.mark.parametrize("n", tiered([15, 16, 17, 31, 32, 33, 63, 65, 80], slow=lambda n: n in (31, 32, 33, 63, 80)))
 def test_softplus_at_tile_edges_within_budget(n):
     for size in ((n, None), (n, 32), (32, n)):
         assert_softplus_within_budget("triton", *size, "samples", positives=size[1] is not None, device=DEVICE)
 
 
 @every_pair(
+    slow_pairs=True,
     size=[(1, 1), (2, 3), (33, 16), (40, 130), (20, 300)],
     numbers=[(0.1, -10.0), (0.01, -20.0), (10.0, 0.0)],
     dtype=DTYPES,
@@ -369,6 +372,7 @@ def ceiling_between(batch: Batch, share: float) -> float:
 
 
 @every_pair(
+    slow_pairs=True,
     size=[(2, 3), (33, 16), (40, 130), (70, 260)],
     temperature=[0.005, 0.1, 10.0],
     dtype=DTYPES,
@@ -384,7 +388,7 @@ def test_limits_within_budget(size, temperature, dtype, reduction):
     assert_arrays_within_budget(value, same, truth, dtype, 1 / temperature, scales)
 
 
-@pytest.mark.parametrize("loss", [0.7, 1e-3, 1e-6])
+@pytest.mark.parametrize("loss", tiered([0.7, 1e-3, 1e-6], slow=lambda loss: loss == 1e-3))
 def test_limits_keep_the_accuracy_of_a_converged_gradient(each_chip, loss):
     batch = on_device(converged_batch(64, 128, 0.02, loss))
     options = {"ceiling": ceiling_between(batch, 0.9)}
@@ -396,8 +400,15 @@ def test_limits_keep_the_accuracy_of_a_converged_gradient(each_chip, loss):
             assert_within_rounding(v, t, 1 / 0.02)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("d", "rows"), [(8, 1), (40, 1), (128, math.inf), (300, 1), (300, math.inf)])
+@pytest.mark.parametrize("dtype", tiered(DTYPES, slow=lambda dtype: dtype == torch.bfloat16))
+@pytest.mark.parametrize(
+    ("d", "rows"),
+    [
+        (8, 1),
+        (40, 1),
+        *(pytest.param(*wide, marks=pytest.mark.slow) for wide in ((128, math.inf), (300, 1), (300, math.inf))),
+    ],
+)
 def test_limits_leave_out_the_same_in_the_backward(each_chip, d, rows, dtype):
     # Directions at equal angles, in rows that round differently, so rounding decides which pairs exceed the limit. If
     # the backward makes the same choice, the probabilities of each row sum to 1.
@@ -552,7 +563,7 @@ PAIRS = 33 if DEVICE == "cpu" else 260  # enough for two squares of the diagonal
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.1])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", tiered(DTYPES, slow=lambda dtype: dtype == torch.bfloat16))
 def test_panels_of_several_squares_within_budget(small_panels, dtype, temperature):
     assert_within_budget(on_device(random_batch(2 * PAIRS, 260, temperature, dtype=dtype)), "triton")
 
@@ -684,7 +695,7 @@ def uneven(look_up):
     return chosen
 
 
-@pytest.mark.parametrize("temperature", [0.005, 0.0168, 0.1])
+@pytest.mark.parametrize("temperature", tiered([0.005, 0.0168, 0.1], slow=lambda temperature: temperature == 0.0168))
 @pytest.mark.parametrize("normalize", [True, False])
 def test_a_temperature_that_the_host_must_not_read(monkeypatch, normalize, temperature):
     contract = importlib.import_module("fastntxent.ops.contract")
@@ -850,7 +861,7 @@ def test_nan_reaches_all_that_depends_on_it(maxima_that_drop_nan, temperature, n
             assert value.isnan().all()
 
 
-@pytest.mark.parametrize("d", [16, 300])
+@pytest.mark.parametrize("d", tiered([16, 300], slow=lambda d: d == 300))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_reaches_all_that_depends_on_it_of_sigmoid_losses(maxima_that_drop_nan, dtype, d):
     z_i, z_j, *_ = random_batch(40, d, 0.1, dtype=dtype)
@@ -900,7 +911,7 @@ def test_kernels_compile_within_the_chip_without_a_spill_and_on_its_matrix_units
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs the compilers that Triton ships for Linux")
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("target", tiered(["sm_80", "sm_90", "sm_100"], slow=lambda target: target != "sm_90"))
 def test_compiled_sums_of_float32_leave_the_matrix_units(target):
     # The half-precision gradient stays in its accumulator, so it shows that the count would detect this.
     code = f"""
