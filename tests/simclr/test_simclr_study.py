@@ -244,9 +244,9 @@ def test_two_decimals_have_no_negative_zero():
 
 def test_fill_names_a_missing_marker(quick):
     page = (quick / "page.md").read_text()
-    with pytest.raises(ValueError, match=r"<!-- study:uses --> .* once, has it 0 times"):
+    with pytest.raises(ValueError, match=r"<!-- study:uses --> .* once, but it appears 0 times"):
         fill(page.replace("study:uses", "study:use"), read(quick))
-    with pytest.raises(ValueError, match=r"study:cost .* once, has it 2 times"):
+    with pytest.raises(ValueError, match=r"study:cost .* once, but it appears 2 times"):
         fill(page + page[page.index("<!-- study:cost") :], read(quick))
 
 

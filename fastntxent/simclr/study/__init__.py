@@ -1,6 +1,6 @@
-"""What the two terms of the loss and its temperature do, measured on runs of the trainer: docs/study.md explains them.
+"""A study of the loss: how its two terms and its temperature shape the encoder that the trainer learns.
 
-`python -m fastntxent.simclr study --help` says how to run it.
+docs/study.md presents the results. `python -m fastntxent.simclr study` repeats them; `--help` lists its options.
 """
 
 from .conduct import conduct

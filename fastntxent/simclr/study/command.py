@@ -1,4 +1,4 @@
-"""The sub-command `study`. Exit statuses are those of the trainer's command line."""
+"""The sub-command `study`, with the same exit statuses as the trainer's command line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .tables import TABLES, publish
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the study for a command line; returns the exit status."""
+    """Run the study with these command-line arguments. Return the exit status."""
     arguments = _parser().parse_args(argv)
     try:
         if arguments.seed < 0:
@@ -32,24 +32,24 @@ def main(argv: Sequence[str]) -> int:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from there", file=sys.stderr)
+        print("interrupted; run the same command again to continue", file=sys.stderr)
         return 130
     for section, make in TABLES.items():
         print(f"\n{section}\n\n{make(record)}")
-    print(f"\n{arguments.out}/report.html shows it, {RECORD} beside it holds the numbers")
+    print(f"\nthe report is {arguments.out}/report.html, with the numbers in {RECORD} beside it")
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"{PROGRAM} study",
-        description="Train with either term of the loss alone, with both, and over a sweep of the temperature; put "
-        "the encoder to use for clustering, retrieval and anomaly detection; write figures and tables. Ten minutes "
-        "on a CPU. docs/study.md explains what comes out. The same command goes on where it was stopped.",
+        description="Train with each term of the loss alone, with both, and over a sweep of temperatures. Test the "
+        "encoder in clustering, retrieval and anomaly detection, and write figures and tables. This takes ten minutes "
+        "on a CPU. docs/study.md explains the results. To continue an interrupted study, run the same command again.",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/study"), metavar="DIR", help="default: runs/study")
-    parser.add_argument("--quick", action="store_true", help="a few seconds on 8 x 8 digits, to see it work")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of all runs (default: 0)")
-    parser.add_argument("--page", type=Path, metavar="FILE", help="fill the tables of this page, and put the figures "
-                        "and the record in the folder of its name")  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="a study on 8 x 8 digits that takes only seconds")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of every run (default: 0)")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="fill in the tables of this Markdown page, and "
+                        "copy the figures and the record to the folder of the same name beside it")  # fmt: skip
     return parser

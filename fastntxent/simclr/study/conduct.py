@@ -1,4 +1,4 @@
-"""The study from plan to record: every run, what it is good for, the figures and the pages."""
+"""Conducts the study: trains every run, tests the encoder in downstream tasks, and writes the record and the report."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ RETRIEVED = 10
 
 
 def conduct(plan: Plan, out: Path, seed: int = 0, say: Callable[[str], None] = print) -> Record:
-    """Make the runs that are missing, measure, and write study.json, the figures and report.html.
+    """Train the runs that are missing, measure them, and write study.json, the figures and report.html.
 
-    One thread: so small a network gains little from a second, and the figures then are the same on any number of
-    cores.
+    Everything runs on one thread. A network this small gains little from a second one, and with a single thread the
+    results do not depend on the number of cores.
 
     Args:
-        plan: what to run.
-        out: the folder of the study; each run has one in it. A study that was stopped is gone on with.
-        seed: of all runs.
-        say: told what goes on, a line at a time.
+        plan: the runs and their settings.
+        out: the folder of the study, with a subfolder for each run. An interrupted study is continued.
+        seed: the seed of every run.
+        say: called with one line of progress at a time.
 
     Returns:
-        What study.json holds.
+        The content of study.json.
 
     Raises:
-        ValueError: `out` holds runs of another plan or seed.
+        ValueError: `out` holds runs with another plan or seed.
         ImportError: a package is missing.
-        TrainingError: as `Trainer.fit`.
+        TrainingError: see `Trainer.fit`.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -99,7 +99,7 @@ def _conduct(plan: Plan, out: Path, seed: int, say: Callable[[str], None]) -> Re
             for clock in ("wall", "cpu")
         },
     }
-    record = json.loads(json.dumps(record))  # as it will be read: tuples are lists
+    record = json.loads(json.dumps(record))  # the same as when read from the file: tuples become lists
     write(out / RECORD, record)
     plots.draw(record, out)
     write_report(record, out)
@@ -107,7 +107,7 @@ def _conduct(plan: Plan, out: Path, seed: int, say: Callable[[str], None]) -> Re
 
 
 def representations(model: SimCLR, config: Config, data: ImageData) -> Features:
-    """Features of both parts from the trained encoder, the same encoder untrained, and raw pixels."""
+    """Return the training and test features of the trained encoder, of the untrained one, and of raw pixels."""
     device = torch.device("cpu")
     found = {}
     for name, candidate in {"trained": model, "untrained": make_model(config, data, device)}.items():
@@ -128,10 +128,10 @@ def _scores(known: Tensor, unknown: Tensor, clusters: Tensor, data: ImageData) -
 
 
 def held_out(config: Config, data: ImageData, group: tuple[int, ...]) -> list[Record]:
-    """Train without a group of classes, then find each of them among the test images of the classes that were there.
+    """Train without a group of classes, then detect each of them among test images of the classes trained on.
 
     Returns:
-        For each class of the group its AUROC by representation, and its share of the seconds.
+        One record for each class of the group: its AUROC by representation, and its share of the seconds.
     """
     path = config.out / "anomaly.json"
     wall, cpu = time.perf_counter(), time.process_time()
@@ -155,13 +155,13 @@ def held_out(config: Config, data: ImageData, group: tuple[int, ...]) -> list[Re
             },
         })  # fmt: skip
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    for row in rows:  # one encoder serves the whole group
+    for row in rows:  # one encoder for the whole group
         row["seconds"] = {"wall": wall / len(group), "cpu": cpu / len(group)}
     write(path, {"classes": rows})
     return rows
 
 
 def without(data: ImageData, group: tuple[int, ...]) -> ImageData:
-    """The data with these classes left out of the training images, and all test images."""
+    """Return the data without the training images of these classes. The test images stay complete."""
     kept = ~torch.isin(data.train_labels, torch.tensor(group))
     return replace(data, train_images=data.train_images[kept], train_labels=data.train_labels[kept])

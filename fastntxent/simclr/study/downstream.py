@@ -1,6 +1,6 @@
-"""A representation put to use without labels: clusters, nearest images, and images unlike any that were seen.
+"""Downstream tasks without labels: clustering, retrieval, and detection of images unlike the training images.
 
-Everything goes by the angle between features, as the loss does; labels only judge the outcome.
+Features are compared by angle, as in the loss. Labels are used only to score the results.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ Scores = dict[str, float]
 
 
 def cluster(known: Tensor, unknown: Tensor, count: int) -> Tensor:
-    """k-means on the unit rows of `known` (10 starts, the best kept); the cluster of each row of `unknown`."""
+    """Fit k-means to the unit rows of `known` (the best of 10 starts). Return the cluster of each row of `unknown`."""
     kmeans = require("sklearn.cluster").KMeans(count, n_init=10, random_state=0)
-    with warnings.catch_warnings():  # fewer distinct rows than clusters: a collapsed encoder is no error
+    with warnings.catch_warnings():  # fewer distinct rows than clusters: a collapsed encoder is not an error
         warnings.simplefilter("ignore", require("sklearn.exceptions").ConvergenceWarning)
         kmeans.fit(unit_rows(known).numpy())
     return torch.from_numpy(kmeans.predict(unit_rows(unknown).numpy())).long()
 
 
 def clustering_scores(clusters: Tensor, labels: Tensor) -> Scores:
-    """Agreement of clusters with classes: normalised mutual information and the adjusted Rand index, both 1 for the
-    same partition, the second 0 by chance."""
+    """Return the agreement of clusters with classes: normalised mutual information and adjusted Rand index. Both are 1
+    for identical partitions. For random partitions the adjusted Rand index is 0 on average."""
     metrics = require("sklearn.metrics")
     return {
         "NMI": float(metrics.normalized_mutual_info_score(labels.numpy(), clusters.numpy())),
@@ -37,16 +37,16 @@ def clustering_scores(clusters: Tensor, labels: Tensor) -> Scores:
 
 
 def precision(queries: Tensor, labels: Tensor, corpus: Tensor, corpus_labels: Tensor, k: int) -> float:
-    """Precision at k: the share of the k nearest rows of the corpus that have the query's class."""
+    """Return the mean precision at k: the share of each query's k nearest corpus rows that have its class."""
     found = corpus_labels[retrieve(queries, corpus, min(k, len(corpus))).indices]
     return float((found == labels[:, None]).float().mean())
 
 
 def novelty(bank: Tensor, images: Tensor, k: int) -> Tensor:
-    """How unlike the bank a row is: 1 minus its mean similarity to its k nearest rows there."""
+    """Return each row's novelty: 1 minus its mean cosine similarity to its k nearest rows of the bank."""
     return 1 - retrieve(images, bank, min(k, len(bank))).scores.mean(dim=1)
 
 
 def auroc(scores: Tensor, is_novel: Tensor) -> float:
-    """The probability that a novel image has the higher score than one of the known classes; 0.5 is chance."""
+    """Return the probability that a novel image scores higher than an image of a known class; 0.5 is chance."""
     return float(require("sklearn.metrics").roc_auc_score(is_novel.numpy(), scores.numpy()))

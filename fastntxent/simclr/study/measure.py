@@ -1,4 +1,4 @@
-"""What the study measures of a model: on the test images, with labels only to judge by."""
+"""The study's measures of a model, on the test images. Labels are used only to score it."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from ..evaluate import embed_views, encode, knn_accuracy, probe_accuracy, recali
 from ..models import SimCLR
 from ..selection import ROWS
 
-BINS = 50  # of the histograms of similarities, over [-1, 1]
+BINS = 50  # in a histogram of similarities, over [-1, 1]
 NEIGHBOURS = 5
 
 Measures = dict[str, float]
 
 
 class Snapshot:
-    """A model at one moment, as it is judged: embeddings z of two views of every test image, and features h and
-    embeddings z of the plain images of both parts."""
+    """The outputs of a model at one point of training: the embeddings z of two views of every test image, and the
+    features h and embeddings z of the unaugmented training and test images."""
 
     def __init__(self, model: SimCLR, config: Config, data: ImageData) -> None:
         device = pick_device(config.device)
@@ -41,10 +41,10 @@ class Snapshot:
 
 
 def quality(snapshot: Snapshot) -> Measures:
-    """What is followed while a run trains.
+    """Return the measures that are recorded during training.
 
-    The effective rank is that of the unit rows of the test images, not centred: of a cloud that has shrunk to a point
-    it says 1, where that of the centred cloud would describe the noise that is left.
+    The effective rank is computed on the unit rows of the test images, without centring. It is then 1 if all rows have
+    collapsed to a point; after centring it would describe the noise that remains.
     """
     z_i, z_j = snapshot.z_i, snapshot.z_j
     measures = {
@@ -62,7 +62,7 @@ def quality(snapshot: Snapshot) -> Measures:
 
 
 def final_quality(snapshot: Snapshot, temperature: float) -> dict[str, Any]:
-    """What is measured of a finished run beside `quality`."""
+    """Return the further measures of a finished run, besides `quality`."""
     sims = similarities(snapshot.z_i, snapshot.z_j, snapshot.test_labels)
     return {
         "linear": probe_accuracy(snapshot.train["h"], snapshot.train_labels, snapshot.test["h"], snapshot.test_labels),
@@ -73,9 +73,9 @@ def final_quality(snapshot: Snapshot, temperature: float) -> dict[str, Any]:
 
 
 def similarities(z_i: Tensor, z_j: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Cosine similarities of positives, of negatives that share the class, and of the other negatives.
+    """Return the cosine similarities of positives, of negatives of the same class, and of negatives of other classes.
 
-    Each unordered pair of rows once. It holds all M^2 / 2 of them: for a test set, not for a training step.
+    Each unordered pair of rows appears once. Memory grows with M^2, which suits a test set but not a training step.
     """
     u = unit_rows(torch.cat((z_i, z_j)))
     n, M = len(z_i), len(u)
@@ -91,19 +91,19 @@ def similarities(z_i: Tensor, z_j: Tensor, labels: Tensor) -> dict[str, Tensor]:
 
 
 def effective_negatives(z_i: Tensor, z_j: Tensor, temperature: float) -> float:
-    r"""How many negatives share the gradient of a row, on average.
+    r"""Return the effective number of negatives in a row's gradient, averaged over the rows.
 
     .. math:: \frac{1}{2N} \sum_i \exp\Big(-\sum_j P_{ij} \log P_{ij}\Big),
         \qquad P_{ij} \propto e^{s_{ij}/\tau} \text{ over the negatives of } i
 
-    All of them where every negative weighs the same, 1 where the nearest takes all.
+    This is 2N - 2 if all negatives have the same weight, and 1 if the nearest one has all the weight.
     """
     u = unit_rows(torch.cat((z_i, z_j))).double()
     n, M = len(z_i), len(u)
     total = 0.0
     for rows in torch.arange(M).split(ROWS):
         logits = u[rows] @ u.T / temperature
-        logits.scatter_(1, torch.stack((rows, (rows + n) % M), dim=1), -torch.inf)  # itself and its positive
+        logits.scatter_(1, torch.stack((rows, (rows + n) % M), dim=1), -torch.inf)  # the row itself and its positive
         total += float(torch.special.entr(logits.softmax(dim=1)).sum(dim=1).exp().sum())
     return total / M
 

@@ -1,4 +1,4 @@
-"""The study's pictures of digits: nearest images and clusters, by raw pixels and by the trained encoder; PNG."""
+"""Draws the nearest images and the clusters, for raw pixels and for the trained encoder, as PNG."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..data import ImageData
 from ..figures import BLUE, INK, ORANGE, new_figure
 from ..sources import require
 
-Features = dict[str, tuple[Tensor, Tensor]]  # of the training and the test images, by representation
+Features = dict[str, tuple[Tensor, Tensor]]  # training and test features, by representation
 
 SHOWN = {"raw pixels": "raw pixels", "trained": "the trained encoder"}
 QUERIES, NEAREST = 8, 8
@@ -23,7 +23,7 @@ Cell = tuple[Tensor, str]  # an image (C, H, W) in [0, 1], and the colour of its
 
 
 def draw_neighbours(features: Features, data: ImageData, path: Path) -> None:
-    """Test images and the training images nearest to them; those of another class are framed."""
+    """Draw test images with their nearest training images. An orange frame marks an image of another class."""
     queries = _hard_queries(features["raw pixels"], data)
     boards = {}
     for name, title in SHOWN.items():
@@ -42,7 +42,7 @@ def draw_neighbours(features: Features, data: ImageData, path: Path) -> None:
 
 
 def _hard_queries(raw: tuple[Tensor, Tensor], data: ImageData) -> Tensor:
-    """For the first classes the test image whose neighbours by raw pixels are most often of another class."""
+    """Return the indices of test images on which raw pixels do worst, one for each of the first QUERIES classes."""
     found = data.train_labels[retrieve(raw[1], raw[0], min(NEAREST, len(raw[0]))).indices]
     hits = (found == data.test_labels[:, None]).sum(dim=1)
     rows = []
@@ -53,7 +53,7 @@ def _hard_queries(raw: tuple[Tensor, Tensor], data: ImageData) -> Tensor:
 
 
 def draw_clusters(features: Features, clusters: dict[str, Tensor], data: ImageData, path: Path) -> None:
-    """A row for each cluster: its test images, from those nearest to its middle to the farthest."""
+    """Draw one row of test images per cluster, from the image nearest to its centre to the farthest."""
     boards = {}
     for name, title in SHOWN.items():
         u = unit_rows(features[name][1])
@@ -68,7 +68,7 @@ def draw_clusters(features: Features, clusters: dict[str, Tensor], data: ImageDa
 
 
 def _draw(boards: dict[str, list[list[Cell]]], path: Path) -> None:
-    """Boards of images side by side, each one picture: hundreds of axes would take a minute."""
+    """Draw boards side by side. Each board is one image, because hundreds of axes would take a minute."""
     rows = max(map(len, boards.values()))
     figure = new_figure(12, 0.55 * rows + 0.4)
     for axes, (title, board) in zip(figure.subplots(1, len(boards)), boards.items(), strict=True):
@@ -79,7 +79,7 @@ def _draw(boards: dict[str, list[list[Cell]]], path: Path) -> None:
 
 
 def _framed(image: Tensor, colour: str) -> Tensor:
-    """(H, W, 3): the image in a frame of this colour, and a white margin."""
+    """Return the image (H, W, 3) in a frame of this colour, with a white margin."""
     width = max(1, image.shape[-1] // 14)
     frame = torch.tensor(require("matplotlib.colors").to_rgb(colour))
     picture = image.permute(1, 2, 0).expand(-1, -1, 3)

@@ -1,4 +1,4 @@
-"""Which runs the study is made of."""
+"""The runs that make up the study."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 
 from ..config import Config
 
-# The run that the others are compared with, and whose encoder is put to use.
+# Temperature of every run outside the sweep. The sweep's run at this temperature is the reference, and its encoder
+# serves the downstream tasks.
 TEMPERATURE = 0.5
 OBJECTIVES = ("nt_xent", "alignment", "distribution")
 NORMS = ("batch", "none")
-# Peak learning rate of the runs without BatchNorm. With the trainer's 0.003 alignment alone is still on its way to the
-# point when the run ends (kNN of z 26 % after 20 epochs); NT-Xent learns with either.
+# Peak learning rate of the runs without BatchNorm. With the trainer's default of 0.003, alignment alone has not fully
+# collapsed when the run ends (kNN accuracy of z: 26 % after 20 epochs). NT-Xent learns with either rate.
 LR_WITHOUT_NORM = 0.01
 
 
@@ -22,12 +23,12 @@ class Plan:
     """The size of the study.
 
     Args:
-        data: the data set.
-        epochs: of the runs that differ in objective, normalisation or temperature.
-        measured: the epochs at which they are measured on the way; the last is `epochs`.
-        temperatures: of the sweep; TEMPERATURE is one of them.
-        held_out: groups of classes; for each an encoder is trained that never sees them.
-        held_out_epochs: of those runs.
+        data: name of the data set.
+        epochs: length of the runs that differ in objective, normalisation or temperature.
+        measured: the epochs after which these runs are measured, in order, from 0 to `epochs`.
+        temperatures: the temperatures of the sweep, with TEMPERATURE among them.
+        held_out: groups of classes. For each group, one encoder is trained without its images.
+        held_out_epochs: length of the held-out runs.
         batch_size: images per step.
     """
 
@@ -40,7 +41,7 @@ class Plan:
     batch_size: int = 256
 
     def runs(self, out: Path, seed: int) -> dict[str, Config]:
-        """The runs by name, in the order in which they are made; each has a folder of its own under `out`."""
+        """Return the settings of each run by name, in the order in which they run. Each has a folder under `out`."""
         options: dict[str, dict[str, Any]] = {}
         for norm in NORMS:
             for objective in OBJECTIVES:
@@ -51,7 +52,7 @@ class Plan:
         return {name: self._config(out / name, seed, self.epochs, **extra) for name, extra in options.items()}
 
     def held_out_runs(self, out: Path, seed: int) -> dict[tuple[int, ...], Config]:
-        """The runs that do without a group of classes, by group."""
+        """Return the settings of each run that leaves out a group of classes, by group."""
         return {
             group: self._config(out / f"without-{'-'.join(map(str, group))}", seed, self.held_out_epochs)
             for group in self.held_out
@@ -66,14 +67,14 @@ class Plan:
 
 
 def objective_run(objective: str, norm: str) -> str:
-    """The name of a run; NT-Xent with BatchNorm is a run of the sweep too."""
+    """Return a run's name. NT-Xent with BatchNorm is also a run of the temperature sweep, and has its name."""
     if (objective, norm) == ("nt_xent", "batch"):
         return temperature_run(TEMPERATURE)
     return objective if norm == "batch" else f"{objective}-without-norm"
 
 
 def temperature_run(tau: float) -> str:
-    """The name of a run of the sweep."""
+    """Return the name of a run of the temperature sweep."""
     return f"tau-{tau:g}"
 
 
@@ -85,7 +86,7 @@ FULL = Plan(
     held_out=((0, 1), (2, 3), (4, 5), (6, 7), (8, 9)),
     held_out_epochs=15,
 )
-# For a look at how it works, and for the tests: 8 x 8 digits, seconds in all.
+# For a first try and for the tests: 8 x 8 digits, a few seconds in total.
 QUICK = Plan(
     data="digits", epochs=2, measured=(0, 1, 2), temperatures=(0.1, 0.5), held_out=((0, 1),), held_out_epochs=1
 )

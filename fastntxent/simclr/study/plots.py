@@ -1,4 +1,4 @@
-"""The study's curves, histograms and bars: SVG, from the record alone."""
+"""Draws the study's curves, histograms and bar charts as SVG, from the record."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ REPRESENTATIONS = {"trained": BLUE, "untrained": GRID, "raw pixels": "#98a3af"}
 
 
 def draw(record: Record, folder: Path) -> None:
-    """Write the SVG files; the same record gives the same bytes."""
+    """Write the SVG files. The same record always gives the same bytes."""
     figures: dict[str, Callable[[Record], Any]] = {
         "collapse": _collapse, "similarities": _similarities, "temperature": _temperature, "spread": _spread,
         "uses": _uses,
@@ -33,7 +33,7 @@ def draw(record: Record, folder: Path) -> None:
 
 
 def _collapse(record: Record) -> Any:
-    """Measures against the epoch: a row without BatchNorm, a row with it; a line for each objective."""
+    """Plot measures against the epoch, with a line for each objective: first row without BatchNorm, second with it."""
     columns = ("alignment", "uniformity", "effective rank z", "knn z", "knn h")
     figure = new_figure(12.5, 4.8)
     for norm, row in zip(reversed(NORMS), figure.subplots(2, len(columns), sharex=True), strict=True):
@@ -61,13 +61,13 @@ def _collapse(record: Record) -> Any:
 
 
 def _similarities(record: Record) -> Any:
-    """Histograms of the similarities at the end, an objective a column."""
+    """Plot histograms of the final similarities, one column per objective."""
     names = {OBJECTIVE_NAMES[objective]: objective_run(objective, "none") for objective in OBJECTIVES}
     return _histograms(record, names)
 
 
 def _spread(record: Record) -> Any:
-    """Histograms of the similarities at the end, a temperature a column."""
+    """Plot histograms of the final similarities, one column per temperature."""
     return _histograms(record, {rf"$\tau$ = {tau:g}": temperature_run(tau) for tau in record["plan"]["temperatures"]})
 
 
@@ -88,7 +88,7 @@ def _histograms(record: Record, names: dict[str, str]) -> Any:
 
 
 def _temperature(record: Record) -> Any:
-    """Measures at the end against the temperature."""
+    """Plot the final measures against the temperature."""
     taus = record["plan"]["temperatures"]
     ends = [record["runs"][temperature_run(tau)] for tau in taus]
 
@@ -118,7 +118,7 @@ def _temperature(record: Record) -> Any:
 
 
 def _uses(record: Record) -> Any:
-    """Bars: clustering and retrieval, then the AUROC of each class that training went without."""
+    """Plot bars of the clustering and retrieval scores, and of the AUROC of each held-out class."""
     figure = new_figure(12.5, 3)
     left, right = figure.subplots(1, 2, width_ratios=(1, 2.2))
     uses, anomalies = record["uses"], record["anomalies"]
@@ -150,7 +150,7 @@ def _style(axes: Any, title: str) -> None:
 
 
 def _count_axis(axes: Any, most: int) -> None:
-    """From 1 to `most`, by logarithm, with plain numbers."""
+    """Make the y axis logarithmic from 1 to `most`, with plain numbers as tick labels."""
     axes.set_yscale("log")
     axes.set_ylim(0.9, 1.2 * most)
     ticks = [10**power for power in range(5) if 10**power <= most]

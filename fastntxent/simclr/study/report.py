@@ -1,4 +1,4 @@
-"""report.html of a study: its tables and figures in one file that needs no other; docs/study.md is the text to it."""
+"""Writes report.html, one self-contained file with the study's tables and figures. docs/study.md discusses them."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ $sections
 """
 )
 
-# Heading, table, figures with what to see in them.
+# For each section: its heading, its table, and its figures with their captions.
 SECTIONS: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("Either term alone, and both", "objectives", {
-        "collapse.svg": "Measures of the test images over training. Alignment alone: uniformity 0 and a rank of 1, "
-        "which is collapse. Distribution alone: spread out, with alignment at chance.",
-        "similarities.svg": "Similarities of pairs at the end, without BatchNorm.",
+        "collapse.svg": "Measures on the test images during training. Alignment alone ends at uniformity 0 and "
+        "an effective rank near 1, which is collapse. Distribution alone spreads the images out, with alignment at chance.",
+        "similarities.svg": "Similarities of pairs after training, without BatchNorm.",
     }),
     ("The temperature", "temperatures", {
         "temperature.svg": "Measures at the end of training against the temperature.",
-        "spread.svg": "Similarities of pairs at the end. A small temperature pushes the nearest apart, a large one "
-        "tolerates them.",
+        "spread.svg": "Similarities of pairs after training. A small temperature pushes the nearest images apart; a "
+        "large one tolerates them.",
     }),
     ("Clusters and nearest images", "uses", {
-        "uses.svg": "The trained encoder against the same encoder untrained and raw pixels.",
+        "uses.svg": "The trained encoder, compared with the untrained encoder and with raw pixels.",
         "clusters.png": "Each row is a cluster of k-means, from the most to the least typical test image.",
-        "neighbours.png": "The training images nearest to the test images that raw pixels get most wrong; framed in "
-        "orange: of another class.",
+        "neighbours.png": "Test images on which raw pixels do worst, and the training images nearest to each. An "
+        "orange frame marks an image of another class.",
     }),
     ("Classes that training never saw", "anomalies", {}),
 )  # fmt: skip
@@ -76,7 +76,7 @@ def write_report(record: dict[str, Any], out: Path) -> None:
 
 
 def html_table(markdown: str) -> str:
-    """A table of `tables.table` in HTML."""
+    """Return a Markdown table from `tables.table` as HTML."""
     head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines())
     lines = [_row("th", head), *(_row("td", row) for row in rows)]
     return f"<table>{''.join(lines)}</table>"

@@ -1,4 +1,4 @@
-"""One run of the study, measured on the way; what was done before an interruption is not done again."""
+"""Trains and measures one run of the study. A run that was interrupted continues from its checkpoint."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ Record = dict[str, Any]
 
 
 def train(config: Config, data: ImageData, measured: Sequence[int]) -> tuple[Record, Trainer]:
-    """Train a run to its end with measurements on the way, or find it finished.
+    """Train a run to its end and measure it at the given epochs. A finished run is only loaded.
 
     Args:
-        config: its settings; a checkpoint in `config.out` is gone on with, and must agree with them.
+        config: the settings. If `config.out` has a checkpoint, the run continues from it; its settings must agree.
         data: the images.
-        measured: the epochs after which the test images are measured, in order; the last is `config.epochs`.
+        measured: the epochs after which the run is measured, in order; the last is `config.epochs`.
 
     Returns:
-        What measured.json holds (the curves, what was measured at the end, the seconds it took), and the trainer.
+        The content of measured.json (the curves, the measurements at the end, the seconds), and the trainer.
 
     Raises:
         ValueError: the folder holds a run with other settings.
-        TrainingError: as `Trainer.fit`.
+        TrainingError: see `Trainer.fit`.
     """
     path = config.out / RECORD
-    # The checkpoint of an epoch is written before its measurements: a record without a checkpoint is of another run.
+    # A checkpoint is written before the measurements of its epoch, so a record without one is left from another run.
     record = read(path) if (config.out / FILE_NAME).exists() else None
     record = record or {"curves": {"epoch": []}, "end": {}, "seconds": {"wall": 0.0, "cpu": 0.0}}
     trainer = open_trainer(config, data)
@@ -58,16 +58,16 @@ def train(config: Config, data: ImageData, measured: Sequence[int]) -> tuple[Rec
 
 
 def open_trainer(config: Config, data: ImageData) -> Trainer:
-    """The trainer of a run, where its checkpoint left it or at its beginning."""
+    """Return the trainer of a run, resumed from its checkpoint if there is one."""
     started = (config.out / FILE_NAME).exists()
     return Trainer(replace(config, resume="auto") if started else config, data)
 
 
 def read(path: Path) -> Record | None:
-    """A record, or None if there is none yet."""
+    """Return a record, or None if the file does not exist."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def write(path: Path, record: Record) -> None:
-    """Write a record whole or not at all."""
+    """Write a record atomically."""
     write_text(path, json.dumps(record, indent=1, allow_nan=False) + "\n")

@@ -1,4 +1,4 @@
-"""The study's tables as markdown, and the page that they stand in."""
+"""The study's tables in Markdown, and the page that contains them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REPRESENTATIONS = ("trained", "untrained", "raw pixels")
 
 
 def objectives(record: Record) -> str:
-    """What each objective ends with, without BatchNorm and with it."""
+    """Return the final measures of each objective, without and with BatchNorm."""
     rows = []
     for norm in reversed(NORMS):
         for objective in OBJECTIVES:
@@ -36,7 +36,7 @@ def objectives(record: Record) -> str:
 
 
 def temperatures(record: Record) -> str:
-    """What each temperature ends with."""
+    """Return the final measures of each temperature."""
     rows = []
     for tau in record["plan"]["temperatures"]:
         run = record["runs"][temperature_run(tau)]
@@ -58,7 +58,7 @@ def temperatures(record: Record) -> str:
 
 
 def uses(record: Record) -> str:
-    """Clustering and retrieval."""
+    """Return the clustering and retrieval scores."""
     return table(
         "representation|clusters: NMI|clusters: ARI|retrieval: precision@10",
         [
@@ -70,7 +70,7 @@ def uses(record: Record) -> str:
 
 
 def anomalies(record: Record) -> str:
-    """The AUROC of every class that training went without, and their mean."""
+    """Return the AUROC of every held-out class, and the mean."""
     rows = record["anomalies"]
     means = [[sum(row["AUROC"][name] for row in rows) / len(rows)] for name in REPRESENTATIONS]
     return table(
@@ -84,7 +84,7 @@ def anomalies(record: Record) -> str:
 
 
 def cost(record: Record) -> str:
-    """What was run, and how long it took."""
+    """Return a sentence with the number of runs and the time they took."""
     plan, seconds, data = record["plan"], record["seconds"], record["data"]
     return (
         f"{len(record['runs'])} runs of {plan['epochs']} epochs and {len(plan['held_out'])} of "
@@ -111,22 +111,22 @@ def _quality(run: Record, at: int = -1) -> list[str]:
 
 
 def percent(share: float) -> str:
-    """97.3 %."""
+    """Return a percentage with one decimal, such as "97.3 %"."""
     return f"{100 * share:.1f} %"
 
 
 def two(value: float) -> str:
-    """Two decimals, and no minus before a zero."""
+    """Return two decimals, without a minus sign before zero."""
     return f"{round(value, 2) + 0:.2f}"
 
 
 def small(value: float) -> str:
-    """Two decimals, or one significant digit of what they would round away."""
+    """Return two decimals, or for values between 0 and 0.01 one significant digit in scientific notation."""
     return two(value) if value == 0 or value >= 0.01 else f"{value:.0e}".replace("e-0", "e-")
 
 
 def table(head: str, rows: Iterable[list[str]], left: int = 0) -> str:
-    """A markdown table; `left`: so many columns are text."""
+    """Return a Markdown table. The first `left` columns are text and left-aligned."""
     names = head.split("|")
     rule = "|---" * left + "|---:" * (len(names) - left) + "|"
     lines = [f"| {' | '.join(cells)} |" for cells in (names, *rows)]
@@ -134,26 +134,26 @@ def table(head: str, rows: Iterable[list[str]], left: int = 0) -> str:
 
 
 def fill(text: str, record: Record) -> str:
-    """The page with its tables between their markers.
+    """Return the text of a page with each table placed between its two markers.
 
     Raises:
-        ValueError: the page lacks a marker, or has it twice.
+        ValueError: a pair of markers is missing or appears more than once.
     """
     for section, make in TABLES.items():
         start, end = f"<!-- study:{section} -->", f"<!-- /study:{section} -->"
         body = f"{start}\n\n{make(record)}\n\n{end}"
         parts = re.split(f"{start}.*?{end}", text, flags=re.DOTALL)
         if len(parts) != 2:
-            raise ValueError(f"the page must have {start} ... {end} once, has it {len(parts) - 1} times")
+            raise ValueError(f"the page must contain {start} ... {end} once, but it appears {len(parts) - 1} times")
         text = body.join(parts)
     return text
 
 
 def publish(record: Record, out: Path, page: Path) -> None:
-    """Fill the tables of a page, and copy the record and the figures to the folder of its name beside it.
+    """Fill in a page's tables, and copy the record and the figures to the folder of the same name beside it.
 
     Raises:
-        ValueError: as `fill`; nothing has been written then.
+        ValueError: see `fill`; in that case nothing is written.
     """
     text = fill(page.read_text(encoding="utf-8"), record)
     folder = page.with_suffix("")
