@@ -1,10 +1,11 @@
 """Resources of the built CUDA kernels on every chip: registers, stack, matrix instructions, and issue slots per tile.
 
 python -m benchmarks.binary reads `fastntxent._cuda` with the cuobjdump that Triton ships; no GPU is needed. For the
-forward and the gradient it prints a block's issue slots per step (64 features of a tile of columns), from the shortest
-step, which has nothing left to load, to the longest. It also prints the slots per tile outside its steps (for three
-chunks of the gradient). Both are compared with the tensor cycles of their products, at an A100's rate of 1,024
-multiply-adds per cycle and multiprocessor. --check fails if a kernel spills or does not use the matrix units.
+forward and the gradient it prints a block's issue slots per step (64 features of a tile of columns), as a range: the
+shortest step has nothing left to load. It also prints the slots that a tile takes outside its steps (in the gradient,
+for three chunks of features). Beside them it prints the tensor cycles of their products, at an A100's rate of 1,024
+multiply-adds per cycle and multiprocessor. --check fails if a kernel spills registers, does not use the matrix units,
+or keeps float32 sums in them.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ _NAME = re.compile(r"kernel_([a-z]+)_cu.*nt_xent")
 class BuiltKernel(NamedTuple):
     """A kernel compiled for one chip.
 
-    `registers` and `stack` (in bytes, with spilled registers) are per thread. `matrix` counts matrix instructions, and
-    `fresh` those whose accumulator starts at zero.
+    `registers` and `stack` (in bytes, including spilled registers) are per thread. `matrix` counts matrix instructions,
+    and `fresh` counts those whose accumulator starts at zero.
     """
 
     chip: str
@@ -42,7 +43,7 @@ class BuiltKernel(NamedTuple):
     code: sass.Region
 
     def faults(self) -> list[str]:
-        """Return descriptions of everything that must not happen."""
+        """Return a description of each fault."""
         found = [] if self.stack == 0 else [f"{self.stack} bytes of stack"]
         if not self.matrix:
             found.append("no matrix instruction")
@@ -51,7 +52,7 @@ class BuiltKernel(NamedTuple):
         return found
 
     def tiles(self) -> list[tuple[sass.Region, sass.Region]]:
-        """Return the loop over tiles, and the loop over steps inside it, for the forward and for the gradient."""
+        """Return the loop over tiles and the loop over steps inside it, for the forward and for the gradient."""
         found = []
         for tile in self.code.inner:
             while tile.loop and tile.loop.loop:
@@ -62,13 +63,13 @@ class BuiltKernel(NamedTuple):
 
 
 def built() -> Path | None:
-    """Return the module's file, or None if it was not built."""
+    """Return the file of `fastntxent._cuda`, or None if it was not built."""
     spec = importlib.util.find_spec("fastntxent._cuda")
     return Path(spec.origin) if spec and spec.origin else None
 
 
 def built_kernels(module: Path) -> list[BuiltKernel]:
-    """Return every kernel for every chip in the module."""
+    """Return every kernel of the module, for every chip."""
     usage = {
         key: {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
         for key, text in _by_kernel("--dump-resource-usage", module)
@@ -87,7 +88,7 @@ def built_kernels(module: Path) -> list[BuiltKernel]:
 
 
 def _by_kernel(option: str, module: Path) -> Iterator[tuple[tuple[str, str], str]]:
-    """Return the chip and operands of every kernel, with cuobjdump's output for it."""
+    """Yield each kernel's chip and operands, with cuobjdump's output for that kernel."""
     command = [sass.tool("cuobjdump"), option, module]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for of_chip in said.split("\narch = ")[1:]:

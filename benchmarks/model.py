@@ -1,29 +1,28 @@
-"""Suite `model`: predicted times of NT-Xent's kernels on GPUs that need not be present, from machine code and data
-sheets.
+"""Suite `model`: predicts the times of NT-Xent's kernels from machine code and data sheets, without the GPUs.
 
 A kernel takes LAUNCH plus the longest of
 
-    products     flops of the matrix units, at GEMM times the data sheet's rate, about what large cuBLAS products reach
-                 under a board's power limit. A measured rate replaces it where there is one. Float32 takes three
-                 products of half-precision parts
-    slots        instructions: 4 per cycle and multiprocessor (sass.py)
+    products     flops of the matrix units, at GEMM times the data sheet's rate. Large cuBLAS products reach about that
+                 rate under a board's power limit. A measured rate replaces it if there is one. A float32 product takes
+                 three products of half-precision parts
+    slots        instructions, at 4 per cycle and multiprocessor (sass.py)
     integers, floats, exps
-                 instructions of one kind, over the units that a multiprocessor has for them (chips.py)
+                 instructions of one kind, at the rate of the units that execute them (chips.py)
     shared       bytes of shared memory, including the matrix units' operands, at 128 per cycle and multiprocessor;
                  shuffles
     cache        bytes of x (and of G) that its tiles read through the second-level cache
-    memory       bytes read from or written to memory: data that does not fit in that cache is read again
-    latency      the dependency chain of a program, one iteration of its loop after the other: products, instructions,
-                 and SYNC cycles for each barrier or wait, plus LOAD in a pipeline of two stages, which loads nothing
-                 ahead. A multiprocessor runs as many chains at once as it holds programs
+    memory       bytes read from or written to memory; data that does not fit in that cache is read again
+    latency      the dependency chain of a program. Each iteration of its loop takes the cycles of its products and
+                 instructions, SYNC for each barrier or wait, and LOAD if the pipeline has only two stages and so loads
+                 nothing ahead. The programs that a multiprocessor holds run their chains at the same time
 
-The longest one is the bottleneck and is printed. Instructions are counted in the machine code of the table's tiles,
-along the path of a tile without a mask, times the iterations that the schedule gives each loop. Nothing is fitted to a
-measurement of these kernels. limits.py has the constants and their sources. For small batches the CUDA kernel is
-predicted too (model_cuda.py).
+The longest one is the bottleneck and is printed. Instructions are counted in the machine code compiled for the tiles of
+the tile table, along the path of a tile without a mask, and multiplied by the loop iterations of the schedule. Nothing
+is fitted to a measurement of these kernels. limits.py has the constants and their sources. For small batches the CUDA
+kernel is predicted too (model_cuda.py).
 
-The model leaves out bank conflicts, dependencies between instructions of an iteration, masked tiles, and the host. So a
-prediction is a lower bound for this code, not an average.
+The model ignores bank conflicts, dependencies between the instructions of an iteration, masked tiles, and the host. A
+prediction is therefore a lower bound for this code, not an average.
 """
 
 from __future__ import annotations
@@ -42,13 +41,13 @@ from .limits import FIRST, GEMM, LAUNCH, LOAD, SYNC, Time, fill, longest
 SHAPES = ((256, 128), (4096, 128), (32768, 128), (32768, 768))
 TARGETS = ("sm_80", "sm_90", "sm_100")
 SMALL = policy.SMALL_BATCH // 2  # largest number of samples for which the CUDA kernel is predicted
-STAYS = 2 / 3  # share of the second-level cache that holds data for the next pass
+STAYS = 2 / 3  # share of the second-level cache in which data survives until the next pass
 
 
 class Work(NamedTuple):
-    """The work of all programs of a kernel; for the kernels of panels, over all panels. `operands` are the bytes of
-    shared memory that tcgen05 reads, which the machine code does not show. `turns` are the iterations of a program's
-    loops, the outermost first."""
+    """A kernel's work, summed over all its programs (for `form` and `gather`: in all launches). `operands` are the
+    bytes of shared memory that tcgen05 reads, which the machine code does not show. `turns` are the iterations of a
+    program's loops, outermost first."""
 
     flops: float
     exps: float
@@ -61,13 +60,13 @@ class Work(NamedTuple):
 
 
 def time_of(limits: dict[str, float], launches: int) -> Time:
-    """Return the longest of some limits, plus the launches."""
+    """Return the longest limit plus the time of the launches."""
     time, launching = longest(limits), LAUNCH * launches
     return Time(time.seconds + launching, time.limit if time.seconds > launching else "launches")
 
 
 def least(work: Work, chip: Chip, dtype: str, tile: tuple[int, ...], gemm: float | None = None) -> dict[str, float]:
-    """Return the seconds of each limit that does not depend on the compiled code."""
+    """Return the seconds for each limit that does not depend on the compiled code."""
     rates = chip.rates
     assert rates is not None
     matrix = kernels.rate(chip, dtype, tile) * (GEMM if gemm is None else gemm / rates.product)
@@ -82,7 +81,7 @@ def least(work: Work, chip: Chip, dtype: str, tile: tuple[int, ...], gemm: float
 
 
 def needs(work: Work, report: kernels.CompiledKernel, dtype: str, gemm: float | None = None) -> dict[str, float]:
-    """Return the seconds of each limit of a compiled kernel."""
+    """Return the seconds for each limit of a compiled kernel."""
     chip, code, tile = CHIPS[report.target], report.code, report.tile
     rates = chip.rates
     assert rates is not None
@@ -91,7 +90,7 @@ def needs(work: Work, report: kernels.CompiledKernel, dtype: str, gemm: float | 
     lanes, turns = 32 * report.warps, turns_of(work, report)
 
     def executed(of: Callable[[sass.Region], float]) -> float:
-        """Return a figure summed over all programs, per warp."""
+        """Return the sum of a per-warp figure over everything that all programs execute."""
         return code.total(turns, of) * work.programs
 
     of_kind = {kind: executed(lambda region, kind=kind: region.counts[kind]) * lanes for kind in ("exp", "alu", "fma")}
@@ -113,7 +112,7 @@ def needs(work: Work, report: kernels.CompiledKernel, dtype: str, gemm: float | 
 
 
 def turns_of(work: Work, report: kernels.CompiledKernel) -> tuple[float, ...]:
-    """Return the iterations of each loop of the machine code. A loop around the schedule's loops has one iteration, and
+    """Return the iterations of each loop in the machine code. A loop around the schedule's loops has one iteration, and
     an unrolled loop has no entry."""
     code, missing = report.code, report.code.depth - len(work.turns)
     turns = (1.0,) * missing + work.turns[: code.depth]
@@ -129,10 +128,10 @@ def _uneven(work: Work, chip: Chip) -> float:
 
 
 def _chain(region: sass.Region, report: kernels.CompiledKernel) -> float:
-    """Return the cycles of a region, without its inner loops, for a program alone on its multiprocessor."""
+    """Return the cycles of a region, without its inner loops, if a program has its multiprocessor to itself."""
     counts = region.counts
     flops = region.flops * report.warps
-    if not region.flops and counts["tensor"]:  # tcgen05: flops of an iteration, split by matrix instructions
+    if not region.flops and counts["tensor"]:  # tcgen05: the region's share, by matrix instructions
         flops = report.flops * counts["tensor"] / report.code.main.counts["tensor"]
     chip = CHIPS[report.target]
     products = flops / kernels.rate(chip, report.dtype, report.tile) * chip.rates.cycles
@@ -177,7 +176,8 @@ def work_of(kernel: str, tiles: dict[str, tuple[int, ...]], M: int, DP: int, dty
 
 
 def _work_of_panels(kernel: str, tiles: dict[str, tuple[int, ...]], M: int, DP: int, dtype: str, chip: Chip) -> Work:
-    """Return the work of `form` or `gather`: two squares of G at a time; those above the diagonal are formed once."""
+    """Return the work of `form` or `gather`. A launch handles two squares of G: two on the diagonal, or one above the
+    diagonal and its transpose, which is not formed again."""
     from fastntxent.backends.triton import config
 
     block_m, block_n, block_d, *_ = tiles[kernel]
@@ -187,7 +187,7 @@ def _work_of_panels(kernel: str, tiles: dict[str, tuple[int, ...]], M: int, DP: 
     squares = math.ceil(M / edge)
     above = squares * (squares - 1) // 2
     launches = math.ceil(squares / 2) + above
-    # The part of a panel, its rows of x and their sums that the second-level cache cannot hold comes from memory again.
+    # If a panel, its rows of x and their sums exceed the second-level cache, the excess is read from memory again.
     panel, rows, sums = 2 * edge * edge * width, 2 * edge * row, 2 * edge * DP * 4
     missed = max(0.0, 1 - STAYS * chip.rates.l2 / (panel + rows + sums))
     memory = launches * (rows + missed * panel)
@@ -204,9 +204,9 @@ def _work_of_panels(kernel: str, tiles: dict[str, tuple[int, ...]], M: int, DP: 
 
 
 def around(M: int, DP: int, dtype: str, chip: Chip, finished: bool) -> float:
-    """Return the seconds of packing, finishing the rows, their weights and unpacking: memory traffic and launches."""
+    """Return the seconds for memory traffic and launches to pack, finish and weight the rows, and to unpack."""
     rates, width = chip.rates, 2 if dtype == "bf16" else 4
-    read = M * DP * (2 * 2 * width + width)  # read twice, with the positive; written once
+    read = M * DP * (2 * 2 * width + width)  # rows are read twice with their positives, and written once
     back = M * DP * (4 + 2 * width + 4)
     return (read + back) / rates.memory + LAUNCH * (4 if finished else 3)
 
@@ -214,7 +214,8 @@ def around(M: int, DP: int, dtype: str, chip: Chip, finished: bool) -> float:
 def predict(
     target: str, n: int, d: int, dtype: str, gemm: float | None = None
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Return the milliseconds of each kernel, of the forward and of both passes, and the bottleneck of each kernel."""
+    """Return the milliseconds of each kernel, of the forward, of both passes and of one product u u^T ("u"), and the
+    bottleneck of each kernel."""
     from fastntxent.backends.triton import config, pack
 
     chip, M, DP = CHIPS[target], 2 * n, pack.padded_features(d)
@@ -237,7 +238,7 @@ def predict(
 
 
 def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[str, str]]:
-    """Return predictions for every chip whose data sheet we have."""
+    """Return predictions for every target, and the reason for each missing backend."""
     shapes = [(n, d) for d in arguments.d or [128] for n in arguments.n or [256, 4096, 32768]]
     results, missing = [], {}
     if binary.built() is None:

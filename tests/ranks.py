@@ -1,4 +1,4 @@
-"""Several gloo ranks on one machine: call a function on each rank, in a separate process."""
+"""Runs a function on several gloo ranks on one machine, each in a separate process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks import instruction_set
 from fastntxent.distributed import wire
 
-# Ranks are forked from a server that has imported these, because importing PyTorch takes longer than most tests do.
+# Ranks are forked from a server that has already imported these, since importing PyTorch takes longer than most tests.
 _IMPORTED_ONCE = [
     "torch",
     "torch.distributed",
@@ -38,7 +38,7 @@ if _FORKS:
 def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """Call function(*args) on every rank of a new gloo group and return the ranks' results.
 
-    An exception that a rank does not catch is raised here, with that rank's traceback.
+    If the function raises on any rank, RuntimeError is raised here with the tracebacks of those ranks.
     """
     with tempfile.TemporaryDirectory() as folder:
         arguments = (world, folder, dict(os.environ), instruction_set.held, function, args)
@@ -62,13 +62,13 @@ def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def bytes_sent() -> Iterator[list[int]]:
-    """Record the bytes that this rank sends in each torch.distributed call of fastntxent made in this block."""
+    """In this block, record the bytes that this rank sends in each torch.distributed call of fastntxent."""
     sent: list[int] = []
     gather, exchange, transfer = wire._all_gather, dist.all_to_all_single, dist.batch_isend_irecv
 
     def counting_gather() -> Callable[..., Any]:
         def call(received: Tensor, own: Tensor, **options: Any) -> Any:
-            sent.append(received.nbytes - own.nbytes)  # sends to the others as much as it receives from them
+            sent.append(received.nbytes - own.nbytes)  # a rank sends as many bytes as it receives
             return gather()(received, own, **options)
 
         return call
@@ -103,7 +103,7 @@ def _rank(
     args: tuple,
 ) -> None:
     os.environ.clear()
-    os.environ.update(environment)  # the fork server has the environment of its start
+    os.environ.update(environment)  # the fork server has the environment that it was started with
     instruction_set.hold(held)
     torch.set_num_threads(1)
     dist.init_process_group(

@@ -1,4 +1,4 @@
-"""Which cases `make test` leaves to `make test-all`: those that take minutes and repeat what others show in seconds."""
+"""Marks slow cases, which only `make test-all` runs: they take minutes and repeat what faster cases show."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from allpairspy import AllPairs
 
 
 def tiered(values: Iterable[Any], slow: Callable[[Any], bool]) -> list[Any]:
-    """Return the values of a parametrisation, with the slow ones marked."""
+    """Return the values for `parametrize`, with the slow ones marked slow."""
     return [pytest.param(value, marks=pytest.mark.slow) if slow(value) else value for value in values]
 
 
 def every_pair(*, slow_pairs: bool = False, **axes: Iterable[Any]) -> pytest.MarkDecorator:
-    """Parametrise by as few cases as it takes for every two values of two axes to meet.
+    """Parametrise with few cases that cover every pair of values of two different axes.
 
-    With `slow_pairs`, only the cases that bring a value for the first time are not slow.
+    With `slow_pairs`, a case is slow if each of its values already appears in an earlier case.
     """
     names, values = list(axes), [list(axis) for axis in axes.values()]
     cases, met = [], set()

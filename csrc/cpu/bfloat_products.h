@@ -208,7 +208,7 @@ struct BfloatProducts {
         double lanes_[LANES<float>] = {};
     };
 
-    // Add what rows and columns gather, with G in the tile's buffer.
+    // See FloatProducts::gather.
     static void gather(const Tile<float>& tile) {
         const PackedSide<float>&rows = *tile.rows, &cols = *tile.cols;
         if (rows.gathered) {

@@ -54,7 +54,7 @@ bool has_avx512() {
 #endif
 
 #if defined(FNTX_X86) && defined(FNTX_BFLOAT)
-// An instruction set whose products differ from plain C++ on this machine is not used. Each is tested once.
+// Both sets are tested once, and not used if their products on this machine differ from those of plain C++.
 bool amx_works() {
     static const bool works = has_avx512() && has_amx() && amx::multiplies_right();
     return works;
@@ -99,17 +99,18 @@ const InstructionSet& instruction_set() {
 
 int64_t count_rows(const fntx_side& side) { return side.z[0].n + side.z[1].n; }
 
-// The most elements of a side, with MARGIN rows to cover its padding. As doubles, their bytes still fit a 64-bit size.
+// The largest number of elements in a side, padding included (at most MARGIN rows). Even as doubles, their size in
+// bytes fits in 64 bits.
 constexpr int64_t MOST_NUMBERS = INT64_MAX / 16, MARGIN = 1024;
 
 bool too_large(const fntx_side& side, int64_t D) {
     for (const fntx_matrix& z : side.z)
-        if (z.n < 0 || z.n > FNTX_MOST_ROWS) return z.n > 0;  // before count_rows, which might overflow
+        if (z.n < 0 || z.n > FNTX_MOST_ROWS) return z.n > 0;  // checked first, as count_rows might overflow
     const int64_t n = count_rows(side);
     return n > FNTX_MOST_ROWS || D > MOST_NUMBERS / (n + MARGIN);
 }
 
-// Return whether a side is valid that is not too large.
+// Return whether a side is valid. It must not be too_large.
 bool valid(const fntx_side& side, int64_t D) {
     for (const fntx_matrix& z : side.z)
         if (z.n < 0 || (z.n > 0 && !z.data)) return false;

@@ -1,16 +1,15 @@
 // Products on register blocks. The accumulators of a block of R rows and V vectors stay in registers for the whole
 // inner dimension. Each step loads V vectors of b and R numbers of a.
 //
-// Compared with a library's GEMM: the same schedule on torch.mm (backend `blocked`, which has to write out every tile
-// and read it back) takes 2.3 times as long at N = 4096, D = 128, and 1.4 times at N = 2048, D = 2048, on 2 cores with
-// AVX-512 (benchmarks/results). These blocks compute the whole loss, exponentials included, at the flops per second of
-// torch.mm.
+// The same schedule on torch.mm (backend `blocked`) has to write out every tile and read it back. On 2 cores with
+// AVX-512 it takes 2.3 times as long at N = 4096, D = 128, and 1.4 times at N = 2048, D = 2048 (benchmarks/results).
+// These blocks compute the whole loss, exponentials included, at the flops per second of torch.mm.
 //
-// While a block is computed, the operands of the next one are prefetched. Without that, rows from the L3 cache took a
-// quarter longer: a block of 4 x 24 sums waits for its first lines as long as it takes to use them.
+// While a block is computed, the operands of the next one are prefetched. Without prefetching, rows from the L3 cache
+// took a quarter longer, because a block of 4 x 24 sums waits for its first cache lines as long as it computes on them.
 //
-// form_products sums every element in the order of the inner dimension, for any block. So s_ij and s_ji have the same
-// bits, and a logit is the same number in the forward, in the backward, and from either side.
+// form_products sums every element in the order of the inner dimension, wherever the element is in a block. So s_ij and
+// s_ji have the same bits, and a logit is the same number in the forward, in the backward, and from either side.
 #pragma once
 
 #include "kernels.h"
@@ -18,13 +17,13 @@
 
 namespace fntx::FNTX_ISA {
 
-// Rows and vectors of a register block, whose sums and operands of one step fill the registers. Loops over them are
-// unrolled 8 and 3 times, the largest values of any instruction set.
+// The size of a register block, in rows and vectors. Its accumulators and the operands of one step fill the registers.
+// Loops over rows and vectors are unrolled 8 and 3 times, the largest values of any instruction set.
 constexpr int REGISTER_ROWS = FNTX_REGISTER_ROWS;
 constexpr int REGISTER_VECTORS = 3;
 template <class T> constexpr int PANEL = REGISTER_VECTORS * LANES<T>;
-constexpr int64_t INNER_CHUNK = 128;  // features: this part of a panel stays in the L1 cache
-constexpr int64_t PACKED_ROWS = 96;   // gathered rows: a panel of this many stays in the L1 cache beside G of a block
+constexpr int64_t INNER_CHUNK = 128;  // features: a panel of this many fits in the L1 cache
+constexpr int64_t PACKED_ROWS = 96;   // a gathered panel of this many rows fits in the L1 cache beside G of a block
 template <int N> struct Count {
     static constexpr int value = N;
 };
@@ -48,7 +47,7 @@ template <class T, int V> struct Accumulators {
             for (int v = 0; v < V; ++v) acc.c[r][v] = load<T>(c + r * ldc + v * LANES<T>);
     }
 
-    // Load the partial sums from c if there are any, otherwise zeros.
+    // Load the partial sums from c if `begun`; otherwise start from zero.
     FNTX_INLINE void begin(Accumulators& acc, const T* c, int64_t ldc, bool begun) {
         if (begun)
             read(acc, c, ldc);
@@ -97,7 +96,7 @@ template <class T> FNTX_INLINE void prefetch_to_write(const T* p, int64_t n) {
     for (int64_t i = 0; i < n; i += LINE<T>) __builtin_prefetch(p + i, 1);
 }
 
-// Prefetch one share of elements [0, n) of p, which is divided into `parts` shares.
+// Split elements [0, n) of p into `parts` shares, and prefetch share `part`.
 template <class T> FNTX_INLINE void prefetch_part(const T* p, int64_t n, int64_t part, int64_t parts) {
     const int64_t lines = (n + LINE<T> - 1) / LINE<T>, each = (lines + parts - 1) / parts;
     const int64_t first = part * each, last = first + each < lines ? first + each : lines;
@@ -110,15 +109,15 @@ template <class T> struct Rows {
     int64_t step;
 };
 
-// How a tile is multiplied: the template parameter `Way` below. The alternative is in bfloat_products.h.
+// One way to multiply a tile, passed as template parameter `Way` below. bfloat_products.h has the other one.
 struct FloatProducts {
     static constexpr int64_t ROWS = REGISTER_ROWS;    // rows of a block
     static constexpr int64_t INNER = INNER_CHUNK;     // inner steps of a chunk in form_products
     static constexpr int64_t GATHERED = PACKED_ROWS;  // inner steps of a chunk in add_product
     static constexpr bool KEEPS_PRODUCTS = false;     // the forward keeps exponentials instead
 
-    // Accumulates the sum of G_ij s_ij, the gradient in k. A no-op here, because the sum of u_i . (sum_j G_ij u_j) over
-    // the rows is the same number.
+    // Accumulates the sum of G_ij s_ij for the gradient of inv_tau. A no-op here, because loss.cpp computes the same
+    // sum as u_i . (sum_j G_ij u_j), summed over the rows.
     struct Radial {
         template <class Acc> void keep(const Acc&) {}
         template <class Acc> void add(const Acc&) {}
@@ -139,11 +138,11 @@ struct FloatProducts {
 
     template <class T> FNTX_INLINE void scale(Accumulators<T, REGISTER_VECTORS>&, const Tile<T>&, int64_t, int64_t) {}
 
-    // Return where partial sums are kept between chunks of the inner dimension.
+    // Return the buffer for partial sums between chunks of the inner dimension.
     template <class T> static T* sums(const Tile<T>& tile) { return tile.buffer; }
 
-    // Multiply a chunk of a block. It starts from the partial sums in c if there are any (`begun`). After the `last`
-    // chunk the sums go to finish(sums, 0), before that to c.
+    // Multiply one chunk of the inner dimension for a block. If `begun`, c has partial sums to start from. After the
+    // `last` chunk the sums go to finish(sums, 0); after any other, they are stored in c.
     template <class T, class Finish>
     FNTX_INLINE void multiply(T* c, int64_t ldc, bool begun, const T* a, int64_t lda, const T* b, int64_t inner,
                               bool last, Finish finish) {
@@ -174,8 +173,8 @@ struct FloatProducts {
 };
 
 // c (n_rows, width) += a b, with a[row a_row + i a_step] and b (inner, width). n_rows is rounded up to whole blocks,
-// and width is a multiple of a vector. pack(Count<V>, packed, i, count, d) returns rows [i, i + count) of b, V vectors
-// from column d on; it may copy them to `packed`.
+// and width is a multiple of a vector. pack(Count<V>, packed, i, count, d) returns V vectors of rows [i, i + count) of
+// b, starting at column d; it may copy them to `packed`.
 template <class Way, class T, class A, class Pack>
 FNTX_INLINE void add_product(T* c, int64_t ldc, int64_t n_rows, int64_t width, const A* a, int64_t a_row,
                              int64_t a_step, int64_t inner, Pack pack) {
@@ -198,8 +197,9 @@ FNTX_INLINE void add_product(T* c, int64_t ldc, int64_t n_rows, int64_t width, c
     if (width - d == LANES<T>) columns(Count<1>{}, d);
 }
 
-// Add what rows and columns gather, with G in the tile's buffer. The row stride of u is often a multiple of 512 bytes,
-// so that PACKED_ROWS of its rows would evict each other from the L1 cache. Unless they are few, they are packed first.
+// Add G U_cols to the rows' `gathered` and G^T U_rows to the columns' `gathered`, with G in the tile's buffer. The row
+// stride of u is often a multiple of 512 bytes, so PACKED_ROWS of its rows would evict each other from the L1 cache.
+// More than ALIGNED_ROWS rows are therefore packed first.
 template <class T> void FloatProducts::gather(const Tile<T>& tile) {
     const PackedSide<T>&rows = *tile.rows, &cols = *tile.cols;
     const int64_t ld = tile.ld, at_rows = tile.row0 * ld, at_cols = tile.col0 * ld;
@@ -251,7 +251,7 @@ template <class Way, class T, class Finish> FNTX_INLINE void form_products(const
     }
 }
 
-// Like form_products, for a backward, which may reuse the products that the forward kept.
+// Like form_products, for a backward: it reuses the products that the forward kept, if any.
 template <class Way, class T, class Finish> FNTX_INLINE void form_products_again(const Tile<T>& tile, Finish finish) {
     if constexpr (Way::KEEPS_PRODUCTS)
         if (tile.exps) return Way::recall(tile, finish);

@@ -19,7 +19,7 @@ _SIGNALS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SI
 
 
 class InterruptedRun(KeyboardInterrupt):
-    """Training was asked to stop, and stopped after a complete step with a checkpoint.
+    """A signal stopped training after a complete step, and a checkpoint was written.
 
     Attributes:
         number: the signal's number.
@@ -63,7 +63,7 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def settle(self) -> None:
-        """Ignore further signals until `listening` ends, once the checkpoint is written and the process is ending."""
+        """Ignore further signals until `listening` ends. Call this when the checkpoint is written and the run ends."""
         self._settled = True
 
     def _note(self, number: int, _: FrameType | None) -> None:
@@ -79,7 +79,7 @@ class StopRequest:
 
 
 def ignore_signals(worker: int, then: Callable[[int], object] | None = None) -> None:
-    """Ignore stop signals in a DataLoader worker, which receives them too, so the main process handles them.
+    """Ignore stop signals in a DataLoader worker. Workers receive them too, but only the main process handles them.
 
     If a signal killed a worker, PyTorch would raise RuntimeError in the main process at an arbitrary point of a step.
 
@@ -94,10 +94,10 @@ def ignore_signals(worker: int, then: Callable[[int], object] | None = None) -> 
 
 
 def read(loader: DataLoader[Any]) -> Iterator[Any]:
-    """Iterate over a DataLoader whose workers ignore signals, and kill them when this process exits.
+    """Iterate over a DataLoader whose workers ignore signals, and kill the workers when this process exits.
 
-    An iterator may live that long, with persistent workers or in a traceback. Python then sends its workers SIGTERM and
-    waits for them forever.
+    The iterator may live until then, because its workers are persistent or a traceback refers to it. Python would then
+    send the workers SIGTERM, which they ignore, and wait for them forever.
     """
     batches = iter(loader)
     atexit.register(_kill, list(getattr(batches, "_workers", ())))
@@ -105,7 +105,7 @@ def read(loader: DataLoader[Any]) -> Iterator[Any]:
 
 
 def kill_workers() -> None:
-    """Kill all worker processes: one that hangs in a read, and ignores SIGTERM, would keep this process from ending."""
+    """Kill all worker processes. A worker that hangs in a read ignores SIGTERM and would keep this process alive."""
     _kill(multiprocessing.active_children())
 
 

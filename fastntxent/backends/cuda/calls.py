@@ -1,4 +1,4 @@
-"""The `cuda` backend over a module of compiled kernels."""
+"""The `cuda` backend, which calls a module of compiled kernels."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _KINDS = {dtype: (code, norm_eps(dtype)) for dtype, code in DTYPES.items()}
 
 
 class CudaBackend(ComposedTowers, NativeBackend):
-    """A backend over a module built from csrc/cuda.
+    """A backend that calls a module built from csrc/cuda.
 
-    The module is `fastntxent._cuda`, or a build for an emulated device, which takes tensors in host memory.
+    The module is `fastntxent._cuda`, or a build for the emulated device, which takes tensors in host memory.
     """
 
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
@@ -29,10 +29,10 @@ class CudaBackend(ComposedTowers, NativeBackend):
         self.device_types = (device_type,)
         self.kernels = kernels
         self.workspace = functools.lru_cache(maxsize=1024)(kernels.workspace)
-        self.blocks = 0  # the most blocks in a grid; 0: as many as can run at once
+        self.blocks = 0  # the largest grid, in blocks; 0: as many blocks as run at once
 
     def forms(self, device: torch.device, dtype: torch.dtype) -> Sequence[str]:
-        # The grid size determines how tasks are cut. With a single block, that block runs all of them in turn.
+        # The grid size determines how the work is split into tasks. A single block runs all tasks in turn.
         return ("", "grid=1", "grid=3")
 
     @contextlib.contextmanager
@@ -57,7 +57,7 @@ class CudaBackend(ComposedTowers, NativeBackend):
         weight: float = 1.0,
         d_inv_tau: Tensor | None = None,
     ) -> None:
-        # Every look-up here adds to every training step, so only use attributes that PyTorch implements in C.
+        # Attribute look-ups here cost time in every training step, so use only those that PyTorch implements in C.
         z = rows.first
         on_gpu = z.is_cuda
         index, D = (z.get_device() if on_gpu else 0), z.size(1)
