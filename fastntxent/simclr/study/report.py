@@ -39,7 +39,8 @@ $sections
 SECTIONS: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("Either term alone, and both", "objectives", {
         "collapse.svg": "Measures on the test images during training. Alignment alone ends at uniformity 0 and "
-        "an effective rank near 1, which is collapse. Distribution alone spreads the images out, with alignment at chance.",
+        "an effective rank near 1, which is collapse. Distribution alone spreads the images out, with alignment at "
+        "chance.",
         "similarities.svg": "Similarities of pairs after training, without BatchNorm.",
     }),
     ("The temperature", "temperatures", {
