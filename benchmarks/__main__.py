@@ -19,7 +19,7 @@ kernels    the Triton kernels compiled for GPUs that need not be present: regist
 model      predicted milliseconds of the Triton and CUDA kernels on GPUs that need not be present, from their machine
            code and data sheets, each with its bottleneck. u: one product of all rows with themselves
 tune       the Triton kernels' table of tiles, from times on this GPU. --predict CHIP: from the model, without a GPU
-report     the tables of the README and docs and the plots, from the results in benchmarks/results. --check only
+report     the tables and the plot of the docs, from the results in benchmarks/results. --check only
            compares
 """
 

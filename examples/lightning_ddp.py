@@ -39,6 +39,9 @@ class SimCLR(L.LightningModule):
         groups = [{"params": weights, "weight_decay": 1e-4}, {"params": temperature, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, lr=1e-3)
 
+    def on_train_start(self) -> None:
+        torch.manual_seed(self.global_rank)  # otherwise every rank would draw the same noise
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import multiprocessing
 import os
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from benchmarks import instruction_set
 from fastntxent.distributed import wire
 
 # Ranks are forked from a server that has already imported these, since importing PyTorch takes longer than most tests.
+# Variables that PyTorch reads on import, such as OMP_NUM_THREADS, have the values of the server's start.
 _IMPORTED_ONCE = [
     "torch",
     "torch.distributed",
@@ -30,7 +32,7 @@ _IMPORTED_ONCE = [
     "fastntxent",
     "fastntxent.compat",
 ]
-_FORKS = "forkserver" in multiprocessing.get_all_start_methods()  # not on Windows
+_FORKS = sys.platform == "linux"  # a fork after such imports is fragile on macOS
 if _FORKS:
     multiprocessing.get_context("forkserver").set_forkserver_preload(_IMPORTED_ONCE)
 

@@ -29,7 +29,6 @@ def wheel(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_wheel_holds_the_package_and_nothing_else(wheel):
     names = set(wheel.namelist())
     sources = {str(p.relative_to(CHECKOUT)) for p in (CHECKOUT / "fastntxent").rglob("*.py")}

@@ -400,13 +400,14 @@ def test_limits_keep_the_accuracy_of_a_converged_gradient(each_chip, loss):
             assert_within_rounding(v, t, 1 / 0.02)
 
 
-@pytest.mark.parametrize("dtype", tiered(DTYPES, slow=lambda dtype: dtype == torch.bfloat16))
+@pytest.mark.parametrize("dtype", tiered(DTYPES, slow=lambda dtype: dtype != torch.float32))
 @pytest.mark.parametrize(
     ("d", "rows"),
     [
         (8, 1),
         (40, 1),
-        *(pytest.param(*wide, marks=pytest.mark.slow) for wide in ((128, math.inf), (300, 1), (300, math.inf))),
+        (300, 1),
+        *(pytest.param(*large, marks=pytest.mark.slow) for large in ((128, math.inf), (300, math.inf))),
     ],
 )
 def test_limits_leave_out_the_same_in_the_backward(each_chip, d, rows, dtype):

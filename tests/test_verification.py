@@ -241,7 +241,7 @@ ENDS = {
 }
 
 
-USUAL_ENDS = ("wrong_element", "raises", "segfault", "no_memory")
+USUAL_ENDS = ("wrong_element", "raises", "segfault", "ended")
 
 
 @pytest.mark.parametrize("name", tiered(ENDS, slow=lambda name: name not in USUAL_ENDS))
@@ -685,25 +685,33 @@ def test_call_in_float64_leaves_the_others_their_kernels(simulated, monkeypatch)
     monkeypatch.setattr(backends_module, "candidates", lambda kind, dtype=None: {} if dtype == torch.float64 else FOUND)
     monkeypatch.setattr(backends_module, "select", lambda name, kind, dtype: name)
     rows = types.SimpleNamespace(device=GPU, dtype=torch.float64, ndim=2, shape=(64, 8))
-    assert select_for("auto", rows, "neg_lse") == "auto", "no kernel takes float64, so the table should decide"
+    assert select_for("auto", rows) == "auto", "no kernel takes float64, so the table should decide"
     assert simulated.asked == [], "a float64 call should check nothing"
     rows.dtype = torch.float32
-    assert select_for("auto", rows, "neg_lse") == "cuda"
+    assert select_for("auto", rows) == "cuda"
     rows.dtype = torch.float64
-    assert select_for("auto", rows, "neg_lse") == "auto"
+    assert select_for("auto", rows) == "auto"
 
 
 def test_size_of_a_call_counts_both_views(simulated, monkeypatch):
-    asked = []
+    asked, z, ids = [], torch.randn(2, 64, 8), torch.arange(64)
+    monkeypatch.setattr(backends_module, "_CHECKED", {"cpu"})
     monkeypatch.setattr(backends_module, "candidates", lambda *_: FOUND)
     monkeypatch.setattr(
         policy, "choose_backend", lambda device, found, dtype, rows, features: asked.append(rows) or "blocked"
     )
-    rows = types.SimpleNamespace(device=GPU, dtype=torch.float32, ndim=2, shape=(64, 8))
-    for method in ("nt_xent_scalar", "nt_xent_rows_backward", "neg_lse", "cross_neg_lse_backward"):
-        monkeypatch.setattr(backends_module, "select", lambda name, kind, dtype: name)
-        select_for("auto", rows, method)
-    assert asked == [128, 128, 64, 64]
+    blocked = select("blocked", "cpu", torch.float32)
+    monkeypatch.setattr(backends_module, "select", lambda *_: blocked)
+    nt_xent(*z, 0.1)
+    nt_xent(*z, 0.1, ceiling=0.9)
+    nt_xent(*z, 0.1, reduction="none")
+    fastntxent.nt_logistic(*z, 0.1)
+    assert asked == [128] * 4
+    asked.clear()
+    fastntxent.clip(*z, 0.1)
+    fastntxent.siglip(*z, 0.1)
+    fastntxent.neg_lse(z[0], ids, 0.1)
+    assert asked == [64] * 3
 
 
 def test_what_cannot_be_checked_is_said_once(simulated, capsys):
@@ -903,7 +911,7 @@ def test_no_kernels_to_check(simulated):
 
 def test_cpu_tensors_are_not_the_policys_business(monkeypatch):
     monkeypatch.setattr(policy, "choose_backend", None)
-    assert select_for("auto", torch.zeros(4, 8), "neg_lse") is select("auto", "cpu", torch.float32)
+    assert select_for("auto", torch.zeros(4, 8)) is select("auto", "cpu", torch.float32)
 
 
 def test_candidates_are_what_loads_and_takes_the_dtype():

@@ -92,14 +92,14 @@ def _serving(name: str, device_type: str, dtype: torch.dtype) -> Backend | None:
     return backend if isinstance(backend, Backend) and dtype in backend.dtypes else None
 
 
-def select_for(name: str, rows: Tensor, method: str) -> Backend:
+def select_for(name: str, rows: Tensor, two_views: bool = False) -> Backend:
     """Return the backend for a method call on these rows. On an accelerator "auto" is the fastest one that passed."""
     device = rows.device
     if name == "auto" and device.type in _CHECKED and rows.ndim == 2:
         possible = candidates(device.type, rows.dtype)
         if possible:  # empty for float64, which none of them takes
             n, d = rows.shape
-            M = 2 * n if "nt_xent" in method else n  # `rows` may be the first of two views
+            M = 2 * n if two_views else n  # `rows` may be the first of two views
             chosen = policy.choose_backend(device, candidates(device.type), rows.dtype, M, d)
             name = chosen if chosen in possible else name
     return select(name, device.type, rows.dtype)

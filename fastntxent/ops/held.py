@@ -174,7 +174,7 @@ def _loss_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     u, rows, u_ids, row_ids, held, k, against = checked("held_loss", u, rows, u_ids, row_ids, held, inv_tau, against)
     n = _held_rows(held, rows)
-    kernels = kernels_for(backend, u, "cross_neg_lse")
+    kernels = kernels_for(backend, u)
     with autocast_off(u):
         if not n:
             zero = against.new_zeros(())

@@ -49,16 +49,25 @@ def run_kernel(backend: str, method: str, *arguments: Any) -> Any:
 
 def call_kernel(backend: str, method: str, rows: Tensor, *arguments: Any) -> Any:
     """Call a method of the backend that serves these rows, with autocast off. The arguments are checked already."""
-    kernel = getattr(kernels_for(backend, rows, method), method, None)
+    two_views = _holds_two_views(method, arguments)
+    kernel = getattr(kernels_for(backend, rows, two_views), method, None)
     if kernel is None:  # not every backend has kernels for limits, but plain PyTorch runs everywhere
-        kernel = getattr(kernels_for("blocked", rows, method), method)
+        kernel = getattr(kernels_for("blocked", rows), method)
     with autocast_off(rows):
         return kernel(*arguments)
 
 
-def kernels_for(backend: str, rows: Tensor, method: str) -> KernelBackend:
+def _holds_two_views(method: str, arguments: tuple[Any, ...]) -> bool:
+    """Return whether a call's rows are the first of two views, both of which count for the size of the call."""
+    if method in ("sigmoid_scalar", "sigmoid_value"):
+        *_, two_views = arguments[:6]  # after both matrices, inv_tau, bias and normalize
+        return bool(two_views)
+    return "nt_xent" in method
+
+
+def kernels_for(backend: str, rows: Tensor, two_views: bool = False) -> KernelBackend:
     """Return the named backend for these rows, or the one that "auto" selects."""
-    kernels = select_for(backend, rows, method)
+    kernels = select_for(backend, rows, two_views)
     if not isinstance(kernels, KernelBackend):
         raise RuntimeError(f"backend {backend!r} has no kernels: call it through fastntxent's functions")
     return kernels

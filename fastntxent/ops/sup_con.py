@@ -46,7 +46,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     z, ids, k = checked("sup_con_scalar", z, ids, inv_tau)
     check_choice("form", form, tuple(_LOSS_OF))
-    kernels = kernels_for(backend, z, "neg_lse")
+    kernels = kernels_for(backend, z)
     with autocast_off(z):
         ids = ids.to(torch.int64)
         if (at_once := getattr(kernels, "sup_con_scalar", None)) is not None:

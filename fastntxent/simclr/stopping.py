@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.process import BaseProcess
 from types import FrameType
@@ -15,6 +16,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+_workers: weakref.WeakSet[BaseProcess] = weakref.WeakSet()  # of the loaders that `read` iterates over
 _SIGNALS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
 
@@ -100,8 +102,16 @@ def read(loader: DataLoader[Any]) -> Iterator[Any]:
     send the workers SIGTERM, which they ignore, and wait for them forever.
     """
     batches = iter(loader)
-    atexit.register(_kill, list(getattr(batches, "_workers", ())))
+    _workers.update(getattr(batches, "_workers", ()))
     return batches
+
+
+def _kill_at_exit(process: int) -> None:
+    if os.getpid() == process and (left := list(_workers)):  # a fork has its parent's handlers
+        _kill(left)
+
+
+atexit.register(_kill_at_exit, os.getpid())
 
 
 def kill_workers() -> None:

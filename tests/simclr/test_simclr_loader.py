@@ -1,9 +1,11 @@
 """The user's DataLoader as training data, and worker processes."""
 
+import os
 import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from fastntxent.simclr import Config, Trainer, load_encoder
 from fastntxent.simclr.loader import LoaderData
+from fastntxent.simclr.stopping import read
 
 
 class Pairs(Dataset):
@@ -276,5 +279,15 @@ def test_a_process_that_keeps_an_iterator_of_workers_ends(options, sample):
     """
     command = [sys.executable, "-c", textwrap.dedent(code)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.stdout == "at the end\n"
+    assert done.stdout == "at the end\n", done.stderr
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's list of open files")
+def test_epochs_of_workers_leave_no_open_files():
+    loader = LoaderData(DataLoader(TensorDataset(torch.rand(8, 3, 8, 8)), 4, num_workers=1)).loader
+    opened = []
+    for _ in range(8):
+        assert len(list(read(loader))) == 2
+        opened.append(len(os.listdir("/proc/self/fd")))
+    assert opened[-1] <= opened[0] + 4, "a worker that is not forgotten keeps two files open"
