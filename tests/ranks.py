@@ -40,7 +40,8 @@ if _FORKS:
 def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """Call function(*args) on every rank of a new gloo group and return the ranks' results.
 
-    If the function raises on any rank, RuntimeError is raised here with the tracebacks of those ranks.
+    If the function raises or crashes on any rank, RuntimeError is raised here with the tracebacks of those ranks. A rank
+    that ends by os._exit(0) has the result None.
     """
     with tempfile.TemporaryDirectory() as folder:
         arguments = (world, folder, dict(os.environ), instruction_set.held, function, args)
@@ -53,9 +54,12 @@ def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
             for process in context.processes:
                 process.kill()
         results = []
-        for rank in range(world):
+        for rank, process in enumerate(context.processes):
             path = Path(folder) / f"{rank}.pt"
-            results.append(torch.load(path, weights_only=False) if path.exists() else None)
+            if path.exists():
+                results.append(torch.load(path, weights_only=False))
+            else:
+                results.append(_Failure(f"rank {rank}: exit code {process.exitcode}") if process.exitcode else None)
         failures = [result for result in results if isinstance(result, _Failure)]
         if failures:
             raise RuntimeError("\n".join(failures))
