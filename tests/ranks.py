@@ -40,8 +40,8 @@ if _FORKS:
 def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """Call function(*args) on every rank of a new gloo group and return the ranks' results.
 
-    If the function raises or crashes on any rank, RuntimeError is raised here with the tracebacks of those ranks. A rank
-    that ends by os._exit(0) has the result None.
+    If the function raises or crashes on any rank, RuntimeError is raised here with the tracebacks of those ranks. The
+    result of a rank that ends by os._exit(0) is None.
     """
     with tempfile.TemporaryDirectory() as folder:
         arguments = (world, folder, dict(os.environ), instruction_set.held, function, args)
