@@ -20,7 +20,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=128, help="samples of each rank")
-    parser.add_argument("--cpu", action="store_true", help="ranks of the CPU, with gloo")
+    parser.add_argument("--cpu", action="store_true", help="run on CPUs, with gloo")
     args = parser.parse_args()
 
     accelerator = Accelerator(cpu=args.cpu)
@@ -39,10 +39,10 @@ def main() -> None:
         ],
         lr=1e-3,
     )
-    # The loss is not prepared: its temperature's gradient is the whole batch's on every rank, with nothing to average.
+    # The loss is not prepared: every rank gets the whole batch's gradient of the temperature without DDP.
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
-    torch.manual_seed(accelerator.process_index)  # views of its own on every rank
+    torch.manual_seed(accelerator.process_index)  # different views on every rank
     losses = []
     epochs = itertools.chain.from_iterable(itertools.repeat(loader))
     for (batch,) in itertools.islice(epochs, args.steps):

@@ -1,4 +1,4 @@
-"""CLIP with cached gradients: two towers, a batch of which only a chunk at a time has activations in memory.
+"""CLIP with gradient caching: two towers, and a batch of which only one chunk at a time has activations in memory.
 
 python examples/clip_cached.py --steps 80 --batch 512 --chunk 64
 """
@@ -14,7 +14,7 @@ CONCEPTS, WORDS, PIXELS = 24, 4, 16 * 16  # a caption names 4 of 24 concepts
 
 
 class TextTower(nn.Module):
-    """The mean of a caption's words, of which the mask leaves out the padding."""
+    """Encodes a caption as the mean of its word vectors; the mask leaves out the padding."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,13 +46,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--batch", type=int, default=512)
-    parser.add_argument("--chunk", type=int, default=64, help="rows of a tower that have activations at once")
+    parser.add_argument("--chunk", type=int, default=64, help="rows that a tower encodes at a time")
     args = parser.parse_args()
     torch.manual_seed(0)
 
     pictures = torch.randn(CONCEPTS, PIXELS)
     towers = [nn.Sequential(nn.Linear(PIXELS, 128), nn.GELU(), nn.Linear(128, 64)), TextTower()]
-    loss_fn = fastntxent.CLIPLoss(temperature=0.07)  # the logit scale is learnt, and kept below 100
+    loss_fn = fastntxent.CLIPLoss(temperature=0.07)  # the logit scale is learnt, and at most 100
     optimizer = torch.optim.AdamW(
         [
             {"params": [p for tower in towers for p in tower.parameters()], "weight_decay": 0.01},

@@ -36,7 +36,7 @@ def main() -> None:
     for block in blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    # The loss stays outside: its temperature's gradient is the whole batch's on every rank, with nothing to average.
+    # The loss is not sharded: every rank gets the whole batch's gradient of the temperature without FSDP.
     loss_fn = fastntxent.NTXentLoss(temperature=0.2, learn_temperature=True, group=mesh).to(device)
     optimizer = torch.optim.AdamW(
         [
@@ -47,7 +47,7 @@ def main() -> None:
     )
 
     images = torch.tensor(load_digits().images, dtype=torch.float32).flatten(1)[rank::world].to(device) / 16
-    torch.manual_seed(1 + rank)  # samples and views of its own on every rank
+    torch.manual_seed(1 + rank)  # different samples and views on every rank
     losses = []
     for _ in range(args.steps):
         batch = images[torch.randperm(len(images), device=device)[: args.batch]]

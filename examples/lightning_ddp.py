@@ -19,7 +19,7 @@ class SimCLR(L.LightningModule):
         super().__init__()
         self.encoder = nn.Sequential(nn.Flatten(), nn.Linear(64, 256), nn.BatchNorm1d(256), nn.ReLU())
         self.projector = nn.Linear(256, 32)
-        # "world" is looked up at each call, so the loss may be made here, before Lightning starts the process group.
+        # "world" is looked up at each call, so the loss may be created here, before Lightning starts the process group.
         self.loss_fn = fastntxent.NTXentLoss(temperature=0.2, learn_temperature=True, group="world")
         self.losses: list[float] = []
 
@@ -29,7 +29,7 @@ class SimCLR(L.LightningModule):
         # One pass over both views, so that DDP broadcasts BatchNorm's buffers once a step.
         z_i, z_j = fastntxent.split_views(self.projector(self.encoder(views)))
         loss = self.loss_fn(z_i, z_j)
-        self.log("loss", loss, prog_bar=True)  # no sync_dist: it is the whole batch's on every rank
+        self.log("loss", loss, prog_bar=True)  # no sync_dist: every rank has the whole batch's loss
         self.losses.append(loss.item())
         return loss
 

@@ -1,4 +1,4 @@
-"""MoCo on scikit-learn's digits: a momentum encoder makes the keys, and a queue of past keys is the negatives.
+"""MoCo on scikit-learn's digits: a momentum encoder computes the keys, and a queue of past keys has the negatives.
 
 python examples/moco.py --steps 200 --batch 128
 """
@@ -27,7 +27,7 @@ def probe(encoder: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def view(images: Tensor) -> Tensor:
-    """Return the images (N, 64), each with brightness and noise drawn for it."""
+    """Return the images (N, 64), each with a random brightness and noise."""
     return images * torch.empty(len(images), 1).uniform_(0.7, 1.3) + 0.15 * torch.randn_like(images)
 
 
@@ -35,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--queue", type=int, default=512, help="past keys that are held")
+    parser.add_argument("--queue", type=int, default=512, help="number of past keys")
     parser.add_argument("--momentum", type=float, default=0.98)
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -48,7 +48,7 @@ def main() -> None:
     encoder = nn.Sequential(nn.Linear(64, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, 16))
     model = nn.Sequential(encoder, nn.ReLU(), nn.Linear(16, 16))
     momentum_model = copy.deepcopy(model).requires_grad_(False)
-    # As MoCo has it, negatives are the queue's alone: the batch's own keys join it after the loss.
+    # As in MoCo, only the queue has negatives: the batch's own keys enter it after the loss is computed.
     loss_fn = fastntxent.QueueInfoNCELoss(args.queue, 16, temperature=0.1, in_batch_negatives=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1e-4)
 

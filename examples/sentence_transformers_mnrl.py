@@ -15,11 +15,11 @@ from transformers import BertConfig, BertModel, BertTokenizer
 import fastntxent
 from fastntxent.compat.sentence_transformers import MultipleNegativesRankingLoss  # the only line that changes
 
-WORDS, LENGTH = 40, 4  # of two made-up languages, whose words correspond one to one
+WORDS, LENGTH = 40, 4  # words of each made-up language, and words of a sentence
 
 
 def tiny_bert() -> SentenceTransformer:
-    """Return a model made from a configuration, where you would name a pretrained one."""
+    """Return a model with random weights. In your script, load a pretrained one by name."""
     words = [f"{language}{i}" for language in ("left", "right") for i in range(WORDS)]
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words])}
     config = BertConfig(
@@ -59,7 +59,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     held_out = draw(256)
     before, losses = accuracy(model, *held_out), []
-    # Without the library `datasets`; with it, SentenceTransformerTrainer(..., loss=loss_fn) makes these steps.
+    # With the library `datasets` installed, SentenceTransformerTrainer(..., loss=loss_fn) can run these steps instead.
     for _ in range(args.steps):
         model.train()
         loss = loss_fn([model.preprocess(texts) for texts in draw(args.batch)])

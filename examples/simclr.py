@@ -16,7 +16,7 @@ import fastntxent
 
 
 def augment(images: Tensor) -> Tensor:
-    """Return the images (N, 1, 8, 8) with a shift, a brightness and noise drawn for each."""
+    """Return the images (N, 1, 8, 8), each with a random shift and brightness, and noise."""
     shifted = nn.functional.pad(images, (1, 1, 1, 1)).unfold(2, 8, 1).unfold(3, 8, 1)  # (N, 1, 3, 3, 8, 8)
     N = len(images)
     crops = shifted[torch.arange(N), :, torch.randint(3, (N,)), torch.randint(3, (N,))]
@@ -51,7 +51,7 @@ def main() -> None:
     )  # fmt: skip
     projector = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32))
     loss_fn = fastntxent.NTXentLoss(temperature=0.2, learn_temperature=True)
-    # Weight decay would pull the temperature's logarithm towards 0, the temperature towards 1.
+    # Weight decay would pull the temperature's logarithm towards 0, and so the temperature towards 1.
     groups = [
         {"params": [*encoder.parameters(), *projector.parameters()], "weight_decay": 1e-4},
         {"params": loss_fn.parameters(), "weight_decay": 0.0},

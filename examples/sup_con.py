@@ -1,4 +1,4 @@
-"""SupCon on scikit-learn's digits: two views of each sample, all rows of a class attract, then a linear probe.
+"""SupCon on scikit-learn's digits: two views of each sample, positives by class, then a linear probe.
 
 python examples/sup_con.py --steps 100 --batch 128
 """
@@ -14,12 +14,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fastntxent
 
-TRAIN = 400  # the first samples, whose labels are used; the others are held out
+TRAIN = 400  # the first samples are for training, with their labels; the others are held out
 
 
 @torch.no_grad()
 def probe(encoder: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Return the accuracy on the held-out samples of a linear classifier fitted to frozen features."""
+    """Return the accuracy of a linear classifier, fitted to frozen features, on the held-out samples."""
     encoder.eval()
     features = encoder(images).numpy()
     encoder.train()
