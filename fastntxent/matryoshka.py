@@ -17,8 +17,8 @@ from .validation import check_integer, check_numbers, check_tensor
 
 _Result = TypeVar("_Result")
 
-# Tensor arguments, in this package and in the libraries of `compat`, whose last dimension is not the features of an
-# embedding.
+# Tensor arguments whose last dimension does not hold features of an embedding, in this package and in the libraries of
+# `compat`.
 _WHOLE = frozenset({"logits", "mask", "pair_weights"})
 
 
