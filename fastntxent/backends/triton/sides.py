@@ -120,7 +120,7 @@ class Sides:
         return isinstance(self.inv_tau, Tensor)
 
     def may_be(self, *, direct: bool) -> bool:
-        """Return whether the kernels of this regime must be launched: those of both if only the device knows."""
+        """Return whether this regime's kernels must be launched. If only the device knows the regime, both must be."""
         if self.limits is not None:
             return not direct
         if self.bounded or self.on_device:
