@@ -41,14 +41,15 @@ def cached_backward(
     batch, with one exception: a layer that mixes rows, such as BatchNorm in training mode, sees one chunk instead of
     the whole batch.
 
-    - State is restored: registered buffers, and the attributes of the encoder and its submodules with the tensors,
-      NumPy arrays, numbers and generators in them, also inside lists, tuples, dictionaries, sets and deques. It makes
-      no difference whether a forward updates them in place or assigns new ones. The objects keep their identity.
+    - State is restored. It consists of registered buffers, and of the tensors, NumPy arrays, numbers and generators
+      among the attributes of the encoder and its submodules, also inside lists, tuples, dictionaries, sets and deques.
+      It makes no difference whether a forward updates them in place or assigns new ones. The objects keep their
+      identity.
     - Random numbers are repeated for the global generators of PyTorch (on the CPU and on every device of a parameter,
       buffer or view), Python and NumPy, and for generators among the attributes.
-    - Not repeated are changes that a forward makes to parameters (update a momentum encoder outside), to objects of
-      other classes, and to anything outside the encoder, for example in a hook. If the embeddings of the second pass
-      are far from those of the first, an error is raised.
+    - Changes that a forward makes to parameters (update a momentum encoder outside), to objects of other classes, or to
+      anything outside the encoder, for example in a hook, are not undone before the second pass. If the second pass
+      gives clearly different embeddings, an error is raised.
 
     Memory holds the activations of one chunk, the embeddings of the whole batch, and copies of the encoder's state. If
     the call is under autocast, both passes are. The encoder may use `torch.utils.checkpoint`, with either
@@ -70,16 +71,16 @@ def cached_backward(
         loss_fn: A function of one (N, D) tensor of embeddings per view that returns a scalar. Its own parameters (a
             learnable temperature) get their gradients too. For half precision scale the loss here, with `lambda *z:
             scaler.scale(loss(*z))` for a GradScaler, and call `scaler.step` and `scaler.update` afterwards.
-        chunk_size: The number of rows of a view that the encoder sees at once, at least 1; or a list of the rows in
-            each chunk, which add up to the rows of a view; or one such list per view. A chunk never mixes views. An
-            encoder that mixes rows of several ranks, or one under `fully_shard`, needs the same number of chunks on
-            every rank. For this, a list may contain chunks of 0 rows, and a view may be empty.
+        chunk_size: The number of rows of a view that the encoder sees at once, at least 1; or a list with the number of
+            rows in each chunk, which add up to the rows of a view; or one such list per view. A chunk never mixes
+            views. An encoder that mixes rows of several ranks, or one under `fully_shard`, needs the same number of
+            chunks on every rank. For this, a list may contain chunks of 0 rows, and a view may be empty.
         chunk_tokens: In place of `chunk_size`, the largest number of tokens that the encoder sees at once, at least 1.
             Rows keep their order, and a row with more tokens is a chunk by itself. Ranks may then have different
             numbers of chunks, which `fully_shard` does not allow.
         lengths: How `chunk_tokens` counts tokens: the key (or attribute) of a mask, (N, ...), with a nonzero element
             for each token; or a function that takes a view and returns N integers; or a list of these, one per view. If
-            the encoder also computes padding, every row costs the padded width: return that.
+            the encoder also computes padding tokens, every row costs the padded width, so return that width.
         unpack: Whether the encoder is called as `encoder(**view)` where a view is a mapping, as Hugging Face's models
             are, and as `encoder(*view)` where it is a list or tuple. Otherwise a view is one argument.
         encoder_kwargs: Keyword arguments of every call, the same for all chunks and not copied; or a list of them, one

@@ -37,8 +37,8 @@ def neg_lse(u: Tensor, ids: Tensor, temperature: float | Tensor, *, backend: Bac
 
     .. math:: \nu_i = \log \sum_{j : id_j \ne id_i} e^{u_i \cdot u_j / \tau}
 
-    With sample indices as `ids` it gives the negatives of NT-Xent. With unique ids each row leaves out only itself.
-    With labels it removes false negatives.
+    With sample indices as `ids`, the sum is over the negatives of NT-Xent. With unique ids, each row leaves out only
+    itself. With labels, it leaves out its whole class, which removes false negatives.
 
     The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O(M D);
     the reference backend takes O(M^2).

@@ -179,7 +179,7 @@ def _device_types(name: str) -> tuple[str, ...]:
 
 
 def backends() -> dict[str, BackendStatus]:
-    """Return the status of every backend by name: whether it loads here, why not, and which devices it serves.
+    """Return the status of every backend by name: whether it loads here, and if not, why; and which devices it serves.
 
     Returns:
         A dict of `BackendStatus(available, device_types, reason, details, verdict)`. `device_types` is `("any",)` for a

@@ -64,8 +64,8 @@ class GISTEmbedLoss(TypedModule):
         contrast_anchors: Use other anchors as negatives.
         contrast_positives: Use other positives as negatives of a positive.
         gather_across_devices: Use the batch of all ranks of the default process group. The loss is the mean over all
-            ranks' anchors, the same on every rank, and the anchors of all ranks are negatives. (The library takes the
-            mean over the rank's anchors, and only these are negatives.)
+            ranks' anchors, the same on every rank, and anchors that serve as negatives come from all ranks. (The
+            library limits both to the rank's anchors.)
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -224,8 +224,8 @@ class CachedGISTEmbedLoss(GISTEmbedLoss):
         contrast_anchors: Use other anchors as negatives.
         contrast_positives: Use other positives as negatives of a positive.
         gather_across_devices: Use the batch of all ranks of the default process group. The loss is the mean over all
-            ranks' anchors, the same on every rank, and the anchors of all ranks are negatives. (The library takes the
-            mean over the rank's anchors, and only these are negatives.)
+            ranks' anchors, the same on every rank, and anchors that serve as negatives come from all ranks. (The
+            library limits both to the rank's anchors.)
 
     Raises:
         TypeError: an argument has the wrong type or dtype.

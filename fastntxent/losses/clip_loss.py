@@ -57,8 +57,8 @@ def clip(
         \pi_n = s_{nn}/\tau
 
     Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021. nu^img_n is the
-    log-sum-exp of image n's logits with the other texts, nu^txt_n of text n's logits with the other images. For
-    features that are normalised already, `normalize=False` gives open_clip's `ClipLoss`.
+    log-sum-exp of image n's logits with the other texts, and nu^txt_n the log-sum-exp of text n's logits with the other
+    images. For features that are normalised already, `normalize=False` gives open_clip's `ClipLoss`.
 
     With positives="same_id" and form "out" the positives are part of the denominator, so near convergence the gradient
     is only as accurate as a logit, with an error of eps / tau. The form "in" keeps the gradient's relative accuracy,
@@ -245,7 +245,7 @@ def multi_clip(
         logit_scale: 1 / tau in place of `temperature`: a positive float or a 0-d floating-point tensor, such as
             `log_scale.exp()` of a learnt parameter.
         weights: One finite number, at least 0, for each pair of towers, in the order (0, 1), (0, 2), ..., (1, 2), ...;
-            one of them above 0. A pair of weight 0 costs nothing. None: 1 / the number of pairs.
+            at least one is above 0. A pair of weight 0 costs nothing. None: 1 / the number of pairs.
         ids: (N,) integers, the group of each sample. Samples of the same group are not negatives of each other, which
             removes false negatives. Ids have the same meaning on every rank. None: every other sample is a negative.
             Required for positives="same_id".

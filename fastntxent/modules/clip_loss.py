@@ -48,7 +48,8 @@ class CLIPLoss(TemperatureLoss):
         \pi_n = s_{nn}/\tau
 
     Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021. nu^img_n is the
-    log-sum-exp of image n's logits with the other texts, nu^txt_n of text n's logits with the other images.
+    log-sum-exp of image n's logits with the other texts, and nu^txt_n the log-sum-exp of text n's logits with the other
+    images.
 
     With positives="same_id" and form "out" the positives are part of the denominator, so near convergence the gradient
     is only as accurate as a logit, with an error of eps / tau. The form "in" keeps the gradient's relative accuracy,
@@ -213,7 +214,7 @@ class MultiCLIPLoss(CLIPLoss):
             read a tensor on an accelerator, so its sign is not checked there. With `learn_temperature`, the initial
             value of the parameter.
         weights: One finite number, at least 0, for each pair of towers, in the order (0, 1), (0, 2), ..., (1, 2), ...;
-            one of them above 0. A pair of weight 0 costs nothing. None: 1 / the number of pairs.
+            at least one is above 0. A pair of weight 0 costs nothing. None: 1 / the number of pairs.
         positives: "pair": row n of the other side is the only positive of row n. "same_id": all rows of the other side
             with its id are positives; this needs `ids` and excludes label smoothing, margins and a ceiling.
         form: How the positives are combined with positives="same_id". "out" averages their log-probabilities: nu' -
