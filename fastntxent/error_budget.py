@@ -158,8 +158,8 @@ def compare(
     with autocast_off(z_i):
         loss, *d_z = _loss_and_gradients(z_i, z_j, tau, backend, group)
         if isinstance(batch, ShardedBatch):
-            # Each rank returns the loss of the whole batch, and its gradient is that of the sum of the losses over
-            # ranks.
+            # Each rank returns the loss of the whole batch, and its gradient is the gradient of the sum of these losses
+            # over the ranks.
             d_z = [batch.gather(d.to(loss.dtype)) / len(batch.sizes) for d in d_z]
         z_i, z_j = batch.gather(z_i.detach()), batch.gather(z_j.detach())
         same_loss, *same_d_z = _loss_and_gradients(z_i, z_j, tau, "reference")

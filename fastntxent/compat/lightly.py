@@ -267,7 +267,7 @@ class MemoryBankModule(TypedModule):
 
     Args:
         size: (size, dim), 0 for no bank, or an int, with which dim comes from the first batch. The int and the default
-            are those of lightly before version 1.6.
+            follow lightly before version 1.6.
         gather_distributed: Take in the rows of all ranks of the default process group.
         feature_dim_first: Return the bank as (dim, size) instead of (size, dim).
 

@@ -63,9 +63,8 @@ def distill(
     differentiable in the student's features and in its temperature or logit scale.
 
     The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O(N (D +
-    E)). The student's log-sum-exps are those of `clip`, in one pass with their gradient. The teacher's log-sum-exps
-    take one pass over its similarities, and the expectation of the student's similarities under the teacher takes
-    another.
+    E)). The student's log-sum-exps and their gradient come from one pass, as in `clip`. The teacher's log-sum-exps take
+    one pass over its similarities, and the expectation of the student's similarities under the teacher takes another.
 
     A `teacher` is called without gradients and with autocast off, for tiles of at most 512 x 512 (4,096 x 4,096 on an
     accelerator). Each pair is requested twice: once for the teacher's log-sum-exps, and once for the expectation and

@@ -285,7 +285,7 @@ def _of_all(
     *,
     summed: bool,
 ) -> _Negatives:
-    """Return the terms of explicit negatives that all queries share. Their ids differ from those of every query."""
+    """Return the terms of explicit negatives that all queries share. Their ids differ from the ids of all queries."""
     queries, negatives = (Side(x, torch.full((x.shape[0],), i, device=u.device)) for i, x in enumerate((u, w)))
     queries = queries._replace(limits=limits)
     nu = hardened_neg_lse(batch, queries, negatives, inv_tau, hardness, beside=others)

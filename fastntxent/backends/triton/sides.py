@@ -145,7 +145,7 @@ class Sides:
         }
 
     def regime(self) -> dict[str, Any]:
-        """Return a kernel's arguments for choosing the regime, including those of `temperature_and_bounds`."""
+        """Return a kernel's arguments for choosing the regime, including the arguments of `temperature_and_bounds`."""
         return {**self.temperature_and_bounds(), "log_terms": self.log_terms}
 
     def tiles_as(self, kernel: str) -> str:

@@ -382,5 +382,5 @@ def add_dots(
 
 INTERPRETED = not isinstance(load_rows, triton.JITFunction)
 # An option of every launch. If the compiler contracted a * b - c into one rounding, the backward's logits would differ
-# from those that the forward summed, by 3e-5 at a temperature of 0.001. Kernels call tl.fma for a multiply-add.
+# from the forward's by 3e-5 at a temperature of 0.001. Kernels call tl.fma for a multiply-add.
 NO_CONTRACTION = {"enable_fp_fusion": False}
