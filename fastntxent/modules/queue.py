@@ -96,7 +96,7 @@ class NegativeQueue(nn.Module):
 
     @torch.no_grad()
     def push(self, z: Tensor, ids: Tensor | None = None) -> None:
-        """Push rows into the queue. Of more rows than `size`, only the last `size` are kept.
+        """Push rows into the queue. It keeps only the last `size` rows if there are more.
 
         The values are not checked: a row with a NaN makes losses NaN for as long as it is in the queue.
 
