@@ -72,8 +72,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _multiplied(a: Tensor, b: Tensor) -> Tensor:
-    """Return a @ b without broadcasting, so that it raises if a saved-tensor hook returned a tensor of another
-    shape."""
+    """Return a @ b without broadcasting: it raises if a saved-tensor hook returned a tensor of another shape."""
     return torch.bmm(a, b) if a.ndim == 3 else torch.mm(a, b)
 
 

@@ -35,8 +35,7 @@ DEFAULT_LOGIT_SCALE = math.log(1 / 0.07)
 
 
 class BackpropType(Enum):
-    """The processes that receive the gradient of gathered rows. No effect here: the gradient is always as with
-    GLOBAL."""
+    """The processes that receive the gradient of gathered rows. No effect here: the gradient is as with GLOBAL."""
 
     GLOBAL = 0
     LOCAL = 1

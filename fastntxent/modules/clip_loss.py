@@ -19,8 +19,7 @@ from .base import LossOptions, TemperatureLoss, Unpack
 
 
 class _AtMost(torch.autograd.Function):
-    """min(x, bound). Where x is above the bound, a gradient that would raise it is dropped, and one that lowers it
-    passes."""
+    """min(x, bound). Above the bound, a gradient that would raise x is dropped, and one that lowers it passes."""
 
     @staticmethod
     def forward(x: Tensor, bound: float) -> Tensor:

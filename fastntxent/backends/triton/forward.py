@@ -152,8 +152,7 @@ def _add_exponentials(
     MASKED: tl.constexpr, LIMITED: tl.constexpr, SPLIT: tl.constexpr, TF32: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """Return the running maxima and sums of some rows, updated with the columns that need a mask, or with all
-    others."""
+    """Return the running maxima and sums of some rows, updated with the columns that need a mask, or the others."""
     for first in range(0, n_cols, ROUND):
         whole = (row + BLOCK_M <= n_rows) & (first + ROUND <= n_cols)
         if whole:
