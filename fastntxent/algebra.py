@@ -72,7 +72,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _multiplied(a: Tensor, b: Tensor) -> Tensor:
-    """Return a @ b without broadcasting: tensors that a saved-tensor hook has changed must still fit."""
+    """Return a @ b without broadcasting: it raises if a saved-tensor hook returned a tensor of another shape."""
     return torch.bmm(a, b) if a.ndim == 3 else torch.mm(a, b)
 
 
@@ -134,7 +134,7 @@ def swap_views(rows: Tensor) -> Tensor:
 
 
 def row_losses(neg_lse: Tensor, pos: Tensor) -> Tensor:
-    """Return softplus(nu - pi) with full relative accuracy at both ends; torch's softplus turns linear at 20."""
+    """Return softplus(nu - pi) with full relative accuracy at both ends; PyTorch's softplus is linear above 20."""
     return 0 - F.logsigmoid(pos - neg_lse)  # the subtraction avoids a loss of -0
 
 

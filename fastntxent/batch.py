@@ -1,10 +1,10 @@
 """The building blocks of a loss: log-sum-exps, positives, groups and sums over the rows of one call.
 
-Where the rows are is decided once, when the call opens its batch (opening.py): all in this process, for the kernels
-(`LocalBatch`) or for the dense reference (`DenseBatch`), or spread over ranks (`distributed.ShardedBatch`). A loss is
-written with these methods and does not depend on that. Columns, groups and sums cover all ranks.
+A call opens one batch (opening.py), and the class of the batch says where the rows are: in this process, for the
+kernels (`LocalBatch`) or for the dense reference (`DenseBatch`), or spread over ranks (`distributed.ShardedBatch`). A
+loss is written with the methods of `Batch` and does not depend on the class. Columns, groups and sums cover all ranks.
 
-Everything is differentiable, and in the accumulation dtype: float64 for float64 embeddings, else float32.
+Every result is differentiable, and in the accumulation dtype: float64 for float64 embeddings, else float32.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Batch(ABC):
         return type(self)(rows, 1, self.reduction, self.normalize)
 
     def in_tiles(self) -> Batch:
-        """Return the batch with log-sum-exps of exactly the logits that `soft_dots` forms, bit for bit."""
+        """Return the batch with log-sum-exps over the same logits, bit for bit, that `soft_dots` forms."""
         return self
 
     @property
@@ -87,8 +87,8 @@ class Batch(ABC):
         return torch.arange(self.views * self.first.shape[0], device=self.first.device)
 
     def as_compared(self, u: Tensor) -> Tensor:
-        """Return rows as they are compared with others (over ranks they may be rounded), with the gradient of the given
-        rows."""
+        """Return the rows with the rounding that an exchange between ranks may apply. The gradient passes through
+        unchanged."""
         return u
 
     def all_rows(self, u: Tensor) -> Tensor:
@@ -104,8 +104,8 @@ class Batch(ABC):
     def neg_lse(self, u: Tensor, ids: Tensor, inv_tau: float | Tensor, limits: Tensor | None = None) -> Tensor:
         """Return nu_i = log sum over {j : id_j != id_i} of exp(k u_i . u_j) (M,), with one temperature or one per row.
 
-        With one temperature per row, 1/tau multiplies a row but not the same row as a column. The product is then not
-        symmetric: it is formed in full, at twice the cost.
+        With one temperature per row, 1/tau multiplies u_i but not u_j. The logits are then not symmetric, so all of
+        them are formed, at twice the cost.
 
         limits: the largest similarity that the sum of each row includes (M,), a constant.
         """
@@ -191,7 +191,7 @@ class Batch(ABC):
         return row_dots(u, sums_of_groups(u, ids, ids) - u)
 
     def group_counts(self, ids: Tensor) -> Tensor:
-        """Return how many rows have each row's id, including the row itself (M,)."""
+        """Return, for each row, how many rows have its id, including the row itself (M,)."""
         return counts_of_groups(ids, ids)
 
     @abstractmethod
@@ -218,8 +218,8 @@ class Batch(ABC):
     ) -> Tensor:
         """Return the sum of log(1 + exp(k u_i . v_j + b)) over the rows or columns j of other groups (M,).
 
-        Without columns the rows are compared with each other. With `positives`, against columns, log(1 + exp(-k u_i .
-        v_j - b)) over the columns of the same group is added.
+        Without columns the rows are compared with each other. With columns and `positives`, the sum of log(1 + exp(-k
+        u_i . v_j - b)) over the columns of the same group is added.
         """
 
     @abstractmethod
@@ -288,7 +288,7 @@ class Batch(ABC):
     def info_nce_at_once(self, z_i: Tensor, z_j: Tensor, inv_tau: float | Tensor, *, both: bool) -> Tensor | None:
         """Return the reduced InfoNCE from one call that also forms its gradient, or None if there is no such call.
 
-        Queries z_i pick their keys z_j among those of all samples; with `both` the loss is half the sum of both
+        Queries z_i pick their keys z_j among the keys of all samples; with `both` the loss is half the sum of both
         directions.
         """
         return None

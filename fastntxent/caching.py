@@ -1,10 +1,10 @@
-"""Gradient caching: the gradient of a whole batch that is larger than the encoder's activations fit in memory.
+"""Gradient caching: the gradient of a whole batch whose encoder activations do not fit in memory.
 
 A contrastive loss does not split over a batch: every row is a negative of every other row. But once the gradient of the
 loss with respect to the *embeddings* is known, the encoder's part of the chain rule is a sum over rows and does split.
 So: encode in chunks without a graph, form the loss and its gradient on all embeddings, then encode each chunk again
-with a graph and backpropagate the chunk's part of that gradient. Gao et al., "Scaling Deep Contrastive Learning Batch
-Size under Memory Limited Setup", 2021.
+with a graph and backpropagate the chunk's part of the embeddings' gradient. Gao et al., "Scaling Deep Contrastive
+Learning Batch Size under Memory Limited Setup", 2021.
 """
 
 from __future__ import annotations
@@ -33,28 +33,30 @@ def cached_backward(
     encoder_kwargs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     output: Output | Sequence[Output] = None,
 ) -> Tensor:
-    """Like `loss = loss_fn(*(encoder(view) for view in views)); loss.backward()`, a chunk of rows at a time.
+    """Do `loss = loss_fn(*(encoder(view) for view in views)); loss.backward()`, encoding one chunk of rows at a time.
 
     Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", 2021. The encoder runs twice
     on every chunk. The second pass starts from the same state and draws the same random numbers as the first, so it
-    repeats the first, and the encoder ends as after one pass. The gradient is that of the whole batch, with one
-    exception: a layer that mixes rows, such as BatchNorm in training mode, sees a chunk where it would have seen the
-    batch.
+    repeats the first, and the encoder ends in the state of a single pass. The result is the gradient of the whole
+    batch, with one exception: a layer that mixes rows, such as BatchNorm in training mode, sees one chunk instead of
+    the whole batch.
 
-    - State is restored: registered buffers, and the attributes of the encoder and its submodules with the tensors,
-      NumPy arrays, numbers and generators in them, also inside lists, tuples, dictionaries, sets and deques. It makes
-      no difference whether a forward updates them in place or assigns new ones. The objects keep their identity.
+    - State is restored. It consists of registered buffers, and of the tensors, NumPy arrays, numbers and generators
+      among the attributes of the encoder and its submodules, also inside lists, tuples, dictionaries, sets and deques.
+      It makes no difference whether a forward updates them in place or assigns new ones. The objects keep their
+      identity.
     - Random numbers are repeated for the global generators of PyTorch (on the CPU and on every device of a parameter,
       buffer or view), Python and NumPy, and for generators among the attributes.
-    - Not repeated are changes that a forward makes to parameters (update a momentum encoder outside), to objects of
-      other classes, and to anything outside the encoder, for example in a hook. If the embeddings of the second pass
-      are far from those of the first, an error is raised.
+    - Changes that a forward makes to parameters (update a momentum encoder outside), to objects of other classes, or to
+      anything outside the encoder, for example in a hook, are not undone before the second pass. If the second pass
+      gives clearly different embeddings, an error is raised.
 
-    Activations are held for one chunk, embeddings for the whole batch, and the state once more. If the call is under
-    autocast, both passes are. The encoder may use `torch.utils.checkpoint`, with either `use_reentrant`.
+    Memory holds the activations of one chunk, the embeddings of the whole batch, and copies of the encoder's state. If
+    the call is under autocast, both passes are. The encoder may use `torch.utils.checkpoint`, with either
+    `use_reentrant`.
 
-    After any error, including one raised by the encoder or the loss, the encoder's state and the generators are as
-    before the call. Gradients may have been accumulated in part.
+    After any error, including one raised by the encoder or the loss, the encoder's state and the generators are
+    restored to their values before the call. Gradients may have been accumulated in part.
 
     Args:
         encoder: A module that maps n rows to (n, D) embeddings, or a list of modules, one per view, such as CLIP's two
@@ -69,16 +71,16 @@ def cached_backward(
         loss_fn: A function of one (N, D) tensor of embeddings per view that returns a scalar. Its own parameters (a
             learnable temperature) get their gradients too. For half precision scale the loss here, with `lambda *z:
             scaler.scale(loss(*z))` for a GradScaler, and call `scaler.step` and `scaler.update` afterwards.
-        chunk_size: The number of rows of a view that the encoder sees at once, at least 1; or a list of the rows in
-            each chunk, which add up to the rows of a view; or one such list per view. A chunk never mixes views. An
-            encoder that mixes rows over the ranks of a batch, or one under `fully_shard`, needs the same number of
-            chunks on every rank: with a list, a chunk may have 0 rows, and so may a view.
+        chunk_size: The number of rows of a view that the encoder sees at once, at least 1; or a list with the number of
+            rows in each chunk, which add up to the rows of a view; or one such list per view. A chunk never mixes
+            views. An encoder that mixes rows of several ranks, or one under `fully_shard`, needs the same number of
+            chunks on every rank. For this, a list may contain chunks of 0 rows, and a view may be empty.
         chunk_tokens: In place of `chunk_size`, the largest number of tokens that the encoder sees at once, at least 1.
             Rows keep their order, and a row with more tokens is a chunk by itself. Ranks may then have different
             numbers of chunks, which `fully_shard` does not allow.
         lengths: How `chunk_tokens` counts tokens: the key (or attribute) of a mask, (N, ...), with a nonzero element
             for each token; or a function that takes a view and returns N integers; or a list of these, one per view. If
-            the encoder also computes padding, every row costs the padded width: return that.
+            the encoder also computes padding tokens, every row costs the padded width, so return that width.
         unpack: Whether the encoder is called as `encoder(**view)` where a view is a mapping, as Hugging Face's models
             are, and as `encoder(*view)` where it is a list or tuple. Otherwise a view is one argument.
         encoder_kwargs: Keyword arguments of every call, the same for all chunks and not copied; or a list of them, one
@@ -90,7 +92,7 @@ def cached_backward(
 
     Returns:
         The loss that `loss_fn` returned, a 0-d tensor of its dtype, without a graph. Gradients are accumulated in the
-        parameters' `.grad`, as in `backward`; their hooks see the gradient of one chunk.
+        parameters' `.grad`, as in `backward`; a parameter's hooks see the gradient of one chunk at a time.
 
     Raises:
         TypeError: the encoder is not a module or does not return a dense tensor, a view holds no tensor or one that is
@@ -102,8 +104,8 @@ def cached_backward(
             has no such `output`; the loss is not a scalar; the encoder returns another number of rows or chunks of
             different shapes, has a lazy layer that never ran or parameters on the meta device, or is
             DistributedDataParallel with static_graph=True.
-        RuntimeError: nothing requires a gradient; the embeddings do not although the encoder's parameters do; `loss_fn`
-            has already called backward; the second pass did not repeat the first; the last chunk under
+        RuntimeError: nothing requires a gradient; the encoder's parameters require a gradient but its embeddings do
+            not; `loss_fn` has already called backward; the second pass did not repeat the first; the last chunk under
             DistributedDataParallel does not synchronise all gradients; or the call is inside
             `torch.nn.utils.parametrize.cached()`.
 
@@ -168,7 +170,7 @@ def _check_loss_fn(loss_fn: object) -> None:
 
 
 def _checked_loss(loss: Any, leaves: Sequence[Tensor]) -> Tensor:
-    """Return the loss of embeddings that are leaves, if a backward can start from it."""
+    """Return the loss if a backward can start from it, else raise. `leaves`: the embeddings."""
     if not isinstance(loss, Tensor):
         raise TypeError(f"loss_fn must return a torch.Tensor, got {type(loss).__name__}")
     if loss.layout != torch.strided or loss.is_nested or loss.is_meta:

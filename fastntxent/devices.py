@@ -18,13 +18,13 @@ from .verification.verdict import Verdict
 def verify(
     device: torch.device | str | None = None, *, backend: str | None = None, refresh: bool = False
 ) -> dict[str, Verdict]:
-    """Check the kernels on a device before backend="auto" uses them: values and gradients against float64.
+    """Check the kernels' values and gradients on a device against float64, before backend="auto" uses them.
 
-    "auto" does this by itself at its first call on a GPU. Calling it beforehand moves the time (up to two minutes, most
-    of it in Triton's compiler) to a better moment: the start of a container, another node of the same kind, the first
-    line of a script. Each backend is checked in a process of its own, so a kernel that crashes or hangs there costs
-    only a message. A backend that passes on a GPU is also timed. Verdicts and times are stored in the user's cache
-    folder, for this device model, driver, PyTorch, Triton and version of the kernels.
+    "auto" runs this check at its first call on a GPU. The check takes up to two minutes, most of it in Triton's
+    compiler. Call `verify` to run it at a better time: when a container starts, on another node of the same kind, or in
+    the first line of a script. Each backend is checked in a process of its own, so a kernel that crashes or hangs there
+    costs only a message. A backend that passes on a GPU is also timed. Verdicts and times are stored in the user's
+    cache folder, for this device model, driver, PyTorch, Triton and version of the kernels.
 
     Args:
         device: A CPU or GPU of this machine. None: the current GPU, or the CPU where there is none.
@@ -66,15 +66,15 @@ def warm_up(loss: Callable[..., Tensor], *inputs: object, **options: object) -> 
     """Compile and load every kernel of a loss and its gradient, so that a CUDA graph can capture them.
 
     A CUDA graph cannot capture the first launch of a kernel, which loads it. Shapes, dtypes and, for Triton's kernels,
-    the temperature decide which kernels a call launches; `warm_up` prepares those of every temperature. It calls the
-    loss four times: with the backend that "auto" takes inside a capture and with the one it takes outside, each with a
-    backward and under `torch.no_grad()`. It accumulates no gradient, and restores the random generators and the state
-    of a module (a queue, the statistics of a batch norm).
+    the temperature decide which kernels a call launches; `warm_up` prepares the kernels for every temperature. It calls
+    the loss four times: with the backend that "auto" takes inside a capture and with the one that it takes outside,
+    each once with a backward and once under `torch.no_grad()`. It accumulates no gradient, and restores the random
+    generators and the state of a module (a queue, the statistics of a batch norm).
 
     On the CPU there is nothing to prepare, and the loss is only run.
 
     Args:
-        loss: A loss of this package, as a module or a function, or any function around one that returns a tensor. The
+        loss: A loss of this package, as a module or a function, or a function that calls one and returns a tensor. The
             state of modules that a function calls is not restored: pass the module itself.
         *inputs: Positional arguments of the loss as in the capture. The shapes, strides, dtypes, devices and
             `requires_grad` of tensors matter; their values do not.
@@ -85,8 +85,8 @@ def warm_up(loss: Callable[..., Tensor], *inputs: object, **options: object) -> 
 
     Raises:
         TypeError: `loss` is not callable, or does not return a tensor.
-        RuntimeError: a stream of the device is capturing already, or inference mode is on; or the error that the loss
-            raises.
+        RuntimeError: the current CUDA stream is capturing already, or inference mode is on. Errors of the loss pass
+            through.
 
     Example:
         >>> import torch, fastntxent
@@ -137,7 +137,7 @@ def _leaves_of(value: Tensor) -> list[Tensor]:
 
 
 def find_device(device: torch.device | str | None) -> torch.device:
-    """Return the device of a name, with its index. Raise ValueError if it is not there."""
+    """Return the device of a name, with its index. Raise ValueError if this machine does not have it."""
     if device is None:
         device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     try:

@@ -6,8 +6,8 @@ relative to the maximum and the RMS of the truth.
 
 The floor covers cases where the reference in the same precision happens to be exact. A logit k s is rounded to eps k
 |s|, and an error in a logit is a relative error in a probability, so the floor is a number of units of eps (1 + k |s|).
-Over the cases of the tests the worst needed 1.4 units, and nearly all needed none. A gradient that is returned in half
-precision adds the eps of that dtype.
+Of the test cases, the worst needed 1.4 units, and nearly all needed none. A gradient that is returned in half precision
+adds the eps of that dtype.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def errors_of(value: Tensor, truth: Tensor, *, scale: float = 0.0) -> Errors:
     Args:
         value: The result, of any floating-point dtype.
         truth: The truth, float64 and of the same shape.
-        scale: The size of the terms whose difference the truth is, where they may cancel. Errors are relative to it if
-            it is larger than the truth.
+        scale: If the truth is a difference of terms that may cancel, the size of these terms. Errors are relative to
+            `scale` if it is larger than the truth.
     """
     difference = torch.where(value == truth, 0.0, value.double() - truth)
     finite = torch.where(truth.isfinite(), truth, 0.0)
@@ -66,7 +66,7 @@ def allowed(
         reference: The errors of the reference backend on the same input.
         dtype: The dtype of the input, which decides the precision of the computation.
         logit_size: The largest |k s|.
-        output_dtype: The dtype of the result, if it is narrower than that of the computation.
+        output_dtype: The dtype of the result, if it is narrower than the dtype of the computation.
     """
     unit = torch.finfo(accumulation_dtype(dtype)).eps * (1 + logit_size)
     if dtype == torch.float64:
@@ -122,7 +122,7 @@ def compare(
 ) -> Report:
     """Compare a backend's mean NT-Xent and its gradient with the float64 reference on a live batch.
 
-    On each rank it takes the memory of the reference, O(N^2) in float64, for the rows of all ranks.
+    Each rank runs the reference on the rows of all ranks, which takes O(N^2) float64 memory.
 
     Args:
         z_i: (N, D) embeddings of the first view, float16, bfloat16, float32 or float64, with any strides. Row n belongs
@@ -158,8 +158,8 @@ def compare(
     with autocast_off(z_i):
         loss, *d_z = _loss_and_gradients(z_i, z_j, tau, backend, group)
         if isinstance(batch, ShardedBatch):
-            # Each rank returns the loss of the whole batch, and its gradient is that of the sum of the losses over
-            # ranks.
+            # Each rank returns the loss of the whole batch, and its gradient is the gradient of the sum of these losses
+            # over the ranks.
             d_z = [batch.gather(d.to(loss.dtype)) / len(batch.sizes) for d in d_z]
         z_i, z_j = batch.gather(z_i.detach()), batch.gather(z_j.detach())
         same_loss, *same_d_z = _loss_and_gradients(z_i, z_j, tau, "reference")

@@ -17,8 +17,8 @@ from .validation import check_integer, check_numbers, check_tensor
 
 _Result = TypeVar("_Result")
 
-# Tensor arguments, in this package and in the libraries of `compat`, whose last dimension is not the features of an
-# embedding.
+# Tensor arguments whose last dimension does not hold features of an embedding, in this package and in the libraries of
+# `compat`.
 _WHOLE = frozenset({"logits", "mask", "pair_weights"})
 
 
@@ -54,8 +54,8 @@ def matryoshka(
     Raises:
         TypeError: `loss` is not callable or does not return tensors, `dims` or `weights` are not numbers, or an
             embedding is not a dense tensor.
-        ValueError: `dims` is empty, a width is below 1 or above D, the number of weights differs from that of the
-            widths, a weight is not finite, all weights are 0, or no argument is an embedding.
+        ValueError: `dims` is empty, a width is below 1 or above D, there is not one weight per width, a weight is not
+            finite, all weights are 0, or no argument is an embedding.
 
     Example:
         >>> import torch, fastntxent
@@ -107,8 +107,8 @@ class MatryoshkaLoss(TypedModule):
 
     Raises:
         TypeError: `loss` is not a module, or `dims` or `weights` are not numbers.
-        ValueError: `dims` is empty, a width is below 1, the number of weights differs from that of the widths, a weight
-            is not finite, or all weights are 0.
+        ValueError: `dims` is empty, a width is below 1, there is not one weight per width, a weight is not finite, or
+            all weights are 0.
 
     Example:
         >>> import torch, fastntxent

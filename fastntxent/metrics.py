@@ -51,7 +51,7 @@ def uniformity(z: Tensor, t: float = 2.0, *, backend: BackendName = "auto") -> T
     Wang & Isola, "Understanding Contrastive Representation Learning through Alignment and Uniformity on the
     Hypersphere", 2020. Since ||u - v||^2 = 2 - 2 u.v, this is `neg_lse` at a temperature of 1/(2t), and takes O(M D)
     memory. Rows are scaled to unit length first. A row of length zero has no direction and counts as orthogonal to all
-    others, so look at the norms too.
+    others, so check the norms too.
 
     Args:
         z: (M, D) embeddings, M >= 2, float16, bfloat16, float32 or float64.
@@ -117,7 +117,7 @@ def positive_ranks(z_i: Tensor, z_j: Tensor) -> Tensor:
 def contrastive_accuracy(z_i: Tensor, z_j: Tensor) -> Tensor:
     """The share of rows that are closer to their other view than to any other row, by cosine similarity.
 
-    It is the mean of `positive_ranks(z_i, z_j) == 1`, which a contrastive loss trains. A tie counts against the
+    It is the mean of `positive_ranks(z_i, z_j) == 1`, which a contrastive loss increases. A tie counts against the
     positive, and so does a NaN.
 
     Rows are compared a block at a time: O(N D) memory, plus 4 million similarities (16 MiB in float32), or 2N where
@@ -145,7 +145,7 @@ def contrastive_accuracy(z_i: Tensor, z_j: Tensor) -> Tensor:
 
 
 def effective_rank(z: Tensor) -> Tensor:
-    r"""How many dimensions the embeddings use: 1 is collapse onto a line, min(M, D) is all of them, equally.
+    r"""How many dimensions the embeddings use: 1 is a collapse onto a line, min(M, D) means that all are used equally.
 
     .. math:: \exp(-\sum_k p_k \log p_k), \quad p_k = \sigma_k / \sum_l \sigma_l
 

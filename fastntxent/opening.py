@@ -13,7 +13,7 @@ from .validation import check_ids, check_reduction, check_row_count, check_rows,
 
 
 def agree_on(group: Group | None, function: str, rows: Tensor, agreed: Mapping[str, object]) -> None:
-    """Have the ranks compare options that decide which losses they call on such rows, before they call any."""
+    """Let the ranks compare options that decide which losses they call on such rows, before they call any loss."""
     if group is not None:
         ShardedBatch.open(group, function, {"rows": rows.flatten(0, -2)}, 1, "mean", True, "auto", agreed)
 

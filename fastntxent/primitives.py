@@ -37,8 +37,8 @@ def neg_lse(u: Tensor, ids: Tensor, temperature: float | Tensor, *, backend: Bac
 
     .. math:: \nu_i = \log \sum_{j : id_j \ne id_i} e^{u_i \cdot u_j / \tau}
 
-    With sample indices as `ids` it gives the negatives of NT-Xent. With unique ids each row leaves out only itself.
-    With labels it removes false negatives.
+    With sample indices as `ids`, the sum is over the negatives of NT-Xent. With unique ids, each row leaves out only
+    itself. With labels, it leaves out its whole class, which removes false negatives.
 
     The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O(M D);
     the reference backend takes O(M^2).
@@ -82,7 +82,7 @@ def cross_neg_lse(
         \nu^v_j = \log \sum_{i : id^u_i \ne id^v_j} e^{u_i \cdot v_j / \tau}
 
     Losses use it between two towers (images and texts), between queries and a queue of keys, and between one rank's
-    rows and all others. A side that needs no gradient, such as a queue, costs none.
+    rows and all others. No gradient is computed for a side that does not need one, such as a queue.
 
     The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O((M +
     K) D); the reference backend takes O(M K).

@@ -46,12 +46,12 @@ class Retrieval(NamedTuple):
 
 
 def zero_shot_classify(image_features: Tensor, class_features: Tensor) -> Classification:
-    r"""The class whose features are nearest to each image's, by cosine similarity.
+    r"""The class of each image: the one whose features are nearest to the image's by cosine similarity.
 
     .. math:: c_n = \arg\max_c \frac{x_n \cdot w_c}{\|x_n\| \|w_c\|}
 
     Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021. The features of a
-    class are those of its prompt, or the mean over several prompts. Rows are scaled to unit length first.
+    class are the text features of its prompt, or the mean over several prompts. Rows are scaled to unit length first.
 
     The result is deterministic. Besides the arguments and the result, memory holds one tile of 32 MiB, the unit rows of
     its 1,024 images and 8,192 classes, and at most 16 MiB more, for any N and C.
@@ -94,7 +94,8 @@ def retrieve(queries: Tensor, corpus: Tensor, k: int) -> Retrieval:
 
     Returns:
         A named tuple (scores, indices) of tensors (Q, k). Scores are float64 for float64 embeddings, else float32;
-        indices are int64. Of equal scores the lower index comes first, and is kept. Not differentiable.
+        indices are int64. Among equal scores the lower index comes first, and the lowest indices are kept. Not
+        differentiable.
 
     Raises:
         TypeError: an argument is not a dense floating-point tensor, or `k` is not an int.

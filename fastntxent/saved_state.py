@@ -1,9 +1,9 @@
-"""Saving and restoring the state of a module besides its parameters, and of random generators.
+"""Save and restore the state of random generators, and the state of a module other than its parameters.
 
 State is everything that `vars(module)` reaches through submodules and containers: buffers, tensors, arrays and numbers
-among the attributes, and generators of the module. The objects keep their identity, because others hold references to
-them (DistributedDataParallel to buffers, an optimiser to tensors): a tensor gets its values back, a container its
-contents.
+among the attributes, and generators of the module. A restore writes the old values into the same tensors and the old
+contents into the same containers, because other objects hold references to them (DistributedDataParallel to buffers, an
+optimiser to tensors).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _NOT_STATE = vars(nn.Module()).keys() - {"_buffers", "_modules"}
 
 
 class ModuleState:
-    """The state of modules at construction, with copies of its tensors but without parameters.
+    """A snapshot of the modules' state, with copies of its tensors but without parameters.
 
     Args:
         *modules: The modules.
@@ -47,7 +47,7 @@ class ModuleState:
 
 
 class StateVersions:
-    """Everything that a `ModuleState` of the modules would hold, each with a version that changes when the object is
+    """Every object that a `ModuleState` of the modules would hold, with a version that changes when the object is
     written to."""
 
     def __init__(self, *modules: nn.Module) -> None:
@@ -162,7 +162,7 @@ def _is_state(value: object) -> bool:
 
 
 def _holding(value: object) -> Iterator[Callable[[], object]]:
-    """Yield a function that restores the current state of an object, or nothing if it has no state of its own."""
+    """Yield a function that restores the current state of an object, or nothing if the object has no state."""
     numpy = _numpy()
     if isinstance(value, Tensor):
         if _is_state(value):

@@ -72,20 +72,20 @@ def is_per_row(inv_tau: float | Tensor) -> TypeGuard[Tensor]:
 
 
 def factor(value: float | Tensor, rows: Tensor) -> float | Tensor:
-    """Return a factor of logits: a float unchanged, a tensor in the accumulation dtype."""
+    """Return a factor of logits: a float as it is, a tensor in the accumulation dtype."""
     if not isinstance(value, Tensor):
         return scalar_like(value, rows) if _changes(value) else value
-    if may_be_differentiated(value) or value.ndim > 0:  # its gradient is formed on the device of the rows
+    if may_be_differentiated(value) or value.ndim > 0:  # the kernels form its gradient on the device of the rows
         value = value if value.device == rows.device else value.to(rows.device)
     dtype = accumulation_dtype(rows.dtype)
     return value if value.dtype == dtype else value.to(dtype)  # a no-op `to` costs a microsecond
 
 
 def _changes(value: float) -> bool:
-    """Return whether torch.compile treats a float as one that changes from call to call.
+    """Return whether torch.compile treats a float as a value that changes from call to call.
 
-    As a float it would be a constant, and each value would need a graph of its own. As a tensor it is an input of one
-    graph.
+    Such a float would be a constant of the graph, and each value would need a new graph. As a tensor it is an input of
+    one graph for all values.
     """
     if not torch.compiler.is_compiling():
         return False
@@ -98,8 +98,8 @@ def _changes(value: float) -> bool:
 def scalar_like(value: float | Tensor, rows: Tensor) -> Tensor:
     """Return a Python number or a size as a 0-d tensor in the accumulation dtype."""
     dtype = accumulation_dtype(rows.dtype)
-    # torch.compile makes a factor an input of the graph, but needs a new graph for each value of a constant. Under
-    # torch.jit.trace a size is a tensor, which a constant would freeze.
+    # torch.compile makes the factor of a product an input of the graph, but needs a new graph for each value of a
+    # constant. Under torch.jit.trace a size is a tensor, and a constant would freeze its value.
     if isinstance(value, Tensor) or torch.compiler.is_compiling():
         return torch.ones((), dtype=dtype, device="cpu") * value
     return torch.scalar_tensor(value, dtype=dtype, device="cpu")

@@ -1,4 +1,4 @@
-"""Arguments that losses, operators and backends pass on as one: a side of a log-sum-exp, a teacher, and a guide."""
+"""Records that losses, operators and backends pass as one argument: a side of a log-sum-exp, a teacher, and a guide."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Side(NamedTuple):
     """One side of a log-sum-exp: rows u (M, D), their groups ids (M,), and optionally limits (M,), the largest
     similarity that each row's sum includes.
 
-    A single side is its own columns. Two sides are rows and columns.
+    A call with one side compares its rows with each other. A call with two sides compares rows with columns.
     """
 
     u: Tensor

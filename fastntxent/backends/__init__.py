@@ -2,9 +2,9 @@
 
 A backend's module is imported on first use, so `import fastntxent` costs nothing for unused kernels. If the import
 fails, the error is kept, shown by `backends()`, and raised when the backend is requested by name. A name never falls
-back to another backend; only "auto" chooses. (One method may: limits on a backend without kernels for them run on
-`blocked`.) `cpu` is the exception that loads at once: it must notice a fork, and its
-first use may come after the fork, in the child.
+back to another backend; only "auto" chooses. (One exception: if a backend has no kernels for similarity limits, calls
+with limits run on `blocked`.) Only `cpu` is imported at once: it must notice a fork, and its first use may come after
+the fork, in the child.
 """
 
 from __future__ import annotations
@@ -172,14 +172,14 @@ def name_of(backend: Backend) -> str:
 
 
 def _device_types(name: str) -> tuple[str, ...]:
-    """Return the device types in the table, or those of the loaded backend, which may be more."""
+    """Return the device types that the loaded backend lists, else the ones in the table. A backend may list more."""
     backend = _load(name)
     more = backend.device_types if isinstance(backend, Backend) else ANY_DEVICE
     return _TABLE[name].device_types if more == ANY_DEVICE else more
 
 
 def backends() -> dict[str, BackendStatus]:
-    """Return the status of every backend by name: whether it loads here, which devices it serves, and why not if not.
+    """Return the status of every backend by name: whether it loads here, and if not, why; and which devices it serves.
 
     Returns:
         A dict of `BackendStatus(available, device_types, reason, details, verdict)`. `device_types` is `("any",)` for a

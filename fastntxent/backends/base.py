@@ -73,7 +73,7 @@ class Backend(ABC):
     dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
 
     def details(self) -> str | None:
-        """Return a description of the hardware it uses, or None if there is nothing to report."""
+        """Return a description of the hardware that the backend uses, or None if there is nothing to report."""
         return None
 
     def forms(self, device: torch.device, dtype: torch.dtype) -> Sequence[str]:
@@ -166,8 +166,8 @@ class KernelBackend(Backend):
         """Return InfoNCE or CLIP (0-d) and its gradient with respect to z_i, z_j and k; None where not needed.
 
         InfoNCE is the sum or mean of N losses: query z_i[n] (N, D) picks its key z_j[n] (N, D), and the other keys are
-        its negatives. With `both` (CLIP) the result is half of that plus half of the loss in the other direction, where
-        keys pick their queries.
+        its negatives. With `both` (CLIP) the result is the mean of this loss and the loss in the other direction, in
+        which keys pick their queries.
         """
 
     @abstractmethod

@@ -80,8 +80,8 @@ class _DirectTiles(_NegLseTiles):
 
     def __init__(self, sides: Sequence[Blocks], inv_tau: float | Tensor):
         super().__init__(sides, inv_tau)
-        # Ids as small whole numbers in the dtype of the rows. Comparing them into a factor of 0 or 1 takes a seventh of
-        # the time of a boolean mask from the integers.
+        # Renumber the ids as small whole numbers in the dtype of the rows. Comparing these into factors of 0 or 1 takes
+        # a seventh of the time of a boolean mask from integer ids.
         codes = torch.unique(torch.cat([side.ids for side in sides]), return_inverse=True)[1].to(self.rows.u.dtype)
         self.codes = codes.split([len(side.ids) for side in sides])
         self.kept: TileValues | None = None

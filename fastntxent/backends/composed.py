@@ -151,7 +151,7 @@ def _backward_of_one(work: PreparedNegLse, upstream: Upstream) -> tuple[Tensor, 
 def _add_positives(
     rows: UnitRows, inv_tau: float | Tensor, d_pos: Tensor, d_u: Tensor, d_inv_tau: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients in z_i, z_j and k: those through nu, given as d_u and d_inv_tau, plus the positives'."""
+    """Return the gradients in z_i, z_j and k: the gradients through nu (d_u and d_inv_tau) plus those through pi."""
     partner = swap_views(rows.u)
     d_u.addcmul_(partner, (inv_tau * (d_pos + swap_views(d_pos))).unsqueeze(1))
     d_inv_tau = d_inv_tau + torch.dot(d_pos, row_dots(rows.u, partner))

@@ -1,9 +1,9 @@
 """The C++ kernels of csrc/cpu: normalisation, tiles of the upper triangle, loss and every gradient in one call.
 
-The schedule is the one of `blocked`, on register tiles: u/2 flops forward and 3u/2 backward, with u = 2 M^2 D. A
-bounded workspace keeps exponentials of the forward, which saves up to u/2 in the backward. The other memory is three
-(M, D) matrices. The number of threads is PyTorch's (`torch.set_num_threads`). Half-precision rows are widened to
-float32, except that processors with AVX512_BF16 or AMX multiply bfloat16 rows directly, with float32 sums.
+The schedule is `blocked`'s, with register tiles: u/2 flops forward and 3u/2 backward, with u = 2 M^2 D. A bounded
+workspace keeps exponentials of the forward, which saves up to u/2 in the backward. The other memory is three (M, D)
+matrices. The number of threads is PyTorch's (`torch.set_num_threads`). Half-precision rows are widened to float32,
+except that processors with AVX512_BF16 or AMX multiply bfloat16 rows directly, with float32 sums.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ class ReferenceBackend(Backend):
 
 
 def _counted(sims: Tensor, rows: Side, col_ids: Tensor) -> Tensor:
-    """Return the mask of the columns that count for each row: those of other groups, up to the row's limit."""
+    """Return the mask of the columns that count for each row: columns of other groups, up to the row's limit."""
     apart = rows.ids[:, None] != col_ids
     return apart if rows.limits is None else apart & ~(sims > rows.limits[:, None])
 

@@ -48,7 +48,7 @@ class Blocks:
 
 
 class Tiles:
-    """The tiles of the similarity matrix; with one side only those of the upper triangle.
+    """The tiles of the similarity matrix. With one side, only the tiles of the upper triangle.
 
     `sides` has one or two items. With one, `rows` and `cols` are the same object.
     """

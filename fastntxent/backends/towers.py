@@ -1,4 +1,4 @@
-"""InfoNCE and CLIP as O(N D) tensor code around cross_neg_lse, for backends whose kernels compute only that.
+"""InfoNCE and CLIP as O(N D) tensor code around cross_neg_lse, for backends that have no kernels for these losses.
 
 loss_n = log(1 + exp(nu_n - pi_n)),  pi_n = k u_n . v_n      for query n, and for key n in the other direction
 w_n    = sigmoid(nu_n - pi_n)                                d loss_n / d nu_n = - d loss_n / d pi_n

@@ -60,12 +60,12 @@ class GISTEmbedLoss(TypedModule):
         temperature: tau > 0, a float or a 0-d floating-point tensor.
         margin_strategy: How the limit follows from g, the guide's similarity of anchor and positive: g - margin for
             "absolute", g - margin abs(g) for "relative".
-        margin: The margin. Negatives whose similarity, for the guide, is above the limit are left out.
+        margin: The margin. A negative is left out if the guide finds its similarity above the limit.
         contrast_anchors: Use other anchors as negatives.
         contrast_positives: Use other positives as negatives of a positive.
         gather_across_devices: Use the batch of all ranks of the default process group. The loss is the mean over all
-            ranks' anchors, the same on every rank, and the anchors among the negatives are those of all ranks (in the
-            library both are limited to the rank's anchors).
+            ranks' anchors, the same on every rank, and anchors that serve as negatives come from all ranks. (The
+            library limits both to the rank's anchors.)
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -204,9 +204,9 @@ class GISTEmbedLoss(TypedModule):
 class CachedGISTEmbedLoss(GISTEmbedLoss):
     """GISTEmbedLoss for batches whose activations do not fit in memory: the models see mini-batches.
 
-    The call embeds all columns without a graph, by the model and by the guide. The backward embeds them again by the
-    model only, in the way of `CachedMultipleNegativesRankingLoss`, whose docstring says what is repeated. With
-    gradients disabled the model runs once.
+    The call embeds all columns without a graph, with the model and with the guide. The backward embeds them again with
+    the model only, as in `CachedMultipleNegativesRankingLoss`, whose docstring says what is repeated. With gradients
+    disabled the model runs once.
 
     Args:
         model: Maps a dict of features to a dict with "sentence_embedding", or None to pass embeddings.
@@ -220,20 +220,20 @@ class CachedGISTEmbedLoss(GISTEmbedLoss):
         show_progress_bar: Show the model's mini-batches of both passes with tqdm.
         margin_strategy: How the limit follows from g, the guide's similarity of anchor and positive: g - margin for
             "absolute", g - margin abs(g) for "relative".
-        margin: The margin. Negatives whose similarity, for the guide, is above the limit are left out.
+        margin: The margin. A negative is left out if the guide finds its similarity above the limit.
         contrast_anchors: Use other anchors as negatives.
         contrast_positives: Use other positives as negatives of a positive.
         gather_across_devices: Use the batch of all ranks of the default process group. The loss is the mean over all
-            ranks' anchors, the same on every rank, and the anchors among the negatives are those of all ranks (in the
-            library both are limited to the rank's anchors).
+            ranks' anchors, the same on every rank, and anchors that serve as negatives come from all ranks. (The
+            library limits both to the rank's anchors.)
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: a number is out of range, an option is unknown, or, when called, a model is missing or the columns
             do not match.
 
-    Memory is that of a mini-batch's activations, both models' embeddings, the gradients of the model's embeddings, and
-    a copy of the model's buffers.
+    Memory holds the activations of one mini-batch, both models' embeddings, the gradients of the model's embeddings,
+    and a copy of the model's buffers.
 
     Example:
         >>> import torch
@@ -303,7 +303,7 @@ class CachedGISTEmbedLoss(GISTEmbedLoss):
         return loss_of_two_passes(views, loss_of)
 
     def _views(self, columns: Sequence[Any], passes: int) -> tuple[list[ChunkedView], list[ChunkedView]]:
-        """Return the mini-batches of the model and those of the guide."""
+        """Return the mini-batches of the model and of the guide."""
         model, guide = self._models()
         size, num_tokens = self.mini_batch_size, self.mini_batch_num_tokens
         views = mini_batched(model, columns, size=size, num_tokens=num_tokens)
@@ -319,7 +319,7 @@ class CachedGISTEmbedLoss(GISTEmbedLoss):
 
         Args:
             reps: The model's embeddings, for each column a list of mini-batches.
-            reps_guided: The guide's embeddings, likewise.
+            reps_guided: The guide's embeddings, in the same form.
             with_backward: Also set the gradients of the model's embeddings. The loss is then connected only to a learnt
                 temperature.
         """

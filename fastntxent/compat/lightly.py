@@ -38,7 +38,7 @@ class NTXentLoss(TypedModule):
     Args:
         temperature: A float or a one-element tensor, not within 1e-8 of zero. The sign of a tensor is read only in host
             memory and outside compiled code; elsewhere it must be positive.
-        memory_bank_size: (size, dim), or 0 for no bank. An int takes its dim from the first batch.
+        memory_bank_size: (size, dim), or 0 for no bank. With an int, dim comes from the first batch.
         gather_distributed: Use the batch of all ranks of the default process group, like `group=` of
             `fastntxent.nt_xent`. The loss is the mean over all ranks' rows, the same on every rank (lightly's is the
             mean over the rank's rows), and has lightly's gradient. A bank takes in the rows of all ranks.
@@ -175,8 +175,8 @@ class DCLWLoss(DCLLoss):
         sigma: The spread of the weights.
         gather_distributed: Use the batch of all ranks of the default process group, like `group=` of `fastntxent.dcl`.
             The loss is the mean over all ranks' rows, the same on every rank (lightly's is the mean over the rank's
-            rows), and has lightly's gradient. The weights are those of the whole batch (lightly's are those of the
-            rank's rows).
+            rows), and has lightly's gradient. The weights are computed over the whole batch (lightly's over the rank's
+            rows).
 
     Raises:
         TypeError: the temperature is not a number.
@@ -261,12 +261,13 @@ class MACLLoss(TypedModule):
 class MemoryBankModule(TypedModule):
     """A bank of `size` rows, random at first, in which each batch replaces the oldest rows.
 
-    As in lightly, a batch that reaches the end of the bank is cut there, the next batch starts at the beginning, and
-    the bank is not part of the `state_dict`. (`fastntxent.NegativeQueue` is saved, starts empty and loses no row.)
+    As in lightly, a batch that reaches the end of the bank is cut off there, and the next batch starts at the
+    beginning. The bank is not part of the `state_dict`, as in lightly. (`fastntxent.NegativeQueue` is saved, starts
+    empty and loses no row.)
 
     Args:
-        size: (size, dim), 0 for no bank, or an int, which takes its dim from the first batch. An int, and the default,
-            come from lightly before 1.6.
+        size: (size, dim), 0 for no bank, or an int, with which dim comes from the first batch. The int and the default
+            follow lightly before version 1.6.
         gather_distributed: Take in the rows of all ranks of the default process group.
         feature_dim_first: Return the bank as (dim, size) instead of (size, dim).
 

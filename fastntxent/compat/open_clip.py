@@ -77,9 +77,9 @@ class ClipLoss(_OfRanks):
     """CLIP's loss of normalised features, in both directions from one pass over the similarities.
 
     Args:
-        local_loss: No effect. The loss is the whole batch's, the same on every rank, and its gradient is exact.
+        local_loss: No effect. The loss covers the whole batch, is the same on every rank, and has the exact gradient.
         gather_with_grad: No effect. In open_clip, False makes the gradient of the features 1/R of the exact one on R
-            ranks; with local_loss it also lacks the part from features as columns.
+            ranks; with local_loss the gradient also lacks the part that features get as columns.
         cache_labels: No effect: there are no labels to cache.
         rank: This process's rank in the default process group.
         world_size: 1, or the size of the default process group. Above 1 the batch is spread over all its ranks.
@@ -126,9 +126,9 @@ class DistillClipLoss(_OfRanks):
     """CLIP's loss of normalised features, and their cross-entropy with a teacher's softmaxes.
 
     Args:
-        local_loss: No effect. The loss is the whole batch's, the same on every rank, and its gradient is exact.
+        local_loss: No effect. The loss covers the whole batch, is the same on every rank, and has the exact gradient.
         gather_with_grad: No effect. In open_clip, False makes the gradient of the features 1/R of the exact one on R
-            ranks; with local_loss it also lacks the part from features as columns.
+            ranks; with local_loss the gradient also lacks the part that features get as columns.
         cache_labels: No effect: there are no labels to cache.
         rank: This process's rank in the default process group.
         world_size: 1, or the size of the default process group. Above 1 the batch is spread over all its ranks.
@@ -205,9 +205,9 @@ class CoCaLoss(_OfRanks):
         caption_loss_weight: Factor of the caption loss.
         clip_loss_weight: Factor of the contrastive loss. With 0 no similarities are formed, and the loss is 0.
         pad_id: Label of tokens that do not count.
-        local_loss: No effect. The loss is the whole batch's, the same on every rank, and its gradient is exact.
+        local_loss: No effect. The loss covers the whole batch, is the same on every rank, and has the exact gradient.
         gather_with_grad: No effect. In open_clip, False makes the gradient of the features 1/R of the exact one on R
-            ranks; with local_loss it also lacks the part from features as columns.
+            ranks; with local_loss the gradient also lacks the part that features get as columns.
         cache_labels: No effect: there are no labels to cache.
         rank: This process's rank in the default process group.
         world_size: 1, or the size of the default process group. Above 1 the contrastive loss is over the batch of all
@@ -281,7 +281,8 @@ _EXCHANGES = ("bidir", "shift", "reduce", "gather")
 class SigLipLoss(TypedModule):
     """SigLIP's loss of normalised features, in one pass over the similarities.
 
-    In a process group the loss is the whole batch's, the same on every rank; open_clip's is that of each rank's images.
+    In a process group the loss covers the whole batch and is the same on every rank; open_clip's covers each rank's
+    images.
 
     Args:
         cache_labels: No effect: there are no labels to cache.

@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 
 def cos_sim(a: Tensor, b: Tensor) -> Tensor:
-    """Return cosine similarities (M, K). Passed to a loss, it only selects them: no such matrix is formed.
+    """Return cosine similarities (M, K). As an argument of a loss it only selects cosines; the loss forms no matrix.
 
     Args:
         a: (M, D) rows.
@@ -68,7 +68,7 @@ def cos_sim(a: Tensor, b: Tensor) -> Tensor:
 
 
 def dot_score(a: Tensor, b: Tensor) -> Tensor:
-    """Return inner products (M, K). Passed to a loss, it only selects them: no such matrix is formed.
+    """Return inner products (M, K). As an argument of a loss it only selects inner products; the loss forms no matrix.
 
     Args:
         a: (M, D) rows.
@@ -250,7 +250,7 @@ class MultipleNegativesRankingLoss(TypedModule):
         Args:
             embeddings: Anchors, positives, negatives..., (N, D) each.
             labels: Unused, as in the library.
-            ids: As in the loss's call.
+            ids: (N,) integers, with the meaning of the loss's `ids`.
         """
         group = default_group() if self.gather_across_devices else None
         embeddings = as_columns("embeddings", embeddings)
@@ -380,7 +380,8 @@ class CachedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
         ValueError: a number is out of range, an option is unknown, or, when called, the model is missing or the columns
             do not match.
 
-    Memory is that of a mini-batch's activations, the embeddings and their gradients, and a copy of the model's buffers.
+    Memory holds the activations of one mini-batch, the embeddings and their gradients, and a copy of the model's
+    buffers.
 
     Example:
         >>> import torch
@@ -470,7 +471,7 @@ class CachedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
             reps: The embeddings, for each column a list of mini-batches.
             labels: Unused, as in the library.
             with_backward: Also set the gradients of the embeddings. The loss is then connected only to a learnt scale.
-            ids: As in the loss's call.
+            ids: (N,) integers, with the meaning of the loss's `ids`.
         """
         embeddings = [torch.cat(column) for column in as_columns("reps", reps)]
         loss = self.compute_loss_from_embeddings(embeddings, labels, ids=ids)

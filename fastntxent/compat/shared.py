@@ -87,7 +87,7 @@ def as_scalar(value: float | Tensor) -> float | Tensor:
 class Logits:
     """The logits of rows against columns, which are formed only on demand: no loss here stores them.
 
-    In a process group the columns are those of all ranks, in rank order, and no gradient reaches them.
+    In a process group the columns come from all ranks, in rank order, and no gradient reaches them.
 
     Args:
         rows: (M, D), the rows on this rank.

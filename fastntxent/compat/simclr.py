@@ -57,15 +57,15 @@ def add_contrastive_loss(
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
             read a tensor on an accelerator, so its sign is not checked there.
         tpu_context: None, a context with `num_replicas`, or a process group. With several replicas the batch is spread
-            over all ranks of the default process group, which must have as many. The loss is then the whole batch's,
-            the same on every rank (TensorFlow's is over the replica's rows).
+            over all ranks of the default process group, which must be as many as the replicas. The loss then covers the
+            whole batch and is the same on every rank (TensorFlow's covers the replica's rows).
         weights: Weight of the samples, a number or (N,). With (N,) the sum of the weighted losses is divided by the
             number of weights that are not zero.
         strategy: Like `tpu_context`, with the name and `num_replicas_in_sync` of TensorFlow's second version.
 
     Returns:
-        A `ContrastiveLoss`, whose fields are loss, logits and labels. With several replicas the rows of the logits are
-        this rank's, and the columns are those of all ranks.
+        A `ContrastiveLoss`, whose fields are loss, logits and labels. With several replicas the rows of the logits
+        belong to this rank, and the columns to all ranks.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.

@@ -25,8 +25,8 @@ def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float | Tensor = 0
     .. math:: L_i = -\log \frac{\sum_{p \in P(i)} e^{s_{ip}/\tau}}
         {\sum_{p \in P(i)} e^{s_{ip}/\tau} + \sum_{n \notin P(i), n \ne i} e^{s_{in}/\tau}}
 
-    With the sample's number as its index this is SimCLR; with its class it is the supervised form, `sup_con(form="in")`
-    minus the logarithm of the size of P(i).
+    If the index of a row is its sample's number, this is SimCLR's loss. If it is the row's class, this is the
+    supervised form, `sup_con(form="in")` minus the logarithm of the size of P(i).
 
     As in solo-learn, in a process group the loss covers the batch of all ranks, positives included, and is the same on
     every rank. Indexes must then mean the same on every rank.
@@ -104,8 +104,8 @@ def mocov2plus_loss_func(query: Tensor, key: Tensor, queue: Tensor, temperature:
 def mocov3_loss_func(query: Tensor, key: Tensor, temperature: float | Tensor = 0.2) -> Tensor:
     """MoCo v3's loss: cross-entropy of each query with its key among all keys, times 2 temperature.
 
-    In a process group the keys are those of all ranks, and the mean is over all ranks' queries (solo-learn's is over
-    the rank's queries).
+    In a process group the keys come from all ranks, and the mean is over all ranks' queries (solo-learn's is over the
+    rank's queries).
 
     Args:
         query: (N, D), normalised here.
@@ -132,8 +132,8 @@ def mocov3_loss_func(query: Tensor, key: Tensor, temperature: float | Tensor = 0
 def nnclr_loss_func(nn: Tensor, p: Tensor, temperature: float | Tensor = 0.1) -> Tensor:
     """NNCLR's loss: cross-entropy of each nearest neighbour with its prediction among all predictions.
 
-    In a process group the predictions are those of all ranks, and the mean is over all ranks' rows (solo-learn's is
-    over the rank's rows).
+    In a process group the predictions come from all ranks, and the mean is over all ranks' rows (solo-learn's is over
+    the rank's rows).
 
     Args:
         nn: (N, D), the nearest neighbour in the queue of each sample's first view, normalised here.
@@ -218,7 +218,7 @@ def ressl_loss_func(
     nu = batch.neg_lse_to(rows, cols, inv_tau, beside=others)
     sims = row_dots(u, v[nearest])
     teachers_pos = teachers_inv_tau * row_dots(t, held[nearest])
-    # In tiles, so that nu has the bits of the logits that the probabilities are formed from.
+    # In tiles, so that nu is formed from the same logits as the probabilities, bit for bit.
     teachers_nu = batch.in_tiles().neg_lse_to(
         rows._replace(u=t), cols._replace(u=held), teachers_inv_tau, beside=others.in_tiles()
     )

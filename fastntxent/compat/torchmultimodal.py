@@ -35,7 +35,7 @@ DEFAULT_LOGIT_SCALE = math.log(1 / 0.07)
 
 
 class BackpropType(Enum):
-    """Which processes receive the gradient of gathered rows. No effect here: the gradient is always that of GLOBAL."""
+    """The processes that receive the gradient of gathered rows. No effect here: the gradient is as with GLOBAL."""
 
     GLOBAL = 0
     LOCAL = 1
@@ -46,9 +46,9 @@ class ContrastiveLossOutput(NamedTuple):
     """The result of `contrastive_loss_with_temperature`. The logits are not formed until `dense()` is called.
 
     Attributes:
-        loss: The mean of `loss_a` and `loss_b`, 0-d, or one for each row for reduction "none".
-        logits_a: The logits of the rows of a against those of b.
-        logits_b: The logits of the rows of b against those of a.
+        loss: The mean of `loss_a` and `loss_b`: a 0-d tensor, or one value per row for reduction "none".
+        logits_a: The logits of the rows of a against the rows of b.
+        logits_b: The logits of the rows of b against the rows of a.
         loss_a: The loss of the rows of a.
         loss_b: The loss of the rows of b.
 
@@ -91,15 +91,15 @@ def contrastive_loss_with_temperature(
         logit_scale: Logarithm of the factor of the similarities, a 0-d tensor.
         mask: (N,) bool, the rows whose losses count, or None for all. The other rows are still negatives. If no row
             counts, the loss is 0 (torchmultimodal's is NaN).
-        backprop_type: No effect: the gradient is the exact one, that of GLOBAL. In torchmultimodal, LOCAL and NONE lack
-            the part from a rank's rows as columns of other ranks, and NONE also the part from them as columns of the
-            same rank.
+        backprop_type: No effect: the gradient is always exact, as with GLOBAL. In torchmultimodal, LOCAL and NONE leave
+            out the gradient that a rank's rows get as columns of other ranks, and NONE also the gradient that they get
+            as columns of the same rank.
         cross_entropy_kwargs: A dict that may have `label_smoothing` and `reduction`; other options of cross_entropy are
             an error.
 
     Returns:
-        A named tuple (loss, logits_a, logits_b, loss_a, loss_b). The logits are for this rank's rows, or for those in
-        the mask.
+        A named tuple (loss, logits_a, logits_b, loss_a, loss_b). The logits are for this rank's rows, or with a mask
+        for the rows that it selects.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -168,9 +168,9 @@ class ContrastiveLossWithTemperature(TypedModule):
         Args:
             embeddings_a: (N, D), normalised by the caller.
             embeddings_b: (N, D), normalised by the caller.
-            backprop_type: No effect: the gradient is the exact one, that of GLOBAL. In torchmultimodal, LOCAL and NONE
-                lack the part from a rank's rows as columns of other ranks, and NONE also the part from them as columns
-                of the same rank.
+            backprop_type: No effect: the gradient is always exact, as with GLOBAL. In torchmultimodal, LOCAL and NONE
+                leave out the gradient that a rank's rows get as columns of other ranks, and NONE also the gradient that
+                they get as columns of the same rank.
             cross_entropy_kwargs: A dict that may have `label_smoothing` and `reduction`.
             mask: (N,) bool, the rows whose losses count, or None for all. The other rows are still negatives.
         """

@@ -1,4 +1,4 @@
-"""Checks before ranks exchange anything: all of them must be in the same call, or in the backward of the same one."""
+"""Checks before ranks exchange anything: all of them must be in the same call, or in the backward of the same call."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Part(NamedTuple):
     number: int
 
     def begin_backward(self, ctx: Any, device: torch.device) -> list[Any]:
-        """Return what the node saved, once every rank is in the backward of this part.
+        """Return the values that the node saved, once every rank is in the backward of this part.
 
         Without this check, ranks that run the backwards of two losses in a different order, or skip one, would exchange
         numbers of different losses. If tensors were changed in place on one rank, every rank raises.
@@ -143,7 +143,7 @@ def _checksum(x: Tensor) -> Tensor:
 
 
 def _disagreement(described: Sequence[dict[str, str]]) -> str:
-    if len({of_rank["function"] for of_rank in described}) > 1:  # different functions: their arguments don't compare
+    if len({of_rank["function"] for of_rank in described}) > 1:  # arguments of different functions cannot be compared
         described = [{"function": of_rank["function"]} for of_rank in described]
     parts = []
     for name in sorted({name for of_rank in described for name in of_rank}):

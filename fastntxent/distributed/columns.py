@@ -34,13 +34,13 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class Partition:
-    """How the rows of all ranks are laid out. It holds no tensor, so a backward may keep it."""
+    """The layout of the rows of all ranks. It holds no tensor, so a backward may keep it."""
 
     group: ProcessGroup
     rank: int
     sizes: list[int]
     ring: bool
-    dtype: torch.dtype  # of the arithmetic
+    dtype: torch.dtype  # the dtype of the arithmetic
     turn: Turn
     by_rank: bool = False  # one block per rank, even with all-gather
 
@@ -60,12 +60,12 @@ class Partition:
         return sum(self.sizes)
 
     def exchange(self, numbers: Tensor) -> Tensor:
-        """Send each rank the numbers found here for its rows (M,), and return what all ranks found for this rank's rows
-        (ranks, m)."""
+        """Send each rank the numbers computed here for that rank's rows (M,). Return the numbers that all ranks
+        computed for this rank's rows (ranks, m)."""
         return wire.exchange_numbers(self.group, numbers, self.sizes)
 
     def columns_from(self, saved: Sequence[Tensor | None]) -> tuple[Columns, Tensor]:
-        """Return the columns and the ids of this rank's rows from what `Columns.to_save` saved for the backward."""
+        """Return the columns and the ids of this rank's rows from the tensors of `Columns.to_save`."""
         sent, whole, ids, all_ids = saved
         assert sent is not None
         assert ids is not None
@@ -77,7 +77,7 @@ class Partition:
 class Columns:
     """The rows of all ranks, block by block, with their ids and other per-row numbers.
 
-    What a backward needs is saved with autograd's `save_for_backward`, so that changes in place are detected and
+    The inputs of a backward are saved with autograd's `save_for_backward`, so that changes in place are detected and
     saved-tensor hooks apply.
     """
 

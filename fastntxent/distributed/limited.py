@@ -3,8 +3,8 @@
     nu_i = log sum over {j : id_j != id_i, u_i . v_j <= limit_i} of exp(k u_i . v_j)
 
 The limit belongs to the row, so a similarity counts in one sum only. Every rank forms the similarities of its rows with
-the columns of all ranks. In the backward it also forms those of its columns with the rows of all ranks, which travel
-with three numbers each (the weight, nu and the limit).
+the columns of all ranks. In the backward it also forms the similarities of its columns with the rows of all ranks.
+These rows travel with three numbers each (the weight, nu and the limit).
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def limited_neg_lse(
 ) -> Tensor:
     """Return nu of this rank's rows (M,) against the columns of all ranks. Limits of the columns are ignored.
 
-    The gradients in the rows and columns are those of the sum of all ranks' losses. The gradient in inv_tau is this
-    rank's partial sum.
+    The backward returns the gradient of the sum of all ranks' losses in the rows and columns, and this rank's partial
+    sum in inv_tau.
     """
     ids = rows.ids.to(torch.int64), cols.ids.to(torch.int64)
     columns = of_rows.columns(rows.u), of_cols.columns(cols.u)

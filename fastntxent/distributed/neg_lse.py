@@ -22,7 +22,7 @@ from .wire import uncompiled
 def neg_lse(u: Tensor, ids: Tensor, inv_tau: float | Tensor, shard: Shard, backend: str) -> Tensor:
     """Return nu of this rank's rows (M,) against the rows of all ranks. Differentiable in u and inv_tau (0-d).
 
-    The gradient in u is that of the sum of all ranks' losses. The gradient in inv_tau is this rank's partial sum.
+    The backward returns the gradient of the sum of all ranks' losses in u, and this rank's partial sum in inv_tau.
     """
     return _NegLseOverRanks.apply(u, ids.to(torch.int64), inv_tau, shard.columns(u), backend)
 

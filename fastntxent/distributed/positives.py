@@ -33,7 +33,7 @@ def positive_lse(u: Tensor, ids: Tensor, inv_tau: float | Tensor, shard: Shard) 
     """Return the log-sum-exps f (M,) of this rank's rows, -inf for rows without a positive. Differentiable in u and
     inv_tau (0-d).
 
-    The gradient in u is that of the sum of all ranks' losses. The gradient in inv_tau is this rank's partial sum.
+    The backward returns the gradient of the sum of all ranks' losses in u, and this rank's partial sum in inv_tau.
     """
     return _PositiveLse.apply(u, ids.to(torch.int64), inv_tau, shard.columns(u))
 

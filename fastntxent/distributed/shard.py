@@ -41,8 +41,8 @@ class Sharding:
             rows of two other ranks at a time and sends them one and a half times, overlapped with the products. "auto"
             uses the ring from 512 MiB of rows.
         wire_dtype: Dtype to which rows are rounded before they are compared, or None. torch.bfloat16 halves the bytes.
-            Values and gradients are then those of the rounded rows, the same on every rank. Positives of two views are
-            not rounded.
+            Values and gradients are then exact for the rounded rows, which are the same on every rank. Positives of two
+            views are not rounded.
         check: Compare the arguments of all ranks at each call, and raise the same error on every rank if they differ.
             False saves exchanges of 32 bytes (one in the forward, one for each term in the backward) and the time spent
             waiting for them, but then every rank must have the same number of rows.

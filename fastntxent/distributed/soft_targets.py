@@ -1,10 +1,11 @@
 """The expectation of a student's similarities under a teacher's softmax, over ranks: this rank's rows and columns
-against those of all ranks.
+against the columns and rows of all ranks.
 
-In the forward, columns travel with their teacher's rows and one number each, and the partial sums of a column go to the
-rank that holds it. In the backward, each rank forms the gradients of its rows and its columns: the other side travels
-with its teacher's rows and two numbers each. No gradient of an embedding travels. If the teacher is a function, no
-teacher's rows travel: each rank calls it for its rows and its columns. ops/soft_targets.py has the formulas.
+In the forward, each column travels with its teacher embedding and one number, and the partial sums of a column go to
+the rank that holds it. In the backward, each rank forms the gradients of its rows and its columns. For these, the rows
+and columns of the other ranks travel with their teacher embeddings and two numbers each. No gradient of an embedding
+travels. If the teacher is a function, no teacher embedding travels: each rank calls the function for its rows and its
+columns. ops/soft_targets.py has the formulas.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def soft_dots(rows: Side, cols: Side, teacher: Teacher | CalledTeacher, shard: S
     """Return the sums of this rank's rows (M,) over all ranks' columns, and of this rank's columns (K,) over all ranks'
     rows.
 
-    Differentiable in the student's rows and columns; their gradients are those of the sum of all ranks' losses.
+    Differentiable in the student's rows and columns; the backward returns the gradient of the sum of all ranks' losses.
     """
     ids = rows.ids.to(torch.int64), cols.ids.to(torch.int64)
     columns = shard.columns(rows.u), shard.columns(cols.u)

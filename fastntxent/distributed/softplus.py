@@ -2,8 +2,8 @@
 
     sum_i = sum over {j : id_j != id_i} of log(1 + exp(x_ij))  [+ sum over {j : id_j = id_i} of log(1 + exp(-x_ij))]
 
-In the forward, columns travel. In the backward, each rank forms the gradients of its rows and its columns: both sides
-travel with one number each, the upstream gradient of their sum. No gradient of an embedding travels.
+In the forward, columns travel. In the backward, each rank forms the gradients of its rows and its columns. For these,
+each row and each column travels with one number, the upstream gradient of its sum. No gradient of an embedding travels.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def softplus_sums(
     """Return the sums of this rank's rows (M,) against the columns of all ranks. If `cols` is None, the columns are the
     rows of all ranks.
 
-    The gradients in the rows and columns are those of the sum of all ranks' losses. The gradients in inv_tau and bias
-    (0-d) are this rank's partial sums.
+    The backward returns the gradient of the sum of all ranks' losses in the rows and columns, and this rank's partial
+    sums in inv_tau and bias (0-d).
     """
     of_u = shard.columns(rows.u)
     if cols is None:

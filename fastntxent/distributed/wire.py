@@ -61,8 +61,8 @@ def gather_objects(group: ProcessGroup, value: object) -> list[Any]:
 
 
 def exchange_numbers(group: ProcessGroup, x: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Send each rank the numbers found here for its rows (M,), and return what every rank found for this rank's rows
-    (ranks, m)."""
+    """Send each rank the numbers computed here for that rank's rows (M,). Return the numbers that every rank computed
+    for this rank's rows (ranks, m)."""
     own = sizes[dist.get_rank(group)]
     received = x.new_empty(len(sizes) * own)
     with _waiting(group):
@@ -72,7 +72,7 @@ def exchange_numbers(group: ProcessGroup, x: Tensor, sizes: Sequence[int]) -> Te
 
 def all_reduce(group: ProcessGroup, x: Tensor) -> Tensor:
     """Return the sum over ranks of a tensor with the same shape on each. Each rank adds up a slice and gathers the
-    other slices, so a rank sends less than twice the tensor, whatever the world size."""
+    other slices, so at any world size a rank sends less than twice the tensor's bytes."""
     world = dist.get_world_size(group)
     cuts = [x.numel() * rank // world for rank in range(world + 1)]
     sizes = [stop - start for start, stop in itertools.pairwise(cuts)]
@@ -84,8 +84,8 @@ def ring(group: ProcessGroup, own: Sequence[Tensor], sizes: Sequence[int], hops:
     """Iterate over the blocks of ranks: this rank's block, the block of the rank before it, and so on, up to `hops`
     ranks back. World size minus one hops go all the way around.
 
-    While the caller works on a block, the block is sent to the next rank and the following one is received. So two
-    blocks of other ranks are held at a time, whatever the world size.
+    While the caller works on a block, the block is sent to the next rank and the following one is received. So at any
+    world size a rank holds two blocks of other ranks at a time.
     """
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     after, before = (dist.get_global_rank(group, (rank + step) % world) for step in (1, -1))
@@ -125,7 +125,7 @@ def _bytes(x: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _waiting(group: ProcessGroup) -> Iterator[None]:
-    """Explain errors of torch.distributed: its own text does not say why a rank may not have answered."""
+    """Raise errors of torch.distributed with the possible causes, which their own text does not name."""
     try:
         yield
     except RuntimeError as error:

@@ -57,15 +57,15 @@ def clip(
         \pi_n = s_{nn}/\tau
 
     Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021. nu^img_n is the
-    log-sum-exp of image n's logits with the other texts, nu^txt_n of text n's logits with the other images. For
-    features that are normalised already, `normalize=False` gives open_clip's `ClipLoss`.
+    log-sum-exp of image n's logits with the other texts, and nu^txt_n the log-sum-exp of text n's logits with the other
+    images. For features that are normalised already, `normalize=False` gives open_clip's `ClipLoss`.
 
     With positives="same_id" and form "out" the positives are part of the denominator, so near convergence the gradient
-    has the accuracy of a logit, eps / tau. "in" keeps its relative accuracy, and is the same loss where every row has
-    one positive.
+    is only as accurate as a logit, with an error of eps / tau. The form "in" keeps the gradient's relative accuracy,
+    and equals "out" where every row has one positive.
 
-    A negative exactly at a limit that `margin`, `relative_margin` or `ceiling` sets, up to rounding, stays in the sum,
-    and so does one whose similarity is NaN. No gradient flows through the choice. Limits and smoothing apply in both
+    A negative stays in the sum if its similarity is NaN, or equals the limit set by `margin`, `relative_margin` or
+    `ceiling` up to rounding. No gradient flows through the choice of negatives. Limits and smoothing apply in both
     directions.
 
     The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O(N D);
@@ -81,7 +81,7 @@ def clip(
         logit_scale: 1 / tau in place of `temperature`: a positive float or a 0-d floating-point tensor, such as
             `log_scale.exp()` of a learnt parameter.
         logit_bias: A finite float or a tensor of one element that is added to every logit. The softmax cancels it, so
-            the loss does not change and the bias gets a gradient of exactly 0; only SigLIP's loss has use for one.
+            the loss does not change and the bias gets a gradient of exactly 0; only SigLIP's loss depends on a bias.
         ids: (N,) integers, the group of each sample. Samples of the same group are not negatives of each other, which
             removes false negatives. Ids have the same meaning on every rank. None: every other sample is a negative.
             Required for positives="same_id".
@@ -106,9 +106,9 @@ def clip(
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
-            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
-            whole batch.
+            equal on every rank; "none" returns this rank's losses. After DistributedDataParallel averages the gradients
+            of the parameters, they equal the gradients of one process with the whole batch. None: this rank's samples
+            are the whole batch.
 
     Returns:
         A 0-d tensor, or (N,) for "none"; float64 for float64 features, else float32.
@@ -227,11 +227,11 @@ def multi_clip(
     Supervision", 2021.
 
     With positives="same_id" and form "out" the positives are part of the denominator, so near convergence the gradient
-    has the accuracy of a logit, eps / tau. "in" keeps its relative accuracy, and is the same loss where every row has
-    one positive.
+    is only as accurate as a logit, with an error of eps / tau. The form "in" keeps the gradient's relative accuracy,
+    and equals "out" where every row has one positive.
 
-    A negative exactly at a limit that `margin`, `relative_margin` or `ceiling` sets, up to rounding, stays in the sum,
-    and so does one whose similarity is NaN. No gradient flows through the choice.
+    A negative stays in the sum if its similarity is NaN, or equals the limit set by `margin`, `relative_margin` or
+    `ceiling` up to rounding. No gradient flows through the choice of negatives.
 
     The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O(T N
     D); the reference backend takes O(N^2).
@@ -245,7 +245,7 @@ def multi_clip(
         logit_scale: 1 / tau in place of `temperature`: a positive float or a 0-d floating-point tensor, such as
             `log_scale.exp()` of a learnt parameter.
         weights: One finite number, at least 0, for each pair of towers, in the order (0, 1), (0, 2), ..., (1, 2), ...;
-            one of them above 0. A pair of weight 0 costs nothing. None: 1 / the number of pairs.
+            at least one is above 0. A pair of weight 0 costs nothing. None: 1 / the number of pairs.
         ids: (N,) integers, the group of each sample. Samples of the same group are not negatives of each other, which
             removes false negatives. Ids have the same meaning on every rank. None: every other sample is a negative.
             Required for positives="same_id".
@@ -270,9 +270,9 @@ def multi_clip(
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
-            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
-            whole batch.
+            equal on every rank; "none" returns this rank's losses. After DistributedDataParallel averages the gradients
+            of the parameters, they equal the gradients of one process with the whole batch. None: this rank's samples
+            are the whole batch.
 
     Returns:
         A 0-d tensor, or (N,) for "none"; float64 for float64 features, else float32.

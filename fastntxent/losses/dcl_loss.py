@@ -50,9 +50,9 @@ def dcl(
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
-            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
-            whole batch.
+            equal on every rank; "none" returns this rank's losses. After DistributedDataParallel averages the gradients
+            of the parameters, they equal the gradients of one process with the whole batch. None: this rank's samples
+            are the whole batch.
 
     Returns:
         A 0-d tensor, or (2N,) in the order [z_i; z_j] for "none"; float64 for float64 embeddings, else float32.
@@ -117,9 +117,9 @@ def dclw(
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
-            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
-            whole batch.
+            equal on every rank; "none" returns this rank's losses. After DistributedDataParallel averages the gradients
+            of the parameters, they equal the gradients of one process with the whole batch. None: this rank's samples
+            are the whole batch.
 
     Returns:
         A 0-d tensor, or (2N,) in the order [z_i; z_j] for "none"; float64 for float64 embeddings, else float32.
@@ -149,7 +149,7 @@ def dclw(
 
 
 def mises_fisher_weights(batch: Batch, sims: Tensor, sigma: float) -> Tensor:
-    """Return 2 - exp(s_n / sigma) / mean_m exp(s_m / sigma), (N,), without a gradient; in float64, for small sigmas."""
+    """Return 2 - exp(s_n / sigma) / mean_m exp(s_m / sigma), (N,), without a gradient. Small sigmas need float64."""
     wide = in_double(sims.detach())
     least = 4 * torch.finfo(wide.dtype).tiny  # a smaller sigma gives the same weights
     wide = wide / math.copysign(max(abs(sigma), least), sigma)

@@ -22,7 +22,7 @@ from .clip_loss import clip_directions
 
 Similarities: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
-_LARGEST_SHARED_LOGIT = 256.0  # an error of 2e-5 in float32
+_LARGEST_SHARED_LOGIT = 256.0  # at this logit, kernels that round differently disagree by 2e-5 in float32
 
 
 class DistillTerms(NamedTuple):
@@ -63,16 +63,15 @@ def distill(
     differentiable in the student's features and in its temperature or logit scale.
 
     The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O(N (D +
-    E)). The student's log-sum-exps are those of `clip`, in one pass with their gradient. The teacher's log-sum-exps
-    take one pass over its similarities, and the expectation of the student's similarities under the teacher takes
-    another.
+    E)). The student's log-sum-exps and their gradient come from one pass, as in `clip`. The teacher's log-sum-exps take
+    one pass over its similarities, and the expectation of the student's similarities under the teacher takes another.
 
     A `teacher` is called without gradients and with autocast off, for tiles of at most 512 x 512 (4,096 x 4,096 on an
-    accelerator). Each pair is asked for twice: once for the teacher's log-sum-exps, and once for the expectation and
-    its gradient. With reduction="none" the backward asks a third time. Over ranks, samples are numbered through all
-    ranks in order: a rank asks for its images with all texts twice in the forward and once in the backward, and in the
-    backward once for all images with its texts. The reference backend asks for all pairs at once. Under torch.compile a
-    `teacher` is a graph break.
+    accelerator). Each pair is requested twice: once for the teacher's log-sum-exps, and once for the expectation and
+    its gradient. With reduction="none" the backward requests it a third time. In a group, the indices number the
+    samples of all ranks in rank order. Each rank requests its own images with all texts, twice in the forward and once
+    in the backward, and all images with its own texts, once in the backward. The reference backend requests all pairs
+    in one call. Under torch.compile a `teacher` is a graph break.
 
     Args:
         image_features: (N, D) features of the images, float16, bfloat16, float32 or float64. Row n belongs to sample n.
@@ -104,9 +103,9 @@ def distill(
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
-            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
-            whole batch.
+            equal on every rank; "none" returns this rank's losses. After DistributedDataParallel averages the gradients
+            of the parameters, they equal the gradients of one process with the whole batch. None: this rank's samples
+            are the whole batch.
 
     Returns:
         A 0-d tensor, or (N,) for "none"; float64 for float64 features, else float32.
@@ -152,14 +151,14 @@ def distill_terms(
     backend: BackendName = "auto",
     group: Group | None = None,
 ) -> DistillTerms:
-    """Return the `distill` and the `clip` of the same features; `distill` computes most of `clip` anyway.
+    """Return the losses `distill` and `clip` of the same features. `distill` computes most of `clip` anyway.
 
     With pi_i the logit of row i's positive, nu_i the log-sum-exp over the other columns and l_ij the logits,
 
         -sum_j p^T_ij log p^S_ij = softplus(nu_i - pi_i) + sum_{j != i} p^T_ij (pi_i - l_ij)
 
-    The first term is InfoNCE, so nothing is added and subtracted again. The second is linear in the student's
-    similarities.
+    The first term is InfoNCE, in which no term is added only to be subtracted again. The second is linear in the
+    student's similarities.
 
     function: the name of the public function, for errors over ranks.
     """

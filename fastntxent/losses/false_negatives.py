@@ -11,7 +11,7 @@ from ..algebra import accumulation_dtype
 from ..validation import check_number, check_parameter
 
 _INF = float("inf")
-_MOST = torch.finfo(torch.float32).max  # a larger limit is no limit
+_MOST = torch.finfo(torch.float32).max  # a larger limit has no effect
 
 
 class Limits(NamedTuple):

@@ -42,10 +42,10 @@ def guided_info_nce(
         L_n = \log(1 + e^{\nu_n - s_n/\tau}), \quad
         \nu_n = \log \sum_{j \in C(n),\ g_{nj} \le g_n - m} e^{s_{nj}/\tau}
 
-    s are the similarities of the embeddings and g the cosine similarities of the guide's embeddings; s_n and g_n belong
-    to query n and key n. The candidates C(n) are the keys of other samples and the explicit negatives, compared with
-    query n. `contrast_anchors` adds the other queries, compared with query n; `contrast_positives` adds the other keys,
-    compared with key n.
+    s are the similarities of the embeddings and g the cosine similarities of the guide's embeddings; s_n and g_n are
+    the similarities of query n to key n. The candidates C(n) are the keys of other samples and the explicit negatives,
+    compared with query n. `contrast_anchors` adds the other queries, compared with query n; `contrast_positives` adds
+    the other keys, compared with key n.
 
     Solatorio, "GISTEmbed: Guided In-sample Selection of Training Negatives for Text Embedding Fine-tuning", 2024, with
     the semantics of sentence-transformers' `GISTEmbedLoss`.
@@ -85,9 +85,10 @@ def guided_info_nce(
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
-            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
-            whole batch. Explicit negatives (K, D) are shared by all ranks too; each rank passes any number of them.
+            equal on every rank; "none" returns this rank's losses. After DistributedDataParallel averages the gradients
+            of the parameters, they equal the gradients of one process with the whole batch. None: this rank's samples
+            are the whole batch. Explicit negatives (K, D) are shared by all ranks too; each rank passes any number of
+            them.
 
     Returns:
         A 0-d tensor, or (N,) for "none"; float64 for float64 embeddings, else float32.

@@ -69,16 +69,15 @@ def info_nce(
     query n to its own key. Queries pick keys, but keys do not pick queries; `clip` has both directions.
 
     With positives="same_id" and form "out" the positives are part of the denominator, so near convergence the gradient
-    has the accuracy of a logit, eps / tau. "in" keeps its relative accuracy, and is the same loss where every row has
-    one positive.
+    is only as accurate as a logit, with an error of eps / tau. The form "in" keeps the gradient's relative accuracy,
+    and equals "out" where every row has one positive.
 
-    A negative exactly at a limit that `margin`, `relative_margin` or `ceiling` sets, up to rounding, stays in the sum,
-    and so does one whose similarity is NaN. No gradient flows through the choice. Limits apply to explicit negatives
-    too.
+    A negative stays in the sum if its similarity is NaN, or equals the limit set by `margin`, `relative_margin` or
+    `ceiling` up to rounding. No gradient flows through the choice of negatives. Limits apply to explicit negatives too.
 
     The hardness options follow Lan et al., "LLaVE: Large Language and Vision Embedding Models with Hardness-Weighted
-    Contrastive Learning", 2025, as in sentence-transformers. With explicit negatives that queries share,
-    sentence-transformers hardens only a query's own; here all of them get harder.
+    Contrastive Learning", 2025, as in sentence-transformers. Where queries share the explicit negatives,
+    sentence-transformers hardens only the negatives that belong to the query; here all of them get harder.
 
     The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O((N +
     K) D) with K shared negatives, and O(N K D) with one set per query, which is the size of the sets.
@@ -122,9 +121,10 @@ def info_nce(
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
-            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
-            whole batch. Explicit negatives (K, D) are shared by all ranks too; each rank passes any number of them.
+            equal on every rank; "none" returns this rank's losses. After DistributedDataParallel averages the gradients
+            of the parameters, they equal the gradients of one process with the whole batch. None: this rank's samples
+            are the whole batch. Explicit negatives (K, D) are shared by all ranks too; each rank passes any number of
+            them.
 
     Returns:
         A 0-d tensor, or (N,) for "none"; float64 for float64 embeddings, else float32.
@@ -234,7 +234,7 @@ def check_positives(
 
 
 def check_ids_given(ids: Tensor | None) -> None:
-    """Check that ids are given, by which positives="same_id" are found."""
+    """Check that ids are given; positives="same_id" finds the positives by them."""
     if ids is None:
         raise ValueError("ids must be given with positives 'same_id', got None")
 
@@ -254,8 +254,8 @@ def several_positives(batch: Batch, rows: Side, cols: Side, inv_tau: float | Ten
 
 
 class _Negatives(NamedTuple):
-    """The log-sum-exp nu over one kind of negatives of each query. For label smoothing also the sum of their
-    similarities and their number."""
+    """The log-sum-exp nu over one kind of negatives of each query. For label smoothing, also the sum of the negatives'
+    similarities, and their number."""
 
     nu: Tensor
     sims: Tensor | float
@@ -285,7 +285,7 @@ def _of_all(
     *,
     summed: bool,
 ) -> _Negatives:
-    """Return the terms of explicit negatives that all queries share. Their ids differ from those of every query."""
+    """Return the terms of explicit negatives that all queries share. Their ids differ from the ids of all queries."""
     queries, negatives = (Side(x, torch.full((x.shape[0],), i, device=u.device)) for i, x in enumerate((u, w)))
     queries = queries._replace(limits=limits)
     nu = hardened_neg_lse(batch, queries, negatives, inv_tau, hardness, beside=others)

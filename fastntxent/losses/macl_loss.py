@@ -37,7 +37,7 @@ def macl(
     p(n) is the other view of sample n. No gradient flows through A or the weight 1 / (1 - exp(-l)). A row's loss tends
     to 1 as l tends to 0, and is 1 for N = 1.
 
-    For a temperature of your own for each row, use `nt_xent`.
+    To pass one temperature per row, use `nt_xent`.
 
     The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O(N D);
     the reference backend takes O(N^2).
@@ -58,9 +58,9 @@ def macl(
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
-            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
-            whole batch.
+            equal on every rank; "none" returns this rank's losses. After DistributedDataParallel averages the gradients
+            of the parameters, they equal the gradients of one process with the whole batch. None: this rank's samples
+            are the whole batch.
 
     Returns:
         A 0-d tensor, or (2N,) in the order [z_i; z_j] for "none"; float64 for float64 embeddings, else float32.
@@ -88,7 +88,7 @@ def macl(
     # Detached, because torch.jit.trace would ignore a no_grad block.
     sims = row_dots(batch.unit_rows(z_i.detach()), batch.unit_rows(z_j.detach()))
     stretch = (1 + alpha * (batch.total(sims) / batch.n_samples - a_0)).clamp_min(1e-3)
-    stretch = torch.where(stretch.isfinite(), stretch, 1.0)  # embeddings that are not finite show in the losses
+    stretch = torch.where(stretch.isfinite(), stretch, 1.0)  # non-finite embeddings make the losses non-finite anyway
     nu, pos = batch.nt_xent_rows(z_i, z_j, inv_tau / stretch)
     return batch.reduce(_reweighted(nu, pos))
 

@@ -44,9 +44,9 @@ def multiview_nt_xent(
     P(i) are the other views of row i's sample n(i). Each ordered pair of views has one term, as in Tian et al.,
     "Contrastive Multiview Coding", 2020, with the negatives of all views. With V = 2 the loss is `nt_xent`.
 
-    A negative exactly at a limit that `margin`, `relative_margin` or `ceiling` sets, up to rounding, stays in the sum,
-    and so does one whose similarity is NaN. No gradient flows through the choice. Of several positives the least
-    similar one sets the limit.
+    A negative stays in the sum if its similarity is NaN, or equals the limit set by `margin`, `relative_margin` or
+    `ceiling` up to rounding. No gradient flows through the choice of negatives. A row's least similar positive sets its
+    limit.
 
     The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O(V N D
     + V^2 N).
@@ -74,9 +74,9 @@ def multiview_nt_xent(
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
-            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
-            whole batch.
+            equal on every rank; "none" returns this rank's losses. After DistributedDataParallel averages the gradients
+            of the parameters, they equal the gradients of one process with the whole batch. None: this rank's samples
+            are the whole batch.
 
     Returns:
         A 0-d tensor, or (V N,), view after view, for "none"; float64 for float64 embeddings, else float32.
@@ -123,7 +123,7 @@ def multiview_losses(
     sims = torch.stack([(view * u).sum(dim=2) for view in u.unbind()])  # (V, V, N): row n of every two views
     of_rows = None
     if limits is not None:
-        to_positive, which = sims.masked_fill(itself, torch.inf).min(dim=1)  # the least similar one, and its view
+        to_positive, which = sims.masked_fill(itself, torch.inf).min(dim=1)  # the least similar positive, and its view
         of_positive = u.gather(0, which.unsqueeze(2).expand_as(u))
         of_rows = limits.of(to_positive.flatten(), rows, of_positive.flatten(0, 1))
     nu = batch.neg_lse(rows, groups, inv_tau, of_rows)

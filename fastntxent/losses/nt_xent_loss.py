@@ -64,8 +64,8 @@ def nt_xent(
     are [z_i; z_j], and p(i) is the other view of row i's sample. The positive stays in the denominator. With N = 1
     there are no negatives and the loss is 0.
 
-    A negative exactly at a limit that `margin`, `relative_margin` or `ceiling` sets, up to rounding, stays in the sum,
-    and so does one whose similarity is NaN. No gradient flows through the choice.
+    A negative stays in the sum if its similarity is NaN, or equals the limit set by `margin`, `relative_margin` or
+    `ceiling` up to rounding. No gradient flows through the choice of negatives.
 
     With `normalize`, float16, bfloat16 and float32 rows may have any finite length, and float64 rows up to 1e154, where
     their squares overflow. `split_views` makes `z_i` and `z_j` from one tensor. Gradients have the dtype of the
@@ -99,9 +99,9 @@ def nt_xent(
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
-            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
-            whole batch.
+            equal on every rank; "none" returns this rank's losses. After DistributedDataParallel averages the gradients
+            of the parameters, they equal the gradients of one process with the whole batch. None: this rank's samples
+            are the whole batch.
 
     Returns:
         A 0-d tensor, or (2N,) in the order [z_i; z_j] for "none"; float64 for float64 embeddings, else float32.
@@ -159,7 +159,7 @@ def nt_xent_terms(
 
     All three are differentiable in the embeddings and the temperature, so a term can be weighted or dropped. To train
     on their plain sum, use `loss`: once training has converged the gradients of the two terms nearly cancel, and only
-    `loss` forms their difference before it is rounded.
+    `loss` takes their difference before rounding.
 
     The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O(N D);
     the reference backend takes O(N^2).
@@ -176,8 +176,8 @@ def nt_xent_terms(
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. The terms cover the whole batch and are equal
-            on every rank. Once DistributedDataParallel has averaged them, the gradients of parameters are those of one
-            process with the whole batch. None: this rank's samples are the whole batch.
+            on every rank. After DistributedDataParallel averages the gradients of the parameters, they equal the
+            gradients of one process with the whole batch. None: this rank's samples are the whole batch.
 
     Returns:
         A named tuple (alignment, distribution, loss) of 0-d tensors, float64 for float64 embeddings, else float32.

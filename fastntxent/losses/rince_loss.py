@@ -35,8 +35,8 @@ def rince(
 
     Chuang et al., "Robust Contrastive Learning against Noisy Views", 2022. The rows are [z_i; z_j], and p(i) is the
     other view of row i's sample. q = 1 is fully robust and symmetric; as q tends to 0 the loss tends to InfoNCE plus
-    log(lam), in which a positive counts without bound. Terms have the size of exp(q / tau), which float32 holds for q /
-    tau < 88.
+    log(lam), in which one positive can contribute without bound. Terms have the size of exp(q / tau), which float32
+    holds for q / tau < 88.
 
     The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O(N D);
     the reference backend takes O(N^2).
@@ -56,9 +56,9 @@ def rince(
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
-            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
-            whole batch.
+            equal on every rank; "none" returns this rank's losses. After DistributedDataParallel averages the gradients
+            of the parameters, they equal the gradients of one process with the whole batch. None: this rank's samples
+            are the whole batch.
 
     Returns:
         A 0-d tensor, or (2N,) in the order [z_i; z_j] for "none"; float64 for float64 embeddings, else float32.
@@ -92,7 +92,7 @@ def _check_powers(q: float, temperature: float | Tensor, dtype: torch.dtype) -> 
     largest = math.log(torch.finfo(accumulation_dtype(dtype)).max)
     tau = min(extremes(temperature) or (math.inf,)) if isinstance(temperature, Tensor) else temperature
     if q / tau >= largest:
-        raise ValueError(f"q / temperature must be below {largest:.0f}, where exp ends, got {q} / {tau}")
+        raise ValueError(f"q / temperature must be below {largest:.0f}, where exp overflows, got {q} / {tau}")
 
 
 def _difference_of_powers(nu: Tensor, pos: Tensor, q: float, lam: float) -> Tensor:

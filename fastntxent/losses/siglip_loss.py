@@ -35,8 +35,8 @@ def siglip(
         y_{ij} = 1 \text{ where } id_i = id_j, \text{ else } -1
 
     Zhai et al., "Sigmoid Loss for Language Image Pre-Training", 2023. The gradient needs no sum over a row, so the
-    value and the gradients come from one pass over the similarities. The paper starts with tau = 0.1 and b = -10, at
-    which the many negatives of a first batch cost little, and learns both.
+    value and the gradients come from one pass over the similarities. The paper learns tau and b, starting from tau =
+    0.1 and b = -10, so that the many negatives of the first batches cost little.
 
     The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O(N D);
     the reference backend takes O(N^2).
@@ -50,7 +50,8 @@ def siglip(
         logit_scale: 1 / tau in place of `temperature`: a positive float or a 0-d floating-point tensor, such as
             `log_scale.exp()` of a learnt parameter.
         bias: b, a finite float or a 0-d floating-point tensor, which may require a gradient.
-        ids: (N,) integers. Images and texts of the same id belong together. None: only row n of both does.
+        ids: (N,) integers. Images and texts of the same id belong together. None: image n and text n belong together,
+            and no others.
         reduction: "mean" over the N images, "sum", or "none" for one loss per image, which is a sum over all texts.
         normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
             6.1e-5) in float16). False takes the rows as they are, and their products must not overflow.
@@ -58,9 +59,9 @@ def siglip(
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
-            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
-            whole batch.
+            equal on every rank; "none" returns this rank's losses. After DistributedDataParallel averages the gradients
+            of the parameters, they equal the gradients of one process with the whole batch. None: this rank's samples
+            are the whole batch.
 
     Returns:
         A 0-d tensor, or (N,) for "none"; float64 for float64 features, else float32.
@@ -129,7 +130,7 @@ def nt_logistic(
         \ell_i = \log(1 + e^{-s_{ip(i)}/\tau - b}) + \sum_{j : id_j \ne id_i} \log(1 + e^{s_{ij}/\tau + b})
 
     Table 2 of Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", 2020, with all
-    negatives and a bias, which is 0 there. The rows are [z_i; z_j], and p(i) is the other view of row i's sample.
+    negatives and a bias. The paper has no bias. The rows are [z_i; z_j], and p(i) is the other view of row i's sample.
 
     The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O(N D);
     the reference backend takes O(N^2).
@@ -150,9 +151,9 @@ def nt_logistic(
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
-            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
-            whole batch.
+            equal on every rank; "none" returns this rank's losses. After DistributedDataParallel averages the gradients
+            of the parameters, they equal the gradients of one process with the whole batch. None: this rank's samples
+            are the whole batch.
 
     Returns:
         A 0-d tensor, or (2N,) in the order [z_i; z_j] for "none"; float64 for float64 embeddings, else float32.

@@ -50,27 +50,27 @@ def sup_con(
 
         L^{pairs}_i = \frac{1}{|P(i)|} \sum_{p \in P(i)} \log(1 + \sum_{neg} e^{(s_{ij} - s_{ip})/\tau})
 
-    P(i) are the positives of row i. The sums over "all" leave out row i itself, those over "neg" its whole class. "out"
-    and "in" are equations 2 and 3 of Khosla et al., "Supervised Contrastive Learning", 2020. "pairs" has one NT-Xent
-    term for each positive, without the other positives in its denominator, as in pytorch-metric-learning's
+    P(i) are the positives of row i. The sums over "all" leave out row i itself; the sums over "neg" leave out its whole
+    class. "out" and "in" are equations 2 and 3 of Khosla et al., "Supervised Contrastive Learning", 2020. "pairs" has
+    one NT-Xent term for each positive, without the other positives in its denominator, as in pytorch-metric-learning's
     `NTXentLoss`.
 
-    With `pair_weights` W every other row is a positive, weighted by its class and that of row i; y are the labels:
+    With `pair_weights` W every other row is a positive, weighted by its class and row i's class; y are the labels:
 
     .. math::
         L^{W}_i = \log \sum_{all} e^{s_{ij}/\tau}
             - \frac{\sum_{j \ne i} W_{y_i y_j} s_{ij}/\tau}{\sum_{j \ne i} W_{y_i y_j}}
 
     A row without a positive has loss 0 in "none" and "sum" and is left out of "mean", which is 0 if no row has a
-    positive. It is still a negative of the other rows. With `pair_weights`, a row whose other rows all weigh 0 has no
-    positive, and the identity matrix gives the loss without weights. A ceiling removes negatives only.
+    positive. It is still a negative of the other rows. With `pair_weights`, a row has no positive if every other row
+    weighs 0 for it. The identity matrix gives the loss without weights. A ceiling removes negatives only.
 
     The same input gives the same bits each time, on one device and with one number of threads. "out" takes the time of
     `nt_xent` and O(M D) memory, plus O((M + D) C) with several labels per row or O((C + D) C) with `pair_weights`. "in"
-    and "pairs" form the products of positives once more, in tiles: sum n_c^2 D multiplications in the forward and again
-    in the backward, with n_c rows in class c, and off the CPU one wait for the device. In "out" the positives are part
-    of the sum, so its gradient has the accuracy of a logit, eps / tau; the other two keep the relative accuracy of the
-    loss.
+    and "pairs" form the products of positives once more, in tiles. That takes sum n_c^2 D multiplications in the
+    forward and as many in the backward, with n_c rows in class c, and the host waits once for an accelerator. In "out"
+    the positives are part of the sum, so its gradient is only as accurate as a logit, with an error of eps / tau; the
+    gradients of "in" and "pairs" keep their relative accuracy.
 
     Args:
         z: (M, D) embeddings of all views of all samples, in any order, float16, bfloat16, float32 or float64.
@@ -91,9 +91,9 @@ def sup_con(
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
-            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
-            whole batch. Positives come from all ranks too.
+            equal on every rank; "none" returns this rank's losses. After DistributedDataParallel averages the gradients
+            of the parameters, they equal the gradients of one process with the whole batch. None: this rank's samples
+            are the whole batch. Positives come from all ranks too.
 
     Returns:
         A 0-d tensor, or (M,) for "none"; float64 for float64 embeddings, else float32.
@@ -194,7 +194,7 @@ def _over_weighted_classes(batch: Batch, u: Tensor, labels: Tensor, pair_weights
 
 
 def _check_pair_weights(pair_weights: Tensor, labels: Tensor, z: Tensor, form: str, ceiling: float | None) -> None:
-    """Check the weights of all pairs of classes, and that the labels are such classes."""
+    """Check the weights of all pairs of classes, and that every label is one of these classes."""
     check_tensor("pair_weights", pair_weights)
     if pair_weights.dtype not in FLOAT_DTYPES:
         raise TypeError(f"pair_weights must be float16, bfloat16, float32 or float64, got {pair_weights.dtype}")

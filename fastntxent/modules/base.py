@@ -98,8 +98,8 @@ class TemperatureLoss(TypedModule):
 
     @property
     def temperature(self) -> float | Tensor:
-        """tau, as it was given, or a 0-d tensor that follows the parameter; in float64 where the device has it. Can be
-        set, for example by a schedule."""
+        """tau as given. With `learn_temperature`, a 0-d tensor computed from the parameter, in float64 where the device
+        has it. Can be set, for example by a schedule."""
         return in_double(self.log_temperature).exp() if self.learn_temperature else self._temperature
 
     @temperature.setter
@@ -129,7 +129,7 @@ class TemperatureLoss(TypedModule):
 def _with_options_named(signature: inspect.Signature) -> inspect.Signature:
     """Return the signature with TemperatureLoss's keyword arguments in place of `**options`.
 
-    A loss's own default, such as CLIPLoss's for learn_temperature, replaces that of TemperatureLoss.
+    If a loss sets its own default, as CLIPLoss does for learn_temperature, that default replaces TemperatureLoss's.
     """
     own = dict(signature.parameters)
     if own.pop("options", None) is None:

@@ -19,7 +19,7 @@ from .base import LossOptions, TemperatureLoss, Unpack
 
 
 class _AtMost(torch.autograd.Function):
-    """min(x, bound) with a gradient that can always lower x: only one that would raise x further is stopped."""
+    """min(x, bound). Above the bound, a gradient that would raise x is dropped, and one that lowers it passes."""
 
     @staticmethod
     def forward(x: Tensor, bound: float) -> Tensor:
@@ -47,14 +47,15 @@ class CLIPLoss(TemperatureLoss):
         \pi_n = s_{nn}/\tau
 
     Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021. nu^img_n is the
-    log-sum-exp of image n's logits with the other texts, nu^txt_n of text n's logits with the other images.
+    log-sum-exp of image n's logits with the other texts, and nu^txt_n the log-sum-exp of text n's logits with the other
+    images.
 
     With positives="same_id" and form "out" the positives are part of the denominator, so near convergence the gradient
-    has the accuracy of a logit, eps / tau. "in" keeps its relative accuracy, and is the same loss where every row has
-    one positive.
+    is only as accurate as a logit, with an error of eps / tau. The form "in" keeps the gradient's relative accuracy,
+    and equals "out" where every row has one positive.
 
-    A negative exactly at a limit that `margin`, `relative_margin` or `ceiling` sets, up to rounding, stays in the sum,
-    and so does one whose similarity is NaN. No gradient flows through the choice.
+    A negative stays in the sum if its similarity is NaN, or equals the limit set by `margin`, `relative_margin` or
+    `ceiling` up to rounding. No gradient flows through the choice of negatives.
 
     The module holds the temperature, whose inverse is the logit scale, and learns it by default, as CLIP does.
     `logit_scale` is the bounded scale that the loss uses.
@@ -89,9 +90,9 @@ class CLIPLoss(TemperatureLoss):
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
-            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
-            whole batch.
+            equal on every rank; "none" returns this rank's losses. After DistributedDataParallel averages the gradients
+            of the parameters, they equal the gradients of one process with the whole batch. None: this rank's samples
+            are the whole batch.
         learn_temperature: Make the temperature a parameter. It is stored as its logarithm, `log_temperature`, so no
             optimiser step can make it negative. Exclude it from weight decay.
 
@@ -196,11 +197,11 @@ class MultiCLIPLoss(CLIPLoss):
     Supervision", 2021.
 
     With positives="same_id" and form "out" the positives are part of the denominator, so near convergence the gradient
-    has the accuracy of a logit, eps / tau. "in" keeps its relative accuracy, and is the same loss where every row has
-    one positive.
+    is only as accurate as a logit, with an error of eps / tau. The form "in" keeps the gradient's relative accuracy,
+    and equals "out" where every row has one positive.
 
-    A negative exactly at a limit that `margin`, `relative_margin` or `ceiling` sets, up to rounding, stays in the sum,
-    and so does one whose similarity is NaN. No gradient flows through the choice.
+    A negative stays in the sum if its similarity is NaN, or equals the limit set by `margin`, `relative_margin` or
+    `ceiling` up to rounding. No gradient flows through the choice of negatives.
 
     The module holds the temperature, whose inverse is the logit scale, and learns it by default, as CLIP does.
     `logit_scale` is the bounded scale that the loss uses.
@@ -212,7 +213,7 @@ class MultiCLIPLoss(CLIPLoss):
             read a tensor on an accelerator, so its sign is not checked there. With `learn_temperature`, the initial
             value of the parameter.
         weights: One finite number, at least 0, for each pair of towers, in the order (0, 1), (0, 2), ..., (1, 2), ...;
-            one of them above 0. A pair of weight 0 costs nothing. None: 1 / the number of pairs.
+            at least one is above 0. A pair of weight 0 costs nothing. None: 1 / the number of pairs.
         positives: "pair": row n of the other side is the only positive of row n. "same_id": all rows of the other side
             with its id are positives; this needs `ids` and excludes label smoothing, margins and a ceiling.
         form: How the positives are combined with positives="same_id". "out" averages their log-probabilities: nu' -
@@ -236,9 +237,9 @@ class MultiCLIPLoss(CLIPLoss):
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
-            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
-            whole batch.
+            equal on every rank; "none" returns this rank's losses. After DistributedDataParallel averages the gradients
+            of the parameters, they equal the gradients of one process with the whole batch. None: this rank's samples
+            are the whole batch.
         learn_temperature: Make the temperature a parameter. It is stored as its logarithm, `log_temperature`, so no
             optimiser step can make it negative. Exclude it from weight decay.
 

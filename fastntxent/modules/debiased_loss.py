@@ -1,4 +1,4 @@
-"""The debiased loss and HCL, its loss with hard negatives, as modules."""
+"""The debiased loss, and HCL, its variant that weights hard negatives up, as modules."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class DebiasedLoss(TemperatureLoss):
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
-            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
-            whole batch.
+            equal on every rank; "none" returns this rank's losses. After DistributedDataParallel averages the gradients
+            of the parameters, they equal the gradients of one process with the whole batch. None: this rank's samples
+            are the whole batch.
         learn_temperature: Make the temperature a parameter. It is stored as its logarithm, `log_temperature`, so no
             optimiser step can make it negative. Exclude it from weight decay.
 
@@ -101,9 +101,9 @@ class HardNegativeLoss(TemperatureLoss):
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
-            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
-            whole batch.
+            equal on every rank; "none" returns this rank's losses. After DistributedDataParallel averages the gradients
+            of the parameters, they equal the gradients of one process with the whole batch. None: this rank's samples
+            are the whole batch.
         learn_temperature: Make the temperature a parameter. It is stored as its logarithm, `log_temperature`, so no
             optimiser step can make it negative. Exclude it from weight decay.
 

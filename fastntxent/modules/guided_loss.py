@@ -17,10 +17,10 @@ class GuidedInfoNCELoss(TemperatureLoss):
         L_n = \log(1 + e^{\nu_n - s_n/\tau}), \quad
         \nu_n = \log \sum_{j \in C(n),\ g_{nj} \le g_n - m} e^{s_{nj}/\tau}
 
-    s are the similarities of the embeddings and g the cosine similarities of the guide's embeddings; s_n and g_n belong
-    to query n and key n. The candidates C(n) are the keys of other samples and the explicit negatives, compared with
-    query n. `contrast_anchors` adds the other queries, compared with query n; `contrast_positives` adds the other keys,
-    compared with key n.
+    s are the similarities of the embeddings and g the cosine similarities of the guide's embeddings; s_n and g_n are
+    the similarities of query n to key n. The candidates C(n) are the keys of other samples and the explicit negatives,
+    compared with query n. `contrast_anchors` adds the other queries, compared with query n; `contrast_positives` adds
+    the other keys, compared with key n.
 
     Solatorio, "GISTEmbed: Guided In-sample Selection of Training Negatives for Text Embedding Fine-tuning", 2024, with
     the semantics of sentence-transformers' `GISTEmbedLoss`.
@@ -50,9 +50,10 @@ class GuidedInfoNCELoss(TemperatureLoss):
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
-            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
-            whole batch. Explicit negatives (K, D) are shared by all ranks too; each rank passes any number of them.
+            equal on every rank; "none" returns this rank's losses. After DistributedDataParallel averages the gradients
+            of the parameters, they equal the gradients of one process with the whole batch. None: this rank's samples
+            are the whole batch. Explicit negatives (K, D) are shared by all ranks too; each rank passes any number of
+            them.
         learn_temperature: Make the temperature a parameter. It is stored as its logarithm, `log_temperature`, so no
             optimiser step can make it negative. Exclude it from weight decay.
 

@@ -23,16 +23,15 @@ class InfoNCELoss(TemperatureLoss):
     query n to its own key. Queries pick keys, but keys do not pick queries; `clip` has both directions.
 
     With positives="same_id" and form "out" the positives are part of the denominator, so near convergence the gradient
-    has the accuracy of a logit, eps / tau. "in" keeps its relative accuracy, and is the same loss where every row has
-    one positive.
+    is only as accurate as a logit, with an error of eps / tau. The form "in" keeps the gradient's relative accuracy,
+    and equals "out" where every row has one positive.
 
-    A negative exactly at a limit that `margin`, `relative_margin` or `ceiling` sets, up to rounding, stays in the sum,
-    and so does one whose similarity is NaN. No gradient flows through the choice. Limits apply to explicit negatives
-    too.
+    A negative stays in the sum if its similarity is NaN, or equals the limit set by `margin`, `relative_margin` or
+    `ceiling` up to rounding. No gradient flows through the choice of negatives. Limits apply to explicit negatives too.
 
     The hardness options follow Lan et al., "LLaVE: Large Language and Vision Embedding Models with Hardness-Weighted
-    Contrastive Learning", 2025, as in sentence-transformers. With explicit negatives that queries share,
-    sentence-transformers hardens only a query's own; here all of them get harder.
+    Contrastive Learning", 2025, as in sentence-transformers. Where queries share the explicit negatives,
+    sentence-transformers hardens only the negatives that belong to the query; here all of them get harder.
 
     Call it as `loss(query, key, negatives=None, ids=None)`; `forward` describes the arguments. The function is
     `info_nce`.
@@ -68,9 +67,10 @@ class InfoNCELoss(TemperatureLoss):
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
-            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
-            whole batch. Explicit negatives (K, D) are shared by all ranks too; each rank passes any number of them.
+            equal on every rank; "none" returns this rank's losses. After DistributedDataParallel averages the gradients
+            of the parameters, they equal the gradients of one process with the whole batch. None: this rank's samples
+            are the whole batch. Explicit negatives (K, D) are shared by all ranks too; each rank passes any number of
+            them.
         learn_temperature: Make the temperature a parameter. It is stored as its logarithm, `log_temperature`, so no
             optimiser step can make it negative. Exclude it from weight decay.
 

@@ -25,9 +25,10 @@ _NO_GROUP = _NO_ID + 1  # the id of queries without ids: matches no stored row
 class NegativeQueue(nn.Module):
     """A queue of the last `size` rows that were pushed, first in, first out.
 
-    Its `state_dict` holds the rows, their ids, the pointer and the fill, and a restored queue continues as the saved
-    one would have. A restore takes the whole state or nothing: if a key is missing, or the state does not fit together,
-    the queue stays as it was, and the key is reported as missing or the error says what is wrong.
+    Its `state_dict` holds the rows, their ids, the pointer and the fill (the number of rows held), and a restored queue
+    continues as the saved one would have. A restore loads the whole state or nothing. If a key is missing, or the parts
+    of the state contradict each other, the queue stays as it was, and `load_state_dict` reports the missing key or the
+    contradiction.
 
     The buffers follow `.to(device)` and `.half()`. The pointer stays in host memory, so nothing waits for the device.
     On the meta device the queue is empty, and it is still empty after `to_empty()` from there.
@@ -38,7 +39,7 @@ class NegativeQueue(nn.Module):
         size: The number of rows that the queue holds, at least 1.
         dim: The number of features of a row, at least 1.
         dtype: The floating-point dtype of the rows held. Rows are normalised in float32 (float64 rows in float64)
-            before they are rounded to it, and are compared in the dtype in which the loss computes.
+            before they are rounded to this dtype, and are compared in the dtype in which the loss computes.
         normalize: Whether rows are scaled to unit length when they are pushed.
 
     Raises:
@@ -66,8 +67,8 @@ class NegativeQueue(nn.Module):
         self._ids: Tensor
         self.register_buffer("_rows", torch.zeros(size, dim, dtype=dtype))
         self.register_buffer("_ids", torch.full((size,), _NO_ID))
-        # The index of the next row, and the number of rows held. A tensor, because torch.compile recompiles for each
-        # value of a Python number. Not a buffer, because it stays in host memory.
+        # The index of the next row, and the number of rows held. This is a tensor because torch.compile recompiles for
+        # each value of a Python number, and not a buffer because it stays in host memory.
         self._cursor = torch.zeros(2, dtype=torch.int64, device="cpu")
 
     def __len__(self) -> int:
@@ -95,9 +96,9 @@ class NegativeQueue(nn.Module):
 
     @torch.no_grad()
     def push(self, z: Tensor, ids: Tensor | None = None) -> None:
-        """Push rows into the queue. If they are more than it holds, the last ones stay.
+        """Push rows into the queue. It keeps only the last `size` rows if there are more.
 
-        No value is read: a row with a NaN makes losses NaN for as long as it is in the queue.
+        The values are not checked: a row with a NaN makes losses NaN for as long as it is in the queue.
 
         Args:
             z: (N, D) rows, float16, bfloat16, float32 or float64.
@@ -153,7 +154,7 @@ class NegativeQueue(nn.Module):
         return batch.neg_lse_to_held(rows, cols, inv_tau, held)
 
     def sides_of(self, u: Tensor, ids: Tensor | None) -> tuple[Side, Side, Tensor] | None:
-        """Return the rows, a snapshot of the queue and how many of its rows count, or None if it is empty."""
+        """Return the rows, a snapshot of the queue and how many of its rows count, or None if the queue is empty."""
         # Compiled code uses the whole buffer, whose shape never changes.
         first = self.size if torch.compiler.is_compiling() else self.filled
         if not first:
@@ -273,9 +274,9 @@ class QueueInfoNCELoss(TemperatureLoss):
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
-            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
-            whole batch. Every rank's queue takes the keys of all ranks, so all queues stay equal.
+            equal on every rank; "none" returns this rank's losses. After DistributedDataParallel averages the gradients
+            of the parameters, they equal the gradients of one process with the whole batch. None: this rank's samples
+            are the whole batch. Every rank's queue takes the keys of all ranks, so all queues stay equal.
         learn_temperature: Make the temperature a parameter. It is stored as its logarithm, `log_temperature`, so no
             optimiser step can make it negative. Exclude it from weight decay.
 

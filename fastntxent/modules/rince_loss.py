@@ -17,8 +17,8 @@ class RINCELoss(TemperatureLoss):
 
     Chuang et al., "Robust Contrastive Learning against Noisy Views", 2022. The rows are [z_i; z_j], and p(i) is the
     other view of row i's sample. q = 1 is fully robust and symmetric; as q tends to 0 the loss tends to InfoNCE plus
-    log(lam), in which a positive counts without bound. Terms have the size of exp(q / tau), which float32 holds for q /
-    tau < 88.
+    log(lam), in which one positive can contribute without bound. Terms have the size of exp(q / tau), which float32
+    holds for q / tau < 88.
 
     Call it as `loss(z_i, z_j)`; `forward` describes the arguments. The function is `rince`.
 
@@ -35,9 +35,9 @@ class RINCELoss(TemperatureLoss):
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
-            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
-            whole batch.
+            equal on every rank; "none" returns this rank's losses. After DistributedDataParallel averages the gradients
+            of the parameters, they equal the gradients of one process with the whole batch. None: this rank's samples
+            are the whole batch.
         learn_temperature: Make the temperature a parameter. It is stored as its logarithm, `log_temperature`, so no
             optimiser step can make it negative. Exclude it from weight decay.
 

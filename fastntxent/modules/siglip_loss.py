@@ -11,7 +11,7 @@ from .base import LossOptions, ModuleOptions, TemperatureLoss, Unpack
 
 
 class _Biased:
-    """A mix-in for logits with a bias, which is the parameter `learnt_bias` where it is learnt."""
+    """A mix-in for logits with a bias. A bias that is learnt is the parameter `learnt_bias`."""
 
     learn_bias: bool
     learnt_bias: nn.Parameter
@@ -57,7 +57,7 @@ class SigLIPLoss(_Biased, TemperatureLoss):
     Zhai et al., "Sigmoid Loss for Language Image Pre-Training", 2023. The gradient needs no sum over a row, so the
     value and the gradients come from one pass over the similarities.
 
-    The module learns both by default, as SigLIP does.
+    The module learns the temperature and the bias by default, as SigLIP does.
 
     Call it as `loss(image_features, text_features, ids=None)`; `forward` describes the arguments. The function is
     `siglip`.
@@ -76,9 +76,9 @@ class SigLIPLoss(_Biased, TemperatureLoss):
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
-            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
-            whole batch.
+            equal on every rank; "none" returns this rank's losses. After DistributedDataParallel averages the gradients
+            of the parameters, they equal the gradients of one process with the whole batch. None: this rank's samples
+            are the whole batch.
         learn_temperature: Make the temperature a parameter. It is stored as its logarithm, `log_temperature`, so no
             optimiser step can make it negative. Exclude it from weight decay.
 
@@ -115,7 +115,8 @@ class SigLIPLoss(_Biased, TemperatureLoss):
                 sample n.
             text_features: (N, D) features of the texts, with the shape, dtype and device of `image_features`. Row n
                 belongs to sample n.
-            ids: (N,) integers. Images and texts of the same id belong together. None: only row n of both does.
+            ids: (N,) integers. Images and texts of the same id belong together. None: image n and text n belong
+                together, and no others.
 
         Returns:
             A 0-d tensor, or (N,) for "none"; float64 for float64 features, else float32.
@@ -130,7 +131,7 @@ class NTLogisticLoss(_Biased, TemperatureLoss):
         \ell_i = \log(1 + e^{-s_{ip(i)}/\tau - b}) + \sum_{j : id_j \ne id_i} \log(1 + e^{s_{ij}/\tau + b})
 
     Table 2 of Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", 2020, with all
-    negatives and a bias, which is 0 there. The rows are [z_i; z_j], and p(i) is the other view of row i's sample.
+    negatives and a bias. The paper has no bias. The rows are [z_i; z_j], and p(i) is the other view of row i's sample.
 
     Call it as `loss(z_i, z_j, ids=None)`; `forward` describes the arguments. The function is `nt_logistic`.
 
@@ -148,9 +149,9 @@ class NTLogisticLoss(_Biased, TemperatureLoss):
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
-            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
-            whole batch.
+            equal on every rank; "none" returns this rank's losses. After DistributedDataParallel averages the gradients
+            of the parameters, they equal the gradients of one process with the whole batch. None: this rank's samples
+            are the whole batch.
         learn_temperature: Make the temperature a parameter. It is stored as its logarithm, `log_temperature`, so no
             optimiser step can make it negative. Exclude it from weight decay.
 

@@ -21,20 +21,20 @@ class SupConLoss(TemperatureLoss):
 
         L^{pairs}_i = \frac{1}{|P(i)|} \sum_{p \in P(i)} \log(1 + \sum_{neg} e^{(s_{ij} - s_{ip})/\tau})
 
-    P(i) are the positives of row i. The sums over "all" leave out row i itself, those over "neg" its whole class. "out"
-    and "in" are equations 2 and 3 of Khosla et al., "Supervised Contrastive Learning", 2020. "pairs" has one NT-Xent
-    term for each positive, without the other positives in its denominator, as in pytorch-metric-learning's
+    P(i) are the positives of row i. The sums over "all" leave out row i itself; the sums over "neg" leave out its whole
+    class. "out" and "in" are equations 2 and 3 of Khosla et al., "Supervised Contrastive Learning", 2020. "pairs" has
+    one NT-Xent term for each positive, without the other positives in its denominator, as in pytorch-metric-learning's
     `NTXentLoss`.
 
-    With `pair_weights` W every other row is a positive, weighted by its class and that of row i; y are the labels:
+    With `pair_weights` W every other row is a positive, weighted by its class and row i's class; y are the labels:
 
     .. math::
         L^{W}_i = \log \sum_{all} e^{s_{ij}/\tau}
             - \frac{\sum_{j \ne i} W_{y_i y_j} s_{ij}/\tau}{\sum_{j \ne i} W_{y_i y_j}}
 
     A row without a positive has loss 0 in "none" and "sum" and is left out of "mean", which is 0 if no row has a
-    positive. It is still a negative of the other rows. With `pair_weights`, a row whose other rows all weigh 0 has no
-    positive, and the identity matrix gives the loss without weights. A ceiling removes negatives only.
+    positive. It is still a negative of the other rows. With `pair_weights`, a row has no positive if every other row
+    weighs 0 for it. The identity matrix gives the loss without weights. A ceiling removes negatives only.
 
     The module holds `pair_weights` as a buffer.
 
@@ -57,9 +57,9 @@ class SupConLoss(TemperatureLoss):
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; "none" returns this rank's losses. Once DistributedDataParallel has averaged them, the
-            gradients of parameters are those of one process with the whole batch. None: this rank's samples are the
-            whole batch. Positives come from all ranks too.
+            equal on every rank; "none" returns this rank's losses. After DistributedDataParallel averages the gradients
+            of the parameters, they equal the gradients of one process with the whole batch. None: this rank's samples
+            are the whole batch. Positives come from all ranks too.
         learn_temperature: Make the temperature a parameter. It is stored as its logarithm, `log_temperature`, so no
             optimiser step can make it negative. Exclude it from weight decay.
 

@@ -24,9 +24,9 @@
     copy_now       (x)                               -> a copy of a buffer that will change before the backward
 
 Each of them has a `_backward` operator, except the `_value`s, `positive_ranks`, `nearest` and `copy_now`. The scalar
-path computes the loss and its gradient in one call, for an upstream gradient of 1, and its backward only scales. The
-public layer uses it when a gradient is needed and the result is a single number. `neg_lse_sum` is the scalar path of
-any loss that is linear in nu.
+path computes the loss and its gradient for an upstream gradient of 1 in one call, and its backward only multiplies by
+the actual upstream gradient. The public layer uses it when a gradient is needed and the result is a single number.
+`neg_lse_sum` is the scalar path of any loss that is linear in nu.
 """
 
 from ..algebra import autocast_off

@@ -48,7 +48,7 @@ class GuidedTiles:
         self._guide = Tiles([Blocks(Side(guide.rows, rows.ids)), Blocks(Side(guide.cols, cols.ids))], 1.0)
 
     def _tiles(self) -> Iterator[tuple[TileValues, Tensor]]:
-        """Yield each tile of the student's logits with a mask of those that do not count."""
+        """Yield each tile of the student's logits with a mask of the logits that do not count."""
         for (tile, mixed), (guide, _) in zip(self._student.logits(), self._guide.logits(), strict=True):
             left_out = guide.values > self._limits[tile.rows, None]
             if mixed:

@@ -40,7 +40,8 @@ def limited_nt_xent_scalar(
 ) -> Tensor:
     """Return the sum or mean of NT-Xent over limited negatives, differentiable in both views and inv_tau.
 
-    A negative counts if its similarity is at most limit_scale times that of the row's positive, plus limit_shift.
+    A negative counts if its similarity is at most limit_scale times the similarity to the row's positive, plus
+    limit_shift.
     """
     call = _limited_nt_xent_scalar if may_be_differentiated(z_i, z_j, inv_tau) else _limited_nt_xent_value
     return call(z_i, z_j, inv_tau, normalize, limit_scale, limit_shift, mean, backend)

@@ -28,8 +28,8 @@ from ..algebra import accumulation_dtype, autocast_off, row_dots
 from .contract import checked
 from .register import register, save, saved
 
-# Rows in a block, and columns in a tile. Small blocks waste little when groups have two rows. An accelerator needs
-# large tiles for fewer launches.
+# Rows in a block, and columns in a tile. Small blocks compute few extra pairs when groups have two rows. An accelerator
+# needs large tiles for fewer launches.
 _TILE_CPU = (128, 2048)
 _TILE_ACCELERATOR = (1024, 8192)
 

@@ -28,8 +28,8 @@ def _forward(u: Tensor) -> Tensor:
             sims = torch.mm(rows, u.T, out=buffer[: len(rows)])
             pos = sims.gather(1, other[:, None])
             sims.scatter_(1, me[:, None], -torch.inf)  # rank the row itself last
-            # In place, as 1.0 and 0.0: on a CPU the sum of a bool tensor would copy it to int64. NaN does not count as
-            # worse.
+            # Compare in place, which gives 1.0 or 0.0: on a CPU the sum of a bool tensor would first copy it to int64.
+            # A NaN does not count as worse.
             worse = sum(part.sum(dim=1).long() for part in sims.lt_(pos).split(_EXACT, dim=1))
             rank.copy_((M - worse).clamp_max(M - 1))
     return ranks

@@ -11,8 +11,8 @@ Temperature: an operator that takes one has two overloads over the same function
 gradient or live on an accelerator. `float inv_tau` (the overload "float") needs no tensor, and compiled graphs hold it
 as a constant.
 
-Fast path: the dispatcher takes longer over an operator registered from Python than the loss of a small batch takes (70
-of 110 microseconds at N = 16, several times that with cold caches). If no compiler, mode or transform is active, plain
+Fast path: the dispatch of an operator registered from Python takes longer than the loss of a small batch itself (70 of
+110 microseconds at N = 16, several times that with cold caches). If no compiler, mode or transform is active, plain
 tensors go to the same function through a plain autograd.Function.
 """
 
@@ -162,10 +162,11 @@ def register(
     def operator(*args: Any) -> Any:
         return of_tensors(*args) if place is None or isinstance(args[place], Tensor) else of_float(*args)
 
-    # register_autograd does not support torch.func's transforms; an autograd.Function with the same halves does.
+    # register_autograd does not support torch.func's transforms; an autograd.Function with the same forward and
+    # backward does.
     transformed = function_of(name, operator, setup_context, backward, again=lambda *args: observed(*args))
 
-    # A combined forward: PyTorch inspects the signature at every call if there is a separate setup_context.
+    # One function for forward and setup_context: if they are separate, PyTorch inspects the signature at every call.
     def eager(ctx: Any, *args: Any) -> Any:
         output = forward(*args)
         setup_context(ctx, args, output)
@@ -225,7 +226,7 @@ def function_of(
 
 
 def uncompiled(function: _Function) -> _Function:
-    """Return the function, run eagerly under torch.compile (a graph break) together with everything it calls."""
+    """Return the function in a form that torch.compile runs eagerly (a graph break), with everything that it calls."""
     left_out = _disable_dynamo(function)
 
     @functools.wraps(function)
@@ -262,7 +263,8 @@ def may_be_differentiated(*values: Tensor | float) -> bool:
     """Return whether a gradient may be needed.
 
     `requires_grad` is not conclusive inside a torch.func transform, where a tensor does not show that an outer level
-    differentiates it. Under torch.jit.trace neither it nor the grad mode tells what later calls need.
+    differentiates it. Under torch.jit.trace neither `requires_grad` nor the grad mode says which gradients later calls
+    need.
     """
     if torch.is_grad_enabled():
         for x in values:
@@ -273,7 +275,7 @@ def may_be_differentiated(*values: Tensor | float) -> bool:
 
 
 def _transforming() -> bool:
-    """Return whether a torch.func transform is active, outside a compiler."""
+    """Return whether a torch.func transform is active and no compiler is."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 

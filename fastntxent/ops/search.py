@@ -19,7 +19,7 @@ _QUERIES = 1024  # the most rows in a tile
 # the top-k within a tile, not to merging the results of many tiles.
 _COLUMNS = 8192
 _COLUMNS_PER_K = 256
-_TIED = 2**18  # similarities that are searched again at once, for rows with a tie
+_TIED = 2**18  # the most similarities that are searched again at a time, for rows with a tie
 
 
 def _forward(queries: Tensor, corpus: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -143,7 +143,7 @@ def _add_negatives(
     k: float | Tensor,
     upstream: Upstream,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients in u and k: those of the positive pairs, with u on both sides, plus those through nu."""
+    """Return the gradients in u and k: through the positive pairs, with u on both sides, plus through nu."""
     d_rows, d_cols, d_k = of_pairs
     assert d_cols is not None
     d_u, d_k_of_nu = kernels.neg_lse_backward(rows, k, upstream)

@@ -13,7 +13,7 @@ def info_nce_scalar(
 ) -> Tensor:
     """Return the sum or mean of N losses in which the queries z_i pick their keys z_j (InfoNCE).
 
-    With `both` (CLIP) return half of that plus half of the loss in which the keys pick their queries. Differentiable in
+    With `both` (CLIP) return the mean of this loss and the loss in which the keys pick their queries. Differentiable in
     both sides and inv_tau. Backends can skip the gradient of a side that does not need one.
     """
     needs_i, needs_j = may_be_differentiated(z_i), may_be_differentiated(z_j)

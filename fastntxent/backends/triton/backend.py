@@ -79,7 +79,7 @@ class TritonBackend(ComposedTowers):
         d_rows = d_cols = None
         if of_cols.wanted:
             d_cols, _, d_inv_tau, _ = gradient(sides.swapped(), weights.swapped())
-        if of_rows.wanted or not of_cols.wanted:  # the temperature's gradient needs either side
+        if of_rows.wanted or not of_cols.wanted:  # the temperature's gradient needs one of the sides
             d_rows, _, d_inv_tau, _ = gradient(sides, weights)
         return d_rows if of_rows.wanted else None, d_cols, d_inv_tau
 
@@ -281,7 +281,8 @@ def _two_views(
 ) -> Sides:
     """Return two views as one side.
 
-    limit: (scale, shift). A negative counts if its similarity is at most scale times the row's positive, plus shift.
+    limit: (scale, shift). A negative counts if its similarity is at most scale * s + shift, with s the positive's
+        similarity.
     """
     tf32, eps = _takes_tf32(z_i.dtype), norm_eps(z_i.dtype)
     rows = pack_rows(work, z_i, z_j, normalize=normalize, eps=eps, tf32=tf32)

@@ -12,7 +12,7 @@ model`), restricted to tiles that Triton 3.9 compiles without spills (`make kern
 The entry used is the first one whose rows and features are at least the batch's rows and padded features (null: any).
 `width` is the bytes per packed feature, counting both parts of a split float32. A tile of null selects another kernel:
 `owned` in place of `direct`, or `form` and `gather` in place of `fused`, whose registers would spill. If a family has
-no entries for a kernel and width, those of the family named in "resembles" are used.
+no entries for a kernel and width, the entries of the family named in "resembles" are used.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ class TileConfig(NamedTuple):
 _forced: dict[str, int] = {}
 
 KERNELS = ("direct", "owned", "fused", "form", "gather")
-# The kernels for sigmoid losses and for limits use these tiles in place of those of `owned`, `fused` and `form`. The
-# model does not cover these kernels; their tiles were chosen among those that compile without spills.
+# The kernels for sigmoid losses and for limits use these tiles in place of the tiles of `owned`, `fused` and `form`.
+# The model does not cover these kernels; their tiles were chosen among those that compile without spills.
 VARIANTS = {"owned": "sums", "fused": "pairs", "form": "form_pairs"}
 TABLE: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "table.json").read_text())
 PROGRAMS = 2  # programs that each multiprocessor should have
-FEWEST_SQUARES = 2000  # wanted in the full matrix; with one side half of them, a thousand, become programs
+FEWEST_SQUARES = 2000  # squares wanted in the full matrix; with one side, half of them become programs
 PLANES = 128  # the most planes of sums; there is one per square along a side
 PANEL = 32 * 2**20  # bytes of two squares of G, which fit into the L2 cache of an A100 or H100 together with x
 
@@ -177,9 +177,9 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def edge_of_square(n_rows: int, n_cols: int, block: int) -> int:
-    """Return the edge of a program's square of tiles: the largest, up to eight tiles, that leaves FEWEST_SQUARES.
+    """Return the edge of a program's square: the largest, up to eight tiles, that leaves FEWEST_SQUARES squares.
 
-    It grows further if a side would have more than PLANES squares, so that the memory for sums stays O(M).
+    The edge grows further if a side would have more than PLANES squares, so that the memory for sums stays O(M).
     """
     if "tiles" in _forced:
         return _forced["tiles"] * block
@@ -200,8 +200,8 @@ def columns_of_part(multiprocessors: int, blocks: int, n_cols: int, block_n: int
 def edge_of_panel(multiprocessors: int, n: int, DP: int, width: int, gather: TileConfig) -> int:
     """Return the edge of a panel's two squares.
 
-    PANEL and the number of rows limit it. Of all sizes above half that limit it is the one that leaves the fewest
-    multiprocessors idle.
+    PANEL and the number of rows set an upper limit. Among the sizes above half of that limit, the result is the one
+    that leaves the fewest multiprocessors idle.
     """
     largest = max(math.isqrt(PANEL // (2 * width)) // PADDED_ROWS, 1) * PADDED_ROWS
     largest = min(largest, triton.cdiv(n, PADDED_ROWS) * PADDED_ROWS)

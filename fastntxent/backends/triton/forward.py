@@ -136,7 +136,7 @@ def _direct_kernel(
         HALF: tl.constexpr = BLOCK_N // 2
         blocks = tl.cdiv(tl.minimum(edge, n_cols - col0), HALF)
         for i in range(0, blocks):
-            col = col0 + (blocks - 1 - i) * HALF  # last block first: on the diagonal only it covers all rows
+            col = col0 + (blocks - 1 - i) * HALF  # last block first: on the diagonal, only that block covers all rows
             end = tl.minimum(row0 + edge, tl.minimum(n_rows, col + HALF) if ONE_SIDE else n_rows)
             _sum_columns(
                 rows_x_ptr, rows_lo_ptr, rows_r_ptr, rows_ids_ptr, cols_x_ptr, cols_lo_ptr, cols_r_ptr, cols_ids_ptr,
@@ -152,7 +152,7 @@ def _add_exponentials(
     MASKED: tl.constexpr, LIMITED: tl.constexpr, SPLIT: tl.constexpr, TF32: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """Return the running maxima and sums of some rows, updated with the columns that need a mask or with the others."""
+    """Return the running maxima and sums of some rows, updated with the columns that need a mask, or the others."""
     for first in range(0, n_cols, ROUND):
         whole = (row + BLOCK_M <= n_rows) & (first + ROUND <= n_cols)
         if whole:
@@ -178,7 +178,7 @@ def _add_exponentials(
                 if MASKED:
                     counted = apart(rows_ids_ptr, cols_ids_ptr, row, col, n_rows, n_cols, BLOCK_M, BLOCK_N)
                     logits = tl.where(counted, logits, -float("inf"))
-                new_peaks = tl.maximum(peaks, tl.max(logits, 1))  # max drops a NaN, but it reaches the sum
+                new_peaks = tl.maximum(peaks, tl.max(logits, 1))  # max drops a NaN, but the NaN reaches the sum
                 shift = tl.where(new_peaks == -float("inf"), 0.0, new_peaks)  # no negative yet: -inf - -inf is NaN
                 exps = tl.exp2((logits - shift[:, None]) * LOG2_E)
                 sums = sums * tl.exp2((peaks - shift) * LOG2_E) + tl.sum(exps, 1)

@@ -1,8 +1,8 @@
 """gathered and radial (backward.py) for rows with too many features for a program to hold the sums of a row block.
 
-G goes through memory, two squares at a time, which are small enough to stay in the L2 cache. `_form_kernel` writes the
-two squares, one above the other. `_gather_kernel` multiplies them with their columns and adds the result to the sums
-from the earlier squares, in a fixed order.
+G goes through memory, two squares at a time. Two squares are small enough to stay in the L2 cache. `_form_kernel`
+writes the two squares, one above the other. `_gather_kernel` multiplies them with their columns and adds the result to
+the sums from the earlier squares, in a fixed order.
 
     one side    G is symmetric: a square (a, b) above the diagonal is computed once and written twice, transposed for
                 the rows of b. The squares on the diagonal come first, two at a time: (a, a) and (a + 1, a + 1)
@@ -46,7 +46,7 @@ from .weights import TileWeights
 class Squares(NamedTuple):
     """Two squares of G, given by their first rows and columns.
 
-    mirrored: the second square is the transpose of the first. add: the rows already have sums, to add to.
+    mirrored: the second square is the transpose of the first. add: add to the sums that the rows already have.
     """
 
     row_0: int

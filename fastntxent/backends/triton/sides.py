@@ -120,7 +120,7 @@ class Sides:
         return isinstance(self.inv_tau, Tensor)
 
     def may_be(self, *, direct: bool) -> bool:
-        """Return whether the kernels of this regime must be launched: those of both if only the device knows."""
+        """Return whether this regime's kernels must be launched. If only the device knows the regime, both must be."""
         if self.limits is not None:
             return not direct
         if self.bounded or self.on_device:
@@ -145,7 +145,7 @@ class Sides:
         }
 
     def regime(self) -> dict[str, Any]:
-        """Return a kernel's arguments for choosing the regime, including those of `temperature_and_bounds`."""
+        """Return a kernel's arguments for choosing the regime, including the arguments of `temperature_and_bounds`."""
         return {**self.temperature_and_bounds(), "log_terms": self.log_terms}
 
     def tiles_as(self, kernel: str) -> str:

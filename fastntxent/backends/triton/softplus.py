@@ -3,8 +3,8 @@
     x_ij = k s_ij + b      y_ij = 1 between groups, -1 within one
     sum_i = sum_j log(1 + exp(y_ij x_ij))      over other groups, and with POSITIVES also over the rest of i's group
 
-The gradient does not depend on a row's sum, so one pass computes both from each tile of x. With weights a_i of the
-rows' sums and c_j of the columns' sums (a_j if there is one side):
+The gradient does not depend on a row's sum, so one pass over the tiles of x computes sums and gradients. With weights
+a_i of the rows' sums and c_j of the columns' sums (a_j if there is one side):
 
     G_ij = (a_i + c_j) y_ij sigmoid(y_ij x_ij)      gathered_i = sum_j G_ij u_j      radial_i = sum_j G_ij s_ij
 

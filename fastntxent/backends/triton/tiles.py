@@ -2,9 +2,9 @@
 
 Rows are packed (pack.py) as u_i = r_i x_i, with x in the dtype of the matrix units and r in float32. A similarity is
 s_ij = r_i r_j (x_i . x_j), whose only rounding is in the float32 sum of the product. Padding rows and features are
-zero. In the backward, a column of G has the factor r_j divided by the largest r. With rows that are not normalised,
-a row more than 2^14 times shorter than the longest therefore loses digits in its contribution to the other gradients;
-at 2^20 only four are left.
+zero. In the backward, a column of G has the factor r_j divided by the largest r. With rows that are not normalised, a
+row more than 2^14 times shorter than the longest therefore loses bits in its contribution to the other gradients; at
+2^20 only four bits are left.
 
 Operands (selected by the constexpr SPLIT and the dtype of x):
     float16, bfloat16   x is z times a power of two: one product
@@ -93,9 +93,10 @@ def add_product(
 ):
     """Return acc + a b. With two parts the three largest products are summed apart from acc, the largest one last.
 
-    On average each block of products truncates half a unit in the last place of the sum so far. B blocks lose
-    0.18 (B + 1) units of 2^-23 of the whole. The multiply-add that adds the sum to acc compensates for this loss, and
-    no compiler folds it into the product. With SAME the result is bitwise the same if rows and columns are exchanged.
+    On average each block of products truncates half a unit in the last place of the sum so far. In all, B blocks lose
+    0.18 (B + 1) units of 2^-23, relative to the total. The multiply-add that adds the sum to acc compensates for this
+    loss, and no compiler folds it into the product. With SAME the result is bitwise the same if rows and columns are
+    exchanged.
     """
     if UPCAST and a.dtype == tl.bfloat16:
         a, b = a.to(tl.float32), b.to(tl.float32)
@@ -381,5 +382,5 @@ def add_dots(
 
 INTERPRETED = not isinstance(load_rows, triton.JITFunction)
 # An option of every launch. If the compiler contracted a * b - c into one rounding, the backward's logits would differ
-# from those that the forward summed, by 3e-5 at a temperature of 0.001. Kernels call tl.fma for a multiply-add.
+# from the forward's by 3e-5 at a temperature of 0.001. Kernels call tl.fma for a multiply-add.
 NO_CONTRACTION = {"enable_fp_fusion": False}

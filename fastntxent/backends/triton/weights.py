@@ -96,7 +96,7 @@ class TileWeights(NamedTuple):
 
 
 def survey(sides: Sides, of_rows: Upstream, of_cols: Upstream | None = None, d_pos: Tensor | None = None) -> Weights:
-    """Return weights from upstream gradients: those of every side's nu and, in `d_pos`, those of the positives."""
+    """Return weights from the upstream gradients of every side's nu and, in `d_pos`, of the positives."""
     of_rows, of_cols = _contiguous(of_rows), None if of_cols is None else _contiguous(of_cols)
     upstreams = [of_rows] if of_cols is None else [of_rows, of_cols]
     # Multiples of 4 keep the parts aligned, so that they use the same compiled kernel.

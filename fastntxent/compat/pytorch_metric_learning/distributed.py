@@ -26,20 +26,21 @@ __all__ = ["DistributedLossWrapper"]
 
 
 class DistributedLossWrapper(TypedModule):
-    """A loss of this module over the batch of all ranks of the default process group, or unchanged without a group.
+    """A loss of this module over the batch of all ranks of the default process group; without a group, unchanged.
 
-    The value is that of one process with the whole batch, the same on every rank; the library's is R times as large on
-    R ranks. After DDP's averaging the gradient is that of one process, as the library's is with efficient=False.
+    The value equals the loss of one process with the whole batch, on every rank; the library's is R times as large on R
+    ranks. After DDP averages the gradients, they equal the gradients of one process, as in the library with
+    efficient=False.
 
-    With labels alone and the default reducer, memory is that of `group=`. Anything else is computed on every rank for
-    the gathered rows of all ranks, as in the library.
+    With labels alone and the default reducer, the memory is the same as with `group=`. In all other cases every rank
+    gathers the rows of all ranks and computes the whole loss, as in the library.
 
     Args:
         loss: `NTXentLoss` or `SupConLoss` of this module, or a `CrossBatchMemory` around one, from this module or from
             the library.
-        efficient: Whether indices_tuple holds only this rank's pairs. Otherwise it has no effect: the gradient is the
-            exact one. In the library, True leaves out the part from rows as other ranks' references, and the rest is R
-            times too large.
+        efficient: Whether indices_tuple holds only this rank's pairs. It has no other effect: the gradient is always
+            exact. In the library, True leaves out the gradient that a row gets as a reference of other ranks' rows, and
+            makes the rest R times too large.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -181,7 +182,7 @@ def _rows_of_all_ranks(x: Tensor, batch: ShardedBatch) -> Tensor:
 
 
 def _own_first(batch: ShardedBatch, device: torch.device) -> Tensor:
-    """Return the positions of the rows in rank order, this rank's first and then those of the others."""
+    """Return the positions, in rank order, of this rank's rows followed by the rows of the other ranks."""
     parts = list(torch.arange(batch.n_samples, device=device).split(batch.sizes))
     return torch.cat((parts.pop(batch.rank), *parts))
 

@@ -150,7 +150,8 @@ class NTXentLoss(PairLoss):
 
     .. math:: L = \frac{1}{|P|} \sum_{(a, p) \in P} \log \Big(1 + \sum_{(a, n)} e^{(s_{an} - s_{ap})/\tau}\Big)
 
-    `fastntxent.sup_con(form="pairs")` with another mean. The loss is 0 without a positive or without a negative pair.
+    It is `fastntxent.sup_con(form="pairs")` with a mean over pairs instead of rows. The loss is 0 without a positive or
+    without a negative pair.
 
     Args:
         temperature: A float or a 0-d tensor.
@@ -166,8 +167,8 @@ class NTXentLoss(PairLoss):
         ValueError: an option is not supported, a number is out of range, or, when called, shapes, dtypes or devices do
             not match.
 
-    With labels, memory is O((M + K) D), as positive pairs are taken in tiles; a reducer other than these adds O(P) for
-    P positive pairs. With pairs, memory is O(P).
+    With labels, memory is O((M + K) D), because positive pairs are processed in tiles. A reducer other than None,
+    MeanReducer and PerAnchorReducer adds O(P) for P positive pairs. With pairs, memory is O(P).
 
     Example:
         >>> import torch
@@ -298,7 +299,7 @@ class SupConLoss(PairLoss):
 
 
 class SelfSupervisedLoss(TypedModule):
-    """A loss of this module on two views, labelled by sample: `nt_xent`, whichever loss it wraps.
+    """A loss of this module on two views, with the samples as labels. It is `nt_xent` for either loss.
 
     Args:
         loss: `NTXentLoss` or `SupConLoss` of this module. With one positive per row they are the same loss.
@@ -374,7 +375,7 @@ def _is_per_anchor(reducer: object) -> bool:
 
 
 def _ids(labels: Tensor | None, rows: Tensor, ref_labels: Tensor | None, refs: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the ids of rows and references. References without labels have those of the rows."""
+    """Return the ids of rows and references. References without labels get the ids of the rows."""
     if labels is None:
         none = torch.empty(0, dtype=torch.int64, device=rows.device)
         return none, none
@@ -405,7 +406,7 @@ def unless_few(loss: Tensor, n_positives: Tensor, n_negatives: Tensor) -> Tensor
 
 
 def _of_anchors(losses: Tensor, n_positives: Tensor, compared: Tensor | bool) -> Terms:
-    """Return a term for each anchor, 0 for those without a positive or with nothing else to compare."""
+    """Return a term for each anchor: 0 for an anchor without a positive or with nothing else to compare."""
     counted = (n_positives > 0) & compared
     return Terms(
         losses.masked_fill(~counted, 0), torch.arange(losses.shape[0], device=losses.device), "element", counted

@@ -26,8 +26,8 @@ class CrossBatchMemory(TypedModule):
         loss: `NTXentLoss` or `SupConLoss` of this module.
         embedding_size: Features of a row.
         memory_size: The number of rows that the memory holds.
-        miner: A miner of the library, called with embeddings and labels, and with those in the memory. The loss then
-            compares the pairs or triplets that it returns. None compares all pairs.
+        miner: A miner of the library, called with the embeddings and labels of the batch and of the memory. The loss
+            then compares the pairs or triplets that the miner returns. None compares all pairs.
         collect_stats: Not supported; None or False.
 
     Raises:
