@@ -24,9 +24,9 @@ template <class T> constexpr double LARGEST_WEIGHT = sizeof(T) == 4 ? 0x1p64 : 0
 // that factor is at most 1, and they use half this scale.)
 constexpr float G_SCALE = 8192;
 
-// The lower bound on the unit in which weights enter the tiles of a CUDA call, which is otherwise the call's largest
-// weight. If all weights are 0, nothing is divided by 0, and both G_SCALE / unit (8e36) and unit / G_SCALE (1.2e-37)
-// are normal floats.
+// In a CUDA call, weights enter the tiles in units of the call's largest weight, or of this number if that is larger.
+// So nothing is divided by 0 if all weights are 0, and both G_SCALE / unit (8e36) and unit / G_SCALE (1.2e-37) are
+// normal floats.
 constexpr float SMALLEST_UNIT = 1e-33f;
 
 }  // namespace fntx

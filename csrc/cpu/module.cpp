@@ -18,8 +18,8 @@ int signal_raised() {
 }
 
 // Reacquire the GIL. During shutdown, Python before 3.14 ends every thread but the main one in here by unwinding its
-// stack, through PyTorch's frames too, and some of those abort the process when they are unwound. Such a thread waits
-// for the process to end instead, as it does from Python 3.14 on.
+// stack, through PyTorch's frames too, and some of those abort the process when they are unwound. Here, such a thread
+// waits for the process to end, as it does from Python 3.14 on.
 void take_back(PyThreadState* thread) {
     try {
         PyEval_RestoreThread(thread);
