@@ -38,7 +38,8 @@ def over_ranks(model: nn.Module, group: dist.ProcessGroup) -> nn.Module:
 
 
 def without_sync(model: nn.Module) -> None:
-    """Turn SyncBatchNorms into ordinary batch norms, in place. They do not run on a CPU; `over_ranks` replaces them."""
+    """Turn SyncBatchNorms, which need CUDA, into ordinary batch norms, in place. `over_ranks` does the same
+    anywhere."""
     for module in model.modules():
         if type(module) is nn.SyncBatchNorm:
             module.process_group = None  # a process group cannot be copied

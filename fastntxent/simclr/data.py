@@ -28,12 +28,12 @@ from .sources import SOURCES, Request
 from .tally import Images, Tally, tally
 
 DEFAULT_SIZE = 32
-# If the brightest of all values is below this (of 255), the images probably have another range than assumed.
+# If all values are below this (of 255), the images probably have another range than assumed.
 _DARK = 32
 
 
 class TrainingData(Protocol):
-    """The facts about its images that the trainer needs before it reads them."""
+    """The facts about the training images that the trainer needs before it reads them."""
 
     @property
     def name(self) -> str: ...
