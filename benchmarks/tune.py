@@ -148,8 +148,8 @@ def _called(kernel: str, tile: object, work: Callable[[], object]) -> Callable[[
 
 
 def _replayed(kernel: str, tile: object, work: Callable[[], object]) -> Callable[[int], timing.Phases]:
-    """Like `_called`, from a CUDA graph of several calls, without the host's part. Call it inside `taking` this
-    tile."""
+    """Like `_called`, but replay a CUDA graph of several calls, which leaves out the host's time. Call it inside
+    `taking(kernel, tile)`."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(REPEATS):
