@@ -102,7 +102,9 @@ def load_encoder(path: Path | str, encoder: nn.Module | None = None) -> Encoder:
         parameters = {key: value for key, value in state["model"].items() if key.startswith(_PREFIX)}
         check_model(config.model)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{name} lacks what the trainer saves ({type(error).__name__}: {error})") from error
+        raise ValueError(
+            f"{name} is not a complete checkpoint of the trainer ({type(error).__name__}: {error})"
+        ) from error
     if encoder is None and state.get("own_encoder"):
         raise ValueError(
             f"{name} holds the parameters of a module that was passed to Trainer: pass a module of that architecture "

@@ -94,7 +94,7 @@ class ImageData:
         check_images("test_images", self.test_images, least=1)
         train, test = self.train_images.shape[1:], self.test_images.shape[1:]
         if train != test:
-            raise ValueError(f"test_images must be like train_images, {tuple(train)} each, got {tuple(test)}")
+            raise ValueError(f"test_images must have the shape of train_images, {tuple(train)}, got {tuple(test)}")
         check_labels("train_labels", self.train_labels, len(self.train_images), len(self.class_names))
         check_labels("test_labels", self.test_labels, len(self.test_images), len(self.class_names))
 
