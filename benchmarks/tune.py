@@ -89,7 +89,7 @@ def rank(
 
 
 def compile_tile(target: str, kernel: str, dtype: str, DP: int, tile: Sizes) -> list[kernels.CompiledKernel]:
-    """Return the reports of a tile in all variants and regimes, or nothing if it exceeds a limit of the compiler."""
+    """Return the reports of a tile in all variants and regimes; none if the tile exceeds a limit of the compiler."""
     shifts = (False, True) if kernel in ("fused", "form") else (None,)
     cases = itertools.product(("usual", "general"), shifts)
     try:

@@ -11,8 +11,9 @@ template <class T> constexpr T LOG2_E = T(1.4426950408889634);  // exp(x) = 2^(x
 // limit, logits are shifted by their maximum or by nu.
 template <class T> constexpr T DIRECT_LIMIT = sizeof(T) == 4 ? 60 : 480;
 
-// Without a shift, the factors w exp(-nu), scaled so that the largest w is 1, stay between this and its inverse: three
-// decades within either end of float's range (1.2e-38 to 3.4e38), eight within double's.
+// Without a shift, weights are scaled so that the largest w is 1. If a factor w exp(-nu) is then not between this and
+// its inverse, the tiles are shifted. That leaves three decades at either end of float's range (1.2e-38 to 3.4e38), and
+// eight at either end of double's.
 template <class T> constexpr double SMALLEST_FACTOR = sizeof(T) == 4 ? 1e-35 : 1e-300;
 
 // With a shift, no factor exceeds its weight, and the largest weight is scaled to this value. It is in the middle of

@@ -698,8 +698,8 @@ template <class T> class Run {
         });
     }
 
-    // Turn what a side has gathered into its gradient in z, and return the side's part of the gradient in k. The
-    // gathered gradient is in units of `weight_unit_` times k until it is written to d_z.
+    // Turn a side's `gathered` into its gradient in z, and return the side's part of the gradient in k. `gathered` is
+    // in units of `weight_unit_` times k.
     double finish(OwnedSide<T>& side) {
         if (!side.gathered) return 0;
         const bool has_positives = takes_positives() || call_.d_pos;

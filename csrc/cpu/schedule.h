@@ -1,7 +1,7 @@
 // How the similarity matrix is cut into tasks, and the order of the tasks. A task is a block of rows against a block of
 // columns, and a block is a few tiles long. Tasks that share a block add to the same sums, so every block has a turn
-// counter, and a task waits for its turn at both of its blocks. The order of every sum is therefore the same whichever
-// thread computes it. Tasks come in rounds in which no block occurs twice, so threads seldom wait.
+// counter, and a task waits for its turn at both of its blocks. So every sum has the same order, no matter which
+// threads compute it. Tasks come in rounds in which no block occurs twice, so threads seldom wait.
 //
 // The schedule depends only on the sizes and the number of threads. `python -m benchmarks schedule` reads it through
 // _cpu.schedule() and predicts the speed-up with more threads.

@@ -1,4 +1,4 @@
-// How a call is cut for a machine, and the layout of its workspace. Plain arithmetic.
+// How a call is cut into tasks for a device, and the layout of its workspace: plain arithmetic on the host.
 #pragma once
 
 #include <math.h>

@@ -29,10 +29,10 @@ _LUMA = (0.299, 0.587, 0.114)
 class Preset:
     """The random changes that make a view. With the default of every field, a view is the image itself.
 
-    Geometry: `area` is the range of the fraction of the image's area that a view shows (above 1 it zooms out), `aspect`
-    the largest ratio of width to height of that crop, and `rotate` the largest angle in degrees. `shear`, `shift` and
-    `elastic` (the displacement of a lattice point) are maxima in half image widths. `flip` is the probability of a
-    horizontal flip. `padding` is the padding mode outside the image.
+    Geometry: a view shows a crop, whose area as a fraction of the image's is drawn from the range `area` (above 1, the
+    view zooms out). `aspect` is the largest ratio of width to height of the crop, and `rotate` the largest angle in
+    degrees. `shear`, `shift` and `elastic` (the displacement of a lattice point) are maxima in half image widths.
+    `flip` is the probability of a horizontal flip. `padding` is the padding mode outside the image.
 
     Colour: `brightness`, `contrast` and `saturation` are the largest relative changes, and `hue` is the largest turn of
     the colour wheel as a fraction of a full turn. All four are applied with probability `jitter`. `gray`, `blur` and

@@ -69,8 +69,8 @@ class _OverRanks(nn.Module):
 class _StatisticsOfAll(TorchFunctionMode):
     """Replaces F.batch_norm in training mode.
 
-    Every batch norm calls that function, so there are no special cases: subclasses with an activation in the forward,
-    shared or frozen modules, and modules without parameters or running statistics all work.
+    Every batch norm calls that function, so none of these needs a special case: subclasses with an activation in the
+    forward, shared or frozen modules, and modules without parameters or running statistics.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
