@@ -17,9 +17,11 @@ from typing import NamedTuple
 
 
 class Rates(NamedTuple):
-    """Rates per second of a whole chip: cycles of all multiprocessors; 16-bit flops, TF32 flops and 16-bit flops with
-    mma.sync; exponentials; bytes of shared memory (128 per cycle and multiprocessor), of memory and of the second-level
-    cache. `l2` is that cache's size in bytes, `float32` the float32 operations per cycle of one multiprocessor."""
+    """Rates per second of a whole chip. `cycles` counts the cycles of all multiprocessors. `product`, `tf32` and
+    `by_warps` are flops: in 16 bits, in TF32, and in 16 bits with mma.sync. `exp` counts exponentials. `shared` (128
+    per cycle and multiprocessor), `memory` and `cache` (the second-level cache) are bytes. Two fields are not such
+    rates: `l2` is the second-level cache's size in bytes, and `float32` the float32 operations per cycle of one
+    multiprocessor."""
 
     cycles: float
     product: float
@@ -34,9 +36,10 @@ class Rates(NamedTuple):
 
 
 class Chip(NamedTuple):
-    """A chip: its name in Triton, its family of tiles and its matrix instruction; bytes of shared memory for one
-    program and for all programs on a multiprocessor, and threads of a multiprocessor (None if unknown here); the number
-    of multiprocessors and their rates; and the first version of Triton known to compile for it."""
+    """A chip. `backend`, `arch` and `warp` identify it in Triton, `family` is its family of tiles, and `matrix` its
+    matrix instruction. `shared` and `shared_of_all` are the bytes of shared memory for one program and for all programs
+    on a multiprocessor. `threads` is the number of threads of a multiprocessor (None if unknown here). `since` is the
+    first version of Triton known to compile for the chip."""
 
     backend: str
     arch: int | str

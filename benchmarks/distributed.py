@@ -1,9 +1,10 @@
 """Suite `distributed`: a step of NT-Xent over gloo ranks on this machine, one thread each, beside its predicted cost.
 
-The model is in docs/distributed.md. Its rates are measured in the same run: the kernels' rate on one rank while the
-others wait; the link's rate with an all-gather and with one hop of the ring, of blocks as large as the step's; and the
-latency of a call with an all-gather of one number. The ranks share the cores. With more ranks than cores, products take
-proportionally longer; without a core left for gloo, no transfer overlaps with a product.
+The model is in docs/distributed.md. Its rates are measured in the same run. The kernels' rate is measured on one rank
+while the others wait. The link's rate is measured with an all-gather and with one hop of the ring, of blocks as large
+as in the step. The latency of a call is measured with an all-gather of one number. The ranks share the cores. With more
+ranks than cores, products take proportionally longer; without a core left for gloo, no transfer overlaps with a
+product.
 
 gathered   an all-gather with autograd, then our single-process loss over all rows, on every rank
 dense      an all-gather with autograd, then the dense formula of each rank's rows against all rows
@@ -212,7 +213,7 @@ def compare_with_model(world: int, of_ranks: tuple[dict[str, Any], ...]) -> list
     share = max(1.0, world / cores)
 
     def seconds(name: str, phase: str, over: Any = max) -> list[float]:
-        """Return one time per round: that of the slowest rank, or another reduction over the ranks."""
+        """Return one time per round: the slowest rank's, or another reduction over the ranks."""
         return [over(each) for each in zip(*(found["times"][name][phase] for found in of_ranks), strict=True)]
 
     def median(name: str, phase: str, over: Any = max) -> float:

@@ -1,8 +1,9 @@
 """Host time of a loss and its gradient, without autograd and the kernels: python -m benchmarks.host
 
-Kernel launches are replaced by an empty function, and the batch is too small for anything else to take time. What
-remains is Python and PyTorch and, for Triton, the backend's code; its kernels are compiled for sm_90 but never run. The
-baseline is a bare `torch.autograd.Function` with the same outputs and gradients. Times are the CPU time of this thread.
+Kernel launches are replaced by an empty function, and the batch is too small for anything else to take time. The time
+left is that of Python, PyTorch and, for Triton, the backend's code. Triton's kernels are compiled for sm_90 but never
+run. The baseline is a bare `torch.autograd.Function` with the same outputs and gradients. Times are the CPU time of
+this thread.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def empty_launch() -> Iterator[None]:
 
 @contextlib.contextmanager
 def empty_triton() -> Iterator[_NoDevice]:
-    """Replace backend "triton" likewise. Its kernels are compiled for an H100 that need not be present."""
+    """Replace backend "triton" by one that accepts CPU tensors, compiles for an H100 and runs no kernel."""
     from triton.runtime.driver import driver
 
     with mock.patch("torch.cuda.is_available", return_value=True):

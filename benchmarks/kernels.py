@@ -1,8 +1,8 @@
 """Suite `kernels`: registers, memory and spills of the Triton kernels, compiled ahead of time for GPUs that need not be
 present.
 
-Every tile in fastntxent.backends.triton's table is compiled in two variants: as NT-Xent of normalised rows launches it
-("usual"), and as a rectangle of rows of any length with the temperature on the device does ("general"). This finds
+Every tile in fastntxent.backends.triton's table is compiled in two variants. "usual" is launched for NT-Xent of
+normalised rows, and "general" for a rectangle of rows of any length, with the temperature on the device. This finds
 faults that a user would otherwise meet on a GPU: more shared memory than the chip has, spilled registers, products
 outside the matrix units or without overlap, float32 sums that a compiler has moved back into the matrix units, and more
 instructions, shuffles or barriers in the hot loops than LIMITS allows.
@@ -29,7 +29,7 @@ FEATURES = (64, 128, 256, 768)
 GENERAL = (128, 768)  # features for which the general variant is compiled too
 TORCH = {"bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32}
 OPERANDS = {**TORCH, "fp32": torch.float16}  # a float32 operand is two float16 parts
-MULTIPLES = (  # packed row lengths: multiples of 16 like addresses, as Triton finds at a launch
+MULTIPLES = (  # row lengths that, like addresses, are multiples of 16, as Triton detects at a launch
     "DP",
     "stride_g",
     "stride_scaled",
@@ -51,7 +51,7 @@ AROUND = (
     "unpack",
     "end",
 )  # kernels around the products, with one tile and no matrix instructions
-# Kernels in another form, by the kernel whose tiles they use: sigmoid losses, and rows with limits.
+# Other forms of kernels, for sigmoid losses and for rows with limits: name -> the kernel whose tiles it uses.
 TILED_AS = {
     "pair_sums": "sums",
     "pairs": "pairs",
@@ -101,10 +101,10 @@ LIMITS = {
 
 class CompiledKernel(NamedTuple):
     """A compiled kernel and its resources. `registers` and `stack` (bytes) are per thread, `resident` is programs per
-    multiprocessor; they are None if no tool reports them. `products` counts products of tiles, `fresh` those whose
-    accumulator starts at zero, `restored` fused multiply-adds that restore truncated sums of tiles, and `repeated`
-    products in which some warps repeat the work of others because the tile is too small for so many warps. `code` is
-    the machine code, for NVIDIA only."""
+    multiprocessor; they are None if no tool reports them. `products` counts products of tiles, and `fresh` the products
+    whose accumulator starts at zero. `restored` counts fused multiply-adds that restore truncated sums of tiles.
+    `repeated` counts products in which some warps repeat the work of others, because the tile is too small for so many
+    warps. `code` is the machine code, for NVIDIA only."""
 
     kernel: str
     target: str

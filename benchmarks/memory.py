@@ -62,8 +62,8 @@ def _main(name: str, n: int, d: int, seconds: float) -> None:
     if missing:
         raise SystemExit(f"{name}: {missing[name]}")
     z_i, z_j = Case(n, d).inputs()
-    # Load libraries and start threads with a small step, so that memory which a kernel keeps for large batches still
-    # counts below. "compiled" warms up at full size, so that its compiler's memory does not count.
+    # This step loads libraries and starts threads. It is small, so that memory that a kernel keeps after a large batch
+    # counts below. "compiled" takes a step of full size, so that its compiler's memory does not count.
     step(losses[name], *Case(n if name == "compiled" else min(n, 32), d).inputs())
     rates = [machine.gemm_rate()]
     forget_peak()

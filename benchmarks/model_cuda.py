@@ -3,15 +3,15 @@
 A block runs its tasks one after the other; between phases it waits BARRIER for the grid. A task loops over tiles of
 columns, one chunk of features per step. The times are
 
-    step     the longest of its instructions, its products, its bytes from the second-level cache, and its latency: a
-             barrier, a wait for copies and a load from shared memory (SYNC each), then four products that add to the
-             same sums (PRODUCT each)
+    step     the longest of its instructions, its products, its bytes from the second-level cache, and its latency. The
+             latency is a barrier, a wait for copies and a load from shared memory (SYNC each), then four products that
+             add to the same sums (PRODUCT each)
     tile     the part outside its steps: exponentials and, in the gradient, the second product
     task     the part outside its tiles, and two dependent loads (LOAD each) before them
 
 Instructions are counted in the built module (sass.py). PRODUCT is the latency of m16n8k16, 32 to 33 cycles on A100 and
 H100 (Luo et al., arXiv 2402.13499). BARRIER is the time of a cooperative-groups grid barrier on a V100 (Zhang et al.,
-"A Study of Single and Multi-device Synchronization Methods in Nvidia GPUs", 2020), which our barrier should not exceed.
+"A Study of Single and Multi-device Synchronization Methods in Nvidia GPUs", 2020). Our barrier should take no longer.
 """
 
 from __future__ import annotations

@@ -179,8 +179,8 @@ class SimulatedTeam:
     ) -> None:
         """Run Team::each: each free thread takes the next index in order; thread 0 leads.
 
-        All threads write two cache lines, one after the other: the line of the next index and the line of the team, on
-        which helpers register and sign off and the leader closes the phase.
+        All threads write to two cache lines, one thread at a time: the line of the next index, and the team's line,
+        where helpers register and sign off and the leader closes the phase.
         """
         alone = self.threads == 1 or count <= 1
         line, hand_over = (0.0, 0.0) if alone else (self.costs.line, self.costs.hand_over)

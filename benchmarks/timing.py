@@ -55,8 +55,8 @@ def _evaluate_truth(truth: Callable[..., Tensor], case: Case) -> tuple[float, Te
 
 
 def check(name: str, loss: Loss, case: Case) -> float:
-    """Return the relative error of the gradient against the float64 reference. Raise if it, or that of the value, is
-    too large."""
+    """Return the relative error of the gradient against the float64 reference. Raise if this error or the value's error
+    is too large."""
     case = case._replace(n=min(case.n, LARGEST_CHECKED))
     value, gradient = _evaluate(loss, *case.inputs())
     true_value, true_gradient = _evaluate_truth(COMPETITORS[name].truth, case)
@@ -156,7 +156,7 @@ def lines(result: dict[str, object]) -> list[str]:
 def compare_threads(
     loss: Loss, counts: list[int], case: Case, seconds: float, gemm: Callable[[], float]
 ) -> dict[str, dict]:
-    """Time one loss, and a GEMM that returns its seconds, at several numbers of threads in turn.
+    """Time one loss and a GEMM at several numbers of threads in turn. `gemm` runs the GEMM and returns its seconds.
 
     Return milliseconds, and speed-ups over the first number of threads.
     """

@@ -89,7 +89,7 @@ def rank(
 
 
 def compile_tile(target: str, kernel: str, dtype: str, DP: int, tile: Sizes) -> list[kernels.CompiledKernel]:
-    """Return the reports of a tile in all variants and regimes, or nothing if it exceeds a limit of the compiler."""
+    """Return the reports of a tile in all variants and regimes; none if the tile exceeds a limit of the compiler."""
     shifts = (False, True) if kernel in ("fused", "form") else (None,)
     cases = itertools.product(("usual", "general"), shifts)
     try:
@@ -148,8 +148,8 @@ def _called(kernel: str, tile: object, work: Callable[[], object]) -> Callable[[
 
 
 def _replayed(kernel: str, tile: object, work: Callable[[], object]) -> Callable[[int], timing.Phases]:
-    """Like `_called`, from a CUDA graph of several calls, without the host's part. Call it inside `taking` this
-    tile."""
+    """Like `_called`, but replay a CUDA graph of several calls, which leaves out the host's time. Call it inside
+    `taking(kernel, tile)`."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(REPEATS):

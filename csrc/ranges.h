@@ -11,8 +11,9 @@ template <class T> constexpr T LOG2_E = T(1.4426950408889634);  // exp(x) = 2^(x
 // limit, logits are shifted by their maximum or by nu.
 template <class T> constexpr T DIRECT_LIMIT = sizeof(T) == 4 ? 60 : 480;
 
-// Without a shift, the factors w exp(-nu), scaled so that the largest w is 1, stay between this and its inverse: three
-// decades within either end of float's range (1.2e-38 to 3.4e38), eight within double's.
+// Without a shift, weights are scaled so that the largest w is 1. If a factor w exp(-nu) is then not between this and
+// its inverse, the tiles are shifted. That leaves three decades at either end of float's range (1.2e-38 to 3.4e38), and
+// eight at either end of double's.
 template <class T> constexpr double SMALLEST_FACTOR = sizeof(T) == 4 ? 1e-35 : 1e-300;
 
 // With a shift, no factor exceeds its weight, and the largest weight is scaled to this value. It is in the middle of
@@ -24,9 +25,9 @@ template <class T> constexpr double LARGEST_WEIGHT = sizeof(T) == 4 ? 0x1p64 : 0
 // that factor is at most 1, and they use half this scale.)
 constexpr float G_SCALE = 8192;
 
-// The lower bound on the unit in which weights enter the tiles of a CUDA call, which is otherwise the call's largest
-// weight. If all weights are 0, nothing is divided by 0, and both G_SCALE / unit (8e36) and unit / G_SCALE (1.2e-37)
-// are normal floats.
+// In a CUDA call, weights enter the tiles in units of the call's largest weight, or of this number if that is larger.
+// So nothing is divided by 0 if all weights are 0, and both G_SCALE / unit (8e36) and unit / G_SCALE (1.2e-37) are
+// normal floats.
 constexpr float SMALLEST_UNIT = 1e-33f;
 
 }  // namespace fntx

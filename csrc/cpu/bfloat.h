@@ -3,8 +3,8 @@
 // Intel's manual, so that check.cpp can test the kernels on processors without the instructions. The emulation of
 // AVX512_BF16 agreed bit for bit with a processor on 48 million random lanes, which included NaN and subnormal numbers.
 //
-// A pair is a 32-bit word with the number of the even index in its low half. A product reads its left operand row by
-// row; each row of its right operand holds one pair of every column.
+// A pair is a 32-bit word with the number of the even index in its low half. In a product, a row of the left operand
+// holds the pairs of one row, and a row of the right operand holds one pair of every column.
 #pragma once
 
 #include <immintrin.h>
@@ -53,7 +53,7 @@ FNTX_INLINE Halves to_bfloat(Vec<float> x) {
 }
 
 // --- tiles -----------------------------------------------------------------------------------------------------------
-// Registers of 16 rows of 64 bytes: pairs of bfloat16 numbers, or float sums.
+// A tile register has 16 rows of 64 bytes, which hold pairs of bfloat16 numbers or float sums.
 
 #ifdef FNTX_TILES
 

@@ -262,9 +262,9 @@ std::vector<double> unusual(std::initializer_list<double> numbers) {
     return all;
 }
 
-// A NaN reaches the loss and every row that has it among its negatives. So does an infinity if rows are normalised,
-// because it becomes a NaN. A row of finite length then affects no other row. The positive of row i has the same index
-// modulo 50.
+// A NaN reaches the loss and every row that has it among its negatives. If rows are normalised, an infinity becomes a
+// NaN and does the same, while a finite number leaves the loss finite. Rows with index 3 modulo 50 (the changed row and
+// its positive) are not checked.
 template <class T> void unusual_rows(const Case& c) {
     const double huge = sizeof(T) == 4 ? 3e38 : 1e150;
     Problem<T> p(c);

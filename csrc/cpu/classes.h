@@ -63,8 +63,8 @@ class Classes {
     bool in_pairs_ = true;
 };
 
-// A second view of a side's rows, for sums over their positives. It shares the rows and what they gather, and has its
-// own sums, weights and log-sum-exps.
+// A side for the sums of rows over their positives. It shares the rows and `gathered` with the side it is made from,
+// and has separate sums, weights and log-sum-exps.
 template <class T> struct PositiveSide : PackedSide<T> {
     explicit PositiveSide(const PackedSide<T>& rows) : PackedSide<T>(rows) {
         const int64_t padded = round_up(rows.n, ALIGNED_ROWS);

@@ -177,7 +177,7 @@ template <class T> FNTX_INLINE Vec<T> within(Vec<T> values, Vec<T> exps, Vec<T> 
     return exps > limits ? Vec<T>{} : values;
 }
 
-// Return the logits of a shifted tile that count for one side's sums, with -inf for those above its limits.
+// Return logits of a shifted tile for one side's sums, with -inf in place of logits above the side's limits.
 template <class T> FNTX_INLINE Vec<T> logits_within(const Tile<T>& tile, Vec<T> logits, Vec<T> limits) {
     if (!tile.limited) return logits;
     return logits > limits ? broadcast<T>(-INFINITY) : logits;
@@ -226,9 +226,9 @@ template <bool MASKED, bool LIMITED, class T> void forward_direct(const Tile<T>&
         for (int64_t col = 0; col < tile.n_cols; ++col) tile.cols->sums[tile.col0 + col] += col_sums[col];
 }
 
-// Write the logits to the buffer; with `masked`, -inf where a pair does not count. The logits are rounded here, once
-// for every later use. Rounding moves a logit of 1e5 by up to 4e-3, so it can be compared only with sums of logits that
-// were rounded in the same way.
+// Write the logits to the buffer; with `masked`, -inf where a pair does not count. The logits are rounded here, in the
+// same way for every use. Rounding moves a logit of 1e5 by up to 4e-3, so subtracting a log-sum-exp makes sense only if
+// its logits were rounded in the same way.
 template <class T> void form_logits(const Tile<T>& tile, bool masked) {
     form_products<Products>(tile, [&](Acc<T>& acc, int64_t row, int64_t col) __attribute__((always_inline)) {
 #pragma GCC unroll 8
@@ -347,7 +347,8 @@ template <class T> void weigh_exponentials(const Tile<T>& tile) {
     }
 }
 
-// Write G of a shifted tile to its buffer. The logits are shifted by nu of the row and by nu of the column.
+// Write G of a shifted tile to its buffer. The row's term shifts each logit by the row's nu, and the column's term by
+// the column's nu.
 template <class T> void weigh_shifted(const Tile<T>& tile) {
     form_logits(tile, tile.masked);
     Products::Radial radial;
@@ -455,8 +456,8 @@ template <class T> void pairs_backward(const Tile<T>& tile) {
 
 // --- softplus --------------------------------------------------------------------------------------------------------
 
-// How the pairs of a tile with equal ids count: NONE if there are no such pairs, LEFT_OUT if they add nothing,
-// POSITIVES if they add log(1 + exp(-x)).
+// How pairs with equal ids count in a tile. NONE: there are no such pairs. LEFT_OUT: they add nothing. POSITIVES: they
+// add log(1 + exp(-x)).
 enum Agreeing { NONE, LEFT_OUT, POSITIVES };
 
 template <Agreeing AGREEING, class T>

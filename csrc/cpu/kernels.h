@@ -1,4 +1,4 @@
-// The functions that every instruction set implements (`Kernels`), and the memory they share with the schedule.
+// The functions that every instruction set implements (`Kernels`), and the structures that loss.cpp passes to them.
 #pragma once
 
 #include <stdint.h>
@@ -7,8 +7,8 @@
 
 namespace fntx {
 
-// The rows and columns of a block, and the rows that a side allocates, are multiples of this. Every instruction set's
-// register block divides it.
+// The edge of a tile and the rows that a side allocates are multiples of this. The rows and columns of every
+// instruction set's register block divide it.
 constexpr int64_t ALIGNED_ROWS = 48;
 
 // The copy of bfloat16 rows packs two numbers into each 32-bit word. words_of returns the number of words that n
@@ -18,10 +18,10 @@ constexpr int64_t words_of(int64_t n) {
     return (n + 2 * WORDS_OF_REGISTER - 1) / (2 * WORDS_OF_REGISTER) * WORDS_OF_REGISTER;
 }
 
-// Rows a multiple of this apart compete for the same few lines of the L1 cache.
+// Rows whose stride is a multiple of this compete for the same few lines of the L1 cache.
 constexpr int64_t COMPETING_BYTES = 1024;
 
-// Return the row stride of that copy, in words, for rows of floats with a row stride of ld.
+// Return the row stride, in words, of the bfloat16 copy of float rows whose row stride is ld.
 constexpr int64_t word_row_length(int64_t ld) {
     return words_of(ld) * 4 % COMPETING_BYTES ? words_of(ld) : words_of(ld) + WORDS_OF_REGISTER;
 }
@@ -42,8 +42,8 @@ template <class T> struct PackedSide {
     int64_t n;             // number of rows
     const int64_t* order;  // index in z of each row; NULL: the identity
     T* u;                  // (n, ld) rows, normalised if `normalize`
-    T* panels;  // (n / panel, D, panel): u transposed, `panel` rows at a time; NULL: never the columns of a tile
-    T* norm;    // |z|
+    T* panels;             // (n / panel, D, panel): u transposed, `panel` rows at a time; NULL: not needed
+    T* norm;               // |z|
     // In place of panels, if the instruction set multiplies bfloat16 numbers:
     uint32_t* bfloats;        // (n, word_ld) words of the rows, each row scaled by a power of two
     uint32_t* bfloat_panels;  // (n / panel, n_words, panel): the words transposed, `panel` rows at a time; or NULL
@@ -66,7 +66,7 @@ template <class T> struct Tile {
     int64_t n_words, word_ld;  // words_of(D), word_row_length(ld)
     int64_t row0, n_rows;      // multiples of ALIGNED_ROWS, except at the end of the side
     int64_t col0, n_cols;
-    bool diagonal;   // rows and columns coincide: formed whole, used for the rows only
+    bool diagonal;   // rows and columns coincide: all of it is formed, but it adds to the rows only
     bool masked;     // some ids may agree, or the last panel is incomplete
     bool shifted;    // logits may overflow the exponential
     bool limited;    // rows leave out similarities above their limits
@@ -79,7 +79,7 @@ template <class T> struct Tile {
     T* sums;       // (edge, lanes + 1) scratch of the thread; twice that for softplus
     // If the instruction set multiplies bfloat16 numbers:
     uint32_t* bfloats;  // (edge, words_of(edge)) scratch of the thread
-    double* radial;     // a backward adds its sum of G_ij s_ij, formed before G is rounded: the temperature's gradient
+    double* radial;     // for the temperature's gradient: a backward adds its sum of G_ij s_ij, before rounding G
 };
 
 template <class T> struct Kernels {
@@ -95,8 +95,8 @@ template <class T> struct Kernels {
     // Add the tile's sums to the sums of its rows and, unless it is diagonal, of its columns.
     void (*forward)(const Tile<T>& tile);
 
-    // Run `forward`, and gather with the exponentials in place of G: the rows add exp(k s) U_cols. NULL if the
-    // instruction set multiplies bfloat16 numbers, because `radial` needs the weights.
+    // Run `forward`, and add exp(k s) U_cols to the rows' `gathered`. NULL if the instruction set multiplies bfloat16
+    // numbers, because `radial` needs the weights.
     void (*forward_and_gather)(const Tile<T>& tile);
 
     // Add G U_cols to the rows' `gathered` and, unless the tile is diagonal, G^T U_rows to the columns' `gathered`.

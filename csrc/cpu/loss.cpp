@@ -1,15 +1,19 @@
 // The phases of a call: load rows, forward over the tiles, formulas per row, backward over the tiles, write gradients.
 //
-// Flops are in units of u, a full product: 2 M^2 D, or 2 M N D for a rectangle.
+// Flops are in units of u, one full product: 2 M^2 D, or 2 M N D for a rectangle. A side "gathers" its gradient: row i
+// adds up sum_j G_ij u_j over the columns (docs/architecture.md defines G).
 //
-// If only the rows have losses and gradients (queries against a queue), one pass computes both. Each row gathers
-// columns with its exponentials as weights, and the result is divided by the row's sum at the end. That takes 2u for a
-// rectangle, where two passes take 3u.
+// If only the rows have losses and gradients (queries against a queue), one pass computes both. Each row gathers with
+// its exponentials in place of G, and the result is divided by the row's sum at the end. That takes 2u for a rectangle,
+// where two passes take 3u.
 //
-// Otherwise the forward forms half of the products (u/2). The backward forms them again (u/2), unless the workspace has
-// kept their exponentials, and gathers the gradient (u). That takes 2u in all, or 1.5u while the workspace lasts.
-// Memory: three (M, D) matrices (u, u transposed, the gathered gradient), the workspace, a tile for each thread and, if
-// one side is much longer than the other, the copies of slabs.h, which together have no more rows than the longer side.
+// Otherwise there are two passes. In a symmetric call, the forward forms half of the products (u/2). The backward forms
+// them again (u/2) and gathers the gradient (u). That takes 2u in all, or 1.5u if the workspace can keep all
+// exponentials from the forward.
+//
+// Memory: three (M, D) matrices (u, u transposed, the gathered gradient), the workspace, and a tile for each thread. If
+// one side is much longer than the other, slabs.h adds copies of the shorter side's sums and gathered gradient.
+// Together, these copies have no more rows than the longer side.
 //
 // No sum depends on which thread ran which task, so a result has the same bits every time. The size of the tiles
 // depends on the number of threads, so another number of threads may round differently.
@@ -41,7 +45,7 @@ double larger(double a, double b) { return b <= a || a != a ? a : b; }
 
 int64_t count_rows(const fntx_side& side) { return side.z[0].n + side.z[1].n; }
 
-// The range of the ids of some rows.
+// The range from the smallest to the largest id of some rows.
 struct Span {
     int64_t low = std::numeric_limits<int64_t>::max(), high = -1;
 
@@ -94,7 +98,7 @@ template <class T> struct OwnedSide : PackedSide<T> {
     double* d_pos;            // weight of pi
     T* largest_similarity;    // the limit of each row, if there are limits
 
-    // Free the copies of the rows that only tiles read.
+    // Free the packed copies of the rows, which only the tiles read.
     void release_packed() { panel_memory = {}, bfloat_memory = {}, bfloat_panel_memory = {}; }
 
     Buffer<T> u_memory, panel_memory, gathered_memory, row_memory, factor_memory;
@@ -164,8 +168,8 @@ template <class T> class Run {
                 each_tile(of_each_pair() ? kernels_.pairs_backward : kernels_.backward, positives_.get());
             join_gathered();
             if (at_once_) weigh_gathered();
-            // Release memory before the outputs' pages are first touched. If the workspace kept every tile, the step is
-            // short and the next one will probably want the same workspace.
+            // Release memory before the outputs' pages are first touched. If the workspace held every tile, lend it to
+            // the next call, which probably needs the same size.
             if (kept_ == schedule_.places()) workspace_.lend();
             workspace_ = {}, scratch_ = {};
             for_sides([&](OwnedSide<T>& side) { side.release_packed(); });
@@ -244,8 +248,9 @@ template <class T> class Run {
 
     bool in_classes() const { return call_.classes && !classes_.in_pairs(); }
 
-    // of_classes: a row's positives enter through the sum of its class. over_positives: the positives have sums of
-    // their own, formed in tiles. of_each_pair: every positive has a loss term of its own.
+    // of_classes: the loss takes the mean logit of a row's positives, which follows from the sum of the rows of its
+    // class. over_positives: the loss takes a separate sum over the row's positives, formed in tiles. of_each_pair:
+    // this sum has one loss term per positive.
     bool of_classes() const { return in_classes() && call_.form == FNTX_OUT; }
     bool over_positives() const { return in_classes() && call_.form != FNTX_OUT; }
     bool of_each_pair() const { return call_.form == FNTX_PAIRS; }
@@ -256,7 +261,8 @@ template <class T> class Run {
         return call.phases & FNTX_BACKWARD && (call.cols->d_z[0] || call.cols->d_z[1]);
     }
 
-    // Either side's gathered gradient also gives the temperature's, so the rows gather whenever the columns do not.
+    // The temperature's gradient is computed from one side's gathered gradient, so the rows gather if the columns do
+    // not.
     static bool gathers_rows(const fntx_call& call) {
         const bool wanted = call.rows.d_z[0] || call.rows.d_z[1];
         return call.phases & FNTX_BACKWARD && (wanted || !call.cols || !gathers_columns(call));
@@ -341,7 +347,8 @@ template <class T> class Run {
         largest_log_ = call_.inv_tau * bound + terms;
         shifted_ = !(largest_log_ < DIRECT_LIMIT<T>);
         limited_ = call_.limited || call_.rows.limits || (call_.cols && call_.cols->limits);
-        // Exponentials of small logits round to equal numbers, so they cannot tell a similarity from its limit.
+        // Near a logit of 0, different logits have equal exponentials after rounding, so these cannot be compared with
+        // limits.
         shifted_ = shifted_ || (limited_ && call_.inv_tau * bound < 1);
         if (limited_) load_limits();
     }
@@ -362,8 +369,8 @@ template <class T> class Run {
         scale_limits();
     }
 
-    // Convert the limits to the exponentials or logits that the tiles compare them with, computed in the same way, so
-    // that a similarity equal to its limit stays.
+    // Convert the limits to exponentials, or to logits if the tiles are shifted. They are computed as in the tiles, so
+    // that a similarity equal to its limit still counts.
     void scale_limits() {
         for_sides([&](OwnedSide<T>& side) {
             const T k = T(call_.inv_tau);
@@ -418,8 +425,8 @@ template <class T> class Run {
 
     // --- tiles ---------------------------------------------------------------------------------------------------
 
-    // Call the kernel on every tile. With `agreeing`, the side that holds the rows' sums over their positives, call it
-    // only on the tiles in which ids may agree.
+    // Call the kernel on every tile. `agreeing` is the side that holds the rows' sums over their positives. If it is
+    // given, call the kernel with this side, and only on tiles in which ids may agree.
     void each_tile(void (*kernel)(const Tile<T>&), PackedSide<T>* agreeing = nullptr) {
         const int64_t P = slabs_.count * slabs_.rows, Q = symmetric_ ? 0 : slabs_.count * slabs_.cols;
         std::unique_ptr<std::atomic<int32_t>[]> turns(new std::atomic<int32_t>[size_t(P + Q)]);
@@ -450,7 +457,8 @@ template <class T> class Run {
                     kernel(tile);
                 }
             row_turn.store(task.row_turn + 1, std::memory_order_release);
-            // A diagonal tile stores its turn only once, because its block may have moved on by now.
+            // A task on the diagonal has one block, whose turn is stored once: by now, the block's next task may have
+            // changed it.
             if (&col_turn != &row_turn) col_turn.store(task.col_turn + 1, std::memory_order_release);
         });
     }
@@ -548,8 +556,8 @@ template <class T> class Run {
         return call_.loss_weight / double(counted);
     }
 
-    // loss_i = nu - pi, where pi is the mean of the positives' logits. A positive weighs the same in row i's loss as
-    // row i weighs in the positive's loss, because all rows of a class have the same number of positives.
+    // loss_i = nu - pi, where pi is the mean of the positives' logits. The logit of two positives has the same weight
+    // in both rows' losses, because all rows of a class have the same number of positives.
     void take_class_losses() {
         class_sums_ = Buffer<T>(classes_.size() * ld_);
         team_.each(classes_.size(), [&](int64_t c, int) {
@@ -567,8 +575,9 @@ template <class T> class Run {
         }));
     }
 
-    // loss_i = log(1 + exp(nu - lse)), where lse is the log-sum-exp of the row's positives; or the mean of log(1 +
-    // exp(nu - pi)) over the positives. d_pos is the weight of lse, or of each positive.
+    // FNTX_RATIO: loss_i = log(1 + exp(nu - lse)), where lse is the log-sum-exp of the row's positives. FNTX_IN adds
+    // the log of their number. FNTX_PAIRS: loss_i is the mean of log(1 + exp(nu - pi)) over the positives. d_pos is the
+    // weight of lse, or for FNTX_PAIRS the weight of each positive.
     void take_losses_over_positives() {
         PositiveSide<T>& positives = *positives_;
         const double weight = rows_loss_weight();
@@ -617,9 +626,9 @@ template <class T> class Run {
     }
 
     // Weights of any magnitude (2^16 from a loss scaler, 1e-6 from a mean) enter the tiles in units of `weight_unit_`.
-    // Without a shift, the largest weight is 1. If w exp(-nu) would then leave the range of T for some row, because one
-    // weight is 1e38 times another, the tiles are shifted instead. Their w exp(k s - nu) is at most w, so the largest
-    // weight is LARGEST_WEIGHT.
+    // Without a shift, the unit makes the largest weight 1. If w exp(-nu) would then leave the range of T for some row
+    // (for example, if one weight is 1e38 times another), the tiles are shifted. In shifted tiles, w exp(k s - nu) is
+    // at most w, so the unit makes the largest weight LARGEST_WEIGHT.
     void weigh() {
         double largest = 0;
         const T* const d_pos = static_cast<const T*>(call_.d_pos);
@@ -660,8 +669,8 @@ template <class T> class Run {
 
     // --- rows alone ----------------------------------------------------------------------------------------------
 
-    // Return whether the rows may gather with exponentials and be weighted at the end, as far as the sums need not be
-    // known.
+    // Return whether the rows may gather with exponentials and be weighted at the end. The sums are not known yet;
+    // drop_gathered_if_small checks them later.
     bool may_gather_at_once() const {
         const bool rows_alone =
             call_.loss && !symmetric_ && rows_.gathered && !cols_.gathered && call_.cols_loss_weight == 0;
@@ -669,8 +678,8 @@ template <class T> class Run {
         return !shifted_ && !limited_ && largest_log_ + std::max(log_length_, 0.0) < DIRECT_LIMIT<T>;
     }
 
-    // If a row's sum is so small that its terms, times the columns, come near the smallest number of T, discard what
-    // was gathered. A pass with weights then gathers it again.
+    // Discard what the rows gathered if some row's sum is so small that its exponentials times the columns come near
+    // the smallest number of T. The backward then gathers again, with weights.
     void drop_gathered_if_small() {
         if (!at_once_) return;
         const double small = largest_over_rows(rows_, [&](int64_t row) {
@@ -689,12 +698,13 @@ template <class T> class Run {
         });
     }
 
-    // Turn what a side has gathered into its gradient in z, and return the side's part of the gradient in k. Until the
-    // gradient is written, everything is in units of `weight_unit_` and of k.
+    // Turn a side's `gathered` into its gradient in z, and return the side's part of the gradient in k. `gathered` is
+    // in units of `weight_unit_` times k.
     double finish(OwnedSide<T>& side) {
         if (!side.gathered) return 0;
         const bool has_positives = takes_positives() || call_.d_pos;
-        // A symmetric call counts every similarity twice. Of two sides, only one contributes to the gradient in k.
+        // In a symmetric call every similarity appears in two rows, so each contributes half. With two sides, only one
+        // contributes.
         const double share = symmetric_ ? 0.5 : &side == (rows_.gathered ? &rows_ : &cols_) ? 1 : 0;
         const int64_t n_first = side.given.z[0].n;
         return sum_over_rows(side, [&](int64_t row) {

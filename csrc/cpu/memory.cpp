@@ -14,7 +14,7 @@ namespace {
 
 constexpr size_t HELD_BYTES = size_t(32) << 20;           // a call of N = 1024, D = 128 takes 12 MiB
 constexpr int HELD_BLOCKS = 32;                           // a call takes 8 to 20
-constexpr size_t LINE = 64, HUGE_PAGE = size_t(1) << 21;  // HUGE_PAGE: of x86-64 and most of arm64
+constexpr size_t LINE = 64, HUGE_PAGE = size_t(1) << 21;  // HUGE_PAGE: on x86-64, and usually on arm64
 
 struct HeldMemory {
     void* memory;
@@ -26,8 +26,8 @@ int held_blocks = 0;
 size_t held_bytes = 0;
 HeldMemory spare = {nullptr, 0};  // one block larger than HELD_BYTES, whose pages the system may reclaim
 
-// Guards the held blocks. A thread that does not get the guard at once allocates from the system, so no thread waits:
-// not for another thread, and not in a child that was forked while a thread of its parent held the guard.
+// Guards the held blocks. A thread that does not get the guard at once allocates from the system. So no thread ever
+// waits, even in a child process that was forked while another thread of the parent held the guard.
 std::atomic_flag busy = ATOMIC_FLAG_INIT;
 
 struct Guard {
@@ -77,7 +77,7 @@ void* acquire_memory(size_t bytes, size_t& capacity) {
             capacity = block.capacity;
             return block.memory;
         }
-        free(block.memory);  // a spare block that is no use to a large call makes room for one that is
+        free(block.memory);  // a large call frees a spare block that does not serve it, to make room
     }
     capacity = bytes;
     void* memory = nullptr;

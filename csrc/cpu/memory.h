@@ -1,8 +1,8 @@
 // Uninitialised, aligned memory for a call. Up to 32 MiB of freed blocks are held for the next call, because fresh
-// memory from the system costs a page fault per 4 KiB, which takes a third of the time at N = 256. Larger blocks ask
-// for huge pages and are freed at once, except one that the next call is likely to need. That one is lent to the
-// system, which reclaims its pages only under memory pressure. This saves a tenth of the time at N = 4096; the block
-// counts as resident until then.
+// memory from the system costs a page fault per 4 KiB, which takes a third of the time at N = 256. Blocks of 4 MiB and
+// more ask for huge pages. Blocks of more than 32 MiB are freed at once, except for one that the next call probably
+// needs. It is lent to the system, which reclaims its pages only under memory pressure; until then, they count as
+// resident memory. Lending saves a tenth of the time at N = 4096.
 #pragma once
 
 #include <stddef.h>

@@ -17,9 +17,9 @@ int signal_raised() {
     return raised;
 }
 
-// Reacquire the GIL. During shutdown, Python before 3.14 ends every thread but the main one in here by unwinding its
-// stack, through PyTorch's frames too, and some of those abort the process when they are unwound. Such a thread waits
-// for the process to end instead, as it does from Python 3.14 on.
+// Reacquire the GIL. During shutdown, Python before 3.14 ends every thread but the main one in this call, by unwinding
+// its stack. Some of PyTorch's frames abort the process when they are unwound. So the thread waits here for the process
+// to end, as it does from Python 3.14 on.
 void take_back(PyThreadState* thread) {
     try {
         PyEval_RestoreThread(thread);

@@ -1,7 +1,7 @@
 // How the similarity matrix is cut into tasks, and the order of the tasks. A task is a block of rows against a block of
 // columns, and a block is a few tiles long. Tasks that share a block add to the same sums, so every block has a turn
-// counter, and a task waits for its turn at both of its blocks. The order of every sum is therefore the same whichever
-// thread computes it. Tasks come in rounds in which no block occurs twice, so threads seldom wait.
+// counter, and a task waits for its turn at both of its blocks. So every sum has the same order, no matter which
+// threads compute it. Tasks come in rounds in which no block occurs twice, so threads seldom wait.
 //
 // The schedule depends only on the sizes and the number of threads. `python -m benchmarks schedule` reads it through
 // _cpu.schedule() and predicts the speed-up with more threads.
@@ -19,9 +19,9 @@ namespace fntx {
 constexpr int64_t LARGEST_EDGE = 192;    // at D = 128, a tile and its rows stay in a core's L2 cache
 constexpr int64_t TILES_PER_SIDE = 4;    // at least, per thread, unless the smallest edge is reached
 constexpr int64_t TILES_PER_BLOCK = 4;   // at most: at D = 128, two blocks stay in an L2 cache of 2 MiB
-constexpr int64_t BLOCKS_PER_SIDE = 8;   // at least, per thread of several, unless blocks are down to one tile
+constexpr int64_t BLOCKS_PER_SIDE = 8;   // with several threads: at least, per thread, unless a block is one tile
 constexpr int64_t CHUNKS_PER_TAKE = 8;   // at most
-constexpr int64_t TAKES_PER_THREAD = 4;  // at least, unless takes are down to one chunk
+constexpr int64_t TAKES_PER_THREAD = 4;  // at least, unless a take is one chunk
 constexpr double PARALLEL_FROM = 4e6;    // multiplications of a full product; with fewer, one thread is as fast
 
 inline int64_t divide_up(int64_t x, int64_t by) { return (x + by - 1) / by; }
@@ -54,7 +54,7 @@ struct Slabs {
     Slabs(int64_t P, int64_t Q, int threads) : rows(P), cols(Q), of_rows(P > Q) {
         const int64_t few = std::min(P, Q), many = std::max(P, Q), busy = 2 * int64_t(threads);
         if (threads <= 1 || few >= busy) return;
-        // At most so many slabs that the copies together are as long as the split side.
+        // There are so few slabs that all copies together are no longer than the split side.
         const int64_t wanted = std::min(divide_up(busy, few), many / few), blocks = divide_up(many, wanted);
         count = divide_up(many, blocks);
         (of_rows ? rows : cols) = blocks;
@@ -91,7 +91,7 @@ class Triangle {
     }
 
   private:
-    // Return the number of earlier games of the block, plus one for the diagonal. With an odd P, block x sits out round
+    // Return the number of the block's earlier games, plus one for the diagonal. With an odd P, block x sits out round
     // x.
     int32_t turn(int64_t block, int64_t round) const { return int32_t(1 + round - (P_ % 2 && round > block)); }
 
@@ -168,8 +168,9 @@ class Schedule {
     }
 
   private:
-    // Several tiles per side let threads share the work, and save a symmetric call one triangle. A side that is not
-    // much longer than such a tile is limited by LARGEST_EDGE alone, and slabs of the other side share the work.
+    // With several tiles per side, threads share the work, and a symmetric call computes only one triangle. If the
+    // shorter side of a rectangle is not much longer than such a tile, only LARGEST_EDGE limits the edge, and threads
+    // share the slabs of the longer side.
     int64_t choose_edge() const {
         const int64_t whole = round_up(std::min(rows, cols), ALIGNED_ROWS);
         const int64_t even = int64_t(sqrt(double(rows) * double(cols))) / (TILES_PER_SIDE * threads);

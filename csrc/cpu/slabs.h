@@ -55,13 +55,13 @@ template <class T> class SlabSums {
         }
     }
 
-    // Add what the slabs have gathered for a row to what the side has gathered.
+    // Add the slabs' `gathered` of a row to the side's `gathered`.
     void join_gathered(PackedSide<T>& few, int64_t row, const Kernels<T>& kernels) const {
         for (const PackedSide<T>& side : sides_)
             kernels.add_scaled(few.gathered + row * ld_, T(1), side.gathered + row * ld_, ld_);
     }
 
-    // Free the copies of what was gathered.
+    // Free the copies of `gathered`.
     void release_gathered() { gathered_ = {}; }
 
   private:

@@ -1,7 +1,7 @@
 // The threads of a call. They are OpenMP threads, like PyTorch's thread pool, so a call takes over PyTorch's threads
-// instead of competing with them. One parallel region spans the call. In it the calling thread is the leader and hands
-// out the work of one phase after another. A parallel region per phase took up to 60 us each on a virtual machine that
-// was slow to wake threads.
+// instead of competing with them. One parallel region spans the call. In that region, the calling thread is the leader
+// and hands out the work of one phase after another. A parallel region per phase took up to 60 us each on a virtual
+// machine that was slow to wake threads.
 //
 // In a child process after fork, OpenMP's pool is gone, and a parallel region would wait for it forever. There, and in
 // builds with FNTX_STD_THREADS, threads are started for each call.
@@ -17,7 +17,7 @@
 namespace fntx {
 
 constexpr auto POLL_EVERY = std::chrono::milliseconds(50);  // as documented in fastntxent.h
-constexpr int SPINS = 1000;  // iterations of a wait after which a thread yields its core in every further one
+constexpr int SPINS = 1000;                                 // a wait yields the core in every iteration after this many
 
 class Team {
   public:
@@ -89,8 +89,8 @@ class Team {
     // The parallel region: runs `leader` on the calling thread and `help` on the others.
     void start(void (*leader)(void*), void* context);
 
-    // Never enter a finished job again: helpers that kept counting themselves in and out until it closes would take the
-    // shared cache lines from the threads that still work, and from the leader.
+    // A helper enters each job only once. If helpers counted themselves in and out until the job closed, they would
+    // take the shared cache lines from the threads that still work, and from the leader.
     void help(int thread) {
         int64_t done = 0;
         for (int spins = 0; !finished_.load(); ++spins) {

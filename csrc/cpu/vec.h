@@ -132,7 +132,8 @@ template <class T> FNTX_INLINE Vec<T> exp2_in_range(Vec<T> x, Vec<T> scale) {
     Vec<T> p = broadcast<T>(E::COEFFICIENTS[E::DEGREE]);
 #pragma GCC unroll 12
     for (int i = E::DEGREE - 1; i >= 0; --i) p = p * f + E::COEFFICIENTS[i];
-    // Unsigned, because the bits of NaN and infinity are shifted too and wrap around. In the product, NaN stays NaN.
+    // The shift is unsigned, because the bits of NaN and infinity are shifted too and wrap around. NaN stays NaN in the
+    // product.
     return p * (Vec<T>)(((Word<T>)biased << E::MANTISSA) + E::ONE);
 }
 

@@ -25,7 +25,7 @@ constexpr int ROW_WARPS = 2, ROWS = 16 * ROW_WARPS;
 constexpr int COL_WARPS = WARPS / ROW_WARPS;
 constexpr int CHUNK = 64;            // features of a step
 constexpr int GROUP = 3;             // chunks of the gradient that fit a lane's registers; further chunks form G again
-constexpr int PADDED_ROWS = 128;     // rows of a side are padded to a multiple; a tile's rows and columns divide it
+constexpr int PADDED_ROWS = 128;     // a multiple of a tile's rows and columns, to which a side's rows are padded
 constexpr int MOST_COL_SHARES = 16;  // a thread loads a row's sums of all shares at once
 template <class Op> constexpr int COLS = 128 / Op::PARTS;  // columns of a tile; a step takes 16 KiB
 template <class Op> constexpr int WARP_COLS = COLS<Op> / COL_WARPS;

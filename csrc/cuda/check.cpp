@@ -51,8 +51,8 @@ void emulate(const Emulated& device) {
     fntx_emulate(device.multiprocessors, device.shared, draw(), device.core.block, device.core.extra_bits);
 }
 
-// Return the rounding error of an element of G, which has 8, 11 or 22 bits. Sums of many elements have a smaller
-// relative error, a single element may have this one.
+// Return the rounding error of an element of G, which has 8, 11 or 22 bits. A single element may have this relative
+// error; a sum of many elements has a smaller one.
 double rounding_of(int dtype) { return dtype == FNTX_BFLOAT16 ? 4e-3 : dtype == FNTX_FLOAT16 ? 5e-4 : 5e-7; }
 
 void verify(const Case& c, const Emulated& device) {
@@ -133,7 +133,7 @@ void sizes() {
     expect(fntx_cuda_workspace(0, FNTX_FLOAT16, most, most, 8, 0) > 2 * most, "most rows: rejected");
 }
 
-// Every plan fits its machine, and its tasks take each tile of a row and each chunk once.
+// Every plan fits its machine, and its tasks cover each tile of a row and each chunk exactly once.
 void plans() {
     const int64_t many[] = {1, 2, 63, 64, 65, 127, 128, 129, 512, 1000, 4096, 65536, 100001, 4000000};
     const auto check = [](const fntx::Machine& machine, int dtype, int64_t n, int64_t other, int64_t D, int blocks) {

@@ -4,8 +4,8 @@
 //     d/du_i = k (gathered_i + (p_i + p_p(i)) u_p(i))        u_i . d/du_i = k (radial_i + (p_i + p_p(i)) sim_pos_i)
 //     d/dz_i = (d/du_i - u_i (u_i . d/du_i)) / n_i           where n_i > eps, else (d/du_i) / eps
 //
-// A task is a block of rows and a group of features. It forms G tile by tile in registers, where the accumulators of
-// the first product are the operand of the second, and it rounds nothing but G. radial is summed in float32 before that
+// A task is a block of rows and a group of features. It forms G tile by tile in registers: the accumulators of the
+// first product are the first operand of the second. Only G is rounded. radial is summed in float32 before that
 // rounding. The positives, with weights p, are read from z itself, in float32.
 #pragma once
 
@@ -13,7 +13,7 @@
 
 namespace fntx {
 
-// The factors that weights and columns are multiplied by on input, and gradients on output.
+// The factors that scale weights and columns on input, and gradients on output.
 struct Scales {
     float w, r, inv_r, out;
 
@@ -36,7 +36,7 @@ FNTX_DEVICE float positive_weight(const Arguments& a, int row) {
     return a.loss ? -a.loss_weight * a.sides[0].w[row] : a.d_pos[row];
 }
 
-// The stride, in floats, of the sums in shared memory. Not a multiple of the banks.
+// The row stride, in floats, of the sums in shared memory. It is not a multiple of the number of banks.
 constexpr int STAGED_STRIDE = CHUNK + 8;
 
 // The sums of a block of rows in shared memory, one copy for each warp that shares a row.

@@ -42,7 +42,7 @@ template <class Op> FNTX_DEVICE void run(const Arguments& a) {
     int terms = 0;
     if (a.backward) {
         sync_grid();
-        // The sum of either side is the temperature's gradient. The side formed last is used.
+        // The terms of d_inv_tau have the same sum over either side. The side formed last is used.
         for (int s = a.n_sides - 1; s >= 0; --s) {
             const PackedSide& side = a.sides[s];
             const bool wanted = side.d_z[0] || side.d_z[1];

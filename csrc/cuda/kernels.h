@@ -1,4 +1,4 @@
-// The kernels, one for each operand type. Each is compiled in a file of its own.
+// The kernels, one for each operand type. Each is compiled in a separate file.
 #pragma once
 
 #include "arguments.h"

@@ -61,7 +61,7 @@ int blocks_at_once(int device, int dtype, size_t shared) {
     const auto [at, isnew] = known.try_emplace({device, dtype, shared}, 0);
     if (!isnew) return at->second;
     const void* address = address_of(dtype);
-    int most;  // set once to the largest size of any launch
+    int most;  // the device's maximum, which allows launches of any size
     if (failed(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
                "cudaDeviceGetAttribute") ||
         failed(cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize, most),

@@ -44,7 +44,7 @@ FNTX_DEVICE void store_block_max(float x, float* of_blocks) {
     }
 }
 
-// Store feature d of a row of x in Op::PARTS parts. Each part rounds what the parts before it have left.
+// Store feature d of a row of x in Op::PARTS parts. Each part is the remainder that the parts before it leave, rounded.
 template <class Op>
 FNTX_DEVICE void store_parts(const Arguments& a, const PackedSide& side, int64_t row, int64_t d, float x) {
     FNTX_UNROLL for (int p = 0; p < Op::PARTS; ++p) {

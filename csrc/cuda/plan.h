@@ -1,4 +1,4 @@
-// How a call is cut for a machine, and the layout of its workspace. Plain arithmetic.
+// How a call is cut into tasks for a device, and the layout of its workspace: plain arithmetic on the host.
 #pragma once
 
 #include <math.h>
@@ -12,7 +12,7 @@ namespace fntx {
 // past the last row.
 constexpr int64_t MOST = INT32_MAX - (1 << 20);
 
-// Return why a call of this size is not possible (n_cols 0: symmetric), or null.
+// Return an error message if a call of this size is not possible, otherwise null. n_cols 0: symmetric.
 inline const char* fault_of_size(int64_t n_rows, int64_t n_cols, int64_t D) {
     if (n_rows < 1 || n_rows > MOST || n_cols < 0 || n_cols > MOST)
         return "the number of rows must be 1 to 2^31 - 2^20";
@@ -22,8 +22,8 @@ inline const char* fault_of_size(int64_t n_rows, int64_t n_cols, int64_t D) {
     return nullptr;
 }
 
-// What a plan needs to know about a device. blocks() returns how many blocks of a dtype's kernel run at once on a
-// multiprocessor.
+// The properties of a device that a plan depends on. blocks() returns how many blocks of a dtype's kernel run at once
+// on a multiprocessor.
 struct Machine {
     int multiprocessors;
     int64_t shared;  // bytes available to a block
@@ -83,7 +83,7 @@ Plan make_plan_of(const Machine& machine, int dtype, int64_t n_rows, int64_t n_c
     a.chunks = int(ceil_div(D, CHUNK));
     a.log_terms = logf(float(most));
 
-    // Find the largest group that fits and how many of its blocks run at once. Every smaller group fits too.
+    // Find the largest group that fits, and how many blocks run at once with it. Every smaller group fits too.
     const auto fit = [&](int group) {
         a.group = group, a.stages = group + 2;
         a.resident = shared_bytes<Op>(a.stages, a.chunks) <= machine.shared;
@@ -136,7 +136,7 @@ inline Plan make_plan(const Machine& machine, int dtype, int64_t n_rows, int64_t
     return of_type(machine, dtype, n_rows, n_cols, D, blocks, base);
 }
 
-// Return why a call is invalid, or null.
+// Return an error message if a call is invalid, otherwise null.
 inline const char* fault_of(const fntx_cuda_call& call) {
     if (call.dtype < FNTX_FLOAT16 || call.dtype > FNTX_FLOAT32) return "unsupported dtype";
     if (!(call.phases & (FNTX_FORWARD | FNTX_BACKWARD)) || call.phases > (FNTX_FORWARD | FNTX_BACKWARD))

@@ -224,8 +224,8 @@ template <class Op> class TileWalk {
 
     FNTX_DEVICE int64_t width() const { return int64_t(a_.chunks) * CHUNK; }
 
-    // `from` points to the thread's first 16 bytes in the first part of a side. Its other pieces follow, THREADS / 8
-    // rows apart.
+    // `from` points to the thread's first 16 bytes in the first part of a side. The thread's other pieces follow,
+    // THREADS / 8 rows apart.
     template <int HEIGHT> FNTX_DEVICE void copy(uint16_t* to, const uint16_t* from, const PackedSide& side) const {
         to += piece(thread() / 8, thread() % 8);
         FNTX_UNROLL for (int p = 0; p < Op::PARTS; ++p) {
@@ -274,7 +274,8 @@ template <class Op> class TileWalk {
     }
 
     // c += a b[first, first + 1]. With two parts, the three products that matter are summed in a separate accumulator,
-    // the largest last: the matrix units round toward zero, so a long sum in them drifts. The final addition does not.
+    // the largest last: the matrix units round toward zero, so a long sum in them drifts. The final addition rounds to
+    // nearest.
     static FNTX_DEVICE void multiply_parts(float (&c)[4], const uint32_t (&a)[Op::PARTS][4],
                                            const uint32_t (&b)[Op::PARTS][4], int first) {
         if constexpr (Op::PARTS == 1) {

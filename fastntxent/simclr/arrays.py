@@ -118,7 +118,7 @@ def check_shapes(arrays: Arrays) -> None:
     named = _named(arrays)
     shapes = [_layout(name, rows.shape).shape for name, rows in named]
     if shapes[0] != shapes[-1]:
-        raise ValueError(f"{named[1][0]} must be like images, {shapes[0]} each, got {shapes[1]}")
+        raise ValueError(f"{named[1][0]} must have the channels and size of images, {shapes[0]}, got {shapes[1]}")
 
 
 def _named(arrays: Arrays) -> list[tuple[str, Rows]]:

@@ -6,8 +6,8 @@ grey) are one 3 x 3 matrix per image. All random numbers of a call come from a s
 views depend only on (generator state, batch) and are the same on every device.
 
 Why not kornia 0.9.0? With the same changes on two CPU threads, the medians are:
-    512 grey images of 28 x 28, `digits`:  6 ms, kornia 25 ms (4 times), or 6 ms without the elastic bend;
-    128 colour images of 32 x 32, `photos`: 4 ms, kornia 14 ms (3.4 times).
+    512 grey images of 28 x 28, `digits`: 6 ms; kornia 25 ms (4 times), or 6 ms without its elastic bend;
+    128 colour images of 32 x 32, `photos`: 4 ms; kornia 14 ms (3.4 times).
 It would also be one more dependency, and its random numbers cannot come from the caller's generator.
 """
 
@@ -27,12 +27,12 @@ _LUMA = (0.299, 0.587, 0.114)
 
 @dataclass(frozen=True)
 class Preset:
-    """The random changes that make a view. The neutral value of each field leaves the image unchanged.
+    """The random changes that make a view. With the default of every field, a view is the image itself.
 
-    Geometry: `area` is the range of the fraction of the image's area that a view shows (above 1 it zooms out), `aspect`
-    the largest ratio of width to height of that crop, and `rotate` the largest angle in degrees. `shear`, `shift` and
-    `elastic` (the displacement of a lattice point) are maxima in half image widths. `flip` is the probability of a
-    horizontal flip. `padding` is the padding mode outside the image.
+    Geometry: a view shows a crop, whose area as a fraction of the image's is drawn from the range `area` (above 1, the
+    view zooms out). `aspect` is the largest ratio of width to height of the crop, and `rotate` the largest angle in
+    degrees. `shear`, `shift` and `elastic` (the displacement of a lattice point) are maxima in half image widths.
+    `flip` is the probability of a horizontal flip. `padding` is the padding mode outside the image.
 
     Colour: `brightness`, `contrast` and `saturation` are the largest relative changes, and `hue` is the largest turn of
     the colour wheel as a fraction of a full turn. All four are applied with probability `jitter`. `gray`, `blur` and
@@ -149,7 +149,7 @@ class _Draws:
         return next(self._columns) < probability
 
     def weight(self, probability: float) -> Tensor:
-        """0 with probability 1 - p, otherwise uniform in (0, 1): how far to go towards a changed image."""
+        """Return blending weights: 0 with probability 1 - p, otherwise uniform in (0, 1)."""
         u = next(self._columns)
         return (1 - u / max(probability, 1e-9)).clamp_(min=0)
 

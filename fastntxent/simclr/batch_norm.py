@@ -38,7 +38,8 @@ def over_ranks(model: nn.Module, group: dist.ProcessGroup) -> nn.Module:
 
 
 def without_sync(model: nn.Module) -> None:
-    """Turn SyncBatchNorms into ordinary batch norms, in place. They do not run on a CPU; `over_ranks` replaces them."""
+    """Turn SyncBatchNorms, which need CUDA, into ordinary batch norms, in place. `over_ranks` does the same
+    anywhere."""
     for module in model.modules():
         if type(module) is nn.SyncBatchNorm:
             module.process_group = None  # a process group cannot be copied
@@ -68,8 +69,8 @@ class _OverRanks(nn.Module):
 class _StatisticsOfAll(TorchFunctionMode):
     """Replaces F.batch_norm in training mode.
 
-    Every batch norm calls that function, so there are no special cases: subclasses with an activation in the forward,
-    shared or frozen modules, and modules without parameters or running statistics all work.
+    Every batch norm calls that function, so none of these needs a special case: subclasses with an activation in the
+    forward, shared or frozen modules, and modules without parameters or running statistics.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:

@@ -18,7 +18,7 @@ AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name: str, ranks: Ranks = ALONE) -> torch.device:
-    """Return the device of `--device`, a separate GPU for each of several ranks; ValueError if it does not exist."""
+    """Return the device of `--device`; for cuda on several ranks, this rank's GPU. ValueError if it does not exist."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if ranks.group and name.startswith("cuda"):
@@ -102,7 +102,9 @@ def load_encoder(path: Path | str, encoder: nn.Module | None = None) -> Encoder:
         parameters = {key: value for key, value in state["model"].items() if key.startswith(_PREFIX)}
         check_model(config.model)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{name} lacks what the trainer saves ({type(error).__name__}: {error})") from error
+        raise ValueError(
+            f"{name} is not a complete checkpoint of the trainer ({type(error).__name__}: {error})"
+        ) from error
     if encoder is None and state.get("own_encoder"):
         raise ValueError(
             f"{name} holds the parameters of a module that was passed to Trainer: pass a module of that architecture "

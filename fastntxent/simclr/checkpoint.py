@@ -110,7 +110,7 @@ def with_saved_options(given: dict[str, Any]) -> Config:
 
 
 def check_agreement(now: dict[str, Any], saved: dict[str, Any], fingerprint: str, saved_fingerprint: str) -> None:
-    """Raise ValueError that names every setting, or the data, in which a resumed run would differ."""
+    """Raise ValueError if a resumed run would differ. The error names each difference in settings or data."""
     saved = {**Config().to_dict(), **saved}  # defaults for options that are newer than the checkpoint
     differing = [
         f"{flag(option.name)} (checkpoint {saved[option.name]}, now {now[option.name]})"

@@ -14,12 +14,12 @@ from .output import printable, write_text
 from .sources import require
 
 FILE_NAME = "config.toml"
-# Options of one start of a run, not of the run itself.
+# These options belong to one start of a run, not to the run itself.
 _OF_THE_COMMAND = ("resume", "overwrite")
 
 
 def with_config_file(given: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of the command line merged over those of its --config file."""
+    """Return the options of the command line, and from its --config file those that the command line does not give."""
     path = given.pop("config", None)
     return given if path is None else {**read_config(path), **given}
 

@@ -28,12 +28,12 @@ from .sources import SOURCES, Request
 from .tally import Images, Tally, tally
 
 DEFAULT_SIZE = 32
-# If the brightest of all values is below this (of 255), the images probably have another range than assumed.
+# If all values are below this (of 255), the images probably have another range than assumed.
 _DARK = 32
 
 
 class TrainingData(Protocol):
-    """The facts about its images that the trainer needs before it reads them."""
+    """The facts about the training images that the trainer needs before it reads them."""
 
     @property
     def name(self) -> str: ...
@@ -94,7 +94,7 @@ class ImageData:
         check_images("test_images", self.test_images, least=1)
         train, test = self.train_images.shape[1:], self.test_images.shape[1:]
         if train != test:
-            raise ValueError(f"test_images must be like train_images, {tuple(train)} each, got {tuple(test)}")
+            raise ValueError(f"test_images must have the shape of train_images, {tuple(train)}, got {tuple(test)}")
         check_labels("train_labels", self.train_labels, len(self.train_images), len(self.class_names))
         check_labels("test_labels", self.test_labels, len(self.test_images), len(self.class_names))
 

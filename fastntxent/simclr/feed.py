@@ -1,7 +1,8 @@
 """The input of each training step: two views of every image of this rank's part of the batch.
 
-`OwnOrder` draws the batches from a data set, with separate generators for the image order, seeded by (seed, epoch), and
-the views, seeded by (seed, step). `LoaderOrder` takes the batches of a user's DataLoader in the loader's order.
+`OwnOrder` draws the batches from a data set. A generator seeded by (seed, epoch) gives the image order, and another
+one, seeded by (seed, step), gives the views. `LoaderOrder` takes the batches of a user's DataLoader in the loader's
+order.
 """
 
 from __future__ import annotations

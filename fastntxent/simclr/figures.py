@@ -33,7 +33,7 @@ LEAST_SPREAD = 1e-6
 
 @contextlib.contextmanager
 def _plain_text() -> Iterator[None]:
-    """In this block Matplotlib draws text without LaTeX, whatever the user's matplotlibrc says, without warnings."""
+    """In this block Matplotlib draws text without LaTeX, even if matplotlibrc turns it on, and without warnings."""
     with warnings.catch_warnings(), require("matplotlib").rc_context({"text.usetex": False}):
         warnings.simplefilter("ignore")
         yield

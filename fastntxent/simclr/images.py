@@ -132,7 +132,7 @@ def _read(
     folder: Folder, part: Files, size: int, keep: bool, threads: int, bad: list[BadFile], advance: Callable[[], object]
 ) -> tuple[Tensor | ImagesOnDisk, list[int]]:
     """Return the readable images of a part and their places, and append the others to `bad`."""
-    root = os.path.abspath(folder.root)  # files are also read later
+    root = os.path.abspath(folder.root)  # the working directory may change before the files are read again
     kept = allocate((len(part.paths), 3, size, size), one_line(root)) if keep else None
     tally = Tally(3)
     good: list[int] = []

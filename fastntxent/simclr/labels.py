@@ -24,7 +24,7 @@ def label_tensors(
 
     Args:
         parts: for the training and the test part: the name for messages, the labels (N,), (N, 1) or None, and N.
-        class_names: the names that integer labels index, or that string labels are among. Without names, the classes
+        class_names: the names that integer labels index, or that include every string label. Without names, the classes
             are the sorted values that occur in any part. An integer -1 and an empty string always mean "no label".
 
     Returns:

@@ -26,7 +26,7 @@ class LoaderData:
         loader: a DataLoader with a length. Over several ranks each rank has a separate loader of the same length.
 
     Raises:
-        TypeError: the loader has no length, or its batches are neither.
+        TypeError: the loader has no length, or its batches are neither images nor pairs of views.
         ValueError: the loader is empty, or would yield a batch of one image.
     """
 

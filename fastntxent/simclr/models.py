@@ -54,7 +54,7 @@ def check_width(model: str, width: int, name: str = "width") -> None:
 
 
 class Standardise(nn.Module):
-    """(x - mean) / std per channel. As a part of the encoder, it lets a loaded encoder take images in [0, 1]."""
+    """(x - mean) / std per channel. It is part of the encoder, so a loaded encoder takes images in [0, 1]."""
 
     mean: Tensor
     std: Tensor
@@ -114,7 +114,7 @@ class Encoder(nn.Module):
         return h.flatten(1)
 
 
-@torch.fx.wrap  # torch.fx records a call: there are no values to check
+@torch.fx.wrap  # torch.fx records this call instead of running it
 def _check_images(x: Tensor, channels: int, training: bool) -> None:
     if is_tracing():
         return
@@ -124,7 +124,7 @@ def _check_images(x: Tensor, channels: int, training: bool) -> None:
         raise TypeError(f"images must be floating-point in [0, 1], got {x.dtype}: convert uint8 with x.float() / 255")
     if x.ndim != 4 or x.shape[1] != channels:
         raise ValueError(f"images must have the shape (N, {channels}, H, W), got {tuple(x.shape)}")
-    # Otherwise checking values would wait for the device, or there are no values to check.
+    # Check values only if there are any and reading them is cheap: on a GPU, it would wait for the device.
     if training or type(x) is not Tensor or x.device.type != "cpu" or torch.compiler.is_compiling() or not x.numel():
         return
     low, high = map(float, x.detach().aminmax())

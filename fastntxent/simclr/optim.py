@@ -16,8 +16,8 @@ class LARS(Optimizer):
         m = momentum * m + lr * trust * ||w|| / ||d|| * d
         w = w - m
 
-    A group with `adapt=False` (biases and normalisation parameters, in SimCLR) is plain SGD with momentum. The
-    ratio is 1 where either norm is zero.
+    A group with `adapt=False` (biases and normalisation parameters, in SimCLR) is plain SGD with momentum. The factor
+    trust * ||w|| / ||d|| is 1 if either norm is zero.
     """
 
     def __init__(

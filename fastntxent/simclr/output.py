@@ -24,7 +24,7 @@ _PROBE = ".probe"
 
 
 def printable(text: object) -> str:
-    """Return the text with question marks for what UTF-8 cannot encode. (File names may contain any bytes.)"""
+    """Return the text with question marks for characters that UTF-8 cannot encode. (File names may hold any bytes.)"""
     return str(text).encode("utf-8", "replace").decode("utf-8")
 
 

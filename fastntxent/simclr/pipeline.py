@@ -88,7 +88,7 @@ def forewarn(trainer: Trainer) -> list[str]:
 
 
 def describe(data: ImageData) -> str:
-    """Return a line about the data that was read, in which a missing class is noticed."""
+    """Return a line about the data. It names the classes, so that the user notices a missing one."""
     images = f"{len(data.train_images):,} training and {len(data.test_images):,} test images"
     names = f" of {len(data.class_names)} classes ({listed(data.class_names)})" if data.class_names else ""
     return f"{data.title}: {images}{names}"

@@ -37,7 +37,7 @@ _MEASURES = {
 }  # fmt: skip
 
 
-# A uniformity above this is a mean squared distance between two embeddings of about 0.05 or less; chance is 2.
+# Above this uniformity, the mean squared distance of two embeddings is about 0.05 or less; by chance it is 2.
 COLLAPSED = -0.1
 OPEN_NOTES = 5  # longer lists of notes on the data are folded away
 
@@ -86,7 +86,7 @@ def write_report(trainer: Trainer, evaluation: Evaluation, command: Sequence[str
 def write_pages(
     trainer: Trainer, evaluation: Evaluation, command: Sequence[str], pictures: Pictures | None = None
 ) -> dict[str, Any]:
-    """Write metrics.json and report.html and return the content of metrics.json. `pictures` None: a report without."""
+    """Write metrics.json and report.html, and return the content of metrics.json. `pictures` None: leave them out."""
     metrics: dict[str, Any] = _for_json(collect_metrics(trainer, evaluation, command))
     out = trainer.config.out
     if pictures is None:
@@ -110,7 +110,7 @@ def _for_json(value: Any) -> Any:
 
 
 def collect_metrics(trainer: Trainer, evaluation: Evaluation, command: Sequence[str]) -> dict[str, Any]:
-    """Return all measurements, and what is needed to repeat them."""
+    """Return all measurements, and the settings and versions to repeat them with."""
     steps = trainer.step
     return {
         "command": list(command),

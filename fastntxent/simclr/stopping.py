@@ -98,8 +98,8 @@ def ignore_signals(worker: int, then: Callable[[int], object] | None = None) -> 
 def read(loader: DataLoader[Any]) -> Iterator[Any]:
     """Iterate over a DataLoader whose workers ignore signals, and kill the workers when this process exits.
 
-    The iterator may live until then, because its workers are persistent or a traceback refers to it. Python would then
-    send the workers SIGTERM, which they ignore, and wait for them forever.
+    The iterator may live until this process exits, because its workers are persistent or a traceback refers to it.
+    Python would then send the workers SIGTERM, which they ignore, and wait for them forever.
     """
     batches = iter(loader)
     _workers.update(getattr(batches, "_workers", ()))

@@ -72,7 +72,7 @@ class Trainer:
     Args:
         config: the settings; `config.out` must be a writable folder.
         data: the images: the result of `load_data`; a map-style Dataset, see `ImageData.from_datasets`; or a
-            DataLoader, see `loader.LoaderData`, whose batches are used in the order in which they come.
+            DataLoader, see `loader.LoaderData`, whose batches are used in the loader's order.
         ranks: the processes of the run. Each makes a trainer and calls `fit`; the first writes the checkpoints. Making
             a trainer never waits for other ranks, so it may fail on one rank alone.
         encoder: a module from images (N, C, H, W) to features (N, F), trained in place; None: the encoder that

@@ -1,4 +1,4 @@
-"""Finds the image files below a folder, and records what else is there. No file is opened."""
+"""Finds the image files below a folder, and records all other entries. No file is opened."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ class Walk:
         """Return every image file below a folder, at any depth, sorted by the parts of its path."""
         outside = _parents(self.root)
         found: list[str] = []
-        # Folders that have been read, by class. Links between folders could make the number of paths explode.
+        # The folders that have been read, each with its class. Links between folders could make the number of paths
+        # explode.
         read: set[tuple[str, Identity]] = set()
         pending = deque([(base, outside | _identity(self.root) if base else outside)])
         while pending:

@@ -82,7 +82,7 @@ FORM_CALLS: dict[str, Callable[[tuple[Tensor, Tensor]], Problem]] = {
 
 
 def _small_calls(slow: bool, form: str) -> list[tuple[str, int, int]]:
-    """Return (call, N, D), with sizes at tile edges, next to them and beyond. The Ds reach every part of the table."""
+    """Return (call, N, D). N is at tile edges, next to them and beyond; D reaches every part of the tiles' table."""
     if slow:
         sizes = [(1, 7), (33, 64)] if form else [(1, 7), (33, 64), (40, 130)]
         return [("nt_xent", *size) for size in sizes]
@@ -100,7 +100,7 @@ def _small_calls(slow: bool, form: str) -> list[tuple[str, int, int]]:
 
 def _large_calls(device: torch.device) -> list[tuple[str, int, int]]:
     """Return (call, N, D) of batches that fill a device, which some kernels split differently from small ones."""
-    # More blocks of 32 rows than thread blocks that run at once (csrc/cuda/plan.h), so each takes several tasks.
+    # There are more blocks of 32 rows than thread blocks that run at once (csrc/cuda/plan.h): some take several tasks.
     n = 50 * torch.cuda.get_device_properties(device).multi_processor_count + 5
     return [("nt_xent", n, 64), ("nt_xent", n, 200), ("nt_xent", n, 768), ("two sides", 2 * n, 128)]
 

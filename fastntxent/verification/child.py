@@ -72,7 +72,7 @@ def _report_verdict(request: dict[str, Any], device: torch.device, tell: Callabl
         listed = list(checks.cases(name, backend, device))
     except Exception as error:
         return Verdict("not available", _words(error))
-    # A share is consecutive checks. These share kernels, so few kernels are compiled in more than one child.
+    # A share is a range of consecutive checks. Neighbours use the same kernels, so few kernels are compiled twice.
     share = listed[len(listed) * part // parts : len(listed) * (part + 1) // parts]
     passed, case = 0, ""
     try:

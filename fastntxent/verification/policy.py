@@ -73,7 +73,7 @@ class Decision:
         return quickest, f"the fastest of those that have passed: {said}"
 
     def _nearest(self, dtype: torch.dtype, rows: int, features: int, captured: bool) -> dict[str, float]:
-        """Return the times of the allowed backends at the nearest timed size, in octaves.
+        """Return the times of the allowed backends at the nearest timed size, on a logarithmic scale.
 
         For a call captured in a CUDA graph these are the times of replays, if there are any.
         """
@@ -184,7 +184,7 @@ def find_verdicts(
         device: the device.
         candidates: the backends and their modules.
         refresh: ignore stored verdicts.
-        timed: backends that pass are timed next, which the announcement then says.
+        timed: whether the caller times backends that pass; if so, the announcement says it.
     """
     store = Store(model_of(device))
     found = {} if refresh else _known(store, candidates)

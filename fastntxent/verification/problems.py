@@ -142,7 +142,7 @@ def limits_problem(views: Sequence[Tensor], temperature: float) -> Problem:
     ordered = similarities[similarities.isfinite()].sort().values
     first = len(ordered) * 6 // 10
     gap = first + int(ordered[first : first + max(len(ordered) // 10, 2)].diff().argmax())
-    ceiling = float(ordered[gap : gap + 2].mean())  # in a gap, so that rounding decides about no pair
+    ceiling = float(ordered[gap : gap + 2].mean())  # in a gap, so rounding moves no similarity across it
     n, device = len(views[0]), views[0].device
     ids, weights = (
         torch.arange(2 * n, device=device) % n,

@@ -55,7 +55,7 @@ def check_in_child(request: Mapping[str, Any], deadline: float = DEADLINE, silen
         request: the request for `child.main`. "parts": n shares the checks among n processes, which compile at the same
             time. If the device has no memory for that many, one process runs all checks.
         deadline: seconds after which a child is killed.
-        silence: seconds after which a child is killed if one check takes longer.
+        silence: seconds that a single check may take before its child is killed.
 
     Returns:
         The verdict. A child that crashes or hangs does not affect this process.

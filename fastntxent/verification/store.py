@@ -28,7 +28,8 @@ from .verdict import Verdict
 FORMAT = 1
 CACHE = "FASTNTXENT_CACHE"
 PACKAGE = Path(__file__).parents[1]
-# Seconds that a process waits for another one that checks the same device model, and after which it says so.
+# PATIENCE: seconds that a process waits for another one that checks the same device model. SAID_AFTER: seconds after
+# which it announces that it waits.
 PATIENCE = 600.0
 SAID_AFTER = 10.0
 # Names of Triton's packages, and environment variables that change how it compiles a kernel.
@@ -59,14 +60,14 @@ def cache_folder() -> Path:
 
 
 class Model(NamedTuple):
-    """The properties of a device on which kernels may depend, and the versions of what compiles them."""
+    """The properties of a device on which kernels may depend, and the versions of the compilers."""
 
     name: str
     capability: str
     driver: str
     torch: str
     triton: str
-    multiprocessors: int = 0  # fewer than the whole device has under MIG or MPS
+    multiprocessors: int = 0  # under MIG or MPS, fewer than the whole device has
 
     @property
     def file_name(self) -> str:

@@ -1,4 +1,4 @@
-"""What is known of a backend on a device."""
+"""The outcomes of checking a backend on a device."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ class Verdict(NamedTuple):
         return f"{self.status}{where}" + (f": {self.detail}" if self.detail else "")
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, for JSON."""
+        """Return the fields, for JSON."""
         return self._asdict()
 
     @classmethod
     def from_dict(cls, values: Any) -> Verdict:
-        """The inverse of `to_dict`.
+        """Return the verdict with these fields, the inverse of `to_dict`.
 
         Raises:
-            ValueError, TypeError, KeyError: the values are not those of a verdict.
+            ValueError, TypeError, KeyError: the values do not describe a verdict.
         """
         if values["status"] not in STATUSES:
             raise ValueError(f"status must be one of {', '.join(STATUSES)}, got {values['status']!r}")

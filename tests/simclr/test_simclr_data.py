@@ -208,7 +208,11 @@ def test_image_data_takes_what_it_documents():
         ({"train_images": torch.zeros(6, 1, 8, 7).byte()}, ValueError, "8 x 8 pixels"),
         ({"train_images": torch.zeros(1, 1, 8, 8).byte()}, ValueError, "at least 2 images, got 1"),
         ({"test_images": torch.zeros(0, 1, 8, 8).byte()}, ValueError, "at least 1 image, got 0"),
-        ({"test_images": torch.zeros(2, 1, 8, 9).byte()}, ValueError, "test_images must be like train_images"),
+        (
+            {"test_images": torch.zeros(2, 1, 8, 9).byte()},
+            ValueError,
+            "test_images must have the shape of train_images",
+        ),
         ({"train_labels": torch.zeros(6, dtype=torch.int32)}, TypeError, "train_labels must be an int64 tensor"),
         ({"train_labels": [0] * 6}, TypeError, "train_labels .* got list"),
         ({"train_labels": torch.zeros(5).long()}, ValueError, r"train_labels must have the shape \(6,\)"),
@@ -308,7 +312,7 @@ def test_fashion_mnist_refuses_a_shape_that_overflows(tmp_path):
     write_fashion(tmp_path)
     sizes = (2**31, 2**31, 4)  # 2^64 values; in a 64-bit product that is 0
     (tmp_path / "train-images-idx3-ubyte").write_bytes(struct.pack(">HBB3I", 0, 8, 3, *sizes))
-    with pytest.raises(ValueError, match="with the 0 values it holds"):
+    with pytest.raises(ValueError, match="whose header fits its 0 values"):
         load("fashion-mnist", tmp_path)
 
 

@@ -506,7 +506,7 @@ def test_load_encoder_asks_for_the_module_that_was_handed_over(trained):
     {"image_shape": "many"}, {"image_shape": 3}, {"config": {"model": 3}}, {"config": {"model": "nothing"}},
 ])  # fmt: skip
 def test_load_encoder_refuses_a_file_that_lacks_what_the_trainer_saves(trained, changes):
-    with pytest.raises(ValueError, match=r"checkpoint.pt lacks what the trainer saves"):
+    with pytest.raises(ValueError, match=r"checkpoint.pt is not a complete checkpoint of the trainer"):
         load_encoder(rewritten(trained[0], **changes))
 
 

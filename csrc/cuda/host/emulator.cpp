@@ -107,7 +107,7 @@ void block_here() {
 
 void fail(const char* why) {
     if (reason.empty()) reason = why;
-    block_here();  // forever: the scheduler gives up
+    block_here();  // does not return: the scheduler gives up
 }
 
 void perform(Lane& lane, int last_group) {
