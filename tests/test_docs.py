@@ -1,4 +1,4 @@
-"""docs/losses.md runs and covers every loss, CONTRIBUTING.md names real make targets, CHANGELOG.md has this version."""
+"""docs/losses.md runs and covers every loss, pages name real make targets, and CHANGELOG.md has this version."""
 
 import ast
 import re
@@ -36,10 +36,17 @@ def test_losses_page_calls_every_loss():
     assert modules <= set(re.findall(r"`(\w+)`", table))
 
 
-def test_contributing_commands_are_make_targets():
+@pytest.mark.parametrize(
+    ("page", "command", "expected"),
+    [
+        ("README.md", r"\bmake ([a-z-]+)", {"test", "lint", "demo", "bench"}),
+        ("CONTRIBUTING.md", r"(?:`|^)make ([a-z-]+)", {"test", "test-all", "lint", "sanitize"}),
+    ],
+)
+def test_commands_are_make_targets(page, command, expected):
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"(?:`|^)make ([a-z-]+)", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE))
-    assert {"test", "test-all", "lint", "sanitize"} <= named <= targets
+    named = set(re.findall(command, (ROOT / page).read_text(), re.MULTILINE))
+    assert expected <= named <= targets
 
 
 def test_changelog_has_this_version_on_top():

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.tiers import tiered
+
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -43,7 +45,7 @@ sys.modules["torchvision"] = None
 QUICK = ("simclr.py", "fsdp2.py")  # one of one process and one of two; every script pays ten seconds for its imports
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in RUNS])
+@pytest.mark.parametrize("name", tiered(RUNS, slow=lambda name: name not in QUICK))
 def test_example_learns(name, tmp_path):
     before, after, module, figures = RUNS[name]
     if module is not None and importlib.util.find_spec(module) is None:
