@@ -13,10 +13,11 @@ BENCH_OUT ?= runs/bench
 .PHONY: test test-all test-instruction-sets lint docs sanitize arm kernels-report triton-versions demo bench bench-avx2 \
   gpu clean
 
-# Tests run in parallel, with one thread each. `make test` skips tests marked slow, which take minutes and repeat what
-# fast tests show; `make test-all` runs every test.
+# Tests run in parallel, with one thread each. `make test` skips tests marked slow, whose code has faster tests too;
+# `make test-all` runs every test.
 WORKERS ?= logical
-PYTEST := $(VENV)/bin/pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal --no-header
+PYTEST := $(VENV)/bin/pytest -n $(WORKERS) --maxprocesses 8 --dist load --maxschedchunk 2 --no-header
+unexport PYTHONDONTWRITEBYTECODE # processes that tests start should not compile the package again
 
 test: $(VENV)/installed
 	$(PYTEST) -m "not slow"

@@ -9,15 +9,18 @@ import pytest
 import torch
 
 from benchmarks import instruction_set
-from tests import tensor_cores
+from tests import interpreter, tensor_cores
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    interpreter.hasten()
 
 
 @pytest.fixture(autouse=True)
 def same_draws_every_time():
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_available():  # torch.manual_seed would queue a stack trace for each kind of absent device
+        torch.cuda.manual_seed_all(0)
 
 
 def pytest_addoption(parser):
@@ -36,6 +39,10 @@ def pytest_configure(config):
         instruction_set.hold(name)
     except (ImportError, ValueError) as error:
         raise pytest.UsageError(f"--instruction-set {name}: {error}") from error
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # no worker starts a slow test last
 
 
 def pytest_report_header():

@@ -29,6 +29,7 @@ from tests.cases import (
     start_of_training,
     tiling,
 )
+from tests.tiers import tiered
 
 TEMPERATURES = [0.001, 0.01, 0.07, 0.5, 10.0]
 HALF = TILE // 2  # N of one tile, because M = 2N
@@ -126,7 +127,7 @@ def test_nt_xent_converged_within_budget(backend, reduction, loss, temperature):
     assert_within_budget(batch, backend, reduction=reduction, upstream=upstream)
 
 
-@pytest.mark.parametrize("temperature", [0.01, 0.1, 0.5])
+@pytest.mark.parametrize("temperature", tiered([0.01, 0.1, 0.5], slow=lambda temperature: temperature == 0.1))
 @pytest.mark.parametrize("loss", [None, 0.7, 1e-3, 1e-6])
 def test_gradient_accuracy_at_every_stage_of_training(backend, loss, temperature):
     shape = 512, 128, temperature

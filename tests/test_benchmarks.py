@@ -120,6 +120,7 @@ def test_quantiles_are_milliseconds():
     assert timing.quantiles([0.001 * k for k in range(11)]) == {"p20": 2.0, "p50": 5.0, "p80": 8.0}
 
 
+@pytest.mark.slow
 @needs_linux
 def test_memory_sees_the_dense_matrix_and_not_the_tiles():
     matrix = (2 * 2048) ** 2 * 4
@@ -171,12 +172,14 @@ def test_a_missing_library_is_left_out_and_named(tmp_path, monkeypatch):
     assert "Not run: info-nce-pytorch." in tables.time_table(record)
 
 
+@pytest.mark.slow
 @needs_linux
 def test_memory_writes_a_row_for_every_loss(tmp_path):
     record = run("memory", tmp_path / "memory.json", "--n", "64", "--d", "8", "--only", "blocked", "eager")
     assert [row["loss"] for row in record["results"]] == ["blocked", "eager"]
 
 
+@pytest.mark.slow
 @needs_linux
 def test_scaling_compares_with_the_first_size(tmp_path):
     record = run("scaling", tmp_path / "scaling.json", "--n", "64", "128", "--d", "8", "--only", "blocked")
@@ -223,6 +226,7 @@ def test_similarities_are_multiplied_some_rows_at_a_time(monkeypatch):
     assert shapes == [(5, 14, 5), (5, 14, 5), (4, 14, 4)]
 
 
+@pytest.mark.slow
 @needs_linux
 def test_family_times_every_loss_against_the_first(tmp_path, capsys):
     record = run("family", tmp_path / "family.json", "--n", "64", "--d", "8")
@@ -247,6 +251,7 @@ def test_a_drop_in_that_is_another_loss_is_not_timed():
         drop_ins.check(pair, drop_ins.inputs(pair, 16, 8))
 
 
+@pytest.mark.slow
 @needs_linux
 def test_losses_stay_within_their_memory():
     # Beside the inputs, 2 x 16 MiB of features, clip holds their gradients and the kernel's copies, but never 256 MiB
@@ -255,6 +260,7 @@ def test_losses_stay_within_their_memory():
     assert family.peak("labels", "sup_con pairs", 1024, 128) < 50 * 2**20
 
 
+@pytest.mark.slow
 def test_converged_shows_what_the_dense_loss_loses(tmp_path):
     record = run("converged", tmp_path / "converged.json", "--n", "64", "--d", "32")
     assert len(record["results"]) == 8

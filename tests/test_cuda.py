@@ -28,6 +28,7 @@ from tests.cases import (
     start_of_training,
 )
 from tests.emulated import COMPILER, GEFORCE, H100, emulated_kernels
+from tests.tiers import every_pair, tiered
 
 STATUS = backends()["cuda"]
 DEVICE = "cuda" if STATUS.available else "cpu"
@@ -91,10 +92,9 @@ def test_kernels_were_built():
     assert ".abi3." in _cuda.__file__
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("temperature", [0.001, 0.1, 10.0])
-@pytest.mark.parametrize(("n", "d"), [(1, 1), (2, 3), (33, 16), (40, 130), (20, 300)])
-def test_nt_xent_within_budget(n, d, temperature, dtype):
+@every_pair(size=[(1, 1), (2, 3), (33, 16), (40, 130), (20, 300)], temperature=[0.001, 0.1, 10.0], dtype=DTYPES)
+def test_nt_xent_within_budget(size, temperature, dtype):
+    n, d = size
     batch = on_device(random_batch(n, d, temperature, dtype=dtype))
     if d > 1:  # with one feature, every unit row is 1 or -1, and the gradient is pure rounding error
         assert_within_budget(batch, "cuda")
@@ -104,7 +104,7 @@ def test_nt_xent_within_budget(n, d, temperature, dtype):
 
 
 @needs_emulator
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", tiered(DTYPES, slow=lambda dtype: dtype == torch.bfloat16))
 @pytest.mark.parametrize("shared", [H100, GEFORCE])
 @pytest.mark.parametrize("multiprocessors", [1, 5])
 @pytest.mark.parametrize(("n", "d"), [(70, 64), (66, 200), (40, 520)])
@@ -151,7 +151,7 @@ def test_nt_xent_at_tile_edges_within_budget(n, temperature):
     assert_within_budget(batch, "cuda", reduction="none", upstream=upstream(n))
 
 
-@pytest.mark.parametrize("n", [128, 200, 300])
+@pytest.mark.parametrize("n", tiered([128, 200, 300], slow=lambda n: n == 200))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_larger_batches_within_budget(n, dtype):
     assert_within_budget(on_device(random_batch(n, 128, 0.1, dtype=dtype)), "cuda")
@@ -253,10 +253,13 @@ def test_strided_views_equal_contiguous(layout, dtype):
         assert torch.equal(value, expected)
 
 
-@pytest.mark.parametrize("temperature", [0.005, 0.2])
-@pytest.mark.parametrize("groups", ["samples", "unique", "one", "few", "negative"])
-@pytest.mark.parametrize(("M", "K"), [(1, 40), (70, 1), (33, 100), (200, 150)])
-def test_neg_lse_of_any_groups_within_budget(groups, M, K, temperature):
+@every_pair(
+    size=[(1, 40), (70, 1), (33, 100), (200, 150)],
+    groups=["samples", "unique", "one", "few", "negative"],
+    temperature=[0.005, 0.2],
+)
+def test_neg_lse_of_any_groups_within_budget(size, groups, temperature):
+    M, K = size
     assert_neg_lse_within_budget("cuda", M, groups, temperature, device=DEVICE)
     assert_cross_neg_lse_within_budget("cuda", M, K, groups, temperature, device=DEVICE)
 

@@ -42,6 +42,7 @@ def test_blocks_are_all_found():
         assert len(BLOCK.findall(page.read_text())) == page.read_text().count("```python"), page.name
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs gloo and torchrun")
 def test_clip_script_runs_on_two_ranks(tmp_path):
     script = files(DOCS / "tutorials/clip.md")

@@ -42,7 +42,7 @@ sys.modules["torchvision"] = None
 """
 
 
-QUICK = ("simclr.py", "fsdp2.py")  # one of one process and one of two; every script pays ten seconds for its imports
+QUICK = ("simclr.py",)  # every script pays ten seconds for its imports
 
 
 @pytest.mark.parametrize("name", tiered(RUNS, slow=lambda name: name not in QUICK))

@@ -201,7 +201,15 @@ for whole, again in zip(first, third, strict=True):
     assert int(done.stdout) >= 4
 
 
-@pytest.mark.parametrize(("version", "fits"), [("3.2.0", False), ("2.10", False), ("3.3.0", True), ("3.10.0a1", True)])
+@pytest.mark.parametrize(
+    ("version", "fits"),
+    [
+        ("3.2.0", False),
+        pytest.param("2.10", False, marks=pytest.mark.slow),
+        pytest.param("3.3.0", True, marks=pytest.mark.slow),
+        ("3.10.0a1", True),
+    ],
+)
 def test_the_version_of_triton_is_checked_in_words(version, fits):
     code = f"""
 import triton

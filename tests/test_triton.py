@@ -563,8 +563,7 @@ def small_panels(monkeypatch):
 PAIRS = 33 if DEVICE == "cpu" else 260  # enough for two squares of the diagonal and part of a third
 
 
-@pytest.mark.parametrize("temperature", [0.01, 0.1])
-@pytest.mark.parametrize("dtype", tiered(DTYPES, slow=lambda dtype: dtype == torch.bfloat16))
+@every_pair(slow_pairs=True, temperature=[0.01, 0.1], dtype=DTYPES)
 def test_panels_of_several_squares_within_budget(small_panels, dtype, temperature):
     assert_within_budget(on_device(random_batch(2 * PAIRS, 260, temperature, dtype=dtype)), "triton")
 
@@ -580,7 +579,7 @@ def test_panels_of_two_sides_within_budget(small_panels, M, K):
     assert_cross_neg_lse_within_budget("triton", M, K, "few", 0.2, d=260, device=DEVICE)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", tiered(DTYPES, slow=lambda dtype: dtype != torch.float32))
 def test_panels_of_sigmoid_losses_within_budget(small_panels, dtype):
     options = {"dtype": dtype, "d": 260, "device": DEVICE}
     assert_softplus_within_budget("triton", 4 * PAIRS, None, "few", **options)
@@ -657,9 +656,13 @@ def poisoned(monkeypatch):
         monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("n", "d", "temperature"), [(1, 40, 0.1), (35, 24, 0.005), (35, 24, 0.1), (40, 300, 0.1)])
-def test_memory_that_was_not_written_is_not_used(poisoned, monkeypatch, n, d, temperature, dtype):
+@every_pair(
+    slow_pairs=True,
+    case=[(1, 40, 0.1), (35, 24, 0.005), (35, 24, 0.1), (40, 300, 0.1)],
+    dtype=[torch.float32, torch.bfloat16],
+)
+def test_memory_that_was_not_written_is_not_used(poisoned, monkeypatch, case, dtype):
+    n, d, temperature = case
     monkeypatch.setattr(config, "PANEL", 1)
     monkeypatch.setattr(config, "look_up", uneven(config.look_up))
     batch = on_device(random_batch(n, d, temperature, dtype=dtype))

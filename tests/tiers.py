@@ -1,4 +1,4 @@
-"""Marks slow cases, which only `make test-all` runs: they take minutes and repeat what faster cases show."""
+"""Marks slow cases, which only `make test-all` runs. Faster cases run the same code."""
 
 from __future__ import annotations
 

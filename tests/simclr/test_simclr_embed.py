@@ -366,6 +366,7 @@ def snippet(mark: str) -> str:
     return found[0]
 
 
+@pytest.mark.slow
 def test_page_trains_embeds_retrieves_and_classifies(tmp_path, cli, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("my_encoders.py").write_text(snippet("file: my_encoders.py"))

@@ -209,6 +209,7 @@ def test_module_that_is_not_there_is_said(module, name):
         build(name)
 
 
+@pytest.mark.slow
 def test_command_line_finds_a_factory_in_the_current_directory(tmp_path, cli, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text(

@@ -344,6 +344,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 def test_evaluate_takes_little_memory_beside_the_images():
     pytest.importorskip("resource", reason="needs POSIX, which reports the peak memory of a process")
     result = subprocess.run([sys.executable, "-c", MEASURE_MEMORY], cwd=ROOT, capture_output=True, text=True)

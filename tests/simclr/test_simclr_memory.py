@@ -52,6 +52,7 @@ def test_a_folder_takes_little_more_than_its_pixels(tmp_path, growth, in_memory,
     assert least < growth("folder", tmp_path / "many", in_memory, 3000) < most
 
 
+@pytest.mark.slow
 def test_an_npz_of_floats_takes_little_more_than_its_pixels(tmp_path, growth):
     # 4,000 images of 64 x 64: 125 MiB of float64, 16 MiB of bytes.
     np.savez_compressed(tmp_path / "d.npz", images=np.full((4000, 64, 64), 0.5))

@@ -213,6 +213,7 @@ def test_bad_files_end_the_run_and_are_all_named(cli, here):
     assert not Path("runs/bad/checkpoint.pt").exists()
 
 
+@pytest.mark.slow
 def test_run_tells_what_it_left_out(home):
     notes = [line.removeprefix("note: ") for line in home.said.splitlines() if line.startswith("note: ")]
     said = "\n".join(notes)
