@@ -40,7 +40,7 @@ def neg_lse(u: Tensor, ids: Tensor, temperature: float | Tensor, *, backend: Bac
     With sample indices as `ids`, the sum is over the negatives of NT-Xent. With unique ids, each row leaves out only
     itself. With labels, it leaves out its whole class, which removes false negatives.
 
-    The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O(M D);
+    On the same device with the same number of threads, the same input gives the same bits. Extra memory is O(M D);
     the reference backend takes O(M^2).
 
     Args:
@@ -59,8 +59,8 @@ def neg_lse(u: Tensor, ids: Tensor, temperature: float | Tensor, *, backend: Bac
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
             is unknown.
-        RuntimeError: the backend is not available here (the message says why), or a second derivative is taken, which
-            only backend="reference" has.
+        RuntimeError: the backend is not available here (the message says why), or a second derivative is
+            requested, which only backend="reference" supports.
 
     Example:
         >>> import torch, fastntxent
@@ -84,7 +84,7 @@ def cross_neg_lse(
     Losses use it between two towers (images and texts), between queries and a queue of keys, and between one rank's
     rows and all others. No gradient is computed for a side that does not need one, such as a queue.
 
-    The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O((M +
+    On the same device with the same number of threads, the same input gives the same bits. Extra memory is O((M +
     K) D); the reference backend takes O(M K).
 
     Args:
@@ -106,8 +106,8 @@ def cross_neg_lse(
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
             is unknown.
-        RuntimeError: the backend is not available here (the message says why), or a second derivative is taken, which
-            only backend="reference" has.
+        RuntimeError: the backend is not available here (the message says why), or a second derivative is
+            requested, which only backend="reference" supports.
 
     Example:
         >>> import torch, fastntxent

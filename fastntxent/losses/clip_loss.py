@@ -68,7 +68,7 @@ def clip(
     `ceiling` up to rounding. No gradient flows through the choice of negatives. Limits and smoothing apply in both
     directions.
 
-    The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O(N D);
+    On the same device with the same number of threads, the same input gives the same bits. Extra memory is O(N D);
     the reference backend takes O(N^2).
 
     Args:
@@ -118,7 +118,7 @@ def clip(
         ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
             is unknown.
         RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
-            a second derivative is taken, which only backend="reference" without a group has.
+            a second derivative is requested, which only backend="reference" without a group supports.
 
     Example:
         >>> import torch, fastntxent
@@ -233,7 +233,7 @@ def multi_clip(
     A negative stays in the sum if its similarity is NaN, or equals the limit set by `margin`, `relative_margin` or
     `ceiling` up to rounding. No gradient flows through the choice of negatives.
 
-    The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O(T N
+    On the same device with the same number of threads, the same input gives the same bits. Extra memory is O(T N
     D); the reference backend takes O(N^2).
 
     Args:
@@ -282,7 +282,7 @@ def multi_clip(
         ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
             is unknown.
         RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
-            a second derivative is taken, which only backend="reference" without a group has.
+            a second derivative is requested, which only backend="reference" without a group supports.
 
     Example:
         >>> import torch, fastntxent

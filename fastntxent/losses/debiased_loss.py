@@ -38,7 +38,7 @@ def debiased(
     lower bound n exp(-1/tau), which cosine similarities never reach. The bound assumes cosine similarities, even with
     normalize=False. With N = 1 there are no negatives and the loss is 0.
 
-    The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O(N D);
+    On the same device with the same number of threads, the same input gives the same bits. Extra memory is O(N D);
     the reference backend takes O(N^2).
 
     Args:
@@ -67,7 +67,7 @@ def debiased(
         ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
             is unknown.
         RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
-            a second derivative is taken, which only backend="reference" without a group has.
+            a second derivative is requested, which only backend="reference" without a group supports.
 
     Example:
         >>> import torch, fastntxent
@@ -113,7 +113,7 @@ def hard_negative(
     = 0 gives `debiased`. The lower bound n exp(-1/tau) assumes cosine similarities, even with normalize=False. With N =
     1 there are no negatives and the loss is 0.
 
-    The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O(N D);
+    On the same device with the same number of threads, the same input gives the same bits. Extra memory is O(N D);
     the reference backend takes O(N^2). beta > 0 doubles the time.
 
     Args:
@@ -143,7 +143,7 @@ def hard_negative(
         ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
             is unknown.
         RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
-            a second derivative is taken, which only backend="reference" without a group has.
+            a second derivative is requested, which only backend="reference" without a group supports.
 
     Example:
         >>> import torch, fastntxent

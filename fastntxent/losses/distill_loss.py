@@ -62,7 +62,7 @@ def distill(
     For features that are normalised already, `normalize=False` gives open_clip's `DistillClipLoss`. The loss is
     differentiable in the student's features and in its temperature or logit scale.
 
-    The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O(N (D +
+    On the same device with the same number of threads, the same input gives the same bits. Extra memory is O(N (D +
     E)). The student's log-sum-exps and their gradient come from one pass, as in `clip`. The teacher's log-sum-exps take
     one pass over its similarities, and the expectation of the student's similarities under the teacher takes another.
 
@@ -116,7 +116,7 @@ def distill(
         ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
             is unknown; or a teacher is given in both forms.
         RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
-            a second derivative is taken, which only backend="reference" without a group has.
+            a second derivative is requested, which only backend="reference" without a group supports.
 
     Example:
         >>> import torch, fastntxent

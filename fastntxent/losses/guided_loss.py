@@ -55,7 +55,7 @@ def guided_info_nce(
     or limit is NaN stays too. The loss of a query without negatives is 0. No gradient flows through the choice of
     negatives.
 
-    The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O((N +
+    On the same device with the same number of threads, the same input gives the same bits. Extra memory is O((N +
     K) (D + E)). Similarities of the embeddings and of the guide are formed side by side, a tile at a time, in plain
     PyTorch on every device. With u = 2 N^2 D and g = 2 N^2 E flops, each of the three products among N samples costs u
     + g in the forward and 3u + g in the backward.
@@ -98,7 +98,7 @@ def guided_info_nce(
         ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
             is unknown.
         RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
-            a second derivative is taken, which only backend="reference" without a group has.
+            a second derivative is requested, which only backend="reference" without a group supports.
 
     Example:
         >>> import torch, fastntxent

@@ -79,7 +79,7 @@ def info_nce(
     Contrastive Learning", 2025, as in sentence-transformers. Where queries share the explicit negatives,
     sentence-transformers hardens only the negatives that belong to the query; here all of them get harder.
 
-    The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O((N +
+    On the same device with the same number of threads, the same input gives the same bits. Extra memory is O((N +
     K) D) with K shared negatives, and O(N K D) with one set per query, which is the size of the sets.
 
     Args:
@@ -134,7 +134,7 @@ def info_nce(
         ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
             is unknown.
         RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
-            a second derivative is taken, which only backend="reference" without a group has.
+            a second derivative is requested, which only backend="reference" without a group supports.
 
     Example:
         >>> import torch, fastntxent

@@ -48,7 +48,7 @@ def multiview_nt_xent(
     `ceiling` up to rounding. No gradient flows through the choice of negatives. A row's least similar positive sets its
     limit.
 
-    The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O(V N D
+    On the same device with the same number of threads, the same input gives the same bits. Extra memory is O(V N D
     + V^2 N).
 
     Args:
@@ -86,7 +86,7 @@ def multiview_nt_xent(
         ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
             is unknown.
         RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
-            a second derivative is taken, which only backend="reference" without a group has.
+            a second derivative is requested, which only backend="reference" without a group supports.
 
     Example:
         >>> import torch, fastntxent

@@ -38,7 +38,7 @@ def rince(
     log(lam), in which one positive can contribute without bound. Terms have the size of exp(q / tau), which float32
     holds for q / tau < 88.
 
-    The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O(N D);
+    On the same device with the same number of threads, the same input gives the same bits. Extra memory is O(N D);
     the reference backend takes O(N^2).
 
     Args:
@@ -68,7 +68,7 @@ def rince(
         ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
             is unknown; or q / temperature overflows exp, which is not checked for a temperature on an accelerator.
         RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
-            a second derivative is taken, which only backend="reference" without a group has.
+            a second derivative is requested, which only backend="reference" without a group supports.
 
     Example:
         >>> import torch, fastntxent

@@ -65,7 +65,7 @@ def sup_con(
     positive. It is still a negative of the other rows. With `pair_weights`, a row has no positive if every other row
     weighs 0 for it. The identity matrix gives the loss without weights. A ceiling removes negatives only.
 
-    The same input gives the same bits each time, on one device and with one number of threads. "out" takes the time of
+    On the same device with the same number of threads, the same input gives the same bits. "out" takes the time of
     `nt_xent` and O(M D) memory, plus O((M + D) C) with several labels per row or O((C + D) C) with `pair_weights`. "in"
     and "pairs" form the products of positives once more, in tiles. That takes sum n_c^2 D multiplications in the
     forward and as many in the backward, with n_c rows in class c, and the host waits once for an accelerator. In "out"
@@ -103,7 +103,7 @@ def sup_con(
         ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
             is unknown.
         RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
-            a second derivative is taken, which only backend="reference" without a group has.
+            a second derivative is requested, which only backend="reference" without a group supports.
 
     Example:
         >>> import torch, fastntxent

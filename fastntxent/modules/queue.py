@@ -254,7 +254,7 @@ class QueueInfoNCELoss(TemperatureLoss):
 
     In training mode each call pushes its keys once the loss is formed; in evaluation mode the queue does not change.
 
-    The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O((N +
+    On the same device with the same number of threads, the same input gives the same bits. Extra memory is O((N +
     size) D).
 
     Call it as `loss(query, key, ids=None)`; `forward` describes the arguments.
