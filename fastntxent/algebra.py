@@ -72,7 +72,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _multiplied(a: Tensor, b: Tensor) -> Tensor:
-    """Return a @ b without broadcasting: it raises if a saved-tensor hook returned a tensor of another shape."""
+    """Return a @ b without broadcasting: it raises if a saved-tensor hook returned a tensor of a different shape."""
     return torch.bmm(a, b) if a.ndim == 3 else torch.mm(a, b)
 
 
@@ -128,7 +128,7 @@ def row_dots(a: Tensor, b: Tensor) -> Tensor:
 
 
 def swap_views(rows: Tensor) -> Tensor:
-    """Return rows stacked as [z_i; z_j] with row p(i) in the place of row i."""
+    """Return the rows, stacked as [z_i; z_j], with row p(i) in the place of row i."""
     first, second = rows.chunk(2)
     return torch.cat((second, first))
 

@@ -157,7 +157,7 @@ VIEW = torch.randn(4, 6)
         ([VIEW, VIEW], 2.0, None, TypeError, "chunk_size must be an int, got float"),
         ([VIEW, VIEW], [2, True], None, TypeError, "chunk_size must be an int, got bool"),
         ([VIEW, VIEW], [5, -1], None, ValueError, "chunk_size must be at least 0, got -1"),
-        ([VIEW, VIEW], [], None, ValueError, "chunk_size must hold the rows of at least one chunk, got none"),
+        ([VIEW, VIEW], [], None, ValueError, "chunk_size must list the number of rows of at least one chunk"),
         ([VIEW, VIEW], [2, 1], None, ValueError, r"chunk_size must add up to the 4 rows of views\[0\], got 3"),
         ([], 2, None, ValueError, "at least one tensor"),
         ([VIEW, [1]], 2, None, TypeError, r"views\[1\] must be a torch.Tensor, got list"),
@@ -559,7 +559,7 @@ def test_cached_backward_second_pass_that_does_not_repeat_is_an_error():
     counter = iter(range(100))
     encoder = nn.Linear(6, 5)
     encoder.register_forward_hook(lambda module, args, output: output + next(counter))
-    with pytest.raises(RuntimeError, match="other embeddings in the second pass"):
+    with pytest.raises(RuntimeError, match="different embeddings in the second pass"):
         cached_backward(encoder, torch.randn(2, 10, 6).unbind(), loss_of, chunk_size=5)
 
 
@@ -576,10 +576,10 @@ def test_cached_backward_within_cached_parametrizations_is_an_error():
             nn.LazyLinear(5),
             2 * [torch.ones(4, 6)],
             ValueError,
-            "encoder must have all its parameters, got a lazy layer",
+            "encoder must be initialised, got a lazy layer",
         ),
         (nn.LSTM(6, 5), 2 * [torch.ones(4, 6)], TypeError, r"encoder must return a torch\.Tensor, got tuple"),
-        (nn.Flatten(0), 2 * [torch.ones(4, 6)], ValueError, r"a row for each of the 3 rows, got shape \(18,\)"),
+        (nn.Flatten(0), 2 * [torch.ones(4, 6)], ValueError, r"3 embeddings, one per input row, got shape \(18,\)"),
         (nn.Linear(6, 5), 2 * [torch.ones(4, 6).to_sparse()], TypeError, r"views\[0\] must be a dense"),
         (
             nn.Linear(6, 5),
@@ -691,7 +691,7 @@ def test_cached_backward_on_ranks_is_the_step_it_stands_for(of_ranks, how):
     ("how", "message"),
     [
         ("a tower without find_unused_parameters", "find_unused_parameters=True"),
-        ("a last view without a gradient", "put a view that has a gradient last in views"),
+        ("a last view without a gradient", "reorder views so that its last view has a gradient"),
         ("a static graph", "with static_graph=True"),
     ],
 )

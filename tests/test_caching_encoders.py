@@ -489,9 +489,9 @@ X = torch.randn(4, 6)
     [
         (([nn.Linear(6, 5)], [X, X]), {}, ValueError, "encoder must hold a module for each of the 2 views, got 1"),
         (([nn.Linear(6, 5), abs], [X, X]), {}, TypeError, r"encoder\[1\] must be a torch\.nn\.Module, got builtin"),
-        (([nn.Linear(6, 5), nn.LazyLinear(5)], [X, X]), {}, ValueError, r"encoder\[1\] must have all its parameters"),
+        (([nn.Linear(6, 5), nn.LazyLinear(5)], [X, X]), {}, ValueError, r"encoder\[1\] must be initialised"),
         ((nn.Linear(6, 5), {"x": X}), {}, TypeError, "views must be a sequence, one element per view, got one dict"),
-        ((nn.Linear(6, 5), [X, {"x": "y"}]), {}, TypeError, r"views\[1\] must be a torch.Tensor, got dict that holds"),
+        ((nn.Linear(6, 5), [X, {"x": "y"}]), {}, TypeError, r"views\[1\] must be a torch.Tensor, got dict without"),
         (
             (nn.Linear(6, 5), [X, {"x": X, "y": [X, X[:3]]}]),
             {},
@@ -506,7 +506,7 @@ X = torch.randn(4, 6)
         ),
         ((nn.Linear(6, 5), [X, [X.to_sparse()]]), {}, TypeError, r"views\[1\]\[0\] must be a dense"),
         ((nn.Linear(6, 5), [[X[:0]], X]), {}, ValueError, r"views\[0\]\[0\] must have at least one row"),
-        ((nn.Linear(6, 5), [X, X]), {"chunk_tokens": 3}, TypeError, "chunk_size must be given, or chunk_tokens in its"),
+        ((nn.Linear(6, 5), [X, X]), {"chunk_tokens": 3}, TypeError, "chunk_size must be given, or chunk_tokens"),
         ((nn.Linear(6, 5), [X, X]), {"chunk_size": None}, TypeError, "chunk_size must be given, or chunk_tokens"),
         (
             (nn.Linear(6, 5), [X, X]),
@@ -518,7 +518,7 @@ X = torch.randn(4, 6)
             (nn.Linear(6, 5), [X, X]),
             {"chunk_size": None, "chunk_tokens": 3},
             ValueError,
-            r"views\[0\] has no 'attention_mask' to count the tokens of",
+            r"views\[0\] has no 'attention_mask' to count tokens with",
         ),
         (
             (nn.Linear(6, 5), [X, X]),

@@ -1,4 +1,4 @@
-"""Losses that correct for false negatives, and give hard negatives more weight."""
+"""Losses that correct for false negatives and give hard negatives more weight."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def debiased(
     Example:
         >>> import torch, fastntxent
         >>> z = torch.eye(4)
-        >>> fastntxent.debiased(z, z, temperature=1.0, tau_plus=0.1)  # log(1 + (6 - 0.6 e) / 0.9 e)
+        >>> fastntxent.debiased(z, z, temperature=1.0, tau_plus=0.1)  # log(1 + (6 - 0.6 e) / (0.9 e))
         tensor(1.0246)
     """
     return hard_negative(

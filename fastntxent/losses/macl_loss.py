@@ -48,7 +48,7 @@ def macl(
         z_j: (N, D) embeddings of the second view, with the shape, dtype and device of `z_i`. Row n belongs to sample n.
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
             read a tensor on an accelerator, so its sign is not checked there. This is the base temperature.
-        alpha: How far the temperature follows the alignment A, in [0, 1]. 0 keeps it fixed. The temperature never falls
+        alpha: How far the temperature follows the alignment A, in [0, 1]. 0 keeps the temperature fixed. It never falls
             below a thousandth of the base, which matters where alpha = 1 and the views are opposites.
         a_0: The alignment at which the temperature equals the base, in [0, 1].
         reduction: "mean" over the 2N rows, "sum", or "none" for one loss per row.
@@ -75,7 +75,7 @@ def macl(
     Example:
         >>> import torch, fastntxent
         >>> z = torch.eye(4)
-        >>> fastntxent.macl(z, z, temperature=0.5, alpha=1.0)  # nt_xent at 0.5 * 2, over 1 - 1 / (1 + 6 / e)
+        >>> fastntxent.macl(z, z, temperature=0.5, alpha=1.0)  # nt_xent at 0.5 * 2, divided by 1 - 1 / (1 + 6 / e)
         tensor(1.6934)
     """
     alpha = check_parameter("alpha", alpha)
@@ -96,9 +96,9 @@ def macl(
 def _reweighted(nu: Tensor, pos: Tensor) -> Tensor:
     """Return l / (1 - exp(-l)) for the row losses l, without a gradient through the weight.
 
-    With x = nu - pi, both 1 - exp(-l) and dl/dx are sigmoid(x). So the derivative in x is 1, and the second derivative
-    is sigmoid(-x). Both are attached to the value explicitly, because for an easy row l and 1 - exp(-l) underflow
-    although their quotient is 1.
+    With x = nu - pi, both 1 - exp(-l) and dl/dx are sigmoid(x). So the derivative with respect to x is 1, and the
+    second derivative is sigmoid(-x). Both are attached to the value explicitly, because for an easy row l and 1 -
+    exp(-l) underflow although their quotient is 1.
     """
     x = nu - pos
     losses = row_losses(nu.detach(), pos.detach())

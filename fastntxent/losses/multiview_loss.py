@@ -65,8 +65,8 @@ def multiview_nt_xent(
             `label_smoothing`.
         relative_margin: Leave a negative out of row i's sum where its similarity to row i is above (1 -
             relative_margin) s_pos. A float in [0, 1]; None sets no limit. Not with `margin` or `label_smoothing`.
-        ceiling: Leave a negative out of row i's sum where its similarity to row i is above this finite float. With a
-            margin too, the smaller limit holds. None sets no limit. Not with `label_smoothing`.
+        ceiling: Leave a negative out of row i's sum where its similarity to row i is above this finite float. If there
+            is also a margin, the smaller limit applies. None sets no limit. Not with `label_smoothing`.
         reduction: "mean" over the V N rows, "sum", or "none" for one loss per row.
         normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
             6.1e-5) in float16). False takes the rows as they are, and their products must not overflow.
@@ -114,13 +114,13 @@ def multiview_losses(
     label_smoothing: float,
     limits: Limits | None,
 ) -> Tensor:
-    """Return the mean over each row's positives: (V, N, D) -> (V N,). `inv_tau` is 0-d or (V N,)."""
+    """Return each row's loss, the mean over its positives: (V, N, D) -> (V N,). `inv_tau` is 0-d or (V N,)."""
     V, N, _ = z.shape
     u = batch.unit_rows(z)
     rows = u.flatten(0, 1)
     groups = (batch.sample_ids() if ids is None else ids).repeat(V)
     itself = torch.eye(V, dtype=torch.bool, device=z.device).unsqueeze(2)
-    sims = torch.stack([(view * u).sum(dim=2) for view in u.unbind()])  # (V, V, N): row n of every two views
+    sims = torch.stack([(view * u).sum(dim=2) for view in u.unbind()])  # (V, V, N): row n of each pair of views
     of_rows = None
     if limits is not None:
         to_positive, which = sims.masked_fill(itself, torch.inf).min(dim=1)  # the least similar positive, and its view
@@ -131,7 +131,8 @@ def multiview_losses(
     pos = by_view * sims
     losses = row_losses(nu.view(V, 1, N), pos)
     if label_smoothing:
-        # Label smoothing in cross-entropy adds eps times (the positive's logit - the mean logit of the candidates).
+        # Label smoothing in cross-entropy adds label_smoothing times (the positive's logit - the mean logit of the
+        # candidates).
         summed = batch.all_dots(rows, rows) - batch.group_dots(rows, rows, groups)
         negatives = (inv_tau * summed).view(V, 1, N)
         candidates = (V * batch.n_samples - batch.group_counts(groups) + 1).view(V, 1, N)
@@ -157,7 +158,7 @@ def _stacked(views: Tensor | Sequence[Tensor], *, may_be_empty: bool) -> Tensor:
 
 
 def stack_views(views: Sequence[Tensor]) -> Tensor:
-    """Return the views as one tensor (V, N, D). Autocast is off: it may change the dtype, and raises for float16 under
-    bfloat16."""
+    """Return the views as one tensor (V, N, D). Autocast is off, because it may change the dtype, and raises for
+    float16 views under bfloat16 autocast."""
     with autocast_off(views[0]):
         return torch.stack(tuple(views))

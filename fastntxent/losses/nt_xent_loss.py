@@ -19,7 +19,7 @@ from .multiview_loss import multiview_losses, stack_views
 
 
 class NTXentTerms(NamedTuple):
-    """The two terms of NT-Xent and their sum, as `nt_xent_terms` returns them.
+    """The two terms of NT-Xent and the loss, as `nt_xent_terms` returns them.
 
     Attributes:
         alignment: L_a, a 0-d tensor. It pulls the two views of a sample together.
@@ -67,9 +67,9 @@ def nt_xent(
     A negative stays in the sum if its similarity is NaN, or equals the limit set by `margin`, `relative_margin` or
     `ceiling` up to rounding. No gradient flows through the choice of negatives.
 
-    With `normalize`, float16, bfloat16 and float32 rows may have any finite length, and float64 rows up to 1e154, where
-    their squares overflow. `split_views` makes `z_i` and `z_j` from one tensor. Gradients have the dtype of the
-    embeddings.
+    With `normalize`, float16, bfloat16 and float32 rows may have any finite length, and float64 rows a length of up to
+    1e154, beyond which their squares overflow. `split_views` makes `z_i` and `z_j` from one tensor. Gradients have the
+    dtype of the embeddings.
 
     On the same device with the same number of threads, the same input gives the same bits. Extra memory is O(N D);
     the reference backend takes O(N^2).
@@ -90,8 +90,8 @@ def nt_xent(
             `label_smoothing`.
         relative_margin: Leave a negative out of row i's sum where its similarity to row i is above (1 -
             relative_margin) s_pos. A float in [0, 1]; None sets no limit. Not with `margin` or `label_smoothing`.
-        ceiling: Leave a negative out of row i's sum where its similarity to row i is above this finite float. With a
-            margin too, the smaller limit holds. None sets no limit. Not with `label_smoothing`.
+        ceiling: Leave a negative out of row i's sum where its similarity to row i is above this finite float. If there
+            is also a margin, the smaller limit applies. None sets no limit. Not with `label_smoothing`.
         reduction: "mean" over the 2N rows, "sum", or "none" for one loss per row.
         normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
             6.1e-5) in float16). False takes the rows as they are, and their products must not overflow.
@@ -153,13 +153,13 @@ def nt_xent_terms(
         L_a = -\frac{1}{N} \sum_{i=1}^{2N} s_{i,p(i)}, \quad
         L_d = \frac{\tau}{N} \sum_{i=1}^{2N} \log \sum_{k \ne i} e^{s_{ik}/\tau}
 
-    Alignment and distribution as in Wang & Isola, "Understanding Contrastive Representation Learning through Alignment
+    Alignment and distribution follow Wang & Isola, "Understanding Contrastive Representation Learning through Alignment
     and Uniformity on the Hypersphere", 2020. The sums over the 2N rows are divided by N, so `loss` is twice the mean of
     `nt_xent`.
 
-    All three are differentiable in the embeddings and the temperature, so a term can be weighted or dropped. To train
-    on their plain sum, use `loss`: once training has converged the gradients of the two terms nearly cancel, and only
-    `loss` takes their difference before rounding.
+    All three are differentiable with respect to the embeddings and the temperature, so a term can be weighted or
+    dropped. To train on the plain sum of both terms, use `loss`: once training has converged, the gradients of the
+    terms nearly cancel, and only `loss` takes their difference before rounding.
 
     On the same device with the same number of threads, the same input gives the same bits. Extra memory is O(N D);
     the reference backend takes O(N^2).

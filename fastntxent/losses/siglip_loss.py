@@ -50,7 +50,7 @@ def siglip(
         logit_scale: 1 / tau in place of `temperature`: a positive float or a 0-d floating-point tensor, such as
             `log_scale.exp()` of a learnt parameter.
         bias: b, a finite float or a 0-d floating-point tensor, which may require a gradient.
-        ids: (N,) integers. Images and texts of the same id belong together. None: image n and text n belong together,
+        ids: (N,) integers. Images and texts with the same id belong together. None: image n and text n belong together,
             and no others.
         reduction: "mean" over the N images, "sum", or "none" for one loss per image, which is a sum over all texts.
         normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
@@ -130,7 +130,8 @@ def nt_logistic(
         \ell_i = \log(1 + e^{-s_{ip(i)}/\tau - b}) + \sum_{j : id_j \ne id_i} \log(1 + e^{s_{ij}/\tau + b})
 
     Table 2 of Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", 2020, with all
-    negatives and a bias. The paper has no bias. The rows are [z_i; z_j], and p(i) is the other view of row i's sample.
+    negatives, and with a bias, which the paper does not have. The rows are [z_i; z_j], and p(i) is the other view of
+    row i's sample.
 
     On the same device with the same number of threads, the same input gives the same bits. Extra memory is O(N D);
     the reference backend takes O(N^2).

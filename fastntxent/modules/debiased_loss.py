@@ -21,7 +21,7 @@ class DebiasedLoss(TemperatureLoss):
     lower bound n exp(-1/tau), which cosine similarities never reach. The bound assumes cosine similarities, even with
     normalize=False. With N = 1 there are no negatives and the loss is 0.
 
-    Call it as `loss(z_i, z_j)`; `forward` describes the arguments. The function is `debiased`.
+    Call it as `loss(z_i, z_j)`; `forward` describes the arguments. `debiased` is the same loss as a function.
 
     Args:
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
@@ -86,7 +86,7 @@ class HardNegativeLoss(TemperatureLoss):
     = 0 gives `debiased`. The lower bound n exp(-1/tau) assumes cosine similarities, even with normalize=False. With N =
     1 there are no negatives and the loss is 0.
 
-    Call it as `loss(z_i, z_j)`; `forward` describes the arguments. The function is `hard_negative`.
+    Call it as `loss(z_i, z_j)`; `forward` describes the arguments. `hard_negative` is the same loss as a function.
 
     Args:
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not

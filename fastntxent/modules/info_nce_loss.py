@@ -33,8 +33,8 @@ class InfoNCELoss(TemperatureLoss):
     Contrastive Learning", 2025, as in sentence-transformers. Where queries share the explicit negatives,
     sentence-transformers hardens only the negatives that belong to the query; here all of them get harder.
 
-    Call it as `loss(query, key, negatives=None, ids=None)`; `forward` describes the arguments. The function is
-    `info_nce`.
+    Call it as `loss(query, key, negatives=None, ids=None)`; `forward` describes the arguments. `info_nce` is the same
+    loss as a function.
 
     Args:
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
@@ -42,11 +42,11 @@ class InfoNCELoss(TemperatureLoss):
             value of the parameter.
         in_batch_negatives: Whether the keys of other samples are negatives. None: only without explicit negatives.
         positives: "pair": row n of the other side is the only positive of row n. "same_id": all rows of the other side
-            with its id are positives; this needs `ids` and excludes label smoothing, margins and a ceiling. It also
-            excludes explicit negatives, hardness and in_batch_negatives=False.
-        form: How the positives are combined with positives="same_id". "out" averages their log-probabilities: nu' -
-            mean_p s_np / tau, with nu' the log-sum-exp over all columns. "in" takes the logarithm of their mean
-            probability.
+            with the id of row n are its positives; this needs `ids` and excludes label smoothing, margins and a
+            ceiling. It also excludes explicit negatives, hardness and in_batch_negatives=False.
+        form: With positives="same_id", how the positives are combined. "out" averages their negative log-probabilities,
+            which gives nu' - mean_p s_np / tau, with nu' the log-sum-exp over all columns. "in" takes the negative
+            logarithm of their mean probability.
         label_smoothing: The share of the target, in [0, 1), that is spread evenly over the positive and the negatives,
             as in `torch.nn.functional.cross_entropy`.
         margin: Leave a negative out of row i's sum where its similarity to row i is above s_pos - margin, with s_pos
@@ -54,8 +54,8 @@ class InfoNCELoss(TemperatureLoss):
             `label_smoothing`.
         relative_margin: Leave a negative out of row i's sum where its similarity to row i is above (1 -
             relative_margin) s_pos. A float in [0, 1]; None sets no limit. Not with `margin` or `label_smoothing`.
-        ceiling: Leave a negative out of row i's sum where its similarity to row i is above this finite float. With a
-            margin too, the smaller limit holds. None sets no limit. Not with `label_smoothing`.
+        ceiling: Leave a negative out of row i's sum where its similarity to row i is above this finite float. If there
+            is also a margin, the smaller limit applies. None sets no limit. Not with `label_smoothing`.
         hardness_mode: Which negatives get harder logits: "in_batch_negatives", "hard_negatives" (the explicit ones) or
             "all_negatives".
         hardness_strength: Add this multiple (0 or more) of the similarity to the logits of those negatives. No gradient

@@ -441,7 +441,7 @@ def test_cached_loss_whose_second_pass_does_not_repeat_is_an_error():
     model.head.register_forward_hook(lambda module, args, z: z + next(counter))
     statistics, torch_state = [b.clone() for b in model.buffers()], torch.get_rng_state()
     loss = CACHED(model, mini_batch_size=5)(text_columns(2))
-    with pytest.raises(RuntimeError, match="model gave other embeddings in the second pass"):
+    with pytest.raises(RuntimeError, match="model gave different embeddings in the second pass"):
         loss.backward()
     for now, before in zip(model.buffers(), statistics, strict=True):
         assert torch.equal(now, before)
@@ -513,7 +513,7 @@ def test_errors_of_cached_losses():
     model = TextModel()
     with pytest.raises(ValueError, match=r"sentence_features\[1\]\['x'\] must have as many rows as"):
         CACHED(model)([text_columns(1)[0], {**text_columns(1)[0], "x": torch.ones(3)}])
-    with pytest.raises(ValueError, match=r"sentence_features\[0\] has no 'attention_mask' to count the tokens of"):
+    with pytest.raises(ValueError, match=r"sentence_features\[0\] has no 'attention_mask' to count tokens with"):
         CACHED(model, mini_batch_num_tokens=9)([{"x": torch.ones(3)}] * 2)
     with pytest.raises(ValueError, match="at least anchors and positives, got 1 tensors"):
         CACHED(model)(text_columns(1))
