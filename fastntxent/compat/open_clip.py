@@ -22,7 +22,7 @@ __all__ = ["ClipLoss", "CoCaLoss", "DistillClipLoss", "SigLipLoss"]
 
 
 class _OfRanks(TypedModule):
-    """Base class of the two-softmax losses, with open_clip's options for gathering over ranks."""
+    """Base class of the two-softmax losses, with open_clip's options for gathering across ranks."""
 
     def __init__(
         self,
@@ -159,14 +159,14 @@ class DistillClipLoss(_OfRanks):
     ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
         """Return both losses, (contrastive, distillation), or {"contrastive_loss": ..., "distill_loss": ...}.
 
-        The teacher gets no gradient. In open_clip it gets one if its model ran with gradients enabled.
+        The teacher gets no gradient. In open_clip it gets a gradient if its model ran with gradients enabled.
 
         Args:
-            image_features: The student's (N, D), normalised by the caller.
-            text_features: The student's (N, D), normalised by the caller.
+            image_features: The student's features (N, D), normalised by the caller.
+            text_features: The student's features (N, D), normalised by the caller.
             logit_scale: Factor of the student's similarities; a float or a one-element tensor.
-            dist_image_features: The teacher's (N, E), normalised by the caller.
-            dist_text_features: The teacher's (N, E), normalised by the caller.
+            dist_image_features: The teacher's features (N, E), normalised by the caller.
+            dist_text_features: The teacher's features (N, E), normalised by the caller.
             dist_logit_scale: Factor of the teacher's similarities; a float or a one-element tensor.
             output_dict: Return a dict.
         """

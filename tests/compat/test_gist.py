@@ -324,7 +324,7 @@ def test_errors():
         loss.compute_loss_from_embeddings([z, z], [z, z[:1]])
     with pytest.raises(TypeError, match=r"embeddings\[1\] must be a torch.Tensor, got NoneType"):
         loss.compute_loss_from_embeddings([z, None], [z, z])
-    with pytest.raises(ValueError, match="guide_embeddings must have 3 columns, as embeddings, got 2"):
+    with pytest.raises(ValueError, match="guide_embeddings must have 3 columns like embeddings, got 2"):
         loss.compute_loss_from_embeddings([z] * 3, [z] * 2)
     with pytest.raises(ValueError, match="margin_strategy must be one of"):
         ours.GISTEmbedLoss(None, None, margin_strategy="both")

@@ -391,7 +391,7 @@ def test_wrapper_over_ranks_is_the_loss_in_one_process():
     [
         (([0, 0], [1, 2], [3, 99]), ValueError, r"indices_tuple must have indices in \[0, 16\), got \[3, 99\]"),
         (([0, 0], [1, -2], [3, 4]), ValueError, "indices_tuple must have indices in"),
-        (([0, 0], [1], [3, 4]), ValueError, r"indices_tuple must hold pairs, got lengths \[2, 1, 2\]"),
+        (([0, 0], [1], [3, 4]), ValueError, r"indices_tuple must hold pairs of equal lengths, got \[2, 1, 2\]"),
         (([0.0], [1.0], [3.0]), TypeError, "indices_tuple must hold tensors of one dimension and an integer dtype"),
     ],
 )
