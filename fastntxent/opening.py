@@ -35,7 +35,7 @@ def open_batch(
     Args:
         group: The ranks, or None for this process alone.
         function: The name of the public function, for the error message if ranks disagree.
-        rows: The embeddings (N, D) by argument name, all of one shape, dtype and device.
+        rows: The embeddings (N, D) by argument name, all of the same shape, dtype and device.
         ids: (N,) integers, the group of each sample, if the caller gave any.
         views: The number of rows per sample in the loss.
         reduction: The reduction of the losses: "mean", "sum" or "none".

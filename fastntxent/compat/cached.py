@@ -65,7 +65,8 @@ def mini_batched(
         name: The model's name in errors.
         size: The number of rows in a mini-batch.
         num_tokens: The largest number of tokens in a mini-batch. It replaces `size` unless it is None.
-        prepare: Applied to a mini-batch's features, without trailing padding, before the model gets them.
+        prepare: A function applied to a mini-batch's features, after trailing padding is removed and before the model
+            gets them.
     """
     views = chunked_views(
         model,

@@ -215,9 +215,9 @@ class CachedGISTEmbedLoss(GISTEmbedLoss):
             or a smaller max_seq_length, "input_ids" are decoded by the model's tokenizer and tokenized again for the
             guide. It gets the same mini-batches as the model.
         temperature: tau > 0, a float or a 0-d floating-point tensor.
-        mini_batch_size: Rows of a column that the models see at a time.
-        mini_batch_num_tokens: Used in place of mini_batch_size: the most tokens that the models see at a time, counted
-            in the features' attention_mask. A longer row is a mini-batch by itself.
+        mini_batch_size: The number of rows of a column that the models see at a time.
+        mini_batch_num_tokens: Used in place of mini_batch_size: the largest number of tokens that the models see at a
+            time, counted in the features' attention_mask. A longer row is a mini-batch by itself.
         show_progress_bar: Show the model's mini-batches of both passes with tqdm.
         margin_strategy: How the limit follows from g, the guide's similarity of anchor and positive: g - margin for
             "absolute", g - margin abs(g) for "relative".

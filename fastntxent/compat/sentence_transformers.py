@@ -171,7 +171,7 @@ class MultipleNegativesRankingLoss(TypedModule):
             whose losses are averaged ("query_to_doc" and "doc_to_query" only).
         hardness_mode: Which logits of a query get extra weight: "in_batch_negatives" (documents of other queries),
             "hard_negatives" (the query's hard negatives), "all_negatives", or None.
-        hardness_strength: Factor of the similarity, without a gradient, that is added to these logits.
+        hardness_strength: This multiple of the similarity, without a gradient, is added to these logits.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -359,11 +359,11 @@ class CachedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
         model: Maps a dict of features to a dict with "sentence_embedding". None if the loss is called with embeddings.
         scale: 1 / temperature, positive.
         similarity_fct: `cos_sim` or `dot_score`, from this module or from the library; recognised by its name.
-        mini_batch_size: Rows of a column that the model sees at a time.
-        mini_batch_num_tokens: Used in place of mini_batch_size: the most tokens that the model sees at a time, counted
-            in the features' attention_mask. A longer row is a mini-batch by itself. Under `fully_shard` use
-            mini_batch_size: every rank must have the same number of mini-batches. With either argument, padding beyond
-            the longest text of a mini-batch is cut off.
+        mini_batch_size: The number of rows of a column that the model sees at a time.
+        mini_batch_num_tokens: Used in place of mini_batch_size: the largest number of tokens that the model sees at a
+            time, counted in the features' attention_mask. A longer row is a mini-batch by itself. Under `fully_shard`
+            use mini_batch_size: every rank must have the same number of mini-batches. With either argument, padding
+            beyond the longest text of a mini-batch is cut off.
         gather_across_devices: Use the batch of all ranks of the default process group. The loss is the mean over all
             ranks' anchors, the same on every rank (the library's is over the rank's anchors). Its gradient is the
             library's.
@@ -374,7 +374,7 @@ class CachedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
         show_progress_bar: Show the mini-batches of both passes with tqdm.
         hardness_mode: Which logits of a query get extra weight: "in_batch_negatives" (documents of other queries),
             "hard_negatives" (the query's hard negatives), "all_negatives", or None.
-        hardness_strength: Factor of the similarity, without a gradient, that is added to these logits.
+        hardness_strength: This multiple of the similarity, without a gradient, is added to these logits.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -501,11 +501,11 @@ class CachedMultipleNegativesSymmetricRankingLoss(CachedMultipleNegativesRanking
         model: Maps a dict of features to a dict with "sentence_embedding". None if the loss is called with embeddings.
         scale: 1 / temperature, positive.
         similarity_fct: `cos_sim` or `dot_score`, from this module or from the library; recognised by its name.
-        mini_batch_size: Rows of a column that the model sees at a time.
-        mini_batch_num_tokens: Used in place of mini_batch_size: the most tokens that the model sees at a time, counted
-            in the features' attention_mask. A longer row is a mini-batch by itself. Under `fully_shard` use
-            mini_batch_size: every rank must have the same number of mini-batches. With either argument, padding beyond
-            the longest text of a mini-batch is cut off.
+        mini_batch_size: The number of rows of a column that the model sees at a time.
+        mini_batch_num_tokens: Used in place of mini_batch_size: the largest number of tokens that the model sees at a
+            time, counted in the features' attention_mask. A longer row is a mini-batch by itself. Under `fully_shard`
+            use mini_batch_size: every rank must have the same number of mini-batches. With either argument, padding
+            beyond the longest text of a mini-batch is cut off.
         gather_across_devices: Use the batch of all ranks of the default process group. The loss is the mean over all
             ranks' anchors, the same on every rank (the library's is over the rank's anchors). Its gradient is the
             library's.

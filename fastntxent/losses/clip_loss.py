@@ -83,7 +83,7 @@ def clip(
         logit_bias: A finite float or a tensor of one element that is added to every logit. The softmax cancels it, so
             the loss does not change and the bias gets a gradient of exactly 0; only SigLIP's loss depends on a bias.
         ids: (N,) integers, the group of each sample. Samples of the same group are not negatives of each other, which
-            removes false negatives. Ids have the same meaning on every rank. None: every other sample is a negative.
+            removes false negatives. An id must mean the same on every rank. None: every other sample is a negative.
             Required for positives="same_id".
         positives: "pair": row n of the other side is the only positive of row n. "same_id": all rows of the other side
             with the id of row n are its positives; this needs `ids` and excludes label smoothing, margins and a
@@ -94,12 +94,13 @@ def clip(
         label_smoothing: The share of the target, in [0, 1), that is spread evenly over the positive and the negatives,
             as in `torch.nn.functional.cross_entropy`.
         margin: Leave a negative out of row i's sum where its similarity to row i is above s_pos - margin, with s_pos
-            the similarity of row i to its positive. A finite float; None sets no limit. Not with `relative_margin` or
-            `label_smoothing`.
+            the similarity of row i to its positive. A finite float; None sets no limit. Cannot be combined with
+            `relative_margin` or `label_smoothing`.
         relative_margin: Leave a negative out of row i's sum where its similarity to row i is above (1 -
-            relative_margin) s_pos. A float in [0, 1]; None sets no limit. Not with `margin` or `label_smoothing`.
+            relative_margin) s_pos. A float in [0, 1]; None sets no limit. Cannot be combined with `margin` or
+            `label_smoothing`.
         ceiling: Leave a negative out of row i's sum where its similarity to row i is above this finite float. If there
-            is also a margin, the smaller limit applies. None sets no limit. Not with `label_smoothing`.
+            is also a margin, the smaller limit applies. None sets no limit. Cannot be combined with `label_smoothing`.
         reduction: "mean" over the N samples, "sum", or "none" for one loss per sample.
         normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
             6.1e-5) in float16). False takes the rows as they are, and their products must not overflow.
@@ -249,7 +250,7 @@ def multi_clip(
             at least one is above 0. A pair of weight 0 costs nothing. None: each pair has the weight 1 / (number of
             pairs).
         ids: (N,) integers, the group of each sample. Samples of the same group are not negatives of each other, which
-            removes false negatives. Ids have the same meaning on every rank. None: every other sample is a negative.
+            removes false negatives. An id must mean the same on every rank. None: every other sample is a negative.
             Required for positives="same_id".
         positives: "pair": row n of the other side is the only positive of row n. "same_id": all rows of the other side
             with the id of row n are its positives; this needs `ids` and excludes label smoothing, margins and a
@@ -260,12 +261,13 @@ def multi_clip(
         label_smoothing: The share of the target, in [0, 1), that is spread evenly over the positive and the negatives,
             as in `torch.nn.functional.cross_entropy`.
         margin: Leave a negative out of row i's sum where its similarity to row i is above s_pos - margin, with s_pos
-            the similarity of row i to its positive. A finite float; None sets no limit. Not with `relative_margin` or
-            `label_smoothing`.
+            the similarity of row i to its positive. A finite float; None sets no limit. Cannot be combined with
+            `relative_margin` or `label_smoothing`.
         relative_margin: Leave a negative out of row i's sum where its similarity to row i is above (1 -
-            relative_margin) s_pos. A float in [0, 1]; None sets no limit. Not with `margin` or `label_smoothing`.
+            relative_margin) s_pos. A float in [0, 1]; None sets no limit. Cannot be combined with `margin` or
+            `label_smoothing`.
         ceiling: Leave a negative out of row i's sum where its similarity to row i is above this finite float. If there
-            is also a margin, the smaller limit applies. None sets no limit. Not with `label_smoothing`.
+            is also a margin, the smaller limit applies. None sets no limit. Cannot be combined with `label_smoothing`.
         reduction: "mean" over the N samples, "sum", or "none" for one loss per sample.
         normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
             6.1e-5) in float16). False takes the rows as they are, and their products must not overflow.

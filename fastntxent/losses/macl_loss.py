@@ -26,7 +26,7 @@ def macl(
     backend: BackendName = "auto",
     group: Group | None = None,
 ) -> Tensor:
-    r"""MACL: NT-Xent with a temperature that grows with the batch's alignment, and easy rows weighted up.
+    r"""MACL: NT-Xent with a temperature that grows with the batch's alignment, and with easy rows weighted up.
 
     .. math::
         L_i = \frac{\ell_i}{1 - e^{-\ell_i}}, \quad

@@ -144,7 +144,7 @@ def nt_logistic(
             read a tensor on an accelerator, so its sign is not checked there.
         bias: b, a finite float or a 0-d floating-point tensor, which may require a gradient.
         ids: (N,) integers, the group of each sample. Samples of the same group are not negatives of each other, which
-            removes false negatives. Ids have the same meaning on every rank. None: every other sample is a negative.
+            removes false negatives. An id must mean the same on every rank. None: every other sample is a negative.
         reduction: "mean" over the 2N rows, "sum", or "none" for one loss per row.
         normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
             6.1e-5) in float16). False takes the rows as they are, and their products must not overflow.

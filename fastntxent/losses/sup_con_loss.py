@@ -80,10 +80,10 @@ def sup_con(
             read a tensor on an accelerator, so its sign is not checked there.
         form: "out", "in" or "pairs", the formulas above.
         ceiling: Leave a negative out of row i's sum where its similarity to row i is above this finite float. None sets
-            no limit. Not with `pair_weights` or several labels per row.
+            no limit. Cannot be combined with `pair_weights` or several labels per row.
         pair_weights: (C, C) finite floats, at least 0: W[a, b] is the weight of a row of class b as a positive of a row
             of class a. Only the proportions within a row of W count. Needs one label per row, in [0, C), and the form
-            "out". No gradient flows through the weights. The same tensor on every rank.
+            "out". No gradient flows through the weights. Every rank must pass the same tensor.
         reduction: "mean" over the rows with a positive, "sum", or "none" for one loss per row.
         normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
             6.1e-5) in float16). False takes the rows as they are, and their products must not overflow.

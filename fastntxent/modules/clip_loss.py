@@ -76,12 +76,13 @@ class CLIPLoss(TemperatureLoss):
         label_smoothing: The share of the target, in [0, 1), that is spread evenly over the positive and the negatives,
             as in `torch.nn.functional.cross_entropy`.
         margin: Leave a negative out of row i's sum where its similarity to row i is above s_pos - margin, with s_pos
-            the similarity of row i to its positive. A finite float; None sets no limit. Not with `relative_margin` or
-            `label_smoothing`.
+            the similarity of row i to its positive. A finite float; None sets no limit. Cannot be combined with
+            `relative_margin` or `label_smoothing`.
         relative_margin: Leave a negative out of row i's sum where its similarity to row i is above (1 -
-            relative_margin) s_pos. A float in [0, 1]; None sets no limit. Not with `margin` or `label_smoothing`.
+            relative_margin) s_pos. A float in [0, 1]; None sets no limit. Cannot be combined with `margin` or
+            `label_smoothing`.
         ceiling: Leave a negative out of row i's sum where its similarity to row i is above this finite float. If there
-            is also a margin, the smaller limit applies. None sets no limit. Not with `label_smoothing`.
+            is also a margin, the smaller limit applies. None sets no limit. Cannot be combined with `label_smoothing`.
         max_logit_scale: An upper bound of the logit scale, a positive float; CLIP was trained with 100. Above it, a
             gradient that would raise the scale is dropped, and one that lowers it passes. None: no bound.
         reduction: "mean" over the N samples, "sum", or "none" for one loss per sample.
@@ -179,7 +180,7 @@ class CLIPLoss(TemperatureLoss):
             text_features: (N, D) features of the texts, with the shape, dtype and device of `image_features`. Row n
                 belongs to sample n.
             ids: (N,) integers, the group of each sample. Samples of the same group are not negatives of each other,
-                which removes false negatives. Ids have the same meaning on every rank. None: every other sample is a
+                which removes false negatives. An id must mean the same on every rank. None: every other sample is a
                 negative. Required for positives="same_id".
 
         Returns:
@@ -226,12 +227,13 @@ class MultiCLIPLoss(CLIPLoss):
         label_smoothing: The share of the target, in [0, 1), that is spread evenly over the positive and the negatives,
             as in `torch.nn.functional.cross_entropy`.
         margin: Leave a negative out of row i's sum where its similarity to row i is above s_pos - margin, with s_pos
-            the similarity of row i to its positive. A finite float; None sets no limit. Not with `relative_margin` or
-            `label_smoothing`.
+            the similarity of row i to its positive. A finite float; None sets no limit. Cannot be combined with
+            `relative_margin` or `label_smoothing`.
         relative_margin: Leave a negative out of row i's sum where its similarity to row i is above (1 -
-            relative_margin) s_pos. A float in [0, 1]; None sets no limit. Not with `margin` or `label_smoothing`.
+            relative_margin) s_pos. A float in [0, 1]; None sets no limit. Cannot be combined with `margin` or
+            `label_smoothing`.
         ceiling: Leave a negative out of row i's sum where its similarity to row i is above this finite float. If there
-            is also a margin, the smaller limit applies. None sets no limit. Not with `label_smoothing`.
+            is also a margin, the smaller limit applies. None sets no limit. Cannot be combined with `label_smoothing`.
         max_logit_scale: An upper bound of the logit scale, a positive float; CLIP was trained with 100. Above it, a
             gradient that would raise the scale is dropped, and one that lowers it passes. None: no bound.
         reduction: "mean" over the N samples, "sum", or "none" for one loss per sample.
@@ -296,7 +298,7 @@ class MultiCLIPLoss(CLIPLoss):
             features: T >= 2 tensors (N, D) of the same shape, dtype and device, one per tower. Row n of each belongs to
                 sample n.
             ids: (N,) integers, the group of each sample. Samples of the same group are not negatives of each other,
-                which removes false negatives. Ids have the same meaning on every rank. None: every other sample is a
+                which removes false negatives. An id must mean the same on every rank. None: every other sample is a
                 negative. Required for positives="same_id".
 
         Returns:

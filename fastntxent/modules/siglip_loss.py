@@ -190,7 +190,7 @@ class NTLogisticLoss(_Biased, TemperatureLoss):
             z_j: (N, D) embeddings of the second view, with the shape, dtype and device of `z_i`. Row n belongs to
                 sample n.
             ids: (N,) integers, the group of each sample. Samples of the same group are not negatives of each other,
-                which removes false negatives. Ids have the same meaning on every rank. None: every other sample is a
+                which removes false negatives. An id must mean the same on every rank. None: every other sample is a
                 negative.
 
         Returns:
