@@ -61,8 +61,8 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     """Return a @ b, for two matrices or two batches of matrices, unaffected by autocast in the forward and in the
     backward.
 
-    The backward of PyTorch's own product is a product too. If `backward` is called under autocast, it runs in half
-    precision, regardless of the precision of the forward.
+    The backward of PyTorch's own product is a product too. If `backward` is called under autocast, that product runs in
+    half precision, regardless of the precision of the forward.
     """
     if torch._C._get_tracing_state() is not None:  # torch.jit.trace cannot record an autograd.Function
         with autocast_off(a):

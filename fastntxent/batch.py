@@ -62,7 +62,7 @@ class Batch(ABC):
         return replicated
 
     def _replicated(self, value: float | Tensor) -> float | Tensor:
-        """Return a number that is the same on all ranks."""
+        """Return the number, which is the same on all ranks."""
         return value
 
     def beside(self, rows: Tensor) -> Batch:
@@ -70,7 +70,7 @@ class Batch(ABC):
         return type(self)(rows, 1, self.reduction, self.normalize)
 
     def in_tiles(self) -> Batch:
-        """Return this batch, but with log-sum-exps over logits that equal those of `soft_dots` bit for bit."""
+        """Return this batch, but with log-sum-exps over logits that equal the logits of `soft_dots` bit for bit."""
         return self
 
     @property
@@ -257,8 +257,8 @@ class Batch(ABC):
     def reduce(self, losses: Tensor, counted: Tensor | None = None) -> Tensor:
         """Return the losses, their sum or their mean, as `reduction` says.
 
-        counted: the mean covers only the rows where it is True, and is 0 if there are none. The losses of the other
-        rows are 0 already.
+        counted: the mean covers only the rows where `counted` is True, and is 0 if there are no such rows. The losses
+        of the other rows are 0 already.
         """
         if self.reduction == "none":
             return losses

@@ -185,7 +185,7 @@ def _checked_loss(loss: Any, leaves: Sequence[Tensor]) -> Tensor:
         raise RuntimeError("loss_fn must return the loss without calling its backward, but has called it")
     if not loss.requires_grad:
         if any(leaf.requires_grad for leaf in leaves):
-            why = "although the embeddings do: is there a detach() or no_grad() in it?"
+            why = "although the embeddings do: is there a detach() or no_grad() in loss_fn?"
         else:
             why = "because neither the encoder nor loss_fn has anything to learn"
         raise RuntimeError(f"loss_fn must return a loss to differentiate, got one that does not require grad, {why}")

@@ -112,7 +112,7 @@ def chunked_views(
     encoders = _check_encoders(encoder_name, encoder, len(views))
     sizes = _check_chunk_size(chunk_size, len(views), chunk_tokens)
     if len(views) == 0:
-        raise ValueError(f"{views_name} must hold at least one tensor, got none")
+        raise ValueError(f"{views_name} must hold at least one view, got an empty sequence")
     kwargs = _one_each("encoder_kwargs", {} if encoder_kwargs is None else encoder_kwargs, len(views))
     outputs, all_lengths = _one_each("output", output, len(views)), _one_each("lengths", lengths, len(views))
     found = []

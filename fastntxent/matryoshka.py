@@ -151,7 +151,7 @@ def _check(dims: Sequence[int], weights: Sequence[float] | None) -> tuple[list[i
         raise TypeError(f"dims must be a sequence of ints, got {type(dims).__name__}")
     dims = [check_integer("dims", dim, 1) for dim in dims]
     if not dims:
-        raise ValueError("dims must have at least one width, got none")
+        raise ValueError("dims must have at least one width, got an empty sequence")
     weights = (
         [1.0] * len(dims) if weights is None else check_numbers("weights", weights, "a number for each of the dims")
     )

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 _WITHOUT_STATE = (int, float, str, type(None), types.FunctionType)  # the types of most attributes, skipped early
-# The parameters and hooks of every module. FSDP replaces sharded by full parameters in a forward, so parameters must
-# not be restored.
+# The parameters and hooks of every module. FSDP replaces sharded parameters with full ones in a forward, so a restore
+# must leave parameters alone.
 _NOT_STATE = vars(nn.Module()).keys() - {"_buffers", "_modules"}
 
 

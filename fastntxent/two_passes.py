@@ -48,7 +48,7 @@ class TwoPasses:
     def second(self, d_leaves: Sequence[Tensor | None]) -> None:
         """Backpropagate the gradients of the embeddings through the encoders.
 
-        Encoders without a gradient do not run again. Changes of encoders and generators since the first pass, for
+        Encoders without a gradient do not run again. Changes to encoders and generators since the first pass, for
         example by the loss, are kept.
         """
         learning = {

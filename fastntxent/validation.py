@@ -219,7 +219,7 @@ def check_weights(name: str, values: Any, expected: str) -> list[float]:
 def check_bias(name: str, bias: float | Tensor, rows: Tensor | None = None) -> float | Tensor:
     """Return a bias, checked, as a Python number if it is a number.
 
-    It is finite, or a 0-d floating-point tensor in host memory or on the device of the rows.
+    It must be finite: a number, or a 0-d floating-point tensor in host memory or on the device of the rows.
     """
     if not isinstance(bias, Tensor):
         bias = check_number(name, bias, "a float or a 0-d tensor")

@@ -136,7 +136,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "views are none": ({"views": None}, TypeError, "views must be a sequence, one element per view, got NoneType"),
     "views are a number": ({"views": 2}, TypeError, "views must be a sequence, one element per view, got int"),
     "views are one": ({"views": X}, TypeError, "views must be a sequence of tensors, one per view, got one tensor"),
-    "no views": ({"views": []}, ValueError, "views must hold at least one tensor, got none"),
+    "no views": ({"views": []}, ValueError, "views must hold at least one view, got an empty sequence"),
     "view of numpy": ({"views": X.numpy()}, TypeError, "views[0] must be a torch.Tensor, got ndarray"),
     "view without rows": ({"views": [X[0], X[1, :0]]}, ValueError, "views[1] must have at least one row, got shape"),
     "view is a number": (

@@ -44,7 +44,8 @@ class NTXentLoss(TypedModule):
             mean over the rank's rows), and has lightly's gradient. A bank takes in the rows of all ranks.
 
     Raises:
-        ValueError: the temperature is within 1e-8 of zero, or the size is negative, as in lightly.
+        ValueError: the temperature is within 1e-8 of zero, the size is negative or has more than two entries, or
+            PyTorch was built without torch.distributed and gather_distributed is set.
         TypeError: the temperature is not a number, or the size is not an int.
 
     Example:
@@ -220,7 +221,7 @@ def negative_mises_fisher_weights(out0: Tensor, out1: Tensor, sigma: float = 0.5
 class MACLLoss(TypedModule):
     """Model-aware contrastive loss: the temperature depends on how well the views agree. See `fastntxent.macl`.
 
-    A row's weight 1 / (1 - exp(-loss)) is exact. lightly bounds it by adding 1e-8 to the denominator.
+    A row's weight 1 / (1 - exp(-loss)) is exact. lightly bounds the weight by adding 1e-8 to its denominator.
 
     Args:
         temperature: At least 1e-8, a float or a one-element tensor.

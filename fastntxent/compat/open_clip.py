@@ -78,8 +78,8 @@ class ClipLoss(_OfRanks):
 
     Args:
         local_loss: No effect. The loss covers the whole batch, is the same on every rank, and has the exact gradient.
-        gather_with_grad: No effect. In open_clip, False makes the gradient of the features 1/R of the exact one on R
-            ranks; with local_loss the gradient also lacks the part that features get as columns.
+        gather_with_grad: No effect. In open_clip, False makes the gradient of the features 1/R of the exact gradient on
+            R ranks; with local_loss the gradient also lacks the part that features get as columns.
         cache_labels: No effect: there are no labels to cache.
         rank: This process's rank in the default process group.
         world_size: 1, or the size of the default process group. Above 1 the batch is spread over all its ranks.
@@ -127,8 +127,8 @@ class DistillClipLoss(_OfRanks):
 
     Args:
         local_loss: No effect. The loss covers the whole batch, is the same on every rank, and has the exact gradient.
-        gather_with_grad: No effect. In open_clip, False makes the gradient of the features 1/R of the exact one on R
-            ranks; with local_loss the gradient also lacks the part that features get as columns.
+        gather_with_grad: No effect. In open_clip, False makes the gradient of the features 1/R of the exact gradient on
+            R ranks; with local_loss the gradient also lacks the part that features get as columns.
         cache_labels: No effect: there are no labels to cache.
         rank: This process's rank in the default process group.
         world_size: 1, or the size of the default process group. Above 1 the batch is spread over all its ranks.
@@ -206,8 +206,8 @@ class CoCaLoss(_OfRanks):
         clip_loss_weight: Factor of the contrastive loss. With 0 no similarities are formed, and the loss is 0.
         pad_id: Label of tokens that do not count.
         local_loss: No effect. The loss covers the whole batch, is the same on every rank, and has the exact gradient.
-        gather_with_grad: No effect. In open_clip, False makes the gradient of the features 1/R of the exact one on R
-            ranks; with local_loss the gradient also lacks the part that features get as columns.
+        gather_with_grad: No effect. In open_clip, False makes the gradient of the features 1/R of the exact gradient on
+            R ranks; with local_loss the gradient also lacks the part that features get as columns.
         cache_labels: No effect: there are no labels to cache.
         rank: This process's rank in the default process group.
         world_size: 1, or the size of the default process group. Above 1 the contrastive loss is over the batch of all
