@@ -113,7 +113,7 @@ class KernelBackend(Backend):
 
     @abstractmethod
     def neg_lse_backward(self, rows: Side, inv_tau: float | Tensor, upstream: Upstream) -> tuple[Tensor, Tensor]:
-        """Return the gradient of sum_i d_neg_lse_i nu_i with respect to u (M, D) and k (0-d). Both are always wanted."""
+        """Return the gradient of sum_i d_neg_lse_i nu_i with respect to u (M, D) and k (0-d). `wanted` must be True."""
 
     @abstractmethod
     def cross_neg_lse_backward(

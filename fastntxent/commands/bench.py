@@ -57,7 +57,7 @@ def dense_nt_xent(z_i: Tensor, z_j: Tensor) -> Tensor:
 def time_size(device: torch.device, dtype: torch.dtype, n: int, d: int, without: Sequence[str] = ()) -> Row:
     """Return the milliseconds of each backend, eager PyTorch, torch.compile and the floor at one size.
 
-    "missing" maps each call that could not be timed to the reason.
+    "missing" maps each call that was not timed to the reason.
     """
     generator = torch.Generator().manual_seed(0)
     views = [torch.randn(n, d, generator=generator).to(device, dtype).requires_grad_() for _ in range(2)]

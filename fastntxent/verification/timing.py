@@ -19,7 +19,7 @@ TIMED_FEATURES = (128, 768)
 TIMED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TEMPERATURE = 0.1
 MOST_DENSE = 2048  # most samples (half the rows) for which the dense reference is timed
-FEWEST_TURNS = 3  # least repeats of each call
+FEWEST_TURNS = 3  # fewest repeats of each call
 MOST_TURNS, SECONDS_OF_CALL = 12, 0.5  # most repeats and seconds of a call, per size
 
 Times = dict[str, dict[str, dict[str, dict[str, float]]]]  # by dtype, features, rows and backend: milliseconds
@@ -120,7 +120,7 @@ def medians_in_turn(
 
 
 def replay_of(call: Callable[[], Any], device: torch.device) -> Callable[[], Any] | None:
-    """Return the replay of the call as a CUDA graph; None on a CPU, or if it cannot be captured or does not fit."""
+    """Return a replay of the call from a CUDA graph; None on a CPU, or if the call cannot be captured."""
     if device.type != "cuda":
         return None
     with torch.cuda.device(device):

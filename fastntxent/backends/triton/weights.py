@@ -91,7 +91,7 @@ class TileWeights(NamedTuple):
     dots: Tensor
 
     def swapped(self) -> TileWeights:
-        """Return the same with rows and columns exchanged."""
+        """Return the same weights with rows and columns exchanged."""
         return self._replace(rows_w=self.cols_w, cols_w=self.rows_w)
 
 
