@@ -3,7 +3,7 @@
 neg_lse and its gradient are the only O(M^2 D) work. A backend that has kernels only for these is a `ComposedBackend`,
 which builds the rest in O(M D) tensor code (composed.py). A backend that fuses everything is a `KernelBackend`.
 
-Symbols (M = 2N rows, k = 1/tau, [z_i; z_j] stacked; p(i) is the other view of row i's sample):
+Symbols (M = 2N rows, k = 1/tau, [z_i; z_j] stacked; p(i) is the other view of row i's sample; eps is `norm_eps`):
 
     u_i   = z_i / max(|z_i|, eps)                                    unit rows
     nu_i  = log sum over {j : id_j != id_i} of exp(k u_i . u_j)      neg_lse, -inf where the sum is empty
@@ -30,7 +30,7 @@ from ..validation import FLOAT_DTYPES
 
 
 class Upstream(NamedTuple):
-    """Inputs of a side's backward: the upstream gradient of its nu (M,), that nu (M,), and whether d/du is wanted."""
+    """Inputs of a side's backward: the upstream gradient of its nu (M,), nu itself (M,), and whether d/du is wanted."""
 
     d_neg_lse: Tensor
     neg_lse: Tensor

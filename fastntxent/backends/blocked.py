@@ -6,8 +6,8 @@ The logits k u u^T are symmetric, so only tiles (I, J) with I <= J are computed.
     backward   A_I   += G U_J,    A_J   += G^T U_I       G = E * (a_I 1^T + 1 a_J^T),  a_i = w_i exp(-nu_i)
     then       d_u = k A,         d_k = (1/2) sum_i u_i . A_i
 
-s is a similarity. With two sides (rows against different columns) the same steps run over all tiles, the columns have
-separate sums and gradients, and d_k is sum_i u_i . A_i over the rows.
+w_i is the upstream gradient of nu_i, and s below is a similarity. With two sides (rows against different columns) the
+same steps run over all tiles, the columns have separate sums and gradients, and d_k is sum_i u_i . A_i over the rows.
 
 With u = 2 M^2 D flops this costs u/2 forward and 3u/2 backward, 2u in all. A diagonal tile is computed whole, and only
 its rows are summed. Memory is O(M D) plus two tiles of B x B. The order of every sum is fixed, so results are bitwise

@@ -155,7 +155,7 @@ class _SoftplusTiles(Tiles):
         )
 
     def _x_of(self, tile: TileValues, mixed: bool) -> tuple[Tensor, Tensor | None]:
-        """Add a tile to the sums. Return x with its sign, and the mask of same-group pairs (None if there are none)."""
+        """Add a tile to the sums. Return x, negated for positives, and the mask of same-group pairs or None."""
         x = tile.values.add_(self.bias)
         agree = self.agree(tile) if mixed else None
         if agree is not None and self.positives:

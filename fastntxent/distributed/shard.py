@@ -1,4 +1,4 @@
-"""How a batch is spread over ranks: the user's options, and what the ranks agree on before a loss."""
+"""How a batch is spread across ranks: the user's options, and what the ranks agree on before a loss."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Differentiable functions over the registered operators `torch.ops.fastntxent.*`.
 
-    neg_lse        (u, ids, inv_tau)                 -> nu                               any ids, any weights
+    neg_lse        (u, ids, inv_tau)                 -> nu                               any ids, any weights of nu
     neg_lse_sum    (u, ids, inv_tau, weights)        -> weighted sum of nu, d_u, d_inv_tau
     cross_neg_lse  (u, v, u_ids, v_ids, inv_tau)     -> nu of the rows, nu of the columns
     held_neg_lse   (u, rows, u_ids, row_ids, held, inv_tau) -> nu against the first `held` rows of a buffer

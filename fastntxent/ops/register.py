@@ -1,8 +1,8 @@
 """Registration of operators: schema, fake kernel, autograd, `torch.func`, and a fast path for eager code.
 
-Autocast: operators run with autocast off and take embeddings in the dtype they arrive in. PyTorch rounds the output of
-a half-precision product to half precision *after* its sum, and no later float32 sum can undo that: at a temperature of
-0.1 the gradient's error grows from 1e-7 to 3e-3. Sums, exponentials and gradients stay in float32.
+Autocast: operators run with autocast off and take embeddings in the dtype they arrive in. Under autocast, PyTorch
+rounds the output of a half-precision product to half precision *after* its sum, and no later float32 sum can undo that:
+at a temperature of 0.1 the gradient's error grows from 1e-7 to 3e-3. Sums, exponentials and gradients stay in float32.
 
 Second derivatives: the kernels have none. Every `_backward` operator has a backward that raises, so that asking for a
 second derivative is an error rather than a silent zero.

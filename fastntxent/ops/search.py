@@ -49,7 +49,7 @@ nearest = register("nearest(Tensor queries, Tensor corpus, SymInt k) -> (Tensor,
 def _merge_columns(
     found: Tensor, found_indices: Tensor, queries: Tensor, v: Tensor, first: int, height: int, buffer: Tensor
 ) -> None:
-    """Merge the top k of the unit rows v into the results so far, in place. The first of them has index `first`."""
+    """Merge the top k of the unit rows v into the results so far, in place. Row 0 of v has index `first`."""
     k = found.shape[1]
     for rows, scores, indices in zip(*(x.split(height) for x in (queries, found, found_indices)), strict=True):
         u = unit_rows(rows)

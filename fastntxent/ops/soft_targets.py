@@ -12,10 +12,10 @@ results are linear in the student's similarities. For upstream gradients a_i of 
 
     G_ij = a_i p_ij + c_j q_ij      d/du_i = sum_j G_ij v_j      d/dv_j = sum_i G_ij u_i
 
-For `soft_dots_sum` a and c are 1, and the value follows from the gradient as sum_i u_i . d/du_i, without a tile of the
-student's similarities. The teacher gets no gradient. A product costs 2 M K D flops for the student and 2 M K E for the
-teacher, which has E features. `soft_dots` takes one product of each, and its backward two of the student's and one of
-the teacher's; `soft_dots_sum` takes two of the student's and one of the teacher's in all.
+For `soft_dots_sum` a and c are 1, and the value follows from the gradient as sum_i u_i . d/du_i, so no tile of the
+student's similarities is needed. The teacher gets no gradient. A product costs 2 M K D flops for the student and, with
+E features, 2 M K E for the teacher. `soft_dots` takes one product of each, and its backward two of the student's and
+one of the teacher's; `soft_dots_sum` takes two of the student's and one of the teacher's in all.
 """
 
 from __future__ import annotations

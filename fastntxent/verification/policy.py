@@ -1,7 +1,7 @@
 """Chooses the backend that "auto" takes on an accelerator: the fastest for a call's size among those that have passed.
 
-At the first call on a device, verdicts are read from the store, or found by a child process. Checking takes up to a
-minute and is announced on stderr. After that, a choice is two dict lookups.
+At the first call on a device, verdicts are read from the store, or found by a child process. Checking and timing take
+up to two minutes and are announced on stderr. After that, a choice is two dict lookups.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Decision:
         self._taken: dict[tuple[torch.dtype, int, int, bool], str] = {}
 
     def take(self, dtype: torch.dtype, rows: int, features: int, captured: bool = False) -> str:
-        """Return the backend for a call of this size. `captured`: the call is captured in a CUDA graph."""
+        """Return the backend for a call of this size. `captured`: whether it is captured in a CUDA graph."""
         size = (dtype, rows, features, captured)
         taken = self._taken.get(size)
         if taken is None:
@@ -160,7 +160,7 @@ def _find_out(device: torch.device, candidates: Candidates) -> Decision:
 
 
 def _complain(device: torch.device, decision: Decision) -> None:
-    """Report once each backend that did not pass or could not be checked."""
+    """Report each backend that did not pass or could not be checked, once per process."""
     for name, verdict in decision.verdicts.items():
         where = model_of(device).name
         if verdict.status == "not available":

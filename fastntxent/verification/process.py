@@ -68,7 +68,7 @@ def check_in_child(request: Mapping[str, Any], deadline: float = DEADLINE, silen
     with ThreadPoolExecutor(parts) as pool:
         try:
             ends = list(pool.map(lambda share: _run_child(share, deadline, silence, stop), shares))
-        except BaseException:  # such as Ctrl-C: stop the threads, for which leaving the pool waits
+        except BaseException:  # such as Ctrl-C: stop the threads, because leaving the pool waits for them
             stop.set()
             raise
     verdict = _together([_verdict_of(end) for end in ends])

@@ -232,7 +232,10 @@ class Store:
         return {name: self._key(module) for name, module in modules.items()}
 
     def _read(self) -> dict[str, Any]:
-        """Return the file's content and unwritten entries. An absent, damaged or foreign file counts as empty."""
+        """Return the file's content and unwritten entries.
+
+        A file that is absent, damaged or in a different format counts as empty.
+        """
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
             if content["format"] != FORMAT or not all(

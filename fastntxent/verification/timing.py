@@ -108,7 +108,7 @@ def gradient_call(loss: Callable[[Tensor, Tensor], Tensor], views: Sequence[Tens
 def medians_in_turn(
     calls: dict[str, Callable[[], Any]], device: torch.device, most_turns: int, seconds: float
 ) -> dict[str, float]:
-    """Return the median milliseconds of each call. The calls take turns for `seconds`, but at least FEWEST_TURNS."""
+    """Return the median milliseconds of each call. The calls take turns for `seconds`, at least FEWEST_TURNS times."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     started = time.perf_counter()
     for turn in range(most_turns):

@@ -227,7 +227,7 @@ def log_sum_exps(sides: Sides) -> list[Tensor]:
 
 
 def losses(sides: Sides) -> tuple[Weights, Tensor]:
-    """Return nu of the rows of two views with its weights q, and partial sums of the losses."""
+    """Return nu of the rows of two views together with the weights q of nu, and partial sums of the losses."""
     nu, q = sides.work.empty(2, sides.rows.r.shape[0]).unbind()
     peaks, totals, dots = sides.work.empty(3, sides.rows.peaks.shape[1]).unbind()
     (programs,) = _write(sides, [nu], RowEnds(q, peaks, totals, dots))

@@ -122,7 +122,7 @@ class Sides:
     def may_be(self, *, direct: bool) -> bool:
         """Return whether the kernels of this regime must be launched.
 
-        If only the device knows the regime, the kernels of both regimes must be.
+        If only the device knows the regime, the kernels of both regimes must be launched.
         """
         if self.limits is not None:
             return not direct

@@ -326,8 +326,8 @@ def columns_that_meet(
 ):  # fmt: skip
     """Return bounds that divide the columns [first, last) by whether a tile may hold an id of the rows.
 
-    With two views there are two ranges of such tiles, one on either side of the middle. A partial last tile is the
-    third.
+    With two views there are two ranges of such tiles, one on either side of the middle. A partial last tile is a third
+    range.
     """
     full = last // BLOCK_N * BLOCK_N
     middle = tl.minimum(tl.maximum(middle // BLOCK_N * BLOCK_N, first), full)

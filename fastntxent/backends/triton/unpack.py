@@ -1,6 +1,6 @@
 """Gradients of the inputs, from `gathered` and `radial` (backward.py), the positives and the normalisation.
 
-With gathered_i = sum_j G_ij u_j, radial_i = sum_j G_ij s_ij, n_i = |z_i|, and for row i's positive p(i) the weight v_i:
+With gathered_i = sum_j G_ij u_j, radial_i = sum_j G_ij s_ij, n_i = |z_i|, and v_i the weight of row i's positive p(i):
 
     d/du_i = k (gathered_i + (v_i + v_p(i)) u_p(i))        u_i . d/du_i = k (radial_i + (v_i + v_p(i)) sim_pos_i)
     d/dz_i = (d/du_i - u_i (u_i . d/du_i)) / n_i           where n_i > eps, else (d/du_i) / eps
