@@ -1,8 +1,8 @@
 """Time the backends on this machine against eager PyTorch, torch.compile and a matmul floor (about two minutes).
 
 Prints the median milliseconds of forward plus backward of the mean loss at temperature 0.1. The calls take turns, and
-each backend is first compared with the float64 reference. The floor is the time of two full similarity matrices of M =
-2N rows (2 x 2 M^2 D flops) at the rate of a matrix product measured in the same run. On a GPU, backends that have not
+each backend is first compared with the float64 reference. The floor is the time of two full similarity matrices
+(4 M^2 D flops, M = 2N rows) at the rate of a matrix product measured in the same run. On a GPU, backends that have not
 passed their checks are left out.
 """
 
