@@ -297,17 +297,17 @@ def test_compiled_code_around_the_loss_is_the_same(found):
 @pytest.mark.parametrize("says", DISAGREEMENTS)
 def test_disagreement_is_named_on_every_rank(found, says: str):
     for of_rank in found:
-        assert of_rank["errors"][says] == f"the ranks must be given the same: {says}"
+        assert of_rank["errors"][says] == f"these must be the same on every rank: {says}"
 
 
 def test_queues_that_go_on_from_different_places_are_named_on_every_rank(found):
     for of_rank in found:
-        assert of_rank["queues"] == "the ranks must be given the same: queue_pointer is 0 on rank 0; 1 on rank 1"
+        assert of_rank["queues"] == "these must be the same on every rank: queue_pointer is 0 on rank 0; 1 on rank 1"
 
 
 @pytest.mark.parametrize("which", ["an ulp", "places", "short"])
 def test_pair_weights_of_other_values_are_named_on_every_rank(found, which: str):
-    says = r"the ranks must be given the same: pair_weights is (.*) on rank 0; (.*) on rank 1"
+    says = r"these must be the same on every rank: pair_weights is (.*) on rank 0; (.*) on rank 1"
     shape = r"a tensor of shape \((\d+), \1\) and checksum -?[0-9a-f]+"
     for of_rank in found:
         match = re.fullmatch(says, of_rank["weights"][which])
@@ -571,7 +571,7 @@ def one_rank() -> list[str]:
         with pytest.raises((ValueError, TypeError)) as caught:
             Sharding(dist.group.WORLD, **options)
         messages.append(str(caught.value))
-    with pytest.raises(ValueError, match="DeviceMesh of 1 dimension") as caught:
+    with pytest.raises(ValueError, match="one-dimensional DeviceMesh, got 2-d") as caught:
         Sharding(init_device_mesh("cpu", (1, 1), mesh_dim_names=("a", "b")))
     return messages
 

@@ -211,4 +211,4 @@ def test_all_reduce_adds_in_the_order_of_the_ranks(of_ranks, name: str):
 @pytest.mark.parametrize("says", DISAGREEMENTS)
 def test_sup_con_of_other_labels_or_form_on_a_rank_is_an_error(of_ranks, says: str):
     for found in of_ranks:
-        assert found[says] == f"the ranks must be given the same: {says}"
+        assert found[says] == f"these must be the same on every rank: {says}"

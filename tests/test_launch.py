@@ -213,7 +213,7 @@ print(fastntxent.backends()["triton"].reason)
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment, check=True
     )
-    reason = "None" if fits else f"RuntimeError: Triton 3.3 or newer is needed, {version} is installed"
+    reason = "None" if fits else f"RuntimeError: Triton 3.3 or newer is needed, but {version} is installed"
     assert done.stdout.strip() == reason
 
 

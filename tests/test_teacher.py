@@ -349,5 +349,5 @@ def test_ranks_with_different_forms_of_teacher_are_told():
     for of_rank in of_two_ranks():
         assert of_rank["called on one"] == (
             ValueError,
-            "the ranks must be given the same: teacher is 'features' on rank 0; 'a function' on rank 1",
+            "these must be the same on every rank: teacher is 'features' on rank 0; 'a function' on rank 1",
         )

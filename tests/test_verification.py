@@ -227,9 +227,9 @@ def test_checks_leave_the_settings_of_the_process_alone():
 # --- the child process -----------------------------------------------------------------------------------------------
 
 ENDS = {
-    "wrong_element": ("wrong", r"d_z_j is off by 0\.001 of its largest value, with \S+ allowed"),
+    "wrong_element": ("wrong", r"d_z_j is off by 0\.001 of its largest value; at most \S+ is allowed"),
     "other_bits": ("not reproducible", r"d_z_j differs bitwise in the second call"),
-    "unwritten_row": ("wrong", r"d_z_j has \d+ of \d+ elements that are NaN, like unwritten memory"),
+    "unwritten_row": ("wrong", r"d_z_j has \d+ of \d+ elements that are NaN, as in unwritten memory"),
     "raises": ("raised an error", r"RuntimeError: an illegal memory access was encountered"),
     "segfault": ("crashed", r"SIGSEGV"),
     "hangs": ("no answer", r"killed after 20 s"),
