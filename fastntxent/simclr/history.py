@@ -24,7 +24,7 @@ class History:
         self._pending: list[tuple[Tensor, float, Tensor | float]] = []
 
     def record(self, loss: Tensor, lr: float, temperature: Tensor | float) -> None:
-        """Record a step. Tensors stay on their device, so no step waits for it."""
+        """Record a step. Tensors stay on their device, so no step waits for the device."""
         self._pending.append((loss, lr, temperature))
 
     def flush(self, step: int) -> float:
