@@ -18,8 +18,7 @@ AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name: str, ranks: Ranks = ALONE) -> torch.device:
-    """Return the device of `--device` (for cuda on several ranks, this rank's GPU). ValueError if the device is
-    missing."""
+    """Return the device of `--device`: for cuda on several ranks, this rank's GPU. ValueError if it cannot be used."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if ranks.group and name.startswith("cuda"):

@@ -124,8 +124,7 @@ def adopt(name: str, body: nn.Module, channels: int, size: Size, *, train: bool 
 
 
 def _features_of(name: str, body: nn.Module, images: Tensor, *, backward: bool = False) -> int:
-    """Return the number of features per image; ValueError if the network does not return features, or its backward
-    fails."""
+    """Return the number of features per image; ValueError if the network returns no features or its backward fails."""
     shape = " x ".join(map(str, images.shape[1:]))
     try:
         with torch.set_grad_enabled(backward):

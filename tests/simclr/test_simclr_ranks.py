@@ -383,7 +383,7 @@ def test_ranks_with_other_options_are_told_which(found):
     world = len(found)
     for of_rank in found:
         said = of_rank["errors"]["options_differ"]
-        assert said.startswith("ValueError: all ranks must be given the same, but on ranks 0 to")
+        assert said.startswith("ValueError: all ranks must be given the same values, but on ranks 0 to")
         assert said.endswith(f"--log-every is {', '.join(str(1 + rank) for rank in range(world))}")
 
 

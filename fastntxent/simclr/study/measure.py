@@ -1,4 +1,4 @@
-"""The study's measures of a model, on the test images. Labels are used only to score it."""
+"""The study's measures of a model, on the test images. Labels are used only to score the model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..evaluate import embed_views, encode, knn_accuracy, probe_accuracy, recali
 from ..models import SimCLR
 from ..selection import ROWS
 
-BINS = 50  # in a histogram of similarities, over [-1, 1]
+BINS = 50  # of a histogram of similarities, from -1 to 1
 NEIGHBOURS = 5
 
 Measures = dict[str, float]

@@ -33,11 +33,12 @@ def train(config: Config, data: ImageData, measured: Sequence[int]) -> tuple[Rec
         The content of measured.json (the curves, the measurements at the end, the seconds), and the trainer.
 
     Raises:
-        ValueError: the folder holds a run with other settings.
+        ValueError: the folder holds a run with different settings.
         TrainingError: see `Trainer.fit`.
     """
     path = config.out / RECORD
-    # A checkpoint is written before the measurements of its epoch, so a record without one is left from another run.
+    # A checkpoint is written before the measurements of its epoch, so a record without a checkpoint is left from
+    # another run.
     record = read(path) if (config.out / FILE_NAME).exists() else None
     record = record or {"curves": {"epoch": []}, "end": {}, "seconds": {"wall": 0.0, "cpu": 0.0}}
     trainer = open_trainer(config, data)

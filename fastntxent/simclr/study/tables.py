@@ -88,8 +88,8 @@ def cost(record: Record) -> str:
     plan, seconds, data = record["plan"], record["seconds"], record["data"]
     return (
         f"{len(record['runs'])} runs of {plan['epochs']} epochs and {len(plan['held_out'])} of "
-        f"{plan['held_out_epochs']} on {data['train']:,} images, judged on {data['test']:,}: "
-        f"{seconds['cpu'] / 60:.1f} minutes of one core, {seconds['wall'] / 60:.1f} of the clock. "
+        f"{plan['held_out_epochs']} on {data['train']:,} images, evaluated on {data['test']:,}: "
+        f"{seconds['cpu'] / 60:.1f} minutes of CPU time, {seconds['wall'] / 60:.1f} minutes elapsed. "
         f"PyTorch {record['versions']['torch']}, seed {record['seed']}."
     )
 
@@ -150,7 +150,7 @@ def fill(text: str, record: Record) -> str:
 
 
 def publish(record: Record, out: Path, page: Path) -> None:
-    """Fill in a page's tables, and copy the record and the figures to the folder of the same name beside it.
+    """Fill in a page's tables, and copy the record and the figures to the folder of the same name beside the page.
 
     Raises:
         ValueError: see `fill`; in that case nothing is written.
