@@ -1,4 +1,4 @@
-"""The losses compared, each called as its documentation recommends: name -> make(temperature) -> loss(z_i, z_j)."""
+"""The losses to compare, each called as its documentation recommends: name -> make(temperature) -> loss(z_i, z_j)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _ours(name: str, temperature: float) -> Loss:
 
 
 def _compiled(temperature: float) -> Loss:
-    torch.compiler.reset()  # a user compiles for one batch size, so nothing is reused from another
+    torch.compiler.reset()  # a user compiles for one size, so nothing from another is reused
     return torch.compile(lambda z_i, z_j: losses.dense(z_i, z_j, temperature), dynamic=False)
 
 
@@ -103,7 +103,7 @@ COMPETITORS = {
     "lightly": Competitor(_lightly, 4096),
     "pytorch-metric-learning": Competitor(_pytorch_metric_learning, 64),  # O(N^3) memory
     "info-nce-pytorch": Competitor(
-        _info_nce, 16384, losses.one_way, "another loss, for scale: one direction, no negatives within a view"
+        _info_nce, 16384, losses.one_way, "a different loss, for scale: one direction, no negatives within a view"
     ),
 }
 
@@ -129,6 +129,6 @@ def load(chosen: Iterable[str], temperature: float) -> tuple[dict[str, Loss], di
 
 
 def versions() -> dict[str, str]:
-    """Return the installed version of every library compared."""
+    """Return the installed version of every library that is compared."""
     installed = {package.metadata["Name"]: package.version for package in importlib.metadata.distributions()}
     return {package: installed[package] for package in PACKAGES if package in installed}

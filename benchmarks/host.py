@@ -1,9 +1,9 @@
 """Host time of a loss and its gradient, without autograd and the kernels: python -m benchmarks.host
 
-Kernel launches are replaced by an empty function, and the batch is too small for anything else to take time. The time
-left is that of Python, PyTorch and, for Triton, the backend's code. Triton's kernels are compiled for sm_90 but never
-run. The baseline is a bare `torch.autograd.Function` with the same outputs and gradients. Times are the CPU time of
-this thread.
+Kernel launches are replaced by an empty function, and the batch is too small for anything else to take time. The
+remaining time is spent in Python, PyTorch and, for Triton, the backend's code. Triton's kernels are compiled for sm_90
+but never run. The baseline is a bare `torch.autograd.Function` with the same outputs and gradients. Times are the CPU
+time of this thread.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def _in_place_of(name: str, backend: KernelBackend) -> Iterator[None]:
 
 
 def steps(backend: str, n: int, d: int) -> dict[str, Callable[[], None]]:
-    """Return a step of the loss for each way to call it."""
+    """Return a step of the loss for each way to call the loss."""
     z_i, z_j = (torch.randn(n, d, requires_grad=True) for _ in range(2))
     module = NTXentLoss(0.1, backend=backend)
     return {

@@ -5,12 +5,12 @@ is a region of code: the instructions that one warp executes once, and the loops
 
     issue slots of a tile     instructions per warp in the loop, times the program's warps, over 4: a multiprocessor has
                               4 schedulers, and each issues one instruction of one warp per cycle
-    tensor cycles of a tile   its flops over the flops per cycle of a multiprocessor's matrix units (chips.py)
+    tensor cycles of a tile   its flops, divided by the flops per cycle of a multiprocessor's matrix units (chips.py)
 
-A tile cannot take fewer cycles than either. Where code branches, a region takes the path with the most work for the
-matrix units and, among these, the shortest. This leaves out masks that few tiles need, spin-waits, slow paths of a
-division and code for diverged warps. `most` is the longest of these paths, for a tile that needs its mask. Predicated
-instructions count, since they are issued whether or not they have an effect.
+A tile cannot take fewer cycles than either of these. Where code branches, a region takes the path with the most work
+for the matrix units, or the shortest if there are several. This leaves out masks that few tiles need, spin-waits, slow
+paths of a division and code for diverged warps. `most` is the longest of these paths, for a tile that needs its mask.
+Predicated instructions count, since they are issued whether or not they have an effect.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _KINDS = {
 _KIND_OF = {opcode: kind for kind, opcodes in _KINDS.items() for opcode in opcodes.split()}
 
 _WARPGROUP_SHAPE = re.compile(r"HGMMA\.(\d+)x(\d+)x(\d+)")
-_WARP_DEPTH = re.compile(r"HMMA\.168(8|16)")  # 16 rows, 8 columns, and as many features
+_WARP_DEPTH = re.compile(r"HMMA\.168(8|16)")  # 16 rows, 8 columns, and 8 or 16 features
 
 
 class Region(NamedTuple):
@@ -82,7 +82,8 @@ class Region(NamedTuple):
 
     @property
     def loop(self) -> Region | None:
-        """The inner loop with the most work, and among equals with the fewest instructions. None without products."""
+        """The inner loop with the most work, and among equals with the fewest instructions. None if no inner loop has
+        products."""
         busy = [loop for loop in self.inner if loop.tensor]
         return max(
             busy, key=lambda loop: (loop.work, -loop.total([], lambda region: region.instructions)), default=None

@@ -21,7 +21,7 @@ _ENDS = ("EXIT", "RET", "KILL")
 class Graph:
     """Blocks of instructions without a branch inside, and the loops among them.
 
-    loops: the blocks of each loop by its first block, larger loops first."""
+    loops: the blocks of each loop, by the loop's first block, the largest loop first."""
 
     def __init__(self, text: str):
         instructions, places = _listing(text)
@@ -103,7 +103,8 @@ def opcode(instruction: str) -> str:
 
 
 def _dominators(before: dict[int, set[int]]) -> dict[int, set[int]]:
-    """Return, for each block, the blocks on every path from the first block to it, itself included."""
+    """For each block, return the blocks that every path from the first block to it contains, including the block
+    itself."""
     found = {block: {*before} if block else {0} for block in before}
     changed = True
     while changed:
@@ -117,7 +118,7 @@ def _dominators(before: dict[int, set[int]]) -> dict[int, set[int]]:
 
 
 class Way(NamedTuple):
-    """A path through a region: its blocks and inner loops, and its number of instructions, where an inner loop counts
+    """A path through a region: its blocks and inner loops, and its number of instructions, with each inner loop counted
     as `worth` says."""
 
     length: int
