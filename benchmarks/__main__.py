@@ -4,8 +4,8 @@ cpu        time of forward, backward and both for every loss, and the machine's 
            the rate of a 2048^3 product measured in the same run. --threads 1 2 adds our kernel's speed-up. The report
            reads every cpu*.json, one per instruction set
 memory     peak memory beyond the inputs, one process per measurement (Linux)
-scaling    our `cpu` kernel at large N: seconds over N^2, and peak memory (Linux). --threads 1 2 4 ...: our kernel and
-           torch.mm at these numbers of threads, beside the prediction of suite schedule
+scaling    our `cpu` kernel at large N: seconds divided by N^2, and peak memory (Linux). --threads 1 2 4 ...: our
+           kernel and torch.mm at these numbers of threads, beside the prediction of suite schedule
 schedule   speed-up of our `cpu` kernel on 1 to 64 threads, predicted by simulating its schedule; nothing is timed
 converged  gradient errors against float64 as training converges (batches from tests/cases.py: needs pytest)
 distributed
@@ -19,8 +19,7 @@ kernels    the Triton kernels compiled for GPUs that need not be present: regist
 model      predicted milliseconds of the Triton and CUDA kernels on GPUs that need not be present, from their machine
            code and data sheets, each with its bottleneck. The unit u is one product of all rows with themselves
 tune       the Triton kernels' table of tiles, from times on this GPU. --predict CHIP: from the model, without a GPU
-report     the tables and the plot of the docs, from the results in benchmarks/results. --check only
-           compares
+report     the tables and the plot of the docs, from the results in benchmarks/results. --check only compares
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def lightly_loss(name: str) -> types.ModuleType:
 
 
 def _imports(name: str) -> bool:
-    """Return whether a module can be imported. A torchvision built for another PyTorch version cannot."""
+    """Return whether a module can be imported. A torchvision built for another PyTorch version cannot be."""
     try:
         importlib.import_module(name)
     except Exception:
@@ -69,8 +69,8 @@ def _imports(name: str) -> bool:
 def _lightly_without_torchvision() -> None:
     """Make the files of the installed lightly.loss importable without the rest of lightly.
 
-    The rest needs torchvision. `lightly.models.utils` is left empty, since only a memory bank over several processes
-    calls it.
+    The rest needs torchvision. `lightly.models.utils` is left empty, since only a memory bank shared by several
+    processes calls it.
     """
     (root,) = importlib.util.find_spec("lightly").submodule_search_locations
     for name in ("loss", "models", "models.modules", "models.utils"):

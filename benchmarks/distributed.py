@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[st
 
 
 def bytes_of_step(world: int, rows: int, d: int, strategy: str) -> int:
-    """Return the bytes that a rank sends, by the formula of docs/distributed.md."""
+    """Return the bytes that a rank sends according to the formula in docs/distributed.md."""
     sent = (world - 1) * (rows * (4 * d + 20) + 72)
     return sent + world // 2 * rows * (4 * d + 8) if strategy == "ring" else sent
 

@@ -2,7 +2,7 @@
 
 Each part of a stage writes a JSON record and a log to OUT/DEVICE. A part with a record for the same sources and the
 same device is not run again. Exit status: 0 if everything that could run has passed, 1 if a part failed or gave no
-answer in time, 2 for a wrong command line, 3 if the time ran out; the same command then resumes.
+answer in time, 2 for a wrong command line or a missing GPU, 3 if the time ran out; the same command then resumes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class Session:
 
     Args:
         out: folder for this device.
-        seconds: time limit. After it no part starts, and a part that is still running is stopped and counts as not run.
+        seconds: time limit. After this time no part starts, and a part that is still running is stopped and counts as
+            not run.
         again: repeat parts that already have a record.
         rehearsal: replace the commands that need a GPU with commands that do not.
     """

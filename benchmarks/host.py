@@ -44,7 +44,7 @@ def main() -> None:
 
 @contextlib.contextmanager
 def empty_launch() -> Iterator[None]:
-    """Replace backend "cuda" by one that accepts CPU tensors and leaves its outputs uninitialised."""
+    """Replace backend "cuda" with one that accepts CPU tensors and leaves its outputs uninitialised."""
     kernels = ModuleType("_cuda")
     kernels.workspace = lambda *_: 1 << 16  # type: ignore[attr-defined]
     kernels.run = lambda *_: None  # type: ignore[attr-defined]
@@ -54,7 +54,7 @@ def empty_launch() -> Iterator[None]:
 
 @contextlib.contextmanager
 def empty_triton() -> Iterator[_NoDevice]:
-    """Replace backend "triton" by one that accepts CPU tensors, compiles for an H100 and runs no kernel."""
+    """Replace backend "triton" with one that accepts CPU tensors, compiles for an H100 and runs no kernel."""
     from triton.runtime.driver import driver
 
     with mock.patch("torch.cuda.is_available", return_value=True):

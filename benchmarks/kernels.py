@@ -132,7 +132,7 @@ class CompiledKernel(NamedTuple):
 
     @property
     def slots(self) -> float | None:
-        """Issue slots per iteration of the innermost loop with products, or None without such a loop."""
+        """Issue slots per iteration of the innermost loop with products, or None if there is no such loop."""
         return self.code.main.slots(self.warps) if self.code and self.code.tensor else None
 
     @property

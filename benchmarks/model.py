@@ -9,7 +9,7 @@ A kernel takes LAUNCH plus the longest of
     integers, floats, exps
                  instructions of one kind, at the rate of the units that execute them (chips.py)
     shared       bytes of shared memory, including the matrix units' operands, at 128 per cycle and multiprocessor;
-                 shuffles
+                 and shuffles
     cache        bytes of x (and of G) that the kernel's tiles read through the second-level cache
     memory       bytes read from or written to memory; data that does not fit in the second-level cache is read again
     latency      the dependency chain of a program. Each iteration of its loop takes the cycles of its products and
@@ -18,7 +18,7 @@ A kernel takes LAUNCH plus the longest of
 
 The longest of these is the bottleneck and is printed. Instructions are counted in the machine code compiled for the
 tiles of the tile table, along the path of a tile without a mask, and multiplied by the loop iterations of the schedule.
-Nothing is fitted to a measurement of these kernels. limits.py has the constants and their sources. For small batches
+Nothing is fitted to a measurement of these kernels. limits.py lists the constants and their sources. For small batches
 the CUDA kernel is predicted too (model_cuda.py).
 
 The model ignores bank conflicts, dependencies between the instructions of an iteration, masked tiles, and the host. A

@@ -48,7 +48,7 @@ class Plan(NamedTuple):
 
 
 def plan(chip: Chip, registers: int, M: int, D: int, parts: int) -> Plan:
-    """Return the plan for M rows against themselves."""
+    """Return the plan for M rows compared with themselves."""
     cols, chunks = 128 // parts, math.ceil(D / CHUNK)
     row_blocks, tiles = math.ceil(M / ROWS), math.ceil(M / cols)
 

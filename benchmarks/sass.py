@@ -3,8 +3,8 @@
 `program` reads a cubin with Triton's nvdisasm; `programs` reads every kernel of a CUDA module with cuobjdump. A program
 is a region of code: the instructions that one warp executes once, and the loops among them, which are regions again.
 
-    issue slots of a tile     instructions per warp in the loop, times the program's warps, over 4: a multiprocessor has
-                              4 schedulers, and each issues one instruction of one warp per cycle
+    issue slots of a tile     instructions per warp in the loop, times the program's warps, divided by 4: a
+                              multiprocessor has 4 schedulers, and each issues one instruction of one warp per cycle
     tensor cycles of a tile   its flops, divided by the flops per cycle of a multiprocessor's matrix units (chips.py)
 
 A tile cannot take fewer cycles than either of these. Where code branches, a region takes the path with the most work
@@ -91,12 +91,12 @@ class Region(NamedTuple):
 
     @property
     def depth(self) -> int:
-        """The number of nested loops from here to the innermost of the busiest."""
+        """The number of loops in the chain `self.loop`, `self.loop.loop` and so on."""
         return 0 if self.loop is None else 1 + self.loop.depth
 
     @property
     def main(self) -> Region:
-        """The innermost of the busiest loops: a tile, or a chunk of its features."""
+        """The innermost loop of that chain (see `depth`): a tile, or a chunk of its features."""
         return self if self.loop is None else self.loop.main
 
     def slots(self, num_warps: int) -> float:

@@ -19,8 +19,7 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[st
 
 
 def _over_sizes(name: str, arguments: argparse.Namespace) -> list[dict[str, object]]:
-    """Return results from one process per size. Seconds are also given as multiples of the floor at the process's GEMM
-    rate."""
+    """Return results from one process per size, with the seconds also as multiples of the floor at the GEMM's rate."""
     results = []
     for d in arguments.d or [128]:
         rows = []

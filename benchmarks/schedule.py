@@ -31,7 +31,7 @@ class Costs(NamedTuple):
 
     The first group is a least-squares fit to the one-thread times in benchmarks/results/cpu-avx512.json. The model
     reproduces them within 6 %, from N = 16 to 4,096 and D = 128 to 2,048. The second group is counted: 15 to 20 ns for
-    exp or log in double precision, 1 to 2 ns for a number read or written. The third has the order of published
+    exp or log in double precision, 1 to 2 ns for a number read or written. The third has the magnitude of published
     latencies: 50 to 150 ns between two cores of one processor, and a few microseconds for a parallel region of OpenMP.
     """
 
@@ -317,7 +317,7 @@ def _workspace(problem: Problem) -> int:
 
 
 def problems(sizes: list[int] | None, d: int) -> list[Problem]:
-    """Return two views and two towers at each size, and queries against a queue if no sizes are given."""
+    """Return the problems: two views and two towers at each size, and queries against a queue if no sizes are given."""
     return [
         *(of(n, d) for of in (two_views, two_towers) for n in sizes or GRID),
         *(queries(n, d) for n in QUERIES if not sizes),

@@ -14,8 +14,7 @@ _ABSENT = "-"
 
 
 def time_table(record: SuiteRecord) -> str:
-    """Return milliseconds of forward plus backward, our kernel's ratio to the floor, and other losses' ratios to our
-    kernel."""
+    """Return milliseconds of forward plus backward, our ratio to the floor, and other losses' ratios to ours."""
     results = record["results"]
     names = _in_order(name for result in results for name in result["losses"])
     rivals = [name for name in _RIVALS if name in names]

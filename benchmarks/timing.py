@@ -21,7 +21,7 @@ TEMPERATURE = 0.1
 FEWEST, MOST = 5, 200  # rounds per comparison
 BATCHES = 3  # used in turn
 LARGEST_CHECKED = 4096  # samples: the reference is dense, in float64
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative error of the gradient; a tenth of it for the value
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative error of the gradient; for the value, a tenth
 
 Phases = dict[str, float]  # seconds by name
 

@@ -99,7 +99,7 @@ def compile_tile(target: str, kernel: str, dtype: str, DP: int, tile: Sizes) -> 
 
 
 def take(ranked: list[tuple[float, Sizes]]) -> Sizes | None:
-    """Return the largest of the tiles that are about as fast as the fastest, and among equals the deepest pipeline."""
+    """Return the largest of the tiles that are about as fast as the fastest; among equals, the deepest pipeline."""
     fast = [tile for s, tile in ranked if s <= SPREAD * ranked[0][0]]
     return min(fast, key=_size, default=None)
 

@@ -1,6 +1,6 @@
 """Paths through a kernel's machine code: its blocks and loops, and the shortest path for each amount of work.
 
-The only instructions that this module understands are branches; sass.py knows the others.
+The only instructions that this module understands are branches; sass.py interprets the others.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _listing(text: str) -> tuple[list[str], dict[str, int]]:
 
 
 def _starts(instructions: list[str], places: dict[str, int]) -> list[int]:
-    """Return the positions where blocks begin: the first instruction, after each branch, and each branch target."""
+    """Return the positions where blocks begin: at the start, after each branch, and at each branch target."""
     starts = {0}
     for i, instruction in enumerate(instructions):
         if opcode(instruction) in (*_BRANCHES, *_ENDS, "CALL"):
@@ -103,8 +103,7 @@ def opcode(instruction: str) -> str:
 
 
 def _dominators(before: dict[int, set[int]]) -> dict[int, set[int]]:
-    """For each block, return the blocks that every path from the first block to it contains, including the block
-    itself."""
+    """For each block, return the blocks on every path from the first block to it, including the block itself."""
     found = {block: {*before} if block else {0} for block in before}
     changed = True
     while changed:

@@ -1,4 +1,4 @@
-"""SimCLR under Hugging Face's Accelerate: every rank's negatives are the samples of all ranks.
+"""SimCLR under Hugging Face's Accelerate: every rank takes negatives from all ranks.
 
 torchrun --nproc-per-node 2 examples/accelerate_ddp.py --cpu --steps 60 --batch 128
 accelerate launch --num_processes 2 examples/accelerate_ddp.py  # with two GPUs

@@ -1,4 +1,4 @@
-"""SimCLR under Lightning's DDP: every rank's negatives are the samples of all ranks.
+"""SimCLR under Lightning's DDP: every rank takes negatives from all ranks.
 
 python examples/lightning_ddp.py --devices 2 --steps 60 --batch 128
 """

@@ -78,7 +78,7 @@ def image_tensors(arrays: Arrays, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the training images and the test images.
 
     Args:
-        arrays: the images, all of one size. Both parts are assumed to have the same range of values.
+        arrays: the images, all of the same size. Training and test images are assumed to share one range of values.
         mask: boolean mask that selects the held-out images if there is no test part, else None.
 
     Raises:
@@ -103,7 +103,7 @@ def image_tensors(arrays: Arrays, mask: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def image_blocks(arrays: Arrays) -> tuple[tuple[int, int, int], Iterator[Tensor]]:
-    """Return the shape (C, H, W) of each image in `arrays.images`, and an iterator over blocks of them (uint8 tensors).
+    """Return the shape (C, H, W) of each image in `arrays.images`, and an iterator over uint8 tensors, one per block.
 
     Raises:
         ValueError: a shape, dtype or range is not valid for images.
@@ -114,7 +114,7 @@ def image_blocks(arrays: Arrays) -> tuple[tuple[int, int, int], Iterator[Tensor]
 
 
 def check_shapes(arrays: Arrays) -> None:
-    """Raise ValueError unless the arrays are images of one size."""
+    """Raise ValueError unless the arrays are images of the same size."""
     named = _named(arrays)
     shapes = [_layout(name, rows.shape).shape for name, rows in named]
     if shapes[0] != shapes[-1]:
@@ -223,7 +223,7 @@ def _is_deep(rows: Rows) -> bool:
 
 
 def _range(rows: Rows) -> tuple[Any, Any]:
-    """Return the smallest and the largest value; NaN if a value is NaN."""
+    """Return the smallest and the largest value; both are NaN if any value is NaN."""
     ends = [(block.min(), block.max()) for block in rows.blocks()]
     return np.min([low for low, _ in ends]), np.max([high for _, high in ends])
 

@@ -1,4 +1,4 @@
-"""Device and model of a run, and loading the encoder from its checkpoint."""
+"""The device and the model of a run, and loading a trained encoder from a checkpoint."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def make_model(config: Config, data: TrainingData, device: torch.device, encoder
             (N, F). It is moved to the device and trained in place.
 
     Raises:
-        ValueError: the encoder cannot be built or trained on this data, or the device lacks the mixed precision.
+        ValueError: the encoder cannot be built or trained on this data, or the device does not support the mixed
+            precision.
         ImportError: a package or module of the encoder cannot be imported.
     """
     on_cuda = device.type == "cuda"

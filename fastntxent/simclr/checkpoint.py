@@ -110,7 +110,7 @@ def with_saved_options(given: dict[str, Any]) -> Config:
 
 
 def check_agreement(now: dict[str, Any], saved: dict[str, Any], fingerprint: str, saved_fingerprint: str) -> None:
-    """Raise ValueError if a resumed run would differ. The error names each difference in settings or data."""
+    """Raise ValueError if the settings or the data differ from the checkpoint's. The error names each difference."""
     saved = {**Config().to_dict(), **saved}  # defaults for options that are newer than the checkpoint
     differing = [
         f"{flag(option.name)} (checkpoint {saved[option.name]}, now {now[option.name]})"

@@ -170,7 +170,7 @@ def _items(dataset: Labelled, what: str, places: Tensor, workers: int) -> Iterat
 
 
 def _column(what: str, labels: Sequence[int | str | None]) -> Array | None:
-    """Return the labels as an array, with -1 or an empty string for missing ones; None if all are missing."""
+    """Return the labels as an array, with -1 or an empty string for missing labels; None if all are missing."""
     kinds = {type(label) for label in labels} - {type(None)}
     if not kinds:
         return None

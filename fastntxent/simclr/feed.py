@@ -148,7 +148,7 @@ class LoaderOrder:
         self.workers = data.loader.num_workers
 
     def steps(self, start: int, stop: int) -> Generator[Views, None, None]:
-        """Yield the steps `start` to `stop - 1`. Starting within an epoch reads and drops its earlier batches."""
+        """Yield the steps `start` to `stop - 1`. A start within an epoch reads and drops its earlier batches."""
         step = start
         while step < stop:
             epoch, done = divmod(step, self.steps_per_epoch)

@@ -47,7 +47,7 @@ class History:
             self.columns[table].setdefault(name, []).append(value)
 
     def row(self, index: int) -> dict[str, float]:
-        """Return a row of `measured`, joined with the columns of `steps` at its step."""
+        """Return a row of `measured`, joined with the columns of `steps` at the row's step."""
         measured = {name: column[index] for name, column in self.columns["measured"].items()}
         at = int(measured["step"])
         return measured | {name: column[at] for name, column in self.columns["steps"].items()}

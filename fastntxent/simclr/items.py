@@ -33,7 +33,7 @@ class Labelled(Protocol):
 
 
 def read_item(dataset: Any, index: int) -> Item:
-    """Return an item of a dataset. Errors are returned as a problem, so they do not end the reading worker."""
+    """Return an item of a dataset. An error becomes the item's `problem`, so it does not end the worker process."""
     try:
         value = dataset[index]
         image, label = _split(value)

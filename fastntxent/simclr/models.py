@@ -2,7 +2,7 @@
 
 An encoder maps images in [0, 1] to features h. The head maps h to the embedding z, the input of the loss, and is thrown
 away after training (SimCLR, section 4.2). This module contains the package's own networks, which take any image size.
-`encoders` provides networks of other libraries and of users.
+`encoders` provides networks from other libraries and from users.
 """
 
 import difflib
@@ -284,12 +284,12 @@ def build_model(
         width: channels of the first layer of "conv" or of a ResNet (at least 8); 0: the default.
         hidden, proj_dim: units of the two layers of the projection head.
         seed: seed of the initial parameters. Only PyTorch's CPU generator is seeded.
-        batch_norm: False replaces BatchNorm by biases in "conv", the ResNets and the head.
+        batch_norm: False replaces BatchNorm with biases in "conv", the ResNets and the head.
         amp_dtype: dtype of autocast in the forward; None: no autocast.
         encoder: a user's module that replaces `model`. It is used directly, not copied.
 
     Raises:
-        ValueError, ImportError: the network cannot be built, or the network or module cannot serve as an encoder.
+        ValueError, ImportError: the network cannot be built, or cannot serve as an encoder.
     """
     devices = {p.device for p in encoder.parameters() if p.is_cuda} if isinstance(encoder, nn.Module) else ()
     with torch.random.fork_rng(devices):

@@ -1,6 +1,6 @@
 """The template of report.html, and the style sheet that the study's report shares.
 
-They live in a module so that they are always installed with the code.
+Both live in a module so that they are always installed with the code.
 """
 
 from string import Template

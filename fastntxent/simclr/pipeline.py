@@ -153,7 +153,7 @@ def run(
 
 
 def summarise(metrics: dict[str, Any], out: str) -> str:
-    """Return the results in a few lines for the terminal. Characters that it cannot encode become question marks."""
+    """Return the results in a few lines for the terminal, with question marks for characters that it cannot encode."""
     lines = []
     evaluation = metrics["evaluation"]
     for measure in ACCURACIES:

@@ -89,7 +89,7 @@ class Ranks:
                 raise (ValueError if is_mistake else RuntimeError)(f"rank {rank}: {words}")
 
     def require_same(self, facts: dict[str, Any]) -> None:
-        """Raise ValueError on every rank if a fact differs between ranks, naming it and its values."""
+        """Raise ValueError on every rank if a fact differs between ranks. The error names the fact and its values."""
         if self.group is None:
             return
         of_ranks = wire.gather_objects(self.group, facts)
@@ -122,7 +122,7 @@ class Ranks:
     def leave(self) -> None:
         """Destroy the process group. All ranks must call this.
 
-        A rank that fails alone must not: NCCL would wait here for messages that the other ranks never send.
+        A rank that fails alone must not call it: NCCL would wait here for messages that the other ranks never send.
         """
         if self.group:
             dist.destroy_process_group()
@@ -130,7 +130,7 @@ class Ranks:
     def end(self, status: int) -> int:
         """Return the exit status of a finished process. On several ranks, exit here, without Python's finalisation.
 
-        A gloo thread releases the last tensors after they have arrived, and takes the GIL to do so. DDP keeps these
+        A gloo thread releases the last tensors after they have arrived, and takes the GIL to do so. DDP keeps gloo's
         threads alive beyond the group. Before 3.14, Python kills a thread that takes the GIL during finalisation, here
         inside a destructor. The process would abort, and torchrun would kill the first rank during its evaluation.
         """

@@ -86,8 +86,7 @@ def write_report(trainer: Trainer, evaluation: Evaluation, command: Sequence[str
 def write_pages(
     trainer: Trainer, evaluation: Evaluation, command: Sequence[str], pictures: Pictures | None = None
 ) -> dict[str, Any]:
-    """Write metrics.json and report.html (without pictures if `pictures` is None), and return what metrics.json
-    holds."""
+    """Write metrics.json and report.html (without pictures if `pictures` is None). Return metrics.json's content."""
     metrics: dict[str, Any] = _for_json(collect_metrics(trainer, evaluation, command))
     out = trainer.config.out
     if pictures is None:

@@ -1,4 +1,4 @@
-"""The images that the evaluation uses, and reading them a bounded number at a time."""
+"""The images that the evaluation uses, and functions that read them a bounded number at a time."""
 
 from __future__ import annotations
 
@@ -44,8 +44,7 @@ class Part:
         return Part(self.images, self.indices[rows], self.labels[rows])
 
     def kept(self) -> Part:
-        """Return the selection, with its images in memory if they come from files and are few: they are read
-        repeatedly."""
+        """Return the selection, held in memory if it comes from files and is small: images are read repeatedly."""
         if isinstance(self.images, Tensor) or math.prod(self.shape) > KEPT_BYTES:
             return self
         return Part(in_parts(self, lambda images: images), torch.arange(len(self)), self.labels)

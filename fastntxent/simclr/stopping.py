@@ -65,8 +65,7 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def settle(self) -> None:
-        """Ignore further signals until `listening` ends. Call this once the checkpoint is written and the run is
-        ending."""
+        """Ignore further signals until `listening` ends. Call this once the checkpoint is written and the run ends."""
         self._settled = True
 
     def _note(self, number: int, _: FrameType | None) -> None:

@@ -172,8 +172,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """In this block, the first rank holds the lock on the run's folder, because it writes there. `fit` does the
-        same.
+        """In this block, the first rank holds the lock on the run's folder, where it writes. `fit` does the same.
 
         Raises:
             BlockingIOError: another run holds the lock.
@@ -249,7 +248,7 @@ class Trainer:
                 self.save()
 
     def _next(self, feed: Iterator[Views]) -> Views:
-        """Return the views of the next step. If any rank should stop or cannot read its images, all save and raise."""
+        """Return the next step's views. If any rank should stop or cannot read its images, all ranks save and raise."""
         views, words = None, ""
         if not self._stop.number:
             try:

@@ -33,7 +33,7 @@ RETRIEVED = 10
 def conduct(plan: Plan, out: Path, seed: int = 0, say: Callable[[str], None] = print) -> Record:
     """Train the runs that are missing, measure them, and write study.json, the figures and report.html.
 
-    Everything runs on one thread. A network this small gains little from a second one, and with a single thread the
+    Everything runs on one thread. A network this small gains little from a second thread, and with a single thread the
     results do not depend on the number of cores.
 
     Args:
@@ -128,7 +128,7 @@ def _scores(known: Tensor, unknown: Tensor, clusters: Tensor, data: ImageData) -
 
 
 def held_out(config: Config, data: ImageData, group: tuple[int, ...]) -> list[Record]:
-    """Train without a group of classes, then detect each class of the group among test images of the trained classes.
+    """Train without a group of classes, then detect each class of the group among test images of known classes.
 
     Returns:
         One record for each class of the group: its AUROC by representation, and its share of the run time.

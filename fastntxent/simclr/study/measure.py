@@ -96,7 +96,7 @@ def effective_negatives(z_i: Tensor, z_j: Tensor, temperature: float) -> float:
     .. math:: \frac{1}{2N} \sum_i \exp\Big(-\sum_j P_{ij} \log P_{ij}\Big),
         \qquad P_{ij} \propto e^{s_{ij}/\tau} \text{ over the negatives of } i
 
-    This is 2N - 2 if all negatives have the same weight, and 1 if the nearest one has all the weight.
+    This is 2N - 2 if all negatives have the same weight, and 1 if the nearest negative has all the weight.
     """
     u = unit_rows(torch.cat((z_i, z_j))).double()
     n, M = len(z_i), len(u)

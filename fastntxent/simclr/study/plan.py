@@ -41,7 +41,7 @@ class Plan:
     batch_size: int = 256
 
     def runs(self, out: Path, seed: int) -> dict[str, Config]:
-        """Return the settings of each run by name, in the order in which they run. Each has a folder under `out`."""
+        """Return the settings of each run by name, in running order. Each run has a folder under `out`."""
         options: dict[str, dict[str, Any]] = {}
         for norm in NORMS:
             for objective in OBJECTIVES:

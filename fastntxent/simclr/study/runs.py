@@ -25,7 +25,8 @@ def train(config: Config, data: ImageData, measured: Sequence[int]) -> tuple[Rec
     """Train a run to its end and measure it at the given epochs. A finished run is only loaded.
 
     Args:
-        config: the settings. If `config.out` has a checkpoint, the run continues from it; its settings must agree.
+        config: the settings. If `config.out` has a checkpoint, the run continues from it; the checkpoint's settings
+            must agree.
         data: the images.
         measured: the epochs after which the run is measured, in order; the last is `config.epochs`.
 

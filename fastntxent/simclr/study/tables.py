@@ -116,12 +116,12 @@ def percent(share: float) -> str:
 
 
 def two(value: float) -> str:
-    """Return two decimals, without a minus sign before zero."""
+    """Return the value with two decimals, without a minus sign before zero."""
     return f"{round(value, 2) + 0:.2f}"
 
 
 def small(value: float) -> str:
-    """Return two decimals, or for values between 0 and 0.01 one significant digit in scientific notation."""
+    """Return the value with two decimals; between 0 and 0.01, one significant digit in scientific notation."""
     return two(value) if value == 0 or value >= 0.01 else f"{value:.0e}".replace("e-0", "e-")
 
 
