@@ -52,7 +52,7 @@ def temperatures(record: Record) -> str:
     negatives = record["runs"][temperature_run(record["plan"]["temperatures"][0])]["end"]["negatives"]
     return table(
         "tau|kNN of h|linear, h|kNN of z|effective rank of z|of h|mean similarity: positives|same class"
-        f"|other classes|their spread|uniformity|effective negatives, of {negatives}",
+        f"|other classes|std of other classes|uniformity|effective negatives, of {negatives}",
         rows,
     )
 
