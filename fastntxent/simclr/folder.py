@@ -91,7 +91,7 @@ def _bases(walk: Walk) -> tuple[str, str | None, list[str]]:
     if beside and not tests and not walk.listing(train)[0]:
         return "", None, [f"took {train} for a class like {listed(beside)}: there is no test or val next to it"]
     notes = []
-    # A candidate that shares classes with train wins: ImageNet's test part has no labels, but its val part has.
+    # A candidate that shares classes with train wins: ImageNet's test part has no labels, but its val part does.
     classes = set(walk.listing(train)[0])
     labelled = (name for name in tests if classes & set(walk.listing(name)[0]))
     test = next(labelled, tests[0] if tests else None)

@@ -113,7 +113,7 @@ def test_folder_check_says_what_is_wrong(tmp_path, monkeypatch):
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ValueError, match=r"--out .*file.* cannot be written to: .*(exists|[Nn]ot a directory)"):
             OutputFolder(path).check(0)
-    with pytest.raises(ValueError, match=r"--out .* of free disk space, but the run needs up to \d+ MiB"):
+    with pytest.raises(ValueError, match=r"--out .* of free disk space, but up to \d+ MiB are needed"):
         OutputFolder(tmp_path / "new").check(2**60)
 
     def full(descriptor):

@@ -47,10 +47,10 @@ IMAGES = np.zeros((10, 8, 8), np.uint8)
             "labels must be 10 integers or strings, got int64 of",
         ),
         ({"images": IMAGES, "labels": np.full(10, 0.5)}, "labels must be 10 whole numbers or strings, got 0.5"),
-        ({"images": IMAGES, "labels": np.arange(10)}, "too few to hold a fifth"),
+        ({"images": IMAGES, "labels": np.arange(10)}, "too few to hold out a fifth"),
         (
             {"images": IMAGES, "test_images": np.zeros((10, 9, 9), np.uint8)},
-            "test_images must have the channels and size of images",
+            "test_images must have the same channels and size as images",
         ),
         ({"images": np.array([None] * 10)}, "cannot be read as an .npz file of plain arrays"),
     ],

@@ -383,7 +383,7 @@ def test_ranks_with_other_options_are_told_which(found):
     world = len(found)
     for of_rank in found:
         said = of_rank["errors"]["options_differ"]
-        assert said.startswith("ValueError: all ranks must be given the same, but on ranks 0 to")
+        assert said.startswith("ValueError: all ranks must be given the same values, but on ranks 0 to")
         assert said.endswith(f"--log-every is {', '.join(str(1 + rank) for rank in range(world))}")
 
 
@@ -422,9 +422,9 @@ def test_join_alone_without_torchrun_and_with_one_process_of_it(monkeypatch):
 def test_pick_device_gives_each_rank_a_gpu_or_says_why_not(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     ranks = Ranks(object(), rank=6, world=8, local=2)
-    with pytest.raises(ValueError, match=r"--device must be cuda for 8 ranks, .*, got cuda:1"):
+    with pytest.raises(ValueError, match=r"--device must be cuda for 8 ranks, one GPU for each, got cuda:1"):
         pick_device("cuda:1", ranks)
-    with pytest.raises(ValueError, match="--device cuda needs a GPU for each rank of a machine, got 2 for rank 2"):
+    with pytest.raises(ValueError, match="--device cuda needs a GPU for each rank on a machine, got 2 for rank 2"):
         pick_device("cuda", ranks)
     assert pick_device("cpu", ranks) == torch.device("cpu")
 
