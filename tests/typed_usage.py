@@ -44,7 +44,7 @@ fastntxent.NTXentLoss()(z, z, labels=ids)  # type: ignore
 fastntxent.QueueInfoNCELoss(16, 4)(z, z, "ids")  # type: ignore
 fastntxent.DistillLoss()(z, z, teacher=z)  # type: ignore
 
-# So does calling a drop-in.
+# Calls of drop-ins are typed in the same way.
 assert_type(lightly.NTXentLoss(torch.tensor(0.1))(z, z), Tensor)
 assert_type(lightly.MemoryBankModule((16, 4))(z, update=True), "tuple[Tensor, Tensor | None]")
 assert_type(fastntxent.compat.lightly.DCLLoss()(z, z), Tensor)
