@@ -349,7 +349,7 @@ CALLS: dict[str, Call] = {
     ),
 }
 
-# Public names that are not functions of tensors.
+# Public names without a call above; most are not functions of tensors.
 NO_CALLS = {
     *(
         "BackendStatus",
@@ -364,7 +364,7 @@ NO_CALLS = {
         "warm_up",
     ),
     "NegativeQueue",  # covered by QueueInfoNCELoss
-    "pytorch_metric_learning.CrossBatchMemory",  # reads on the host how many rows it holds
+    "pytorch_metric_learning.CrossBatchMemory",  # the host reads how many rows it holds
     "cached_backward",  # runs an encoder and a backward
     "sentence_transformers.CachedMultipleNegativesRankingLoss",  # the Cached* losses do too
     "sentence_transformers.CachedMultipleNegativesSymmetricRankingLoss",

@@ -300,7 +300,7 @@ def test_neg_lse_row_without_negatives_is_minus_infinity_with_zero_gradient(back
 
 @pytest.mark.parametrize("temperature", [0.001, 0.5])
 def test_neg_lse_of_rows_without_negatives_can_be_masked_away(backend, temperature):
-    # torch.where lets 0 * inf = NaN reach the masked rows; it must not spread to the others.
+    # torch.where lets 0 * inf = NaN reach the masked rows; the NaN must not spread to the other rows.
     u = torch.nn.functional.normalize(torch.randn(4, 3), dim=1).requires_grad_()
     ids = torch.zeros(4, dtype=torch.long)
     nu = neg_lse(u, ids, temperature, backend=backend)

@@ -77,7 +77,7 @@ def signature(obj):
 
 
 def section(obj, *titles):
-    """Return the lines of the docstring's section with one of these titles; none if there is no such section."""
+    """Return the lines of the docstring's section with one of these titles; [] if there is no such section."""
     lines = inspect.getdoc(obj).splitlines()
     begin = next((index for index, line in enumerate(lines) if line in {f"{title}:" for title in titles}), None)
     if begin is None:

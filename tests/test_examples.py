@@ -27,7 +27,8 @@ RUNS = {
     "fsdp2.py": (TORCHRUN, "--steps 20 --batch 64", None, {"loss"}),
     "sentence_transformers_mnrl.py": ([], "--steps 40", "sentence_transformers", {"loss", "retrieval"}),
 }
-# A torchvision built for another PyTorch breaks libraries that import it wherever they find it. No example needs it.
+# A torchvision built for a different PyTorch breaks every library that imports torchvision when installed. No example
+# needs torchvision.
 WITHOUT_TORCHVISION = """
 import importlib.metadata, sys
 

@@ -1,6 +1,6 @@
 """User code for the type checkers only: `test_typing.py` checks it, and nothing runs it.
 
-The checkers report an unused `type: ignore`. So every line that has one must be rejected, and no other line may be.
+The checkers report an unused `type: ignore`. So every line that has one must be a type error, and no other line may be.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def labels_of(n, classes, seed):
 
 
 def assert_steps_are_the_same(memories, steps):
-    """Compare value, gradient and held rows after each step. A step is embeddings and the other arguments."""
+    """Compare value, gradient and held rows after each step. A step holds the embeddings and any further arguments."""
     for z, *arguments in steps:
         results = []
         for memory in memories:

@@ -128,8 +128,8 @@ def test_guide_that_needs_text_names_what_is_missing():
 
 
 class Encoder(nn.Module):
-    """Averages the words of padded texts. It has dropout and running statistics, and writes to its input, as the
-    library's modules do.
+    """Averages the word embeddings of padded texts. It has dropout and running statistics, and writes to its input, as
+    the library's modules do.
     """
 
     def __init__(self, d, dropout=0.3):
