@@ -249,7 +249,7 @@ def test_a_drop_in_that_is_another_loss_is_not_timed():
 
 @needs_linux
 def test_losses_stay_within_their_memory():
-    # Beside the inputs, 2 x 16 MiB of features, clip holds their gradients and the kernel's copies, but never 256 MiB
+    # Besides the inputs, 2 x 16 MiB of features, clip holds their gradients and the kernel's copies, but never 256 MiB
     # of logits. sup_con has 200,000 positive pairs in ten classes, and computes their terms in tiles.
     assert family.peak("two towers", "clip", 8192, 512) < 128 * 2**20
     assert family.peak("labels", "sup_con pairs", 1024, 128) < 50 * 2**20
@@ -378,7 +378,8 @@ RESULTS = {
 
 @pytest.fixture
 def committed(tmp_path):
-    """Write synthetic records, and pages with the markers of the sections."""
+    """Write synthetic records, and pages with the markers of their sections; return the folder and the benchmarks
+    page."""
     for suite, results in RESULTS.items():
         record = {"suite": suite, "machine": MACHINE, "missing": {}, "results": results}
         (tmp_path / f"{suite}.json").write_text(json.dumps(record))

@@ -56,7 +56,7 @@ def test_cached_backward_holds_one_chunk_of_activations():
 
 
 def test_cached_backward_of_no_rows_takes_as_many_passes():
-    # A rank without rows must run as many passes as the others, because the encoder or the loss may be collective.
+    # A rank without rows must run as many passes as the other ranks, because encoder and loss may call collectives.
     encoder, sizes = nn.Linear(6, 5), []
     encoder.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
     cached_backward(encoder, torch.randn(2, 0, 6).unbind(), lambda z_i, z_j: (z_i * z_j).sum(), chunk_size=[0, 0])
@@ -74,8 +74,8 @@ def test_cached_backward_accumulates_in_grad():
 
 
 def test_cached_backward_replays_dropout():
-    # The loss is linear in the embeddings, so the gradient is a sum over rows of the features that dropout kept. They
-    # must be those of the first pass, whose embeddings the loss saw.
+    # The loss is the sum of the embeddings, so the gradient sums the features that dropout kept in the second pass.
+    # Only if the first pass kept the same features does gradient times weight equal the loss.
     torch.manual_seed(0)
     encoder = nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 1, bias=False))
     seen = []
@@ -117,7 +117,7 @@ def test_cached_backward_updates_running_statistics_once():
 
 
 class Replica(nn.Linear):
-    """Records for each pass with a graph whether DistributedDataParallel would synchronise in it."""
+    """An encoder that logs, for each pass with a graph, whether DistributedDataParallel would synchronise gradients."""
 
     def __init__(self):
         super().__init__(6, 5)
@@ -619,8 +619,8 @@ def replicated_step(encoder, views, loss_fn, chunk_size):
 
 
 def step_on_ranks(views, step, loss_fn, **options):
-    """Return the gradients of the second of two steps, and embeddings that reveal the state after it. The initial state
-    differs between the ranks."""
+    """Run two steps; return the gradients of the second, and embeddings that reveal the state afterwards. The initial
+    state differs between the ranks."""
     torch.manual_seed(1)
     encoder = DistributedDataParallel(Assigned(), **options)
     encoder.module.transient.mul_(1 + dist.get_rank())  # overwritten by the first rank's broadcast
@@ -631,7 +631,7 @@ def step_on_ranks(views, step, loss_fn, **options):
 
 
 def cached_on_ranks():
-    """Return for each wrapper the result and the expected one, and the error of each unsupported combination."""
+    """Return cached and uncached results for each wrapper, and the error of each unsupported combination."""
     generator = torch.Generator().manual_seed(1)
     views = [view.split((6, 4))[dist.get_rank()] for view in torch.randn(2, 10, 6, generator=generator)]
     loss_fn = NTXentLoss(0.2, group=dist.group.WORLD)

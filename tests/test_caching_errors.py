@@ -17,7 +17,7 @@ X = torch.randn(2, N, FEATURES, generator=torch.Generator().manual_seed(0))
 
 
 class Encoder(nn.Module):
-    """A layer with dropout that counts its calls, and returns `output` of the result and the count."""
+    """A layer with dropout that counts its calls and returns `output(result, count)`."""
 
     def __init__(self, output: Callable[[Tensor, int], Any] = lambda z, calls: z):
         super().__init__()
@@ -152,7 +152,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "views of other lengths": (
         {"views": [X[0], X[1, :3]]},
         ValueError,
-        "z_i and z_j must have the same shape, got (6, 4) and (3, 4)",  # raised by this loss; others accept it
+        "z_i and z_j must have the same shape, got (6, 4) and (3, 4)",  # raised by this loss; other losses accept them
     ),
     "view with other keys": (
         {"views": [{"x": X[0]}, {3: X[1]}], "unpack": True},

@@ -46,8 +46,8 @@ def drawn_case(n, d, seed, scale, columns, extra, per_direction, mode, strength,
 
 
 def dense(embeddings, scale, directions, partition_mode, hardness_mode, hardness_strength, cosine, ids=None):
-    """Return the loss by its definition, candidate by candidate. The kind of a candidate decides what is added to its
-    logit. Other samples with the same id are not candidates.
+    """Return the loss by its definition, candidate by candidate. The kind of a candidate decides whether its logit gets
+    an added hardness. Other samples with the same id are not candidates.
     """
     u, *docs = (normalize(z, dim=1) if cosine else z for z in embeddings)
     n, losses = len(u), []
@@ -361,7 +361,7 @@ def test_cached_loss_repeats_dropout_and_keeps_state_as_after_one_pass():
         for _ in range(2):
             columns = text_columns()
             for column in columns:
-                column["attention_mask"][::4] = 1  # no padding to cut, because dropout draws by the width
+                column["attention_mask"][::4] = 1  # no padding to cut: dropout's draws depend on the width
             if cached:
                 loss = CACHED(model, mini_batch_size=4)(columns)
             else:
