@@ -58,7 +58,7 @@ def test_columns_of_a_part_fill_the_multiprocessors(n, blocks, columns):
 
 def test_panels_leave_few_multiprocessors_idle():
     gather = config.TileConfig(128, 64, 256, 8, 3)
-    # Two squares of 22 row blocks times 3 feature blocks.
+    # Two squares of 22 row blocks times 3 feature blocks make 132 programs, one for each multiprocessor.
     assert config.edge_of_panel(132, 65536, 768, 2, gather) == 2816
     assert config.PANEL >= 2 * 2 * 2816**2
     assert config.edge_of_panel(132, 300, 768, 2, gather) == 512
