@@ -56,7 +56,7 @@ def test_ties_stay_whatever_the_similarity_to_the_positive(backend, d):
 @pytest.mark.parametrize("temperature", [2e-3, 5e-4])
 @pytest.mark.parametrize("backend", KERNELS)
 def test_weights_near_the_smallest_numbers_give_no_nan(backend, temperature, dtype):
-    """Rows prefer their positive by hundreds of nats, so weights in the gradient are as small as 1e-200."""
+    """Logits of positives exceed all others by hundreds of nats, so weights in the gradient are as small as 1e-200."""
     x, w = torch.randn(2, 6, 5, dtype=torch.float64)
     y, ids = x + 0.3 * w, torch.tensor([0, 1, 2, 0, 1, 5])
     losses = [

@@ -86,7 +86,7 @@ def test_failed_build_hands_on_no_kernels_of_an_earlier_one(tmp_path):
 
 
 def test_build_does_not_require_torch():
-    # If it did, an isolated build would download a second torch of several gigabytes.
+    # If it did, an isolated build would download several gigabytes for a second copy of torch.
     (requires,) = re.findall(r"^requires = (.*)$", (CHECKOUT / "pyproject.toml").read_text(), re.MULTILINE)
     assert "setuptools" in requires
     assert "torch" not in requires

@@ -273,7 +273,7 @@ def test_queue_loss_compiled_by_inductor_has_the_gradient_of_what_was_held():
     for step in range(3):
         query, key = (normal(5, 4, seed=10 * step + i).float().requires_grad_() for i in (0, 1))
         pairs.append(((query, key), [call(query, key) for call in (eager, compiled)]))
-    for inputs, values in pairs:  # the queue has changed since, in this call and in later ones
+    for inputs, values in pairs:  # the queue has changed since, in the call itself and in later calls
         torch.testing.assert_close(*(torch.autograd.grad(value, inputs) for value in values))
 
 

@@ -1,4 +1,4 @@
-"""Counts read from machine code: loops, the path of a tile through a loop, and traffic of shared memory."""
+"""Counts read from machine code: loops, the path of a tile through a loop, and shared-memory traffic."""
 
 import itertools
 

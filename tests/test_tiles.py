@@ -160,7 +160,7 @@ def test_a_kernel_takes_the_longest_of_its_limits_and_says_which():
 
 def test_a_program_alone_on_its_multiprocessor_takes_its_turns_one_after_the_other():
     report = report_of(loop(PRODUCT, DRAIN, "BAR.SYNC.DEFER_BLOCKING 0x0", "FADD R1, R1, R2"))
-    # Products, instructions and waits; then the end of the program.
+    # Ten turns of products, instructions and waits, one instruction after the loop, and the first loads.
     cycles = 10 * (32 + 5 + 2 * limits.SYNC) + 1 + limits.FIRST
 
     def latency(work, **changes):

@@ -102,7 +102,7 @@ def test_load_data_says_what_to_install(monkeypatch):
 
 
 def fake_torchvision(monkeypatch):
-    """Install a fake torchvision with two data sets, which have the real array layouts, attribute names and error."""
+    """Install a fake torchvision with two data sets. Array layouts, attribute names and the error are the real ones."""
 
     class CIFAR10:
         classes = ("plane", "car")

@@ -211,7 +211,7 @@ def test_loader_of_an_iterable_dataset_and_of_views_in_double_precision(stripes,
 
 
 class Handlers(Dataset):
-    """Images of zeros if the worker process ignores both signals, else of ones."""
+    """Images of zeros if the worker process ignores SIGINT and SIGTERM, else of ones."""
 
     def __len__(self):
         return 8

@@ -139,7 +139,7 @@ def environment() -> dict[str, str]:
 
 
 def stop(process: subprocess.Popen[bytes], log: Path, row: int, number: int) -> tuple[int, list[str]]:
-    """Send the signal when the log has this row. Return the step of the stop, and the arguments to resume with."""
+    """Signal the run when its log has this row. Return the step where it stopped, and the arguments to resume it."""
     while process.poll() is None and (not log.exists() or f"\n{row}," not in log.read_text()):
         time.sleep(0.01)
     process.send_signal(number)
