@@ -21,7 +21,7 @@ def python(code):
 
 
 def counting(file, code=""):
-    """Return a command that appends a mark to the file each time it runs."""
+    """Return a command that appends a mark to the file and then runs the code."""
     return python(f"open({str(file)!r}, 'a').write('x'); {code or 'pass'}")
 
 

@@ -1,4 +1,4 @@
-"""A loss of the embeddings' leading features, at several widths."""
+"""Losses computed on the leading features of embeddings, at several widths; CLIP with several towers or positives."""
 
 import inspect
 from functools import partial

@@ -1,4 +1,4 @@
-"""Distillation from a teacher that is a function: how it is called, and that the loss equals the one from features."""
+"""Distillation from a teacher given as a function: how it is called, and equality with one given as features."""
 
 from __future__ import annotations
 
@@ -274,7 +274,7 @@ def test_sharp_teacher_costs_no_accuracy(t_tau, normalize, called, reduction, ba
         assert error < 2 * of_reference + 1e-5
 
 
-# --- over ranks ------------------------------------------------------------------------------------------------------
+# --- across ranks ----------------------------------------------------------------------------------------------------
 
 
 def over_ranks(sizes: list[int]) -> dict[str, Any]:

@@ -72,7 +72,7 @@ BREAKS = {
 
 @pytest.fixture
 def broken(monkeypatch):
-    """Register this machine's kernels as "broken", with one output of one method changed."""
+    """Return a function that registers this machine's kernels as "broken", with one output of one method changed."""
 
     def put(method, output, change):
         calls = itertools.count()
@@ -117,8 +117,8 @@ def test_checks_find_every_break_of_every_kernel(broken, monkeypatch, method, ou
     assert caught.value.status == BREAKS[change], caught.value
 
 
-# Some kinds of calls of info_nce_scalar(z_i, z_j, inv_tau, normalize, both, mean, needs_i, needs_j), and an output to
-# corrupt in them.
+# Kinds of calls of info_nce_scalar(z_i, z_j, inv_tau, normalize, both, mean, needs_i, needs_j): a test that recognises
+# them by their arguments, and the output to corrupt in them.
 TOWERS = {
     "one direction": (lambda args: not args[4], 1),
     "both directions": (lambda args: args[4], 1),

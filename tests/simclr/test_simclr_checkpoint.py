@@ -1,4 +1,4 @@
-"""Checkpoints on disk are complete and checked, and one run at a time writes them."""
+"""Checkpoints on disk are always complete, damage to them is detected, and only one run at a time writes them."""
 
 import multiprocessing
 import os
@@ -30,7 +30,8 @@ def test_checkpoint_comes_back_and_is_a_torch_file(saved):
 def test_load_checkpoint_refuses_every_flipped_bit(saved):
     sound = saved.read_bytes()
     draw = random.Random(0)
-    # Every byte of the marks at both ends, and random bytes elsewhere: contents, directory, padding.
+    # Every byte at the two ends of the file, where its marks are, and random bytes in between: contents, directory,
+    # padding.
     places = {*range(64), *range(len(sound) - 200, len(sound)), *draw.sample(range(len(sound)), 300)}
     for place in places:
         damaged = bytearray(sound)

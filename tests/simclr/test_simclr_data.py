@@ -102,7 +102,7 @@ def test_load_data_says_what_to_install(monkeypatch):
 
 
 def fake_torchvision(monkeypatch):
-    """Install a fake torchvision with two data sets. It has the real array layouts, attribute names and error."""
+    """Install a fake torchvision with two data sets. Array layouts, attribute names and the error are the real ones."""
 
     class CIFAR10:
         classes = ("plane", "car")
@@ -310,7 +310,7 @@ def test_label_tensors_do_not_mix_numbers_and_texts():
 
 def test_fashion_mnist_refuses_a_shape_that_overflows(tmp_path):
     write_fashion(tmp_path)
-    sizes = (2**31, 2**31, 4)  # 2^64 values; in a 64-bit product that is 0
+    sizes = (2**31, 2**31, 4)  # 2^64 values, a product that overflows to 0 in 64 bits
     (tmp_path / "train-images-idx3-ubyte").write_bytes(struct.pack(">HBB3I", 0, 8, 3, *sizes))
     with pytest.raises(ValueError, match="or its header does not fit its 0 values"):
         load("fashion-mnist", tmp_path)

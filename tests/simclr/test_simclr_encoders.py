@@ -274,7 +274,7 @@ def fake_timm(monkeypatch):
         if name == "bad":
             raise RuntimeError("cannot\nbe")
         if kwargs:
-            torch.rand(1)  # random numbers that layers drew before the error
+            torch.rand(1)  # as if layers had drawn random numbers before the error
             raise TypeError("__init__() got an unexpected keyword argument 'img_size'")
         return nn.Sequential(nn.Conv2d(in_chans, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
@@ -486,7 +486,7 @@ def test_load_encoder_refuses_other_shapes(trained):
 
 
 def rewritten(folder, **changes):
-    """Rewrite the run's checkpoint with these entries, without those that are None, and return its folder."""
+    """Rewrite the run's checkpoint with these changes, dropping entries that are None, and return the folder."""
     state = load_checkpoint(folder / FILE_NAME) | changes
     save_checkpoint(folder / FILE_NAME, {key: value for key, value in state.items() if value is not None})
     return folder

@@ -160,7 +160,7 @@ def test_folder_ends_where_two_classes_link_to_each_other(two_classes):
 
 
 def test_folder_reads_each_folder_once_a_class_where_all_link_to_all(tmp_path):
-    names = [f"c{number}" for number in range(9)]  # which makes 9! paths
+    names = [f"c{number}" for number in range(9)]  # the links below make 9! paths
     for name in names:
         write_images(tmp_path / name, 5)
         for other in names:
