@@ -15,10 +15,10 @@ constexpr int64_t MOST = INT32_MAX - (1 << 20);
 // Return an error message if a call of this size is not possible, otherwise null. n_cols 0: symmetric.
 inline const char* fault_of_size(int64_t n_rows, int64_t n_cols, int64_t D) {
     if (n_rows < 1 || n_rows > MOST || n_cols < 0 || n_cols > MOST)
-        return "the number of rows must be 1 to 2^31 - 2^20";
-    if (D < 1 || D > MOST) return "the number of features must be 1 to 2^31 - 2^20";
+        return "the number of rows (or columns) must be at least 1 and less than 2^31 - 2^20";
+    if (D < 1 || D > MOST) return "the number of features must be at least 1 and less than 2^31 - 2^20";
     const int64_t most = n_rows > n_cols ? n_rows : n_cols;  // task indices are ints too
-    if ((most / ROWS + 1) * (D / CHUNK + 1) > MOST) return "rows times features must be at most 2^41";
+    if ((most / ROWS + 1) * (D / CHUNK + 1) > MOST) return "rows times features must be less than about 2^42";
     return nullptr;
 }
 
