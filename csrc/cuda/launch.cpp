@@ -24,7 +24,7 @@ int fail(const char* what, const char* why) {
 // Return whether a CUDA function failed, and keep its error message if it did.
 bool failed(cudaError_t status, const char* function) {
     if (status == cudaSuccess) return false;
-    cudaGetLastError();  // clear it for the next caller
+    cudaGetLastError();  // clear the error for the next caller
     fail(function, cudaGetErrorString(status));
     return true;
 }
@@ -140,10 +140,11 @@ int fntx_cuda_run(const fntx_cuda_call* call) {
     void* arguments[] = {&plan.a};
     const auto stream = static_cast<cudaStream_t>(call->stream);
     cudaError_t status = cudaErrorCooperativeLaunchTooLarge;
-    // Other processes may hold part of the device (MPS). A grid of any size does the work, so retry with half of it.
+    // Other processes may hold part of the device (MPS). A grid of any size can do the work, so retry with half as many
+    // blocks.
     for (int grid = plan.grid; grid && status == cudaErrorCooperativeLaunchTooLarge; grid /= 2) {
         status = cudaLaunchCooperativeKernel(address_of(call->dtype), grid, THREADS, arguments, plan.shared, stream);
-        if (status == cudaErrorCooperativeLaunchTooLarge) cudaGetLastError();  // so that PyTorch does not find it later
+        if (status == cudaErrorCooperativeLaunchTooLarge) cudaGetLastError();  // or PyTorch would find the error
     }
     return failed(status, "cudaLaunchCooperativeKernel") ? FNTX_INVALID : FNTX_OK;
 }
