@@ -1,5 +1,6 @@
-// fastntxent._cpu: the C interface for Python, within the stable ABI, so that one build serves every Python from 3.10
-// on. Addresses are passed as integers (Tensor.data_ptr()). fastntxent/backends/cpu.py checks shapes and dtypes.
+// fastntxent._cpu: the C interface as a Python module, limited to Python's stable ABI, so that one build serves every
+// Python from 3.10 on. Addresses are passed as integers (Tensor.data_ptr()). fastntxent/backends/cpu.py checks shapes
+// and dtypes.
 #include <chrono>
 #include <thread>
 
@@ -8,8 +9,9 @@
 
 namespace {
 
-// Return whether a signal handler raised (Ctrl-C). Called by the main thread after it has released the GIL: signal
-// handlers run in no other thread, and another thread would not return from here once the interpreter shuts down.
+// Return whether a signal handler raised (Ctrl-C). Only the main thread calls this, after it has released the GIL:
+// signal handlers run in no other thread, and any other thread would never return from here once the interpreter is
+// shutting down.
 int signal_raised() {
     const PyGILState_STATE state = PyGILState_Ensure();
     const int raised = PyErr_CheckSignals();
@@ -17,9 +19,9 @@ int signal_raised() {
     return raised;
 }
 
-// Reacquire the GIL. During shutdown, Python before 3.14 ends every thread but the main one in this call, by unwinding
-// its stack. Some of PyTorch's frames abort the process when they are unwound. So the thread waits here for the process
-// to end, as it does from Python 3.14 on.
+// Reacquire the GIL. During shutdown, Python before 3.14 ends every thread except the main thread in this call, by
+// unwinding the thread's stack. Some of PyTorch's frames abort the process when they are unwound. So the thread waits
+// here for the process to end, as it does from Python 3.14 on.
 void take_back(PyThreadState* thread) {
     try {
         PyEval_RestoreThread(thread);
