@@ -138,8 +138,10 @@ PyObject* schedule(PyObject*, PyObject* args) {
     int threads;
     if (!PyArg_ParseTuple(args, "LLLi", &rows, &cols, &D, &threads)) return nullptr;
     if (rows < 1 || cols < 0 || rows > FNTX_MOST_ROWS || cols > FNTX_MOST_ROWS || D < 1 || threads < 1)
-        return PyErr_Format(PyExc_ValueError, "schedule takes sizes and threads >= 1, got (%lld, %lld, %lld, %d)", rows,
-                            cols, D, threads);
+        return PyErr_Format(PyExc_ValueError,
+                            "schedule takes sizes and threads >= 1 (cols 0: symmetric) and at most 2^31 - 1 rows or "
+                            "columns, got rows %lld, cols %lld, D %lld, threads %d",
+                            rows, cols, D, threads);
     const bool symmetric = cols == 0;
     if (symmetric) cols = rows;
     const fntx::Schedule of_call(rows, cols, symmetric, fntx::useful_threads(rows, cols, D, threads));
@@ -169,7 +171,7 @@ PyMethodDef methods[] = {
      "d_pos, loss, loss_weight, cols_loss_weight, d_inv_tau, d_bias, (row_limits, col_limits, "
      "limited, limit_scale, limit_shift) or None, (against, d_against) or None, (classes, "
      "form, mean_of_classes) or None, workspace, interruptible): call fntx_run of csrc/cpu/fastntxent.h. "
-     "interruptible, in the main thread only: stop on Ctrl-C."},
+     "interruptible (in the main thread only): whether Ctrl-C stops the call."},
     {"instruction_set", instruction_set, METH_NOARGS, "Return the instruction set in use."},
     {"use_instruction_set", use_instruction_set, METH_VARARGS, "Switch to another instruction set."},
     {"schedule", schedule, METH_VARARGS,
