@@ -13,9 +13,9 @@ template <class T> constexpr T LOG2_E = T(1.4426950408889634);  // exp(x) = 2^(x
 // with weights. Beyond the limit, logits are shifted by their maximum or by nu.
 template <class T> constexpr T DIRECT_LIMIT = sizeof(T) == 4 ? 60 : 480;
 
-// Without a shift, weights are scaled so that the largest w is 1. If any w exp(-nu) is then smaller than this factor or
-// larger than the inverse of this factor, the tiles are shifted. That leaves three decades at either end of float's
-// range (1.2e-38 to 3.4e38), and eight at either end of double's.
+// Without a shift, weights are scaled so that the largest w is 1. If any w exp(-nu) is then smaller than this constant
+// or larger than its inverse, the tiles are shifted. That leaves three decades at either end of float's range (1.2e-38
+// to 3.4e38), and eight at either end of double's.
 template <class T> constexpr double SMALLEST_FACTOR = sizeof(T) == 4 ? 1e-35 : 1e-300;
 
 // With a shift, no w exp(k s - nu) exceeds w, and the largest weight is scaled to this value. The value is in the
@@ -27,9 +27,9 @@ template <class T> constexpr double LARGEST_WEIGHT = sizeof(T) == 4 ? 0x1p64 : 0
 // (In the Triton kernels, that factor is at most 1 and the scale is half of this one.)
 constexpr float G_SCALE = 8192;
 
-// In a CUDA call, weights enter the tiles in units of the call's largest weight, but of at least this number. So
-// nothing is divided by 0 if all weights are 0, and both G_SCALE / unit (8e36) and unit / G_SCALE (1.2e-37) are normal
-// floats.
+// In a CUDA call, weights enter the tiles in units of the call's largest weight, or of this number if the largest
+// weight is smaller. So nothing is divided by 0 if all weights are 0, and both G_SCALE / unit (8e36) and unit / G_SCALE
+// (1.2e-37) are normal floats.
 constexpr float SMALLEST_UNIT = 1e-33f;
 
 }  // namespace fntx

@@ -101,7 +101,7 @@ template <int ROWS> void transpose_words(uint32_t* to, int64_t ldt, const uint32
         }
 }
 
-// Return pairs of a number from `first` and the number at the same place in `second`.
+// Return pairs, each of a number from `first` and the number at the same place in `second`.
 FNTX_INLINE BfloatPairs interleave(Halves first, Halves second) {
     return __builtin_convertvector(first, BfloatPairs) | __builtin_convertvector(second, BfloatPairs) << 16;
 }

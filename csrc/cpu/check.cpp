@@ -106,7 +106,7 @@ void verify(Case c, std::vector<int> threads, const std::vector<int>& tiles) {
 // --- groups ----------------------------------------------------------------------------------------------------------
 
 const int64_t SIZES[] = {1, 2, 3, 7, 23, 24, 25, 47, 48, 49, 95, 97, 150};
-constexpr int SMALL_SIZES = 7;   // how many of the sizes, from the first on, are small
+constexpr int SMALL_SIZES = 7;   // number of small sizes, which come first
 constexpr int ALL_TILES = 1000;  // more than any case has
 
 // Check every size with every D, but only one in six of the combinations that are COSTLY. The other options are random.
@@ -156,7 +156,7 @@ Case against(int64_t n, int64_t D) {
     return c;
 }
 
-// SupCon's loss. With ids by index, every class of two views is a pair; with unique ids, no row has a positive.
+// SupCon's loss. With ids by index, the two views of a sample form a class; with unique ids, no row has a positive.
 Case classes(Case c, int form = FNTX_OUT) {
     c.classes = true, c.form = form;
     c.mean = draw() % 2;

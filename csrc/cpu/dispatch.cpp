@@ -106,7 +106,7 @@ constexpr int64_t MOST_NUMBERS = INT64_MAX / 16, MARGIN = 1024;
 
 bool too_large(const fntx_side& side, int64_t D) {
     for (const fntx_matrix& z : side.z)
-        if (z.n < 0 || z.n > FNTX_MOST_ROWS) return z.n > 0;  // first, because count_rows might overflow
+        if (z.n < 0 || z.n > FNTX_MOST_ROWS) return z.n > 0;  // checked first, because count_rows might overflow
     const int64_t n = count_rows(side);
     return n > FNTX_MOST_ROWS || D > MOST_NUMBERS / (n + MARGIN);
 }

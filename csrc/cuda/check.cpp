@@ -10,7 +10,7 @@
 #include "host/tensor_core.h"
 #include "plan.h"
 
-// The CPU kernels' interface in front of the emulated device, so that check_run.h serves both.
+// The interface of the CPU kernels, implemented by the emulated device, so that check_run.h can test both.
 extern "C" int fntx_run(const fntx_call* from) {
     fntx_cuda_call call = {};
     call.phases = from->phases, call.dtype = from->dtype, call.normalize = from->normalize, call.D = from->D;
@@ -72,7 +72,7 @@ void verify(const Case& c, const Emulated& device) {
 const Emulated& any_device() { return DEVICES[draw() % std::size(DEVICES)]; }
 
 const int64_t SIZES[] = {1, 2, 15, 17, 31, 33, 63, 64, 65, 97, 129};
-constexpr int SMALL_SIZES = 5;        // how many of the sizes, from the first on, are small
+constexpr int SMALL_SIZES = 5;        // number of small sizes, which come first
 constexpr int64_t COSTLY = 100000;    // multiplications in the definition; one in eight of the cases with more is run
 constexpr int SERVED = FNTX_FLOAT64;  // the dtypes before this one are supported
 

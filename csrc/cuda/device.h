@@ -1,5 +1,5 @@
 // The machine-dependent functions of the kernels: threads and barriers, matrix-unit operands, asynchronous copies. On a
-// device these are PTX instructions. A host compiler takes the same functions from host/emulator.h, so the whole kernel
+// device these are PTX instructions. A host compiler gets the same functions from host/emulator.h, so the whole kernel
 // runs without a GPU.
 #pragma once
 

@@ -73,7 +73,8 @@ FNTX_DEVICE void sum_exponentials(const Arguments& a, const PackedSide& rows, co
 }
 
 // Compute each row's nu, its loss log(1 + exp(nu - pi)) and its weight: sigmoid(nu - pi) if a loss is wanted, otherwise
-// the upstream gradient. A row without negatives (nu = -inf) has weight 0, regardless of its upstream gradient.
+// the upstream gradient. pi is the logit of the row's positive. A row without negatives (nu = -inf) has weight 0,
+// regardless of its upstream gradient.
 FNTX_DEVICE void finish(const Arguments& a, const PackedSide& side) {
     const float k = inverse_temperature(a);
     float largest = 0;

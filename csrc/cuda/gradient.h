@@ -4,8 +4,8 @@
 //     d/du_i = k (gathered_i + (a_i + a_p(i)) u_p(i))        u_i . d/du_i = k (radial_i + (a_i + a_p(i)) sim_pos_i)
 //     d/dz_i = (d/du_i - u_i (u_i . d/du_i)) / n_i           if n_i > eps, otherwise (d/du_i) / eps
 //
-// Here k is the inverse temperature, P_ij = exp(k s_ij - nu_i), p(i) is the row of the positive of row i, a_i is the
-// weight of the logit of these two rows in the loss of row i, and n_i = |z_i|.
+// Here k is the inverse temperature, P_ij = exp(k s_ij - nu_i), row p(i) is the positive of row i, a_i is the weight of
+// that pair's logit in the loss of row i, and n_i = |z_i|.
 //
 // A task is a block of rows and a group of features. A task forms G tile by tile in registers: the accumulators of the
 // first product are the first operand of the second product. Only G is rounded, and radial is summed in float32 before

@@ -144,7 +144,7 @@ int fntx_cuda_run(const fntx_cuda_call* call) {
     // blocks.
     for (int grid = plan.grid; grid && status == cudaErrorCooperativeLaunchTooLarge; grid /= 2) {
         status = cudaLaunchCooperativeKernel(address_of(call->dtype), grid, THREADS, arguments, plan.shared, stream);
-        if (status == cudaErrorCooperativeLaunchTooLarge) cudaGetLastError();  // or PyTorch would find the error
+        if (status == cudaErrorCooperativeLaunchTooLarge) cudaGetLastError();  // or PyTorch would report the error
     }
     return failed(status, "cudaLaunchCooperativeKernel") ? FNTX_INVALID : FNTX_OK;
 }

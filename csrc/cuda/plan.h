@@ -84,7 +84,7 @@ Plan make_plan_of(const Machine& machine, int dtype, int64_t n_rows, int64_t n_c
     a.chunks = int(ceil_div(D, CHUNK));
     a.log_terms = logf(float(most));
 
-    // Find the largest group that fits, and how many blocks run at once with it. Every smaller group fits too.
+    // Find the largest group that fits, and how many blocks run at once with that group. Every smaller group fits too.
     const auto fit = [&](int group) {
         a.group = group, a.stages = group + 2;
         a.resident = shared_bytes<Op>(a.stages, a.chunks) <= machine.shared;
