@@ -55,7 +55,7 @@ int fntx_cuda_run(const fntx_cuda_call* call) {
     if (const char* fault = fault_of(*call)) return fail(fault);
     const Plan plan = plan_call(machine, *call);
     memset(call->workspace, 0xff, plan.bytes);
-    // Half a grid is the retry after cudaErrorCooperativeLaunchTooLarge.
+    // Half of a grid emulates the retry after cudaErrorCooperativeLaunchTooLarge.
     const int grid = refuses && plan.grid > 1 ? plan.grid / 2 : plan.grid;
     const bool met = emulator::launch(grid, THREADS, plan.shared, [&] {
         switch (call->dtype) {
