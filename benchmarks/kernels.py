@@ -74,12 +74,12 @@ class Limit(NamedTuple):
 
 # Limits for bfloat16 in large batches, by chip, kernel and features: about a tenth above the figures of the table's
 # tiles. 2^20 flops take the matrix units 512 cycles on sm_80, 256 on sm_90 and 128 on sm_100 (256 with 64 rows); if the
-# slots are fewer than these cycles, the products hide them. In `direct`, sm_100 may take 1.3 times the slots of sm_90.
+# slots are fewer than these cycles, the products hide them.
 #
 # Barriers: two for each step of asynchronous copies (the new data has arrived, the old data may be overwritten).
 # `direct` doubles them, since its row sums go through shared memory to their plane. tcgen05 adds the wait for a product
-# and the exchange of its sums. Shuffles: only in `direct`, for the row sums of a tile, and twice as many on sm_80,
-# where a row is spread over four lanes.
+# and the exchange of its sums. Shuffles: only in `direct`, for the row sums of a tile, and most on sm_80, where a
+# row is spread over four lanes.
 LIMITS = {
     ("sm_80", "direct", 128): Limit(375, 32, 6),
     ("sm_80", "direct", 768): Limit(180, 0, 2),

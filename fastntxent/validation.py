@@ -110,7 +110,7 @@ def check_ids(name: str, ids: Tensor, rows_name: str, rows: Tensor) -> None:
             f"{name} must have shape ({rows.shape[0]},), one per row of {rows_name}, got {tuple(ids.shape)}"
         )
     if ids.device != rows.device:
-        raise ValueError(f"{name} must be on the device of {rows_name}, {rows.device}, got {ids.device}")
+        raise ValueError(f"{name} must be on the device of {rows_name} ({rows.device}), got {ids.device}")
 
 
 def check_temperature(

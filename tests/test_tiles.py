@@ -222,7 +222,7 @@ def test_a_turn_of_a_loop_is_held_to_its_slots_shuffles_and_barriers(monkeypatch
 
 
 def test_large_batches_of_half_precision_have_limits():
-    assert kernels.LIMITS["sm_100", "direct", 128].slots <= 1.3 * 220  # the limit of sm_90
+    assert kernels.LIMITS["sm_100", "direct", 128].slots <= 286  # a tenth above the figure of this tile
     for target in ("sm_80", "sm_90", "sm_100"):
         for d in (128, 768):
             tiles = {kernel: config.look_up(target, kernel, 2, math.inf, d) for kernel in config.KERNELS}

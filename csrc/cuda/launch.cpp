@@ -14,7 +14,6 @@ using namespace fntx;
 namespace {
 
 thread_local char message[256];
-constexpr char NO_ROOM[] = "the device has too little shared memory for a block";
 
 int fail(const char* what, const char* why) {
     snprintf(message, sizeof message, "%s: %s", what, why);

@@ -69,6 +69,8 @@ template <class Cost> int cheapest(int first, int last, int step, Cost cost) {
     return best;
 }
 
+constexpr char NO_ROOM[] = "the device has too little shared memory for a block";  // the fault of an empty grid
+
 // Return the plan of a call for a grid of at most `blocks` blocks (0: as many as run at once), with pointers into a
 // workspace at `base`. If only the size of the workspace is wanted, `base` may be null. The plan's grid is 0 if the
 // device has no room for a block.
@@ -95,7 +97,7 @@ Plan make_plan_of(const Machine& machine, int dtype, int64_t n_rows, int64_t n_c
     while (largest && !fit(largest)) --largest;
     if (!largest) return plan;
     int64_t capacity = int64_t(machine.multiprocessors) * machine.blocks(machine.device, dtype, plan.shared);
-    if (blocks && blocks < capacity) capacity = blocks;
+    if (blocks > 0 && blocks < capacity) capacity = blocks;
     if (!capacity) return plan;
 
     // The cost is the number of rounds of tasks times the work of one task.

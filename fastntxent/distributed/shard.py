@@ -39,7 +39,7 @@ class Sharding:
             up at each call. A loss also takes any of these directly, with the default options.
         strategy: "all_gather" holds the unit rows of all ranks, O(M D) memory for M rows in total. "ring" holds the
             rows of two other ranks at a time and sends one and a half times as many bytes, overlapped with the
-            products. "auto" uses the ring from 512 MiB of rows.
+            products. "auto" uses the ring above 512 MiB of rows.
         wire_dtype: Dtype to which rows are rounded before they are compared, or None. torch.bfloat16 halves the bytes.
             Values and gradients are then exact for the rounded rows, which are the same on every rank. Positives of two
             views are not rounded.

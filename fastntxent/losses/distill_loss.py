@@ -270,7 +270,7 @@ def _check_similarities(found: Tensor, rows: Tensor, cols: Tensor) -> None:
             f"{name} must have shape ({len(rows)}, {len(cols)}), the lengths of rows and cols, got {tuple(found.shape)}"
         )
     if found.device != rows.device:
-        raise ValueError(f"{name} must be on the device of its arguments, {rows.device}, got {found.device}")
+        raise ValueError(f"{name} must be on the device of its arguments ({rows.device}), got {found.device}")
 
 
 def _check_one_teacher(teacher: object, features: Mapping[str, Any]) -> None:

@@ -242,7 +242,7 @@ def _check_multi_labels(labels: Tensor, z: Tensor, form: str) -> None:
             f"labels must have shape ({z.shape[0]},) for one class per row, got a column; pass labels.squeeze(1)"
         )
     if labels.device != z.device:
-        raise ValueError(f"labels must be on the device of z, {z.device}, got {labels.device}")
+        raise ValueError(f"labels must be on the device of z ({z.device}), got {labels.device}")
     if form != "out":
         raise ValueError(
             f"form must be 'out' with several labels per row, got {form!r}: other forms need every pair that "

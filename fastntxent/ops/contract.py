@@ -197,7 +197,7 @@ def check_kinds(call: str, values: Sequence[Tensor | float]) -> None:
             if x.device.type != "cpu":
                 raise ValueError(f"{name} must be in host memory, got {x.device}")
         elif x.device != rows.device and not (kind == "number" and x.device.type == "cpu"):
-            raise ValueError(f"{name} must be on the device of {rows_name}, {rows.device}, got {x.device}")
+            raise ValueError(f"{name} must be on the device of {rows_name} ({rows.device}), got {x.device}")
 
 
 def rows_of(call: str, values: Sequence[Any]) -> Tensor:
