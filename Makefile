@@ -25,8 +25,8 @@ test: $(VENV)/installed
 test-all: $(VENV)/installed
 	$(PYTEST)
 
-# Tests as on a processor without AVX-512: libraries are limited to AVX2, and our kernels to AVX2, then to portable C++.
-# The ignored tests do not reach those kernels. Inductor has a separate cache, because code that it compiled for AVX-512
+# Tests as on a processor without AVX-512: libraries are limited to AVX2, and ours first to AVX2, then to portable C++.
+# The ignored tests do not use our CPU kernels. Inductor has a separate cache, because code that it compiled for AVX-512
 # gives wrong numbers when PyTorch is limited to AVX2.
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=Haswell MKL_ENABLE_INSTRUCTIONS=AVX2 \
   TORCHINDUCTOR_CACHE_DIR=$(abspath build/inductor-avx2)
@@ -79,7 +79,7 @@ triton-versions: $(VENV)/installed
 	    --targets sm_80 sm_90 sm_100 sm_120 gfx942 || exit 1; \
 	done
 
-# The figures of the docs: make bench BENCH_OUT=benchmarks/results, then python -m benchmarks report. The files of
+# The figures of the docs come from: make bench BENCH_OUT=benchmarks/results, then python -m benchmarks report. Files of
 # suite cpu are named after the instruction set, so that one folder can hold several.
 bench: $(VENV)/bench
 	set=$$($(VENV)/bin/python -m benchmarks.instruction_set) && \
@@ -92,7 +92,7 @@ bench: $(VENV)/bench
 bench-avx2: $(VENV)/bench
 	$(AVX2) $(VENV)/bin/python -m benchmarks cpu --instruction-set avx2 --out $(BENCH_OUT)/cpu-avx2.json
 
-# On a machine with a GPU: build, verify, tests, compute-sanitizer, benchmark, tuner and ncu, in parts of at most ten
+# On a machine with a GPU: build, verify, test, compute-sanitizer, benchmark, tune and ncu, in stages of at most ten
 # minutes. A second call continues where the first stopped. One stage: make gpu STAGE=verify. Limited time: make gpu
 # OPTIONS="--seconds 540". Without a GPU: make gpu OPTIONS=--rehearse. Afterwards python -m benchmarks report adds the
 # device to docs/verification.md.

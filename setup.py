@@ -1,10 +1,10 @@
 """Builds the native extensions. Everything else is in pyproject.toml.
 
 `fastntxent._cpu` is C++17 for GCC or Clang and builds without PyTorch. `csrc/cpu/kernels.cpp` is compiled once per
-instruction set, and the processor that runs it chooses one. If the build fails, the install continues without it:
-`pip install -v` shows the reason, and `fastntxent.backends()` lists the backend as unavailable.
+instruction set, and one is chosen at run time to suit the processor. If the build fails, the install continues without
+it: `pip install -v` shows the reason, and `fastntxent.backends()` lists the backend as unavailable.
 
-`fastntxent._cuda` is built by ninja if there is an nvcc, for every architecture in `CUDA_CODE` that this nvcc supports.
+`fastntxent._cuda` is built with ninja if nvcc is found, for every architecture in `CUDA_CODE` that this nvcc supports.
 The build needs neither a GPU nor PyTorch. FASTNTXENT_CUDA=0 skips it, and FASTNTXENT_CUDA=1 makes a failure an error.
 """
 
@@ -28,8 +28,8 @@ from setuptools.command.build_ext import build_ext
 
 CPU = Path("csrc/cpu")
 CUDA = Path("csrc/cuda")
-SHARED = sorted(Path("csrc").glob("*.h"))  # used by both
-CUDA_CODE = ("80", "86", "89", "90", "100", "103", "110", "120")  # and PTX of the first, for newer GPUs
+SHARED = sorted(Path("csrc").glob("*.h"))  # used by both extensions
+CUDA_CODE = ("80", "86", "89", "90", "100", "103", "110", "120")  # and PTX for the first, which newer GPUs compile
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]
 INSTRUCTION_SETS = {
@@ -49,7 +49,7 @@ LIMITED_API = ("Py_LIMITED_API", "0x030A0000")
 
 
 def find_nvcc() -> str | None:
-    """Return the nvcc of CUDA_HOME (or CUDA_PATH) if set, else the one on PATH."""
+    """Return the path of nvcc in CUDA_HOME (or CUDA_PATH) if that is set, else on PATH. None if there is no nvcc."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     return shutil.which("nvcc", path=str(Path(home) / "bin")) if home else shutil.which("nvcc")
 
@@ -159,7 +159,7 @@ def ninja_file(nvcc: str, flags: list[str], sources: Iterable[Path], objects: Pa
 
 
 def gencode(nvcc: str) -> list[str]:
-    """Return flags for machine code of all architectures that nvcc supports, and PTX of the oldest for newer GPUs."""
+    """Return flags for machine code for every architecture that nvcc supports, and PTX for the oldest."""
     with tempfile.TemporaryDirectory() as folder, ThreadPool() as pool:
         probe = Path(folder) / "probe.cu"
         probe.write_text("__global__ void probe() {}\n")
@@ -187,7 +187,7 @@ setup(
         Extension(
             "fastntxent._cpu",
             [str(CPU / name) for name in ("dispatch.cpp", "loss.cpp", "memory.cpp", "module.cpp", "team.cpp")],
-            # A source archive's, too.
+            # These files also go into a source archive.
             depends=[str(path) for path in (CPU / "kernels.cpp", *sorted(CPU.glob("*.h")), *SHARED)],
             define_macros=[LIMITED_API, *([("FNTX_X86", "1")] if X86 else [])],
             extra_compile_args=[*FLAGS, *OPENMP],

@@ -4,23 +4,22 @@ cpu        time of forward, backward and both for every loss, and the machine's 
            the rate of a 2048^3 product measured in the same run. --threads 1 2 adds our kernel's speed-up. The report
            reads every cpu*.json, one per instruction set
 memory     peak memory beyond the inputs, one process per measurement (Linux)
-scaling    our `cpu` kernel at large N: seconds over N^2, and peak memory (Linux). --threads 1 2 4 ...: our kernel and
-           torch.mm at these numbers of threads, beside the prediction of suite schedule
+scaling    our `cpu` kernel at large N: seconds divided by N^2, and peak memory (Linux). --threads 1 2 4 ...: our
+           kernel and torch.mm at these numbers of threads, beside the prediction of suite schedule
 schedule   speed-up of our `cpu` kernel on 1 to 64 threads, predicted by simulating its schedule; nothing is timed
 converged  gradient errors against float64 as training converges (batches from tests/cases.py: needs pytest)
 distributed
-           a step over 1 to 4 gloo ranks on this machine: bytes and time against the model of docs/distributed.md, and
-           beside an all-gather with autograd (needs the test files)
-family     CLIP's loss against its dense formula, and SupCon against NT-Xent: time, and peak memory (Linux)
-drop-ins   small batches: the losses of fastntxent.compat against the formulas of the libraries they replace
+           a step on 1 to 4 gloo ranks on this machine: bytes and time, compared with the model of docs/distributed.md
+           and with an all-gather with autograd (needs the test files)
+family     CLIP's loss beside its dense formula, and SupCon beside NT-Xent: time, and peak memory (Linux)
+drop-ins   small batches: the losses of fastntxent.compat beside the formulas of the libraries they replace
 gpu        like cpu, on a CUDA device, with the model's prediction beside our times
 kernels    the Triton kernels compiled for GPUs that need not be present: registers, shared memory, spills, and the
            instructions of an iteration of the innermost loop. --check fails if a kernel exceeds its chip or our limits
 model      predicted milliseconds of the Triton and CUDA kernels on GPUs that need not be present, from their machine
-           code and data sheets, each with its bottleneck. u: one product of all rows with themselves
+           code and data sheets, each with its bottleneck. The unit u is one product of all rows with themselves
 tune       the Triton kernels' table of tiles, from times on this GPU. --predict CHIP: from the model, without a GPU
-report     the tables and the plot of the docs, from the results in benchmarks/results. --check only
-           compares
+report     the tables and the plot of the docs, from the results in benchmarks/results. --check only compares
 """
 
 from __future__ import annotations
@@ -112,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
             )
         if name == "distributed":
             suite.add_argument("--ranks", type=_positive, nargs="+", default=[1, 2, 3, 4], help="default: 1 2 3 4")
-            suite.add_argument("--rounds", type=_positive, default=21, help="per comparison (default: 21)")
+            suite.add_argument("--rounds", type=_positive, default=21, help="rounds per comparison (default: 21)")
         if name in THREADS:
             suite.add_argument("--threads", type=_positive, nargs="+", help=THREADS[name])
     report.add_command(commands)
@@ -121,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
         report.run(arguments)
         return
     if arguments.suite == "scaling" and max(arguments.threads or [1]) > machine.processors():
-        parser.error(f"--threads {max(arguments.threads)}: this machine has {machine.processors()} processors to use")
+        parser.error(f"--threads {max(arguments.threads)}: this process may use {machine.processors()} processors")
     if arguments.suite == "schedule" and instruction_set.in_use() is None:
         parser.error("schedule needs the CPU kernels, which were not built")
     if arguments.suite in CPU_SUITES:

@@ -3,9 +3,9 @@
 Rates are for dense products at the boost clock. The CUDA C++ programming guide (throughput of native arithmetic
 instructions) gives the results per cycle and multiprocessor: 16 exponentials on all of these chips except the B300, for
 which NVIDIA states twice as many; 64 integer operations, comparisons and selections; and 128 float32 operations, or 64
-on the A100. No data sheet has the bandwidth of the second-level cache. github.com/te42kyfo/gpu-benches measured 5.4
+on the A100. No data sheet states the bandwidth of the second-level cache. github.com/te42kyfo/gpu-benches measured 5.4
 TB/s on an A100, 6.9 on an H100 PCIe (114 multiprocessors at 1.755 GHz) and 9.7 on an H200. That is 34 to 37 bytes per
-cycle and multiprocessor, for data up to two thirds of the cache's size or more; we take 34 for all chips.
+cycle and multiprocessor, for data of up to at least two thirds of the cache's size; we take 34 for all chips.
 
 Products of single warps (mma.sync) run at the full rate on an A100. On an H100 they reach 63 % of the rate of
 warpgroups (Luo et al., arXiv 2402.13499). No figure is published for a B200, so we take the A100's flops per cycle.

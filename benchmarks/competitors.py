@@ -1,4 +1,4 @@
-"""The losses compared, each called as its documentation recommends: name -> make(temperature) -> loss(z_i, z_j)."""
+"""The losses to compare, each called as its documentation recommends: name -> make(temperature) -> loss(z_i, z_j)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _ours(name: str, temperature: float) -> Loss:
 
 
 def _compiled(temperature: float) -> Loss:
-    torch.compiler.reset()  # a user compiles for one batch size, so nothing is reused from another
+    torch.compiler.reset()  # a user compiles for one size, so nothing from another is reused
     return torch.compile(lambda z_i, z_j: losses.dense(z_i, z_j, temperature), dynamic=False)
 
 
@@ -58,7 +58,7 @@ def lightly_loss(name: str) -> types.ModuleType:
 
 
 def _imports(name: str) -> bool:
-    """Return whether a module can be imported. A torchvision built for another PyTorch version cannot."""
+    """Return whether a module can be imported. A torchvision built for another PyTorch version cannot be."""
     try:
         importlib.import_module(name)
     except Exception:
@@ -69,8 +69,8 @@ def _imports(name: str) -> bool:
 def _lightly_without_torchvision() -> None:
     """Make the files of the installed lightly.loss importable without the rest of lightly.
 
-    The rest needs torchvision. `lightly.models.utils` is left empty, since only a memory bank over several processes
-    calls it.
+    The rest needs torchvision. `lightly.models.utils` is left empty, since only a memory bank shared by several
+    processes calls it.
     """
     (root,) = importlib.util.find_spec("lightly").submodule_search_locations
     for name in ("loss", "models", "models.modules", "models.utils"):
@@ -103,7 +103,7 @@ COMPETITORS = {
     "lightly": Competitor(_lightly, 4096),
     "pytorch-metric-learning": Competitor(_pytorch_metric_learning, 64),  # O(N^3) memory
     "info-nce-pytorch": Competitor(
-        _info_nce, 16384, losses.one_way, "another loss, for scale: one direction, no negatives within a view"
+        _info_nce, 16384, losses.one_way, "a different loss, for scale: one direction, no negatives within a view"
     ),
 }
 
@@ -129,6 +129,6 @@ def load(chosen: Iterable[str], temperature: float) -> tuple[dict[str, Loss], di
 
 
 def versions() -> dict[str, str]:
-    """Return the installed version of every library compared."""
+    """Return the installed version of every library that is compared."""
     installed = {package.metadata["Name"]: package.version for package in importlib.metadata.distributions()}
     return {package: installed[package] for package in PACKAGES if package in installed}

@@ -18,7 +18,8 @@ TEMPERATURES = (0.1, 0.01)
 
 
 def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[str, str]]:
-    """Return RMS errors of the float32 gradient in [z_i; z_j], relative to the gradient's RMS."""
+    """Return RMS errors of the float32 gradient with respect to [z_i; z_j], relative to the gradient's RMS, and the
+    losses that are missing."""
     from tests import cases  # imported here because it needs pytest
 
     results, missing = [], {}

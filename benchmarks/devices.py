@@ -8,7 +8,7 @@ from pathlib import Path
 from . import tables
 from .gpu_stages import PartRecord
 
-NO_DEVICES = "None yet. `make gpu` on a machine with a GPU makes an entry."
+NO_DEVICES = "None yet. `make gpu` on a machine with a GPU adds an entry."
 
 
 def section(results: Path) -> str:
@@ -23,7 +23,7 @@ def section(results: Path) -> str:
 
 
 def read_device(folder: Path) -> list[PartRecord]:
-    """Return the records of one device; none if its kernels were not verified there. Rehearsals do not count."""
+    """Return the records of one device, or an empty list if no kernels were verified there. Rehearsals do not count."""
     records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.record.json"))]
     records = [record for record in records if not record["key"]["rehearsal"]]
     return records if any(record["stage"] == "verify" and record.get("result") for record in records) else []

@@ -1,10 +1,10 @@
-"""Suite `distributed`: a step of NT-Xent over gloo ranks on this machine, one thread each, beside its predicted cost.
+"""Suite `distributed`: a step of NT-Xent on gloo ranks on this machine, one thread each, beside its predicted cost.
 
 The model is in docs/distributed.md. Its rates are measured in the same run. The kernels' rate is measured on one rank
-while the others wait. The link's rate is measured with an all-gather and with one hop of the ring, of blocks as large
-as in the step. The latency of a call is measured with an all-gather of one number. The ranks share the cores. With more
-ranks than cores, products take proportionally longer; without a core left for gloo, no transfer overlaps with a
-product.
+while the other ranks wait. The link's rate is measured with an all-gather and with one hop of the ring; both send
+blocks as large as in the step. The latency of a call is measured with an all-gather of one number. The ranks share the
+cores. With more ranks than cores, products take proportionally longer; without a core left for gloo, no transfer
+overlaps with a product.
 
 gathered   an all-gather with autograd, then our single-process loss over all rows, on every rank
 dense      an all-gather with autograd, then the dense formula of each rank's rows against all rows
@@ -39,7 +39,7 @@ STRATEGIES = ("all_gather", "ring")
 
 
 def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[str, str]]:
-    """Return results for every number of ranks; each number runs in new processes."""
+    """Return results for every number of ranks. Each number of ranks is measured in new processes."""
     from tests.ranks import on_ranks
 
     sizes = SIZES
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[st
 
 
 def bytes_of_step(world: int, rows: int, d: int, strategy: str) -> int:
-    """Return the bytes that a rank sends, by the formula of docs/distributed.md."""
+    """Return the bytes that a rank sends according to the formula in docs/distributed.md."""
     sent = (world - 1) * (rows * (4 * d + 20) + 72)
     return sent + world // 2 * rows * (4 * d + 8) if strategy == "ring" else sent
 
@@ -76,7 +76,7 @@ def flops_of_step(world: int, rows: int, d: int, strategy: str) -> tuple[int, in
 
 
 def measure_rank(sizes: list[tuple[int, int]], rounds: int) -> list[dict[str, Any]]:
-    """Return, for each size, the bytes that this rank sent in each call, and its times."""
+    """For each size, return the bytes that this rank sent in each call, and this rank's times."""
     from tests.ranks import bytes_sent
 
     # The replacement does not exist in every version of PyTorch.
@@ -130,7 +130,7 @@ def _all_gather(x: Tensor) -> tuple[Tensor, ...]:
 
 def _evaluate_whole(z_i: Tensor, z_j: Tensor, n: int) -> Tensor:
     """Return this rank's rows of the float64 gradient that one process gets with the whole batch, times the number of
-    ranks: the gradient of the sum of the ranks' losses. Rank 0 computes it for all."""
+    ranks: the gradient of the sum of the ranks' losses. Rank 0 computes it for all ranks."""
     gradient = torch.empty(2, *z_i.shape, dtype=torch.float64)
     if dist.get_rank() == 0:
         z = torch.stack((z_i, z_j)).detach().double().requires_grad_()
@@ -153,7 +153,7 @@ def _step_of_ranks(loss: Loss, z_i: Tensor, z_j: Tensor, turn: int) -> Phases:
 
 
 def _alone(z: Tensor, turn: int) -> Phases:
-    """Return the kernels' forward and backward times for all rows, measured on rank 0 while the others wait."""
+    """Return the kernels' forward and backward times for all rows, measured on rank 0 while the other ranks wait."""
     dist.barrier()
     if dist.get_rank():
         return {}
@@ -180,7 +180,7 @@ def _link(block: Tensor, turn: int) -> Phases:
 
 @contextlib.contextmanager
 def _watched() -> Iterator[Phases]:
-    """Measure the seconds spent in the kernels of losses over ranks, and waiting for other ranks."""
+    """Measure the seconds spent in this block in kernels of losses across ranks, and waiting for other ranks."""
     spent = {"products": 0.0, "waiting": 0.0}
     call_kernel, waiting = kernels.call_kernel, wire._waiting
 

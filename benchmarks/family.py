@@ -1,8 +1,8 @@
-"""Suite `family`: other losses, each beside a baseline. Times are interleaved; peaks are measured in one process each
-(Linux).
+"""Suite `family`: other losses, each beside a baseline. Times are interleaved; each peak is measured in a separate
+process (Linux).
 
-two towers   CLIP's loss of unit rows against the dense formula of both directions
-labels       SupCon in its three forms, with ten classes, against NT-Xent of the same rows
+two towers   CLIP's loss of unit rows, beside the dense formula of both directions
+labels       SupCon in its three forms, with ten classes, beside NT-Xent of the same rows
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[st
 
 
 def _predicted(result: dict) -> dict[str, float] | None:
-    """Return the model's prediction for this device, or None if the model does not have the device."""
+    """Return the model's prediction for this device, or None if the model does not cover the device."""
     target = "sm_{}{}".format(*torch.cuda.get_device_capability())
     if target not in model.TARGETS or torch.version.hip:
         return None
@@ -72,7 +72,7 @@ def _autocast(loss: Loss) -> Loss:
 
 
 def _peak_bytes(loss: Loss, case: Case) -> int:
-    """Return the peak of allocated bytes during a step, beyond its inputs."""
+    """Return the peak of allocated bytes during a step, beyond the step's inputs."""
     z_i, z_j = case.inputs()
     step(loss, z_i, z_j)
     z_i.grad = z_j.grad = None

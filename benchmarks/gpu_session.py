@@ -1,8 +1,8 @@
 """The checks on a machine with a GPU, in stages that can be resumed: python -m benchmarks.gpu_session
 
 Each part of a stage writes a JSON record and a log to OUT/DEVICE. A part with a record for the same sources and the
-same device is not run again. Exit status: 0 if everything that could run has passed, 1 if something has not, 2 for a
-wrong command line, 3 if the time ran out; the same command then resumes.
+same device is not run again. Exit status: 0 if everything that could run has passed, 1 if a part failed or gave no
+answer in time, 2 for a wrong command line or a missing GPU, 3 if the time ran out; the same command then resumes.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ class Session:
 
     Args:
         out: folder for this device.
-        seconds: time limit. After it no part starts, and a part that is still running is stopped and counts as not run.
+        seconds: time limit. After this time no part starts, and a part that is still running is stopped and counts as
+            not run.
         again: repeat parts that already have a record.
-        rehearsal: replace the commands that need a GPU by others.
+        rehearsal: replace the commands that need a GPU with commands that do not.
     """
 
     def __init__(self, out: Path, seconds: float, again: bool = False, rehearsal: bool = False) -> None:
@@ -93,7 +94,7 @@ class Session:
         if status is None:
             return self._keep(part, {**record, "status": "no answer", "said": f"stopped after {limit:g} s"})
         if status == 0 and part.makes and not part.makes.exists():
-            return self._keep(part, {**record, "status": "failed", "said": f"{part.makes.name} was not made"})
+            return self._keep(part, {**record, "status": "failed", "said": f"{part.makes.name} was not written"})
         return self._keep(part, {**record, "status": "failed" if status else "passed"})
 
     def _command(self, stage: str, part: Part, seconds: float) -> int | None:
@@ -140,7 +141,7 @@ def sources(root: Path) -> str:
 
 def line(record: PartRecord) -> str:
     """Return the record as a line of text."""
-    before = " (before)" if record.get("before") else ""
+    before = " (earlier)" if record.get("before") else ""
     said = f"  {record['said']}" if record["status"] != "passed" and record["said"] else ""
     return f"{record['stage']:10}{record['part']:28}{record['status'] + before:20}{record['seconds']:8.1f} s{said}"
 

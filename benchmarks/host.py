@@ -1,9 +1,9 @@
 """Host time of a loss and its gradient, without autograd and the kernels: python -m benchmarks.host
 
-Kernel launches are replaced by an empty function, and the batch is too small for anything else to take time. The time
-left is that of Python, PyTorch and, for Triton, the backend's code. Triton's kernels are compiled for sm_90 but never
-run. The baseline is a bare `torch.autograd.Function` with the same outputs and gradients. Times are the CPU time of
-this thread.
+Kernel launches are replaced by an empty function, and the batch is too small for anything else to take time. The
+remaining time is spent in Python, PyTorch and, for Triton, the backend's code. Triton's kernels are compiled for sm_90
+but never run. The baseline is a bare `torch.autograd.Function` with the same outputs and gradients. Times are the CPU
+time of this thread.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main() -> None:
 
 @contextlib.contextmanager
 def empty_launch() -> Iterator[None]:
-    """Replace backend "cuda" by one that accepts CPU tensors and leaves its outputs uninitialised."""
+    """Replace backend "cuda" with one that accepts CPU tensors and leaves its outputs uninitialised."""
     kernels = ModuleType("_cuda")
     kernels.workspace = lambda *_: 1 << 16  # type: ignore[attr-defined]
     kernels.run = lambda *_: None  # type: ignore[attr-defined]
@@ -54,7 +54,7 @@ def empty_launch() -> Iterator[None]:
 
 @contextlib.contextmanager
 def empty_triton() -> Iterator[_NoDevice]:
-    """Replace backend "triton" by one that accepts CPU tensors, compiles for an H100 and runs no kernel."""
+    """Replace backend "triton" with one that accepts CPU tensors, compiles for an H100 and runs no kernel."""
     from triton.runtime.driver import driver
 
     with mock.patch("torch.cuda.is_available", return_value=True):
@@ -116,7 +116,7 @@ def _in_place_of(name: str, backend: KernelBackend) -> Iterator[None]:
 
 
 def steps(backend: str, n: int, d: int) -> dict[str, Callable[[], None]]:
-    """Return a step of the loss for each way to call it."""
+    """Return a step of the loss for each way to call the loss."""
     z_i, z_j = (torch.randn(n, d, requires_grad=True) for _ in range(2))
     module = NTXentLoss(0.1, backend=backend)
     return {

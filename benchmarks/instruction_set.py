@@ -15,7 +15,7 @@ held: str | None = None  # None: the kernels use the fastest set of this machine
 
 
 def hold(name: str | None) -> None:
-    """Use this instruction set from now on, or change nothing for None. Raise ValueError if this machine lacks it."""
+    """Use this instruction set from now on; None changes nothing. Raise ValueError if this machine lacks the set."""
     global held
     if name is None:
         return
@@ -26,7 +26,7 @@ def hold(name: str | None) -> None:
 
 
 def in_use() -> str | None:
-    """Return the set that the kernels use, or None if they were not built."""
+    """Return the set that the kernels use, or None if the kernels were not built."""
     try:
         from fastntxent import _cpu
     except ImportError:

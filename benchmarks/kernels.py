@@ -73,13 +73,13 @@ class Limit(NamedTuple):
 
 
 # Limits for bfloat16 in large batches, by chip, kernel and features: about a tenth above the figures of the table's
-# tiles. 2^20 flops take the matrix units 512 cycles on sm_80, 256 on sm_90 and 128 on sm_100 (256 with 64 rows); fewer
-# slots than this are hidden behind the products. In `direct`, sm_100 may take 1.3 times the slots of sm_90.
+# tiles. 2^20 flops take the matrix units 512 cycles on sm_80, 256 on sm_90 and 128 on sm_100 (256 with 64 rows); if the
+# slots are fewer than these cycles, the products hide them.
 #
 # Barriers: two for each step of asynchronous copies (the new data has arrived, the old data may be overwritten).
 # `direct` doubles them, since its row sums go through shared memory to their plane. tcgen05 adds the wait for a product
-# and the exchange of its sums. Shuffles: only in `direct`, for the row sums of a tile, and twice as many on sm_80,
-# where a row is spread over four lanes.
+# and the exchange of its sums. Shuffles: only in `direct`, for the row sums of a tile, and most on sm_80, where a
+# row is spread over four lanes.
 LIMITS = {
     ("sm_80", "direct", 128): Limit(375, 32, 6),
     ("sm_80", "direct", 768): Limit(180, 0, 2),
@@ -132,12 +132,12 @@ class CompiledKernel(NamedTuple):
 
     @property
     def slots(self) -> float | None:
-        """Issue slots per iteration of the innermost loop with products, or None without such a loop."""
+        """Issue slots per iteration of the innermost loop with products, or None if there is no such loop."""
         return self.code.main.slots(self.warps) if self.code and self.code.tensor else None
 
     @property
     def flops(self) -> float:
-        """Flops per iteration. The machine code does not give the shape of tcgen05's products, so the tile does."""
+        """Flops per iteration. The machine code does not show the shape of tcgen05's products; the tile gives it."""
         assert self.code is not None
         return self.code.main.flops * self.warps or flops_of_turn(self.kernel, self.tile, self.d, self.dtype)
 
@@ -159,7 +159,7 @@ class CompiledKernel(NamedTuple):
         return LIMITS.get((self.target, self.kernel, self.d)) if large else None
 
     def faults(self) -> list[str]:
-        """Return descriptions of everything that must not happen."""
+        """Return a description of each fault."""
         found = []
         if self.code and self.target == "sm_90" and 0 < self.code.tensor <= self.code.main.counts["drain"]:
             found.append("every product waits for the previous one")
@@ -181,7 +181,7 @@ class CompiledKernel(NamedTuple):
             found.append("no matrix instruction")
         restored = self.restored or CHIPS[self.target].backend == "hip"  # AMD's matrix units round to nearest
         if self.dtype == "fp32" and self.products and (self.products > 3 * self.fresh or not restored):
-            found.append("float32 sums stay in the matrix units")  # not three products, then an ordinary addition
+            found.append("float32 sums stay in the matrix units")  # the rule: three products, then an ordinary addition
         return found
 
 
@@ -231,7 +231,7 @@ def compile_all(target: str, dtype: str, d: int) -> list[CompiledKernel]:
     for variant in ("usual", "general") if d in GENERAL else ("usual",):
         if d == GENERAL[0] and dtype != "tf32":  # these kernels have a single tile
             reports += [compile_one(target, kernel, dtype, d, variant) for kernel in AROUND]
-        if dtype == "tf32" and variant == "usual":  # the general variant suffices: TF32 has float32's tiles
+        if dtype == "tf32" and variant == "usual":  # the general variant suffices: TF32 uses float32's tiles
             continue
         for kernel in (*config.KERNELS, *TILED_AS):
             tiled_as = TILED_AS.get(kernel, kernel)
@@ -406,7 +406,7 @@ _FACTOR = re.compile(r"math\.fma \S+, (%\w+), .* : tensor<\d+x\d+xf32")
 
 def _sums(ttgir: str) -> tuple[int, int, int]:
     """Return counts from Triton's code for the chip: products of tiles, products that start at zero, and sums that are
-    restored when they join others."""
+    restored when they are added to others."""
     zeros = {"%false", *_ZERO.findall(ttgir)}
     starts = _ACCUMULATED.findall(ttgir) + _IN_TENSOR_MEMORY.findall(ttgir)
     factors = set(_RESTORING.findall(ttgir))
@@ -437,7 +437,7 @@ def _cuda_usage(cubin: bytes) -> tuple[int, int, int]:
 
 
 def _hip_usage(assembly: str) -> tuple[int, int, int]:
-    """Return the same figures from the assembler's notes, for AMD."""
+    """Return the figures of `_cuda_usage` for an AMD kernel, from the assembler's notes."""
     names = r"vgpr_count|private_segment_fixed_size|vgpr_spill_count"
     found = {name: int(value) for name, value in re.findall(rf"\.({names}):\s+(\d+)", assembly)}
     return found["vgpr_count"], found["private_segment_fixed_size"], found["vgpr_spill_count"]

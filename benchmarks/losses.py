@@ -49,7 +49,8 @@ def chunked(z_i: Tensor, z_j: Tensor, temperature: float, chunk: int = 512) -> T
 
 
 class FlexAttention:
-    """NT-Xent from the log-sum-exp of PyTorch's FlexAttention, with the diagonal masked; the positives are separate."""
+    """NT-Xent from the log-sum-exp of PyTorch's FlexAttention, with the diagonal masked; the positives are computed
+    separately."""
 
     def __init__(self, temperature: float, compiled: bool = True):
         from torch.nn.attention.flex_attention import AuxRequest, flex_attention  # not in every PyTorch

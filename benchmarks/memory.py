@@ -50,11 +50,11 @@ def resident_peak() -> int:
 
 
 def forget_peak() -> None:
-    """Reset the peak."""
+    """Reset the peak that `resident_peak` returns."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError as error:
-        raise RuntimeError("peak memory is read from Linux's /proc/self/status and clear_refs") from error
+        raise RuntimeError("peak memory can be measured only with Linux's /proc/self/status and clear_refs") from error
 
 
 def _main(name: str, n: int, d: int, seconds: float) -> None:

@@ -3,23 +3,23 @@
 A kernel takes LAUNCH plus the longest of
 
     products     flops of the matrix units, at GEMM times the data sheet's rate. Large cuBLAS products reach about that
-                 rate under a board's power limit. A measured rate replaces it if there is one. A float32 product takes
-                 three products of half-precision parts
+                 rate under a board's power limit. If there is a measured rate, it is used instead. A float32 product
+                 takes three products of half-precision parts
     slots        instructions, at 4 per cycle and multiprocessor (sass.py)
     integers, floats, exps
                  instructions of one kind, at the rate of the units that execute them (chips.py)
     shared       bytes of shared memory, including the matrix units' operands, at 128 per cycle and multiprocessor;
-                 shuffles
-    cache        bytes of x (and of G) that its tiles read through the second-level cache
-    memory       bytes read from or written to memory; data that does not fit in that cache is read again
+                 and shuffles
+    cache        bytes of x (and of G) that the kernel's tiles read through the second-level cache
+    memory       bytes read from or written to memory; data that does not fit in the second-level cache is read again
     latency      the dependency chain of a program. Each iteration of its loop takes the cycles of its products and
                  instructions, SYNC for each barrier or wait, and LOAD if the pipeline has only two stages and so loads
                  nothing ahead. The programs that a multiprocessor holds run their chains at the same time
 
-The longest one is the bottleneck and is printed. Instructions are counted in the machine code compiled for the tiles of
-the tile table, along the path of a tile without a mask, and multiplied by the loop iterations of the schedule. Nothing
-is fitted to a measurement of these kernels. limits.py has the constants and their sources. For small batches the CUDA
-kernel is predicted too (model_cuda.py).
+The longest of these is the bottleneck and is printed. Instructions are counted in the machine code compiled for the
+tiles of the tile table, along the path of a tile without a mask, and multiplied by the loop iterations of the schedule.
+Nothing is fitted to a measurement of these kernels. limits.py lists the constants and their sources. For small batches
+the CUDA kernel is predicted too (model_cuda.py).
 
 The model ignores bank conflicts, dependencies between the instructions of an iteration, masked tiles, and the host. A
 prediction is therefore a lower bound for this code, not an average.
@@ -204,7 +204,8 @@ def _work_of_panels(kernel: str, tiles: dict[str, tuple[int, ...]], M: int, DP: 
 
 
 def around(M: int, DP: int, dtype: str, chip: Chip, finished: bool) -> float:
-    """Return the seconds for memory traffic and launches to pack, finish and weight the rows, and to unpack."""
+    """Return the seconds for memory traffic and launches to pack, finish and weight the rows, and to unpack the
+    gradient."""
     rates, width = chip.rates, 2 if dtype == "bf16" else 4
     read = M * DP * (2 * 2 * width + width)  # rows are read twice with their positives, and written once
     back = M * DP * (4 + 2 * width + 4)

@@ -48,7 +48,7 @@ class Plan(NamedTuple):
 
 
 def plan(chip: Chip, registers: int, M: int, D: int, parts: int) -> Plan:
-    """Return the plan for M rows against themselves."""
+    """Return the plan for M rows compared with themselves."""
     cols, chunks = 128 // parts, math.ceil(D / CHUNK)
     row_blocks, tiles = math.ceil(M / ROWS), math.ceil(M / cols)
 
@@ -78,7 +78,8 @@ def plan(chip: Chip, registers: int, M: int, D: int, parts: int) -> Plan:
 
 
 class Phase(NamedTuple):
-    """The forward's sums or the gradient: tasks of all blocks, tiles per task, and chunks of features in its sums."""
+    """The forward's sums or the gradient: tasks of all blocks, tiles per task, and chunks of features that a task sums
+    (0 in the forward)."""
 
     tasks: int
     tiles: int
@@ -117,7 +118,7 @@ def time_of_phase(task: sass.Region, phase: Phase, cut: Plan, chip: Chip, parts:
 
 
 def predict(target: str, n: int, d: int, dtype: str) -> tuple[dict[str, float], dict[str, str]]:
-    """Return the milliseconds of a loss and its gradient in one launch, by phase, and their bottlenecks."""
+    """Return the milliseconds of a loss and its gradient in one launch, by phase, and the bottleneck of each phase."""
     chip, M, parts = CHIPS[target], 2 * n, 2 if dtype == "fp32" else 1
     rates = chip.rates
     assert rates is not None

@@ -104,5 +104,5 @@ def replace(text: str, section: str, table: str) -> str:
     start, end = f"<!-- figures:{section} -->", f"<!-- /figures:{section} -->"
     text, found = re.subn(f"{start}.*?{end}", lambda _: f"{start}\n\n{table}\n\n{end}", text, flags=re.DOTALL)
     if found != 1:
-        raise ValueError(f"a page needs {start} ... {end} exactly once, but has it {found} times")
+        raise ValueError(f"a page must contain {start} ... {end} exactly once, but contains it {found} times")
     return text

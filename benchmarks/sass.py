@@ -3,14 +3,14 @@
 `program` reads a cubin with Triton's nvdisasm; `programs` reads every kernel of a CUDA module with cuobjdump. A program
 is a region of code: the instructions that one warp executes once, and the loops among them, which are regions again.
 
-    issue slots of a tile     instructions per warp in the loop, times the program's warps, over 4: a multiprocessor has
-                              4 schedulers, and each issues one instruction of one warp per cycle
-    tensor cycles of a tile   its flops over the flops per cycle of a multiprocessor's matrix units (chips.py)
+    issue slots of a tile     instructions per warp in the loop, times the program's warps, divided by 4: a
+                              multiprocessor has 4 schedulers, and each issues one instruction of one warp per cycle
+    tensor cycles of a tile   its flops, divided by the flops per cycle of a multiprocessor's matrix units (chips.py)
 
-A tile cannot take fewer cycles than either. Where code branches, a region takes the path with the most work for the
-matrix units and, among these, the shortest. This leaves out masks that few tiles need, spin-waits, slow paths of a
-division and code for diverged warps. `most` is the longest of these paths, for a tile that needs its mask. Predicated
-instructions count, since they are issued whether or not they have an effect.
+A tile cannot take fewer cycles than either of these. Where code branches, a region takes the path with the most work
+for the matrix units, or the shortest if there are several. This leaves out masks that few tiles need, spin-waits, slow
+paths of a division and code for diverged warps. `most` is the longest of these paths, for a tile that needs its mask.
+Predicated instructions count, since they are issued whether or not they have an effect.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _KINDS = {
 _KIND_OF = {opcode: kind for kind, opcodes in _KINDS.items() for opcode in opcodes.split()}
 
 _WARPGROUP_SHAPE = re.compile(r"HGMMA\.(\d+)x(\d+)x(\d+)")
-_WARP_DEPTH = re.compile(r"HMMA\.168(8|16)")  # 16 rows, 8 columns, and as many features
+_WARP_DEPTH = re.compile(r"HMMA\.168(8|16)")  # 16 rows, 8 columns, and 8 or 16 features
 
 
 class Region(NamedTuple):
@@ -82,7 +82,8 @@ class Region(NamedTuple):
 
     @property
     def loop(self) -> Region | None:
-        """The inner loop with the most work, and among equals with the fewest instructions. None without products."""
+        """The inner loop with the most work, and among equals with the fewest instructions. None if no inner loop has
+        products."""
         busy = [loop for loop in self.inner if loop.tensor]
         return max(
             busy, key=lambda loop: (loop.work, -loop.total([], lambda region: region.instructions)), default=None
@@ -90,12 +91,12 @@ class Region(NamedTuple):
 
     @property
     def depth(self) -> int:
-        """The number of nested loops from here to the innermost of the busiest."""
+        """The number of loops in the chain `self.loop`, `self.loop.loop` and so on."""
         return 0 if self.loop is None else 1 + self.loop.depth
 
     @property
     def main(self) -> Region:
-        """The innermost of the busiest loops: a tile, or a chunk of its features."""
+        """The innermost loop of that chain (see `depth`): a tile, or a chunk of its features."""
         return self if self.loop is None else self.loop.main
 
     def slots(self, num_warps: int) -> float:

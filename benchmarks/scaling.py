@@ -13,13 +13,13 @@ THREADS_GRID = (256, 1024, 4096)
 
 
 def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[str, str]]:
-    """Return results over threads if any are given, otherwise over sizes."""
+    """Return results for several numbers of threads if these are given, otherwise for several sizes."""
     name = (arguments.only or ["cpu"])[0]
     return _over_threads(name, arguments) if arguments.threads else (_over_sizes(name, arguments), {})
 
 
 def _over_sizes(name: str, arguments: argparse.Namespace) -> list[dict[str, object]]:
-    """Return results from one process per size. Seconds are also given over the floor at the process's GEMM rate."""
+    """Return results from one process per size, with the seconds also as multiples of the floor at the GEMM's rate."""
     results = []
     for d in arguments.d or [128]:
         rows = []
@@ -57,7 +57,8 @@ def _over_threads(name: str, arguments: argparse.Namespace) -> tuple[list[dict[s
 
 
 def _predicted(name: str, n: int, d: int, first: int, count: int) -> float | None:
-    """Return the simulated speed-up over the first number of threads, or None: only the C++ kernels have a schedule."""
+    """Return the simulated speed-up over the first number of threads, or None if the loss does not use the C++ kernels,
+    which alone have a schedule."""
     if name != "cpu" or instruction_set.in_use() is None:
         return None
     problem = schedule.two_views(n, d)

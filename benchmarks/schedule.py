@@ -31,7 +31,7 @@ class Costs(NamedTuple):
 
     The first group is a least-squares fit to the one-thread times in benchmarks/results/cpu-avx512.json. The model
     reproduces them within 6 %, from N = 16 to 4,096 and D = 128 to 2,048. The second group is counted: 15 to 20 ns for
-    exp or log in double precision, 1 to 2 ns for a number read or written. The third has the order of published
+    exp or log in double precision, 1 to 2 ns for a number read or written. The third has the magnitude of published
     latencies: 50 to 150 ns between two cores of one processor, and a few microseconds for a parallel region of OpenMP.
     """
 
@@ -50,7 +50,7 @@ class Costs(NamedTuple):
     join_sums: float = 5  # and per slab
 
     team: float = 5_000  # start and end of a parallel region
-    hand_over: float = 100  # until a waiting thread sees the write of another
+    hand_over: float = 100  # until a waiting thread sees the write of another thread
     line: float = 100  # until a contended cache line reaches the next thread
 
 
@@ -77,17 +77,17 @@ class Problem(NamedTuple):
 
 
 def two_views(n: int, d: int) -> Problem:
-    """Return NT-Xent of n samples."""
+    """Return the sizes of NT-Xent on n samples."""
     return Problem(f"two views, N = {n:,}", 2 * n, 0, d)
 
 
 def two_towers(n: int, d: int) -> Problem:
-    """Return CLIP of n samples."""
+    """Return the sizes of CLIP on n samples."""
     return Problem(f"two towers, N = {n:,}", n, n, d)
 
 
 def queries(n: int, d: int) -> Problem:
-    """Return InfoNCE of n queries against a queue, which gets no gradient."""
+    """Return the sizes of InfoNCE on n queries against a queue, which gets no gradient."""
     return Problem(f"{n} queries, queue of {QUEUE:,}", n, QUEUE, d, gathers_cols=False)
 
 
@@ -139,7 +139,7 @@ class TileSize(NamedTuple):
 
 
 def tiles(problem: Problem, of: Cut, task: Task) -> list[TileSize]:
-    """Return the tiles of a task. If rows and columns are the same block, only those on and above the diagonal."""
+    """Return the tiles of a task. If rows and columns are the same block, only the tiles on and above the diagonal."""
     on_diagonal = problem.symmetric and task.first_row == task.first_col
     found, place = [], task.place
     for i in range(of.block_tiles):
@@ -153,7 +153,7 @@ def tiles(problem: Problem, of: Cut, task: Task) -> list[TileSize]:
 
 
 class SimulatedTeam:
-    """Threads that go through the phases of a call. Times are nanoseconds since its start."""
+    """Threads that go through the phases of a call. Times are nanoseconds since the start of the call."""
 
     def __init__(self, threads: int, costs: Costs):
         self.threads, self.costs = threads, costs
@@ -185,7 +185,7 @@ class SimulatedTeam:
         alone = self.threads == 1 or count <= 1
         line, hand_over = (0.0, 0.0) if alone else (self.costs.line, self.costs.hand_over)
         helpers = () if alone else range(1, self.threads)
-        next_free = team_free = end = self.now  # when each line is free, and the last thread has left
+        next_free = team_free = end = self.now  # times when each line is free and the last thread has left
         index, closed = 0, False
         turns: dict[Block, int] = {}
         ended: dict[Block, float] = {}  # when the last turn of each block ended
@@ -232,7 +232,7 @@ class Prediction(NamedTuple):
     computing: float
     waiting: float  # for turns
     serial: float  # one thread works alone, outside the phases
-    balance: float  # work on tiles: the mean over the threads, over the maximum
+    balance: float  # work on tiles: the mean of the threads divided by the maximum
 
 
 def simulate(problem: Problem, threads: int, costs: Costs = COSTS) -> Prediction:
@@ -317,7 +317,7 @@ def _workspace(problem: Problem) -> int:
 
 
 def problems(sizes: list[int] | None, d: int) -> list[Problem]:
-    """Return two views and two towers at each size, and queries against a queue if no sizes are given."""
+    """Return the problems: two views and two towers at each size, and queries against a queue if no sizes are given."""
     return [
         *(of(n, d) for of in (two_views, two_towers) for n in sizes or GRID),
         *(queries(n, d) for n in QUERIES if not sizes),
@@ -325,7 +325,7 @@ def problems(sizes: list[int] | None, d: int) -> list[Problem]:
 
 
 def predict(problem: Problem, threads: tuple[int, ...] | list[int], costs: Costs = COSTS) -> list[dict[str, object]]:
-    """Return one row per number of threads, with speed-ups over one thread."""
+    """Return one row per number of threads, with speed-ups relative to one thread."""
     one = simulate(problem, 1, costs).ms
     rows = []
     for count in threads:

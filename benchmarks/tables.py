@@ -14,7 +14,7 @@ _ABSENT = "-"
 
 
 def time_table(record: SuiteRecord) -> str:
-    """Return milliseconds of forward plus backward, our kernel over the floor, and other losses over our kernel."""
+    """Return milliseconds of forward plus backward, our ratio to the floor, and other losses' ratios to ours."""
     results = record["results"]
     names = _in_order(name for result in results for name in result["losses"])
     rivals = [name for name in _RIVALS if name in names]
@@ -36,7 +36,8 @@ def time_table(record: SuiteRecord) -> str:
 
 
 def sets_table(records: list[SuiteRecord]) -> str:
-    """Return a row for each instruction set and size: our milliseconds, ours over the floor, and others over ours."""
+    """Return a row for each instruction set and size: our milliseconds, our ratio to the floor, and other losses'
+    ratios to ours."""
     rivals = _in_order(name for record in records for result in record["results"] for name in result["losses"])
     rivals = [name for name in _RIVALS if name in rivals]
     heads = ["instruction set", "processor", "N", "D", "ours, ms", "ours / floor"]
@@ -59,7 +60,7 @@ def all_sets(records: list[SuiteRecord]) -> str:
 
 
 def set_name(machine: dict) -> str:
-    """Return our kernel's instruction set. Records from before it was stored used the same set as PyTorch."""
+    """Return our kernel's instruction set. In records that do not store it, our kernel used the same set as PyTorch."""
     used = machine.get("instruction_set") or machine["vector"].lower()
     return _SETS.get(used, used)
 
@@ -89,7 +90,8 @@ def memory_table(record: SuiteRecord) -> str:
 
 
 def scaling_table(record: SuiteRecord) -> str:
-    """Return seconds and their growth over N^2, as measured and at a constant GEMM rate; or the table over threads."""
+    """Return seconds, and their growth divided by that of N^2, as measured and at a constant GEMM rate. For a record
+    with numbers of threads, return `_threads_table`."""
     if any("threads" in result for result in record["results"]):
         return _threads_table(record)
     heads = ["N", "D", "seconds", "seconds / N^2, first = 1", "normalised by GEMM rate", "/ floor", "MiB"]
@@ -123,7 +125,7 @@ def _threads_table(record: SuiteRecord) -> str:
 
 
 def schedule_table(record: SuiteRecord) -> str:
-    """Return predicted speed-ups over one thread, and how the time is spent at the largest number of threads."""
+    """Return predicted speed-ups relative to one thread, and how the time is spent at the largest number of threads."""
     counts = list(dict.fromkeys(row["threads"] for row in record["results"]))
     speed_ups: dict[tuple[str, int], dict[int, float]] = {}
     for row in record["results"]:
@@ -195,7 +197,7 @@ def model_table(record: SuiteRecord) -> str:
 
 
 def tune_table(record: SuiteRecord) -> str:
-    """Return the tile of every class, and the milliseconds of the fastest."""
+    """Return the tile of every class, and the milliseconds of the class's fastest tile."""
     heads = ["chip", "kernel", "dtype", "D", "M", "tile", "ms"]
     rows = [
         [
@@ -239,8 +241,8 @@ def drop_ins_table(record: SuiteRecord) -> str:
 
 
 def distributed_table(record: SuiteRecord) -> str:
-    """Return bytes, milliseconds and their parts over ranks, each beside the model's figure, and other losses over
-    ours."""
+    """Return bytes, milliseconds and parts of the milliseconds on several ranks, beside the model's figures, and other
+    losses' ratios to ours."""
     heads = ["ranks", "m", "D", "strategy", "bytes sent", "/ formula", "ms", "/ model", "products", "model", "waiting"]
     heads += ["transfers, model", "gathered / ours", "dense / ours"]
     rows = [
@@ -272,7 +274,7 @@ def _footnote(record: SuiteRecord, names: list[str] = (), *, libraries: bool = T
     machine = record["machine"]
     facts = [f"{machine['processor']}, threads: {machine['threads']}, {machine['vector']}"]
     if machine.get("held"):
-        facts.append(f"our kernel held to {machine['held']}")
+        facts.append(f"our kernel restricted to {machine['held']}")
     elif machine.get("instruction_set"):
         facts.append(f"our kernel: {machine['instruction_set']}")
     facts += dict.fromkeys(result["device"] for result in record["results"] if "device" in result)

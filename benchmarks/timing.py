@@ -21,7 +21,7 @@ TEMPERATURE = 0.1
 FEWEST, MOST = 5, 200  # rounds per comparison
 BATCHES = 3  # used in turn
 LARGEST_CHECKED = 4096  # samples: the reference is dense, in float64
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative error of the gradient; a tenth of it for the value
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative error of the gradient; for the value, a tenth
 
 Phases = dict[str, float]  # seconds by name
 
@@ -63,7 +63,10 @@ def check(name: str, loss: Loss, case: Case) -> float:
     error = float((gradient - true_gradient).norm() / true_gradient.norm())
     tolerance = TOLERANCE[case.dtype]
     if not (error < tolerance and abs(value / true_value - 1) < tolerance / 10):
-        raise AssertionError(f"{name} disagrees with the oracle: {value} for {true_value}, gradient error {error:.1e}")
+        raise AssertionError(
+            f"{name} disagrees with the oracle: the loss is {value}, expected {true_value}; the relative error of the "
+            f"gradient is {error:.1e}"
+        )
     return error
 
 
@@ -158,7 +161,7 @@ def compare_threads(
 ) -> dict[str, dict]:
     """Time one loss and a GEMM at several numbers of threads in turn. `gemm` runs the GEMM and returns its seconds.
 
-    Return milliseconds, and speed-ups over the first number of threads.
+    Return milliseconds, and speed-ups relative to the first number of threads.
     """
     batches = [case.inputs(seed) for seed in range(BATCHES)]
 

@@ -3,9 +3,9 @@
 There is an entry for every kernel, feature width, and class of rows and features. Its candidates are the tiles that the
 compiler fits into the chip without a spill. They are timed in turn, as part of the forward or the backward that they
 serve. The fastest enters the table, and all times enter the results. Where two kernels can serve a class (`owned` and
-`direct`, `fused` and the panels), the table has the faster one. A candidate whose result differs from that of the
-current tile is an error. The suite runs once per kind of device, and the package ships its table; nothing is tuned
-during training.
+`direct`, `fused` and the panels), the table contains the faster one. A candidate whose result differs from that of the
+current tile is an error. The suite runs once per kind of device, and the package ships the resulting table; nothing is
+tuned during training.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ROW_CLASSES = {  # upper bounds of the classes of each kernel; a kernel's rival 
 RIVAL = {"direct": "owned", "fused": "gather"}
 M_OF = {1024: 512, 2048: 2048, None: 32_768}
 REPEATS = 20  # steps per CUDA graph: in a short step the host takes longer than the device
-SPREAD = 1.03  # predicted times within this factor count as equal; the deeper pipeline is then taken
+SPREAD = 1.03  # predicted times within this factor count as equal; `take` prefers the largest tile
 
 Sizes = tuple[int, ...]  # the fields of a config.TileConfig
 Best = dict[tuple[str, str, int | None, int | None], tuple[float, Sizes | None]]  # kernel, dtype, rows, features
@@ -63,8 +63,8 @@ def candidates(kernel: str, width: int, DP: int) -> Iterator[Sizes]:
 def rank(
     target: str, kernel: str, dtype: str, DP: int, M: int, tiles: Iterable[Sizes], most: int
 ) -> list[tuple[float, Sizes]]:
-    """Return the fastest tiles without faults and their seconds by the model, at most `most` of them. A tile whose
-    lower bound is above all of these is not compiled."""
+    """Return at most `most` tiles without faults, fastest first, with the seconds that the model predicts. A tile whose
+    lower bound is above all of these times is not compiled."""
     from fastntxent.backends.triton import config
 
     chip, width = CHIPS[target], 2 if dtype == "bf16" else 4
@@ -89,7 +89,7 @@ def rank(
 
 
 def compile_tile(target: str, kernel: str, dtype: str, DP: int, tile: Sizes) -> list[kernels.CompiledKernel]:
-    """Return the reports of a tile in all variants and regimes; none if the tile exceeds a limit of the compiler."""
+    """Return the reports of a tile in all variants and regimes; an empty list if it exceeds a limit of the compiler."""
     shifts = (False, True) if kernel in ("fused", "form") else (None,)
     cases = itertools.product(("usual", "general"), shifts)
     try:
@@ -99,7 +99,7 @@ def compile_tile(target: str, kernel: str, dtype: str, DP: int, tile: Sizes) -> 
 
 
 def take(ranked: list[tuple[float, Sizes]]) -> Sizes | None:
-    """Return the largest of the tiles that are about as fast as the fastest, and among equals the deepest pipeline."""
+    """Return the largest of the tiles that are about as fast as the fastest; among equals, the deepest pipeline."""
     fast = [tile for s, tile in ranked if s <= SPREAD * ranked[0][0]]
     return min(fast, key=_size, default=None)
 
@@ -188,7 +188,7 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[st
     for kernel in [kernel for kernel in ROW_CLASSES if kernel in (arguments.kernels or ROW_CLASSES)]:
         for dtype, rows, (most, d) in itertools.product(("bf16", "fp32"), ROW_CLASSES[kernel], FEATURE_CLASSES.items()):
             ranked = []
-            if not (kernel == "fused" and most is None):  # the gradient of its rows would not fit in registers
+            if not (kernel == "fused" and most is None):  # a gradient this wide would not fit in registers
                 ranked = rank(
                     target, kernel, dtype, d, M_OF[rows], candidates(kernel, width_of(dtype), d), arguments.most
                 )
@@ -227,8 +227,8 @@ def line(result: dict) -> str:
 
 
 def merge(table: dict, family: str, kernel: str, best: Best, measured: str) -> None:
-    """Replace the family's entries for a kernel. Small batches come first, then the order is by features. The entry is
-    null where the kernel's rival was faster."""
+    """Replace the family's entries for a kernel. Entries are ordered by rows, then by features. An entry is null where
+    the kernel's rival was faster."""
     of_family = table.setdefault(family, {"resembles": "large", "measured": {}})
     of_family["measured"][kernel] = measured
     for dtype in ("bf16", "fp32"):

@@ -1,6 +1,6 @@
 """Paths through a kernel's machine code: its blocks and loops, and the shortest path for each amount of work.
 
-The only instructions that this module understands are branches; sass.py knows the others.
+The only instructions that this module understands are branches; sass.py interprets the others.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _ENDS = ("EXIT", "RET", "KILL")
 class Graph:
     """Blocks of instructions without a branch inside, and the loops among them.
 
-    loops: the blocks of each loop by its first block, larger loops first."""
+    loops: the blocks of each loop, by the loop's first block, the largest loop first."""
 
     def __init__(self, text: str):
         instructions, places = _listing(text)
@@ -70,7 +70,7 @@ def _listing(text: str) -> tuple[list[str], dict[str, int]]:
 
 
 def _starts(instructions: list[str], places: dict[str, int]) -> list[int]:
-    """Return the positions where blocks begin: the first instruction, after each branch, and each branch target."""
+    """Return the positions where blocks begin: at the start, after each branch, and at each branch target."""
     starts = {0}
     for i, instruction in enumerate(instructions):
         if opcode(instruction) in (*_BRANCHES, *_ENDS, "CALL"):
@@ -103,7 +103,7 @@ def opcode(instruction: str) -> str:
 
 
 def _dominators(before: dict[int, set[int]]) -> dict[int, set[int]]:
-    """Return, for each block, the blocks on every path from the first block to it, itself included."""
+    """For each block, return the blocks on every path from the first block to it, including the block itself."""
     found = {block: {*before} if block else {0} for block in before}
     changed = True
     while changed:
@@ -117,7 +117,7 @@ def _dominators(before: dict[int, set[int]]) -> dict[int, set[int]]:
 
 
 class Way(NamedTuple):
-    """A path through a region: its blocks and inner loops, and its number of instructions, where an inner loop counts
+    """A path through a region: its blocks and inner loops, and its number of instructions, with each inner loop counted
     as `worth` says."""
 
     length: int

@@ -1,4 +1,4 @@
-"""SimCLR under Hugging Face's Accelerate: every rank's negatives are the samples of all ranks.
+"""SimCLR under Hugging Face's Accelerate: every rank takes negatives from all ranks.
 
 torchrun --nproc-per-node 2 examples/accelerate_ddp.py --cpu --steps 60 --batch 128
 accelerate launch --num_processes 2 examples/accelerate_ddp.py  # with two GPUs
@@ -19,7 +19,7 @@ import fastntxent
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--batch", type=int, default=128, help="samples of each rank")
+    parser.add_argument("--batch", type=int, default=128, help="samples per rank")
     parser.add_argument("--cpu", action="store_true", help="run on CPUs, with gloo")
     args = parser.parse_args()
 
@@ -28,7 +28,7 @@ def main() -> None:
     images = torch.tensor(load_digits().images, dtype=torch.float32) / 16
     loader = DataLoader(TensorDataset(images), batch_size=args.batch, shuffle=True, drop_last=True)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 256), nn.BatchNorm1d(256), nn.ReLU(), nn.Linear(256, 32))
-    # Accelerate makes no process group for one process, and "world" is an error without one.
+    # Accelerate creates no process group for a single process, and group="world" raises an error without one.
     loss_fn = fastntxent.NTXentLoss(
         temperature=0.2, learn_temperature=True, group="world" if accelerator.num_processes > 1 else None
     ).to(accelerator.device)
@@ -39,7 +39,7 @@ def main() -> None:
         ],
         lr=1e-3,
     )
-    # The loss is not prepared: every rank gets the whole batch's gradient of the temperature without DDP.
+    # The loss is not prepared: even without DDP, every rank gets the temperature's gradient for the whole batch.
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
     torch.manual_seed(accelerator.process_index)  # different views on every rank
@@ -54,7 +54,7 @@ def main() -> None:
         optimizer.step()
         losses.append(loss.item())
 
-    # The loss is the whole batch's on every rank, so there is nothing to reduce before it is printed.
+    # Every rank has the loss of the whole batch, so there is nothing to reduce before printing.
     accelerator.print(f"loss: {losses[0]:.3f} -> {losses[-1]:.3f} on {accelerator.num_processes} ranks")
     accelerator.end_training()
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import fastntxent
 
-CONCEPTS, WORDS, PIXELS = 24, 4, 16 * 16  # a caption names 4 of 24 concepts
+CONCEPTS, WORDS, PIXELS = 24, 4, 16 * 16  # a caption names 2 to 4 of 24 concepts
 
 
 class TextTower(nn.Module):
@@ -37,7 +37,7 @@ def draw(count: int, pictures: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 
 @torch.no_grad()
 def accuracy(towers: list[nn.Module], images: Tensor, texts: dict[str, Tensor]) -> float:
-    """Return how often the caption most similar to an image is its own."""
+    """Return the share of images whose own caption is the most similar one."""
     nearest = fastntxent.retrieve(towers[0](images), towers[1](**texts), k=1).indices[:, 0]
     return (nearest == torch.arange(len(images))).float().mean().item()
 
@@ -64,7 +64,7 @@ def main() -> None:
     before, losses = accuracy(towers, *held_out), []
     for _ in range(args.steps):
         optimizer.zero_grad()
-        # This calls backward itself; unpack calls the text tower as tower(**texts).
+        # `cached_backward` calls backward itself. With `unpack`, it calls the text tower as tower(**texts).
         pairs = draw(args.batch, pictures)
         loss = fastntxent.cached_backward(towers, pairs, loss_fn, chunk_size=args.chunk, unpack=True)
         optimizer.step()

@@ -19,7 +19,7 @@ import fastntxent
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--batch", type=int, default=128, help="samples of each rank")
+    parser.add_argument("--batch", type=int, default=128, help="samples per rank")
     args = parser.parse_args()
 
     device = torch.device("cpu")
@@ -36,7 +36,7 @@ def main() -> None:
     for block in blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    # The loss is not sharded: every rank gets the whole batch's gradient of the temperature without FSDP.
+    # The loss is not sharded: even without FSDP, every rank gets the temperature's gradient for the whole batch.
     loss_fn = fastntxent.NTXentLoss(temperature=0.2, learn_temperature=True, group=mesh).to(device)
     optimizer = torch.optim.AdamW(
         [

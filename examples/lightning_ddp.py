@@ -1,4 +1,4 @@
-"""SimCLR under Lightning's DDP: every rank's negatives are the samples of all ranks.
+"""SimCLR under Lightning's DDP: every rank takes negatives from all ranks.
 
 python examples/lightning_ddp.py --devices 2 --steps 60 --batch 128
 """
@@ -19,7 +19,7 @@ class SimCLR(L.LightningModule):
         super().__init__()
         self.encoder = nn.Sequential(nn.Flatten(), nn.Linear(64, 256), nn.BatchNorm1d(256), nn.ReLU())
         self.projector = nn.Linear(256, 32)
-        # "world" is looked up at each call, so the loss may be created here, before Lightning starts the process group.
+        # "world" is looked up at each call, so the loss can be created here, before Lightning starts the process group.
         self.loss_fn = fastntxent.NTXentLoss(temperature=0.2, learn_temperature=True, group="world")
         self.losses: list[float] = []
 
@@ -29,7 +29,7 @@ class SimCLR(L.LightningModule):
         # One pass over both views, so that DDP broadcasts BatchNorm's buffers once a step.
         z_i, z_j = fastntxent.split_views(self.projector(self.encoder(views)))
         loss = self.loss_fn(z_i, z_j)
-        self.log("loss", loss, prog_bar=True)  # no sync_dist: every rank has the whole batch's loss
+        self.log("loss", loss, prog_bar=True)  # no sync_dist: every rank has the loss of the whole batch
         self.losses.append(loss.item())
         return loss
 
@@ -46,7 +46,7 @@ class SimCLR(L.LightningModule):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--batch", type=int, default=128, help="samples of each rank")
+    parser.add_argument("--batch", type=int, default=128, help="samples per rank")
     parser.add_argument("--devices", type=int, default=2)
     parser.add_argument("--accelerator", default="cpu")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""MoCo on scikit-learn's digits: a momentum encoder computes the keys, and a queue of past keys has the negatives.
+"""MoCo on scikit-learn's digits: a momentum encoder computes the keys, and a queue of past keys supplies the negatives.
 
 python examples/moco.py --steps 200 --batch 128
 """
@@ -48,7 +48,7 @@ def main() -> None:
     encoder = nn.Sequential(nn.Linear(64, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, 16))
     model = nn.Sequential(encoder, nn.ReLU(), nn.Linear(16, 16))
     momentum_model = copy.deepcopy(model).requires_grad_(False)
-    # As in MoCo, only the queue has negatives: the batch's own keys enter it after the loss is computed.
+    # As in MoCo, only the queue supplies negatives: the batch's own keys enter it after the loss is computed.
     loss_fn = fastntxent.QueueInfoNCELoss(args.queue, 16, temperature=0.1, in_batch_negatives=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1e-4)
 

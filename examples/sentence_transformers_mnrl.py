@@ -15,7 +15,7 @@ from transformers import BertConfig, BertModel, BertTokenizer
 import fastntxent
 from fastntxent.compat.sentence_transformers import MultipleNegativesRankingLoss  # the only line that changes
 
-WORDS, LENGTH = 40, 4  # words of each made-up language, and words of a sentence
+WORDS, LENGTH = 40, 4  # words per made-up language, and words per sentence
 
 
 def tiny_bert() -> SentenceTransformer:
@@ -41,7 +41,7 @@ def draw(count: int) -> tuple[list[str], list[str]]:
 
 
 def accuracy(model: SentenceTransformer, left: list[str], right: list[str]) -> float:
-    """Return how often the sentence most similar to a sentence is its translation."""
+    """Return the share of left sentences for which the most similar right sentence is the translation."""
     queries, corpus = (model.encode(texts, convert_to_tensor=True) for texts in (left, right))
     return (fastntxent.retrieve(queries, corpus, k=1).indices[:, 0] == torch.arange(len(left))).float().mean().item()
 

@@ -61,8 +61,8 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     """Return a @ b, for two matrices or two batches of matrices, unaffected by autocast in the forward and in the
     backward.
 
-    The backward of PyTorch's own product is a product too. If `backward` is called under autocast, it runs in half
-    precision, regardless of the precision of the forward.
+    The backward of PyTorch's own product is a product too. If `backward` is called under autocast, that product runs in
+    half precision, regardless of the precision of the forward.
     """
     if torch._C._get_tracing_state() is not None:  # torch.jit.trace cannot record an autograd.Function
         with autocast_off(a):
@@ -72,7 +72,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _multiplied(a: Tensor, b: Tensor) -> Tensor:
-    """Return a @ b without broadcasting: it raises if a saved-tensor hook returned a tensor of another shape."""
+    """Return a @ b without broadcasting: it raises if a saved-tensor hook returned a tensor of a different shape."""
     return torch.bmm(a, b) if a.ndim == 3 else torch.mm(a, b)
 
 
@@ -128,7 +128,7 @@ def row_dots(a: Tensor, b: Tensor) -> Tensor:
 
 
 def swap_views(rows: Tensor) -> Tensor:
-    """Return rows stacked as [z_i; z_j] with row p(i) in the place of row i."""
+    """Return the rows, stacked as [z_i; z_j], with row p(i) in the place of row i."""
     first, second = rows.chunk(2)
     return torch.cat((second, first))
 

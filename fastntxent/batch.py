@@ -52,25 +52,25 @@ class Batch(ABC):
         return self._replicated(logit_scale_factor(logit_scale, self.first, name))
 
     def factor(self, value: float | Tensor) -> float | Tensor:
-        """Return another number that multiplies logits."""
+        """Return any other number that multiplies logits, unchecked."""
         return self._replicated(factor(value, self.first))
 
     def bias(self, value: float | Tensor, name: str = "bias") -> Tensor:
-        """Return a number that is added to every logit (0-d), checked."""
+        """Return a number that is added to every logit as a checked 0-d tensor."""
         replicated = self._replicated(bias_of_logits(value, self.first, name))
         assert isinstance(replicated, Tensor)
         return replicated
 
     def _replicated(self, value: float | Tensor) -> float | Tensor:
-        """Return a number that is the same on all ranks."""
+        """Return the number, which is the same on all ranks."""
         return value
 
     def beside(self, rows: Tensor) -> Batch:
-        """Return a batch of other rows (K, D) of the same call, which are negatives of all queries."""
+        """Return a batch of further rows (K, D) of the same call, which are negatives of all queries."""
         return type(self)(rows, 1, self.reduction, self.normalize)
 
     def in_tiles(self) -> Batch:
-        """Return the batch with log-sum-exps over the same logits, bit for bit, that `soft_dots` forms."""
+        """Return this batch, but with log-sum-exps over logits that equal the logits of `soft_dots` bit for bit."""
         return self
 
     @property
@@ -96,7 +96,8 @@ class Batch(ABC):
         return u
 
     def gather(self, x: Tensor) -> Tensor:
-        """Return one entry per sample (N, ...) for the whole batch; entries of other ranks have no gradient."""
+        """Return x, one entry per sample (N, ...), with the entries of all ranks; entries of other ranks have no
+        gradient."""
         return x
 
     # --- log-sum-exps -----------------------------------------------------------------------------------------------
@@ -183,11 +184,11 @@ class Batch(ABC):
         return row_dots(u, v.sum(dim=0).expand_as(u))
 
     def group_dots(self, u: Tensor, v: Tensor, ids: Tensor) -> Tensor:
-        """Return u_i . (the sum of the rows v of the same id, including row i's) (M,)."""
+        """Return u_i . (the sum of the rows v with the same id, v_i included) (M,)."""
         return row_dots(u, sums_of_groups(v, ids, ids))
 
     def positive_dots(self, u: Tensor, ids: Tensor) -> Tensor:
-        """Return u_i . (the sum of the other rows of the same id) (M,)."""
+        """Return u_i . (the sum of the other rows with the same id) (M,)."""
         return row_dots(u, sums_of_groups(u, ids, ids) - u)
 
     def group_counts(self, ids: Tensor) -> Tensor:
@@ -256,8 +257,8 @@ class Batch(ABC):
     def reduce(self, losses: Tensor, counted: Tensor | None = None) -> Tensor:
         """Return the losses, their sum or their mean, as `reduction` says.
 
-        counted: the mean covers only the rows where it is True, and is 0 if there are none. The losses of the other
-        rows are 0 already.
+        counted: the mean covers only the rows where `counted` is True, and is 0 if there are no such rows. The losses
+        of the other rows are 0 already.
         """
         if self.reduction == "none":
             return losses
@@ -296,7 +297,7 @@ class Batch(ABC):
     def sigmoid_at_once(
         self, z_i: Tensor, z_j: Tensor, inv_tau: float | Tensor, bias: Tensor, *, two_views: bool
     ) -> Tensor | None:
-        """Return SigLIP's loss of pairs, or NT-Logistic's of two views, reduced, from one call that also forms its
+        """Return SigLIP's loss of pairs, or NT-Logistic's loss of two views, reduced, from one call that also forms its
         gradient, or None if there is no such call."""
         return None
 
@@ -316,7 +317,7 @@ class Batch(ABC):
         return self.reduce(losses.masked_fill(~counted, 0), counted=counted)
 
     def weighted_neg_lse(self, u: Tensor, ids: Tensor, inv_tau: float | Tensor, weights: Tensor) -> Tensor:
-        """Return sum_i weights_i nu_i (0-d) over this rank's rows whose nu is not -inf, without a gradient in the
+        """Return sum_i weights_i nu_i (0-d) over this rank's rows whose nu is not -inf, without a gradient for the
         weights."""
         return weighted_sum(self.neg_lse(u, ids, inv_tau), weights)
 

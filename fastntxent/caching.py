@@ -42,28 +42,28 @@ def cached_backward(
     the whole batch.
 
     - State is restored. It consists of registered buffers, and of the tensors, NumPy arrays, numbers and generators
-      among the attributes of the encoder and its submodules, also inside lists, tuples, dictionaries, sets and deques.
-      It makes no difference whether a forward updates them in place or assigns new ones. The objects keep their
-      identity.
+      among the attributes of the encoder and its submodules, including those inside lists, tuples, dictionaries, sets
+      and deques. It makes no difference whether a forward updates them in place or assigns new ones. The objects keep
+      their identity.
     - Random numbers are repeated for the global generators of PyTorch (on the CPU and on every device of a parameter,
       buffer or view), Python and NumPy, and for generators among the attributes.
-    - Changes that a forward makes to parameters (update a momentum encoder outside), to objects of other classes, or to
-      anything outside the encoder, for example in a hook, are not undone before the second pass. If the second pass
-      gives clearly different embeddings, an error is raised.
+    - Other changes are not undone before the second pass: a forward's changes to parameters (so update a momentum
+      encoder outside the encoder), to objects of other classes, and to anything outside the encoder, for example in a
+      hook. If the second pass gives clearly different embeddings, an error is raised.
 
     Memory holds the activations of one chunk, the embeddings of the whole batch, and copies of the encoder's state. If
-    the call is under autocast, both passes are. The encoder may use `torch.utils.checkpoint`, with either
-    `use_reentrant`.
+    the call is under autocast, both passes run under autocast. The encoder may use `torch.utils.checkpoint`, with
+    `use_reentrant` either True or False.
 
     After any error, including one raised by the encoder or the loss, the encoder's state and the generators are
     restored to their values before the call. Gradients may have been accumulated in part.
 
     Args:
         encoder: A module that maps n rows to (n, D) embeddings, or a list of modules, one per view, such as CLIP's two
-            towers; a module may appear several times. In DistributedDataParallel the gradients are synchronised once,
-            in the last chunk. If that chunk does not use all parameters (one tower per view in a single module), set
-            find_unused_parameters=True. Under `fully_shard` every chunk reduces its gradients, so no rank holds more
-            than its shard of them. An encoder whose views get no gradient (a frozen tower) runs once.
+            towers; a module may appear several times. Under DistributedDataParallel the gradients are synchronised
+            once, in the last chunk. If that chunk does not use all parameters (one tower per view in a single module),
+            set find_unused_parameters=True. Under `fully_shard` every chunk reduces its gradients, so no rank holds
+            more than its shard of them. An encoder whose views get no gradient (a frozen tower) runs once.
         views: One input per view of the batch: a tensor of any dtype, or mappings (such as Hugging Face's
             BatchEncoding), lists, tuples and dataclasses of tensors, nested to any depth. Every tensor has the batch
             along its first dimension and is cut into the same chunks; 0-d tensors and objects of other types go into
@@ -73,26 +73,27 @@ def cached_backward(
             scaler.scale(loss(*z))` for a GradScaler, and call `scaler.step` and `scaler.update` afterwards.
         chunk_size: The number of rows of a view that the encoder sees at once, at least 1; or a list with the number of
             rows in each chunk, which add up to the rows of a view; or one such list per view. A chunk never mixes
-            views. An encoder that mixes rows of several ranks, or one under `fully_shard`, needs the same number of
-            chunks on every rank. For this, a list may contain chunks of 0 rows, and a view may be empty.
+            views. An encoder that mixes rows across ranks, or one under `fully_shard`, needs the same number of chunks
+            on every rank. For this, a list may contain chunks of 0 rows, and a view may be empty.
         chunk_tokens: In place of `chunk_size`, the largest number of tokens that the encoder sees at once, at least 1.
             Rows keep their order, and a row with more tokens is a chunk by itself. Ranks may then have different
             numbers of chunks, which `fully_shard` does not allow.
         lengths: How `chunk_tokens` counts tokens: the key (or attribute) of a mask, (N, ...), with a nonzero element
             for each token; or a function that takes a view and returns N integers; or a list of these, one per view. If
             the encoder also computes padding tokens, every row costs the padded width, so return that width.
-        unpack: Whether the encoder is called as `encoder(**view)` where a view is a mapping, as Hugging Face's models
-            are, and as `encoder(*view)` where it is a list or tuple. Otherwise a view is one argument.
-        encoder_kwargs: Keyword arguments of every call, the same for all chunks and not copied; or a list of them, one
-            per view.
+        unpack: True calls the encoder as `encoder(**view)` if the view is a mapping, which is how Hugging Face's models
+            are called, and as `encoder(*view)` if it is a list or tuple. In all other cases the view is passed as one
+            argument.
+        encoder_kwargs: A mapping of keyword arguments for every call, the same for all chunks and not copied; or a list
+            of such mappings, one per view.
         output: Which part of the encoder's output is the embeddings: a key or an index ("pooler_output", 0), the name
             of an attribute, or a function of the output; or a list of these, one per view. None: the encoder returns
             the embeddings. A model that embeds two inputs at once (a whole CLIP) is an encoder of one view with both
             inputs: let a function concatenate its embeddings along dimension 1, and let `loss_fn` split them.
 
     Returns:
-        The loss that `loss_fn` returned, a 0-d tensor of its dtype, without a graph. Gradients are accumulated in the
-        parameters' `.grad`, as in `backward`; a parameter's hooks see the gradient of one chunk at a time.
+        The loss that `loss_fn` returned, without its graph, a 0-d tensor of the same dtype. Gradients are accumulated
+        in the parameters' `.grad`, as in `backward`; a parameter's hooks see the gradient of one chunk at a time.
 
     Raises:
         TypeError: the encoder is not a module or does not return a dense tensor, a view holds no tensor or one that is
@@ -101,9 +102,9 @@ def cached_backward(
         ValueError: there is no view; a view is empty, on the meta device or has a graph, or its tensors differ in their
             number of rows; `chunk_size` or `chunk_tokens` is below 1, or the chunks do not add up to the rows of a
             view; a list does not have one element per view; there is no mask to count tokens with; the encoder's output
-            has no such `output`; the loss is not a scalar; the encoder returns another number of rows or chunks of
-            different shapes, has a lazy layer that never ran or parameters on the meta device, or is
-            DistributedDataParallel with static_graph=True.
+            has no such `output`; the loss is not a scalar; the encoder returns a different number of rows than it got,
+            or rows of different shapes for different chunks; the encoder has a lazy layer that never ran or parameters
+            on the meta device, or is DistributedDataParallel with static_graph=True.
         RuntimeError: nothing requires a gradient; the encoder's parameters require a gradient but its embeddings do
             not; `loss_fn` has already called backward; the second pass did not repeat the first; the last chunk under
             DistributedDataParallel does not synchronise all gradients; or the call is inside
@@ -184,7 +185,7 @@ def _checked_loss(loss: Any, leaves: Sequence[Tensor]) -> Tensor:
         raise RuntimeError("loss_fn must return the loss without calling its backward, but has called it")
     if not loss.requires_grad:
         if any(leaf.requires_grad for leaf in leaves):
-            why = "although the embeddings do: is there a detach() or no_grad() in it?"
+            why = "although the embeddings do: is there a detach() or no_grad() in loss_fn?"
         else:
             why = "because neither the encoder nor loss_fn has anything to learn"
         raise RuntimeError(f"loss_fn must return a loss to differentiate, got one that does not require grad, {why}")

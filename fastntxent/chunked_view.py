@@ -27,7 +27,7 @@ class ChunkedView:
     encoder: nn.Module
     encoder_name: str
     inputs: Any
-    sizes: Sequence[int]  # the rows of each chunk
+    sizes: Sequence[int]  # the number of rows of each chunk
     unpack: bool
     encoder_kwargs: Mapping[str, Any]
     output: Output
@@ -66,7 +66,7 @@ class ChunkedView:
             got = "a nested tensor" if z.is_nested else "a tensor on the meta device" if z.is_meta else z.layout
             raise TypeError(f"{name} must return a dense (strided) tensor with values, got {got}")
         if z.ndim == 0 or len(z) != rows:
-            raise ValueError(f"{name} must return a row for each of the {rows} rows, got shape {tuple(z.shape)}")
+            raise ValueError(f"{name} must return {rows} embeddings, one per input row, got shape {tuple(z.shape)}")
         return z
 
     def _output_of(self, returned: Any) -> Any:
@@ -74,8 +74,8 @@ class ChunkedView:
             return part(returned, self.output)
         except (AttributeError, IndexError, KeyError, TypeError):
             raise ValueError(
-                f"output must be a key, index or attribute of the output of {self.encoder_name}, "
-                f"{_with_keys(returned)}, or a function of it, got {self.output!r}"
+                f"output must be a function, or a key, index or attribute of the output of {self.encoder_name} "
+                f"({_with_keys(returned)}), got {self.output!r}"
             ) from None
 
     def tensors(self) -> list[Tensor]:
@@ -112,7 +112,7 @@ def chunked_views(
     encoders = _check_encoders(encoder_name, encoder, len(views))
     sizes = _check_chunk_size(chunk_size, len(views), chunk_tokens)
     if len(views) == 0:
-        raise ValueError(f"{views_name} must hold at least one tensor, got none")
+        raise ValueError(f"{views_name} must hold at least one view, got an empty sequence")
     kwargs = _one_each("encoder_kwargs", {} if encoder_kwargs is None else encoder_kwargs, len(views))
     outputs, all_lengths = _one_each("output", output, len(views)), _one_each("lengths", lengths, len(views))
     found = []
@@ -131,7 +131,7 @@ def chunked_views(
 
 
 def _one_each(name: str, value: Any, n_views: int) -> Sequence[Any]:
-    """Return the elements of a list or tuple, one per view, or the single value for every view."""
+    """Return the elements of a list or tuple, one per view, or any other value repeated for every view."""
     if not isinstance(value, (list, tuple)):
         return [value] * n_views
     if len(value) != n_views:
@@ -150,7 +150,7 @@ def _check_encoders(encoder_name: str, encoder: Any, n_views: int) -> list[tuple
         if _has_no_forward(module):
             raise TypeError(f"{name} must have a forward, got {type(module).__name__}, which has none")
         if any(map(is_lazy, (*module.parameters(), *module.buffers()))):
-            raise ValueError(f"{name} must have all its parameters, got a lazy layer without them: run it once first")
+            raise ValueError(f"{name} must be initialised, got a lazy layer without parameters: run it once first")
         if any(parameter.is_meta for parameter in module.parameters()):
             raise ValueError(f"{name} must have its parameters in memory, got some on the meta device")
         if hasattr(module, "no_sync") and getattr(module, "static_graph", False):  # its first backward synchronises
@@ -169,9 +169,9 @@ def _has_no_forward(module: nn.Module) -> bool:
 
 
 def _check_chunk_size(chunk_size: Any, n_views: int, chunk_tokens: int | None) -> Sequence[int | list[int]]:
-    """Return, for each view, the number of rows per chunk, or the list of the rows of its chunks."""
+    """Return, for each view, the number of rows per chunk, or the list of each chunk's number of rows."""
     if (chunk_size is None) == (chunk_tokens is None):
-        raise TypeError("chunk_size must be given, or chunk_tokens in its place, and not both")
+        raise TypeError("chunk_size must be given, or chunk_tokens in its place, but not both")
     if chunk_tokens is not None:
         check_integer("chunk_tokens", chunk_tokens, 1)
         return [1] * n_views
@@ -184,7 +184,7 @@ def _check_chunk_size(chunk_size: Any, n_views: int, chunk_tokens: int | None) -
         for size in sizes:
             check_integer("chunk_size", size, 0)
         if len(sizes) == 0:
-            raise ValueError("chunk_size must hold the rows of at least one chunk, got none")
+            raise ValueError("chunk_size must list the number of rows of at least one chunk, got an empty list")
         found.append(list(map(int, sizes)))
     return found if per_view else found * n_views
 
@@ -193,7 +193,7 @@ def _check_view(name: str, view: Any, *, may_be_empty: bool) -> int:
     """Return the number of rows of a view, checked."""
     tensors = list(named_tensors(view, name))
     if not tensors:
-        that_holds_none = " that holds none" if is_container(view) else ""
+        that_holds_none = " without tensors" if is_container(view) else ""
         raise TypeError(f"{name} must be a torch.Tensor, got {type(view).__name__}{that_holds_none}")
     for path, tensor in tensors:
         if tensor.layout != torch.strided or tensor.is_nested:
@@ -239,7 +239,7 @@ def _check_kwargs(kwargs: Any) -> None:
 
 
 def _cut(name: str, rows: int, size: int | list[int]) -> list[int]:
-    """Return the rows of each chunk: as listed, or `size` rows each with the remainder in the last."""
+    """Return the number of rows of each chunk: as listed, or `size` each, with the remainder in the last."""
     if isinstance(size, list):
         if sum(size) != rows:
             raise ValueError(f"chunk_size must add up to the {rows} rows of {name}, got {sum(size)}")
@@ -256,7 +256,7 @@ def _lengths(name: str, view: Any, rows: int, lengths: Lengths) -> list[int]:
             mask = part(view, lengths)
         except (AttributeError, IndexError, KeyError, TypeError):
             raise ValueError(
-                f"{name} has no {lengths!r} to count the tokens of: lengths must be the key of a mask, or a function "
+                f"{name} has no {lengths!r} to count tokens with: lengths must be the key of a mask, or a function "
                 "that takes a view and returns the length of each row"
             ) from None
         if not isinstance(mask, Tensor) or mask.ndim == 0 or len(mask) != rows:
@@ -284,7 +284,7 @@ def _with_keys(returned: Any) -> str:
 
 
 def _pack(lengths: Sequence[int], budget: int) -> list[int]:
-    """Return the rows of each chunk: as many as fit the token budget, and at least one."""
+    """Return the number of rows of each chunk: as many as fit into the token budget, but at least one."""
     sizes, used = [0], 0
     for length in lengths:
         if sizes[-1] and used + length > budget:

@@ -28,12 +28,13 @@ def verify(
 
     Args:
         device: A CPU or GPU of this machine. None: the current GPU, or the CPU where there is none.
-        backend: The name of the one backend to check. None: all that can run there, which are then timed.
+        backend: The name of a single backend to check, which is then not timed. None: all backends that can run on the
+            device.
         refresh: Check and time again, even where a verdict is stored.
 
     Returns:
-        A dict from the name of each backend to its `Verdict`; its `ok` says whether the backend passed, and it prints
-        as one line.
+        A dict that maps the name of each backend to its `Verdict`. A verdict's `ok` says whether the backend passed,
+        and the verdict prints as one line.
 
     Raises:
         ValueError: there is no such device, or no such backend for it.
@@ -67,16 +68,16 @@ def warm_up(loss: Callable[..., Tensor], *inputs: object, **options: object) -> 
 
     A CUDA graph cannot capture the first launch of a kernel, which loads it. Shapes, dtypes and, for Triton's kernels,
     the temperature decide which kernels a call launches; `warm_up` prepares the kernels for every temperature. It calls
-    the loss four times: with the backend that "auto" takes inside a capture and with the one that it takes outside,
-    each once with a backward and once under `torch.no_grad()`. It accumulates no gradient, and restores the random
-    generators and the state of a module (a queue, the statistics of a batch norm).
+    the loss four times: with the backend that "auto" takes inside a capture and with the backend that "auto" takes
+    outside, each once with a backward and once under `torch.no_grad()`. It accumulates no gradient, and restores the
+    random generators and the state of a module (a queue, the statistics of a batch norm).
 
     On the CPU there is nothing to prepare, and the loss is only run.
 
     Args:
-        loss: A loss of this package, as a module or a function, or a function that calls one and returns a tensor. The
-            state of modules that a function calls is not restored: pass the module itself.
-        *inputs: Positional arguments of the loss as in the capture. The shapes, strides, dtypes, devices and
+        loss: A loss of this package (a module or a function), or a function that calls such a loss and returns a
+            tensor. The state of modules that a function calls is not restored: pass the module itself.
+        *inputs: Positional arguments of the loss, as in the capture. The shapes, strides, dtypes, devices and
             `requires_grad` of tensors matter; their values do not.
         **options: Keyword arguments of the loss, treated like `inputs`.
 
@@ -137,7 +138,7 @@ def _leaves_of(value: Tensor) -> list[Tensor]:
 
 
 def find_device(device: torch.device | str | None) -> torch.device:
-    """Return the device of a name, with its index. Raise ValueError if this machine does not have it."""
+    """Return the named device, with its index. Raise ValueError if this machine does not have it."""
     if device is None:
         device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     try:

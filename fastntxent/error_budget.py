@@ -1,13 +1,14 @@
-"""The error budget: the one place where tolerances are defined.
+"""The error budget: the only place where tolerances are defined.
 
 A result is within budget if its error against the float64 reference is at most twice the error of the reference
 computed in the result's own precision, plus a floor for rounding, both in the maximum and in the RMS. Errors are
 relative to the maximum and the RMS of the truth.
 
-The floor covers cases where the reference in the same precision happens to be exact. A logit k s is rounded to eps k
-|s|, and an error in a logit is a relative error in a probability, so the floor is a number of units of eps (1 + k |s|).
-Of the test cases, the worst needed 1.4 units, and nearly all needed none. A gradient that is returned in half precision
-adds the eps of that dtype.
+The floor covers cases where the reference in the same precision happens to be exact. A logit k s, the inverse
+temperature k times a similarity s, has a rounding error of about eps k |s|, which becomes the relative error of a
+probability. So the floor is a few units of eps (1 + k |s|), with the eps of the dtype in which the result is computed.
+The worst test case needed 1.4 units; nearly all needed none. For a gradient that is returned in half precision, the
+floor also includes the eps of the half-precision dtype.
 """
 
 from __future__ import annotations
@@ -33,13 +34,14 @@ FLOOR_ULPS_RMS = 2.0
 
 
 class Errors(NamedTuple):
-    """Errors of a result relative to the truth: the largest over the truth's largest, and RMS over RMS."""
+    """Relative errors: maximum error divided by the truth's maximum magnitude, and RMS error divided by the truth's
+    RMS."""
 
     maximum: float
     rms: float
 
     def within(self, limit: Errors) -> bool:
-        """Return whether both errors are at most the limit's; False for NaN."""
+        """Return whether neither error is above its limit; False for NaN."""
         return self.maximum <= limit.maximum and self.rms <= limit.rms
 
 
@@ -65,12 +67,12 @@ def allowed(
     Args:
         reference: The errors of the reference backend on the same input.
         dtype: The dtype of the input, which decides the precision of the computation.
-        logit_size: The largest |k s|.
+        logit_size: The largest magnitude of a logit, |k s|.
         output_dtype: The dtype of the result, if it is narrower than the dtype of the computation.
     """
     unit = torch.finfo(accumulation_dtype(dtype)).eps * (1 + logit_size)
     if dtype == torch.float64:
-        unit *= 2  # the truth is float64 too, with as many roundings
+        unit *= 2  # the truth is computed in float64 too, with similar rounding errors
     rounding = 0.0
     if output_dtype is not None and output_dtype != accumulation_dtype(dtype):
         rounding = torch.finfo(output_dtype).eps
@@ -82,7 +84,8 @@ def allowed(
 
 @dataclass(frozen=True)
 class Report:
-    """The result of `compare`: errors and budgets of the mean loss and of its gradient in the embeddings."""
+    """The result of `compare`: errors and budgets of the mean loss and of its gradient with respect to the
+    embeddings."""
 
     loss: Errors
     loss_allowed: Errors
@@ -128,7 +131,7 @@ def compare(
         z_i: (N, D) embeddings of the first view, float16, bfloat16, float32 or float64, with any strides. Row n belongs
             to sample n.
         z_j: (N, D) embeddings of the second view, with the shape, dtype and device of `z_i`. Row n belongs to sample n.
-        temperature: tau > 0, a float or a 0-d floating-point tensor, whose value is read.
+        temperature: tau > 0, a float or a 0-d floating-point tensor, whose value is read on any device.
         backend: The backend to judge: "auto", which chooses one for the device, or a name from `backends()`.
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`. The joint result is judged on the rows of all ranks,
@@ -142,8 +145,7 @@ def compare(
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
             is unknown.
-        RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
-            a second derivative is taken, which only backend="reference" without a group has.
+        RuntimeError: the backend is not available here (the message says why), or a rank of the group does not answer.
 
     Example:
         >>> import torch
@@ -158,8 +160,8 @@ def compare(
     with autocast_off(z_i):
         loss, *d_z = _loss_and_gradients(z_i, z_j, tau, backend, group)
         if isinstance(batch, ShardedBatch):
-            # Each rank returns the loss of the whole batch, and its gradient is the gradient of the sum of these losses
-            # over the ranks.
+            # Every rank returns the loss of the whole batch, and a rank's gradient is the gradient of the sum of all
+            # ranks' losses. Divide it by the number of ranks.
             d_z = [batch.gather(d.to(loss.dtype)) / len(batch.sizes) for d in d_z]
         z_i, z_j = batch.gather(z_i.detach()), batch.gather(z_j.detach())
         same_loss, *same_d_z = _loss_and_gradients(z_i, z_j, tau, "reference")
@@ -185,7 +187,8 @@ def _loss_and_gradients(
 
 @torch.enable_grad()
 def true_loss_and_gradient(z_i: Tensor, z_j: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return the mean loss and its gradient in [z_i; z_j], computed in float64 with the eps of the views' own dtype."""
+    """Return the mean loss and its gradient with respect to [z_i; z_j], computed in float64, but with the smallest norm
+    (`norm_eps`) of the views' own dtype."""
     eps = norm_eps(z_i.dtype)
     z_i, z_j = (z.detach().double().requires_grad_() for z in (z_i, z_j))
     u_i, u_j = (F.normalize(z, dim=1, eps=eps) for z in (z_i, z_j))

@@ -1,4 +1,4 @@
-"""Matryoshka representations: a loss of the first features of the embeddings, at several widths."""
+"""Matryoshka representations: a loss computed on the first features of the embeddings, at several widths."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from .validation import check_integer, check_numbers, check_tensor
 
 _Result = TypeVar("_Result")
 
-# Tensor arguments whose last dimension does not hold features of an embedding, in this package and in the libraries of
-# `compat`.
+# The names of tensor arguments whose last dimension does not hold features of an embedding, in this package and in the
+# libraries of `compat`.
 _WHOLE = frozenset({"logits", "mask", "pair_weights"})
 
 
@@ -29,7 +29,7 @@ def matryoshka(
     weights: Sequence[float] | None = None,
     **options: Any,
 ) -> _Result:
-    r"""A loss of the embeddings' first d features, summed over several widths d.
+    r"""A loss computed on the embeddings' first d features, summed over several widths d.
 
     .. math:: L = \sum_m w_m \, \text{loss}(z_{:, 1..d_m})
 
@@ -38,24 +38,25 @@ def matryoshka(
 
     Args:
         loss: A loss or module of this package, or any other function of embeddings.
-        *arguments: Positional arguments of the loss. Floating-point tensors of at least two dimensions, also inside
-            lists, tuples and mappings, are embeddings (..., D), and the loss gets their first d features. This includes
-            the embeddings of a guide or a teacher. Everything else is passed on unchanged, and so are the arguments
-            named `pair_weights`, `mask` and `logits`. Use `functools.partial` to bind other tensors that are not
-            embeddings, and a `weights` argument of the loss.
+        *arguments: Positional arguments of the loss. Floating-point tensors of at least two dimensions, including those
+            inside lists, tuples and mappings, are treated as embeddings (..., D), and the loss gets their first d
+            features. This includes the embeddings of a guide or a teacher. Everything else is passed on unchanged, and
+            so are the arguments named `pair_weights`, `mask` and `logits`. Other tensors that must not be cut, and an
+            argument of the loss named `weights`, which `matryoshka` would take as its own, can be bound with
+            `functools.partial`: pass the result to `matryoshka` as the loss.
         dims: The widths, integers from 1 to D.
-        weights: One finite number per width, not all 0. None: 1 each, as in the paper.
+        weights: One finite number per width, not all 0. None: a weight of 1 each, as in the paper.
         **options: Keyword arguments of the loss, treated like `arguments`.
 
     Returns:
-        The weighted sum of the losses, of the shape and dtype that the loss returns. If it returns a tuple, a list or a
-        mapping of tensors, each entry is summed.
+        The weighted sum of the losses, of the shape and dtype that the loss returns. If the loss returns a tuple, a
+        list or a mapping of tensors, each entry is summed separately.
 
     Raises:
         TypeError: `loss` is not callable or does not return tensors, `dims` or `weights` are not numbers, or an
             embedding is not a dense tensor.
-        ValueError: `dims` is empty, a width is below 1 or above D, there is not one weight per width, a weight is not
-            finite, all weights are 0, or no argument is an embedding.
+        ValueError: `dims` is empty, a width is below 1 or above D, the number of weights differs from the number of
+            widths, a weight is not finite, all weights are 0, or no argument is an embedding.
 
     Example:
         >>> import torch, fastntxent
@@ -91,24 +92,24 @@ def matryoshka(
 
 
 class MatryoshkaLoss(TypedModule):
-    r"""A loss of the embeddings' first features, summed over several widths, as a module.
+    r"""A loss computed on the embeddings' first features, summed over several widths, as a module.
 
     .. math:: L = \sum_m w_m \, \text{loss}(z_{:, 1..d_m})
 
     Kusupati et al., "Matryoshka Representation Learning", 2022. Rows are cut before the loss normalises them. Each
     width takes one pass; half the width costs half the time.
 
-    Call it with the arguments of `loss`. The function is `matryoshka`.
+    Call it with the arguments of `loss`. `matryoshka` is the same as a function.
 
     Args:
         loss: The loss, a module.
         dims: The widths, integers from 1 to D.
-        weights: One finite number per width, not all 0. None: 1 each, as in the paper.
+        weights: One finite number per width, not all 0. None: a weight of 1 each, as in the paper.
 
     Raises:
         TypeError: `loss` is not a module, or `dims` or `weights` are not numbers.
-        ValueError: `dims` is empty, a width is below 1, there is not one weight per width, a weight is not finite, or
-            all weights are 0.
+        ValueError: `dims` is empty, a width is below 1, the number of weights differs from the number of widths, a
+            weight is not finite, or all weights are 0.
 
     Example:
         >>> import torch, fastntxent
@@ -128,11 +129,12 @@ class MatryoshkaLoss(TypedModule):
         """Return the loss, summed over the widths.
 
         Args:
-            *arguments: Positional arguments of the loss. Floating-point tensors of at least two dimensions, also inside
-                lists, tuples and mappings, are embeddings (..., D), and the loss gets their first d features. This
-                includes the embeddings of a guide or a teacher. Everything else is passed on unchanged, and so are the
-                arguments named `pair_weights`, `mask` and `logits`. Use `functools.partial` to bind other tensors that
-                are not embeddings, and a `weights` argument of the loss.
+            *arguments: Positional arguments of the loss. Floating-point tensors of at least two dimensions, including
+                those inside lists, tuples and mappings, are treated as embeddings (..., D), and the loss gets their
+                first d features. This includes the embeddings of a guide or a teacher. Everything else is passed on
+                unchanged, and so are the arguments named `pair_weights`, `mask` and `logits`. Other tensors that must
+                not be cut, and an argument of the loss named `weights`, which `matryoshka` would take as its own, can
+                be bound with `functools.partial`: pass the result to `matryoshka` as the loss.
             **options: Keyword arguments of the loss, treated like `arguments`.
 
         Returns:
@@ -149,7 +151,7 @@ def _check(dims: Sequence[int], weights: Sequence[float] | None) -> tuple[list[i
         raise TypeError(f"dims must be a sequence of ints, got {type(dims).__name__}")
     dims = [check_integer("dims", dim, 1) for dim in dims]
     if not dims:
-        raise ValueError("dims must have at least one width, got none")
+        raise ValueError("dims must have at least one width, got an empty sequence")
     weights = (
         [1.0] * len(dims) if weights is None else check_numbers("weights", weights, "a number for each of the dims")
     )
@@ -188,7 +190,7 @@ def _found(name: str, value: Any) -> list[Tensor]:
 
 
 def _cut(name: str, value: Any, dim: int) -> Any:
-    """Return the argument with all its embeddings cut to the first features."""
+    """Return the argument with all its embeddings cut to their first `dim` features."""
     return value if name in _WHOLE else map_tensors(lambda x: x[..., :dim] if _is_embeddings(x) else x, value)
 
 

@@ -13,7 +13,7 @@ from .validation import check_ids, check_reduction, check_row_count, check_rows,
 
 
 def agree_on(group: Group | None, function: str, rows: Tensor, agreed: Mapping[str, object]) -> None:
-    """Let the ranks compare options that decide which losses they call on such rows, before they call any loss."""
+    """Let the ranks compare options that decide which losses they call with such rows, before they call any of them."""
     if group is not None:
         ShardedBatch.open(group, function, {"rows": rows.flatten(0, -2)}, 1, "mean", True, "auto", agreed)
 
@@ -30,12 +30,12 @@ def open_batch(
     backend: str = "auto",
     **agreed: object,
 ) -> Batch:
-    """Check the arguments that every loss takes, let the ranks compare theirs, and return the batch.
+    """Check the arguments that every loss takes, let the ranks compare them, and return the batch.
 
     Args:
         group: The ranks, or None for this process alone.
-        function: The name of the public function, for errors over ranks.
-        rows: The embeddings (N, D) by argument name, all of one shape, dtype and device.
+        function: The name of the public function, for the error message if ranks disagree.
+        rows: The embeddings (N, D) by argument name, all of the same shape, dtype and device.
         ids: (N,) integers, the group of each sample, if the caller gave any.
         views: The number of rows per sample in the loss.
         reduction: The reduction of the losses: "mean", "sum" or "none".

@@ -33,14 +33,14 @@ class CrossNegLse(NamedTuple):
 
 @watched
 def neg_lse(u: Tensor, ids: Tensor, temperature: float | Tensor, *, backend: BackendName = "auto") -> Tensor:
-    r"""Log-sum-exp of each row's similarities to the rows of other groups, the primitive of the whole family.
+    r"""Log-sum-exp of each row's similarities to rows of other groups: the primitive behind the whole family of losses.
 
     .. math:: \nu_i = \log \sum_{j : id_j \ne id_i} e^{u_i \cdot u_j / \tau}
 
     With sample indices as `ids`, the sum is over the negatives of NT-Xent. With unique ids, each row leaves out only
     itself. With labels, it leaves out its whole class, which removes false negatives.
 
-    The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O(M D);
+    On the same device with the same number of threads, the same input gives the same bits. Extra memory is O(M D);
     the reference backend takes O(M^2).
 
     Args:
@@ -52,15 +52,15 @@ def neg_lse(u: Tensor, ids: Tensor, temperature: float | Tensor, *, backend: Bac
         backend: "auto", which chooses one for the device, or a name from `backends()`.
 
     Returns:
-        A tensor (M,), float64 for float64 rows, else float32. It is -inf, with a gradient of zero, for a row without a
-        row of another group. Differentiable in `u` and `temperature`.
+        A tensor (M,), float64 for float64 rows, else float32. Every entry is -inf, with a gradient of zero, if all rows
+        are of the same group. Differentiable with respect to `u` and `temperature`.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
             is unknown.
-        RuntimeError: the backend is not available here (the message says why), or a second derivative is taken, which
-            only backend="reference" has.
+        RuntimeError: the backend is not available here (the message says why), or a second derivative is
+            requested, which only backend="reference" supports.
 
     Example:
         >>> import torch, fastntxent
@@ -82,15 +82,15 @@ def cross_neg_lse(
         \nu^v_j = \log \sum_{i : id^u_i \ne id^v_j} e^{u_i \cdot v_j / \tau}
 
     Losses use it between two towers (images and texts), between queries and a queue of keys, and between one rank's
-    rows and all others. No gradient is computed for a side that does not need one, such as a queue.
+    rows and all other rows. No gradient is computed for a side that does not need one, such as a queue.
 
-    The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O((M +
+    On the same device with the same number of threads, the same input gives the same bits. Extra memory is O((M +
     K) D); the reference backend takes O(M K).
 
     Args:
         u: (M, D) rows, float16, bfloat16, float32 or float64, taken as they are. For cosine similarities, pass unit
             rows.
-        v: (K, D) rows of the dtype and device of `u`.
+        v: (K, D) rows with the dtype and device of `u`.
         u_ids: (M,) integers on the device of `u`, the group of each row of `u`.
         v_ids: (K,) integers on the device of `v`, the group of each row of `v`.
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
@@ -99,15 +99,15 @@ def cross_neg_lse(
 
     Returns:
         A named tuple (rows, cols) of tensors (M,) and (K,), float64 for float64 rows, else float32. An entry is -inf,
-        with a gradient of zero, where the other side has no row of another group. Differentiable in `u`, `v` and
-        `temperature`.
+        with a gradient of zero, where all rows of the other side are of the same group as the row. Differentiable with
+        respect to `u`, `v` and `temperature`.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
             is unknown.
-        RuntimeError: the backend is not available here (the message says why), or a second derivative is taken, which
-            only backend="reference" has.
+        RuntimeError: the backend is not available here (the message says why), or a second derivative is
+            requested, which only backend="reference" supports.
 
     Example:
         >>> import torch, fastntxent

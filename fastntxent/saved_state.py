@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 _WITHOUT_STATE = (int, float, str, type(None), types.FunctionType)  # the types of most attributes, skipped early
-# The parameters and hooks of every module. FSDP swaps sharded for full parameters in a forward, so they must not be
-# restored.
+# The parameters and hooks of every module. FSDP replaces sharded parameters with full ones in a forward, so a restore
+# must leave parameters alone.
 _NOT_STATE = vars(nn.Module()).keys() - {"_buffers", "_modules"}
 
 
@@ -61,7 +61,8 @@ class StateVersions:
 
 
 class RandomState:
-    """The state of the global generators: Python's, NumPy's if it is imported, and PyTorch's on CPU and devices."""
+    """The state of the global generators: Python's, NumPy's if it is imported, and PyTorch's on the CPU and
+    `devices`."""
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
         numpy = _numpy()

@@ -20,7 +20,7 @@ def inverse_temperature(temperature: float | Tensor, rows: Tensor, *, per_row: i
     if not isinstance(temperature, Tensor):
         _check_invertible(temperature, temperature, dtype, torch.finfo(dtype).max)
         return factor(1.0 / temperature, rows)
-    # The gradient in tau is the gradient in k times k^2, which overflows float32 long before k does.
+    # With k = 1 / tau, the gradient with respect to tau has the factor k^2, which overflows float32 long before k does.
     wide = in_double(temperature)
     if limits := extremes(wide):
         differentiable = wide.requires_grad and torch.is_grad_enabled()
@@ -84,8 +84,8 @@ def factor(value: float | Tensor, rows: Tensor) -> float | Tensor:
 def _changes(value: float) -> bool:
     """Return whether torch.compile treats a float as a value that changes from call to call.
 
-    Such a float would be a constant of the graph, and each value would need a new graph. As a tensor it is an input of
-    one graph for all values.
+    As a float, such a value would be a constant of the graph, and each value would need a new graph. As a tensor, it is
+    an input of one graph for all values.
     """
     if not torch.compiler.is_compiling():
         return False

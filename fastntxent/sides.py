@@ -21,9 +21,9 @@ class Side(NamedTuple):
 
 
 class Teacher(NamedTuple):
-    """A teacher's rows (M, E) and columns (K, E), one for each of the student's, and the terms of its softmaxes.
+    """A teacher's rows (M, E) and columns (K, E), one per row and column of the student, and terms of its softmaxes.
 
-    These are the inverse temperature, and the log-sum-exp of all logits of each row and each column.
+    The terms are the inverse temperature, and the log-sum-exp of all logits of each row and each column.
     """
 
     rows: Tensor
@@ -43,7 +43,7 @@ class CalledTeacher(NamedTuple):
 
 
 class Guide(NamedTuple):
-    """A guide's rows (M, E) and columns (K, E), one for each of the student's, and each row's limit (M,).
+    """A guide's rows (M, E) and columns (K, E), one for each row and column of the loss, and each row's limit (M,).
 
     A column whose similarity to the row, according to the guide, is above the limit does not count.
     """

@@ -39,7 +39,7 @@ def is_container(tree: object) -> bool:
 
 
 def part(tree: Any, key: Any) -> Any:
-    """Return the item of the tree with this key, or its attribute of this name."""
+    """Return the item of the tree with this key, or the attribute of the tree with this name."""
     if isinstance(key, str) and not isinstance(tree, Mapping):
         return getattr(tree, key)
     return tree[key]
@@ -67,7 +67,7 @@ def _rebuilt(tree: Any, items: list[tuple[Any, Any]]) -> Any:
     if isinstance(tree, tuple):
         values = [item for _, item in items]
         return tree._make(values) if hasattr(tree, "_make") else type(tree)(values)  # named tuples have _make
-    # Copy the object, which keeps its other attributes; a constructor may have any signature.
+    # Copy the object, which keeps its other attributes. Its constructor may have any signature, so it is not called.
     rebuilt = copy.copy(tree)
     for key, item in items:
         if _is_dataclass(tree):

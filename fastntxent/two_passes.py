@@ -14,7 +14,7 @@ from .chunked_view import ChunkedView
 from .saved_state import ModuleState, RandomState, StateVersions, sharing_state
 
 # The same chunk with the same state may round differently when a graph is recorded, above all in bfloat16. Different
-# dropout masks differ by an order of magnitude more than this.
+# dropout masks change embeddings by an order of magnitude more than this.
 _REPEATS_WITHIN = 0.05
 
 
@@ -48,7 +48,7 @@ class TwoPasses:
     def second(self, d_leaves: Sequence[Tensor | None]) -> None:
         """Backpropagate the gradients of the embeddings through the encoders.
 
-        Encoders without a gradient do not run again. Changes of encoders and generators since the first pass, for
+        Encoders without a gradient do not run again. Changes to encoders and generators since the first pass, for
         example by the loss, are kept.
         """
         learning = {
@@ -62,7 +62,7 @@ class TwoPasses:
         random, changed = RandomState(self._devices), ModuleState(*encoders, unless=self._encoded)
         for _, start in again:
             start.restore()
-        # Before PyTorch 2.10 the cache may hold weights that the first pass cast without a graph.
+        # Before PyTorch 2.10 autocast's cache may hold weights that the first pass cast without a graph.
         torch.clear_autocast_cache()
         self._encode_again({id(encoder) for encoder in encoders}, d_leaves)
         for encoder in encoders:
@@ -95,8 +95,8 @@ class TwoPasses:
                         self.learnt.add(id(view.encoder))
                     elif last and id(view.encoder) in self.learnt and hasattr(view.encoder, "no_sync"):
                         raise RuntimeError(
-                            f"{view.encoder_name} synchronises its gradients in the last chunk, which has none: put a "
-                            "view that has a gradient last in views"
+                            f"{view.encoder_name} synchronises its gradients in the last chunk, which has none: "
+                            "reorder views so that its last view has a gradient"
                         )
         _check_repeated(repeats)
 
@@ -164,7 +164,7 @@ def _encode(view: ChunkedView, devices: set[torch.device]) -> tuple[Tensor, list
         parts.append(z.detach().clone())
     shapes = list({tuple(part.shape[1:]): None for part in parts if len(part)})
     if len(shapes) > 1:
-        raise ValueError(f"{view.encoder_name} must return rows of one shape, got rows {shapes[0]} and {shapes[1]}")
+        raise ValueError(f"{view.encoder_name} must return rows of the same shape, got {shapes[0]} and {shapes[1]}")
     leaf = torch.cat(parts)
     if learns and not (leaf.is_floating_point() or leaf.is_complex()):
         raise TypeError(f"{view.encoder_name} must return floating-point embeddings, got {leaf.dtype}")
@@ -181,12 +181,12 @@ def _distance(name: str, z: Tensor, first: Tensor) -> Tensor:
 
 def _check_repeated(distances: Sequence[tuple[str, Tensor]]) -> None:
     too_far = [(value, name) for name, value in ((name, float(d)) for name, d in distances) if value > _REPEATS_WITHIN]
-    if too_far:  # NaN, as for chunks without rows, is not too far
+    if too_far:  # NaN, from a chunk without rows, is not too far
         distance, name = max(too_far)
         raise RuntimeError(
-            f"{name} gave other embeddings in the second pass over the same rows (relative difference "
-            f"{distance:.2g}), so the gradient is wrong: it has state or random numbers that cached_backward does "
-            "not repeat"
+            f"{name} gave different embeddings in the second pass over the same rows (relative difference "
+            f"{distance:.2g}), so the gradient is wrong: the encoder has state or random numbers that cached_backward "
+            "does not repeat"
         )
 
 

@@ -110,7 +110,7 @@ def check_ids(name: str, ids: Tensor, rows_name: str, rows: Tensor) -> None:
             f"{name} must have shape ({rows.shape[0]},), one per row of {rows_name}, got {tuple(ids.shape)}"
         )
     if ids.device != rows.device:
-        raise ValueError(f"{name} must be on the device of {rows_name}, {rows.device}, got {ids.device}")
+        raise ValueError(f"{name} must be on the device of {rows_name} ({rows.device}), got {ids.device}")
 
 
 def check_temperature(
@@ -219,7 +219,7 @@ def check_weights(name: str, values: Any, expected: str) -> list[float]:
 def check_bias(name: str, bias: float | Tensor, rows: Tensor | None = None) -> float | Tensor:
     """Return a bias, checked, as a Python number if it is a number.
 
-    It is finite, or a 0-d floating-point tensor in host memory or on the device of the rows.
+    It must be finite: a number, or a 0-d floating-point tensor in host memory or on the device of the rows.
     """
     if not isinstance(bias, Tensor):
         bias = check_number(name, bias, "a float or a 0-d tensor")

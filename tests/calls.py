@@ -27,11 +27,12 @@ D = 4
 
 
 class Call(NamedTuple):
-    """`make` maps options (a temperature, a reduction) to a callable; `inputs` returns its tensors for N samples."""
+    """`make` turns options (a temperature, a reduction) into a callable; `inputs` returns the callable's arguments for
+    N samples."""
 
     make: Callable[..., Callable[..., Any]]
     inputs: Callable[[int], tuple[Tensor, ...]]
-    temperature: bool = True  # whether `make` takes one
+    temperature: bool = True  # whether `make` takes a temperature
     reduction: bool = True
 
     def at(self, temperature: float | Tensor) -> Callable[..., Any]:
@@ -59,7 +60,7 @@ def three(n: int) -> tuple[Tensor, ...]:
 
 
 def taught(n: int) -> tuple[Tensor, ...]:
-    """Two towers, and a teacher's rows for each: no gradient, and a different width."""
+    """Return the rows of two towers and of their teacher, which have a different width and need no gradient."""
     return *views(n), torch.randn(n, D + 2), torch.randn(n, D + 2)
 
 
@@ -89,7 +90,7 @@ def by_sample(n: int) -> tuple[Tensor, ...]:
 
 
 def of(function: Callable[..., Any], **options: Any) -> Callable[..., Callable[..., Any]]:
-    """Return a `make` whose callable takes tensors in the order of the function's arguments."""
+    """Return a `make` whose callables pass their tensors to the function by position."""
     return lambda **more: lambda *tensors: function(*tensors, **options, **more)
 
 
@@ -348,7 +349,7 @@ CALLS: dict[str, Call] = {
     ),
 }
 
-# Public names that are not functions of tensors.
+# Public names without a call above; most are not functions of tensors.
 NO_CALLS = {
     *(
         "BackendStatus",
@@ -363,7 +364,7 @@ NO_CALLS = {
         "warm_up",
     ),
     "NegativeQueue",  # covered by QueueInfoNCELoss
-    "pytorch_metric_learning.CrossBatchMemory",  # reads on the host how many rows it holds
+    "pytorch_metric_learning.CrossBatchMemory",  # the host reads how many rows it holds
     "cached_backward",  # runs an encoder and a backward
     "sentence_transformers.CachedMultipleNegativesRankingLoss",  # the Cached* losses do too
     "sentence_transformers.CachedMultipleNegativesSymmetricRankingLoss",
@@ -383,8 +384,8 @@ def outputs(result: Any) -> list[Tensor]:
 
 
 def gradients(result: Any, inputs: tuple[Any, ...]) -> list[Tensor | None]:
-    """Return the gradients in the inputs that require one, of a sum of all outputs with a different weight per
-    element."""
+    """Sum all elements of all outputs, each with a different weight; return the sum's gradients with respect to the
+    inputs that require one."""
     differentiable = [x for x in outputs(result) if x.requires_grad]
     if not differentiable:
         return []

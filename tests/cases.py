@@ -33,7 +33,7 @@ BACKENDS = [*KERNELS, "reference"]
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 needs_constants = pytest.mark.skipif(
     not hasattr(torch.fx.experimental.symbolic_shapes, "has_static_value"),
-    reason="needs a newer PyTorch, whose compiler tells a float that is constant from one that changes (2.6 does not)",
+    reason="needs a newer PyTorch, whose compiler distinguishes constant floats from changing ones (2.6 does not)",
 )
 
 
@@ -50,7 +50,7 @@ class Batch(NamedTuple):
 
 
 def random_batch(n: int, d: int, temperature: float, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Batch:
-    """Return a batch as at the start of training: two noisy views of random directions, rows of different lengths."""
+    """Return a batch as early in training: two noisy views of random directions, whose rows differ in length."""
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(n, d, generator=generator, dtype=torch.float64)
     noise = torch.randn(2, n, d, generator=generator, dtype=torch.float64)
@@ -60,7 +60,7 @@ def random_batch(n: int, d: int, temperature: float, *, dtype: torch.dtype = tor
 
 
 def start_of_training(n: int, d: int, temperature: float, *, seed: int = 0) -> Batch:
-    """Return a batch of an untrained encoder: the two views of a sample are independent random directions."""
+    """Return a batch as from an untrained encoder: the two views of a sample are independent random directions."""
     return Batch(*torch.randn(2, n, d, generator=torch.Generator().manual_seed(seed)), temperature)
 
 
@@ -92,7 +92,7 @@ def converged_batch(n: int, d: int, temperature: float, loss: float, *, seed: in
 
 
 class Result(NamedTuple):
-    """A loss and its gradients in every differentiable input."""
+    """A loss and its gradients with respect to every differentiable input."""
 
     loss: Tensor
     d_z_i: Tensor
@@ -101,7 +101,7 @@ class Result(NamedTuple):
 
 
 def evaluate(batch: Batch, backend: str, *, upstream: Tensor | None = None, reduction: str = "mean") -> Result:
-    """Return value and gradients; `upstream` weights the rows of reduction="none"."""
+    """Return the loss and its gradients; `upstream` is the upstream gradient for reduction="none"."""
     z_i, z_j = (z.detach().requires_grad_() for z in (batch.z_i, batch.z_j))
     temperature = torch.tensor(batch.temperature, dtype=torch.float64, requires_grad=True)
     loss = nt_xent(z_i, z_j, temperature, reduction=reduction, normalize=batch.normalize, backend=backend)
@@ -124,11 +124,11 @@ def assert_within_budget(
 
 
 def check_results(result: Result, same_precision: Result, truth: Result, batch: Batch, weights: Tensor | float) -> None:
-    """Compare results within the budget; `weights` are the weights of the row losses."""
+    """Check a result against the error budget; `weights` are the weights of the row losses."""
     z_i, z_j = (z.double() for z in (batch.z_i, batch.z_j))
     largest = 1.0 if batch.normalize else float(torch.cat((z_i, z_j)).norm(dim=1).max()) ** 2
     # The temperature's gradient is a sum of differences of similarities, which can cancel to zero. So its error is
-    # taken relative to the sum of the terms' sizes, sum_i |w_i| q_i k^2 max |s|.
+    # taken relative to the sum of the terms' sizes, sum_i |w_i| q_i max |s| / tau^2 with q_i = 1 - exp(-loss_i).
     losses = nt_xent(z_i, z_j, batch.temperature, reduction="none", normalize=batch.normalize, backend="reference")
     scale = float(((1 - torch.exp(-losses)) * weights).abs().sum()) * largest / batch.temperature**2
     for name, value, same, true in zip(Result._fields, result, same_precision, truth, strict=True):
@@ -147,7 +147,8 @@ def assert_arrays_within_budget(
     logit_size: float,
     scales: Sequence[float] | None = None,
 ) -> None:
-    """Check each result against the error budget; `scales` (see `error_budget.errors_of`) if a result may cancel."""
+    """Check each result against the error budget. If the terms of a result may cancel, pass `scales` (see
+    `error_budget.errors_of`)."""
     scales = [0.0] * len(values) if scales is None else scales
     for index, (value, same, true, scale) in enumerate(zip(values, same_precision, truths, scales, strict=True)):
         errors, reference = (error_budget.errors_of(x.detach(), true.detach(), scale=scale) for x in (value, same))
@@ -156,8 +157,8 @@ def assert_arrays_within_budget(
 
 
 def assert_within_rounding(value: Tensor, truth: Tensor, logit_size: float, *, times: float = 1.0) -> None:
-    """Check a float32 result against `times` the budget's floor, for accuracy that a formula shared with the reference
-    could lose."""
+    """Check a float32 result against `times` the budget's floor alone. The full budget grows with the reference's
+    error, so it would not notice accuracy that a formula shared with the reference loses."""
     errors = error_budget.errors_of(value.detach(), truth.detach())
     floor = error_budget.allowed(error_budget.Errors(0.0, 0.0), torch.float32, logit_size)
     limit = error_budget.Errors(times * floor.maximum, times * floor.rms)
@@ -165,8 +166,8 @@ def assert_within_rounding(value: Tensor, truth: Tensor, logit_size: float, *, t
 
 
 def assert_gradient_within_rounding(batch: Batch, backend: str) -> None:
-    """Check the gradient in the embeddings, with the largest |k s| of the batch as the logit size. At the start of
-    training this is far below 1/tau, which two identical views would have."""
+    """Check the gradient with respect to the embeddings, with the batch's largest |s| / tau as the logit size. At the
+    start of training this is far below 1/tau, the logit of two identical views."""
     z = torch.cat((batch.z_i, batch.z_j)).double()
     u = F.normalize(z, dim=1) if batch.normalize else z
     logit_size = float((u @ u.T).fill_diagonal_(0).abs().max()) / batch.temperature
@@ -183,7 +184,8 @@ def towers_result(
     loss: Callable[..., Tensor],
     dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
-    """Return a loss of two towers, and its gradients in the inverse temperature and in the towers that need one."""
+    """Return a loss of two towers, and its gradients with respect to the towers that need one and the inverse
+    temperature."""
     z = [z.to(dtype, copy=True).requires_grad_(need) for z, need in zip((batch.z_i, batch.z_j), needs, strict=True)]
     k = torch.tensor(1 / batch.temperature, dtype=accumulation_dtype(dtype)).to(batch.z_i.device).requires_grad_()
     value = loss(*z, k, batch.normalize, both, mean)
@@ -210,8 +212,8 @@ def assert_towers_within_budget(
     truth = towers_result(batch, *options, formula, torch.float64)
     longest = [1.0 if batch.normalize else float(z.double().norm(dim=1).max()) for z in (batch.z_i, batch.z_j)]
     largest = longest[0] * longest[1]
-    # The gradient in k is a sum of differences of similarities, which can cancel to zero. So its error is taken
-    # relative to the sum of the terms' sizes.
+    # The gradient with respect to k is a sum of differences of similarities, which can cancel to zero. So its error is
+    # taken relative to the sum of the terms' sizes.
     weights = 1 - torch.exp(-losses[-1].detach())
     size = float(weights.mean() if mean else weights.sum()) * largest
     scales = [0.0] * (len(value) - 1) + [size]
@@ -221,7 +223,7 @@ def assert_towers_within_budget(
 def sigmoid_result(
     batch: Batch, bias: float, two_views: bool, needs: Sequence[bool], loss: Callable[..., Tensor], dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
-    """Return the mean of a sigmoid loss, and its gradients in k, the bias and the rows that need one."""
+    """Return the mean of a sigmoid loss, and its gradients with respect to the rows that need one, k and the bias."""
     z = [z.to(dtype, copy=True).requires_grad_(need) for z, need in zip((batch.z_i, batch.z_j), needs, strict=True)]
     accumulated = accumulation_dtype(dtype)
     numbers = [
@@ -255,8 +257,8 @@ def assert_sigmoid_within_budget(
         )
     longest = [1.0 if batch.normalize else float(z.double().norm(dim=1).max()) for z in (batch.z_i, batch.z_j)]
     largest = max(longest) ** 2 if two_views else longest[0] * longest[1]
-    # The gradients of k and the bias are sums of both signs. Errors are relative to the sum of the sizes of the bias's
-    # terms, which is at most the loss plus the number of positives.
+    # The gradients with respect to k and the bias are sums of terms of both signs. Their errors are taken relative to
+    # the sum of the sizes of the bias's terms, which is at most the loss plus 1, as each row has one positive.
     size = float(truth[0]) + 1
     scales = [0.0] * (len(value) - 2) + [size * largest, size]
     logit_size = largest / batch.temperature + abs(bias)
@@ -267,8 +269,8 @@ def assert_sigmoid_within_budget(
 def softplus_result(
     batch: Sequence[Tensor], numbers: Sequence[float], weights: Tensor, sums: Callable[..., Tensor], dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
-    """Return sums of softplus of (u, v, u_ids, v_ids), where v is None for one side, and the gradients of their
-    weighted sum in the rows, the columns, the inverse temperature and the bias."""
+    """Return the softplus sums of a batch (u, v, u_ids, v_ids), where v is None if there is only one side, and the
+    gradients of their weighted sum with respect to u, v (if given), the inverse temperature and the bias."""
     u, v = (None if x is None else x.to(dtype, copy=True).requires_grad_() for x in batch[:2])
     accumulated = accumulation_dtype(dtype)
     k, b = (torch.tensor(x, dtype=accumulated).to(batch[0].device).requires_grad_() for x in numbers)
@@ -290,7 +292,7 @@ def assert_softplus_within_budget(
     positives: bool = False,
     device: str = "cpu",
 ) -> None:
-    """Compare random unit rows and columns, or one side if K is None, with the dense formula."""
+    """Compare the backend with the dense formula, on M random unit rows and K columns, or on one side if K is None."""
     generator = torch.Generator().manual_seed(2)
     rows = [F.normalize(torch.randn(n, d, generator=generator), dim=1).to(device, dtype) for n in (M, K or 0)]
     ids = [x.to(device) for x in group_ids(groups, M, K or 0)]
@@ -308,8 +310,8 @@ def assert_softplus_within_budget(
         softplus_result(batch, (k, bias), weights, *each)
         for each in ((of_backend, dtype), (formula, dtype), (formula, torch.float64))
     )
-    # Weights of both signs cancel, so gradients are judged by the size of their terms, with |s| about D^-1/2. A slope
-    # is less than its value, and at most 1 with positives.
+    # Weights of both signs cancel, so gradients are judged by the size of their terms, with |s| about D^-1/2. The slope
+    # of a softplus is less than its value; with positives, each row is allowed 1 more.
     size = float((truth[0].abs() * weights.abs()).sum()) + positives * float(weights.abs().sum())
     of_sides = [k * size / (d**0.5 * n) for n in (M, K) if n is not None]
     assert_arrays_within_budget(value, same, truth, dtype, k + abs(bias), [0.0, *of_sides, size / d**0.5, size])
@@ -333,7 +335,7 @@ def group_ids(name: str, M: int, K: int = 0) -> tuple[Tensor, Tensor]:
 def neg_lse_result(
     u: Tensor, ids: Tensor, temperature: float, weights: Tensor, backend: str, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
-    """Return neg_lse, and the gradients of its weighted sum in u and the temperature."""
+    """Return neg_lse, and the gradients of its weighted sum with respect to u and the temperature."""
     u = u.to(dtype, copy=True).requires_grad_()
     tau = torch.tensor(temperature, dtype=torch.float64, requires_grad=True)
     nu = neg_lse(u, ids, tau, backend=backend)
@@ -343,7 +345,8 @@ def neg_lse_result(
 def assert_neg_lse_within_budget(
     backend: str, M: int, groups: str, temperature: float, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> tuple[Tensor, ...]:
-    """Compare random unit rows of 16 features with the oracle, and return the backend's result."""
+    """Compare a backend's neg_lse of random unit rows of 16 features with the oracle's, and return the backend's
+    result."""
     generator = torch.Generator().manual_seed(2)
     u = F.normalize(torch.randn(M, 16, generator=generator), dim=1).to(device, dtype)
     ids = group_ids(groups, M)[0].to(device)
@@ -353,8 +356,8 @@ def assert_neg_lse_within_budget(
         for each in ((backend, dtype), ("reference", dtype), ("reference", torch.float64))
     )
     assert torch.equal(value[0] == -math.inf, truth[0] == -math.inf)
-    # The temperature's gradient is a sum of w_i k^2 E[s]. Weights of both signs cancel, so it is judged by the size of
-    # its terms, with |s| about D^-1/2 = 1/4.
+    # The temperature's gradient is a sum of w_i E_i[s] / tau^2, with E_i[s] the mean similarity under row i's softmax.
+    # Weights of both signs cancel, so the gradient is judged by the size of its terms, with |s| about D^-1/2 = 1/4.
     scales = 0.0, 0.0, float(weights.abs().sum()) / (4 * temperature**2)
     assert_arrays_within_budget(value, same, truth, dtype, 1 / temperature, scales)
     return value
@@ -363,7 +366,7 @@ def assert_neg_lse_within_budget(
 def cross_result(
     batch: Sequence[Tensor], temperature: float, weights: Sequence[Tensor], backend: str, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
-    """Return cross_neg_lse of (u, v, u_ids, v_ids), and the gradients of its weighted sum in u, v and the
+    """Return cross_neg_lse of (u, v, u_ids, v_ids), and the gradients of its weighted sum with respect to u, v and the
     temperature."""
     u, v = (rows.to(dtype, copy=True).requires_grad_() for rows in batch[:2])
     tau = torch.tensor(temperature, dtype=torch.float64, requires_grad=True)
@@ -375,7 +378,7 @@ def cross_result(
 def assert_cross_neg_lse_within_budget(
     backend: str, M: int, K: int, groups: str, temperature: float, *, d: int = 16, device: str = "cpu"
 ) -> None:
-    """Compare random unit rows and columns with the oracle, in float32."""
+    """Compare a backend's cross_neg_lse of random unit rows and columns with the oracle's, in float32."""
     generator = torch.Generator().manual_seed(2)
     rows = [F.normalize(torch.randn(n, d, generator=generator), dim=1) for n in (M, K)]
     batch = [x.to(device) for x in (*rows, *group_ids(groups, M, K))]
@@ -394,8 +397,8 @@ def assert_cross_neg_lse_within_budget(
 
 
 def drift(backend: str, device: str = "cpu") -> float:
-    """Return the relative error of a float32 gradient over 8,192 columns with a common direction. No terms of its sums
-    cancel, so sums that round toward zero lose at every step."""
+    """Return the relative error of a float32 gradient whose sums run over 8,192 columns with a common direction. Their
+    terms do not cancel, so a sum that rounds toward zero loses at every step."""
     generator = torch.Generator().manual_seed(3)
     u, v = (F.normalize(torch.randn(n, 64, generator=generator) + 1, dim=1).to(device) for n in (32, 8192))
     ids = torch.arange(32, device=device), torch.arange(32, 32 + 8192, device=device)

@@ -1,6 +1,6 @@
-"""The family written out densely in float64: one oracle for each loss, which shares no code with the package.
+"""The family of losses written out densely: one oracle for each loss, sharing no code with the package.
 
-Each takes embeddings (already normalised) and the temperature, and returns the losses of the rows.
+Each takes embeddings (already normalised) and the temperature, and returns one loss per row.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ def per_row(tau: Tensor) -> Tensor:
 
 
 def multiview(u: Tensor, tau: Tensor, ids: Tensor | None = None, smoothing: float = 0.0) -> Tensor:
-    """Embeddings (V, N, D): for each row, the mean over its positives of the cross-entropy of that positive among
-    itself and the negatives."""
+    """For views (V, N, D): each row's mean, over its positives p, of the cross-entropy of p in the softmax over p and
+    the negatives."""
     V, N, _ = u.shape
     rows = u.flatten(0, 1)
     logits = rows @ rows.T / per_row(tau)
@@ -135,7 +135,7 @@ def info_nce(
     smoothing: float = 0.0,
     hardness: tuple[float, float] = (0.0, 0.0),
 ) -> Tensor:
-    """`hardness` is the strength for the in-batch negatives and for the explicit ones."""
+    """`hardness` holds two strengths: for the in-batch negatives, and for the explicit negatives."""
     losses = []
     for n in range(len(query)):
         t = tau[n] if tau.ndim else tau
@@ -158,8 +158,8 @@ def clip(image: Tensor, text: Tensor, tau: Tensor, ids: Tensor | None = None, sm
 
 
 def distill(image: Tensor, text: Tensor, tau: Tensor, t_image: Tensor, t_text: Tensor, t_tau: float | Tensor) -> Tensor:
-    """Half of each image's cross-entropy with the teacher's softmax over the texts, plus half of each text's over the
-    images."""
+    """For each pair, half of the image's cross-entropy with the teacher's softmax over the texts, plus half of the
+    text's cross-entropy with the teacher's softmax over the images."""
     logits, targets = image @ text.T / tau, t_image @ t_text.T / t_tau
 
     def direction(logits: Tensor, targets: Tensor) -> Tensor:
@@ -178,7 +178,8 @@ def guided(
     anchors: bool = True,
     positives: bool = True,
 ) -> Tensor:
-    """`rest` is the negatives, if any, and the temperature; `guide` has rows for query, key and negatives."""
+    """`rest` holds the negatives, if any, then the temperature; `guide` holds the guide's rows for query, key and
+    negatives."""
     *negatives, tau = rest
     losses = []
     for n in range(len(query)):
@@ -210,15 +211,16 @@ def siglip(image: Tensor, text: Tensor, tau: Tensor, bias: float | Tensor, ids: 
 def softplus_sums(
     u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, k: Tensor, bias: Tensor, positives: bool
 ) -> Tensor:
-    """For each row, the sum over columns of other groups of log(1 + exp(x)); with `positives`, plus the sum over
-    columns of its group of log(1 + exp(-x))."""
+    """For each row, the sum of log(1 + exp(x)) over the columns of other groups, where x = k s + bias; with
+    `positives`, plus the sum of log(1 + exp(-x)) over the columns of the row's own group."""
     x, agree = k * (u @ v.T) + bias, u_ids[:, None] == v_ids
     values = -F.logsigmoid(torch.where(agree, x, -x))
     return (values if positives else values.masked_fill(agree, 0)).sum(dim=1)
 
 
 def nt_logistic(u: Tensor, tau: Tensor, bias: float | Tensor, ids: Tensor | None = None) -> Tensor:
-    """For two views (2, N, D): each row's binary cross-entropy with its positive, plus those with its negatives."""
+    """For two views (2, N, D): the sum of each row's binary cross-entropies with its positive and with its
+    negatives."""
     N = u.shape[1]
     rows, groups = u.flatten(0, 1), (torch.arange(N) if ids is None else ids).repeat(2)
     logits = rows @ rows.T / tau + bias
@@ -231,8 +233,7 @@ def nt_logistic(u: Tensor, tau: Tensor, bias: float | Tensor, ids: Tensor | None
 
 
 def limited(u: Tensor, tau: Tensor, ids: Tensor | None = None, **limits: float) -> Tensor:
-    """Views (V, N, D): for each row, the mean over its positives of the cross-entropy of that positive among itself and
-    the negatives within the limit, which the least similar positive sets."""
+    """`multiview` with only the negatives up to the row's limit, which its least similar positive sets."""
     V, N, _ = u.shape
     rows = u.flatten(0, 1)
     sims = rows @ rows.T
@@ -297,7 +298,8 @@ def limited_sup_con(u: Tensor, tau: Tensor, labels: Tensor, form: str, ceiling: 
 
 
 def several(u: Tensor, v: Tensor, tau: Tensor, ids: Tensor, form: str) -> Tensor:
-    """For each row of u, the cross-entropy against all rows of v, where every row with its id is a positive."""
+    """For each row of u, the cross-entropy in the softmax over all rows of v, where every row of v with the same id is
+    a positive."""
     logits = u @ v.T / tau
     losses = []
     for i in range(len(u)):
@@ -310,8 +312,8 @@ def several(u: Tensor, v: Tensor, tau: Tensor, ids: Tensor, form: str) -> Tensor
 
 
 def towers(u: Tensor, v: Tensor, k: Tensor, both: bool) -> Tensor:
-    """InfoNCE from u to v, or its mean with the other direction (CLIP), at inverse temperature k, in a form that stays
-    accurate for tiny losses."""
+    """InfoNCE from u to v, or with `both` the mean of both directions (CLIP), at inverse temperature k, in a form that
+    stays accurate for tiny losses."""
     N = len(u)
     logits = k * (u @ v.T)
     pos, others = logits.diagonal(), ~torch.eye(N, dtype=torch.bool, device=u.device)

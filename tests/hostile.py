@@ -1,4 +1,4 @@
-"""Call every operator with one wrong argument: each call must raise an error that names it, or return correct numbers.
+"""Call every operator with one wrong argument: it must raise an error naming the argument, or return correct numbers.
 
 python -m tests.hostile [--kernels PATH]    the whole campaign; PATH is a build of fastntxent._cpu to test,
                                             such as the AddressSanitizer build of csrc/cpu/sanitize.sh
@@ -164,7 +164,7 @@ class Campaign:
             if "defect" in str(error) or not any(each in str(error) for each in told):
                 self.faults.append(f"{label}: names no argument: {type(error).__name__}: {str(error)[:150]}")
             return
-        far_away = any(f" {value} " in label for value in ("huge", "infinite", "negative"))  # exponents that overflow
+        far_away = any(f" {value} " in label for value in ("huge", "infinite", "negative"))  # exponentials overflow
         if "backend" not in arguments or self.backend == "blocked" or far_away:
             return
         tolerance = 2e-2 if "bfloat16" in label else 1e-3

@@ -26,7 +26,7 @@ def lightly(module):
 
 
 def open_clip():
-    """Return open_clip's file of losses alone: the whole package needs a working torchvision."""
+    """Return open_clip's module of losses alone: importing the whole package needs a working torchvision."""
     spec = importlib.util.find_spec("open_clip")
     if spec is None:
         pytest.skip("needs open_clip")
@@ -41,7 +41,7 @@ def sentence_transformers():
     try:
         importlib.import_module("sentence_transformers.sentence_transformer.losses")
         return importlib.import_module("sentence_transformers")
-    except Exception as error:  # with a broken torchvision, it raises an exception type of its own
+    except Exception as error:  # with a broken torchvision, the import raises an exception type of its own
         pytest.skip(f"needs sentence_transformers 6: {error}")
 
 
@@ -53,8 +53,8 @@ def batch(count, n, d, seed):
 
 
 def assert_same(ours, theirs, tau, *tensors, exact=1e-9):
-    """Compare value and gradients: equal in float64, and in float32 up to the rounding of logits of size 1/tau, which
-    remains when losses and gradients become small."""
+    """Compare value and gradients: up to `exact` in float64, and in float32 up to the rounding of logits of size 1/tau,
+    which does not shrink as losses and gradients do."""
     for dtype, tolerance in ((torch.float64, exact), (torch.float32, 1.5e-6 * (1 + 1 / tau))):
         mine, other = (value_and_gradients(loss, [z.to(dtype) for z in tensors]) for loss in (ours, theirs))
         sizes = [1.0, *(gradient_size(z, tau) for z in tensors)]
@@ -63,13 +63,13 @@ def assert_same(ours, theirs, tau, *tensors, exact=1e-9):
 
 
 def gradient_size(z, tau):
-    """Return roughly the largest gradient that a mean over the rows can have; for a scalar (temperature, scale),
-    1/tau."""
+    """Return roughly the largest norm that the gradient of a mean over the rows can have; for a scalar input
+    (temperature, scale), 1/tau."""
     return 1 / tau if z.ndim < 2 else 1 / (tau * float(z.norm(dim=-1).min()) * len(z) ** 0.5)
 
 
 def value_and_gradients(loss, tensors):
     inputs = [z.clone().requires_grad_() for z in tensors]
     value = loss(*inputs)
-    # Where a library returns a constant 0, it may not depend on an input.
+    # A library may return a constant 0, which depends on no input.
     return [value.detach(), *torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)]

@@ -22,7 +22,8 @@ from benchmarks import instruction_set
 from fastntxent.distributed import wire
 
 # Ranks are forked from a server that has already imported these, since importing PyTorch takes longer than most tests.
-# Variables that PyTorch reads on import, such as OMP_NUM_THREADS, have the values of the server's start.
+# Environment variables that PyTorch reads on import, such as OMP_NUM_THREADS, keep the values from when the server
+# started.
 _IMPORTED_ONCE = [
     "torch",
     "torch.distributed",
@@ -40,8 +41,8 @@ if _FORKS:
 def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """Call function(*args) on every rank of a new gloo group and return the ranks' results.
 
-    If the function raises or crashes on any rank, RuntimeError is raised here with the tracebacks of those ranks. The
-    result of a rank that ends by os._exit(0) is None.
+    If the function raises or crashes on any rank, RuntimeError is raised here with the traceback or exit code of each
+    such rank. The result of a rank that ends by os._exit(0) is None.
     """
     with tempfile.TemporaryDirectory() as folder:
         arguments = (world, folder, dict(os.environ), instruction_set.held, function, args)
@@ -68,7 +69,7 @@ def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def bytes_sent() -> Iterator[list[int]]:
-    """In this block, record the bytes that this rank sends in each torch.distributed call of fastntxent."""
+    """Yield a list that records how many bytes this rank sends in each torch.distributed call of fastntxent."""
     sent: list[int] = []
     gather, exchange, transfer = wire._all_gather, dist.all_to_all_single, dist.batch_isend_irecv
 

@@ -3,7 +3,7 @@
 A block of products enters the accumulator at once. A product's exponent is the sum of its factors' exponents (its
 significand, below 4, is not normalised); a subnormal factor has the exponent of the smallest normal number. All terms,
 the accumulator included, are shifted to the largest exponent. Bits below float32's 23 fraction bits and the chip's
-extra bits are lost. The sum of the rest is exact, and is truncated to float32: every rounding is toward zero.
+extra bits are lost. The sum of what remains is exact, and is truncated to float32: every rounding is toward zero.
 
 Fasi, Higham, Mikaitis and Pranesh, Numerical behavior of NVIDIA tensor cores (PeerJ Computer Science, 2021); Ootomo and
 Yokota (arXiv 2203.03341); Khattak and Mikaitis, Accurate models of NVIDIA tensor cores (doi 10.1145/3830409), who
@@ -31,7 +31,7 @@ CHIPS = {"nearest": TensorCore(0, 0), "a100": TensorCore(8, 1), "h100": TensorCo
 FAMILIES = {"a100": "sm_80", "h100": "sm_90"}  # the architecture whose tiles are used
 LEAST_EXPONENT = {"fp16": -14, "bf16": -126, "tf32": -126}
 _NONE = -1000  # the exponent of zero
-_LEAST_SHIFT = -133  # the shift of a block is at least this
+_LEAST_SHIFT = -133  # the exponent that a block is shifted to is at least this
 
 chosen = "h100"  # --tensor-cores
 
@@ -40,7 +40,7 @@ Array = npt.NDArray[Any]
 
 @np.errstate(all="ignore")
 def multiply_add(a: Array, b: Array, c: Array, core: TensorCore, kind: str) -> npt.NDArray[np.float32]:
-    """c (M, N) + a (M, K) b (K, N), for operands that `kind` represents exactly."""
+    """Return c + a b for a (M, K), b (K, N) and c (M, N); `kind` must represent a and b exactly."""
     if core.block == 0:
         return a.astype(np.float32) @ b.astype(np.float32) + c.astype(np.float32)
     a, b, c = (x.astype(np.float64) for x in (a, b, c))
@@ -81,7 +81,7 @@ def _of_tf32(x: Array) -> Array:
 
 
 def interpret(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Make Triton's interpreter multiply like that chip."""
+    """Make Triton's interpreter multiply like the named chip."""
     from triton.runtime import interpreter
 
     from fastntxent.backends.triton import config
@@ -99,5 +99,5 @@ def interpret(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         return interpreter.TensorHandle(multiply_add(x, y, c.data, CHIPS[name], kind), c.dtype.scalar)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
-    at_once = CHIPS[name].block or 128  # to nearest: no bits are lost, as if all were added at once
+    at_once = CHIPS[name].block or 128  # "nearest" loses no bits, as if all were added at once
     monkeypatch.setattr(config, "products_at_once", lambda chip: at_once)

@@ -32,7 +32,7 @@ from tests.cases import (
 from tests.tiers import tiered
 
 TEMPERATURES = [0.001, 0.01, 0.07, 0.5, 10.0]
-HALF = TILE // 2  # N of one tile, because M = 2N
+HALF = TILE // 2  # the N that fills one tile, because M = 2N
 
 
 @pytest.fixture(params=KERNELS)
@@ -173,7 +173,7 @@ def test_nt_xent_zero_rows_within_budget(backend, dtype):
     loss, truth = error_budget.true_loss_and_gradient(z_i, z_j, 0.5)
     results = [evaluate(batch, name) for name in (backend, "reference")]
     value, same = (torch.cat((r.d_z_i, r.d_z_j)) for r in results)
-    # A zero row's gradient is d_u / eps, 1e4 to 1e12 times larger than the others, so these are judged apart.
+    # A zero row's gradient is d_u / eps, 1e4 to 1e12 times larger than other gradients, so zero rows are judged apart.
     zero = torch.zeros(80, dtype=torch.bool).index_fill(0, torch.tensor([3, 43, 48]), True)
     for rows in (zero, ~zero):
         limit = error_budget.allowed(error_budget.errors_of(same[rows], truth[rows]), dtype, 2.0, output_dtype=dtype)
@@ -301,7 +301,7 @@ def test_neg_lse_row_without_negatives_is_minus_infinity_with_zero_gradient(back
 
 @pytest.mark.parametrize("temperature", [0.001, 0.5])
 def test_neg_lse_of_rows_without_negatives_can_be_masked_away(backend, temperature):
-    # torch.where lets 0 * inf = NaN reach the masked rows; it must not spread to the others.
+    # torch.where lets 0 * inf = NaN reach the masked rows; the NaN must not spread to the other rows.
     u = torch.nn.functional.normalize(torch.randn(4, 3), dim=1).requires_grad_()
     ids = torch.zeros(4, dtype=torch.long)
     nu = neg_lse(u, ids, temperature, backend=backend)

@@ -209,7 +209,7 @@ def test_scaling_refuses_more_threads_than_processors(capsys):
     count = machine.processors()
     with pytest.raises(SystemExit):
         cli.main(["scaling", "--threads", "1", str(count + 1)])
-    assert f"--threads {count + 1}: this machine has {count} processors to use" in capsys.readouterr().err
+    assert f"--threads {count + 1}: this process may use {count} processors" in capsys.readouterr().err
 
 
 def test_similarities_are_multiplied_some_rows_at_a_time(monkeypatch):
@@ -254,7 +254,7 @@ def test_a_drop_in_that_is_another_loss_is_not_timed():
 @pytest.mark.slow
 @needs_linux
 def test_losses_stay_within_their_memory():
-    # Beside the inputs, 2 x 16 MiB of features, clip holds their gradients and the kernel's copies, but never 256 MiB
+    # Besides the inputs, 2 x 16 MiB of features, clip holds their gradients and the kernel's copies, but never 256 MiB
     # of logits. sup_con has 200,000 positive pairs in ten classes, and computes their terms in tiles.
     assert family.peak("two towers", "clip", 8192, 512) < 128 * 2**20
     assert family.peak("labels", "sup_con pairs", 1024, 128) < 50 * 2**20
@@ -384,7 +384,8 @@ RESULTS = {
 
 @pytest.fixture
 def committed(tmp_path):
-    """Write synthetic records, and pages with the markers of the sections."""
+    """Write synthetic records, and pages with the markers of their sections; return the folder and the benchmarks
+    page."""
     for suite, results in RESULTS.items():
         record = {"suite": suite, "machine": MACHINE, "missing": {}, "results": results}
         (tmp_path / f"{suite}.json").write_text(json.dumps(record))
@@ -407,7 +408,7 @@ def test_report_fills_the_pages_and_draws(committed):
     assert "| AVX2 | A CPU | 256 | 128 | 3.14 | 1.6 | 10 |" in text
     assert "### AVX2\n\n| N | D | `blocked` | eager | info-nce-pytorch\\* |" in text
     assert "| 256 | 128 | 3.14 | 31.4 | 1 | 1.6 | 10 |" in text
-    assert "another loss, for scale" in text
+    assert "a different loss, for scale" in text
     assert "| two views, N = 256 | 128 | 1 | 1.5 |" in text
     assert "| two views, N = 256 | 128 | 2 | 0.5 | 48 | 1,066 | 75 % | 10 % | 15 % | 0.9 |" in text
     assert "| 256 | 128 | < 1 | 6 |" in text
@@ -450,7 +451,7 @@ def test_report_has_rows_for_every_instruction_set(committed):
         ["| AVX2", "A CPU", "256"],
     ]
     assert "our kernel: avx512" in text
-    assert "our kernel held to avx2" in text
+    assert "our kernel restricted to avx2" in text
     assert text.index("### AVX-512") < text.index("### AVX2")
 
 
@@ -465,7 +466,7 @@ def test_report_says_how_to_make_the_times(committed):
 def test_report_says_which_marker_or_file_is_missing(committed):
     results, page = committed
     page.write_text(page.read_text().replace("<!-- /figures:memory -->", ""))
-    with pytest.raises(SystemExit, match="a page needs <!-- figures:memory -->"):
+    with pytest.raises(SystemExit, match="a page must contain <!-- figures:memory -->"):
         cli.main(["report", "--results", str(results), "--root", str(results), "--check"])
     (results / "scaling.json").unlink()
     assert report.table_of(results, "scaling").startswith("Not measured: `python -m benchmarks scaling --out")
@@ -493,7 +494,7 @@ def test_figures_of_a_kernel_held_to_an_instruction_set_say_so(released, tmp_pat
     record = run("cpu", tmp_path / "cpu.json", *options)
     assert _cpu.instruction_set() == BASELINE
     assert record["machine"]["held"] == record["machine"]["instruction_set"] == BASELINE
-    assert f"our kernel held to {BASELINE}" in capsys.readouterr().out
+    assert f"our kernel restricted to {BASELINE}" in capsys.readouterr().out
 
 
 @needs_cpu_kernels

@@ -127,7 +127,8 @@ def test_two_threads_gain_what_was_measured():
 
 @needs_results
 def test_the_committed_prediction_is_that_of_these_kernels():
-    """If it fails: python -m benchmarks schedule --out benchmarks/results/schedule.json, then the report."""
+    """If this fails: python -m benchmarks schedule --out benchmarks/results/schedule.json, then python -m benchmarks
+    report."""
     known = json.loads((RESULTS / "schedule.json").read_text())["results"]
     problems = {problem.name: problem for problem in schedule.problems(None, 128)}
     assert {row["problem"] for row in known} == set(problems)

@@ -56,7 +56,7 @@ def test_cached_backward_holds_one_chunk_of_activations():
 
 
 def test_cached_backward_of_no_rows_takes_as_many_passes():
-    # A rank without rows must run as many passes as the others, because the encoder or the loss may be collective.
+    # A rank without rows must run as many passes as the other ranks, because encoder and loss may call collectives.
     encoder, sizes = nn.Linear(6, 5), []
     encoder.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
     cached_backward(encoder, torch.randn(2, 0, 6).unbind(), lambda z_i, z_j: (z_i * z_j).sum(), chunk_size=[0, 0])
@@ -74,8 +74,8 @@ def test_cached_backward_accumulates_in_grad():
 
 
 def test_cached_backward_replays_dropout():
-    # The loss is linear in the embeddings, so the gradient is a sum over rows of the features that dropout kept. They
-    # must be those of the first pass, whose embeddings the loss saw.
+    # The loss is the sum of the embeddings, so the gradient sums the features that dropout kept in the second pass.
+    # Only if the first pass kept the same features does gradient times weight equal the loss.
     torch.manual_seed(0)
     encoder = nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 1, bias=False))
     seen = []
@@ -117,7 +117,7 @@ def test_cached_backward_updates_running_statistics_once():
 
 
 class Replica(nn.Linear):
-    """Records for each pass with a graph whether DistributedDataParallel would synchronise in it."""
+    """An encoder that logs, for each pass with a graph, whether DistributedDataParallel would synchronise gradients."""
 
     def __init__(self):
         super().__init__(6, 5)
@@ -157,7 +157,7 @@ VIEW = torch.randn(4, 6)
         ([VIEW, VIEW], 2.0, None, TypeError, "chunk_size must be an int, got float"),
         ([VIEW, VIEW], [2, True], None, TypeError, "chunk_size must be an int, got bool"),
         ([VIEW, VIEW], [5, -1], None, ValueError, "chunk_size must be at least 0, got -1"),
-        ([VIEW, VIEW], [], None, ValueError, "chunk_size must hold the rows of at least one chunk, got none"),
+        ([VIEW, VIEW], [], None, ValueError, "chunk_size must list the number of rows of at least one chunk"),
         ([VIEW, VIEW], [2, 1], None, ValueError, r"chunk_size must add up to the 4 rows of views\[0\], got 3"),
         ([], 2, None, ValueError, "at least one tensor"),
         ([VIEW, [1]], 2, None, TypeError, r"views\[1\] must be a torch.Tensor, got list"),
@@ -559,7 +559,7 @@ def test_cached_backward_second_pass_that_does_not_repeat_is_an_error():
     counter = iter(range(100))
     encoder = nn.Linear(6, 5)
     encoder.register_forward_hook(lambda module, args, output: output + next(counter))
-    with pytest.raises(RuntimeError, match="other embeddings in the second pass"):
+    with pytest.raises(RuntimeError, match="different embeddings in the second pass"):
         cached_backward(encoder, torch.randn(2, 10, 6).unbind(), loss_of, chunk_size=5)
 
 
@@ -576,10 +576,10 @@ def test_cached_backward_within_cached_parametrizations_is_an_error():
             nn.LazyLinear(5),
             2 * [torch.ones(4, 6)],
             ValueError,
-            "encoder must have all its parameters, got a lazy layer",
+            "encoder must be initialised, got a lazy layer",
         ),
         (nn.LSTM(6, 5), 2 * [torch.ones(4, 6)], TypeError, r"encoder must return a torch\.Tensor, got tuple"),
-        (nn.Flatten(0), 2 * [torch.ones(4, 6)], ValueError, r"a row for each of the 3 rows, got shape \(18,\)"),
+        (nn.Flatten(0), 2 * [torch.ones(4, 6)], ValueError, r"3 embeddings, one per input row, got shape \(18,\)"),
         (nn.Linear(6, 5), 2 * [torch.ones(4, 6).to_sparse()], TypeError, r"views\[0\] must be a dense"),
         (
             nn.Linear(6, 5),
@@ -619,8 +619,8 @@ def replicated_step(encoder, views, loss_fn, chunk_size):
 
 
 def step_on_ranks(views, step, loss_fn, **options):
-    """Return the gradients of the second of two steps, and embeddings that reveal the state after it. The initial state
-    differs between the ranks."""
+    """Run two steps; return the gradients of the second, and embeddings that reveal the state afterwards. The initial
+    state differs between the ranks."""
     torch.manual_seed(1)
     encoder = DistributedDataParallel(Assigned(), **options)
     encoder.module.transient.mul_(1 + dist.get_rank())  # overwritten by the first rank's broadcast
@@ -631,7 +631,7 @@ def step_on_ranks(views, step, loss_fn, **options):
 
 
 def cached_on_ranks():
-    """Return for each wrapper the result and the expected one, and the error of each unsupported combination."""
+    """Return cached and uncached results for each wrapper, and the error of each unsupported combination."""
     generator = torch.Generator().manual_seed(1)
     views = [view.split((6, 4))[dist.get_rank()] for view in torch.randn(2, 10, 6, generator=generator)]
     loss_fn = NTXentLoss(0.2, group=dist.group.WORLD)
@@ -691,7 +691,7 @@ def test_cached_backward_on_ranks_is_the_step_it_stands_for(of_ranks, how):
     ("how", "message"),
     [
         ("a tower without find_unused_parameters", "find_unused_parameters=True"),
-        ("a last view without a gradient", "put a view that has a gradient last in views"),
+        ("a last view without a gradient", "reorder views so that its last view has a gradient"),
         ("a static graph", "with static_graph=True"),
     ],
 )

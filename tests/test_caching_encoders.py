@@ -1,4 +1,4 @@
-"""Gradient caching of real set-ups: several encoders, mappings and dataclasses as inputs, tokens, AMP, ranks."""
+"""Gradient caching in real set-ups: several encoders, mappings and dataclasses as inputs, tokens, AMP, ranks."""
 
 import collections
 import copy
@@ -28,7 +28,7 @@ def gradients(*modules):
 
 
 class Encoding(collections.UserDict):
-    """Like Hugging Face's BatchEncoding: a mapping that is not a dict, with its items as attributes too."""
+    """Like Hugging Face's BatchEncoding: a mapping that is not a dict and whose items are also attributes."""
 
     def __init__(self, data, n_sequences):
         super().__init__(data)
@@ -85,7 +85,7 @@ class Image(nn.Module):
 
 
 class Text(nn.Module):
-    """Called like a Hugging Face model: keyword arguments, and an output with the embeddings in one of its fields."""
+    """Like a Hugging Face model: called with keyword arguments; the embeddings are one field of the output."""
 
     def __init__(self):
         super().__init__()
@@ -339,7 +339,7 @@ def test_encoder_kwargs_go_to_every_call():
 @pytest.mark.parametrize(
     ("budget", "expected"),
     [
-        (7, [4, 7, 4, 7, 6, 4]),  # the rows have 3 + 1, 7, 2 + 2, 5 + 1 + 1, 6, 4 tokens
+        (7, [4, 7, 4, 7, 6, 4]),  # tokens of the rows, by chunk: 3 + 1, 7, 2 + 2, 5 + 1 + 1, 6, 4
         (1, [3, 1, 7, 2, 2, 5, 1, 1, 6, 4]),
         (100, [32]),
     ],
@@ -368,7 +368,7 @@ def test_lengths_may_be_a_function_of_the_view():
         text, [view, view], nt_xent, chunk_tokens=2 * WIDTH, lengths=by_width, unpack=True, output="pooler_output"
     )
     expected = lengths().reshape(-1, 2).sum(1).tolist()
-    assert text.seen == 2 * expected  # `seen` is state, so it is as after one pass
+    assert text.seen == 2 * expected  # `seen` is state, so it ends as after one pass
 
 
 def test_chunks_may_be_listed_for_each_view():
@@ -489,9 +489,9 @@ X = torch.randn(4, 6)
     [
         (([nn.Linear(6, 5)], [X, X]), {}, ValueError, "encoder must hold a module for each of the 2 views, got 1"),
         (([nn.Linear(6, 5), abs], [X, X]), {}, TypeError, r"encoder\[1\] must be a torch\.nn\.Module, got builtin"),
-        (([nn.Linear(6, 5), nn.LazyLinear(5)], [X, X]), {}, ValueError, r"encoder\[1\] must have all its parameters"),
+        (([nn.Linear(6, 5), nn.LazyLinear(5)], [X, X]), {}, ValueError, r"encoder\[1\] must be initialised"),
         ((nn.Linear(6, 5), {"x": X}), {}, TypeError, "views must be a sequence, one element per view, got one dict"),
-        ((nn.Linear(6, 5), [X, {"x": "y"}]), {}, TypeError, r"views\[1\] must be a torch.Tensor, got dict that holds"),
+        ((nn.Linear(6, 5), [X, {"x": "y"}]), {}, TypeError, r"views\[1\] must be a torch.Tensor, got dict without"),
         (
             (nn.Linear(6, 5), [X, {"x": X, "y": [X, X[:3]]}]),
             {},
@@ -506,7 +506,7 @@ X = torch.randn(4, 6)
         ),
         ((nn.Linear(6, 5), [X, [X.to_sparse()]]), {}, TypeError, r"views\[1\]\[0\] must be a dense"),
         ((nn.Linear(6, 5), [[X[:0]], X]), {}, ValueError, r"views\[0\]\[0\] must have at least one row"),
-        ((nn.Linear(6, 5), [X, X]), {"chunk_tokens": 3}, TypeError, "chunk_size must be given, or chunk_tokens in its"),
+        ((nn.Linear(6, 5), [X, X]), {"chunk_tokens": 3}, TypeError, "chunk_size must be given, or chunk_tokens"),
         ((nn.Linear(6, 5), [X, X]), {"chunk_size": None}, TypeError, "chunk_size must be given, or chunk_tokens"),
         (
             (nn.Linear(6, 5), [X, X]),
@@ -518,7 +518,7 @@ X = torch.randn(4, 6)
             (nn.Linear(6, 5), [X, X]),
             {"chunk_size": None, "chunk_tokens": 3},
             ValueError,
-            r"views\[0\] has no 'attention_mask' to count the tokens of",
+            r"views\[0\] has no 'attention_mask' to count tokens with",
         ),
         (
             (nn.Linear(6, 5), [X, X]),
@@ -557,7 +557,8 @@ def share(x):
 
 
 def towers_on_ranks():
-    """Return gradients on two ranks and on one process, for one DDP wrapper per tower, FSDP2 and the first FSDP."""
+    """Return results of two ranks and of one process, with each tower wrapped in DDP, in FSDP2 and in the first
+    FSDP."""
     found = {}
     loss_fn = CLIPLoss(0.2, group=dist.group.WORLD)
     arguments = {"unpack": True, "output": [None, "pooler_output"]}

@@ -17,7 +17,7 @@ X = torch.randn(2, N, FEATURES, generator=torch.Generator().manual_seed(0))
 
 
 class Encoder(nn.Module):
-    """A layer with dropout that counts its calls, and returns `output` of the result and the count."""
+    """A layer with dropout that counts its calls and returns `output(result, count)`."""
 
     def __init__(self, output: Callable[[Tensor, int], Any] = lambda z, calls: z):
         super().__init__()
@@ -79,12 +79,12 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "returns a number": (
         returning(lambda z, calls: z.sum()),
         ValueError,
-        "encoder must return a row for each of the 2 rows, got shape ()",
+        "encoder must return 2 embeddings, one per input row, got shape ()",
     ),
     "returns columns": (
         returning(lambda z, calls: z.T),
         ValueError,
-        "encoder must return a row for each of the 2 rows, got shape (4, 2)",
+        "encoder must return 2 embeddings, one per input row, got shape (4, 2)",
     ),
     "returns integers": (
         returning(lambda z, calls: z.long()),
@@ -109,7 +109,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "returns other widths": (
         returning(lambda z, calls: z[:, :calls]),
         ValueError,
-        "encoder must return rows of one shape, got rows (1,) and (2,)",
+        "encoder must return rows of the same shape, got (1,) and (2,)",
     ),
     "returns another width again": (
         returning(lambda z, calls, seen=[]: (seen.append(1), z[:, :2] if len(seen) > 6 else z)[1]),
@@ -119,7 +119,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "returns other numbers again": (
         returning(lambda z, calls, seen=[]: (seen.append(1), len(seen) * z)[1]),
         RuntimeError,
-        "encoder gave other embeddings in the second pass over the same rows",
+        "encoder gave different embeddings in the second pass over the same rows",
     ),
     "returns no graph": (
         returning(lambda z, calls: z.detach()),
@@ -136,7 +136,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "views are none": ({"views": None}, TypeError, "views must be a sequence, one element per view, got NoneType"),
     "views are a number": ({"views": 2}, TypeError, "views must be a sequence, one element per view, got int"),
     "views are one": ({"views": X}, TypeError, "views must be a sequence of tensors, one per view, got one tensor"),
-    "no views": ({"views": []}, ValueError, "views must hold at least one tensor, got none"),
+    "no views": ({"views": []}, ValueError, "views must hold at least one view, got an empty sequence"),
     "view of numpy": ({"views": X.numpy()}, TypeError, "views[0] must be a torch.Tensor, got ndarray"),
     "view without rows": ({"views": [X[0], X[1, :0]]}, ValueError, "views[1] must have at least one row, got shape"),
     "view is a number": (
@@ -152,7 +152,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "views of other lengths": (
         {"views": [X[0], X[1, :3]]},
         ValueError,
-        "z_i and z_j must have the same shape, got (6, 4) and (3, 4)",  # raised by this loss; others accept it
+        "z_i and z_j must have the same shape, got (6, 4) and (3, 4)",  # raised by this loss; other losses accept them
     ),
     "view with other keys": (
         {"views": [{"x": X[0]}, {3: X[1]}], "unpack": True},
@@ -220,13 +220,13 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
             ("2", TypeError, "an int, got str"),
             ({2: 2}, TypeError, "an int, got dict"),
             (torch.tensor(2), TypeError, "an int, got Tensor"),
-            (None, TypeError, "given, or chunk_tokens in its place, and not both"),
+            (None, TypeError, "given, or chunk_tokens in its place, but not both"),
             ([3, -1, 4], ValueError, "at least 0, got -1"),
             ([3.0, 3.0], TypeError, "an int, got float"),
             ([[3, 3], 6], TypeError, "an int, got list"),
         )
     },
-    "chunks of nothing": ({"chunk_size": [[], []]}, ValueError, "chunk_size must hold the rows of at least one chunk"),
+    "chunks of nothing": ({"chunk_size": [[], []]}, ValueError, "chunk_size must list the number of rows of at"),
     "chunks of too many": (
         {"chunk_size": [3, 4]},
         ValueError,
@@ -277,18 +277,18 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "output of a float": (
         {"output": 3.5},
         ValueError,
-        "output must be a key, index or attribute of the output of encoder, Tensor, or a function of it, got 3.5",
+        "output must be a function, or a key, index or attribute of the output of encoder (Tensor), got 3.5",
     ),
     "output of no key": (
         {**returning(lambda z, calls: {"a": z}), "output": "b"},
         ValueError,
-        "output must be a key, index or attribute of the output of encoder, dict with the keys 'a', or a function of "
-        "it, got 'b'",
+        "output must be a function, or a key, index or attribute of the output of encoder (dict with the keys 'a'), "
+        "got 'b'",
     ),
     "output beyond": (
         {**returning(lambda z, calls: (z,)), "output": 3},
         ValueError,
-        "of the output of encoder, tuple of length 1, or a function of it, got 3",
+        "of the output of encoder (tuple of length 1), got 3",
     ),
     "output of none": (
         {"output": lambda z: None},

@@ -32,7 +32,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def answers(monkeypatch):
-    """Verdicts that child processes return: "passed", unless a test puts another one here."""
+    """Verdicts that child processes return for each backend: "passed", unless a test puts another verdict here."""
     found = {}
     passed = Verdict("passed", checks=3)
     monkeypatch.setattr(policy.process, "check_in_child", lambda request: found.get(request["backend"], passed))
@@ -41,7 +41,7 @@ def answers(monkeypatch):
 
 
 def run(capsys, *arguments):
-    """Return the exit status, stdout and stderr."""
+    """Run the command; return the exit status, stdout and stderr."""
     try:
         status = commands.main(arguments)
     except SystemExit as end:

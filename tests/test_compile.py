@@ -22,7 +22,7 @@ SIZES = (4, 7, 3, 12, 47, 16)
 
 # These hold rows between calls: the position in the queue is state of the module, not a function of the inputs.
 STATEFUL = {"QueueInfoNCELoss", "lightly.NTXentLoss bank"}
-# It selects the distinct pairs, so the size of its result depends on the data.
+# This loss selects the distinct pairs, and how many there are depends on the data.
 DATA_DEPENDENT = {"pytorch_metric_learning.SupConLoss pairs"}
 WITHOUT_STATE = [name for name in CALLS if name not in STATEFUL]
 
@@ -38,7 +38,7 @@ def counted(function):
 
 
 def scheduled(call):
-    """Return the call with the temperature as its first argument; on a module it is set, as a schedule would."""
+    """Return the call with the temperature as its first argument; a module's temperature is set, as by a schedule."""
     if not call.temperature:
         loss = call.make()
         return lambda tau, *tensors: loss(*tensors)
@@ -68,10 +68,10 @@ def test_compile_takes_two_graphs_at_changing_sizes_and_temperatures(name):
     for n in SIZES:
         inputs = (0.3 + n / 100, *call.inputs(n))
         assert_same(compiled(*inputs), run(*inputs), inputs)
-    assert counter.frame_count <= 2  # one for the first batch size, one for any other
+    assert counter.frame_count <= 2  # one for the first batch size, one for all others
 
 
-# Every operator that takes a temperature, in a loss that passes the caller's temperature unchanged.
+# Every operator that takes a temperature, through a loss that passes the caller's temperature on unchanged.
 OF_A_FLOAT = [
     *(
         "nt_xent",
@@ -112,7 +112,7 @@ def test_a_float_temperature_is_a_constant_of_the_graph(name):
 
 
 def _temperatures(graph):
-    """Yield the inv_tau argument of each of our operators."""
+    """Yield the inv_tau argument of each call of our operators in the graph."""
     for node in graph.graph.nodes:
         schema = getattr(node.target, "_schema", None)
         if schema is not None and schema.name.startswith("fastntxent::"):
@@ -135,7 +135,7 @@ def test_a_temperature_that_changes_takes_one_graph_more(name):
     for n in range(6):
         inputs = (0.3 + n / 100, *call.inputs(8))
         assert_same(compiled(*inputs), run(*inputs), inputs)
-    assert len(kernels) == 4  # forward and backward, for the first temperature and for any other
+    assert len(kernels) == 4  # forward and backward, for the first temperature and for all others
 
 
 @needs_constants
@@ -160,7 +160,7 @@ def test_a_hardness_that_changes_takes_one_graph_more(loss):
         value = compiled(0.3 + n / 10, *inputs)
         value.backward()
         torch.testing.assert_close(value, loss(0.3 + n / 10, *inputs))
-    assert len(kernels) == 4  # forward and backward, for the first hardness and for any other
+    assert len(kernels) == 4  # forward and backward, for the first hardness and for all others
 
 
 def test_a_pytorch_that_cannot_tell_constants_compiles_them_as_tensors(monkeypatch):
@@ -197,7 +197,7 @@ def test_jit_trace_gives_value_and_gradient_of_other_sizes(name):
 
 
 def dynamic(inputs):
-    """Make the batch dimension dynamic: the first one, the second one of stacked views, or both of a mask."""
+    """Make the batch dimensions dynamic: usually the first, but the second of stacked views and both of a mask."""
     auto, n = torch.export.Dim.AUTO, 8
     return (tuple({dim: auto for dim, size in enumerate(x.shape) if size >= n} for x in inputs),)
 

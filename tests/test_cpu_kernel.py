@@ -288,7 +288,7 @@ def test_ctrl_c_ends_a_long_call():
     ("threads", "reduction"), [(1, "none"), (2, "none"), (2, "mean")], ids=["1 thread", "2 threads", "scalar path"]
 )
 def test_daemon_thread_in_a_call_lets_the_process_end(threads, reduction):
-    # Interpreter shutdown takes a second. In that time the thread's calls end, and it tries to start new ones.
+    # Interpreter shutdown takes a second. In that time the thread's calls end, and the thread tries to start new ones.
     code = f"""
         import threading, time, torch, fastntxent
         torch.set_num_threads({threads})

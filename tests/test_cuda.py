@@ -131,8 +131,8 @@ def test_grids_that_are_forced_within_budget(emulate, form, dtype):
 @needs_emulator
 @pytest.mark.parametrize("multiprocessors", [1, 4])
 def test_bits_do_not_depend_on_the_order_of_events(emulate, multiprocessors):
-    # Nor on when an asynchronous copy happens (a missing barrier or wait would change the bits), nor on whether the
-    # device takes the whole grid (odd seeds) or half of it.
+    # The bits do not depend on when an asynchronous copy happens either (a missing barrier or wait would change them),
+    # nor on whether the device takes the whole grid (odd seeds) or half of it.
     for dtype in DTYPES:
         batch = random_batch(70, 150, 0.1, dtype=dtype)
         results = []

@@ -1,4 +1,4 @@
-"""Losses over ranks: value and parameter gradients, compared with one process's float64 loss of the whole batch."""
+"""Losses across ranks: values and parameter gradients, compared with the whole batch in one process, in float64."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.tiers import tiered
 
 FEATURES, D, VIEWS = 6, 16, 3
 TAU = 0.2
-SIZES = {1: [7], 2: [5, 8], 3: [4, 0, 6], 4: [3, 6, 0, 2]}  # samples of each rank
+SIZES = {1: [7], 2: [5, 8], 3: [4, 0, 6], 4: [3, 6, 0, 2]}  # world size: samples of each rank
 RTOL = 1e-5
 
 # Each case takes embeddings (VIEWS, n, D), ids (n,), a learnt temperature, and the options `group` and `backend`.
@@ -58,19 +58,19 @@ def guided(z: Tensor, ids: Tensor, tau: Tensor, *, negatives: bool = False, **kw
 
 
 def sup_con(z: Tensor, ids: Tensor, tau: Tensor, *, several: bool = False, **kw: Any) -> Tensor:
-    """Use all views; with `several`, each row has as many labels as its id says, possibly none."""
+    """SupCon of all views; with `several`, a row with id i has i labels, possibly none."""
     labels = torch.arange(3) < ids[:, None] if several else ids
     return fastntxent.sup_con(z.flatten(0, 1), labels.repeat(VIEWS, *[1] * (labels.ndim - 1)), tau, **kw)
 
 
 def weighted_sup_con(z: Tensor, ids: Tensor, tau: Tensor, **kw: Any) -> Tensor:
-    """Use all views, with pair weights whose last row is 0."""
+    """SupCon of all views, with pair weights whose last row is 0."""
     weights = torch.tensor([[1.0, 0.5, 0.0, 0.2], [0.1, 2.0, 0.7, 0.0], [0.0, 0.3, 0.4, 0.0], [0.0, 0.0, 0.0, 0.0]])
     return fastntxent.sup_con(z.flatten(0, 1), ids.repeat(VIEWS) % 4, tau, pair_weights=weights.to(z.device), **kw)
 
 
 def queue(z: Tensor, ids: Tensor, tau: Tensor, **kw: Any) -> Tensor:
-    """Two steps: the second has the first one's keys in the queue. Query and key come from different views."""
+    """Two steps: in the second, the queue holds the keys of the first. Query and key come from different views."""
     loss = fastntxent.QueueInfoNCELoss(20, D, **kw)
     loss.__class__ = _WithTemperature
     loss.given = tau
@@ -217,7 +217,7 @@ def every_case(world: int) -> dict[tuple[str, str], tuple[Result, Result]]:
         group = Sharding(dist.group.WORLD, strategy=strategy)
         for name, call in CASES.items():
             results[name, strategy] = tuple(evaluate(model, x, ids, call, group=group) for _ in range(2))
-            if name == PER_ROW:  # each rank has the part of its rows: average as DDP would
+            if name == PER_ROW:  # a rank's gradient covers only its own rows: average as DDP would
                 for result in results[name, strategy]:
                     dist.all_reduce(result.d_temperature)
                     result.d_temperature.div_(world)
@@ -245,7 +245,8 @@ def test_ranks_equal_one_process(results, name: str, strategy: str):
 
 
 def few_rows(sizes: list[int]) -> list[tuple[Tensor, Tensor]]:
-    """Return losses whose gradients are expanded one-element tensors, and their gradients in this rank's rows."""
+    """Return losses whose gradients are expanded one-element tensors, and their gradients with respect to this rank's
+    z_i."""
     first = sum(sizes[: dist.get_rank()])
     here, found = slice(first, first + sizes[dist.get_rank()]), []
     for name in FEW:

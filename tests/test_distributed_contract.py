@@ -1,4 +1,4 @@
-"""Further promises of losses over ranks: reductions, options, wrappers, bytes, memory and errors."""
+"""Further promises of losses across ranks: reductions, options, wrappers, bytes, memory and errors."""
 
 from __future__ import annotations
 
@@ -75,7 +75,8 @@ def row_weights() -> Tensor:
 
 
 def compared(x: Tensor) -> dict[str, error_budget.Report]:
-    """Return comparisons with the reference: sound ones, and one in which rank 1's gradient is wrong by 1e-4."""
+    """Return comparisons with the reference: sound ones, and one in which rank 1's gradient has a relative error of
+    1e-4."""
     world, right = dist.group.WORLD, BlockedBackend.cross_neg_lse_backward
 
     def wrong(*args: Any) -> tuple[Tensor, Any, Any]:
@@ -92,7 +93,8 @@ def compared(x: Tensor) -> dict[str, error_budget.Report]:
 
 
 def error_of_weights(rank: int) -> dict[str, str]:
-    """Return this rank's error, or "none", for each pair of pair_weights that the two ranks pass."""
+    """Let each rank pass its element of each pair as pair_weights; return this rank's errors, or "none", by the pair's
+    name."""
     weights = torch.rand(300, 300, generator=torch.Generator().manual_seed(0))
     swapped = weights.clone()
     swapped[0, 0], swapped[3, 7] = weights[3, 7], weights[0, 0]
@@ -171,7 +173,7 @@ def two_ranks() -> dict[str, Any]:
 
 
 def error_of_queues(rank: int, world: Any) -> str:
-    """Both queues are full, but the next row goes to a different position on each rank."""
+    """Return this rank's error if both queues are full, but the next row goes to a different position on each rank."""
     loss = fastntxent.QueueInfoNCELoss(4, D, group=world)
     for n in (3, 1 + rank):
         loss.queue.push(torch.ones(n, D))
@@ -182,7 +184,7 @@ def error_of_queues(rank: int, world: Any) -> str:
     return "none"
 
 
-# Keys: what the error must say. Values: what each of two ranks passes.
+# Keys: what the error must say. Values: what each of the two ranks passes.
 DISAGREEMENTS: dict[str, list[dict[str, Any]]] = {
     "features is 3 on rank 0; 4 on rank 1": [{"d": 3}, {"d": 4}],
     "dtype is torch.float32 on rank 0; torch.float64 on rank 1": [{}, {"dtype": torch.float64}],
@@ -236,7 +238,8 @@ def test_bfloat16_on_the_wire_is_the_loss_of_rounded_rows(found):
     assert first.same_bits(found[1]["bfloat16"])
     expected = truth("nt_xent", N)
     assert 1e-6 < relative(first.d_weight, expected.d_weight) < 2e-2
-    # Here too, the rows of the negatives are rounded. The positives are not, and the gradient passes straight through.
+    # The float64 loss below rounds the rows of the negatives too, but not the positives. Its gradient passes straight
+    # through the rounding.
     x, _ = whole_batch(N)
     model = encoder(torch.float64)
     z = model(x[:2].flatten(0, 1).double())
@@ -297,17 +300,17 @@ def test_compiled_code_around_the_loss_is_the_same(found):
 @pytest.mark.parametrize("says", DISAGREEMENTS)
 def test_disagreement_is_named_on_every_rank(found, says: str):
     for of_rank in found:
-        assert of_rank["errors"][says] == f"the ranks must be given the same: {says}"
+        assert of_rank["errors"][says] == f"these must be the same on every rank: {says}"
 
 
 def test_queues_that_go_on_from_different_places_are_named_on_every_rank(found):
     for of_rank in found:
-        assert of_rank["queues"] == "the ranks must be given the same: queue_pointer is 0 on rank 0; 1 on rank 1"
+        assert of_rank["queues"] == "these must be the same on every rank: queue_pointer is 0 on rank 0; 1 on rank 1"
 
 
 @pytest.mark.parametrize("which", ["an ulp", "places", "short"])
 def test_pair_weights_of_other_values_are_named_on_every_rank(found, which: str):
-    says = r"the ranks must be given the same: pair_weights is (.*) on rank 0; (.*) on rank 1"
+    says = r"these must be the same on every rank: pair_weights is (.*) on rank 0; (.*) on rank 1"
     shape = r"a tensor of shape \((\d+), \1\) and checksum -?[0-9a-f]+"
     for of_rank in found:
         match = re.fullmatch(says, of_rank["weights"][which])
@@ -365,7 +368,8 @@ def none_or_no_number() -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
 
 
 def strangers(case: str) -> tuple[Tensor, Tensor]:
-    """Return two views of six samples: all in one group, all but the last, or each in its own and one row NaN."""
+    """Return two views of six samples, and their ids. All samples share a group, or all but the last do, or none do and
+    one row has a NaN."""
     x = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
     ids = torch.arange(6) if case == "NaN" else torch.zeros(6, dtype=torch.int64)
     if case != "one group":
@@ -395,14 +399,14 @@ def test_rows_without_negatives_here_or_anywhere_and_nan_are_as_in_one_process()
 # --- a rank that does not answer -------------------------------------------------------------------------------------
 
 
-SOON = 10.0  # timeout in seconds of this group's ranks, far below the default of the others
+SOON = 10.0  # timeout of the group below in seconds, far shorter than the default
 
 
 def one_of_two_stops(how: str, strategy: str) -> tuple[str, float]:
     z = torch.randn(4, 8, requires_grad=True)
     impatient = dist.new_group(timeout=datetime.timedelta(seconds=SOON))
     group = Sharding(impatient, strategy=strategy, check=False)
-    dist.barrier()  # wait here for slow starts, so that the timeout does not see them
+    dist.barrier()  # wait here for slow starts, which must not count towards the timeout
     loss = fastntxent.nt_xent(z, z, 0.5, group=group)
     start = time.monotonic()
     if dist.get_rank() == 1:
@@ -450,7 +454,8 @@ def loss_of(name: str, a: Tensor, b: Tensor, group: Sharding) -> Tensor:
 
 
 def measure() -> dict[Any, tuple[int, int]]:
-    """Return the bytes that this rank sends in a step, and the most bytes of rows that it holds while kernels run."""
+    """For each group size, strategy and loss, return the bytes that this rank sends in a step, and the most bytes of
+    rows that it holds while kernels run."""
     measured = {}
     groups = {size: dist.new_group(list(range(size))) for size in (3, 4)}
     held = 0
@@ -487,7 +492,8 @@ def measured() -> dict[Any, tuple[int, int]]:
     return on_ranks(4, measure)[0]
 
 
-# Shares of an all-gather's bytes with autograd, on three and on four ranks; docs/distributed.md quotes them.
+# Bytes sent, as a share of the bytes of an all-gather with autograd, on three and on four ranks; docs/distributed.md
+# quotes these shares.
 SENT = {
     ("nt_xent", "all_gather"): (0.521, 0.521),
     ("clip", "all_gather"): (0.519, 0.519),
@@ -507,7 +513,8 @@ SENT = {
 @pytest.mark.parametrize("size", [3, 4])
 @pytest.mark.parametrize(("name", "strategy"), SENT)
 def test_a_step_sends_a_fraction_of_an_all_gather_with_autograd(measured, name: str, strategy: str, size: int):
-    # An all-gather with autograd sends at least its rows forward, and a reduce-scatter of their gradients backward.
+    # An all-gather with autograd sends at least the rows in the forward, and a reduce-scatter sends their gradients in
+    # the backward.
     with_autograd = 2 * (size - 1) * 2 * ROWS * WIDTH * 4
     sent, _ = measured[size, strategy, name]
     assert sent / with_autograd == pytest.approx(SENT[name, strategy][size - 3], abs=1e-3)
@@ -571,7 +578,7 @@ def one_rank() -> list[str]:
         with pytest.raises((ValueError, TypeError)) as caught:
             Sharding(dist.group.WORLD, **options)
         messages.append(str(caught.value))
-    with pytest.raises(ValueError, match="DeviceMesh of 1 dimension") as caught:
+    with pytest.raises(ValueError, match="one-dimensional DeviceMesh, got 2-d") as caught:
         Sharding(init_device_mesh("cpu", (1, 1), mesh_dim_names=("a", "b")))
     return messages
 

@@ -18,7 +18,7 @@ STRATEGIES = ("all_gather", "ring")
 
 
 def call(name: str) -> Callable[..., Tensor]:
-    """Return a loss of rows (2 N, D) with ids (N,), over all ranks."""
+    """Return a loss of rows (2 N, D) with ids (N,), across all ranks."""
 
     def loss(z: Tensor, ids: Tensor, **options: object) -> Tensor:
         options = {"normalize": False, "group": "world", **options}
@@ -49,8 +49,8 @@ def rows() -> Tensor:
 
 
 def after_a_change(strategy: str) -> dict[tuple[str, str], str]:
-    """Return, for each loss and each tensor changed in place before the backward, whether the gradient is right, or the
-    error."""
+    """Change each tensor of each loss in place before the backward; return "right" or "wrong" for the gradient,
+    "noticed", or another error."""
     found = {}
     for name, loss in LOSSES.items():
         for changed in ("rows", "ids"):
@@ -70,8 +70,8 @@ def after_a_change(strategy: str) -> dict[tuple[str, str], str]:
 
 
 def packed(strategy: str) -> dict[str, bool]:
-    """Return for each loss whether its saved rows, local or gathered, pass through saved-tensor hooks, and whether
-    hooks that return copies keep the gradient."""
+    """For each loss, return True if its saved rows, local or gathered, pass through saved-tensor hooks, and hooks that
+    return copies do not change the gradient."""
     found = {}
     for name, loss in LOSSES.items():
         z = rows().requires_grad_()
@@ -129,7 +129,8 @@ def of_ranks() -> dict[object, list[object]]:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_change_in_place_over_ranks_is_noticed(of_ranks, strategy):
     for found in of_ranks["changed", strategy]:
-        # Changes are harmless to a loss that takes no ids (nt_xent), and to rows of which only copies are saved.
+        # Changing ids is harmless to a loss that takes no ids (nt_xent), and changing rows to a loss that saves only
+        # copies of them.
         assert {key: what for key, what in found.items() if what not in ("noticed", "right")} == {}
         assert found["sup_con in", "ids"] == found["sup_con out", "rows"] == found["clip", "rows"] == "noticed"
 

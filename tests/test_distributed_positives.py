@@ -1,4 +1,4 @@
-"""SupCon over ranks, row by row: all kinds of labels, tiles, rounding, accuracy and errors."""
+"""SupCon across ranks, row by row: all kinds of labels, tiles, rounding, accuracy and errors."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Found(NamedTuple):
 
 
 def batch() -> tuple[Tensor, Tensor]:
-    """Return rows of which no two have the same length, and a weight for each row's loss."""
+    """Return rows of different lengths, and a weight for each row's loss."""
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(N, D, generator=generator, dtype=torch.float64)
     return z * torch.linspace(0.5, 2, N, dtype=z.dtype)[:, None], torch.rand(
@@ -104,12 +104,13 @@ def on_each_rank() -> dict[str, Any]:
 
 
 def square_of_lse(lse: Tensor) -> Tensor:
-    """Sum only the rows with a positive. The upstream gradient of the other rows is 0 x inf."""
+    """Sum the squares over the rows with a positive only. The upstream gradient of the other rows is 0 x inf."""
     return torch.where(lse.isinf(), 0, lse.square()).sum()
 
 
 def summed(rank: int) -> dict[str, Tensor]:
-    """One number, fewer than ranks, a count that the ranks do not divide, a non-contiguous tensor, integers."""
+    """Return what is summed across ranks: one number, fewer numbers than ranks, a count that is no multiple of the
+    number of ranks, a non-contiguous tensor, and integers."""
     x = torch.randn(4, 5, generator=torch.Generator().manual_seed(rank))
     return {"one": x[0, 0], "few": x[0, :2], "more": x, "transposed": x.T, "integers": (100 * x).long()}
 
@@ -211,4 +212,4 @@ def test_all_reduce_adds_in_the_order_of_the_ranks(of_ranks, name: str):
 @pytest.mark.parametrize("says", DISAGREEMENTS)
 def test_sup_con_of_other_labels_or_form_on_a_rank_is_an_error(of_ranks, says: str):
     for found in of_ranks:
-        assert found[says] == f"the ranks must be given the same: {says}"
+        assert found[says] == f"these must be the same on every rank: {says}"

@@ -39,8 +39,8 @@ DROP_INS = {
 }
 LOSSES = sorted({*losses.__all__, *modules.__all__} - {"NTXentTerms", "NegativeQueue"})
 
-# A parameter has the same description in every docstring. Only these have several, because the parameter means
-# something else there, or one function adds a sentence. So rewording it in a single docstring fails the test.
+# A parameter has the same description in every docstring, so rewording a single copy fails the test. Only these
+# parameters have several descriptions, because their meaning differs or a function adds a sentence.
 DESCRIPTIONS = {
     "backend": 3,  # for a loss, `verify` and `compare`
     "bias": 2,  # for a loss, and as the initial value in a module
@@ -57,7 +57,7 @@ DESCRIPTIONS = {
     "positives": 2,  # `info_nce` excludes more
     "reduction": 6,  # the mean is over 2N rows, V N rows, rows with a positive, queries, samples or images
     "teacher_temperature": 2,  # only the function takes a teacher_logit_scale
-    "temperature": 10,  # for a loss (per row in three, None in two, MACL's), in a module (MACL's), and for `compare`
+    "temperature": 10,  # for a loss (per row in three, optional in two, MACL's), a module (MACL's) and `compare`
     "u": 2,  # for the primitive, and for a queue
     "views": 2,  # for `multiview_nt_xent` and `cached_backward`
     "weights": 2,  # for pairs of towers, and for widths
@@ -77,7 +77,7 @@ def signature(obj):
 
 
 def section(obj, *titles):
-    """Return the lines of the docstring's section with one of these titles; none if there is no such section."""
+    """Return the lines of the docstring's section with one of these titles; [] if there is no such section."""
     lines = inspect.getdoc(obj).splitlines()
     begin = next((index for index, line in enumerate(lines) if line in {f"{title}:" for title in titles}), None)
     if begin is None:

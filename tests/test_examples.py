@@ -15,7 +15,8 @@ from tests.tiers import tiered
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-# Arguments before and after the script, the module that it needs beside PyTorch and scikit-learn, its figures.
+# Arguments before and after the script's name, the module that it needs besides PyTorch and scikit-learn, and the
+# figures that it prints.
 RUNS = {
     "simclr.py": ([], "--steps 40 --batch 64", None, {"loss", "linear probe", "temperature"}),
     "sup_con.py": ([], "--steps 40", None, {"loss", "linear probe"}),
@@ -26,7 +27,8 @@ RUNS = {
     "fsdp2.py": (TORCHRUN, "--steps 20 --batch 64", None, {"loss"}),
     "sentence_transformers_mnrl.py": ([], "--steps 40", "sentence_transformers", {"loss", "retrieval"}),
 }
-# A torchvision built for another PyTorch breaks libraries that import it wherever they find it. No example needs it.
+# A torchvision built for a different PyTorch breaks every library that imports torchvision when installed. No example
+# needs torchvision.
 WITHOUT_TORCHVISION = """
 import importlib.metadata, sys
 
@@ -42,14 +44,14 @@ sys.modules["torchvision"] = None
 """
 
 
-QUICK = ("simclr.py",)  # every script pays ten seconds for its imports
+QUICK = ("simclr.py",)  # every script spends ten seconds on imports
 
 
 @pytest.mark.parametrize("name", tiered(RUNS, slow=lambda name: name not in QUICK))
 def test_example_learns(name, tmp_path):
     before, after, module, figures = RUNS[name]
     if module is not None and importlib.util.find_spec(module) is None:
-        pytest.skip(f"needs {module}, of the extra examples")
+        pytest.skip(f"needs {module}: pip install '.[examples]'")
     if name == "fsdp2.py" and torch.__version__.startswith("2.6."):
         pytest.skip("needs a newer PyTorch: fully_shard of 2.6 does not run on CPUs")
     (tmp_path / "sitecustomize.py").write_text(WITHOUT_TORCHVISION)
@@ -57,7 +59,7 @@ def test_example_learns(name, tmp_path):
         **os.environ,
         "PYTHONPATH": os.pathsep.join((str(ROOT), str(tmp_path), os.environ.get("PYTHONPATH", ""))),
         "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",  # two ranks need no two GPUs
+        "CUDA_VISIBLE_DEVICES": "",  # otherwise two ranks would need two GPUs
         "HF_HUB_OFFLINE": "1",
     }
     command = [sys.executable, *before, EXAMPLES / name, *after.split()]
@@ -65,7 +67,7 @@ def test_example_learns(name, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     printed = re.findall(r"^(\w[\w ]*): ([\d.]+) -> ([\d.]+)( on 2 ranks)?$", done.stdout, re.MULTILINE)
     assert {label for label, *_ in printed} == figures, done.stdout
-    assert len(printed) == len(figures), "one rank alone prints"
+    assert len(printed) == len(figures), "only one rank should print"
     for label, first, last, on_ranks in printed:
         if "loss" in label:
             assert float(last) < 0.9 * float(first), done.stdout

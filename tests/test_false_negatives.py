@@ -1,4 +1,4 @@
-"""Negatives too similar to a row leave its sum: ties, NaN, errors, and large and converged batches."""
+"""Leaving out negatives that are too similar to a row: ties, NaN, errors, and large and converged batches."""
 
 import pytest
 import torch
@@ -16,7 +16,8 @@ def test_what_is_as_similar_as_the_limit_stays(backend):
     exact = fastntxent.nt_xent(z_i, z_i, 1.0, backend=backend)
     torch.testing.assert_close(fastntxent.nt_xent(z_i, z_i, 1.0, margin=0.0, backend=backend), exact)
     fewer = fastntxent.nt_xent(z_i, z_i, 1.0, margin=1e-3, reduction="none", backend=backend)
-    # The first two samples lose each other as negatives, and keep the third one's two rows. The third keeps all four.
+    # The first two samples lose each other as negatives, and keep the third sample's two rows. The third sample keeps
+    # all four of its negatives.
     left_out, kept = torch.log(torch.tensor(1 + 2 * torch.e**-1)), torch.log(torch.tensor(1 + 4 * torch.e**-1))
     torch.testing.assert_close(fewer, torch.stack([left_out, left_out, kept] * 2))
 
@@ -55,7 +56,7 @@ def test_ties_stay_whatever_the_similarity_to_the_positive(backend, d):
 @pytest.mark.parametrize("temperature", [2e-3, 5e-4])
 @pytest.mark.parametrize("backend", KERNELS)
 def test_weights_near_the_smallest_numbers_give_no_nan(backend, temperature, dtype):
-    """Rows prefer their positive by hundreds of nats, so weights in the gradient are as small as 1e-200."""
+    """Logits of positives exceed all others by hundreds of nats, so weights in the gradient are as small as 1e-200."""
     x, w = torch.randn(2, 6, 5, dtype=torch.float64)
     y, ids = x + 0.3 * w, torch.tensor([0, 1, 2, 0, 1, 5])
     losses = [
@@ -71,7 +72,8 @@ def test_weights_near_the_smallest_numbers_give_no_nan(backend, temperature, dty
             found.append(torch.autograd.grad(loss(a, b, backend=name), (a, b)))
         for ours, reference in zip(*found, strict=True):
             assert ours.isfinite().all()
-            # float32 rounds logits of 1,000 to 6e-5, and weights change as much. Rounding in float64 is negligible.
+            # float32 resolves logits of 1,000 only to 6e-5, so the weights have relative errors of that size. In
+            # float64, rounding is negligible.
             torch.testing.assert_close(ours, reference, rtol=1e-3 if dtype == torch.float32 else 1e-9, atol=1e-5)
 
 

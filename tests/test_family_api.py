@@ -1,4 +1,4 @@
-"""The modules, conventions and errors of the family."""
+"""The modules, conventions and errors of the family of losses."""
 
 import copy
 import inspect
@@ -33,7 +33,7 @@ Z = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 W = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
 LABELS = torch.tensor([0, 1, 0, 1, 2, 2])
 
-# Module: its options, the arguments of a call, and the function with the same options.
+# For each module: its options, the arguments of a call, and a function that takes the same arguments and options.
 MODULES = {
     "NTXentLoss": ({"label_smoothing": 0.1}, (Z, W, LABELS), lambda *a, **o: nt_xent(*a[:2], ids=a[2], **o)),
     "MultiViewNTXentLoss": (
@@ -257,7 +257,7 @@ def test_learnt_temperature_far_away_gives_numbers_or_an_error_in_words(name, dt
         finite += 1
         assert value.isfinite()
         assert not gradient.isnan()
-        if -400 < log_temperature < 0:  # at log_temperature = 0, a float32 loss does not resolve its temperature
+        if -400 < log_temperature < 0:  # at 20 and above, a float32 loss does not resolve its temperature
             true_value, true_gradient = results(log_temperature, torch.float64, torch.float64)
             torch.testing.assert_close(value.double(), true_value, rtol=1e-4, atol=1e-30)
             largest = torch.finfo(dtype).max
@@ -331,7 +331,7 @@ def test_sup_con_weights_that_are_all_zero_are_no_positives():
     loss = sup_con(z, LABELS % 3, 0.1, pair_weights=torch.zeros(3, 3))
     assert loss == 0
     assert not torch.autograd.grad(loss, z)[0].any()
-    alone = torch.eye(6) + torch.eye(6).roll(1, 0) * torch.tensor([1.0, 0, 0, 0, 0, 0])  # one pair alone has a weight
+    alone = torch.eye(6) + torch.eye(6).roll(1, 0) * torch.tensor([1.0, 0, 0, 0, 0, 0])  # only one pair has a weight
     rows = sup_con(Z, torch.arange(6), 0.1, pair_weights=alone, reduction="none")
     assert rows.ne(0).sum() == 1
     torch.testing.assert_close(sup_con(Z, torch.arange(6), 0.1, pair_weights=alone), rows.sum())
@@ -394,7 +394,7 @@ def test_losses_without_negatives_are_zero_and_macl_is_one():
 
 
 def test_dcl_published_value():
-    # With all embeddings equal, it is log(2N - 2) at any temperature.
+    # If all embeddings are equal, the loss is log(2N - 2) at any temperature.
     z = torch.ones(256, 8)
     assert float(dcl(z, z, 0.1)) == pytest.approx(math.log(510), rel=1e-6)
 
@@ -658,7 +658,7 @@ BAD_CALLS = {
     "distill teacher elsewhere": (
         lambda: distill(Z, W, teacher=lambda rows, cols: (Z @ W.T).to("meta")),
         ValueError,
-        r"teacher\(rows, cols\) must be on the device of its arguments, cpu, got meta",
+        r"teacher\(rows, cols\) must be on the device of its arguments \(cpu\), got meta",
     ),
     "module no teacher": (lambda: fastntxent.DistillLoss()(Z, W), TypeError, "must be given, or teacher instead"),
     "distill both scales": (
@@ -796,7 +796,7 @@ def test_guide_that_is_nan_leaves_nothing_out(backend):
     torch.testing.assert_close(losses[2], without[2])  # a NaN row has no limit
     pairs = torch.stack((W[0], W[2])), torch.tensor([0, 1])
     only = info_nce(Z[:1], W[:1], 0.2, negatives=pairs[0][1:])
-    torch.testing.assert_close(losses[0], only)  # its only negative is the row whose similarity is NaN
+    torch.testing.assert_close(losses[0], only)  # row 0 keeps one negative, row 2, whose similarity is NaN
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -835,6 +835,6 @@ def test_clip_scale_beyond_its_bound_comes_back_and_goes_no_further():
     for other, moves in ((torch.nn.functional.normalize(torch.randn(16, 8), dim=1), True), (z, False)):
         loss = fastntxent.CLIPLoss(temperature=1e-3)
         loss(z, other).backward()
-        # Descent increases log_temperature, which lowers the scale, or leaves it unchanged.
+        # A descent step increases log_temperature, which lowers the scale, or leaves both unchanged.
         assert (loss.log_temperature.grad < 0) == moves
         assert moves or loss.log_temperature.grad == 0

@@ -21,7 +21,7 @@ def python(code):
 
 
 def counting(file, code=""):
-    """Return a command that appends a mark to the file each time it runs."""
+    """Return a command that appends a mark to the file and then runs the code."""
     return python(f"open({str(file)!r}, 'a').write('x'); {code or 'pass'}")
 
 
@@ -120,7 +120,7 @@ def test_part_has_to_make_what_it_promises(tmp_path):
     assert [status for *_, status in statuses(records)] == ["passed", "failed", "passed"]
     assert records[0]["result"] == [2]
     assert (tmp_path / "a-out.log").read_text() == "aside\n"
-    assert records[1]["said"] == "stale.json was not made"
+    assert records[1]["said"] == "stale.json was not written"
     kept = json.loads((tmp_path / "a-out.record.json").read_text())
     assert kept["result"] == [2]
     assert set(kept["key"]) == {"device", "sources", "rehearsal"}
@@ -177,7 +177,7 @@ def test_rehearsal_runs_every_stage(tmp_path, capsys):
     assert verified["result"]["cpu"]["blocked"]["status"] == "passed"
     assert devices.section(tmp_path) == devices.NO_DEVICES, "a rehearsal must not list a device"
     assert gpu_session.main(["--rehearse", "--out", str(tmp_path), "--stage", "verify", "profile"]) == 0
-    assert capsys.readouterr().out.count("passed (before)") == 6, "each part once when reached and once in the summary"
+    assert capsys.readouterr().out.count("passed (earlier)") == 6, "each part once when reached and once in the summary"
 
 
 # --- the docs' list -------------------------------------------------------------------------------------------------

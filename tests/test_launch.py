@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def recordings(monkeypatch):
-    """Start without recordings, and record calls in the interpreter too."""
+    """Return an empty store of recordings, and record calls in the interpreter too."""
     kept: dict = {}
     monkeypatch.setattr(launch, "RECORDS", True)
     monkeypatch.setattr(launch, "_recordings", kept)
@@ -38,7 +38,7 @@ def recordings(monkeypatch):
 
 
 def calls(n=12, d=5, dtype=torch.float32, seed=0):
-    """Return for each operator: a loss, its rows, and the number of recordings that value and gradient make."""
+    """Return, by name, a loss, the rows that get a gradient, and how many recordings its value and gradient make."""
     generator = torch.Generator().manual_seed(seed)
     z_i, z_j, v = (torch.randn(rows, d, generator=generator).to(DEVICE, dtype) for rows in (n, n, n + 5))
     tensors = [x.requires_grad_() for x in (z_i, z_j, v)]
@@ -135,7 +135,7 @@ def test_what_differs_from_call_to_call_is_not_recorded(recordings):
     assert recorded(recordings) == 0
     loss = lambda k: ops.neg_lse(call[1][0], torch.arange(12, device=DEVICE), k, "triton").sum()  # noqa: E731
     for _ in range(3):
-        torch.autograd.grad(loss(10.0), call[1][0])  # the backward copies an expanded gradient, so it is not recorded
+        torch.autograd.grad(loss(10.0), call[1][0])  # the backward copies an expanded gradient, and so is not recorded
     assert recorded(recordings) == 1
 
 
@@ -221,7 +221,7 @@ print(fastntxent.backends()["triton"].reason)
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment, check=True
     )
-    reason = "None" if fits else f"RuntimeError: Triton 3.3 or newer is needed, {version} is installed"
+    reason = "None" if fits else f"RuntimeError: Triton 3.3 or newer is needed, but {version} is installed"
     assert done.stdout.strip() == reason
 
 

@@ -41,7 +41,7 @@ LAYERS = [
 
 
 def layer_of(module: str) -> int:
-    """Return the level of the layer that lists the module, or else the nearest package around it."""
+    """Return the level of the layer that lists the module or, if none does, the nearest package that contains it."""
     name = module
     while True:
         for level, names in enumerate(LAYERS):

@@ -70,7 +70,7 @@ def towers(*, negatives: str = "", ids: int = 0):
 
 
 def taught(n: int, d: int, generator: torch.Generator):
-    """Return two towers, and a teacher of another width whose unit rows are not inputs of the loss."""
+    """Return two towers and, as options, the unit rows of a teacher of a different width."""
     tensors, _ = towers()(n, d, generator)
     teacher = normal(1, n, d + 2, generator=generator) + normal(2, n, d + 2, generator=generator)
     return tensors, dict(zip(("t_image", "t_text"), F.normalize(teacher, dim=-1), strict=True))
@@ -83,7 +83,7 @@ def distill(**options: float):
 
 
 def called(n: int, d: int, generator: torch.Generator):
-    """Return two towers, and teacher similarities that are not products of features."""
+    """Return two towers and, as an option, teacher similarities that are not products of features."""
     tensors, _ = towers()(n, d, generator)
     return tensors, {"sims": torch.tanh(normal(n, n, generator=generator))}
 
@@ -102,7 +102,7 @@ def dense_called(t_tau: float | None = None):
 
 
 def guided_inputs(negatives: bool = False):
-    """Return embeddings, and a guide of another width whose unit rows are not inputs of the loss."""
+    """Return a function that draws embeddings and, as options, the unit rows of a guide of a different width."""
 
     def inputs(n: int, d: int, generator: torch.Generator):
         tensors, _ = towers(negatives="unpaired" if negatives else "")(n, d, generator)
@@ -158,7 +158,8 @@ def sup_con(form: str):
 
 
 def weighted(n_classes: int, *, absent: int = 0):
-    """Draw labels that never use the last `absent` classes, and pair weights with some zeros and an all-zero row 0."""
+    """Return a function that draws labels outside the last `absent` classes, and pair weights with some zeros and an
+    all-zero row 0."""
 
     def inputs(n: int, d: int, generator: torch.Generator):
         labels = torch.randint(0, n_classes - absent, (n,), generator=generator)
@@ -493,7 +494,7 @@ def test_loss_dtypes_within_budget(case, tau, dtype, autocast, backend):
     size = case.logit_size(tau / 2 if case.per_row else tau)
     value = computed(backend)
     for v, s, t in zip(value, computed("reference"), true, strict=True):
-        # The temperature's gradient is a difference of similarities over tau^2, which can cancel.
+        # The temperature's gradient is a difference of similarities, which can cancel, divided by tau^2.
         scale = 1 / tau**2 / max(t.numel(), 1) if t.shape == drawn.tau.shape and t is true[-1] else 0.0
         limit = error_budget.allowed(error_budget.errors_of(s, t, scale=scale), dtype, size, output_dtype=v.dtype)
         errors = error_budget.errors_of(v, t, scale=scale)
@@ -562,7 +563,7 @@ def test_loss_in_tiles_of_any_edge_equals_its_dense_formula(name, reduction, edg
         torch.testing.assert_close(v, t, rtol=1e-9, atol=1e-10)
 
 
-# Their weights are detached, but finite differences of the gradient see the weights change.
+# The weights of these losses are detached, but finite differences of the gradient see the weights change.
 DETACHED = {name for name in CASES if name.startswith(("dclw", "macl", "info_nce hard"))}
 # These use plain tensor code, no kernel.
 PLAIN = {name for name in CASES if name.startswith("info_nce paired")}
@@ -628,7 +629,9 @@ def test_gradient_keeps_its_accuracy_when_converged(name):
 
 
 def test_macl_keeps_value_and_gradient_where_its_weight_underflows():
-    # l / (1 - exp(-l)) = softplus(x) / sigmoid(x), which tends to 1 with a gradient of 1 in x.
+    # Let x be the log-sum-exp of the negatives minus the positive, so NT-Xent is l = softplus(x). MACL is
+    # l / (1 - exp(-l)) = softplus(x) / sigmoid(x), which tends to 1 as l tends to 0. Its gradient with respect to x is
+    # 1, because the weight 1 / (1 - exp(-l)) is detached.
     centres = torch.linalg.qr(normal(16, 16, generator=torch.Generator().manual_seed(0)))[0]
     views = centres + 0.01 * normal(2, 16, 16, generator=torch.Generator().manual_seed(1))
     for tau in (0.05, 0.015, 0.01, 0.005, 0.001):
@@ -665,7 +668,7 @@ def test_macl_reference_has_the_second_derivative_of_a_loss_with_its_weights_hel
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rince_is_finite_where_a_power_overflows_and_the_difference_does_not(backend):
-    # Equal rows give exp(k) and 1.1 exp(k). float32 can hold only the first.
+    # With equal rows, the loss is 1.1 exp(k) - exp(k), where k = 1 / tau. float32 can hold exp(k), but not 1.1 exp(k).
     def results(dtype: torch.dtype, name: str) -> list[Tensor]:
         z = torch.tensor([[1.0, 0.0]], dtype=dtype).repeat(4, 1)
         tau = torch.tensor(1 / 88.7, dtype=torch.float64, requires_grad=True)

@@ -1,4 +1,4 @@
-"""A loss of the embeddings' leading features, at several widths."""
+"""Losses computed on the leading features of embeddings, at several widths; CLIP with several towers or positives."""
 
 import inspect
 from functools import partial
@@ -41,7 +41,7 @@ def test_module_trains_the_parameters_of_its_loss():
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"dims": []}, ValueError, "dims must have at least one width, got none"),
+        ({"dims": []}, ValueError, "dims must have at least one width, got an empty"),
         ({"dims": [0]}, ValueError, "dims must be at least 1, got 0"),
         ({"dims": [2.5]}, TypeError, "dims must be an int, got float"),
         ({"dims": [5]}, ValueError, "dims must be at most the embeddings' number of features, 4, got 5"),

@@ -48,7 +48,7 @@ def cycles(task, phase, cut=CUT, parts=1):
 
 
 def test_a_phase_takes_its_steps_tiles_and_tasks():
-    # The bytes of a step, divided by the cache rate of all multiprocessors.
+    # The cycles that one multiprocessor takes for the bytes of a step, at its share of the cache's rate.
     per_step = 128 * 64 * 2 / (CHIP.rates.cache / CHIP.rates.cycles)
     sums, limit = cycles(TASK, model_cuda.Phase(132, 2, 0))
     assert limit == "cache"

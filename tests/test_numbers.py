@@ -57,7 +57,8 @@ def test_ranges_lie_within_their_types():
 def test_weights_fit_float16_in_both_kernels():
     largest = torch.finfo(torch.float16).max
     in_cuda, in_triton = constant(RANGES, "G_SCALE"), ranges.G_SCALE[torch.float16]
-    # The largest element of G has two terms, times the factor of a column: below 2 in CUDA, at most 1 in Triton.
+    # An element of G is a sum of two terms, each at most G_SCALE, multiplied by the factor of a column. That factor is
+    # below 2 in CUDA, and at most 1 in Triton.
     assert 2 * 2 * in_cuda < largest
     assert 2 * in_triton < largest
     assert in_cuda == 2 * in_triton

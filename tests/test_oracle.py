@@ -11,7 +11,7 @@ from tests.cases import random_batch
 
 
 def loop_nt_xent(z_i: np.ndarray, z_j: np.ndarray, temperature: float) -> np.ndarray:
-    """Return equation 1 of the paper, computed one sum at a time without the package."""
+    """Return each row's loss, equation 1 of the SimCLR paper, computed one sum at a time without the package."""
     rows = [row / max(math.sqrt(sum(x * x for x in row)), 1e-12) for row in np.concatenate([z_i, z_j])]
     n = len(z_i)
     losses = []
@@ -49,7 +49,7 @@ def test_reference_single_sample_is_zero():
 
 def test_reference_two_samples_worked_by_hand():
     # Both views are (1, 0), (0, 1). Each row has a positive at 1 and two negatives at 0, so its loss is
-    # log(e^k + 2) - k.
+    # log(e^k + 2) - k, where k = 1 / temperature.
     z = torch.eye(2, dtype=torch.float64)
     assert float(nt_xent(z, z, 0.5, backend="reference")) == pytest.approx(math.log(math.exp(2) + 2) - 2, rel=1e-15)
     # Opposite positives: with z_j = -z_i, each positive is at -1.
@@ -57,10 +57,10 @@ def test_reference_two_samples_worked_by_hand():
 
 
 def test_reference_two_samples_gradient_worked_by_hand():
-    # Both views are e1 = (1, 0), e2 = (0, 1). The gradient of u_1 has only e1 and e2 parts, and the normalisation
-    # removes e1. Let p = 1 / (e^k + 2) be the probability of one negative. Row 1's loss adds 2 k p e2, one k p for each
-    # of its two negatives. The losses of rows 2 and 4, which have row 1 as a negative, add k p e2 each. The mean is
-    # over 4 rows.
+    # Both views are e1 = (1, 0), e2 = (0, 1). The gradient with respect to row 1 has only e1 and e2 parts, and the
+    # normalisation removes the e1 part. Let k = 1 / temperature, and let p = 1 / (e^k + 2) be the probability of a
+    # single negative. The loss of row 1 adds k p e2 for each of its two negatives. The losses of rows 2 and 4, which
+    # have row 1 as a negative, add k p e2 each. The mean is over 4 rows.
     z_i = torch.eye(2, dtype=torch.float64, requires_grad=True)
     z_j = torch.eye(2, dtype=torch.float64)
     temperature = 0.5

@@ -21,7 +21,7 @@ CHECKOUT = Path(__file__).parent.parent
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder, "."]
-    # nvcc would take minutes, and no test here looks at its output.
+    # nvcc would take minutes, and no test looks for CUDA kernels in the wheel.
     environment = {**os.environ, "FASTNTXENT_CUDA": "0"}
     subprocess.run(command, check=True, cwd=CHECKOUT, env=environment)
     (path,) = folder.glob("*.whl")
@@ -86,7 +86,7 @@ def test_failed_build_hands_on_no_kernels_of_an_earlier_one(tmp_path):
 
 
 def test_build_does_not_require_torch():
-    # If it did, an isolated build would download a second torch of several gigabytes.
+    # If it did, an isolated build would download several gigabytes for a second copy of torch.
     (requires,) = re.findall(r"^requires = (.*)$", (CHECKOUT / "pyproject.toml").read_text(), re.MULTILINE)
     assert "setuptools" in requires
     assert "torch" not in requires
@@ -103,7 +103,7 @@ def test_cuda_is_built_for_what_nvcc_compiles_for(tmp_path, known, built):
         shutil.copy(CHECKOUT / name, tmp_path / name)
     tools = tmp_path / "cuda" / "bin"
     tools.mkdir(parents=True)
-    # The stand-in lists more chips than it compiles for, as nvcc 11.8 lists sm_90a.
+    # The stand-in lists more chips than it compiles for, as nvcc 11.8 does with sm_90a.
     nvcc = f'case "$*" in --list*) echo sm_80 sm_90 sm_120 ;; esac; echo "$*" | grep -Eq "code=sm_({known})( |$)"'
     for name, script in (("nvcc", nvcc), ("ninja", "exit 1")):
         (tools / name).write_text(f"#!/bin/sh\n{script}\n")

@@ -127,7 +127,9 @@ def test_positives_operators_pass_opcheck(name, dtype):
 
 
 def converged():
-    """Return two views that agree, with distant negatives. The loss is about 1e-6 at a temperature of 0.055."""
+    """Return the rows of two views that nearly agree, far from their negatives, and the labels. The loss is about 1e-6
+    at a temperature of 0.055.
+    """
     generator = torch.Generator().manual_seed(0)
     centres = torch.linalg.qr(torch.randn(64, 64, generator=generator, dtype=torch.float64))[0][:60]
     z = centres.repeat(2, 1) + 0.02 * torch.randn(120, 64, generator=generator, dtype=torch.float64)

@@ -58,7 +58,7 @@ def test_queue_loss_equals_its_dense_formula_at_every_step(size, with_ids, in_ba
         size, 4, 0.3, in_batch_negatives=in_batch, queue_dtype=torch.float64, reduction="none", backend=backend
     )
     held, held_ids = [], []
-    for step, n in enumerate([3, 3, 7, 1, 4]):  # some divide the queue's size, some do not, and one exceeds it
+    for step, n in enumerate([3, 3, 7, 1, 4]):  # batch sizes that divide the queue's size, and others that do not
         query, key = (normal(n, 4, seed=10 * step + i).requires_grad_() for i in (0, 1))
         ids = torch.randint(0, 6, (n,), generator=torch.Generator().manual_seed(step)) if with_ids else None
         value = loss(query, key, ids)
@@ -68,7 +68,7 @@ def test_queue_loss_equals_its_dense_formula_at_every_step(size, with_ids, in_ba
         )
         torch.testing.assert_close(value, expected)
         weights = torch.linspace(1, 2, n, dtype=torch.float64)
-        # The queue has changed since the forward. The gradient must use the rows that it held then.
+        # The queue has changed since the forward. The gradient must use the rows held during the forward.
         for v, e in zip(
             torch.autograd.grad((value * weights).sum(), (query, key)),
             torch.autograd.grad((expected * weights).sum(), (query, key)),
@@ -273,7 +273,7 @@ def test_queue_loss_compiled_by_inductor_has_the_gradient_of_what_was_held():
     for step in range(3):
         query, key = (normal(5, 4, seed=10 * step + i).float().requires_grad_() for i in (0, 1))
         pairs.append(((query, key), [call(query, key) for call in (eager, compiled)]))
-    for inputs, values in pairs:  # the queue has changed since, in this call and in later ones
+    for inputs, values in pairs:  # the queue has changed since, in the call itself and in later calls
         torch.testing.assert_close(*(torch.autograd.grad(value, inputs) for value in values))
 
 

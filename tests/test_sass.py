@@ -1,4 +1,4 @@
-"""Counts read from machine code: loops, the path of a tile through a loop, and traffic of shared memory."""
+"""Counts read from machine code: loops, the path of a tile through a loop, and shared-memory traffic."""
 
 import itertools
 
@@ -8,7 +8,7 @@ from benchmarks import sass
 
 
 def code(*lines: str, hexadecimal: bool = False) -> sass.Region:
-    """Return a kernel of instructions and labels ("name:"), printed as by nvdisasm, or cuobjdump if `hexadecimal`."""
+    """Parse instructions and labels ("name:") in the format of nvdisasm, or of cuobjdump if `hexadecimal`."""
     address = itertools.count(0, 16)
     places = [(line, None if line.endswith(":") else next(address)) for line in lines]
     targets = {

@@ -1,4 +1,4 @@
-"""Distillation from a teacher that is a function: how it is called, and that the loss equals the one from features."""
+"""Distillation from a teacher given as a function: how it is called, and equality with one given as features."""
 
 from __future__ import annotations
 
@@ -274,7 +274,7 @@ def test_sharp_teacher_costs_no_accuracy(t_tau, normalize, called, reduction, ba
         assert error < 2 * of_reference + 1e-5
 
 
-# --- over ranks ------------------------------------------------------------------------------------------------------
+# --- across ranks ----------------------------------------------------------------------------------------------------
 
 
 def over_ranks(sizes: list[int]) -> dict[str, Any]:
@@ -349,5 +349,5 @@ def test_ranks_with_different_forms_of_teacher_are_told():
     for of_rank in of_two_ranks():
         assert of_rank["called on one"] == (
             ValueError,
-            "the ranks must be given the same: teacher is 'features' on rank 0; 'a function' on rank 1",
+            "these must be the same on every rank: teacher is 'features' on rank 0; 'a function' on rank 1",
         )

@@ -34,7 +34,7 @@ def dot(request) -> Dot:
 
 
 def published() -> list:
-    """Return the published results as cases. The emulator has no TF32, because no CUDA kernel multiplies in TF32."""
+    """Return the published results as cases. The emulator skips TF32, because no CUDA kernel multiplies in TF32."""
     cases = []
     for line in (Path(__file__).parent / "tensor_cores.txt").read_text().splitlines():
         if not line.startswith("#"):
@@ -52,7 +52,7 @@ def test_published_results_to_the_bit(model, chip, kind, numbers):
 
 
 def ones(values: list[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Return factors of these products; the second factors are 1."""
+    """Return two vectors whose elementwise products are these values: the values themselves, and ones."""
     return np.array(values, np.float32), np.ones(len(values), np.float32)
 
 
@@ -65,21 +65,21 @@ def test_sums_are_cut_toward_zero_on_either_side(dot, chip, sign):
 
 
 def test_a_block_is_added_at_once(dot):
-    # The first 8 products sum to 3, the second 8 to 1. Added at once they make 4; added apart, 3 is cut to 2,
-    # and 1 to 0.
+    # The first 8 products sum to 3, the second 8 to 1. Added to 2^24 at once they give 4; added one after the other, 3
+    # is cut to 2, and 1 to 0.
     products = ones([1, 1, 1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0])
     assert dot("h100", *products, 2.0**24) == 2.0**24 + 4
     assert dot("a100", *products, 2.0**24) == 2.0**24 + 2
 
 
 def test_what_falls_below_the_extra_bits_is_lost_term_by_term(dot):
-    # Next to 1, a chip holds 2^-23 and its extra bits: one on an A100, two on an H100.
+    # When it adds to 1, a chip keeps bits down to 2^-23 and, below that, one extra bit on an A100, two on an H100.
     for smallest, lost_on in ((2.0**-24, ()), (2.0**-25, ("a100",)), (2.0**-26, ("a100", "h100"))):
         for chip in ROUNDING:
             eight = dot(chip, *ones([smallest] * 8), 1.0)
             kept = 8 * smallest if chip not in lost_on else 0.0
             assert eight == 1 + (kept if kept >= 2.0**-23 else 0.0)
-    # Subtracting the last extra bit lowers 1 by a whole unit. Subtracting half of it changes nothing.
+    # Subtracting the last extra bit from 1 gives the next smaller float32. Subtracting half of it changes nothing.
     assert dot("a100", *ones([-(2.0**-24)]), 1.0) == 1 - 2.0**-24
     assert dot("a100", *ones([-(2.0**-25)]), 1.0) == 1
     assert dot("h100", *ones([-(2.0**-25)]), 1.0) == 1 - 2.0**-24
@@ -88,7 +88,7 @@ def test_what_falls_below_the_extra_bits_is_lost_term_by_term(dot):
 
 @pytest.mark.parametrize("chip", ROUNDING)
 def test_products_are_exact_and_not_normalised(dot, chip):
-    # 1.5 x 1.5 has the exponent of 1, so its last extra bit is the same as for 1.
+    # The product 1.5 x 1.5 keeps the exponent of the number 1, so its last extra bit is the same as for 1.
     last = 2.0 ** -(23 + CHIPS[chip].extra_bits)
     factor = np.array([1.5], np.float32)
     assert dot(chip, factor, factor, -last) == 2.25 - 2.0**-22

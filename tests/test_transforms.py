@@ -1,4 +1,4 @@
-"""Transforms of torch.func and of autograd, applied to every public function of tensors."""
+"""Transforms of torch.func and of autograd, applied to every public function that takes tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ N_SLICES = 3
 
 # These modify rows that they hold between calls, and transforms do not support that.
 STATEFUL = {"QueueInfoNCELoss", "lightly.NTXentLoss bank"}
-# Sizes or branches depend on batched values, so PyTorch's vmap raises an error.
+# In these, sizes or branches depend on batched values, so PyTorch's vmap raises an error.
 DATA_DEPENDENT = {
     "pytorch_metric_learning.NTXentLoss pairs",
     "pytorch_metric_learning.SupConLoss pairs",
@@ -29,7 +29,7 @@ PLAIN_PYTORCH = {
     "sentence_transformers.cos_sim",
     "sentence_transformers.dot_score",
 }
-# lightly's NT-Xent reads the sign of the temperature.
+# lightly's NT-Xent reads the sign of the temperature, so it takes no batched temperature.
 BATCHED_TEMPERATURE = [name for name in VMAPPED if CALLS[name].temperature and "lightly.NTXent" not in name]
 
 
@@ -72,7 +72,7 @@ def test_vmap_over_temperatures_refuses_a_bad_one():
 
 
 def differentiable(name):
-    """Return the inputs, a loss (of rows where possible), and the inputs that need a gradient."""
+    """Return the inputs, a loss (one value per row where possible), and the inputs that need a gradient."""
     torch.manual_seed(0)
     inputs = CALLS[name].inputs(5)
     loss = loss_of(name, **({"reduction": "none"} if CALLS[name].reduction else {}))

@@ -77,7 +77,7 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 
 def pad_rows(monkeypatch, multiple: int) -> None:
-    """Pad packed rows to this multiple. In the interpreter, padding costs as much as rows."""
+    """Pad packed rows to this multiple. In the interpreter, a padding row takes as much time as a real one."""
     for module in (pack, panels, config):
         monkeypatch.setattr(module, "PADDED_ROWS", multiple)
 
@@ -129,7 +129,8 @@ def test_nt_xent_at_tile_edges_within_budget(n, temperature):
 @pytest.mark.parametrize("temperature", [0.02, 0.3])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nt_xent_of_rows_as_they_are_within_budget(dtype, temperature):
-    # Only the device knows the rows' lengths, so both regimes are launched and one returns at once.
+    # Only the device knows the rows' lengths, so the kernels of both regimes are launched, and those of the wrong
+    # regime return at once.
     batch = random_batch(40, 24, temperature, dtype=dtype).map(lambda z: z / 8)._replace(normalize=False)
     assert_within_budget(on_device(batch), "triton", reduction="none", upstream=upstream(40))
 
@@ -173,7 +174,7 @@ def test_gradient_accuracy_with_the_tiles_of_a_large_batch(each_chip, d):
 
 @pytest.fixture
 def one_multiprocessor(monkeypatch):
-    """One program walks over all columns."""
+    """Make one program walk over all columns."""
     monkeypatch.setattr(config, "multiprocessors", lambda device: 1)
 
 
@@ -185,7 +186,7 @@ def test_gradient_over_many_columns_does_not_drift(each_chip, one_multiprocessor
 
 @pytest.fixture
 def sums_in_tensor_cores(monkeypatch):
-    """Float32 products keep adding to the accumulator that they are given."""
+    """Let the tensor cores add float32 products to the accumulator that they are given."""
     import triton.language as tl
 
     def add_product(acc, a, a_lo, b, b_lo, *modes):
@@ -328,7 +329,8 @@ def test_sigmoid_losses_keep_their_accuracy_when_converged(each_chip, two_views)
 
 
 def test_float16_gradients_do_not_underflow_when_converged():
-    # Every slope is below 1e-8. In units of the largest weight, float16 would lose all digits.
+    # Every derivative with respect to a logit is below 1e-8. In units of the largest weight, float16 would lose all
+    # digits.
     z = converged_views().to(DEVICE, torch.float16)
 
     def gradient(dtype, backend):
@@ -411,8 +413,8 @@ def test_limits_keep_the_accuracy_of_a_converged_gradient(each_chip, loss):
     ],
 )
 def test_limits_leave_out_the_same_in_the_backward(each_chip, d, rows, dtype):
-    # Directions at equal angles, in rows that round differently, so rounding decides which pairs exceed the limit. If
-    # the backward makes the same choice, the probabilities of each row sum to 1.
+    # All pairs of directions form the same angle, but rows round differently, so rounding decides which pairs exceed
+    # the limit. If the backward makes the same choice, the probabilities of each row sum to 1.
     each_chip(rows)
     generator = torch.Generator().manual_seed(0)
     directions = F.normalize(torch.eye(8, d, dtype=torch.float64) + 0.3 * torch.ones(1, d), dim=1)
@@ -446,7 +448,7 @@ def test_limits_leave_out_the_same_in_the_backward(each_chip, d, rows, dtype):
         *_, d_k = kernels.limited_neg_lse_backward(one, other, 1.0, upstreams[0], upstreams[-1])
         assert float(d_k) == pytest.approx(
             expected, abs=2e-3
-        )  # a pair that counts in only one direction changes the sum by more
+        )  # a pair that counts only in the forward or only in the backward changes the sum by more
 
 
 @pytest.mark.parametrize("same", [True, False])
@@ -560,7 +562,7 @@ def small_panels(monkeypatch):
         monkeypatch.setattr(config, "PADDED_ROWS", 64)
 
 
-PAIRS = 33 if DEVICE == "cpu" else 260  # enough for two squares of the diagonal and part of a third
+PAIRS = 33 if DEVICE == "cpu" else 260  # enough for two squares on the diagonal and part of a third
 
 
 @every_pair(slow_pairs=True, temperature=[0.01, 0.1], dtype=DTYPES)
@@ -597,7 +599,7 @@ def as_if(monkeypatch, family: str, rows: float) -> None:
 
 
 def tiles_used(family: str, dtype: torch.dtype, d: int, rows: float) -> set[tuple]:
-    """Return the tile of each kernel that such a batch launches, and whether the tile holds all features."""
+    """Return the tile of each kernel that a batch of this kind launches, and whether the tile holds all features."""
     DP, width = pack.padded_features(d), 4 if dtype == torch.float32 else 2
     tiles = {kernel: config.look_up(family, kernel, width, rows, DP) for kernel in config.KERNELS}
     unused = ("form", "gather") if tiles["fused"] else ()
@@ -688,7 +690,7 @@ def test_squares_of_a_panel_that_end_early_use_no_memory_that_was_not_written(po
 
 
 def uneven(look_up):
-    """Give `form` and `gather` tiles of different heights, and all kernels tiles that are not square."""
+    """Return a `look_up` whose tiles are never square, and have different heights for `form` and `gather`."""
     sizes = {"form": (32, 64), "gather": (128, 32), "direct": (32, 64), "owned": (64, 32), "fused": (64, 32)}
     sizes |= {variant: sizes[kernel] for kernel, variant in config.VARIANTS.items()}
 
@@ -725,8 +727,8 @@ def test_one_row_much_longer_than_the_rest_leaves_their_gradients_accurate(ratio
     batch, weights = (u, v, u_ids, v_ids + (v_ids != 0)), (torch.ones(20, device=DEVICE), torch.ones(40, device=DEVICE))
     runs = ("triton", torch.float32), ("reference", torch.float64)
     value, truth = (cross_result(batch, 0.5, weights, *run)[2] for run in runs)
-    # G includes each row's length relative to the longest. Beyond a ratio of 2^12, its small float16 part loses one bit
-    # for each further bit of the ratio.
+    # G includes each row's length relative to the longest. Beyond a ratio of 2^12, the small float16 part of G loses
+    # one bit for each further bit of the ratio.
     assert_within_rounding(value, truth, 1 / 0.5, times=max(1.0, ratio / 2**12))
 
 
@@ -843,7 +845,7 @@ def test_sizes_that_compile_no_other_kernel_are_parameters():
 
 @pytest.fixture
 def maxima_that_drop_nan(monkeypatch):
-    """Make the interpreter's maximum of a number and NaN the number, as on a device. Triton before 3.9 did not."""
+    """Let the interpreter's maximum of a number and NaN be the number, as on a device. Before Triton 3.9 it was not."""
     if DEVICE == "cpu":
         interpreter = importlib.import_module("triton.runtime.interpreter")
         monkeypatch.setattr(
@@ -917,7 +919,7 @@ def test_kernels_compile_within_the_chip_without_a_spill_and_on_its_matrix_units
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs the compilers that Triton ships for Linux")
 @pytest.mark.parametrize("target", tiered(["sm_80", "sm_90", "sm_100"], slow=lambda target: target != "sm_90"))
 def test_compiled_sums_of_float32_leave_the_matrix_units(target):
-    # The half-precision gradient stays in its accumulator, so it shows that the count would detect this.
+    # The half-precision gradient does stay in its accumulator, which shows that the counts below would detect it.
     code = f"""
 from benchmarks import kernels
 from fastntxent.backends.triton import config
@@ -940,7 +942,8 @@ for dtype in ("fp32", "bf16"):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs the compilers that Triton ships for Linux")
 def test_sums_of_packed_rows_have_one_order_whatever_the_strides():
-    # A reduction adds in the order of its layout, which follows the strides. So every sum must have two terms.
+    # A reduction adds in the order of its layout, which follows the strides. So every sum must have only two terms,
+    # whose order does not matter.
     code = """
 import triton
 from benchmarks import kernels

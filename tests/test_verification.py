@@ -72,7 +72,7 @@ BREAKS = {
 
 @pytest.fixture
 def broken(monkeypatch):
-    """Register this machine's kernels as "broken", with one output of one method changed."""
+    """Return a function that registers this machine's kernels as "broken", with one output of one method changed."""
 
     def put(method, output, change):
         calls = itertools.count()
@@ -117,8 +117,8 @@ def test_checks_find_every_break_of_every_kernel(broken, monkeypatch, method, ou
     assert caught.value.status == BREAKS[change], caught.value
 
 
-# Some kinds of calls of info_nce_scalar(z_i, z_j, inv_tau, normalize, both, mean, needs_i, needs_j), and an output to
-# corrupt in them.
+# Kinds of calls of info_nce_scalar(z_i, z_j, inv_tau, normalize, both, mean, needs_i, needs_j): a test that recognises
+# them by their arguments, and the output to corrupt in them.
 TOWERS = {
     "one direction": (lambda args: not args[4], 1),
     "both directions": (lambda args: args[4], 1),
@@ -227,9 +227,9 @@ def test_checks_leave_the_settings_of_the_process_alone():
 # --- the child process -----------------------------------------------------------------------------------------------
 
 ENDS = {
-    "wrong_element": ("wrong", r"d_z_j is off by 0\.001 of its largest value, with \S+ allowed"),
+    "wrong_element": ("wrong", r"d_z_j is off by 0\.001 of its largest value; at most \S+ is allowed"),
     "other_bits": ("not reproducible", r"d_z_j differs bitwise in the second call"),
-    "unwritten_row": ("wrong", r"d_z_j has \d+ of \d+ elements that are NaN, like unwritten memory"),
+    "unwritten_row": ("wrong", r"d_z_j has \d+ of \d+ elements that are NaN, as in unwritten memory"),
     "raises": ("raised an error", r"RuntimeError: an illegal memory access was encountered"),
     "segfault": ("crashed", r"SIGSEGV"),
     "hangs": ("no answer", r"killed after 20 s"),

@@ -1,6 +1,6 @@
 """User code for the type checkers only: `test_typing.py` checks it, and nothing runs it.
 
-The checkers report an unused `type: ignore`. So every line that has one must be rejected, and no other line may be.
+The checkers report an unused `type: ignore`. So every line that has one must be a type error, and no other line may be.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ fastntxent.NTXentLoss()(z, z, labels=ids)  # type: ignore
 fastntxent.QueueInfoNCELoss(16, 4)(z, z, "ids")  # type: ignore
 fastntxent.DistillLoss()(z, z, teacher=z)  # type: ignore
 
-# So does calling a drop-in.
+# Calls of drop-ins are typed in the same way.
 assert_type(lightly.NTXentLoss(torch.tensor(0.1))(z, z), Tensor)
 assert_type(lightly.MemoryBankModule((16, 4))(z, update=True), "tuple[Tensor, Tensor | None]")
 assert_type(fastntxent.compat.lightly.DCLLoss()(z, z), Tensor)

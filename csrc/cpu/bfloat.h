@@ -1,10 +1,10 @@
-// The instructions that multiply pairs of bfloat16 numbers, each as a function: VDPBF16PS and VCVTNEPS2BF16
-// (AVX512_BF16) and tiles (AMX). With FNTX_EMULATE, the same functions are AVX-512 code that rounds according to
-// Intel's manual, so that check.cpp can test the kernels on processors without the instructions. The emulation of
-// AVX512_BF16 agreed bit for bit with a processor on 48 million random lanes, which included NaN and subnormal numbers.
+// The instructions for bfloat16 numbers, each as a function: VDPBF16PS and VCVTNEPS2BF16 (AVX512_BF16), and tiles
+// (AMX). With FNTX_EMULATE, the same functions are AVX-512 code that rounds according to Intel's manual, so that
+// check.cpp can test the kernels on processors without the instructions. The emulation of AVX512_BF16 agreed bit for
+// bit with a real processor on 48 million random lanes, which included NaN and subnormal numbers.
 //
-// A pair is a 32-bit word with the number of the even index in its low half. In a product, a row of the left operand
-// holds the pairs of one row, and a row of the right operand holds one pair of every column.
+// A pair is a 32-bit word whose low half holds the number with the even index. In a product, each row of the left
+// operand holds pairs of one matrix row, and each row of the right operand holds one pair of every matrix column.
 #pragma once
 
 #include <immintrin.h>
@@ -33,7 +33,7 @@ FNTX_INLINE Vec<float> fused(Vec<float> a, Vec<float> b, Vec<float> c) {
 
 #endif
 
-// Return c + a b in each lane: the odd product is added first, then the even one, each with one rounding.
+// Return c + a b in each lane: the odd product is added first, then the even product, each with one rounding.
 FNTX_INLINE Vec<float> add_products(Vec<float> c, BfloatPairs a, BfloatPairs b) {
 #ifdef FNTX_EMULATE
     return fused(even(a), even(b), fused(odd(a), odd(b), without_subnormals(c)));
@@ -42,7 +42,7 @@ FNTX_INLINE Vec<float> add_products(Vec<float> c, BfloatPairs a, BfloatPairs b) 
 #endif
 }
 
-// Round to nearest, ties to even. NaN stays NaN, and subnormal numbers become zero.
+// Round to bfloat16, to nearest with ties to even. NaN stays NaN, and subnormal numbers become zero.
 FNTX_INLINE Halves to_bfloat(Vec<float> x) {
 #ifdef FNTX_EMULATE
     const BfloatPairs bits = (BfloatPairs)without_subnormals(x), rounded = bits + 0x7fff + (bits >> 16 & 1);
@@ -65,7 +65,7 @@ constexpr int TILES = 8;
 
 inline thread_local BfloatPairs tile_rows[TILES][TILE_ROWS];
 
-// Return c + a B. Even and odd products are summed separately, and the two sums are added before they are added to c.
+// Return c + a B. Even and odd products are summed separately, and their total is added to c.
 FNTX_INLINE Vec<float> add_tile_row(Vec<float> c, BfloatPairs a, const BfloatPairs* b) {
     Vec<float> evens = {}, odds = {};
     for (int i = 0; i < TILE_ROWS; ++i) {
@@ -100,8 +100,8 @@ class UsingTiles {
     UsingTiles& operator=(const UsingTiles&) = delete;
 };
 
-// These are assembly because GCC 12's intrinsics do not tell the compiler that a tile is loaded from memory, so it may
-// drop the stores before the load. Rows are `stride` words apart.
+// The following functions are assembly because GCC 12's intrinsics do not tell the compiler that a tile is loaded from
+// memory, so the compiler may drop stores that precede the load. Rows are `stride` words apart.
 
 template <int TILE> FNTX_INLINE void zero_tile() {
 #ifdef FNTX_EMULATE

@@ -31,7 +31,7 @@ class BfloatCheck {
     bool right() { return similarities_right() && gathered_right(); }
 
   private:
-    static constexpr int64_t N = 45, EDGE = 48, D = 37;  // odd, so that everything is padded
+    static constexpr int64_t N = 45, EDGE = 48, D = 37;  // N and D are odd, so that everything is padded
     static constexpr int64_t LD = 48, WORD_LD = word_row_length(LD);
     static_assert(PANEL<float> == EDGE);
 

@@ -3,7 +3,7 @@
 // Similarities: the rows z are multiplied unchanged, except for a power of two that makes each row's length at least 1
 // and less than 2. This scaling rounds nothing and keeps every sum in a range in which the instructions flush no result
 // to zero. The product of two bfloat16 numbers is exact in float, so the sums are as accurate as sums over widened
-// rows. A factor per row and a factor per column then normalise them.
+// rows. A factor for each row and a factor for each column then normalise the sums.
 //
 // Gradients: sum_j G_ij u_j = sum_j (G_ij factor_j) z_j. Only G_ij factor_j is rounded to bfloat16, as the gradient
 // itself will be. The temperature's gradient is returned in float, so sum G_ij s_ij is formed before G is rounded.
@@ -60,7 +60,7 @@ FNTX_INLINE void multiply_block(float* c, int64_t ldc, bool begun, const uint32_
 constexpr int64_t BLOCK_ROWS = REGISTER_ROWS, INNER_STEP = 1;
 
 struct UsingTiles {
-    UsingTiles() {}  // so that an instance does not count as unused
+    UsingTiles() {}  // so that compilers do not report an instance as unused
 };
 
 template <int V>
@@ -85,7 +85,7 @@ FNTX_INLINE void multiply_block(float* c, int64_t ldc, bool begun, const uint32_
 
 #endif
 
-// Transpose ROWS rows of words, so that to[d ldt + row] = from[row ldf + d] for d < D, in 4 x 4 blocks of vectors.
+// Transpose ROWS rows of words, so that to[d ldt + row] = from[row ldf + d] for d < D, in blocks of 4 x 4 words.
 template <int ROWS> void transpose_words(uint32_t* to, int64_t ldt, const uint32_t* from, int64_t ldf, int64_t D) {
     typedef uint32_t Four __attribute__((vector_size(16)));
     typedef uint32_t UnalignedFour __attribute__((vector_size(16), aligned(4), may_alias));
@@ -101,7 +101,7 @@ template <int ROWS> void transpose_words(uint32_t* to, int64_t ldt, const uint32
         }
 }
 
-// Return pairs of one number from `first` and one from `second`.
+// Return pairs, each of a number from `first` and the number at the same place in `second`.
 FNTX_INLINE BfloatPairs interleave(Halves first, Halves second) {
     return __builtin_convertvector(first, BfloatPairs) | __builtin_convertvector(second, BfloatPairs) << 16;
 }
@@ -288,8 +288,8 @@ struct BfloatProducts {
 
 // --- input -----------------------------------------------------------------------------------------------------------
 
-// Pack a row of u that has not been normalised yet, and store its factor; u will be divided by `divisor`. Without
-// normalisation the exponents are clamped, so that the product of two factors stays in range.
+// Pack a row of u that has not been normalised yet, and store the row's factor. The caller divides u by `divisor`
+// afterwards. Without normalisation the exponents are clamped, so that the product of two factors stays in range.
 FNTX_INLINE void pack_bfloats(const PackedSide<float>& side, int64_t row, int64_t ld, double length, double divisor,
                               bool normalize) {
     int exponent = length > 0 && length < INFINITY ? ilogb(length) : 0;

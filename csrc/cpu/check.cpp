@@ -1,7 +1,7 @@
-// Tests the C interface (fastntxent.h) against the definition, in O(M^2 D), over odd shapes, dtypes, strides and
-// numbers of threads. sanitize.sh builds it with and without sanitizers. Inputs and outputs are allocated to the
-// element, which exposes out-of-bounds accesses, and outputs start as NaN, which exposes elements that were not
-// written. The first failure names its case and ends the run.
+// Tests the C interface (fastntxent.h) against the definition, which is computed in O(M^2 D) operations, with many
+// shapes, dtypes, strides and numbers of threads. sanitize.sh builds this file with and without sanitizers. Inputs and
+// outputs are allocated at their exact sizes, so that a sanitizer finds out-of-bounds accesses, and outputs start as
+// NaN, which exposes elements that were not written. The first failure names its case and ends the run.
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -51,8 +51,8 @@ void on_each_set(const std::function<void()>& body) {
         if (fntx_use_instruction_set(set) == FNTX_OK) body();
 }
 
-// Return the unit roundoff of bfloat16 where G is rounded to it (gradients of bfloat16 rows on the sets that do not
-// widen them), otherwise 0.
+// Return the unit roundoff of bfloat16 if G is rounded to bfloat16 (for gradients of bfloat16 rows, on the sets that do
+// not widen such rows), otherwise 0.
 double rounding(int dtype) {
     const std::string set = fntx_instruction_set();
     return dtype == FNTX_BFLOAT16 && (set == "amx" || set == "avx512_bf16") ? ldexp(1, -8) : 0;
@@ -79,8 +79,8 @@ template <class T> void verify_as(const Case& c, const std::vector<int>& threads
 }
 
 // --quick is for emulated machines. It leaves out float64 cases whose definition takes more than QUICK multiplications,
-// because long double may be emulated in software there. Of the other cases with more than COSTLY multiplications it
-// runs one in four, and it leaves out large blocks.
+// because long double may be emulated in software there. It runs one in four of the other cases whose definition takes
+// more than COSTLY multiplications, and leaves out the group "blocks".
 bool quick = false;
 constexpr int64_t QUICK = 30000, COSTLY = 400000;
 
@@ -92,8 +92,9 @@ bool taken(const Case& c) {
     return c.dtype == FNTX_FLOAT64 ? multiplications <= QUICK : multiplications <= COSTLY || large++ % 4 == 0;
 }
 
-// Check a case on every instruction set, in every mode, and with a workspace for each number of smallest tiles in
-// `tiles`. Emulated instructions are slow, so they run only the last number of threads.
+// Check a case on every instruction set, in every mode, and, for each number in `tiles`, with a workspace for that
+// number of the smallest tiles. Emulated instructions are slow, so they are checked only with the last number of
+// threads.
 void verify(Case c, std::vector<int> threads, const std::vector<int>& tiles) {
 #ifdef FNTX_EMULATE
     c.dtype = FNTX_BFLOAT16, threads = {threads.back()};
@@ -105,10 +106,10 @@ void verify(Case c, std::vector<int> threads, const std::vector<int>& tiles) {
 // --- groups ----------------------------------------------------------------------------------------------------------
 
 const int64_t SIZES[] = {1, 2, 3, 7, 23, 24, 25, 47, 48, 49, 95, 97, 150};
-constexpr int SMALL_SIZES = 7;   // the first sizes
+constexpr int SMALL_SIZES = 7;   // number of small sizes, which come first
 constexpr int ALL_TILES = 1000;  // more than any case has
 
-// Check every size with every dimension (one in six of those that are COSTLY). The other options are random.
+// Check every size with every D, but only one in six of the combinations that are COSTLY. The other options are random.
 template <class Shape> void shapes(Shape shape) {
     for (int64_t n : SIZES)
         for (int64_t D : {1, 2, 3, 15, 16, 17, 48, 127, 128, 129, 300}) {
@@ -128,7 +129,8 @@ Case rectangle(int64_t n, int64_t D) {
     return {{n, draw() % 2 ? n : 0}, {other, draw() % 2 ? SIZES[draw() % SMALL_SIZES] : 0}, D};
 }
 
-// As many columns as rows, with the loss of their pairs: in both directions, or with a weight of 0 in one.
+// A case with equal numbers of rows and columns and the loss of their pairs, in both directions, or in one direction if
+// the weight is 0.
 Case in_pairs(Case c, double cols_loss_weight = 0.3) {
     c.cols_loss_weight = cols_loss_weight;
     return c;
@@ -139,22 +141,22 @@ Case pairs(int64_t n, int64_t D) {
     return in_pairs({{n, 0}, {first, n - first}, D}, draw() % 2 ? 0.3 : 0);
 }
 
-// NT-Logistic or SigLIP: the loss, and the sums alone.
+// NT-Logistic or SigLIP: the loss, and also the sums without a loss.
 Case softplus(Case c, int function = FNTX_SOFTPLUS) {
     c.function = function;
     c.bias = 12 * noise();
     return c;
 }
 
-// A loss that compares nu with given numbers. With numbers of size 100, some rows have no weight and others almost
-// none.
+// A loss that compares nu with given numbers. With numbers of up to 100, some rows have their full weight and others
+// almost none.
 Case against(int64_t n, int64_t D) {
     Case c = rectangle(n, D);
     c.against = draw() % 2 ? 3 : 100;
     return c;
 }
 
-// SupCon's loss. With ids by index, two views are pairs; unique ids leave no positives.
+// SupCon's loss. With ids by index, the two views of a sample form a class; with unique ids, no row has a positive.
 Case classes(Case c, int form = FNTX_OUT) {
     c.classes = true, c.form = form;
     c.mean = draw() % 2;
@@ -251,8 +253,8 @@ void magnitudes() {
         }
 }
 
-// Return two kinds of NaN, both infinities, and the given numbers. The marked NaN has non-zero low bits, as float and
-// as double; the exponential turns those bits into an exponent.
+// Return NaNs of two kinds, both infinities, and the given numbers. A marked NaN has non-zero low bits, as a float and
+// as a double, which the exponential shifts into the exponent.
 std::vector<double> unusual(std::initializer_list<double> numbers) {
     const uint64_t bits = 0x7ff8000000000000 | uint64_t(0xa5) << 29 | 0x5a5;
     double marked;
@@ -262,9 +264,9 @@ std::vector<double> unusual(std::initializer_list<double> numbers) {
     return all;
 }
 
-// A NaN reaches the loss and every row that has it among its negatives. If rows are normalised, an infinity becomes a
-// NaN and does the same, while a finite number leaves the loss finite. Rows with index 3 modulo 50 (the changed row and
-// its positive) are not checked.
+// A NaN in one row reaches the loss, and nu of every row that has that row among its negatives. If rows are normalised,
+// an infinity becomes a NaN and does the same, while a finite number leaves the loss finite. Rows with index 3 modulo
+// 50 (the changed row and its positive) are not checked.
 template <class T> void unusual_rows(const Case& c) {
     const double huge = sizeof(T) == 4 ? 3e38 : 1e150;
     Problem<T> p(c);
@@ -286,7 +288,7 @@ template <class T> void unusual_rows(const Case& c) {
     }
 }
 
-// A backward takes any upstream gradient and neg_lse.
+// A backward accepts any upstream gradient and any neg_lse.
 template <class T> void unusual_upstream(const Case& c) {
     const Problem<T> p(c);
     for (double x : unusual({1e30, -1e30}))
@@ -366,7 +368,7 @@ void memory_lent() {
     expect(again == lent && other != lent && other != second, "lend: the block is not reused exactly once");
     fill(again), fill(other);
     expect(second[0] == 1 && second[size - 1] == 1, "lend: the block belonged to another buffer");
-    again.lend(), other.lend();  // frees the first one
+    again.lend(), other.lend();  // frees the first block
     fill(fntx::Buffer<char>(size));
     fntx::Buffer<char> larger(3 * size), small(100);
     small.lend();
@@ -450,8 +452,8 @@ void invalid_calls() {
     }
 }
 
-// With blocks of several tiles, several threads give the results of one thread, which the other groups compare with the
-// definition.
+// With blocks of several tiles, several threads give the same results as one thread, up to rounding. The other groups
+// compare one thread with the definition.
 void blocks() {
     if (quick) return;
     const int64_t n = 3150, D = 16, labels = 90;
@@ -517,7 +519,7 @@ void interruption() {
         }
 }
 
-// Several concurrent callers get the same bits as each of them alone.
+// Concurrent callers get the same bits as a single caller.
 void concurrency() {
     std::vector<Problem<float>> problems;
     for (int64_t n : {150, 97, 24})

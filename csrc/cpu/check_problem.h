@@ -1,4 +1,5 @@
-// Test cases for check.cpp: inputs of every dtype and layout, and the results by definition, in O(M^2 D).
+// Test cases for check.cpp: inputs of every dtype and layout, and the results by definition, computed in O(M^2 D)
+// operations.
 #pragma once
 
 #include <math.h>
@@ -14,8 +15,8 @@
 
 #include "fastntxent.h"
 
-// The definition is computed in a wider type than the kernels' T. For float that is double; long double would prove no
-// more and is emulated in software on aarch64.
+// The definition is computed in a wider type than the kernels' T. For float, the wider type is double; long double
+// would prove no more and is emulated in software on aarch64.
 template <class T> struct RealOf {
     typedef double Type;
 };
@@ -49,14 +50,15 @@ struct Case {
     int dtype = FNTX_FLOAT32, layout = 0, ids = 0, normalize = 1;
     double tau = 0.07, eps = 1e-12, scale = 1;
     int wanted = ALL_WANTED;  // one bit for each d_z
-    // The weight of the columns' losses, with as many columns as rows. Negative: a rectangle has no loss.
+    // The weight of the columns' losses, if the numbers of rows and columns are equal. Negative: a rectangle has no
+    // loss.
     double cols_loss_weight = -1;
     int function = FNTX_LOG_SUM_EXP;
     double bias = 0;
     Limits limits = NO_LIMITS;
     double limit_scale = 0, limit_shift = 0;  // for LIMITS_OF_POSITIVES
     double against = 0;                       // > 0: the loss of a rectangle compares nu with numbers up to this size
-    bool classes = false, mean = false;       // classes: ids are classes; mean: over the rows with a positive
+    bool classes = false, mean = false;       // ids are classes; average over the rows that have a positive
     int form = FNTX_OUT;                      // form of the loss with classes
 
     std::string name() const {
@@ -79,7 +81,7 @@ inline void draw_options(Case& c, size_t dtypes) {
     c.tau = TEMPERATURES[draw() % std::size(TEMPERATURES)];
 }
 
-// Round towards zero. The definition reads the same bits, so the rounding does not matter.
+// Convert to float16, rounding toward zero. The definition reads the same bits, so the rounding does not matter.
 inline uint16_t to_float16(double x) {
     if (!(fabs(x) < 65536)) return uint16_t((x < 0 ? 0xfc00 : 0x7c00) + (x != x ? 0x3ff : 0));
     int exponent = 0;
@@ -141,7 +143,7 @@ template <class Real> struct ProblemSide {
     Reals w, u, length, nu;  // w: the upstream gradient of nu
     Real longest = 0;        // largest |u|
 
-    // Draw rows near the rows of `like`, as two views are near each other.
+    // Draw rows near the rows of `like`, as the two views of a sample are near each other.
     ProblemSide(const Case& c, const int64_t* n_of, const Matrix* like)
         : z{{c.dtype, n_of[0], c.D, c.layout}, {c.dtype, n_of[1], c.D, other_layout(c.layout)}}, n(n_of[0] + n_of[1]) {
         for (Matrix& m : z) {
@@ -166,7 +168,7 @@ template <class Real> struct ProblemSide {
 template <class Real> struct Gradient {
     std::vector<Real> d_z[2];
     Real d_inv_tau = 0, d_bias = 0;
-    // The size of the gradient's terms before they cancel. Errors are relative to it.
+    // The size of the gradient's terms before they cancel. Errors are measured relative to this size.
     Real size_of_z = 0, size_of_inv_tau = 0, size_of_bias = 0;
 };
 
@@ -175,7 +177,7 @@ template <class T> struct Problem {
     typedef std::vector<Real> Reals;
 
     const Case c;
-    const int last;  // index of the side of the columns
+    const int last;  // index of the columns' side
     const bool two_views;
     const bool paired;  // the problem has a loss
     const bool softplus, sigmoid;
@@ -260,7 +262,7 @@ template <class T> struct Problem {
         return count;
     }
 
-    // Return the loss of a row that has positives, and the derivative of the loss in nu by reference.
+    // Return the loss of a row that has positives, and by reference the derivative of the loss with respect to nu.
     Real class_loss(int64_t i, Real& slope) const {
         const int64_t n = sides[0].n;
         const Real nu = sides[0].nu[i], count = count_positives(i);
@@ -284,7 +286,7 @@ template <class T> struct Problem {
         return log_sum(n, [&](int64_t j) { return same_class(i, j) ? k * s[i * n + j] : -INF; });
     }
 
-    // Return the derivative of row i's loss in the logit of its positive j.
+    // Return the derivative of row i's loss with respect to the logit of its positive j.
     Real of_positive(int64_t i, int64_t j, Real w) const {
         const Real nu = sides[0].nu[i], logit = k * s[i * sides[0].n + j], count = count_positives(i);
         if (c.form == FNTX_OUT) return -w / count;
@@ -341,8 +343,8 @@ template <class T> struct Problem {
         return side ? s[other * sides[1].n + row] : s[row * sides[last].n + other];
     }
 
-    // LIMITS_OF_ROWS are put into a gap between similarities. If rounding could move a similarity across the limit of a
-    // positive, the case is ambiguous.
+    // LIMITS_OF_ROWS are put into a gap between similarities. If rounding could move a similarity across a limit, the
+    // case is ambiguous.
     void set_limits(int side) {
         const int64_t n = sides[side].n, others = side ? sides[0].n : sides[last].n;
         const Real near = sizeof(T) == 8 ? 1e-12 : 1e-5, scale = 1 + sides[0].longest * sides[last].longest;
@@ -365,7 +367,7 @@ template <class T> struct Problem {
 
     static Real log1p_exp(Real x) { return x > 0 ? x + log1p(exp(-x)) : log1p(exp(x)); }
 
-    // Return nu of a row or a column, over n pairs: at(j) is its pair with row j of the other side.
+    // Return nu of a row or column, computed from its n pairs: at(j) is its pair with row j of the other side.
     template <class At> Real over(int side, int64_t row, int64_t n, At at) const {
         if (!softplus) return log_sum(n, [&](int64_t j) { return logit(at(j), side, row); });
         Real sum = 0;

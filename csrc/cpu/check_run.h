@@ -1,4 +1,4 @@
-// The calls of check.cpp: one call with its inputs and outputs, compared with the definition of its problem.
+// The calls of check.cpp: one call with its inputs and outputs, and the comparison of the outputs with the definition.
 #pragma once
 
 #include <stdlib.h>
@@ -59,7 +59,7 @@ template <class T> struct CheckedCall {
         fntx_side out = {};
         nu[which] = unwritten(side.n);
         if (mode == BACKWARD) nu[which].assign(side.nu.begin(), side.nu.end());
-        for (int64_t i = 0; i < side.n; ++i)  // a row without negatives gets NaN, which must be ignored
+        for (int64_t i = 0; i < side.n; ++i)  // the weight of a row without negatives is NaN, which must be ignored
             w[which].push_back(isinf(side.nu[i]) ? T(NAN) : T(side.w[i]));
         limits[which].assign(side.limits.begin(), side.limits.end());
         out.limits = p.c.limits == LIMITS_OF_ROWS ? limits[which].data() : nullptr;
@@ -80,7 +80,7 @@ template <class T> struct CheckedCall {
                std::to_string(call.threads) + ", workspace " + std::to_string(call.workspace);
     }
 
-    // Make the call and return all outputs as bytes, or an empty string if it failed.
+    // Make the call and return all outputs as bytes, or an empty string if the call failed.
     std::string bits() {
         std::string all;
         if (fntx_run(&call) != FNTX_OK) return all;

@@ -38,7 +38,7 @@ class Classes {
     int64_t count(int64_t c) const { return first_[c + 1] - first_[c]; }
     int64_t of_row(int64_t row) const { return class_of_row_[row]; }
 
-    // Return the rows in the order of their classes.
+    // Return the indices of all rows, sorted by class.
     const int64_t* order() const { return rows_.data(); }
 
     struct Rows {
@@ -47,7 +47,7 @@ class Classes {
         const int64_t* end() const { return last; }
     };
 
-    // Return the rows of a class, in ascending order.
+    // Return the indices of the rows of a class, in ascending order.
     Rows rows(int64_t c) const { return {rows_.data() + first_[c], rows_.data() + first_[c + 1]}; }
 
     // with_positive returns the number of rows that have a positive; in_pairs returns whether every class has two rows.
@@ -63,8 +63,8 @@ class Classes {
     bool in_pairs_ = true;
 };
 
-// A side for the sums of rows over their positives. It shares the rows and `gathered` with the side it is made from,
-// and has separate sums, weights and log-sum-exps.
+// A side that holds each row's sums over the row's positives. It shares the rows and `gathered` with the side from
+// which it is made, and has separate sums, weights and log-sum-exps.
 template <class T> struct PositiveSide : PackedSide<T> {
     explicit PositiveSide(const PackedSide<T>& rows) : PackedSide<T>(rows) {
         const int64_t padded = round_up(rows.n, ALIGNED_ROWS);

@@ -54,7 +54,8 @@ bool has_avx512() {
 #endif
 
 #if defined(FNTX_X86) && defined(FNTX_BFLOAT)
-// Both sets are tested once, and not used if their products on this machine differ from those of plain C++.
+// Each of the two sets is tested once, and is not used if its products on this machine differ from the products of
+// plain C++.
 bool amx_works() {
     static const bool works = has_avx512() && has_amx() && amx::multiplies_right();
     return works;
@@ -66,7 +67,7 @@ bool avx512_bf16_works() {
 }
 #endif
 
-// From the fastest to the slowest. The last one needs only the compiler's baseline, which on aarch64 includes NEON.
+// From the fastest to the slowest. The last set needs only the compiler's baseline, which on aarch64 includes NEON.
 const InstructionSet SETS[] = {
 #ifdef FNTX_X86
 #ifdef FNTX_BFLOAT
@@ -99,18 +100,18 @@ const InstructionSet& instruction_set() {
 
 int64_t count_rows(const fntx_side& side) { return side.z[0].n + side.z[1].n; }
 
-// The largest number of elements in a side, padding included (at most MARGIN rows). Even as doubles, their size in
-// bytes fits in 64 bits.
+// The largest number of elements in a side, padding included (at most MARGIN rows). Even if the elements are doubles,
+// the size of the side in bytes fits in 64 bits.
 constexpr int64_t MOST_NUMBERS = INT64_MAX / 16, MARGIN = 1024;
 
 bool too_large(const fntx_side& side, int64_t D) {
     for (const fntx_matrix& z : side.z)
-        if (z.n < 0 || z.n > FNTX_MOST_ROWS) return z.n > 0;  // checked first, as count_rows might overflow
+        if (z.n < 0 || z.n > FNTX_MOST_ROWS) return z.n > 0;  // checked first, because count_rows might overflow
     const int64_t n = count_rows(side);
     return n > FNTX_MOST_ROWS || D > MOST_NUMBERS / (n + MARGIN);
 }
 
-// Return whether a side is valid. It must not be too_large.
+// Return whether a side is valid. Call this only if too_large returned false for the side.
 bool valid(const fntx_side& side, int64_t D) {
     for (const fntx_matrix& z : side.z)
         if (z.n < 0 || (z.n > 0 && !z.data)) return false;

@@ -6,15 +6,15 @@
 //
 //     nu_i  = log sum over {j : id_j != id_i} of exp(k u_i . v_j)     neg_lse of a row; for a column, the sum is over i
 //     pi_i  = k u_i . u_p(i)                                          pos: p(i) is the same row of the other view
-//     pi_i  = k u_i . v_i                                             with columns: of row i and of column i
+//     pi_i  = k u_i . v_i                                             with columns: for row i and for column i
 //     loss  = sum_i w log(1 + exp(nu_i - pi_i))                       w: loss_weight; for columns, cols_loss_weight
 //
 // With classes, the positives of row i are the c_i other rows of its class. In FNTX_OUT (SupCon's L_out), nu_i leaves
-// out row i alone, and the loss sums over the rows with c_i > 0:
+// out only row i itself. Below, sum_i is over the rows with c_i > 0, and sum_j is over the positives of row i:
 //
 //     loss  = sum_i w (nu_i - (1/c_i) sum_j k u_i . u_j)
 //
-// In the other forms nu_i leaves out the whole class. With lse_i = log sum_j exp(k u_i . u_j) over the positives:
+// In the other forms, nu_i leaves out the whole class of row i. With lse_i = log sum_j exp(k u_i . u_j):
 //
 //     FNTX_IN     loss = sum_i w (log(1 + exp(nu_i - lse_i)) + log c_i)
 //     FNTX_RATIO  the same without log c_i
@@ -24,17 +24,17 @@
 //
 // With limits, the sum of row i leaves out every column with u_i . v_j > limit_i. A NaN similarity stays in the sum.
 //
-// In a symmetric call (no columns given), the rows are also the columns, and each row has one neg_lse.
+// In a symmetric call (no columns given), the rows are also the columns, and each row has only one neg_lse.
 //
-// Other functions replace nu_i by another sum. With x_ij = k u_i . v_j + b:
+// The other functions replace nu_i with a different sum. With x_ij = k u_i . v_j + b:
 //
 //     FNTX_SOFTPLUS  nu_i = sum over {j : id_j != id_i} of log(1 + exp(x_ij))
 //                    loss = sum_i w (nu_i + log(1 + exp(-pi_i - b)))
 //     FNTX_SIGMOID   nu_i = the same sum + sum over {j : id_j = id_i} of log(1 + exp(-x_ij))
 //                    loss = sum_i w nu_i
 //
-// The loss of FNTX_SOFTPLUS is NT-Logistic, the loss of FNTX_SIGMOID is SigLIP. FNTX_SIGMOID needs columns, because in
-// a symmetric call each row would count as a positive of itself.
+// The loss of FNTX_SOFTPLUS is NT-Logistic, and the loss of FNTX_SIGMOID is SigLIP. FNTX_SIGMOID needs columns, because
+// in a symmetric call each row would count as a positive of itself.
 #pragma once
 
 #include <stdint.h>
@@ -43,7 +43,8 @@
 extern "C" {
 #endif
 
-// FNTX_TOO_LARGE: a side has more than FNTX_MOST_ROWS rows, or more features than a 64-bit size can count the bytes of.
+// FNTX_TOO_LARGE: a side has more than FNTX_MOST_ROWS rows, or so many features that its size in bytes may not fit in
+// 64 bits.
 enum fntx_status { FNTX_OK = 0, FNTX_INTERRUPTED = 1, FNTX_NO_MEMORY = 2, FNTX_INVALID = 3, FNTX_TOO_LARGE = 4 };
 #define FNTX_MOST_ROWS INT32_MAX
 enum fntx_dtype { FNTX_FLOAT16 = 0, FNTX_BFLOAT16 = 1, FNTX_FLOAT32 = 2, FNTX_FLOAT64 = 3 };
@@ -66,7 +67,7 @@ struct fntx_side {
     const int64_t* ids;     // group of each row, 0 to INT32_MAX; NULL: the row's index within its matrix
     const void* limits;     // largest similarity that counts in each row's sum; NULL: see `limited`
     void* neg_lse;          // output of a forward; input of a backward without a forward
-    const void* d_neg_lse;  // upstream gradient, for a backward; NULL where the call forms it itself (`loss`)
+    const void* d_neg_lse;  // upstream gradient, for a backward; NULL if the call computes it itself (`loss`)
     void* d_z[2];           // contiguous (n, D) gradients; NULL: not wanted
 };
 
@@ -92,15 +93,15 @@ struct fntx_call {
     const int64_t* classes;        // (M,) in, class of each row, for a symmetric loss without ids and neg_lse; or NULL
     int form;                      // one of fntx_forms, with classes
     int mean_of_classes;           // divide loss_weight by the number of rows that have a positive
-    // 0-d out, forward: the weighted sum of the losses; or NULL. It needs two views, as many columns as rows,
-    // FNTX_SIGMOID, `against` or classes.
+    // 0-d out, forward: the weighted sum of the losses; or NULL. It requires one of these: two views, equal numbers of
+    // rows and columns, FNTX_SIGMOID, `against`, or classes.
     void* loss;
     double loss_weight;       // > 0
     double cols_loss_weight;  // >= 0; 0: only the rows have losses (InfoNCE)
     void* d_inv_tau;          // 0-d out, backward
     void* d_bias;             // 0-d out, backward of FNTX_SOFTPLUS and FNTX_SIGMOID
-    int64_t workspace;        // bytes that may keep exponentials from the forward for the backward
-    // The calling thread calls `poll` every 50 ms, and a non-zero result stops the call. NULL: never. `poll` must
+    int64_t workspace;        // maximum bytes for exponentials that the forward keeps for the backward
+    // The calling thread calls `poll` every 50 ms, and a non-zero result stops the call. NULL: no polling. `poll` must
     // return: if it ends the thread instead, the other threads of the team wait forever.
     int (*poll)(void);
 };
@@ -112,10 +113,11 @@ int fntx_run(const struct fntx_call* call);
 // The first two multiply bfloat16 rows in bfloat16, with float sums, and run the "avx512" kernels for all other dtypes.
 const char* fntx_instruction_set(void);
 
-// Switch to another instruction set, for tests. Return FNTX_INVALID if this machine does not have it.
+// Switch to another instruction set, for tests. Return FNTX_OK, or FNTX_INVALID if this machine does not have the set.
 int fntx_use_instruction_set(const char* name);
 
-// Compute y_i = 2^x_i with the kernels' vectorised exponential. dtype is FNTX_FLOAT32 or FNTX_FLOAT64.
+// Compute y_i = 2^x_i with the kernels' vectorised exponential. dtype is FNTX_FLOAT32 or FNTX_FLOAT64; return
+// FNTX_INVALID for any other dtype.
 int fntx_exp2(int dtype, const void* x, void* y, int64_t n);
 
 #ifdef __cplusplus

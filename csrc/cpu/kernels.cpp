@@ -1,4 +1,5 @@
-// The functions of one instruction set (kernels.h). setup.py compiles this file once for each set, with its flags.
+// The functions of one instruction set (kernels.h). setup.py compiles this file once for each set, with the compiler
+// flags of the set.
 #include "kernels.h"
 
 #include <math.h>
@@ -50,7 +51,8 @@ FNTX_INLINE float widen(Float16 x) {
 FNTX_INLINE float widen(float x) { return x; }
 FNTX_INLINE double widen(double x) { return x; }
 
-// Return the squared length, in double precision, which neither overflows nor underflows for a row of floats.
+// Return the squared length of a row, in double precision, so that it neither overflows nor underflows for a row of
+// floats.
 template <class T> FNTX_INLINE double squared_length(const T* u, int64_t ld) {
     double sums[LANES<T>] = {}, sum = 0;
     for (int64_t d = 0; d < ld; d += LANES<T>)
@@ -59,7 +61,7 @@ template <class T> FNTX_INLINE double squared_length(const T* u, int64_t ld) {
     return sum;
 }
 
-// Transpose PANEL rows, so that panel[d PANEL + row] = u[row ld + d], in 4 x 4 blocks of vectors.
+// Transpose PANEL rows, so that panel[d PANEL + row] = u[row ld + d], in blocks of 4 x 4 elements.
 template <class T> void pack_panel(T* panel, const T* u, int64_t D, int64_t ld) {
     typedef T Four __attribute__((vector_size(4 * sizeof(T))));
     typedef T UnalignedFour __attribute__((vector_size(4 * sizeof(T)), aligned(sizeof(T)), may_alias));
@@ -226,9 +228,9 @@ template <bool MASKED, bool LIMITED, class T> void forward_direct(const Tile<T>&
         for (int64_t col = 0; col < tile.n_cols; ++col) tile.cols->sums[tile.col0 + col] += col_sums[col];
 }
 
-// Write the logits to the buffer; with `masked`, -inf where a pair does not count. The logits are rounded here, in the
-// same way for every use. Rounding moves a logit of 1e5 by up to 4e-3, so subtracting a log-sum-exp makes sense only if
-// its logits were rounded in the same way.
+// Write the logits to the buffer; if `masked`, write -inf where a pair does not count. The logits are rounded here, in
+// the same way for every use. Rounding moves a logit of 1e5 by up to 4e-3, so a log-sum-exp may be subtracted only if
+// the logits in it were rounded in the same way.
 template <class T> void form_logits(const Tile<T>& tile, bool masked) {
     form_products<Products>(tile, [&](Acc<T>& acc, int64_t row, int64_t col) __attribute__((always_inline)) {
 #pragma GCC unroll 8
@@ -245,8 +247,8 @@ template <class T> void form_logits(const Tile<T>& tile, bool masked) {
 
 template <class T> FNTX_INLINE Vec<T> larger(Vec<T> a, Vec<T> b) { return a > b ? a : b; }
 
-// Raise the row's peak to `candidate` if that is larger, and rescale its sum. Return the number to subtract from the
-// row's logits: the peak, or 0 if all logits are -inf.
+// If `candidate` is larger than the row's peak, raise the peak to `candidate` and rescale the row's sum. Return the
+// number to subtract from the row's logits: the peak, or 0 if all logits are -inf.
 template <class T> FNTX_INLINE T raise_peak(PackedSide<T>& side, int64_t row, T candidate) {
     T& peak = side.peaks[row];
     if (candidate > peak) {
@@ -471,7 +473,8 @@ FNTX_INLINE Vec<T> softplus_of(const Tile<T>& tile, int64_t row, int64_t col, Ve
     return there ? value : Vec<T>{};
 }
 
-// The gradient contains no sum over a row, so one pass computes values, slopes and G = slope (a_i + a_j).
+// The gradient contains no sum over a row, so one pass computes values, slopes and G_ij = slope_ij (a_i + a_j), where
+// a_i is the weight of row or column i.
 template <Agreeing AGREEING, class T> void softplus_products(const Tile<T>& tile) {
     const int64_t by_rows = tile.edge * LANES<T>;
     T *row_sums = tile.sums, *row_slopes = row_sums + by_rows;

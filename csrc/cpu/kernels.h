@@ -36,8 +36,8 @@ template <> struct IdOf<double> {
 };
 template <class T> using Id = typename IdOf<T>::Type;
 
-// One side of the similarity matrix as the kernels take it. Matrices are row-major with a row stride of `ld` elements,
-// and zero beyond column D. Every array is allocated up to a multiple of ALIGNED_ROWS.
+// One side of the similarity matrix in the form that the kernels use. Matrices are row-major with a row stride of `ld`
+// elements, and zero beyond column D. Every array has room for n rounded up to a multiple of ALIGNED_ROWS.
 template <class T> struct PackedSide {
     int64_t n;             // number of rows
     const int64_t* order;  // index in z of each row; NULL: the identity
@@ -66,11 +66,11 @@ template <class T> struct Tile {
     int64_t n_words, word_ld;  // words_of(D), word_row_length(ld)
     int64_t row0, n_rows;      // multiples of ALIGNED_ROWS, except at the end of the side
     int64_t col0, n_cols;
-    bool diagonal;   // rows and columns coincide: all of it is formed, but it adds to the rows only
+    bool diagonal;   // rows and columns coincide: the whole tile is formed, but adds only to the rows
     bool masked;     // some ids may agree, or the last panel is incomplete
     bool shifted;    // logits may overflow the exponential
     bool limited;    // rows leave out similarities above their limits
-    bool agreeing;   // only pairs with equal ids count, but no row with itself; implies masked and shifted
+    bool agreeing;   // only pairs of different rows with equal ids count; implies masked and shifted
     bool positives;  // softplus: pairs with equal ids add log(1 + exp(-x)) instead of nothing
     T inv_tau, bias;
     int64_t edge;  // rows and columns of a full tile; row stride of exps and buffer
@@ -79,7 +79,7 @@ template <class T> struct Tile {
     T* sums;       // (edge, lanes + 1) scratch of the thread; twice that for softplus
     // If the instruction set multiplies bfloat16 numbers:
     uint32_t* bfloats;  // (edge, words_of(edge)) scratch of the thread
-    double* radial;     // for the temperature's gradient: a backward adds its sum of G_ij s_ij, before rounding G
+    double* radial;     // for the temperature's gradient: a backward adds its sum of G_ij s_ij, with G not yet rounded
 };
 
 template <class T> struct Kernels {
@@ -87,12 +87,13 @@ template <class T> struct Kernels {
     int panel;               // columns of a register block
     bool multiplies_bfloat;  // serves bfloat16 rows only, without widening them
 
-    // Convert, normalise, pad and pack rows [first, last) of a side, which has the rows of z[0] and then those of z[1].
-    // Both bounds are multiples of ALIGNED_ROWS. Return the largest squared length of a row before normalisation.
+    // Convert, normalise, pad and pack rows [first, last) of a side, whose rows are the rows of z[0] followed by the
+    // rows of z[1]. `first` and `last` are multiples of ALIGNED_ROWS. Return the largest squared length of a row before
+    // normalisation.
     double (*load_rows)(const PackedSide<T>& side, const fntx_matrix* z, int dtype, int64_t D, int64_t ld,
                         bool normalize, T eps, int64_t first, int64_t last);
 
-    // Add the tile's sums to the sums of its rows and, unless it is diagonal, of its columns.
+    // Add the tile's sums to the sums of its rows and, unless the tile is diagonal, to the sums of its columns.
     void (*forward)(const Tile<T>& tile);
 
     // Run `forward`, and add exp(k s) U_cols to the rows' `gathered`. NULL if the instruction set multiplies bfloat16
@@ -105,11 +106,12 @@ template <class T> struct Kernels {
     // Add the tile's sums and slopes of softplus(k s + b) like `forward`, and gather like `backward`.
     void (*softplus)(const Tile<T>& tile);
 
-    // For an agreeing tile: add log(1 + exp(nu_i - k s_ij)) and its slope to the sums and slopes of rows and columns.
+    // For an agreeing tile: add log(1 + exp(nu_i - k s_ij)) to the sums of rows and columns, and its slope to their
+    // slopes.
     void (*pairs)(const Tile<T>& tile);
 
-    // The backward of `pairs`: gather like `backward`, with G_ij = -(a_i slope_ij + a_j slope_ji), where a are the
-    // weights of rows and columns.
+    // The backward of `pairs`: gather like `backward`, with G_ij = -(a_i slope_ij + a_j slope_ji), where a_i is the
+    // weight of row or column i.
     void (*pairs_backward)(const Tile<T>& tile);
 
     double (*dot)(const T* a, const T* b, int64_t ld);

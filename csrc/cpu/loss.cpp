@@ -1,7 +1,7 @@
 // The phases of a call: load rows, forward over the tiles, formulas per row, backward over the tiles, write gradients.
 //
 // Flops are in units of u, one full product: 2 M^2 D, or 2 M N D for a rectangle. A side "gathers" its gradient: row i
-// adds up sum_j G_ij u_j over the columns (docs/architecture.md defines G).
+// sums G_ij u_j over the columns j (docs/architecture.md defines the matrix G and the unit rows u_j).
 //
 // If only the rows have losses and gradients (queries against a queue), one pass computes both. Each row gathers with
 // its exponentials in place of G, and the result is divided by the row's sum at the end. That takes 2u for a rectangle,
@@ -11,12 +11,12 @@
 // them again (u/2) and gathers the gradient (u). That takes 2u in all, or 1.5u if the workspace can keep all
 // exponentials from the forward.
 //
-// Memory: three (M, D) matrices (u, u transposed, the gathered gradient), the workspace, and a tile for each thread. If
-// one side is much longer than the other, slabs.h adds copies of the shorter side's sums and gathered gradient.
-// Together, these copies have no more rows than the longer side.
+// Memory: three (M, D) matrices (the rows, their transpose, the gathered gradient), the workspace, and a tile for each
+// thread. If one side is much longer than the other, slabs.h adds copies of the shorter side's sums and gathered
+// gradient. Together, these copies have no more rows than the longer side.
 //
 // No sum depends on which thread ran which task, so a result has the same bits every time. The size of the tiles
-// depends on the number of threads, so another number of threads may round differently.
+// depends on the number of threads, so calls with different numbers of threads may round differently.
 #include "loss.h"
 
 #include <math.h>
@@ -36,7 +36,7 @@
 namespace fntx {
 namespace {
 
-constexpr int64_t SCRATCH_MULTIPLE = 64;  // elements: a multiple of the cache line, so that threads do not share one
+constexpr int64_t SCRATCH_MULTIPLE = 64;  // elements: whole cache lines, so that no two threads share a line
 
 constexpr double INF = std::numeric_limits<double>::infinity();
 
@@ -96,7 +96,7 @@ template <class T> struct OwnedSide : PackedSide<T> {
     std::vector<Span> spans;  // range of ids in each chunk
     double *neg_lse, *w;      // nu and its weight
     double* d_pos;            // weight of pi
-    T* largest_similarity;    // the limit of each row, if there are limits
+    T* largest_similarity;    // each row's limit, if the call has limits
 
     // Free the packed copies of the rows, which only the tiles read.
     void release_packed() { panel_memory = {}, bfloat_memory = {}, bfloat_panel_memory = {}; }
@@ -241,16 +241,16 @@ template <class T> class Run {
     // Return whether the tiles multiply bfloat16 numbers.
     bool in_bfloat() const { return kernels_.multiplies_bfloat; }
 
-    // Return whether the loss contains pi, the logit of each row's one positive.
+    // Return whether the loss contains pi, the logit of each row's only positive.
     bool takes_positives() const {
         return call_.loss && call_.function != FNTX_SIGMOID && !call_.against && !in_classes();
     }
 
     bool in_classes() const { return call_.classes && !classes_.in_pairs(); }
 
-    // of_classes: the loss takes the mean logit of a row's positives, which follows from the sum of the rows of its
-    // class. over_positives: the loss takes a separate sum over the row's positives, formed in tiles. of_each_pair:
-    // this sum has one loss term per positive.
+    // of_classes: the loss contains the mean logit of a row's positives, which is computed from the sum of all rows in
+    // the class. over_positives: the loss contains a separate sum over each row's positives, formed in tiles.
+    // of_each_pair: that sum has one loss term for each positive.
     bool of_classes() const { return in_classes() && call_.form == FNTX_OUT; }
     bool over_positives() const { return in_classes() && call_.form != FNTX_OUT; }
     bool of_each_pair() const { return call_.form == FNTX_PAIRS; }
@@ -347,8 +347,8 @@ template <class T> class Run {
         largest_log_ = call_.inv_tau * bound + terms;
         shifted_ = !(largest_log_ < DIRECT_LIMIT<T>);
         limited_ = call_.limited || call_.rows.limits || (call_.cols && call_.cols->limits);
-        // Near a logit of 0, different logits have equal exponentials after rounding, so these cannot be compared with
-        // limits.
+        // Near a logit of 0, different logits have equal exponentials after rounding, so comparing exponentials with
+        // limits would not tell the logits apart.
         shifted_ = shifted_ || (limited_ && call_.inv_tau * bound < 1);
         if (limited_) load_limits();
     }
@@ -369,8 +369,8 @@ template <class T> class Run {
         scale_limits();
     }
 
-    // Convert the limits to exponentials, or to logits if the tiles are shifted. They are computed as in the tiles, so
-    // that a similarity equal to its limit still counts.
+    // Convert the limits to exponentials, or to logits if the tiles are shifted. The conversion rounds as the tiles do,
+    // so that a similarity equal to its limit still counts.
     void scale_limits() {
         for_sides([&](OwnedSide<T>& side) {
             const T k = T(call_.inv_tau);
@@ -425,8 +425,8 @@ template <class T> class Run {
 
     // --- tiles ---------------------------------------------------------------------------------------------------
 
-    // Call the kernel on every tile. `agreeing` is the side that holds the rows' sums over their positives. If it is
-    // given, call the kernel with this side, and only on tiles in which ids may agree.
+    // Call the kernel on every tile. `agreeing`, if given, is the side that holds each row's sums over the row's
+    // positives: the kernel is then called with this side, and only on tiles in which ids may agree.
     void each_tile(void (*kernel)(const Tile<T>&), PackedSide<T>* agreeing = nullptr) {
         const int64_t P = slabs_.count * slabs_.rows, Q = symmetric_ ? 0 : slabs_.count * slabs_.cols;
         std::unique_ptr<std::atomic<int32_t>[]> turns(new std::atomic<int32_t>[size_t(P + Q)]);
@@ -442,7 +442,7 @@ template <class T> class Run {
             int64_t place = schedule_.first_place(index);
             for (int64_t i = 0; i < n; ++i)
                 for (int64_t step = on_diagonal ? i : 0; step < n; ++step, ++place) {
-                    // Go back and forth, so that each tile shares its columns or its rows with the one before.
+                    // Go back and forth, so that each tile shares its columns or its rows with the previous tile.
                     const int64_t j = i % 2 ? n - 1 - step + (on_diagonal ? i : 0) : step;
                     if (team_.interrupted(thread)) return;
                     Tile<T> tile = this->tile(task, i, j, place, thread);
@@ -457,8 +457,8 @@ template <class T> class Run {
                     kernel(tile);
                 }
             row_turn.store(task.row_turn + 1, std::memory_order_release);
-            // A task on the diagonal has one block, whose turn is stored once: by now, the block's next task may have
-            // changed it.
+            // A task on the diagonal has one block. The block's turn is not stored a second time, because the block's
+            // next task may have advanced it by now.
             if (&col_turn != &row_turn) col_turn.store(task.col_turn + 1, std::memory_order_release);
         });
     }
@@ -556,8 +556,8 @@ template <class T> class Run {
         return call_.loss_weight / double(counted);
     }
 
-    // loss_i = nu - pi, where pi is the mean of the positives' logits. The logit of two positives has the same weight
-    // in both rows' losses, because all rows of a class have the same number of positives.
+    // loss_i = nu - pi, where pi is the mean of the positives' logits. The logit of a row and one of its positives has
+    // the same weight in the losses of both rows, because all rows of a class have the same number of positives.
     void take_class_losses() {
         class_sums_ = Buffer<T>(classes_.size() * ld_);
         team_.each(classes_.size(), [&](int64_t c, int) {
@@ -678,8 +678,8 @@ template <class T> class Run {
         return !shifted_ && !limited_ && largest_log_ + std::max(log_length_, 0.0) < DIRECT_LIMIT<T>;
     }
 
-    // Discard what the rows gathered if some row's sum is so small that its exponentials times the columns come near
-    // the smallest number of T. The backward then gathers again, with weights.
+    // Discard the rows' `gathered` if the sum of any row is so small that the row's exponentials times the columns come
+    // near the smallest number of T. The backward then gathers again, with weights.
     void drop_gathered_if_small() {
         if (!at_once_) return;
         const double small = largest_over_rows(rows_, [&](int64_t row) {
@@ -698,13 +698,13 @@ template <class T> class Run {
         });
     }
 
-    // Turn a side's `gathered` into its gradient in z, and return the side's part of the gradient in k. `gathered` is
-    // in units of `weight_unit_` times k.
+    // Turn a side's `gathered` into the gradient with respect to z, and return the side's part of the gradient with
+    // respect to k. `gathered` is in units of `weight_unit_` times k.
     double finish(OwnedSide<T>& side) {
         if (!side.gathered) return 0;
         const bool has_positives = takes_positives() || call_.d_pos;
-        // In a symmetric call every similarity appears in two rows, so each contributes half. With two sides, only one
-        // contributes.
+        // In a symmetric call every similarity appears in two rows, so each row contributes half. With two sides, only
+        // one side contributes.
         const double share = symmetric_ ? 0.5 : &side == (rows_.gathered ? &rows_ : &cols_) ? 1 : 0;
         const int64_t n_first = side.given.z[0].n;
         return sum_over_rows(side, [&](int64_t row) {

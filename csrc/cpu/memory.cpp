@@ -37,7 +37,7 @@ struct Guard {
     }
 };
 
-// Return whether a block has at least so many bytes, and at most about twice as many.
+// Return whether a block has at least `bytes` bytes, and at most about twice `bytes`.
 bool serves(const HeldMemory& block, size_t bytes) {
     return block.memory && block.capacity >= bytes && block.capacity / 2 <= bytes;
 }
@@ -77,7 +77,7 @@ void* acquire_memory(size_t bytes, size_t& capacity) {
             capacity = block.capacity;
             return block.memory;
         }
-        free(block.memory);  // a large call frees a spare block that does not serve it, to make room
+        free(block.memory);  // a large request frees a spare block of the wrong size, to make room
     }
     capacity = bytes;
     void* memory = nullptr;
@@ -101,7 +101,8 @@ void release_memory(void* memory, size_t capacity) {
     held_bytes += capacity;
 }
 
-// With MADV_FREE, the system may drop these pages when it runs short. Pages that are written to before that stay.
+// With MADV_FREE, the system may drop these pages when it runs short of memory. A page that is written to before then
+// is kept.
 void lend_memory(void* memory, size_t capacity) {
     if (capacity <= HELD_BYTES) return release_memory(memory, capacity);
 #if defined(__linux__) && defined(MADV_FREE)

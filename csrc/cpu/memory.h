@@ -1,8 +1,8 @@
 // Uninitialised, aligned memory for a call. Up to 32 MiB of freed blocks are held for the next call, because fresh
-// memory from the system costs a page fault per 4 KiB, which takes a third of the time at N = 256. Blocks of 4 MiB and
-// more ask for huge pages. Blocks of more than 32 MiB are freed at once, except for one that the next call probably
-// needs. It is lent to the system, which reclaims its pages only under memory pressure; until then, they count as
-// resident memory. Lending saves a tenth of the time at N = 4096.
+// memory from the system costs a page fault per 4 KiB, which would take a third of the time of a call at N = 256.
+// Blocks of 4 MiB and more request huge pages. Blocks of more than 32 MiB are freed at once, except for one that the
+// next call probably needs. This block is lent to the system, which reclaims the block's pages only under memory
+// pressure; until then, the pages count as resident memory. Lending saves a tenth of the time of a call at N = 4096.
 #pragma once
 
 #include <stddef.h>
@@ -12,11 +12,11 @@
 
 namespace fntx {
 
-// Return at least `bytes`, aligned to a cache line, or throw std::bad_alloc. `capacity` has to be passed on to
-// release_memory or lend_memory.
+// Return a block of at least `bytes` bytes, aligned to a cache line, or throw std::bad_alloc. `capacity` is set to the
+// size of the block, which release_memory and lend_memory need.
 void* acquire_memory(size_t bytes, size_t& capacity);
 void release_memory(void* memory, size_t capacity);
-// Release the memory, but let a later call of about the same size find it.
+// Release the memory, but let a later call reuse it for a block of about the same size.
 void lend_memory(void* memory, size_t capacity);
 
 template <class T> class Buffer {
@@ -37,7 +37,7 @@ template <class T> class Buffer {
         if (data_) release_memory(data_, capacity_);
     }
 
-    // Release the memory, but let a later call of about the same size find it.
+    // Release the memory, but let a later call reuse it for a block of about the same size.
     void lend() {
         if (data_) lend_memory(data_, capacity_);
         data_ = nullptr;

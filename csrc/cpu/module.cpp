@@ -1,5 +1,6 @@
-// fastntxent._cpu: the C interface for Python, within the stable ABI, so that one build serves every Python from 3.10
-// on. Addresses are passed as integers (Tensor.data_ptr()). fastntxent/backends/cpu.py checks shapes and dtypes.
+// fastntxent._cpu: the C interface as a Python module, limited to Python's stable ABI, so that one build serves every
+// Python from 3.10 on. Addresses are passed as integers (Tensor.data_ptr()). fastntxent/backends/cpu.py checks shapes
+// and dtypes.
 #include <chrono>
 #include <thread>
 
@@ -8,8 +9,9 @@
 
 namespace {
 
-// Return whether a signal handler raised (Ctrl-C). Called by the main thread after it has released the GIL: signal
-// handlers run in no other thread, and another thread would not return from here once the interpreter shuts down.
+// Return whether a signal handler raised (Ctrl-C). Only the main thread calls this, after it has released the GIL:
+// signal handlers run in no other thread, and any other thread would never return from here once the interpreter is
+// shutting down.
 int signal_raised() {
     const PyGILState_STATE state = PyGILState_Ensure();
     const int raised = PyErr_CheckSignals();
@@ -17,9 +19,9 @@ int signal_raised() {
     return raised;
 }
 
-// Reacquire the GIL. During shutdown, Python before 3.14 ends every thread but the main one in this call, by unwinding
-// its stack. Some of PyTorch's frames abort the process when they are unwound. So the thread waits here for the process
-// to end, as it does from Python 3.14 on.
+// Reacquire the GIL. During shutdown, Python before 3.14 ends every thread except the main thread in this call, by
+// unwinding the thread's stack. Some of PyTorch's frames abort the process when they are unwound. So the thread waits
+// here for the process to end, as it does from Python 3.14 on.
 void take_back(PyThreadState* thread) {
     try {
         PyEval_RestoreThread(thread);
@@ -136,8 +138,10 @@ PyObject* schedule(PyObject*, PyObject* args) {
     int threads;
     if (!PyArg_ParseTuple(args, "LLLi", &rows, &cols, &D, &threads)) return nullptr;
     if (rows < 1 || cols < 0 || rows > FNTX_MOST_ROWS || cols > FNTX_MOST_ROWS || D < 1 || threads < 1)
-        return PyErr_Format(PyExc_ValueError, "schedule takes sizes and threads >= 1, got (%lld, %lld, %lld, %d)", rows,
-                            cols, D, threads);
+        return PyErr_Format(PyExc_ValueError,
+                            "schedule takes sizes and threads >= 1 (cols 0: symmetric) and at most 2^31 - 1 rows or "
+                            "columns, got rows %lld, cols %lld, D %lld, threads %d",
+                            rows, cols, D, threads);
     const bool symmetric = cols == 0;
     if (symmetric) cols = rows;
     const fntx::Schedule of_call(rows, cols, symmetric, fntx::useful_threads(rows, cols, D, threads));
@@ -167,7 +171,7 @@ PyMethodDef methods[] = {
      "d_pos, loss, loss_weight, cols_loss_weight, d_inv_tau, d_bias, (row_limits, col_limits, "
      "limited, limit_scale, limit_shift) or None, (against, d_against) or None, (classes, "
      "form, mean_of_classes) or None, workspace, interruptible): call fntx_run of csrc/cpu/fastntxent.h. "
-     "interruptible, in the main thread only: stop on Ctrl-C."},
+     "interruptible (in the main thread only): whether Ctrl-C stops the call."},
     {"instruction_set", instruction_set, METH_NOARGS, "Return the instruction set in use."},
     {"use_instruction_set", use_instruction_set, METH_VARARGS, "Switch to another instruction set."},
     {"schedule", schedule, METH_VARARGS,

@@ -1,4 +1,4 @@
-// Detection of the instructions of bfloat.h, which both the processor and the operating system have to support.
+// Detection of the instructions of bfloat.h, which both the processor and the operating system must support.
 #pragma once
 
 #include <cpuid.h>
@@ -29,7 +29,7 @@ inline Registers cpuid(uint32_t leaf, uint32_t part) {
 
 inline bool has_avx512_bf16() { return cpuid(7, 0).eax >= 1 && cpuid(7, 1).eax >> 5 & 1; }
 
-// On Linux, a process has to request the tiles' register state. Other systems are not supported.
+// On Linux, a process must request permission to use the tile registers. Other systems are not supported.
 inline bool has_amx() {
 #ifdef __linux__
     constexpr uint32_t AMX_BF16 = 1u << 22, AMX_TILE = 1u << 24, OSXSAVE = 1u << 27, TILES = 3u << 17;

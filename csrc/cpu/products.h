@@ -1,15 +1,18 @@
-// Products on register blocks. The accumulators of a block of R rows and V vectors stay in registers for the whole
-// inner dimension. Each step loads V vectors of b and R numbers of a.
+// Products on register blocks. For a block of R rows and V vectors of a product a b, the accumulators stay in registers
+// for the whole inner dimension. Each step loads V vectors of b and R numbers of a.
 //
-// The same schedule on torch.mm (backend `blocked`) has to write out every tile and read it back. On 2 cores with
-// AVX-512 it takes 2.3 times as long at N = 4096, D = 128, and 1.4 times at N = 2048, D = 2048 (benchmarks/results).
-// These blocks compute the whole loss, exponentials included, at the flops per second of torch.mm.
+// With torch.mm, the same schedule (backend `blocked`) has to write out every tile and read it back. On 2 cores with
+// AVX-512, `blocked` takes 2.3 times as long at N = 4096, D = 128, and 1.4 times at N = 2048, D = 2048
+// (benchmarks/results). These blocks compute the whole loss, exponentials included, at as many flops per second as
+// torch.mm alone.
 //
-// While a block is computed, the operands of the next one are prefetched. Without prefetching, rows from the L3 cache
-// took a quarter longer, because a block of 4 x 24 sums waits for its first cache lines as long as it computes on them.
+// While a block is computed, the operands of the next block are prefetched. Without prefetching, products of rows in
+// the L3 cache took a quarter longer, because a block of 4 x 24 sums waits for its first cache lines as long as it then
+// computes.
 //
-// form_products sums every element in the order of the inner dimension, wherever the element is in a block. So s_ij and
-// s_ji have the same bits, and a logit is the same number in the forward, in the backward, and from either side.
+// form_products sums every element in the order of the inner dimension, no matter where in a block the element is. So
+// s_ij and s_ji have the same bits, and a logit is the same number in the forward, in the backward, and from either
+// side.
 #pragma once
 
 #include "kernels.h"
@@ -109,7 +112,7 @@ template <class T> struct Rows {
     int64_t step;
 };
 
-// One way to multiply a tile, passed as template parameter `Way` below. bfloat_products.h has the other one.
+// One way to multiply a tile, passed as template parameter `Way` below. bfloat_products.h has the other way.
 struct FloatProducts {
     static constexpr int64_t ROWS = REGISTER_ROWS;    // rows of a block
     static constexpr int64_t INNER = INNER_CHUNK;     // inner steps of a chunk in form_products
@@ -117,7 +120,7 @@ struct FloatProducts {
     static constexpr bool KEEPS_PRODUCTS = false;     // the forward keeps exponentials instead
 
     // Accumulates the sum of G_ij s_ij for the gradient of inv_tau. A no-op here, because loss.cpp computes the same
-    // sum as u_i . (sum_j G_ij u_j), summed over the rows.
+    // number from the gathered gradient: u_i . (sum_j G_ij u_j), summed over the rows.
     struct Radial {
         template <class Acc> void keep(const Acc&) {}
         template <class Acc> void add(const Acc&) {}
@@ -126,7 +129,7 @@ struct FloatProducts {
     };
 
     struct Using {
-        Using() {}  // so that an instance does not count as unused
+        Using() {}  // so that compilers do not report an instance as unused
     };
 
     // The operands and their inner dimension.
@@ -141,8 +144,8 @@ struct FloatProducts {
     // Return the buffer for partial sums between chunks of the inner dimension.
     template <class T> static T* sums(const Tile<T>& tile) { return tile.buffer; }
 
-    // Multiply one chunk of the inner dimension for a block. If `begun`, c has partial sums to start from. After the
-    // `last` chunk the sums go to finish(sums, 0); after any other, they are stored in c.
+    // Multiply one chunk of the inner dimension for a block. If `begun`, start from the partial sums in c. If this is
+    // the `last` chunk, pass the sums to finish(sums, 0), otherwise store them in c.
     template <class T, class Finish>
     FNTX_INLINE void multiply(T* c, int64_t ldc, bool begun, const T* a, int64_t lda, const T* b, int64_t inner,
                               bool last, Finish finish) {
@@ -198,8 +201,8 @@ FNTX_INLINE void add_product(T* c, int64_t ldc, int64_t n_rows, int64_t width, c
 }
 
 // Add G U_cols to the rows' `gathered` and G^T U_rows to the columns' `gathered`, with G in the tile's buffer. The row
-// stride of u is often a multiple of 512 bytes, so PACKED_ROWS of its rows would evict each other from the L1 cache.
-// More than ALIGNED_ROWS rows are therefore packed first.
+// stride of u is often a multiple of 512 bytes, so PACKED_ROWS rows of u would evict each other from the L1 cache. More
+// than ALIGNED_ROWS rows are therefore packed first.
 template <class T> void FloatProducts::gather(const Tile<T>& tile) {
     const PackedSide<T>&rows = *tile.rows, &cols = *tile.cols;
     const int64_t ld = tile.ld, at_rows = tile.row0 * ld, at_cols = tile.col0 * ld;
@@ -251,7 +254,7 @@ template <class Way, class T, class Finish> FNTX_INLINE void form_products(const
     }
 }
 
-// Like form_products, for a backward: it reuses the products that the forward kept, if any.
+// Like form_products, for a backward: if the forward kept the tile's products, reuse them.
 template <class Way, class T, class Finish> FNTX_INLINE void form_products_again(const Tile<T>& tile, Finish finish) {
     if constexpr (Way::KEEPS_PRODUCTS)
         if (tile.exps) return Way::recall(tile, finish);

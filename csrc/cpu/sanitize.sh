@@ -6,8 +6,8 @@
 #   thread       ThreadSanitizer, with std::thread, because GCC's OpenMP runtime is not instrumented
 #   emulated     like exact, on bfloat16 rows only, with emulated AVX512_BF16 and AMX instructions; needs AVX-512
 #   plain        as setup.py builds it
-#   arm          as setup.py builds it on aarch64, run in an emulator of aarch64
-#   arm-address  arm with AddressSanitizer and UndefinedBehaviorSanitizer, without leak detection
+#   arm          as setup.py builds it on aarch64, run in an aarch64 emulator
+#   arm-address  like arm, with AddressSanitizer and UndefinedBehaviorSanitizer, without leak detection
 #
 # The default is address, exact, thread and emulated. Arguments after -- go to check.cpp: --quick, and the names of its
 # groups ("two views", slabs, ...; all by default). Objects go to build/sanitize. CXX chooses the compiler for this

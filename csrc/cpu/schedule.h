@@ -1,7 +1,7 @@
 // How the similarity matrix is cut into tasks, and the order of the tasks. A task is a block of rows against a block of
 // columns, and a block is a few tiles long. Tasks that share a block add to the same sums, so every block has a turn
-// counter, and a task waits for its turn at both of its blocks. So every sum has the same order, no matter which
-// threads compute it. Tasks come in rounds in which no block occurs twice, so threads seldom wait.
+// counter, and a task waits for its turn at both of its blocks. Every sum is therefore added in the same order, no
+// matter which threads compute it. Tasks come in rounds in which no block occurs twice, so threads seldom wait.
 //
 // The schedule depends only on the sizes and the number of threads. `python -m benchmarks schedule` reads it through
 // _cpu.schedule() and predicts the speed-up with more threads.
@@ -17,11 +17,11 @@
 namespace fntx {
 
 constexpr int64_t LARGEST_EDGE = 192;    // at D = 128, a tile and its rows stay in a core's L2 cache
-constexpr int64_t TILES_PER_SIDE = 4;    // at least, per thread, unless the smallest edge is reached
-constexpr int64_t TILES_PER_BLOCK = 4;   // at most: at D = 128, two blocks stay in an L2 cache of 2 MiB
-constexpr int64_t BLOCKS_PER_SIDE = 8;   // with several threads: at least, per thread, unless a block is one tile
-constexpr int64_t CHUNKS_PER_TAKE = 8;   // at most
-constexpr int64_t TAKES_PER_THREAD = 4;  // at least, unless a take is one chunk
+constexpr int64_t TILES_PER_SIDE = 4;    // minimum per thread, unless the edge is already the smallest
+constexpr int64_t TILES_PER_BLOCK = 4;   // maximum: at D = 128, two such blocks stay in an L2 cache of 2 MiB
+constexpr int64_t BLOCKS_PER_SIDE = 8;   // minimum per thread if there are several, unless a block is already one tile
+constexpr int64_t CHUNKS_PER_TAKE = 8;   // maximum
+constexpr int64_t TAKES_PER_THREAD = 4;  // minimum, unless a take is already one chunk
 constexpr double PARALLEL_FROM = 4e6;    // multiplications of a full product; with fewer, one thread is as fast
 
 inline int64_t divide_up(int64_t x, int64_t by) { return (x + by - 1) / by; }
@@ -34,8 +34,8 @@ inline int useful_threads(int64_t rows, int64_t cols, int64_t D, int threads) {
 }
 
 // Return how many chunks of ALIGNED_ROWS rows a thread takes at a time in a phase over rows. If threads took single
-// chunks, they would wait for the shared counter: it can change once per 0.1 us, and 64 threads would change it once
-// per 0.02 us.
+// chunks, they would wait for the shared counter: the counter can change once per 0.1 us, and 64 threads would need a
+// change once per 0.02 us.
 inline int64_t chunks_per_take(int64_t chunks, int threads) {
     if (threads == 1) return 1;
     return std::min(std::max(chunks / (TAKES_PER_THREAD * threads), int64_t(1)), CHUNKS_PER_TAKE);
@@ -54,7 +54,7 @@ struct Slabs {
     Slabs(int64_t P, int64_t Q, int threads) : rows(P), cols(Q), of_rows(P > Q) {
         const int64_t few = std::min(P, Q), many = std::max(P, Q), busy = 2 * int64_t(threads);
         if (threads <= 1 || few >= busy) return;
-        // There are so few slabs that all copies together are no longer than the split side.
+        // The number of slabs is limited so that all copies together have no more rows than the split side.
         const int64_t wanted = std::min(divide_up(busy, few), many / few), blocks = divide_up(many, wanted);
         count = divide_up(many, blocks);
         (of_rows ? rows : cols) = blocks;
@@ -123,7 +123,7 @@ class Rectangle {
 // The tasks of a call, in order.
 class Schedule {
   public:
-    const bool symmetric;  // the rows are the columns
+    const bool symmetric;  // the rows are also the columns
     const int threads;
     const int64_t rows, cols;
     const int64_t edge;         // rows and columns of a tile
@@ -159,7 +159,8 @@ class Schedule {
 
     int64_t places() const { return first_place(size()); }
 
-    // Return the first row and column of tile (i, j) of a task. Either may lie beyond the matrix.
+    // first_row and first_col return the first row and the first column of tile (i, j) of a task. Either may lie beyond
+    // the matrix.
     int64_t first_row(const Task& task, int64_t i) const {
         return ((task.row_block + (slabs.of_rows ? task.slab * slabs.rows : 0)) * block_tiles + i) * edge;
     }
@@ -169,8 +170,8 @@ class Schedule {
 
   private:
     // With several tiles per side, threads share the work, and a symmetric call computes only one triangle. If the
-    // shorter side of a rectangle is not much longer than such a tile, only LARGEST_EDGE limits the edge, and threads
-    // share the slabs of the longer side.
+    // shorter side of a rectangle is not much longer than one such tile, that side is not cut: only LARGEST_EDGE limits
+    // the edge, and threads share the slabs of the longer side.
     int64_t choose_edge() const {
         const int64_t whole = round_up(std::min(rows, cols), ALIGNED_ROWS);
         const int64_t even = int64_t(sqrt(double(rows) * double(cols))) / (TILES_PER_SIDE * threads);
@@ -183,7 +184,7 @@ class Schedule {
         const int64_t shorter = divide_up(std::min(rows, cols), edge);
         const int64_t even = int64_t(sqrt(double(rows) * double(cols))) / edge / (BLOCKS_PER_SIDE * threads);
         const int64_t most = std::min(threads == 1 ? TILES_PER_BLOCK : std::max(even, int64_t(1)), TILES_PER_BLOCK);
-        return divide_up(shorter, divide_up(shorter, most));  // as even as possible
+        return divide_up(shorter, divide_up(shorter, most));  // blocks as equal as possible
     }
 
     int64_t blocks(int64_t n) const { return divide_up(n, edge * block_tiles); }

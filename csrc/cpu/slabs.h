@@ -45,7 +45,8 @@ template <class T> class SlabSums {
         if (side.gathered) std::fill(side.gathered, side.gathered + padded * ld_, T(0));
     }
 
-    // Add the slabs' sums of a row to the side's sum. Tiles that are not shifted leave every peak at -inf.
+    // Add the copies of a row's sums to the side's sums of that row. Tiles that are not shifted leave every peak at
+    // -inf.
     void join_sums(PackedSide<T>& few, int64_t row) const {
         for (const PackedSide<T>& side : sides_) {
             const T peak = std::max(few.peaks[row], side.peaks[row]);
@@ -55,7 +56,7 @@ template <class T> class SlabSums {
         }
     }
 
-    // Add the slabs' `gathered` of a row to the side's `gathered`.
+    // Add the copies of a row's `gathered` to the side's `gathered`.
     void join_gathered(PackedSide<T>& few, int64_t row, const Kernels<T>& kernels) const {
         for (const PackedSide<T>& side : sides_)
             kernels.add_scaled(few.gathered + row * ld_, T(1), side.gathered + row * ld_, ld_);

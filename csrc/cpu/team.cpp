@@ -32,11 +32,11 @@ void Team::start(void (*leader)(void*), void* context) {
     }
 #endif
     std::vector<std::thread> helpers;
-    helpers.reserve(size_t(threads_ - 1));  // fails, if out of memory, before any thread runs
+    helpers.reserve(size_t(threads_ - 1));  // if this runs out of memory, it throws before any thread has started
     try {
         for (int thread = 1; thread < threads_; ++thread) helpers.emplace_back([this, thread] { help(thread); });
     } catch (const std::exception&) {
-        // No more threads are available. Those that have started share the work.
+        // No more threads are available. The threads that have started share the work.
     }
     leader(context);
     for (std::thread& helper : helpers) helper.join();

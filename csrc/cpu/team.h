@@ -1,7 +1,7 @@
-// The threads of a call. They are OpenMP threads, like PyTorch's thread pool, so a call takes over PyTorch's threads
-// instead of competing with them. One parallel region spans the call. In that region, the calling thread is the leader
-// and hands out the work of one phase after another. A parallel region per phase took up to 60 us each on a virtual
-// machine that was slow to wake threads.
+// The threads of a call. They are OpenMP threads, like PyTorch's own, so a call takes over PyTorch's threads instead of
+// competing with them. One parallel region spans the call. In that region, the calling thread is the leader and hands
+// out the work of one phase after another. With a separate region for each phase, a region took up to 60 us on a
+// virtual machine that was slow to wake threads.
 //
 // In a child process after fork, OpenMP's pool is gone, and a parallel region would wait for it forever. There, and in
 // builds with FNTX_STD_THREADS, threads are started for each call.
@@ -27,7 +27,7 @@ class Team {
     int threads() const { return threads_; }
     bool stopped() const { return stop_.load(std::memory_order_relaxed); }
 
-    // Run body() while the team waits for its work, and rethrow its exceptions.
+    // Run body() on the calling thread while the other threads wait for work, and rethrow exceptions of body().
     template <class Body> void lead(Body body) {
         if (threads_ <= 1) return body();
         std::exception_ptr error;
@@ -58,13 +58,13 @@ class Team {
         context_ = &share;
         open_.store(++jobs_);
         share(0);
-        // Wait only for helpers that are inside. One that arrives later counts itself in, finds the job closed, and
-        // leaves.
+        // Wait only for helpers that are inside. A helper that arrives later counts itself in, finds the job closed,
+        // and leaves.
         open_.store(0);
         for (int spins = 0; inside_.load() != 0; ++spins) relax(spins);
     }
 
-    // Wait until `turn` reaches `expected`. Return false if the team stopped.
+    // Wait until `turn` reaches `expected`. Return false if the team stops first.
     bool wait(const std::atomic<int32_t>& turn, int32_t expected, int thread) {
         for (int spins = 0; turn.load(std::memory_order_acquire) != expected; ++spins) {
             if (interrupted(thread)) return false;
@@ -73,7 +73,7 @@ class Team {
         return true;
     }
 
-    // Return whether the team stopped. The leader polls in here.
+    // Return whether the team has stopped. If the leader calls this, it also polls.
     bool interrupted(int thread) {
         if (thread == 0 && poll_) {
             const auto now = std::chrono::steady_clock::now();
@@ -89,8 +89,8 @@ class Team {
     // The parallel region: runs `leader` on the calling thread and `help` on the others.
     void start(void (*leader)(void*), void* context);
 
-    // A helper enters each job only once. If helpers counted themselves in and out until the job closed, they would
-    // take the shared cache lines from the threads that still work, and from the leader.
+    // A helper enters each job only once. If helpers kept counting themselves in and out until the job closed, they
+    // would take the shared cache lines from the threads that still work, and from the leader.
     void help(int thread) {
         int64_t done = 0;
         for (int spins = 0; !finished_.load(); ++spins) {

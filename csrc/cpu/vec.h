@@ -1,6 +1,6 @@
-// Vectors of one register, written with the vector extensions of GCC and Clang. Each instruction set compiles this file
-// with its own flags and gets its own width. Everything here lives in a namespace per instruction set, so that the
-// linker cannot mix their code.
+// Vectors of one register, written with the vector extensions of GCC and Clang. This file is compiled once for each
+// instruction set, with the flags and the register width of the set. Everything here is in a namespace that is named
+// after the set, so that the linker cannot mix the code of two sets.
 #pragma once
 
 #include <stdint.h>
@@ -8,7 +8,7 @@
 #include "../ranges.h"
 
 #if defined(__AVX512F__)
-#if defined(__AMX_BF16__) || defined(FNTX_EMULATE_AMX)  // these come with FNTX_EMULATE
+#if defined(__AMX_BF16__) || defined(FNTX_EMULATE_AMX)  // FNTX_EMULATE_AMX implies FNTX_EMULATE
 #define FNTX_ISA amx
 #define FNTX_BFLOAT  // bfloat16 rows are multiplied without widening...
 #define FNTX_TILES   // ... in tiles
@@ -83,10 +83,10 @@ template <class T> FNTX_INLINE T sum_of_lanes(Vec<T> v) {
 }
 
 // --- 2^x -------------------------------------------------------------------------------------------------------------
-// x = n + f with n the nearest integer and |f| <= 1/2. 2^f is a minimax polynomial with p(0) = 1 and a relative error
-// of 2.6e-9 (degree 6, float) or 1.8e-17 (degree 11, double). Including the rounding of its evaluation, the result is
-// within 1.1 units in the last place of 2^x, or 1.4 without a fused multiply-add (tests/test_cpu_kernel.py measures it
-// against long double).
+// x = n + f, with n the nearest integer and |f| <= 1/2. 2^f is approximated by a minimax polynomial p(f) with p(0) = 1
+// and a relative error of 2.6e-9 (degree 6, float) or 1.8e-17 (degree 11, double). Including the rounding when p is
+// evaluated, the result is within 1.1 units in the last place of 2^x, or 1.4 without a fused multiply-add
+// (tests/test_cpu_kernel.py measures the error against long double).
 
 template <class T> struct Exp2;
 
@@ -125,7 +125,8 @@ template <> struct Exp2<double> {
     static constexpr int DEGREE = 11;
 };
 
-// Return 2^(x scale), for results in the range of normal numbers. With a fused multiply-add the product is exact.
+// Return 2^(x scale), for results in the range of normal numbers. With a fused multiply-add, the product x scale is not
+// rounded.
 template <class T> FNTX_INLINE Vec<T> exp2_in_range(Vec<T> x, Vec<T> scale) {
     using E = Exp2<T>;
     const Vec<T> biased = x * scale + E::ROUND, f = x * scale - (biased - E::ROUND);
@@ -148,12 +149,12 @@ template <class T> FNTX_INLINE Vec<T> exp_shifted(Vec<T> x, Vec<T> shift) {
 
 template <class T> constexpr int LOG1P_TERMS = sizeof(T) == 4 ? 8 : 16;
 
-// Return log(1 + exp(x)), accurate relative to its value, and its slope 1 / (1 + exp(-x)) by reference. With e =
-// exp(-|x|) and t = e / (2 + e) <= 1/3, log(1 + e) is 2 artanh(t), a series in t^2. Its truncation error is below
-// 1.5e-9 (float) or 1.7e-17 (double) of the result.
+// Return log(1 + exp(x)) with a small relative error, and by reference its slope 1 / (1 + exp(-x)). With e = exp(-|x|)
+// and t = e / (2 + e) <= 1/3, log(1 + e) is 2 artanh(t), which is t times a series in t^2. Truncating the series
+// changes the result by less than 1.5e-9 (float) or 1.7e-17 (double) of its value.
 template <class T> FNTX_INLINE Vec<T> softplus(Vec<T> x, Vec<T>& slope) {
     const Vec<T> e = exp_shifted<T>(x > 0 ? -x : x, Vec<T>{});
-    const Vec<T> quotient = T(1) / ((e + T(1)) * (e + T(2)));  // one division for both
+    const Vec<T> quotient = T(1) / ((e + T(1)) * (e + T(2)));  // one division for both quotients
     const Vec<T> inverse = quotient * (e + T(2)), t = e * (e + T(1)) * quotient, square = t * t;
     Vec<T> series = broadcast<T>(T(2) / (2 * LOG1P_TERMS<T> - 1));
 #pragma GCC unroll 16

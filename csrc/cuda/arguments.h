@@ -19,12 +19,13 @@ struct Split {
     static constexpr bool BFLOAT = false;
 };
 
-// A block has 32 rows. Four warps share a row, each with a quarter of a tile's columns, so small batches fill a device.
+// A block has 32 rows. Four warps share a row, each with a quarter of a tile's columns, so that even small batches fill
+// a device.
 constexpr int WARPS = 8, THREADS = 32 * WARPS;
 constexpr int ROW_WARPS = 2, ROWS = 16 * ROW_WARPS;
 constexpr int COL_WARPS = WARPS / ROW_WARPS;
 constexpr int CHUNK = 64;            // features of a step
-constexpr int GROUP = 3;             // chunks of the gradient that fit a lane's registers; further chunks form G again
+constexpr int GROUP = 3;             // chunks of gradient that fit in a lane's registers; for others, G is formed again
 constexpr int PADDED_ROWS = 128;     // a multiple of a tile's rows and columns, to which a side's rows are padded
 constexpr int MOST_COL_SHARES = 16;  // a thread loads a row's sums of all shares at once
 template <class Op> constexpr int COLS = 128 / Op::PARTS;  // columns of a tile; a step takes 16 KiB
@@ -39,8 +40,8 @@ template <class Op> struct ColumnVectors {
     int masked[COLS<Op> / 32];
 };
 
-// One side of the similarity matrix as the kernels take it: its inputs, the rows packed as u_i = r_i x_i, and the
-// vectors of forward and backward.
+// One side of the similarity matrix in the form that the kernels use: its inputs, the rows packed as u_i = r_i x_i, and
+// the vectors of forward and backward.
 struct PackedSide {
     fntx_matrix z[2];
     const int64_t* given_ids;
@@ -61,13 +62,13 @@ struct Arguments {
     PackedSide sides[2];
     int n_sides;  // 1: symmetric
     int forward, backward, normalize;
-    int paired;  // two views: row i of one is the positive of row i of the other
+    int paired;  // two views: row i of one view is the positive of row i of the other view
     int64_t D;
     int chunks;  // chunks of a row
     float inv_tau;
     const float* inv_tau_ptr;
     float eps;
-    float log_terms;  // log of the number of terms of a sum
+    float log_terms;  // log of the largest number of terms in a sum
     float* pos;
     const float* d_pos;
     float* loss;
@@ -77,7 +78,7 @@ struct Arguments {
     int* arrived;                       // number of blocks that have finished
     float* largest_w;                   // (blocks,): largest weight that each block saw
     int col_shares;                     // number of tasks that share the columns of a block of rows in the forward
-    int group;                          // chunks of a task of the gradient
+    int group;                          // chunks of features in a task of the gradient
     int stages;                         // steps in shared memory: a group's steps, and two in flight
     int resident;                       // whether all chunks of a block of rows stay in shared memory
 };

@@ -1,7 +1,7 @@
-// Tests the kernels on the emulated device (host/) against the definition, in O(M^2 D) and double, with the same cases
-// as csrc/cpu/check.cpp. Inputs, outputs and workspace are allocated to the element, which exposes out-of-bounds
-// accesses under AddressSanitizer. Outputs and workspace start as NaN, which exposes elements that were not written.
-// sanitize.sh builds it.
+// Tests the kernels on the emulated device (host/) against the definition, which is computed in double precision in
+// O(M^2 D) operations, with cases like those of csrc/cpu/check.cpp. Inputs, outputs and workspace are allocated at
+// their exact sizes, so that AddressSanitizer finds out-of-bounds accesses. Outputs and workspace start as NaN, which
+// exposes elements that were not written. sanitize.sh builds it.
 #include <chrono>
 #include <memory>
 
@@ -10,7 +10,7 @@
 #include "host/tensor_core.h"
 #include "plan.h"
 
-// The CPU kernels' interface in front of the emulated device, so that check_run.h serves both.
+// The interface of the CPU kernels, implemented by the emulated device, so that check_run.h can test both.
 extern "C" int fntx_run(const fntx_call* from) {
     fntx_cuda_call call = {};
     call.phases = from->phases, call.dtype = from->dtype, call.normalize = from->normalize, call.D = from->D;
@@ -51,8 +51,8 @@ void emulate(const Emulated& device) {
     fntx_emulate(device.multiprocessors, device.shared, draw(), device.core.block, device.core.extra_bits);
 }
 
-// Return the rounding error of an element of G, which has 8, 11 or 22 bits. A single element may have this relative
-// error; a sum of many elements has a smaller one.
+// Return a bound on the relative rounding error of an element of G, which has 8, 11 or 22 bits. The error of a sum of
+// many elements is smaller.
 double rounding_of(int dtype) { return dtype == FNTX_BFLOAT16 ? 4e-3 : dtype == FNTX_FLOAT16 ? 5e-4 : 5e-7; }
 
 void verify(const Case& c, const Emulated& device) {
@@ -72,8 +72,8 @@ void verify(const Case& c, const Emulated& device) {
 const Emulated& any_device() { return DEVICES[draw() % std::size(DEVICES)]; }
 
 const int64_t SIZES[] = {1, 2, 15, 17, 31, 33, 63, 64, 65, 97, 129};
-constexpr int SMALL_SIZES = 5;        // the first sizes
-constexpr int64_t COSTLY = 100000;    // multiplications of the definition; of the cases with more, one in eight runs
+constexpr int SMALL_SIZES = 5;        // number of small sizes, which come first
+constexpr int64_t COSTLY = 100000;    // multiplications in the definition; one in eight of the cases with more is run
 constexpr int SERVED = FNTX_FLOAT64;  // the dtypes before this one are supported
 
 template <class Shape> void shapes(Shape shape) {
@@ -107,7 +107,7 @@ void magnitudes() {
         }
 }
 
-// A NaN reaches the loss and every row that has it among its negatives.
+// A NaN in one row reaches the loss, and nu of every row that has that row among its negatives.
 void not_a_number() {
     for (double tau : {0.5, 0.005})
         for (int normalize : {0, 1})
@@ -133,7 +133,7 @@ void sizes() {
     expect(fntx_cuda_workspace(0, FNTX_FLOAT16, most, most, 8, 0) > 2 * most, "most rows: rejected");
 }
 
-// Every plan fits its machine, and its tasks cover each tile of a row and each chunk exactly once.
+// Every plan fits its machine, covers all rows and all features, and has no more shares of the columns than tiles.
 void plans() {
     const int64_t many[] = {1, 2, 63, 64, 65, 127, 128, 129, 512, 1000, 4096, 65536, 100001, 4000000};
     const auto check = [](const fntx::Machine& machine, int dtype, int64_t n, int64_t other, int64_t D, int blocks) {

@@ -1,5 +1,5 @@
 // The machine-dependent functions of the kernels: threads and barriers, matrix-unit operands, asynchronous copies. On a
-// device these are PTX instructions. A host compiler takes the same functions from host/emulator.h, so the whole kernel
+// device these are PTX instructions. A host compiler gets the same functions from host/emulator.h, so the whole kernel
 // runs without a GPU.
 #pragma once
 
@@ -20,9 +20,10 @@ FNTX_DEVICE int thread() { return threadIdx.x; }
 FNTX_DEVICE int block() { return blockIdx.x; }
 FNTX_DEVICE int blocks() { return gridDim.x; }
 FNTX_DEVICE void sync_block() { __syncthreads(); }
-// Not inlined: otherwise the common part of five calls would occupy a register throughout the code between them.
+// Not inlined: otherwise a value that all calls have in common would occupy a register in all the code between them.
 __device__ __noinline__ inline void sync_grid() { cooperative_groups::this_grid().sync(); }
-// Count this block in, and return how many arrived before it. This thread sees all their writes.
+// Count this block as arrived, and return how many blocks arrived before it. The calling thread sees all writes of
+// those blocks.
 FNTX_DEVICE int count_arrival(int* arrived) {
     __threadfence();
     const int before = atomicAdd(arrived, 1);
@@ -39,7 +40,7 @@ FNTX_DEVICE char* shared_memory() {
 
 FNTX_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
-// Copy 16 bytes to shared memory, bypassing the L1 cache.
+// Start to copy 16 bytes to shared memory, bypassing the L1 cache.
 FNTX_DEVICE void copy_async(void* to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }
@@ -85,7 +86,7 @@ FNTX_DEVICE float exp2_fast(float x) {
 FNTX_DEVICE uint32_t float_bits(float x) { return __float_as_uint(x); }
 FNTX_DEVICE float bits_float(uint32_t x) { return __uint_as_float(x); }
 
-// Convert a float to 16 bits, rounding to nearest, and back.
+// to_bits converts a float to 16 bits, rounding to nearest; from_bits converts it back.
 FNTX_DEVICE uint16_t to_bits(Half, float x) { return __half_as_ushort(__float2half_rn(x)); }
 FNTX_DEVICE uint16_t to_bits(Split, float x) { return to_bits(Half(), x); }
 FNTX_DEVICE uint16_t to_bits(Bfloat, float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }

@@ -1,5 +1,5 @@
 // The C interface of the CUDA kernels: device pointers and sizes, without Python or PyTorch. Sides, matrices, dtypes,
-// phases and results are defined as for the CPU kernels. FNTX_FLOAT64 is not supported.
+// phases and status codes are defined as for the CPU kernels. FNTX_FLOAT64 is not supported.
 #pragma once
 
 #include "../cpu/fastntxent.h"
@@ -16,30 +16,31 @@ struct fntx_cuda_call {
     float inv_tau;             // k
     const float* inv_tau_ptr;  // if not NULL, k in device memory, which the host does not read
     float eps;
-    struct fntx_side rows;         // ids may have any value
+    struct fntx_side rows;         // ids may be any 64-bit integers
     const struct fntx_side* cols;  // NULL: symmetric
     float* pos;                    // (M,) out, of a symmetric forward with two views; or NULL
     const float* d_pos;            // (M,) in, of a backward with two views: upstream gradient of pos; or NULL
     float* loss;                   // 0-d out, of a forward with two views: sum of the losses times loss_weight; or NULL
     float loss_weight;
     float* d_inv_tau;  // 0-d out, backward
-    void* workspace;   // fntx_cuda_workspace bytes, 16-byte aligned; need not be initialised
+    void* workspace;   // as many bytes as fntx_cuda_workspace returns, 16-byte aligned; need not be initialised
     int blocks;        // maximum size of the grid; 0: as many blocks as run at once
     int device;
     void* stream;  // a cudaStream_t of that device
 };
 
-// Return the workspace in bytes for a call on n_rows rows and n_cols columns (0: symmetric) with a grid of at most
-// `blocks` (0: as many as run at once), or -1 on failure.
+// Return the size in bytes of the workspace for a call on n_rows rows and n_cols columns (0: symmetric) with a grid of
+// at most `blocks` blocks (0: as many as run at once), or -1 on failure.
 int64_t fntx_cuda_workspace(int device, int dtype, int64_t n_rows, int64_t n_cols, int64_t D, int blocks);
 
-// Enqueue a call, as one launch. Unless the status is FNTX_OK, nothing was enqueued.
+// Enqueue a call as one launch, and return its status. Unless the status is FNTX_OK, nothing was enqueued.
 int fntx_cuda_run(const struct fntx_cuda_call* call);
 
 // Return the number of devices, or -1 on failure.
 int fntx_cuda_devices(void);
 
-// Return why this thread's last failed call failed: the name of the CUDA function and its error message.
+// Return why this thread's latest call failed: the name of the function that failed, and the reason. Undefined unless
+// that call failed.
 const char* fntx_cuda_error(void);
 
 #ifdef __cplusplus

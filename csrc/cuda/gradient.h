@@ -1,12 +1,15 @@
 // The gradient of sum_i w_i nu_i for one side, with the positives and the Jacobian of the normalisation.
 //
 //     G_ij = w_i P_ij + w_j P_ji      gathered_i = sum_j G_ij u_j      radial_i = sum_j G_ij s_ij
-//     d/du_i = k (gathered_i + (p_i + p_p(i)) u_p(i))        u_i . d/du_i = k (radial_i + (p_i + p_p(i)) sim_pos_i)
-//     d/dz_i = (d/du_i - u_i (u_i . d/du_i)) / n_i           where n_i > eps, else (d/du_i) / eps
+//     d/du_i = k (gathered_i + (a_i + a_p(i)) u_p(i))        u_i . d/du_i = k (radial_i + (a_i + a_p(i)) sim_pos_i)
+//     d/dz_i = (d/du_i - u_i (u_i . d/du_i)) / n_i           if n_i > eps, otherwise (d/du_i) / eps
 //
-// A task is a block of rows and a group of features. It forms G tile by tile in registers: the accumulators of the
-// first product are the first operand of the second. Only G is rounded. radial is summed in float32 before that
-// rounding. The positives, with weights p, are read from z itself, in float32.
+// Here k is the inverse temperature, P_ij = exp(k s_ij - nu_i), row p(i) is the positive of row i, a_i is the weight of
+// that pair's logit in the loss of row i, and n_i = |z_i|.
+//
+// A task is a block of rows and a group of features. A task forms G tile by tile in registers: the accumulators of the
+// first product are the first operand of the second product. Only G is rounded, and radial is summed in float32 before
+// that rounding. The positives u_p(i) are read from z itself, in float32.
 #pragma once
 
 #include "forward.h"
@@ -26,7 +29,7 @@ struct Scales {
         r = bits_float(exponent << 23), inv_r = bits_float((254 - exponent) << 23);
         out = (a.loss ? a.loss_weight : 1) * (largest / G_SCALE) * r;
     }
-    // Return the weight that a tile takes: w exp(-nu) in the direct range, otherwise w.
+    // Return a row's weight in the form that tiles use: scaled, and times exp(-nu) in the direct range.
     FNTX_DEVICE float weight(float of_row, float nu, bool direct) const {
         return of_row * w * (direct ? exp_fast(-nu) : 1);
     }
@@ -39,7 +42,7 @@ FNTX_DEVICE float positive_weight(const Arguments& a, int row) {
 // The row stride, in floats, of the sums in shared memory. It is not a multiple of the number of banks.
 constexpr int STAGED_STRIDE = CHUNK + 8;
 
-// The sums of a block of rows in shared memory, one copy for each warp that shares a row.
+// The sums of a block of rows in shared memory, in one part for each warp that shares a row.
 struct Staged {
     float features[COL_WARPS][ROWS * STAGED_STRIDE];
     float radial[COL_WARPS][ROWS];
@@ -56,8 +59,8 @@ struct Staged {
     }
 };
 
-// Store a chunk of a row's gradient in z. The threads that share the row divide its features; with the first chunk, one
-// of them also stores the row's term of d_inv_tau.
+// Store a chunk of the gradient with respect to a row of z. The threads that share the row divide the chunk's features
+// among themselves. With the first chunk, one of these threads also stores the row's term of d_inv_tau.
 template <class Op>
 FNTX_DEVICE void store_gradient(const Arguments& a, const PackedSide& side, int first_row, int chunk,
                                 const Staged& sums, float out, float k) {
@@ -127,7 +130,8 @@ FNTX_DEVICE void form_gradient(const Arguments& a, const PackedSide& rows, const
             if (direct) column.r *= scales.inv_r, column.w *= column.r;
         };
         walk.each_tile(weight, scale, [&](typename Walk::Products& s, const Mask& mask, const Vectors& v, int slot) {
-            // Both return r_j (w_i P_ij + w_j P_ji). In the direct range, a column's r and w hold r_j and r_j w_j.
+            // Both functions return r_j (w_i P_ij + w_j P_ji), scaled. In the direct range, v.r and v.w already hold
+            // r_j and r_j w_j exp(-nu_j).
             const auto form = [&](float x, int h, int col) {
                 return exp2_fast(x * v.r[col] * logit_scale[h]) * (w[h] * v.r[col] + v.w[col]);
             };
@@ -156,7 +160,7 @@ FNTX_DEVICE void form_gradient(const Arguments& a, const PackedSide& rows, const
         const int part = warp() % COL_WARPS;
         FNTX_UNROLL for (int c = 0; c < GROUP; ++c) {
             if (c >= group) break;
-            sync_block();  // wait until the tiles, or the previous chunk, have left shared memory
+            sync_block();  // wait until all threads have finished reading the tiles or the previous chunk
             FNTX_UNROLL for (int h = 0; h < 2; ++h) {
                 const int row = warp_row() + lane() / 4 + 8 * h;
                 if (lane() % 4 == 0) staged.radial[part][row] = radial[h];

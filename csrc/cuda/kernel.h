@@ -1,20 +1,22 @@
-// A whole call in one cooperative launch.
+// A whole call in one cooperative launch, for M rows of D features. DP is D rounded up to whole chunks of 64.
 //
-//     pack      a warp packs a row of each view      reads z, writes x (M DP 2 or 4 bytes) and vectors of length M
+//     phase     one task                             work
+//
+//     pack      a warp packs a row of each view      reads z, writes x (2 or 4 M DP bytes) and vectors of length M
 //     sums      a block of rows, a share of columns  2 M^2 DP flops; every block of rows reads x of all columns once
 //     finish    a thread adds a row's shares         nu, loss, weight
-//     gradient  a block of rows, a group of features 4 M^2 DP flops for one group; each further group of up to 192
-//                                                    features forms the first product again; reads as sums; writes d_z
+//     gradient  a block of rows, a group of features 4 M^2 DP flops for one group; every further group of up to 192
+//                                                    features repeats the first product; reads x as in sums; writes d_z
 //     total     the last block to arrive             the loss and d_inv_tau, from M terms each
 //
 // Grid barriers separate the first four phases. With u = 2 M^2 DP flops, a call with DP <= 192 takes 3u in all. Blocks
-// take tasks in turn, so a grid of any size works for any M. Every sum has one owner and one order, so results have the
-// same bits every time (on one device: the number of shares depends on the device's size).
+// take tasks in turn, so a grid of any size works for any M. Every sum is formed by one owner in one order, so results
+// have the same bits every time on a given device. (Another device may divide the columns into a different number of
+// shares.)
 //
-// DP is D rounded up to whole chunks of 64. A block has 8 warps, the most that a multiprocessor's registers hold.
-// Shared memory for DP = 128: 64 KiB for 4 steps of 64 features of the columns; 8 KiB for 32 rows in half precision, or
-// twice that in two parts; 5 KiB of vectors. benchmarks/binary.py reports registers and instructions, and checks for
-// spills.
+// A block has 8 warps, the most that a multiprocessor's registers hold. Shared memory for DP = 128: 64 KiB for 4 steps
+// of columns (64 features each); 8 KiB for 32 rows in half precision, or 16 KiB in two parts; 5 KiB for the vectors of
+// two tiles. benchmarks/binary.py reports registers and instructions, and checks for spills.
 #pragma once
 
 #include "gradient.h"
@@ -42,7 +44,8 @@ template <class Op> FNTX_DEVICE void run(const Arguments& a) {
     int terms = 0;
     if (a.backward) {
         sync_grid();
-        // The terms of d_inv_tau have the same sum over either side. The side formed last is used.
+        // The terms of d_inv_tau have the same sum over either side. The sum is taken over the side whose gradient is
+        // formed last.
         for (int s = a.n_sides - 1; s >= 0; --s) {
             const PackedSide& side = a.sides[s];
             const bool wanted = side.d_z[0] || side.d_z[1];

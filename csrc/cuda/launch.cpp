@@ -23,7 +23,7 @@ int fail(const char* what, const char* why) {
 // Return whether a CUDA function failed, and keep its error message if it did.
 bool failed(cudaError_t status, const char* function) {
     if (status == cudaSuccess) return false;
-    cudaGetLastError();  // clear it for the next caller
+    cudaGetLastError();  // clear the error for the next caller
     fail(function, cudaGetErrorString(status));
     return true;
 }
@@ -124,24 +124,26 @@ int64_t fntx_cuda_workspace(int device, int dtype, int64_t n_rows, int64_t n_col
     if (!here.ok || !describe(device, machine)) return -1;
     const Plan plan = make_plan(machine, dtype, n_rows, n_cols, D, blocks, nullptr);
     if (plan.grid > 0) return plan.bytes;
-    if (!message[0]) fail("fntx_cuda_run", "the device has too little shared memory for a block");
+    if (!message[0]) fail("fntx_cuda_workspace", NO_ROOM);
     return -1;
 }
 
 int fntx_cuda_run(const fntx_cuda_call* call) {
     if (const char* fault = fault_of(*call)) return fail("fntx_cuda_run", fault);
     Machine machine;
+    message[0] = 0;
     const OnDevice here(call->device);
     if (!here.ok || !describe(call->device, machine)) return FNTX_INVALID;
     Plan plan = plan_call(machine, *call);
-    if (plan.grid < 1) return FNTX_INVALID;
+    if (plan.grid < 1) return message[0] ? FNTX_INVALID : fail("fntx_cuda_run", NO_ROOM);
     void* arguments[] = {&plan.a};
     const auto stream = static_cast<cudaStream_t>(call->stream);
     cudaError_t status = cudaErrorCooperativeLaunchTooLarge;
-    // Other processes may hold part of the device (MPS). A grid of any size does the work, so retry with half of it.
+    // Other processes may hold part of the device (MPS). A grid of any size can do the work, so retry with half as many
+    // blocks.
     for (int grid = plan.grid; grid && status == cudaErrorCooperativeLaunchTooLarge; grid /= 2) {
         status = cudaLaunchCooperativeKernel(address_of(call->dtype), grid, THREADS, arguments, plan.shared, stream);
-        if (status == cudaErrorCooperativeLaunchTooLarge) cudaGetLastError();  // so that PyTorch does not find it later
+        if (status == cudaErrorCooperativeLaunchTooLarge) cudaGetLastError();  // or PyTorch would report the error
     }
     return failed(status, "cudaLaunchCooperativeKernel") ? FNTX_INVALID : FNTX_OK;
 }

@@ -1,5 +1,5 @@
-// fastntxent._cuda: the C interface for Python, within the stable ABI. Addresses are passed as integers
-// (Tensor.data_ptr()). fastntxent/backends/cuda checks shapes and dtypes.
+// fastntxent._cuda: the C interface as a Python module, limited to Python's stable ABI. Addresses are passed as
+// integers (Tensor.data_ptr()). fastntxent/backends/cuda checks shapes and dtypes.
 #include "../python.h"
 #include "fastntxent_cuda.h"
 #ifdef FNTX_EMULATED
@@ -81,8 +81,9 @@ PyMethodDef methods[] = {
 #ifdef FNTX_EMULATED
     {"emulate", emulate, METH_VARARGS,
      "emulate(multiprocessors, shared, seed, block, extra_bits): set the emulated device and the seed of "
-     "its order."},
-    {"product", product, METH_VARARGS, "product(bfloat, block, extra_bits, a, b, c): c += a b of 16 x 16 and 16 x 8."},
+     "the order of its events."},
+    {"product", product, METH_VARARGS,
+     "product(bfloat, block, extra_bits, a, b, c): c += a b, with a 16 x 16 and b 16 x 8."},
 #endif
     {nullptr, nullptr, 0, nullptr},
 };

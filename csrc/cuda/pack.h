@@ -2,10 +2,10 @@
 //
 //     n_i = |z_i|,  u_i = z_i / max(n_i, eps) = r_i x_i,  sim_pos_i = u_i . u_p(i)
 //
-// x_i is z_i times the power of two that brings its largest element to [1, 2). In half precision this rounds nothing,
-// however long or short the row is. A float32 row becomes the sum of two float16 parts with 22 bits. A warp packs one
-// row of each matrix of a side, so it holds both views of a sample. z is read twice (the second time from a cache), x
-// is written once.
+// Row p(i) is the positive of row i. x_i is z_i times the power of two that brings the largest magnitude in the row to
+// [1, 2). In half precision this scaling is exact, however long or short the row is. A float32 row becomes the sum of
+// two float16 parts, which together have 22 bits of mantissa. A warp packs one row of each matrix of a side, so it
+// holds both views of a sample. z is read twice (the second time from a cache), and x is written once.
 #pragma once
 
 #include "tiles.h"
@@ -44,7 +44,7 @@ FNTX_DEVICE void store_block_max(float x, float* of_blocks) {
     }
 }
 
-// Store feature d of a row of x in Op::PARTS parts. Each part is the remainder that the parts before it leave, rounded.
+// Store feature d of a row of x in Op::PARTS parts. Each part is x minus the parts before it, rounded.
 template <class Op>
 FNTX_DEVICE void store_parts(const Arguments& a, const PackedSide& side, int64_t row, int64_t d, float x) {
     FNTX_UNROLL for (int p = 0; p < Op::PARTS; ++p) {
@@ -63,8 +63,8 @@ FNTX_DEVICE void pack_rows(const Arguments& a, const PackedSide& side, int64_t i
         FNTX_UNROLL for (int m = 0; m < 2; ++m) if (there[m]) largest[m] =
             fmaxf(largest[m], fabsf(element(Op(), side.z[m], index, d)));
     FNTX_UNROLL for (int m = 0; m < 2; ++m) {
-        // 2^-e and 2^e for largest in [2^e, 2^(e + 1)), clamped to normal numbers. Squares are formed from elements
-        // near 1, so none leaves the range of float32.
+        // down and up are 2^-e and 2^e for `largest` in [2^e, 2^(e + 1)), clamped to normal numbers. Only elements
+        // scaled by 2^-e, the largest of them near 1, are squared, so their sum stays in the range of float32.
         int exponent = float_bits(warp_max(largest[m])) >> 23 & 0xff;
         exponent = exponent < 1 ? 1 : exponent > 253 ? 253 : exponent;
         down[m] = bits_float(uint32_t(254 - exponent) << 23);
@@ -83,7 +83,7 @@ FNTX_DEVICE void pack_rows(const Arguments& a, const PackedSide& side, int64_t i
     FNTX_UNROLL for (int m = 0; m < 2; ++m) {
         const float root = sqrtf(warp_sum(square[m])), norm = root * up[m];
         r[m] = up[m];
-        if (a.normalize) r[m] = norm > a.eps ? 1 / root : up[m] / a.eps;  // 1 / max(n, eps), for the scaled row
+        if (a.normalize) r[m] = norm > a.eps ? 1 / root : up[m] / a.eps;  // 2^e / max(n, eps)
         if (!there[m]) continue;
         longest = fmaxf(longest, norm);
         largest_r = fmaxf(largest_r, r[m]);

@@ -1,4 +1,4 @@
-// How a call is cut into tasks for a device, and the layout of its workspace: plain arithmetic on the host.
+// How a call is cut into tasks for a device, and how the call's workspace is laid out: plain arithmetic on the host.
 #pragma once
 
 #include <math.h>
@@ -8,17 +8,17 @@
 
 namespace fntx {
 
-// The largest number of rows of a side, and of features. Indices are ints, and a loop over rows may run one grid stride
-// past the last row.
+// The largest number of rows in a side, and also the largest number of features. Indices are ints, and a loop over rows
+// may run one grid stride past the last row.
 constexpr int64_t MOST = INT32_MAX - (1 << 20);
 
 // Return an error message if a call of this size is not possible, otherwise null. n_cols 0: symmetric.
 inline const char* fault_of_size(int64_t n_rows, int64_t n_cols, int64_t D) {
     if (n_rows < 1 || n_rows > MOST || n_cols < 0 || n_cols > MOST)
-        return "the number of rows must be 1 to 2^31 - 2^20";
-    if (D < 1 || D > MOST) return "the number of features must be 1 to 2^31 - 2^20";
+        return "the number of rows (or columns) must be at least 1 and less than 2^31 - 2^20";
+    if (D < 1 || D > MOST) return "the number of features must be at least 1 and less than 2^31 - 2^20";
     const int64_t most = n_rows > n_cols ? n_rows : n_cols;  // task indices are ints too
-    if ((most / ROWS + 1) * (D / CHUNK + 1) > MOST) return "rows times features must be at most 2^41";
+    if ((most / ROWS + 1) * (D / CHUNK + 1) > MOST) return "rows times features must be less than about 2^42";
     return nullptr;
 }
 
@@ -51,7 +51,7 @@ class Carver {
   public:
     Carver(char* base, int64_t& bytes) : base_(base), bytes_(bytes) {}
     template <class T> void take(T*& pointer, int64_t n) {
-        pointer = reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(base_) + bytes_);  // also without a base
+        pointer = reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(base_) + bytes_);  // base_ may be null
         bytes_ += ceil_div(n * int64_t(sizeof(T)), PIECE) * PIECE;
     }
 
@@ -60,7 +60,7 @@ class Carver {
     int64_t& bytes_;
 };
 
-// Return the number of least cost among first, first + step, ..., last.
+// Return the number with the lowest cost among first, first + step, ..., last.
 template <class Cost> int cheapest(int first, int last, int step, Cost cost) {
     int best = first;
     int64_t least = cost(first);
@@ -69,8 +69,11 @@ template <class Cost> int cheapest(int first, int last, int step, Cost cost) {
     return best;
 }
 
-// Return the plan of a call, with pointers into a workspace at `base`, for a grid of at most `blocks` (0: as many as
-// run at once). `base` may be null, to compute only the bytes. The grid is 0 if nothing fits.
+constexpr char NO_ROOM[] = "the device has too little shared memory for a block";  // the fault of an empty grid
+
+// Return the plan of a call for a grid of at most `blocks` blocks (0: as many as run at once), with pointers into a
+// workspace at `base`. If only the size of the workspace is wanted, `base` may be null. The plan's grid is 0 if the
+// device has no room for a block.
 template <class Op>
 Plan make_plan_of(const Machine& machine, int dtype, int64_t n_rows, int64_t n_cols, int64_t D, int blocks,
                   char* base) {
@@ -83,7 +86,7 @@ Plan make_plan_of(const Machine& machine, int dtype, int64_t n_rows, int64_t n_c
     a.chunks = int(ceil_div(D, CHUNK));
     a.log_terms = logf(float(most));
 
-    // Find the largest group that fits, and how many blocks run at once with it. Every smaller group fits too.
+    // Find the largest group that fits, and how many blocks run at once with that group. Every smaller group fits too.
     const auto fit = [&](int group) {
         a.group = group, a.stages = group + 2;
         a.resident = shared_bytes<Op>(a.stages, a.chunks) <= machine.shared;
@@ -94,7 +97,7 @@ Plan make_plan_of(const Machine& machine, int dtype, int64_t n_rows, int64_t n_c
     while (largest && !fit(largest)) --largest;
     if (!largest) return plan;
     int64_t capacity = int64_t(machine.multiprocessors) * machine.blocks(machine.device, dtype, plan.shared);
-    if (blocks && blocks < capacity) capacity = blocks;
+    if (blocks > 0 && blocks < capacity) capacity = blocks;
     if (!capacity) return plan;
 
     // The cost is the number of rounds of tasks times the work of one task.

@@ -1,9 +1,9 @@
 // Tiles of similarities: a block of rows walks over the columns, COLS at a time, in steps of CHUNK features.
 //
 // The columns of a step (and the rows, unless all of a row's chunks stay resident) are copied to shared memory two
-// steps ahead. Each warp multiplies 16 rows with its columns. In lane 4 g + t, the accumulators of m16n8k16 hold rows g
-// and g + 8, and columns 2 t and 2 t + 1 of every 8. The chunks that the second product needs are the last steps of a
-// tile, so they are still in shared memory.
+// steps ahead. Each warp multiplies 16 rows by its share of the columns. In lane 4 g + t, the accumulators of m16n8k16
+// hold rows g and g + 8, and columns 2 t and 2 t + 1 of every 8. The chunks that the second product needs are the last
+// steps of a tile, so they are still in shared memory.
 #pragma once
 
 #include "../ranges.h"
@@ -49,8 +49,8 @@ FNTX_DEVICE int next_piece(int piece, int times) { return piece ^ (16 * times); 
 // Return the inverse temperature, from device memory or from the arguments.
 FNTX_DEVICE float inverse_temperature(const Arguments& a) { return a.inv_tau_ptr ? *a.inv_tau_ptr : a.inv_tau; }
 
-// The maxima of two arrays with one element per block, the same in every block. All loads of a round are in flight at
-// once, because loads take most of the time in small batches.
+// The maxima of two arrays that have one element per block. Every block gets the same maxima. All loads of a round are
+// in flight at once, because loads take most of the time in small batches.
 struct Largest {
     float first = 0, second = 0;
 
@@ -96,7 +96,7 @@ struct LaneRows {
     }
 };
 
-// Tells which columns of a tile exist and belong to another group than the lane's rows.
+// Tells which columns of a tile exist and are in a different group from the lane's rows.
 struct Mask {
     const LaneRows& rows;
     const int64_t* ids;
@@ -113,7 +113,8 @@ template <class Op> class TileWalk {
     typedef float Products[FRAGMENTS][4];
     typedef float GradientSums[GROUP * CHUNK / 8][4];
 
-    // Walk a block of rows over some tiles of columns, and start the first copies. Every tile starts with first_chunk.
+    // Prepare to walk a block of rows over `tiles` tiles of columns, and start the first copies. Every tile begins with
+    // chunk `first_chunk`.
     FNTX_DEVICE TileWalk(const Arguments& a, const PackedSide& rows, const PackedSide& cols, const LaneRows& mine,
                          int first_row, int first_tile, int tiles, int first_chunk)
         : a_(a),
@@ -138,8 +139,9 @@ template <class Op> class TileWalk {
         }
     }
 
-    // Call use() for each tile, with the lane's x_i . x_j, its mask, the tile's vectors, and the slot of its last step.
-    // `read` fetches a column's w and nu, two tiles ahead. `scale` turns a column into the values that the tile takes.
+    // Call use() for each tile, with the lane's products x_i . x_j, the lane's mask, the tile's vectors, and the slot
+    // of the tile's last step. `read` fetches a column's w and nu, two tiles ahead. `scale` converts a column's values
+    // to the form that use() expects.
     template <class Read, class Scale, class Use> FNTX_DEVICE void each_tile(Read read, Scale scale, Use use) {
         Column next = {};
         fetch(next, 0, read);
@@ -195,7 +197,7 @@ template <class Op> class TileWalk {
   private:
     static FNTX_DEVICE int warp_col() { return warp() % COL_WARPS * WARP_COLS<Op>; }
 
-    // Return the chunk that a tile takes at step `index`. The group's chunks come last.
+    // Return the chunk of features that a tile multiplies at step `index`. The group's chunks come last.
     FNTX_DEVICE int chunk_of(int index) const {
         const int chunk = first_chunk_ + index;
         return chunk < a_.chunks ? chunk : chunk - a_.chunks;
@@ -209,7 +211,7 @@ template <class Op> class TileWalk {
         return shared_.rows + (a_.resident ? chunk : slot) * Op::PARTS * ROWS * CHUNK;
     }
 
-    // Start the copies of the next step. Each thread commits them as one group.
+    // Start the copies of the next step. Each thread commits its copies as one group.
     FNTX_DEVICE void load() {
         if (ahead_.tile < tiles_) {
             const int chunk = chunk_of(ahead_.index);

@@ -1,10 +1,10 @@
 """The table of backends: which exist, which load on this machine, and which one serves a call.
 
 A backend's module is imported on first use, so `import fastntxent` costs nothing for unused kernels. If the import
-fails, the error is kept, shown by `backends()`, and raised when the backend is requested by name. A name never falls
-back to another backend; only "auto" chooses. (One exception: if a backend has no kernels for similarity limits, calls
-with limits run on `blocked`.) Only `cpu` is imported at once: it must notice a fork, and its first use may come after
-the fork, in the child.
+fails, the error is kept, shown by `backends()`, and raised when the backend is requested by name. A backend that was
+requested by name never falls back to another one; only "auto" chooses. (One exception: if a backend has no kernels for
+similarity limits, calls with limits run on `blocked`.) Only `cpu` is imported together with the package: it must notice
+a fork, and its first use may come after the fork, in the child.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class _Entry(NamedTuple):
 
 
 # In order of preference: "auto" takes the first entry that it may pick, that serves the device and that loads. On an
-# accelerator it takes the fastest one for the call's size, among those that passed there. "cuda" is for small batches,
-# "triton" for large ones.
+# accelerator it takes the fastest backend for the call's size among those that have passed on that device. "cuda" is
+# for small batches, "triton" for large ones.
 _TABLE: dict[str, _Entry] = {
     "cpu": _Entry("fastntxent.backends.cpu", ("cpu",), auto="yes"),
     "cuda": _Entry("fastntxent.backends.cuda.backend", ("cuda",), auto="passed"),
@@ -84,7 +84,10 @@ def check_name(name: str) -> None:
 
 
 def _serving(name: str, device_type: str, dtype: torch.dtype) -> Backend | None:
-    """Return the backend if it loads and takes such tensors, else None. Backends for other devices are not loaded."""
+    """Return the backend if it loads and takes tensors of this device type and dtype, else None.
+
+    Backends for other device types are not loaded.
+    """
     device_types = _TABLE[name].device_types
     if device_types != ANY_DEVICE and device_type not in device_types:
         return None
@@ -93,11 +96,11 @@ def _serving(name: str, device_type: str, dtype: torch.dtype) -> Backend | None:
 
 
 def select_for(name: str, rows: Tensor, two_views: bool = False) -> Backend:
-    """Return the backend for a method call on these rows. On an accelerator "auto" is the fastest one that passed."""
+    """Return the backend for a call on these rows. On an accelerator, "auto" selects the fastest that has passed."""
     device = rows.device
     if name == "auto" and device.type in _CHECKED and rows.ndim == 2:
         possible = candidates(device.type, rows.dtype)
-        if possible:  # empty for float64, which none of them takes
+        if possible:  # empty for float64, which no candidate takes
             n, d = rows.shape
             M = 2 * n if two_views else n  # `rows` may be the first of two views
             chosen = policy.choose_backend(device, candidates(device.type), rows.dtype, M, d)
@@ -130,12 +133,15 @@ def checkable(device_type: str) -> dict[str, str]:
 
 
 def add(name: str, module: str, device_types: tuple[str, ...]) -> None:
-    """Add a backend from outside the package to the table, so that it can be checked. It must be called by name."""
+    """Add a backend from outside the package to the table, so that it can be checked. "auto" never selects it."""
     _TABLE.setdefault(name, _Entry(module, device_types, auto="no"))
 
 
 def select(name: str, device_type: str, dtype: torch.dtype) -> Backend:
-    """Return the backend for `name` and such tensors. "auto" is the first in the table that needs no verification."""
+    """Return the backend for a name, a device type and a dtype.
+
+    "auto" selects the first suitable one in the table that needs no verification.
+    """
     check_name(name)
     if name == "auto":
         return _first_serving(device_type, dtype)
@@ -158,7 +164,7 @@ def _first_serving(device_type: str, dtype: torch.dtype) -> Backend:
 
 @contextlib.contextmanager
 def warming() -> Iterator[None]:
-    """Return a context in which calls also launch the kernels for all other temperatures."""
+    """Return a context in which calls also launch the kernels that other temperatures need."""
     with contextlib.ExitStack() as stack:
         for backend in map(_load, _TABLE):
             if isinstance(backend, Backend):
@@ -172,7 +178,7 @@ def name_of(backend: Backend) -> str:
 
 
 def _device_types(name: str) -> tuple[str, ...]:
-    """Return the device types that the loaded backend lists, else the ones in the table. A backend may list more."""
+    """Return the device types of a backend, from the table if it does not load. A loaded backend may list more."""
     backend = _load(name)
     more = backend.device_types if isinstance(backend, Backend) else ANY_DEVICE
     return _TABLE[name].device_types if more == ANY_DEVICE else more

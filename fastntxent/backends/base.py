@@ -1,9 +1,9 @@
 """The interface of a backend: the primitive `neg_lse` with its gradient, and the losses built on it.
 
-neg_lse and its gradient are the only O(M^2 D) work. A backend with kernels for nothing else is a `ComposedBackend`,
+neg_lse and its gradient are the only O(M^2 D) work. A backend that has kernels only for these is a `ComposedBackend`,
 which builds the rest in O(M D) tensor code (composed.py). A backend that fuses everything is a `KernelBackend`.
 
-Symbols (M = 2N rows, k = 1/tau, [z_i; z_j] stacked; p(i) is the other view of row i's sample):
+Symbols (M = 2N rows, k = 1/tau, [z_i; z_j] stacked; p(i) is the other view of row i's sample; eps is `norm_eps`):
 
     u_i   = z_i / max(|z_i|, eps)                                    unit rows
     nu_i  = log sum over {j : id_j != id_i} of exp(k u_i . u_j)      neg_lse, -inf where the sum is empty
@@ -30,7 +30,7 @@ from ..validation import FLOAT_DTYPES
 
 
 class Upstream(NamedTuple):
-    """Inputs of a side's backward: the upstream gradient of its nu (M,), that nu (M,), and whether d/du is wanted."""
+    """Inputs of a side's backward: the upstream gradient of its nu (M,), nu itself (M,), and whether d/du is wanted."""
 
     d_neg_lse: Tensor
     neg_lse: Tensor
@@ -40,7 +40,7 @@ class Upstream(NamedTuple):
 class SumWeights(NamedTuple):
     """Weights of the softplus sums of the rows (M,) and of the columns (K,), and which gradients are wanted.
 
-    With one side the columns' weights are not used.
+    If there is only one side, `of_cols` is not used.
     """
 
     of_rows: Tensor
@@ -50,9 +50,9 @@ class SumWeights(NamedTuple):
 
 
 class PairSums(NamedTuple):
-    """The rows' softplus sums (M,) and, if weights were given, the gradients of the weighted sum of all sums.
+    """The rows' softplus sums (M,) and, if weights were given, the gradients of the weighted total of all sums.
 
-    The weighted sum includes the columns' sums. A gradient that is not wanted is None.
+    This total includes the columns' sums. A gradient that is not wanted is None.
     """
 
     rows: Tensor
@@ -77,16 +77,16 @@ class Backend(ABC):
         return None
 
     def forms(self, device: torch.device, dtype: torch.dtype) -> Sequence[str]:
-        """Return the names of the forms that the kernels take at different sizes, for `forced`; "" selects by size."""
+        """Return the forms of the kernels, which serve different sizes, by name. "" lets the size of a call decide."""
         return ("",)
 
     def forced(self, form: str) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which every call takes that form, so that small inputs can check all of them."""
+        """Return a context in which every call uses this form, so that small inputs can check every form."""
         assert not form
         return contextlib.nullcontext()
 
     def warming(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which every call also launches the kernels for all other temperatures.
+        """Return a context in which every call also launches the kernels that other temperatures need.
 
         Results do not change.
         """
@@ -113,7 +113,7 @@ class KernelBackend(Backend):
 
     @abstractmethod
     def neg_lse_backward(self, rows: Side, inv_tau: float | Tensor, upstream: Upstream) -> tuple[Tensor, Tensor]:
-        """Return the gradient of sum_i d_neg_lse_i nu_i with respect to u (M, D), always wanted, and k (0-d)."""
+        """Return the gradient of sum_i d_neg_lse_i nu_i with respect to u (M, D) and k (0-d). `wanted` must be True."""
 
     @abstractmethod
     def cross_neg_lse_backward(
@@ -126,7 +126,7 @@ class KernelBackend(Backend):
 
     @abstractmethod
     def neg_lse_sum(self, rows: Side, inv_tau: float | Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return sum_i weights_i nu_i (0-d) over the rows with a negative, and its gradient with respect to u and k."""
+        """Return sum_i weights_i nu_i (0-d) over rows that have negatives, and its gradient with respect to u and k."""
 
     @abstractmethod
     def nt_xent_rows_backward(
@@ -188,8 +188,8 @@ class KernelBackend(Backend):
     ) -> PairSums:
         """Return each row's sum of log(1 + exp(x)) over the columns of other groups, where x = k u_i . v_j + b.
 
-        With `positives` (two sides only) the sum includes log(1 + exp(-x)) over the columns of the same group. Values
-        and gradients come from one pass.
+        With `positives` (two sides only) the sum includes log(1 + exp(-x)) over the columns of the same group. With
+        `weights`, gradients come from the same pass as the sums.
         """
 
     @abstractmethod

@@ -6,20 +6,21 @@ The logits k u u^T are symmetric, so only tiles (I, J) with I <= J are computed.
     backward   A_I   += G U_J,    A_J   += G^T U_I       G = E * (a_I 1^T + 1 a_J^T),  a_i = w_i exp(-nu_i)
     then       d_u = k A,         d_k = (1/2) sum_i u_i . A_i
 
-With two sides (rows against other columns) the same steps run over all tiles, the columns have separate sums and
-gradients, and d_k is sum_i u_i . A_i over the rows.
+w_i is the upstream gradient of nu_i, and s below is a similarity. With two sides (rows against different columns) the
+same steps run over all tiles, the columns have separate sums and gradients, and d_k is sum_i u_i . A_i over the rows.
 
-With u = 2 M^2 D flops this costs u/2 forward and 3u/2 backward: the 2u schedule. A diagonal tile is computed whole, and
-only its rows are summed. Memory is O(M D) plus two tiles of B x B. The order of every sum is fixed, so results are
-bitwise reproducible on the same device with the same number of threads.
+With u = 2 M^2 D flops this costs u/2 forward and 3u/2 backward, 2u in all. A diagonal tile is computed whole, and only
+its rows are summed. Memory is O(M D) plus two tiles of B x B. The order of every sum is fixed, so results are bitwise
+reproducible on the same device with the same number of threads.
 
 If the host can see that no logit leaves the range of the dtype (CPU tensors only), exp(k s) is computed directly.
-Otherwise (small temperatures, rows that are not unit rows, values that only the device knows) rows and columns keep a
-running maximum, and the backward computes exp(k s - nu) for both sides.
+Otherwise (small temperatures, long rows, values that only the device knows) rows and columns keep a running maximum,
+and the backward computes exp(k s - nu) for both sides.
 
-A logit has a rounding error of eps k |s|, and (i, j) may round differently from (j, i). The backward must use the very
-logit that entered a row's sum, or the probabilities inherit that error. So a diagonal tile, which was summed by rows,
-adds the transpose of its weighted probabilities, and an off-diagonal tile uses one logit for both sides.
+A logit has a rounding error of eps k |s| (eps is the dtype's), and the logit of (i, j) may be rounded differently from
+that of (j, i). The backward must use the very logit that entered a row's sum, or the probabilities inherit the error.
+So a diagonal tile, which was summed by rows, adds the transpose of its weighted probabilities, and an off-diagonal tile
+uses one logit for both sides.
 
 A batch that fits into one tile keeps E for the backward.
 """
@@ -51,11 +52,11 @@ class _NegLseTiles(Tiles, PreparedNegLse):
         empty = [upstream.neg_lse == -math.inf for upstream in upstreams]
         weights = [each.d_neg_lse.masked_fill(none, 0) for each, none in zip(upstreams, empty, strict=True)]
         nus = [each.neg_lse.masked_fill(none, math.inf) for each, none in zip(upstreams, empty, strict=True)]
-        # Weights have any magnitude (2^16 from a loss scaler, 1e-6 from a mean). Scale them so that the largest lies
-        # between 1 and `top`; if it does already, they stay unchanged.
+        # Weights may have any magnitude (2^16 from a loss scaler, 1e-6 from a mean). Scale them so that the largest
+        # lies between 1 and `top`; if it already does, they stay unchanged.
         largest = largest_magnitude(*weights)
         unit = largest / largest.clamp(1.0, self.top)
-        # The rows' gradient is always computed, because d_k follows from it. The columns' is optional.
+        # The rows' gradient is always computed, because d_k follows from it. The columns' gradient is optional.
         gathered = [torch.zeros_like(self.rows.u)]
         if len(self.sides) > 1 and upstreams[1].wanted:
             gathered.append(torch.zeros_like(self.cols.u))
@@ -80,8 +81,8 @@ class _DirectTiles(_NegLseTiles):
 
     def __init__(self, sides: Sequence[Blocks], inv_tau: float | Tensor):
         super().__init__(sides, inv_tau)
-        # Renumber the ids as small whole numbers in the dtype of the rows. Comparing these into factors of 0 or 1 takes
-        # a seventh of the time of a boolean mask from integer ids.
+        # Renumber the ids as small whole numbers in the dtype of the rows. Comparing these, with a result of 0.0 or 1.0
+        # to multiply with, takes a seventh of the time of a boolean mask from integer ids.
         codes = torch.unique(torch.cat([side.ids for side in sides]), return_inverse=True)[1].to(self.rows.u.dtype)
         self.codes = codes.split([len(side.ids) for side in sides])
         self.kept: TileValues | None = None

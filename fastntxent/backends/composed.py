@@ -24,14 +24,14 @@ class PreparedNegLse(ABC):
 
     @abstractmethod
     def backward(self, upstreams: Sequence[Upstream]) -> tuple[list[Tensor | None], Tensor]:
-        """Return the gradient of the weighted sum of all nu in each side's u, None where not wanted, and in k (0-d).
+        """Return the gradient of the weighted sum of all nu with respect to each side's u, and k (0-d).
 
-        It is called once, with or without a `forward` before it.
+        An unwanted gradient of u is None. `backward` is called once, with or without a `forward` before it.
         """
 
 
 class ComposedBackend(ComposedTowers):
-    """A backend that needs only `prepare`: NT-Xent is O(M D) tensor code around it."""
+    """A backend that implements only `prepare`; NT-Xent is O(M D) tensor code around it."""
 
     @abstractmethod
     def prepare(self, sides: Sequence[Side], inv_tau: float | Tensor) -> PreparedNegLse:
@@ -75,7 +75,7 @@ class ComposedBackend(ComposedTowers):
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows = UnitRows(torch.cat((z_i, z_j)), normalize)
         work = self.prepare([Side(rows.u, view_ids(rows.u))], inv_tau)
-        largest = largest_magnitude(d_neg_lse, d_pos)  # k times it could overflow even if the gradient does not
+        largest = largest_magnitude(d_neg_lse, d_pos)  # k times it might overflow, even if the gradient would not
         of_units = _backward_of_one(work, Upstream(d_neg_lse / largest, neg_lse))
         d_z_i, d_z_j, d_inv_tau = _add_positives(rows, inv_tau, d_pos / largest, *of_units)
         return d_z_i.mul_(largest), d_z_j.mul_(largest), d_inv_tau * largest
@@ -151,7 +151,7 @@ def _backward_of_one(work: PreparedNegLse, upstream: Upstream) -> tuple[Tensor, 
 def _add_positives(
     rows: UnitRows, inv_tau: float | Tensor, d_pos: Tensor, d_u: Tensor, d_inv_tau: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients in z_i, z_j and k: the gradients through nu (d_u and d_inv_tau) plus those through pi."""
+    """Return the gradients with respect to z_i, z_j and k: those through nu (d_u, d_inv_tau) plus those through pi."""
     partner = swap_views(rows.u)
     d_u.addcmul_(partner, (inv_tau * (d_pos + swap_views(d_pos))).unsqueeze(1))
     d_inv_tau = d_inv_tau + torch.dot(d_pos, row_dots(rows.u, partner))
@@ -165,7 +165,7 @@ def largest_magnitude(*weights: Tensor) -> Tensor:
 
 
 def _limited(u: Tensor, scale: float, shift: float) -> Side:
-    """Return the rows of two views with limits of scale times the similarity to their positive, plus shift."""
+    """Return the rows of two views. A row's limit is `scale` times the similarity to its positive, plus `shift`."""
     return Side(u, view_ids(u), scale * positive_logits(u, 1.0) + shift)
 
 

@@ -1,7 +1,7 @@
 """The C++ kernels of csrc/cpu: normalisation, tiles of the upper triangle, loss and every gradient in one call.
 
 The schedule is `blocked`'s, with register tiles: u/2 flops forward and 3u/2 backward, with u = 2 M^2 D. A bounded
-workspace keeps exponentials of the forward, which saves up to u/2 in the backward. The other memory is three (M, D)
+workspace keeps exponentials of the forward, which saves up to u/2 in the backward. The remaining memory is three (M, D)
 matrices. The number of threads is PyTorch's (`torch.set_num_threads`). Half-precision rows are widened to float32,
 except that processors with AVX512_BF16 or AMX multiply bfloat16 rows directly, with float32 sums.
 """
@@ -43,7 +43,8 @@ from .softplus import sigmoid_weight
 
 # Bytes of exponentials that a call may keep from its forward to its backward; N = 4096 fits. If all exponentials of a
 # call fit, the memory stays reserved for the next call, but the system may reclaim it when memory runs short
-# (csrc/cpu/memory.h). Two sides have twice as many exponentials per row, so their budget includes the packed rows.
+# (csrc/cpu/memory.h). A call with two sides has twice as many exponentials per row, so its budget has to cover the
+# packed rows too.
 WORKSPACE = 144 * 2**20
 WORKSPACE_AND_ROWS = 116 * 2**20
 
@@ -70,7 +71,7 @@ class Limits(NamedTuple):
         return cls(given[0], given[1])
 
     def arguments(self) -> tuple[int, int, bool, float, float]:
-        """Return the arguments in the order that the extension module takes them."""
+        """Return the arguments in the order in which the extension module takes them."""
         by_positive = self.rows is None and self.cols is None
         return address(self.rows), address(self.cols), by_positive, self.scale, self.shift
 

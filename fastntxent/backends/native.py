@@ -34,7 +34,7 @@ class SideArguments(NamedTuple):
     d_second: Tensor | None = None
 
     def addresses(self) -> SideAddresses:
-        """Return the addresses, sizes and strides in the order that the extension modules take them."""
+        """Return the addresses, sizes and strides in the order in which the extension modules take them."""
         first, second, ids, neg_lse, d_neg_lse, d_first, d_second = self
         return (
             _matrix(first),
@@ -101,7 +101,7 @@ class NativeBackend(TiledSoftplus):
         d_u, neg_lse, d_inv_tau = new_gradient(u), new_sums(u, u.shape[0]), new_sums(u)
         given = SideArguments(u, None, self.kernel_ids(rows.ids)[0], neg_lse, weights.contiguous(), d_u)
         self.run(FORWARD | BACKWARD, inv_tau, False, given, d_inv_tau=d_inv_tau)
-        # A dot product takes a quarter of the time, but is right only if every row has a negative.
+        # A dot product takes a quarter of `weighted_sum`'s time, but is right only if every row has a negative.
         total = torch.dot(neg_lse, weights) if u.is_cpu else None
         if total is None or not math.isfinite(total):
             total = weighted_sum(neg_lse, weights)

@@ -16,8 +16,8 @@ DIRECT_LIMIT = {torch.float32: 60.0, torch.float64: 480.0}
 # That is three decades inside either end of float32's range (1.2e-38 to 3.4e38), and eight inside float64's.
 SMALLEST_FACTOR = {torch.float32: 1e-35, torch.float64: 1e-300}
 
-# Shifted regime: no factor exceeds its weight, and the largest weight is scaled to at most this value. It is the middle
-# of the range above 1, so that small factors do not underflow and sums of large ones do not overflow.
+# Shifted regime: no factor exceeds its weight, and the largest weight is scaled to at most this value. It is the
+# geometric middle of the range above 1, so that small factors do not underflow and sums of large ones do not overflow.
 LARGEST_WEIGHT = {torch.float32: 2.0**64, torch.float64: 2.0**512}
 
 # The largest weight in a tile of the Triton kernels' G, by the dtype of the operands. The range of float16 is 6e-8 to

@@ -75,7 +75,7 @@ class ReferenceBackend(Backend):
         return (of_rows * sims).sum(dim=1), (of_cols * sims).sum(dim=0)
 
     def guided_neg_lse(self, rows: Side, cols: Side, inv_tau: float | Tensor, guide: Guide) -> Tensor:
-        """Return nu of the rows (M,) over the columns of other groups that are not above the guide's limits."""
+        """Return nu of the rows (M,) over columns of other groups whose guide similarity is within the row's limit."""
         left_out = (guide.rows @ guide.cols.T > guide.limits[:, None]) | (rows.ids[:, None] == cols.ids)
         return _masked_logsumexp(inv_tau * product(rows.u, cols.u.T), ~left_out)
 
@@ -111,7 +111,7 @@ def _positives(
 
 
 def _masked_logsumexp(logits: Tensor, mask: Tensor) -> Tensor:
-    """Return each row's log-sum-exp where `mask` is True, and -inf without a gradient for rows where it never is."""
+    """Return each row's log-sum-exp over the entries in `mask`. A row without any gets -inf and no gradient."""
     some = mask.any(dim=1)
     # An empty row keeps its logits here and gets its -inf afterwards, because logsumexp's gradient at -inf is NaN.
     logits = torch.where(mask | ~some[:, None], logits, -torch.inf)

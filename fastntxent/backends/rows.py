@@ -24,7 +24,7 @@ class UnitRows:
             self.u = self.u / self.norm.clamp_min(norm_eps(self.z_dtype))
 
     def backward(self, d_u: Tensor) -> Tensor:
-        """Return d/dz: (d_u - u (u . d_u)) / |z| where |z| > eps, else d_u / eps; d_u if not normalised."""
+        """Return d/dz: (d_u - u (u . d_u)) / |z| where |z| > eps, else d_u / eps. If not normalised, return d_u."""
         if self.norm is None:
             return d_u
         eps = norm_eps(self.z_dtype)

@@ -1,4 +1,4 @@
-"""Sums of softplus over pairs, the core of sigmoid losses, for backends without kernels for them.
+"""Sums of softplus over pairs, the core of sigmoid losses, for backends that have no kernels for such losses.
 
     x_ij = k u_i . v_j + b
     sum_i = sum over {j : id_j != id_i} of log(1 + exp(x_ij))  [+ sum over {j : id_j = id_i} of log(1 + exp(-x_ij))]
@@ -8,7 +8,8 @@ y_ij = 1 between groups and -1 within one,
 
     G_ij = (a_i + c_j) y_ij sigmoid(y_ij x_ij)      d/du_i = k sum_j G_ij v_j      d/db = sum_ij G_ij
 
-So one pass over the tiles computes values and gradients. Between two sides it costs u + 2u flops, with u = 2 M K D.
+So one pass over the tiles computes values and gradients. Between two sides it costs 3u flops (u for the logits, 2u for
+the gradients), with u = 2 M K D.
 """
 
 from __future__ import annotations
@@ -154,7 +155,7 @@ class _SoftplusTiles(Tiles):
         )
 
     def _x_of(self, tile: TileValues, mixed: bool) -> tuple[Tensor, Tensor | None]:
-        """Add a tile to the sums. Return x with its sign, and the mask of same-group pairs (None if there are none)."""
+        """Add a tile to the sums. Return x, negated for positives, and the mask of same-group pairs or None."""
         x = tile.values.add_(self.bias)
         agree = self.agree(tile) if mixed else None
         if agree is not None and self.positives:

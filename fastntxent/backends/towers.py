@@ -21,7 +21,7 @@ from .softplus import TiledSoftplus
 class _Directions(NamedTuple):
     """Quantities that the value and the gradient share.
 
-    `nu` stacks the directions in use (1 or 2, N); `sims` are u_n . v_n.
+    `nu` is (1, N) or (2, N), with one row per direction in use; `sims` are u_n . v_n.
     """
 
     ids: Tensor

@@ -1,9 +1,9 @@
 """Time the backends on this machine against eager PyTorch, torch.compile and a matmul floor (about two minutes).
 
 Prints the median milliseconds of forward plus backward of the mean loss at temperature 0.1. The calls take turns, and
-each backend is first compared with the float64 reference. The floor is the time of 2 x 2 M^2 D flops, M = 2N (two full
-similarity matrices), at the rate of a matrix product measured in the same run. On a GPU, backends that have not passed
-their checks are left out.
+each backend is first compared with the float64 reference. The floor is the time of two full similarity matrices
+(4 M^2 D flops, M = 2N rows) at the rate of a matrix product measured in the same run. On a GPU, backends that have not
+passed their checks are left out.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def dense_nt_xent(z_i: Tensor, z_j: Tensor) -> Tensor:
 def time_size(device: torch.device, dtype: torch.dtype, n: int, d: int, without: Sequence[str] = ()) -> Row:
     """Return the milliseconds of each backend, eager PyTorch, torch.compile and the floor at one size.
 
-    "missing" maps each call that could not be timed to the reason.
+    "missing" maps each call that was not timed to the reason.
     """
     generator = torch.Generator().manual_seed(0)
     views = [torch.randn(n, d, generator=generator).to(device, dtype).requires_grad_() for _ in range(2)]

@@ -63,9 +63,10 @@ def mini_batched(
         model: The model that embeds the features.
         columns: The features, one dict per column.
         name: The model's name in errors.
-        size: Rows of a mini-batch.
-        num_tokens: The most tokens of a mini-batch, used in place of `size` unless it is None.
-        prepare: Applied to a mini-batch's features, without trailing padding, before the model gets them.
+        size: The number of rows in a mini-batch.
+        num_tokens: The largest number of tokens in a mini-batch. It replaces `size` unless it is None.
+        prepare: A function applied to a mini-batch's features, after trailing padding is removed and before the model
+            gets them.
     """
     views = chunked_views(
         model,
@@ -143,8 +144,8 @@ def _not_half(x: Tensor) -> Tensor:
 
 
 def loss_and_gradients(loss: Tensor, inputs: Sequence[Tensor], scalar: float | Tensor) -> Tensor:
-    """Set the gradients of the inputs and return the loss without its graph. It stays connected only to `scalar`, if
-    that is a tensor that requires a gradient."""
+    """Set the gradients of the inputs and return the loss without its graph. The loss stays connected only to `scalar`,
+    if `scalar` is a tensor that requires a gradient."""
     of_scalar = [scalar] if isinstance(scalar, Tensor) and scalar.requires_grad else []
     gradients = torch.autograd.grad(loss, [*inputs, *of_scalar], allow_unused=True, materialize_grads=True)
     for x, gradient in zip(inputs, gradients, strict=False):

@@ -48,15 +48,16 @@ _GIST = """
 
 
 class GISTEmbedLoss(TypedModule):
-    """InfoNCE of anchors against the batch's positives, anchors and negatives, except for a guide's false negatives.
+    """InfoNCE of anchors against the batch's positives, anchors and negatives, without those that a guide rejects.
 
     A guide model decides which candidates are too similar to be negatives; see `fastntxent.guided_info_nce`.
     `compute_loss_from_embeddings` is the loss without the models.
 
     Args:
-        model: Maps a dict of features to a dict with "sentence_embedding", or None to pass embeddings.
-        guide: The guide model, called like `model`. If both have a tokenizer, and the guide has another vocabulary or a
-            smaller max_seq_length, "input_ids" are decoded by the model's tokenizer and tokenized again for the guide.
+        model: Maps a dict of features to a dict with "sentence_embedding". None if the loss is called with embeddings.
+        guide: The guide model, called like `model`. If both have a tokenizer, and the guide has a different vocabulary
+            or a smaller max_seq_length, "input_ids" are decoded by the model's tokenizer and tokenized again for the
+            guide.
         temperature: tau > 0, a float or a 0-d floating-point tensor.
         margin_strategy: How the limit follows from g, the guide's similarity of anchor and positive: g - margin for
             "absolute", g - margin abs(g) for "relative".
@@ -132,7 +133,7 @@ class GISTEmbedLoss(TypedModule):
             return dict(column)
         if "input_ids" not in column:
             raise ValueError(
-                "sentence_features must have 'input_ids' to decode for a guide with another vocabulary, "
+                "sentence_features must have 'input_ids' to decode for a guide with a different tokenizer, "
                 f"got {', '.join(map(repr, column))}"
             )
         model: Any = self.model
@@ -157,7 +158,7 @@ class GISTEmbedLoss(TypedModule):
             raise ValueError(f"embeddings must have {number} columns, anchors first, got {len(embeddings)}")
         if len(guide_embeddings) != len(embeddings):
             raise ValueError(
-                f"guide_embeddings must have {len(embeddings)} columns, as embeddings, got {len(guide_embeddings)}"
+                f"guide_embeddings must have {len(embeddings)} columns like embeddings, got {len(guide_embeddings)}"
             )
         for name, columns in (("embeddings", embeddings), ("guide_embeddings", guide_embeddings)):
             for index, column in enumerate(columns):
@@ -209,14 +210,14 @@ class CachedGISTEmbedLoss(GISTEmbedLoss):
     disabled the model runs once.
 
     Args:
-        model: Maps a dict of features to a dict with "sentence_embedding", or None to pass embeddings.
-        guide: The guide model, called like `model`. If both have a tokenizer, and the guide has another vocabulary or a
-            smaller max_seq_length, "input_ids" are decoded by the model's tokenizer and tokenized again for the guide.
-            It gets the same mini-batches as the model.
+        model: Maps a dict of features to a dict with "sentence_embedding". None if the loss is called with embeddings.
+        guide: The guide model, called like `model`. If both have a tokenizer, and the guide has a different vocabulary
+            or a smaller max_seq_length, "input_ids" are decoded by the model's tokenizer and tokenized again for the
+            guide. It gets the same mini-batches as the model.
         temperature: tau > 0, a float or a 0-d floating-point tensor.
-        mini_batch_size: Rows of a column that the models see at a time.
-        mini_batch_num_tokens: Used in place of mini_batch_size: the most tokens that the models see at a time, counted
-            in the features' attention_mask. A longer row is a mini-batch by itself.
+        mini_batch_size: The number of rows of a column that the models see at a time.
+        mini_batch_num_tokens: Used in place of mini_batch_size: the largest number of tokens that the models see at a
+            time, counted in the features' attention_mask. A longer row is a mini-batch by itself.
         show_progress_bar: Show the model's mini-batches of both passes with tqdm.
         margin_strategy: How the limit follows from g, the guide's similarity of anchor and positive: g - margin for
             "absolute", g - margin abs(g) for "relative".
@@ -350,7 +351,7 @@ def _lists(embeddings: Sequence[Tensor]) -> list[list[Tensor]]:
 
 
 def _reads_otherwise(model: Any, guide: Any) -> bool:
-    """Return whether the guide needs its own features: it has another vocabulary or a smaller max_seq_length."""
+    """Return whether the guide needs its own features: it has a different vocabulary or a smaller max_seq_length."""
     if not (hasattr(model, "tokenizer") and hasattr(guide, "tokenizer")):
         return False
     shorter = bool(guide.max_seq_length < model.max_seq_length)

@@ -71,7 +71,7 @@ def info_nce(
     reduction: Reduction = "mean",
     negative_mode: NegativeMode = "unpaired",
 ) -> Tensor:
-    """InfoNCE from queries to keys, in one direction, with 1/N: `fastntxent.info_nce`.
+    """InfoNCE from queries to keys, in one direction only: `fastntxent.info_nce`.
 
     Args:
         query: (N, D), normalised here.
@@ -110,7 +110,9 @@ def info_nce(
                 f"got shape {tuple(negative_keys.shape)}"
             )
         if negative_mode == "paired" and len(negative_keys) != len(query):
-            raise ValueError(f"negative_keys must have {len(query)} queries, got shape {tuple(negative_keys.shape)}")
+            raise ValueError(
+                f"negative_keys must have {len(query)} sets, one per query, got shape {tuple(negative_keys.shape)}"
+            )
         if not negative_keys.shape[-2]:
             raise ValueError(f"negative_keys must have at least one key, got shape {tuple(negative_keys.shape)}")
         check_features("query", query, "negative_keys", negative_keys)

@@ -31,7 +31,7 @@ __all__ = ["DCLLoss", "DCLWLoss", "MACLLoss", "MemoryBankModule", "NTXentLoss", 
 
 
 class NTXentLoss(TypedModule):
-    """NT-Xent or, with a memory bank, MoCo's loss: out0 against out1 and the bank, in one direction, with 1/N.
+    """NT-Xent or, with a memory bank, MoCo's loss: out0 against out1 and the bank, the mean over the N rows of out0.
 
     Without a bank it is `fastntxent.nt_xent`. A negative temperature is allowed, as in lightly, at twice the work.
 
@@ -44,7 +44,8 @@ class NTXentLoss(TypedModule):
             mean over the rank's rows), and has lightly's gradient. A bank takes in the rows of all ranks.
 
     Raises:
-        ValueError: the temperature is within 1e-8 of zero, or the size is negative, as in lightly.
+        ValueError: the temperature is within 1e-8 of zero, the size is negative or has more than two entries, or
+            PyTorch was built without torch.distributed and gather_distributed is set.
         TypeError: the temperature is not a number, or the size is not an int.
 
     Example:
@@ -72,7 +73,8 @@ class NTXentLoss(TypedModule):
         """Return the loss, a 0-d tensor.
 
         Args:
-            out0: (N, D), one view of each sample, normalised here. A bank is updated if it requires a gradient.
+            out0: (N, D), one view of each sample, normalised here. If out0 requires a gradient, a memory bank
+                takes in the rows of out1.
             out1: (N, D), the other view, normalised here.
         """
         group = _gathering_group(self.gather_distributed)
@@ -162,7 +164,7 @@ class DCLLoss(TypedModule):
         if not isinstance(weights, Tensor):
             check_number("weight_fn's result", weights)
         elif weights.shape not in ((), (len(u0),)):
-            raise ValueError(f"weight_fn must return a number or shape ({len(u0)},), got shape {tuple(weights.shape)}")
+            raise ValueError(f"weight_fn must return a number or {len(u0)} weights, got shape {tuple(weights.shape)}")
         return weights
 
 
@@ -219,7 +221,7 @@ def negative_mises_fisher_weights(out0: Tensor, out1: Tensor, sigma: float = 0.5
 class MACLLoss(TypedModule):
     """Model-aware contrastive loss: the temperature depends on how well the views agree. See `fastntxent.macl`.
 
-    A row's weight 1 / (1 - exp(-loss)) is exact. lightly bounds it by adding 1e-8 to the denominator.
+    A row's weight 1 / (1 - exp(-loss)) is exact. lightly bounds the weight by adding 1e-8 to its denominator.
 
     Args:
         temperature: At least 1e-8, a float or a one-element tensor.
@@ -266,8 +268,8 @@ class MemoryBankModule(TypedModule):
     empty and loses no row.)
 
     Args:
-        size: (size, dim), 0 for no bank, or an int, with which dim comes from the first batch. The int and the default
-            follow lightly before version 1.6.
+        size: (size, dim), or 0 for no bank, or an int, for which dim comes from the first batch. An int, and the
+            default, are as in lightly before version 1.6.
         gather_distributed: Take in the rows of all ranks of the default process group.
         feature_dim_first: Return the bank as (dim, size) instead of (size, dim).
 
@@ -305,7 +307,7 @@ class MemoryBankModule(TypedModule):
         Args:
             output: (N, dim), the rows to take in.
             labels: Unused, as in lightly.
-            update: Take the rows in.
+            update: Whether to take the rows in.
         """
         if not self.size[0]:
             return output, None
@@ -356,7 +358,7 @@ def _bank_size(size: object, name: str) -> tuple[int, ...]:
     except TypeError:
         raise TypeError(f"{name} must be an int or a pair (size, dim), got {size!r}") from None
     if any(entry < 0 for entry in entries) or len(entries) not in (1, 2):
-        raise ValueError(f"{name} must be (size, dim), size or 0, none negative, got {size}")
+        raise ValueError(f"{name} must be an int or a pair (size, dim), without negative numbers, got {size}")
     return entries
 
 

@@ -22,7 +22,7 @@ __all__ = ["ClipLoss", "CoCaLoss", "DistillClipLoss", "SigLipLoss"]
 
 
 class _OfRanks(TypedModule):
-    """Base class of the two-softmax losses, with open_clip's options for gathering over ranks."""
+    """Base class of the two-softmax losses, with open_clip's options for gathering across ranks."""
 
     def __init__(
         self,
@@ -78,8 +78,8 @@ class ClipLoss(_OfRanks):
 
     Args:
         local_loss: No effect. The loss covers the whole batch, is the same on every rank, and has the exact gradient.
-        gather_with_grad: No effect. In open_clip, False makes the gradient of the features 1/R of the exact one on R
-            ranks; with local_loss the gradient also lacks the part that features get as columns.
+        gather_with_grad: No effect. In open_clip, False makes the gradient of the features 1/R of the exact gradient on
+            R ranks; with local_loss the gradient also lacks the part that features get as columns.
         cache_labels: No effect: there are no labels to cache.
         rank: This process's rank in the default process group.
         world_size: 1, or the size of the default process group. Above 1 the batch is spread over all its ranks.
@@ -127,8 +127,8 @@ class DistillClipLoss(_OfRanks):
 
     Args:
         local_loss: No effect. The loss covers the whole batch, is the same on every rank, and has the exact gradient.
-        gather_with_grad: No effect. In open_clip, False makes the gradient of the features 1/R of the exact one on R
-            ranks; with local_loss the gradient also lacks the part that features get as columns.
+        gather_with_grad: No effect. In open_clip, False makes the gradient of the features 1/R of the exact gradient on
+            R ranks; with local_loss the gradient also lacks the part that features get as columns.
         cache_labels: No effect: there are no labels to cache.
         rank: This process's rank in the default process group.
         world_size: 1, or the size of the default process group. Above 1 the batch is spread over all its ranks.
@@ -159,14 +159,14 @@ class DistillClipLoss(_OfRanks):
     ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
         """Return both losses, (contrastive, distillation), or {"contrastive_loss": ..., "distill_loss": ...}.
 
-        The teacher gets no gradient. In open_clip it gets one if its model ran with gradients enabled.
+        The teacher gets no gradient. In open_clip it gets a gradient if its model ran with gradients enabled.
 
         Args:
-            image_features: The student's (N, D), normalised by the caller.
-            text_features: The student's (N, D), normalised by the caller.
+            image_features: The student's features (N, D), normalised by the caller.
+            text_features: The student's features (N, D), normalised by the caller.
             logit_scale: Factor of the student's similarities; a float or a one-element tensor.
-            dist_image_features: The teacher's (N, E), normalised by the caller.
-            dist_text_features: The teacher's (N, E), normalised by the caller.
+            dist_image_features: The teacher's features (N, E), normalised by the caller.
+            dist_text_features: The teacher's features (N, E), normalised by the caller.
             dist_logit_scale: Factor of the teacher's similarities; a float or a one-element tensor.
             output_dict: Return a dict.
         """
@@ -206,8 +206,8 @@ class CoCaLoss(_OfRanks):
         clip_loss_weight: Factor of the contrastive loss. With 0 no similarities are formed, and the loss is 0.
         pad_id: Label of tokens that do not count.
         local_loss: No effect. The loss covers the whole batch, is the same on every rank, and has the exact gradient.
-        gather_with_grad: No effect. In open_clip, False makes the gradient of the features 1/R of the exact one on R
-            ranks; with local_loss the gradient also lacks the part that features get as columns.
+        gather_with_grad: No effect. In open_clip, False makes the gradient of the features 1/R of the exact gradient on
+            R ranks; with local_loss the gradient also lacks the part that features get as columns.
         cache_labels: No effect: there are no labels to cache.
         rank: This process's rank in the default process group.
         world_size: 1, or the size of the default process group. Above 1 the contrastive loss is over the batch of all

@@ -30,7 +30,9 @@ def checked_pairs(indices_tuple: IndicesTuple, n_rows: int, n_cols: int, device:
     indices = [index.to(device, torch.int64) for index in indices_tuple]
     a1, p, a2, n = indices if len(indices) == 4 else (*indices[:2], indices[0], indices[2])
     if len(a1) != len(p) or len(a2) != len(n):
-        raise ValueError(f"indices_tuple must hold pairs, got lengths {[len(index) for index in indices_tuple]}")
+        raise ValueError(
+            f"indices_tuple must hold pairs of equal lengths, got {[len(index) for index in indices_tuple]}"
+        )
     for index, limit in ((a1, n_rows), (p, n_cols), (a2, n_rows), (n, n_cols)):
         # Under a compiler no value can be read; the gather itself rejects an index out of range.
         if not torch.compiler.is_compiling() and len(index) and not (index.min() >= 0 and index.max() < limit):
@@ -39,7 +41,8 @@ def checked_pairs(indices_tuple: IndicesTuple, n_rows: int, n_cols: int, device:
 
 
 def pairs_of_ids(ids: Tensor, ref_ids: Tensor, own: bool) -> tuple[Tensor, Tensor]:
-    """Return the rows and columns with the same id, in row order. `own`: column i is row i itself and is left out.
+    """Return the rows and columns with the same id, in row order. `own`: column i is row i itself, so the pair (i, i)
+    is left out.
 
     Takes O(P) memory for P pairs, and waits for the device.
     """
@@ -56,7 +59,8 @@ def pairs_of_ids(ids: Tensor, ref_ids: Tensor, own: bool) -> tuple[Tensor, Tenso
 
 
 def lse_by_anchor(logits: Tensor, anchors: Tensor, n_anchors: int) -> Tensor:
-    """Return the log-sum-exp of each anchor's logits (n_anchors,). Without logits it is -inf and has no gradient."""
+    """Return the log-sum-exp of each anchor's logits (n_anchors,): -inf, without a gradient, for an anchor without
+    logits."""
     largest = logits.new_full((n_anchors,), -torch.inf)
     largest = largest.scatter_reduce(0, anchors, logits.detach(), "amax")
     empty = largest == -torch.inf

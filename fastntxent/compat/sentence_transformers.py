@@ -90,7 +90,8 @@ _OF_MODELS = {"cosine": "cos_sim", "dot": "dot_score"}  # a model's similarity_f
 
 
 def _similarity_name(similarity_fct: object) -> object:
-    """Return the name of a similarity function. A model's method `similarity` gets the name its model has set."""
+    """Return the name of a similarity function. For a model's method `similarity`, return the name that the model's
+    settings select."""
     name = getattr(similarity_fct, "__name__", similarity_fct)
     of_model = getattr(getattr(similarity_fct, "__self__", None), "similarity_fn_name", None)
     return name if name != "similarity" or of_model is None else _OF_MODELS.get(of_model, of_model)
@@ -158,7 +159,7 @@ class MultipleNegativesRankingLoss(TypedModule):
     `compute_loss_from_embeddings` is the loss without the model. Memory is O(C N D) for C columns.
 
     Args:
-        model: Maps a dict of features to a dict with "sentence_embedding", or None to pass embeddings.
+        model: Maps a dict of features to a dict with "sentence_embedding". None if the loss is called with embeddings.
         scale: 1 / temperature, positive.
         similarity_fct: `cos_sim` or `dot_score`, from this module or from the library; recognised by its name.
         gather_across_devices: Use the batch of all ranks of the default process group. The loss is the mean over all
@@ -166,11 +167,11 @@ class MultipleNegativesRankingLoss(TypedModule):
             library's.
         directions: The similarities in the softmax: "query_to_doc" (required), "query_to_query", "doc_to_query" and
             "doc_to_doc".
-        partition_mode: "joint" for one softmax over all directions, or "per_direction" for the mean of one softmax for
-            each direction ("query_to_doc" and "doc_to_query" only).
+        partition_mode: "joint" for one softmax over all directions, or "per_direction" for one softmax per direction,
+            whose losses are averaged ("query_to_doc" and "doc_to_query" only).
         hardness_mode: Which logits of a query get extra weight: "in_batch_negatives" (documents of other queries),
             "hard_negatives" (the query's hard negatives), "all_negatives", or None.
-        hardness_strength: Factor of the similarity, without a gradient, that is added to these logits.
+        hardness_strength: This multiple of the similarity, without a gradient, is added to these logits.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -355,25 +356,25 @@ class CachedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
     twice. Under DistributedDataParallel gradients are synchronised once, in the last mini-batch.
 
     Args:
-        model: Maps a dict of features to a dict with "sentence_embedding", or None to pass embeddings.
+        model: Maps a dict of features to a dict with "sentence_embedding". None if the loss is called with embeddings.
         scale: 1 / temperature, positive.
         similarity_fct: `cos_sim` or `dot_score`, from this module or from the library; recognised by its name.
-        mini_batch_size: Rows of a column that the model sees at a time.
-        mini_batch_num_tokens: Used in place of mini_batch_size: the most tokens that the model sees at a time, counted
-            in the features' attention_mask. A longer row is a mini-batch by itself. Under `fully_shard` use
-            mini_batch_size: every rank must have the same number of mini-batches. With either argument, padding beyond
-            the longest text of a mini-batch is cut off.
+        mini_batch_size: The number of rows of a column that the model sees at a time.
+        mini_batch_num_tokens: Used in place of mini_batch_size: the largest number of tokens that the model sees at a
+            time, counted in the features' attention_mask. A longer row is a mini-batch by itself. Under `fully_shard`
+            use mini_batch_size: every rank must have the same number of mini-batches. With either argument, padding
+            beyond the longest text of a mini-batch is cut off.
         gather_across_devices: Use the batch of all ranks of the default process group. The loss is the mean over all
             ranks' anchors, the same on every rank (the library's is over the rank's anchors). Its gradient is the
             library's.
         directions: The similarities in the softmax: "query_to_doc" (required), "query_to_query", "doc_to_query" and
             "doc_to_doc".
-        partition_mode: "joint" for one softmax over all directions, or "per_direction" for the mean of one softmax for
-            each direction ("query_to_doc" and "doc_to_query" only).
+        partition_mode: "joint" for one softmax over all directions, or "per_direction" for one softmax per direction,
+            whose losses are averaged ("query_to_doc" and "doc_to_query" only).
         show_progress_bar: Show the mini-batches of both passes with tqdm.
         hardness_mode: Which logits of a query get extra weight: "in_batch_negatives" (documents of other queries),
             "hard_negatives" (the query's hard negatives), "all_negatives", or None.
-        hardness_strength: Factor of the similarity, without a gradient, that is added to these logits.
+        hardness_strength: This multiple of the similarity, without a gradient, is added to these logits.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -497,14 +498,14 @@ class CachedMultipleNegativesSymmetricRankingLoss(CachedMultipleNegativesRanking
     """CachedMultipleNegativesRankingLoss in the directions "query_to_doc" and "doc_to_query", one softmax for each.
 
     Args:
-        model: Maps a dict of features to a dict with "sentence_embedding", or None to pass embeddings.
+        model: Maps a dict of features to a dict with "sentence_embedding". None if the loss is called with embeddings.
         scale: 1 / temperature, positive.
         similarity_fct: `cos_sim` or `dot_score`, from this module or from the library; recognised by its name.
-        mini_batch_size: Rows of a column that the model sees at a time.
-        mini_batch_num_tokens: Used in place of mini_batch_size: the most tokens that the model sees at a time, counted
-            in the features' attention_mask. A longer row is a mini-batch by itself. Under `fully_shard` use
-            mini_batch_size: every rank must have the same number of mini-batches. With either argument, padding beyond
-            the longest text of a mini-batch is cut off.
+        mini_batch_size: The number of rows of a column that the model sees at a time.
+        mini_batch_num_tokens: Used in place of mini_batch_size: the largest number of tokens that the model sees at a
+            time, counted in the features' attention_mask. A longer row is a mini-batch by itself. Under `fully_shard`
+            use mini_batch_size: every rank must have the same number of mini-batches. With either argument, padding
+            beyond the longest text of a mini-batch is cut off.
         gather_across_devices: Use the batch of all ranks of the default process group. The loss is the mean over all
             ranks' anchors, the same on every rank (the library's is over the rank's anchors). Its gradient is the
             library's.

@@ -62,7 +62,7 @@ def as_ids(name: str, labels: Tensor, rows: Tensor) -> Tensor:
         raise ValueError(f"{name} must have shape ({rows.shape[0]},), one per row, got {tuple(labels.shape)}")
     seen = labels.is_floating_point() and labels.device.type == "cpu" and not torch.compiler.is_compiling()
     if seen and labels.isnan().any():
-        raise ValueError(f"{name} must not be NaN: give each row without a label a label of its own")
+        raise ValueError(f"{name} must not be NaN: give each unlabelled row a unique label")
     if labels.is_meta and not rows.is_meta:
         raise TypeError(f"{name} must hold numbers, got {labels.dtype} on {labels.device}")
     labels = labels.to(rows.device)
@@ -117,7 +117,8 @@ class Logits:
 
     @torch.no_grad()
     def argmax(self) -> Tensor:
-        """Return the column of each row's largest logit (M,), in blocks of rows of about 8 MiB in float32."""
+        """Return the column of each row's largest logit (M,). Logits are formed in blocks of rows that take about 8 MiB
+        in float32."""
         height = max(1, _TILE // self._cols.shape[0])
         blocks = self._rows.split(height)
         return torch.cat([Logits(rows, self._cols, self._scale).dense().argmax(dim=1) for rows in blocks])

@@ -49,7 +49,7 @@ def add_contrastive_loss(
     weights: float | Tensor = 1.0,
     strategy: object = None,
 ) -> ContrastiveLoss:
-    """NT-Xent with 1/N over the 2N rows: twice `fastntxent.nt_xent`.
+    """NT-Xent, summed over the 2N rows and divided by N: twice `fastntxent.nt_xent`.
 
     Args:
         hidden: (2N, D), all first views followed by all second views.
@@ -57,8 +57,8 @@ def add_contrastive_loss(
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
             read a tensor on an accelerator, so its sign is not checked there.
         tpu_context: None, a context with `num_replicas`, or a process group. With several replicas the batch is spread
-            over all ranks of the default process group, which must be as many as the replicas. The loss then covers the
-            whole batch and is the same on every rank (TensorFlow's covers the replica's rows).
+            over all ranks of the default process group, whose size must be the number of replicas. The loss then covers
+            the whole batch and is the same on every rank (TensorFlow's covers the replica's rows).
         weights: Weight of the samples, a number or (N,). With (N,) the sum of the weighted losses is divided by the
             number of weights that are not zero.
         strategy: Like `tpu_context`, with the name and `num_replicas_in_sync` of TensorFlow's second version.

@@ -70,8 +70,8 @@ class SupConLoss(TypedModule):
         Args:
             features: (B, V, ...) for B samples and V views, normalised by the caller.
             labels: (B,) or (B, 1), of any dtype, or None.
-            mask: (B, B), bool or numbers, not necessarily symmetric, or None. It holds m_ij between the rows of the
-                samples. Without labels and mask the loss is SimCLR's.
+            mask: (B, B), bool or numbers, not necessarily symmetric, or None. Entry (i, j) is m_ij for the rows of
+                samples i and j. Without labels and mask the loss is SimCLR's.
         """
         check_dense("features", features)
         if features.ndim < 3:
@@ -124,7 +124,7 @@ def _mean_loss(
 
     For each sample, `sums` (B, D) is the weighted sum of its positives' rows and `weights` (B,) the sum of the weights.
     Both include the sample's rows, each with weight `own` (B,). L_out is linear in the positives, so each anchor
-    subtracts its row from both.
+    subtracts its own row from both.
     """
     rows = unit_rows(views, normalize=False).flatten(0, 1)
     every = torch.arange(rows.shape[0], device=rows.device)

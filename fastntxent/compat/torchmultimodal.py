@@ -80,7 +80,7 @@ def contrastive_loss_with_temperature(
     backprop_type: BackpropType = BackpropType.GLOBAL,
     cross_entropy_kwargs: dict[str, Any] | None = None,
 ) -> ContrastiveLossOutput:
-    """CLIP's loss of rows as they are, in both directions from one pass over the similarities.
+    """CLIP's loss of rows that are normalised already, in both directions from one pass over the similarities.
 
     As in torchmultimodal, in a process group the batch is spread over all ranks. "mean" and "sum" cover the whole batch
     and are the same on every rank (torchmultimodal's cover only the rank's rows).

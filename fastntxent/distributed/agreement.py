@@ -1,4 +1,4 @@
-"""Checks before ranks exchange anything: all of them must be in the same call, or in the backward of the same call."""
+"""Checks before ranks exchange anything: all ranks must be in the same call, or in the backward of the same call."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Turn:
 
 
 class Part(NamedTuple):
-    """A term of a loss that communicates in its backward. Its autograd node keeps this reference to the call."""
+    """A term of a loss that communicates in its backward. The autograd node of the term keeps this record."""
 
     turn: Turn
     number: int
@@ -72,8 +72,8 @@ class Part(NamedTuple):
     def begin_backward(self, ctx: Any, device: torch.device) -> list[Any]:
         """Return the values that the node saved, once every rank is in the backward of this part.
 
-        Without this check, ranks that run the backwards of two losses in a different order, or skip one, would exchange
-        numbers of different losses. If tensors were changed in place on one rank, every rank raises.
+        Without this check, ranks that run the backwards of two losses in different orders, or skip a backward, would
+        exchange numbers of different losses. If tensors were changed in place on one rank, every rank raises.
         """
         try:
             values = saved(ctx)
@@ -102,7 +102,7 @@ def agree(
         if len({digest for *_, digest in headers}) > 1:
             described |= {name: f"{described[name]} and checksum {int(_checksum(x)):x}" for name, x in alike.items()}
             raise ValueError(_disagreement(wire.gather_objects(group, described)))
-        number = max(number for _, number, *_ in headers)  # a rank that raised before this point has counted fewer
+        number = max(number for _, number, *_ in headers)  # a rank that raised earlier has counted fewer calls
         samples = [n for _, _, n, _ in headers]
     _calls[group] = number
     return Turn(group, number, function, facts is not None), samples
@@ -153,4 +153,4 @@ def _disagreement(described: Sequence[dict[str, str]]) -> str:
         if len(ranks) > 1:
             values = "; ".join(f"{value} on rank {', '.join(which)}" for value, which in ranks.items())
             parts.append(f"{name} is {values}")
-    return "the ranks must be given the same: " + ". ".join(parts)
+    return "these must be the same on every rank: " + ". ".join(parts)

@@ -1,4 +1,4 @@
-"""The batch that losses see when its rows are spread over ranks."""
+"""The batch that losses see when its rows are spread across ranks."""
 
 from __future__ import annotations
 

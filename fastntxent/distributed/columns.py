@@ -122,7 +122,7 @@ class Columns:
         if not self.partition.by_rank:
             yield block
             return
-        for span in self.partition.spans:  # cloned: the rounding of a product may depend on the alignment of its rows
+        for span in self.partition.spans:  # cloned: how a product is rounded may depend on how its rows are aligned
             own = block.cut(span)
             yield Block(span, own.rows.clone(), own.ids, tuple(x.clone() for x in own.numbers))
 

@@ -1,4 +1,4 @@
-"""Sums over the rows of a group that may be spread over several ranks, for losses that are linear in these sums.
+"""Sums over the rows of a group that may be spread across several ranks, for losses that are linear in these sums.
 
     d_i = u_i . S_i,   S_i = sum over {j : id_j = id_i} of v_j
     d/du_i = a_i S_i,  d/dv_j = sum over {i : id_i = id_j} of a_i u_i
@@ -25,7 +25,7 @@ from .wire import uncompiled
 
 @uncompiled
 def group_dots(u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, u_shard: Shard, v_shard: Shard) -> Tensor:
-    """Return d (M,), defined above, for this rank's rows u over the v of all ranks. Differentiable in u and v."""
+    """Return d (M,), defined above, of this rank's rows u with the v of all ranks. Differentiable in u and v."""
     ids = (u_ids.to(torch.int64), v_ids.to(torch.int64))
     return _GroupDots.apply(u, v, *ids, u_shard.columns(u), v_shard.columns(v), False)
 

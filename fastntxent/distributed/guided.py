@@ -1,4 +1,4 @@
-"""The guided log-sum-exp over ranks: this rank's rows against the columns of all ranks, and the gradient.
+"""The guided log-sum-exp across ranks: this rank's rows against the columns of all ranks, and the gradient.
 
 In the forward, each column travels with its guide embedding. In the backward, each rank forms the gradients of its rows
 and its columns. For the columns' gradients, each row travels with its guide embedding and three numbers (the weight, nu
@@ -28,8 +28,8 @@ def guided_neg_lse(
 ) -> Tensor:
     """Return nu of this rank's rows (M,) against the columns of all ranks.
 
-    The backward returns the gradient of the sum of all ranks' losses in the rows and columns, and this rank's partial
-    sum in inv_tau (0-d).
+    The backward returns the gradient of the sum of all ranks' losses with respect to the rows and columns, and this
+    rank's part of the gradient with respect to inv_tau (0-d).
     """
     ids = rows.ids.to(torch.int64), cols.ids.to(torch.int64)
     columns = of_rows.columns(rows.u), of_cols.columns(cols.u)

@@ -1,10 +1,10 @@
-"""Log-sum-exps over ranks that leave out columns more similar to a row than the row's limit.
+"""Log-sum-exps across ranks, without the columns whose similarity to a row exceeds the row's limit.
 
     nu_i = log sum over {j : id_j != id_i, u_i . v_j <= limit_i} of exp(k u_i . v_j)
 
-The limit belongs to the row, so a similarity counts in one sum only. Every rank forms the similarities of its rows with
-the columns of all ranks. In the backward it also forms the similarities of its columns with the rows of all ranks.
-These rows travel with three numbers each (the weight, nu and the limit).
+The limit belongs to the row, so a similarity counts in the row's sum only. Every rank forms the similarities of its
+rows with the columns of all ranks. In the backward it also forms the similarities of its columns with the rows of all
+ranks. These rows travel with three numbers each (the weight, nu and the limit).
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def limited_neg_lse(
 ) -> Tensor:
     """Return nu of this rank's rows (M,) against the columns of all ranks. Limits of the columns are ignored.
 
-    The backward returns the gradient of the sum of all ranks' losses in the rows and columns, and this rank's partial
-    sum in inv_tau.
+    The backward returns the gradient of the sum of all ranks' losses with respect to the rows and columns, and this
+    rank's part of the gradient with respect to inv_tau.
     """
     ids = rows.ids.to(torch.int64), cols.ids.to(torch.int64)
     columns = of_rows.columns(rows.u), of_cols.columns(cols.u)
@@ -87,7 +87,7 @@ class _LimitedNegLseOverRanks(torch.autograd.Function):
                         assert part is not None
                         d_v += part
                         of_inv_tau = of_inv_tau + of_block
-            if needs_u or not needs_v:  # inv_tau needs one pass: over the ranks, either covers all pairs
+            if needs_u or not needs_v:  # for inv_tau one pass is enough: across ranks, it covers all pairs
                 of_inv_tau = d_nu.new_zeros(())
                 own, upstream = Side(of_u.own, u_ids, limits), Upstream(d_nu, nu)
                 for block in of_v.blocks(v_ids):

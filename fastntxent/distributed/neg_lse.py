@@ -1,4 +1,4 @@
-"""The primitive over ranks: log-sum-exps of this rank's rows against the columns of all ranks, and the gradient."""
+"""The primitive across ranks: log-sum-exps of this rank's rows against the columns of all ranks, and the gradient."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from .wire import uncompiled
 def neg_lse(u: Tensor, ids: Tensor, inv_tau: float | Tensor, shard: Shard, backend: str) -> Tensor:
     """Return nu of this rank's rows (M,) against the rows of all ranks. Differentiable in u and inv_tau (0-d).
 
-    The backward returns the gradient of the sum of all ranks' losses in u, and this rank's partial sum in inv_tau.
+    The backward returns the gradient of the sum of all ranks' losses with respect to u, and this rank's part of the
+    gradient with respect to inv_tau.
     """
     return _NegLseOverRanks.apply(u, ids.to(torch.int64), inv_tau, shard.columns(u), backend)
 
@@ -122,7 +123,7 @@ class _CrossNegLseOverRanks(torch.autograd.Function):
         if needs_v:
             d_v, part = _gradient_of_rows(Side(of_v.own, v_ids), of_cols, of_u, u_ids, of_rows, inv_tau, ctx.backend)
             parts.append(part)
-        # Summed over the ranks, each pass covers every pair once. If both ran, so does their mean.
+        # Summed across the ranks, each pass covers every pair once. If both ran, so does their mean.
         d_inv_tau = torch.stack(parts).mean() if needs_inv_tau else None
         return (
             d_u.to(ctx.dtypes[0]) if needs_u and d_u is not None else None,
@@ -149,9 +150,9 @@ def _gradient_of_rows(
     *,
     symmetric: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradient in this rank's rows, and the gradient in inv_tau over all pairs of these rows with the
-    columns of all ranks. `column_ids` and `of_columns` are for this rank's columns. `symmetric`: the columns are the
-    rows."""
+    """Return the gradient with respect to this rank's rows, and the gradient with respect to inv_tau over all pairs of
+    these rows with the columns of all ranks. `column_ids` and `of_columns` are for this rank's columns. `symmetric`:
+    the columns are the rows."""
     d_rows, d_inv_tau = torch.zeros_like(rows.u), of_rows.neg_lse.new_zeros(())
     with autocast_off(rows.u):
         for block in columns.blocks(column_ids, torch.stack((of_columns.d_neg_lse, of_columns.neg_lse), dim=1)):
@@ -159,7 +160,7 @@ def _gradient_of_rows(
                 if symmetric and block.span == columns.partition.span:
                     d_block, d_part = run_neg_lse_backward(rows, inv_tau, of_rows, backend)
                     d_rows += d_block
-                    d_inv_tau = d_inv_tau + 2 * d_part  # this kernel counts each pair once, the others twice
+                    d_inv_tau = d_inv_tau + 2 * d_part  # a pair within a rank counts once, a pair across ranks on both
                 else:
                     d_cols, cols_nu = block.numbers[0].T.contiguous()
                     of_cols = Upstream(d_cols, cols_nu, wanted=False)

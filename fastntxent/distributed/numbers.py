@@ -1,7 +1,7 @@
 """Numbers that depend on all ranks, and the scale of their gradients.
 
 The convention follows DistributedDataParallel: each rank calls backward on its local loss, and DDP averages the
-parameters' gradients over the ranks. The gradient through a number formed here is the gradient of the *sum* of the
+parameters' gradients across the ranks. The gradient through a number formed here is the gradient of the *sum* of the
 ranks' losses, and DDP's average turns it into the gradient of their mean. `replicated` takes this mean itself.
 """
 
@@ -19,8 +19,8 @@ from .wire import uncompiled
 
 @uncompiled
 def all_sum(x: Tensor, shard: Shard) -> Tensor:
-    """Return the sum of a number (0-d) over the ranks. Every rank's loss contains it, so its gradient is the sum of the
-    ranks' upstream gradients. The upstream gradients must be equal, so the backward multiplies this rank's upstream
+    """Return the sum of a number (0-d) across the ranks. Every rank's loss contains it, so its gradient is the sum of
+    the ranks' upstream gradients. The upstream gradients must be equal, so the backward multiplies this rank's upstream
     gradient by the world size."""
     return _AllSum.apply(x, shard)
 

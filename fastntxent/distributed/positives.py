@@ -1,4 +1,4 @@
-"""Sums over positive pairs across ranks: this rank's rows, and the rows with the same id on all ranks.
+"""Sums over positive pairs across ranks: of this rank's rows with the rows of the same id on all ranks.
 
     f_i = log sum_j exp(l_ij)   or   sum_j log(1 + exp(nu_i - l_ij)),     l_ij = k u_i . u_j
 
@@ -33,7 +33,8 @@ def positive_lse(u: Tensor, ids: Tensor, inv_tau: float | Tensor, shard: Shard) 
     """Return the log-sum-exps f (M,) of this rank's rows, -inf for rows without a positive. Differentiable in u and
     inv_tau (0-d).
 
-    The backward returns the gradient of the sum of all ranks' losses in u, and this rank's partial sum in inv_tau.
+    The backward returns the gradient of the sum of all ranks' losses with respect to u, and this rank's part of the
+    gradient with respect to inv_tau.
     """
     return _PositiveLse.apply(u, ids.to(torch.int64), inv_tau, shard.columns(u))
 
@@ -119,7 +120,7 @@ class _CrossPositiveLse(torch.autograd.Function):
                         part, of_block = _through_lse_of_columns(tiles, block.numbers[0])
                         d_v += part
                         of_inv_tau = of_inv_tau + of_block
-            if needs_u or not needs_v:  # inv_tau needs one pass: over the ranks, either covers all pairs
+            if needs_u or not needs_v:  # for inv_tau one pass is enough: across ranks, it covers all pairs
                 of_inv_tau = d_lse.new_zeros(())
                 for block in of_v.blocks(v_ids):
                     if len(d_u):
@@ -139,14 +140,14 @@ class _CrossPositiveLse(torch.autograd.Function):
 
 
 def _through_lse_of_rows(tiles: PositiveTiles, numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients in this rank's rows and in inv_tau, through the log-sum-exps of the rows."""
+    """Return the gradients with respect to this rank's rows and inv_tau, through the log-sum-exps of the rows."""
     rows = tiles.by_row(numbers).T[:, :, None]
     d_u, _, d_inv_tau = tiles.backward(lambda tile: through_lse(tile, *rows[:, tile.rows]), needs_v=False)
     return d_u, d_inv_tau
 
 
 def _through_lse_of_columns(tiles: PositiveTiles, numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients in this rank's rows of `tiles` and in inv_tau, through the log-sum-exps of the columns."""
+    """Return the gradients with respect to the rows of `tiles` and inv_tau, through the log-sum-exps of the columns."""
     cols = tiles.by_column(numbers).T[:, None]
     d_u, _, d_inv_tau = tiles.backward(lambda tile: through_lse(tile, *cols[:, :, tile.cols]), needs_v=False)
     return d_u, d_inv_tau
@@ -187,8 +188,8 @@ def _gradient_of_pairs(
     inner: Tensor,
     through: Callable[[PositiveTile, Tensor, Tensor], Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradient in this rank's rows, this rank's part of the gradient in inv_tau, and sum_j D_ij per row.
-    `inner` is the f or nu that D_ij compares a logit with."""
+    """Return the gradient with respect to this rank's rows, this rank's part of the gradient with respect to inv_tau,
+    and sum_j D_ij per row. `inner` is the f or nu that D_ij compares a logit with."""
     own, numbers = columns.own, torch.stack((d_f, inner), dim=1)
     d_u, d_inv_tau, of_rows = torch.zeros_like(own), own.new_zeros(()), torch.zeros_like(d_f)
     with autocast_off(own):
@@ -205,8 +206,8 @@ def _gradient_of_pairs(
 def _of_block(
     tiles: PositiveTiles, of_rows: Tensor, of_cols: Tensor, through: Callable[[PositiveTile, Tensor, Tensor], Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Like `_gradient_of_pairs`, for the pairs of one block. `of_rows` and `of_cols` are the numbers of its rows and
-    columns, and `d_inv_tau` is not halved yet."""
+    """Like `_gradient_of_pairs`, for the pairs of one block. `of_rows` and `of_cols` are the numbers of the block's
+    rows and columns, and `d_inv_tau` is not halved yet."""
     rows, cols = tiles.by_row(of_rows).T[:, :, None], tiles.by_column(of_cols).T[:, None]
     sums = of_rows.new_zeros(len(of_rows))
 

@@ -1,5 +1,5 @@
-"""Which rank forms which similarities, among the rows of all ranks. Similarity is symmetric, so one rank forms it once
-for both of its rows.
+"""Which rank forms which similarities, among the rows of all ranks. Similarity is symmetric, so each one is formed only
+once, by one rank, for both of its rows.
 
 Spans index the rows of all ranks. Two different spans stand for a rectangle of similarities; a span paired with itself
 stands for a triangle.
@@ -38,11 +38,11 @@ def half_ring(rank: int, sizes: Sequence[int]) -> SpanPairs:
 
 
 def triangle(rank: int, world: int, n_rows: int) -> SpanPairs:
-    """Return the pairs for rows that have all been gathered. The rows are cut into 2R shares; rank r takes the r-th
-    share from the top and the r-th from the bottom, each against itself and all rows below it. Every rank gets the same
-    amount of work, however many rows it holds."""
+    """Return the pairs for rows that have all been gathered. The rows are cut into two shares per rank; rank r takes
+    the r-th share from the top and the r-th from the bottom, each against itself and all rows below the share. Every
+    rank gets the same amount of work, however many rows it holds."""
     cuts = [n_rows * share // (2 * world) for share in range(2 * world + 1)]
     shares = [slice(cuts[rank], cuts[rank + 1]), slice(cuts[-2 - rank], cuts[-1 - rank])]
-    if rank == world - 1:  # its two shares are adjacent: join them
+    if rank == world - 1:  # this rank's two shares are adjacent: join them
         shares = [slice(cuts[rank], cuts[rank + 2])]
     return [pair for rows in shares for pair in ((rows, rows), (rows, slice(rows.stop, n_rows)))]

@@ -1,4 +1,4 @@
-"""How a batch is spread over ranks: the user's options, and what the ranks agree on before a loss."""
+"""How a batch is spread across ranks: the user's options, and what the ranks agree on before a loss."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 WORLD: Literal["world"] = "world"  # the default process group; the name can be used before the group exists
 
-# With "auto", unit rows of all ranks beyond this many bytes go around the ring. The ring sends them one and a half
-# times, overlapped with the products, and never holds them all. Below this size memory matters little, and one
-# collective is faster than many messages.
+# With "auto", rows go around the ring if the unit rows of all ranks exceed this many bytes. The ring sends one and a
+# half times as many bytes, overlapped with the products, and no rank ever holds all rows. Below this size memory
+# matters little, and one collective is faster than many messages.
 RING_BYTES = 2**29
 
 
@@ -38,8 +38,8 @@ class Sharding:
         group: A process group, a one-dimensional DeviceMesh, or "world" for the default process group, which is looked
             up at each call. A loss also takes any of these directly, with the default options.
         strategy: "all_gather" holds the unit rows of all ranks, O(M D) memory for M rows in total. "ring" holds the
-            rows of two other ranks at a time and sends them one and a half times, overlapped with the products. "auto"
-            uses the ring from 512 MiB of rows.
+            rows of two other ranks at a time and sends one and a half times as many bytes, overlapped with the
+            products. "auto" uses the ring above 512 MiB of rows.
         wire_dtype: Dtype to which rows are rounded before they are compared, or None. torch.bfloat16 halves the bytes.
             Values and gradients are then exact for the rounded rows, which are the same on every rank. Positives of two
             views are not rounded.
@@ -95,7 +95,7 @@ def process_group(group: object) -> ProcessGroup:
 
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
-            raise ValueError(f"group must be a DeviceMesh of 1 dimension, got {group.ndim}: pass one, mesh['name']")
+            raise ValueError(f"group must be a one-dimensional DeviceMesh, got {group.ndim}-d: pass mesh['name']")
         group = group.get_group()
     if group is dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError("group must be a process group that this rank belongs to")
@@ -143,12 +143,13 @@ class Shard:
         return torch.arange(first, first + self.sizes[self.rank], device=like.device)
 
     def in_blocks(self) -> Shard:
-        """Return a copy with one block per rank. A similarity is then a product of the same shape in forward and
-        backward, for rows and for columns, and has the same bits each time."""
+        """Return a copy with one block per rank. A similarity is then computed by a product of the same shape in
+        forward and backward, for rows and for columns, and has the same bits each time."""
         return replace(self, by_rank=True, _columns=[])
 
     def columns(self, u: Tensor) -> Columns:
-        """Return the columns of all ranks for this rank's rows u. Terms of a loss that pass the same u share them."""
+        """Return the columns of all ranks for this rank's rows u. Terms of a loss that pass the same u share the
+        columns."""
         for known, columns in self._columns:
             if known is u:
                 return columns
@@ -163,7 +164,7 @@ class Shard:
         """Return this rank's rows as the other ranks see them, with a straight-through gradient to u."""
         if self.wire_dtype is None:
             return u
-        return u + (u.to(self.wire_dtype).to(u.dtype) - u).detach()  # exact, because the rounding error is small
+        return u + (u.to(self.wire_dtype).to(u.dtype) - u).detach()  # exact, because the difference is small
 
     @uncompiled
     def gather(self, x: Tensor) -> Tensor:
@@ -195,7 +196,7 @@ def open_shard(
     }
     turn, samples = agree(of, function, len(first), facts if sharding.check else None, first.device)
     if sum(samples) == 0:
-        raise ValueError(f"{function} must have a row on one of the {of.size()} ranks at least, got none")
+        raise ValueError(f"{function} must have at least one row on the {of.size()} ranks together, got none")
     dtype = sharding.wire_dtype or accumulation_dtype(first.dtype)
     size = sum(samples) * views * first.shape[-1] * dtype.itemsize
     ring = sharding.strategy == "ring" or (sharding.strategy == "auto" and size > RING_BYTES)

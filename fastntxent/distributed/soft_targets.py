@@ -1,4 +1,4 @@
-"""The expectation of a student's similarities under a teacher's softmax, over ranks: this rank's rows and columns
+"""The expectation of a student's similarities under a teacher's softmax, across ranks: this rank's rows and columns
 against the columns and rows of all ranks.
 
 In the forward, each column travels with its teacher embedding and one number, and the partial sums of a column go to
@@ -46,8 +46,8 @@ def called_neg_lse(
     similarities: _Similarities, inv_tau: float | Tensor, ids: Tensor, dtype: torch.dtype, shard: Shard
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return three tensors (m,) for a teacher that is a function: nu of this rank's rows over all ranks' columns, nu of
-    its columns over all ranks' rows, and the logits of its positive pairs. `ids` are this rank's sample ids. If the
-    teacher raises on one rank, every rank raises."""
+    this rank's columns over all ranks' rows, and the logits of this rank's positive pairs. `ids` are this rank's sample
+    ids. If the teacher raises on one rank, every rank raises."""
     all_ids, failure = torch.arange(shard.n_samples, device=ids.device), None
     nu_rows = pos = torch.empty(len(ids), dtype=dtype, device=ids.device)
     of_all = torch.full((len(all_ids),), -torch.inf, dtype=dtype, device=ids.device)
@@ -127,9 +127,10 @@ class _SoftDotsOverRanks(torch.autograd.Function):
 def _gradient(
     own: _Taught, others: _Taught, columns: Columns, inv_tau: float | Tensor, *, of_columns: bool = False
 ) -> Tensor:
-    """Return the gradient in this rank's rows against all ranks' columns or, with `of_columns`, in its columns against
-    all ranks' rows. `columns` holds the other side on all ranks, `others` the part on this rank. The student's rows are
-    always the rows of a tile, so logits are rounded as in the forward."""
+    """Return the gradient with respect to this rank's rows, against all ranks' columns, or with `of_columns` the
+    gradient with respect to this rank's columns, against all ranks' rows. `columns` holds the other side on all ranks,
+    `others` the part on this rank. The student's rows are always the rows of a tile, so logits are rounded as in the
+    forward."""
     d_own = torch.zeros_like(own.u)
     assert others.weights is not None
     numbers = torch.stack((others.lse, others.weights), dim=1)

@@ -1,9 +1,10 @@
-"""Sums of softplus over ranks: this rank's rows against the columns of all ranks, and the gradient.
+"""Sums of softplus across ranks: this rank's rows against the columns of all ranks, and the gradient.
 
     sum_i = sum over {j : id_j != id_i} of log(1 + exp(x_ij))  [+ sum over {j : id_j = id_i} of log(1 + exp(-x_ij))]
 
-In the forward, columns travel. In the backward, each rank forms the gradients of its rows and its columns. For these,
-each row and each column travels with one number, the upstream gradient of its sum. No gradient of an embedding travels.
+x_ij = k u_i . v_j + b. In the forward, columns travel. In the backward, each rank forms the gradients of its rows and
+its columns. For these, each row and each column travels with one number, the upstream gradient of its sum. No gradient
+of an embedding travels.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ def softplus_sums(
     """Return the sums of this rank's rows (M,) against the columns of all ranks. If `cols` is None, the columns are the
     rows of all ranks.
 
-    The backward returns the gradient of the sum of all ranks' losses in the rows and columns, and this rank's partial
-    sums in inv_tau and bias (0-d).
+    The backward returns the gradient of the sum of all ranks' losses with respect to the rows and columns, and this
+    rank's parts of the gradients with respect to inv_tau and bias (0-d).
     """
     of_u = shard.columns(rows.u)
     if cols is None:
@@ -90,7 +91,7 @@ class _SoftplusOverRanks(torch.autograd.Function):
         d_u = d_v = None
         numbers: tuple[Tensor, Tensor] | None = None
         if ctx.same:
-            # A pair is formed on the ranks of both its rows, each time with the weights of both.
+            # A pair is formed on the rank of each of its rows, each time with the weights of both rows.
             d_u, d_inv_tau, d_bias = _gradient_of_rows(Side(of_u.own, u_ids), d_sums, of_u, u_ids, d_sums, *options)
             numbers = d_inv_tau / 2, d_bias / 2
         else:
@@ -99,7 +100,7 @@ class _SoftplusOverRanks(torch.autograd.Function):
             if needs_v:
                 d_v, *of_numbers = _gradient_of_rows(Side(of_v.own, v_ids), none_of_v, of_u, u_ids, d_sums, *options)
                 numbers = of_numbers[0], of_numbers[1]
-            if needs_u or not needs_v:  # inv_tau and bias need one pass: over the ranks, either covers all pairs
+            if needs_u or not needs_v:  # for inv_tau and bias one pass is enough: it covers all pairs
                 d_u, *of_numbers = _gradient_of_rows(Side(of_u.own, u_ids), d_sums, of_v, v_ids, none_of_v, *options)
                 numbers = of_numbers[0], of_numbers[1]
         assert numbers is not None
@@ -125,8 +126,9 @@ def _gradient_of_rows(
     positives: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradient in this rank's rows, and the gradients in inv_tau and bias over all pairs of these rows with
-    the columns of all ranks. `of_columns` are the upstream gradients of this rank's columns' sums."""
+    """Return the gradient with respect to this rank's rows, and the gradients with respect to inv_tau and bias over all
+    pairs of these rows with the columns of all ranks. `of_columns` are the upstream gradients of this rank's columns'
+    sums."""
     d_rows, d_inv_tau, d_bias = torch.zeros_like(rows.u), of_rows.new_zeros(()), of_rows.new_zeros(())
     with autocast_off(rows.u):
         for block in columns.blocks(column_ids, of_columns):

@@ -1,7 +1,7 @@
 """Communication between ranks. Only this module calls torch.distributed's collectives.
 
-Rows travel as bytes, so every communication backend takes every dtype. Sums over ranks are gathered and added in rank
-order, so they have the same bits on every rank and in every run.
+Rows travel as bytes, so every communication backend can carry every dtype. For a sum across ranks, the terms are
+gathered and added in rank order, so the sum has the same bits on every rank and in every run.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def exchange_numbers(group: ProcessGroup, x: Tensor, sizes: Sequence[int]) -> Te
 
 
 def all_reduce(group: ProcessGroup, x: Tensor) -> Tensor:
-    """Return the sum over ranks of a tensor with the same shape on each. Each rank adds up a slice and gathers the
-    other slices, so at any world size a rank sends less than twice the tensor's bytes."""
+    """Return the sum across ranks of a tensor that has the same shape on each. Each rank adds up one slice and gathers
+    the other slices, so at any world size a rank sends less than twice the tensor's bytes."""
     world = dist.get_world_size(group)
     cuts = [x.numel() * rank // world for rank in range(world + 1)]
     sizes = [stop - start for start, stop in itertools.pairwise(cuts)]
@@ -125,7 +125,7 @@ def _bytes(x: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _waiting(group: ProcessGroup) -> Iterator[None]:
-    """Raise errors of torch.distributed with the possible causes, which their own text does not name."""
+    """Re-raise errors of torch.distributed with the possible causes, which the original messages do not name."""
     try:
         yield
     except RuntimeError as error:

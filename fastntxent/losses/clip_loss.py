@@ -68,7 +68,7 @@ def clip(
     `ceiling` up to rounding. No gradient flows through the choice of negatives. Limits and smoothing apply in both
     directions.
 
-    The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O(N D);
+    On the same device with the same number of threads, the same input gives the same bits. Extra memory is O(N D);
     the reference backend takes O(N^2).
 
     Args:
@@ -83,22 +83,24 @@ def clip(
         logit_bias: A finite float or a tensor of one element that is added to every logit. The softmax cancels it, so
             the loss does not change and the bias gets a gradient of exactly 0; only SigLIP's loss depends on a bias.
         ids: (N,) integers, the group of each sample. Samples of the same group are not negatives of each other, which
-            removes false negatives. Ids have the same meaning on every rank. None: every other sample is a negative.
+            removes false negatives. An id must mean the same on every rank. None: every other sample is a negative.
             Required for positives="same_id".
         positives: "pair": row n of the other side is the only positive of row n. "same_id": all rows of the other side
-            with its id are positives; this needs `ids` and excludes label smoothing, margins and a ceiling.
-        form: How the positives are combined with positives="same_id". "out" averages their log-probabilities: nu' -
-            mean_p s_np / tau, with nu' the log-sum-exp over all columns. "in" takes the logarithm of their mean
-            probability.
+            with the id of row n are its positives; this needs `ids` and excludes label smoothing, margins and a
+            ceiling.
+        form: With positives="same_id", how the positives are combined. "out" averages their negative log-probabilities,
+            which gives nu' - mean_p s_np / tau, with nu' the log-sum-exp over all columns. "in" takes the negative
+            logarithm of their mean probability.
         label_smoothing: The share of the target, in [0, 1), that is spread evenly over the positive and the negatives,
             as in `torch.nn.functional.cross_entropy`.
         margin: Leave a negative out of row i's sum where its similarity to row i is above s_pos - margin, with s_pos
-            the similarity of row i to its positive. A finite float; None sets no limit. Not with `relative_margin` or
-            `label_smoothing`.
+            the similarity of row i to its positive. A finite float; None sets no limit. Cannot be combined with
+            `relative_margin` or `label_smoothing`.
         relative_margin: Leave a negative out of row i's sum where its similarity to row i is above (1 -
-            relative_margin) s_pos. A float in [0, 1]; None sets no limit. Not with `margin` or `label_smoothing`.
-        ceiling: Leave a negative out of row i's sum where its similarity to row i is above this finite float. With a
-            margin too, the smaller limit holds. None sets no limit. Not with `label_smoothing`.
+            relative_margin) s_pos. A float in [0, 1]; None sets no limit. Cannot be combined with `margin` or
+            `label_smoothing`.
+        ceiling: Leave a negative out of row i's sum where its similarity to row i is above this finite float. If there
+            is also a margin, the smaller limit applies. None sets no limit. Cannot be combined with `label_smoothing`.
         reduction: "mean" over the N samples, "sum", or "none" for one loss per sample.
         normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
             6.1e-5) in float16). False takes the rows as they are, and their products must not overflow.
@@ -118,7 +120,7 @@ def clip(
         ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
             is unknown.
         RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
-            a second derivative is taken, which only backend="reference" without a group has.
+            a second derivative is requested, which only backend="reference" without a group supports.
 
     Example:
         >>> import torch, fastntxent
@@ -191,7 +193,7 @@ def clip_directions(
 
 
 def _checked_bias(logit_bias: float | Tensor, rows: Tensor) -> Tensor:
-    """Return a bias of one element as a 0-d tensor, checked."""
+    """Return a bias, a number or a tensor of one element, as a checked 0-d tensor."""
     if isinstance(logit_bias, Tensor):
         check_tensor("logit_bias", logit_bias)
         if logit_bias.numel() != 1:
@@ -218,7 +220,7 @@ def multi_clip(
     backend: BackendName = "auto",
     group: Group | None = None,
 ) -> Tensor:
-    r"""CLIP's loss of every two of several towers, such as images, texts and sounds.
+    r"""CLIP's loss of every pair among several towers, such as images, texts and sounds.
 
     .. math:: L = \sum_{a < b} w_{ab} L^{\text{clip}}(x_a, x_b)
 
@@ -233,36 +235,39 @@ def multi_clip(
     A negative stays in the sum if its similarity is NaN, or equals the limit set by `margin`, `relative_margin` or
     `ceiling` up to rounding. No gradient flows through the choice of negatives.
 
-    The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O(T N
+    On the same device with the same number of threads, the same input gives the same bits. Extra memory is O(T N
     D); the reference backend takes O(N^2).
 
     Args:
-        features: T >= 2 tensors (N, D) of one shape, dtype and device, one per tower. Row n of each belongs to sample
-            n.
+        features: T >= 2 tensors (N, D) of the same shape, dtype and device, one per tower. Row n of each belongs to
+            sample n.
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
             read a tensor on an accelerator, so its sign is not checked there. None: 0.07, unless `logit_scale` is
             given.
         logit_scale: 1 / tau in place of `temperature`: a positive float or a 0-d floating-point tensor, such as
             `log_scale.exp()` of a learnt parameter.
         weights: One finite number, at least 0, for each pair of towers, in the order (0, 1), (0, 2), ..., (1, 2), ...;
-            at least one is above 0. A pair of weight 0 costs nothing. None: 1 / the number of pairs.
+            at least one is above 0. A pair of weight 0 costs nothing. None: each pair has the weight 1 / (number of
+            pairs).
         ids: (N,) integers, the group of each sample. Samples of the same group are not negatives of each other, which
-            removes false negatives. Ids have the same meaning on every rank. None: every other sample is a negative.
+            removes false negatives. An id must mean the same on every rank. None: every other sample is a negative.
             Required for positives="same_id".
         positives: "pair": row n of the other side is the only positive of row n. "same_id": all rows of the other side
-            with its id are positives; this needs `ids` and excludes label smoothing, margins and a ceiling.
-        form: How the positives are combined with positives="same_id". "out" averages their log-probabilities: nu' -
-            mean_p s_np / tau, with nu' the log-sum-exp over all columns. "in" takes the logarithm of their mean
-            probability.
+            with the id of row n are its positives; this needs `ids` and excludes label smoothing, margins and a
+            ceiling.
+        form: With positives="same_id", how the positives are combined. "out" averages their negative log-probabilities,
+            which gives nu' - mean_p s_np / tau, with nu' the log-sum-exp over all columns. "in" takes the negative
+            logarithm of their mean probability.
         label_smoothing: The share of the target, in [0, 1), that is spread evenly over the positive and the negatives,
             as in `torch.nn.functional.cross_entropy`.
         margin: Leave a negative out of row i's sum where its similarity to row i is above s_pos - margin, with s_pos
-            the similarity of row i to its positive. A finite float; None sets no limit. Not with `relative_margin` or
-            `label_smoothing`.
+            the similarity of row i to its positive. A finite float; None sets no limit. Cannot be combined with
+            `relative_margin` or `label_smoothing`.
         relative_margin: Leave a negative out of row i's sum where its similarity to row i is above (1 -
-            relative_margin) s_pos. A float in [0, 1]; None sets no limit. Not with `margin` or `label_smoothing`.
-        ceiling: Leave a negative out of row i's sum where its similarity to row i is above this finite float. With a
-            margin too, the smaller limit holds. None sets no limit. Not with `label_smoothing`.
+            relative_margin) s_pos. A float in [0, 1]; None sets no limit. Cannot be combined with `margin` or
+            `label_smoothing`.
+        ceiling: Leave a negative out of row i's sum where its similarity to row i is above this finite float. If there
+            is also a margin, the smaller limit applies. None sets no limit. Cannot be combined with `label_smoothing`.
         reduction: "mean" over the N samples, "sum", or "none" for one loss per sample.
         normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
             6.1e-5) in float16). False takes the rows as they are, and their products must not overflow.
@@ -282,7 +287,7 @@ def multi_clip(
         ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
             is unknown.
         RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
-            a second derivative is taken, which only backend="reference" without a group has.
+            a second derivative is requested, which only backend="reference" without a group supports.
 
     Example:
         >>> import torch, fastntxent

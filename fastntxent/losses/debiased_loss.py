@@ -1,4 +1,4 @@
-"""Losses that correct for false negatives, and give hard negatives more weight."""
+"""Losses that correct for false negatives and give hard negatives more weight."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def debiased(
         G_i = \max( \frac{e^{\nu_i} - \tau^+ n\, e^{s_{i,p(i)}/\tau}}{1 - \tau^+}, n\, e^{-1/\tau} )
 
     Chuang et al., "Debiased Contrastive Learning", 2020. The rows are [z_i; z_j], p(i) is the other view of row i's
-    sample, and nu_i is the log-sum-exp over the n = 2N - 2 negatives. tau_plus = 0 gives `nt_xent`, except for the
-    lower bound n exp(-1/tau), which cosine similarities never reach. The bound assumes cosine similarities, even with
-    normalize=False. With N = 1 there are no negatives and the loss is 0.
+    sample, and nu_i is the log-sum-exp over the n = 2N - 2 negatives. For cosine similarities, tau_plus = 0 gives
+    `nt_xent`, because exp(nu_i) never falls below the lower bound n exp(-1/tau). The bound assumes cosine similarities,
+    even with normalize=False. With N = 1 there are no negatives and the loss is 0.
 
-    The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O(N D);
+    On the same device with the same number of threads, the same input gives the same bits. Extra memory is O(N D);
     the reference backend takes O(N^2).
 
     Args:
@@ -67,12 +67,12 @@ def debiased(
         ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
             is unknown.
         RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
-            a second derivative is taken, which only backend="reference" without a group has.
+            a second derivative is requested, which only backend="reference" without a group supports.
 
     Example:
         >>> import torch, fastntxent
         >>> z = torch.eye(4)
-        >>> fastntxent.debiased(z, z, temperature=1.0, tau_plus=0.1)  # log(1 + (6 - 0.6 e) / 0.9 e)
+        >>> fastntxent.debiased(z, z, temperature=1.0, tau_plus=0.1)  # log(1 + (6 - 0.6 e) / (0.9 e))
         tensor(1.0246)
     """
     return hard_negative(
@@ -113,7 +113,7 @@ def hard_negative(
     = 0 gives `debiased`. The lower bound n exp(-1/tau) assumes cosine similarities, even with normalize=False. With N =
     1 there are no negatives and the loss is 0.
 
-    The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O(N D);
+    On the same device with the same number of threads, the same input gives the same bits. Extra memory is O(N D);
     the reference backend takes O(N^2). beta > 0 doubles the time.
 
     Args:
@@ -143,7 +143,7 @@ def hard_negative(
         ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
             is unknown.
         RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
-            a second derivative is taken, which only backend="reference" without a group has.
+            a second derivative is requested, which only backend="reference" without a group supports.
 
     Example:
         >>> import torch, fastntxent

@@ -56,19 +56,19 @@ def distill(
         q_{ij} = \frac{e^{s_{ij}/\tau}}{\sum_l e^{s_{lj}/\tau}}
 
     Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, between two towers. p^S and q^S come from the
-    student's similarities and temperature, p^T and q^T from the teacher's. The loss is smallest, and then equals the
-    teacher's entropy, where the student's softmaxes are the teacher's.
+    student's similarities and temperature, p^T and q^T from the teacher's. The loss is smallest where the student's
+    softmaxes equal the teacher's, and is then the teacher's entropy.
 
     For features that are normalised already, `normalize=False` gives open_clip's `DistillClipLoss`. The loss is
-    differentiable in the student's features and in its temperature or logit scale.
+    differentiable with respect to the student's features and the student's temperature or logit scale.
 
-    The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O(N (D +
+    On the same device with the same number of threads, the same input gives the same bits. Extra memory is O(N (D +
     E)). The student's log-sum-exps and their gradient come from one pass, as in `clip`. The teacher's log-sum-exps take
     one pass over its similarities, and the expectation of the student's similarities under the teacher takes another.
 
     A `teacher` is called without gradients and with autocast off, for tiles of at most 512 x 512 (4,096 x 4,096 on an
     accelerator). Each pair is requested twice: once for the teacher's log-sum-exps, and once for the expectation and
-    its gradient. With reduction="none" the backward requests it a third time. In a group, the indices number the
+    its gradient. With reduction="none" the backward requests each pair a third time. In a group, the indices number the
     samples of all ranks in rank order. Each rank requests its own images with all texts, twice in the forward and once
     in the backward, and all images with its own texts, once in the backward. The reference backend requests all pairs
     in one call. Under torch.compile a `teacher` is a graph break.
@@ -77,9 +77,9 @@ def distill(
         image_features: (N, D) features of the images, float16, bfloat16, float32 or float64. Row n belongs to sample n.
         text_features: (N, D) features of the texts, with the shape, dtype and device of `image_features`. Row n belongs
             to sample n.
-        teacher_image_features: (N, E) features of the same images by the teacher, of any floating-point dtype. They get
-            no gradient. None where `teacher` is given.
-        teacher_text_features: (N, E) features of the same texts by the teacher, like `teacher_image_features`.
+        teacher_image_features: (N, E) features of the same images from the teacher, of any floating-point dtype. They
+            get no gradient. None where `teacher` is given.
+        teacher_text_features: (N, E) features of the same texts from the teacher, like `teacher_image_features`.
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
             read a tensor on an accelerator, so its sign is not checked there. None: 0.07, unless `logit_scale` is
             given.
@@ -87,8 +87,8 @@ def distill(
             `teacher(rows, cols)` gets the indices of images and of texts, two 1-d int64 tensors on the student's
             device, and returns the (len(rows), len(cols)) similarities of each of these images to each of these texts,
             in any floating-point dtype on that device, before the teacher's temperature is applied. `normalize` does
-            not affect them. -inf gives a pair probability 0, as long as its image and its text each have another pair.
-            The function must return the same values at every call.
+            not affect the similarities. A similarity of -inf gives a pair the probability 0; the pair's image and text
+            must each have another pair above -inf. The function must return the same values at every call.
         teacher_temperature: The teacher's temperature, like `temperature` but without a gradient. None: the student's,
             unless `teacher_logit_scale` is given.
         logit_scale: 1 / tau in place of `temperature`: a positive float or a 0-d floating-point tensor, such as
@@ -116,7 +116,7 @@ def distill(
         ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
             is unknown; or a teacher is given in both forms.
         RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
-            a second derivative is taken, which only backend="reference" without a group has.
+            a second derivative is requested, which only backend="reference" without a group supports.
 
     Example:
         >>> import torch, fastntxent
@@ -157,10 +157,10 @@ def distill_terms(
 
         -sum_j p^T_ij log p^S_ij = softplus(nu_i - pi_i) + sum_{j != i} p^T_ij (pi_i - l_ij)
 
-    The first term is InfoNCE, in which no term is added only to be subtracted again. The second is linear in the
+    The first term is InfoNCE, in which the positive is never added and then subtracted. The second is linear in the
     student's similarities.
 
-    function: the name of the public function, for errors over ranks.
+    function: the name of the public function, for the error message if ranks disagree.
     """
     _check_one_of("temperature", temperature, "logit_scale", logit_scale)
     _check_one_of("teacher_temperature", teacher_temperature, "teacher_logit_scale", teacher_logit_scale)
@@ -202,7 +202,7 @@ def distill_terms(
 def _expected_loss(
     batch: Batch, u: Tensor, v: Tensor, k: float | Tensor, teacher: Teacher | CalledTeacher, missed: Tensor
 ) -> Tensor:
-    """Return half the sum over j != i of p^T_ij (pi_i - l_ij), in both directions, for each sample, reduced."""
+    """Return half the sum over j != i of p^T_ij (pi_i - l_ij), added over both directions and reduced over samples."""
     ids = batch.sample_ids()
     rows, cols = Side(batch.as_compared(u), ids), Side(batch.as_compared(v), ids)
     total = batch.soft_dots_at_once(rows, cols, teacher)
@@ -215,8 +215,8 @@ def _expected_loss(
 
 
 def _of_features(batch: Batch, features: Sequence[Tensor], t_k: float | Tensor) -> tuple[Teacher, Tensor]:
-    """Return the teacher, and for each sample the probability that its softmaxes give to other samples, in both
-    directions."""
+    """Return the teacher, and for each sample the probability that the teacher's softmaxes give to other samples, added
+    over both directions."""
     t_image, t_text = features
     others, ids = batch.beside(t_image), batch.sample_ids()
     a, b = others.unit_rows(t_image), others.unit_rows(t_text)
@@ -232,7 +232,7 @@ def _of_features(batch: Batch, features: Sequence[Tensor], t_k: float | Tensor) 
 def _is_sharp(a: Tensor, b: Tensor, t_k: float | Tensor, normalize: bool) -> bool:
     """Return whether the host can tell that the teacher's logits are large.
 
-    Two kernels round a logit differently, by about half of eps |k s|. If one forms the log-sum-exps and another the
+    Two kernels round a logit differently, by about eps |k s| / 2. If one forms the log-sum-exps and another the
     probabilities, this becomes a relative error of the probabilities.
     """
     largest = (t_k, t_k) if not isinstance(t_k, Tensor) else extremes(t_k)
@@ -270,7 +270,7 @@ def _check_similarities(found: Tensor, rows: Tensor, cols: Tensor) -> None:
             f"{name} must have shape ({len(rows)}, {len(cols)}), the lengths of rows and cols, got {tuple(found.shape)}"
         )
     if found.device != rows.device:
-        raise ValueError(f"{name} must be on the device of its arguments, {rows.device}, got {found.device}")
+        raise ValueError(f"{name} must be on the device of its arguments ({rows.device}), got {found.device}")
 
 
 def _check_one_teacher(teacher: object, features: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""False negatives by similarity: a negative that is too similar to a row leaves the row's sum."""
+"""False negatives by similarity: a negative that is too similar to a row is left out of the row's sum."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Limits(NamedTuple):
         relative_margin   (1 - relative_margin) s_pos
         ceiling           the same for every row; with a margin, the smaller of the two
 
-    Products of the same rows may round differently in tiles of different shapes. To keep a negative that is exactly as
-    similar as the limit, a limit is raised by eps (2 + sqrt(D)) |u_i| |u_pos|. A ceiling alone, for rows without a
-    single positive, is raised by eps (2 + sqrt(D)) |u_i|^2.
+    Products of the same rows may round differently in tiles of different shapes. To keep a negative whose similarity
+    equals the limit, the limit is raised by eps (2 + sqrt(D)) |u_i| |u_pos|. For `sup_con`, where a row may have any
+    number of positives, the ceiling is raised by eps (2 + sqrt(D)) |u_i|^2.
     """
 
     margin: float | None
@@ -65,8 +65,8 @@ class Limits(NamedTuple):
     def of(self, similarities: Tensor, u: Tensor, positives: Tensor) -> Tensor:
         """Return each row's limit (M,), a constant.
 
-        similarities: each row's similarity to its positive (M,); with a ceiling alone they are ignored. u, positives:
-        the rows and their positives, (M, D) each.
+        similarities: each row's similarity to its positive (M,), ignored if the ceiling is the only limit. u,
+        positives: the rows and their positives, (M, D) each.
         """
         with torch.no_grad():
             lengths = torch.linalg.vector_norm(u, dim=-1) * torch.linalg.vector_norm(positives, dim=-1)

@@ -36,7 +36,7 @@ def guided_info_nce(
     backend: BackendName = "auto",
     group: Group | None = None,
 ) -> Tensor:
-    r"""InfoNCE without the negatives that a guide finds closer to the query than its own key.
+    r"""InfoNCE without the negatives that a guide finds closer to the query than the query's own key.
 
     .. math::
         L_n = \log(1 + e^{\nu_n - s_n/\tau}), \quad
@@ -50,12 +50,12 @@ def guided_info_nce(
     Solatorio, "GISTEmbed: Guided In-sample Selection of Training Negatives for Text Embedding Fine-tuning", 2024, with
     the semantics of sentence-transformers' `GISTEmbedLoss`.
 
-    A row is never a negative of itself or of its positive. Ties stay: a negative is left out only where its similarity
-    exceeds the limit by more than rounding, eps sqrt(E), which is 3e-6 in float32 at E = 768. A pair whose similarity
-    or limit is NaN stays too. The loss of a query without negatives is 0. No gradient flows through the choice of
-    negatives.
+    A row is never a negative of itself or of its positive. Ties stay in: a negative is left out only where its
+    similarity in the guide exceeds the limit by more than rounding, eps sqrt(E), which is 3e-6 in float32 at E = 768. A
+    pair whose similarity or limit is NaN stays in too. The loss of a query without negatives is 0. No gradient flows
+    through the choice of negatives.
 
-    The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O((N +
+    On the same device with the same number of threads, the same input gives the same bits. Extra memory is O((N +
     K) (D + E)). Similarities of the embeddings and of the guide are formed side by side, a tile at a time, in plain
     PyTorch on every device. With u = 2 N^2 D and g = 2 N^2 E flops, each of the three products among N samples costs u
     + g in the forward and 3u + g in the backward.
@@ -64,17 +64,18 @@ def guided_info_nce(
         query: (N, D) embeddings of the queries, float16, bfloat16, float32 or float64. Row n belongs to sample n.
         key: (N, D) embeddings of the keys, with the shape, dtype and device of `query`. Row n is the positive of row n
             of `query`.
-        guide_query: (N, E) embeddings of the queries' samples by the guide, of any floating-point dtype. They are
+        guide_query: (N, E) embeddings of the queries' samples from the guide, of any floating-point dtype. They are
             always normalised and get no gradient.
-        guide_key: (N, E) embeddings of the keys' samples by the guide, like `guide_query`.
+        guide_key: (N, E) embeddings of the keys' samples from the guide, like `guide_query`.
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
             read a tensor on an accelerator, so its sign is not checked there.
         margin: m, a finite float. A negative stays where g_nj <= g_n - m ("absolute"), or where g_nj <= g_n - m
             abs(g_n) ("relative").
         margin_strategy: "absolute" or "relative", the meaning of `margin`.
-        negatives: (K, D) explicit negatives of all queries, with the dtype and device of `query`. None: there are none.
-        guide_negatives: (K, E) embeddings of the explicit negatives by the guide, like `guide_query`. Required with
-            `negatives`, and only then.
+        negatives: (K, D) explicit negatives of all queries, with the dtype and device of `query`. None: no explicit
+            negatives.
+        guide_negatives: (K, E) embeddings of the explicit negatives from the guide, like `guide_query`. Required with
+            `negatives`, and not allowed without.
         contrast_anchors: Whether the other queries are negatives of a query.
         contrast_positives: Whether the other keys, compared with a query's own key, count as negatives in the loss of
             that query.
@@ -98,7 +99,7 @@ def guided_info_nce(
         ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
             is unknown.
         RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
-            a second derivative is taken, which only backend="reference" without a group has.
+            a second derivative is requested, which only backend="reference" without a group supports.
 
     Example:
         >>> import torch, fastntxent
@@ -126,7 +127,7 @@ def guided_info_nce(
     if negatives is not None:
         of_guide["guide_negatives"] = guide_negatives, "negatives", negatives
     elif guide_negatives is not None:
-        raise ValueError("guide_negatives must be given with negatives, got them alone")
+        raise ValueError("guide_negatives must be given with negatives, got guide_negatives alone")
     g_query, g_key, *g_negatives = _checked_guide(of_guide, may_be_empty=group is not None)
     batch = open_batch(
         group, "guided_info_nce", {"query": query, "key": key}, reduction=reduction, normalize=normalize,
@@ -143,7 +144,7 @@ def guided_info_nce(
         cols, guide_cols, ids = [*cols, u], [*guide_cols, g_query], [*ids, samples]
     if negatives is not None:
         cols, guide_cols = [*cols, batch.unit_rows(negatives)], [*guide_cols, *g_negatives]
-        ids.append(samples.new_full((negatives.shape[0],), -1))  # belong to no sample
+        ids.append(samples.new_full((negatives.shape[0],), -1))  # explicit negatives belong to no sample
     if len(cols) == 1:
         nu = batch.guided_neg_lse(Side(u, samples), Side(v, samples), inv_tau, Guide(g_query, g_key, limits))
     else:
@@ -157,7 +158,7 @@ def guided_info_nce(
 
 
 def _limits(g_query: Tensor, g_key: Tensor, margin: float, margin_strategy: str) -> Tensor:
-    """Return the largest similarity to each query, according to the guide, that a negative may have (N,)."""
+    """Return, for each query, the largest similarity that a negative may have to it in the guide (N,)."""
     pos = row_dots(g_query, g_key)
     # A tie must stay a tie in every tile. On a CPU, products of the same rows differed by at most 0.6 times this
     # rounding, for 3 to 4,096 features.
@@ -168,8 +169,8 @@ def _limits(g_query: Tensor, g_key: Tensor, margin: float, margin_strategy: str)
 def _checked_guide(of_guide: Mapping[str, tuple[Any, str, Tensor]], *, may_be_empty: bool) -> list[Tensor]:
     """Return the guide's unit rows without a gradient, in the accumulation dtype of the embeddings.
 
-    of_guide: from the name of each guide argument to its rows, the name of the embeddings of the same samples, and
-    those embeddings.
+    of_guide: for the name of each guide argument, its rows, and the name and rows of the argument that embeds the same
+    samples.
     """
     first_name, (first, _, query) = next(iter(of_guide.items()))
     unit = []

@@ -79,7 +79,7 @@ def info_nce(
     Contrastive Learning", 2025, as in sentence-transformers. Where queries share the explicit negatives,
     sentence-transformers hardens only the negatives that belong to the query; here all of them get harder.
 
-    The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O((N +
+    On the same device with the same number of threads, the same input gives the same bits. Extra memory is O((N +
     K) D) with K shared negatives, and O(N K D) with one set per query, which is the size of the sets.
 
     Args:
@@ -93,27 +93,28 @@ def info_nce(
             one set per query. None: the keys of other samples are the negatives.
         in_batch_negatives: Whether the keys of other samples are negatives. None: only without explicit negatives.
         ids: (N,) integers, the group of each sample. Samples of the same group are not negatives of each other, which
-            removes false negatives. Ids have the same meaning on every rank. None: every other sample is a negative.
+            removes false negatives. An id must mean the same on every rank. None: every other sample is a negative.
             Explicit negatives have no ids.
         positives: "pair": row n of the other side is the only positive of row n. "same_id": all rows of the other side
-            with its id are positives; this needs `ids` and excludes label smoothing, margins and a ceiling. It also
-            excludes explicit negatives, hardness and in_batch_negatives=False.
-        form: How the positives are combined with positives="same_id". "out" averages their log-probabilities: nu' -
-            mean_p s_np / tau, with nu' the log-sum-exp over all columns. "in" takes the logarithm of their mean
-            probability.
+            with the id of row n are its positives; this needs `ids` and excludes label smoothing, margins and a
+            ceiling. It also excludes explicit negatives, hardness and in_batch_negatives=False.
+        form: With positives="same_id", how the positives are combined. "out" averages their negative log-probabilities,
+            which gives nu' - mean_p s_np / tau, with nu' the log-sum-exp over all columns. "in" takes the negative
+            logarithm of their mean probability.
         label_smoothing: The share of the target, in [0, 1), that is spread evenly over the positive and the negatives,
             as in `torch.nn.functional.cross_entropy`.
         margin: Leave a negative out of row i's sum where its similarity to row i is above s_pos - margin, with s_pos
-            the similarity of row i to its positive. A finite float; None sets no limit. Not with `relative_margin` or
-            `label_smoothing`.
+            the similarity of row i to its positive. A finite float; None sets no limit. Cannot be combined with
+            `relative_margin` or `label_smoothing`.
         relative_margin: Leave a negative out of row i's sum where its similarity to row i is above (1 -
-            relative_margin) s_pos. A float in [0, 1]; None sets no limit. Not with `margin` or `label_smoothing`.
-        ceiling: Leave a negative out of row i's sum where its similarity to row i is above this finite float. With a
-            margin too, the smaller limit holds. None sets no limit. Not with `label_smoothing`.
+            relative_margin) s_pos. A float in [0, 1]; None sets no limit. Cannot be combined with `margin` or
+            `label_smoothing`.
+        ceiling: Leave a negative out of row i's sum where its similarity to row i is above this finite float. If there
+            is also a margin, the smaller limit applies. None sets no limit. Cannot be combined with `label_smoothing`.
         hardness_mode: Which negatives get harder logits: "in_batch_negatives", "hard_negatives" (the explicit ones) or
             "all_negatives".
         hardness_strength: Add this multiple (0 or more) of the similarity to the logits of those negatives. No gradient
-            flows through the addend. Not with `label_smoothing`.
+            flows through the addend. Cannot be combined with `label_smoothing`.
         reduction: "mean" over the N queries, "sum", or "none" for one loss per query.
         normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
             6.1e-5) in float16). False takes the rows as they are, and their products must not overflow.
@@ -134,7 +135,7 @@ def info_nce(
         ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
             is unknown.
         RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
-            a second derivative is taken, which only backend="reference" without a group has.
+            a second derivative is requested, which only backend="reference" without a group supports.
 
     Example:
         >>> import torch, fastntxent
@@ -240,12 +241,12 @@ def check_ids_given(ids: Tensor | None) -> None:
 
 
 def several_positives(batch: Batch, rows: Side, cols: Side, inv_tau: float | Tensor, form: str) -> Tensor:
-    """Return the losses (N,) of rows whose positives are all columns with the row's id, at least one each."""
+    """Return the losses (N,) of rows whose positives are all columns with the row's id. Each row has at least one."""
     ids = rows.ids.to(torch.int64)
     counts = batch.group_counts(ids).to(rows.u.dtype)
     if form == "out":
         mean = batch.group_dots(rows.u, cols.u, ids) / counts
-        # All columns count: no column shares an id with a row.
+        # All columns count, since no column shares an id with a row.
         everything = Side(rows.u, torch.zeros_like(ids)), Side(cols.u, torch.ones_like(ids))
         return batch.neg_lse_to(*everything, inv_tau) - inv_tau * mean
     rows, cols = Side(rows.u, ids), Side(cols.u, ids)
@@ -255,7 +256,7 @@ def several_positives(batch: Batch, rows: Side, cols: Side, inv_tau: float | Ten
 
 class _Negatives(NamedTuple):
     """The log-sum-exp nu over one kind of negatives of each query. For label smoothing, also the sum of the negatives'
-    similarities, and their number."""
+    similarities and the number of negatives."""
 
     nu: Tensor
     sims: Tensor | float
@@ -312,8 +313,8 @@ def hardened_neg_lse(
 ) -> Tensor:
     """Return nu with logits k s + hardness * s, without a gradient through the second s.
 
-    The value is nu at an inverse temperature of k + hardness, and so is the gradient in k. The gradient in the rows is
-    k / (k + hardness) times the gradient at k + hardness.
+    The value and the gradient with respect to k are the same as at an inverse temperature of k + hardness. The gradient
+    with respect to the rows is k / (k + hardness) times the gradient there.
     """
     if not hardness:
         return batch.neg_lse_to(rows, cols, inv_tau, beside=beside)

@@ -26,7 +26,7 @@ def macl(
     backend: BackendName = "auto",
     group: Group | None = None,
 ) -> Tensor:
-    r"""MACL: NT-Xent with a temperature that grows with the batch's alignment, and easy rows weighted up.
+    r"""MACL: NT-Xent with a temperature that grows with the batch's alignment, and with easy rows weighted up.
 
     .. math::
         L_i = \frac{\ell_i}{1 - e^{-\ell_i}}, \quad
@@ -39,7 +39,7 @@ def macl(
 
     To pass one temperature per row, use `nt_xent`.
 
-    The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O(N D);
+    On the same device with the same number of threads, the same input gives the same bits. Extra memory is O(N D);
     the reference backend takes O(N^2).
 
     Args:
@@ -48,7 +48,7 @@ def macl(
         z_j: (N, D) embeddings of the second view, with the shape, dtype and device of `z_i`. Row n belongs to sample n.
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
             read a tensor on an accelerator, so its sign is not checked there. This is the base temperature.
-        alpha: How far the temperature follows the alignment A, in [0, 1]. 0 keeps it fixed. The temperature never falls
+        alpha: How far the temperature follows the alignment A, in [0, 1]. 0 keeps the temperature fixed. It never falls
             below a thousandth of the base, which matters where alpha = 1 and the views are opposites.
         a_0: The alignment at which the temperature equals the base, in [0, 1].
         reduction: "mean" over the 2N rows, "sum", or "none" for one loss per row.
@@ -70,12 +70,12 @@ def macl(
         ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
             is unknown.
         RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
-            a second derivative is taken, which only backend="reference" without a group has.
+            a second derivative is requested, which only backend="reference" without a group supports.
 
     Example:
         >>> import torch, fastntxent
         >>> z = torch.eye(4)
-        >>> fastntxent.macl(z, z, temperature=0.5, alpha=1.0)  # nt_xent at 0.5 * 2, over 1 - 1 / (1 + 6 / e)
+        >>> fastntxent.macl(z, z, temperature=0.5, alpha=1.0)  # nt_xent at 0.5 * 2, divided by 1 - 1 / (1 + 6 / e)
         tensor(1.6934)
     """
     alpha = check_parameter("alpha", alpha)
@@ -96,9 +96,9 @@ def macl(
 def _reweighted(nu: Tensor, pos: Tensor) -> Tensor:
     """Return l / (1 - exp(-l)) for the row losses l, without a gradient through the weight.
 
-    With x = nu - pi, both 1 - exp(-l) and dl/dx are sigmoid(x). So the derivative in x is 1, and the second derivative
-    is sigmoid(-x). Both are attached to the value explicitly, because for an easy row l and 1 - exp(-l) underflow
-    although their quotient is 1.
+    With x = nu - pi, both 1 - exp(-l) and dl/dx are sigmoid(x). So the derivative with respect to x is 1, and the
+    second derivative is sigmoid(-x). Both are attached to the value explicitly, because for an easy row l and 1 -
+    exp(-l) underflow although their quotient is 1.
     """
     x = nu - pos
     losses = row_losses(nu.detach(), pos.detach())

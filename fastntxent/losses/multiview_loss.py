@@ -48,25 +48,26 @@ def multiview_nt_xent(
     `ceiling` up to rounding. No gradient flows through the choice of negatives. A row's least similar positive sets its
     limit.
 
-    The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O(V N D
+    On the same device with the same number of threads, the same input gives the same bits. Extra memory is O(V N D
     + V^2 N).
 
     Args:
         views: (V, N, D), or a sequence of V tensors (N, D), with V >= 2. Row n of each view belongs to sample n.
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
             read a tensor on an accelerator, so its sign is not checked there. A tensor (V N,) holds one temperature per
-            row, view after view, at twice the work.
+            row, view after view, and doubles the work.
         ids: (N,) integers, the group of each sample. Samples of the same group are not negatives of each other, which
-            removes false negatives. Ids have the same meaning on every rank. None: every other sample is a negative.
+            removes false negatives. An id must mean the same on every rank. None: every other sample is a negative.
         label_smoothing: The share of the target, in [0, 1), that is spread evenly over the positive and the negatives,
             as in `torch.nn.functional.cross_entropy`.
         margin: Leave a negative out of row i's sum where its similarity to row i is above s_pos - margin, with s_pos
-            the similarity of row i to its positive. A finite float; None sets no limit. Not with `relative_margin` or
-            `label_smoothing`.
+            the similarity of row i to its positive. A finite float; None sets no limit. Cannot be combined with
+            `relative_margin` or `label_smoothing`.
         relative_margin: Leave a negative out of row i's sum where its similarity to row i is above (1 -
-            relative_margin) s_pos. A float in [0, 1]; None sets no limit. Not with `margin` or `label_smoothing`.
-        ceiling: Leave a negative out of row i's sum where its similarity to row i is above this finite float. With a
-            margin too, the smaller limit holds. None sets no limit. Not with `label_smoothing`.
+            relative_margin) s_pos. A float in [0, 1]; None sets no limit. Cannot be combined with `margin` or
+            `label_smoothing`.
+        ceiling: Leave a negative out of row i's sum where its similarity to row i is above this finite float. If there
+            is also a margin, the smaller limit applies. None sets no limit. Cannot be combined with `label_smoothing`.
         reduction: "mean" over the V N rows, "sum", or "none" for one loss per row.
         normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
             6.1e-5) in float16). False takes the rows as they are, and their products must not overflow.
@@ -86,7 +87,7 @@ def multiview_nt_xent(
         ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
             is unknown.
         RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
-            a second derivative is taken, which only backend="reference" without a group has.
+            a second derivative is requested, which only backend="reference" without a group supports.
 
     Example:
         >>> import torch, fastntxent
@@ -114,13 +115,13 @@ def multiview_losses(
     label_smoothing: float,
     limits: Limits | None,
 ) -> Tensor:
-    """Return the mean over each row's positives: (V, N, D) -> (V N,). `inv_tau` is 0-d or (V N,)."""
+    """Return each row's loss, the mean over its positives: (V, N, D) -> (V N,). `inv_tau` is 0-d or (V N,)."""
     V, N, _ = z.shape
     u = batch.unit_rows(z)
     rows = u.flatten(0, 1)
     groups = (batch.sample_ids() if ids is None else ids).repeat(V)
     itself = torch.eye(V, dtype=torch.bool, device=z.device).unsqueeze(2)
-    sims = torch.stack([(view * u).sum(dim=2) for view in u.unbind()])  # (V, V, N): row n of every two views
+    sims = torch.stack([(view * u).sum(dim=2) for view in u.unbind()])  # (V, V, N): row n of each pair of views
     of_rows = None
     if limits is not None:
         to_positive, which = sims.masked_fill(itself, torch.inf).min(dim=1)  # the least similar positive, and its view
@@ -131,7 +132,8 @@ def multiview_losses(
     pos = by_view * sims
     losses = row_losses(nu.view(V, 1, N), pos)
     if label_smoothing:
-        # Label smoothing in cross-entropy adds eps times (the positive's logit - the mean logit of the candidates).
+        # Label smoothing in cross-entropy adds label_smoothing times (the positive's logit - the mean logit of the
+        # candidates).
         summed = batch.all_dots(rows, rows) - batch.group_dots(rows, rows, groups)
         negatives = (inv_tau * summed).view(V, 1, N)
         candidates = (V * batch.n_samples - batch.group_counts(groups) + 1).view(V, 1, N)
@@ -157,7 +159,7 @@ def _stacked(views: Tensor | Sequence[Tensor], *, may_be_empty: bool) -> Tensor:
 
 
 def stack_views(views: Sequence[Tensor]) -> Tensor:
-    """Return the views as one tensor (V, N, D). Autocast is off: it may change the dtype, and raises for float16 under
-    bfloat16."""
+    """Return the views as one tensor (V, N, D). Autocast is off, because it may change the dtype, and raises for
+    float16 views under bfloat16 autocast."""
     with autocast_off(views[0]):
         return torch.stack(tuple(views))

@@ -19,7 +19,7 @@ from .multiview_loss import multiview_losses, stack_views
 
 
 class NTXentTerms(NamedTuple):
-    """The two terms of NT-Xent and their sum, as `nt_xent_terms` returns them.
+    """The two terms of NT-Xent and the loss, as `nt_xent_terms` returns them.
 
     Attributes:
         alignment: L_a, a 0-d tensor. It pulls the two views of a sample together.
@@ -67,11 +67,11 @@ def nt_xent(
     A negative stays in the sum if its similarity is NaN, or equals the limit set by `margin`, `relative_margin` or
     `ceiling` up to rounding. No gradient flows through the choice of negatives.
 
-    With `normalize`, float16, bfloat16 and float32 rows may have any finite length, and float64 rows up to 1e154, where
-    their squares overflow. `split_views` makes `z_i` and `z_j` from one tensor. Gradients have the dtype of the
-    embeddings.
+    With `normalize`, float16, bfloat16 and float32 rows may have any finite length, and float64 rows a length of up to
+    1e154, beyond which their squares overflow. `split_views` makes `z_i` and `z_j` from one tensor. Gradients have the
+    dtype of the embeddings.
 
-    The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O(N D);
+    On the same device with the same number of threads, the same input gives the same bits. Extra memory is O(N D);
     the reference backend takes O(N^2).
 
     Args:
@@ -80,18 +80,19 @@ def nt_xent(
         z_j: (N, D) embeddings of the second view, with the shape, dtype and device of `z_i`. Row n belongs to sample n.
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
             read a tensor on an accelerator, so its sign is not checked there. A tensor (2N,) holds one temperature per
-            row, in the order [z_i; z_j], at twice the work.
+            row, in the order [z_i; z_j], and doubles the work.
         ids: (N,) integers, the group of each sample. Samples of the same group are not negatives of each other, which
-            removes false negatives. Ids have the same meaning on every rank. None: every other sample is a negative.
+            removes false negatives. An id must mean the same on every rank. None: every other sample is a negative.
         label_smoothing: The share of the target, in [0, 1), that is spread evenly over the positive and the negatives,
             as in `torch.nn.functional.cross_entropy`.
         margin: Leave a negative out of row i's sum where its similarity to row i is above s_pos - margin, with s_pos
-            the similarity of row i to its positive. A finite float; None sets no limit. Not with `relative_margin` or
-            `label_smoothing`.
+            the similarity of row i to its positive. A finite float; None sets no limit. Cannot be combined with
+            `relative_margin` or `label_smoothing`.
         relative_margin: Leave a negative out of row i's sum where its similarity to row i is above (1 -
-            relative_margin) s_pos. A float in [0, 1]; None sets no limit. Not with `margin` or `label_smoothing`.
-        ceiling: Leave a negative out of row i's sum where its similarity to row i is above this finite float. With a
-            margin too, the smaller limit holds. None sets no limit. Not with `label_smoothing`.
+            relative_margin) s_pos. A float in [0, 1]; None sets no limit. Cannot be combined with `margin` or
+            `label_smoothing`.
+        ceiling: Leave a negative out of row i's sum where its similarity to row i is above this finite float. If there
+            is also a margin, the smaller limit applies. None sets no limit. Cannot be combined with `label_smoothing`.
         reduction: "mean" over the 2N rows, "sum", or "none" for one loss per row.
         normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
             6.1e-5) in float16). False takes the rows as they are, and their products must not overflow.
@@ -111,7 +112,7 @@ def nt_xent(
         ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
             is unknown.
         RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
-            a second derivative is taken, which only backend="reference" without a group has.
+            a second derivative is requested, which only backend="reference" without a group supports.
 
     Example:
         >>> import torch, fastntxent
@@ -153,15 +154,15 @@ def nt_xent_terms(
         L_a = -\frac{1}{N} \sum_{i=1}^{2N} s_{i,p(i)}, \quad
         L_d = \frac{\tau}{N} \sum_{i=1}^{2N} \log \sum_{k \ne i} e^{s_{ik}/\tau}
 
-    Alignment and distribution as in Wang & Isola, "Understanding Contrastive Representation Learning through Alignment
+    Alignment and distribution follow Wang & Isola, "Understanding Contrastive Representation Learning through Alignment
     and Uniformity on the Hypersphere", 2020. The sums over the 2N rows are divided by N, so `loss` is twice the mean of
     `nt_xent`.
 
-    All three are differentiable in the embeddings and the temperature, so a term can be weighted or dropped. To train
-    on their plain sum, use `loss`: once training has converged the gradients of the two terms nearly cancel, and only
-    `loss` takes their difference before rounding.
+    All three are differentiable with respect to the embeddings and the temperature, so a term can be weighted or
+    dropped. To train on the plain sum of both terms, use `loss`: once training has converged, the gradients of the
+    terms nearly cancel, and only `loss` takes their difference before rounding.
 
-    The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O(N D);
+    On the same device with the same number of threads, the same input gives the same bits. Extra memory is O(N D);
     the reference backend takes O(N^2).
 
     Args:
@@ -187,7 +188,7 @@ def nt_xent_terms(
         ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
             is unknown.
         RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
-            a second derivative is taken, which only backend="reference" without a group has.
+            a second derivative is requested, which only backend="reference" without a group supports.
 
     Example:
         >>> import torch, fastntxent

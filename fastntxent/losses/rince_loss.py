@@ -35,10 +35,10 @@ def rince(
 
     Chuang et al., "Robust Contrastive Learning against Noisy Views", 2022. The rows are [z_i; z_j], and p(i) is the
     other view of row i's sample. q = 1 is fully robust and symmetric; as q tends to 0 the loss tends to InfoNCE plus
-    log(lam), in which one positive can contribute without bound. Terms have the size of exp(q / tau), which float32
-    holds for q / tau < 88.
+    log(lam), in which one positive can contribute without bound. The terms are as large as exp(q / tau), which fits
+    into float32 for q / tau < 88.
 
-    The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O(N D);
+    On the same device with the same number of threads, the same input gives the same bits. Extra memory is O(N D);
     the reference backend takes O(N^2).
 
     Args:
@@ -66,9 +66,9 @@ def rince(
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
-            is unknown; or q / temperature overflows exp, which is not checked for a temperature on an accelerator.
+            is unknown; or exp(q / temperature) overflows, which is not checked for a temperature on an accelerator.
         RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
-            a second derivative is taken, which only backend="reference" without a group has.
+            a second derivative is requested, which only backend="reference" without a group supports.
 
     Example:
         >>> import torch, fastntxent
@@ -98,10 +98,10 @@ def _check_powers(q: float, temperature: float | Tensor, dtype: torch.dtype) -> 
 def _difference_of_powers(nu: Tensor, pos: Tensor, q: float, lam: float) -> Tensor:
     """Return ((lam (exp(nu) + exp(pi)))^q - exp(q pi)) / q.
 
-    The larger power is factored out and multiplied in as two halves, since it may overflow where the difference does
-    not. What remains is exp(-|r|) - 1, with r the logarithm of the ratio of the powers. Near 0 it is formed by expm1,
-    so that the smallest q loses no accuracy. Elsewhere it is not, because autograd differentiates expm1 as 1 + expm1,
-    which cancels.
+    The larger power is factored out, and multiplied back in as the product of its two square roots, since it may
+    overflow where the difference does not. The other factor is exp(-|r|) - 1, with r the logarithm of the ratio of the
+    powers. Near r = 0 it is computed with expm1, so that the smallest q loses no accuracy. Elsewhere it is not, because
+    autograd computes the derivative of expm1 as 1 + expm1, which suffers from cancellation.
     """
     q = max(q, torch.finfo(pos.dtype).tiny ** 0.5)  # a smaller q gives the same bits, but its products underflow
     ratio = q * (math.log(lam) + row_losses(nu, pos))

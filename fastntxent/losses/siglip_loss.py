@@ -38,7 +38,7 @@ def siglip(
     value and the gradients come from one pass over the similarities. The paper learns tau and b, starting from tau =
     0.1 and b = -10, so that the many negatives of the first batches cost little.
 
-    The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O(N D);
+    On the same device with the same number of threads, the same input gives the same bits. Extra memory is O(N D);
     the reference backend takes O(N^2).
 
     Args:
@@ -50,7 +50,7 @@ def siglip(
         logit_scale: 1 / tau in place of `temperature`: a positive float or a 0-d floating-point tensor, such as
             `log_scale.exp()` of a learnt parameter.
         bias: b, a finite float or a 0-d floating-point tensor, which may require a gradient.
-        ids: (N,) integers. Images and texts of the same id belong together. None: image n and text n belong together,
+        ids: (N,) integers. Images and texts with the same id belong together. None: image n and text n belong together,
             and no others.
         reduction: "mean" over the N images, "sum", or "none" for one loss per image, which is a sum over all texts.
         normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
@@ -71,7 +71,7 @@ def siglip(
         ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
             is unknown.
         RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
-            a second derivative is taken, which only backend="reference" without a group has.
+            a second derivative is requested, which only backend="reference" without a group supports.
 
     Example:
         >>> import torch, fastntxent
@@ -130,9 +130,10 @@ def nt_logistic(
         \ell_i = \log(1 + e^{-s_{ip(i)}/\tau - b}) + \sum_{j : id_j \ne id_i} \log(1 + e^{s_{ij}/\tau + b})
 
     Table 2 of Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", 2020, with all
-    negatives and a bias. The paper has no bias. The rows are [z_i; z_j], and p(i) is the other view of row i's sample.
+    negatives, and with a bias, which the paper does not have. The rows are [z_i; z_j], and p(i) is the other view of
+    row i's sample.
 
-    The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O(N D);
+    On the same device with the same number of threads, the same input gives the same bits. Extra memory is O(N D);
     the reference backend takes O(N^2).
 
     Args:
@@ -143,7 +144,7 @@ def nt_logistic(
             read a tensor on an accelerator, so its sign is not checked there.
         bias: b, a finite float or a 0-d floating-point tensor, which may require a gradient.
         ids: (N,) integers, the group of each sample. Samples of the same group are not negatives of each other, which
-            removes false negatives. Ids have the same meaning on every rank. None: every other sample is a negative.
+            removes false negatives. An id must mean the same on every rank. None: every other sample is a negative.
         reduction: "mean" over the 2N rows, "sum", or "none" for one loss per row.
         normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
             6.1e-5) in float16). False takes the rows as they are, and their products must not overflow.
@@ -163,7 +164,7 @@ def nt_logistic(
         ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
             is unknown.
         RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
-            a second derivative is taken, which only backend="reference" without a group has.
+            a second derivative is requested, which only backend="reference" without a group supports.
 
     Example:
         >>> import torch, fastntxent

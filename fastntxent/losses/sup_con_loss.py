@@ -50,10 +50,10 @@ def sup_con(
 
         L^{pairs}_i = \frac{1}{|P(i)|} \sum_{p \in P(i)} \log(1 + \sum_{neg} e^{(s_{ij} - s_{ip})/\tau})
 
-    P(i) are the positives of row i. The sums over "all" leave out row i itself; the sums over "neg" leave out its whole
-    class. "out" and "in" are equations 2 and 3 of Khosla et al., "Supervised Contrastive Learning", 2020. "pairs" has
-    one NT-Xent term for each positive, without the other positives in its denominator, as in pytorch-metric-learning's
-    `NTXentLoss`.
+    P(i) are the positives of row i. The sums over "all" leave out row i itself; the sums over "neg" leave out the whole
+    class of row i. "out" and "in" are equations 2 and 3 of Khosla et al., "Supervised Contrastive Learning", 2020.
+    "pairs" has one NT-Xent term for each positive, without the other positives in its denominator, as in
+    pytorch-metric-learning's `NTXentLoss`.
 
     With `pair_weights` W every other row is a positive, weighted by its class and row i's class; y are the labels:
 
@@ -62,15 +62,15 @@ def sup_con(
             - \frac{\sum_{j \ne i} W_{y_i y_j} s_{ij}/\tau}{\sum_{j \ne i} W_{y_i y_j}}
 
     A row without a positive has loss 0 in "none" and "sum" and is left out of "mean", which is 0 if no row has a
-    positive. It is still a negative of the other rows. With `pair_weights`, a row has no positive if every other row
-    weighs 0 for it. The identity matrix gives the loss without weights. A ceiling removes negatives only.
+    positive. Such a row is still a negative of the other rows. With `pair_weights`, a row has no positive if all other
+    rows have weight 0 for it. The identity matrix gives the loss without weights. A ceiling removes negatives only.
 
-    The same input gives the same bits each time, on one device and with one number of threads. "out" takes the time of
+    On the same device with the same number of threads, the same input gives the same bits. "out" takes the time of
     `nt_xent` and O(M D) memory, plus O((M + D) C) with several labels per row or O((C + D) C) with `pair_weights`. "in"
-    and "pairs" form the products of positives once more, in tiles. That takes sum n_c^2 D multiplications in the
-    forward and as many in the backward, with n_c rows in class c, and the host waits once for an accelerator. In "out"
-    the positives are part of the sum, so its gradient is only as accurate as a logit, with an error of eps / tau; the
-    gradients of "in" and "pairs" keep their relative accuracy.
+    and "pairs" form the products of positives once more, in tiles. That takes sum_c n_c^2 D multiplications in the
+    forward and the same number in the backward, for n_c rows in class c, and the host waits for an accelerator once. In
+    "out" the positives are part of the sum, so its gradient is only as accurate as a logit, with an error of eps / tau;
+    the gradients of "in" and "pairs" keep their relative accuracy.
 
     Args:
         z: (M, D) embeddings of all views of all samples, in any order, float16, bfloat16, float32 or float64.
@@ -80,10 +80,10 @@ def sup_con(
             read a tensor on an accelerator, so its sign is not checked there.
         form: "out", "in" or "pairs", the formulas above.
         ceiling: Leave a negative out of row i's sum where its similarity to row i is above this finite float. None sets
-            no limit. Not with `pair_weights` or several labels per row.
+            no limit. Cannot be combined with `pair_weights` or several labels per row.
         pair_weights: (C, C) finite floats, at least 0: W[a, b] is the weight of a row of class b as a positive of a row
             of class a. Only the proportions within a row of W count. Needs one label per row, in [0, C), and the form
-            "out". No gradient flows through the weights. The same tensor on every rank.
+            "out". No gradient flows through the weights. Every rank must pass the same tensor.
         reduction: "mean" over the rows with a positive, "sum", or "none" for one loss per row.
         normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
             6.1e-5) in float16). False takes the rows as they are, and their products must not overflow.
@@ -103,7 +103,7 @@ def sup_con(
         ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
             is unknown.
         RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
-            a second derivative is taken, which only backend="reference" without a group has.
+            a second derivative is requested, which only backend="reference" without a group supports.
 
     Example:
         >>> import torch, fastntxent
@@ -156,7 +156,7 @@ def sup_con(
 def _out(batch: Batch, u: Tensor, dots: Tensor, counts: Tensor, inv_tau: float | Tensor) -> Tensor:
     """Return the loss L_out, which is linear in the positives.
 
-    It needs only each row's product with the sum of its positives (`dots`), and their number or total weight
+    It needs only each row's product with the sum of its positives (`dots`), and the positives' number or total weight
     (`counts`).
     """
     # Formed first, so that its backward runs last, after the kernel's backward has freed its memory.
@@ -165,7 +165,7 @@ def _out(batch: Batch, u: Tensor, dots: Tensor, counts: Tensor, inv_tau: float |
 
 
 def _over_shared_labels(batch: Batch, u: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each row's product with the sum of the other rows, and their number.
+    """Return each row's product with the sum of the other rows, and the number of other rows.
 
     Each other row counts once for every label it shares with the row.
     """
@@ -177,7 +177,7 @@ def _over_shared_labels(batch: Batch, u: Tensor, labels: Tensor) -> tuple[Tensor
 
 
 def _over_weighted_classes(batch: Batch, u: Tensor, labels: Tensor, pair_weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each row's product with the weighted sum of the other rows, and their total weight.
+    """Return each row's product with the weighted sum of the other rows, and the total weight of the other rows.
 
     Each other row has the weight of its class.
     """
@@ -234,7 +234,7 @@ def _check_multi_labels(labels: Tensor, z: Tensor, form: str) -> None:
         raise TypeError(f"labels must be bool or have an integer dtype, got {labels.dtype}")
     if labels.shape[0] != z.shape[0] or labels.shape[1] == 0:
         raise ValueError(
-            f"labels must have shape ({z.shape[0]},) or ({z.shape[0]}, C), one row per row of z, "
+            f"labels must have shape ({z.shape[0]},) or ({z.shape[0]}, C), one entry per row of z, "
             f"got {tuple(labels.shape)}"
         )
     if labels.shape[1] == 1 and labels.dtype != torch.bool:
@@ -242,7 +242,7 @@ def _check_multi_labels(labels: Tensor, z: Tensor, form: str) -> None:
             f"labels must have shape ({z.shape[0]},) for one class per row, got a column; pass labels.squeeze(1)"
         )
     if labels.device != z.device:
-        raise ValueError(f"labels must be on the device of z, {z.device}, got {labels.device}")
+        raise ValueError(f"labels must be on the device of z ({z.device}), got {labels.device}")
     if form != "out":
         raise ValueError(
             f"form must be 'out' with several labels per row, got {form!r}: other forms need every pair that "

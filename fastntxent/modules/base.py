@@ -30,7 +30,7 @@ class _HasForward(Protocol[_P, _R_co]):
 
 
 class LossOptions(TypedDict, total=False):
-    """The keyword arguments of every loss, as a function and as a module."""
+    """The keyword arguments that every loss takes, whether a function or a module."""
 
     reduction: Reduction
     normalize: bool
@@ -39,13 +39,14 @@ class LossOptions(TypedDict, total=False):
 
 
 class ModuleOptions(LossOptions, total=False):
-    """The keyword arguments of every module. `TemperatureLoss` has their defaults."""
+    """The keyword arguments that every module takes. `TemperatureLoss` sets the defaults."""
 
     learn_temperature: bool
 
 
 class TypedModule(nn.Module):
-    """A module whose call has the signature of its `forward` for type checkers. nn.Module takes and returns Any."""
+    """A module whose `__call__` has, for type checkers, the signature of its `forward`. nn.Module's takes and returns
+    Any."""
 
     if TYPE_CHECKING:
 
@@ -99,7 +100,7 @@ class TemperatureLoss(TypedModule):
     @property
     def temperature(self) -> float | Tensor:
         """tau as given. With `learn_temperature`, a 0-d tensor computed from the parameter, in float64 where the device
-        has it. Can be set, for example by a schedule."""
+        supports it. Can be set, for example by a schedule."""
         return in_double(self.log_temperature).exp() if self.learn_temperature else self._temperature
 
     @temperature.setter

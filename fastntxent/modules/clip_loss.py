@@ -57,30 +57,32 @@ class CLIPLoss(TemperatureLoss):
     A negative stays in the sum if its similarity is NaN, or equals the limit set by `margin`, `relative_margin` or
     `ceiling` up to rounding. No gradient flows through the choice of negatives.
 
-    The module holds the temperature, whose inverse is the logit scale, and learns it by default, as CLIP does.
+    The module holds the temperature, the inverse of the logit scale, and learns it by default, as CLIP does.
     `logit_scale` is the bounded scale that the loss uses.
 
-    Call it as `loss(image_features, text_features, ids=None)`; `forward` describes the arguments. The function is
-    `clip`.
+    Call it as `loss(image_features, text_features, ids=None)`; `forward` describes the arguments. `clip` is the same
+    loss as a function.
 
     Args:
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
             read a tensor on an accelerator, so its sign is not checked there. With `learn_temperature`, the initial
             value of the parameter.
         positives: "pair": row n of the other side is the only positive of row n. "same_id": all rows of the other side
-            with its id are positives; this needs `ids` and excludes label smoothing, margins and a ceiling.
-        form: How the positives are combined with positives="same_id". "out" averages their log-probabilities: nu' -
-            mean_p s_np / tau, with nu' the log-sum-exp over all columns. "in" takes the logarithm of their mean
-            probability.
+            with the id of row n are its positives; this needs `ids` and excludes label smoothing, margins and a
+            ceiling.
+        form: With positives="same_id", how the positives are combined. "out" averages their negative log-probabilities,
+            which gives nu' - mean_p s_np / tau, with nu' the log-sum-exp over all columns. "in" takes the negative
+            logarithm of their mean probability.
         label_smoothing: The share of the target, in [0, 1), that is spread evenly over the positive and the negatives,
             as in `torch.nn.functional.cross_entropy`.
         margin: Leave a negative out of row i's sum where its similarity to row i is above s_pos - margin, with s_pos
-            the similarity of row i to its positive. A finite float; None sets no limit. Not with `relative_margin` or
-            `label_smoothing`.
+            the similarity of row i to its positive. A finite float; None sets no limit. Cannot be combined with
+            `relative_margin` or `label_smoothing`.
         relative_margin: Leave a negative out of row i's sum where its similarity to row i is above (1 -
-            relative_margin) s_pos. A float in [0, 1]; None sets no limit. Not with `margin` or `label_smoothing`.
-        ceiling: Leave a negative out of row i's sum where its similarity to row i is above this finite float. With a
-            margin too, the smaller limit holds. None sets no limit. Not with `label_smoothing`.
+            relative_margin) s_pos. A float in [0, 1]; None sets no limit. Cannot be combined with `margin` or
+            `label_smoothing`.
+        ceiling: Leave a negative out of row i's sum where its similarity to row i is above this finite float. If there
+            is also a margin, the smaller limit applies. None sets no limit. Cannot be combined with `label_smoothing`.
         max_logit_scale: An upper bound of the logit scale, a positive float; CLIP was trained with 100. Above it, a
             gradient that would raise the scale is dropped, and one that lowers it passes. None: no bound.
         reduction: "mean" over the N samples, "sum", or "none" for one loss per sample.
@@ -178,7 +180,7 @@ class CLIPLoss(TemperatureLoss):
             text_features: (N, D) features of the texts, with the shape, dtype and device of `image_features`. Row n
                 belongs to sample n.
             ids: (N,) integers, the group of each sample. Samples of the same group are not negatives of each other,
-                which removes false negatives. Ids have the same meaning on every rank. None: every other sample is a
+                which removes false negatives. An id must mean the same on every rank. None: every other sample is a
                 negative. Required for positives="same_id".
 
         Returns:
@@ -188,7 +190,7 @@ class CLIPLoss(TemperatureLoss):
 
 
 class MultiCLIPLoss(CLIPLoss):
-    r"""CLIP's loss of every two of several towers, as a module that holds its own logit scale.
+    r"""CLIP's loss of every pair among several towers, as a module that holds its own logit scale.
 
     .. math:: L = \sum_{a < b} w_{ab} L^{\text{clip}}(x_a, x_b)
 
@@ -203,31 +205,35 @@ class MultiCLIPLoss(CLIPLoss):
     A negative stays in the sum if its similarity is NaN, or equals the limit set by `margin`, `relative_margin` or
     `ceiling` up to rounding. No gradient flows through the choice of negatives.
 
-    The module holds the temperature, whose inverse is the logit scale, and learns it by default, as CLIP does.
+    The module holds the temperature, the inverse of the logit scale, and learns it by default, as CLIP does.
     `logit_scale` is the bounded scale that the loss uses.
 
-    Call it as `loss(features, ids=None)`; `forward` describes the arguments. The function is `multi_clip`.
+    Call it as `loss(features, ids=None)`; `forward` describes the arguments. `multi_clip` is the same loss as a
+    function.
 
     Args:
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
             read a tensor on an accelerator, so its sign is not checked there. With `learn_temperature`, the initial
             value of the parameter.
         weights: One finite number, at least 0, for each pair of towers, in the order (0, 1), (0, 2), ..., (1, 2), ...;
-            at least one is above 0. A pair of weight 0 costs nothing. None: 1 / the number of pairs.
+            at least one is above 0. A pair of weight 0 costs nothing. None: each pair has the weight 1 / (number of
+            pairs).
         positives: "pair": row n of the other side is the only positive of row n. "same_id": all rows of the other side
-            with its id are positives; this needs `ids` and excludes label smoothing, margins and a ceiling.
-        form: How the positives are combined with positives="same_id". "out" averages their log-probabilities: nu' -
-            mean_p s_np / tau, with nu' the log-sum-exp over all columns. "in" takes the logarithm of their mean
-            probability.
+            with the id of row n are its positives; this needs `ids` and excludes label smoothing, margins and a
+            ceiling.
+        form: With positives="same_id", how the positives are combined. "out" averages their negative log-probabilities,
+            which gives nu' - mean_p s_np / tau, with nu' the log-sum-exp over all columns. "in" takes the negative
+            logarithm of their mean probability.
         label_smoothing: The share of the target, in [0, 1), that is spread evenly over the positive and the negatives,
             as in `torch.nn.functional.cross_entropy`.
         margin: Leave a negative out of row i's sum where its similarity to row i is above s_pos - margin, with s_pos
-            the similarity of row i to its positive. A finite float; None sets no limit. Not with `relative_margin` or
-            `label_smoothing`.
+            the similarity of row i to its positive. A finite float; None sets no limit. Cannot be combined with
+            `relative_margin` or `label_smoothing`.
         relative_margin: Leave a negative out of row i's sum where its similarity to row i is above (1 -
-            relative_margin) s_pos. A float in [0, 1]; None sets no limit. Not with `margin` or `label_smoothing`.
-        ceiling: Leave a negative out of row i's sum where its similarity to row i is above this finite float. With a
-            margin too, the smaller limit holds. None sets no limit. Not with `label_smoothing`.
+            relative_margin) s_pos. A float in [0, 1]; None sets no limit. Cannot be combined with `margin` or
+            `label_smoothing`.
+        ceiling: Leave a negative out of row i's sum where its similarity to row i is above this finite float. If there
+            is also a margin, the smaller limit applies. None sets no limit. Cannot be combined with `label_smoothing`.
         max_logit_scale: An upper bound of the logit scale, a positive float; CLIP was trained with 100. Above it, a
             gradient that would raise the scale is dropped, and one that lowers it passes. None: no bound.
         reduction: "mean" over the N samples, "sum", or "none" for one loss per sample.
@@ -289,10 +295,10 @@ class MultiCLIPLoss(CLIPLoss):
         """Return the loss of all pairs of towers.
 
         Args:
-            features: T >= 2 tensors (N, D) of one shape, dtype and device, one per tower. Row n of each belongs to
+            features: T >= 2 tensors (N, D) of the same shape, dtype and device, one per tower. Row n of each belongs to
                 sample n.
             ids: (N,) integers, the group of each sample. Samples of the same group are not negatives of each other,
-                which removes false negatives. Ids have the same meaning on every rank. None: every other sample is a
+                which removes false negatives. An id must mean the same on every rank. None: every other sample is a
                 negative. Required for positives="same_id".
 
         Returns:

@@ -17,7 +17,7 @@ class DCLLoss(TemperatureLoss):
     Yeh et al., "Decoupled Contrastive Learning", 2022. The rows are [z_i; z_j], and p(i) is the other view of row i's
     sample. A loss may be negative. With N = 1 there are no negatives and the loss is 0.
 
-    Call it as `loss(z_i, z_j)`; `forward` describes the arguments. The function is `dcl`.
+    Call it as `loss(z_i, z_j)`; `forward` describes the arguments. `dcl` is the same loss as a function.
 
     Args:
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
@@ -76,7 +76,7 @@ class DCLWLoss(TemperatureLoss):
     sample. No gradient flows through the weights. A loss may be negative. With N = 1 there are no negatives and the
     loss is 0.
 
-    Call it as `loss(z_i, z_j)`; `forward` describes the arguments. The function is `dclw`.
+    Call it as `loss(z_i, z_j)`; `forward` describes the arguments. `dclw` is the same loss as a function.
 
     Args:
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not

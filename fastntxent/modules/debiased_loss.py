@@ -17,11 +17,11 @@ class DebiasedLoss(TemperatureLoss):
         G_i = \max( \frac{e^{\nu_i} - \tau^+ n\, e^{s_{i,p(i)}/\tau}}{1 - \tau^+}, n\, e^{-1/\tau} )
 
     Chuang et al., "Debiased Contrastive Learning", 2020. The rows are [z_i; z_j], p(i) is the other view of row i's
-    sample, and nu_i is the log-sum-exp over the n = 2N - 2 negatives. tau_plus = 0 gives `nt_xent`, except for the
-    lower bound n exp(-1/tau), which cosine similarities never reach. The bound assumes cosine similarities, even with
-    normalize=False. With N = 1 there are no negatives and the loss is 0.
+    sample, and nu_i is the log-sum-exp over the n = 2N - 2 negatives. For cosine similarities, tau_plus = 0 gives
+    `nt_xent`, because exp(nu_i) never falls below the lower bound n exp(-1/tau). The bound assumes cosine similarities,
+    even with normalize=False. With N = 1 there are no negatives and the loss is 0.
 
-    Call it as `loss(z_i, z_j)`; `forward` describes the arguments. The function is `debiased`.
+    Call it as `loss(z_i, z_j)`; `forward` describes the arguments. `debiased` is the same loss as a function.
 
     Args:
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
@@ -86,7 +86,7 @@ class HardNegativeLoss(TemperatureLoss):
     = 0 gives `debiased`. The lower bound n exp(-1/tau) assumes cosine similarities, even with normalize=False. With N =
     1 there are no negatives and the loss is 0.
 
-    Call it as `loss(z_i, z_j)`; `forward` describes the arguments. The function is `hard_negative`.
+    Call it as `loss(z_i, z_j)`; `forward` describes the arguments. `hard_negative` is the same loss as a function.
 
     Args:
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not

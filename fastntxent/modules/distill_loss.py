@@ -12,7 +12,7 @@ from .base import ModuleOptions, TemperatureLoss, Unpack
 
 
 class DistillLoss(TemperatureLoss):
-    r"""A student's cross-entropy with a teacher's softmaxes as a module.
+    r"""The cross-entropy of a student's softmaxes with a teacher's, as a module.
 
     .. math::
         L = -\frac{1}{2N} \sum_{i=1}^{N} \sum_{j=1}^{N} [ p^T_{ij} \log p^S_{ij} + q^T_{ij} \log q^S_{ij} ], \quad
@@ -20,20 +20,20 @@ class DistillLoss(TemperatureLoss):
         q_{ij} = \frac{e^{s_{ij}/\tau}}{\sum_l e^{s_{lj}/\tau}}
 
     Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, between two towers. p^S and q^S come from the
-    student's similarities and temperature, p^T and q^T from the teacher's. The loss is smallest, and then equals the
-    teacher's entropy, where the student's softmaxes are the teacher's.
+    student's similarities and temperature, p^T and q^T from the teacher's. The loss is smallest where the student's
+    softmaxes equal the teacher's, and is then the teacher's entropy.
 
     Call it as `loss(image_features, text_features, teacher_image_features, teacher_text_features)`; `forward` describes
-    the arguments. The function is `distill`.
+    the arguments. `distill` is the same loss as a function.
 
-    If a function is passed as `teacher=`, leave the teacher's features out.
+    If a function is passed as `teacher=`, omit the teacher's features.
 
     Args:
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
             read a tensor on an accelerator, so its sign is not checked there. With `learn_temperature`, the initial
             value of the parameter.
         teacher_temperature: The teacher's temperature, like `temperature` but without a gradient. None: the student's
-            at each call.
+            temperature at each call.
         reduction: "mean" over the N samples, "sum", or "none" for one loss per sample.
         normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
             6.1e-5) in float16). False takes the rows as they are, and their products must not overflow. The teacher's
@@ -89,15 +89,16 @@ class DistillLoss(TemperatureLoss):
                 sample n.
             text_features: (N, D) features of the texts, with the shape, dtype and device of `image_features`. Row n
                 belongs to sample n.
-            teacher_image_features: (N, E) features of the same images by the teacher, of any floating-point dtype. They
-                get no gradient. None where `teacher` is given.
-            teacher_text_features: (N, E) features of the same texts by the teacher, like `teacher_image_features`.
+            teacher_image_features: (N, E) features of the same images from the teacher, of any floating-point dtype.
+                They get no gradient. None where `teacher` is given.
+            teacher_text_features: (N, E) features of the same texts from the teacher, like `teacher_image_features`.
             teacher: A function in place of the teacher's features, for similarities that are not products of features.
                 `teacher(rows, cols)` gets the indices of images and of texts, two 1-d int64 tensors on the student's
                 device, and returns the (len(rows), len(cols)) similarities of each of these images to each of these
                 texts, in any floating-point dtype on that device, before the teacher's temperature is applied.
-                `normalize` does not affect them. -inf gives a pair probability 0, as long as its image and its text
-                each have another pair. The function must return the same values at every call.
+                `normalize` does not affect the similarities. A similarity of -inf gives a pair the probability 0; the
+                pair's image and text must each have another pair above -inf. The function must return the same values
+                at every call.
 
         Returns:
             A 0-d tensor, or (N,) for "none"; float64 for float64 features, else float32.

@@ -25,13 +25,13 @@ class GuidedInfoNCELoss(TemperatureLoss):
     Solatorio, "GISTEmbed: Guided In-sample Selection of Training Negatives for Text Embedding Fine-tuning", 2024, with
     the semantics of sentence-transformers' `GISTEmbedLoss`.
 
-    A row is never a negative of itself or of its positive. Ties stay: a negative is left out only where its similarity
-    exceeds the limit by more than rounding, eps sqrt(E), which is 3e-6 in float32 at E = 768. A pair whose similarity
-    or limit is NaN stays too. The loss of a query without negatives is 0. No gradient flows through the choice of
-    negatives.
+    A row is never a negative of itself or of its positive. Ties stay in: a negative is left out only where its
+    similarity in the guide exceeds the limit by more than rounding, eps sqrt(E), which is 3e-6 in float32 at E = 768. A
+    pair whose similarity or limit is NaN stays in too. The loss of a query without negatives is 0. No gradient flows
+    through the choice of negatives.
 
     Call it as `loss(query, key, guide_query, guide_key, negatives=None, guide_negatives=None)`; `forward` describes the
-    arguments. The function is `guided_info_nce`.
+    arguments. `guided_info_nce` is the same loss as a function.
 
     Args:
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
@@ -97,19 +97,19 @@ class GuidedInfoNCELoss(TemperatureLoss):
         negatives: Tensor | None = None,
         guide_negatives: Tensor | None = None,
     ) -> Tensor:
-        """Return the loss of queries that pick their keys among the negatives that the guide leaves.
+        """Return the loss of queries that pick their keys among the negatives that the guide leaves in.
 
         Args:
             query: (N, D) embeddings of the queries, float16, bfloat16, float32 or float64. Row n belongs to sample n.
             key: (N, D) embeddings of the keys, with the shape, dtype and device of `query`. Row n is the positive of
                 row n of `query`.
-            guide_query: (N, E) embeddings of the queries' samples by the guide, of any floating-point dtype. They are
+            guide_query: (N, E) embeddings of the queries' samples from the guide, of any floating-point dtype. They are
                 always normalised and get no gradient.
-            guide_key: (N, E) embeddings of the keys' samples by the guide, like `guide_query`.
-            negatives: (K, D) explicit negatives of all queries, with the dtype and device of `query`. None: there are
-                none.
-            guide_negatives: (K, E) embeddings of the explicit negatives by the guide, like `guide_query`. Required with
-                `negatives`, and only then.
+            guide_key: (N, E) embeddings of the keys' samples from the guide, like `guide_query`.
+            negatives: (K, D) explicit negatives of all queries, with the dtype and device of `query`. None: no explicit
+                negatives.
+            guide_negatives: (K, E) embeddings of the explicit negatives from the guide, like `guide_query`. Required
+                with `negatives`, and not allowed without.
 
         Returns:
             A 0-d tensor, or (N,) for "none"; float64 for float64 embeddings, else float32.

@@ -33,8 +33,8 @@ class InfoNCELoss(TemperatureLoss):
     Contrastive Learning", 2025, as in sentence-transformers. Where queries share the explicit negatives,
     sentence-transformers hardens only the negatives that belong to the query; here all of them get harder.
 
-    Call it as `loss(query, key, negatives=None, ids=None)`; `forward` describes the arguments. The function is
-    `info_nce`.
+    Call it as `loss(query, key, negatives=None, ids=None)`; `forward` describes the arguments. `info_nce` is the same
+    loss as a function.
 
     Args:
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
@@ -42,24 +42,25 @@ class InfoNCELoss(TemperatureLoss):
             value of the parameter.
         in_batch_negatives: Whether the keys of other samples are negatives. None: only without explicit negatives.
         positives: "pair": row n of the other side is the only positive of row n. "same_id": all rows of the other side
-            with its id are positives; this needs `ids` and excludes label smoothing, margins and a ceiling. It also
-            excludes explicit negatives, hardness and in_batch_negatives=False.
-        form: How the positives are combined with positives="same_id". "out" averages their log-probabilities: nu' -
-            mean_p s_np / tau, with nu' the log-sum-exp over all columns. "in" takes the logarithm of their mean
-            probability.
+            with the id of row n are its positives; this needs `ids` and excludes label smoothing, margins and a
+            ceiling. It also excludes explicit negatives, hardness and in_batch_negatives=False.
+        form: With positives="same_id", how the positives are combined. "out" averages their negative log-probabilities,
+            which gives nu' - mean_p s_np / tau, with nu' the log-sum-exp over all columns. "in" takes the negative
+            logarithm of their mean probability.
         label_smoothing: The share of the target, in [0, 1), that is spread evenly over the positive and the negatives,
             as in `torch.nn.functional.cross_entropy`.
         margin: Leave a negative out of row i's sum where its similarity to row i is above s_pos - margin, with s_pos
-            the similarity of row i to its positive. A finite float; None sets no limit. Not with `relative_margin` or
-            `label_smoothing`.
+            the similarity of row i to its positive. A finite float; None sets no limit. Cannot be combined with
+            `relative_margin` or `label_smoothing`.
         relative_margin: Leave a negative out of row i's sum where its similarity to row i is above (1 -
-            relative_margin) s_pos. A float in [0, 1]; None sets no limit. Not with `margin` or `label_smoothing`.
-        ceiling: Leave a negative out of row i's sum where its similarity to row i is above this finite float. With a
-            margin too, the smaller limit holds. None sets no limit. Not with `label_smoothing`.
+            relative_margin) s_pos. A float in [0, 1]; None sets no limit. Cannot be combined with `margin` or
+            `label_smoothing`.
+        ceiling: Leave a negative out of row i's sum where its similarity to row i is above this finite float. If there
+            is also a margin, the smaller limit applies. None sets no limit. Cannot be combined with `label_smoothing`.
         hardness_mode: Which negatives get harder logits: "in_batch_negatives", "hard_negatives" (the explicit ones) or
             "all_negatives".
         hardness_strength: Add this multiple (0 or more) of the similarity to the logits of those negatives. No gradient
-            flows through the addend. Not with `label_smoothing`.
+            flows through the addend. Cannot be combined with `label_smoothing`.
         reduction: "mean" over the N queries, "sum", or "none" for one loss per query.
         normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
             6.1e-5) in float16). False takes the rows as they are, and their products must not overflow.
@@ -135,7 +136,7 @@ class InfoNCELoss(TemperatureLoss):
             negatives: Explicit negatives with the dtype and device of `query`: (K, D), shared by all queries, or (N, K,
                 D), one set per query. None: the keys of other samples are the negatives.
             ids: (N,) integers, the group of each sample. Samples of the same group are not negatives of each other,
-                which removes false negatives. Ids have the same meaning on every rank. None: every other sample is a
+                which removes false negatives. An id must mean the same on every rank. None: every other sample is a
                 negative. Explicit negatives have no ids.
 
         Returns:

@@ -21,13 +21,13 @@ class MACLLoss(TemperatureLoss):
     p(n) is the other view of sample n. No gradient flows through A or the weight 1 / (1 - exp(-l)). A row's loss tends
     to 1 as l tends to 0, and is 1 for N = 1.
 
-    Call it as `loss(z_i, z_j)`; `forward` describes the arguments. The function is `macl`.
+    Call it as `loss(z_i, z_j)`; `forward` describes the arguments. `macl` is the same loss as a function.
 
     Args:
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
             read a tensor on an accelerator, so its sign is not checked there. With `learn_temperature`, the initial
             value of the parameter. This is the base temperature.
-        alpha: How far the temperature follows the alignment A, in [0, 1]. 0 keeps it fixed. The temperature never falls
+        alpha: How far the temperature follows the alignment A, in [0, 1]. 0 keeps the temperature fixed. It never falls
             below a thousandth of the base, which matters where alpha = 1 and the views are opposites.
         a_0: The alignment at which the temperature equals the base, in [0, 1].
         reduction: "mean" over the 2N rows, "sum", or "none" for one loss per row.

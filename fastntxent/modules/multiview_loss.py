@@ -26,7 +26,8 @@ class MultiViewNTXentLoss(TemperatureLoss):
     `ceiling` up to rounding. No gradient flows through the choice of negatives. A row's least similar positive sets its
     limit.
 
-    Call it as `loss(views, ids=None)`; `forward` describes the arguments. The function is `multiview_nt_xent`.
+    Call it as `loss(views, ids=None)`; `forward` describes the arguments. `multiview_nt_xent` is the same loss as a
+    function.
 
     Args:
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
@@ -35,12 +36,13 @@ class MultiViewNTXentLoss(TemperatureLoss):
         label_smoothing: The share of the target, in [0, 1), that is spread evenly over the positive and the negatives,
             as in `torch.nn.functional.cross_entropy`.
         margin: Leave a negative out of row i's sum where its similarity to row i is above s_pos - margin, with s_pos
-            the similarity of row i to its positive. A finite float; None sets no limit. Not with `relative_margin` or
-            `label_smoothing`.
+            the similarity of row i to its positive. A finite float; None sets no limit. Cannot be combined with
+            `relative_margin` or `label_smoothing`.
         relative_margin: Leave a negative out of row i's sum where its similarity to row i is above (1 -
-            relative_margin) s_pos. A float in [0, 1]; None sets no limit. Not with `margin` or `label_smoothing`.
-        ceiling: Leave a negative out of row i's sum where its similarity to row i is above this finite float. With a
-            margin too, the smaller limit holds. None sets no limit. Not with `label_smoothing`.
+            relative_margin) s_pos. A float in [0, 1]; None sets no limit. Cannot be combined with `margin` or
+            `label_smoothing`.
+        ceiling: Leave a negative out of row i's sum where its similarity to row i is above this finite float. If there
+            is also a margin, the smaller limit applies. None sets no limit. Cannot be combined with `label_smoothing`.
         reduction: "mean" over the V N rows, "sum", or "none" for one loss per row.
         normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
             6.1e-5) in float16). False takes the rows as they are, and their products must not overflow.
@@ -88,7 +90,7 @@ class MultiViewNTXentLoss(TemperatureLoss):
         Args:
             views: (V, N, D), or a sequence of V tensors (N, D), with V >= 2. Row n of each view belongs to sample n.
             ids: (N,) integers, the group of each sample. Samples of the same group are not negatives of each other,
-                which removes false negatives. Ids have the same meaning on every rank. None: every other sample is a
+                which removes false negatives. An id must mean the same on every rank. None: every other sample is a
                 negative.
 
         Returns:

@@ -24,7 +24,7 @@ class NTXentLoss(TemperatureLoss):
     A negative stays in the sum if its similarity is NaN, or equals the limit set by `margin`, `relative_margin` or
     `ceiling` up to rounding. No gradient flows through the choice of negatives.
 
-    Call it as `loss(z_i, z_j, ids=None)`; `forward` describes the arguments. The function is `nt_xent`.
+    Call it as `loss(z_i, z_j, ids=None)`; `forward` describes the arguments. `nt_xent` is the same loss as a function.
 
     Args:
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
@@ -33,12 +33,13 @@ class NTXentLoss(TemperatureLoss):
         label_smoothing: The share of the target, in [0, 1), that is spread evenly over the positive and the negatives,
             as in `torch.nn.functional.cross_entropy`.
         margin: Leave a negative out of row i's sum where its similarity to row i is above s_pos - margin, with s_pos
-            the similarity of row i to its positive. A finite float; None sets no limit. Not with `relative_margin` or
-            `label_smoothing`.
+            the similarity of row i to its positive. A finite float; None sets no limit. Cannot be combined with
+            `relative_margin` or `label_smoothing`.
         relative_margin: Leave a negative out of row i's sum where its similarity to row i is above (1 -
-            relative_margin) s_pos. A float in [0, 1]; None sets no limit. Not with `margin` or `label_smoothing`.
-        ceiling: Leave a negative out of row i's sum where its similarity to row i is above this finite float. With a
-            margin too, the smaller limit holds. None sets no limit. Not with `label_smoothing`.
+            relative_margin) s_pos. A float in [0, 1]; None sets no limit. Cannot be combined with `margin` or
+            `label_smoothing`.
+        ceiling: Leave a negative out of row i's sum where its similarity to row i is above this finite float. If there
+            is also a margin, the smaller limit applies. None sets no limit. Cannot be combined with `label_smoothing`.
         reduction: "mean" over the 2N rows, "sum", or "none" for one loss per row.
         normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
             6.1e-5) in float16). False takes the rows as they are, and their products must not overflow.
@@ -89,7 +90,7 @@ class NTXentLoss(TemperatureLoss):
             z_j: (N, D) embeddings of the second view, with the shape, dtype and device of `z_i`. Row n belongs to
                 sample n.
             ids: (N,) integers, the group of each sample. Samples of the same group are not negatives of each other,
-                which removes false negatives. Ids have the same meaning on every rank. None: every other sample is a
+                which removes false negatives. An id must mean the same on every rank. None: every other sample is a
                 negative.
 
         Returns:

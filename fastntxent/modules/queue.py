@@ -33,7 +33,7 @@ class NegativeQueue(nn.Module):
     The buffers follow `.to(device)` and `.half()`. The pointer stays in host memory, so nothing waits for the device.
     On the meta device the queue is empty, and it is still empty after `to_empty()` from there.
 
-    No gradient reaches the queue. `QueueInfoNCELoss` is a loss that uses one.
+    No gradient reaches the queue. `QueueInfoNCELoss` is a loss that uses a queue.
 
     Args:
         size: The number of rows that the queue holds, at least 1.
@@ -96,7 +96,7 @@ class NegativeQueue(nn.Module):
 
     @torch.no_grad()
     def push(self, z: Tensor, ids: Tensor | None = None) -> None:
-        """Push rows into the queue. It keeps only the last `size` rows if there are more.
+        """Push rows into the queue. If there are more than `size`, only the last `size` of them are kept.
 
         The values are not checked: a row with a NaN makes losses NaN for as long as it is in the queue.
 
@@ -196,7 +196,7 @@ class NegativeQueue(nn.Module):
                 raise TypeError(f"{key} must have a dtype like {own.dtype}, got {value.dtype}")
             if value.is_meta or (own.is_meta and not assign):
                 raise ValueError(
-                    f"{key} must have data, and so must the queue unless assign=True: one is on the meta device"
+                    f"{key} must have data, and so must the queue unless assign=True, got one on the meta device"
                 )
         filled = int(self._checked_cursor(cursor_key, cursor)[1])
         held = rows[:filled] if assign else rows[:filled].to(self._rows.dtype)
@@ -254,7 +254,7 @@ class QueueInfoNCELoss(TemperatureLoss):
 
     In training mode each call pushes its keys once the loss is formed; in evaluation mode the queue does not change.
 
-    The same input gives the same bits each time, on one device and with one number of threads. Extra memory is O((N +
+    On the same device with the same number of threads, the same input gives the same bits. Extra memory is O((N +
     size) D).
 
     Call it as `loss(query, key, ids=None)`; `forward` describes the arguments.

@@ -11,7 +11,7 @@ from .base import LossOptions, ModuleOptions, TemperatureLoss, Unpack
 
 
 class _Biased:
-    """A mix-in for logits with a bias. A bias that is learnt is the parameter `learnt_bias`."""
+    """A mix-in for logits with a bias. A learnt bias is the parameter `learnt_bias`."""
 
     learn_bias: bool
     learnt_bias: nn.Parameter
@@ -23,11 +23,11 @@ class _Biased:
         if learn_bias:
             self.learnt_bias = nn.Parameter(torch.tensor(_value(bias, torch.get_default_dtype())))
         else:
-            self.__dict__["_bias"] = bias  # bypass nn.Module: a parameter that was passed in is not registered here
+            self.__dict__["_bias"] = bias  # bypass nn.Module, which would register a parameter that was passed in
 
     @property
     def bias(self) -> float | Tensor:
-        """b, as it was given, or the parameter. Can be set."""
+        """b: the value that was given, or the parameter. Can be set."""
         return self.learnt_bias if self.learn_bias else self._bias
 
     @bias.setter
@@ -41,7 +41,7 @@ class _Biased:
 
 
 def _value(bias: float | Tensor, dtype: torch.dtype) -> float:
-    """Return a bias as the initial value of a parameter of this dtype, checked."""
+    """Return a bias as a number, checked against the range of the parameter's dtype."""
     value = float(bias.detach()) if isinstance(bias, Tensor) else bias
     check_range("bias", value, dtype)
     return value
@@ -59,8 +59,8 @@ class SigLIPLoss(_Biased, TemperatureLoss):
 
     The module learns the temperature and the bias by default, as SigLIP does.
 
-    Call it as `loss(image_features, text_features, ids=None)`; `forward` describes the arguments. The function is
-    `siglip`.
+    Call it as `loss(image_features, text_features, ids=None)`; `forward` describes the arguments. `siglip` is the same
+    loss as a function.
 
     Args:
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
@@ -115,7 +115,7 @@ class SigLIPLoss(_Biased, TemperatureLoss):
                 sample n.
             text_features: (N, D) features of the texts, with the shape, dtype and device of `image_features`. Row n
                 belongs to sample n.
-            ids: (N,) integers. Images and texts of the same id belong together. None: image n and text n belong
+            ids: (N,) integers. Images and texts with the same id belong together. None: image n and text n belong
                 together, and no others.
 
         Returns:
@@ -131,9 +131,11 @@ class NTLogisticLoss(_Biased, TemperatureLoss):
         \ell_i = \log(1 + e^{-s_{ip(i)}/\tau - b}) + \sum_{j : id_j \ne id_i} \log(1 + e^{s_{ij}/\tau + b})
 
     Table 2 of Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", 2020, with all
-    negatives and a bias. The paper has no bias. The rows are [z_i; z_j], and p(i) is the other view of row i's sample.
+    negatives, and with a bias, which the paper does not have. The rows are [z_i; z_j], and p(i) is the other view of
+    row i's sample.
 
-    Call it as `loss(z_i, z_j, ids=None)`; `forward` describes the arguments. The function is `nt_logistic`.
+    Call it as `loss(z_i, z_j, ids=None)`; `forward` describes the arguments. `nt_logistic` is the same loss as a
+    function.
 
     Args:
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
@@ -188,7 +190,7 @@ class NTLogisticLoss(_Biased, TemperatureLoss):
             z_j: (N, D) embeddings of the second view, with the shape, dtype and device of `z_i`. Row n belongs to
                 sample n.
             ids: (N,) integers, the group of each sample. Samples of the same group are not negatives of each other,
-                which removes false negatives. Ids have the same meaning on every rank. None: every other sample is a
+                which removes false negatives. An id must mean the same on every rank. None: every other sample is a
                 negative.
 
         Returns:

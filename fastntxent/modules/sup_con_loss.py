@@ -21,10 +21,10 @@ class SupConLoss(TemperatureLoss):
 
         L^{pairs}_i = \frac{1}{|P(i)|} \sum_{p \in P(i)} \log(1 + \sum_{neg} e^{(s_{ij} - s_{ip})/\tau})
 
-    P(i) are the positives of row i. The sums over "all" leave out row i itself; the sums over "neg" leave out its whole
-    class. "out" and "in" are equations 2 and 3 of Khosla et al., "Supervised Contrastive Learning", 2020. "pairs" has
-    one NT-Xent term for each positive, without the other positives in its denominator, as in pytorch-metric-learning's
-    `NTXentLoss`.
+    P(i) are the positives of row i. The sums over "all" leave out row i itself; the sums over "neg" leave out the whole
+    class of row i. "out" and "in" are equations 2 and 3 of Khosla et al., "Supervised Contrastive Learning", 2020.
+    "pairs" has one NT-Xent term for each positive, without the other positives in its denominator, as in
+    pytorch-metric-learning's `NTXentLoss`.
 
     With `pair_weights` W every other row is a positive, weighted by its class and row i's class; y are the labels:
 
@@ -33,12 +33,12 @@ class SupConLoss(TemperatureLoss):
             - \frac{\sum_{j \ne i} W_{y_i y_j} s_{ij}/\tau}{\sum_{j \ne i} W_{y_i y_j}}
 
     A row without a positive has loss 0 in "none" and "sum" and is left out of "mean", which is 0 if no row has a
-    positive. It is still a negative of the other rows. With `pair_weights`, a row has no positive if every other row
-    weighs 0 for it. The identity matrix gives the loss without weights. A ceiling removes negatives only.
+    positive. Such a row is still a negative of the other rows. With `pair_weights`, a row has no positive if all other
+    rows have weight 0 for it. The identity matrix gives the loss without weights. A ceiling removes negatives only.
 
     The module holds `pair_weights` as a buffer.
 
-    Call it as `loss(z, labels)`; `forward` describes the arguments. The function is `sup_con`.
+    Call it as `loss(z, labels)`; `forward` describes the arguments. `sup_con` is the same loss as a function.
 
     Args:
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
@@ -46,10 +46,10 @@ class SupConLoss(TemperatureLoss):
             value of the parameter.
         form: "out", "in" or "pairs", the formulas above.
         ceiling: Leave a negative out of row i's sum where its similarity to row i is above this finite float. None sets
-            no limit. Not with `pair_weights` or several labels per row.
+            no limit. Cannot be combined with `pair_weights` or several labels per row.
         pair_weights: (C, C) finite floats, at least 0: W[a, b] is the weight of a row of class b as a positive of a row
             of class a. Only the proportions within a row of W count. Needs one label per row, in [0, C), and the form
-            "out". No gradient flows through the weights. The same tensor on every rank.
+            "out". No gradient flows through the weights. Every rank must pass the same tensor.
         reduction: "mean" over the rows with a positive, "sum", or "none" for one loss per row.
         normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
             6.1e-5) in float16). False takes the rows as they are, and their products must not overflow.

@@ -1,6 +1,6 @@
 """Differentiable functions over the registered operators `torch.ops.fastntxent.*`.
 
-    neg_lse        (u, ids, inv_tau)                 -> nu                               any ids, any weights
+    neg_lse        (u, ids, inv_tau)                 -> nu                               any ids, any weights of nu
     neg_lse_sum    (u, ids, inv_tau, weights)        -> weighted sum of nu, d_u, d_inv_tau
     cross_neg_lse  (u, v, u_ids, v_ids, inv_tau)     -> nu of the rows, nu of the columns
     held_neg_lse   (u, rows, u_ids, row_ids, held, inv_tau) -> nu against the first `held` rows of a buffer
@@ -14,7 +14,7 @@
     info_nce_scalar, info_nce_value                  -> the same for two towers, in one direction or both (CLIP)
     softplus       (u, v, u_ids, v_ids, inv_tau, bias) -> sums of log(1 + exp(logit + bias)) over other groups
     sigmoid_scalar, sigmoid_value                    -> SigLIP or NT-Logistic; the former returns its gradient too
-    positive_lse, positive_sum                       -> sums over the rows of the same group
+    positive_lse, positive_sum                       -> log-sum-exps and sums over the rows of the same group
     soft_dots, soft_dots_sum                         -> a student's similarities averaged under a teacher's softmax
     guided_neg_lse                                   -> nu without the columns that a guide excludes
     pair_dots      (u, v, a, b)                      -> u_a . v_b for every pair of indices
@@ -23,10 +23,11 @@
     nearest        (queries, corpus, k)              -> the k largest cosine similarities, and their indices
     copy_now       (x)                               -> a copy of a buffer that will change before the backward
 
-Each of them has a `_backward` operator, except the `_value`s, `positive_ranks`, `nearest` and `copy_now`. The scalar
-path computes the loss and its gradient for an upstream gradient of 1 in one call, and its backward only multiplies by
-the actual upstream gradient. The public layer uses it when a gradient is needed and the result is a single number.
-`neg_lse_sum` is the scalar path of any loss that is linear in nu.
+Each of these has a `_backward` operator, except `sup_con_scalar` (which shares `neg_lse_sum_backward`), the `_value`s,
+`positive_ranks`, `nearest` and `copy_now`. The scalar path computes the loss and its gradient for an upstream gradient
+of 1 in one call, and its backward only multiplies by the actual upstream gradient. The public layer takes the scalar
+path when a gradient is needed and the result is a single number. `neg_lse_sum` is the scalar path of any loss that is
+linear in nu. The weighted path returns nu and pi of every row, and its backward takes any weights for them.
 """
 
 from ..algebra import autocast_off

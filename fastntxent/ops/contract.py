@@ -1,15 +1,15 @@
 """Checks on the tensors of every call, made before the kernels take their addresses.
 
-A kernel takes its sizes from the first matrix of rows in a call. If another tensor had a different shape, dtype or
+A kernel takes its sizes from the first matrix of rows in a call. If another tensor did not match it in shape, dtype or
 device, the kernel would read or write outside that tensor's memory. The public functions check their arguments, but
-calls also arrive by other routes: `torch.ops.fastntxent` used directly, saved-tensor and autograd hooks that return
-something else, `.data =`, exported and traced programs. So every call goes through `checked`: forward and backward,
+calls also arrive by other routes: `torch.ops.fastntxent` used directly, saved-tensor and autograd hooks that return a
+different tensor, `.data =`, exported and traced programs. So every call goes through `checked`: forward and backward,
 with one process or many, on every backend.
 
-Each argument has one of these kinds. The same letter always means the same size.
+Each argument has one of these kinds. Within a call, the same letter means the same size.
 
-    rows N D    a dense floating-point matrix; all rows of a call share one dtype and device
-    full N D    the same, but only float32 or float64
+    rows N D    a dense floating-point matrix; all such matrices of a call share one dtype and device
+    full N D    like rows, but in float32 or float64 only
     ids N       one integer per row
     sums N      one number per row, in the accumulation dtype: float64 for float64 rows, else float32
     grad N D    a gradient in the accumulation dtype
@@ -51,7 +51,7 @@ class _Argument(NamedTuple):
 class _Call(NamedTuple):
     arguments: tuple[_Argument, ...]
     order: tuple[int, ...]  # the order of checking: rows come first because they set the sizes
-    inv_tau: int | None  # position among the arguments
+    inv_tau: int | None  # its position among the arguments, or None
     bias: int | None
 
 
@@ -146,7 +146,7 @@ _CALLS = {
 def checked(call: str, *values: Tensor | float) -> tuple[Any, ...]:
     """Return the tensors of a call in a form that kernels can read. Raise an error that names the first invalid one."""
     found: list[Any] = []
-    # Everything the checks depend on, except storage. A set look-up is faster than repeating them.
+    # Everything the checks depend on, except storage. A set look-up is faster than repeating the checks.
     known: list[Hashable] = [call]
     for x in values:
         if isinstance(x, Tensor):
@@ -179,7 +179,7 @@ def taken_by(call: str, arguments: Sequence[Any]) -> Sequence[Any]:
 
 
 def check_kinds(call: str, values: Sequence[Tensor | float]) -> None:
-    """Check layouts, dtypes, dimensions and devices, which are known for tensors without data too."""
+    """Check layouts, dtypes, numbers of dimensions and devices. These are known even for tensors without data."""
     arguments, order, *_ = _CALLS[call]
     rows, rows_name = rows_of(call, values), arguments[order[0]].name
     for index in order:
@@ -197,7 +197,7 @@ def check_kinds(call: str, values: Sequence[Tensor | float]) -> None:
             if x.device.type != "cpu":
                 raise ValueError(f"{name} must be in host memory, got {x.device}")
         elif x.device != rows.device and not (kind == "number" and x.device.type == "cpu"):
-            raise ValueError(f"{name} must be on the device of {rows_name}, {rows.device}, got {x.device}")
+            raise ValueError(f"{name} must be on the device of {rows_name} ({rows.device}), got {x.device}")
 
 
 def rows_of(call: str, values: Sequence[Any]) -> Tensor:
@@ -267,7 +267,7 @@ def _check_dtype(name: str, kind: str, dtype: torch.dtype, rows: Tensor, rows_na
             raise TypeError(f"{name} must have the dtype of {rows_name}, {rows.dtype}, got {dtype}")
     elif dtype != accumulation_dtype(rows.dtype):
         expected = accumulation_dtype(rows.dtype)
-        raise TypeError(f"{name} must be {expected} where {rows_name} is {rows.dtype}, got {dtype}")
+        raise TypeError(f"{name} must be {expected} when {rows_name} is {rows.dtype}, got {dtype}")
 
 
 def _check_storage(name: str, x: Tensor) -> None:

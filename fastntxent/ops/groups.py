@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def counts_of_groups(ids: Tensor, of: Tensor, in_order: Tensor | None = None) -> Tensor:
-    """Return how often each id of `of` (M,) occurs in `ids` (K,). in_order: `ids`, sorted."""
+    """Return how often each id of `of` (M,) occurs in `ids` (K,). in_order: a sorted copy of `ids`."""
     return _found(ids.sort().values if in_order is None else in_order, of.contiguous())[1]
 
 
@@ -23,11 +23,11 @@ def sums_of_groups(u: Tensor, ids: Tensor, of: Tensor) -> Tensor:
 
 
 def sums_and_counts(u: Tensor, ids: Tensor, in_order: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return, for each row, the sum of the rows of its group (M, D) and their number (M,). in_order: `ids`, sorted.
+    """Return the sum (M, D) of the rows in each row's group, and their number (M,). in_order: a sorted copy of `ids`.
 
     A group's sum is stored at the position where the group begins in sorted order, so the host need not ask the device
-    for the number of groups. Sums have a fixed order on every device, in the backward too. On a CPU that takes
-    `index_add`; on an accelerator it takes `index_put`, which sorts the indices first.
+    for the number of groups. Sums have a fixed order on every device, in the backward too. For this, a CPU uses
+    `index_add`, and an accelerator uses `index_put`, which sorts the indices first.
     """
     ids = ids.contiguous()
     place, counts = _found(ids.sort().values if in_order is None else in_order, ids)

@@ -1,19 +1,22 @@
 """Log-sum-exp over the negatives that a guide model accepts, in tiles of plain PyTorch on any device.
 
-The guide excludes probable false negatives: columns that it finds more similar to a row than the row's limit.
+The guide excludes probable false negatives: columns whose similarity to a row, according to the guide, exceeds the
+row's limit.
 
-    nu_i = log sum over {j : id_j != id_i and not g_ij > limit_i} of exp(k u_i . v_j),     g_ij = g_u_i . g_v_j
+    nu_i = log sum over {j : id_j != id_i and not g_ij > limit_i} of exp(k s_ij)
+    s_ij = u_i . v_j,  g_ij = g_u_i . g_v_j
 
 guided_neg_lse    (u, v, g_u, g_v, u_ids, v_ids, inv_tau, limits) -> nu (M,), -inf if no column is left
 
-A tile of the student's logits and the same tile of the guide's similarities are formed together, and the mask is
-dropped with the tile. No gradient flows through the mask. For upstream gradients w_i, and P_ij = exp(k s_ij - nu_i) if
-the pair counts, else 0,
+k is inv_tau. A tile of the logits of the model in training (the student) and the same tile of the guide's similarities
+are formed together, and the mask is dropped with the tile. No gradient flows through the mask. For upstream gradients
+w_i, and P_ij = exp(k s_ij - nu_i) if the pair counts, else 0,
 
     d/du_i = k w_i sum_j P_ij v_j      d/dv_j = k sum_i w_i P_ij u_i      d/dk = sum_ij w_i P_ij s_ij
 
-With u = 2 M K D and g = 2 M K E flops, the forward costs u + g and the backward 3u + g. A comparison with NaN is false,
-so a pair with a NaN in g_ij counts.
+A product costs 2 M K D flops for the student and 2 M K E for the guide, which has E features. The forward takes one
+product of each; the backward takes three of the student's and one of the guide's. A comparison with NaN is false, so a
+pair whose g_ij is NaN counts.
 """
 
 from __future__ import annotations
@@ -66,11 +69,11 @@ class GuidedTiles:
     def gradients(
         self, d_nu: Tensor, nu: Tensor, needs_u: bool, needs_v: bool
     ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """Return the gradients in the rows and the columns, None where not needed, and in inv_tau."""
+        """Return the gradients with respect to the rows, the columns (None where not needed) and inv_tau."""
         u, v = self._student.rows.u, self._student.cols.u
-        weights = d_nu.masked_fill(nu == -torch.inf, 0)  # a row without columns ignores its upstream gradient
+        weights = d_nu.masked_fill(nu == -torch.inf, 0)  # a row with no column left ignores its upstream gradient
         d_v = torch.zeros_like(v) if needs_v else None
-        d_u = torch.zeros_like(u) if needs_u or d_v is None else None  # inv_tau's gradient needs one of the two
+        d_u = torch.zeros_like(u) if needs_u or d_v is None else None  # d_inv_tau needs one of the two
         for tile, left_out in self._tiles():
             p = tile.values.sub_(nu[tile.rows, None]).exp_().masked_fill_(left_out, 0)
             p.mul_(weights[tile.rows, None])
@@ -104,7 +107,7 @@ def run_guided_neg_lse_backward(
     needs_u: bool,
     needs_v: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """Check the tensors and return the gradients in rows and columns, None where not needed, and in inv_tau."""
+    """Check the tensors. Return the gradients with respect to rows, columns (None where not needed) and inv_tau."""
     with autocast_off(rows.u):
         d_nu, *tensors, nu = checked("guided_neg_lse_backward", d_nu, *_flat(rows, cols, inv_tau, guide), nu)
         return GuidedTiles(*_records(*tensors)).gradients(d_nu, nu, needs_u, needs_v)

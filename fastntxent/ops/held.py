@@ -32,7 +32,7 @@ from .register import (
 def held_neg_lse(
     u: Tensor, rows: Tensor, u_ids: Tensor, row_ids: Tensor, held: Tensor | None, inv_tau: float | Tensor, backend: str
 ) -> Tensor:
-    """Return nu of u (M,) against the first `held` rows, -inf if that is none; differentiable in u and inv_tau.
+    """Return nu of u (M,) against the first `held` rows, -inf if `held` is 0; differentiable in u and inv_tau.
 
     held: a 0-d integer tensor in host memory, or None for all rows.
     """
@@ -150,7 +150,7 @@ def held_loss(
     mean: bool,
     backend: str,
 ) -> Tensor:
-    """Return the sum or mean of log(1 + exp(nu - against)), with nu of u against the first `held` rows.
+    """Return the sum or mean of log(1 + exp(nu - against)), where nu is taken over the first `held` rows.
 
     Differentiable in u, inv_tau and `against`.
     """

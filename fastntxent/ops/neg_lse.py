@@ -27,7 +27,7 @@ def neg_lse(u: Tensor, ids: Tensor, inv_tau: float | Tensor, backend: str) -> Te
 
 
 def neg_lse_sum(u: Tensor, ids: Tensor, inv_tau: float | Tensor, weights: Tensor, backend: str) -> Tensor:
-    """Return sum_i weights_i nu_i (0-d) over the rows with a negative, differentiable in u and inv_tau.
+    """Return sum_i weights_i nu_i (0-d) over the rows that have a negative, differentiable in u and inv_tau.
 
     The weights are known in the forward, so value and gradient come from one call.
     """
@@ -100,7 +100,7 @@ def _weighted_forward(
 
 
 def scalar_path_fake(u: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Return fake outputs of a scalar path: a value, and its gradients in u and inv_tau."""
+    """Return fake outputs of a scalar path: a value, and its gradients with respect to u and inv_tau."""
     dtype = accumulation_dtype(u.dtype)
     return u.new_empty((), dtype=dtype), u.new_empty(u.shape, dtype=dtype), u.new_empty((), dtype=dtype)
 
@@ -119,7 +119,7 @@ def scaled_scalar_path(ctx: Any, d_value: Tensor | None) -> tuple[Tensor | None,
     """Return the saved gradients times the upstream gradient."""
     if d_value is None:  # no upstream gradient
         return None, None
-    # Use the registered operator only if this may be differentiated again; otherwise scale the gradients here.
+    # Use the registered operator only if this backward may be differentiated; otherwise scale the gradients here.
     if torch.is_grad_enabled():
         d_u, d_inv_tau = _neg_lse_sum_backward(d_value, *saved(ctx))
         return d_u, d_inv_tau

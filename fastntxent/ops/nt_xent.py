@@ -1,4 +1,4 @@
-"""NT-Xent as operators: the scalar path, the weighted path, and the loss alone."""
+"""NT-Xent as operators: the scalar path, the weighted path (nu and pi of every row), and the loss alone."""
 
 from __future__ import annotations
 

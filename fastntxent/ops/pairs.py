@@ -4,9 +4,9 @@
     mask_product   (mask, x)       -> mask @ x, for a mask of any dtype
 
 These are operators so that a compiled, exported or traced graph does not depend on the number of pairs. A list of P
-pairs costs 2 P D flops forward and 4 P D backward, and its rows are gathered one piece at a time. A B x B mask costs
-2 B^2 D flops forward and the same backward. A mask whose dtype differs from x's is converted one piece at a time. Sums
-have a fixed order on every device.
+pairs costs 2 P D flops forward and 4 P D backward, and the rows of its pairs are gathered one piece at a time. A B x C
+mask costs 2 B C D flops forward and the same backward. A mask whose dtype differs from x's is converted one piece at a
+time. Sums have a fixed order on every device.
 """
 
 from __future__ import annotations
@@ -135,7 +135,8 @@ def _mask_backward_fake(d_out: Tensor, mask: Tensor, x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-# The backward needs only the shape of x. It takes x so that a second derivative reaches the function that refuses it.
+# The backward needs only the shape of x. It takes x itself so that a second derivative reaches the function that
+# refuses it.
 _mask_product_backward = register(
     "mask_product_backward(Tensor d_out, Tensor mask, Tensor x) -> Tensor", _mask_backward, _mask_backward_fake
 )

@@ -1,15 +1,16 @@
-"""Sums over all positive pairs, for losses with a term for each row of the same group.
+"""Sums over all positive pairs, for losses that have a term for every positive of a row.
 
     positive_lse   (u, v, u_ids, v_ids, inv_tau)      -> log sum over {j : id_j = id_i} of exp(k u_i . v_j)
     positive_sum   (u, v, u_ids, v_ids, inv_tau, nu)  -> sum over {j : id_j = id_i} of log(1 + exp(nu_i - k u_i . v_j))
 
-For a row without positives the log-sum-exp is -inf and the sum is 0. `same` means that v is u, row for row, so that a
-row is not its own positive.
+k is inv_tau. For a row without positives the log-sum-exp is -inf and the sum is 0. `same` means that v is u itself; a
+row is then not its own positive.
 
 Unless everything fits into one tile, both sides are sorted by id. Then all positives of a block of rows lie in one run
 of columns, which is processed tile by tile. The backward goes through the tiles again and recomputes their logits:
 
-    D_ij = d loss / d (k u_i . v_j)      d_u_i = k sum_j D_ij v_j      d_v_j = k sum_i D_ij u_i      d_k = sum D_ij s_ij
+    s_ij = u_i . v_j                D_ij = d loss / d (k s_ij)
+    d_u_i = k sum_j D_ij v_j        d_v_j = k sum_i D_ij u_i        d_k = sum_ij D_ij s_ij
 
 With n_c rows in group c the work is sum_c n_c^2 D, plus about a block's height of extra columns per row. The memory is
 the sorted rows and two tiles. The order of every sum is fixed. The host reads the ends of the runs once per call.
@@ -28,8 +29,8 @@ from ..algebra import accumulation_dtype, autocast_off, row_dots
 from .contract import checked
 from .register import register, save, saved
 
-# Rows in a block, and columns in a tile. Small blocks compute few extra pairs when groups have two rows. An accelerator
-# needs large tiles for fewer launches.
+# Rows in a block, and columns in a tile. Small blocks compute few extra pairs when groups have only two rows. On an
+# accelerator, large tiles save launches.
 _TILE_CPU = (128, 2048)
 _TILE_ACCELERATOR = (1024, 8192)
 
@@ -131,7 +132,10 @@ class PositiveTiles:
     def backward(
         self, d_logits: Callable[[PositiveTile], Tensor], *, needs_v: bool = True
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Return the gradients in u, v (None if not needed) and inv_tau, given each tile's gradient in the logits."""
+        """Return the gradients with respect to u, v (None if not needed) and inv_tau.
+
+        d_logits: returns the gradient with respect to a tile's logits.
+        """
         d_u, d_v = torch.zeros_like(self.u), torch.zeros_like(self.v) if needs_v else None
         for tile in self:
             d = d_logits(tile)
@@ -145,15 +149,15 @@ class PositiveTiles:
         return self.of_rows(d_u * self.inv_tau), d_v, d_inv_tau
 
     def by_row(self, x: Tensor) -> Tensor:
-        """Return per-row values in the order of the tiles."""
+        """Return per-row values, reordered like the rows of the tiles."""
         return x[self._row_order] if self._sorted else x
 
     def by_column(self, x: Tensor) -> Tensor:
-        """Return per-column values in the order of the tiles."""
+        """Return per-column values, reordered like the columns of the tiles."""
         return x[self._col_order] if self._sorted else x
 
     def of_rows(self, values: Tensor) -> Tensor:
-        """Return values in the order of the tiles, put back into the order of the rows."""
+        """Undo `by_row`: return values in the original order of the rows."""
         return _in_place_of(self._row_order, values) if self._sorted else values
 
 
@@ -166,12 +170,12 @@ def _in_place_of(order: Tensor, values: Tensor) -> Tensor:
 
 
 def through_lse(tile: PositiveTile, d_lse: Tensor, lse: Tensor) -> Tensor:
-    """Return the gradient in a tile's logits through the log-sum-exps of its rows (or of its columns)."""
+    """Return the gradient with respect to a tile's logits, through the log-sum-exps of its rows (or of its columns)."""
     return tile.logits.sub(lse).exp_().masked_fill_(~tile.mask, 0).mul_(d_lse)
 
 
 def through_sum(tile: PositiveTile, d_sum: Tensor, nu: Tensor) -> Tensor:
-    """Return the gradient in a tile's logits through the sums of its rows."""
+    """Return the gradient with respect to a tile's logits, through the sums of its rows."""
     return torch.sigmoid(nu - tile.logits).mul_(tile.mask).mul_(-d_sum)
 
 

@@ -1,13 +1,13 @@
 """Registration of operators: schema, fake kernel, autograd, `torch.func`, and a fast path for eager code.
 
-Autocast: operators run with autocast off and take embeddings in the dtype they arrive in. PyTorch rounds the output of
-a half-precision product to half precision *after* its sum, and no later float32 sum can undo that: at a temperature of
-0.1 the gradient's error grows from 1e-7 to 3e-3. Sums, exponentials and gradients stay in float32.
+Autocast: operators run with autocast off and take embeddings in the dtype they arrive in. Under autocast, PyTorch
+rounds the output of a half-precision product to half precision *after* its sum, and no later float32 sum can undo that:
+at a temperature of 0.1 the gradient's error grows from 1e-7 to 3e-3. Sums, exponentials and gradients stay in float32.
 
 Second derivatives: the kernels have none. Every `_backward` operator has a backward that raises, so that asking for a
-second derivative is an error and not a silent zero.
+second derivative is an error rather than a silent zero.
 
-Temperature: an operator that takes one has two overloads over the same functions. `Tensor inv_tau` may require a
+Temperature: an operator that takes one has two overloads with the same implementation. `Tensor inv_tau` may require a
 gradient or live on an accelerator. `float inv_tau` (the overload "float") needs no tensor, and compiled graphs hold it
 as a constant.
 
@@ -37,7 +37,8 @@ _INV_TAU = "Tensor inv_tau"
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _USE_REFERENCE = (
-    "pass backend='reference', which is plain PyTorch and can be differentiated in any way (its memory grows with M^2)"
+    "pass backend='reference', which is plain PyTorch and can be differentiated in any way (its memory grows with the "
+    "square of the number of rows)"
 )
 
 
@@ -48,7 +49,7 @@ def run_kernel(backend: str, method: str, *arguments: Any) -> Any:
 
 
 def call_kernel(backend: str, method: str, rows: Tensor, *arguments: Any) -> Any:
-    """Call a method of the backend that serves these rows, with autocast off. The arguments are checked already."""
+    """Call a method of the backend that serves these rows, with autocast off. The arguments are already checked."""
     two_views = _holds_two_views(method, arguments)
     kernel = getattr(kernels_for(backend, rows, two_views), method, None)
     if kernel is None:  # not every backend has kernels for limits, but plain PyTorch runs everywhere
@@ -58,7 +59,7 @@ def call_kernel(backend: str, method: str, rows: Tensor, *arguments: Any) -> Any
 
 
 def _holds_two_views(method: str, arguments: tuple[Any, ...]) -> bool:
-    """Return whether a call's rows are the first of two views, both of which count for the size of the call."""
+    """Return whether a call's rows are only the first of two views, so that the call has twice as many rows."""
     if method in ("sigmoid_scalar", "sigmoid_value"):
         *_, two_views = arguments[:6]  # after both matrices, inv_tau, bias and normalize
         return bool(two_views)
@@ -94,7 +95,8 @@ def save(ctx: Any, *values: Any) -> None:
 def save_gradients(ctx: Any, gradients: Sequence[Tensor], *inputs: Tensor | float) -> None:
     """Save gradients that were computed with the value.
 
-    The inputs are saved only so that a second derivative reaches the function that refuses it.
+    The inputs are saved so that an in-place change is detected, and so that a second derivative reaches the function
+    that refuses it.
     """
     ctx.mark_non_differentiable(*gradients)
     ctx.set_materialize_grads(False)  # do not allocate zeros for outputs without an upstream gradient
@@ -106,7 +108,8 @@ def save_gradients(ctx: Any, gradients: Sequence[Tensor], *inputs: Tensor | floa
 def watched_by_autograd(result: Tensor, x: Tensor) -> bool:
     """Return whether autograd itself detects an in-place change of x before the backward of `result`.
 
-    It does if `result` saved this very tensor, and no saved-tensor hook (as in activation checkpointing) replaced it.
+    It does if this very tensor was saved for that backward, and no saved-tensor hook (as in activation checkpointing)
+    replaced it.
     """
     return id(x) in getattr(result.grad_fn, "watched", ())
 
@@ -226,7 +229,7 @@ def function_of(
 
 
 def uncompiled(function: _Function) -> _Function:
-    """Return the function in a form that torch.compile runs eagerly (a graph break), with everything that it calls."""
+    """Return the function in a form that torch.compile runs eagerly, including all that it calls (a graph break)."""
     left_out = _disable_dynamo(function)
 
     @functools.wraps(function)
@@ -238,7 +241,7 @@ def uncompiled(function: _Function) -> _Function:
 
 
 def _without_gradient_of_a_float(backward: Callable[..., Any], place: int) -> Callable[..., Any]:
-    """Return a backward that gives None for inv_tau's gradient unless it is needed."""
+    """Return a backward that returns None for inv_tau's gradient unless that gradient is needed."""
 
     def call(ctx: Any, *gradients: Any) -> Any:
         found = backward(ctx, *gradients)
@@ -250,7 +253,7 @@ def _without_gradient_of_a_float(backward: Callable[..., Any], place: int) -> Ca
 
 
 def _checking_kinds(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a fake kernel that also makes the kernel's checks, except those that need data."""
+    """Return a fake kernel that also runs the checks of the real kernel, except for checks that need data."""
 
     def call(*args: Any) -> Any:
         check_kinds(name, taken_by(name, args))

@@ -27,7 +27,7 @@ def register_scalar_path(
 
     options: the schema of the arguments that the kernels take after the tensors.
     with_needs: `_scalar` also takes needs_i and needs_j, and its kernel returns None for a gradient that is not needed.
-    with_bias: a bias, added to every logit, follows inv_tau.
+    with_bias: after inv_tau, the operators also take a bias, which is added to every logit.
     """
     numbers = ["inv_tau", "bias"] if with_bias else ["inv_tau"]
     taken = 2 + len(numbers)  # the number of tensors before the options
@@ -63,10 +63,10 @@ def register_scalar_path(
     def autograd(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if d_loss is None:  # no upstream gradient
             return *[None] * taken, *of_options
-        # Use the registered operator only if this may be differentiated again; otherwise scale the gradients here.
+        # Use the registered operator only if this backward may be differentiated; otherwise scale the gradients here.
         if torch.is_grad_enabled():
             return *backward(d_loss, *saved(ctx)), *of_options
-        needed, kept = ctx.needs_input_grad, ctx.saved_tensors  # activation checkpointing allows only one read
+        needed, kept = ctx.needs_input_grad, ctx.saved_tensors  # activation checkpointing lets them be read only once
         (d_z_i, d_z_j, *d_numbers), (z_i, z_j) = kept[:taken], kept[taken : taken + 2]
         return (
             scaled(d_loss, d_z_i, z_i) if needed[0] else None,

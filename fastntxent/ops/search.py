@@ -1,6 +1,6 @@
 """Nearest neighbours by cosine similarity, computed in tiles.
 
-It is an operator so that a graph does not depend on the number of tiles.
+It is an operator so that a compiled graph does not depend on the number of tiles.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _QUERIES = 1024  # the most rows in a tile
 # the top-k within a tile, not to merging the results of many tiles.
 _COLUMNS = 8192
 _COLUMNS_PER_K = 256
-_TIED = 2**18  # the most similarities that are searched again at a time, for rows with a tie
+_TIED = 2**18  # the most similarities searched again at a time, in rows whose k-th place is tied
 
 
 def _forward(queries: Tensor, corpus: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -49,12 +49,12 @@ nearest = register("nearest(Tensor queries, Tensor corpus, SymInt k) -> (Tensor,
 def _merge_columns(
     found: Tensor, found_indices: Tensor, queries: Tensor, v: Tensor, first: int, height: int, buffer: Tensor
 ) -> None:
-    """Merge the top k among the unit rows v, whose indices begin at `first`, into the results so far, in place."""
+    """Merge the top k of the unit rows v into the results so far, in place. Row 0 of v has index `first`."""
     k = found.shape[1]
     for rows, scores, indices in zip(*(x.split(height) for x in (queries, found, found_indices)), strict=True):
         u = unit_rows(rows)
         sims = torch.mm(u, v.T, out=buffer[: len(u) * len(v)].view(len(u), len(v)))
-        # NaN does not compare with numbers; rank it last.
+        # Every comparison with NaN is false; rank NaN last.
         best, columns = _largest(sims.nan_to_num_(nan=-torch.inf), min(k, len(v)))
         if first:
             # The sort is stable and earlier columns come first, so equal scores stay in the order of their indices.

@@ -6,15 +6,16 @@
 soft_dots       (u, v, t_u, t_v, u_ids, v_ids, inv_tau, rows_lse, cols_lse) -> rows (M,), cols (K,)
 soft_dots_sum   the same                                                   -> the sum of both, d_u, d_v
 
-t, k and lse belong to the teacher. A teacher may also be a function that returns similarities. It then has no t and
-fits no operator schema, so it uses plain autograd functions, which run eagerly under torch.compile. The results are
-linear in the student's similarities. For upstream gradients a_i of the rows and c_j of the columns,
+t, k (inv_tau) and lse belong to the teacher. A teacher may also be a function that returns similarities. Such a teacher
+has no t and fits no operator schema, so plain autograd functions handle it, which run eagerly under torch.compile. The
+results are linear in the student's similarities. For upstream gradients a_i of the rows and c_j of the columns,
 
     G_ij = a_i p_ij + c_j q_ij      d/du_i = sum_j G_ij v_j      d/dv_j = sum_i G_ij u_i
 
-For `soft_dots_sum` a and c are 1, and the value follows from the gradient as sum_i u_i . d/du_i, without a tile of the
-student's similarities. The teacher gets no gradient. With u = 2 M K D and t = 2 M K E flops, `soft_dots` costs u + t
-and its backward t + 2u; `soft_dots_sum` costs t + 2u in all.
+For `soft_dots_sum` a and c are 1, and the value follows from the gradient as sum_i u_i . d/du_i, so no tile of the
+student's similarities is needed. The teacher gets no gradient. A product costs 2 M K D flops for the student and, with
+E features, 2 M K E for the teacher. `soft_dots` takes one product of each, and its backward two of the student's and
+one of the teacher's; `soft_dots_sum` takes two of the student's and one of the teacher's in all.
 """
 
 from __future__ import annotations
@@ -69,8 +70,8 @@ def called_neg_lse(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return nu of the rows (M,), nu of the columns (K,) and the positive logits (M,) of a teacher function.
 
-    A row's positive is the column with its id; at most one column may have it. Without one the logit is 0. The results
-    have no gradient.
+    A row's positive is the column with the row's id; at most one column may have that id. Without a positive the logit
+    is 0. The results have no gradient.
     """
     return _called_neg_lse(row_ids, col_ids, similarities, inv_tau, dtype)
 
@@ -103,7 +104,7 @@ class SoftTargets:
     def gradients(
         self, weights: tuple[Tensor, Tensor] | None, needs_u: bool, needs_v: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Return the gradients in the rows and in the columns, None where not needed.
+        """Return the gradients with respect to the rows and the columns, None where not needed.
 
         weights: the upstream gradients of the rows' and the columns' sums, or None if all are 1.
         """
@@ -136,7 +137,7 @@ class SoftTargets:
 
 
 def soft_targets(call: str, *given: Any) -> tuple[SoftTargets, tuple[Any, ...]]:
-    """Check a call's tensors, and return the tiles and the upstream gradients that precede the other tensors."""
+    """Check a call's tensors. Return the tiles, and the upstream gradients, which come before the other tensors."""
     *weights, u, v, t_u, t_v, u_ids, v_ids, inv_tau, rows_lse, cols_lse = checked(call, *given)
     teacher = Teacher(t_u, t_v, inv_tau, rows_lse, cols_lse)
     return SoftTargets(Side(u, u_ids), Side(v, v_ids), teacher), tuple(weights)
@@ -236,7 +237,7 @@ def _sum_autograd(ctx: Any, d_sum: Tensor | None, *_: Any) -> tuple[Tensor | Non
     needs_u, needs_v = ctx.needs_input_grad[:2]
     if d_sum is None:  # no upstream gradient
         return (None,) * len(ctx.needs_input_grad)
-    if torch.is_grad_enabled():  # the registered operator is needed only if this may be differentiated again
+    if torch.is_grad_enabled():  # the registered operator is needed only if this may itself be differentiated
         d_u, d_v = _soft_dots_sum_backward(d_sum, *saved(ctx))
     else:
         d_u, d_v, u, v = ctx.saved_tensors

@@ -17,7 +17,7 @@ from .scalar import register_scalar_path
 def softplus_sums(
     rows: Side, cols: Side | None, inv_tau: float | Tensor, bias: Tensor, *, positives: bool, backend: str
 ) -> Tensor:
-    """Return each row's sum of log(1 + exp(x)) over columns of other groups (M,), where x = k u_i . v_j + b.
+    """Return each row's sum of log(1 + exp(x)) over columns of other groups (M,), where x = inv_tau u_i . v_j + bias.
 
     Without `cols` the rows are compared among themselves. With `positives`, which needs columns, the sum includes
     log(1 + exp(-x)) over columns of the same group. Differentiable in the rows, the columns, inv_tau and bias.

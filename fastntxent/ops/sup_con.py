@@ -2,7 +2,8 @@
 
     sup_con_scalar (z, ids, inv_tau) -> loss, d_z, d_inv_tau
 
-P(i) are the other rows with row i's id, c_i is their number, and v_i is the row's weight (0 without positives):
+l_ij are the logits, P(i) is the set of other rows with row i's id, c_i is their number, and v_i is the row's weight (0
+without positives):
 
     out    sum v_i (log sum_{j != i} e^{l_ij} - mean_{p in P(i)} l_ip)
     in     sum v_i (log(1 + e^{nu_i - lse_i}) + log c_i)       nu over rows of other ids, lse over P(i)
@@ -10,9 +11,9 @@ P(i) are the other rows with row i's id, c_i is their number, and v_i is the row
     pairs  sum v_i / c_i sum_{p in P(i)} log(1 + e^{nu_i - l_ip})
 
 The gradient is computed directly, without an autograd graph. The backend's kernels compute the log-sum-exps over other
-ids, and positives.py the sums over positives, sorting the rows only once for forward and backward. If the host can see
-that every id occurs exactly twice, the rows are two views and one call of NT-Xent computes the loss. A backend with a
-`sup_con_scalar` computes everything in one call.
+ids. positives.py computes the sums over positives, and sorts the rows only once for forward and backward. If the host
+can see that every id occurs exactly twice, the rows are two views and one call of NT-Xent computes the loss. A backend
+with a `sup_con_scalar` computes everything in one call.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from .register import kernels_for, register, save_gradients
 def sup_con_scalar(
     z: Tensor, ids: Tensor, inv_tau: float | Tensor, form: str, normalize: bool, mean: bool, backend: str
 ) -> Tensor:
-    """Return the sum or mean over the rows with a positive (0-d), differentiable in z and inv_tau."""
+    """Return SupCon as a sum or mean over the rows with a positive (0-d), differentiable in z and inv_tau."""
     return _sup_con_scalar(z, ids, inv_tau, form, normalize, mean, backend)
 
 
@@ -60,7 +61,7 @@ def _forward(
 
 
 def _all_in_pairs(in_order: Tensor) -> bool:
-    """Return whether each id occurs exactly twice, so that every form equals NT-Xent. False if not in host memory."""
+    """Return whether each id occurs exactly twice, so that every form equals NT-Xent. False on an accelerator."""
     if not in_order.is_cpu or len(in_order) % 2:
         return False
     first, second = in_order[::2], in_order[1::2]
@@ -82,7 +83,7 @@ _Result = tuple[Tensor, Tensor, Tensor]  # loss, d_u, d_inv_tau
 
 
 def _row_weights(counts: Tensor, mean: bool, dtype: torch.dtype) -> Tensor:
-    """Return each row's weight in the loss: 0 without positives."""
+    """Return each row's weight in the loss, which is 0 for a row without positives."""
     weights = (counts > 0).to(dtype)
     return weights.div_(weights.sum().clamp_min_(1)) if mean else weights
 
@@ -143,7 +144,7 @@ def _add_negatives(
     k: float | Tensor,
     upstream: Upstream,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients in u and k: through the positive pairs, with u on both sides, plus through nu."""
+    """Return the gradients with respect to u and k, through nu and through the positive pairs (u is on both sides)."""
     d_rows, d_cols, d_k = of_pairs
     assert d_cols is not None
     d_u, d_k_of_nu = kernels.neg_lse_backward(rows, k, upstream)

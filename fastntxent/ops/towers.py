@@ -11,9 +11,9 @@ from .scalar import register_scalar_path
 def info_nce_scalar(
     z_i: Tensor, z_j: Tensor, inv_tau: float | Tensor, normalize: bool, both: bool, mean: bool, backend: str
 ) -> Tensor:
-    """Return the sum or mean of N losses in which the queries z_i pick their keys z_j (InfoNCE).
+    """Return the sum or mean of N losses (InfoNCE): in loss n, the query z_i[n] picks its key z_j[n].
 
-    With `both` (CLIP) return the mean of this loss and the loss in which the keys pick their queries. Differentiable in
+    With `both` (CLIP), return the mean of this loss and the loss in which each key picks its query. Differentiable in
     both sides and inv_tau. Backends can skip the gradient of a side that does not need one.
     """
     needs_i, needs_j = may_be_differentiated(z_i), may_be_differentiated(z_j)

@@ -78,8 +78,8 @@ def image_tensors(arrays: Arrays, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the training images and the test images.
 
     Args:
-        arrays: the images, all of one size. Both parts are assumed to have the same range of values.
-        mask: mask of the held-out images if there is no test part, else None.
+        arrays: the images, all of the same size. Training and test images are assumed to share one range of values.
+        mask: boolean mask that selects the held-out images if there is no test part, else None.
 
     Raises:
         ValueError: a dtype or range is not valid for images.
@@ -103,7 +103,7 @@ def image_tensors(arrays: Arrays, mask: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def image_blocks(arrays: Arrays) -> tuple[tuple[int, int, int], Iterator[Tensor]]:
-    """Return the shape (C, H, W) of the images `arrays.images`, and an iterator over uint8 tensors of blocks of them.
+    """Return the shape (C, H, W) of each image in `arrays.images`, and an iterator over uint8 tensors, one per block.
 
     Raises:
         ValueError: a shape, dtype or range is not valid for images.
@@ -114,11 +114,11 @@ def image_blocks(arrays: Arrays) -> tuple[tuple[int, int, int], Iterator[Tensor]
 
 
 def check_shapes(arrays: Arrays) -> None:
-    """Raise ValueError unless the arrays are images of one size."""
+    """Raise ValueError unless the arrays are images of the same size."""
     named = _named(arrays)
     shapes = [_layout(name, rows.shape).shape for name, rows in named]
     if shapes[0] != shapes[-1]:
-        raise ValueError(f"{named[1][0]} must have the channels and size of images, {shapes[0]}, got {shapes[1]}")
+        raise ValueError(f"{named[1][0]} must have the same channels and size as images, {shapes[0]}, got {shapes[1]}")
 
 
 def _named(arrays: Arrays) -> list[tuple[str, Rows]]:
@@ -148,7 +148,7 @@ def _layout(name: str, shape: tuple[int, ...], least: int = 2) -> _Layout:
         )
     if shape[0] < least or min(layout.shape[1:]) < MIN_SIZE:
         images = "2 images" if least == 2 else "1 image"
-        raise ValueError(f"{name} must be at least {images} of {MIN_SIZE} x {MIN_SIZE} pixels, got {shape}")
+        raise ValueError(f"{name} must hold at least {images} of at least {MIN_SIZE} x {MIN_SIZE} pixels, got {shape}")
     return layout
 
 
@@ -169,7 +169,7 @@ def _without_copy(rows: Rows, layout: _Layout) -> Tensor | None:
 def _fill(
     rows: Rows, layout: _Layout, convert: Callable[[Array], Array], targets: Sequence[tuple[Tensor, Tensor]]
 ) -> None:
-    """Write the rows of each mask, in order, to the tensor paired with it."""
+    """Write the rows that each mask selects, in order, to the tensor paired with the mask."""
     start = 0
     filled = [0] * len(targets)
     for images in _converted(rows, layout, convert):
@@ -223,7 +223,7 @@ def _is_deep(rows: Rows) -> bool:
 
 
 def _range(rows: Rows) -> tuple[Any, Any]:
-    """Return the smallest and the largest value; NaN if a value is NaN."""
+    """Return the smallest and the largest value; both are NaN if any value is NaN."""
     ends = [(block.min(), block.max()) for block in rows.blocks()]
     return np.min([low for low, _ in ends]), np.max([high for _, high in ends])
 

@@ -5,7 +5,7 @@ a view costs one small matrix product and one `grid_sample`. All colour changes 
 grey) are one 3 x 3 matrix per image. All random numbers of a call come from a single draw of a CPU generator, so the
 views depend only on (generator state, batch) and are the same on every device.
 
-Why not kornia 0.9.0? With the same changes on two CPU threads, the medians are:
+Why not kornia 0.9.0? With the same changes on two CPU threads, the median times are:
     512 grey images of 28 x 28, `digits`: 6 ms; kornia 25 ms (4 times), or 6 ms without its elastic bend;
     128 colour images of 32 x 32, `photos`: 4 ms; kornia 14 ms (3.4 times).
 It would also be one more dependency, and its random numbers cannot come from the caller's generator.
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# The elastic bend is a GRID x GRID lattice of displacements, interpolated to the image.
+# The elastic bend is a GRID x GRID lattice of displacements, interpolated to the pixels.
 _GRID = 4
 _N_SCALARS = 20
 _LUMA = (0.299, 0.587, 0.114)
@@ -29,14 +29,14 @@ _LUMA = (0.299, 0.587, 0.114)
 class Preset:
     """The random changes that make a view. With the default of every field, a view is the image itself.
 
-    Geometry: a view shows a crop, whose area as a fraction of the image's is drawn from the range `area` (above 1, the
-    view zooms out). `aspect` is the largest ratio of width to height of the crop, and `rotate` the largest angle in
+    Geometry: a view shows a crop. Its area, as a fraction of the image's area, is drawn from the range `area` (values
+    above 1 zoom out). `aspect` is the largest ratio of width to height of the crop, and `rotate` the largest angle in
     degrees. `shear`, `shift` and `elastic` (the displacement of a lattice point) are maxima in half image widths.
     `flip` is the probability of a horizontal flip. `padding` is the padding mode outside the image.
 
     Colour: `brightness`, `contrast` and `saturation` are the largest relative changes, and `hue` is the largest turn of
-    the colour wheel as a fraction of a full turn. All four are applied with probability `jitter`. `gray`, `blur` and
-    `erase` are the probabilities of converting to grey, of a blur, and of erasing one rectangle.
+    the colour wheel as a fraction of a full turn. All four are applied together, with probability `jitter`. `gray`,
+    `blur` and `erase` are the probabilities of converting to grey, of a blur, and of erasing one rectangle.
     """
 
     area: tuple[float, float] = (1.0, 1.0)
@@ -92,8 +92,8 @@ def two_views(
         images: (N, C, H, W) uint8.
         preset: the random changes.
         generator: a CPU generator, advanced by one draw.
-        rows, batch: if the images are a part of a batch, their places (N,) in it and its size. Each image then gets the
-            same views as in the whole batch.
+        rows, batch: for images that are a part of a larger batch, their indices (N,) in that batch, and the batch's
+            size. Each image then gets the same views as if the whole batch had been passed.
 
     Returns:
         Two (N, C, H, W) float32 tensors in [0, 1] on the device of `images`.
@@ -149,7 +149,7 @@ class _Draws:
         return next(self._columns) < probability
 
     def weight(self, probability: float) -> Tensor:
-        """Return blending weights: 0 with probability 1 - p, otherwise uniform in (0, 1)."""
+        """Return blending weights: 0 with probability 1 - `probability`, otherwise uniform in (0, 1)."""
         u = next(self._columns)
         return (1 - u / max(probability, 1e-9)).clamp_(min=0)
 
@@ -166,7 +166,7 @@ def _basis(height: int, width: int, device: torch.device) -> Tensor:
 
 
 def _sampling_grid(preset: Preset, uniform: _Draws, lattice: Tensor, size: torch.Size) -> Tensor:
-    """Return the position in the original, from -1 to 1, from which each pixel of the view is read: (N, H, W, 2)."""
+    """Return where in the image (its edges are at -1 and 1) each pixel of the view is read: (N, H, W, 2)."""
     area = uniform.between(*preset.area).sqrt()
     ratio = uniform.around(0, math.log(preset.aspect) / 2).exp()
     angle = uniform.around(0, math.radians(preset.rotate))
@@ -224,7 +224,8 @@ def _blur(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _erase(x: Tensor, probability: float, uniform: _Draws) -> Tensor:
-    """Fill a rectangle with the image's mean. Its sides are between a fifth and a half of the image's."""
+    """With the given probability, fill a rectangle of each image with the image's mean. The rectangle's height and
+    width are between a fifth and a half of the image's."""
     on = uniform.happens(probability)
     height, width = x.shape[-2:]
 

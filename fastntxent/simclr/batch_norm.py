@@ -2,13 +2,13 @@
 
 Rank r has n_r values of a channel, with mean m_r and sum of squared deviations q_r:
 
-    n = sum_r n_r,    m = sum_r n_r m_r / n,    n v = sum_r q_r + n_r (m_r - m)^2
+    n = sum_r n_r,    m = sum_r n_r m_r / n,    n v = sum_r (q_r + n_r (m_r - m)^2)
 
     y = gamma x_hat + beta,    x_hat = (x - m) / sqrt(v + eps)
-    d_x = gamma / sqrt(v + eps) (d_y - (sum d_y + x_hat sum d_y x_hat) / n)        sums over all ranks
+    d_x = gamma / sqrt(v + eps) (d_y - (sum d_y + x_hat sum d_y x_hat) / n)    sums over the rows of all ranks
 
-torch.nn.SyncBatchNorm does the same on CUDA devices only. This one runs on any device, with any number of rows on each
-rank, including none. For C channels each rank sends 2 C + 1 numbers in the forward and 2 C in the backward.
+torch.nn.SyncBatchNorm does the same on CUDA devices only. This module runs on any device, with any number of rows on
+each rank, including zero. For C channels each rank sends 2 C + 1 numbers in the forward and 2 C in the backward.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def over_ranks(model: nn.Module, group: dist.ProcessGroup) -> nn.Module:
 
 
 def without_sync(model: nn.Module) -> None:
-    """Turn SyncBatchNorms, which need CUDA, into ordinary batch norms, in place. `over_ranks` does the same
-    anywhere."""
+    """Replace SyncBatchNorms, which need CUDA, with ordinary batch norms, in place. `over_ranks` synchronises these on
+    any device."""
     for module in model.modules():
         if type(module) is nn.SyncBatchNorm:
             module.process_group = None  # a process group cannot be copied
@@ -51,7 +51,7 @@ class BatchNormAnyDim(_BatchNorm):
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.ndim < 2:
-            raise ValueError(f"expected an input of at least 2 dimensions, got {input.ndim}")
+            raise ValueError(f"the input must have at least 2 dimensions, got {input.ndim}")
 
 
 class _OverRanks(nn.Module):
@@ -69,8 +69,8 @@ class _OverRanks(nn.Module):
 class _StatisticsOfAll(TorchFunctionMode):
     """Replaces F.batch_norm in training mode.
 
-    Every batch norm calls that function, so none of these needs a special case: subclasses with an activation in the
-    forward, shared or frozen modules, and modules without parameters or running statistics.
+    Every batch norm calls that function, so there are no special cases for subclasses with an activation in the
+    forward, for shared or frozen modules, or for modules without parameters or running statistics.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -102,7 +102,7 @@ def _batch_norm(
     eps: float,
     group: dist.ProcessGroup,
 ) -> Tensor:
-    """Return F.batch_norm in training mode over the rows of all ranks."""
+    """Return F.batch_norm in training mode, with the statistics of the rows of all ranks."""
     n, mean, var = moments(input.detach(), group)
     if running_mean is not None:
         running_mean.lerp_(mean.to(running_mean.dtype), momentum)

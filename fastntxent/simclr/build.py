@@ -1,4 +1,4 @@
-"""Device and model of a run, and loading the encoder from its checkpoint."""
+"""The device and the model of a run, and loading a trained encoder from a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name: str, ranks: Ranks = ALONE) -> torch.device:
-    """Return the device of `--device`; for cuda on several ranks, this rank's GPU. ValueError if it does not exist."""
+    """Return the device of `--device`: for cuda on several ranks, this rank's GPU. ValueError if it cannot be used."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if ranks.group and name.startswith("cuda"):
         if name != "cuda":
-            raise ValueError(f"--device must be cuda for {ranks.world} ranks, which gives each a GPU, got {name}")
+            raise ValueError(f"--device must be cuda for {ranks.world} ranks, one GPU for each, got {name}")
         if ranks.local >= torch.cuda.device_count():
             raise ValueError(
-                f"--device cuda needs a GPU for each rank of a machine, got {torch.cuda.device_count()} for rank "
-                f"{ranks.local} there; start fewer with --nproc-per-node, or use --device cpu"
+                f"--device cuda needs a GPU for each rank on a machine, got {torch.cuda.device_count()} for rank "
+                f"{ranks.local} on this one; start fewer ranks with --nproc-per-node, or use --device cpu"
             )
         torch.cuda.set_device(ranks.local)
         return torch.device("cuda", ranks.local)
@@ -40,14 +40,15 @@ def pick_device(name: str, ranks: Ranks = ALONE) -> torch.device:
 
 
 def make_model(config: Config, data: TrainingData, device: torch.device, encoder: nn.Module | None = None) -> SimCLR:
-    """Return the model of a run as it is before its first step.
+    """Return the model of a run as it is before the first step.
 
     Args:
         encoder: a user's module that replaces `config.model`. It maps standardised images (N, C, H, W) to features
             (N, F). It is moved to the device and trained in place.
 
     Raises:
-        ValueError: the encoder cannot be built or trained on this data, or the device lacks the mixed precision.
+        ValueError: the encoder cannot be built or trained on this data, or the device does not support the mixed
+            precision.
         ImportError: a package or module of the encoder cannot be imported.
     """
     on_cuda = device.type == "cuda"
@@ -76,9 +77,9 @@ def load_encoder(path: Path | str, encoder: nn.Module | None = None) -> Encoder:
 
     Args:
         path: a run's folder, or a checkpoint of this trainer.
-        encoder: a module of the trained architecture, whose parameters are replaced. Required for a run whose Trainer
-            was given a module. For other runs it replaces the network that the checkpoint names, so nothing is
-            imported by name.
+        encoder: a module of the trained architecture; its parameters are overwritten. Required if the run's Trainer was
+            given a module. For other runs, the module is used in place of the network that the checkpoint names, so
+            nothing is imported by name.
 
     Returns:
         A module that maps float images (N, C, H, W) in [0, 1] to features (N, F). Its attributes `channels` and
@@ -130,10 +131,10 @@ _PREFIX = "encoder."
 
 
 def load_parameters(module: nn.Module, parameters: dict[str, torch.Tensor], name: str) -> None:
-    """Load a checkpoint's parameters. ValueError, naming the file, if they do not match this architecture."""
+    """Load a checkpoint's parameters. ValueError, naming the file, if they do not match the module."""
     try:
         module.load_state_dict(parameters)
     except (RuntimeError, TypeError, AttributeError) as error:
         _, *differences = str(error).splitlines() or [""]
         words = "; ".join(difference.strip() for difference in differences[:3]) or str(error)
-        raise ValueError(f"{name} holds the parameters of another architecture: {printable(words)[:500]}") from error
+        raise ValueError(f"{name} holds parameters of a different architecture: {printable(words)[:500]}") from error

@@ -17,11 +17,11 @@ from .output import printable
 FILE_NAME = "checkpoint.pt"
 FORMAT = 2
 
-# torch.save writes a zip archive. Its comment, which torch.load ignores, holds the checksum of all bytes before it. The
-# checksums of zip do not cover the directory and the padding, and torch.load verifies none of them.
+# torch.save writes a zip archive. Its comment, which torch.load ignores, holds the checksum of all bytes before it.
+# Zip's own checksums do not cover the directory and the padding, and torch.load does not verify them.
 _MARK = b"fastntxent sha256 "
 _COMMENT_SIZE = len(_MARK) + 2 * hashlib.sha256().digest_size
-_NO_COMMENT = (0).to_bytes(2, "little")  # the last two bytes of an archive without one
+_NO_COMMENT = (0).to_bytes(2, "little")  # the last two bytes of an archive without a comment
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -63,7 +63,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     name = printable(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint to resume from at {name}")
-    with path.open("rb") as file:  # stays the same file even if another one takes its name
+    with path.open("rb") as file:  # stays on this file even if another is renamed to its path
         size = file.seek(0, os.SEEK_END) - _COMMENT_SIZE
         file.seek(max(size, 0))
         comment = file.read()
@@ -73,7 +73,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         file.seek(0)
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # arbitrary bytes make the unpickler raise anything
+        except Exception as error:  # arbitrary bytes can make the unpickler raise anything
             raise ValueError(f"{name} cannot be read as a checkpoint ({type(error).__name__})") from error
     if not (marked and isinstance(state, dict) and state.get("format") == FORMAT):
         raise ValueError(f"{name} is not a checkpoint of this version of the trainer, or is damaged")
@@ -110,7 +110,7 @@ def with_saved_options(given: dict[str, Any]) -> Config:
 
 
 def check_agreement(now: dict[str, Any], saved: dict[str, Any], fingerprint: str, saved_fingerprint: str) -> None:
-    """Raise ValueError if a resumed run would differ. The error names each difference in settings or data."""
+    """Raise ValueError if the settings or the data differ from the checkpoint's. The error names each difference."""
     saved = {**Config().to_dict(), **saved}  # defaults for options that are newer than the checkpoint
     differing = [
         f"{flag(option.name)} (checkpoint {saved[option.name]}, now {now[option.name]})"

@@ -50,7 +50,7 @@ def check_labels(name: str, labels: Any, count: int, classes: int) -> None:
         kind = f"{labels.dtype} on {labels.device}" if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"{name} must be an int64 tensor on the CPU, got {kind}")
     if labels.shape != (count,):
-        raise ValueError(f"{name} must have the shape ({count},), one for each image, got {tuple(labels.shape)}")
+        raise ValueError(f"{name} must have the shape ({count},), one label per image, got {tuple(labels.shape)}")
     low, high = int(labels.min()), int(labels.max())
     if low < UNLABELLED or high >= classes:
         raise ValueError(

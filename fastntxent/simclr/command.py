@@ -33,7 +33,7 @@ SUB_COMMANDS = {"study": study, "embed": embed, "export": export}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the trainer or a sub-command and return the exit status. One of several ranks ends its process instead."""
+    """Run the trainer or a sub-command and return the exit status. On several ranks, exit with that status instead."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):  # a stream without reconfigure

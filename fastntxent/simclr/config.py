@@ -29,7 +29,7 @@ class Config:
     """The settings of one run. `--help` explains each of them, and `check` validates the values."""
 
     data: str = _option("mnist5k", "data", "data set", choices=tuple(SOURCES))
-    data_dir: Path | None = _option(  # noqa: RUF009 (a path does not change)
+    data_dir: Path | None = _option(  # noqa: RUF009 (a path is immutable)
         None, "data", "folder of the data set's files; for npz, the file itself", same=False, type=Path, metavar="PATH"
     )
     image_size: int | None = _option(
@@ -56,7 +56,7 @@ class Config:
 
     model: str = _option(
         "conv", "model", "encoder: conv, resnet18, resnet50, timm:NAME, torchvision:NAME, or package.module:factory, a "
-        "function that returns a module that maps images (N, C, H, W) to features (N, F)",
+        "function that returns a module from images (N, C, H, W) to features (N, F)",
         metavar="NAME",
     )  # fmt: skip
     width: int = _option(
@@ -94,14 +94,14 @@ class Config:
     )  # fmt: skip
 
     epochs: int = _option(
-        65, "training", "passes over the data; the learning-rate schedule depends on it, so a resumed run cannot "
-        "change it", metavar="N",
+        65, "training", "passes over the data; the learning-rate schedule depends on them, so a resumed run cannot "
+        "change the number", metavar="N",
     )  # fmt: skip
     max_steps: int = _option(
         0, "training", "stop after this many steps, counted from the start of the run; the schedule does not change, "
         "so a later --resume continues as if there had been no stop; 0: no limit", same=False, metavar="N",
     )  # fmt: skip
-    batch_size: int = _option(256, "training", "images per step, over all ranks together under torchrun", metavar="N")
+    batch_size: int = _option(256, "training", "images per step; under torchrun, the total of all ranks", metavar="N")
     accumulate_batch: int = _option(
         0, "training", "images that the loss sees per step, in place of --batch-size, while the encoder runs on "
         "--chunk images at a time (gradient caching); 0: off", metavar="B",
@@ -114,7 +114,7 @@ class Config:
         0.0, "training", "peak learning rate; 0: 0.003 for adamw, 0.075 sqrt(batch) for lars", metavar="LR"
     )
     weight_decay: float = _option(
-        1e-4, "training", "weight decay, of matrices and convolution kernels only", metavar="WD"
+        1e-4, "training", "weight decay, applied only to matrices and convolution kernels", metavar="WD"
     )
     momentum: float = _option(0.9, "training", "momentum of lars", metavar="M")
     warmup_epochs: float | None = _option(
@@ -145,17 +145,17 @@ class Config:
         False, "output", "start from scratch even if --out holds the checkpoint of an earlier run", same=False
     )
     checkpoint_every: int = _option(
-        200, "output", "steps between checkpoints; one more is written at the end; 0: only at the end", same=False,
+        200, "output", "steps between checkpoints; one is also written at the end; 0: only at the end", same=False,
         metavar="K",
     )  # fmt: skip
     log_every: int = _option(
         10, "output", "steps between measurements of alignment and uniformity", same=False, metavar="K"
     )
     tensorboard: bool = _option(False, "output", "also log to TensorBoard, in --out", same=False)
-    wandb: str = _option("", "output", "also log to Weights & Biases, in this project", same=False, metavar="PROJECT")
+    wandb: str = _option("", "output", "also log to this project of Weights & Biases", same=False, metavar="PROJECT")
     knn: int = _option(5, "output", "number of neighbours in the k-NN evaluation", same=False, metavar="K")
     eval_limit: int = _option(
-        10000, "output", "most training images, and most test images, that the evaluation uses", same=False, metavar="N"
+        10000, "output", "maximum number of training and of test images in the evaluation", same=False, metavar="N"
     )
     quiet: bool = _option(False, "output", "no progress bar and no summary", same=False)
 
@@ -222,7 +222,7 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Config:
-        """Return the inverse of `to_dict`, ignoring names unknown to this version."""
+        """Return the settings that `to_dict` turned into `values`, ignoring names unknown to this version."""
         known = {option.name: option.metadata["argparse"].get("type") for option in fields(cls)}
         return cls(**{
             name: known[name](value) if known[name] and value is not None else value

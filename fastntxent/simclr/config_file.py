@@ -19,7 +19,7 @@ _OF_THE_COMMAND = ("resume", "overwrite")
 
 
 def with_config_file(given: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of the command line, and from its --config file those that the command line does not give."""
+    """Return the options given on the command line, and the settings of its --config file for all other options."""
     path = given.pop("config", None)
     return given if path is None else {**read_config(path), **given}
 
@@ -29,7 +29,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError, OSError: the file does not exist or cannot be read.
-        ValueError: it is not TOML, a name is no setting, or a value has the wrong type.
+        ValueError: the file is not TOML, a name is not a setting, or a value has the wrong type.
         ImportError: Python is 3.10, and tomli is missing.
     """
     try:
@@ -79,7 +79,7 @@ def write_config(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _toml(value: str | float | bool) -> str:
-    """Return a value in TOML. It is JSON, except that JSON does not escape one control character, DEL."""
+    """Return a value as TOML. JSON is valid TOML here, except that it does not escape the control character DEL."""
     return json.dumps(printable(value) if isinstance(value, str) else value, ensure_ascii=False).replace(
         "\x7f", "\\u007f"
     )

@@ -28,7 +28,7 @@ from .sources import SOURCES, Request
 from .tally import Images, Tally, tally
 
 DEFAULT_SIZE = 32
-# If all values are below this (of 255), the images probably have another range than assumed.
+# If all values are below this (of 255), the images probably do not have the range that was assumed.
 _DARK = 32
 
 
@@ -64,12 +64,12 @@ class ImageData:
 
     Attributes:
         name: the name of the source.
-        train_images, test_images: CPU tensors, or images that are read when indexed by a tensor of places, a mask or a
-            slice.
+        train_images, test_images: CPU tensors, or objects that read images when indexed with a tensor of indices, a
+            mask or a slice.
         train_labels, test_labels: class numbers 0..C-1, or -1 for an image without a label.
         class_names: C printable names.
         title: the name shown to users; `name` if it is empty.
-        notes: one line for each thing that was skipped or left out.
+        notes: one line for each thing that was left out or looks like a mistake.
 
     Raises:
         TypeError, ValueError: an attribute does not match this description.
@@ -110,7 +110,7 @@ class ImageData:
         workers: int = 0,
         skip_bad: bool = False,
     ) -> ImageData:
-        """Return the items of a map-style `torch.utils.data.Dataset`, or of the dataset of a DataLoader.
+        """Return the data set of a map-style `torch.utils.data.Dataset`, or of the dataset of a DataLoader.
 
         An item is an image or a tuple (image, label, ...). An image is a PIL image, or an array or tensor (H, W),
         (H, W, C) or (C, H, W) with 1 or 3 channels, either uint8 or floating-point in [0, 1]. All images have the same
@@ -173,7 +173,7 @@ class ImageData:
         return self._tally.moments()
 
     def fingerprint(self) -> str:
-        """Return a checksum of the training images, which detects that a resumed run was given other data."""
+        """Return a checksum of the training images, which detects that a resumed run was given different data."""
         return f"{tuple(self.train_images.shape)}-{self._tally.checksum:08x}"
 
 

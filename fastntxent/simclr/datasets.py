@@ -55,7 +55,7 @@ def read_datasets(
             held_out = scan.images[mask]
             images: list[Images] = [_compact(scan.images, ~mask), held_out]
         else:
-            # The checksum covers the training images in order, and only now are they known.
+            # The checksum covers the training images in order, which are known only now.
             again = _scan(named["train"], "train", scan.places[~mask], shape, False, workers)
             told_bad(again.bad, count, one_line(name), False)
             images = [
@@ -75,7 +75,7 @@ def _unwrap(dataset: Any, what: str) -> Labelled:
     loader = dataset if isinstance(dataset, DataLoader) else None
     dataset = dataset if loader is None else loader.dataset
     if isinstance(dataset, IterableDataset):
-        raise TypeError(f"{what} is an IterableDataset: images are read by index, so it must be map-style")
+        raise TypeError(f"{what} must be a map-style dataset, because images are read by index, got an IterableDataset")
     if loader is not None and (
         type(loader.sampler) not in (RandomSampler, SequentialSampler)
         or type(loader.batch_sampler) not in (BatchSampler, type(None))
@@ -161,7 +161,7 @@ def _items(dataset: Labelled, what: str, places: Tensor, workers: int) -> Iterat
         sampler=places.tolist(),
         num_workers=workers,
         collate_fn=_as_it_is,
-        generator=torch.Generator(),  # otherwise the loader would advance the global one
+        generator=torch.Generator(),  # otherwise the loader would advance the global generator
     )
     try:
         yield from loader
@@ -170,7 +170,7 @@ def _items(dataset: Labelled, what: str, places: Tensor, workers: int) -> Iterat
 
 
 def _column(what: str, labels: Sequence[int | str | None]) -> Array | None:
-    """Return the labels as an array, with -1 or an empty string for missing ones; None if all are missing."""
+    """Return the labels as an array, with -1 or an empty string for missing labels; None if all are missing."""
     kinds = {type(label) for label in labels} - {type(None)}
     if not kinds:
         return None
@@ -196,9 +196,9 @@ def _own_names(dataset: Labelled, columns: Sequence[tuple[str, Array | None, int
 
 
 def _compact(images: Tensor, mask: Tensor) -> Tensor:
-    """Return the images of a mask, moved to the front of the same memory."""
+    """Return the images that the mask selects, moved to the front of the same memory."""
     places = mask.nonzero().flatten()
     for start in range(0, len(places), 1024):
-        block = places[start : start + 1024]  # images move towards the front: none is overwritten before it is read
+        block = places[start : start + 1024]  # images move to the front: none is overwritten before it is read
         images[start : start + len(block)] = images[block]
     return images[: len(places)]

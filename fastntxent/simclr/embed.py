@@ -30,7 +30,7 @@ _GREY = (0.299, 0.587, 0.114)
 
 
 class Features(NamedTuple):
-    """Features (N, F) of the images at `places` of an input, and the images that could not be read."""
+    """Features (N, F) of the input's images at the indices `places`, and the images that could not be read."""
 
     features: Tensor
     places: list[int]
@@ -74,7 +74,7 @@ def _embed(arguments: argparse.Namespace) -> None:
     if not done.places:
         raise ValueError(f"no image of {found.where} can be read")
     if not done.features.isfinite().all():
-        print("note: some features are not finite; perhaps the encoder's parameters are not", file=sys.stderr)
+        print("note: some features are not finite; the encoder's parameters may not be finite either", file=sys.stderr)
     features = F.normalize(done.features, out=done.features) if arguments.normalize else done.features
     arrays = _arrays(features, found, done.places)
     write_whole(arguments.out, lambda file: np.savez(file, allow_pickle=False, **arrays))
@@ -84,11 +84,11 @@ def _embed(arguments: argparse.Namespace) -> None:
 
 
 def try_size(encoder: Encoder, shape: tuple[int, int, int], device: torch.device) -> int:
-    """Return the number of features for an image of this shape; ValueError if the encoder does not take the shape."""
+    """Return the number of features for an image of this shape; ValueError if the encoder does not accept the shape."""
     try:
         with torch.no_grad():
             return encoder(torch.zeros(1, encoder.channels, *shape[1:], device=device)).shape[1]
-    except Exception as error:  # networks raise anything for an image of the wrong size
+    except Exception as error:  # networks may raise anything for an image of the wrong size
         size = " x ".join(map(str, shape[1:]))
         trained = " x ".join(map(str, encoder.size))
         raise ValueError(
@@ -168,7 +168,7 @@ def _arrays(features: Tensor, found: Input, places: list[int]) -> dict[str, Any]
 
 
 def _bytes_of(found: Input, width: int) -> int:
-    """Return an upper bound of the file's bytes: features, labels, text at 4 bytes a character, and headers."""
+    """Return an upper bound on the file's bytes: features, labels, text at 4 bytes a character, and headers."""
     texts = [found.names, found.class_names]
     characters = sum(len(text) * max(map(len, text), default=0) for text in texts)
     return len(found.names) * (4 * width + 8) + 4 * characters + 2**16
@@ -178,13 +178,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog=f"{PROGRAM} embed",
         description="Compute features of images with a trained encoder and write them to an .npz file: features (N, F) "
-        "float32, paths (N,), and for images in class folders labels (N,) int64 and class_names. docs/encoder.md shows "
-        "how to use them.",
+        "float32, paths (N,) and, if the images have classes, labels (N,) int64 and class_names (C,). docs/encoder.md "
+        "shows how to use them.",
     )
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGES", help="folders and image files, or an .npz "
                         "file with an array `images`")  # fmt: skip
-    parser.add_argument("--checkpoint", required=True, type=Path, metavar="PATH", help="folder of a run, or its "
-                        "checkpoint")  # fmt: skip
+    parser.add_argument("--checkpoint", required=True, type=Path, metavar="PATH", help="folder or checkpoint of "
+                        "a run")  # fmt: skip
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help=".npz file to write")
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     parser.add_argument("--skip-bad", action="store_true", help="skip files that cannot be read as images")

@@ -55,8 +55,9 @@ def images_of(paths: Sequence[Path], size: int | None, default_size: int, thread
 
     Raises:
         FileNotFoundError: a path does not exist, or there is no image.
-        ValueError: a path is neither a folder nor a regular file, or an .npz file is damaged or not the only input.
-        OSError: something cannot be read.
+        ValueError: a path is neither a folder nor a regular file, or an .npz file is damaged, is not the only input, or
+            is given a size.
+        OSError: a file cannot be read.
     """
     for path in paths:
         if not path.exists():
@@ -77,7 +78,7 @@ def _of_npz(path: Path) -> Input:
     shape, blocks = image_blocks(arrays)
     count = arrays.images.shape[0]
     (labels,), class_names = label_tensors([(arrays.named("labels"), arrays.labels, count)], arrays.class_names)
-    unread = () if arrays.test_images is None else ("did not read the test images: they need a file of their own",)
+    unread = () if arrays.test_images is None else ("did not read the test images: to embed them, use a separate file",)
 
     def read() -> Iterator[Tensor | BadFile]:
         for block in blocks:

@@ -46,7 +46,8 @@ def check_name(model: str, name: str) -> None:
 
 
 def by_name(model: str, channels: int, size: Size) -> nn.Module:
-    """Return the network of a name that passed `check_name`, with new parameters from torch's global generator.
+    """Return the network that `model` names, with new parameters from torch's global generator. `check_name` must
+    accept the name.
 
     Args:
         channels: number of channels of the images.
@@ -81,7 +82,7 @@ def adopt(name: str, body: nn.Module, channels: int, size: Size, *, train: bool 
     """Return the number of features of a network, after checking that it can serve as an encoder.
 
     The network is run on two images of zeros. This may draw from torch's global generator, and it initialises lazy
-    layers. SyncBatchNorms become ordinary batch norms, which the trainer computes over all ranks like any other.
+    layers. SyncBatchNorms become ordinary batch norms; in training, every batch norm uses the rows of all ranks.
 
     Args:
         name: the network's name in messages.
@@ -123,7 +124,7 @@ def adopt(name: str, body: nn.Module, channels: int, size: Size, *, train: bool 
 
 
 def _features_of(name: str, body: nn.Module, images: Tensor, *, backward: bool = False) -> int:
-    """Return the number of features per image; ValueError if the network returns none, or has no backward."""
+    """Return the number of features per image; ValueError if the network returns no features or its backward fails."""
     shape = " x ".join(map(str, images.shape[1:]))
     try:
         with torch.set_grad_enabled(backward):
@@ -180,7 +181,7 @@ def _timm(model: str, name: str, channels: int, size: Size) -> nn.Module:
 
 def _torchvision(model: str, name: str, channels: int, size: Size) -> nn.Module:
     models = require("torchvision.models", install="torchvision")
-    names = models.list_models(module=models)  # classifiers only: others load weights, or have no features
+    names = models.list_models(module=models)  # classifiers only: other models load weights, or return no features
     if name not in names:
         raise ValueError(_unknown(model, "torchvision", name, names))
     options: dict[str, Any] = {}
@@ -200,7 +201,7 @@ def _torchvision(model: str, name: str, channels: int, size: Size) -> nn.Module:
 
 
 class _GreyAsColour(nn.Module):
-    """A network for three channels that takes images with one channel."""
+    """A network for images with three channels, wrapped to take images with one channel."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -214,7 +215,7 @@ class _GreyAsColour(nn.Module):
 def _from_factory(model: str, channels: int, size: Size) -> nn.Module:
     factory = _imported(model)
     if isinstance(factory, nn.Module):
-        raise ValueError(f"--model {model} is a module, but it must be a function that returns a new one")
+        raise ValueError(f"--model {model} is a module, but it must be a function that returns a new module")
     if not callable(factory):
         raise ValueError(f"--model {model} must be a function that returns a torch.nn.Module, got {_kind(factory)}")
     _check_origin(model, factory)
@@ -274,7 +275,7 @@ def _imported(model: str) -> Any:
 
 
 def _check_origin(model: str, factory: Any) -> None:
-    """Raise ValueError for a function written in C or in the standard library.
+    """Raise ValueError for a function that is written in C or belongs to the standard library.
 
     `load_encoder` calls the function that a checkpoint names, and that must never be os.system.
     """
@@ -298,7 +299,7 @@ def _unknown(model: str, place: str, name: str, known: Iterable[str]) -> str:
 
 
 def _side(size: Size) -> int | Size:
-    """Return the side of a square image, or (height, width) of any other."""
+    """Return the side of a square image, or the (height, width) of an image that is not square."""
     return size[0] if size[0] == size[1] else size
 
 

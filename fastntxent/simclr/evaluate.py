@@ -3,8 +3,8 @@
 BatchNorm statistics are first recomputed in one pass over the training images without augmentation. Otherwise the
 untrained network would use its meaningless initial statistics, and the trained one the statistics of augmented views.
 
-A finished run must not be lost here. `check_ready` finds missing packages before training, and a measure that cannot be
-computed becomes a note. A bounded number of images is read at a time.
+A failure of the evaluation must not cost the user a finished run. So `check_ready` finds missing packages before
+training, and a measure that cannot be computed becomes a note. A bounded number of images is read at a time.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .stream import stream
 from .tally import Images
 
 RAW_SIZE = 32
-RAW_VALUES = 1024  # most values kept of an image larger than RAW_SIZE
+RAW_VALUES = 1024  # maximum number of values kept from an image larger than RAW_SIZE
 POINTS = 1000  # test images on the map
 EXACT_VALUES = 2**23  # the effective rank of larger feature matrices is computed without an SVD
 WORKING_MIB = 32  # memory for the distances that scikit-learn holds at a time
@@ -249,7 +249,7 @@ def knn_accuracy(known: Tensor, known_labels: Tensor, unknown: Tensor, labels: T
 
 
 def probe_accuracy(known: Tensor, known_labels: Tensor, unknown: Tensor, labels: Tensor) -> float:
-    """Return the accuracy of a logistic regression on features standardised by the training part."""
+    """Return the accuracy of a logistic regression on features standardised with the moments of the training part."""
     linear_model = require("sklearn.linear_model")
     mean, std = known.mean(0), known.std(0).clamp(min=1e-6)
     probe = linear_model.LogisticRegression(C=0.1, max_iter=200)
@@ -269,7 +269,7 @@ def effective_rank(features: Tensor) -> float:
     if features.numel() <= EXACT_VALUES:
         values = torch.linalg.svdvals(features.double() - features.double().mean(0))
     else:
-        # The Gram matrix takes a tenth of the memory; its singular values are accurate to 1e-8 of the largest.
+        # The Gram matrix takes a tenth of the memory; it gives singular values accurate to 1e-8 of the largest.
         mean = features.mean(0, dtype=torch.float64).expand(features.shape)
         if features.shape[0] < features.shape[1]:
             features, mean = features.T, mean.T
@@ -301,9 +301,9 @@ def embed_views(model: SimCLR, images: Images, config: Config, device: torch.dev
 
 
 def raw_pixels(images: Images) -> Tensor:
-    """Return pixels as features. Images above 32 x 32 are averaged down to at most RAW_VALUES values each.
+    """Return pixels as features. Images larger than 32 x 32 are averaged down to at most RAW_VALUES values each.
 
-    That is 32 x 32 pixels in grey and 18 x 18 in RGB. With more, the probe would take hours and too much memory.
+    That is 32 x 32 pixels in grey and 18 x 18 in RGB. With more values, the probe would take hours and too much memory.
     """
 
     def pixels(part: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def export_encoder(encoder: Encoder) -> torch.export.ExportedProgram:
-    """Return the encoder, in eval mode, as a program for any number of images of the size it was trained on.
+    """Return the encoder, in eval mode, as a program for any number of images of the size used in training.
 
     Raises:
         ValueError: the encoder cannot be exported, or the program gives different features.
@@ -72,8 +72,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Write a trained encoder as a program that torch.export.load reads without this package. It maps "
         "any number of images in [0, 1], of the size used in training, to features.",
     )
-    parser.add_argument("--checkpoint", required=True, type=Path, metavar="PATH", help="folder of a run, or its "
-                        "checkpoint")  # fmt: skip
+    parser.add_argument("--checkpoint", required=True, type=Path, metavar="PATH", help="folder or checkpoint of "
+                        "a run")  # fmt: skip
     parser.add_argument(
         "--out", required=True, type=Path, metavar="FILE", help="file to write, for example encoder.pt2"
     )

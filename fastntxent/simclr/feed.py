@@ -32,7 +32,7 @@ class Views(NamedTuple):
 
     Attributes:
         first, second: two views of each image, (N, C, H, W) in [0, 1].
-        chunks: sizes of the consecutive chunks of the N images that are encoded at a time, with --accumulate-batch.
+        chunks: sizes of the consecutive chunks in which the N images are encoded; one chunk without --accumulate-batch.
     """
 
     first: Tensor
@@ -103,7 +103,7 @@ class OwnOrder:
             batch_size=None,
             num_workers=self.workers,
             worker_init_fn=ignore_signals,
-            generator=torch.Generator(),  # otherwise it would draw from the global one
+            generator=torch.Generator(),  # otherwise it would draw from the global generator
             collate_fn=_as_it_is,
         )
         for step, images in zip(range(start, stop), read(reader), strict=True):
@@ -148,7 +148,7 @@ class LoaderOrder:
         self.workers = data.loader.num_workers
 
     def steps(self, start: int, stop: int) -> Generator[Views, None, None]:
-        """Yield the steps `start` to `stop - 1`. Starting within an epoch reads and drops its earlier batches."""
+        """Yield the steps `start` to `stop - 1`. A start within an epoch reads and drops its earlier batches."""
         step = start
         while step < stop:
             epoch, done = divmod(step, self.steps_per_epoch)

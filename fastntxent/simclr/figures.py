@@ -27,13 +27,13 @@ NO_LABEL = "#b8bec6"
 N_SAMPLES = 8
 MOST_CAPTIONS = 20  # with more classes the colours repeat, so there is no legend
 CAPTION_LENGTH = 24
-# Differences below this fraction of the largest feature are rounding.
+# Differences below this fraction of the largest feature are rounding errors.
 LEAST_SPREAD = 1e-6
 
 
 @contextlib.contextmanager
 def _plain_text() -> Iterator[None]:
-    """In this block Matplotlib draws text without LaTeX, even if matplotlibrc turns it on, and without warnings."""
+    """In this block Matplotlib draws text without LaTeX, even if matplotlibrc turns LaTeX on, and gives no warnings."""
     with warnings.catch_warnings(), require("matplotlib").rc_context({"text.usetex": False}):
         warnings.simplefilter("ignore")
         yield
@@ -162,7 +162,7 @@ def lay_out(features: Tensor | None) -> tuple[Array | None, str]:
 
 @_plain_text()
 def draw_views(config: Config, data: ImageData) -> bytes:
-    """Draw a few test images, each above two of its random views, which the encoder should map to one place."""
+    """Draw a few test images, each above two of its random views, which the encoder should map to the same point."""
     count = min(N_SAMPLES, len(data.test_images))
     chosen = torch.linspace(0, len(data.test_images) - 1, count, dtype=torch.float64).long()
     images = data.test_images[chosen]

@@ -89,9 +89,9 @@ def _bases(walk: Walk) -> tuple[str, str | None, list[str]]:
         return "", None, []
     beside = [name for name in folders if name != train and name not in tests]
     if beside and not tests and not walk.listing(train)[0]:
-        return "", None, [f"took {train} for a class like {listed(beside)}: there is no test or val next to it"]
+        return "", None, [f"read {train} as a class like {listed(beside)}, because there is no test or val next to it"]
     notes = []
-    # A candidate that shares classes with train wins: ImageNet's test part has no labels, but its val part has.
+    # A candidate that shares classes with train wins: ImageNet's test part has no labels, but its val part does.
     classes = set(walk.listing(train)[0])
     labelled = (name for name in tests if classes & set(walk.listing(name)[0]))
     test = next(labelled, tests[0] if tests else None)
@@ -99,7 +99,7 @@ def _bases(walk: Walk) -> tuple[str, str | None, list[str]]:
     if unused:
         notes.append(f"did not read {listed(unused)}: {test} is the test part")
     if beside or files:
-        notes.append(f"did not read the entries next to {train}: {listed([*beside, *files])}")
+        notes.append(f"ignored the entries next to {train}: {listed([*beside, *files])}")
     return train, test, notes
 
 

@@ -24,7 +24,7 @@ class History:
         self._pending: list[tuple[Tensor, float, Tensor | float]] = []
 
     def record(self, loss: Tensor, lr: float, temperature: Tensor | float) -> None:
-        """Record a step. Tensors stay on their device, so no step waits for it."""
+        """Record a step. Tensors stay on their device, so no step waits for the device."""
         self._pending.append((loss, lr, temperature))
 
     def flush(self, step: int) -> float:
@@ -47,7 +47,7 @@ class History:
             self.columns[table].setdefault(name, []).append(value)
 
     def row(self, index: int) -> dict[str, float]:
-        """Return a row of `measured`, joined with the columns of `steps` at its step."""
+        """Return a row of `measured`, joined with the columns of `steps` at the row's step."""
         measured = {name: column[index] for name, column in self.columns["measured"].items()}
         at = int(measured["step"])
         return measured | {name: column[at] for name, column in self.columns["steps"].items()}

@@ -53,7 +53,7 @@ class ImagesOnDisk:
         return torch.Size((len(self.paths), 3, self.size, self.size))
 
     def __getitem__(self, indices: Any, /) -> Tensor:
-        """Return the images at a tensor of places, a mask or a slice.
+        """Return the images that a tensor of indices, a mask or a slice selects.
 
         Raises:
             ValueError: a file can no longer be read.

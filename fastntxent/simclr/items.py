@@ -33,7 +33,7 @@ class Labelled(Protocol):
 
 
 def read_item(dataset: Any, index: int) -> Item:
-    """Return an item of a dataset. Errors are returned as a problem, so they do not end the reading worker."""
+    """Return an item of a dataset. An error becomes the item's `problem`, so it does not end the worker process."""
     try:
         value = dataset[index]
         image, label = _split(value)
@@ -50,7 +50,7 @@ def read_item(dataset: Any, index: int) -> Item:
 
 
 class _WrongKindError(Exception):
-    """The item has a wrong type, shape or range, which no setting can fix."""
+    """The item has the wrong type, shape or range, which no setting can fix."""
 
 
 def _split(value: Any) -> tuple[Any, Any]:
@@ -125,8 +125,8 @@ def require_sound(item: Item, index: int, what: str, shape: Shape) -> None:
             else "convert all images to RGB or all to grey"
         )
         raise ValueError(
-            f"all images must have one size, but item {index} of {what} is {item.image.shape} and the first is {shape} "
-            f"(channels, height, width): {advice}"
+            f"all images must have the same size, but item {index} of {what} is {item.image.shape} and the first is "
+            f"{shape} (channels, height, width): {advice}"
         )
 
 
@@ -154,7 +154,7 @@ class ImagesOfDataset:
         return torch.Size((len(self.places), *self.image_shape))
 
     def __getitem__(self, indices: Any, /) -> Tensor:
-        """Return the images at a tensor of places, a mask or a slice.
+        """Return the images that a tensor of indices, a mask or a slice selects.
 
         Raises:
             ValueError: an item can no longer be read, or its size has changed.

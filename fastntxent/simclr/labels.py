@@ -23,7 +23,7 @@ def label_tensors(
     """Return class numbers for the labels of every part, and the names of the classes.
 
     Args:
-        parts: for the training and the test part: the name for messages, the labels (N,), (N, 1) or None, and N.
+        parts: one tuple for each part (training, test): its name in messages, its labels (N,), (N, 1) or None, and N.
         class_names: the names that integer labels index, or that include every string label. Without names, the classes
             are the sorted values that occur in any part. An integer -1 and an empty string always mean "no label".
 
@@ -52,7 +52,7 @@ def label_tensors(
         numbers = {number: number for number in range(len(class_names))}
     unknown = sorted(found - numbers.keys())
     if unknown:
-        expected = f"0 to {len(class_names) - 1}, or -1 for none" if kinds != {str} else listed(names)
+        expected = f"0 to {len(class_names) - 1}, or -1 for no label" if kinds != {str} else listed(names)
         raise ValueError(
             f"{parts[0][0]} must be among the {len(class_names)} class names ({expected}), got {listed(unknown)}"
         )
@@ -73,7 +73,7 @@ def _column(name: str, labels: Array, count: int) -> Array:
     if shape == (count, 1):
         labels = labels[:, 0]
     elif shape != (count,):
-        one_hot = " (one column for each class? give its argmax)" if len(shape) == 2 and len(labels) == count else ""
+        one_hot = " (one column for each class? pass the argmax)" if len(shape) == 2 and len(labels) == count else ""
         raise ValueError(f"{name} must be {count} integers or strings, got {labels.dtype} of shape {shape}{one_hot}")
     if kind == "f":
         whole = np.isfinite(labels) & (labels == np.floor(labels)) & (np.abs(labels) < 2.0**53)
@@ -105,5 +105,5 @@ def require_held_out(name: str, labels: Tensor) -> Tensor:
     """Return the mask of `held_out`; ValueError if it selects fewer than two images."""
     mask = held_out(labels)
     if mask.sum() < 2:
-        raise ValueError(f"{name}: {len(labels)} images are too few to hold a fifth of each class out for testing")
+        raise ValueError(f"{name}: {len(labels)} images are too few to hold out a fifth of each class for testing")
     return mask

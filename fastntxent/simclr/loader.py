@@ -23,7 +23,8 @@ class LoaderData:
     """The batches of a DataLoader: images (uint8 or in [0, 1]), which are augmented, or pairs of views, which are not.
 
     Args:
-        loader: a DataLoader with a length. Over several ranks each rank has a separate loader of the same length.
+        loader: a DataLoader with a length. On several ranks, each rank passes a loader of its own, and all loaders have
+            the same length.
 
     Raises:
         TypeError: the loader has no length, or its batches are neither images nor pairs of views.
@@ -56,7 +57,7 @@ class LoaderData:
         self.image_shape = (channels, height, width)
 
     def images_of(self, batch: Any) -> Tensor | tuple[Tensor, Tensor]:
-        """Return the uint8 images of a batch, or its two views, in [0, 1] or as the loader normalised them."""
+        """Return the images of a batch as uint8, or its two views as float32 with the loader's values."""
         parts = list(batch) if isinstance(batch, Sequence) else [batch]
         if parts and isinstance(parts[0], Sequence) and len(parts[0]) == 2:
             parts = list(parts[0])
@@ -69,7 +70,8 @@ class LoaderData:
             return _as_bytes(images)
         if images.shape != parts[1].shape or not (images.is_floating_point() and parts[1].is_floating_point()):
             raise TypeError(
-                f"the two views of a DataLoader's batch must be floating-point, of one shape, got {_describe(parts)}"
+                "the two views of a DataLoader's batch must be floating-point and of the same shape, got "
+                f"{_describe(parts)}"
             )
         return images.float(), parts[1].float()
 
@@ -83,7 +85,7 @@ class LoaderData:
         return [0.0] * self.image_shape[0], [1.0] * self.image_shape[0]
 
     def fingerprint(self) -> str:
-        """Return a short text about the images that needs no pass over them."""
+        """Return a short description of the images, without a pass over them."""
         return f"{self.steps_per_epoch} batches of {self.image_shape}"
 
 

@@ -1,4 +1,4 @@
-"""The logs that a run writes while it trains: always log.csv, on request TensorBoard and Weights & Biases."""
+"""The logs that a run writes while it trains: log.csv always, TensorBoard and Weights & Biases on request."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Row = Mapping[str, float]
 
 
 class LogError(ValueError):
-    """A requested log cannot be opened. No training step was made."""
+    """A requested log cannot be opened. No training step was taken."""
 
 
 class Log(Protocol):

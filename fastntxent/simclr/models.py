@@ -1,8 +1,8 @@
 """Encoders and the projection head.
 
 An encoder maps images in [0, 1] to features h. The head maps h to the embedding z, the input of the loss, and is thrown
-away after training (SimCLR, section 4.2). This module has the package's own networks, which take any image size.
-`encoders` provides networks of other libraries and of users.
+away after training (SimCLR, section 4.2). This module contains the package's own networks, which take any image size.
+`encoders` provides networks from other libraries and from users.
 """
 
 import difflib
@@ -43,7 +43,7 @@ def check_model(model: str, name: str = "model") -> None:
 
 
 def check_width(model: str, width: int, name: str = "width") -> None:
-    """Raise ValueError for a width that the model does not take, or at which PyTorch trains it incorrectly."""
+    """Raise ValueError if the model has a fixed width, or if PyTorch trains the model incorrectly at this width."""
     if model not in DEFAULT_WIDTH:
         raise ValueError(f"{name} applies only to the models {', '.join(DEFAULT_WIDTH)}; {model} has a fixed width")
     if model != "conv" and width < LEAST_RESNET_WIDTH:
@@ -76,13 +76,14 @@ class Encoder(nn.Module):
 
     Attributes:
         channels: C.
-        size: (height, width) of the images it was built for, in pixels. Fully convolutional networks take others too.
-        image_size: the larger of the two.
+        size: (height, width) of the images that the encoder was built for, in pixels. Fully convolutional networks take
+            images of other sizes too.
+        image_size: the larger of height and width.
         feature_dim: F.
 
-    Calling it raises ValueError or TypeError for images of the wrong dtype or shape and for values above 8, such as
-    0..255. It warns about values outside [-0.5, 1.5], which suggest standardised images. Values are checked only on a
-    CPU in eval mode.
+    Calling an encoder raises ValueError or TypeError for images of the wrong dtype or shape and for values above 8,
+    such as 0..255. It warns about values outside [-0.5, 1.5], which suggest standardised images. Values are checked
+    only on a CPU in eval mode.
     """
 
     def __init__(
@@ -124,7 +125,7 @@ def _check_images(x: Tensor, channels: int, training: bool) -> None:
         raise TypeError(f"images must be floating-point in [0, 1], got {x.dtype}: convert uint8 with x.float() / 255")
     if x.ndim != 4 or x.shape[1] != channels:
         raise ValueError(f"images must have the shape (N, {channels}, H, W), got {tuple(x.shape)}")
-    # Check values only if there are any and reading them is cheap: on a GPU, it would wait for the device.
+    # Check values only if there are any and reading them is cheap: on a GPU, reading would wait for the device.
     if training or type(x) is not Tensor or x.device.type != "cpu" or torch.compiler.is_compiling() or not x.numel():
         return
     low, high = map(float, x.detach().aminmax())
@@ -174,7 +175,7 @@ class _Basic(nn.Module):
 
 
 class _Bottleneck(nn.Module):
-    """1 x 1, 3 x 3 and 1 x 1 convolutions with a shortcut (the block of ResNet-50). The 3 x 3 has the stride."""
+    """1 x 1, 3 x 3 (with the stride) and 1 x 1 convolutions with a shortcut (the block of ResNet-50)."""
 
     expansion = 4
 
@@ -203,8 +204,8 @@ _RESNETS: dict[str, tuple[type[_Basic | _Bottleneck], tuple[int, ...]]] = {
 class ResNet(nn.Sequential):
     """A ResNet without its classifier, with `width` channels in the first stage (64 in the paper).
 
-    Images of at most 64 pixels get a 3 x 3 stem and no max-pool, as in SimCLR's CIFAR-10 experiments (appendix B.9).
-    Larger images get the usual 7 x 7 stem.
+    Images of at most 64 pixels a side get a 3 x 3 stem and no max-pool, as in SimCLR's CIFAR-10 experiments (appendix
+    B.9). Larger images get the usual 7 x 7 stem.
 
     Args:
         model: "resnet18" or "resnet50".
@@ -283,12 +284,12 @@ def build_model(
         width: channels of the first layer of "conv" or of a ResNet (at least 8); 0: the default.
         hidden, proj_dim: units of the two layers of the projection head.
         seed: seed of the initial parameters. Only PyTorch's CPU generator is seeded.
-        batch_norm: False replaces BatchNorm by biases in "conv", the ResNets and the head.
+        batch_norm: False replaces BatchNorm with biases in "conv", the ResNets and the head.
         amp_dtype: dtype of autocast in the forward; None: no autocast.
         encoder: a user's module that replaces `model`. It is used directly, not copied.
 
     Raises:
-        ValueError, ImportError: the encoder cannot be built, or the module cannot serve as an encoder.
+        ValueError, ImportError: the network cannot be built, or cannot serve as an encoder.
     """
     devices = {p.device for p in encoder.parameters() if p.is_cuda} if isinstance(encoder, nn.Module) else ()
     with torch.random.fork_rng(devices):

@@ -1,4 +1,4 @@
-"""Lists of names on one line, for notes such as those on files that were left out."""
+"""Lists of names on one line, for notes about files that were left out, for example."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def one_line(text: object) -> str:
 
 
 def listed(names: Sequence[object], most: int = FEW) -> str:
-    """Return the first names, separated by commas, and the number of the others."""
+    """Return the first `most` names, separated by commas, and the number of the remaining names."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(one_line(name) for name in names[:most]) + more
 

@@ -30,7 +30,7 @@ def open_npz(path: Path) -> Arrays:
     """Return the arrays of an .npz file, found by their usual names.
 
     Raises:
-        ValueError: the file is damaged, has another format, or has no array of images.
+        ValueError: the file is damaged, is not an .npz file, or has no array of images.
     """
     if not path.is_file():
         kind = "a folder" if path.is_dir() else "not a regular file"
@@ -138,14 +138,14 @@ def _members(path: Path) -> dict[str, Member]:
             if b"PK\1\2" in info.comment + info.extra:  # a damaged length lets one entry swallow the next
                 raise ValueError("its directory is damaged")
             name = info.filename.removesuffix(".npy")
-            with archive.open(info) as file:  # also compares the two copies of its name
+            with archive.open(info) as file:  # opening also compares the two copies of the name
                 if name != info.filename:
                     members[name] = _header(path, name, file, info.file_size)
     return members
 
 
 def _header(path: Path, name: str, file: IO[bytes], size: int) -> Member:
-    """Return the array whose header begins here; ValueError if the header does not match the file."""
+    """Return the array whose header begins at the file's position; ValueError if the header does not match the file."""
     version = np.lib.format.read_magic(file)
     if version == (1, 0):
         shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)

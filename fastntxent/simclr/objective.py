@@ -13,8 +13,8 @@ from .config import Config
 class OneTerm(NTXentLoss):
     """L_a or L_d alone, where tau L = L_a + L_d; see `nt_xent_terms`.
 
-    It shows why SimCLR needs both terms. Alignment alone is smallest when all embeddings are one point, and
-    distribution alone ignores which rows are views of one image.
+    Training with one term shows why SimCLR needs both. L_a (alignment) alone is smallest even if all embeddings are one
+    point, and L_d (distribution) alone ignores which rows are views of the same image.
     """
 
     def __init__(self, term: str, temperature: float, *, backend: BackendName, group: Group | None) -> None:
@@ -29,7 +29,7 @@ class OneTerm(NTXentLoss):
 
 
 def build_objective(config: Config, group: Group | None = None) -> NTXentLoss:
-    """Return the loss module of a run, over the ranks of a group; ValueError if the dense loss is asked for there."""
+    """Return a run's loss module, across the ranks of a group if given; ValueError for the dense loss in a group."""
     backend: BackendName = "reference" if config.loss == "reference" else config.backend
     if group and backend == "reference":
         given = "--loss" if config.loss == "reference" else "--backend"

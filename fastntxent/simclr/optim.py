@@ -62,7 +62,7 @@ def build_optimizer(
 ) -> Optimizer:
     """Return AdamW or LARS over the modules' parameters.
 
-    Vectors and scalars (biases, BatchNorm, a learnt temperature) get neither weight decay nor LARS's ratio.
+    Vectors and scalars (biases, BatchNorm, a learnt temperature) get neither weight decay nor LARS's trust ratio.
     """
     params = [p for module in modules for p in module.parameters()]
     groups: list[dict[str, Any]] = [

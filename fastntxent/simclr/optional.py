@@ -7,7 +7,7 @@ from types import ModuleType
 
 
 def require(module: str, install: str = "fastntxent[simclr]") -> ModuleType:
-    """Import and return an optional module. The ImportError for a missing one says what to install."""
+    """Import and return an optional module. If it is missing, the ImportError says what to install."""
     package = module.partition(".")[0] if "[" in install else install
     try:
         return import_module(module)

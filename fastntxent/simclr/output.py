@@ -1,4 +1,4 @@
-"""The folder of a run: locked by one process, checked for writing before training, with files written atomically."""
+"""The folder of a run: locked by one process, checked to be writable before training, with files written atomically."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def printable(text: object) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error, without the advice that PyTorch appends; its type if the error is empty."""
+    """Return the first line of an error's message, without PyTorch's advice; the error's type for an empty message."""
     lines = printable(error).strip().splitlines()
     return lines[0].strip() if lines else type(error).__name__
 
 
 def last_line(error: BaseException) -> str:
-    """Return the last line of an error, where DataLoader workers put the message; its type if it is empty."""
+    """Return the last line of an error, where DataLoader workers put the message; the type if it is empty."""
     return printable(error).strip().rpartition("\n")[2] or type(error).__name__
 
 
@@ -48,11 +48,11 @@ def check_output_file(path: Path, overwrite: bool, needed: int) -> None:
     """Check, before any work, that the file `--out` of a command can be written.
 
     Args:
-        needed: upper bound of its size in bytes.
+        needed: upper bound on the file's size in bytes.
 
     Raises:
         FileExistsError: the file exists and `overwrite` is off.
-        ValueError: it cannot be written, or its disk has too little space.
+        ValueError: the file cannot be written, or its disk has too little space.
     """
     if path.is_dir():
         raise ValueError(f"--out {printable(path)} is a folder; give the file to write")
@@ -62,7 +62,7 @@ def check_output_file(path: Path, overwrite: bool, needed: int) -> None:
 
 
 class OutputFolder:
-    """The folder `--out`, and the lock that lets one run at a time write into it."""
+    """The folder `--out`, and the lock that lets only one run at a time write into it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -72,7 +72,7 @@ class OutputFolder:
         """Check, before any training, that the run's files can be written.
 
         Args:
-            needed: upper bound of the bytes that the run will write.
+            needed: upper bound on the bytes that will be written.
 
         Raises:
             ValueError: the folder cannot be created or is not writable, or its disk has too little space.
@@ -95,16 +95,16 @@ class OutputFolder:
             raise ValueError(f"--out {printable(self.path)} cannot be written to: {error.strerror}") from error
         if free < needed:
             raise ValueError(
-                f"--out {printable(self.path)} has {free / 2**20:.0f} MiB of free disk space, but the run needs up to "
-                f"{needed / 2**20:.0f} MiB"
+                f"--out {printable(self.path)} has {free / 2**20:.0f} MiB of free disk space, but up to "
+                f"{needed / 2**20:.0f} MiB are needed"
             )
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the lock in this block. A process that holds it may take it again.
+        """Hold the lock in this block. A process that holds the lock may take it again.
 
         Raises:
-            BlockingIOError: another run holds it.
+            BlockingIOError: another run holds the lock.
         """
         try:
             with contextlib.suppress(NotImplementedError):  # a file system without locks

@@ -1,6 +1,6 @@
 """The template of report.html, and the style sheet that the study's report shares.
 
-They live in a module so that they are always installed with the code.
+Both live in a module so that they are always installed with the code.
 """
 
 from string import Template
@@ -98,7 +98,7 @@ a label. Distances between islands mean nothing.</figcaption>
 <h2>How did training go?</h2>
 <figure>
 $curves
-<figcaption>The loss falls as the two views of an image become easier to tell from all other images. The heavy line is
+<figcaption>The loss falls as the views of an image become easier to tell apart from other images. The heavy line is
 the mean over each epoch. The loss trades off alignment (views of one image together) and uniformity (different images
 apart). Both should settle, and uniformity must not rise back to 0, which would mean collapse. The learning rate warms
 up, then follows half a cosine.</figcaption>
@@ -113,7 +113,7 @@ between views.</figcaption>
 <h2>Is the loss computed correctly?</h2>
 $verification
 
-<h2>Reproduce and use it</h2>
+<h2>Repeat the run and use the encoder</h2>
 <pre>$command</pre>
 <p>Training took $training_seconds s and the evaluation $evaluation_seconds s. This code loads the encoder without its
 head and finds the most similar images:</p>

@@ -30,7 +30,7 @@ def prepare(
 ) -> Trainer:
     """Load the data and return the trainer.
 
-    User errors show here, before any training. If one rank raises, all ranks raise.
+    The user's mistakes are found here, before any training. If one rank raises, all ranks raise.
     """
     with ranks.all_or_none():
         # Quick checks come first, before the images are read.
@@ -62,7 +62,7 @@ def _load(config: Config, ranks: Ranks) -> ImageData:
     if config.image_size not in (None, data.image_size):
         raise ValueError(
             f"--image-size is {config.image_size}, but the images of --data {config.data} have {data.image_size} "
-            "pixels; only the images of a folder are resized"
+            "pixels a side; only the images of a folder are resized"
         )
     return data
 
@@ -95,7 +95,7 @@ def describe(data: ImageData) -> str:
 
 
 def finish(trainer: Trainer, command: Sequence[str] = ()) -> dict[str, Any]:
-    """Evaluate a trained encoder and write the report, even if parts of it cannot be measured or drawn.
+    """Evaluate a trained encoder and write the report, even if parts of the report cannot be measured or drawn.
 
     Args:
         trainer: the finished run.
@@ -109,7 +109,7 @@ def finish(trainer: Trainer, command: Sequence[str] = ()) -> dict[str, Any]:
         ValueError: the data come from a DataLoader, on which an encoder cannot be evaluated.
     """
     data = trainer.images
-    # If the evaluation kills the process (out of memory, say), history and settings have already been written.
+    # If the evaluation kills the process (out of memory, say), the history and the settings have already been written.
     write_pages(trainer, Evaluation(notes=["The process ended before the encoder was evaluated."]), command)
     try:
         evaluation = evaluate(trainer.model, trainer.config, data, trainer.untrained)
@@ -130,8 +130,8 @@ def run(
     Args:
         config: the settings.
         command: the command line, shown in the report.
-        data: the images, as `Trainer` takes them; None: the data set that the settings name.
-        encoder: a module from images to features, trained in place; None: the encoder that the settings name.
+        data: the images, as for `Trainer`; None: the data set that the settings name.
+        encoder: a module that maps images to features, trained in place; None: the encoder that the settings name.
 
     Returns:
         The content of metrics.json.
@@ -153,7 +153,7 @@ def run(
 
 
 def summarise(metrics: dict[str, Any], out: str) -> str:
-    """Return the results in a few lines for the terminal. Characters outside its encoding become question marks."""
+    """Return the results in a few lines for the terminal, with question marks for characters that it cannot encode."""
     lines = []
     evaluation = metrics["evaluation"]
     for measure in ACCURACIES:

@@ -14,10 +14,11 @@ from .optional import require
 
 Array = np.ndarray[Any, Any]
 
-# A JPEG is decoded at the smallest scale (1, 1/2, 1/4, 1/8) whose sides are at least this many times `size`. With 2,
-# images of 1,000 to 4,000 pixels resized to 32, 64 and 224 are off by at most 2 of 255 levels, and 0.2 on average.
+# A JPEG is decoded at the smallest scale (1, 1/2, 1/4, 1/8) whose sides are at least this many times `size`, the side
+# of the result. With 2, images of 1,000 to 4,000 pixels a side, resized to 32, 64 and 224, are off by at most 2 of 255
+# levels, and by 0.2 on average.
 _DRAFT = 2
-# Pillow's names of the operations that turn an image upright, by EXIF orientation.
+# Pillow's names for the operations that turn an image upright, by EXIF orientation.
 _ORIENTATION = 0x0112
 _TURNS = {
     2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",

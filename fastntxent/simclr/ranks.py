@@ -69,8 +69,8 @@ class Ranks:
         """If any rank raises in this block, every rank raises at its end, so none of them hangs.
 
         Raises:
-            The exception of this rank. A rank without one raises a ValueError (for one of MISTAKES) or a RuntimeError
-            with the number and the message of the first rank that failed.
+            The exception of this rank. A rank without an exception of its own raises one with the number and the
+            message of the first rank that failed: a ValueError for one of MISTAKES, otherwise a RuntimeError.
         """
         if self.group is None:
             yield
@@ -89,7 +89,7 @@ class Ranks:
                 raise (ValueError if is_mistake else RuntimeError)(f"rank {rank}: {words}")
 
     def require_same(self, facts: dict[str, Any]) -> None:
-        """Raise ValueError on every rank if a fact differs between ranks, naming it and its values."""
+        """Raise ValueError on every rank if a fact differs between ranks. The error names the fact and its values."""
         if self.group is None:
             return
         of_ranks = wire.gather_objects(self.group, facts)
@@ -97,7 +97,7 @@ class Ranks:
         if differing:
             values = (f"{name} is {', '.join(str(of_rank[name]) for of_rank in of_ranks)}" for name in differing)
             raise ValueError(
-                f"all ranks must be given the same, but on ranks 0 to {self.world - 1} {'; '.join(values)}"
+                f"all ranks must be given the same values, but on ranks 0 to {self.world - 1} {'; '.join(values)}"
             )
 
     @contextlib.contextmanager
@@ -115,22 +115,22 @@ class Ranks:
         if self.first:
             print(words, file=sys.stderr, flush=True)
         if self.group:
-            wire.gather_objects(self.group, None)  # wait for the message: torchrun kills all ranks when one ends
+            wire.gather_objects(self.group, None)  # wait for the print: torchrun kills all ranks when one ends
         self.leave()
         return status
 
     def leave(self) -> None:
         """Destroy the process group. All ranks must call this.
 
-        A rank that fails alone must not: NCCL would wait here for messages that the other ranks never send.
+        A rank that fails alone must not call it: NCCL would wait here for messages that the other ranks never send.
         """
         if self.group:
             dist.destroy_process_group()
 
     def end(self, status: int) -> int:
-        """Return the exit status of a finished process. One of several ranks exits here, without Python's finalisation.
+        """Return the exit status of a finished process. On several ranks, exit here, without Python's finalisation.
 
-        A gloo thread releases the last tensors after they have arrived, and takes the GIL for it. DDP keeps these
+        A gloo thread releases the last tensors after they have arrived, and takes the GIL to do so. DDP keeps gloo's
         threads alive beyond the group. Before 3.14, Python kills a thread that takes the GIL during finalisation, here
         inside a destructor. The process would abort, and torchrun would kill the first rank during its evaluation.
         """
@@ -150,7 +150,7 @@ def launched() -> bool:
 
 
 def join() -> Ranks:
-    """Return the ranks of this run after joining the processes that torchrun started; ALONE if there are no others."""
+    """Return the ranks of this run after joining the processes that torchrun started; ALONE for a single process."""
     if not launched():
         return ALONE
     # The backend follows the tensor's device. Options and errors go through gloo, before a device is chosen.

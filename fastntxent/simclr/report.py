@@ -31,7 +31,7 @@ _MEASURES = {
     "effective rank": ("Effective rank", "Number of directions that the features effectively use around their mean. It "
                        "does not show how far they spread: a collapse to one point shows in the uniformity."),
     "alignment": ("Alignment", "Mean squared distance between the embeddings of two views of the same test image: 0 if "
-                  "the views coincide, 2 by chance. Lower is better, unless uniformity gets worse for it."),
+                  "the views coincide, 2 by chance. Lower is better, unless uniformity gets worse in return."),
     "uniformity": ("Uniformity", "How evenly the embeddings cover the sphere: 0 if all are one point, about -4 if they "
                    "are spread evenly. Lower is better."),
 }  # fmt: skip
@@ -54,14 +54,14 @@ Pictures = dict[str, "bytes | str"]
 
 
 def write_report(trainer: Trainer, evaluation: Evaluation, command: Sequence[str]) -> dict[str, Any]:
-    """Write metrics.json and report.html into the run's folder, then each picture, then the report with them.
+    """Write metrics.json and report.html into the run's folder, then each picture, then report.html with the pictures.
 
     A picture that cannot be drawn is left out, and the report says why. If drawing kills the process, metrics.json and
     a report without pictures have already been written.
 
     Args:
         trainer: the finished run.
-        evaluation: its scores and test features.
+        evaluation: the run's scores and test features.
         command: the command line that started the run, shown in the report.
 
     Returns:
@@ -86,12 +86,12 @@ def write_report(trainer: Trainer, evaluation: Evaluation, command: Sequence[str
 def write_pages(
     trainer: Trainer, evaluation: Evaluation, command: Sequence[str], pictures: Pictures | None = None
 ) -> dict[str, Any]:
-    """Write metrics.json and report.html, and return the content of metrics.json. `pictures` None: leave them out."""
+    """Write metrics.json and report.html (without pictures if `pictures` is None). Return metrics.json's content."""
     metrics: dict[str, Any] = _for_json(collect_metrics(trainer, evaluation, command))
     out = trainer.config.out
     if pictures is None:
         pictures = dict.fromkeys(_PICTURES, "the process ended before it was drawn")
-        for name in _PICTURES:  # an earlier run may have left them here
+        for name in _PICTURES:  # an earlier run may have left pictures here
             (out / f"{name}.png").unlink(missing_ok=True)
     write_text(out / "metrics.json", json.dumps(metrics, indent=1, allow_nan=False) + "\n")
     write_text(out / "report.html", render(metrics, trainer, evaluation, pictures))
@@ -99,7 +99,7 @@ def write_pages(
 
 
 def _for_json(value: Any) -> Any:
-    """Return the value for JSON: numbers that are not finite become null, lone surrogates become question marks."""
+    """Return the value for JSON: numbers that are not finite become null, and lone surrogates question marks."""
     if isinstance(value, dict):
         return {printable(key): _for_json(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -181,19 +181,19 @@ def remarks(scores: Scores) -> list[str]:
         listed = ", or than ".join(f"{other} by {' and '.join(measures)}" for other, measures in worse.items())
         found.append(
             f"The trained encoder is no better than {listed}. More epochs, a larger batch, a lower temperature or "
-            "another augmentation (--augment) may help."
+            "a different augmentation (--augment) may help."
         )
     uniformity = scores.get("uniformity", {}).get("trained", -math.inf)
     ranks = scores.get("effective rank", {})
     if uniformity > COLLAPSED:
         found.append(
             f"The embeddings have collapsed: a uniformity of {uniformity:.2f} means that nearly all images map to one "
-            "point. A lower --lr, a larger batch or another augmentation (--augment) may help."
+            "point. A lower --lr, a larger batch or a different augmentation (--augment) may help."
         )
     elif ranks.get("trained", math.inf) < 1.5 < 2 < ranks.get("raw pixels", 0):
         found.append(
             f"The features have collapsed: an effective rank of {ranks['trained']:.1f} means that they lie on a line. "
-            "A lower --lr, a larger batch or another augmentation (--augment) may help."
+            "A lower --lr, a larger batch or a different augmentation (--augment) may help."
         )
     return found
 
@@ -263,7 +263,7 @@ def _score(measure: str, value: float | None) -> str:
 
 
 def _colour_key(trainer: Trainer, evaluation: Evaluation) -> str:
-    """Return the map's legend in HTML, for phones and for class names that the picture shortens or may not draw."""
+    """Return the map's legend in HTML, for phones and for class names that the picture shortens or cannot draw."""
     groups = colour_key(evaluation, trainer.images)
     if len(groups) > MOST_CAPTIONS:
         return ""
@@ -290,8 +290,9 @@ def _verification_text(verification: dict[str, Any] | None) -> str:
         f"<td>{verification[f'min_{part}_budget']:.2g}</td></tr>"
         for part in ("loss", "gradient")
     )
+    checks = verification["checks"]
     return (
-        f"<p>{verification['checks']} times during training, the loss and its gradient were recomputed with the dense "
+        f"<p>{checks} time{'' if checks == 1 else 's'} during training, the loss and its gradient were recomputed with the dense "
         "formula in float64 on the embeddings of that step. Every error was within its budget; otherwise the run would "
         "have stopped.</p>"
         + _table("scores", f"<tr><th></th><th>largest relative error</th><th>smallest budget</th></tr>{rows}")

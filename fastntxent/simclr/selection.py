@@ -1,4 +1,4 @@
-"""The images that the evaluation uses, and reading them a bounded number at a time."""
+"""The images that the evaluation uses, and functions that read them a bounded number at a time."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Part:
         return Part(self.images, self.indices[rows], self.labels[rows])
 
     def kept(self) -> Part:
-        """Return the selection held in memory if it comes from files and is small, since images are read repeatedly."""
+        """Return the selection, held in memory if it comes from files and is small: images are read repeatedly."""
         if isinstance(self.images, Tensor) or math.prod(self.shape) > KEPT_BYTES:
             return self
         return Part(in_parts(self, lambda images: images), torch.arange(len(self)), self.labels)
@@ -57,8 +57,8 @@ class Choice:
     Attributes:
         train, test: the images.
         known: mask of the training images that have a label.
-        asked: mask of the test images whose class has a known training image.
-        accuracies: whether there are at least two classes, and a test image of one of them.
+        asked: mask of the test images whose class has a labelled training image.
+        accuracies: whether accuracies can be measured: at least two classes, and a test image of one of them.
         notes: one line for each measure that will be missing, and for images that are left out of a measure.
     """
 
@@ -118,7 +118,7 @@ def shortened(text: str, length: int) -> str:
 
 
 def _subset(images: Images, labels: Tensor, limit: int) -> Part:
-    """Return at most `limit` images: one of each class, then labelled images in a fixed order, then the others."""
+    """Return at most `limit` images: one of each class, then labelled images in a fixed order, then unlabelled ones."""
     count = len(images)
     if count <= limit:
         return Part(images, torch.arange(count), labels)

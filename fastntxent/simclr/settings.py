@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def resolve(config: Config, trainer: Trainer) -> dict[str, Any]:
-    """Return the settings by name, as plain values. On the same data they make the same run again."""
+    """Return the settings by name, as plain values. On the same data they reproduce the run."""
     chosen = config.to_dict()
     if trainer.data.name != config.data:
         chosen["data"] = f"{trainer.data.name} (from Python)"
@@ -39,7 +39,7 @@ def resolve(config: Config, trainer: Trainer) -> dict[str, Any]:
 
 
 def _backend(trainer: Trainer) -> str:
-    """Return the backend's name. On an accelerator "auto" stays, because it depends on the size of each call."""
+    """Return the backend's name. On an accelerator "auto" is kept, because the choice depends on each call's size."""
     asked: str = trainer.loss.backend
     if trainer.device.type != "cpu":
         return asked

@@ -92,7 +92,7 @@ def _read_idx(root: Path, stem: str, rank: int) -> Array:
         raise ValueError(f"{name} is not an idx file: {error}") from error
     count = len(raw) - 4 - 4 * found_rank
     if (zeros, code) != (0, 8) or count != math.prod(shape):
-        raise ValueError(f"{name} is not an idx file of unsigned bytes whose header fits its {count} values")
+        raise ValueError(f"{name} is not an idx file of unsigned bytes, or its header does not fit its {count} values")
     if found_rank != rank:
         raise ValueError(f"{name} is not an idx file of {rank} dimensions: it has {found_rank}")
     return np.frombuffer(raw, np.uint8, count, 4 + 4 * rank).reshape(shape)

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-_workers: weakref.WeakSet[BaseProcess] = weakref.WeakSet()  # of the loaders that `read` iterates over
+_workers: weakref.WeakSet[BaseProcess] = weakref.WeakSet()  # worker processes of the loaders passed to `read`
 _SIGNALS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
 
@@ -65,7 +65,7 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def settle(self) -> None:
-        """Ignore further signals until `listening` ends. Call this when the checkpoint is written and the run ends."""
+        """Ignore further signals until `listening` ends. Call this once the checkpoint is written and the run ends."""
         self._settled = True
 
     def _note(self, number: int, _: FrameType | None) -> None:
@@ -107,7 +107,7 @@ def read(loader: DataLoader[Any]) -> Iterator[Any]:
 
 
 def _kill_at_exit(process: int) -> None:
-    if os.getpid() == process and (left := list(_workers)):  # a fork has its parent's handlers
+    if os.getpid() == process and (left := list(_workers)):  # a forked child inherits this handler
         _kill(left)
 
 

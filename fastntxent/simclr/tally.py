@@ -12,7 +12,7 @@ BLOCK_BYTES = 2**24
 
 
 class Images(Protocol):
-    """Images (N, C, H, W) indexed by a tensor of places, a mask or a slice: a Tensor, or images read on demand."""
+    """Images (N, C, H, W) indexed by a tensor of indices, a mask or a slice: a Tensor, or images read on demand."""
 
     @property
     def shape(self) -> torch.Size: ...
@@ -23,7 +23,7 @@ class Images(Protocol):
 
 
 class Tally:
-    """A histogram of each channel, and a checksum of all pixels in order, of uint8 images (N, C, H, W)."""
+    """Histogram of each channel of uint8 images (N, C, H, W), and checksum of all their pixels in order."""
 
     def __init__(self, channels: int) -> None:
         self.counts = torch.zeros(channels, 256, dtype=torch.int64)
@@ -36,7 +36,8 @@ class Tally:
         self.checksum = zlib.crc32(images.contiguous().numpy().data, self.checksum)
 
     def moments(self) -> tuple[list[float], list[float]]:
-        """Return mean and standard deviation of each channel, scaled to [0, 1], exact up to the final rounding."""
+        """Return the mean and the standard deviation (at least 1e-3) of each channel, scaled to [0, 1]. Both are exact
+        up to the final rounding."""
         levels = torch.arange(256, dtype=torch.float64) / 255
         weights = self.counts.double() / self.counts.sum(1, keepdim=True)
         mean = weights @ levels
@@ -66,7 +67,7 @@ def tally(images: Images) -> Tally:
 
 
 def allocate(shape: tuple[int, ...], what: str) -> Tensor:
-    """Return an uninitialised uint8 tensor; ValueError if memory is short."""
+    """Return an uninitialised uint8 tensor; ValueError if it does not fit in memory."""
     try:
         return torch.empty(shape, dtype=torch.uint8)
     except (RuntimeError, MemoryError) as error:

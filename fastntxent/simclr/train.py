@@ -4,9 +4,9 @@ The image order is drawn from (seed, epoch) and the views from (seed, step), eac
 run therefore needs no saved random state to continue as if it had never stopped, and two runs that differ only in the
 implementation of the loss see the same batches.
 
-Over several ranks a step computes the same function, up to rounding. Each rank takes a part of the batch, with the
-views that these images have in the whole batch. The loss, its gradient and the BatchNorm statistics are computed over
-the whole batch.
+On several ranks, a step computes the same function as on one, up to rounding. Each rank takes a part of the batch, with
+the views that these images have in the whole batch. The loss, its gradient and the BatchNorm statistics are computed
+over the whole batch. A DataLoader gives weaker guarantees; see `feed.LoaderOrder`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _READING_FAILED = 1000  # larger than any signal number
 
 
 class _Batch(NamedTuple):
-    """The loss's inputs on this rank and its value in one step, detached."""
+    """The inputs of the loss on this rank and the value of the loss in one step, detached."""
 
     z_i: Tensor
     z_j: Tensor
@@ -73,9 +73,9 @@ class Trainer:
         config: the settings; `config.out` must be a writable folder.
         data: the images: the result of `load_data`; a map-style Dataset, see `ImageData.from_datasets`; or a
             DataLoader, see `loader.LoaderData`, whose batches are used in the loader's order.
-        ranks: the processes of the run. Each makes a trainer and calls `fit`; the first writes the checkpoints. Making
-            a trainer never waits for other ranks, so it may fail on one rank alone.
-        encoder: a module from images (N, C, H, W) to features (N, F), trained in place; None: the encoder that
+        ranks: the processes of the run. Each process creates a trainer and calls `fit`; the first rank writes the
+            checkpoints. Creating a trainer never waits for other ranks, so it can fail on one rank alone.
+        encoder: a module that maps images (N, C, H, W) to features (N, F), trained in place; None: the encoder that
             `config.model` names.
 
     Attributes:
@@ -164,7 +164,7 @@ class Trainer:
         return self.data
 
     def _bytes_to_write(self) -> int:
-        """Return an upper bound of the bytes on disk: the old and the new checkpoint, and the report."""
+        """Return an upper bound on the bytes on disk: the old and the new checkpoint, and the report."""
         values = sum(tensor.numel() * tensor.element_size() for tensor in self.model.state_dict().values())
         moments = {"adamw": 2, "lars": 1}[self.config.optimizer] * values
         history = 100 * self.schedule_steps
@@ -172,7 +172,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Hold the lock on the run's folder in this block, on the first rank, which writes there. `fit` does so too.
+        """In this block, the first rank holds the lock on the run's folder, where it writes. `fit` does the same.
 
         Raises:
             BlockingIOError: another run holds the lock.
@@ -189,7 +189,7 @@ class Trainer:
 
     @property
     def last_step(self) -> int:
-        """The step at which this run stops: the end of the schedule, or --max-steps."""
+        """The step at which this run stops: the end of the schedule or --max-steps, whichever comes first."""
         return min(self.schedule_steps, self.config.max_steps or self.schedule_steps)
 
     def fit(self, until: int | None = None) -> None:
@@ -248,7 +248,7 @@ class Trainer:
                 self.save()
 
     def _next(self, feed: Iterator[Views]) -> Views:
-        """Return the views of the next step. If any rank should stop or cannot read its images, all save and raise."""
+        """Return the next step's views. If any rank should stop or cannot read its images, all ranks save and raise."""
         views, words = None, ""
         if not self._stop.number:
             try:
@@ -287,7 +287,7 @@ class Trainer:
         """Write the checkpoint of the current step. Its format does not depend on the number of ranks.
 
         Raises:
-            OSError: it cannot be written; the previous checkpoint is unchanged.
+            OSError: the checkpoint cannot be written; the previous one is unchanged.
         """
         self.history.flush(self.step)
         if not self.ranks.first:
@@ -368,19 +368,19 @@ class Trainer:
 
     @functools.cached_property
     def _replica(self) -> nn.Module:
-        """The model that a step runs. Over several ranks it uses DDP, with BatchNorm over the rows of all ranks."""
+        """The model that a step runs. On several ranks it uses DDP, with BatchNorm over the rows of all ranks."""
         if self.ranks.group is None:
             return self.model
-        # An encoder from outside may have parameters that its features do not depend on. Ours have none, and searching
-        # for them would walk the graph in every step.
+        # An encoder from outside may have parameters that its features do not depend on. The package's own encoders
+        # have none, and a search for them would walk the graph in every step.
         foreign = self._initial is not None or self.config.model not in DEFAULT_WIDTH
         replica = DistributedDataParallel(
             over_ranks(self.model, self.ranks.group),
             process_group=self.ranks.group,
             find_unused_parameters=foreign,
         )
-        # Buffers are already equal on all ranks. PyTorch 2.13 deprecates the argument, and older versions lack the
-        # replacement.
+        # Buffers are already equal on all ranks. PyTorch 2.13 deprecates DDP's argument for this, and older versions
+        # lack the replacement.
         replica.broadcast_buffers = False
         return replica
 

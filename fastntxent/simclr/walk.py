@@ -21,7 +21,7 @@ Listing = tuple[list[str], list[str]]
 
 @dataclass
 class Walk:
-    """The folders below a root. Each is listed once, and everything skipped is recorded."""
+    """The folders below a root. Each folder is listed once, and everything skipped is recorded."""
 
     root: str
     hidden: list[str] = field(default_factory=list)
@@ -66,8 +66,8 @@ class Walk:
         """Return every image file below a folder, at any depth, sorted by the parts of its path."""
         outside = _parents(self.root)
         found: list[str] = []
-        # The folders that have been read, each with its class. Links between folders could make the number of paths
-        # explode.
+        # The folders that have been read, each with its class. A folder is read once per class, because links between
+        # folders could make the number of paths explode.
         read: set[tuple[str, Identity]] = set()
         pending = deque([(base, outside | _identity(self.root) if base else outside)])
         while pending:
@@ -112,7 +112,7 @@ class Walk:
 
 
 def _is(test: Callable[[], bool]) -> bool:
-    """Return the test of a directory entry, or False if it fails: a link to itself, a target in a locked folder."""
+    """Return the result of a directory entry's test, or False if the test fails (a link to itself, a locked folder)."""
     try:
         return test()
     except OSError:
@@ -129,6 +129,6 @@ def _identity(path: str) -> frozenset[Identity]:
 
 
 def _parents(root: str) -> frozenset[Identity]:
-    """Return the folders above the root: a link to one of them leads back to the root."""
+    """Return the identities of the folders above the root: a link to one of these leads back to the root."""
     parents = Path(os.path.realpath(root)).parents
     return frozenset[Identity]().union(*(_identity(str(parent)) for parent in parents))

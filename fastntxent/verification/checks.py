@@ -47,7 +47,7 @@ class FaultError(Exception):
 
 
 def cases(name: str, backend: Backend, device: torch.device) -> Iterator[Case]:
-    """Yield every check of a backend on a device: its name, and a function that raises FaultError if it fails."""
+    """Yield every check of a backend on a device: a name, and a function that raises FaultError if the check fails."""
     slow = device.type == "cpu" and "cuda" in backend.device_types  # GPU kernels in an interpreter
     for dtype in backend.dtypes:
         label = str(dtype).removeprefix("torch.")
@@ -82,7 +82,7 @@ FORM_CALLS: dict[str, Callable[[tuple[Tensor, Tensor]], Problem]] = {
 
 
 def _small_calls(slow: bool, form: str) -> list[tuple[str, int, int]]:
-    """Return (call, N, D). N is at tile edges, next to them and beyond; D reaches every part of the tiles' table."""
+    """Return (call, N, D). N lies at, next to and beyond tile edges; D reaches every part of the tiles' table."""
     if slow:
         sizes = [(1, 7), (33, 64)] if form else [(1, 7), (33, 64), (40, 130)]
         return [("nt_xent", *size) for size in sizes]
@@ -99,8 +99,9 @@ def _small_calls(slow: bool, form: str) -> list[tuple[str, int, int]]:
 
 
 def _large_calls(device: torch.device) -> list[tuple[str, int, int]]:
-    """Return (call, N, D) of batches that fill a device, which some kernels split differently from small ones."""
-    # There are more blocks of 32 rows than thread blocks that run at once (csrc/cuda/plan.h): some take several tasks.
+    """Return (call, N, D) of batches that fill a device: some kernels split these differently from small batches."""
+    # There are more blocks of 32 rows than thread blocks that run at once, so some thread blocks take several tasks
+    # (csrc/cuda/plan.h).
     n = 50 * torch.cuda.get_device_properties(device).multi_processor_count + 5
     return [("nt_xent", n, 64), ("nt_xent", n, 200), ("nt_xent", n, 768), ("two sides", 2 * n, 128)]
 
@@ -215,8 +216,8 @@ def check_problem(problem: Problem, backend: str) -> None:
 def _off(value: Tensor, errors: error_budget.Errors, limit: error_budget.Errors) -> str:
     missing = int(value.isnan().sum())
     if missing:
-        return f"has {missing} of {value.numel()} elements that are NaN, like unwritten memory"
-    return f"is off by {errors.maximum:.2g} of its largest value, with {limit.maximum:.2g} allowed"
+        return f"has {missing} of {value.numel()} elements that are NaN, as in unwritten memory"
+    return f"is off by {errors.maximum:.2g} of its largest value; at most {limit.maximum:.2g} is allowed"
 
 
 def _keeps_nan(problem: Problem, backend: str) -> None:
@@ -240,7 +241,7 @@ def _on_streams(name: str, device: torch.device) -> Iterator[Case]:
 
 
 def _another(device: torch.device) -> torch.device | None:
-    """Return another GPU that this process can use; None if there is none, or its memory is full or it is exclusive."""
+    """Return another GPU that this process can use, or None. A GPU that is full or in exclusive mode cannot be used."""
     for index in range(torch.cuda.device_count()):
         other = torch.device("cuda", index)
         if other != device:
@@ -298,7 +299,7 @@ def _other_device(problem: Problem, name: str, other: torch.device) -> None:
 
 
 def _poisoned(problem: Problem, backend: str) -> dict[str, Tensor]:
-    """Return the results with new memory filled with NaN."""
+    """Return the results of a run in which new memory is filled with NaN."""
     with _new_memory_is_nan():
         return problem.run(backend, False)
 

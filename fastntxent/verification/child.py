@@ -90,7 +90,7 @@ def _report_verdict(request: dict[str, Any], device: torch.device, tell: Callabl
 
 
 def _use_device(request: dict[str, Any], device: torch.device) -> None:
-    """Use the device; RuntimeError unless it is the one that the parent sees."""
+    """Use the device. Raise RuntimeError unless it is the device that the parent sees."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch.zeros(1, device=device).item()

@@ -1,7 +1,7 @@
 """Chooses the backend that "auto" takes on an accelerator: the fastest for a call's size among those that have passed.
 
-At the first call on a device, verdicts are read from the store, or found by a child process. Checking takes up to a
-minute and is announced on stderr. After that, a choice is two dict lookups.
+At the first call on a device, verdicts are read from the store, or found by a child process. Checking and timing take
+up to two minutes and are announced on stderr. After that, a choice is two dict lookups.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .store import Store, model_of
 from .verdict import Verdict
 
 FALLBACK = "blocked"
-SMALL_BATCH = 8192  # without times, the first passed backend serves up to this many rows, and the last serves more
+SMALL_BATCH = 8192  # rows: without times, the first backend that passed serves up to this many, the last serves more
 REPLAYED = " replayed"  # suffix of a backend's name: its time in a captured CUDA graph, without host overhead
 # Backends that "auto" may take on a device type once they have passed, with their modules.
 Candidates = Mapping[str, str]
@@ -39,7 +39,7 @@ class Decision:
     """Verdicts and times on a device, and the choice of a backend from them.
 
     Attributes:
-        verdicts: verdicts by backend.
+        verdicts: the verdict of each backend, by name.
         times: the result of `timing.time_backends`; None if there is none.
         reason: the reason why no backend was checked; empty if any was.
     """
@@ -52,7 +52,7 @@ class Decision:
         self._taken: dict[tuple[torch.dtype, int, int, bool], str] = {}
 
     def take(self, dtype: torch.dtype, rows: int, features: int, captured: bool = False) -> str:
-        """Return the backend for a call of this size. `captured`: the call is captured in a CUDA graph."""
+        """Return the backend for a call of this size. `captured`: whether it is captured in a CUDA graph."""
         size = (dtype, rows, features, captured)
         taken = self._taken.get(size)
         if taken is None:
@@ -137,7 +137,7 @@ def decide(device: torch.device, candidates: Candidates) -> Decision:
 
 
 def never() -> bool:
-    """Return whether $FASTNTXENT_VERIFY forbids checks; ValueError for an unknown value."""
+    """Return whether $FASTNTXENT_VERIFY forbids checks. Raise ValueError if its value is unknown."""
     value = os.environ.get(VERIFY) or "auto"
     if value not in ("auto", "never"):
         raise ValueError(f"{VERIFY} must be 'auto' or 'never', got {value!r}")
@@ -160,7 +160,7 @@ def _find_out(device: torch.device, candidates: Candidates) -> Decision:
 
 
 def _complain(device: torch.device, decision: Decision) -> None:
-    """Report once each backend that did not pass or could not be checked."""
+    """Report each backend that did not pass or could not be checked, once per process."""
     for name, verdict in decision.verdicts.items():
         where = model_of(device).name
         if verdict.status == "not available":
@@ -184,7 +184,7 @@ def find_verdicts(
         device: the device.
         candidates: the backends and their modules.
         refresh: ignore stored verdicts.
-        timed: whether the caller times backends that pass; if so, the announcement says it.
+        timed: whether the caller times backends that pass; if so, the announcement says so.
     """
     store = Store(model_of(device))
     found = {} if refresh else _known(store, candidates)
@@ -209,7 +209,7 @@ def find_verdicts(
 def time_passed(
     device: torch.device, candidates: Candidates, verdicts: dict[str, Verdict], *, refresh: bool = False
 ) -> tuple[dict[str, Verdict], dict[str, Any] | None]:
-    """Return the times of the backends that have passed, from the store or measured in a child process.
+    """Return the verdicts, and the times of the backends that have passed, stored or measured in a child process.
 
     The timed batches are larger than the checked ones. A backend that fails in one of them counts as not passed.
 
@@ -264,7 +264,7 @@ def known_decision(device: torch.device, candidates: Candidates) -> Decision:
 
 
 def known_verdicts(device: torch.device, candidates: Candidates) -> dict[str, Verdict]:
-    """Return the verdicts in the store or found by this process, without checking anything."""
+    """Return the verdicts that are stored or that this process has found, without checking anything."""
     decision = _decided.get(device)
     found = {} if decision is None else {name: v for name, v in decision.verdicts.items() if name in candidates}
     return {**found, **_known(Store(model_of(device)), candidates)}

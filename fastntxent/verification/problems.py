@@ -27,7 +27,7 @@ class Problem:
         run: takes a backend's name and whether to compute in float64; returns tensors by name, gradients as d_...
         dtype, rows: dtype and number of rows of the call.
         logit_size: the largest logit.
-        scales: for results whose terms may cancel, the size of the terms, by name.
+        scales: the size of the terms, by name, for results whose terms may cancel.
     """
 
     run: Callable[[str, bool], dict[str, Tensor]]
@@ -40,7 +40,7 @@ class Problem:
 def nt_xent_problem(
     views: Sequence[Tensor], temperature: float | Tensor, *, normalize: bool = True, upstream: Tensor | None = None
 ) -> Problem:
-    """NT-Xent and its gradients by views and temperature: the mean, or a sum of row losses weighted by `upstream`."""
+    """NT-Xent and its gradients: the mean loss, or the sum of the rows' losses weighted by `upstream`."""
 
     def run(backend: str, exact: bool) -> dict[str, Tensor]:
         z_i, z_j, tau = _fresh_leaves((*views, torch.as_tensor(temperature, dtype=torch.float64)), exact)
@@ -120,8 +120,8 @@ def sigmoid_problem(views: Sequence[Tensor], temperature: float, bias: float, *,
             d_z_i_of_rows=u, d_z_j_of_rows=v, d_temperature_of_rows=tau_of_rows, d_bias_of_rows=b_of_rows,
         )  # fmt: skip
 
-    # Gradients by temperature and bias may cancel. With all terms of one sign, the bias's gradient would be at most the
-    # loss plus the number of the row's positives.
+    # The terms of the gradients with respect to temperature and bias may cancel. With all terms of one sign, the bias's
+    # gradient would be at most the loss plus the number of the row's positives.
     with torch.no_grad():
         exactly = [z.double() for z in views]
         numbers = [torch.tensor(x, dtype=torch.float64) for x in (temperature, bias)]
@@ -178,7 +178,7 @@ def limits_problem(views: Sequence[Tensor], temperature: float) -> Problem:
 
 
 def groups_problem(views: Sequence[Tensor], temperature: float) -> Problem:
-    """`neg_lse` of rows in groups, with some negative ids, and of rows without negatives."""
+    """`neg_lse` of rows in groups, some with ids below zero, and of rows without negatives."""
     u = _unit(torch.cat(list(views)))
     ids = torch.arange(len(u), device=u.device) % 11 - 5
     weights = torch.randn(len(u), generator=generator(8), dtype=torch.float64).to(u.device)
@@ -238,7 +238,7 @@ def whole_numbers_problem(dtype: torch.dtype, device: torch.device) -> Problem:
 
 
 def views_of(n: int, d: int, dtype: torch.dtype, device: torch.device, common: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Return two noisy views of random directions with different norms. `common` weights a shared direction."""
+    """Return two noisy views of random directions with different norms. `common` weights a direction shared by all."""
     random = generator(n * 1000 + d)
     z = torch.randn(n, d, generator=random, dtype=torch.float64)
     noise = torch.randn(2, n, d, generator=random, dtype=torch.float64)
@@ -264,7 +264,7 @@ def _fresh_leaves(tensors: Sequence[Tensor], exact: bool) -> list[Tensor]:
 
 
 def _gradients(**results: Tensor) -> dict[str, Tensor]:
-    """Return the values, and for names d_... the gradients of the leaves."""
+    """Return the values of the results, or for names d_... the gradients of these leaves."""
     found = {}
     for name, x in results.items():
         gradient = x.grad if name.startswith("d_") else x.detach()

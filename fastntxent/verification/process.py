@@ -68,7 +68,7 @@ def check_in_child(request: Mapping[str, Any], deadline: float = DEADLINE, silen
     with ThreadPoolExecutor(parts) as pool:
         try:
             ends = list(pool.map(lambda share: _run_child(share, deadline, silence, stop), shares))
-        except BaseException:  # Ctrl-C: leaving the pool waits for its threads
+        except BaseException:  # such as Ctrl-C: stop the threads, because leaving the pool waits for them
             stop.set()
             raise
     verdict = _together([_verdict_of(end) for end in ends])
@@ -160,7 +160,7 @@ def _run_child_in(
             stdout=stderr,
             stderr=stderr,
             env=_environment(folder),
-            start_new_session=True,  # its children die with it, and only the parent gets Ctrl-C
+            start_new_session=True,  # it is killed with its own children, and only the parent gets Ctrl-C
         )
         try:
             status, killed = _wait(child, report, deadline, silence, stop)

@@ -1,7 +1,7 @@
 """Verdicts and times, kept in one JSON file per device model in the user's cache folder.
 
-Each entry has the key it was checked under: kernels, device, driver, PyTorch and Triton. An entry with another key
-counts as absent, and so does a file that is damaged or has another version. `FASTNTXENT_CACHE` sets the folder.
+Each entry stores the key for which it is valid: kernels, device, driver, PyTorch and Triton. An entry with a different
+key counts as absent, and so does a file that is damaged or has a different format. `FASTNTXENT_CACHE` sets the folder.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from .verdict import Verdict
 FORMAT = 1
 CACHE = "FASTNTXENT_CACHE"
 PACKAGE = Path(__file__).parents[1]
-# PATIENCE: seconds that a process waits for another one that checks the same device model. SAID_AFTER: seconds after
-# which it announces that it waits.
+# PATIENCE: seconds that a process waits for another that is checking the same device model. SAID_AFTER: seconds after
+# which it announces that it is waiting.
 PATIENCE = 600.0
 SAID_AFTER = 10.0
 # Names of Triton's packages, and environment variables that change how it compiles a kernel.
@@ -131,7 +131,7 @@ def _processor() -> str:
 
 @functools.cache
 def sources_key(module: str) -> str:
-    """Return a hash of a backend's code: this package's modules and compiled kernels, or a module from elsewhere."""
+    """Return a hash of a backend's code: this package's modules, and its compiled kernels or external module."""
     digest = hashlib.sha256()
     folders = [PACKAGE / part for part in ("backends", "ops", "verification")]
     files = sorted(path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".json"))
@@ -192,7 +192,7 @@ class Store:
 
     @contextlib.contextmanager
     def checking(self) -> Iterator[None]:
-        """Hold a lock in this block, so one process at a time checks this model. Others wait up to PATIENCE seconds.
+        """Hold a lock in this block, so only one process checks this model. Others wait, up to PATIENCE seconds.
 
         If no lock is possible, for example because the folder is not writable, the block runs without one.
         """
@@ -232,7 +232,10 @@ class Store:
         return {name: self._key(module) for name, module in modules.items()}
 
     def _read(self) -> dict[str, Any]:
-        """Return the file's content and unwritten entries. An absent, damaged or foreign file counts as empty."""
+        """Return the file's content and unwritten entries.
+
+        A file that is absent, damaged or in a different format counts as empty.
+        """
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
             if content["format"] != FORMAT or not all(

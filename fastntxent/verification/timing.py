@@ -19,7 +19,7 @@ TIMED_FEATURES = (128, 768)
 TIMED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TEMPERATURE = 0.1
 MOST_DENSE = 2048  # most samples (half the rows) for which the dense reference is timed
-FEWEST_TURNS = 3  # least repeats of each call
+FEWEST_TURNS = 3  # fewest repeats of each call
 MOST_TURNS, SECONDS_OF_CALL = 12, 0.5  # most repeats and seconds of a call, per size
 
 Times = dict[str, dict[str, dict[str, dict[str, float]]]]  # by dtype, features, rows and backend: milliseconds
@@ -108,7 +108,7 @@ def gradient_call(loss: Callable[[Tensor, Tensor], Tensor], views: Sequence[Tens
 def medians_in_turn(
     calls: dict[str, Callable[[], Any]], device: torch.device, most_turns: int, seconds: float
 ) -> dict[str, float]:
-    """Return the median milliseconds of each call. The calls take turns for `seconds`, but at least FEWEST_TURNS."""
+    """Return the median milliseconds of each call. The calls take turns for `seconds`, at least FEWEST_TURNS times."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     started = time.perf_counter()
     for turn in range(most_turns):
@@ -120,7 +120,7 @@ def medians_in_turn(
 
 
 def replay_of(call: Callable[[], Any], device: torch.device) -> Callable[[], Any] | None:
-    """Return the replay of the call as a CUDA graph; None on a CPU, or if it cannot be captured or does not fit."""
+    """Return a replay of the call from a CUDA graph; None on a CPU, or if the call cannot be captured."""
     if device.type != "cuda":
         return None
     with torch.cuda.device(device):

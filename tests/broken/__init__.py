@@ -1,6 +1,6 @@
 """Backends that are broken, each in one way. Verification must find each fault and tell it from the others.
 
-They are the CPU kernels with a change to their results.
+Those that load are the CPU kernels with a function that changes d_z_j of `nt_xent_scalar`, or fails on it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ RIGHT: Any = select("cpu", "cpu", torch.float32)
 
 
 class Broken(type(RIGHT)):
-    """The CPU kernels with d_z_j of `nt_xent_scalar` changed by a function."""
+    """The CPU kernels, except that d_z_j of `nt_xent_scalar` passes through `change`."""
 
     def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
         self.change = change

@@ -19,7 +19,7 @@ MINERS = {
 def memories(name, tau, d, miner="none", size=16):
     """Return our memory around our loss, and the library's memory around the library's loss."""
     theirs = needs("pytorch_metric_learning.losses")
-    tau = max(tau, 0.3) if name == "SupConLoss" else tau  # below, some anchors round to 0 and the library skips them
+    tau = max(tau, 0.3) if name == "SupConLoss" else tau  # below 0.3, the library skips anchors whose loss rounds to 0
     return [
         library.CrossBatchMemory(getattr(library, name)(tau), d, memory_size=size, miner=MINERS[miner]()).double()
         for library in (ours, theirs)
@@ -31,7 +31,7 @@ def labels_of(n, classes, seed):
 
 
 def assert_steps_are_the_same(memories, steps):
-    """Compare value, gradient and held rows after each step. A step is embeddings and the other arguments."""
+    """Compare value, gradient and held rows after each step. A step holds the embeddings and any further arguments."""
     for z, *arguments in steps:
         results = []
         for memory in memories:
@@ -95,7 +95,7 @@ def test_rows_are_no_positives_of_their_own_copies_whatever_the_batch():
 
 
 def test_a_batch_that_adds_no_row_leaves_the_memory_as_it_is():
-    # The library's memory would now count as full, of zero rows with label 0.
+    # The library's memory would count as full after this call, holding zero rows with label 0.
     memory = ours.CrossBatchMemory(ours.NTXentLoss(), 3, memory_size=4)
     z, labels = torch.randn(4, 3), torch.tensor([0, 0, 1, 1])
     assert memory(z, labels, enqueue_mask=torch.zeros(4, dtype=torch.bool)) == 0

@@ -31,8 +31,8 @@ options = {
 
 
 def drawn_case(n, d, seed, columns):
-    """Return embeddings, and a guide's embeddings in float64. Random similarities are unlikely to be within rounding of
-    a limit.
+    """Return embeddings, and a guide's embeddings in float64, so that a similarity is unlikely to lie within rounding
+    error of a limit.
     """
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(n, d, generator=generator) + torch.randn(columns, n, d, generator=generator)
@@ -41,7 +41,8 @@ def drawn_case(n, d, seed, columns):
 
 
 def dense(embeddings, guides, temperature, margin_strategy, margin, contrast_anchors, contrast_positives):
-    """Return the loss of all cosine matrices side by side, with cosines above an anchor's limit set to -infinity."""
+    """Return the cross-entropy over all cosine matrices side by side; a cosine is -infinity where the guide's cosine
+    exceeds the anchor's limit."""
     (a, p, *n), (g_a, g_p, *g_n) = ([F.normalize(z, dim=1) for z in each] for each in (embeddings, guides))
     of_positive = (g_a * g_p).sum(dim=1, keepdim=True)
     limits = of_positive - margin * (of_positive.abs() if margin_strategy == "relative" else 1)
@@ -127,8 +128,8 @@ def test_guide_that_needs_text_names_what_is_missing():
 
 
 class Encoder(nn.Module):
-    """Averages the words of padded texts. It has dropout and running statistics, and writes to its input, as the
-    library's modules do.
+    """Averages the word embeddings of padded texts. It has dropout and running statistics, and writes to its input, as
+    the library's modules do.
     """
 
     def __init__(self, d, dropout=0.3):
@@ -145,7 +146,7 @@ class Encoder(nn.Module):
 
 
 def text_columns(count, n=10, width=7):
-    """Return columns of texts of full length. If padding were cut off, dropout would draw fewer numbers."""
+    """Return columns of full-length texts. Padding would be cut off, and dropout would then draw fewer numbers."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(11, (count, n, width), generator=generator)
     return [{"input_ids": column, "attention_mask": torch.ones_like(column), "task": "query"} for column in ids]
@@ -324,7 +325,7 @@ def test_errors():
         loss.compute_loss_from_embeddings([z, z], [z, z[:1]])
     with pytest.raises(TypeError, match=r"embeddings\[1\] must be a torch.Tensor, got NoneType"):
         loss.compute_loss_from_embeddings([z, None], [z, z])
-    with pytest.raises(ValueError, match="guide_embeddings must have 3 columns, as embeddings, got 2"):
+    with pytest.raises(ValueError, match="guide_embeddings must have 3 columns like embeddings, got 2"):
         loss.compute_loss_from_embeddings([z] * 3, [z] * 2)
     with pytest.raises(ValueError, match="margin_strategy must be one of"):
         ours.GISTEmbedLoss(None, None, margin_strategy="both")

@@ -52,7 +52,7 @@ def test_errors():
         ours.info_nce(z, z, z[:, :2])
     with pytest.raises(ValueError, match="query and negative_keys must have the same dtype"):
         ours.info_nce(z, z, z.double())
-    with pytest.raises(ValueError, match="negative_keys must have 4 queries, got shape"):
+    with pytest.raises(ValueError, match="negative_keys must have 4 sets, one per query, got shape"):
         ours.info_nce(z, z, torch.randn(5, 2, 3), negative_mode="paired")
     for mode, negatives in (("unpaired", z[:0]), ("paired", z[:, None][:, :0])):
         with pytest.raises(ValueError, match="negative_keys must have at least one key, got shape"):

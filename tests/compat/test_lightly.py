@@ -227,9 +227,9 @@ def test_errors():
     with pytest.raises(ValueError, match="out0 and out1 must have the same shape"):
         ours.NTXentLoss()(torch.ones(2, 3), torch.ones(3, 3))
     for size in ((-1, 3), (4, 3, 2), -1):
-        with pytest.raises(ValueError, match=r"memory_bank_size must be \(size, dim\), size or 0, none negative"):
+        with pytest.raises(ValueError, match=r"memory_bank_size must be an int or a pair .*, without negative"):
             ours.NTXentLoss(memory_bank_size=size)
-        with pytest.raises(ValueError, match=r"^size must be \(size, dim\)"):
+        with pytest.raises(ValueError, match=r"^size must be an int or a pair \(size, dim\)"):
             ours.MemoryBankModule(size)
     for size in ("x", 2.0, (4.0, 3), None):
         with pytest.raises(TypeError, match="memory_bank_size must be an int or a pair"):
@@ -239,7 +239,7 @@ def test_errors():
 @pytest.mark.parametrize("shape", [(3,), (4, 1), (4, 4)])
 def test_weights_of_another_shape_are_an_error(shape):
     loss = ours.DCLLoss(weight_fn=lambda a, b: torch.ones(shape))
-    with pytest.raises(ValueError, match=r"weight_fn must return a number or shape \(4,\), got shape"):
+    with pytest.raises(ValueError, match=r"weight_fn must return a number or 4 weights, got shape"):
         loss(*torch.randn(2, 4, 3))
 
 

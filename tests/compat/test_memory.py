@@ -1,4 +1,4 @@
-"""No drop-in holds all pairs. One test measures peak memory for the library loss that needs the most."""
+"""No drop-in holds all pairs. One test measures the peak memory of the most demanding library loss's drop-in."""
 
 import copy
 import json
@@ -78,7 +78,7 @@ def test_drop_in_never_holds_all_pairs(name):
     assert N * D <= largest_of(CALLS[name]) < N * N / 4
 
 
-# In the other calls the host has to read tiles or pairs from values, and meta tensors have none.
+# In the other calls the host has to derive tiles or pairs from values, which meta tensors do not have.
 DEVICE_ALONE = [
     name for name in CALLS if not name.startswith("NTXentLoss") and name not in ("SupConLoss of pairs", "solo-learn")
 ]

@@ -20,7 +20,7 @@ def test_clip_loss_equals_open_clip(n, d, seed, scale, bias, wide):
     shape = (1,) if wide else ()
 
     def called(loss):
-        return lambda a, b, s: loss(a, b, s, logit_bias=bias).sum()  # their loss is 0-d for a scale (1,) too
+        return lambda a, b, s: loss(a, b, s, logit_bias=bias).sum()  # their loss is 0-d even for a scale of shape (1,)
 
     features = F.normalize(z, dim=2)
     assert_same(*map(called, losses), 1 / scale, *features, torch.full(shape, scale))
@@ -90,7 +90,7 @@ def test_coca_loss_equals_its_definition(n, d, seed, weights, pad):
     logits = torch.randn(n, 5, 7, generator=generator)
     labels = torch.randint(0, 7, (n, 5), generator=generator)
     labels[:, -1] = pad
-    labels[0, 0] = 1  # not all labels are padding
+    labels[0, 0] = 1  # at least one label is not padding
 
     def ours_of(a, b, logits, scale):
         return sum(ours.CoCaLoss(*weights, pad_id=pad)(a, b, logits, labels, scale))

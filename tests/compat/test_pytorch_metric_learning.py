@@ -20,7 +20,7 @@ def losses(name, tau, distance="CosineSimilarity", reducer=None, **options):
 
 
 def warm(name, tau):
-    """Return a temperature at which no SupCon anchor rounds to 0 in the library, which would then skip it."""
+    """Return a temperature at which no anchor's SupCon loss rounds to 0 in the library, which would skip the anchor."""
     return max(tau, 0.3) if name == "SupConLoss" else tau
 
 
@@ -108,7 +108,8 @@ def test_reducers_equal_the_library(reducer, n, d, seed, tau, name, classes, of)
     matches = labels[:, None] == ref_labels
     pairs = (*torch.where(matches), *torch.where(~matches))
     again = torch.randint(0, max(len(pairs[0]), 1), (5,), generator=torch.Generator().manual_seed(seed))
-    # Repeat some pairs. The library's reducer of anchors counts a repeat in the gradient, but not in the value.
+    # Repeat some pairs, but not for reducers of anchors: the library's reducers of anchors count a repeat in the
+    # gradient, but not in the value.
     if len(pairs[0]) and not reducer.startswith("anchors"):
         pairs = (*(torch.cat((index, index[again])) for index in pairs[:2]), *pairs[2:])
 
@@ -149,7 +150,7 @@ def test_reducer_of_self_supervised_equals_the_library():
 
 @pytest.mark.parametrize("name", ["NTXentLoss", "SupConLoss"])
 def test_anchors_of_a_class_are_reduced_without_a_matrix_of_pairs(name):
-    # The library's reducer holds a matrix of rows by rows, even if there are more references than rows.
+    # The library's reducer holds a square matrix (rows x rows), even if there are more references than rows.
     reducers = needs("pytorch_metric_learning.reducers")
     z, ref, labels = torch.randn(6, 3), torch.randn(11, 3), torch.arange(11) % 3
     mine = getattr(ours, name)(0.5, reducer=reducers.PerAnchorReducer(reducers.SumReducer()))
@@ -300,7 +301,7 @@ def test_an_anchor_counts_though_its_loss_rounds_to_zero():
     mine, theirs = losses("SupConLoss", 0.04)
     assert mine(z.double(), labels) == pytest.approx(float(theirs(z.double(), labels)))
     assert mine(z, labels) == pytest.approx(float(mine(z.double(), labels)), rel=1e-5)
-    assert theirs(z, labels) > 3 * mine(z, labels)  # in float32 it counts only one of four anchors
+    assert theirs(z, labels) > 3 * mine(z, labels)  # in float32 the library counts only one of four anchors
 
 
 def test_temperature_may_be_a_parameter():
@@ -391,7 +392,7 @@ def test_wrapper_over_ranks_is_the_loss_in_one_process():
     [
         (([0, 0], [1, 2], [3, 99]), ValueError, r"indices_tuple must have indices in \[0, 16\), got \[3, 99\]"),
         (([0, 0], [1, -2], [3, 4]), ValueError, "indices_tuple must have indices in"),
-        (([0, 0], [1], [3, 4]), ValueError, r"indices_tuple must hold pairs, got lengths \[2, 1, 2\]"),
+        (([0, 0], [1], [3, 4]), ValueError, r"indices_tuple must hold pairs of equal lengths, got \[2, 1, 2\]"),
         (([0.0], [1.0], [3.0]), TypeError, "indices_tuple must hold tensors of one dimension and an integer dtype"),
     ],
 )

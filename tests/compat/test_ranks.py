@@ -1,4 +1,4 @@
-"""Drop-ins in a process group, against one process with the whole batch and against the libraries on as many ranks."""
+"""Drop-ins on several ranks, compared with the whole batch in one process and with the libraries on the same ranks."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def of_lightly(name: str, sign: int = 1, **options: Any) -> Call:
 
 
 def memory_bank(sign: int) -> Call:
-    """Three steps: the first sees the bank's random rows, the second also the rows of the first. Two ranks have 13
-    samples, so the second step is cut at the end of the bank.
+    """Three steps: the first sees the bank's random rows, the second also the rows that the first stored. Two ranks
+    have 13 samples, so the rows of the second step are cut off at the end of the bank.
     """
 
     def call(z: Tensor, ids: Tensor, tau: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def rank_here() -> int:
 
 
 def distances(a: Tensor, b: Tensor) -> Tensor:
-    """Return a weight for each pair, with a gradient."""
+    """Return a differentiable weight for each pair."""
     return (a - b).square().sum(dim=1)
 
 
@@ -129,7 +129,8 @@ def of_metric_learning(name: str) -> Call:
 
 
 class SquaredReducer:
-    """The mean of squared losses, in the form of one of the library's reducers."""
+    """A reducer with the library's interface: the mean of squared losses, weighted by the labels if there is one loss
+    per row."""
 
     def __call__(self, loss_dict: dict[str, Any], embeddings: Tensor, labels: Tensor) -> Tensor:
         weights = labels.to(embeddings) if loss_dict["loss"]["reduction_type"] == "element" else 1
@@ -137,7 +138,7 @@ class SquaredReducer:
 
 
 def of_metric_learning_and(name: str, efficient: bool = False, reducer: Any = None, **wanted: bool) -> Call:
-    """References, with or without labels of their own, and pairs."""
+    """A loss with references (with or without labels of their own), with pairs, or with both."""
 
     def call(z: Tensor, ids: Tensor, tau: Tensor) -> Tensor:
         loss = getattr(pytorch_metric_learning, name)(tau, reducer=reducer)
@@ -152,8 +153,8 @@ def of_metric_learning_and(name: str, efficient: bool = False, reducer: Any = No
 
 
 def pairs_own_first(ids: Tensor, efficient: bool) -> tuple[Tensor, ...]:
-    """Return all positive and negative pairs of anchors with labels of 1 or more. This rank's rows come first. If
-    `efficient`, only they are anchors.
+    """Return all positive and negative pairs whose anchors have labels of 1 or more. This rank's rows come first. If
+    `efficient`, only this rank's rows are anchors.
     """
     of_ranks, first = [ids], 0
     if dist.is_initialized():
@@ -264,7 +265,7 @@ def assert_close(result: Result, expected: Result, rtol: float) -> None:
 
 
 def everything() -> dict[str, Any]:
-    """Return everything that the tests below check, from one start of the ranks."""
+    """Return everything that the tests below check, so that the ranks are started only once."""
     model, (x, ids) = DistributedDataParallel(encoder()), mine(world_size())
     found: dict[str, Any] = {"cases": {name: evaluate(model, x, ids, call) for name, call in CASES.items()}}
     if world_size() == WORLD:
@@ -299,12 +300,12 @@ def test_ranks_equal_one_process_with_the_whole_batch(ranks: str, name: str, req
         assert_close(of_rank["cases"][name], expected, RTOL)
 
 
-# --- the libraries, on two ranks with as many samples each -----------------------------------------------------------
+# --- the libraries, on two ranks with the same number of samples -----------------------------------------------------
 
 WORLD = 2
 N = min(SIZES[WORLD])
 
-# A function that makes our call and the library's, on a rank.
+# A function that returns our call and the library's; it runs on a rank.
 Pair = Callable[[], tuple[Call, ...]]
 
 
@@ -341,7 +342,8 @@ def metric_learning_pair(name: str, **options: Any) -> Pair:
 
 
 def metric_learning_memory_pair(name: str, ours_of_theirs: bool) -> Pair:
-    """A memory with room for two batches of all ranks: ours, or the library's memory around our loss."""
+    """Our memory, or with `ours_of_theirs` the library's memory around our loss, with room for two batches of all
+    ranks."""
 
     def of(losses: Any, wrapper: Any, memory: Any) -> Call:
         def call(z: Tensor, ids: Tensor, tau: Tensor) -> Tensor:
@@ -362,7 +364,7 @@ def metric_learning_memory_pair(name: str, ours_of_theirs: bool) -> Pair:
 
 
 def metric_learning_miner_pair(name: str, references: bool) -> Pair:
-    """With the pairs that the library's miner finds over ranks."""
+    """A loss of the pairs that the library's miner finds across ranks."""
 
     def of(losses: Any, wrapper: Any) -> Call:
         distributed = peers.needs("pytorch_metric_learning.utils.distributed")
@@ -396,8 +398,8 @@ def sentence_transformers_pair(**options: Any) -> Pair:
     return lambda: (of(sentence_transformers), of(peers.sentence_transformers().sentence_transformer.losses))
 
 
-# The factors from our results to the library's: for the mean of the ranks' losses, for the gradient of the features,
-# and for the gradient of the temperature.
+# The factors from our results to the library's: for the mean of the ranks' losses, for the gradients of the encoder's
+# parameters, and for the gradient of the temperature.
 LIBRARIES: dict[str, tuple[Pair, tuple[float, float, float]]] = {
     "lightly nt_xent": (lightly_pair("ntx_ent_loss", "NTXentLoss"), (1, 1, 1)),
     "lightly bank": (lightly_pair("ntx_ent_loss", "NTXentLoss", memory_bank_size=(24, D)), (1, 1, 1)),
@@ -419,7 +421,7 @@ LIBRARIES: dict[str, tuple[Pair, tuple[float, float, float]]] = {
     ),
 }
 
-# Library losses that lack terms of the gradient, which is therefore no multiple of the right one.
+# Library losses whose gradient lacks terms, and is therefore not a multiple of the right gradient.
 PARTIAL: dict[str, Pair] = {
     "pytorch_metric_learning sup_con, efficient": metric_learning_pair("SupConLoss", efficient=True),
     "open_clip, local_loss": open_clip_pair(True, False),
@@ -427,7 +429,8 @@ PARTIAL: dict[str, Pair] = {
 
 
 def both_of_every_library() -> dict[str, Any]:
-    """Return two results for each library, ours and theirs averaged as by DDP, or the reason why it was skipped."""
+    """For each library, return our result and the library's (averaged across ranks, as by DDP), or why it was
+    skipped."""
     model = DistributedDataParallel(encoder(torch.float64))
     x, ids = mine(WORLD)
     found: dict[str, Any] = {}
@@ -558,7 +561,8 @@ def whole() -> tuple[Tensor, Tensor, list[slice]]:
 
 
 def assert_formed(found: tuple[Any, ...], rows: Tensor, columns: Tensor, scale: float) -> None:
-    """Check the logits of these rows against these columns, and the gradient of their sum with respect to the rows."""
+    """Check that `found` has the logits of the rows with the columns, and the gradient of the logits' sum with respect
+    to the rows."""
     shape, dense, argmax, gradient = found
     expected = scale * rows @ columns.T
     assert shape == dense.shape == expected.shape

@@ -46,8 +46,8 @@ def drawn_case(n, d, seed, scale, columns, extra, per_direction, mode, strength,
 
 
 def dense(embeddings, scale, directions, partition_mode, hardness_mode, hardness_strength, cosine, ids=None):
-    """Return the loss by its definition, candidate by candidate. The kind of a candidate decides what is added to its
-    logit. Other samples with the same id are not candidates.
+    """Return the loss by its definition, candidate by candidate. The kind of a candidate decides whether its logit gets
+    an added hardness. Other samples with the same id are not candidates.
     """
     u, *docs = (normalize(z, dim=1) if cosine else z for z in embeddings)
     n, losses = len(u), []
@@ -361,7 +361,7 @@ def test_cached_loss_repeats_dropout_and_keeps_state_as_after_one_pass():
         for _ in range(2):
             columns = text_columns()
             for column in columns:
-                column["attention_mask"][::4] = 1  # no padding to cut, because dropout draws by the width
+                column["attention_mask"][::4] = 1  # no padding to cut: dropout's draws depend on the width
             if cached:
                 loss = CACHED(model, mini_batch_size=4)(columns)
             else:
@@ -441,7 +441,7 @@ def test_cached_loss_whose_second_pass_does_not_repeat_is_an_error():
     model.head.register_forward_hook(lambda module, args, z: z + next(counter))
     statistics, torch_state = [b.clone() for b in model.buffers()], torch.get_rng_state()
     loss = CACHED(model, mini_batch_size=5)(text_columns(2))
-    with pytest.raises(RuntimeError, match="model gave other embeddings in the second pass"):
+    with pytest.raises(RuntimeError, match="model gave different embeddings in the second pass"):
         loss.backward()
     for now, before in zip(model.buffers(), statistics, strict=True):
         assert torch.equal(now, before)
@@ -513,7 +513,7 @@ def test_errors_of_cached_losses():
     model = TextModel()
     with pytest.raises(ValueError, match=r"sentence_features\[1\]\['x'\] must have as many rows as"):
         CACHED(model)([text_columns(1)[0], {**text_columns(1)[0], "x": torch.ones(3)}])
-    with pytest.raises(ValueError, match=r"sentence_features\[0\] has no 'attention_mask' to count the tokens of"):
+    with pytest.raises(ValueError, match=r"sentence_features\[0\] has no 'attention_mask' to count tokens with"):
         CACHED(model, mini_batch_num_tokens=9)([{"x": torch.ones(3)}] * 2)
     with pytest.raises(ValueError, match="at least anchors and positives, got 1 tensors"):
         CACHED(model)(text_columns(1))

@@ -1,4 +1,4 @@
-"""Names, order and defaults of the drop-ins' parameters, and of the libraries' if they are installed."""
+"""Names, order and defaults of the drop-ins' parameters, compared with the libraries if they are installed."""
 
 import inspect
 import math

@@ -25,7 +25,7 @@ def make_stripes(count, seed):
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """These networks are too small to gain from two threads, and on a busy machine two threads wait for each other."""
+    """Use one thread: two gain nothing on such small networks, and wait for each other on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -34,7 +34,7 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def ctrl_c():
-    """Restore Ctrl-C, because a shell in the background starts its processes with SIGINT ignored."""
+    """Make SIGINT raise KeyboardInterrupt again, because shells start background processes with SIGINT ignored."""
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, handler)
@@ -62,7 +62,7 @@ def make_trainer(stripes, tmp_path):
 
 @pytest.fixture
 def cli():
-    """Return a function that starts `python -m fastntxent.simclr` with its arguments. It waits by default."""
+    """Return a function that runs `python -m fastntxent.simclr` with its arguments and, by default, waits for it."""
     running = []
 
     def start(*arguments, wait=True):

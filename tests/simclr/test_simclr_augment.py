@@ -29,7 +29,7 @@ def test_two_views_are_a_function_of_the_generator(preset, channels):
     assert max(first.max(), second.max()) <= 1
     if preset != "none":
         assert ((first - second).flatten(1).abs().amax(1) > 0.01).all(), "two views of an image should differ"
-        assert ((first - other).flatten(1).abs().amax(1) > 0.01).all(), "another seed should give another view"
+        assert ((first - other).flatten(1).abs().amax(1) > 0.01).all(), "a different seed should give a different view"
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -1,4 +1,4 @@
-"""Checkpoints on disk are complete and checked, and one run at a time writes them."""
+"""Checkpoints on disk are always complete, damage to them is detected, and only one run at a time writes them."""
 
 import multiprocessing
 import os
@@ -30,7 +30,8 @@ def test_checkpoint_comes_back_and_is_a_torch_file(saved):
 def test_load_checkpoint_refuses_every_flipped_bit(saved):
     sound = saved.read_bytes()
     draw = random.Random(0)
-    # Every byte of the marks at both ends, and random bytes elsewhere: contents, directory, padding.
+    # Every byte at the two ends of the file, where its marks are, and random bytes in between: contents, directory,
+    # padding.
     places = {*range(64), *range(len(sound) - 200, len(sound)), *draw.sample(range(len(sound)), 300)}
     for place in places:
         damaged = bytearray(sound)
@@ -113,7 +114,7 @@ def test_folder_check_says_what_is_wrong(tmp_path, monkeypatch):
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ValueError, match=r"--out .*file.* cannot be written to: .*(exists|[Nn]ot a directory)"):
             OutputFolder(path).check(0)
-    with pytest.raises(ValueError, match=r"--out .* of free disk space, but the run needs up to \d+ MiB"):
+    with pytest.raises(ValueError, match=r"--out .* of free disk space, but up to \d+ MiB are needed"):
         OutputFolder(tmp_path / "new").check(2**60)
 
     def full(descriptor):

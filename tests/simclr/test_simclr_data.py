@@ -102,7 +102,7 @@ def test_load_data_says_what_to_install(monkeypatch):
 
 
 def fake_torchvision(monkeypatch):
-    """Install a fake torchvision with two data sets. It has the real array layouts, attribute names and error."""
+    """Install a fake torchvision with two data sets. Array layouts, attribute names and the error are the real ones."""
 
     class CIFAR10:
         classes = ("plane", "car")
@@ -290,11 +290,11 @@ def test_label_tensors_index_names_that_are_given():
 @pytest.mark.parametrize(
     ("labels", "names", "message"),
     [
-        (np.array([0, 3]), ("x", "y", "z"), r"among the 3 class names \(0 to 2, or -1 for none\), got 3"),
+        (np.array([0, 3]), ("x", "y", "z"), r"among the 3 class names \(0 to 2, or -1 for no label\), got 3"),
         (np.array(["w", "x"]), ("x", "y"), r"among the 2 class names \(x, y\), got w"),
         (np.array([0, 0.5]), (), "whole numbers or strings, got 0.5"),
         (np.array([0, np.nan]), (), "whole numbers or strings, got nan"),
-        (np.eye(2), (), r"of shape \(2, 2\) \(one column for each class\? give its argmax\)"),
+        (np.eye(2), (), r"of shape \(2, 2\) \(one column for each class\? pass the argmax\)"),
         (np.array([0, 1j]), (), "integers or strings, got complex128"),
     ],
 )
@@ -310,9 +310,9 @@ def test_label_tensors_do_not_mix_numbers_and_texts():
 
 def test_fashion_mnist_refuses_a_shape_that_overflows(tmp_path):
     write_fashion(tmp_path)
-    sizes = (2**31, 2**31, 4)  # 2^64 values; in a 64-bit product that is 0
+    sizes = (2**31, 2**31, 4)  # 2^64 values, a product that overflows to 0 in 64 bits
     (tmp_path / "train-images-idx3-ubyte").write_bytes(struct.pack(">HBB3I", 0, 8, 3, *sizes))
-    with pytest.raises(ValueError, match="whose header fits its 0 values"):
+    with pytest.raises(ValueError, match="or its header does not fit its 0 values"):
         load("fashion-mnist", tmp_path)
 
 

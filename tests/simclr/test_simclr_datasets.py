@@ -139,7 +139,7 @@ def test_images_of_a_dataset_name_an_item_that_changed():
     with pytest.raises(ValueError, match=f"item {first} of the dataset can no longer be read: OSError: the disk"):
         data.train_images[:1]
     items.items[first] = CHANNELS_FIRST[0, :, :5]
-    with pytest.raises(ValueError, match=f"all images must have one size, but item {first} of the dataset"):
+    with pytest.raises(ValueError, match=f"all images must have the same size, but item {first} of the dataset"):
         data.train_images[:1]
 
 
@@ -201,13 +201,13 @@ class Stream(IterableDataset):
 @pytest.mark.parametrize(
     ("dataset", "error", "message"),
     [
-        (Stream(), TypeError, "train is an IterableDataset"),
-        (DataLoader(Stream()), TypeError, "train is an IterableDataset"),
+        (Stream(), TypeError, "train must be a map-style dataset, .*, got an IterableDataset"),
+        (DataLoader(Stream()), TypeError, "train must be a map-style dataset, .*, got an IterableDataset"),
         (iter(CHANNELS_FIRST), TypeError, r"train must be a map-style dataset, with len\(\) and \[index\], got"),
         ({"a": IMAGE}, TypeError, "map-style dataset, .* got dict"),
         (Items([]), ValueError, "train is empty"),
         (Items([KeyError("x")] * 3), ValueError, "no item of train can be read; the last error is KeyError: 'x'"),
-        (Items(list(CHANNELS_FIRST[:4])), ValueError, "4 images are too few to hold a fifth"),
+        (Items(list(CHANNELS_FIRST[:4])), ValueError, "4 images are too few to hold out a fifth"),
         (Items(list(CHANNELS_FIRST[:, :, :5])), ValueError, "at least 8 x 8 pixels"),
         (Items([(IMAGE, 1), (IMAGE, "x")]), ValueError, "the labels of train must be all integers or all strings"),
         (Items([(IMAGE, 2**63), (IMAGE, 0)]), ValueError, r"less than 2\^63, got 9223372036854775808"),

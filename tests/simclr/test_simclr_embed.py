@@ -25,9 +25,7 @@ PAGE = Path(__file__).parents[2] / "docs/encoder.md"
 
 
 def save_images(folder: Path, count: int = 10, mode: str = "RGB") -> np.ndarray:
-    """Save random 16 x 16 images in two class folders, and return their pixels (N, H, W, C) in the order of their
-    names.
-    """
+    """Save random 16 x 16 images in two class folders. Return all pixels (N, H, W, C), in the order of file names."""
     generator = np.random.default_rng(0)
     pixels = generator.integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
     for index, image in enumerate(pixels):
@@ -39,7 +37,7 @@ def save_images(folder: Path, count: int = 10, mode: str = "RGB") -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Folders of finished runs, one of an encoder for grey images and one for colour images, by number of channels."""
+    """Folders of two finished runs, by the number of channels of their images: 1 (grey) and 3 (colour)."""
     folders = {}
     for channels in (1, 3):
         train, test = make_stripes(30, 0), make_stripes(10, 1)
@@ -360,7 +358,7 @@ def test_export_says_mistakes_in_a_line(run, tmp_path, capsys):
 
 
 def snippet(mark: str) -> str:
-    """Return the code block of docs/encoder.md under an HTML comment."""
+    """Return the code block of docs/encoder.md that follows this HTML comment."""
     found = re.findall(rf"<!-- {re.escape(mark)} -->\n\n```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert len(found) == 1, mark
     return found[0]

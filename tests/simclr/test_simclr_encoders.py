@@ -92,7 +92,7 @@ SOUND = {
 FAULTY = {
     "missing": (None, r"my_encoders has no missing; did you mean raising\?"),
     "number": (3, "must be a function that returns a torch.nn.Module, got a value of type int"),
-    "module": (MODULE, "is a module, but it must be a function that returns a new one"),
+    "module": (MODULE, "is a module, but it must be a function that returns a new module"),
     "same": (lambda: MODULE, "returned the same module a second time"),
     "no_module": (lambda: 3, "must return a torch.nn.Module, got a value of type int"),
     "argument": (lambda depth: Net(), "may require only the arguments channels and image_size, but it requires depth"),
@@ -275,7 +275,7 @@ def fake_timm(monkeypatch):
         if name == "bad":
             raise RuntimeError("cannot\nbe")
         if kwargs:
-            torch.rand(1)  # random numbers that layers drew before the error
+            torch.rand(1)  # as if layers had drawn random numbers before the error
             raise TypeError("__init__() got an unexpected keyword argument 'img_size'")
         return nn.Sequential(nn.Conv2d(in_chans, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
@@ -470,7 +470,7 @@ def test_load_encoder_into_a_module_imports_nothing(trained, stripes, monkeypatc
 ])  # fmt: skip
 def test_load_encoder_refuses_a_module_that_does_not_fit(trained, other, words):
     with pytest.raises(
-        ValueError, match=f"checkpoint.pt holds the parameters of another architecture: {words}"
+        ValueError, match=f"checkpoint.pt holds parameters of a different architecture: {words}"
     ) as raised:
         load_encoder(trained[0], encoder=other)
     assert "\n" not in str(raised.value)
@@ -482,12 +482,12 @@ def test_load_encoder_refuses_other_shapes(trained):
             super().__init__()
             self.linear = nn.Linear(4 * 8**2, 7)
 
-    with pytest.raises(ValueError, match=r"another architecture: size mismatch for body.linear.weight"):
+    with pytest.raises(ValueError, match=r"a different architecture: size mismatch for body.linear.weight"):
         load_encoder(trained[0], encoder=Wider())
 
 
 def rewritten(folder, **changes):
-    """Rewrite the run's checkpoint with these entries, without those that are None, and return its folder."""
+    """Rewrite the run's checkpoint with these changes, dropping entries that are None, and return the folder."""
     state = load_checkpoint(folder / FILE_NAME) | changes
     save_checkpoint(folder / FILE_NAME, {key: value for key, value in state.items() if value is not None})
     return folder

@@ -30,7 +30,7 @@ THREE = {"trained", "untrained", "raw pixels"}
 
 
 class OnDemand:
-    """Images that are read on demand, and record the largest number read at once."""
+    """Images that are read on demand; `most` is the largest number read at once."""
 
     def __init__(self, images):
         self.images, self.most = images, 0
@@ -49,7 +49,7 @@ class OnDemand:
 
 
 def labelled(train_labels, test_labels, class_names=("a", "b", "c")):
-    """Return data of which only the labels matter."""
+    """Return data with these labels and blank images."""
     train, test = (torch.tensor(labels) for labels in (train_labels, test_labels))
     images = [torch.zeros(len(labels), 1, 8, 8, dtype=torch.uint8) for labels in (train, test)]
     return ImageData("made", images[0], train, images[1], test, class_names)
@@ -68,7 +68,7 @@ def test_knn_accuracy_goes_by_the_angle():
     labels = torch.tensor([0, 0, 1, 1])
     assert knn_accuracy(known, labels, unknown, torch.tensor([0, 1, 1]), k=1) == 1.0
     assert knn_accuracy(known, labels, unknown, torch.tensor([0, 1, 0]), k=1) == pytest.approx(2 / 3)
-    assert knn_accuracy(known, labels, unknown, torch.tensor([0, 1, 1]), k=50) == 1.0, "k may exceed the data"
+    assert knn_accuracy(known, labels, unknown, torch.tensor([0, 1, 1]), k=50) == 1.0, "k may exceed the known rows"
 
 
 def test_probe_accuracy_ignores_the_scale_of_features():

@@ -160,7 +160,7 @@ def test_folder_ends_where_two_classes_link_to_each_other(two_classes):
 
 
 def test_folder_reads_each_folder_once_a_class_where_all_link_to_all(tmp_path):
-    names = [f"c{number}" for number in range(9)]  # which makes 9! paths
+    names = [f"c{number}" for number in range(9)]  # the links below make 9! paths
     for name in names:
         write_images(tmp_path / name, 5)
         for other in names:
@@ -263,7 +263,7 @@ def test_folder_prefers_test_to_val(tmp_path):
     assert (data.test_images == 40).all()
     assert data.notes == (
         "did not read val: test is the test part",
-        "did not read the entries next to train: extra, 000.png",
+        "ignored the entries next to train: extra, 000.png",
     )
 
 
@@ -280,7 +280,7 @@ def test_folder_may_hold_a_class_called_train(tmp_path):
         write_images(tmp_path / name, 10)
     data = load(tmp_path)
     assert data.class_names == ("bus", "train")
-    assert data.notes == ("took train for a class like bus: there is no test or val next to it",)
+    assert data.notes == ("read train as a class like bus, because there is no test or val next to it",)
 
 
 def test_folder_joins_the_classes_of_both_parts(tmp_path):

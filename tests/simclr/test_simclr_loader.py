@@ -18,7 +18,7 @@ from fastntxent.simclr.stopping import read
 
 
 class Pairs(Dataset):
-    """Two views of each image, with a label, as a transform of the user might make them."""
+    """Two views of each image, with a label, as a user's transform might make them."""
 
     def __init__(self, images):
         self.images = images
@@ -33,7 +33,7 @@ class Pairs(Dataset):
 
 @pytest.fixture
 def fit(tmp_path):
-    """Return a function that trains on a DataLoader, each run in a new folder."""
+    """Return a function that trains on a DataLoader in a new folder, and returns the trainer."""
     folders = iter(range(100))
 
     def train(loader, encoder=None, **options):
@@ -65,7 +65,7 @@ def test_loader_of_images_trains_in_its_order(stripes, fit):
     loader = DataLoader(Watched(stripes.train_images, stripes.train_labels), batch_size=32)
     trainer = fit(loader, epochs=2)
     assert (trainer.batch, trainer.steps_per_epoch, trainer.step) == (32, 3, 6)
-    assert seen[32:] == 2 * list(range(83)), "training should start after one batch that gives the shape"
+    assert seen[32:] == 2 * list(range(83)), "before training, one batch should be read, for its shape"
     assert trainer.settings["image_size"] == 16
     images = stripes.train_images[:40].float() / 255
     floating = fit(DataLoader(TensorDataset(images), batch_size=20))
@@ -211,7 +211,7 @@ def test_loader_of_an_iterable_dataset_and_of_views_in_double_precision(stripes,
 
 
 class Handlers(Dataset):
-    """Images of zeros if the worker process ignores both signals, else of ones."""
+    """Images of zeros if the worker process ignores SIGINT and SIGTERM, else of ones."""
 
     def __len__(self):
         return 8
@@ -290,4 +290,4 @@ def test_epochs_of_workers_leave_no_open_files():
     for _ in range(8):
         assert len(list(read(loader))) == 2
         opened.append(len(os.listdir("/proc/self/fd")))
-    assert opened[-1] <= opened[0] + 4, "a worker that is not forgotten keeps two files open"
+    assert opened[-1] <= opened[0] + 4, "a worker that is not released keeps two files open"

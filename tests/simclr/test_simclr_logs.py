@@ -91,7 +91,7 @@ def test_wandb_goes_on_with_the_same_run(make_trainer, tmp_path, fakes):
     starts = [call for call in fakes if isinstance(call, dict)]
     assert [start["project"] for start in starts] == ["project", "project"]
     assert starts[0]["id"] == starts[1]["id"]
-    assert starts[0]["config"]["lr"] == 0.003, "the rate should be resolved"
+    assert starts[0]["config"]["lr"] == 0.003, "the learning rate should be resolved"
     assert [call[1] for call in fakes if isinstance(call, tuple)] == [0, 4, 8]
     assert fakes.count("finished") == 2
 

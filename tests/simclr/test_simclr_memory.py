@@ -8,7 +8,7 @@ from PIL import Image
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc/self/status")
 
-# Not getrusage, which may report the peak of the parent process.
+# The program reads /proc, because getrusage may report the peak of the parent process.
 GROWTH = """
 import sys
 from pathlib import Path

@@ -48,7 +48,7 @@ def test_resnet_refuses_a_width_whose_backward_overruns_memory(model, width):
 
 @pytest.mark.parametrize("model", ["resnet18", "resnet50"])
 def test_resnet_of_the_least_width_has_the_gradient_of_float64(model):
-    # In eval mode, because rounding in batch norms of four images grows to 3 % of the gradient over 50 layers.
+    # In eval mode, because batch norms over only four images amplify rounding to 3 % of the gradient in 50 layers.
     net = build(model, width=LEAST_RESNET_WIDTH).eval()
     x = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     gradients = []
@@ -175,7 +175,7 @@ def test_encoder_takes_other_precisions(dtype):
 
 def traced(encoder):
     with warnings.catch_warnings():
-        warnings.simplefilter("error", torch.jit.TracerWarning)  # warns about a check that would stay in the trace
+        warnings.simplefilter("error", torch.jit.TracerWarning)  # warns if a check would become part of the trace
         return torch.jit.trace(encoder, IMAGES[:2])
 
 

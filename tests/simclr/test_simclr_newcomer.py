@@ -37,7 +37,7 @@ EACH = 40  # pictures per class, a fifth of which are held out
 CLASSES = ("red cats", "$\\frac{$", os.fsdecode(b"caf\xe9"))
 PRINTED = ["$\\frac{$", "caf?", "red cats"]
 
-# Its batch norms contain an activation and a dropout, as timm's do.
+# The batch norms of this encoder contain an activation and a dropout, as timm's do.
 ENCODER = """
 from torch import nn
 
@@ -106,7 +106,7 @@ def save(pixels: np.ndarray, place: Path, index: int) -> None:
 
 
 def odd_folder(root: Path, elsewhere: Path) -> None:
-    """Make three classes of pictures, one of them a link, and the other entries that such a folder collects."""
+    """Make three class folders of pictures, one of them a link, and the stray entries that real folders collect."""
     random = np.random.default_rng(0)
     cats = root / CLASSES[0]
     places = (cats, elsewhere / "third", root / CLASSES[2])
@@ -139,7 +139,7 @@ def environment() -> dict[str, str]:
 
 
 def stop(process: subprocess.Popen[bytes], log: Path, row: int, number: int) -> tuple[int, list[str]]:
-    """Send the signal when the log has this row. Return the step of the stop, and the arguments to resume with."""
+    """Signal the run when its log has this row. Return the step where it stopped, and the arguments to resume it."""
     while process.poll() is None and (not log.exists() or f"\n{row}," not in log.read_text()):
         time.sleep(0.01)
     process.send_signal(number)
@@ -177,7 +177,7 @@ class Place(NamedTuple):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with pictures, an encoder and settings, and a finished run with them in `runs/mine`."""
+    """A folder with pictures, an encoder, settings and a finished run in `runs/mine`, and the stderr of that run."""
     folder = tmp_path_factory.mktemp("newcomer")
     odd_folder(folder / "photos", folder / "elsewhere")
     (folder / "my_net.py").write_text(ENCODER)
@@ -271,7 +271,7 @@ def test_run_is_stopped_twice_and_ends_on_two_ranks_without_a_gap(cli, here):
         ours = parts["history"]["steps"][name]
         assert len(ours) == STEPS
         assert ours[:second] == curve[:second], "on the same device a resumed run should repeat every bit"
-    # Each rank draws its own dropout, so from here on the curves agree only up to its noise.
+    # Each rank draws its own dropout, so from here on the curves agree only up to the noise of dropout.
     losses = [np.array(run["history"]["steps"]["loss"]) for run in (whole, parts)]
     fell = losses[0][0] - losses[0][-9:].mean()
     for part in (slice(second, second + 9), slice(-9, None)):

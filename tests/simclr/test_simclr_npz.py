@@ -47,10 +47,10 @@ IMAGES = np.zeros((10, 8, 8), np.uint8)
             "labels must be 10 integers or strings, got int64 of",
         ),
         ({"images": IMAGES, "labels": np.full(10, 0.5)}, "labels must be 10 whole numbers or strings, got 0.5"),
-        ({"images": IMAGES, "labels": np.arange(10)}, "too few to hold a fifth"),
+        ({"images": IMAGES, "labels": np.arange(10)}, "too few to hold out a fifth"),
         (
             {"images": IMAGES, "test_images": np.zeros((10, 9, 9), np.uint8)},
-            "test_images must have the channels and size of images",
+            "test_images must have the same channels and size as images",
         ),
         ({"images": np.array([None] * 10)}, "cannot be read as an .npz file of plain arrays"),
     ],
@@ -101,7 +101,7 @@ def test_npz_takes_16_bits_and_both_parts_alike(tmp_path):
     dark = np.full((2, 8, 8), 200, np.uint16)
     data = loaded(tmp_path, images=deep, test_images=dark)
     assert torch.equal(data.train_images[:, 0], torch.from_numpy((deep / 257).round().astype(np.uint8)))
-    assert (data.test_images == 1).all(), "200 of 65535, the range of the training images"
+    assert (data.test_images == 1).all(), "the training images' range, 65535, should scale the test images"
 
 
 def test_npz_takes_the_range_of_floats_from_both_parts(tmp_path):
@@ -218,7 +218,7 @@ def sound():
 
 
 def with_field(field, value):
-    """Return the file with one 16-bit field set in every entry, local and central."""
+    """Return a sound file with this 16-bit field set to `value` in the local and central headers of every entry."""
     content = bytearray(sound())
     for signature, at in ((b"PK\3\4", 0), (b"PK\1\2", 2)):
         start = content.find(signature)
@@ -275,7 +275,9 @@ def test_npz_names_a_damaged_file_in_a_line(tmp_path, kind):
 
 
 def outcome(path):
-    """Return the data's fingerprint and labels, or the file's name if the error has it, else the error."""
+    """Return the data's fingerprint and labels. On an error, return the file's name if the message has it, or else the
+    message.
+    """
     try:
         data = load(path)
     except ValueError as error:
@@ -295,7 +297,7 @@ def test_npz_notices_every_flipped_bit_that_matters(tmp_path):
         content[at] ^= 1 << at % 8
         content.tofile(path)
         found.append(outcome(path))
-    assert set(map(str, found)) <= {"d.npz", str(expected)}, "a flipped bit may change a date, and nothing else"
+    assert set(map(str, found)) <= {"d.npz", str(expected)}, "a flipped bit that goes unnoticed may change only a date"
     assert found.count("d.npz") > 300
 
 

@@ -67,7 +67,7 @@ def test_fit_until_stops_there_and_goes_on_as_if_it_had_not(make_trainer):
     part.fit(4)
     assert part.step == 4
     part.fit(2)
-    assert part.step == 4, "an earlier step should be a no-op"
+    assert part.step == 4, "training up to an earlier step should be a no-op"
     part.fit(10**6)
     assert part.step == whole.step == part.last_step
     assert part.history.columns["steps"] == whole.history.columns["steps"]

@@ -12,11 +12,12 @@ def test_lars_takes_the_step_worked_by_hand():
     optimizer = LARS([{"params": [w], "weight_decay": 0.1}], lr=2.0, momentum=0.5, trust=0.01)
     w.grad = torch.tensor([[0.7, -0.4]])
     optimizer.step()
-    # d = g + 0.1 w = (1, 0), ||w|| = 5, ||d|| = 1: m = 2 * 0.01 * 5 * d = (0.1, 0)
+    # With gradient g, decayed gradient d and momentum m: d = g + 0.1 w = (1, 0), ||w|| = 5, ||d|| = 1, so
+    # m = 2 * 0.01 * 5 * d = (0.1, 0).
     torch.testing.assert_close(w.data, torch.tensor([[2.9, 4.0]]))
     w.grad = torch.tensor([[-0.29, 2.6]])
     optimizer.step()
-    # d = (0, 3): m = 0.5 * (0.1, 0) + 2 * 0.01 * ||w|| / 3 * (0, 3)
+    # d = (0, 3), so m = 0.5 * (0.1, 0) + 2 * 0.01 * ||w|| / 3 * (0, 3).
     size = math.hypot(2.9, 4.0)
     torch.testing.assert_close(w.data, torch.tensor([[2.9 - 0.05, 4.0 - 0.02 * size]]))
 

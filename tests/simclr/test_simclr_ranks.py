@@ -1,4 +1,4 @@
-"""A run over several ranks gives the results of one process."""
+"""A run on several ranks gives the results of a run in one process."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ ROOT = Path(__file__).parents[2]
 TRAINER = instruction_set.module("fastntxent.simclr")
 
 STEPS = 20
-# Curves agree to three digits: ranks round float32 in another order, and training amplifies the difference. In float64
-# the same runs agree to about 1e-14.
+# Curves agree to three digits: ranks add float32 numbers in a different order, and training amplifies the difference.
+# In float64 the same runs agree to about 1e-14.
 DIGITS = {torch.float32: 5e-4, torch.float64: 1e-9}
 
-# The data are 83 stripes, so in most runs the ranks have uneven shares, at least of an epoch's last batch.
+# The data are 83 images, so in most runs the ranks have uneven shares, at least of an epoch's last batch.
 RUNS: dict[str, dict[str, Any]] = {
     "float32": {"batch_size": 50, "verify_every": 5, "max_steps": STEPS},
     "batch norm": {"batch_size": 32},
@@ -59,7 +59,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 class PartlyUsed(nn.Module):
-    """An encoder of the user, with parameters that do not affect its features."""
+    """A user's encoder with parameters that do not affect its features."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,8 +124,8 @@ def all_runs(data: ImageData, out: Path, checkpoint: str) -> dict[str, Any]:
 
 
 def normalised(ranks: Ranks | None) -> list[Tensor]:
-    """Return gradients and running statistics of two BatchNorms, over all rows or over this rank's. The first rank has
-    none.
+    """Return gradients and running statistics of two BatchNorms, computed across ranks (the first of which has no rows)
+    or, without any, in one process.
     """
     torch.manual_seed(0)
     model = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 5), nn.BatchNorm1d(5), nn.Tanh()).double()
@@ -187,7 +187,7 @@ class OddNorms(nn.Module):
 
 
 def odd_norms(ranks: Ranks | None) -> list[Tensor]:
-    """Return gradients, outputs and buffers of unusual norms, over all rows or over this rank's."""
+    """Return gradients, outputs and buffers of unusual norms, computed across ranks or, without any, in one process."""
     torch.manual_seed(0)
     model = OddNorms().double()
     without_sync(model)
@@ -255,7 +255,7 @@ MISTAKEN = {f.__name__: f for f in (one_cannot, one_breaks, options_differ, refe
 
 
 def downloaded(ranks: Ranks, data: ImageData, out: Path) -> bool:
-    """Return True if the other ranks find the file that the first rank of their machine fetches."""
+    """Check that the other ranks find the file that the first rank of their machine fetches, and return True."""
     there = out / "fetched"
 
     def load(*args: Any, **options: Any) -> ImageData:
@@ -276,7 +276,7 @@ def downloaded(ranks: Ranks, data: ImageData, out: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def alone(stripes, tmp_path_factory) -> dict[str, Any]:
-    """The same runs in this process, and the path of a checkpoint from the middle of one."""
+    """The same runs in this process, and the path of a checkpoint from the middle of one of them."""
     out = tmp_path_factory.mktemp("alone")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -383,7 +383,7 @@ def test_ranks_with_other_options_are_told_which(found):
     world = len(found)
     for of_rank in found:
         said = of_rank["errors"]["options_differ"]
-        assert said.startswith("ValueError: all ranks must be given the same, but on ranks 0 to")
+        assert said.startswith("ValueError: all ranks must be given the same values, but on ranks 0 to")
         assert said.endswith(f"--log-every is {', '.join(str(1 + rank) for rank in range(world))}")
 
 
@@ -422,9 +422,9 @@ def test_join_alone_without_torchrun_and_with_one_process_of_it(monkeypatch):
 def test_pick_device_gives_each_rank_a_gpu_or_says_why_not(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     ranks = Ranks(object(), rank=6, world=8, local=2)
-    with pytest.raises(ValueError, match=r"--device must be cuda for 8 ranks, .*, got cuda:1"):
+    with pytest.raises(ValueError, match=r"--device must be cuda for 8 ranks, one GPU for each, got cuda:1"):
         pick_device("cuda:1", ranks)
-    with pytest.raises(ValueError, match="--device cuda needs a GPU for each rank of a machine, got 2 for rank 2"):
+    with pytest.raises(ValueError, match="--device cuda needs a GPU for each rank on a machine, got 2 for rank 2"):
         pick_device("cuda", ranks)
     assert pick_device("cpu", ranks) == torch.device("cpu")
 
@@ -521,7 +521,7 @@ def children(process: subprocess.Popen[str]) -> list[int]:
 )
 def test_torchrun_is_stopped_with_words_and_a_checkpoint(tmp_path, number, to_one_rank):
     path = tmp_path / FILE_NAME
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # the parent process may have had it ignored
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # children would inherit an ignored SIGINT
     try:
         process = torchrun(
             2, *TRAINER, "--data", "digits", "--width", 4, "--epochs", 2000, "--checkpoint-every", 0, "--log-every", 1,

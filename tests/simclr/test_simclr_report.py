@@ -29,7 +29,8 @@ run_module = importlib.import_module("fastntxent.simclr.pipeline")
 
 PNG = b"\x89PNG\r\n\x1a\n"
 PICTURES = ("curves", "embedding", "views")
-# Names that mathtext rejects, that a legend drops, that a font or an encoding lacks, or that are too long.
+# Names that mathtext rejects, that a legend drops, that contain characters missing from a font or an encoding, or that
+# are too long.
 ODD_NAMES = (
     r"$\frac{$", "$", "_hidden", "", "x" * 90, "two\nlines", "汉字", "🦊", "caf\udce9", "<b>&", "a\tb", "__",
     "\x1b[31m",
@@ -58,7 +59,7 @@ def evaluation(trainer):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Return the list of drawn figures. They are saved as usual."""
+    """Return a list that collects the drawn figures, which are saved as usual."""
     kept = []
     save = figures.to_png
 
@@ -99,7 +100,7 @@ for name, features in cases.items():
 
 @pytest.mark.slow
 def test_lay_out_survives_every_kind_of_features():
-    # In a separate process, because scikit-learn's t-SNE of a NaN is a segmentation fault.
+    # In a separate process, because a NaN makes scikit-learn's t-SNE end in a segmentation fault.
     result = subprocess.run([sys.executable, "-c", DEGENERATE], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     said = dict(line.split(" | ") for line in result.stdout.splitlines())
@@ -288,7 +289,7 @@ def test_report_survives_odd_names_everywhere(make_trainer, stripes, monkeypatch
     text = page(trainer.config.out)
     assert "<title>SimCLR on caf? &lt;i&gt;</title>" in text
     assert "<li>left out: ?.png &lt;x&gt;</li>" in text
-    assert "caf\\udce9" in text, "the snippet must open the folder"
+    assert "caf\\udce9" in text, "the code on the page must find the folder"
     assert '<ul class="key">' in text
     assert "</i>&lt;b&gt;&amp;</li>" in text
     assert "\ud83e\udd8a".encode("utf-16", "surrogatepass").decode("utf-16") in text
@@ -298,7 +299,7 @@ def test_report_survives_odd_names_everywhere(make_trainer, stripes, monkeypatch
 
 @pytest.mark.slow
 def test_report_of_images_of_one_value_is_written(cli, tmp_path):
-    # In a separate process, because t-SNE of these images could crash it.
+    # In a separate process, because t-SNE of these images could crash this one.
     images = np.full((300, 12, 12), 7, np.uint8)
     np.savez(tmp_path / "d.npz", images=images, labels=np.arange(300) % 2)
     result = cli(

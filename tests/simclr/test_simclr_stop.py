@@ -82,7 +82,7 @@ def test_signals_after_the_checkpoint_do_not_disturb_the_end_of_the_feed(make_tr
         trainer.fit()
     assert caught.value.number == signal.SIGTERM
     assert len(ended) == 1
-    assert ended[0] is not signal.default_int_handler, "the feed must end while signals are noted"
+    assert ended[0] is not signal.default_int_handler, "the feed must end before Ctrl-C raises again"
     assert capfd.readouterr().err.count("stopping after this step") == 1
 
 

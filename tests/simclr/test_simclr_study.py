@@ -206,7 +206,7 @@ def test_similarities_take_each_pair_once():
     z_i, z_j = torch.eye(4)[:3], torch.tensor([[1.0, 0, 0, 0], [0, -1, 0, 0], [0, 0, 0.6, 0.8]])
     found = similarities(z_i, z_j, torch.tensor([0, 0, 1]))
     torch.testing.assert_close(found["positives"], torch.tensor([1.0, -1.0, 0.6]))
-    # Rows 0, 1, 3 and 4 are of class 0. Four of their pairs are not positives. There are 15 pairs in all.
+    # Rows 0, 1, 3 and 4 are of class 0. Of their six pairs, two are positives. There are 15 pairs in all.
     assert (len(found["same class"]), len(found["other classes"])) == (4, 8)
 
 
@@ -215,8 +215,8 @@ def test_effective_negatives_from_all_to_one():
     assert effective_negatives(*z, temperature=1e3) == pytest.approx(98, rel=1e-3)
     assert effective_negatives(*z, temperature=1e-5) == pytest.approx(1, abs=1e-3)
     assert effective_negatives(torch.ones(5, 3), torch.ones(5, 3), temperature=0.1) == pytest.approx(8)
-    # Rows e0, e1, e2, e0 at a temperature of 1 / log 2: for the first and the last row, the other one weighs twice as
-    # much as the second negative, so the weights are 2/3 and 1/3.
+    # Rows e0, e1, e2, e0 at a temperature of 1 / log 2. The first row and the last are negatives of each
+    # other, with a weight of 2/3. The second negative of each is orthogonal to it, with a weight of 1/3.
     uneven = 3 / 2 ** (2 / 3)
     z_i, z_j = torch.eye(3)[[0, 1]], torch.eye(3)[[2, 0]]
     assert effective_negatives(z_i, z_j, 1 / math.log(2)) == pytest.approx((uneven + 2 + 2 + uneven) / 4)

@@ -36,7 +36,7 @@ def test_fit_lowers_the_loss(make_trainer):
     trainer.fit()
     losses = trainer.history.columns["steps"]["loss"]
     assert len(losses) == trainer.step == 60
-    assert losses[-1] < losses[0] - 0.5, "the run starts with a full batch and ends with a smaller one"
+    assert losses[-1] < losses[0] - 0.5, "the last batch is smaller, which lowers its loss further"
     assert losses[-2] < losses[0] - 0.3
 
 
@@ -199,7 +199,8 @@ def test_save_checkpoint_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch)
 
 @pytest.mark.slow
 def test_kill_during_a_run_leaves_a_checkpoint_to_resume(cli, tmp_path):
-    # The run is too long to end before the kill, even on a busy machine. Curves are compared up to 20 steps beyond it.
+    # The run is too long to end before the kill, even on a busy machine. Curves are compared up to 20 steps beyond the
+    # last checkpoint.
     options = ["--data", "digits", "--epochs", "20000", "--width", "4", "--device", "cpu", "--quiet"]
     process = cli(*options, "--checkpoint-every", "1", "--out", tmp_path / "killed", wait=False)
     path = tmp_path / "killed" / "checkpoint.pt"

@@ -78,7 +78,7 @@ std::mt19937 order(1);
 TensorCore tensor_core;
 
 void* stack_of(size_t index) {
-    static std::vector<void*> stacks;  // kept for later launches, which are short
+    static std::vector<void*> stacks;  // kept for later launches
     while (stacks.size() <= index) {
         void* memory = mmap(nullptr, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (memory == MAP_FAILED) abort();
@@ -155,7 +155,8 @@ void resume(Lane& lane) {
 float half(uint32_t word, int which) { return from_bits(Half(), uint16_t(word >> 16 * which)); }
 float bfloat(uint32_t word, int which) { return from_bits(Bfloat(), uint16_t(word >> 16 * which)); }
 
-// mma.m16n8k16: lane 4 g + t holds rows g and g + 8 of a, column g of b, and columns 2 t and 2 t + 1 of c.
+// mma.m16n8k16: lane 4 g + t holds elements of rows g and g + 8 of a, elements of column g of b, and columns 2 t and
+// 2 t + 1 of rows g and g + 8 of c.
 template <float (*UNPACK)(uint32_t, int), bool BFLOAT> void multiply(void** of_lanes) {
     Product** all = reinterpret_cast<Product**>(of_lanes);
     float a[16][16], b[16][8], c[16][8];

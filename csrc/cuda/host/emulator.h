@@ -2,8 +2,8 @@
 //
 // Warps run in a random order from one collective to the next, and all 32 lanes must meet at the same collective.
 // Products of the matrix units follow PTX's fragment layouts and round as a real chip does. An asynchronous copy
-// happens at a random moment between its start and the wait that ends it, so code that reads too early, or overwrites
-// data that others still read, changes the result.
+// happens at random either when it is started or when a thread waits for it, so code that reads too early, or that
+// overwrites data while another thread still reads it, changes the result.
 #pragma once
 
 #include <math.h>
@@ -20,10 +20,10 @@
 namespace emulator {
 
 // Run body on n_blocks blocks of n_threads threads. Each block has its own shared memory, which starts as NaN. Return
-// false, with the reason in failure(), if the threads did not meet as they must.
+// false, with the reason in failure(), if the threads wait forever or misuse a collective or a copy.
 bool launch(int n_blocks, int n_threads, size_t shared_bytes, const std::function<void()>& body);
 const char* failure();
-// Seed the order of warps and copies.
+// Seed the random order of warps and copies.
 void seed(unsigned value);
 // Set the chip whose products are emulated.
 void add_as(const TensorCore& core);
@@ -105,7 +105,7 @@ template <class Op> void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_
     emulator::meet(&mine, Op::BFLOAT ? emulator::multiply_bfloat : emulator::multiply_half);
 }
 
-// Like ex2.approx.ftz, subnormal results are zero.
+// Return 2^x, with zero in place of a subnormal result, like ex2.approx.ftz.
 inline float exp2_fast(float x) {
     const float y = exp2f(x);
     return y < 1.17549435e-38f ? 0 : y;

@@ -14,8 +14,8 @@ char message[256];
 Machine machine = {2, 232448, [](int, int, size_t) { return 1; }, 0};
 bool refuses;
 
-int fail(const char* why) {
-    snprintf(message, sizeof message, "fntx_cuda_run: %s", why);
+int fail(const char* function, const char* why) {
+    snprintf(message, sizeof message, "%s: %s", function, why);
     return FNTX_INVALID;
 }
 
@@ -44,18 +44,19 @@ const char* fntx_cuda_error(void) { return message; }
 int fntx_cuda_devices(void) { return 1; }
 
 int64_t fntx_cuda_workspace(int, int dtype, int64_t n_rows, int64_t n_cols, int64_t D, int blocks) {
-    if (const char* fault = fault_of_size(n_rows, n_cols, D)) return fail(fault), -1;
+    if (const char* fault = fault_of_size(n_rows, n_cols, D)) return fail("fntx_cuda_workspace", fault), -1;
     const Plan plan = make_plan(machine, dtype, n_rows, n_cols, D, blocks, nullptr);
     if (plan.grid > 0) return plan.bytes;
-    fail("the device has too little shared memory for a block");
+    fail("fntx_cuda_workspace", NO_ROOM);
     return -1;
 }
 
 int fntx_cuda_run(const fntx_cuda_call* call) {
-    if (const char* fault = fault_of(*call)) return fail(fault);
+    if (const char* fault = fault_of(*call)) return fail("fntx_cuda_run", fault);
     const Plan plan = plan_call(machine, *call);
+    if (plan.grid < 1) return fail("fntx_cuda_run", NO_ROOM);
     memset(call->workspace, 0xff, plan.bytes);
-    // Half a grid is the retry after cudaErrorCooperativeLaunchTooLarge.
+    // Half of a grid emulates the retry after cudaErrorCooperativeLaunchTooLarge.
     const int grid = refuses && plan.grid > 1 ? plan.grid / 2 : plan.grid;
     const bool met = emulator::launch(grid, THREADS, plan.shared, [&] {
         switch (call->dtype) {
@@ -67,6 +68,6 @@ int fntx_cuda_run(const fntx_cuda_call* call) {
                 return run<Split>(plan.a);
         }
     });
-    return met ? FNTX_OK : fail(emulator::failure());
+    return met ? FNTX_OK : fail("fntx_cuda_run", emulator::failure());
 }
 }

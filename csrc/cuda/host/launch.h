@@ -2,10 +2,10 @@
 
 #include <stdint.h>
 
-// Set the emulated device, with one block per multiprocessor, and the seed of the order of its events. With an even
-// seed the device accepts only half of a grid. Its matrix units add `block` products at once and keep `extra_bits` of
-// them (tensor_core.h).
+// Set the emulated device, which runs one block per multiprocessor, and the seed of the order of its events. With an
+// even seed, the device accepts only half of a grid. Its matrix units add `block` products at once, with `extra_bits`
+// extra bits (tensor_core.h).
 void fntx_emulate(int multiprocessors, int64_t shared, unsigned seed, int block, int extra_bits);
 
-// c (16, 8) += a (16, 16) b (16, 8), computed by such matrix units.
+// c (16, 8) += a (16, 16) b (16, 8), as matrix units with this `block` and these `extra_bits` compute it.
 void fntx_emulated_product(bool bfloat, int block, int extra_bits, const float* a, const float* b, float* c);

@@ -1,10 +1,11 @@
 // How the matrix units of a chip add, for the emulated device.
 //
 // A block of products is added to the accumulator at once. The exponent of a product is the sum of its factors'
-// exponents (its significand, below 4, is not normalised). A subnormal factor has the exponent of the smallest normal
-// number. All products and the accumulator are shifted to their largest exponent, and bits below float32's 23 bits of
-// fraction and the chip's extra bits are lost. The rest is summed exactly, and the sum is cut to float32: every
-// rounding is toward zero. (Khattak and Mikaitis, Accurate models of NVIDIA tensor cores, doi 10.1145/3830409.)
+// exponents (the significand of the product is below 4 and is not normalised). A subnormal factor has the exponent of
+// the smallest normal number. All products and the accumulator are shifted to the largest of their exponents, and the
+// bits that then lie below float32's 23 bits of fraction and the chip's extra bits are lost. The rest is summed
+// exactly, and the sum is cut to float32: every rounding is toward zero. (Khattak and Mikaitis, Accurate models of
+// NVIDIA tensor cores, doi 10.1145/3830409.)
 #pragma once
 
 #include <math.h>
@@ -13,7 +14,8 @@
 
 namespace emulator {
 
-// How many products are added at once, and how many extra bits are kept. Unlike real chips, block 0 rounds to nearest.
+// How many products are added at once, and how many extra bits are kept. With a `block` of 0, sums are rounded to
+// nearest, as on no real chip.
 struct TensorCore {
     int block = 0, extra_bits = 0;
 };

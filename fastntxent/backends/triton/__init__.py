@@ -1,15 +1,15 @@
 """Triton kernels: normalisation, log-sum-exp, loss and every gradient on a GPU's matrix units.
 
 One source serves NVIDIA and AMD. The forward computes half of the similarity matrix, and the backward computes all of
-it once, by row blocks. With u = 2 M^2 D flops that is 2.5u in all, or 2u if G goes through panels. There are no atomic
-additions, so results are bitwise reproducible, and the host never waits for the device. Memory is the packed rows, one
-plane of sums per thousand rows, and a panel of G of at most 32 MiB (panels.py). The panel is needed only beyond 256
-features (128 for float32, and for any dtype on gfx942).
+it once, by row blocks. With u = 2 M^2 D flops that is 2.5u in all, or 2u if the weights G of the gradient (backward.py)
+go through panels. There are no atomic additions, so results are bitwise reproducible, and the host never waits for the
+device. Memory is the packed rows, one plane of sums per thousand rows, and a panel of G of at most 32 MiB (panels.py).
+The panel is needed only beyond 256 features (128 for float32, and for any dtype on gfx942).
 
-Sigmoid losses and similarity limits have separate kernels. Except in panels, these compute all similarities and not
-only half of them.
+Sigmoid losses and similarity limits have separate kernels. Except in panels, these kernels compute the whole similarity
+matrix instead of half of it.
 
-Under Triton's interpreter (TRITON_INTERPRET=1 before importing it) the kernels take tensors in host memory.
+Under Triton's interpreter (set TRITON_INTERPRET=1 before importing Triton) the kernels take tensors in host memory.
 """
 
 import re
@@ -23,7 +23,7 @@ def check_version(version: str) -> None:
     """Raise RuntimeError if this Triton is too old to compile the kernels. Triton 3.2 crashes on one of them."""
     found = re.match(r"(\d+)\.(\d+)", version)
     if found is None or tuple(map(int, found.groups())) < _OLDEST:
-        raise RuntimeError(f"Triton {'.'.join(map(str, _OLDEST))} or newer is needed, {version} is installed")
+        raise RuntimeError(f"Triton {'.'.join(map(str, _OLDEST))} or newer is needed, but {version} is installed")
 
 
 check_version(triton.__version__)

@@ -38,7 +38,7 @@ class TritonBackend(ComposedTowers):
         return config.forms(device, dtype)
 
     def setting(self, dtype: torch.dtype) -> Hashable:
-        """Return the settings that launches depend on and that are not arguments."""
+        """Return the settings that launches depend on but that are not among the arguments."""
         return _takes_tf32(dtype), config.forced_now()
 
     def forced(self, form: str) -> contextlib.AbstractContextManager[None]:
@@ -79,7 +79,7 @@ class TritonBackend(ComposedTowers):
         d_rows = d_cols = None
         if of_cols.wanted:
             d_cols, _, d_inv_tau, _ = gradient(sides.swapped(), weights.swapped())
-        if of_rows.wanted or not of_cols.wanted:  # the temperature's gradient needs one of the sides
+        if of_rows.wanted or not of_cols.wanted:  # d_inv_tau follows from either side's gradient
             d_rows, _, d_inv_tau, _ = gradient(sides, weights)
         return d_rows if of_rows.wanted else None, d_cols, d_inv_tau
 
@@ -264,7 +264,7 @@ class TritonBackend(ComposedTowers):
 
 
 def _loss_and_gradients(sides: Sides, mean: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return NT-Xent of two views, and its gradients in both views and in k."""
+    """Return NT-Xent of two views, and its gradients with respect to both views and k."""
     weights, totals = losses(sides)
     weight, q = loss_weight(sides.rows.first, mean), weights.of_rows.d_neg_lse
     found = gradient(sides, scale(sides, weights), d_pos=q, weight=weight, pos_factor=-weight, totals=totals)
@@ -324,7 +324,7 @@ def _pack_side(work: Work, side: Side) -> Packed:
 
 
 def _takes_tf32(dtype: torch.dtype) -> bool:
-    """Return whether PyTorch multiplies such rows in TF32, which Triton supports on NVIDIA chips only."""
+    """Return whether PyTorch multiplies rows of this dtype in TF32, which Triton supports on NVIDIA chips only."""
     if dtype != torch.float32 or torch.version.hip:
         return False
     precision = getattr(torch.backends.cuda.matmul, "fp32_precision", "none")

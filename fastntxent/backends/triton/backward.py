@@ -1,9 +1,10 @@
 """The O(M^2 D) part of the gradient of sum_i w_i nu_i, for one side of packed rows.
 
-    G_ij = w_i P_ij + w_j P_ji      gathered_i = sum_j G_ij u_j      radial_i = sum_j G_ij s_ij
+    P_ij = exp(k s_ij - nu_i), or 0 within a group      G_ij = w_i P_ij + w_j P_ji
+    gathered_i = sum_j G_ij u_j                         radial_i = sum_j G_ij s_ij
 
-`unpack.py` turns these into the gradients in z and k. radial is summed in float32 before G is rounded to the dtype of
-the operands. There are no atomic additions.
+`unpack.py` turns gathered and radial into the gradients with respect to z and k. radial is summed in float32 before G
+is rounded to the dtype of the operands. There are no atomic additions.
 
 If the sums fit into registers, a program of `_fused_kernel` holds `gathered` for all features of its rows. It computes
 a tile of G, rounds it and multiplies it with the columns, so it reads x of all columns once. In small batches a program

@@ -1,11 +1,11 @@
-"""The tile sizes of the kernels: one table, indexed by device family, kernel, and the batch's rows, features and width.
+"""The tile sizes of the kernels: one table by device family, kernel, feature width, and the batch's rows and features.
 
 A tile size trades off the registers that hold the tile, the shared memory that feeds the matrix units, and the number
 of programs that a multiprocessor runs at once. With two programs, the exponentials of one overlap the products of the
-other. The table is `table.json`. `python -m benchmarks tune` writes it, and nothing is tuned during training. Unless
-"measured" lists a kernel, its tiles have not been timed on a device. They come from the model (`python -m benchmarks
-model`), restricted to tiles that Triton 3.9 compiles without spills (`make kernels-report`) and Triton 3.6 with at most
-48 bytes of spills.
+other. The table is `table.json`, written by `python -m benchmarks tune`; nothing is tuned during training. If
+"measured" does not list a kernel, its tiles have not been timed on a device, but come from the model
+(`python -m benchmarks model`), restricted to tiles that Triton 3.9 compiles without spills (`make kernels-report`) and
+Triton 3.6 with at most 48 bytes of spills.
 
     {family: {kernel: {width: [[rows, features, tile], ...]}}}
 
@@ -78,7 +78,7 @@ def tile(kernel: str, rows: Packed, n: int | None = None) -> TileConfig:
 
 
 def look_up(family: str, kernel: str, width: int, n: int, DP: int) -> TileConfig | None:
-    """Return the tile of the first matching entry, with block_d reduced to a divisor of DP."""
+    """Return the tile of the first matching entry, with block_d reduced to a divisor of DP. The tile may be None."""
     n = _forced.get("rows", n)
     entry = next(tile for rows, features, tile in entries(family, kernel, width) if rows >= n and features >= DP)
     if entry is None:
@@ -96,7 +96,11 @@ def entries(family: str, kernel: str, width: int) -> list[tuple[float, float, Ti
 
 
 def forms(device: torch.device, dtype: torch.dtype) -> list[str]:
-    """Return the forms for `forced`: a number of rows for each part of the table, with squares of 1 and of 8 tiles."""
+    """Return the forms that `forced` takes.
+
+    They are "", a form for each part of the table (a number of rows, and squares of one tile), and a form with squares
+    of eight tiles.
+    """
     widths = (4,) if dtype == torch.float32 else (2,)
     limits = {
         int(rows)
@@ -177,7 +181,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def edge_of_square(n_rows: int, n_cols: int, block: int) -> int:
-    """Return the edge of a program's square: the largest, up to eight tiles, that leaves FEWEST_SQUARES squares.
+    """Return the edge of a program's square: the largest, up to 8 tiles, with at least FEWEST_SQUARES squares.
 
     The edge grows further if a side would have more than PLANES squares, so that the memory for sums stays O(M).
     """
@@ -192,7 +196,7 @@ def edge_of_square(n_rows: int, n_cols: int, block: int) -> int:
 
 
 def columns_of_part(multiprocessors: int, blocks: int, n_cols: int, block_n: int) -> int:
-    """Return the columns that one program of `fused` processes: all, or few enough to occupy every multiprocessor."""
+    """Return how many columns one program of `fused` processes: all, or few enough to occupy every multiprocessor."""
     wanted = triton.cdiv(PROGRAMS * multiprocessors, blocks)
     return triton.cdiv(triton.cdiv(n_cols, block_n), wanted) * block_n
 

@@ -1,8 +1,8 @@
 """neg_lse of packed rows: nu_i = log sum over {j : id_j != id_i} of exp(k s_ij).
 
 Direct: a program owns a square of tiles. One exponential serves the sums of both its row and its column. So with one
-side only tiles on and above the diagonal are computed, and a tile that the diagonal crosses counts only the part above
-it. Sums go to planes that no two programs share, and are added in a fixed order (finish.py):
+side, only tiles on and above the diagonal are computed, and in a tile that the diagonal crosses, only the part above
+the diagonal counts. Sums go to planes that no two programs share, and are added in a fixed order (finish.py):
 
     one side of Q squares    rows of square a: plane b >= a from square (a, b) as rows, plane b < a from (b, a) as
                              columns, plane Q from (a, a) as columns
@@ -15,8 +15,8 @@ Owned: a program owns a block of rows and keeps a running maximum over all colum
 second launch. This kernel serves temperatures at which exp would leave its range, and small batches, where computing nu
 in one launch saves more time than skipping half of the products.
 
-Both kernels have two loops over tiles. One compares ids. The other has no mask and takes the tiles that lie within both
-sides and whose rows and columns share no ids, judging by the smallest and largest id of each.
+Both kernels have two loops over tiles. One compares ids. The other has no mask; it takes the tiles that lie within both
+sides and whose rows and columns, by their smallest and largest ids, share no id.
 
 In some calls only the device knows which kernel is needed (sides.py).
 """
@@ -71,7 +71,7 @@ def _sum_columns(
 ):  # fmt: skip
     """Write the sums of BLOCK_N columns over the rows [row0, end), and add their part to the sums of these rows.
 
-    Over all tiles a thread sums the elements of a column that it holds; the threads' sums are combined once, at the
+    Over all tiles, a thread sums the elements that it holds of a column; the threads' sums are combined once, at the
     end. So only row sums need a reduction in the loop. A row lies in four threads of a warp (mma, wgmma) or in a single
     thread (tensor memory).
     """
@@ -152,7 +152,7 @@ def _add_exponentials(
     MASKED: tl.constexpr, LIMITED: tl.constexpr, SPLIT: tl.constexpr, TF32: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """Return the running maxima and sums of some rows, updated with the columns that need a mask, or the others."""
+    """Return the running maxima and sums of some rows, updated with all columns that need a mask, or all other ones."""
     for first in range(0, n_cols, ROUND):
         whole = (row + BLOCK_M <= n_rows) & (first + ROUND <= n_cols)
         if whole:
@@ -227,7 +227,7 @@ def log_sum_exps(sides: Sides) -> list[Tensor]:
 
 
 def losses(sides: Sides) -> tuple[Weights, Tensor]:
-    """Return nu of the rows of two views with its weights q, and partial sums of the losses."""
+    """Return nu of the rows of two views together with the weights q of nu, and partial sums of the losses."""
     nu, q = sides.work.empty(2, sides.rows.r.shape[0]).unbind()
     peaks, totals, dots = sides.work.empty(3, sides.rows.peaks.shape[1]).unbind()
     (programs,) = _write(sides, [nu], RowEnds(q, peaks, totals, dots))

@@ -47,7 +47,7 @@ _APART = 256  # bytes; aligns the parts of a workspace like separate tensors
 
 
 class Place(NamedTuple):
-    """The target of a pointer. `base` is its index among the workspace (0), the arguments and the outputs."""
+    """The target of a pointer. `base` is the index of its tensor: the workspace (0), then arguments, then outputs."""
 
     base: int
     offset: int
@@ -166,7 +166,7 @@ _recordings: dict[Hashable, Recording | bool] = {}  # False: called once so far;
 
 
 def repeated(method: Callable[Concatenate[_Self, Work, _P], _R]) -> Callable[Concatenate[_Self, _P], _R]:
-    """Return a method of a backend that records its launches and replays them.
+    """Wrap a method of a backend so that its launches are recorded and replayed.
 
     The wrapped method also takes a `Work`. It runs with its first tensor's device as the current device, because Triton
     launches on the current device.
@@ -199,7 +199,7 @@ _warming = 0
 
 @contextlib.contextmanager
 def warming() -> Iterator[None]:
-    """Return a context in which every call, in any thread, also launches the kernels for all other temperatures."""
+    """Return a context in which every call, in any thread, also launches the kernels that other temperatures need."""
     global _warming
     _warming += 1
     try:

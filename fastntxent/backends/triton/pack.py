@@ -2,9 +2,9 @@
 
     n_i = |z_i|,  u_i = z_i / max(n_i, eps) = r_i x_i,  sim_pos_i = u_i . u_p(i)
 
-x_i is z_i times the power of two that brings its largest element into [1, 2), so nothing is rounded at any row length.
-Half-precision rows that are not normalised stay as they are, with r_i = 1. float32 rows are stored in two parts
-(tiles.py). The positives are computed from z itself, in float32.
+x_i is z_i times the power of two that brings its largest element into [1, 2), so nothing is rounded, whatever the norm
+of the row. Half-precision rows that are not normalised stay as they are, with r_i = 1. float32 rows are stored in two
+parts (tiles.py). The positives are computed from z itself, in float32.
 
 A program owns SPAN rows. It reads them and their positives twice, and writes x, the smallest and largest id, the
 largest norm and the largest r.

@@ -9,7 +9,8 @@ the sums from the earlier squares, in a fixed order.
     two sides   (a, b) and (a + 1, b), for one block of columns b after the other
 
 With u = 2 M^2 D flops for a full product, the gradient of one side costs 1.5u. An operand is G_ij r_j, and its factor
-r_j depends on the index that is summed over. So the transposed copy has other factors and must be written separately.
+r_j depends on the index that is summed over. So the transposed copy has different factors and must be written
+separately.
 """
 
 from __future__ import annotations
@@ -70,8 +71,8 @@ def _form_kernel(
 ):  # fmt: skip
     """Write a tile of G for one or both squares, and its part of sum_j G_ij s_ij / r_i.
 
-    Each column is multiplied by its r divided by the largest. The tiles of one column run together and share x of their
-    rows and columns in the L2 cache.
+    Each column is multiplied by its r divided by the largest r. The tiles of one column run together and share x of
+    their rows and columns in the L2 cache.
     """
     k = load_inverse_temperature(inv_tau, ON_DEVICE)
     if in_direct_range(bounds_ptr, k, log_terms, BOUNDED) == SHIFTED:

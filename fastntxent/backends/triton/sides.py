@@ -54,7 +54,7 @@ def _bounds_kernel(rows_peaks_ptr, cols_peaks_ptr, bounds_ptr, n_rows_peaks, n_c
 class Limits(NamedTuple):
     """The largest similarity that counts in the sum of each row and of each column.
 
-    It is `scale` times the given number plus `shift`.
+    The limit is `scale` times the given number plus `shift`.
     """
 
     of_rows: Tensor
@@ -120,7 +120,10 @@ class Sides:
         return isinstance(self.inv_tau, Tensor)
 
     def may_be(self, *, direct: bool) -> bool:
-        """Return whether this regime's kernels must be launched. If only the device knows the regime, both must be."""
+        """Return whether the kernels of this regime must be launched.
+
+        If only the device knows the regime, the kernels of both regimes must be launched.
+        """
         if self.limits is not None:
             return not direct
         if self.bounded or self.on_device:

@@ -317,7 +317,7 @@ class Pairs(NamedTuple):
     of_cols: Tensor | None = None
 
     def swapped(self) -> Pairs:
-        """Return the same with rows and columns exchanged."""
+        """Return the same pairs with rows and columns exchanged."""
         return self._replace(of_rows=self.of_cols, of_cols=self.of_rows)
 
 

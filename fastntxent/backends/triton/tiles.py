@@ -2,8 +2,8 @@
 
 Rows are packed (pack.py) as u_i = r_i x_i, with x in the dtype of the matrix units and r in float32. A similarity is
 s_ij = r_i r_j (x_i . x_j), whose only rounding is in the float32 sum of the product. Padding rows and features are
-zero. In the backward, a column of G has the factor r_j divided by the largest r. With rows that are not normalised, a
-row more than 2^14 times shorter than the longest therefore loses bits in its contribution to the other gradients; at
+zero. In the backward, a column of G has the factor r_j divided by the largest r. If rows are not normalised, a row more
+than 2^14 times shorter than the longest therefore loses bits in its contribution to the gradients of other rows; at
 2^20 only four bits are left.
 
 Operands (selected by the constexpr SPLIT and the dtype of x):
@@ -95,8 +95,8 @@ def add_product(
 
     On average each block of products truncates half a unit in the last place of the sum so far. In all, B blocks lose
     0.18 (B + 1) units of 2^-23, relative to the total. The multiply-add that adds the sum to acc compensates for this
-    loss, and no compiler folds it into the product. With SAME the result is bitwise the same if rows and columns are
-    exchanged.
+    loss, and no compiler folds this multiply-add into the product. With SAME the result is bitwise the same if rows and
+    columns are exchanged.
     """
     if UPCAST and a.dtype == tl.bfloat16:
         a, b = a.to(tl.float32), b.to(tl.float32)
@@ -174,7 +174,7 @@ def in_two_parts(x, dtype: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constex
 def in_units(g, dtype: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr):
     """Return an operand whose rows may be tiny, and its units.
 
-    Each row is divided by its unit, the largest power of two up to its largest element.
+    Each row is divided by its unit, the largest power of two that does not exceed the row's largest element.
     """
     down, up = power_of_two(tl.max(tl.abs(g), 1))
     high, low = in_two_parts(g * down[:, None], dtype, SPLIT, UPCAST)
@@ -326,8 +326,8 @@ def columns_that_meet(
 ):  # fmt: skip
     """Return bounds that divide the columns [first, last) by whether a tile may hold an id of the rows.
 
-    With two views there are two ranges of such tiles, one on either side of the middle. A partial last tile is the
-    third.
+    With two views there are two ranges of such tiles, one on either side of the middle. A partial last tile is a third
+    range.
     """
     full = last // BLOCK_N * BLOCK_N
     middle = tl.minimum(tl.maximum(middle // BLOCK_N * BLOCK_N, first), full)

@@ -1,10 +1,10 @@
 """Gradients of the inputs, from `gathered` and `radial` (backward.py), the positives and the normalisation.
 
-With gathered_i = sum_j G_ij u_j, radial_i = sum_j G_ij s_ij and the positives' weights p:
+With gathered_i = sum_j G_ij u_j, radial_i = sum_j G_ij s_ij, n_i = |z_i|, and v_i the weight of row i's positive p(i):
 
-    d/du_i = k (gathered_i + (p_i + p_p(i)) u_p(i))        u_i . d/du_i = k (radial_i + (p_i + p_p(i)) sim_pos_i)
+    d/du_i = k (gathered_i + (v_i + v_p(i)) u_p(i))        u_i . d/du_i = k (radial_i + (v_i + v_p(i)) sim_pos_i)
     d/dz_i = (d/du_i - u_i (u_i . d/du_i)) / n_i           where n_i > eps, else (d/du_i) / eps
-    d/dk   = share sum_i radial_i + sum_i p_i sim_pos_i    share is 1/2 with one side, 1 with two
+    d/dk   = share sum_i radial_i + sum_i v_i sim_pos_i    share is 1/2 with one side, 1 with two
 
 A program owns SPAN rows, and reads z of these rows and of their positives. The programs of the earlier kernels have
 left partial sums over all rows. The first program of this kernel adds them, which saves a launch.
@@ -121,7 +121,7 @@ def unpack_gradients(
     """Return the gradients of the rows' matrices and of k, and the loss if `totals` are given.
 
     `weight` multiplies G and the loss, and `pos_factor` multiplies `d_pos`. If there are `weights`, G was scaled by
-    them, and this undoes the scale.
+    them, and this function undoes the scaling.
     """
     rows, output, unread = sides.rows, sides.work.output, sides.rows.unread
     found = Gradients(output(*rows.first.shape), output(*rows.second.shape), output(), output())

@@ -1,6 +1,6 @@
 """The weights of nu: their largest magnitude, and four numbers per row from which tiles of G are computed.
 
-The numbers are float32. R is the largest r of the columns.
+The numbers are float32. R is an upper bound of the columns' r (`largest_scale`).
 
     a      w exp(-nu) in the direct regime, w in the shifted regime; scaled so that the largest |w| becomes G_SCALE
     r/R    exact, because R is a power of two
@@ -91,7 +91,7 @@ class TileWeights(NamedTuple):
     dots: Tensor
 
     def swapped(self) -> TileWeights:
-        """Return the same with rows and columns exchanged."""
+        """Return the same weights with rows and columns exchanged."""
         return self._replace(rows_w=self.cols_w, cols_w=self.rows_w)
 
 

@@ -26,7 +26,7 @@ __all__ = ["DistributedLossWrapper"]
 
 
 class DistributedLossWrapper(TypedModule):
-    """A loss of this module over the batch of all ranks of the default process group; without a group, unchanged.
+    """A loss of this module over the batch of all ranks of the default process group, or of this process without one.
 
     The value equals the loss of one process with the whole batch, on every rank; the library's is R times as large on R
     ranks. After DDP averages the gradients, they equal the gradients of one process, as in the library with
@@ -71,8 +71,8 @@ class DistributedLossWrapper(TypedModule):
     ) -> Tensor:
         """Return the loss, a 0-d tensor, or the result of a reducer.
 
-        `indices_tuple` numbers rows as the library's `DistributedMinerWrapper` does: this rank's rows first, then those
-        of the other ranks in rank order. References are numbered likewise.
+        `indices_tuple` numbers rows as the library's `DistributedMinerWrapper` does: this rank's rows first, then the
+        other ranks' rows in rank order. References are numbered likewise.
 
         Args:
             embeddings: (M, D), this rank's rows. M may differ between ranks.

@@ -22,7 +22,7 @@ from ..shared import as_ids
 
 __all__ = ["NTXentLoss", "PairLoss", "SelfSupervisedLoss", "SupConLoss"]
 
-# Distances are recognised by class name. Whether one normalises is an attribute of the object.
+# Distances are recognised by class name. An attribute of the object says whether it normalises.
 _DISTANCES = ("CosineSimilarity", "DotProductSimilarity")
 
 
@@ -225,7 +225,7 @@ class NTXentLoss(PairLoss):
 
 
 class SupConLoss(PairLoss):
-    r"""SupCon's L_out, averaged over the anchors whose loss is positive.
+    r"""SupCon's L_out, averaged over the anchors whose loss is above 0.
 
     .. math:: L_a = \log \sum_{j \in P(a) \cup N(a)} e^{s_{aj}/\tau} - \frac{1}{|P(a)|} \sum_{p \in P(a)} s_{ap}/\tau
 

@@ -24,7 +24,7 @@ class CrossBatchMemory(TypedModule):
 
     Args:
         loss: `NTXentLoss` or `SupConLoss` of this module.
-        embedding_size: Features of a row.
+        embedding_size: The number of features of a row.
         memory_size: The number of rows that the memory holds.
         miner: A miner of the library, called with the embeddings and labels of the batch and of the memory. The loss
             then compares the pairs or triplets that the miner returns. None compares all pairs.

@@ -1,6 +1,6 @@
 """A study of the loss: how its two terms and its temperature shape the encoder that the trainer learns.
 
-docs/study.md presents the results. `python -m fastntxent.simclr study` repeats them; `--help` lists its options.
+docs/study.md presents the results. `python -m fastntxent.simclr study` repeats the study; `--help` lists the options.
 """
 
 from .conduct import conduct

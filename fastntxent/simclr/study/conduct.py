@@ -33,7 +33,7 @@ RETRIEVED = 10
 def conduct(plan: Plan, out: Path, seed: int = 0, say: Callable[[str], None] = print) -> Record:
     """Train the runs that are missing, measure them, and write study.json, the figures and report.html.
 
-    Everything runs on one thread. A network this small gains little from a second one, and with a single thread the
+    Everything runs on one thread. A network this small gains little from a second thread, and with a single thread the
     results do not depend on the number of cores.
 
     Args:
@@ -46,7 +46,7 @@ def conduct(plan: Plan, out: Path, seed: int = 0, say: Callable[[str], None] = p
         The content of study.json.
 
     Raises:
-        ValueError: `out` holds runs with another plan or seed.
+        ValueError: `out` holds runs with a different plan or seed.
         ImportError: a package is missing.
         TrainingError: see `Trainer.fit`.
     """
@@ -128,10 +128,10 @@ def _scores(known: Tensor, unknown: Tensor, clusters: Tensor, data: ImageData) -
 
 
 def held_out(config: Config, data: ImageData, group: tuple[int, ...]) -> list[Record]:
-    """Train without a group of classes, then detect each of them among test images of the classes trained on.
+    """Train without a group of classes, then detect each class of the group among test images of known classes.
 
     Returns:
-        One record for each class of the group: its AUROC by representation, and its share of the seconds.
+        One record for each class of the group: its AUROC by representation, and its share of the run time.
     """
     path = config.out / "anomaly.json"
     wall, cpu = time.perf_counter(), time.process_time()

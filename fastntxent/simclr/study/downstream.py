@@ -43,7 +43,7 @@ def precision(queries: Tensor, labels: Tensor, corpus: Tensor, corpus_labels: Te
 
 
 def novelty(bank: Tensor, images: Tensor, k: int) -> Tensor:
-    """Return each row's novelty: 1 minus its mean cosine similarity to its k nearest rows of the bank."""
+    """Return each image's novelty: 1 minus the mean cosine similarity to the image's k nearest rows of the bank."""
     return 1 - retrieve(images, bank, min(k, len(bank))).scores.mean(dim=1)
 
 

@@ -1,4 +1,4 @@
-"""The study's measures of a model, on the test images. Labels are used only to score it."""
+"""The study's measures of a model, on the test images. Labels are used only to score the model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..evaluate import embed_views, encode, knn_accuracy, probe_accuracy, recali
 from ..models import SimCLR
 from ..selection import ROWS
 
-BINS = 50  # in a histogram of similarities, over [-1, 1]
+BINS = 50  # of a histogram of similarities, from -1 to 1
 NEIGHBOURS = 5
 
 Measures = dict[str, float]
@@ -96,7 +96,7 @@ def effective_negatives(z_i: Tensor, z_j: Tensor, temperature: float) -> float:
     .. math:: \frac{1}{2N} \sum_i \exp\Big(-\sum_j P_{ij} \log P_{ij}\Big),
         \qquad P_{ij} \propto e^{s_{ij}/\tau} \text{ over the negatives of } i
 
-    This is 2N - 2 if all negatives have the same weight, and 1 if the nearest one has all the weight.
+    This is 2N - 2 if all negatives have the same weight, and 1 if the nearest negative has all the weight.
     """
     u = unit_rows(torch.cat((z_i, z_j))).double()
     n, M = len(z_i), len(u)

@@ -27,7 +27,7 @@ class Plan:
         epochs: length of the runs that differ in objective, normalisation or temperature.
         measured: the epochs after which these runs are measured, in order, from 0 to `epochs`.
         temperatures: the temperatures of the sweep, with TEMPERATURE among them.
-        held_out: groups of classes. For each group, one encoder is trained without its images.
+        held_out: groups of classes. For each group, one encoder is trained without the group's images.
         held_out_epochs: length of the held-out runs.
         batch_size: images per step.
     """
@@ -41,7 +41,7 @@ class Plan:
     batch_size: int = 256
 
     def runs(self, out: Path, seed: int) -> dict[str, Config]:
-        """Return the settings of each run by name, in the order in which they run. Each has a folder under `out`."""
+        """Return the settings of each run by name, in running order. Each run has a folder under `out`."""
         options: dict[str, dict[str, Any]] = {}
         for norm in NORMS:
             for objective in OBJECTIVES:
@@ -67,7 +67,7 @@ class Plan:
 
 
 def objective_run(objective: str, norm: str) -> str:
-    """Return a run's name. NT-Xent with BatchNorm is also a run of the temperature sweep, and has its name."""
+    """Return a run's name. NT-Xent with BatchNorm is also a run of the temperature sweep, and is named as such."""
     if (objective, norm) == ("nt_xent", "batch"):
         return temperature_run(TEMPERATURE)
     return objective if norm == "batch" else f"{objective}-without-norm"

@@ -25,7 +25,8 @@ def train(config: Config, data: ImageData, measured: Sequence[int]) -> tuple[Rec
     """Train a run to its end and measure it at the given epochs. A finished run is only loaded.
 
     Args:
-        config: the settings. If `config.out` has a checkpoint, the run continues from it; its settings must agree.
+        config: the settings. If `config.out` has a checkpoint, the run continues from it; the checkpoint's settings
+            must agree.
         data: the images.
         measured: the epochs after which the run is measured, in order; the last is `config.epochs`.
 
@@ -33,11 +34,12 @@ def train(config: Config, data: ImageData, measured: Sequence[int]) -> tuple[Rec
         The content of measured.json (the curves, the measurements at the end, the seconds), and the trainer.
 
     Raises:
-        ValueError: the folder holds a run with other settings.
+        ValueError: the folder holds a run with different settings.
         TrainingError: see `Trainer.fit`.
     """
     path = config.out / RECORD
-    # A checkpoint is written before the measurements of its epoch, so a record without one is left from another run.
+    # A checkpoint is written before the measurements of its epoch, so a record without a checkpoint is left from
+    # another run.
     record = read(path) if (config.out / FILE_NAME).exists() else None
     record = record or {"curves": {"epoch": []}, "end": {}, "seconds": {"wall": 0.0, "cpu": 0.0}}
     trainer = open_trainer(config, data)

@@ -52,7 +52,7 @@ def temperatures(record: Record) -> str:
     negatives = record["runs"][temperature_run(record["plan"]["temperatures"][0])]["end"]["negatives"]
     return table(
         "tau|kNN of h|linear, h|kNN of z|effective rank of z|of h|mean similarity: positives|same class"
-        f"|other classes|their spread|uniformity|effective negatives, of {negatives}",
+        f"|other classes|std of other classes|uniformity|effective negatives, of {negatives}",
         rows,
     )
 
@@ -88,8 +88,8 @@ def cost(record: Record) -> str:
     plan, seconds, data = record["plan"], record["seconds"], record["data"]
     return (
         f"{len(record['runs'])} runs of {plan['epochs']} epochs and {len(plan['held_out'])} of "
-        f"{plan['held_out_epochs']} on {data['train']:,} images, judged on {data['test']:,}: "
-        f"{seconds['cpu'] / 60:.1f} minutes of one core, {seconds['wall'] / 60:.1f} of the clock. "
+        f"{plan['held_out_epochs']} on {data['train']:,} images, evaluated on {data['test']:,}: "
+        f"{seconds['cpu'] / 60:.1f} minutes of CPU time, {seconds['wall'] / 60:.1f} minutes elapsed. "
         f"PyTorch {record['versions']['torch']}, seed {record['seed']}."
     )
 
@@ -116,12 +116,12 @@ def percent(share: float) -> str:
 
 
 def two(value: float) -> str:
-    """Return two decimals, without a minus sign before zero."""
+    """Return the value with two decimals, without a minus sign before zero."""
     return f"{round(value, 2) + 0:.2f}"
 
 
 def small(value: float) -> str:
-    """Return two decimals, or for values between 0 and 0.01 one significant digit in scientific notation."""
+    """Return the value with two decimals; between 0 and 0.01, one significant digit in scientific notation."""
     return two(value) if value == 0 or value >= 0.01 else f"{value:.0e}".replace("e-0", "e-")
 
 
@@ -150,7 +150,7 @@ def fill(text: str, record: Record) -> str:
 
 
 def publish(record: Record, out: Path, page: Path) -> None:
-    """Fill in a page's tables, and copy the record and the figures to the folder of the same name beside it.
+    """Fill in a page's tables, and copy the record and the figures to the folder of the same name beside the page.
 
     Raises:
         ValueError: see `fill`; in that case nothing is written.
