@@ -232,7 +232,8 @@ def test_zeros_that_are_not_written_yet_are_zeros(backend):
 
 def test_tensors_of_several_devices_are_refused_without_data_too():
     u = torch.randn(8, 4)
-    with warnings.catch_warnings(), pytest.raises(ValueError, match=r"ids must be on the device of u \(cpu\), got meta"):
+    words = r"ids must be on the device of u \(cpu\), got meta"
+    with warnings.catch_warnings(), pytest.raises(ValueError, match=words):
         torch.ops.fastntxent.neg_lse(u, torch.arange(8, device="meta"), torch.tensor(2.0), "auto")
 
 
