@@ -293,8 +293,8 @@ def _verification_text(verification: dict[str, Any] | None) -> str:
     checks = verification["checks"]
     return (
         f"<p>{checks} time{'' if checks == 1 else 's'} during training, the loss and its gradient were recomputed with "
-        "the dense formula in float64 on the embeddings of that step. Every error was within its budget; otherwise the run "
-        "would have stopped.</p>"
+        "the dense formula in float64 on the embeddings of that step. Every error was within its budget; otherwise "
+        "the run would have stopped.</p>"
         + _table("scores", f"<tr><th></th><th>largest relative error</th><th>smallest budget</th></tr>{rows}")
     )
 
