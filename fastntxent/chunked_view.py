@@ -193,8 +193,8 @@ def _check_view(name: str, view: Any, *, may_be_empty: bool) -> int:
     """Return the number of rows of a view, checked."""
     tensors = list(named_tensors(view, name))
     if not tensors:
-        that_holds_none = " without tensors" if is_container(view) else ""
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(view).__name__}{that_holds_none}")
+        no_tensors = " without tensors" if is_container(view) else ""
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(view).__name__}{no_tensors}")
     for path, tensor in tensors:
         if tensor.layout != torch.strided or tensor.is_nested:
             raise TypeError(

@@ -58,6 +58,7 @@ def test_host_times_every_way_to_the_loss_around_an_empty_launch():
     assert all(len(of_step) == 3 and min(of_step) > 0 for of_step in seconds.values())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs the compilers that Triton ships for Linux")
 def test_host_times_compiled_triton_kernels_that_never_run():
     # In a separate process, because triton runs its interpreter in this one.

@@ -159,7 +159,7 @@ VIEW = torch.randn(4, 6)
         ([VIEW, VIEW], [5, -1], None, ValueError, "chunk_size must be at least 0, got -1"),
         ([VIEW, VIEW], [], None, ValueError, "chunk_size must list the number of rows of at least one chunk"),
         ([VIEW, VIEW], [2, 1], None, ValueError, r"chunk_size must add up to the 4 rows of views\[0\], got 3"),
-        ([], 2, None, ValueError, "at least one tensor"),
+        ([], 2, None, ValueError, "at least one view, got an empty sequence"),
         ([VIEW, [1]], 2, None, TypeError, r"views\[1\] must be a torch.Tensor, got list"),
         ([VIEW, VIEW[:0]], 2, None, ValueError, r"views\[1\] must have at least one row"),
         ([VIEW, VIEW], 2, lambda a, b: a + b, ValueError, "loss_fn must return a scalar"),

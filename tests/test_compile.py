@@ -56,7 +56,7 @@ def scheduled(call):
 # A module and a drop-in compile the graph of the function that they call.
 COMPILED = tiered(
     (name for name in WITHOUT_STATE if name not in DATA_DEPENDENT),
-    slow=lambda name: "." in name or name[0].isupper(),
+    slow=lambda name: "." in name or " " in name or name[0].isupper(),
 )
 
 

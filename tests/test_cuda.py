@@ -28,7 +28,7 @@ from tests.cases import (
     start_of_training,
 )
 from tests.emulated import COMPILER, GEFORCE, H100, emulated_kernels
-from tests.tiers import every_pair, tiered
+from tests.tiers import every_case, tiered
 
 STATUS = backends()["cuda"]
 DEVICE = "cuda" if STATUS.available else "cpu"
@@ -92,7 +92,7 @@ def test_kernels_were_built():
     assert ".abi3." in _cuda.__file__
 
 
-@every_pair(size=[(1, 1), (2, 3), (33, 16), (40, 130), (20, 300)], temperature=[0.001, 0.1, 10.0], dtype=DTYPES)
+@every_case(size=[(1, 1), (2, 3), (33, 16), (40, 130), (20, 300)], temperature=[0.001, 0.1, 10.0], dtype=DTYPES)
 def test_nt_xent_within_budget(size, temperature, dtype):
     n, d = size
     batch = on_device(random_batch(n, d, temperature, dtype=dtype))
@@ -104,11 +104,9 @@ def test_nt_xent_within_budget(size, temperature, dtype):
 
 
 @needs_emulator
-@pytest.mark.parametrize("dtype", tiered(DTYPES, slow=lambda dtype: dtype == torch.bfloat16))
-@pytest.mark.parametrize("shared", [H100, GEFORCE])
-@pytest.mark.parametrize("multiprocessors", [1, 5])
-@pytest.mark.parametrize(("n", "d"), [(70, 64), (66, 200), (40, 520)])
-def test_every_cut_within_budget(emulate, n, d, multiprocessors, shared, dtype):
+@every_case(size=[(70, 64), (66, 200), (40, 520)], multiprocessors=[1, 5], shared=[H100, GEFORCE], dtype=DTYPES)
+def test_every_cut_within_budget(emulate, size, multiprocessors, shared, dtype):
+    n, d = size
     # Rows that fit in shared memory or not, groups of one to three chunks, columns divided into shares or not.
     emulate(multiprocessors, shared)
     assert_within_budget(random_batch(n, d, 0.005 if n == 66 else 0.1, dtype=dtype), "cuda")
@@ -253,7 +251,7 @@ def test_strided_views_equal_contiguous(layout, dtype):
         assert torch.equal(value, expected)
 
 
-@every_pair(
+@every_case(
     size=[(1, 40), (70, 1), (33, 100), (200, 150)],
     groups=["samples", "unique", "one", "few", "negative"],
     temperature=[0.005, 0.2],

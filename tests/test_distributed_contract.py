@@ -331,7 +331,7 @@ def test_pair_weights_of_the_same_values_pass_whatever_their_dtype(found):
 
 
 def test_no_rows_on_any_rank_is_an_error(found):
-    assert "must have a row on one of the 2 ranks" in found[0]["empty"]
+    assert "must have at least one row on the 2 ranks together" in found[0]["empty"]
 
 
 def test_reference_takes_no_group(found):

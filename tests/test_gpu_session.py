@@ -77,6 +77,7 @@ def test_part_that_takes_too_long_is_stopped_with_all_that_it_started(tmp_path):
     assert not state.exists() or state.read_text().split(")")[1].split()[0] == "Z"
 
 
+@pytest.mark.slow
 def test_session_without_time_goes_on_later(tmp_path):
     mark = tmp_path / "mark"
     plan = {

@@ -19,6 +19,7 @@ from fastntxent.backends import tiling
 from fastntxent.compat import lightly
 from tests import dense
 from tests.cases import BACKENDS, CUDA_KERNELS, KERNELS, LargestTensor, assert_within_rounding, needs_cuda
+from tests.tiers import every_case
 
 
 class Case(NamedTuple):
@@ -458,9 +459,7 @@ def truth(case: Case, drawn: Drawn, reduction: str, normalize: bool, upstream: T
     return results(loss, drawn.to(torch.float64), upstream)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("normalize", [True, False])
+@every_case(normalize=[True, False], reduction=["mean", "sum", "none"], backend=BACKENDS)
 def test_loss_equals_its_dense_formula(case, normalize, reduction, backend):
     for seed, (n, d, tau) in enumerate([(1, 3, 0.5), (5, 4, 0.3), (12, 6, 0.2)]):
         drawn = draw(case, n, d, tau, seed)
@@ -477,10 +476,13 @@ def test_loss_equals_its_dense_formula(case, normalize, reduction, backend):
             torch.testing.assert_close(v, t, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("backend", KERNELS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("tau", "autocast"), [(0.07, False), (0.5, False), (0.5, True)])
-def test_loss_dtypes_within_budget(case, tau, dtype, autocast, backend):
+@every_case(
+    numbers=[(0.07, False), (0.5, False), (0.5, True)],
+    dtype=[torch.float16, torch.bfloat16, torch.float32],
+    backend=KERNELS,
+)
+def test_loss_dtypes_within_budget(case, numbers, dtype, backend):
+    tau, autocast = numbers
     drawn = draw(case, 16, 12, tau, 0).to(dtype)
     true = truth(case, drawn, "mean", True)
 

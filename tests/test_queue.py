@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from fastntxent import NegativeQueue, QueueInfoNCELoss, info_nce
 from tests import dense
 from tests.cases import BACKENDS
+from tests.tiers import every_pair
 
 
 def normal(*shape, seed=0):
@@ -248,8 +249,7 @@ def test_queue_without_data_holds_nothing(half):
     assert len(loss.queue) == 3
 
 
-@pytest.mark.parametrize("with_ids", [True, False])
-@pytest.mark.parametrize("in_batch", [True, False])
+@every_pair(slow_pairs=True, with_ids=[True, False], in_batch=[True, False])
 def test_queue_loss_compiles_whole_once_for_every_fill_and_batch_size(with_ids, in_batch):
     eager, loss = (QueueInfoNCELoss(40, 4, 0.3, in_batch_negatives=in_batch) for _ in range(2))
     torch._dynamo.reset()

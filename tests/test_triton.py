@@ -158,8 +158,7 @@ def each_chip(request, monkeypatch):
     return lambda rows: as_if(monkeypatch, tensor_cores.FAMILIES[request.param], rows)
 
 
-@pytest.mark.parametrize("temperature", tiered([0.01, 0.1, 0.5], slow=lambda temperature: temperature == 0.1))
-@pytest.mark.parametrize("loss", [None, 0.7, 1e-3, 1e-6])
+@every_pair(slow_pairs=True, loss=[None, 0.7, 1e-3, 1e-6], temperature=[0.01, 0.1, 0.5])
 def test_gradient_accuracy_at_every_stage_of_training(each_chip, loss, temperature):
     shape = 64, 128, temperature
     batch = start_of_training(*shape) if loss is None else converged_batch(*shape, loss)
@@ -342,8 +341,7 @@ def test_float16_gradients_do_not_underflow_when_converged():
     assert error_budget.errors_of(gradient(torch.float16, "triton"), true).rms < 2e-3
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e30])
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_pair(slow_pairs=True, scale=[1e-30, 1e30], dtype=DTYPES)
 def test_softplus_upstream_of_any_magnitude(scale, dtype):
     u, v = (F.normalize(torch.randn(n, 24), dim=1).to(DEVICE, dtype) for n in (33, 40))
     batch, weights = (u, v, torch.arange(33, device=DEVICE), torch.arange(40, device=DEVICE)), torch.ones(33)
@@ -408,8 +406,7 @@ def test_limits_keep_the_accuracy_of_a_converged_gradient(each_chip, loss):
     [
         (8, 1),
         (40, 1),
-        (300, 1),
-        *(pytest.param(*large, marks=pytest.mark.slow) for large in ((128, math.inf), (300, math.inf))),
+        *(pytest.param(*large, marks=pytest.mark.slow) for large in ((300, 1), (128, math.inf), (300, math.inf))),
     ],
 )
 def test_limits_leave_out_the_same_in_the_backward(each_chip, d, rows, dtype):
@@ -487,7 +484,7 @@ def test_tf32_is_taken_where_pytorch_may(d):
         assert error_budget.errors_of(v, t).rms < 2e-3
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", tiered(DTYPES, slow=lambda dtype: dtype == torch.bfloat16))
 @pytest.mark.parametrize("d", tiered([24, 300], slow=lambda d: d == 300))
 def test_same_bits_every_time(d, dtype):
     batch = on_device(random_batch(70, d, 0.1, dtype=dtype))
@@ -502,10 +499,10 @@ def test_same_bits_every_time(d, dtype):
     ("tiles", "M", "dtype", "d", "rows_held"),
     [
         (1, 151, torch.bfloat16, 16, 2),
-        (1, 129, torch.float32, 130, 1),
-        (2, 261, torch.float16, 40, 1),
+        pytest.param(1, 129, torch.float32, 130, 1, marks=pytest.mark.slow),
+        pytest.param(2, 261, torch.float16, 40, 1, marks=pytest.mark.slow),
         (3, 200, torch.float32, 16, 2),
-        (8, 100, torch.bfloat16, 130, 1),
+        pytest.param(8, 100, torch.bfloat16, 130, 1, marks=pytest.mark.slow),
         (8, 127, torch.float16, 16, 2),
     ],
 )
@@ -556,37 +553,44 @@ def _ids(row: int) -> list[int]:
 
 @pytest.fixture
 def small_panels(monkeypatch):
-    """Squares of G have 64 rows in the interpreter, and 256 (the minimum) on a GPU, whose tiles are larger."""
+    """Squares of G have 64 rows in the interpreter, and 256 (the minimum) on a GPU, whose tiles are larger. The
+    interpreter is slow, so it takes panels at fewer features than the table says."""
     monkeypatch.setattr(config, "PANEL", 1)
     if DEVICE == "cpu":
         monkeypatch.setattr(config, "PADDED_ROWS", 64)
 
+        def look_up(family, kernel, width, n, DP):
+            return None if kernel in ("fused", "pairs") else LOOK_UP(family, kernel, width, n, DP)
 
-PAIRS = 33 if DEVICE == "cpu" else 260  # enough for two squares on the diagonal and part of a third
+        monkeypatch.setattr(config, "look_up", look_up)
+
+
+# Enough pairs for two squares on the diagonal and part of a third, and enough features for two chunks.
+PAIRS, FEATURES = (33, 70) if DEVICE == "cpu" else (260, 260)
 
 
 @every_pair(slow_pairs=True, temperature=[0.01, 0.1], dtype=DTYPES)
 def test_panels_of_several_squares_within_budget(small_panels, dtype, temperature):
-    assert_within_budget(on_device(random_batch(2 * PAIRS, 260, temperature, dtype=dtype)), "triton")
+    assert_within_budget(on_device(random_batch(2 * PAIRS, FEATURES, temperature, dtype=dtype)), "triton")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_panels_of_rows_as_they_are_within_budget(small_panels, dtype):
-    batch = random_batch(PAIRS, 260, 0.3, dtype=dtype).map(lambda z: z / 32)._replace(normalize=False)
+    batch = random_batch(PAIRS, FEATURES, 0.3, dtype=dtype).map(lambda z: z / 32)._replace(normalize=False)
     assert_within_budget(on_device(batch), "triton", reduction="none", upstream=upstream(PAIRS))
 
 
 @pytest.mark.parametrize(("M", "K"), [(4 * PAIRS, 3 * PAIRS), (20, 5 * PAIRS)])
 def test_panels_of_two_sides_within_budget(small_panels, M, K):
-    assert_cross_neg_lse_within_budget("triton", M, K, "few", 0.2, d=260, device=DEVICE)
+    assert_cross_neg_lse_within_budget("triton", M, K, "few", 0.2, d=FEATURES, device=DEVICE)
 
 
 @pytest.mark.parametrize("dtype", tiered(DTYPES, slow=lambda dtype: dtype != torch.float32))
 def test_panels_of_sigmoid_losses_within_budget(small_panels, dtype):
-    options = {"dtype": dtype, "d": 260, "device": DEVICE}
+    options = {"dtype": dtype, "d": FEATURES, "device": DEVICE}
     assert_softplus_within_budget("triton", 4 * PAIRS, None, "few", **options)
     assert_softplus_within_budget("triton", 4 * PAIRS, 3 * PAIRS, "samples", positives=True, **options)
-    batch = on_device(random_batch(PAIRS, 260, 0.1, dtype=dtype))
+    batch = on_device(random_batch(PAIRS, FEATURES, 0.1, dtype=dtype))
     for two_views in (True, False):
         assert_sigmoid_within_budget(batch, "triton", two_views=two_views, bias=-10.0)
 
@@ -632,7 +636,7 @@ def test_every_tile_of_the_table_within_budget(monkeypatch, family, dtype, d, ro
         assert_within_budget(random_batch(70, d, temperature, dtype=dtype), "triton")
 
 
-@pytest.mark.parametrize("multiprocessors", [1, 3, 64])
+@pytest.mark.parametrize("multiprocessors", tiered([1, 3, 64], slow=lambda count: count == 64))
 def test_columns_in_parts_within_budget(monkeypatch, multiprocessors):
     monkeypatch.setattr(config, "multiprocessors", lambda device: multiprocessors)
     assert_within_budget(on_device(random_batch(70, 16, 0.1)), "triton")
@@ -658,10 +662,13 @@ def poisoned(monkeypatch):
         monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
 
 
-@every_pair(
-    slow_pairs=True,
-    case=[(1, 40, 0.1), (35, 24, 0.005), (35, 24, 0.1), (40, 300, 0.1)],
-    dtype=[torch.float32, torch.bfloat16],
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "case",
+    tiered(
+        [(1, 40, 0.1), (35, 24, 0.005), (35, 24, 0.1), (40, 300, 0.1)],
+        slow=lambda case: case not in ((1, 40, 0.1), (35, 24, 0.005)),
+    ),
 )
 def test_memory_that_was_not_written_is_not_used(poisoned, monkeypatch, case, dtype):
     n, d, temperature = case
@@ -916,8 +923,9 @@ def test_kernels_compile_within_the_chip_without_a_spill_and_on_its_matrix_units
     assert done.stdout.count("shared") >= 30
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs the compilers that Triton ships for Linux")
-@pytest.mark.parametrize("target", tiered(["sm_80", "sm_90", "sm_100"], slow=lambda target: target != "sm_90"))
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 def test_compiled_sums_of_float32_leave_the_matrix_units(target):
     # The half-precision gradient does stay in its accumulator, which shows that the counts below would detect it.
     code = f"""

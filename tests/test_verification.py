@@ -105,11 +105,17 @@ def run_checks(kernels):
         run()
 
 
-@pytest.mark.parametrize("change", BREAKS, ids=lambda change: change.__name__)
-@pytest.mark.parametrize(
-    ("method", "output"), [(method, output) for method, count in METHODS.items() for output in range(count)]
+OUTPUTS = [(method, output) for method, count in METHODS.items() for output in range(count)]
+CORRUPTED = [(*place, change) for place in OUTPUTS for change in BREAKS]
+
+
+@pytest.mark.parametrize(  # of each output, one break is quick
+    "corrupted",
+    tiered(CORRUPTED, slow=lambda case: (OUTPUTS.index(case[:2]) - list(BREAKS).index(case[2])) % len(BREAKS) != 0),
+    ids=lambda case: f"{case[0]} {case[1]} {case[2].__name__}",
 )
-def test_checks_find_every_break_of_every_kernel(broken, monkeypatch, method, output, change):
+def test_checks_find_every_break_of_every_kernel(broken, monkeypatch, corrupted):
+    method, output, change = corrupted
     kernels = broken(method, output, change)
     monkeypatch.setattr(checks, "_small_calls", lambda slow, form: [("nt_xent", 33, 64)])
     with pytest.raises(checks.FaultError) as caught:
@@ -166,7 +172,10 @@ def tiles_of(family, width):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter, which a machine without a GPU has")
 @pytest.mark.skipif(not backends()["triton"].available, reason="needs Triton")
-@pytest.mark.parametrize("family", ["sm_80", "sm_90", "sm_100", "gfx942", "small", "large"])
+@pytest.mark.parametrize(
+    "family",
+    tiered(["sm_80", "sm_90", "sm_100", "gfx942", "small", "large"], slow=lambda name: name not in ("sm_90", "small")),
+)
 def test_checks_reach_every_tile_of_the_table(family, monkeypatch):
     # Kernels are recorded instead of run. Which kernels and tiles are launched does not depend on results.
     from triton.runtime.interpreter import InterpretedFunction
@@ -282,6 +291,7 @@ def test_child_that_is_silent_over_one_check_is_killed():
     assert time.perf_counter() - started < 60
 
 
+@pytest.mark.slow
 def test_child_without_its_parent_ends_itself(tmp_path):
     request = {"backend": "hangs", "device": "cpu", "module": "tests.broken.hangs", "seconds": 8}
     command = [sys.executable, "-c", process.START, os.pathsep.join(sys.path), tmp_path / "report", json.dumps(request)]
@@ -312,6 +322,7 @@ def test_children_share_the_checks(monkeypatch):
     assert len(asked) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX's signals")
 def test_interrupt_ends_the_children():
     code = (

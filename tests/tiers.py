@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -27,3 +28,11 @@ def every_pair(*, slow_pairs: bool = False, **axes: Iterable[Any]) -> pytest.Mar
         met |= places
         cases.append(pytest.param(*case, marks=[] if quick else pytest.mark.slow))
     return pytest.mark.parametrize(names, cases)
+
+
+def every_case(**axes: Iterable[Any]) -> pytest.MarkDecorator:
+    """Parametrise with all cases. The cases beyond a few that cover every pair of values are slow."""
+    values = [list(axis) for axis in axes.values()]
+    quick = set(map(tuple, AllPairs(values)))
+    cases = [pytest.param(*case, marks=[] if case in quick else pytest.mark.slow) for case in product(*values)]
+    return pytest.mark.parametrize(list(axes), cases)

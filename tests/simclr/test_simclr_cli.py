@@ -104,6 +104,7 @@ def test_main_exit_status_of_a_failed_verification(tmp_path, capsys, monkeypatch
     assert not (tmp_path / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_main_resumes_with_the_options_of_the_checkpoint(tmp_path):
     options = ["--data", "digits", "--width", "4", "--epochs", "2", "--quiet", "--out", str(tmp_path)]
     assert main([*options, "--max-steps", "2"]) == 0
