@@ -7,8 +7,11 @@ launch of its kernel has wrapped them. For every operation, it builds its table 
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 from typing import Any
+
+import pytest
 
 _modules: set[Any] = set()  # what the running launch has wrapped
 _scopes: list[Any] = []  # how to undo it
@@ -47,3 +50,9 @@ def hasten() -> None:
         return dtypes[name]
 
     interpreter._patch_lang, interpreter._get_np_dtype = wrap_once, look_up_once
+
+
+def pad_rows(monkeypatch: pytest.MonkeyPatch, multiple: int) -> None:
+    """Pad packed rows to this multiple. In the interpreter, padding costs as much as rows."""
+    for name in ("pack", "panels", "config"):
+        monkeypatch.setattr(importlib.import_module(f"fastntxent.backends.triton.{name}"), "PADDED_ROWS", multiple)

@@ -29,7 +29,7 @@ from tests.cases import (
     start_of_training,
     tiling,
 )
-from tests.tiers import tiered
+from tests.tiers import every_pair
 
 TEMPERATURES = [0.001, 0.01, 0.07, 0.5, 10.0]
 HALF = TILE // 2  # the N that fills one tile, because M = 2N
@@ -127,8 +127,7 @@ def test_nt_xent_converged_within_budget(backend, reduction, loss, temperature):
     assert_within_budget(batch, backend, reduction=reduction, upstream=upstream)
 
 
-@pytest.mark.parametrize("temperature", tiered([0.01, 0.1, 0.5], slow=lambda temperature: temperature == 0.1))
-@pytest.mark.parametrize("loss", [None, 0.7, 1e-3, 1e-6])
+@every_pair(slow_pairs=True, loss=[None, 0.7, 1e-3, 1e-6], temperature=[0.01, 0.1, 0.5])
 def test_gradient_accuracy_at_every_stage_of_training(backend, loss, temperature):
     shape = 512, 128, temperature
     batch = start_of_training(*shape) if loss is None else converged_batch(*shape, loss)

@@ -18,6 +18,7 @@ from fastntxent import ops
 from fastntxent.backends import warming
 from fastntxent.sides import Side
 from fastntxent.verification import policy
+from tests.interpreter import pad_rows
 
 pytest.importorskip("triton")
 launch = importlib.import_module("fastntxent.backends.triton.launch")
@@ -26,6 +27,12 @@ config = importlib.import_module("fastntxent.backends.triton.config")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WITHOUT_INTERPRETER = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def short_padding(monkeypatch):
+    if DEVICE == "cpu":
+        pad_rows(monkeypatch, 128)
 
 
 @pytest.fixture

@@ -41,6 +41,7 @@ from tests.cases import (
     softplus_result,
     start_of_training,
 )
+from tests.interpreter import pad_rows
 from tests.tiers import every_pair, tiered
 
 STATUS = backends()["triton"]
@@ -56,7 +57,6 @@ if STATUS.available:
     config = importlib.import_module("fastntxent.backends.triton.config")
     launch = importlib.import_module("fastntxent.backends.triton.launch")
     pack = importlib.import_module("fastntxent.backends.triton.pack")
-    panels = importlib.import_module("fastntxent.backends.triton.panels")
     tiles = importlib.import_module("fastntxent.backends.triton.tiles")
     LOOK_UP = config.look_up
 
@@ -74,12 +74,6 @@ if STATUS.available:
     PADDED_ROWS = pack.PADDED_ROWS
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
-
-
-def pad_rows(monkeypatch, multiple: int) -> None:
-    """Pad packed rows to this multiple. In the interpreter, a padding row takes as much time as a real one."""
-    for module in (pack, panels, config):
-        monkeypatch.setattr(module, "PADDED_ROWS", multiple)
 
 
 @pytest.fixture(autouse=True)
@@ -248,11 +242,9 @@ def test_cross_neg_lse_forms_the_gradients_that_are_wanted(needs):
     torch.testing.assert_close(gradient("triton"), gradient("reference"), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("both", [False, True], ids=["info_nce", "clip"])
-@pytest.mark.parametrize("temperature", [0.005, 0.1])
-@pytest.mark.parametrize("dtype", tiered(DTYPES, slow=lambda dtype: dtype == torch.bfloat16))
-@pytest.mark.parametrize(("n", "d"), [(33, 40)])
-def test_towers_within_budget(n, d, dtype, temperature, both):
+@every_pair(slow_pairs=True, dtype=DTYPES, temperature=[0.005, 0.1], both=[False, True], size=[(33, 40)])
+def test_towers_within_budget(size, dtype, temperature, both):
+    n, d = size
     batch = on_device(random_batch(n, d, temperature, dtype=dtype))
     for needs in ((True, True), (True, False), (False, True)):
         assert_towers_within_budget(batch, "triton", both=both, needs=needs)

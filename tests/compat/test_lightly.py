@@ -130,7 +130,7 @@ def test_memory_bank_misuse_is_named_and_changes_nothing():
             loss(torch.ones(3, 5, requires_grad=grad), torch.ones(3, 5))
 
 
-@pytest.mark.parametrize("size", [(40, 4), 40])
+@pytest.mark.parametrize("size", [(40, 4), pytest.param(40, marks=pytest.mark.slow)])
 def test_memory_bank_compiles_whole_once_for_every_batch_size(size):
     losses = []
     for _ in range(2):

@@ -291,7 +291,7 @@ def of_three() -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("ranks", ["of_two", "of_three"])
+@pytest.mark.parametrize("ranks", ["of_two", pytest.param("of_three", marks=pytest.mark.slow)])
 def test_ranks_equal_one_process_with_the_whole_batch(ranks: str, name: str, request: pytest.FixtureRequest):
     of_ranks = request.getfixturevalue(ranks)
     x, ids = whole_batch(sum(SIZES[len(of_ranks)]))

@@ -177,7 +177,10 @@ class Items(Dataset):
         (DataLoader(Counted(IMAGES[:0]), 4), ValueError, "at least one batch, but it yielded none"),
         (DataLoader(Counted(IMAGES), 7), ValueError, "the last of its 8 images .*drop_last=True"),
         (DataLoader(Faulty(), 4), ValueError, "^the first batch of the DataLoader cannot be read: 'boom'$"),
-        (DataLoader(Faulty(), 4, num_workers=1), ValueError, "^the first batch .* cannot be read: KeyError: 'boom'$"),
+        pytest.param(  # PyTorch waits ten seconds for the worker
+            DataLoader(Faulty(), 4, num_workers=1), ValueError, "^the first batch .* cannot be read: KeyError: 'boom'$",
+            marks=pytest.mark.slow,
+        ),
         (of(IMAGES[:5]), ValueError, "the last of its 5 images .*drop_last=True"),
         (of(IMAGES, batch_size=1), ValueError, "at least 2 images, got 1"),
         (of(IMAGES[:, 0]), TypeError, r"got list of \(torch.uint8 of shape \(4, 8"),

@@ -41,7 +41,9 @@ def growth(tmp_path):
     return measure
 
 
-@pytest.mark.parametrize(("in_memory", "least", "most"), [("yes", 140, 200), ("no", 0, 50)])
+@pytest.mark.parametrize(
+    ("in_memory", "least", "most"), [("yes", 140, 200), pytest.param("no", 0, 50, marks=pytest.mark.slow)]
+)
 def test_a_folder_takes_little_more_than_its_pixels(tmp_path, growth, in_memory, least, most):
     (tmp_path / "many").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "many" / "0.png")

@@ -288,7 +288,7 @@ def alone(stripes, tmp_path_factory) -> dict[str, Any]:
     return found
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def found(request, stripes, alone, tmp_path_factory) -> list[dict[str, Any]]:
     return on_ranks(request.param, all_runs, stripes, tmp_path_factory.mktemp("ranks"), alone["checkpoint"])
 
@@ -497,6 +497,7 @@ finally:
 """
 
 
+@pytest.mark.slow
 def test_torchrun_ends_when_one_rank_finds_no_data(tmp_path, stripes, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("ranks.py").write_text(ONE_RANK_IN_ANOTHER_FOLDER)
