@@ -1,9 +1,9 @@
 """GPUs that need not be present: how the compiler names them, their limits per program, and rates from data sheets.
 
 Rates are for dense products at the boost clock. The CUDA C++ programming guide (throughput of native arithmetic
-instructions) gives the results per cycle and multiprocessor: 16 exponentials on all of these chips except the B300, for
+instructions) gives the results per cycle per multiprocessor: 16 exponentials on all of these chips except the B300, for
 which NVIDIA states twice as many; 64 integer operations, comparisons and selections; and 128 float32 operations, or 64
-on the A100. No data sheet states the bandwidth of the second-level cache. github.com/te42kyfo/gpu-benches measured 5.4
+on the A100. No data sheet states the bandwidth of the L2 cache. github.com/te42kyfo/gpu-benches measured 5.4
 TB/s on an A100, 6.9 on an H100 PCIe (114 multiprocessors at 1.755 GHz) and 9.7 on an H200. That is 34 to 37 bytes per
 cycle and multiprocessor, for data of up to at least two thirds of the cache's size; we take 34 for all chips.
 
@@ -19,8 +19,8 @@ from typing import NamedTuple
 class Rates(NamedTuple):
     """Rates per second of a whole chip. `cycles` counts the cycles of all multiprocessors. `product`, `tf32` and
     `by_warps` are flops: in 16 bits, in TF32, and in 16 bits with mma.sync. `exp` counts exponentials. `shared` (128
-    per cycle and multiprocessor), `memory` and `cache` (the second-level cache) are bytes. Two fields are not such
-    rates: `l2` is the second-level cache's size in bytes, and `float32` the float32 operations per cycle of one
+    per cycle per multiprocessor), `memory` and `cache` (the L2 cache) are bytes. Two fields are not such
+    rates: `l2` is the L2 cache's size in bytes, and `float32` the float32 operations per cycle of one
     multiprocessor."""
 
     cycles: float

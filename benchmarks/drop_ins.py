@@ -94,7 +94,8 @@ def _classes(n: int) -> Tensor:
 
 
 def _with_bank(d: int) -> Pair:
-    """Return the loss with a bank, and its formula with a bank of the same initial rows."""
+    """Return lightly's loss with a memory bank, as the plain formula and as our drop-in. Each has its own bank. Both
+    banks start with the same rows."""
     loss = lightly.NTXentLoss(memory_bank_size=(BANK, d))
     return Pair(functools.partial(_bank, bank=loss.memory_bank.bank.clone()), loss)
 

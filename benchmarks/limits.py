@@ -1,6 +1,6 @@
 """Constants and functions shared by the models of the Triton kernels (model.py) and the CUDA kernel (model_cuda.py).
 
-SYNC and LOAD are the latencies of shared memory (29 to 33 cycles on A100 and H100) and of the second-level cache (about
+SYNC and LOAD are the latencies of shared memory (29 to 33 cycles on A100 and H100) and of the L2 cache (about
 260 cycles; Luo et al., arXiv 2402.13499). We assume the same for the B200. FIRST is about two memory latencies of 470
 to 480 cycles: one to load an address, and one to load from that address.
 """
@@ -14,7 +14,7 @@ from .chips import Chip
 GEMM = 0.7  # share of the data sheet's matrix rate
 LAUNCH = 2.5e-6  # seconds from the end of one short kernel to the end of the next
 SYNC, LOAD, FIRST = 30, 260, 1000  # cycles
-FILL = 64  # most bytes per cycle that one multiprocessor reads from the second-level cache, however few are active
+FILL = 64  # most bytes per cycle that one multiprocessor reads from the L2 cache, however few are active
 
 
 class Time(NamedTuple):
@@ -31,7 +31,7 @@ def longest(limits: dict[str, float]) -> Time:
 
 
 def fill(chip: Chip, active: float) -> float:
-    """Return the bytes per cycle that each of the active multiprocessors gets from the second-level cache."""
+    """Return the bytes per cycle that each of the active multiprocessors gets from the L2 cache."""
     rates = chip.rates
     assert rates is not None
     return min(FILL, rates.cache / rates.cycles * chip.multiprocessors / active)

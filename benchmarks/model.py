@@ -2,24 +2,24 @@
 
 A kernel takes LAUNCH plus the longest of
 
-    products     flops of the matrix units, at GEMM times the data sheet's rate. Large cuBLAS products reach about that
-                 rate under a board's power limit. If there is a measured rate, it is used instead. A float32 product
-                 takes three products of half-precision parts
-    slots        instructions, at 4 per cycle and multiprocessor (sass.py)
+    products     flops of the matrix units, at the data sheet's rate multiplied by GEMM. Large cuBLAS products reach
+                 about that rate under a board's power limit. If there is a measured rate, it is used instead. A
+                 float32 product takes three products of half-precision parts
+    slots        instructions, at 4 per cycle per multiprocessor (sass.py)
     integers, floats, exps
                  instructions of one kind, at the rate of the units that execute them (chips.py)
-    shared       bytes of shared memory, including the matrix units' operands, at 128 per cycle and multiprocessor;
-                 and shuffles
-    cache        bytes of x (and of G) that the kernel's tiles read through the second-level cache
-    memory       bytes read from or written to memory; data that does not fit in the second-level cache is read again
+    shared       bytes of shared memory, including the matrix units' operands, at 128 per cycle per
+                 multiprocessor, plus the cycles of shuffles
+    cache        bytes of x (and of G) that the kernel's tiles read through the L2 cache
+    memory       bytes read from or written to memory; data that does not fit in the L2 cache is read again
     latency      the dependency chain of a program. Each iteration of its loop takes the cycles of its products and
                  instructions, SYNC for each barrier or wait, and LOAD if the pipeline has only two stages and so loads
                  nothing ahead. The programs that a multiprocessor holds run their chains at the same time
 
-The longest of these is the bottleneck and is printed. Instructions are counted in the machine code compiled for the
-tiles of the tile table, along the path of a tile without a mask, and multiplied by the loop iterations of the schedule.
-Nothing is fitted to a measurement of these kernels. limits.py lists the constants and their sources. For small batches
-the CUDA kernel is predicted too (model_cuda.py).
+The longest of these is the bottleneck and is printed. Instructions are counted in the machine code that is compiled
+for the tile table's tiles, along the code path of an unmasked tile. The counts are multiplied by the schedule's loop
+iterations. Nothing is fitted to a measurement of these kernels. limits.py lists the constants and their sources. For
+small batches the CUDA kernel is predicted too (model_cuda.py).
 
 The model ignores bank conflicts, dependencies between the instructions of an iteration, masked tiles, and the host. A
 prediction is therefore a lower bound for this code, not an average.
@@ -41,13 +41,13 @@ from .limits import FIRST, GEMM, LAUNCH, LOAD, SYNC, Time, fill, longest
 SHAPES = ((256, 128), (4096, 128), (32768, 128), (32768, 768))
 TARGETS = ("sm_80", "sm_90", "sm_100")
 SMALL = policy.SMALL_BATCH // 2  # largest number of samples for which the CUDA kernel is predicted
-STAYS = 2 / 3  # share of the second-level cache in which data survives until the next pass
+STAYS = 2 / 3  # share of the L2 cache in which data survives until the next pass
 
 
 class Work(NamedTuple):
-    """A kernel's work, summed over all its programs (for `form` and `gather`: in all launches). `operands` are the
-    bytes of shared memory that tcgen05 reads, which the machine code does not show. `turns` are the iterations of a
-    program's loops, outermost first."""
+    """A kernel's work, summed over the programs of all its launches. `operands` are the bytes of shared memory that
+    tcgen05 reads, which the machine code does not show. `turns` are the iterations of a program's loops, outermost
+    first."""
 
     flops: float
     exps: float
@@ -90,7 +90,7 @@ def needs(work: Work, report: kernels.CompiledKernel, dtype: str, gemm: float | 
     lanes, turns = 32 * report.warps, turns_of(work, report)
 
     def executed(of: Callable[[sass.Region], float]) -> float:
-        """Return the sum of a per-warp figure over everything that all programs execute."""
+        """Return a per-warp figure of a region, summed over all executed regions of all programs."""
         return code.total(turns, of) * work.programs
 
     of_kind = {kind: executed(lambda region, kind=kind: region.counts[kind]) * lanes for kind in ("exp", "alu", "fma")}
@@ -112,12 +112,12 @@ def needs(work: Work, report: kernels.CompiledKernel, dtype: str, gemm: float | 
 
 
 def turns_of(work: Work, report: kernels.CompiledKernel) -> tuple[float, ...]:
-    """Return the iterations of each loop in the machine code. A loop around the schedule's loops has one iteration, and
-    an unrolled loop has no entry."""
+    """Return the iterations of each loop in the machine code. An additional outer loop counts as one iteration, and a
+    loop of the schedule that the compiler unrolled is left out."""
     code, missing = report.code, report.code.depth - len(work.turns)
     turns = (1.0,) * missing + work.turns[: code.depth]
     found, wanted = code.total(turns, lambda region: region.flops) * report.warps, work.flops / work.programs
-    assert not found or 0.7 < found / wanted < 2.1, f"{report.kernel}: {found:.3g} flops a program, not {wanted:.3g}"
+    assert not found or 0.7 < found / wanted < 2.1, f"{report.kernel}: {found:.3g} flops per program, not {wanted:.3g}"
     return turns
 
 
@@ -128,10 +128,10 @@ def _uneven(work: Work, chip: Chip) -> float:
 
 
 def _chain(region: sass.Region, report: kernels.CompiledKernel) -> float:
-    """Return the cycles of a region, without its inner loops, if a program has its multiprocessor to itself."""
+    """Return the cycles of a region without its inner loops, for a program that has the multiprocessor to itself."""
     counts = region.counts
     flops = region.flops * report.warps
-    if not region.flops and counts["tensor"]:  # tcgen05: the region's share, by matrix instructions
+    if not region.flops and counts["tensor"]:  # tcgen05: the flops in proportion to matrix instructions
         flops = report.flops * counts["tensor"] / report.code.main.counts["tensor"]
     chip = CHIPS[report.target]
     products = flops / kernels.rate(chip, report.dtype, report.tile) * chip.rates.cycles
@@ -187,7 +187,7 @@ def _work_of_panels(kernel: str, tiles: dict[str, tuple[int, ...]], M: int, DP: 
     squares = math.ceil(M / edge)
     above = squares * (squares - 1) // 2
     launches = math.ceil(squares / 2) + above
-    # If a panel, its rows of x and their sums exceed the second-level cache, the excess is read from memory again.
+    # If a panel, its rows of x and their sums exceed the L2 cache, the excess is read from memory again.
     panel, rows, sums = 2 * edge * edge * width, 2 * edge * row, 2 * edge * DP * 4
     missed = max(0.0, 1 - STAYS * chip.rates.l2 / (panel + rows + sums))
     memory = launches * (rows + missed * panel)
@@ -204,10 +204,10 @@ def _work_of_panels(kernel: str, tiles: dict[str, tuple[int, ...]], M: int, DP: 
 
 
 def around(M: int, DP: int, dtype: str, chip: Chip, finished: bool) -> float:
-    """Return the seconds for memory traffic and launches to pack, finish and weight the rows, and to unpack the
-    gradient."""
+    """Return the seconds of memory traffic and launches for packing, finishing and weighting the rows, and for
+    unpacking the gradient."""
     rates, width = chip.rates, 2 if dtype == "bf16" else 4
-    read = M * DP * (2 * 2 * width + width)  # rows are read twice with their positives, and written once
+    read = M * DP * (2 * 2 * width + width)  # a row and its positive are read twice, the row is written once
     back = M * DP * (4 + 2 * width + 4)
     return (read + back) / rates.memory + LAUNCH * (4 if finished else 3)
 

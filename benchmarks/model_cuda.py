@@ -3,7 +3,7 @@
 A block runs its tasks one after the other; between phases it waits BARRIER for the grid. A task loops over tiles of
 columns, one chunk of features per step. The times are
 
-    step     the longest of its instructions, its products, its bytes from the second-level cache, and its latency. The
+    step     the longest of its instructions, its products, its bytes from the L2 cache, and its latency. The
              latency is a barrier, a wait for copies and a load from shared memory (SYNC each), then four products that
              add to the same sums (PRODUCT each)
     tile     the part outside its steps: exponentials and, in the gradient, the second product

@@ -171,7 +171,7 @@ def _has_no_forward(module: nn.Module) -> bool:
 def _check_chunk_size(chunk_size: Any, n_views: int, chunk_tokens: int | None) -> Sequence[int | list[int]]:
     """Return, for each view, the number of rows per chunk, or the list of each chunk's number of rows."""
     if (chunk_size is None) == (chunk_tokens is None):
-        raise TypeError("chunk_size must be given, or chunk_tokens in its place, but not both")
+        raise TypeError("either chunk_size or chunk_tokens must be given, but not both")
     if chunk_tokens is not None:
         check_integer("chunk_tokens", chunk_tokens, 1)
         return [1] * n_views

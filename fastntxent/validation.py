@@ -97,7 +97,7 @@ def check_features(a_name: str, a: Tensor, b_name: str, b: Tensor) -> None:
 def check_row_each(name: str, x: Tensor, rows_name: str, rows: Tensor) -> None:
     """Check that `x` has as many rows as `rows`."""
     if x.shape[0] != rows.shape[0]:
-        raise ValueError(f"{name} must have {rows.shape[0]} rows, one for each of {rows_name}, got {x.shape[0]}")
+        raise ValueError(f"{name} must have {rows.shape[0]} rows, one for each row of {rows_name}, got {x.shape[0]}")
 
 
 def check_ids(name: str, ids: Tensor, rows_name: str, rows: Tensor) -> None:

@@ -506,8 +506,8 @@ X = torch.randn(4, 6)
         ),
         ((nn.Linear(6, 5), [X, [X.to_sparse()]]), {}, TypeError, r"views\[1\]\[0\] must be a dense"),
         ((nn.Linear(6, 5), [[X[:0]], X]), {}, ValueError, r"views\[0\]\[0\] must have at least one row"),
-        ((nn.Linear(6, 5), [X, X]), {"chunk_tokens": 3}, TypeError, "chunk_size must be given, or chunk_tokens"),
-        ((nn.Linear(6, 5), [X, X]), {"chunk_size": None}, TypeError, "chunk_size must be given, or chunk_tokens"),
+        ((nn.Linear(6, 5), [X, X]), {"chunk_tokens": 3}, TypeError, "either chunk_size or chunk_tokens must be given"),
+        ((nn.Linear(6, 5), [X, X]), {"chunk_size": None}, TypeError, "either chunk_size or chunk_tokens must be given"),
         (
             (nn.Linear(6, 5), [X, X]),
             {"chunk_size": None, "chunk_tokens": 0},

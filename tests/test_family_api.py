@@ -602,7 +602,7 @@ BAD_CALLS = {
     "distill teacher": (
         lambda: distill(Z, W, Z[:3], W[:3]),
         ValueError,
-        "teacher_image_features must have 6 rows, one for each of image_features, got 3",
+        "teacher_image_features must have 6 rows, one for each row of image_features, got 3",
     ),
     "distill teacher's width": (
         lambda: distill(Z, W, Z, W[:, :2]),
@@ -618,7 +618,7 @@ BAD_CALLS = {
     "distill no teacher": (
         lambda: distill(Z, W),
         TypeError,
-        "teacher_image_features and teacher_text_features must be given, or teacher instead",
+        "either teacher_image_features and teacher_text_features, or teacher, must be given",
     ),
     "distill two teachers": (
         lambda: distill(Z, W, Z, W, teacher=lambda rows, cols: rows[:, None] + 0.5 * cols),
@@ -660,7 +660,7 @@ BAD_CALLS = {
         ValueError,
         r"teacher\(rows, cols\) must be on the device of its arguments \(cpu\), got meta",
     ),
-    "module no teacher": (lambda: fastntxent.DistillLoss()(Z, W), TypeError, "must be given, or teacher instead"),
+    "module no teacher": (lambda: fastntxent.DistillLoss()(Z, W), TypeError, "or teacher, must be given"),
     "distill both scales": (
         lambda: distill(Z, W, Z, W, 0.5, logit_scale=10.0),
         ValueError,
@@ -690,7 +690,7 @@ BAD_CALLS = {
     "guided guide": (
         lambda: guided_info_nce(Z, W, Z, W[:3]),
         ValueError,
-        "guide_key must have 6 rows, one for each of key, got 3",
+        "guide_key must have 6 rows, one for each row of key, got 3",
     ),
     "guided guide's width": (
         lambda: guided_info_nce(Z, W, Z, W[:, :2]),
@@ -713,7 +713,7 @@ BAD_CALLS = {
     "guided negatives' guide": (
         lambda: guided_info_nce(Z, W, Z, W, negatives=Z[:2], guide_negatives=Z),
         ValueError,
-        "guide_negatives must have 2 rows, one for each of negatives, got 6",
+        "guide_negatives must have 2 rows, one for each row of negatives, got 6",
     ),
     "guided guide alone": (
         lambda: guided_info_nce(Z, W, Z, W, guide_negatives=Z),

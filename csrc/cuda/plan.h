@@ -69,7 +69,7 @@ template <class Cost> int cheapest(int first, int last, int step, Cost cost) {
     return best;
 }
 
-constexpr char NO_ROOM[] = "the device has too little shared memory for a block";  // the fault of an empty grid
+constexpr char NO_ROOM[] = "the device has too little shared memory for a block";  // for a plan whose grid is 0
 
 // Return the plan of a call for a grid of at most `blocks` blocks (0: as many as run at once), with pointers into a
 // workspace at `base`. If only the size of the workspace is wanted, `base` may be null. The plan's grid is 0 if the
@@ -86,7 +86,8 @@ Plan make_plan_of(const Machine& machine, int dtype, int64_t n_rows, int64_t n_c
     a.chunks = int(ceil_div(D, CHUNK));
     a.log_terms = logf(float(most));
 
-    // Find the largest group that fits, and how many blocks run at once with that group. Every smaller group fits too.
+    // Find the largest group (chunks of features per gradient task) whose block fits in shared memory, and how many
+    // blocks run at once with it. Every smaller group fits too.
     const auto fit = [&](int group) {
         a.group = group, a.stages = group + 2;
         a.resident = shared_bytes<Op>(a.stages, a.chunks) <= machine.shared;

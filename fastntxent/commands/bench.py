@@ -57,14 +57,15 @@ def dense_nt_xent(z_i: Tensor, z_j: Tensor) -> Tensor:
 def time_size(device: torch.device, dtype: torch.dtype, n: int, d: int, without: Sequence[str] = ()) -> Row:
     """Return the milliseconds of each backend, eager PyTorch, torch.compile and the floor at one size.
 
-    "missing" maps each call that was not timed to the reason.
+    "missing" gives the reason for each call that was not timed.
     """
     generator = torch.Generator().manual_seed(0)
     views = [torch.randn(n, d, generator=generator).to(device, dtype).requires_grad_() for _ in range(2)]
     losses: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
     for name, status in backends().items():
         serves = status.available and (device.type in status.device_types or "any" in status.device_types)
-        # On a CPU, Triton would spend minutes in its interpreter. "eager" already shows the dense formula.
+        # Skip "reference", because "eager" already shows the dense formula. Skip Triton on a CPU, where it would spend
+        # minutes in its interpreter.
         if serves and name not in ("reference", *without) and not (name == "triton" and device.type == "cpu"):
             losses[name] = nt_xent_on(name)
     losses |= {"eager": dense_nt_xent, "torch.compile": torch.compile(dense_nt_xent, dynamic=False)}

@@ -64,9 +64,9 @@ def clip(
     is only as accurate as a logit, with an error of eps / tau. The form "in" keeps the gradient's relative accuracy,
     and equals "out" where every row has one positive.
 
-    A negative stays in the sum if its similarity is NaN, or equals the limit set by `margin`, `relative_margin` or
-    `ceiling` up to rounding. No gradient flows through the choice of negatives. Limits and smoothing apply in both
-    directions.
+    A negative stays in the sum if its similarity is NaN or, up to rounding, equals the limit set by `margin`,
+    `relative_margin` or `ceiling`. No gradient flows through the choice of negatives. Limits and smoothing apply in
+    both directions.
 
     On the same device with the same number of threads, the same input gives the same bits. Extra memory is O(N D);
     the reference backend takes O(N^2).
@@ -232,8 +232,8 @@ def multi_clip(
     is only as accurate as a logit, with an error of eps / tau. The form "in" keeps the gradient's relative accuracy,
     and equals "out" where every row has one positive.
 
-    A negative stays in the sum if its similarity is NaN, or equals the limit set by `margin`, `relative_margin` or
-    `ceiling` up to rounding. No gradient flows through the choice of negatives.
+    A negative stays in the sum if its similarity is NaN or, up to rounding, equals the limit set by `margin`,
+    `relative_margin` or `ceiling`. No gradient flows through the choice of negatives.
 
     On the same device with the same number of threads, the same input gives the same bits. Extra memory is O(T N
     D); the reference backend takes O(N^2).

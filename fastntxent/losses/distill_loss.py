@@ -277,7 +277,7 @@ def _check_one_teacher(teacher: object, features: Mapping[str, Any]) -> None:
     given = [name for name, x in features.items() if x is not None]
     if teacher is None:
         if not given:
-            raise TypeError(f"{' and '.join(features)} must be given, or teacher instead")
+            raise TypeError(f"either {' and '.join(features)}, or teacher, must be given")
     elif given:
         raise ValueError(f"teacher must not be given with {' and '.join(given)}: it replaces them")
     elif not callable(teacher):

@@ -72,8 +72,9 @@ def info_nce(
     is only as accurate as a logit, with an error of eps / tau. The form "in" keeps the gradient's relative accuracy,
     and equals "out" where every row has one positive.
 
-    A negative stays in the sum if its similarity is NaN, or equals the limit set by `margin`, `relative_margin` or
-    `ceiling` up to rounding. No gradient flows through the choice of negatives. Limits apply to explicit negatives too.
+    A negative stays in the sum if its similarity is NaN or, up to rounding, equals the limit set by `margin`,
+    `relative_margin` or `ceiling`. No gradient flows through the choice of negatives. Limits apply to explicit
+    negatives too.
 
     The hardness options follow Lan et al., "LLaVE: Large Language and Vision Embedding Models with Hardness-Weighted
     Contrastive Learning", 2025, as in sentence-transformers. Where queries share the explicit negatives,

@@ -64,8 +64,8 @@ def nt_xent(
     are [z_i; z_j], and p(i) is the other view of row i's sample. The positive stays in the denominator. With N = 1
     there are no negatives and the loss is 0.
 
-    A negative stays in the sum if its similarity is NaN, or equals the limit set by `margin`, `relative_margin` or
-    `ceiling` up to rounding. No gradient flows through the choice of negatives.
+    A negative stays in the sum if its similarity is NaN or, up to rounding, equals the limit set by `margin`,
+    `relative_margin` or `ceiling`. No gradient flows through the choice of negatives.
 
     With `normalize`, float16, bfloat16 and float32 rows may have any finite length, and float64 rows a length of up to
     1e154, beyond which their squares overflow. `split_views` makes `z_i` and `z_j` from one tensor. Gradients have the

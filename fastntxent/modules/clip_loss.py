@@ -54,10 +54,10 @@ class CLIPLoss(TemperatureLoss):
     is only as accurate as a logit, with an error of eps / tau. The form "in" keeps the gradient's relative accuracy,
     and equals "out" where every row has one positive.
 
-    A negative stays in the sum if its similarity is NaN, or equals the limit set by `margin`, `relative_margin` or
-    `ceiling` up to rounding. No gradient flows through the choice of negatives.
+    A negative stays in the sum if its similarity is NaN or, up to rounding, equals the limit set by `margin`,
+    `relative_margin` or `ceiling`. No gradient flows through the choice of negatives.
 
-    The module holds the temperature, the inverse of the logit scale, and learns it by default, as CLIP does.
+    The module holds the temperature (the inverse of the logit scale) and learns it by default, as CLIP does.
     `logit_scale` is the bounded scale that the loss uses.
 
     Call it as `loss(image_features, text_features, ids=None)`; `forward` describes the arguments. `clip` is the same
@@ -202,10 +202,10 @@ class MultiCLIPLoss(CLIPLoss):
     is only as accurate as a logit, with an error of eps / tau. The form "in" keeps the gradient's relative accuracy,
     and equals "out" where every row has one positive.
 
-    A negative stays in the sum if its similarity is NaN, or equals the limit set by `margin`, `relative_margin` or
-    `ceiling` up to rounding. No gradient flows through the choice of negatives.
+    A negative stays in the sum if its similarity is NaN or, up to rounding, equals the limit set by `margin`,
+    `relative_margin` or `ceiling`. No gradient flows through the choice of negatives.
 
-    The module holds the temperature, the inverse of the logit scale, and learns it by default, as CLIP does.
+    The module holds the temperature (the inverse of the logit scale) and learns it by default, as CLIP does.
     `logit_scale` is the bounded scale that the loss uses.
 
     Call it as `loss(features, ids=None)`; `forward` describes the arguments. `multi_clip` is the same loss as a

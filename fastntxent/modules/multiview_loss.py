@@ -22,9 +22,9 @@ class MultiViewNTXentLoss(TemperatureLoss):
     P(i) are the other views of row i's sample n(i). Each ordered pair of views has one term, as in Tian et al.,
     "Contrastive Multiview Coding", 2020, with the negatives of all views. With V = 2 the loss is `nt_xent`.
 
-    A negative stays in the sum if its similarity is NaN, or equals the limit set by `margin`, `relative_margin` or
-    `ceiling` up to rounding. No gradient flows through the choice of negatives. A row's least similar positive sets its
-    limit.
+    A negative stays in the sum if its similarity is NaN or, up to rounding, equals the limit set by `margin`,
+    `relative_margin` or `ceiling`. No gradient flows through the choice of negatives. A row's least similar positive
+    sets its limit.
 
     Call it as `loss(views, ids=None)`; `forward` describes the arguments. `multiview_nt_xent` is the same loss as a
     function.

@@ -21,8 +21,8 @@ class NTXentLoss(TemperatureLoss):
     are [z_i; z_j], and p(i) is the other view of row i's sample. The positive stays in the denominator. With N = 1
     there are no negatives and the loss is 0.
 
-    A negative stays in the sum if its similarity is NaN, or equals the limit set by `margin`, `relative_margin` or
-    `ceiling` up to rounding. No gradient flows through the choice of negatives.
+    A negative stays in the sum if its similarity is NaN or, up to rounding, equals the limit set by `margin`,
+    `relative_margin` or `ceiling`. No gradient flows through the choice of negatives.
 
     Call it as `loss(z_i, z_j, ids=None)`; `forward` describes the arguments. `nt_xent` is the same loss as a function.
 

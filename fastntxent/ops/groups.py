@@ -6,27 +6,29 @@ import torch
 from torch import Tensor
 
 
-def counts_of_groups(ids: Tensor, of: Tensor, in_order: Tensor | None = None) -> Tensor:
-    """Return how often each id of `of` (M,) occurs in `ids` (K,). in_order: a sorted copy of `ids`."""
-    return _found(ids.sort().values if in_order is None else in_order, of.contiguous())[1]
+def counts_of_groups(ids: Tensor, wanted: Tensor, in_order: Tensor | None = None) -> Tensor:
+    """Return how often each id in `wanted` (M,) occurs in `ids` (K,). in_order: a sorted copy of `ids`."""
+    return _found(ids.sort().values if in_order is None else in_order, wanted.contiguous())[1]
 
 
-def sums_of_groups(u: Tensor, ids: Tensor, of: Tensor) -> Tensor:
-    """Return, for each id of `of` (M,), the sum (M, D) of the rows of u (K, D) with that id, or 0 if there are none."""
-    if of is ids:
+def sums_of_groups(u: Tensor, ids: Tensor, wanted: Tensor) -> Tensor:
+    """For each id in `wanted` (M,), return the sum (M, D) of the rows of u (K, D) with that id, or 0 without any."""
+    if wanted is ids:
         return sums_and_counts(u, ids)[0]
     ids = ids.contiguous()
     in_order = ids.sort().values
     sums = add_at(torch.zeros_like(u), torch.searchsorted(in_order, ids), u)
-    wanted = torch.searchsorted(in_order, of.contiguous()).clamp_max(ids.shape[0] - 1)
-    return taken(sums, wanted).masked_fill((in_order[wanted] != of)[:, None], 0)
+    place = torch.searchsorted(in_order, wanted.contiguous()).clamp_max(ids.shape[0] - 1)
+    return taken(sums, place).masked_fill((in_order[place] != wanted)[:, None], 0)
 
 
 def sums_and_counts(u: Tensor, ids: Tensor, in_order: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return the sum (M, D) of the rows in each row's group, and their number (M,). in_order: a sorted copy of `ids`.
+    """For each row, return the sum (M, D) of its group's rows, and the number (M,) of these rows.
+
+    in_order: a sorted copy of `ids`.
 
     A group's sum is stored at the position where the group begins in sorted order, so the host need not ask the device
-    for the number of groups. Sums have a fixed order on every device, in the backward too. For this, a CPU uses
+    for the number of groups. Sums have a fixed order on every device, in the backward too. To ensure this, a CPU uses
     `index_add`, and an accelerator uses `index_put`, which sorts the indices first.
     """
     ids = ids.contiguous()
@@ -34,10 +36,10 @@ def sums_and_counts(u: Tensor, ids: Tensor, in_order: Tensor | None = None) -> t
     return taken(add_at(torch.zeros_like(u), place, u), place), counts
 
 
-def _found(in_order: Tensor, of: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the first position of each id of `of` among the sorted ids, and how often it occurs there."""
-    place = torch.searchsorted(in_order, of)
-    return place, torch.searchsorted(in_order, of, right=True) - place
+def _found(in_order: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first position of each id in `wanted` among the sorted ids, and how often it occurs there."""
+    place = torch.searchsorted(in_order, wanted)
+    return place, torch.searchsorted(in_order, wanted, right=True) - place
 
 
 def taken(rows: Tensor, index: Tensor) -> Tensor:

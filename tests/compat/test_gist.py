@@ -321,7 +321,7 @@ def test_errors():
         loss.compute_loss_from_embeddings([z] * 4, [z] * 4)
     with pytest.raises(ValueError, match=r"embeddings\[0\] and embeddings\[1\] must have the same shape"):
         loss.compute_loss_from_embeddings([z, z[:1]], [z, z[:1]])
-    with pytest.raises(ValueError, match=r"guide_embeddings\[1\] must have .* rows, one for each of embeddings\[1\]"):
+    with pytest.raises(ValueError, match=r"guide_embeddings\[1\] must have .*, one for each row of embeddings\[1\]"):
         loss.compute_loss_from_embeddings([z, z], [z, z[:1]])
     with pytest.raises(TypeError, match=r"embeddings\[1\] must be a torch.Tensor, got NoneType"):
         loss.compute_loss_from_embeddings([z, None], [z, z])

@@ -174,7 +174,7 @@ def test_errors():
                 loss(z, z, 1.0, bias)
         with pytest.raises(ValueError, match=r"logit_bias in torch.float32 must be from .*, got 1e\+300"):
             loss(z, z, 1.0, torch.tensor(1e300, dtype=torch.float64))
-    with pytest.raises(ValueError, match="dist_image_features must have 4 rows, one for each of image_features, got 3"):
+    with pytest.raises(ValueError, match="must have 4 rows, one for each row of image_features, got 3"):
         ours.DistillClipLoss()(z, z, 1.0, z[:3], z[:3], 1.0)
     with pytest.raises(ValueError, match="dist_image_features and dist_text_features must have the same shape"):
         ours.DistillClipLoss()(z, z, 1.0, z, z[:3], 1.0)

@@ -30,8 +30,8 @@ def test_checkpoint_comes_back_and_is_a_torch_file(saved):
 def test_load_checkpoint_refuses_every_flipped_bit(saved):
     sound = saved.read_bytes()
     draw = random.Random(0)
-    # Every byte at the two ends of the file, where its marks are, and random bytes in between: contents, directory,
-    # padding.
+    # Flip a bit of each byte at both ends of the file, where signatures and the checksum are, and of random bytes in
+    # between, which are contents, directory or padding.
     places = {*range(64), *range(len(sound) - 200, len(sound)), *draw.sample(range(len(sound)), 300)}
     for place in places:
         damaged = bytearray(sound)
