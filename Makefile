@@ -13,8 +13,8 @@ BENCH_OUT ?= runs/bench
 .PHONY: test test-all test-instruction-sets lint docs sanitize arm kernels-report triton-versions demo bench bench-avx2 \
   gpu clean
 
-# Tests run in parallel, with one thread each. `make test` skips tests marked slow, whose code has faster tests too;
-# `make test-all` runs every test.
+# Tests run in parallel, with one thread each. `make test` skips tests marked slow, most of which have faster
+# tests of the same code; `make test-all` runs every test.
 WORKERS ?= logical
 PYTEST := $(VENV)/bin/pytest -n $(WORKERS) --maxprocesses 8 --dist load --maxschedchunk 2 --no-header
 unexport PYTHONDONTWRITEBYTECODE # processes that tests start should not compile the package again
@@ -25,8 +25,8 @@ test: $(VENV)/installed
 test-all: $(VENV)/installed
 	$(PYTEST)
 
-# Tests as on a processor without AVX-512: libraries are limited to AVX2, and ours first to AVX2, then to portable C++.
-# The ignored tests do not use our CPU kernels. Inductor has a separate cache, because code that it compiled for AVX-512
+# Tests as on a processor without AVX-512: libraries are limited to AVX2, and our kernels to AVX2, then to portable
+# C++. The ignored tests do not use our CPU kernels. Inductor has a separate cache, because code that it compiled for AVX-512
 # gives wrong numbers when PyTorch is limited to AVX2.
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=Haswell MKL_ENABLE_INSTRUCTIONS=AVX2 \
   TORCHINDUCTOR_CACHE_DIR=$(abspath build/inductor-avx2)

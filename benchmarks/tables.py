@@ -90,8 +90,8 @@ def memory_table(record: SuiteRecord) -> str:
 
 
 def scaling_table(record: SuiteRecord) -> str:
-    """Return seconds, and their growth divided by that of N^2, as measured and at a constant GEMM rate. For a record
-    with numbers of threads, return `_threads_table`."""
+    """Return seconds, and their growth divided by the growth of N^2, as measured and at a constant GEMM rate. For a
+    record with numbers of threads, return `_threads_table`."""
     if any("threads" in result for result in record["results"]):
         return _threads_table(record)
     heads = ["N", "D", "seconds", "seconds / N^2, first = 1", "normalised by GEMM rate", "/ floor", "MiB"]

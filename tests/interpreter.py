@@ -1,4 +1,4 @@
-"""Triton's interpreter in half its time, with the same results.
+"""Triton's interpreter in half the time, with the same results.
 
 At every call of a device function, the interpreter searches all of triton.language for functions to wrap, although the
 launch of its kernel has wrapped them. For every operation, it builds its table of dtypes anew.
@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-_modules: set[Any] = set()  # what the running launch has wrapped
-_scopes: list[Any] = []  # how to undo it
+_modules: set[Any] = set()  # modules that the running launch has wrapped
+_scopes: list[Any] = []  # what restores them
 
 
 class _Launch:
@@ -32,13 +32,15 @@ def hasten() -> None:
         from triton.runtime import interpreter
     except ImportError:
         return
+    if not (hasattr(interpreter, "_patch_lang") and hasattr(interpreter, "_get_np_dtype")):
+        return  # another version of Triton, at its own speed
     wrap, language = interpreter._patch_lang, (interpreter.tl, interpreter.tl.core)
     look_up, dtypes = interpreter._get_np_dtype, {}
 
     @functools.wraps(wrap)
     def wrap_once(fn: Any) -> _Launch:
         seen = {value for value in fn.__globals__.values() if inspect.ismodule(value) and value in language}
-        if not seen <= _modules:
+        if not seen or not seen <= _modules:
             _scopes.append(wrap(fn))
             _modules.update(seen)
         return _Launch()

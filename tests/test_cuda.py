@@ -339,7 +339,7 @@ def test_a_call_that_cannot_be_is_an_error_with_words(emulate):
 @needs_emulator
 def test_a_device_without_room_for_a_block_is_an_error_with_words(emulate):
     emulate(1, 48 * 1024)
-    with pytest.raises(RuntimeError, match="too little shared memory for a block"):
+    with pytest.raises(RuntimeError, match="fntx_cuda_workspace: the device has too little shared memory for a block"):
         nt_xent(*random_batch(4, 3, 0.1)[:2], 0.1, backend="cuda")
 
 

@@ -820,7 +820,7 @@ def test_what_cannot_be_is_named():
     z_i, z_j = torch.randn(2, 6, 4)
     with pytest.raises(ValueError, match=r"logit_bias must be a float or have one element, got shape \(6,\)"):
         fastntxent.clip(z_i, z_j, logit_bias=torch.zeros(6))
-    with pytest.raises(ValueError, match="q / temperature must be below 89"):
+    with pytest.raises(ValueError, match=r"q / temperature must be below 88\.7"):
         fastntxent.rince(z_i, z_j, 0.005)
     assert fastntxent.rince(z_i.double(), z_j.double(), 0.005).isfinite()
     with pytest.raises(ValueError, match="negatives must be given when in_batch_negatives is False"):

@@ -42,7 +42,7 @@ from tests.cases import (
     start_of_training,
 )
 from tests.interpreter import pad_rows
-from tests.tiers import every_pair, tiered
+from tests.tiers import every_case, every_pair, tiered
 
 STATUS = backends()["triton"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -123,7 +123,7 @@ def test_nt_xent_at_tile_edges_within_budget(n, temperature):
 @pytest.mark.parametrize("temperature", [0.02, 0.3])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nt_xent_of_rows_as_they_are_within_budget(dtype, temperature):
-    # Only the device knows the rows' lengths, so the kernels of both regimes are launched, and those of the wrong
+    # Only the device knows the rows' lengths, so the kernels of both regimes are launched. The kernels of the wrong
     # regime return at once.
     batch = random_batch(40, 24, temperature, dtype=dtype).map(lambda z: z / 8)._replace(normalize=False)
     assert_within_budget(on_device(batch), "triton", reduction="none", upstream=upstream(40))
@@ -242,7 +242,7 @@ def test_cross_neg_lse_forms_the_gradients_that_are_wanted(needs):
     torch.testing.assert_close(gradient("triton"), gradient("reference"), rtol=1e-4, atol=1e-4)
 
 
-@every_pair(slow_pairs=True, dtype=DTYPES, temperature=[0.005, 0.1], both=[False, True], size=[(33, 40)])
+@every_case(dtype=DTYPES, temperature=[0.005, 0.1], both=[False, True], size=[(33, 40)])
 def test_towers_within_budget(size, dtype, temperature, both):
     n, d = size
     batch = on_device(random_batch(n, d, temperature, dtype=dtype))
@@ -557,8 +557,8 @@ def small_panels(monkeypatch):
         monkeypatch.setattr(config, "look_up", look_up)
 
 
-# Enough pairs for two squares on the diagonal and part of a third, and enough features for two chunks.
-PAIRS, FEATURES = (33, 70) if DEVICE == "cpu" else (260, 260)
+# Enough pairs for two squares on the diagonal and part of a third, and features for two blocks of `gather`.
+PAIRS, FEATURES = (33, 130) if DEVICE == "cpu" else (260, 260)
 
 
 @every_pair(slow_pairs=True, temperature=[0.01, 0.1], dtype=DTYPES)

@@ -1,4 +1,4 @@
-"""Marks slow cases, which only `make test-all` runs. Faster cases run the same code."""
+"""Marks slow cases, which only `make test-all` runs. Most have faster cases of the same code."""
 
 from __future__ import annotations
 

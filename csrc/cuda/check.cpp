@@ -140,7 +140,7 @@ void plans() {
         const fntx::Plan plan = fntx::make_plan(machine, dtype, n, other, D, blocks, nullptr);
         const fntx::Arguments& a = plan.a;
         const int tile = dtype == FNTX_FLOAT32 ? fntx::COLS<fntx::Split> : fntx::COLS<fntx::Half>;
-        expect(plan.grid > 0 && plan.grid <= (blocks ? blocks : 2 * machine.multiprocessors), "plan: grid");
+        expect(plan.grid > 0 && plan.grid <= (blocks > 0 ? blocks : 2 * machine.multiprocessors), "plan: grid");
         expect(int64_t(plan.shared) <= machine.shared && plan.bytes > 0, "plan: memory");
         expect(a.group >= 1 && a.group <= fntx::GROUP && a.stages == a.group + 2, "plan: stages");
         expect(a.chunks * fntx::CHUNK >= D && (a.chunks - 1) * fntx::CHUNK < D, "plan: chunks");
@@ -156,7 +156,7 @@ void plans() {
                 for (int64_t n : many)
                     for (int64_t other : {int64_t(0), int64_t(1), int64_t(70), 2 * n})
                         for (int64_t D : {1, 64, 65, 128, 200, 512, 1024, 5000})
-                            for (int blocks : {0, 1, 3})
+                            for (int blocks : {-1, 0, 1, 3})
                                 check({sms, shared, [](int, int, size_t) { return 2; }, 0}, dtype, n, other, D, blocks);
 }
 

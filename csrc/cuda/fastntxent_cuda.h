@@ -24,13 +24,13 @@ struct fntx_cuda_call {
     float loss_weight;
     float* d_inv_tau;  // 0-d out, backward
     void* workspace;   // as many bytes as fntx_cuda_workspace returns, 16-byte aligned; need not be initialised
-    int blocks;        // maximum size of the grid; 0: as many blocks as run at once
+    int blocks;        // maximum size of the grid; 0 or less: as many blocks as run at once
     int device;
     void* stream;  // a cudaStream_t of that device
 };
 
 // Return the size in bytes of the workspace for a call on n_rows rows and n_cols columns (0: symmetric) with a grid of
-// at most `blocks` blocks (0: as many as run at once), or -1 on failure.
+// at most `blocks` blocks (0 or less: as many as run at once), or -1 on failure.
 int64_t fntx_cuda_workspace(int device, int dtype, int64_t n_rows, int64_t n_cols, int64_t D, int blocks);
 
 // Enqueue a call as one launch, and return its status. Unless the status is FNTX_OK, nothing was enqueued.

@@ -71,9 +71,9 @@ template <class Cost> int cheapest(int first, int last, int step, Cost cost) {
 
 constexpr char NO_ROOM[] = "the device has too little shared memory for a block";  // for a plan whose grid is 0
 
-// Return the plan of a call for a grid of at most `blocks` blocks (0: as many as run at once), with pointers into a
-// workspace at `base`. If only the size of the workspace is wanted, `base` may be null. The plan's grid is 0 if the
-// device has no room for a block.
+// Return the plan of a call for a grid of at most `blocks` blocks (0 or less: as many as run at once), with pointers
+// into a workspace at `base`. If only the size of the workspace is wanted, `base` may be null. The plan's grid is 0 if
+// the device has no room for a block.
 template <class Op>
 Plan make_plan_of(const Machine& machine, int dtype, int64_t n_rows, int64_t n_cols, int64_t D, int blocks,
                   char* base) {

@@ -17,8 +17,8 @@ If the host can see that no logit leaves the range of the dtype (CPU tensors onl
 Otherwise (small temperatures, long rows, values that only the device knows) rows and columns keep a running maximum,
 and the backward computes exp(k s - nu) for both sides.
 
-A logit has a rounding error of eps k |s| (eps is the dtype's), and the logit of (i, j) may be rounded differently from
-that of (j, i). The backward must use the very logit that entered a row's sum, or the probabilities inherit the error.
+A logit has a rounding error of eps k |s| (eps is the dtype's), and the logits of (i, j) and (j, i) may be rounded
+differently. The backward must use the very logit that entered a row's sum, or the probabilities inherit the error.
 So a diagonal tile, which was summed by rows, adds the transpose of its weighted probabilities, and an off-diagonal tile
 uses one logit for both sides.
 

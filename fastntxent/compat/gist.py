@@ -133,7 +133,7 @@ class GISTEmbedLoss(TypedModule):
             return dict(column)
         if "input_ids" not in column:
             raise ValueError(
-                "sentence_features must have 'input_ids' to decode for a guide with a different tokenizer, "
+                "sentence_features must have 'input_ids' to decode for a guide that reads text differently, "
                 f"got {', '.join(map(repr, column))}"
             )
         model: Any = self.model

@@ -92,7 +92,7 @@ def _check_powers(q: float, temperature: float | Tensor, dtype: torch.dtype) -> 
     largest = math.log(torch.finfo(accumulation_dtype(dtype)).max)
     tau = min(extremes(temperature) or (math.inf,)) if isinstance(temperature, Tensor) else temperature
     if q / tau >= largest:
-        raise ValueError(f"q / temperature must be below {largest:.0f}, where exp overflows, got {q} / {tau}")
+        raise ValueError(f"q / temperature must be below {largest:.1f}, where exp overflows, got {q} / {tau}")
 
 
 def _difference_of_powers(nu: Tensor, pos: Tensor, q: float, lam: float) -> Tensor:

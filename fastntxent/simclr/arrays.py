@@ -78,7 +78,8 @@ def image_tensors(arrays: Arrays, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the training images and the test images.
 
     Args:
-        arrays: the images, all of the same size. Training and test images are assumed to share one range of values.
+        arrays: the images, all of the same size. Training and test images of the same kind are assumed to share one
+            range of values.
         mask: boolean mask that selects the held-out images if there is no test part, else None.
 
     Raises:

@@ -56,7 +56,7 @@ def images_of(paths: Sequence[Path], size: int | None, default_size: int, thread
     Raises:
         FileNotFoundError: a path does not exist, or there is no image.
         ValueError: a path is neither a folder nor a regular file, or an .npz file is damaged, is not the only input, or
-            is given a size.
+            `size` is given with an .npz file.
         OSError: a file cannot be read.
     """
     for path in paths:

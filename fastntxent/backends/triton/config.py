@@ -1,4 +1,4 @@
-"""The tile sizes of the kernels: one table by device family, kernel, feature width, and the batch's rows and features.
+"""The tile sizes of the kernels: a table by device family, kernel, bytes per feature, and a batch's rows and features.
 
 A tile size trades off the registers that hold the tile, the shared memory that feeds the matrix units, and the number
 of programs that a multiprocessor runs at once. With two programs, the exponentials of one overlap the products of the

@@ -71,8 +71,8 @@ def _form_kernel(
 ):  # fmt: skip
     """Write a tile of G for one or both squares, and its part of sum_j G_ij s_ij / r_i.
 
-    Each column is multiplied by its r divided by the largest r. The tiles of one column run together and share x of
-    their rows and columns in the L2 cache.
+    Each column is multiplied by its r divided by R (`largest_scale`). The tiles of one column run together and share x
+    of their rows and columns in the L2 cache.
     """
     k = load_inverse_temperature(inv_tau, ON_DEVICE)
     if in_direct_range(bounds_ptr, k, log_terms, BOUNDED) == SHIFTED:

@@ -26,7 +26,7 @@ __all__ = ["DistributedLossWrapper"]
 
 
 class DistributedLossWrapper(TypedModule):
-    """A loss of this module over the batch of all ranks of the default process group, or of this process without one.
+    """A loss of this module over the batch of all ranks of the default process group. Without one, over this process's.
 
     The value equals the loss of one process with the whole batch, on every rank; the library's is R times as large on R
     ranks. After DDP averages the gradients, they equal the gradients of one process, as in the library with
