@@ -210,7 +210,13 @@ EXPORTED = [
 ]
 
 
-@pytest.mark.parametrize("name", [*EXPORTED, "uniformity", "positive_ranks", "sup_contrast.SupConLoss mask"])
+@pytest.mark.parametrize(
+    "name",
+    tiered(
+        [*EXPORTED, "uniformity", "positive_ranks", "sup_contrast.SupConLoss mask"],
+        slow=lambda name: "." in name or " " in name,
+    ),
+)
 def test_export_gives_value_and_gradient_of_other_sizes(name):
     call = CALLS[name]
     loss = Tensors(call.at(0.5))

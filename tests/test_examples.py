@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tiers import tiered
-
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -44,10 +42,8 @@ sys.modules["torchvision"] = None
 """
 
 
-QUICK = ("simclr.py",)  # every script spends ten seconds on imports
-
-
-@pytest.mark.parametrize("name", tiered(RUNS, slow=lambda name: name not in QUICK))
+@pytest.mark.slow  # every script spends ten seconds on imports
+@pytest.mark.parametrize("name", RUNS)
 def test_example_learns(name, tmp_path):
     before, after, module, figures = RUNS[name]
     if module is not None and importlib.util.find_spec(module) is None:

@@ -134,7 +134,7 @@ def test_turns_are_fitted_to_the_loops_that_the_compiler_left():
     )
     nested = report_of(around)
     assert model.turns_of(work((10.0,)), nested) == (1.0, 10.0)
-    with pytest.raises(AssertionError, match="flops a program, not"):
+    with pytest.raises(AssertionError, match="flops per program, not"):
         model.turns_of(work((10.0, 2.0)), report_of(loop(PRODUCT)))
 
 
