@@ -220,12 +220,16 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
             ("2", TypeError, "an int, got str"),
             ({2: 2}, TypeError, "an int, got dict"),
             (torch.tensor(2), TypeError, "an int, got Tensor"),
-            (None, TypeError, "either chunk_size or chunk_tokens must be given, but not both"),
             ([3, -1, 4], ValueError, "at least 0, got -1"),
             ([3.0, 3.0], TypeError, "an int, got float"),
             ([[3, 3], 6], TypeError, "an int, got list"),
         )
     },
+    "chunks of None": (
+        {"chunk_size": None},
+        TypeError,
+        "either chunk_size or chunk_tokens must be given, but not both",
+    ),
     "chunks of nothing": ({"chunk_size": [[], []]}, ValueError, "chunk_size must list the number of rows of at"),
     "chunks of too many": (
         {"chunk_size": [3, 4]},
