@@ -35,8 +35,8 @@ def probe(encoder: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=150, choices=range(1, 10**6), metavar="N", help="default: 150")
+    parser.add_argument("--batch", type=int, default=128, choices=range(2, 1798), metavar="N", help="default: 128")
     args = parser.parse_args()
     torch.manual_seed(0)
 

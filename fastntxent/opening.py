@@ -9,7 +9,7 @@ from torch import Tensor
 from .backends import check_name as check_backend
 from .batch import Batch, DenseBatch, LocalBatch
 from .distributed import Group, ShardedBatch
-from .validation import check_ids, check_reduction, check_row_count, check_rows, check_same
+from .validation import check_flag, check_ids, check_reduction, check_row_count, check_rows, check_same
 
 
 def agree_on(group: Group | None, function: str, rows: Tensor, agreed: Mapping[str, object]) -> None:
@@ -57,6 +57,7 @@ def open_batch(
     if ids is not None:
         check_ids("ids", ids, names[0], first)
     check_reduction(reduction)
+    check_flag("normalize", normalize)
     check_backend(backend)
     if backend == "reference":
         if group is not None:

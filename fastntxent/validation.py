@@ -262,6 +262,12 @@ def check_parameter(name: str, value: float) -> float:
     return value
 
 
+def check_flag(name: str, value: object) -> None:
+    """Raise TypeError unless the value is a bool. A string such as "no" would count as True."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+
+
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Check that the value is one of the choices."""
     if value not in choices:

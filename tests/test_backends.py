@@ -136,6 +136,28 @@ def test_gradient_accuracy_at_every_stage_of_training(backend, loss, temperature
     assert_gradient_within_rounding(batch, backend)
 
 
+@pytest.mark.parametrize("rows", ["duplicates", "collapsed"])
+def test_similar_rows_of_many_features_round_as_in_pytorch(backend, rows):
+    # The products of similar rows have one sign, so the error of a single sum over all features would grow with them.
+    errors = []
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        z_i, z_j = torch.randn(2, 16, 8192, generator=generator)
+        if rows == "duplicates":  # each row is also a row of another sample
+            z_j = z_i.roll(1, 0)
+        else:
+            z_i, z_j = (torch.randn(1, 8192, generator=generator) + 0.1 * z for z in (z_i, z_j))
+        batch = Batch(z_i, z_j, 0.1)
+        truth = evaluate(batch.map(torch.Tensor.double), "reference")
+        errors.append([difference(evaluate(batch, name), truth) for name in (backend, "reference")])
+    ours, dense = torch.tensor(errors).square().mean(0).sqrt()
+    assert (ours <= 2 * dense).all(), f"errors of the loss and its gradient: {ours}, of the dense formula: {dense}"
+
+
+def difference(result, truth):
+    return float((result.loss - truth.loss).abs()), float((result.d_z_i - truth.d_z_i).norm() / truth.d_z_i.norm())
+
+
 @pytest.mark.parametrize("n", [HALF - 1, HALF + 1])
 @pytest.mark.parametrize("layout", ["interleaved", "transposed", "every other feature", "expanded"])
 def test_nt_xent_strided_views_equal_contiguous(backend, layout, n):

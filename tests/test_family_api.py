@@ -660,6 +660,23 @@ BAD_CALLS = {
         ValueError,
         r"teacher\(rows, cols\) must be on the device of its arguments \(cpu\), got meta",
     ),
+    "normalize word": (lambda: nt_xent(Z, W, 0.1, normalize="no"), TypeError, "normalize must be a bool, got str"),
+    "normalize none": (lambda: fastntxent.clip(Z, W, normalize=None), TypeError, "normalize must be a bool, got None"),
+    "module word": (
+        lambda: fastntxent.NTXentLoss(learn_temperature="no"),
+        TypeError,
+        "learn_temperature must be a bool, got str",
+    ),
+    "in batch word": (
+        lambda: fastntxent.info_nce(Z, W, negatives=W, in_batch_negatives="no"),
+        TypeError,
+        "in_batch_negatives must be a bool, got str",
+    ),
+    "anchors word": (
+        lambda: fastntxent.guided_info_nce(Z, W, Z, W, contrast_anchors="no"),
+        TypeError,
+        "contrast_anchors must be a bool, got str",
+    ),
     "module no teacher": (lambda: fastntxent.DistillLoss()(Z, W), TypeError, "or teacher, must be given"),
     "distill both scales": (
         lambda: distill(Z, W, Z, W, 0.5, logit_scale=10.0),

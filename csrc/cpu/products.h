@@ -10,9 +10,10 @@
 // the L3 cache took a quarter longer, because a block of 4 x 24 sums waits for its first cache lines as long as it then
 // computes.
 //
-// form_products sums every element in the order of the inner dimension, no matter where in a block the element is. So
-// s_ij and s_ji have the same bits, and a logit is the same number in the forward, in the backward, and from either
-// side.
+// form_products sums every element in one order: chunk by chunk of the inner dimension, in order within a chunk, no
+// matter where in a block the element is. So s_ij and s_ji have the same bits, and a logit is the same number in the
+// forward, in the backward, and from either side. The rounding error of D products that have the same sign grows like
+// INNER_CHUNK + D / INNER_CHUNK. With one sum over all features it would grow like D.
 #pragma once
 
 #include "kernels.h"
@@ -56,6 +57,14 @@ template <class T, int V> struct Accumulators {
             read(acc, c, ldc);
         else
             zero(acc);
+    }
+
+    // acc += c
+    FNTX_INLINE void include(Accumulators& acc, const T* c, int64_t ldc) {
+#pragma GCC unroll 8
+        for (int r = 0; r < REGISTER_ROWS; ++r)
+#pragma GCC unroll 3
+            for (int v = 0; v < V; ++v) acc.c[r][v] += load<T>(c + r * ldc + v * LANES<T>);
     }
 
     FNTX_INLINE void write(const Accumulators& acc, T* c, int64_t ldc) {
@@ -144,15 +153,16 @@ struct FloatProducts {
     // Return the buffer for partial sums between chunks of the inner dimension.
     template <class T> static T* sums(const Tile<T>& tile) { return tile.buffer; }
 
-    // Multiply one chunk of the inner dimension for a block. If `begun`, start from the partial sums in c. If this is
-    // the `last` chunk, pass the sums to finish(sums, 0), otherwise store them in c.
+    // Multiply one chunk of the inner dimension for a block. If `begun`, add the partial sums in c. If this is the
+    // `last` chunk, pass the sums to finish(sums, 0), otherwise store them in c.
     template <class T, class Finish>
     FNTX_INLINE void multiply(T* c, int64_t ldc, bool begun, const T* a, int64_t lda, const T* b, int64_t inner,
                               bool last, Finish finish) {
         typedef Accumulators<T, REGISTER_VECTORS> Acc;
         Acc acc;
-        Acc::begin(acc, c, ldc, begun);
+        Acc::zero(acc);
         Acc::add_product(acc, a, lda, 1, b, PANEL<T>, inner);
+        if (begun) Acc::include(acc, c, ldc);
         if (last) {
             // Copy, because Clang keeps an array in memory for its whole life if any code indexes it by a variable.
             Acc products = acc;

@@ -13,7 +13,15 @@ from ..distributed import Group
 from ..opening import open_batch
 from ..options import MARGIN_STRATEGIES, BackendName, MarginStrategy, Reduction
 from ..sides import Guide, Side
-from ..validation import check_choice, check_features, check_parameter, check_row_each, check_rows, check_same
+from ..validation import (
+    check_choice,
+    check_features,
+    check_flag,
+    check_parameter,
+    check_row_each,
+    check_rows,
+    check_same,
+)
 from ..watching import watched
 
 
@@ -140,6 +148,8 @@ def guided_info_nce(
     u, v = batch.unit_rows(query), batch.unit_rows(key)
     limits = _limits(g_query, g_key, margin, margin_strategy)
     cols, guide_cols, ids = [v], [g_key], [samples]
+    check_flag("contrast_anchors", contrast_anchors)
+    check_flag("contrast_positives", contrast_positives)
     if contrast_anchors:
         cols, guide_cols, ids = [*cols, u], [*guide_cols, g_query], [*ids, samples]
     if negatives is not None:

@@ -28,6 +28,7 @@ from ..validation import (
     FLOAT_DTYPES,
     check_choice,
     check_features,
+    check_flag,
     check_parameter,
     check_rows,
     check_same,
@@ -159,6 +160,7 @@ def info_nce(
         _check_negatives(negatives, query, may_be_empty=group is not None)
     if in_batch_negatives is None:
         in_batch_negatives = negatives is None
+    check_flag("in_batch_negatives", in_batch_negatives)
     batch = open_batch(
         group, "info_nce", {"query": query, "key": key}, ids=ids, reduction=reduction, normalize=normalize,
         backend=backend, temperature=temperature, in_batch_negatives=in_batch_negatives,

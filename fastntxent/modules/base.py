@@ -14,7 +14,7 @@ from ..algebra import in_double
 from ..backends import check_name as check_backend
 from ..distributed import Group, Sharding
 from ..options import BackendName, Reduction
-from ..validation import check_reduction, check_temperature
+from ..validation import check_flag, check_reduction, check_temperature
 
 if sys.version_info >= (3, 11):
     from typing import Unpack as Unpack
@@ -84,6 +84,7 @@ class TemperatureLoss(TypedModule):
         self.normalize = normalize
         self.backend = backend
         self.group = group if group is None or isinstance(group, Sharding) else Sharding(group)
+        check_flag("learn_temperature", learn_temperature)
         self.learn_temperature = learn_temperature
         if learn_temperature:
             self.log_temperature = nn.Parameter(torch.tensor(_log(temperature)))
