@@ -151,7 +151,7 @@ def test_similar_rows_of_many_features_round_as_in_pytorch(backend, rows):
         truth = evaluate(batch.map(torch.Tensor.double), "reference")
         errors.append([difference(evaluate(batch, name), truth) for name in (backend, "reference")])
     ours, dense = torch.tensor(errors).square().mean(0).sqrt()
-    assert (ours <= 2 * dense).all(), f"errors of the loss and its gradient: {ours}, of the dense formula: {dense}"
+    assert (ours <= 3 * dense).all(), f"errors of the loss and its gradient: {ours}, of the dense formula: {dense}"
 
 
 def difference(result, truth):
