@@ -35,9 +35,11 @@ def probe(encoder: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=150, choices=range(1, 10**6), metavar="N", help="default: 150")
-    parser.add_argument("--batch", type=int, default=128, choices=range(2, 1798), metavar="N", help="default: 128")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--batch", type=int, default=128)
     args = parser.parse_args()
+    if args.steps < 1 or not 2 <= args.batch <= 1797:
+        parser.error(f"needs at least one step, and 2 to 1797 images in a batch, got {args.steps} and {args.batch}")
     torch.manual_seed(0)
 
     digits = load_digits()
