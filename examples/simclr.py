@@ -41,7 +41,6 @@ def main() -> None:
     if args.steps < 1 or not 2 <= args.batch <= 1797:
         parser.error(f"needs at least one step, and 2 to 1797 images in a batch, got {args.steps} and {args.batch}")
     torch.manual_seed(0)
-
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
     labels = torch.tensor(digits.target)
