@@ -26,8 +26,8 @@ test-all: $(VENV)/installed
 	$(PYTEST)
 
 # Tests as on a processor without AVX-512: libraries are limited to AVX2, and our kernels to AVX2, then to portable
-# C++. The ignored tests do not use our CPU kernels. Inductor has a separate cache, because code that it compiled for AVX-512
-# gives wrong numbers when PyTorch is limited to AVX2.
+# C++. The ignored tests do not use our CPU kernels. Inductor has a separate cache, because code that it compiled for
+# AVX-512 gives wrong numbers when PyTorch is limited to AVX2.
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=Haswell MKL_ENABLE_INSTRUCTIONS=AVX2 \
   TORCHINDUCTOR_CACHE_DIR=$(abspath build/inductor-avx2)
 ELSEWHERE := $(addprefix --ignore=tests/test_, cuda.py packaging.py tiles.py triton.py)

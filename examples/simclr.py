@@ -38,12 +38,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batch", type=int, default=128)
     args = parser.parse_args()
-    if args.steps < 1 or not 2 <= args.batch <= 1797:
-        parser.error(f"needs at least one step, and 2 to 1797 images in a batch, got {args.steps} and {args.batch}")
     torch.manual_seed(0)
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
     labels = torch.tensor(digits.target)
+    if args.steps < 1 or not 2 <= args.batch <= len(images):
+        parser.error(f"needs a step, and 2 to {len(images)} images in a batch, got {args.steps} and {args.batch}")
     loader = DataLoader(TensorDataset(images), batch_size=args.batch, shuffle=True, drop_last=True)
 
     encoder = nn.Sequential(
