@@ -68,7 +68,7 @@ FNTX_INLINE void multiply_block(float* c, int64_t ldc, bool begun, const uint32_
                                 int64_t inner) {
     typedef Accumulators<float, V> Acc;
     Acc acc;
-    Acc::begin(acc, c, ldc, begun);
+    Acc::zero(acc);
     for (int64_t i = 0; i < inner; ++i, ++a, b += V * LANES<float>) {
         BfloatPairs b_i[V];
 #pragma GCC unroll 3
@@ -80,6 +80,7 @@ FNTX_INLINE void multiply_block(float* c, int64_t ldc, bool begun, const uint32_
             for (int v = 0; v < V; ++v) acc.c[r][v] = add_products(acc.c[r][v], a_r, b_i[v]);
         }
     }
+    if (begun) Acc::include(acc, c, ldc);
     Acc::write(acc, c, ldc);
 }
 

@@ -13,7 +13,7 @@
 // form_products sums every element in one order: chunk by chunk of the inner dimension, in order within a chunk, no
 // matter where in a block the element is. So s_ij and s_ji have the same bits, and a logit is the same number in the
 // forward, in the backward, and from either side. The rounding error of D products that have the same sign grows like
-// INNER_CHUNK + D / INNER_CHUNK. With one sum over all features it would grow like D.
+// INNER_CHUNK + D / INNER_CHUNK. With one sum over all features, as in AMX's tiles, it would grow like D.
 #pragma once
 
 #include "kernels.h"
@@ -49,14 +49,6 @@ template <class T, int V> struct Accumulators {
         for (int r = 0; r < REGISTER_ROWS; ++r)
 #pragma GCC unroll 3
             for (int v = 0; v < V; ++v) acc.c[r][v] = load<T>(c + r * ldc + v * LANES<T>);
-    }
-
-    // Load the partial sums from c if `begun`; otherwise start from zero.
-    FNTX_INLINE void begin(Accumulators& acc, const T* c, int64_t ldc, bool begun) {
-        if (begun)
-            read(acc, c, ldc);
-        else
-            zero(acc);
     }
 
     // acc += c
