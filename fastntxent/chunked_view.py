@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .trees import is_container, map_tensors, named_tensors, part
-from .validation import check_integer
+from .validation import check_flag, check_integer
 
 Output: TypeAlias = "str | int | Callable[[Any], Tensor] | None"
 Lengths: TypeAlias = "str | Callable[[Any], Tensor | Sequence[int]]"
@@ -119,7 +119,7 @@ def chunked_views(
     for index, view in enumerate(views):
         name = f"{views_name}[{index}]"
         rows = _check_view(name, view, may_be_empty=isinstance(sizes[index], list))
-        if unpack and isinstance(view, Mapping):
+        if check_flag("unpack", unpack) and isinstance(view, Mapping):
             _check_names(name, view)
         _check_kwargs(kwargs[index])
         if chunk_tokens is not None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .backends import candidates, check_name, checkable, warming
 from .saved_state import ModuleState, RandomState
+from .validation import check_flag
 from .verification import policy
 from .verification.verdict import Verdict
 
@@ -56,6 +57,7 @@ def verify(
             )
         possible = {backend: possible[backend]}
     rivals = {} if backend else candidates(place.type)
+    check_flag("refresh", refresh)
     verdicts = policy.find_verdicts(place, possible, refresh=refresh, timed=bool(rivals))
     if rivals:
         verdicts, _ = policy.time_passed(place, rivals, verdicts, refresh=refresh)

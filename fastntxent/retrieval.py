@@ -62,7 +62,8 @@ def zero_shot_classify(image_features: Tensor, class_features: Tensor) -> Classi
 
     Returns:
         A named tuple (classes, scores) of tensors (N,). Classes are int64, the lowest where several have the same
-        score. Scores are cosine similarities, float64 for float64 features, else float32. Not differentiable.
+        score. Scores are cosine similarities, float64 for float64 features, else float32; a NaN counts as -inf, so an
+        image with a NaN gets class 0 and the score -inf. Not differentiable.
 
     Raises:
         TypeError: an argument is not a dense floating-point tensor.

@@ -262,10 +262,11 @@ def check_parameter(name: str, value: float) -> float:
     return value
 
 
-def check_flag(name: str, value: object) -> None:
-    """Raise TypeError unless the value is a bool. A string such as "no" would count as True."""
+def check_flag(name: str, value: object) -> bool:
+    """Return an option that is True or False, checked: a string such as "no" would count as True."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+    return value
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

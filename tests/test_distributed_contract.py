@@ -574,7 +574,7 @@ def one_rank() -> list[str]:
     module = copy.deepcopy(fastntxent.NTXentLoss(group=dist.group.WORLD))
     assert module(torch.eye(4), torch.eye(4)) == fastntxent.nt_xent(torch.eye(4), torch.eye(4), group=module.group)
     messages = []
-    for options in ({"strategy": "star"}, {"wire_dtype": torch.int8}):
+    for options in ({"strategy": "star"}, {"wire_dtype": torch.int8}, {"check": "no"}):
         with pytest.raises((ValueError, TypeError)) as caught:
             Sharding(dist.group.WORLD, **options)
         messages.append(str(caught.value))
@@ -587,3 +587,4 @@ def test_modules_can_be_copied_and_bad_options_are_errors():
     (messages,) = on_ranks(1, one_rank)
     assert messages[0].startswith("strategy must be one of 'auto', 'all_gather', 'ring', got 'star'")
     assert messages[1].startswith("wire_dtype must be None or a floating-point dtype")
+    assert messages[2] == "check must be a bool, got str"

@@ -146,6 +146,18 @@ def test_unknown_option_of_a_module_is_named(name):
         new_module(name, normalise=False)
 
 
+@pytest.mark.parametrize("name", [*fastntxent.modules.__all__])
+def test_module_takes_only_a_bool_where_one_is_meant(name):
+    module = getattr(fastntxent, name)
+    needed = {"size": 8, "dim": 4} if name in ("NegativeQueue", "QueueInfoNCELoss") else {}
+    parameters = inspect.signature(module).parameters.items()
+    flags = [option for option, p in parameters if p.annotation in ("bool", "bool | None")]
+    assert "normalize" in flags
+    for option in flags:
+        with pytest.raises(TypeError, match=f"^{option} must be a bool, got str$"):
+            module(**needed, **{option: "no"})
+
+
 def test_module_of_the_users_keeps_its_own_signature():
     class Mine(fastntxent.NTXentLoss):
         def __init__(self, steps, **options):

@@ -790,6 +790,8 @@ def test_verify_leaves_nothing_for_the_first_call(simulated, monkeypatch, capsys
     assert choose() == "blocked", "a refresh should check and time again"
     fastntxent.verify(backend="triton", refresh=True)
     assert simulated.asked[-1][0] == "triton", "a single backend should not be timed"
+    with pytest.raises(TypeError, match="refresh must be a bool, got str"):
+        fastntxent.verify(refresh="no")
 
 
 def test_verdicts_of_this_process_are_known_where_none_can_be_kept(simulated, monkeypatch):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..algebra import accumulation_dtype
 from ..options import STRATEGIES, Strategy
-from ..validation import FLOAT_DTYPES, check_choice
+from ..validation import FLOAT_DTYPES, check_choice, check_flag
 from . import wire
 from .agreement import Turn, agree
 from .columns import Columns, Partition
@@ -72,6 +72,7 @@ class Sharding:
         check_choice("strategy", self.strategy, STRATEGIES)
         if self.wire_dtype is not None and self.wire_dtype not in FLOAT_DTYPES:
             raise TypeError(f"wire_dtype must be None or a floating-point dtype, got {self.wire_dtype}")
+        check_flag("check", self.check)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Sharding:
         """Return self: a process group cannot be copied, and a copied module keeps its ranks."""

@@ -160,7 +160,6 @@ def info_nce(
         _check_negatives(negatives, query, may_be_empty=group is not None)
     if in_batch_negatives is None:
         in_batch_negatives = negatives is None
-    check_flag("in_batch_negatives", in_batch_negatives)
     batch = open_batch(
         group, "info_nce", {"query": query, "key": key}, ids=ids, reduction=reduction, normalize=normalize,
         backend=backend, temperature=temperature, in_batch_negatives=in_batch_negatives,
@@ -225,6 +224,8 @@ def check_positives(
     """Check how positives are chosen and combined, and that no option is given that positives="same_id" excludes."""
     check_choice("positives", positives, POSITIVES)
     check_choice("form", form, SEVERAL_FORMS)
+    if in_batch_negatives is not None:
+        check_flag("in_batch_negatives", in_batch_negatives)
     if positives != "same_id":
         return
     for name, number in (("label_smoothing", label_smoothing), ("hardness_strength", hardness_strength)):
@@ -233,7 +234,7 @@ def check_positives(
     for name, limit in ({} if limits is None else limits._asdict()).items():
         if limit is not None:
             raise ValueError(f"{name} must be None with positives 'same_id', got {limit}")
-    if in_batch_negatives is not None and not in_batch_negatives:
+    if in_batch_negatives is False:
         raise ValueError(f"in_batch_negatives must be None or True with positives 'same_id', got {in_batch_negatives}")
 
 

@@ -81,11 +81,10 @@ class TemperatureLoss(TypedModule):
         check_reduction(reduction)
         check_backend(backend)
         self.reduction = reduction
-        self.normalize = normalize
+        self.normalize = check_flag("normalize", normalize)
         self.backend = backend
         self.group = group if group is None or isinstance(group, Sharding) else Sharding(group)
-        check_flag("learn_temperature", learn_temperature)
-        self.learn_temperature = learn_temperature
+        self.learn_temperature = check_flag("learn_temperature", learn_temperature)
         if learn_temperature:
             self.log_temperature = nn.Parameter(torch.tensor(_log(temperature)))
         else:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..losses import guided_info_nce
 from ..options import MARGIN_STRATEGIES, MarginStrategy
-from ..validation import check_choice, check_parameter
+from ..validation import check_choice, check_flag, check_parameter
 from .base import ModuleOptions, TemperatureLoss, Unpack
 
 
@@ -85,8 +85,8 @@ class GuidedInfoNCELoss(TemperatureLoss):
         check_choice("margin_strategy", margin_strategy, MARGIN_STRATEGIES)
         self.margin = check_parameter("margin", margin)
         self.margin_strategy = margin_strategy
-        self.contrast_anchors = contrast_anchors
-        self.contrast_positives = contrast_positives
+        self.contrast_anchors = check_flag("contrast_anchors", contrast_anchors)
+        self.contrast_positives = check_flag("contrast_positives", contrast_positives)
 
     def forward(
         self,

@@ -14,7 +14,7 @@ from ..opening import open_batch
 from ..ops import copy_now, tracing
 from ..options import BackendName
 from ..sides import Side
-from ..validation import ID_DTYPES, check_features, check_ids, check_integer, check_rows
+from ..validation import ID_DTYPES, check_features, check_flag, check_ids, check_integer, check_rows
 from ..watching import watch
 from .base import ModuleOptions, TemperatureLoss, Unpack
 
@@ -62,7 +62,7 @@ class NegativeQueue(nn.Module):
         if not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating-point dtype, got {dtype}")
         self.size = size
-        self.normalize = normalize
+        self.normalize = check_flag("normalize", normalize)
         self._rows: Tensor
         self._ids: Tensor
         self.register_buffer("_rows", torch.zeros(size, dim, dtype=dtype))
@@ -306,7 +306,7 @@ class QueueInfoNCELoss(TemperatureLoss):
         **options: Unpack[ModuleOptions],
     ):
         super().__init__(temperature, **options)
-        self.in_batch_negatives = in_batch_negatives
+        self.in_batch_negatives = check_flag("in_batch_negatives", in_batch_negatives)
         self.queue = NegativeQueue(size, dim, dtype=queue_dtype, normalize=self.normalize)
 
     def forward(self, query: Tensor, key: Tensor, ids: Tensor | None = None) -> Tensor:

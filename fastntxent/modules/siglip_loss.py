@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..losses import nt_logistic, siglip
-from ..validation import check_bias, check_range
+from ..validation import check_bias, check_flag, check_range
 from .base import LossOptions, ModuleOptions, TemperatureLoss, Unpack
 
 
@@ -19,7 +19,7 @@ class _Biased:
 
     def _set_bias(self, bias: float | Tensor, learn_bias: bool) -> None:
         bias = check_bias("bias", bias)
-        self.learn_bias = learn_bias
+        self.learn_bias = check_flag("learn_bias", learn_bias)
         if learn_bias:
             self.learnt_bias = nn.Parameter(torch.tensor(_value(bias, torch.get_default_dtype())))
         else:
