@@ -26,11 +26,18 @@ def read_device(folder: Path) -> list[PartRecord]:
     """Return the records of one device, or an empty list if no kernels were verified there. Rehearsals do not count."""
     records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.record.json"))]
     records = [record for record in records if not record["key"]["rehearsal"]]
-    return records if any(record["stage"] == "verify" and record.get("result") for record in records) else []
+    return records if _verified(records) else []
+
+
+def _verified(records: list[PartRecord]) -> PartRecord | None:
+    """Return the record of the part that verifies the kernels, or None if it has no result."""
+    parts = (record for record in records if (record["stage"], record["part"]) == ("verify", "kernels"))
+    return next((record for record in parts if record.get("result")), None)
 
 
 def _row(records: list[PartRecord]) -> list[str]:
-    verify = next(record for record in records if record["stage"] == "verify" and record["part"] == "kernels")
+    verify = _verified(records)
+    assert verify is not None
     model = verify["key"]["device"]
     verdicts = {name: v["status"] for of_device in verify["result"].values() for name, v in of_device.items()}
     return [

@@ -1,8 +1,8 @@
-"""Suite `family`: other losses, each beside a baseline. Times are interleaved; each peak is measured in a separate
-process (Linux).
+"""Suite `family`: losses other than NT-Xent, each against a baseline. The losses of a comparison run in turn. The peak
+memory of each is measured in a process of its own (Linux).
 
-two towers   CLIP's loss of unit rows, beside the dense formula of both directions
-labels       SupCon in its three forms, with ten classes, beside NT-Xent of the same rows
+two towers   CLIP on unit rows, against the dense formula of both directions
+labels       the three forms of SupCon with ten classes, against NT-Xent on the same rows
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _nt_xent(z_i: Tensor, z_j: Tensor) -> Tensor:
     return fastntxent.nt_xent(z_i, z_j, TEMPERATURE)
 
 
-# The losses of each comparison, the baseline first, and the sizes.
+# For each comparison: its losses, the baseline first, and its sizes (N, D).
 COMPARISONS: dict[str, tuple[dict[str, Loss], list[tuple[int, int]]]] = {
     "two towers": ({"dense CLIP": _dense_clip, "clip": _clip}, [(8192, 512)]),
     "labels": (

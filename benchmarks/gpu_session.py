@@ -1,8 +1,9 @@
 """The checks on a machine with a GPU, in stages that can be resumed: python -m benchmarks.gpu_session
 
-Each part of a stage writes a JSON record and a log to OUT/DEVICE. A part with a record for the same sources and the
-same device is not run again. Exit status: 0 if everything that could run has passed, 1 if a part failed or gave no
-answer in time, 2 for a wrong command line or a missing GPU, 3 if the time ran out; the same command then resumes.
+Each part that runs writes a JSON record and a log to OUT/DEVICE. A part whose record has the same sources and device
+is not run again, unless its tool was missing. Exit status: 0 if everything that could run has passed, 1 if a part
+failed or gave no answer in time, 2 for a wrong command line or a missing GPU, 3 if the time ran out; the same command
+then resumes.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Session:
         seconds: time limit. After this time no part starts, and a part that is still running is stopped and counts as
             not run.
         again: repeat parts that already have a record.
-        rehearsal: replace the commands that need a GPU with commands that do not.
+        rehearsal: whether the parts are those of a rehearsal. Its records are kept apart from the records of real runs.
     """
 
     def __init__(self, out: Path, seconds: float, again: bool = False, rehearsal: bool = False) -> None:
@@ -52,7 +53,11 @@ class Session:
         self.key = {"device": device, "sources": sources(ROOT), "rehearsal": rehearsal}
 
     def run(self, plan: Mapping[str, Sequence[Part]], limit: float = LIMIT) -> list[PartRecord]:
-        """Return the record of every part. A part that ran out of time has the status "not run"."""
+        """Return the record of every part.
+
+        The status is "not run" if the session's time ended first, and "no answer" if the part took more than `limit`
+        seconds.
+        """
         self.out.mkdir(parents=True, exist_ok=True)
         records = []
         for stage, parts in plan.items():
@@ -131,7 +136,10 @@ class Session:
 
 
 def sources(root: Path) -> str:
-    """Return a hash of the kernels' sources. Built files are left out, because the first stage changes them."""
+    """Return a hash of the sources of the package and its kernels.
+
+    Built files are left out, because the first stage changes them.
+    """
     digest = hashlib.sha256()
     for path in sorted(path for part in ("csrc", "fastntxent") for path in (root / part).rglob("*")):
         if path.suffix in (".py", ".json", ".h", ".cpp", ".cu"):
@@ -168,8 +176,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     names = list(stages("", Path(), ROOT))
     parser.add_argument("--stage", nargs="+", choices=names, default=names, metavar="STAGE", help=", ".join(names))
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/gpu, or runs/gpu-rehearsal")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after this time, to resume later")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/gpu; with --rehearse: runs/gpu-rehearsal")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="stop after this time; the same command resumes"
+    )
     parser.add_argument("--again", action="store_true", help="repeat parts that already have a record")
     parser.add_argument("--rehearse", action="store_true", help="run the parts that work without a GPU")
     given = parser.parse_args(argv)

@@ -37,9 +37,9 @@ class Costs(NamedTuple):
 
     call: float = 130_000  # Python, autograd and memory, independent of the size
     multiply_add: float = 0.02
-    exponential: float = 0.17  # per element of a tile: formed or read from the workspace, with its weight or its sum
+    exponential: float = 0.17  # per element of a tile: to form it or read it back, and to sum or weight it
     touch: float = 0.18  # per feature of a tile's row or column: a load, or a load and an addition
-    feature: float = 0.9  # per feature of a row: loaded and normalised, in the forward or in the gradient
+    feature: float = 0.9  # per feature of a row: to load and normalise it, or to write its gradient
 
     # These are per row.
     logarithm: float = 20
@@ -47,7 +47,7 @@ class Costs(NamedTuple):
     largest_weight: float = 5
     weight_in_range: float = 20
     weight: float = 20
-    join_sums: float = 5  # and per slab
+    join_sums: float = 5  # per row of the shorter side, for every slab but the first
 
     team: float = 5_000  # start and end of a parallel region
     hand_over: float = 100  # until a waiting thread sees the write of another thread
@@ -58,7 +58,7 @@ COSTS = Costs()
 
 
 class Problem(NamedTuple):
-    """The sizes of a loss with its gradients. `cols` is 0 if the columns are the rows."""
+    """The sizes of a call that computes a loss and its gradients. `cols` is 0 if the columns are the rows."""
 
     name: str
     rows: int
@@ -162,7 +162,7 @@ class SimulatedTeam:
         self.busy_in_tiles = [0.0] * threads
 
     def serial(self, ns: float) -> None:
-        """Advance time by work of the calling thread alone."""
+        """Advance time by work that only the calling thread does."""
         self.now += ns
         self.serial_ns += ns
 
@@ -177,7 +177,7 @@ class SimulatedTeam:
     def _phase(
         self, count: int, work: Callable[[int], tuple[float, Turns]], busy_of: list[float] | None = None
     ) -> None:
-        """Run Team::each: each free thread takes the next index in order; thread 0 leads.
+        """Simulate Team::each: every free thread takes the next index in order, and thread 0 leads.
 
         All threads write to two cache lines, one thread at a time: the line of the next index, and the team's line,
         where helpers register and sign off and the leader closes the phase.
@@ -185,7 +185,7 @@ class SimulatedTeam:
         alone = self.threads == 1 or count <= 1
         line, hand_over = (0.0, 0.0) if alone else (self.costs.line, self.costs.hand_over)
         helpers = () if alone else range(1, self.threads)
-        next_free = team_free = end = self.now  # times when each line is free and the last thread has left
+        next_free = team_free = end = self.now  # when each line is free again, and when the last thread leaves
         index, closed = 0, False
         turns: dict[Block, int] = {}
         ended: dict[Block, float] = {}  # when the last turn of each block ended
@@ -224,15 +224,15 @@ class SimulatedTeam:
 
 
 class Prediction(NamedTuple):
-    """A call's time, and shares of the time of all its threads."""
+    """A call's predicted time, and how its threads spend it: `computing` and `waiting` are shares of all their time."""
 
     ms: float
     edge: int  # of a tile
     tasks: int
     computing: float
     waiting: float  # for turns
-    serial: float  # one thread works alone, outside the phases
-    balance: float  # work on tiles: the mean of the threads divided by the maximum
+    serial: float  # share of the call's time in which one thread works alone, outside the phases
+    balance: float  # work on tiles: mean of the threads / maximum
 
 
 def simulate(problem: Problem, threads: int, costs: Costs = COSTS) -> Prediction:
@@ -286,7 +286,10 @@ def simulate(problem: Problem, threads: int, costs: Costs = COSTS) -> Prediction
 
 
 def _durations(problem: Problem, of: Cut, costs: Costs) -> tuple[list[float], list[float]]:
-    """Return the nanoseconds of every task in the forward and in the backward. One pass for both takes their sum."""
+    """Return the nanoseconds of every task in the forward and in the backward.
+
+    A task that does both in one pass takes the sum.
+    """
     kept = _workspace(problem) // 4 // of.edge**2
     forward, backward = [], []
     for task in of.tasks:
@@ -308,7 +311,7 @@ def _durations(problem: Problem, of: Cut, costs: Costs) -> tuple[list[float], li
 
 
 def _workspace(problem: Problem) -> int:
-    """Return the bytes of exponentials that a call keeps."""
+    """Return the largest number of bytes of exponentials that a call may keep."""
     from fastntxent.backends import cpu
 
     if problem.symmetric:

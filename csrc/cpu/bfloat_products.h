@@ -1,9 +1,10 @@
-// Products of bfloat16 rows by the instructions of bfloat.h, which accumulate in float.
+// Products of bfloat16 rows with the instructions in bfloat.h, which accumulate in float.
 //
-// Similarities: the rows z are multiplied unchanged, except for a power of two that makes each row's length at least 1
-// and less than 2. This scaling rounds nothing and keeps every sum in a range in which the instructions flush no result
-// to zero. The product of two bfloat16 numbers is exact in float, so the sums are as accurate as sums over widened
-// rows. A factor for each row and a factor for each column then normalise the sums.
+// Similarities: each row z is scaled by a power of two, which brings its length to [1, 2). This scaling rounds nothing
+// but numbers far below the row's length, and keeps every sum out of the range that the instructions flush to zero.
+// Without normalisation, very long or short rows are scaled only by 2^60. The product of two bfloat16 numbers is exact
+// in float, so the sums are as accurate as sums over widened rows. A factor for each row and a factor for each column
+// then normalise the sums.
 //
 // Gradients: sum_j G_ij u_j = sum_j (G_ij factor_j) z_j. Only G_ij factor_j is rounded to bfloat16, as the gradient
 // itself will be. The temperature's gradient is returned in float, so sum G_ij s_ij is formed before G is rounded.
@@ -18,7 +19,7 @@ namespace fntx::FNTX_ISA {
 
 #ifdef FNTX_TILES
 
-// A block is one tile of rows by up to three tiles of columns, and uses seven of the eight tile registers.
+// A block is one tile of rows by up to three tiles of columns, and uses up to seven of the eight tile registers.
 constexpr int64_t BLOCK_ROWS = TILE_ROWS, INNER_STEP = WORDS_OF_REGISTER;
 
 // c (BLOCK_ROWS, V vectors) = a b, or c + a b if `begun`. b has V vectors per row, and the inner dimension is `inner`
@@ -102,7 +103,7 @@ template <int ROWS> void transpose_words(uint32_t* to, int64_t ldt, const uint32
         }
 }
 
-// Return pairs, each of a number from `first` and the number at the same place in `second`.
+// Return pairs: pair i has first[i] in its low half and second[i] in its high half.
 FNTX_INLINE BfloatPairs interleave(Halves first, Halves second) {
     return __builtin_convertvector(first, BfloatPairs) | __builtin_convertvector(second, BfloatPairs) << 16;
 }
@@ -115,7 +116,7 @@ FNTX_INLINE Halves load_halves(const void* p) {
 
 struct BfloatProducts {
     static constexpr int64_t ROWS = BLOCK_ROWS;
-    static constexpr int64_t INNER = 128;  // words: the same number of bytes of a panel as in FloatProducts
+    static constexpr int64_t INNER = 128;  // words: a chunk of a panel has as many bytes as in FloatProducts
     static constexpr int64_t GATHERED = 96;
     static constexpr bool KEEPS_PRODUCTS = true;
 
@@ -157,7 +158,7 @@ struct BfloatProducts {
         }
     }
 
-    // Call finish(acc, row, col) on the products that the forward kept, as form_products does.
+    // Like form_products, but with the products that the forward kept.
     template <class Finish> FNTX_INLINE void recall(const Tile<float>& tile, Finish finish) {
         for (int64_t col = 0; col < tile.n_cols; col += PANEL<float>)
             for (int64_t row = 0; row < tile.n_rows; row += ROWS)

@@ -1,4 +1,4 @@
-// Tests the C interface (fastntxent.h) against the definition, which is computed in O(M^2 D) operations, with many
+// Tests the C interface (fastntxent.h) against the definition, which is computed pair by pair, with many
 // shapes, dtypes, strides and numbers of threads. sanitize.sh builds this file with and without sanitizers. Inputs and
 // outputs are allocated at their exact sizes, so that a sanitizer finds out-of-bounds accesses, and outputs start as
 // NaN, which exposes elements that were not written. The first failure names its case and ends the run.

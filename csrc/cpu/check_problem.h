@@ -1,5 +1,5 @@
-// Test cases for check.cpp: inputs of every dtype and layout, and the results by definition, computed in O(M^2 D)
-// operations.
+// Test cases for check.cpp: inputs of every dtype and layout, and the expected results. These follow the formulas
+// directly, in O(M^2 D) operations, or O(M^3) with classes.
 #pragma once
 
 #include <math.h>
@@ -40,7 +40,7 @@ const char* const IDS[] = {"by index", "unique", "labels", "all the same"};
 const char* const FORMS[] = {"out", "in", "ratio", "pairs"};
 
 const double TEMPERATURES[] = {0.5, 0.07, 0.005, 0.001};
-constexpr int ALL_WANTED = 15;  // bits for d_z of both matrices of both sides
+constexpr int ALL_WANTED = 15;  // one bit for each of the four d_z
 
 enum Limits { NO_LIMITS, LIMITS_OF_ROWS, LIMITS_OF_POSITIVES };
 
@@ -50,14 +50,13 @@ struct Case {
     int dtype = FNTX_FLOAT32, layout = 0, ids = 0, normalize = 1;
     double tau = 0.07, eps = 1e-12, scale = 1;
     int wanted = ALL_WANTED;  // one bit for each d_z
-    // The weight of the columns' losses, if the numbers of rows and columns are equal. Negative: a rectangle has no
-    // loss.
+    // Weight of the columns' losses. Negative: rows against columns have no loss, except with `against`.
     double cols_loss_weight = -1;
     int function = FNTX_LOG_SUM_EXP;
     double bias = 0;
     Limits limits = NO_LIMITS;
     double limit_scale = 0, limit_shift = 0;  // for LIMITS_OF_POSITIVES
-    double against = 0;                       // > 0: the loss of a rectangle compares nu with numbers up to this size
+    double against = 0;                       // > 0: random numbers up to this size replace pi in the loss
     bool classes = false, mean = false;       // ids are classes; average over the rows that have a positive
     int form = FNTX_OUT;                      // form of the loss with classes
 
@@ -98,7 +97,7 @@ inline double from_float16(uint16_t bits) {
 
 struct Matrix {
     int dtype;
-    int64_t n, width, stride_row, stride_col;  // width: 16-bit words of an element
+    int64_t n, width, stride_row, stride_col;  // width: 16-bit words per element
     std::vector<uint16_t> words;               // NaN between the elements
 
     Matrix(int dtype, int64_t n, int64_t D, int layout) : dtype(dtype), n(n) {
@@ -132,7 +131,7 @@ struct Matrix {
 // Return the layout of a side's second matrix.
 inline int other_layout(int layout) { return (layout + 2) % int(std::size(LAYOUTS)); }
 
-// One side of a problem: its inputs, and its rows and results by definition.
+// One side of a problem: its inputs, and the rows and results expected from them.
 template <class Real> struct ProblemSide {
     typedef std::vector<Real> Reals;
 
@@ -262,7 +261,7 @@ template <class T> struct Problem {
         return count;
     }
 
-    // Return the loss of a row that has positives, and by reference the derivative of the loss with respect to nu.
+    // Return row i's loss, and in `slope` the loss's derivative with respect to nu. The row must have a positive.
     Real class_loss(int64_t i, Real& slope) const {
         const int64_t n = sides[0].n;
         const Real nu = sides[0].nu[i], count = count_positives(i);
@@ -286,7 +285,7 @@ template <class T> struct Problem {
         return log_sum(n, [&](int64_t j) { return same_class(i, j) ? k * s[i * n + j] : -INF; });
     }
 
-    // Return the derivative of row i's loss with respect to the logit of its positive j.
+    // Return the derivative of row i's weighted loss with respect to the logit of its positive j, with nu_i held fixed.
     Real of_positive(int64_t i, int64_t j, Real w) const {
         const Real nu = sides[0].nu[i], logit = k * s[i * sides[0].n + j], count = count_positives(i);
         if (c.form == FNTX_OUT) return -w / count;
@@ -333,7 +332,7 @@ template <class T> struct Problem {
         return {agree, i * sides[last].n + j};
     }
 
-    // Return the logit of a pair for one row of a side: -inf if the pair does not count.
+    // Return the pair's logit in the sum of a side's row, or -inf if that sum leaves the pair out.
     Real logit(const Pair& at, int side, int64_t row) const {
         const bool left_out = c.limits && s[at.index] > sides[side].limits[row];
         return at.agree || left_out ? -INF : k * s[at.index];
@@ -343,8 +342,8 @@ template <class T> struct Problem {
         return side ? s[other * sides[1].n + row] : s[row * sides[last].n + other];
     }
 
-    // LIMITS_OF_ROWS are put into a gap between similarities. If rounding could move a similarity across a limit, the
-    // case is ambiguous.
+    // LIMITS_OF_ROWS puts each limit halfway between the two middle similarities, or above the only one. If rounding
+    // could move a similarity across a limit, the case is ambiguous.
     void set_limits(int side) {
         const int64_t n = sides[side].n, others = side ? sides[0].n : sides[last].n;
         const Real near = sizeof(T) == 8 ? 1e-12 : 1e-5, scale = 1 + sides[0].longest * sides[last].longest;
@@ -362,7 +361,7 @@ template <class T> struct Problem {
         }
     }
 
-    // Return the sign of x in log(1 + exp(x)), or 0 if the pair is left out.
+    // Return y for the pair's term log(1 + exp(y x)): 1, or -1 for a positive of SigLIP, or 0 if the pair is left out.
     int sign(const Pair& at) const { return !at.agree ? 1 : sigmoid ? -1 : 0; }
 
     static Real log1p_exp(Real x) { return x > 0 ? x + log1p(exp(-x)) : log1p(exp(x)); }
@@ -383,8 +382,8 @@ template <class T> struct Problem {
         return peak + log(sum);
     }
 
-    // Return the gradient of sum_i w_i nu_i + sum_j cols_w_j nu_j + sum_i d_pos_i pi_i. An empty d_pos means no
-    // positives.
+    // Return the gradient of sum_i w_i nu_i + sum_j cols_w_j nu_j + sum_i d_pos_i pi_i. An empty d_pos leaves out the
+    // last sum. With classes, add the terms of each row's positives.
     Gradient<Real> gradient(const Reals& w, const Reals& cols_w, const Reals& d_pos) const {
         Gradient<Real> out;
         Reals d_u[2], sizes[2];

@@ -1,12 +1,12 @@
 // The C interface of the CPU kernels: plain pointers and sizes, without Python or PyTorch.
 //
-// One call computes neg_lse of the given rows, its gradient, or a loss together with its gradient. It serves NT-Xent
-// (two views), and InfoNCE and CLIP (rows against columns). Let k = inv_tau, u_i = z_i / max(|z_i|, eps) for row i (or
-// z_i, without `normalize`), and v_j likewise for column j:
+// One call computes neg_lse of the given rows, its gradient, or both, or a loss with or without its gradient. It serves
+// NT-Xent (two views), and InfoNCE and CLIP (rows against columns). Let k = inv_tau, u_i = z_i / max(|z_i|, eps) for
+// row i (or z_i, without `normalize`), and v_j likewise for column j:
 //
 //     nu_i  = log sum over {j : id_j != id_i} of exp(k u_i . v_j)     neg_lse of a row; for a column, the sum is over i
 //     pi_i  = k u_i . u_p(i)                                          pos: p(i) is the same row of the other view
-//     pi_i  = k u_i . v_i                                             with columns: for row i and for column i
+//     pi_i  = k u_i . v_i                                             with columns: the pair of row i and column i
 //     loss  = sum_i w log(1 + exp(nu_i - pi_i))                       w: loss_weight; for columns, cols_loss_weight
 //
 // With classes, the positives of row i are the c_i other rows of its class. In FNTX_OUT (SupCon's L_out), nu_i leaves
@@ -61,7 +61,8 @@ struct fntx_matrix {
 };
 
 // One side of the similarity matrix: the rows of two matrices, concatenated (the second may have n = 0). Vectors have
-// one element per row. Vectors and gradients have the accumulation type: double for FNTX_FLOAT64, otherwise float.
+// one element per row. Vectors (except ids) and gradients have the accumulation type: double for FNTX_FLOAT64,
+// otherwise float.
 struct fntx_side {
     struct fntx_matrix z[2];
     const int64_t* ids;     // group of each row, 0 to INT32_MAX; NULL: the row's index within its matrix
@@ -80,7 +81,7 @@ struct fntx_call {
     int64_t D;
     double inv_tau;  // k
     double bias;     // b
-    int limited;     // log-sum-exp with positives: a side without `limits` takes limit_scale u_i . u_p(i) + limit_shift
+    int limited;     // log-sum-exp with positives: without `limits`, limit_i is limit_scale u_i . u_p(i) + limit_shift
     double limit_scale;
     double limit_shift;
     double eps;
@@ -88,7 +89,7 @@ struct fntx_call {
     const struct fntx_side* cols;  // NULL: symmetric
     void* pos;                     // (M,) out, of a symmetric forward with two views; or NULL
     const void* d_pos;             // (M,) in, of a backward with two views: upstream gradient of pos; or NULL
-    const void* against;           // (M,) in, replaces pi_i in the loss of rows against any columns; or NULL
+    const void* against;           // (M,) in, replaces pi_i, with any numbers of rows and columns; or NULL
     void* d_against;               // (M,) out, gradient of `against`; or NULL
     const int64_t* classes;        // (M,) in, class of each row, for a symmetric loss without ids and neg_lse; or NULL
     int form;                      // one of fntx_forms, with classes
@@ -101,19 +102,19 @@ struct fntx_call {
     void* d_inv_tau;          // 0-d out, backward
     void* d_bias;             // 0-d out, backward of FNTX_SOFTPLUS and FNTX_SIGMOID
     int64_t workspace;        // maximum bytes for exponentials that the forward keeps for the backward
-    // The calling thread calls `poll` every 50 ms, and a non-zero result stops the call. NULL: no polling. `poll` must
-    // return: if it ends the thread instead, the other threads of the team wait forever.
+    // The calling thread calls `poll` at most every 50 ms, and a non-zero result stops the call. NULL: no polling.
+    // `poll` must return: if it ends the thread instead, the other threads of the team wait forever.
     int (*poll)(void);
 };
 
-// Run a call and return its status. Unless that is FNTX_OK, the outputs are undefined.
+// Run a call and return its status. Unless the status is FNTX_OK, the outputs are undefined.
 int fntx_run(const struct fntx_call* call);
 
 // Return the instruction set in use: "amx", "avx512_bf16", "avx512", "avx2" or "portable"; on aarch64 always "neon".
 // The first two multiply bfloat16 rows in bfloat16, with float sums, and run the "avx512" kernels for all other dtypes.
 const char* fntx_instruction_set(void);
 
-// Switch to another instruction set, for tests. Return FNTX_OK, or FNTX_INVALID if this machine does not have the set.
+// Switch to another instruction set, for tests. Return FNTX_OK, or FNTX_INVALID if the set cannot be used here.
 int fntx_use_instruction_set(const char* name);
 
 // Compute y_i = 2^x_i with the kernels' vectorised exponential. dtype is FNTX_FLOAT32 or FNTX_FLOAT64; return

@@ -80,7 +80,7 @@ def _embed(arguments: argparse.Namespace) -> None:
     write_whole(arguments.out, lambda file: np.savez(file, allow_pickle=False, **arrays))
     if not arguments.quiet:
         images = counted(len(features), "image", "images")
-        print(f"{width} features of {images} written to {printable(arguments.out)}: {', '.join(arrays)}")
+        print(f"{width} features of each of {images} written to {printable(arguments.out)}: {', '.join(arrays)}")
 
 
 def try_size(encoder: Encoder, shape: tuple[int, int, int], device: torch.device) -> int:

@@ -185,7 +185,7 @@ def told_bad(bad: Sequence[object], count: int, where: str, skip_bad: bool) -> s
     if not bad:
         return ""
     if skip_bad:
-        return f"left out {len(bad)} of {count} images, which cannot be read: {listed(bad, MANY)}"
+        return f"left out {len(bad)} of {count} images that cannot be read: {listed(bad, MANY)}"
     raise ValueError(
         f"{len(bad)} of {count} images of {where} cannot be read: {listed(bad, MANY)}; "
         f"{'it' if len(bad) == 1 else 'they'} can be skipped with --skip-bad (skip_bad=True)"

@@ -60,7 +60,7 @@ def test_memory_equals_the_library(n, d, seed, tau, name, steps, miner):
 
 @given(n=st.integers(1, 12), k=st.integers(1, 12), seed=st.integers(0, 2**20), tau=temperatures, name=names)
 @drawn
-def test_mask_equals_the_library(n, k, seed, tau, name):
+def test_enqueue_mask_gives_the_librarys_results(n, k, seed, tau, name):
     both = memories(name, tau, 4)
     mask = torch.randperm(n + k, generator=torch.Generator().manual_seed(seed)) < k
     steps = [(batch(1, n + k, 4, seed + step)[0][0], labels_of(n + k, 3, seed + step)) for step in range(3)]
@@ -70,7 +70,7 @@ def test_mask_equals_the_library(n, k, seed, tau, name):
 @pytest.mark.parametrize("miner", MINERS)
 @pytest.mark.parametrize("given_as", ["pairs", "triplets"])
 @pytest.mark.parametrize("name", ["NTXentLoss", "SupConLoss"])
-def test_pairs_beside_the_miners_equal_the_library(name, given_as, miner):
+def test_given_pairs_join_those_of_the_miner_as_in_the_library(name, given_as, miner):
     both = memories(name, 0.5, 4, miner)
     z, labels = batch(1, 8, 4, 0)[0][0], torch.arange(8) % 3
     anchors, positives = torch.where((labels[:, None] == labels).fill_diagonal_(False))
@@ -82,27 +82,27 @@ def test_pairs_beside_the_miners_equal_the_library(name, given_as, miner):
     assert_steps_are_the_same(both, [(z, labels, indices)])
 
 
-def test_rows_are_no_positives_of_their_own_copies_whatever_the_batch():
+def test_a_row_is_not_a_positive_of_its_copy_even_in_a_batch_of_one():
     # In a batch of one row, the library counts the row as its own positive.
     memory = ours.CrossBatchMemory(ours.SupConLoss(0.5), 3, memory_size=4)
     z, labels = torch.randn(3, 3), torch.tensor([0, 1, 0])
     memory(z[:1], labels[:1])
     memory(z[1:2], labels[1:2])
     expected = ours.SupConLoss(0.5)(z[2:], indices_tuple=tuple(map(torch.tensor, ([0], [0], [0], [1]))), ref_emb=z)
-    assert expected == 0  # one pair of each kind
+    assert expected == 0  # with one positive and one negative pair, the loss is 0, as in the library
     assert memory(z[2:], labels[2:]) == 0
     assert memory(z[:1], labels[:1]) > 0
 
 
 def test_a_batch_that_adds_no_row_leaves_the_memory_as_it_is():
-    # The library's memory would count as full after this call, holding zero rows with label 0.
+    # After this call the library's memory would count as full, of rows of zeros with label 0.
     memory = ours.CrossBatchMemory(ours.NTXentLoss(), 3, memory_size=4)
     z, labels = torch.randn(4, 3), torch.tensor([0, 0, 1, 1])
     assert memory(z, labels, enqueue_mask=torch.zeros(4, dtype=torch.bool)) == 0
     assert (memory.queue_idx, memory.has_been_filled) == (0, False)
 
 
-def test_gradient_is_of_the_rows_that_were_held_when_the_loss_was_formed():
+def test_gradient_uses_the_rows_held_when_the_loss_was_computed():
     distance = type("DotProductSimilarity", (), {"normalize_embeddings": False})()
     gradients = []
     for later in (False, True):
@@ -115,7 +115,7 @@ def test_gradient_is_of_the_rows_that_were_held_when_the_loss_was_formed():
     torch.testing.assert_close(*gradients)
 
 
-def test_memory_holds_rows_and_labels_of_the_librarys_names():
+def test_memory_names_its_buffers_as_the_library_does():
     memory = ours.CrossBatchMemory(ours.NTXentLoss(), 3, memory_size=4)
     z = torch.randn(3, 3)
     memory(z, torch.tensor([5, 6, 7]))
@@ -130,7 +130,7 @@ def test_memory_holds_rows_and_labels_of_the_librarys_names():
     assert not memory.embedding_memory.any()
 
 
-def test_wrapper_over_ranks_takes_either_memory_in_one_process():
+def test_distributed_wrapper_accepts_our_memory_and_the_librarys():
     (z,), labels = batch(1, 12, 4, 0)
     mask = torch.arange(12) % 2 == 0
     for module in (ours, needs("pytorch_metric_learning.losses")):
@@ -143,7 +143,7 @@ def test_wrapper_over_ranks_takes_either_memory_in_one_process():
         loss(z, labels, ref_emb=z)
 
 
-def test_errors():
+def test_invalid_arguments_are_named():
     memory = ours.CrossBatchMemory(ours.NTXentLoss(), 3, memory_size=4)
     z, labels, mask = torch.randn(5, 3), torch.arange(5), torch.ones(5, dtype=torch.bool)
     with pytest.raises(TypeError, match="loss must be NTXentLoss or SupConLoss of fastntxent"):

@@ -152,7 +152,7 @@ def test_from_datasets_names_all_bad_items_at_once(workers):
     assert "item 3 of train (KeyError: 'no such key'), item 11 of train (ZeroDivisionError" in str(caught.value)
     data = ImageData.from_datasets(Items(items), skip_bad=True, workers=workers)
     assert len(both(data)) == 18
-    assert data.notes[0].startswith("left out 2 of 20 images, which cannot be read: item 3 of train")
+    assert data.notes[0].startswith("left out 2 of 20 images that cannot be read: item 3 of train")
 
 
 def test_from_datasets_takes_a_cut_file_for_a_bad_item(tmp_path):

@@ -37,7 +37,7 @@ def save_images(folder: Path, count: int = 10, mode: str = "RGB") -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Folders of two finished runs, by the number of channels of their images: 1 (grey) and 3 (colour)."""
+    """Return the folders of two finished runs by the channels of their images: 1 (grey) and 3 (colour)."""
     folders = {}
     for channels in (1, 3):
         train, test = make_stripes(30, 0), make_stripes(10, 1)
@@ -84,7 +84,7 @@ def test_embed_gives_the_encoders_features_of_a_folder(run, tmp_path, batch_size
     assert found["class_names"].tolist() == ["cat", "dog"]
 
 
-def test_embed_reads_a_run_by_its_checkpoint_too(run, tmp_path):
+def test_embed_accepts_a_checkpoint_file_instead_of_a_run_folder(run, tmp_path):
     save_images(tmp_path / "images")
     by_folder = embedded(run, tmp_path / "images", out=tmp_path / "f.npz")
     by_file = embedded(run / "checkpoint.pt", tmp_path / "images", out=tmp_path / "g.npz")
@@ -147,7 +147,7 @@ def test_embed_takes_the_images_of_an_npz(run, tmp_path, layout):
         assert "labels" not in found
 
 
-def test_embed_makes_images_grey_for_an_encoder_of_grey_ones(runs, tmp_path):
+def test_embed_converts_colour_images_for_a_grey_encoder(runs, tmp_path):
     save_images(tmp_path / "images")
     found = embedded(runs[1], tmp_path / "images", out=tmp_path / "f.npz")
     files = sorted((tmp_path / "images").rglob("*.png"))
@@ -157,7 +157,7 @@ def test_embed_makes_images_grey_for_an_encoder_of_grey_ones(runs, tmp_path):
     )
 
 
-def test_embed_gives_grey_images_to_an_encoder_of_colour_ones(run, tmp_path):
+def test_embed_expands_grey_images_for_a_colour_encoder(run, tmp_path):
     grey = make_stripes(5, 0)[0]
     np.savez(tmp_path / "images.npz", images=grey.numpy())
     found = embedded(run, tmp_path / "images.npz", out=tmp_path / "f.npz")
@@ -187,17 +187,17 @@ def test_embed_leaves_bad_images_out_on_request(run, tmp_path, capsys):
     assert not (tmp_path / "f.npz").exists()
 
     found = embedded(run, tmp_path / "images", "--skip-bad", out=tmp_path / "f.npz")
-    assert "note: left out 2 of 6 images, which cannot be read: cat/001.png (" in capsys.readouterr().err
+    assert "note: left out 2 of 6 images that cannot be read: cat/001.png (" in capsys.readouterr().err
     torch.testing.assert_close(torch.from_numpy(found["features"]), truth(run, pixels[[0, 2, 3, 5]]))
     assert found["labels"].tolist() == [0, 0, 1, 1]
 
 
-def test_embed_writes_names_of_any_bytes(run, tmp_path):
+def test_embed_replaces_file_name_bytes_that_are_not_utf8(run, tmp_path):
     save_images(tmp_path / "images", 2)
     try:
         os.rename(tmp_path / "images/cat/000.png", os.fsencode(tmp_path / "images/cat") + b"/\xff\n.png")
     except OSError:
-        pytest.skip("needs a file system that takes names of any bytes")
+        pytest.skip("needs a file system that allows any bytes in file names")
     found = embedded(run, tmp_path / "images", out=tmp_path / "f.npz")
     assert found["paths"].tolist() == ["cat/?\n.png", "dog/001.png"]
 
@@ -230,7 +230,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("arguments", MISTAKES)
-def test_embed_says_mistakes_in_a_line_before_encoding(run, tmp_path, capsys, monkeypatch, arguments):
+def test_embed_reports_mistakes_in_one_line(run, tmp_path, capsys, monkeypatch, arguments):
     save_images(tmp_path / "images", 4)
     (tmp_path / "empty").mkdir()
     os.mkfifo(tmp_path / "pipe.png")
@@ -260,7 +260,7 @@ def test_embed_replaces_a_file_on_request(run, tmp_path):
     assert len(embedded(run, tmp_path / "images", "--overwrite", out=tmp_path / "f.npz")["features"]) == 4
 
 
-def test_embed_says_that_the_encoder_needs_another_size(tmp_path, capsys, monkeypatch, run):
+def test_embed_reports_an_image_size_that_the_encoder_rejects(tmp_path, capsys, monkeypatch, run):
     save_images(tmp_path / "images", 4)
     encoder = load_encoder(run)
     encoder.body = nn.Sequential(nn.Conv2d(3, 4, 16), nn.Flatten(), nn.Linear(4, 5))
@@ -273,7 +273,7 @@ def test_embed_says_that_the_encoder_needs_another_size(tmp_path, capsys, monkey
     assert said.count("\n") == 1
 
 
-def test_embed_is_interrupted_with_a_line_and_writes_nothing(run, tmp_path, capsys, monkeypatch):
+def test_embed_prints_one_line_and_writes_nothing_when_interrupted(run, tmp_path, capsys, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
@@ -288,7 +288,7 @@ def test_command_line_has_embed_and_export(run, tmp_path, cli):
     save_images(tmp_path / "images", 4)
     done = cli("embed", tmp_path / "images", "--checkpoint", run, "--out", tmp_path / "f.npz")
     assert done.returncode == 0, done.stderr
-    assert f"64 features of 4 images written to {tmp_path}/f.npz: features, paths, labels, class_names" in done.stdout
+    assert f"64 features of each of 4 images written to {tmp_path}/f.npz: features, paths, labels" in done.stdout
     done = cli("export", "--checkpoint", run, "--out", tmp_path / "e.pt2")
     assert (done.returncode, done.stderr) == (0, "")
     assert f"{tmp_path}/e.pt2 maps images (N, 3, 16, 16) in [0, 1] to features (N, 64)" in done.stdout
@@ -300,7 +300,7 @@ def test_command_line_has_embed_and_export(run, tmp_path, cli):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_export_loads_without_the_package_and_gives_the_features(runs, tmp_path, channels):
+def test_export_gives_the_encoders_features(runs, tmp_path, channels):
     path = tmp_path / "encoder.pt2"
     assert export(["--checkpoint", str(runs[channels]), "--out", str(path)]) == 0
     program = torch.export.load(path).module()
@@ -337,7 +337,7 @@ class Random(nn.Conv2d):
     (Untraceable(3, 4, 16), "torch.export cannot export the encoder: "),
     (Random(3, 4, 16), "the exported encoder gives different features"),
 ])  # fmt: skip
-def test_export_says_what_it_cannot(run, body, words):
+def test_export_rejects_encoders_that_it_cannot_reproduce(run, body, words):
     encoder = load_encoder(run)
     encoder.body = body
     with pytest.raises(ValueError, match=f"^{words}") as raised:
@@ -345,7 +345,7 @@ def test_export_says_what_it_cannot(run, body, words):
     assert "\n" not in str(raised.value)
 
 
-def test_export_says_mistakes_in_a_line(run, tmp_path, capsys):
+def test_export_reports_mistakes_in_one_line(run, tmp_path, capsys):
     assert export(["--checkpoint", str(tmp_path), "--out", str(tmp_path / "e.pt2")]) == 2
     assert export(["--checkpoint", str(run), "--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err.splitlines() == [

@@ -320,7 +320,7 @@ def test_skip_bad_leaves_them_out_and_every_other_image_in_its_part(two_classes,
     every = load(two_classes, in_memory="yes")
     (two_classes / "a" / "000.png").write_bytes(b"text")
     data = load(two_classes, in_memory=in_memory, skip_bad=True)
-    assert data.notes == ("left out 1 of 20 images, which cannot be read: a/000.png (not an image of a known format)",)
+    assert data.notes == ("left out 1 of 20 images that cannot be read: a/000.png (not an image of a known format)",)
     kept = [image.numpy().tobytes() for part in (data.train_images, data.test_images) for image in part[:]]
     all_of = [image.numpy().tobytes() for part in (every.train_images, every.test_images) for image in part]
     assert len(kept) == 19

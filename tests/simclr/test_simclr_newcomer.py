@@ -224,7 +224,7 @@ def test_run_tells_what_it_left_out(home):
         r"without an image suffix: \.db \(2\), \.txt \(1\)",
         r"broken links, pipes or devices: a, b, red cats/pipe\.png",
         r"link back to a parent folder: red cats/loop",
-        rf"2 of {3 * EACH + 2} images, which cannot be read: .*empty\.jpeg .*broken\.png",
+        rf"2 of {3 * EACH + 2} images that cannot be read: .*empty\.jpeg .*broken\.png",
     ):
         assert re.search(words, said), said
     data = metrics(home.folder / "runs/mine")["data"]
