@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import re
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -89,9 +88,7 @@ def built_kernels(module: Path) -> list[BuiltKernel]:
 
 def _by_kernel(option: str, module: Path) -> Iterator[tuple[tuple[str, str], str]]:
     """Yield each kernel's chip and operands, with cuobjdump's output for that kernel."""
-    command = [sass.tool("cuobjdump"), option, module]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    for of_chip in said.split("\narch = ")[1:]:
+    for of_chip in sass.output_of("cuobjdump", option, module).split("\narch = ")[1:]:
         for of_kernel in re.split(r"\bFunction\b", of_chip)[1:]:
             name, _, text = of_kernel.partition("\n")
             if kernel := _NAME.search(name):

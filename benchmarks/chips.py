@@ -53,6 +53,12 @@ class Chip(NamedTuple):
     rates: Rates | None = None
     since: tuple[int, int] = (3, 3)
 
+    @property
+    def known_rates(self) -> Rates:
+        """The rates of a chip that the model covers."""
+        assert self.rates is not None
+        return self.rates
+
     def resident(self, registers: int | None, shared: int, num_warps: int, tensor_columns: int = 0) -> int | None:
         """Return the number of programs that an NVIDIA multiprocessor holds at once. Registers are allocated per warp
         in multiples of eight per thread. Tensor memory, where a chip has it, is 512 columns."""

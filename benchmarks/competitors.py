@@ -10,12 +10,13 @@ import types
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 import fastntxent
+from fastntxent.options import BackendName
 
 from . import losses
 
@@ -34,11 +35,12 @@ class Competitor(NamedTuple):
     device_types: tuple[str, ...] = ("any",)
 
 
-def _ours(name: str, temperature: float) -> Loss:
+def our_loss(name: str, temperature: float, normalize: bool = True) -> Loss:
+    """Return our loss on a backend, or raise ImportError if the backend cannot run here."""
     status = fastntxent.backends()[name]
     if not status.available:
         raise ImportError(status.reason)
-    return fastntxent.NTXentLoss(temperature, backend=name)
+    return fastntxent.NTXentLoss(temperature, normalize=normalize, backend=cast("BackendName", name))
 
 
 def _compiled(temperature: float) -> Loss:
@@ -72,12 +74,15 @@ def _lightly_without_torchvision() -> None:
     The rest needs torchvision. `lightly.models.utils` is left empty, since only a memory bank shared by several
     processes calls it.
     """
-    (root,) = importlib.util.find_spec("lightly").submodule_search_locations
+    package = importlib.util.find_spec("lightly")
+    assert package is not None
+    assert package.submodule_search_locations is not None
+    (root,) = package.submodule_search_locations
     for name in ("loss", "models", "models.modules", "models.utils"):
         module = types.ModuleType(f"lightly.{name}")
         module.__path__ = [str(Path(root, *name.split(".")))]
         sys.modules[module.__name__] = module
-    sys.modules["lightly.models"].utils = sys.modules["lightly.models.utils"]
+    sys.modules["lightly.models"].utils = sys.modules["lightly.models.utils"]  # type: ignore[attr-defined]
 
 
 def _pytorch_metric_learning(temperature: float) -> Loss:
@@ -90,7 +95,7 @@ def _info_nce(temperature: float) -> Loss:
 
 
 OURS = {
-    name: Competitor(partial(_ours, name), 16384 if name == "blocked" else 65536, device_types=status.device_types)
+    name: Competitor(partial(our_loss, name), 16384 if name == "blocked" else 65536, device_types=status.device_types)
     for name, status in fastntxent.backends().items()
     if name != "reference"
 }

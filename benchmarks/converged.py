@@ -8,10 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastntxent import NTXentLoss, error_budget
+from fastntxent import error_budget
 
 from . import losses
-from .competitors import OURS, Loss, load
+from .competitors import OURS, Loss, load, our_loss
 
 STAGES = {"start": None, "0.7": 0.7, "1e-3": 1e-3, "1e-6": 1e-6}  # mean losses
 TEMPERATURES = (0.1, 0.01)
@@ -22,7 +22,8 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[st
     losses that are missing."""
     from tests import cases  # imported here because it needs pytest
 
-    results, missing = [], {}
+    results: list[dict[str, object]] = []
+    missing: dict[str, str] = {}
     for temperature in TEMPERATURES:
         libraries, missing = load([*OURS, "lightly"], temperature)
         for n, d in ((n, d) for d in arguments.d or [128] for n in arguments.n or [512]):
@@ -31,13 +32,17 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[st
                     batch = cases.start_of_training(n, d, temperature)
                 else:
                     batch = cases.converged_batch(n, d, temperature, value)
-                options = {"temperature": temperature, "normalize": batch.normalize}
-                made = {name: NTXentLoss(**options, backend=name) for name in OURS if name in libraries}
-                made["eager"] = partial(losses.dense, **options)
-                if batch.normalize and "lightly" in libraries:  # it always normalises
+                normalize = batch.normalize
+                made = {name: our_loss(name, temperature, normalize) for name in OURS if name in libraries}
+                made["eager"], truth = (
+                    partial(loss, temperature=temperature, normalize=normalize)
+                    for loss in (losses.dense, losses.oracle)
+                )
+                if normalize and "lightly" in libraries:  # it always normalises
                     made["lightly"] = libraries["lightly"]
-                errors = _errors(made, partial(losses.oracle, **options), batch.z_i, batch.z_j)
-                results.append({"n": n, "d": d, "stage": stage, **options, "errors": errors})
+                errors = _errors(made, truth, batch.z_i, batch.z_j)
+                case = {"n": n, "d": d, "stage": stage, "temperature": temperature, "normalize": normalize}
+                results.append({**case, "errors": errors})
                 print(results[-1], flush=True)
     return results, missing
 

@@ -6,7 +6,7 @@ import argparse
 
 from . import machine
 from .competitors import OURS, load, names
-from .timing import TEMPERATURE, Case, compare, compare_threads, lines
+from .timing import TEMPERATURE, Case, Comparison, compare, compare_threads, lines
 
 GRID = ((16, 128), (64, 128), (256, 128), (1024, 128), (4096, 128), (2048, 512), (2048, 2048))
 
@@ -18,7 +18,7 @@ def sizes(arguments: argparse.Namespace) -> list[tuple[int, int]]:
     return [(n, d) for d in arguments.d or [128] for n in arguments.n or [16, 64, 256, 1024, 4096]]
 
 
-def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[str, str]]:
+def run(arguments: argparse.Namespace) -> tuple[list[Comparison], dict[str, str]]:
     """Return the results, and the losses that are missing."""
     results, missing = [], {}
     for n, d in sizes(arguments):

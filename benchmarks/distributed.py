@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -30,12 +31,14 @@ from torch import Tensor
 import fastntxent
 from fastntxent.distributed import wire
 from fastntxent.ops import kernels
+from fastntxent.ops.register import call_kernel
+from fastntxent.options import Strategy
 
 from .competitors import Loss
 from .timing import TEMPERATURE, TOLERANCE, Case, Phases, interleave, quantiles, step
 
-SIZES = ((128, 128), (512, 128), (512, 512))  # samples per rank, features
-STRATEGIES = ("all_gather", "ring")
+SIZES: tuple[tuple[int, int], ...] = ((128, 128), (512, 128), (512, 512))  # samples per rank, features
+STRATEGIES: tuple[Strategy, ...] = ("all_gather", "ring")
 
 
 def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[str, str]]:
@@ -45,7 +48,7 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[st
     sizes = SIZES
     if arguments.n or arguments.d:
         sizes = tuple((n, d) for n in arguments.n or [512] for d in arguments.d or [128])
-    results = []
+    results: list[dict[str, Any]] = []
     for world in arguments.ranks:
         of_ranks = on_ranks(world, measure_rank, sizes, arguments.rounds)
         for found in zip(*of_ranks, strict=True):
@@ -86,16 +89,15 @@ def measure_rank(sizes: list[tuple[int, int]], rounds: int) -> list[dict[str, An
     for n, d in sizes:
         whole = Case(n * world, d).inputs()
         z_i, z_j = (z.detach()[rank * n : (rank + 1) * n].clone().requires_grad_() for z in whole)
-        ways = {strategy: _over_ranks(strategy) for strategy in STRATEGIES}
+        ways: dict[str, Loss] = {strategy: _over_ranks(strategy) for strategy in STRATEGIES}
         ways |= {"gathered": _gathered, "dense": _dense_of_rank}
         true = _evaluate_whole(*whole, n)
         sent = {}
         for name, loss in ways.items():
             with bytes_sent() as counted:
-                loss(z_i, z_j).backward()
+                gradients = torch.autograd.grad(loss(z_i, z_j), (z_i, z_j))
             sent[name] = counted
-            _check_rank(name, torch.cat((z_i.grad, z_j.grad)), true)
-            z_i.grad = z_j.grad = None
+            _check_rank(name, torch.cat(gradients), true)
         block = torch.randn(2 * n, d)
         calls = {name: partial(_step_of_ranks, loss, z_i, z_j) for name, loss in ways.items()}
         calls |= {"kernels": partial(_alone, torch.cat(whole).detach()), "link": partial(_link, block)}
@@ -104,8 +106,13 @@ def measure_rank(sizes: list[tuple[int, int]], rounds: int) -> list[dict[str, An
     return measured
 
 
-def _over_ranks(strategy: str) -> Loss:
-    group = fastntxent.Sharding(dist.group.WORLD, strategy=strategy)
+def _world() -> dist.ProcessGroup:
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD
+
+
+def _over_ranks(strategy: Strategy) -> Loss:
+    group = fastntxent.Sharding(_world(), strategy=strategy)
     return partial(fastntxent.nt_xent, temperature=TEMPERATURE, group=group)
 
 
@@ -134,8 +141,8 @@ def _evaluate_whole(z_i: Tensor, z_j: Tensor, n: int) -> Tensor:
     gradient = torch.empty(2, *z_i.shape, dtype=torch.float64)
     if dist.get_rank() == 0:
         z = torch.stack((z_i, z_j)).detach().double().requires_grad_()
-        fastntxent.nt_xent(z[0], z[1], TEMPERATURE).backward()
-        gradient = z.grad * dist.get_world_size()
+        (d_z,) = torch.autograd.grad(fastntxent.nt_xent(z[0], z[1], TEMPERATURE), z)
+        gradient = d_z * dist.get_world_size()
     dist.broadcast(gradient, 0)
     return gradient[:, dist.get_rank() * n :][:, :n].flatten(0, 1)
 
@@ -164,7 +171,7 @@ def _alone(z: Tensor, turn: int) -> Phases:
 
 def _link(block: Tensor, turn: int) -> Phases:
     """Return the times of an all-gather of blocks, of one hop of the ring, and of an all-gather of one number."""
-    group, phases = dist.group.WORLD, {}
+    group, phases = _world(), {}
     sizes = [len(block)] * group.size()
     for name, send in {
         "all_gather": lambda: wire.all_gather(group, block, sizes),
@@ -182,7 +189,7 @@ def _link(block: Tensor, turn: int) -> Phases:
 def _watched() -> Iterator[Phases]:
     """Measure the seconds spent in this block in kernels of losses across ranks, and waiting for other ranks."""
     spent = {"products": 0.0, "waiting": 0.0}
-    call_kernel, waiting = kernels.call_kernel, wire._waiting
+    waiting = wire._waiting
 
     @contextlib.contextmanager
     def clocked(phase: str) -> Iterator[None]:
@@ -195,17 +202,18 @@ def _watched() -> Iterator[Phases]:
         with clocked("waiting"), waiting(group):
             yield
 
-    kernels.call_kernel, wire._waiting = clocked("products")(call_kernel), clocked_waiting
-    try:
+    clocked_kernel = clocked("products")(call_kernel)
+    with (
+        mock.patch.object(kernels, "call_kernel", clocked_kernel),
+        mock.patch.object(wire, "_waiting", clocked_waiting),
+    ):
         yield spent
-    finally:
-        kernels.call_kernel, wire._waiting = call_kernel, waiting
 
 
 # --- results of all ranks --------------------------------------------------------------------------------------------
 
 
-def compare_with_model(world: int, of_ranks: tuple[dict[str, Any], ...]) -> list[dict[str, object]]:
+def compare_with_model(world: int, of_ranks: tuple[dict[str, Any], ...]) -> list[dict[str, Any]]:
     """Return the measured and the modelled figures of both strategies at one size."""
     first = of_ranks[0]
     n, d, rows = first["n"], first["d"], 2 * first["n"]

@@ -12,7 +12,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -106,7 +106,9 @@ def pairs(d: int) -> dict[str, Pair]:
     symmetric = sentence_transformers.MultipleNegativesRankingLoss(
         None, scale=1 / TEMPERATURE, directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction"
     )
-    clip, siglip, sup_con = open_clip.ClipLoss(), open_clip.SigLipLoss(), sup_contrast.SupConLoss()
+    # These return a dict only with output_dict=True.
+    clip, siglip = cast("Formula", open_clip.ClipLoss()), cast("Formula", open_clip.SigLipLoss())
+    sup_con = sup_contrast.SupConLoss()
     return {
         "solo-learn, simclr_loss_func": Pair(
             _solo_learn,

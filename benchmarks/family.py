@@ -19,12 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastntxent
+from fastntxent.options import SupConForm
 
 from . import instruction_set, memory
 from .competitors import Loss
 from .timing import TEMPERATURE, Case, interleave, quantiles, step
 
 CLASSES = 10
+FORMS: tuple[SupConForm, ...] = ("out", "in", "pairs")
 
 
 def _dense_clip(image: Tensor, text: Tensor) -> Tensor:
@@ -37,7 +39,7 @@ def _clip(image: Tensor, text: Tensor) -> Tensor:
     return fastntxent.clip(image, text, TEMPERATURE, normalize=False)
 
 
-def _sup_con(form: str) -> Loss:
+def _sup_con(form: SupConForm) -> Loss:
     def loss(z_i: Tensor, z_j: Tensor) -> Tensor:
         labels = (torch.arange(len(z_i)) % CLASSES).repeat(2)
         return fastntxent.sup_con(torch.cat((z_i, z_j)), labels, TEMPERATURE, form=form)
@@ -53,7 +55,7 @@ def _nt_xent(z_i: Tensor, z_j: Tensor) -> Tensor:
 COMPARISONS: dict[str, tuple[dict[str, Loss], list[tuple[int, int]]]] = {
     "two towers": ({"dense CLIP": _dense_clip, "clip": _clip}, [(8192, 512)]),
     "labels": (
-        {"nt_xent": _nt_xent, **{f"sup_con {form}": _sup_con(form) for form in ("out", "in", "pairs")}},
+        {"nt_xent": _nt_xent, **{f"sup_con {form}": _sup_con(form) for form in FORMS}},
         [(1024, 128), (4096, 128)],
     ),
 }
@@ -64,7 +66,8 @@ def inputs(kind: str, n: int, d: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Return two views. For two towers they are unit rows, since CLIP's features come normalised."""
     views = Case(n, d).inputs(seed)
     if kind == "two towers":
-        return tuple(F.normalize(view.detach(), dim=1).requires_grad_() for view in views)
+        image, text = (F.normalize(view.detach(), dim=1).requires_grad_() for view in views)
+        return image, text
     return views
 
 

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from . import model
 from .competitors import Loss, load, names
-from .timing import TEMPERATURE, Case, check, compare, lines, step
+from .timing import TEMPERATURE, Case, Comparison, check, compare, lines, step
 
 GRID = ((256, 128), (1024, 128), (4096, 128), (16384, 128), (32768, 128), (4096, 512), (32768, 768), (4096, 2048))
 
 
-def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[str, str]]:
+def run(arguments: argparse.Namespace) -> tuple[list[Comparison], dict[str, str]]:
     """Return the results, and the losses that are missing or failed. bfloat16 runs under autocast, as in training."""
     if not torch.cuda.is_available():
         raise SystemExit("python -m benchmarks gpu: needs a CUDA device and a PyTorch built for it")
@@ -36,7 +36,8 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[st
                 except Exception as error:  # no memory, no kernel for this size, a wrong gradient: reported, not timed
                     missing[f"{name} {case.dtype} {n} {d}"] = f"{type(error).__name__}: {error}".splitlines()[0]
                     del losses[name]
-            result = {**compare(losses, case, arguments.seconds), "device": torch.cuda.get_device_name()}
+            result = compare(losses, case, arguments.seconds)
+            result["device"] = torch.cuda.get_device_name()
             for name, row in result["losses"].items():
                 row["extra_bytes"] = peaks[name]
             if "triton" in losses and (predicted := _predicted(result)):
@@ -46,7 +47,7 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[st
     return results, missing
 
 
-def _predicted(result: dict) -> dict[str, float] | None:
+def _predicted(result: Comparison) -> dict[str, float] | None:
     """Return the model's prediction for this device, or None if the model does not cover the device."""
     target = "sm_{}{}".format(*torch.cuda.get_device_capability())
     if target not in model.TARGETS or torch.version.hip:
@@ -56,7 +57,7 @@ def _predicted(result: dict) -> dict[str, float] | None:
     return model.predict(target, result["n"], result["d"], dtype, rate)[0]
 
 
-def _model_line(result: dict) -> list[str]:
+def _model_line(result: Comparison) -> list[str]:
     if "model" not in result:
         return []
     parts = ", ".join(f"{name} {ms:.3g}" for name, ms in result["model"].items())

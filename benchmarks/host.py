@@ -24,6 +24,7 @@ import torch
 from fastntxent import NTXentLoss, nt_xent
 from fastntxent.backends.base import KernelBackend
 from fastntxent.backends.cuda.calls import CudaBackend
+from fastntxent.options import BackendName
 
 from .timing import Phases, interleave
 
@@ -33,9 +34,10 @@ CALLS, ROUNDS = 300, 21
 def main() -> None:
     """Print the minimum and the median time of a step in microseconds."""
     torch.set_num_threads(1)
-    for name, stand_in, (n, d) in (("cuda", empty_launch, (8, 4)), ("triton", empty_triton, (256, 4))):
+    sizes: dict[BackendName, tuple[int, int]] = {"cuda": (8, 4), "triton": (256, 4)}
+    for name, (n, d) in sizes.items():
         print(f"{name}, N = {n}, D = {d}")
-        with stand_in():
+        with empty_launch() if name == "cuda" else empty_triton():
             seconds = seconds_of_steps(steps(name, n, d), CALLS, ROUNDS)
         for step, of_step in seconds.items():
             least, median = 1e6 * min(of_step), 1e6 * statistics.median(of_step)
@@ -115,7 +117,7 @@ def _in_place_of(name: str, backend: KernelBackend) -> Iterator[None]:
         yield
 
 
-def steps(backend: str, n: int, d: int) -> dict[str, Callable[[], None]]:
+def steps(backend: BackendName, n: int, d: int) -> dict[str, Callable[[], None]]:
     """Return a step of the loss for each way to call the loss."""
     z_i, z_j = (torch.randn(n, d, requires_grad=True) for _ in range(2))
     module = NTXentLoss(0.1, backend=backend)

@@ -16,7 +16,6 @@ import math
 import os
 import re
 import shutil
-import subprocess
 import tempfile
 from typing import NamedTuple
 
@@ -126,6 +125,12 @@ class CompiledKernel(NamedTuple):
     code: sass.Region | None = None
 
     @property
+    def machine_code(self) -> sass.Region:
+        """The machine code of a kernel for an NVIDIA chip."""
+        assert self.code is not None
+        return self.code
+
+    @property
     def warps(self) -> int:
         """Warps per program."""
         return 4 if self.tile is None else self.tile[3]
@@ -138,14 +143,13 @@ class CompiledKernel(NamedTuple):
     @property
     def flops(self) -> float:
         """Flops per iteration. The machine code does not show the shape of tcgen05's products; the tile gives it."""
-        assert self.code is not None
-        return self.code.main.flops * self.warps or flops_of_turn(self.kernel, self.tile, self.d, self.dtype)
+        return self.machine_code.main.flops * self.warps or flops_of_turn(self.kernel, self.tile, self.d, self.dtype)
 
     @property
     def tensor_cycles(self) -> float:
         """Cycles that the matrix units need for an iteration at their full rate."""
         chip = CHIPS[self.target]
-        return self.flops / rate(chip, self.dtype, self.tile) * chip.rates.cycles
+        return self.flops / rate(chip, self.dtype, self.tile) * chip.known_rates.cycles
 
     @property
     def limit(self) -> Limit | None:
@@ -166,8 +170,9 @@ class CompiledKernel(NamedTuple):
         if self.repeated:
             found.append(f"{self.repeated} products in which some warps repeat the work of others")
         if limit := self.limit:
-            counts, slots = self.code.main.counts, self.slots * 2**20 / self.flops
-            taken = Limit(math.ceil(slots), counts["shuffle"], counts["barrier"])
+            main = self.machine_code.main
+            slots = main.slots(self.warps) * 2**20 / self.flops
+            taken = Limit(math.ceil(slots), main.counts["shuffle"], main.counts["barrier"])
             found += [
                 f"{now} {name} in the loop, {most} at most"
                 for name, now, most in zip(Limit._fields, taken, limit, strict=True)
@@ -207,7 +212,7 @@ def line(report: CompiledKernel) -> str:
     tile = ",".join(str(size) for size in report.tile or "-" if size is not None)
     turn = ""
     if report.slots and CHIPS[report.target].rates:
-        counts = report.code.main.counts
+        counts = report.machine_code.main.counts
         turn = (
             f"turn: slots {report.slots:.0f} tensor {report.tensor_cycles:.0f} shuffles {counts['shuffle']} "
             f"barriers {counts['barrier']} "
@@ -225,7 +230,7 @@ def compile_all(target: str, dtype: str, d: int) -> list[CompiledKernel]:
     from fastntxent.backends.triton import config, pack
 
     family, DP = CHIPS[target].family, pack.padded_features(d)
-    reports = []
+    reports: list[CompiledKernel] = []
     if dtype == "tf32" and CHIPS[target].backend == "hip":
         return reports
     for variant in ("usual", "general") if d in GENERAL else ("usual",):
@@ -243,7 +248,7 @@ def compile_all(target: str, dtype: str, d: int) -> list[CompiledKernel]:
             shifts = (False, True) if kernel in ("fused", "form") else (None,)
             reports += [
                 compile_one(target, kernel, dtype, d, variant, tile, shifted)
-                for tile in sorted(tiles - {None})
+                for tile in sorted(tile for tile in tiles if tile is not None)
                 for shifted in shifts
             ]
     return reports
@@ -274,8 +279,7 @@ def flops_of_turn(kernel: str, tile: tuple[int, ...] | None, d: int, dtype: str)
 def rate(chip: Chip, dtype: str, tile: tuple[int, ...] | None) -> float:
     """Return the matrix units' flops per second for a tile. Warpgroup instructions need at least 64 rows. tcgen05's
     sums have 128 lanes, so we assume half the rate for 64 rows."""
-    rates, rows = chip.rates, 64 if tile is None else tile[0]
-    assert rates is not None
+    rates, rows = chip.known_rates, 64 if tile is None else tile[0]
     full = rates.product if rows >= 64 else rates.by_warps
     if chip.family == "sm_100" and 64 <= rows < 128:
         full /= 2
@@ -430,8 +434,7 @@ def _cuda_usage(cubin: bytes) -> tuple[int, int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [sass.tool("cuobjdump"), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        text = sass.output_of("cuobjdump", "--dump-resource-usage", file.name)
     numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     return numbers["REG"], numbers["STACK"], numbers["LOCAL"]
 

@@ -32,6 +32,5 @@ def longest(limits: dict[str, float]) -> Time:
 
 def fill(chip: Chip, active: float) -> float:
     """Return the bytes per cycle that each of the active multiprocessors gets from the L2 cache."""
-    rates = chip.rates
-    assert rates is not None
+    rates = chip.known_rates
     return min(FILL, rates.cache / rates.cycles * chip.multiprocessors / active)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -56,7 +59,8 @@ class FlexAttention:
         from torch.nn.attention.flex_attention import AuxRequest, flex_attention  # not in every PyTorch
 
         self.temperature = temperature
-        self.attention = torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+        attention: Callable[..., Any] = flex_attention  # torch.compile would keep only its first overload
+        self.attention = torch.compile(attention, dynamic=False) if compiled else attention
         self.wanted = AuxRequest(lse=True)
 
     def __call__(self, z_i: Tensor, z_j: Tensor) -> Tensor:

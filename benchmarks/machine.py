@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
@@ -48,6 +49,14 @@ def processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+class Clock(Protocol):
+    """A clock. The type of a mark depends on the clock."""
+
+    def mark(self) -> Any: ...
+
+    def seconds(self, start: Any, end: Any) -> float: ...
+
+
 class HostClock:
     """Wall time on the host."""
 
@@ -71,7 +80,7 @@ class CudaClock:
         return start.elapsed_time(end) / 1e3
 
 
-CLOCKS = {"cpu": HostClock(), "cuda": CudaClock()}
+CLOCKS: dict[str, Clock] = {"cpu": HostClock(), "cuda": CudaClock()}
 
 
 def gemm_call(device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Callable[[], float], float]:

@@ -10,10 +10,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict
 
 from . import instruction_set, machine
 from .competitors import load, names
 from .timing import TEMPERATURE, Case, step
+
+if TYPE_CHECKING:
+    from typing_extensions import NotRequired
 
 GRID = (64, 1024, 4096, 16384, 65536)
 
@@ -21,7 +25,23 @@ GRID = (64, 1024, 4096, 16384, 65536)
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 
 
-def measure_in_process(name: str, n: int, d: int, seconds: float = 0) -> dict[str, object]:
+class MemoryRow(TypedDict):
+    """The figures of one process."""
+
+    loss: str
+    n: int
+    d: int
+    temperature: float
+    extra_bytes: int
+    s: float
+    steps: int
+    gemm_gflops: list[float]  # before and after
+    times_floor: NotRequired[float]  # this and the following: suite scaling
+    growth: NotRequired[float]
+    growth_normalised: NotRequired[float]
+
+
+def measure_in_process(name: str, n: int, d: int, seconds: float = 0) -> MemoryRow:
     """Return a step's peak memory and its median time over `seconds`, and the GEMM's rate before and after, measured in
     a new process."""
     command = [sys.executable, *instruction_set.module("benchmarks.memory"), name, str(n), str(d), str(seconds)]
@@ -31,7 +51,7 @@ def measure_in_process(name: str, n: int, d: int, seconds: float = 0) -> dict[st
     return json.loads(done.stdout)
 
 
-def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[str, str]]:
+def run(arguments: argparse.Namespace) -> tuple[list[MemoryRow], dict[str, str]]:
     """Return results for every size and loss that fits, and the losses that are missing."""
     results, missing = [], {}
     for n, d in ((n, d) for d in arguments.d or [128] for n in arguments.n or GRID):
@@ -68,12 +88,13 @@ def _main(name: str, n: int, d: int, seconds: float) -> None:
     rates = [machine.gemm_rate()]
     forget_peak()
     before = resident_peak()
-    start, times = time.perf_counter(), []
+    times: list[float] = []
+    start = time.perf_counter()
     while not times or time.perf_counter() - start < seconds:
         times.append(step(losses[name], z_i, z_j)["both"])
     extra = resident_peak() - before
     rates.append(machine.gemm_rate())
-    result = {
+    result: MemoryRow = {
         "loss": name,
         "n": n,
         "d": d,

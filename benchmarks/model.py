@@ -29,8 +29,8 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 from fastntxent.verification import policy
 
@@ -38,10 +38,15 @@ from . import binary, kernels, model_cuda, sass
 from .chips import CHIPS, Chip
 from .limits import FIRST, GEMM, LAUNCH, LOAD, SYNC, Time, fill, longest
 
+if TYPE_CHECKING:
+    from fastntxent.backends.triton.config import TileConfig
+
 SHAPES = ((256, 128), (4096, 128), (32768, 128), (32768, 768))
 TARGETS = ("sm_80", "sm_90", "sm_100")
 SMALL = policy.SMALL_BATCH // 2  # largest number of samples for which the CUDA kernel is predicted
 STAYS = 2 / 3  # share of the L2 cache in which data survives until the next pass
+
+Tiles = Mapping[str, "TileConfig | None"]  # by kernel
 
 
 class Work(NamedTuple):
@@ -67,8 +72,7 @@ def time_of(limits: dict[str, float], launches: int) -> Time:
 
 def least(work: Work, chip: Chip, dtype: str, tile: tuple[int, ...], gemm: float | None = None) -> dict[str, float]:
     """Return the seconds for each limit that does not depend on the compiled code."""
-    rates = chip.rates
-    assert rates is not None
+    rates = chip.known_rates
     matrix = kernels.rate(chip, dtype, tile) * (GEMM if gemm is None else gemm / rates.product)
     uneven = _uneven(work, chip)
     active = min(work.programs / work.launches, chip.multiprocessors)
@@ -82,18 +86,17 @@ def least(work: Work, chip: Chip, dtype: str, tile: tuple[int, ...], gemm: float
 
 def needs(work: Work, report: kernels.CompiledKernel, dtype: str, gemm: float | None = None) -> dict[str, float]:
     """Return the seconds for each limit of a compiled kernel."""
-    chip, code, tile = CHIPS[report.target], report.code, report.tile
-    rates = chip.rates
-    assert rates is not None
-    assert code is not None
+    chip, code, tile = CHIPS[report.target], report.machine_code, report.tile
     assert tile is not None
-    lanes, turns = 32 * report.warps, turns_of(work, report)
+    rates, lanes, turns = chip.known_rates, 32 * report.warps, turns_of(work, report)
 
     def executed(of: Callable[[sass.Region], float]) -> float:
         """Return a per-warp figure of a region, summed over all executed regions of all programs."""
         return code.total(turns, of) * work.programs
 
-    of_kind = {kind: executed(lambda region, kind=kind: region.counts[kind]) * lanes for kind in ("exp", "alu", "fma")}
+    def of_kind(kind: str) -> float:
+        return executed(lambda region: region.counts[kind]) * lanes
+
     shared = 128 * report.warps * executed(lambda region: region.shared)
     operands = 0 if code.main.flops else work.operands
     a_turn = rates.cycles / chip.multiprocessors  # cycles per second of one multiprocessor
@@ -102,9 +105,9 @@ def needs(work: Work, report: kernels.CompiledKernel, dtype: str, gemm: float | 
     rounds = math.ceil(work.programs / work.launches / (chip.multiprocessors * held)) * work.launches
     found = {
         "slots": executed(lambda region: region.slots(report.warps)) / rates.cycles,
-        "integers": of_kind["alu"] / 64 / rates.cycles,
-        "floats": of_kind["fma"] / rates.float32 / rates.cycles,
-        "exps": of_kind["exp"] / rates.exp,
+        "integers": of_kind("alu") / 64 / rates.cycles,
+        "floats": of_kind("fma") / rates.float32 / rates.cycles,
+        "exps": of_kind("exp") / rates.exp,
         "shared": (shared + operands) / rates.shared,
     }
     found = {name: seconds * _uneven(work, chip) for name, seconds in found.items()}
@@ -114,8 +117,8 @@ def needs(work: Work, report: kernels.CompiledKernel, dtype: str, gemm: float | 
 def turns_of(work: Work, report: kernels.CompiledKernel) -> tuple[float, ...]:
     """Return the iterations of each loop in the machine code. An additional outer loop counts as one iteration, and a
     loop of the schedule that the compiler unrolled is left out."""
-    code, missing = report.code, report.code.depth - len(work.turns)
-    turns = (1.0,) * missing + work.turns[: code.depth]
+    code = report.machine_code
+    turns = (1.0,) * (code.depth - len(work.turns)) + work.turns[: code.depth]
     found, wanted = code.total(turns, lambda region: region.flops) * report.warps, work.flops / work.programs
     assert not found or 0.7 < found / wanted < 2.1, f"{report.kernel}: {found:.3g} flops per program, not {wanted:.3g}"
     return turns
@@ -129,27 +132,34 @@ def _uneven(work: Work, chip: Chip) -> float:
 
 def _chain(region: sass.Region, report: kernels.CompiledKernel) -> float:
     """Return the cycles of a region without its inner loops, for a program that has the multiprocessor to itself."""
-    counts = region.counts
+    counts, main, tile = region.counts, report.machine_code.main, report.tile
+    assert tile is not None
     flops = region.flops * report.warps
     if not region.flops and counts["tensor"]:  # tcgen05: the flops in proportion to matrix instructions
-        flops = report.flops * counts["tensor"] / report.code.main.counts["tensor"]
+        flops = report.flops * counts["tensor"] / main.counts["tensor"]
     chip = CHIPS[report.target]
-    products = flops / kernels.rate(chip, report.dtype, report.tile) * chip.rates.cycles
+    products = flops / kernels.rate(chip, report.dtype, tile) * chip.known_rates.cycles
     waits = counts["barrier"] + counts["drain"] + counts["tensor memory"]
-    ahead = report.tile[4] > 2
-    loads = LOAD if region is report.code.main and not ahead else 0
+    ahead = tile[4] > 2
+    loads = LOAD if region is main and not ahead else 0
     return products + region.slots(report.warps) + SYNC * waits + loads
 
 
-def work_of(kernel: str, tiles: dict[str, tuple[int, ...]], M: int, DP: int, dtype: str, chip: Chip) -> Work:
+def _tile(tiles: Tiles, kernel: str) -> TileConfig:
+    tile = tiles[kernel]
+    assert tile is not None
+    return tile
+
+
+def work_of(kernel: str, tiles: Tiles, M: int, DP: int, dtype: str, chip: Chip) -> Work:
     """Return the work of a kernel for NT-Xent of M rows with DP features."""
     from fastntxent.backends.triton import config
 
-    block_m, block_n, block_d, *_ = tiles[kernel]
+    block_m, block_n, block_d, *_ = _tile(tiles, kernel)
     parts, width = (3 if dtype == "fp32" else 1), (2 if dtype == "bf16" else 4)
     pairs, x_bytes = M * M, M * DP * width
     product, row, chunks = 2 * pairs * DP * parts, DP * width, DP / block_d
-    stays = STAYS * chip.rates.l2
+    stays = STAYS * chip.known_rates.l2
     again = x_bytes if x_bytes > stays else 0  # read from memory by each further pass over x
     operands = product * (1 / min(block_m, 128) + 1 / block_n)
     if kernel == "direct":
@@ -170,26 +180,26 @@ def work_of(kernel: str, tiles: dict[str, tuple[int, ...]], M: int, DP: int, dty
         parts_of_cols = math.ceil(M / part_cols)
         memory = x_bytes + again * blocks / (config.PROGRAMS * chip.multiprocessors) + 8 * parts_of_cols * M * DP
         operands += product / min(block_m, 128)  # one operand of the second product is in registers
-        turns = (part_cols / block_n,)
-        return Work(2 * product, pairs, operands, pairs / block_m * row, memory, blocks * parts_of_cols, turns)
+        programs = blocks * parts_of_cols
+        return Work(2 * product, pairs, operands, pairs / block_m * row, memory, programs, (part_cols / block_n,))
     return _work_of_panels(kernel, tiles, M, DP, dtype, chip)
 
 
-def _work_of_panels(kernel: str, tiles: dict[str, tuple[int, ...]], M: int, DP: int, dtype: str, chip: Chip) -> Work:
+def _work_of_panels(kernel: str, tiles: Tiles, M: int, DP: int, dtype: str, chip: Chip) -> Work:
     """Return the work of `form` or `gather`. A launch handles two squares of G: two on the diagonal, or one above the
     diagonal and its transpose, which is not formed again."""
     from fastntxent.backends.triton import config
 
-    block_m, block_n, block_d, *_ = tiles[kernel]
+    block_m, block_n, block_d, *_ = _tile(tiles, kernel)
     parts, width = (3 if dtype == "fp32" else 1), (2 if dtype == "bf16" else 4)
     row, chunks = DP * width, DP / block_d
-    edge = config.edge_of_panel(chip.multiprocessors, M, DP, width, tiles["gather"])
+    edge = config.edge_of_panel(chip.multiprocessors, M, DP, width, _tile(tiles, "gather"))
     squares = math.ceil(M / edge)
     above = squares * (squares - 1) // 2
     launches = math.ceil(squares / 2) + above
     # If a panel, its rows of x and their sums exceed the L2 cache, the excess is read from memory again.
     panel, rows, sums = 2 * edge * edge * width, 2 * edge * row, 2 * edge * DP * 4
-    missed = max(0.0, 1 - STAYS * chip.rates.l2 / (panel + rows + sums))
+    missed = max(0.0, 1 - STAYS * chip.known_rates.l2 / (panel + rows + sums))
     memory = launches * (rows + missed * panel)
     if kernel == "form":
         pairs = (squares + above) * edge * edge
@@ -206,7 +216,7 @@ def _work_of_panels(kernel: str, tiles: dict[str, tuple[int, ...]], M: int, DP: 
 def around(M: int, DP: int, dtype: str, chip: Chip, finished: bool) -> float:
     """Return the seconds of memory traffic and launches for packing, finishing and weighting the rows, and for
     unpacking the gradient."""
-    rates, width = chip.rates, 2 if dtype == "bf16" else 4
+    rates, width = chip.known_rates, 2 if dtype == "bf16" else 4
     read = M * DP * (2 * 2 * width + width)  # a row and its positive are read twice, the row is written once
     back = M * DP * (4 + 2 * width + 4)
     return (read + back) / rates.memory + LAUNCH * (4 if finished else 3)
@@ -234,7 +244,7 @@ def predict(
     times["around"] = around(M, DP, dtype, chip, forward == "direct")
     times["forward"] = times[forward] + times["around"] / 2
     times["both"] = sum(times[kernel] for kernel in (forward, *backward, "around"))
-    times["u"] = 2 * M * M * d / (gemm or GEMM * chip.rates.product)
+    times["u"] = 2 * M * M * d / (gemm or GEMM * chip.known_rates.product)
     return {name: 1e3 * s for name, s in times.items()}, binds
 
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 import functools
 import math
 import re
-import subprocess
 from typing import NamedTuple
 
 from . import binary, sass
@@ -88,8 +87,7 @@ class Phase(NamedTuple):
 
 def time_of_phase(task: sass.Region, phase: Phase, cut: Plan, chip: Chip, parts: int) -> Time:
     """Return the seconds of a phase, and the bottleneck of its steps."""
-    rates = chip.rates
-    assert rates is not None
+    rates = chip.known_rates
     tile = task.loop
     assert tile is not None
     step = tile.main
@@ -120,12 +118,11 @@ def time_of_phase(task: sass.Region, phase: Phase, cut: Plan, chip: Chip, parts:
 def predict(target: str, n: int, d: int, dtype: str) -> tuple[dict[str, float], dict[str, str]]:
     """Return the milliseconds of a loss and its gradient in one launch, by phase, and the bottleneck of each phase."""
     chip, M, parts = CHIPS[target], 2 * n, 2 if dtype == "fp32" else 1
-    rates = chip.rates
-    assert rates is not None
+    rates = chip.known_rates
     program, registers = built_kernel(target, "split" if parts == 2 else "bfloat")
     cut = plan(chip, registers, M, d, parts)
     sides = sorted((loop for loop in program.inner if loop.tensor), key=lambda loop: loop.tensor)
-    tasks = [loop.loop for loop in sides]  # one per side
+    tasks = [loop.loop for loop in sides if loop.loop]  # one per side
     assert len(tasks) == 2, "the machine code is not a forward's sums and a gradient"
     groups = math.ceil(cut.chunks / cut.group)
     phases = {
@@ -154,8 +151,7 @@ def built_kernel(target: str, operands: str) -> tuple[sass.Region, int]:
     module = binary.built()
     if module is None:
         raise FileNotFoundError("fastntxent._cuda was not built")
-    command = [sass.tool("cuobjdump"), "--dump-resource-usage", "-arch", target, module]
-    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = sass.output_of("cuobjdump", "--dump-resource-usage", "-arch", target, module)
     registers = re.search(rf"Function \S*kernel_{operands}_cu\S*:\s*REG:(\d+)", usage)
     assert registers, f"no kernel of {operands} for {target}"
     return next(region for name, region in built_programs(target).items() if f"kernel_{operands}_cu" in name), int(

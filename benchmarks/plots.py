@@ -49,9 +49,14 @@ def _plot(axes: Axes, lines: Lines, title: str) -> None:
     for marker, (name, points) in zip(MARKERS, lines.items(), strict=False):
         if points:
             ours = name in OURS
-            style = {"linewidth": 2.5 if ours else 1.2, "markersize": 6 if ours else 5}
-            label = f"fastntxent {name}" if ours else NAMES.get(name, name)
-            axes.plot(*zip(*points, strict=True), marker=marker, label=label, color=COLORS[name], **style)
+            axes.plot(
+                *zip(*points, strict=True),
+                marker=marker,
+                label=f"fastntxent {name}" if ours else NAMES.get(name, name),
+                color=COLORS[name],
+                linewidth=2.5 if ours else 1.2,
+                markersize=6 if ours else 5,
+            )
     axes.set(xscale="log", yscale="log", xlabel=f"N (samples; D = {D})", title=title)
     sizes = sorted({n for points in lines.values() for n, _ in points})
     axes.set_xticks(sizes, map(str, sizes))

@@ -117,11 +117,12 @@ class Region(NamedTuple):
         return found
 
 
-def tool(name: str) -> Path:
-    """Return the path of a program that Triton ships: nvdisasm or cuobjdump."""
+def output_of(tool: str, *arguments: str | Path) -> str:
+    """Return the output of a program that Triton ships: nvdisasm or cuobjdump."""
     import triton
 
-    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def program(cubin: bytes) -> Region:
@@ -129,14 +130,12 @@ def program(cubin: bytes) -> Region:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True).stdout
-    return parse(text)
+        return parse(output_of("nvdisasm", "-c", file.name))
 
 
 def programs(module: Path, chip: str) -> dict[str, Region]:
     """Return every kernel of a module for a chip, by its mangled name."""
-    command = [tool("cuobjdump"), "-sass", "-arch", chip, module]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    text = output_of("cuobjdump", "-sass", "-arch", chip, module)
     parts = re.split(r"^\s*Function : (\S+)$", text, flags=re.MULTILINE)[1:]
     return {name: parse(code) for name, code in zip(parts[::2], parts[1::2], strict=True)}
 
@@ -204,9 +203,10 @@ def _shared(instruction: str) -> float:
     (64 rows; the first operand only if it is not in registers) are split evenly over its four warps."""
     name = opcode(instruction)
     if name == "HGMMA":
-        _, columns, _ = _WARPGROUP_SHAPE.search(instruction).groups()
+        shape = _WARPGROUP_SHAPE.search(instruction)
+        assert shape is not None
         rows = 0 if re.search(r"HGMMA\S* R\d+, R\d+", instruction) else 64
-        return (rows + int(columns)) * 32 / 128 / 4
+        return (rows + int(shape[2])) * 32 / 128 / 4
     if name == "SHFL":
         return 1
     if name in ("LDS", "STS", "LDGSTS"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Mapping, Sequence
 
 from . import instruction_set, machine, memory, schedule, timing
 from .competitors import load
@@ -12,13 +13,13 @@ GRID = (8192, 16384, 32768, 65536)
 THREADS_GRID = (256, 1024, 4096)
 
 
-def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[str, str]]:
+def run(arguments: argparse.Namespace) -> tuple[Sequence[Mapping[str, object]], dict[str, str]]:
     """Return results for several numbers of threads if these are given, otherwise for several sizes."""
     name = (arguments.only or ["cpu"])[0]
     return _over_threads(name, arguments) if arguments.threads else (_over_sizes(name, arguments), {})
 
 
-def _over_sizes(name: str, arguments: argparse.Namespace) -> list[dict[str, object]]:
+def _over_sizes(name: str, arguments: argparse.Namespace) -> list[memory.MemoryRow]:
     """Return results from one process per size, with the seconds also as multiples of the floor at the GEMM's rate."""
     results = []
     for d in arguments.d or [128]:

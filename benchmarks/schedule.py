@@ -118,8 +118,8 @@ def cut(problem: Problem, threads: int) -> Cut:
     """Return how the kernels split this call."""
     from fastntxent import _cpu
 
-    *numbers, tasks = _cpu.schedule(problem.rows, problem.cols, problem.d, threads)
-    return Cut(*numbers, [Task(*task) for task in tasks])
+    found = Cut(*_cpu.schedule(problem.rows, problem.cols, problem.d, threads))
+    return found._replace(tasks=[Task(*task) for task in found.tasks])
 
 
 def turns_of(problem: Problem, task: Task) -> Turns:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from .competitors import COMPETITORS, OURS
 
 SuiteRecord = dict  # as written by __main__
@@ -261,7 +263,7 @@ def distributed_table(record: SuiteRecord) -> str:
     return f"{_markdown(heads, rows)}\n\n{_footnote(record)} {note}"
 
 
-def _in_order(found: object) -> list[str]:
+def _in_order(found: Iterable[str]) -> list[str]:
     found = set(found)
     return [name for name in COMPETITORS if name in found]
 
@@ -270,7 +272,7 @@ def _head(name: str) -> str:
     return _HEADS.get(name, name) + ("\\*" if COMPETITORS[name].note else "")
 
 
-def _footnote(record: SuiteRecord, names: list[str] = (), *, libraries: bool = True) -> str:
+def _footnote(record: SuiteRecord, names: Sequence[str] = (), *, libraries: bool = True) -> str:
     machine = record["machine"]
     facts = [f"{machine['processor']}, threads: {machine['threads']}, {machine['vector']}"]
     if machine.get("held"):

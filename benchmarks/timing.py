@@ -7,15 +7,18 @@ import functools
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import machine
 from .competitors import COMPETITORS, OURS, Loss
+
+if TYPE_CHECKING:
+    from typing_extensions import NotRequired
 
 TEMPERATURE = 0.1
 FEWEST, MOST = 5, 200  # rounds per comparison
@@ -24,6 +27,8 @@ LARGEST_CHECKED = 4096  # samples: the reference is dense, in float64
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative error of the gradient; for the value, a tenth
 
 Phases = dict[str, float]  # seconds by name
+Quantiles = dict[str, float]  # milliseconds by name
+Key = TypeVar("Key", bound=Hashable)
 
 
 class Case(NamedTuple):
@@ -41,6 +46,36 @@ class Case(NamedTuple):
         views = (z + torch.randn(2, self.n, self.d, generator=generator)).to(self.device, self.dtype)
         z_i, z_j = (view.clone().requires_grad_() for view in views)
         return z_i, z_j
+
+
+class LossRow(TypedDict):
+    """The figures of one loss in a comparison."""
+
+    forward: Quantiles
+    backward: Quantiles
+    both: Quantiles
+    times_floor: float
+    over_ours: float | None
+    gradient_error: float
+    note: str
+    extra_bytes: NotRequired[int]  # suite gpu
+
+
+class Comparison(TypedDict):
+    """All losses at one size."""
+
+    n: int
+    d: int
+    dtype: str
+    temperature: float
+    rounds: int
+    gemm_gflops: float
+    floor_ms: float
+    ours: str | None
+    losses: dict[str, LossRow]
+    threads: NotRequired[dict[str, dict]]  # suite cpu, from `compare_threads`
+    device: NotRequired[str]  # suite gpu
+    model: NotRequired[dict[str, float]]  # suite gpu: milliseconds
 
 
 def _evaluate(loss: Loss, z_i: Tensor, z_j: Tensor) -> tuple[float, Tensor]:
@@ -87,13 +122,13 @@ def step(loss: Loss, z_i: Tensor, z_j: Tensor) -> Phases:
 
 
 def interleave(
-    calls: dict[str, Callable[[int], Phases]], seconds: float, fewest: int = FEWEST
-) -> dict[str, dict[str, list[float]]]:
+    calls: Mapping[Key, Callable[[int], Phases]], seconds: float, fewest: int = FEWEST
+) -> dict[Key, dict[str, list[float]]]:
     """Make every call once per round, in a different order each round, until the time is spent. Return name -> phase ->
     times."""
     for call in calls.values():
         call(0)  # compiles, allocates, starts threads
-    times: dict[str, dict[str, list[float]]] = {name: {} for name in calls}
+    times: dict[Key, dict[str, list[float]]] = {name: {} for name in calls}
     start, rounds = time.perf_counter(), 0
     while rounds < fewest or (rounds < MOST and time.perf_counter() - start < seconds):
         for name in random.Random(rounds).sample(list(calls), len(calls)):
@@ -103,14 +138,14 @@ def interleave(
     return times
 
 
-def quantiles(seconds: list[float]) -> dict[str, float]:
+def quantiles(seconds: list[float]) -> Quantiles:
     """Return p20, p50 and p80 in milliseconds."""
     ordered = sorted(1e3 * s for s in seconds)
     last = len(ordered) - 1
     return {"p20": ordered[round(0.2 * last)], "p50": statistics.median(ordered), "p80": ordered[round(0.8 * last)]}
 
 
-def compare(losses: dict[str, Loss], case: Case, seconds: float) -> dict[str, object]:
+def compare(losses: dict[str, Loss], case: Case, seconds: float) -> Comparison:
     """Return the comparison of all losses and a GEMM at one size."""
     errors = {name: check(name, loss, case) for name, loss in losses.items()}
     batches = [case.inputs(seed) for seed in range(BATCHES)]
@@ -122,9 +157,11 @@ def compare(losses: dict[str, Loss], case: Case, seconds: float) -> dict[str, ob
     floor = machine.floor(case.n, case.d, rate)
     medians = {name: statistics.median(phases["both"]) for name, phases in times.items()}
     ours = next((name for name in OURS if name in losses), None)
-    rows = {
+    rows: dict[str, LossRow] = {
         name: {
-            **{phase: quantiles(durations) for phase, durations in phases.items()},
+            "forward": quantiles(phases["forward"]),
+            "backward": quantiles(phases["backward"]),
+            "both": quantiles(phases["both"]),
             "times_floor": medians[name] / floor,
             "over_ours": medians[name] / medians[ours] if ours else None,
             "gradient_error": errors[name],
@@ -145,7 +182,7 @@ def compare(losses: dict[str, Loss], case: Case, seconds: float) -> dict[str, ob
     }
 
 
-def lines(result: dict[str, object]) -> list[str]:
+def lines(result: Comparison) -> list[str]:
     """Return the results of one comparison as lines of text."""
     size = f"N {result['n']}, D {result['d']}, {result['dtype']}"
     return [

@@ -77,8 +77,9 @@ def tile(kernel: str, rows: Packed, n: int | None = None) -> TileConfig:
     return chosen
 
 
-def look_up(family: str, kernel: str, width: int, n: int, DP: int) -> TileConfig | None:
-    """Return the tile of the first matching entry, with block_d reduced to a divisor of DP. The tile may be None."""
+def look_up(family: str, kernel: str, width: int, n: float, DP: int) -> TileConfig | None:
+    """Return the tile of the first matching entry, with block_d reduced to a divisor of DP. The tile may be None.
+    `n` may be infinite."""
     n = _forced.get("rows", n)
     entry = next(tile for rows, features, tile in entries(family, kernel, width) if rows >= n and features >= DP)
     if entry is None:
