@@ -41,7 +41,7 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/mypy examples tests/typed_usage.py
-	$(VENV)/bin/mypy -p benchmarks
+	$(VENV)/bin/mypy -p benchmarks -p tests
 	$(VENV)/bin/basedpyright --pythonpath $(VENV)/bin/python
 	$(VENV)/bin/clang-format --dry-run -Werror $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 	$(VENV)/bin/codespell

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -88,12 +89,11 @@ def bytes_sent() -> Iterator[list[int]]:
         sent.append(sum(operation.tensor.nbytes for operation in operations if operation.op is dist.isend))
         return transfer(operations)
 
-    wire._all_gather = counting_gather
-    dist.all_to_all_single, dist.batch_isend_irecv = counting_exchange, counting_transfer
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wire, "_all_gather", counting_gather)
+        patch.setattr(dist, "all_to_all_single", counting_exchange)
+        patch.setattr(dist, "batch_isend_irecv", counting_transfer)
         yield sent
-    finally:
-        wire._all_gather, dist.all_to_all_single, dist.batch_isend_irecv = gather, exchange, transfer
 
 
 class _Failure(str):

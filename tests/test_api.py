@@ -207,7 +207,7 @@ BAD_CALLS = {
     "not a tensor": (lambda: nt_xent([[1.0]], Z), TypeError, "z_i must be a torch.Tensor, got list"),
     "None": (lambda: nt_xent(Z, None), TypeError, "z_j must be a torch.Tensor, got NoneType"),
     "integers": (lambda: nt_xent(Z.long(), Z.long()), TypeError, "z_i must be float16.*got torch.int64"),
-    "complex": (lambda: nt_xent(Z.cfloat(), Z.cfloat()), TypeError, "got torch.complex64"),
+    "complex": (lambda: nt_xent(Z.to(torch.cfloat), Z.to(torch.cfloat)), TypeError, "got torch.complex64"),
     "nested": (lambda: nt_xent(torch.nested.nested_tensor([Z, Z]), Z), TypeError, "dense"),
     "sparse": (lambda: nt_xent(Z.to_sparse(), Z.to_sparse()), TypeError, "dense"),
     "one dimension": (lambda: nt_xent(Z[0], Z[0]), ValueError, r"z_i must have 2 dimensions.*\(3,\)"),

@@ -1,5 +1,6 @@
 """The arithmetic and checks of the benchmarks, at small sizes."""
 
+import importlib
 import json
 import os
 import platform
@@ -32,7 +33,7 @@ from tests.ranks import on_ranks
 BUILT = backends()["cpu"]
 needs_cpu_kernels = pytest.mark.skipif(not BUILT.available, reason=f"needs the CPU kernels built: {BUILT.reason}")
 if BUILT.available:
-    from fastntxent import _cpu
+    _cpu = importlib.import_module("fastntxent._cpu")
 ROOT = Path(__file__).parent.parent
 # The slowest instruction set of this processor's architecture.
 BASELINE = "neon" if platform.machine().lower() in ("aarch64", "arm64") else "portable"
@@ -105,7 +106,7 @@ def test_check_rejects_another_loss():
 
 
 def test_interleave_makes_every_call_once_a_round():
-    turns = {"a": [], "b": []}
+    turns: dict[str, list[int]] = {"a": [], "b": []}
 
     def call(name, turn):
         turns[name].append(turn)

@@ -68,7 +68,7 @@ def test_the_calling_thread_alone_hands_out_and_waits_for_nothing():
 def test_the_kernels_tasks_cover_the_matrix_once_and_every_block_has_its_turns(problem, threads):
     of = schedule.cut(problem, threads)
     covered = torch.zeros(problem.rows, problem.cols or problem.rows, dtype=torch.int8)
-    turns = {}
+    turns: dict = {}
     for task in of.tasks:
         n = of.block_tiles * of.edge
         block = covered[task.first_row : task.first_row + n, task.first_col : task.first_col + n]

@@ -4,13 +4,14 @@ import collections
 import contextlib
 import copy
 import random
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -221,6 +222,10 @@ class InPlace(Stateful):
 
 
 class Assigned(Stateful):
+    running: Tensor
+    transient: Tensor
+    unset: Tensor | None
+
     def init(self):
         self.register_buffer("running", torch.ones(8))
         self.register_buffer("transient", torch.ones(8), persistent=False)
@@ -247,11 +252,13 @@ class Resized(Stateful):
 
 
 class Attributes(Stateful):
+    inner: Any
+
     def init(self):
         self.inner = nn.Module()
         self.inner.step, self.inner.mean = 0, torch.ones(8)
         self.list, self.tuple, self.set = [1.0], (torch.ones(8),), set()
-        self.dict = {"mean": torch.ones(8), "nested": {"last": collections.deque([1.0, 2.0], maxlen=2)}}
+        self.dict: dict[str, Any] = {"mean": torch.ones(8), "nested": {"last": collections.deque([1.0, 2.0], maxlen=2)}}
         self.counter, self.array = collections.Counter("a"), np.ones(1)
 
     def scale(self, h):
@@ -269,6 +276,8 @@ class Attributes(Stateful):
 
 
 class Created(Stateful):
+    late: Tensor
+
     def init(self):
         self.norm = None
 
@@ -284,7 +293,7 @@ class Created(Stateful):
 class Random(Stateful):
     def init(self):
         self.torch, self.python = torch.Generator().manual_seed(3), random.Random(3)
-        self.numpy = [np.random.default_rng(3), np.random.RandomState(3)]
+        self.numpy: list[Any] = [np.random.default_rng(3), np.random.RandomState(3)]
 
     def scale(self, h):
         own = torch.rand(8, generator=self.torch) + self.python.random() + self.numpy[0].random() + self.numpy[1].rand()
@@ -522,6 +531,8 @@ def test_cached_backward_inputs_are_neither_changed_nor_given_a_gradient():
 def test_cached_backward_takes_the_embeddings_out_of_memory_that_is_written_again():
     # CUDA graphs reuse their output memory like this, so the embeddings must be copied.
     class Static(nn.Linear):
+        memory: Tensor
+
         def forward(self, x):
             z = super().forward(x)
             if torch.is_grad_enabled():
@@ -635,7 +646,7 @@ def cached_on_ranks():
     generator = torch.Generator().manual_seed(1)
     views = [view.split((6, 4))[dist.get_rank()] for view in torch.randn(2, 10, 6, generator=generator)]
     loss_fn = NTXentLoss(0.2, group=dist.group.WORLD)
-    found = {}
+    found: dict[str, Any] = {}
     for name in ("find_unused_parameters", "gradient_as_bucket_view"):
         options = {name: True}
         found[name] = [step_on_ranks(views, step, loss_fn, **options) for step in (cached_backward, replicated_step)]
@@ -650,19 +661,19 @@ def cached_on_ranks():
 
     torch.manual_seed(1)
     towers, whole = [view.split((6, 4))[dist.get_rank()] for view in tower_views()], Towers()
-    encoder = DistributedDataParallel(copy.deepcopy(whole), find_unused_parameters=True)
-    loss = cached_backward(encoder, towers, loss_fn, chunk_size=2)
+    replica = DistributedDataParallel(copy.deepcopy(whole), find_unused_parameters=True)
+    loss = cached_backward(replica, towers, loss_fn, chunk_size=2)
     expected = chunked_step(whole, tower_views(), loss_of, chunk_size=10)
-    found["towers"] = (loss, gradients(encoder)), (expected, gradients(whole))
+    found["towers"] = (loss, gradients(replica)), (expected, gradients(whole))
 
-    for name, encoder, options in (
+    for name, both, options in (
         ("a tower without find_unused_parameters", Towers(), {}),
         ("a last view without a gradient", Towers(), {"find_unused_parameters": True}),
         ("a static graph", Towers(), {"static_graph": True}),
     ):
-        encoder.tokens.requires_grad_(name != "a last view without a gradient")
+        both.tokens.requires_grad_(name != "a last view without a gradient")
         try:
-            cached_backward(DistributedDataParallel(encoder, **options), towers, loss_fn, chunk_size=3)
+            cached_backward(DistributedDataParallel(both, **options), towers, loss_fn, chunk_size=3)
         except (RuntimeError, ValueError) as error:
             found[name] = str(error)
     return found

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import types
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -166,7 +167,7 @@ def test_two_towers_equal_the_uncached_step():
 @pytest.mark.parametrize("frozen", ["image", "text"])
 def test_a_frozen_tower_runs_once(frozen):
     image, text, loss_fn = towers()
-    runs = collections.Counter()
+    runs: collections.Counter = collections.Counter()
 
     def count(module, args, out):
         runs.update(["image" if isinstance(out, torch.Tensor) else "text"])
@@ -241,7 +242,7 @@ def test_inputs_of_any_shape_equal_a_tensor(shape):
     for make in (SHAPES[shape], lambda x: x):
         torch.manual_seed(0)
         encoder = Image()
-        types_seen = set()
+        types_seen: set[type] = set()
         encoder.register_forward_pre_hook(lambda module, args, seen=types_seen: seen.add(type(args[0])))
         loss = cached_backward(encoder, [make(pixels()), make(pixels() + 1)], nt_xent, chunk_size=4)
         assert types_seen == {dict if shape == "read-only" and make is SHAPES[shape] else type(make(pixels()))}
@@ -263,14 +264,14 @@ def test_unpacked_inputs_are_arguments_and_others_one():
         (False, [x, x], (1, [])),
         (True, x, (1, [])),
     ):
-        noted = []
+        noted: list = []
         cached_backward(Noting(), [view, view], nt_xent, chunk_size=N, unpack=unpack)
         assert noted == 4 * [expected]
 
 
 def test_what_an_encoder_writes_to_its_inputs_is_not_seen_outside():
     class Writing(Image):
-        def forward(self, inputs):
+        def forward(self, inputs, shift=0.0):
             inputs["z"] = super().forward(inputs["pixels"].mul_(2))
             return inputs
 
@@ -295,8 +296,8 @@ def test_output_says_where_the_embeddings_are(output):
 
 def test_output_may_be_an_index():
     class Recurrent(nn.LSTM):
-        def forward(self, x):
-            return super().forward(x)
+        def forward(self, x, hx=None):
+            return super().forward(x, hx)
 
     encoder, x = Recurrent(6, D).double(), pixels()
     cached_backward(encoder, [x, x + 1], nt_xent, chunk_size=N, output=0)
@@ -384,7 +385,7 @@ def test_chunks_may_be_listed_for_each_view():
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")  # in the pass without a graph
 def test_checkpointed_encoder(reentrant):
     class Checkpointed(Image):
-        def forward(self, x):
+        def forward(self, x, shift=0.0):
             hidden = checkpoint(self.layers[:3], x.requires_grad_(), use_reentrant=reentrant)
             return checkpoint(self.layers[3], hidden, use_reentrant=reentrant)
 
@@ -454,6 +455,8 @@ class Doubling(nn.Module):
 @pytest.mark.parametrize("swap", [False, True])
 def test_a_parametrised_buffer_that_is_assigned_is_put_back(swap):
     class Running(nn.Module):
+        scale: torch.Tensor
+
         def __init__(self):
             super().__init__()
             self.linear = nn.Linear(6, D).double()
@@ -559,7 +562,7 @@ def share(x):
 def towers_on_ranks():
     """Return results of two ranks and of one process, with each tower wrapped in DDP, in FSDP2 and in the first
     FSDP."""
-    found = {}
+    found: dict[str, Any] = {}
     loss_fn = CLIPLoss(0.2, group=dist.group.WORLD)
     arguments = {"unpack": True, "output": [None, "pooler_output"]}
     views = [share(pixels()), rows_of(text_inputs(), slice(0, 6) if dist.get_rank() == 0 else slice(6, N))]

@@ -19,6 +19,8 @@ X = torch.randn(2, N, FEATURES, generator=torch.Generator().manual_seed(0))
 class Encoder(nn.Module):
     """A layer with dropout that counts its calls and returns `output(result, count)`."""
 
+    calls: Tensor
+
     def __init__(self, output: Callable[[Tensor, int], Any] = lambda z, calls: z):
         super().__init__()
         self.layer = nn.Linear(FEATURES, D)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ import fastntxent
 from fastntxent import backends, commands
 from fastntxent.backends import _TABLE, _Entry, checkable
 from fastntxent.commands import bench, info
-from fastntxent.verification import policy
+from fastntxent.verification import policy, process
+from fastntxent.verification.store import Store, model_of
 from fastntxent.verification.verdict import Verdict
 
 ROOT = Path(__file__).parents[1]
@@ -33,17 +35,17 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def answers(monkeypatch):
     """Verdicts that child processes return for each backend: "passed", unless a test puts another verdict here."""
-    found = {}
+    found: dict[str, Verdict] = {}
     passed = Verdict("passed", checks=3)
-    monkeypatch.setattr(policy.process, "check_in_child", lambda request: found.get(request["backend"], passed))
-    monkeypatch.setattr(policy.process, "time_in_child", lambda request: (None, "", None))
+    monkeypatch.setattr(process, "check_in_child", lambda request: found.get(request["backend"], passed))
+    monkeypatch.setattr(process, "time_in_child", lambda request: (None, "", None))
     return found
 
 
 def run(capsys, *arguments):
     """Run the command; return the exit status, stdout and stderr."""
     try:
-        status = commands.main(arguments)
+        status: Any = commands.main(arguments)
     except SystemExit as end:
         status = end.code
     said = capsys.readouterr()
@@ -78,7 +80,7 @@ def test_info_as_json_holds_the_same(capsys, cache):
 
 
 def test_info_checks_nothing_and_writes_nothing(capsys, cache, monkeypatch):
-    monkeypatch.setattr(policy.process, "_run_child", None)
+    monkeypatch.setattr(process, "_run_child", None)
     assert run(capsys, "info")[0] == 0
     assert not cache.exists()
 
@@ -87,12 +89,12 @@ def test_info_says_what_auto_takes_on_a_gpu_and_why(monkeypatch):
     gpu = torch.device("cuda", 0)
     found = {"cuda": "fastntxent.backends.cuda.backend", "triton": "fastntxent.backends.triton.backend"}
     monkeypatch.setattr(info, "candidates", lambda kind: found)
-    monkeypatch.setattr(policy, "model_of", lambda device: fastntxent.verification.store.model_of(torch.device("cpu")))
+    monkeypatch.setattr(policy, "model_of", lambda device: model_of(torch.device("cpu")))
     taken = info._auto(gpu)["bfloat16, 768 features, 4096 rows"]
     assert taken == {"backend": "blocked", "why": "until the first call on this device has checked the kernels"}
     wrong = Verdict("wrong", "off", "a case")
     policy._decided[gpu] = policy.Decision({"cuda": wrong, "triton": Verdict("passed", checks=3)}, None)
-    kept = policy.Store(policy.model_of(gpu))
+    kept = Store(model_of(torch.device("cpu")))
     kept.keep("triton", found["triton"], Verdict("passed", checks=3))
     kept.keep_times({"triton": found["triton"]}, {"bfloat16": {"768": {"4096": {"triton": 0.5, "blocked": 2.0}}}})
     auto = info._auto(gpu)
@@ -109,7 +111,7 @@ def test_info_of_a_device_that_does_not_answer(capsys, monkeypatch):
     def dead(device):
         if device.type == "cuda":
             raise RuntimeError("CUDA unknown error\nthis may be due to an incorrectly set up environment")
-        return fastntxent.verification.store.model_of(device)
+        return model_of(device)
 
     monkeypatch.setattr(info, "model_of", dead)
     monkeypatch.setattr(info, "present_devices", lambda: [torch.device("cpu"), torch.device("cuda", 0)])
@@ -124,8 +126,8 @@ def test_backends_shows_a_verdict(monkeypatch):
     package = sys.modules["fastntxent.backends"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(policy, "model_of", lambda device: policy_model)
-    policy_model = fastntxent.verification.store.model_of(torch.device("cpu"))
+    model = model_of(torch.device("cpu"))
+    monkeypatch.setattr(policy, "model_of", lambda device: model)
     assert package._verdict("triton") == "not checked yet"
     assert package._verdict("blocked") is None
     policy._decided[torch.device("cuda", 0)] = policy.Decision(
@@ -160,7 +162,7 @@ def test_verify_says_where_nothing_can_be_kept(capsys, answers, tmp_path, monkey
     file = tmp_path / "file"
     file.touch()
     monkeypatch.setenv("FASTNTXENT_CACHE", str(file))
-    with pytest.warns(UserWarning, match="cannot store") if not policy.Store._complained else nullcontext():
+    with pytest.warns(UserWarning, match="cannot store") if not Store._complained else nullcontext():
         status, text, _ = run(capsys, "verify", "--device", "cpu", "--backend", "blocked")
     assert status == 0
     assert f"  not stored: {file} is not writable" in text
@@ -201,10 +203,15 @@ def test_verify_that_cannot_check_ends_with_1(capsys, answers):
 def test_verify_of_one_backend_goes_where_it_can_run(capsys, answers, monkeypatch):
     gpu = torch.device("cuda", 0)
     verified = []
+
+    def verify(device, **options):
+        verified.append(device)
+        return {}
+
     monkeypatch.setattr("fastntxent.commands.verify.present_devices", lambda: [torch.device("cpu"), gpu])
     monkeypatch.setattr("fastntxent.commands.verify.checkable", lambda kind: {"cuda": "x"} if kind == "cuda" else {})
-    monkeypatch.setattr("fastntxent.commands.verify.model_of", lambda device: policy.model_of(torch.device("cpu")))
-    monkeypatch.setattr("fastntxent.commands.verify.verify", lambda device, **_: verified.append(device) or {})
+    monkeypatch.setattr("fastntxent.commands.verify.model_of", lambda device: model_of(torch.device("cpu")))
+    monkeypatch.setattr("fastntxent.commands.verify.verify", verify)
     assert run(capsys, "verify", "--backend", "cuda")[0] == 0
     assert verified == [gpu]
 

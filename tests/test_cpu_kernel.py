@@ -23,8 +23,7 @@ needs_cpu_kernels = pytest.mark.skipif(not BUILT.available, reason=f"needs the C
 pytestmark = needs_cpu_kernels
 
 if BUILT.available:
-    from fastntxent import _cpu
-
+    _cpu = importlib.import_module("fastntxent._cpu")
     cpu = importlib.import_module("fastntxent.backends.cpu")
 
 

@@ -4,6 +4,7 @@ import importlib
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -87,9 +88,7 @@ def upstream(n: int, scale: float = 1.0) -> torch.Tensor:
 
 @pytest.mark.skipif(os.environ.get("CI") != "true", reason="CI asserts that the kernels were built")
 def test_kernels_were_built():
-    from fastntxent import _cuda
-
-    assert ".abi3." in _cuda.__file__
+    assert ".abi3." in importlib.import_module("fastntxent._cuda").__file__
 
 
 @every_case(size=[(1, 1), (2, 3), (33, 16), (40, 130), (20, 300)], temperature=[0.001, 0.1, 10.0], dtype=DTYPES)
@@ -117,7 +116,7 @@ def test_every_cut_within_budget(emulate, size, multiprocessors, shared, dtype):
 def test_grids_that_are_forced_within_budget(emulate, form, dtype):
     if emulate:
         emulate(5)
-    backend = select("cuda", DEVICE, dtype)
+    backend: Any = select("cuda", DEVICE, dtype)
     assert form in backend.forms(torch.device(DEVICE), dtype)
     with backend.forced(form):
         assert_within_budget(on_device(random_batch(97, 200, 0.1, dtype=dtype)), "cuda")
@@ -227,7 +226,8 @@ def test_half_precision_gradient_before_it_is_rounded(loss, dtype, limit):
     # Each element of G is rounded to 8 or 11 bits. Independent errors average out in the sum over a row's negatives.
     batch = start_of_training(64, 128, 0.1) if loss is None else converged_batch(64, 128, 0.1, loss)
     batch = on_device(batch.map(lambda z: z.to(dtype)))
-    _, *gradients, _ = select("cuda", DEVICE, dtype).nt_xent_scalar(batch.z_i, batch.z_j, 10.0, batch.normalize, True)
+    kernels: Any = select("cuda", DEVICE, dtype)
+    _, *gradients, _ = kernels.nt_xent_scalar(batch.z_i, batch.z_j, 10.0, batch.normalize, True)
     truth = evaluate(batch.map(torch.Tensor.double), "reference")
     true = torch.cat((truth.d_z_i, truth.d_z_j))
     assert float((torch.cat(gradients).double() - true).norm() / true.norm()) < limit
@@ -330,10 +330,10 @@ def test_auto_does_not_pick_what_no_device_has_verified():
 
 
 def test_a_call_that_cannot_be_is_an_error_with_words(emulate):
-    kernels = select("cuda", DEVICE, torch.float32).kernels
+    backend: Any = select("cuda", DEVICE, torch.float32)
     side = ((0, 4, 3, 1), (0, 0, 0, 0), 0, 0, 0, 0, 0)
     with pytest.raises(RuntimeError, match="fastntxent's CUDA kernel: fntx_cuda_run: a matrix"):
-        kernels.run(1, 2, True, 3, 2.0, 0, 1e-12, side, None, 0, 0, 0, 1.0, 0, 256, 0, 0, 0)
+        backend.kernels.run(1, 2, True, 3, 2.0, 0, 1e-12, side, None, 0, 0, 0, 1.0, 0, 256, 0, 0, 0)
 
 
 @needs_emulator

@@ -78,6 +78,8 @@ def queue(z: Tensor, ids: Tensor, tau: Tensor, **kw: Any) -> Tensor:
 
 
 class _WithTemperature(fastntxent.QueueInfoNCELoss):
+    given: Tensor
+
     @property
     def temperature(self) -> Tensor:
         return self.given
@@ -207,7 +209,7 @@ def assert_close(result: Result, expected: Result, rtol: float = RTOL) -> None:
 # --- every loss ------------------------------------------------------------------------------------------------------
 
 
-def every_case(world: int) -> dict[tuple[str, str], tuple[Result, Result]]:
+def every_case(world: int) -> dict[tuple[str, str], tuple[Result, ...]]:
     model = DistributedDataParallel(encoder())
     x, ids = mine(world)
     # DDP rebuilds its buckets after the first backward, which changes the order of its sums.

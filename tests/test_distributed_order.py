@@ -75,7 +75,7 @@ def packed(strategy: str) -> dict[str, bool]:
     found = {}
     for name, loss in LOSSES.items():
         z = rows().requires_grad_()
-        shapes = []
+        shapes: list[tuple[int, ...]] = []
 
         def pack(t: Tensor, shapes: list = shapes) -> Tensor:
             shapes.append(tuple(t.shape))

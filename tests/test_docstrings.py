@@ -72,7 +72,7 @@ def is_named_tuple(obj):
 def signature(obj):
     """Return the names of the parameters. `*args` and `**kwargs` keep their stars."""
     found = inspect.signature(obj)
-    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    stars: dict[int, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
     return [stars.get(p.kind, "") + name for name, p in found.parameters.items() if name != "self"]
 
 
@@ -89,7 +89,8 @@ def section(obj, *titles):
 
 def described(obj):
     """Return the description of each argument, or of each field of a named tuple, in the order of the docstring."""
-    entries, name = {}, ""
+    entries: dict[str, str] = {}
+    name = ""
     for line in section(obj, "Args", "Attributes"):
         if line.startswith(" " * 8) or not line:
             entries[name] += " " + line.strip()
@@ -156,7 +157,7 @@ def test_docstring_says_what_is_raised(name):
 
 
 def test_docstrings_describe_a_shared_parameter_in_the_same_words():
-    texts = defaultdict(dict)
+    texts: dict[str, dict[str, str]] = defaultdict(dict)
     for name, obj in DOCUMENTED.items():
         if is_named_tuple(obj):
             continue

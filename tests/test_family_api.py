@@ -6,6 +6,7 @@ import math
 import pickle
 import pydoc
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ W = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
 LABELS = torch.tensor([0, 1, 0, 1, 2, 2])
 
 # For each module: its options, the arguments of a call, and a function that takes the same arguments and options.
-MODULES = {
+MODULES: dict[str, tuple[dict[str, Any], tuple[Any, ...], Any]] = {
     "NTXentLoss": ({"label_smoothing": 0.1}, (Z, W, LABELS), lambda *a, **o: nt_xent(*a[:2], ids=a[2], **o)),
     "MultiViewNTXentLoss": (
         {"label_smoothing": 0.1},
@@ -469,7 +470,11 @@ BAD_CALLS = {
     "views one": (lambda: multiview_nt_xent([Z]), ValueError, "at least two views, got 1"),
     "views shapes": (lambda: multiview_nt_xent([Z, W[:2]]), ValueError, r"views\[0\] and views\[1\].*same shape"),
     "views type": (lambda: multiview_nt_xent(3), TypeError, "views must be a tensor or a sequence of tensors, got int"),
-    "views member": (lambda: multiview_nt_xent([Z, None]), TypeError, r"views\[1\] must be a torch.Tensor"),
+    "views member": (
+        lambda: multiview_nt_xent([Z, None]),  # type: ignore[list-item]
+        TypeError,
+        r"views\[1\] must be a torch.Tensor",
+    ),
     "dcl shapes": (lambda: dcl(Z, W[:2]), ValueError, "same shape"),
     "dcl reduction": (lambda: dcl(Z, W, reduction="avg"), ValueError, "reduction must be one of"),
     "dcl temperatures": (lambda: dcl(Z, W, torch.ones(12)), ValueError, r"must be a 0-d tensor, got shape \(12,\)"),
@@ -648,7 +653,7 @@ BAD_CALLS = {
         "teacher must be a function of image and text indices, got Tensor",
     ),
     "distill teacher returns a list": (
-        lambda: distill(Z, W, teacher=lambda rows, cols: (Z @ W.T).tolist()),
+        lambda: distill(Z, W, teacher=lambda rows, cols: (Z @ W.T).tolist()),  # type: ignore[return-value]
         TypeError,
         r"teacher\(rows, cols\) must be a torch.Tensor, got list",
     ),

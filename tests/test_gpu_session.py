@@ -2,8 +2,10 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -103,7 +105,7 @@ def test_missing_tool_is_said_and_looked_for_again(tmp_path, monkeypatch):
     assert statuses(records) == [("profile", "triton", "missing")]
     assert line(records[0]).endswith("no-such-tool is not on PATH")
     assert exit_status(records) == 0
-    monkeypatch.setattr(gpu_session.shutil, "which", lambda name: "/bin/tool")
+    monkeypatch.setattr(shutil, "which", lambda name: "/bin/tool")
     assert statuses(Session(tmp_path, FOREVER).run(plan)) == [("profile", "triton", "passed")]
 
 
@@ -152,7 +154,7 @@ def test_stages_name_what_exists():
 def test_commands_of_stages_are_understood(stage, monkeypatch):
     from benchmarks import __main__ as cli
 
-    taken = []
+    taken: list[Any] = []
     monkeypatch.setattr(cli, "_run_suite", taken.append)
     for part in gpu_stages.stages("python", Path("out"), ROOT)[stage]:
         cli.main(part.command[3:])

@@ -100,7 +100,12 @@ def test_repeated_calls_have_the_bits_of_others_on_other_rows(recordings, monkey
     recorded = [recording for recording in recordings.values() if isinstance(recording, launch.Recording)]
     assert len(recorded) == calls()[name][2]
     repeat, repeated = launch.Recording.repeat, []
-    monkeypatch.setattr(launch.Recording, "repeat", lambda self, given: repeated.append(self) or repeat(self, given))
+
+    def noted(self, given):
+        repeated.append(self)
+        return repeat(self, given)
+
+    monkeypatch.setattr(launch.Recording, "repeat", noted)
     found = results(calls(dtype=dtype, seed=1)[name], k)
     assert repeated == recorded
     monkeypatch.setattr(launch, "RECORDS", False)
@@ -299,8 +304,9 @@ def test_warm_up_takes_the_backend_of_a_capture_too():
     taken = []
 
     class Chosen(policy.Decision):
-        def take(self, dtype, rows, features, captured):
-            return taken.append(captured) or "blocked"
+        def take(self, dtype, rows, features, captured=False):
+            taken.append(captured)
+            return "blocked"
 
     device = torch.device("cuda", 0)
     with mock.patch.dict(policy._decided, {device: Chosen({}, None, None)}):
@@ -328,7 +334,12 @@ def test_forms_are_put_back():
 
 def test_a_call_that_cannot_be_repeated_is_recorded_once(recordings, monkeypatch):
     made, whole = [], launch.Recording.__init__
-    monkeypatch.setattr(launch.Recording, "__init__", lambda self, *args: made.append(self) or whole(self, *args))
+
+    def noted(self, *args):
+        made.append(self)
+        whole(self, *args)
+
+    monkeypatch.setattr(launch.Recording, "__init__", noted)
     z_i, z_j = torch.randn(2, 12, 5, device=DEVICE).unbind()
     for _ in range(4):
         ops.nt_xent_scalar(z_i, z_j, 10.0, True, True, "triton")  # no gradient: only the value
@@ -346,7 +357,7 @@ def test_warm_up_says_what_it_cannot_do(monkeypatch):
     with pytest.raises(TypeError, match="loss must be a function or a module, got float"):
         fastntxent.warm_up(0.1)
     with pytest.raises(TypeError, match="loss must return a tensor, got dict"):
-        fastntxent.warm_up(lambda z: {"loss": z.sum()}, torch.ones(2))
+        fastntxent.warm_up(lambda z: {"loss": z.sum()}, torch.ones(2))  # type: ignore[return-value]
     with torch.inference_mode(), pytest.raises(RuntimeError, match=r"outside torch\.inference_mode"):
         fastntxent.warm_up(fastntxent.nt_xent, *torch.randn(2, 6, 4))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

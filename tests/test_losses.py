@@ -118,8 +118,8 @@ def guided_inputs(negatives: bool = False):
 
 def guided(**options):
     def loss(query, key, *rest, g_query, g_key, g_negatives=None, **kw):
-        *negatives, tau = rest
-        negatives = negatives[0] if negatives else None
+        *given, tau = rest
+        negatives = given[0] if given else None
         return fastntxent.guided_info_nce(
             query, key, g_query, g_key, tau, negatives=negatives, guide_negatives=g_negatives, **options, **kw
         )

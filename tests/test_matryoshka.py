@@ -118,9 +118,9 @@ def test_matryoshka_cuts_no_pair_weights_masks_or_logits():
         value = fastntxent.MatryoshkaLoss(loss, dims=[3])(views, *arguments, **options)
         torch.testing.assert_close(value, loss(views[..., :3], mask=mask))
     images, texts = torch.randn(2, 6, 8)
-    loss = open_clip.CoCaLoss(2.0, 1.0)
-    value = fastntxent.matryoshka(loss, images, texts, LOGITS, CAPTIONS, 2.0, dims=[5])
-    torch.testing.assert_close(value, loss(images[:, :5], texts[:, :5], LOGITS, CAPTIONS, 2.0))
+    coca = open_clip.CoCaLoss(2.0, 1.0)
+    both = fastntxent.matryoshka(coca, images, texts, LOGITS, CAPTIONS, 2.0, dims=[5])
+    torch.testing.assert_close(both, coca(images[:, :5], texts[:, :5], LOGITS, CAPTIONS, 2.0))
 
 
 def test_matryoshka_cuts_whatever_is_not_bound():
@@ -172,9 +172,9 @@ def test_multi_clip_errors_name_the_argument():
     with pytest.raises(TypeError, match="features must be a sequence of tensors"):
         fastntxent.multi_clip(z)
     with pytest.raises(TypeError, match=r"features\[0\] must be a torch.Tensor, got NoneType"):
-        fastntxent.multi_clip([None, z[0]])
+        fastntxent.multi_clip([None, z[0]])  # type: ignore[list-item]
     with pytest.raises(TypeError, match=r"features\[0\] must be a torch.Tensor, got list"):
-        fastntxent.multi_clip([[[1.0]], z[0]])
+        fastntxent.multi_clip([[[1.0]], z[0]])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="features must hold at least two towers, got 1"):
         fastntxent.multi_clip([z[0]])
     with pytest.raises(ValueError, match="weights must have one number for each of the 3 pairs, got 2"):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import model_cuda
+from benchmarks import binary, model_cuda
 from fastntxent import backends, validation
 from fastntxent.backends import native, ranges
 
@@ -102,4 +102,4 @@ def test_model_has_the_constants_of_the_cuda_kernels():
     assert "ROWS = 16 * ROW_WARPS" in header
     assert 16 * row_warps == model_cuda.ROWS
     assert "COL_WARPS = WARPS / ROW_WARPS" in header
-    assert model_cuda.WARPS / row_warps == model_cuda.COL_WARPS
+    assert binary.WARPS / row_warps == model_cuda.COL_WARPS

@@ -58,7 +58,8 @@ def test_queue_loss_equals_its_dense_formula_at_every_step(size, with_ids, in_ba
     loss = QueueInfoNCELoss(
         size, 4, 0.3, in_batch_negatives=in_batch, queue_dtype=torch.float64, reduction="none", backend=backend
     )
-    held, held_ids = [], []
+    held: list = []
+    held_ids: list = []
     for step, n in enumerate([3, 3, 7, 1, 4]):  # batch sizes that divide the queue's size, and others that do not
         query, key = (normal(n, 4, seed=10 * step + i).requires_grad_() for i in (0, 1))
         ids = torch.randint(0, 6, (n,), generator=torch.Generator().manual_seed(step)) if with_ids else None

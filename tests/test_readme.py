@@ -13,14 +13,14 @@ COMMON = 'reduction="mean", normalize=True, backend="auto", group=None'
 
 def signature(name):
     """Return a signature as the README writes it, with `...` for the options that every loss has."""
+    stars: dict[int, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
     parts, keywords = [], False
     for parameter in inspect.signature(getattr(fastntxent, name)).parameters.values():
-        stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
         if parameter.kind == parameter.KEYWORD_ONLY and not keywords:
             parts.append("*")
         keywords |= parameter.kind in (parameter.KEYWORD_ONLY, parameter.VAR_POSITIONAL)
         default = "" if parameter.default is parameter.empty else f"={parameter.default!r}".replace("'", '"')
-        parts.append(stars + parameter.name + default)
+        parts.append(stars.get(parameter.kind, "") + parameter.name + default)
     return f"{name}({', '.join(parts)})".replace(COMMON, "...").replace("*, ...", "...")
 
 

@@ -15,7 +15,7 @@ import fastntxent
 from fastntxent import contrastive_accuracy, effective_rank, positive_ranks, retrieve, zero_shot_classify
 from fastntxent.ops import ranks
 from fastntxent.ops import search as module
-from tests.test_losses import LargestTensor
+from tests.cases import LargestTensor
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -263,7 +263,7 @@ def test_a_prediction_beside_a_measurement_says_what_it_is_of(monkeypatch):
     assert predicted["u"] == pytest.approx(1.69, rel=1e-2)
     assert predicted["both"] == pytest.approx(sum(predicted[name] for name in ("direct", "fused", "around")))
     assert 2.5 * predicted["u"] < predicted["both"] < 5 * predicted["u"]
-    (line,) = gpu._model_line({**result, "model": predicted})
+    (line,) = gpu._model_line(result | {"model": predicted})
     assert "N 32768, D 128, bfloat16, the model's triton" in line
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (12, 0))
     assert gpu._predicted(result) is None

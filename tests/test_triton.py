@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -413,7 +414,7 @@ def test_limits_leave_out_the_same_in_the_backward(each_chip, d, rows, dtype):
     u = (directions[ids] if dtype == torch.float32 else directions[ids] * noise).to(DEVICE, dtype)
     u = u if dtype != torch.float32 else F.normalize(u * torch.rand(150, 1, generator=generator).to(DEVICE), dim=1)
     ids, limits = ids.to(DEVICE), torch.full((150,), cosine, device=DEVICE)
-    kernels = select("triton", DEVICE, dtype)
+    kernels: Any = select("triton", DEVICE, dtype)
     for rows_of, cols_of in ((slice(None), None), (slice(0, 70), slice(70, None))):
         one, other = (None if at is None else Side(u[at], ids[at], limits[at]) for at in (rows_of, cols_of))
         sides = [(one, one)] if other is None else [(one, other), (other, one)]
@@ -752,8 +753,8 @@ def test_loss_and_gradient_take_these_launches_and_no_operator_of_pytorch(monkey
         def __getitem__(self, grid):
             return lambda *_, **__: launched.append(self.name)
 
-    for module in ("pack", "forward", "finish", "weights", "backward", "unpack"):
-        module = importlib.import_module(f"fastntxent.backends.triton.{module}")
+    for file in ("pack", "forward", "finish", "weights", "backward", "unpack"):
+        module = importlib.import_module(f"fastntxent.backends.triton.{file}")
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Recorder(name, getattr(module, name)))
     as_if(monkeypatch, "sm_90", rows)
@@ -763,10 +764,11 @@ def test_loss_and_gradient_take_these_launches_and_no_operator_of_pytorch(monkey
             operators.add(func.overloadpacket.__name__)
             return func(*args, **kwargs or {})
 
-    operators, inv_tau = set(), 10.0
+    operators: set[str] = set()
+    kernels: Any = select("triton", DEVICE, torch.float32)
     z_i, z_j = torch.randn(2, 40, 16, device=DEVICE)
     with Operators():
-        select("triton", DEVICE, torch.float32).nt_xent_scalar(z_i, z_j, inv_tau, True, True)
+        kernels.nt_xent_scalar(z_i, z_j, 10.0, True, True)
     assert launched == launches
     views = {"slice", "select", "unbind", "detach", "alias", "as_strided"}
     assert operators <= views | {"new_empty", "empty", "empty_like"}, operators

@@ -14,6 +14,7 @@ import time
 import types
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 if backends()["triton"].available:
     config = importlib.import_module("fastntxent.backends.triton.config")
 CPU = torch.device("cpu")
-RIGHT = select("cpu", "cpu", torch.float32) if backends()["cpu"].available else select("blocked", "cpu", torch.float32)
+RIGHT: Any = select("cpu" if backends()["cpu"].available else "blocked", "cpu", torch.float32)
 
 
 # --- faults that the checks find -------------------------------------------------------------------------------------
@@ -180,7 +181,9 @@ def test_checks_reach_every_tile_of_the_table(family, monkeypatch):
     # Kernels are recorded instead of run. Which kernels and tiles are launched does not depend on results.
     from triton.runtime.interpreter import InterpretedFunction
 
-    launched, shifted = {}, {}
+    launched: dict[str, set] = {}
+    shifted: dict[tuple, set] = {}
+    seen: set[tuple] = set()
 
     def note(kernel, grid):
         def launch(*arguments, **options):
@@ -203,7 +206,7 @@ def test_checks_reach_every_tile_of_the_table(family, monkeypatch):
     monkeypatch.setattr(checks, "_small_calls", lambda slow, form: calls(False, form))
     monkeypatch.setattr(checks, "check_problem", lambda problem, name: problem.run(name, False))
     monkeypatch.setattr(checks, "_keeps_nan", lambda problem, name: problem.run(name, False))
-    kernels, seen = select("triton", "cpu", torch.float32), set()
+    kernels = select("triton", "cpu", torch.float32)
     monkeypatch.setattr(type(kernels), "dtypes", (torch.bfloat16, torch.float32))
     for case, run in checks.cases("triton", kernels, CPU):
         dtype = "bfloat16" if "bfloat16" in case else "float32"
@@ -228,9 +231,10 @@ def test_checks_fill_every_device(multiprocessors, monkeypatch):
 
 
 def test_checks_leave_the_settings_of_the_process_alone():
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
     next(run for _, run in checks.cases("blocked", select("blocked", "cpu", torch.float32), CPU))()
-    assert (torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory) == before
+    assert (torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory) == before
 
 
 # --- the child process -----------------------------------------------------------------------------------------------
@@ -556,14 +560,19 @@ def test_model_of_a_part_of_a_device_is_another(tmp_path):
 def test_file_is_closed_before_it_is_renamed(tmp_path, monkeypatch):
     # Windows cannot rename an open file.
     files = importlib.import_module("fastntxent.files")
-    opened, replace = [], os.replace
+    opened: list[Any] = []
+    replace = os.replace
 
     def renamed(source, target):
         assert opened[0].closed
         replace(source, target)
 
+    def write(file):
+        opened.append(file)
+        file.write(b"whole")
+
     monkeypatch.setattr(os, "replace", renamed)
-    files.write_whole(tmp_path / "file", lambda file: (opened.append(file), file.write(b"whole")))
+    files.write_whole(tmp_path / "file", write)
     assert (tmp_path / "file").read_bytes() == b"whole"
 
     def fail(file):
@@ -614,8 +623,9 @@ def _verify_with_others(folder, barrier, said):
         time.sleep(0.2)
         return PASSED
 
-    policy.process.check_in_child = check
-    policy.model_of = lambda device: MODEL
+    patch = pytest.MonkeyPatch()
+    patch.setattr(process, "check_in_child", check)
+    patch.setattr(policy, "model_of", lambda device: MODEL)
     barrier.wait()
     said.put(policy.find_verdicts(CPU, {"triton": MODULE, "cuda": MODULE})["triton"].status)
 
@@ -659,8 +669,8 @@ def simulated(monkeypatch, tmp_path):
 
     monkeypatch.setenv("FASTNTXENT_CACHE", str(tmp_path))
     monkeypatch.delenv("FASTNTXENT_VERIFY", raising=False)
-    monkeypatch.setattr(policy.process, "check_in_child", check)
-    monkeypatch.setattr(policy.process, "time_in_child", measure)
+    monkeypatch.setattr(process, "check_in_child", check)
+    monkeypatch.setattr(process, "time_in_child", measure)
     monkeypatch.setattr(policy, "model_of", lambda device: machine.models[device.index])
     monkeypatch.setattr(policy, "_decided", {})
     monkeypatch.setattr(policy, "_said", set())
@@ -691,29 +701,33 @@ def test_without_times_small_batches_go_to_cuda_and_large_ones_to_triton(simulat
     assert [choose(rows=rows) for rows in (2, 8192, 8193, 10**6)] == ["cuda", "cuda", "triton", "triton"]
     policy.forget()
     simulated.verdicts["triton"] = Verdict("wrong", "off", "a case")
-    policy.Store(MODEL).keep("triton", FOUND["triton"], simulated.verdicts["triton"])
+    Store(MODEL).keep("triton", FOUND["triton"], simulated.verdicts["triton"])
     assert choose(rows=10**6) == "cuda", "triton failed, so cuda should be chosen"
 
 
 def test_call_in_float64_leaves_the_others_their_kernels(simulated, monkeypatch):
     monkeypatch.setattr(backends_module, "candidates", lambda kind, dtype=None: {} if dtype == torch.float64 else FOUND)
     monkeypatch.setattr(backends_module, "select", lambda name, kind, dtype: name)
-    rows = types.SimpleNamespace(device=GPU, dtype=torch.float64, ndim=2, shape=(64, 8))
-    assert select_for("auto", rows) == "auto", "no kernel takes float64, so the table should decide"
+
+    def chosen(dtype) -> Any:
+        return select_for("auto", types.SimpleNamespace(device=GPU, dtype=dtype, ndim=2, shape=(64, 8)))
+
+    assert chosen(torch.float64) == "auto", "no kernel takes float64, so the table should decide"
     assert simulated.asked == [], "a float64 call should check nothing"
-    rows.dtype = torch.float32
-    assert select_for("auto", rows) == "cuda"
-    rows.dtype = torch.float64
-    assert select_for("auto", rows) == "auto"
+    assert chosen(torch.float32) == "cuda"
+    assert chosen(torch.float64) == "auto"
 
 
 def test_size_of_a_call_counts_both_views(simulated, monkeypatch):
     asked, z, ids = [], torch.randn(2, 64, 8), torch.arange(64)
     monkeypatch.setattr(backends_module, "_CHECKED", {"cpu"})
     monkeypatch.setattr(backends_module, "candidates", lambda *_: FOUND)
-    monkeypatch.setattr(
-        policy, "choose_backend", lambda device, found, dtype, rows, features: asked.append(rows) or "blocked"
-    )
+
+    def choose_blocked(device, found, dtype, rows, features):
+        asked.append(rows)
+        return "blocked"
+
+    monkeypatch.setattr(policy, "choose_backend", choose_blocked)
     blocked = select("blocked", "cpu", torch.float32)
     monkeypatch.setattr(backends_module, "select", lambda *_: blocked)
     nt_xent(*z, 0.1)

@@ -21,7 +21,8 @@ def every_pair(*, slow_pairs: bool = False, **axes: Iterable[Any]) -> pytest.Mar
     With `slow_pairs`, a case is slow if each of its values already appears in an earlier case.
     """
     names, values = list(axes), [list(axis) for axis in axes.values()]
-    cases, met = [], set()
+    cases: list[Any] = []
+    met: set[tuple[str, int]] = set()
     for case in map(tuple, AllPairs(values)):
         places = {(name, axis.index(value)) for name, axis, value in zip(names, values, case, strict=True)}
         quick = not slow_pairs or not places <= met

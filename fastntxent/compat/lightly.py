@@ -124,7 +124,7 @@ class DCLLoss(TypedModule):
     def __init__(
         self,
         temperature: float | Tensor = 0.1,
-        weight_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
+        weight_fn: Callable[[Tensor, Tensor], float | Tensor] | None = None,
         gather_distributed: bool = False,
     ):
         super().__init__()

@@ -196,7 +196,7 @@ def test_simclr_equals_its_definition(n, d, seed, tau, norm, kind):
             hidden = hidden / hidden.square().sum(dim=1, keepdim=True).clamp_min(1e-12).sqrt()
         a, b = hidden.chunk(2)
         targets, itself = torch.arange(n), ~off_diagonal(n, n)
-        total = 0
+        total = torch.tensor(0.0)
         for x, y in ((a, b), (b, a)):
             logits = torch.cat((x @ y.T, (x @ x.T).masked_fill(itself, -math.inf)), dim=1) / tau
             losses = cross_entropy(logits, targets, reduction="none") * weights

@@ -254,11 +254,11 @@ def cached_on_ranks():
         model, guide = Encoder(5).eval(), Encoder(4).eval()
         columns, words = text_columns(3), model.words.weight
         if gathers:
-            model = DistributedDataParallel(model)
+            ddp = DistributedDataParallel(model)
             columns = [
                 {key: x[rows] if isinstance(x, torch.Tensor) else x for key, x in column.items()} for column in columns
             ]
-            loss = ours.CachedGISTEmbedLoss(model, guide, 0.2, mini_batch_size=2, gather_across_devices=True)(columns)
+            loss = ours.CachedGISTEmbedLoss(ddp, guide, 0.2, mini_batch_size=2, gather_across_devices=True)(columns)
         else:
             loss = ours.GISTEmbedLoss(model, guide, 0.2)(columns)
         loss.backward()
@@ -324,7 +324,7 @@ def test_errors():
     with pytest.raises(ValueError, match=r"guide_embeddings\[1\] must have .*, one for each row of embeddings\[1\]"):
         loss.compute_loss_from_embeddings([z, z], [z, z[:1]])
     with pytest.raises(TypeError, match=r"embeddings\[1\] must be a torch.Tensor, got NoneType"):
-        loss.compute_loss_from_embeddings([z, None], [z, z])
+        loss.compute_loss_from_embeddings([z, None], [z, z])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="guide_embeddings must have 3 columns like embeddings, got 2"):
         loss.compute_loss_from_embeddings([z] * 3, [z] * 2)
     with pytest.raises(ValueError, match="margin_strategy must be one of"):

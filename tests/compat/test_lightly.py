@@ -105,8 +105,8 @@ def test_memory_bank_sizes():
         for module in (ours, lightly("ntx_ent_loss")):
             out = torch.ones(2, 4)
             assert module.MemoryBankModule(size)(out, update=True) == (out, None)
-    for size in ((8, 4), [8, 4], torch.Size((8, 4)), np.array([8, 4]), (np.int64(8), torch.tensor(4))):
-        assert ours.MemoryBankModule(size).bank.shape == (8, 4)
+    for shape in ((8, 4), [8, 4], torch.Size((8, 4)), np.array([8, 4]), (np.int64(8), torch.tensor(4))):
+        assert ours.MemoryBankModule(shape).bank.shape == (8, 4)
     assert ours.MemoryBankModule().size == (65536,)
 
 
@@ -181,7 +181,8 @@ def test_negative_temperature_may_be_a_tensor_in_host_memory(name, shape):
 @pytest.mark.parametrize("temperature", [1.0, -1.0])
 def test_one_sample_is_zero(temperature):
     z = torch.ones(1, 3, requires_grad=True)
-    for loss in (ours.NTXentLoss(temperature), ours.DCLLoss(temperature), ours.DCLLoss(temperature, lambda a, b: 2)):
+    weighted = ours.DCLLoss(temperature, lambda a, b: 2)
+    for loss in (ours.NTXentLoss(temperature), ours.DCLLoss(temperature), weighted):
         value = loss(z, 2 * z)
         assert value == 0
         assert not torch.autograd.grad(value, z)[0].any()
@@ -207,9 +208,9 @@ def test_errors():
         with pytest.raises(ValueError, match="temperature must not be within 1e-8 of zero, got"):
             ours.NTXentLoss(temperature)
     for loss in (ours.NTXentLoss, ours.DCLLoss, ours.DCLWLoss, ours.MACLLoss):
-        for temperature, got in (("a", "str"), ([0.1], "list"), (1j, "complex"), (None, "NoneType"), (True, "bool")):
+        for wrong, got in (("a", "str"), ([0.1], "list"), (1j, "complex"), (None, "NoneType"), (True, "bool")):
             with pytest.raises(TypeError, match=f"temperature must be a float or a tensor of one element, got {got}"):
-                loss(temperature)
+                loss(wrong)
         with pytest.raises(TypeError, match=r"temperature must be a floating-point tensor, got torch.int64"):
             loss(torch.tensor(1))
         with pytest.raises(ValueError, match=r"temperature must be a float or have one element, got shape \(2,\)"):
@@ -231,9 +232,9 @@ def test_errors():
             ours.NTXentLoss(memory_bank_size=size)
         with pytest.raises(ValueError, match=r"^size must be an int or a pair \(size, dim\)"):
             ours.MemoryBankModule(size)
-    for size in ("x", 2.0, (4.0, 3), None):
+    for bad in ("x", 2.0, (4.0, 3), None):
         with pytest.raises(TypeError, match="memory_bank_size must be an int or a pair"):
-            ours.NTXentLoss(memory_bank_size=size)
+            ours.NTXentLoss(memory_bank_size=bad)
 
 
 @pytest.mark.parametrize("shape", [(3,), (4, 1), (4, 4)])
@@ -249,7 +250,7 @@ def test_weights_may_be_one_number():
     for weight in (2, torch.tensor(2.0), torch.tensor([2.0])):
         torch.testing.assert_close(ours.DCLLoss(weight_fn=lambda a, b, weight=weight: weight)(z_i, z_j), expected)
     with pytest.raises(TypeError, match="weight_fn's result must be a number, got NoneType"):
-        ours.DCLLoss(weight_fn=lambda a, b: None)(z_i, z_j)
+        ours.DCLLoss(weight_fn=lambda a, b: None)(z_i, z_j)  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("loss", [ours.NTXentLoss, ours.DCLLoss, ours.DCLWLoss])

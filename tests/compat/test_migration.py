@@ -4,6 +4,7 @@ import importlib
 import pkgutil
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def test_hand_written_loss_is_the_one_that_takes_its_place():
     lines = code.splitlines()
     for line in change.splitlines():
         assert (line[1:] if line.startswith("+") else line[1:].replace("loss = ", "before = ")) in lines
-    found = {}
+    found: dict[str, Any] = {}
     exec(code, found)
     gradients = [torch.autograd.grad(found[name], found["features"])[0] for name in ("before", "loss")]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)

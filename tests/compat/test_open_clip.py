@@ -108,10 +108,11 @@ def test_coca_loss_equals_its_definition(n, d, seed, weights, pad):
 
 def test_distill_clip_loss_and_coca_loss_output_dict():
     z, logits, labels = torch.eye(4), torch.randn(4, 2, 3), torch.ones(4, 2, dtype=torch.int64)
-    loss, call = ours.DistillClipLoss(), (z, z, 1.0, z, z, 2.0)
-    assert loss(*call, output_dict=True) == dict(zip(("contrastive_loss", "distill_loss"), loss(*call), strict=True))
-    loss, call = ours.CoCaLoss(2.0, 0.5), (z, z, logits, labels, 1.0)
-    assert loss(*call, output_dict=True) == dict(zip(("contrastive_loss", "caption_loss"), loss(*call), strict=True))
+    for loss, call, names in (
+        (ours.DistillClipLoss(), (z, z, 1.0, z, z, 2.0), ("contrastive_loss", "distill_loss")),
+        (ours.CoCaLoss(2.0, 0.5), (z, z, logits, labels, 1.0), ("contrastive_loss", "caption_loss")),
+    ):
+        assert loss(*call, output_dict=True) == dict(zip(names, loss(*call), strict=True))
 
 
 def test_coca_loss_without_a_clip_loss_forms_none():

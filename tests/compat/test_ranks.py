@@ -63,7 +63,7 @@ def distances(a: Tensor, b: Tensor) -> Tensor:
 
 
 def of_open_clip(local_loss: bool, gather_with_grad: bool) -> Call:
-    def call(z: Tensor, ids: Tensor, tau: Tensor) -> Tensor:
+    def call(z: Tensor, ids: Tensor, tau: Tensor) -> Any:
         loss = open_clip.ClipLoss(local_loss, gather_with_grad, rank=rank_here(), world_size=world_size())
         return loss(*normalize(z[:2], dim=2), 1 / tau, logit_bias=torch.tensor(-3.0))
 
@@ -78,7 +78,7 @@ def of_open_clip_with_ids(name: str) -> Call:
     return call
 
 
-def distilled_by_open_clip(z: Tensor, ids: Tensor, tau: Tensor) -> Tensor:
+def distilled_by_open_clip(z: Tensor, ids: Tensor, tau: Tensor) -> Any:
     """Return the sum of both losses, with a teacher of fewer features."""
     loss = open_clip.DistillClipLoss(rank=rank_here(), world_size=world_size())
     teacher = normalize(z[[2, 0], :, :9].detach(), dim=2)
@@ -173,7 +173,7 @@ def pairs_own_first(ids: Tensor, efficient: bool) -> tuple[Tensor, ...]:
 def of_memory(name: str, masked: bool) -> Call:
     """Three steps; the memory cannot hold two batches at once."""
 
-    def call(z: Tensor, ids: Tensor, tau: Tensor) -> Tensor:
+    def call(z: Tensor, ids: Tensor, tau: Tensor) -> Any:
         loss = getattr(pytorch_metric_learning, name)(tau)
         memory = pytorch_metric_learning.CrossBatchMemory(loss, D, memory_size=17)
         wrapper = pytorch_metric_learning.DistributedLossWrapper(memory)
@@ -316,10 +316,9 @@ def lightly_pair(file: str, name: str, **options: Any) -> Pair:
         return lambda z, ids, tau: loss(z[0], z[1]) + loss(z[1], z[2])
 
     def pair() -> tuple[Call, ...]:
-        library, utils = peers.lightly(file), sys.modules["lightly.models.utils"]
+        library, utils = peers.lightly(file), vars(sys.modules["lightly.models.utils"])
         # tests.peers leaves this module empty if torchvision is missing.
-        if not hasattr(utils, "concat_all_gather"):
-            utils.concat_all_gather = concat_all_gather
+        utils.setdefault("concat_all_gather", concat_all_gather)
         return of(lightly), of(library)
 
     return pair
@@ -485,8 +484,8 @@ def outputs() -> dict[str, Any]:
     found: dict[str, Any] = {}
     if len(ids):  # a group exists, but these losses are not told to use it
         found["own"] = lightly.NTXentLoss()(x[0], x[1]), open_clip.ClipLoss()(x[0], x[1], 2.0)
-    out = simclr.add_contrastive_loss(z[:2].flatten(0, 1), False, 0.5, strategy=dist.group.WORLD)
-    found["simclr"] = out.loss.detach(), out.labels, *formed(out.logits, z)
+    of_simclr = simclr.add_contrastive_loss(z[:2].flatten(0, 1), False, 0.5, strategy=dist.group.WORLD)
+    found["simclr"] = of_simclr.loss.detach(), of_simclr.labels, *formed(of_simclr.logits, z)
     mask = ids > 0
     out = torchmultimodal.contrastive_loss_with_temperature(z[0], z[1], torch.tensor(1.0), mask)
     found["torchmultimodal"] = *formed(out.logits_a, z), *formed(out.logits_b, z)
@@ -502,7 +501,7 @@ def outputs() -> dict[str, Any]:
     return found
 
 
-def clip(**options: Any) -> Callable[[Tensor], Tensor]:
+def clip(**options: Any) -> Callable[[Tensor], Any]:
     return lambda z: open_clip.ClipLoss(**{"rank": rank_here(), "world_size": 3, **options})(z, z, 2.0)
 
 
@@ -521,7 +520,7 @@ def replicas(**options: Any) -> Callable[[Tensor], Tensor]:
 
 
 # The words of an error, and the call that must raise it on every rank. Each rank has four rows.
-BAD: dict[str, Callable[[Tensor], Tensor]] = {
+BAD: dict[str, Callable[[Tensor], Any]] = {
     "world_size must be 1 or the size of the default process group, 3, got 2": clip(world_size=2),
     "rank must be this process's rank in the default group": clip(rank=3),
     "use_horovod must be False if world_size is above 1": clip(use_horovod=True),

@@ -530,12 +530,12 @@ def cached_on_ranks():
         model = TextModel().eval()
         columns = text_columns(2)
         if gathers:
-            model = DistributedDataParallel(model)
-            model.module.register_forward_hook(
-                lambda *_: synchronised.append(model.require_backward_grad_sync and torch.is_grad_enabled())  # noqa: B023
+            ddp = DistributedDataParallel(model)
+            model.register_forward_hook(
+                lambda *_: synchronised.append(ddp.require_backward_grad_sync and torch.is_grad_enabled())  # noqa: B023
             )
             columns = [rows_of(column, rows) for column in columns]
-            loss = CACHED(model, mini_batch_size=2, gather_across_devices=True)(columns)
+            loss = CACHED(ddp, mini_batch_size=2, gather_across_devices=True)(columns)
         else:
             loss = ours.MultipleNegativesRankingLoss(model)(columns)
         loss.backward()

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from fastntxent.files import write_whole
-from fastntxent.simclr import output
 from fastntxent.simclr.checkpoint import load_checkpoint, save_checkpoint
 from fastntxent.simclr.output import OutputFolder, write_text
 
@@ -120,7 +119,7 @@ def test_folder_check_says_what_is_wrong(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(output.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(ValueError, match="cannot be written to: No space left on device"):
         OutputFolder(tmp_path / "new").check(0)
     assert os.listdir(tmp_path / "new") == []

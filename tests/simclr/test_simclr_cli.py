@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastntxent.simclr.__main__ import main
 from fastntxent.simclr.checkpoint import load_checkpoint, with_saved_options
+from fastntxent.simclr.command import main
 from fastntxent.simclr.config import Config, parse_args
 
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -7,6 +7,7 @@ import sys
 import types
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -122,7 +123,7 @@ def fake_torchvision(monkeypatch):
             if split != "test":
                 self.labels[10:] = -1
 
-    datasets = types.ModuleType("torchvision.datasets")
+    datasets: Any = types.ModuleType("torchvision.datasets")
     datasets.CIFAR10, datasets.STL10 = CIFAR10, STL10
     monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
     monkeypatch.setitem(sys.modules, "torchvision.datasets", datasets)

@@ -1,4 +1,5 @@
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ LABELS = [index % 2 for index in range(20)]
 
 class Items(Dataset):
     """A map-style dataset of these items. An item that is an exception is raised."""
+
+    classes: list[str]
 
     def __init__(self, items):
         self.items = list(items)
@@ -133,19 +136,19 @@ def test_images_of_a_dataset_are_indexed_as_a_tensor_is(monkeypatch):
 
 def test_images_of_a_dataset_name_an_item_that_changed():
     items = Items(CHANNELS_FIRST)
-    data = ImageData.from_datasets(items, in_memory="no")
-    first = int(data.train_images.places[0])
+    images: Any = ImageData.from_datasets(items, in_memory="no").train_images
+    first = int(images.places[0])
     items.items[first] = OSError("the disk is gone")
     with pytest.raises(ValueError, match=f"item {first} of the dataset can no longer be read: OSError: the disk"):
-        data.train_images[:1]
+        images[:1]
     items.items[first] = CHANNELS_FIRST[0, :, :5]
     with pytest.raises(ValueError, match=f"all images must have the same size, but item {first} of the dataset"):
-        data.train_images[:1]
+        images[:1]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_from_datasets_names_all_bad_items_at_once(workers):
-    items = list(zip(CHANNELS_FIRST, LABELS, strict=True))
+    items: list[Any] = list(zip(CHANNELS_FIRST, LABELS, strict=True))
     items[3], items[11] = KeyError("no such key"), ZeroDivisionError()
     with pytest.raises(ValueError, match="2 of 20 images of mine cannot be read") as caught:
         ImageData.from_datasets(Items(items), name="mine", workers=workers)

@@ -7,6 +7,7 @@ import sys
 import types
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ class Net(nn.Module):
         return self.linear(x.view(x.size(0), -1))
 
 
-def net(change=lambda h, module: h, *, make=Net):
+def net(change=lambda h, module: h, *, make: Any = Net):
     """Return a factory of Nets whose output goes through `change`."""
 
     class Changed(make):
@@ -168,7 +169,12 @@ def test_factory_that_makes_no_encoder_is_refused_in_words(module, name):
 
 def test_factory_is_told_channels_and_size_of_the_images(module):
     seen = []
-    module.make = lambda image_size, *, channels=1: seen.append((channels, image_size)) or Net(channels)
+
+    def make(image_size, *, channels=1):
+        seen.append((channels, image_size))
+        return Net(channels)
+
+    module.make = make
     build("my_encoders:make", size=(16, 16))
     with pytest.raises(ValueError, match="does not take images of 3 x 16 x 24"):
         build("my_encoders:make", channels=3, size=(16, 24))
@@ -265,7 +271,7 @@ class FixedSize(Net):
 
 @pytest.fixture
 def fake_timm(monkeypatch):
-    timm = types.ModuleType("timm")
+    timm: Any = types.ModuleType("timm")
     called = []
 
     def create_model(name, *, pretrained, num_classes, in_chans, **kwargs):
@@ -319,7 +325,7 @@ class Classifier(nn.Module):
 
 @pytest.fixture
 def fake_torchvision(monkeypatch):
-    models = types.ModuleType("torchvision.models")
+    models: Any = types.ModuleType("torchvision.models")
     called = []
 
     def get_model(name, *, weights, **kwargs):

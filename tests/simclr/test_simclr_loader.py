@@ -224,7 +224,7 @@ class Handlers(Dataset):
         return torch.full((1, 8, 8), 1 - int(ignored), dtype=torch.uint8), _SET[0]
 
 
-_SET = []
+_SET: list[int] = []
 
 
 def _set(worker):

@@ -3,6 +3,7 @@
 import csv
 import sys
 import types
+from typing import Any
 
 import pytest
 
@@ -67,9 +68,9 @@ def fakes(monkeypatch):
         calls.append(options)
         return Run()
 
-    tensorboard = types.ModuleType("torch.utils.tensorboard")
+    tensorboard: Any = types.ModuleType("torch.utils.tensorboard")
     tensorboard.SummaryWriter = SummaryWriter
-    wandb = types.ModuleType("wandb")
+    wandb: Any = types.ModuleType("wandb")
     wandb.init = init
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
     monkeypatch.setitem(sys.modules, "wandb", wandb)

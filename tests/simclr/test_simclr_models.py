@@ -175,7 +175,8 @@ def test_encoder_takes_other_precisions(dtype):
 
 def traced(encoder):
     with warnings.catch_warnings():
-        warnings.simplefilter("error", torch.jit.TracerWarning)  # warns if a check would become part of the trace
+        # PyTorch warns if a check would become part of the trace. (torch.jit does not list the class for mypy.)
+        warnings.simplefilter("error", torch.jit.TracerWarning)  # type: ignore[attr-defined]
         return torch.jit.trace(encoder, IMAGES[:2])
 
 

@@ -5,6 +5,7 @@ that is stopped twice and ends on two ranks, and uses of the trained encoder.
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import os
 import re
@@ -338,8 +339,7 @@ class Stripes(Dataset):
 
 
 def test_trainer_takes_a_dataset_and_load_encoder_gives_its_encoder(here):
-    import my_net
-
+    my_net = importlib.import_module("my_net")
     config = Config(epochs=2, batch_size=16, temperature=0.2, out=Path("runs/dataset"), quiet=True)
     trainer = Trainer(config, Stripes(), encoder=my_net.net(3, 16))
     trainer.fit()

@@ -21,8 +21,8 @@ def test_npz_takes_every_layout(tmp_path, layout, dtype):
     pixels = np.random.default_rng(0).integers(0, 256, (20, 3, 12, 10)).astype(np.uint8)
     channels = pixels[:, :1] if layout == "NHW" else pixels
     stored = {"NHW": channels[:, 0], "NHWC": channels.transpose(0, 2, 3, 1), "NCHW": channels}[layout]
-    stored = stored / np.float32(255) if dtype == np.float32 else stored
-    np.savez(tmp_path / "d.npz", images=stored, labels=np.arange(20) % 2, test_images=stored[:4])
+    images = stored / np.float32(255) if dtype == np.float32 else stored
+    np.savez(tmp_path / "d.npz", images=images, labels=np.arange(20) % 2, test_images=images[:4])
     data = load(tmp_path / "d.npz")
     assert torch.equal(data.train_images, torch.from_numpy(channels))
     assert torch.equal(data.test_images, torch.from_numpy(channels[:4]))

@@ -16,7 +16,7 @@ import torch
 
 import fastntxent.simclr
 from fastntxent.simclr import ImageData, figures, report
-from fastntxent.simclr.__main__ import main
+from fastntxent.simclr.command import main
 from fastntxent.simclr.evaluate import Evaluation, evaluate
 from fastntxent.simclr.history import History
 from fastntxent.simclr.page import STYLE

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastntxent.simclr.__main__ import main
+from fastntxent.simclr.command import main
 from fastntxent.simclr.data import load_data
 from fastntxent.simclr.study import FULL, QUICK, conduct
 from fastntxent.simclr.study.conduct import without

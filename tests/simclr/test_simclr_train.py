@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from fastntxent import NTXentLoss
 from fastntxent.backends.blocked import BACKEND
 from fastntxent.simclr import Config, Trainer, TrainingError, load_encoder
-from fastntxent.simclr import checkpoint as checkpoint_module
 from fastntxent.simclr.checkpoint import load_checkpoint, save_checkpoint, with_saved_options
 from fastntxent.simclr.config import parse_args
 from fastntxent.simclr.feed import even_chunk
@@ -112,7 +111,7 @@ def test_trainer_copies_an_encoder_only_after_it_was_tried(stripes, tmp_path, en
         twin = trainer.untrained().state_dict()
         assert all(torch.equal(value, twin[name]) for name, value in trainer.model.state_dict().items())
         return
-    module.lock = threading.Lock()
+    module.lock = threading.Lock()  # type: ignore[assignment]
     with pytest.raises(ValueError, match=r"must be a module that copy.deepcopy can copy, .*cannot pickle"):
         Trainer(config, stripes, encoder=module)
 
@@ -191,7 +190,7 @@ def test_save_checkpoint_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch)
         file.write(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoint_module.torch, "save", fail_half_way)
+    monkeypatch.setattr(torch, "save", fail_half_way)
     with pytest.raises(OSError, match="disk full"):
         save_checkpoint(path, {"step": 2})
     assert load_checkpoint(path)["step"] == 1
