@@ -9,6 +9,7 @@ import os
 import re
 import time
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,8 +22,9 @@ from torch.nn.parallel import DistributedDataParallel
 import fastntxent
 from fastntxent import Sharding, error_budget
 from fastntxent.backends.blocked import BlockedBackend
-from fastntxent.distributed import positives, schedule
+from fastntxent.distributed import positives, schedule, shard
 from fastntxent.ops import kernels
+from fastntxent.options import STRATEGIES
 from tests.ranks import bytes_sent, on_ranks
 from tests.test_distributed import (
     CASES,
@@ -583,6 +585,24 @@ def one_rank() -> list[str]:
     with pytest.raises(ValueError, match="one-dimensional DeviceMesh, got 2-d") as caught:
         Sharding(init_device_mesh("cpu", (1, 1), mesh_dim_names=("a", "b")))
     return messages
+
+
+def ring_taken() -> dict[tuple[str, int], bool]:
+    """Return whether each strategy takes the ring for 128 bytes of rows, by strategy and by RING_BYTES."""
+    rows = {"z_i": torch.eye(2, 8), "z_j": torch.eye(2, 8)}  # 2 samples of 2 views, 8 features of 4 bytes
+    taken = {}
+    for limit in (127, 128):
+        for strategy in STRATEGIES:
+            with mock.patch.object(shard, "RING_BYTES", limit):
+                opened = shard.open_shard(Sharding(dist.group.WORLD, strategy=strategy), "nt_xent", rows, 2, {})
+            taken[strategy, limit] = opened.ring
+    return taken
+
+
+def test_auto_takes_the_ring_above_its_limit():
+    (taken,) = on_ranks(1, ring_taken)
+    always = {("ring", limit): True for limit in (127, 128)} | {("all_gather", limit): False for limit in (127, 128)}
+    assert taken == always | {("auto", 127): True, ("auto", 128): False}
 
 
 def test_modules_can_be_copied_and_bad_options_are_errors():
