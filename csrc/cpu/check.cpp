@@ -158,7 +158,8 @@ Case against(int64_t n, int64_t D) {
     return c;
 }
 
-// SupCon's loss. With ids by index, the two views of a sample form a class; with unique ids, no row has a positive.
+// SupCon's loss in one of its forms. With ids by index, the two views of a sample form a class; with unique ids, no row
+// has a positive.
 Case classes(Case c, int form = FNTX_OUT) {
     c.classes = true, c.form = form;
     c.mean = draw() % 2;
@@ -323,7 +324,7 @@ void not_finite() {
             }
 }
 
-// The error is within 1.4 units in the last place. 1.30 was measured without fused multiply-adds (portable, or -O1).
+// The error is within 1.4 units in the last place. Without fused multiply-adds (portable, or -O1), 1.30 was measured.
 template <class T> void exp2_within(int dtype, double reach) {
     for (int64_t n = 0; n < 1000; n = n < 70 ? n + 1 : 3 * n) {
         std::vector<T> x, y(n);

@@ -13,9 +13,10 @@
 // and gathers the gradient (u). That takes 2u in all, or 1.5u if the workspace can keep all exponentials from the
 // forward.
 //
-// Memory: three (M, D) matrices (the rows, their transpose, the gathered gradient), the workspace, and a tile for each
-// thread. If one side is much longer than the other and there are several threads, slabs.h adds copies of the shorter
-// side's sums and gathered gradient. Together, these copies have no more rows than the longer side.
+// Memory: up to three (M, D) matrices for each side (the rows, their transpose, the gathered gradient), the sums of the
+// classes for FNTX_OUT, the workspace, and a tile for each thread. If one side is much longer than the other and there
+// are several threads, slabs.h adds copies of the shorter side's sums and gathered gradient. Together, these copies
+// have no more rows than the longer side.
 //
 // No sum depends on which thread ran which task, so a result has the same bits every time. The size of the tiles
 // depends on the number of threads, so calls with different numbers of threads may round differently.
