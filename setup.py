@@ -1,8 +1,8 @@
 """Builds the native extensions. Everything else is in pyproject.toml.
 
 `fastntxent._cpu` is C++17 for GCC or Clang and builds without PyTorch. `csrc/cpu/kernels.cpp` is compiled once per
-instruction set, and one is chosen at run time to suit the processor. If the build fails, the install continues without
-it: `pip install -v` shows the reason, and `fastntxent.backends()` lists the backend as unavailable.
+instruction set, and one set is chosen at run time to suit the processor. If the build fails, the install continues
+without the extension: `pip install -v` shows the reason, and `fastntxent.backends()` lists the backend as unavailable.
 
 `fastntxent._cuda` is built with ninja if nvcc is found, for every architecture in `CUDA_CODE` that this nvcc supports.
 The build needs neither a GPU nor PyTorch. FASTNTXENT_CUDA=0 skips it, and FASTNTXENT_CUDA=1 makes a failure an error.
@@ -29,7 +29,7 @@ from setuptools.command.build_ext import build_ext
 CPU = Path("csrc/cpu")
 CUDA = Path("csrc/cuda")
 SHARED = sorted(Path("csrc").glob("*.h"))  # used by both extensions
-CUDA_CODE = ("80", "86", "89", "90", "100", "103", "110", "120")  # and PTX for the first, which newer GPUs compile
+CUDA_CODE = ("80", "86", "89", "90", "100", "103", "110", "120")  # and PTX for the oldest that nvcc supports
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]
 INSTRUCTION_SETS = {
@@ -100,7 +100,7 @@ class BuildExt(build_ext):
         ext.define_macros.append(("FNTX_BFLOAT", "1"))
 
     def build_cuda(self, ext: Extension) -> None:
-        """Compile changed sources with nvcc, in parallel on all processors, and link them."""
+        """Compile changed sources with nvcc, in parallel on all processors, and link the extension."""
         wanted = os.environ.get("FASTNTXENT_CUDA", "auto")
         if wanted not in ("auto", "0", "1"):
             raise ValueError(f"FASTNTXENT_CUDA must be 'auto', '0' or '1', got {wanted!r}")
@@ -111,7 +111,7 @@ class BuildExt(build_ext):
         try:
             nvcc = find_nvcc()
             if nvcc is None:
-                raise RuntimeError("nvcc is neither in CUDA_HOME nor on PATH")
+                raise RuntimeError("there is no nvcc in CUDA_HOME (or CUDA_PATH) or, if neither is set, on PATH")
             ninja = shutil.which("ninja")
             if ninja is None:
                 raise RuntimeError("ninja is not on PATH: pip install ninja")
@@ -159,7 +159,7 @@ def ninja_file(nvcc: str, flags: list[str], sources: Iterable[Path], objects: Pa
 
 
 def gencode(nvcc: str) -> list[str]:
-    """Return flags for machine code for every architecture that nvcc supports, and PTX for the oldest."""
+    """Return flags for machine code for each of `CUDA_CODE` that nvcc supports, and for PTX for the oldest of them."""
     with tempfile.TemporaryDirectory() as folder, ThreadPool() as pool:
         probe = Path(folder) / "probe.cu"
         probe.write_text("__global__ void probe() {}\n")

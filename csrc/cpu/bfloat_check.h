@@ -1,5 +1,5 @@
-// Compares one product in each layout of bfloat_products.h with plain C++. All numbers are small integers, so the order
-// of a sum makes no difference.
+// Compares the results of bfloat_products.h for one small tile, its similarities and its gathered gradients, with plain
+// C++. All numbers are small integers, so the order of a sum makes no difference.
 #pragma once
 
 #include <algorithm>

@@ -1,13 +1,14 @@
 // Products of bfloat16 rows with the instructions in bfloat.h, which accumulate in float.
 //
 // Similarities: each row z is scaled by a power of two, which brings its length to [1, 2). This scaling rounds nothing
-// but numbers far below the row's length, and keeps every sum out of the range that the instructions flush to zero.
-// Without normalisation, very long or short rows are scaled only by 2^60. The product of two bfloat16 numbers is exact
-// in float, so the sums are as accurate as sums over widened rows. A factor for each row and a factor for each column
-// then normalise the sums.
+// but numbers far below the row's length, and only negligible products and sums are in the range that the instructions
+// flush to zero. Without normalisation, the scale stays between 2^-60 and 2^60. The product of two bfloat16 numbers is
+// exact in float, so the sums are as accurate as sums over widened rows. A factor for each row and a factor for each
+// column then undo the scaling and normalise.
 //
-// Gradients: sum_j G_ij u_j = sum_j (G_ij factor_j) z_j. Only G_ij factor_j is rounded to bfloat16, as the gradient
-// itself will be. The temperature's gradient is returned in float, so sum G_ij s_ij is formed before G is rounded.
+// Gradients: sum_j G_ij u_j = sum_j (G_ij factor_j) z_j, where z_j is the scaled row. Only G_ij factor_j is rounded to
+// bfloat16, as the gradient itself will be. The temperature's gradient is returned in float, so sum G_ij s_ij is formed
+// before G is rounded.
 #pragma once
 
 #include <math.h>

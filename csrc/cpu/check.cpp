@@ -1,7 +1,7 @@
-// Tests the C interface (fastntxent.h) against the definition, which is computed pair by pair, with many
-// shapes, dtypes, strides and numbers of threads. sanitize.sh builds this file with and without sanitizers. Inputs and
-// outputs are allocated at their exact sizes, so that a sanitizer finds out-of-bounds accesses, and outputs start as
-// NaN, which exposes elements that were not written. The first failure names its case and ends the run.
+// Tests the C interface (fastntxent.h) with many shapes, dtypes, strides and numbers of threads, and compares the
+// results with the definition, computed pair by pair. sanitize.sh builds this file with and without sanitizers. Inputs
+// and outputs are allocated at their exact sizes, so that a sanitizer finds out-of-bounds accesses, and outputs start
+// as NaN, which exposes elements that were not written. The first failure names its case and ends the run.
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -38,7 +38,7 @@ const char* const BASELINE = "neon";
 #else
 const char* const BASELINE = "portable";
 #endif
-constexpr int64_t SMALLEST_EDGE = fntx::ALIGNED_ROWS;  // of a tile
+constexpr int64_t SMALLEST_EDGE = fntx::ALIGNED_ROWS;  // edge of the smallest tile
 
 #ifdef FNTX_EMULATE
 const char* const SETS[] = {"avx512_bf16", "amx"};  // other builds check the other sets
@@ -80,7 +80,8 @@ template <class T> void verify_as(const Case& c, const std::vector<int>& threads
 
 // --quick is for emulated machines. It leaves out float64 cases whose definition takes more than QUICK multiplications,
 // because long double may be emulated in software there. It runs one in four of the other cases whose definition takes
-// more than COSTLY multiplications, and leaves out the group "blocks".
+// more than COSTLY multiplications. It also leaves out the group "blocks" and, in the group "not finite", most losses
+// with classes.
 bool quick = false;
 constexpr int64_t QUICK = 30000, COSTLY = 400000;
 
@@ -93,8 +94,8 @@ bool taken(const Case& c) {
 }
 
 // Check a case on every instruction set, in every mode, and, for each number in `tiles`, with a workspace for that
-// number of the smallest tiles. Emulated instructions are slow, so they are checked only with the last number of
-// threads.
+// number of the smallest tiles. The emulated instructions serve only bfloat16 rows and are slow, so with them the dtype
+// is always bfloat16, and only the last number of threads is checked.
 void verify(Case c, std::vector<int> threads, const std::vector<int>& tiles) {
 #ifdef FNTX_EMULATE
     c.dtype = FNTX_BFLOAT16, threads = {threads.back()};
@@ -109,7 +110,8 @@ const int64_t SIZES[] = {1, 2, 3, 7, 23, 24, 25, 47, 48, 49, 95, 97, 150};
 constexpr int SMALL_SIZES = 7;   // number of small sizes, which come first
 constexpr int ALL_TILES = 1000;  // more than any case has
 
-// Check every size with every D, but only one in six of the combinations that are COSTLY. The other options are random.
+// Check every size with every D, but only about one in six of the combinations with n n D > COSTLY. The other options
+// are random.
 template <class Shape> void shapes(Shape shape) {
     for (int64_t n : SIZES)
         for (int64_t D : {1, 2, 3, 15, 16, 17, 48, 127, 128, 129, 300}) {
@@ -129,8 +131,8 @@ Case rectangle(int64_t n, int64_t D) {
     return {{n, draw() % 2 ? n : 0}, {other, draw() % 2 ? SIZES[draw() % SMALL_SIZES] : 0}, D};
 }
 
-// A case with equal numbers of rows and columns and the loss of their pairs, in both directions, or in one direction if
-// the weight is 0.
+// Give a case with columns a loss, in both directions, or only for the rows if the weight is 0. Except for SigLIP, the
+// case must have as many rows as columns.
 Case in_pairs(Case c, double cols_loss_weight = 0.3) {
     c.cols_loss_weight = cols_loss_weight;
     return c;
@@ -141,7 +143,7 @@ Case pairs(int64_t n, int64_t D) {
     return in_pairs({{n, 0}, {first, n - first}, D}, draw() % 2 ? 0.3 : 0);
 }
 
-// NT-Logistic or SigLIP: the loss, and also the sums without a loss.
+// NT-Logistic or SigLIP: the loss if the case has one, and the sums without a loss.
 Case softplus(Case c, int function = FNTX_SOFTPLUS) {
     c.function = function;
     c.bias = 12 * noise();
@@ -156,7 +158,8 @@ Case against(int64_t n, int64_t D) {
     return c;
 }
 
-// SupCon's loss. With ids by index, the two views of a sample form a class; with unique ids, no row has a positive.
+// SupCon's loss in one of its forms. With ids by index, the two views of a sample form a class; with unique ids, no row
+// has a positive.
 Case classes(Case c, int form = FNTX_OUT) {
     c.classes = true, c.form = form;
     c.mean = draw() % 2;
@@ -207,8 +210,8 @@ void threads_and_workspaces() {
         }
 }
 
-// Few rows or columns, with a copy of their sums for each slab of the other side. Some slabs extend beyond that side,
-// and some have no negatives for a row.
+// Few rows or columns, with a copy of their sums for every slab of the longer side but the first. Some slabs extend
+// beyond the longer side, and some have no negatives for a row.
 void slabs() {
     int dtype = 0, loss = 0;
     for (double tau : {0.07, 0.001})
@@ -253,8 +256,8 @@ void magnitudes() {
         }
 }
 
-// Return NaNs of two kinds, both infinities, and the given numbers. A marked NaN has non-zero low bits, as a float and
-// as a double, which the exponential shifts into the exponent.
+// Return a plain NaN, two marked NaNs, both infinities, and the given numbers. As a float and as a double, a marked NaN
+// has non-zero low bits, which the exponential shifts into the exponent.
 std::vector<double> unusual(std::initializer_list<double> numbers) {
     const uint64_t bits = 0x7ff8000000000000 | uint64_t(0xa5) << 29 | 0x5a5;
     double marked;
@@ -264,9 +267,10 @@ std::vector<double> unusual(std::initializer_list<double> numbers) {
     return all;
 }
 
-// A NaN in one row reaches the loss, and nu of every row that has that row among its negatives. If rows are normalised,
-// an infinity becomes a NaN and does the same, while a finite number leaves the loss finite. Rows with index 3 modulo
-// 50 (the changed row and its positive) are not checked.
+// A NaN in one row reaches the loss, and nu of every row that has the changed row among its negatives. If rows are
+// normalised, an infinity becomes a NaN and does the same, while a finite number leaves the loss finite. If rows are
+// not normalised, an infinity must only keep the loss from being finite. nu of rows with index 3 modulo 50 (the changed
+// row and its positive) is not checked. With float16 rows, only the status is checked.
 template <class T> void unusual_rows(const Case& c) {
     const double huge = sizeof(T) == 4 ? 3e38 : 1e150;
     Problem<T> p(c);
@@ -288,7 +292,8 @@ template <class T> void unusual_rows(const Case& c) {
     }
 }
 
-// A backward accepts any upstream gradient and any neg_lse.
+// A backward accepts any upstream gradient and any neg_lse. An upstream gradient that is not finite, or a NaN in
+// neg_lse, reaches d_inv_tau.
 template <class T> void unusual_upstream(const Case& c) {
     const Problem<T> p(c);
     for (double x : unusual({1e30, -1e30}))
@@ -319,7 +324,7 @@ void not_finite() {
             }
 }
 
-// The error is within 1.4 units in the last place. 1.30 was measured without fused multiply-adds (portable, or -O1).
+// The error is within 1.4 units in the last place. Without fused multiply-adds (portable, or -O1), 1.30 was measured.
 template <class T> void exp2_within(int dtype, double reach) {
     for (int64_t n = 0; n < 1000; n = n < 70 ? n + 1 : 3 * n) {
         std::vector<T> x, y(n);
@@ -354,7 +359,7 @@ void exponentials() {
     });
 }
 
-// A large block that one call lends to the system goes to the next call, even if the system has reclaimed its pages.
+// A large block that was lent to the system goes to the next request of its size, and to no other buffer.
 void memory_lent() {
 #if defined(__linux__) && !defined(FNTX_EXACT_MEMORY)
     constexpr int64_t size = int64_t(40) << 20;
@@ -452,8 +457,8 @@ void invalid_calls() {
     }
 }
 
-// With blocks of several tiles, several threads give the same results as one thread, up to rounding. The other groups
-// compare one thread with the definition.
+// With blocks of several tiles, several threads give the same results as one thread, up to rounding, and the same bits
+// every time. At this size, the definition would take too long.
 void blocks() {
     if (quick) return;
     const int64_t n = 3150, D = 16, labels = 90;

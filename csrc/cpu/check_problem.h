@@ -1,4 +1,4 @@
-// Test cases for check.cpp: inputs of every dtype and layout, and the expected results. These follow the formulas
+// Test cases for check.cpp: inputs of every dtype and layout, and the expected results. The results follow the formulas
 // directly, in O(M^2 D) operations, or O(M^3) with classes.
 #pragma once
 
@@ -45,7 +45,7 @@ constexpr int ALL_WANTED = 15;  // one bit for each of the four d_z
 enum Limits { NO_LIMITS, LIMITS_OF_ROWS, LIMITS_OF_POSITIVES };
 
 struct Case {
-    int64_t rows[2], cols[2];  // rows of the two matrices of each side; no columns: symmetric
+    int64_t rows[2], cols[2];  // numbers of rows of each side's two matrices; no columns: symmetric
     int64_t D;
     int dtype = FNTX_FLOAT32, layout = 0, ids = 0, normalize = 1;
     double tau = 0.07, eps = 1e-12, scale = 1;
@@ -57,7 +57,7 @@ struct Case {
     Limits limits = NO_LIMITS;
     double limit_scale = 0, limit_shift = 0;  // for LIMITS_OF_POSITIVES
     double against = 0;                       // > 0: random numbers up to this size replace pi in the loss
-    bool classes = false, mean = false;       // ids are classes; average over the rows that have a positive
+    bool classes = false, mean = false;       // classes: ids are classes; mean: average over rows with a positive
     int form = FNTX_OUT;                      // form of the loss with classes
 
     std::string name() const {

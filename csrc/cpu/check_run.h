@@ -103,8 +103,8 @@ template <class T> struct CheckedCall {
         checks += !got.empty();
     }
 
-    // Compare every output with the definition. `rounding` is the unit roundoff of a gradient's operands, if that is
-    // coarser than T's.
+    // Compare every output with the definition. `rounding` is the unit roundoff of the operands of d_z, if that is
+    // coarser than T's, otherwise 0.
     void compare(Real rounding = 0) const {
         const Real epsilon = sizeof(T) == 4 ? 1.2e-7 : 2.3e-16, tolerance = 16 * epsilon * (1 + p.largest_logit());
         const Real of_gradient = tolerance + rounding;

@@ -50,7 +50,7 @@ class Classes {
     // Return the indices of the rows of a class, in ascending order.
     Rows rows(int64_t c) const { return {rows_.data() + first_[c], rows_.data() + first_[c + 1]}; }
 
-    // with_positive returns the number of rows that have a positive; in_pairs returns whether every class has two rows.
+    // with_positive returns how many rows have a positive; in_pairs returns whether every class has exactly two rows.
     int64_t with_positive() const { return with_positive_; }
     bool in_pairs() const { return in_pairs_; }
 

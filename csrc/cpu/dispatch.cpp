@@ -54,7 +54,7 @@ bool has_avx512() {
 #endif
 
 #if defined(FNTX_X86) && defined(FNTX_BFLOAT)
-// Each of the two sets is tested once, and is not used if its products on this machine differ from the products of
+// Each of these two sets is tested once, and is not used if its products on this machine differ from the products of
 // plain C++.
 bool amx_works() {
     static const bool works = has_avx512() && has_amx() && amx::multiplies_right();
@@ -100,8 +100,8 @@ const InstructionSet& instruction_set() {
 
 int64_t count_rows(const fntx_side& side) { return side.z[0].n + side.z[1].n; }
 
-// The largest number of elements in a side, padding included (at most MARGIN rows). Even if the elements are doubles,
-// the size of the side in bytes fits in 64 bits.
+// The largest number of elements in a side, including the rows of padding, which are fewer than MARGIN. Even if the
+// elements are doubles, the size of the side in bytes fits in 64 bits.
 constexpr int64_t MOST_NUMBERS = INT64_MAX / 16, MARGIN = 1024;
 
 bool too_large(const fntx_side& side, int64_t D) {

@@ -60,18 +60,19 @@ struct fntx_matrix {
     int64_t stride_col;
 };
 
-// One side of the similarity matrix: the rows of two matrices, concatenated (the second may have n = 0). Vectors have
-// one element per row. Vectors (except ids) and gradients have the accumulation type: double for FNTX_FLOAT64,
+// One side of the similarity matrix: the rows of two matrices, concatenated (one of the two may have n = 0). Vectors
+// have one element per row. Vectors (except ids) and gradients have the accumulation type: double for FNTX_FLOAT64,
 // otherwise float.
 struct fntx_side {
     struct fntx_matrix z[2];
     const int64_t* ids;     // group of each row, 0 to INT32_MAX; NULL: the row's index within its matrix
     const void* limits;     // largest similarity that counts in each row's sum; NULL: see `limited`
-    void* neg_lse;          // output of a forward; input of a backward without a forward
-    const void* d_neg_lse;  // upstream gradient, for a backward; NULL if the call computes it itself (`loss`)
+    void* neg_lse;          // output of a forward, or NULL; input of a backward without a forward
+    const void* d_neg_lse;  // upstream gradient, for a backward; NULL: zero. With `loss`, the call computes it
     void* d_z[2];           // contiguous (n, D) gradients; NULL: not wanted
 };
 
+// M is the number of rows in `rows`. Vectors (except classes) and 0-d outputs have the accumulation type.
 struct fntx_call {
     int phases;    // bits of fntx_phases
     int function;  // one of fntx_functions
@@ -102,7 +103,7 @@ struct fntx_call {
     void* d_inv_tau;          // 0-d out, backward
     void* d_bias;             // 0-d out, backward of FNTX_SOFTPLUS and FNTX_SIGMOID
     int64_t workspace;        // maximum bytes for exponentials that the forward keeps for the backward
-    // The calling thread calls `poll` at most every 50 ms, and a non-zero result stops the call. NULL: no polling.
+    // The calling thread calls `poll` at most once every 50 ms, and a non-zero result stops the call. NULL: no polling.
     // `poll` must return: if it ends the thread instead, the other threads of the team wait forever.
     int (*poll)(void);
 };

@@ -61,7 +61,7 @@ template <class T> FNTX_INLINE double squared_length(const T* u, int64_t ld) {
     return sum;
 }
 
-// Transpose PANEL rows, so that panel[d PANEL + row] = u[row ld + d], in blocks of 4 x 4 elements.
+// Transpose PANEL rows, so that panel[d PANEL + row] = u[row ld + d], in blocks of 4 x 4 elements where they fit.
 template <class T> void pack_panel(T* panel, const T* u, int64_t D, int64_t ld) {
     typedef T Four __attribute__((vector_size(4 * sizeof(T))));
     typedef T UnalignedFour __attribute__((vector_size(4 * sizeof(T)), aligned(sizeof(T)), may_alias));
@@ -132,7 +132,7 @@ double load_rows(const PackedSide<T>& side, const fntx_matrix* z, int dtype, int
 #endif
         if (normalize)
             for (int64_t d = 0; d < D; ++d) u[d] /= length;
-        if (!(square <= largest)) largest = square;  // NaN stays
+        if (!(square <= largest)) largest = square;  // also takes a NaN, which the next row replaces
     }
 #ifdef FNTX_BFLOAT
     const int64_t n_words = words_of(D), word_ld = word_row_length(ld);
@@ -229,8 +229,8 @@ template <bool MASKED, bool LIMITED, class T> void forward_direct(const Tile<T>&
 }
 
 // Write the logits to the buffer; if `masked`, write -inf where a pair does not count. The logits are rounded here, in
-// the same way for every use. Rounding moves a logit of 1e5 by up to 4e-3, so a log-sum-exp may be subtracted only if
-// the logits in it were rounded in the same way.
+// the same way for every use. Rounding moves a logit of 1e5 by up to 4e-3, so a log-sum-exp may be subtracted from
+// logits only if the logits in it were rounded in the same way.
 template <class T> void form_logits(const Tile<T>& tile, bool masked) {
     form_products<Products>(tile, [&](Acc<T>& acc, int64_t row, int64_t col) __attribute__((always_inline)) {
 #pragma GCC unroll 8
@@ -248,7 +248,7 @@ template <class T> void form_logits(const Tile<T>& tile, bool masked) {
 template <class T> FNTX_INLINE Vec<T> larger(Vec<T> a, Vec<T> b) { return a > b ? a : b; }
 
 // If `candidate` is larger than the row's peak, raise the peak to `candidate` and rescale the row's sum. Return the
-// number to subtract from the row's logits: the peak, or 0 if all logits are -inf.
+// number to subtract from the row's logits: the peak, or 0 if all logits so far are -inf.
 template <class T> FNTX_INLINE T raise_peak(PackedSide<T>& side, int64_t row, T candidate) {
     T& peak = side.peaks[row];
     if (candidate > peak) {
@@ -301,7 +301,7 @@ template <class T> void forward(const Tile<T>& tile) {
         tile.masked ? forward_direct<true, false>(tile) : forward_direct<false, false>(tile);
 }
 
-// Write G of a tile to its buffer, from the products.
+// Write a tile's G to the tile's buffer, from the products.
 template <bool MASKED, bool LIMITED, class T> void weigh_products(const Tile<T>& tile) {
     Products::Radial radial;
     form_products_again<Products>(tile, [&](Acc<T>& acc, int64_t row, int64_t col) __attribute__((always_inline)) {
@@ -330,7 +330,7 @@ template <bool MASKED, bool LIMITED, class T> void weigh_products(const Tile<T>&
     radial.finish(tile, 1);
 }
 
-// Write G of a tile to its buffer, from the exponentials that the forward kept.
+// Write a tile's G to the tile's buffer, from the exponentials that the forward kept.
 template <class T> void weigh_exponentials(const Tile<T>& tile) {
     const T* b = tile.cols->weights + tile.col0;
     for (int64_t row = 0; row < tile.n_rows; ++row) {
@@ -349,8 +349,8 @@ template <class T> void weigh_exponentials(const Tile<T>& tile) {
     }
 }
 
-// Write G of a shifted tile to its buffer. The row's term shifts each logit by the row's nu, and the column's term by
-// the column's nu.
+// Write a shifted tile's G to the tile's buffer. The row's term shifts each logit by the row's nu, and the column's
+// term by the column's nu.
 template <class T> void weigh_shifted(const Tile<T>& tile) {
     form_logits(tile, tile.masked);
     Products::Radial radial;
@@ -473,8 +473,8 @@ FNTX_INLINE Vec<T> softplus_of(const Tile<T>& tile, int64_t row, int64_t col, Ve
     return there ? value : Vec<T>{};
 }
 
-// The gradient contains no sum over a row, so one pass computes values, slopes and G_ij = slope_ij (a_i + a_j), where
-// a_i is the weight of row or column i.
+// The gradient does not depend on the rows' sums, so one pass computes values, slopes and G_ij = slope_ij (a_i + a_j),
+// where a_i is the weight of row or column i.
 template <Agreeing AGREEING, class T> void softplus_products(const Tile<T>& tile) {
     const int64_t by_rows = tile.edge * LANES<T>;
     T *row_sums = tile.sums, *row_slopes = row_sums + by_rows;

@@ -3,17 +3,20 @@
 // Flops are in units of u, one full product: 2 M^2 D, or 2 M N D for a rectangle. A side "gathers" its gradient: row i
 // sums G_ij u_j over the columns j (docs/architecture.md defines the matrix G and the unit rows u_j).
 //
-// If only the rows have losses and gradients (queries against a queue), one pass computes both. Each row gathers with
-// its exponentials in place of G, and the result is divided by the row's sum at the end. That takes 2u for a rectangle,
-// where two passes take 3u.
+// FNTX_SOFTPLUS and FNTX_SIGMOID take one pass, because their gradients do not depend on the rows' sums. If only the
+// rows have losses and gradients (queries against a queue), one pass is usually enough as well (may_gather_at_once):
+// each row gathers with its exponentials in place of G, and the result is multiplied by the row's weight and divided by
+// the row's sum at the end. That takes 2u for a rectangle, where two passes take 3u.
 //
-// Otherwise there are two passes. In a symmetric call, the forward forms half of the products (u/2). The backward forms
-// them again (u/2) and gathers the gradient (u). That takes 2u in all, or 1.5u if the workspace can keep all
-// exponentials from the forward.
+// Otherwise there are two passes. (FNTX_IN, FNTX_RATIO and FNTX_PAIRS repeat both for the tiles that may contain
+// positives.) In a symmetric call, the forward forms half of the products (u/2). The backward forms them again (u/2)
+// and gathers the gradient (u). That takes 2u in all, or 1.5u if the workspace can keep all exponentials from the
+// forward.
 //
-// Memory: three (M, D) matrices (the rows, their transpose, the gathered gradient), the workspace, and a tile for each
-// thread. If one side is much longer than the other, slabs.h adds copies of the shorter side's sums and gathered
-// gradient. Together, these copies have no more rows than the longer side.
+// Memory: up to three (M, D) matrices for each side (the rows, their transpose, the gathered gradient), the sums of the
+// classes for FNTX_OUT, the workspace, and a tile for each thread. If one side is much longer than the other and there
+// are several threads, slabs.h adds copies of the shorter side's sums and gathered gradient. Together, these copies
+// have no more rows than the longer side.
 //
 // No sum depends on which thread ran which task, so a result has the same bits every time. The size of the tiles
 // depends on the number of threads, so calls with different numbers of threads may round differently.
@@ -95,7 +98,7 @@ template <class T> struct OwnedSide : PackedSide<T> {
     int64_t chunks;           // number of chunks, each of ALIGNED_ROWS rows
     std::vector<Span> spans;  // range of ids in each chunk
     double *neg_lse, *w;      // nu and its weight
-    double* d_pos;            // weight of pi
+    double* d_pos;            // weight of pi, or of the terms of the row's positives
     T* largest_similarity;    // each row's limit, if the call has limits
 
     // Free the packed copies of the rows, which only the tiles read.
@@ -261,8 +264,8 @@ template <class T> class Run {
         return call.phases & FNTX_BACKWARD && (call.cols->d_z[0] || call.cols->d_z[1]);
     }
 
-    // The temperature's gradient is computed from one side's gathered gradient, so the rows gather if the columns do
-    // not.
+    // Unless the tiles multiply bfloat16 numbers, the temperature's gradient is computed from one side's gathered
+    // gradient. So the rows gather if the columns do not.
     static bool gathers_rows(const fntx_call& call) {
         const bool wanted = call.rows.d_z[0] || call.rows.d_z[1];
         return call.phases & FNTX_BACKWARD && (wanted || !call.cols || !gathers_columns(call));
@@ -283,8 +286,9 @@ template <class T> class Run {
         if (!symmetric_) body(cols_);
     }
 
-    // Call body(row) for every row; return the sum, or the largest, of the results. Threads take whole chunks of rows,
-    // and the results of the chunks are combined in order.
+    // Call body(row) for every row, and return the sum or the maximum of the results. A maximum starts from 0, so its
+    // results must not be negative. Threads take whole chunks of rows, and the results of the chunks are combined in
+    // order.
     template <class Body> double sum_over_rows(const OwnedSide<T>& side, Body body) {
         return over_rows(side, body, [](double a, double b) { return a + b; });
     }
@@ -347,8 +351,8 @@ template <class T> class Run {
         largest_log_ = call_.inv_tau * bound + terms;
         shifted_ = !(largest_log_ < DIRECT_LIMIT<T>);
         limited_ = call_.limited || call_.rows.limits || (call_.cols && call_.cols->limits);
-        // Near a logit of 0, different logits have equal exponentials after rounding, so comparing exponentials with
-        // limits would not tell the logits apart.
+        // Near a logit of 0, different logits may have equal exponentials after rounding, so comparing exponentials
+        // with limits would not tell the logits apart.
         shifted_ = shifted_ || (limited_ && call_.inv_tau * bound < 1);
         if (limited_) load_limits();
     }
@@ -442,7 +446,8 @@ template <class T> class Run {
             int64_t place = schedule_.first_place(index);
             for (int64_t i = 0; i < n; ++i)
                 for (int64_t step = on_diagonal ? i : 0; step < n; ++step, ++place) {
-                    // Go back and forth, so that each tile shares its columns or its rows with the previous tile.
+                    // Go back and forth, so that nearly every tile shares its columns or its rows with the previous
+                    // tile.
                     const int64_t j = i % 2 ? n - 1 - step + (on_diagonal ? i : 0) : step;
                     if (team_.interrupted(thread)) return;
                     Tile<T> tile = this->tile(task, i, j, place, thread);
@@ -457,8 +462,8 @@ template <class T> class Run {
                     kernel(tile);
                 }
             row_turn.store(task.row_turn + 1, std::memory_order_release);
-            // A task on the diagonal has one block. The block's turn is not stored a second time, because the block's
-            // next task may have advanced it by now.
+            // In a task on the diagonal, the row block is also the column block. The block's turn is not stored a
+            // second time, because the block's next task may have advanced it by now.
             if (&col_turn != &row_turn) col_turn.store(task.col_turn + 1, std::memory_order_release);
         });
     }
@@ -532,14 +537,14 @@ template <class T> class Run {
         return (x > 0 ? x : 0) + log1p(e);
     }
 
-    // loss_i = log(1 + exp(nu - pi)), with the weights q_i = sigmoid(nu - pi) for its gradient.
+    // loss_i = log(1 + exp(nu_i - pi_i)). The weight of nu_i is the loss's weight times sigmoid(nu_i - pi_i).
     void take_losses() {
         double loss = 0;
         for_sides([&](OwnedSide<T>& side) {
             const double weight = &side == &rows_ ? rows_loss_weight() : call_.cols_loss_weight;
             const T* const against = static_cast<const T*>(call_.against);
             T* const d_against = static_cast<T*>(call_.d_against);
-            if (weight == 0) return;  // the weights of its rows are already 0
+            if (weight == 0) return;  // the side's weights are already 0
             loss += weight * sum_over_rows(side, [&](int64_t row) {
                 const double pi = against ? double(against[row]) : call_.inv_tau * similarity_to_positive(side, row);
                 const double loss = softplus(side.neg_lse[row] - pi, side.w[row]);
@@ -576,8 +581,8 @@ template <class T> class Run {
     }
 
     // FNTX_RATIO: loss_i = log(1 + exp(nu - lse)), where lse is the log-sum-exp of the row's positives. FNTX_IN adds
-    // the log of their number. FNTX_PAIRS: loss_i is the mean of log(1 + exp(nu - pi)) over the positives. d_pos is the
-    // weight of lse, or for FNTX_PAIRS the weight of each positive.
+    // the log of the number of positives. FNTX_PAIRS: loss_i is the mean of log(1 + exp(nu - pi)) over the positives.
+    // d_pos is the weight of lse, or for FNTX_PAIRS the weight of each positive's term.
     void take_losses_over_positives() {
         PositiveSide<T>& positives = *positives_;
         const double weight = rows_loss_weight();
@@ -612,7 +617,7 @@ template <class T> class Run {
         int64_t row;
     };
 
-    // Return the positive of a row: the same row of the other view, or of the other side.
+    // Return the positive of a row: the same row of the other view or of the other side, or the other row of its class.
     Place positive(const OwnedSide<T>& side, int64_t row) const {
         if (!symmetric_) return {&side == &rows_ ? cols_ : rows_, row};
         if (call_.classes) return {rows_, classes_.other_of_pair(row)};
@@ -626,8 +631,8 @@ template <class T> class Run {
     }
 
     // Weights of any magnitude (2^16 from a loss scaler, 1e-6 from a mean) enter the tiles in units of `weight_unit_`.
-    // Without a shift, the unit makes the largest weight 1. If w exp(-nu) would then leave the range of T for some row
-    // (for example, if one weight is 1e38 times another), the tiles are shifted. In shifted tiles, w exp(k s - nu) is
+    // Without a shift, the unit makes the largest weight 1. If w exp(-nu) would then come near the limits of T's range
+    // for some row (for example, if one weight is 1e38 times another), the tiles are shifted. Then w exp(k s - nu) is
     // at most w, so the unit makes the largest weight LARGEST_WEIGHT.
     void weigh() {
         double largest = 0;
@@ -669,7 +674,7 @@ template <class T> class Run {
 
     // --- rows alone ----------------------------------------------------------------------------------------------
 
-    // Return whether the rows may gather with exponentials and be weighted at the end. The sums are not known yet;
+    // Return whether the rows may gather with exponentials, to be weighted at the end. The sums are not known yet;
     // drop_gathered_if_small checks them later.
     bool may_gather_at_once() const {
         const bool rows_alone =
@@ -678,8 +683,9 @@ template <class T> class Run {
         return !shifted_ && !limited_ && largest_log_ + std::max(log_length_, 0.0) < DIRECT_LIMIT<T>;
     }
 
-    // Discard the rows' `gathered` if the sum of any row is so small that the row's exponentials times the columns come
-    // near the smallest number of T. The backward then gathers again, with weights.
+    // Discard the rows' `gathered` if the tiles are shifted by now, or if the sum of any row is so small that its
+    // exponentials times the columns come near the smallest normal number of T. The backward then gathers again, with
+    // weights.
     void drop_gathered_if_small() {
         if (!at_once_) return;
         const double small = largest_over_rows(rows_, [&](int64_t row) {
@@ -699,7 +705,8 @@ template <class T> class Run {
     }
 
     // Turn a side's `gathered` into the gradient with respect to z, and return the side's part of the gradient with
-    // respect to k. `gathered` is in units of `weight_unit_` times k.
+    // respect to k (without the part that bfloat16 tiles add to `radial_`). `gathered` is in units of `weight_unit_`
+    // times k.
     double finish(OwnedSide<T>& side) {
         if (!side.gathered) return 0;
         const bool has_positives = takes_positives() || call_.d_pos;
@@ -755,7 +762,7 @@ template <class T> class Run {
     const int64_t tile_words_;  // scratch elements for a tile's G in bfloat16
     const int64_t scratch_size_;
     Buffer<T> scratch_, workspace_, class_sums_;
-    Buffer<double> radial_;  // sum of Tile::radial for each task; in_bfloat() only
+    Buffer<double> radial_;  // one sum for each task (Tile::radial); in_bfloat() only
     int64_t kept_ = 0;       // number of tiles whose exponentials stay in the workspace
     bool shifted_ = false, limited_ = false;
     bool at_once_ = false;    // the rows gather their gradients in the forward

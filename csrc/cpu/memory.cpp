@@ -26,8 +26,9 @@ int held_blocks = 0;
 size_t held_bytes = 0;
 HeldMemory spare = {nullptr, 0};  // one block larger than HELD_BYTES, whose pages the system may reclaim
 
-// Guards the held blocks. A thread that does not get the guard at once allocates from the system. So no thread ever
-// waits, even in a child process that was forked while another thread of the parent held the guard.
+// Guards the held blocks and the spare. A thread that does not get the guard at once allocates from the system, or
+// frees to it. So no thread ever waits, even in a child process that was forked while another thread of the parent held
+// the guard.
 std::atomic_flag busy = ATOMIC_FLAG_INIT;
 
 struct Guard {
@@ -101,12 +102,12 @@ void release_memory(void* memory, size_t capacity) {
     held_bytes += capacity;
 }
 
-// With MADV_FREE, the system may drop these pages when it runs short of memory. A page that is written to before then
-// is kept.
+// With MADV_FREE, the system may drop the block's pages when it runs short of memory. A page that is written to before
+// then is kept.
 void lend_memory(void* memory, size_t capacity) {
     if (capacity <= HELD_BYTES) return release_memory(memory, capacity);
 #if defined(__linux__) && defined(MADV_FREE)
-    const size_t whole_pages = capacity / HUGE_PAGE * HUGE_PAGE;  // the last page may be shared, so it stays
+    const size_t whole_pages = capacity / HUGE_PAGE * HUGE_PAGE;  // the rest may share a page with other memory
     HeldMemory block = {memory, capacity};
     if (madvise(memory, whole_pages, MADV_FREE) == 0) {
         const Guard guard;

@@ -1,8 +1,9 @@
 // Uninitialised, aligned memory for a call. Up to 32 MiB of freed blocks are held for the next call, because fresh
-// memory from the system costs a page fault per 4 KiB, which would take a third of the time of a call at N = 256.
-// Blocks of 4 MiB and more request huge pages. Blocks of more than 32 MiB are freed at once, except for one that the
-// next call probably needs. This block is lent to the system, which reclaims the block's pages only under memory
-// pressure; until then, the pages count as resident memory. Lending saves a tenth of the time of a call at N = 4096.
+// memory from the system costs a page fault per 4 KiB. Without held blocks, page faults would take a third of the time
+// of a call at N = 256. Blocks of 4 MiB and more request huge pages. Blocks of more than 32 MiB are freed at once,
+// except for one that the next call probably needs. On Linux, this block is lent to the system, which reclaims the
+// block's pages only under memory pressure; until then, the pages count as resident memory. Lending saves a tenth of
+// the time of a call at N = 4096.
 #pragma once
 
 #include <stddef.h>
@@ -12,8 +13,8 @@
 
 namespace fntx {
 
-// Return a block of at least `bytes` bytes, aligned to a cache line, or throw std::bad_alloc. `capacity` is set to the
-// size of the block, which release_memory and lend_memory need.
+// Return a block of at least `bytes` bytes, aligned to a cache line, or throw std::bad_alloc. Set `capacity` to the
+// block's size, which release_memory and lend_memory need.
 void* acquire_memory(size_t bytes, size_t& capacity);
 void release_memory(void* memory, size_t capacity);
 // Release the memory, but let a later call reuse it for a block of about the same size.

@@ -1,6 +1,6 @@
 // fastntxent._cpu: the C interface as a Python module, limited to Python's stable ABI, so that one build serves every
-// Python from 3.10 on. Addresses are passed as integers (Tensor.data_ptr()). fastntxent/backends/cpu.py checks shapes
-// and dtypes.
+// Python from 3.10 on. Addresses are passed as integers (Tensor.data_ptr()). Shapes and dtypes are checked in Python
+// (fastntxent/ops/contract.py).
 #include <chrono>
 #include <thread>
 
@@ -9,9 +9,9 @@
 
 namespace {
 
-// Return whether a signal handler raised (Ctrl-C). Only the main thread calls this, after it has released the GIL:
-// signal handlers run in no other thread, and any other thread would never return from here once the interpreter is
-// shutting down.
+// Return whether a signal handler raised an exception (Ctrl-C). Only the main thread calls this, after it has released
+// the GIL: signal handlers run in no other thread, and any other thread would never return from here once the
+// interpreter is shutting down.
 int signal_raised() {
     const PyGILState_STATE state = PyGILState_Ensure();
     const int raised = PyErr_CheckSignals();

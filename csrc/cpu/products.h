@@ -1,19 +1,20 @@
 // Products on register blocks. For a block of R rows and V vectors of a product a b, the accumulators stay in registers
-// for the whole inner dimension. Each step loads V vectors of b and R numbers of a.
+// for a whole chunk of the inner dimension. Each step loads V vectors of b and R numbers of a.
 //
 // With torch.mm, the same schedule (backend `blocked`) has to write out every tile and read it back. On 2 cores with
 // AVX-512, `blocked` takes 2.3 times as long at N = 4096, D = 128, and 1.4 times at N = 2048, D = 2048
-// (benchmarks/results). These blocks compute the whole loss, exponentials included, at as many flops per second as
-// torch.mm alone.
+// (benchmarks/results). These blocks compute the whole loss, exponentials included, at about as many flops per second
+// as torch.mm alone.
 //
 // While a block is computed, the operands of the next block are prefetched. Without prefetching, products of rows in
-// the L3 cache took a quarter longer, because a block of 4 x 24 sums waits for its first cache lines as long as it then
-// computes.
+// the L3 cache took a quarter longer, because a block of 4 x 24 sums waits for its first cache lines about as long as
+// it then computes.
 //
-// form_products sums every element in one order: chunk by chunk of the inner dimension, in order within a chunk, no
-// matter where in a block the element is. So s_ij and s_ji have the same bits, and a logit is the same number in the
-// forward, in the backward, and from either side. The rounding error of D products that have the same sign grows like
-// INNER_CHUNK + D / INNER_CHUNK. With one sum over all features, as in AMX's tiles, it would grow like D.
+// form_products adds the terms of every element in the same order (chunk by chunk of the inner dimension, in order
+// within a chunk), no matter where in a block the element is. So s_ij and s_ji have the same bits, and a logit is the
+// same number in the forward, in the backward, and from either side. The rounding error of D products that have the
+// same sign grows like INNER_CHUNK + D / INNER_CHUNK. With one sum over all features, as in AMX's tiles, it would grow
+// like D.
 #pragma once
 
 #include "kernels.h"
@@ -113,7 +114,7 @@ template <class T> struct Rows {
     int64_t step;
 };
 
-// One way to multiply a tile, passed as template parameter `Way` below. bfloat_products.h has the other way.
+// One way to multiply a tile, passed as the template parameter `Way` below. bfloat_products.h has the other way.
 struct FloatProducts {
     static constexpr int64_t ROWS = REGISTER_ROWS;    // rows of a block
     static constexpr int64_t INNER = INNER_CHUNK;     // inner steps of a chunk in form_products
@@ -202,9 +203,9 @@ FNTX_INLINE void add_product(T* c, int64_t ldc, int64_t n_rows, int64_t width, c
     if (width - d == LANES<T>) columns(Count<1>{}, d);
 }
 
-// Add G U_cols to the rows' `gathered` and G^T U_rows to the columns' `gathered`, with G in the tile's buffer. The row
-// stride of u is often a multiple of 512 bytes, so PACKED_ROWS rows of u would evict each other from the L1 cache. More
-// than ALIGNED_ROWS rows are therefore packed first.
+// Add G U_cols to the rows' `gathered` and, unless the tile is diagonal, G^T U_rows to the columns' `gathered`, with G
+// in the tile's buffer. The row stride of u is often a multiple of 512 bytes, so PACKED_ROWS rows of u would evict each
+// other from the L1 cache. More than ALIGNED_ROWS rows are therefore packed first.
 template <class T> void FloatProducts::gather(const Tile<T>& tile) {
     const PackedSide<T>&rows = *tile.rows, &cols = *tile.cols;
     const int64_t ld = tile.ld, at_rows = tile.row0 * ld, at_cols = tile.col0 * ld;

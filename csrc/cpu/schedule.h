@@ -1,10 +1,12 @@
 // How the similarity matrix is cut into tasks, and the order of the tasks. A task is a block of rows against a block of
-// columns, and a block is a few tiles long. Tasks that share a block add to the same sums, so every block has a turn
-// counter, and a task waits for its turn at both of its blocks. Every sum is therefore added in the same order, no
-// matter which threads compute it. Tasks come in rounds in which no block occurs twice, so threads seldom wait.
+// columns, and a block is one or more tiles long. Tasks that share a block add to the same sums, so every block has a
+// turn counter, and a task waits for its turn at both of its blocks. So the terms of every sum are added in the same
+// order, no matter which threads compute them. Tasks come in rounds in which no block occurs twice, so threads seldom
+// wait.
 //
-// The schedule depends only on the sizes and the number of threads. `python -m benchmarks schedule` reads it through
-// _cpu.schedule() and predicts the speed-up with more threads.
+// The schedule depends only on the numbers of rows and columns, on whether the call is symmetric, and on the number of
+// threads. `python -m benchmarks schedule` reads it through _cpu.schedule() and predicts the speed-up with more
+// threads.
 #pragma once
 
 #include <math.h>
@@ -17,7 +19,7 @@
 namespace fntx {
 
 constexpr int64_t LARGEST_EDGE = 192;    // at D = 128, a tile and its rows stay in a core's L2 cache
-constexpr int64_t TILES_PER_SIDE = 4;    // minimum per thread, unless the edge is already the smallest
+constexpr int64_t TILES_PER_SIDE = 4;    // minimum per thread, unless the edge is the smallest or a side is not cut
 constexpr int64_t TILES_PER_BLOCK = 4;   // maximum: at D = 128, two such blocks stay in an L2 cache of 2 MiB
 constexpr int64_t BLOCKS_PER_SIDE = 8;   // minimum per thread if there are several, unless a block is already one tile
 constexpr int64_t CHUNKS_PER_TAKE = 8;   // maximum
@@ -44,12 +46,12 @@ inline int64_t chunks_per_take(int64_t chunks, int threads) {
 // How a matrix of P x Q blocks is cut into slabs of `rows` x `cols` blocks. The last slab may extend beyond the matrix.
 //
 // Only one task at a time may add to the sums of a block of rows. With few rows and many columns (queries against a
-// long queue), there are fewer blocks of rows than threads. So the columns are split into slabs, every slab but the
-// first has a copy of the rows' sums, and the copies are added in a fixed order. With few columns and many rows, rows
-// and columns swap roles.
+// long queue), there are too few blocks of rows to keep all threads busy. So the columns are split into slabs, every
+// slab but the first has a copy of the rows' sums, and the copies are added in a fixed order. With few columns and many
+// rows, rows and columns swap roles.
 struct Slabs {
     int64_t count = 1, rows, cols;
-    bool of_rows = false;  // split the rows, because the columns are few
+    bool of_rows = false;  // split the rows, because there are fewer columns
 
     Slabs(int64_t P, int64_t Q, int threads) : rows(P), cols(Q), of_rows(P > Q) {
         const int64_t few = std::min(P, Q), many = std::max(P, Q), busy = 2 * int64_t(threads);
@@ -169,9 +171,9 @@ class Schedule {
     }
 
   private:
-    // With several tiles per side, threads share the work, and a symmetric call computes only one triangle. If the
-    // shorter side of a rectangle is not much longer than one such tile, that side is not cut: only LARGEST_EDGE limits
-    // the edge, and threads share the slabs of the longer side.
+    // With several tiles per side, threads can share the work, and a symmetric call computes little more than one
+    // triangle. A rectangle's shorter side is not cut if there is one thread, or if it is no longer than about two such
+    // tiles. Then only LARGEST_EDGE limits the edge, and threads share the slabs of the longer side.
     int64_t choose_edge() const {
         const int64_t whole = round_up(std::min(rows, cols), ALIGNED_ROWS);
         const int64_t even = int64_t(sqrt(double(rows) * double(cols))) / (TILES_PER_SIDE * threads);

@@ -35,7 +35,7 @@ template <class T> class SlabSums {
     // Return the copy that a slab adds to.
     PackedSide<T>& operator[](int64_t slab) { return sides_[size_t(slab - 1)]; }
 
-    // Set a slab's sums to zero.
+    // Reset a slab's copy: sums, slopes and `gathered` to 0, peaks to -inf.
     void clear(int64_t slab) {
         PackedSide<T>& side = (*this)[slab];
         const int64_t padded = round_up(side.n, ALIGNED_ROWS);
@@ -45,8 +45,7 @@ template <class T> class SlabSums {
         if (side.gathered) std::fill(side.gathered, side.gathered + padded * ld_, T(0));
     }
 
-    // Add the copies of a row's sums to the side's sums of that row. Tiles that are not shifted leave every peak at
-    // -inf.
+    // Add the copies of a row's sum and slope to those in `few`. Tiles that are not shifted leave every peak at -inf.
     void join_sums(PackedSide<T>& few, int64_t row) const {
         for (const PackedSide<T>& side : sides_) {
             const T peak = std::max(few.peaks[row], side.peaks[row]);
@@ -56,7 +55,7 @@ template <class T> class SlabSums {
         }
     }
 
-    // Add the copies of a row's `gathered` to the side's `gathered`.
+    // Add the copies of a row's `gathered` to `few.gathered`.
     void join_gathered(PackedSide<T>& few, int64_t row, const Kernels<T>& kernels) const {
         for (const PackedSide<T>& side : sides_)
             kernels.add_scaled(few.gathered + row * ld_, T(1), side.gathered + row * ld_, ld_);
@@ -66,7 +65,7 @@ template <class T> class SlabSums {
     void release_gathered() { gathered_ = {}; }
 
   private:
-    // Return a row's sum, rescaled to another peak.
+    // Return a row's sum, rescaled to `peak`.
     static double scaled(const PackedSide<T>& side, int64_t row, T peak) {
         if (side.peaks[row] == peak) return side.sums[row];
         return side.sums[row] * exp(double(side.peaks[row]) - double(peak));

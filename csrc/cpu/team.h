@@ -1,10 +1,10 @@
 // The threads of a call. They are OpenMP threads, like PyTorch's own, so a call takes over PyTorch's threads instead of
 // competing with them. One parallel region spans the call. In that region, the calling thread is the leader and hands
-// out the work of one phase after another. With a separate region for each phase, a region took up to 60 us on a
+// out the work of one phase after another. When each phase had a separate region, a region cost up to 60 us on a
 // virtual machine that was slow to wake threads.
 //
 // In a child process after fork, OpenMP's pool is gone, and a parallel region would wait for it forever. There, and in
-// builds with FNTX_STD_THREADS, threads are started for each call.
+// builds with FNTX_STD_THREADS or without OpenMP, threads are started for each call.
 #pragma once
 
 #include <stdint.h>
@@ -21,7 +21,7 @@ constexpr int SPINS = 1000;                                 // a wait yields the
 
 class Team {
   public:
-    // The leader calls `poll` every POLL_EVERY; a non-zero result stops the team.
+    // The leader calls `poll`, if it is not NULL, at most once every POLL_EVERY, and a non-zero result stops the team.
     Team(int threads, int (*poll)(void)) : threads_(threads), poll_(poll) {}
 
     int threads() const { return threads_; }
@@ -43,7 +43,8 @@ class Team {
         if (error) std::rethrow_exception(error);
     }
 
-    // Within lead: call body(index, thread) for every index below `count`. Threads take the indices in order.
+    // Within lead: call body(index, thread) for every index below `count`, unless the team stops. Threads take the
+    // indices in order.
     template <class Body> void each(int64_t count, Body body) {
         std::atomic<int64_t> next{0};
         auto share = [&](int thread) {
@@ -73,7 +74,7 @@ class Team {
         return true;
     }
 
-    // Return whether the team has stopped. If the leader calls this, it also polls.
+    // Return whether the team has stopped. In the leader, first poll if POLL_EVERY has passed.
     bool interrupted(int thread) {
         if (thread == 0 && poll_) {
             const auto now = std::chrono::steady_clock::now();
@@ -89,7 +90,7 @@ class Team {
     // The parallel region: runs `leader` on the calling thread and `help` on the others.
     void start(void (*leader)(void*), void* context);
 
-    // A helper enters each job only once. If helpers kept counting themselves in and out until the job closed, they
+    // A helper enters each job at most once. If helpers kept counting themselves in and out until the job closed, they
     // would take the shared cache lines from the threads that still work, and from the leader.
     void help(int thread) {
         int64_t done = 0;
@@ -111,7 +112,7 @@ class Team {
     int (*const poll_)(void);
     std::chrono::steady_clock::time_point polled_ = std::chrono::steady_clock::now();
     std::atomic<bool> stop_{false}, finished_{false};
-    std::atomic<int64_t> open_{0};  // number of the open job, from 1; 0: none
+    std::atomic<int64_t> open_{0};  // number of the open job, from 1; 0: no job is open
     std::atomic<int> inside_{0};
     int64_t jobs_ = 0;
     void (*job_)(void*, int) = nullptr;
