@@ -43,8 +43,8 @@ from .softplus import sigmoid_weight
 
 # Bytes of exponentials that a call may keep from its forward to its backward; N = 4096 fits. If all exponentials of a
 # call fit, the memory stays reserved for the next call, but the system may reclaim it when memory runs short
-# (csrc/cpu/memory.h). A call with two sides has twice as many exponentials per row, so its budget has to cover the
-# packed rows too.
+# (csrc/cpu/memory.h). A call with two sides has twice as many exponentials per row; its budget covers the packed rows
+# too.
 WORKSPACE = 144 * 2**20
 WORKSPACE_AND_ROWS = 116 * 2**20
 
