@@ -13,9 +13,9 @@ template <class T> constexpr T LOG2_E = T(1.4426950408889634);  // exp(x) = 2^(x
 // with weights. Beyond the limit, logits are shifted by their maximum or by nu.
 template <class T> constexpr T DIRECT_LIMIT = sizeof(T) == 4 ? 60 : 480;
 
-// For the CPU kernels. Without a shift, weights are scaled so that the largest w is 1. If w exp(-nu) of any row with a
-// weight is then smaller than this constant or larger than its inverse, the tiles are shifted. That leaves three
-// decades at either end of float's range (1.2e-38 to 3.4e38), and eight at either end of double's.
+// For the CPU kernels. Without a shift, weights are scaled so that the largest w is 1. If w exp(-nu) of any row whose
+// weight is not 0 is then smaller than this constant or larger than its inverse, the tiles are shifted. That leaves
+// three decades at either end of float's range (1.2e-38 to 3.4e38), and eight at either end of double's.
 template <class T> constexpr double SMALLEST_FACTOR = sizeof(T) == 4 ? 1e-35 : 1e-300;
 
 // For the CPU kernels. With a shift, no w exp(k s - nu) exceeds w, and the largest weight is scaled to this value. It

@@ -61,7 +61,7 @@ int blocks_at_once(int device, int dtype, size_t shared) {
     const auto [at, isnew] = known.try_emplace({device, dtype, shared}, 0);
     if (!isnew) return at->second;
     const void* address = address_of(dtype);
-    int most;  // the most shared memory on this device: once set, it allows every launch
+    int most;  // the device's limit for a block; with it, every plan can be launched
     if (failed(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
                "cudaDeviceGetAttribute") ||
         failed(cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize, most),

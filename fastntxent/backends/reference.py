@@ -1,8 +1,8 @@
 """The dense oracle: plain differentiable PyTorch on the full M x M matrix of logits.
 
-Every other backend is tested against it, and it is tested against an independent NumPy loop. It has no hand-written
-backward except that of a matrix product (`algebra.product`). Its gradients come from autograd, so they are independent
-of the kernels' gradients, and it can be differentiated any number of times. float64 inputs are computed in float64,
+Every other backend is tested against it, and it is tested against an independent NumPy loop. The only hand-written
+backward is that of a matrix product (`algebra.product`). Its gradients come from autograd, so they are independent of
+the kernels' gradients, and it can be differentiated any number of times. float64 inputs are computed in float64,
 narrower ones in float32.
 """
 
