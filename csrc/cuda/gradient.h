@@ -9,8 +9,8 @@
 // normalised, d/dz_i = d/du_i.
 //
 // A task is a block of rows and a group of features. A task forms G tile by tile in registers: the accumulators of the
-// first product are the first operand of the second product. Only G is rounded, and radial is summed in float32 before
-// that rounding. The positives u_p(i) are read from z itself, in float32.
+// first product are the first operand of the second product. Only G is rounded to the operand type, and radial is
+// summed in float32 before that rounding. The positives u_p(i) are read from z itself, in float32.
 #pragma once
 
 #include "forward.h"
