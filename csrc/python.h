@@ -11,7 +11,7 @@ typedef unsigned long long Address;
 inline void* pointer(Address address) { return reinterpret_cast<void*>(static_cast<uintptr_t>(address)); }
 
 // Parse ((data, n, stride_row, stride_col), the same for the second matrix, ids, neg_lse, d_neg_lse, d_z[0], d_z[1]).
-// Return false, with a Python exception set, if the tuple has another form.
+// Return false, with a Python exception set, if the tuple does not have this form.
 inline bool parse_side(PyObject* tuple, fntx_side& side) {
     Address data[2], ids, neg_lse, d_neg_lse, d_z[2];
     long long n[2], stride_row[2], stride_col[2];

@@ -25,10 +25,10 @@ constexpr int WARPS = 8, THREADS = 32 * WARPS;
 constexpr int ROW_WARPS = 2, ROWS = 16 * ROW_WARPS;
 constexpr int COL_WARPS = WARPS / ROW_WARPS;
 constexpr int CHUNK = 64;            // features of a step
-constexpr int GROUP = 3;             // chunks of gradient that fit in a lane's registers; for others, G is formed again
-constexpr int PADDED_ROWS = 128;     // a multiple of a tile's rows and columns, to which a side's rows are padded
+constexpr int GROUP = 3;             // chunks whose gradient fits in registers; for further chunks, G is formed again
+constexpr int PADDED_ROWS = 128;     // sides are padded to a multiple of this; a tile's rows and columns divide it
 constexpr int MOST_COL_SHARES = 16;  // a thread loads a row's sums of all shares at once
-template <class Op> constexpr int COLS = 128 / Op::PARTS;  // columns of a tile; a step takes 16 KiB
+template <class Op> constexpr int COLS = 128 / Op::PARTS;  // columns of a tile; 16 KiB in each step
 template <class Op> constexpr int WARP_COLS = COLS<Op> / COL_WARPS;
 template <class Op> constexpr int STEP = COLS<Op> * CHUNK;  // elements of one part of a step's columns
 
@@ -50,7 +50,7 @@ struct PackedSide {
     float *r, *norm, *sim_pos;
     int64_t* ids;
     float *peaks, *sums;  // (col_shares, padded): a share's log-sum-exp is peak + log(sum)
-    float *nu, *w;        // nu: +inf for a row without negatives
+    float *nu, *w;        // nu: +inf for padding, and for a row without negatives
     float* longest;       // (blocks,): largest norm that each block packed
     float* largest_r;     // (blocks,): largest r that each block packed
     float* neg_lse;
@@ -76,7 +76,7 @@ struct Arguments {
     float* d_inv_tau;
     float *row_losses, *row_d_inv_tau;  // each row's terms of loss and d_inv_tau
     int* arrived;                       // number of blocks that have finished
-    float* largest_w;                   // (blocks,): largest weight that each block saw
+    float* largest_w;                   // (blocks,): largest |w| that each block saw
     int col_shares;                     // number of tasks that share the columns of a block of rows in the forward
     int group;                          // chunks of features in a task of the gradient
     int stages;                         // steps in shared memory: a group's steps, and two in flight

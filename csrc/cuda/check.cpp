@@ -121,7 +121,8 @@ void not_a_number() {
             }
 }
 
-// Sizes beyond the kernels' indices are rejected before anything is allocated.
+// Sizes below 1, and sizes beyond the kernels' indices, are rejected before anything is allocated. (0 columns are
+// valid: the call is then symmetric.)
 void sizes() {
     const int64_t most = fntx::MOST, largest = INT64_MAX;
     for (int64_t n : {int64_t(0), int64_t(-1), most + 1, largest}) {

@@ -1,6 +1,6 @@
 // The machine-dependent functions of the kernels: threads and barriers, matrix-unit operands, asynchronous copies. On a
-// device these are PTX instructions. A host compiler gets the same functions from host/emulator.h, so the whole kernel
-// runs without a GPU.
+// device these are CUDA's intrinsics and PTX instructions. A host compiler gets the same functions from
+// host/emulator.h, so the whole kernel runs without a GPU.
 #pragma once
 
 #include "arguments.h"
@@ -76,7 +76,7 @@ template <class Op> FNTX_DEVICE void multiply(float (&c)[4], const uint32_t (&a)
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Return 2^x within two units in the last place.
+// Return 2^x within two units in the last place, with zero in place of a subnormal result.
 FNTX_DEVICE float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -86,7 +86,7 @@ FNTX_DEVICE float exp2_fast(float x) {
 FNTX_DEVICE uint32_t float_bits(float x) { return __float_as_uint(x); }
 FNTX_DEVICE float bits_float(uint32_t x) { return __uint_as_float(x); }
 
-// to_bits converts a float to 16 bits, rounding to nearest; from_bits converts it back.
+// to_bits converts a float to 16 bits, rounding to nearest; from_bits converts 16 bits to a float.
 FNTX_DEVICE uint16_t to_bits(Half, float x) { return __half_as_ushort(__float2half_rn(x)); }
 FNTX_DEVICE uint16_t to_bits(Split, float x) { return to_bits(Half(), x); }
 FNTX_DEVICE uint16_t to_bits(Bfloat, float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }

@@ -1,5 +1,6 @@
 // The C interface of the CUDA kernels: device pointers and sizes, without Python or PyTorch. Sides, matrices, dtypes,
-// phases and status codes are defined as for the CPU kernels. FNTX_FLOAT64 is not supported.
+// phases and status codes are defined as for the CPU kernels, but FNTX_FLOAT64 is not supported, and the limits of a
+// side are ignored.
 #pragma once
 
 #include "../cpu/fastntxent.h"
@@ -19,7 +20,7 @@ struct fntx_cuda_call {
     struct fntx_side rows;         // ids may be any 64-bit integers
     const struct fntx_side* cols;  // NULL: symmetric
     float* pos;                    // (M,) out, of a symmetric forward with two views; or NULL
-    const float* d_pos;            // (M,) in, of a backward with two views: upstream gradient of pos; or NULL
+    const float* d_pos;            // (M,) in, backward with two views, no `loss`: upstream gradient of pos; or NULL
     float* loss;                   // 0-d out, of a forward with two views: sum of the losses times loss_weight; or NULL
     float loss_weight;
     float* d_inv_tau;  // 0-d out, backward
@@ -33,7 +34,7 @@ struct fntx_cuda_call {
 // at most `blocks` blocks (0 or less: as many as run at once), or -1 on failure.
 int64_t fntx_cuda_workspace(int device, int dtype, int64_t n_rows, int64_t n_cols, int64_t D, int blocks);
 
-// Enqueue a call as one launch, and return its status. Unless the status is FNTX_OK, nothing was enqueued.
+// Enqueue a call as one launch, and return a status. Unless the status is FNTX_OK, nothing was enqueued.
 int fntx_cuda_run(const struct fntx_cuda_call* call);
 
 // Return the number of devices, or -1 on failure.

@@ -41,7 +41,7 @@ FNTX_DEVICE void sum_exponentials(const Arguments& a, const PackedSide& rows, co
         walk.each_tile(no_weight, as_it_is, [&](typename Walk::Products& s, const Mask& mask, const Vectors& v, int) {
             if (direct)
                 walk.each(s, [&](float& x, int h, int col) { x *= v.r[col] * scale[h]; });
-            else  // rounded as in the backward, which subtracts a log-sum-exp of these logits from them
+            else  // in the order of the backward, so that both round alike: the backward subtracts nu from these logits
                 walk.each(s, [&](float& x, int h, int col) { x *= mine.r[h] * v.r[col], x *= k; });
             if (!mask.whole) walk.each(s, [&](float& x, int h, int col) { x = mask.apart(h, col) ? x : NONE; });
             if (direct) {
@@ -72,9 +72,9 @@ FNTX_DEVICE void sum_exponentials(const Arguments& a, const PackedSide& rows, co
     }
 }
 
-// Compute each row's nu, its loss log(1 + exp(nu - pi)) and its weight: sigmoid(nu - pi) if a loss is wanted, otherwise
-// the upstream gradient. pi is the logit of the row's positive. A row without negatives (nu = -inf) has weight 0,
-// regardless of its upstream gradient.
+// Compute each row's nu (without a forward, read it), its loss log(1 + exp(nu - pi)) if a loss is wanted, and its
+// weight: the upstream gradient if one is given, otherwise sigmoid(nu - pi). pi is the logit of the row's positive. A
+// row without negatives (nu = -inf) has weight 0, regardless of its upstream gradient.
 FNTX_DEVICE void finish(const Arguments& a, const PackedSide& side) {
     const float k = inverse_temperature(a);
     float largest = 0;
@@ -111,7 +111,7 @@ FNTX_DEVICE void finish(const Arguments& a, const PackedSide& side) {
         side.w[row] = empty ? 0 : w;
         largest = fmaxf(largest, empty ? 0 : fabsf(w));
     }
-    // For the second side of a rectangle, include the maximum of the first side.
+    // For the second of two sides, include the maximum of the first side.
     if (thread() == 0 && &side != &a.sides[0]) largest = fmaxf(largest, a.largest_w[block()]);
     store_block_max(largest, a.largest_w);
 }

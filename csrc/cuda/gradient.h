@@ -4,12 +4,13 @@
 //     d/du_i = k (gathered_i + (a_i + a_p(i)) u_p(i))        u_i . d/du_i = k (radial_i + (a_i + a_p(i)) sim_pos_i)
 //     d/dz_i = (d/du_i - u_i (u_i . d/du_i)) / n_i           if n_i > eps, otherwise (d/du_i) / eps
 //
-// Here k is the inverse temperature, P_ij = exp(k s_ij - nu_i), row p(i) is the positive of row i, a_i is the weight of
-// that pair's logit in the loss of row i, and n_i = |z_i|.
+// Here k is the inverse temperature, P_ij = exp(k s_ij - nu_i), row p(i) is the positive of row i, a_i is the
+// derivative of the total loss with respect to the logit of row i's positive, and n_i = |z_i|. If the rows are not
+// normalised, d/dz_i = d/du_i.
 //
 // A task is a block of rows and a group of features. A task forms G tile by tile in registers: the accumulators of the
-// first product are the first operand of the second product. Only G is rounded, and radial is summed in float32 before
-// that rounding. The positives u_p(i) are read from z itself, in float32.
+// first product are the first operand of the second product. Only G is rounded to the operand type, and radial is
+// summed in float32 before that rounding. The positives u_p(i) are read from z itself, in float32.
 #pragma once
 
 #include "forward.h"
@@ -131,7 +132,7 @@ FNTX_DEVICE void form_gradient(const Arguments& a, const PackedSide& rows, const
         };
         walk.each_tile(weight, scale, [&](typename Walk::Products& s, const Mask& mask, const Vectors& v, int slot) {
             // Both functions return r_j (w_i P_ij + w_j P_ji), scaled. In the direct range, v.r and v.w already hold
-            // r_j and r_j w_j exp(-nu_j).
+            // r_j and r_j w_j exp(-nu_j), scaled.
             const auto form = [&](float x, int h, int col) {
                 return exp2_fast(x * v.r[col] * logit_scale[h]) * (w[h] * v.r[col] + v.w[col]);
             };

@@ -5,18 +5,19 @@
 //     pack      a warp packs a row of each view      reads z, writes x (2 or 4 M DP bytes) and vectors of length M
 //     sums      a block of rows, a share of columns  2 M^2 DP flops; every block of rows reads x of all columns once
 //     finish    a thread adds a row's shares         nu, loss, weight
-//     gradient  a block of rows, a group of features 4 M^2 DP flops for one group; every further group of up to 192
-//                                                    features repeats the first product; reads x as in sums; writes d_z
+//     gradient  a block of rows, a group of features 4 M^2 DP flops if all features are one group; every further group
+//                                                    repeats the first product; reads x as in sums; writes d_z
 //     total     the last block to arrive             the loss and d_inv_tau, from M terms each
 //
-// Grid barriers separate the first four phases. With u = 2 M^2 DP flops, a call with DP <= 192 takes 3u in all. Blocks
-// take tasks in turn, so a grid of any size works for any M. Every sum is formed by one owner in one order, so results
-// have the same bits every time on a given device. (Another device may divide the columns into a different number of
-// shares.)
+// Grid barriers separate the first four phases. A group has at most 192 features, and plan.h may choose fewer. With u =
+// 2 M^2 DP flops, a call with one group takes 3u in all. Blocks take tasks in turn, so a grid of any size works for any
+// M. Every sum is formed by one owner in one order, so results have the same bits every time on a given device.
+// (Another device may divide the columns into a different number of shares.)
 //
-// A block has 8 warps, the most that a multiprocessor's registers hold. Shared memory for DP = 128: 64 KiB for 4 steps
-// of columns (64 features each); 8 KiB for 32 rows in half precision, or 16 KiB in two parts; 5 KiB for the vectors of
-// two tiles. benchmarks/binary.py reports registers and instructions, and checks for spills.
+// A block has 8 warps, the most that a multiprocessor's registers hold at 255 per thread. Shared memory for DP = 128 in
+// one group: 64 KiB for 4 steps of columns (64 features each); 8 KiB for 32 rows in half precision, or 16 KiB in two
+// parts; 5 KiB for the vectors of two tiles in half precision, or 2.5 KiB in two parts. benchmarks/binary.py reports
+// registers and instructions, and checks for spills.
 #pragma once
 
 #include "gradient.h"

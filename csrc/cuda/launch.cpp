@@ -61,7 +61,7 @@ int blocks_at_once(int device, int dtype, size_t shared) {
     const auto [at, isnew] = known.try_emplace({device, dtype, shared}, 0);
     if (!isnew) return at->second;
     const void* address = address_of(dtype);
-    int most;  // the device's maximum, which allows launches of any size
+    int most;  // the device's limit for a block; with it, every plan can be launched
     if (failed(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
                "cudaDeviceGetAttribute") ||
         failed(cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
@@ -91,7 +91,7 @@ bool describe(int device, Machine& machine) {
         return false;
     if (!cooperative) return fail("the device", "it does not support cooperative launches"), false;
     for (int dtype : {FNTX_FLOAT16, FNTX_BFLOAT16, FNTX_FLOAT32}) {
-        cudaFuncAttributes image;  // chosen by the driver, or compiled from PTX
+        cudaFuncAttributes image;  // the code that the driver chose or compiled from PTX
         if (failed(cudaFuncGetAttributes(&image, address_of(dtype)), "cudaFuncGetAttributes")) return false;
         if (image.binaryVersion / 10 != major)
             return fail("the device", "the kernels were built for other compute capabilities"), false;

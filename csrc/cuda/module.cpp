@@ -1,5 +1,5 @@
 // fastntxent._cuda: the C interface as a Python module, limited to Python's stable ABI. Addresses are passed as
-// integers (Tensor.data_ptr()). fastntxent/backends/cuda checks shapes and dtypes.
+// integers (Tensor.data_ptr()). The operators check shapes and dtypes (fastntxent/ops/contract.py).
 #include "../python.h"
 #include "fastntxent_cuda.h"
 #ifdef FNTX_EMULATED

@@ -23,7 +23,7 @@ inline const char* fault_of_size(int64_t n_rows, int64_t n_cols, int64_t D) {
 }
 
 // The properties of a device that a plan depends on. blocks() returns how many blocks of a dtype's kernel run at once
-// on a multiprocessor.
+// on one multiprocessor, or 0 on failure.
 struct Machine {
     int multiprocessors;
     int64_t shared;  // bytes available to a block
@@ -45,7 +45,7 @@ template <class Op> int64_t shared_bytes(int64_t stages, int64_t row_slots) {
     return steps * Op::PARTS * sizeof(uint16_t) + 2 * sizeof(ColumnVectors<Op>);
 }
 
-constexpr int64_t PIECE = 256;  // bytes: arrays of the workspace are aligned to this, like memory from cudaMalloc
+constexpr int64_t PIECE = 256;  // bytes: arrays of the workspace begin at multiples of this, cudaMalloc's alignment
 
 class Carver {
   public:
@@ -73,7 +73,7 @@ constexpr char NO_ROOM[] = "the device has too little shared memory for a block"
 
 // Return the plan of a call for a grid of at most `blocks` blocks (0 or less: as many as run at once), with pointers
 // into a workspace at `base`. If only the size of the workspace is wanted, `base` may be null. The plan's grid is 0 if
-// the device has no room for a block.
+// no block can run on the device.
 template <class Op>
 Plan make_plan_of(const Machine& machine, int dtype, int64_t n_rows, int64_t n_cols, int64_t D, int blocks,
                   char* base) {

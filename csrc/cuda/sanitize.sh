@@ -3,8 +3,9 @@
 #
 #   address  check.cpp on the emulated device, with AddressSanitizer and UndefinedBehaviorSanitizer
 #   plain    check.cpp on the emulated device, without sanitizers
-#   device   tests/test_cuda.py on a GPU under compute-sanitizer, with each tool in TOOLS (by default memcheck,
-#            racecheck, synccheck and initcheck). PYTHON chooses the interpreter, which must have the package installed
+#   device   some tests of tests/test_cuda.py on a GPU under compute-sanitizer, with each tool in TOOLS (by default
+#            memcheck, racecheck, synccheck and initcheck). PYTHON chooses the interpreter, which must have the package
+#            installed
 #
 # The default is address. Objects go to build/sanitize. CXX chooses the compiler.
 set -eu

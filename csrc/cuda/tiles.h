@@ -41,8 +41,8 @@ template <class Op> struct Shared {
 };
 
 // piece returns where 8 features of a row lie in a step's matrix of 64 features. The 16-byte pieces of a 128-byte row
-// are permuted, so that neither the copies nor load_matrices have bank conflicts. next_piece returns the place of the
-// piece that lies 16 * times features further on.
+// are permuted, so that neither the copies nor load_matrices have bank conflicts. For a piece among a row's first 16
+// features, next_piece returns the place of the piece that lies 16 * times features further on.
 FNTX_DEVICE int piece(int row, int features_by_8) { return row * CHUNK + ((features_by_8 ^ (row & 7)) * 8); }
 FNTX_DEVICE int next_piece(int piece, int times) { return piece ^ (16 * times); }
 
@@ -113,8 +113,8 @@ template <class Op> class TileWalk {
     typedef float Products[FRAGMENTS][4];
     typedef float GradientSums[GROUP * CHUNK / 8][4];
 
-    // Prepare to walk a block of rows over `tiles` tiles of columns, and start the first copies. Every tile begins with
-    // chunk `first_chunk`.
+    // Prepare to walk a block of rows over `tiles` tiles of columns, and start the first copies. The steps of every
+    // tile begin at chunk `first_chunk`.
     FNTX_DEVICE TileWalk(const Arguments& a, const PackedSide& rows, const PackedSide& cols, const LaneRows& mine,
                          int first_row, int first_tile, int tiles, int first_chunk)
         : a_(a),
@@ -238,7 +238,7 @@ template <class Op> class TileWalk {
     }
 
     // Load a thread's column of a tile from memory (fetch), and write it to shared memory one tile later (store), so
-    // that no thread waits for the load.
+    // that no thread waits for the load. (Only the first tile's columns are stored at once.)
     template <class Read> FNTX_DEVICE void fetch(Column& column, int tile, Read read) const {
         if (thread() >= COLS<Op> || tile >= tiles_) return;
         const int col = (first_tile_ + tile) * COLS<Op> + thread();
@@ -276,8 +276,8 @@ template <class Op> class TileWalk {
     }
 
     // c += a b[first, first + 1]. With two parts, the three products that matter are summed in a separate accumulator,
-    // the largest last: the matrix units round toward zero, so a long sum in them drifts. The final addition rounds to
-    // nearest.
+    // the largest last. The matrix units round toward zero, so a long sum in them drifts; the final addition to c
+    // rounds to nearest.
     static FNTX_DEVICE void multiply_parts(float (&c)[4], const uint32_t (&a)[Op::PARTS][4],
                                            const uint32_t (&b)[Op::PARTS][4], int first) {
         if constexpr (Op::PARTS == 1) {

@@ -30,9 +30,10 @@ class _Entry(NamedTuple):
     auto: str  # whether "auto" may pick it: "yes", "no", or "passed" (only on devices where it passed `verification`)
 
 
-# In order of preference: "auto" takes the first entry that it may pick, that serves the device and that loads. On an
-# accelerator it takes the fastest backend for the call's size among those that have passed on that device. "cuda" is
-# for small batches, "triton" for large ones.
+# In order of preference. On a device type that has an entry marked "passed", "auto" takes the fastest backend for the
+# call's size among `blocked` and the backends that have passed on that device (verification/policy.py). Elsewhere it
+# takes the first entry marked "yes" that loads and serves the device type and the dtype. "cuda" is for small batches,
+# "triton" for large ones.
 _TABLE: dict[str, _Entry] = {
     "cpu": _Entry("fastntxent.backends.cpu", ("cpu",), auto="yes"),
     "cuda": _Entry("fastntxent.backends.cuda.backend", ("cuda",), auto="passed"),
@@ -53,7 +54,7 @@ class BackendStatus(NamedTuple):
         device_types: The device types that it serves, such as ("cpu",); ("any",) if it runs wherever PyTorch does.
         reason: Why it is not available, else None.
         details: The hardware that it uses, such as "avx2, 2 threads", or None.
-        verdict: Its verification result on the current device, or None if "auto" does not depend on one.
+        verdict: Its verification result on the current GPU, or None if there is no GPU or "auto" needs no result.
 
     Example:
         >>> import fastntxent
@@ -96,7 +97,7 @@ def _serving(name: str, device_type: str, dtype: torch.dtype) -> Backend | None:
 
 
 def select_for(name: str, rows: Tensor, two_views: bool = False) -> Backend:
-    """Return the backend for a call on these rows. On an accelerator, "auto" selects the fastest that has passed."""
+    """Return the backend for a call on these rows. On a GPU, `verification.policy` chooses for "auto"."""
     device = rows.device
     if name == "auto" and device.type in _CHECKED and rows.ndim == 2:
         possible = candidates(device.type, rows.dtype)
@@ -189,8 +190,8 @@ def backends() -> dict[str, BackendStatus]:
 
     Returns:
         A dict of `BackendStatus(available, device_types, reason, details, verdict)`. `device_types` is `("any",)` for a
-        backend that runs wherever PyTorch does, `details` gives the instruction set and the threads of "cpu", and
-        `verdict` tells whether the GPU kernels have passed `verify` on the current device.
+        backend that runs wherever PyTorch does, `details` gives the instruction set and the number of threads of "cpu",
+        and `verdict` tells whether the GPU kernels have passed `verify` on the current device.
 
     Example:
         >>> import fastntxent
@@ -208,7 +209,10 @@ def _status(name: str) -> BackendStatus:
 
 
 def _verdict(name: str) -> str | None:
-    """Return the verification result of a backend on the current GPU, or None if "auto" does not depend on one."""
+    """Return the verification result of a backend on the current GPU.
+
+    Return None if there is no GPU, or if "auto" needs no result for this backend.
+    """
     if _TABLE[name].auto != "passed" or not torch.cuda.is_available():
         return None
     try:

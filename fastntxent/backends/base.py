@@ -1,7 +1,8 @@
 """The interface of a backend: the primitive `neg_lse` with its gradient, and the losses built on it.
 
-neg_lse and its gradient are the only O(M^2 D) work. A backend that has kernels only for these is a `ComposedBackend`,
-which builds the rest in O(M D) tensor code (composed.py). A backend that fuses everything is a `KernelBackend`.
+The only O(M^2 D) work is in neg_lse, in the softplus sums of sigmoid losses, and in their gradients. A backend whose
+kernels compute only neg_lse and its gradient is a `ComposedBackend` (composed.py), which builds the rest in tensor
+code. A backend whose kernels also compute losses derives from `KernelBackend`.
 
 Symbols (M = 2N rows, k = 1/tau, [z_i; z_j] stacked; p(i) is the other view of row i's sample; eps is `norm_eps`):
 
@@ -66,7 +67,8 @@ class Backend(ABC):
     """One implementation of the core of the losses.
 
     Methods allocate their results and neither change nor alias their arguments. `inv_tau` is a Python number, or a 0-d
-    tensor on an accelerator, which the host does not read.
+    tensor on an accelerator, which the host does not read. For `reference`, which autograd differentiates, it may also
+    be a tensor on the CPU.
     """
 
     device_types: tuple[str, ...] = ("any",)
@@ -77,7 +79,7 @@ class Backend(ABC):
         return None
 
     def forms(self, device: torch.device, dtype: torch.dtype) -> Sequence[str]:
-        """Return the forms of the kernels, which serve different sizes, by name. "" lets the size of a call decide."""
+        """Return the names of the kernels' forms, which serve different sizes. "" lets the size of a call decide."""
         return ("",)
 
     def forced(self, form: str) -> contextlib.AbstractContextManager[None]:
@@ -163,11 +165,11 @@ class KernelBackend(Backend):
         needs_i: bool,
         needs_j: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-        """Return InfoNCE or CLIP (0-d) and its gradient with respect to z_i, z_j and k; None where not needed.
+        """Return InfoNCE or CLIP (0-d) and its gradient with respect to z_i, z_j and k.
 
-        InfoNCE is the sum or mean of N losses: query z_i[n] (N, D) picks its key z_j[n] (N, D), and the other keys are
-        its negatives. With `both` (CLIP) the result is the mean of this loss and the loss in the other direction, in
-        which keys pick their queries.
+        InfoNCE is the sum or mean of N losses: query z_i[n] picks its key z_j[n], and the other keys are its negatives.
+        With `both` (CLIP) the result is the mean of this loss and the loss in the other direction, in which keys pick
+        their queries. A gradient that is not needed is None.
         """
 
     @abstractmethod
@@ -189,7 +191,7 @@ class KernelBackend(Backend):
         """Return each row's sum of log(1 + exp(x)) over the columns of other groups, where x = k u_i . v_j + b.
 
         With `positives` (two sides only) the sum includes log(1 + exp(-x)) over the columns of the same group. With
-        `weights`, gradients come from the same pass as the sums.
+        `weights`, gradients come from the same pass as the sums. Without `cols` the rows are compared among themselves.
         """
 
     @abstractmethod

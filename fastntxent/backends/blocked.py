@@ -10,19 +10,19 @@ w_i is the upstream gradient of nu_i, and s below is a similarity. With two side
 same steps run over all tiles, the columns have separate sums and gradients, and d_k is sum_i u_i . A_i over the rows.
 
 With u = 2 M^2 D flops this costs u/2 forward and 3u/2 backward, 2u in all. A diagonal tile is computed whole, and only
-its rows are summed. Memory is O(M D) plus two tiles of B x B. The order of every sum is fixed, so results are bitwise
+its rows are summed. Memory is O(M D) plus a few tiles of B x B. The order of every sum is fixed, so results are bitwise
 reproducible on the same device with the same number of threads.
 
 If the host can see that no logit leaves the range of the dtype (CPU tensors only), exp(k s) is computed directly.
-Otherwise (small temperatures, long rows, values that only the device knows) rows and columns keep a running maximum,
-and the backward computes exp(k s - nu) for both sides.
+Otherwise (small temperatures, long rows, similarity limits, values that only the device knows) rows and columns keep a
+running maximum, and the backward computes exp(k s - nu) for both sides.
 
-A logit has a rounding error of eps k |s| (eps is the dtype's), and the logits of (i, j) and (j, i) may be rounded
-differently. The backward must use the very logit that entered a row's sum, or the probabilities inherit the error.
-So a diagonal tile, which was summed by rows, adds the transpose of its weighted probabilities, and an off-diagonal tile
-uses one logit for both sides.
+A logit has a rounding error of about k |s| times the dtype's machine epsilon, and the logits of (i, j) and (j, i) may
+be rounded differently. The backward must use the very logit that entered a row's sum, or the probabilities inherit the
+error. So a diagonal tile, which was summed by rows, adds the transpose of its weighted probabilities, and an
+off-diagonal tile uses one logit for both sides.
 
-A batch that fits into one tile keeps E for the backward.
+If exp(k s) is computed directly, a batch that fits into one tile keeps E for the backward.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ class _DirectTiles(_NegLseTiles):
 
     def __init__(self, sides: Sequence[Blocks], inv_tau: float | Tensor):
         super().__init__(sides, inv_tau)
-        # Renumber the ids as small whole numbers in the dtype of the rows. Comparing these, with a result of 0.0 or 1.0
-        # to multiply with, takes a seventh of the time of a boolean mask from integer ids.
+        # Renumber the ids as small whole numbers in the dtype of the rows. Multiplying by their comparison, written as
+        # 0.0 or 1.0, takes a seventh of the time of applying a boolean mask from integer ids.
         codes = torch.unique(torch.cat([side.ids for side in sides]), return_inverse=True)[1].to(self.rows.u.dtype)
         self.codes = codes.split([len(side.ids) for side in sides])
         self.kept: TileValues | None = None

@@ -26,7 +26,7 @@ class PreparedNegLse(ABC):
     def backward(self, upstreams: Sequence[Upstream]) -> tuple[list[Tensor | None], Tensor]:
         """Return the gradient of the weighted sum of all nu with respect to each side's u, and k (0-d).
 
-        An unwanted gradient of u is None. `backward` is called once, with or without a `forward` before it.
+        An unwanted gradient of u is None. `backward` is called at most once, with or without a `forward` before it.
         """
 
 
@@ -75,7 +75,7 @@ class ComposedBackend(ComposedTowers):
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows = UnitRows(torch.cat((z_i, z_j)), normalize)
         work = self.prepare([Side(rows.u, view_ids(rows.u))], inv_tau)
-        largest = largest_magnitude(d_neg_lse, d_pos)  # k times it might overflow, even if the gradient would not
+        largest = largest_magnitude(d_neg_lse, d_pos)  # k times a weight might overflow, even if the gradient does not
         of_units = _backward_of_one(work, Upstream(d_neg_lse / largest, neg_lse))
         d_z_i, d_z_j, d_inv_tau = _add_positives(rows, inv_tau, d_pos / largest, *of_units)
         return d_z_i.mul_(largest), d_z_j.mul_(largest), d_inv_tau * largest
@@ -151,7 +151,7 @@ def _backward_of_one(work: PreparedNegLse, upstream: Upstream) -> tuple[Tensor, 
 def _add_positives(
     rows: UnitRows, inv_tau: float | Tensor, d_pos: Tensor, d_u: Tensor, d_inv_tau: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients with respect to z_i, z_j and k: those through nu (d_u, d_inv_tau) plus those through pi."""
+    """Return the gradients with respect to z_i, z_j and k. d_u and d_inv_tau are the gradients through nu alone."""
     partner = swap_views(rows.u)
     d_u.addcmul_(partner, (inv_tau * (d_pos + swap_views(d_pos))).unsqueeze(1))
     d_inv_tau = d_inv_tau + torch.dot(d_pos, row_dots(rows.u, partner))

@@ -1,9 +1,10 @@
-"""The C++ kernels of csrc/cpu: normalisation, tiles of the upper triangle, loss and every gradient in one call.
+"""The C++ kernels of csrc/cpu: normalisation, log-sum-exp, loss and every gradient in one call.
 
-The schedule is `blocked`'s, with register tiles: u/2 flops forward and 3u/2 backward, with u = 2 M^2 D. A bounded
-workspace keeps exponentials of the forward, which saves up to u/2 in the backward. The remaining memory is three (M, D)
-matrices. The number of threads is PyTorch's (`torch.set_num_threads`). Half-precision rows are widened to float32,
-except that processors with AVX512_BF16 or AMX multiply bfloat16 rows directly, with float32 sums.
+With one side, the schedule is `blocked`'s, with register tiles: u/2 flops forward and 3u/2 backward, with u = 2 M^2 D.
+A bounded workspace keeps exponentials of the forward, which saves up to u/2 in the backward. The remaining memory is
+three (M, D) matrices and a tile for each thread. The number of threads is PyTorch's (`torch.set_num_threads`).
+Half-precision rows are widened to float32, except that processors with AVX512_BF16 or AMX multiply bfloat16 rows
+directly, with float32 sums.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ from .softplus import sigmoid_weight
 
 # Bytes of exponentials that a call may keep from its forward to its backward; N = 4096 fits. If all exponentials of a
 # call fit, the memory stays reserved for the next call, but the system may reclaim it when memory runs short
-# (csrc/cpu/memory.h). A call with two sides has twice as many exponentials per row, so its budget has to cover the
-# packed rows too.
+# (csrc/cpu/memory.h). A call with two sides has twice as many exponentials per row; its budget covers the packed rows
+# too.
 WORKSPACE = 144 * 2**20
 WORKSPACE_AND_ROWS = 116 * 2**20
 

@@ -1,4 +1,4 @@
-"""The common base of the C++ and the CUDA backends, whose kernels compute everything in one call (csrc)."""
+"""The common base of the C++ and the CUDA backends, whose kernels compute a loss and its gradients in one call."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def address(x: Tensor | None) -> int:
 
 
 def count_rows(side: SideAddresses) -> int:
-    """Return the number of rows of both matrices."""
+    """Return the total number of rows of both matrices."""
     return side[0][1] + side[1][1]
 
 
@@ -62,7 +62,7 @@ def _matrix(z: Tensor) -> Matrix:
 
 
 class NativeBackend(TiledSoftplus):
-    """A backend whose methods are calls of one function, `run`."""
+    """A backend whose methods for neg_lse and NT-Xent are calls of one function, `run`."""
 
     @abstractmethod
     def run(

@@ -1,23 +1,26 @@
-"""Constants that keep exponentials and weights in the range of their dtype, shared by all backends.
+"""Constants that keep exponentials and weights in the range of their dtype, for the backends written in Python.
 
-`csrc/ranges.h` has the same constants for C++ and CUDA, and `tests/test_numbers.py` fails if the two files differ.
+`csrc/ranges.h` has the same constants for C++ and CUDA (with a different G_SCALE), and `tests/test_numbers.py` compares
+the two files.
 """
 
 from __future__ import annotations
 
 import torch
 
-# Direct regime: exp(k s) is computed without a shift while k max|s| + ln M is below this limit. It is two thirds of the
-# largest exponent (88.7 for float32, 709.8 for float64); the rest is headroom for products with exp(-nu) and with the
-# weights. Above the limit, logits are shifted by their maximum or by nu.
+# Direct regime: exp(k s) is computed without a shift if k max|s| + ln M is below this limit. It is two thirds of the
+# largest argument of exp (88.7 for float32, 709.8 for float64); the rest is headroom for products with exp(-nu) and
+# with the weights. Above the limit, logits are shifted by their maximum or by nu.
 DIRECT_LIMIT = {torch.float32: 60.0, torch.float64: 480.0}
 
-# Direct regime: with the largest weight w scaled to 1, all factors w exp(-nu) must lie between this and its inverse.
-# That is three decades inside either end of float32's range (1.2e-38 to 3.4e38), and eight inside float64's.
+# Direct regime of `blocked`: with the largest weight w scaled to 1, all factors w exp(-nu) other than 0 must lie
+# between this and its inverse. That is three decades inside either end of float32's range (1.2e-38 to 3.4e38), and
+# eight inside float64's.
 SMALLEST_FACTOR = {torch.float32: 1e-35, torch.float64: 1e-300}
 
-# Shifted regime: no factor exceeds its weight, and the largest weight is scaled to at most this value. It is the
-# geometric middle of the range above 1, so that small factors do not underflow and sums of large ones do not overflow.
+# Shifted regime of `blocked`: no factor w exp(k s - nu) exceeds its weight, and the largest weight is scaled to at most
+# this value. It is the geometric middle of the range above 1, so that small factors do not underflow and sums of large
+# ones do not overflow.
 LARGEST_WEIGHT = {torch.float32: 2.0**64, torch.float64: 2.0**512}
 
 # The largest weight in a tile of the Triton kernels' G, by the dtype of the operands. The range of float16 is 6e-8 to

@@ -1,8 +1,9 @@
 """The dense oracle: plain differentiable PyTorch on the full M x M matrix of logits.
 
-Every other backend is tested against it, and it is tested against an independent NumPy loop. It has no hand-written
-backward. Its gradients come from autograd, so they are independent of the kernels' gradients, and it can be
-differentiated any number of times. float64 inputs are computed in float64, narrower ones in float32.
+Every other backend is tested against it, and it is tested against an independent NumPy loop. The only hand-written
+backward is that of a matrix product (`algebra.product`). Its gradients come from autograd, so they are independent of
+the kernels' gradients, and it can be differentiated any number of times. float64 inputs are computed in float64,
+narrower ones in float32.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class ReferenceBackend(Backend):
     def soft_dots(self, rows: Side, cols: Side, teacher: Teacher | CalledTeacher) -> tuple[Tensor, Tensor]:
         """Return the sums of u_i . v_j, weighted by the teacher's softmax, over columns (M,) and over rows (K,).
 
-        The sums are over pairs of different groups.
+        Only pairs of different groups count.
         """
         if isinstance(teacher, CalledTeacher):
             similarities = teacher.similarities(rows.ids, cols.ids)
@@ -111,7 +112,7 @@ def _positives(
 
 
 def _masked_logsumexp(logits: Tensor, mask: Tensor) -> Tensor:
-    """Return each row's log-sum-exp over the entries in `mask`. A row without any gets -inf and no gradient."""
+    """Return each row's log-sum-exp over the entries in `mask`, or -inf without a gradient if there are none."""
     some = mask.any(dim=1)
     # An empty row keeps its logits here and gets its -inf afterwards, because logsumexp's gradient at -inf is NaN.
     logits = torch.where(mask | ~some[:, None], logits, -torch.inf)

@@ -13,7 +13,7 @@ class UnitRows:
 
     def __init__(self, z: Tensor, normalize: bool):
         self.z_dtype = z.dtype
-        self.u = z.to(accumulation_dtype(z.dtype)).contiguous()  # makes results independent of strides, to the bit
+        self.u = z.to(accumulation_dtype(z.dtype)).contiguous()  # so that results do not depend on strides
         self.norm: Tensor | None = None
         self._factor: Tensor | None = None
         if normalize:

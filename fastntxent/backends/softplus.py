@@ -3,13 +3,13 @@
     x_ij = k u_i . v_j + b
     sum_i = sum over {j : id_j != id_i} of log(1 + exp(x_ij))  [+ sum over {j : id_j = id_i} of log(1 + exp(-x_ij))]
 
-The gradient does not depend on a row's sum. With weights a_i of the rows' sums and c_j of the columns' sums, and with
-y_ij = 1 between groups and -1 within one,
+The term in brackets is for calls with `positives`. The gradient does not depend on a row's sum. With weights a_i of the
+rows' sums and c_j of the columns' sums, and with y_ij = 1 between groups and -1 within one,
 
     G_ij = (a_i + c_j) y_ij sigmoid(y_ij x_ij)      d/du_i = k sum_j G_ij v_j      d/db = sum_ij G_ij
 
-So one pass over the tiles computes values and gradients. Between two sides it costs 3u flops (u for the logits, 2u for
-the gradients), with u = 2 M K D.
+With one side, v is u and c is a, and d/db is half of that sum. One pass over the tiles computes values and gradients.
+Between two sides it costs 3u flops (u for the logits, 2u for the gradients), with u = 2 M K D.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class _SoftplusTiles(Tiles):
         )
 
     def _x_of(self, tile: TileValues, mixed: bool) -> tuple[Tensor, Tensor | None]:
-        """Add a tile to the sums. Return x, negated for positives, and the mask of same-group pairs or None."""
+        """Add a tile to the sums. Return x, negated for positives that count, and the same-group mask or None."""
         x = tile.values.add_(self.bias)
         agree = self.agree(tile) if mixed else None
         if agree is not None and self.positives:

@@ -1,4 +1,4 @@
-"""Tiles of the similarity matrix in plain PyTorch, one at a time (with one side, only its upper triangle)."""
+"""Tiles of the similarity matrix in plain PyTorch, one at a time. With one side, only the upper triangle."""
 
 from __future__ import annotations
 

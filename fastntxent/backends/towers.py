@@ -33,7 +33,7 @@ class _Directions(NamedTuple):
 
 
 class ComposedTowers(TiledSoftplus):
-    """A backend with the scalar path of two towers as O(N D) tensor code around cross_neg_lse."""
+    """A backend whose InfoNCE and CLIP are O(N D) tensor code around cross_neg_lse."""
 
     def info_nce_value(
         self, z_i: Tensor, z_j: Tensor, inv_tau: float | Tensor, normalize: bool, both: bool, mean: bool

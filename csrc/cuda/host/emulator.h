@@ -1,9 +1,9 @@
 // The functions of device.h for a host compiler: a fiber for each thread of the grid, in one thread of the process.
 //
 // Warps run in a random order from one collective to the next, and all 32 lanes must meet at the same collective.
-// Products of the matrix units follow PTX's fragment layouts and round as a real chip does. An asynchronous copy
-// happens at random either when it is started or when a thread waits for it, so code that reads too early, or that
-// overwrites data while another thread still reads it, changes the result.
+// Products of the matrix units follow PTX's fragment layouts and round as the chip chosen by add_as does. An
+// asynchronous copy happens at random either when it is started or when its thread waits for it, so code that reads too
+// early, or that overwrites data while another thread still reads it, may change the result.
 #pragma once
 
 #include <math.h>

@@ -56,7 +56,7 @@ int fntx_cuda_run(const fntx_cuda_call* call) {
     const Plan plan = plan_call(machine, *call);
     if (plan.grid < 1) return fail("fntx_cuda_run", NO_ROOM);
     memset(call->workspace, 0xff, plan.bytes);
-    // Half of a grid emulates the retry after cudaErrorCooperativeLaunchTooLarge.
+    // Half the grid emulates the retry after cudaErrorCooperativeLaunchTooLarge.
     const int grid = refuses && plan.grid > 1 ? plan.grid / 2 : plan.grid;
     const bool met = emulator::launch(grid, THREADS, plan.shared, [&] {
         switch (call->dtype) {

@@ -15,7 +15,7 @@
 namespace emulator {
 
 // How many products are added at once, and how many extra bits are kept. With a `block` of 0, sums are rounded to
-// nearest, as on no real chip.
+// nearest, which no real chip does.
 struct TensorCore {
     int block = 0, extra_bits = 0;
 };

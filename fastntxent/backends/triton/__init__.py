@@ -2,12 +2,14 @@
 
 One source serves NVIDIA and AMD. The forward computes half of the similarity matrix, and the backward computes all of
 it once, by row blocks. With u = 2 M^2 D flops that is 2.5u in all, or 2u if the weights G of the gradient (backward.py)
-go through panels. There are no atomic additions, so results are bitwise reproducible, and the host never waits for the
-device. Memory is the packed rows, one plane of sums per thousand rows, and a panel of G of at most 32 MiB (panels.py).
-The panel is needed only beyond 256 features (128 for float32, and for any dtype on gfx942).
+go through panels. Up to about a thousand rows, and where exp would leave its range, the forward computes the whole
+matrix, which adds u/2. There are no atomic additions, so results are bitwise reproducible, and the host never waits for
+the device. Memory is the packed rows, the sums of the gradient, at most 129 planes with one float32 per row, and a
+panel of G of at most 32 MiB (panels.py). The panel is needed only beyond 256 features (128 for float32, and for any
+dtype on gfx942).
 
-Sigmoid losses and similarity limits have separate kernels. Except in panels, these kernels compute the whole similarity
-matrix instead of half of it.
+Sigmoid losses have separate kernels, and similarity limits separate variants of the kernels. Except in panels, all of
+these compute the whole similarity matrix instead of half of it.
 
 Under Triton's interpreter (set TRITON_INTERPRET=1 before importing Triton) the kernels take tensors in host memory.
 """

@@ -281,8 +281,8 @@ def _two_views(
 ) -> Sides:
     """Return two views as one side.
 
-    limit: (scale, shift). A negative counts if its similarity is at most scale * s + shift, with s the positive's
-        similarity.
+    limit: (scale, shift). A negative counts if its similarity is at most scale * s + shift, where s is the similarity
+        to the positive.
     """
     tf32, eps = _takes_tf32(z_i.dtype), norm_eps(z_i.dtype)
     rows = pack_rows(work, z_i, z_j, normalize=normalize, eps=eps, tf32=tf32)

@@ -4,10 +4,11 @@
     gathered_i = sum_j G_ij u_j                         radial_i = sum_j G_ij s_ij
 
 `unpack.py` turns gathered and radial into the gradients with respect to z and k. radial is summed in float32 before G
-is rounded to the dtype of the operands. There are no atomic additions.
+is rounded to the dtype of the operands; for rows in two parts, whose G keeps 22 bits, `_fused_kernel` computes radial
+from gathered instead. There are no atomic additions.
 
 If the sums fit into registers, a program of `_fused_kernel` holds `gathered` for all features of its rows. It computes
-a tile of G, rounds it and multiplies it with the columns, so it reads x of all columns once. In small batches a program
+a tile of G, rounds it and multiplies it with the columns, so it reads x of its columns once. In small batches a program
 processes only a part of the columns, to keep every multiprocessor busy, and `unpack.py` adds the parts in a fixed
 order. If the sums do not fit, squares of G go through memory (panels.py).
 
@@ -91,7 +92,7 @@ def _fused_kernel(
     row = tl.program_id(0) * BLOCK_M
     offs_m = row + tl.arange(0, BLOCK_M)
     largest_r = largest_scale(bounds_ptr, BOUNDED)
-    r_m = tl.load(rows_r_ptr + offs_m) * largest_r  # the columns' r are stored divided by the largest
+    r_m = tl.load(rows_r_ptr + offs_m) * largest_r  # the columns' r are stored divided by largest_r
     a_m, nu_m = tl.load(rows_w_ptr + offs_m), tl.load(rows_w_ptr + 3 * stride_rows_w + offs_m)
     limits_m = load_limits(rows_limits_ptr, offs_m, n_rows, limit_scale, limit_shift) if LIMITED else r_m
     x_m = load_pieces(rows_x_ptr, rows_lo_ptr, row, 0, BLOCK_D, BLOCK_M, BLOCK_D, SPLIT)

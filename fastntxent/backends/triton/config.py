@@ -3,16 +3,17 @@
 A tile size trades off the registers that hold the tile, the shared memory that feeds the matrix units, and the number
 of programs that a multiprocessor runs at once. With two programs, the exponentials of one overlap the products of the
 other. The table is `table.json`, written by `python -m benchmarks tune`; nothing is tuned during training. If
-"measured" does not list a kernel, its tiles have not been timed on a device, but come from the model
-(`python -m benchmarks model`), restricted to tiles that Triton 3.9 compiles without spills (`make kernels-report`) and
-Triton 3.6 with at most 48 bytes of spills.
+"measured" does not list a kernel, its tiles have not been timed on a device. Except for the VARIANTS, they come from
+the model (`python -m benchmarks model`), restricted to tiles without spills in Triton 3.9 (`make kernels-report`) and
+with at most 48 bytes of spills in Triton 3.6.
 
     {family: {kernel: {width: [[rows, features, tile], ...]}}}
 
 The entry used is the first one whose rows and features are at least the batch's rows and padded features (null: any).
 `width` is the bytes per packed feature, counting both parts of a split float32. A tile of null selects another kernel:
-`owned` in place of `direct`, or `form` and `gather` in place of `fused`, whose registers would spill. If a family has
-no entries for a kernel and width, the entries of the family named in "resembles" are used.
+`owned` in place of `direct`, or `form` and `gather` in place of `fused` (`form_pairs` and `gather` in place of
+`pairs`), whose registers would spill. If a family has no entries for a kernel and width, the entries of the family
+named in "resembles" are used.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from .pack import PADDED_ROWS, Packed
 class TileConfig(NamedTuple):
     """block_m rows by block_n columns of the similarity matrix, computed block_d features at a time.
 
-    maxnreg limits the registers per thread, so that two programs can run at once. None leaves them to the compiler.
+    A tile of `gather` is block_m rows by block_d features of the result, computed block_n columns at a time. maxnreg
+    limits the registers per thread, so that two programs can run at once. None leaves the number to the compiler.
     """
 
     block_m: int
@@ -61,7 +63,7 @@ VARIANTS = {"owned": "sums", "fused": "pairs", "form": "form_pairs"}
 TABLE: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "table.json").read_text())
 PROGRAMS = 2  # programs that each multiprocessor should have
 FEWEST_SQUARES = 2000  # squares wanted in the full matrix; with one side, half of them become programs
-PLANES = 128  # the most planes of sums; there is one per square along a side
+PLANES = 128  # the most squares along a side, each of which has a plane of sums
 PANEL = 32 * 2**20  # bytes of two squares of G, which fit into the L2 cache of an A100 or H100 together with x
 
 
@@ -148,7 +150,7 @@ def products_at_once(chip: str) -> int:
 
 
 def rows_held(chip: str) -> int:
-    """Return the constant ROWS_HELD: how many rows of a column, 8 apart, one thread holds.
+    """Return the constant ROWS_HELD: how many elements of a tile's column, 8 rows apart, one thread holds.
 
     With mma and wgmma it is two; with tensor memory and AMD's matrix units it is one.
     """
@@ -184,7 +186,8 @@ def multiprocessors(device: torch.device) -> int:
 def edge_of_square(n_rows: int, n_cols: int, block: int) -> int:
     """Return the edge of a program's square: the largest, up to 8 tiles, with at least FEWEST_SQUARES squares.
 
-    The edge grows further if a side would have more than PLANES squares, so that the memory for sums stays O(M).
+    If even squares of one tile are fewer, the edge is one tile. It grows beyond 8 tiles if a side would have more than
+    PLANES squares, so that the memory for sums stays O(M).
     """
     if "tiles" in _forced:
         return _forced["tiles"] * block
@@ -197,7 +200,7 @@ def edge_of_square(n_rows: int, n_cols: int, block: int) -> int:
 
 
 def columns_of_part(multiprocessors: int, blocks: int, n_cols: int, block_n: int) -> int:
-    """Return how many columns one program of `fused` processes: all, or few enough to occupy every multiprocessor."""
+    """Return how many columns one program processes: all, or few enough to occupy every multiprocessor."""
     wanted = triton.cdiv(PROGRAMS * multiprocessors, blocks)
     return triton.cdiv(triton.cdiv(n_cols, block_n), wanted) * block_n
 

@@ -1,8 +1,9 @@
 """The last steps for each row: nu from the planes of sums (forward.py), and NT-Xent's losses from nu.
 
-`_finish_kernel` adds a row's planes in a fixed order and ends with `end_rows`. `_owned_kernel`, which computes nu in
-one launch, ends with `end_rows` too. Every program also writes partial results over its rows: the largest weight, the
-sum of the losses, and the sum of q sim_pos, which is the temperature's gradient through the positives.
+`_finish_kernel` adds a row's planes in a fixed order. If there is a loss, it ends with `end_rows`, as does
+`_owned_kernel`, which computes nu in one launch. Every program then also writes partial results over its rows: the
+largest weight, the sum of the losses, and the sum of q sim_pos, from which the temperature's gradient through the
+positives follows.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ FINISHED = 128  # rows per program of `_finish_kernel`
 
 @triton.jit
 def end_rows(nu, pos_ptr, q_ptr, peaks_ptr, totals_ptr, dots_ptr, offs, n, k):
-    """Write NT-Xent of a program's rows: the sum of the losses log(1 + exp(nu - pos)), and q = sigmoid(nu - pos)."""
+    """Write NT-Xent of a program's rows: the sum of the losses log(1 + exp(nu - pos)), and q = sigmoid(nu - pos).
+
+    Also write the results of `survey_weights`: the largest q and the sum of q sim_pos.
+    """
     inside = offs < n
     sim_pos = tl.load(pos_ptr + offs, mask=inside, other=0.0)
     x = nu - k * sim_pos

@@ -1,22 +1,24 @@
 """neg_lse of packed rows: nu_i = log sum over {j : id_j != id_i} of exp(k s_ij).
 
-Direct: a program owns a square of tiles. One exponential serves the sums of both its row and its column. So with one
-side, only tiles on and above the diagonal are computed, and in a tile that the diagonal crosses, only the part above
-the diagonal counts. Sums go to planes that no two programs share, and are added in a fixed order (finish.py):
+Direct: a program owns a square of tiles. Each exponential counts in the sum of its row and in the sum of its column. So
+with one side, only tiles on and above the diagonal are computed, and in a tile that the diagonal crosses, only the part
+above the diagonal counts. Sums go to planes, in which no two programs write the same element, and are added in a fixed
+order (finish.py):
 
     one side of Q squares    rows of square a: plane b >= a from square (a, b) as rows, plane b < a from (b, a) as
                              columns, plane Q from (a, a) as columns
     two sides                rows: a plane for each square of columns; columns: a plane for each square of rows
 
-The outer loop of a square runs over columns. A block of columns stays in shared memory and its sums in registers while
-the inner loop runs over the rows. A square reads its rows and columns of x once and writes one sum per row and column.
+The outer loop of a square runs over columns. If a block of columns fits with all its features, it stays in shared
+memory while the inner loop runs over the rows, so a square reads x of its columns once, and x of its rows once for each
+block of columns. The sums of the columns stay in registers, and the sums of the rows are added up in their plane.
 
 Owned: a program owns a block of rows and keeps a running maximum over all columns. With two sides the columns take a
-second launch. This kernel serves temperatures at which exp would leave its range, and small batches, where computing nu
-in one launch saves more time than skipping half of the products.
+second launch. This kernel serves similarity limits, temperatures at which exp would leave its range, and small batches,
+where computing nu in one launch saves more time than skipping half of the products.
 
-Both kernels have two loops over tiles. One compares ids. The other has no mask; it takes the tiles that lie within both
-sides and whose rows and columns, by their smallest and largest ids, share no id.
+Both kernels have two loops over tiles. One compares ids. The other has no mask; it takes the squares (in Owned, the
+rounds of 1,024 columns) that lie within both sides and whose rows and columns have id ranges that do not overlap.
 
 In some calls only the device knows which kernel is needed (sides.py).
 """
@@ -52,7 +54,7 @@ ROUND = tl.constexpr(1024)  # `_owned_kernel` decides for this many columns at a
 
 @triton.jit
 def _square_of(index, squares, ONE_SIDE: tl.constexpr):
-    """Return the row and column of a program's square: by columns of the upper triangle for one side, else by rows."""
+    """Return the row and column of a program's square, counted by columns of the triangle if ONE_SIDE, else by rows."""
     if ONE_SIDE:
         col = ((tl.sqrt(8.0 * index.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
         col = tl.where(col * (col + 1) // 2 > index, col - 1, col)  # correct the rounding of the square root
@@ -136,7 +138,7 @@ def _direct_kernel(
         HALF: tl.constexpr = BLOCK_N // 2
         blocks = tl.cdiv(tl.minimum(edge, n_cols - col0), HALF)
         for i in range(0, blocks):
-            col = col0 + (blocks - 1 - i) * HALF  # last block first: on the diagonal, only that block covers all rows
+            col = col0 + (blocks - 1 - i) * HALF  # last block first: the first call must set the sums of all rows
             end = tl.minimum(row0 + edge, tl.minimum(n_rows, col + HALF) if ONE_SIDE else n_rows)
             _sum_columns(
                 rows_x_ptr, rows_lo_ptr, rows_r_ptr, rows_ids_ptr, cols_x_ptr, cols_lo_ptr, cols_r_ptr, cols_ids_ptr,
@@ -152,7 +154,7 @@ def _add_exponentials(
     MASKED: tl.constexpr, LIMITED: tl.constexpr, SPLIT: tl.constexpr, TF32: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """Return the running maxima and sums of some rows, updated with all columns that need a mask, or all other ones."""
+    """Return the running maxima and sums of some rows, updated with all columns that need a mask, or all others."""
     for first in range(0, n_cols, ROUND):
         whole = (row + BLOCK_M <= n_rows) & (first + ROUND <= n_cols)
         if whole:

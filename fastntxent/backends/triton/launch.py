@@ -41,7 +41,7 @@ _R = TypeVar("_R")
 
 RECORDS = not INTERPRETED  # under the interpreter, tests change the tables between calls
 LARGEST = 32 * 2**20  # the most bytes of a recorded workspace
-KEPT = 1024  # the most recordings kept
+KEPT = 1024  # the most kinds of call that are remembered, recorded or not
 ALIGNED = 16  # bytes; Triton compiles separate kernels for pointers with and without this alignment
 _APART = 256  # bytes; aligns the parts of a workspace like separate tensors
 
@@ -139,7 +139,7 @@ class Recording:
 
 
 class _NotRecordable(Exception):  # noqa: N818
-    """Raised for a pointer or a result that is neither an argument, nor an output, nor in the workspace."""
+    """Raised for a result that is no argument and no output, or a pointer outside arguments, outputs and workspace."""
 
 
 def _without_memory(x: Any) -> Any:
@@ -168,7 +168,7 @@ _recordings: dict[Hashable, Recording | bool] = {}  # False: called once so far;
 def repeated(method: Callable[Concatenate[_Self, Work, _P], _R]) -> Callable[Concatenate[_Self, _P], _R]:
     """Wrap a method of a backend so that its launches are recorded and replayed.
 
-    The wrapped method also takes a `Work`. It runs with its first tensor's device as the current device, because Triton
+    The method itself also takes a `Work`. It runs with its first tensor's device as the current device, because Triton
     launches on the current device.
     """
 

@@ -2,12 +2,13 @@
 
     n_i = |z_i|,  u_i = z_i / max(n_i, eps) = r_i x_i,  sim_pos_i = u_i . u_p(i)
 
-x_i is z_i times the power of two that brings its largest element into [1, 2), so nothing is rounded, whatever the norm
-of the row. Half-precision rows that are not normalised stay as they are, with r_i = 1. float32 rows are stored in two
-parts (tiles.py). The positives are computed from z itself, in float32.
+x_i is z_i times the power of two that brings its largest element into [1, 2). In half precision this scaling is exact,
+whatever the norm of the row, except that a float16 x below 2^-14 is rounded to a multiple of 2^-24. Half-precision rows
+that are not normalised stay as they are, with r_i = 1. float32 rows are stored in two parts, unless TF32 is allowed
+(tiles.py). The positives are computed from z itself, in float32.
 
-A program owns SPAN rows. It reads them and their positives twice, and writes x, the smallest and largest id, the
-largest norm and the largest r.
+A program owns SPAN rows. It reads them and their positives twice. It writes their x and their vectors, and for the
+whole span the smallest and the largest id, the largest norm and the largest r.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def _pack_kernel(
     root = tl.sqrt_rn(square)
     norm = root * up
     tl.store(norm_ptr + row, norm)
-    # r is 1 / max(n, eps) for the scaled row.
+    # With `up` = 2^e, r is 2^e / max(n, eps).
     as_they_are = up if SCALED else tl.full((SPAN,), 1.0, tl.float32)
     r = tl.where(norm > eps, tl.div_rn(1.0, root), up / eps) if NORMALIZE else as_they_are
     r = tl.where(row < n, r, 0.0)
@@ -144,7 +145,7 @@ def _pack_kernel(
 class Packed:
     """The stacked rows of one or two matrices in the form that kernels take, with the matrices themselves.
 
-    `x` is the operand and `lo` its low part (x again if there is none). `r` is the factor from x to the unit rows,
+    `x` is the operand and `lo` its low part (x again if there is none). `r` is the factor from x to the rows u,
     `norm` the rows' norms, and `sim_pos` the similarities to the positives. For every SPAN rows, `low` and `high` are
     the smallest and largest id, and `peaks` are the largest norm and the largest r.
     """

@@ -8,9 +8,9 @@ the sums from the earlier squares, in a fixed order.
                 the rows of b. The squares on the diagonal come first, two at a time: (a, a) and (a + 1, a + 1)
     two sides   (a, b) and (a + 1, b), for one block of columns b after the other
 
-With u = 2 M^2 D flops for a full product, the gradient of one side costs 1.5u. An operand is G_ij r_j, and its factor
-r_j depends on the index that is summed over. So the transposed copy has different factors and must be written
-separately.
+With u = 2 M^2 D flops for a full product, the gradient costs 1.5u in a call with one side. An operand is G_ij r_j, and
+its factor r_j depends on the index that is summed over. So the transposed copy has different factors and must be
+written separately.
 """
 
 from __future__ import annotations

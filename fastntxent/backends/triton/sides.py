@@ -1,9 +1,9 @@
 """The rows and the columns of a call, and the regime in which kernels exponentiate the logits.
 
 In the direct regime kernels compute exp(k s) itself. In the shifted regime exp(k s) would leave float32's range, so
-they first subtract a maximum (forward) or nu (backward). Every kernel asks `in_direct_range` which regime applies. If
-the host knows the answer, it launches one kernel. If only the device knows (rows that are not normalised, or a
-temperature on the device), it launches both, and one of them returns at once.
+they first subtract a maximum (forward) or nu (backward). Every kernel that has two regimes asks `in_direct_range` which
+one applies. If the host knows the answer, it launches one kernel. If only the device knows (rows that are not
+normalised, or a temperature on the device), it launches both, and one of them returns at once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .tiles import DIRECT_LIMIT, INTERPRETED, SIZES, max_of_parts
 
 @triton.jit
 def in_direct_range(bounds_ptr, k, log_terms, BOUNDED: tl.constexpr):
-    """Return whether exp of every logit stays in range. Unit rows have |s| <= 1; with BOUNDED, max|s| is loaded."""
+    """Return whether exp of every logit stays in range. Unit rows have |s| <= 1; with BOUNDED, a bound is loaded."""
     bound = tl.load(bounds_ptr) if BOUNDED else 1.0
     return k * bound + log_terms < DIRECT_LIMIT
 
@@ -37,7 +37,7 @@ def largest_scale(bounds_ptr, BOUNDED: tl.constexpr):
 
 @triton.jit
 def load_inverse_temperature(inv_tau, ON_DEVICE: tl.constexpr):
-    """Return k, loaded from device memory or as passed."""
+    """Return k, loaded from device memory if ON_DEVICE, else as passed."""
     return tl.load(inv_tau) if ON_DEVICE else inv_tau
 
 
@@ -71,8 +71,8 @@ class Limits(NamedTuple):
 class Sides:
     """Packed rows against packed columns, or one side against itself, with the quantities that decide the regime.
 
-    `bounds` holds max|s| and the largest r of the columns. `swapped_bounds` holds the same with rows and columns
-    exchanged.
+    `bounds` holds an upper bound of |s| and the largest r of the columns. `swapped_bounds` holds the same with rows and
+    columns exchanged.
     """
 
     work: Work
@@ -111,7 +111,7 @@ class Sides:
 
     @property
     def bounded(self) -> bool:
-        """Whether only the device knows max|s|."""
+        """Whether only the device knows the bound of |s|."""
         return not self.rows.normalize
 
     @property

@@ -1,10 +1,10 @@
 """Sums of softplus over pairs and their gradients, the core of sigmoid losses.
 
     x_ij = k s_ij + b      y_ij = 1 between groups, -1 within one
-    sum_i = sum_j log(1 + exp(y_ij x_ij))      over other groups, and with POSITIVES also over the rest of i's group
+    sum_i = sum_j log(1 + exp(y_ij x_ij))      over other groups, and with POSITIVES also over i's group
 
-The gradient does not depend on a row's sum, so one pass over the tiles of x computes sums and gradients. With weights
-a_i of the rows' sums and c_j of the columns' sums (a_j if there is one side):
+With one side, row i itself is left out. The gradient does not depend on a row's sum, so one pass over the tiles of x
+computes sums and gradients. With weights a_i of the rows' sums and c_j of the columns' sums (a_j if there is one side):
 
     G_ij = (a_i + c_j) y_ij sigmoid(y_ij x_ij)      gathered_i = sum_j G_ij u_j      radial_i = sum_j G_ij s_ij
 
@@ -14,7 +14,8 @@ side provides the rows. With u = 2 M K D flops the cost is u for the values alon
 4u with the gradients of two. If the sums of a row block do not fit into registers, G goes through memory (panels.py).
 
 G may be tiny everywhere, and its scale is not known beforehand. So if G becomes a float16 operand, each row of a tile
-is divided by a power of two near its largest G, and a multiply-add of the tile's product into the sum restores it.
+is divided by a power of two near its largest G, and the multiply-add that adds the tile's product to the sum multiplies
+by it again.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def softplus_of_pairs(
 ):  # fmt: skip
     """Return log(1 + exp(y x)) and y sigmoid(y x), given s, a tile of products of packed rows.
 
-    Without MASKED all pairs must be between groups.
+    With MASKED both are 0 for pairs that do not count. Without MASKED all pairs must be between groups.
     """
     x = tl.fma(s * r_n[None, :], tl.broadcast_to((r_m * k)[:, None], s.shape), tl.full(s.shape, 0.0, tl.float32) + b)
     if MASKED:
@@ -230,7 +231,7 @@ def _end_kernel(
     planes_ptr, totals_ptr, slopes_ptr, sums_ptr, loss_ptr, d_bias_ptr, n, n_planes, n_totals, stride_plane,
     factor, loss_factor, BY_ROW: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Add up the rows' sums over the parts of the columns. The first program also writes the loss and d/db."""
+    """The first program writes the loss and, with GRADIENT, d/db. With BY_ROW each program adds up its rows' sums."""
     if tl.program_id(0) == 0:
         tl.store(loss_ptr, sum_of_parts(totals_ptr, n_totals) * loss_factor)
         if GRADIENT:

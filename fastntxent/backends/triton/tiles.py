@@ -1,10 +1,10 @@
 """Functions that the kernels share: operands and their products, the mask, and the weights of a tile.
 
 Rows are packed (pack.py) as u_i = r_i x_i, with x in the dtype of the matrix units and r in float32. A similarity is
-s_ij = r_i r_j (x_i . x_j), whose only rounding is in the float32 sum of the product. Padding rows and features are
-zero. In the backward, a column of G has the factor r_j / R, where R is at least the largest r. If rows are not
-normalised, a row more than 2^14 times shorter than the longest therefore loses bits in its contribution to the
-gradients of other rows; at 2^20 only four bits are left.
+s_ij = r_i r_j (x_i . x_j). In half precision, the only rounding of x_i . x_j is in its float32 sum. Padding rows and
+features are zero. In the backward, a column of G has the factor r_j / R, where R is at least the largest r. If float32
+rows are stored in two parts and not normalised, a row more than 2^14 times shorter than the longest therefore loses
+bits in its contribution to the gradients of other rows; at 2^20 only four bits are left.
 
 Operands (selected by the constexpr SPLIT and the dtype of x):
     float16, bfloat16   x is z times a power of two: one product

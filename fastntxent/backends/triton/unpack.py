@@ -6,8 +6,9 @@ With gathered_i = sum_j G_ij u_j, radial_i = sum_j G_ij s_ij, n_i = |z_i|, and v
     d/dz_i = (d/du_i - u_i (u_i . d/du_i)) / n_i           where n_i > eps, else (d/du_i) / eps
     d/dk   = share sum_i radial_i + sum_i v_i sim_pos_i    share is 1/2 with one side, 1 with two
 
-A program owns SPAN rows, and reads z of these rows and of their positives. The programs of the earlier kernels have
-left partial sums over all rows. The first program of this kernel adds them, which saves a launch.
+If the rows are not normalised, d/dz_i = d/du_i. A program owns SPAN rows, and reads z of these rows and of their
+positives. The programs of the earlier kernels have left partial sums over all rows. The first program of this kernel
+adds them, which saves a launch.
 """
 
 from __future__ import annotations
@@ -120,8 +121,8 @@ def unpack_gradients(
 ) -> Gradients:
     """Return the gradients of the rows' matrices and of k, and the loss if `totals` are given.
 
-    `weight` multiplies G and the loss, and `pos_factor` multiplies `d_pos`. If there are `weights`, G was scaled by
-    them, and this function undoes the scaling.
+    `weight` multiplies G and the loss, and `pos_factor` multiplies `d_pos`. If there are `weights`, they were scaled
+    before G was computed from them, and this function undoes the scaling.
     """
     rows, output, unread = sides.rows, sides.work.output, sides.rows.unread
     found = Gradients(output(*rows.first.shape), output(*rows.second.shape), output(), output())

@@ -71,7 +71,7 @@ def _scale_kernel(
 
 
 class Weights(NamedTuple):
-    """The weights of each side's nu together with that nu; of_cols is None if there is one side.
+    """Each side's nu with its weights; `of_cols` is None if there is one side.
 
     peaks: each program's largest weight. dots: each program's sum of the positives' weights times sim_pos.
     """
