@@ -25,7 +25,7 @@ def off_diagonal(n, m):
 
 @given(**few, tau=temperatures, classes=st.integers(1, 6))
 @drawn
-def test_solo_learn_equals_its_definition(n, d, seed, tau, classes):
+def test_solo_learn_loss_equals_its_definition(n, d, seed, tau, classes):
     (z,), _ = batch(1, n, d, seed)
     indexes = torch.randint(0, classes, (n,), generator=torch.Generator().manual_seed(seed))
     same = indexes[:, None] == indexes
@@ -61,7 +61,7 @@ def test_float_labels_group_rows_by_value():
     kind=st.sampled_from([None, "labels", torch.bool, torch.float32, torch.float64, torch.int64]),
 )
 @drawn
-def test_sup_contrast_equals_its_definition(n, d, seed, tau, base, v, mode, kind):
+def test_sup_contrast_loss_equals_its_definition(n, d, seed, tau, base, v, mode, kind):
     z, _ = batch(v, n, d, seed)
     features = normalize(z, dim=2).transpose(0, 1).contiguous() * 1.1
     generator = torch.Generator().manual_seed(seed)
@@ -185,7 +185,7 @@ def test_labels_that_cannot_be_ids_are_refused(name):
 
 @given(**few, tau=temperatures, norm=st.booleans(), kind=st.sampled_from(["default", "number", "vector"]))
 @drawn
-def test_simclr_equals_its_definition(n, d, seed, tau, norm, kind):
+def test_simclr_loss_equals_its_definition(n, d, seed, tau, norm, kind):
     z, _ = batch(2, n, d, seed)
     hidden = z.flatten(0, 1) if norm else normalize(z.flatten(0, 1), dim=1) * 1.1
     vector = torch.rand(n, generator=torch.Generator().manual_seed(seed)).mul(2).sub(0.5).relu()  # some are 0
@@ -256,7 +256,7 @@ def test_simclr_takes_a_context_of_one_replica():
     masked=st.booleans(),
 )
 @drawn
-def test_torchmultimodal_equals_its_definition(n, d, seed, scale, smoothing, reduction, masked):
+def test_torchmultimodal_loss_equals_its_definition(n, d, seed, scale, smoothing, reduction, masked):
     z, _ = batch(2, n, d, seed)
     mask = torch.rand(n, generator=torch.Generator().manual_seed(seed)) > 0.4 if masked else None
     kept = slice(None) if mask is None or not mask.any() else mask

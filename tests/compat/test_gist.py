@@ -269,7 +269,7 @@ def cached_on_ranks():
     return ends
 
 
-def test_cached_loss_across_ranks_equals_one_process():
+def test_cached_loss_across_ranks_equals_the_loss_of_one_process():
     for ends in on_ranks(2, cached_on_ranks):
         torch.testing.assert_close(*ends, atol=1e-12, rtol=1e-12)
 

@@ -87,7 +87,7 @@ DEVICE_ALONE = [
 
 
 @pytest.mark.parametrize("name", DEVICE_ALONE)
-def test_drop_in_mixes_no_devices(name):
+def test_drop_in_does_not_mix_devices(name):
     call = copy.deepcopy(CALLS[name])
     if isinstance(call, torch.nn.Module):
         call.to("meta")

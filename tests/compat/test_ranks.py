@@ -292,7 +292,7 @@ def of_three() -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("ranks", ["of_two", pytest.param("of_three", marks=pytest.mark.slow)])
-def test_each_rank_equals_one_process_with_the_whole_batch(ranks: str, name: str, request: pytest.FixtureRequest):
+def test_results_of_ranks_equal_one_process_with_the_whole_batch(ranks: str, name: str, request: pytest.FixtureRequest):
     of_ranks = request.getfixturevalue(ranks)
     x, ids = whole_batch(sum(SIZES[len(of_ranks)]))
     expected = evaluate(encoder(torch.float64), x.double(), ids, CASES[name])

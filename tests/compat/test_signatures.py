@@ -163,7 +163,7 @@ def shown(parameter):
 
 
 @pytest.mark.parametrize(("module", "name", "signature"), SIGNATURES)
-def test_signature_is_the_librarys(module, name, signature):
+def test_our_signature_equals_the_recorded_one(module, name, signature):
     assert parameters(module, name) == signature
 
 

@@ -98,7 +98,7 @@ def test_ressl_is_computed_in_float32(dtype):
     torch.testing.assert_close(value[1].double(), expected[1], rtol=4 * torch.finfo(dtype).eps, atol=1e-5)
 
 
-def test_ressl_holds_no_logits():
+def test_ressl_never_holds_all_logits():
     seen: list[int] = []
 
     class Sizes(TorchDispatchMode):

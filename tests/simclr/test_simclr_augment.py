@@ -17,7 +17,7 @@ def seeded(seed=0):
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_two_views_are_a_function_of_the_generator(preset, channels):
+def test_two_views_depend_only_on_the_generator(preset, channels):
     x = images(channels)
     first, second = two_views(x, PRESETS[preset], seeded())
     again, _ = two_views(x, PRESETS[preset], seeded())
@@ -33,7 +33,7 @@ def test_two_views_are_a_function_of_the_generator(preset, channels):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_two_views_gives_part_of_a_batch_the_same_views_as_the_whole_batch(preset):
+def test_two_views_of_part_of_a_batch_match_the_whole_batch(preset):
     x = images(count=7)
     whole = two_views(x, PRESETS[preset], seeded())
     for rows in (torch.tensor([5, 2, 6]), torch.tensor([], dtype=torch.int64)):

@@ -82,7 +82,7 @@ def test_fashion_mnist_refuses_a_broken_file(tmp_path, content):
         load("fashion-mnist", tmp_path)
 
 
-def test_channel_moments_are_those_of_the_scaled_images(tmp_path):
+def test_channel_moments_are_means_and_deviations_of_scaled_pixels(tmp_path):
     np.savez(tmp_path / "d.npz", images=np.random.default_rng(0).integers(0, 256, (20, 3, 8, 8)).astype(np.uint8))
     data = load("npz", tmp_path / "d.npz")
     mean, std = data.channel_moments()
@@ -129,7 +129,7 @@ def fake_torchvision(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision.datasets", datasets)
 
 
-def test_cifar10_becomes_channels_first(monkeypatch, tmp_path):
+def test_cifar10_images_become_channels_first(monkeypatch, tmp_path):
     fake_torchvision(monkeypatch)
     data = load("cifar10", tmp_path, download=True)
     assert data.train_images.shape == (20, 3, 32, 32)
@@ -228,13 +228,13 @@ def test_image_data_refuses_invalid_attributes(changes, error, message):
         make(**changes)
 
 
-def test_is_labelled_needs_two_training_classes_and_a_test_image_of_one():
+def test_is_labelled_needs_two_training_classes_and_a_test_image_of_one_of_them():
     assert make().is_labelled
     assert not make(class_names=("a", "b", "c"), test_labels=torch.tensor([2, -1])).is_labelled
     assert not make(train_labels=torch.zeros(6).long()).is_labelled
 
 
-def test_fingerprint_is_the_checksum_of_all_bytes():
+def test_fingerprint_holds_the_shape_and_a_checksum_of_all_bytes():
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (5000, 3, 40, 40), generator=generator, dtype=torch.uint8)  # more than one block
     data = make(train_images=images, train_labels=torch.zeros(5000).long(), test_images=images[:2])

@@ -73,7 +73,7 @@ def test_training_reads_a_loader_of_images_in_its_order(stripes, fit):
     assert floating.history.columns["steps"] == as_bytes.history.columns["steps"]
 
 
-def test_loader_of_views_is_not_augmented(stripes, fit, monkeypatch):
+def test_views_of_a_loader_are_not_augmented(stripes, fit, monkeypatch):
     monkeypatch.delattr("fastntxent.simclr.feed.two_views")
     trainer = fit(DataLoader(Pairs(stripes.train_images[:64]), batch_size=32, shuffle=True))
     losses = trainer.history.columns["steps"]["loss"]
@@ -238,7 +238,7 @@ def test_workers_of_a_users_loader_ignore_stop_signals():
     assert values.tolist() == [100] * 4, "the user's worker_init_fn should run too"
 
 
-def test_trainer_refuses_accumulation_with_a_loader_and_unknown_data(stripes, tmp_path):
+def test_trainer_refuses_a_list_as_data_and_accumulation_with_a_loader(stripes, tmp_path):
     loader = of(IMAGES)
     with pytest.raises(ValueError, match="--accumulate-batch needs a data set"):
         Trainer(Config(out=tmp_path / "run", accumulate_batch=8), loader)

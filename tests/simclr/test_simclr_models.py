@@ -196,7 +196,7 @@ COMPILERS = {
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("compiler", COMPILERS)
 @pytest.mark.parametrize("model", ["conv", "resnet18"])
-def test_encoder_can_be_compiled(compiler, model):
+def test_encoder_can_be_compiled_exported_traced_and_scripted(compiler, model):
     encoder = build(model).encoder.eval()
     made = COMPILERS[compiler](encoder)
     for n in (1, 2, 4):

@@ -61,7 +61,7 @@ def test_npz_refuses_arrays_that_are_not_a_data_set(tmp_path, arrays, message):
         load(tmp_path / "d.npz")
 
 
-def test_npz_refuses_a_file_of_another_kind(tmp_path):
+def test_npz_refuses_a_file_of_a_different_kind(tmp_path):
     (tmp_path / "d.npz").write_bytes(b"text")
     with pytest.raises(ValueError, match="cannot be read as an"):
         load(tmp_path / "d.npz")

@@ -152,7 +152,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_try_decode_returns_why_a_file_is_bad(tmp_path, name):
+def test_try_decode_returns_the_reason_why_a_file_is_bad(tmp_path, name):
     (tmp_path / name).write_bytes(BROKEN[name])
     words = error_of(tmp_path / name)
     assert words
