@@ -1,4 +1,4 @@
-"""Drop-ins for code that is not published as a package, against definitions written out here."""
+"""Drop-ins against definitions written out here, and errors that several drop-ins share."""
 
 import math
 from types import SimpleNamespace
@@ -25,7 +25,7 @@ def off_diagonal(n, m):
 
 @given(**few, tau=temperatures, classes=st.integers(1, 6))
 @drawn
-def test_solo_learn_equals_its_definition(n, d, seed, tau, classes):
+def test_solo_learn_loss_equals_its_definition(n, d, seed, tau, classes):
     (z,), _ = batch(1, n, d, seed)
     indexes = torch.randint(0, classes, (n,), generator=torch.Generator().manual_seed(seed))
     same = indexes[:, None] == indexes
@@ -41,7 +41,7 @@ def test_solo_learn_equals_its_definition(n, d, seed, tau, classes):
     assert_same(lambda z: solo_learn.simclr_loss_func(z, indexes, tau), definition, tau, z)
 
 
-def test_float_labels_are_the_ids_of_their_values():
+def test_float_labels_group_rows_by_value():
     z = torch.randn(6, 3)
     expected = solo_learn.simclr_loss_func(z, torch.tensor([0, 1, 0, 2, 1, 2]))
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
@@ -61,7 +61,7 @@ def test_float_labels_are_the_ids_of_their_values():
     kind=st.sampled_from([None, "labels", torch.bool, torch.float32, torch.float64, torch.int64]),
 )
 @drawn
-def test_sup_contrast_equals_its_definition(n, d, seed, tau, base, v, mode, kind):
+def test_sup_contrast_loss_equals_its_definition(n, d, seed, tau, base, v, mode, kind):
     z, _ = batch(v, n, d, seed)
     features = normalize(z, dim=2).transpose(0, 1).contiguous() * 1.1
     generator = torch.Generator().manual_seed(seed)
@@ -101,7 +101,7 @@ def test_sup_contrast_flattens_features_and_takes_labels_of_any_dtype():
     assert loss(features, labels[:, None]) == loss(features, labels)
 
 
-def test_sup_contrast_learns_its_temperature_through_the_scale_too():
+def test_sup_contrast_gradient_of_the_temperature_includes_its_scale_factor():
     features = normalize(torch.randn(4, 2, 3, dtype=torch.float64), dim=2)
     for arguments in ({}, {"labels": torch.tensor([0, 1, 1, 0])}, {"mask": torch.rand(4, 4).double()}):
 
@@ -112,7 +112,7 @@ def test_sup_contrast_learns_its_temperature_through_the_scale_too():
         assert torch.autograd.gradcheck(value, tau, check_undefined_grad=False)
 
 
-def test_sup_contrast_mask_in_autocast_and_half_precision():
+def test_sup_contrast_mask_works_under_autocast_and_in_half_precision():
     features = normalize(torch.randn(8, 2, 16), dim=2)
     loss, mask = sup_contrast.SupConLoss(0.1), torch.rand(8, 8) > 0.5
     expected = loss(features, mask=mask)
@@ -123,13 +123,13 @@ def test_sup_contrast_mask_in_autocast_and_half_precision():
     torch.testing.assert_close(half, loss(features.half().float(), mask=mask))
 
 
-def test_sup_contrast_does_not_divide_by_weights_that_sum_to_next_to_nothing():
+def test_sup_contrast_does_not_divide_by_a_sum_of_weights_near_zero():
     features, ones = normalize(torch.randn(4, 2, 3, dtype=torch.float64), dim=2), torch.ones(4, 4).double()
     loss = sup_contrast.SupConLoss(0.5)
     torch.testing.assert_close(loss(features, mask=1e-8 * ones), 7e-8 * loss(features, mask=ones), rtol=1e-9, atol=0)
 
 
-def test_sup_contrast_errors():
+def test_sup_contrast_names_invalid_arguments():
     features, labels = torch.randn(4, 2, 3), torch.arange(4)
     with pytest.raises(ValueError, match=r"features must have shape \(B, V, \.\.\.\), got \(4, 3\)"):
         sup_contrast.SupConLoss()(features[:, 0])
@@ -169,7 +169,7 @@ LABELLED = {
 
 
 @pytest.mark.parametrize("name", LABELLED)
-def test_labels_that_are_no_ids_are_errors(name):
+def test_labels_that_cannot_be_ids_are_refused(name):
     nan = torch.tensor([0.0, 0.0, math.nan, math.nan])
     with pytest.raises(ValueError, match=r"(labels|indexes) must not be NaN"):
         LABELLED[name](nan)
@@ -185,7 +185,7 @@ def test_labels_that_are_no_ids_are_errors(name):
 
 @given(**few, tau=temperatures, norm=st.booleans(), kind=st.sampled_from(["default", "number", "vector"]))
 @drawn
-def test_simclr_equals_its_definition(n, d, seed, tau, norm, kind):
+def test_simclr_loss_equals_its_definition(n, d, seed, tau, norm, kind):
     z, _ = batch(2, n, d, seed)
     hidden = z.flatten(0, 1) if norm else normalize(z.flatten(0, 1), dim=1) * 1.1
     vector = torch.rand(n, generator=torch.Generator().manual_seed(seed)).mul(2).sub(0.5).relu()  # some are 0
@@ -227,7 +227,7 @@ def test_simclr_normalises_short_rows_as_tensorflow_does():
     torch.testing.assert_close(simclr.add_contrastive_loss(1e-7 * u, temperature=0.1).loss, expected)
 
 
-def test_simclr_errors():
+def test_simclr_names_invalid_arguments():
     z = torch.randn(4, 3)
     with pytest.raises(ValueError, match="hidden must have an even number of rows"):
         simclr.add_contrastive_loss(z[:3])
@@ -256,7 +256,7 @@ def test_simclr_takes_a_context_of_one_replica():
     masked=st.booleans(),
 )
 @drawn
-def test_torchmultimodal_equals_its_definition(n, d, seed, scale, smoothing, reduction, masked):
+def test_torchmultimodal_loss_equals_its_definition(n, d, seed, scale, smoothing, reduction, masked):
     z, _ = batch(2, n, d, seed)
     mask = torch.rand(n, generator=torch.Generator().manual_seed(seed)) > 0.4 if masked else None
     kept = slice(None) if mask is None or not mask.any() else mask
@@ -304,7 +304,7 @@ def test_torchmultimodal_output_has_both_directions_and_logits_on_demand():
     torch.testing.assert_close(out.loss, (out.loss_a + out.loss_b) / 2)
 
 
-def test_torchmultimodal_errors():
+def test_torchmultimodal_names_invalid_arguments():
     z = torch.eye(4)
     loss = torchmultimodal.ContrastiveLossWithTemperature()
     with pytest.raises(ValueError, match="must not both be None"):
@@ -327,7 +327,7 @@ ALWAYS_GATHER = [
 
 @pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
 @pytest.mark.parametrize("call", ALWAYS_GATHER)
-def test_a_group_of_one_process_is_no_group(call):
+def test_group_of_one_process_changes_nothing(call):
     alone = call(torch.eye(4))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -353,7 +353,7 @@ OF_LABELS = [
     ("loss", "changed"),
     [(loss, "temperature") for loss in OF_TEMPERATURE + OF_LABELS] + [(loss, "labels") for loss in OF_LABELS],
 )
-def test_change_in_place_before_the_backward_is_noticed(loss, changed):
+def test_backward_raises_if_temperature_or_labels_changed_in_place(loss, changed):
     z, temperature, labels = torch.randn(6, 3, requires_grad=True), torch.tensor(0.5), torch.arange(6) // 2
     value = loss(z, temperature, labels)
     {"temperature": temperature, "labels": labels}[changed].zero_()

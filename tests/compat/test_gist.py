@@ -41,8 +41,9 @@ def drawn_case(n, d, seed, columns):
 
 
 def dense(embeddings, guides, temperature, margin_strategy, margin, contrast_anchors, contrast_positives):
-    """Return the cross-entropy over all cosine matrices side by side; a cosine is -infinity where the guide's cosine
-    exceeds the anchor's limit."""
+    """Return the cross-entropy over all cosine matrices side by side. A negative is left out if the guide's cosine
+    exceeds the anchor's limit. A row's cosine with itself is always left out.
+    """
     (a, p, *n), (g_a, g_p, *g_n) = ([F.normalize(z, dim=1) for z in each] for each in (embeddings, guides))
     of_positive = (g_a * g_p).sum(dim=1, keepdim=True)
     limits = of_positive - margin * (of_positive.abs() if margin_strategy == "relative" else 1)
@@ -100,7 +101,7 @@ WORDS = ["ant", "bee", "cat", "dog", "elk", "fox"]
 
 
 @pytest.mark.parametrize("vocabulary", [WORDS, WORDS[::-1]])
-def test_loss_of_a_model_and_a_guide(vocabulary):
+def test_loss_embeds_the_columns_with_the_model_and_the_guide(vocabulary):
     model, guide = Embedding(WORDS, 5), Embedding(vocabulary, 4)
     loss = ours.GISTEmbedLoss(model, guide)
     assert loss.must_retokenize == (vocabulary != WORDS)
@@ -117,19 +118,19 @@ def test_loss_of_a_model_and_a_guide(vocabulary):
     assert guide.table.weight.grad is None
 
 
-def test_guide_of_shorter_texts_reads_them_again():
+def test_guide_with_a_shorter_maximum_length_must_retokenize():
     assert ours.GISTEmbedLoss(Embedding(WORDS, 5), Embedding(WORDS, 4, max_seq_length=4)).must_retokenize
 
 
-def test_guide_that_needs_text_names_what_is_missing():
+def test_guide_that_must_retokenize_needs_input_ids():
     loss = ours.GISTEmbedLoss(Embedding(WORDS, 5), Embedding(WORDS[::-1], 4))
     with pytest.raises(ValueError, match=r"sentence_features must have 'input_ids'.*got 'pixels'"):
         loss([{"pixels": torch.zeros(3)}] * 2)
 
 
 class Encoder(nn.Module):
-    """Averages the word embeddings of padded texts. It has dropout and running statistics, and writes to its input, as
-    the library's modules do.
+    """A model that averages the word embeddings of padded texts. It has dropout and running statistics. It writes to
+    its input, as the library's modules do.
     """
 
     def __init__(self, d, dropout=0.3):
@@ -153,7 +154,9 @@ def text_columns(count, n=10, width=7):
 
 
 def uncached_in_chunks(model, guide, columns, size, **arguments):
-    """Return GISTEmbedLoss of a model that sees the cached loss's mini-batches, so dropout draws the same masks."""
+    """Return the uncached loss of embeddings that the model computes in the cached loss's mini-batches, so that dropout
+    draws the same masks.
+    """
 
     def embeddings(encoder):
         return [
@@ -177,7 +180,7 @@ def uncached_in_chunks(model, guide, columns, size, **arguments):
 
 @pytest.mark.parametrize("columns", [2, 3, 4])
 @pytest.mark.parametrize("arguments", [{}, {"margin": 0.2, "margin_strategy": "relative", "contrast_anchors": False}])
-def test_cached_loss_is_the_uncached_one_with_dropout(columns, arguments):
+def test_cached_loss_equals_the_uncached_one_with_dropout(columns, arguments):
     ends = []
     for cached in (True, False):
         torch.manual_seed(0)
@@ -198,7 +201,7 @@ def test_cached_loss_is_the_uncached_one_with_dropout(columns, arguments):
     torch.testing.assert_close(*ends, atol=1e-12, rtol=1e-12)
 
 
-def test_cached_loss_of_whole_columns_is_the_loss_of_the_models():
+def test_cached_loss_with_a_token_limit_equals_the_uncached_one():
     model, guide = Encoder(5).eval(), Encoder(4).eval()
     ends = []
     for loss in (ours.CachedGISTEmbedLoss(model, guide, mini_batch_num_tokens=15), ours.GISTEmbedLoss(model, guide)):
@@ -233,7 +236,7 @@ def test_guide_of_a_cached_loss_runs_once_without_gradients():
 
 
 def test_model_may_be_its_own_guide():
-    # The forward passes of both roles update the running statistics. The repeated pass of the backward must not.
+    # The passes in both roles update the running statistics. The pass that the backward repeats must not.
     model = Encoder(5, dropout=0.0)
     loss = ours.CachedGISTEmbedLoss(model, model, mini_batch_size=5)(text_columns(2))
     seen = int(model.norm.num_batches_tracked)
@@ -266,13 +269,13 @@ def cached_on_ranks():
     return ends
 
 
-def test_cached_loss_over_ranks_is_one_process():
+def test_cached_loss_across_ranks_equals_the_loss_of_one_process():
     for ends in on_ranks(2, cached_on_ranks):
         torch.testing.assert_close(*ends, atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize("vocabulary", [WORDS, WORDS[::-1]])
-def test_cached_loss_reads_texts_again_for_a_guide(vocabulary):
+def test_cached_loss_feeds_the_guide_as_the_uncached_one_does(vocabulary):
     model, guide = Embedding(WORDS, 5), Embedding(vocabulary, 4)
     features = [{"input_ids": torch.tensor([[i], [j], [k]])} for i, j, k in ((0, 1, 2), (3, 4, 5), (2, 0, 4))]
     ends = []
@@ -295,7 +298,7 @@ def test_cached_loss_whose_guide_fails_leaves_the_model_as_it_was():
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
-def test_errors_of_a_cached_loss():
+def test_cached_loss_names_invalid_arguments():
     model = Encoder(5)
     with pytest.raises(ValueError, match="mini_batch_size must be at least 1, got 0"):
         ours.CachedGISTEmbedLoss(model, model, mini_batch_size=0)
@@ -310,7 +313,7 @@ def test_errors_of_a_cached_loss():
         ours.CachedGISTEmbedLoss(static, model)
 
 
-def test_errors():
+def test_invalid_arguments_are_named():
     z = torch.eye(4)
     loss = ours.GISTEmbedLoss(None, None)
     with pytest.raises(ValueError, match="model must be given to call the loss with features"):
@@ -333,7 +336,7 @@ def test_errors():
         ours.GISTEmbedLoss(None, None, temperature=0.0)
 
 
-def test_what_a_trainer_asks_for():
+def test_loss_gives_a_trainer_its_configuration_and_citation():
     loss = ours.GISTEmbedLoss(None, None, margin=0.1)
     assert loss.get_config_dict() == {
         "guide": None,
@@ -357,7 +360,7 @@ def test_what_a_trainer_asks_for():
 
 @given(**sizes, **options)
 @drawn
-def test_loss_equals_the_library(n, d, seed, temperature, columns, arguments):
+def test_loss_agrees_with_the_library(n, d, seed, temperature, columns, arguments):
     losses = sentence_transformers().sentence_transformer.losses
     z, guide = drawn_case(n, d, seed, columns)
     loss = ours.GISTEmbedLoss(None, None, temperature, **arguments)
@@ -386,7 +389,7 @@ def of_the_library(losses, name, arguments, model, guide):
 
 @pytest.mark.parametrize("columns", [2, 3, 5])
 @pytest.mark.parametrize("widths", [None, [5, 3]])
-def test_cached_loss_equals_the_library(columns, widths):
+def test_cached_loss_agrees_with_the_library(columns, widths):
     theirs = sentence_transformers()
     losses = theirs.sentence_transformer.losses
     options = {"margin_strategy": "relative", "margin": 0.1, "contrast_anchors": True, "contrast_positives": True}

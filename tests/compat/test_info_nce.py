@@ -17,7 +17,7 @@ from tests.peers import assert_same, batch, drawn, needs, sizes, temperatures
     reduction=st.sampled_from(["mean", "sum", "none"]),
 )
 @drawn
-def test_info_nce_equals_info_nce_pytorch(n, d, seed, tau, k, mode, reduction):
+def test_info_nce_agrees_with_info_nce_pytorch(n, d, seed, tau, k, mode, reduction):
     theirs = needs("info_nce")
     (query, key), _ = batch(2, n, d, seed)
     tensors = [query, key]
@@ -34,7 +34,7 @@ def test_info_nce_equals_info_nce_pytorch(n, d, seed, tau, k, mode, reduction):
     torch.testing.assert_close(ours.info_nce(*tensors, **options), ours.InfoNCE(**options)(*tensors))
 
 
-def test_errors():
+def test_invalid_arguments_are_named():
     z = torch.randn(4, 3)
     with pytest.raises(ValueError, match="negative_mode must be one of 'unpaired', 'paired', got 'both'"):
         ours.info_nce(z, z, z, negative_mode="both")

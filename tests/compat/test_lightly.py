@@ -15,14 +15,14 @@ signs = st.sampled_from([1, -1])
 
 @given(**sizes, tau=temperatures, sign=signs)
 @drawn
-def test_nt_xent_equals_lightly(n, d, seed, tau, sign):
+def test_nt_xent_agrees_with_lightly(n, d, seed, tau, sign):
     theirs = lightly("ntx_ent_loss").NTXentLoss(sign * tau)
     assert_same(ours.NTXentLoss(sign * tau), theirs, tau, *batch(2, n, d, seed)[0])
 
 
 @given(**sizes, tau=temperatures, sign=signs, weighted=st.booleans())
 @drawn
-def test_dcl_equals_lightly(n, d, seed, tau, sign, weighted):
+def test_dcl_agrees_with_lightly(n, d, seed, tau, sign, weighted):
     weight_fn = (lambda a, b: (a - 2 * b).square().sum(dim=1)) if weighted else None
     theirs = lightly("dcl_loss").DCLLoss(sign * tau, weight_fn)
     assert_same(ours.DCLLoss(sign * tau, weight_fn), theirs, tau, *batch(2, n, d, seed)[0])
@@ -31,14 +31,14 @@ def test_dcl_equals_lightly(n, d, seed, tau, sign, weighted):
 @given(**sizes, tau=temperatures, sigma=st.floats(0.2, 2), sign=signs)
 @drawn
 @pytest.mark.filterwarnings("ignore:To copy construct from a tensor")
-def test_dclw_equals_lightly(n, d, seed, tau, sigma, sign):
+def test_dclw_agrees_with_lightly(n, d, seed, tau, sigma, sign):
     theirs = lightly("dcl_loss").DCLWLoss(tau, sign * sigma)
     assert_same(ours.DCLWLoss(tau, sign * sigma), theirs, tau, *batch(2, n, d, seed)[0])
 
 
 @given(**sizes, tau=temperatures, sign=signs, size=st.integers(1, 40), steps=st.integers(1, 4))
 @drawn
-def test_memory_bank_equals_lightly_step_by_step(n, d, seed, tau, sign, size, steps):
+def test_memory_bank_agrees_with_lightly_step_by_step(n, d, seed, tau, sign, size, steps):
     banks = []
     for module in (ours, lightly("ntx_ent_loss")):
         torch.manual_seed(seed)
@@ -57,7 +57,7 @@ def test_memory_bank_equals_lightly_step_by_step(n, d, seed, tau, sign, size, st
         assert mine.memory_bank.bank_ptr == int(theirs.memory_bank.bank_ptr)
 
 
-def test_memory_bank_without_a_dim_finds_it_in_the_first_batch():
+def test_memory_bank_without_a_dim_takes_it_from_the_first_batch():
     torch.manual_seed(0)
     loss = ours.NTXentLoss(memory_bank_size=8)
     z_i, z_j = torch.randn(2, 3, 4)
@@ -67,7 +67,7 @@ def test_memory_bank_without_a_dim_finds_it_in_the_first_batch():
     assert not loss.state_dict()
 
 
-def test_memory_bank_stays_as_it_is_without_a_gradient():
+def test_memory_bank_does_not_change_without_a_gradient():
     z_i, z_j = torch.randn(2, 3, 4, requires_grad=True)
     for module in (ours, lightly("ntx_ent_loss")):
         loss = module.NTXentLoss(memory_bank_size=(8, 4))
@@ -77,7 +77,7 @@ def test_memory_bank_stays_as_it_is_without_a_gradient():
         assert torch.equal(loss.memory_bank.bank, before)
 
 
-def test_memory_bank_begun_in_inference_mode_can_be_trained():
+def test_memory_bank_first_used_in_inference_mode_can_be_trained():
     loss = ours.NTXentLoss(memory_bank_size=8)
     z_i, z_j = torch.randn(2, 3, 4)
     with torch.inference_mode():
@@ -88,7 +88,7 @@ def test_memory_bank_begun_in_inference_mode_can_be_trained():
 
 @pytest.mark.parametrize("rows", [3, 7, 8, 20])
 @pytest.mark.parametrize("first", [True, False])
-def test_memory_bank_module_equals_lightly(rows, first):
+def test_memory_bank_module_agrees_with_lightly(rows, first):
     results = []
     for module in (ours, lightly("ntx_ent_loss")):
         torch.manual_seed(0)
@@ -100,7 +100,7 @@ def test_memory_bank_module_equals_lightly(rows, first):
     torch.testing.assert_close(results[:4], results[4:])
 
 
-def test_memory_bank_sizes():
+def test_memory_bank_takes_sizes_in_many_forms_and_0_means_no_bank():
     for size in (0, (0,), (0, 4), [0]):
         for module in (ours, lightly("ntx_ent_loss")):
             out = torch.ones(2, 4)
@@ -131,7 +131,7 @@ def test_memory_bank_misuse_is_named_and_changes_nothing():
 
 
 @pytest.mark.parametrize("size", [(40, 4), pytest.param(40, marks=pytest.mark.slow)])
-def test_memory_bank_compiles_whole_once_for_every_batch_size(size):
+def test_memory_bank_compiles_at_most_twice_for_all_batch_sizes(size):
     losses = []
     for _ in range(2):
         torch.manual_seed(0)
@@ -151,7 +151,7 @@ def test_memory_bank_compiles_whole_once_for_every_batch_size(size):
 
 
 @pytest.mark.slow
-def test_memory_bank_compiled_by_inductor_gives_the_gradient_of_what_it_held():
+def test_memory_bank_compiled_by_inductor_gives_the_eager_gradient():
     losses = []
     for _ in range(2):
         torch.manual_seed(0)
@@ -179,7 +179,7 @@ def test_negative_temperature_may_be_a_tensor_in_host_memory(name, shape):
 
 
 @pytest.mark.parametrize("temperature", [1.0, -1.0])
-def test_one_sample_is_zero(temperature):
+def test_loss_of_one_sample_is_zero(temperature):
     z = torch.ones(1, 3, requires_grad=True)
     weighted = ours.DCLLoss(temperature, lambda a, b: 2)
     for loss in (ours.NTXentLoss(temperature), ours.DCLLoss(temperature), weighted):
@@ -195,7 +195,7 @@ def test_temperature_may_be_a_parameter():
     assert loss.temperature.grad != 0
 
 
-def test_half_precision_gives_float32_also_with_a_bank():
+def test_half_precision_gives_a_float32_loss_with_and_without_a_bank():
     z_i, z_j = torch.randn(2, 4, 3).half()
     for loss in (ours.NTXentLoss(), ours.NTXentLoss(memory_bank_size=(8, 3)), ours.DCLLoss(), ours.DCLWLoss()):
         value = loss(z_i, z_j)
@@ -203,7 +203,7 @@ def test_half_precision_gives_float32_also_with_a_bank():
         torch.testing.assert_close(value, loss(z_i.float(), z_j.float()), rtol=1e-5, atol=1e-6)
 
 
-def test_errors():
+def test_invalid_arguments_are_named():
     for temperature in (1e-9, torch.tensor(-1e-9)):
         with pytest.raises(ValueError, match="temperature must not be within 1e-8 of zero, got"):
             ours.NTXentLoss(temperature)
@@ -238,13 +238,13 @@ def test_errors():
 
 
 @pytest.mark.parametrize("shape", [(3,), (4, 1), (4, 4)])
-def test_weights_of_another_shape_are_an_error(shape):
+def test_weights_of_the_wrong_shape_are_an_error(shape):
     loss = ours.DCLLoss(weight_fn=lambda a, b: torch.ones(shape))
     with pytest.raises(ValueError, match=r"weight_fn must return a number or 4 weights, got shape"):
         loss(*torch.randn(2, 4, 3))
 
 
-def test_weights_may_be_one_number():
+def test_weights_may_be_a_single_number():
     z_i, z_j = torch.randn(2, 4, 3)
     expected = ours.DCLLoss(weight_fn=lambda a, b: torch.full((4,), 2.0))(z_i, z_j)
     for weight in (2, torch.tensor(2.0), torch.tensor([2.0])):
@@ -254,6 +254,6 @@ def test_weights_may_be_one_number():
 
 
 @pytest.mark.parametrize("loss", [ours.NTXentLoss, ours.DCLLoss, ours.DCLWLoss])
-def test_gathering_is_nothing_in_one_process(loss):
+def test_gathering_changes_nothing_in_one_process(loss):
     z_i, z_j = torch.randn(2, 4, 3)
     assert loss(gather_distributed=True)(z_i, z_j) == loss()(z_i, z_j)

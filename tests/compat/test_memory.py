@@ -1,4 +1,6 @@
-"""No drop-in holds all pairs. One test measures the peak memory of the most demanding library loss's drop-in."""
+"""No drop-in holds all pairs or mixes devices. One test measures the peak memory of the drop-in for the library loss
+that needs the most.
+"""
 
 import copy
 import json
@@ -78,14 +80,14 @@ def test_drop_in_never_holds_all_pairs(name):
     assert N * D <= largest_of(CALLS[name]) < N * N / 4
 
 
-# In the other calls the host has to derive tiles or pairs from values, which meta tensors do not have.
+# In the calls left out here, the host has to derive tiles or pairs from values, which meta tensors do not have.
 DEVICE_ALONE = [
     name for name in CALLS if not name.startswith("NTXentLoss") and name not in ("SupConLoss of pairs", "solo-learn")
 ]
 
 
 @pytest.mark.parametrize("name", DEVICE_ALONE)
-def test_drop_in_mixes_no_devices(name):
+def test_drop_in_does_not_mix_devices(name):
     call = copy.deepcopy(CALLS[name])
     if isinstance(call, torch.nn.Module):
         call.to("meta")
@@ -96,7 +98,7 @@ def test_drop_in_mixes_no_devices(name):
 
 @needs_cuda
 @pytest.mark.parametrize("name", CALLS)
-def test_drop_in_on_cuda_equals_the_cpus(name):
+def test_drop_in_gives_the_same_results_on_cuda_as_on_the_cpu(name):
     results = []
     for device in ("cpu", "cuda"):
         call = copy.deepcopy(CALLS[name])
@@ -109,7 +111,7 @@ def test_drop_in_on_cuda_equals_the_cpus(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float16, torch.float64])
-def test_a_mask_is_not_converted_whole(dtype):
+def test_mask_is_not_converted_as_a_whole(dtype):
     mask = (torch.rand(N, N) > 0.5).to(dtype)
     assert N * D <= largest_of(lambda *z: sup_contrast.SupConLoss()(features(*z), mask=mask)) < N * N / 4
 
@@ -132,7 +134,7 @@ print(memory.resident_peak() - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
-def test_the_loss_of_pairs_that_asks_for_32_gib_takes_less_than_50_mb():
+def test_drop_in_takes_under_50_mb_where_the_library_needs_32_gib():
     root = Path(memory.__file__).parents[1]
     done = subprocess.run(
         [sys.executable, "-c", PEAK],

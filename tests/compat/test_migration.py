@@ -18,7 +18,7 @@ HAND_WRITTEN = "A hand-written info_nce_loss"  # not from a library
 
 
 @pytest.mark.parametrize("section", [section for section in SECTIONS if section != HAND_WRITTEN])
-def test_code_runs_after_the_one_changed_line(section):
+def test_code_of_each_section_runs_with_its_changed_line(section):
     (change,) = re.findall(r"```diff\n(.*?)```", SECTIONS[section], re.DOTALL)
     (code,) = re.findall(r"```python\n(.*?)```", SECTIONS[section], re.DOTALL)
     before, after = change.splitlines()
@@ -27,7 +27,7 @@ def test_code_runs_after_the_one_changed_line(section):
     exec(code, {})
 
 
-def test_hand_written_loss_is_the_one_that_takes_its_place():
+def test_replacement_equals_the_hand_written_loss():
     (change,) = re.findall(r"```diff\n(.*?)```", SECTIONS[HAND_WRITTEN], re.DOTALL)
     (code,) = re.findall(r"```python\n(.*?)```", SECTIONS[HAND_WRITTEN], re.DOTALL)
     lines = code.splitlines()

@@ -14,13 +14,13 @@ from tests.peers import assert_same, batch, drawn, open_clip, sizes, value_and_g
 
 @given(**sizes, scale=st.floats(0.5, 20), bias=st.none() | st.floats(-10, 10), wide=st.booleans())
 @drawn
-def test_clip_loss_equals_open_clip(n, d, seed, scale, bias, wide):
+def test_clip_loss_agrees_with_open_clip(n, d, seed, scale, bias, wide):
     losses = [ours.ClipLoss(), open_clip().ClipLoss(cache_labels=True)]
     z, _ = batch(2, n, d, seed)
     shape = (1,) if wide else ()
 
     def called(loss):
-        return lambda a, b, s: loss(a, b, s, logit_bias=bias).sum()  # their loss is 0-d even for a scale of shape (1,)
+        return lambda a, b, s: loss(a, b, s, logit_bias=bias).sum()  # both are 0-d, even for a scale of shape (1,)
 
     features = F.normalize(z, dim=2)
     assert_same(*map(called, losses), 1 / scale, *features, torch.full(shape, scale))
@@ -34,13 +34,13 @@ def test_bias_has_a_gradient_of_zero():
     assert not torch.autograd.grad(value, bias)[0].any()
 
 
-def test_output_dict():
+def test_output_dict_names_the_loss():
     z = torch.eye(4)
     out = ours.ClipLoss()(z, z, torch.tensor(1.0), output_dict=True)
     assert out == {"contrastive_loss": ours.ClipLoss()(z, z, 1.0)}
 
 
-def test_how_a_group_gathers_is_nothing_in_one_process():
+def test_gathering_options_change_nothing_in_one_process():
     z = torch.eye(4)
     gathering = ours.ClipLoss(local_loss=True, gather_with_grad=True, rank=0, world_size=1, use_horovod=True)
     assert gathering(z, z, 1.0) == ours.ClipLoss()(z, z, 1.0)
@@ -106,7 +106,7 @@ def test_coca_loss_equals_its_definition(n, d, seed, weights, pad):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
-def test_distill_clip_loss_and_coca_loss_output_dict():
+def test_output_dict_of_distill_clip_loss_and_coca_loss_names_both_losses():
     z, logits, labels = torch.eye(4), torch.randn(4, 2, 3), torch.ones(4, 2, dtype=torch.int64)
     for loss, call, names in (
         (ours.DistillClipLoss(), (z, z, 1.0, z, z, 2.0), ("contrastive_loss", "distill_loss")),
@@ -115,7 +115,7 @@ def test_distill_clip_loss_and_coca_loss_output_dict():
         assert loss(*call, output_dict=True) == dict(zip(names, loss(*call), strict=True))
 
 
-def test_coca_loss_without_a_clip_loss_forms_none():
+def test_coca_loss_with_a_clip_weight_of_0_ignores_the_features():
     nothing = torch.full((4, 3), torch.nan)
     contrastive, caption = ours.CoCaLoss(1.0, 0.0)(
         nothing, nothing, torch.zeros(4, 2, 3), torch.ones(4, 2, dtype=torch.int64), 1.0
@@ -127,7 +127,7 @@ def test_coca_loss_without_a_clip_loss_forms_none():
 IDS = torch.tensor([0, 1, 0, 2, 1, 0, 3])
 
 
-def test_clip_loss_leaves_out_negatives_of_the_same_id():
+def test_clip_loss_leaves_out_negatives_with_the_same_id():
     z = F.normalize(torch.randn(2, 7, 5, dtype=torch.float64), dim=2)
     left_out = (IDS[:, None] == IDS) & ~torch.eye(7, dtype=torch.bool)
 
@@ -143,7 +143,7 @@ def test_clip_loss_leaves_out_negatives_of_the_same_id():
     torch.testing.assert_close(*ends)
 
 
-def test_siglip_loss_has_positives_of_the_same_id():
+def test_siglip_loss_takes_pairs_with_the_same_id_as_positives():
     z = F.normalize(torch.randn(2, 7, 5, dtype=torch.float64), dim=2)
     sign = torch.where(IDS[:, None] == IDS, 1, -1)
 
@@ -155,13 +155,13 @@ def test_siglip_loss_has_positives_of_the_same_id():
     torch.testing.assert_close(*ends)
 
 
-def test_errors():
+def test_invalid_arguments_are_named():
     z = torch.eye(4)
     with pytest.raises(ValueError, match="logit_scale must be a 0-d tensor"):
         ours.ClipLoss()(z, z, torch.ones(4))
     with pytest.raises(TypeError, match="logit_scale must be a float or a tensor of one element, got None"):
         ours.ClipLoss()(z, z, None)
-    # Called with the output of a model other than CLIP.
+    # This is a call with the output of a model other than CLIP.
     with pytest.raises(TypeError, match="unexpected keyword argument 'logits'"):
         ours.ClipLoss()(image_features=z, text_features=z, logit_scale=1.0, logits=z)
     with pytest.raises(ValueError, match="same shape"):
@@ -188,8 +188,8 @@ def test_errors():
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_what_a_model_returns_is_what_the_loss_takes(bias):
-    # The trainers call it like this. Fully sharded training turns a scalar parameter into one of shape (1,).
+def test_loss_accepts_the_output_dict_of_a_model(bias):
+    # Trainers call the loss like this. Fully sharded training turns a scalar parameter into one of shape (1,).
     z = torch.eye(4).requires_grad_()
     scale = torch.ones(1, requires_grad=True)
     model_out = {"image_features": z, "text_features": z, "logit_scale": scale.exp()}

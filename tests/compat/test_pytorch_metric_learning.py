@@ -20,7 +20,7 @@ def losses(name, tau, distance="CosineSimilarity", reducer=None, **options):
 
 
 def warm(name, tau):
-    """Return a temperature at which no anchor's SupCon loss rounds to 0 in the library, which would skip the anchor."""
+    """Return a temperature at which no SupCon loss rounds to 0. The library skips anchors whose loss does."""
     return max(tau, 0.3) if name == "SupConLoss" else tau
 
 
@@ -30,7 +30,7 @@ def labels_of(n, classes, seed):
 
 @given(**few, tau=temperatures, name=names, classes=st.integers(1, 6), dot=st.booleans())
 @drawn
-def test_labels_equal_the_library(n, d, seed, tau, name, classes, dot):
+def test_loss_with_labels_agrees_with_the_library(n, d, seed, tau, name, classes, dot):
     options = {"normalize_embeddings": False} if dot else {}
     tau = warm(name, tau)
     mine, theirs = losses(name, tau, "DotProductSimilarity" if dot else "CosineSimilarity", **options)
@@ -42,7 +42,7 @@ def test_labels_equal_the_library(n, d, seed, tau, name, classes, dot):
 
 @given(**few, tau=temperatures, name=names, classes=st.integers(1, 6), k=st.integers(1, 15), own=st.booleans())
 @drawn
-def test_references_equal_the_library(n, d, seed, tau, name, classes, k, own):
+def test_loss_with_references_agrees_with_the_library(n, d, seed, tau, name, classes, k, own):
     tau = warm(name, tau)
     mine, theirs = losses(name, tau)
     (z,), _ = batch(1, n, d, seed)
@@ -58,7 +58,7 @@ def test_references_equal_the_library(n, d, seed, tau, name, classes, k, own):
 
 @given(**few, tau=temperatures, name=names, classes=st.integers(1, 6), itself=st.booleans())
 @drawn
-def test_references_without_labels_have_the_rows_own_as_in_the_library(n, d, seed, tau, name, classes, itself):
+def test_references_without_labels_get_the_labels_of_the_rows_as_in_the_library(n, d, seed, tau, name, classes, itself):
     tau = warm(name, tau)
     mine, theirs = losses(name, tau)
     (z,), _ = batch(1, n, d, seed)
@@ -83,7 +83,7 @@ REDUCERS = {
     "classes": lambda r: r.ClassWeightedReducer(torch.tensor([0.5, 2.0, 0.0, 1.5, 3.0, 0.1])),
     "anchors": lambda r: r.PerAnchorReducer(),
     "anchors, non-zero": lambda r: r.PerAnchorReducer(r.AvgNonZeroReducer()),
-    "anchors, their own way": lambda r: r.PerAnchorReducer(aggregation_func=lambda x, n: x.amax(dim=1) + n),
+    "anchors, custom aggregation": lambda r: r.PerAnchorReducer(aggregation_func=lambda x, n: x.amax(dim=1) + n),
     "several": lambda r: r.MultipleReducers({"loss": r.SumReducer()}),
     "nothing": lambda r: r.DoNothingReducer(),
 }
@@ -98,7 +98,7 @@ REDUCERS = {
 )
 @pytest.mark.parametrize("reducer", REDUCERS)
 @settings(drawn, max_examples=40)
-def test_reducers_equal_the_library(reducer, n, d, seed, tau, name, classes, of):
+def test_reducers_agree_with_the_library(reducer, n, d, seed, tau, name, classes, of):
     tau = warm(name, tau)
     reducers = needs("pytorch_metric_learning.reducers")
     mine, theirs = losses(name, tau, reducer=REDUCERS[reducer](reducers))
@@ -108,8 +108,8 @@ def test_reducers_equal_the_library(reducer, n, d, seed, tau, name, classes, of)
     matches = labels[:, None] == ref_labels
     pairs = (*torch.where(matches), *torch.where(~matches))
     again = torch.randint(0, max(len(pairs[0]), 1), (5,), generator=torch.Generator().manual_seed(seed))
-    # Repeat some pairs, but not for reducers of anchors: the library's reducers of anchors count a repeat in the
-    # gradient, but not in the value.
+    # Repeat some positive pairs, but not for per-anchor reducers: in the library, these count a repeat in the gradient
+    # but not in the value.
     if len(pairs[0]) and not reducer.startswith("anchors"):
         pairs = (*(torch.cat((index, index[again])) for index in pairs[:2]), *pairs[2:])
 
@@ -136,10 +136,10 @@ def sums_of(info, z):
         assert losses == 0
         return (z * 0).sum()
     numbers = indices if kind == "element" else indices[0] * 100 + indices[1]
-    return (losses * (numbers + 1) / 1000).sum()  # the library's gradient overflows for weights above 1
+    return (losses * (numbers + 1) / 1000).sum()  # larger weights would overflow in the library's gradient
 
 
-def test_reducer_of_self_supervised_equals_the_library():
+def test_reducer_of_the_self_supervised_loss_agrees_with_the_library():
     reducers, theirs = needs("pytorch_metric_learning.reducers"), needs("pytorch_metric_learning.losses")
     z, ref = batch(2, 6, 4, 0)[0]
     for symmetric in (True, False):
@@ -149,7 +149,7 @@ def test_reducer_of_self_supervised_equals_the_library():
 
 
 @pytest.mark.parametrize("name", ["NTXentLoss", "SupConLoss"])
-def test_anchors_of_a_class_are_reduced_without_a_matrix_of_pairs(name):
+def test_per_anchor_reducer_works_with_more_references_than_rows(name):
     # The library's reducer holds a square matrix (rows x rows), even if there are more references than rows.
     reducers = needs("pytorch_metric_learning.reducers")
     z, ref, labels = torch.randn(6, 3), torch.randn(11, 3), torch.arange(11) % 3
@@ -170,7 +170,7 @@ def test_anchors_of_a_class_are_reduced_without_a_matrix_of_pairs(name):
 
 @given(**few, tau=temperatures, name=names, k=st.integers(1, 15), p=st.integers(0, 30), q=st.integers(0, 30))
 @drawn
-def test_pairs_equal_the_library(n, d, seed, tau, name, k, p, q):
+def test_loss_with_pairs_agrees_with_the_library(n, d, seed, tau, name, k, p, q):
     tau = warm(name, tau)
     mine, theirs = losses(name, tau)
     (z,), _ = batch(1, n, d, seed)
@@ -193,7 +193,7 @@ def test_pairs_equal_the_library(n, d, seed, tau, name, k, p, q):
 
 @given(**few, tau=temperatures, name=names, classes=st.integers(1, 4), t=st.integers(0, 40))
 @drawn
-def test_triplets_equal_the_library(n, d, seed, tau, name, classes, t):
+def test_loss_with_triplets_agrees_with_the_library(n, d, seed, tau, name, classes, t):
     tau = warm(name, tau)
     mine, theirs = losses(name, tau)
     (z,), _ = batch(1, n, d, seed)
@@ -206,7 +206,7 @@ def test_triplets_equal_the_library(n, d, seed, tau, name, classes, t):
 
 @given(**few, tau=temperatures, name=names, symmetric=st.booleans())
 @drawn
-def test_self_supervised_equals_the_library(n, d, seed, tau, name, symmetric):
+def test_self_supervised_loss_agrees_with_the_library(n, d, seed, tau, name, symmetric):
     tau = warm(name, tau)
     mine, theirs = losses(name, tau)
     mine = ours.SelfSupervisedLoss(mine, symmetric)
@@ -216,7 +216,7 @@ def test_self_supervised_equals_the_library(n, d, seed, tau, name, symmetric):
 
 @given(**few, tau=temperatures, name=names, steps=st.integers(1, 4))
 @drawn
-def test_the_librarys_memory_takes_our_loss(n, d, seed, tau, name, steps):
+def test_librarys_memory_accepts_our_loss(n, d, seed, tau, name, steps):
     tau = warm(name, tau)
     memory = needs("pytorch_metric_learning.losses").CrossBatchMemory
     memories = [memory(loss, d, memory_size=16).double() for loss in losses(name, tau)]
@@ -235,7 +235,7 @@ def test_the_librarys_memory_takes_our_loss(n, d, seed, tau, name, steps):
 @pytest.mark.parametrize(
     "dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.float32, torch.bool]
 )
-def test_labels_of_any_dtype(name, dtype):
+def test_labels_may_have_any_dtype(name, dtype):
     loss = getattr(ours, name)()
     z, ref = torch.randn(6, 3), torch.randn(4, 3)
     labels = torch.tensor([0, 1, 0, 1, 1, 1])
@@ -246,7 +246,7 @@ def test_labels_of_any_dtype(name, dtype):
 
 
 @pytest.mark.parametrize("name", ["NTXentLoss", "SupConLoss"])
-def test_nothing_to_compare_is_zero_with_a_gradient(name):
+def test_loss_without_anything_to_compare_is_zero_and_has_a_gradient(name):
     loss = getattr(ours, name)()
     nothing = torch.empty(0, dtype=torch.int64)
     for z, labels, pairs in (
@@ -265,7 +265,7 @@ def test_nothing_to_compare_is_zero_with_a_gradient(name):
 
 
 @pytest.mark.parametrize("name", ["NTXentLoss", "SupConLoss"])
-def test_no_references_are_nothing_to_compare(name):
+def test_loss_without_rows_or_references_is_zero(name):
     loss = getattr(ours, name)()
     z, labels = torch.randn(4, 3, requires_grad=True), torch.arange(4)
     for rows, refs in ((4, 0), (0, 4), (0, 0)):
@@ -275,7 +275,7 @@ def test_no_references_are_nothing_to_compare(name):
 
 
 @pytest.mark.parametrize("name", ["NTXentLoss", "SupConLoss"])
-def test_half_precision_and_autocast(name):
+def test_half_precision_and_autocast_give_the_float32_loss(name):
     loss = getattr(ours, name)(0.1)
     z, labels = torch.randn(12, 8).half(), torch.arange(12) % 4
     pairs = torch.where((labels[:, None] == labels).fill_diagonal_(False)) + torch.where(labels[:, None] != labels)
@@ -289,14 +289,15 @@ def test_half_precision_and_autocast(name):
 
 
 def test_low_temperatures_keep_their_gradient():
-    # The library adds the smallest float to a ratio that underflows. At 0.005 its loss stops at 87, without a gradient.
+    # The library adds the smallest float to a ratio that underflows. At a temperature of 0.005, its loss stops at 87,
+    # without a gradient.
     z = torch.tensor([[1.0, 0.0], [-1.0, 0.01], [1.0, 0.02]], requires_grad=True)
     value = ours.NTXentLoss(0.005)(z, torch.tensor([0, 0, 1]))
     assert value > 200
     assert torch.autograd.grad(value, z)[0].norm() > 0.5
 
 
-def test_an_anchor_counts_though_its_loss_rounds_to_zero():
+def test_anchor_counts_even_if_its_loss_rounds_to_zero():
     z, labels = torch.tensor([[1.0, 0.0], [1.0, 0.01], [-1.0, 0.02], [0.0, -1.0]]), torch.tensor([0, 0, 1, 1])
     mine, theirs = losses("SupConLoss", 0.04)
     assert mine(z.double(), labels) == pytest.approx(float(theirs(z.double(), labels)))
@@ -321,7 +322,7 @@ class DivisorReducer:
 
 
 @pytest.mark.parametrize("cls", [ours.NTXentLoss, ours.SupConLoss])
-def test_errors(cls):
+def test_invalid_arguments_are_named(cls):
     z, labels = torch.randn(4, 3), torch.tensor([0, 0, 1, 1])
     with pytest.raises(ValueError, match="distance must be None, CosineSimilarity or DotProductSimilarity"):
         cls(distance=LpDistance())
@@ -356,7 +357,7 @@ def test_errors(cls):
         ours.SelfSupervisedLoss(torch.nn.MSELoss())
 
 
-def test_a_pair_of_both_kinds_is_an_error():
+def test_pair_given_as_positive_and_negative_is_an_error():
     pair = (torch.tensor([0, 0]), torch.tensor([1, 2]))
     with pytest.raises(ValueError, match="the same pair as a positive and as a negative one"):
         ours.SupConLoss()(torch.randn(3, 2), indices_tuple=(*pair, *pair))
@@ -370,7 +371,7 @@ def test_defaults_are_the_librarys():
 
 
 @pytest.mark.parametrize("name", ["NTXentLoss", "SupConLoss"])
-def test_temperature_is_checked_when_a_loss_is_made(name):
+def test_temperature_is_checked_by_the_constructor(name):
     for temperature in (0, -1.0, torch.tensor(0.0)):
         with pytest.raises(ValueError, match="temperature must be positive and finite, got"):
             getattr(ours, name)(temperature)
@@ -378,7 +379,7 @@ def test_temperature_is_checked_when_a_loss_is_made(name):
         getattr(ours, name)("x")
 
 
-def test_wrapper_over_ranks_is_the_loss_in_one_process():
+def test_distributed_wrapper_equals_the_loss_in_one_process():
     (z,), labels = batch(1, 12, 4, 0)
     loss = ours.SupConLoss()
     wrapper = ours.DistributedLossWrapper(loss, efficient=True)
@@ -397,13 +398,13 @@ def test_wrapper_over_ranks_is_the_loss_in_one_process():
     ],
 )
 @pytest.mark.parametrize("name", ["NTXentLoss", "SupConLoss"])
-def test_indices_that_cannot_be_are_named(name, indices, error, says):
+def test_invalid_indices_are_named(name, indices, error, says):
     loss = getattr(ours, name)()
     with pytest.raises(error, match=says):
         loss(torch.randn(16, 4), indices_tuple=tuple(map(torch.tensor, indices)))
 
 
-def test_references_need_labels_and_as_many_features():
+def test_references_need_labels_and_the_same_number_of_features():
     loss = ours.NTXentLoss()
     z, labels = torch.randn(16, 4), torch.arange(16) // 2
     with pytest.raises(ValueError, match="ref_labels must be given if ref_emb and embeddings do not have the same"):

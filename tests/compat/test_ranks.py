@@ -292,7 +292,7 @@ def of_three() -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("ranks", ["of_two", pytest.param("of_three", marks=pytest.mark.slow)])
-def test_ranks_equal_one_process_with_the_whole_batch(ranks: str, name: str, request: pytest.FixtureRequest):
+def test_results_of_ranks_equal_one_process_with_the_whole_batch(ranks: str, name: str, request: pytest.FixtureRequest):
     of_ranks = request.getfixturevalue(ranks)
     x, ids = whole_batch(sum(SIZES[len(of_ranks)]))
     expected = evaluate(encoder(torch.float64), x.double(), ids, CASES[name])
@@ -341,8 +341,9 @@ def metric_learning_pair(name: str, **options: Any) -> Pair:
 
 
 def metric_learning_memory_pair(name: str, ours_of_theirs: bool) -> Pair:
-    """Our memory, or with `ours_of_theirs` the library's memory around our loss, with room for two batches of all
-    ranks."""
+    """Our memory (with `ours_of_theirs`, the library's memory around our loss) against the library's memory and loss.
+    Each memory has room for two batches of all ranks.
+    """
 
     def of(losses: Any, wrapper: Any, memory: Any) -> Call:
         def call(z: Tensor, ids: Tensor, tau: Tensor) -> Tensor:
@@ -428,8 +429,9 @@ PARTIAL: dict[str, Pair] = {
 
 
 def both_of_every_library() -> dict[str, Any]:
-    """For each library, return our result and the library's (averaged across ranks, as by DDP), or why it was
-    skipped."""
+    """For each case of LIBRARIES and PARTIAL, return our result and the library's (averaged across ranks, as by DDP),
+    or the reason why the case is skipped.
+    """
     model = DistributedDataParallel(encoder(torch.float64))
     x, ids = mine(WORLD)
     found: dict[str, Any] = {}
@@ -454,7 +456,7 @@ def both(of_rank: dict[str, Any], name: str) -> tuple[Result, Result]:
 
 
 @pytest.mark.parametrize("name", LIBRARIES)
-def test_library_on_as_many_ranks(of_two, name: str):
+def test_library_on_two_ranks_differs_only_by_known_factors(of_two, name: str):
     for of_rank in of_two:
         ours, theirs = both(of_rank, name)
         loss, features, temperature = LIBRARIES[name][1]
@@ -463,7 +465,7 @@ def test_library_on_as_many_ranks(of_two, name: str):
 
 
 @pytest.mark.parametrize("name", PARTIAL)
-def test_library_lacks_terms_of_the_gradient(of_two, name: str):
+def test_library_gradient_lacks_terms(of_two, name: str):
     ours, theirs = both(of_two[0], name)
     alike = torch.cosine_similarity(ours.d_weight.flatten(), theirs.d_weight.flatten(), dim=0)
     assert alike < 0.999
@@ -570,7 +572,7 @@ def assert_formed(found: tuple[Any, ...], rows: Tensor, columns: Tensor, scale: 
     torch.testing.assert_close(gradient[gradient.any(dim=2)], scale * columns.sum(dim=0).expand_as(rows))
 
 
-def test_simclr_has_this_ranks_logits_and_labels_of_all_columns(of_three):
+def test_simclr_returns_each_ranks_logits_and_labels_among_all_columns(of_three):
     z, _, parts = whole()
     expected = simclr.add_contrastive_loss(z[:2].flatten(0, 1), False, 0.5).loss
     for of_rank, here in zip(of_three, parts, strict=True):
@@ -580,7 +582,7 @@ def test_simclr_has_this_ranks_logits_and_labels_of_all_columns(of_three):
         assert_formed(tuple(logits), z[0, here], z[1], 2)
 
 
-def test_torchmultimodal_has_this_ranks_logits_and_losses(of_three):
+def test_torchmultimodal_returns_each_ranks_logits_and_losses(of_three):
     z, ids, parts = whole()
     scale, none = torch.tensor(1.0), {"reduction": "none"}
     expected = torchmultimodal.contrastive_loss_with_temperature(z[0], z[1], scale, cross_entropy_kwargs=none)
@@ -594,12 +596,12 @@ def test_torchmultimodal_has_this_ranks_logits_and_losses(of_three):
             torch.testing.assert_close(of_direction, all_losses[here][kept])
 
 
-def test_pairs_are_few_where_all_ranks_have_few(of_three):
+def test_loss_is_zero_without_negatives_or_positives_on_any_rank(of_three):
     for of_rank in of_three:
         assert of_rank["outputs"]["few"] == [0, 0]
 
 
-def test_group_that_is_not_asked_for_is_left_alone(of_three):
+def test_losses_that_do_not_gather_ignore_the_group(of_three):
     x, _ = whole_batch(sum(SIZES[3]))
     for of_rank, here in zip(of_three, whole()[2], strict=True):
         if "own" in of_rank["outputs"]:
@@ -608,7 +610,7 @@ def test_group_that_is_not_asked_for_is_left_alone(of_three):
 
 
 @pytest.mark.parametrize("says", BAD)
-def test_errors_are_words_on_every_rank(of_three, says: str):
+def test_invalid_arguments_raise_on_every_rank(of_three, says: str):
     index = list(BAD).index(says)
     for of_rank in of_three:
         assert says in of_rank["outputs"]["errors"][index]

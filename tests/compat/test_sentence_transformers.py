@@ -46,8 +46,8 @@ def drawn_case(n, d, seed, scale, columns, extra, per_direction, mode, strength,
 
 
 def dense(embeddings, scale, directions, partition_mode, hardness_mode, hardness_strength, cosine, ids=None):
-    """Return the loss by its definition, candidate by candidate. The kind of a candidate decides whether its logit gets
-    an added hardness. Other samples with the same id are not candidates.
+    """Return the loss by its definition, candidate by candidate. In query_to_doc, the kind of a negative decides
+    whether a hardness is added to its logit. Other samples with the same id are not candidates.
     """
     u, *docs = (normalize(z, dim=1) if cosine else z for z in embeddings)
     n, losses = len(u), []
@@ -103,7 +103,7 @@ def test_loss_with_ids_equals_its_definition(n, d, seed, **drawn_options):
 
 @given(**{**sizes, "n": st.integers(1, 24)}, **options)
 @drawn
-def test_loss_equals_sentence_transformers(n, d, seed, **drawn_options):
+def test_loss_agrees_with_sentence_transformers(n, d, seed, **drawn_options):
     theirs = sentence_transformers()
     z, arguments, cosine = drawn_case(n, d, seed, **drawn_options)
     arguments["similarity_fct"] = theirs.util.cos_sim if cosine else theirs.util.dot_score
@@ -128,13 +128,13 @@ def test_loss_equals_sentence_transformers(n, d, seed, **drawn_options):
         ({"directions": ours.DIRECTIONS[::-1]}, "2308.03281"),
     ],
 )
-def test_citation_is_of_the_papers_loss(options, eprint):
+def test_citation_names_the_paper_of_the_chosen_loss(options, eprint):
     citation = ours.MultipleNegativesRankingLoss(None, **options).citation
     assert citation.startswith("\n@misc{")
     assert f"eprint={{{eprint}}}" in citation
 
 
-def test_hardness_without_strength_is_a_warning(caplog):
+def test_hardness_mode_without_strength_logs_a_warning(caplog):
     ours.MultipleNegativesRankingLoss(None, hardness_mode="hard_negatives", hardness_strength=1.0)
     ours.MultipleNegativesRankingLoss(None, hardness_strength=0.0)
     assert not caplog.records
@@ -150,7 +150,7 @@ class Similarity:
         raise AssertionError
 
 
-def test_similarity_of_a_model_is_the_function_it_stands_for():
+def test_similarity_method_of_a_model_counts_as_its_similarity_function():
     z = list(torch.randn(2, 4, 3))
     for model, name in ((Similarity("cosine"), "cos_sim"), (Similarity("dot"), "dot_score")):
         loss = ours.MultipleNegativesRankingLoss(None, similarity_fct=model.similarity)
@@ -169,7 +169,7 @@ class Model(torch.nn.Module):
         return {"sentence_embedding": self.linear(features["input"])}
 
 
-def test_a_model_embeds_the_columns():
+def test_model_embeds_the_columns():
     model = Model()
     columns = torch.randn(3, 4, 3)
     loss = ours.MultipleNegativesRankingLoss(model)
@@ -180,7 +180,7 @@ def test_a_model_embeds_the_columns():
     assert set(loss.state_dict()) == {"model.linear.weight", "model.linear.bias"}
 
 
-def test_gathering_is_nothing_in_one_process():
+def test_gathering_changes_nothing_in_one_process():
     z = list(torch.randn(2, 4, 3))
     gathering = ours.MultipleNegativesRankingLoss(None, gather_across_devices=True)
     assert gathering(z) == ours.MultipleNegativesRankingLoss(None)(z)
@@ -204,7 +204,7 @@ def test_gathering_is_nothing_in_one_process():
         ({"hardness_strength": -1.0}, "hardness_strength must be in"),
     ],
 )
-def test_errors(options, message):
+def test_invalid_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         ours.MultipleNegativesRankingLoss(None, **options)
 
@@ -226,12 +226,12 @@ def test_errors(options, message):
         (None, "scale must be a float or a 0-d tensor, got NoneType"),
     ],
 )
-def test_scale_of_another_type_is_refused_by_the_constructor(cls, scale, message):
+def test_scale_of_the_wrong_type_is_refused_by_the_constructor(cls, scale, message):
     with pytest.raises(TypeError, match=message):
         cls(None, scale=scale)
 
 
-def test_scale_that_is_changed_is_checked_by_its_name():
+def test_call_checks_the_scale_again_and_names_it():
     scale = torch.nn.Parameter(torch.tensor(20.0))
     loss = ours.MultipleNegativesRankingLoss(None, scale=scale)
     with torch.no_grad():
@@ -243,13 +243,13 @@ def test_scale_that_is_changed_is_checked_by_its_name():
 
 
 @pytest.mark.parametrize("directions", [None, "query_to_doc", 3])
-def test_directions_that_are_no_tuple_are_refused(directions):
+def test_directions_that_are_not_a_tuple_are_refused(directions):
     with pytest.raises(TypeError, match=f"^directions must be a tuple of names, got {directions!r}$"):
         ours.MultipleNegativesRankingLoss(None, directions=directions)
 
 
 @pytest.mark.parametrize("columns", [None, 3, {"input_ids": torch.ones(2, 3)}, "text"])
-def test_a_call_without_columns_says_so(columns):
+def test_call_refuses_features_that_are_not_a_sequence_of_columns(columns):
     words = f"must be a sequence, one element per column, got {type(columns).__name__}"
     model = Model()
     for loss in (
@@ -264,7 +264,7 @@ def test_a_call_without_columns_says_so(columns):
         ours.MultipleNegativesRankingLoss(None).compute_loss_from_embeddings(columns)
 
 
-def test_errors_of_a_call():
+def test_call_names_invalid_arguments():
     loss = ours.MultipleNegativesRankingLoss(None)
     with pytest.raises(ValueError, match="at least anchors and positives, got 1 tensors"):
         loss([torch.eye(3)])
@@ -277,8 +277,8 @@ def test_errors_of_a_call():
 
 
 class TextModel(torch.nn.Module):
-    """Takes the output of a tokenizer. It has dropout and running statistics, and writes to its input, as the library's
-    modules do.
+    """A model that takes the output of a tokenizer. It has dropout and running statistics. It writes to its input, as
+    the library's modules do.
     """
 
     def __init__(self):
@@ -324,7 +324,7 @@ CACHED_OPTIONS = [
 
 @pytest.mark.parametrize("options", CACHED_OPTIONS)
 @pytest.mark.parametrize("chunking", [{"mini_batch_size": 4}, {"mini_batch_size": 32}, {"mini_batch_num_tokens": 9}])
-def test_cached_loss_is_the_uncached_one(options, chunking):
+def test_cached_loss_equals_the_uncached_one(options, chunking):
     torch.manual_seed(0)
     model = TextModel().eval()
     ends = []
@@ -353,7 +353,7 @@ def test_cached_loss_takes_ids(options):
     torch.testing.assert_close(*ends, atol=1e-12, rtol=1e-12)
 
 
-def test_cached_loss_repeats_dropout_and_keeps_state_as_after_one_pass():
+def test_cached_loss_repeats_dropout_and_leaves_the_state_of_one_pass():
     ends = []
     for cached in (True, False):
         torch.manual_seed(0)
@@ -375,7 +375,7 @@ def test_cached_loss_repeats_dropout_and_keeps_state_as_after_one_pass():
     torch.testing.assert_close(*ends, atol=1e-12, rtol=1e-12)
 
 
-def test_cached_loss_holds_one_mini_batch_and_cuts_its_padding():
+def test_cached_loss_encodes_one_mini_batch_at_a_time_and_cuts_its_padding():
     columns = text_columns(2)
     model = TextModel()
     seen = []
@@ -386,7 +386,7 @@ def test_cached_loss_holds_one_mini_batch_and_cuts_its_padding():
     assert seen == [(n, w, learns) for learns in (False, True) for n, w in zip(rows, longest, strict=True)]
 
 
-def test_cached_loss_without_gradients_runs_once():
+def test_cached_loss_without_gradients_runs_the_model_once():
     model, runs = TextModel().eval(), []
     model.register_forward_hook(lambda *_: runs.append(1))
     with torch.no_grad():
@@ -420,7 +420,7 @@ def test_cached_loss_learns_its_scale():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_cached_loss_is_under_autocast_in_both_passes(dtype):
+def test_cached_loss_uses_autocast_in_both_passes(dtype):
     ends, seen = [], []
     for kind, options in ((CACHED, {"mini_batch_size": 3}), (ours.MultipleNegativesRankingLoss, {})):
         torch.manual_seed(0)
@@ -436,7 +436,7 @@ def test_cached_loss_is_under_autocast_in_both_passes(dtype):
         assert torch.dist(value, expected) < 8 * torch.finfo(dtype).eps * expected.norm()
 
 
-def test_cached_loss_whose_second_pass_does_not_repeat_is_an_error():
+def test_cached_loss_whose_second_pass_does_not_repeat_the_first_is_an_error():
     model, counter = TextModel(), iter(range(100))
     model.head.register_forward_hook(lambda module, args, z: z + next(counter))
     statistics, torch_state = [b.clone() for b in model.buffers()], torch.get_rng_state()
@@ -448,7 +448,7 @@ def test_cached_loss_whose_second_pass_does_not_repeat_is_an_error():
     assert torch.equal(torch.get_rng_state(), torch_state)
 
 
-def test_cached_loss_of_a_frozen_column_trains_the_other():
+def test_cached_loss_with_a_frozen_column_trains_the_other():
     class Router(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -473,7 +473,7 @@ def test_cached_loss_takes_embeddings_as_the_uncached_one_does():
     assert CACHED(None)(z) == ours.MultipleNegativesRankingLoss(None)(z)
 
 
-def test_cached_symmetric_loss_is_the_loss_of_both_directions():
+def test_cached_symmetric_loss_equals_the_loss_of_both_directions():
     model = TextModel().eval()
     loss = ours.CachedMultipleNegativesSymmetricRankingLoss(model, mini_batch_size=3)
     both = ours.MultipleNegativesRankingLoss(
@@ -482,14 +482,14 @@ def test_cached_symmetric_loss_is_the_loss_of_both_directions():
     torch.testing.assert_close(loss(text_columns(2)), both(text_columns(2)))
 
 
-def test_cached_loss_with_a_progress_bar(capsys):
+def test_cached_loss_shows_a_progress_bar(capsys):
     pytest.importorskip("tqdm", reason="needs tqdm")
     loss = CACHED(TextModel(), mini_batch_size=5, show_progress_bar=True)
     loss(text_columns(2)).backward()
     assert "Embed mini-batches: 100%" in capsys.readouterr().err
 
 
-def test_cached_loss_configuration():
+def test_cached_loss_gives_its_configuration_and_citation():
     loss = CACHED(None, mini_batch_size=8)
     assert loss.get_config_dict() == {
         **ours.MultipleNegativesRankingLoss(None).get_config_dict(),
@@ -500,7 +500,7 @@ def test_cached_loss_configuration():
     assert loss.temperature == 1 / 20
 
 
-def test_errors_of_cached_losses():
+def test_cached_losses_name_invalid_arguments():
     with pytest.raises(ValueError, match="mini_batch_size must be at least 1, got 0"):
         CACHED(None, mini_batch_size=0)
     with pytest.raises(ValueError, match="mini_batch_num_tokens must be at least 1, got 0"):
@@ -543,7 +543,7 @@ def cached_on_ranks():
     return ends, sum(synchronised)
 
 
-def test_cached_loss_over_ranks_is_one_process():
+def test_cached_loss_across_ranks_equals_the_loss_of_one_process():
     for ends, synchronised in on_ranks(2, cached_on_ranks):
         torch.testing.assert_close(*ends, atol=1e-12, rtol=1e-12)
         assert synchronised == 1
@@ -552,7 +552,7 @@ def test_cached_loss_over_ranks_is_one_process():
 @pytest.mark.parametrize("options", CACHED_OPTIONS)
 @pytest.mark.parametrize("chunking", [{"mini_batch_size": 4}, {"mini_batch_num_tokens": 9}])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_cached_loss_equals_sentence_transformers(options, chunking):
+def test_cached_loss_agrees_with_sentence_transformers(options, chunking):
     theirs = sentence_transformers()
     losses, ends = theirs.sentence_transformer.losses, []
     arguments = {**options, **chunking}

@@ -163,12 +163,12 @@ def shown(parameter):
 
 
 @pytest.mark.parametrize(("module", "name", "signature"), SIGNATURES)
-def test_signature_is_the_librarys(module, name, signature):
+def test_our_signature_equals_the_recorded_one(module, name, signature):
     assert parameters(module, name) == signature
 
 
 @pytest.mark.parametrize(("module", "name", "signature"), [row for row in SIGNATURES if row[0] in INSTALLED])
-def test_library_has_that_signature(module, name, signature):
+def test_installed_library_has_the_recorded_signature(module, name, signature):
     theirs = parameters(INSTALLED[module](name), name)
     if module is open_clip and "horovod" not in theirs:  # open_clip 4 dropped its last argument
         signature = signature.removesuffix(", use_horovod=False")
@@ -184,6 +184,6 @@ def test_library_has_that_signature(module, name, signature):
         sentence_transformers.CachedMultipleNegativesRankingLoss.forward,
     ],
 )
-def test_keyword_of_ours_comes_after_the_librarys(call):
+def test_ids_comes_last_as_a_keyword_argument(call):
     last = list(inspect.signature(call).parameters.values())[-1]
     assert (last.name, last.kind, last.default) == ("ids", inspect.Parameter.KEYWORD_ONLY, None)

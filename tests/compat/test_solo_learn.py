@@ -75,7 +75,7 @@ def test_ressl_is_accurate_where_the_student_agrees_with_the_teacher(temperature
         assert (gradient - true_gradient).norm() < 5e-5 * true_gradient.norm()
 
 
-def test_ressl_has_no_gradient_in_the_keys_and_one_in_the_temperature_of_queries():
+def test_ressl_has_a_gradient_for_temperature_q_and_none_for_the_keys():
     query, key, queue = (F.normalize(torch.randn(n, 6, dtype=torch.float64), dim=1) for n in (5, 5, 9))
     key.requires_grad_()
     temperatures = torch.tensor([0.1, 0.04], dtype=torch.float64).requires_grad_()
@@ -98,7 +98,7 @@ def test_ressl_is_computed_in_float32(dtype):
     torch.testing.assert_close(value[1].double(), expected[1], rtol=4 * torch.finfo(dtype).eps, atol=1e-5)
 
 
-def test_ressl_holds_no_logits():
+def test_ressl_never_holds_all_logits():
     seen: list[int] = []
 
     class Sizes(TorchDispatchMode):
@@ -114,7 +114,7 @@ def test_ressl_holds_no_logits():
     assert max(seen) < 3000 * 4000 / 4
 
 
-def test_ressl_errors():
+def test_ressl_names_invalid_arguments():
     z = torch.eye(4)
     with pytest.raises(ValueError, match="temperature_k must be positive"):
         solo_learn.ressl_loss_func(z, z, z, 0.1, 0.0)
@@ -128,7 +128,7 @@ def test_ressl_errors():
         solo_learn.ressl_loss_func(z, z, z[:0])
 
 
-def test_queue_has_a_column_for_each_negative():
+def test_mocov2plus_queue_must_have_a_column_for_each_negative():
     for queue in (torch.ones(2), torch.ones(3, 2), torch.ones(2, 0)):
         with pytest.raises(ValueError, match=r"queue must have shape \(2, K\), a column for each negative, got"):
             solo_learn.mocov2plus_loss_func(torch.eye(2), torch.eye(2), queue)
@@ -136,7 +136,7 @@ def test_queue_has_a_column_for_each_negative():
         solo_learn.mocov2plus_loss_func(torch.eye(2), torch.eye(2), torch.ones(2, 3).double())
 
 
-def test_nnclr_errors_have_its_own_names():
+def test_nnclr_errors_use_its_argument_names():
     z = torch.eye(4)
     with pytest.raises(TypeError, match=r"nn must be a torch.Tensor, got NoneType"):
         solo_learn.nnclr_loss_func(None, z)

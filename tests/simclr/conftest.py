@@ -25,7 +25,7 @@ def make_stripes(count, seed):
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Use one thread: two gain nothing on such small networks, and wait for each other on a busy machine."""
+    """Use one thread: two threads gain nothing on such small networks, and wait for each other on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -48,7 +48,9 @@ def stripes():
 
 @pytest.fixture
 def make_trainer(stripes, tmp_path):
-    """Return a function that makes a trainer on the stripes: 83 images, so 3 steps per epoch, the last of 19 images."""
+    """Return a function that makes a trainer, by default on the stripes: 83 images in batches of 32, so 3 steps per
+    epoch, the last with 19 images.
+    """
 
     def make(folder="run", data=stripes, **options):
         settings = {
@@ -62,7 +64,9 @@ def make_trainer(stripes, tmp_path):
 
 @pytest.fixture
 def cli():
-    """Return a function that runs `python -m fastntxent.simclr` with its arguments and, by default, waits for it."""
+    """Return a function that runs `python -m fastntxent.simclr` with the given arguments. It returns the completed
+    process, or the running one with `wait=False`, which is killed after the test.
+    """
     running = []
 
     def start(*arguments, wait=True):

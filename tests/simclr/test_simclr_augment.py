@@ -17,7 +17,7 @@ def seeded(seed=0):
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_two_views_are_a_function_of_the_generator(preset, channels):
+def test_two_views_depend_only_on_the_generator(preset, channels):
     x = images(channels)
     first, second = two_views(x, PRESETS[preset], seeded())
     again, _ = two_views(x, PRESETS[preset], seeded())
@@ -33,7 +33,7 @@ def test_two_views_are_a_function_of_the_generator(preset, channels):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_two_views_of_a_part_are_those_in_the_whole_batch(preset):
+def test_two_views_of_part_of_a_batch_match_the_whole_batch(preset):
     x = images(count=7)
     whole = two_views(x, PRESETS[preset], seeded())
     for rows in (torch.tensor([5, 2, 6]), torch.tensor([], dtype=torch.int64)):
@@ -42,12 +42,12 @@ def test_two_views_of_a_part_are_those_in_the_whole_batch(preset):
             torch.testing.assert_close(view, of_whole[rows], atol=1e-5, rtol=0)
 
 
-def test_augment_neutral_preset_changes_nothing():
+def test_augment_with_a_neutral_preset_changes_nothing():
     x = images()
     torch.testing.assert_close(augment(x, Preset(), seeded()), x / 255, atol=1e-5, rtol=0)
 
 
-def test_augment_leaves_torch_and_its_input_alone():
+def test_augment_leaves_its_input_and_the_global_generator_unchanged():
     x = images()
     before, state = x.clone(), torch.get_rng_state()
     augment(x, PRESETS["photos"], seeded())
@@ -60,14 +60,14 @@ def test_flip_mirrors_an_image():
     torch.testing.assert_close(augment(x, Preset(flip=1.0), seeded()), x.flip(3) / 255, atol=1e-5, rtol=0)
 
 
-def test_flip_happens_as_often_as_asked():
+def test_flip_happens_with_the_given_probability():
     x = images(1, count=2000, size=(8, 8))
     flipped = (augment(x, Preset(flip=0.3), seeded()) - x / 255).abs().amax((1, 2, 3)) > 0.01
     assert flipped.float().mean().item() == pytest.approx(0.3, abs=0.04)
 
 
-def test_area_shows_that_share_of_the_image():
-    # On a horizontal ramp, the range of values in a view is the width of its crop.
+def test_area_is_the_share_of_the_image_in_a_view():
+    # On a horizontal ramp, the range of values in a view gives the width of its crop.
     ramp = (torch.arange(64) * 4).to(torch.uint8).expand(200, 1, 64, 64)
     view = augment(ramp, Preset(area=(0.25, 0.25), padding="border"), seeded())
     width = (view.amax((1, 2, 3)) - view.amin((1, 2, 3))) * 255 / 4
@@ -90,7 +90,7 @@ def test_rotate_turns_by_at_most_the_angle():
     assert angle.min() < -25
 
 
-def test_jitter_zero_keeps_colours_and_one_changes_them():
+def test_colours_stay_with_jitter_0_and_change_with_jitter_1():
     x = images()
     strong = Preset(brightness=0.5, contrast=0.5, saturation=0.5, hue=0.3, jitter=0.0)
     torch.testing.assert_close(augment(x, strong, seeded()), x / 255, atol=1e-5, rtol=0)
@@ -106,7 +106,7 @@ def test_gray_makes_the_channels_equal_to_luma():
 
 
 def test_hue_keeps_grey_and_the_sum_of_channels():
-    x = (images() // 4) + 96  # far from 0 and 1, so nothing is clipped
+    x = (images() // 4) + 96  # far from 0 and 255, so nothing is clipped
     view = augment(x, Preset(hue=0.5, jitter=1.0), seeded())
     torch.testing.assert_close(view.sum(1), (x / 255).sum(1), atol=1e-4, rtol=0)
     assert ((view - x / 255).abs().amax((1, 2, 3)) > 0.02).float().mean() > 0.9
@@ -114,7 +114,7 @@ def test_hue_keeps_grey_and_the_sum_of_channels():
     torch.testing.assert_close(augment(grey, Preset(hue=0.5, jitter=1.0), seeded()), grey / 255, atol=1e-5, rtol=0)
 
 
-def test_erase_puts_the_mean_on_a_rectangle():
+def test_erase_fills_part_of_an_image_with_its_mean():
     x = images(1)
     view = augment(x, Preset(erase=1.0), seeded())
     changed = (view - x / 255).abs() > 1e-4
@@ -125,7 +125,7 @@ def test_erase_puts_the_mean_on_a_rectangle():
     torch.testing.assert_close(view[changed], means[changed])
 
 
-def test_blur_lowers_the_contrast_of_neighbours():
+def test_blur_lowers_the_contrast_between_neighbouring_pixels():
     x = images(1)
     view = augment(x, Preset(blur=1.0), seeded())
     assert (view.diff(dim=3).abs().mean() < 0.8 * (x / 255).diff(dim=3).abs().mean()).item()

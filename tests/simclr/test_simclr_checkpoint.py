@@ -19,14 +19,14 @@ def saved(tmp_path):
     return path
 
 
-def test_checkpoint_comes_back_and_is_a_torch_file(saved):
+def test_checkpoint_round_trips_and_torch_can_load_it(saved):
     state = load_checkpoint(saved)
     assert (state["step"], state["name"]) == (7, "caf\udce9")
     assert torch.equal(state["model"]["w"], torch.arange(300.0))
     assert torch.load(saved, weights_only=True)["step"] == 7
 
 
-def test_load_checkpoint_refuses_every_flipped_bit(saved):
+def test_load_checkpoint_refuses_a_file_with_a_flipped_bit(saved):
     sound = saved.read_bytes()
     draw = random.Random(0)
     # Flip a bit of each byte at both ends of the file, where signatures and the checksum are, and of random bytes in
@@ -41,7 +41,7 @@ def test_load_checkpoint_refuses_every_flipped_bit(saved):
 
 
 @pytest.mark.parametrize("kept", [0, 1, 50, 0.5, 0.99, -1])
-def test_load_checkpoint_refuses_a_file_cut_short_or_longer(saved, kept):
+def test_load_checkpoint_refuses_a_truncated_or_extended_file(saved, kept):
     sound = saved.read_bytes()
     saved.write_bytes(sound[: int(kept * len(sound)) if isinstance(kept, float) else kept])
     with pytest.raises(ValueError, match=r"checkpoint\.pt"):
@@ -64,7 +64,7 @@ def test_write_whole_does_not_follow_links(tmp_path):
     assert not (tmp_path / "out" / "checkpoint.pt").is_symlink()
 
 
-def test_write_whole_leaves_the_old_file_and_no_other_when_it_fails(tmp_path):
+def test_write_whole_leaves_only_the_old_file_when_it_fails(tmp_path):
     path = tmp_path / "file"
     write_whole(path, lambda file: file.write(b"old"))
 
@@ -96,7 +96,7 @@ def test_two_writers_never_mix_their_files(tmp_path):
     assert os.listdir(tmp_path) == ["checkpoint.pt"]
 
 
-def test_locked_folder_refuses_another_run_and_sweeps_what_killed_runs_left(tmp_path):
+def test_locked_folder_refuses_another_run_and_removes_partial_files_of_killed_runs(tmp_path):
     for name in ("checkpoint.pt.1-abc.partial", ".probe.1-abc.partial", "film.mp4.partial"):
         (tmp_path / name).write_bytes(b"half")
     first, second = OutputFolder(tmp_path), OutputFolder(tmp_path)
@@ -108,7 +108,7 @@ def test_locked_folder_refuses_another_run_and_sweeps_what_killed_runs_left(tmp_
         pass
 
 
-def test_folder_check_says_what_is_wrong(tmp_path, monkeypatch):
+def test_folder_check_reports_why_the_folder_cannot_be_written_to(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ValueError, match=r"--out .*file.* cannot be written to: .*(exists|[Nn]ot a directory)"):

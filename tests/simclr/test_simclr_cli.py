@@ -13,7 +13,7 @@ from fastntxent.simclr.config import Config, parse_args
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def test_cli_on_digits_trains_judges_and_reports(cli, tmp_path):
+def test_cli_trains_evaluates_and_reports_on_digits(cli, tmp_path):
     out = tmp_path / "a <run> & more"
     result = cli("--data", "digits", "--epochs", "6", "--verify-every", "10", "--learn-temperature", "--out", out)
     assert result.returncode == 0, result.stderr
@@ -78,7 +78,7 @@ def test_main_reports_on_images_without_labels(tmp_path, capsys):
         ("--data digits --resume {tmp}/none.pt", "no checkpoint to resume from at .*none.pt"),
     ],
 )
-def test_main_tells_a_mistake_in_one_line(tmp_path, capsys, arguments, message):
+def test_main_reports_a_mistake_in_one_line(tmp_path, capsys, arguments, message):
     status = main([*arguments.format(tmp=tmp_path).split(), "--out", str(tmp_path / "run")])
     captured = capsys.readouterr()
     assert status == 2
@@ -96,7 +96,7 @@ def test_main_refuses_an_unknown_choice(capsys):
     )
 
 
-def test_main_exit_status_of_a_failed_verification(tmp_path, capsys, monkeypatch):
+def test_main_exits_with_status_1_if_verification_fails(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("fastntxent.error_budget.Report.ok", False)
     status = main(["--data", "digits", "--verify-every", "5", "--quiet", "--out", str(tmp_path)])
     assert status == 1
@@ -117,7 +117,7 @@ def test_main_resumes_with_the_options_of_the_checkpoint(tmp_path):
     assert (config.out, config.width, config.seed, config.max_steps) == (tmp_path, 4, 7, 0)
 
 
-def test_parse_args_knows_every_field():
+def test_parse_args_returns_only_given_options_and_config_round_trips():
     assert parse_args([]) == {}
     config = Config()
     assert Config.from_dict(config.to_dict()) == config
@@ -128,7 +128,7 @@ def test_parse_args_knows_every_field():
     assert text == Config(**given)
 
 
-def test_help_explains_every_option(capsys):
+def test_help_lists_every_option(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     text = capsys.readouterr().out
@@ -154,14 +154,14 @@ def test_main_finds_cheap_mistakes_before_it_reads_the_images(tmp_path, capsys, 
         assert words in capsys.readouterr().err
 
 
-def test_main_says_what_it_read(tmp_path, capsys):
+def test_main_prints_a_summary_of_the_images(tmp_path, capsys):
     arguments = ["--data", "digits", "--width", "4", "--epochs", "1", "--max-steps", "1", "--eval-limit", "20"]
     assert main([*arguments, "--out", str(tmp_path)]) == 0
     words = "digits: 1,442 training and 355 test images of 10 classes (0, 1, 2, 3, 4 and 5 more)\n"
     assert words in capsys.readouterr().err
 
 
-def test_resume_of_a_run_from_python_is_told_to_go_on_there(make_trainer, tmp_path, capsys):
+def test_main_refuses_to_resume_a_run_whose_data_came_from_python(make_trainer, tmp_path, capsys):
     make_trainer(max_steps=1).fit()
     assert main(["--resume", "--out", str(tmp_path / "run")]) == 2
     assert "belongs to a run whose data came from Python: continue it there" in capsys.readouterr().err

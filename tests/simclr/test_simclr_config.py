@@ -31,26 +31,26 @@ from fastntxent.simclr.config_file import read_config, with_config_file, write_c
         ({"workers": -1}, "--workers must be at least 0, got -1"),
     ],
 )
-def test_config_refuses_what_no_run_can_use(options, message):
+def test_config_check_refuses_invalid_values(options, message):
     with pytest.raises(ValueError, match=message):
         Config(**options).check()
 
 
-def test_config_default_warm_up_suits_a_short_run():
+def test_config_shortens_the_default_warm_up_of_a_short_run():
     assert Config().warmup == 3
     assert Config(epochs=10).warmup == 1
     assert Config(epochs=2, warmup_epochs=2.0).warmup == 2
     Config(epochs=1).check()
 
 
-def test_config_takes_paths_as_text():
+def test_config_accepts_paths_as_strings():
     assert Config(out="a/b").out.name == "b"
 
 
 NASTY = 'a "quoted" \\ back\tslash\x7f\x01 caf\udce9 €'
 
 
-def test_config_file_holds_what_it_was_given(tmp_path, make_trainer):
+def test_written_config_file_is_read_back_with_the_same_settings(tmp_path, make_trainer):
     settings = make_trainer().settings | {"wandb": NASTY, "data_dir": str(tmp_path), "lr": 1e-05, "out": "x"}
     write_config(tmp_path, settings)
     read = read_config(tmp_path / "config.toml")
@@ -62,7 +62,7 @@ def test_config_file_holds_what_it_was_given(tmp_path, make_trainer):
         Config(**read).check()
 
 
-def test_resolved_config_of_a_run_makes_the_same_run(make_trainer, tmp_path):
+def test_resolved_config_of_a_run_reproduces_the_run(make_trainer, tmp_path):
     first = make_trainer("first", epochs=2, batch_size=500)
     first.fit()
     path = tmp_path / "first" / "config.toml"
@@ -75,7 +75,7 @@ def test_resolved_config_of_a_run_makes_the_same_run(make_trainer, tmp_path):
     assert second.history.columns["steps"] == first.history.columns["steps"]
 
 
-def test_command_line_has_the_last_word_over_the_file(tmp_path):
+def test_command_line_overrides_the_config_file(tmp_path):
     (tmp_path / "c.toml").write_text('epochs = 9\nlr = 1\nout = "x"\ndata-dir = "y"\nquiet = true\n')
     given = with_config_file(parse_args(["--config", str(tmp_path / "c.toml"), "--epochs", "3"]))
     config = Config(**given)
@@ -98,13 +98,13 @@ def test_command_line_has_the_last_word_over_the_file(tmp_path):
         (b"\xff\xfe", r"is not a TOML file"),
     ],
 )
-def test_config_file_mistakes_are_told(tmp_path, text, message):
+def test_read_config_reports_mistakes_in_the_file(tmp_path, text, message):
     (tmp_path / "c.toml").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=message) as caught:
         read_config(tmp_path / "c.toml")
     assert re.search(r"--config .*c\.toml", str(caught.value))
 
 
-def test_config_file_that_is_missing(tmp_path):
+def test_read_config_reports_a_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"--config .*none\.toml is not a file"):
         read_config(tmp_path / "none.toml")

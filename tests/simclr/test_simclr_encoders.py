@@ -143,7 +143,7 @@ def build(model="conv", channels=1, size=16, seed=0, **options):
 
 
 @pytest.mark.parametrize("name", SOUND)
-def test_factory_makes_an_encoder_that_is_a_function_of_the_seed(module, name):
+def test_factory_makes_an_encoder_that_depends_only_on_the_seed(module, name):
     state = torch.get_rng_state()
     first, again, other = (build(f"my_encoders:{name}", seed=seed) for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), state)
@@ -158,7 +158,7 @@ def test_factory_makes_an_encoder_that_is_a_function_of_the_seed(module, name):
 
 
 @pytest.mark.parametrize("name", FAULTY)
-def test_factory_that_makes_no_encoder_is_refused_in_words(module, name):
+def test_unusable_factory_is_refused_with_the_reason(module, name):
     message = f"^--model my_encoders:{name}( in training mode)?:? {FAULTY[name][1]}"
     if name == "same":
         build("my_encoders:same")
@@ -167,7 +167,7 @@ def test_factory_that_makes_no_encoder_is_refused_in_words(module, name):
     assert "\n" not in str(raised.value)
 
 
-def test_factory_is_told_channels_and_size_of_the_images(module):
+def test_factory_gets_the_channels_and_size_of_the_images(module):
     seen = []
 
     def make(image_size, *, channels=1):
@@ -200,7 +200,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_module_that_cannot_be_imported_is_said_with_the_cause(name, tmp_path, monkeypatch):
+def test_failed_import_of_a_module_is_reported_with_the_cause(name, tmp_path, monkeypatch):
     text, error, words = FILES[name]
     (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
@@ -210,7 +210,7 @@ def test_module_that_cannot_be_imported_is_said_with_the_cause(name, tmp_path, m
 
 
 @pytest.mark.parametrize("name", ["no_such_module:make", "my_encoders.part:make"])
-def test_module_that_is_not_there_is_said(module, name):
+def test_missing_module_is_reported(module, name):
     with pytest.raises(ImportError, match=f"there is no module {name.partition(':')[0]}: .* the current directory"):
         build(name)
 
@@ -233,7 +233,7 @@ def test_command_line_finds_a_factory_in_the_current_directory(tmp_path, cli, mo
     assert (done.returncode, done.stderr) == (2, "error: --model mine:mak: mine has no mak; did you mean make?\n")
 
 
-def test_other_options_of_a_foreign_encoder_are_refused(module):
+def test_norm_and_width_are_refused_for_foreign_encoders(module):
     with pytest.raises(ValueError, match=r"--norm none applies only to conv, .*; --model my_encoders:make has its own"):
         build("my_encoders:make", batch_norm=False)
     with pytest.raises(ValueError, match=r"--width applies only to conv, .* not to your own encoder, got 8"):
@@ -243,13 +243,13 @@ def test_other_options_of_a_foreign_encoder_are_refused(module):
 
 
 @pytest.mark.parametrize("name", ["os:system", "builtins:exec", "subprocess:call"])
-def test_standard_library_is_not_called(name):
+def test_functions_of_the_standard_library_are_not_called(name):
     with pytest.raises(ValueError, match=f"--model {name} names a module of Python's standard library"):
         by_name(name, 1, (16, 16))
 
 
 @pytest.mark.parametrize("attribute", ["sys.exit", "Path", "torch.rand", "functools.partial", "reader"])
-def test_functions_that_a_module_has_from_elsewhere_are_not_called(module, attribute):
+def test_stdlib_and_c_functions_in_a_users_module_are_not_called(module, attribute):
     module.sys, module.Path, module.torch, module.functools = sys, Path, torch, functools
     module.reader = functools.partial(Path.read_text, Path("x"))
     with pytest.raises(ValueError, match="must be a function or class from your own module, got one from"):
@@ -291,7 +291,7 @@ def fake_timm(monkeypatch):
     return called
 
 
-def test_timm_models_are_made_for_the_images(fake_timm):
+def test_timm_models_are_built_for_the_channels_and_size_of_the_images(fake_timm):
     assert build("timm:vit").encoder.feature_dim == 6
     assert fake_timm == [{"name": "vit", "pretrained": False, "num_classes": 0, "img_size": 16}]
     encoder = build("timm:conv", seed=3).encoder
@@ -300,14 +300,14 @@ def test_timm_models_are_made_for_the_images(fake_timm):
     torch.testing.assert_close(encoder.body[0].weight, nn.Conv2d(1, 5, 3).weight)
 
 
-def test_timm_mistakes_are_said_in_words(fake_timm):
+def test_timm_mistakes_are_reported(fake_timm):
     with pytest.raises(ValueError, match=r"^--model timm:con: timm has no con; did you mean conv\?$"):
         build("timm:con")
     with pytest.raises(ValueError, match=r"^--model timm:bad cannot be built: RuntimeError: cannot$"):
         build("timm:bad")
 
 
-def test_missing_library_is_said_with_how_to_install_it(monkeypatch):
+def test_missing_library_is_reported_with_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ImportError, match="this needs the package timm: pip install timm"):
         build("timm:resnet18")
@@ -361,7 +361,7 @@ def test_torchvision_models_get_the_options_they_need(fake_torchvision):
     ]
 
 
-def test_torchvision_mistakes_are_said_in_words(fake_torchvision):
+def test_torchvision_mistakes_are_reported(fake_torchvision):
     with pytest.raises(ValueError, match=r"^--model torchvision:clasifier: .*; did you mean classifier\?$"):
         build("torchvision:clasifier")
     with pytest.raises(ValueError, match="squeezenet has no linear classifier to remove"):
@@ -376,7 +376,7 @@ REAL = {"reason": "needs the library, and a PyTorch that it works with", "exc_ty
     ("deit_tiny_distilled_patch16_224", 32, 192),
 ])  # fmt: skip
 @pytest.mark.parametrize("channels", [1, 3])
-def test_real_timm_models_are_encoders(name, size, features, channels):
+def test_real_timm_models_work_as_encoders(name, size, features, channels):
     pytest.importorskip("timm", **REAL)
     model = build(f"timm:{name}", channels, size)
     model(torch.rand(2, channels, size, size)).sum().backward()
@@ -387,7 +387,7 @@ def test_real_timm_models_are_encoders(name, size, features, channels):
     ("resnet18", 32, 512), ("mobilenet_v3_small", 32, 1024), ("vit_b_16", 32, 768), ("efficientnet_b0", 32, 1280),
     ("googlenet", 32, 1024), ("swin_t", 32, 768),
 ])  # fmt: skip
-def test_real_torchvision_models_are_encoders(name, size, features):
+def test_real_torchvision_models_work_as_encoders(name, size, features):
     pytest.importorskip("torchvision.models", **REAL)
     model = build(f"torchvision:{name}", 1, size)
     model(torch.rand(2, 1, size, size)).sum().backward()
@@ -402,7 +402,7 @@ def test_real_torchvision_models_are_encoders(name, size, features):
     ("torchvision:inception_v3", "does not take images of 3 x 28 x 28"),
     ("torchvision:fasterrcnn_resnet50_fpn", "torchvision has no fasterrcnn"),
 ])  # fmt: skip
-def test_real_libraries_mistakes_are_said_in_words(name, words):
+def test_mistakes_with_the_real_libraries_are_reported(name, words):
     pytest.importorskip(name.partition(":")[0], **REAL)
     with pytest.raises(ValueError, match=words):
         build(name, 3, 28)
@@ -411,7 +411,7 @@ def test_real_libraries_mistakes_are_said_in_words(name, words):
 # --- the user's own module -------------------------------------------------------------------------------------------
 
 
-def test_module_is_trained_itself(stripes):
+def test_users_module_is_used_directly_and_set_to_training_mode(stripes):
     module = Net().eval()
     model = make_model(Config(proj_hidden=8, proj_dim=4), stripes, CPU, encoder=module)
     assert model.encoder.body is module
@@ -425,12 +425,12 @@ def test_module_is_trained_itself(stripes):
     (nn.Flatten(), "the encoder has no parameters to train"),
     (nn.Conv2d(3, 4, 3), "the encoder does not take images of 1 x 16 x 16"),
 ])  # fmt: skip
-def test_module_that_is_no_encoder_is_refused_in_words(stripes, encoder, words):
+def test_users_module_that_cannot_be_an_encoder_is_refused(stripes, encoder, words):
     with pytest.raises(ValueError, match=words):
         make_model(Config(), stripes, CPU, encoder=encoder)
 
 
-def test_trained_encoder_goes_on_with_its_own_standardisation(stripes):
+def test_trained_encoder_keeps_its_own_standardisation(stripes):
     encoder = build("conv").encoder
     model = make_model(Config(proj_hidden=8, proj_dim=4), stripes, CPU, encoder=encoder)
     assert model.encoder is encoder
@@ -441,7 +441,7 @@ def test_trained_encoder_goes_on_with_its_own_standardisation(stripes):
 
 @pytest.fixture
 def trained(make_trainer, module, tmp_path):
-    """The folder of a finished run with a factory's encoder, and that encoder."""
+    """Return the folder of a finished run whose encoder came from a factory, and that encoder."""
     trainer = make_trainer(model="my_encoders:make", width=0, max_steps=2)
     trainer.fit()
     return tmp_path / "run", trainer.model.eval().encoder
@@ -482,7 +482,7 @@ def test_load_encoder_refuses_a_module_that_does_not_fit(trained, other, words):
     assert "\n" not in str(raised.value)
 
 
-def test_load_encoder_refuses_other_shapes(trained):
+def test_load_encoder_refuses_parameters_of_different_shapes(trained):
     class Wider(Net):
         def __init__(self):
             super().__init__()
@@ -499,7 +499,7 @@ def rewritten(folder, **changes):
     return folder
 
 
-def test_load_encoder_asks_for_the_module_that_was_handed_over(trained):
+def test_load_encoder_asks_for_the_module_that_was_passed_to_the_trainer(trained):
     folder = rewritten(trained[0], own_encoder=True)
     with pytest.raises(
         ValueError, match=r"checkpoint.pt holds .* passed to Trainer: .*load_encoder\(path, encoder=module\)"
@@ -512,25 +512,25 @@ def test_load_encoder_asks_for_the_module_that_was_handed_over(trained):
     {"config": None}, {"image_shape": None}, {"image_shape": [1, 2]}, {"model": None}, {"config": 3}, {"model": []},
     {"image_shape": "many"}, {"image_shape": 3}, {"config": {"model": 3}}, {"config": {"model": "nothing"}},
 ])  # fmt: skip
-def test_load_encoder_refuses_a_file_that_lacks_what_the_trainer_saves(trained, changes):
+def test_load_encoder_refuses_an_incomplete_or_malformed_checkpoint(trained, changes):
     with pytest.raises(ValueError, match=r"checkpoint.pt is not a complete checkpoint of the trainer"):
         load_encoder(rewritten(trained[0], **changes))
 
 
-def test_load_encoder_calls_nothing_of_the_standard_library(trained):
+def test_load_encoder_calls_no_function_of_the_standard_library(trained):
     folder = rewritten(trained[0], config={"model": "os:getcwd"})
     with pytest.raises(ValueError, match="names a module of Python's standard library"):
         load_encoder(folder)
 
 
-def test_load_encoder_says_that_there_is_no_checkpoint(tmp_path):
+def test_load_encoder_reports_a_missing_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError, match=f"^no checkpoint at {tmp_path}/{FILE_NAME}$"):
         load_encoder(tmp_path)
     with pytest.raises(FileNotFoundError, match=f"^no checkpoint at {tmp_path}/nowhere$"):
         load_encoder(tmp_path / "nowhere")
 
 
-def test_load_encoder_knows_images_that_are_not_square(make_trainer, module, stripes):
+def test_load_encoder_restores_the_size_of_images_that_are_not_square(make_trainer, module, stripes):
     module.make = lambda image_size: nn.Sequential(nn.Conv2d(1, 6, image_size), nn.Flatten())
     cut = replace(stripes, train_images=stripes.train_images[..., :12], test_images=stripes.test_images[..., :12])
     trainer = make_trainer(data=cut, model="my_encoders:make", width=0, max_steps=1)

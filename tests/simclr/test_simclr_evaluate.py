@@ -62,13 +62,13 @@ def test_effective_rank_counts_the_directions_in_use():
     assert effective_rank(torch.ones(10, 7)) == pytest.approx(1)
 
 
-def test_knn_accuracy_goes_by_the_angle():
+def test_knn_accuracy_compares_rows_by_angle():
     known = torch.tensor([[1.0, 0.0], [10.0, 1.0], [0.0, 1.0], [1.0, 10.0]])
     unknown = torch.tensor([[0.01, 0.001], [0.001, 0.01], [0.02, 0.05]])
     labels = torch.tensor([0, 0, 1, 1])
     assert knn_accuracy(known, labels, unknown, torch.tensor([0, 1, 1]), k=1) == 1.0
     assert knn_accuracy(known, labels, unknown, torch.tensor([0, 1, 0]), k=1) == pytest.approx(2 / 3)
-    assert knn_accuracy(known, labels, unknown, torch.tensor([0, 1, 1]), k=50) == 1.0, "k may exceed the known rows"
+    assert knn_accuracy(known, labels, unknown, torch.tensor([0, 1, 1]), k=50) == 1.0, "k may exceed len(known)"
 
 
 def test_probe_accuracy_ignores_the_scale_of_features():
@@ -78,7 +78,7 @@ def test_probe_accuracy_ignores_the_scale_of_features():
     assert probe_accuracy(scaled[:200], labels[:200], scaled[200:], labels[200:]) > 0.95
 
 
-def test_recalibrate_averages_over_all_images_alike():
+def test_recalibrate_weights_all_images_equally():
     net = nn.Sequential(nn.BatchNorm2d(1))
     images = torch.randint(0, 256, (2048, 1, 4, 4), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     net(torch.rand(4, 1, 4, 4) + 5)
@@ -89,7 +89,7 @@ def test_recalibrate_averages_over_all_images_alike():
     assert features.std().item() == pytest.approx(1, abs=1e-3)
 
 
-def test_evaluate_judges_three_representations_and_leaves_the_model_alone(make_trainer):
+def test_evaluate_scores_three_representations_and_leaves_the_model_unchanged(make_trainer):
     trainer = make_trainer(epochs=8)
     trainer.fit()
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
@@ -105,7 +105,7 @@ def test_evaluate_judges_three_representations_and_leaves_the_model_alone(make_t
     assert again.scores == evaluation.scores
 
 
-def test_evaluate_without_labels_says_so(make_trainer, stripes):
+def test_evaluate_without_labels_leaves_accuracies_out_with_a_note(make_trainer, stripes):
     bare = dataclasses.replace(stripes, train_labels=-torch.ones_like(stripes.train_labels))
     trainer = make_trainer(data=bare)
     evaluation = evaluate(trainer.model, trainer.config, bare)
@@ -113,7 +113,7 @@ def test_evaluate_without_labels_says_so(make_trainer, stripes):
     assert "no labels" in evaluation.notes[0]
 
 
-def test_evaluate_limit_is_respected_and_stated(make_trainer):
+def test_evaluate_respects_eval_limit_and_notes_it(make_trainer):
     trainer = make_trainer(eval_limit=20)
     evaluation = evaluate(trainer.model, trainer.config, trainer.data)
     assert all(len(features) == 20 for features in evaluation.features.values())
@@ -121,7 +121,7 @@ def test_evaluate_limit_is_respected_and_stated(make_trainer):
 
 
 @pytest.mark.parametrize("rows", [3000, 30])
-def test_effective_rank_of_many_features_is_the_same_from_their_gram_matrix(monkeypatch, rows):
+def test_effective_rank_from_the_gram_matrix_equals_the_exact_one(monkeypatch, rows):
     features = torch.randn(rows, 40, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -6, 40) + 5
     features[:, -4:] = 0
     exact = effective_rank(features)
@@ -129,7 +129,7 @@ def test_effective_rank_of_many_features_is_the_same_from_their_gram_matrix(monk
     assert effective_rank(features) == pytest.approx(exact, rel=1e-5)
 
 
-def test_recalibrate_takes_statistics_without_dropout():
+def test_recalibrate_computes_statistics_without_dropout():
     net = nn.Sequential(nn.Dropout(0.9), nn.BatchNorm2d(1))
     images = torch.full((64, 1, 4, 4), 51, dtype=torch.uint8)
     recalibrate(net, images, torch.device("cpu"))
@@ -152,7 +152,7 @@ def test_check_ready_names_the_package_that_is_missing(stripes, monkeypatch, mod
 
 
 @pytest.mark.parametrize("error", [ImportError, ValueError, AttributeError, OSError, RuntimeError])
-def test_check_ready_tells_of_a_broken_installation_in_one_line(stripes, monkeypatch, error):
+def test_check_ready_reports_a_broken_installation_in_one_line(stripes, monkeypatch, error):
     def broken(module):
         raise error("numpy.dtype size changed\nand two screens of advice")
 
@@ -190,7 +190,7 @@ def test_check_ready_tells_of_a_broken_installation_in_one_line(stripes, monkeyp
         ),
     ],
 )
-def test_check_ready_says_what_will_not_be_measured(train, test, notes):
+def test_check_ready_notes_what_will_not_be_measured(train, test, notes):
     assert check_ready(Config(), labelled(train, test, ("a", "b", "c", " "))) == notes
 
 
@@ -206,13 +206,13 @@ def test_choose_takes_one_image_of_each_class_first():
     assert (with_all.train.labels >= 0).sum() == 600, "labelled images should come first"
 
 
-def test_choose_takes_as_many_classes_as_the_limit_has_images():
+def test_choose_covers_as_many_classes_as_the_limit_allows():
     labels = list(range(50)) * 4
     choice = choose(Config(eval_limit=7), labelled(labels, labels, tuple(map(str, range(50)))))
     assert len(choice.train.labels.unique()) == 7
 
 
-def test_choose_keeps_to_the_fixed_order_where_it_holds_every_class():
+def test_choose_keeps_the_fixed_order_if_its_start_holds_every_class():
     labels = torch.arange(300) % 3
     order = torch.from_numpy(np.random.default_rng(0).permutation(300))
     choice = choose(Config(eval_limit=100), labelled(labels.tolist(), labels.tolist()))
@@ -233,7 +233,7 @@ def test_evaluate_leaves_out_test_images_whose_class_has_no_training_image(make_
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 2**20])
-def test_evaluate_reads_images_on_demand_a_few_at_a_time(make_trainer, stripes, monkeypatch, kept_bytes):
+def test_evaluate_reads_on_demand_images_a_few_at_a_time(make_trainer, stripes, monkeypatch, kept_bytes):
     for module in (evaluate_module, selection):
         monkeypatch.setattr(module, "ROWS", 16)
     monkeypatch.setattr(selection, "LEAST_ROWS", 4)
@@ -248,7 +248,7 @@ def test_evaluate_reads_images_on_demand_a_few_at_a_time(make_trainer, stripes, 
     assert 0 < test.most <= 16
 
 
-def test_evaluate_leaves_out_what_is_not_finite(make_trainer):
+def test_evaluate_leaves_out_features_that_are_not_finite(make_trainer):
     trainer = make_trainer()
     with torch.no_grad():
         next(trainer.model.encoder.parameters()).fill_(float("nan"))
@@ -297,7 +297,7 @@ def test_evaluate_notes_a_measure_that_is_not_a_number(make_trainer, monkeypatch
 
 def test_evaluate_without_an_untrained_model_leaves_its_column_out(make_trainer, monkeypatch):
     def fail(*args):
-        raise ValueError("a module of one's own cannot be made again")
+        raise ValueError("a user's module cannot be built again")
 
     trainer = make_trainer()
     model = copy.deepcopy(trainer.model)
@@ -305,16 +305,14 @@ def test_evaluate_without_an_untrained_model_leaves_its_column_out(make_trainer,
     monkeypatch.setattr(evaluate_module, "make_model", fail)
     evaluation = evaluate(trainer.model, trainer.config, trainer.data)
     assert all("untrained" not in values for values in evaluation.scores.values())
-    assert evaluation.notes == [
-        "Not fully evaluated: the untrained encoder (a module of one's own cannot be made again)."
-    ]
+    assert evaluation.notes == ["Not fully evaluated: the untrained encoder (a user's module cannot be built again)."]
     again = evaluate(trainer.model, trainer.config, trainer.data, untrained=lambda: copy.deepcopy(model))
     assert again.scores == whole.scores
     after = trainer.model.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in model.state_dict().items())
 
 
-def test_evaluate_of_constant_images_takes_what_can_be_taken(make_trainer, stripes):
+def test_evaluate_of_constant_images_measures_what_it_can(make_trainer, stripes):
     plain = {f"{part}_images": torch.full_like(getattr(stripes, f"{part}_images"), 128) for part in ("train", "test")}
     trainer = make_trainer(data=dataclasses.replace(stripes, **plain))
     evaluation = evaluate(trainer.model, trainer.config, trainer.data)
@@ -345,7 +343,7 @@ print(peak() - before)
 
 
 @pytest.mark.slow
-def test_evaluate_takes_little_memory_beside_the_images():
+def test_evaluate_needs_little_memory_beyond_the_images():
     pytest.importorskip("resource", reason="needs POSIX, which reports the peak memory of a process")
     result = subprocess.run([sys.executable, "-c", MEASURE_MEMORY], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -46,7 +46,7 @@ def same(first, second):
     )
 
 
-def test_folder_takes_classes_from_its_folders(tmp_path):
+def test_folder_takes_class_names_from_its_subfolders(tmp_path):
     write_images(tmp_path / "cat", 10, value=10)
     write_images(tmp_path / "dog", 10, value=200)
     data = load(tmp_path)
@@ -73,13 +73,13 @@ def test_folder_without_classes_is_unlabelled(tmp_path):
     assert (data.train_labels == -1).all()
 
 
-def test_folder_keeps_the_shape_of_what_it_resizes(tmp_path):
+def test_folder_keeps_the_aspect_ratio_of_images_it_resizes(tmp_path):
     wide = np.zeros((20, 60, 3), np.uint8)
     wide[:, 20:40] = 255
     for index in range(10):
         Image.fromarray(wide).save(tmp_path / f"{index}.png")
     pixels = load(tmp_path).train_images
-    assert (pixels[..., 2:-2] == 255).all(), "the centre square should be cut out, not squeezed"
+    assert (pixels[..., 2:-2] == 255).all(), "the centre square should be cropped, not the whole image squeezed"
 
 
 def test_folder_errors_name_the_path(tmp_path):
@@ -119,7 +119,7 @@ def test_folder_may_itself_be_hidden(tmp_path):
     assert count(load(tmp_path / ".cache")) == 10
 
 
-def test_folder_takes_suffixes_in_capitals_and_counts_other_files(two_classes):
+def test_folder_takes_upper_case_suffixes_and_counts_other_files(two_classes):
     (two_classes / "a" / "000.png").rename(two_classes / "a" / "000.PNG")
     for name in ("a/notes.txt", "a/more.TXT", "b/README", "b/x.heic"):
         (two_classes / name).write_text("text")
@@ -139,7 +139,7 @@ def test_folder_follows_links_to_folders_and_files(tmp_path):
     assert data.notes == ()
 
 
-def test_folder_ends_at_loops_of_links(two_classes):
+def test_folder_does_not_follow_loops_of_links(two_classes):
     plain = load(two_classes)
     (two_classes / "a" / "up").symlink_to(two_classes)
     (two_classes / "a" / "here").symlink_to(two_classes / "a")
@@ -153,14 +153,14 @@ def test_folder_ends_at_loops_of_links(two_classes):
     )
 
 
-def test_folder_ends_where_two_classes_link_to_each_other(two_classes):
+def test_folder_follows_mutual_links_of_two_classes_once(two_classes):
     (two_classes / "a" / "other").symlink_to(two_classes / "b")
     (two_classes / "b" / "other").symlink_to(two_classes / "a")
     assert count(load(two_classes)) == 40
 
 
-def test_folder_reads_each_folder_once_a_class_where_all_link_to_all(tmp_path):
-    names = [f"c{number}" for number in range(9)]  # the links below make 9! paths
+def test_folder_reads_each_folder_once_per_class_if_all_link_to_all(tmp_path):
+    names = [f"c{number}" for number in range(9)]  # the links below make 9! paths through all folders
     for name in names:
         write_images(tmp_path / name, 5)
         for other in names:
@@ -172,7 +172,7 @@ def test_folder_reads_each_folder_once_a_class_where_all_link_to_all(tmp_path):
     assert again.startswith("skipped 504 folders that links reach a second time: c0/to_c1/to_c2, c0/to_c1/to_c3")
 
 
-def test_folder_never_opens_what_is_no_regular_file(two_classes, monkeypatch):
+def test_folder_never_opens_pipes_sockets_or_broken_links(two_classes, monkeypatch):
     os.mkfifo(two_classes / "a" / "pipe.png")
     (two_classes / "a" / "gone.png").symlink_to(two_classes / "nowhere.png")
     (two_classes / "gone_class").symlink_to(two_classes / "nowhere")
@@ -187,7 +187,7 @@ def test_folder_never_opens_what_is_no_regular_file(two_classes, monkeypatch):
     )
 
 
-def test_folder_goes_deeper_than_python_recurses(tmp_path, monkeypatch):
+def test_folder_is_searched_without_recursion(tmp_path, monkeypatch):
     write_images(tmp_path / "a", 10)
     monkeypatch.chdir(tmp_path / "a")
     for _ in range(120):
@@ -204,7 +204,7 @@ def test_folder_goes_deeper_than_python_recurses(tmp_path, monkeypatch):
     assert len(found.train.paths) == 11
 
 
-def test_folder_without_an_image_is_no_class(two_classes):
+def test_subfolder_without_an_image_is_not_a_class(two_classes):
     (two_classes / "empty" / "deep").mkdir(parents=True)
     (two_classes / "texts").mkdir()
     (two_classes / "texts" / "x.txt").write_text("")
@@ -231,7 +231,7 @@ def test_folder_tells_apart_class_names_that_print_alike(tmp_path):
     assert data.test_labels.tolist() == [0, 1, 2]
 
 
-def test_folder_says_what_it_skipped_where_nothing_is_left(tmp_path):
+def test_folder_error_lists_what_was_skipped_if_no_image_is_left(tmp_path):
     write_images(tmp_path / ".hidden", 3)
     (tmp_path / "x.heic").write_bytes(b"")
     with pytest.raises(FileNotFoundError, match=r"no image under .*left out 1 hidden entry: .hidden; left out 1 file"):
@@ -267,7 +267,7 @@ def test_folder_prefers_test_to_val(tmp_path):
     )
 
 
-def test_folder_prefers_a_part_with_labels(tmp_path):
+def test_folder_prefers_a_test_part_with_labels(tmp_path):
     write_parts(tmp_path, "train", "val")
     write_images(tmp_path / "test", 4)
     data = load(tmp_path)
@@ -316,7 +316,7 @@ def test_folder_names_all_bad_files_at_once(two_classes):
 
 
 @pytest.mark.parametrize("in_memory", ["yes", "no"])
-def test_skip_bad_leaves_them_out_and_every_other_image_in_its_part(two_classes, in_memory):
+def test_skip_bad_leaves_out_bad_files_without_changing_the_split(two_classes, in_memory):
     every = load(two_classes, in_memory="yes")
     (two_classes / "a" / "000.png").write_bytes(b"text")
     data = load(two_classes, in_memory=in_memory, skip_bad=True)
@@ -328,7 +328,7 @@ def test_skip_bad_leaves_them_out_and_every_other_image_in_its_part(two_classes,
     assert len(data.train_labels) == len(data.train_images)
 
 
-def test_skip_bad_needs_two_images_of_either_part(tmp_path):
+def test_skip_bad_needs_two_images_in_each_part(tmp_path):
     write_images(tmp_path, 10)
     for path in tmp_path.iterdir():
         path.write_bytes(b"")
@@ -336,7 +336,7 @@ def test_skip_bad_needs_two_images_of_either_part(tmp_path):
         load(tmp_path, skip_bad=True)
 
 
-def test_an_unreadable_folder_is_a_bad_one(two_classes, monkeypatch):
+def test_unreadable_folder_counts_as_a_bad_file(two_classes, monkeypatch):
     (two_classes / "a" / "locked").mkdir()
     scan = os.scandir
 
@@ -351,7 +351,7 @@ def test_an_unreadable_folder_is_a_bad_one(two_classes, monkeypatch):
     assert "a/locked (Permission denied)" in load(two_classes, skip_bad=True).notes[0]
 
 
-def test_a_missing_pillow_is_no_bad_file(two_classes, monkeypatch):
+def test_missing_pillow_is_an_import_error_not_a_bad_file(two_classes, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     with pytest.raises(ImportError, match="this needs the package PIL"):
         load(two_classes)
@@ -361,7 +361,7 @@ def test_a_missing_pillow_is_no_bad_file(two_classes, monkeypatch):
 
 
 @pytest.mark.parametrize("workers", [0, 3])
-def test_images_on_disk_are_those_in_memory(two_classes, workers):
+def test_images_on_disk_equal_the_images_in_memory(two_classes, workers):
     memory = load(two_classes, in_memory="yes", workers=workers)
     disk = load(two_classes, in_memory="no", workers=workers)
     assert isinstance(memory.train_images, torch.Tensor)
@@ -408,7 +408,7 @@ def test_images_on_disk_are_read_in_workers(two_classes):
     assert torch.equal(read, disk[:])
 
 
-def test_images_on_disk_name_a_file_that_vanished(two_classes):
+def test_images_on_disk_report_a_file_that_vanished(two_classes):
     disk = load(two_classes, in_memory="no").train_images
     for path in two_classes.glob("*/*.png"):
         path.unlink()
@@ -416,7 +416,7 @@ def test_images_on_disk_name_a_file_that_vanished(two_classes):
         disk[torch.tensor([3])]
 
 
-def test_more_threads_than_files_keep_the_order(tmp_path):
+def test_threads_keep_the_order_of_the_files(tmp_path):
     for number in range(100):
         Image.new("RGB", (9, 9), (number, 0, 0)).save(tmp_path / f"{number:03}.png")
     data = load(tmp_path, size=8, workers=4)
@@ -434,7 +434,7 @@ def test_progress_goes_to_stderr(two_classes, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_the_folder_names_the_data(two_classes, monkeypatch):
+def test_title_is_the_name_of_the_folder(two_classes, monkeypatch):
     named = two_classes / os.fsdecode(b"caf\xe9")
     write_images(named, 10)
     assert load(named).title == "caf?"
@@ -443,7 +443,7 @@ def test_the_folder_names_the_data(two_classes, monkeypatch):
     assert load_data("folder", ".").train_images.shape == (8, 3, 32, 32)
 
 
-def test_a_dark_folder_is_remarked_upon(tmp_path):
+def test_dark_images_are_noted(tmp_path):
     for number in range(10):
         Image.fromarray(np.full((9, 9), 4000, np.uint16)).save(tmp_path / f"{number}.png")
     data = load(tmp_path, size=8)

@@ -54,7 +54,7 @@ def fit(tmp_path):
     return train
 
 
-def test_loader_of_images_trains_in_its_order(stripes, fit):
+def test_training_reads_a_loader_of_images_in_its_order(stripes, fit):
     seen = []
 
     class Watched(TensorDataset):
@@ -73,7 +73,7 @@ def test_loader_of_images_trains_in_its_order(stripes, fit):
     assert floating.history.columns["steps"] == as_bytes.history.columns["steps"]
 
 
-def test_loader_of_views_is_not_augmented(stripes, fit, monkeypatch):
+def test_views_of_a_loader_are_not_augmented(stripes, fit, monkeypatch):
     monkeypatch.delattr("fastntxent.simclr.feed.two_views")
     trainer = fit(DataLoader(Pairs(stripes.train_images[:64]), batch_size=32, shuffle=True))
     losses = trainer.history.columns["steps"]["loss"]
@@ -81,7 +81,7 @@ def test_loader_of_views_is_not_augmented(stripes, fit, monkeypatch):
     assert all(torch.isfinite(torch.tensor(losses)))
 
 
-def test_loader_run_resumes_within_an_epoch(stripes, fit, tmp_path):
+def test_run_on_a_loader_resumes_within_an_epoch(stripes, fit, tmp_path):
     loader = DataLoader(TensorDataset(stripes.train_images), batch_size=32)
     whole = fit(loader)
     fit(loader, out=tmp_path / "part", max_steps=4)
@@ -89,7 +89,7 @@ def test_loader_run_resumes_within_an_epoch(stripes, fit, tmp_path):
     assert resumed.history.columns["steps"] == whole.history.columns["steps"]
 
 
-def test_loader_with_an_encoder_of_ones_own(stripes, fit, tmp_path):
+def test_users_encoder_is_trained_on_a_loader(stripes, fit, tmp_path):
     encoder = nn.Sequential(nn.Conv2d(1, 6, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     before = encoder[0].weight.detach().clone()
     fit(DataLoader(TensorDataset(stripes.train_images), batch_size=32), encoder, out=tmp_path / "own")
@@ -100,13 +100,13 @@ def test_loader_with_an_encoder_of_ones_own(stripes, fit, tmp_path):
     torch.testing.assert_close(loaded(x), encoder.eval()(x))
 
 
-def test_loader_reads_in_worker_processes(stripes, fit):
+def test_workers_of_a_loader_do_not_change_the_run(stripes, fit):
     in_workers = fit(DataLoader(TensorDataset(stripes.train_images), batch_size=32, num_workers=2))
     alone = fit(DataLoader(TensorDataset(stripes.train_images), batch_size=32))
     assert in_workers.history.columns["steps"] == alone.history.columns["steps"]
 
 
-def test_workers_of_a_data_set_change_nothing(stripes, make_trainer):
+def test_workers_of_a_data_set_do_not_change_the_run(stripes, make_trainer):
     curves = []
     for workers in (0, 2):
         trainer = make_trainer(f"workers{workers}", workers=workers)
@@ -115,7 +115,7 @@ def test_workers_of_a_data_set_change_nothing(stripes, make_trainer):
     assert curves[0] == curves[1]
 
 
-def test_loader_tells_epochs_to_its_sampler(stripes, fit):
+def test_loader_passes_the_epoch_to_its_sampler(stripes, fit):
     epochs = []
 
     class Sampler(torch.utils.data.SequentialSampler):
@@ -192,12 +192,12 @@ class Items(Dataset):
         (DataLoader(Items(((IMAGES[0] / 255,) * 3, 1)), 4), TypeError, "or two views of each image"),
     ],
 )  # fmt: skip
-def test_loader_that_cannot_serve_is_told_in_words(loader, error, message):
+def test_unusable_loader_is_refused_with_the_reason(loader, error, message):
     with pytest.raises(error, match=message):
         LoaderData(loader)
 
 
-def test_loader_knows_views_from_images():
+def test_loader_data_distinguishes_views_from_images():
     views = torch.rand(8, 3, 8, 8)
     for batch, are_views in (
         (views, False), ((views, torch.arange(8)), False), ((views,), False), ((views, views), True),
@@ -207,14 +207,14 @@ def test_loader_knows_views_from_images():
         assert isinstance(LoaderData(loader).images_of(batch), tuple) is are_views
 
 
-def test_loader_of_an_iterable_dataset_and_of_views_in_double_precision(stripes, fit):
+def test_loader_may_have_an_iterable_dataset_or_views_in_double_precision(stripes, fit):
     fit(DataLoader(Counted(stripes.train_images[:8]), 4))
     views = stripes.train_images[:8].double() / 255
     fit(DataLoader(TensorDataset(views, views.flip(-1)), 4))
 
 
 class Handlers(Dataset):
-    """Images of zeros if the worker process ignores SIGINT and SIGTERM, else of ones."""
+    """Images of zeros if the worker process ignores SIGINT and SIGTERM, else of ones. The label is `_SET[0]`."""
 
     def __len__(self):
         return 8
@@ -231,14 +231,14 @@ def _set(worker):
     _SET.append(100 + worker)
 
 
-def test_workers_of_a_users_loader_leave_stopping_to_the_run():
+def test_workers_of_a_users_loader_ignore_stop_signals():
     loader = DataLoader(Handlers(), 4, num_workers=1, worker_init_fn=_set)
     images, values = next(iter(LoaderData(loader).loader))
     assert images.sum() == 0
     assert values.tolist() == [100] * 4, "the user's worker_init_fn should run too"
 
 
-def test_loader_refuses_accumulation_and_other_data(stripes, tmp_path):
+def test_trainer_refuses_a_list_as_data_and_accumulation_with_a_loader(stripes, tmp_path):
     loader = of(IMAGES)
     with pytest.raises(ValueError, match="--accumulate-batch needs a data set"):
         Trainer(Config(out=tmp_path / "run", accumulate_batch=8), loader)
@@ -246,7 +246,7 @@ def test_loader_refuses_accumulation_and_other_data(stripes, tmp_path):
         Trainer(Config(out=tmp_path / "run"), [IMAGES])
 
 
-def test_loader_that_ends_early_is_told(stripes, tmp_path, make_trainer):
+def test_loader_that_ends_early_is_an_error(stripes, tmp_path, make_trainer):
     class Short(DataLoader):
         def __len__(self):
             return 5
@@ -261,7 +261,7 @@ def test_loader_that_ends_early_is_told(stripes, tmp_path, make_trainer):
     [("num_workers=1, persistent_workers=True", "torch.rand(3, 8, 8)"), ("num_workers=1", "1 / 0")],
     ids=["persistent", "raises"],
 )
-def test_a_process_that_keeps_an_iterator_of_workers_ends(options, sample):
+def test_process_that_keeps_an_iterator_of_workers_exits_cleanly(options, sample):
     code = f"""
         import torch
         from torch.utils.data import DataLoader, Dataset
@@ -287,7 +287,7 @@ def test_a_process_that_keeps_an_iterator_of_workers_ends(options, sample):
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's list of open files")
-def test_epochs_of_workers_leave_no_open_files():
+def test_workers_leave_no_open_files_after_an_epoch():
     loader = LoaderData(DataLoader(TensorDataset(torch.rand(8, 3, 8, 8)), 4, num_workers=1)).loader
     opened = []
     for _ in range(8):

@@ -31,7 +31,7 @@ def test_csv_has_a_row_for_each_measurement(make_trainer, tmp_path):
     assert all(float(row["images_per_second"]) > 0 for row in read)
 
 
-def test_csv_of_a_resumed_run_drops_what_is_made_again(make_trainer, tmp_path):
+def test_csv_of_a_resumed_run_drops_rows_that_are_measured_again(make_trainer, tmp_path):
     make_trainer(log_every=1, max_steps=4).fit()
     kept = rows(tmp_path / "run")
     with (tmp_path / "run" / "log.csv").open("a") as file:
@@ -86,7 +86,7 @@ def test_tensorboard_gets_every_measurement(make_trainer, tmp_path, fakes):
     assert losses == [(trainer.history.columns["steps"]["loss"][step], step) for step in (0, 4, 8)]
 
 
-def test_wandb_goes_on_with_the_same_run(make_trainer, tmp_path, fakes):
+def test_wandb_continues_the_same_run_on_resume(make_trainer, tmp_path, fakes):
     make_trainer(wandb="project", log_every=4, max_steps=5).fit()
     make_trainer(wandb="project", log_every=4, resume="auto").fit()
     starts = [call for call in fakes if isinstance(call, dict)]
@@ -98,7 +98,7 @@ def test_wandb_goes_on_with_the_same_run(make_trainer, tmp_path, fakes):
 
 
 @pytest.mark.parametrize("option", ["wandb", "tensorboard"])
-def test_logger_that_refuses_is_a_mistake_in_a_line(tmp_path, fakes, monkeypatch, capsys, option):
+def test_logger_that_cannot_be_opened_is_reported_in_one_line(tmp_path, fakes, monkeypatch, capsys, option):
     class UsageError(Exception):
         pass
 
@@ -114,7 +114,7 @@ def test_logger_that_refuses_is_a_mistake_in_a_line(tmp_path, fakes, monkeypatch
 
 
 @pytest.mark.parametrize(("options", "package"), [({"tensorboard": True}, "tensorboard"), ({"wandb": "p"}, "wandb")])
-def test_missing_logger_is_told_before_training(make_trainer, monkeypatch, options, package):
+def test_missing_logger_is_reported_before_training(make_trainer, monkeypatch, options, package):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ImportError, match=f"needs the package {package}: pip install {package}"):

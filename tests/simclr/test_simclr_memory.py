@@ -44,7 +44,7 @@ def growth(tmp_path):
 @pytest.mark.parametrize(
     ("in_memory", "least", "most"), [("yes", 140, 200), pytest.param("no", 0, 50, marks=pytest.mark.slow)]
 )
-def test_a_folder_takes_little_more_than_its_pixels(tmp_path, growth, in_memory, least, most):
+def test_loading_a_folder_takes_little_more_memory_than_the_images_it_keeps(tmp_path, growth, in_memory, least, most):
     (tmp_path / "many").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "many" / "0.png")
     content = (tmp_path / "many" / "0.png").read_bytes()
@@ -55,7 +55,7 @@ def test_a_folder_takes_little_more_than_its_pixels(tmp_path, growth, in_memory,
 
 
 @pytest.mark.slow
-def test_an_npz_of_floats_takes_little_more_than_its_pixels(tmp_path, growth):
+def test_loading_an_npz_of_floats_takes_less_memory_than_the_floats(tmp_path, growth):
     # 4,000 images of 64 x 64: 125 MiB of float64, 16 MiB of bytes.
     np.savez_compressed(tmp_path / "d.npz", images=np.full((4000, 64, 64), 0.5))
     assert growth("npz", tmp_path / "d.npz", "yes", 4000) < 100

@@ -19,7 +19,7 @@ def build(model="conv", channels=3, image_size=32, width=8, seed=0):
 
 @pytest.mark.parametrize("model", OWN)
 @pytest.mark.parametrize(("channels", "size"), [(1, (8, 8)), (1, (28, 28)), (3, (32, 32)), (3, (96, 72))])
-def test_build_model_takes_any_image(model, channels, size):
+def test_build_model_takes_images_of_any_size(model, channels, size):
     net = build(model, channels, max(size))
     x = torch.rand(2, channels, *size)
     assert net(x).shape == (2, 12)
@@ -27,7 +27,7 @@ def test_build_model_takes_any_image(model, channels, size):
 
 
 @pytest.mark.parametrize("model", OWN)
-def test_build_model_is_a_function_of_its_seed(model):
+def test_built_model_depends_only_on_the_seed(model):
     state = torch.get_rng_state()
     first, again, other = build(model, seed=1), build(model, seed=1), build(model, seed=2)
     assert torch.equal(torch.get_rng_state(), state)
@@ -47,7 +47,7 @@ def test_resnet_refuses_a_width_whose_backward_overruns_memory(model, width):
 
 
 @pytest.mark.parametrize("model", ["resnet18", "resnet50"])
-def test_resnet_of_the_least_width_has_the_gradient_of_float64(model):
+def test_resnet_gradient_at_the_least_width_matches_float64(model):
     # In eval mode, because batch norms over only four images amplify rounding to 3 % of the gradient in 50 layers.
     net = build(model, width=LEAST_RESNET_WIDTH).eval()
     x = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -65,13 +65,13 @@ def test_resnet_of_the_least_width_has_the_gradient_of_float64(model):
 @pytest.mark.parametrize(("model", "parameters", "features"), [
     ("resnet18", 11_176_512, 512), ("resnet50", 23_508_032, 2048),
 ])  # fmt: skip
-def test_resnet_is_the_resnet_of_the_paper(model, parameters, features):
+def test_resnet_has_torchvisions_numbers_of_parameters_and_features(model, parameters, features):
     encoder = build(model, width=0, image_size=224).encoder
     assert sum(p.numel() for p in encoder.parameters()) == parameters
     assert encoder.feature_dim == features
 
 
-def test_resnet50_is_torchvisions():
+def test_resnet50_gives_torchvisions_features():
     models = pytest.importorskip("torchvision.models", reason="needs torchvision", exc_type=(ImportError, RuntimeError))
     ours, theirs = build("resnet50", width=64, image_size=224).encoder.body, models.resnet50()
     theirs.fc = nn.Identity()
@@ -83,7 +83,7 @@ def test_resnet50_is_torchvisions():
 
 @pytest.mark.parametrize("model", ["resnet18", "resnet50"])
 @pytest.mark.parametrize(("image_size", "kernel", "pools"), [(64, 3, 0), (65, 7, 1)])
-def test_resnet_stem_goes_by_the_image_size(model, image_size, kernel, pools):
+def test_resnet_stem_depends_on_the_image_size(model, image_size, kernel, pools):
     modules = list(build(model, image_size=image_size).encoder.modules())
     assert next(m for m in modules if isinstance(m, nn.Conv2d)).kernel_size == (kernel, kernel)
     assert sum(isinstance(m, nn.MaxPool2d) for m in modules) == pools
@@ -101,7 +101,7 @@ def test_standardise_centres_each_channel():
 
 
 @pytest.mark.parametrize("name", [*OWN, "timm:resnet18.a1_in1k", "torchvision:vit_b_16", "a.b:c.d", "_x:y"])
-def test_check_model_lets_names_pass_without_importing_them(name):
+def test_check_model_accepts_names_without_importing_them(name):
     check_model(name)
 
 
@@ -116,13 +116,13 @@ def test_check_model_lets_names_pass_without_importing_them(name):
     ("..module:make", "must have the form package.module:factory"),
     ("module:make()", "must have the form package.module:factory"),
 ])  # fmt: skip
-def test_check_model_says_how_a_name_is_spelt(name, words):
+def test_check_model_explains_the_form_of_a_name(name, words):
     with pytest.raises(ValueError, match=f"^--model {words}"):
         check_model(name, "--model")
 
 
 @pytest.mark.parametrize("name", ["timm:resnet18", "module:make"])
-def test_check_width_is_for_models_that_have_one(name):
+def test_check_width_refuses_models_with_a_fixed_width(name):
     with pytest.raises(ValueError, match=f"^--width applies only to the models conv, .*; {name} has a fixed width"):
         check_width(name, 8, "--width")
 
@@ -142,12 +142,12 @@ IMAGES = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     (IMAGES[:, :1], ValueError, r"shape \(N, 3, H, W\), got \(4, 1, 32, 32\)"),
     (IMAGES.permute(0, 2, 3, 1), ValueError, r"shape \(N, 3, H, W\), got \(4, 32, 32, 3\)"),
 ])  # fmt: skip
-def test_encoder_refuses_what_are_no_images(images, error, words, training):
+def test_encoder_refuses_images_of_the_wrong_type_or_shape(images, error, words, training):
     with pytest.raises(error, match=words):
         build().encoder.train(training)(images)
 
 
-def test_encoder_looks_at_the_values_in_eval_mode():
+def test_encoder_checks_the_values_of_images_only_in_eval_mode():
     encoder = build().encoder.eval()
     with pytest.raises(ValueError, match=r"must lie in \[0, 1\], got values up to .*: divide values in 0..255 by 255"):
         encoder(IMAGES * 255)
@@ -161,7 +161,7 @@ def test_encoder_looks_at_the_values_in_eval_mode():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-def test_encoder_takes_other_precisions(dtype):
+def test_encoder_runs_in_other_precisions_and_under_autocast(dtype):
     encoder = build().encoder.eval()
     expected = encoder(IMAGES)
     h = copy.deepcopy(encoder).to(dtype)(IMAGES.to(dtype))
@@ -196,7 +196,7 @@ COMPILERS = {
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("compiler", COMPILERS)
 @pytest.mark.parametrize("model", ["conv", "resnet18"])
-def test_encoder_can_be_compiled(compiler, model):
+def test_encoder_can_be_compiled_exported_traced_and_scripted(compiler, model):
     encoder = build(model).encoder.eval()
     made = COMPILERS[compiler](encoder)
     for n in (1, 2, 4):

@@ -29,7 +29,7 @@ from fastntxent.simclr import Config, Trainer, load_encoder
 
 Image = pytest.importorskip("PIL.Image")
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: pipes, links, file names of any bytes")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: pipes, links, file names with any bytes")
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -140,7 +140,9 @@ def environment() -> dict[str, str]:
 
 
 def stop(process: subprocess.Popen[bytes], log: Path, row: int, number: int) -> tuple[int, list[str]]:
-    """Signal the run when its log has this row. Return the step where it stopped, and the arguments to resume it."""
+    """Send signal `number` once the log has a row for step `row`. Return the step at which the run stopped, and the
+    arguments that resume it.
+    """
     while process.poll() is None and (not log.exists() or f"\n{row}," not in log.read_text()):
         time.sleep(0.01)
     process.send_signal(number)
@@ -215,7 +217,7 @@ def test_bad_files_end_the_run_and_are_all_named(cli, here):
 
 
 @pytest.mark.slow
-def test_run_tells_what_it_left_out(home):
+def test_run_notes_what_it_left_out(home):
     notes = [line.removeprefix("note: ") for line in home.said.splitlines() if line.startswith("note: ")]
     said = "\n".join(notes)
     assert len(notes) == 6, said
@@ -234,7 +236,7 @@ def test_run_tells_what_it_left_out(home):
     assert data["test_images"] == 3 * (EACH // 5)
 
 
-def test_run_writes_what_the_page_lists(here):
+def test_run_writes_the_files_that_the_page_lists(here):
     run = Path("runs/mine")
     table = (ROOT / "docs/trainer.md").read_text().split("## What a run writes")[1].split("\n## ")[0]
     files = re.findall(r"`([\w.]+\.(?:toml|csv|pt|json|html|png))`", table)
@@ -250,7 +252,7 @@ def test_run_writes_what_the_page_lists(here):
 
 
 @pytest.mark.slow
-def test_run_is_stopped_twice_and_ends_on_two_ranks_without_a_gap(cli, here):
+def test_run_stopped_twice_continues_on_two_ranks_without_a_gap(cli, here):
     again = Path("runs/again")
     log = again / "log.csv"
     process = cli("--config", "runs/mine/config.toml", "--out", again, wait=False)
@@ -284,7 +286,7 @@ def test_run_is_stopped_twice_and_ends_on_two_ranks_without_a_gap(cli, here):
         assert ended[name][: len(column)] == column, "rows in the log should not change"
 
 
-def test_embedded_folder_is_searched_and_classified_by_the_pages_code(cli, here, capsys):
+def test_pages_code_searches_and_classifies_an_embedded_folder(cli, here, capsys):
     done = cli("embed", "photos", "--checkpoint", "runs/mine", "--out", "features.npz", "--skip-bad")
     assert done.returncode == 0, done.stderr
     assert "red cats/broken.png" in done.stderr
@@ -296,7 +298,7 @@ def test_embedded_folder_is_searched_and_classified_by_the_pages_code(cli, here,
         paths = [str(path) for path in file["paths"]]
     assert len(set(paths)) == 3 * EACH
     assert sum((Path("photos") / path).is_file() for path in paths) >= 2 * EACH, (
-        "files should be found, except those of caf?"
+        "files should be found, except those of the class caf?"
     )
 
     for code in snippets(ROOT / "docs/encoder.md", "zero_shot_classify"):
@@ -306,7 +308,7 @@ def test_embedded_folder_is_searched_and_classified_by_the_pages_code(cli, here,
     assert float(said.split("accuracy: ")[1]) >= 0.8
 
 
-def test_exported_encoder_is_loaded_by_pytorch_alone(cli, here):
+def test_exported_encoder_gives_the_features_of_the_loaded_encoder(cli, here):
     done = cli("export", "--checkpoint", "runs/mine", "--out", "encoder.pt2")
     assert done.returncode == 0, done.stderr
     exported = torch.export.load("encoder.pt2").module()
@@ -338,7 +340,7 @@ class Stripes(Dataset):
         return image, ("plain", "across")[index % 2]
 
 
-def test_trainer_takes_a_dataset_and_load_encoder_gives_its_encoder(here):
+def test_trainer_takes_a_dataset_and_load_encoder_returns_the_trained_encoder(here):
     my_net = importlib.import_module("my_net")
     config = Config(epochs=2, batch_size=16, temperature=0.2, out=Path("runs/dataset"), quiet=True)
     trainer = Trainer(config, Stripes(), encoder=my_net.net(3, 16))
@@ -353,14 +355,14 @@ def test_trainer_takes_a_dataset_and_load_encoder_gives_its_encoder(here):
 
 
 @pytest.mark.slow
-def test_finished_run_is_judged_again_with_the_same_result(cli, here):
+def test_resumed_finished_run_is_evaluated_again_with_the_same_scores(cli, here):
     shutil.copytree("runs/mine", "runs/judged")
     assert cli("--resume", "--out", "runs/judged", "--quiet").returncode == 0
     before, after = (metrics(Path(run))["evaluation"]["scores"] for run in ("runs/mine", "runs/judged"))
     assert after == before
 
 
-def test_pages_call_what_there_is():
+def test_pages_call_only_functions_that_exist():
     pages = [README, *(ROOT / "docs").glob("*.md")]
     named = {name for page in pages for name in re.findall(r"fastntxent\.simclr\.(\w+)\(", page.read_text())}
     assert named

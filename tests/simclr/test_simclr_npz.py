@@ -55,13 +55,13 @@ IMAGES = np.zeros((10, 8, 8), np.uint8)
         ({"images": np.array([None] * 10)}, "cannot be read as an .npz file of plain arrays"),
     ],
 )
-def test_npz_refuses_what_is_no_data_set(tmp_path, arrays, message):
+def test_npz_refuses_arrays_that_are_not_a_data_set(tmp_path, arrays, message):
     np.savez(tmp_path / "d.npz", **arrays)
     with pytest.raises(ValueError, match=message):
         load(tmp_path / "d.npz")
 
 
-def test_npz_refuses_a_file_of_another_kind(tmp_path):
+def test_npz_refuses_a_file_of_a_different_kind(tmp_path):
     (tmp_path / "d.npz").write_bytes(b"text")
     with pytest.raises(ValueError, match="cannot be read as an"):
         load(tmp_path / "d.npz")
@@ -91,17 +91,17 @@ def test_npz_takes_floats_of_every_kind(tmp_path, dtype, top):
     assert torch.equal(data.train_images, torch.from_numpy(PIXELS))
 
 
-def test_npz_takes_black_and_white(tmp_path):
+def test_npz_takes_boolean_images_as_black_and_white(tmp_path):
     data = loaded(tmp_path, images=PIXELS > 99, test_images=PIXELS[:4] > 99)
     assert torch.equal(data.train_images, torch.from_numpy(np.where(PIXELS > 99, 255, 0).astype(np.uint8)))
 
 
-def test_npz_takes_16_bits_and_both_parts_alike(tmp_path):
+def test_npz_scales_16_bit_images_of_both_parts_alike(tmp_path):
     deep = RANDOM.integers(0, 65536, (10, 8, 8)).astype(np.uint16)
     dark = np.full((2, 8, 8), 200, np.uint16)
     data = loaded(tmp_path, images=deep, test_images=dark)
     assert torch.equal(data.train_images[:, 0], torch.from_numpy((deep / 257).round().astype(np.uint8)))
-    assert (data.test_images == 1).all(), "the training images' range, 65535, should scale the test images"
+    assert (data.test_images == 1).all(), "the test images should be scaled like the training images, by 65535"
 
 
 def test_npz_takes_the_range_of_floats_from_both_parts(tmp_path):
@@ -109,7 +109,7 @@ def test_npz_takes_the_range_of_floats_from_both_parts(tmp_path):
     assert (data.test_images == 1).all()
 
 
-def test_npz_is_split_as_it_always_was(tmp_path):
+def test_npz_holds_out_a_fixed_fifth_of_each_class(tmp_path):
     labels = np.arange(20) % 2
     data = loaded(tmp_path, images=PIXELS, labels=labels)
     order = np.random.default_rng(0).permutation(20)
@@ -122,8 +122,8 @@ def test_npz_is_split_as_it_always_was(tmp_path):
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_npz_is_read_in_blocks_of_any_size(tmp_path, save, monkeypatch):
-    monkeypatch.setattr("fastntxent.simclr.arrays.BLOCK_BYTES", 1000)  # two images
+def test_npz_is_read_correctly_in_small_blocks_and_in_fortran_order(tmp_path, save, monkeypatch):
+    monkeypatch.setattr("fastntxent.simclr.arrays.BLOCK_BYTES", 1000)  # a block is one float64 image
     save(tmp_path / "d.npz", images=np.asfortranarray(PIXELS), test_images=PIXELS[:7].astype(np.float64))
     data = load(tmp_path / "d.npz")
     assert torch.equal(data.train_images, torch.from_numpy(PIXELS))
@@ -145,7 +145,7 @@ LABELS = np.arange(20) % 2
         (("images", "labels", "test_images", "test_labels", "train_images"), ("did not read train_images",)),
     ],
 )
-def test_npz_knows_the_names_of_others(tmp_path, keys, notes):
+def test_npz_finds_arrays_by_their_usual_names(tmp_path, keys, notes):
     arrays = (PIXELS, LABELS[:, None], PIXELS[:4], LABELS[:4], PIXELS[:2])
     data = loaded(tmp_path, **dict(zip(keys, arrays, strict=False)))
     assert torch.equal(data.test_images, torch.from_numpy(PIXELS[:4]))
@@ -154,7 +154,7 @@ def test_npz_knows_the_names_of_others(tmp_path, keys, notes):
     assert data.notes == notes
 
 
-def test_npz_has_labels_of_any_kind(tmp_path):
+def test_npz_takes_any_integers_as_labels(tmp_path):
     data = loaded(
         tmp_path,
         images=PIXELS,
@@ -168,7 +168,7 @@ def test_npz_has_labels_of_any_kind(tmp_path):
     assert data.notes == ("1 of 23 images have no label and are left out of accuracies",)
 
 
-def test_npz_has_class_names(tmp_path):
+def test_npz_may_hold_class_names(tmp_path):
     data = loaded(tmp_path, images=PIXELS, labels=LABELS, class_names=np.array(["zebra", "ant", "bee"]))
     assert data.class_names == ("zebra", "ant", "bee")
     assert data.test_labels.bincount().tolist() == [2, 2]
@@ -179,7 +179,7 @@ def test_npz_has_class_names(tmp_path):
 
 
 @pytest.mark.parametrize(("given", "missing"), [("labels", "test_labels"), ("test_labels", "labels")])
-def test_npz_remarks_on_labels_of_one_part(tmp_path, given, missing):
+def test_npz_notes_labels_of_only_one_part(tmp_path, given, missing):
     labels = {"labels": LABELS, "test_labels": LABELS[:4]}
     data = loaded(tmp_path, images=PIXELS, test_images=PIXELS[:4], **{given: labels[given]})
     assert data.notes[0] == f"found {given} but no {missing}: accuracies need the labels of both parts"
@@ -206,7 +206,7 @@ def test_npz_remarks_on_labels_of_one_part(tmp_path, given, missing):
         ({}, "found nothing"),
     ],
 )
-def test_npz_names_what_is_amiss(tmp_path, arrays, message):
+def test_npz_error_names_what_is_wrong(tmp_path, arrays, message):
     with pytest.raises(ValueError, match=message):
         loaded(tmp_path, **arrays)
 
@@ -266,7 +266,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
-def test_npz_names_a_damaged_file_in_a_line(tmp_path, kind):
+def test_npz_reports_a_damaged_file_in_one_line(tmp_path, kind):
     (tmp_path / "d.npz").write_bytes(DAMAGED[kind])
     with pytest.raises(ValueError, match=r"d\.npz") as caught:
         load(tmp_path / "d.npz")
@@ -275,8 +275,8 @@ def test_npz_names_a_damaged_file_in_a_line(tmp_path, kind):
 
 
 def outcome(path):
-    """Return the data's fingerprint and labels. On an error, return the file's name if the message has it, or else the
-    message.
+    """Return the data's fingerprint and labels. On an error, return the file's name if the message contains it, or else
+    the message.
     """
     try:
         data = load(path)
@@ -285,7 +285,7 @@ def outcome(path):
     return data.fingerprint(), data.train_labels.tolist()
 
 
-def test_npz_notices_every_flipped_bit_that_matters(tmp_path):
+def test_npz_notices_flipped_bits_that_matter(tmp_path):
     path = tmp_path / "d.npz"
     path.write_bytes(sound())
     whole = np.fromfile(path, np.uint8)
@@ -297,7 +297,7 @@ def test_npz_notices_every_flipped_bit_that_matters(tmp_path):
         content[at] ^= 1 << at % 8
         content.tofile(path)
         found.append(outcome(path))
-    assert set(map(str, found)) <= {"d.npz", str(expected)}, "a flipped bit that goes unnoticed may change only a date"
+    assert set(map(str, found)) <= {"d.npz", str(expected)}, "an unnoticed flip may change a date, but not the data"
     assert found.count("d.npz") > 300
 
 
@@ -317,7 +317,7 @@ def test_npz_never_runs_code(tmp_path, key):
     assert not (tmp_path / "ran").exists()
 
 
-def test_npz_is_a_regular_file(tmp_path):
+def test_npz_must_be_a_regular_file(tmp_path):
     with pytest.raises(ValueError, match=r"--data npz needs an .npz file as its --data-dir, but .* is a folder"):
         load(tmp_path)
     os.mkfifo(tmp_path / "d.npz")
@@ -327,5 +327,5 @@ def test_npz_is_a_regular_file(tmp_path):
         load(tmp_path / "gone.npz")
 
 
-def test_npz_is_called_after_its_file(tmp_path):
+def test_npz_title_is_the_name_of_its_file(tmp_path):
     assert loaded(tmp_path, images=PIXELS).title == "d.npz"

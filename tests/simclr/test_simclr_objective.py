@@ -26,7 +26,7 @@ def dense_terms(z_i, z_j):
 
 @pytest.mark.parametrize("objective", ["alignment", "distribution"])
 @pytest.mark.parametrize("loss", ["fused", "reference"])
-def test_objective_is_one_term_with_its_own_gradient(objective, loss):
+def test_objective_of_one_term_equals_the_dense_term_with_its_gradient(objective, loss):
     views = torch.randn(2, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     z_i, z_j = views.unbind()
     for z in (z_i, z_j):
@@ -48,7 +48,7 @@ def test_objectives_add_up_to_the_loss():
     torch.testing.assert_close(sum(parts), 2 * TAU * whole)
 
 
-def test_alignment_alone_collapses_and_both_do_not(make_trainer):
+def test_alignment_alone_collapses_and_both_terms_together_do_not(make_trainer):
     similarity = {}
     for objective in ("alignment", "nt_xent"):
         trainer = make_trainer(objective, objective=objective, norm="none", epochs=20)
@@ -61,7 +61,7 @@ def test_alignment_alone_collapses_and_both_do_not(make_trainer):
     assert similarity["nt_xent"] < 0.8
 
 
-def test_fit_until_stops_there_and_goes_on_as_if_it_had_not(make_trainer):
+def test_fit_until_a_step_stops_there_and_continues_as_if_uninterrupted(make_trainer):
     whole, part = make_trainer("whole"), make_trainer("part")
     whole.fit()
     part.fit(4)
@@ -74,14 +74,14 @@ def test_fit_until_stops_there_and_goes_on_as_if_it_had_not(make_trainer):
 
 
 @pytest.mark.parametrize("option", [{"learn_temperature": True}, {"verify_every": 5}])
-def test_config_keeps_what_is_of_the_whole_loss_to_it(option):
+def test_options_of_the_whole_loss_are_refused_for_one_term(option):
     Config(**option).check()
     (name,) = option
     with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} requires --objective nt_xent, got alignment"):
         Config(objective="alignment", **option).check()
 
 
-def test_checkpoint_older_than_an_option_has_its_default():
+def test_option_missing_from_an_old_checkpoint_counts_as_the_default():
     saved = Config().to_dict()
     del saved["objective"], saved["norm"]
     check_agreement(Config().to_dict(), saved, "data", "data")

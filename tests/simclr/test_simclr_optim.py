@@ -7,7 +7,7 @@ from torch import nn
 from fastntxent.simclr.optim import LARS, build_optimizer, default_learning_rate, learning_rate
 
 
-def test_lars_takes_the_step_worked_by_hand():
+def test_lars_takes_steps_worked_out_by_hand():
     w = nn.Parameter(torch.tensor([[3.0, 4.0]]))
     optimizer = LARS([{"params": [w], "weight_decay": 0.1}], lr=2.0, momentum=0.5, trust=0.01)
     w.grad = torch.tensor([[0.7, -0.4]])
@@ -42,7 +42,7 @@ def test_lars_survives_a_zero_norm(weight, gradient):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lars"])
-def test_build_optimizer_spares_vectors_and_the_temperature(optimizer):
+def test_build_optimizer_does_not_decay_vectors_or_the_temperature(optimizer):
     net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
     loss = nn.Module()
     loss.log_temperature = nn.Parameter(torch.tensor(0.0))

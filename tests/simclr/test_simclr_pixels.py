@@ -29,7 +29,7 @@ def error_of(path, size=8):
     ("suffix", "dtype"),
     [("png", "<u2"), ("tif", "<u2"), ("tif", ">u2"), ("pgm", "<u2"), ("tif", np.int32)],
 )
-def test_decode_scales_16_bits(tmp_path, suffix, dtype):
+def test_decode_scales_16_bit_images(tmp_path, suffix, dtype):
     path = save(tmp_path / f"x.{suffix}", RAMP.astype(dtype))
     pixels = decode(path, 32)
     assert pixels.shape == (3, 32, 32)
@@ -55,12 +55,12 @@ def test_decode_takes_floats_from_0_to_1(tmp_path):
         ),
     ],
 )
-def test_decode_refuses_values_beyond_a_range(tmp_path, array, words):
+def test_decode_refuses_values_outside_the_range(tmp_path, array, words):
     assert error_of(save(tmp_path / "x.tif", array)) == words
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"])
-def test_decode_takes_every_mode_as_pillow_does(tmp_path, mode):
+def test_decode_converts_every_mode_as_pillow_does(tmp_path, mode):
     pixels = np.random.default_rng(0).integers(0, 256, (12, 12, 3), np.uint8)
     image = Image.fromarray(pixels).convert(mode)
     path = tmp_path / ("x.tif" if mode in ("CMYK", "YCbCr") else "x.png")
@@ -71,7 +71,7 @@ def test_decode_takes_every_mode_as_pillow_does(tmp_path, mode):
 
 
 @pytest.mark.parametrize("shape", [(20, 60), (33, 20), (16, 16), (1, 1), (1, 300), (57, 91)])
-def test_decode_cuts_the_centre_square_as_fit_does(tmp_path, shape):
+def test_decode_crops_the_centre_square_as_pillows_fit_does(tmp_path, shape):
     pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
     path = save(tmp_path / "x.png", pixels)
     for size in (8, 17):
@@ -82,7 +82,7 @@ def test_decode_cuts_the_centre_square_as_fit_does(tmp_path, shape):
 
 @pytest.mark.parametrize("shape", [(1501, 2003), (999, 1237), (64, 80), (800, 40)])
 @pytest.mark.parametrize("size", [32, 64])
-def test_decode_of_a_scaled_jpeg_is_that_of_the_whole(tmp_path, shape, size):
+def test_decode_of_a_jpeg_at_reduced_scale_is_close_to_full_scale(tmp_path, shape, size):
     coarse = np.random.default_rng(0).integers(0, 256, (9, 9, 3), np.uint8)
     image = Image.fromarray(coarse).resize(shape[::-1])
     image.save(tmp_path / "x.jpg", quality=95)
@@ -152,7 +152,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_try_decode_returns_why_a_file_is_bad(tmp_path, name):
+def test_try_decode_returns_the_reason_why_a_file_is_bad(tmp_path, name):
     (tmp_path / name).write_bytes(BROKEN[name])
     words = error_of(tmp_path / name)
     assert words
@@ -160,7 +160,7 @@ def test_try_decode_returns_why_a_file_is_bad(tmp_path, name):
     assert str(tmp_path) not in words
 
 
-def test_try_decode_survives_every_cut_and_flip_of_a_file(tmp_path):
+def test_try_decode_survives_random_cuts_and_flipped_bits(tmp_path):
     random = np.random.default_rng(0)
     for kind in ("PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"):
         whole = np.frombuffer(encoded(kind), np.uint8)
@@ -183,7 +183,7 @@ data.train_images[:2]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("in_memory", ["yes", "no"])
-def test_a_large_image_is_read_without_a_warning(tmp_path, in_memory):
+def test_large_image_is_read_without_a_warning(tmp_path, in_memory):
     for name in range(10):
         Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
     (tmp_path / "0.png").write_bytes(flat_png(9500, 9500, 9500))  # 90 million pixels: Pillow warns

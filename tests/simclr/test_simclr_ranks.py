@@ -124,8 +124,8 @@ def all_runs(data: ImageData, out: Path, checkpoint: str) -> dict[str, Any]:
 
 
 def normalised(ranks: Ranks | None) -> list[Tensor | None]:
-    """Return gradients and running statistics of two BatchNorms, computed across ranks (the first of which has no rows)
-    or, without any, in one process.
+    """Return the gradients and the running statistics of a model with two BatchNorms, computed across ranks, the first
+    of which has no rows, or in one process if `ranks` is None.
     """
     torch.manual_seed(0)
     model = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 5), nn.BatchNorm1d(5), nn.Tanh()).double()
@@ -189,7 +189,9 @@ class OddNorms(nn.Module):
 
 
 def odd_norms(ranks: Ranks | None) -> list[Tensor | None]:
-    """Return gradients, outputs and buffers of unusual norms, computed across ranks or, without any, in one process."""
+    """Return the gradients, outputs and buffers of a model with unusual norms, computed across ranks, or in one process
+    if `ranks` is None.
+    """
     torch.manual_seed(0)
     model = OddNorms().double()
     without_sync(model)
@@ -302,7 +304,7 @@ def largest_difference(curve: list[float], expected: list[float]) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
-def test_run_over_ranks_is_the_run_of_one_process(found, alone, name):
+def test_run_across_ranks_equals_the_run_of_one_process(found, alone, name):
     digits, expected = DIGITS[dtype_of(name)], alone[name]
     for of_rank in found:
         for table in ("steps", "measured"):
@@ -319,7 +321,7 @@ def test_run_over_ranks_is_the_run_of_one_process(found, alone, name):
         torch.testing.assert_close(of_ranks[0], value, rtol=0, atol=100 * digits * max(1, float(value.abs().max())))
 
 
-def test_verification_is_of_the_loss_over_the_ranks(found):
+def test_verification_checks_the_loss_across_ranks(found):
     for of_rank in found:
         verified = of_rank["float32"]["history"]["verified"]
         assert verified["step"] == [0, 5, 10, 15]
@@ -327,20 +329,20 @@ def test_verification_is_of_the_loss_over_the_ranks(found):
         assert max(verified["gradient_error"]) < 1e-5
 
 
-def test_run_of_one_process_is_gone_on_with_by_several(found, alone):
+def test_run_of_one_process_continues_on_several_ranks(found, alone):
     for of_rank in found:
         assert of_rank["resumed"]["started"] == 7
         curves = (run["history"]["steps"]["loss"] for run in (of_rank["resumed"], alone["float32"]))
         assert largest_difference(*curves) < DIGITS[torch.float32]
 
 
-def test_batch_norm_over_ranks_is_exact_with_uneven_rows(found):
+def test_batch_norm_across_ranks_is_exact_with_uneven_rows(found):
     for of_rank in found:
         for value, expected in zip(of_rank["normalised"], normalised(None), strict=True):
             torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-14)
 
 
-def test_every_kind_of_norm_over_ranks_is_exact(found):
+def test_every_kind_of_norm_across_ranks_is_exact(found):
     expected = odd_norms(None)
     assert len(expected) > 20
     for of_rank in found:
@@ -362,7 +364,7 @@ def test_sync_batch_norm_becomes_an_ordinary_one_that_can_be_copied():
         sync(x[0, 0])
 
 
-def test_batch_norm_over_ranks_takes_half_precision(found):
+def test_batch_norm_across_ranks_takes_half_precision(found):
     x, weights = (torch.cat(parts).float() for parts in zip(*map(half_rows, range(len(found))), strict=True))
     y = nn.BatchNorm1d(3)(x.requires_grad_())
     (y * weights).sum().backward()
@@ -372,7 +374,7 @@ def test_batch_norm_over_ranks_takes_half_precision(found):
         torch.testing.assert_close(value.float(), expected, rtol=0.01, atol=0.01)
 
 
-def test_mistake_on_one_rank_ends_all_with_its_words(found):
+def test_mistake_on_one_rank_ends_all_ranks_with_its_message(found):
     first, *others = (of_rank["errors"] for of_rank in found)
     assert first["one_cannot"] == "ValueError: rank 1: --data npz needs --data-dir"
     assert first["one_breaks"] == "RuntimeError: rank 1: by none"
@@ -381,7 +383,7 @@ def test_mistake_on_one_rank_ends_all_with_its_words(found):
         assert other["one_breaks"] == "ZeroDivisionError: by none"
 
 
-def test_ranks_with_other_options_are_told_which(found):
+def test_ranks_with_differing_options_get_an_error_that_names_them(found):
     world = len(found)
     for of_rank in found:
         said = of_rank["errors"]["options_differ"]
@@ -389,7 +391,7 @@ def test_ranks_with_other_options_are_told_which(found):
         assert said.endswith(f"--log-every is {', '.join(str(1 + rank) for rank in range(world))}")
 
 
-def test_dense_loss_is_of_one_process(found):
+def test_dense_loss_is_refused_on_several_ranks(found):
     for of_rank in found:
         assert "--loss reference is a dense loss for one process" in of_rank["errors"]["reference"]
 
@@ -398,20 +400,20 @@ def test_first_rank_of_a_machine_downloads_for_the_others(found):
     assert all(of_rank["downloaded"] for of_rank in found)
 
 
-def test_backend_reference_is_named_as_it_was_given():
+def test_dense_loss_error_names_the_option_that_was_given():
     with pytest.raises(ValueError, match="--backend reference is a dense loss for one process"):
         build_objective(Config(backend="reference"), object())
 
 
 @pytest.mark.parametrize("n", [0, 1, 3, 7, 8])
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
-def test_parts_are_the_whole_and_nearly_even(n, world):
+def test_parts_of_ranks_cover_the_whole_and_are_nearly_even(n, world):
     parts = [Ranks(None, rank, world).part(torch.arange(n)) for rank in range(world)]
     assert torch.equal(torch.cat(parts), torch.arange(n))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-def test_join_alone_without_torchrun_and_with_one_process_of_it(monkeypatch):
+def test_join_returns_alone_without_torchrun_or_with_one_process(monkeypatch):
     assert join() is ALONE
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
     monkeypatch.setenv("WORLD_SIZE", "1")
@@ -421,7 +423,7 @@ def test_join_alone_without_torchrun_and_with_one_process_of_it(monkeypatch):
         run_module.run(Config())
 
 
-def test_pick_device_gives_each_rank_a_gpu_or_says_why_not(monkeypatch):
+def test_pick_device_needs_a_gpu_for_each_rank(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     ranks = Ranks(object(), rank=6, world=8, local=2)
     with pytest.raises(ValueError, match=r"--device must be cuda for 8 ranks, one GPU for each, got cuda:1"):
@@ -452,7 +454,7 @@ def device_option(device: str) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("device", [device_option("cpu"), device_option("cuda")])
-def test_torchrun_trains_the_demo_and_goes_on_with_other_ranks(tmp_path, device):
+def test_torchrun_run_continues_on_a_different_number_of_ranks(tmp_path, device):
     options = ["--data", "digits", "--width", "4", "--batch-size", "50", "--device", device, "--amp", "off"]
     options += ["--eval-limit", "40"]
     whole = prepare(with_saved_options({
@@ -522,7 +524,7 @@ def children(process: subprocess.Popen[str]) -> list[int]:
     [(signal.SIGINT, False), (signal.SIGTERM, False), (signal.SIGTERM, True)],
     ids=["SIGINT", "SIGTERM", "SIGTERM to the last rank"],
 )
-def test_torchrun_is_stopped_with_words_and_a_checkpoint(tmp_path, number, to_one_rank):
+def test_torchrun_stopped_by_a_signal_leaves_a_checkpoint_and_says_how_to_continue(tmp_path, number, to_one_rank):
     path = tmp_path / FILE_NAME
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # children would inherit an ignored SIGINT
     try:

@@ -29,8 +29,8 @@ run_module = importlib.import_module("fastntxent.simclr.pipeline")
 
 PNG = b"\x89PNG\r\n\x1a\n"
 PICTURES = ("curves", "embedding", "views")
-# Names that mathtext rejects, that a legend drops, that contain characters missing from a font or an encoding, or that
-# are too long.
+# Names that mathtext rejects, that a legend drops, that contain HTML, control characters, or characters missing from a
+# font or an encoding, or that are empty or too long.
 ODD_NAMES = (
     r"$\frac{$", "$", "_hidden", "", "x" * 90, "two\nlines", "汉字", "🦊", "caf\udce9", "<b>&", "a\tb", "__",
     "\x1b[31m",
@@ -99,7 +99,7 @@ for name, features in cases.items():
 
 
 @pytest.mark.slow
-def test_lay_out_survives_every_kind_of_features():
+def test_lay_out_survives_degenerate_features():
     # In a separate process, because a NaN makes scikit-learn's t-SNE end in a segmentation fault.
     result = subprocess.run([sys.executable, "-c", DEGENERATE], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -133,13 +133,13 @@ def test_draw_embedding_writes_every_class_name_as_plain_text(stripes, drawn):
     assert not any(text.get_parse_math() for text in legend.get_texts())
 
 
-def test_draw_embedding_gives_each_of_twenty_classes_a_colour_of_its_own(stripes):
+def test_colour_key_gives_each_of_twenty_classes_its_own_colour(stripes):
     data = dataclasses.replace(stripes, class_names=tuple(map(str, range(20))))
     key = figures.colour_key(Evaluation(labels=torch.arange(20)), data)
     assert len({colour for _, colour, _ in key}) == 20
 
 
-def test_draw_embedding_says_what_it_could_not_draw(stripes, drawn):
+def test_draw_embedding_says_why_a_map_is_not_drawn(stripes, drawn):
     features = {"raw pixels": torch.full((30, 4), torch.nan)}
     figures.draw_embedding(Evaluation(features=features, labels=stripes.test_labels), stripes)
     left, right = drawn[0].axes
@@ -150,7 +150,7 @@ def test_draw_embedding_says_what_it_could_not_draw(stripes, drawn):
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 7])
 @pytest.mark.parametrize("learnt", [False, True])
-def test_draw_curves_of_any_number_of_steps(steps, learnt, drawn):
+def test_draw_curves_draws_any_number_of_steps(steps, learnt, drawn):
     history = History()
     for step in range(steps):
         history.record(torch.tensor(5.0 - step), 0.1, 0.5)
@@ -173,7 +173,7 @@ def test_draw_curves_ignores_a_matplotlibrc_that_asks_for_latex(monkeypatch):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_draw_views_shows_images_of_any_number_of_channels(channels, drawn, monkeypatch):
+def test_draw_views_draws_grey_and_colour_images(channels, drawn, monkeypatch):
     images = torch.zeros(1, channels, 16, 16, dtype=torch.uint8)
     monkeypatch.setattr(figures, "two_views", lambda images, *_: (images / 255, images / 255))
     config = fastntxent.simclr.Config()
@@ -211,7 +211,7 @@ def test_finish_writes_the_report_without_any_picture(trainer, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [MemoryError(), OSError(5, "x.png went away"), RuntimeError("boom")])
-def test_finish_writes_the_history_if_nothing_could_be_judged(trainer, monkeypatch, error):
+def test_finish_writes_the_history_if_the_evaluation_fails(trainer, monkeypatch, error):
     def fail(*args):
         raise error
 
@@ -260,7 +260,7 @@ def test_finish_leaves_metrics_and_a_report_if_the_process_dies(tmp_path, moment
     assert ("before the encoder was evaluated" in text) == (moment == "judge")
 
 
-def test_finish_lets_an_error_of_the_disk_through(trainer, monkeypatch):
+def test_finish_raises_oserror_if_the_disk_is_full(trainer, monkeypatch):
     def full(path, write):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -269,7 +269,7 @@ def test_finish_lets_an_error_of_the_disk_through(trainer, monkeypatch):
         finish(trainer)
 
 
-def test_metrics_hold_no_number_that_json_does_not_know(trainer, evaluation):
+def test_metrics_hold_null_for_numbers_that_are_not_finite(trainer, evaluation):
     trainer.history.columns["measured"]["uniformity"][0] = math.nan
     trainer.history.columns["measured"]["alignment"][0] = math.inf
     write_report(trainer, evaluation, ())
@@ -298,8 +298,8 @@ def test_report_survives_odd_names_everywhere(make_trainer, stripes, monkeypatch
 
 
 @pytest.mark.slow
-def test_report_of_images_of_one_value_is_written(cli, tmp_path):
-    # In a separate process, because t-SNE of these images could crash this one.
+def test_report_is_written_for_images_of_one_value(cli, tmp_path):
+    # In a separate process, because t-SNE of these images could crash the test process.
     images = np.full((300, 12, 12), 7, np.uint8)
     np.savez(tmp_path / "d.npz", images=images, labels=np.arange(300) % 2)
     result = cli(
@@ -322,7 +322,7 @@ def test_report_of_images_of_one_value_is_written(cli, tmp_path):
         (np.zeros(600, int), 10000, "of one class (0)"),
     ],
 )
-def test_main_goes_to_the_end_whatever_classes_are_judged(tmp_path, capsys, labels, limit, note):
+def test_main_finishes_whatever_classes_are_evaluated(tmp_path, capsys, labels, limit, note):
     images = np.random.default_rng(0).integers(0, 256, (600, 12, 12), dtype=np.uint8)
     np.savez(tmp_path / "d.npz", images=images, labels=labels)
     options = f"--data npz --data-dir {tmp_path}/d.npz --out {tmp_path}/run --epochs 1 --batch-size 64 --device cpu"
@@ -360,7 +360,7 @@ def test_remarks_tell_what_is_wrong_and_what_to_try(scores, words):
     assert all(part in remark for part, remark in zip(words, found, strict=True))
 
 
-def test_summarise_shows_a_dash_for_what_is_missing_in_letters_of_the_terminal(trainer, evaluation, monkeypatch):
+def test_summarise_shows_dashes_for_missing_scores_in_the_terminals_encoding(trainer, evaluation, monkeypatch):
     del evaluation.scores["knn"]["trained"], evaluation.scores["linear probe"]
     evaluation.notes.append("left out: 汉字")
     metrics = write_report(trainer, evaluation, ())
@@ -387,7 +387,7 @@ def test_report_shows_the_resolved_settings_and_the_title(make_trainer, stripes)
     assert metrics["config"]["lr"] == 0.0
 
 
-def test_report_is_made_for_phones_and_for_the_dark(trainer, evaluation):
+def test_report_adapts_to_phones_and_dark_mode(trainer, evaluation):
     evaluation.notes.append("Not measured: nothing.")
     write_report(trainer, evaluation, ())
     text = page(trainer.config.out)

@@ -28,7 +28,7 @@ def signal_at(trainer, step, *numbers):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_saves_after_the_step_and_resume_repeats_the_run(make_trainer, tmp_path, number):
+def test_signal_saves_after_the_step_and_the_resumed_run_equals_a_whole_one(make_trainer, tmp_path, number):
     whole = make_trainer("whole")
     whole.fit()
     trainer = make_trainer("part", checkpoint_every=0)
@@ -108,7 +108,7 @@ def test_workers_that_hang_are_killed():
     assert worker.exitcode == -signal.SIGKILL
 
 
-def test_interrupt_between_two_phases_is_no_traceback(monkeypatch, capsys):
+def test_interrupt_outside_training_prints_no_traceback(monkeypatch, capsys):
     def interrupted(arguments, ranks):
         raise KeyboardInterrupt
 
@@ -143,7 +143,7 @@ def test_fit_runs_in_another_thread(make_trainer):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_cli_stopped_by_a_signal_says_how_to_go_on(cli, tmp_path, number, status):
+def test_cli_stopped_by_a_signal_prints_how_to_continue(cli, tmp_path, number, status):
     process = cli(
         "--data", "digits", "--epochs", "20000", "--width", "4", "--device", "cpu", "--checkpoint-every", "0",
         "--log-every", "1", "--out", tmp_path / "run", wait=False,
@@ -164,7 +164,7 @@ def test_cli_stopped_by_a_signal_says_how_to_go_on(cli, tmp_path, number, status
     assert (tmp_path / "run" / "report.html").exists()
 
 
-def test_images_that_cannot_be_read_any_more_end_the_run_with_a_checkpoint(make_trainer, tmp_path):
+def test_images_that_can_no_longer_be_read_end_the_run_with_a_checkpoint(make_trainer, tmp_path):
     trainer = make_trainer(checkpoint_every=0)
     steps = trainer.feed.steps
 
@@ -182,7 +182,7 @@ def test_images_that_cannot_be_read_any_more_end_the_run_with_a_checkpoint(make_
 
 @pytest.mark.parametrize("error", [MemoryError("no"), torch.OutOfMemoryError("CUDA out of memory. Tried\nadvice")])
 @pytest.mark.parametrize("where", ["feed", "step"])
-def test_step_that_does_not_fit_says_what_to_change(make_trainer, monkeypatch, error, where):
+def test_step_that_does_not_fit_in_memory_reports_what_to_change(make_trainer, monkeypatch, error, where):
     def fail(*args, **options):
         raise error
 

@@ -84,7 +84,7 @@ def test_study_shows_collapse_and_its_absence(quick):
 
 
 @pytest.mark.slow
-def test_study_killed_goes_on_to_the_same_numbers(quick, cli, tmp_path, monkeypatch):
+def test_killed_study_continues_to_the_same_numbers(quick, cli, tmp_path, monkeypatch):
     process = cli("study", "--quick", "--out", tmp_path, wait=False)
     second = tmp_path / objective_run("alignment", "batch") / "measured.json"
     while not second.exists():
@@ -122,7 +122,7 @@ def test_study_killed_goes_on_to_the_same_numbers(quick, cli, tmp_path, monkeypa
         ("--page {tmp}/none.md", "--page .*none.md is not a file"),
     ],
 )
-def test_study_tells_a_mistake_in_one_line(tmp_path, capsys, arguments, message):
+def test_study_reports_a_mistake_in_one_line(tmp_path, capsys, arguments, message):
     out = tmp_path / "out"
     assert main(["study", "--quick", "--out", str(out), *arguments.format(tmp=tmp_path).split()]) == 2
     captured = capsys.readouterr()
@@ -131,7 +131,7 @@ def test_study_tells_a_mistake_in_one_line(tmp_path, capsys, arguments, message)
     assert not out.exists()
 
 
-def test_study_refuses_the_folder_of_another(quick, capsys):
+def test_study_refuses_the_folder_of_a_different_study(quick, capsys):
     assert main(["study", "--quick", "--seed", "7", "--out", str(quick)]) == 2
     assert "--seed (checkpoint 0, now 7)" in capsys.readouterr().err
 
@@ -148,7 +148,7 @@ def test_study_refuses_an_unknown_option_and_has_help(capsys):
 
 
 @pytest.mark.parametrize("plan", [FULL, QUICK])
-def test_plan_measures_to_the_end_and_holds_its_reference(plan, tmp_path):
+def test_plan_measures_to_the_end_and_includes_the_reference_temperature(plan, tmp_path):
     assert plan.measured == tuple(sorted(set(plan.measured)))
     assert (plan.measured[0], plan.measured[-1]) == (0, plan.epochs)
     assert TEMPERATURE in plan.temperatures
@@ -168,7 +168,7 @@ def blobs(spread, seed=0):
     return torch.eye(8)[labels] + spread * torch.randn(120, 8, generator=generator), labels
 
 
-def test_separated_blobs_are_clustered_retrieved_and_told_from_news():
+def test_separated_blobs_are_clustered_retrieved_and_detected_as_novel():
     (known, known_labels), (unknown, labels) = blobs(0.02, 0), blobs(0.02, 1)
     clusters = cluster(known, unknown * 7, 3)  # compared by angle, so length does not matter
     assert clustering_scores(clusters, labels) == {"NMI": pytest.approx(1), "ARI": pytest.approx(1)}
@@ -177,7 +177,7 @@ def test_separated_blobs_are_clustered_retrieved_and_told_from_news():
     assert auroc(novelty(known[seen], unknown, k=5), labels == 2) == 1
 
 
-def test_noise_is_at_chance():
+def test_scores_of_noise_are_at_chance():
     generator = torch.Generator().manual_seed(0)
     known, unknown = torch.randn(2, 600, 8, generator=generator)
     labels = torch.arange(600) % 3
@@ -188,17 +188,17 @@ def test_noise_is_at_chance():
     assert auroc(novelty(known, unknown, k=5), labels == 2) == pytest.approx(0.5, abs=0.06)
 
 
-def test_cluster_takes_a_collapsed_encoder():
+def test_cluster_puts_collapsed_features_in_one_cluster():
     assert set(cluster(torch.ones(20, 4), torch.ones(6, 4), 3).tolist()) == {0}
 
 
-def test_precision_and_novelty_of_rows_worked_by_hand():
+def test_precision_and_novelty_match_values_worked_out_by_hand():
     corpus = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
     query = torch.tensor([[2.0, 0.0]])
     labels = torch.tensor([5, 5, 6])
     assert precision(query, torch.tensor([5]), corpus, labels, k=2) == 1
     assert precision(query, torch.tensor([6]), corpus, labels, k=3) == pytest.approx(1 / 3)
-    assert precision(query, torch.tensor([5]), corpus, labels, k=50) == pytest.approx(2 / 3), "k may exceed the corpus"
+    assert precision(query, torch.tensor([5]), corpus, labels, k=50) == pytest.approx(2 / 3), "k may exceed len(corpus)"
     assert float(novelty(corpus, query, k=2)) == pytest.approx(1 - (1 + 0.6) / 2)
 
 
@@ -210,7 +210,7 @@ def test_similarities_take_each_pair_once():
     assert (len(found["same class"]), len(found["other classes"])) == (4, 8)
 
 
-def test_effective_negatives_from_all_to_one():
+def test_effective_negatives_range_from_all_to_one():
     z = torch.randn(2, 50, 16, generator=torch.Generator().manual_seed(0))
     assert effective_negatives(*z, temperature=1e3) == pytest.approx(98, rel=1e-3)
     assert effective_negatives(*z, temperature=1e-5) == pytest.approx(1, abs=1e-3)
@@ -222,7 +222,7 @@ def test_effective_negatives_from_all_to_one():
     assert effective_negatives(z_i, z_j, 1 / math.log(2)) == pytest.approx((uneven + 2 + 2 + uneven) / 4)
 
 
-def test_without_leaves_a_class_out_of_training_alone():
+def test_without_leaves_classes_out_of_the_training_part_only():
     data = load_data("digits", None, 32, False)
     known = without(data, (0, 7))
     assert set(known.train_labels.tolist()) == {1, 2, 3, 4, 5, 6, 8, 9}
@@ -242,7 +242,7 @@ def test_two_decimals_have_no_negative_zero():
     assert [two(value) for value in (-0.001, 0.004, -0.126)] == ["0.00", "0.00", "-0.13"]
 
 
-def test_fill_names_a_missing_marker(quick):
+def test_fill_names_a_missing_or_repeated_marker(quick):
     page = (quick / "page.md").read_text()
     with pytest.raises(ValueError, match=r"<!-- study:uses --> .* once, but it appears 0 times"):
         fill(page.replace("study:uses", "study:use"), read(quick))
@@ -250,7 +250,7 @@ def test_fill_names_a_missing_marker(quick):
         fill(page + page[page.index("<!-- study:cost") :], read(quick))
 
 
-def test_page_holds_what_its_record_makes():
+def test_page_matches_its_record():
     text = PAGE.read_text()
     record = json.loads((PAGE.with_suffix("") / "study.json").read_text())
     assert text == fill(text, record)

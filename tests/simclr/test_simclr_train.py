@@ -39,7 +39,7 @@ def test_fit_lowers_the_loss(make_trainer):
     assert losses[-2] < losses[0] - 0.3
 
 
-def test_fit_sees_every_image_once_an_epoch(make_trainer):
+def test_feed_yields_every_image_once_per_epoch(make_trainer):
     trainer = make_trainer()
     for epoch in range(2):
         seen = []
@@ -70,7 +70,7 @@ def test_fit_drops_only_a_last_batch_of_one(make_trainer, stripes, count, steps)
     ],
 )
 @pytest.mark.parametrize("stop", [1, 3, 5])
-def test_resume_continues_bit_by_bit(make_trainer, options, stop):
+def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(make_trainer, options, stop):
     whole = make_trainer("whole", **options)
     whole.fit()
     part = make_trainer("part", max_steps=stop, checkpoint_every=1, **options)
@@ -84,7 +84,7 @@ def test_resume_continues_bit_by_bit(make_trainer, options, stop):
     assert resumed.history.columns["steps"] == whole.history.columns["steps"]
 
 
-def test_forewarn_tells_of_a_batch_larger_than_the_data(make_trainer):
+def test_forewarn_notes_a_batch_larger_than_the_data(make_trainer):
     assert forewarn(make_trainer(batch_size=83)) == []
     (note,) = forewarn(make_trainer(batch_size=84))
     assert note.startswith("--batch-size 84 exceeds the 83 training images")
@@ -92,7 +92,7 @@ def test_forewarn_tells_of_a_batch_larger_than_the_data(make_trainer):
     assert note.startswith("--accumulate-batch 90 exceeds the 83")
 
 
-def test_augmentation_follows_the_data_at_hand(make_trainer, stripes, tmp_path):
+def test_auto_augmentation_depends_on_the_given_data(make_trainer, stripes, tmp_path):
     def chosen(data):
         return make_trainer(data=data, augment="auto").settings["augment"]
 
@@ -103,7 +103,7 @@ def test_augmentation_follows_the_data_at_hand(make_trainer, stripes, tmp_path):
 
 
 @pytest.mark.parametrize("encoder", ["uncopied", "lazy"])
-def test_trainer_copies_an_encoder_only_after_it_was_tried(stripes, tmp_path, encoder):
+def test_trainer_checks_an_encoder_before_it_copies_it(stripes, tmp_path, encoder):
     module = nn.Sequential(nn.LazyConv2d(4, 3), nn.AdaptiveAvgPool2d(1))
     config = Config(out=tmp_path / "run", device="cpu")
     if encoder == "lazy":
@@ -116,14 +116,14 @@ def test_trainer_copies_an_encoder_only_after_it_was_tried(stripes, tmp_path, en
         Trainer(config, stripes, encoder=module)
 
 
-def test_learnt_temperature_out_of_range_ends_the_run_in_words(make_trainer):
+def test_learnt_temperature_out_of_range_ends_the_run_with_advice(make_trainer):
     with pytest.raises(
         TrainingError, match=r"the loss cannot be computed at step \d: .*temperature.*; a lower --lr may help"
     ):
         make_trainer(learn_temperature=True, lr=100.0).fit()
 
 
-def test_run_without_tqdm_has_no_bar(make_trainer, monkeypatch, capsys):
+def test_run_without_tqdm_has_no_progress_bar(make_trainer, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     make_trainer(quiet=False, max_steps=1).fit()
     assert capsys.readouterr().err == ""
@@ -143,7 +143,7 @@ def test_resume_names_every_difference(make_trainer, stripes):
         make_trainer(resume="auto", data=other_data)
 
 
-def test_resume_lets_bookkeeping_change(make_trainer):
+def test_resume_allows_changes_of_bookkeeping_options(make_trainer):
     make_trainer(max_steps=1).fit()
     trainer = make_trainer(resume="auto", log_every=1, verify_every=1, checkpoint_every=1, knn=3, max_steps=2)
     trainer.fit()
@@ -167,7 +167,7 @@ def test_resume_into_another_folder_does_not_overwrite_its_checkpoint(make_train
     assert make_trainer("one", resume=source).step == 1
 
 
-def test_resume_without_a_checkpoint_is_an_error(make_trainer, tmp_path):
+def test_resume_without_a_sound_checkpoint_is_an_error(make_trainer, tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint to resume from"):
         make_trainer(resume="auto")
     (tmp_path / "run").mkdir()
@@ -229,7 +229,7 @@ def test_fused_and_reference_give_the_same_curve(make_trainer):
     assert curves["fused"] == pytest.approx(curves["reference"], rel=1e-4)
 
 
-def test_learn_temperature_moves_it_and_records_it(make_trainer):
+def test_learnt_temperature_changes_and_is_recorded(make_trainer):
     trainer = make_trainer(learn_temperature=True)
     trainer.fit()
     temperatures = trainer.history.columns["steps"]["temperature"]
@@ -326,7 +326,7 @@ def test_load_encoder_gives_the_trained_features(make_trainer, stripes, tmp_path
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
-def test_fit_on_a_cuda_device(make_trainer, amp):
+def test_fit_lowers_the_loss_on_a_cuda_device(make_trainer, amp):
     trainer = make_trainer(device="cuda", amp=amp, epochs=20, verify_every=10)
     trainer.fit()
     losses = trainer.history.columns["steps"]["loss"]
