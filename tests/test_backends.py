@@ -1,5 +1,6 @@
 """Every backend against the oracle: stages of training, temperatures, sizes, dtypes and layouts."""
 
+import itertools
 import math
 
 import pytest
@@ -318,6 +319,15 @@ def test_neg_lse_row_without_negatives_is_minus_infinity_with_zero_gradient(back
     assert (nu == -math.inf).all()
     (gradient,) = torch.autograd.grad(nu, u, torch.ones(3))
     assert torch.equal(gradient, torch.zeros(3, 4))
+
+
+def test_neg_lse_of_a_row_that_leaves_out_a_nan_is_its_own(backend):
+    # The longest row makes logits whose exponentials overflow, wherever the NaN stands in the batch.
+    u, ids = torch.tensor([[300.0, 0.0], [torch.nan, 0.0], [2.0, 1.0], [1.0, 1.0]]), torch.tensor([0, 0, 1, 2])
+    expected = torch.tensor([600.0, torch.nan, torch.nan, torch.nan])
+    for order in map(list, itertools.permutations(range(4))):
+        nu = neg_lse(u[order], ids[order], 1.0, backend=backend)
+        torch.testing.assert_close(nu, expected[order], equal_nan=True)
 
 
 @pytest.mark.parametrize("temperature", [0.001, 0.5])

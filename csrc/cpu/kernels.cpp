@@ -132,7 +132,7 @@ double load_rows(const PackedSide<T>& side, const fntx_matrix* z, int dtype, int
 #endif
         if (normalize)
             for (int64_t d = 0; d < D; ++d) u[d] /= length;
-        if (!(square <= largest)) largest = square;  // also takes a NaN, which the next row replaces
+        if (largest == largest && !(square <= largest)) largest = square;  // a NaN stays
     }
 #ifdef FNTX_BFLOAT
     const int64_t n_words = words_of(D), word_ld = word_row_length(ld);
