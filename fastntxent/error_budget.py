@@ -125,7 +125,7 @@ def compare(
 ) -> Report:
     """Compare a backend's mean NT-Xent and its gradient with the float64 reference on a live batch.
 
-    Each rank runs the reference on the rows of all ranks, which takes O(N^2) float64 memory.
+    Each rank runs the reference on the rows of all ranks, which takes O(N^2) float64 memory for N samples in total.
 
     Args:
         z_i: (N, D) embeddings of the first view, float16, bfloat16, float32 or float64, with any strides. Row n belongs
