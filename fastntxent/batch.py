@@ -1,7 +1,7 @@
 """The building blocks of a loss: log-sum-exps, positives, groups and sums over the rows of one call.
 
 A call opens one batch (opening.py), and the class of the batch says where the rows are: in this process, for the
-kernels (`LocalBatch`) or for the dense reference (`DenseBatch`), or spread over ranks (`distributed.ShardedBatch`). A
+kernels (`LocalBatch`) or for the dense reference (`DenseBatch`), or spread across ranks (`distributed.ShardedBatch`). A
 loss is written with the methods of `Batch` and does not depend on the class. Columns, groups and sums cover all ranks.
 
 Results are in the accumulation dtype, float64 for float64 embeddings, else float32, and differentiable unless a method
@@ -93,12 +93,12 @@ class Batch(ABC):
         return u
 
     def all_rows(self, u: Tensor) -> Tensor:
-        """Return the rows of the whole batch; rows of other ranks have no gradient."""
+        """Return the rows of the whole batch, without a gradient if it is spread across ranks."""
         return u
 
     def gather(self, x: Tensor) -> Tensor:
-        """Return x, one entry per sample (N, ...), with the entries of all ranks; entries of other ranks have no
-        gradient."""
+        """Return x, one entry per sample (N, ...), with the entries of all ranks. The result has no gradient if the
+        batch is spread across ranks."""
         return x
 
     # --- log-sum-exps -----------------------------------------------------------------------------------------------

@@ -99,12 +99,13 @@ def cached_backward(
         TypeError: the encoder is not a module or does not return a dense tensor, a view holds no tensor or one that is
             not dense, the loss is not a floating-point tensor, another argument has the wrong type, or `chunk_size` and
             `chunk_tokens` are both given or both missing.
-        ValueError: there is no view; a view is empty, on the meta device or has a graph, or its tensors differ in their
-            number of rows; `chunk_size` or `chunk_tokens` is below 1, or the chunks do not add up to the rows of a
-            view; a list does not have one element per view; there is no mask to count tokens with; the encoder's output
-            has no such `output`; the loss is not a scalar; the encoder returns a different number of rows than it got,
-            or rows of different shapes for different chunks; the encoder has a lazy layer that never ran or parameters
-            on the meta device, or is DistributedDataParallel with static_graph=True.
+        ValueError: there is no view; a view is on the meta device or has a graph, its tensors differ in their number of
+            rows, or it is empty and `chunk_size` lists no chunks; `chunk_size` or `chunk_tokens` is below 1, or the
+            chunks do not add up to the rows of a view; a list does not have one element per view; there is no mask to
+            count tokens with, or `lengths` does not give one number per row; the encoder's output has no such `output`;
+            the loss is not a scalar; the encoder returns a different number of rows than it got, or rows of different
+            shapes for different chunks; the encoder has a lazy layer that never ran or parameters on the meta device,
+            or is DistributedDataParallel with static_graph=True.
         RuntimeError: nothing requires a gradient; the encoder's parameters require a gradient but its embeddings do
             not; `loss_fn` has already called backward; the second pass did not repeat the first; the last chunk under
             DistributedDataParallel does not synchronise all gradients; or the call is inside

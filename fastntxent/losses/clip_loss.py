@@ -88,8 +88,8 @@ def clip(
             removes false negatives. An id must mean the same on every rank. None: every other sample is a negative.
             Required for positives="same_id".
         positives: "pair": row n of the other side is the only positive of row n. "same_id": all rows of the other side
-            with the id of row n are its positives; this needs `ids` and excludes label smoothing, margins and a
-            ceiling.
+            with the id of row n are its positives; this needs `ids` and cannot be combined with label smoothing,
+            margins or a ceiling.
         form: With positives="same_id", how the positives are combined. "out" averages their negative log-probabilities,
             which gives nu' - mean_p s_np / tau, with nu' the log-sum-exp over all columns. "in" takes the negative
             logarithm of their mean probability.
@@ -256,8 +256,8 @@ def multi_clip(
             removes false negatives. An id must mean the same on every rank. None: every other sample is a negative.
             Required for positives="same_id".
         positives: "pair": row n of the other side is the only positive of row n. "same_id": all rows of the other side
-            with the id of row n are its positives; this needs `ids` and excludes label smoothing, margins and a
-            ceiling.
+            with the id of row n are its positives; this needs `ids` and cannot be combined with label smoothing,
+            margins or a ceiling.
         form: With positives="same_id", how the positives are combined. "out" averages their negative log-probabilities,
             which gives nu' - mean_p s_np / tau, with nu' the log-sum-exp over all columns. "in" takes the negative
             logarithm of their mean probability.

@@ -99,8 +99,8 @@ def info_nce(
             removes false negatives. An id must mean the same on every rank. None: every other sample is a negative.
             Explicit negatives have no ids.
         positives: "pair": row n of the other side is the only positive of row n. "same_id": all rows of the other side
-            with the id of row n are its positives; this needs `ids` and excludes label smoothing, margins and a
-            ceiling. It also excludes explicit negatives, hardness and in_batch_negatives=False.
+            with the id of row n are its positives; this needs `ids` and cannot be combined with label smoothing,
+            margins, a ceiling, explicit negatives, hardness or in_batch_negatives=False.
         form: With positives="same_id", how the positives are combined. "out" averages their negative log-probabilities,
             which gives nu' - mean_p s_np / tau, with nu' the log-sum-exp over all columns. "in" takes the negative
             logarithm of their mean probability.
@@ -222,7 +222,8 @@ def check_positives(
     hardness_strength: float = 0.0,
     in_batch_negatives: bool | None = None,
 ) -> None:
-    """Check how positives are chosen and combined, and that no option is given that positives="same_id" excludes."""
+    """Check how positives are chosen and combined, and that positives="same_id" comes without the options that it does
+    not support."""
     check_choice("positives", positives, POSITIVES)
     check_choice("form", form, SEVERAL_FORMS)
     if in_batch_negatives is not None:

@@ -99,8 +99,8 @@ class TemperatureLoss(TypedModule):
 
     @property
     def temperature(self) -> float | Tensor:
-        """tau as given. With `learn_temperature`, a 0-d tensor computed from the parameter, in float64 where the device
-        supports it. Can be set, for example by a schedule."""
+        """tau as it was given or set. With `learn_temperature`, a 0-d tensor computed from the parameter, in float64
+        where the device supports it. Can be set, for example by a schedule."""
         return in_double(self.log_temperature).exp() if self.learn_temperature else self._temperature
 
     @temperature.setter

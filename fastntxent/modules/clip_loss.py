@@ -68,8 +68,8 @@ class CLIPLoss(TemperatureLoss):
             read a tensor on an accelerator, so its sign is not checked there. With `learn_temperature`, the value is
             read and initialises the parameter.
         positives: "pair": row n of the other side is the only positive of row n. "same_id": all rows of the other side
-            with the id of row n are its positives; this needs `ids` and excludes label smoothing, margins and a
-            ceiling.
+            with the id of row n are its positives; this needs `ids` and cannot be combined with label smoothing,
+            margins or a ceiling.
         form: With positives="same_id", how the positives are combined. "out" averages their negative log-probabilities,
             which gives nu' - mean_p s_np / tau, with nu' the log-sum-exp over all columns. "in" takes the negative
             logarithm of their mean probability.
@@ -220,8 +220,8 @@ class MultiCLIPLoss(CLIPLoss):
             at least one is above 0. A pair of weight 0 costs nothing. None: each pair has the weight 1 / (number of
             pairs).
         positives: "pair": row n of the other side is the only positive of row n. "same_id": all rows of the other side
-            with the id of row n are its positives; this needs `ids` and excludes label smoothing, margins and a
-            ceiling.
+            with the id of row n are its positives; this needs `ids` and cannot be combined with label smoothing,
+            margins or a ceiling.
         form: With positives="same_id", how the positives are combined. "out" averages their negative log-probabilities,
             which gives nu' - mean_p s_np / tau, with nu' the log-sum-exp over all columns. "in" takes the negative
             logarithm of their mean probability.

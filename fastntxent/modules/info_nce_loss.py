@@ -43,8 +43,8 @@ class InfoNCELoss(TemperatureLoss):
             read and initialises the parameter.
         in_batch_negatives: Whether the keys of other samples are negatives. None: only without explicit negatives.
         positives: "pair": row n of the other side is the only positive of row n. "same_id": all rows of the other side
-            with the id of row n are its positives; this needs `ids` and excludes label smoothing, margins and a
-            ceiling. It also excludes explicit negatives, hardness and in_batch_negatives=False.
+            with the id of row n are its positives; this needs `ids` and cannot be combined with label smoothing,
+            margins, a ceiling, explicit negatives, hardness or in_batch_negatives=False.
         form: With positives="same_id", how the positives are combined. "out" averages their negative log-probabilities,
             which gives nu' - mean_p s_np / tau, with nu' the log-sum-exp over all columns. "in" takes the negative
             logarithm of their mean probability.

@@ -30,7 +30,7 @@ class NegativeQueue(nn.Module):
     does not fit the queue or contradicts itself, the queue stays as it was, and `load_state_dict` reports why.
 
     The buffers follow `.to(device)` and `.half()`. The pointer and the fill stay in host memory, so nothing waits for
-    the device. On the meta device the queue is empty, and it is still empty after `to_empty()` from there.
+    the device. Moving the queue to the meta device empties it, and so does `to_empty()` from there.
 
     No gradient reaches the queue. `QueueInfoNCELoss` is a loss that uses a queue.
 
