@@ -144,8 +144,9 @@ def compare(
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
-            is unknown.
-        RuntimeError: the backend is not available here (the message says why), or a rank of the group does not answer.
+            is unknown, differs between ranks or cannot be combined with another.
+        RuntimeError: the backend is not available here (the message says why), or a rank of the group does not answer
+            or is in a different call.
 
     Example:
         >>> import torch

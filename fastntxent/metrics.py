@@ -64,7 +64,8 @@ def uniformity(z: Tensor, t: float = 2.0, *, backend: BackendName = "auto") -> T
     Raises:
         TypeError: `z` is not a dense floating-point tensor, or `t` is not a number.
         ValueError: `z` is not a matrix of at least two rows, `t` is not positive and finite, or the backend is unknown.
-        RuntimeError: the backend is not available here; the message says why.
+        RuntimeError: the backend is not available here (the message says why), or a second derivative is requested,
+            which only backend="reference" supports.
 
     Example:
         >>> import torch, fastntxent
@@ -159,7 +160,7 @@ def effective_rank(z: Tensor) -> Tensor:
 
     Returns:
         A 0-d tensor, float64 for float64 embeddings, else float32. It is 0 where all embeddings are zero, and NaN where
-        an entry is not finite. Differentiable where the singular values differ.
+        an entry is not finite. Differentiable where no singular value is 0.
 
     Raises:
         TypeError: `z` is not a dense floating-point tensor.

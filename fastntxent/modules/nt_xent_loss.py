@@ -55,7 +55,7 @@ class NTXentLoss(TemperatureLoss):
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: a number is out of range, or an option is unknown.
+        ValueError: a number is out of range, or an option is unknown or cannot be combined with another.
 
     Example:
         >>> import torch, fastntxent

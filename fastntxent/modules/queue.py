@@ -292,7 +292,7 @@ class QueueInfoNCELoss(TemperatureLoss):
         >>> loss = fastntxent.QueueInfoNCELoss(8, 4, temperature=1.0)
         >>> loss(torch.eye(4), torch.eye(4))  # the queue is empty: log(e + 3) - 1
         tensor(0.7437)
-        >>> loss(torch.eye(4), torch.eye(4))  # now each key counts twice, once as a negative: log(2 e + 6) - 1
+        >>> loss(torch.eye(4), torch.eye(4))  # now the queue holds the keys too: log(2 e + 6) - 1
         tensor(1.4368)
     """
 
