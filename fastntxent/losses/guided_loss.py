@@ -169,7 +169,7 @@ def guided_info_nce(
 
 
 def _limits(g_query: Tensor, g_key: Tensor, margin: float, margin_strategy: str) -> Tensor:
-    """Return each query's limit (N,): a negative whose similarity in the guide is above it is left out."""
+    """Return each query's limit (N,): a negative whose similarity in the guide is above the limit is left out."""
     pos = row_dots(g_query, g_key)
     # A tie must stay a tie in every tile. On a CPU, products of the same rows differed by at most 0.6 times this
     # rounding, for 3 to 4,096 features.

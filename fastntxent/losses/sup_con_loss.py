@@ -67,12 +67,12 @@ def sup_con(
     only.
 
     On the same device with the same number of threads, the same input gives the same bits. "out" takes the time of
-    `nt_xent` and O(M D) memory, plus O((M + D) C) with several labels per row or O((C + D) C) with `pair_weights`.
-    "in", "pairs" and "out" with a ceiling form the products of positives once more, in tiles. For n_c rows in class c,
-    that takes sum_c n_c^2 D multiplications for the value and up to three times as many for the gradient, and the host
-    waits for an accelerator once or twice. The reference backend takes O(M^2) memory. In "out" the positives are part
-    of the sum, so its gradient is only as accurate as a logit, with an error of eps / tau; the gradients of "in" and
-    "pairs" keep their relative accuracy.
+    `nt_xent` and O(M D) memory, plus O((M + D) C) with several labels per row or O((C + D) C) with `pair_weights`. "in"
+    and "pairs" (and "out" if there is a ceiling) compute the products of positives once more, in tiles. For n_c rows in
+    class c, that takes sum_c n_c^2 D multiplications for the value and up to three times as many for the gradient, and
+    the host waits for an accelerator once or twice. The reference backend takes O(M^2) memory. In "out" the positives
+    are part of the sum, so its gradient is only as accurate as a logit, with an error of eps / tau; the gradients of
+    "in" and "pairs" keep their relative accuracy.
 
     Args:
         z: (M, D) embeddings of all views of all samples, in any order, float16, bfloat16, float32 or float64.
