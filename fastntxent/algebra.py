@@ -1,6 +1,7 @@
 """Plain tensor algebra for the losses: unit rows, products of rows, row losses, and sums of logarithms.
 
-Everything is O(M D) differentiable tensor code in the accumulation dtype: float64 for float64 embeddings, else float32.
+Everything is differentiable tensor code in the accumulation dtype, float64 for float64 embeddings, else float32. Only
+`product` takes more than O(M D).
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def norm_eps(dtype: torch.dtype) -> float:
-    """Return the smallest norm that a row is divided by: 1e-12, or in float16, where that is zero, the smallest normal
-    number."""
+    """Return the smallest norm that a row is divided by: 1e-12, or in float16, where 1e-12 rounds to zero, the smallest
+    normal number."""
     return torch.finfo(torch.float16).tiny if dtype == torch.float16 else NORM_EPS
 
 
@@ -40,8 +41,8 @@ def unit_rows(z: Tensor, normalize: bool = True) -> Tensor:
 def overflow_factor(u: Tensor, dtype: torch.dtype) -> Tensor | None:
     """Return a power of two for each row (..., 1), below 1 where the row's squares might overflow float32.
 
-    Scaling by it does not change a single bit of the unit rows. Return None for float16, whose squares do not overflow
-    float32, and for float64, whose rows are not scaled.
+    Scaling by it changes no bit of the unit rows, except in elements below 2^-106. Return None for float16, whose
+    squares do not overflow float32, and for float64, whose rows are not scaled.
     """
     if dtype in (torch.float16, torch.float64):
         return None
@@ -128,7 +129,7 @@ def row_dots(a: Tensor, b: Tensor) -> Tensor:
 
 
 def swap_views(rows: Tensor) -> Tensor:
-    """Return the rows, stacked as [z_i; z_j], with row p(i) in the place of row i."""
+    """Return rows that are stacked as [z_i; z_j] with the two views exchanged: [z_j; z_i]."""
     first, second = rows.chunk(2)
     return torch.cat((second, first))
 

@@ -1,10 +1,11 @@
 """The building blocks of a loss: log-sum-exps, positives, groups and sums over the rows of one call.
 
 A call opens one batch (opening.py), and the class of the batch says where the rows are: in this process, for the
-kernels (`LocalBatch`) or for the dense reference (`DenseBatch`), or spread over ranks (`distributed.ShardedBatch`). A
+kernels (`LocalBatch`) or for the dense reference (`DenseBatch`), or spread across ranks (`distributed.ShardedBatch`). A
 loss is written with the methods of `Batch` and does not depend on the class. Columns, groups and sums cover all ranks.
 
-Every result is differentiable, and in the accumulation dtype: float64 for float64 embeddings, else float32.
+Results are in the accumulation dtype, float64 for float64 embeddings, else float32, and differentiable unless a method
+says otherwise.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Batch(ABC):
         return self._replicated(factor(value, self.first))
 
     def bias(self, value: float | Tensor, name: str = "bias") -> Tensor:
-        """Return a number that is added to every logit as a checked 0-d tensor."""
+        """Return the bias, a number that is added to every logit, checked and as a 0-d tensor."""
         replicated = self._replicated(bias_of_logits(value, self.first, name))
         assert isinstance(replicated, Tensor)
         return replicated
@@ -66,7 +67,7 @@ class Batch(ABC):
         return value
 
     def beside(self, rows: Tensor) -> Batch:
-        """Return a batch of further rows (K, D) of the same call, which are negatives of all queries."""
+        """Return a batch of further rows of the same call, such as explicit negatives or a teacher's features."""
         return type(self)(rows, 1, self.reduction, self.normalize)
 
     def in_tiles(self) -> Batch:
@@ -92,18 +93,19 @@ class Batch(ABC):
         return u
 
     def all_rows(self, u: Tensor) -> Tensor:
-        """Return the rows of the whole batch; rows of other ranks have no gradient."""
+        """Return the rows of the whole batch, without a gradient if it is spread across ranks."""
         return u
 
     def gather(self, x: Tensor) -> Tensor:
-        """Return x, one entry per sample (N, ...), with the entries of all ranks; entries of other ranks have no
-        gradient."""
+        """Return x, one entry per sample (N, ...), with the entries of all ranks. The result has no gradient if the
+        batch is spread across ranks."""
         return x
 
     # --- log-sum-exps -----------------------------------------------------------------------------------------------
 
     def neg_lse(self, u: Tensor, ids: Tensor, inv_tau: float | Tensor, limits: Tensor | None = None) -> Tensor:
-        """Return nu_i = log sum over {j : id_j != id_i} of exp(k u_i . u_j) (M,), with one temperature or one per row.
+        """Return nu_i = log sum over {j : id_j != id_i} of exp(u_i . u_j / tau) (M,), with one temperature or one per
+        row.
 
         With one temperature per row, 1/tau multiplies u_i but not u_j. The logits are then not symmetric, so all of
         them are formed, at twice the cost.
@@ -217,10 +219,10 @@ class Batch(ABC):
     def softplus_sums(
         self, rows: Side, cols: Side | None, inv_tau: float | Tensor, bias: Tensor, *, positives: bool
     ) -> Tensor:
-        """Return the sum of log(1 + exp(k u_i . v_j + b)) over the rows or columns j of other groups (M,).
+        """Return the sum of log(1 + exp(u_i . v_j / tau + b)) over the rows or columns j of other groups (M,).
 
-        Without columns the rows are compared with each other. With columns and `positives`, the sum of log(1 + exp(-k
-        u_i . v_j - b)) over the columns of the same group is added.
+        Without columns the rows are compared with each other. With columns and `positives`, the result also includes
+        the sum of log(1 + exp(-u_i . v_j / tau - b)) over the columns of the same group.
         """
 
     @abstractmethod
@@ -243,11 +245,11 @@ class Batch(ABC):
     # --- sums and losses --------------------------------------------------------------------------------------------
 
     def total(self, x: Tensor) -> Tensor:
-        """Return the sum of the entries over all ranks (0-d)."""
+        """Return the sum of the entries of all ranks (0-d)."""
         return x.sum()
 
     def sum_of_ranks(self, x: Tensor) -> Tensor:
-        """Return a sum over this rank's rows, of any shape, added over all ranks."""
+        """Return a sum over this rank's rows, of any shape, added up across all ranks."""
         return x
 
     def log_sum_exp(self, x: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
 """Gradient caching: the gradient of a whole batch whose encoder activations do not fit in memory.
 
-A contrastive loss does not split over a batch: every row is a negative of every other row. But once the gradient of the
-loss with respect to the *embeddings* is known, the encoder's part of the chain rule is a sum over rows and does split.
-So: encode in chunks without a graph, form the loss and its gradient on all embeddings, then encode each chunk again
-with a graph and backpropagate the chunk's part of the embeddings' gradient. Gao et al., "Scaling Deep Contrastive
-Learning Batch Size under Memory Limited Setup", 2021.
+A contrastive loss does not split into a sum over rows: every row is a negative of every other row. But once the
+gradient of the loss with respect to the *embeddings* is known, the encoder's part of the chain rule is a sum over rows
+and does split. So: encode in chunks without a graph, form the loss and its gradient on all embeddings, then encode each
+chunk again with a graph and backpropagate the chunk's part of the embeddings' gradient. Gao et al., "Scaling Deep
+Contrastive Learning Batch Size under Memory Limited Setup", 2021.
 """
 
 from __future__ import annotations
@@ -63,13 +63,13 @@ def cached_backward(
             towers; a module may appear several times. Under DistributedDataParallel the gradients are synchronised
             once, in the last chunk. If that chunk does not use all parameters (one tower per view in a single module),
             set find_unused_parameters=True. Under `fully_shard` every chunk reduces its gradients, so no rank holds
-            more than its shard of them. An encoder whose views get no gradient (a frozen tower) runs once.
+            more than its shard of them. A frozen encoder runs once, unless it shares state with one that is not frozen.
         views: One input per view of the batch: a tensor of any dtype, or mappings (such as Hugging Face's
             BatchEncoding), lists, tuples and dataclasses of tensors, nested to any depth. Every tensor has the batch
             along its first dimension and is cut into the same chunks; 0-d tensors and objects of other types go into
             every chunk unchanged. Inputs get no gradient, and the encoder works on copies of them.
         loss_fn: A function of one (N, D) tensor of embeddings per view that returns a scalar. Its own parameters (a
-            learnable temperature) get their gradients too. For half precision scale the loss here, with `lambda *z:
+            learnable temperature) get their gradients too. For half precision, scale the loss here, with `lambda *z:
             scaler.scale(loss(*z))` for a GradScaler, and call `scaler.step` and `scaler.update` afterwards.
         chunk_size: The number of rows of a view that the encoder sees at once, at least 1; or a list with the number of
             rows in each chunk, which add up to the rows of a view; or one such list per view. A chunk never mixes
@@ -99,12 +99,13 @@ def cached_backward(
         TypeError: the encoder is not a module or does not return a dense tensor, a view holds no tensor or one that is
             not dense, the loss is not a floating-point tensor, another argument has the wrong type, or `chunk_size` and
             `chunk_tokens` are both given or both missing.
-        ValueError: there is no view; a view is empty, on the meta device or has a graph, or its tensors differ in their
-            number of rows; `chunk_size` or `chunk_tokens` is below 1, or the chunks do not add up to the rows of a
-            view; a list does not have one element per view; there is no mask to count tokens with; the encoder's output
-            has no such `output`; the loss is not a scalar; the encoder returns a different number of rows than it got,
-            or rows of different shapes for different chunks; the encoder has a lazy layer that never ran or parameters
-            on the meta device, or is DistributedDataParallel with static_graph=True.
+        ValueError: there is no view; a view is on the meta device or has a graph, its tensors differ in their number of
+            rows, or it is empty and `chunk_size` lists no chunks; `chunk_size` or `chunk_tokens` is below 1, or the
+            chunks do not add up to the rows of a view; a list does not have one element per view; there is no mask to
+            count tokens with, or `lengths` does not give one number per row; the encoder's output has no such `output`;
+            the loss is not a scalar; the encoder returns a different number of rows than it got, or rows of different
+            shapes for different chunks; the encoder has a lazy layer that never ran or parameters on the meta device,
+            or is DistributedDataParallel with static_graph=True.
         RuntimeError: nothing requires a gradient; the encoder's parameters require a gradient but its embeddings do
             not; `loss_fn` has already called backward; the second pass did not repeat the first; the last chunk under
             DistributedDataParallel does not synchronise all gradients; or the call is inside

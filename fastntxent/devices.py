@@ -30,7 +30,7 @@ def verify(
     Args:
         device: A CPU or GPU of this machine. None: the current GPU, or the CPU where there is none.
         backend: The name of a single backend to check, which is then not timed. None: all backends that can run on the
-            device.
+            device, except "reference".
         refresh: Check and time again, even where a verdict is stored.
 
     Returns:
@@ -38,6 +38,7 @@ def verify(
         and the verdict prints as one line.
 
     Raises:
+        TypeError: `refresh` is not a bool.
         ValueError: there is no such device, or no such backend for it.
 
     Example:
@@ -140,7 +141,8 @@ def _leaves_of(value: Tensor) -> list[Tensor]:
 
 
 def find_device(device: torch.device | str | None) -> torch.device:
-    """Return the named device, with its index. Raise ValueError if this machine does not have it."""
+    """Return a device, by default the current GPU or the CPU; a GPU gets its index. Raise ValueError if this machine
+    does not have it."""
     if device is None:
         device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     try:

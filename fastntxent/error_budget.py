@@ -125,7 +125,7 @@ def compare(
 ) -> Report:
     """Compare a backend's mean NT-Xent and its gradient with the float64 reference on a live batch.
 
-    Each rank runs the reference on the rows of all ranks, which takes O(N^2) float64 memory.
+    Each rank runs the reference on the rows of all ranks, which takes O(N^2) float64 memory for N samples in total.
 
     Args:
         z_i: (N, D) embeddings of the first view, float16, bfloat16, float32 or float64, with any strides. Row n belongs
@@ -144,8 +144,9 @@ def compare(
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
-            is unknown.
-        RuntimeError: the backend is not available here (the message says why), or a rank of the group does not answer.
+            is unknown, differs between ranks or cannot be combined with another.
+        RuntimeError: the backend is not available here (the message says why), or a rank of the group does not answer
+            or is in a different call.
 
     Example:
         >>> import torch

@@ -19,7 +19,8 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
         write: A function that is called with a new temporary file beside `path`, open for reading and writing.
 
     Raises:
-        OSError: the file cannot be written. The old one stays as it was.
+        OSError: the file cannot be written, and the old one stays as it was; or the folder cannot be synced after the
+            new file has replaced the old one.
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
     try:

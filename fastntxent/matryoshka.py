@@ -34,7 +34,7 @@ def matryoshka(
     .. math:: L = \sum_m w_m \, \text{loss}(z_{:, 1..d_m})
 
     Kusupati et al., "Matryoshka Representation Learning", 2022. Rows are cut before the loss normalises them. Each
-    width takes one pass; half the width costs half the time.
+    width whose weight is not 0 takes one call of the loss; half the width costs about half the time.
 
     Args:
         loss: A loss or module of this package, or any other function of embeddings.
@@ -97,9 +97,9 @@ class MatryoshkaLoss(TypedModule):
     .. math:: L = \sum_m w_m \, \text{loss}(z_{:, 1..d_m})
 
     Kusupati et al., "Matryoshka Representation Learning", 2022. Rows are cut before the loss normalises them. Each
-    width takes one pass; half the width costs half the time.
+    width whose weight is not 0 takes one call of the loss; half the width costs about half the time.
 
-    Call it with the arguments of `loss`. `matryoshka` is the same as a function.
+    Call it with the arguments of `loss`. `matryoshka` is the same loss as a function.
 
     Args:
         loss: The loss, a module.

@@ -50,8 +50,8 @@ def uniformity(z: Tensor, t: float = 2.0, *, backend: BackendName = "auto") -> T
 
     Wang & Isola, "Understanding Contrastive Representation Learning through Alignment and Uniformity on the
     Hypersphere", 2020. Since ||u - v||^2 = 2 - 2 u.v, this is `neg_lse` at a temperature of 1/(2t), and takes O(M D)
-    memory. Rows are scaled to unit length first. A row of length zero has no direction and counts as orthogonal to all
-    others, so check the norms too.
+    memory (O(M^2) with the reference backend). Rows are scaled to unit length first. A row of length zero has no
+    direction and counts as orthogonal to all others, so check the norms too.
 
     Args:
         z: (M, D) embeddings, M >= 2, float16, bfloat16, float32 or float64.
@@ -64,7 +64,8 @@ def uniformity(z: Tensor, t: float = 2.0, *, backend: BackendName = "auto") -> T
     Raises:
         TypeError: `z` is not a dense floating-point tensor, or `t` is not a number.
         ValueError: `z` is not a matrix of at least two rows, `t` is not positive and finite, or the backend is unknown.
-        RuntimeError: the backend is not available here; the message says why.
+        RuntimeError: the backend is not available here (the message says why), or a second derivative is requested,
+            which only backend="reference" supports.
 
     Example:
         >>> import torch, fastntxent
@@ -85,8 +86,8 @@ def positive_ranks(z_i: Tensor, z_j: Tensor) -> Tensor:
 
     .. math:: r_i = 1 + |\{ j \ne i, p(i) : s_{ij} \ge s_{i,p(i)} \}|
 
-    The rows are [z_i; z_j], and p(i) is the other view of row i's sample. A tie counts against the positive, and so
-    does a NaN: in a collapsed batch, where all embeddings are alike, every positive comes last.
+    The rows are [z_i; z_j], and p(i) is the other view of row i's sample. A tie counts against the positive, so in a
+    collapsed batch, where all embeddings are alike, every positive comes last. A NaN counts against the positive too.
 
     Rows are compared a block at a time: O(N D) memory, plus 4 million similarities (16 MiB in float32), or 2N where
     that is more.
@@ -149,8 +150,8 @@ def effective_rank(z: Tensor) -> Tensor:
 
     .. math:: \exp(-\sum_k p_k \log p_k), \quad p_k = \sigma_k / \sum_l \sigma_l
 
-    sigma are the singular values of z, neither centred nor normalised. Roy & Vetterli, "The Effective Rank: A Measure
-    of Effective Dimensionality", 2007; RankMe (Garrido et al., 2023) is the same number.
+    sigma are the singular values of z, which is neither centred nor normalised. Roy & Vetterli, "The Effective Rank: A
+    Measure of Effective Dimensionality", 2007; RankMe (Garrido et al., 2023) is the same number.
 
     It takes O(M D min(M, D)) time and O(M D) memory.
 
@@ -159,7 +160,7 @@ def effective_rank(z: Tensor) -> Tensor:
 
     Returns:
         A 0-d tensor, float64 for float64 embeddings, else float32. It is 0 where all embeddings are zero, and NaN where
-        an entry is not finite. Differentiable where the singular values differ.
+        an entry is not finite. Differentiable where no singular value is 0.
 
     Raises:
         TypeError: `z` is not a dense floating-point tensor.

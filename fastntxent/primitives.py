@@ -33,7 +33,7 @@ class CrossNegLse(NamedTuple):
 
 @watched
 def neg_lse(u: Tensor, ids: Tensor, temperature: float | Tensor, *, backend: BackendName = "auto") -> Tensor:
-    r"""Log-sum-exp of each row's similarities to rows of other groups: the primitive behind the whole family of losses.
+    r"""Log-sum-exp of each row's similarities to rows of other groups: the primitive behind all losses with a softmax.
 
     .. math:: \nu_i = \log \sum_{j : id_j \ne id_i} e^{u_i \cdot u_j / \tau}
 

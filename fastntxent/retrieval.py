@@ -83,7 +83,7 @@ def retrieve(queries: Tensor, corpus: Tensor, k: int) -> Retrieval:
 
     .. math:: \text{score}_{qc} = \frac{x_q \cdot w_c}{\|x_q\| \|w_c\|}
 
-    Rows are scaled to unit length first. A NaN similarity, from an embedding with a NaN, counts as -inf.
+    Rows are scaled to unit length first. A similarity of NaN, as from an embedding with a NaN, counts as -inf.
 
     The result is deterministic. Besides the arguments and the result, memory holds one tile of 32 MiB, the unit rows of
     its 1,024 queries and 8,192 columns (256 k columns where that is more), and at most 32 MiB more, for any Q and C.

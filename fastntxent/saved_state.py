@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 _WITHOUT_STATE = (int, float, str, type(None), types.FunctionType)  # the types of most attributes, skipped early
-# The parameters and hooks of every module. FSDP replaces sharded parameters with full ones in a forward, so a restore
-# must leave parameters alone.
+# Attributes of every module that are not searched for state: parameters, hooks and flags. FSDP replaces sharded
+# parameters with full ones in a forward, so a restore must leave parameters alone.
 _NOT_STATE = vars(nn.Module()).keys() - {"_buffers", "_modules"}
 
 
@@ -144,7 +144,8 @@ def _same(version: object, other: object) -> bool:
     if isinstance(version, Tensor):
         return isinstance(other, Tensor) and torch.equal(version, other)
     if isinstance(version, tuple) and isinstance(other, tuple):
-        # Compare the contents of containers and modules by identity, and the state of generators by value.
+        # Compare the objects in containers and modules by identity; numbers, strings and the state of generators by
+        # value.
         return len(version) == len(other) and all(map(_identical_or_equal, version, other))
     return version == other
 
@@ -154,7 +155,7 @@ def _identical_or_equal(a: object, b: object) -> bool:
 
 
 def _is_state(value: object) -> bool:
-    """Return whether `_holding` has anything to restore for the object."""
+    """Return whether `_holding` may have anything to restore for the object."""
     numpy = _numpy()
     if isinstance(value, Tensor):
         return not value.requires_grad and not isinstance(value, nn.Parameter)  # neither learnt nor part of a graph

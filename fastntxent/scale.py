@@ -1,4 +1,5 @@
-"""The factors of similarities: 1 / temperature and others, as floats or as tensors in the accumulation dtype."""
+"""The factors of similarities, such as 1 / temperature, and the bias of logits, as floats or as tensors in the
+accumulation dtype."""
 
 from __future__ import annotations
 
@@ -52,7 +53,7 @@ def logit_scale_factor(logit_scale: float | Tensor, rows: Tensor, name: str = "l
 
 
 def bias_of_logits(bias: float | Tensor, rows: Tensor, name: str) -> Tensor:
-    """Return a number that is added to every logit as a 0-d tensor in the accumulation dtype."""
+    """Return the bias, a number that is added to every logit, checked and as a 0-d tensor in the accumulation dtype."""
     bias = check_bias(name, bias, rows)
     dtype = accumulation_dtype(rows.dtype)
     values: tuple[float, ...] = ()  # the values that may be out of the dtype's range
@@ -72,10 +73,11 @@ def is_per_row(inv_tau: float | Tensor) -> TypeGuard[Tensor]:
 
 
 def factor(value: float | Tensor, rows: Tensor) -> float | Tensor:
-    """Return a factor of logits: a float as it is, a tensor in the accumulation dtype."""
+    """Return a factor of logits: a float as it is, a tensor in the accumulation dtype. A float that changes under
+    torch.compile becomes a tensor."""
     if not isinstance(value, Tensor):
         return scalar_like(value, rows) if _changes(value) else value
-    if may_be_differentiated(value) or value.ndim > 0:  # the kernels form its gradient on the device of the rows
+    if may_be_differentiated(value) or value.ndim > 0:  # its gradient or its product is formed on the rows' device
         value = value if value.device == rows.device else value.to(rows.device)
     dtype = accumulation_dtype(rows.dtype)
     return value if value.dtype == dtype else value.to(dtype)  # a no-op `to` costs a microsecond
@@ -96,7 +98,7 @@ def _changes(value: float) -> bool:
 
 
 def scalar_like(value: float | Tensor, rows: Tensor) -> Tensor:
-    """Return a Python number or a size as a 0-d tensor in the accumulation dtype."""
+    """Return a Python number or a size as a 0-d tensor in host memory, in the accumulation dtype."""
     dtype = accumulation_dtype(rows.dtype)
     # torch.compile makes the factor of a product an input of the graph, but needs a new graph for each value of a
     # constant. Under torch.jit.trace a size is a tensor, and a constant would freeze its value.

@@ -22,8 +22,8 @@ def named_tensors(tree: object, name: str) -> Iterator[tuple[str, Tensor]]:
 def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
     """Return the tree with function(tensor) in place of each tensor.
 
-    Containers on the path to a tensor are new objects of the same type, so that they can be written to. A part without
-    tensors stays the same object.
+    Containers on the path to a replaced tensor are new objects of the same type, so that they can be written to; a
+    read-only mapping becomes a dict. All other parts stay the same objects.
     """
     if isinstance(tree, Tensor):
         return function(tree)

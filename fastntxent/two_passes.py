@@ -48,8 +48,8 @@ class TwoPasses:
     def second(self, d_leaves: Sequence[Tensor | None]) -> None:
         """Backpropagate the gradients of the embeddings through the encoders.
 
-        Encoders without a gradient do not run again. Changes to encoders and generators since the first pass, for
-        example by the loss, are kept.
+        An encoder that cannot get a gradient does not run again, unless it shares state with one that can. Changes to
+        encoders and generators since the first pass, for example by the loss, are kept.
         """
         learning = {
             id(view.encoder) for view, leaf in zip(self._views, self._leaves, strict=True) if leaf.requires_grad
@@ -181,7 +181,7 @@ def _distance(name: str, z: Tensor, first: Tensor) -> Tensor:
 
 def _check_repeated(distances: Sequence[tuple[str, Tensor]]) -> None:
     too_far = [(value, name) for name, value in ((name, float(d)) for name, d in distances) if value > _REPEATS_WITHIN]
-    if too_far:  # NaN, from a chunk without rows, is not too far
+    if too_far:  # a NaN, as from a chunk without rows, is not too far
         distance, name = max(too_far)
         raise RuntimeError(
             f"{name} gave different embeddings in the second pass over the same rows (relative difference "

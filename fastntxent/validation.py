@@ -21,7 +21,7 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ID_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 MOST_ROWS = 2**31 - 1  # over all views of a loss: the kernels count rows in 32 bits
 
-# The interval of each numeric parameter of a loss; a square bracket includes the end.
+# The intervals that `check_parameter` checks; a square bracket includes the end.
 _INTERVALS = {
     "A_0": ("[", 0, 1, "]"),
     "a_0": ("[", 0, 1, "]"),
@@ -122,8 +122,8 @@ def check_temperature(
 ) -> float | Tensor:
     """Return a temperature, checked, as a Python number if it is a number.
 
-    It is a positive, finite number, or a 0-d floating-point tensor in host memory or on the device of the rows; with
-    `per_row`, a tensor (per_row,) is accepted too.
+    It must be positive and finite: a number, or a 0-d floating-point tensor in host memory or on the device of the
+    rows. With `per_row`, a tensor (per_row,) is accepted too.
     """
     if isinstance(temperature, Tensor):
         check_factor(name, temperature, rows)
@@ -138,8 +138,8 @@ def check_temperature(
 
 
 def extremes(x: Tensor) -> tuple[float, float] | None:
-    """Return the smallest and the largest entry, or None where the host cannot see them: on an accelerator, or while
-    tracing."""
+    """Return the smallest and the largest entry, or None if there are no entries or the host cannot see them: on an
+    accelerator, or while tracing."""
     if not x.is_cpu or not x.numel() or _traced():
         return None
     x = _unwrapped(x)
@@ -162,7 +162,7 @@ def _unwrapped(x: Tensor) -> Tensor:
 
 
 def check_factor(name: str, value: Tensor, rows: Tensor | None) -> None:
-    """Check a floating-point tensor that multiplies or shifts logits: it is in host memory or on the device of the
+    """Check a floating-point tensor that multiplies or shifts logits: it must be in host memory or on the device of the
     rows."""
     check_tensor(name, value)
     if value.dtype not in FLOAT_DTYPES:

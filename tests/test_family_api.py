@@ -469,7 +469,7 @@ BAD_CALLS = {
     "views rank": (lambda: multiview_nt_xent(Z), ValueError, r"views must have shape \(V, N, D\), got \(6, 4\)"),
     "views one": (lambda: multiview_nt_xent([Z]), ValueError, "at least two views, got 1"),
     "views shapes": (lambda: multiview_nt_xent([Z, W[:2]]), ValueError, r"views\[0\] and views\[1\].*same shape"),
-    "views type": (lambda: multiview_nt_xent(3), TypeError, "views must be a tensor or a sequence of tensors, got int"),
+    "views type": (lambda: multiview_nt_xent(3), TypeError, "or a list or tuple of tensors, got int"),
     "views member": (
         lambda: multiview_nt_xent([Z, None]),  # type: ignore[list-item]
         TypeError,

@@ -1,5 +1,5 @@
-"""The losses as functions: conventions, reductions and O(M D) formulas over the operators. docs/losses.md lists all
-formulas."""
+"""The losses as functions. A loss checks its arguments, opens a batch and writes its formula with the batch's methods.
+docs/losses.md lists all formulas."""
 
 from .clip_loss import clip, multi_clip
 from .dcl_loss import dcl, dclw

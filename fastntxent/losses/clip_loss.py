@@ -50,7 +50,7 @@ def clip(
     backend: BackendName = "auto",
     group: Group | None = None,
 ) -> Tensor:
-    r"""CLIP's loss: each image picks its text and each text its image, in one pass over the similarities.
+    r"""CLIP's loss: each image picks its text, and each text its image.
 
     .. math::
         L = \frac{1}{2N} \sum_{n=1}^{N} [ \log(1 + e^{\nu^{img}_n - \pi_n}) + \log(1 + e^{\nu^{txt}_n - \pi_n}) ], \quad
@@ -58,7 +58,8 @@ def clip(
 
     Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021. nu^img_n is the
     log-sum-exp of image n's logits with the other texts, and nu^txt_n the log-sum-exp of text n's logits with the other
-    images. For features that are normalised already, `normalize=False` gives open_clip's `ClipLoss`.
+    images. Both directions come from one pass over the similarities, or from one pass each with positives="same_id".
+    For features that are normalised already, `normalize=False` gives open_clip's `ClipLoss`.
 
     With positives="same_id" and form "out" the positives are part of the denominator, so near convergence the gradient
     is only as accurate as a logit, with an error of eps / tau. The form "in" keeps the gradient's relative accuracy,
@@ -79,15 +80,16 @@ def clip(
             read a tensor on an accelerator, so its sign is not checked there. None: 0.07, unless `logit_scale` is
             given.
         logit_scale: 1 / tau in place of `temperature`: a positive float or a 0-d floating-point tensor, such as
-            `log_scale.exp()` of a learnt parameter.
+            `log_scale.exp()` with a learnt parameter `log_scale`.
         logit_bias: A finite float or a tensor of one element that is added to every logit. The softmax cancels it, so
-            the loss does not change and the bias gets a gradient of exactly 0; only SigLIP's loss depends on a bias.
+            the loss does not change and the bias gets a gradient of exactly 0. Only the losses with sigmoids, such as
+            `siglip`, depend on a bias.
         ids: (N,) integers, the group of each sample. Samples of the same group are not negatives of each other, which
             removes false negatives. An id must mean the same on every rank. None: every other sample is a negative.
             Required for positives="same_id".
         positives: "pair": row n of the other side is the only positive of row n. "same_id": all rows of the other side
-            with the id of row n are its positives; this needs `ids` and excludes label smoothing, margins and a
-            ceiling.
+            with the id of row n are its positives; this needs `ids` and cannot be combined with label smoothing,
+            margins or a ceiling.
         form: With positives="same_id", how the positives are combined. "out" averages their negative log-probabilities,
             which gives nu' - mean_p s_np / tau, with nu' the log-sum-exp over all columns. "in" takes the negative
             logarithm of their mean probability.
@@ -108,9 +110,9 @@ def clip(
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; "none" returns this rank's losses. After DistributedDataParallel averages the gradients
-            of the parameters, they equal the gradients of one process with the whole batch. None: this rank's samples
-            are the whole batch.
+            equal on every rank; once DistributedDataParallel has averaged the gradients of the parameters, they equal
+            the gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's
+            samples are the whole batch.
 
     Returns:
         A 0-d tensor, or (N,) for "none"; float64 for float64 features, else float32.
@@ -118,9 +120,10 @@ def clip(
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
-            is unknown.
-        RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
-            a second derivative is requested, which only backend="reference" without a group supports.
+            is unknown, differs between ranks or cannot be combined with another.
+        RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer or
+            is in a different call, or a second derivative is requested, which only backend="reference" without a group
+            supports.
 
     Example:
         >>> import torch, fastntxent
@@ -174,7 +177,8 @@ def clip_directions(
 ) -> CLIPDirections:
     """Return the losses of both directions for rows that come from `unit_rows`."""
     groups = batch.sample_ids() if ids is None else ids
-    # Formed first, so that its backward runs last, after the kernel's backward has freed its memory.
+    # The products are formed first, so that their backward runs last, after the kernel's backward has freed its
+    # workspace.
     sims = row_dots(u, v)
     pos = scale * sims
     if limits is None:
@@ -193,7 +197,7 @@ def clip_directions(
 
 
 def _checked_bias(logit_bias: float | Tensor, rows: Tensor) -> Tensor:
-    """Return a bias, a number or a tensor of one element, as a checked 0-d tensor."""
+    """Check a bias, which is a number or a tensor of one element, and return it as a 0-d tensor."""
     if isinstance(logit_bias, Tensor):
         check_tensor("logit_bias", logit_bias)
         if logit_bias.numel() != 1:
@@ -224,9 +228,9 @@ def multi_clip(
 
     .. math:: L = \sum_{a < b} w_{ab} L^{\text{clip}}(x_a, x_b)
 
-    Each pair of towers takes one pass over its similarities. With the default weights the loss is the mean over the
-    pairs. `clip` is the loss of Radford et al., "Learning Transferable Visual Models From Natural Language
-    Supervision", 2021.
+    Each pair of towers takes one pass over its similarities, or two with positives="same_id". With the default weights
+    the loss is the mean over the pairs. `clip` is the loss of Radford et al., "Learning Transferable Visual Models From
+    Natural Language Supervision", 2021.
 
     With positives="same_id" and form "out" the positives are part of the denominator, so near convergence the gradient
     is only as accurate as a logit, with an error of eps / tau. The form "in" keeps the gradient's relative accuracy,
@@ -245,7 +249,7 @@ def multi_clip(
             read a tensor on an accelerator, so its sign is not checked there. None: 0.07, unless `logit_scale` is
             given.
         logit_scale: 1 / tau in place of `temperature`: a positive float or a 0-d floating-point tensor, such as
-            `log_scale.exp()` of a learnt parameter.
+            `log_scale.exp()` with a learnt parameter `log_scale`.
         weights: One finite number, at least 0, for each pair of towers, in the order (0, 1), (0, 2), ..., (1, 2), ...;
             at least one is above 0. A pair of weight 0 costs nothing. None: each pair has the weight 1 / (number of
             pairs).
@@ -253,8 +257,8 @@ def multi_clip(
             removes false negatives. An id must mean the same on every rank. None: every other sample is a negative.
             Required for positives="same_id".
         positives: "pair": row n of the other side is the only positive of row n. "same_id": all rows of the other side
-            with the id of row n are its positives; this needs `ids` and excludes label smoothing, margins and a
-            ceiling.
+            with the id of row n are its positives; this needs `ids` and cannot be combined with label smoothing,
+            margins or a ceiling.
         form: With positives="same_id", how the positives are combined. "out" averages their negative log-probabilities,
             which gives nu' - mean_p s_np / tau, with nu' the log-sum-exp over all columns. "in" takes the negative
             logarithm of their mean probability.
@@ -275,9 +279,9 @@ def multi_clip(
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; "none" returns this rank's losses. After DistributedDataParallel averages the gradients
-            of the parameters, they equal the gradients of one process with the whole batch. None: this rank's samples
-            are the whole batch.
+            equal on every rank; once DistributedDataParallel has averaged the gradients of the parameters, they equal
+            the gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's
+            samples are the whole batch.
 
     Returns:
         A 0-d tensor, or (N,) for "none"; float64 for float64 features, else float32.
@@ -285,9 +289,10 @@ def multi_clip(
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
-            is unknown.
-        RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
-            a second derivative is requested, which only backend="reference" without a group supports.
+            is unknown, differs between ranks or cannot be combined with another.
+        RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer or
+            is in a different call, or a second derivative is requested, which only backend="reference" without a group
+            supports.
 
     Example:
         >>> import torch, fastntxent

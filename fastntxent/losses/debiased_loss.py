@@ -1,4 +1,4 @@
-"""Losses that correct for false negatives and give hard negatives more weight."""
+"""Two losses that correct for false negatives; one of them also gives hard negatives more weight."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ def debiased(
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; "none" returns this rank's losses. After DistributedDataParallel averages the gradients
-            of the parameters, they equal the gradients of one process with the whole batch. None: this rank's samples
-            are the whole batch.
+            equal on every rank; once DistributedDataParallel has averaged the gradients of the parameters, they equal
+            the gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's
+            samples are the whole batch.
 
     Returns:
         A 0-d tensor, or (2N,) in the order [z_i; z_j] for "none"; float64 for float64 embeddings, else float32.
@@ -65,9 +65,10 @@ def debiased(
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
-            is unknown.
-        RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
-            a second derivative is requested, which only backend="reference" without a group supports.
+            is unknown, differs between ranks or cannot be combined with another.
+        RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer or
+            is in a different call, or a second derivative is requested, which only backend="reference" without a group
+            supports.
 
     Example:
         >>> import torch, fastntxent
@@ -131,9 +132,9 @@ def hard_negative(
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; "none" returns this rank's losses. After DistributedDataParallel averages the gradients
-            of the parameters, they equal the gradients of one process with the whole batch. None: this rank's samples
-            are the whole batch.
+            equal on every rank; once DistributedDataParallel has averaged the gradients of the parameters, they equal
+            the gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's
+            samples are the whole batch.
 
     Returns:
         A 0-d tensor, or (2N,) in the order [z_i; z_j] for "none"; float64 for float64 embeddings, else float32.
@@ -141,9 +142,10 @@ def hard_negative(
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
-            is unknown.
-        RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
-            a second derivative is requested, which only backend="reference" without a group supports.
+            is unknown, differs between ranks or cannot be combined with another.
+        RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer or
+            is in a different call, or a second derivative is requested, which only backend="reference" without a group
+            supports.
 
     Example:
         >>> import torch, fastntxent

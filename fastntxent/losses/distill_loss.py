@@ -56,22 +56,23 @@ def distill(
         q_{ij} = \frac{e^{s_{ij}/\tau}}{\sum_l e^{s_{lj}/\tau}}
 
     Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, between two towers. p^S and q^S come from the
-    student's similarities and temperature, p^T and q^T from the teacher's. The loss is smallest where the student's
-    softmaxes equal the teacher's, and is then the teacher's entropy.
+    student's similarities and temperature, p^T and q^T from the teacher's. The loss is smallest if the student's
+    softmaxes equal the teacher's. It is then the mean entropy of the teacher's softmaxes.
 
     For features that are normalised already, `normalize=False` gives open_clip's `DistillClipLoss`. The loss is
     differentiable with respect to the student's features and the student's temperature or logit scale.
 
     On the same device with the same number of threads, the same input gives the same bits. Extra memory is O(N (D +
-    E)). The student's log-sum-exps and their gradient come from one pass, as in `clip`. The teacher's log-sum-exps take
-    one pass over its similarities, and the expectation of the student's similarities under the teacher takes another.
+    E)); the reference backend takes O(N^2). The student's log-sum-exps are computed as in `clip`. The teacher's
+    log-sum-exps take one pass over its similarities, and the expectation of the student's similarities under the
+    teacher takes another.
 
     A `teacher` is called without gradients and with autocast off, for tiles of at most 512 x 512 (4,096 x 4,096 on an
     accelerator). Each pair is requested twice: once for the teacher's log-sum-exps, and once for the expectation and
     its gradient. With reduction="none" the backward requests each pair a third time. In a group, the indices number the
     samples of all ranks in rank order. Each rank requests its own images with all texts, twice in the forward and once
-    in the backward, and all images with its own texts, once in the backward. The reference backend requests all pairs
-    in one call. Under torch.compile a `teacher` is a graph break.
+    in the backward, and all images with its own texts, once in the backward. The reference backend makes two calls,
+    each for all pairs. Under torch.compile a `teacher` causes a graph break.
 
     Args:
         image_features: (N, D) features of the images, float16, bfloat16, float32 or float64. Row n belongs to sample n.
@@ -92,7 +93,7 @@ def distill(
         teacher_temperature: The teacher's temperature, like `temperature` but without a gradient. None: the student's,
             unless `teacher_logit_scale` is given.
         logit_scale: 1 / tau in place of `temperature`: a positive float or a 0-d floating-point tensor, such as
-            `log_scale.exp()` of a learnt parameter.
+            `log_scale.exp()` with a learnt parameter `log_scale`.
         teacher_logit_scale: The teacher's logit scale in place of `teacher_temperature`, like `logit_scale` but without
             a gradient.
         reduction: "mean" over the N samples, "sum", or "none" for one loss per sample.
@@ -103,9 +104,9 @@ def distill(
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; "none" returns this rank's losses. After DistributedDataParallel averages the gradients
-            of the parameters, they equal the gradients of one process with the whole batch. None: this rank's samples
-            are the whole batch.
+            equal on every rank; once DistributedDataParallel has averaged the gradients of the parameters, they equal
+            the gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's
+            samples are the whole batch.
 
     Returns:
         A 0-d tensor, or (N,) for "none"; float64 for float64 features, else float32.
@@ -114,9 +115,10 @@ def distill(
         TypeError: an argument has the wrong type or dtype, there is no teacher, or `teacher` returns something other
             than a floating-point tensor.
         ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
-            is unknown; or a teacher is given in both forms.
-        RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
-            a second derivative is requested, which only backend="reference" without a group supports.
+            is unknown, differs between ranks or cannot be combined with another; or a teacher is given in both forms.
+        RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer or
+            is in a different call, or a second derivative is requested, which only backend="reference" without a group
+            supports.
 
     Example:
         >>> import torch, fastntxent
@@ -151,14 +153,14 @@ def distill_terms(
     backend: BackendName = "auto",
     group: Group | None = None,
 ) -> DistillTerms:
-    """Return the losses `distill` and `clip` of the same features. `distill` computes most of `clip` anyway.
+    """Return the losses `clip` and `distill` of the same features. `distill` computes most of `clip` anyway.
 
     With pi_i the logit of row i's positive, nu_i the log-sum-exp over the other columns and l_ij the logits,
 
         -sum_j p^T_ij log p^S_ij = softplus(nu_i - pi_i) + sum_{j != i} p^T_ij (pi_i - l_ij)
 
-    The first term is InfoNCE, in which the positive is never added and then subtracted. The second is linear in the
-    student's similarities.
+    The first term is InfoNCE, computed without adding the positive to a sum and then subtracting it. The second is
+    linear in the student's similarities.
 
     function: the name of the public function, for the error message if ranks disagree.
     """
@@ -246,7 +248,7 @@ def _is_sharp(a: Tensor, b: Tensor, t_k: float | Tensor, normalize: bool) -> boo
 def _of_function(
     batch: Batch, teacher: Similarities, t_k: float | Tensor, dtype: torch.dtype
 ) -> tuple[CalledTeacher, Tensor]:
-    """Return the same as `_of_features`, for a teacher that is a function."""
+    """Like `_of_features`, for a teacher that is a function."""
 
     def similarities(rows: Tensor, cols: Tensor) -> Tensor:
         with torch.no_grad():

@@ -15,7 +15,7 @@ _MOST = torch.finfo(torch.float32).max  # a larger limit has no effect
 
 
 class Limits(NamedTuple):
-    """How similar a negative may be. The limit of a row follows from the similarity to its positive:
+    """How similar a negative may be to a row. With s_pos the row's similarity to its positive, the row's limit is
 
         margin            s_pos - margin
         relative_margin   (1 - relative_margin) s_pos
@@ -34,7 +34,7 @@ class Limits(NamedTuple):
     def checked(
         cls, margin: float | None, relative_margin: float | None, ceiling: float | None, label_smoothing: float = 0.0
     ) -> Limits | None:
-        """Return the limits that the caller asks for, checked; None if there are none."""
+        """Check the arguments and return the limits, or None if the arguments set no limit."""
         if margin is None and relative_margin is None and ceiling is None:
             return None
         if margin is not None and relative_margin is not None:

@@ -63,18 +63,18 @@ def guided_info_nce(
     pair whose similarity or limit is NaN stays in too. The loss of a query without negatives is 0. No gradient flows
     through the choice of negatives.
 
-    On the same device with the same number of threads, the same input gives the same bits. Extra memory is O((N +
-    K) (D + E)). Similarities of the embeddings and of the guide are formed side by side, a tile at a time, in plain
-    PyTorch on every device. With u = 2 N^2 D and g = 2 N^2 E flops, each of the three products among N samples costs u
-    + g in the forward and 3u + g in the backward.
+    On the same device with the same number of threads, the same input gives the same bits. Extra memory is O((N + K) (D
+    + E)); the reference backend takes O(N (N + K)). Similarities of the embeddings and of the guide are formed side by
+    side, a tile at a time, in plain PyTorch on every device. Comparing queries with keys, queries with queries and keys
+    with keys costs u + g flops each in the forward and 3u + g in the backward, with u = 2 N^2 D and g = 2 N^2 E.
 
     Args:
         query: (N, D) embeddings of the queries, float16, bfloat16, float32 or float64. Row n belongs to sample n.
         key: (N, D) embeddings of the keys, with the shape, dtype and device of `query`. Row n is the positive of row n
             of `query`.
-        guide_query: (N, E) embeddings of the queries' samples from the guide, of any floating-point dtype. They are
+        guide_query: (N, E) embeddings from the guide for the samples of `query`, of any floating-point dtype. They are
             always normalised and get no gradient.
-        guide_key: (N, E) embeddings of the keys' samples from the guide, like `guide_query`.
+        guide_key: (N, E) embeddings from the guide for the samples of `key`, like `guide_query`.
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
             read a tensor on an accelerator, so its sign is not checked there.
         margin: m, a finite float. A negative stays where g_nj <= g_n - m ("absolute"), or where g_nj <= g_n - m
@@ -82,7 +82,7 @@ def guided_info_nce(
         margin_strategy: "absolute" or "relative", the meaning of `margin`.
         negatives: (K, D) explicit negatives of all queries, with the dtype and device of `query`. None: no explicit
             negatives.
-        guide_negatives: (K, E) embeddings of the explicit negatives from the guide, like `guide_query`. Required with
+        guide_negatives: (K, E) embeddings from the guide for the explicit negatives, like `guide_query`. Required with
             `negatives`, and not allowed without.
         contrast_anchors: Whether the other queries are negatives of a query.
         contrast_positives: Whether the other keys, compared with a query's own key, count as negatives in the loss of
@@ -94,10 +94,10 @@ def guided_info_nce(
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; "none" returns this rank's losses. After DistributedDataParallel averages the gradients
-            of the parameters, they equal the gradients of one process with the whole batch. None: this rank's samples
-            are the whole batch. Explicit negatives (K, D) are shared by all ranks too; each rank passes any number of
-            them.
+            equal on every rank; once DistributedDataParallel has averaged the gradients of the parameters, they equal
+            the gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's
+            samples are the whole batch. Explicit negatives (K, D) are shared by all ranks too; each rank passes any
+            number of them.
 
     Returns:
         A 0-d tensor, or (N,) for "none"; float64 for float64 embeddings, else float32.
@@ -105,9 +105,10 @@ def guided_info_nce(
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
-            is unknown.
-        RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
-            a second derivative is requested, which only backend="reference" without a group supports.
+            is unknown, differs between ranks or cannot be combined with another.
+        RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer or
+            is in a different call, or a second derivative is requested, which only backend="reference" without a group
+            supports.
 
     Example:
         >>> import torch, fastntxent
@@ -120,7 +121,7 @@ def guided_info_nce(
     """
     check_choice("margin_strategy", margin_strategy, MARGIN_STRATEGIES)
     margin = check_parameter("margin", margin)
-    # Check everything before the ranks exchange anything: a rank that raises later would leave the others hanging.
+    # Check the tensors before the ranks exchange anything: a rank that raises later would leave the others hanging.
     check_rows("query", query, may_be_empty=group is not None)
     check_rows("key", key, may_be_empty=group is not None)
     check_same("query", query, "key", key, "shape", "dtype", "device")
@@ -168,7 +169,7 @@ def guided_info_nce(
 
 
 def _limits(g_query: Tensor, g_key: Tensor, margin: float, margin_strategy: str) -> Tensor:
-    """Return, for each query, the largest similarity that a negative may have to it in the guide (N,)."""
+    """Return each query's limit (N,): a negative whose similarity in the guide is above the limit is left out."""
     pos = row_dots(g_query, g_key)
     # A tie must stay a tie in every tile. On a CPU, products of the same rows differed by at most 0.6 times this
     # rounding, for 3 to 4,096 features.

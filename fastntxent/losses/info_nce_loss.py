@@ -60,7 +60,7 @@ def info_nce(
     backend: BackendName = "auto",
     group: Group | None = None,
 ) -> Tensor:
-    r"""InfoNCE: each query picks its key among the negatives.
+    r"""InfoNCE: each query picks its own key over the negatives.
 
     .. math::
         L_n = \log(1 + e^{\nu_n - s_n/\tau}), \quad
@@ -81,8 +81,9 @@ def info_nce(
     Contrastive Learning", 2025, as in sentence-transformers. Where queries share the explicit negatives,
     sentence-transformers hardens only the negatives that belong to the query; here all of them get harder.
 
-    On the same device with the same number of threads, the same input gives the same bits. Extra memory is O((N +
-    K) D) with K shared negatives, and O(N K D) with one set per query, which is the size of the sets.
+    On the same device with the same number of threads, the same input gives the same bits. Extra memory is O((N + K) D)
+    with K shared negatives, and O(N K D) with one set per query, which is the size of the sets; the reference backend
+    takes O(N (N + K)) more.
 
     Args:
         query: (N, D) embeddings of the queries, float16, bfloat16, float32 or float64. Row n belongs to sample n.
@@ -98,8 +99,8 @@ def info_nce(
             removes false negatives. An id must mean the same on every rank. None: every other sample is a negative.
             Explicit negatives have no ids.
         positives: "pair": row n of the other side is the only positive of row n. "same_id": all rows of the other side
-            with the id of row n are its positives; this needs `ids` and excludes label smoothing, margins and a
-            ceiling. It also excludes explicit negatives, hardness and in_batch_negatives=False.
+            with the id of row n are its positives; this needs `ids` and cannot be combined with label smoothing,
+            margins, a ceiling, explicit negatives, hardness or in_batch_negatives=False.
         form: With positives="same_id", how the positives are combined. "out" averages their negative log-probabilities,
             which gives nu' - mean_p s_np / tau, with nu' the log-sum-exp over all columns. "in" takes the negative
             logarithm of their mean probability.
@@ -115,8 +116,8 @@ def info_nce(
             is also a margin, the smaller limit applies. None sets no limit. Cannot be combined with `label_smoothing`.
         hardness_mode: Which negatives get harder logits: "in_batch_negatives", "hard_negatives" (the explicit ones) or
             "all_negatives".
-        hardness_strength: Add this multiple (0 or more) of the similarity to the logits of those negatives. No gradient
-            flows through the addend. Cannot be combined with `label_smoothing`.
+        hardness_strength: Add this multiple (0 or more) of the similarity to the logits of the negatives that
+            `hardness_mode` selects. No gradient flows through the addend. Cannot be combined with `label_smoothing`.
         reduction: "mean" over the N queries, "sum", or "none" for one loss per query.
         normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
             6.1e-5) in float16). False takes the rows as they are, and their products must not overflow.
@@ -124,10 +125,10 @@ def info_nce(
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; "none" returns this rank's losses. After DistributedDataParallel averages the gradients
-            of the parameters, they equal the gradients of one process with the whole batch. None: this rank's samples
-            are the whole batch. Explicit negatives (K, D) are shared by all ranks too; each rank passes any number of
-            them.
+            equal on every rank; once DistributedDataParallel has averaged the gradients of the parameters, they equal
+            the gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's
+            samples are the whole batch. Explicit negatives (K, D) are shared by all ranks too; each rank passes any
+            number of them.
 
     Returns:
         A 0-d tensor, or (N,) for "none"; float64 for float64 embeddings, else float32.
@@ -135,9 +136,10 @@ def info_nce(
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
-            is unknown.
-        RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
-            a second derivative is requested, which only backend="reference" without a group supports.
+            is unknown, differs between ranks or cannot be combined with another.
+        RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer or
+            is in a different call, or a second derivative is requested, which only backend="reference" without a group
+            supports.
 
     Example:
         >>> import torch, fastntxent
@@ -221,7 +223,8 @@ def check_positives(
     hardness_strength: float = 0.0,
     in_batch_negatives: bool | None = None,
 ) -> None:
-    """Check how positives are chosen and combined, and that no option is given that positives="same_id" excludes."""
+    """Check how positives are chosen and combined, and that positives="same_id" comes without the options that it does
+    not support."""
     check_choice("positives", positives, POSITIVES)
     check_choice("form", form, SEVERAL_FORMS)
     if in_batch_negatives is not None:
@@ -250,7 +253,7 @@ def several_positives(batch: Batch, rows: Side, cols: Side, inv_tau: float | Ten
     counts = batch.group_counts(ids).to(rows.u.dtype)
     if form == "out":
         mean = batch.group_dots(rows.u, cols.u, ids) / counts
-        # All columns count, since no column shares an id with a row.
+        # All columns count, including the positives, since no column shares an id with a row.
         everything = Side(rows.u, torch.zeros_like(ids)), Side(cols.u, torch.ones_like(ids))
         return batch.neg_lse_to(*everything, inv_tau) - inv_tau * mean
     rows, cols = Side(rows.u, ids), Side(cols.u, ids)
@@ -259,8 +262,8 @@ def several_positives(batch: Batch, rows: Side, cols: Side, inv_tau: float | Ten
 
 
 class _Negatives(NamedTuple):
-    """The log-sum-exp nu over one kind of negatives of each query. For label smoothing, also the sum of the negatives'
-    similarities and the number of negatives."""
+    """For one kind of negatives, the log-sum-exp nu of each query and, for label smoothing, the sum of the similarities
+    and the number of negatives."""
 
     nu: Tensor
     sims: Tensor | float
@@ -270,7 +273,7 @@ class _Negatives(NamedTuple):
 def _of_batch(
     batch: Batch, queries: Side, v: Tensor, inv_tau: float | Tensor, hardness: float, *, summed: bool
 ) -> _Negatives:
-    """Return the terms of the keys of other samples."""
+    """Return nu and the sums over the keys of other samples."""
     u, ids, _ = queries
     nu = hardened_neg_lse(batch, queries, Side(v, ids), inv_tau, hardness)
     if not summed:
@@ -290,7 +293,8 @@ def _of_all(
     *,
     summed: bool,
 ) -> _Negatives:
-    """Return the terms of explicit negatives that all queries share. Their ids differ from the ids of all queries."""
+    """Return nu and the sums over explicit negatives that all queries share. Their ids differ from the ids of all
+    queries."""
     queries, negatives = (Side(x, torch.full((x.shape[0],), i, device=u.device)) for i, x in enumerate((u, w)))
     queries = queries._replace(limits=limits)
     nu = hardened_neg_lse(batch, queries, negatives, inv_tau, hardness, beside=others)
@@ -298,7 +302,7 @@ def _of_all(
 
 
 def _of_each(u: Tensor, w: Tensor, inv_tau: float | Tensor, hardness: float, limits: Tensor | None) -> _Negatives:
-    """Return the terms of explicit negatives that come as one set per query."""
+    """Return nu and the sums over explicit negatives that come as one set per query."""
     sims = product(w, u.unsqueeze(2)).squeeze(2)
     by_row = inv_tau.unsqueeze(1) if is_per_row(inv_tau) else inv_tau
     logits = hardened(sims, by_row, hardness)

@@ -48,8 +48,9 @@ def macl(
         z_j: (N, D) embeddings of the second view, with the shape, dtype and device of `z_i`. Row n belongs to sample n.
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
             read a tensor on an accelerator, so its sign is not checked there. This is the base temperature.
-        alpha: How far the temperature follows the alignment A, in [0, 1]. 0 keeps the temperature fixed. It never falls
-            below a thousandth of the base, which matters where alpha = 1 and the views are opposites.
+        alpha: How far the temperature follows the alignment A, in [0, 1]. 0 keeps the temperature fixed. The
+            temperature never falls below a thousandth of the base, which matters where alpha (A - A_0) is close to -1
+            or below.
         a_0: The alignment at which the temperature equals the base, in [0, 1].
         reduction: "mean" over the 2N rows, "sum", or "none" for one loss per row.
         normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
@@ -58,9 +59,9 @@ def macl(
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; "none" returns this rank's losses. After DistributedDataParallel averages the gradients
-            of the parameters, they equal the gradients of one process with the whole batch. None: this rank's samples
-            are the whole batch.
+            equal on every rank; once DistributedDataParallel has averaged the gradients of the parameters, they equal
+            the gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's
+            samples are the whole batch.
 
     Returns:
         A 0-d tensor, or (2N,) in the order [z_i; z_j] for "none"; float64 for float64 embeddings, else float32.
@@ -68,9 +69,10 @@ def macl(
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
-            is unknown.
-        RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
-            a second derivative is requested, which only backend="reference" without a group supports.
+            is unknown, differs between ranks or cannot be combined with another.
+        RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer or
+            is in a different call, or a second derivative is requested, which only backend="reference" without a group
+            supports.
 
     Example:
         >>> import torch, fastntxent

@@ -45,14 +45,14 @@ def multiview_nt_xent(
     "Contrastive Multiview Coding", 2020, with the negatives of all views. With V = 2 the loss is `nt_xent`.
 
     A negative stays in the sum if its similarity is NaN or, up to rounding, equals the limit set by `margin`,
-    `relative_margin` or `ceiling`. No gradient flows through the choice of negatives. A row's least similar positive
-    sets its limit.
+    `relative_margin` or `ceiling`. No gradient flows through the choice of negatives. The least similar positive of a
+    row sets the row's limit.
 
-    On the same device with the same number of threads, the same input gives the same bits. Extra memory is O(V N D
-    + V^2 N).
+    On the same device with the same number of threads, the same input gives the same bits. Extra memory is O(V N D +
+    V^2 N); the reference backend takes O(V^2 N^2).
 
     Args:
-        views: (V, N, D), or a sequence of V tensors (N, D), with V >= 2. Row n of each view belongs to sample n.
+        views: (V, N, D), or a list or tuple of V tensors (N, D), with V >= 2. Row n of each view belongs to sample n.
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
             read a tensor on an accelerator, so its sign is not checked there. A tensor (V N,) holds one temperature per
             row, view after view, and doubles the work.
@@ -75,9 +75,9 @@ def multiview_nt_xent(
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; "none" returns this rank's losses. After DistributedDataParallel averages the gradients
-            of the parameters, they equal the gradients of one process with the whole batch. None: this rank's samples
-            are the whole batch.
+            equal on every rank; once DistributedDataParallel has averaged the gradients of the parameters, they equal
+            the gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's
+            samples are the whole batch.
 
     Returns:
         A 0-d tensor, or (V N,), view after view, for "none"; float64 for float64 embeddings, else float32.
@@ -85,9 +85,10 @@ def multiview_nt_xent(
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
-            is unknown.
-        RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
-            a second derivative is requested, which only backend="reference" without a group supports.
+            is unknown, differs between ranks or cannot be combined with another.
+        RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer or
+            is in a different call, or a second derivative is requested, which only backend="reference" without a group
+            supports.
 
     Example:
         >>> import torch, fastntxent
@@ -115,7 +116,7 @@ def multiview_losses(
     label_smoothing: float,
     limits: Limits | None,
 ) -> Tensor:
-    """Return each row's loss, the mean over its positives: (V, N, D) -> (V N,). `inv_tau` is 0-d or (V N,)."""
+    """Return each row's loss, the mean over its positives: (V, N, D) -> (V N,). `inv_tau` is a number or (V N,)."""
     V, N, _ = z.shape
     u = batch.unit_rows(z)
     rows = u.flatten(0, 1)
@@ -148,7 +149,7 @@ def _stacked(views: Tensor | Sequence[Tensor], *, may_be_empty: bool) -> Tensor:
         if views.ndim != 3:
             raise ValueError(f"views must have shape (V, N, D), got {tuple(views.shape)}")
     elif not isinstance(views, (list, tuple)):
-        raise TypeError(f"views must be a tensor or a sequence of tensors, got {type(views).__name__}")
+        raise TypeError(f"views must be a tensor, or a list or tuple of tensors, got {type(views).__name__}")
     if len(views) < 2:
         raise ValueError(f"views must hold at least two views, got {len(views)}")
     for index, view in enumerate(views):

@@ -34,9 +34,10 @@ def siglip(
         L = \frac{1}{N} \sum_{i=1}^{N} \sum_{j=1}^{N} \log(1 + e^{-y_{ij} (s_{ij}/\tau + b)}), \quad
         y_{ij} = 1 \text{ where } id_i = id_j, \text{ else } -1
 
-    Zhai et al., "Sigmoid Loss for Language Image Pre-Training", 2023. The gradient needs no sum over a row, so the
-    value and the gradients come from one pass over the similarities. The paper learns tau and b, starting from tau =
-    0.1 and b = -10, so that the many negatives of the first batches cost little.
+    Zhai et al., "Sigmoid Loss for Language Image Pre-Training", 2023. The gradient needs no sum over a row, so for
+    "mean" and "sum" the value and the gradients come from one pass over the similarities. With `ids`, a group or
+    "none", the backward takes a second pass. The paper learns tau and b, starting from tau = 0.1 and b = -10, so that
+    the many negatives of the first batches cost little.
 
     On the same device with the same number of threads, the same input gives the same bits. Extra memory is O(N D);
     the reference backend takes O(N^2).
@@ -48,7 +49,7 @@ def siglip(
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
             read a tensor on an accelerator, so its sign is not checked there. None: 0.1, unless `logit_scale` is given.
         logit_scale: 1 / tau in place of `temperature`: a positive float or a 0-d floating-point tensor, such as
-            `log_scale.exp()` of a learnt parameter.
+            `log_scale.exp()` with a learnt parameter `log_scale`.
         bias: b, a finite float or a 0-d floating-point tensor, which may require a gradient.
         ids: (N,) integers. Images and texts with the same id belong together. None: image n and text n belong together,
             and no others.
@@ -59,9 +60,9 @@ def siglip(
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; "none" returns this rank's losses. After DistributedDataParallel averages the gradients
-            of the parameters, they equal the gradients of one process with the whole batch. None: this rank's samples
-            are the whole batch.
+            equal on every rank; once DistributedDataParallel has averaged the gradients of the parameters, they equal
+            the gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's
+            samples are the whole batch.
 
     Returns:
         A 0-d tensor, or (N,) for "none"; float64 for float64 features, else float32.
@@ -69,9 +70,10 @@ def siglip(
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
-            is unknown.
-        RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
-            a second derivative is requested, which only backend="reference" without a group supports.
+            is unknown, differs between ranks or cannot be combined with another.
+        RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer or
+            is in a different call, or a second derivative is requested, which only backend="reference" without a group
+            supports.
 
     Example:
         >>> import torch, fastntxent
@@ -152,9 +154,9 @@ def nt_logistic(
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; "none" returns this rank's losses. After DistributedDataParallel averages the gradients
-            of the parameters, they equal the gradients of one process with the whole batch. None: this rank's samples
-            are the whole batch.
+            equal on every rank; once DistributedDataParallel has averaged the gradients of the parameters, they equal
+            the gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's
+            samples are the whole batch.
 
     Returns:
         A 0-d tensor, or (2N,) in the order [z_i; z_j] for "none"; float64 for float64 embeddings, else float32.
@@ -162,9 +164,10 @@ def nt_logistic(
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
-            is unknown.
-        RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
-            a second derivative is requested, which only backend="reference" without a group supports.
+            is unknown, differs between ranks or cannot be combined with another.
+        RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer or
+            is in a different call, or a second derivative is requested, which only backend="reference" without a group
+            supports.
 
     Example:
         >>> import torch, fastntxent

@@ -63,19 +63,21 @@ def sup_con(
 
     A row without a positive has loss 0 in "none" and "sum" and is left out of "mean", which is 0 if no row has a
     positive. Such a row is still a negative of the other rows. With `pair_weights`, a row has no positive if all other
-    rows have weight 0 for it. The identity matrix gives the loss without weights. A ceiling removes negatives only.
+    rows have weight 0 for it. The identity matrix as W gives the same loss as no weights. A ceiling removes negatives
+    only.
 
     On the same device with the same number of threads, the same input gives the same bits. "out" takes the time of
     `nt_xent` and O(M D) memory, plus O((M + D) C) with several labels per row or O((C + D) C) with `pair_weights`. "in"
-    and "pairs" form the products of positives once more, in tiles. That takes sum_c n_c^2 D multiplications in the
-    forward and the same number in the backward, for n_c rows in class c, and the host waits for an accelerator once. In
-    "out" the positives are part of the sum, so its gradient is only as accurate as a logit, with an error of eps / tau;
-    the gradients of "in" and "pairs" keep their relative accuracy.
+    and "pairs" (and "out" if there is a ceiling) compute the products of positives once more, in tiles. For n_c rows in
+    class c, that takes sum_c n_c^2 D multiplications for the value and up to three times as many for the gradient, and
+    the host waits for an accelerator once or twice. The reference backend takes O(M^2) memory. In "out" the positives
+    are part of the sum, so its gradient is only as accurate as a logit, with an error of eps / tau; the gradients of
+    "in" and "pairs" keep their relative accuracy.
 
     Args:
         z: (M, D) embeddings of all views of all samples, in any order, float16, bfloat16, float32 or float64.
         labels: (M,) integers, the class of each row; or (M, C), bool or integer, nonzero where row i has label c. With
-            several labels per row a pair counts once for each label it shares, and the form is "out".
+            several labels per row a pair counts once for each label it shares, and the form must be "out".
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
             read a tensor on an accelerator, so its sign is not checked there.
         form: "out", "in" or "pairs", the formulas above.
@@ -91,9 +93,9 @@ def sup_con(
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; "none" returns this rank's losses. After DistributedDataParallel averages the gradients
-            of the parameters, they equal the gradients of one process with the whole batch. None: this rank's samples
-            are the whole batch. Positives come from all ranks too.
+            equal on every rank; once DistributedDataParallel has averaged the gradients of the parameters, they equal
+            the gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's
+            samples are the whole batch. Positives come from all ranks too.
 
     Returns:
         A 0-d tensor, or (M,) for "none"; float64 for float64 embeddings, else float32.
@@ -101,9 +103,10 @@ def sup_con(
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
-            is unknown.
-        RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer, or
-            a second derivative is requested, which only backend="reference" without a group supports.
+            is unknown, differs between ranks or cannot be combined with another.
+        RuntimeError: the backend is not available here (the message says why), a rank of the group does not answer or
+            is in a different call, or a second derivative is requested, which only backend="reference" without a group
+            supports.
 
     Example:
         >>> import torch, fastntxent
@@ -159,7 +162,7 @@ def _out(batch: Batch, u: Tensor, dots: Tensor, counts: Tensor, inv_tau: float |
     It needs only each row's product with the sum of its positives (`dots`), and the positives' number or total weight
     (`counts`).
     """
-    # Formed first, so that its backward runs last, after the kernel's backward has freed its memory.
+    # The mean is formed first, so that its backward runs last, after the kernel's backward has freed its workspace.
     mean = inv_tau * (dots / counts.masked_fill(counts == 0, 1))
     return batch.neg_lse_less(u, batch.row_ids(), inv_tau, mean, counted=counts > 0)
 
@@ -179,7 +182,7 @@ def _over_shared_labels(batch: Batch, u: Tensor, labels: Tensor) -> tuple[Tensor
 def _over_weighted_classes(batch: Batch, u: Tensor, labels: Tensor, pair_weights: Tensor) -> tuple[Tensor, Tensor]:
     """Return each row's product with the weighted sum of the other rows, and the total weight of the other rows.
 
-    Each other row has the weight of its class.
+    The weight of another row is the entry of `pair_weights` for the classes of both rows.
     """
     weights = in_double(pair_weights.detach())
     # Only the proportions within a row of weights count. With 1 as the largest weight no sum overflows.
@@ -220,7 +223,7 @@ def _check_pair_weights(pair_weights: Tensor, labels: Tensor, z: Tensor, form: s
 
 
 def _check_labels(labels: Tensor, z: Tensor, form: str) -> int | None:
-    """Return the number of classes where a row has several labels, or None where it has one."""
+    """Check the labels. Return the number of classes if rows have several labels, or None if each row has one."""
     check_tensor("labels", labels)
     if labels.ndim != 2:
         check_ids("labels", labels, "z", z)
@@ -245,6 +248,6 @@ def _check_multi_labels(labels: Tensor, z: Tensor, form: str) -> None:
         raise ValueError(f"labels must be on the device of z ({z.device}), got {labels.device}")
     if form != "out":
         raise ValueError(
-            f"form must be 'out' with several labels per row, got {form!r}: other forms need every pair that "
-            "shares a label once, and so a mask of all pairs"
+            f"form must be 'out' with several labels per row, got {form!r}: the other forms would count a "
+            "pair once for all its shared labels, which takes a mask of all pairs"
         )

@@ -45,8 +45,8 @@ class ModuleOptions(LossOptions, total=False):
 
 
 class TypedModule(nn.Module):
-    """A module whose `__call__` has, for type checkers, the signature of its `forward`. nn.Module's takes and returns
-    Any."""
+    """A module whose `__call__` has, for type checkers, the signature of its `forward`. The `__call__` of nn.Module
+    takes and returns Any."""
 
     if TYPE_CHECKING:
 
@@ -56,8 +56,8 @@ class TypedModule(nn.Module):
 class TemperatureLoss(TypedModule):
     """A module with a temperature, a reduction, row normalisation, a backend and a group of ranks.
 
-    The constructor of a loss takes these as `**options` and passes them on. Its `__signature__` still lists each of
-    them.
+    The constructor of a loss takes all of these but the temperature as `**options` and passes them on. Its
+    `__signature__` still lists each of them.
     """
 
     _shown: tuple[str, ...] = ()  # attributes of the subclass that repr() shows
@@ -99,8 +99,8 @@ class TemperatureLoss(TypedModule):
 
     @property
     def temperature(self) -> float | Tensor:
-        """tau as given. With `learn_temperature`, a 0-d tensor computed from the parameter, in float64 where the device
-        supports it. Can be set, for example by a schedule."""
+        """tau as it was given or set. With `learn_temperature`, a 0-d tensor computed from the parameter, in float64
+        where the device supports it. Can be set, for example by a schedule."""
         return in_double(self.log_temperature).exp() if self.learn_temperature else self._temperature
 
     @temperature.setter
@@ -130,7 +130,7 @@ class TemperatureLoss(TypedModule):
 def _with_options_named(signature: inspect.Signature) -> inspect.Signature:
     """Return the signature with TemperatureLoss's keyword arguments in place of `**options`.
 
-    If a loss sets its own default, as CLIPLoss does for learn_temperature, that default replaces TemperatureLoss's.
+    If a loss sets its own default, as CLIPLoss does for learn_temperature, the signature has the loss's default.
     """
     own = dict(signature.parameters)
     if own.pop("options", None) is None:

@@ -36,7 +36,7 @@ class _AtMost(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, bound: float) -> tuple[Tensor, int | None]:
-        return _AtMost.apply(x, bound), in_dims[0]  # entry by entry
+        return _AtMost.apply(x, bound), in_dims[0]  # it works entry by entry
 
 
 class CLIPLoss(TemperatureLoss):
@@ -58,18 +58,18 @@ class CLIPLoss(TemperatureLoss):
     `relative_margin` or `ceiling`. No gradient flows through the choice of negatives.
 
     The module holds the temperature (the inverse of the logit scale) and learns it by default, as CLIP does.
-    `logit_scale` is the bounded scale that the loss uses.
+    `logit_scale` is the scale that the loss uses, at most `max_logit_scale`.
 
     Call it as `loss(image_features, text_features, ids=None)`; `forward` describes the arguments. `clip` is the same
     loss as a function.
 
     Args:
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
-            read a tensor on an accelerator, so its sign is not checked there. With `learn_temperature`, the initial
-            value of the parameter.
+            read a tensor on an accelerator, so its sign is not checked there. With `learn_temperature`, the value is
+            read and initialises the parameter.
         positives: "pair": row n of the other side is the only positive of row n. "same_id": all rows of the other side
-            with the id of row n are its positives; this needs `ids` and excludes label smoothing, margins and a
-            ceiling.
+            with the id of row n are its positives; this needs `ids` and cannot be combined with label smoothing,
+            margins or a ceiling.
         form: With positives="same_id", how the positives are combined. "out" averages their negative log-probabilities,
             which gives nu' - mean_p s_np / tau, with nu' the log-sum-exp over all columns. "in" takes the negative
             logarithm of their mean probability.
@@ -92,15 +92,15 @@ class CLIPLoss(TemperatureLoss):
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; "none" returns this rank's losses. After DistributedDataParallel averages the gradients
-            of the parameters, they equal the gradients of one process with the whole batch. None: this rank's samples
-            are the whole batch.
+            equal on every rank; once DistributedDataParallel has averaged the gradients of the parameters, they equal
+            the gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's
+            samples are the whole batch.
         learn_temperature: Make the temperature a parameter. It is stored as its logarithm, `log_temperature`, so no
             optimiser step can make it negative. Exclude it from weight decay.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: a number is out of range, or an option is unknown.
+        ValueError: a number is out of range, or an option is unknown or cannot be combined with another.
 
     Example:
         >>> import torch, fastntxent
@@ -145,7 +145,8 @@ class CLIPLoss(TemperatureLoss):
 
     @property
     def logit_scale(self) -> float | Tensor:
-        """1 / temperature, clamped to `max_logit_scale`: a float, or a 0-d tensor of `temperature`'s dtype."""
+        """1 / temperature, clamped to `max_logit_scale`: a float, or a 0-d tensor in float64 where the device supports
+        it."""
         bound = self.max_logit_scale
         if self.learn_temperature:
             log_temperature = in_double(self.log_temperature)
@@ -194,9 +195,9 @@ class MultiCLIPLoss(CLIPLoss):
 
     .. math:: L = \sum_{a < b} w_{ab} L^{\text{clip}}(x_a, x_b)
 
-    Each pair of towers takes one pass over its similarities. With the default weights the loss is the mean over the
-    pairs. `clip` is the loss of Radford et al., "Learning Transferable Visual Models From Natural Language
-    Supervision", 2021.
+    Each pair of towers takes one pass over its similarities, or two with positives="same_id". With the default weights
+    the loss is the mean over the pairs. `clip` is the loss of Radford et al., "Learning Transferable Visual Models From
+    Natural Language Supervision", 2021.
 
     With positives="same_id" and form "out" the positives are part of the denominator, so near convergence the gradient
     is only as accurate as a logit, with an error of eps / tau. The form "in" keeps the gradient's relative accuracy,
@@ -206,21 +207,21 @@ class MultiCLIPLoss(CLIPLoss):
     `relative_margin` or `ceiling`. No gradient flows through the choice of negatives.
 
     The module holds the temperature (the inverse of the logit scale) and learns it by default, as CLIP does.
-    `logit_scale` is the bounded scale that the loss uses.
+    `logit_scale` is the scale that the loss uses, at most `max_logit_scale`.
 
     Call it as `loss(features, ids=None)`; `forward` describes the arguments. `multi_clip` is the same loss as a
     function.
 
     Args:
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
-            read a tensor on an accelerator, so its sign is not checked there. With `learn_temperature`, the initial
-            value of the parameter.
+            read a tensor on an accelerator, so its sign is not checked there. With `learn_temperature`, the value is
+            read and initialises the parameter.
         weights: One finite number, at least 0, for each pair of towers, in the order (0, 1), (0, 2), ..., (1, 2), ...;
             at least one is above 0. A pair of weight 0 costs nothing. None: each pair has the weight 1 / (number of
             pairs).
         positives: "pair": row n of the other side is the only positive of row n. "same_id": all rows of the other side
-            with the id of row n are its positives; this needs `ids` and excludes label smoothing, margins and a
-            ceiling.
+            with the id of row n are its positives; this needs `ids` and cannot be combined with label smoothing,
+            margins or a ceiling.
         form: With positives="same_id", how the positives are combined. "out" averages their negative log-probabilities,
             which gives nu' - mean_p s_np / tau, with nu' the log-sum-exp over all columns. "in" takes the negative
             logarithm of their mean probability.
@@ -243,15 +244,15 @@ class MultiCLIPLoss(CLIPLoss):
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; "none" returns this rank's losses. After DistributedDataParallel averages the gradients
-            of the parameters, they equal the gradients of one process with the whole batch. None: this rank's samples
-            are the whole batch.
+            equal on every rank; once DistributedDataParallel has averaged the gradients of the parameters, they equal
+            the gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's
+            samples are the whole batch.
         learn_temperature: Make the temperature a parameter. It is stored as its logarithm, `log_temperature`, so no
             optimiser step can make it negative. Exclude it from weight decay.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: a number is out of range, or an option is unknown.
+        ValueError: a number is out of range, or an option is unknown or cannot be combined with another.
 
     Example:
         >>> import torch, fastntxent

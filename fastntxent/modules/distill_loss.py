@@ -20,8 +20,8 @@ class DistillLoss(TemperatureLoss):
         q_{ij} = \frac{e^{s_{ij}/\tau}}{\sum_l e^{s_{lj}/\tau}}
 
     Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, between two towers. p^S and q^S come from the
-    student's similarities and temperature, p^T and q^T from the teacher's. The loss is smallest where the student's
-    softmaxes equal the teacher's, and is then the teacher's entropy.
+    student's similarities and temperature, p^T and q^T from the teacher's. The loss is smallest if the student's
+    softmaxes equal the teacher's. It is then the mean entropy of the teacher's softmaxes.
 
     Call it as `loss(image_features, text_features, teacher_image_features, teacher_text_features)`; `forward` describes
     the arguments. `distill` is the same loss as a function.
@@ -30,8 +30,8 @@ class DistillLoss(TemperatureLoss):
 
     Args:
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
-            read a tensor on an accelerator, so its sign is not checked there. With `learn_temperature`, the initial
-            value of the parameter.
+            read a tensor on an accelerator, so its sign is not checked there. With `learn_temperature`, the value is
+            read and initialises the parameter.
         teacher_temperature: The teacher's temperature, like `temperature` but without a gradient. None: the student's
             temperature at each call.
         reduction: "mean" over the N samples, "sum", or "none" for one loss per sample.
@@ -42,9 +42,9 @@ class DistillLoss(TemperatureLoss):
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; "none" returns this rank's losses. After DistributedDataParallel averages the gradients
-            of the parameters, they equal the gradients of one process with the whole batch. None: this rank's samples
-            are the whole batch.
+            equal on every rank; once DistributedDataParallel has averaged the gradients of the parameters, they equal
+            the gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's
+            samples are the whole batch.
         learn_temperature: Make the temperature a parameter. It is stored as its logarithm, `log_temperature`, so no
             optimiser step can make it negative. Exclude it from weight decay.
 

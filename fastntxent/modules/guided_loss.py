@@ -35,8 +35,8 @@ class GuidedInfoNCELoss(TemperatureLoss):
 
     Args:
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
-            read a tensor on an accelerator, so its sign is not checked there. With `learn_temperature`, the initial
-            value of the parameter.
+            read a tensor on an accelerator, so its sign is not checked there. With `learn_temperature`, the value is
+            read and initialises the parameter.
         margin: m, a finite float. A negative stays where g_nj <= g_n - m ("absolute"), or where g_nj <= g_n - m
             abs(g_n) ("relative").
         margin_strategy: "absolute" or "relative", the meaning of `margin`.
@@ -50,10 +50,10 @@ class GuidedInfoNCELoss(TemperatureLoss):
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; "none" returns this rank's losses. After DistributedDataParallel averages the gradients
-            of the parameters, they equal the gradients of one process with the whole batch. None: this rank's samples
-            are the whole batch. Explicit negatives (K, D) are shared by all ranks too; each rank passes any number of
-            them.
+            equal on every rank; once DistributedDataParallel has averaged the gradients of the parameters, they equal
+            the gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's
+            samples are the whole batch. Explicit negatives (K, D) are shared by all ranks too; each rank passes any
+            number of them.
         learn_temperature: Make the temperature a parameter. It is stored as its logarithm, `log_temperature`, so no
             optimiser step can make it negative. Exclude it from weight decay.
 
@@ -97,18 +97,18 @@ class GuidedInfoNCELoss(TemperatureLoss):
         negatives: Tensor | None = None,
         guide_negatives: Tensor | None = None,
     ) -> Tensor:
-        """Return the loss of queries that pick their keys among the negatives that the guide leaves in.
+        """Return the loss of queries that pick their keys over the negatives that the guide leaves in.
 
         Args:
             query: (N, D) embeddings of the queries, float16, bfloat16, float32 or float64. Row n belongs to sample n.
             key: (N, D) embeddings of the keys, with the shape, dtype and device of `query`. Row n is the positive of
                 row n of `query`.
-            guide_query: (N, E) embeddings of the queries' samples from the guide, of any floating-point dtype. They are
-                always normalised and get no gradient.
-            guide_key: (N, E) embeddings of the keys' samples from the guide, like `guide_query`.
+            guide_query: (N, E) embeddings from the guide for the samples of `query`, of any floating-point dtype. They
+                are always normalised and get no gradient.
+            guide_key: (N, E) embeddings from the guide for the samples of `key`, like `guide_query`.
             negatives: (K, D) explicit negatives of all queries, with the dtype and device of `query`. None: no explicit
                 negatives.
-            guide_negatives: (K, E) embeddings of the explicit negatives from the guide, like `guide_query`. Required
+            guide_negatives: (K, E) embeddings from the guide for the explicit negatives, like `guide_query`. Required
                 with `negatives`, and not allowed without.
 
         Returns:

@@ -39,12 +39,12 @@ class InfoNCELoss(TemperatureLoss):
 
     Args:
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
-            read a tensor on an accelerator, so its sign is not checked there. With `learn_temperature`, the initial
-            value of the parameter.
+            read a tensor on an accelerator, so its sign is not checked there. With `learn_temperature`, the value is
+            read and initialises the parameter.
         in_batch_negatives: Whether the keys of other samples are negatives. None: only without explicit negatives.
         positives: "pair": row n of the other side is the only positive of row n. "same_id": all rows of the other side
-            with the id of row n are its positives; this needs `ids` and excludes label smoothing, margins and a
-            ceiling. It also excludes explicit negatives, hardness and in_batch_negatives=False.
+            with the id of row n are its positives; this needs `ids` and cannot be combined with label smoothing,
+            margins, a ceiling, explicit negatives, hardness or in_batch_negatives=False.
         form: With positives="same_id", how the positives are combined. "out" averages their negative log-probabilities,
             which gives nu' - mean_p s_np / tau, with nu' the log-sum-exp over all columns. "in" takes the negative
             logarithm of their mean probability.
@@ -60,8 +60,8 @@ class InfoNCELoss(TemperatureLoss):
             is also a margin, the smaller limit applies. None sets no limit. Cannot be combined with `label_smoothing`.
         hardness_mode: Which negatives get harder logits: "in_batch_negatives", "hard_negatives" (the explicit ones) or
             "all_negatives".
-        hardness_strength: Add this multiple (0 or more) of the similarity to the logits of those negatives. No gradient
-            flows through the addend. Cannot be combined with `label_smoothing`.
+        hardness_strength: Add this multiple (0 or more) of the similarity to the logits of the negatives that
+            `hardness_mode` selects. No gradient flows through the addend. Cannot be combined with `label_smoothing`.
         reduction: "mean" over the N queries, "sum", or "none" for one loss per query.
         normalize: True divides each row by max(||z||, 1e-12) like `torch.nn.functional.normalize` (by max(||z||,
             6.1e-5) in float16). False takes the rows as they are, and their products must not overflow.
@@ -69,16 +69,16 @@ class InfoNCELoss(TemperatureLoss):
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; "none" returns this rank's losses. After DistributedDataParallel averages the gradients
-            of the parameters, they equal the gradients of one process with the whole batch. None: this rank's samples
-            are the whole batch. Explicit negatives (K, D) are shared by all ranks too; each rank passes any number of
-            them.
+            equal on every rank; once DistributedDataParallel has averaged the gradients of the parameters, they equal
+            the gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's
+            samples are the whole batch. Explicit negatives (K, D) are shared by all ranks too; each rank passes any
+            number of them.
         learn_temperature: Make the temperature a parameter. It is stored as its logarithm, `log_temperature`, so no
             optimiser step can make it negative. Exclude it from weight decay.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: a number is out of range, or an option is unknown.
+        ValueError: a number is out of range, or an option is unknown or cannot be combined with another.
 
     Example:
         >>> import torch, fastntxent

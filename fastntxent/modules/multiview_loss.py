@@ -23,16 +23,16 @@ class MultiViewNTXentLoss(TemperatureLoss):
     "Contrastive Multiview Coding", 2020, with the negatives of all views. With V = 2 the loss is `nt_xent`.
 
     A negative stays in the sum if its similarity is NaN or, up to rounding, equals the limit set by `margin`,
-    `relative_margin` or `ceiling`. No gradient flows through the choice of negatives. A row's least similar positive
-    sets its limit.
+    `relative_margin` or `ceiling`. No gradient flows through the choice of negatives. The least similar positive of a
+    row sets the row's limit.
 
     Call it as `loss(views, ids=None)`; `forward` describes the arguments. `multiview_nt_xent` is the same loss as a
     function.
 
     Args:
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
-            read a tensor on an accelerator, so its sign is not checked there. With `learn_temperature`, the initial
-            value of the parameter.
+            read a tensor on an accelerator, so its sign is not checked there. With `learn_temperature`, the value is
+            read and initialises the parameter.
         label_smoothing: The share of the target, in [0, 1), that is spread evenly over the positive and the negatives,
             as in `torch.nn.functional.cross_entropy`.
         margin: Leave a negative out of row i's sum where its similarity to row i is above s_pos - margin, with s_pos
@@ -50,15 +50,15 @@ class MultiViewNTXentLoss(TemperatureLoss):
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; "none" returns this rank's losses. After DistributedDataParallel averages the gradients
-            of the parameters, they equal the gradients of one process with the whole batch. None: this rank's samples
-            are the whole batch.
+            equal on every rank; once DistributedDataParallel has averaged the gradients of the parameters, they equal
+            the gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's
+            samples are the whole batch.
         learn_temperature: Make the temperature a parameter. It is stored as its logarithm, `log_temperature`, so no
             optimiser step can make it negative. Exclude it from weight decay.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: a number is out of range, or an option is unknown.
+        ValueError: a number is out of range, or an option is unknown or cannot be combined with another.
 
     Example:
         >>> import torch, fastntxent
@@ -88,7 +88,8 @@ class MultiViewNTXentLoss(TemperatureLoss):
         """Return the loss of V views.
 
         Args:
-            views: (V, N, D), or a sequence of V tensors (N, D), with V >= 2. Row n of each view belongs to sample n.
+            views: (V, N, D), or a list or tuple of V tensors (N, D), with V >= 2. Row n of each view belongs to sample
+                n.
             ids: (N,) integers, the group of each sample. Samples of the same group are not negatives of each other,
                 which removes false negatives. An id must mean the same on every rank. None: every other sample is a
                 negative.

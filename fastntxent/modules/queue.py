@@ -26,12 +26,11 @@ class NegativeQueue(nn.Module):
     """A queue of the last `size` rows that were pushed, first in, first out.
 
     Its `state_dict` holds the rows, their ids, the pointer and the fill (the number of rows held), and a restored queue
-    continues as the saved one would have. A restore loads the whole state or nothing. If a key is missing, or the parts
-    of the state contradict each other, the queue stays as it was, and `load_state_dict` reports the missing key or the
-    contradiction.
+    continues as the saved one would have. A restore loads the whole state or nothing. If a key is missing, or the state
+    does not fit the queue or contradicts itself, the queue stays as it was, and `load_state_dict` reports why.
 
-    The buffers follow `.to(device)` and `.half()`. The pointer stays in host memory, so nothing waits for the device.
-    On the meta device the queue is empty, and it is still empty after `to_empty()` from there.
+    The buffers follow `.to(device)` and `.half()`. The pointer and the fill stay in host memory, so nothing waits for
+    the device. Moving the queue to the meta device empties it, and so does `to_empty()` from there.
 
     No gradient reaches the queue. `QueueInfoNCELoss` is a loss that uses a queue.
 
@@ -43,7 +42,7 @@ class NegativeQueue(nn.Module):
         normalize: Whether rows are scaled to unit length when they are pushed.
 
     Raises:
-        TypeError: `size` or `dim` is not an int, or `dtype` is not a floating-point dtype.
+        TypeError: `size` or `dim` is not an int, `dtype` is not a floating-point dtype, or `normalize` is not a bool.
         ValueError: `size` or `dim` is below 1.
 
     Example:
@@ -106,7 +105,8 @@ class NegativeQueue(nn.Module):
 
         Raises:
             TypeError: an argument has the wrong type or dtype.
-            ValueError: a shape does not fit, or `z` is on the meta device and the queue is not.
+            ValueError: a shape does not fit, `ids` is not on the device of `z`, or `z` is on the meta device and the
+                queue is not.
             RuntimeError: torch.jit.trace is tracing, which would replay the first push.
         """
         if tracing():
@@ -139,8 +139,8 @@ class NegativeQueue(nn.Module):
             backend: "auto", which chooses one for the device, or a name from `backends()`.
 
         Returns:
-            A tensor (N,), float64 for float64 rows, else float32; -inf while the queue is empty. No gradient reaches
-            the queue.
+            A tensor (N,), float64 for float64 rows, else float32; -inf where no row held counts, as in an empty queue.
+            No gradient reaches the queue.
         """
         batch = open_batch(None, "NegativeQueue.neg_lse", {"u": u}, ids=ids, normalize=False, backend=backend)
         return self.neg_lse_of(batch, u, ids, inv_tau)
@@ -154,7 +154,8 @@ class NegativeQueue(nn.Module):
         return batch.neg_lse_to_held(rows, cols, inv_tau, held)
 
     def sides_of(self, u: Tensor, ids: Tensor | None) -> tuple[Side, Side, Tensor] | None:
-        """Return the rows, a snapshot of the queue and how many of its rows count, or None if the queue is empty."""
+        """Return the rows, a snapshot of the queue and how many of its rows count. Return None if the queue is empty,
+        except under torch.compile."""
         # Compiled code uses the whole buffer, whose shape never changes.
         first = self.size if torch.compiler.is_compiling() else self.filled
         if not first:
@@ -167,7 +168,8 @@ class NegativeQueue(nn.Module):
         return Side(u, ids.to(torch.int64)), queue, held
 
     def get_extra_state(self) -> Tensor:
-        """Return the pointer and the fill for `state_dict`. Like the buffers there, they change with the queue."""
+        """Return the pointer and the fill for `state_dict`. Like the buffers in a `state_dict`, they are not copied and
+        change with the queue."""
         return self._cursor
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -185,7 +187,8 @@ class NegativeQueue(nn.Module):
         return saved
 
     def _checked_state(self, saved: dict[str, Any], assign: bool) -> dict[str, Tensor]:
-        """Return rows, ids and cursor by their keys, if they fit this queue and each other."""
+        """Return a saved queue's rows, ids and cursor by their keys. Raise unless they fit this queue and each
+        other."""
         (rows_key, rows), (ids_key, ids), (cursor_key, cursor) = saved.items()
         for key, value, own in ((rows_key, rows, self._rows), (ids_key, ids, self._ids)):
             if not isinstance(value, Tensor):
@@ -215,7 +218,7 @@ class NegativeQueue(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Load a whole queue, or reload this queue's own state and report why."""
+        """Load a whole queue. If the saved one does not fit, keep this queue's state and report why."""
         own = {prefix + "_rows": self._rows, prefix + "_ids": self._ids, prefix + "_extra_state": self._cursor}
         missing = [key for key in own if key not in state_dict]
         missing_keys.extend(missing)
@@ -254,8 +257,8 @@ class QueueInfoNCELoss(TemperatureLoss):
 
     In training mode each call pushes its keys once the loss is formed; in evaluation mode the queue does not change.
 
-    On the same device with the same number of threads, the same input gives the same bits. Extra memory is O((N +
-    size) D).
+    On the same device with the same number of threads, the same input gives the same bits. Extra memory is O((N + size)
+    D); the reference backend takes O(N (N + size)).
 
     Call it as `loss(query, key, ids=None)`; `forward` describes the arguments.
 
@@ -263,8 +266,8 @@ class QueueInfoNCELoss(TemperatureLoss):
         size: The number of rows that the queue holds, at least 1.
         dim: The number of features of a row, at least 1.
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
-            read a tensor on an accelerator, so its sign is not checked there. With `learn_temperature`, the initial
-            value of the parameter.
+            read a tensor on an accelerator, so its sign is not checked there. With `learn_temperature`, the value is
+            read and initialises the parameter.
         in_batch_negatives: Whether the keys of other samples in the batch are negatives too.
         queue_dtype: The floating-point dtype of the rows in the queue.
         reduction: "mean" over the N queries, "sum", or "none" for one loss per query.
@@ -274,9 +277,9 @@ class QueueInfoNCELoss(TemperatureLoss):
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; "none" returns this rank's losses. After DistributedDataParallel averages the gradients
-            of the parameters, they equal the gradients of one process with the whole batch. None: this rank's samples
-            are the whole batch. Every rank's queue takes the keys of all ranks, so all queues stay equal.
+            equal on every rank; once DistributedDataParallel has averaged the gradients of the parameters, they equal
+            the gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's
+            samples are the whole batch. Every rank's queue takes the keys of all ranks, so all queues stay equal.
         learn_temperature: Make the temperature a parameter. It is stored as its logarithm, `log_temperature`, so no
             optimiser step can make it negative. Exclude it from weight decay.
 
@@ -289,7 +292,7 @@ class QueueInfoNCELoss(TemperatureLoss):
         >>> loss = fastntxent.QueueInfoNCELoss(8, 4, temperature=1.0)
         >>> loss(torch.eye(4), torch.eye(4))  # the queue is empty: log(e + 3) - 1
         tensor(0.7437)
-        >>> loss(torch.eye(4), torch.eye(4))  # now each key counts twice, once as a negative: log(2 e + 6) - 1
+        >>> loss(torch.eye(4), torch.eye(4))  # now the queue holds the keys too: log(2 e + 6) - 1
         tensor(1.4368)
     """
 
@@ -337,8 +340,8 @@ class QueueInfoNCELoss(TemperatureLoss):
         if self.in_batch_negatives:
             groups = batch.sample_ids() if ids is None else ids
             nu = batch.neg_lse_to(Side(u, groups), Side(v, groups), inv_tau)
-            # log(1 + e^(nu - pos) + e^(queue - pos)) is this term plus log(1 + e^(queue - pos')), where pos' includes
-            # the batch's negatives.
+            # log(1 + e^(nu - pos) + e^(queue - pos)) is this term plus log(1 + e^(queue - pos')), where pos' = log(e^nu
+            # + e^pos) includes the batch's negatives.
             parts.append(batch.reduce(row_losses(nu, pos)))
             pos = log_add(nu, pos)
         if of_queue is not None:

@@ -54,8 +54,9 @@ class SigLIPLoss(_Biased, TemperatureLoss):
         L = \frac{1}{N} \sum_{i=1}^{N} \sum_{j=1}^{N} \log(1 + e^{-y_{ij} (s_{ij}/\tau + b)}), \quad
         y_{ij} = 1 \text{ where } id_i = id_j, \text{ else } -1
 
-    Zhai et al., "Sigmoid Loss for Language Image Pre-Training", 2023. The gradient needs no sum over a row, so the
-    value and the gradients come from one pass over the similarities.
+    Zhai et al., "Sigmoid Loss for Language Image Pre-Training", 2023. The gradient needs no sum over a row, so for
+    "mean" and "sum" the value and the gradients come from one pass over the similarities. With `ids`, a group or
+    "none", the backward takes a second pass.
 
     The module learns the temperature and the bias by default, as SigLIP does.
 
@@ -64,8 +65,8 @@ class SigLIPLoss(_Biased, TemperatureLoss):
 
     Args:
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
-            read a tensor on an accelerator, so its sign is not checked there. With `learn_temperature`, the initial
-            value of the parameter.
+            read a tensor on an accelerator, so its sign is not checked there. With `learn_temperature`, the value is
+            read and initialises the parameter.
         bias: b, a finite float or a 0-d floating-point tensor, which may require a gradient. With `learn_bias`, the
             initial value of the parameter.
         learn_bias: Make the bias a parameter, `learnt_bias`.
@@ -76,9 +77,9 @@ class SigLIPLoss(_Biased, TemperatureLoss):
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; "none" returns this rank's losses. After DistributedDataParallel averages the gradients
-            of the parameters, they equal the gradients of one process with the whole batch. None: this rank's samples
-            are the whole batch.
+            equal on every rank; once DistributedDataParallel has averaged the gradients of the parameters, they equal
+            the gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's
+            samples are the whole batch.
         learn_temperature: Make the temperature a parameter. It is stored as its logarithm, `log_temperature`, so no
             optimiser step can make it negative. Exclude it from weight decay.
 
@@ -139,8 +140,8 @@ class NTLogisticLoss(_Biased, TemperatureLoss):
 
     Args:
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
-            read a tensor on an accelerator, so its sign is not checked there. With `learn_temperature`, the initial
-            value of the parameter.
+            read a tensor on an accelerator, so its sign is not checked there. With `learn_temperature`, the value is
+            read and initialises the parameter.
         bias: b, a finite float or a 0-d floating-point tensor, which may require a gradient. With `learn_bias`, the
             initial value of the parameter.
         learn_bias: Make the bias a parameter, `learnt_bias`.
@@ -151,9 +152,9 @@ class NTLogisticLoss(_Biased, TemperatureLoss):
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; "none" returns this rank's losses. After DistributedDataParallel averages the gradients
-            of the parameters, they equal the gradients of one process with the whole batch. None: this rank's samples
-            are the whole batch.
+            equal on every rank; once DistributedDataParallel has averaged the gradients of the parameters, they equal
+            the gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's
+            samples are the whole batch.
         learn_temperature: Make the temperature a parameter. It is stored as its logarithm, `log_temperature`, so no
             optimiser step can make it negative. Exclude it from weight decay.
 

@@ -34,7 +34,8 @@ class SupConLoss(TemperatureLoss):
 
     A row without a positive has loss 0 in "none" and "sum" and is left out of "mean", which is 0 if no row has a
     positive. Such a row is still a negative of the other rows. With `pair_weights`, a row has no positive if all other
-    rows have weight 0 for it. The identity matrix gives the loss without weights. A ceiling removes negatives only.
+    rows have weight 0 for it. The identity matrix as W gives the same loss as no weights. A ceiling removes negatives
+    only.
 
     The module holds `pair_weights` as a buffer.
 
@@ -42,8 +43,8 @@ class SupConLoss(TemperatureLoss):
 
     Args:
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
-            read a tensor on an accelerator, so its sign is not checked there. With `learn_temperature`, the initial
-            value of the parameter.
+            read a tensor on an accelerator, so its sign is not checked there. With `learn_temperature`, the value is
+            read and initialises the parameter.
         form: "out", "in" or "pairs", the formulas above.
         ceiling: Leave a negative out of row i's sum where its similarity to row i is above this finite float. None sets
             no limit. Cannot be combined with `pair_weights` or several labels per row.
@@ -57,9 +58,9 @@ class SupConLoss(TemperatureLoss):
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; "none" returns this rank's losses. After DistributedDataParallel averages the gradients
-            of the parameters, they equal the gradients of one process with the whole batch. None: this rank's samples
-            are the whole batch. Positives come from all ranks too.
+            equal on every rank; once DistributedDataParallel has averaged the gradients of the parameters, they equal
+            the gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's
+            samples are the whole batch. Positives come from all ranks too.
         learn_temperature: Make the temperature a parameter. It is stored as its logarithm, `log_temperature`, so no
             optimiser step can make it negative. Exclude it from weight decay.
 
@@ -98,7 +99,7 @@ class SupConLoss(TemperatureLoss):
         Args:
             z: (M, D) embeddings of all views of all samples, in any order, float16, bfloat16, float32 or float64.
             labels: (M,) integers, the class of each row; or (M, C), bool or integer, nonzero where row i has label c.
-                With several labels per row a pair counts once for each label it shares, and the form is "out".
+                With several labels per row a pair counts once for each label it shares, and the form must be "out".
 
         Returns:
             A 0-d tensor, or (M,) for "none"; float64 for float64 embeddings, else float32.
