@@ -3,15 +3,15 @@
 A kernel takes its sizes from the first matrix of rows in a call. If another tensor did not match it in shape, dtype or
 device, the kernel would read or write outside that tensor's memory. The public functions check their arguments, but
 calls also arrive by other routes: `torch.ops.fastntxent` used directly, saved-tensor and autograd hooks that return a
-different tensor, `.data =`, exported and traced programs. So every call goes through `checked`: forward and backward,
-with one process or many, on every backend.
+different tensor, `.data =`, exported and traced programs. So every kernel call goes through `checked`: forward and
+backward, with one process or many, on every backend except `reference`, which has no kernels.
 
 Each argument has one of these kinds. Within a call, the same letter means the same size.
 
     rows N D    a dense floating-point matrix; all such matrices of a call share one dtype and device
     full N D    like rows, but in float32 or float64 only
     ids N       one integer per row
-    sums N      one number per row, in the accumulation dtype: float64 for float64 rows, else float32
+    sums N      one number per row or pair, in the accumulation dtype: float64 for float64 rows, else float32
     grad N D    a gradient in the accumulation dtype
     index P     int64 row indices
     mask B C    bool or a real dtype, one entry per pair of rows
@@ -144,9 +144,9 @@ _CALLS = {
 
 
 def checked(call: str, *values: Tensor | float) -> tuple[Any, ...]:
-    """Return the tensors of a call in a form that kernels can read. Raise an error that names the first invalid one."""
+    """Return the arguments of a call in the form that kernels take. Raise an error that names an invalid argument."""
     found: list[Any] = []
-    # Everything the checks depend on, except storage. A set look-up is faster than repeating the checks.
+    # Everything that the checks of kinds and sizes depend on. A set look-up is faster than repeating these checks.
     known: list[Hashable] = [call]
     for x in values:
         if isinstance(x, Tensor):
