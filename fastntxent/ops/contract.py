@@ -264,7 +264,7 @@ def _check_dtype(name: str, kind: str, dtype: torch.dtype, rows: Tensor, rows_na
         if kind == "full" and dtype != accumulation_dtype(dtype):
             raise TypeError(f"{name} must be float32 or float64, got {dtype}")
         if dtype != rows.dtype:
-            raise TypeError(f"{name} must have the dtype of {rows_name}, {rows.dtype}, got {dtype}")
+            raise TypeError(f"{name} must have the dtype of {rows_name} ({rows.dtype}), got {dtype}")
     elif dtype != accumulation_dtype(rows.dtype):
         expected = accumulation_dtype(rows.dtype)
         raise TypeError(f"{name} must be {expected} when {rows_name} is {rows.dtype}, got {dtype}")

@@ -15,7 +15,7 @@ from .scalar import register_scalar_path
 
 
 def limited_neg_lse(rows: Side, cols: Side | None, inv_tau: float | Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """Return nu of the rows (M,) and of the columns (K,). A sum includes similarities up to its row's or column's limit.
+    """Return nu of the rows (M,) and of the columns (K,), over the similarities up to the limit of each row or column.
 
     Without columns the rows are compared among themselves, and the second result is empty. Differentiable in the rows,
     the columns and inv_tau; the limits are constants.
