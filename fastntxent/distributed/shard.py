@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 WORLD: Literal["world"] = "world"  # the default process group; the name can be used before the group exists
 
 # With "auto", rows go around the ring if the unit rows of all ranks exceed this many bytes. The ring sends more bytes
-# (for NT-Xent, one and a half times as many), overlapped with the products, but no rank needs to hold all rows. Below
-# this size memory matters little, and one collective is faster than many messages.
+# (for NT-Xent, about one and a half times as many), overlapped with the products, but no rank needs to hold all rows.
+# Below this size memory matters little, and one collective is faster than many messages.
 RING_BYTES = 2**29
 
 
@@ -38,7 +38,7 @@ class Sharding:
         group: A process group, a one-dimensional DeviceMesh, or "world" for the default process group, which is looked
             up at each call. A loss also takes any of these directly, with the default options.
         strategy: "all_gather" holds the unit rows of all ranks, O(M D) memory for M rows in total. "ring" holds the
-            rows of two other ranks at a time and sends more bytes (for NT-Xent, one and a half times as many),
+            rows of two other ranks at a time and sends more bytes (for NT-Xent, about one and a half times as many),
             overlapped with the products. "auto" uses the ring above 512 MiB of rows.
         wire_dtype: Dtype to which rows are rounded before they are compared, or None. torch.bfloat16 halves the bytes.
             Values and gradients are then exact for the rounded rows, which are the same on every rank. Positives of two

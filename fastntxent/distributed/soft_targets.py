@@ -129,8 +129,8 @@ def _gradient(
 ) -> Tensor:
     """Return the gradient with respect to this rank's rows, against all ranks' columns, or with `of_columns` the
     gradient with respect to this rank's columns, against all ranks' rows. `columns` holds the other side on all ranks,
-    and `others` the other side on this rank. Even with `of_columns`, the rows of a tile are rows and not columns, so
-    logits are rounded as in the forward."""
+    and `others` the other side on this rank. With `of_columns` too, the tiles have the rows as rows and the columns as
+    columns, so logits are rounded as in the forward."""
     d_own = torch.zeros_like(own.u)
     assert others.weights is not None
     numbers = torch.stack((others.lse, others.weights), dim=1)

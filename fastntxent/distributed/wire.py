@@ -125,7 +125,7 @@ def _bytes(x: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _waiting(group: ProcessGroup) -> Iterator[None]:
-    """Re-raise errors of torch.distributed with the possible causes, which the original messages do not name."""
+    """Re-raise errors of torch.distributed as NoAnswerError, which names possible causes; the original does not."""
     try:
         yield
     except RuntimeError as error:

@@ -8,7 +8,7 @@ backward, with one process or many, on every backend except `reference`, which h
 
 Each argument has one of these kinds. Within a call, the same letter means the same size.
 
-    rows N D    a dense floating-point matrix; all such matrices of a call share one dtype and device
+    rows N D    a floating-point matrix; all such matrices of a call share one dtype
     full N D    like rows, but in float32 or float64 only
     ids N       one integer per row
     sums N      one number per row or pair, in the accumulation dtype: float64 for float64 rows, else float32
@@ -17,6 +17,8 @@ Each argument has one of these kinds. Within a call, the same letter means the s
     mask B C    bool or a real dtype, one entry per pair of rows
     number      0-d in the accumulation dtype, in host memory or on the rows' device; inv_tau may be a Python number
     count       a 0-d integer tensor in host memory
+
+All tensors are dense and on one device, except numbers and counts in host memory.
 
 Kernels read raw memory, so lazily negated tensors (`z.conj().imag`) and zero tensors without storage are resolved here.
 An inv_tau or bias in host memory is passed to the kernel as a Python number.
@@ -51,7 +53,7 @@ class _Argument(NamedTuple):
 class _Call(NamedTuple):
     arguments: tuple[_Argument, ...]
     order: tuple[int, ...]  # the order of checking: rows come first because they set the sizes
-    inv_tau: int | None  # its position among the arguments, or None
+    inv_tau: int | None  # the position of inv_tau among the arguments, or None
     bias: int | None
 
 
@@ -80,7 +82,7 @@ _GUIDED = (
 )
 _HELD = "u: rows M D, rows: rows K D, u_ids: ids M, row_ids: ids K, held: count, inv_tau: number"
 
-# The tensor arguments of each call, in order. They come before all other arguments. Calls are named after operators.
+# The tensor arguments of each call, in order; all other arguments come after them. A call has its operator's name.
 _CALLS = {
     name: _parse(text)
     for name, text in {

@@ -68,8 +68,8 @@ class PositiveTiles:
 
     If everything fits into one tile, nothing is sorted and the tile is kept for the backward.
 
-    `own`: row i and column own + i, if that column exists, are the same and not a positive pair. None: no row is also a
-    column.
+    `own`: row i and column own + i, if that column exists, are the same row and not a positive pair. None: no row is
+    also a column.
     """
 
     def __init__(self, u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: float | Tensor, own: int | None):

@@ -65,7 +65,7 @@ def _merge_columns(
 
 
 def _tile_shape(n_columns: int, k: int, itemsize: int) -> tuple[int, int]:
-    """Return the number of queries and columns in a tile. The first tile has at least k columns."""
+    """Return the numbers of queries and columns in a tile. The first tile has at least k columns."""
     width = min(n_columns, max(_COLUMNS, _COLUMNS_PER_K * k))
     per_query = width + 16 * k  # a merge holds about a dozen numbers for each of the k results
     return max(1, min(_QUERIES, _TILE_BYTES // itemsize // per_query)), width
@@ -90,7 +90,7 @@ def _largest(sims: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _lowest_of_the_last(sims: Tensor, best: Tensor, columns: Tensor) -> Tensor:
-    """Return each row's columns of the k largest values. Where values tie with the k-th, take the lowest columns."""
+    """Return the columns of each row's k largest values; among values that tie with the k-th, the lowest columns."""
     last, k, width = best[:, -1:], best.shape[1], sims.shape[1]
     from_the_end = torch.arange(width, 0, -1, dtype=torch.int32, device=sims.device)
     lowest = torch.where(sims == last, from_the_end, 0).topk(k, dim=1).indices

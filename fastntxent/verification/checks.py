@@ -1,8 +1,8 @@
 """The checks of a backend on a device: values and gradients against float64, and the same bits in every call.
 
 Small sizes reach every kernel: a backend lists the forms of its kernels, and each form is forced in turn. On a GPU, a
-few batches are large enough to fill the device.
-New memory is filled with NaN, so elements that a kernel leaves unwritten are found. `error_budget` has the tolerances.
+few batches are large enough to fill the device. New memory is filled with NaN, so elements that a kernel leaves
+unwritten are found. `error_budget` has the tolerances.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Chooses the backend that "auto" takes on an accelerator: for each size, `blocked` or the fastest that has passed.
+"""Chooses the backend that "auto" takes on an accelerator: the fastest of `blocked` and the backends that have passed.
 
 At the first call on a device, verdicts are read from the store, or found by a child process. Checking and timing take
 up to two minutes and are announced on stderr. After that, a choice is two dict lookups.
@@ -76,7 +76,7 @@ class Decision:
         """Return the times of `blocked` and of the backends that have passed, at the nearest timed size.
 
         The nearest size has the nearest number of features, then the nearest number of rows, on a logarithmic scale.
-        For a call captured in a CUDA graph, the times are those of replays, if there are any.
+        For a call captured in a CUDA graph, return the times of replays, if there are any.
         """
         table = (self.times or {}).get(str(dtype).removeprefix("torch."), {})
         for wanted in (features, rows):

@@ -39,7 +39,7 @@ class _End(NamedTuple):
         killed: seconds that the child, or its last check, had taken when the child was killed.
         lines: the lines of its report.
         said: the last line of its output.
-        never_started: the reason why it was not started; empty if it was.
+        never_started: the reason why the child was not started; empty if it was started.
     """
 
     status: int | None = None

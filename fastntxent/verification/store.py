@@ -110,7 +110,7 @@ def _triton_version() -> str:
 
 
 def _driver() -> str:
-    """Return the version of the kernel driver, and the CUDA version that its library supports."""
+    """Return the version of the GPU driver, and the CUDA version that the driver's library supports."""
     path = "/sys/module/amdgpu/version" if torch.version.hip else "/proc/driver/nvidia/version"
     said = []
     with contextlib.suppress(OSError):

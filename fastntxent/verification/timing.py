@@ -86,7 +86,7 @@ def _entry(
             call()
             call()
             if device.type == "cuda":
-                torch.cuda.synchronize(device)  # errors surface here, while `begin` names the backend
+                torch.cuda.synchronize(device)  # errors surface here, while this backend is the last that `begin` named
         except (torch.OutOfMemoryError, MemoryError):
             continue
         calls[name] = call
