@@ -100,7 +100,7 @@ def test_info_says_what_auto_takes_on_a_gpu_and_why(monkeypatch):
     auto = info._auto(gpu)
     assert auto["bfloat16, 128 features, 256 rows"] == {
         "backend": "triton",
-        "why": "the fastest of those that have passed: triton 0.5 ms, blocked 2 ms",
+        "why": "the fastest at the nearest timed size: triton 0.5 ms, blocked 2 ms",
     }
     assert auto["float32, 128 features, 256 rows"]["why"] == "it has passed, but nothing was timed at this size"
     monkeypatch.setenv("FASTNTXENT_VERIFY", "never")

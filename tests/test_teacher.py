@@ -339,7 +339,7 @@ def test_rows_over_ranks_equal_one_process():
 def test_teacher_that_raises_on_one_rank_raises_on_all():
     (first, words), (second, _) = (of_rank["fails on one"] for of_rank in of_two_ranks())
     assert (first, second) == (RuntimeError, IndexError)
-    assert words.startswith("teacher in distill, call 2, raised an error on rank 1")
+    assert words.startswith("the teacher of distill (call 2) raised an error on rank 1")
     expected = distill(IMAGE, TEXT, teacher=looked_up, temperature=0.3)
     for of_rank in of_two_ranks():
         torch.testing.assert_close(of_rank["after"], expected)

@@ -371,7 +371,7 @@ def test_child_on_another_device_or_version_says_nothing_of_this_one():
     model = {**store.model_of(CPU)._asdict(), "torch": "1.0"}
     verdict = process.check_in_child({"backend": "blocked", "device": "cpu", "module": None, "model": model})
     assert verdict.status == "not available"
-    assert re.search(r"the child process has torch '\S+', but this process has '1.0'", verdict.detail)
+    assert re.search(r"the child process has torch '\S+', but its parent has '1.0'", verdict.detail)
 
 
 def test_child_of_a_program_without_an_interpreter(monkeypatch):
@@ -902,7 +902,7 @@ def test_choice_follows_what_was_measured(simulated):
     assert choose(dtype=torch.float16) == "cuda", "without times, the first that passed should be chosen"
     assert policy._decided[GPU].explain(torch.float32, 4096, 128) == (
         "triton",
-        "the fastest of those that have passed: triton 0.5 ms, blocked 0.8 ms, cuda 0.9 ms",
+        "the fastest at the nearest timed size: triton 0.5 ms, blocked 0.8 ms, cuda 0.9 ms",
     )
     policy.forget()
     asked = len(simulated.asked)

@@ -1,4 +1,7 @@
-"""The command line. Exit status: 0 success, 1 a backend did not pass, 2 the request cannot be carried out."""
+"""The command line.
+
+Exit status: 0 success, 1 a backend did not pass, 2 the request cannot be carried out, 130 interrupted by Ctrl-C.
+"""
 
 from __future__ import annotations
 

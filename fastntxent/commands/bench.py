@@ -1,9 +1,9 @@
 """Time the backends on this machine against eager PyTorch, torch.compile and a matmul floor (about two minutes).
 
 Prints the median milliseconds of forward plus backward of the mean loss at temperature 0.1. The calls take turns, and
-each backend is first compared with the float64 reference. The floor is the time of two full similarity matrices
-(4 M^2 D flops, M = 2N rows) at the rate of a matrix product measured in the same run. On a GPU, backends that have not
-passed their checks are left out.
+each backend is first compared with the float64 reference and left out if it is not within the error budget. The floor
+is the time of two full similarity matrices (4 M^2 D flops, M = 2N rows) at the rate of a matrix product measured in the
+same run. On a GPU, backends that have not passed their checks are left out too.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Row = dict[str, Any]
 
 
 def run(given: argparse.Namespace) -> int:
-    """Time the requested devices, and print a table or JSON."""
+    """Time the requested device, by default the last GPU or else the CPU, and print a table or JSON."""
     devices = [find_device(given.device)] if given.device else present_devices()[-1:]
     found = {}
     for device in devices:
@@ -57,7 +57,7 @@ def dense_nt_xent(z_i: Tensor, z_j: Tensor) -> Tensor:
 def time_size(device: torch.device, dtype: torch.dtype, n: int, d: int, without: Sequence[str] = ()) -> Row:
     """Return the milliseconds of each backend, eager PyTorch, torch.compile and the floor at one size.
 
-    "missing" gives the reason for each call that was not timed.
+    "missing" gives the reason for each call that failed, and for each backend in `without`.
     """
     generator = torch.Generator().manual_seed(0)
     views = [torch.randn(n, d, generator=generator).to(device, dtype).requires_grad_() for _ in range(2)]
@@ -79,7 +79,7 @@ def time_size(device: torch.device, dtype: torch.dtype, n: int, d: int, without:
             call = gradient_call(loss, views)
             call()
             call()
-        except Exception as error:  # no compiler, out of memory, an unsupported dtype
+        except Exception as error:  # wrong results, no compiler, out of memory, an unsupported dtype
             missing[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
             continue
         calls[name] = call

@@ -60,7 +60,7 @@ def _device(device: torch.device) -> dict[str, Any]:
 
 
 def _auto(device: torch.device) -> dict[str, dict[str, str]]:
-    """Return the backend that "auto" takes for each size, and why."""
+    """Return the backend that "auto" takes for each timed size, and why."""
     possible = candidates(device.type)
     if not possible:
         taken = name_of(select("auto", device.type, torch.float32))

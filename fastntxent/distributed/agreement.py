@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _FORWARD, _BACKWARD, _TEACHER = 0, 1, 2
 
-# Knuth's multiplier and the golden ratio as signed 64-bit numbers: odd, and without a short bit pattern.
+# Knuth's multiplier and the golden ratio as signed 64-bit numbers: odd, and without a regular bit pattern.
 _MIX, _STEP = 6364136223846793005, -7046029254386353131
 
 # The number of loss calls so far in each group.
@@ -33,7 +33,7 @@ class Alike(NamedTuple):
 
 
 class Turn:
-    """One call of a loss. `number` counts the calls in its group and is the same on every rank."""
+    """One call of a loss. `number` counts the calls in its group; if calls are checked, the ranks agree on it."""
 
     def __init__(self, group: ProcessGroup, number: int, function: str, checked: bool):
         self._group, self._number, self._function, self._checked = group, number, function, checked
@@ -45,14 +45,15 @@ class Turn:
         return Part(self, self._parts)
 
     def begin_backward(self, part: int, failed: bool, device: torch.device) -> None:
-        """Raise on every rank unless all of them have reached the backward of this part without an error."""
+        """Raise unless every rank has reached the backward of this part without an error. If this rank has `failed`,
+        its caller re-raises the original error. A no-op if calls are not checked."""
         what = f"the backward of {self._function}, call {self._number}, part {part}"
         self._meet_again(_BACKWARD, part, failed, what, device)
 
     def end_calls_of_teacher(self, failed: bool, device: torch.device) -> None:
-        """Raise unless every rank has called its teacher without an error. A rank that failed raises its original error
-        instead."""
-        self._meet_again(_TEACHER, 0, failed, f"teacher in {self._function}, call {self._number},", device)
+        """Raise unless every rank has called its teacher without an error. If this rank has `failed`, its caller
+        re-raises the original error. A no-op if calls are not checked."""
+        self._meet_again(_TEACHER, 0, failed, f"the teacher of {self._function} (call {self._number})", device)
 
     def _meet_again(self, phase: int, part: int, failed: bool, what: str, device: torch.device) -> None:
         if not self._checked:
@@ -109,8 +110,8 @@ def agree(
 
 
 def _meet(group: ProcessGroup, header: Tensor, what: str) -> list[list[int]]:
-    """Return the headers of all ranks. Every header has the same size, so any two kinds of call can be gathered
-    together."""
+    """Return the headers of all ranks. Raise unless all ranks are in a forward, or in the same part of the same call.
+    Every header has the same size, so headers of different kinds can be gathered together."""
     headers = wire.gather_numbers(group, header).tolist()
     phases = {(phase,) if phase == _FORWARD else (phase, number, part) for phase, number, part, _ in headers}
     if len(phases) > 1:
@@ -122,7 +123,8 @@ def _meet(group: ProcessGroup, header: Tensor, what: str) -> list[list[int]]:
 
 
 def _describe(fact: object) -> str:
-    """Return the text by which a value is compared and shown. The value of a tensor on an accelerator is never read."""
+    """Return the text by which a value is compared and shown. A tensor's value is read only if it is 0-d and in host
+    memory."""
     if isinstance(fact, Alike):
         return f"a tensor of shape {tuple(fact.tensor.shape)}"
     if not isinstance(fact, Tensor):

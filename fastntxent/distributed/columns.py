@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Block(NamedTuple):
-    """Rows (n, D) of one rank or of all ranks, with their ids and any other per-row numbers."""
+    """Consecutive rows (n, D) of one rank or of all ranks, with their ids and any other per-row tensors."""
 
     span: slice  # position among the rows of all ranks
     rows: Tensor
@@ -27,7 +27,7 @@ class Block(NamedTuple):
     numbers: tuple[Tensor, ...] = ()
 
     def cut(self, span: slice) -> Block:
-        """Return the rows of `span`, which lies in this block."""
+        """Return the part of this block that lies at `span`."""
         here = slice(span.start - self.span.start, span.stop - self.span.start)
         return Block(span, self.rows[here], self.ids[here], tuple(x[here] for x in self.numbers))
 
@@ -65,7 +65,7 @@ class Partition:
         return wire.exchange_numbers(self.group, numbers, self.sizes)
 
     def columns_from(self, saved: Sequence[Tensor | None]) -> tuple[Columns, Tensor]:
-        """Return the columns and the ids of this rank's rows from the tensors of `Columns.to_save`."""
+        """Rebuild the columns from the tensors that `Columns.to_save` returned. Return them and this rank's ids."""
         sent, whole, ids, all_ids = saved
         assert sent is not None
         assert ids is not None
@@ -75,7 +75,7 @@ class Partition:
 
 
 class Columns:
-    """The rows of all ranks, block by block, with their ids and other per-row numbers.
+    """The rows of all ranks, block by block, with their ids and other per-row tensors.
 
     The inputs of a backward are saved with autograd's `save_for_backward`, so that changes in place are detected and
     saved-tensor hooks apply.
@@ -87,7 +87,7 @@ class Columns:
         self._gathered: list[tuple[Tensor, Tensor]] = []
 
     def to_save(self, ids: Tensor) -> tuple[Tensor | None, ...]:
-        """Return this rank's rows and their ids, each followed by the gathered tensor of all ranks, or None."""
+        """Return this rank's rows and their ids, each followed by the tensor gathered from all ranks, or by None."""
         return self._sent, self._gathered_of(self._sent), ids, self._gathered_of(ids)
 
     @property
@@ -144,7 +144,7 @@ class Columns:
         return self._once(self._sent).to(self.partition.dtype)
 
     def _once(self, x: Tensor) -> Tensor:
-        """Return the gathered tensor. It is gathered once, for all terms of the loss and the backward."""
+        """Return x gathered from all ranks. The result is kept for the other terms of the loss and for the backward."""
         gathered = self._gathered_of(x)
         if gathered is None:
             gathered = wire.all_gather(self.partition.group, x, self.partition.sizes)

@@ -1,4 +1,4 @@
-"""Sums over the rows of a group that may be spread across several ranks, for losses that are linear in these sums.
+"""Dot products of each row with the sum of its group, the rows with the same id on all ranks.
 
     d_i = u_i . S_i,   S_i = sum over {j : id_j = id_i} of v_j
     d/du_i = a_i S_i,  d/dv_j = sum over {i : id_i = id_j} of a_i u_i

@@ -1,8 +1,9 @@
 """The guided log-sum-exp across ranks: this rank's rows against the columns of all ranks, and the gradient.
 
 In the forward, each column travels with its guide embedding. In the backward, each rank forms the gradients of its rows
-and its columns. For the columns' gradients, each row travels with its guide embedding and three numbers (the weight, nu
-and the limit). No gradient of an embedding travels. ops/guided.py has the formulas.
+and its columns. For the rows' gradients, the columns travel as in the forward. For the columns' gradients, each row
+travels with its guide embedding and three numbers (the weight, nu and the limit). No gradient of an embedding travels.
+ops/guided.py has the formulas.
 """
 
 from __future__ import annotations

@@ -152,7 +152,7 @@ def _gradient_of_rows(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradient with respect to this rank's rows, and the gradient with respect to inv_tau over all pairs of
     these rows with the columns of all ranks. `column_ids` and `of_columns` are for this rank's columns. `symmetric`:
-    the columns are the rows."""
+    the columns are the rows, and the gradient with respect to inv_tau counts each pair within this rank twice."""
     d_rows, d_inv_tau = torch.zeros_like(rows.u), of_rows.neg_lse.new_zeros(())
     with autocast_off(rows.u):
         for block in columns.blocks(column_ids, torch.stack((of_columns.d_neg_lse, of_columns.neg_lse), dim=1)):
@@ -160,7 +160,7 @@ def _gradient_of_rows(
                 if symmetric and block.span == columns.partition.span:
                     d_block, d_part = run_neg_lse_backward(rows, inv_tau, of_rows, backend)
                     d_rows += d_block
-                    d_inv_tau = d_inv_tau + 2 * d_part  # a pair within a rank counts once, a pair across ranks on both
+                    d_inv_tau = d_inv_tau + 2 * d_part  # twice, because a pair across ranks is counted on both ranks
                 else:
                     d_cols, cols_nu = block.numbers[0].T.contiguous()
                     of_cols = Upstream(d_cols, cols_nu, wanted=False)

@@ -1,4 +1,4 @@
-"""Sums over positive pairs across ranks: of this rank's rows with the rows of the same id on all ranks.
+"""Sums over positive pairs across ranks: this rank's rows with the rows of the same id on all ranks.
 
     f_i = log sum_j exp(l_ij)   or   sum_j log(1 + exp(nu_i - l_ij)),     l_ij = k u_i . u_j
 
@@ -6,8 +6,8 @@ A pair counts in f of both its rows. With w_i = d loss / d f_i, and D_ij the gra
 
     D_ij = w_i exp(l_ij - f_i)   or   -w_i sigmoid(nu_i - l_ij)      d/du_i = k sum_j (D_ij + D_ji) u_j
 
-In the backward, rows travel with two numbers each: w_j, and f_j or nu_j. No gradient travels. ops/positives.py has the
-tiles.
+In `positive_lse_to`, columns v_j take the place of u_j, and a pair counts only in f of its row. In the backward, rows
+travel with two numbers each: w_j, and f_j or nu_j. No gradient travels. ops/positives.py has the tiles.
 """
 
 from __future__ import annotations
@@ -206,8 +206,8 @@ def _gradient_of_pairs(
 def _of_block(
     tiles: PositiveTiles, of_rows: Tensor, of_cols: Tensor, through: Callable[[PositiveTile, Tensor, Tensor], Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Like `_gradient_of_pairs`, for the pairs of one block. `of_rows` and `of_cols` are the numbers of the block's
-    rows and columns, and `d_inv_tau` is not halved yet."""
+    """Like `_gradient_of_pairs`, for the tiles of one block, except that the gradient with respect to inv_tau is not
+    halved. `of_rows` and `of_cols` are the numbers (d_f, inner) of the rows and columns of the tiles."""
     rows, cols = tiles.by_row(of_rows).T[:, :, None], tiles.by_column(of_cols).T[:, None]
     sums = of_rows.new_zeros(len(of_rows))
 

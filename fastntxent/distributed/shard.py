@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 WORLD: Literal["world"] = "world"  # the default process group; the name can be used before the group exists
 
-# With "auto", rows go around the ring if the unit rows of all ranks exceed this many bytes. The ring sends one and a
-# half times as many bytes, overlapped with the products, and no rank ever holds all rows. Below this size memory
-# matters little, and one collective is faster than many messages.
+# With "auto", rows go around the ring if the unit rows of all ranks exceed this many bytes. The ring sends more bytes
+# (for NT-Xent, about one and a half times as many), overlapped with the products, but no rank needs to hold all rows.
+# Below this size memory matters little, and one collective is faster than many messages.
 RING_BYTES = 2**29
 
 
@@ -38,8 +38,8 @@ class Sharding:
         group: A process group, a one-dimensional DeviceMesh, or "world" for the default process group, which is looked
             up at each call. A loss also takes any of these directly, with the default options.
         strategy: "all_gather" holds the unit rows of all ranks, O(M D) memory for M rows in total. "ring" holds the
-            rows of two other ranks at a time and sends one and a half times as many bytes, overlapped with the
-            products. "auto" uses the ring above 512 MiB of rows.
+            rows of two other ranks at a time and sends more bytes (for NT-Xent, about one and a half times as many),
+            overlapped with the products. "auto" uses the ring above 512 MiB of rows.
         wire_dtype: Dtype to which rows are rounded before they are compared, or None. torch.bfloat16 halves the bytes.
             Values and gradients are then exact for the rounded rows, which are the same on every rank. Positives of two
             views are not rounded.
@@ -48,7 +48,7 @@ class Sharding:
             waiting for them, but then every rank must have the same number of rows.
 
     Raises:
-        TypeError: group or wire_dtype has the wrong type.
+        TypeError: group, wire_dtype or check has the wrong type.
         ValueError: the mesh has several dimensions, this rank is not in the group, or the strategy or the name of the
             group is unknown.
         RuntimeError: torch.distributed is not available.
@@ -83,7 +83,7 @@ Group: TypeAlias = Union["ProcessGroup", "DeviceMesh", Sharding, Literal["world"
 
 
 def process_group(group: object) -> ProcessGroup:
-    """Return the process group that a `group=` argument stands for."""
+    """Return the process group that a `group=` argument stands for, unless the argument is a `Sharding`."""
     if not dist.is_available():
         raise RuntimeError("group needs torch.distributed, which this PyTorch was built without")
     if group == WORLD:
@@ -156,7 +156,7 @@ class Shard:
                 return columns
         dtype = accumulation_dtype(u.dtype)
         partition = Partition(self.group, self.rank, self.sizes, self.ring, dtype, self.turn, self.by_rank)
-        # If u already has this dtype, this is u itself and no copy, so a change of u in place is detected.
+        # If u already has this dtype, the result shares u's memory, so a change of u in place is detected.
         columns = Columns(partition, u.detach().resolve_neg().to(self.wire_dtype or dtype))
         self._columns.append((u, columns))
         return columns
@@ -165,7 +165,7 @@ class Shard:
         """Return this rank's rows as the other ranks see them, with a straight-through gradient to u."""
         if self.wire_dtype is None:
             return u
-        return u + (u.to(self.wire_dtype).to(u.dtype) - u).detach()  # exact, because the difference is small
+        return u + (u.to(self.wire_dtype).to(u.dtype) - u).detach()  # exact: u and its rounded value are close
 
     @uncompiled
     def gather(self, x: Tensor) -> Tensor:
@@ -177,7 +177,7 @@ class Shard:
 def open_shard(
     group: Group, function: str, rows: Mapping[str, Tensor], views: int, agreed: Mapping[str, object]
 ) -> Shard:
-    """Return the shard, after the ranks have agreed on the call and exchanged their sizes.
+    """Return the shard. Unless `check` is off, the ranks first compare their calls and exchange their sizes.
 
     Each tensor of `rows`, (n, D), has one row per sample of this rank; a loss has `views` rows per sample. `agreed` is
     everything else that must be the same on every rank.

@@ -47,7 +47,7 @@ def called_neg_lse(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return three tensors (m,) for a teacher that is a function: nu of this rank's rows over all ranks' columns, nu of
     this rank's columns over all ranks' rows, and the logits of this rank's positive pairs. `ids` are this rank's sample
-    ids. If the teacher raises on one rank, every rank raises."""
+    ids. If the teacher raises on one rank, every rank raises, provided that calls are checked."""
     all_ids, failure = torch.arange(shard.n_samples, device=ids.device), None
     nu_rows = pos = torch.empty(len(ids), dtype=dtype, device=ids.device)
     of_all = torch.full((len(all_ids),), -torch.inf, dtype=dtype, device=ids.device)
@@ -129,8 +129,8 @@ def _gradient(
 ) -> Tensor:
     """Return the gradient with respect to this rank's rows, against all ranks' columns, or with `of_columns` the
     gradient with respect to this rank's columns, against all ranks' rows. `columns` holds the other side on all ranks,
-    `others` the part on this rank. The student's rows are always the rows of a tile, so logits are rounded as in the
-    forward."""
+    and `others` the other side on this rank. With `of_columns` too, the tiles have the rows as rows and the columns as
+    columns, so logits are rounded as in the forward."""
     d_own = torch.zeros_like(own.u)
     assert others.weights is not None
     numbers = torch.stack((others.lse, others.weights), dim=1)
@@ -158,7 +158,8 @@ def _teacher_of(block: Block, teacher: Tensor | _Similarities) -> Tensor | _Simi
 
 
 def _tiles(call: str, rows: _Taught, cols: _Taught, inv_tau: float | Tensor) -> tuple[SoftTargets, tuple[Any, ...]]:
-    """Return the tiles of two sides, and the sides' weights after validation."""
+    """Return the tiles of two sides, and the sides' weights (none in the forward). Tensors are checked, unless the
+    teacher is a function."""
     weights = [side.weights for side in (rows, cols) if side.weights is not None]
     ids, numbers = (rows.ids, cols.ids), (inv_tau, rows.lse, cols.lse)
     if not isinstance(rows.teacher, Tensor):

@@ -3,8 +3,8 @@
     sum_i = sum over {j : id_j != id_i} of log(1 + exp(x_ij))  [+ sum over {j : id_j = id_i} of log(1 + exp(-x_ij))]
 
 x_ij = k u_i . v_j + b. In the forward, columns travel. In the backward, each rank forms the gradients of its rows and
-its columns. For these, each row and each column travels with one number, the upstream gradient of its sum. No gradient
-of an embedding travels.
+its columns. For these, each row and each column travels with one number: the upstream gradient of the row's sum, or 0
+for a column that is not a row. No gradient of an embedding travels.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class _SoftplusOverRanks(torch.autograd.Function):
             if needs_v:
                 d_v, *of_numbers = _gradient_of_rows(Side(of_v.own, v_ids), none_of_v, of_u, u_ids, d_sums, *options)
                 numbers = of_numbers[0], of_numbers[1]
-            if needs_u or not needs_v:  # for inv_tau and bias one pass is enough: it covers all pairs
+            if needs_u or not needs_v:  # for inv_tau and bias one pass, which covers all pairs, is enough
                 d_u, *of_numbers = _gradient_of_rows(Side(of_u.own, u_ids), d_sums, of_v, v_ids, none_of_v, *options)
                 numbers = of_numbers[0], of_numbers[1]
         assert numbers is not None

@@ -1,4 +1,4 @@
-"""Communication between ranks. Only this module calls torch.distributed's collectives.
+"""Communication between ranks. No other module of the package calls torch.distributed's collectives.
 
 Rows travel as bytes, so every communication backend can carry every dtype. For a sum across ranks, the terms are
 gathered and added in rank order, so the sum has the same bits on every rank and in every run.
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 
 class NoAnswerError(RuntimeError):
-    """A collective failed or timed out because other ranks did not take part."""
+    """A collective failed or timed out, most likely because other ranks did not take part."""
 
 
 def all_gather(group: ProcessGroup, x: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Return the rows of all ranks in rank order. Rank r holds sizes[r] rows; shorter blocks are padded to be sent."""
+    """Return the rows of all ranks in rank order. Rank r holds sizes[r] rows; shorter blocks are sent with padding."""
     largest = max(sizes)
     if largest == 0:
         return x
@@ -71,8 +71,8 @@ def exchange_numbers(group: ProcessGroup, x: Tensor, sizes: Sequence[int]) -> Te
 
 
 def all_reduce(group: ProcessGroup, x: Tensor) -> Tensor:
-    """Return the sum across ranks of a tensor that has the same shape on each. Each rank adds up one slice and gathers
-    the other slices, so at any world size a rank sends less than twice the tensor's bytes."""
+    """Return the sum across ranks of a tensor that has the same shape on every rank. Each rank adds up one slice and
+    gathers the other slices, so at any world size a rank sends at most about twice the tensor's bytes."""
     world = dist.get_world_size(group)
     cuts = [x.numel() * rank // world for rank in range(world + 1)]
     sizes = [stop - start for start, stop in itertools.pairwise(cuts)]
@@ -125,7 +125,7 @@ def _bytes(x: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _waiting(group: ProcessGroup) -> Iterator[None]:
-    """Re-raise errors of torch.distributed with the possible causes, which the original messages do not name."""
+    """Re-raise errors of torch.distributed as NoAnswerError, which names possible causes; the original does not."""
     try:
         yield
     except RuntimeError as error:

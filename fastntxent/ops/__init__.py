@@ -1,33 +1,34 @@
-"""Differentiable functions over the registered operators `torch.ops.fastntxent.*`.
+"""Functions over the registered operators `torch.ops.fastntxent.*`.
 
-    neg_lse        (u, ids, inv_tau)                 -> nu                               any ids, any weights of nu
-    neg_lse_sum    (u, ids, inv_tau, weights)        -> weighted sum of nu, d_u, d_inv_tau
-    cross_neg_lse  (u, v, u_ids, v_ids, inv_tau)     -> nu of the rows, nu of the columns
-    held_neg_lse   (u, rows, u_ids, row_ids, held, inv_tau) -> nu against the first `held` rows of a buffer
-    held_loss         (u, rows, u_ids, row_ids, held, inv_tau, against) -> a loss against the buffer, with its gradient
-    limited_neg_lse   (u, v, u_ids, v_ids, u_limits, v_limits, inv_tau) -> nu over similarities up to each row's limit
-    limited_nt_xent_scalar, limited_nt_xent_value    -> NT-Xent with such limits; the former returns its gradient too
-    nt_xent_rows   (z_i, z_j, inv_tau)               -> nu, pi                           the weighted path
-    nt_xent_scalar    (z_i, z_j, inv_tau)               -> loss, d_z_i, d_z_j, d_inv_tau    the scalar path
-    nt_xent_value   (z_i, z_j, inv_tau)               -> loss                             when no gradient is needed
-    sup_con_scalar (z, ids, inv_tau)                 -> loss, d_z, d_inv_tau             SupCon in one call
-    info_nce_scalar, info_nce_value                  -> the same for two towers, in one direction or both (CLIP)
-    softplus       (u, v, u_ids, v_ids, inv_tau, bias) -> sums of log(1 + exp(logit + bias)) over other groups
-    sigmoid_scalar, sigmoid_value                    -> SigLIP or NT-Logistic; the former returns its gradient too
+    neg_lse          (u, ids, inv_tau)               -> nu, for any ids
+    neg_lse_sum      (u, ids, inv_tau, weights)      -> weighted sum of nu, d_u, d_inv_tau
+    cross_neg_lse    (u, v, u_ids, v_ids, inv_tau)   -> nu of the rows, nu of the columns
+    held_neg_lse     (u, rows, u_ids, row_ids, held, inv_tau) -> nu against the first `held` rows of a buffer
+    held_loss        (u, rows, u_ids, row_ids, held, inv_tau, against) -> a loss against the buffer, with its gradient
+    limited_neg_lse  (u, v, u_ids, v_ids, u_limits, v_limits, inv_tau) -> nu over similarities up to each row's limit
+    limited_nt_xent_scalar, limited_nt_xent_value    -> NT-Xent with such limits; `_scalar` also returns its gradient
+    nt_xent_rows     (z_i, z_j, inv_tau)             -> nu, pi: the weighted path
+    nt_xent_scalar   (z_i, z_j, inv_tau)             -> loss, d_z_i, d_z_j, d_inv_tau: the scalar path
+    nt_xent_value    (z_i, z_j, inv_tau)             -> loss, when no gradient is needed
+    sup_con_scalar   (z, ids, inv_tau)               -> loss, d_z, d_inv_tau: SupCon in one call
+    info_nce_scalar, info_nce_value                  -> InfoNCE or CLIP; `_scalar` also returns its gradient
+    softplus         (u, v, u_ids, v_ids, inv_tau, bias) -> sums of log(1 + exp(logit + bias)) over other groups
+    sigmoid_scalar, sigmoid_value                    -> SigLIP or NT-Logistic; `_scalar` also returns its gradient
     positive_lse, positive_sum                       -> log-sum-exps and sums over the rows of the same group
     soft_dots, soft_dots_sum                         -> a student's similarities averaged under a teacher's softmax
     guided_neg_lse                                   -> nu without the columns that a guide excludes
-    pair_dots      (u, v, a, b)                      -> u_a . v_b for every pair of indices
-    mask_product   (mask, x)                         -> mask @ x, for a mask of any dtype
-    positive_ranks (u)                               -> the rank of each row's positive
-    nearest        (queries, corpus, k)              -> the k largest cosine similarities, and their indices
-    copy_now       (x)                               -> a copy of a buffer that will change before the backward
+    pair_dots        (u, v, a, b)                    -> u_a . v_b for every pair of indices
+    mask_product     (mask, x)                       -> mask @ x, for a bool mask or a mask of any real dtype
+    positive_ranks   (u)                             -> the rank of each row's positive
+    nearest          (queries, corpus, k)            -> each query's k largest cosine similarities, and their indices
+    copy_now         (x)                             -> a copy of a buffer that may change before the backward
 
 Each of these has a `_backward` operator, except `sup_con_scalar` (which shares `neg_lse_sum_backward`), the `_value`s,
 `positive_ranks`, `nearest` and `copy_now`. The scalar path computes the loss and its gradient for an upstream gradient
-of 1 in one call, and its backward only multiplies by the actual upstream gradient. The public layer takes the scalar
-path when a gradient is needed and the result is a single number. `neg_lse_sum` is the scalar path of any loss that is
-linear in nu. The weighted path returns nu and pi of every row, and its backward takes any weights for them.
+of 1 in one call, and its backward only multiplies by the actual upstream gradient. In one process, the public layer
+takes a loss's scalar path, if there is one, when a gradient is needed and the loss is reduced to a single number.
+`neg_lse_sum` is the scalar path of any loss that is linear in nu. The weighted path returns nu and pi of every row, and
+its backward takes any upstream gradients for them.
 """
 
 from ..algebra import autocast_off

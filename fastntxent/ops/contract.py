@@ -3,20 +3,22 @@
 A kernel takes its sizes from the first matrix of rows in a call. If another tensor did not match it in shape, dtype or
 device, the kernel would read or write outside that tensor's memory. The public functions check their arguments, but
 calls also arrive by other routes: `torch.ops.fastntxent` used directly, saved-tensor and autograd hooks that return a
-different tensor, `.data =`, exported and traced programs. So every call goes through `checked`: forward and backward,
-with one process or many, on every backend.
+different tensor, `.data =`, exported and traced programs. So every kernel call goes through `checked`: forward and
+backward, with one process or many, on every backend except `reference`, which has no kernels.
 
 Each argument has one of these kinds. Within a call, the same letter means the same size.
 
-    rows N D    a dense floating-point matrix; all such matrices of a call share one dtype and device
+    rows N D    a floating-point matrix; all such matrices of a call share one dtype
     full N D    like rows, but in float32 or float64 only
     ids N       one integer per row
-    sums N      one number per row, in the accumulation dtype: float64 for float64 rows, else float32
+    sums N      one number per row or pair, in the accumulation dtype: float64 for float64 rows, else float32
     grad N D    a gradient in the accumulation dtype
     index P     int64 row indices
     mask B C    bool or a real dtype, one entry per pair of rows
     number      0-d in the accumulation dtype, in host memory or on the rows' device; inv_tau may be a Python number
     count       a 0-d integer tensor in host memory
+
+All tensors are dense and on one device, except numbers and counts in host memory.
 
 Kernels read raw memory, so lazily negated tensors (`z.conj().imag`) and zero tensors without storage are resolved here.
 An inv_tau or bias in host memory is passed to the kernel as a Python number.
@@ -51,7 +53,7 @@ class _Argument(NamedTuple):
 class _Call(NamedTuple):
     arguments: tuple[_Argument, ...]
     order: tuple[int, ...]  # the order of checking: rows come first because they set the sizes
-    inv_tau: int | None  # its position among the arguments, or None
+    inv_tau: int | None  # the position of inv_tau among the arguments, or None
     bias: int | None
 
 
@@ -80,7 +82,7 @@ _GUIDED = (
 )
 _HELD = "u: rows M D, rows: rows K D, u_ids: ids M, row_ids: ids K, held: count, inv_tau: number"
 
-# The tensor arguments of each call, in order. They come before all other arguments. Calls are named after operators.
+# The tensor arguments of each call, in order; all other arguments come after them. A call has its operator's name.
 _CALLS = {
     name: _parse(text)
     for name, text in {
@@ -144,9 +146,9 @@ _CALLS = {
 
 
 def checked(call: str, *values: Tensor | float) -> tuple[Any, ...]:
-    """Return the tensors of a call in a form that kernels can read. Raise an error that names the first invalid one."""
+    """Return the arguments of a call in the form that kernels take. Raise an error that names an invalid argument."""
     found: list[Any] = []
-    # Everything the checks depend on, except storage. A set look-up is faster than repeating the checks.
+    # Everything that the checks of kinds and sizes depend on. A set look-up is faster than repeating these checks.
     known: list[Hashable] = [call]
     for x in values:
         if isinstance(x, Tensor):
@@ -264,7 +266,7 @@ def _check_dtype(name: str, kind: str, dtype: torch.dtype, rows: Tensor, rows_na
         if kind == "full" and dtype != accumulation_dtype(dtype):
             raise TypeError(f"{name} must be float32 or float64, got {dtype}")
         if dtype != rows.dtype:
-            raise TypeError(f"{name} must have the dtype of {rows_name}, {rows.dtype}, got {dtype}")
+            raise TypeError(f"{name} must have the dtype of {rows_name} ({rows.dtype}), got {dtype}")
     elif dtype != accumulation_dtype(rows.dtype):
         expected = accumulation_dtype(rows.dtype)
         raise TypeError(f"{name} must be {expected} when {rows_name} is {rows.dtype}, got {dtype}")

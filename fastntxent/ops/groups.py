@@ -12,7 +12,7 @@ def counts_of_groups(ids: Tensor, wanted: Tensor, in_order: Tensor | None = None
 
 
 def sums_of_groups(u: Tensor, ids: Tensor, wanted: Tensor) -> Tensor:
-    """For each id in `wanted` (M,), return the sum (M, D) of the rows of u (K, D) with that id, or 0 without any."""
+    """For each id in `wanted` (M,), return the sum (M, D) of the rows of u (K, D) with that id; 0 if there are none."""
     if wanted is ids:
         return sums_and_counts(u, ids)[0]
     ids = ids.contiguous()
@@ -28,7 +28,7 @@ def sums_and_counts(u: Tensor, ids: Tensor, in_order: Tensor | None = None) -> t
     in_order: a sorted copy of `ids`.
 
     A group's sum is stored at the position where the group begins in sorted order, so the host need not ask the device
-    for the number of groups. Sums have a fixed order on every device, in the backward too. To ensure this, a CPU uses
+    for the number of groups. Sums have a fixed order on every device, in the backward too. To ensure this, the CPU uses
     `index_add`, and an accelerator uses `index_put`, which sorts the indices first.
     """
     ids = ids.contiguous()

@@ -1,8 +1,8 @@
 """Losses against a buffer of rows from past batches, in a form that torch.compile handles well.
 
-While such a buffer fills up, its filled slice has a new shape in every batch, and torch.compile would recompile each
-time. `held_neg_lse` takes the whole buffer and slices it inside the operator, so one graph serves every fill level. The
-buffer may also change before the backward; `copy_now` protects against that.
+While such a buffer fills up, its filled slice has a new shape in every batch, for which torch.compile would recompile.
+`held_neg_lse` and `held_loss` take the whole buffer and slice it inside the operator, so one graph serves every fill
+level. The buffer may also change before the backward; `copy_now` protects against that.
 """
 
 from __future__ import annotations
@@ -32,9 +32,11 @@ from .register import (
 def held_neg_lse(
     u: Tensor, rows: Tensor, u_ids: Tensor, row_ids: Tensor, held: Tensor | None, inv_tau: float | Tensor, backend: str
 ) -> Tensor:
-    """Return nu of u (M,) against the first `held` rows, -inf if `held` is 0; differentiable in u and inv_tau.
+    """Return nu (M,) of the rows u against the first `held` rows of the buffer `rows`; -inf if `held` is 0.
 
-    held: a 0-d integer tensor in host memory, or None for all rows.
+    Differentiable in u and inv_tau.
+
+    held: a 0-d integer tensor in host memory, or None for the whole buffer.
     """
     if held is None:
         return cross_neg_lse(u, rows, u_ids, row_ids, inv_tau, backend)[0]
@@ -44,8 +46,8 @@ def held_neg_lse(
 def copy_now(x: Tensor) -> Tensor:
     """Return a copy of a buffer that may change before the backward.
 
-    torch.compile may drop a plain clone() and repeat it in the backward, when the buffer holds other values
-    (pytorch/pytorch#197039). It never repeats a call of a custom operator.
+    torch.compile may recompute a plain clone() in the backward, when the buffer already holds different values
+    (pytorch/pytorch#197039). It never recomputes a call of a custom operator.
     """
     return _copy(x) if torch.compiler.is_compiling() else x.clone()
 
@@ -150,7 +152,7 @@ def held_loss(
     mean: bool,
     backend: str,
 ) -> Tensor:
-    """Return the sum or mean of log(1 + exp(nu - against)), where nu is taken over the first `held` rows.
+    """Return the sum or mean of log(1 + exp(nu - against)), with nu as in `held_neg_lse`, and against (M,).
 
     Differentiable in u, inv_tau and `against`.
     """

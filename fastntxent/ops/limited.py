@@ -15,7 +15,7 @@ from .scalar import register_scalar_path
 
 
 def limited_neg_lse(rows: Side, cols: Side | None, inv_tau: float | Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """Return nu of the rows (M,) and of the columns (K,), over the similarities up to the limit of that row or column.
+    """Return nu of the rows (M,) and of the columns (K,), over the similarities up to the limit of each row or column.
 
     Without columns the rows are compared among themselves, and the second result is empty. Differentiable in the rows,
     the columns and inv_tau; the limits are constants.
@@ -40,7 +40,8 @@ def limited_nt_xent_scalar(
 ) -> Tensor:
     """Return NT-Xent with limited negatives, as a sum or a mean, differentiable in both views and inv_tau.
 
-    A negative counts if its similarity to the row is at most limit_scale times the positive's, plus limit_shift.
+    A negative counts if its similarity to the row is at most limit_scale times the similarity of the row and its
+    positive, plus limit_shift.
     """
     call = _limited_nt_xent_scalar if may_be_differentiated(z_i, z_j, inv_tau) else _limited_nt_xent_value
     return call(z_i, z_j, inv_tau, normalize, limit_scale, limit_shift, mean, backend)
@@ -69,7 +70,7 @@ def run_limited_neg_lse(
 def run_limited_neg_lse_backward(
     rows: Side, cols: Side | None, inv_tau: float | Tensor, of_rows: Upstream, of_cols: Upstream, backend: str
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """Check the tensors. Return the gradients with respect to rows, columns (None where not wanted) and k."""
+    """Check the tensors. Return the gradients with respect to rows, columns (None where not wanted) and inv_tau."""
     v, v_ids, v_limits = rows if cols is None else cols
     assert rows.limits is not None
     assert v_limits is not None

@@ -29,7 +29,7 @@ def neg_lse(u: Tensor, ids: Tensor, inv_tau: float | Tensor, backend: str) -> Te
 def neg_lse_sum(u: Tensor, ids: Tensor, inv_tau: float | Tensor, weights: Tensor, backend: str) -> Tensor:
     """Return sum_i weights_i nu_i (0-d) over the rows that have a negative, differentiable in u and inv_tau.
 
-    The weights are known in the forward, so value and gradient come from one call.
+    The weights are known in the forward, so the value and, if needed, the gradient come from one call.
     """
     if not may_be_differentiated(u, inv_tau):
         return weighted_sum(neg_lse(u, ids, inv_tau, backend), weights)
@@ -116,7 +116,7 @@ def _weighted_autograd(ctx: Any, d_sum: Tensor | None, *_: Any) -> tuple[Tensor 
 
 
 def scaled_scalar_path(ctx: Any, d_value: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Return the saved gradients times the upstream gradient."""
+    """Return the saved gradients with respect to the rows and inv_tau, multiplied by the upstream gradient."""
     if d_value is None:  # no upstream gradient
         return None, None
     # Use the registered operator only if this backward may be differentiated; otherwise scale the gradients here.

@@ -1,12 +1,12 @@
 """Pairs that ids cannot describe, given as a list or as a dense mask and processed in pieces.
 
     pair_dots      (u, v, a, b)    -> u_a . v_b for each pair (P,)
-    mask_product   (mask, x)       -> mask @ x, for a mask of any dtype
+    mask_product   (mask, x)       -> mask @ x, for a bool mask or a mask of any real dtype
 
 These are operators so that a compiled, exported or traced graph does not depend on the number of pairs. A list of P
 pairs costs 2 P D flops forward and 4 P D backward, and the rows of its pairs are gathered one piece at a time. A B x C
-mask costs 2 B C D flops forward and the same backward. A mask whose dtype differs from x's is converted one piece at a
-time. Sums have a fixed order on every device.
+mask costs 2 B C D flops forward and as many backward. A mask whose dtype differs from the dtype of x is converted one
+piece at a time. Sums have a fixed order on every device.
 """
 
 from __future__ import annotations
@@ -29,14 +29,17 @@ def pair_dots(u: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def mask_product(mask: Tensor, x: Tensor) -> Tensor:
-    """Return mask @ x for a mask (B, C) of any dtype, differentiable in x, and in the mask if it has x's dtype."""
+    """Return mask @ x for a mask (B, C), bool or of any real dtype.
+
+    Differentiable in x, and in a mask that has the dtype of x.
+    """
     if mask.dtype != x.dtype:
         return _mask_product(mask, x)
     return product(mask, x)
 
 
 def _height(width: int) -> int:
-    """Return the number of rows in a piece."""
+    """Return the number of rows of this width in a piece."""
     return max(1, _CHUNK // max(1, width))
 
 
@@ -135,8 +138,8 @@ def _mask_backward_fake(d_out: Tensor, mask: Tensor, x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-# The backward needs only the shape of x. It takes x itself so that a second derivative reaches the function that
-# refuses it.
+# The backward needs only the shape and dtype of x. It takes x itself so that a second derivative reaches the function
+# that refuses it.
 _mask_product_backward = register(
     "mask_product_backward(Tensor d_out, Tensor mask, Tensor x) -> Tensor", _mask_backward, _mask_backward_fake
 )

@@ -1,6 +1,6 @@
 """The rank of each row's positive, computed in blocks of rows.
 
-It is an operator so that a compiled graph does not depend on the number of blocks.
+This is an operator so that a compiled graph does not depend on the number of blocks.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 Autocast: operators run with autocast off and take embeddings in the dtype they arrive in. Under autocast, PyTorch
 rounds the output of a half-precision product to half precision *after* its sum, and no later float32 sum can undo that:
-at a temperature of 0.1 the gradient's error grows from 1e-7 to 3e-3. Sums, exponentials and gradients stay in float32.
+at a temperature of 0.1 the gradient's error grows from 1e-7 to 3e-3. Here, sums and exponentials are computed in
+float32, or in float64 for float64 embeddings.
 
 Second derivatives: the kernels have none. Every `_backward` operator has a backward that raises, so that asking for a
 second derivative is an error rather than a silent zero.
@@ -43,7 +44,7 @@ _USE_REFERENCE = (
 
 
 def run_kernel(backend: str, method: str, *arguments: Any) -> Any:
-    """Check the tensors of a call, which come first among the arguments, and call the kernel."""
+    """Check the tensors of a call, which come first among the arguments. Call the kernel and return its results."""
     tensors = checked(method, *taken_by(method, arguments))
     return call_kernel(backend, method, rows_of(method, tensors), *tensors, *arguments[len(tensors) :])
 
@@ -106,10 +107,10 @@ def save_gradients(ctx: Any, gradients: Sequence[Tensor], *inputs: Tensor | floa
 
 
 def watched_by_autograd(result: Tensor, x: Tensor) -> bool:
-    """Return whether autograd itself detects an in-place change of x before the backward of `result`.
+    """Return whether autograd itself is known to detect an in-place change of x before the backward of `result`.
 
-    It does if this very tensor was saved for that backward, and no saved-tensor hook (as in activation checkpointing)
-    replaced it.
+    Autograd detects the change if x itself was saved for that backward, and not replaced by a saved-tensor hook, as in
+    activation checkpointing.
     """
     return id(x) in getattr(result.grad_fn, "watched", ())
 
@@ -205,7 +206,7 @@ def function_of(
     *,
     again: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """Return a differentiable function with this forward and backward, which supports torch.func's transforms.
+    """Return a function with this forward and backward, which supports torch.func's transforms except forward mode.
 
     again: the function that vmap calls for each slice; by default the returned function itself.
     """
@@ -253,7 +254,7 @@ def _without_gradient_of_a_float(backward: Callable[..., Any], place: int) -> Ca
 
 
 def _checking_kinds(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a fake kernel that also runs the checks of the real kernel, except for checks that need data."""
+    """Return a fake kernel that also checks layouts, dtypes, numbers of dimensions and devices, like the real one."""
 
     def call(*args: Any) -> Any:
         check_kinds(name, taken_by(name, args))
@@ -308,7 +309,7 @@ def unobserved(args: Sequence[Any]) -> bool:
 
 
 def _loop(call: Callable[..., Any], size: int, in_dims: tuple[int | None, ...], args: tuple[Any, ...]) -> Any:
-    """Return torch.func.vmap of a call: one call per slice, with the results stacked."""
+    """Call once per slice, for torch.func.vmap. Return the stacked results and their batch dimensions."""
     slices = [
         call(*(arg if dim is None else arg.select(dim, index) for arg, dim in zip(args, in_dims, strict=True)))
         for index in range(size)

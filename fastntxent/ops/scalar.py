@@ -1,4 +1,4 @@
-"""The scalar path of a loss over pairs: value and gradient from one kernel call. It has three operators:
+"""The scalar path of a loss of two views or towers: value and gradient from one kernel call. It has three operators:
 
 {loss}_scalar            (z_i, z_j, inv_tau) -> loss, d_z_i, d_z_j, d_inv_tau, for an upstream gradient of 1
 {loss}_scalar_backward   scales these gradients by the actual upstream gradient
@@ -66,7 +66,7 @@ def register_scalar_path(
         # Use the registered operator only if this backward may be differentiated; otherwise scale the gradients here.
         if torch.is_grad_enabled():
             return *backward(d_loss, *saved(ctx)), *of_options
-        needed, kept = ctx.needs_input_grad, ctx.saved_tensors  # activation checkpointing lets them be read only once
+        needed, kept = ctx.needs_input_grad, ctx.saved_tensors  # activation checkpointing allows a single read
         (d_z_i, d_z_j, *d_numbers), (z_i, z_j) = kept[:taken], kept[taken : taken + 2]
         return (
             scaled(d_loss, d_z_i, z_i) if needed[0] else None,

@@ -1,6 +1,6 @@
 """Nearest neighbours by cosine similarity, computed in tiles.
 
-It is an operator so that a compiled graph does not depend on the number of tiles.
+This is an operator so that a compiled graph does not depend on the number of tiles.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from ..algebra import accumulation_dtype, autocast_off, unit_rows
 from .contract import checked
 from .register import register
 
-_TILE_BYTES = 2**25  # bytes of a tile of similarities
+_TILE_BYTES = 2**25  # the most bytes of a tile of similarities and the merge of its results
 _QUERIES = 1024  # the most rows in a tile
-# A tile has up to _COLUMNS columns, or _COLUMNS_PER_K times k if that is more. With wide tiles most of the time goes to
-# the top-k within a tile, not to merging the results of many tiles.
+# A tile has up to _COLUMNS columns, or _COLUMNS_PER_K times k if that is more. Tiles are wide so that merging the
+# results of many tiles takes less time than the top-k within a tile.
 _COLUMNS = 8192
 _COLUMNS_PER_K = 256
 _TIED = 2**18  # the most similarities searched again at a time, in rows whose k-th place is tied
@@ -65,7 +65,7 @@ def _merge_columns(
 
 
 def _tile_shape(n_columns: int, k: int, itemsize: int) -> tuple[int, int]:
-    """Return the number of queries and columns in a tile. The first tile has at least k columns."""
+    """Return the numbers of queries and columns in a tile. The first tile has at least k columns."""
     width = min(n_columns, max(_COLUMNS, _COLUMNS_PER_K * k))
     per_query = width + 16 * k  # a merge holds about a dozen numbers for each of the k results
     return max(1, min(_QUERIES, _TILE_BYTES // itemsize // per_query)), width
@@ -90,7 +90,7 @@ def _largest(sims: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _lowest_of_the_last(sims: Tensor, best: Tensor, columns: Tensor) -> Tensor:
-    """Return the columns of the k largest values, with the lowest columns among those that tie with the k-th."""
+    """Return the columns of each row's k largest values; among values that tie with the k-th, the lowest columns."""
     last, k, width = best[:, -1:], best.shape[1], sims.shape[1]
     from_the_end = torch.arange(width, 0, -1, dtype=torch.int32, device=sims.device)
     lowest = torch.where(sims == last, from_the_end, 0).topk(k, dim=1).indices

@@ -4,7 +4,7 @@
     rows_i = sum over {j : id_j != id_i} of p_ij u_i . v_j      cols_j = sum over {i : id_i != id_j} of q_ij u_i . v_j
 
 soft_dots       (u, v, t_u, t_v, u_ids, v_ids, inv_tau, rows_lse, cols_lse) -> rows (M,), cols (K,)
-soft_dots_sum   the same                                                   -> the sum of both, d_u, d_v
+soft_dots_sum   the same                                                   -> the total of both, d_u, d_v
 
 t, k (inv_tau) and lse belong to the teacher. A teacher may also be a function that returns similarities. Such a teacher
 has no t and fits no operator schema, so plain autograd functions handle it, which run eagerly under torch.compile. The
@@ -12,10 +12,11 @@ results are linear in the student's similarities. For upstream gradients a_i of 
 
     G_ij = a_i p_ij + c_j q_ij      d/du_i = sum_j G_ij v_j      d/dv_j = sum_i G_ij u_i
 
-For `soft_dots_sum` a and c are 1, and the value follows from the gradient as sum_i u_i . d/du_i, so no tile of the
-student's similarities is needed. The teacher gets no gradient. A product costs 2 M K D flops for the student and, with
-E features, 2 M K E for the teacher. `soft_dots` takes one product of each, and its backward two of the student's and
-one of the teacher's; `soft_dots_sum` takes two of the student's and one of the teacher's in all.
+For `soft_dots_sum` a and c are 1, and the value follows from the gradient as sum_i u_i . d/du_i (or as the same sum for
+v), so no tile of the student's similarities is needed. The teacher gets no gradient. A product costs 2 M K D flops for
+the student and, with E features, 2 M K E for the teacher. `soft_dots` takes one product of each. If both sides need a
+gradient, its backward takes two of the student's and one of the teacher's; `soft_dots_sum` takes two of the student's
+and one of the teacher's in all.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def soft_dots(rows: Side, cols: Side, teacher: Teacher | CalledTeacher) -> tuple
 
 
 def soft_dots_sum(rows: Side, cols: Side, teacher: Teacher | CalledTeacher) -> Tensor:
-    """Return the total of the sums of `soft_dots` (0-d). Its gradient is computed in the same call."""
+    """Return the total of the sums of `soft_dots` (0-d). If its gradient is needed, the same call computes it."""
     needs = may_be_differentiated(rows.u), may_be_differentiated(cols.u)
     if not any(needs):
         of_rows, of_cols = soft_dots(rows, cols, teacher)
@@ -137,7 +138,7 @@ class SoftTargets:
 
 
 def soft_targets(call: str, *given: Any) -> tuple[SoftTargets, tuple[Any, ...]]:
-    """Check a call's tensors. Return the tiles, and the upstream gradients, which come before the other tensors."""
+    """Check a call's tensors. Return the tiles, and the upstream gradients: the tensors before u, none in a forward."""
     *weights, u, v, t_u, t_v, u_ids, v_ids, inv_tau, rows_lse, cols_lse = checked(call, *given)
     teacher = Teacher(t_u, t_v, inv_tau, rows_lse, cols_lse)
     return SoftTargets(Side(u, u_ids), Side(v, v_ids), teacher), tuple(weights)

@@ -10,10 +10,11 @@ without positives):
     ratio  the same as "in" without log c_i
     pairs  sum v_i / c_i sum_{p in P(i)} log(1 + e^{nu_i - l_ip})
 
-The gradient is computed directly, without an autograd graph. The backend's kernels compute the log-sum-exps over other
-ids. positives.py computes the sums over positives, and sorts the rows only once for forward and backward. If the host
-can see that every id occurs exactly twice, the rows are two views and one call of NT-Xent computes the loss. A backend
-with a `sup_con_scalar` computes everything in one call.
+The gradient is computed directly, without an autograd graph. A backend with a `sup_con_scalar` computes everything in
+one call. Otherwise, if the host can see that every id occurs exactly twice, the rows are two views and one call of
+NT-Xent computes the loss. In all other cases, the backend's kernels compute the log-sum-exps over other rows ("out") or
+over rows of other ids. For "out", groups.py sums the positives; for the other forms, positives.py computes the sums
+over positives, and sorts the rows only once for value and gradient.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def _out_loss(kernels: KernelBackend, rows: Side, in_order: Tensor, k: float | T
     others, counts = sums.sub_(u), counts - 1
     weights = _row_weights(counts, mean, u.dtype)
     loss, d_u, d_k = kernels.neg_lse_sum(Side(u, torch.arange(len(u), device=u.device)), k, weights)
-    shares = weights / counts.clamp_min_(1)  # equal within a group, so both rows of a pair contribute the same amount
+    shares = weights / counts.clamp_min_(1)  # equal within a group, so a pair's two terms have equal gradients
     dots = (shares * row_dots(u, others)).sum()
     return loss - k * dots, d_u.sub_(others.mul_((2 * k * shares)[:, None])), d_k - dots
 
@@ -144,7 +145,7 @@ def _add_negatives(
     k: float | Tensor,
     upstream: Upstream,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients with respect to u and k, through nu and through the positive pairs (u is on both sides)."""
+    """Return the gradients with respect to u (both sides of the pairs) and k, through nu and through the positives."""
     d_rows, d_cols, d_k = of_pairs
     assert d_cols is not None
     d_u, d_k_of_nu = kernels.neg_lse_backward(rows, k, upstream)

@@ -1,7 +1,8 @@
 """The checks of a backend on a device: values and gradients against float64, and the same bits in every call.
 
-Sizes are small but still reach every kernel: a backend lists the forms of its kernels, and each form is forced in turn.
-New memory is filled with NaN, so elements that a kernel leaves unwritten are found. `error_budget` has the tolerances.
+Small sizes reach every kernel: a backend lists the forms of its kernels, and each form is forced in turn. On a GPU, a
+few batches are large enough to fill the device. New memory is filled with NaN, so elements that a kernel leaves
+unwritten are found. `error_budget` has the tolerances.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from .problems import (
 )
 from .verdict import Status
 
-# For more rows the truth comes from `blocked` in float64, in tiles, because the oracle's matrices would not fit.
+# With more rows, the truth comes from `blocked` in float64, in tiles, because the oracle's matrices would not fit.
 _MOST_DENSE_ROWS = 2048
 
 Case = tuple[str, Callable[[], None]]
@@ -68,7 +69,7 @@ def cases(name: str, backend: Backend, device: torch.device) -> Iterator[Case]:
         yield from _on_streams(name, device)
 
 
-# The calls made with every form of a backend's kernels.
+# Calls that are checked in every form of a backend's kernels (in an interpreter, only the first call).
 FORM_CALLS: dict[str, Callable[[tuple[Tensor, Tensor]], Problem]] = {
     "nt_xent": lambda views: nt_xent_problem(views, 0.1),
     # Logits beyond the range of exp, and an upstream gradient per row, use separate kernels.
@@ -82,7 +83,8 @@ FORM_CALLS: dict[str, Callable[[tuple[Tensor, Tensor]], Problem]] = {
 
 
 def _small_calls(slow: bool, form: str) -> list[tuple[str, int, int]]:
-    """Return (call, N, D). N lies at, next to and beyond tile edges; D reaches every part of the tiles' table."""
+    """Return (call, N, D) of small batches. N lies at, next to and beyond tile edges; D reaches every part of the
+    table of tiles."""
     if slow:
         sizes = [(1, 7), (33, 64)] if form else [(1, 7), (33, 64), (40, 130)]
         return [("nt_xent", *size) for size in sizes]
@@ -138,7 +140,8 @@ def _upstream_gradient(views: Sequence[Tensor]) -> Tensor:
 
 
 def _special(name: str, device: torch.device, dtype: torch.dtype, label: str, slow: bool) -> Iterator[Case]:
-    """Yield the checks of options, strides, extreme temperatures and NaN, at one small size."""
+    """Yield the checks of options, strides, extreme temperatures and NaN, at small sizes, and on a GPU a batch of
+    8,192 rows with a common direction."""
     n, d = (20, 40) if slow else (40, 72)
     views = views_of(n, d, dtype, device)
     long = tuple(z.mul(1.5) for z in views)
@@ -153,7 +156,7 @@ def _special(name: str, device: torch.device, dtype: torch.dtype, label: str, sl
         "temperature 0.005": nt_xent_problem(views, 0.005),
         "temperature on the device": nt_xent_problem(views, on_device),
         "strided rows": nt_xent_problem((wide[..., 0], wide[..., 1]), 0.1),
-        "groups, one row without a negative": groups_problem(views, 0.2),
+        "groups, rows without a negative": groups_problem(views, 0.2),
         "two sides": cross_problem(views, 0.2),
         "a weighted sum": sum_problem(views, 0.2),
         "two towers, both directions": towers_problem(views, 0.1, both=True),
@@ -205,7 +208,7 @@ def check_problem(problem: Problem, backend: str) -> None:
         )
         if not errors.within(limit):
             raise FaultError("wrong", f"{name} {_off(value, errors, limit)}")
-    # Poisoned memory needs PyTorch's deterministic mode, which hides changing bits. So bits are compared without it.
+    # Poisoned memory needs PyTorch's deterministic mode, which can hide changing bits. So bits are compared without it.
     once, again = problem.run(backend, False), problem.run(backend, False)
     for name, value in once.items():
         if not torch.equal(_bits(value), _bits(again[name])):
@@ -290,7 +293,7 @@ def _graph(views: Sequence[Tensor], name: str, device: torch.device) -> None:
         eager = step()
     for key, value, expected in zip(("loss", "d_z_i", "d_z_j"), replayed, eager, strict=True):
         if not torch.equal(_bits(value), _bits(expected)):
-            raise FaultError("wrong", f"{key} of a replayed graph differs from the same eager call")
+            raise FaultError("wrong", f"{key} of a replayed graph differs from the result of the same eager call")
 
 
 def _other_device(problem: Problem, name: str, other: torch.device) -> None:
@@ -322,6 +325,6 @@ def _new_memory_is_nan() -> Iterator[None]:
 
 
 def _bits(x: Tensor) -> Tensor:
-    """Return the numbers as integers, so that NaN equals itself."""
+    """Return the bits of the numbers as integers, so that NaN equals itself."""
     kinds: dict[int, Any] = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     return x.contiguous().view(kinds[x.element_size()])

@@ -5,9 +5,10 @@ REQUEST is JSON:
     {"backend": "triton", "device": "cuda:0", "module": null}            check this backend
     {"time": ["triton", "blocked"], "device": "cuda:0"}                  time these backends
 
-"module" is the module of a backend that is not in the table. Optional keys are "part": [i, n], which runs the i-th of n
-shares of the checks; "model", the device as the parent sees it; and "seconds", after which this process exits.
-REPORT is a file. It gets one line of JSON when a check begins, and one for the verdict or the times.
+"module" is the backend's module, which is needed only if the table lacks the backend. Optional keys are "part": [i, n],
+which runs share i (from 0) of n shares of the checks; "model", the device as the parent sees it; and "seconds", after
+which this process exits. REPORT is a file. It gets one line of JSON whenever a check or the timing of a call begins,
+and one for the verdict or the times.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def _report_verdict(request: dict[str, Any], device: torch.device, tell: Callabl
 
 
 def _use_device(request: dict[str, Any], device: torch.device) -> None:
-    """Use the device. Raise RuntimeError unless it is the device that the parent sees."""
+    """Make the device current. Raise RuntimeError unless it is the device that the parent sees."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch.zeros(1, device=device).item()
@@ -98,11 +99,11 @@ def _use_device(request: dict[str, Any], device: torch.device) -> None:
     meant = request.get("model", here)
     for key, value in here.items():
         if value != meant.get(key):
-            raise RuntimeError(f"the child process has {key} {value!r}, but this process has {meant.get(key)!r}")
+            raise RuntimeError(f"the child process has {key} {value!r}, but its parent has {meant.get(key)!r}")
 
 
 def _memory_ran_out(error: Exception) -> bool:
-    """Return whether memory ran out, which says nothing about the kernels. PyTorch shows it only in the message."""
+    """Return whether memory ran out, which says nothing about the kernels. PyTorch may say so only in the message."""
     words = str(error).lower()
     return isinstance(error, MemoryError) or any(
         said in words for said in ("out of memory", "not enough memory", "can't allocate memory")

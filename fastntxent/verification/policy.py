@@ -1,4 +1,4 @@
-"""Chooses the backend that "auto" takes on an accelerator: the fastest for a call's size among those that have passed.
+"""Chooses the backend that "auto" takes on an accelerator: the fastest of `blocked` and the backends that have passed.
 
 At the first call on a device, verdicts are read from the store, or found by a child process. Checking and timing take
 up to two minutes and are announced on stderr. After that, a choice is two dict lookups.
@@ -24,10 +24,10 @@ from .verdict import Verdict
 
 FALLBACK = "blocked"
 SMALL_BATCH = 8192  # rows: without times, the first backend that passed serves up to this many, the last serves more
-REPLAYED = " replayed"  # suffix of a backend's name: its time in a captured CUDA graph, without host overhead
+REPLAYED = " replayed"  # suffix of a backend's name, for times of a replayed CUDA graph, without host overhead
 # Backends that "auto" may take on a device type once they have passed, with their modules.
 Candidates = Mapping[str, str]
-# Number of children that share a backend's checks, if its kernels are compiled at the first call.
+# Number of children that share a backend's checks, for a backend whose kernels are compiled at the first call.
 PARTS = {"triton": min(4, os.cpu_count() or 1)}
 
 _decided: dict[torch.device, Decision] = {}
@@ -52,7 +52,7 @@ class Decision:
         self._taken: dict[tuple[torch.dtype, int, int, bool], str] = {}
 
     def take(self, dtype: torch.dtype, rows: int, features: int, captured: bool = False) -> str:
-        """Return the backend for a call of this size. `captured`: whether it is captured in a CUDA graph."""
+        """Return the backend for a call of this size. `captured`: whether the call is captured in a CUDA graph."""
         size = (dtype, rows, features, captured)
         taken = self._taken.get(size)
         if taken is None:
@@ -70,12 +70,13 @@ class Decision:
             return self.passed[0 if rows <= SMALL_BATCH else -1], "it has passed, but nothing was timed at this size"
         quickest = min(times, key=lambda name: times[name])
         said = ", ".join(f"{name} {value:.3g} ms" for name, value in sorted(times.items(), key=lambda item: item[1]))
-        return quickest, f"the fastest of those that have passed: {said}"
+        return quickest, f"the fastest at the nearest timed size: {said}"
 
     def _nearest(self, dtype: torch.dtype, rows: int, features: int, captured: bool) -> dict[str, float]:
-        """Return the times of the allowed backends at the nearest timed size, on a logarithmic scale.
+        """Return the times of `blocked` and of the backends that have passed, at the nearest timed size.
 
-        For a call captured in a CUDA graph these are the times of replays, if there are any.
+        The nearest size has the nearest number of features, then the nearest number of rows, on a logarithmic scale.
+        For a call captured in a CUDA graph, return the times of replays, if there are any.
         """
         table = (self.times or {}).get(str(dtype).removeprefix("torch."), {})
         for wanted in (features, rows):
@@ -211,7 +212,7 @@ def time_passed(
 ) -> tuple[dict[str, Verdict], dict[str, Any] | None]:
     """Return the verdicts, and the times of the backends that have passed, stored or measured in a child process.
 
-    The timed batches are larger than the checked ones. A backend that fails in one of them counts as not passed.
+    Some timed batches are larger than every checked one. A backend that fails while it is timed counts as not passed.
 
     Returns:
         The updated verdicts, and the times or None.

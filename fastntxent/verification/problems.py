@@ -24,10 +24,11 @@ class Problem:
     """A call whose results are compared.
 
     Attributes:
-        run: takes a backend's name and whether to compute in float64; returns tensors by name, gradients as d_...
+        run: takes a backend's name and whether to compute in float64; returns the results by name. The names of
+            gradients begin with "d_".
         dtype, rows: dtype and number of rows of the call.
-        logit_size: the largest logit.
-        scales: the size of the terms, by name, for results whose terms may cancel.
+        logit_size: a bound on the magnitude of the logits.
+        scales: by name, the size of a result's terms, if these may cancel.
     """
 
     run: Callable[[str, bool], dict[str, Tensor]]
@@ -88,8 +89,8 @@ def towers_problem(views: Sequence[Tensor], temperature: float, *, both: bool) -
 def sigmoid_problem(views: Sequence[Tensor], temperature: float, bias: float, *, two_views: bool) -> Problem:
     """SigLIP, or NT-Logistic with `two_views`.
 
-    The mean loss is computed with all gradients, with one side frozen (each in turn), and without gradients. The losses
-    per row are weighted, and SigLIP's rows are in groups.
+    The mean loss is computed with all gradients, with one side frozen (each in turn), and without gradients. With
+    reduction "none", the rows' losses are weighted, and SigLIP's rows are in groups.
     """
     n = len(views[0])
     weights = torch.randn(n * (1 + two_views), generator=generator(11), dtype=torch.float64).to(views[0].device)
@@ -120,8 +121,8 @@ def sigmoid_problem(views: Sequence[Tensor], temperature: float, bias: float, *,
             d_z_i_of_rows=u, d_z_j_of_rows=v, d_temperature_of_rows=tau_of_rows, d_bias_of_rows=b_of_rows,
         )  # fmt: skip
 
-    # The terms of the gradients with respect to temperature and bias may cancel. With all terms of one sign, the bias's
-    # gradient would be at most the loss plus the number of the row's positives.
+    # The terms of the gradients with respect to temperature and bias may cancel. If all terms had the same sign, the
+    # gradient of a row's loss with respect to the bias would be at most the loss plus the row's number of positives.
     with torch.no_grad():
         exactly = [z.double() for z in views]
         numbers = [torch.tensor(x, dtype=torch.float64) for x in (temperature, bias)]
@@ -136,7 +137,7 @@ def sigmoid_problem(views: Sequence[Tensor], temperature: float, bias: float, *,
 
 
 def limits_problem(views: Sequence[Tensor], temperature: float) -> Problem:
-    """NT-Xent with a ceiling, above which similarities are left out, and limited log-sum-exps of one and two sides."""
+    """NT-Xent without negatives above a ceiling, and limited log-sum-exps of one and of two sides."""
     rows = _unit(torch.cat(list(views)))
     similarities = (rows.double() @ rows.double().T).flatten()
     ordered = similarities[similarities.isfinite()].sort().values
@@ -231,14 +232,14 @@ def sum_problem(views: Sequence[Tensor], temperature: float) -> Problem:
 
 
 def whole_numbers_problem(dtype: torch.dtype, device: torch.device) -> Problem:
-    """Similarities that every dtype holds exactly, so a misplaced element of a tile gives a wrong integer."""
+    """NT-Xent of rows whose similarities are whole numbers, exact in every dtype, so that rounding hides no error."""
     n, d = 8, 16
     u = torch.randint(-2, 3, (2 * n, d), generator=generator(3)).to(device, dtype)
     return nt_xent_problem((u[:n], u[n:]), 8.0, normalize=False)
 
 
 def views_of(n: int, d: int, dtype: torch.dtype, device: torch.device, common: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Return two noisy views of random directions with different norms. `common` weights a direction shared by all."""
+    """Return two noisy views of random directions with different norms. `common`: the weight of a shared direction."""
     random = generator(n * 1000 + d)
     z = torch.randn(n, d, generator=random, dtype=torch.float64)
     noise = torch.randn(2, n, d, generator=random, dtype=torch.float64)
@@ -254,7 +255,7 @@ def generator(seed: int) -> torch.Generator:
 
 
 def _fresh_leaves(tensors: Sequence[Tensor], exact: bool) -> list[Tensor]:
-    """Return new leaf tensors with the given values and strides."""
+    """Return new leaf tensors with the given values and strides, in float64 if `exact`."""
     dtypes = [torch.float64 if exact else x.dtype for x in tensors]
     copies = [
         torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=x.device).copy_(x)
@@ -264,7 +265,7 @@ def _fresh_leaves(tensors: Sequence[Tensor], exact: bool) -> list[Tensor]:
 
 
 def _gradients(**results: Tensor) -> dict[str, Tensor]:
-    """Return the values of the results, or for names d_... the gradients of these leaves."""
+    """Return each result without its graph, or, for a name that begins with "d_", the gradient of the given leaf."""
     found = {}
     for name, x in results.items():
         gradient = x.grad if name.startswith("d_") else x.detach()

@@ -35,10 +35,11 @@ class _End(NamedTuple):
     """How a child ended.
 
     Attributes:
-        status: exit status; None if this process killed the child, after `killed` seconds.
+        status: exit status; None if this process killed the child or could not start it.
+        killed: seconds that the child, or its last check, had taken when the child was killed.
         lines: the lines of its report.
         said: the last line of its output.
-        never_started: the reason why it was not started; empty if it was.
+        never_started: the reason why the child was not started; empty if it was started.
     """
 
     status: int | None = None
@@ -53,7 +54,7 @@ def check_in_child(request: Mapping[str, Any], deadline: float = DEADLINE, silen
 
     Args:
         request: the request for `child.main`. "parts": n shares the checks among n processes, which compile at the same
-            time. If the device has no memory for that many, one process runs all checks.
+            time. If they end as "not available", for example for lack of device memory, one process runs all checks.
         deadline: seconds after which a child is killed.
         silence: seconds that a single check may take before its child is killed.
 
@@ -151,7 +152,7 @@ def _run_child_in(
 
     report, errors = folder / "report", folder / "stderr"
     path = os.pathsep.join(entry for entry in sys.path if isinstance(entry, str))
-    # The child kills itself if this process dies first.
+    # By then the child ends itself, even if this process has died.
     request = {**request, "seconds": deadline + 30}
     with errors.open("wb") as stderr:
         child = subprocess.Popen(
@@ -173,12 +174,12 @@ def _environment(folder: Path) -> dict[str, str]:
     """Return this process's environment without the settings that could change a verdict."""
     environment = {
         **os.environ,
-        VERIFY: "never",  # a child starts no children
+        VERIFY: "never",  # the child must not start checks itself
         "PYTHONWARNINGS": "ignore",  # "error" would turn any warning into a failure
         # A folder without an MPS server: with NVIDIA's MPS, a fault in one client ends every client of the server.
         "CUDA_MPS_PIPE_DIRECTORY": str(folder),
     }
-    environment.pop("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", None)  # the float32 reference sets the tolerance
+    environment.pop("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", None)  # TF32 would widen the tolerances
     return environment
 
 
@@ -204,7 +205,7 @@ def _wait(
 
 
 def _kill(child: Popen[bytes]) -> None:
-    """Kill the child and the processes that it started; a no-op if it has ended."""
+    """Kill the child and, on POSIX, the processes that it started; a no-op if the child has ended."""
     import subprocess
 
     if child.poll() is not None:
@@ -213,7 +214,7 @@ def _kill(child: Popen[bytes]) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(child.pid, signal.SIGKILL)
     child.kill()
-    with contextlib.suppress(subprocess.TimeoutExpired):  # the process may hang in the kernel
+    with contextlib.suppress(subprocess.TimeoutExpired):  # the process may hang in the operating system
         child.wait(5)
 
 

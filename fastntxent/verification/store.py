@@ -28,8 +28,8 @@ from .verdict import Verdict
 FORMAT = 1
 CACHE = "FASTNTXENT_CACHE"
 PACKAGE = Path(__file__).parents[1]
-# PATIENCE: seconds that a process waits for another that is checking the same device model. SAID_AFTER: seconds after
-# which it announces that it is waiting.
+# While another process checks the same device model, a process waits SAID_AFTER seconds, announces that it is waiting,
+# and waits up to PATIENCE seconds more.
 PATIENCE = 600.0
 SAID_AFTER = 10.0
 # Names of Triton's packages, and environment variables that change how it compiles a kernel.
@@ -44,7 +44,7 @@ TRITON_VARIABLES = (
 
 
 def cache_folder() -> Path:
-    """Return the folder of the files: $FASTNTXENT_CACHE if set, else by the conventions of platformdirs."""
+    """Return the folder of the files: $FASTNTXENT_CACHE if set, else the folder that platformdirs would choose."""
     given = os.environ.get(CACHE)
     if given:
         return Path(given).absolute()
@@ -60,7 +60,7 @@ def cache_folder() -> Path:
 
 
 class Model(NamedTuple):
-    """The properties of a device on which kernels may depend, and the versions of the compilers."""
+    """The properties of a device on which kernels may depend, and the versions of the driver, PyTorch and Triton."""
 
     name: str
     capability: str
@@ -110,7 +110,7 @@ def _triton_version() -> str:
 
 
 def _driver() -> str:
-    """Return the version of the kernel driver, and the CUDA version that its library supports."""
+    """Return the version of the GPU driver, and the CUDA version that the driver's library supports."""
     path = "/sys/module/amdgpu/version" if torch.version.hip else "/proc/driver/nvidia/version"
     said = []
     with contextlib.suppress(OSError):
@@ -131,7 +131,8 @@ def _processor() -> str:
 
 @functools.cache
 def sources_key(module: str) -> str:
-    """Return a hash of a backend's code: this package's modules, and its compiled kernels or external module."""
+    """Return a hash of the code behind a verdict: the package's backends, operators and checks, and this backend's
+    compiled kernels or external module."""
     digest = hashlib.sha256()
     folders = [PACKAGE / part for part in ("backends", "ops", "verification")]
     files = sorted(path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".json"))
@@ -192,9 +193,10 @@ class Store:
 
     @contextlib.contextmanager
     def checking(self) -> Iterator[None]:
-        """Hold a lock in this block, so only one process checks this model. Others wait, up to PATIENCE seconds.
+        """Hold a lock in this block, so that only one process checks this model while the others wait.
 
-        If no lock is possible, for example because the folder is not writable, the block runs without one.
+        If no lock is possible, for example because the folder is not writable, or another process does not release the
+        lock within PATIENCE seconds, the block runs without it.
         """
         lock = self._acquire_lock()
         try:
@@ -232,7 +234,7 @@ class Store:
         return {name: self._key(module) for name, module in modules.items()}
 
     def _read(self) -> dict[str, Any]:
-        """Return the file's content and unwritten entries.
+        """Return the file's content, with the entries that could not be written.
 
         A file that is absent, damaged or in a different format counts as empty.
         """

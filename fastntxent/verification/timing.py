@@ -20,7 +20,7 @@ TIMED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TEMPERATURE = 0.1
 MOST_DENSE = 2048  # most samples (half the rows) for which the dense reference is timed
 FEWEST_TURNS = 3  # fewest repeats of each call
-MOST_TURNS, SECONDS_OF_CALL = 12, 0.5  # most repeats and seconds of a call, per size
+MOST_TURNS, SECONDS_OF_CALL = 12, 0.5  # at each size: the most repeats of a call, and seconds allotted to each call
 
 Times = dict[str, dict[str, dict[str, dict[str, float]]]]  # by dtype, features, rows and backend: milliseconds
 
@@ -40,7 +40,8 @@ def time_backends(
         begin: called with a backend's name and a description of the call before it is timed.
 
     Raises:
-        Exception: any error of a kernel except lack of memory. The last call of `begin` names the backend.
+        Exception: any error of a kernel, except lack of memory in its first calls at a size. If the first calls fail,
+            the last call of `begin` names the backend.
     """
     times: Times = {}
     for dtype in TIMED_DTYPES:
@@ -85,7 +86,7 @@ def _entry(
             call()
             call()
             if device.type == "cuda":
-                torch.cuda.synchronize(device)  # errors surface here, while `begin` names the backend
+                torch.cuda.synchronize(device)  # errors surface here, while this backend is the last that `begin` named
         except (torch.OutOfMemoryError, MemoryError):
             continue
         calls[name] = call
@@ -108,7 +109,8 @@ def gradient_call(loss: Callable[[Tensor, Tensor], Tensor], views: Sequence[Tens
 def medians_in_turn(
     calls: dict[str, Callable[[], Any]], device: torch.device, most_turns: int, seconds: float
 ) -> dict[str, float]:
-    """Return the median milliseconds of each call. The calls take turns for `seconds`, at least FEWEST_TURNS times."""
+    """Return the median milliseconds of each call. The calls take turns for `seconds`: at least FEWEST_TURNS times, and
+    at most `most_turns` times."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     started = time.perf_counter()
     for turn in range(most_turns):

@@ -12,8 +12,8 @@ class Verdict(NamedTuple):
     """The outcome of checking a backend on a device.
 
     Attributes:
-        status: "passed", or one of the other STATUSES. "not available" means that nothing could be checked.
-        detail: What is wrong and by how much, or why; empty for "passed".
+        status: "passed", or one of the other STATUSES. "not available" means that the checks could not be completed.
+        detail: What is wrong and by how much, or why the checks ended; empty for "passed".
         case: The check that failed or was running; empty for "passed".
         checks: The number of checks that passed.
         seconds: The time that the checks took.
