@@ -91,7 +91,7 @@ class Member:
     offset: int
 
     def blocks(self) -> Iterator[Array]:
-        """Yield blocks of rows, read from the file.
+        """Yield blocks of rows, read from the file. An array in Fortran order is a single block.
 
         Raises:
             ValueError: the file is damaged.

@@ -37,7 +37,7 @@ _MEASURES = {
 }  # fmt: skip
 
 
-# Above this uniformity, the mean squared distance of two embeddings is about 0.05 or less; by chance it is 2.
+# If all embeddings were equally far apart, this uniformity would mean a squared distance of 0.05; by chance it is 2.
 COLLAPSED = -0.1
 OPEN_NOTES = 5  # longer lists of notes on the data are folded away
 
@@ -54,7 +54,7 @@ Pictures = dict[str, "bytes | str"]
 
 
 def write_report(trainer: Trainer, evaluation: Evaluation, command: Sequence[str]) -> dict[str, Any]:
-    """Write metrics.json and report.html into the run's folder, then each picture, then report.html with the pictures.
+    """Write metrics.json and report.html, then each picture, then both files again, with the pictures in the report.
 
     A picture that cannot be drawn is left out, and the report says why. If drawing kills the process, metrics.json and
     a report without pictures have already been written.
@@ -293,7 +293,7 @@ def _verification_text(verification: dict[str, Any] | None) -> str:
     checks = verification["checks"]
     return (
         f"<p>{checks} time{'' if checks == 1 else 's'} during training, the loss and its gradient were recomputed with "
-        "the dense formula in float64 on the embeddings of that step. Every error was within its budget; otherwise "
+        "the dense formula in float64 on the current embeddings. Every error was within its budget; otherwise "
         "the run would have stopped.</p>"
         + _table("scores", f"<tr><th></th><th>largest relative error</th><th>smallest budget</th></tr>{rows}")
     )
