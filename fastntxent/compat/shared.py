@@ -48,14 +48,14 @@ def world_size() -> int:
 
 
 def check_dense(name: str, value: object) -> None:
-    """Raise unless `value` is a dense tensor of real numbers, of any dtype."""
+    """Raise unless `value` is a dense tensor of any dtype that is not complex."""
     check_tensor(name, value)
     if isinstance(value, Tensor) and value.is_complex():
         raise TypeError(f"{name} must hold real numbers, got {value.dtype}")
 
 
 def as_ids(name: str, labels: Tensor, rows: Tensor) -> Tensor:
-    """Return labels of any dtype as integer ids on the rows' device: equal labels get equal ids. NaN never equals
+    """Return labels of any real dtype as integer ids on the rows' device: equal labels get equal ids. NaN never equals
     itself, so it is an error where the host can see it."""
     check_dense(name, labels)
     if labels.shape != rows.shape[:1]:
