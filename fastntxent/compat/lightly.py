@@ -31,7 +31,7 @@ __all__ = ["DCLLoss", "DCLWLoss", "MACLLoss", "MemoryBankModule", "NTXentLoss", 
 
 
 class NTXentLoss(TypedModule):
-    """NT-Xent or, with a memory bank, MoCo's loss: out0 against out1 and the bank, the mean over the N rows of out0.
+    """NT-Xent or, with a memory bank, MoCo's loss of out0 against out1 and the bank, averaged over the N rows of out0.
 
     Without a bank it is `fastntxent.nt_xent`. A negative temperature is allowed, as in lightly, at twice the work.
 

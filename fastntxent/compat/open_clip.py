@@ -82,7 +82,7 @@ class ClipLoss(_OfRanks):
             R ranks; with local_loss the gradient also lacks the part that features get as columns.
         cache_labels: No effect: there are no labels to cache.
         rank: This process's rank in the default process group.
-        world_size: 1, or the size of the default process group. Above 1 the batch is spread over all its ranks.
+        world_size: 1, or the size of the default process group. Above 1 the batch is spread across that group's ranks.
         use_horovod: An argument of open_clip before version 4. It must be False if world_size is above 1.
 
     Raises:
@@ -131,7 +131,7 @@ class DistillClipLoss(_OfRanks):
             R ranks; with local_loss the gradient also lacks the part that features get as columns.
         cache_labels: No effect: there are no labels to cache.
         rank: This process's rank in the default process group.
-        world_size: 1, or the size of the default process group. Above 1 the batch is spread over all its ranks.
+        world_size: 1, or the size of the default process group. Above 1 the batch is spread across that group's ranks.
         use_horovod: An argument of open_clip before version 4. It must be False if world_size is above 1.
 
     Raises:
@@ -211,8 +211,8 @@ class CoCaLoss(_OfRanks):
             R ranks; with local_loss the gradient also lacks the part that features get as columns.
         cache_labels: No effect: there are no labels to cache.
         rank: This process's rank in the default process group.
-        world_size: 1, or the size of the default process group. Above 1 the contrastive loss is over the batch of all
-            its ranks.
+        world_size: 1, or the size of the default process group. Above 1 the contrastive loss covers the batch of all
+            ranks of that group.
         use_horovod: An argument of open_clip before version 4. It must be False if world_size is above 1.
 
     Raises:
@@ -288,7 +288,7 @@ class SigLipLoss(TypedModule):
     Args:
         cache_labels: No effect: there are no labels to cache.
         rank: This process's rank in the default process group.
-        world_size: 1, or the size of the default process group. Above 1 the batch is spread over all its ranks.
+        world_size: 1, or the size of the default process group. Above 1 the batch is spread across that group's ranks.
         dist_impl: "bidir" (the default), "shift", "reduce" or "gather". No effect: it selects how open_clip exchanges
             texts, and every choice has the same gradient.
         chunk_size: No effect: logits are never stored.

@@ -66,7 +66,7 @@ def as_ids(name: str, labels: Tensor, rows: Tensor) -> Tensor:
     if labels.is_meta and not rows.is_meta:
         raise TypeError(f"{name} must hold numbers, got {labels.dtype} on {labels.device}")
     labels = labels.to(rows.device)
-    if labels.is_floating_point():  # the bits are the same on every rank; ids counted by first appearance would not be
+    if labels.is_floating_point():  # the bits are the same on every rank; ids numbered by first appearance would not be
         return (labels.double() + 0.0).view(torch.int64)  # adding 0.0 turns -0.0 into 0.0
     return labels if labels.dtype in ID_DTYPES else labels.to(torch.int64)
 

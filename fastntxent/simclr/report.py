@@ -28,8 +28,8 @@ _MEASURES = {
             "Nothing is trained: the measure shows whether similar images lie close together. Higher is better."),
     "linear probe": ("Linear probe accuracy", "Share of test images that a linear classifier on the frozen features "
                      "gets right. The measure shows how well planes separate the classes. Higher is better."),
-    "effective rank": ("Effective rank", "Number of directions that the features effectively use around their mean. It "
-                       "does not show how far they spread: a collapse to one point shows in the uniformity."),
+    "effective rank": ("Effective rank", "Number of directions that the features effectively use around their mean, "
+                       "however small their spread. A collapse to one point shows in the uniformity instead."),
     "alignment": ("Alignment", "Mean squared distance between the embeddings of two views of the same test image: 0 if "
                   "the views coincide, 2 by chance. Lower is better, unless uniformity gets worse in return."),
     "uniformity": ("Uniformity", "How evenly the embeddings cover the sphere: 0 if all are one point, about -4 if they "
