@@ -50,11 +50,11 @@ class TrainingData(Protocol):
         ...
 
     def channel_moments(self) -> tuple[list[float], list[float]]:
-        """Return the mean and the standard deviation of each channel."""
+        """Return the mean and the standard deviation with which each channel is standardised."""
         ...
 
     def fingerprint(self) -> str:
-        """Return a short string that changes with the images."""
+        """Return a short string for the images, which is compared when a run is resumed."""
         ...
 
 

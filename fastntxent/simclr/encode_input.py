@@ -28,7 +28,7 @@ class Input(NamedTuple):
     Attributes:
         names: a path or a number for each image.
         labels: class numbers int64 (N,), in 0..C-1, or -1 for no class.
-        class_names: C names; empty if no image has a class.
+        class_names: C names; empty if the input has no classes.
         notes: one line for each kind of entry that was left out or looks like a mistake.
         unreadable: folders that could not be listed.
         shape: channels, height and width of every image.
