@@ -2,9 +2,9 @@
 
 There is one module per library, and it imports nothing from that library: `lightly`, `pytorch_metric_learning`,
 `solo_learn`, `sup_contrast`, `info_nce`, `open_clip`, `sentence_transformers` (and `gist`, its guided losses), `simclr`
-and `torchmultimodal`. docs/migration.md shows each one before and after, and lists the differences. All of them return
-a float32 loss for half-precision embeddings, never return NaN where the library divides zero by zero, and raise errors
-that name the bad argument.
+and `torchmultimodal`. docs/migration.md shows code that uses each library before and after the change, and lists the
+differences. All contrastive losses are float32 for half-precision embeddings, and never NaN where the library divides
+zero by zero; errors name the bad argument.
 """
 
 import importlib

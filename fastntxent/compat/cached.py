@@ -4,7 +4,7 @@ and the backward embeds them again.
 mini_batched       (model, columns)    -> views of the model's mini-batches
 embedded           (views)             -> embeddings from one pass
 loss_of_two_passes (views, loss_of)    -> a loss whose backward embeds again
-loss_and_gradients (loss, inputs)      -> the loss without its graph, and the gradients of the inputs
+loss_and_gradients (loss, inputs)      -> the loss without its graph; also sets the gradients of the inputs
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ _GIST = """
 
 
 class GISTEmbedLoss(TypedModule):
-    """InfoNCE of anchors against the batch's positives, anchors and negatives, without those that a guide rejects.
+    """InfoNCE of anchors against the batch's positives, anchors and negatives, without candidates that a guide rejects.
 
     A guide model decides which candidates are too similar to be negatives; see `fastntxent.guided_info_nce`.
     `compute_loss_from_embeddings` is the loss without the models.
@@ -339,7 +339,7 @@ class CachedGISTEmbedLoss(GISTEmbedLoss):
 
 
 def _joined(columns: list[Tensor]) -> Tensor | None:
-    """Return the rows of all columns, concatenated, or None without columns."""
+    """Return the rows of all columns, concatenated, or None if there are no columns."""
     if len(columns) > 1:
         return torch.cat(columns)
     return columns[0] if columns else None

@@ -28,8 +28,9 @@ class InfoNCE(TypedModule):
         negative_mode: "unpaired" or "paired": which negative_keys a call takes, and so their shape (see `forward`).
 
     Raises:
-        TypeError: an argument has the wrong type or dtype.
-        ValueError: a number is out of range, or an option is unknown.
+        TypeError: when called, an argument has the wrong type or dtype.
+        ValueError: when called, shapes, dtypes or devices do not match, the batch is empty, a number is out of range,
+            or an option is unknown.
 
     Example:
         >>> import torch

@@ -31,13 +31,13 @@ __all__ = ["DCLLoss", "DCLWLoss", "MACLLoss", "MemoryBankModule", "NTXentLoss", 
 
 
 class NTXentLoss(TypedModule):
-    """NT-Xent or, with a memory bank, MoCo's loss: out0 against out1 and the bank, the mean over the N rows of out0.
+    """NT-Xent or, with a memory bank, MoCo's loss of out0 against out1 and the bank, averaged over the N rows of out0.
 
     Without a bank it is `fastntxent.nt_xent`. A negative temperature is allowed, as in lightly, at twice the work.
 
     Args:
         temperature: A float or a one-element tensor, not within 1e-8 of zero. The sign of a tensor is read only in host
-            memory and outside compiled code; elsewhere it must be positive.
+            memory and outside compiled code; elsewhere the tensor must be positive.
         memory_bank_size: (size, dim), or 0 for no bank. With an int, dim comes from the first batch.
         gather_distributed: Use the batch of all ranks of the default process group, like `group=` of
             `fastntxent.nt_xent`. The loss is the mean over all ranks' rows, the same on every rank (lightly's is the
@@ -103,7 +103,7 @@ class DCLLoss(TypedModule):
 
     Args:
         temperature: A float or a one-element tensor, not zero. The sign of a tensor is read only in host memory and
-            outside compiled code; elsewhere it must be positive.
+            outside compiled code; elsewhere the tensor must be positive.
         weight_fn: A function of normalised views, called with (out0, out1) and with (out1, out0). It returns weights
             (N,) of the positives, or a number. None means no weights.
         gather_distributed: Use the batch of all ranks of the default process group, like `group=` of `fastntxent.dcl`.
@@ -173,7 +173,7 @@ class DCLWLoss(DCLLoss):
 
     Args:
         temperature: A float or a one-element tensor, not zero. The sign of a tensor is read only in host memory and
-            outside compiled code; elsewhere it must be positive.
+            outside compiled code; elsewhere the tensor must be positive.
         sigma: The spread of the weights.
         gather_distributed: Use the batch of all ranks of the default process group, like `group=` of `fastntxent.dcl`.
             The loss is the mean over all ranks' rows, the same on every rank (lightly's is the mean over the rank's
@@ -268,8 +268,8 @@ class MemoryBankModule(TypedModule):
     empty and loses no row.)
 
     Args:
-        size: (size, dim), or 0 for no bank, or an int, for which dim comes from the first batch. An int, and the
-            default, are as in lightly before version 1.6.
+        size: (size, dim), or 0 for no bank, or an int, for which dim comes from the first batch. The default, and any
+            int but 0, are as in lightly before version 1.6.
         gather_distributed: Take in the rows of all ranks of the default process group.
         feature_dim_first: Return the bank as (dim, size) instead of (size, dim).
 
@@ -329,8 +329,8 @@ class MemoryBankModule(TypedModule):
 
     @torch.no_grad()
     def _push(self, rows: Tensor) -> None:
-        """Write rows from the pointer up to the end of the bank. The pointer stays on the device: positions beyond the
-        end wrap around to the beginning, where the row that is already there is written again."""
+        """Write rows from the pointer up to the end of the bank. The host does not read the pointer, so it cannot cut
+        rows off: positions beyond the end wrap around to the beginning, where the bank's own row is written back."""
         size = self.size[0]
         rows = rows[:size].to(self.bank)
         places = self.bank_ptr + torch.arange(len(rows), device=rows.device)
@@ -341,7 +341,7 @@ class MemoryBankModule(TypedModule):
 
 
 def _check_outputs(out0: Tensor, out1: Tensor, *, may_be_empty: bool) -> None:
-    """Check the views under lightly's names for them, before a loss with other names does."""
+    """Check the views under lightly's names, before a loss checks them under different names."""
     check_rows("out0", out0, may_be_empty=may_be_empty)
     check_rows("out1", out1, may_be_empty=may_be_empty)
     check_same("out0", out0, "out1", out1, "shape", "dtype", "device")

@@ -82,7 +82,7 @@ class ClipLoss(_OfRanks):
             R ranks; with local_loss the gradient also lacks the part that features get as columns.
         cache_labels: No effect: there are no labels to cache.
         rank: This process's rank in the default process group.
-        world_size: 1, or the size of the default process group. Above 1 the batch is spread over all its ranks.
+        world_size: 1, or the size of the default process group. Above 1 the batch is spread across that group's ranks.
         use_horovod: An argument of open_clip before version 4. It must be False if world_size is above 1.
 
     Raises:
@@ -123,7 +123,7 @@ class ClipLoss(_OfRanks):
 
 
 class DistillClipLoss(_OfRanks):
-    """CLIP's loss of normalised features, and their cross-entropy with a teacher's softmaxes.
+    """CLIP's loss of normalised features, and the cross-entropy of their softmaxes with a teacher's.
 
     Args:
         local_loss: No effect. The loss covers the whole batch, is the same on every rank, and has the exact gradient.
@@ -131,7 +131,7 @@ class DistillClipLoss(_OfRanks):
             R ranks; with local_loss the gradient also lacks the part that features get as columns.
         cache_labels: No effect: there are no labels to cache.
         rank: This process's rank in the default process group.
-        world_size: 1, or the size of the default process group. Above 1 the batch is spread over all its ranks.
+        world_size: 1, or the size of the default process group. Above 1 the batch is spread across that group's ranks.
         use_horovod: An argument of open_clip before version 4. It must be False if world_size is above 1.
 
     Raises:
@@ -189,7 +189,7 @@ class DistillClipLoss(_OfRanks):
 
 
 def _check_teacher(image: Tensor, dist_image: Tensor, dist_text: Tensor, *, may_be_empty: bool) -> None:
-    """Check the teacher's features under open_clip's names for them, before `distill_terms` does under other names."""
+    """Check the features under open_clip's names, before `distill_terms` checks them under different names."""
     check_rows("image_features", image, may_be_empty=may_be_empty)
     check_rows("dist_image_features", dist_image, may_be_empty=may_be_empty)
     check_rows("dist_text_features", dist_text, may_be_empty=may_be_empty)
@@ -203,15 +203,16 @@ class CoCaLoss(_OfRanks):
 
     Args:
         caption_loss_weight: Factor of the caption loss.
-        clip_loss_weight: Factor of the contrastive loss. With 0 no similarities are formed, and the loss is 0.
+        clip_loss_weight: Factor of the contrastive loss. If it is 0, no similarities are formed, and the contrastive
+            loss is 0.
         pad_id: Label of tokens that do not count.
         local_loss: No effect. The loss covers the whole batch, is the same on every rank, and has the exact gradient.
         gather_with_grad: No effect. In open_clip, False makes the gradient of the features 1/R of the exact gradient on
             R ranks; with local_loss the gradient also lacks the part that features get as columns.
         cache_labels: No effect: there are no labels to cache.
         rank: This process's rank in the default process group.
-        world_size: 1, or the size of the default process group. Above 1 the contrastive loss is over the batch of all
-            its ranks.
+        world_size: 1, or the size of the default process group. Above 1 the contrastive loss covers the batch of all
+            ranks of that group.
         use_horovod: An argument of open_clip before version 4. It must be False if world_size is above 1.
 
     Raises:
@@ -281,13 +282,13 @@ _EXCHANGES = ("bidir", "shift", "reduce", "gather")
 class SigLipLoss(TypedModule):
     """SigLIP's loss of normalised features, in one pass over the similarities.
 
-    In a process group the loss covers the whole batch and is the same on every rank; open_clip's covers each rank's
-    images.
+    With a world_size above 1 the loss covers the whole batch and is the same on every rank; open_clip's covers each
+    rank's images.
 
     Args:
         cache_labels: No effect: there are no labels to cache.
         rank: This process's rank in the default process group.
-        world_size: 1, or the size of the default process group. Above 1 the batch is spread over all its ranks.
+        world_size: 1, or the size of the default process group. Above 1 the batch is spread across that group's ranks.
         dist_impl: "bidir" (the default), "shift", "reduce" or "gather". No effect: it selects how open_clip exchanges
             texts, and every choice has the same gradient.
         chunk_size: No effect: logits are never stored.

@@ -163,7 +163,7 @@ class MultipleNegativesRankingLoss(TypedModule):
         scale: 1 / temperature, positive.
         similarity_fct: `cos_sim` or `dot_score`, from this module or from the library; recognised by its name.
         gather_across_devices: Use the batch of all ranks of the default process group. The loss is the mean over all
-            ranks' anchors, the same on every rank (the library's is over the rank's anchors). Its gradient is the
+            ranks' anchors, the same on every rank (the library's is over the rank's anchors). The gradient is the
             library's.
         directions: The similarities in the softmax: "query_to_doc" (required), "query_to_query", "doc_to_query" and
             "doc_to_doc".
@@ -171,7 +171,8 @@ class MultipleNegativesRankingLoss(TypedModule):
             whose losses are averaged ("query_to_doc" and "doc_to_query" only).
         hardness_mode: Which logits of a query get extra weight: "in_batch_negatives" (documents of other queries),
             "hard_negatives" (the query's hard negatives), "all_negatives", or None.
-        hardness_strength: This multiple of the similarity, without a gradient, is added to these logits.
+        hardness_strength: This multiple of the similarity, without a gradient, is added to the logits that
+            hardness_mode selects.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -201,7 +202,7 @@ class MultipleNegativesRankingLoss(TypedModule):
         check_choice("similarity_fct", _similarity_name(similarity_fct), tuple(_NORMALIZES))
         directions = _checked_directions(directions)
         if "query_to_doc" not in directions:
-            raise ValueError(f"directions must have 'query_to_doc', which has the positive pair, got {directions}")
+            raise ValueError(f"directions must include 'query_to_doc', which has the positive pair, got {directions}")
         check_choice("partition_mode", partition_mode, PARTITION_MODES)
         if partition_mode == "per_direction" and {"query_to_query", "doc_to_doc"} & set(directions):
             raise ValueError(
@@ -291,8 +292,8 @@ class MultipleNegativesRankingLoss(TypedModule):
     def _nu_by_direction(
         self, batch: Batch, u: Tensor, v: Tensor, negatives: list[Tensor], groups: Tensor, inv_tau: float | Tensor
     ) -> dict[str, Tensor]:
-        """Return, for each direction, the log-sum-exp (N,) over samples of other groups and the sample's hard
-        negatives."""
+        """Return, for each direction, the log-sum-exp (N,) over the rows of other groups, and in "query_to_doc" also
+        over the sample's own hard negatives."""
         queries, keys = Side(u, groups), Side(v, groups)
         docs = Side(torch.cat((v, *negatives)), groups.repeat(1 + len(negatives)))
         of_docs = batch.beside(docs.u)
@@ -365,7 +366,7 @@ class CachedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
             use mini_batch_size: every rank must have the same number of mini-batches. With either argument, padding
             beyond the longest text of a mini-batch is cut off.
         gather_across_devices: Use the batch of all ranks of the default process group. The loss is the mean over all
-            ranks' anchors, the same on every rank (the library's is over the rank's anchors). Its gradient is the
+            ranks' anchors, the same on every rank (the library's is over the rank's anchors). The gradient is the
             library's.
         directions: The similarities in the softmax: "query_to_doc" (required), "query_to_query", "doc_to_query" and
             "doc_to_doc".
@@ -374,7 +375,8 @@ class CachedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
         show_progress_bar: Show the mini-batches of both passes with tqdm.
         hardness_mode: Which logits of a query get extra weight: "in_batch_negatives" (documents of other queries),
             "hard_negatives" (the query's hard negatives), "all_negatives", or None.
-        hardness_strength: This multiple of the similarity, without a gradient, is added to these logits.
+        hardness_strength: This multiple of the similarity, without a gradient, is added to the logits that
+            hardness_mode selects.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -507,7 +509,7 @@ class CachedMultipleNegativesSymmetricRankingLoss(CachedMultipleNegativesRanking
             use mini_batch_size: every rank must have the same number of mini-batches. With either argument, padding
             beyond the longest text of a mini-batch is cut off.
         gather_across_devices: Use the batch of all ranks of the default process group. The loss is the mean over all
-            ranks' anchors, the same on every rank (the library's is over the rank's anchors). Its gradient is the
+            ranks' anchors, the same on every rank (the library's is over the rank's anchors). The gradient is the
             library's.
         show_progress_bar: Show the mini-batches of both passes with tqdm.
 

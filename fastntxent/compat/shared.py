@@ -48,14 +48,14 @@ def world_size() -> int:
 
 
 def check_dense(name: str, value: object) -> None:
-    """Raise unless `value` is a dense tensor of real numbers, of any dtype."""
+    """Raise unless `value` is a dense tensor of any dtype that is not complex."""
     check_tensor(name, value)
     if isinstance(value, Tensor) and value.is_complex():
         raise TypeError(f"{name} must hold real numbers, got {value.dtype}")
 
 
 def as_ids(name: str, labels: Tensor, rows: Tensor) -> Tensor:
-    """Return labels of any dtype as integer ids on the rows' device: equal labels get equal ids. NaN never equals
+    """Return labels of any real dtype as integer ids on the rows' device: equal labels get equal ids. NaN never equals
     itself, so it is an error where the host can see it."""
     check_dense(name, labels)
     if labels.shape != rows.shape[:1]:
@@ -66,7 +66,7 @@ def as_ids(name: str, labels: Tensor, rows: Tensor) -> Tensor:
     if labels.is_meta and not rows.is_meta:
         raise TypeError(f"{name} must hold numbers, got {labels.dtype} on {labels.device}")
     labels = labels.to(rows.device)
-    if labels.is_floating_point():  # the bits are the same on every rank; ids counted by first appearance would not be
+    if labels.is_floating_point():  # the bits are the same on every rank; ids numbered by first appearance would not be
         return (labels.double() + 0.0).view(torch.int64)  # adding 0.0 turns -0.0 into 0.0
     return labels if labels.dtype in ID_DTYPES else labels.to(torch.int64)
 

@@ -59,9 +59,9 @@ def add_contrastive_loss(
         tpu_context: None, a context with `num_replicas`, or a process group. With several replicas the batch is spread
             over all ranks of the default process group, whose size must be the number of replicas. The loss then covers
             the whole batch and is the same on every rank (TensorFlow's covers the replica's rows).
-        weights: Weight of the samples, a number or (N,). With (N,) the sum of the weighted losses is divided by the
-            number of weights that are not zero.
-        strategy: Like `tpu_context`, with the name and `num_replicas_in_sync` of TensorFlow's second version.
+        weights: One weight for all samples, or (N,), one per sample. With (N,) the sum of the weighted losses is
+            divided by the number of weights that are not zero.
+        strategy: The name of `tpu_context` in SimCLR's TensorFlow 2 file, where the context has `num_replicas_in_sync`.
 
     Returns:
         A `ContrastiveLoss`, whose fields are loss, logits and labels. With several replicas the rows of the logits

@@ -43,8 +43,7 @@ def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float | Tensor = 0
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
-            is unknown.
+        ValueError: shapes, dtypes or devices do not match, the batch is empty, or a number is out of range.
 
     Example:
         >>> import torch
@@ -67,7 +66,7 @@ def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float | Tensor = 0
 
 
 def mocov2plus_loss_func(query: Tensor, key: Tensor, queue: Tensor, temperature: float | Tensor = 0.1) -> Tensor:
-    """MoCo v2's loss: cross-entropy of each query with its key among the queue's columns. Nothing is normalised here.
+    """MoCo v2's loss: cross-entropy of each query with its key against the queue's columns. Nothing is normalised here.
 
     As in solo-learn, the loss covers this process's queries only, even in a process group.
 
@@ -83,8 +82,7 @@ def mocov2plus_loss_func(query: Tensor, key: Tensor, queue: Tensor, temperature:
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
-            is unknown.
+        ValueError: shapes, dtypes or devices do not match, the batch is empty, or a number is out of range.
 
     Example:
         >>> import torch
@@ -118,8 +116,7 @@ def mocov3_loss_func(query: Tensor, key: Tensor, temperature: float | Tensor = 0
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
-            is unknown.
+        ValueError: shapes, dtypes or devices do not match, the batch is empty, or a number is out of range.
 
     Example:
         >>> import torch
@@ -136,7 +133,7 @@ def nnclr_loss_func(nn: Tensor, p: Tensor, temperature: float | Tensor = 0.1) ->
     the rank's rows).
 
     Args:
-        nn: (N, D), the nearest neighbour in the queue of each sample's first view, normalised here.
+        nn: (N, D), for each sample the row of the queue that is nearest to its first view, normalised here.
         p: (N, D), the predictions of the second view, normalised here.
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
             read a tensor on an accelerator, so its sign is not checked there.
@@ -146,8 +143,7 @@ def nnclr_loss_func(nn: Tensor, p: Tensor, temperature: float | Tensor = 0.1) ->
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
-            is unknown.
+        ValueError: shapes, dtypes or devices do not match, the batch is empty, or a number is out of range.
 
     Example:
         >>> import torch
@@ -189,8 +185,7 @@ def ressl_loss_func(
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or an option
-            is unknown.
+        ValueError: shapes, dtypes or devices do not match, the batch is empty, or a number is out of range.
 
     Memory is O((N + K) D): the logits (N, K) are never stored.
 
@@ -209,8 +204,9 @@ def ressl_loss_func(
     if isinstance(teachers_inv_tau, Tensor):
         teachers_inv_tau = teachers_inv_tau.detach()
     u, v, t = batch.unit_rows(q), batch.unit_rows(queue), batch.unit_rows(k.detach())
-    # A query's positive is the queue's row nearest to its key (any row would do). With its logit pi and the other rows'
-    # log-sum-exp nu, -sum_j p_j log p^q_j = softplus(nu - pi) + sum_{j != positive} p_j (pi - l_j).
+    # A query's positive is the queue's row nearest to its key (any row would do). With the query's logits l_j, pi for
+    # the positive, nu the log-sum-exp of the others, and the key's probabilities p_j, -sum_j p_j log p^q_j =
+    # softplus(nu - pi) + sum_{j != positive} p_j (pi - l_j).
     held = v.detach()
     nearest = ops.nearest(t, held, 1)[1].squeeze(1)
     others = batch.beside(queue)
@@ -218,7 +214,7 @@ def ressl_loss_func(
     nu = batch.neg_lse_to(rows, cols, inv_tau, beside=others)
     sims = row_dots(u, v[nearest])
     teachers_pos = teachers_inv_tau * row_dots(t, held[nearest])
-    # In tiles, so that nu is formed from the same logits as the probabilities, bit for bit.
+    # In tiles, so that the teacher's nu comes from the same logits as the probabilities, bit for bit.
     teachers_nu = batch.in_tiles().neg_lse_to(
         rows._replace(u=t), cols._replace(u=held), teachers_inv_tau, beside=others.in_tiles()
     )

@@ -31,7 +31,9 @@ class SupConLoss(TypedModule):
     .. math:: L_i = \frac{\tau}{\tau_0} \Big[ \log \sum_{j \ne i} e^{s_{ij}/\tau}
         - \frac{1}{\sum_{j \ne i} m_{ij}} \sum_{j \ne i} m_{ij} s_{ij}/\tau \Big]
 
-    An anchor without a positive counts as 0 in the mean.
+    where s_ij is the similarity of rows i and j, and m_ij is the mask's entry for their samples, or 1 if these have the
+    same label (without labels, are the same sample) and 0 otherwise. An anchor without a positive counts as 0 in the
+    mean.
 
     Args:
         temperature: tau, a float or a 0-d tensor.
@@ -43,8 +45,9 @@ class SupConLoss(TypedModule):
         ValueError: a number is out of range, an option is unknown, or, when called, shapes or devices do not match, or
             labels and mask are both given.
 
-    Memory is O(B V D), plus the mask, which is never repeated for the views. Positives enter the formula only through
-    their weighted sum, the product of the mask with the rows: 2 B^2 D flops in the forward and again in the backward.
+    Memory is O(B V D), plus the mask, which is never repeated for the views. With a mask, positives enter the formula
+    only through their weighted sum, the product of the mask with the rows: 2 B^2 D flops in the forward and again in
+    the backward.
 
     Example:
         >>> import torch

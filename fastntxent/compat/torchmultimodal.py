@@ -35,7 +35,7 @@ DEFAULT_LOGIT_SCALE = math.log(1 / 0.07)
 
 
 class BackpropType(Enum):
-    """The processes that receive the gradient of gathered rows. No effect here: the gradient is as with GLOBAL."""
+    """The processes that receive the gradient of gathered rows. No effect here: the gradient is that of GLOBAL."""
 
     GLOBAL = 0
     LOCAL = 1
@@ -80,7 +80,7 @@ def contrastive_loss_with_temperature(
     backprop_type: BackpropType = BackpropType.GLOBAL,
     cross_entropy_kwargs: dict[str, Any] | None = None,
 ) -> ContrastiveLossOutput:
-    """CLIP's loss of rows that are normalised already, in both directions from one pass over the similarities.
+    """CLIP's loss of rows that the caller has normalised, in both directions from one pass over the similarities.
 
     As in torchmultimodal, in a process group the batch is spread over all ranks. "mean" and "sum" cover the whole batch
     and are the same on every rank (torchmultimodal's cover only the rank's rows).
@@ -103,7 +103,8 @@ def contrastive_loss_with_temperature(
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: shapes or dtypes do not match, or another option of cross_entropy is given.
+        ValueError: shapes, dtypes or devices do not match, a number is out of range, or another option of cross_entropy
+            is given.
 
     Example:
         >>> import torch
@@ -132,7 +133,8 @@ class ContrastiveLossWithTemperature(TypedModule):
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: both bounds are None, or, when called, shapes or dtypes do not match.
+        ValueError: both bounds are None, or, when called, shapes, dtypes or devices do not match, a number is out of
+            range, or another option of cross_entropy is given.
 
     Example:
         >>> import torch

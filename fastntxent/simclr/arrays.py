@@ -53,7 +53,7 @@ class InMemory:
 class Arrays(NamedTuple):
     """A data set as it was read, before its shapes and dtypes are checked.
 
-    `where` names the file in messages.
+    `where` names the file or folder in messages; it may be empty.
     """
 
     images: Rows
@@ -78,12 +78,12 @@ def image_tensors(arrays: Arrays, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the training images and the test images.
 
     Args:
-        arrays: the images, all of the same size. Training and test images of the same kind are assumed to share one
-            range of values.
+        arrays: the images, all of the same size. If the training and the test images are both floating-point, or both
+            uint16, they are assumed to share one range of values.
         mask: boolean mask that selects the held-out images if there is no test part, else None.
 
     Raises:
-        ValueError: a dtype or range is not valid for images.
+        ValueError: a shape, dtype or range is not valid for images, or the result does not fit in memory.
     """
     named = _named(arrays)
     layouts = [_layout(name, rows.shape) for name, rows in named]
@@ -115,7 +115,7 @@ def image_blocks(arrays: Arrays) -> tuple[tuple[int, int, int], Iterator[Tensor]
 
 
 def check_shapes(arrays: Arrays) -> None:
-    """Raise ValueError unless the arrays are images of the same size."""
+    """Raise ValueError unless the arrays are images of the same size, with the same number of channels."""
     named = _named(arrays)
     shapes = [_layout(name, rows.shape).shape for name, rows in named]
     if shapes[0] != shapes[-1]:
@@ -158,7 +158,7 @@ def _target(name: str, layout: _Layout, count: int) -> Tensor:
 
 
 def _without_copy(rows: Rows, layout: _Layout) -> Tensor | None:
-    """Return an array in memory as a tensor, if it needs no conversion; otherwise None."""
+    """Return the rows as a tensor that shares their memory, or None if they need a conversion or a copy."""
     if not isinstance(rows, InMemory) or layout.channels_last:
         return None
     array = rows.array
@@ -193,7 +193,8 @@ def _converted(rows: Rows, layout: _Layout, convert: Callable[[Array], Array]) -
 
 
 def _conversions(named: Sequence[tuple[str, Rows]]) -> list[Callable[[Array], Array]]:
-    """Return the conversion of each array's values to 0..255. Arrays of the same kind share a range."""
+    """Return the conversion of each array's values to 0..255. Floating-point arrays share one range, and so do uint16
+    arrays."""
     ranges = {name: _range(rows) for name, rows in named if rows.dtype != np.uint8 and rows.dtype.kind in "fiu"}
     floats = [ranges[name] for name, rows in named if rows.dtype.kind == "f"]
     deep = [ranges[name] for name, rows in named if _is_deep(rows)]

@@ -1,4 +1,4 @@
-"""BatchNorm of a batch that is spread over ranks. Statistics, and gradients through them, cover the rows of all ranks.
+"""BatchNorm of a batch spread across ranks. Statistics, and gradients through them, cover the rows of all ranks.
 
 Rank r has n_r values of a channel, with mean m_r and sum of squared deviations q_r:
 
@@ -7,8 +7,8 @@ Rank r has n_r values of a channel, with mean m_r and sum of squared deviations 
     y = gamma x_hat + beta,    x_hat = (x - m) / sqrt(v + eps)
     d_x = gamma / sqrt(v + eps) (d_y - (sum d_y + x_hat sum d_y x_hat) / n)    sums over the rows of all ranks
 
-torch.nn.SyncBatchNorm does the same on CUDA devices only. This module runs on any device, with any number of rows on
-each rank, including zero. For C channels each rank sends 2 C + 1 numbers in the forward and 2 C in the backward.
+torch.nn.SyncBatchNorm does the same, but only on GPUs. This module runs on any device, with any number of rows on each
+rank, including zero. For C channels each rank sends 2 C + 1 numbers in the forward and 2 C in the backward.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def over_ranks(model: nn.Module, group: dist.ProcessGroup) -> nn.Module:
 
 
 def without_sync(model: nn.Module) -> None:
-    """Replace SyncBatchNorms, which need CUDA, with ordinary batch norms, in place. `over_ranks` synchronises these on
-    any device."""
+    """Turn a model's SyncBatchNorms, which need a GPU, into ordinary batch norms, in place. `over_ranks` synchronises
+    ordinary batch norms on any device."""
     for module in model.modules():
         if type(module) is nn.SyncBatchNorm:
             module.process_group = None  # a process group cannot be copied
@@ -47,7 +47,7 @@ def without_sync(model: nn.Module) -> None:
 
 
 class BatchNormAnyDim(_BatchNorm):
-    """A BatchNorm that, like SyncBatchNorm, takes inputs of any number of dimensions."""
+    """A BatchNorm that, like SyncBatchNorm, takes inputs of two or more dimensions."""
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.ndim < 2:

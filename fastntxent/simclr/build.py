@@ -18,7 +18,7 @@ AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name: str, ranks: Ranks = ALONE) -> torch.device:
-    """Return the device of `--device`: for cuda on several ranks, this rank's GPU. ValueError if it cannot be used."""
+    """Return the device that `--device` names; for cuda on several ranks, this rank's GPU. ValueError if unusable."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if ranks.group and name.startswith("cuda"):
@@ -26,8 +26,9 @@ def pick_device(name: str, ranks: Ranks = ALONE) -> torch.device:
             raise ValueError(f"--device must be cuda for {ranks.world} ranks, one GPU for each, got {name}")
         if ranks.local >= torch.cuda.device_count():
             raise ValueError(
-                f"--device cuda needs a GPU for each rank on a machine, got {torch.cuda.device_count()} for rank "
-                f"{ranks.local} on this one; start fewer ranks with --nproc-per-node, or use --device cpu"
+                "--device cuda needs a GPU for each rank on a machine, but this machine has "
+                f"{torch.cuda.device_count()}, and none is left for its rank {ranks.local}; start fewer ranks "
+                "with --nproc-per-node, or use --device cpu"
             )
         torch.cuda.set_device(ranks.local)
         return torch.device("cuda", ranks.local)
@@ -131,7 +132,7 @@ _PREFIX = "encoder."
 
 
 def load_parameters(module: nn.Module, parameters: dict[str, torch.Tensor], name: str) -> None:
-    """Load a checkpoint's parameters. ValueError, naming the file, if they do not match the module."""
+    """Load a checkpoint's parameters into a module; ValueError, naming the file, if they do not match the module."""
     try:
         module.load_state_dict(parameters)
     except (RuntimeError, TypeError, AttributeError) as error:

@@ -1,4 +1,4 @@
-"""Checkpoints: written atomically, read without running code, and rejected if they are damaged or do not match."""
+"""Checkpoints: written atomically, read without running code, and rejected if damaged or from a different run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FILE_NAME = "checkpoint.pt"
 FORMAT = 2
 
 # torch.save writes a zip archive. Its comment, which torch.load ignores, holds the checksum of all bytes before it.
-# Zip's own checksums do not cover the directory and the padding, and torch.load does not verify them.
+# Zip's own checksums do not cover the directory and the padding, and torch.load does not verify them anyway.
 _MARK = b"fastntxent sha256 "
 _COMMENT_SIZE = len(_MARK) + 2 * hashlib.sha256().digest_size
 _NO_COMMENT = (0).to_bytes(2, "little")  # the last two bytes of an archive without a comment
@@ -63,7 +63,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     name = printable(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint to resume from at {name}")
-    with path.open("rb") as file:  # stays on this file even if another is renamed to its path
+    with path.open("rb") as file:  # reads this file even if another is renamed to its path
         size = file.seek(0, os.SEEK_END) - _COMMENT_SIZE
         file.seek(max(size, 0))
         comment = file.read()
@@ -110,7 +110,7 @@ def with_saved_options(given: dict[str, Any]) -> Config:
 
 
 def check_agreement(now: dict[str, Any], saved: dict[str, Any], fingerprint: str, saved_fingerprint: str) -> None:
-    """Raise ValueError if the settings or the data differ from the checkpoint's. The error names each difference."""
+    """Raise ValueError, naming each difference, if the data or the settings that affect the result have changed."""
     saved = {**Config().to_dict(), **saved}  # defaults for options that are newer than the checkpoint
     differing = [
         f"{flag(option.name)} (checkpoint {saved[option.name]}, now {now[option.name]})"

@@ -26,7 +26,7 @@ def check_in_memory(in_memory: str) -> None:
 
 
 def check_images(name: str, images: Any, least: int) -> None:
-    """Raise TypeError or ValueError for anything but at least `least` uint8 images (N, C, H, W)."""
+    """Raise TypeError or ValueError unless `images` holds, or reads on demand, at least `least` images (N, C, H, W)."""
     if isinstance(images, Tensor):
         if images.dtype != torch.uint8 or images.device.type != "cpu":
             raise TypeError(f"{name} must be a uint8 tensor on the CPU, got {images.dtype} on {images.device}")
@@ -45,7 +45,7 @@ def check_images(name: str, images: Any, least: int) -> None:
 
 
 def check_labels(name: str, labels: Any, count: int, classes: int) -> None:
-    """Raise TypeError or ValueError for anything but int64 labels (count,) in -1..classes - 1."""
+    """Raise TypeError or ValueError unless `labels` is an int64 CPU tensor (count,) with values in -1..classes - 1."""
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.device.type != "cpu":
         kind = f"{labels.dtype} on {labels.device}" if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"{name} must be an int64 tensor on the CPU, got {kind}")

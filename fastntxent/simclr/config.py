@@ -166,7 +166,7 @@ class Config:
 
     @property
     def batch(self) -> int:
-        """Images per step that the loss sees."""
+        """The number of images that the loss sees per step, if the data set has that many."""
         return self.accumulate_batch or self.batch_size
 
     @property
@@ -256,7 +256,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_args(argv: Sequence[str] | None) -> dict[str, Any]:
-    """Return only the options that were given, by field name."""
+    """Return only the options that were given, by field name, with the path of `--config` as "config"."""
     parser = Parser(
         prog=PROGRAM,
         description="Train an image encoder with SimCLR and the fused NT-Xent loss, evaluate it, and write a report.",

@@ -1,4 +1,4 @@
-"""Settings in a TOML file: read for --config, and written to a run's folder with every default resolved."""
+"""Settings in a TOML file: read for --config, and written to a run's folder with defaults resolved."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .output import printable, write_text
 from .sources import require
 
 FILE_NAME = "config.toml"
-# These options belong to one start of a run, not to the run itself.
+# These options belong to a single invocation of the command, not to the run.
 _OF_THE_COMMAND = ("resume", "overwrite")
 
 
 def with_config_file(given: dict[str, Any]) -> dict[str, Any]:
-    """Return the options given on the command line, and the settings of its --config file for all other options."""
+    """Return the options given on the command line, completed by the settings in its --config file."""
     path = given.pop("config", None)
     return given if path is None else {**read_config(path), **given}
 
@@ -65,7 +65,7 @@ _WORDS = {bool: "true or false", int: "an integer", float: "a number", str: "a s
 
 def write_config(folder: Path, settings: Mapping[str, Any]) -> None:
     """Write config.toml, which --config accepts, to a run's folder."""
-    lines = ["# The settings of this run with all defaults resolved. --config accepts this file."]
+    lines = ["# The settings of this run with defaults resolved. --config accepts this file."]
     group = ""
     for option in fields(Config):
         value = settings[option.name]
@@ -79,7 +79,7 @@ def write_config(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _toml(value: str | float | bool) -> str:
-    """Return a value as TOML. JSON is valid TOML here, except that it does not escape the control character DEL."""
+    """Return a value as TOML. JSON is valid TOML here, except that JSON does not escape the control character DEL."""
     return json.dumps(printable(value) if isinstance(value, str) else value, ensure_ascii=False).replace(
         "\x7f", "\\u007f"
     )

@@ -50,11 +50,11 @@ class TrainingData(Protocol):
         ...
 
     def channel_moments(self) -> tuple[list[float], list[float]]:
-        """Return the mean and the standard deviation of each channel."""
+        """Return the mean and the standard deviation with which each channel is standardised."""
         ...
 
     def fingerprint(self) -> str:
-        """Return a short string that changes with the images."""
+        """Return a short string for the images, which is compared when a run is resumed."""
         ...
 
 
@@ -68,7 +68,7 @@ class ImageData:
             mask or a slice.
         train_labels, test_labels: class numbers 0..C-1, or -1 for an image without a label.
         class_names: C printable names.
-        title: the name shown to users; `name` if it is empty.
+        title: the name shown to users; an empty title becomes `name`.
         notes: one line for each thing that was left out or looks like a mistake.
 
     Raises:
@@ -110,7 +110,7 @@ class ImageData:
         workers: int = 0,
         skip_bad: bool = False,
     ) -> ImageData:
-        """Return the data set of a map-style `torch.utils.data.Dataset`, or of the dataset of a DataLoader.
+        """Return the data set made from a map-style `torch.utils.data.Dataset`, or from the dataset of a DataLoader.
 
         An item is an image or a tuple (image, label, ...). An image is a PIL image, or an array or tensor (H, W),
         (H, W, C) or (C, H, W) with 1 or 3 channels, either uint8 or floating-point in [0, 1]. All images have the same
@@ -118,11 +118,11 @@ class ImageData:
         and Normalize out of the dataset.
 
         Args:
-            train: the dataset; every item is read once here.
+            train: the dataset; every item is read at least once here.
             test: the dataset of the test part; None: hold out a fifth of each class of `train`.
             name: the name of the data.
-            class_names: the names that integer labels index; None: `train.classes` if the labels fit it, else the
-                sorted labels.
+            class_names: the names that integer labels index, or that include every string label; None: `train.classes`
+                if integer labels index it, else the sorted labels.
             in_memory: "yes" keeps the images in memory, "no" reads an item each time it is needed, "auto" is "yes" up
                 to 512 MiB.
             workers: processes that read the items here, like `num_workers` of a DataLoader.
@@ -203,7 +203,7 @@ def load_data(
         progress: show a progress bar on stderr while the files of a folder are decoded.
 
     Raises:
-        ValueError: the name is unknown, or the files do not have the expected content.
+        ValueError: an argument is invalid, or the files do not have the expected content.
         FileNotFoundError: the data does not exist.
         OSError: the data cannot be read.
         ImportError: the source needs a package that is not installed.
@@ -246,7 +246,7 @@ def _bundle(name: str, arrays: Arrays, title: str) -> ImageData:
 
 
 def _with_remarks(data: ImageData) -> ImageData:
-    """Return the data with notes on probable mistakes added."""
+    """Add notes on missing labels and dark images to the data, and return the data."""
     remarks = []
     labels = torch.cat((data.train_labels, data.test_labels))
     unlabelled = int((labels == UNLABELLED).sum())

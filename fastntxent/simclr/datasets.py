@@ -31,7 +31,7 @@ def read_datasets(
     workers: int,
     skip_bad: bool,
 ) -> tuple[Images, Tensor, Images, Tensor, tuple[str, ...], str, tuple[str, ...]]:
-    """Read every item once. Return training images and labels, test images and labels, class names, title and notes."""
+    """Read every item. Return training images and labels, test images and labels, class names, title and notes."""
     named = {"train": _unwrap(train, "train")}
     if test is not None:
         named["test"] = _unwrap(test, "test")

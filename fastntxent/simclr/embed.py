@@ -30,7 +30,7 @@ _GREY = (0.299, 0.587, 0.114)
 
 
 class Features(NamedTuple):
-    """Features (N, F) of the input's images at the indices `places`, and the images that could not be read."""
+    """Features (N, F) of the input's images at the indices `places`, and the unreadable files and folders."""
 
     features: Tensor
     places: list[int]
@@ -168,7 +168,7 @@ def _arrays(features: Tensor, found: Input, places: list[int]) -> dict[str, Any]
 
 
 def _bytes_of(found: Input, width: int) -> int:
-    """Return an upper bound on the file's bytes: features, labels, text at 4 bytes a character, and headers."""
+    """Return an upper bound on the file's size in bytes: features, labels, text at 4 bytes a character, and headers."""
     texts = [found.names, found.class_names]
     characters = sum(len(text) * max(map(len, text), default=0) for text in texts)
     return len(found.names) * (4 * width + 8) + 4 * characters + 2**16

@@ -28,12 +28,13 @@ class Input(NamedTuple):
     Attributes:
         names: a path or a number for each image.
         labels: class numbers int64 (N,), in 0..C-1, or -1 for no class.
-        class_names: C names; empty if no image has a class.
-        notes: one line for each kind of entry that was left out.
+        class_names: C names; empty if the input has no classes.
+        notes: one line for each kind of entry that was left out or looks like a mistake.
         unreadable: folders that could not be listed.
         shape: channels, height and width of every image.
         where: the input's name in messages.
-        read: returns an iterator over the images in order: a uint8 tensor of `shape`, or a BadFile.
+        read: to be called once; returns an iterator over the images in order, each a uint8 tensor of `shape` or a
+            BadFile.
     """
 
     names: Sequence[str]
@@ -55,8 +56,8 @@ def images_of(paths: Sequence[Path], size: int | None, default_size: int, thread
 
     Raises:
         FileNotFoundError: a path does not exist, or there is no image.
-        ValueError: a path is neither a folder nor a regular file, or an .npz file is damaged, is not the only input, or
-            `size` is given with an .npz file.
+        ValueError: a path is neither a folder nor a regular file; or an .npz file is damaged, is not the only input, or
+            is combined with `size`.
         OSError: a file cannot be read.
     """
     for path in paths:

@@ -1,6 +1,6 @@
 """Encoders from outside this package: networks of timm and torchvision, and the user's modules.
 
-A network that cannot be trained as an encoder is rejected before training, with an error that names the option.
+A network that cannot be trained as an encoder is rejected before training, with an error that names the network.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def by_name(model: str, channels: int, size: Size) -> nn.Module:
 
 
 def find(model: str) -> None:
-    """Check that a model's name can be imported, without building the network.
+    """Import the library or the factory that a model's name refers to, without building the network.
 
     Raises:
         ValueError, ImportError: as in `by_name`.
@@ -124,7 +124,7 @@ def adopt(name: str, body: nn.Module, channels: int, size: Size, *, train: bool 
 
 
 def _features_of(name: str, body: nn.Module, images: Tensor, *, backward: bool = False) -> int:
-    """Return the number of features per image; ValueError if the network returns no features or its backward fails."""
+    """Return the number of features per image; ValueError if the output is not features or the backward fails."""
     shape = " x ".join(map(str, images.shape[1:]))
     try:
         with torch.set_grad_enabled(backward):
@@ -277,7 +277,8 @@ def _imported(model: str) -> Any:
 def _check_origin(model: str, factory: Any) -> None:
     """Raise ValueError for a function that is written in C or belongs to the standard library.
 
-    `load_encoder` calls the function that a checkpoint names, and that must never be os.system.
+    `load_encoder` calls the function that a checkpoint names, and a malicious checkpoint must not be able to name
+    os.system.
     """
     while isinstance(factory, functools.partial):
         factory = factory.func

@@ -1,7 +1,8 @@
 """Evaluates the representation, with the same protocol for the trained encoder, the untrained one and raw pixels.
 
-BatchNorm statistics are first recomputed in one pass over the training images without augmentation. Otherwise the
-untrained network would use its meaningless initial statistics, and the trained one the statistics of augmented views.
+BatchNorm statistics are first recomputed in one pass over the evaluation's training images without augmentation.
+Otherwise the untrained network would use its meaningless initial statistics, and the trained one the statistics of
+augmented views.
 
 A failure of the evaluation must not cost the user a finished run. So `check_ready` finds missing packages before
 training, and a measure that cannot be computed becomes a note. A bounded number of images is read at a time.
@@ -48,7 +49,7 @@ MEASURES = {
     "alignment": "alignment", "uniformity": "uniformity",
 }  # fmt: skip
 ACCURACIES = ("knn", "linear probe")
-# The modules that the evaluation and the figures import, with their packages.
+# The modules that the evaluation and the figures import, each with its package.
 NEEDED = {
     "numpy": "numpy", "sklearn.decomposition": "scikit-learn", "sklearn.exceptions": "scikit-learn",
     "sklearn.linear_model": "scikit-learn", "sklearn.manifold": "scikit-learn", "sklearn.neighbors": "scikit-learn",
@@ -67,7 +68,7 @@ class Evaluation:
         scores: finite numbers; a measure that could not be computed is absent.
         features: features of up to POINTS test images, by representation.
         labels: labels of the same images.
-        notes: one line for each thing that was not measured, with the reason.
+        notes: one line for each thing that was left out, with the reason.
         seconds: duration of the evaluation.
     """
 
@@ -86,7 +87,7 @@ def check_ready(config: Config, data: ImageData) -> list[str]:
     """Check before training that the evaluation will run and the figures can be drawn.
 
     Returns:
-        One line for each measure that will be missing, and for test images that will be left out of a measure.
+        Notes of one line each, on measures that will be missing and on test images that will be left out of a measure.
 
     Raises:
         ImportError: a required package is not installed or does not work.
@@ -107,7 +108,7 @@ def check_ready(config: Config, data: ImageData) -> list[str]:
 
 
 def why(error: Exception) -> str:
-    """Return an error's message on one line, cut to 200 characters."""
+    """Return the first line of an error's message, cut to 200 characters; the error's type if there is no message."""
     if isinstance(error, MemoryError):
         return "out of memory"
     return shortened(" ".join(printable(first_line(error)).split()) or type(error).__name__, 200)
@@ -116,10 +117,10 @@ def why(error: Exception) -> str:
 def evaluate(
     model: SimCLR, config: Config, data: ImageData, untrained: Callable[[], SimCLR] | None = None
 ) -> Evaluation:
-    """Evaluate a trained model on the test images.
+    """Evaluate a trained model on the test images, at most `config.eval_limit` of them.
 
     The accuracies (k nearest neighbours, linear probe) need labels and are left out without them. Alignment and
-    uniformity are measured on the embeddings z of two random views of every test image. The effective rank and the
+    uniformity are measured on the embeddings z of two random views of each test image used. The effective rank and the
     accuracies are measured on the features h, which users of the encoder get. A measure that cannot be computed is left
     out, and a note gives the reason.
 

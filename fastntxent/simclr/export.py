@@ -69,8 +69,8 @@ def export_encoder(encoder: Encoder) -> torch.export.ExportedProgram:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog=f"{PROGRAM} export",
-        description="Write a trained encoder as a program that torch.export.load reads without this package. It maps "
-        "any number of images in [0, 1], of the size used in training, to features.",
+        description="Write a trained encoder as a program that torch.export.load reads without this package. The "
+        "program maps any number of images in [0, 1], of the size used in training, to features.",
     )
     parser.add_argument("--checkpoint", required=True, type=Path, metavar="PATH", help="folder or checkpoint of "
                         "a run")  # fmt: skip

@@ -1,8 +1,7 @@
-"""The input of each training step: two views of every image of this rank's part of the batch.
+"""The input of each training step: two views of every image in this rank's part of the batch.
 
-`OwnOrder` draws the batches from a data set. A generator seeded by (seed, epoch) gives the image order, and another
-one, seeded by (seed, step), gives the views. `LoaderOrder` takes the batches of a user's DataLoader in the loader's
-order.
+`OwnOrder` draws the batches from a data set. A generator seeded by (seed, epoch) gives the image order, and one seeded
+by (seed, step) gives the views. `LoaderOrder` takes the batches of a user's DataLoader in the loader's order.
 """
 
 from __future__ import annotations
@@ -31,7 +30,8 @@ class Views(NamedTuple):
     """This rank's part of one step.
 
     Attributes:
-        first, second: two views of each image, (N, C, H, W) in [0, 1].
+        first, second: two views of each image, (N, C, H, W): in [0, 1], or with the values of a DataLoader that makes
+            them.
         chunks: sizes of the consecutive chunks in which the N images are encoded; one chunk without --accumulate-batch.
     """
 
@@ -44,7 +44,7 @@ class Feed(Protocol):
     """The steps of a run.
 
     Attributes:
-        batch: images per step, over all ranks together; the last step of an epoch may have fewer.
+        batch: images per step, on all ranks together; the last step of an epoch may have fewer.
         steps_per_epoch: steps in one pass over the images.
         workers: worker processes that read images ahead of the step.
     """
@@ -103,7 +103,7 @@ class OwnOrder:
             batch_size=None,
             num_workers=self.workers,
             worker_init_fn=ignore_signals,
-            generator=torch.Generator(),  # otherwise it would draw from the global generator
+            generator=torch.Generator(),  # otherwise the loader would draw from the global one
             collate_fn=_as_it_is,
         )
         for step, images in zip(range(start, stop), read(reader), strict=True):
@@ -148,7 +148,8 @@ class LoaderOrder:
         self.workers = data.loader.num_workers
 
     def steps(self, start: int, stop: int) -> Generator[Views, None, None]:
-        """Yield the steps `start` to `stop - 1`. A start within an epoch reads and drops its earlier batches."""
+        """Yield the steps `start` to `stop - 1`. If `start` lies within an epoch, the earlier batches of that epoch are
+        read and dropped."""
         step = start
         while step < stop:
             epoch, done = divmod(step, self.steps_per_epoch)
@@ -177,7 +178,7 @@ class LoaderOrder:
 def even_chunk(n: int, chunk: int) -> int:
     """Return the largest chunk size up to `chunk` that leaves no chunk of one row, which BatchNorm cannot use.
 
-    If there is none (chunks of 2 and an odd n), return the next larger size that works.
+    If there is none (as for chunks of 2 and an odd n), return the next larger size that works.
     """
     chunk = min(chunk, n)
     sizes = itertools.chain(range(chunk, 1, -1), range(chunk, n + 1))

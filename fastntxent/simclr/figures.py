@@ -1,4 +1,4 @@
-"""The three pictures of a run, as PNG, drawn through Matplotlib's object interface: no global state, no window."""
+"""The three pictures of a run, as PNG, drawn through Matplotlib's object interface: no pyplot, no window."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _plain_text() -> Iterator[None]:
 
 @_plain_text()
 def draw_curves(history: History, steps_per_epoch: int, learnt_temperature: bool) -> bytes:
-    """Plot loss, alignment, uniformity, learning rate and, if it is learnt, the temperature against the step."""
+    """Plot loss, alignment, uniformity, learning rate and a learnt temperature against the step."""
     steps, measured = history.columns["steps"], history.columns["measured"]
     every = list(range(len(steps["loss"])))
     panels = [
@@ -103,7 +103,7 @@ def draw_embedding(evaluation: Evaluation, data: ImageData) -> bytes:
 
 
 def colour_key(evaluation: Evaluation, data: ImageData) -> list[tuple[str, str, Tensor]]:
-    """Return the caption, the colour and the mask of the images of each class on the map, unlabelled images first."""
+    """Return the caption, the colour and the image mask of each class on the map, unlabelled images first."""
     labels = evaluation.labels
     found = labels.unique().tolist()
     palette = require("matplotlib").colormaps["tab10" if len(found) <= 10 else "tab20"]
@@ -132,9 +132,9 @@ def _add_key(figure: Any, captions: list[tuple[str, str]]) -> None:
 
 
 def lay_out(features: Tensor | None) -> tuple[Array | None, str]:
-    """Return the positions of images in the plane, (N, 2), and the method; or None and the reason.
+    """Return the positions of images in the plane, (N, 2), and a caption; or None and the reason.
 
-    The method is t-SNE after PCA, or PCA alone if there are too few points for neighbourhoods. Features that differ
+    The method is t-SNE after PCA, or PCA alone if there are too few images or features for t-SNE. Features that differ
     only by rounding become one point: scikit-learn's t-SNE would divide by their spread and crash on the NaN.
     """
     if features is None:

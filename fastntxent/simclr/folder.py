@@ -39,7 +39,7 @@ class Folder:
 
 @dataclass(frozen=True)
 class _Part:
-    """Image files below `base`, each with the name of its class folder, or None if it is in no folder."""
+    """Image files below `base`, each with the name of its class folder, or None if it lies directly in `base`."""
 
     base: str
     paths: list[str]

@@ -9,7 +9,8 @@ from torch import Tensor
 
 
 class TrainingError(RuntimeError):
-    """Training cannot continue: the loss failed verification or is not finite, or images cannot be read."""
+    """Training cannot continue: the loss failed its verification, is not finite or cannot be computed, or images cannot
+    be read."""
 
 
 class History:
@@ -28,7 +29,7 @@ class History:
         self._pending.append((loss, lr, temperature))
 
     def flush(self, step: int) -> float:
-        """Convert the recorded tensors to numbers and return the newest loss."""
+        """Convert the recorded tensors to numbers and return the newest loss; TrainingError if a loss is not finite."""
         steps = self.columns["steps"]
         for loss, lr, temperature in self._pending:
             value = float(loss)

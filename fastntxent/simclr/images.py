@@ -24,7 +24,7 @@ from .tally import Tally, allocate
 
 IN_MEMORY = ("auto", "yes", "no")
 MEMORY_LIMIT = 512 * 2**20
-# Number of files in one task of a thread. Handing out one small file would cost as much as decoding it.
+# Number of files in one task of a thread. Handing out small files one by one would cost as much as decoding them.
 _GROUP = 16
 
 
@@ -131,7 +131,7 @@ def _choose(files: Files, mask: Tensor) -> Files:
 def _read(
     folder: Folder, part: Files, size: int, keep: bool, threads: int, bad: list[BadFile], advance: Callable[[], object]
 ) -> tuple[Tensor | ImagesOnDisk, list[int]]:
-    """Return the readable images of a part and their places, and append the others to `bad`."""
+    """Return the readable images of a part and their places, and append unreadable files to `bad`."""
     root = os.path.abspath(folder.root)  # the working directory may change before the files are read again
     kept = allocate((len(part.paths), 3, size, size), one_line(root)) if keep else None
     tally = Tally(3)
@@ -153,7 +153,7 @@ def _read(
 
 
 def decode_all(paths: Sequence[str], size: int, threads: int) -> Iterator[Array | BadFile]:
-    """Yield decoded files in order, from threads that run a bounded number of files ahead."""
+    """Yield decoded files in order. Threads, if there are any, run a bounded number of files ahead."""
     groups = [paths[start : start + _GROUP] for start in range(0, len(paths), _GROUP)]
 
     def decode_group(group: Sequence[str]) -> list[Array | BadFile]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .notes import distinct, listed
 
-# The label of an image without a label.
+# The class number of an image without a label.
 UNLABELLED = -1
 
 Array = np.ndarray[Any, Any]

@@ -28,7 +28,8 @@ class LoaderData:
 
     Raises:
         TypeError: the loader has no length, or its batches are neither images nor pairs of views.
-        ValueError: the loader is empty, or would yield a batch of one image.
+        ValueError: the loader is empty or would yield a batch of one image, or its first batch cannot be read or has
+            images outside [0, 1].
     """
 
     name = title = "a DataLoader"
@@ -76,7 +77,7 @@ class LoaderData:
         return images.float(), parts[1].float()
 
     def set_epoch(self, epoch: int) -> None:
-        """Pass the epoch on to everything that has a `set_epoch`, such as a DistributedSampler."""
+        """Pass the epoch to the sampler, the batch sampler and the dataset, if they have a `set_epoch`."""
         for part in (self.loader.sampler, self.loader.batch_sampler, self.loader.dataset):
             getattr(part, "set_epoch", lambda _: None)(epoch)
 

@@ -90,9 +90,9 @@ def open_logs(config: Config, settings: Mapping[str, Any], step: int, run_id: st
     Args:
         config: the settings, which select the logs.
         settings: the resolved settings, for the logs that record them.
-        step: the current step; entries that an interrupted run logged after it are dropped.
+        step: the current step. TensorBoard drops what an interrupted run has logged for this step and later ones.
         run_id: an id that a run shares with the runs that resume it.
-        earlier: the rows up to `step`.
+        earlier: the rows of earlier steps, which are written to log.csv again.
 
     Raises:
         LogError: TensorBoard or Weights & Biases cannot be opened.

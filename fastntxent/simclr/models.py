@@ -43,7 +43,7 @@ def check_model(model: str, name: str = "model") -> None:
 
 
 def check_width(model: str, width: int, name: str = "width") -> None:
-    """Raise ValueError if the model has a fixed width, or if PyTorch trains the model incorrectly at this width."""
+    """Raise ValueError if the model has a fixed width, or if PyTorch may train the model incorrectly at this width."""
     if model not in DEFAULT_WIDTH:
         raise ValueError(f"{name} applies only to the models {', '.join(DEFAULT_WIDTH)}; {model} has a fixed width")
     if model != "conv" and width < LEAST_RESNET_WIDTH:
@@ -144,9 +144,9 @@ def _conv(inputs: int, outputs: int, kernel: int, stride: int, batch_norm: bool)
 
 
 class ConvNet(nn.Sequential):
-    """Three stride-2 convolutions and a 2 x 2 pool: an encoder for small images on two CPU cores.
+    """Three stride-2 convolutions and an average pool to 2 x 2: an encoder for small images on two CPU cores.
 
-    The 2 x 2 pool keeps coarse positions, which a global pool of such a shallow network would lose.
+    This pool keeps coarse positions, which a global pool after so shallow a network would lose.
     """
 
     def __init__(self, channels: int, width: int, batch_norm: bool = True) -> None:
@@ -202,7 +202,7 @@ _RESNETS: dict[str, tuple[type[_Basic | _Bottleneck], tuple[int, ...]]] = {
 
 
 class ResNet(nn.Sequential):
-    """A ResNet without its classifier, with `width` channels in the first stage (64 in the paper).
+    """A ResNet without its classifier, with `width` channels in the first layer (64 in the paper).
 
     Images of at most 64 pixels a side get a 3 x 3 stem and no max-pool, as in SimCLR's CIFAR-10 experiments (appendix
     B.9). Larger images get the usual 7 x 7 stem.
@@ -281,7 +281,7 @@ def build_model(
         model: a name that passes `check_model`.
         mean, std: mean and standard deviation of each channel of the images in [0, 1].
         image_size: side of the images, or (height, width).
-        width: channels of the first layer of "conv" or of a ResNet (at least 8); 0: the default.
+        width: channels of the first layer of "conv", or of a ResNet (which needs at least 8); 0: the default.
         hidden, proj_dim: units of the two layers of the projection head.
         seed: seed of the initial parameters. Only PyTorch's CPU generator is seeded.
         batch_norm: False replaces BatchNorm with biases in "conv", the ResNets and the head.

@@ -29,6 +29,8 @@ _CLASS_NAMES = "class_names"
 def open_npz(path: Path) -> Arrays:
     """Return the arrays of an .npz file, found by their usual names.
 
+    If there are no test images, the validation images take their place.
+
     Raises:
         ValueError: the file is damaged, is not an .npz file, or has no array of images.
     """
@@ -91,7 +93,7 @@ class Member:
     offset: int
 
     def blocks(self) -> Iterator[Array]:
-        """Yield blocks of rows, read from the file.
+        """Yield blocks of rows, read from the file. An array in Fortran order is a single block.
 
         Raises:
             ValueError: the file is damaged.

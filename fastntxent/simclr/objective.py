@@ -13,8 +13,8 @@ from .config import Config
 class OneTerm(NTXentLoss):
     """L_a or L_d alone, where tau L = L_a + L_d; see `nt_xent_terms`.
 
-    Training with one term shows why SimCLR needs both. L_a (alignment) alone is smallest even if all embeddings are one
-    point, and L_d (distribution) alone ignores which rows are views of the same image.
+    Training with one term shows why SimCLR needs both. L_a (alignment) alone is already minimal if all embeddings are
+    one point, and L_d (distribution) alone ignores which rows are views of the same image.
     """
 
     def __init__(self, term: str, temperature: float, *, backend: BackendName, group: Group | None) -> None:

@@ -60,7 +60,7 @@ def _trust_ratio(w: Tensor, update: Tensor, trust: float) -> Tensor:
 def build_optimizer(
     optimizer: str, modules: Iterable[nn.Module], lr: float, weight_decay: float, momentum: float
 ) -> Optimizer:
-    """Return AdamW or LARS over the modules' parameters.
+    """Return AdamW or LARS for the modules' parameters.
 
     Vectors and scalars (biases, BatchNorm, a learnt temperature) get neither weight decay nor LARS's trust ratio.
     """

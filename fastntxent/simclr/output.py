@@ -29,13 +29,14 @@ def printable(text: object) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, without PyTorch's advice; the error's type for an empty message."""
+    """Return the first line of an error's message (PyTorch's advice follows later), or the error's type if there is
+    none."""
     lines = printable(error).strip().splitlines()
     return lines[0].strip() if lines else type(error).__name__
 
 
 def last_line(error: BaseException) -> str:
-    """Return the last line of an error, where DataLoader workers put the message; the type if it is empty."""
+    """Return the last line of an error, where DataLoader workers put the message; the error's type if it is empty."""
     return printable(error).strip().rpartition("\n")[2] or type(error).__name__
 
 
@@ -101,7 +102,7 @@ class OutputFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the lock in this block. A process that holds the lock may take it again.
+        """Hold the lock in this block. Blocks of the same OutputFolder may be nested.
 
         Raises:
             BlockingIOError: another run holds the lock.

@@ -88,7 +88,8 @@ def forewarn(trainer: Trainer) -> list[str]:
 
 
 def describe(data: ImageData) -> str:
-    """Return a line about the data. It names the classes, so that the user notices a missing one."""
+    """Return a line about the data, with the number of classes and the first names, so that the user notices
+    mistakes."""
     images = f"{len(data.train_images):,} training and {len(data.test_images):,} test images"
     names = f" of {len(data.class_names)} classes ({listed(data.class_names)})" if data.class_names else ""
     return f"{data.title}: {images}{names}"

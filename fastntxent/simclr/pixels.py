@@ -14,9 +14,9 @@ from .optional import require
 
 Array = np.ndarray[Any, Any]
 
-# A JPEG is decoded at the smallest scale (1, 1/2, 1/4, 1/8) whose sides are at least this many times `size`, the side
-# of the result. With 2, images of 1,000 to 4,000 pixels a side, resized to 32, 64 and 224, are off by at most 2 of 255
-# levels, and by 0.2 on average.
+# A JPEG is decoded at the smallest scale (1, 1/2, 1/4, 1/8) at which its sides are at least this many times `size`, the
+# side of the result. With 2, images of 1,000 to 4,000 pixels a side, resized to 32, 64 and 224, differ from a full
+# decode by at most 2 of 255 levels, and by 0.2 on average.
 _DRAFT = 2
 # Pillow's names for the operations that turn an image upright, by EXIF orientation.
 _ORIENTATION = 0x0112
@@ -28,7 +28,7 @@ _REASON_LENGTH = 120
 
 
 class BadFile(NamedTuple):
-    """A file that could not be read, and the reason."""
+    """A file or folder that could not be read, and the reason."""
 
     path: str
     reason: str

@@ -52,13 +52,13 @@ class Ranks:
         return wire.all_gather(self.group, x, sizes.tolist())
 
     def largest(self, number: int) -> int:
-        """Return the maximum of a number over all ranks."""
+        """Return the maximum of a number across all ranks."""
         if self.group is None:
             return number
         return int(wire.gather_numbers(self.group, torch.tensor(number)).max())
 
     def tell(self, words: str) -> str:
-        """Return the messages of all ranks, joined; every rank gets the same text."""
+        """Return the messages of all ranks that have one, joined; every rank gets the same text."""
         if self.group is None:
             return words
         told = wire.gather_objects(self.group, words)
@@ -66,7 +66,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def all_or_none(self) -> Iterator[None]:
-        """If any rank raises in this block, every rank raises at its end, so none of them hangs.
+        """If any rank raises in this block, every rank raises at the end of the block, so none of them hangs.
 
         Raises:
             The exception of this rank. A rank without an exception of its own raises one with the number and the
@@ -111,7 +111,7 @@ class Ranks:
             yield
 
     def stop(self, words: str, status: int) -> int:
-        """End the run for a reason that every rank knows, and return the exit status."""
+        """End the run for a reason that every rank knows and the first rank prints, and return the exit status."""
         if self.first:
             print(words, file=sys.stderr, flush=True)
         if self.group:

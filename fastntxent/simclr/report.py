@@ -28,8 +28,8 @@ _MEASURES = {
             "Nothing is trained: the measure shows whether similar images lie close together. Higher is better."),
     "linear probe": ("Linear probe accuracy", "Share of test images that a linear classifier on the frozen features "
                      "gets right. The measure shows how well planes separate the classes. Higher is better."),
-    "effective rank": ("Effective rank", "Number of directions that the features effectively use around their mean. It "
-                       "does not show how far they spread: a collapse to one point shows in the uniformity."),
+    "effective rank": ("Effective rank", "Number of directions that the features effectively use around their mean, "
+                       "however small their spread. A collapse to one point shows in the uniformity instead."),
     "alignment": ("Alignment", "Mean squared distance between the embeddings of two views of the same test image: 0 if "
                   "the views coincide, 2 by chance. Lower is better, unless uniformity gets worse in return."),
     "uniformity": ("Uniformity", "How evenly the embeddings cover the sphere: 0 if all are one point, about -4 if they "
@@ -37,7 +37,7 @@ _MEASURES = {
 }  # fmt: skip
 
 
-# Above this uniformity, the mean squared distance of two embeddings is about 0.05 or less; by chance it is 2.
+# If all embeddings were equally far apart, this uniformity would mean a squared distance of 0.05; by chance it is 2.
 COLLAPSED = -0.1
 OPEN_NOTES = 5  # longer lists of notes on the data are folded away
 
@@ -54,7 +54,7 @@ Pictures = dict[str, "bytes | str"]
 
 
 def write_report(trainer: Trainer, evaluation: Evaluation, command: Sequence[str]) -> dict[str, Any]:
-    """Write metrics.json and report.html into the run's folder, then each picture, then report.html with the pictures.
+    """Write metrics.json and report.html, then each picture, then both files again, with the pictures in the report.
 
     A picture that cannot be drawn is left out, and the report says why. If drawing kills the process, metrics.json and
     a report without pictures have already been written.
@@ -293,7 +293,7 @@ def _verification_text(verification: dict[str, Any] | None) -> str:
     checks = verification["checks"]
     return (
         f"<p>{checks} time{'' if checks == 1 else 's'} during training, the loss and its gradient were recomputed with "
-        "the dense formula in float64 on the embeddings of that step. Every error was within its budget; otherwise "
+        "the dense formula in float64 on the current embeddings. Every error was within its budget; otherwise "
         "the run would have stopped.</p>"
         + _table("scores", f"<tr><th></th><th>largest relative error</th><th>smallest budget</th></tr>{rows}")
     )

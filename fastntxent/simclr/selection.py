@@ -44,7 +44,7 @@ class Part:
         return Part(self.images, self.indices[rows], self.labels[rows])
 
     def kept(self) -> Part:
-        """Return the selection, held in memory if it comes from files and is small: images are read repeatedly."""
+        """Return the selection, in memory if it comes from files and is small, because images are read repeatedly."""
         if isinstance(self.images, Tensor) or math.prod(self.shape) > KEPT_BYTES:
             return self
         return Part(in_parts(self, lambda images: images), torch.arange(len(self)), self.labels)
@@ -59,7 +59,7 @@ class Choice:
         known: mask of the training images that have a label.
         asked: mask of the test images whose class has a labelled training image.
         accuracies: whether accuracies can be measured: at least two classes, and a test image of one of them.
-        notes: one line for each measure that will be missing, and for images that are left out of a measure.
+        notes: notes of one line each, on measures that will be missing and on images that are left out of a measure.
     """
 
     train: Part
@@ -132,7 +132,8 @@ def _subset(images: Images, labels: Tensor, limit: int) -> Part:
 
 
 def rows_at_once(images: Images, channels: int = 3) -> int:
-    """Return ROWS for images of up to 32 x 32 pixels in `channels` channels, and fewer for larger images."""
+    """Return ROWS for images of up to 32 x 32 pixels in `channels` channels, and fewer, down to LEAST_ROWS, for larger
+    ones."""
     return max(LEAST_ROWS, min(ROWS, ROWS * channels * 32 * 32 // math.prod(images.shape[1:])))
 
 

@@ -1,4 +1,4 @@
-"""The resolved settings of a run: without "auto" and without defaults that depend on the data or the machine."""
+"""The resolved settings of a run: "auto" and other defaults that affect the result are replaced by their values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def resolve(config: Config, trainer: Trainer) -> dict[str, Any]:
-    """Return the settings by name, as plain values. On the same data they reproduce the run."""
+    """Return the settings by name, as plain values. With the same data and encoder they reproduce the run."""
     chosen = config.to_dict()
     if trainer.data.name != config.data:
         chosen["data"] = f"{trainer.data.name} (from Python)"

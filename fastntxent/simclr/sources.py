@@ -118,7 +118,7 @@ def _cifar10(request: Request) -> Arrays:
 
 
 def _stl10(request: Request) -> Arrays:
-    # The 100,000 unlabelled images have the label -1. They train the encoder but are not used in its evaluation.
+    # The 100,000 unlabelled images have the label -1. They train the encoder but are left out of accuracies.
     train, test = (_torchvision("STL10", request, split=split) for split in ("train+unlabeled", "test"))
     return Arrays(InMemory(train.data), train.labels, InMemory(test.data), test.labels, tuple(train.classes))
 

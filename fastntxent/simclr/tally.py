@@ -36,8 +36,8 @@ class Tally:
         self.checksum = zlib.crc32(images.contiguous().numpy().data, self.checksum)
 
     def moments(self) -> tuple[list[float], list[float]]:
-        """Return the mean and the standard deviation (at least 1e-3) of each channel, scaled to [0, 1]. Both are exact
-        up to the final rounding."""
+        """Return the mean and the standard deviation (at least 1e-3) of each channel, scaled to [0, 1]. Both are
+        computed in float64 from the histogram."""
         levels = torch.arange(256, dtype=torch.float64) / 255
         weights = self.counts.double() / self.counts.sum(1, keepdim=True)
         mean = weights @ levels

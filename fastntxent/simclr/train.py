@@ -1,12 +1,12 @@
-"""The training loop. A step depends only on (settings, data, parameters, step number).
+"""The training loop. A step depends only on settings, data, the state of model and optimiser, and the step number.
 
 The image order is drawn from (seed, epoch) and the views from (seed, step), each with a separate generator. A resumed
 run therefore needs no saved random state to continue as if it had never stopped, and two runs that differ only in the
 implementation of the loss see the same batches.
 
-On several ranks, a step computes the same function as on one, up to rounding. Each rank takes a part of the batch, with
-the views that these images have in the whole batch. The loss, its gradient and the BatchNorm statistics are computed
-over the whole batch. A DataLoader gives weaker guarantees; see `feed.LoaderOrder`.
+On several ranks, a step computes the same function as on one, up to rounding and the random numbers of dropout. Each
+rank takes a part of the batch, with the views that these images have in the whole batch. The loss, its gradient and the
+BatchNorm statistics cover the whole batch. A DataLoader gives weaker guarantees; see `feed.LoaderOrder`.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """In this block, the first rank holds the lock on the run's folder, where it writes. `fit` does the same.
+        """In this block the first rank, which writes the files, holds the run folder's lock. `fit` does the same.
 
         Raises:
             BlockingIOError: another run holds the lock.
@@ -193,13 +193,13 @@ class Trainer:
         return min(self.schedule_steps, self.config.max_steps or self.schedule_steps)
 
     def fit(self, until: int | None = None) -> None:
-        """Train to `last_step`, or to the earlier step `until`. Checkpoints are written on the way and at the end.
+        """Train to `last_step`, or to `until` if that is earlier. Checkpoints are written on the way and at the end.
 
         Ctrl-C and SIGTERM stop all ranks after the current step, with a checkpoint. A second Ctrl-C stops at once.
 
         Raises:
-            TrainingError: the loss failed its verification or is no longer finite; or images can no longer be read, in
-                which case a checkpoint was written.
+            TrainingError: the loss failed its verification, is no longer finite or cannot be computed; or images can no
+                longer be read, in which case a checkpoint was written.
             MemoryError: a step does not fit in memory.
             InterruptedRun: a signal stopped the run, and a checkpoint was written. It is a KeyboardInterrupt.
             BlockingIOError: another run is writing to the folder.
@@ -263,7 +263,7 @@ class Trainer:
 
     def _stop_if_asked(self, unreadable: str = "") -> None:
         """Save and raise if any rank was asked to stop, or cannot read its images (`unreadable` is the reason)."""
-        # A signal takes precedence: it may have killed the workers, and so caused the read error.
+        # On each rank a signal takes precedence: it may have killed the workers, and so caused the read error.
         reason = self.ranks.largest(self._stop.number or (_READING_FAILED if unreadable else 0))
         if not reason:
             return
@@ -287,6 +287,7 @@ class Trainer:
         """Write the checkpoint of the current step. Its format does not depend on the number of ranks.
 
         Raises:
+            TrainingError: the loss of a step was not finite; no checkpoint is written.
             OSError: the checkpoint cannot be written; the previous one is unchanged.
         """
         self.history.flush(self.step)
@@ -372,15 +373,15 @@ class Trainer:
         if self.ranks.group is None:
             return self.model
         # An encoder from outside may have parameters that its features do not depend on. The package's own encoders
-        # have none, and a search for them would walk the graph in every step.
+        # have no such parameters, and a search for them would walk the graph in every step.
         foreign = self._initial is not None or self.config.model not in DEFAULT_WIDTH
         replica = DistributedDataParallel(
             over_ranks(self.model, self.ranks.group),
             process_group=self.ranks.group,
             find_unused_parameters=foreign,
         )
-        # Buffers are already equal on all ranks. PyTorch 2.13 deprecates DDP's argument for this, and older versions
-        # lack the replacement.
+        # Buffers are already equal on all ranks, so DDP need not broadcast them. The attribute is set because PyTorch
+        # 2.13 deprecates the constructor's argument, and older versions lack its replacement.
         replica.broadcast_buffers = False
         return replica
 

@@ -21,7 +21,7 @@ Listing = tuple[list[str], list[str]]
 
 @dataclass
 class Walk:
-    """The folders below a root. Each folder is listed once, and everything skipped is recorded."""
+    """The folders below a root. Each path is listed at most once, and everything skipped is recorded."""
 
     root: str
     hidden: list[str] = field(default_factory=list)

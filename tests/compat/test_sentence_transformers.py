@@ -193,7 +193,7 @@ def test_gathering_changes_nothing_in_one_process():
         ({"scale": torch.tensor(0.0)}, "scale must be positive and finite, got 0.0"),
         ({"scale": torch.ones(2)}, r"scale must be a 0-d tensor, got shape \(2,\)"),
         ({"similarity_fct": torch.cdist}, "similarity_fct must be one of 'cos_sim', 'dot_score', got 'cdist'"),
-        ({"directions": ()}, "directions must have 'query_to_doc'"),
+        ({"directions": ()}, "directions must include 'query_to_doc'"),
         ({"directions": ("query_to_doc", "x")}, "directions must be one of"),
         ({"partition_mode": "x"}, "partition_mode must be one of 'joint', 'per_direction', got 'x'"),
         (
