@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
             suite.add_argument("--only", nargs="+", choices=COMPETITORS, metavar="LOSS", help="only these losses")
         if name in ("cpu", "drop-ins", "family", "gpu", "scaling", "tune"):
             suite.add_argument(
-                "--seconds", type=float, default=20, help="time per comparison; at least 5 rounds (scaling in N: 1 step)"
+                "--seconds", type=float, default=20, help="time per comparison; at least 5 rounds (large N: 1 step)"
             )
         if name in CPU_SUITES:
             suite.add_argument(
