@@ -108,7 +108,7 @@ def stages(python: str, out: Path, root: Path) -> dict[str, list[Part]]:
 
 
 def rehearsals(python: str, out: Path, root: Path) -> dict[str, list[Part]]:
-    """Return small parts for each stage that run without a GPU."""
+    """Return small parts for each stage, for a machine without a GPU."""
     benchmarks = [python, "-m", "benchmarks"]
     build = [python, "setup.py", "build_ext", "--build-lib", f"{out}/lib", "--build-temp", f"{out}/temp"]
     verify = [python, "-m", "fastntxent", "verify", "--device", "cpu", "--backend", "blocked", "--refresh", "--json"]

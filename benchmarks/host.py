@@ -84,7 +84,7 @@ class _NoDevice:
             load_binary=lambda name, kernel, shared, device: (0, 0, 64, 0, 1024)[: _handles()],
             unload_module=lambda module: None,
         )
-        self.launched: deque[tuple[Any, ...]] = deque(maxlen=100)  # grid and arguments of each launch
+        self.launched: deque[tuple[Any, ...]] = deque(maxlen=100)  # grid and arguments of the latest launches
         self.launcher_cls = lambda source, metadata: self._launch
 
     def _launch(self, *told: Any) -> None:  # grid, stream, function, two sets of metadata, two hooks, arguments

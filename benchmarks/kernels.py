@@ -227,9 +227,8 @@ def line(report: CompiledKernel) -> str:
 
 
 def compile_all(target: str, dtype: str, d: int) -> list[CompiledKernel]:
-    """Return reports of all kernels for rows of this dtype and length, with the tiles of every batch size.
-
-    The variant "general" is compiled only for the lengths in GENERAL, and for TF32 it is the only variant."""
+    """Return reports of all kernels for rows of this dtype and length, with the tiles of every batch size. The variant
+    "general" is compiled only for the lengths in GENERAL. For TF32 it is the only variant."""
     from fastntxent.backends.triton import config, pack
 
     family, DP = CHIPS[target].family, pack.padded_features(d)

@@ -124,8 +124,8 @@ def step(loss: Loss, z_i: Tensor, z_j: Tensor) -> Phases:
 def interleave(
     calls: Mapping[Key, Callable[[int], Phases]], seconds: float, fewest: int = FEWEST
 ) -> dict[Key, dict[str, list[float]]]:
-    """Make every call once per round, in a random order, until the time is spent: at least `fewest` rounds and, if that
-    is less, at most MOST. Return name -> phase -> seconds of each round. An untimed call of each comes first."""
+    """Make every call once untimed, and then once per round, in a random order. Rounds end when the time is spent or
+    after MOST rounds, but not before `fewest`. Return name -> phase -> the seconds of each round."""
     for call in calls.values():
         call(0)  # compiles, allocates, starts threads
     times: dict[Key, dict[str, list[float]]] = {name: {} for name in calls}
