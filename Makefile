@@ -58,8 +58,8 @@ sanitize: $(VENV)/installed
 	CXX="$(CXX)" csrc/cpu/sanitize_calls.sh $(VENV)/bin/python
 	CXX="$(CXX)" csrc/cuda/sanitize.sh
 
-# The aarch64 CPU kernels compared with their definition, cross-compiled and run in an emulator. Takes ten minutes on
-# one core, or two with OPTIONS=--quick, which skips most large cases. OPTIONS can also name groups of
+# The aarch64 CPU kernels compared with their definition, cross-compiled and run in an emulator. On one core this takes
+# ten minutes, or two minutes with OPTIONS=--quick, which skips most large cases. OPTIONS can also name groups of
 # csrc/cpu/check.cpp: make arm OPTIONS="'two views' slabs". On Debian: apt-get install g++-aarch64-linux-gnu qemu-user.
 arm:
 	csrc/cpu/sanitize.sh arm $(if $(OPTIONS),-- $(OPTIONS))
@@ -92,10 +92,10 @@ bench: $(VENV)/bench
 bench-avx2: $(VENV)/bench
 	$(AVX2) $(VENV)/bin/python -m benchmarks cpu --instruction-set avx2 --out $(BENCH_OUT)/cpu-avx2.json
 
-# On a machine with a GPU: build, verify, test, compute-sanitizer, benchmark, tune and ncu, in stages of at most ten
-# minutes. A second call continues where the first stopped. One stage: make gpu STAGE=verify. Limited time: make gpu
-# OPTIONS="--seconds 540". Without a GPU: make gpu OPTIONS=--rehearse. Afterwards python -m benchmarks report adds the
-# device to docs/verification.md.
+# On a machine with a GPU: build, verify, test, compute-sanitizer, benchmark, tune and ncu, in parts of at most ten
+# minutes each. A second call continues where the first stopped. One stage: make gpu STAGE=verify. Limited time: make
+# gpu OPTIONS="--seconds 540". Without a GPU: make gpu OPTIONS=--rehearse. Afterwards python -m benchmarks report adds
+# the device to docs/verification.md.
 gpu: $(VENV)/bench
 	$(VENV)/bin/python -m benchmarks.gpu_session $(if $(STAGE),--stage $(STAGE)) $(if $(OUT),--out $(OUT)) $(OPTIONS)
 

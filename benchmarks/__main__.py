@@ -5,21 +5,22 @@ cpu        time of forward, backward and both for every loss, and the machine's 
            reads every cpu*.json, one per instruction set
 memory     peak memory beyond the inputs, one process per measurement (Linux)
 scaling    our `cpu` kernel at large N: seconds divided by N^2, and peak memory (Linux). --threads 1 2 4 ...: our
-           kernel and torch.mm at these numbers of threads, beside the prediction of suite schedule
+           kernel and torch.mm at these numbers of threads, compared with the prediction of suite schedule
 schedule   speed-up of our `cpu` kernel on 1 to 64 threads, predicted by simulating its schedule; nothing is timed
 converged  gradient errors against float64 as training converges (batches from tests/cases.py: needs pytest)
 distributed
            a step on 1 to 4 gloo ranks on this machine: bytes and time, compared with the model of docs/distributed.md
            and with an all-gather with autograd (needs the test files)
-family     CLIP's loss beside its dense formula, and SupCon beside NT-Xent: time, and peak memory (Linux)
-drop-ins   small batches: the losses of fastntxent.compat beside the formulas of the libraries they replace
+family     CLIP's loss compared with its dense formula, and SupCon with NT-Xent: time, and peak memory (Linux)
+drop-ins   small batches: the losses of fastntxent.compat compared with the formulas of the libraries they replace
 gpu        like cpu, on a CUDA device, with the model's prediction beside our times
 kernels    the Triton kernels compiled for GPUs that need not be present: registers, shared memory, spills, and the
-           instructions of an iteration of the innermost loop. --check fails if a kernel exceeds its chip or our limits
+           instructions of an iteration of the innermost loop. --check fails if any kernel has a fault, such as a spill
 model      predicted milliseconds of the Triton and CUDA kernels on GPUs that need not be present, from their machine
            code and data sheets, each with its bottleneck. The unit u is one product of all rows with themselves
 tune       the Triton kernels' table of tiles, from times on this GPU. --predict CHIP: from the model, without a GPU
-report     the tables and the plot of the docs, from the results in benchmarks/results. --check only compares
+report     the tables and the plot of the docs, from the results in benchmarks/results. --check only compares the
+           tables
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
             suite.add_argument("--only", nargs="+", choices=COMPETITORS, metavar="LOSS", help="only these losses")
         if name in ("cpu", "drop-ins", "family", "gpu", "scaling", "tune"):
             suite.add_argument(
-                "--seconds", type=float, default=20, help="time to spend per size (cpu, gpu: 5 to 200 rounds)"
+                "--seconds", type=float, default=20, help="time per comparison; at least 5 rounds (large N: 1 step)"
             )
         if name in CPU_SUITES:
             suite.add_argument(

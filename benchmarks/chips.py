@@ -8,7 +8,8 @@ TB/s on an A100, 6.9 on an H100 PCIe (114 multiprocessors at 1.755 GHz) and 9.7 
 cycle and multiprocessor, for data of up to at least two thirds of the cache's size; we take 34 for all chips.
 
 Products of single warps (mma.sync) run at the full rate on an A100. On an H100 they reach 63 % of the rate of
-warpgroups (Luo et al., arXiv 2402.13499). No figure is published for a B200, so we take the A100's flops per cycle.
+warpgroups (Luo et al., arXiv 2402.13499). We know of no figure for the B200 and the B300 and take the A100's flops per
+cycle and multiprocessor.
 """
 
 from __future__ import annotations
@@ -60,8 +61,9 @@ class Chip(NamedTuple):
         return self.rates
 
     def resident(self, registers: int | None, shared: int, num_warps: int, tensor_columns: int = 0) -> int | None:
-        """Return the number of programs that an NVIDIA multiprocessor holds at once. Registers are allocated per warp
-        in multiples of eight per thread. Tensor memory, where a chip has it, is 512 columns."""
+        """Return the number of programs that an NVIDIA multiprocessor holds at once, or None if `threads` or
+        `registers` is unknown. Registers are allocated per warp in multiples of eight per thread. Tensor memory, where
+        a chip has it, is 512 columns."""
         if self.threads is None or registers is None:
             return None
         by_registers = 65_536 // (-(-registers // 8) * 8 * 32 * num_warps)

@@ -1,4 +1,5 @@
-"""The losses to compare, each called as its documentation recommends: name -> make(temperature) -> loss(z_i, z_j)."""
+"""The losses to compare, by name. `make(temperature)` returns a function loss(z_i, z_j), which calls the loss as its
+documentation recommends."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ class Competitor(NamedTuple):
     """A loss to compare: how to make it, on which devices and up to which size it runs, and its reference."""
 
     make: Callable[[float], Loss]  # raises ImportError if it cannot run here
-    largest: int  # samples; beyond this a step takes about half a minute, or many GiB
+    largest: int  # samples; beyond this a step takes about half a minute, or needs many GiB
     truth: Callable[[Tensor, Tensor, float], Tensor] = losses.oracle
     note: str = ""
     device_types: tuple[str, ...] = ("any",)
@@ -44,7 +45,7 @@ def our_loss(name: str, temperature: float, normalize: bool = True) -> Loss:
 
 
 def _compiled(temperature: float) -> Loss:
-    torch.compiler.reset()  # a user compiles for one size, so nothing from another is reused
+    torch.compiler.reset()  # a user compiles for one size, so nothing compiled for another is reused
     return torch.compile(lambda z_i, z_j: losses.dense(z_i, z_j, temperature), dynamic=False)
 
 

@@ -1,4 +1,4 @@
-"""Suite `distributed`: a step of NT-Xent on gloo ranks on this machine, one thread each, beside its predicted cost.
+"""Suite `distributed`: a step of NT-Xent on gloo ranks on this machine, one thread each, and its predicted cost.
 
 The model is in docs/distributed.md. Its rates are measured in the same run. The kernels' rate is measured on one rank
 while the other ranks wait. The link's rate is measured with an all-gather and with one hop of the ring; both send
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[st
 
 
 def bytes_of_step(world: int, rows: int, d: int, strategy: str) -> int:
-    """Return the bytes that a rank sends according to the formula in docs/distributed.md."""
+    """Return the bytes that a rank sends in a step, by the formula in docs/distributed.md."""
     sent = (world - 1) * (rows * (4 * d + 20) + 72)
     return sent + world // 2 * rows * (4 * d + 8) if strategy == "ring" else sent
 
@@ -79,7 +79,8 @@ def flops_of_step(world: int, rows: int, d: int, strategy: str) -> tuple[int, in
 
 
 def measure_rank(sizes: list[tuple[int, int]], rounds: int) -> list[dict[str, Any]]:
-    """For each size, return the bytes that this rank sent in each call, and this rank's times."""
+    """For each size, return the bytes that this rank sent in each collective call of each loss, and this rank's
+    times."""
     from tests.ranks import bytes_sent
 
     # The replacement does not exist in every version of PyTorch.
@@ -221,7 +222,7 @@ def compare_with_model(world: int, of_ranks: tuple[dict[str, Any], ...]) -> list
     share = max(1.0, world / cores)
 
     def seconds(name: str, phase: str, over: Any = max) -> list[float]:
-        """Return one time per round: the slowest rank's, or another reduction over the ranks."""
+        """Return one time per round: the slowest rank's, or another reduction across ranks."""
         return [over(each) for each in zip(*(found["times"][name][phase] for found in of_ranks), strict=True)]
 
     def median(name: str, phase: str, over: Any = max) -> float:

@@ -1,8 +1,8 @@
-"""Suite `drop-ins`: losses of fastntxent.compat beside the plain formulas of the libraries they replace.
+"""Suite `drop-ins`: losses of fastntxent.compat, compared with the plain formulas of the libraries they replace.
 
 Batches are small and in float32, so a step is mostly Python and PyTorch calls. The formulas are the ones that the
-libraries compute, without the libraries' checks. Values and gradients are compared first. Times are interleaved, on one
-thread and on all threads. Scales and biases are learnt, as when training with the libraries.
+libraries compute, without the libraries' checks. Values and gradients are compared first. The two losses then take
+turns, on one thread and on all threads. Scales and biases are learnt, as when training with the libraries.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Suite `gpu`: suite `cpu` on a CUDA device, in float32 and bfloat16, with peak memory. The model's prediction for the
-Triton kernels, at the measured matrix rate, is printed beside the times."""
+"""Suite `gpu`: suite `cpu` on a CUDA device, in float32 and bfloat16, with peak memory. On the chips that the model
+covers, its prediction for the Triton kernels is printed after the times, for bfloat16 at the measured matrix rate."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The stages of `make gpu`: the commands for a machine with a GPU, and their replacements for one without.
 
-A part has passed if its command exits with 0 and has written its file. A part whose tool is not installed is "missing",
-which does not count as a failure. A part may take ten minutes at most.
+A part has passed if its command exits with 0 and has written the part's file, if there is one. A part whose tool is not
+installed is "missing", which does not count as a failure. A part may take ten minutes at most.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Part(NamedTuple):
         makes: the file that the command writes, included in the record if it is JSON. None if the exit status is
             enough.
         stdout: whether the command's stdout is written to that file.
-        needs: a tool that must be on PATH.
+        needs: a tool that must be on PATH; empty for none.
         environment: additional environment variables.
     """
 
@@ -108,7 +108,7 @@ def stages(python: str, out: Path, root: Path) -> dict[str, list[Part]]:
 
 
 def rehearsals(python: str, out: Path, root: Path) -> dict[str, list[Part]]:
-    """Return the parts of each stage that can run without a GPU."""
+    """Return small parts for each stage, for a machine without a GPU."""
     benchmarks = [python, "-m", "benchmarks"]
     build = [python, "setup.py", "build_ext", "--build-lib", f"{out}/lib", "--build-temp", f"{out}/temp"]
     verify = [python, "-m", "fastntxent", "verify", "--device", "cpu", "--backend", "blocked", "--refresh", "--json"]

@@ -1,9 +1,9 @@
-"""Host time of a loss and its gradient, without autograd and the kernels: python -m benchmarks.host
+"""Host time of a loss and its gradient, compared with autograd alone: python -m benchmarks.host
 
 Kernel launches are replaced by an empty function, and the batch is too small for anything else to take time. The
-remaining time is spent in Python, PyTorch and, for Triton, the backend's code. Triton's kernels are compiled for sm_90
-but never run. The baseline is a bare `torch.autograd.Function` with the same outputs and gradients. Times are the CPU
-time of this thread.
+remaining time is spent in PyTorch and in this package's Python code. Triton's kernels are compiled for sm_90 but never
+run. "autograd alone" is a bare `torch.autograd.Function` whose output and gradients have the same shapes. Times are the
+CPU time of this thread.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class _NoDevice:
             load_binary=lambda name, kernel, shared, device: (0, 0, 64, 0, 1024)[: _handles()],
             unload_module=lambda module: None,
         )
-        self.launched: deque[tuple[Any, ...]] = deque(maxlen=100)  # arguments of the latest launches
+        self.launched: deque[tuple[Any, ...]] = deque(maxlen=100)  # grid and arguments of the latest launches
         self.launcher_cls = lambda source, metadata: self._launch
 
     def _launch(self, *told: Any) -> None:  # grid, stream, function, two sets of metadata, two hooks, arguments
@@ -118,7 +118,7 @@ def _in_place_of(name: str, backend: KernelBackend) -> Iterator[None]:
 
 
 def steps(backend: BackendName, n: int, d: int) -> dict[str, Callable[[], None]]:
-    """Return a step of the loss for each way to call the loss."""
+    """Return a step of autograd alone, and one for each way to call the loss."""
     z_i, z_j = (torch.randn(n, d, requires_grad=True) for _ in range(2))
     module = NTXentLoss(0.1, backend=backend)
     return {

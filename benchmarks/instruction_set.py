@@ -1,4 +1,4 @@
-"""Restrict the CPU kernels to an instruction set, in this process and in the processes it starts.
+"""Restrict the CPU kernels to an instruction set, in this process and in those that it starts with `module`.
 
 python -m benchmarks.instruction_set: print the set in use.
 python -m benchmarks.instruction_set SET MODULE ...: run a module with this set.
@@ -15,7 +15,8 @@ held: str | None = None  # None: the kernels use the fastest set of this machine
 
 
 def hold(name: str | None) -> None:
-    """Use this instruction set from now on; None changes nothing. Raise ValueError if this machine lacks the set."""
+    """Use this instruction set from now on; None changes nothing. Raise ImportError if the kernels were not built, and
+    ValueError if the set cannot be used here."""
     global held
     if name is None:
         return

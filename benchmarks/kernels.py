@@ -1,11 +1,11 @@
 """Suite `kernels`: registers, memory and spills of the Triton kernels, compiled ahead of time for GPUs that need not be
 present.
 
-Every tile in fastntxent.backends.triton's table is compiled in two variants. "usual" is launched for NT-Xent of
-normalised rows, and "general" for a rectangle of rows of any length, with the temperature on the device. This finds
-faults that a user would otherwise meet on a GPU: more shared memory than the chip has, spilled registers, products
-outside the matrix units or without overlap, float32 sums that a compiler has moved back into the matrix units, and more
-instructions, shuffles or barriers in the hot loops than LIMITS allows.
+Every tile in fastntxent.backends.triton's table is compiled in one or two variants (see `compile_all`). "usual" is
+launched for NT-Xent of normalised rows, and "general" for a rectangle of rows of any length, with the temperature on
+the device. This finds faults that a user would otherwise meet on a GPU: more shared memory than the chip has, spilled
+registers, products outside the matrix units or without overlap, float32 sums that a compiler has moved back into the
+matrix units, and more instructions, shuffles or barriers in the hot loops than LIMITS allows.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ TILED_AS = {
 
 
 class Limit(NamedTuple):
-    """Upper limits of the innermost loop: issue slots per 2^20 flops (128 rows by 64 by 64 features), and shuffles and
-    barriers per iteration."""
+    """Upper limits of the innermost loop: issue slots per 2^20 flops (128 rows by 64 columns by 64 features), and
+    shuffles and barriers per iteration."""
 
     slots: int
     shuffles: int
@@ -75,10 +75,10 @@ class Limit(NamedTuple):
 # tiles. 2^20 flops take the matrix units 512 cycles on sm_80, 256 on sm_90 and 128 on sm_100 (256 with 64 rows); if the
 # slots are fewer than these cycles, the products hide them.
 #
-# Barriers: two for each step of asynchronous copies (the new data has arrived, the old data may be overwritten).
-# `direct` doubles them, since its row sums go through shared memory to their plane. tcgen05 adds the wait for a product
-# and the exchange of its sums. Shuffles: only in `direct`, for the row sums of a tile, and most on sm_80, where a
-# row is spread over four lanes.
+# Barriers: two for each step of asynchronous copies (the new data has arrived, the old data may be overwritten). At 128
+# features `direct` has more, since the row sums of each tile go through shared memory to their plane; with 768 features
+# the innermost loop has no row sums. tcgen05 adds the wait for a product and the exchange of its sums. Shuffles: only
+# in `direct` at 128 features, for the row sums, and most on sm_80, where a row is spread over four lanes.
 LIMITS = {
     ("sm_80", "direct", 128): Limit(375, 32, 6),
     ("sm_80", "direct", 768): Limit(180, 0, 2),
@@ -142,7 +142,8 @@ class CompiledKernel(NamedTuple):
 
     @property
     def flops(self) -> float:
-        """Flops per iteration. The machine code does not show the shape of tcgen05's products; the tile gives it."""
+        """Flops per iteration of that loop. The machine code does not show the shape of tcgen05's products, so the tile
+        gives it."""
         return self.machine_code.main.flops * self.warps or flops_of_turn(self.kernel, self.tile, self.d, self.dtype)
 
     @property
@@ -226,7 +227,8 @@ def line(report: CompiledKernel) -> str:
 
 
 def compile_all(target: str, dtype: str, d: int) -> list[CompiledKernel]:
-    """Return reports of all kernels for rows of this dtype and length, in batches of any size."""
+    """Return reports of all kernels for rows of this dtype and length, with the tiles of every batch size. The variant
+    "general" is compiled only for the lengths in GENERAL. For TF32 it is the only variant."""
     from fastntxent.backends.triton import config, pack
 
     family, DP = CHIPS[target].family, pack.padded_features(d)
@@ -265,8 +267,8 @@ def _triton_version() -> tuple[int, ...]:
 
 
 def flops_of_turn(kernel: str, tile: tuple[int, ...] | None, d: int, dtype: str) -> float:
-    """Return the flops per iteration of a kernel's innermost loop: one tile, or a chunk of its features or (`gather`)
-    its columns."""
+    """Return the flops per iteration of a kernel's innermost loop, which covers one tile, or a chunk of the tile's
+    features (in `gather`, of its columns)."""
     from fastntxent.backends.triton import pack
 
     assert tile is not None

@@ -1,6 +1,6 @@
 """Suite `model`: predicts the times of NT-Xent's kernels from machine code and data sheets, without the GPUs.
 
-A kernel takes LAUNCH plus the longest of
+A kernel takes LAUNCH for each of its launches plus the longest of
 
     products     flops of the matrix units, at the data sheet's rate multiplied by GEMM. Large cuBLAS products reach
                  about that rate under a board's power limit. If there is a measured rate, it is used instead. A
@@ -65,7 +65,7 @@ class Work(NamedTuple):
 
 
 def time_of(limits: dict[str, float], launches: int) -> Time:
-    """Return the longest limit plus the time of the launches."""
+    """Return the longest limit plus the time of the launches, and the name of the longer of the two."""
     time, launching = longest(limits), LAUNCH * launches
     return Time(time.seconds + launching, time.limit if time.seconds > launching else "launches")
 
@@ -225,8 +225,8 @@ def around(M: int, DP: int, dtype: str, chip: Chip, finished: bool) -> float:
 def predict(
     target: str, n: int, d: int, dtype: str, gemm: float | None = None
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Return the milliseconds of each kernel, of the forward, of both passes and of one product u u^T ("u"), and the
-    bottleneck of each kernel."""
+    """Return the milliseconds of each kernel with products, of all other kernels ("around"), of the forward, of both
+    passes and of one product u u^T ("u"); and the bottleneck of each kernel with products."""
     from fastntxent.backends.triton import config, pack
 
     chip, M, DP = CHIPS[target], 2 * n, pack.padded_features(d)

@@ -34,7 +34,8 @@ ROWS, CHUNK, GROUP, MOST_COL_SHARES, COL_WARPS = 32, 64, 3, 16, 4
 
 class Plan(NamedTuple):
     """How csrc/cuda/plan.h splits a call: the grid, the blocks that a multiprocessor holds at once, the shares of the
-    columns in the forward, and the chunks of features that a task of the gradient sums."""
+    columns in the forward, and the chunks of features that a task of the gradient sums (`group`). `chunks`,
+    `row_blocks` and `tiles` are the numbers of chunks of features, of blocks of rows and of tiles of `cols` columns."""
 
     grid: int
     held: int

@@ -1,4 +1,4 @@
-"""Plots of time and memory against N, as SVG. The same results give the same bytes."""
+"""The plot of time and memory against N, as SVG. The same results give the same bytes."""
 
 from __future__ import annotations
 

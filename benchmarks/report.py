@@ -1,4 +1,4 @@
-"""The tables of the pages and the plots, from the committed results."""
+"""The tables of the docs' pages, and the plot, from the committed results."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def write(results: Path, root: Path) -> None:
-    """Fill the pages' sections and draw the plots."""
+    """Fill the pages' sections and draw the plot."""
     from . import plots  # imported here because it needs matplotlib
 
     for page, sections in PAGES.items():
@@ -70,7 +70,7 @@ def stale_sections(results: Path, root: Path) -> list[str]:
 
 
 def table_of(results: Path, suite: str, section: str = "") -> str:
-    """Return a suite's table, or the command that measures it if there are no results."""
+    """Return a suite's table, or a line with the command that measures it if there are no results."""
     if suite == "devices":
         return devices.section(results)
     try:

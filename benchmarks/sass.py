@@ -146,7 +146,7 @@ def parse(text: str) -> Region:
 
 
 def _region(graph: Graph, first: int | None) -> Region:
-    """Return the loop that begins with a block, or the whole program if `first` is None."""
+    """Return the loop that begins with block `first`, or the whole program if `first` is None."""
     members = {*graph.after} if first is None else graph.loops[first]
     begin = 0 if first is None else first
     node_of = {block: block for block in members}  # each block, or the first block of the inner loop that contains it

@@ -124,8 +124,8 @@ def step(loss: Loss, z_i: Tensor, z_j: Tensor) -> Phases:
 def interleave(
     calls: Mapping[Key, Callable[[int], Phases]], seconds: float, fewest: int = FEWEST
 ) -> dict[Key, dict[str, list[float]]]:
-    """Make every call once per round, in a different order each round, until the time is spent. Return name -> phase ->
-    times."""
+    """Make every call once untimed, and then once per round, in a random order. Rounds end when the time is spent or
+    after MOST rounds, but not before `fewest`. Return name -> phase -> the seconds of each round."""
     for call in calls.values():
         call(0)  # compiles, allocates, starts threads
     times: dict[Key, dict[str, list[float]]] = {name: {} for name in calls}

@@ -1,11 +1,13 @@
 """Suite `tune`: the Triton backend's table of tiles, from measurements on this GPU or, with --predict, from the model.
 
 There is an entry for every kernel, feature width, and class of rows and features. Its candidates are the tiles that the
-compiler fits into the chip without a spill. They are timed in turn, as part of the forward or the backward that they
-serve. The fastest enters the table, and all times enter the results. Where two kernels can serve a class (`owned` and
-`direct`, `fused` and the panels), the table contains the faster one. A candidate whose result differs from that of the
-current tile is an error. The suite runs once per kind of device, and the package ships the resulting table; nothing is
-tuned during training.
+compiler fits into the chip without a spill, at most --most of them, the fastest by the model. They are timed in turn,
+as part of the forward or the backward that they serve. The fastest enters the table, and the ten shortest times enter
+the results. (With --predict nothing is timed; of the tiles that are about as fast as the fastest, the largest enters
+the table.) Where two kernels can serve a class, the entry of the preferred one (`direct`, `fused`) is null if its rival
+(`owned`, the panels) was faster in the same run. A candidate whose result differs from that of the current tile is an
+error. The suite runs once per kind of device, and the package ships the resulting table; nothing is tuned during
+training.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from .chips import CHIPS
 
 TABLE_PATH = Path("fastntxent/backends/triton/table.json")
 FEATURE_CLASSES = {64: 64, 128: 128, 256: 256, None: 768}  # upper bound of a class -> features that represent it
-ROW_CLASSES = {  # upper bounds of the classes of each kernel; a kernel's rival precedes it
+ROW_CLASSES = {  # upper bounds of each kernel's classes of rows; a kernel's rival precedes it
     "owned": (1024, None),
     "direct": (1024, None),
     "form": (2048, None),
@@ -43,7 +45,7 @@ Best = dict[tuple[str, str, int | None, int | None], tuple[float, Sizes | None]]
 
 
 def candidates(kernel: str, width: int, DP: int) -> Iterator[Sizes]:
-    """Return every tile worth compiling: its sums fit in registers and its operands in shared memory."""
+    """Yield every tile worth compiling: its sums fit in registers and its operands in shared memory."""
     sides = (32, 64, 128) if kernel in ("owned", "fused") else (64, 128, 256)
     depths = {"fused": {DP}, "gather": {64, 128, 256}}.get(kernel, {32, 64, DP if DP <= 128 else 64})
     for block_m, block_n, block_d, warps, stages in itertools.product(sides, sides, depths, (4, 8), (2, 3)):
@@ -89,7 +91,7 @@ def rank(
 
 
 def compile_tile(target: str, kernel: str, dtype: str, DP: int, tile: Sizes) -> list[kernels.CompiledKernel]:
-    """Return the reports of a tile in all variants and regimes; an empty list if it exceeds a limit of the compiler."""
+    """Return the reports of a tile in all variants and regimes; an empty list if one of them does not compile."""
     shifts = (False, True) if kernel in ("fused", "form") else (None,)
     cases = itertools.product(("usual", "general"), shifts)
     try:
@@ -180,7 +182,7 @@ def taking(kernel: str, tile: object) -> Iterator[None]:
 
 
 def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[str, str]]:
-    """Tune, and write the table after each kernel, so that measurements are not lost."""
+    """Tune, and return the results. With --write, update the table after each kernel, so that none is lost."""
     target = arguments.predict or _target()
     measured = "" if arguments.predict else f"{torch.cuda.get_device_name()}, {json.dumps(machine.provenance())}"
     results: list[dict[str, object]] = []
@@ -227,8 +229,8 @@ def line(result: dict) -> str:
 
 
 def merge(table: dict, family: str, kernel: str, best: Best, measured: str) -> None:
-    """Replace the family's entries for a kernel. Entries are ordered by rows, then by features. An entry is null where
-    the kernel's rival was faster."""
+    """Replace the family's entries for a kernel. Entries are ordered by rows, then by features. An entry is null if no
+    tile fits or the kernel's rival was faster."""
     of_family = table.setdefault(family, {"resembles": "large", "measured": {}})
     of_family["measured"][kernel] = measured
     for dtype in ("bf16", "fp32"):

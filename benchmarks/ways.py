@@ -117,8 +117,8 @@ def _dominators(before: dict[int, set[int]]) -> dict[int, set[int]]:
 
 
 class Way(NamedTuple):
-    """A path through a region: its blocks and inner loops, and its number of instructions, with each inner loop counted
-    as `worth` says."""
+    """A path through a region: its blocks and inner loops, and its length in instructions, to which each node adds the
+    length that `worth` returns for it."""
 
     length: int
     steps: tuple[int, ...]

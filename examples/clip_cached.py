@@ -1,4 +1,4 @@
-"""CLIP with gradient caching: two towers, and a batch of which only one chunk at a time has activations in memory.
+"""CLIP with gradient caching: two towers, and only one chunk of the batch at a time has activations in memory.
 
 python examples/clip_cached.py --steps 80 --batch 512 --chunk 64
 """
@@ -14,7 +14,7 @@ CONCEPTS, WORDS, PIXELS = 24, 4, 16 * 16  # a caption names 2 to 4 of 24 concept
 
 
 class TextTower(nn.Module):
-    """Encodes a caption as the mean of its word vectors; the mask leaves out the padding."""
+    """Encodes a caption from the mean of its word vectors; the mask leaves out the padding."""
 
     def __init__(self) -> None:
         super().__init__()

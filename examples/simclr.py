@@ -43,7 +43,7 @@ def main() -> None:
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
     labels = torch.tensor(digits.target)
     if args.steps < 1 or not 2 <= args.batch <= len(images):
-        parser.error(f"needs a step, and 2 to {len(images)} images in a batch, got {args.steps} and {args.batch}")
+        parser.error(f"--steps must be at least 1 and --batch 2 to {len(images)}, got {args.steps} and {args.batch}")
     loader = DataLoader(TensorDataset(images), batch_size=args.batch, shuffle=True, drop_last=True)
 
     encoder = nn.Sequential(
