@@ -83,7 +83,7 @@ triton-versions: $(VENV)/installed
 # suite cpu are named after the instruction set, so that one folder can hold several.
 bench: $(VENV)/bench
 	set=$$($(VENV)/bin/python -m benchmarks.instruction_set) && \
-	  $(VENV)/bin/python -m benchmarks cpu --out $(BENCH_OUT)/cpu-$$set.json
+	  $(VENV)/bin/python -m benchmarks cpu --threads 1 2 --out $(BENCH_OUT)/cpu-$$set.json
 	for suite in memory scaling family drop-ins converged distributed schedule; do \
 	  $(VENV)/bin/python -m benchmarks $$suite --out $(BENCH_OUT)/$$suite.json || exit 1; \
 	done

@@ -39,7 +39,7 @@ def draw(times: SuiteRecord, memory: SuiteRecord, folder: Path) -> None:
         left, right = figure.subplots(1, 2)
         _plot(left, ms, "forward and backward, ms")
         left.plot(*zip(*floor, strict=True), "--", color="grey", label="the GEMM's rate")
-        _plot(right, mib, "peak memory beside the inputs, MiB")
+        _plot(right, mib, "peak memory beyond the inputs, MiB")
         figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", frameon=False)
         folder.mkdir(parents=True, exist_ok=True)
         figure.savefig(folder / "overview.svg", metadata={"Date": None})

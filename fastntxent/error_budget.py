@@ -1,4 +1,4 @@
-"""The error budget: the only place where tolerances are defined.
+"""The error budget: how far a result may be from the truth.
 
 A result is within budget if its error against the float64 reference is at most twice the error of the reference
 computed in the result's own precision, plus a floor for rounding, both in the maximum and in the RMS. Errors are

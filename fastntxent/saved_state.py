@@ -137,7 +137,8 @@ def _version(value: object) -> object:
         return repr(value.bit_generator.state)
     if numpy and isinstance(value, numpy.ndarray):
         return value.tobytes()
-    return tuple(_contents(value))
+    names = value if isinstance(value, dict) else vars(value) if isinstance(value, nn.Module) else ()
+    return (*names, *_contents(value))
 
 
 def _same(version: object, other: object) -> bool:

@@ -427,12 +427,13 @@ def test_cached_backward_keeps_what_the_loss_changes_in_the_encoder():
     torch.testing.assert_close(*ends)
 
 
-@pytest.mark.parametrize("change", ["twice", "generator", "array"])
+@pytest.mark.parametrize("change", ["twice", "generator", "array", "key"])
 def test_cached_backward_keeps_all_that_the_loss_changes(change):
     class Kept(InPlace):
         def init(self):
             super().init()
             self.centre, self.generator, self.counts = torch.zeros(5), torch.Generator(), np.zeros(3)
+            self.steps = {0: "steps"}
 
         def forward(self, x):
             self.centre = self.centre + 1
@@ -444,8 +445,11 @@ def test_cached_backward_keeps_all_that_the_loss_changes(change):
                     self.centre = self.centre + 10
                 elif change == "generator":
                     torch.rand(1, generator=self.generator)
-                else:
+                elif change == "array":
                     self.counts += 1
+                else:
+                    (step,) = self.steps
+                    self.steps[step + 1] = self.steps.pop(step)
             return nt_xent(z_i, z_j)
 
     ends = []
@@ -454,7 +458,8 @@ def test_cached_backward_keeps_all_that_the_loss_changes(change):
         encoder = Kept()
         for _ in range(3):
             step(encoder, torch.randn(2, 10, 6).unbind(), encoder.loss, chunk_size=5)
-        ends.append((encoder.centre, encoder.generator.get_state(), torch.tensor(encoder.counts)))
+        steps = torch.tensor(list(encoder.steps))
+        ends.append((encoder.centre, encoder.generator.get_state(), torch.tensor(encoder.counts), steps))
     torch.testing.assert_close(*ends)
 
 

@@ -391,7 +391,10 @@ def test_child_without_a_temporary_folder(monkeypatch):
     assert "No usable temporary directory" in verdict.detail
 
 
-@pytest.mark.parametrize(("name", "status"), [("segfault", "crashed"), ("raises", "raised an error")])
+@pytest.mark.parametrize(
+    ("name", "status"),
+    [("segfault", "crashed"), ("raises", "raised an error"), ("raises_later", "raised an error")],
+)
 def test_timing_names_the_backend_that_ends_it(name, status):
     code = (
         "import sys\n"
@@ -405,7 +408,7 @@ def test_timing_names_the_backend_that_ends_it(name, status):
     start = process.START
     try:
         process.START = f"import os, sys; sys.path[:] = sys.argv.pop(1).split(os.pathsep)\n{code}"
-        times, running, verdict = process.time_in_child({"time": ["blocked", name], "device": "cpu"})
+        times, running, verdict = process.time_in_child({"time": [name, "blocked"], "device": "cpu"})
     finally:
         process.START = start
     assert times is None

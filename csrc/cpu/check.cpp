@@ -430,7 +430,7 @@ void invalid_calls() {
     status(FNTX_INVALID, rectangle, BOTH, "no columns", [&](Call) { cols->z[0].n = 0; });
     status(FNTX_INVALID, rectangle, BOTH, "pos with columns", [](Call c) { c.pos = c.d_inv_tau; });
     const auto with_loss = [](Call c) { c.loss = c.d_inv_tau, c.loss_weight = 1; };
-    status(FNTX_INVALID, rectangle, BOTH, "a loss with another number of columns than rows", with_loss);
+    status(FNTX_INVALID, rectangle, BOTH, "a loss with unequal numbers of rows and columns", with_loss);
     refused("function", [](Call c) { c.function = 3; });
     refused("limits of softplus", [](Call c) { c.function = FNTX_SOFTPLUS, c.limited = 1, c.pos = nullptr; });
     status(FNTX_INVALID, rectangle, BOTH, "limits without positives", [](Call c) { c.limited = 1; });

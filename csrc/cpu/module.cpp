@@ -48,7 +48,7 @@ PyObject* failure(int status, const fntx_call& call) {
                             count_rows(side), D);
     if (!PyErr_Occurred())
         PyErr_Format(PyExc_RuntimeError,
-                     "fastntxent's CPU kernel rejected a call (status %d). This is a bug, please report it", status);
+                     "the CPU kernels rejected a call (status %d): please report this bug in fastntxent", status);
     return nullptr;
 }
 
@@ -139,8 +139,8 @@ PyObject* schedule(PyObject*, PyObject* args) {
     if (!PyArg_ParseTuple(args, "LLLi", &rows, &cols, &D, &threads)) return nullptr;
     if (rows < 1 || cols < 0 || rows > FNTX_MOST_ROWS || cols > FNTX_MOST_ROWS || D < 1 || threads < 1)
         return PyErr_Format(PyExc_ValueError,
-                            "schedule takes sizes and threads >= 1 (cols 0: symmetric) and at most 2^31 - 1 rows or "
-                            "columns, got rows %lld, cols %lld, D %lld, threads %d",
+                            "rows, D and threads must be at least 1, cols at least 0 (0: symmetric), and rows and cols "
+                            "at most 2^31 - 1, got rows %lld, cols %lld, D %lld, threads %d",
                             rows, cols, D, threads);
     const bool symmetric = cols == 0;
     if (symmetric) cols = rows;

@@ -29,7 +29,10 @@ def run(given: argparse.Namespace) -> int:
             for name, verdict in verdicts.items():
                 print(f"  {name:10}{verdict}")
             path = Store(model_of(device)).path
-            print(f"  stored in {path}" if path.exists() else f"  not stored: {path.parent} is not writable")
+            if path.exists():
+                print(f"  stored in {path}")
+            elif any(verdict.status != "not available" for verdict in verdicts.values()):
+                print(f"  not stored: {path.parent} is not writable")
     if given.json:
         print(json.dumps({device: {n: v.to_dict() for n, v in verdicts.items()} for device, verdicts in found.items()}))
     return int(not all(verdict.ok for verdicts in found.values() for verdict in verdicts.values()))

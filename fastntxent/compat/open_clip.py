@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from ..algebra import accumulation_dtype
 from ..losses import clip
 from ..losses.distill_loss import distill_terms
 from ..losses.siglip_loss import siglip_of_batch
@@ -269,7 +270,7 @@ class CoCaLoss(_OfRanks):
         if self.clip_loss_weight:
             contrastive = self.clip_loss_weight * self._contrastive(image_features, text_features, logit_scale)
         else:
-            contrastive = image_features.new_zeros(())
+            contrastive = image_features.new_zeros((), dtype=accumulation_dtype(image_features.dtype))
         caption = self.caption_loss_weight * self.caption_loss(logits.transpose(1, 2), labels)
         if output_dict:
             return {"contrastive_loss": contrastive, "caption_loss": caption}

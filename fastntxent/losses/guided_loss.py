@@ -138,6 +138,8 @@ def guided_info_nce(
     elif guide_negatives is not None:
         raise ValueError("guide_negatives must be given with negatives, got guide_negatives alone")
     g_query, g_key, *g_negatives = _checked_guide(of_guide, may_be_empty=group is not None)
+    check_flag("contrast_anchors", contrast_anchors)
+    check_flag("contrast_positives", contrast_positives)
     batch = open_batch(
         group, "guided_info_nce", {"query": query, "key": key}, reduction=reduction, normalize=normalize,
         backend=backend, temperature=temperature, margin=margin, margin_strategy=margin_strategy,
@@ -149,8 +151,6 @@ def guided_info_nce(
     u, v = batch.unit_rows(query), batch.unit_rows(key)
     limits = _limits(g_query, g_key, margin, margin_strategy)
     cols, guide_cols, ids = [v], [g_key], [samples]
-    check_flag("contrast_anchors", contrast_anchors)
-    check_flag("contrast_positives", contrast_positives)
     if contrast_anchors:
         cols, guide_cols, ids = [*cols, u], [*guide_cols, g_query], [*ids, samples]
     if negatives is not None:

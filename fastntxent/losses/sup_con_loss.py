@@ -121,7 +121,7 @@ def sup_con(
     n_classes = _check_labels(labels, z, form)
     limits = Limits.checked(None, None, ceiling)
     if limits is not None and n_classes is not None:
-        raise ValueError("ceiling must be None with several labels per row")
+        raise ValueError(f"ceiling must be None with several labels per row, got {ceiling}")
     if pair_weights is not None:
         _check_pair_weights(pair_weights, labels, z, form, ceiling)
     batch = open_batch(

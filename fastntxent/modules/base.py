@@ -14,7 +14,7 @@ from ..algebra import in_double
 from ..backends import check_name as check_backend
 from ..distributed import Group, Sharding
 from ..options import BackendName, Reduction
-from ..validation import check_flag, check_reduction, check_temperature
+from ..validation import check_flag, check_positive, check_reduction, check_temperature
 
 if sys.version_info >= (3, 11):
     from typing import Unpack as Unpack
@@ -142,4 +142,6 @@ def _with_options_named(signature: inspect.Signature) -> inspect.Signature:
 
 
 def _log(temperature: float | Tensor) -> float:
-    return math.log(temperature.item() if isinstance(temperature, Tensor) else temperature)
+    number = temperature.item() if isinstance(temperature, Tensor) else temperature
+    check_positive("temperature", number)  # `check_temperature` does not read a tensor on an accelerator
+    return math.log(number)

@@ -37,11 +37,10 @@ def time_backends(
     Args:
         names: the backends.
         device: the device.
-        begin: called with a backend's name and a description of the call before it is timed.
+        begin: called with a backend's name and a description of the call, before each call.
 
     Raises:
-        Exception: any error of a kernel, except lack of memory in its first calls at a size. If the first calls fail,
-            the last call of `begin` names the backend.
+        Exception: any error of a kernel, except lack of memory. The last call of `begin` names the backend.
     """
     times: Times = {}
     for dtype in TIMED_DTYPES:
@@ -93,7 +92,13 @@ def _entry(
         replay = replay_of(call, device)
         if replay:
             calls[name + REPLAYED] = replay
-    return medians_in_turn(calls, device, MOST_TURNS, SECONDS_OF_CALL * len(calls))
+    try:
+        return medians_in_turn(
+            calls, device, MOST_TURNS, SECONDS_OF_CALL * len(calls),
+            begin=lambda name: begin(name.removesuffix(REPLAYED), words),
+        )  # fmt: skip
+    except (torch.OutOfMemoryError, MemoryError):  # beside the graphs of the other calls
+        return {}
 
 
 def nt_xent_on(backend: str) -> Callable[[Tensor, Tensor], Tensor]:
@@ -107,16 +112,21 @@ def gradient_call(loss: Callable[[Tensor, Tensor], Tensor], views: Sequence[Tens
 
 
 def medians_in_turn(
-    calls: dict[str, Callable[[], Any]], device: torch.device, most_turns: int, seconds: float
+    calls: dict[str, Callable[[], Any]],
+    device: torch.device,
+    most_turns: int,
+    seconds: float,
+    begin: Callable[[str], None] = lambda _: None,
 ) -> dict[str, float]:
     """Return the median milliseconds of each call. The calls take turns for `seconds`: at least FEWEST_TURNS times, and
-    at most `most_turns` times."""
+    at most `most_turns` times. `begin` is called with the name before each call."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     started = time.perf_counter()
     for turn in range(most_turns):
         if turn >= FEWEST_TURNS and time.perf_counter() - started > seconds:
             break
         for name, call in calls.items():
+            begin(name)
             taken[name].append(milliseconds(call, device))
     return {name: median(values) for name, values in taken.items()}
 

@@ -71,7 +71,6 @@ def test_references_without_labels_get_the_labels_of_the_rows_as_in_the_library(
     assert_same(loss(mine), loss(theirs), tau, z, ref)
 
 
-PAIRS_OF = ["labels", "references", "pairs"]
 REDUCERS = {
     "mean": lambda r: r.MeanReducer(),
     "sum": lambda r: r.SumReducer(),

@@ -107,7 +107,7 @@ def test_from_datasets_takes_class_names_from_the_argument_or_the_dataset():
 
 @pytest.mark.parametrize("in_memory", ["yes", "no"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_from_datasets_holds_out_a_fixed_fifth_of_each_class(tmp_path, in_memory, workers):
+def test_from_datasets_holds_out_a_fixed_fifth_of_each_class(in_memory, workers):
     labels = torch.tensor(LABELS)
     before = torch.get_rng_state()
     data = ImageData.from_datasets(TensorDataset(CHANNELS_FIRST, labels), in_memory=in_memory, workers=workers)

@@ -96,8 +96,7 @@ def test_evaluate_scores_three_representations_and_leaves_the_model_unchanged(ma
     evaluation = evaluate(trainer.model, trainer.config, trainer.data)
     after = trainer.model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    three = {"trained", "untrained", "raw pixels"}
-    assert set(evaluation.scores["knn"]) == set(evaluation.scores["linear probe"]) == three
+    assert set(evaluation.scores["knn"]) == set(evaluation.scores["linear probe"]) == THREE
     assert all(0 <= value <= 1 for value in evaluation.scores["knn"].values())
     assert evaluation.scores["alignment"]["trained"] < evaluation.scores["alignment"]["untrained"]
     assert evaluation.notes == []

@@ -92,7 +92,7 @@ def test_forewarn_notes_a_batch_larger_than_the_data(make_trainer):
     assert note.startswith("--accumulate-batch 90 exceeds the 83")
 
 
-def test_auto_augmentation_depends_on_the_given_data(make_trainer, stripes, tmp_path):
+def test_auto_augmentation_depends_on_the_given_data(make_trainer, stripes):
     def chosen(data):
         return make_trainer(data=data, augment="auto").settings["augment"]
 
