@@ -53,7 +53,7 @@ def test_autocast_around_the_backward_changes_no_gradient(name):
 
 @pytest.mark.parametrize("backend", ["blocked", "reference"])
 @pytest.mark.parametrize("name", WITH_BACKEND)
-def test_autocast_around_the_backward_changes_no_gradient_of_plain_pytorch(name, backend):
+def test_autocast_around_the_backward_changes_no_gradient_of_pytorch_backends(name, backend):
     assert_unchanged(name, backend=backend)
     assert_unchanged(name, backend=backend, reduction="none")
 

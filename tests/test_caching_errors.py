@@ -306,7 +306,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD_CALLS)
-def test_bad_call_is_named_and_changes_nothing(name):
+def test_bad_call_raises_an_error_that_names_the_argument_and_changes_nothing(name):
     options, error, message = BAD_CALLS[name]
     arguments = {"encoder": Encoder(), "views": X.unbind(), "loss_fn": LOSS, "chunk_size": 2, **options}
     torch.manual_seed(0)
@@ -318,7 +318,7 @@ def test_bad_call_is_named_and_changes_nothing(name):
         assert encoder.calls == 0
 
 
-def test_errors_of_the_callers_own_functions_pass_through():
+def test_errors_raised_by_the_callers_functions_pass_through():
     def broken(*args: Any) -> Any:
         raise LookupError("mine")
 
@@ -328,14 +328,14 @@ def test_errors_of_the_callers_own_functions_pass_through():
 
 
 @pytest.mark.parametrize("factor", [float("nan"), float("inf")])
-def test_loss_that_is_no_number_is_returned_as_it_is(factor):
+def test_nan_or_infinite_loss_is_returned_without_an_error(factor):
     encoder = nn.Linear(FEATURES, D)
     loss = cached_backward(encoder, X.unbind(), lambda a, b: LOSS(a, b) * factor, chunk_size=2)
     assert not loss.isfinite()
     assert encoder.weight.grad.isnan().any()
 
 
-def test_embeddings_without_a_graph_are_no_error_where_the_loss_learns():
+def test_embeddings_without_a_graph_are_accepted_if_the_loss_has_something_to_learn():
     loss_fn = NTXentLoss(learn_temperature=True)
     cached_backward(Encoder(lambda z, calls: z.detach()), X.unbind(), loss_fn, chunk_size=2)
     assert loss_fn.log_temperature.grad is not None
@@ -344,7 +344,7 @@ def test_embeddings_without_a_graph_are_no_error_where_the_loss_learns():
     assert outside.grad == 1
 
 
-def test_encoder_that_is_called_without_a_forward():
+def test_encoder_may_define_call_instead_of_forward():
     class Called(nn.Module):
         def __init__(self):
             super().__init__()

@@ -61,7 +61,7 @@ COMPILED = tiered(
 
 
 @pytest.mark.parametrize("name", COMPILED)
-def test_compile_takes_two_graphs_at_changing_sizes_and_temperatures(name):
+def test_compile_needs_at_most_two_graphs_for_changing_sizes_and_temperatures(name):
     call = CALLS[name]
     run = scheduled(call)
     compiled, counter = counted(run)
@@ -122,7 +122,7 @@ def _temperatures(graph):
 
 @needs_constants
 @pytest.mark.parametrize("name", ["nt_xent", "info_nce", "NTXentLoss"])
-def test_a_temperature_that_changes_takes_one_graph_more(name):
+def test_a_changing_temperature_costs_one_more_graph(name):
     call, kernels = CALLS[name], []
 
     def keep(graph, examples):
@@ -147,7 +147,7 @@ def test_a_temperature_that_changes_takes_one_graph_more(name):
     ],
     ids=["info_nce", "hard_negative"],
 )
-def test_a_hardness_that_changes_takes_one_graph_more(loss):
+def test_a_changing_hardness_costs_one_more_graph(loss):
     kernels, inputs = [], [z.detach().requires_grad_() for z in views(8)]
 
     def keep(graph, examples):
@@ -163,7 +163,7 @@ def test_a_hardness_that_changes_takes_one_graph_more(loss):
     assert len(kernels) == 4  # forward and backward, for the first hardness and for all others
 
 
-def test_a_pytorch_that_cannot_tell_constants_compiles_them_as_tensors(monkeypatch):
+def test_pytorch_that_cannot_detect_constants_compiles_the_same_loss(monkeypatch):
     monkeypatch.delattr(torch.fx.experimental.symbolic_shapes, "has_static_value", raising=False)
     torch._dynamo.reset()
     inputs = views(8)
@@ -184,7 +184,7 @@ class Tensors(nn.Module):
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.*:DeprecationWarning")
 @pytest.mark.parametrize("name", WITHOUT_STATE)
-def test_jit_trace_gives_value_and_gradient_of_other_sizes(name):
+def test_jit_trace_gives_right_values_and_gradients_at_other_sizes(name):
     call = CALLS[name]
     torch.manual_seed(0)
     loss = Tensors(call.at(0.5))
@@ -217,7 +217,7 @@ EXPORTED = [
         slow=lambda name: "." in name or " " in name,
     ),
 )
-def test_export_gives_value_and_gradient_of_other_sizes(name):
+def test_export_gives_right_values_and_gradients_at_other_sizes(name):
     call = CALLS[name]
     loss = Tensors(call.at(0.5))
     inputs = call.inputs(8)
