@@ -1,4 +1,5 @@
-"""Losses without any negatives give no NaN in any node of the backward, under PyTorch's anomaly detection."""
+"""Losses without any negatives, or without any positives, give no NaN in any node of the backward. PyTorch's anomaly
+detection checks every node."""
 
 from __future__ import annotations
 

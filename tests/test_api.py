@@ -199,7 +199,7 @@ def test_uniformity_gradient_equals_autograd_of_its_definition(backend):
     torch.testing.assert_close(value, expected)
 
 
-# --- errors: one test each -------------------------------------------------------------------------------------------
+# --- errors: one case each -------------------------------------------------------------------------------------------
 
 Z = torch.randn(4, 3)
 IDS = torch.arange(4)
@@ -214,10 +214,10 @@ BAD_CALLS = {
     "three dimensions": (lambda: nt_xent(Z[None], Z[None]), ValueError, r"z_i must have 2 dimensions.*\(1, 4, 3\)"),
     "empty batch": (lambda: nt_xent(Z[:0], Z[:0]), ValueError, r"z_i must have at least one row.*\(0, 3\)"),
     "no features": (lambda: nt_xent(Z[:, :0], Z[:, :0]), ValueError, r"one feature.*\(4, 0\)"),
-    "other N": (lambda: nt_xent(Z, Z[:3]), ValueError, r"same shape, got \(4, 3\) and \(3, 3\)"),
-    "other D": (lambda: nt_xent(Z, Z[:, :2]), ValueError, r"same shape, got \(4, 3\) and \(4, 2\)"),
-    "other dtype": (lambda: nt_xent(Z, Z.double()), ValueError, "same dtype, got torch.float32 and torch.float64"),
-    "other device": (lambda: nt_xent(Z, Z.to("meta")), ValueError, "same device, got cpu and meta"),
+    "different N": (lambda: nt_xent(Z, Z[:3]), ValueError, r"same shape, got \(4, 3\) and \(3, 3\)"),
+    "different D": (lambda: nt_xent(Z, Z[:, :2]), ValueError, r"same shape, got \(4, 3\) and \(4, 2\)"),
+    "different dtypes": (lambda: nt_xent(Z, Z.double()), ValueError, "same dtype, got torch.float32 and torch.float64"),
+    "different devices": (lambda: nt_xent(Z, Z.to("meta")), ValueError, "same device, got cpu and meta"),
     "temperature 0": (lambda: nt_xent(Z, Z, 0.0), ValueError, "temperature must be positive and finite, got 0.0"),
     "temperature 1e-39": (
         lambda: nt_xent(Z, Z, 1e-39),
@@ -252,7 +252,7 @@ BAD_CALLS = {
     "temperature tensor nan": (lambda: nt_xent(Z, Z, torch.tensor(math.nan)), ValueError, "got nan"),
     "temperature 1-d": (lambda: nt_xent(Z, Z, torch.ones(1)), ValueError, r"0-d tensor, got shape \(1,\)"),
     "temperature integers": (lambda: nt_xent(Z, Z, torch.tensor(1)), TypeError, "floating-point.*torch.int64"),
-    "temperature elsewhere": (lambda: nt_xent(Z, Z, torch.ones((), device="meta")), ValueError, "device cpu, got meta"),
+    "temperature on meta": (lambda: nt_xent(Z, Z, torch.ones((), device="meta")), ValueError, "device cpu, got meta"),
     "temperature text": (lambda: nt_xent(Z, Z, "warm"), TypeError, "temperature must be a float.*got str"),
     "temperature bool": (lambda: nt_xent(Z, Z, True), TypeError, "got bool"),
     "reduction": (lambda: nt_xent(Z, Z, reduction="avg"), ValueError, "reduction must be one of.*got 'avg'"),
@@ -266,8 +266,8 @@ BAD_CALLS = {
     "terms shapes": (lambda: nt_xent_terms(Z, Z[:3]), ValueError, "same shape"),
     "terms temperature": (lambda: nt_xent_terms(Z, Z, 0.0), ValueError, "temperature must be positive"),
     "terms backend": (lambda: nt_xent_terms(Z, Z, backend="tpu"), ValueError, "backend must be"),
-    "neg_lse rank": (lambda: neg_lse(Z[0], IDS, 1.0), ValueError, "u must have 2 dimensions"),
-    "cross_neg_lse rank": (lambda: cross_neg_lse(Z, Z[0], IDS, IDS, 1.0), ValueError, "v must have 2 dimensions"),
+    "neg_lse 1-d": (lambda: neg_lse(Z[0], IDS, 1.0), ValueError, "u must have 2 dimensions"),
+    "cross_neg_lse 1-d": (lambda: cross_neg_lse(Z, Z[0], IDS, IDS, 1.0), ValueError, "v must have 2 dimensions"),
     "cross_neg_lse dtype": (
         lambda: cross_neg_lse(Z, Z.double(), IDS, IDS, 1.0),
         ValueError,
@@ -297,7 +297,7 @@ BAD_CALLS = {
     "neg_lse ids dtype": (lambda: neg_lse(Z, IDS.float(), 1.0), TypeError, "ids must have an integer dtype"),
     "neg_lse ids bool": (lambda: neg_lse(Z, IDS > 1, 1.0), TypeError, "ids must have an integer dtype"),
     "neg_lse ids shape": (lambda: neg_lse(Z, IDS[:3], 1.0), ValueError, r"ids must have shape \(4,\).*\(3,\)"),
-    "neg_lse ids rank": (lambda: neg_lse(Z, IDS[:, None], 1.0), ValueError, r"ids must have shape \(4,\)"),
+    "neg_lse ids 2-d": (lambda: neg_lse(Z, IDS[:, None], 1.0), ValueError, r"ids must have shape \(4,\)"),
     "neg_lse ids device": (lambda: neg_lse(Z, IDS.to("meta"), 1.0), ValueError, "ids must be on the device of u"),
     "neg_lse temperature": (lambda: neg_lse(Z, IDS, -0.1), ValueError, "temperature must be positive"),
     "split odd": (lambda: split_views(Z[:3]), ValueError, "even number of rows, got 3"),
@@ -317,7 +317,7 @@ def test_bad_input_raises_an_error_that_describes_it(case):
         call()
 
 
-# Every function, with a valid value for each of its tensors.
+# Functions, each with a valid value for each of its tensor arguments.
 TENSORS = {
     "nt_xent": (nt_xent, {"z_i": Z, "z_j": Z, "temperature": torch.tensor(0.5), "ids": IDS}),
     "nt_xent_terms": (nt_xent_terms, {"z_i": Z, "z_j": Z, "temperature": torch.tensor(0.5)}),

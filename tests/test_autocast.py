@@ -1,4 +1,4 @@
-"""Autocast around the backward of every public function that takes tensors."""
+"""Autocast around the backward of the public functions that take tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ WITH_BACKEND = [name for name in NAMES if CALLS[name].reduction and "." not in n
 
 
 def results(name: str, *, forward: bool, backward: bool, **options: Any) -> list[torch.Tensor]:
-    """Return the values, then all gradients, with autocast around one, both or neither of the passes."""
+    """Return the values, then the gradients that are not None, with autocast around one, both or neither of the passes;
+    [] if no value requires a gradient."""
     torch.manual_seed(0)
     call = CALLS[name]
     temperature = torch.tensor(0.3, requires_grad=True)

@@ -1,4 +1,4 @@
-"""Every backend against the oracle: stages of training, temperatures, sizes, dtypes and layouts."""
+"""Every backend compared with the oracle: stages of training, temperatures, sizes, dtypes and layouts."""
 
 import math
 
@@ -138,7 +138,8 @@ def test_gradient_is_accurate_at_every_stage_of_training(backend, loss, temperat
 
 @pytest.mark.parametrize("rows", ["duplicates", "collapsed"])
 def test_similar_rows_of_many_features_are_about_as_accurate_as_in_pytorch(backend, rows):
-    # The products of similar rows have one sign, so the error of a single sum over all features would grow with them.
+    # The products of similar rows have one sign, so the error of a single sum over all features would grow with the
+    # number of features.
     errors = []
     for seed in range(6):
         generator = torch.Generator().manual_seed(seed)
@@ -206,7 +207,7 @@ def test_nt_xent_zero_rows_within_budget(backend, dtype):
 @pytest.mark.parametrize("length", [1e-13, 1e-11, 1e-9])
 def test_nt_xent_rows_around_eps_within_budget(backend, length, dtype):
     z_i, z_j, *_ = random_batch(20, 16, 0.5, dtype=dtype)
-    # All rows of one view are short. Rows shorter than eps are divided by eps, and keep their radial gradient.
+    # All rows of one view are short. A row shorter than eps is divided by eps, so its gradient keeps its radial part.
     batch = Batch(torch.nn.functional.normalize(z_i, dim=1) * length, z_j, 0.5)
     assert_within_budget(batch, backend)
 
@@ -322,7 +323,7 @@ def test_neg_lse_row_without_negatives_is_minus_infinity_with_zero_gradient(back
 
 @pytest.mark.parametrize("temperature", [0.001, 0.5])
 def test_neg_lse_of_rows_without_negatives_can_be_masked_out(backend, temperature):
-    # torch.where lets 0 * inf = NaN reach the masked rows; the NaN must not spread to the other rows.
+    # The masked rows get an upstream gradient of 0 * inf = NaN, which must not reach the gradient with respect to u.
     u = torch.nn.functional.normalize(torch.randn(4, 3), dim=1).requires_grad_()
     ids = torch.zeros(4, dtype=torch.long)
     nu = neg_lse(u, ids, temperature, backend=backend)

@@ -118,7 +118,7 @@ def test_cached_backward_updates_running_statistics_once():
 
 
 class Replica(nn.Linear):
-    """An encoder that logs, for each pass with a graph, whether DistributedDataParallel would synchronise gradients."""
+    """An encoder that logs whether DistributedDataParallel would synchronise gradients, once per pass with a graph."""
 
     def __init__(self):
         super().__init__(6, 5)
@@ -642,7 +642,7 @@ def step_on_ranks(views, step, loss_fn, **options):
 
 
 def cached_on_ranks():
-    """Return cached and uncached results for each wrapper, and the error of each unsupported combination."""
+    """Return cached and uncached results for each set-up, and the error of each unsupported one."""
     generator = torch.Generator().manual_seed(1)
     views = [view.split((6, 4))[dist.get_rank()] for view in torch.randn(2, 10, 6, generator=generator)]
     loss_fn = NTXentLoss(0.2, group=dist.group.WORLD)

@@ -351,7 +351,7 @@ def test_chunk_tokens_splits_the_rows_by_their_numbers_of_tokens(budget, expecte
     ones = lambda x: torch.ones(len(x), dtype=torch.int32)  # noqa: E731
     loss = cached_clip_step(image, text, loss_fn, chunk_tokens=budget, lengths=[ones, "attention_mask"])
     assert text.seen[: len(expected)] == expected
-    text.eval(), image.eval()  # dropout draws per chunk, so it is off here
+    text.eval(), image.eval()  # dropout masks depend on the chunks, so dropout is off here
     for module in plain[:2]:
         module.eval()
     for module in (image, text, loss_fn):
@@ -560,8 +560,8 @@ def share(x):
 
 
 def towers_on_ranks():
-    """Return results of two ranks and of one process, with each tower wrapped in DDP, in FSDP2 and in the first
-    FSDP."""
+    """Return cached and expected results of towers wrapped in DDP, in FSDP2 and in the first FSDP. The expected results
+    come from one process, or from the same ranks without caching."""
     found: dict[str, Any] = {}
     loss_fn = CLIPLoss(0.2, group=dist.group.WORLD)
     arguments = {"unpack": True, "output": [None, "pooler_output"]}

@@ -154,7 +154,7 @@ def test_verify_passes_here_and_stores_the_verdict(capsys, cache):
     )
     assert errors.startswith(f"fastntxent: checking {HERE} on ")
     status, again, errors = run(capsys, "verify", "--backend", HERE, "--device", "cpu")
-    assert (status, again, errors) == (0, text, ""), "known"
+    assert (status, again, errors) == (0, text, ""), "the stored verdict should be used"
     assert f"  {HERE:10}passed " in run(capsys, "info")[1].partition("driver")[2]
 
 

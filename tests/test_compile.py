@@ -1,4 +1,4 @@
-"""torch.compile, torch.export and torch.jit.trace of every public function of tensors, with changing batch sizes."""
+"""torch.compile, torch.export and torch.jit.trace of the public functions of tensors, with changing batch sizes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def counted(function):
 
 
 def scheduled(call):
-    """Return the call with the temperature as its first argument; a module's temperature is set, as by a schedule."""
+    """Return the call with the temperature as its first argument. If it is a module, the temperature is assigned to it,
+    as a schedule does."""
     if not call.temperature:
         loss = call.make()
         return lambda tau, *tensors: loss(*tensors)
@@ -71,7 +72,7 @@ def test_compile_needs_at_most_two_graphs_for_changing_sizes_and_temperatures(na
     assert counter.frame_count <= 2  # one for the first batch size, one for all others
 
 
-# Every operator that takes a temperature, through a loss that passes the caller's temperature on unchanged.
+# Losses and primitives that pass the caller's temperature on to an operator unchanged.
 OF_A_FLOAT = [
     *(
         "nt_xent",

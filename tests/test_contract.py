@@ -142,7 +142,7 @@ SCALED = {
 @pytest.mark.parametrize("around", ["nothing", "hooks", "checkpoint"])
 @pytest.mark.parametrize("name", SCALED)
 def test_backward_raises_if_a_logit_scale_was_changed_in_place(name, around):
-    """Autograd saves the scale itself. Hooks skip autograd's version check, and a checkpoint runs the forward again."""
+    """Autograd's own version check does not suffice: hooks skip it, and a checkpoint runs the forward again."""
     z, scale = torch.randn(2, 8, 4), torch.tensor(2.0, requires_grad=True)
     rows = z[0].clone().requires_grad_()
 

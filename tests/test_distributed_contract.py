@@ -1,4 +1,4 @@
-"""Further promises of losses across ranks: reductions, options, wrappers, bytes, memory and errors."""
+"""More about losses across ranks: reductions, options, wrappers, bytes, memory and errors."""
 
 from __future__ import annotations
 

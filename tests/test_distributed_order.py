@@ -1,4 +1,4 @@
-"""What ranks detect: changes in place, backwards out of order or missing, a group that does not exist yet."""
+"""Mistakes that ranks detect: changes in place, backwards out of order or missing, a group that does not exist yet."""
 
 from __future__ import annotations
 
@@ -129,8 +129,8 @@ def of_ranks() -> dict[object, list[object]]:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_backward_across_ranks_raises_or_is_right_after_a_change_in_place(of_ranks, strategy):
     for found in of_ranks["changed", strategy]:
-        # Changing ids is harmless to a loss that takes no ids (nt_xent), and changing rows to a loss that saves only
-        # copies of them.
+        # Changing ids is harmless to a loss that takes no ids (nt_xent). Changing rows is harmless to a loss that saves
+        # only copies of them.
         assert {key: what for key, what in found.items() if what not in ("noticed", "right")} == {}
         assert found["sup_con in", "ids"] == found["sup_con out", "rows"] == found["clip", "rows"] == "noticed"
 

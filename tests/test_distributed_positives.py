@@ -104,12 +104,12 @@ def on_each_rank() -> dict[str, Any]:
 
 
 def square_of_lse(lse: Tensor) -> Tensor:
-    """Sum the squares over the rows with a positive only. The upstream gradient of the other rows is 0 x inf."""
+    """Sum the squares over the rows with a positive only. The upstream gradient of the other rows is 0 * inf = NaN."""
     return torch.where(lse.isinf(), 0, lse.square()).sum()
 
 
 def summed(rank: int) -> dict[str, Tensor]:
-    """Return what is summed across ranks: one number, fewer numbers than ranks, a count that is no multiple of the
+    """Return tensors to sum across ranks: one number, fewer numbers than ranks, a count that is no multiple of the
     number of ranks, a non-contiguous tensor, and integers."""
     x = torch.randn(4, 5, generator=torch.Generator().manual_seed(rank))
     return {"one": x[0, 0], "few": x[0, :2], "more": x, "transposed": x.T, "integers": (100 * x).long()}

@@ -1,4 +1,4 @@
-"""Every script in examples/ runs as its reader would run it, and the figures that it prints improve."""
+"""Every script in examples/ runs as its reader would run it, and the losses and accuracies that it prints improve."""
 
 import importlib.util
 import os

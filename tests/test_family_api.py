@@ -442,7 +442,7 @@ def test_module_compiles_without_graph_breaks(name):
     torch.testing.assert_close(a, b)
 
 
-# --- errors: one test each -------------------------------------------------------------------------------------------
+# --- errors: one case each -------------------------------------------------------------------------------------------
 
 INTS = torch.arange(6)
 BAD_CALLS = {
@@ -467,7 +467,7 @@ BAD_CALLS = {
     "nt_xent a temperature list": (lambda: nt_xent(Z, W, [0.1]), TypeError, "one temperature per row, got list"),
     "sup_con least temperature": (lambda: sup_con(Z, LABELS, 2.9e-39), ValueError, "at least 2.939e-39, got 2.9e-39"),
     "views rank": (lambda: multiview_nt_xent(Z), ValueError, r"views must have shape \(V, N, D\), got \(6, 4\)"),
-    "views one": (lambda: multiview_nt_xent([Z]), ValueError, "at least two views, got 1"),
+    "views only one": (lambda: multiview_nt_xent([Z]), ValueError, "at least two views, got 1"),
     "views shapes": (lambda: multiview_nt_xent([Z, W[:2]]), ValueError, r"views\[0\] and views\[1\].*same shape"),
     "views type": (lambda: multiview_nt_xent(3), TypeError, "views must be a tensor or a sequence of tensors, got int"),
     "views member": (
@@ -642,7 +642,7 @@ BAD_CALLS = {
         ValueError,
         "teacher must not be given with teacher_image_features and teacher_text_features: it replaces them",
     ),
-    "distill one and a half": (
+    "distill teacher and text features": (
         lambda: distill(Z, W, teacher_text_features=W, teacher=lambda rows, cols: Z @ W.T),
         ValueError,
         "teacher must not be given with teacher_text_features",
@@ -672,24 +672,24 @@ BAD_CALLS = {
         TypeError,
         r"teacher\(rows, cols\) must be a dense \(strided\) tensor",
     ),
-    "distill teacher elsewhere": (
+    "distill teacher on meta": (
         lambda: distill(Z, W, teacher=lambda rows, cols: (Z @ W.T).to("meta")),
         ValueError,
         r"teacher\(rows, cols\) must be on the device of its arguments \(cpu\), got meta",
     ),
-    "normalize word": (lambda: nt_xent(Z, W, 0.1, normalize="no"), TypeError, "normalize must be a bool, got str"),
-    "normalize none": (lambda: fastntxent.clip(Z, W, normalize=None), TypeError, "normalize must be a bool, got None"),
-    "module word": (
+    "normalize type": (lambda: nt_xent(Z, W, 0.1, normalize="no"), TypeError, "normalize must be a bool, got str"),
+    "normalize None": (lambda: fastntxent.clip(Z, W, normalize=None), TypeError, "normalize must be a bool, got None"),
+    "module learn_temperature type": (
         lambda: fastntxent.NTXentLoss(learn_temperature="no"),
         TypeError,
         "learn_temperature must be a bool, got str",
     ),
-    "in batch word": (
+    "in_batch_negatives type": (
         lambda: fastntxent.info_nce(Z, W, negatives=W, in_batch_negatives="no"),
         TypeError,
         "in_batch_negatives must be a bool, got str",
     ),
-    "anchors word": (
+    "contrast_anchors type": (
         lambda: fastntxent.guided_info_nce(Z, W, Z, W, contrast_anchors="no"),
         TypeError,
         "contrast_anchors must be a bool, got str",

@@ -1,4 +1,4 @@
-"""Every loss of the family against its dense float64 oracle, on every backend."""
+"""Every loss of the family compared with its dense float64 oracle, on every backend."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loss family against the libraries in common use, if they are installed."""
+"""The loss family compared with the libraries in common use, if they are installed."""
 
 import pytest
 import torch

@@ -89,8 +89,8 @@ def test_nt_xent_gradient_is_orthogonal_to_each_row(backend, batch):
 @given(batch=batches())
 @drawn
 def test_nt_xent_gradient_has_no_rotational_part(backend, batch):
-    # Rotating all rows does not change the loss, so the sum over all rows of d z^T, where d is the gradient of row z,
-    # is symmetric.
+    # Rotating all rows does not change the loss. So the sum of d z^T over all rows z is symmetric, where d is the
+    # gradient with respect to z.
     z_i, z_j, tau = (*(z.requires_grad_() for z in batch[:2]), batch[2])
     d_i, d_j = torch.autograd.grad(nt_xent(z_i, z_j, tau, backend=backend), (z_i, z_j))
     moment = d_i.T @ z_i + d_j.T @ z_j

@@ -1,4 +1,4 @@
-"""The queue of negatives and its loss, against a plain list of all pushed rows."""
+"""The queue of negatives and its loss, compared with a plain list of all pushed rows."""
 
 import copy
 import math
@@ -157,10 +157,10 @@ def of_cursor(*cursor, dtype=torch.int64):
 
 SPOILED = {
     "fewer rows": lambda state: state.update(_rows=torch.randn(4, 4)),
-    "other features": lambda state: state.update(_rows=torch.randn(5, 3)),
+    "different number of features": lambda state: state.update(_rows=torch.randn(5, 3)),
     "rows of integers": lambda state: state.update(_rows=torch.ones(5, 4, dtype=torch.int64)),
-    "no tensor": lambda state: state.update(_rows=None),
-    "rows without data": lambda state: state.update(_rows=torch.empty(5, 4, device="meta")),
+    "rows are None": lambda state: state.update(_rows=None),
+    "rows on meta": lambda state: state.update(_rows=torch.empty(5, 4, device="meta")),
     "a NaN among the rows": with_nan,
     "fewer ids": lambda state: state.update(_ids=torch.arange(4)),
     "ids of floats": lambda state: state.update(_ids=torch.ones(5)),
@@ -170,7 +170,7 @@ SPOILED = {
     "filled below zero": of_cursor(-1, -1),
     "pointer not after the last row": of_cursor(1, 4),
     "a cursor of floats": of_cursor(4.0, 4.0, dtype=torch.float64),
-    "a cursor of three": of_cursor(4, 4, 4),
+    "a cursor of three numbers": of_cursor(4, 4, 4),
     "no cursor": lambda state: state.update(_extra_state=None),
 }
 

@@ -1,4 +1,4 @@
-"""Distillation from a teacher given as a function: how it is called, and equality with one given as features."""
+"""Distillation from a teacher given as a function: how it is called, and that it equals a teacher given as features."""
 
 from __future__ import annotations
 

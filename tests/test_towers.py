@@ -1,4 +1,4 @@
-"""The scalar path of two towers: InfoNCE and CLIP from one call, on every backend, against the dense formula."""
+"""The scalar path of two towers: InfoNCE and CLIP from one call, on every backend, compared with the dense formula."""
 
 import itertools
 
@@ -120,7 +120,7 @@ def test_dense_formula_equals_the_cross_entropy(both):
 def test_towers_of_rows_around_eps_within_budget(backend, both, dtype):
     eps = {torch.float16: 6e-5, torch.float32: 1e-12}[dtype]
     z_i, z_j, *_ = random_batch(20, 16, 0.5)
-    for length in (eps / 10, 10 * eps):  # rows shorter than eps are divided by eps, and keep their radial gradient
+    for length in (eps / 10, 10 * eps):  # a row shorter than eps is divided by eps: its gradient keeps a radial part
         batch = Batch((F.normalize(z_i, dim=1) * length).to(dtype), z_j.to(dtype), 0.5)
         assert_towers_within_budget(batch, backend, both=both)
         assert_towers_within_budget(batch._replace(z_i=batch.z_j, z_j=batch.z_i), backend, both=both)

@@ -1,4 +1,4 @@
-"""Transforms of torch.func and of autograd, applied to every public function that takes tensors."""
+"""Transforms of torch.func and of autograd, applied to the public functions that take tensors."""
 
 from __future__ import annotations
 

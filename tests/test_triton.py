@@ -1,4 +1,4 @@
-"""The Triton kernels against the oracle: on a GPU if there is one, else at small sizes in Triton's interpreter."""
+"""The Triton kernels compared with the oracle: on a GPU if there is one, else at small sizes in the interpreter."""
 
 import importlib
 import inspect
@@ -500,7 +500,7 @@ def test_same_bits_every_time(d, dtype):
     ],
 )
 def test_sums_over_squares_of_tiles_equal_the_reference(monkeypatch, tiles, M, dtype, d, rows_held):
-    # Squares without a mask, squares with the diagonal or a positive, and squares that end inside a tile.
+    # Covers squares without a mask, squares with the diagonal or a positive, and squares that end inside a tile.
     if DEVICE == "cpu":
         monkeypatch.setattr(config, "rows_held", lambda chip: rows_held)
     generator = torch.Generator().manual_seed(0)
@@ -546,8 +546,8 @@ def _ids(row: int) -> list[int]:
 
 @pytest.fixture
 def small_panels(monkeypatch):
-    """Squares of G have 64 rows in the interpreter, and 256 (the minimum) on a GPU, whose tiles are larger. The
-    interpreter is slow, so it takes panels at fewer features than the table says."""
+    """Use panels with small squares of G: 64 rows in the interpreter, and 256 (the minimum) on a GPU, whose tiles are
+    larger. The interpreter is slow, so it uses panels at fewer features than the table says."""
     monkeypatch.setattr(config, "PANEL", 1)
     if DEVICE == "cpu":
         monkeypatch.setattr(config, "PADDED_ROWS", 64)
@@ -640,7 +640,7 @@ def test_columns_in_parts_within_budget(monkeypatch, multiprocessors):
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Fill new memory with NaN, or with an integer that is no valid index."""
+    """Fill new floating-point memory with NaN, and new int64 memory with an integer that is no valid index."""
 
     def poison(allocate):
         def allocated(*args, **kwargs):
@@ -846,7 +846,7 @@ def test_unspecialised_sizes_are_parameters_of_a_kernel():
 
 @pytest.fixture
 def maxima_that_drop_nan(monkeypatch):
-    """Let the interpreter's maximum of a number and NaN be the number, as on a device. Before Triton 3.9 it was not."""
+    """Make the interpreter's maximum of a number and NaN the number, as on a device. Before Triton 3.9 it was NaN."""
     if DEVICE == "cpu":
         interpreter = importlib.import_module("triton.runtime.interpreter")
         monkeypatch.setattr(

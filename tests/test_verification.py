@@ -110,7 +110,7 @@ OUTPUTS = [(method, output) for method, count in METHODS.items() for output in r
 CORRUPTED = [(*place, change) for place in OUTPUTS for change in BREAKS]
 
 
-@pytest.mark.parametrize(  # of each output, one break is quick
+@pytest.mark.parametrize(  # for each output, one break is a quick case
     "corrupted",
     tiered(CORRUPTED, slow=lambda case: (OUTPUTS.index(case[:2]) - list(BREAKS).index(case[2])) % len(BREAKS) != 0),
     ids=lambda case: f"{case[0]} {case[1]} {case[2].__name__}",
@@ -650,7 +650,7 @@ FOUND = {"cuda": "fastntxent.backends.cuda.backend", "triton": "fastntxent.backe
 
 @pytest.fixture
 def simulated(monkeypatch, tmp_path):
-    """A simulated machine with GPUs: the answers of its child processes, and a record of the requests to them."""
+    """A simulated machine with GPUs. It holds the answers of its child processes, and records the requests to them."""
 
     machine = types.SimpleNamespace(
         verdicts={"cuda": PASSED, "triton": PASSED}, times=None, ends={}, asked=[], models={0: MODEL}
@@ -839,7 +839,7 @@ def test_failure_falls_back_and_warns_once(simulated):
     assert "wrong in nt_xent: float32: d_z_j is off" in str(caught[0].message)
     assert "python -m fastntxent info" in str(caught[0].message)
     policy.forget()
-    assert choose() == "blocked", "the verdict should be stored, and a second warning is an error"
+    assert choose() == "blocked", "the verdict should be stored, and a second warning would be an error"
     assert len(simulated.asked) == 2
 
 
