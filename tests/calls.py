@@ -1,5 +1,5 @@
 """Every public loss, measure, primitive and drop-in as a call on tensors, for the tests that cover them all:
-compilation, export, tracing, transforms."""
+compilation, export, tracing, transforms, autocast."""
 
 from __future__ import annotations
 

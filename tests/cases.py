@@ -185,8 +185,8 @@ def towers_result(
     loss: Callable[..., Tensor],
     dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
-    """Return a loss of two towers, and its gradients with respect to the inverse temperature and to each tower that
-    needs one: first the towers, then the inverse temperature."""
+    """Return a loss of two towers, and its gradients with respect to each tower that needs one and then to the inverse
+    temperature."""
     z = [z.to(dtype, copy=True).requires_grad_(need) for z, need in zip((batch.z_i, batch.z_j), needs, strict=True)]
     k = torch.tensor(1 / batch.temperature, dtype=accumulation_dtype(dtype)).to(batch.z_i.device).requires_grad_()
     value = loss(*z, k, batch.normalize, both, mean)

@@ -135,7 +135,7 @@ def info_nce(
     smoothing: float = 0.0,
     hardness: tuple[float, float] = (0.0, 0.0),
 ) -> Tensor:
-    """`hardness` holds two strengths: for the in-batch negatives, and for the explicit negatives."""
+    """`hardness` holds two strengths: one for the in-batch negatives, one for the explicit negatives."""
     losses = []
     for n in range(len(query)):
         t = tau[n] if tau.ndim else tau

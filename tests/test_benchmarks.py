@@ -62,7 +62,7 @@ def test_host_times_each_way_to_call_the_loss_with_an_empty_launch():
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs the compilers that Triton ships for Linux")
 def test_host_times_compiled_triton_kernels_without_running_them():
-    # In a separate process, because triton runs its interpreter in this one.
+    # This needs a separate process, because this process runs Triton's interpreter.
     code = """
 from benchmarks import host
 with host.empty_triton():

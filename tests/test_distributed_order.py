@@ -49,8 +49,8 @@ def rows() -> Tensor:
 
 
 def after_a_change(strategy: str) -> dict[tuple[str, str], str]:
-    """Change each tensor of each loss in place before the backward; return "right" or "wrong" for the gradient,
-    "noticed", or another error."""
+    """Change the rows or the ids of each loss in place before the backward. Return "right" or "wrong" for the gradient
+    or, if the backward raises, "noticed" or the message of an unexpected error."""
     found = {}
     for name, loss in LOSSES.items():
         for changed in ("rows", "ids"):

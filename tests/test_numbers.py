@@ -1,4 +1,4 @@
-"""Numbers that Python, C++ and CUDA each define, and that must be equal."""
+"""Numbers that Python, C++, CUDA and Triton define separately, and that must be equal."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""The registered operators: opcheck, compilation, transforms, autocast, and refused calls."""
+"""The registered operators: opcheck, compilation, transforms, autocast, and calls that raise."""
 
 import importlib
 
