@@ -331,7 +331,7 @@ def test_equal_pair_weights_are_accepted_whatever_their_dtype(found):
         assert [of_rank["weights"][name] for name in ("the same", "dtypes", "zeros")] == ["none"] * 3
 
 
-def test_no_rows_on_any_rank_raises_an_error(found):
+def test_batch_without_rows_on_any_rank_raises_an_error(found):
     assert "must have at least one row on the 2 ranks together" in found[0]["empty"]
 
 

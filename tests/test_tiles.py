@@ -113,7 +113,7 @@ def test_the_model_counts_what_the_schedule_does():
 
 
 @pytest.mark.parametrize("kernel", config.KERNELS)
-def test_the_turns_of_a_kernel_s_loops_make_all_of_its_products(kernel):
+def test_turns_of_a_kernels_loops_account_for_all_of_its_flops(kernel):
     tile = config.TileConfig(128, 64, 64, 8, 3)
     M, DP, chip = 65_536, 256, chips.CHIPS["sm_90"]
     work = model.work_of(kernel, dict.fromkeys(config.KERNELS, tile), M, DP, "bf16", chip)
