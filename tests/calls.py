@@ -1,5 +1,5 @@
 """Every public loss, measure, primitive and drop-in as a call on tensors, for the tests that cover them all:
-compilation, export, tracing, transforms."""
+compilation, export, tracing, transforms, autocast."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def three(n: int) -> tuple[Tensor, ...]:
 
 
 def taught(n: int) -> tuple[Tensor, ...]:
-    """Return the rows of two towers and of their teacher, which have a different width and need no gradient."""
+    """Return the rows of two towers, and the rows of their teacher, which are wider and need no gradient."""
     return *views(n), torch.randn(n, D + 2), torch.randn(n, D + 2)
 
 
@@ -384,8 +384,8 @@ def outputs(result: Any) -> list[Tensor]:
 
 
 def gradients(result: Any, inputs: tuple[Any, ...]) -> list[Tensor | None]:
-    """Sum all elements of all outputs, each with a different weight; return the sum's gradients with respect to the
-    inputs that require one."""
+    """Return the gradients of a weighted sum of all outputs, one for each input that requires a gradient; [] if no
+    output requires one."""
     differentiable = [x for x in outputs(result) if x.requires_grad]
     if not differentiable:
         return []

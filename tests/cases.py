@@ -23,8 +23,8 @@ blocked = importlib.import_module("fastntxent.backends.blocked")
 tiling = importlib.import_module("fastntxent.backends.tiling")
 TILE = tiling.BLOCK_CPU
 
-# Every available backend runs every case of the suite. cuda and triton have test files of their own: they need a GPU,
-# or take a minute where the others take a second.
+# The kernels that run every case on the CPU. cuda and triton have test files of their own, because they need a GPU, or
+# take a minute where the others take a second. The reference is what kernels are compared with.
 _ELSEWHERE = ("cuda", "triton", "reference")
 KERNELS = [name for name, status in backends().items() if status.available and name not in _ELSEWHERE]
 CUDA_KERNELS = [name for name in ("cuda", "triton", "blocked") if backends()[name].available]
@@ -50,7 +50,8 @@ class Batch(NamedTuple):
 
 
 def random_batch(n: int, d: int, temperature: float, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Batch:
-    """Return a batch as early in training: two noisy views of random directions, whose rows differ in length."""
+    """Return a batch as it looks early in training: two noisy views of random directions, with rows of different
+    lengths."""
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(n, d, generator=generator, dtype=torch.float64)
     noise = torch.randn(2, n, d, generator=generator, dtype=torch.float64)
@@ -60,7 +61,7 @@ def random_batch(n: int, d: int, temperature: float, *, dtype: torch.dtype = tor
 
 
 def start_of_training(n: int, d: int, temperature: float, *, seed: int = 0) -> Batch:
-    """Return a batch as from an untrained encoder: the two views of a sample are independent random directions."""
+    """Return a batch as it comes from an untrained encoder: both views of a sample are independent and random."""
     return Batch(*torch.randn(2, n, d, generator=torch.Generator().manual_seed(seed)), temperature)
 
 
@@ -158,7 +159,7 @@ def assert_arrays_within_budget(
 
 def assert_within_rounding(value: Tensor, truth: Tensor, logit_size: float, *, times: float = 1.0) -> None:
     """Check a float32 result against `times` the budget's floor alone. The full budget grows with the reference's
-    error, so it would not notice accuracy that a formula shared with the reference loses."""
+    error, so it would not notice an inaccurate formula that the reference uses too."""
     errors = error_budget.errors_of(value.detach(), truth.detach())
     floor = error_budget.allowed(error_budget.Errors(0.0, 0.0), torch.float32, logit_size)
     limit = error_budget.Errors(times * floor.maximum, times * floor.rms)
@@ -184,7 +185,7 @@ def towers_result(
     loss: Callable[..., Tensor],
     dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
-    """Return a loss of two towers, and its gradients with respect to the towers that need one and the inverse
+    """Return a loss of two towers, and its gradients with respect to each tower that needs one and then to the inverse
     temperature."""
     z = [z.to(dtype, copy=True).requires_grad_(need) for z, need in zip((batch.z_i, batch.z_j), needs, strict=True)]
     k = torch.tensor(1 / batch.temperature, dtype=accumulation_dtype(dtype)).to(batch.z_i.device).requires_grad_()

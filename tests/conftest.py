@@ -1,4 +1,4 @@
-"""Without a GPU, Triton's kernels run in its interpreter. Triton reads the setting when it is imported."""
+"""Without a GPU, Triton's kernels run in Triton's interpreter. Triton reads TRITON_INTERPRET when it is imported."""
 
 import os
 

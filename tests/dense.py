@@ -1,6 +1,6 @@
-"""The family of losses written out densely: one oracle for each loss, sharing no code with the package.
+"""The family of losses written out densely, as oracles that share no code with the package.
 
-Each takes embeddings (already normalised) and the temperature, and returns one loss per row.
+Most take embeddings (already normalised) and the temperature, and return one loss per row.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def info_nce(
     smoothing: float = 0.0,
     hardness: tuple[float, float] = (0.0, 0.0),
 ) -> Tensor:
-    """`hardness` holds two strengths: for the in-batch negatives, and for the explicit negatives."""
+    """`hardness` holds two strengths: one for the in-batch negatives, one for the explicit negatives."""
     losses = []
     for n in range(len(query)):
         t = tau[n] if tau.ndim else tau
@@ -233,7 +233,8 @@ def nt_logistic(u: Tensor, tau: Tensor, bias: float | Tensor, ids: Tensor | None
 
 
 def limited(u: Tensor, tau: Tensor, ids: Tensor | None = None, **limits: float) -> Tensor:
-    """`multiview` with only the negatives up to the row's limit, which its least similar positive sets."""
+    """`multiview` with only the negatives up to the row's limit, which is set by the least similar positive and the
+    ceiling."""
     V, N, _ = u.shape
     rows = u.flatten(0, 1)
     sims = rows @ rows.T

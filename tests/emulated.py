@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
-# Fibers use ucontext, which systems other than Linux no longer support.
+# The emulator's fibers use ucontext, which macOS deprecates and Windows lacks.
 COMPILER = (os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")) if sys.platform == "linux" else None
 H100 = 232_448  # bytes of shared memory available to a block
 GEFORCE = 101_376

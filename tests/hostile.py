@@ -1,4 +1,4 @@
-"""Call every operator with one wrong argument: it must raise an error naming the argument, or return correct numbers.
+"""Call every operator with one wrong argument at a time; each call must name the argument or return correct numbers.
 
 python -m tests.hostile [--kernels PATH]    the whole campaign; PATH is a build of fastntxent._cpu to test,
                                             such as the AddressSanitizer build of csrc/cpu/sanitize.sh
@@ -177,7 +177,7 @@ class Campaign:
 
 
 def use_kernels(path: str) -> None:
-    """Replace the installed CPU kernels with another build."""
+    """Replace the installed CPU kernels with the build at this path."""
     spec = importlib.util.spec_from_file_location("fastntxent._cpu", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,7 +1,7 @@
-"""Triton's interpreter in half the time, with the same results.
+"""Makes Triton's interpreter twice as fast, with the same results.
 
 At every call of a device function, the interpreter searches all of triton.language for functions to wrap, although the
-launch of its kernel has wrapped them. For every operation, it builds its table of dtypes anew.
+kernel's launch has already wrapped them. For every operation, it builds its table of dtypes anew.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 _modules: set[Any] = set()  # modules that the running launch has wrapped
-_scopes: list[Any] = []  # what restores them
+_scopes: list[Any] = []  # objects that undo the wrapping
 
 
 class _Launch:
-    """Undoes, at the end of a launch, everything that was wrapped during it."""
+    """Undoes all wrapping at the end of a launch."""
 
     def restore(self) -> None:
         _modules.clear()
@@ -27,13 +27,13 @@ class _Launch:
 
 
 def hasten() -> None:
-    """Let the interpreter wrap each module of triton.language once per launch, and build its table of dtypes once."""
+    """Let the interpreter wrap each module of triton.language once per launch, and look up each dtype once."""
     try:
         from triton.runtime import interpreter
     except ImportError:
         return
     if not (hasattr(interpreter, "_patch_lang") and hasattr(interpreter, "_get_np_dtype")):
-        return  # another version of Triton, at its own speed
+        return  # an unknown version of Triton keeps its own speed
     wrap, language = interpreter._patch_lang, (interpreter.tl, interpreter.tl.core)
     look_up, dtypes = interpreter._get_np_dtype, {}
 
@@ -55,6 +55,6 @@ def hasten() -> None:
 
 
 def pad_rows(monkeypatch: pytest.MonkeyPatch, multiple: int) -> None:
-    """Pad packed rows to this multiple. In the interpreter, padding costs as much as rows."""
+    """Pad packed rows to this multiple. In the interpreter, a padding row costs as much as a real row."""
     for name in ("pack", "panels", "config"):
         monkeypatch.setattr(importlib.import_module(f"fastntxent.backends.triton.{name}"), "PADDED_ROWS", multiple)

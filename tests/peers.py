@@ -53,8 +53,8 @@ def batch(count, n, d, seed):
 
 
 def assert_same(ours, theirs, tau, *tensors, exact=1e-9):
-    """Compare value and gradients: up to `exact` in float64, and in float32 up to the rounding of logits of size 1/tau,
-    which does not shrink as losses and gradients do."""
+    """Compare values and gradients. The tolerance is `exact` in float64. In float32 it is the rounding error of logits
+    of size 1/tau, which does not shrink when losses and gradients do."""
     for dtype, tolerance in ((torch.float64, exact), (torch.float32, 1.5e-6 * (1 + 1 / tau))):
         mine, other = (value_and_gradients(loss, [z.to(dtype) for z in tensors]) for loss in (ours, theirs))
         sizes = [1.0, *(gradient_size(z, tau) for z in tensors)]

@@ -31,7 +31,7 @@ CHIPS = {"nearest": TensorCore(0, 0), "a100": TensorCore(8, 1), "h100": TensorCo
 FAMILIES = {"a100": "sm_80", "h100": "sm_90"}  # the architecture whose tiles are used
 LEAST_EXPONENT = {"fp16": -14, "bf16": -126, "tf32": -126}
 _NONE = -1000  # the exponent of zero
-_LEAST_SHIFT = -133  # the exponent that a block is shifted to is at least this
+_LEAST_SHIFT = -133  # the smallest exponent to which a block is shifted
 
 chosen = "h100"  # --tensor-cores
 

@@ -46,21 +46,21 @@ def test_nt_xent_reductions_agree(backend):
     torch.testing.assert_close(nt_xent(z_i, z_j, 0.3, backend=backend), rows.mean())
 
 
-def test_nt_xent_rows_come_in_the_order_of_the_views(backend):
+def test_nt_xent_rows_are_in_the_order_of_the_views(backend):
     z_i, z_j, *_ = random_batch(4, 5, 0.3)
     rows = nt_xent(z_i, z_j, 0.3, reduction="none", backend=backend)
     swapped = nt_xent(z_j, z_i, 0.3, reduction="none", backend=backend)
     torch.testing.assert_close(torch.cat((rows[4:], rows[:4])), swapped)
 
 
-def test_nt_xent_published_value(backend):
+def test_nt_xent_of_equal_embeddings_has_the_published_value(backend):
     # The paper's loss at chance: with all embeddings equal and N = 256, it is log(2N - 1) at any temperature.
     z = torch.ones(256, 128)
     assert float(nt_xent(z, z, 0.1, backend=backend)) == pytest.approx(math.log(511), rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_nt_xent_dtypes_of_value_and_gradient(backend, dtype):
+def test_nt_xent_value_is_at_least_float32_and_gradient_has_the_input_dtype(backend, dtype):
     z = random_batch(6, 4, 0.5, dtype=dtype).z_i.requires_grad_()
     loss = nt_xent(z, z.detach() + 1, backend=backend)
     loss.backward()
@@ -96,7 +96,7 @@ def test_nt_xent_backward_twice_accumulates(backend):
     torch.testing.assert_close(z.grad, 2 * once)
 
 
-def test_nt_xent_same_tensor_as_both_views(backend):
+def test_nt_xent_accepts_the_same_tensor_as_both_views(backend):
     z = random_batch(5, 4, 0.5).z_i.requires_grad_()
     nt_xent(z, z, backend=backend).backward()
     expected = z.detach().double().requires_grad_()
@@ -120,7 +120,7 @@ def test_nt_xent_terms_add_up(backend):
     assert terms._fields == ("alignment", "distribution", "loss")
 
 
-def test_nt_xent_terms_one_can_be_dropped(backend):
+def test_nt_xent_terms_can_be_differentiated_one_at_a_time(backend):
     z = random_batch(6, 4, 0.3).z_i.requires_grad_()
     other = z.detach().flip(0)
     nt_xent_terms(z, other, 0.3, backend=backend).alignment.backward()
@@ -172,7 +172,7 @@ def test_nt_xent_loss_module_prints_its_settings():
     assert "learn_temperature=True" in repr(NTXentLoss(learn_temperature=True))
 
 
-def test_split_views_layouts():
+def test_split_views_accepts_every_layout():
     z_i, z_j = torch.randn(2, 3, 4)
     for pair in (
         split_views(torch.cat((z_i, z_j))),
@@ -199,7 +199,7 @@ def test_uniformity_gradient_equals_autograd_of_its_definition(backend):
     torch.testing.assert_close(value, expected)
 
 
-# --- errors: one test each -------------------------------------------------------------------------------------------
+# --- errors: one case each -------------------------------------------------------------------------------------------
 
 Z = torch.randn(4, 3)
 IDS = torch.arange(4)
@@ -214,10 +214,10 @@ BAD_CALLS = {
     "three dimensions": (lambda: nt_xent(Z[None], Z[None]), ValueError, r"z_i must have 2 dimensions.*\(1, 4, 3\)"),
     "empty batch": (lambda: nt_xent(Z[:0], Z[:0]), ValueError, r"z_i must have at least one row.*\(0, 3\)"),
     "no features": (lambda: nt_xent(Z[:, :0], Z[:, :0]), ValueError, r"one feature.*\(4, 0\)"),
-    "other N": (lambda: nt_xent(Z, Z[:3]), ValueError, r"same shape, got \(4, 3\) and \(3, 3\)"),
-    "other D": (lambda: nt_xent(Z, Z[:, :2]), ValueError, r"same shape, got \(4, 3\) and \(4, 2\)"),
-    "other dtype": (lambda: nt_xent(Z, Z.double()), ValueError, "same dtype, got torch.float32 and torch.float64"),
-    "other device": (lambda: nt_xent(Z, Z.to("meta")), ValueError, "same device, got cpu and meta"),
+    "different N": (lambda: nt_xent(Z, Z[:3]), ValueError, r"same shape, got \(4, 3\) and \(3, 3\)"),
+    "different D": (lambda: nt_xent(Z, Z[:, :2]), ValueError, r"same shape, got \(4, 3\) and \(4, 2\)"),
+    "different dtypes": (lambda: nt_xent(Z, Z.double()), ValueError, "same dtype, got torch.float32 and torch.float64"),
+    "different devices": (lambda: nt_xent(Z, Z.to("meta")), ValueError, "same device, got cpu and meta"),
     "temperature 0": (lambda: nt_xent(Z, Z, 0.0), ValueError, "temperature must be positive and finite, got 0.0"),
     "temperature 1e-39": (
         lambda: nt_xent(Z, Z, 1e-39),
@@ -252,7 +252,7 @@ BAD_CALLS = {
     "temperature tensor nan": (lambda: nt_xent(Z, Z, torch.tensor(math.nan)), ValueError, "got nan"),
     "temperature 1-d": (lambda: nt_xent(Z, Z, torch.ones(1)), ValueError, r"0-d tensor, got shape \(1,\)"),
     "temperature integers": (lambda: nt_xent(Z, Z, torch.tensor(1)), TypeError, "floating-point.*torch.int64"),
-    "temperature elsewhere": (lambda: nt_xent(Z, Z, torch.ones((), device="meta")), ValueError, "device cpu, got meta"),
+    "temperature on meta": (lambda: nt_xent(Z, Z, torch.ones((), device="meta")), ValueError, "device cpu, got meta"),
     "temperature text": (lambda: nt_xent(Z, Z, "warm"), TypeError, "temperature must be a float.*got str"),
     "temperature bool": (lambda: nt_xent(Z, Z, True), TypeError, "got bool"),
     "reduction": (lambda: nt_xent(Z, Z, reduction="avg"), ValueError, "reduction must be one of.*got 'avg'"),
@@ -266,8 +266,8 @@ BAD_CALLS = {
     "terms shapes": (lambda: nt_xent_terms(Z, Z[:3]), ValueError, "same shape"),
     "terms temperature": (lambda: nt_xent_terms(Z, Z, 0.0), ValueError, "temperature must be positive"),
     "terms backend": (lambda: nt_xent_terms(Z, Z, backend="tpu"), ValueError, "backend must be"),
-    "neg_lse rank": (lambda: neg_lse(Z[0], IDS, 1.0), ValueError, "u must have 2 dimensions"),
-    "cross_neg_lse rank": (lambda: cross_neg_lse(Z, Z[0], IDS, IDS, 1.0), ValueError, "v must have 2 dimensions"),
+    "neg_lse 1-d": (lambda: neg_lse(Z[0], IDS, 1.0), ValueError, "u must have 2 dimensions"),
+    "cross_neg_lse 1-d": (lambda: cross_neg_lse(Z, Z[0], IDS, IDS, 1.0), ValueError, "v must have 2 dimensions"),
     "cross_neg_lse dtype": (
         lambda: cross_neg_lse(Z, Z.double(), IDS, IDS, 1.0),
         ValueError,
@@ -297,7 +297,7 @@ BAD_CALLS = {
     "neg_lse ids dtype": (lambda: neg_lse(Z, IDS.float(), 1.0), TypeError, "ids must have an integer dtype"),
     "neg_lse ids bool": (lambda: neg_lse(Z, IDS > 1, 1.0), TypeError, "ids must have an integer dtype"),
     "neg_lse ids shape": (lambda: neg_lse(Z, IDS[:3], 1.0), ValueError, r"ids must have shape \(4,\).*\(3,\)"),
-    "neg_lse ids rank": (lambda: neg_lse(Z, IDS[:, None], 1.0), ValueError, r"ids must have shape \(4,\)"),
+    "neg_lse ids 2-d": (lambda: neg_lse(Z, IDS[:, None], 1.0), ValueError, r"ids must have shape \(4,\)"),
     "neg_lse ids device": (lambda: neg_lse(Z, IDS.to("meta"), 1.0), ValueError, "ids must be on the device of u"),
     "neg_lse temperature": (lambda: neg_lse(Z, IDS, -0.1), ValueError, "temperature must be positive"),
     "split odd": (lambda: split_views(Z[:3]), ValueError, "even number of rows, got 3"),
@@ -311,13 +311,13 @@ BAD_CALLS = {
 
 
 @pytest.mark.parametrize("case", BAD_CALLS)
-def test_bad_input_is_named(case):
+def test_bad_input_raises_an_error_that_describes_it(case):
     call, error, message = BAD_CALLS[case]
     with pytest.raises(error, match=message):
         call()
 
 
-# Every function, with a valid value for each of its tensors.
+# Functions, each with a valid value for each of its tensor arguments.
 TENSORS = {
     "nt_xent": (nt_xent, {"z_i": Z, "z_j": Z, "temperature": torch.tensor(0.5), "ids": IDS}),
     "nt_xent_terms": (nt_xent_terms, {"z_i": Z, "z_j": Z, "temperature": torch.tensor(0.5)}),
@@ -394,7 +394,7 @@ UNFIT = {
 @pytest.mark.filterwarnings("ignore")  # PyTorch warns that some tensor types are prototypes
 @pytest.mark.parametrize("unfit", UNFIT)
 @pytest.mark.parametrize("name", TENSORS)
-def test_unfit_tensor_is_named(name, unfit):
+def test_unsupported_kind_of_tensor_raises_an_error_that_names_the_argument(name, unfit):
     function, tensors = TENSORS[name]
     function(**tensors)
     for argument, tensor in tensors.items():
@@ -403,7 +403,7 @@ def test_unfit_tensor_is_named(name, unfit):
         assert not isinstance(raised.value, NotImplementedError)
 
 
-def test_tensor_without_data_is_named():
+def test_meta_tensor_raises_an_error_that_names_the_argument():
     ids, weights = IDS.to("meta"), torch.ones(2, device="meta")
     for argument, call in {
         "labels": lambda: fastntxent.sup_con(Z, ids),
@@ -436,12 +436,12 @@ TOO_MANY = {
 
 @pytest.mark.parametrize("n", [2**31, 2**40])
 @pytest.mark.parametrize("name", TOO_MANY)
-def test_too_many_rows_are_refused_before_memory_is_asked_for(name, n):
+def test_too_many_rows_are_rejected_before_any_memory_is_allocated(name, n):
     with pytest.raises(ValueError, match=rf"must have at most 2147483647 rows, got {n}|got {2 * n}"):
         TOO_MANY[name](FEW.expand(n, 1), IDS[:1].expand(n))
 
 
-def test_too_many_rows_of_two_views_are_refused():
+def test_too_many_rows_in_two_views_together_are_rejected():
     rows = FEW.expand(2**30, 1).requires_grad_()
     with pytest.raises(ValueError, match="z_i and z_j together must have at most 2147483647 rows, got 2147483648"):
         nt_xent(rows, rows)
@@ -471,14 +471,14 @@ NUMBERS = {
 
 @pytest.mark.parametrize("number", [np.float16, np.float32, np.float64, Fraction])
 @pytest.mark.parametrize("name", NUMBERS)
-def test_any_real_number_counts_as_the_float_it_is(name, number):
+def test_numbers_of_any_real_type_are_converted_to_float(name, number):
     value = NUMBERS[name](number)
     assert isinstance(value, torch.Tensor)
     assert torch.equal(value, NUMBERS[name](lambda x: float(number(x))))
 
 
 @pytest.mark.parametrize("value", [True, np.bool_(True), np.array(0.5), 1j, "0.5"])
-def test_what_is_no_real_number_is_refused(value):
+def test_values_that_are_not_real_numbers_are_rejected(value):
     for call in (
         lambda: nt_xent(Z, Z, label_smoothing=value),
         lambda: nt_xent(Z, Z, value),
@@ -488,7 +488,7 @@ def test_what_is_no_real_number_is_refused(value):
             call()
 
 
-def test_check_integer_takes_any_integer():
+def test_check_integer_accepts_only_integers():
     assert type(check_integer("k", np.int64(3), 1)) is int
     for value in (True, np.bool_(True), 3.0, "3", torch.tensor(3)):
         with pytest.raises(TypeError, match="k must be an int, got"):
@@ -500,7 +500,7 @@ def test_check_integer_takes_any_integer():
 # --- the table of backends -------------------------------------------------------------------------------------------
 
 
-def test_backends_lists_the_table():
+def test_backends_returns_a_consistent_status_for_each_backend():
     table = backends()
     assert {"reference", "blocked"} <= set(table)
     for status in table.values():
@@ -522,7 +522,7 @@ fastntxent.nt_xent(*torch.randn(2, 4, 3))
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_backends_says_what_the_cpu_kernels_use():
+def test_backends_says_which_instruction_set_and_threads_the_cpu_kernels_use():
     status = backends()["cpu"]
     if not status.available:
         pytest.skip(f"needs the CPU kernels built: {status.reason}")
@@ -546,13 +546,13 @@ def broken_backend(monkeypatch):
     table._first_serving.cache_clear()
 
 
-def test_backends_keeps_the_error_of_one_that_does_not_load(broken_backend):
+def test_backends_reports_the_error_of_a_backend_that_fails_to_import(broken_backend):
     status = backends()["broken"]
     assert not status.available
     assert "does_not_exist" in status.reason
 
 
-def test_unavailable_backend_asked_for_by_name_says_why(broken_backend):
+def test_requesting_an_unavailable_backend_raises_an_error_that_says_why(broken_backend):
     with pytest.raises(RuntimeError, match=r"backend 'broken' is not available: ModuleNotFoundError.*does_not_exist"):
         nt_xent(Z, Z, backend="broken")
     for call in (
@@ -565,12 +565,12 @@ def test_unavailable_backend_asked_for_by_name_says_why(broken_backend):
             call()
 
 
-def test_auto_passes_over_a_backend_that_does_not_load(broken_backend):
+def test_auto_skips_a_backend_that_fails_to_import(broken_backend):
     assert table._TABLE["broken"].auto == "yes"
     torch.testing.assert_close(nt_xent(Z, Z), nt_xent(Z, Z, backend="reference"))
 
 
-def test_backend_asked_for_on_a_device_it_does_not_serve_says_so(broken_backend):
+def test_requesting_a_backend_on_an_unsupported_device_raises(broken_backend):
     with pytest.raises(ValueError, match="'broken' serves cpu tensors, got tensors on cuda"):
         table.select("broken", "cuda", torch.float32)
 
@@ -599,7 +599,7 @@ assert not {"matplotlib", "sklearn", "mlxtend", "PIL"} & set(sys.modules)
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_drop_ins_are_attributes_that_load_when_asked_for():
+def test_drop_ins_load_on_first_access():
     code = """
 import sys, fastntxent
 def loaded():

@@ -1,4 +1,4 @@
-"""Autocast around the backward of every public function that takes tensors."""
+"""Autocast around the backward of the public functions that take tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ WITH_BACKEND = [name for name in NAMES if CALLS[name].reduction and "." not in n
 
 
 def results(name: str, *, forward: bool, backward: bool, **options: Any) -> list[torch.Tensor]:
-    """Return the values, then all gradients, with autocast around one, both or neither of the passes."""
+    """Return the values, then the gradients that are not None, with autocast around one, both or neither of the passes;
+    [] if no value requires a gradient."""
     torch.manual_seed(0)
     call = CALLS[name]
     temperature = torch.tensor(0.3, requires_grad=True)
@@ -53,7 +54,7 @@ def test_autocast_around_the_backward_changes_no_gradient(name):
 
 @pytest.mark.parametrize("backend", ["blocked", "reference"])
 @pytest.mark.parametrize("name", WITH_BACKEND)
-def test_autocast_around_the_backward_changes_no_gradient_of_plain_pytorch(name, backend):
+def test_autocast_around_the_backward_changes_no_gradient_of_pytorch_backends(name, backend):
     assert_unchanged(name, backend=backend)
     assert_unchanged(name, backend=backend, reduction="none")
 

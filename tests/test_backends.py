@@ -1,4 +1,4 @@
-"""Every backend against the oracle: stages of training, temperatures, sizes, dtypes and layouts."""
+"""Every backend compared with the oracle: stages of training, temperatures, sizes, dtypes and layouts."""
 
 import itertools
 import math
@@ -83,7 +83,7 @@ def test_nt_xent_upstream_of_any_magnitude_within_budget(backend, temperature, s
 
 @pytest.mark.parametrize("temperature", [0.02, 0.1, 1.0, 1e4, 1e8])
 @pytest.mark.parametrize("samples", ["apart", "anywhere"])
-def test_nt_xent_one_upstream_entry_near_the_end_of_the_range_spoils_no_other_row(backend, samples, temperature):
+def test_nt_xent_extreme_upstream_entry_spoils_no_other_row(backend, samples, temperature):
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(16, 16, generator=generator, dtype=torch.float64)
     z = torch.linalg.qr(z)[0] if samples == "apart" else z
@@ -110,7 +110,7 @@ def test_nt_xent_float64_large_losses_within_budget(backend, temperature):
 
 @pytest.mark.parametrize("inv_tau", [40, 52, 54, 56, 70, 82, 84, 86, 88, 90, 94, 110, 400])
 @pytest.mark.parametrize("stage", ["collapsed", "converged"])
-def test_nt_xent_where_exponentials_leave_the_range_of_float32(backend, stage, inv_tau):
+def test_nt_xent_near_the_range_of_float32_exponentials_within_budget(backend, stage, inv_tau):
     if stage == "collapsed":  # all logits are near the maximum
         z = torch.ones(2, 60, 16) + 1e-3 * torch.randn(2, 60, 16, generator=torch.Generator().manual_seed(0))
         batch = Batch(*z, 1 / inv_tau)
@@ -129,7 +129,7 @@ def test_nt_xent_converged_within_budget(backend, reduction, loss, temperature):
 
 
 @every_pair(slow_pairs=True, loss=[None, 0.7, 1e-3, 1e-6], temperature=[0.01, 0.1, 0.5])
-def test_gradient_accuracy_at_every_stage_of_training(backend, loss, temperature):
+def test_gradient_is_accurate_at_every_stage_of_training(backend, loss, temperature):
     shape = 512, 128, temperature
     batch = start_of_training(*shape) if loss is None else converged_batch(*shape, loss)
     if loss is not None:
@@ -138,8 +138,9 @@ def test_gradient_accuracy_at_every_stage_of_training(backend, loss, temperature
 
 
 @pytest.mark.parametrize("rows", ["duplicates", "collapsed"])
-def test_similar_rows_of_many_features_round_as_in_pytorch(backend, rows):
-    # The products of similar rows have one sign, so the error of a single sum over all features would grow with them.
+def test_similar_rows_of_many_features_are_about_as_accurate_as_in_pytorch(backend, rows):
+    # The products of similar rows have one sign, so the error of a single sum over all features would grow with the
+    # number of features.
     errors = []
     for seed in range(6):
         generator = torch.Generator().manual_seed(seed)
@@ -207,7 +208,7 @@ def test_nt_xent_zero_rows_within_budget(backend, dtype):
 @pytest.mark.parametrize("length", [1e-13, 1e-11, 1e-9])
 def test_nt_xent_rows_around_eps_within_budget(backend, length, dtype):
     z_i, z_j, *_ = random_batch(20, 16, 0.5, dtype=dtype)
-    # All rows of one view are short. Rows shorter than eps are divided by eps, and keep their radial gradient.
+    # All rows of one view are short. A row shorter than eps is divided by eps, so its gradient keeps its radial part.
     batch = Batch(torch.nn.functional.normalize(z_i, dim=1) * length, z_j, 0.5)
     assert_within_budget(batch, backend)
 
@@ -224,7 +225,7 @@ def test_nt_xent_huge_logits_are_no_worse_than_the_reference(backend, n, seed):
 
 
 @pytest.mark.parametrize("n", [1, 5])
-def test_nt_xent_one_feature_has_no_gradient(backend, n):
+def test_nt_xent_of_a_single_feature_has_a_gradient_near_zero(backend, n):
     # With one feature, every unit row is 1 or -1, and no small step changes it.
     batch = random_batch(n, 1, 0.5)
     result, truth = evaluate(batch, backend), evaluate(batch.map(torch.Tensor.double), "reference")
@@ -291,7 +292,7 @@ def test_cross_neg_lse_dtypes_and_strides_equal_the_reference(backend, dtype):
 
 
 @pytest.mark.parametrize("needs", ["u", "v", "temperature"])
-def test_cross_neg_lse_forms_the_gradients_that_are_wanted(backend, needs):
+def test_cross_neg_lse_computes_a_single_requested_gradient(backend, needs):
     ids = torch.arange(20), torch.arange(30)
 
     def gradient(name):
@@ -305,7 +306,7 @@ def test_cross_neg_lse_forms_the_gradients_that_are_wanted(backend, needs):
     torch.testing.assert_close(gradient(backend), gradient("reference"))
 
 
-def test_cross_neg_lse_of_one_side_against_itself_is_neg_lse(backend):
+def test_cross_neg_lse_of_one_side_against_itself_equals_neg_lse(backend):
     u = F.normalize(torch.randn(70, 12), dim=1)
     ids = torch.arange(70) // 2
     nus = cross_neg_lse(u, u, ids, ids, 0.1, backend=backend)
@@ -331,8 +332,8 @@ def test_neg_lse_of_a_row_that_leaves_out_a_nan_is_its_own(backend):
 
 
 @pytest.mark.parametrize("temperature", [0.001, 0.5])
-def test_neg_lse_of_rows_without_negatives_can_be_masked_away(backend, temperature):
-    # torch.where lets 0 * inf = NaN reach the masked rows; the NaN must not spread to the other rows.
+def test_neg_lse_of_rows_without_negatives_can_be_masked_out(backend, temperature):
+    # The masked rows get an upstream gradient of 0 * inf = NaN, which must not reach the gradient with respect to u.
     u = torch.nn.functional.normalize(torch.randn(4, 3), dim=1).requires_grad_()
     ids = torch.zeros(4, dtype=torch.long)
     nu = neg_lse(u, ids, temperature, backend=backend)
@@ -387,7 +388,7 @@ def test_blocked_block_size_does_not_change_the_result(monkeypatch):
 
 
 @pytest.mark.parametrize("temperature", [0.05, 1.0])
-def test_blocked_running_maximum_equals_direct(monkeypatch, temperature):
+def test_blocked_running_maximum_equals_direct_exponentials(monkeypatch, temperature):
     batch = random_batch(50, 16, temperature, dtype=torch.float64)
     ones = torch.ones(100)
     direct = evaluate(batch, "blocked", reduction="none", upstream=ones)
@@ -401,7 +402,7 @@ def blocks_of(*rows):
     return [tiling.Blocks(Side(u, torch.arange(len(u)))) for u in rows]
 
 
-def test_blocked_forms_exponentials_directly_only_in_range():
+def test_blocked_computes_exponentials_directly_only_in_range():
     unit = torch.nn.functional.normalize(torch.randn(100, 8), dim=1)
     in_range = {
         (1.0, 50.0): True,

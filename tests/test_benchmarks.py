@@ -52,7 +52,7 @@ def test_competitors_agree_with_the_oracle(name):
     assert timing.check(name, made(name), timing.Case(48, 16)) < 1e-5
 
 
-def test_host_times_every_way_to_the_loss_around_an_empty_launch():
+def test_host_times_each_way_to_call_the_loss_with_an_empty_launch():
     with host.empty_launch():
         seconds = host.seconds_of_steps(host.steps("cuda", 8, 4), calls=2, rounds=3)
     assert list(seconds) == ["autograd alone", "nt_xent", "NTXentLoss"]
@@ -61,8 +61,8 @@ def test_host_times_every_way_to_the_loss_around_an_empty_launch():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs the compilers that Triton ships for Linux")
-def test_host_times_compiled_triton_kernels_that_never_run():
-    # In a separate process, because triton runs its interpreter in this one.
+def test_host_times_compiled_triton_kernels_without_running_them():
+    # This needs a separate process, because this process runs Triton's interpreter.
     code = """
 from benchmarks import host
 with host.empty_triton():
@@ -100,12 +100,12 @@ def test_check_rejects_a_wrong_loss(wrong):
         timing.check("eager", off, timing.Case(48, 16))
 
 
-def test_check_rejects_another_loss():
+def test_check_rejects_a_different_loss():
     with pytest.raises(AssertionError, match="disagrees"):
         timing.check("eager", partial(losses.one_way, temperature=timing.TEMPERATURE), timing.Case(48, 16))
 
 
-def test_interleave_makes_every_call_once_a_round():
+def test_interleave_makes_every_call_once_per_round():
     turns: dict[str, list[int]] = {"a": [], "b": []}
 
     def call(name, turn):
@@ -124,7 +124,7 @@ def test_quantiles_are_milliseconds():
 
 @pytest.mark.slow
 @needs_linux
-def test_memory_sees_the_dense_matrix_and_not_the_tiles():
+def test_memory_measures_the_full_matrix_of_eager_but_not_of_blocked():
     matrix = (2 * 2048) ** 2 * 4
     assert memory.measure_in_process("eager", 2048, 32)["extra_bytes"] > 2 * matrix
     assert memory.measure_in_process("blocked", 2048, 32)["extra_bytes"] < matrix / 4
@@ -193,7 +193,7 @@ def test_scaling_compares_with_the_first_size(tmp_path):
 
 @pytest.mark.skipif(machine.processors() < 2, reason="needs two processors")
 @pytest.mark.parametrize("name", ["blocked", pytest.param("cpu", marks=needs_cpu_kernels)])
-def test_scaling_over_threads_times_our_kernel_and_a_product_beside_the_prediction(name, tmp_path, capsys):
+def test_scaling_over_threads_reports_kernel_product_and_predicted_speed_ups(name, tmp_path, capsys):
     options = ["--threads", "1", "2", "--n", "300", "--d", "16", "--only", name]
     record = run("scaling", tmp_path / "scaling.json", *options)
     one, two = record["results"][0]["threads"].values()
@@ -207,14 +207,14 @@ def test_scaling_over_threads_times_our_kernel_and_a_product_beside_the_predicti
     assert tables.scaling_table(record) in capsys.readouterr().out
 
 
-def test_scaling_refuses_more_threads_than_processors(capsys):
+def test_scaling_rejects_more_threads_than_processors(capsys):
     count = machine.processors()
     with pytest.raises(SystemExit):
         cli.main(["scaling", "--threads", "1", str(count + 1)])
     assert f"--threads {count + 1}: this process may use {count} processors" in capsys.readouterr().err
 
 
-def test_similarities_are_multiplied_some_rows_at_a_time(monkeypatch):
+def test_similarity_product_is_computed_a_few_rows_at_a_time(monkeypatch):
     monkeypatch.setattr(machine, "LARGEST_PRODUCT", 5 * 14 * 4)  # 5 of the 14 rows at a time
     shapes = []
     multiply = torch.mm
@@ -237,7 +237,7 @@ def test_family_times_every_loss_against_the_first(tmp_path, capsys):
     assert tables.family_table(record) in capsys.readouterr().out
 
 
-def test_drop_ins_are_the_formulas_that_they_are_timed_against(tmp_path, capsys):
+def test_drop_ins_are_timed_against_equal_plain_formulas(tmp_path, capsys):
     threads = torch.get_num_threads()
     record = run("drop-ins", tmp_path / "drop-ins.json", "--n", "16", "--d", "8")
     assert [row["threads"] for row in record["results"][:: len(drop_ins.pairs(8))]] == sorted({1, threads})
@@ -247,7 +247,7 @@ def test_drop_ins_are_the_formulas_that_they_are_timed_against(tmp_path, capsys)
     assert tables.drop_ins_table(record) in capsys.readouterr().out
 
 
-def test_a_drop_in_that_is_another_loss_is_not_timed():
+def test_drop_ins_check_rejects_a_different_loss():
     pair = drop_ins.Pair(lambda a, b: (a * b).sum(), lambda a, b: 1.001 * (a * b).sum())
     with pytest.raises(AssertionError):
         drop_ins.check(pair, drop_ins.inputs(pair, 16, 8))
@@ -255,7 +255,7 @@ def test_a_drop_in_that_is_another_loss_is_not_timed():
 
 @pytest.mark.slow
 @needs_linux
-def test_losses_stay_within_their_memory():
+def test_losses_stay_within_their_memory_limits():
     # Besides the inputs, 2 x 16 MiB of features, clip holds their gradients and the kernel's copies, but never 256 MiB
     # of logits. sup_con has 200,000 positive pairs in ten classes, and computes their terms in tiles.
     assert family.peak("two towers", "clip", 8192, 512) < 128 * 2**20
@@ -263,7 +263,7 @@ def test_losses_stay_within_their_memory():
 
 
 @pytest.mark.slow
-def test_converged_shows_what_the_dense_loss_loses(tmp_path):
+def test_converged_shows_the_error_of_the_dense_loss(tmp_path):
     record = run("converged", tmp_path / "converged.json", "--n", "64", "--d", "32")
     assert len(record["results"]) == 8
     last = next(row for row in record["results"] if row["stage"] == "1e-6" and row["temperature"] == 0.1)
@@ -271,7 +271,7 @@ def test_converged_shows_what_the_dense_loss_loses(tmp_path):
     assert "lightly" not in last["errors"]  # it would normalise the rows
 
 
-def test_distributed_sends_what_the_formula_says_and_times_both_strategies(tmp_path, capsys):
+def test_distributed_sends_the_predicted_bytes_and_times_both_strategies(tmp_path, capsys):
     options = ["--n", "24", "--d", "8", "--ranks", "1", "2", "3", "--rounds", "2"]
     record = run("distributed", tmp_path / "distributed.json", *options)
     assert [(row["ranks"], row["strategy"]) for row in record["results"]] == [
@@ -293,13 +293,13 @@ def test_distributed_rejects_a_wrong_gradient():
         distributed._check_rank("ring", 1.001 * true.float(), true)
 
 
-def test_command_line_names_a_number_that_cannot_be(capsys):
+def test_command_line_rejects_an_invalid_number(capsys):
     with pytest.raises(SystemExit):
         cli.main(["model", "--n", "0"])
     assert "argument --n: must be 1 or more, got 0" in capsys.readouterr().err
 
 
-def test_command_line_runs_as_a_module_and_gpu_says_what_it_needs():
+def test_gpu_suite_run_as_a_module_says_that_it_needs_a_cuda_device():
     if torch.cuda.is_available():
         pytest.skip("needs a machine without a CUDA device")
     command = [sys.executable, "-m", "benchmarks", "gpu"]
@@ -398,7 +398,7 @@ def committed(tmp_path):
     return tmp_path, tmp_path / "docs" / "benchmarks.md"
 
 
-def test_report_fills_the_pages_and_draws(committed):
+def test_report_fills_the_pages_and_draws_the_overview(committed):
     results, page = committed
     command = ["report", "--results", str(results), "--root", str(results)]
     sections = "time, memory, scaling, family, accuracy, times, schedule, devices, distributed, drop-ins"
@@ -457,7 +457,7 @@ def test_report_has_rows_for_every_instruction_set(committed):
     assert text.index("### AVX-512") < text.index("### AVX2")
 
 
-def test_report_says_how_to_make_the_times(committed):
+def test_report_says_how_to_measure_missing_times(committed):
     results, _ = committed
     (results / "cpu.json").unlink()
     with pytest.raises(FileNotFoundError, match="python -m benchmarks cpu --out"):
@@ -491,7 +491,7 @@ def released(monkeypatch):
 
 
 @needs_cpu_kernels
-def test_figures_of_a_kernel_held_to_an_instruction_set_say_so(released, tmp_path, capsys):
+def test_figures_say_which_instruction_set_the_kernel_was_restricted_to(released, tmp_path, capsys):
     options = ["--n", "16", "--d", "8", "--only", "cpu", "--instruction-set", BASELINE]
     record = run("cpu", tmp_path / "cpu.json", *options)
     assert _cpu.instruction_set() == BASELINE
@@ -511,7 +511,7 @@ def in_use():
 
 
 @needs_cpu_kernels
-def test_processes_are_held_as_the_one_that_starts_them(released, tmp_path):
+def test_child_processes_inherit_the_instruction_set(released, tmp_path):
     instruction_set.hold(BASELINE)
     assert on_ranks(1, in_use) == [BASELINE]
     code = "import sys; from fastntxent import _cpu; print(_cpu.instruction_set(), *sys.argv[1:])"

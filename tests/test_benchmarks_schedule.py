@@ -26,7 +26,7 @@ def test_a_task_waits_for_the_turns_of_its_blocks():
     assert team.busy_in_tiles == [5, 5]
 
 
-def test_a_waiting_thread_sees_the_end_of_a_turn_later():
+def test_a_waiting_thread_sees_the_end_of_a_turn_after_the_hand_over_time():
     team = schedule.SimulatedTeam(2, INSTANT._replace(hand_over=0.5))
     team.tasks([5, 3, 2], [((A, 0),), ((B, 0),), ((A, 1), (C, 0))])
     assert (team.now, team.waiting_ns) == (7.5, 2)  # the other thread starts at 0.5 and waits from 3.5 to 5.5
@@ -35,18 +35,19 @@ def test_a_waiting_thread_sees_the_end_of_a_turn_later():
 def test_threads_change_a_shared_line_one_after_the_other():
     team = schedule.SimulatedTeam(2, INSTANT._replace(line=1))
     team.rows(4, 1, 10)
-    # The leader takes a row at 1 and 12. The other thread first counts itself in, and takes a row at 2 and 13. Both
-    # find no rows left, at 23 and 24. The leader closes the phase, and the other thread counts itself out until 25.
+    # The leader takes a row at 1 and another at 12. The other thread first counts itself in, and takes a row at 2 and
+    # another at 13. The two find no rows left at 23 and at 24. The leader closes the phase, and the other thread has
+    # counted itself out at 25.
     assert team.now == 25
 
 
-def test_an_order_that_would_wait_forever_is_found():
+def test_an_order_that_would_wait_forever_raises():
     team = schedule.SimulatedTeam(2, INSTANT)
     with pytest.raises(AssertionError, match="wait forever"):
         team.tasks([1, 1], [((A, 1),), ((A, 0),)])
 
 
-def test_the_calling_thread_alone_hands_out_and_waits_for_nothing():
+def test_a_single_thread_pays_no_hand_over_and_no_waiting():
     team = schedule.SimulatedTeam(1, schedule.COSTS)
     team.serial(7)
     team.rows(100, 48, 2)
@@ -90,12 +91,12 @@ def test_the_kernels_tasks_cover_the_matrix_once_and_every_block_has_its_turns(p
 
 
 @pytest.mark.parametrize("sizes", [(0, 0, 8, 1), (8, -1, 8, 1), (8, 8, 0, 1), (8, 8, 8, 0), (2**31, 8, 8, 1)])
-def test_the_kernels_refuse_sizes_that_no_call_has(sizes):
+def test_the_kernels_reject_invalid_sizes(sizes):
     with pytest.raises(ValueError, match="sizes and threads >= 1"):
         schedule.cut(schedule.Problem("none", *sizes[:3]), sizes[3])
 
 
-def test_a_call_of_one_thread_is_all_work():
+def test_one_thread_never_waits():
     prediction = schedule.simulate(schedule.two_views(256, 128), 1)
     assert prediction.waiting == 0
     assert prediction.computing + prediction.serial == pytest.approx(1)
@@ -108,7 +109,7 @@ def test_more_threads_than_blocks_wait_for_turns():
 
 
 @needs_results
-def test_one_thread_takes_what_was_measured():
+def test_predicted_time_of_one_thread_matches_the_measured_time():
     for result in json.loads((RESULTS / "cpu-avx512.json").read_text())["results"]:
         measured = result["threads"]["1"]["both"]["p50"]
         predicted = schedule.simulate(schedule.two_views(result["n"], result["d"]), 1).ms
@@ -116,7 +117,7 @@ def test_one_thread_takes_what_was_measured():
 
 
 @needs_results
-def test_two_threads_gain_what_was_measured():
+def test_predicted_speed_up_of_two_threads_matches_the_measured_one():
     for result in json.loads((RESULTS / "cpu-avx512.json").read_text())["results"]:
         if result["n"] < 256:
             continue  # one thread is used, whatever the setting
@@ -126,7 +127,7 @@ def test_two_threads_gain_what_was_measured():
 
 
 @needs_results
-def test_the_committed_prediction_is_that_of_these_kernels():
+def test_the_committed_prediction_matches_these_kernels():
     """If this fails: python -m benchmarks schedule --out benchmarks/results/schedule.json, then python -m benchmarks
     report."""
     known = json.loads((RESULTS / "schedule.json").read_text())["results"]

@@ -56,7 +56,7 @@ def test_cached_backward_holds_one_chunk_of_activations():
     assert sizes == [(4, False), (4, False), (2, False)] * 2 + [(4, True), (4, True), (2, True)] * 2
 
 
-def test_cached_backward_of_no_rows_takes_as_many_passes():
+def test_cached_backward_runs_every_chunk_even_without_rows():
     # A rank without rows must run as many passes as the other ranks, because encoder and loss may call collectives.
     encoder, sizes = nn.Linear(6, 5), []
     encoder.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
@@ -91,7 +91,7 @@ def test_cached_backward_replays_dropout():
     torch.testing.assert_close(seen[0].sum(), (weight.grad * weight).sum())
 
 
-def test_cached_backward_goes_on_with_the_random_numbers_of_one_pass():
+def test_cached_backward_advances_the_generator_as_one_pass_does():
     encoder = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
     views = torch.randn(2, 8, 4).unbind()
     torch.manual_seed(5)
@@ -118,7 +118,7 @@ def test_cached_backward_updates_running_statistics_once():
 
 
 class Replica(nn.Linear):
-    """An encoder that logs, for each pass with a graph, whether DistributedDataParallel would synchronise gradients."""
+    """An encoder that logs whether DistributedDataParallel would synchronise gradients, once per pass with a graph."""
 
     def __init__(self):
         super().__init__(6, 5)
@@ -136,13 +136,13 @@ class Replica(nn.Linear):
         return super().forward(x)
 
 
-def test_cached_backward_synchronises_in_the_last_chunk():
+def test_cached_backward_synchronises_gradients_only_in_the_last_chunk():
     encoder = Replica()
     cached_backward(encoder, torch.randn(2, 10, 6).unbind(), NTXentLoss(), chunk_size=5)
     assert encoder.log == [False, False, False, True]
 
 
-def test_cached_backward_unused_view_gets_zero_gradient():
+def test_cached_backward_accepts_a_loss_that_ignores_a_view():
     encoder = nn.Linear(6, 5)
     cached_backward(encoder, torch.randn(2, 10, 6).unbind(), lambda z_i, z_j: z_i.sum(), chunk_size=5)
     assert encoder.weight.grad.isfinite().all()
@@ -167,17 +167,17 @@ VIEW = torch.randn(4, 6)
         ([VIEW, VIEW], 2, lambda a, b: 1.0, TypeError, "loss_fn must return a torch.Tensor, got float"),
     ],
 )
-def test_cached_backward_bad_input_is_named(views, chunk_size, loss_fn, error, message):
+def test_cached_backward_bad_input_raises_an_error_that_names_it(views, chunk_size, loss_fn, error, message):
     with pytest.raises(error, match=message):
         cached_backward(nn.Linear(6, 5), views, loss_fn or NTXentLoss(), chunk_size=chunk_size)
 
 
-def test_cached_backward_views_must_not_be_one_tensor():
+def test_cached_backward_rejects_a_single_tensor_as_views():
     with pytest.raises(TypeError, match="views must be a sequence of tensors"):
         cached_backward(nn.Linear(6, 5), VIEW, NTXentLoss(), chunk_size=2)
 
 
-def test_cached_backward_encoder_must_be_a_module():
+def test_cached_backward_rejects_an_encoder_that_is_not_a_module():
     with pytest.raises(TypeError, match=r"encoder must be a torch\.nn\.Module, got function"):
         cached_backward(lambda x: x, [VIEW, VIEW], NTXentLoss(), chunk_size=2)
 
@@ -338,7 +338,7 @@ def seed_all(seed):
 
 @pytest.mark.parametrize("make", STATEFUL)
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # older PyTorch's norms and JIT
-def test_cached_backward_repeats_state_and_random_numbers(make):
+def test_cached_backward_of_a_stateful_encoder_equals_the_uncached_step(make):
     views, later = torch.randn(2, 10, 6).unbind(), torch.randn(4, 6)
     ends = []
     for step in (cached_backward, chunked_step):
@@ -350,7 +350,7 @@ def test_cached_backward_repeats_state_and_random_numbers(make):
     torch.testing.assert_close(*ends)
 
 
-def test_cached_backward_keeps_the_objects_of_the_state():
+def test_cached_backward_keeps_the_identity_of_state_objects():
     encoder = Attributes()
     encoder.register_buffer("running", torch.ones(3))
     objects = [encoder.running, *encoder.tuple, encoder.list, encoder.dict["mean"], encoder.dict["nested"]["last"]]
@@ -361,7 +361,7 @@ def test_cached_backward_keeps_the_objects_of_the_state():
     assert all(now is before for now, before in zip(encoder.parameters(), parameters, strict=True))
 
 
-def test_cached_backward_leaves_a_graph_that_needs_a_buffer():
+def test_cached_backward_leaves_earlier_graphs_through_a_buffer_usable():
     encoder = nn.Linear(6, 5)
     encoder.register_buffer("scale", torch.ones(5))
     z = encoder(torch.randn(3, 6)) * encoder.scale
@@ -390,7 +390,7 @@ def failing_loss(z_i, z_j):
 
 
 @pytest.mark.parametrize("fails_in", [0, 2, 4, 6, 7, "the loss"])
-def test_cached_backward_error_leaves_state_and_generators_as_before(fails_in):
+def test_cached_backward_restores_state_and_generators_after_an_error(fails_in):
     views, later = torch.randn(2, 10, 6).unbind(), torch.randn(4, 6)
     seed_all(1)
     encoder = Failing()
@@ -404,7 +404,7 @@ def test_cached_backward_error_leaves_state_and_generators_as_before(fails_in):
     torch.testing.assert_close((encoder(later), random.random(), torch.rand(1)), expected)
 
 
-def test_cached_backward_keeps_what_the_loss_changes_in_the_encoder():
+def test_cached_backward_keeps_changes_that_the_loss_makes_to_the_encoder():
     class WithQueue(InPlace):
         def init(self):
             super().init()
@@ -428,7 +428,7 @@ def test_cached_backward_keeps_what_the_loss_changes_in_the_encoder():
 
 
 @pytest.mark.parametrize("change", ["twice", "generator", "array", "key"])
-def test_cached_backward_keeps_all_that_the_loss_changes(change):
+def test_cached_backward_keeps_every_change_that_the_loss_makes(change):
     class Kept(InPlace):
         def init(self):
             super().init()
@@ -463,7 +463,7 @@ def test_cached_backward_keeps_all_that_the_loss_changes(change):
     torch.testing.assert_close(*ends)
 
 
-def test_cached_backward_frozen_encoder_runs_once_and_ends_as_backward():
+def test_cached_backward_runs_a_frozen_encoder_once_and_equals_the_uncached_step():
     encoder, views = Normalised().requires_grad_(False), torch.randn(2, 10, 6).unbind()
     plain, runs = copy.deepcopy(encoder), []
     encoder.register_forward_hook(lambda *_: runs.append(1))
@@ -479,7 +479,7 @@ def test_cached_backward_frozen_encoder_runs_once_and_ends_as_backward():
             step(module, views, loss_of, chunk_size=5)
 
 
-def test_cached_backward_learns_what_is_not_a_parameter_of_the_encoder():
+def test_cached_backward_gives_gradients_to_parameters_outside_the_encoder():
     outside = nn.Linear(6, 5)
     encoder, views = nn.Sequential(nn.Tanh()), torch.randn(2, 10, 6).unbind()
     encoder.register_forward_hook(lambda module, args, output: outside(output))
@@ -505,7 +505,7 @@ def tower_views():
 
 
 @pytest.mark.parametrize("frozen", ["tokens", "rows", None])
-def test_cached_backward_one_view_without_graph(frozen):
+def test_cached_backward_accepts_a_view_whose_embeddings_need_no_gradient(frozen):
     encoder = Towers()
     if frozen:
         encoder.get_submodule(frozen).requires_grad_(False)
@@ -515,7 +515,7 @@ def test_cached_backward_one_view_without_graph(frozen):
     torch.testing.assert_close(gradients(encoder), gradients(plain))
 
 
-def test_cached_backward_inputs_are_neither_changed_nor_given_a_gradient():
+def test_cached_backward_neither_changes_its_inputs_nor_gives_them_gradients():
     class Scaling(Stateful):
         def forward(self, x):
             return self.last(torch.tanh(self.first(x.mul_(2))))
@@ -533,7 +533,7 @@ def test_cached_backward_inputs_are_neither_changed_nor_given_a_gradient():
         assert torch.equal(view, value)
 
 
-def test_cached_backward_takes_the_embeddings_out_of_memory_that_is_written_again():
+def test_cached_backward_copies_embeddings_whose_memory_the_encoder_reuses():
     # CUDA graphs reuse their output memory like this, so the embeddings must be copied.
     class Static(nn.Linear):
         memory: Tensor
@@ -552,7 +552,7 @@ def test_cached_backward_takes_the_embeddings_out_of_memory_that_is_written_agai
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_cached_backward_needs_no_grad_mode_of_the_caller(mode):
+def test_cached_backward_works_under_no_grad_and_inference_mode(mode):
     encoder = nn.Linear(6, 5)
     with mode():
         views = torch.randn(2, 10, 6).unbind()
@@ -571,7 +571,7 @@ def test_cached_backward_under_autocast_reaches_every_parameter():
     torch.testing.assert_close(gradients(encoder), gradients(plain), atol=1e-3, rtol=2e-2)
 
 
-def test_cached_backward_second_pass_that_does_not_repeat_is_an_error():
+def test_cached_backward_raises_if_the_second_pass_gives_different_embeddings():
     counter = iter(range(100))
     encoder = nn.Linear(6, 5)
     encoder.register_forward_hook(lambda module, args, output: output + next(counter))
@@ -579,7 +579,7 @@ def test_cached_backward_second_pass_that_does_not_repeat_is_an_error():
         cached_backward(encoder, torch.randn(2, 10, 6).unbind(), loss_of, chunk_size=5)
 
 
-def test_cached_backward_within_cached_parametrizations_is_an_error():
+def test_cached_backward_raises_within_cached_parametrizations():
     encoder = parametrizations.orthogonal(nn.Linear(6, 5))
     with parametrize.cached(), pytest.raises(RuntimeError, match=r"parametrize\.cached"):
         cached_backward(encoder, torch.randn(2, 10, 6).unbind(), loss_of, chunk_size=5)
@@ -605,12 +605,12 @@ def test_cached_backward_within_cached_parametrizations_is_an_error():
         ),
     ],
 )
-def test_cached_backward_encoder_or_view_out_of_contract_is_named(encoder, views, error, message):
+def test_cached_backward_raises_an_error_that_names_an_unsupported_encoder_or_view(encoder, views, error, message):
     with pytest.raises(error, match=message):
         cached_backward(encoder, views, loss_of, chunk_size=3)
 
 
-def test_cached_backward_repeats_the_generator_of_the_encoders_device():
+def test_cached_backward_replays_the_generator_of_the_encoders_device():
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
 
@@ -647,7 +647,7 @@ def step_on_ranks(views, step, loss_fn, **options):
 
 
 def cached_on_ranks():
-    """Return cached and uncached results for each wrapper, and the error of each unsupported combination."""
+    """Return cached and uncached results for each set-up, and the error of each unsupported one."""
     generator = torch.Generator().manual_seed(1)
     views = [view.split((6, 4))[dist.get_rank()] for view in torch.randn(2, 10, 6, generator=generator)]
     loss_fn = NTXentLoss(0.2, group=dist.group.WORLD)
@@ -698,7 +698,7 @@ def of_ranks():
         "towers",
     ],
 )
-def test_cached_backward_on_ranks_is_the_step_it_stands_for(of_ranks, how):
+def test_cached_backward_on_ranks_equals_the_uncached_step(of_ranks, how):
     for found in of_ranks:
         torch.testing.assert_close(*found[how])
 
@@ -711,6 +711,6 @@ def test_cached_backward_on_ranks_is_the_step_it_stands_for(of_ranks, how):
         ("a static graph", "with static_graph=True"),
     ],
 )
-def test_cached_backward_on_ranks_gradient_that_is_not_averaged_is_an_error(of_ranks, how, message):
+def test_cached_backward_on_ranks_raises_if_a_gradient_would_not_be_averaged(of_ranks, how, message):
     for found in of_ranks:
         assert message in found[how]

@@ -187,7 +187,7 @@ def test_a_frozen_tower_runs_once(frozen):
         torch.testing.assert_close(list(tower.buffers()), list(expected.buffers()))
 
 
-def test_a_frozen_tower_that_shares_state_runs_again():
+def test_a_frozen_tower_that_shares_state_runs_in_both_passes():
     class Counting(nn.Module):
         def __init__(self, counter):
             super().__init__()
@@ -212,7 +212,7 @@ def test_a_frozen_tower_that_shares_state_runs_again():
     torch.testing.assert_close(found, step(uncached), **EXACT)
 
 
-def test_one_encoder_may_serve_some_of_the_views():
+def test_one_encoder_may_serve_several_of_the_views():
     query, document = Image(), Image()
     plain = copy.deepcopy((query, document))
     views, loss_fn = [pixels(), pixels() + 1, pixels() - 1], MultiViewNTXentLoss(0.3)
@@ -237,7 +237,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_inputs_of_any_shape_equal_a_tensor(shape):
+def test_inputs_in_any_container_give_the_result_of_a_tensor(shape):
     found = []
     for make in (SHAPES[shape], lambda x: x):
         torch.manual_seed(0)
@@ -250,7 +250,7 @@ def test_inputs_of_any_shape_equal_a_tensor(shape):
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
-def test_unpacked_inputs_are_arguments_and_others_one():
+def test_unpack_passes_the_elements_of_an_input_as_separate_arguments():
     class Noting(Image):
         def forward(self, *args, **kwargs):
             noted.append((len(args), sorted(kwargs)))
@@ -269,7 +269,7 @@ def test_unpacked_inputs_are_arguments_and_others_one():
         assert noted == 4 * [expected]
 
 
-def test_what_an_encoder_writes_to_its_inputs_is_not_seen_outside():
+def test_an_encoder_that_writes_to_its_inputs_does_not_change_the_views():
     class Writing(Image):
         def forward(self, inputs, shift=0.0):
             inputs["z"] = super().forward(inputs["pixels"].mul_(2))
@@ -284,7 +284,7 @@ def test_what_an_encoder_writes_to_its_inputs_is_not_seen_outside():
 @pytest.mark.parametrize(
     "output", ["pooler_output", lambda out: out.rows[1], ["pooler_output", lambda out: out.rows[1]]]
 )
-def test_output_says_where_the_embeddings_are(output):
+def test_output_selects_the_embeddings(output):
     found = []
     for way in (output, "pooler_output"):
         torch.manual_seed(0)
@@ -345,13 +345,13 @@ def test_encoder_kwargs_go_to_every_call():
         (100, [32]),
     ],
 )
-def test_chunks_of_tokens(budget, expected):
+def test_chunk_tokens_splits_the_rows_by_their_numbers_of_tokens(budget, expected):
     image, text, loss_fn = towers()
     plain = copy.deepcopy((image, text, loss_fn))
     ones = lambda x: torch.ones(len(x), dtype=torch.int32)  # noqa: E731
     loss = cached_clip_step(image, text, loss_fn, chunk_tokens=budget, lengths=[ones, "attention_mask"])
     assert text.seen[: len(expected)] == expected
-    text.eval(), image.eval()  # dropout draws per chunk, so it is off here
+    text.eval(), image.eval()  # dropout masks depend on the chunks, so dropout is off here
     for module in plain[:2]:
         module.eval()
     for module in (image, text, loss_fn):
@@ -372,7 +372,7 @@ def test_lengths_may_be_a_function_of_the_view():
     assert text.seen == 2 * expected  # `seen` is state, so it ends as after one pass
 
 
-def test_chunks_may_be_listed_for_each_view():
+def test_chunk_sizes_may_be_listed_for_each_view():
     image, text, loss_fn = towers()
     sizes = []
     image.register_forward_hook(lambda module, args, z: sizes.append(len(z)))
@@ -383,7 +383,7 @@ def test_chunks_may_be_listed_for_each_view():
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")  # in the pass without a graph
-def test_checkpointed_encoder(reentrant):
+def test_a_checkpointed_encoder_equals_the_uncached_step(reentrant):
     class Checkpointed(Image):
         def forward(self, x, shift=0.0):
             hidden = checkpoint(self.layers[:3], x.requires_grad_(), use_reentrant=reentrant)
@@ -405,7 +405,7 @@ def test_checkpointed_encoder(reentrant):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_amp_with_a_scaler_is_the_uncached_step(dtype):
+def test_amp_with_a_scaler_equals_the_uncached_step(dtype):
     def step(cached):
         torch.manual_seed(0)
         encoder = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))
@@ -433,7 +433,7 @@ def test_amp_with_a_scaler_is_the_uncached_step(dtype):
             assert torch.dist(value, other) < 4 * torch.finfo(dtype).eps * other.norm()
 
 
-def test_a_scaler_skips_the_step_of_an_overflow():
+def test_a_scaler_skips_the_step_after_an_overflow():
     encoder, scaler = nn.Linear(6, 5), torch.amp.GradScaler("cpu", 2.0**12)
     optimizer, before = torch.optim.SGD(encoder.parameters(), lr=0.1), encoder.weight.detach().clone()
     views = torch.randn(2, N, 6).unbind()
@@ -453,7 +453,7 @@ class Doubling(nn.Module):
 
 
 @pytest.mark.parametrize("swap", [False, True])
-def test_a_parametrised_buffer_that_is_assigned_is_put_back(swap):
+def test_a_parametrised_buffer_that_the_encoder_assigns_is_restored(swap):
     class Running(nn.Module):
         scale: torch.Tensor
 
@@ -549,7 +549,7 @@ X = torch.randn(4, 6)
         ),
     ],
 )
-def test_bad_input_is_named(arguments, options, error, message):
+def test_bad_input_raises_an_error_that_names_the_argument(arguments, options, error, message):
     with pytest.raises(error, match=message):
         cached_backward(*arguments, NTXentLoss(), **{"chunk_size": 2, **options})
 
@@ -560,8 +560,8 @@ def share(x):
 
 
 def towers_on_ranks():
-    """Return results of two ranks and of one process, with each tower wrapped in DDP, in FSDP2 and in the first
-    FSDP."""
+    """Return cached and expected results of towers wrapped in DDP, in FSDP2 and in the first FSDP. The expected results
+    come from one process, or from the same ranks without caching."""
     found: dict[str, Any] = {}
     loss_fn = CLIPLoss(0.2, group=dist.group.WORLD)
     arguments = {"unpack": True, "output": [None, "pooler_output"]}
@@ -632,6 +632,6 @@ def of_ranks():
         *("fsdp", "the first FSDP, use_orig_params=True", "the first FSDP, use_orig_params=False"),
     ],
 )
-def test_towers_on_ranks_are_one_process(of_ranks, how):
+def test_towers_on_ranks_equal_the_uncached_step(of_ranks, how):
     for found in of_ranks:
         torch.testing.assert_close(*found[how], **EXACT)

@@ -57,7 +57,7 @@ def tokens(lengths: Any) -> dict[str, Any]:
 LOSS = NTXentLoss()
 BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     # the encoder
-    "encoder is none": ({"encoder": None}, TypeError, "encoder must be a torch.nn.Module, got NoneType"),
+    "encoder is None": ({"encoder": None}, TypeError, "encoder must be a torch.nn.Module, got NoneType"),
     "encoder is a class": ({"encoder": nn.Linear}, TypeError, "encoder must be a torch.nn.Module, got type"),
     "encoder is a dict": ({"encoder": {"a": frozen()}}, TypeError, "encoder must be a torch.nn.Module, got dict"),
     "encoder is a generator": (
@@ -65,7 +65,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         TypeError,
         "encoder must be a torch.nn.Module, got generator",
     ),
-    "encoders of no view": ({"encoder": []}, ValueError, "encoder must hold a module for each of the 2 views, got 0"),
+    "encoder is empty": ({"encoder": []}, ValueError, "encoder must hold a module for each of the 2 views, got 0"),
     "encoder without forward": (
         {"encoder": nn.ModuleDict({"a": Encoder()})},
         TypeError,
@@ -77,8 +77,8 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "encoder must have its parameters in memory, got some on the meta device",
     ),
     # the encoder's output
-    "returns none": (returning(lambda z, calls: None), TypeError, "encoder must return a torch.Tensor, got NoneType"),
-    "returns a number": (
+    "returns None": (returning(lambda z, calls: None), TypeError, "encoder must return a torch.Tensor, got NoneType"),
+    "returns a scalar": (
         returning(lambda z, calls: z.sum()),
         ValueError,
         "encoder must return 2 embeddings, one per input row, got shape ()",
@@ -108,17 +108,17 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         TypeError,
         "encoder must return a dense (strided) tensor with values, got a nested tensor",
     ),
-    "returns other widths": (
+    "returns rows of different widths": (
         returning(lambda z, calls: z[:, :calls]),
         ValueError,
         "encoder must return rows of the same shape, got (1,) and (2,)",
     ),
-    "returns another width again": (
+    "returns another width in the second pass": (
         returning(lambda z, calls, seen=[]: (seen.append(1), z[:, :2] if len(seen) > 6 else z)[1]),
         RuntimeError,
         "encoder must return the same shape in both passes over the same rows, got (2, 4), then (2, 2)",
     ),
-    "returns other numbers again": (
+    "returns other numbers in the second pass": (
         returning(lambda z, calls, seen=[]: (seen.append(1), len(seen) * z)[1]),
         RuntimeError,
         "encoder gave different embeddings in the second pass over the same rows",
@@ -135,13 +135,13 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "frozen": ({"encoder": frozen()}, RuntimeError, "because neither the encoder nor loss_fn has anything to learn"),
     # the views
-    "views are none": ({"views": None}, TypeError, "views must be a sequence, one element per view, got NoneType"),
+    "views are None": ({"views": None}, TypeError, "views must be a sequence, one element per view, got NoneType"),
     "views are a number": ({"views": 2}, TypeError, "views must be a sequence, one element per view, got int"),
-    "views are one": ({"views": X}, TypeError, "views must be a sequence of tensors, one per view, got one tensor"),
+    "views is a tensor": ({"views": X}, TypeError, "views must be a sequence of tensors, one per view, got one tensor"),
     "no views": ({"views": []}, ValueError, "views must hold at least one view, got an empty sequence"),
-    "view of numpy": ({"views": X.numpy()}, TypeError, "views[0] must be a torch.Tensor, got ndarray"),
+    "views are a NumPy array": ({"views": X.numpy()}, TypeError, "views[0] must be a torch.Tensor, got ndarray"),
     "view without rows": ({"views": [X[0], X[1, :0]]}, ValueError, "views[1] must have at least one row, got shape"),
-    "view is a number": (
+    "view is a scalar": (
         {"views": [X[0, 0, 0], X[1]]},
         ValueError,
         "views[0] must have at least one row, got shape ()",
@@ -151,62 +151,62 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "views[1] must have values, got a tensor on the meta device",
     ),
-    "views of other lengths": (
+    "views of different lengths": (
         {"views": [X[0], X[1, :3]]},
         ValueError,
         "z_i and z_j must have the same shape, got (6, 4) and (3, 4)",  # raised by this loss; other losses accept them
     ),
-    "view with other keys": (
+    "view with keys that are not names": (
         {"views": [{"x": X[0]}, {3: X[1]}], "unpack": True},
         TypeError,
         "views[1] must have argument names as its keys, got 3",
     ),
     # the loss
-    "loss is none": (of_loss(None), TypeError, "loss_fn must be a function of embeddings, got NoneType"),
+    "loss is None": (of_loss(None), TypeError, "loss_fn must be a function of embeddings, got NoneType"),
     "loss is a string": (of_loss("nt_xent"), TypeError, "loss_fn must be a function of embeddings, got str"),
     "loss is a class": (
         of_loss(NTXentLoss),
         TypeError,
         "loss_fn must be a function of embeddings, got the class NTXentLoss: pass an instance of it",
     ),
-    "loss of none": (of_loss(lambda a, b: None), TypeError, "loss_fn must return a torch.Tensor, got NoneType"),
-    "loss of a float": (of_loss(lambda a, b: 1.0), TypeError, "loss_fn must return a torch.Tensor, got float"),
-    "loss of two": (
+    "loss returns None": (of_loss(lambda a, b: None), TypeError, "loss_fn must return a torch.Tensor, got NoneType"),
+    "loss returns a float": (of_loss(lambda a, b: 1.0), TypeError, "loss_fn must return a torch.Tensor, got float"),
+    "loss returns two tensors": (
         of_loss(lambda a, b: (a.sum(), b.sum())),
         TypeError,
         "loss_fn must return a torch.Tensor, got tuple",
     ),
-    "loss of rows": (
+    "loss returns a value for each row": (
         of_loss(NTXentLoss(reduction="none")),
         ValueError,
         "loss_fn must return a scalar, got shape (12,)",
     ),
-    "loss of an integer": (
+    "loss returns an integer": (
         of_loss(lambda a, b: torch.tensor(3)),
         TypeError,
         "loss_fn must return a floating-point scalar, got torch.int64",
     ),
-    "loss of a complex": (
+    "loss returns a complex number": (
         of_loss(lambda a, b: a.sum() + 0j),
         TypeError,
         "loss_fn must return a floating-point scalar, got torch.complex64",
     ),
-    "loss on meta": (
+    "loss returns a meta tensor": (
         of_loss(lambda a, b: a.sum().to("meta")),
         TypeError,
         "loss_fn must return a dense (strided) tensor with a value, got a tensor on the meta device",
     ),
-    "loss is sparse": (
+    "loss returns a sparse tensor": (
         of_loss(lambda a, b: a.sum().to_sparse()),
         TypeError,
         "loss_fn must return a dense (strided) tensor with a value, got torch.sparse_coo",
     ),
-    "loss is detached": (
+    "loss returns a detached tensor": (
         of_loss(lambda a, b: LOSS(a, b).detach()),
         RuntimeError,
         "loss_fn must return a loss to differentiate, got one that does not require grad, although the embeddings do",
     ),
-    "loss ran backward": (
+    "loss calls backward": (
         of_loss(with_backward),
         RuntimeError,
         "loss_fn must return the loss without calling its backward",
@@ -232,8 +232,8 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         TypeError,
         "either chunk_size or chunk_tokens must be given, but not both",
     ),
-    "chunks of nothing": ({"chunk_size": [[], []]}, ValueError, "chunk_size must list the number of rows of at"),
-    "chunks of too many": (
+    "chunks are empty lists": ({"chunk_size": [[], []]}, ValueError, "chunk_size must list the number of rows of at"),
+    "chunks of too many rows": (
         {"chunk_size": [3, 4]},
         ValueError,
         "chunk_size must add up to the 6 rows of views[0], got 7",
@@ -247,57 +247,57 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
             ([2], TypeError, "an int, got list"),
         )
     },
-    "lengths none": (
+    "lengths are None": (
         tokens(None),
         ValueError,
         "lengths must be the key of a mask with views[0]'s 6 rows, got None, shape",
     ),
-    "lengths of one row": (
+    "lengths are an index of one row": (
         tokens(3),
         ValueError,
         "lengths must be the key of a mask with views[0]'s 6 rows, got 3, shape",
     ),
-    "lengths of no mask": (
+    "lengths are the key of a text": (
         {**tokens("text"), "views": [{"x": X[0], "text": "abc"}, X[1]]},
         ValueError,
         "lengths must be the key of a mask with views[0]'s 6 rows, got 'text', str",
     ),
-    "lengths of none": (
+    "lengths return None": (
         tokens(lambda view: None),
         TypeError,
         "lengths must give a number for each of the 6 rows of views[0], got NoneType",
     ),
-    "lengths of a number": (
+    "lengths return a scalar": (
         tokens(lambda view: torch.tensor(6)),
         TypeError,
         "lengths must give a number for each of the 6 rows of views[0], got int",
     ),
     "lengths below zero": (tokens(lambda view: [-1] * len(view)), ValueError, "lengths must be at least 0, got -1"),
     # the encoder's arguments and output
-    "unpack is a word": ({"unpack": "no"}, TypeError, "unpack must be a bool, got str"),
+    "unpack is a string": ({"unpack": "no"}, TypeError, "unpack must be a bool, got str"),
     "kwargs are a number": ({"encoder_kwargs": 3}, TypeError, "encoder_kwargs must be a mapping, got int"),
-    "kwargs of a number": (
+    "kwargs with a key that is a number": (
         {"encoder_kwargs": {1: 2}},
         TypeError,
         "encoder_kwargs must have argument names as its keys, got 1",
     ),
-    "output of a float": (
+    "output is a float": (
         {"output": 3.5},
         ValueError,
         "output must be a function, or a key, index or attribute of the output of encoder (Tensor), got 3.5",
     ),
-    "output of no key": (
+    "output is a missing key": (
         {**returning(lambda z, calls: {"a": z}), "output": "b"},
         ValueError,
         "output must be a function, or a key, index or attribute of the output of encoder (dict with the keys 'a'), "
         "got 'b'",
     ),
-    "output beyond": (
+    "output is an index beyond the last": (
         {**returning(lambda z, calls: (z,)), "output": 3},
         ValueError,
         "of the output of encoder (tuple of length 1), got 3",
     ),
-    "output of none": (
+    "output returns None": (
         {"output": lambda z: None},
         TypeError,
         "output, called with the result of encoder, must return a torch.Tensor, got NoneType",
@@ -306,7 +306,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD_CALLS)
-def test_bad_call_is_named_and_changes_nothing(name):
+def test_bad_call_raises_an_error_that_names_the_argument_and_changes_nothing(name):
     options, error, message = BAD_CALLS[name]
     arguments = {"encoder": Encoder(), "views": X.unbind(), "loss_fn": LOSS, "chunk_size": 2, **options}
     torch.manual_seed(0)
@@ -318,7 +318,7 @@ def test_bad_call_is_named_and_changes_nothing(name):
         assert encoder.calls == 0
 
 
-def test_errors_of_the_callers_own_functions_pass_through():
+def test_errors_raised_by_the_callers_functions_pass_through():
     def broken(*args: Any) -> Any:
         raise LookupError("mine")
 
@@ -328,14 +328,14 @@ def test_errors_of_the_callers_own_functions_pass_through():
 
 
 @pytest.mark.parametrize("factor", [float("nan"), float("inf")])
-def test_loss_that_is_no_number_is_returned_as_it_is(factor):
+def test_nan_or_infinite_loss_is_returned_without_an_error(factor):
     encoder = nn.Linear(FEATURES, D)
     loss = cached_backward(encoder, X.unbind(), lambda a, b: LOSS(a, b) * factor, chunk_size=2)
     assert not loss.isfinite()
     assert encoder.weight.grad.isnan().any()
 
 
-def test_embeddings_without_a_graph_are_no_error_where_the_loss_learns():
+def test_embeddings_without_a_graph_are_accepted_if_the_loss_has_something_to_learn():
     loss_fn = NTXentLoss(learn_temperature=True)
     cached_backward(Encoder(lambda z, calls: z.detach()), X.unbind(), loss_fn, chunk_size=2)
     assert loss_fn.log_temperature.grad is not None
@@ -344,7 +344,7 @@ def test_embeddings_without_a_graph_are_no_error_where_the_loss_learns():
     assert outside.grad == 1
 
 
-def test_encoder_that_is_called_without_a_forward():
+def test_encoder_may_define_call_instead_of_forward():
     class Called(nn.Module):
         def __init__(self):
             super().__init__()

@@ -55,7 +55,7 @@ def run(capsys, *arguments):
 # --- info ------------------------------------------------------------------------------------------------------------
 
 
-def test_info_is_the_default_and_says_what_there_is(capsys, cache):
+def test_info_is_the_default_command_and_lists_backends_and_devices(capsys, cache):
     status, text, errors = run(capsys)
     assert (status, errors) == (0, "")
     assert text == run(capsys, "info")[1]
@@ -69,7 +69,7 @@ def test_info_is_the_default_and_says_what_there_is(capsys, cache):
     assert f"FASTNTXENT_CACHE={cache}" in lines
 
 
-def test_info_as_json_holds_the_same(capsys, cache):
+def test_info_as_json_has_versions_environment_cache_backends_and_devices(capsys, cache):
     status, text, _ = run(capsys, "info", "--json")
     found = json.loads(text)
     assert status == 0
@@ -85,7 +85,7 @@ def test_info_checks_nothing_and_writes_nothing(capsys, cache, monkeypatch):
     assert not cache.exists()
 
 
-def test_info_says_what_auto_takes_on_a_gpu_and_why(monkeypatch):
+def test_info_says_which_backend_auto_chooses_on_a_gpu_and_why(monkeypatch):
     gpu = torch.device("cuda", 0)
     found = {"cuda": "fastntxent.backends.cuda.backend", "triton": "fastntxent.backends.triton.backend"}
     monkeypatch.setattr(info, "candidates", lambda kind: found)
@@ -107,7 +107,7 @@ def test_info_says_what_auto_takes_on_a_gpu_and_why(monkeypatch):
     assert info._auto(gpu)["float32, 128 features, 256 rows"]["why"].startswith("FASTNTXENT_VERIFY=never")
 
 
-def test_info_of_a_device_that_does_not_answer(capsys, monkeypatch):
+def test_info_reports_the_error_of_a_device_that_does_not_answer(capsys, monkeypatch):
     def dead(device):
         if device.type == "cuda":
             raise RuntimeError("CUDA unknown error\nthis may be due to an incorrectly set up environment")
@@ -146,7 +146,7 @@ def test_backends_shows_a_verdict(monkeypatch):
 # --- verify ----------------------------------------------------------------------------------------------------------
 
 
-def test_verify_passes_here_and_keeps_it(capsys, cache):
+def test_verify_passes_here_and_stores_the_verdict(capsys, cache):
     status, text, errors = run(capsys, "verify", "--backend", HERE, "--device", "cpu")
     assert status == 0, text
     assert re.search(
@@ -154,11 +154,11 @@ def test_verify_passes_here_and_keeps_it(capsys, cache):
     )
     assert errors.startswith(f"fastntxent: checking {HERE} on ")
     status, again, errors = run(capsys, "verify", "--backend", HERE, "--device", "cpu")
-    assert (status, again, errors) == (0, text, ""), "known"
+    assert (status, again, errors) == (0, text, ""), "the stored verdict should be used"
     assert f"  {HERE:10}passed " in run(capsys, "info")[1].partition("driver")[2]
 
 
-def test_verify_says_where_nothing_can_be_kept(capsys, answers, tmp_path, monkeypatch):
+def test_verify_says_that_the_verdict_cannot_be_stored(capsys, answers, tmp_path, monkeypatch):
     file = tmp_path / "file"
     file.touch()
     monkeypatch.setenv("FASTNTXENT_CACHE", str(file))
@@ -168,7 +168,7 @@ def test_verify_says_where_nothing_can_be_kept(capsys, answers, tmp_path, monkey
     assert f"  not stored: {file} is not writable" in text
 
 
-def test_verify_looks_again_where_it_is_told_to(capsys, answers):
+def test_verify_checks_again_only_with_refresh(capsys, answers):
     assert run(capsys, "verify", "--device", "cpu")[0] == 0
     answers["blocked"] = Verdict("wrong", "d_z_j is off", "a case", 3)
     assert run(capsys, "verify", "--device", "cpu")[0] == 0
@@ -182,7 +182,7 @@ def test_verify_looks_again_where_it_is_told_to(capsys, answers):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["wrong_element", "segfault"])
-def test_verify_of_a_broken_backend_ends_with_1(capsys, monkeypatch, name):
+def test_verify_of_a_broken_backend_exits_with_1(capsys, monkeypatch, name):
     monkeypatch.setitem(_TABLE, name, _Entry(f"tests.broken.{name}", ("cpu",), auto="no"))
     possible = {key: module for key, module in checkable("cpu").items() if key in ("blocked", name)}
     assert set(possible) == {"blocked", name}
@@ -193,14 +193,14 @@ def test_verify_of_a_broken_backend_ends_with_1(capsys, monkeypatch, name):
     assert re.search(rf"^  {name:10}(wrong|crashed) in nt_xent: float", text, re.MULTILINE), text
 
 
-def test_verify_that_cannot_check_ends_with_1(capsys, answers):
+def test_verify_exits_with_1_if_a_backend_cannot_be_checked(capsys, answers):
     answers["blocked"] = Verdict("not available", "memory ran out")
     status, text, _ = run(capsys, "verify", "--backend", "blocked", "--device", "cpu")
     assert status == 1
     assert "  blocked   not available: memory ran out" in text
 
 
-def test_verify_of_one_backend_goes_where_it_can_run(capsys, answers, monkeypatch):
+def test_verify_of_one_backend_skips_devices_that_cannot_run_it(capsys, answers, monkeypatch):
     gpu = torch.device("cuda", 0)
     verified = []
 
@@ -291,7 +291,7 @@ def test_bench_says_why_a_time_is_missing(capsys, small, monkeypatch):
         (("verify", "--device", "cpu", "--backend", "cuda"), "backend must be one that can be checked on cpu"),
     ],
 )
-def test_mistakes_are_one_line(capsys, arguments, words):
+def test_invalid_arguments_give_a_one_line_error(capsys, arguments, words):
     status, text, errors = run(capsys, *arguments)
     assert (status, text) == (2, "")
     assert errors.startswith(f"error: {words}")
@@ -299,20 +299,20 @@ def test_mistakes_are_one_line(capsys, arguments, words):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_backend_that_runs_nowhere_here_is_a_mistake(capsys):
+def test_verify_of_a_backend_that_no_device_can_run_is_an_error(capsys):
     status, _, errors = run(capsys, "verify", "--backend", "cuda")
     assert status == 2
     assert errors == "error: --backend cuda cannot be checked on any device of this machine\n"
 
 
 @pytest.mark.parametrize("arguments", [("prove",), ("verify", "--backend", "reference"), ("info", "--device", "cpu")])
-def test_what_does_not_exist_is_a_mistake(capsys, arguments):
+def test_unknown_commands_and_options_print_the_usage(capsys, arguments):
     status, text, errors = run(capsys, *arguments)
     assert (status, text) == (2, "")
     assert "usage: python -m fastntxent" in errors
 
 
-def test_a_wrong_variable_is_a_mistake(capsys, monkeypatch):
+def test_an_invalid_environment_variable_is_an_error(capsys, monkeypatch):
     monkeypatch.setenv("FASTNTXENT_VERIFY", "perhaps")
     monkeypatch.setattr(info, "candidates", lambda kind: {"cuda": "fastntxent.backends.cuda.backend"})
     status, _, errors = run(capsys, "info")

@@ -1,4 +1,4 @@
-"""torch.compile, torch.export and torch.jit.trace of every public function of tensors, with changing batch sizes."""
+"""torch.compile, torch.export and torch.jit.trace of the public functions of tensors, with changing batch sizes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def counted(function):
 
 
 def scheduled(call):
-    """Return the call with the temperature as its first argument; a module's temperature is set, as by a schedule."""
+    """Return the call with the temperature as its first argument. If it is a module, the temperature is assigned to it,
+    as a schedule does."""
     if not call.temperature:
         loss = call.make()
         return lambda tau, *tensors: loss(*tensors)
@@ -61,7 +62,7 @@ COMPILED = tiered(
 
 
 @pytest.mark.parametrize("name", COMPILED)
-def test_compile_takes_two_graphs_at_changing_sizes_and_temperatures(name):
+def test_compile_needs_at_most_two_graphs_for_changing_sizes_and_temperatures(name):
     call = CALLS[name]
     run = scheduled(call)
     compiled, counter = counted(run)
@@ -71,7 +72,7 @@ def test_compile_takes_two_graphs_at_changing_sizes_and_temperatures(name):
     assert counter.frame_count <= 2  # one for the first batch size, one for all others
 
 
-# Every operator that takes a temperature, through a loss that passes the caller's temperature on unchanged.
+# Losses and primitives that pass the caller's temperature on to an operator unchanged.
 OF_A_FLOAT = [
     *(
         "nt_xent",
@@ -122,7 +123,7 @@ def _temperatures(graph):
 
 @needs_constants
 @pytest.mark.parametrize("name", ["nt_xent", "info_nce", "NTXentLoss"])
-def test_a_temperature_that_changes_takes_one_graph_more(name):
+def test_a_changing_temperature_costs_one_more_graph(name):
     call, kernels = CALLS[name], []
 
     def keep(graph, examples):
@@ -147,7 +148,7 @@ def test_a_temperature_that_changes_takes_one_graph_more(name):
     ],
     ids=["info_nce", "hard_negative"],
 )
-def test_a_hardness_that_changes_takes_one_graph_more(loss):
+def test_a_changing_hardness_costs_one_more_graph(loss):
     kernels, inputs = [], [z.detach().requires_grad_() for z in views(8)]
 
     def keep(graph, examples):
@@ -163,7 +164,7 @@ def test_a_hardness_that_changes_takes_one_graph_more(loss):
     assert len(kernels) == 4  # forward and backward, for the first hardness and for all others
 
 
-def test_a_pytorch_that_cannot_tell_constants_compiles_them_as_tensors(monkeypatch):
+def test_pytorch_that_cannot_detect_constants_compiles_the_same_loss(monkeypatch):
     monkeypatch.delattr(torch.fx.experimental.symbolic_shapes, "has_static_value", raising=False)
     torch._dynamo.reset()
     inputs = views(8)
@@ -184,11 +185,11 @@ class Tensors(nn.Module):
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.*:DeprecationWarning")
 @pytest.mark.parametrize("name", WITHOUT_STATE)
-def test_jit_trace_gives_value_and_gradient_of_other_sizes(name):
+def test_jit_trace_gives_right_values_and_gradients_at_other_sizes(name):
     call = CALLS[name]
     torch.manual_seed(0)
     loss = Tensors(call.at(0.5))
-    # Traced with inputs that need no gradient; torch.jit.trace checks itself by a second trace.
+    # The traced inputs need no gradient. torch.jit.trace checks the trace by tracing again.
     traced = torch.jit.trace(loss, tuple(x.detach() for x in call.inputs(8)))
     assert "PythonOp" not in str(traced.graph)
     for n in (8, 12, 5):
@@ -217,7 +218,7 @@ EXPORTED = [
         slow=lambda name: "." in name or " " in name,
     ),
 )
-def test_export_gives_value_and_gradient_of_other_sizes(name):
+def test_export_gives_right_values_and_gradients_at_other_sizes(name):
     call = CALLS[name]
     loss = Tensors(call.at(0.5))
     inputs = call.inputs(8)

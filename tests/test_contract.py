@@ -22,7 +22,7 @@ from tests.test_losses import CASES, Drawn, draw
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("name", operators())
-def test_operator_refuses_each_wrong_tensor_by_name(name, backend):
+def test_operator_rejects_wrong_tensors_by_name_or_returns_right_numbers(name, backend):
     campaign = Campaign(backend)
     campaign.run(name)
     assert not campaign.faults
@@ -63,7 +63,7 @@ def case(request):
     "cut", [lambda t: t.half(), lambda t: t[: len(t) // 2], lambda t: t[:1], lambda t: t[..., None]]
 )
 @pytest.mark.parametrize("backend", KERNELS)
-def test_saved_tensor_hooks_that_return_something_else_are_errors_or_rounding(case, backend, cut):
+def test_saved_tensor_hooks_that_change_tensors_raise_or_only_round(case, backend, cut):
     def unpack(t: Tensor) -> Tensor:
         return cut(t) if t.is_floating_point() and t.ndim else t
 
@@ -82,7 +82,7 @@ def test_saved_tensor_hooks_that_return_something_else_are_errors_or_rounding(ca
 
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("change", [lambda d: d[:3], lambda d: d.double(), lambda d: d[None]])
-def test_node_prehook_that_returns_another_gradient_is_an_error(backend, change):
+def test_node_prehook_that_returns_a_wrong_gradient_raises(backend, change):
     u = torch.randn(8, 4, requires_grad=True)
     nu = fastntxent.neg_lse(u, torch.arange(8), 0.5, backend=backend)
     nu.grad_fn.register_prehook(lambda gradients: tuple(change(d) for d in gradients))
@@ -92,7 +92,7 @@ def test_node_prehook_that_returns_another_gradient_is_an_error(backend, change)
 
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("free", [False, True])
-def test_ids_that_lose_their_memory_before_the_backward_are_an_error(backend, free):
+def test_backward_raises_if_ids_were_freed_or_replaced(backend, free):
     u, ids = torch.randn(8, 4, requires_grad=True), torch.arange(8)
     nu = fastntxent.neg_lse(u, ids, 0.5, backend=backend)
     if free:
@@ -105,7 +105,7 @@ def test_ids_that_lose_their_memory_before_the_backward_are_an_error(backend, fr
 
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("share", [0, 0.5])
-def test_rows_without_their_memory_are_an_error(backend, share):
+def test_rows_whose_memory_was_freed_raise(backend, share):
     whole = torch.randn(8, 4)
     with pytest.raises(ValueError, match=r"z_j must have its elements in memory, got shape \(8, 4\)"):
         fastntxent.nt_xent(whole, with_cut_storage(whole, share), normalize=False, backend=backend)
@@ -115,7 +115,7 @@ def test_rows_without_their_memory_are_an_error(backend, share):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_change_in_place_before_the_backward_is_an_error(case, backend, reduction):
+def test_backward_raises_if_an_argument_was_changed_in_place(case, backend, reduction):
     drawn = draw(case, 8, 4, 0.3, 0)
     for wants_tau in (True, False):
         tau = drawn.tau.clone().requires_grad_(wants_tau)
@@ -141,8 +141,8 @@ SCALED = {
 
 @pytest.mark.parametrize("around", ["nothing", "hooks", "checkpoint"])
 @pytest.mark.parametrize("name", SCALED)
-def test_change_of_a_scale_in_place_before_the_backward_is_an_error(name, around):
-    """Autograd saves the scale itself. Hooks skip autograd's version check, and a checkpoint runs the forward again."""
+def test_backward_raises_if_a_logit_scale_was_changed_in_place(name, around):
+    """Autograd's own version check does not suffice: hooks skip it, and a checkpoint runs the forward again."""
     z, scale = torch.randn(2, 8, 4), torch.tensor(2.0, requires_grad=True)
     rows = z[0].clone().requires_grad_()
 
@@ -163,7 +163,7 @@ def test_change_of_a_scale_in_place_before_the_backward_is_an_error(name, around
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("normalize", [True, False])
-def test_change_of_rows_in_place_before_the_backward_is_an_error_or_of_no_consequence(case, backend, normalize):
+def test_backward_raises_or_is_right_if_rows_were_changed_in_place(case, backend, normalize):
     drawn = draw(case, 8, 4, 0.3, 0)
 
     def gradients(change: bool) -> tuple[Tensor, ...]:
@@ -207,7 +207,7 @@ def negated(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_lazily_negated_rows_and_gradients_are_what_they_look_like(case, backend, normalize):
+def test_lazily_negated_rows_and_gradients_equal_materialised_ones(case, backend, normalize):
     drawn = draw(case, 8, 4, 0.3, 0)
 
     def gradients(lazy: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
@@ -224,20 +224,20 @@ def test_lazily_negated_rows_and_gradients_are_what_they_look_like(case, backend
 
 
 @pytest.mark.parametrize("backend", KERNELS)
-def test_zeros_that_are_not_written_yet_are_zeros(backend):
+def test_efficient_zero_tensors_equal_ordinary_zeros(backend):
     zeros, z = torch._efficientzerotensor((6, 4)), torch.randn(6, 4)
     found = fastntxent.nt_xent(z, zeros, normalize=False, backend=backend)
     torch.testing.assert_close(found, fastntxent.nt_xent(z, torch.zeros(6, 4), normalize=False, backend=backend))
 
 
-def test_tensors_of_several_devices_are_refused_without_data_too():
+def test_operator_rejects_a_meta_tensor_among_cpu_tensors():
     u = torch.randn(8, 4)
     words = r"ids must be on the device of u \(cpu\), got meta"
     with warnings.catch_warnings(), pytest.raises(ValueError, match=words):
         torch.ops.fastntxent.neg_lse(u, torch.arange(8, device="meta"), torch.tensor(2.0), "auto")
 
 
-def test_checked_number_in_the_place_of_a_tensor_is_named():
+def test_checked_raises_an_error_that_names_an_argument_that_is_no_tensor():
     contract = importlib.import_module("fastntxent.ops.contract")
     with pytest.raises(TypeError, match=r"ids must be a torch\.Tensor, got float"):
         contract.checked("neg_lse", torch.randn(4, 3), 1.0, 0.5)

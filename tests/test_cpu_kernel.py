@@ -54,7 +54,7 @@ def threads():
     torch.set_num_threads(before)
 
 
-def test_instruction_set_that_the_machine_lacks_is_refused():
+def test_instruction_set_that_the_machine_lacks_is_rejected():
     before = _cpu.instruction_set()
     for name in (*NAMES, "another"):
         if not has_instruction_set(name):
@@ -73,7 +73,7 @@ def test_kernels_were_built():
 
 @pytest.mark.skipif(np.finfo(np.longdouble).nmant < 63, reason="needs a long double wider than double")
 @pytest.mark.parametrize(("dtype", "code"), [(np.float32, 2), (np.float64, 3)])
-def test_exp2_error_in_units_of_the_last_place(instruction_set, dtype, code):
+def test_exp2_is_accurate_to_about_one_unit_in_the_last_place(instruction_set, dtype, code):
     limit = 1.4 if instruction_set == "portable" else 1.1
     rng = np.random.default_rng(0)
     reach = 125 if dtype == np.float32 else 1000
@@ -88,7 +88,7 @@ def test_exp2_error_in_units_of_the_last_place(instruction_set, dtype, code):
 
 
 @pytest.mark.parametrize("size", [1, 3, 15, 16, 17])
-def test_exp2_passes_nan_on(instruction_set, size):
+def test_exp2_propagates_nan(instruction_set, size):
     x, y = torch.full((size,), torch.nan), torch.empty(size)
     _cpu.exp2(2, x.data_ptr(), y.data_ptr(), size)
     assert y.isnan().all()
@@ -180,7 +180,7 @@ def test_forward_gives_a_logit_the_same_bits_from_both_sides():
     assert both[0] == both[1]
 
 
-def test_ids_of_any_size_are_groups():
+def test_ids_of_any_size_and_integer_dtype_form_the_same_groups():
     u = torch.nn.functional.normalize(torch.randn(50, 8), dim=1)
     ids = torch.arange(50) % 7
     expected = neg_lse(u, ids, 0.1, backend="cpu")
@@ -235,7 +235,7 @@ def run_python(code, **options):
 
 
 @pytest.mark.parametrize("before", ["fastntxent.nt_xent(*z, 0.1)", "pass"], ids=["used", "only imported"])
-def test_child_after_fork_computes(before):
+def test_forked_child_computes_the_same_gradient(before):
     # The scalar paths only: other paths use PyTorch's own parallel operators, which hang in a forked child.
     code = f"""
         import os, torch, fastntxent
@@ -313,13 +313,13 @@ def test_daemon_thread_in_a_call_lets_the_process_end(threads, reduction):
 
 
 @pytest.mark.parametrize(("n", "d"), [(2**31, 1), (2**62, 1), (1, 2**60)])
-def test_call_beyond_the_kernels_size_is_a_value_error(n, d):
+def test_call_that_is_too_large_for_the_kernels_raises_value_error(n, d):
     z, inv_tau = torch.zeros(1, 1).expand(n, d), torch.ones(())
     with pytest.raises(ValueError, match=rf"at most 2147483647 rows.*got {2 * n} rows of {d} features"):
         torch.ops.fastntxent.nt_xent_value(z, z, inv_tau, True, True, "cpu")
 
 
-def test_no_address_space_is_a_memory_error():
+def test_failed_allocation_raises_memory_error():
     code = """
         import resource, torch, fastntxent
         z = torch.randn(2, 40000, 128)
@@ -336,5 +336,5 @@ def test_no_address_space_is_a_memory_error():
     assert run_python(code).wait() == 0
 
 
-def test_module_is_of_the_stable_abi():
+def test_module_uses_the_stable_abi():
     assert ".abi3." in _cpu.__file__

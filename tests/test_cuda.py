@@ -1,4 +1,4 @@
-"""The CUDA kernels against the oracle: on a GPU if there is one, else the same sources on an emulated device."""
+"""The CUDA kernels compared with the oracle: on a GPU if there is one, else the same sources on an emulated device."""
 
 import importlib
 import os
@@ -47,7 +47,7 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 @pytest.fixture(autouse=True)
 def emulate(monkeypatch):
-    """Without a GPU, emulate the backend "cuda" and return a function that changes the device."""
+    """Without a GPU, emulate the backend "cuda" and return a function that changes the device; else return None."""
     if STATUS.available:
         return None
     kernels = emulated_kernels()
@@ -106,14 +106,14 @@ def test_nt_xent_within_budget(size, temperature, dtype):
 @every_case(size=[(70, 64), (66, 200), (40, 520)], multiprocessors=[1, 5], shared=[H100, GEFORCE], dtype=DTYPES)
 def test_every_cut_within_budget(emulate, size, multiprocessors, shared, dtype):
     n, d = size
-    # Rows that fit in shared memory or not, groups of one to three chunks, columns divided into shares or not.
+    # Covers rows that fit in shared memory or not, groups of different sizes, and columns divided into shares or not.
     emulate(multiprocessors, shared)
     assert_within_budget(random_batch(n, d, 0.005 if n == 66 else 0.1, dtype=dtype), "cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("form", ["grid=1", "grid=3"])
-def test_grids_that_are_forced_within_budget(emulate, form, dtype):
+def test_forced_grids_within_budget(emulate, form, dtype):
     if emulate:
         emulate(5)
     backend: Any = select("cuda", DEVICE, dtype)
@@ -156,7 +156,7 @@ def test_larger_batches_within_budget(n, dtype):
 
 @pytest.mark.parametrize("temperature", [0.02, 0.3])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_nt_xent_of_rows_as_they_are_within_budget(dtype, temperature):
+def test_nt_xent_of_unnormalised_rows_within_budget(dtype, temperature):
     # Only the device knows the lengths of the rows, and so whether exp leaves its range.
     batch = random_batch(40, 24, temperature, dtype=dtype).map(lambda z: z / 8)._replace(normalize=False)
     assert_within_budget(on_device(batch), "cuda", reduction="none", upstream=upstream(40))
@@ -210,7 +210,7 @@ def each_chip(request, emulate):
 
 @pytest.mark.parametrize("temperature", [0.01, 0.1, 0.5])
 @pytest.mark.parametrize("loss", [None, 0.7, 1e-3, 1e-6])
-def test_gradient_accuracy_at_every_stage_of_training(each_chip, loss, temperature):
+def test_gradient_is_accurate_at_every_stage_of_training(each_chip, loss, temperature):
     shape = 64, 128, temperature
     batch = start_of_training(*shape) if loss is None else converged_batch(*shape, loss)
     assert_gradient_within_rounding(on_device(batch), "cuda")
@@ -222,7 +222,7 @@ def test_gradient_over_many_columns_does_not_drift(each_chip):
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float16, 1e-4), (torch.bfloat16, 8e-4)])
 @pytest.mark.parametrize("loss", [None, 0.7, 1e-3, 1e-6])
-def test_half_precision_gradient_before_it_is_rounded(loss, dtype, limit):
+def test_half_precision_gradient_is_accurate_before_it_is_rounded(loss, dtype, limit):
     # Each element of G is rounded to 8 or 11 bits. Independent errors average out in the sum over a row's negatives.
     batch = start_of_training(64, 128, 0.1) if loss is None else converged_batch(64, 128, 0.1, loss)
     batch = on_device(batch.map(lambda z: z.to(dtype)))
@@ -263,7 +263,7 @@ def test_neg_lse_of_any_groups_within_budget(size, groups, temperature):
 
 
 @pytest.mark.parametrize("needs", ["u", "v", "temperature"])
-def test_cross_neg_lse_forms_the_gradients_that_are_wanted(needs):
+def test_cross_neg_lse_computes_a_single_requested_gradient(needs):
     ids = torch.arange(20, device=DEVICE), torch.arange(30, device=DEVICE)
 
     def gradient(name):
@@ -288,7 +288,7 @@ def test_towers_within_budget(n, d, dtype, temperature, both):
 
 
 @pytest.mark.parametrize("temperature", [0.001, 0.5])
-def test_neg_lse_of_rows_without_negatives_can_be_masked_away(temperature):
+def test_neg_lse_of_rows_without_negatives_can_be_masked_out(temperature):
     u = F.normalize(torch.randn(4, 3, device=DEVICE), dim=1).requires_grad_()
     nu = neg_lse(u, torch.zeros(4, dtype=torch.long, device=DEVICE), temperature, backend="cuda")
     (gradient,) = torch.autograd.grad(torch.where(nu.isinf(), 0, nu.square()).sum(), u)
@@ -311,13 +311,13 @@ def test_nan_reaches_the_loss_and_every_row_that_sees_it():
         assert nt_xent(z_i, z_j, temperature, reduction="none", backend="cuda").isnan().all()
 
 
-def test_value_alone_equals_that_with_a_gradient():
+def test_value_without_gradient_equals_value_with_gradient():
     z_i, z_j, *_ = on_device(random_batch(40, 16, 0.1))
     alone = nt_xent(z_i, z_j, 0.1, backend="cuda")
     assert torch.equal(alone, nt_xent(z_i.requires_grad_(), z_j, 0.1, backend="cuda").detach())
 
 
-def test_float64_and_other_devices_are_refused():
+def test_float64_and_other_devices_are_rejected():
     z = torch.randn(4, 3, dtype=torch.float64, device=DEVICE)
     with pytest.raises(TypeError, match=r"backend 'cuda' takes torch.float16, .*, got torch.float64"):
         nt_xent(z, z, backend="cuda")
@@ -325,11 +325,11 @@ def test_float64_and_other_devices_are_refused():
         select("cuda", "xpu", torch.float32)
 
 
-def test_auto_does_not_pick_what_no_device_has_verified():
+def test_auto_does_not_choose_unverified_kernels():
     assert type(select("auto", "cuda", torch.float32)).__name__ == "BlockedBackend"
 
 
-def test_a_call_that_cannot_be_is_an_error_with_words(emulate):
+def test_an_invalid_kernel_call_raises_an_error_that_describes_it(emulate):
     backend: Any = select("cuda", DEVICE, torch.float32)
     side = ((0, 4, 3, 1), (0, 0, 0, 0), 0, 0, 0, 0, 0)
     with pytest.raises(RuntimeError, match="fastntxent's CUDA kernel: fntx_cuda_run: a matrix"):
@@ -337,7 +337,7 @@ def test_a_call_that_cannot_be_is_an_error_with_words(emulate):
 
 
 @needs_emulator
-def test_a_device_without_room_for_a_block_is_an_error_with_words(emulate):
+def test_a_device_with_too_little_shared_memory_raises_an_error_that_says_so(emulate):
     emulate(1, 48 * 1024)
     with pytest.raises(RuntimeError, match="fntx_cuda_workspace: the device has too little shared memory for a block"):
         nt_xent(*random_batch(4, 3, 0.1)[:2], 0.1, backend="cuda")
@@ -356,7 +356,7 @@ def test_a_temperature_on_the_device_is_not_read_by_the_host():
 
 
 @needs_cuda
-def test_a_cuda_graph_holds_loss_and_gradient():
+def test_a_cuda_graph_captures_loss_and_gradient():
     z = torch.randn(2, 64, 32, device="cuda", requires_grad=True)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -374,7 +374,7 @@ def test_a_cuda_graph_holds_loss_and_gradient():
         assert torch.equal(gradient, *torch.autograd.grad(expected, z))
 
 
-def test_without_a_device_it_says_what_it_needs():
+def test_status_without_a_device_says_what_the_backend_needs():
     if torch.cuda.is_available():
         pytest.skip("needs a machine without a CUDA device")
     code = "import fastntxent; print(fastntxent.backends()['cuda'].reason)"

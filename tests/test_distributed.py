@@ -1,4 +1,4 @@
-"""Losses across ranks: values and parameter gradients, compared with the whole batch in one process, in float64."""
+"""Losses across ranks: values and parameter gradients, compared with the whole batch in one process in float64."""
 
 from __future__ import annotations
 
@@ -247,8 +247,8 @@ def test_ranks_equal_one_process(results, name: str, strategy: str):
 
 
 def few_rows(sizes: list[int]) -> list[tuple[Tensor, Tensor]]:
-    """Return losses whose gradients are expanded one-element tensors, and their gradients with respect to this rank's
-    z_i."""
+    """Return the losses of FEW on at most one row per rank, and their gradients with respect to this rank's z_i. In the
+    backward, gradients can be expanded tensors of one element, which PyTorch counts as contiguous."""
     first = sum(sizes[: dist.get_rank()])
     here, found = slice(first, first + sizes[dist.get_rank()]), []
     for name in FEW:
@@ -273,4 +273,4 @@ def test_ranks_with_one_row_equal_one_process(sizes: list[int]):
         for of_rank in of_ranks:
             torch.testing.assert_close(of_rank[index][0], loss.detach())
         gradient = torch.cat([of_rank[index][1] for of_rank in of_ranks])
-        torch.testing.assert_close(gradient / 2, expected)  # DDP averages over the two ranks
+        torch.testing.assert_close(gradient / 2, expected)  # DDP averages across the two ranks

@@ -1,4 +1,4 @@
-"""Further promises of losses across ranks: reductions, options, wrappers, bytes, memory and errors."""
+"""More about losses across ranks: reductions, options, wrappers, bytes, memory and errors."""
 
 from __future__ import annotations
 
@@ -231,12 +231,12 @@ def found() -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("how", ["plain", "mesh", "blocked", "after errors"])
-def test_group_is_taken_as_it_comes(found, how: str):
+def test_loss_with_each_kind_of_group_equals_one_process(found, how: str):
     for of_rank in found:
         assert_close(of_rank[how], truth("nt_xent", N))
 
 
-def test_bfloat16_on_the_wire_is_the_loss_of_rounded_rows(found):
+def test_bfloat16_on_the_wire_equals_the_loss_of_rounded_rows(found):
     first = found[0]["bfloat16"]
     assert first.same_bits(found[1]["bfloat16"])
     expected = truth("nt_xent", N)
@@ -256,18 +256,18 @@ def test_bfloat16_on_the_wire_is_the_loss_of_rounded_rows(found):
     assert relative(first.d_weight, model.weight.grad) < RTOL
 
 
-def test_half_precision_embeddings_give_float32(found):
+def test_half_precision_embeddings_give_a_float32_loss(found):
     x, _ = whole_batch(N)
     expected = fastntxent.nt_xent(*x[:2].bfloat16(), TAU)
     assert found[0]["half"].dtype == torch.float32
     assert relative(found[0]["half"], expected.double()) < RTOL
 
 
-def test_unchecked_ranks_with_the_same_rows_are_the_same(found):
+def test_check_false_gives_the_same_bits_if_ranks_have_equally_many_rows(found):
     assert all(of_rank["unchecked is the same"] for of_rank in found)
 
 
-def test_none_gives_own_rows_and_the_gradient_of_the_mean_of_the_ranks_losses(found):
+def test_reduction_none_gives_local_rows_and_the_gradient_of_the_mean_across_ranks(found):
     x, _ = whole_batch(N)
     rows, gradient = row_losses_and_gradient(encoder(torch.float64), x.double(), row_weights(), backend="reference")
     first = 0
@@ -294,25 +294,25 @@ def test_wrappers_average_to_the_gradient_of_one_process(found, how: str):
             assert relative(gradient, true) < RTOL
 
 
-def test_compiled_code_around_the_loss_is_the_same(found):
+def test_loss_in_compiled_code_equals_eager(found):
     for of_rank in found:
         for compiled, eager in zip(of_rank["compiled"], of_rank["eager"], strict=True):
             torch.testing.assert_close(compiled, eager)
 
 
 @pytest.mark.parametrize("says", DISAGREEMENTS)
-def test_disagreement_is_named_on_every_rank(found, says: str):
+def test_disagreement_raises_an_error_that_names_it_on_every_rank(found, says: str):
     for of_rank in found:
         assert of_rank["errors"][says] == f"these must be the same on every rank: {says}"
 
 
-def test_queues_that_go_on_from_different_places_are_named_on_every_rank(found):
+def test_queues_at_different_positions_raise_an_error_on_every_rank(found):
     for of_rank in found:
         assert of_rank["queues"] == "these must be the same on every rank: queue_pointer is 0 on rank 0; 1 on rank 1"
 
 
 @pytest.mark.parametrize("which", ["an ulp", "places", "short"])
-def test_pair_weights_of_other_values_are_named_on_every_rank(found, which: str):
+def test_pair_weights_with_different_values_raise_an_error_on_every_rank(found, which: str):
     says = r"these must be the same on every rank: pair_weights is (.*) on rank 0; (.*) on rank 1"
     shape = r"a tensor of shape \((\d+), \1\) and checksum -?[0-9a-f]+"
     for of_rank in found:
@@ -322,26 +322,26 @@ def test_pair_weights_of_other_values_are_named_on_every_rank(found, which: str)
         assert match[1] != match[2]
 
 
-def test_pair_weights_of_another_shape_or_on_one_rank_alone_are_named(found):
+def test_pair_weights_with_different_shapes_or_on_one_rank_only_raise_an_error(found):
     for of_rank in found:
         assert re.search(r"shape \(2, 2\) .* on rank 0; .* shape \(3, 3\) .* on rank 1", of_rank["weights"]["shape"])
         assert re.search(r"shape \(2, 2\) .* on rank 0; None on rank 1", of_rank["weights"]["given"])
 
 
-def test_pair_weights_of_the_same_values_pass_whatever_their_dtype(found):
+def test_equal_pair_weights_are_accepted_whatever_their_dtype(found):
     for of_rank in found:
         assert [of_rank["weights"][name] for name in ("the same", "dtypes", "zeros")] == ["none"] * 3
 
 
-def test_no_rows_on_any_rank_is_an_error(found):
+def test_batch_without_rows_on_any_rank_raises_an_error(found):
     assert "must have at least one row on the 2 ranks together" in found[0]["empty"]
 
 
-def test_reference_takes_no_group(found):
+def test_reference_backend_rejects_a_group(found):
     assert "'reference' takes no group" in found[1]["alone"]
 
 
-def test_compare_judges_what_the_ranks_have_together(found):
+def test_compare_judges_the_batch_of_all_ranks(found):
     x, _ = whole_batch(N)
     for name, dtype in (("float", torch.float32), ("half", torch.float16)):
         report = found[0]["compared"][name]
@@ -382,7 +382,7 @@ def strangers(case: str) -> tuple[Tensor, Tensor]:
     return x, ids
 
 
-def test_rows_without_negatives_here_or_anywhere_and_nan_are_as_in_one_process():
+def test_rows_without_negatives_and_nan_rows_equal_one_process():
     of_ranks = on_ranks(2, none_or_no_number)
     for case, strategy in of_ranks[0]:
         losses, gradient = (
@@ -429,7 +429,7 @@ def one_of_two_stops(how: str, strategy: str) -> tuple[str, float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("how", "strategy"), [("dies", "ring"), ("dies", "all_gather"), ("is late", "all_gather")])
-def test_rank_that_does_not_answer_ends_the_others_with_words(how: str, strategy: str):
+def test_rank_that_does_not_answer_raises_an_error_on_the_others(how: str, strategy: str):
     message, seconds = on_ranks(2, one_of_two_stops, how, strategy)[0]
     assert message.startswith("rank 0 of 2 got no answer from the others")
     assert seconds < 10 * SOON
@@ -516,7 +516,7 @@ SENT = {
 
 @pytest.mark.parametrize("size", [3, 4])
 @pytest.mark.parametrize(("name", "strategy"), SENT)
-def test_a_step_sends_a_fraction_of_an_all_gather_with_autograd(measured, name: str, strategy: str, size: int):
+def test_a_step_sends_the_documented_share_of_an_all_gather(measured, name: str, strategy: str, size: int):
     # An all-gather with autograd sends at least the rows in the forward, and a reduce-scatter sends their gradients in
     # the backward.
     with_autograd = 2 * (size - 1) * 2 * ROWS * WIDTH * 4
@@ -525,7 +525,7 @@ def test_a_step_sends_a_fraction_of_an_all_gather_with_autograd(measured, name: 
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_ring_holds_two_blocks_whatever_the_number_of_ranks(measured, name: str):
+def test_ring_memory_does_not_depend_on_the_number_of_ranks(measured, name: str):
     (_, of_three), (_, of_four) = (measured[size, "ring", name] for size in (3, 4))
     assert of_four == of_three
     (_, of_three), (_, of_four) = (measured[size, "all_gather", name] for size in (3, 4))
@@ -542,7 +542,7 @@ ROWS_OF_RANKS = (
 
 @pytest.mark.parametrize("rows", ROWS_OF_RANKS, ids=str)
 @pytest.mark.parametrize("how", ["half_ring", "triangle"])
-def test_every_similarity_is_formed_once_and_every_rank_forms_as_many(how: str, rows: list[int]):
+def test_every_similarity_is_computed_once_and_the_work_is_balanced(how: str, rows: list[int]):
     world, n_rows = len(rows), sum(rows)
     formed = torch.zeros(n_rows, n_rows, dtype=torch.int64)
     of_ranks = []
@@ -569,7 +569,7 @@ def test_every_similarity_is_formed_once_and_every_rank_forms_as_many(how: str, 
 # --- one process -----------------------------------------------------------------------------------------------------
 
 
-def test_bad_groups_are_errors():
+def test_group_of_a_wrong_type_raises():
     with pytest.raises(TypeError, match="group must be a ProcessGroup, a DeviceMesh or 'world', got int"):
         fastntxent.nt_xent(torch.eye(3), torch.eye(3), group=3)
 
@@ -605,7 +605,7 @@ def test_auto_takes_the_ring_above_its_limit():
     assert taken == always | {("auto", 127): True, ("auto", 128): False}
 
 
-def test_modules_can_be_copied_and_bad_options_are_errors():
+def test_modules_with_a_group_can_be_copied_and_bad_sharding_options_raise():
     (messages,) = on_ranks(1, one_rank)
     assert messages[0].startswith("strategy must be one of 'auto', 'all_gather', 'ring', got 'star'")
     assert messages[1].startswith("wire_dtype must be None or a floating-point dtype")

@@ -1,4 +1,4 @@
-"""What ranks detect: changes in place, backwards out of order or missing, a group that does not exist yet."""
+"""Mistakes that ranks detect: changes in place, backwards out of order or missing, a group that does not exist yet."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def rows() -> Tensor:
 
 
 def after_a_change(strategy: str) -> dict[tuple[str, str], str]:
-    """Change each tensor of each loss in place before the backward; return "right" or "wrong" for the gradient,
-    "noticed", or another error."""
+    """Change the rows or the ids of each loss in place before the backward. Return "right" or "wrong" for the gradient
+    or, if the backward raises, "noticed" or the message of an unexpected error."""
     found = {}
     for name, loss in LOSSES.items():
         for changed in ("rows", "ids"):
@@ -127,16 +127,16 @@ def of_ranks() -> dict[object, list[object]]:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_change_in_place_over_ranks_is_noticed(of_ranks, strategy):
+def test_backward_across_ranks_raises_or_is_right_after_a_change_in_place(of_ranks, strategy):
     for found in of_ranks["changed", strategy]:
-        # Changing ids is harmless to a loss that takes no ids (nt_xent), and changing rows to a loss that saves only
-        # copies of them.
+        # Changing ids is harmless to a loss that takes no ids (nt_xent). Changing rows is harmless to a loss that saves
+        # only copies of them.
         assert {key: what for key, what in found.items() if what not in ("noticed", "right")} == {}
         assert found["sup_con in", "ids"] == found["sup_con out", "rows"] == found["clip", "rows"] == "noticed"
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_saved_rows_over_ranks_pass_through_hooks(of_ranks, strategy):
+def test_saved_rows_across_ranks_pass_through_saved_tensor_hooks(of_ranks, strategy):
     for found in of_ranks["packed", strategy]:
         assert found == dict.fromkeys(LOSSES, True)
 
@@ -166,7 +166,7 @@ def out_of_order() -> list[str]:
     return [*found, raised(loss.backward)]
 
 
-def test_backwards_in_another_order_are_an_error_on_every_rank():
+def test_backwards_in_different_orders_raise_an_error_on_every_rank():
     for rank, (swapped, left_out, after, changed) in enumerate(on_ranks(2, out_of_order)):
         assert ("modified by an inplace operation", "raised an error on rank 0")[rank] in changed
         assert "must call losses, and run their backwards, in the same order" in swapped
@@ -181,12 +181,12 @@ def ends_early() -> str:
     return raised(loss.backward) if not dist.get_rank() else "ended"
 
 
-def test_rank_that_ends_before_its_backward_ends_the_others_wait_in_words():
+def test_rank_that_exits_before_its_backward_raises_an_error_on_the_other():
     waiting, _ = on_ranks(2, ends_early)
     assert "rank 0 of 2 got no answer from the others" in waiting
 
 
-def test_lazily_negated_rows_over_ranks_are_what_they_look_like(of_ranks):
+def test_lazily_negated_rows_across_ranks_equal_materialised_ones(of_ranks):
     assert of_ranks["negated"] == [[True] * len(LOSSES)] * 2
 
 
@@ -200,7 +200,7 @@ MODULES = [
 
 
 @pytest.mark.parametrize("make", MODULES)
-def test_world_without_a_process_group_is_an_error_at_the_call(make):
+def test_world_without_a_process_group_raises_when_the_loss_is_called(make):
     z = torch.randn(2, N, D)
     for group in ("world", fastntxent.Sharding("world")):
         loss = make(group=group)
@@ -212,6 +212,6 @@ def test_world_is_the_default_group_of_the_call(of_ranks):
     assert of_ranks["world"] == [True, True]
 
 
-def test_unknown_name_of_a_group_is_an_error():
+def test_unknown_group_name_raises():
     with pytest.raises(ValueError, match="group must be 'world' if it is a string, got 'all'"):
         fastntxent.NTXentLoss(group="all")

@@ -104,12 +104,12 @@ def on_each_rank() -> dict[str, Any]:
 
 
 def square_of_lse(lse: Tensor) -> Tensor:
-    """Sum the squares over the rows with a positive only. The upstream gradient of the other rows is 0 x inf."""
+    """Sum the squares over the rows with a positive only. The upstream gradient of the other rows is 0 * inf = NaN."""
     return torch.where(lse.isinf(), 0, lse.square()).sum()
 
 
 def summed(rank: int) -> dict[str, Tensor]:
-    """Return what is summed across ranks: one number, fewer numbers than ranks, a count that is no multiple of the
+    """Return tensors to sum across ranks: one number, fewer numbers than ranks, a count that is no multiple of the
     number of ranks, a non-contiguous tensor, and integers."""
     x = torch.randn(4, 5, generator=torch.Generator().manual_seed(rank))
     return {"one": x[0, 0], "few": x[0, :2], "more": x, "transposed": x.T, "integers": (100 * x).long()}
@@ -149,7 +149,7 @@ def assert_close(found: Found, expected: Found, rtol: float) -> None:
 @pytest.mark.parametrize("dtype", RTOL)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("name", CALLS)
-def test_sup_con_rows_of_ranks_are_those_of_one_process(of_ranks, name: str, strategy: str, dtype: torch.dtype):
+def test_sup_con_rows_across_ranks_equal_one_process(of_ranks, name: str, strategy: str, dtype: torch.dtype):
     form, labels = CALLS[name]
     found = together(of_ranks, name, strategy, dtype)
     assert found.losses.dtype == found.d_z.dtype == dtype
@@ -158,14 +158,14 @@ def test_sup_con_rows_of_ranks_are_those_of_one_process(of_ranks, name: str, str
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("form", ["in", "pairs"])
-def test_sup_con_of_ranks_in_several_tiles_is_the_same(of_ranks, form: str, strategy: str):
+def test_sup_con_across_ranks_in_several_tiles_equals_one_process(of_ranks, form: str, strategy: str):
     expected = evaluate(form, LABELS["everywhere"], *batch(), backend="reference")
     assert_close(together(of_ranks, "tiles", form, strategy), expected, RTOL[torch.float64])
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("name", CALLS)
-def test_sup_con_with_bfloat16_on_the_wire_is_the_loss_of_rounded_rows(of_ranks, name: str, strategy: str):
+def test_sup_con_with_bfloat16_on_the_wire_equals_the_loss_of_rounded_rows(of_ranks, name: str, strategy: str):
     form, labels = CALLS[name]
     z, weights = batch()
     z.requires_grad_()
@@ -184,7 +184,7 @@ def test_sup_con_with_bfloat16_on_the_wire_is_the_loss_of_rounded_rows(of_ranks,
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("form", ["in", "pairs"])
-def test_sup_con_gradient_of_ranks_keeps_its_accuracy_when_converged(of_ranks, form: str, strategy: str):
+def test_sup_con_gradient_across_ranks_keeps_its_accuracy_when_converged(of_ranks, form: str, strategy: str):
     z, labels = converged()
     z = z.double().requires_grad_()
     loss = fastntxent.sup_con(z, labels, CONVERGED_TAU, form=form, reduction="sum", backend="reference")
@@ -195,7 +195,7 @@ def test_sup_con_gradient_of_ranks_keeps_its_accuracy_when_converged(of_ranks, f
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_positive_lse_of_ranks_rows_without_a_positive_have_no_gradient(of_ranks, strategy: str):
+def test_positive_lse_across_ranks_equals_one_process_if_rows_lack_a_positive(of_ranks, strategy: str):
     rows, ids = batch()[0].requires_grad_(), LABELS["some alone"]
     square_of_lse(ops.positive_lse(rows, rows, ids, ids, torch.tensor(0.5, dtype=rows.dtype), same=True)).backward()
     found = torch.cat([found["alone", strategy] for found in of_ranks])
@@ -210,6 +210,6 @@ def test_all_reduce_adds_in_the_order_of_the_ranks(of_ranks, name: str):
 
 
 @pytest.mark.parametrize("says", DISAGREEMENTS)
-def test_sup_con_of_other_labels_or_form_on_a_rank_is_an_error(of_ranks, says: str):
+def test_sup_con_with_different_forms_or_class_counts_on_ranks_raises(of_ranks, says: str):
     for found in of_ranks:
         assert found[says] == f"these must be the same on every rank: {says}"

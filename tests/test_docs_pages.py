@@ -60,7 +60,7 @@ def test_clip_script_runs_on_two_ranks(tmp_path):
     assert float(accuracy) > 0.5, "24 captions: chance is 0.04"
 
 
-def test_reference_has_every_public_name():
+def test_api_reference_has_every_public_name():
     pages = "".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
     documented = set()
     for line in re.findall(r"^\.\. (?:currentmodule|auto\w+):: .*", pages, re.MULTILINE):

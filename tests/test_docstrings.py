@@ -129,7 +129,7 @@ def test_docstring_has_an_example(name, obj):
 
 
 @pytest.mark.parametrize(("name", "obj"), (DOCUMENTED | DROP_INS | forwards(DROP_INS)).items())
-def test_docstring_refers_to_no_other_for_an_argument(name, obj):
+def test_docstring_describes_arguments_without_referring_to_another_docstring(name, obj):
     for argument, text in described(obj).items():
         assert not re.match(r"(?i)(as|like) (in|of|for) `", text), f"{argument}: {text}"
 

@@ -17,21 +17,21 @@ from tests.cases import (
 )
 
 
-def test_measure_is_relative_to_the_truth():
+def test_errors_are_relative_to_the_truth():
     truth = torch.tensor([3.0, -4.0], dtype=torch.float64)
     errors = error_budget.errors_of(torch.tensor([3.0, -4.4]), truth)
     assert errors.maximum == pytest.approx(0.1)
     assert errors.rms == pytest.approx(0.4 / 5)
 
 
-def test_measure_of_infinities_and_nan():
+def test_errors_of_equal_infinities_are_zero_and_nan_exceeds_every_limit():
     inf = torch.tensor([-torch.inf, 1.0], dtype=torch.float64)
     assert error_budget.errors_of(inf.float(), inf) == (0, 0)
     nan = error_budget.errors_of(torch.tensor([torch.nan, 1.0]), inf)
     assert not nan.within(error_budget.Errors(1e9, 1e9))
 
 
-def test_measure_of_zero_truth():
+def test_errors_of_a_zero_truth_are_infinite_without_a_scale():
     zero = torch.zeros(2, dtype=torch.float64)
     assert error_budget.errors_of(zero, zero) == (0, 0)
     assert error_budget.errors_of(zero + 1, zero) == (torch.inf, torch.inf)

@@ -1,4 +1,4 @@
-"""Every script in examples/ runs as its reader would run it, and the figures that it prints improve."""
+"""Every script in examples/ runs as its reader would run it, and the losses and accuracies that it prints improve."""
 
 import importlib.util
 import os
@@ -25,8 +25,8 @@ RUNS = {
     "fsdp2.py": (TORCHRUN, "--steps 20 --batch 64", None, {"loss"}),
     "sentence_transformers_mnrl.py": ([], "--steps 40", "sentence_transformers", {"loss", "retrieval"}),
 }
-# A torchvision built for a different PyTorch breaks every library that imports torchvision when installed. No example
-# needs torchvision.
+# A torchvision built for a different PyTorch breaks every library that imports torchvision if it is installed. No
+# example needs torchvision.
 WITHOUT_TORCHVISION = """
 import importlib.metadata, sys
 

@@ -10,7 +10,7 @@ from tests.cases import BACKENDS, KERNELS, converged_batch, random_batch
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_is_as_similar_as_the_limit_stays(backend):
+def test_negatives_exactly_at_the_limit_are_kept(backend):
     # Similarities of these two-feature rows are exactly 0 and 1. With a margin of 0, the limit is 1.
     z_i = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     exact = fastntxent.nt_xent(z_i, z_i, 1.0, backend=backend)
@@ -24,7 +24,7 @@ def test_what_is_as_similar_as_the_limit_stays(backend):
 
 @pytest.mark.parametrize("d", [8, 128, 768])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_copies_of_the_positive_stay_with_a_margin_of_zero(backend, d):
+def test_copies_of_the_positive_are_kept_with_a_margin_of_zero(backend, d):
     z, w = torch.randn(2, 40, d)
     query, key = z.repeat(4, 1), (z + 0.1 * w).repeat(4, 1)
     losses = fastntxent.info_nce(query, key, 0.01, margin=0.0, reduction="none", backend=backend)
@@ -33,7 +33,7 @@ def test_copies_of_the_positive_stay_with_a_margin_of_zero(backend, d):
 
 @pytest.mark.parametrize("d", [1, 3, 48, 300])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_ties_stay_whatever_the_similarity_to_the_positive(backend, d):
+def test_ties_are_kept_whatever_the_similarity_to_the_positive(backend, d):
     """Opposite, equal and orthogonal positives, and rows that are not normalised."""
     options = {"reduction": "none", "backend": backend}
     for x, y in torch.randn(8, 2, 1, d).repeat(1, 1, 4, 1):
@@ -79,7 +79,7 @@ def test_weights_near_the_smallest_numbers_give_no_nan(backend, temperature, dty
 
 @pytest.mark.parametrize(("temperature", "length"), [(1e6, 1.0), (0.5, 1e-4), (500.0, 1.0)])
 @pytest.mark.parametrize("backend", KERNELS)
-def test_limits_are_as_fine_where_logits_are_small(backend, temperature, length):
+def test_limits_are_as_precise_when_logits_are_small(backend, temperature, length):
     z_i, z_j = length * torch.randn(2, 64, 32, dtype=torch.float64)
     options = {"margin": 0.0, "normalize": False}
     expected = fastntxent.nt_xent(z_i, z_j, temperature, backend="reference", **options)
@@ -98,7 +98,7 @@ def test_rows_that_lose_all_negatives_have_no_loss_and_no_gradient(backend, temp
 
 @pytest.mark.parametrize("temperature", [1.0, 0.005])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nan_is_not_left_out(backend, temperature):
+def test_nan_similarities_are_kept(backend, temperature):
     z = torch.randn(2, 6, 4)
     z[0, 3, 1] = torch.nan
     losses = fastntxent.nt_xent(z[0], z[1], temperature, margin=0.5, reduction="none", backend=backend)
@@ -150,6 +150,6 @@ def test_errors_name_the_argument(loss, options, error, words):
         loss(*torch.randn(2, 6, 4), 0.5, **options)
 
 
-def test_sup_con_takes_a_ceiling_with_one_label_a_row_alone():
+def test_sup_con_rejects_a_ceiling_with_several_labels_per_row():
     with pytest.raises(ValueError, match="ceiling must be None with several labels per row"):
         fastntxent.sup_con(torch.randn(6, 4), torch.ones(6, 2, dtype=torch.bool), 0.5, ceiling=0.1)

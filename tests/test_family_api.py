@@ -94,7 +94,7 @@ def test_module_equals_its_function(name, learn):
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_module_defaults_are_its_functions(name):
+def test_module_has_the_defaults_of_its_function(name):
     module = inspect.signature(getattr(fastntxent, name)).parameters
     assert next(iter(module)) == "temperature"
     function = {
@@ -141,14 +141,14 @@ def test_module_signature_names_every_option(name):
 
 
 @pytest.mark.parametrize("name", [*MODULES, "QueueInfoNCELoss"])
-def test_unknown_option_of_a_module_is_named(name):
+def test_unknown_option_of_a_module_raises_an_error_that_names_it(name):
     message = rf"^{name}\.__init__\(\) got an unexpected keyword argument 'normalise'$"
     with pytest.raises(TypeError, match=message):
         new_module(name, normalise=False)
 
 
 @pytest.mark.parametrize("name", [*fastntxent.modules.__all__])
-def test_module_takes_only_a_bool_where_one_is_meant(name):
+def test_module_rejects_a_string_for_each_bool_option(name):
     module = getattr(fastntxent, name)
     needed = {"size": 8, "dim": 4} if name in ("NegativeQueue", "QueueInfoNCELoss") else {}
     parameters = inspect.signature(module).parameters.items()
@@ -159,7 +159,7 @@ def test_module_takes_only_a_bool_where_one_is_meant(name):
             module(**needed, **{option: "no"})
 
 
-def test_module_of_the_users_keeps_its_own_signature():
+def test_user_subclass_of_a_module_keeps_its_own_signature():
     class Mine(fastntxent.NTXentLoss):
         def __init__(self, steps, **options):
             super().__init__(**options)
@@ -183,7 +183,7 @@ def test_module_copies_and_pickles(name, learn):
         assert twin.state_dict().keys() == module.state_dict().keys()
 
 
-def test_clip_default_temperature_is_its_modules():
+def test_clip_has_the_default_temperature_of_its_module():
     torch.testing.assert_close(clip(Z, W), clip(Z, W, 0.07), rtol=0, atol=0)
 
 
@@ -205,7 +205,7 @@ def test_clip_logit_bias_cancels():
     assert torch.equal(clip(Z, W, 0.2, logit_bias=3), clip(Z, W, 0.2))
 
 
-def test_clip_module_keeps_its_scale_below_the_bound():
+def test_clip_module_clamps_its_scale_to_the_bound():
     module = fastntxent.CLIPLoss(0.001)
     torch.testing.assert_close(module(Z, W).detach(), clip(Z, W, 0.01))
     assert module.logit_scale == 100
@@ -214,7 +214,7 @@ def test_clip_module_keeps_its_scale_below_the_bound():
     torch.testing.assert_close(fixed(Z, W), clip(Z, W, 0.001))
 
 
-def test_clip_module_over_a_batch_of_features_under_vmap():
+def test_clip_module_under_vmap_equals_a_loop():
     module = fastntxent.CLIPLoss(0.001)
     images, texts = torch.stack((Z, W, -Z)), torch.stack((W, -Z, Z))
     each = torch.stack([module(*pair) for pair in zip(images, texts, strict=True)])
@@ -242,7 +242,7 @@ LEARNT = {
 
 @pytest.mark.parametrize("name", LEARNT)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-def test_learnt_temperature_far_away_gives_numbers_or_an_error_in_words(name, dtype):
+def test_extreme_learnt_temperature_gives_a_finite_loss_or_a_clear_error(name, dtype):
     rows = torch.float64 if dtype == torch.float64 else torch.float32
 
     def results(log_temperature: float, module_dtype: torch.dtype, rows_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -279,7 +279,7 @@ def test_learnt_temperature_far_away_gives_numbers_or_an_error_in_words(name, dt
     assert finite > 2
 
 
-def test_mean_is_finite_where_the_sum_of_its_rows_is_not():
+def test_mean_is_finite_even_if_the_sum_of_its_rows_overflows():
     z, w = Z.float().repeat(9, 1), W.float().repeat(9, 1)
     for loss in (dcl, macl, info_nce, clip):
         for backend in BACKENDS:
@@ -294,7 +294,7 @@ def test_mean_is_finite_where_the_sum_of_its_rows_is_not():
 @pytest.mark.parametrize(
     ("dtype", "size"), [(torch.float32, 3e19), (torch.float32, 1e38), (torch.bfloat16, 1e38), (torch.float64, 1e150)]
 )
-def test_unit_rows_of_a_length_whose_square_overflows(name, reduction, dtype, size, backend):
+def test_rows_whose_squared_length_overflows_are_normalised(name, reduction, dtype, size, backend):
     rows = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0)).clamp(-3, 3).to(dtype)
     results = []
     for scale in (1.0, size):
@@ -318,14 +318,14 @@ def test_sup_con_without_any_positive_is_zero():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_sup_con_at_the_least_temperatures_is_not_below_zero(backend):
+def test_sup_con_at_the_smallest_temperature_is_finite_and_positive(backend):
     labels = torch.arange(37) % 3
     losses = sup_con(torch.randn(37, 3), labels, 1e-38, reduction="none", backend=backend)
     assert losses.isfinite().all()
     assert (losses > 0).all()
 
 
-def test_sup_con_weights_of_the_identity_are_none():
+def test_sup_con_identity_pair_weights_change_nothing():
     labels = LABELS % 3
     for reduction in ("mean", "sum", "none"):
         value = sup_con(Z, labels, 0.2, pair_weights=7 * torch.eye(5), reduction=reduction)
@@ -333,13 +333,13 @@ def test_sup_con_weights_of_the_identity_are_none():
 
 
 @pytest.mark.parametrize("size", [1e-44, 1e-30, 1e30, 3e38])
-def test_sup_con_weights_count_in_proportion(size):
+def test_sup_con_depends_only_on_the_ratios_of_pair_weights(size):
     weights, labels = torch.rand(3, 3) + 0.01, LABELS % 3
     value = sup_con(Z, labels, 0.2, pair_weights=size * weights.double())
     torch.testing.assert_close(value, sup_con(Z, labels, 0.2, pair_weights=weights), rtol=1e-5, atol=1e-5)
 
 
-def test_sup_con_weights_that_are_all_zero_are_no_positives():
+def test_sup_con_rows_whose_pair_weights_are_all_zero_have_no_loss():
     z = Z.clone().requires_grad_()
     loss = sup_con(z, LABELS % 3, 0.1, pair_weights=torch.zeros(3, 3))
     assert loss == 0
@@ -350,7 +350,7 @@ def test_sup_con_weights_that_are_all_zero_are_no_positives():
     torch.testing.assert_close(sup_con(Z, torch.arange(6), 0.1, pair_weights=alone), rows.sum())
 
 
-def test_sup_con_module_has_its_weights_as_a_buffer():
+def test_sup_con_module_holds_its_weights_as_a_buffer():
     weights = torch.rand(3, 3)
     module = fastntxent.SupConLoss(0.2, pair_weights=weights)
     assert torch.equal(module(Z, LABELS % 3), sup_con(Z, LABELS % 3, 0.2, pair_weights=weights))
@@ -358,7 +358,7 @@ def test_sup_con_module_has_its_weights_as_a_buffer():
     assert not fastntxent.SupConLoss().state_dict()
 
 
-def test_sup_con_weights_changed_before_the_backward_are_an_error():
+def test_backward_raises_if_sup_con_weights_were_changed_in_place():
     weights = torch.rand(3, 3)
     loss = sup_con(Z.clone().requires_grad_(), LABELS % 3, pair_weights=weights)
     weights += 1
@@ -366,7 +366,7 @@ def test_sup_con_weights_changed_before_the_backward_are_an_error():
         loss.backward()
 
 
-def test_sup_con_of_two_views_is_nt_xent_in_every_form():
+def test_sup_con_of_two_views_equals_nt_xent_in_every_form():
     z_i, z_j, *_ = random_batch(9, 5, 0.2, dtype=torch.float64)
     labels = torch.arange(9).repeat(2)
     expected = nt_xent(z_i, z_j, 0.2, reduction="none")
@@ -406,7 +406,7 @@ def test_losses_without_negatives_are_zero_and_macl_is_one():
         assert torch.equal(gradient, torch.zeros_like(z))
 
 
-def test_dcl_published_value():
+def test_dcl_of_equal_embeddings_has_the_published_value():
     # If all embeddings are equal, the loss is log(2N - 2) at any temperature.
     z = torch.ones(256, 8)
     assert float(dcl(z, z, 0.1)) == pytest.approx(math.log(510), rel=1e-6)
@@ -418,7 +418,7 @@ def test_rince_small_q_tends_to_info_nce():
     torch.testing.assert_close(value, nt_xent(z_i, z_j, 0.5, reduction="none") + math.log(0.1), rtol=1e-4, atol=1e-4)
 
 
-def test_temperatures_per_row_that_are_equal_are_one_temperature():
+def test_equal_temperatures_per_row_give_the_loss_of_one_temperature():
     z_i, z_j, *_ = random_batch(8, 6, 0.5, dtype=torch.float64)
     for dtype in (torch.float32, torch.float64):
         value = nt_xent(z_i, z_j, torch.full((16,), 0.25, dtype=dtype), reduction="none")
@@ -432,7 +432,7 @@ def test_negatives_that_require_a_gradient_get_one():
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_module_compiles_whole(name):
+def test_module_compiles_without_graph_breaks(name):
     options, args, _ = MODULES[name]
     module = getattr(fastntxent, name)(0.3, learn_temperature=True, **options)
     eager = module(*args)
@@ -442,7 +442,7 @@ def test_module_compiles_whole(name):
     torch.testing.assert_close(a, b)
 
 
-# --- errors: one test each -------------------------------------------------------------------------------------------
+# --- errors: one case each -------------------------------------------------------------------------------------------
 
 INTS = torch.arange(6)
 BAD_CALLS = {
@@ -467,7 +467,7 @@ BAD_CALLS = {
     "nt_xent a temperature list": (lambda: nt_xent(Z, W, [0.1]), TypeError, "one temperature per row, got list"),
     "sup_con least temperature": (lambda: sup_con(Z, LABELS, 2.9e-39), ValueError, "at least 2.939e-39, got 2.9e-39"),
     "views rank": (lambda: multiview_nt_xent(Z), ValueError, r"views must have shape \(V, N, D\), got \(6, 4\)"),
-    "views one": (lambda: multiview_nt_xent([Z]), ValueError, "at least two views, got 1"),
+    "views only one": (lambda: multiview_nt_xent([Z]), ValueError, "at least two views, got 1"),
     "views shapes": (lambda: multiview_nt_xent([Z, W[:2]]), ValueError, r"views\[0\] and views\[1\].*same shape"),
     "views type": (lambda: multiview_nt_xent(3), TypeError, "or a list or tuple of tensors, got int"),
     "views member": (
@@ -642,7 +642,7 @@ BAD_CALLS = {
         ValueError,
         "teacher must not be given with teacher_image_features and teacher_text_features: it replaces them",
     ),
-    "distill one and a half": (
+    "distill teacher and text features": (
         lambda: distill(Z, W, teacher_text_features=W, teacher=lambda rows, cols: Z @ W.T),
         ValueError,
         "teacher must not be given with teacher_text_features",
@@ -672,24 +672,24 @@ BAD_CALLS = {
         TypeError,
         r"teacher\(rows, cols\) must be a dense \(strided\) tensor",
     ),
-    "distill teacher elsewhere": (
+    "distill teacher on meta": (
         lambda: distill(Z, W, teacher=lambda rows, cols: (Z @ W.T).to("meta")),
         ValueError,
         r"teacher\(rows, cols\) must be on the device of its arguments \(cpu\), got meta",
     ),
-    "normalize word": (lambda: nt_xent(Z, W, 0.1, normalize="no"), TypeError, "normalize must be a bool, got str"),
-    "normalize none": (lambda: fastntxent.clip(Z, W, normalize=None), TypeError, "normalize must be a bool, got None"),
-    "module word": (
+    "normalize type": (lambda: nt_xent(Z, W, 0.1, normalize="no"), TypeError, "normalize must be a bool, got str"),
+    "normalize None": (lambda: fastntxent.clip(Z, W, normalize=None), TypeError, "normalize must be a bool, got None"),
+    "module learn_temperature type": (
         lambda: fastntxent.NTXentLoss(learn_temperature="no"),
         TypeError,
         "learn_temperature must be a bool, got str",
     ),
-    "in batch word": (
+    "in_batch_negatives type": (
         lambda: fastntxent.info_nce(Z, W, negatives=W, in_batch_negatives="no"),
         TypeError,
         "in_batch_negatives must be a bool, got str",
     ),
-    "anchors word": (
+    "contrast_anchors type": (
         lambda: fastntxent.guided_info_nce(Z, W, Z, W, contrast_anchors="no"),
         TypeError,
         "contrast_anchors must be a bool, got str",
@@ -780,13 +780,13 @@ BAD_CALLS = {
 
 
 @pytest.mark.parametrize("case", BAD_CALLS)
-def test_bad_input_is_named(case):
+def test_bad_input_raises_an_error_that_describes_it(case):
     call, error, message = BAD_CALLS[case]
     with pytest.raises(error, match=message):
         call()
 
 
-def test_ranks_of_nan_are_last():
+def test_positive_ranks_of_nan_rows_are_the_worst():
     z = torch.randn(8, 4)
     assert fastntxent.positive_ranks(z * torch.nan, z).eq(15).all()
     one = z.clone()
@@ -796,7 +796,7 @@ def test_ranks_of_nan_are_last():
     assert ranks[3] == ranks[11] == 15
 
 
-def test_a_column_of_labels_is_not_one_label_each():
+def test_sup_con_rejects_integer_labels_in_a_column():
     z = torch.randn(6, 4)
     with pytest.raises(ValueError, match=r"labels must have shape \(6,\) .* labels.squeeze\(1\)"):
         fastntxent.sup_con(z, torch.arange(6)[:, None])
@@ -811,7 +811,7 @@ def guided_keys(z: Tensor, w: Tensor, guide: Tensor, **options: float) -> Tensor
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("width", [3, 384])
-def test_guide_keeps_ties_whichever_tile_forms_them(backend, width):
+def test_guide_keeps_ties_whichever_tile_computes_them(backend, width):
     # Every row of the guide occurs four times, in different tiles, so each is as similar to its copies as to itself.
     generator = torch.Generator().manual_seed(0)
     z, w = torch.randn(2, 1200, 8, generator=generator)
@@ -823,7 +823,7 @@ def test_guide_keeps_ties_whichever_tile_forms_them(backend, width):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_guide_that_is_nan_leaves_nothing_out(backend):
+def test_guide_never_leaves_out_negatives_because_of_nan(backend):
     guide = Z.clone()
     guide[2] = torch.nan
     losses, without = guided_keys(Z, W, guide, margin=3.0, backend=backend), info_nce(Z, W, 0.2, reduction="none")
@@ -834,7 +834,7 @@ def test_guide_that_is_nan_leaves_nothing_out(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_guide_that_leaves_nothing_makes_a_loss_of_zero(backend):
+def test_guide_that_leaves_out_all_negatives_gives_a_loss_of_zero(backend):
     z, w, tau = Z.clone().requires_grad_(), W.clone().requires_grad_(), torch.tensor(0.1, requires_grad=True)
     loss = guided_info_nce(z, w, Z, W, tau, margin=5.0, backend=backend)
     assert loss == 0
@@ -842,7 +842,7 @@ def test_guide_that_leaves_nothing_makes_a_loss_of_zero(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_guide_that_leaves_nothing_out_gives_the_loss_without_one(backend):
+def test_guide_that_leaves_out_nothing_gives_the_unguided_loss(backend):
     from fastntxent.compat.sentence_transformers import MultipleNegativesRankingLoss
 
     directions = ("query_to_doc", "query_to_query", "doc_to_doc")
@@ -850,7 +850,7 @@ def test_guide_that_leaves_nothing_out_gives_the_loss_without_one(backend):
     torch.testing.assert_close(guided_info_nce(Z, W, Z, W, 0.2, margin=-5.0, backend=backend), expected)
 
 
-def test_what_cannot_be_is_named():
+def test_arguments_that_cannot_work_raise_an_error_that_says_why():
     z_i, z_j = torch.randn(2, 6, 4)
     with pytest.raises(ValueError, match=r"logit_bias must be a float or have one element, got shape \(6,\)"):
         fastntxent.clip(z_i, z_j, logit_bias=torch.zeros(6))
@@ -864,7 +864,7 @@ def test_what_cannot_be_is_named():
         fastntxent.Sharding(None)
 
 
-def test_clip_scale_beyond_its_bound_comes_back_and_goes_no_further():
+def test_clip_scale_beyond_its_bound_can_only_be_trained_back():
     z = torch.nn.functional.normalize(torch.randn(16, 8), dim=1)
     for other, moves in ((torch.nn.functional.normalize(torch.randn(16, 8), dim=1), True), (z, False)):
         loss = fastntxent.CLIPLoss(temperature=1e-3)

@@ -54,7 +54,7 @@ def test_parts_that_have_run_are_not_run_again(tmp_path, monkeypatch):
     assert mark.read_text() == "xxxxxxxxx", "a truncated record must not count"
 
 
-def test_failure_of_one_part_leaves_the_others(tmp_path, capsys):
+def test_failure_of_one_part_does_not_stop_the_others(tmp_path, capsys):
     plan = {
         "a": [Part("bad", python("import sys; print('first'); sys.exit('the last line')"))],
         "b": [Part("good", python("pass")), Part("killed", python("import os, signal; os.kill(os.getpid(), 9)"))],
@@ -68,7 +68,7 @@ def test_failure_of_one_part_leaves_the_others(tmp_path, capsys):
     assert re.search(r"^a +bad +failed +\d+\.\d s  the last line$", capsys.readouterr().out, re.MULTILINE)
 
 
-def test_part_that_takes_too_long_is_stopped_with_all_that_it_started(tmp_path):
+def test_part_that_takes_too_long_is_stopped_with_its_child_processes(tmp_path):
     pid = tmp_path / "pid"
     child = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])"
     sleep = f"import subprocess, sys, time; open({str(pid)!r}, 'w').write(str({child}.pid)); time.sleep(600)"
@@ -80,7 +80,7 @@ def test_part_that_takes_too_long_is_stopped_with_all_that_it_started(tmp_path):
 
 
 @pytest.mark.slow
-def test_session_without_time_goes_on_later(tmp_path):
+def test_session_that_runs_out_of_time_can_be_resumed(tmp_path):
     mark = tmp_path / "mark"
     plan = {
         "a": [
@@ -99,7 +99,7 @@ def test_session_without_time_goes_on_later(tmp_path):
     assert mark.read_text() == "xxxx"
 
 
-def test_missing_tool_is_said_and_looked_for_again(tmp_path, monkeypatch):
+def test_missing_tool_is_reported_and_looked_for_again_in_the_next_run(tmp_path, monkeypatch):
     plan = {"profile": [Part("triton", python("pass"), needs="no-such-tool")]}
     records = Session(tmp_path, FOREVER).run(plan)
     assert statuses(records) == [("profile", "triton", "missing")]
@@ -109,7 +109,7 @@ def test_missing_tool_is_said_and_looked_for_again(tmp_path, monkeypatch):
     assert statuses(Session(tmp_path, FOREVER).run(plan)) == [("profile", "triton", "passed")]
 
 
-def test_part_has_to_make_what_it_promises(tmp_path):
+def test_part_fails_if_it_does_not_write_its_result(tmp_path):
     made, stale = tmp_path / "made.json", tmp_path / "stale.json"
     stale.write_text("[1]")
     plan = {
@@ -129,7 +129,7 @@ def test_part_has_to_make_what_it_promises(tmp_path):
     assert set(kept["key"]) == {"device", "sources", "rehearsal"}
 
 
-def test_stages_name_what_exists():
+def test_stages_name_existing_tests_tools_and_kernels():
     plan = gpu_stages.stages("python", Path("out"), ROOT)
     assert list(plan) == ["build", "verify", "suite", "sanitize", "benchmark", "tune", "profile"]
     assert list(gpu_stages.rehearsals("python", Path("out"), ROOT)) == list(plan)
@@ -151,7 +151,7 @@ def test_stages_name_what_exists():
 
 
 @pytest.mark.parametrize("stage", ["benchmark", "tune"])
-def test_commands_of_stages_are_understood(stage, monkeypatch):
+def test_command_line_accepts_the_commands_of_the_stages(stage, monkeypatch):
     from benchmarks import __main__ as cli
 
     taken: list[Any] = []
@@ -163,7 +163,7 @@ def test_commands_of_stages_are_understood(stage, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_session_without_a_gpu_is_a_mistake(capsys):
+def test_session_without_a_gpu_is_an_error(capsys):
     assert gpu_session.main([]) == 2
     assert capsys.readouterr().err == "error: there is no GPU here; --rehearse runs the parts that work without one\n"
 
@@ -208,7 +208,7 @@ def keep(folder, stage, part, status="passed", result=None, key=KEY):
     (folder / f"{stage}-{part}.record.json").write_text(json.dumps(record))
 
 
-def test_devices_are_none_where_nothing_was_run(tmp_path):
+def test_devices_section_lists_no_device_if_nothing_was_verified(tmp_path):
     assert devices.section(tmp_path) == devices.NO_DEVICES
     keep(tmp_path / "gpu" / "one", "suite", "test_cuda")
     assert devices.section(tmp_path) == devices.NO_DEVICES, "no backend was verified"
@@ -216,7 +216,7 @@ def test_devices_are_none_where_nothing_was_run(tmp_path):
     assert devices.section(tmp_path) == devices.NO_DEVICES
 
 
-def test_devices_list_what_was_found(tmp_path):
+def test_devices_section_lists_the_results_of_each_device(tmp_path):
     folder = tmp_path / "gpu" / "some-gpu"
     verdicts = {"cuda:0": {"cuda": {"status": "passed"}, "triton": {"status": "wrong"}}}
     keep(folder, "verify", "kernels", "failed", verdicts)

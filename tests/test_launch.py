@@ -94,7 +94,7 @@ def results(call, k):
 @pytest.mark.parametrize(
     ("dtype", "k"), [(torch.float32, 10.0), pytest.param(torch.bfloat16, 200.0, marks=pytest.mark.slow)]
 )
-def test_repeated_calls_have_the_bits_of_others_on_other_rows(recordings, monkeypatch, name, dtype, k):
+def test_repeated_recordings_give_the_bits_of_ordinary_launches(recordings, monkeypatch, name, dtype, k):
     for _ in range(2):
         results(calls(dtype=dtype)[name], k)
     recorded = [recording for recording in recordings.values() if isinstance(recording, launch.Recording)]
@@ -140,7 +140,7 @@ def recorded(recordings):
     return sum(isinstance(recording, launch.Recording) for recording in recordings.values())
 
 
-def test_what_differs_from_call_to_call_is_not_recorded(recordings):
+def test_calls_that_depend_on_changing_values_are_not_recorded(recordings):
     call = calls()["nt_xent_scalar"]
     for step in range(4):
         results(call, 10.0 + step)  # a temperature schedule
@@ -172,7 +172,7 @@ def test_recordings_are_kept_apart_by_strides_alignment_and_settings(recordings)
     assert recorded(recordings) == 4
 
 
-def test_recordings_are_of_float32_whatever_the_default_dtype(recordings):
+def test_repeated_calls_return_float32_whatever_the_default_dtype(recordings):
     call = calls()["nt_xent_scalar"]
     expected = results(call, 10.0)
     results(call, 10.0)
@@ -186,7 +186,7 @@ def test_recordings_are_of_float32_whatever_the_default_dtype(recordings):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs the compilers that Triton ships for Linux")
-def test_compiled_kernels_are_given_again_what_they_were_given():
+def test_repeated_compiled_launches_pass_the_recorded_arguments():
     code = """
 import torch
 from benchmarks import host
@@ -222,7 +222,7 @@ for whole, again in zip(first, third, strict=True):
         ("3.10.0a1", True),
     ],
 )
-def test_the_version_of_triton_is_checked_in_words(version, fits):
+def test_triton_older_than_3_3_is_not_available_and_says_why(version, fits):
     code = f"""
 import triton
 triton.__version__ = {version!r}
@@ -279,7 +279,7 @@ def test_warm_up_leaves_gradients_state_and_generators_as_they_were():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_warm_up_runs_the_backward_that_reaches_parameters_alone():
+def test_warm_up_runs_the_backward_if_only_parameters_need_a_gradient():
     encoder, images, reached = torch.nn.Linear(5, 4), torch.randn(6, 5), []
     encoder.register_full_backward_hook(lambda *_: reached.append(True))
     with torch.no_grad():
@@ -288,7 +288,7 @@ def test_warm_up_runs_the_backward_that_reaches_parameters_alone():
     assert encoder.weight.grad is None
 
 
-def test_warm_up_keeps_one_object_one():
+def test_warm_up_passes_an_argument_given_twice_as_one_object():
     seen = []
     z = torch.randn(6, 4, requires_grad=True)
 
@@ -300,7 +300,7 @@ def test_warm_up_keeps_one_object_one():
     assert set(seen) == {(True, 2.0)}
 
 
-def test_warm_up_takes_the_backend_of_a_capture_too():
+def test_warm_up_also_runs_the_backend_chosen_for_a_capture():
     taken = []
 
     class Chosen(policy.Decision):
@@ -316,7 +316,7 @@ def test_warm_up_takes_the_backend_of_a_capture_too():
     assert taken == [False, False, True, True]
 
 
-def test_calls_of_others_are_right_while_kernels_are_warmed():
+def test_calls_during_a_warm_up_return_right_losses():
     z_i, z_j = torch.randn(2, 12, 5, device=DEVICE).unbind()
     expected = [fastntxent.nt_xent(z_i, z_j, tau, backend="triton") for tau in (0.1, 0.001)]
     with warming():
@@ -324,7 +324,7 @@ def test_calls_of_others_are_right_while_kernels_are_warmed():
     assert torch.equal(torch.stack(found), torch.stack(expected))
 
 
-def test_forms_are_put_back():
+def test_forced_settings_are_restored_after_the_block():
     with config.forced("rows=5 tiles=1"):
         with config.forced("tiles=8"):
             assert dict(config.forced_now()) == {"tiles": 8}
@@ -332,7 +332,7 @@ def test_forms_are_put_back():
     assert not config.forced_now()
 
 
-def test_a_call_that_cannot_be_repeated_is_recorded_once(recordings, monkeypatch):
+def test_recording_a_call_that_cannot_be_recorded_is_tried_only_once(recordings, monkeypatch):
     made, whole = [], launch.Recording.__init__
 
     def noted(self, *args):
@@ -346,14 +346,14 @@ def test_a_call_that_cannot_be_repeated_is_recorded_once(recordings, monkeypatch
     assert len(made) == 1
 
 
-def test_recordings_are_kept_where_temperatures_change(recordings, monkeypatch):
+def test_number_of_recordings_is_bounded_if_temperatures_change(recordings, monkeypatch):
     monkeypatch.setattr(launch, "KEPT", 4)
     for n in range(9):
         results(calls()["nt_xent_scalar"], 10.0 + n)
     assert len(recordings) == 4
 
 
-def test_warm_up_says_what_it_cannot_do(monkeypatch):
+def test_warm_up_raises_errors_that_say_what_is_not_supported(monkeypatch):
     with pytest.raises(TypeError, match="loss must be a function or a module, got float"):
         fastntxent.warm_up(0.1)
     with pytest.raises(TypeError, match="loss must return a tensor, got dict"):

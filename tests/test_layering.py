@@ -88,7 +88,7 @@ def modules() -> dict[str, Path]:
     return names
 
 
-def test_no_import_goes_up():
+def test_no_module_imports_from_a_higher_layer():
     upward = [
         f"fastntxent.{module} imports fastntxent.{target}"
         for module, path in modules().items()
@@ -98,13 +98,13 @@ def test_no_import_goes_up():
     assert not upward
 
 
-def test_layering_sees_imports():
+def test_imports_of_finds_known_imports():
     assert "opening" in imports_of(ROOT / "primitives.py")
     assert "backends.composed" in imports_of(ROOT / "backends" / "blocked.py")
     assert "losses" in imports_of(ROOT / "__init__.py")
 
 
-def test_drop_ins_import_nothing_of_their_libraries():
+def test_drop_ins_import_only_torch_and_the_standard_library():
     imported = set()
     for path in (ROOT / "compat").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -1,4 +1,4 @@
-"""Every loss of the family against its dense float64 oracle, on every backend."""
+"""Every loss of the family compared with its dense float64 oracle, on every backend."""
 
 from __future__ import annotations
 
@@ -507,7 +507,7 @@ def test_loss_dtypes_within_budget(case, numbers, dtype, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_loss_gives_the_temperature_its_gradient_where_nothing_else_wants_one(case, reduction, backend):
+def test_temperature_gets_its_gradient_if_no_embedding_needs_one(case, reduction, backend):
     drawn = draw(case, 6, 4, 0.3, 0)
     tau = drawn.tau.clone().requires_grad_()
 
@@ -630,7 +630,7 @@ def test_gradient_keeps_its_accuracy_when_converged(name):
     assert_within_rounding(gradient, true_gradient, 1 / 0.055)
 
 
-def test_macl_keeps_value_and_gradient_where_its_weight_underflows():
+def test_macl_value_and_gradient_are_accurate_if_the_loss_underflows():
     # Let x be the log-sum-exp of the negatives minus the positive, so NT-Xent is l = softplus(x). MACL is
     # l / (1 - exp(-l)) = softplus(x) / sigmoid(x), which tends to 1 as l tends to 0. Its gradient with respect to x is
     # 1, because the weight 1 / (1 - exp(-l)) is detached.
@@ -653,7 +653,7 @@ def test_macl_keeps_value_and_gradient_where_its_weight_underflows():
             assert float((gradient / 65536 - d_z).norm() / d_z.norm()) < 1e-4
 
 
-def test_macl_reference_has_the_second_derivative_of_a_loss_with_its_weights_held():
+def test_macl_reference_has_the_second_derivative_of_a_loss_with_fixed_weights():
     z = normal(2, 4, 3, generator=torch.Generator().manual_seed(0))
     losses = fastntxent.nt_xent(*z, 0.3, reduction="none", backend="reference")
     weights = 1 / -torch.expm1(-losses)
@@ -669,7 +669,7 @@ def test_macl_reference_has_the_second_derivative_of_a_loss_with_its_weights_hel
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_rince_is_finite_where_a_power_overflows_and_the_difference_does_not(backend):
+def test_rince_is_finite_if_a_power_overflows_but_the_difference_does_not(backend):
     # With equal rows, the loss is 1.1 exp(k) - exp(k), where k = 1 / tau. float32 can hold exp(k), but not 1.1 exp(k).
     def results(dtype: torch.dtype, name: str) -> list[Tensor]:
         z = torch.tensor([[1.0, 0.0]], dtype=dtype).repeat(4, 1)
@@ -684,7 +684,7 @@ def test_rince_is_finite_where_a_power_overflows_and_the_difference_does_not(bac
 
 
 @pytest.mark.parametrize("q", [1e-45, 1e-20, 0.3])
-def test_rince_value_with_the_smallest_q(q):
+def test_rince_value_is_accurate_for_the_smallest_q(q):
     drawn = draw(CASES["rince"], 5, 4, 0.2, 0).to(torch.float32)
     loss = of_views("rince", q=q, lam=0.1)
     u = F.normalize(drawn.tensors[0].double(), dim=-1)
@@ -711,7 +711,7 @@ def test_loss_on_cuda_equals_its_dense_formula(case, temperature_on, backend):
 
 
 @pytest.mark.parametrize("temperature_on", [None, "cpu", "meta"])
-def test_loss_mixes_no_devices(case, temperature_on):
+def test_loss_keeps_all_tensors_on_the_device_of_the_embeddings(case, temperature_on):
     # Meta tensors, like tensors on an accelerator, reject a vector in host memory but accept a 0-d tensor.
     drawn = draw(case, 6, 4, 0.3, 0)
     tensors = [torch.empty_like(z, device="meta", requires_grad=True) for z in drawn.tensors]
@@ -725,7 +725,7 @@ def test_loss_mixes_no_devices(case, temperature_on):
 
 @pytest.mark.parametrize("sigma", [1e-6, 1e-40, 1e-300, 5e-324])
 @pytest.mark.parametrize("loss", [fastntxent.DCLWLoss, lightly.DCLWLoss])
-def test_a_small_sigma_weighs_the_most_similar_pair_alone(loss, sigma):
+def test_dclw_with_a_tiny_sigma_weights_only_the_most_similar_pair(loss, sigma):
     z_i, z_j = torch.randn(2, 8, 4)
     pos, negatives = dense.pairs_and_negatives(F.normalize(torch.stack((z_i, z_j)).double(), dim=2))
     weights = torch.full((8,), 2.0, dtype=torch.float64)

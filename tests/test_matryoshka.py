@@ -11,7 +11,7 @@ from fastntxent.compat import open_clip, sup_contrast
 from fastntxent.trees import named_tensors
 
 
-def test_matryoshka_is_the_weighted_sum_of_the_losses_of_cut_rows():
+def test_matryoshka_equals_the_weighted_sum_of_the_losses_of_cut_rows():
     z_i, z_j = torch.randn(2, 6, 8, dtype=torch.float64, requires_grad=True).unbind()
     ids = torch.arange(6) // 2
     value = fastntxent.matryoshka(fastntxent.nt_xent, z_i, z_j, 0.3, dims=[8, 3], weights=[1.0, 0.5], ids=ids)
@@ -58,7 +58,7 @@ def test_matryoshka_errors_name_the_argument(options, error, words):
         fastntxent.matryoshka(fastntxent.nt_xent, *torch.randn(2, 6, 4), 0.5, **options)
 
 
-def test_matryoshka_of_no_embeddings_or_of_a_function_as_a_module_is_an_error():
+def test_matryoshka_rejects_calls_without_embeddings_and_wrong_kinds_of_loss():
     with pytest.raises(ValueError, match="matryoshka needs an embedding among the arguments"):
         fastntxent.matryoshka(lambda x: x, torch.arange(3), dims=[1])
     with pytest.raises(TypeError, match="loss must be a module, got function"):
@@ -67,7 +67,7 @@ def test_matryoshka_of_no_embeddings_or_of_a_function_as_a_module_is_an_error():
         fastntxent.matryoshka("nt_xent", torch.eye(3), dims=[1])
 
 
-def test_matryoshka_names_an_embedding_that_is_not_dense_and_a_result_that_is_no_tensor():
+def test_matryoshka_rejects_sparse_embeddings_and_results_that_are_not_tensors():
     z = torch.randn(6, 4)
     with pytest.raises(TypeError, match=r"z_j must be a dense \(strided\) tensor, got torch.sparse_coo"):
         fastntxent.matryoshka(fastntxent.nt_xent, z, z.to_sparse(), dims=[2])
@@ -99,7 +99,7 @@ LOGITS, CAPTIONS = torch.randn(6, 3, 7), torch.randint(1, 7, (6, 3))
     ],
     ids=["named tuple", "dict", "tuple", "CoCa", "list"],
 )
-def test_matryoshka_weighs_every_entry_of_what_the_loss_returns(loss):
+def test_matryoshka_weights_every_entry_of_the_result(loss):
     z_i, z_j = torch.randn(2, 6, 8)
     value = fastntxent.matryoshka(loss, z_i, z_j, dims=[8, 3], weights=[1.0, -0.5])
     whole, cut = (loss(z_i[:, :d], z_j[:, :d]) for d in (8, 3))
@@ -108,7 +108,7 @@ def test_matryoshka_weighs_every_entry_of_what_the_loss_returns(loss):
     torch.testing.assert_close([x for _, x in named_tensors(value, "")], expected)
 
 
-def test_matryoshka_cuts_no_pair_weights_masks_or_logits():
+def test_matryoshka_does_not_cut_pair_weights_masks_or_logits():
     z, labels, weights = torch.randn(6, 4), torch.arange(6) % 3, torch.rand(3, 3)
     value = fastntxent.matryoshka(fastntxent.sup_con, z, labels, pair_weights=weights, dims=[2])
     torch.testing.assert_close(value, fastntxent.sup_con(z[:, :2], labels, pair_weights=weights))
@@ -123,7 +123,7 @@ def test_matryoshka_cuts_no_pair_weights_masks_or_logits():
     torch.testing.assert_close(both, coca(images[:, :5], texts[:, :5], LOGITS, CAPTIONS, 2.0))
 
 
-def test_matryoshka_cuts_whatever_is_not_bound():
+def test_matryoshka_does_not_cut_arguments_bound_by_partial():
     z_i, z_j, key = torch.randn(3, 6, 4)
 
     def loss(z_i, z_j, other):
@@ -156,7 +156,7 @@ def test_multi_clip_and_its_module_pass_every_option_to_clip(options):
     torch.testing.assert_close(module(list(z), ids), expected)
 
 
-def test_multi_clip_takes_all_options_of_clip_but_a_bias():
+def test_multi_clip_has_all_options_of_clip_except_the_bias():
     clip, several = (inspect.signature(f).parameters for f in (fastntxent.clip, fastntxent.multi_clip))
     assert {name: p.default for name, p in several.items() if name in clip} == {
         name: p.default for name, p in clip.items() if name not in ("image_features", "text_features", "logit_bias")
@@ -214,7 +214,7 @@ def test_several_positives_need_ids(loss):
         ("in_batch_negatives", False, "in_batch_negatives must be None or True with positives 'same_id', got False"),
     ],
 )
-def test_what_several_positives_do_not_take_is_refused_by_function_and_constructor(option, value, words):
+def test_options_unsupported_with_same_id_positives_are_rejected(option, value, words):
     z_i, z_j = torch.randn(2, 5, 4)
     options = {"positives": "same_id", option: value}
     calls = [

@@ -24,7 +24,7 @@ def carved(cut, n, parts):
 @pytest.mark.parametrize("n", [40, 512, 2048, 5000, 16384])
 @pytest.mark.parametrize("d", [64, 128, 200, 768])
 @pytest.mark.parametrize(("parts", "dtype"), [(1, 1), (2, 2)])
-def test_a_call_is_cut_as_the_kernel_cuts_it(n, d, parts, dtype):
+def test_the_model_plans_a_call_as_the_kernel_does(n, d, parts, dtype):
     kernels = emulated_kernels()
     kernels.emulate(CHIP.multiprocessors, H100, 0, 16, 2)
     cut = model_cuda.plan(CHIP, 255, n, d, parts)
@@ -47,7 +47,7 @@ def cycles(task, phase, cut=CUT, parts=1):
     return found.seconds * CHIP.rates.cycles / CHIP.multiprocessors, found.limit
 
 
-def test_a_phase_takes_its_steps_tiles_and_tasks():
+def test_time_of_a_phase_adds_its_steps_tiles_and_tasks():
     # The cycles that one multiprocessor takes for the bytes of a step, at its share of the cache's rate.
     per_step = 128 * 64 * 2 / (CHIP.rates.cache / CHIP.rates.cycles)
     sums, limit = cycles(TASK, model_cuda.Phase(132, 2, 0))

@@ -1,4 +1,4 @@
-"""Numbers that Python, C++ and CUDA each define, and that must be equal."""
+"""Numbers that Python, C++, CUDA and Triton define separately, and that must be equal."""
 
 import math
 import re
@@ -79,7 +79,7 @@ def test_triton_has_the_same_numbers():
     assert tiles.TINY.value == torch.finfo(torch.float32).tiny
 
 
-def test_codes_of_the_interface():
+def test_python_and_the_c_interface_have_the_same_codes():
     for name, dtype in {
         "FLOAT16": "float16",
         "BFLOAT16": "bfloat16",

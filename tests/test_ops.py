@@ -1,4 +1,4 @@
-"""The registered operators: opcheck, compilation, transforms, autocast, and refused calls."""
+"""The registered operators: opcheck, compilation, transforms, autocast, and calls that raise."""
 
 import importlib
 
@@ -70,7 +70,7 @@ def test_cross_neg_lse_operator_passes_opcheck(backend, wanted, dtype):
 
 
 @pytest.mark.parametrize("held", [0, 1, 9])
-def test_held_neg_lse_is_cross_neg_lse_of_the_first_rows(backend, held):
+def test_held_neg_lse_passes_opcheck_and_equals_the_reference(backend, held):
     u, rows, k = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4), inverse_temperature()
     ids = torch.arange(6) % 3, torch.arange(9) % 4
     arguments = (u, rows, *ids, torch.tensor(held), k, backend)
@@ -124,7 +124,7 @@ def test_copy_now_operator_passes_opcheck():
     torch.library.opcheck(torch.ops.fastntxent.copy_now.default, (torch.randn(6, 4)[:3],))
 
 
-def test_loss_operator_passes_opcheck_and_has_no_gradient(backend):
+def test_value_operator_passes_opcheck_and_has_no_gradient(backend):
     opcheck("nt_xent_value", (*views(requires_grad=False), inverse_temperature(False), True, False, backend))
     loss = torch.ops.fastntxent.nt_xent_value(*views(), inverse_temperature(), True, False, backend)
     with pytest.raises(RuntimeError, match="use fastntxent::nt_xent_scalar"):
@@ -180,7 +180,7 @@ def test_pair_operators_pass_opcheck():
     torch.library.opcheck(torch.ops.fastntxent.positive_ranks.default, (u.detach(),))
 
 
-def test_pair_operators_refuse_negative_indices():
+def test_pair_dots_rejects_negative_indices():
     u, none = torch.randn(4, 3), torch.tensor([-1])
     for a, b in ((none, none + 1), (none + 1, none)):
         with pytest.raises(IndexError, match="out of range"):
@@ -188,7 +188,7 @@ def test_pair_operators_refuse_negative_indices():
 
 
 @pytest.mark.parametrize("chunk", [1, 8, 2**20])
-def test_pair_operators_equal_the_dense_product_in_any_pieces(monkeypatch, chunk):
+def test_pair_operators_equal_the_dense_product_whatever_the_chunk_size(monkeypatch, chunk):
     monkeypatch.setattr(ops.pairs, "_CHUNK", chunk)
     u, v = torch.randn(6, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
     a, b, mask = torch.tensor([0, 3, 3, 5]), torch.tensor([4, 0, 0, 2]), torch.rand(3, 6) < 0.5
@@ -202,7 +202,7 @@ def test_pair_operators_equal_the_dense_product_in_any_pieces(monkeypatch, chunk
 
 
 @pytest.mark.parametrize("tracing_mode", ["real", "fake", "symbolic"])
-def test_make_fx_of_a_temperature_tensor_keeps_the_operator(backend, tracing_mode):
+def test_make_fx_graph_takes_the_temperature_as_an_input(backend, tracing_mode):
     trace = torch.fx.experimental.proxy_tensor.make_fx(
         lambda a, b, tau: nt_xent(a, b, tau, backend=backend), tracing_mode=tracing_mode
     )
@@ -272,7 +272,7 @@ def test_compile_of_a_temperature_schedule_recompiles_once(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BACKENDS)
-def test_compile_with_everything_dynamic(name):
+def test_compile_with_dynamic_true_gives_the_same_value(name):
     torch._dynamo.reset()
     compiled = torch.compile(
         lambda z: nt_xent(*split_views(z, "interleaved"), backend=name), fullgraph=True, dynamic=True
@@ -281,7 +281,7 @@ def test_compile_with_everything_dynamic(name):
     torch.testing.assert_close(compiled(z), nt_xent(z[0::2], z[1::2], backend=name))
 
 
-def test_compile_with_inductor(backend):
+def test_compile_with_inductor_gives_the_same_gradient(backend):
     torch._dynamo.reset()
     step = Step(backend)
     x = torch.randn(2, 8, 5)
@@ -394,7 +394,7 @@ def test_neg_lse_second_derivative_is_refused_with_advice(backend, loss):
         gradient.sum().backward()
 
 
-def test_compile_and_transforms_of_cross_neg_lse(backend):
+def test_compiled_and_transformed_cross_neg_lse_equals_reference(backend):
     torch._dynamo.reset()
     ids = torch.arange(6), torch.arange(9)
 
@@ -484,7 +484,7 @@ class Recorder(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("wants", ["z_i", "z_j", "temperature"])
-def test_scalar_path_is_taken_where_a_gradient_is_wanted(backend, wants):
+def test_scalar_path_is_used_if_a_gradient_is_needed(backend, wants):
     arguments = dict(zip(("z_i", "z_j"), views(requires_grad=False), strict=True), temperature=torch.tensor(0.5))
     with Recorder() as recorder:
         nt_xent(**arguments, backend=backend)
@@ -554,7 +554,7 @@ def test_calls_from_several_threads_agree(backend):
             torch.testing.assert_close(value, single)
 
 
-def test_meta_tensors_have_shapes():
+def test_loss_of_meta_tensors_has_the_right_shapes():
     z = torch.empty(6, 4, device="meta", requires_grad=True)
     loss = nt_xent(z, z.detach(), 0.5)
     loss.backward()
@@ -594,7 +594,7 @@ class Cut(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_no_gradient_from_above_is_none_below(backend, reduction):
+def test_upstream_gradient_of_none_gives_no_gradient(backend, reduction):
     z_i, z_j = torch.randn(2, 8, 4).unbind()
     z_i.requires_grad_()
     Cut.apply(nt_xent(z_i, z_j, backend=backend, reduction=reduction)).sum().backward()

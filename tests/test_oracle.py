@@ -1,4 +1,4 @@
-"""The oracle against loops in NumPy, results worked out by hand, and finite differences."""
+"""The oracle compared with loops in NumPy, results worked out by hand, and finite differences."""
 
 import math
 

@@ -40,13 +40,13 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
 
 
 @pytest.mark.slow
-def test_wheel_requires_torch_alone(wheel):
+def test_wheel_requires_only_torch(wheel):
     (metadata,) = (name for name in wheel.namelist() if name.endswith("METADATA"))
     required = re.findall(r"^Requires-Dist: (.*)$", wheel.read(metadata).decode(), re.MULTILINE)
     assert [line for line in required if "extra ==" not in line] == ["torch>=2.6"]
 
 
-def test_source_archive_holds_what_git_does(tmp_path):
+def test_source_archive_holds_every_file_that_git_tracks(tmp_path):
     listed = subprocess.run(["git", "ls-files"], cwd=CHECKOUT, capture_output=True, text=True)
     if listed.returncode or not (CHECKOUT / ".git").exists():
         pytest.skip("needs a git checkout")
@@ -72,7 +72,7 @@ def test_failed_build_is_announced(tmp_path):
     assert not list(tmp_path.glob("fastntxent/*.so"))
 
 
-def test_failed_build_hands_on_no_kernels_of_an_earlier_one(tmp_path):
+def test_failed_build_leaves_no_kernels_of_an_earlier_build(tmp_path):
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "fastntxent/__init__.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(CHECKOUT / name, tmp_path / name)
@@ -96,7 +96,7 @@ def test_build_does_not_require_torch():
 @pytest.mark.parametrize(
     ("known", "built"), [("8[069]|90|100", ["80", "86", "89", "90", "100"]), ("90", ["90"]), ("75", [])]
 )
-def test_cuda_is_built_for_what_nvcc_compiles_for(tmp_path, known, built):
+def test_cuda_kernels_are_built_for_the_chips_that_nvcc_supports(tmp_path, known, built):
     for folder in ("fastntxent", "csrc"):
         shutil.copytree(CHECKOUT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
@@ -121,7 +121,7 @@ def test_cuda_is_built_for_what_nvcc_compiles_for(tmp_path, known, built):
 
 
 @pytest.mark.parametrize("wanted", ["0", "auto"])
-def test_a_library_of_an_earlier_build_does_not_pass_for_this_one(tmp_path, wanted):
+def test_build_without_cuda_deletes_the_cuda_library_of_an_earlier_build(tmp_path, wanted):
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "fastntxent/__init__.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(CHECKOUT / name, tmp_path / name)

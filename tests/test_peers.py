@@ -1,4 +1,4 @@
-"""The loss family against the libraries in common use, if they are installed."""
+"""The loss family compared with the libraries in common use, if they are installed."""
 
 import pytest
 import torch
@@ -91,7 +91,7 @@ def test_info_nce_with_negatives_equals_info_nce_pytorch(n, d, seed, tau, k, pai
 
 @given(**sizes, tau=temperatures)
 @drawn
-def test_nt_xent_of_any_layout_equals_pytorch_metric_learning(n, d, seed, tau):
+def test_nt_xent_equals_pytorch_metric_learning(n, d, seed, tau):
     losses = needs("pytorch_metric_learning.losses")
     loss = losses.SelfSupervisedLoss(losses.NTXentLoss(tau))
     assert_same(lambda a, b: fastntxent.nt_xent(a, b, tau), loss, tau, *batch(2, n, d, seed)[0])

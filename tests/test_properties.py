@@ -88,9 +88,9 @@ def test_nt_xent_gradient_is_orthogonal_to_each_row(backend, batch):
 
 @given(batch=batches())
 @drawn
-def test_nt_xent_gradients_sum_to_no_rotation(backend, batch):
-    # Rotating all rows does not change the loss, so the sum over all rows of d z^T, where d is the gradient of row z,
-    # is symmetric.
+def test_nt_xent_gradient_has_no_rotational_part(backend, batch):
+    # Rotating all rows does not change the loss. So the sum of d z^T over all rows z is symmetric, where d is the
+    # gradient with respect to z.
     z_i, z_j, tau = (*(z.requires_grad_() for z in batch[:2]), batch[2])
     d_i, d_j = torch.autograd.grad(nt_xent(z_i, z_j, tau, backend=backend), (z_i, z_j))
     moment = d_i.T @ z_i + d_j.T @ z_j
@@ -114,7 +114,7 @@ def test_nt_xent_terms_add_up(backend, batch):
 
 @given(batch=batches(min_n=2))
 @drawn
-def test_neg_lse_lies_between_its_largest_term_and_that_times_the_count(backend, batch):
+def test_neg_lse_is_at_least_its_largest_logit_and_at_most_log_m_more(backend, batch):
     z, _, tau = batch
     M = len(z)
     u = torch.nn.functional.normalize(z, dim=1)

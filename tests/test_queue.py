@@ -1,4 +1,4 @@
-"""The queue of negatives and its loss, against a plain list of all pushed rows."""
+"""The queue of negatives and its loss, compared with a plain list of all pushed rows."""
 
 import copy
 import math
@@ -81,7 +81,7 @@ def test_queue_loss_equals_its_dense_formula_at_every_step(size, with_ids, in_ba
         held_ids = (held_ids + (ids.tolist() if with_ids else [None] * n))[-size:]
 
 
-def test_queue_empty_has_no_negatives():
+def test_empty_queue_has_no_negatives():
     query, key = normal(4, 3), normal(4, 3, seed=1)
     loss = QueueInfoNCELoss(8, 3, 0.2, in_batch_negatives=False)
     assert loss(query.requires_grad_(), key) == 0
@@ -102,7 +102,7 @@ def test_queue_rows_without_ids_are_negatives_of_every_id():
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3])
-def test_queue_restored_goes_on_as_the_saved_one(tmp_path, steps):
+def test_restored_queue_continues_like_the_saved_one(tmp_path, steps):
     def step(loss, seed):
         return loss(normal(3, 4, seed=seed).float(), normal(3, 4, seed=seed + 50).float(), torch.arange(3) + seed)
 
@@ -123,7 +123,7 @@ def test_queue_restored_goes_on_as_the_saved_one(tmp_path, steps):
     ("state", "error"),
     [(torch.tensor([5, 5]), ValueError), (None, TypeError), (torch.ones(2), TypeError), ((0, 0), TypeError)],
 )
-def test_queue_refuses_an_extra_state_that_cannot_be(state, error):
+def test_queue_rejects_an_invalid_extra_state_and_stays_unchanged(state, error):
     queue = filled_queue()
     before = contents(queue)
     with pytest.raises(error, match=r"cannot hold|must be a tensor of two integers"):
@@ -157,10 +157,10 @@ def of_cursor(*cursor, dtype=torch.int64):
 
 SPOILED = {
     "fewer rows": lambda state: state.update(_rows=torch.randn(4, 4)),
-    "other features": lambda state: state.update(_rows=torch.randn(5, 3)),
+    "different number of features": lambda state: state.update(_rows=torch.randn(5, 3)),
     "rows of integers": lambda state: state.update(_rows=torch.ones(5, 4, dtype=torch.int64)),
-    "no tensor": lambda state: state.update(_rows=None),
-    "rows without data": lambda state: state.update(_rows=torch.empty(5, 4, device="meta")),
+    "rows are None": lambda state: state.update(_rows=None),
+    "rows on meta": lambda state: state.update(_rows=torch.empty(5, 4, device="meta")),
     "a NaN among the rows": with_nan,
     "fewer ids": lambda state: state.update(_ids=torch.arange(4)),
     "ids of floats": lambda state: state.update(_ids=torch.ones(5)),
@@ -170,14 +170,14 @@ SPOILED = {
     "filled below zero": of_cursor(-1, -1),
     "pointer not after the last row": of_cursor(1, 4),
     "a cursor of floats": of_cursor(4.0, 4.0, dtype=torch.float64),
-    "a cursor of three": of_cursor(4, 4, 4),
+    "a cursor of three numbers": of_cursor(4, 4, 4),
     "no cursor": lambda state: state.update(_extra_state=None),
 }
 
 
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("name", SPOILED)
-def test_queue_that_refuses_a_state_stays_as_it_was(name, assign):
+def test_queue_that_rejects_a_state_dict_stays_unchanged(name, assign):
     state = copy.deepcopy(filled_queue(4, seed=1).state_dict())
     SPOILED[name](state)
     parent = torch.nn.ModuleDict({"moco": filled_queue()})
@@ -188,7 +188,7 @@ def test_queue_that_refuses_a_state_stays_as_it_was(name, assign):
 
 
 @pytest.mark.parametrize("left_out", [{"_rows"}, {"_ids"}, {"_extra_state"}, {"_rows", "_ids"}])
-def test_queue_takes_nothing_of_a_part_of_a_state(left_out):
+def test_queue_loads_nothing_from_an_incomplete_state_dict(left_out):
     state = {key: value for key, value in filled_queue(4, seed=1).state_dict().items() if key not in left_out}
     queue = filled_queue()
     before = contents(queue)
@@ -201,7 +201,7 @@ def test_queue_takes_nothing_of_a_part_of_a_state(left_out):
 
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("n", [3, 5, 7])
-def test_queue_takes_a_whole_state_of_another_dtype_or_a_saved_module(n, assign, tmp_path):
+def test_queue_loads_a_state_dict_of_another_dtype_or_a_saved_module(n, assign, tmp_path):
     saved = filled_queue(n, seed=1, dtype=torch.float64)
     torch.save(saved, tmp_path / "queue.pt")
     same = torch.load(tmp_path / "queue.pt", weights_only=False)
@@ -217,7 +217,7 @@ def test_queue_takes_a_whole_state_of_another_dtype_or_a_saved_module(n, assign,
     torch.testing.assert_close(contents(queue), contents(saved), check_dtype=False)
 
 
-def test_queue_state_dict_goes_on_with_the_queue_as_a_whole():
+def test_queue_state_dict_shares_all_buffers_with_the_queue():
     queue = filled_queue()
     state = queue.state_dict()  # shares the module's buffers, as in PyTorch
     queue.push(torch.eye(4))
@@ -226,7 +226,7 @@ def test_queue_state_dict_goes_on_with_the_queue_as_a_whole():
     assert_holds(queue, before)
 
 
-def test_queue_that_fails_to_push_stays_as_it_was():
+def test_queue_that_fails_to_push_stays_unchanged():
     queue = filled_queue()
     before = contents(queue)
     for z, ids in ((torch.ones(2, 4, device="meta"), None), (torch.ones(2, 4), torch.arange(3))):
@@ -236,7 +236,7 @@ def test_queue_that_fails_to_push_stays_as_it_was():
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_queue_without_data_holds_nothing(half):
+def test_queue_moved_to_meta_is_empty(half):
     loss = QueueInfoNCELoss(5, 4)
     loss(torch.eye(4), torch.eye(4))
     loss.to("meta")
@@ -251,7 +251,7 @@ def test_queue_without_data_holds_nothing(half):
 
 
 @every_pair(slow_pairs=True, with_ids=[True, False], in_batch=[True, False])
-def test_queue_loss_compiles_whole_once_for_every_fill_and_batch_size(with_ids, in_batch):
+def test_queue_loss_compiles_to_at_most_two_graphs_for_all_batch_sizes(with_ids, in_batch):
     eager, loss = (QueueInfoNCELoss(40, 4, 0.3, in_batch_negatives=in_batch) for _ in range(2))
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -266,7 +266,7 @@ def test_queue_loss_compiles_whole_once_for_every_fill_and_batch_size(with_ids, 
     assert counter.frame_count <= 2  # one compilation for the first batch size, one for all others
 
 
-def test_queue_loss_compiled_by_inductor_has_the_gradient_of_what_was_held():
+def test_inductor_gradient_of_the_queue_loss_uses_the_rows_held_in_the_forward():
     eager, loss = (QueueInfoNCELoss(8, 4, 0.3) for _ in range(2))
     torch._dynamo.reset()
     compiled = torch.compile(loss, fullgraph=True)
@@ -278,7 +278,7 @@ def test_queue_loss_compiled_by_inductor_has_the_gradient_of_what_was_held():
         torch.testing.assert_close(*(torch.autograd.grad(value, inputs) for value in values))
 
 
-def test_queue_stays_as_it_is_in_evaluation():
+def test_queue_takes_no_rows_in_evaluation_mode():
     loss = QueueInfoNCELoss(5, 4, 0.2).eval()
     z = torch.randn(3, 4)
     assert torch.equal(loss(z, z), loss(z, z))
@@ -289,7 +289,7 @@ def test_queue_stays_as_it_is_in_evaluation():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_queue_in_half_precision(dtype, autocast):
+def test_queue_in_half_precision_holds_unit_rows_and_gives_accurate_losses(dtype, autocast):
     # The squares of these rows overflow float16, so rows must be normalised in float32 before they are rounded.
     key = (normal(6, 8) * 3000).to(dtype)
     query = normal(6, 8, seed=1).to(dtype).requires_grad_()
@@ -311,7 +311,7 @@ def test_queue_in_half_precision(dtype, autocast):
         assert float(value) == pytest.approx(float(expected), rel=2e-3)
 
 
-def test_queue_gets_no_gradient_and_keys_may():
+def test_queue_gets_no_gradient_but_keys_do():
     loss = QueueInfoNCELoss(4, 3, 0.2)
     query, key = torch.randn(2, 3, requires_grad=True), torch.randn(2, 3, requires_grad=True)
     loss(query, key)
@@ -352,20 +352,20 @@ BAD_CALLS = {
 
 
 @pytest.mark.parametrize("case", BAD_CALLS)
-def test_bad_input_is_named(case):
+def test_bad_input_raises_an_error_that_describes_it(case):
     call, error, message = BAD_CALLS[case]
     with pytest.raises(error, match=message):
         call()
 
 
-def test_queue_made_in_inference_mode_takes_rows_outside():
+def test_queue_made_in_inference_mode_accepts_rows_outside_it():
     with torch.inference_mode():
         queue = NegativeQueue(4, 3)
     queue.push(torch.randn(2, 3))
     assert len(queue) == 2
 
 
-def test_queue_loss_notices_a_temperature_that_changes_before_its_backward():
+def test_queue_loss_backward_raises_if_the_temperature_was_changed_in_place():
     temperature, query = torch.tensor(0.5), torch.randn(3, 4, requires_grad=True)
     loss = QueueInfoNCELoss(8, 4, temperature)(query, torch.randn(3, 4))
     temperature.fill_(0.1)
@@ -373,7 +373,7 @@ def test_queue_loss_notices_a_temperature_that_changes_before_its_backward():
         loss.backward()
 
 
-def test_queue_refuses_to_be_traced_while_it_takes_rows():
+def test_queue_loss_can_be_traced_only_in_evaluation_mode():
     loss, views = QueueInfoNCELoss(8, 4), (torch.randn(3, 4), torch.randn(3, 4))
     with pytest.raises(RuntimeError, match="NegativeQueue takes no rows under"):
         torch.jit.trace(loss, views, check_trace=False)

@@ -1,4 +1,4 @@
-"""The README's code runs, and its commands and signatures match the package."""
+"""The README's code runs, and the README has the signature of every function and the name of every module."""
 
 import inspect
 import re

@@ -62,7 +62,7 @@ def test_retrieve_equals_a_stable_sort_of_all_scores(tile, q, c, d, k, shape, dt
 @pytest.mark.parametrize(
     ("k", "compiled"), [(1, False), (2, False), (7, False), (300, False), (1999, False), (2000, False), (7, True)]
 )
-def test_retrieve_takes_the_lowest_of_many_equal_rows(k, compiled):
+def test_retrieve_returns_the_lowest_indices_among_equal_rows(k, compiled):
     corpus = signs(3, 16, 0)[torch.randint(0, 3, (2000,), generator=torch.Generator().manual_seed(1))]
     corpus[5::11] = torch.nan
     queries = signs(20, 16, 2)
@@ -83,7 +83,7 @@ def test_retrieve_takes_the_lowest_of_many_equal_rows(k, compiled):
         lambda z: positive_ranks(z, z.flip(0)),
     ],
 )
-def test_searches_compile_to_one_graph_for_every_size(function):
+def test_searches_compile_to_at_most_two_graphs_for_all_sizes(function):
     graphs = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
     compiled = torch.compile(function, backend=graphs, fullgraph=True)
@@ -94,7 +94,7 @@ def test_searches_compile_to_one_graph_for_every_size(function):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_retrieve_dtypes(dtype):
+def test_retrieve_is_accurate_in_every_dtype(dtype):
     queries, corpus = torch.randn(30, 8).to(dtype), torch.randn(90, 8).to(dtype)
     found = retrieve(queries, corpus, 5)
     expected = F.normalize(queries.double(), dim=1) @ F.normalize(corpus.double(), dim=1).T
@@ -103,7 +103,7 @@ def test_retrieve_dtypes(dtype):
     assert torch.equal(found.indices, expected.topk(5).indices)
 
 
-def test_retrieve_takes_all_of_the_corpus_and_zero_rows():
+def test_retrieve_can_return_the_whole_corpus_and_accepts_zero_rows():
     corpus = torch.tensor([[0.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])
     assert retrieve(torch.tensor([[1.0, 0.0], [0.0, 0.0]]), corpus, 3).indices.tolist() == [[1, 0, 2], [0, 1, 2]]
 
@@ -132,7 +132,7 @@ PEAKS = {
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: ru_maxrss has other units elsewhere")
 @pytest.mark.parametrize("call", PEAKS)
-def test_memory_is_as_documented(call):
+def test_memory_stays_within_the_documented_limits(call):
     name, _, arguments = call.partition("(")
     code = f"""
 import resource, torch
@@ -162,7 +162,7 @@ def test_positive_ranks_equal_a_count(monkeypatch):
     assert float(contrastive_accuracy(z_i, z_j)) == pytest.approx(expected.count(1) / 22)
 
 
-def test_positive_ranks_put_a_collapsed_batch_last():
+def test_positive_ranks_of_a_collapsed_batch_are_the_worst():
     z = torch.ones(8, 4)
     assert positive_ranks(z, z).tolist() == [15] * 16
     assert contrastive_accuracy(z, z) == 0
@@ -186,7 +186,7 @@ def test_effective_rank_of_known_matrices():
     assert float(effective_rank(torch.diag(4 * p))) == pytest.approx(2**1.5, rel=1e-12)
 
 
-def test_effective_rank_is_that_of_rotated_rows_and_differentiable():
+def test_effective_rank_is_invariant_to_rotation_and_differentiable():
     z = torch.randn(20, 6, dtype=torch.float64, requires_grad=True)
     rotation = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))[0]
     torch.testing.assert_close(effective_rank(z @ rotation), effective_rank(z))
@@ -211,7 +211,7 @@ BAD_CALLS = {
 
 
 @pytest.mark.parametrize("case", BAD_CALLS)
-def test_bad_input_is_named(case):
+def test_bad_input_raises_an_error_that_describes_it(case):
     call, error, message = BAD_CALLS[case]
     with pytest.raises(error, match=message):
         call()

@@ -50,7 +50,7 @@ TILE = (
 
 
 @pytest.mark.parametrize("hexadecimal", [False, True])
-def test_a_tile_counts_without_its_mask_and_without_code_for_diverged_warps(hexadecimal):
+def test_tile_counts_exclude_the_mask_and_code_for_diverged_warps(hexadecimal):
     kernel = code(*TILE, hexadecimal=hexadecimal)
     tile = kernel.main
     assert dict(kernel.counts) == {"global": 1, "branch": 1}
@@ -60,7 +60,7 @@ def test_a_tile_counts_without_its_mask_and_without_code_for_diverged_warps(hexa
     assert [dict(loop.counts) for loop in tile.inner] == [{"wait": 1, "branch": 1}]
 
 
-def test_the_loop_with_the_products_is_the_tile_and_of_two_the_one_without_a_mask():
+def test_the_tile_is_the_loop_with_products_and_the_fewest_mask_instructions():
     product, mask = "HMMA.16816.F32.BF16 R4, R8, R12, R4", "FSEL R4, R4, RZ, P1"
     kernel = code(
         "first:", "FADD R1, R1, R2", "@P0 BRA ->first",
@@ -73,7 +73,7 @@ def test_the_loop_with_the_products_is_the_tile_and_of_two_the_one_without_a_mas
     assert kernel.tensor == 1
 
 
-def test_of_loops_with_as_many_products_the_one_of_larger_tiles_counts():
+def test_the_tile_is_the_larger_of_two_loops_with_equally_many_products():
     def loops(small, large):
         return code(
             "@P1 BRA ->second",
@@ -88,7 +88,7 @@ def test_of_loops_with_as_many_products_the_one_of_larger_tiles_counts():
         assert dict(kernel.main.counts) == {"tensor": 1, "exp": 2, "branch": 1}
 
 
-def test_a_loop_in_a_loop_takes_its_trips_and_other_loops_one():
+def test_total_counts_the_given_trips_of_nested_loops_and_one_trip_of_others():
     kernel = code(
         "FADD R1, R1, R2", "tile:", "FMUL R1, R1, R2",
         "chunk:", "HMMA.16816.F32.BF16 R4, R8, R12, R4", "@P0 BRA ->chunk",
@@ -100,13 +100,13 @@ def test_a_loop_in_a_loop_takes_its_trips_and_other_loops_one():
     assert kernel.total([], lambda region: region.instructions) == 2 + 2 + 2 + 2
 
 
-def test_of_two_loops_with_products_one_after_the_other_only_the_busiest_is_executed():
+def test_total_counts_only_the_busier_of_two_successive_product_loops():
     product, mask = "HMMA.16816.F32.BF16 R4, R8, R12, R4", "FSEL R4, R4, RZ, P1"
     kernel = code("tile:", product, "@P0 BRA ->tile", "masked:", product, mask, "@P1 BRA ->masked", "EXIT")
     assert kernel.total([5], lambda region: region.instructions) == 5 * 2 + 1
 
 
-def test_ways_with_fewer_products_are_kept():
+def test_ways_lists_paths_with_fewer_products():
     product = "HMMA.16816.F32.BF16 R4, R8, R12, R4"
     kernel = code(
         "tile:", product, "@P1 BRA ->end", product, "FADD R1, R1, R2", "@P2 BRA ->end", product, "FADD R1, R1, R2",
@@ -158,6 +158,6 @@ def test_flops_are_read_from_the_shape_of_a_product(instruction, flops):
     assert code(instruction, "EXIT").flops == flops
 
 
-def test_a_wait_for_a_warpgroup_s_products_is_not_any_other_wait():
+def test_only_a_wait_for_warpgroup_products_counts_as_a_drain():
     kernel = code("WARPGROUP.ARRIVE", "WARPGROUP.DEPBAR.LE gsb0, 0x0", "DEPBAR.LE SB0, 0x0", "EXIT")
     assert dict(kernel.counts) == {"wait": 2, "drain": 1, "branch": 1}

@@ -1,4 +1,4 @@
-"""Distillation from a teacher given as a function: how it is called, and equality with one given as features."""
+"""Distillation from a teacher given as a function: how it is called, and that it equals a teacher given as features."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def results(*teacher: Tensor, image: Tensor = IMAGE, text: Tensor = TEXT, **opti
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("edge", [1, 4, N - 1, N, N + 1])
-def test_teacher_that_is_called_equals_the_one_of_features(edge, reduction, backend, monkeypatch):
+def test_teacher_function_equals_teacher_features(edge, reduction, backend, monkeypatch):
     monkeypatch.setattr(tiling, "BLOCK_CPU", edge)
     options = {"reduction": reduction, "backend": backend, "teacher_temperature": 0.1}
     for called, of_features in zip(
@@ -71,14 +71,14 @@ def test_teacher_is_called_for_every_pair_as_often_as_documented(reduction, time
     assert (asked == times).all()
 
 
-def test_teacher_may_return_memory_of_its_own():
+def test_memory_that_the_teacher_returns_is_not_modified():
     held = SIMS.clone()
     distill(IMAGE, TEXT, teacher=lambda rows, cols: held[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1])
     assert torch.equal(held, SIMS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_teacher_of_another_dtype_is_read_in_the_students(dtype):
+def test_teacher_similarities_are_converted_to_the_dtype_of_the_student(dtype):
     rounded = SIMS.to(dtype)
     for value, expected in zip(
         results(teacher=lambda rows, cols: rounded[rows[:, None], cols]),
@@ -89,7 +89,7 @@ def test_teacher_of_another_dtype_is_read_in_the_students(dtype):
 
 
 @pytest.mark.parametrize("student", [torch.float16, torch.bfloat16, torch.float32])
-def test_student_of_half_precision_gets_its_gradient_in_its_dtype(student):
+def test_student_gets_its_gradient_in_its_own_dtype(student):
     image, text = IMAGE.to(student), TEXT.to(student)
     value, d_image, d_text, _ = results(teacher=looked_up, image=image, text=text)
     true = results(teacher=looked_up, image=image.double(), text=text.double())
@@ -102,7 +102,7 @@ def test_student_of_half_precision_gets_its_gradient_in_its_dtype(student):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_minus_infinity_is_a_pair_of_probability_0(reduction, backend, monkeypatch):
+def test_similarity_of_minus_infinity_gives_a_pair_probability_0(reduction, backend, monkeypatch):
     monkeypatch.setattr(tiling, "BLOCK_CPU", 4)
     sims = SIMS.clone()
     sims[::2, 1::3] = -torch.inf
@@ -128,7 +128,7 @@ def test_minus_infinity_is_a_pair_of_probability_0(reduction, backend, monkeypat
         torch.testing.assert_close(value, truth, rtol=1e-10, atol=1e-12)
 
 
-def test_nan_of_the_teacher_is_nan_of_the_loss():
+def test_nan_from_the_teacher_reaches_only_the_losses_of_its_row_and_column():
     sims = SIMS.clone()
     sims[3, 4] = torch.nan
     rows = distill(IMAGE, TEXT, teacher=lambda rows, cols: sims[rows[:, None], cols], reduction="none")
@@ -136,7 +136,7 @@ def test_nan_of_the_teacher_is_nan_of_the_loss():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_frozen_tower_and_value_alone(reduction):
+def test_frozen_tower_changes_neither_the_other_gradient_nor_the_value(reduction):
     options: dict[str, Any] = {"teacher": looked_up, "temperature": 0.3, "reduction": reduction}
     whole = [x.clone().requires_grad_() for x in (IMAGE, TEXT)]
     loss = distill(*whole, **options)
@@ -151,13 +151,13 @@ def test_frozen_tower_and_value_alone(reduction):
     torch.testing.assert_close(value, loss.detach())
 
 
-def test_module_takes_a_teacher_that_is_called():
+def test_module_accepts_a_teacher_function():
     module = fastntxent.DistillLoss(0.3, teacher_temperature=0.2)
     expected = distill(IMAGE, TEXT, teacher=looked_up, temperature=0.3, teacher_temperature=0.2)
     assert torch.equal(module(IMAGE, TEXT, teacher=looked_up), expected)
 
 
-def test_teacher_may_be_a_module_that_counts_nothing_of_its_own():
+def test_teacher_may_be_a_falsy_module():
     class Table(torch.nn.Sequential):  # has length 0, so it is falsy
         def forward(self, *indices: Tensor) -> Tensor:
             return looked_up(*indices)
@@ -165,7 +165,7 @@ def test_teacher_may_be_a_module_that_counts_nothing_of_its_own():
     assert torch.equal(distill(IMAGE, TEXT, teacher=Table()), distill(IMAGE, TEXT, teacher=looked_up))
 
 
-def test_error_of_the_teacher_is_the_callers():
+def test_error_raised_by_the_teacher_passes_through():
     def teacher(rows: Tensor, cols: Tensor) -> Tensor:
         raise LookupError("no such sample")
 
@@ -174,7 +174,7 @@ def test_error_of_the_teacher_is_the_callers():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_second_derivative_is_refused_and_that_of_the_reference_is_there(reduction):
+def test_second_derivative_is_refused_except_by_the_reference(reduction):
     image = IMAGE.clone().requires_grad_()
     loss = distill(image, TEXT, teacher=looked_up, reduction=reduction)
     (gradient,) = torch.autograd.grad(loss.sum(), image, create_graph=True)
@@ -187,7 +187,7 @@ def test_second_derivative_is_refused_and_that_of_the_reference_is_there(reducti
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_transforms_of_torch_func(reduction):
+def test_func_grad_and_vmap_equal_autograd(reduction):
     def loss(image: Tensor) -> Tensor:
         return distill(image, TEXT, teacher=looked_up, reduction=reduction).sum()
 
@@ -202,7 +202,7 @@ def test_transforms_of_torch_func(reduction):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compiled_code_calls_the_teacher_as_it_is(reduction):
+def test_compiled_code_around_the_loss_equals_eager(reduction):
     def loss(image: Tensor, text: Tensor) -> Tensor:
         return 2 * distill(torch.sin(image), text, teacher=looked_up, reduction=reduction).sum()
 
@@ -217,7 +217,7 @@ def test_compiled_code_calls_the_teacher_as_it_is(reduction):
 
 
 @pytest.mark.parametrize("backend", KERNELS)
-def test_teacher_at_a_tensor_temperature_and_a_scale(backend):
+def test_teacher_temperature_may_be_a_tensor_or_a_logit_scale(backend):
     logits = SIMS / 0.2
     true = dense.distill(
         F.normalize(IMAGE, dim=1), F.normalize(TEXT, dim=1), torch.tensor(0.5), logits, torch.eye(N).double(), 1.0
@@ -318,7 +318,7 @@ def of_two_ranks() -> list[dict[str, Any]]:
     return on_ranks(2, over_ranks, [4, N - 4])
 
 
-def test_ranks_are_asked_for_their_own_rows_and_columns():
+def test_each_rank_calls_the_teacher_for_its_own_rows_and_columns():
     for rank, here in enumerate((slice(0, 4), slice(4, N))):
         expected = torch.zeros(2, N, N)
         expected[0, here] += 2
@@ -327,7 +327,7 @@ def test_ranks_are_asked_for_their_own_rows_and_columns():
         assert torch.equal(of_two_ranks()[rank]["asked"], expected)
 
 
-def test_rows_over_ranks_equal_one_process():
+def test_rows_across_ranks_equal_one_process():
     leaves = [x.clone().requires_grad_() for x in (IMAGE, TEXT)]
     loss = distill(*leaves, teacher=looked_up, temperature=0.3, reduction="none")
     expected = [loss.detach(), *torch.autograd.grad(loss.sum(), leaves)]
@@ -345,7 +345,7 @@ def test_teacher_that_raises_on_one_rank_raises_on_all():
         torch.testing.assert_close(of_rank["after"], expected)
 
 
-def test_ranks_with_different_forms_of_teacher_are_told():
+def test_different_kinds_of_teacher_on_ranks_raise_an_error():
     for of_rank in of_two_ranks():
         assert of_rank["called on one"] == (
             ValueError,

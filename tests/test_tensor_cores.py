@@ -46,7 +46,7 @@ def published() -> list:
 
 
 @pytest.mark.parametrize(("model", "chip", "kind", "numbers"), published())
-def test_published_results_to_the_bit(model, chip, kind, numbers):
+def test_models_match_published_results_to_the_bit(model, chip, kind, numbers):
     (c, result), (a, b) = numbers[:2], np.split(numbers[2:], 2)
     assert model({"A100": "a100"}.get(chip, "h100"), a, b, c, kind) == result
 
@@ -58,7 +58,7 @@ def ones(values: list[float]) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("chip", ROUNDING)
-def test_sums_are_cut_toward_zero_on_either_side(dot, chip, sign):
+def test_sums_are_truncated_toward_zero_for_either_sign(dot, chip, sign):
     # Between 2^24 and 2^25 float32 holds only even numbers. Rounding to nearest would give 2^24 + 4.
     assert dot(chip, *ones([sign, sign, sign]), sign * 2.0**24) == sign * (2.0**24 + 2)
     assert dot(chip, *ones([-sign, -sign, -sign]), sign * 2.0**24) == sign * (2.0**24 - 3)
@@ -72,7 +72,7 @@ def test_a_block_is_added_at_once(dot):
     assert dot("a100", *products, 2.0**24) == 2.0**24 + 2
 
 
-def test_what_falls_below_the_extra_bits_is_lost_term_by_term(dot):
+def test_bits_below_the_extra_bits_are_lost_term_by_term(dot):
     # When it adds to 1, a chip keeps bits down to 2^-23 and, below that, one extra bit on an A100, two on an H100.
     for smallest, lost_on in ((2.0**-24, ()), (2.0**-25, ("a100",)), (2.0**-26, ("a100", "h100"))):
         for chip in ROUNDING:
@@ -98,7 +98,7 @@ def test_products_are_exact_and_not_normalised(dot, chip):
 
 
 @pytest.mark.parametrize("chip", ROUNDING)
-def test_small_and_large_numbers(dot, chip):
+def test_subnormal_large_and_nonfinite_numbers_are_handled(dot, chip):
     subnormal = np.array([2.0**-24], np.float32)  # the smallest positive float16
     assert dot(chip, subnormal, subnormal, 0.0) == 2.0**-48
     assert dot(chip, *ones([0, 0]), 2.0**-149) == 2.0**-149

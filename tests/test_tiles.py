@@ -28,7 +28,7 @@ FAMILIES = ["large", "small", *(name for name in config.TABLE if name not in ("l
 
 @pytest.mark.parametrize("width", [2, 4])
 @pytest.mark.parametrize("family", [*FAMILIES, "interpreter"])
-def test_every_batch_has_a_tile_for_either_direction(family, width):
+def test_every_batch_has_tiles_for_forward_and_backward(family, width):
     for n in (1, 1024, 1025, 2048, 2049, 10**7):
         for d in (1, 64, 65, 128, 256, 257, 4096, 10_000):
             DP = pack.padded_features(d)
@@ -44,7 +44,7 @@ def test_every_batch_has_a_tile_for_either_direction(family, width):
                     assert DP % tile.block_d == 0, kernel
 
 
-def test_the_first_entry_that_serves_is_taken():
+def test_look_up_returns_the_first_entry_that_fits():
     rows = config.entries("small", "fused", 2)
     assert config.look_up("small", "fused", 2, 10, 64) == rows[0][2]
     assert config.look_up("small", "fused", 2, 10, 512) is None
@@ -113,7 +113,7 @@ def test_the_model_counts_what_the_schedule_does():
 
 
 @pytest.mark.parametrize("kernel", config.KERNELS)
-def test_the_turns_of_a_kernel_s_loops_make_all_of_its_products(kernel):
+def test_turns_of_a_kernels_loops_account_for_all_of_its_flops(kernel):
     tile = config.TileConfig(128, 64, 64, 8, 3)
     M, DP, chip = 65_536, 256, chips.CHIPS["sm_90"]
     work = model.work_of(kernel, dict.fromkeys(config.KERNELS, tile), M, DP, "bf16", chip)
@@ -141,7 +141,7 @@ def test_turns_are_fitted_to_the_loops_that_the_compiler_left():
 WORK = model.Work(2 * 132 * 10 * 2 * 64 * 64 * 16, 1e9, 0, 1e6, 1e6, 2 * 132, (10.0,))
 
 
-def test_a_kernel_takes_the_longest_of_its_limits_and_says_which():
+def test_predicted_time_is_the_longest_limit_and_names_it():
     rates = chips.CHIPS["sm_90"].rates
     report = report_of(loop(PRODUCT, "FADD R1, R1, R2", "MUFU.EX2 R4, R4", "MUFU.EX2 R4, R4"))  # plus a branch: 5 slots
     turns, warps = 10 * 2 * 132, 4
@@ -173,7 +173,7 @@ def test_a_program_alone_on_its_multiprocessor_takes_its_turns_one_after_the_oth
     assert latency(WORK._replace(programs=2 * 132 + 1)) == pytest.approx(2 * cycles, rel=1e-3)
 
 
-def test_what_no_compiler_changes_is_a_bound_before_anything_is_compiled():
+def test_least_time_before_compilation_equals_the_limits_that_no_compiler_changes():
     chip, tile = chips.CHIPS["sm_90"], (64, 64, 128, 4, 3)
     bound = model.least(WORK, chip, "bf16", tile)
     found = model.needs(WORK, report_of(loop(PRODUCT), tile), "bf16")
@@ -201,7 +201,7 @@ def loop(*instructions):
     return ".L_x_0:\n" + "\n".join(f"        /*{16 * i:04x}*/  {line} ;" for i, line in enumerate(lines))
 
 
-def test_a_turn_of_a_loop_is_held_to_its_slots_shuffles_and_barriers(monkeypatch):
+def test_loop_beyond_its_limits_of_slots_or_shuffles_is_a_fault(monkeypatch):
     tile = config.look_up("sm_90", "fused", 2, math.inf, 128)
     report = report_of(loop(PRODUCT, PRODUCT, DRAIN, "SHFL.BFLY PT, R5, R4, 0x1, 0x1f", *["FADD R1, R1, R2"] * 3), tile)
     factor = 2**20 / (2 * 64 * 64 * 16 * 2 * tile.num_warps / 4)
@@ -254,7 +254,7 @@ def test_a_turn_by_tcgen05_has_the_flops_of_its_tile():
     assert gathered.flops == 6 * 128 * 32 * 64
 
 
-def test_a_prediction_beside_a_measurement_says_what_it_is_of(monkeypatch):
+def test_prediction_for_a_measurement_names_its_size_and_dtype(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     report = report_of(loop(BY_ONE_THREAD))  # the size of this product is not in the machine code
     monkeypatch.setattr(kernels, "compile_one", lambda *_: report)
@@ -270,7 +270,7 @@ def test_a_prediction_beside_a_measurement_says_what_it_is_of(monkeypatch):
 
 
 @pytest.mark.parametrize("kernel", config.KERNELS)
-def test_candidates_are_tiles_that_the_kernels_take(kernel):
+def test_candidates_are_tiles_that_the_kernels_accept(kernel):
     found = list(tune.candidates(kernel, 2, 128))
     assert len(found) == len(set(found)) > 10
     for block_m, block_n, block_d, *_ in found:
@@ -288,7 +288,7 @@ def test_tiles_are_timed_in_turns_and_checked(kernel):
     assert all(s > 0 for s in found.values())
 
 
-def test_a_tile_with_another_result_is_refused(monkeypatch):
+def test_tuner_rejects_a_tile_with_a_different_result(monkeypatch):
     losses, present = forward.losses, config.look_up("interpreter", "owned", 4, 80, 16)
 
     def wrong_for_others(sides):
@@ -306,11 +306,11 @@ def test_the_largest_of_equally_fast_tiles_is_taken():
     assert tune.take([]) is None
 
 
-def test_the_table_is_written_as_it_is_kept():
+def test_committed_table_has_the_format_that_the_tuner_writes():
     assert tune.dumps(config.TABLE) == (tune.TABLE_PATH).read_text()
 
 
-def test_new_entries_take_the_place_of_a_family_s_old_ones_unless_a_rival_is_faster():
+def test_new_entries_replace_old_ones_unless_a_rival_kernel_is_faster():
     table = json.loads(tune.dumps(config.TABLE))
     tall, wide = (128, 64, 64, 4, 2), (64, 128, 64, 4, 2)
     best = {
@@ -328,7 +328,7 @@ def test_new_entries_take_the_place_of_a_family_s_old_ones_unless_a_rival_is_fas
     assert table["sm_90"]["fused"] == config.TABLE["sm_90"]["fused"]
 
 
-def test_tuning_writes_what_it_found_also_where_no_tile_fits(monkeypatch, tmp_path):
+def test_tuning_writes_its_results_even_if_no_tile_fits(monkeypatch, tmp_path):
     tile = (64, 64, 64, 4, 2)
 
     def ranked(target, kernel, dtype, DP, M, tiles, most):

@@ -1,4 +1,4 @@
-"""The scalar path of two towers: InfoNCE and CLIP from one call, on every backend, against the dense formula."""
+"""The scalar path of two towers: InfoNCE and CLIP from one call, on every backend, compared with the dense formula."""
 
 import itertools
 
@@ -78,7 +78,7 @@ def test_towers_with_a_frozen_side_within_budget(backend, both, n, temperature, 
 
 
 @pytest.mark.parametrize("needs", [(True, False), (False, True)])
-def test_towers_form_no_gradient_of_a_frozen_side(backend, both, needs):
+def test_towers_compute_no_gradient_of_a_frozen_side(backend, both, needs):
     z = [z.requires_grad_(need) for z, need in zip(random_batch(40, 8, 0.3)[:2], needs, strict=True)]
     _, *gradients, _ = torch.ops.fastntxent.info_nce_scalar.float(*z, 2.0, True, both, True, *needs, backend)
     for gradient, need in zip(gradients, needs, strict=True):
@@ -91,7 +91,7 @@ def test_towers_form_no_gradient_of_a_frozen_side(backend, both, needs):
     torch.testing.assert_close(found[1], whole[1 if needs[0] else 2], atol=1e-7, rtol=1e-5)
 
 
-def test_towers_of_one_feature_have_no_gradient(backend, both):
+def test_towers_of_one_feature_have_gradients_near_zero(backend, both):
     # In one dimension every unit row is 1 or -1, and a small step does not change it.
     for n, temperature in itertools.product((1, 2, 17), (0.1, 0.5, 10.0)):
         batch = random_batch(n, 1, temperature)
@@ -109,7 +109,7 @@ def test_towers_without_negatives_have_no_loss_and_no_gradient(backend, both):
     assert not any(gradient.any() for gradient in gradients)
 
 
-def test_dense_formula_is_the_cross_entropy(both):
+def test_dense_formula_equals_the_cross_entropy(both):
     u, v = (F.normalize(z.double(), dim=1) for z in random_batch(12, 5, 0.3)[:2])
     tau = torch.tensor(0.3, dtype=torch.float64)
     expected = (dense.clip if both else dense.info_nce)(u, v, tau)
@@ -120,7 +120,7 @@ def test_dense_formula_is_the_cross_entropy(both):
 def test_towers_of_rows_around_eps_within_budget(backend, both, dtype):
     eps = {torch.float16: 6e-5, torch.float32: 1e-12}[dtype]
     z_i, z_j, *_ = random_batch(20, 16, 0.5)
-    for length in (eps / 10, 10 * eps):  # rows shorter than eps are divided by eps, and keep their radial gradient
+    for length in (eps / 10, 10 * eps):  # a row shorter than eps is divided by eps: its gradient keeps a radial part
         batch = Batch((F.normalize(z_i, dim=1) * length).to(dtype), z_j.to(dtype), 0.5)
         assert_towers_within_budget(batch, backend, both=both)
         assert_towers_within_budget(batch._replace(z_i=batch.z_j, z_j=batch.z_i), backend, both=both)
@@ -160,7 +160,7 @@ def test_towers_same_bits_every_time(backend, both):
 
 @pytest.mark.parametrize("mean", [True, False])
 @pytest.mark.parametrize("temperature", [0.005, 0.3])
-def test_towers_value_is_that_of_the_scalar_path(backend, both, temperature, mean):
+def test_towers_value_without_gradient_equals_the_scalar_path(backend, both, temperature, mean):
     z_i, z_j, *_ = random_batch(70, 8, temperature)
     value = ops.info_nce_scalar(z_i, z_j, 1 / temperature, True, both, mean, backend)
     with_gradient = ops.info_nce_scalar(z_i.requires_grad_(), z_j, 1 / temperature, True, both, mean, backend)
@@ -168,7 +168,7 @@ def test_towers_value_is_that_of_the_scalar_path(backend, both, temperature, mea
 
 
 @pytest.mark.parametrize("mean", [True, False])
-def test_both_directions_are_the_mean_of_one_and_the_other(backend, mean):
+def test_loss_of_both_directions_is_the_mean_of_the_two(backend, mean):
     z_i, z_j, *_ = random_batch(40, 8, 0.2, dtype=torch.float64)
 
     def gradients(*directions: bool) -> tuple[Tensor, ...]:
@@ -182,7 +182,7 @@ def test_both_directions_are_the_mean_of_one_and_the_other(backend, mean):
     torch.testing.assert_close(gradients(True), gradients(True, False))
 
 
-def test_towers_make_no_tensor_of_all_pairs(backend, both):
+def test_towers_create_no_tensor_of_all_pairs(backend, both):
     n = 4 * TILE
     z_i, z_j = (torch.randn(n, 4, requires_grad=True) for _ in range(2))
     with LargestTensor() as largest:
@@ -253,7 +253,7 @@ def test_eager_call_gives_the_bits_of_the_operator(backend, both, k, needs):
 
 
 @pytest.mark.parametrize("wants", ["z_i", "z_j", "k"])
-def test_scalar_path_is_taken_where_a_gradient_is_wanted(backend, wants):
+def test_scalar_path_is_used_if_a_gradient_is_needed(backend, wants):
     tensors = dict(zip(("z_i", "z_j"), sides(needs=(False, False)), strict=True), k=inverse_temperature(False))
 
     def loss():
@@ -287,7 +287,7 @@ def test_compile_gives_the_same_gradients_and_recompiles_once(backend, both, nee
 
 
 @pytest.mark.parametrize("needs", [(True, True), (True, False)])
-def test_compile_with_inductor(backend, needs):
+def test_compile_with_inductor_gives_the_same_gradients(backend, needs):
     torch._dynamo.reset()
     z = sides(needs=needs)
 
@@ -335,7 +335,7 @@ def test_forward_derivative_is_refused_with_advice(backend):
         torch.func.jvp(lambda z: ops.info_nce_scalar(z, z_j, 2.0, True, True, True, backend), (z_i,), (z_i,))
 
 
-def test_no_gradient_from_above_is_none_below(backend):
+def test_upstream_gradient_of_none_gives_no_gradient(backend):
     z_i, z_j = sides()
     Cut.apply(ops.info_nce_scalar(z_i, z_j, 2.0, True, True, True, backend)).backward()
     assert z_i.grad is None
@@ -351,7 +351,7 @@ def test_autocast_changes_nothing(backend, both, dtype):
     assert all(map(torch.equal, found, expected))
 
 
-def test_change_in_place_before_the_backward_is_an_error(backend):
+def test_backward_raises_if_an_argument_was_changed_in_place(backend):
     for changed in range(3):
         leaves = (*sides(), inverse_temperature())
         tensors = [x * 1 for x in leaves]
@@ -362,7 +362,7 @@ def test_change_in_place_before_the_backward_is_an_error(backend):
             loss.backward()
 
 
-def test_meta_tensors_have_shapes():
+def test_loss_of_meta_tensors_has_the_right_shapes():
     z = torch.empty(6, 4, device="meta", requires_grad=True)
     loss = ops.info_nce_scalar(z, z.detach(), 0.5, True, True, True, "auto")
     loss.backward()

@@ -1,4 +1,4 @@
-"""Transforms of torch.func and of autograd, applied to every public function that takes tensors."""
+"""Transforms of torch.func and of autograd, applied to the public functions that take tensors."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_vmap_over_temperatures_equals_a_loop(name):
     torch.testing.assert_close(torch.vmap(lambda tau: loss_of(name, temperature=tau)(*batch))(temperatures), expected)
 
 
-def test_vmap_over_temperatures_refuses_a_bad_one():
+def test_vmap_over_temperatures_rejects_an_invalid_temperature():
     batch = slices("nt_xent")[0]
     with pytest.raises(ValueError, match=r"temperature must be positive and finite, got -1\.0"):
         torch.vmap(lambda tau: loss_of("nt_xent", temperature=tau)(*batch))(torch.tensor([0.5, -1.0]))

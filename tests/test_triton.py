@@ -1,4 +1,4 @@
-"""The Triton kernels against the oracle: on a GPU if there is one, else at small sizes in Triton's interpreter."""
+"""The Triton kernels compared with the oracle: on a GPU if there is one, else at small sizes in the interpreter."""
 
 import importlib
 import inspect
@@ -123,7 +123,7 @@ def test_nt_xent_at_tile_edges_within_budget(n, temperature):
 
 @pytest.mark.parametrize("temperature", [0.02, 0.3])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_nt_xent_of_rows_as_they_are_within_budget(dtype, temperature):
+def test_nt_xent_of_unnormalised_rows_within_budget(dtype, temperature):
     # Only the device knows the rows' lengths, so the kernels of both regimes are launched. The kernels of the wrong
     # regime return at once.
     batch = random_batch(40, 24, temperature, dtype=dtype).map(lambda z: z / 8)._replace(normalize=False)
@@ -154,14 +154,14 @@ def each_chip(request, monkeypatch):
 
 
 @every_pair(slow_pairs=True, loss=[None, 0.7, 1e-3, 1e-6], temperature=[0.01, 0.1, 0.5])
-def test_gradient_accuracy_at_every_stage_of_training(each_chip, loss, temperature):
+def test_gradient_is_accurate_at_every_stage_of_training(each_chip, loss, temperature):
     shape = 64, 128, temperature
     batch = start_of_training(*shape) if loss is None else converged_batch(*shape, loss)
     assert_gradient_within_rounding(on_device(batch), "triton")
 
 
 @pytest.mark.parametrize("d", [64, 256])
-def test_gradient_accuracy_with_the_tiles_of_a_large_batch(each_chip, d):
+def test_gradient_is_accurate_with_the_tiles_of_a_large_batch(each_chip, d):
     each_chip(math.inf)
     assert_gradient_within_rounding(on_device(converged_batch(64, d, 0.01, 0.7)), "triton")
 
@@ -229,7 +229,7 @@ def test_neg_lse_of_any_groups_within_budget(size, groups, temperature):
 
 
 @pytest.mark.parametrize("needs", ["u", "v", "temperature"])
-def test_cross_neg_lse_forms_the_gradients_that_are_wanted(needs):
+def test_cross_neg_lse_computes_a_single_requested_gradient(needs):
     ids = torch.arange(20, device=DEVICE), torch.arange(30, device=DEVICE)
 
     def gradient(name):
@@ -290,7 +290,7 @@ def test_sigmoid_losses_within_budget(size, numbers, dtype, two_views):
 
 @pytest.mark.parametrize("two_views", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_sigmoid_losses_of_rows_as_they_are_within_budget(dtype, two_views):
+def test_sigmoid_losses_of_unnormalised_rows_within_budget(dtype, two_views):
     batch = random_batch(40, 24, 0.3, dtype=dtype).map(lambda z: z / 8)._replace(normalize=False)
     assert_sigmoid_within_budget(on_device(batch), "triton", two_views=two_views, bias=-3.0)
 
@@ -335,7 +335,7 @@ def test_float16_gradients_do_not_underflow_when_converged():
 
 
 @every_pair(slow_pairs=True, scale=[1e-30, 1e30], dtype=DTYPES)
-def test_softplus_upstream_of_any_magnitude(scale, dtype):
+def test_softplus_gradient_scales_with_an_upstream_of_any_magnitude(scale, dtype):
     u, v = (F.normalize(torch.randn(n, 24), dim=1).to(DEVICE, dtype) for n in (33, 40))
     batch, weights = (u, v, torch.arange(33, device=DEVICE), torch.arange(40, device=DEVICE)), torch.ones(33)
 
@@ -402,7 +402,7 @@ def test_limits_keep_the_accuracy_of_a_converged_gradient(each_chip, loss):
         *(pytest.param(*large, marks=pytest.mark.slow) for large in ((300, 1), (128, math.inf), (300, math.inf))),
     ],
 )
-def test_limits_leave_out_the_same_in_the_backward(each_chip, d, rows, dtype):
+def test_limits_leave_out_the_same_pairs_in_forward_and_backward(each_chip, d, rows, dtype):
     # All pairs of directions form the same angle, but rows round differently, so rounding decides which pairs exceed
     # the limit. If the backward makes the same choice, the probabilities of each row sum to 1.
     each_chip(rows)
@@ -453,18 +453,18 @@ def test_similarities_have_the_same_bits_with_rows_and_columns_exchanged(each_ch
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="needs Triton's interpreter: these tests use tensors in host memory")
-def test_limits_as_every_backend_has_them(maxima_that_drop_nan):
-    test_false_negatives.test_what_is_as_similar_as_the_limit_stays("triton")
-    test_false_negatives.test_copies_of_the_positive_stay_with_a_margin_of_zero("triton", 128)
+def test_limits_behave_as_on_every_backend(maxima_that_drop_nan):
+    test_false_negatives.test_negatives_exactly_at_the_limit_are_kept("triton")
+    test_false_negatives.test_copies_of_the_positive_are_kept_with_a_margin_of_zero("triton", 128)
     for temperature in (1.0, 0.005):
         test_false_negatives.test_rows_that_lose_all_negatives_have_no_loss_and_no_gradient("triton", temperature)
-        test_false_negatives.test_nan_is_not_left_out("triton", temperature)
+        test_false_negatives.test_nan_similarities_are_kept("triton", temperature)
     for temperature, length in ((1e6, 1.0), (0.5, 1e-4), (500.0, 1.0)):
-        test_false_negatives.test_limits_are_as_fine_where_logits_are_small("triton", temperature, length)
+        test_false_negatives.test_limits_are_as_precise_when_logits_are_small("triton", temperature, length)
 
 
 @pytest.mark.parametrize("d", [24, 300])
-def test_tf32_is_taken_where_pytorch_may(d):
+def test_nt_xent_at_high_matmul_precision_is_as_accurate_as_tf32(d):
     batch = on_device(random_batch(40, d, 0.2))
     truth = evaluate(batch.map(torch.Tensor.double), "reference")
     before = torch.get_float32_matmul_precision()
@@ -499,8 +499,8 @@ def test_same_bits_every_time(d, dtype):
         (8, 127, torch.float16, 16, 2),
     ],
 )
-def test_sums_of_squares_of_any_size(monkeypatch, tiles, M, dtype, d, rows_held):
-    # Squares without a mask, squares with the diagonal or a positive, and squares that end inside a tile.
+def test_sums_over_squares_of_tiles_equal_the_reference(monkeypatch, tiles, M, dtype, d, rows_held):
+    # Covers squares without a mask, squares with the diagonal or a positive, and squares that end inside a tile.
     if DEVICE == "cpu":
         monkeypatch.setattr(config, "rows_held", lambda chip: rows_held)
     generator = torch.Generator().manual_seed(0)
@@ -520,7 +520,7 @@ def test_sums_of_squares_of_any_size(monkeypatch, tiles, M, dtype, d, rows_held)
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="needs the interpreter, where the mask is a Python function")
 @pytest.mark.parametrize("multiprocessors", [1, 4])
-def test_ids_are_compared_in_tiles_that_may_hold_a_rows_own_alone(monkeypatch, multiprocessors):
+def test_ids_are_compared_only_in_tiles_that_may_share_an_id(monkeypatch, multiprocessors):
     compared, apart = set(), tiles.apart
 
     def recorded(rows_ids_ptr, cols_ids_ptr, row, col, *rest):
@@ -546,8 +546,8 @@ def _ids(row: int) -> list[int]:
 
 @pytest.fixture
 def small_panels(monkeypatch):
-    """Squares of G have 64 rows in the interpreter, and 256 (the minimum) on a GPU, whose tiles are larger. The
-    interpreter is slow, so it takes panels at fewer features than the table says."""
+    """Use panels with small squares of G: 64 rows in the interpreter, and 256 (the minimum) on a GPU, whose tiles are
+    larger. The interpreter is slow, so it uses panels at fewer features than the table says."""
     monkeypatch.setattr(config, "PANEL", 1)
     if DEVICE == "cpu":
         monkeypatch.setattr(config, "PADDED_ROWS", 64)
@@ -568,7 +568,7 @@ def test_panels_of_several_squares_within_budget(small_panels, dtype, temperatur
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_panels_of_rows_as_they_are_within_budget(small_panels, dtype):
+def test_panels_of_unnormalised_rows_within_budget(small_panels, dtype):
     batch = random_batch(PAIRS, FEATURES, 0.3, dtype=dtype).map(lambda z: z / 32)._replace(normalize=False)
     assert_within_budget(on_device(batch), "triton", reduction="none", upstream=upstream(PAIRS))
 
@@ -640,7 +640,7 @@ def test_columns_in_parts_within_budget(monkeypatch, multiprocessors):
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Fill new memory with NaN, or with an integer that is no valid index."""
+    """Fill new floating-point memory with NaN, and new int64 memory with an integer that is no valid index."""
 
     def poison(allocate):
         def allocated(*args, **kwargs):
@@ -663,7 +663,7 @@ def poisoned(monkeypatch):
         slow=lambda case: case not in ((1, 40, 0.1), (35, 24, 0.005)),
     ),
 )
-def test_memory_that_was_not_written_is_not_used(poisoned, monkeypatch, case, dtype):
+def test_uninitialised_memory_is_not_used(poisoned, monkeypatch, case, dtype):
     n, d, temperature = case
     monkeypatch.setattr(config, "PANEL", 1)
     monkeypatch.setattr(config, "look_up", uneven(config.look_up))
@@ -683,7 +683,7 @@ EDGE = 256 if DEVICE == "cpu" else 512  # rows of a square; the second square en
 @pytest.mark.parametrize(
     ("n", "M", "K"), [(11 * EDGE // 16, 5 * EDGE // 8, EDGE // 16), (EDGE // 2 + 2, EDGE // 16, 5 * EDGE // 8)]
 )
-def test_squares_of_a_panel_that_end_early_use_no_memory_that_was_not_written(poisoned, monkeypatch, n, M, K):
+def test_partial_squares_of_a_panel_use_no_uninitialised_memory(poisoned, monkeypatch, n, M, K):
     monkeypatch.setattr(config, "edge_of_panel", lambda *_: EDGE)
     assert_within_budget(on_device(random_batch(n, 257, 0.2)), "triton")
     assert_cross_neg_lse_within_budget("triton", M, K, "few", 0.2, d=257, device=DEVICE)
@@ -703,7 +703,7 @@ def uneven(look_up):
 
 @pytest.mark.parametrize("temperature", tiered([0.005, 0.0168, 0.1], slow=lambda temperature: temperature == 0.0168))
 @pytest.mark.parametrize("normalize", [True, False])
-def test_a_temperature_that_the_host_must_not_read(monkeypatch, normalize, temperature):
+def test_a_temperature_that_only_the_device_knows_within_budget(monkeypatch, normalize, temperature):
     contract = importlib.import_module("fastntxent.ops.contract")
     unread = lambda inv_tau, dtype: torch.as_tensor(inv_tau, dtype=dtype, device=DEVICE)  # noqa: E731
     monkeypatch.setattr(contract, "_inverse_temperature", unread)
@@ -718,7 +718,7 @@ def test_a_temperature_that_the_host_must_not_read(monkeypatch, normalize, tempe
 
 
 @pytest.mark.parametrize("ratio", [2.0**10, 2.0**14])
-def test_one_row_much_longer_than_the_rest_leaves_their_gradients_accurate(ratio):
+def test_one_much_longer_row_leaves_the_other_gradients_accurate(ratio):
     generator = torch.Generator().manual_seed(0)
     u, v = (F.normalize(torch.randn(n, 16, generator=generator), dim=1).to(DEVICE) for n in (20, 40))
     v[7] *= ratio
@@ -743,7 +743,7 @@ def test_one_row_much_longer_than_the_rest_leaves_their_gradients_accurate(ratio
     ],
     ids=["small batch", "large batch"],
 )
-def test_loss_and_gradient_take_these_launches_and_no_operator_of_pytorch(monkeypatch, rows, launches):
+def test_loss_and_gradient_take_only_the_expected_launches(monkeypatch, rows, launches):
     launched = []
 
     class Recorder:
@@ -811,7 +811,7 @@ def kernels():
 
 
 @pytest.mark.parametrize("name", kernels() if STATUS.available else [])
-def test_parameters_of_a_kernel_stand_in_one_order(name):
+def test_kernel_parameters_are_in_the_conventional_order(name):
     parameters = inspect.signature(kernels()[name].fn).parameters
     numbers = (
         "inv_tau",
@@ -839,14 +839,14 @@ def test_parameters_of_a_kernel_stand_in_one_order(name):
     assert kinds == sorted(kinds, key=["pointer", "size", "stride", "number", "constant"].index)
 
 
-def test_sizes_that_compile_no_other_kernel_are_parameters():
+def test_unspecialised_sizes_are_parameters_of_a_kernel():
     # If a size were renamed only in the kernels, Triton would compile a kernel for each of its values.
     assert set(tiles.SIZES) <= {name for kernel in kernels().values() for name in kernel.arg_names}
 
 
 @pytest.fixture
 def maxima_that_drop_nan(monkeypatch):
-    """Let the interpreter's maximum of a number and NaN be the number, as on a device. Before Triton 3.9 it was not."""
+    """Make the interpreter's maximum of a number and NaN the number, as on a device. Before Triton 3.9 it was NaN."""
     if DEVICE == "cpu":
         interpreter = importlib.import_module("triton.runtime.interpreter")
         monkeypatch.setattr(
@@ -856,7 +856,7 @@ def maxima_that_drop_nan(monkeypatch):
 
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("temperature", [0.005, 0.1])
-def test_nan_reaches_all_that_depends_on_it(maxima_that_drop_nan, temperature, normalize):
+def test_nan_reaches_every_result_that_depends_on_it(maxima_that_drop_nan, temperature, normalize):
     z_i, z_j, *_ = random_batch(40, 16, 0.1)
     z_i[3, 5] = torch.nan
     batch = on_device(Batch(F.normalize(z_i, dim=1), F.normalize(z_j, dim=1), temperature, normalize))
@@ -870,7 +870,7 @@ def test_nan_reaches_all_that_depends_on_it(maxima_that_drop_nan, temperature, n
 
 @pytest.mark.parametrize("d", tiered([16, 300], slow=lambda d: d == 300))
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_nan_reaches_all_that_depends_on_it_of_sigmoid_losses(maxima_that_drop_nan, dtype, d):
+def test_nan_reaches_every_dependent_result_of_sigmoid_losses(maxima_that_drop_nan, dtype, d):
     z_i, z_j, *_ = random_batch(40, d, 0.1, dtype=dtype)
     z_i[3, 5] = torch.nan
     batch = on_device(Batch(z_i, z_j, 0.1))
@@ -881,7 +881,7 @@ def test_nan_reaches_all_that_depends_on_it_of_sigmoid_losses(maxima_that_drop_n
         assert d_i.isnan().any(dim=1).all() if two_views else d_i[3].isnan().all()
 
 
-def test_float64_and_other_devices_are_refused():
+def test_float64_and_other_devices_are_rejected():
     z = torch.randn(4, 3, dtype=torch.float64, device=DEVICE)
     with pytest.raises(TypeError, match=r"backend 'triton' takes torch.float16, .*, got torch.float64"):
         nt_xent(z, z, backend="triton")
@@ -889,11 +889,11 @@ def test_float64_and_other_devices_are_refused():
         select("triton", "xpu", torch.float32)
 
 
-def test_auto_does_not_pick_what_no_device_has_verified():
+def test_auto_does_not_choose_unverified_kernels():
     assert type(select("auto", "cuda", torch.float32)).__name__ == "BlockedBackend"
 
 
-def test_without_a_device_or_the_interpreter_it_says_what_it_needs():
+def test_status_without_device_or_interpreter_says_what_the_backend_needs():
     if torch.cuda.is_available():
         pytest.skip("needs a machine without a CUDA device")
     code = "import fastntxent; print(fastntxent.backends()['triton'].reason)"
@@ -906,8 +906,8 @@ def test_without_a_device_or_the_interpreter_it_says_what_it_needs():
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])
 def test_kernels_compile_within_the_chip_without_a_spill_and_on_its_matrix_units(target, tmp_path):
-    # In a separate process, because Triton interprets in this one. `make kernels-report` covers all numbers of
-    # features.
+    # This needs a separate process, because this process runs Triton's interpreter. `make kernels-report` covers 64 and
+    # 256 features on every chip.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     features = ["64", "128", "256", "768"] if target == "sm_90" else ["128", "768"]
     command = [sys.executable, "-m", "benchmarks", "kernels", "--targets", target, "--d", *features, "--check"]

@@ -24,5 +24,5 @@ def test_type_checkers_see_the_signatures(checker):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_backend_names_are_the_table():
+def test_type_of_backend_names_lists_every_backend():
     assert get_args(options.BackendName) == ("auto", *backends())

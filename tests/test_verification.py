@@ -110,7 +110,7 @@ OUTPUTS = [(method, output) for method, count in METHODS.items() for output in r
 CORRUPTED = [(*place, change) for place in OUTPUTS for change in BREAKS]
 
 
-@pytest.mark.parametrize(  # of each output, one break is quick
+@pytest.mark.parametrize(  # for each output, one break is a quick case
     "corrupted",
     tiered(CORRUPTED, slow=lambda case: (OUTPUTS.index(case[:2]) - list(BREAKS).index(case[2])) % len(BREAKS) != 0),
     ids=lambda case: f"{case[0]} {case[1]} {case[2].__name__}",
@@ -136,7 +136,7 @@ TOWERS = {
 
 
 @pytest.mark.parametrize("where", TOWERS)
-def test_checks_find_two_towers_that_are_wrong_in_some_calls(broken, monkeypatch, where):
+def test_checks_find_two_tower_losses_that_are_wrong_only_in_some_calls(broken, monkeypatch, where):
     wrong, output = TOWERS[where]
     kernels = broken("info_nce_value", 0, lambda x, call: x)
     monkeypatch.setattr(checks, "_small_calls", lambda slow, form: [])
@@ -258,7 +258,7 @@ USUAL_ENDS = ("raises", "segfault")
 
 
 @pytest.mark.parametrize("name", tiered(ENDS, slow=lambda name: name not in USUAL_ENDS))
-def test_child_that_ends_badly_is_told_in_words(name):
+def test_child_that_fails_gives_a_verdict_that_says_how(name):
     status, words = ENDS[name]
     deadline = 20 if name == "hangs" else 300
     started = time.perf_counter()
@@ -280,7 +280,7 @@ def test_child_passes_the_kernels_of_this_machine():
     assert str(verdict).startswith(f"passed {verdict.checks} checks in ")
 
 
-def test_child_that_cannot_be_started(monkeypatch):
+def test_child_that_cannot_be_started_makes_the_backend_not_available(monkeypatch):
     for executable in ("", "/nowhere/python"):
         monkeypatch.setattr(sys, "executable", executable)
         verdict = process.check_in_child({"backend": "blocked", "device": "cpu", "module": None})
@@ -288,7 +288,7 @@ def test_child_that_cannot_be_started(monkeypatch):
 
 
 @pytest.mark.slow
-def test_child_that_is_silent_over_one_check_is_killed():
+def test_child_that_is_silent_for_too_long_is_killed():
     started = time.perf_counter()
     verdict = process.check_in_child({"backend": "hangs", "device": "cpu", "module": "tests.broken.hangs"}, silence=15)
     assert verdict.status == "no answer", verdict
@@ -296,7 +296,7 @@ def test_child_that_is_silent_over_one_check_is_killed():
 
 
 @pytest.mark.slow
-def test_child_without_its_parent_ends_itself(tmp_path):
+def test_child_without_a_parent_ends_itself_at_its_deadline(tmp_path):
     request = {"backend": "hangs", "device": "cpu", "module": "tests.broken.hangs", "seconds": 8}
     command = [sys.executable, "-c", process.START, os.pathsep.join(sys.path), tmp_path / "report", json.dumps(request)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
@@ -358,7 +358,7 @@ def test_child_imports_what_its_parent_does(tmp_path, monkeypatch):
     assert verdict.detail.startswith("RuntimeError: mine"), verdict
 
 
-def test_child_does_not_share_a_server_and_starts_no_children(tmp_path, monkeypatch):
+def test_child_environment_has_no_shared_mps_server_and_no_verification(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")
     monkeypatch.setenv("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "1")
     environment = process._environment(tmp_path)
@@ -367,21 +367,21 @@ def test_child_does_not_share_a_server_and_starts_no_children(tmp_path, monkeypa
     assert "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE" not in environment
 
 
-def test_child_on_another_device_or_version_says_nothing_of_this_one():
+def test_child_on_another_device_or_version_gives_no_verdict_on_the_kernels():
     model = {**store.model_of(CPU)._asdict(), "torch": "1.0"}
     verdict = process.check_in_child({"backend": "blocked", "device": "cpu", "module": None, "model": model})
     assert verdict.status == "not available"
     assert re.search(r"the child process has torch '\S+', but its parent has '1.0'", verdict.detail)
 
 
-def test_child_of_a_program_without_an_interpreter(monkeypatch):
+def test_frozen_program_without_an_interpreter_cannot_check(monkeypatch):
     monkeypatch.setattr(sys, "frozen", True, raising=False)
     verdict = process.check_in_child({"backend": "blocked", "device": "cpu", "module": None})
     assert verdict.status == "not available"
     assert "no Python interpreter" in verdict.detail
 
 
-def test_child_without_a_temporary_folder(monkeypatch):
+def test_missing_temporary_folder_makes_the_backend_not_available(monkeypatch):
     def none(*args, **kwargs):
         raise FileNotFoundError(2, "No usable temporary directory found")
 
@@ -395,7 +395,7 @@ def test_child_without_a_temporary_folder(monkeypatch):
     ("name", "status"),
     [("segfault", "crashed"), ("raises", "raised an error"), ("raises_later", "raised an error")],
 )
-def test_timing_names_the_backend_that_ends_it(name, status):
+def test_timing_names_the_backend_that_fails(name, status):
     code = (
         "import sys\n"
         "from fastntxent.backends import add\n"
@@ -417,7 +417,7 @@ def test_timing_names_the_backend_that_ends_it(name, status):
     assert verdict.case == "timing, float32, 64 rows of 16 features"
 
 
-def test_child_times_what_runs():
+def test_timing_skips_backends_that_cannot_run():
     code = (
         "import torch, json\n"
         "from fastntxent.verification import timing\n"
@@ -457,13 +457,13 @@ def test_store_keeps_verdicts_by_model_and_kernels(tmp_path):
     assert again.verdict("triton", MODULE) == PASSED, "this verdict says nothing about the kernels"
 
 
-def test_store_does_not_know_changed_kernels(tmp_path, monkeypatch):
+def test_store_has_no_verdict_for_changed_kernels(tmp_path, monkeypatch):
     Store(MODEL, tmp_path).keep("triton", MODULE, PASSED)
     monkeypatch.setattr(store, "sources_key", lambda module: "other sources")
     assert Store(MODEL, tmp_path).verdict("triton", MODULE) is None
 
 
-def test_sources_key_follows_every_kernel(tmp_path, monkeypatch):
+def test_sources_key_changes_with_every_source_file(tmp_path, monkeypatch):
     for folder in ("backends", "ops", "verification"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "kernel.py").write_text("1")
@@ -481,7 +481,7 @@ def test_sources_key_follows_every_kernel(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", ["half", "empty", "list", "version", "entry", "status"])
-def test_store_replaces_a_file_that_is_damaged_or_foreign(tmp_path, damage):
+def test_store_replaces_a_damaged_file_or_one_of_another_format(tmp_path, damage):
     kept = Store(MODEL, tmp_path)
     kept.keep("triton", MODULE, PASSED)
     content = json.loads(kept.path.read_text())
@@ -499,7 +499,7 @@ def test_store_replaces_a_file_that_is_damaged_or_foreign(tmp_path, damage):
     assert Store(MODEL, tmp_path).verdict("triton", MODULE) == PASSED
 
 
-def test_store_in_a_folder_that_cannot_be_written_keeps_within_the_process(tmp_path, monkeypatch):
+def test_store_in_an_unwritable_folder_keeps_verdicts_in_the_process(tmp_path, monkeypatch):
     def refuse(path, write):
         raise OSError(30, "Read-only file system")
 
@@ -512,7 +512,7 @@ def test_store_in_a_folder_that_cannot_be_written_keeps_within_the_process(tmp_p
     assert kept.verdict("triton", MODULE) == PASSED
 
 
-def test_store_knows_what_it_could_not_write(tmp_path, monkeypatch):
+def test_store_returns_verdicts_that_it_could_not_write(tmp_path, monkeypatch):
     monkeypatch.setattr(Store, "_complained", True)
     monkeypatch.setattr(Store, "_unsaved", {})
     file = tmp_path / "file"
@@ -526,7 +526,7 @@ def test_store_knows_what_it_could_not_write(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "times", [None, [1], {"float32": 3}, {"float32": {"wide": {"256": {}}}}, {"f": {"1": {"1": {"c": -1}}}}]
 )
-def test_store_does_not_believe_times_that_are_none(tmp_path, times):
+def test_store_ignores_invalid_times(tmp_path, times):
     kept = Store(MODEL, tmp_path)
     kept.keep_times({"triton": MODULE}, times)
     assert kept.times({"triton": MODULE}) is None
@@ -535,7 +535,7 @@ def test_store_does_not_believe_times_that_are_none(tmp_path, times):
     assert kept.times({"triton": MODULE}) == good
 
 
-def test_waiting_for_another_process_is_said(tmp_path, monkeypatch, capsys):
+def test_waiting_for_another_process_prints_a_message(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(store, "SAID_AFTER", 0.1)
     monkeypatch.setattr(store, "PATIENCE", 0.3)
     with Store(MODEL, tmp_path).checking(), pytest.warns(UserWarning, match="not waiting"):
@@ -543,7 +543,7 @@ def test_waiting_for_another_process_is_said(tmp_path, monkeypatch, capsys):
     assert "waiting for another process, which is checking Some GPU 80GB" in capsys.readouterr().err
 
 
-def test_model_tells_interpreted_kernels_from_compiled_ones(monkeypatch):
+def test_model_distinguishes_interpreted_kernels_from_compiled_ones(monkeypatch):
     monkeypatch.setattr(store, "TRITONS", ("no such package", "pytest"))
     for name in store.TRITON_VARIABLES:
         monkeypatch.delenv(name, raising=False)
@@ -555,7 +555,7 @@ def test_model_tells_interpreted_kernels_from_compiled_ones(monkeypatch):
     assert store._triton_version() == "unknown TRITON_INTERPRET=1"
 
 
-def test_model_of_a_part_of_a_device_is_another(tmp_path):
+def test_store_keeps_separate_verdicts_for_a_partition_of_a_device(tmp_path):
     Store(MODEL, tmp_path).keep("triton", MODULE, PASSED)
     assert Store(MODEL._replace(multiprocessors=14), tmp_path).verdict("triton", MODULE) is None
 
@@ -598,7 +598,7 @@ def test_cache_folder_is_absolute(monkeypatch, tmp_path):
         assert store.cache_folder() == tmp_path / "home" / ".cache" / "fastntxent"
 
 
-def test_user_without_a_home_keeps_nothing(monkeypatch):
+def test_user_without_a_home_folder_is_warned_that_nothing_is_stored(monkeypatch):
     monkeypatch.delenv("FASTNTXENT_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
@@ -653,7 +653,7 @@ FOUND = {"cuda": "fastntxent.backends.cuda.backend", "triton": "fastntxent.backe
 
 @pytest.fixture
 def simulated(monkeypatch, tmp_path):
-    """A simulated machine with GPUs: the answers of its child processes, and a record of the requests to them."""
+    """A simulated machine with GPUs. It holds the answers of its child processes, and records the requests to them."""
 
     machine = types.SimpleNamespace(
         verdicts={"cuda": PASSED, "triton": PASSED}, times=None, ends={}, asked=[], models={0: MODEL}
@@ -684,7 +684,7 @@ def choose(device=GPU, rows=1024, features=128, dtype=torch.float32, found=None)
     return policy.choose_backend(device, FOUND if found is None else found, dtype, rows, features)
 
 
-def test_first_call_checks_once_and_then_never(simulated, capsys):
+def test_first_call_checks_and_later_calls_do_not(simulated, capsys):
     assert choose() == "cuda"
     said = capsys.readouterr().err
     assert said.count("\n") == 1
@@ -708,7 +708,7 @@ def test_without_times_small_batches_go_to_cuda_and_large_ones_to_triton(simulat
     assert choose(rows=10**6) == "cuda", "triton failed, so cuda should be chosen"
 
 
-def test_call_in_float64_leaves_the_others_their_kernels(simulated, monkeypatch):
+def test_float64_call_does_not_change_the_choice_for_other_dtypes(simulated, monkeypatch):
     monkeypatch.setattr(backends_module, "candidates", lambda kind, dtype=None: {} if dtype == torch.float64 else FOUND)
     monkeypatch.setattr(backends_module, "select", lambda name, kind, dtype: name)
 
@@ -745,7 +745,7 @@ def test_size_of_a_call_counts_both_views(simulated, monkeypatch):
     assert asked == [64] * 3
 
 
-def test_what_cannot_be_checked_is_said_once(simulated, capsys):
+def test_failure_to_check_a_backend_is_printed_once(simulated, capsys):
     simulated.verdicts = {"cuda": Verdict("not available", "RuntimeError: all devices are busy"), "triton": PASSED}
     assert choose() == "triton"
     policy.forget()
@@ -757,7 +757,7 @@ def test_what_cannot_be_checked_is_said_once(simulated, capsys):
 
 
 @pytest.mark.parametrize("status", ["crashed", "no answer", "raised an error"])
-def test_backend_that_ends_the_timing_is_not_taken(simulated, status):
+def test_backend_that_fails_in_timing_is_not_chosen(simulated, status):
     simulated.times = {"float32": {"128": {"256": {"triton": 0.2, "blocked": 0.5}}}}
     simulated.ends = {"cuda": Verdict(status, "SIGSEGV", "timing, float32, 16384 rows of 128 features")}
     with pytest.warns(RuntimeWarning, match=f"backend 'cuda' did not pass .*: {status} in timing, float32, 16384 rows"):
@@ -770,14 +770,14 @@ def test_backend_that_ends_the_timing_is_not_taken(simulated, status):
 
 
 @pytest.mark.parametrize("culprit", ["blocked", "cuda"])
-def test_timing_that_cannot_be_leaves_the_verdicts(simulated, culprit):
+def test_failed_timing_keeps_the_verdicts(simulated, culprit):
     status = "crashed" if culprit == "blocked" else "not available"
     simulated.ends = {culprit: Verdict(status, "x")}
     assert choose() == "cuda"
     assert len(simulated.asked) == 3
 
 
-def test_warning_made_an_error_ends_one_call(simulated):
+def test_warning_turned_into_an_error_fails_only_one_call(simulated):
     simulated.verdicts = {"cuda": Verdict("wrong", "off", "x"), "triton": PASSED}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -788,7 +788,7 @@ def test_warning_made_an_error_ends_one_call(simulated):
     assert len(simulated.asked) == asked
 
 
-def test_verify_leaves_nothing_for_the_first_call(simulated, monkeypatch, capsys):
+def test_first_call_after_verify_checks_nothing(simulated, monkeypatch, capsys):
     simulated.times = {"float32": {"128": {"256": {"cuda": 0.2, "triton": 0.5, "blocked": 0.4}}}}
     monkeypatch.setattr("fastntxent.devices.find_device", lambda device: GPU)
     monkeypatch.setattr("fastntxent.devices.checkable", lambda kind: {**FOUND, "blocked": MODULE})
@@ -811,7 +811,7 @@ def test_verify_leaves_nothing_for_the_first_call(simulated, monkeypatch, capsys
         fastntxent.verify(refresh="no")
 
 
-def test_verdicts_of_this_process_are_known_where_none_can_be_kept(simulated, monkeypatch):
+def test_verdicts_are_known_in_this_process_if_none_can_be_stored(simulated, monkeypatch):
     monkeypatch.setattr(store, "write_whole", lambda path, write: (_ for _ in ()).throw(OSError(30, "Read-only")))
     monkeypatch.setattr(Store, "_complained", True)
     monkeypatch.setattr(Store, "_unsaved", {})
@@ -842,17 +842,17 @@ def test_failure_falls_back_and_warns_once(simulated):
     assert "wrong in nt_xent: float32: d_z_j is off" in str(caught[0].message)
     assert "python -m fastntxent info" in str(caught[0].message)
     policy.forget()
-    assert choose() == "blocked", "the verdict should be stored, and a second warning is an error"
+    assert choose() == "blocked", "the verdict should be stored, and a second warning would be an error"
     assert len(simulated.asked) == 2
 
 
-def test_one_that_passed_is_taken_where_the_other_failed(simulated):
+def test_backend_that_passed_is_chosen_if_the_other_failed(simulated):
     simulated.verdicts = {"cuda": Verdict("no answer", "killed", "x"), "triton": PASSED}
     with pytest.warns(RuntimeWarning, match="backend 'cuda' did not pass"):
         assert choose() == "triton"
 
 
-def test_never_leaves_auto_as_it_is(simulated, monkeypatch):
+def test_verify_set_to_never_chooses_blocked_without_checks(simulated, monkeypatch):
     monkeypatch.setenv("FASTNTXENT_VERIFY", "never")
     assert choose() == "blocked"
     assert simulated.asked == []
@@ -873,7 +873,7 @@ def test_nothing_is_checked_while_a_graph_is_captured(simulated, monkeypatch, ca
     assert choose() == "cuda"
 
 
-def test_two_device_models_are_checked_each(simulated):
+def test_each_device_model_is_checked_once(simulated):
     other = Model("Older GPU", "sm_80", *list(MODEL)[2:])
     simulated.models = {0: MODEL, 1: other, 2: MODEL}
     simulated.times = {"float32": {}}
@@ -887,7 +887,7 @@ def test_two_device_models_are_checked_each(simulated):
     )
 
 
-def test_choice_follows_what_was_measured(simulated):
+def test_choice_follows_the_measured_times(simulated):
     simulated.times = {
         "float32": {
             "128": {
@@ -913,7 +913,7 @@ def test_choice_follows_what_was_measured(simulated):
     assert len(simulated.asked) == asked, "times should be stored too"
 
 
-def test_choice_in_a_captured_graph_goes_by_replays(simulated, monkeypatch):
+def test_choice_in_a_captured_graph_follows_the_times_of_replays(simulated, monkeypatch):
     size = {"cuda": 0.5, "triton": 0.4, "blocked": 0.8, "cuda replayed": 0.1, "triton replayed": 0.3, "reference": 0.1}
     other = {"cuda": 0.5, "triton": 0.4}
     simulated.times = {"float32": {"128": {"256": size, "16384": other}}}
@@ -925,7 +925,7 @@ def test_choice_in_a_captured_graph_goes_by_replays(simulated, monkeypatch):
     assert choose(rows=256) == "triton"
 
 
-def test_times_hold_replays_where_a_call_can_be_captured(monkeypatch):
+def test_times_include_replays_if_a_call_can_be_captured(monkeypatch):
     from fastntxent.verification import timing
 
     assert timing.replay_of(lambda: None, CPU) is None
@@ -937,17 +937,17 @@ def test_times_hold_replays_where_a_call_can_be_captured(monkeypatch):
     assert all(value > 0 for value in entry.values())
 
 
-def test_no_kernels_to_check(simulated):
+def test_choice_without_kernels_to_check_is_blocked(simulated):
     assert choose(found={}) == "blocked"
     assert simulated.asked == []
 
 
-def test_cpu_tensors_are_not_the_policys_business(monkeypatch):
+def test_policy_is_not_asked_about_cpu_tensors(monkeypatch):
     monkeypatch.setattr(policy, "choose_backend", None)
     assert select_for("auto", torch.zeros(4, 8)) is select("auto", "cpu", torch.float32)
 
 
-def test_candidates_are_what_loads_and_takes_the_dtype():
+def test_candidates_load_and_support_the_dtype():
     found = candidates("cuda", torch.float64)
     assert found == {}, "no GPU kernel takes float64"
     assert set(candidates("cuda")) <= {"cuda", "triton"}

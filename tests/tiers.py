@@ -1,4 +1,4 @@
-"""Marks slow cases, which only `make test-all` runs. Most have faster cases of the same code."""
+"""Marks slow cases, which `make test` skips and `make test-all` runs. Most have faster cases of the same code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def tiered(values: Iterable[Any], slow: Callable[[Any], bool]) -> list[Any]:
 def every_pair(*, slow_pairs: bool = False, **axes: Iterable[Any]) -> pytest.MarkDecorator:
     """Parametrise with few cases that cover every pair of values of two different axes.
 
-    With `slow_pairs`, a case is slow if each of its values already appears in an earlier case.
+    With `slow_pairs`, a case is marked slow if each of its values already appears in an earlier case.
     """
     names, values = list(axes), [list(axis) for axis in axes.values()]
     cases: list[Any] = []
@@ -32,7 +32,7 @@ def every_pair(*, slow_pairs: bool = False, **axes: Iterable[Any]) -> pytest.Mar
 
 
 def every_case(**axes: Iterable[Any]) -> pytest.MarkDecorator:
-    """Parametrise with all cases. The cases beyond a few that cover every pair of values are slow."""
+    """Parametrise with all cases. All but a few that cover every pair of values are marked slow."""
     values = [list(axis) for axis in axes.values()]
     quick = set(map(tuple, AllPairs(values)))
     cases = [pytest.param(*case, marks=[] if case in quick else pytest.mark.slow) for case in product(*values)]

@@ -1,6 +1,6 @@
-"""Backends that are broken, each in one way. Verification must find each fault and tell it from the others.
+"""Backends that are broken, each in one way. Verification must find each fault and say what it is.
 
-Those that load are the CPU kernels with a function that changes d_z_j of `nt_xent_scalar`, or fails on it.
+Each backend that loads runs the CPU kernels, then a function that changes d_z_j of `nt_xent_scalar` or fails on it.
 """
 
 from __future__ import annotations

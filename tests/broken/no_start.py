@@ -1,4 +1,4 @@
-"""A process that exits before the first check."""
+"""A module that ends its process when it is imported, before the first check."""
 
 import os
 
