@@ -143,9 +143,9 @@ def test_cached_backward_synchronises_gradients_only_in_the_last_chunk():
 
 
 def test_cached_backward_accepts_a_loss_that_ignores_a_view():
-    encoder = nn.Linear(6, 5)
-    cached_backward(encoder, torch.randn(2, 10, 6).unbind(), lambda z_i, z_j: z_i.sum(), chunk_size=5)
-    assert encoder.weight.grad.isfinite().all()
+    encoder, views = nn.Linear(6, 5), torch.randn(2, 10, 6).unbind()
+    cached_backward(encoder, views, lambda z_i, z_j: z_i.sum(), chunk_size=5)
+    torch.testing.assert_close(encoder.weight.grad, views[0].sum(dim=0).expand(5, -1))
 
 
 VIEW = torch.randn(4, 6)
