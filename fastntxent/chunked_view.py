@@ -108,6 +108,7 @@ def chunked_views(
         raise TypeError(f"{views_name} must be a sequence, one element per view, got one {type(views).__name__}")
     if not isinstance(views, Iterable):
         raise TypeError(f"{views_name} must be a sequence, one element per view, got {type(views).__name__}")
+    check_flag("unpack", unpack)
     views = tuple(views)
     encoders = _check_encoders(encoder_name, encoder, len(views))
     sizes = _check_chunk_size(chunk_size, len(views), chunk_tokens)
@@ -119,7 +120,7 @@ def chunked_views(
     for index, view in enumerate(views):
         name = f"{views_name}[{index}]"
         rows = _check_view(name, view, may_be_empty=isinstance(sizes[index], list))
-        if check_flag("unpack", unpack) and isinstance(view, Mapping):
+        if unpack and isinstance(view, Mapping):
             _check_names(name, view)
         _check_kwargs(kwargs[index])
         if chunk_tokens is not None:

@@ -48,6 +48,7 @@ def verify(
         ...
         ValueError: device must be a CPU or a GPU of this machine, got 'tpu'
     """
+    check_flag("refresh", refresh)
     place = find_device(device)
     possible = checkable(place.type)
     if backend is not None:
@@ -58,7 +59,6 @@ def verify(
             )
         possible = {backend: possible[backend]}
     rivals = {} if backend else candidates(place.type)
-    check_flag("refresh", refresh)
     verdicts = policy.find_verdicts(place, possible, refresh=refresh, timed=bool(rivals))
     if rivals:
         verdicts, _ = policy.time_passed(place, rivals, verdicts, refresh=refresh)

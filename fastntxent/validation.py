@@ -265,7 +265,7 @@ def check_parameter(name: str, value: float) -> float:
 def check_flag(name: str, value: object) -> bool:
     """Return an option that is True or False, checked: a string such as "no" would count as True."""
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+        raise TypeError(f"{name} must be a bool, got {value!r}")
     return value
 
 

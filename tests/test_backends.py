@@ -322,7 +322,7 @@ def test_neg_lse_row_without_negatives_is_minus_infinity_with_zero_gradient(back
     assert torch.equal(gradient, torch.zeros(3, 4))
 
 
-def test_neg_lse_of_a_row_that_leaves_out_a_nan_is_its_own(backend):
+def test_a_nan_row_does_not_hide_that_other_rows_overflow(backend):
     # The longest row makes logits whose exponentials overflow, wherever the NaN stands in the batch.
     u, ids = torch.tensor([[300.0, 0.0], [torch.nan, 0.0], [2.0, 1.0], [1.0, 1.0]]), torch.tensor([0, 0, 1, 2])
     expected = torch.tensor([600.0, torch.nan, torch.nan, torch.nan])

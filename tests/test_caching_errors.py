@@ -274,7 +274,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "lengths below zero": (tokens(lambda view: [-1] * len(view)), ValueError, "lengths must be at least 0, got -1"),
     # the encoder's arguments and output
-    "unpack is a string": ({"unpack": "no"}, TypeError, "unpack must be a bool, got str"),
+    "unpack is a string": ({"unpack": "no"}, TypeError, "unpack must be a bool, got 'no'"),
     "kwargs are a number": ({"encoder_kwargs": 3}, TypeError, "encoder_kwargs must be a mapping, got int"),
     "kwargs with a key that is a number": (
         {"encoder_kwargs": {1: 2}},

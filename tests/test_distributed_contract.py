@@ -609,4 +609,4 @@ def test_modules_with_a_group_can_be_copied_and_bad_sharding_options_raise():
     (messages,) = on_ranks(1, one_rank)
     assert messages[0].startswith("strategy must be one of 'auto', 'all_gather', 'ring', got 'star'")
     assert messages[1].startswith("wire_dtype must be None or a floating-point dtype")
-    assert messages[2] == "check must be a bool, got str"
+    assert messages[2] == "check must be a bool, got 'no'"

@@ -155,7 +155,7 @@ def test_module_rejects_a_string_for_each_bool_option(name):
     flags = [option for option, p in parameters if p.annotation in ("bool", "bool | None")]
     assert "normalize" in flags
     for option in flags:
-        with pytest.raises(TypeError, match=f"^{option} must be a bool, got str$"):
+        with pytest.raises(TypeError, match=f"^{option} must be a bool, got 'no'$"):
             module(**needed, **{option: "no"})
 
 
@@ -318,7 +318,7 @@ def test_sup_con_without_any_positive_is_zero():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_sup_con_at_the_smallest_temperature_is_finite_and_positive(backend):
+def test_sup_con_near_the_smallest_temperature_is_finite_and_positive(backend):
     labels = torch.arange(37) % 3
     losses = sup_con(torch.randn(37, 3), labels, 1e-38, reduction="none", backend=backend)
     assert losses.isfinite().all()
@@ -469,7 +469,7 @@ BAD_CALLS = {
     "views rank": (lambda: multiview_nt_xent(Z), ValueError, r"views must have shape \(V, N, D\), got \(6, 4\)"),
     "views only one": (lambda: multiview_nt_xent([Z]), ValueError, "at least two views, got 1"),
     "views shapes": (lambda: multiview_nt_xent([Z, W[:2]]), ValueError, r"views\[0\] and views\[1\].*same shape"),
-    "views type": (lambda: multiview_nt_xent(3), TypeError, "or a list or tuple of tensors, got int"),
+    "views type": (lambda: multiview_nt_xent(3), TypeError, "views must be .* or a list or tuple of tensors, got int"),
     "views member": (
         lambda: multiview_nt_xent([Z, None]),  # type: ignore[list-item]
         TypeError,
@@ -677,22 +677,22 @@ BAD_CALLS = {
         ValueError,
         r"teacher\(rows, cols\) must be on the device of its arguments \(cpu\), got meta",
     ),
-    "normalize type": (lambda: nt_xent(Z, W, 0.1, normalize="no"), TypeError, "normalize must be a bool, got str"),
+    "normalize type": (lambda: nt_xent(Z, W, 0.1, normalize="no"), TypeError, "normalize must be a bool, got 'no'"),
     "normalize None": (lambda: fastntxent.clip(Z, W, normalize=None), TypeError, "normalize must be a bool, got None"),
     "module learn_temperature type": (
         lambda: fastntxent.NTXentLoss(learn_temperature="no"),
         TypeError,
-        "learn_temperature must be a bool, got str",
+        "learn_temperature must be a bool, got 'no'",
     ),
     "in_batch_negatives type": (
         lambda: fastntxent.info_nce(Z, W, negatives=W, in_batch_negatives="no"),
         TypeError,
-        "in_batch_negatives must be a bool, got str",
+        "in_batch_negatives must be a bool, got 'no'",
     ),
     "contrast_anchors type": (
         lambda: fastntxent.guided_info_nce(Z, W, Z, W, contrast_anchors="no"),
         TypeError,
-        "contrast_anchors must be a bool, got str",
+        "contrast_anchors must be a bool, got 'no'",
     ),
     "module no teacher": (lambda: fastntxent.DistillLoss()(Z, W), TypeError, "or teacher, must be given"),
     "distill both scales": (

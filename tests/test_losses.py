@@ -630,7 +630,7 @@ def test_gradient_keeps_its_accuracy_when_converged(name):
     assert_within_rounding(gradient, true_gradient, 1 / 0.055)
 
 
-def test_macl_value_and_gradient_are_accurate_if_the_loss_underflows():
+def test_macl_value_and_gradient_are_accurate_if_nt_xent_underflows():
     # Let x be the log-sum-exp of the negatives minus the positive, so NT-Xent is l = softplus(x). MACL is
     # l / (1 - exp(-l)) = softplus(x) / sigmoid(x), which tends to 1 as l tends to 0. Its gradient with respect to x is
     # 1, because the weight 1 / (1 - exp(-l)) is detached.

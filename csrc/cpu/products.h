@@ -12,8 +12,8 @@
 //
 // form_products adds the terms of every element in the same order (chunk by chunk of the inner dimension, in order
 // within a chunk), no matter where in a block the element is. So s_ij and s_ji have the same bits, and a logit is the
-// same number in the forward, in the backward, and from either side. The rounding error of D products that have the
-// same sign grows like INNER_CHUNK + D / INNER_CHUNK. With one sum over all features, as in AMX's tiles, it would grow
+// same number in the forward, in the backward, and from either side. With chunks of C features, the rounding error of D
+// products that have the same sign grows like C + D / C. With one sum over all features, as in AMX's tiles, it grows
 // like D.
 #pragma once
 

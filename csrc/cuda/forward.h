@@ -73,8 +73,8 @@ FNTX_DEVICE void sum_exponentials(const Arguments& a, const PackedSide& rows, co
 }
 
 // Compute each row's nu (without a forward, read it), its loss log(1 + exp(nu - pi)) if a loss is wanted, and its
-// weight: the upstream gradient if one is given, otherwise sigmoid(nu - pi). pi is the logit of the row's positive. A
-// row without negatives (nu = -inf) has weight 0, regardless of its upstream gradient.
+// weight: the upstream gradient if one is given, otherwise sigmoid(nu - pi) if a loss is wanted, else 0. pi is the
+// logit of the row's positive. A row without negatives (nu = -inf) has weight 0, regardless of its upstream gradient.
 FNTX_DEVICE void finish(const Arguments& a, const PackedSide& side) {
     const float k = inverse_temperature(a);
     float largest = 0;

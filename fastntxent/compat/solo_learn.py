@@ -43,7 +43,9 @@ def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float | Tensor = 0
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: shapes, dtypes or devices do not match, the batch is empty, or a number is out of range.
+        ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or arguments
+            differ between ranks.
+        RuntimeError: a rank does not answer or is in a different call, or a second derivative is requested.
 
     Example:
         >>> import torch
@@ -116,7 +118,9 @@ def mocov3_loss_func(query: Tensor, key: Tensor, temperature: float | Tensor = 0
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: shapes, dtypes or devices do not match, the batch is empty, or a number is out of range.
+        ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or arguments
+            differ between ranks.
+        RuntimeError: a rank does not answer or is in a different call, or a second derivative is requested.
 
     Example:
         >>> import torch
@@ -143,7 +147,9 @@ def nnclr_loss_func(nn: Tensor, p: Tensor, temperature: float | Tensor = 0.1) ->
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: shapes, dtypes or devices do not match, the batch is empty, or a number is out of range.
+        ValueError: shapes, dtypes or devices do not match, the batch is empty, a number is out of range, or arguments
+            differ between ranks.
+        RuntimeError: a rank does not answer or is in a different call, or a second derivative is requested.
 
     Example:
         >>> import torch

@@ -121,7 +121,7 @@ def guided_info_nce(
     """
     check_choice("margin_strategy", margin_strategy, MARGIN_STRATEGIES)
     margin = check_parameter("margin", margin)
-    # Check the tensors before the ranks exchange anything: a rank that raises later would leave the others hanging.
+    # Check everything before the ranks exchange anything: a rank that raises later would leave the others hanging.
     check_rows("query", query, may_be_empty=group is not None)
     check_rows("key", key, may_be_empty=group is not None)
     check_same("query", query, "key", key, "shape", "dtype", "device")

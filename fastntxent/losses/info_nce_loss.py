@@ -60,7 +60,7 @@ def info_nce(
     backend: BackendName = "auto",
     group: Group | None = None,
 ) -> Tensor:
-    r"""InfoNCE: each query picks its own key over the negatives.
+    r"""InfoNCE: each query tells its own key from the negatives.
 
     .. math::
         L_n = \log(1 + e^{\nu_n - s_n/\tau}), \quad

@@ -152,7 +152,7 @@ def _run_child_in(
 
     report, errors = folder / "report", folder / "stderr"
     path = os.pathsep.join(entry for entry in sys.path if isinstance(entry, str))
-    # By then the child ends itself, even if this process has died.
+    # After this many seconds the child ends itself, even if this process has died.
     request = {**request, "seconds": deadline + 30}
     with errors.open("wb") as stderr:
         child = subprocess.Popen(

@@ -97,7 +97,7 @@ def _entry(
             calls, device, MOST_TURNS, SECONDS_OF_CALL * len(calls),
             begin=lambda name: begin(name.removesuffix(REPLAYED), words),
         )  # fmt: skip
-    except (torch.OutOfMemoryError, MemoryError):  # beside the graphs of the other calls
+    except (torch.OutOfMemoryError, MemoryError):  # the graphs of other calls hold memory that a call needs
         return {}
 
 

@@ -230,7 +230,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("arguments", MISTAKES)
-def test_embed_reports_mistakes_in_one_line(run, tmp_path, capsys, monkeypatch, arguments):
+def test_embed_reports_mistakes_in_one_line_before_encoding(run, tmp_path, capsys, monkeypatch, arguments):
     save_images(tmp_path / "images", 4)
     (tmp_path / "empty").mkdir()
     os.mkfifo(tmp_path / "pipe.png")
@@ -288,7 +288,8 @@ def test_command_line_has_embed_and_export(run, tmp_path, cli):
     save_images(tmp_path / "images", 4)
     done = cli("embed", tmp_path / "images", "--checkpoint", run, "--out", tmp_path / "f.npz")
     assert done.returncode == 0, done.stderr
-    assert f"64 features of each of 4 images written to {tmp_path}/f.npz: features, paths, labels" in done.stdout
+    arrays = "features, paths, labels, class_names"
+    assert f"64 features of each of 4 images written to {tmp_path}/f.npz: {arrays}" in done.stdout
     done = cli("export", "--checkpoint", run, "--out", tmp_path / "e.pt2")
     assert (done.returncode, done.stderr) == (0, "")
     assert f"{tmp_path}/e.pt2 maps images (N, 3, 16, 16) in [0, 1] to features (N, 64)" in done.stdout

@@ -428,7 +428,10 @@ def test_pick_device_needs_a_gpu_for_each_rank(monkeypatch):
     ranks = Ranks(object(), rank=6, world=8, local=2)
     with pytest.raises(ValueError, match=r"--device must be cuda for 8 ranks, one GPU for each, got cuda:1"):
         pick_device("cuda:1", ranks)
-    with pytest.raises(ValueError, match="this machine has 2, and none is left for its rank 2"):
+    with pytest.raises(
+        ValueError,
+        match="--device cuda needs a GPU for each rank on a machine, but this machine has 2, and none is left",
+    ):
         pick_device("cuda", ranks)
     assert pick_device("cpu", ranks) == torch.device("cpu")
 
