@@ -21,7 +21,7 @@ def verify(
 ) -> dict[str, Verdict]:
     """Check the kernels' values and gradients on a device against float64, before backend="auto" uses them.
 
-    "auto" runs this check at its first call on a GPU. The check takes up to two minutes, most of it in Triton's
+    "auto" runs this check at its first call on a GPU. The check takes a minute or two, on a GPU most of it in Triton's
     compiler. Call `verify` to run it at a better time: when a container starts, on another node of the same kind, or in
     the first line of a script. Each backend is checked in a process of its own, so a kernel that crashes or hangs there
     costs only a message. A backend that passes on a GPU is also timed. Verdicts and times are stored in the user's

@@ -190,7 +190,7 @@ def check_number(name: str, value: object, expected: str = "a number") -> float:
     except OverflowError:  # an int or a Fraction, which Python may refuse to print if it is too long
         largest = sys.float_info.max
         raise ValueError(
-            f"{name} must be from {-largest:.2g} to {largest:.2g}, got {type(value).__name__} out of range"
+            f"{name} must be in the range of a float, up to {largest:.2g}, got {type(value).__name__} out of range"
         ) from None
     return number if integer is None else integer
 
@@ -271,7 +271,7 @@ def check_flag(name: str, value: object) -> bool:
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Check that the value is one of the choices."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 

@@ -240,12 +240,12 @@ BAD_CALLS = {
     "temperature 10**400": (
         lambda: nt_xent(Z, Z, 10**400),
         ValueError,
-        r"temperature must be from .*, got int out of range",
+        r"temperature must be in the range of a float, up to 1.8e\+308, got int out of range",
     ),
     "temperature Fraction": (
         lambda: nt_xent(Z, Z, Fraction(10**400)),
         ValueError,
-        "temperature must be from .*, got Fraction out of range",
+        "temperature must be in the range of a float, .*, got Fraction out of range",
     ),
     "temperature tiny": (lambda: nt_xent(Z, Z, 1e-320), ValueError, "temperature"),
     "temperature tensor 0": (lambda: nt_xent(Z, Z, torch.tensor(0.0)), ValueError, "positive and finite, got 0.0"),
@@ -256,6 +256,17 @@ BAD_CALLS = {
     "temperature text": (lambda: nt_xent(Z, Z, "warm"), TypeError, "temperature must be a float.*got str"),
     "temperature bool": (lambda: nt_xent(Z, Z, True), TypeError, "got bool"),
     "reduction": (lambda: nt_xent(Z, Z, reduction="avg"), ValueError, "reduction must be one of.*got 'avg'"),
+    "reduction list": (
+        lambda: nt_xent(Z, Z, reduction=["mean"]),
+        ValueError,
+        r"reduction must be one of.*got \['mean'\]",
+    ),
+    "reduction array": (
+        lambda: nt_xent(Z, Z, reduction=np.array("mean")),
+        ValueError,
+        "reduction must be one of.*array",
+    ),
+    "backend list": (lambda: nt_xent(Z, Z, backend=["cpu"]), ValueError, r"backend must be 'auto'.*got \['cpu'\]"),
     "reduction None": (lambda: nt_xent(Z, Z, reduction=None), ValueError, "reduction must be one of.*got None"),
     "backend": (lambda: nt_xent(Z, Z, backend="tpu"), ValueError, "backend must be 'auto' or one of.*got 'tpu'"),
     "backend None": (lambda: nt_xent(Z, Z, backend=None), ValueError, "backend must be.*got None"),

@@ -92,7 +92,7 @@ def test_the_kernels_tasks_cover_the_matrix_once_and_every_block_has_its_turns(p
 
 @pytest.mark.parametrize("sizes", [(0, 0, 8, 1), (8, -1, 8, 1), (8, 8, 0, 1), (8, 8, 8, 0), (2**31, 8, 8, 1)])
 def test_the_kernels_reject_invalid_sizes(sizes):
-    with pytest.raises(ValueError, match="sizes and threads >= 1"):
+    with pytest.raises(ValueError, match="rows, D and threads must be at least 1, cols at least 0"):
         schedule.cut(schedule.Problem("none", *sizes[:3]), sizes[3])
 
 

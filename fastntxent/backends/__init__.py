@@ -80,7 +80,7 @@ def _load(name: str) -> Backend | Exception:
 
 def check_name(name: str) -> None:
     """Raise ValueError unless `name` is "auto" or in the table."""
-    if name != "auto" and name not in _TABLE:
+    if not isinstance(name, str) or (name != "auto" and name not in _TABLE):
         raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, _TABLE))}, got {name!r}")
 
 

@@ -198,7 +198,7 @@ def find_verdicts(
         if missing:
             _say(
                 f"fastntxent: checking {', '.join(missing)} on {store.model.name}, once for this device, driver and "
-                f"PyTorch{', and timing what passes: up to two minutes' if timed else ': up to a minute'}"
+                f"PyTorch{', and timing what passes: up to two minutes' if timed else ': a minute or two'}"
             )
         for name in missing:
             request = {**_request(device), "backend": name, "module": candidates[name], "parts": _parts(name, device)}
