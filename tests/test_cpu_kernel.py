@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import tempfile
 import textwrap
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -61,6 +63,24 @@ def test_instruction_set_that_the_machine_lacks_is_rejected():
             with pytest.raises(ValueError, match=f"this machine has no instruction set '{name}'"):
                 _cpu.use_instruction_set(name)
             assert _cpu.instruction_set() == before
+
+
+# Flags of /proc/cpuinfo. AMX is not listed, because Linux may refuse the permission to use it.
+FLAGS = {
+    "avx2": {"avx2", "fma"},
+    "avx512": {"avx512f", "avx512dq", "avx512bw", "avx512vl", "fma"},
+    "avx512_bf16": {"avx512f", "avx512dq", "avx512bw", "avx512vl", "fma", "avx512_bf16"},
+}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_instruction_set_that_the_machine_has_can_be_used(name):
+    # A set whose first products are wrong counts as missing, and all other tests of it would be skipped.
+    path = Path("/proc/cpuinfo")
+    flags = re.search(r"^flags\s*:(.*)$", path.read_text(), re.MULTILINE) if path.exists() else None
+    if flags is None or not FLAGS[name] <= set(flags[1].split()):
+        pytest.skip(f"needs a machine with {name}, on Linux")
+    assert has_instruction_set(name)
 
 
 @pytest.mark.skipif(os.environ.get("CI") != "true", reason="CI asserts that the kernels were built")
