@@ -45,9 +45,9 @@ class SupConLoss(TypedModule):
         ValueError: a number is out of range, an option is unknown, or, when called, shapes or devices do not match, or
             labels and mask are both given.
 
-    Memory is O(B V D), plus the mask, which is never repeated for the views. With a mask, positives enter the formula
-    only through their weighted sum, the product of the mask with the rows: 2 B^2 D flops in the forward and again in
-    the backward.
+    Memory is O(B V D), plus the mask, which is never repeated for the views; a mask in the dtype of the sums is copied
+    once. With a mask, positives enter the formula only through their weighted sum, the product of the mask with the
+    rows: 2 B^2 D flops in the forward and again in the backward.
 
     Example:
         >>> import torch
@@ -108,26 +108,33 @@ def _times(factor: float | Tensor, loss: Tensor) -> Tensor:
 
 
 def _first_view(views: Tensor, ids: Tensor, temperature: float | Tensor) -> Tensor:
-    sums, counts = sums_and_counts(unit_rows(views, normalize=False).sum(dim=0), ids)
-    weights = (len(views) * counts).to(sums.dtype)
-    return _mean_loss(views, "one", temperature, sums, weights, torch.ones_like(weights))
+    total = unit_rows(views, normalize=False).sum(dim=0)
+    sums, counts = sums_and_counts(total, ids)
+    weights = (len(views) * (counts - 1)).to(sums.dtype)
+    return _mean_loss(views, "one", temperature, total, sums - total, weights, torch.ones_like(weights))
 
 
 def _masked(views: Tensor, mask: Tensor, temperature: float | Tensor, contrast_mode: str) -> Tensor:
     total = unit_rows(views, normalize=False).sum(dim=0)
-    weights = len(views) * mask.sum(dim=1, dtype=total.dtype)
-    own = mask.diagonal().to(total.dtype)
-    return _mean_loss(views, contrast_mode, temperature, ops.mask_product(mask, total), weights, own)
+    found = ops.mask_product(mask, torch.cat((total, total.new_ones(total.shape[0], 1)), dim=1))
+    sums, weights = found[:, :-1], len(views) * found[:, -1]
+    return _mean_loss(views, contrast_mode, temperature, total, sums, weights, mask.diagonal().to(total.dtype))
 
 
 def _mean_loss(
-    views: Tensor, contrast_mode: str, temperature: float | Tensor, sums: Tensor, weights: Tensor, own: Tensor
+    views: Tensor,
+    contrast_mode: str,
+    temperature: float | Tensor,
+    total: Tensor,
+    sums: Tensor,
+    weights: Tensor,
+    own: Tensor,
 ) -> Tensor:
     """Return the mean loss of the anchors.
 
-    For each sample, `sums` (B, D) is the weighted sum of its positives' rows and `weights` (B,) the sum of the weights.
-    Both include the sample's rows, each with weight `own` (B,). L_out is linear in the positives, so each anchor
-    subtracts its own row from both.
+    For each sample, `total` (B, D) is the sum of its rows, `sums` (B, D) the weighted sum of other samples' rows,
+    `weights` (B,) the sum of these weights, and `own` (B,) the weight of the sample's own rows. L_out is linear in the
+    positives: those of an anchor are `sums` and the sample's rows except the anchor.
     """
     rows = unit_rows(views, normalize=False).flatten(0, 1)
     every = torch.arange(rows.shape[0], device=rows.device)
@@ -138,8 +145,8 @@ def _mean_loss(
         anchors, n_views = rows[: sums.shape[0]], 1
         nu = cross_neg_lse(anchors, rows, every[: sums.shape[0]], every, temperature).rows
     own = own.repeat(n_views)
-    weights = weights.repeat(n_views) - own
-    positives = sums.repeat(n_views, 1) - own[:, None] * anchors
+    weights = weights.repeat(n_views) + (len(views) - 1) * own
+    positives = sums.repeat(n_views, 1) + own[:, None] * (total.repeat(n_views, 1) - anchors)
     logits = inverse_temperature(temperature, rows) * row_dots(anchors, positives)
     nu = nu.masked_fill(nu == -torch.inf, 0)  # a single row has nothing to compare with and no positive
     return ((weights * nu - logits) / torch.where(weights < 1e-6, 1, weights)).mean()

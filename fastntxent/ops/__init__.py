@@ -18,7 +18,7 @@
     soft_dots, soft_dots_sum                         -> a student's similarities averaged under a teacher's softmax
     guided_neg_lse                                   -> nu without the columns that a guide excludes
     pair_dots        (u, v, a, b)                    -> u_a . v_b for every pair of indices
-    mask_product     (mask, x)                       -> mask @ x, for a bool mask or a mask of any real dtype
+    mask_product     (mask, x)                       -> mask @ x without the mask's diagonal, any real dtype or bool
     positive_ranks   (u)                             -> the rank of each row's positive
     nearest          (queries, corpus, k)            -> each query's k largest cosine similarities, and their indices
     copy_now         (x)                             -> a copy of a buffer that may change before the backward

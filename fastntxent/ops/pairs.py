@@ -1,16 +1,17 @@
 """Pairs that ids cannot describe, given as a list or as a dense mask and processed in pieces.
 
     pair_dots      (u, v, a, b)    -> u_a . v_b for each pair (P,)
-    mask_product   (mask, x)       -> mask @ x, for a bool mask or a mask of any real dtype
+    mask_product   (mask, x)       -> mask @ x without the mask's diagonal, for a bool mask or one of any real dtype
 
 These are operators so that a compiled, exported or traced graph does not depend on the number of pairs. A list of P
 pairs costs 2 P D flops forward and 4 P D backward, and the rows of its pairs are gathered one piece at a time. A B x C
 mask costs 2 B C D flops forward and as many backward. A mask whose dtype differs from the dtype of x is converted one
-piece at a time. Sums have a fixed order on every device.
+piece at a time; a mask with the dtype of x is copied. Sums have a fixed order on every device.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,13 +30,14 @@ def pair_dots(u: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def mask_product(mask: Tensor, x: Tensor) -> Tensor:
-    """Return mask @ x for a mask (B, C), bool or of any real dtype.
+    """Return mask @ x for a mask (B, C), bool or of any real dtype, whose diagonal counts as zero.
 
-    Differentiable in x, and in a mask that has the dtype of x.
+    Subtracting the diagonal afterwards would lose small entries of a row to rounding. Differentiable in x, and in a
+    mask that has the dtype of x.
     """
     if mask.dtype != x.dtype:
         return _mask_product(mask, x)
-    return product(mask, x)
+    return product(mask.diagonal_scatter(torch.zeros_like(mask.diagonal())), x)
 
 
 def _height(width: int) -> int:
@@ -106,10 +108,20 @@ _pair_dots = register(
 # --- masks -----------------------------------------------------------------------------------------------------------
 
 
+def _pieces(mask: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Yield copies of the mask's pieces in this dtype, with zeros on the mask's diagonal."""
+    first = 0
+    for rows in mask.split(_height(mask.shape[1])):
+        piece = rows.to(dtype, copy=True)
+        piece.diagonal(first).zero_()
+        yield piece
+        first += rows.shape[0]
+
+
 def _mask_forward(mask: Tensor, x: Tensor) -> Tensor:
     mask, x = checked("mask_product", mask, x)
     with autocast_off(x):
-        return torch.cat([piece.to(x.dtype) @ x for piece in mask.split(_height(mask.shape[1]))])
+        return torch.cat([piece @ x for piece in _pieces(mask, x.dtype)])
 
 
 def _mask_fake(mask: Tensor, x: Tensor) -> Tensor:
@@ -127,10 +139,9 @@ def _mask_autograd(ctx: Any, d_out: Tensor) -> tuple[None, Tensor]:
 def _mask_backward(d_out: Tensor, mask: Tensor, x: Tensor) -> Tensor:
     d_out, mask, x = checked("mask_product_backward", d_out, mask, x)
     d_x = torch.zeros_like(x)
-    height = _height(mask.shape[1])
     with autocast_off(x):
-        for piece, d_piece in zip(mask.split(height), d_out.split(height), strict=True):
-            d_x.addmm_(piece.to(x.dtype).T, d_piece)
+        for piece, d_piece in zip(_pieces(mask, x.dtype), d_out.split(_height(mask.shape[1])), strict=True):
+            d_x.addmm_(piece.T, d_piece)
     return d_x
 
 
