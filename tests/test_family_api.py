@@ -317,6 +317,16 @@ def test_sup_con_without_any_positive_is_zero():
         assert sup_con(Z[:1], LABELS[:1], 0.1, form=form) == 0
 
 
+def test_sup_con_keeps_small_weights_beside_a_rows_own():
+    # Of two rows, each has one positive and nothing else to compare it with.
+    z = Z[:2]
+    weights = torch.tensor([[100.0, 1e-3], [2e-3, 100.0]])
+    assert abs(sup_con(z, torch.tensor([0, 1]), 1.0, pair_weights=weights)) < 1e-6
+    labels = torch.zeros(2, 8192, dtype=torch.int64)
+    labels[0] = labels[1, 0] = 1  # of the first row's labels, the second row shares one
+    assert abs(sup_con(z, labels, 1.0)) < 1e-6
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_sup_con_near_the_smallest_temperature_is_finite_and_positive(backend):
     labels = torch.arange(37) % 3

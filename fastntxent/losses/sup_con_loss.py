@@ -173,9 +173,12 @@ def _over_shared_labels(batch: Batch, u: Tensor, labels: Tensor) -> tuple[Tensor
     Each other row counts once for every label it shares with the row.
     """
     belongs = (labels != 0).to(u.dtype)
+    of_labels = batch.sum_of_ranks(belongs.sum(dim=0))
+    # A label that only one row has adds nothing but that row itself, in whose rounding the other rows could be lost.
+    belongs = belongs * (of_labels > 1)
     own = belongs.sum(dim=1)
     of_classes = batch.sum_of_ranks(product(belongs.T, u))
-    counts = product(belongs, batch.sum_of_ranks(belongs.sum(dim=0)).unsqueeze(1)).squeeze(1)
+    counts = product(belongs, of_labels.unsqueeze(1)).squeeze(1)
     return row_dots(u, product(belongs, of_classes) - own[:, None] * u), counts - own
 
 
@@ -190,8 +193,11 @@ def _over_weighted_classes(batch: Batch, u: Tensor, labels: Tensor, pair_weights
     weights, classes, n_classes = (weights / largest).to(u.dtype), labels.to(torch.int64), weights.shape[0]
     counts = batch.sum_of_ranks(add_at(u.new_zeros(n_classes), classes, torch.ones_like(u[:, 0])))
     sums = batch.sum_of_ranks(add_at(u.new_zeros(n_classes, u.shape[1]), classes, u))
-    sums = taken(product(weights, sums), classes) - taken(weights.diagonal(), classes)[:, None] * u
-    # Subtract the row itself before weighting its class, so that a total weight of 0 is exactly 0.
+    # Subtract the row itself before weighting its class. Otherwise a large weight of its class would lose the other
+    # classes to rounding, and a total weight of 0 would not be exactly 0.
+    own = weights.diagonal()
+    others = product(weights.diagonal_scatter(torch.zeros_like(own)), sums)
+    sums = taken(others, classes) + taken(own, classes)[:, None] * (taken(sums, classes) - u)
     totals = (weights * (counts - torch.eye(n_classes, dtype=u.dtype, device=u.device))).sum(dim=1)
     return row_dots(u, sums), taken(totals, classes)
 
