@@ -319,12 +319,13 @@ def test_sup_con_without_any_positive_is_zero():
 
 def test_sup_con_keeps_small_weights_beside_a_rows_own():
     # Of two rows, each has one positive and nothing else to compare it with.
-    z = Z[:2]
+    z = Z[:2].clone().requires_grad_()
     weights = torch.tensor([[100.0, 1e-3], [2e-3, 100.0]])
-    assert abs(sup_con(z, torch.tensor([0, 1]), 1.0, pair_weights=weights)) < 1e-6
     labels = torch.zeros(2, 8192, dtype=torch.int64)
     labels[0] = labels[1, 0] = 1  # of the first row's labels, the second row shares one
-    assert abs(sup_con(z, labels, 1.0)) < 1e-6
+    for loss in (sup_con(z, torch.tensor([0, 1]), 1.0, pair_weights=weights), sup_con(z, labels, 1.0)):
+        assert abs(loss) < 1e-6
+        assert torch.autograd.grad(loss, z)[0].abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

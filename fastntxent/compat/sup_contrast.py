@@ -146,7 +146,9 @@ def _mean_loss(
         nu = cross_neg_lse(anchors, rows, every[: sums.shape[0]], every, temperature).rows
     own = own.repeat(n_views)
     weights = weights.repeat(n_views) + (len(views) - 1) * own
-    positives = sums.repeat(n_views, 1) + own[:, None] * (total.repeat(n_views, 1) - anchors)
+    positives = sums.repeat(n_views, 1)
+    if len(views) > 1:  # with one view the term is 0, but its gradient would be the difference of two large numbers
+        positives = positives + own[:, None] * (total.repeat(n_views, 1) - anchors)
     logits = inverse_temperature(temperature, rows) * row_dots(anchors, positives)
     nu = nu.masked_fill(nu == -torch.inf, 0)  # a single row has nothing to compare with and no positive
     return ((weights * nu - logits) / torch.where(weights < 1e-6, 1, weights)).mean()

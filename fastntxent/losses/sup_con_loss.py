@@ -195,7 +195,7 @@ def _over_weighted_classes(batch: Batch, u: Tensor, labels: Tensor, pair_weights
     sums = batch.sum_of_ranks(add_at(u.new_zeros(n_classes, u.shape[1]), classes, u))
     # Subtract the row itself before weighting its class. Otherwise a large weight of its class would lose the other
     # classes to rounding, and a total weight of 0 would not be exactly 0.
-    own = weights.diagonal()
+    own = weights.diagonal() * (counts > 1)
     others = product(weights.diagonal_scatter(torch.zeros_like(own)), sums)
     sums = taken(others, classes) + taken(own, classes)[:, None] * (taken(sums, classes) - u)
     totals = (weights * (counts - torch.eye(n_classes, dtype=u.dtype, device=u.device))).sum(dim=1)

@@ -94,9 +94,11 @@ def test_sup_contrast_loss_equals_its_definition(n, d, seed, tau, base, v, mode,
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_sup_contrast_keeps_small_weights_beside_a_large_diagonal(dtype):
     # Of two rows, each has one positive and nothing else to compare it with. The diagonal belongs to no pair.
-    features = normalize(torch.tensor([[[-1.1, 0.2]], [[1.1, 0.1]]]), dim=2)
+    features = normalize(torch.tensor([[[-1.1, 0.2]], [[1.1, 0.1]]]), dim=2).requires_grad_()
     mask = torch.tensor([[100.0, 1e-3], [2e-3, 100.0]], dtype=dtype)
-    assert abs(sup_contrast.SupConLoss(1.0, base_temperature=1.0)(features, mask=mask)) < 1e-6
+    loss = sup_contrast.SupConLoss(1.0, base_temperature=1.0)(features, mask=mask)
+    assert abs(loss) < 1e-6
+    assert torch.autograd.grad(loss, features)[0].abs().max() < 1e-6
 
 
 def test_sup_contrast_flattens_features_and_takes_labels_of_any_dtype():
