@@ -442,7 +442,7 @@ def _cuda_usage(cubin: bytes) -> tuple[int, int, int]:
 
 
 def _hip_usage(assembly: str) -> tuple[int, int, int]:
-    """Return the figures of `_cuda_usage` for an AMD kernel, from the assembler's notes."""
+    """Return registers, stack bytes and spilled registers of an AMD kernel, from the assembler's notes."""
     names = r"vgpr_count|private_segment_fixed_size|vgpr_spill_count"
     found = {name: int(value) for name, value in re.findall(rf"\.({names}):\s+(\d+)", assembly)}
     return found["vgpr_count"], found["private_segment_fixed_size"], found["vgpr_spill_count"]

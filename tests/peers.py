@@ -41,7 +41,7 @@ def sentence_transformers():
     try:
         importlib.import_module("sentence_transformers.sentence_transformer.losses")
         return importlib.import_module("sentence_transformers")
-    except Exception as error:  # with a broken torchvision, the import raises an exception type of its own
+    except Exception as error:  # with a broken torchvision, the import raises something other than ImportError
         pytest.skip(f"needs sentence_transformers 6: {error}")
 
 

@@ -323,7 +323,7 @@ class MemoryBankModule(TypedModule):
             self._push(_detached_rows_of_all_ranks(output) if self.gather_distributed else output)
         return output, held.T if self.feature_dim_first else held
 
-    @torch.inference_mode(False)  # if the first batch is in inference mode, later updates may not be
+    @torch.inference_mode(False)  # if the first batch is in inference mode, a later update may come outside it
     def _begin(self, dim: int) -> None:
         self.bank = F.normalize(torch.randn(self.size[0], dim).type_as(self.bank), dim=-1)
 

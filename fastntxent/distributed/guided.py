@@ -2,7 +2,7 @@
 
 In the forward, each column travels with its guide embedding. In the backward, each rank forms the gradients of its rows
 and its columns. For the rows' gradients, the columns travel as in the forward. For the columns' gradients, each row
-travels with its guide embedding and three numbers (the weight, nu and the limit). No gradient of an embedding travels.
+travels with its guide embedding and three numbers (d_nu, nu and the limit). No gradient of an embedding travels.
 ops/guided.py has the formulas.
 """
 
