@@ -25,9 +25,10 @@ test: $(VENV)/installed
 test-all: $(VENV)/installed
 	$(PYTEST)
 
-# Tests as on a processor without AVX-512: libraries are limited to AVX2, and our kernels to AVX2, then to portable
-# C++. The ignored tests do not use our CPU kernels. Inductor has a separate cache, because code that it compiled for
-# AVX-512 gives wrong numbers when PyTorch is limited to AVX2.
+# Runs the tests as on a processor without AVX-512, twice. Libraries are limited to AVX2. Our kernels are limited to
+# AVX2 in the first run, and to portable C++ in the second, which ignores tests that do not use our CPU kernels.
+# Inductor has a separate cache, because code that it compiled for AVX-512 gives wrong numbers when PyTorch is limited
+# to AVX2.
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=Haswell MKL_ENABLE_INSTRUCTIONS=AVX2 \
   TORCHINDUCTOR_CACHE_DIR=$(abspath build/inductor-avx2)
 ELSEWHERE := $(addprefix --ignore=tests/test_, cuda.py packaging.py tiles.py triton.py)
@@ -46,31 +47,33 @@ lint: $(VENV)/installed
 	$(VENV)/bin/clang-format --dry-run -Werror $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 	$(VENV)/bin/codespell
 
-# The documentation site, in build/docs: open build/docs/index.html. A warning is an error, and nothing is downloaded.
+# Builds the documentation site: open build/docs/index.html. A warning is an error, and nothing is downloaded.
 docs: $(VENV)/docs
 	rm -rf build/docs
 	$(VENV)/bin/sphinx-build -q -W --keep-going -E -d build/doctrees docs build/docs
 
-# Under sanitizers: the CPU kernels and the CUDA kernels (on an emulated device) compared with their definition, and
-# every operator called with wrong tensors. Takes minutes.
+# Under sanitizers, compares the CPU kernels and the CUDA kernels (on an emulated device) with their definition, and
+# calls every operator with wrong tensors. Takes minutes.
 sanitize: $(VENV)/installed
 	CXX="$(CXX)" csrc/cpu/sanitize.sh
 	CXX="$(CXX)" csrc/cpu/sanitize_calls.sh $(VENV)/bin/python
 	CXX="$(CXX)" csrc/cuda/sanitize.sh
 
-# The aarch64 CPU kernels compared with their definition, cross-compiled and run in an emulator. On one core this takes
-# ten minutes, or two minutes with OPTIONS=--quick, which skips most large cases. OPTIONS can also name groups of
-# csrc/cpu/check.cpp: make arm OPTIONS="'two views' slabs". On Debian: apt-get install g++-aarch64-linux-gnu qemu-user.
+# Cross-compiles the CPU kernels for aarch64, runs them in an emulator, and compares them with their definition. On one
+# core this takes ten minutes, or two minutes with OPTIONS=--quick, which skips most large cases. OPTIONS can also name
+# groups of checks in csrc/cpu/check.cpp: make arm OPTIONS="'two views' slabs". On Debian, first install the compiler
+# and the emulator: apt-get install g++-aarch64-linux-gnu qemu-user.
 arm:
 	csrc/cpu/sanitize.sh arm $(if $(OPTIONS),-- $(OPTIONS))
 
-# Registers, shared memory, spills and instructions of the Triton and CUDA kernels, compiled for every supported GPU.
-# Needs no GPU.
+# Reports registers, shared memory, spills and instructions of the Triton and CUDA kernels, compiled for every supported
+# GPU. Needs no GPU.
 kernels-report: $(VENV)/installed
 	$(VENV)/bin/python -m benchmarks kernels --check
 	$(VENV)/bin/python -m benchmarks.binary --check
 
-# The Triton kernels compiled by other versions of Triton, each downloaded next to the environment's version (200 MB).
+# Compiles the Triton kernels with other versions of Triton. Each version is downloaded to build/ (200 MB); the version
+# in the environment stays.
 TRITONS ?= 3.3.1 3.6.0
 triton-versions: $(VENV)/installed
 	for version in $(TRITONS); do \
@@ -79,8 +82,9 @@ triton-versions: $(VENV)/installed
 	    --targets sm_80 sm_90 sm_100 sm_120 gfx942 || exit 1; \
 	done
 
-# The figures of the docs come from: make bench BENCH_OUT=benchmarks/results, then python -m benchmarks report. Files of
-# suite cpu are named after the instruction set, so that one folder can hold several.
+# Runs the benchmarks. These commands write the figures of the docs: make bench BENCH_OUT=benchmarks/results, then
+# python -m benchmarks report. The file of suite cpu is named after the instruction set, so that one folder can hold the
+# files of several sets.
 bench: $(VENV)/bench
 	set=$$($(VENV)/bin/python -m benchmarks.instruction_set) && \
 	  $(VENV)/bin/python -m benchmarks cpu --threads 1 2 --out $(BENCH_OUT)/cpu-$$set.json
@@ -88,20 +92,22 @@ bench: $(VENV)/bench
 	  $(VENV)/bin/python -m benchmarks $$suite --out $(BENCH_OUT)/$$suite.json || exit 1; \
 	done
 
-# Suite cpu, as on a processor without AVX-512.
+# Runs suite cpu as on a processor without AVX-512.
 bench-avx2: $(VENV)/bench
 	$(AVX2) $(VENV)/bin/python -m benchmarks cpu --instruction-set avx2 --out $(BENCH_OUT)/cpu-avx2.json
 
-# On a machine with a GPU: build, verify, test, compute-sanitizer, benchmark, tune and ncu, in parts of at most ten
-# minutes each. A second call continues where the first stopped. One stage: make gpu STAGE=verify. Limited time: make
-# gpu OPTIONS="--seconds 540". Without a GPU: make gpu OPTIONS=--rehearse. Afterwards python -m benchmarks report adds
-# the device to docs/verification.md.
+# Runs all checks of a machine with a GPU: build, verify, test, compute-sanitizer, benchmark, tune and ncu, in parts of
+# at most ten minutes each. A second call continues where the first stopped. Afterwards, python -m benchmarks report
+# adds the device to docs/verification.md.
+#   one stage:      make gpu STAGE=verify
+#   limited time:   make gpu OPTIONS="--seconds 540"
+#   without a GPU:  make gpu OPTIONS=--rehearse
 gpu: $(VENV)/bench
 	$(VENV)/bin/python -m benchmarks.gpu_session $(if $(STAGE),--stage $(STAGE)) $(if $(OUT),--out $(OUT)) $(OPTIONS)
 
-# A user's first minutes: a regular install, SimCLR trained on real digits, a report. The command runs in another
-# folder, because here the checkout would shadow the installed package and its kernels. The environment is kept until
-# the package changes.
+# Does what a new user does first: a regular install, SimCLR trained on real digits, a report. The command runs in
+# another folder, because here the checkout would shadow the installed package and its kernels. The environment is
+# reused until the package changes.
 demo: $(DEMO_VENV)/installed
 	@echo "Training SimCLR on 5,000 handwritten digits: half a minute to two minutes on two CPU cores"
 	cd $(DEMO_VENV) && bin/python -m fastntxent.simclr --out $(abspath $(DEMO_OUT)) --overwrite --verify-every 20

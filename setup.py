@@ -159,7 +159,8 @@ def ninja_file(nvcc: str, flags: list[str], sources: Iterable[Path], objects: Pa
 
 
 def gencode(nvcc: str) -> list[str]:
-    """Return flags for machine code for each of `CUDA_CODE` that nvcc supports, and for PTX for the oldest of them."""
+    """Return nvcc's flags for machine code and PTX: machine code for each architecture in `CUDA_CODE` that nvcc
+    supports, and PTX for the oldest of these."""
     with tempfile.TemporaryDirectory() as folder, ThreadPool() as pool:
         probe = Path(folder) / "probe.cu"
         probe.write_text("__global__ void probe() {}\n")

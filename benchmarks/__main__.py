@@ -67,7 +67,7 @@ SUITES = {
 CPU_SUITES = ("cpu", "memory", "scaling", "converged", "distributed", "family", "drop-ins")
 THREADS = {
     "cpu": "also time our kernel at these numbers of threads",
-    "scaling": "compare these numbers of threads instead of measuring large N",
+    "scaling": "time our kernel and torch.mm at these numbers of threads, instead of large N",
     "schedule": "default: 1 2 4 8 16 32 64",
 }
 
@@ -104,7 +104,10 @@ def main(argv: list[str] | None = None) -> None:
             suite.add_argument("--only", nargs="+", choices=COMPETITORS, metavar="LOSS", help="only these losses")
         if name in ("cpu", "drop-ins", "family", "gpu", "scaling", "tune"):
             suite.add_argument(
-                "--seconds", type=float, default=20, help="time per comparison; at least 5 rounds (large N: 1 step)"
+                "--seconds",
+                type=float,
+                default=20,
+                help="seconds per comparison, but at least 5 rounds (suite scaling: 1 step)",
             )
         if name in CPU_SUITES:
             suite.add_argument(

@@ -1,11 +1,12 @@
 """Resources of the built CUDA kernels on every chip: registers, stack, matrix instructions, and issue slots per tile.
 
 python -m benchmarks.binary reads `fastntxent._cuda` with the cuobjdump that Triton ships; no GPU is needed. For the
-forward and the gradient it prints a block's issue slots per step (64 features of a tile of columns), as a range,
-because the last steps have nothing left to load. It also prints the slots that a tile takes outside its steps (in the
-gradient, for three chunks of features). Where these instructions include products, it also prints the products' tensor
-cycles, at an A100's rate of 1,024 multiply-adds per cycle per multiprocessor. --check fails if a kernel uses stack
-(spilled registers, for instance), does not use the matrix units, or keeps float32 sums in the matrix units.
+forward and the gradient it prints the issue slots (sass.py) that the warps of a block take per step, which is 64
+features of a tile of columns. The slots are a range, because the last steps have nothing left to load. It also prints
+the slots of a tile outside its steps (in the gradient, for three chunks of features). For code with products it also
+prints the cycles of the matrix units, at an A100's rate of 1,024 multiply-adds per cycle per multiprocessor. --check
+fails if a kernel uses stack (spilled registers, for instance), does not use the matrix units, or keeps float32 sums in
+the matrix units.
 """
 
 from __future__ import annotations

@@ -3,13 +3,15 @@
 Rates are for dense products at the boost clock. The CUDA C++ programming guide (throughput of native arithmetic
 instructions) gives the results per cycle per multiprocessor: 16 exponentials on all of these chips except the B300, for
 which NVIDIA states twice as many; 64 integer operations, comparisons and selections; and 128 float32 operations, or 64
-on the A100. No data sheet states the bandwidth of the L2 cache. github.com/te42kyfo/gpu-benches measured 5.4
-TB/s on an A100, 6.9 on an H100 PCIe (114 multiprocessors at 1.755 GHz) and 9.7 on an H200. That is 34 to 37 bytes per
-cycle and multiprocessor, for data of up to at least two thirds of the cache's size; we take 34 for all chips.
+on the A100.
+
+No data sheet states the bandwidth of the L2 cache. github.com/te42kyfo/gpu-benches measured 5.4 TB/s on an A100, 6.9 on
+an H100 PCIe (114 multiprocessors at 1.755 GHz) and 9.7 on an H200. That is 34 to 37 bytes per cycle per multiprocessor,
+and it holds at least until the data fills two thirds of the cache. We take 34 for all chips.
 
 Products of single warps (mma.sync) run at the full rate on an A100. On an H100 they reach 63 % of the rate of
-warpgroups (Luo et al., arXiv 2402.13499). We know of no figure for the B200 and the B300 and take the A100's flops per
-cycle and multiprocessor.
+warpgroups (Luo et al., arXiv 2402.13499). We know of no figure for the B200 and the B300, and take the A100's flops per
+cycle per multiprocessor.
 """
 
 from __future__ import annotations
@@ -37,10 +39,17 @@ class Rates(NamedTuple):
 
 
 class Chip(NamedTuple):
-    """A chip. `backend`, `arch` and `warp` identify it in Triton, `family` is its family of tiles, and `matrix` its
-    matrix instruction. `shared` and `shared_of_all` are the bytes of shared memory for one program and for all programs
-    on a multiprocessor. `threads` is the number of threads of a multiprocessor (None if unknown here). `since` is the
-    first version of Triton known to compile for the chip."""
+    """A chip.
+
+    Attributes:
+        backend: with `arch` and `warp`, identifies the chip to Triton.
+        family: the family in the table of tiles whose tiles the chip uses.
+        matrix: a pattern for its newest matrix instruction in the assembly code.
+        shared: most bytes of shared memory of one program.
+        shared_of_all: bytes of shared memory of all programs on a multiprocessor.
+        threads: most threads on a multiprocessor. None if not known here.
+        since: the first version of Triton known to compile for the chip.
+    """
 
     backend: str
     arch: int | str

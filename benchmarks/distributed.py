@@ -1,10 +1,12 @@
 """Suite `distributed`: a step of NT-Xent on gloo ranks on this machine, one thread each, and its predicted cost.
 
 The model is in docs/distributed.md. Its rates are measured in the same run. The kernels' rate is measured on one rank
-while the other ranks wait. The link's rate is measured with an all-gather and with one hop of the ring; both send
-blocks as large as in the step. The latency of a call is measured with an all-gather of one number. The ranks share the
-cores. With more ranks than cores, products take proportionally longer; without a core left for gloo, no transfer
-overlaps with a product.
+while the other ranks wait. The rate of the link between ranks is measured with an all-gather and with one hop of the
+ring; both send blocks as large as in the step. The latency of a collective call is measured with an all-gather of one
+number. The ranks share the cores. With more ranks than cores, products take proportionally longer. Without a core left
+for gloo, no transfer overlaps with a product.
+
+Two other ways to compute the loss are timed in the same run:
 
 gathered   an all-gather with autograd, then our single-process loss over all rows, on every rank
 dense      an all-gather with autograd, then the dense formula of each rank's rows against all rows
@@ -83,7 +85,7 @@ def measure_rank(sizes: list[tuple[int, int]], rounds: int) -> list[dict[str, An
     times."""
     from tests.ranks import bytes_sent
 
-    # The replacement does not exist in every version of PyTorch.
+    # `all_gather` is deprecated, but its replacement does not exist in every version of PyTorch.
     warnings.filterwarnings("ignore", ".*all_gather is deprecated", FutureWarning)
     world, rank = dist.get_world_size(), dist.get_rank()
     measured = []
@@ -137,8 +139,11 @@ def _all_gather(x: Tensor) -> tuple[Tensor, ...]:
 
 
 def _evaluate_whole(z_i: Tensor, z_j: Tensor, n: int) -> Tensor:
-    """Return this rank's rows of the float64 gradient that one process gets with the whole batch, times the number of
-    ranks: the gradient of the sum of the ranks' losses. Rank 0 computes it for all ranks."""
+    """Return this rank's rows of the true gradient, in float64.
+
+    A row gets the gradient of the sum of all ranks' losses. That sum is the number of ranks times the loss of the whole
+    batch. Rank 0 computes the gradient in one process and broadcasts it.
+    """
     gradient = torch.empty(2, *z_i.shape, dtype=torch.float64)
     if dist.get_rank() == 0:
         z = torch.stack((z_i, z_j)).detach().double().requires_grad_()
@@ -188,7 +193,8 @@ def _link(block: Tensor, turn: int) -> Phases:
 
 @contextlib.contextmanager
 def _watched() -> Iterator[Phases]:
-    """Measure the seconds spent in this block in kernels of losses across ranks, and waiting for other ranks."""
+    """Measure the seconds that this block spends in the kernels of losses across ranks, and in waiting for other
+    ranks."""
     spent = {"products": 0.0, "waiting": 0.0}
     waiting = wire._waiting
 

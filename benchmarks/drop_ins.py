@@ -1,8 +1,9 @@
 """Suite `drop-ins`: losses of fastntxent.compat, compared with the plain formulas of the libraries they replace.
 
 Batches are small and in float32, so a step is mostly Python and PyTorch calls. The formulas are the ones that the
-libraries compute, without the libraries' checks. Values and gradients are compared first. The two losses then take
-turns, on one thread and on all threads. Scales and biases are learnt, as when training with the libraries.
+libraries compute, without the libraries' checks. The values and gradients of a formula and our drop-in are compared
+first. The two are then timed alternately, on one thread and on all threads. Scales and biases are learnt, as in
+training with the libraries.
 """
 
 from __future__ import annotations
@@ -151,7 +152,7 @@ def check(pair: Pair, given: list[Tensor]) -> None:
 
 
 def inputs(pair: Pair, n: int, d: int, seed: int = 0) -> list[Tensor]:
-    """Return two views and the learnt parameters, as leaves."""
+    """Return two views and the learnt parameters, as leaf tensors."""
     views = [view.detach() for view in Case(n, d).inputs(seed)]
     if pair.normalized:
         views = [F.normalize(view, dim=1) for view in views]

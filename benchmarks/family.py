@@ -1,5 +1,5 @@
-"""Suite `family`: losses other than NT-Xent, each against a baseline. The losses of a comparison run in turn. The peak
-memory of each is measured in a process of its own (Linux).
+"""Suite `family`: losses other than NT-Xent, each compared with a baseline. The losses of a comparison are timed in
+turn. The peak memory of each is measured in a separate process (Linux).
 
 two towers   CLIP on unit rows, against the dense formula of both directions
 labels       the three forms of SupCon with ten classes, against NT-Xent on the same rows
@@ -63,7 +63,7 @@ LOSSES = {name: loss for losses, _ in COMPARISONS.values() for name, loss in los
 
 
 def inputs(kind: str, n: int, d: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Return two views. For two towers they are unit rows, since CLIP's features come normalised."""
+    """Return two views. For two towers they are unit rows, since CLIP normalises its features before the loss."""
     views = Case(n, d).inputs(seed)
     if kind == "two towers":
         image, text = (F.normalize(view.detach(), dim=1).requires_grad_() for view in views)
@@ -102,7 +102,7 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[st
 
 
 def peak(kind: str, name: str, n: int, d: int) -> int:
-    """Return the bytes beyond the inputs that one step takes, measured in a new process."""
+    """Return the peak memory of one step in bytes, beyond its inputs, measured in a new process."""
     command = [sys.executable, *instruction_set.module("benchmarks.family"), kind, name, str(n), str(d)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **memory.ALLOCATOR})
     if done.returncode:

@@ -1,5 +1,6 @@
-"""Suite `gpu`: suite `cpu` on a CUDA device, in float32 and bfloat16, with peak memory. On the chips that the model
-covers, its prediction for the Triton kernels is printed after the times, for bfloat16 at the measured matrix rate."""
+"""Suite `gpu`: suite `cpu` on a CUDA device, in float32 and bfloat16, with peak memory. On chips that the model
+(model.py) covers, the predicted times of the Triton kernels follow the measured times. For bfloat16, the prediction
+uses the matrix rate measured in the same run."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """The checks on a machine with a GPU, in stages that can be resumed: python -m benchmarks.gpu_session
 
 Each part that runs writes a JSON record and a log to OUT/DEVICE. A part whose record has the same sources and device
-is not run again, unless its tool was missing. Exit status: 0 if everything that could run has passed, 1 if a part
-failed or gave no answer in time, 2 for a wrong command line or a missing GPU, 3 if the time ran out; the same command
-then resumes.
+is not run again, unless its tool was missing. The exit status is 0 if everything that could run has passed, 1 if a part
+failed or took too long, 2 for a wrong command line or a missing GPU, and 3 if the time of --seconds ran out. After 3,
+the same command resumes.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ STATES = ("passed", "failed", "no answer", "missing")
 
 
 class Session:
-    """Runs parts one after the other, and keeps their records.
+    """Runs parts one after the other, and stores their records.
 
     Args:
         out: folder for this device.
         seconds: time limit. After this time no part starts, and a part that is still running is stopped and counts as
             not run.
         again: repeat parts that already have a record.
-        rehearsal: whether the parts are those of a rehearsal. Its records are kept apart from the records of real runs.
+        rehearsal: whether this is a rehearsal. The records store this, so that a rehearsal is not taken for a real run.
     """
 
     def __init__(self, out: Path, seconds: float, again: bool = False, rehearsal: bool = False) -> None:

@@ -1,7 +1,8 @@
-"""The stages of `make gpu`: the commands for a machine with a GPU, and their replacements for one without.
+"""The stages of `make gpu` for a machine with a GPU, and small rehearsals of them for a machine without one.
 
-A part has passed if its command exits with 0 and has written the part's file, if there is one. A part whose tool is not
-installed is "missing", which does not count as a failure. A part may take ten minutes at most.
+A stage consists of parts, and each part is one command. A part passes if its command exits with 0 and, if the part
+names an output file, has written this file. If the tool that a part needs is not installed, the part's status is
+"missing", which does not count as a failure. A part is stopped after ten minutes.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ from typing import Any, NamedTuple
 from .gpu import GRID
 from .tune import ROW_CLASSES
 
-PartRecord = dict[str, Any]  # a part's result, stored as JSON in a separate file
+PartRecord = dict[str, Any]  # the result of a part, stored in its own JSON file
 LIMIT = 590.0  # seconds per part
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
-# Each backend, and its kernel that computes the gradient.
+# Each backend that is profiled, with the name of its kernel that computes the gradient.
 PROFILED = {"triton": "_fused_kernel", "cuda": "nt_xent"}
 
 
 class Part(NamedTuple):
-    """A command, and the evidence of its success.
+    """A command, and how to tell whether it has passed.
 
     Attributes:
         name: unique within the stage.

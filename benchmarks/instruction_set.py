@@ -1,4 +1,5 @@
-"""Restrict the CPU kernels to an instruction set, in this process and in those that it starts with `module`.
+"""Restrict the CPU kernels to an instruction set, in this process and in processes started with the arguments of
+`module`.
 
 python -m benchmarks.instruction_set: print the set in use.
 python -m benchmarks.instruction_set SET MODULE ...: run a module with this set.
@@ -36,7 +37,7 @@ def in_use() -> str | None:
 
 
 def module(name: str) -> list[str]:
-    """Return Python's arguments that run a module with the same set."""
+    """Return the arguments with which a new Python process runs a module with the same set."""
     return ["-m", name] if held is None else ["-m", "benchmarks.instruction_set", held, name]
 
 

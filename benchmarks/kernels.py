@@ -1,11 +1,19 @@
-"""Suite `kernels`: registers, memory and spills of the Triton kernels, compiled ahead of time for GPUs that need not be
-present.
+"""Suite `kernels`: compiles the Triton kernels ahead of time for every chip, and reports their registers, memory and
+faults. No GPU is needed.
 
-Every tile in fastntxent.backends.triton's table is compiled in one or two variants (see `compile_all`). "usual" is
-launched for NT-Xent of normalised rows, and "general" for a rectangle of rows of any length, with the temperature on
-the device. This finds faults that a user would otherwise meet on a GPU: more shared memory than the chip has, spilled
-registers, products outside the matrix units or without overlap, float32 sums that a compiler has moved back into the
-matrix units, and more instructions, shuffles or barriers in the hot loops than LIMITS allows.
+For each chip, dtype and number of features, every kernel is compiled with every tile that the table of
+fastntxent.backends.triton has for it. Compile-time options come in two variants:
+
+usual      normalised rows compared with themselves, as in NT-Xent; the temperature is a float
+general    rows that are not normalised, compared with other rows; the temperature is on the device
+
+The report shows faults that users would otherwise meet on their GPUs:
+
+- more shared memory than the chip has
+- spilled registers
+- products that do not use the matrix units, that wait for each other, or in which warps repeat each other's work
+- float32 sums that the compiler has moved back into the matrix units, which truncate them
+- more instructions, shuffles or barriers in a hot loop than LIMITS allows
 """
 
 from __future__ import annotations
@@ -28,7 +36,9 @@ FEATURES = (64, 128, 256, 768)
 GENERAL = (128, 768)  # features for which the general variant is compiled too
 TORCH = {"bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32}
 OPERANDS = {**TORCH, "fp32": torch.float16}  # a float32 operand is two float16 parts
-MULTIPLES = (  # row lengths that, like addresses, are multiples of 16, as Triton detects at a launch
+# Integer arguments (a width and strides) that are compiled as multiples of 16, like all addresses. At a launch, Triton
+# detects such multiples and specialises the kernel for them.
+MULTIPLES = (
     "DP",
     "stride_g",
     "stride_scaled",
@@ -49,8 +59,8 @@ AROUND = (
     "bounds",
     "unpack",
     "end",
-)  # kernels around the products, with one tile and no matrix instructions
-# Other forms of kernels, for sigmoid losses and for rows with limits: name -> the kernel whose tiles it uses.
+)  # kernels before and after the products: they have no tiles in the table, and no matrix instructions
+# Kernels for sigmoid losses and for similarity limits -> the name under which the table lists their tiles.
 TILED_AS = {
     "pair_sums": "sums",
     "pairs": "pairs",
@@ -63,22 +73,30 @@ TILED_AS = {
 
 
 class Limit(NamedTuple):
-    """Upper limits of the innermost loop: issue slots per 2^20 flops (128 rows by 64 columns by 64 features), and
-    shuffles and barriers per iteration."""
+    """Upper limits for a hot loop, the innermost loop with products.
+
+    Attributes:
+        slots: issue slots (sass.py) per 2^20 flops. That is a product of 128 rows by 64 columns by 64 features.
+        shuffles: shuffles per warp and iteration.
+        barriers: barriers per iteration.
+    """
 
     slots: int
     shuffles: int
     barriers: int
 
 
-# Limits for bfloat16 in large batches, by chip, kernel and features: about a tenth above the figures of the table's
-# tiles. 2^20 flops take the matrix units 512 cycles on sm_80, 256 on sm_90 and 128 on sm_100 (256 with 64 rows); if the
-# slots are fewer than these cycles, the products hide them.
+# Limits for bfloat16 in large batches, by chip, kernel and features. The slots are about a tenth above the figures of
+# the table's tiles. For 2^20 flops the matrix units need 512 cycles on sm_80, 256 on sm_90 and 128 on sm_100 (256 if
+# the tile has 64 rows). If a loop has fewer slots than these cycles, all its instructions can be issued while the
+# matrix units work.
 #
-# Barriers: two for each step of asynchronous copies (the new data has arrived, the old data may be overwritten). At 128
-# features `direct` has more, since the row sums of each tile go through shared memory to their plane; with 768 features
-# the innermost loop has no row sums. tcgen05 adds the wait for a product and the exchange of its sums. Shuffles: only
-# in `direct` at 128 features, for the row sums, and most on sm_80, where a row is spread over four lanes.
+# Barriers: each step of asynchronous copies needs two. The first waits until the new data has arrived, the second until
+# the old data may be overwritten. At 128 features, `direct` has more: its innermost loop covers whole tiles, and the
+# row sums of each tile go through shared memory to their plane. At 768 features its innermost loop covers only a chunk
+# of the features, and has no row sums. On sm_100, a program also waits for each product and exchanges its sums.
+#
+# Shuffles: only `direct` at 128 features has any, for the row sums. It has the most on sm_80.
 LIMITS = {
     ("sm_80", "direct", 128): Limit(375, 32, 6),
     ("sm_80", "direct", 768): Limit(180, 0, 2),
@@ -99,11 +117,27 @@ LIMITS = {
 
 
 class CompiledKernel(NamedTuple):
-    """A compiled kernel and its resources. `registers` and `stack` (bytes) are per thread, `resident` is programs per
-    multiprocessor; they are None if no tool reports them. `products` counts products of tiles, and `fresh` the products
-    whose accumulator starts at zero. `restored` counts fused multiply-adds that restore truncated sums of tiles.
-    `repeated` counts products in which some warps repeat the work of others, because the tile is too small for so many
-    warps. `code` is the machine code, for NVIDIA only."""
+    """A compiled kernel and its resources. A figure is None if it is unknown.
+
+    Attributes:
+        target: name of the chip in CHIPS.
+        shifted: whether the kernel is compiled for the shifted regime (sides.py of the Triton backend). None for
+            kernels without this option.
+        tile: the sizes of a `config.TileConfig`. None for kernels without a tile in the table.
+        shared: bytes of shared memory per program.
+        registers: registers per thread.
+        stack: bytes of stack per thread.
+        spilled: spilled bytes (NVIDIA) or registers (AMD) per thread.
+        matrix: number of matrix instructions.
+        resident: number of programs that a multiprocessor holds at once.
+        products: number of products of tiles.
+        fresh: number of products whose accumulator starts at zero.
+        restored: number of multiply-adds that add the result of a product to a sum, and on the way make up for the
+            matrix units' truncation (`add_product` in tiles.py).
+        repeated: number of products in which some warps repeat the work of others, because the tile is too small for so
+            many warps.
+        code: the machine code, for NVIDIA only.
+    """
 
     kernel: str
     target: str
@@ -142,19 +176,22 @@ class CompiledKernel(NamedTuple):
 
     @property
     def flops(self) -> float:
-        """Flops per iteration of that loop. The machine code does not show the shape of tcgen05's products, so the tile
-        gives it."""
-        return self.machine_code.main.flops * self.warps or flops_of_turn(self.kernel, self.tile, self.d, self.dtype)
+        """Flops per iteration of the innermost loop with products. The machine code does not show the shapes of
+        tcgen05's products, so for these the flops are computed from the tile."""
+        return self.machine_code.main.flops * self.warps or flops_of_iteration(
+            self.kernel, self.tile, self.d, self.dtype
+        )
 
     @property
     def tensor_cycles(self) -> float:
-        """Cycles that the matrix units need for an iteration at their full rate."""
+        """Cycles that a multiprocessor's matrix units need for such an iteration, at their full rate for this tile."""
         chip = CHIPS[self.target]
         return self.flops / rate(chip, self.dtype, self.tile) * chip.known_rates.cycles
 
     @property
     def limit(self) -> Limit | None:
-        """The limits of the innermost loop, if it is one of the hot loops."""
+        """The kernel's entry in LIMITS. None for other dtypes, for the variant "general", for the shifted regime, and
+        for any tile other than the one that the table has for the largest batches."""
         from fastntxent.backends.triton import config, pack
 
         family, DP = CHIPS[self.target].family, pack.padded_features(self.d)
@@ -175,7 +212,7 @@ class CompiledKernel(NamedTuple):
             slots = main.slots(self.warps) * 2**20 / self.flops
             taken = Limit(math.ceil(slots), main.counts["shuffle"], main.counts["barrier"])
             found += [
-                f"{now} {name} in the loop, {most} at most"
+                f"{now} {name} in the loop, but the limit is {most}"
                 for name, now, most in zip(Limit._fields, taken, limit, strict=True)
                 if now > most
             ]
@@ -186,13 +223,16 @@ class CompiledKernel(NamedTuple):
         if self.matrix == 0 and self.tile is not None:
             found.append("no matrix instruction")
         restored = self.restored or CHIPS[self.target].backend == "hip"  # AMD's matrix units round to nearest
+        # Float32 rows have two float16 parts. The first of their three products must start at zero, and an ordinary
+        # addition must add the result to the sum.
         if self.dtype == "fp32" and self.products and (self.products > 3 * self.fresh or not restored):
-            found.append("float32 sums stay in the matrix units")  # the rule: three products, then an ordinary addition
+            found.append("float32 sums stay in the matrix units")
         return found
 
 
 def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[str, str]]:
-    """Return the report of every kernel for every chip."""
+    """Compile every kernel for every chip, and return the reports. With --check, raise SystemExit if any kernel has a
+    fault."""
     results = []
     for target in arguments.targets or CHIPS:
         if CHIPS[target].since > _triton_version():
@@ -211,24 +251,27 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[st
 def line(report: CompiledKernel) -> str:
     """Return the report as a line of text."""
     tile = ",".join(str(size) for size in report.tile or "-" if size is not None)
-    turn = ""
+    loop = ""
     if report.slots and CHIPS[report.target].rates:
         counts = report.machine_code.main.counts
-        turn = (
-            f"turn: slots {report.slots:.0f} tensor {report.tensor_cycles:.0f} shuffles {counts['shuffle']} "
+        loop = (
+            f"iteration: slots {report.slots:.0f} tensor {report.tensor_cycles:.0f} shuffles {counts['shuffle']} "
             f"barriers {counts['barrier']} "
         )
     return (
         f"{report.target:7} {report.kernel:8} {report.dtype} D {report.d:4} {report.variant} {tile:17} "
         f"shifted {report.shifted!s:5} shared {report.shared:6} registers {report.registers!s:4} stack "
         f"{report.stack!s:4} spilled {report.spilled!s:4} matrix {report.matrix:4} resident {report.resident!s:4} "
-        f"{turn}{'; '.join(report.faults())}"
+        f"{loop}{'; '.join(report.faults())}"
     )
 
 
 def compile_all(target: str, dtype: str, d: int) -> list[CompiledKernel]:
-    """Return reports of all kernels for rows of this dtype and length, with the tiles of every batch size. The variant
-    "general" is compiled only for the lengths in GENERAL. For TF32 it is the only variant."""
+    """Return reports of all kernels for d features in this dtype, with every tile that the table has for them.
+
+    The variant "usual" is compiled for every d, and "general" only if d is in GENERAL. TF32 is compiled only as
+    "general", and not for AMD.
+    """
     from fastntxent.backends.triton import config, pack
 
     family, DP = CHIPS[target].family, pack.padded_features(d)
@@ -236,7 +279,7 @@ def compile_all(target: str, dtype: str, d: int) -> list[CompiledKernel]:
     if dtype == "tf32" and CHIPS[target].backend == "hip":
         return reports
     for variant in ("usual", "general") if d in GENERAL else ("usual",):
-        if d == GENERAL[0] and dtype != "tf32":  # these kernels have a single tile
+        if d == GENERAL[0] and dtype != "tf32":  # the code of these kernels is the same for every d
             reports += [compile_one(target, kernel, dtype, d, variant) for kernel in AROUND]
         if dtype == "tf32" and variant == "usual":  # the general variant suffices: TF32 uses float32's tiles
             continue
@@ -245,7 +288,7 @@ def compile_all(target: str, dtype: str, d: int) -> list[CompiledKernel]:
             limits = [rows for rows, *_ in config.entries(family, tiled_as, _width(dtype))]
             tiles = {config.look_up(family, tiled_as, _width(dtype), rows, DP) for rows in [*limits, math.inf]}
             fused = config.look_up(family, "fused", _width(dtype), math.inf, DP) is not None
-            if tiled_as in ("form", "form_pairs", "gather") and fused:
+            if tiled_as in ("form", "form_pairs", "gather") and fused:  # not used if `fused` has a tile
                 continue
             shifts = (False, True) if kernel in ("fused", "form") else (None,)
             reports += [
@@ -266,8 +309,8 @@ def _triton_version() -> tuple[int, ...]:
     return tuple(int(number) for number in triton.__version__.split(".")[:2])
 
 
-def flops_of_turn(kernel: str, tile: tuple[int, ...] | None, d: int, dtype: str) -> float:
-    """Return the flops per iteration of a kernel's innermost loop, which covers one tile, or a chunk of the tile's
+def flops_of_iteration(kernel: str, tile: tuple[int, ...] | None, d: int, dtype: str) -> float:
+    """Return the flops per iteration of a kernel's innermost loop. An iteration covers a whole tile, or a chunk of its
     features (in `gather`, of its columns)."""
     from fastntxent.backends.triton import pack
 
@@ -279,8 +322,9 @@ def flops_of_turn(kernel: str, tile: tuple[int, ...] | None, d: int, dtype: str)
 
 
 def rate(chip: Chip, dtype: str, tile: tuple[int, ...] | None) -> float:
-    """Return the matrix units' flops per second for a tile. Warpgroup instructions need at least 64 rows. tcgen05's
-    sums have 128 lanes, so we assume half the rate for 64 rows."""
+    """Return the flops per second of the matrix units for a tile. A tile of fewer than 64 rows is too small for
+    warpgroup instructions and tcgen05, so its products run at the rate of mma.sync. tcgen05 stores sums in 128 lanes of
+    tensor memory, so we assume half its rate for tiles of 64 to 127 rows."""
     rates, rows = chip.known_rates, 64 if tile is None else tile[0]
     full = rates.product if rows >= 64 else rates.by_warps
     if chip.family == "sm_100" and 64 <= rows < 128:
@@ -298,7 +342,8 @@ def compile_one(
     tile: tuple[int, ...] | None = None,
     shifted: bool | None = None,
 ) -> CompiledKernel:
-    """Compile a kernel as it is launched, and return its report. In the variant "transposed", `pack` reads columns."""
+    """Compile a kernel with the options of its launches, and return its report. The variant "transposed" is "usual"
+    with transposed inputs: their stride between rows is 1."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -319,7 +364,7 @@ def compile_one(
     )
 
     chip, usual = CHIPS[target], variant != "general"
-    if chip.backend == "hip":  # Triton 3.3 links with ROCm's ld.lld, whose output is not needed here
+    if chip.backend == "hip":  # Triton 3.3 calls ROCm's linker. Its output is not needed, so `true` replaces it
         os.environ.setdefault("TRITON_HIP_LLD_PATH", shutil.which("true") or "")
     split, tf32 = config.products_at_once(target) if dtype == "fp32" else 0, dtype == "tf32"
     DP = pack.padded_features(d)
@@ -403,16 +448,21 @@ def compile_one(
     )  # fmt: skip
 
 
+# Patterns in TTGIR, Triton's intermediate code for a chip. Each captures the name of one value:
+#   _ACCUMULATED       the accumulator of a product
+#   _IN_TENSOR_MEMORY  for tcgen05: the flag of a product that says whether it adds to its accumulator
+#   _ZERO              a constant of zeros
+#   _RESTORING         a constant slightly above 1: the factor of `add_product` (tiles.py) that makes up for truncation
+#   _FACTOR            the second factor of a multiply-add
 _ACCUMULATED = re.compile(r"(?:tt\.dot|ttng\.warp_group_dot) \S+, \S+, (%[\w#]+)")
-_IN_TENSOR_MEMORY = re.compile(r"ttng\.tc_gen5_mma \S+, \S+, \S+, (%\w+)")  # whether the accumulator is added
+_IN_TENSOR_MEMORY = re.compile(r"ttng\.tc_gen5_mma \S+, \S+, \S+, (%\w+)")
 _ZERO = re.compile(r"(%\w+) = arith\.constant dense<0\.0+e\+00> : tensor<\d+x\d+xf32")
-_RESTORING = re.compile(r"(%\w+) = arith\.constant dense<1\.0000\d+> : tensor<\d+x\d+xf32")  # 1 + LOST units
+_RESTORING = re.compile(r"(%\w+) = arith\.constant dense<1\.0000\d+> : tensor<\d+x\d+xf32")
 _FACTOR = re.compile(r"math\.fma \S+, (%\w+), .* : tensor<\d+x\d+xf32")
 
 
 def _sums(ttgir: str) -> tuple[int, int, int]:
-    """Return counts from Triton's code for the chip: products of tiles, products that start at zero, and sums that are
-    restored when they are added to others."""
+    """Return `products`, `fresh` and `restored` of a `CompiledKernel`, counted in TTGIR."""
     zeros = {"%false", *_ZERO.findall(ttgir)}
     starts = _ACCUMULATED.findall(ttgir) + _IN_TENSOR_MEMORY.findall(ttgir)
     factors = set(_RESTORING.findall(ttgir))
@@ -420,19 +470,23 @@ def _sums(ttgir: str) -> tuple[int, int, int]:
     return len(starts), sum(start in zeros for start in starts), restored
 
 
+# Patterns in TTGIR. The first captures a layout's name, its numbers of warps along rows and along columns, and the rows
+# and columns of a warp's instruction. The second captures the rows and columns of a product, and the name of its
+# layout.
 _WARPS_OF = re.compile(r"(#\w+) = #ttg\.nvidia_mma<\{.*?warpsPerCTA = \[(\d+), (\d+)\], instrShape = \[(\d+), (\d+)")
 _PRODUCT_OF = re.compile(r"(?:tt\.dot|ttng\.warp_group_dot) .*-> tensor<(\d+)x(\d+)xf32, (#\w+)>")
 
 
 def _repeated(ttgir: str) -> int:
-    """Return the number of products in Triton's code for the chip that span more rows or columns than their tile."""
+    """Return `repeated` of a `CompiledKernel`: the number of products in TTGIR whose warps together cover more rows or
+    columns than the tile has."""
     spans = {name: (int(m) * int(of_m), int(n) * int(of_n)) for name, m, n, of_m, of_n in _WARPS_OF.findall(ttgir)}
     products = [(int(rows), int(cols), spans.get(name, (0, 0))) for rows, cols, name in _PRODUCT_OF.findall(ttgir)]
     return sum(rows < span[0] or cols < span[1] for rows, cols, span in products)
 
 
 def _cuda_usage(cubin: bytes) -> tuple[int, int, int]:
-    """Return registers, stack and spilled bytes, from the cuobjdump that Triton ships."""
+    """Return registers, stack bytes and spilled bytes per thread, from the cuobjdump that Triton ships."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -442,7 +496,8 @@ def _cuda_usage(cubin: bytes) -> tuple[int, int, int]:
 
 
 def _hip_usage(assembly: str) -> tuple[int, int, int]:
-    """Return registers, stack bytes and spilled registers of an AMD kernel, from the assembler's notes."""
+    """Return an AMD kernel's registers, stack bytes and spilled registers per thread, from the metadata in its assembly
+    code."""
     names = r"vgpr_count|private_segment_fixed_size|vgpr_spill_count"
     found = {name: int(value) for name, value in re.findall(rf"\.({names}):\s+(\d+)", assembly)}
     return found["vgpr_count"], found["private_segment_fixed_size"], found["vgpr_spill_count"]

@@ -14,7 +14,7 @@ from .chips import Chip
 GEMM = 0.7  # share of the data sheet's matrix rate
 LAUNCH = 2.5e-6  # seconds from the end of one short kernel to the end of the next
 SYNC, LOAD, FIRST = 30, 260, 1000  # cycles
-FILL = 64  # most bytes per cycle that one multiprocessor reads from the L2 cache, however few are active
+FILL = 64  # most bytes per cycle that one multiprocessor reads from the L2 cache, even if it is the only one active
 
 
 class Time(NamedTuple):

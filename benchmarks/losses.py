@@ -59,7 +59,8 @@ class FlexAttention:
         from torch.nn.attention.flex_attention import AuxRequest, flex_attention  # not in every PyTorch
 
         self.temperature = temperature
-        attention: Callable[..., Any] = flex_attention  # torch.compile would keep only its first overload
+        # For type checkers: torch.compile would keep only the first overload of flex_attention.
+        attention: Callable[..., Any] = flex_attention
         self.attention = torch.compile(attention, dynamic=False) if compiled else attention
         self.wanted = AuxRequest(lse=True)
 

@@ -42,8 +42,8 @@ class MemoryRow(TypedDict):
 
 
 def measure_in_process(name: str, n: int, d: int, seconds: float = 0) -> MemoryRow:
-    """Return a step's peak memory and its median time over `seconds`, and the GEMM's rate before and after, measured in
-    a new process."""
+    """Measure a loss in a new process. Return the peak memory of its steps, their median time over `seconds`, and the
+    GEMM's rate before and after."""
     command = [sys.executable, *instruction_set.module("benchmarks.memory"), name, str(n), str(d), str(seconds)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **ALLOCATOR})
     if done.returncode:
@@ -82,8 +82,9 @@ def _main(name: str, n: int, d: int, seconds: float) -> None:
     if missing:
         raise SystemExit(f"{name}: {missing[name]}")
     z_i, z_j = Case(n, d).inputs()
-    # This step loads libraries and starts threads. It is small, so that memory that a kernel keeps after a large batch
-    # counts below. "compiled" takes a step of full size, so that its compiler's memory does not count.
+    # This step loads libraries and starts threads. It is small: after a large step, memory that a kernel holds between
+    # calls would be missing from the measurement below. For "compiled" the step has full size, so that the memory of
+    # its compiler is not measured.
     step(losses[name], *Case(n if name == "compiled" else min(n, 32), d).inputs())
     rates = [machine.gemm_rate()]
     forget_peak()

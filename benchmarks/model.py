@@ -1,6 +1,6 @@
 """Suite `model`: predicts the times of NT-Xent's kernels from machine code and data sheets, without the GPUs.
 
-A kernel takes LAUNCH for each of its launches plus the longest of
+The predicted time of a kernel is LAUNCH for each of its launches, plus the longest of these times:
 
     products     flops of the matrix units, at the data sheet's rate multiplied by GEMM. Large cuBLAS products reach
                  about that rate under a board's power limit. If there is a measured rate, it is used instead. A
@@ -12,14 +12,16 @@ A kernel takes LAUNCH for each of its launches plus the longest of
                  multiprocessor, plus the cycles of shuffles
     cache        bytes of x (and of G) that the kernel's tiles read through the L2 cache
     memory       bytes read from or written to memory; data that does not fit in the L2 cache is read again
-    latency      the dependency chain of a program. Each iteration of its loop takes the cycles of its products and
-                 instructions, SYNC for each barrier or wait, and LOAD if the pipeline has only two stages and so loads
-                 nothing ahead. The programs that a multiprocessor holds run their chains at the same time
+    latency      the dependency chain of a program. Each iteration of its loop takes the cycles of its products and of
+                 its instructions, and SYNC for each barrier or wait. A pipeline of only two stages loads nothing
+                 ahead, so each iteration also takes LOAD. All programs that a multiprocessor holds at once run their
+                 chains at the same time
 
-The longest of these is the bottleneck and is printed. Instructions are counted in the machine code that is compiled
-for the tile table's tiles, along the code path of an unmasked tile. The counts are multiplied by the schedule's loop
-iterations. Nothing is fitted to a measurement of these kernels. limits.py lists the constants and their sources. For
-small batches the CUDA kernel is predicted too (model_cuda.py).
+The longest time is the bottleneck, and its name is printed. The kernels are compiled with the tiles of the table.
+Instructions are counted in their machine code (sass.py), on the path of a tile that needs no mask. The counts are
+multiplied by the numbers of loop iterations, which follow from the sizes of the batch and of the tile. Nothing is
+fitted to a measurement of these kernels. limits.py lists the constants and their sources. For small batches the CUDA
+kernel is predicted too (model_cuda.py).
 
 The model ignores bank conflicts, dependencies between the instructions of an iteration, masked tiles, and the host. A
 prediction is therefore a lower bound for this code, not an average.
@@ -51,7 +53,7 @@ Tiles = Mapping[str, "TileConfig | None"]  # by kernel
 
 class Work(NamedTuple):
     """A kernel's work, summed over the programs of all its launches. `operands` are the bytes of shared memory that
-    tcgen05 reads, which the machine code does not show. `turns` are the iterations of a program's loops, outermost
+    tcgen05 reads, which the machine code does not show. `trips` are the iterations of a program's loops, outermost
     first."""
 
     flops: float
@@ -60,7 +62,7 @@ class Work(NamedTuple):
     cache: float
     memory: float
     programs: float
-    turns: tuple[float, ...]
+    trips: tuple[float, ...]
     launches: int = 1
 
 
@@ -71,7 +73,8 @@ def time_of(limits: dict[str, float], launches: int) -> Time:
 
 
 def least(work: Work, chip: Chip, dtype: str, tile: tuple[int, ...], gemm: float | None = None) -> dict[str, float]:
-    """Return the seconds for each limit that does not depend on the compiled code."""
+    """Return the seconds for each limit that does not depend on the compiled code. `gemm` is a measured matrix rate in
+    flops per second."""
     rates = chip.known_rates
     matrix = kernels.rate(chip, dtype, tile) * (GEMM if gemm is None else gemm / rates.product)
     uneven = _uneven(work, chip)
@@ -85,23 +88,23 @@ def least(work: Work, chip: Chip, dtype: str, tile: tuple[int, ...], gemm: float
 
 
 def needs(work: Work, report: kernels.CompiledKernel, dtype: str, gemm: float | None = None) -> dict[str, float]:
-    """Return the seconds for each limit of a compiled kernel."""
+    """Return the seconds for each limit of a compiled kernel. `gemm` is a measured matrix rate in flops per second."""
     chip, code, tile = CHIPS[report.target], report.machine_code, report.tile
     assert tile is not None
-    rates, lanes, turns = chip.known_rates, 32 * report.warps, turns_of(work, report)
+    rates, lanes, trips = chip.known_rates, 32 * report.warps, trips_of(work, report)
 
     def executed(of: Callable[[sass.Region], float]) -> float:
-        """Return a per-warp figure of a region, summed over all executed regions of all programs."""
-        return code.total(turns, of) * work.programs
+        """Return the sum of a region's figure over everything that a warp executes, times the number of programs."""
+        return code.total(trips, of) * work.programs
 
     def of_kind(kind: str) -> float:
         return executed(lambda region: region.counts[kind]) * lanes
 
     shared = 128 * report.warps * executed(lambda region: region.shared)
     operands = 0 if code.main.flops else work.operands
-    a_turn = rates.cycles / chip.multiprocessors  # cycles per second of one multiprocessor
+    cycle_rate = rates.cycles / chip.multiprocessors  # cycles per second of one multiprocessor
     held = report.resident or 1
-    chain = code.total(turns, lambda region: _chain(region, report)) + FIRST
+    chain = code.total(trips, lambda region: _chain(region, report)) + FIRST
     rounds = math.ceil(work.programs / work.launches / (chip.multiprocessors * held)) * work.launches
     found = {
         "slots": executed(lambda region: region.slots(report.warps)) / rates.cycles,
@@ -111,17 +114,18 @@ def needs(work: Work, report: kernels.CompiledKernel, dtype: str, gemm: float | 
         "shared": (shared + operands) / rates.shared,
     }
     found = {name: seconds * _uneven(work, chip) for name, seconds in found.items()}
-    return {**least(work, chip, dtype, tile, gemm), **found, "latency": chain * rounds / a_turn}
+    return {**least(work, chip, dtype, tile, gemm), **found, "latency": chain * rounds / cycle_rate}
 
 
-def turns_of(work: Work, report: kernels.CompiledKernel) -> tuple[float, ...]:
-    """Return the iterations of each loop in the machine code. An additional outer loop counts as one iteration, and a
-    loop of the schedule that the compiler unrolled is left out."""
+def trips_of(work: Work, report: kernels.CompiledKernel) -> tuple[float, ...]:
+    """Return the numbers of iterations of the loops in the machine code, outermost first. If the machine code has more
+    loops than `work.trips`, its outermost loops run once. If it has fewer, the compiler has unrolled the innermost
+    loops, and their numbers are left out."""
     code = report.machine_code
-    turns = (1.0,) * (code.depth - len(work.turns)) + work.turns[: code.depth]
-    found, wanted = code.total(turns, lambda region: region.flops) * report.warps, work.flops / work.programs
+    trips = (1.0,) * (code.depth - len(work.trips)) + work.trips[: code.depth]
+    found, wanted = code.total(trips, lambda region: region.flops) * report.warps, work.flops / work.programs
     assert not found or 0.7 < found / wanted < 2.1, f"{report.kernel}: {found:.3g} flops per program, not {wanted:.3g}"
-    return turns
+    return trips
 
 
 def _uneven(work: Work, chip: Chip) -> float:
@@ -135,7 +139,7 @@ def _chain(region: sass.Region, report: kernels.CompiledKernel) -> float:
     counts, main, tile = region.counts, report.machine_code.main, report.tile
     assert tile is not None
     flops = region.flops * report.warps
-    if not region.flops and counts["tensor"]:  # tcgen05: the flops in proportion to matrix instructions
+    if not region.flops and counts["tensor"]:  # tcgen05: flops in proportion to the matrix instructions
         flops = report.flops * counts["tensor"] / main.counts["tensor"]
     chip = CHIPS[report.target]
     products = flops / kernels.rate(chip, report.dtype, tile) * chip.known_rates.cycles
@@ -160,16 +164,16 @@ def work_of(kernel: str, tiles: Tiles, M: int, DP: int, dtype: str, chip: Chip) 
     pairs, x_bytes = M * M, M * DP * width
     product, row, chunks = 2 * pairs * DP * parts, DP * width, DP / block_d
     stays = STAYS * chip.known_rates.l2
-    again = x_bytes if x_bytes > stays else 0  # read from memory by each further pass over x
+    again = x_bytes if x_bytes > stays else 0  # bytes that each further pass over x reads from memory
     operands = product * (1 / min(block_m, 128) + 1 / block_n)
     if kernel == "direct":
         edge = config.edge_of_square(M, M, max(block_m, block_n))
         squares = math.ceil(M / edge) * (math.ceil(M / edge) + 1) / 2
-        turns = (edge / block_n, edge / block_m, chunks)
+        trips = (edge / block_n, edge / block_m, chunks)
         of_tile = block_m * row + (0 if block_d == DP else block_n * row)
         memory = x_bytes + (2 * squares * edge * row if again else 0) + 4 * M * M / edge
-        cache = squares * turns[0] * turns[1] * of_tile
-        return Work(product / 2, pairs / 2, operands / 2, cache, memory, squares, turns)
+        cache = squares * trips[0] * trips[1] * of_tile
+        return Work(product / 2, pairs / 2, operands / 2, cache, memory, squares, trips)
     if kernel == "owned":
         of_tile = block_n * row + (0 if block_d == DP else block_m * row)
         cache = pairs / (block_m * block_n) * of_tile
@@ -186,8 +190,11 @@ def work_of(kernel: str, tiles: Tiles, M: int, DP: int, dtype: str, chip: Chip) 
 
 
 def _work_of_panels(kernel: str, tiles: Tiles, M: int, DP: int, dtype: str, chip: Chip) -> Work:
-    """Return the work of `form` or `gather`. A launch handles two squares of G: two on the diagonal, or one above the
-    diagonal and its transpose, which is not formed again."""
+    """Return the work of `form` or `gather` (panels.py of the Triton backend).
+
+    A launch handles two squares of G: either two on the diagonal, or one above the diagonal and its transpose. In the
+    second case, `form` computes only the square above the diagonal, and writes it twice.
+    """
     from fastntxent.backends.triton import config
 
     block_m, block_n, block_d, *_ = _tile(tiles, kernel)
@@ -197,7 +204,8 @@ def _work_of_panels(kernel: str, tiles: Tiles, M: int, DP: int, dtype: str, chip
     squares = math.ceil(M / edge)
     above = squares * (squares - 1) // 2
     launches = math.ceil(squares / 2) + above
-    # If a panel, its rows of x and their sums exceed the L2 cache, the excess is read from memory again.
+    # A panel is two squares of G. If it does not fit in the L2 cache together with its rows of x and the sums of these
+    # rows, a share `missed` of the panel is read from memory.
     panel, rows, sums = 2 * edge * edge * width, 2 * edge * row, 2 * edge * DP * 4
     missed = max(0.0, 1 - STAYS * chip.known_rates.l2 / (panel + rows + sums))
     memory = launches * (rows + missed * panel)
@@ -205,7 +213,7 @@ def _work_of_panels(kernel: str, tiles: Tiles, M: int, DP: int, dtype: str, chip
         pairs = (squares + above) * edge * edge
         flops, formed = 2 * pairs * DP * parts, pairs / (block_m * block_n)
         operands, cache = flops * (1 / min(block_m, 128) + 1 / block_n), formed * (block_m + block_n) * row
-        cache += squares**2 * edge * edge * width  # every square of G
+        cache += squares**2 * edge * edge * width  # every square of G is written
         return Work(flops, pairs, operands, cache, memory, formed, (chunks,), launches)
     pairs = squares**2 * edge * edge
     flops, programs = 2 * pairs * DP * parts, pairs / edge / block_m * DP / block_d
@@ -214,8 +222,8 @@ def _work_of_panels(kernel: str, tiles: Tiles, M: int, DP: int, dtype: str, chip
 
 
 def around(M: int, DP: int, dtype: str, chip: Chip, finished: bool) -> float:
-    """Return the seconds of memory traffic and launches for packing, finishing and weighting the rows, and for
-    unpacking the gradient."""
+    """Return the seconds that the kernels without products take for memory traffic and launches. They pack, finish and
+    weight the rows, and unpack the gradient."""
     rates, width = chip.known_rates, 2 if dtype == "bf16" else 4
     read = M * DP * (2 * 2 * width + width)  # a row and its positive are read twice, the row is written once
     back = M * DP * (4 + 2 * width + 4)
@@ -225,8 +233,11 @@ def around(M: int, DP: int, dtype: str, chip: Chip, finished: bool) -> float:
 def predict(
     target: str, n: int, d: int, dtype: str, gemm: float | None = None
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Return the milliseconds of each kernel with products, of all other kernels ("around"), of the forward, of both
-    passes and of one product u u^T ("u"); and the bottleneck of each kernel with products."""
+    """Return times in milliseconds, and the bottleneck of each kernel with products.
+
+    There is a time for each kernel with products, for all other kernels ("around"), for the forward, for forward and
+    backward ("both"), and for one product u u^T ("u"). `gemm` is a measured matrix rate in flops per second.
+    """
     from fastntxent.backends.triton import config, pack
 
     chip, M, DP = CHIPS[target], 2 * n, pack.padded_features(d)

@@ -1,13 +1,14 @@
-"""The model of the CUDA kernel: one launch for a small batch, phase by phase.
+"""The predicted time of the CUDA kernel, which runs all phases of a small batch in one launch.
 
-A block runs its tasks one after the other; between phases it waits BARRIER for the grid. A task loops over tiles of
-columns, one chunk of features per step. The times are
+In each phase a block runs its tasks one after the other. Between two phases, the blocks wait for each other at a
+barrier, which takes BARRIER. A task loops over tiles of columns, and a tile loops over steps of one chunk of features
+each. The time of a task is the sum of
 
-    step     the longest of its instructions, its products, its bytes from the L2 cache, and its latency. The
-             latency is a barrier, a wait for copies and a load from shared memory (SYNC each), then four products that
-             add to the same sums (PRODUCT each)
-    tile     the part outside its steps: exponentials and, in the gradient, the second product
-    task     the part outside its tiles, and two dependent loads (LOAD each) before them
+    steps    for each step, the longest of four times: of its instructions, of its products, of its bytes from the L2
+             cache, and of its latency. The latency is that of a barrier, a wait for copies and a load from shared
+             memory (SYNC each), and then of four products that add to the same sums (PRODUCT each)
+    tiles    for each tile, the part outside its steps: exponentials and, in the gradient, the second product
+    rest     the part outside the tiles, and two dependent loads (LOAD each) before the first tile
 
 Instructions are counted in the built module (sass.py). PRODUCT is the latency of m16n8k16, 32 to 33 cycles on A100 and
 H100 (Luo et al., arXiv 2402.13499). BARRIER is the time of a cooperative-groups grid barrier on a V100 (Zhang et al.,
@@ -27,15 +28,24 @@ from .chips import CHIPS, Chip
 from .limits import FIRST, GEMM, LAUNCH, LOAD, SYNC, Time, fill, longest
 
 PRODUCT = 33  # cycles
-BARRIER, BARRIERS = 1.5e-6, 3  # seconds; after packing, after the sums and after finishing the rows
+BARRIER, BARRIERS = 1.5e-6, 3  # seconds, number: after packing, the sums, and finishing the rows
 # As in csrc/cuda/arguments.h.
 ROWS, CHUNK, GROUP, MOST_COL_SHARES, COL_WARPS = 32, 64, 3, 16, 4
 
 
 class Plan(NamedTuple):
-    """How csrc/cuda/plan.h splits a call: the grid, the blocks that a multiprocessor holds at once, the shares of the
-    columns in the forward, and the chunks of features that a task of the gradient sums (`group`). `chunks`,
-    `row_blocks` and `tiles` are the numbers of chunks of features, of blocks of rows and of tiles of `cols` columns."""
+    """How csrc/cuda/plan.h splits a call.
+
+    Attributes:
+        grid: blocks of the launch.
+        held: blocks that a multiprocessor holds at once.
+        col_shares: tasks that share the columns of a block of rows in the forward.
+        group: chunks of features that a task of the gradient sums.
+        chunks: chunks of features of a row.
+        cols: columns of a tile.
+        row_blocks: blocks of rows.
+        tiles: tiles of columns.
+    """
 
     grid: int
     held: int
@@ -48,7 +58,8 @@ class Plan(NamedTuple):
 
 
 def plan(chip: Chip, registers: int, M: int, D: int, parts: int) -> Plan:
-    """Return the plan for M rows compared with themselves."""
+    """Return the plan for M rows compared with themselves. `parts` is 2 for float32, whose operands are two float16
+    parts, and 1 for other dtypes."""
     cols, chunks = 128 // parts, math.ceil(D / CHUNK)
     row_blocks, tiles = math.ceil(M / ROWS), math.ceil(M / cols)
 
@@ -78,8 +89,13 @@ def plan(chip: Chip, registers: int, M: int, D: int, parts: int) -> Plan:
 
 
 class Phase(NamedTuple):
-    """The forward's sums or the gradient: tasks of all blocks, tiles per task, and chunks of features that a task sums
-    (0 in the forward)."""
+    """A phase with products: the forward's sums, or the gradient.
+
+    Attributes:
+        tasks: tasks of all blocks.
+        tiles: tiles of a task.
+        summed: chunks of features that a task of the gradient sums; 0 in the forward.
+    """
 
     tasks: int
     tiles: int
@@ -87,7 +103,7 @@ class Phase(NamedTuple):
 
 
 def time_of_phase(task: sass.Region, phase: Phase, cut: Plan, chip: Chip, parts: int) -> Time:
-    """Return the seconds of a phase, and the bottleneck of its steps."""
+    """Return the seconds of a phase, and the bottleneck of its steps. `task` is the machine code of a task."""
     rates = chip.known_rates
     tile = task.loop
     assert tile is not None
@@ -107,7 +123,7 @@ def time_of_phase(task: sass.Region, phase: Phase, cut: Plan, chip: Chip, parts:
         "latency": 3 * SYNC + CHUNK // 16 * PRODUCT,
     }
     of_step = longest(limits)
-    share = phase.summed / GROUP  # of the second product: its machine code is for GROUP chunks
+    share = phase.summed / GROUP  # the part of the second product that runs: its machine code is for GROUP chunks
     rest = tile.ways[round(tile.counts["tensor"] * share)]
     second = cut.cols // COL_WARPS // 16 * PRODUCT if phase.summed else 0
     of_tile = max(slots(rest), tile.flops * share * WARPS * blocks / of_product) + second
@@ -117,13 +133,17 @@ def time_of_phase(task: sass.Region, phase: Phase, cut: Plan, chip: Chip, parts:
 
 
 def predict(target: str, n: int, d: int, dtype: str) -> tuple[dict[str, float], dict[str, str]]:
-    """Return the milliseconds of a loss and its gradient in one launch, by phase, and the bottleneck of each phase."""
+    """Return times in milliseconds, and the bottlenecks, of a loss and its gradient in one launch.
+
+    There is a time for each phase with products ("sums", "gradient"), for everything else ("around"), for the whole
+    launch ("both"), and for one product u u^T ("u").
+    """
     chip, M, parts = CHIPS[target], 2 * n, 2 if dtype == "fp32" else 1
     rates = chip.known_rates
     program, registers = built_kernel(target, "split" if parts == 2 else "bfloat")
     cut = plan(chip, registers, M, d, parts)
     sides = sorted((loop for loop in program.inner if loop.tensor), key=lambda loop: loop.tensor)
-    tasks = [loop.loop for loop in sides if loop.loop]  # one per side
+    tasks = [loop.loop for loop in sides if loop.loop]  # each phase has a loop over sides, with a loop over tasks in it
     assert len(tasks) == 2, "the machine code is not a forward's sums and a gradient"
     groups = math.ceil(cut.chunks / cut.group)
     phases = {
@@ -134,7 +154,8 @@ def predict(target: str, n: int, d: int, dtype: str) -> tuple[dict[str, float], 
         name: time_of_phase(task, phase, cut, chip, parts)
         for task, (name, phase) in zip(tasks, phases.items(), strict=True)
     }
-    # Packing, finishing the rows and the totals: each instruction once, and first loads from memory and from the cache.
+    # Packing, finishing the rows and the totals take each of their instructions once. They also wait for loads from
+    # memory (FIRST) and from the L2 cache (LOAD).
     others = sum(loop.total([], lambda region: region.instructions) for loop in program.inner if not loop.tensor)
     cycles = (program.instructions + others) * WARPS / sass.SCHEDULERS + FIRST + 6 * LOAD
     times = {name: time.seconds for name, time in found.items()}

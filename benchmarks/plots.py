@@ -28,7 +28,7 @@ def draw(times: SuiteRecord, memory: SuiteRecord, folder: Path) -> None:
     floor = [(result["n"], result["floor_ms"]) for result in results]
 
     rows = sorted((row for row in memory["results"] if row["d"] == D), key=lambda row: row["n"])
-    # A few pages are noise, and a logarithmic axis has no zero.
+    # Points up to 64 KiB are left out: a few pages are noise, and a logarithmic axis has no zero.
     mib: Lines = {
         name: [(r["n"], r["extra_bytes"] / 2**20) for r in rows if r["loss"] == name and r["extra_bytes"] > 2**16]
         for name in COMPETITORS

@@ -10,8 +10,9 @@ from pathlib import Path
 from . import devices, instruction_set
 from .tables import TABLES, SuiteRecord, all_sets, sets_table
 
-# Each page's sections, and the suites that fill them; "devices" shows the records of `make gpu`. Suite "cpu" has one
-# record per instruction set: section "time" shows our kernel on every set, section "times" all losses.
+# The sections of each page, and the suite that fills each section. Section "devices" has no suite: it shows the records
+# of `make gpu`. Suite "cpu" has one record per instruction set. Section "time" shows our kernel on every set, and
+# section "times" shows all losses on every set.
 PAGES = {
     "docs/benchmarks.md": {
         "time": "cpu",
@@ -90,7 +91,7 @@ def read_suite(results: Path, suite: str) -> SuiteRecord:
 
 
 def read_sets(results: Path) -> list[SuiteRecord]:
-    """Return the records of suite `cpu`, the widest instruction set first."""
+    """Return the records of suite `cpu`, in the order of `instruction_set.NAMES`."""
     order = {f"cpu-{name}": place for place, name in enumerate(instruction_set.NAMES)}
     paths = sorted(results.glob("cpu*.json"), key=lambda path: (order.get(path.stem, len(order)), path.name))
     if not paths:

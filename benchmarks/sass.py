@@ -1,16 +1,21 @@
 """Costs of a compiled kernel on a multiprocessor, read from its machine code (SASS). No GPU is needed.
 
-`program` reads a cubin with Triton's nvdisasm; `programs` reads every kernel of a CUDA module with cuobjdump. A program
-is a region of code: the instructions that one warp executes once, and the loops among them, which are regions again.
+`program` reads the kernel of a cubin with Triton's nvdisasm. `programs` reads every kernel of a CUDA module with
+cuobjdump. Both return regions of code (`Region`). The region of a kernel has the instructions that a warp executes
+once, and the loops. Each loop is again a region, with the instructions of one iteration.
 
-    issue slots of a tile     instructions per warp in the loop, times the program's warps, divided by 4: a
-                              multiprocessor has 4 schedulers, and each issues one instruction of one warp per cycle
-    tensor cycles of a tile   its flops, divided by the flops per cycle of a multiprocessor's matrix units (chips.py)
+The instructions of the innermost loop give two lower bounds for the cycles of an iteration, which processes a tile or a
+chunk of its features:
 
-A tile cannot take fewer cycles than either of these. Where code branches, a region takes the path with the most work
-for the matrix units, or the shortest if there are several. This leaves out masks that few tiles need, spin-waits, slow
-paths of a division and code for diverged warps. `most` is the longest of these paths, for a tile that needs its mask.
-Predicated instructions count, since they are issued whether or not they have an effect.
+    issue slots      instructions per warp, times the warps of a program (a thread block), divided by 4. A
+                     multiprocessor has 4 schedulers, and each issues one instruction of one warp per cycle
+    tensor cycles    flops, divided by the flops per cycle of a multiprocessor's matrix units (chips.py)
+
+If the code of a region branches, only one path is counted: the one with the most work for the matrix units, and if
+several have the same work, the shortest of these. So masks that few tiles need, spin-waits, slow paths of a division
+and code for diverged warps are not counted. `Region.most` is different: of the paths with the most work, it counts the
+longest, for a tile that needs its mask. Predicated instructions are always counted, since they are issued whether or
+not they have an effect.
 """
 
 from __future__ import annotations
@@ -49,13 +54,18 @@ _WARP_DEPTH = re.compile(r"HMMA\.168(8|16)")  # 16 rows, 8 columns, and 8 or 16 
 
 
 class Region(NamedTuple):
-    """A program or one of its loops, without its inner loops unless stated otherwise. `counts`: instructions that a
-    warp executes once, by kind. `shared`: cycles for its accesses to shared memory, at 128 bytes per cycle, and for its
-    shuffles. `flops`: flops of the matrix units per warp. `inner`: the inner loops, in order. `most`: instructions of
-    the longest path, with each inner loop counted once. `ways`: for each possible number of matrix instructions on a
-    path, the fewest instructions of such a path.
+    """The code of a kernel, or of one iteration of a loop. The figures are for one warp, on the path that the module's
+    docstring describes. They leave out inner loops unless stated otherwise.
 
-    Products with tcgen05 are missing in `shared` and `flops`, because the machine code does not show their shape."""
+    Attributes:
+        counts: instructions by kind.
+        shared: cycles that shared memory needs: for accesses, at 128 bytes per cycle, and for shuffles. Products with
+            tcgen05 are missing, because the machine code does not show their shapes.
+        flops: flops of the matrix units. Products with tcgen05 are missing here too.
+        inner: the inner loops, in order.
+        most: instructions on the longest of the paths with the most work, including one iteration of each inner loop.
+        ways: fewest instructions of a path, for each number of matrix instructions that a path may have.
+    """
 
     counts: Counter[str]
     shared: float
@@ -71,19 +81,19 @@ class Region(NamedTuple):
 
     @property
     def tensor(self) -> int:
-        """Matrix instructions, with each inner loop counted once."""
+        """Matrix instructions, including one iteration of each inner loop."""
         return self.counts["tensor"] + sum(loop.tensor for loop in self.inner)
 
     @property
     def work(self) -> tuple[float, int]:
-        """Flops (for tcgen05: matrix instructions) and exponentials, with each inner loop counted once."""
+        """Flops (for tcgen05: matrix instructions) and exponentials, including one iteration of each inner loop."""
         products = (self.flops or self.counts["tensor"]) + sum(loop.work[0] for loop in self.inner)
         return products, self.counts["exp"] + sum(loop.work[1] for loop in self.inner)
 
     @property
     def loop(self) -> Region | None:
-        """The inner loop with the most work, and among equals with the fewest instructions. None if no inner loop has
-        products."""
+        """The inner loop with the most work. If several have the same work, the one with the fewest instructions. None
+        if no inner loop has products."""
         busy = [loop for loop in self.inner if loop.tensor]
         return max(
             busy, key=lambda loop: (loop.work, -loop.total([], lambda region: region.instructions)), default=None
@@ -91,22 +101,27 @@ class Region(NamedTuple):
 
     @property
     def depth(self) -> int:
-        """The number of loops in the chain `self.loop`, `self.loop.loop` and so on."""
+        """The length of the chain of nested loops `self.loop`, `self.loop.loop` and so on."""
         return 0 if self.loop is None else 1 + self.loop.depth
 
     @property
     def main(self) -> Region:
-        """The innermost loop of that chain (see `depth`): a tile, or a chunk of its features."""
+        """The last loop of the chain of `depth`, or this region if the chain is empty. An iteration of the last loop
+        processes a tile, or a chunk of its features."""
         return self if self.loop is None else self.loop.main
 
     def slots(self, num_warps: int) -> float:
-        """Return the issue slots that a program's warps take on each scheduler."""
+        """Return the issue slots that a program with this number of warps takes on each scheduler."""
         return self.instructions * num_warps / SCHEDULERS
 
     def total(self, trips: Iterable[float], of: Callable[[Region], float]) -> float:
-        """Return the sum of a figure over everything executed. `trips` are the iterations of the busiest loop, the
-        busiest loop inside it, and so on. Loops without products run once; other loops (tiles with a mask) do not
-        run."""
+        """Return the sum of a figure over everything that a warp executes in this region.
+
+        `of` returns the figure of a single region without its inner loops. `trips` are the numbers of iterations of the
+        loops in the chain of `depth`, outermost first. If there are too few numbers, the remaining loops of the chain
+        run once. Loops without products run once too. All other loops process tiles that need a mask, and are assumed
+        not to run.
+        """
         first, *rest = trips = [*trips] or [1.0]
         found = of(self)
         for loop in self.inner:
@@ -146,10 +161,11 @@ def parse(text: str) -> Region:
 
 
 def _region(graph: Graph, first: int | None) -> Region:
-    """Return the loop that begins with block `first`, or the whole program if `first` is None."""
+    """Return the loop that begins with block `first`, or the whole kernel if `first` is None."""
     members = {*graph.after} if first is None else graph.loops[first]
     begin = 0 if first is None else first
-    node_of = {block: block for block in members}  # each block, or the first block of the inner loop that contains it
+    # Block -> its node: the block itself or, for a block in an inner loop, the first block of this loop.
+    node_of = {block: block for block in members}
     inner: dict[int, Region] = {}
     for other, inside in graph.loops.items():
         if other != first and inside <= members and node_of[other] == other and other not in inner:
@@ -165,14 +181,19 @@ def _region(graph: Graph, first: int | None) -> Region:
         after[node].discard(node)
 
     def worth(node: int) -> tuple[tuple[float, int], int]:
-        """Return the work and the fewest instructions of a node, with an inner loop run once. Exponentials distinguish
-        loops over tiles of two sizes. Outside loops they do not count, since a path with more of them is not better."""
+        """Return the work and the fewest instructions of a node: a block, or one iteration of an inner loop.
+
+        The exponentials of an inner loop count as work. With tcgen05, loops over tiles of two sizes may have equally
+        many matrix instructions, and only the exponentials show which tile is larger. The exponentials of a block do
+        not count, since they do not show that a path does more for the matrix units.
+        """
         if node in inner:
             return inner[node].work, int(inner[node].total([], lambda region: region.instructions))
         code = graph.blocks[node]
         return (sum(map(_flops, code)) or _kinds_of(code)["tensor"], 0), len(code)
 
     def most(node: int) -> tuple[tuple[float, int], int]:
+        """Return the work and the negative of the most instructions, so that the shortest path is the longest."""
         return worth(node)[0], -(inner[node].most if node in inner else len(graph.blocks[node]))
 
     def own(way: Way) -> list[str]:
@@ -199,8 +220,11 @@ def _kind(instruction: str) -> str:
 
 
 def _shared(instruction: str) -> float:
-    """Return cycles of shared memory without conflicts, at 128 bytes per cycle. The operands of a warpgroup's product
-    (64 rows; the first operand only if it is not in registers) are split evenly over its four warps."""
+    """Return the cycles that shared memory needs for a warp's instruction, at 128 bytes per cycle without conflicts.
+
+    A warpgroup's product reads its columns from shared memory, and also its 64 rows unless they are in registers. Each
+    of the four warps is assigned a quarter of these cycles.
+    """
     name = opcode(instruction)
     if name == "HGMMA":
         shape = _WARPGROUP_SHAPE.search(instruction)
@@ -219,7 +243,8 @@ def _shared(instruction: str) -> float:
 
 
 def _flops(instruction: str) -> float:
-    """Return flops of the matrix units per warp. A warpgroup's product is split evenly over its four warps."""
+    """Return the flops of a warp's instruction in the matrix units. Each of a warpgroup's four warps is assigned a
+    quarter of the flops of its product."""
     if shape := _WARPGROUP_SHAPE.search(instruction):
         return 2 * math.prod(map(int, shape.groups())) / 4
     depth = _WARP_DEPTH.search(instruction)

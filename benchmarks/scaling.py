@@ -58,8 +58,8 @@ def _over_threads(name: str, arguments: argparse.Namespace) -> tuple[list[dict[s
 
 
 def _predicted(name: str, n: int, d: int, first: int, count: int) -> float | None:
-    """Return the simulated speed-up relative to the first number of threads, or None if the loss does not use the C++
-    kernels, which alone have a schedule."""
+    """Return the simulated speed-up relative to the first number of threads. Return None for a loss that does not use
+    the C++ kernels, because only these have a schedule."""
     if name != "cpu" or instruction_set.in_use() is None:
         return None
     problem = schedule.two_views(n, d)

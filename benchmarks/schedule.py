@@ -1,12 +1,17 @@
 """Suite `schedule`: predicted speed-ups of the CPU kernels on more threads, from a simulation of their schedule.
 
-The kernels themselves report how a call is split and in which order its tasks are taken (`_cpu.schedule`,
-csrc/cpu/schedule.h). The threads are simulated event by event, following csrc/cpu/team.h: enter a phase, take the next
-index, wait for the turns of the task's two blocks, compute, leave. `Costs` holds the duration of each event.
+The compiled kernels report how they cut a call into tasks, and the order of the tasks (`_cpu.schedule`,
+csrc/cpu/schedule.h). A task is a block of rows against a block of columns. Tasks that share a block add to the same
+sums, so each task waits for its turn at both of its blocks.
 
-The prediction is optimistic: the cores do not share memory bandwidth, cache or a power budget, and fresh pages cost
-nothing. If a real machine is slower than predicted, look for one of these. If the prediction itself falls short of the
-number of threads, the schedule is at fault.
+The threads are simulated event by event, following csrc/cpu/team.h. In each phase of a call, a thread enters and takes
+the index of the next task. It waits for the task's turns, computes the task, and takes another index. When there are no
+more, it leaves. (In some phases, the index is that of a few rows instead of a task.) `Costs` has the duration of each
+event.
+
+The prediction is optimistic. In the simulation, cores do not compete for memory bandwidth, cache or power, and newly
+allocated pages cost nothing. If a real machine is slower than predicted, look for one of these causes. If the predicted
+speed-up itself is below the number of threads, the schedule is at fault.
 """
 
 from __future__ import annotations
@@ -16,8 +21,10 @@ import heapq
 from collections.abc import Callable
 from typing import NamedTuple
 
-Block = tuple[int, str, int]  # slab, side, first row or column
-Turns = tuple[tuple[Block, int], ...]
+# A block of rows or columns: slab, side, first row or column. If one side is much longer, it is divided into slabs, and
+# each slab has its own sums for the blocks of the shorter side.
+Block = tuple[int, str, int]
+Turns = tuple[tuple[Block, int], ...]  # the blocks of a task, each with the task's turn at that block
 
 THREADS = (1, 2, 4, 8, 16, 32, 64)
 GRID = (256, 1024, 4096, 16384)
@@ -30,9 +37,10 @@ class Costs(NamedTuple):
     """Nanoseconds on one core, for float32 and AVX-512.
 
     The first group is a least-squares fit to the one-thread times in benchmarks/results/cpu-avx512.json. The model
-    reproduces them within 6 %, from N = 16 to 4,096 and D = 128 to 2,048. The second group is counted: 15 to 20 ns for
-    exp or log in double precision, 1 to 2 ns for a number read or written. The third has the magnitude of published
-    latencies: 50 to 150 ns between two cores of one processor, and a few microseconds for a parallel region of OpenMP.
+    reproduces these times within 6 %, from N = 16 to 4,096 and D = 128 to 2,048. The second group follows from a count
+    of operations: 15 to 20 ns for exp or log in double precision, and 1 to 2 ns for a number read or written. The third
+    group has the magnitude of published latencies: 50 to 150 ns between two cores of one processor, and a few
+    microseconds for a parallel region of OpenMP.
     """
 
     call: float = 130_000  # Python, autograd and memory, independent of the size
@@ -58,7 +66,8 @@ COSTS = Costs()
 
 
 class Problem(NamedTuple):
-    """The sizes of a call that computes a loss and its gradients. `cols` is 0 if the columns are the rows."""
+    """The sizes of a call that computes a loss and its gradients. `cols` is 0 if the columns are the rows.
+    `gathers_cols` is whether the columns get a gradient."""
 
     name: str
     rows: int
@@ -106,10 +115,10 @@ class Cut(NamedTuple):
     """How the kernels split a call."""
 
     threads: int
-    edge: int
-    block_tiles: int
-    rows_per_take: int  # taken by a thread at a time in a phase over rows
-    cols_per_take: int
+    edge: int  # rows and columns of a tile
+    block_tiles: int  # tiles of a block in each direction
+    rows_per_take: int  # rows that a thread takes at a time, in a phase over rows
+    cols_per_take: int  # the same, in a phase over the columns
     slabs: int
     tasks: list[Task]
 
@@ -177,10 +186,11 @@ class SimulatedTeam:
     def _phase(
         self, count: int, work: Callable[[int], tuple[float, Turns]], busy_of: list[float] | None = None
     ) -> None:
-        """Simulate Team::each: every free thread takes the next index in order, and thread 0 leads.
+        """Simulate Team::each: every free thread takes the next index in order, and thread 0 is the leader.
 
-        All threads write to two cache lines, one thread at a time: the line of the next index, and the team's line,
-        where helpers register and sign off and the leader closes the phase.
+        All threads write to two cache lines, and only one thread at a time can write to a line. One line has the next
+        index. The other is the team's line, in which helpers count themselves in and out, and the leader closes the
+        phase.
         """
         alone = self.threads == 1 or count <= 1
         line, hand_over = (0.0, 0.0) if alone else (self.costs.line, self.costs.hand_over)
@@ -224,7 +234,8 @@ class SimulatedTeam:
 
 
 class Prediction(NamedTuple):
-    """A call's predicted time, and how its threads spend it: `computing` and `waiting` are shares of all their time."""
+    """A call's predicted time, and how its threads spend it. `computing` and `waiting` are shares of the time of all
+    threads together."""
 
     ms: float
     edge: int  # of a tile
@@ -232,11 +243,12 @@ class Prediction(NamedTuple):
     computing: float
     waiting: float  # for turns
     serial: float  # share of the call's time in which one thread works alone, outside the phases
-    balance: float  # work on tiles: mean of the threads / maximum
+    balance: float  # a thread's time on tiles: mean over the threads / maximum
 
 
 def simulate(problem: Problem, threads: int, costs: Costs = COSTS) -> Prediction:
-    """Return the prediction for loss and gradients in one call: the phases of csrc/cpu/loss.cpp in their order."""
+    """Return the prediction for a call that computes a loss and its gradients. The phases are those of
+    csrc/cpu/loss.cpp, in the same order."""
     of = cut(problem, threads)
     team = SimulatedTeam(of.threads, costs)
     d = problem.d
@@ -288,9 +300,9 @@ def simulate(problem: Problem, threads: int, costs: Costs = COSTS) -> Prediction
 def _durations(problem: Problem, of: Cut, costs: Costs) -> tuple[list[float], list[float]]:
     """Return the nanoseconds of every task in the forward and in the backward.
 
-    A task that does both in one pass takes the sum.
+    If one pass does both, a task takes the sum.
     """
-    kept = _workspace(problem) // 4 // of.edge**2
+    kept = _workspace(problem) // 4 // of.edge**2  # tiles whose exponentials the forward stores for the backward
     forward, backward = [], []
     for task in of.tasks:
         first = second = 0.0
@@ -311,7 +323,7 @@ def _durations(problem: Problem, of: Cut, costs: Costs) -> tuple[list[float], li
 
 
 def _workspace(problem: Problem) -> int:
-    """Return the largest number of bytes of exponentials that a call may keep."""
+    """Return the largest number of bytes of exponentials that a call may store between forward and backward."""
     from fastntxent.backends import cpu
 
     if problem.symmetric:

@@ -1,13 +1,16 @@
 """Suite `tune`: the Triton backend's table of tiles, from measurements on this GPU or, with --predict, from the model.
 
-There is an entry for every kernel, feature width, and class of rows and features. Its candidates are the tiles that the
-compiler fits into the chip without a spill, at most --most of them, the fastest by the model. They are timed in turn,
-as part of the forward or the backward that they serve. The fastest enters the table, and the ten shortest times enter
-the results. (With --predict nothing is timed; of the tiles that are about as fast as the fastest, the largest enters
-the table.) Where two kernels can serve a class, the entry of the preferred one (`direct`, `fused`) is null if its rival
-(`owned`, the panels) was faster in the same run. A candidate whose result differs from that of the current tile is an
-error. The suite runs once per kind of device, and the package ships the resulting table; nothing is tuned during
-training.
+The table has an entry for every kernel, number of bytes per feature, and class of rows and features. The candidates for
+an entry are tiles that compile without faults, such as spills, on this chip. Of these, the suite takes the --most
+fastest ones by the model. It times them in turn, each in a whole forward or backward. The fastest enters the table, and
+the ten shortest times enter the results. With --predict nothing is timed: among the tiles whose predicted times are
+within 3 % of the shortest, the largest enters the table.
+
+For some classes two kernels can do the same work. The entry of the preferred kernel (`direct`, `fused`) is null if its
+rival (`owned`; `form` with `gather`) was faster in the same run. A candidate whose result differs from that of the
+current tile is an error.
+
+The suite runs once per kind of device, and the package ships the resulting table. Nothing is tuned during training.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from .chips import CHIPS
 
 TABLE_PATH = Path("fastntxent/backends/triton/table.json")
 FEATURE_CLASSES = {64: 64, 128: 128, 256: 256, None: 768}  # upper bound of a class -> features that represent it
-ROW_CLASSES = {  # upper bounds of each kernel's classes of rows; a kernel's rival precedes it
+ROW_CLASSES = {  # upper bounds of each kernel's classes of rows; rivals come first, because `merge` needs their times
     "owned": (1024, None),
     "direct": (1024, None),
     "form": (2048, None),
@@ -184,7 +187,7 @@ def taking(kernel: str, tile: object) -> Iterator[None]:
 def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[str, str]]:
     """Tune, and return the results. With --write, update the table after each kernel, so that none is lost."""
     target = arguments.predict or _target()
-    measured = "" if arguments.predict else f"{torch.cuda.get_device_name()}, {json.dumps(machine.provenance())}"
+    measured = None if arguments.predict else f"{torch.cuda.get_device_name()}, {json.dumps(machine.provenance())}"
     results: list[dict[str, object]] = []
     best: Best = {}
     for kernel in [kernel for kernel in ROW_CLASSES if kernel in (arguments.kernels or ROW_CLASSES)]:
@@ -228,11 +231,16 @@ def line(result: dict) -> str:
     return f"{size}: {result['tile']} of {times}"
 
 
-def merge(table: dict, family: str, kernel: str, best: Best, measured: str) -> None:
-    """Replace the family's entries for a kernel. Entries are ordered by rows, then by features. An entry is null if no
-    tile fits or the kernel's rival was faster."""
+def merge(table: dict, family: str, kernel: str, best: Best, measured: str | None) -> None:
+    """Replace the family's entries for a kernel. `measured` names the GPU that timed them; None if none did.
+
+    Entries are ordered by rows, then by features. An entry is null if no tile fits or the kernel's rival was faster.
+    """
     of_family = table.setdefault(family, {"resembles": "large", "measured": {}})
-    of_family["measured"][kernel] = measured
+    if measured is None:
+        of_family["measured"].pop(kernel, None)
+    else:
+        of_family["measured"][kernel] = measured
     for dtype in ("bf16", "fp32"):
         entries = []
         for (name, of_dtype, rows, most), (s, tile) in best.items():

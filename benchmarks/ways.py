@@ -19,9 +19,13 @@ _ENDS = ("EXIT", "RET", "KILL")
 
 
 class Graph:
-    """Blocks of instructions without a branch inside, and the loops among them.
+    """The basic blocks of a kernel (instructions without a branch between them), and the loops among them.
 
-    loops: the blocks of each loop, by the loop's first block, the largest loop first."""
+    Attributes:
+        blocks: the instructions of each block.
+        after: the successors of each reachable block.
+        loops: the blocks of each loop, by the loop's first block. The largest loop comes first.
+    """
 
     def __init__(self, text: str):
         instructions, places = _listing(text)
@@ -79,8 +83,8 @@ def _starts(instructions: list[str], places: dict[str, int]) -> list[int]:
 
 
 def _successors(instructions: list[str], i: int, places: dict[str, int]) -> list[int]:
-    """Return the possible successors of an instruction. A branch of diverged warps is never taken. A call returns,
-    unless it is conditional: compilers also use conditional calls as branches."""
+    """Return the possible successors of an instruction. A branch for diverged warps is assumed never to be taken. A
+    call is assumed to return, except a conditional call, because compilers also use conditional calls as branches."""
     instruction, name = instructions[i], opcode(instructions[i])
     following = [i + 1] if i + 1 < len(instructions) else []
     guarded = instruction.startswith("@")
@@ -117,8 +121,8 @@ def _dominators(before: dict[int, set[int]]) -> dict[int, set[int]]:
 
 
 class Way(NamedTuple):
-    """A path through a region: its blocks and inner loops, and its length in instructions, to which each node adds the
-    length that `worth` returns for it."""
+    """A path through a region. Its steps are nodes, which are blocks or inner loops. Its length is the sum of the
+    lengths that `worth` returns for these nodes."""
 
     length: int
     steps: tuple[int, ...]

@@ -17,7 +17,7 @@ from sphinx.transforms import SphinxTransform
 from sphinx.util.docutils import SphinxDirective
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # this checkout, whatever is installed
+sys.path.insert(0, str(ROOT))  # import this checkout, even if another version is installed
 
 import fastntxent  # noqa: E402
 from fastntxent import options  # noqa: E402
@@ -49,14 +49,14 @@ myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
 myst_dmath_double_inline = True
 myst_heading_anchors = 4
 suppress_warnings = ["myst.header"]  # a page may leave out a level of headings
-highlight_language = "none"  # a block without a language is a formula, a folder or output
+highlight_language = "none"  # a block without a language is a formula, a list of files or output
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
 # --- mathematics
 
 # MathJax comes from the package django-static-mathjax, so formulas render without the network. If it is not installed,
-# Sphinx's default, a CDN, is used. tex-svg.js is one file with its glyphs in it: it loads no font and nothing else.
+# Sphinx's default, a CDN, is used. The file tex-svg.js contains its glyphs, so it loads no other file.
 _mathjax = importlib.util.find_spec("mathjax")
 for _folder in _mathjax.submodule_search_locations or () if _mathjax else ():
     _script = Path(_folder) / "static" / "mathjax" / "es5" / "tex-svg.js"
@@ -68,7 +68,7 @@ mathjax3_config = {"svg": {"scale": 0.92}}
 # --- docstrings
 
 autodoc_default_options = {"member-order": "bysource"}
-autodoc_inherit_docstrings = False  # a forward without words has none, rather than those of torch.nn.Module
+autodoc_inherit_docstrings = False  # otherwise a forward without a docstring shows torch.nn.Module's
 autosummary_generate = False
 autodoc_typehints = "signature"
 autodoc_type_aliases = {name: name for name, kind in vars(options).items() if get_origin(kind) is Literal}
@@ -81,15 +81,16 @@ napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 default_role = "py:obj"  # `nt_xent` in a docstring is a link; a name that is not documented stays code
 
-# Names that pages also use for other things, such as options: linked only as `fastntxent.verify` or `verify()`.
+# Pages also use these names for other things, such as options. So they are links only if they are written like
+# `fastntxent.verify` or `verify()`.
 AMBIGUOUS = {"alignment", "backends", "verify"}
 
 
 def tidy_docstring(app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
     """Make a docstring valid reStructuredText, before napoleon reads it.
 
-    Code that is no name becomes a literal, a bar of |x| does not start a substitution, and a list of arguments that is
-    wrapped before its colon becomes one line.
+    Text in single backquotes becomes a literal unless it is a name. The bars of |x| are escaped, so they do not start a
+    substitution. A list of argument names that is wrapped before its colon becomes one line.
     """
     text = re.sub(r"(?<![:`])`([^`]+)`(?!`)", _code, "\n".join(lines))
     tidied: list[str] = []
@@ -116,7 +117,7 @@ def _code(match: re.Match[str]) -> str:
 
 
 class LinkNames(SphinxTransform):
-    """Link the package's public names, where a page has them as code, to the reference."""
+    """Turn the package's public names into links to the reference, where a page writes them as code."""
 
     default_priority = 400
     name = re.compile(r"(?:fastntxent\.)?(\w+)(?:\(.*\))?")
@@ -124,7 +125,7 @@ class LinkNames(SphinxTransform):
     def apply(self) -> None:
         """Wrap each such literal in a reference."""
         if self.env.docname.startswith("api/"):
-            return  # its docstrings have references already
+            return  # the docstrings on these pages already have references
         for literal in list(self.document.findall(nodes.literal)):
             found = self.name.fullmatch(literal.astext())
             inside = (nodes.reference, pending_xref, nodes.title)
@@ -149,7 +150,10 @@ def _is_inside(node: nodes.Node, kinds: tuple[type[nodes.Node], ...]) -> bool:
 
 
 class CommandHelp(SphinxDirective):
-    """The `--help` of a command: the module of its `main`, then its arguments."""
+    """A directive that shows the `--help` of a command.
+
+    Its arguments are the module with the command's `main`, and then the arguments of the command.
+    """
 
     required_arguments = 1
     optional_arguments = 1

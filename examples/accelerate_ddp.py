@@ -39,7 +39,8 @@ def main() -> None:
         ],
         lr=1e-3,
     )
-    # The loss is not prepared: even without DDP, every rank gets the temperature's gradient for the whole batch.
+    # The loss is not passed to `prepare`, which would wrap it in DDP. That is not needed, because every rank already
+    # computes the temperature's gradient for the whole batch.
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
     torch.manual_seed(accelerator.process_index)  # different views on every rank

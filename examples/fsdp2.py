@@ -36,7 +36,8 @@ def main() -> None:
     for block in blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    # The loss is not sharded: even without FSDP, every rank gets the temperature's gradient for the whole batch.
+    # The loss is not sharded. It does not need FSDP, because every rank computes the temperature's gradient for the
+    # whole batch.
     loss_fn = fastntxent.NTXentLoss(temperature=0.2, learn_temperature=True, group=mesh).to(device)
     optimizer = torch.optim.AdamW(
         [

@@ -1,7 +1,7 @@
-"""Plain tensor algebra for the losses: unit rows, products of rows, row losses, and sums of logarithms.
+"""Plain tensor algebra for the losses: unit rows, products of rows, row losses, and log-sum-exps of two terms.
 
-Everything is differentiable tensor code in the accumulation dtype, float64 for float64 embeddings, else float32. Only
-`product` takes more than O(M D).
+Everything is differentiable tensor code. It computes in the accumulation dtype: float64 for float64 embeddings, else
+float32. Only `product` takes more than O(M D) time.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def norm_eps(dtype: torch.dtype) -> float:
-    """Return the smallest norm that a row is divided by: 1e-12, or in float16, where 1e-12 rounds to zero, the smallest
-    normal number."""
+    """Return the smallest norm that a row is divided by: 1e-12, or in float16 the smallest normal number, because 1e-12
+    would round to zero."""
     return torch.finfo(torch.float16).tiny if dtype == torch.float16 else NORM_EPS
 
 
@@ -41,8 +41,8 @@ def unit_rows(z: Tensor, normalize: bool = True) -> Tensor:
 def overflow_factor(u: Tensor, dtype: torch.dtype) -> Tensor | None:
     """Return a power of two for each row (..., 1), below 1 where the row's squares might overflow float32.
 
-    Scaling by it changes no bit of the unit rows, except in elements below 2^-106. Return None for float16, whose
-    squares do not overflow float32, and for float64, whose rows are not scaled.
+    Scaling a row by its factor changes no bit of the unit row, except in elements below 2^-106. Return None for
+    float16, whose squares do not overflow float32, and for float64, whose rows are not scaled.
     """
     if dtype in (torch.float16, torch.float64):
         return None
@@ -135,8 +135,8 @@ def swap_views(rows: Tensor) -> Tensor:
 
 
 def row_losses(neg_lse: Tensor, pos: Tensor) -> Tensor:
-    """Return softplus(nu - pi) with full relative accuracy at both ends; PyTorch's softplus is linear above 20."""
-    return 0 - F.logsigmoid(pos - neg_lse)  # the subtraction avoids a loss of -0
+    """Return softplus(nu - pi) with full relative accuracy. PyTorch's softplus would return nu - pi itself above 20."""
+    return 0 - F.logsigmoid(pos - neg_lse)  # a minus sign alone would turn a loss of 0 into -0
 
 
 def loss_weight(z_i: Tensor, mean: bool) -> float:

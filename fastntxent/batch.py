@@ -2,10 +2,11 @@
 
 A call opens one batch (opening.py), and the class of the batch says where the rows are: in this process, for the
 kernels (`LocalBatch`) or for the dense reference (`DenseBatch`), or spread across ranks (`distributed.ShardedBatch`). A
-loss is written with the methods of `Batch` and does not depend on the class. Columns, groups and sums cover all ranks.
+loss is written with the methods of `Batch` and does not depend on the class. Columns, groups and sums include the rows
+of all ranks.
 
-Results are in the accumulation dtype, float64 for float64 embeddings, else float32, and differentiable unless a method
-says otherwise.
+Results are in the accumulation dtype: float64 for float64 embeddings, else float32. They are differentiable unless a
+method says otherwise.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from .sides import CalledTeacher, Guide, Side, Teacher
 class Batch(ABC):
     """The rows of one call, and the reduction of its losses.
 
-    Methods take rows u (M, D) that come from `unit_rows`, and ids (M,), the group of each row. inv_tau is a number, or
-    (M,) where a method says so.
+    Methods take rows u (M, D) that come from `unit_rows`, and ids (M,), the group of each row. inv_tau is 1 / tau: a
+    number, or a tensor (M,) where a method says so.
     """
 
     def __init__(self, rows: Tensor, views: int, reduction: str, normalize: bool):
@@ -44,26 +45,26 @@ class Batch(ABC):
         return unit_rows(z, self.normalize)
 
     def inverse_temperature(self, temperature: float | Tensor, *, per_row: int | None = None) -> float | Tensor:
-        """Return 1 / temperature, checked. With `per_row` a tensor (per_row,), one temperature per row, is accepted
-        too."""
+        """Check the temperature and return 1 / temperature. If `per_row` is given, a tensor (per_row,) with one
+        temperature per row is accepted too."""
         return self._replicated(inverse_temperature(temperature, self.first, per_row=per_row))
 
     def logit_scale(self, logit_scale: float | Tensor, name: str = "logit_scale") -> float | Tensor:
-        """Return a logit scale, which replaces 1 / temperature, checked."""
+        """Check a logit scale, which replaces 1 / temperature, and return it."""
         return self._replicated(logit_scale_factor(logit_scale, self.first, name))
 
     def factor(self, value: float | Tensor) -> float | Tensor:
-        """Return any other number that multiplies logits, unchecked."""
+        """Return any other number that multiplies logits, without a check."""
         return self._replicated(factor(value, self.first))
 
     def bias(self, value: float | Tensor, name: str = "bias") -> Tensor:
-        """Return the bias, a number that is added to every logit, checked and as a 0-d tensor."""
+        """Check the bias, a number that is added to every logit, and return it as a 0-d tensor."""
         replicated = self._replicated(bias_of_logits(value, self.first, name))
         assert isinstance(replicated, Tensor)
         return replicated
 
     def _replicated(self, value: float | Tensor) -> float | Tensor:
-        """Return the number, which is the same on all ranks."""
+        """Return a number that is the same on all ranks. In a group its gradient is the mean over the ranks."""
         return value
 
     def beside(self, rows: Tensor) -> Batch:
@@ -71,7 +72,7 @@ class Batch(ABC):
         return type(self)(rows, 1, self.reduction, self.normalize)
 
     def in_tiles(self) -> Batch:
-        """Return this batch, but with log-sum-exps over logits that equal the logits of `soft_dots` bit for bit."""
+        """Return this batch, but with log-sum-exps whose logits equal the logits of `soft_dots` bit for bit."""
         return self
 
     @property
@@ -93,12 +94,12 @@ class Batch(ABC):
         return u
 
     def all_rows(self, u: Tensor) -> Tensor:
-        """Return the rows of the whole batch, without a gradient if it is spread across ranks."""
+        """Return the rows of the whole batch, without a gradient if the batch is spread across ranks."""
         return u
 
     def gather(self, x: Tensor) -> Tensor:
-        """Return x, one entry per sample (N, ...), with the entries of all ranks. The result has no gradient if the
-        batch is spread across ranks."""
+        """Return the entries of x on all ranks. x (N, ...) has one entry per sample of this rank. The result has no
+        gradient if the batch is spread across ranks."""
         return x
 
     # --- log-sum-exps -----------------------------------------------------------------------------------------------
@@ -213,7 +214,7 @@ class Batch(ABC):
 
     @abstractmethod
     def positive_sum(self, u: Tensor, ids: Tensor, inv_tau: float | Tensor, nu: Tensor) -> Tensor:
-        """Return the sum of log(1 + exp(nu - logit)) over the other rows of the row's id (M,)."""
+        """Return, for each row, the sum of log(1 + exp(nu - logit)) over the other rows with its id (M,)."""
 
     @abstractmethod
     def softplus_sums(
@@ -236,10 +237,11 @@ class Batch(ABC):
 
     @abstractmethod
     def soft_dots(self, rows: Side, cols: Side, teacher: Teacher | CalledTeacher) -> tuple[Tensor, Tensor]:
-        """Return the expectation of u_i . v_j under the teacher, over the pairs of different groups.
+        """Return the teacher's expectations of u_i . v_j over the pairs of different groups, per row and per column.
 
-        For each row it is the sum over the columns of p_ij u_i . v_j (M,), with p_ij the teacher's softmax of the row
-        over all columns; for each column it is the same over the rows (K,).
+        A row's expectation (M,) is the sum over the columns of p_ij u_i . v_j, where p_ij is the teacher's softmax of
+        row i over all columns. A column's expectation (K,) is the sum over the rows, with the teacher's softmax of the
+        column over all rows.
         """
 
     # --- sums and losses --------------------------------------------------------------------------------------------
@@ -249,7 +251,7 @@ class Batch(ABC):
         return x.sum()
 
     def sum_of_ranks(self, x: Tensor) -> Tensor:
-        """Return a sum over this rank's rows, of any shape, added up across all ranks."""
+        """Return the sum of x across all ranks. x, of any shape, is a sum over this rank's rows."""
         return x
 
     def log_sum_exp(self, x: Tensor) -> Tensor:
@@ -280,7 +282,8 @@ class Batch(ABC):
         """Return the reduced NT-Xent with limits from one call that also forms its gradient, or None if there is no
         such call.
 
-        The sum of a row includes negatives up to limit_scale times the similarity to its positive, plus limit_shift.
+        The sum of a row includes the negatives whose similarity is at most limit_scale * s_pos + limit_shift, where
+        s_pos is the row's similarity to its positive.
         """
         return None
 
@@ -314,7 +317,7 @@ class Batch(ABC):
         return None
 
     def neg_lse_less(self, u: Tensor, ids: Tensor, inv_tau: float | Tensor, mean: Tensor, counted: Tensor) -> Tensor:
-        """Return nu - mean for the rows that are counted and 0 for the others, reduced over the counted rows."""
+        """Return nu - mean for the counted rows and 0 for the other rows, reduced over the counted rows."""
         losses = self.neg_lse(u, ids, inv_tau) - mean
         return self.reduce(losses.masked_fill(~counted, 0), counted=counted)
 

@@ -2,9 +2,10 @@
 
 A contrastive loss does not split into a sum over rows: every row is a negative of every other row. But once the
 gradient of the loss with respect to the *embeddings* is known, the encoder's part of the chain rule is a sum over rows
-and does split. So: encode in chunks without a graph, form the loss and its gradient on all embeddings, then encode each
-chunk again with a graph and backpropagate the chunk's part of the embeddings' gradient. Gao et al., "Scaling Deep
-Contrastive Learning Batch Size under Memory Limited Setup", 2021.
+and does split. So the first pass encodes the batch in chunks, without a graph. Then the loss and its gradient are
+computed on all embeddings. The second pass encodes each chunk again, with a graph, and backpropagates the chunk's part
+of the embeddings' gradient. The method is from Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory
+Limited Setup", 2021.
 """
 
 from __future__ import annotations
@@ -41,15 +42,15 @@ def cached_backward(
     batch, with one exception: a layer that mixes rows, such as BatchNorm in training mode, sees one chunk instead of
     the whole batch.
 
-    - State is restored. It consists of registered buffers, and of the tensors, NumPy arrays, numbers and generators
-      among the attributes of the encoder and its submodules, including those inside lists, tuples, dictionaries, sets
-      and deques. It makes no difference whether a forward updates them in place or assigns new ones. The objects keep
-      their identity.
+    - State is restored: registered buffers, and the tensors, NumPy arrays, numbers and generators among the attributes
+      of the encoder and its submodules. Lists, tuples, dictionaries, sets and deques among the attributes are searched
+      too. It makes no difference whether a forward updates the state in place or assigns new objects. A restore writes
+      the old values into the original objects, so references to these stay valid.
     - Random numbers are repeated for the global generators of PyTorch (on the CPU and on every device of a parameter,
       buffer or view), Python and NumPy, and for generators among the attributes.
-    - Other changes are not undone before the second pass: a forward's changes to parameters (so update a momentum
-      encoder outside the encoder), to objects of other classes, and to anything outside the encoder, for example in a
-      hook. If the second pass gives clearly different embeddings, an error is raised.
+    - Other changes are not undone before the second pass: a forward's changes to parameters, to objects of other
+      classes, and to anything outside the encoder, for example in a hook. So do not update a momentum encoder in the
+      encoder's forward. If the second pass gives clearly different embeddings, an error is raised.
 
     Memory holds the activations of one chunk, the embeddings of the whole batch, and copies of the encoder's state. If
     the call is under autocast, both passes run under autocast. The encoder may use `torch.utils.checkpoint`, with
@@ -61,16 +62,17 @@ def cached_backward(
     Args:
         encoder: A module that maps n rows to (n, D) embeddings, or a list of modules, one per view, such as CLIP's two
             towers; a module may appear several times. Under DistributedDataParallel the gradients are synchronised
-            once, in the last chunk. If that chunk does not use all parameters (one tower per view in a single module),
-            set find_unused_parameters=True. Under `fully_shard` every chunk reduces its gradients, so no rank holds
-            more than its shard of them. A frozen encoder runs once, unless it shares state with one that is not frozen.
+            once, in the last chunk. If that chunk does not use all parameters, as with a single module that holds one
+            tower per view, set find_unused_parameters=True. Under `fully_shard` every chunk reduces its gradients, so
+            no rank holds more than its shard of them. A frozen encoder runs once, unless it shares state with one that
+            is not frozen.
         views: One input per view of the batch: a tensor of any dtype, or mappings (such as Hugging Face's
             BatchEncoding), lists, tuples and dataclasses of tensors, nested to any depth. Every tensor has the batch
             along its first dimension and is cut into the same chunks; 0-d tensors and objects of other types go into
             every chunk unchanged. Inputs get no gradient, and the encoder works on copies of them.
-        loss_fn: A function of one (N, D) tensor of embeddings per view that returns a scalar. Its own parameters (a
-            learnable temperature) get their gradients too. For half precision, scale the loss here, with `lambda *z:
-            scaler.scale(loss(*z))` for a GradScaler, and call `scaler.step` and `scaler.update` afterwards.
+        loss_fn: A function of one (N, D) tensor of embeddings per view that returns a scalar. Its own parameters, such
+            as a learnable temperature, get their gradients too. With a GradScaler for half precision, pass
+            `lambda *z: scaler.scale(loss(*z))`, and call `scaler.step` and `scaler.update` afterwards.
         chunk_size: The number of rows of a view that the encoder sees at once, at least 1; or a list with the number of
             rows in each chunk, which add up to the rows of a view; or one such list per view. A chunk never mixes
             views. An encoder that mixes rows across ranks, or one under `fully_shard`, needs the same number of chunks
@@ -80,7 +82,8 @@ def cached_backward(
             numbers of chunks, which `fully_shard` does not allow.
         lengths: How `chunk_tokens` counts tokens: the key (or attribute) of a mask, (N, ...), with a nonzero element
             for each token; or a function that takes a view and returns N integers; or a list of these, one per view. If
-            the encoder also computes padding tokens, every row costs the padded width, so return that width.
+            the encoder also computes padding tokens, every row costs the padded width: pass a function that returns
+            this width for each row.
         unpack: True calls the encoder as `encoder(**view)` if the view is a mapping, which is how Hugging Face's models
             are called, and as `encoder(*view)` if it is a list or tuple. In all other cases the view is passed as one
             argument.
@@ -88,8 +91,9 @@ def cached_backward(
             of such mappings, one per view.
         output: Which part of the encoder's output is the embeddings: a key or an index ("pooler_output", 0), the name
             of an attribute, or a function of the output; or a list of these, one per view. None: the encoder returns
-            the embeddings. A model that embeds two inputs at once (a whole CLIP) is an encoder of one view with both
-            inputs: let a function concatenate its embeddings along dimension 1, and let `loss_fn` split them.
+            the embeddings. For a model that embeds two inputs in one call (a whole CLIP), pass one view that holds both
+            inputs. Let a function concatenate the model's two embeddings along dimension 1, and let `loss_fn` split
+            them.
 
     Returns:
         The loss that `loss_fn` returned, without its graph, a 0-d tensor of the same dtype. Gradients are accumulated
@@ -145,8 +149,8 @@ def cached_backward(
     _check_loss_fn(loss_fn)
     if getattr(parametrize, "_cache_enabled", 0):
         raise RuntimeError(
-            "cached_backward must not be called within torch.nn.utils.parametrize.cached(), which would keep the first "
-            "pass's weights, without a graph, for the second"
+            "cached_backward must not be called within torch.nn.utils.parametrize.cached(): the second pass would "
+            "reuse the first pass's weights, which have no graph"
         )
     passes = TwoPasses(chunked)
     try:

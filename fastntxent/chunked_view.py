@@ -41,7 +41,7 @@ class ChunkedView:
         """Return the embeddings (n, D) of a chunk's rows."""
         begin, end = chunk
 
-        # A copy that the encoder may write to, and that is not an inference tensor.
+        # Copy the inputs: the encoder may write to the copies, and they are not inference tensors.
         inputs = map_tensors(lambda x: (x[begin:end] if x.ndim else x).detach().clone(), self.inputs)
         if self.prepare is not None:
             inputs = self.prepare(inputs)
@@ -154,7 +154,8 @@ def _check_encoders(encoder_name: str, encoder: Any, n_views: int) -> list[tuple
             raise ValueError(f"{name} must be initialised, got a lazy layer without parameters: run it once first")
         if any(parameter.is_meta for parameter in module.parameters()):
             raise ValueError(f"{name} must have its parameters in memory, got some on the meta device")
-        if hasattr(module, "no_sync") and getattr(module, "static_graph", False):  # its first backward synchronises
+        # With a static graph, DistributedDataParallel synchronises in its first backward, even inside no_sync.
+        if hasattr(module, "no_sync") and getattr(module, "static_graph", False):
             raise ValueError(f"{name} must not be DistributedDataParallel with static_graph=True")
     if several and len(modules) != n_views:
         raise ValueError(f"{encoder_name} must hold a module for each of the {n_views} views, got {len(modules)}")
@@ -163,7 +164,8 @@ def _check_encoders(encoder_name: str, encoder: Any, n_views: int) -> list[tuple
 
 def _has_no_forward(module: nn.Module) -> bool:
     of_class, of_base = (
-        [inspect.getattr_static(cls, name, None) for name in ("forward", "__call__")]  # getattr fails for torch.jit's
+        # Not getattr, which fails on the classes of torch.jit.
+        [inspect.getattr_static(cls, name, None) for name in ("forward", "__call__")]
         for cls in (type(module), nn.Module)
     )
     return of_class == of_base and "forward" not in vars(module)

@@ -7,10 +7,10 @@ from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .backends import candidates, check_name, checkable, warming
-from .saved_state import ModuleState, RandomState
+from .saved_state import ModuleState, RandomState, module_of
 from .validation import check_flag
 from .verification import policy
 from .verification.verdict import Verdict
@@ -25,7 +25,7 @@ def verify(
     compiler. Call `verify` to run it at a better time: when a container starts, on another node of the same kind, or in
     the first line of a script. Each backend is checked in a process of its own, so a kernel that crashes or hangs there
     costs only a message. A backend that passes on a GPU is also timed. Verdicts and times are stored in the user's
-    cache folder, for this device model, driver, PyTorch, Triton and version of the kernels.
+    cache folder. They are valid for this device model, driver, PyTorch, Triton and version of the kernels.
 
     Args:
         device: A CPU or GPU of this machine. None: the current GPU, or the CPU where there is none.
@@ -69,11 +69,12 @@ def verify(
 def warm_up(loss: Callable[..., Tensor], *inputs: object, **options: object) -> None:
     """Compile and load every kernel of a loss and its gradient, so that a CUDA graph can capture them.
 
-    A CUDA graph cannot capture the first launch of a kernel, which loads it. Shapes, dtypes and, for Triton's kernels,
-    the temperature decide which kernels a call launches; `warm_up` prepares the kernels for every temperature. It calls
-    the loss four times: with the backend that "auto" takes inside a capture and with the backend that "auto" takes
-    outside, each once with a backward and once under `torch.no_grad()`. It accumulates no gradient, and restores the
-    random generators and the state of a module (a queue, the statistics of a batch norm).
+    A CUDA graph cannot capture the first launch of a kernel, because that launch loads the kernel. Shapes, dtypes and,
+    for Triton's kernels, the temperature decide which kernels a call launches; `warm_up` prepares the kernels for every
+    temperature. It calls the loss twice with the backend that "auto" takes inside a capture, and twice with the backend
+    that "auto" takes outside. Of each two calls, one includes the backward and one runs under `torch.no_grad()`.
+    `warm_up` accumulates no gradient, and restores the random generators and the state of a module, such as a queue or
+    the statistics of a batch norm.
 
     On the CPU there is nothing to prepare, and the loss is only run.
 
@@ -108,10 +109,9 @@ def warm_up(loss: Callable[..., Tensor], *inputs: object, **options: object) -> 
     leaves = {key: x.detach().requires_grad_(x.requires_grad) for key, x in tensors.items()}
     given = [leaves.get(id(x), x) for x in inputs]
     named = {name: leaves.get(id(x), x) for name, x in options.items()}
-    module = loss if isinstance(loss, nn.Module) else getattr(loss, "__self__", None)
     with ExitStack() as stack:
         stack.callback(RandomState({x.device for x in tensors.values() if x.is_cuda}).restore)
-        if isinstance(module, nn.Module):
+        if (module := module_of(loss)) is not None:
             stack.callback(ModuleState(module).restore)
         stack.enter_context(warming())
         for block in (nullcontext, policy.as_captured):

@@ -1,8 +1,8 @@
 """The error budget: how far a result may be from the truth.
 
-A result is within budget if its error against the float64 reference is at most twice the error of the reference
-computed in the result's own precision, plus a floor for rounding, both in the maximum and in the RMS. Errors are
-relative to the maximum and the RMS of the truth.
+The truth is the reference in float64. A result is within budget if its error is at most twice the error of the
+reference in the result's own precision, plus a floor for rounding. This must hold for the maximum error, relative to
+the maximum of the truth, and for the RMS error, relative to the RMS of the truth.
 
 The floor covers cases where the reference in the same precision happens to be exact. A logit k s, the inverse
 temperature k times a similarity s, has a rounding error of about eps k |s|, which becomes the relative error of a

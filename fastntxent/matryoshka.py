@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,8 +11,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .distributed import Group
 from .modules.base import TypedModule
 from .opening import agree_on
+from .saved_state import module_of
 from .trees import map_tensors, named_tensors
 from .validation import check_integer, check_numbers, check_tensor
 
@@ -41,9 +44,9 @@ def matryoshka(
         *arguments: Positional arguments of the loss. Floating-point tensors of at least two dimensions, including those
             inside lists, tuples and mappings, are treated as embeddings (..., D), and the loss gets their first d
             features. This includes the embeddings of a guide or a teacher. Everything else is passed on unchanged, and
-            so are the arguments named `pair_weights`, `mask` and `logits`. Other tensors that must not be cut, and an
-            argument of the loss named `weights`, which `matryoshka` would take as its own, can be bound with
-            `functools.partial`: pass the result to `matryoshka` as the loss.
+            so are the arguments named `pair_weights`, `mask` and `logits`. To keep another tensor uncut, bind it with
+            `functools.partial` and pass the result to `matryoshka` as the loss. Do the same with an argument of the
+            loss named `weights`, because `matryoshka` has an argument of that name.
         dims: The widths, integers from 1 to D.
         weights: One finite number per width, not all 0. None: a weight of 1 each, as in the paper.
         **options: Keyword arguments of the loss, treated like `arguments`.
@@ -78,8 +81,7 @@ def matryoshka(
     width = min(x.shape[-1] for x in embeddings)
     if max(dims) > width:
         raise ValueError(f"dims must be at most the embeddings' number of features, {width}, got {max(dims)}")
-    group = options.get("group", getattr(loss, "group", None))
-    agree_on(group, "matryoshka", embeddings[0], {"dims": dims, "weights": weights})
+    agree_on(_group(loss, options), "matryoshka", embeddings[0], {"dims": dims, "weights": weights})
     counted = [(dim, weight) for dim, weight in zip(dims, weights, strict=True) if weight]
     results = [
         loss(
@@ -132,9 +134,9 @@ class MatryoshkaLoss(TypedModule):
             *arguments: Positional arguments of the loss. Floating-point tensors of at least two dimensions, including
                 those inside lists, tuples and mappings, are treated as embeddings (..., D), and the loss gets their
                 first d features. This includes the embeddings of a guide or a teacher. Everything else is passed on
-                unchanged, and so are the arguments named `pair_weights`, `mask` and `logits`. Other tensors that must
-                not be cut, and an argument of the loss named `weights`, which `matryoshka` would take as its own, can
-                be bound with `functools.partial`: pass the result to `matryoshka` as the loss.
+                unchanged, and so are the arguments named `pair_weights`, `mask` and `logits`. To keep another tensor
+                uncut, bind it with `functools.partial` and pass the result to `matryoshka` as the loss. Do the same
+                with an argument of the loss named `weights`, because `matryoshka` has an argument of that name.
             **options: Keyword arguments of the loss, treated like `arguments`.
 
         Returns:
@@ -162,17 +164,30 @@ def _check(dims: Sequence[int], weights: Sequence[float] | None) -> tuple[list[i
     return dims, weights
 
 
+def _group(loss: Callable[..., Any], options: Mapping[str, Any]) -> Group | None:
+    """Return the group that the loss will use: an option of the call, an option bound by `functools.partial`, or the
+    attribute of a module."""
+    bound = loss.keywords if isinstance(loss, functools.partial) else {}
+    return {"group": getattr(module_of(loss), "group", None), **bound, **options}["group"]
+
+
 def _names(loss: Callable[..., Any], n_arguments: int) -> list[str]:
     """Return the names of the loss's positional arguments, or their positions where the loss does not name them."""
     places = [f"arguments[{place}]" for place in range(n_arguments)]
+    if isinstance(loss, functools.partial):
+        loss = functools.partial(_named(loss.func), *loss.args, **loss.keywords)
     try:
-        # The __call__ of a module takes any arguments and passes them to forward.
-        parameters = inspect.signature(getattr(loss, "forward", loss)).parameters.values()
+        parameters = inspect.signature(_named(loss)).parameters.values()
     except (TypeError, ValueError):  # some functions in C have no signature
         return places
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     names = [parameter.name for parameter in parameters if parameter.kind in positional][:n_arguments]
     return names + places[len(names) :]
+
+
+def _named(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the forward of a module, because its __call__ takes any arguments and passes them to forward."""
+    return getattr(loss, "forward", loss)
 
 
 def _is_embeddings(x: Tensor) -> bool:

@@ -49,8 +49,8 @@ def uniformity(z: Tensor, t: float = 2.0, *, backend: BackendName = "auto") -> T
     .. math:: \log \frac{1}{M (M - 1)} \sum_{i \ne j} e^{-t \| u_i - u_j \|^2}
 
     Wang & Isola, "Understanding Contrastive Representation Learning through Alignment and Uniformity on the
-    Hypersphere", 2020. Since ||u - v||^2 = 2 - 2 u.v, this is `neg_lse` at a temperature of 1/(2t), and takes O(M D)
-    memory (O(M^2) with the reference backend). Rows are scaled to unit length first. A row of length zero has no
+    Hypersphere", 2020. Since ||u - v||^2 = 2 - 2 u.v, it is computed from `neg_lse` at a temperature of 1/(2t), in
+    O(M D) memory (O(M^2) with the reference backend). Rows are scaled to unit length first. A row of length zero has no
     direction and counts as orthogonal to all others, so check the norms too.
 
     Args:
@@ -89,8 +89,8 @@ def positive_ranks(z_i: Tensor, z_j: Tensor) -> Tensor:
     The rows are [z_i; z_j], and p(i) is the other view of row i's sample. A tie counts against the positive, so in a
     collapsed batch, where all embeddings are alike, every positive comes last. A NaN counts against the positive too.
 
-    Rows are compared a block at a time: O(N D) memory, plus 4 million similarities (16 MiB in float32), or 2N where
-    that is more.
+    Rows are compared a block at a time. This takes O(N D) memory, plus 4 million similarities (16 MiB in float32), or
+    2N similarities if that is more.
 
     Args:
         z_i: (N, D) embeddings of the first view, float16, bfloat16, float32 or float64, with any strides. Row n belongs
@@ -99,7 +99,7 @@ def positive_ranks(z_i: Tensor, z_j: Tensor) -> Tensor:
 
     Returns:
         A tensor (2N,) of int64 in [1, 2N - 1], in the order [z_i; z_j]. The mean of 1 / r is the mean reciprocal rank,
-        and the mean of r <= k the top-k accuracy. Not differentiable.
+        and the share of rows with r <= k is the top-k accuracy. Not differentiable.
 
     Raises:
         TypeError: a view is not a dense floating-point tensor.
@@ -118,11 +118,11 @@ def positive_ranks(z_i: Tensor, z_j: Tensor) -> Tensor:
 def contrastive_accuracy(z_i: Tensor, z_j: Tensor) -> Tensor:
     """The share of rows that are closer to their other view than to any other row, by cosine similarity.
 
-    It is the mean of `positive_ranks(z_i, z_j) == 1`, which a contrastive loss increases. A tie counts against the
-    positive, and so does a NaN.
+    It is the mean of `positive_ranks(z_i, z_j) == 1`. Training with a contrastive loss increases it. A tie counts
+    against the positive, and so does a NaN.
 
-    Rows are compared a block at a time: O(N D) memory, plus 4 million similarities (16 MiB in float32), or 2N where
-    that is more.
+    Rows are compared a block at a time. This takes O(N D) memory, plus 4 million similarities (16 MiB in float32), or
+    2N similarities if that is more.
 
     Args:
         z_i: (N, D) embeddings of the first view, float16, bfloat16, float32 or float64, with any strides. Row n belongs

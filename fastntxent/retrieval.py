@@ -53,17 +53,18 @@ def zero_shot_classify(image_features: Tensor, class_features: Tensor) -> Classi
     Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021. The features of a
     class are the text features of its prompt, or the mean over several prompts. Rows are scaled to unit length first.
 
-    The result is deterministic. Besides the arguments and the result, memory holds one tile of 32 MiB, the unit rows of
-    its 1,024 images and 8,192 classes, and at most 16 MiB more, for any N and C.
+    The result is deterministic. Besides the arguments and the result, memory holds one tile of similarities (32 MiB),
+    the unit rows of the tile's images (at most 1,024) and classes (at most 8,192), and at most 16 MiB more, for any N
+    and C.
 
     Args:
         image_features: (N, D) features of the images, float16, bfloat16, float32 or float64. Row n belongs to sample n.
         class_features: (C, D) features of the classes, with the dtype and device of `image_features`.
 
     Returns:
-        A named tuple (classes, scores) of tensors (N,). Classes are int64, the lowest where several have the same
-        score. Scores are cosine similarities, float64 for float64 features, else float32; a NaN counts as -inf, so an
-        image with a NaN gets class 0 and the score -inf. Not differentiable.
+        A named tuple (classes, scores) of tensors (N,). Classes are int64; if several classes have the highest score,
+        the lowest of them is returned. Scores are cosine similarities, float64 for float64 features, else float32; a
+        NaN counts as -inf, so an image with a NaN gets class 0 and the score -inf. Not differentiable.
 
     Raises:
         TypeError: an argument is not a dense floating-point tensor.
@@ -85,8 +86,9 @@ def retrieve(queries: Tensor, corpus: Tensor, k: int) -> Retrieval:
 
     Rows are scaled to unit length first. A similarity of NaN, as from an embedding with a NaN, counts as -inf.
 
-    The result is deterministic. Besides the arguments and the result, memory holds one tile of 32 MiB, the unit rows of
-    its 1,024 queries and 8,192 columns (256 k columns where that is more), and at most 32 MiB more, for any Q and C.
+    The result is deterministic. Besides the arguments and the result, memory holds one tile of similarities (32 MiB),
+    the unit rows of the tile's queries (at most 1,024) and columns (at most 8,192, or 256 times k if that is more), and
+    at most 32 MiB more, for any Q and C.
 
     Args:
         queries: (Q, D) embeddings, float16, bfloat16, float32 or float64.
@@ -95,8 +97,8 @@ def retrieve(queries: Tensor, corpus: Tensor, k: int) -> Retrieval:
 
     Returns:
         A named tuple (scores, indices) of tensors (Q, k). Scores are float64 for float64 embeddings, else float32;
-        indices are int64. Among equal scores the lower index comes first, and the lowest indices are kept. Not
-        differentiable.
+        indices are int64. Equal scores are in the order of their indices. Where they tie for the last place, the lowest
+        indices are returned. Not differentiable.
 
     Raises:
         TypeError: an argument is not a dense floating-point tensor, or `k` is not an int.

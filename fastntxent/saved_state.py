@@ -26,6 +26,14 @@ _WITHOUT_STATE = (int, float, str, type(None), types.FunctionType)  # the types 
 _NOT_STATE = vars(nn.Module()).keys() - {"_buffers", "_modules"}
 
 
+def module_of(function: Callable[..., Any]) -> nn.Module | None:
+    """Return the module that a callable is, binds with `functools.partial`, or is a method of; None for others."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    owner = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
+    return owner if isinstance(owner, nn.Module) else None
+
+
 class ModuleState:
     """A snapshot of the modules' state, with copies of its tensors but without parameters.
 
@@ -189,8 +197,8 @@ def _holding(value: object) -> Iterator[Callable[[], object]]:
 
 
 def _distinct(tensor: Tensor) -> Tensor:
-    """Return the tensor with one element of each expanded dimension. An expanded dimension has one element in memory
-    and cannot be written to."""
+    """Return the tensor, narrowed to one element in each expanded dimension. An expanded dimension has only one element
+    in memory, and PyTorch refuses to write to it."""
     if tensor.layout == torch.strided:
         for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
             if stride == 0 and size > 1:
@@ -201,7 +209,7 @@ def _distinct(tensor: Tensor) -> Tensor:
 def _refill_tensor(tensor: Tensor, storage: Tensor, values: Tensor) -> None:
     """Write the values into the tensor's original memory without changing its version counter.
 
-    A graph that was recorded before and needs the values can still use them.
+    So a graph that was recorded earlier and saved this tensor can still run its backward.
     """
     _distinct(storage).copy_(values)
     tensor.data = storage
@@ -211,7 +219,7 @@ def _refill_mapping(mapping: dict[Any, Any], keys: Collection[Any], values: Coll
     if not (_identical(mapping.keys(), keys) and _identical(mapping.values(), values)):
         mapping.clear()
         for key, value in zip(keys, values, strict=True):
-            mapping[key] = value  # not update(), which adds up in a Counter
+            mapping[key] = value  # not update(), which would add in a Counter
 
 
 def _refill_collection(collection: Any, items: Collection[Any]) -> None:

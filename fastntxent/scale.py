@@ -14,8 +14,8 @@ from .validation import check_bias, check_range, check_temperature, extremes
 
 
 def inverse_temperature(temperature: float | Tensor, rows: Tensor, *, per_row: int | None = None) -> float | Tensor:
-    """Return 1 / temperature: a float for a float, else a tensor in the accumulation dtype, 0-d, or (per_row,) where
-    one temperature per row is accepted."""
+    """Check the temperature and return 1 / temperature: a float for a float, else a 0-d tensor in the accumulation
+    dtype. If `per_row` is given, a tensor (per_row,) is accepted and returned too."""
     temperature = check_temperature(temperature, rows, per_row=per_row)
     dtype = accumulation_dtype(rows.dtype)
     if not isinstance(temperature, Tensor):
@@ -53,7 +53,7 @@ def logit_scale_factor(logit_scale: float | Tensor, rows: Tensor, name: str = "l
 
 
 def bias_of_logits(bias: float | Tensor, rows: Tensor, name: str) -> Tensor:
-    """Return the bias, a number that is added to every logit, checked and as a 0-d tensor in the accumulation dtype."""
+    """Check the bias, a number that is added to every logit. Return it as a 0-d tensor in the accumulation dtype."""
     bias = check_bias(name, bias, rows)
     dtype = accumulation_dtype(rows.dtype)
     values: tuple[float, ...] = ()  # the values that may be out of the dtype's range
@@ -73,8 +73,8 @@ def is_per_row(inv_tau: float | Tensor) -> TypeGuard[Tensor]:
 
 
 def factor(value: float | Tensor, rows: Tensor) -> float | Tensor:
-    """Return a factor of logits: a float as it is, a tensor in the accumulation dtype. A float that changes under
-    torch.compile becomes a tensor."""
+    """Return a factor of logits: a float unchanged, or a tensor in the accumulation dtype. Under torch.compile, a float
+    that changes from call to call becomes a tensor."""
     if not isinstance(value, Tensor):
         return scalar_like(value, rows) if _changes(value) else value
     if may_be_differentiated(value) or value.ndim > 0:  # its gradient or its product is formed on the rows' device
@@ -100,8 +100,9 @@ def _changes(value: float) -> bool:
 def scalar_like(value: float | Tensor, rows: Tensor) -> Tensor:
     """Return a Python number or a size as a 0-d tensor in host memory, in the accumulation dtype."""
     dtype = accumulation_dtype(rows.dtype)
-    # torch.compile makes the factor of a product an input of the graph, but needs a new graph for each value of a
-    # constant. Under torch.jit.trace a size is a tensor, and a constant would freeze its value.
+    # Multiply instead of creating a constant. Under torch.compile the factor of a product is an input of the graph,
+    # while a constant needs a new graph for each value. Under torch.jit.trace a size is a tensor, and a constant would
+    # freeze its value.
     if isinstance(value, Tensor) or torch.compiler.is_compiling():
         return torch.ones((), dtype=dtype, device="cpu") * value
     return torch.scalar_tensor(value, dtype=dtype, device="cpu")

@@ -22,8 +22,8 @@ def named_tensors(tree: object, name: str) -> Iterator[tuple[str, Tensor]]:
 def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
     """Return the tree with function(tensor) in place of each tensor.
 
-    Containers on the path to a replaced tensor are new objects of the same type, so that they can be written to; a
-    read-only mapping becomes a dict. All other parts stay the same objects.
+    Containers on the path to a replaced tensor are copied, so the given tree does not change. A copy has the type of
+    the original, except that a read-only mapping becomes a dict. All other parts stay the same objects.
     """
     if isinstance(tree, Tensor):
         return function(tree)
@@ -67,7 +67,7 @@ def _rebuilt(tree: Any, items: list[tuple[Any, Any]]) -> Any:
     if isinstance(tree, tuple):
         values = [item for _, item in items]
         return tree._make(values) if hasattr(tree, "_make") else type(tree)(values)  # named tuples have _make
-    # Copy the object, which keeps its other attributes. Its constructor may have any signature, so it is not called.
+    # A copy keeps the other attributes. The constructor is not called, because it may have any signature.
     rebuilt = copy.copy(tree)
     for key, item in items:
         if _is_dataclass(tree):

@@ -13,8 +13,9 @@ from torch.autograd.function import once_differentiable
 from .chunked_view import ChunkedView
 from .saved_state import ModuleState, RandomState, StateVersions, sharing_state
 
-# The same chunk with the same state may round differently when a graph is recorded, above all in bfloat16. Different
-# dropout masks change embeddings by an order of magnitude more than this.
+# The largest relative difference between a chunk's embeddings in the two passes. The same chunk with the same state may
+# round differently when a graph is recorded, above all in bfloat16. Different dropout masks change embeddings by an
+# order of magnitude more than this limit.
 _REPEATS_WITHIN = 0.05
 
 
@@ -36,7 +37,7 @@ class TwoPasses:
         self.learnt: set[int] = set()  # ids of the encoders that a gradient has reached
 
     def first(self) -> list[Tensor]:
-        """Return the embeddings (N, D) of each view, leaves that require a gradient if the encoder may get one."""
+        """Return the embeddings (N, D) of each view as a leaf, which requires a gradient if the encoder may get one."""
         self._leaves, self._random = [], []
         for view in self._views:
             leaf, states = _encode(view, self._devices)
@@ -66,7 +67,7 @@ class TwoPasses:
         torch.clear_autocast_cache()
         self._encode_again({id(encoder) for encoder in encoders}, d_leaves)
         for encoder in encoders:
-            # DistributedDataParallel's own check, which it would otherwise make in its next forward.
+            # Run DistributedDataParallel's own check of the backward now. Otherwise it would run in the next forward.
             getattr(encoder, "_check_reducer_finalized", lambda: None)()
         changed.restore()
         random.restore()
@@ -95,8 +96,8 @@ class TwoPasses:
                         self.learnt.add(id(view.encoder))
                     elif last and id(view.encoder) in self.learnt and hasattr(view.encoder, "no_sync"):
                         raise RuntimeError(
-                            f"{view.encoder_name} synchronises its gradients in the last chunk, which has none: "
-                            "reorder views so that its last view has a gradient"
+                            f"{view.encoder_name} synchronises its gradients in its last chunk, but that chunk "
+                            "has none: reorder views so that its last view has a gradient"
                         )
         _check_repeated(repeats)
 
@@ -152,7 +153,7 @@ def _autocast_now(device_types: Sequence[str]) -> Callable[[], contextlib.ExitSt
 def _encode(view: ChunkedView, devices: set[torch.device]) -> tuple[Tensor, list[RandomState]]:
     """Return the embeddings of a view as a leaf for the loss, and the random state before each chunk."""
     # Only autograd knows whether an encoder without trainable parameters is frozen: its output may depend on trainable
-    # tensors elsewhere.
+    # tensors elsewhere. So such an encoder runs with gradients enabled, and `z.requires_grad` decides.
     frozen = not any(parameter.requires_grad for parameter in view.encoder.parameters())
     parts, states, learns = [], [], not frozen
     for chunk in view.chunks():

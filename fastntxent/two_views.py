@@ -18,8 +18,8 @@ def split_views(z: Tensor, layout: Layout = "concatenated") -> tuple[Tensor, Ten
             samples, as `torch.cat((z_i, z_j))` gives. "interleaved": sample by sample, view 1 then view 2.
 
     Returns:
-        A tuple (z_i, z_j) of tensors (N, D) of the dtype of `z`, views of its memory (an (N, 2, D) tensor that is not
-        contiguous may be copied); gradients flow back to `z`.
+        A tuple (z_i, z_j) of tensors (N, D) with the dtype of `z`. They share the memory of `z`, but an (N, 2, D)
+        tensor that is not contiguous may be copied. Gradients flow back to `z`.
 
     Raises:
         TypeError: `z` is not a dense floating-point tensor.

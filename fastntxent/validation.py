@@ -120,7 +120,7 @@ def check_temperature(
     per_row: int | None = None,
     name: str = "temperature",
 ) -> float | Tensor:
-    """Return a temperature, checked, as a Python number if it is a number.
+    """Check a temperature and return it, converted to a Python number unless it is a tensor.
 
     It must be positive and finite: a number, or a 0-d floating-point tensor in host memory or on the device of the
     rows. With `per_row`, a tensor (per_row,) is accepted too.
@@ -174,7 +174,7 @@ def check_factor(name: str, value: Tensor, rows: Tensor | None) -> None:
 
 
 def check_number(name: str, value: object, expected: str = "a number") -> float:
-    """Return a real number in the range of a float, checked, as a Python number.
+    """Check that the value is a real number in the range of a float, and return it as a Python number.
 
     True and False are rejected. NumPy's numbers are converted, because their arithmetic differs.
     """
@@ -196,7 +196,7 @@ def check_number(name: str, value: object, expected: str = "a number") -> float:
 
 
 def check_numbers(name: str, values: Any, expected: str) -> list[float]:
-    """Return a sequence of real numbers, each checked and converted as in `check_number`.
+    """Check a sequence of real numbers, and return a list with each number converted as in `check_number`.
 
     expected: the content of the sequence for the error message, such as "a number for each pair".
     """
@@ -208,8 +208,8 @@ def check_numbers(name: str, values: Any, expected: str) -> list[float]:
 
 
 def check_weights(name: str, values: Any, expected: str) -> list[float]:
-    """Return a sequence of finite numbers, checked: none is negative, and not all are 0. Each is converted as in
-    `check_number`."""
+    """Check that a sequence has finite numbers, that none is negative, and that not all are 0. Return a list with each
+    number converted as in `check_number`."""
     weights = check_numbers(name, values, expected)
     if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
         raise ValueError(f"{name} must be finite and at least 0, and not all 0, got {weights}")
@@ -217,7 +217,7 @@ def check_weights(name: str, values: Any, expected: str) -> list[float]:
 
 
 def check_bias(name: str, bias: float | Tensor, rows: Tensor | None = None) -> float | Tensor:
-    """Return a bias, checked, as a Python number if it is a number.
+    """Check a bias and return it, converted to a Python number unless it is a tensor.
 
     It must be finite: a number, or a 0-d floating-point tensor in host memory or on the device of the rows.
     """
@@ -243,7 +243,8 @@ def check_range(name: str, value: float, dtype: torch.dtype) -> None:
 
 
 def check_integer(name: str, value: object, least: int) -> int:
-    """Return an integer, checked to be at least `least`, as a Python int. True and False are rejected."""
+    """Check that the value is an integer, at least `least`, and return it as a Python int. True and False are
+    rejected."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < least:
@@ -252,7 +253,7 @@ def check_integer(name: str, value: object, least: int) -> int:
 
 
 def check_parameter(name: str, value: float) -> float:
-    """Return a loss's parameter, checked against its interval and converted as in `check_number`."""
+    """Check a loss's parameter against its interval, and return it, converted as in `check_number`."""
     left, low, high, right = _INTERVALS[name]
     value = check_number(name, value)
     above = low <= value if left == "[" else low < value
@@ -263,7 +264,8 @@ def check_parameter(name: str, value: float) -> float:
 
 
 def check_flag(name: str, value: object) -> bool:
-    """Return an option that is True or False, checked: a string such as "no" would count as True."""
+    """Check that an option is True or False, and return it. Without the check, a string such as "no" would count as
+    True."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be a bool, got {value!r}")
     return value
@@ -282,7 +284,7 @@ def check_positive(name: str, value: float) -> None:
 
 
 def check_positive_number(name: str, value: object, expected: str = "a number") -> float:
-    """Return a positive and finite number, checked and converted as in `check_number`."""
+    """Check that the value is a positive and finite number, and return it, converted as in `check_number`."""
     number = check_number(name, value, expected)
     check_positive(name, number)
     return number

@@ -1,5 +1,5 @@
-"""Every public loss, measure, primitive and drop-in as a call on tensors, for the tests that cover them all:
-compilation, export, tracing, transforms, autocast."""
+"""Every public loss, measure, primitive and drop-in as a call on tensors, for the tests that cover all of them
+(compilation, export, tracing, transforms, autocast)."""
 
 from __future__ import annotations
 
@@ -364,9 +364,9 @@ NO_CALLS = {
         "warm_up",
     ),
     "NegativeQueue",  # covered by QueueInfoNCELoss
-    "pytorch_metric_learning.CrossBatchMemory",  # the host reads how many rows it holds
+    "pytorch_metric_learning.CrossBatchMemory",  # reads on the host how many rows it holds
     "cached_backward",  # runs an encoder and a backward
-    "sentence_transformers.CachedMultipleNegativesRankingLoss",  # the Cached* losses do too
+    "sentence_transformers.CachedMultipleNegativesRankingLoss",  # runs an encoder and a backward, as do the next two
     "sentence_transformers.CachedMultipleNegativesSymmetricRankingLoss",
     "gist.CachedGISTEmbedLoss",
     *("simclr.ContrastiveLoss", "torchmultimodal.ContrastiveLossOutput"),

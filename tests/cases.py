@@ -23,8 +23,8 @@ blocked = importlib.import_module("fastntxent.backends.blocked")
 tiling = importlib.import_module("fastntxent.backends.tiling")
 TILE = tiling.BLOCK_CPU
 
-# The kernels that run every case on the CPU. cuda and triton have test files of their own, because they need a GPU, or
-# take a minute where the others take a second. The reference is what kernels are compared with.
+# The kernels that run every case on the CPU. cuda and triton have test files of their own: they need a GPU, or run far
+# more slowly without one. The reference is left out because the kernels are compared with it.
 _ELSEWHERE = ("cuda", "triton", "reference")
 KERNELS = [name for name, status in backends().items() if status.available and name not in _ELSEWHERE]
 CUDA_KERNELS = [name for name in ("cuda", "triton", "blocked") if backends()[name].available]
@@ -185,8 +185,8 @@ def towers_result(
     loss: Callable[..., Tensor],
     dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
-    """Return a loss of two towers, and its gradients with respect to each tower that needs one and then to the inverse
-    temperature."""
+    """Return a loss of two towers, then its gradients: with respect to each tower whose entry in `needs` is true, then
+    with respect to the inverse temperature."""
     z = [z.to(dtype, copy=True).requires_grad_(need) for z, need in zip((batch.z_i, batch.z_j), needs, strict=True)]
     k = torch.tensor(1 / batch.temperature, dtype=accumulation_dtype(dtype)).to(batch.z_i.device).requires_grad_()
     value = loss(*z, k, batch.normalize, both, mean)
@@ -196,7 +196,7 @@ def towers_result(
 def assert_towers_within_budget(
     batch: Batch, backend: str, *, both: bool, mean: bool = True, needs: Sequence[bool] = (True, True)
 ) -> None:
-    """Compare loss and gradients of the scalar path of two towers with the dense formula."""
+    """Compare the loss and gradients of `info_nce_scalar` (InfoNCE and CLIP) with the dense formula."""
     eps, options = norm_eps(batch.z_i.dtype), (both, mean, needs)
     losses: list[Tensor] = []
 
@@ -237,7 +237,7 @@ def sigmoid_result(
 def assert_sigmoid_within_budget(
     batch: Batch, backend: str, *, two_views: bool, bias: float, needs: Sequence[bool] = (True, True)
 ) -> None:
-    """Compare loss and gradients of the scalar path of NT-Logistic or SigLIP with the dense formula."""
+    """Compare the loss and gradients of `sigmoid_scalar` (NT-Logistic and SigLIP) with the dense formula."""
     eps, options = norm_eps(batch.z_i.dtype), (bias, two_views, needs)
 
     def formula(z_i: Tensor, z_j: Tensor, k: Tensor, b: Tensor, normalize: bool, two_views: bool, _: bool) -> Tensor:
@@ -259,7 +259,8 @@ def assert_sigmoid_within_budget(
     longest = [1.0 if batch.normalize else float(z.double().norm(dim=1).max()) for z in (batch.z_i, batch.z_j)]
     largest = max(longest) ** 2 if two_views else longest[0] * longest[1]
     # The gradients with respect to k and the bias are sums of terms of both signs. Their errors are taken relative to
-    # the sum of the sizes of the bias's terms, which is at most the loss plus 1, as each row has one positive.
+    # the sum of the sizes of the bias's terms. The loss bounds this sum, because the slope of a softplus is less than
+    # its value. Each row is allowed 1 more for its positive.
     size = float(truth[0]) + 1
     scales = [0.0] * (len(value) - 2) + [size * largest, size]
     logit_size = largest / batch.temperature + abs(bias)
@@ -270,8 +271,8 @@ def assert_sigmoid_within_budget(
 def softplus_result(
     batch: Sequence[Tensor], numbers: Sequence[float], weights: Tensor, sums: Callable[..., Tensor], dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
-    """Return the softplus sums of a batch (u, v, u_ids, v_ids), where v is None if there is only one side, and the
-    gradients of their weighted sum with respect to u, v (if given), the inverse temperature and the bias."""
+    """Return the softplus sums of a batch (u, v, u_ids, v_ids), then the gradients of their weighted sum with respect
+    to u, v, the inverse temperature and the bias. If there is only one side, v is None and has no gradient."""
     u, v = (None if x is None else x.to(dtype, copy=True).requires_grad_() for x in batch[:2])
     accumulated = accumulation_dtype(dtype)
     k, b = (torch.tensor(x, dtype=accumulated).to(batch[0].device).requires_grad_() for x in numbers)
@@ -390,16 +391,17 @@ def assert_cross_neg_lse_within_budget(
     )
     for given, true in zip(value[:2], truth[:2], strict=True):
         assert torch.equal(given == -math.inf, true == -math.inf)
-    # A relative error of a sum is an absolute error of its logarithm, which can be near 0. Weights of both signs
-    # cancel, so gradients are judged by the size of their terms, with |s| about D^-1/2 = 1/4.
+    # A relative error of a sum is an absolute error of its logarithm. The logarithm can be near 0, so its error is
+    # taken relative to 1. Weights of both signs cancel, so gradients are judged by the size of their terms, with |s|
+    # about D^-1/2 = 1/4.
     size = float(sum(w.abs().sum() for w in weights)) / temperature
     scales = 1, 1, size / (4 * M), size / (4 * K), size / (4 * temperature)
     assert_arrays_within_budget(value, same, truth, torch.float32, 1 / temperature, scales)
 
 
 def drift(backend: str, device: str = "cpu") -> float:
-    """Return the relative error of a float32 gradient whose sums run over 8,192 columns with a common direction. Their
-    terms do not cancel, so a sum that rounds toward zero loses at every step."""
+    """Return the relative error of a float32 gradient whose sums run over 8,192 columns. The columns share a direction,
+    so the terms do not cancel, and a sum that rounds toward zero loses a little at every step."""
     generator = torch.Generator().manual_seed(3)
     u, v = (F.normalize(torch.randn(n, 64, generator=generator) + 1, dim=1).to(device) for n in (32, 8192))
     ids = torch.arange(32, device=device), torch.arange(32, 32 + 8192, device=device)

@@ -1,4 +1,5 @@
-"""Without a GPU, Triton's kernels run in Triton's interpreter. Triton reads TRITON_INTERPRET when it is imported."""
+"""Without a GPU, Triton's kernels run in Triton's interpreter. Triton reads TRITON_INTERPRET when it is imported, so
+the variable is set here, before the tests import Triton."""
 
 import os
 

@@ -18,8 +18,8 @@ def per_row(tau: Tensor) -> Tensor:
 
 
 def multiview(u: Tensor, tau: Tensor, ids: Tensor | None = None, smoothing: float = 0.0) -> Tensor:
-    """For views (V, N, D): each row's mean, over its positives p, of the cross-entropy of p in the softmax over p and
-    the negatives."""
+    """Return the loss of each row of views (V, N, D): the mean over its positives p of the cross-entropy of p in the
+    softmax over p and the negatives."""
     V, N, _ = u.shape
     rows = u.flatten(0, 1)
     logits = rows @ rows.T / per_row(tau)
@@ -201,7 +201,7 @@ def guided(
 
 
 def siglip(image: Tensor, text: Tensor, tau: Tensor, bias: float | Tensor, ids: Tensor | None = None) -> Tensor:
-    """For each image, the sum over the texts of the binary cross-entropy that the two belong together."""
+    """For each image, the sum over the texts of a binary cross-entropy. Its target is 1 if the two have the same id."""
     groups = torch.arange(len(image)) if ids is None else ids
     together = (groups[:, None] == groups).to(image.dtype)
     logits = image @ text.T / tau + bias
@@ -211,8 +211,8 @@ def siglip(image: Tensor, text: Tensor, tau: Tensor, bias: float | Tensor, ids: 
 def softplus_sums(
     u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, k: Tensor, bias: Tensor, positives: bool
 ) -> Tensor:
-    """For each row, the sum of log(1 + exp(x)) over the columns of other groups, where x = k s + bias; with
-    `positives`, plus the sum of log(1 + exp(-x)) over the columns of the row's own group."""
+    """For each row, the sum of log(1 + exp(x)) over the columns of other groups, where x = k s + bias. `positives` adds
+    the sum of log(1 + exp(-x)) over the columns of the row's own group."""
     x, agree = k * (u @ v.T) + bias, u_ids[:, None] == v_ids
     values = -F.logsigmoid(torch.where(agree, x, -x))
     return (values if positives else values.masked_fill(agree, 0)).sum(dim=1)
@@ -233,8 +233,8 @@ def nt_logistic(u: Tensor, tau: Tensor, bias: float | Tensor, ids: Tensor | None
 
 
 def limited(u: Tensor, tau: Tensor, ids: Tensor | None = None, **limits: float) -> Tensor:
-    """`multiview` with only the negatives up to the row's limit, which is set by the least similar positive and the
-    ceiling."""
+    """`multiview` without the negatives whose similarity is above the row's limit. The limit depends on the row's least
+    similar positive and on the ceiling."""
     V, N, _ = u.shape
     rows = u.flatten(0, 1)
     sims = rows @ rows.T
@@ -279,7 +279,7 @@ def limited_info_nce(
 
 
 def limited_sup_con(u: Tensor, tau: Tensor, labels: Tensor, form: str, ceiling: float) -> Tensor:
-    """`sup_con` with only the negatives up to the ceiling; 0 for a row without a positive."""
+    """`sup_con` without the negatives whose similarity is above the ceiling; 0 for a row without a positive."""
     sims = u @ u.T
     losses = []
     for i in range(len(u)):
@@ -313,8 +313,8 @@ def several(u: Tensor, v: Tensor, tau: Tensor, ids: Tensor, form: str) -> Tensor
 
 
 def towers(u: Tensor, v: Tensor, k: Tensor, both: bool) -> Tensor:
-    """InfoNCE from u to v, or with `both` the mean of both directions (CLIP), at inverse temperature k, in a form that
-    stays accurate for tiny losses."""
+    """InfoNCE from u to v at inverse temperature k; with `both`, the mean of both directions (CLIP). The formula stays
+    accurate for tiny losses."""
     N = len(u)
     logits = k * (u @ v.T)
     pos, others = logits.diagonal(), ~torch.eye(N, dtype=torch.bool, device=u.device)

@@ -1,4 +1,4 @@
-"""Call every operator with one wrong argument at a time; each call must name the argument or return correct numbers.
+"""Call every operator with one wrong argument at a time: the error must name it, or the numbers must be correct.
 
 python -m tests.hostile [--kernels PATH]    the whole campaign; PATH is a build of fastntxent._cpu to test,
                                             such as the AddressSanitizer build of csrc/cpu/sanitize.sh
@@ -29,8 +29,8 @@ def operators() -> list[str]:
 def valid_arguments(
     name: str, backend: str, dtype: torch.dtype = torch.float32, overload: str = "default"
 ) -> dict[str, object]:
-    """Return consistent arguments for the operator's schema; the tensors that a backward takes come from the
-    forward."""
+    """Return valid arguments for the operator's schema. The log-sum-exps `neg_lse`, `rows_neg_lse`, `cols_neg_lse` and
+    `lse` come from a forward; other results that a backward reads are random numbers."""
     from fastntxent import ops
 
     generator = torch.Generator().manual_seed(0)
@@ -128,8 +128,8 @@ def wrong_numbers() -> Iterator[tuple[str, Callable[[], float]]]:
 
 
 def _close(x: Tensor, y: Tensor, bfloat16: bool) -> bool:
-    """Return whether two results agree. Kernels may round the terms of a sum to bfloat16 if its rows are: then errors
-    are relative to the largest element, because terms may cancel in the others."""
+    """Return whether two results agree. If the rows are bfloat16, kernels may round the terms of a sum to bfloat16.
+    Errors are then taken relative to the largest element, because terms may cancel in the others."""
     largest = float(y.nan_to_num(0, 0, 0).abs().max()) if bfloat16 and y.numel() else 0.0
     tolerance = torch.finfo(torch.bfloat16).eps if bfloat16 else 1e-3
     return torch.allclose(x, y, tolerance, max(1e-4, tolerance * largest), equal_nan=True)
@@ -166,10 +166,10 @@ class Campaign:
         try:
             found = operator(*arguments.values())
         except REFUSALS as error:
-            # PyTorch's own errors: its dispatcher has kernels for dense tensors only, and indexing checks its bounds.
+            # PyTorch may raise first: its dispatcher has kernels only for dense tensors, and indexing checks bounds.
             told = [f"{name} must" for name in (*arguments, "temperature")]
             told += ["Could not run", "out of bounds for", "index out of range"]
-            if "defect" in str(error) or not any(each in str(error) for each in told):
+            if "report this bug" in str(error) or not any(each in str(error) for each in told):
                 self.faults.append(f"{label}: names no argument: {type(error).__name__}: {str(error)[:150]}")
             return
         far_away = any(f" {value} " in label for value in ("huge", "infinite", "negative"))  # exponentials overflow

@@ -33,7 +33,7 @@ def hasten() -> None:
     except ImportError:
         return
     if not (hasattr(interpreter, "_patch_lang") and hasattr(interpreter, "_get_np_dtype")):
-        return  # an unknown version of Triton keeps its own speed
+        return  # an unknown version of Triton runs unchanged
     wrap, language = interpreter._patch_lang, (interpreter.tl, interpreter.tl.core)
     look_up, dtypes = interpreter._get_np_dtype, {}
 
@@ -55,6 +55,7 @@ def hasten() -> None:
 
 
 def pad_rows(monkeypatch: pytest.MonkeyPatch, multiple: int) -> None:
-    """Pad packed rows to this multiple. In the interpreter, a padding row costs as much as a real row."""
+    """Pad the number of packed rows to this multiple. In the interpreter, a padding row costs as much as a real row, so
+    a small multiple saves time."""
     for name in ("pack", "panels", "config"):
         monkeypatch.setattr(importlib.import_module(f"fastntxent.backends.triton.{name}"), "PADDED_ROWS", multiple)

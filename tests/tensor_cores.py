@@ -5,9 +5,10 @@ significand, below 4, is not normalised); a subnormal factor has the exponent of
 the accumulator included, are shifted to the largest exponent. Bits below float32's 23 fraction bits and the chip's
 extra bits are lost. The sum of what remains is exact, and is truncated to float32: every rounding is toward zero.
 
-Fasi, Higham, Mikaitis and Pranesh, Numerical behavior of NVIDIA tensor cores (PeerJ Computer Science, 2021); Ootomo and
-Yokota (arXiv 2203.03341); Khattak and Mikaitis, Accurate models of NVIDIA tensor cores (doi 10.1145/3830409), who
-publish results of an A100, an H100 and a B200. csrc/cuda/host/tensor_core.h does the same for the emulated CUDA device.
+Sources: Fasi, Higham, Mikaitis and Pranesh, Numerical behavior of NVIDIA tensor cores (PeerJ Computer Science, 2021);
+Ootomo and Yokota (arXiv 2203.03341); Khattak and Mikaitis, Accurate models of NVIDIA tensor cores
+(doi 10.1145/3830409), with results of an A100, an H100 and a B200. csrc/cuda/host/tensor_core.h is the same model for
+the emulated CUDA device.
 """
 
 from __future__ import annotations
@@ -99,5 +100,5 @@ def interpret(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         return interpreter.TensorHandle(multiply_add(x, y, c.data, CHIPS[name], kind), c.dtype.scalar)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
-    at_once = CHIPS[name].block or 128  # "nearest" loses no bits, as if all were added at once
+    at_once = CHIPS[name].block or 128  # "nearest" loses no bits, as if all products were added at once
     monkeypatch.setattr(config, "products_at_once", lambda chip: at_once)

@@ -582,7 +582,7 @@ def test_auto_skips_a_backend_that_fails_to_import(broken_backend):
 
 
 def test_requesting_a_backend_on_an_unsupported_device_raises(broken_backend):
-    with pytest.raises(ValueError, match="'broken' serves cpu tensors, got tensors on cuda"):
+    with pytest.raises(ValueError, match="'broken' supports cpu tensors, got tensors on cuda"):
         table.select("broken", "cuda", torch.float32)
 
 

@@ -140,8 +140,8 @@ def test_gradient_is_accurate_at_every_stage_of_training(backend, loss, temperat
 
 @pytest.mark.parametrize("rows", ["duplicates", "collapsed"])
 def test_similar_rows_of_many_features_are_about_as_accurate_as_in_pytorch(backend, rows):
-    # The products of similar rows have one sign, so the error of a single sum over all features would grow with the
-    # number of features.
+    # In the dot product of similar rows, the terms have the same sign. So the error of a single sum over all features
+    # would grow with the number of features.
     errors = []
     for seed in range(6):
         generator = torch.Generator().manual_seed(seed)
@@ -197,7 +197,8 @@ def test_nt_xent_zero_rows_within_budget(backend, dtype):
     loss, truth = error_budget.true_loss_and_gradient(z_i, z_j, 0.5)
     results = [evaluate(batch, name) for name in (backend, "reference")]
     value, same = (torch.cat((r.d_z_i, r.d_z_j)) for r in results)
-    # A zero row's gradient is d_u / eps, 1e4 to 1e12 times larger than other gradients, so zero rows are judged apart.
+    # A zero row's gradient is d_u / eps, 1e4 to 1e12 times larger than other gradients. So zero rows are judged
+    # separately.
     zero = torch.zeros(80, dtype=torch.bool).index_fill(0, torch.tensor([3, 43, 48]), True)
     for rows in (zero, ~zero):
         limit = error_budget.allowed(error_budget.errors_of(same[rows], truth[rows]), dtype, 2.0, output_dtype=dtype)
@@ -325,7 +326,7 @@ def test_neg_lse_row_without_negatives_is_minus_infinity_with_zero_gradient(back
 
 
 def test_a_nan_row_does_not_hide_that_other_rows_overflow(backend):
-    # The longest row makes logits whose exponentials overflow, wherever the NaN stands in the batch.
+    # The longest row has logits whose exponentials overflow, wherever the NaN is in the batch.
     u, ids = torch.tensor([[300.0, 0.0], [torch.nan, 0.0], [2.0, 1.0], [1.0, 1.0]]), torch.tensor([0, 0, 1, 2])
     expected = torch.tensor([600.0, torch.nan, torch.nan, torch.nan])
     for order in map(list, itertools.permutations(range(4))):

@@ -256,8 +256,9 @@ def test_drop_ins_check_rejects_a_different_loss():
 @pytest.mark.slow
 @needs_linux
 def test_losses_stay_within_their_memory_limits():
-    # Besides the inputs, 2 x 16 MiB of features, clip holds their gradients and the kernel's copies, but never 256 MiB
-    # of logits. sup_con has 200,000 positive pairs in ten classes, and computes their terms in tiles.
+    # Besides its inputs (2 x 16 MiB of features), clip stores their gradients and the kernel's copies, but never the
+    # 256 MiB of logits. The batch of sup_con has 200,000 positive pairs in ten classes; their terms are computed in
+    # tiles.
     assert family.peak("two towers", "clip", 8192, 512) < 128 * 2**20
     assert family.peak("labels", "sup_con pairs", 1024, 128) < 50 * 2**20
 

@@ -35,9 +35,9 @@ def test_a_waiting_thread_sees_the_end_of_a_turn_after_the_hand_over_time():
 def test_threads_change_a_shared_line_one_after_the_other():
     team = schedule.SimulatedTeam(2, INSTANT._replace(line=1))
     team.rows(4, 1, 10)
-    # The leader takes a row at 1 and another at 12. The other thread first counts itself in, and takes a row at 2 and
-    # another at 13. The two find no rows left at 23 and at 24. The leader closes the phase, and the other thread has
-    # counted itself out at 25.
+    # Each write to a shared cache line takes 1. The leader takes a row at 1 and another at 12. The other thread first
+    # registers with the team, at 1. It takes a row at 2 and another at 13. At 23 the leader finds no row left, and at
+    # 24 it closes the phase. At 24 the other thread finds no row left, and at 25 it signs off.
     assert team.now == 25
 
 

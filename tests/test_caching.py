@@ -76,7 +76,7 @@ def test_cached_backward_accumulates_in_grad():
 
 def test_cached_backward_replays_dropout():
     # The loss is the sum of the embeddings, so the gradient sums the features that dropout kept in the second pass.
-    # Only if the first pass kept the same features does gradient times weight equal the loss.
+    # Gradient times weight equals the loss only if the first pass kept the same features.
     torch.manual_seed(0)
     encoder = nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 1, bias=False))
     seen = []
@@ -187,7 +187,7 @@ def loss_of(z_i, z_j):
 
 
 def chunked_step(encoder, views, loss_fn, chunk_size):
-    """The step without caching: one pass over the chunks, with all activations held."""
+    """The step without caching: one pass over the chunks, which stores all activations."""
     loss = loss_fn(*(torch.cat([encoder(chunk) for chunk in view.split(chunk_size)]) for view in views))
     loss.backward()
     return loss.detach()

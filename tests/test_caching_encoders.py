@@ -117,7 +117,7 @@ def text_inputs(kind=Encoding):
 
 
 def chunked(call, sizes):
-    """Return the embeddings of one pass over the chunks with all activations held; `call` takes a slice of rows."""
+    """Return the embeddings of one pass over the chunks, which stores all activations. `call` takes a slice of rows."""
     ends = torch.tensor(sizes).cumsum(0).tolist()
     return torch.cat([call(slice(end - size, end)) for end, size in zip(ends, sizes, strict=True)])
 
@@ -369,7 +369,7 @@ def test_lengths_may_be_a_function_of_the_view():
         text, [view, view], nt_xent, chunk_tokens=2 * WIDTH, lengths=by_width, unpack=True, output="pooler_output"
     )
     expected = lengths().reshape(-1, 2).sum(1).tolist()
-    assert text.seen == 2 * expected  # `seen` is state, so it ends as after one pass
+    assert text.seen == 2 * expected  # `seen` is state of the encoder, so it ends as after one pass
 
 
 def test_chunk_sizes_may_be_listed_for_each_view():

@@ -22,7 +22,7 @@ SIZES = (4, 7, 3, 12, 47, 16)
 
 # These hold rows between calls: the position in the queue is state of the module, not a function of the inputs.
 STATEFUL = {"QueueInfoNCELoss", "lightly.NTXentLoss bank"}
-# This loss selects the distinct pairs, and how many there are depends on the data.
+# This loss selects the distinct pairs. Their number depends on the data.
 DATA_DEPENDENT = {"pytorch_metric_learning.SupConLoss pairs"}
 WITHOUT_STATE = [name for name in CALLS if name not in STATEFUL]
 
@@ -38,8 +38,8 @@ def counted(function):
 
 
 def scheduled(call):
-    """Return the call with the temperature as its first argument. If it is a module, the temperature is assigned to it,
-    as a schedule does."""
+    """Return a function of a temperature and the call's tensors. If the call makes a module, the function assigns the
+    temperature to the module, as a schedule does."""
     if not call.temperature:
         loss = call.make()
         return lambda tau, *tensors: loss(*tensors)
@@ -54,7 +54,7 @@ def scheduled(call):
     return run
 
 
-# A module and a drop-in compile the graph of the function that they call.
+# Modules and drop-ins compile to the graphs of the functions that they call, so their cases are marked slow.
 COMPILED = tiered(
     (name for name in WITHOUT_STATE if name not in DATA_DEPENDENT),
     slow=lambda name: "." in name or " " in name or name[0].isupper(),

@@ -65,7 +65,7 @@ def test_instruction_set_that_the_machine_lacks_is_rejected():
             assert _cpu.instruction_set() == before
 
 
-# Flags of /proc/cpuinfo. AMX is not listed, because Linux may refuse the permission to use it.
+# Flags of /proc/cpuinfo. AMX is not listed, because Linux may refuse permission to use it.
 FLAGS = {
     "avx2": {"avx2", "fma"},
     "avx512": {"avx512f", "avx512dq", "avx512bw", "avx512vl", "fma"},
@@ -75,7 +75,8 @@ FLAGS = {
 
 @pytest.mark.parametrize("name", FLAGS)
 def test_instruction_set_that_the_machine_has_can_be_used(name):
-    # A set whose first products are wrong counts as missing, and all other tests of it would be skipped.
+    # If the first products of a set are wrong, the set counts as missing and its other tests are skipped. This test
+    # fails instead.
     path = Path("/proc/cpuinfo")
     flags = re.search(r"^flags\s*:(.*)$", path.read_text(), re.MULTILINE) if path.exists() else None
     if flags is None or not FLAGS[name] <= set(flags[1].split()):
@@ -256,7 +257,8 @@ def run_python(code, **options):
 
 @pytest.mark.parametrize("before", ["fastntxent.nt_xent(*z, 0.1)", "pass"], ids=["used", "only imported"])
 def test_forked_child_computes_the_same_gradient(before):
-    # The scalar paths only: other paths use PyTorch's own parallel operators, which hang in a forked child.
+    # The child computes only a mean loss, which takes the scalar path. Other paths use PyTorch's own parallel
+    # operators, which hang in a forked child.
     code = f"""
         import os, torch, fastntxent
         z = torch.randn(2, 200, 64, requires_grad=True)
@@ -307,7 +309,8 @@ def test_ctrl_c_ends_a_long_call():
     ("threads", "reduction"), [(1, "none"), (2, "none"), (2, "mean")], ids=["1 thread", "2 threads", "scalar path"]
 )
 def test_daemon_thread_in_a_call_lets_the_process_end(threads, reduction):
-    # Interpreter shutdown takes a second. In that time the thread's calls end, and the thread tries to start new ones.
+    # `Slow` makes the shutdown of the interpreter take a second. In that time the thread's calls end, and the thread
+    # tries to start new ones.
     code = f"""
         import threading, time, torch, fastntxent
         torch.set_num_threads({threads})

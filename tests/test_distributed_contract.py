@@ -8,6 +8,8 @@ import gc
 import os
 import re
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -95,8 +97,8 @@ def compared(x: Tensor) -> dict[str, error_budget.Report]:
 
 
 def error_of_weights(rank: int) -> dict[str, str]:
-    """Let each rank pass its element of each pair as pair_weights; return this rank's errors, or "none", by the pair's
-    name."""
+    """Each rank passes its element of each pair as pair_weights. Return this rank's error for each pair, by name, or
+    "none"."""
     weights = torch.rand(300, 300, generator=torch.Generator().manual_seed(0))
     swapped = weights.clone()
     swapped[0, 0], swapped[3, 7] = weights[3, 7], weights[0, 0]
@@ -168,6 +170,7 @@ def two_ranks() -> dict[str, Any]:
         found[name] = value.detach(), next(plain.parameters()).grad
     found["queues"] = error_of_queues(rank, world)
     found["weights"] = error_of_weights(rank)
+    found["widths"] = errors_of_widths(rank)
     found["errors"] = {name: error_of(options) for name, options in DISAGREEMENTS.items()}
     found["empty"] = error_of([{"n": 0}, {"n": 0}])
     found["alone"] = error_of([{"backend": "reference"}] * 2)
@@ -185,6 +188,24 @@ def error_of_queues(rank: int, world: Any) -> str:
     except ValueError as error:
         return str(error)
     return "none"
+
+
+def errors_of_widths(rank: int) -> list[str]:
+    """Return this rank's error for each way to give `matryoshka` a loss with a group, if the ranks' widths differ."""
+    z, dims, module = torch.eye(2, 4), [[4], [4, 2]][rank], fastntxent.NTXentLoss(group="world")
+    calls: list[Callable[[], object]] = [
+        lambda: fastntxent.matryoshka(fastntxent.nt_xent, z, z, dims=dims, group="world"),
+        lambda: fastntxent.matryoshka(partial(fastntxent.nt_xent, group="world"), z, z, dims=dims),
+        lambda: fastntxent.matryoshka(module, z, z, dims=dims),
+        lambda: fastntxent.matryoshka(module.forward, z, z, dims=dims),
+        lambda: fastntxent.matryoshka(partial(module, z), z, dims=dims),
+    ]
+    messages = []
+    for call in calls:
+        with pytest.raises(ValueError, match="the same on every rank") as caught:
+            call()
+        messages.append(str(caught.value))
+    return messages
 
 
 # Keys: what the error must say. Values: what each of the two ranks passes.
@@ -241,8 +262,8 @@ def test_bfloat16_on_the_wire_equals_the_loss_of_rounded_rows(found):
     assert first.same_bits(found[1]["bfloat16"])
     expected = truth("nt_xent", N)
     assert 1e-6 < relative(first.d_weight, expected.d_weight) < 2e-2
-    # The float64 loss below rounds the rows of the negatives too, but not the positives. Its gradient passes straight
-    # through the rounding.
+    # Like the ranks, the float64 loss below rounds the rows from which it computes the negatives, but not those of the
+    # positives. The gradient passes straight through the rounding.
     x, _ = whole_batch(N)
     model = encoder(torch.float64)
     z = model(x[:2].flatten(0, 1).double())
@@ -339,6 +360,11 @@ def test_batch_without_rows_on_any_rank_raises_an_error(found):
 
 def test_reference_backend_rejects_a_group(found):
     assert "'reference' takes no group" in found[1]["alone"]
+
+
+def test_matryoshka_compares_the_widths_of_all_ranks(found):
+    for message in found[0]["widths"]:
+        assert "dims is [4] on rank 0; [4, 2] on rank 1" in message
 
 
 def test_compare_judges_the_batch_of_all_ranks(found):
@@ -517,7 +543,7 @@ SENT = {
 @pytest.mark.parametrize("size", [3, 4])
 @pytest.mark.parametrize(("name", "strategy"), SENT)
 def test_a_step_sends_the_documented_share_of_an_all_gather(measured, name: str, strategy: str, size: int):
-    # An all-gather with autograd sends at least the rows in the forward, and a reduce-scatter sends their gradients in
+    # An all-gather with autograd sends at least the rows in the forward, and their gradients (by a reduce-scatter) in
     # the backward.
     with_autograd = 2 * (size - 1) * 2 * ROWS * WIDTH * 4
     sent, _ = measured[size, strategy, name]
@@ -557,12 +583,12 @@ def test_every_similarity_is_computed_once_and_the_work_is_balanced(how: str, ro
         for a, b in pairs:
             formed[a, b] += 1
             if a != b:
-                formed.T[a, b] += 1  # serves both rows
+                formed.T[a, b] += 1  # the same similarities, with rows and columns exchanged
         of_ranks.append(int(formed.sum() - before))
     assert (formed == 1).all()
     if len(set(rows)) == 1 and rows[0] % 2 == 0:
         assert len(set(of_ranks)) == 1
-    elif how == "triangle":  # one row more or less in each of two shares
+    elif how == "triangle":  # each rank has two shares of rows, and shares may differ by a row
         assert max(of_ranks) - min(of_ranks) <= 4 * n_rows
 
 
@@ -588,7 +614,7 @@ def one_rank() -> list[str]:
 
 
 def ring_taken() -> dict[tuple[str, int], bool]:
-    """Return whether each strategy takes the ring for 128 bytes of rows, by strategy and by RING_BYTES."""
+    """For 128 bytes of rows, return whether the ring is used, by strategy and by RING_BYTES."""
     rows = {"z_i": torch.eye(2, 8), "z_j": torch.eye(2, 8)}  # 2 samples of 2 views, 8 features of 4 bytes
     taken = {}
     for limit in (127, 128):

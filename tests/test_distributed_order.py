@@ -70,8 +70,8 @@ def after_a_change(strategy: str) -> dict[tuple[str, str], str]:
 
 
 def packed(strategy: str) -> dict[str, bool]:
-    """For each loss, return True if its saved rows, local or gathered, pass through saved-tensor hooks, and hooks that
-    return copies do not change the gradient."""
+    """For each loss, return True if two things hold: its saved rows (local or gathered) pass through saved-tensor
+    hooks, and hooks that return copies do not change the gradient."""
     found = {}
     for name, loss in LOSSES.items():
         z = rows().requires_grad_()

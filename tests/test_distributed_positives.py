@@ -104,7 +104,7 @@ def on_each_rank() -> dict[str, Any]:
 
 
 def square_of_lse(lse: Tensor) -> Tensor:
-    """Sum the squares over the rows with a positive only. The upstream gradient of the other rows is 0 * inf = NaN."""
+    """Sum the squares over the rows that have a positive. The upstream gradient of the other rows is 0 * inf = NaN."""
     return torch.where(lse.isinf(), 0, lse.square()).sum()
 
 

@@ -25,8 +25,8 @@ RUNS = {
     "fsdp2.py": (TORCHRUN, "--steps 20 --batch 64", None, {"loss"}),
     "sentence_transformers_mnrl.py": ([], "--steps 40", "sentence_transformers", {"loss", "retrieval"}),
 }
-# A torchvision built for a different PyTorch breaks every library that imports torchvision if it is installed. No
-# example needs torchvision.
+# Some libraries import torchvision whenever it is installed, and fail if it was built for a different PyTorch. No
+# example needs torchvision, so this code hides it.
 WITHOUT_TORCHVISION = """
 import importlib.metadata, sys
 

@@ -318,11 +318,11 @@ def test_sup_con_without_any_positive_is_zero():
 
 
 def test_sup_con_keeps_small_weights_beside_a_rows_own():
-    # Of two rows, each has one positive and nothing else to compare it with.
+    # Each of the two rows has one positive and no negatives, so its loss and gradient are 0.
     z = Z[:2].clone().requires_grad_()
     weights = torch.tensor([[100.0, 1e-3], [2e-3, 100.0]])
     labels = torch.zeros(2, 8192, dtype=torch.int64)
-    labels[0] = labels[1, 0] = 1  # of the first row's labels, the second row shares one
+    labels[0] = labels[1, 0] = 1  # the first row has every label, and the second row has one of them
     for loss in (sup_con(z, torch.tensor([0, 1]), 1.0, pair_weights=weights), sup_con(z, labels, 1.0)):
         assert abs(loss) < 1e-6
         assert torch.autograd.grad(loss, z)[0].abs().max() < 1e-6
@@ -355,7 +355,8 @@ def test_sup_con_rows_whose_pair_weights_are_all_zero_have_no_loss():
     loss = sup_con(z, LABELS % 3, 0.1, pair_weights=torch.zeros(3, 3))
     assert loss == 0
     assert not torch.autograd.grad(loss, z)[0].any()
-    alone = torch.eye(6) + torch.eye(6).roll(1, 0) * torch.tensor([1.0, 0, 0, 0, 0, 0])  # only one pair has a weight
+    # Of the pairs of different rows, only one has a weight.
+    alone = torch.eye(6) + torch.eye(6).roll(1, 0) * torch.tensor([1.0, 0, 0, 0, 0, 0])
     rows = sup_con(Z, torch.arange(6), 0.1, pair_weights=alone, reduction="none")
     assert rows.ne(0).sum() == 1
     torch.testing.assert_close(sup_con(Z, torch.arange(6), 0.1, pair_weights=alone), rows.sum())

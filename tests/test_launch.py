@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import subprocess
@@ -272,6 +273,7 @@ def test_warm_up_leaves_gradients_state_and_generators_as_they_were():
     query.requires_grad_()
     fastntxent.warm_up(loss, query, key)
     fastntxent.warm_up(loss.forward, query, key=key)
+    fastntxent.warm_up(functools.partial(loss, key=key), query)
     assert loss.queue.filled == 0
     assert query.grad is None
     state = torch.get_rng_state()

@@ -133,6 +133,12 @@ def test_matryoshka_does_not_cut_arguments_bound_by_partial():
     torch.testing.assert_close(value, loss(z_i[:, :2], z_j[:, :2], key))
 
 
+def test_matryoshka_knows_the_names_of_arguments_behind_partial():
+    views, mask, loss = torch.randn(6, 2, 4), torch.rand(6, 6), sup_contrast.SupConLoss()
+    value = fastntxent.matryoshka(partial(loss), views, None, mask, dims=[3])
+    torch.testing.assert_close(value, loss(views[..., :3], mask=mask))
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -201,6 +201,14 @@ def test_pair_operators_equal_the_dense_product_whatever_the_chunk_size(monkeypa
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_mask_product_has_a_gradient_for_a_mask_of_any_dtype(dtype):
+    mask, x = torch.rand(4, 6, dtype=dtype, requires_grad=True), torch.randn(6, 3, requires_grad=True)
+    dense = (mask.float() * (1 - torch.eye(4, 6))) @ x
+    gradients = [torch.autograd.grad(out.square().sum(), (mask, x)) for out in (ops.mask_product(mask, x), dense)]
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("tracing_mode", ["real", "fake", "symbolic"])
 def test_make_fx_graph_takes_the_temperature_as_an_input(backend, tracing_mode):
     trace = torch.fx.experimental.proxy_tensor.make_fx(

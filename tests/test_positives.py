@@ -81,7 +81,7 @@ def test_positives_at_tile_edges_within_budget(dtype, inv_tau, M, operator):
         results(OPERATORS[operator], rounded, inv_tau, False, backend, dtype) for backend in ("reference", "blocked")
     )
     for v, s, t in zip(value, same, truth, strict=True):
-        scale = M if t.ndim == 0 else 0.0  # d_k is a sum of similarities with both signs
+        scale = M if t.ndim == 0 else 0.0  # d_k is a sum of similarities of both signs
         limit = error_budget.allowed(error_budget.errors_of(s, t, scale=scale), dtype, inv_tau, output_dtype=v.dtype)
         errors = error_budget.errors_of(v, t, scale=scale)
         assert errors.within(limit), f"{errors}, allowed {limit}"

@@ -37,7 +37,7 @@ def test_queue_holds_the_last_rows(size, batches, with_ids):
 
 
 def oracle(query, key, tau, held, in_batch, ids=None, held_ids=None):
-    """Return the rows' losses, with the held rows as explicit negatives of each query."""
+    """Return the loss of each query, with the rows in the queue as its explicit negatives."""
     losses = []
     for n in range(len(query)):
         rows = [held[j] for j in range(len(held)) if ids is None or held_ids[j] != ids[n]]
@@ -375,7 +375,7 @@ def test_queue_loss_backward_raises_if_the_temperature_was_changed_in_place():
 
 def test_queue_loss_can_be_traced_only_in_evaluation_mode():
     loss, views = QueueInfoNCELoss(8, 4), (torch.randn(3, 4), torch.randn(3, 4))
-    with pytest.raises(RuntimeError, match="NegativeQueue takes no rows under"):
+    with pytest.raises(RuntimeError, match=r"NegativeQueue\.push must not be called under"):
         torch.jit.trace(loss, views, check_trace=False)
     loss(*views)
     traced = torch.jit.trace(loss.eval(), views)

@@ -116,9 +116,9 @@ def test_retrieve_never_holds_all_scores():
     assert largest.numel <= module._TILE_BYTES // 4
 
 
-# Limits in MiB on the memory that a call adds in a fresh process. They are close to what the docstrings promise: for
-# the searches, a tile of 32 MiB, the unit rows of its queries and columns (5 MiB at 128 features in float32), and at
-# most 32 MiB more (16 MiB for zero_shot_classify); for positive_ranks, 16 MiB of similarities plus O(N D).
+# Limits in MiB on the memory that a call adds in a fresh process. They are close to what the docstrings promise. A
+# search uses a tile of 32 MiB, the unit rows of the tile's queries and columns (5 MiB at 128 features in float32), and
+# at most 32 MiB more (16 MiB for zero_shot_classify). positive_ranks uses 16 MiB of similarities plus O(N D).
 PEAKS = {
     "retrieve(torch.randn(2500, 128), torch.randn(30000, 128), 10)": 64,
     "retrieve(torch.randn(200, 16), torch.randn(60000, 16), 500)": 72,

@@ -1,4 +1,4 @@
-"""Distillation from a teacher given as a function: how it is called, and that it equals a teacher given as features."""
+"""Distillation from a teacher function: how the function is called, and that teacher features give the same results."""
 
 from __future__ import annotations
 

@@ -66,14 +66,14 @@ def test_sums_are_truncated_toward_zero_for_either_sign(dot, chip, sign):
 
 def test_a_block_is_added_at_once(dot):
     # The first 8 products sum to 3, the second 8 to 1. Added to 2^24 at once they give 4; added one after the other, 3
-    # is cut to 2, and 1 to 0.
+    # is truncated to 2, and 1 to 0.
     products = ones([1, 1, 1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0])
     assert dot("h100", *products, 2.0**24) == 2.0**24 + 4
     assert dot("a100", *products, 2.0**24) == 2.0**24 + 2
 
 
 def test_bits_below_the_extra_bits_are_lost_term_by_term(dot):
-    # When it adds to 1, a chip keeps bits down to 2^-23 and, below that, one extra bit on an A100, two on an H100.
+    # When a chip adds to 1, it keeps the bits down to 2^-23 and some extra bits below: one on an A100, two on an H100.
     for smallest, lost_on in ((2.0**-24, ()), (2.0**-25, ("a100",)), (2.0**-26, ("a100", "h100"))):
         for chip in ROUNDING:
             eight = dot(chip, *ones([smallest] * 8), 1.0)

@@ -113,29 +113,29 @@ def test_the_model_counts_what_the_schedule_does():
 
 
 @pytest.mark.parametrize("kernel", config.KERNELS)
-def test_turns_of_a_kernels_loops_account_for_all_of_its_flops(kernel):
+def test_trips_of_a_kernels_loops_account_for_all_of_its_flops(kernel):
     tile = config.TileConfig(128, 64, 64, 8, 3)
     M, DP, chip = 65_536, 256, chips.CHIPS["sm_90"]
     work = model.work_of(kernel, dict.fromkeys(config.KERNELS, tile), M, DP, "bf16", chip)
-    a_turn = kernels.flops_of_turn(kernel, tile, DP, "bf16")
-    assert math.prod(work.turns) * work.programs * a_turn == pytest.approx(work.flops, rel=0.02)
+    of_iteration = kernels.flops_of_iteration(kernel, tile, DP, "bf16")
+    assert math.prod(work.trips) * work.programs * of_iteration == pytest.approx(work.flops, rel=0.02)
 
 
-def test_turns_are_fitted_to_the_loops_that_the_compiler_left():
+def test_trips_are_fitted_to_the_loops_that_the_compiler_left():
     flops, programs = 2 * 64 * 64 * 16, 264
 
-    def work(turns):
-        return model.Work(math.prod(turns) * flops * programs, 0, 0, 0, 0, programs, turns)
+    def work(trips):
+        return model.Work(math.prod(trips) * flops * programs, 0, 0, 0, 0, programs, trips)
 
-    assert model.turns_of(work((10.0,)), report_of(loop(PRODUCT))) == (10.0,)
-    assert model.turns_of(work((10.0, 1.0)), report_of(loop(PRODUCT))) == (10.0,)
+    assert model.trips_of(work((10.0,)), report_of(loop(PRODUCT))) == (10.0,)
+    assert model.trips_of(work((10.0, 1.0)), report_of(loop(PRODUCT))) == (10.0,)
     around = "\n".join(
         [".L_x_1:", "        /*1000*/  FADD R1, R1, R2 ;", loop(PRODUCT, "@P0 BRA `(.L_x_0)", "@P1 BRA `(.L_x_1)")]
     )
     nested = report_of(around)
-    assert model.turns_of(work((10.0,)), nested) == (1.0, 10.0)
+    assert model.trips_of(work((10.0,)), nested) == (1.0, 10.0)
     with pytest.raises(AssertionError, match="flops per program, not"):
-        model.turns_of(work((10.0, 2.0)), report_of(loop(PRODUCT)))
+        model.trips_of(work((10.0, 2.0)), report_of(loop(PRODUCT)))
 
 
 WORK = model.Work(2 * 132 * 10 * 2 * 64 * 64 * 16, 1e9, 0, 1e6, 1e6, 2 * 132, (10.0,))
@@ -144,13 +144,13 @@ WORK = model.Work(2 * 132 * 10 * 2 * 64 * 64 * 16, 1e9, 0, 1e6, 1e6, 2 * 132, (1
 def test_predicted_time_is_the_longest_limit_and_names_it():
     rates = chips.CHIPS["sm_90"].rates
     report = report_of(loop(PRODUCT, "FADD R1, R1, R2", "MUFU.EX2 R4, R4", "MUFU.EX2 R4, R4"))  # plus a branch: 5 slots
-    turns, warps = 10 * 2 * 132, 4
+    trips, warps = 10 * 2 * 132, 4
     found = model.needs(WORK, report, "bf16")
     assert found["products"] == pytest.approx(WORK.flops / (limits.GEMM * rates.product))
-    assert found["slots"] == pytest.approx((5 * turns + 2 * 132) * warps / 4 / rates.cycles)
-    assert found["exps"] == pytest.approx(2 * turns * warps * 32 / rates.exp)
-    assert found["floats"] == pytest.approx(turns * warps * 32 / 128 / rates.cycles)
-    assert found["shared"] == pytest.approx(turns * warps * (64 + 64) * 32 / 4 / rates.shared)
+    assert found["slots"] == pytest.approx((5 * trips + 2 * 132) * warps / 4 / rates.cycles)
+    assert found["exps"] == pytest.approx(2 * trips * warps * 32 / rates.exp)
+    assert found["floats"] == pytest.approx(trips * warps * 32 / 128 / rates.cycles)
+    assert found["shared"] == pytest.approx(trips * warps * (64 + 64) * 32 / 4 / rates.shared)
     assert model.time_of({"slots": 9e-6, "products": 5e-6}, 1) == (9e-6 + limits.LAUNCH, "slots")
     assert model.time_of({"slots": 1e-6, "products": 0.5e-6}, 1) == (1e-6 + limits.LAUNCH, "launches")
     assert model.needs(WORK, report, "bf16", gemm=rates.product / 4)["products"] == pytest.approx(
@@ -158,9 +158,9 @@ def test_predicted_time_is_the_longest_limit_and_names_it():
     )
 
 
-def test_a_program_alone_on_its_multiprocessor_takes_its_turns_one_after_the_other():
+def test_a_program_alone_on_its_multiprocessor_runs_its_iterations_one_after_the_other():
     report = report_of(loop(PRODUCT, DRAIN, "BAR.SYNC.DEFER_BLOCKING 0x0", "FADD R1, R1, R2"))
-    # Ten turns of products, instructions and waits, one instruction after the loop, and the first loads.
+    # Ten iterations of products, instructions and waits, one instruction after the loop, and the first loads.
     cycles = 10 * (32 + 5 + 2 * limits.SYNC) + 1 + limits.FIRST
 
     def latency(work, **changes):
@@ -212,7 +212,7 @@ def test_loop_beyond_its_limits_of_slots_or_shuffles_is_a_fault(monkeypatch):
     for limit, fault in [
         (kernels.Limit(math.ceil(report.slots * factor), 1, 0), None),
         (kernels.Limit(math.ceil(report.slots * factor) - 1, 1, 0), "slots in the loop"),
-        (kernels.Limit(10**6, 0, 0), "1 shuffles in the loop, 0 at most"),
+        (kernels.Limit(10**6, 0, 0), "1 shuffles in the loop, but the limit is 0"),
     ]:
         monkeypatch.setitem(kernels.LIMITS, ("sm_90", "fused", 128), limit)
         faults = report.faults()
@@ -222,7 +222,7 @@ def test_loop_beyond_its_limits_of_slots_or_shuffles_is_a_fault(monkeypatch):
 
 
 def test_large_batches_of_half_precision_have_limits():
-    assert kernels.LIMITS["sm_100", "direct", 128].slots <= 286  # a tenth above the figure of this tile
+    assert kernels.LIMITS["sm_100", "direct", 128].slots <= 286  # 10 % above the slots of this tile
     for target in ("sm_80", "sm_90", "sm_100"):
         for d in (128, 768):
             tiles = {kernel: config.look_up(target, kernel, 2, math.inf, d) for kernel in config.KERNELS}
@@ -326,6 +326,8 @@ def test_new_entries_replace_old_ones_unless_a_rival_kernel_is_faster():
     assert table["sm_90"]["direct"]["2"] == [[1024, None, None], [None, 64, wide], [None, None, tall]]
     assert table["sm_90"]["direct"]["4"] == [[None, None, None]]
     assert table["sm_90"]["fused"] == config.TABLE["sm_90"]["fused"]
+    tune.merge(table, "sm_90", "direct", best, None)
+    assert table["sm_90"]["measured"] == {}, "predicted tiles are not measured"
 
 
 def test_tuning_writes_its_results_even_if_no_tile_fits(monkeypatch, tmp_path):

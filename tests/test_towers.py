@@ -1,4 +1,5 @@
-"""The scalar path of two towers: InfoNCE and CLIP from one call, on every backend, compared with the dense formula."""
+"""The scalar path of two towers, `info_nce_scalar`, which computes InfoNCE or CLIP with its gradient in one call: every
+backend compared with the dense formula."""
 
 import itertools
 

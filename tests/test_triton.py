@@ -145,7 +145,8 @@ def test_nt_xent_normalises_rows_of_extreme_norms_within_budget(length):
 
 @pytest.fixture(params=["device"] if DEVICE == "cuda" else tensor_cores.FAMILIES)
 def each_chip(request, monkeypatch):
-    """Use one chip's tiles and rounding. Return a function that switches to the chip's tiles for a number of rows."""
+    """Use one chip's tiles and rounding. Return a function that takes a number of rows and switches to the chip's tiles
+    for it."""
     if DEVICE == "cuda":
         return lambda rows: None
     tensor_cores.interpret(monkeypatch, request.param)
@@ -356,7 +357,7 @@ def limited_result(batch, dtype, backend, **limits):
 
 
 def ceiling_between(batch: Batch, share: float) -> float:
-    """Return a ceiling above this share of the similarities, in a gap too wide for rounding to bridge."""
+    """Return a ceiling above this share of the similarities, in a gap that is wider than the rounding errors."""
     u = F.normalize(torch.cat((batch.z_i, batch.z_j)).double(), dim=1)
     ordered = (u @ u.T).flatten().sort().values
     first = int(len(ordered) * share)
@@ -426,7 +427,7 @@ def test_limits_leave_out_the_same_pairs_in_forward_and_backward(each_chip, d, r
             logits = s.masked_fill(~apart | (s > side.limits[:, None]), -math.inf)
             nu = nus[len(nus) - 1 if side is other else 0]
             of_rows = (logits.softmax(dim=1).nan_to_num() * s).sum(dim=1)
-            # Rounding also decides whether a row keeps any negative; a kept negative is as similar as the limit.
+            # Rounding also decides whether a row keeps any negative. A kept negative has the similarity of the limit.
             of_rows = torch.where(logits.isfinite().any(dim=1), of_rows, cosine)
             expected += float(of_rows[nu > -math.inf].sum())
             pairs += int(apart.sum())
@@ -460,7 +461,7 @@ def test_limits_behave_as_on_every_backend(maxima_that_drop_nan):
         test_false_negatives.test_rows_that_lose_all_negatives_have_no_loss_and_no_gradient("triton", temperature)
         test_false_negatives.test_nan_similarities_are_kept("triton", temperature)
     for temperature, length in ((1e6, 1.0), (0.5, 1e-4), (500.0, 1.0)):
-        test_false_negatives.test_limits_are_as_precise_when_logits_are_small("triton", temperature, length)
+        test_false_negatives.test_limits_stay_precise_when_logits_are_small("triton", temperature, length)
 
 
 @pytest.mark.parametrize("d", [24, 300])
@@ -547,7 +548,7 @@ def _ids(row: int) -> list[int]:
 @pytest.fixture
 def small_panels(monkeypatch):
     """Use panels with small squares of G: 64 rows in the interpreter, and 256 (the minimum) on a GPU, whose tiles are
-    larger. The interpreter is slow, so it uses panels at fewer features than the table says."""
+    larger. The interpreter is slow, so it uses panels for rows with fewer features than the table requires."""
     monkeypatch.setattr(config, "PANEL", 1)
     if DEVICE == "cpu":
         monkeypatch.setattr(config, "PADDED_ROWS", 64)
@@ -558,7 +559,7 @@ def small_panels(monkeypatch):
         monkeypatch.setattr(config, "look_up", look_up)
 
 
-# Enough pairs for two squares on the diagonal and part of a third, and features for two blocks of `gather`.
+# Enough pairs for two squares on the diagonal and part of a third, and enough features for two blocks of `gather`.
 PAIRS, FEATURES = (33, 130) if DEVICE == "cpu" else (260, 260)
 
 
@@ -703,7 +704,7 @@ def uneven(look_up):
 
 @pytest.mark.parametrize("temperature", tiered([0.005, 0.0168, 0.1], slow=lambda temperature: temperature == 0.0168))
 @pytest.mark.parametrize("normalize", [True, False])
-def test_a_temperature_that_only_the_device_knows_within_budget(monkeypatch, normalize, temperature):
+def test_losses_within_budget_if_only_the_device_knows_the_temperature(monkeypatch, normalize, temperature):
     contract = importlib.import_module("fastntxent.ops.contract")
     unread = lambda inv_tau, dtype: torch.as_tensor(inv_tau, dtype=dtype, device=DEVICE)  # noqa: E731
     monkeypatch.setattr(contract, "_inverse_temperature", unread)
@@ -727,8 +728,8 @@ def test_one_much_longer_row_leaves_the_other_gradients_accurate(ratio):
     batch, weights = (u, v, u_ids, v_ids + (v_ids != 0)), (torch.ones(20, device=DEVICE), torch.ones(40, device=DEVICE))
     runs = ("triton", torch.float32), ("reference", torch.float64)
     value, truth = (cross_result(batch, 0.5, weights, *run)[2] for run in runs)
-    # G includes each row's length relative to the longest. Beyond a ratio of 2^12, the small float16 part of G loses
-    # one bit for each further bit of the ratio.
+    # G includes each row's length relative to the longest. Beyond a ratio of 2^12, the smaller float16 part of G loses
+    # one bit for each further factor of two.
     assert_within_rounding(value, truth, 1 / 0.5, times=max(1.0, ratio / 2**12))
 
 
@@ -846,7 +847,8 @@ def test_unspecialised_sizes_are_parameters_of_a_kernel():
 
 @pytest.fixture
 def maxima_that_drop_nan(monkeypatch):
-    """Make the interpreter's maximum of a number and NaN the number, as on a device. Before Triton 3.9 it was NaN."""
+    """Make the interpreter return the number as the maximum of a number and NaN, as devices do. Before Triton 3.9, the
+    interpreter returned NaN."""
     if DEVICE == "cpu":
         interpreter = importlib.import_module("triton.runtime.interpreter")
         monkeypatch.setattr(
@@ -883,9 +885,9 @@ def test_nan_reaches_every_dependent_result_of_sigmoid_losses(maxima_that_drop_n
 
 def test_float64_and_other_devices_are_rejected():
     z = torch.randn(4, 3, dtype=torch.float64, device=DEVICE)
-    with pytest.raises(TypeError, match=r"backend 'triton' takes torch.float16, .*, got torch.float64"):
+    with pytest.raises(TypeError, match=r"backend 'triton' supports torch.float16, .*, got torch.float64"):
         nt_xent(z, z, backend="triton")
-    with pytest.raises(ValueError, match="backend 'triton' serves cuda"):
+    with pytest.raises(ValueError, match="backend 'triton' supports cuda"):
         select("triton", "xpu", torch.float32)
 
 
@@ -899,7 +901,7 @@ def test_status_without_device_or_interpreter_says_what_the_backend_needs():
     code = "import fastntxent; print(fastntxent.backends()['triton'].reason)"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
-    assert "no CUDA device here; under TRITON_INTERPRET=1" in done.stdout
+    assert "no CUDA device is available; with TRITON_INTERPRET=1" in done.stdout
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs the compilers that Triton ships for Linux")
@@ -921,7 +923,8 @@ def test_kernels_compile_within_the_chip_without_a_spill_and_on_its_matrix_units
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs the compilers that Triton ships for Linux")
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 def test_compiled_sums_of_float32_leave_the_matrix_units(target):
-    # The half-precision gradient does stay in its accumulator, which shows that the counts below would detect it.
+    # The sums of the half-precision gradient do stay in the matrix units. Their counts show that this test would detect
+    # float32 sums that stay there.
     code = f"""
 from benchmarks import kernels
 from fastntxent.backends.triton import config

@@ -124,8 +124,8 @@ def test_checks_find_every_break_of_every_kernel(broken, monkeypatch, corrupted)
     assert caught.value.status == BREAKS[change], caught.value
 
 
-# Kinds of calls of info_nce_scalar(z_i, z_j, inv_tau, normalize, both, mean, needs_i, needs_j): a test that recognises
-# them by their arguments, and the output to corrupt in them.
+# Kinds of calls of info_nce_scalar(z_i, z_j, inv_tau, normalize, both, mean, needs_i, needs_j). For each kind: a
+# function that recognises such a call by its arguments, and the output to corrupt.
 TOWERS = {
     "one direction": (lambda args: not args[4], 1),
     "both directions": (lambda args: args[4], 1),
@@ -538,7 +538,7 @@ def test_store_ignores_invalid_times(tmp_path, times):
 def test_waiting_for_another_process_prints_a_message(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(store, "SAID_AFTER", 0.1)
     monkeypatch.setattr(store, "PATIENCE", 0.3)
-    with Store(MODEL, tmp_path).checking(), pytest.warns(UserWarning, match="not waiting"):
+    with Store(MODEL, tmp_path).checking(), pytest.warns(UserWarning, match="continuing without it"):
         assert Store(MODEL, tmp_path)._acquire_lock() is None
     assert "waiting for another process, which is checking Some GPU 80GB" in capsys.readouterr().err
 
@@ -653,7 +653,8 @@ FOUND = {"cuda": "fastntxent.backends.cuda.backend", "triton": "fastntxent.backe
 
 @pytest.fixture
 def simulated(monkeypatch, tmp_path):
-    """A simulated machine with GPUs. It holds the answers of its child processes, and records the requests to them."""
+    """A simulated machine with GPUs. It stores the results that its child processes return, and records the requests to
+    them."""
 
     machine = types.SimpleNamespace(
         verdicts={"cuda": PASSED, "triton": PASSED}, times=None, ends={}, asked=[], models={0: MODEL}

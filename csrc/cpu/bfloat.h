@@ -3,8 +3,9 @@
 // check.cpp can test the kernels on processors without the instructions. The emulation of AVX512_BF16 agreed bit for
 // bit with a real processor on 48 million random lanes, which included NaN and subnormal numbers.
 //
-// A pair is a 32-bit word whose low half holds the number with the even index. In a product, each row of the left
-// operand holds pairs of one matrix row, and each row of the right operand holds one pair of every matrix column.
+// A pair is two bfloat16 numbers in a 32-bit word; the low half holds the number with the even index. In a product,
+// each row of the left operand holds pairs of one matrix row, and each row of the right operand holds one pair of every
+// matrix column.
 #pragma once
 
 #include <immintrin.h>
@@ -65,7 +66,7 @@ constexpr int TILES = 8;
 
 inline thread_local BfloatPairs tile_rows[TILES][TILE_ROWS];
 
-// Return c + a B. Even and odd products are summed separately, and their total is added to c.
+// Return c + a B. Even and odd products are summed separately, and the total of both sums is added to c.
 FNTX_INLINE Vec<float> add_tile_row(Vec<float> c, BfloatPairs a, const BfloatPairs* b) {
     Vec<float> evens = {}, odds = {};
     for (int i = 0; i < TILE_ROWS; ++i) {

@@ -1,5 +1,5 @@
-// Compares the results of bfloat_products.h for one small tile, its similarities and its gathered gradients, with plain
-// C++. All numbers are small integers, so the order of a sum makes no difference.
+// Checks bfloat_products.h on one small tile: compares its similarities and its gathered gradients with plain C++. All
+// numbers are small integers, so every sum is exact in any order.
 #pragma once
 
 #include <algorithm>

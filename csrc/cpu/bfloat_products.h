@@ -1,14 +1,15 @@
 // Products of bfloat16 rows with the instructions in bfloat.h, which accumulate in float.
 //
-// Similarities: each row z is scaled by a power of two, which brings its length to [1, 2). This scaling rounds nothing
-// but numbers far below the row's length, and only negligible products and sums are in the range that the instructions
-// flush to zero. Without normalisation, the scale stays between 2^-60 and 2^60. The product of two bfloat16 numbers is
-// exact in float, so the sums are as accurate as sums over widened rows. A factor for each row and a factor for each
-// column then undo the scaling and normalise.
+// Similarities: each row z is scaled by a power of two that brings its length to [1, 2). The scaling is exact, except
+// for numbers far below the row's length. The instructions flush numbers below the normal range to zero, but after the
+// scaling only negligible products and sums are that small. Without normalisation, the scale is clamped to the range
+// from 2^-60 to 2^60. The product of two bfloat16 numbers is exact in float, so the sums are as accurate as sums over
+// widened rows. Each sum is then multiplied by a factor of its row and a factor of its column, which undo the scaling
+// and normalise.
 //
-// Gradients: sum_j G_ij u_j = sum_j (G_ij factor_j) z_j, where z_j is the scaled row. Only G_ij factor_j is rounded to
-// bfloat16, as the gradient itself will be. The temperature's gradient is returned in float, so sum G_ij s_ij is formed
-// before G is rounded.
+// Gradients: sum_j G_ij u_j = sum_j (G_ij factor_j) z_j, where z_j is the scaled row. The only additional rounding is
+// that of G_ij factor_j to bfloat16, the dtype in which the gradient itself is returned. The temperature's gradient is
+// returned in float, so sum G_ij s_ij is formed before G is rounded.
 #pragma once
 
 #include <math.h>
@@ -159,7 +160,7 @@ struct BfloatProducts {
         }
     }
 
-    // Like form_products, but with the products that the forward kept.
+    // Like form_products, but read the products that the forward kept.
     template <class Finish> FNTX_INLINE void recall(const Tile<float>& tile, Finish finish) {
         for (int64_t col = 0; col < tile.n_cols; col += PANEL<float>)
             for (int64_t row = 0; row < tile.n_rows; row += ROWS)
@@ -176,7 +177,7 @@ struct BfloatProducts {
         multiply_block<V>(c, ldc, true, a, a_row, b.first, inner);
     }
 
-    // See FloatProducts::Radial.
+    // Accumulates sum G_ij s_ij (see FloatProducts::Radial).
     class Radial {
       public:
         __attribute__((always_inline)) void keep(const Acc& similarities) { similarities_ = similarities; }
@@ -200,7 +201,7 @@ struct BfloatProducts {
         }
 
       private:
-        // The similarity of a pair that does not count (G = 0) may be infinite.
+        // A pair that does not count has G = 0, and its similarity may be infinite. The product would then be NaN.
         FNTX_INLINE Vec<float> product(Vec<float> g, Vec<float> s) { return g == 0 ? Vec<float>{} : g * s; }
 
         __attribute__((always_inline)) void add_sum(Vec<float> sum) {
@@ -292,7 +293,7 @@ struct BfloatProducts {
 // --- input -----------------------------------------------------------------------------------------------------------
 
 // Pack a row of u that has not been normalised yet, and store the row's factor. The caller divides u by `divisor`
-// afterwards. Without normalisation the exponents are clamped, so that the product of two factors stays in range.
+// afterwards. Without normalisation the exponent is clamped, so that the product of two factors stays in range.
 FNTX_INLINE void pack_bfloats(const PackedSide<float>& side, int64_t row, int64_t ld, double length, double divisor,
                               bool normalize) {
     int exponent = length > 0 && length < INFINITY ? ilogb(length) : 0;

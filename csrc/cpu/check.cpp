@@ -46,7 +46,7 @@ const char* const SETS[] = {"avx512_bf16", "amx"};  // other builds check the ot
 const char* const SETS[] = {BASELINE, "avx2", "avx512", "avx512_bf16", "amx"};
 #endif
 
-// Expect the sets that this build must have. Without its set, a group would pass with no check.
+// Expect the sets that this build must have. Without any usable set, a group would pass without a single check.
 void expect_sets() {
 #ifdef FNTX_EMULATE
     for (const char* set : SETS) expect(fntx_use_instruction_set(set) == FNTX_OK, "an emulated set cannot be used");
@@ -103,7 +103,7 @@ bool taken(const Case& c) {
 }
 
 // Check a case on every instruction set, in every mode, and, for each number in `tiles`, with a workspace for that
-// number of the smallest tiles. The emulated instructions serve only bfloat16 rows and are slow, so with them the dtype
+// number of the smallest tiles. The emulated instructions are for bfloat16 rows only and are slow. With them, the dtype
 // is always bfloat16, and only the last number of threads is checked.
 void verify(Case c, std::vector<int> threads, const std::vector<int>& tiles) {
 #ifdef FNTX_EMULATE
@@ -140,8 +140,8 @@ Case rectangle(int64_t n, int64_t D) {
     return {{n, draw() % 2 ? n : 0}, {other, draw() % 2 ? SIZES[draw() % SMALL_SIZES] : 0}, D};
 }
 
-// Give a case with columns a loss, in both directions, or only for the rows if the weight is 0. Except for SigLIP, the
-// case must have as many rows as columns.
+// Give a case with columns a loss in both directions, or a loss for the rows only if the weight is 0. Except for
+// SigLIP, the case must have as many rows as columns.
 Case in_pairs(Case c, double cols_loss_weight = 0.3) {
     c.cols_loss_weight = cols_loss_weight;
     return c;
@@ -152,7 +152,7 @@ Case pairs(int64_t n, int64_t D) {
     return in_pairs({{n, 0}, {first, n - first}, D}, draw() % 2 ? 0.3 : 0);
 }
 
-// NT-Logistic or SigLIP: the loss if the case has one, and the sums without a loss.
+// NT-Logistic or SigLIP. The sums are checked, and also the loss if the case has one.
 Case softplus(Case c, int function = FNTX_SOFTPLUS) {
     c.function = function;
     c.bias = 12 * noise();
@@ -203,7 +203,7 @@ Case sigmoid(int64_t n, int64_t D) {
     return softplus(c, FNTX_SIGMOID);
 }
 
-// Shapes that several threads share (from 4e6 multiplications on), with odd and even numbers of blocks.
+// Shapes large enough for several threads (4e6 multiplications), with odd and even numbers of blocks.
 void threads_and_workspaces() {
     int dtype = FNTX_FLOAT64;
     for (double tau : {0.07, 0.001})
@@ -219,8 +219,8 @@ void threads_and_workspaces() {
         }
 }
 
-// Few rows or columns, with a copy of their sums for every slab of the longer side but the first. Some slabs extend
-// beyond the longer side, and some have no negatives for a row.
+// Few rows or few columns. Every slab of the longer side but the first has its own copy of the shorter side's sums.
+// Some slabs extend beyond the longer side, and some have no negatives for a row.
 void slabs() {
     int dtype = 0, loss = 0;
     for (double tau : {0.07, 0.001})
@@ -276,10 +276,12 @@ std::vector<double> unusual(std::initializer_list<double> numbers) {
     return all;
 }
 
-// A NaN in one row reaches the loss, and nu of every row that has the changed row among its negatives. If rows are
-// normalised, an infinity becomes a NaN and does the same, while a finite number leaves the loss finite. If rows are
-// not normalised, an infinity must only keep the loss from being finite. nu of rows with index 3 modulo 50 (the changed
-// row and its positive) is not checked. With float16 rows, only the status is checked.
+// Change one number of row 3 and check the loss and nu. A NaN must reach the loss, and nu of every row that has row 3
+// among its negatives. If rows are normalised, an infinity becomes a NaN and must do the same, and a huge finite number
+// must leave the loss finite. If rows are not normalised, an infinity must only keep the loss from being finite, and a
+// finite number may have any effect. nu of rows with index 3 modulo 50 (the changed row and its positive) is not
+// checked. With classes, nu is not checked at all, because the call does not return it. With float16 rows, only the
+// status is checked.
 template <class T> void unusual_rows(const Case& c) {
     const double huge = sizeof(T) == 4 ? 3e38 : 1e150;
     Problem<T> p(c);
@@ -295,7 +297,7 @@ template <class T> void unusual_rows(const Case& c) {
                     const bool lost = isfinite(x) != isfinite(run.scalars[0]);
                     expect(!lost, run.name() + ": loss for input " + std::to_string(x));
                     for (size_t i = 0; i < run.nu[p.last].size() && (isnan(x) || (isinf(x) && c.normalize)); ++i)
-                        expect(i % 50 == 3 || isnan(run.nu[p.last][i]), run.name() + ": NaN is lost");
+                        expect(i % 50 == 3 || isnan(run.nu[p.last][i]), run.name() + ": NaN did not reach nu");
                 }
         });
     }
@@ -310,8 +312,10 @@ template <class T> void unusual_upstream(const Case& c) {
             CheckedCall<T> weights(p, BACKWARD, 1, 0), neg_lse(p, BACKWARD, 1, 0);
             weights.w[0][3] = T(x), neg_lse.nu[0][3] = T(x);
             expect(!weights.bits().empty() && !neg_lse.bits().empty(), weights.name() + ": status");
-            expect(isfinite(x) || !isfinite(weights.scalars[1]), weights.name() + ": NaN weight is lost");
-            expect(!isnan(x) || isnan(neg_lse.scalars[1]), neg_lse.name() + ": NaN neg_lse is lost");
+            expect(isfinite(x) || !isfinite(weights.scalars[1]),
+                   weights.name() + ": a non-finite weight did not reach d_inv_tau");
+            expect(!isnan(x) || isnan(neg_lse.scalars[1]),
+                   neg_lse.name() + ": a NaN of neg_lse did not reach d_inv_tau");
         });
 }
 

@@ -361,7 +361,8 @@ template <class T> struct Problem {
         }
     }
 
-    // Return y for the pair's term log(1 + exp(y x)): 1, or -1 for a positive of SigLIP, or 0 if the pair is left out.
+    // Return the sign y in the pair's term log(1 + exp(y x)): -1 for a positive of SigLIP, 0 if the pair is left out,
+    // else 1.
     int sign(const Pair& at) const { return !at.agree ? 1 : sigmoid ? -1 : 0; }
 
     static Real log1p_exp(Real x) { return x > 0 ? x + log1p(exp(-x)) : log1p(exp(x)); }

@@ -63,8 +63,8 @@ class Classes {
     bool in_pairs_ = true;
 };
 
-// A side that holds each row's sums over the row's positives. It shares the rows and `gathered` with the side from
-// which it is made, and has separate sums, weights and log-sum-exps.
+// A side that holds each row's sums over the row's positives. It shares the rows and `gathered` with the side that it
+// is made from, and has separate sums, weights and log-sum-exps.
 template <class T> struct PositiveSide : PackedSide<T> {
     explicit PositiveSide(const PackedSide<T>& rows) : PackedSide<T>(rows) {
         const int64_t padded = round_up(rows.n, ALIGNED_ROWS);

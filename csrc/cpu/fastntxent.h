@@ -1,8 +1,8 @@
 // The C interface of the CPU kernels: plain pointers and sizes, without Python or PyTorch.
 //
-// One call computes neg_lse of the given rows, its gradient, or both, or a loss with or without its gradient. It serves
-// NT-Xent (two views), and InfoNCE and CLIP (rows against columns). Let k = inv_tau, u_i = z_i / max(|z_i|, eps) for
-// row i (or z_i, without `normalize`), and v_j likewise for column j:
+// A call computes neg_lse of the given rows, or the gradient of neg_lse, or both; or it computes a loss, with or
+// without its gradient. With two views the loss is NT-Xent. With rows against columns it is InfoNCE or CLIP. Let
+// k = inv_tau, u_i = z_i / max(|z_i|, eps) for row i, and v_j the same for column j. (Without `normalize`, u_i = z_i.)
 //
 //     nu_i  = log sum over {j : id_j != id_i} of exp(k u_i . v_j)     neg_lse of a row; for a column, the sum is over i
 //     pi_i  = k u_i . u_p(i)                                          pos: p(i) is the same row of the other view
@@ -68,7 +68,7 @@ struct fntx_side {
     const int64_t* ids;     // group of each row, 0 to INT32_MAX; NULL: the row's index within its matrix
     const void* limits;     // largest similarity that counts in each row's sum; NULL: see `limited`
     void* neg_lse;          // output of a forward, or NULL; input of a backward without a forward
-    const void* d_neg_lse;  // upstream gradient, for a backward; NULL: zero. With `loss`, the call computes it
+    const void* d_neg_lse;  // upstream gradient, for a backward; NULL: zero. Ignored if the call computes a loss
     void* d_z[2];           // contiguous (n, D) gradients; NULL: not wanted
 };
 
@@ -82,17 +82,17 @@ struct fntx_call {
     int64_t D;
     double inv_tau;  // k
     double bias;     // b
-    int limited;     // log-sum-exp with positives: without `limits`, limit_i is limit_scale u_i . u_p(i) + limit_shift
+    int limited;     // 1: without `limits`, limit_i = limit_scale pi_i / k + limit_shift (requires positives)
     double limit_scale;
     double limit_shift;
     double eps;
     struct fntx_side rows;
     const struct fntx_side* cols;  // NULL: symmetric
-    void* pos;                     // (M,) out, of a symmetric forward with two views; or NULL
-    const void* d_pos;             // (M,) in, of a backward with two views: upstream gradient of pos; or NULL
-    const void* against;           // (M,) in, replaces pi_i, with any numbers of rows and columns; or NULL
-    void* d_against;               // (M,) out, gradient of `against`; or NULL
-    const int64_t* classes;        // (M,) in, class of each row, for a symmetric loss without ids and neg_lse; or NULL
+    void* pos;                     // (M,) out: pi, of a symmetric forward with two views; or NULL
+    const void* d_pos;             // (M,) in: upstream gradient of pos, for a backward with two views; or NULL
+    const void* against;           // (M,) in: replaces pi_i, for any numbers of rows and columns; or NULL
+    void* d_against;               // (M,) out: gradient of `against`; or NULL
+    const int64_t* classes;        // (M,) in: class of each row, for a symmetric loss without ids and neg_lse; or NULL
     int form;                      // one of fntx_forms, with classes
     int mean_of_classes;           // divide loss_weight by the number of rows that have a positive
     // 0-d out, forward: the weighted sum of the losses; or NULL. It requires one of these: two views, equal numbers of

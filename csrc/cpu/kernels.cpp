@@ -39,7 +39,7 @@ FNTX_INLINE float bits_to_float(uint32_t bits) {
 FNTX_INLINE float widen(BFloat16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
 
 FNTX_INLINE float widen(Float16 x) {
-    // The exponents' biases differ by 112. Multiplying by 2^112 also converts subnormal numbers.
+    // The biases of the two formats' exponents differ by 112. Multiplying by 2^112 also converts subnormal numbers.
     const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13, sign = uint32_t(x.bits & 0x8000) << 16;
     const uint32_t special = magnitude >= 0x0f800000 ? 0x7f800000 : 0;  // infinity, NaN
     uint32_t bits;
@@ -151,21 +151,21 @@ double load_rows(const PackedSide<T>& side, const fntx_matrix* z, int dtype, int
 
 template <class T> using Acc = Accumulators<T, REGISTER_VECTORS>;
 
-// Return all ones where the column exists.
+// Return a mask: all ones in the lanes whose column exists.
 template <class T> FNTX_INLINE Bits<T> exists(const Tile<T>& tile, int64_t col) {
     Bits<T> ids;
     memcpy(&ids, tile.cols->ids + tile.col0 + col, sizeof ids);
     return ids >= 0;
 }
 
-// Return all ones where row and column belong to different groups and the column exists.
+// Return a mask: all ones in the lanes whose column exists and belongs to a different group than the row.
 template <class T> FNTX_INLINE Bits<T> apart(const Tile<T>& tile, int64_t row, int64_t col) {
     Bits<T> ids;
     memcpy(&ids, tile.cols->ids + tile.col0 + col, sizeof ids);
     return (ids != tile.rows->ids[tile.row0 + row]) & (ids >= 0);
 }
 
-// Return all ones where the pair counts in a shifted tile.
+// Return a mask: all ones in the lanes whose pair counts in a shifted tile.
 template <class T> FNTX_INLINE Bits<T> counted(const Tile<T>& tile, int64_t row, int64_t col) {
     const Bits<T> is_apart = apart(tile, row, col);
     if (!tile.agreeing) return is_apart;
@@ -174,7 +174,8 @@ template <class T> FNTX_INLINE Bits<T> counted(const Tile<T>& tile, int64_t row,
     return agree;
 }
 
-// Return `values` (exponentials or their weights), with 0 where the exponential exceeds the row's or column's limit.
+// Return `values`, with 0 in the lanes where the exponential exceeds the limit (of the row or of the column). The
+// values are the exponentials themselves or their weights.
 template <class T> FNTX_INLINE Vec<T> within(Vec<T> values, Vec<T> exps, Vec<T> limits) {
     return exps > limits ? Vec<T>{} : values;
 }
@@ -228,9 +229,9 @@ template <bool MASKED, bool LIMITED, class T> void forward_direct(const Tile<T>&
         for (int64_t col = 0; col < tile.n_cols; ++col) tile.cols->sums[tile.col0 + col] += col_sums[col];
 }
 
-// Write the logits to the buffer; if `masked`, write -inf where a pair does not count. The logits are rounded here, in
-// the same way for every use. Rounding moves a logit of 1e5 by up to 4e-3, so a log-sum-exp may be subtracted from
-// logits only if the logits in it were rounded in the same way.
+// Write the logits to the buffer; if `masked`, write -inf where a pair does not count. The forward and the backward of
+// shifted tiles both compute their logits here, so they round them in the same way. This matters because the backward
+// subtracts a log-sum-exp of rounded logits from a logit, and rounding moves a logit of 1e5 by up to 4e-3.
 template <class T> void form_logits(const Tile<T>& tile, bool masked) {
     form_products<Products>(tile, [&](Acc<T>& acc, int64_t row, int64_t col) __attribute__((always_inline)) {
 #pragma GCC unroll 8
@@ -395,7 +396,7 @@ template <class T> void backward(const Tile<T>& tile) {
 
 // --- pairs of positives ----------------------------------------------------------------------------------------------
 
-// Return log(1 + exp(nu - logit)), and its slope by reference. Both are 0 where the pair does not count.
+// Return log(1 + exp(nu - logit)), and set `slope` to its derivative. Both are 0 where the pair does not count.
 template <class T> FNTX_INLINE Vec<T> softplus_above(const Tile<T>& tile, int64_t row, int64_t col, Vec<T> nu,
                                                      Vec<T>& slope) {
     const Bits<T> counts = counted(tile, row, col);

@@ -1,5 +1,6 @@
 // The functions that every instruction set implements (`Kernels`), and the structures that loss.cpp passes to them.
-// fastntxent.h defines k, b and nu, and docs/architecture.md defines G; s is the similarity of a row and a column.
+// fastntxent.h defines k, b and nu, and docs/architecture.md defines G. s is the similarity of a row and a column, and
+// U_rows and U_cols are the matrices of a tile's rows and of its columns.
 #pragma once
 
 #include <stdint.h>
@@ -81,13 +82,13 @@ template <class T> struct Tile {
     T* sums;       // (edge, lanes + 1) scratch of the thread; twice that for softplus
     // If the instruction set multiplies bfloat16 numbers:
     uint32_t* bfloats;  // (edge, words_of(edge)) scratch of the thread
-    double* radial;     // for the temperature's gradient: kernels that gather add sum G_ij s_ij, before G is rounded
+    double* radial;     // kernels that gather add sum G_ij s_ij here, for the gradient of inv_tau; G is not yet rounded
 };
 
 template <class T> struct Kernels {
     int lanes;               // row strides are multiples of this
     int panel;               // columns of a register block
-    bool multiplies_bfloat;  // serves bfloat16 rows only, without widening them
+    bool multiplies_bfloat;  // multiplies bfloat16 rows without widening them, and accepts no other rows
 
     // Convert, pad, pack and (if `normalize`) normalise rows [first, last) of a side. The rows are taken from z[0]
     // followed by z[1], in the side's `order`. `first` and `last` are multiples of ALIGNED_ROWS. Return the largest
@@ -96,22 +97,22 @@ template <class T> struct Kernels {
                         bool normalize, T eps, int64_t first, int64_t last);
 
     // Add the tile's exponentials to the sums of its rows and, unless the tile is diagonal, to the sums of its columns.
-    // If `exps` is given (only to tiles that are not shifted), fill it.
+    // If `exps` is not NULL, write the exponentials (bfloat16: the products) there. It is NULL for a shifted tile.
     void (*forward)(const Tile<T>& tile);
 
-    // Run `forward`, and add exp(k s) U_cols to the rows' `gathered`. NULL if the instruction set multiplies bfloat16
-    // numbers, because `radial` needs the weights.
+    // Run `forward`, and add E U_cols to the rows' `gathered`, where E is the matrix of exponentials exp(k s). NULL if
+    // the instruction set multiplies bfloat16 numbers, because `radial` can only be summed once the weights are known.
     void (*forward_and_gather)(const Tile<T>& tile);
 
     // Add G U_cols to the rows' `gathered` and, unless the tile is diagonal, G^T U_rows to the columns' `gathered`.
     void (*backward)(const Tile<T>& tile);
 
-    // Add softplus(k s + b) to the sums, and its slope to the slopes, of rows and columns as in `forward`; gather as in
+    // Add softplus(k s + b) to `sums` and its slope to `slopes`, for rows and columns as in `forward`. Gather as in
     // `backward`.
     void (*softplus)(const Tile<T>& tile);
 
-    // For an agreeing tile: add log(1 + exp(nu_i - k s_ij)) to the sum of each row or column i, and the slope of this
-    // term to the slopes, as in `forward`.
+    // For an agreeing tile. Like `forward`, this adds to rows and, unless the tile is diagonal, to columns. It adds
+    // log(1 + exp(nu_i - k s_ij)) to the `sums` of row or column i, and the slope of this term to its `slopes`.
     void (*pairs)(const Tile<T>& tile);
 
     // The backward of `pairs`: gather as in `backward`, with G_ij = -(a_i slope_ij + a_j slope_ji), where a_i is the

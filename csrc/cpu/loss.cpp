@@ -3,14 +3,15 @@
 // Flops are in units of u, one full product: 2 M^2 D, or 2 M N D for a rectangle. A side "gathers" its gradient: row i
 // sums G_ij u_j over the columns j (docs/architecture.md defines the matrix G and the unit rows u_j).
 //
-// FNTX_SOFTPLUS and FNTX_SIGMOID take one pass, because their gradients do not depend on the rows' sums. If only the
-// rows have losses and gradients (queries against a queue), one pass is usually enough as well (may_gather_at_once):
-// each row gathers with its exponentials in place of G, and the result is multiplied by the row's weight and divided by
-// the row's sum at the end. That takes 2u for a rectangle, where two passes take 3u.
+// FNTX_SOFTPLUS and FNTX_SIGMOID take one pass over the tiles, because their gradients do not depend on the rows' sums.
+// One pass is usually enough too if only the rows have losses and gradients (queries against a queue;
+// may_gather_at_once decides). Each row then gathers with its exponentials in place of G. At the end, the gathered row
+// is multiplied by the row's weight and divided by the row's sum. That takes 2u for a rectangle, where two passes take
+// 3u.
 //
-// Otherwise there are two passes. (FNTX_IN, FNTX_RATIO and FNTX_PAIRS repeat both for the tiles that may contain
+// Otherwise there are two passes. (FNTX_IN, FNTX_RATIO and FNTX_PAIRS repeat both passes for the tiles that may contain
 // positives.) In a symmetric call, the forward forms half of the products (u/2). The backward forms them again (u/2)
-// and gathers the gradient (u). That takes 2u in all, or 1.5u if the workspace can keep all exponentials from the
+// and gathers the gradient (u). That takes 2u in all, or 1.5u if the workspace has room for all exponentials of the
 // forward.
 //
 // Memory: up to three (M, D) matrices for each side (the rows, their transpose, the gathered gradient), the sums of the
@@ -171,8 +172,8 @@ template <class T> class Run {
                 each_tile(of_each_pair() ? kernels_.pairs_backward : kernels_.backward, positives_.get());
             join_gathered();
             if (at_once_) weigh_gathered();
-            // Release memory before the outputs' pages are first touched. If the workspace held every tile, lend it to
-            // the next call, which probably needs the same size.
+            // Release memory before the outputs are written, which is when the system allocates their pages. If the
+            // workspace held every tile, lend it: the next call probably needs the same size.
             if (kept_ == schedule_.places()) workspace_.lend();
             workspace_ = {}, scratch_ = {};
             for_sides([&](OwnedSide<T>& side) { side.release_packed(); });
@@ -286,9 +287,9 @@ template <class T> class Run {
         if (!symmetric_) body(cols_);
     }
 
-    // Call body(row) for every row, and return the sum or the maximum of the results. A maximum starts from 0, so its
-    // results must not be negative. Threads take whole chunks of rows, and the results of the chunks are combined in
-    // order.
+    // Call body(row) for every row, and return the sum or the maximum of the results. For a maximum, which starts from
+    // 0, the results must not be negative. Threads take whole chunks of rows, and the results of the chunks are
+    // combined in order.
     template <class Body> double sum_over_rows(const OwnedSide<T>& side, Body body) {
         return over_rows(side, body, [](double a, double b) { return a + b; });
     }
@@ -351,8 +352,8 @@ template <class T> class Run {
         largest_log_ = call_.inv_tau * bound + terms;
         shifted_ = !(largest_log_ < DIRECT_LIMIT<T>);
         limited_ = call_.limited || call_.rows.limits || (call_.cols && call_.cols->limits);
-        // Near a logit of 0, different logits may have equal exponentials after rounding, so comparing exponentials
-        // with limits would not tell the logits apart.
+        // If all logits are near 0, different logits may have equal exponentials after rounding, and comparing
+        // exponentials with limits would not tell them apart. Shifted tiles compare logits.
         shifted_ = shifted_ || (limited_ && call_.inv_tau * bound < 1);
         if (limited_) load_limits();
     }
@@ -429,8 +430,9 @@ template <class T> class Run {
 
     // --- tiles ---------------------------------------------------------------------------------------------------
 
-    // Call the kernel on every tile. `agreeing`, if given, is the side that holds each row's sums over the row's
-    // positives: the kernel is then called with this side, and only on tiles in which ids may agree.
+    // Call the kernel on every tile. `agreeing` is NULL, or the side that holds each row's sums over the row's
+    // positives. With `agreeing`, the kernel gets this side as rows and columns, and is called only on tiles in which
+    // ids may agree.
     void each_tile(void (*kernel)(const Tile<T>&), PackedSide<T>* agreeing = nullptr) {
         const int64_t P = slabs_.count * slabs_.rows, Q = symmetric_ ? 0 : slabs_.count * slabs_.cols;
         std::unique_ptr<std::atomic<int32_t>[]> turns(new std::atomic<int32_t>[size_t(P + Q)]);
@@ -530,7 +532,7 @@ template <class T> class Run {
         });
     }
 
-    // Return log(1 + exp(x)), and its slope by reference.
+    // Return log(1 + exp(x)), and set `slope` to its derivative.
     static double softplus(double x, double& slope) {
         const double e = exp(-fabs(x));
         slope = (x > 0 ? 1 : e) / (1 + e);
@@ -630,10 +632,10 @@ template <class T> class Run {
         return kernels_.dot(side.u + row * ld_, other.side.u + other.row * ld_, ld_);
     }
 
-    // Weights of any magnitude (2^16 from a loss scaler, 1e-6 from a mean) enter the tiles in units of `weight_unit_`.
-    // Without a shift, the unit makes the largest weight 1. If w exp(-nu) would then come near the limits of T's range
-    // for some row (for example, if one weight is 1e38 times another), the tiles are shifted. Then w exp(k s - nu) is
-    // at most w, so the unit makes the largest weight LARGEST_WEIGHT.
+    // Weights may have any magnitude (2^16 from a loss scaler, 1e-6 from a mean), so they are divided by `weight_unit_`
+    // before they enter the tiles. Without a shift, the unit is the largest weight. If w exp(-nu) of some row would
+    // then come near the limits of T's range (for example, if one weight is 1e38 times another), the tiles are shifted.
+    // In shifted tiles, w exp(k s - nu) is at most w. The unit then makes the largest weight equal to LARGEST_WEIGHT.
     void weigh() {
         double largest = 0;
         const T* const d_pos = static_cast<const T*>(call_.d_pos);
@@ -674,8 +676,8 @@ template <class T> class Run {
 
     // --- rows alone ----------------------------------------------------------------------------------------------
 
-    // Return whether the rows may gather with exponentials, to be weighted at the end. The sums are not known yet;
-    // drop_gathered_if_small checks them later.
+    // Return whether the rows may gather with exponentials in place of G, to be weighted at the end. The sums are not
+    // known yet; drop_gathered_if_small checks them later.
     bool may_gather_at_once() const {
         const bool rows_alone =
             call_.loss && !symmetric_ && rows_.gathered && !cols_.gathered && call_.cols_loss_weight == 0;
@@ -683,9 +685,9 @@ template <class T> class Run {
         return !shifted_ && !limited_ && largest_log_ + std::max(log_length_, 0.0) < DIRECT_LIMIT<T>;
     }
 
-    // Discard the rows' `gathered` if the tiles are shifted by now, or if the sum of any row is so small that its
-    // exponentials times the columns come near the smallest normal number of T. The backward then gathers again, with
-    // weights.
+    // Discard the rows' `gathered` if the tiles are shifted by now. Also discard it if the sum of some row is so small
+    // that the row's exponentials, times the columns, come near the smallest normal number of T. The backward then
+    // gathers again, with weights.
     void drop_gathered_if_small() {
         if (!at_once_) return;
         const double small = largest_over_rows(rows_, [&](int64_t row) {
@@ -704,9 +706,8 @@ template <class T> class Run {
         });
     }
 
-    // Turn a side's `gathered` into the gradient with respect to z, and return the side's part of the gradient with
-    // respect to k (without the part that bfloat16 tiles add to `radial_`). `gathered` is in units of `weight_unit_`
-    // times k.
+    // Turn a side's `gathered` (in units of `weight_unit_` times k) into the gradient with respect to z. Return the
+    // side's part of the gradient with respect to k, without the part that bfloat16 tiles add to `radial_`.
     double finish(OwnedSide<T>& side) {
         if (!side.gathered) return 0;
         const bool has_positives = takes_positives() || call_.d_pos;

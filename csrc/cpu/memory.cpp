@@ -12,8 +12,8 @@
 namespace fntx {
 namespace {
 
-constexpr size_t HELD_BYTES = size_t(32) << 20;           // a call of N = 1024, D = 128 takes 12 MiB
-constexpr int HELD_BLOCKS = 32;                           // a call takes 8 to 20
+constexpr size_t HELD_BYTES = size_t(32) << 20;           // a call of N = 1024, D = 128 allocates 12 MiB
+constexpr int HELD_BLOCKS = 32;                           // a call allocates 8 to 20 blocks
 constexpr size_t LINE = 64, HUGE_PAGE = size_t(1) << 21;  // HUGE_PAGE: on x86-64, and usually on arm64
 
 struct HeldMemory {
@@ -26,9 +26,9 @@ int held_blocks = 0;
 size_t held_bytes = 0;
 HeldMemory spare = {nullptr, 0};  // one block larger than HELD_BYTES, whose pages the system may reclaim
 
-// Guards the held blocks and the spare. A thread that does not get the guard at once allocates from the system, or
-// frees to it. So no thread ever waits, even in a child process that was forked while another thread of the parent held
-// the guard.
+// Guards the held blocks and the spare. A thread that finds the guard taken allocates from the system instead, or frees
+// to it. So no thread ever waits, even in a child process that was forked while another thread of the parent held the
+// guard.
 std::atomic_flag busy = ATOMIC_FLAG_INIT;
 
 struct Guard {

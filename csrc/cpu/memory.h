@@ -1,9 +1,9 @@
 // Uninitialised, aligned memory for a call. Up to 32 MiB of freed blocks are held for the next call, because fresh
 // memory from the system costs a page fault per 4 KiB. Without held blocks, page faults would take a third of the time
-// of a call at N = 256. Blocks of 4 MiB and more request huge pages. Blocks of more than 32 MiB are freed at once,
-// except for one that the next call probably needs. On Linux, this block is lent to the system, which reclaims the
-// block's pages only under memory pressure; until then, the pages count as resident memory. Lending saves a tenth of
-// the time of a call at N = 4096.
+// of a call at N = 256. Blocks of 4 MiB and more request huge pages. Blocks of more than 32 MiB are freed at once. On
+// Linux there is one exception: a block that the next call probably needs is lent to the system. The system may reclaim
+// the block's pages, but does so only under memory pressure; until then, the pages count as resident memory. Lending
+// saves a tenth of the time of a call at N = 4096.
 #pragma once
 
 #include <stddef.h>

@@ -1,4 +1,4 @@
-// fastntxent._cpu: the C interface as a Python module, limited to Python's stable ABI, so that one build serves every
+// fastntxent._cpu: the C interface as a Python module. It uses only Python's stable ABI, so one build works with every
 // Python from 3.10 on. Addresses are passed as integers (Tensor.data_ptr()). Shapes and dtypes are checked in Python
 // (fastntxent/ops/contract.py).
 #include <chrono>
@@ -10,8 +10,8 @@
 namespace {
 
 // Return whether a signal handler raised an exception (Ctrl-C). Only the main thread calls this, after it has released
-// the GIL: signal handlers run in no other thread, and any other thread would never return from here once the
-// interpreter is shutting down.
+// the GIL. Signal handlers run in no other thread. Any other thread would never return from here once the interpreter
+// is shutting down.
 int signal_raised() {
     const PyGILState_STATE state = PyGILState_Ensure();
     const int raised = PyErr_CheckSignals();
@@ -21,7 +21,7 @@ int signal_raised() {
 
 // Reacquire the GIL. During shutdown, Python before 3.14 ends every thread except the main thread in this call, by
 // unwinding the thread's stack. Some of PyTorch's frames abort the process when they are unwound. So the thread waits
-// here for the process to end, as it does from Python 3.14 on.
+// here until the process ends, as Python 3.14 and later make it do anyway.
 void take_back(PyThreadState* thread) {
     try {
         PyEval_RestoreThread(thread);
@@ -130,7 +130,7 @@ PyObject* exp2(PyObject*, PyObject* args) {
     long long n;
     if (!PyArg_ParseTuple(args, "iKKL", &dtype, &x, &y, &n)) return nullptr;
     if (fntx_exp2(dtype, pointer(x), pointer(y), n) == FNTX_OK) Py_RETURN_NONE;
-    return PyErr_Format(PyExc_ValueError, "exp2 takes dtype float32 or float64");
+    return PyErr_Format(PyExc_ValueError, "exp2 supports only float32 and float64");
 }
 
 PyObject* schedule(PyObject*, PyObject* args) {

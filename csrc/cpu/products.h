@@ -1,20 +1,20 @@
-// Products on register blocks. For a block of R rows and V vectors of a product a b, the accumulators stay in registers
-// for a whole chunk of the inner dimension. Each step loads V vectors of b and R numbers of a.
+// Matrix products c = a b, computed in register blocks. A register block is R rows by V vectors of c. Its sums stay in
+// registers over a whole chunk of the inner dimension. Each step loads V vectors of b and R numbers of a, and adds
+// their R V products to the sums.
 //
-// With torch.mm, the same schedule (backend `blocked`) has to write out every tile and read it back. On 2 cores with
-// AVX-512, `blocked` takes 2.3 times as long at N = 4096, D = 128, and 1.4 times at N = 2048, D = 2048
-// (benchmarks/results). These blocks compute the whole loss, exponentials included, at about as many flops per second
-// as torch.mm alone.
+// The backend `blocked` follows the same schedule with torch.mm, so it has to write every tile to memory and read it
+// back. On 2 cores with AVX-512, `blocked` takes 2.3 times as long at N = 4096, D = 128, and 1.4 times at N = 2048,
+// D = 2048 (benchmarks/results). The kernels in this file compute the whole loss, exponentials included, at about as
+// many flops per second as torch.mm reaches for its products alone.
 //
-// While a block is computed, the operands of the next block are prefetched. Without prefetching, products of rows in
-// the L3 cache took a quarter longer, because a block of 4 x 24 sums waits for its first cache lines about as long as
-// it then computes.
+// While a block is computed, the operands of the next block are prefetched. For rows in the L3 cache, products took a
+// quarter longer without prefetching: a block of 4 x 24 sums waited about as long for its first cache lines as it then
+// computed.
 //
-// form_products adds the terms of every element in the same order (chunk by chunk of the inner dimension, in order
-// within a chunk), no matter where in a block the element is. So s_ij and s_ji have the same bits, and a logit is the
-// same number in the forward, in the backward, and from either side. With chunks of C features, the rounding error of D
-// products that have the same sign grows like C + D / C. With one sum over all features, as in AMX's tiles, it grows
-// like D.
+// form_products adds the terms of every element in the same order, wherever in a block the element is: chunk by chunk
+// of the inner dimension, and feature by feature within a chunk. So s_ij and s_ji have the same bits, and a logit is
+// the same number in the forward and in the backward. With chunks of C features, the rounding error of a sum of D terms
+// with the same sign grows like C + D / C. If one sum runs over all features, as in AMX's tiles, it grows like D.
 #pragma once
 
 #include "kernels.h"
@@ -22,13 +22,14 @@
 
 namespace fntx::FNTX_ISA {
 
-// The size of a register block, in rows and vectors. Its accumulators and the operands of one step fill the registers.
-// Loops over rows and vectors are unrolled 8 and 3 times, the largest values of any instruction set.
+// The size of a register block, in rows and vectors. Its sums and the operands of one step fill the registers. Loops
+// over the rows of a block are unrolled 8 times and loops over its vectors 3 times: no instruction set has larger
+// blocks. The columns of one block, stored together, are called a panel.
 constexpr int REGISTER_ROWS = FNTX_REGISTER_ROWS;
 constexpr int REGISTER_VECTORS = 3;
 template <class T> constexpr int PANEL = REGISTER_VECTORS * LANES<T>;
 constexpr int64_t INNER_CHUNK = 128;  // features: a panel of this many fits in the L1 cache
-constexpr int64_t PACKED_ROWS = 96;   // a gathered panel of this many rows fits in the L1 cache beside G of a block
+constexpr int64_t PACKED_ROWS = 96;   // this many rows of a copied panel fit in the L1 cache, next to G of a block
 template <int N> struct Count {
     static constexpr int value = N;
 };
@@ -114,15 +115,16 @@ template <class T> struct Rows {
     int64_t step;
 };
 
-// One way to multiply a tile, passed as the template parameter `Way` below. bfloat_products.h has the other way.
+// One of two ways to multiply a tile, passed as the template parameter `Way` below. The other is BfloatProducts in
+// bfloat_products.h.
 struct FloatProducts {
     static constexpr int64_t ROWS = REGISTER_ROWS;    // rows of a block
     static constexpr int64_t INNER = INNER_CHUNK;     // inner steps of a chunk in form_products
     static constexpr int64_t GATHERED = PACKED_ROWS;  // inner steps of a chunk in add_product
-    static constexpr bool KEEPS_PRODUCTS = false;     // the forward keeps exponentials instead
+    static constexpr bool KEEPS_PRODUCTS = false;     // the forward keeps exponentials for the backward, not products
 
     // Accumulates the sum of G_ij s_ij for the gradient of inv_tau. A no-op here, because loss.cpp computes the same
-    // number from the gathered gradient: u_i . (sum_j G_ij u_j), summed over the rows.
+    // number from the gathered gradient: the sum over rows i of u_i . (sum_j G_ij u_j).
     struct Radial {
         template <class Acc> void keep(const Acc&) {}
         template <class Acc> void add(const Acc&) {}
@@ -130,6 +132,8 @@ struct FloatProducts {
         template <class T> void finish(const Tile<T>&, double) {}
     };
 
+    // A kernel holds an instance while it multiplies. For AMX the instance configures the tile registers; here it does
+    // nothing.
     struct Using {
         Using() {}  // so that compilers do not report an instance as unused
     };
@@ -146,8 +150,9 @@ struct FloatProducts {
     // Return the buffer for partial sums between chunks of the inner dimension.
     template <class T> static T* sums(const Tile<T>& tile) { return tile.buffer; }
 
-    // Multiply one chunk of the inner dimension for a block. If `begun`, add the partial sums in c. If this is the
-    // `last` chunk, pass the sums to finish(sums, 0), otherwise store them in c.
+    // Multiply one chunk of the inner dimension for a block. If `begun`, add the partial sums in c. In the `last`
+    // chunk, call finish(sums, row), where `row` is the first row of the sums within the block (here always 0). In
+    // every other chunk, store the sums in c.
     template <class T, class Finish>
     FNTX_INLINE void multiply(T* c, int64_t ldc, bool begun, const T* a, int64_t lda, const T* b, int64_t inner,
                               bool last, Finish finish) {
@@ -157,7 +162,8 @@ struct FloatProducts {
         Acc::add_product(acc, a, lda, 1, b, PANEL<T>, inner);
         if (begun) Acc::include(acc, c, ldc);
         if (last) {
-            // Copy, because Clang keeps an array in memory for its whole life if any code indexes it by a variable.
+            // Copy the sums: if any code indexes an array with a variable, Clang keeps the array in memory for its
+            // whole life.
             Acc products = acc;
             finish(products, 0);
         } else {
@@ -178,9 +184,10 @@ struct FloatProducts {
     template <class T> static void gather(const Tile<T>& tile);
 };
 
-// c (n_rows, width) += a b, with a[row a_row + i a_step] and b (inner, width). n_rows is rounded up to whole blocks,
-// and width is a multiple of a vector. pack(Count<V>, packed, i, count, d) returns V vectors of rows [i, i + count) of
-// b, starting at column d; it may copy them to `packed`.
+// Compute c += a b, for c (n_rows, width), a (n_rows, inner) and b (inner, width). Element (row, i) of a is
+// a[row a_row + i a_step]. Rows are computed in whole blocks, so c and a must have room for n_rows rounded up to whole
+// blocks. The width must be a multiple of a vector. pack(Count<V>, packed, i, count, d) returns rows [i, i + count) of
+// b, V vectors wide, starting at column d. It may copy them to the buffer `packed` first.
 template <class Way, class T, class A, class Pack>
 FNTX_INLINE void add_product(T* c, int64_t ldc, int64_t n_rows, int64_t width, const A* a, int64_t a_row,
                              int64_t a_step, int64_t inner, Pack pack) {
@@ -203,9 +210,10 @@ FNTX_INLINE void add_product(T* c, int64_t ldc, int64_t n_rows, int64_t width, c
     if (width - d == LANES<T>) columns(Count<1>{}, d);
 }
 
-// Add G U_cols to the rows' `gathered` and, unless the tile is diagonal, G^T U_rows to the columns' `gathered`, with G
-// in the tile's buffer. The row stride of u is often a multiple of 512 bytes, so PACKED_ROWS rows of u would evict each
-// other from the L1 cache. More than ALIGNED_ROWS rows are therefore packed first.
+// Read G from the tile's buffer. Add G U_cols to the rows' `gathered` and, unless the tile is diagonal, G^T U_rows to
+// the columns' `gathered`. (U_rows and U_cols are the matrices u of the tile's rows and of its columns.) The row stride
+// of u is often a multiple of 512 bytes, and PACKED_ROWS rows with such a stride would evict each other from the L1
+// cache. A chunk of more than ALIGNED_ROWS rows is therefore copied to consecutive memory first.
 template <class T> void FloatProducts::gather(const Tile<T>& tile) {
     const PackedSide<T>&rows = *tile.rows, &cols = *tile.cols;
     const int64_t ld = tile.ld, at_rows = tile.row0 * ld, at_cols = tile.col0 * ld;
@@ -230,7 +238,8 @@ template <class T> void FloatProducts::gather(const Tile<T>& tile) {
 }
 
 // Form the products of a tile's rows and columns block by block, and call finish(acc, row, column) on each register
-// block while it is in registers. A long inner dimension is cut into chunks, with partial sums kept in memory.
+// block while it is in registers. A long inner dimension is cut into chunks. Between chunks, a block's partial sums are
+// in memory.
 template <class Way, class T, class Finish> FNTX_INLINE void form_products(const Tile<T>& tile, Finish finish) {
     typedef Accumulators<T, REGISTER_VECTORS> Acc;
     const int64_t ld = Way::row_length(tile), blocks = (tile.n_rows + Way::ROWS - 1) / Way::ROWS;
@@ -257,7 +266,8 @@ template <class Way, class T, class Finish> FNTX_INLINE void form_products(const
     }
 }
 
-// Like form_products, for a backward: if the forward kept the tile's products, reuse them.
+// form_products for a backward. If the forward kept the tile's products, this reads them instead of computing them
+// again.
 template <class Way, class T, class Finish> FNTX_INLINE void form_products_again(const Tile<T>& tile, Finish finish) {
     if constexpr (Way::KEEPS_PRODUCTS)
         if (tile.exps) return Way::recall(tile, finish);

@@ -2,7 +2,7 @@
 # Build check.cpp with the kernels and run it: csrc/cpu/sanitize.sh [BUILD ...] [-- [--quick] [GROUP ...]]
 #
 #   address      AddressSanitizer and UndefinedBehaviorSanitizer, with OpenMP threads as in production
-#   exact        like address; the kernels' own buffers are allocated to the byte and start as NaN
+#   exact        like address; the kernels' own buffers have their exact sizes and start as NaN
 #   thread       ThreadSanitizer, with std::thread, because GCC's OpenMP runtime is not instrumented
 #   emulated     like exact, on bfloat16 rows only, with emulated AVX512_BF16 and AMX instructions; needs AVX-512
 #   plain        as setup.py builds it

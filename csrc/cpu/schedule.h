@@ -1,8 +1,8 @@
 // How the similarity matrix is cut into tasks, and the order of the tasks. A task is a block of rows against a block of
-// columns, and a block is one or more tiles long. Tasks that share a block add to the same sums, so every block has a
-// turn counter, and a task waits for its turn at both of its blocks. So the terms of every sum are added in the same
-// order, no matter which threads compute them. Tasks come in rounds in which no block occurs twice, so threads seldom
-// wait.
+// columns. A block is one or more tiles long. Tasks that share a block add to the same sums. So every block counts
+// turns, and a task waits until it is its turn at both of its blocks. The terms of every sum are therefore added in the
+// same order, no matter which threads compute them. Tasks come in rounds in which no block occurs twice, so threads
+// seldom wait.
 //
 // The schedule depends only on the numbers of rows and columns, on whether the call is symmetric, and on the number of
 // threads. `python -m benchmarks schedule` reads it through _cpu.schedule() and predicts the speed-up with more
@@ -19,9 +19,9 @@
 namespace fntx {
 
 constexpr int64_t LARGEST_EDGE = 192;    // at D = 128, a tile and its rows stay in a core's L2 cache
-constexpr int64_t TILES_PER_SIDE = 4;    // minimum per thread, unless the edge is the smallest or a side is not cut
+constexpr int64_t TILES_PER_SIDE = 4;    // minimum per thread, unless tiles have the smallest edge or a side is not cut
 constexpr int64_t TILES_PER_BLOCK = 4;   // maximum: at D = 128, two such blocks stay in an L2 cache of 2 MiB
-constexpr int64_t BLOCKS_PER_SIDE = 8;   // minimum per thread if there are several, unless a block is already one tile
+constexpr int64_t BLOCKS_PER_SIDE = 8;   // minimum per thread with several threads, unless a block is already one tile
 constexpr int64_t CHUNKS_PER_TAKE = 8;   // maximum
 constexpr int64_t TAKES_PER_THREAD = 4;  // minimum, unless a take is already one chunk
 constexpr double PARALLEL_FROM = 4e6;    // multiplications of a full product; with fewer, one thread is as fast
@@ -36,8 +36,8 @@ inline int useful_threads(int64_t rows, int64_t cols, int64_t D, int threads) {
 }
 
 // Return how many chunks of ALIGNED_ROWS rows a thread takes at a time in a phase over rows. If threads took single
-// chunks, they would wait for the shared counter: the counter can change once per 0.1 us, and 64 threads would need a
-// change once per 0.02 us.
+// chunks, they would wait for the counter that hands out chunks: it can change once per 0.1 us, and 64 threads would
+// need a change once per 0.02 us.
 inline int64_t chunks_per_take(int64_t chunks, int threads) {
     if (threads == 1) return 1;
     return std::min(std::max(chunks / (TAKES_PER_THREAD * threads), int64_t(1)), CHUNKS_PER_TAKE);
@@ -46,9 +46,9 @@ inline int64_t chunks_per_take(int64_t chunks, int threads) {
 // How a matrix of P x Q blocks is cut into slabs of `rows` x `cols` blocks. The last slab may extend beyond the matrix.
 //
 // Only one task at a time may add to the sums of a block of rows. With few rows and many columns (queries against a
-// long queue), there are too few blocks of rows to keep all threads busy. So the columns are split into slabs, every
-// slab but the first has a copy of the rows' sums, and the copies are added in a fixed order. With few columns and many
-// rows, rows and columns swap roles.
+// long queue), there are too few blocks of rows to keep all threads busy. So the columns are split into slabs. Every
+// slab but the first adds to its own copy of the rows' sums, and the copies are added in a fixed order at the end. With
+// few columns and many rows, rows and columns swap roles.
 struct Slabs {
     int64_t count = 1, rows, cols;
     bool of_rows = false;  // split the rows, because there are fewer columns
@@ -152,8 +152,8 @@ class Schedule {
         return task;
     }
 
-    // Return where a task's tiles start in the workspace. Tasks on the diagonal have fewer tiles, and come first. A
-    // block that extends beyond the matrix also has places for its missing tiles.
+    // Return the index of a task's first tile in the workspace. Tasks on the diagonal have fewer tiles, and come first.
+    // A block that extends beyond the matrix also has room for its missing tiles.
     int64_t first_place(int64_t index) const {
         const int64_t n = block_tiles, half = symmetric ? std::min(index, blocks(rows)) : 0;
         return half * (n * (n + 1) / 2) + (index - half) * n * n;
@@ -171,9 +171,10 @@ class Schedule {
     }
 
   private:
-    // With several tiles per side, threads can share the work, and a symmetric call computes little more than one
-    // triangle. A rectangle's shorter side is not cut if there is one thread, or if it is no longer than about two such
-    // tiles. Then only LARGEST_EDGE limits the edge, and threads share the slabs of the longer side.
+    // The edge is chosen so that a side has several tiles. Threads can then share the work, and a symmetric call
+    // computes little more than one triangle. A rectangle's shorter side is left uncut if there is one thread, or if it
+    // is no longer than about two tiles with that edge. In this case only LARGEST_EDGE limits the edge, and threads
+    // share the slabs of the longer side.
     int64_t choose_edge() const {
         const int64_t whole = round_up(std::min(rows, cols), ALIGNED_ROWS);
         const int64_t even = int64_t(sqrt(double(rows) * double(cols))) / (TILES_PER_SIDE * threads);

@@ -1,5 +1,5 @@
-// The sums of slabs (schedule.h). Every slab but the first has a copy of the shorter side's sums, and the copies are
-// added in a fixed order.
+// The sums of slabs (schedule.h). Every slab but the first adds to its own copy of the shorter side's sums. At the end,
+// the copies are added to the side's own sums in a fixed order.
 #pragma once
 
 #include <math.h>
@@ -45,7 +45,8 @@ template <class T> class SlabSums {
         if (side.gathered) std::fill(side.gathered, side.gathered + padded * ld_, T(0));
     }
 
-    // Add the copies of a row's sum and slope to those in `few`. Tiles that are not shifted leave every peak at -inf.
+    // Add the copies of a row's sum and slope to the row's values in `few`. Without shifted tiles every peak is -inf,
+    // so no sum is rescaled.
     void join_sums(PackedSide<T>& few, int64_t row) const {
         for (const PackedSide<T>& side : sides_) {
             const T peak = std::max(few.peaks[row], side.peaks[row]);

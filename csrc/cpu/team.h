@@ -1,7 +1,7 @@
-// The threads of a call. They are OpenMP threads, like PyTorch's own, so a call takes over PyTorch's threads instead of
+// The threads of a call. They are OpenMP threads, like PyTorch's own, so a call reuses PyTorch's threads instead of
 // competing with them. One parallel region spans the call. In that region, the calling thread is the leader and hands
-// out the work of one phase after another. When each phase had a separate region, a region cost up to 60 us on a
-// virtual machine that was slow to wake threads.
+// out the work of one phase after another. A separate region for each phase would be slower: a region cost up to 60 us
+// on a virtual machine that was slow to wake threads.
 //
 // In a child process after fork, OpenMP's pool is gone, and a parallel region would wait for it forever. There, and in
 // builds with FNTX_STD_THREADS or without OpenMP, threads are started for each call.
@@ -17,7 +17,7 @@
 namespace fntx {
 
 constexpr auto POLL_EVERY = std::chrono::milliseconds(50);  // as documented in fastntxent.h
-constexpr int SPINS = 1000;                                 // a wait yields the core in every iteration after this many
+constexpr int SPINS = 1000;                                 // iterations of a wait before it starts to yield the core
 
 class Team {
   public:
@@ -34,7 +34,7 @@ class Team {
         auto leader = [&] {
             try {
                 body();
-            } catch (const std::exception&) {  // not `...`, which would also stop the unwinding that ends a thread
+            } catch (const std::exception&) {  // not `...`: it would also catch the unwinding that ends a thread
                 error = std::current_exception();
             }
             finished_.store(true);
@@ -59,8 +59,8 @@ class Team {
         context_ = &share;
         open_.store(++jobs_);
         share(0);
-        // Wait only for helpers that are inside. A helper that arrives later counts itself in, finds the job closed,
-        // and leaves.
+        // Wait only for helpers that are inside the job. A helper that arrives later counts itself in, finds the job
+        // closed, and leaves.
         open_.store(0);
         for (int spins = 0; inside_.load() != 0; ++spins) relax(spins);
     }

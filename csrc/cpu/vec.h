@@ -10,8 +10,8 @@
 #if defined(__AVX512F__)
 #if defined(__AMX_BF16__) || defined(FNTX_EMULATE_AMX)  // FNTX_EMULATE_AMX needs FNTX_EMULATE
 #define FNTX_ISA amx
-#define FNTX_BFLOAT  // bfloat16 rows are multiplied without widening...
-#define FNTX_TILES   // ... in tiles
+#define FNTX_BFLOAT  // multiply bfloat16 rows without widening them
+#define FNTX_TILES   // multiply them in tile registers
 #elif defined(__AVX512BF16__) || defined(FNTX_EMULATE_AVX512_BF16)
 #define FNTX_ISA avx512_bf16
 #define FNTX_BFLOAT
@@ -35,7 +35,7 @@
 #endif
 
 #if defined(__aarch64__) && !defined(__clang__)
-// GCC's scheduling before register allocation moves loads so far ahead that 4 of a block's 24 sums are spilled
+// GCC's scheduling before register allocation moves loads so far ahead that 4 of a block's 24 accumulators are spilled
 // (tests/test_arm.py checks for that) and exponentials take a quarter more instructions.
 #pragma GCC optimize("no-schedule-insns")
 #endif
@@ -84,9 +84,9 @@ template <class T> FNTX_INLINE T sum_of_lanes(Vec<T> v) {
 
 // --- 2^x -------------------------------------------------------------------------------------------------------------
 // x = n + f, with n the nearest integer and |f| <= 1/2. 2^f is approximated by a minimax polynomial p(f) with p(0) = 1.
-// With the coefficients as written below, its relative error is 2.6e-9 (degree 6, float) or 4.2e-17 (degree 11,
-// double). With the rounding of float coefficients and of each step, the result is within 1.1 units in the last place
-// of 2^x, or 1.4 without a fused multiply-add (tests/test_cpu_kernel.py measures the error against long double).
+// Computed exactly, with the coefficients below, p has a relative error of 2.6e-9 (degree 6, float) or 4.2e-17 (degree
+// 11, double). The coefficients and every step are rounded to the type, so the result is within 1.1 units in the last
+// place of 2^x, or 1.4 without a fused multiply-add (tests/test_cpu_kernel.py measures the error against long double).
 
 template <class T> struct Exp2;
 
@@ -133,7 +133,7 @@ template <class T> FNTX_INLINE Vec<T> exp2_in_range(Vec<T> x, Vec<T> scale) {
     Vec<T> p = broadcast<T>(E::COEFFICIENTS[E::DEGREE]);
 #pragma GCC unroll 12
     for (int i = E::DEGREE - 1; i >= 0; --i) p = p * f + E::COEFFICIENTS[i];
-    // The shift is unsigned, because the bits of NaN and infinity are shifted too and wrap around. NaN stays NaN in the
+    // The shift is unsigned, because it also shifts the bits of NaN and infinity, which overflow. NaN stays NaN in the
     // product.
     return p * (Vec<T>)(((Word<T>)biased << E::MANTISSA) + E::ONE);
 }
@@ -149,9 +149,9 @@ template <class T> FNTX_INLINE Vec<T> exp_shifted(Vec<T> x, Vec<T> shift) {
 
 template <class T> constexpr int LOG1P_TERMS = sizeof(T) == 4 ? 8 : 16;
 
-// Return log(1 + exp(x)) with a small relative error, and by reference its slope 1 / (1 + exp(-x)). With e = exp(-|x|)
-// and t = e / (2 + e) <= 1/3, log(1 + e) is 2 artanh(t), which is t times a series in t^2. Truncating the series
-// changes log(1 + e) by less than 1.5e-9 (float) or 1.8e-17 (double) of its value.
+// Return log(1 + exp(x)) with a small relative error, and set `slope` to its derivative 1 / (1 + exp(-x)). With
+// e = exp(-|x|) and t = e / (2 + e) <= 1/3, log(1 + e) is 2 artanh(t), which is t times a series in t^2. Truncating the
+// series changes log(1 + e) by less than 1.5e-9 (float) or 1.8e-17 (double) of its value.
 template <class T> FNTX_INLINE Vec<T> softplus(Vec<T> x, Vec<T>& slope) {
     const Vec<T> e = exp_shifted<T>(x > 0 ? -x : x, Vec<T>{});
     const Vec<T> quotient = T(1) / ((e + T(1)) * (e + T(2)));  // one division for both quotients

@@ -46,7 +46,7 @@ struct PackedSide {
     fntx_matrix z[2];
     const int64_t* given_ids;
     int n, padded;
-    uint16_t* x[2];  // (padded, DP): the parts of x
+    uint16_t* x[2];  // (padded, chunks * CHUNK): the parts of x
     float *r, *norm, *sim_pos;
     int64_t* ids;
     float *peaks, *sums;  // (col_shares, padded): a share's log-sum-exp is peak + log(sum)

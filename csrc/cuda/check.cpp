@@ -1,7 +1,7 @@
-// Tests the kernels on the emulated device (host/) against the definition, which is computed in double precision in
-// O(M^2 D) operations, with cases like those of csrc/cpu/check.cpp. Inputs, outputs and workspace are allocated at
-// their exact sizes, so that AddressSanitizer finds out-of-bounds accesses. Outputs and workspace start as NaN, which
-// exposes elements that were not written. sanitize.sh builds it.
+// Tests the kernels on the emulated device (host/), with cases like those of csrc/cpu/check.cpp. Results are compared
+// with the definition, which is computed in double precision in O(M^2 D) operations. Inputs, outputs and workspace are
+// allocated at their exact sizes, so that AddressSanitizer finds out-of-bounds accesses. Outputs and workspace start as
+// NaN, which exposes elements that were not written. sanitize.sh builds this file.
 #include <chrono>
 #include <memory>
 
@@ -9,6 +9,8 @@
 #include "host/launch.h"
 #include "host/tensor_core.h"
 #include "plan.h"
+
+static bool expects_errors = false;  // whether rejected calls go unreported, because a test makes them on purpose
 
 // The interface of the CPU kernels, implemented by the emulated device, so that check_run.h can test both.
 extern "C" int fntx_run(const fntx_call* from) {
@@ -29,7 +31,7 @@ extern "C" int fntx_run(const fntx_call* from) {
     const std::unique_ptr<void, decltype(&free)> workspace(malloc(bytes), &free);
     call.workspace = workspace.get();
     const int status = fntx_cuda_run(&call);
-    if (status != FNTX_OK) fprintf(stderr, "%s\n", fntx_cuda_error());
+    if (status != FNTX_OK && !expects_errors) fprintf(stderr, "%s\n", fntx_cuda_error());
     return status;
 }
 
@@ -51,8 +53,8 @@ void emulate(const Emulated& device) {
     fntx_emulate(device.multiprocessors, device.shared, draw(), device.core.block, device.core.extra_bits);
 }
 
-// Return a bound on the relative rounding error of an element of G, which has 8, 11 or 22 bits. The error of a sum of
-// many elements is smaller.
+// Return a bound on the relative rounding error of an element of G, which has 8, 11 or 22 significant bits. The error
+// of a sum of many elements is smaller.
 double rounding_of(int dtype) { return dtype == FNTX_BFLOAT16 ? 4e-3 : dtype == FNTX_FLOAT16 ? 5e-4 : 5e-7; }
 
 void verify(const Case& c, const Emulated& device) {
@@ -117,7 +119,8 @@ void not_a_number() {
                 emulate(device);
                 CheckedCall<float> run(p, LOSS, 1, 0);
                 expect(!run.bits().empty() && isnan(run.scalars[0]), run.name() + ": NaN is lost in the loss");
-                for (int i = 0; i < 100; ++i) expect(i % 50 == 3 || isnan(run.nu[0][i]), run.name() + ": NaN is lost");
+                for (int i = 0; i < 100; ++i)
+                    expect(i % 50 == 3 || isnan(run.nu[0][i]), run.name() + ": NaN did not reach nu");
             }
 }
 
@@ -132,6 +135,42 @@ void sizes() {
     }
     expect(fntx_cuda_workspace(0, FNTX_FLOAT16, int64_t(1) << 30, 0, int64_t(1) << 20, 0) == -1, "tasks: not rejected");
     expect(fntx_cuda_workspace(0, FNTX_FLOAT16, most, most, 8, 0) > 2 * most, "most rows: rejected");
+}
+
+// A call with contradictory or missing arguments is rejected, and its valid twin is not.
+void invalid_calls() {
+    typedef fntx_call& Call;
+    const Problem<float> two({{3, 3}, {0, 0}, 5}), one({{3, 0}, {0, 0}, 5}), rectangle({{3, 3}, {4, 0}, 5});
+    fntx_side* cols;
+    emulate(DEVICES[0]);
+    expects_errors = true;
+    const auto status = [&](int expected, const Problem<float>& p, Mode mode, const char* what, auto change) {
+        CheckedCall<float> run(p, mode, 1, 0);
+        cols = &run.cols;
+        change(run.call);
+        expect(fntx_run(&run.call) == expected, std::string(what) + ": wrong status");
+    };
+    for (Mode mode : {FORWARD, BACKWARD, BOTH, LOSS}) status(FNTX_OK, two, mode, "a valid call", [](Call) {});
+    status(FNTX_OK, rectangle, BOTH, "a valid rectangle", [](Call) {});
+    const auto refused = [&](const Problem<float>& p, Mode mode, const char* what, auto change) {
+        status(FNTX_INVALID, p, mode, what, change);
+    };
+    float number = 0;
+    for (int dtype : {-1, int(FNTX_FLOAT64), 4}) refused(two, LOSS, "dtype", [=](Call c) { c.dtype = dtype; });
+    for (int phases : {0, 4}) refused(two, LOSS, "phases", [=](Call c) { c.phases = phases; });
+    refused(two, LOSS, "no data", [](Call c) { c.rows.z[1].data = nullptr; });
+    refused(two, LOSS, "n < 0", [](Call c) { c.rows.z[1].n = -1; });
+    refused(two, LOSS, "no rows in the first matrix", [](Call c) { c.rows.z[0].n = 0; });
+    refused(rectangle, BOTH, "no columns", [&](Call) { cols->z[0].n = 0; });
+    refused(two, LOSS, "no d_inv_tau", [](Call c) { c.d_inv_tau = nullptr; });
+    refused(two, LOSS, "a loss without a forward", [](Call c) { c.phases = FNTX_BACKWARD; });
+    refused(two, LOSS, "a loss with weights", [&](Call c) { c.rows.d_neg_lse = &number; });
+    refused(two, BACKWARD, "no neg_lse", [](Call c) { c.rows.neg_lse = nullptr; });
+    refused(two, BACKWARD, "no weights", [](Call c) { c.rows.d_neg_lse = nullptr; });
+    refused(rectangle, BACKWARD, "no weights of the columns", [&](Call) { cols->d_neg_lse = nullptr; });
+    for (const Problem<float>* p : {&one, &rectangle})
+        refused(*p, FORWARD, "positives without two views", [&](Call c) { c.pos = &number; });
+    expects_errors = false;
 }
 
 // Every plan fits its machine, covers all rows and all features, and has no more shares of the columns than tiles.
@@ -170,6 +209,7 @@ int main() {
     } groups[] = {
         {"plans", plans},
         {"sizes", sizes},
+        {"invalid calls", invalid_calls},
         {"two views", [] { shapes(two_views); }},
         {"one matrix", [] { shapes(one_matrix); }},
         {"rectangles", [] { shapes(rectangle); }},

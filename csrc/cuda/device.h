@@ -20,7 +20,8 @@ FNTX_DEVICE int thread() { return threadIdx.x; }
 FNTX_DEVICE int block() { return blockIdx.x; }
 FNTX_DEVICE int blocks() { return gridDim.x; }
 FNTX_DEVICE void sync_block() { __syncthreads(); }
-// Not inlined: otherwise a value that all calls have in common would occupy a register in all the code between them.
+// Not inlined: otherwise a value that all calls have in common would occupy a register throughout the code between
+// them.
 __device__ __noinline__ inline void sync_grid() { cooperative_groups::this_grid().sync(); }
 // Count this block as arrived, and return how many blocks arrived before it. The calling thread sees all writes of
 // those blocks.

@@ -1,6 +1,7 @@
 // The C interface of the CUDA kernels: device pointers and sizes, without Python or PyTorch. Sides, matrices, dtypes,
-// phases and status codes are defined as for the CPU kernels, but FNTX_FLOAT64 is not supported, and the limits of a
-// side are ignored.
+// phases and status codes are defined as for the CPU kernels, with these differences: FNTX_FLOAT64 is not supported;
+// the first matrix of a side must have rows; the limits of a side are ignored; and in a backward with `loss`, d_neg_lse
+// must be NULL.
 #pragma once
 
 #include "../cpu/fastntxent.h"
@@ -19,9 +20,9 @@ struct fntx_cuda_call {
     float eps;
     struct fntx_side rows;         // ids may be any 64-bit integers
     const struct fntx_side* cols;  // NULL: symmetric
-    float* pos;                    // (M,) out, of a symmetric forward with two views; or NULL
-    const float* d_pos;            // (M,) in, backward with two views, no `loss`: upstream gradient of pos; or NULL
-    float* loss;                   // 0-d out, of a forward with two views: sum of the losses times loss_weight; or NULL
+    float* pos;                    // (M,) out: pi, of a symmetric forward with two views; or NULL
+    const float* d_pos;            // (M,) in: upstream gradient of pos (backward with two views, no `loss`); or NULL
+    float* loss;                   // 0-d out: sum of the losses times loss_weight, of a forward with two views; or NULL
     float loss_weight;
     float* d_inv_tau;  // 0-d out, backward
     void* workspace;   // as many bytes as fntx_cuda_workspace returns, 16-byte aligned; need not be initialised

@@ -1,8 +1,8 @@
 // nu_i = log sum over {j : id_j != id_i} of exp(k s_ij), the losses, and the weight of every row.
 //
-// A task is a block of rows and a share of the columns. A lane keeps a running sum over its own columns (and, outside
-// the direct range, a running maximum), and the lanes' sums are added once at the end. `finish` adds the shares in a
-// fixed order.
+// A task is a block of rows and a share of the columns. Each lane keeps a running sum over its own columns and, outside
+// the direct range (tiles.h), a running maximum. The lanes' sums are added once, at the end. `finish` adds the shares
+// in a fixed order.
 #pragma once
 
 #include "pack.h"
@@ -41,7 +41,7 @@ FNTX_DEVICE void sum_exponentials(const Arguments& a, const PackedSide& rows, co
         walk.each_tile(no_weight, as_it_is, [&](typename Walk::Products& s, const Mask& mask, const Vectors& v, int) {
             if (direct)
                 walk.each(s, [&](float& x, int h, int col) { x *= v.r[col] * scale[h]; });
-            else  // in the order of the backward, so that both round alike: the backward subtracts nu from these logits
+            else  // multiply in the backward's order, and so round alike: the backward subtracts nu from these logits
                 walk.each(s, [&](float& x, int h, int col) { x *= mine.r[h] * v.r[col], x *= k; });
             if (!mask.whole) walk.each(s, [&](float& x, int h, int col) { x = mask.apart(h, col) ? x : NONE; });
             if (direct) {
@@ -72,9 +72,10 @@ FNTX_DEVICE void sum_exponentials(const Arguments& a, const PackedSide& rows, co
     }
 }
 
-// Compute each row's nu (without a forward, read it), its loss log(1 + exp(nu - pi)) if a loss is wanted, and its
-// weight: the upstream gradient if one is given, otherwise sigmoid(nu - pi) if a loss is wanted, else 0. pi is the
-// logit of the row's positive. A row without negatives (nu = -inf) has weight 0, regardless of its upstream gradient.
+// Compute each row's nu, loss and weight. nu comes from the forward's sums, or is read in a call without a forward. The
+// loss is log(1 + exp(nu - pi)), where pi is the logit of the row's positive. The weight is the upstream gradient if
+// one is given, otherwise sigmoid(nu - pi) if a loss is wanted, otherwise 0. A row without negatives (nu = -inf) has
+// weight 0, regardless of its upstream gradient.
 FNTX_DEVICE void finish(const Arguments& a, const PackedSide& side) {
     const float k = inverse_temperature(a);
     float largest = 0;

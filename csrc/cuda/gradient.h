@@ -9,8 +9,9 @@
 // normalised, d/dz_i = d/du_i.
 //
 // A task is a block of rows and a group of features. A task forms G tile by tile in registers: the accumulators of the
-// first product are the first operand of the second product. Only G is rounded to the operand type, and radial is
-// summed in float32 before that rounding. The positives u_p(i) are read from z itself, in float32.
+// first product (the similarities) become G, the first operand of the second product (the gradient). Only G is rounded
+// to the operand type, and radial is summed in float32 before that rounding. The positives u_p(i) are read from z
+// itself, in float32.
 #pragma once
 
 #include "forward.h"
@@ -25,12 +26,13 @@ struct Scales {
         const Largest found(a.largest_w, cols.largest_r);
         const float largest = fmaxf(found.first, SMALLEST_UNIT);
         w = G_SCALE / largest;
-        // A power of two, so that logits are rounded as in the forward.
+        // r is a power of two, so that dividing by it does not change how logits are rounded.
         const uint32_t exponent = float_bits(found.second) >> 23;
         r = bits_float(exponent << 23), inv_r = bits_float((254 - exponent) << 23);
         out = (a.loss ? a.loss_weight : 1) * (largest / G_SCALE) * r;
     }
-    // Return a row's weight in the form that tiles use: scaled, and times exp(-nu) in the direct range.
+    // Return a row's weight in the form that tiles use: scaled and, in the direct range (tiles.h), multiplied by
+    // exp(-nu).
     FNTX_DEVICE float weight(float of_row, float nu, bool direct) const {
         return of_row * w * (direct ? exp_fast(-nu) : 1);
     }
@@ -152,7 +154,8 @@ FNTX_DEVICE void form_gradient(const Arguments& a, const PackedSide& rows, const
             walk.gather(acc, s, slot, group);
         });
 
-        static_assert(sizeof(Staged) <= 3 * Op::PARTS * STEP<Op> * sizeof(uint16_t), "fewer steps are never held");
+        static_assert(sizeof(Staged) <= 3 * Op::PARTS * STEP<Op> * sizeof(uint16_t),
+                      "a block has at least three steps in shared memory");
         Staged& staged = *reinterpret_cast<Staged*>(shared_memory());
         FNTX_UNROLL for (int h = 0; h < 2; ++h) {
             radial[h] += shuffle_xor(radial[h], 1);

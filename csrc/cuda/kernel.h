@@ -9,15 +9,15 @@
 //                                                    repeats the first product; reads x as in sums; writes d_z
 //     total     the last block to arrive             the loss and d_inv_tau, from M terms each
 //
-// Grid barriers separate the first four phases. A group has at most 192 features, and plan.h may choose fewer. With u =
-// 2 M^2 DP flops, a call with one group takes 3u in all. Blocks take tasks in turn, so a grid of any size works for any
-// M. Every sum is formed by one owner in one order, so results have the same bits every time on a given device.
-// (Another device may divide the columns into a different number of shares.)
+// Grid barriers separate the first four phases. A group has at most 192 features, and plan.h may choose fewer. With
+// u = 2 M^2 DP flops, a call with one group takes 3u in all. Blocks take tasks in turn, so a grid of any size works for
+// any M. Every sum has one owner, which adds its terms in a fixed order, so results have the same bits every time on a
+// given device. (Another device may divide the columns into a different number of shares.)
 //
-// A block has 8 warps, the most that a multiprocessor's registers hold at 255 per thread. Shared memory for DP = 128 in
-// one group: 64 KiB for 4 steps of columns (64 features each); 8 KiB for 32 rows in half precision, or 16 KiB in two
-// parts; 5 KiB for the vectors of two tiles in half precision, or 2.5 KiB in two parts. benchmarks/binary.py reports
-// registers and instructions, and checks for spills.
+// A block has 8 warps, the most that a multiprocessor's registers hold at 255 per thread. For DP = 128 in one group,
+// half-precision rows take this much shared memory: 64 KiB for 4 steps of columns (64 features each), 8 KiB for 32
+// rows, and 5 KiB for the vectors of two tiles. For float32 rows, which are stored in two parts, these are 64, 16 and
+// 2.5 KiB. benchmarks/binary.py reports registers and instructions, and checks for spills.
 #pragma once
 
 #include "gradient.h"
@@ -45,7 +45,7 @@ template <class Op> FNTX_DEVICE void run(const Arguments& a) {
     int terms = 0;
     if (a.backward) {
         sync_grid();
-        // The terms of d_inv_tau have the same sum over either side. The sum is taken over the side whose gradient is
+        // The sum of the terms of d_inv_tau is the same over either side. It is taken over the side whose gradient is
         // formed last.
         for (int s = a.n_sides - 1; s >= 0; --s) {
             const PackedSide& side = a.sides[s];

@@ -20,7 +20,7 @@ int fail(const char* what, const char* why) {
     return FNTX_INVALID;
 }
 
-// Return whether a CUDA function failed, and keep its error message if it did.
+// Return whether a CUDA function failed. If it did, store its error message.
 bool failed(cudaError_t status, const char* function) {
     if (status == cudaSuccess) return false;
     cudaGetLastError();  // clear the error for the next caller

@@ -3,10 +3,10 @@
 //     n_i = |z_i|,  u_i = z_i / max(n_i, eps) = r_i x_i,  sim_pos_i = u_i . u_p(i)
 //
 // Row p(i) is the positive of row i. x_i is z_i times the power of two that brings the largest magnitude in the row to
-// [1, 2). In half precision this scaling is exact, whatever the norm of the row, except that a float16 x below 2^-14 is
-// rounded to a multiple of 2^-24. A float32 row becomes the sum of two float16 parts, which together have 22 bits of
-// mantissa. A warp packs one row of each matrix of a side, so it holds both views of a sample. z is read twice (the
-// second time from a cache), and x is written once.
+// [1, 2). For half-precision rows this scaling is exact, whatever the norm of the row, with one exception: a float16 x
+// below 2^-14 is rounded to a multiple of 2^-24. A float32 row becomes the sum of two float16 parts, which together
+// have 22 bits of mantissa. A warp packs one row of each matrix of a side, so it holds both views of a sample. z is
+// read twice (the second time from a cache), and x is written once.
 #pragma once
 
 #include "tiles.h"
@@ -64,9 +64,9 @@ FNTX_DEVICE void pack_rows(const Arguments& a, const PackedSide& side, int64_t i
         FNTX_UNROLL for (int m = 0; m < 2; ++m) if (there[m]) largest[m] =
             fmaxf(largest[m], fabsf(element(Op(), side.z[m], index, d)));
     FNTX_UNROLL for (int m = 0; m < 2; ++m) {
-        // down and up are 2^-e and 2^e for `largest` in [2^e, 2^(e + 1)), clamped to normal numbers. Elements are
-        // squared only after they are scaled by 2^-e, which brings the largest near 1, so the sum of squares stays in
-        // the range of float32.
+        // For `largest` in [2^e, 2^(e + 1)), down is 2^-e and up is 2^e, both clamped to normal numbers. Elements are
+        // multiplied by 2^-e before they are squared. The largest is then near 1, so the sum of squares stays in the
+        // range of float32.
         int exponent = float_bits(warp_max(largest[m])) >> 23 & 0xff;
         exponent = exponent < 1 ? 1 : exponent > 253 ? 253 : exponent;
         down[m] = bits_float(uint32_t(254 - exponent) << 23);

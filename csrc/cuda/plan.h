@@ -8,8 +8,8 @@
 
 namespace fntx {
 
-// The largest number of rows in a side, and also the largest number of features. Indices are ints, and a loop over rows
-// may run one grid stride past the last row.
+// The largest number of rows in a side, and also the largest number of features. It is 2^20 below INT32_MAX, because
+// indices are ints and a loop over rows may run one grid stride past the last row.
 constexpr int64_t MOST = INT32_MAX - (1 << 20);
 
 // Return an error message if a call of this size is not possible, otherwise null. n_cols 0: symmetric.
@@ -47,6 +47,7 @@ template <class Op> int64_t shared_bytes(int64_t stages, int64_t row_slots) {
 
 constexpr int64_t PIECE = 256;  // bytes: arrays of the workspace begin at multiples of this, cudaMalloc's alignment
 
+// Places arrays in the workspace one after another, and adds up their bytes.
 class Carver {
   public:
     Carver(char* base, int64_t& bytes) : base_(base), bytes_(bytes) {}
@@ -86,8 +87,8 @@ Plan make_plan_of(const Machine& machine, int dtype, int64_t n_rows, int64_t n_c
     a.chunks = int(ceil_div(D, CHUNK));
     a.log_terms = logf(float(most));
 
-    // Find the largest group (chunks of features per gradient task) whose block fits in shared memory, and how many
-    // blocks run at once with it. Every smaller group fits too.
+    // Find the largest group (chunks of features per gradient task) that fits in shared memory, and how many blocks run
+    // at once with it. Every smaller group fits too.
     const auto fit = [&](int group) {
         a.group = group, a.stages = group + 2;
         a.resident = shared_bytes<Op>(a.stages, a.chunks) <= machine.shared;
@@ -158,6 +159,8 @@ inline const char* fault_of(const fntx_cuda_call& call) {
         if (!(call.phases & FNTX_FORWARD) && !side->neg_lse) return "a backward without a forward needs neg_lse";
         if (call.phases & FNTX_BACKWARD && !side->d_neg_lse && !call.loss)
             return "a backward without a loss needs d_neg_lse";
+        if (call.phases & FNTX_BACKWARD && side->d_neg_lse && call.loss)
+            return "a backward with a loss takes no d_neg_lse";
     }
     if (call.loss && !(call.phases & FNTX_FORWARD)) return "a loss needs a forward";
     if (call.phases & FNTX_BACKWARD && !call.d_inv_tau) return "a backward needs d_inv_tau";

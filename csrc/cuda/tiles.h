@@ -1,9 +1,9 @@
 // Tiles of similarities: a block of rows walks over the columns, COLS at a time, in steps of CHUNK features.
 //
-// The columns of a step (and the rows, unless all of a row's chunks stay resident) are copied to shared memory two
-// steps ahead. Each warp multiplies 16 rows by its share of the columns. In lane 4 g + t, the accumulators of m16n8k16
-// hold rows g and g + 8, and columns 2 t and 2 t + 1 of every 8. The chunks that the second product needs are the last
-// steps of a tile, so they are still in shared memory.
+// The columns of a step are copied to shared memory two steps ahead. The same holds for the rows, unless all chunks of
+// a row fit and stay there. Each warp multiplies 16 rows by its share of the columns. In lane 4 g + t, the accumulators
+// of the matrix instruction (m16n8k16) hold rows g and g + 8, and columns 2 t and 2 t + 1 of every 8. The chunks of
+// features that the second product needs are the last steps of a tile, so they are still in shared memory.
 #pragma once
 
 #include "../ranges.h"
@@ -40,17 +40,18 @@ template <class Op> struct Shared {
     }
 };
 
-// piece returns where 8 features of a row lie in a step's matrix of 64 features. The 16-byte pieces of a 128-byte row
-// are permuted, so that neither the copies nor load_matrices have bank conflicts. For a piece among a row's first 16
-// features, next_piece returns the place of the piece that lies 16 * times features further on.
+// A step's matrix has rows of 64 features, stored in eight pieces of 8 features (16 bytes). The pieces of a row are
+// permuted, so that neither the copies nor load_matrices have bank conflicts. piece returns the position of piece
+// number `features_by_8` of a row. Given the position of one of a row's first two pieces, next_piece returns the
+// position of the piece 16 * times features further on.
 FNTX_DEVICE int piece(int row, int features_by_8) { return row * CHUNK + ((features_by_8 ^ (row & 7)) * 8); }
 FNTX_DEVICE int next_piece(int piece, int times) { return piece ^ (16 * times); }
 
 // Return the inverse temperature, from device memory or from the arguments.
 FNTX_DEVICE float inverse_temperature(const Arguments& a) { return a.inv_tau_ptr ? *a.inv_tau_ptr : a.inv_tau; }
 
-// The maxima of two arrays that have one element per block. Every block gets the same maxima. All loads of a round are
-// in flight at once, because loads take most of the time in small batches.
+// The maxima of two arrays that have one element per block. Every block computes the same maxima. All loads of a round
+// are in flight at once, because loads take most of the time in small batches.
 struct Largest {
     float first = 0, second = 0;
 
@@ -71,7 +72,8 @@ struct Largest {
     }
 };
 
-// Return whether all logits stay in the range of exp.
+// Return whether the call is in the direct range: exp of every logit, and a row's sum of them, stay in range without a
+// shift.
 FNTX_DEVICE bool in_direct_range(const Arguments& a, float k) {
     float bound = 1;
     if (!a.normalize) {
@@ -140,8 +142,8 @@ template <class Op> class TileWalk {
     }
 
     // Call use() for each tile, with the lane's products x_i . x_j, the lane's mask, the tile's vectors, and the slot
-    // of the tile's last step. `read` fetches a column's w and nu, two tiles ahead. `scale` converts a column's values
-    // to the form that use() expects.
+    // of the tile's last step. (A slot is a place for one step in shared memory.) `read` fetches a column's w and nu,
+    // two tiles ahead. `scale` converts a column's values to the form that use() expects.
     template <class Read, class Scale, class Use> FNTX_DEVICE void each_tile(Read read, Scale scale, Use use) {
         Column next = {};
         fetch(next, 0, read);
@@ -275,9 +277,9 @@ template <class Op> class TileWalk {
         }
     }
 
-    // c += a b[first, first + 1]. With two parts, the three products that matter are summed in a separate accumulator,
-    // the largest last. The matrix units round toward zero, so a long sum in them drifts; the final addition to c
-    // rounds to nearest.
+    // c += a b, where the operand b is the registers b[first] and b[first + 1]. With two parts, three of the four
+    // products of parts matter. They are summed in a separate accumulator, the largest last. The matrix units round
+    // toward zero, so a long sum in them drifts; the final addition to c rounds to nearest.
     static FNTX_DEVICE void multiply_parts(float (&c)[4], const uint32_t (&a)[Op::PARTS][4],
                                            const uint32_t (&b)[Op::PARTS][4], int first) {
         if constexpr (Op::PARTS == 1) {

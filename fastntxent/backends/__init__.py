@@ -1,10 +1,10 @@
 """The table of backends: which exist, which load on this machine, and which one serves a call.
 
 A backend's module is imported on first use, so `import fastntxent` costs nothing for unused kernels. If the import
-fails, the error is kept, shown by `backends()`, and raised when the backend is requested by name. A backend that was
+fails, the error is stored, shown by `backends()`, and raised when the backend is requested by name. A backend that was
 requested by name never falls back to another one; only "auto" chooses. (One exception: if a backend has no kernels for
-similarity limits, calls with limits run on `blocked`.) Only `cpu` is imported together with the package: it must notice
-a fork, and its first use may come after the fork, in the child.
+similarity limits, calls with limits run on `blocked`.) Only `cpu` is imported together with the package, because its
+import registers a fork handler, and its first use may be in a forked child.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class _Entry(NamedTuple):
     auto: str  # whether "auto" may pick it: "yes", "no", or "passed" (only on devices where it passed `verification`)
 
 
-# In order of preference. On a device type that has an entry marked "passed", "auto" takes the fastest backend for the
-# call's size among `blocked` and the backends that have passed on that device (verification/policy.py). Elsewhere it
-# takes the first entry marked "yes" that loads and serves the device type and the dtype. "cuda" is for small batches,
-# "triton" for large ones.
+# The entries are in order of preference. If a device type has an entry marked "passed", "auto" selects the backend that
+# is fastest at the call's size, among `blocked` and the backends that have passed verification on that device
+# (verification/policy.py). On other device types, it selects the first entry marked "yes" that loads and supports the
+# device type and the dtype. "cuda" is for small batches, "triton" for large ones.
 _TABLE: dict[str, _Entry] = {
     "cpu": _Entry("fastntxent.backends.cpu", ("cpu",), auto="yes"),
     "cuda": _Entry("fastntxent.backends.cuda.backend", ("cuda",), auto="passed"),
@@ -85,7 +85,7 @@ def check_name(name: str) -> None:
 
 
 def _serving(name: str, device_type: str, dtype: torch.dtype) -> Backend | None:
-    """Return the backend if it loads and takes tensors of this device type and dtype, else None.
+    """Return the backend if it loads and supports this device type and dtype, else None.
 
     Backends for other device types are not loaded.
     """
@@ -101,9 +101,9 @@ def select_for(name: str, rows: Tensor, two_views: bool = False) -> Backend:
     device = rows.device
     if name == "auto" and device.type in _CHECKED and rows.ndim == 2:
         possible = candidates(device.type, rows.dtype)
-        if possible:  # empty for float64, which no candidate takes
+        if possible:  # empty for float64, which no candidate supports
             n, d = rows.shape
-            M = 2 * n if two_views else n  # `rows` may be the first of two views
+            M = 2 * n if two_views else n  # with two views, `rows` is only the first
             chosen = policy.choose_backend(device, candidates(device.type), rows.dtype, M, d)
             name = chosen if chosen in possible else name
     return select(name, device.type, rows.dtype)
@@ -111,7 +111,7 @@ def select_for(name: str, rows: Tensor, two_views: bool = False) -> Backend:
 
 @functools.cache
 def candidates(device_type: str, dtype: torch.dtype | None = None) -> dict[str, str]:
-    """Return the backends (name -> module) that "auto" may take on this device type once they have passed."""
+    """Return the backends (name -> module) that "auto" may select on this device type after they pass verification."""
     found = {
         name: entry for name, entry in _TABLE.items() if entry.auto == "passed" and device_type in entry.device_types
     }
@@ -123,7 +123,7 @@ def candidates(device_type: str, dtype: torch.dtype | None = None) -> dict[str, 
 
 
 def checkable(device_type: str) -> dict[str, str]:
-    """Return the backends (name -> module) that load here and serve this device type, except the oracle."""
+    """Return the backends (name -> module) that load here and support this device type, except `reference`."""
     return {
         name: entry.module
         for name, entry in _TABLE.items()
@@ -141,7 +141,7 @@ def add(name: str, module: str, device_types: tuple[str, ...]) -> None:
 def select(name: str, device_type: str, dtype: torch.dtype) -> Backend:
     """Return the backend for a name, a device type and a dtype.
 
-    "auto" selects the first suitable one in the table that needs no verification.
+    "auto" selects the first suitable backend in the table that needs no verification.
     """
     check_name(name)
     if name == "auto":
@@ -149,15 +149,15 @@ def select(name: str, device_type: str, dtype: torch.dtype) -> Backend:
     backend = _load(name)
     device_types = _device_types(name)
     if device_types != ANY_DEVICE and device_type not in device_types:
-        raise ValueError(f"backend {name!r} serves {', '.join(device_types)} tensors, got tensors on {device_type}")
+        raise ValueError(f"backend {name!r} supports {', '.join(device_types)} tensors, got tensors on {device_type}")
     if isinstance(backend, Exception):
         raise RuntimeError(f"backend {name!r} is not available: {_explain(backend)}") from backend
     if dtype not in backend.dtypes:
-        raise TypeError(f"backend {name!r} takes {', '.join(map(str, backend.dtypes))}, got {dtype}")
+        raise TypeError(f"backend {name!r} supports {', '.join(map(str, backend.dtypes))}, got {dtype}")
     return backend
 
 
-@functools.cache  # the search would be noticeable for small batches
+@functools.cache  # in a small batch, the time of the search would be noticeable
 def _first_serving(device_type: str, dtype: torch.dtype) -> Backend:
     serving = (_serving(each, device_type, dtype) for each, entry in _TABLE.items() if entry.auto == "yes")
     return next(backend for backend in serving if backend)
@@ -179,14 +179,14 @@ def name_of(backend: Backend) -> str:
 
 
 def _device_types(name: str) -> tuple[str, ...]:
-    """Return the device types of a backend, from the table if it does not load. A loaded backend may list more."""
+    """Return a backend's device types: the backend's own list if it loads and has one, else the table's list."""
     backend = _load(name)
     more = backend.device_types if isinstance(backend, Backend) else ANY_DEVICE
     return _TABLE[name].device_types if more == ANY_DEVICE else more
 
 
 def backends() -> dict[str, BackendStatus]:
-    """Return the status of every backend by name: whether it loads here, and if not, why; and which devices it serves.
+    """Return the status of every backend by name: whether it loads here (and if not, why), and which devices it serves.
 
     Returns:
         A dict of `BackendStatus(available, device_types, reason, details, verdict)`. `device_types` is `("any",)` for a

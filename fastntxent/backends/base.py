@@ -12,7 +12,7 @@ Symbols (M = 2N rows, k = 1/tau, [z_i; z_j] stacked; p(i) is the other view of r
     loss_i = log(1 + exp(nu_i - pi_i))                               NT-Xent, the positive in the denominator
     q_i   = sigmoid(nu_i - pi_i) = d loss_i / d nu_i = - d loss_i / d pi_i
 
-The masked sum never contains the positive, so nothing is added and then subtracted again. The gradient therefore keeps
+The sum in nu_i never contains the positive, so nothing is added and then subtracted again. The gradient therefore keeps
 its relative accuracy however small the loss becomes.
 """
 
@@ -66,9 +66,9 @@ class PairSums(NamedTuple):
 class Backend(ABC):
     """One implementation of the core of the losses.
 
-    Methods allocate their results and neither change nor alias their arguments. `inv_tau` is a Python number, or a 0-d
-    tensor on an accelerator, which the host does not read. For `reference`, which autograd differentiates, it may also
-    be a tensor on the CPU.
+    Methods allocate their results and neither change nor alias their arguments. `inv_tau` is a Python number or a 0-d
+    tensor on an accelerator. The host never reads that tensor. `reference`, which autograd differentiates, also takes a
+    tensor on the CPU.
     """
 
     device_types: tuple[str, ...] = ("any",)
@@ -79,7 +79,10 @@ class Backend(ABC):
         return None
 
     def forms(self, device: torch.device, dtype: torch.dtype) -> Sequence[str]:
-        """Return the names of the kernels' forms, which serve different sizes. "" lets the size of a call decide."""
+        """Return the names of the kernels' forms, each of which is meant for calls of a certain size.
+
+        With the form "", the size of the call selects the form.
+        """
         return ("",)
 
     def forced(self, form: str) -> contextlib.AbstractContextManager[None]:
@@ -115,7 +118,10 @@ class KernelBackend(Backend):
 
     @abstractmethod
     def neg_lse_backward(self, rows: Side, inv_tau: float | Tensor, upstream: Upstream) -> tuple[Tensor, Tensor]:
-        """Return the gradient of sum_i d_neg_lse_i nu_i with respect to u (M, D) and k (0-d). `wanted` must be True."""
+        """Return the gradient of sum_i d_neg_lse_i nu_i with respect to u (M, D) and k (0-d).
+
+        `upstream.wanted` must be True.
+        """
 
     @abstractmethod
     def cross_neg_lse_backward(
@@ -190,8 +196,9 @@ class KernelBackend(Backend):
     ) -> PairSums:
         """Return each row's sum of log(1 + exp(x)) over the columns of other groups, where x = k u_i . v_j + b.
 
-        With `positives` (two sides only) the sum includes log(1 + exp(-x)) over the columns of the same group. With
-        `weights`, gradients come from the same pass as the sums. Without `cols` the rows are compared among themselves.
+        With `positives` (two sides only) the sum also includes log(1 + exp(-x)) over the columns of the same group. If
+        `weights` are given, the same pass computes the gradients too. Without `cols` the rows are compared among
+        themselves.
         """
 
     @abstractmethod

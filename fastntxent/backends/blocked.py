@@ -1,6 +1,7 @@
 """neg_lse in plain PyTorch, one tile of the similarity matrix at a time. It runs wherever PyTorch does.
 
-The logits k u u^T are symmetric, so only tiles (I, J) with I <= J are computed. One exponential serves both sides:
+The logits k u u^T are symmetric, so only tiles (I, J) with I <= J are computed. A tile is used for its rows I and for
+its columns J:
 
     forward    sum_I += E 1,      sum_J += E^T 1         E = exp(k U_I U_J^T), 0 where the ids agree
     backward   A_I   += G U_J,    A_J   += G^T U_I       G = E * (a_I 1^T + 1 a_J^T),  a_i = w_i exp(-nu_i)
@@ -13,16 +14,17 @@ With u = 2 M^2 D flops this costs u/2 forward and 3u/2 backward, 2u in all. A di
 its rows are summed. Memory is O(M D) plus a few tiles of B x B. The order of every sum is fixed, so results are bitwise
 reproducible on the same device with the same number of threads.
 
-If the host can see that no logit leaves the range of the dtype (CPU tensors only), exp(k s) is computed directly.
-Otherwise (small temperatures, long rows, similarity limits, values that only the device knows) rows and columns keep a
-running maximum, and the backward computes exp(k s - nu) for both sides.
+If the host can see that no exponential leaves the range of the dtype (CPU tensors only), exp(k s) is computed directly.
+Otherwise (small temperatures, long rows, similarity limits, values that only the device knows) the forward keeps a
+running maximum for each row and each column, and the backward computes exp(k s - nu) for the rows and for the columns.
 
 A logit has a rounding error of about k |s| times the dtype's machine epsilon, and the logits of (i, j) and (j, i) may
-be rounded differently. The backward must use the very logit that entered a row's sum, or the probabilities inherit the
-error. So a diagonal tile, which was summed by rows, adds the transpose of its weighted probabilities, and an
-off-diagonal tile uses one logit for both sides.
+be rounded differently. The backward must use the same rounded logit that the forward added to a row's sum; otherwise
+the probabilities inherit the error. An off-diagonal tile satisfies this, because forward and backward use its logits
+for the rows and for the columns. The forward sums a diagonal tile by rows only, so the backward computes the weighted
+probabilities of the rows and adds their transpose.
 
-If exp(k s) is computed directly, a batch that fits into one tile keeps E for the backward.
+If exp(k s) is computed directly and the batch fits into one tile, E is kept for the backward.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ class _NegLseTiles(Tiles, PreparedNegLse):
     top = 1.0  # the largest weight that `probabilities` supports
 
     def backward(self, upstreams: Sequence[Upstream]) -> tuple[list[Tensor | None], Tensor]:
-        # A row without negatives ignores its upstream gradient and has no probabilities.
+        # In a row without negatives, the upstream gradient is ignored and all probabilities are 0.
         empty = [upstream.neg_lse == -math.inf for upstream in upstreams]
         weights = [each.d_neg_lse.masked_fill(none, 0) for each, none in zip(upstreams, empty, strict=True)]
         nus = [each.neg_lse.masked_fill(none, math.inf) for each, none in zip(upstreams, empty, strict=True)]
@@ -81,8 +83,8 @@ class _DirectTiles(_NegLseTiles):
 
     def __init__(self, sides: Sequence[Blocks], inv_tau: float | Tensor):
         super().__init__(sides, inv_tau)
-        # Renumber the ids as small whole numbers in the dtype of the rows. Multiplying by their comparison, written as
-        # 0.0 or 1.0, takes a seventh of the time of applying a boolean mask from integer ids.
+        # Renumber the ids as small whole numbers in the dtype of the rows. Comparing these numbers gives a mask of 0.0
+        # and 1.0. Multiplying by it takes a seventh of the time of applying a boolean mask from integer ids.
         codes = torch.unique(torch.cat([side.ids for side in sides]), return_inverse=True)[1].to(self.rows.u.dtype)
         self.codes = codes.split([len(side.ids) for side in sides])
         self.kept: TileValues | None = None
@@ -139,7 +141,10 @@ class _ShiftedTiles(_NegLseTiles):
         self.top = LARGEST_WEIGHT[self.rows.u.dtype]
 
     def counted(self, tile: TileValues, *, of_cols: bool = False) -> Tensor:
-        """Return a tile's logits with -inf above the limits of its rows, or of its columns."""
+        """Return a tile's logits, with -inf where a similarity exceeds the limit of its row.
+
+        With `of_cols`, the limits of the columns apply instead.
+        """
         side, part = (self.cols, tile.cols) if of_cols else (self.rows, tile.rows)
         if side.limits is None:
             return tile.values

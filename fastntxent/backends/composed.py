@@ -26,12 +26,13 @@ class PreparedNegLse(ABC):
     def backward(self, upstreams: Sequence[Upstream]) -> tuple[list[Tensor | None], Tensor]:
         """Return the gradient of the weighted sum of all nu with respect to each side's u, and k (0-d).
 
-        An unwanted gradient of u is None. `backward` is called at most once, with or without a `forward` before it.
+        If a side's gradient is not wanted, its entry is None. `backward` is called at most once, with or without a
+        `forward` before it.
         """
 
 
 class ComposedBackend(ComposedTowers):
-    """A backend that implements only `prepare`; NT-Xent is O(M D) tensor code around it."""
+    """A backend whose subclasses implement only `prepare`. NT-Xent is O(M D) tensor code around `prepare`'s result."""
 
     @abstractmethod
     def prepare(self, sides: Sequence[Side], inv_tau: float | Tensor) -> PreparedNegLse:
@@ -165,7 +166,10 @@ def largest_magnitude(*weights: Tensor) -> Tensor:
 
 
 def _limited(u: Tensor, scale: float, shift: float) -> Side:
-    """Return the rows of two views. A row's limit is `scale` times the similarity to its positive, plus `shift`."""
+    """Return the rows of two views with their limits.
+
+    A row's limit is `scale` times its similarity to its positive, plus `shift`.
+    """
     return Side(u, view_ids(u), scale * positive_logits(u, 1.0) + shift)
 
 

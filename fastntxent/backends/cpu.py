@@ -1,10 +1,10 @@
 """The C++ kernels of csrc/cpu: normalisation, log-sum-exp, loss and every gradient in one call.
 
-With one side, the schedule is `blocked`'s, with register tiles: u/2 flops forward and 3u/2 backward, with u = 2 M^2 D.
-A bounded workspace keeps exponentials of the forward, which saves up to u/2 in the backward. The remaining memory is
-three (M, D) matrices and a tile for each thread. The number of threads is PyTorch's (`torch.set_num_threads`).
-Half-precision rows are widened to float32, except that processors with AVX512_BF16 or AMX multiply bfloat16 rows
-directly, with float32 sums.
+With one side, tiles have the same schedule as in blocked.py, but products accumulate in registers. With u = 2 M^2 D
+flops, the forward costs u/2 and the backward 3u/2. A bounded workspace stores exponentials of the forward, which saves
+up to u/2 in the backward. All other memory is up to three (M, D) matrices for each side, and a tile for each thread.
+The number of threads is PyTorch's (`torch.set_num_threads`). Half-precision rows are widened to float32, except that
+processors with AVX512_BF16 or AMX multiply bfloat16 rows directly, with float32 sums.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ from .native import (
 )
 from .softplus import sigmoid_weight
 
-# Bytes of exponentials that a call may keep from its forward to its backward; N = 4096 fits. If all exponentials of a
-# call fit, the memory stays reserved for the next call, but the system may reclaim it when memory runs short
-# (csrc/cpu/memory.h). A call with two sides has twice as many exponentials per row; its budget covers the packed rows
-# too.
+# WORKSPACE: bytes of exponentials that a call with one side may keep from its forward to its backward. The exponentials
+# of N = 4096 fit. If all exponentials of a call fit, the memory stays reserved for the next call, but the system may
+# reclaim it when memory runs short (csrc/cpu/memory.h). A call with two sides has twice as many exponentials per row.
+# Its limit, WORKSPACE_AND_ROWS, is for the exponentials and the packed rows together.
 WORKSPACE = 144 * 2**20
 WORKSPACE_AND_ROWS = 116 * 2**20
 
@@ -55,9 +55,10 @@ FORMS = {"out": 0, "in": 1, "ratio": 2, "pairs": 3}  # `fntx_forms`
 
 
 class Limits(NamedTuple):
-    """The largest similarity that counts in a row's sum: a number per row, or a function of the row's positive.
+    """The largest similarity that counts in a row's sum.
 
-    That function is `scale` times the similarity to the positive, plus `shift`.
+    It is given as one number per row (`rows`, `cols`). If both are None, it is `scale` times the row's similarity to
+    its positive, plus `shift`.
     """
 
     rows: Tensor | None = None

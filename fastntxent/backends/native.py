@@ -62,7 +62,7 @@ def _matrix(z: Tensor) -> Matrix:
 
 
 class NativeBackend(TiledSoftplus):
-    """A backend whose methods for neg_lse and NT-Xent are calls of one function, `run`."""
+    """A backend whose methods for neg_lse and NT-Xent all call one function, `run`."""
 
     @abstractmethod
     def run(
@@ -101,7 +101,8 @@ class NativeBackend(TiledSoftplus):
         d_u, neg_lse, d_inv_tau = new_gradient(u), new_sums(u, u.shape[0]), new_sums(u)
         given = SideArguments(u, None, self.kernel_ids(rows.ids)[0], neg_lse, weights.contiguous(), d_u)
         self.run(FORWARD | BACKWARD, inv_tau, False, given, d_inv_tau=d_inv_tau)
-        # A dot product takes a quarter of `weighted_sum`'s time, but is right only if every row has a negative.
+        # A dot product takes a quarter of `weighted_sum`'s time. It is right only if every row has a negative. If some
+        # row has none, its nu is -inf, and the dot product is not finite.
         total = torch.dot(neg_lse, weights) if u.is_cpu else None
         if total is None or not math.isfinite(total):
             total = weighted_sum(neg_lse, weights)

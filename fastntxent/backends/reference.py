@@ -1,9 +1,9 @@
 """The dense oracle: plain differentiable PyTorch on the full M x M matrix of logits.
 
-Every other backend is tested against it, and it is tested against an independent NumPy loop. The only hand-written
-backward is that of a matrix product (`algebra.product`). Its gradients come from autograd, so they are independent of
-the kernels' gradients, and it can be differentiated any number of times. float64 inputs are computed in float64,
-narrower ones in float32.
+Every other backend is tested against this one, and this one is tested against an independent NumPy loop. Its gradients
+come from autograd. So they are independent of the kernels' gradients, and the results can be differentiated any number
+of times. The only hand-written backward is the backward of a matrix product (`algebra.product`). float64 inputs are
+computed in float64, narrower inputs in float32.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class ReferenceBackend(Backend):
     def positive_sum(
         self, u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: float | Tensor, nu: Tensor, *, same: bool
     ) -> Tensor:
-        """Return each row's sum of log(1 + exp(nu - logit)) over the columns of `positive_lse` (M,)."""
+        """Return each row's sum of log(1 + exp(nu - logit)) over the same columns as `positive_lse` (M,)."""
         logits, mask = _positives(u, v, u_ids, v_ids, inv_tau, same)
         return torch.where(mask, -F.logsigmoid(logits - nu[:, None]), 0).sum(dim=1)
 
@@ -112,9 +112,10 @@ def _positives(
 
 
 def _masked_logsumexp(logits: Tensor, mask: Tensor) -> Tensor:
-    """Return each row's log-sum-exp over the entries in `mask`, or -inf without a gradient if there are none."""
+    """Return each row's log-sum-exp over the entries in `mask`. A row without entries gets -inf, without a gradient."""
     some = mask.any(dim=1)
-    # An empty row keeps its logits here and gets its -inf afterwards, because logsumexp's gradient at -inf is NaN.
+    # A row without entries keeps its logits here, and the last line sets its result to -inf. If all of its logits were
+    # -inf, the gradient of logsumexp would be NaN.
     logits = torch.where(mask | ~some[:, None], logits, -torch.inf)
     return torch.where(some, torch.logsumexp(logits, dim=1), -torch.inf)
 

@@ -3,13 +3,14 @@
     x_ij = k u_i . v_j + b
     sum_i = sum over {j : id_j != id_i} of log(1 + exp(x_ij))  [+ sum over {j : id_j = id_i} of log(1 + exp(-x_ij))]
 
-The term in brackets is for calls with `positives`. The gradient does not depend on a row's sum. With weights a_i of the
-rows' sums and c_j of the columns' sums, and with y_ij = 1 between groups and -1 within one,
+The term in brackets is for calls with `positives`. The gradient does not depend on a row's sum, so one pass over the
+tiles computes values and gradients. Let a_i be the weights of the rows' sums, c_j the weights of the columns' sums, and
+y_ij = 1 if the groups of i and j differ, else -1:
 
     G_ij = (a_i + c_j) y_ij sigmoid(y_ij x_ij)      d/du_i = k sum_j G_ij v_j      d/db = sum_ij G_ij
 
-With one side, v is u and c is a, and d/db is half of that sum. One pass over the tiles computes values and gradients.
-Between two sides it costs 3u flops (u for the logits, 2u for the gradients), with u = 2 M K D.
+Without `positives`, G_ij is 0 within a group. With one side, v is u and c is a, and d/db is half of sum_ij G_ij. With
+two sides, the pass costs 3u flops (u for the logits, 2u for the gradients), with u = 2 M K D.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ class TiledSoftplus(KernelBackend):
 
 
 def sigmoid_weight(z_i: Tensor, two_views: bool, mean: bool) -> float:
-    """Return the weight of a row's loss: 1 for a sum; for a mean 1/(2N) with two views and 1/N with two towers."""
+    """Return the weight of a row's loss: 1 for a sum; for a mean, 1/(2N) with two views or 1/N with two towers."""
     return loss_weight(z_i, mean) if two_views else 1 / z_i.shape[0] if mean else 1.0
 
 

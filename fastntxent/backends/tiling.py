@@ -1,4 +1,4 @@
-"""Tiles of the similarity matrix in plain PyTorch, one at a time. With one side, only the upper triangle."""
+"""The similarity matrix in plain PyTorch, one tile at a time. With one side, only the upper triangle is computed."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Blocks:
 class Tiles:
     """The tiles of the similarity matrix. With one side, only the tiles of the upper triangle.
 
-    `sides` has one or two items. With one, `rows` and `cols` are the same object.
+    `sides` has one or two items. With one item, `rows` and `cols` are the same object.
     """
 
     def __init__(self, sides: Sequence[Blocks], inv_tau: float | Tensor):

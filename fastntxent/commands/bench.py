@@ -1,7 +1,7 @@
 """Time the backends on this machine against eager PyTorch, torch.compile and a matmul floor (about two minutes).
 
-Prints the median milliseconds of forward plus backward of the mean loss at temperature 0.1. The calls take turns, and
-each backend is first compared with the float64 reference and left out if it is not within the error budget. The floor
+Prints the median milliseconds of forward plus backward of the mean loss at temperature 0.1. The calls take turns. Each
+backend is first compared with the float64 reference, and is left out if its error exceeds the error budget. The floor
 is the time of two full similarity matrices (4 M^2 D flops, M = 2N rows) at the rate of a matrix product measured in the
 same run. On a GPU, backends that have not passed their checks are left out too.
 """

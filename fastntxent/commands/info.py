@@ -1,4 +1,4 @@
-"""Show versions, backends, devices and verdicts, and which backend "auto" takes for each size, and why."""
+"""Show versions, backends, devices and verdicts. For each size, also show which backend "auto" takes, and why."""
 
 from __future__ import annotations
 

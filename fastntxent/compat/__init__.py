@@ -3,8 +3,8 @@
 There is one module per library, and it imports nothing from that library: `lightly`, `pytorch_metric_learning`,
 `solo_learn`, `sup_contrast`, `info_nce`, `open_clip`, `sentence_transformers` (and `gist`, its guided losses), `simclr`
 and `torchmultimodal`. docs/migration.md shows code that uses each library before and after the change, and lists the
-differences. All contrastive losses are float32 for half-precision embeddings, and never NaN where the library divides
-zero by zero; errors name the bad argument.
+differences. All contrastive losses are float32 for half-precision embeddings. They are never NaN where the library
+divides zero by zero. Errors name the bad argument.
 """
 
 import importlib

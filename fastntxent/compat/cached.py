@@ -57,14 +57,14 @@ def mini_batched(
     num_tokens: int | None,
     prepare: Callable[[Any], Any] | None = None,
 ) -> list[ChunkedView]:
-    """Return a view of each column's features in mini-batches.
+    """Return a `ChunkedView` of each column's features, whose chunks are the mini-batches.
 
     Args:
         model: The model that embeds the features.
         columns: The features, one dict per column.
         name: The model's name in errors.
         size: The number of rows in a mini-batch.
-        num_tokens: The largest number of tokens in a mini-batch. It replaces `size` unless it is None.
+        num_tokens: The largest number of tokens in a mini-batch. Unless it is None, it is used instead of `size`.
         prepare: A function applied to a mini-batch's features, after trailing padding is removed and before the model
             gets them.
     """
@@ -144,12 +144,12 @@ def _not_half(x: Tensor) -> Tensor:
 
 
 def loss_and_gradients(loss: Tensor, inputs: Sequence[Tensor], scalar: float | Tensor) -> Tensor:
-    """Set the gradients of the inputs and return the loss without its graph. The loss stays connected only to `scalar`,
-    if `scalar` is a tensor that requires a gradient."""
+    """Set the gradients of the inputs, and return the loss without its graph. The returned loss has a gradient only
+    with respect to `scalar`, if `scalar` is a tensor that requires one."""
     of_scalar = [scalar] if isinstance(scalar, Tensor) and scalar.requires_grad else []
     gradients = torch.autograd.grad(loss, [*inputs, *of_scalar], allow_unused=True, materialize_grads=True)
     for x, gradient in zip(inputs, gradients, strict=False):
         x.grad = gradient if x.grad is None else x.grad + gradient
     loss = loss.detach()
-    # The scalar's gradient waits for the backward of the returned loss, which may carry a GradScaler's factor.
+    # The scalar gets its gradient in the backward of the returned loss, so a GradScaler's factor applies to it too.
     return loss + gradients[-1] * (of_scalar[0] - of_scalar[0].detach()) if of_scalar else loss

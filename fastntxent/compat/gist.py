@@ -59,14 +59,14 @@ class GISTEmbedLoss(TypedModule):
             or a smaller max_seq_length, "input_ids" are decoded by the model's tokenizer and tokenized again for the
             guide.
         temperature: tau > 0, a float or a 0-d floating-point tensor.
-        margin_strategy: How the limit follows from g, the guide's similarity of anchor and positive: g - margin for
-            "absolute", g - margin abs(g) for "relative".
-        margin: The margin. A negative is left out if the guide finds its similarity above the limit.
+        margin_strategy: How the limit for negatives is computed from g, the guide's similarity of anchor and positive:
+            g - margin for "absolute", g - margin abs(g) for "relative".
+        margin: The margin. A negative is left out if its similarity in the guide is above the limit.
         contrast_anchors: Use other anchors as negatives.
         contrast_positives: Use other positives as negatives of a positive.
         gather_across_devices: Use the batch of all ranks of the default process group. The loss is the mean over all
-            ranks' anchors, the same on every rank, and anchors that serve as negatives come from all ranks. (The
-            library limits both to the rank's anchors.)
+            ranks' anchors, the same on every rank, and anchors that are used as negatives come from all ranks. (In the
+            library, the mean and these negatives cover only the rank's own anchors.)
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -115,7 +115,7 @@ class GISTEmbedLoss(TypedModule):
         """
         model, guide = self._models()
         columns = as_columns("sentence_features", sentence_features)
-        # Before the model runs: it writes its outputs into the dict.
+        # Before the model runs, because the model writes its outputs into the dict.
         for_guide = [self._features_for_guide(column) for column in columns]
         embeddings = [model(column)["sentence_embedding"] for column in columns]
         with torch.no_grad():
@@ -206,8 +206,8 @@ class CachedGISTEmbedLoss(GISTEmbedLoss):
     """GISTEmbedLoss for batches whose activations do not fit in memory: the models see mini-batches.
 
     The call embeds all columns without a graph, with the model and with the guide. The backward embeds them again with
-    the model only, as in `CachedMultipleNegativesRankingLoss`, whose docstring says what is repeated. With gradients
-    disabled the model runs once.
+    the model only, as in `CachedMultipleNegativesRankingLoss`; `fastntxent.cached_backward` says what is repeated. With
+    gradients disabled the model runs once.
 
     Args:
         model: Maps a dict of features to a dict with "sentence_embedding". None if the loss is called with embeddings.
@@ -216,17 +216,17 @@ class CachedGISTEmbedLoss(GISTEmbedLoss):
             guide. It gets the same mini-batches as the model.
         temperature: tau > 0, a float or a 0-d floating-point tensor.
         mini_batch_size: The number of rows of a column that the models see at a time.
-        mini_batch_num_tokens: Used in place of mini_batch_size: the largest number of tokens that the models see at a
-            time, counted in the features' attention_mask. A longer row is a mini-batch by itself.
+        mini_batch_num_tokens: The largest number of tokens that the models see at a time, counted in the features'
+            attention_mask. If given, it is used instead of mini_batch_size. A longer row is a mini-batch by itself.
         show_progress_bar: Show the model's mini-batches of both passes with tqdm.
-        margin_strategy: How the limit follows from g, the guide's similarity of anchor and positive: g - margin for
-            "absolute", g - margin abs(g) for "relative".
-        margin: The margin. A negative is left out if the guide finds its similarity above the limit.
+        margin_strategy: How the limit for negatives is computed from g, the guide's similarity of anchor and positive:
+            g - margin for "absolute", g - margin abs(g) for "relative".
+        margin: The margin. A negative is left out if its similarity in the guide is above the limit.
         contrast_anchors: Use other anchors as negatives.
         contrast_positives: Use other positives as negatives of a positive.
         gather_across_devices: Use the batch of all ranks of the default process group. The loss is the mean over all
-            ranks' anchors, the same on every rank, and anchors that serve as negatives come from all ranks. (The
-            library limits both to the rank's anchors.)
+            ranks' anchors, the same on every rank, and anchors that are used as negatives come from all ranks. (In the
+            library, the mean and these negatives cover only the rank's own anchors.)
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -321,8 +321,8 @@ class CachedGISTEmbedLoss(GISTEmbedLoss):
         Args:
             reps: The model's embeddings, for each column a list of mini-batches.
             reps_guided: The guide's embeddings, in the same form.
-            with_backward: Also set the gradients of the model's embeddings. The loss is then connected only to a learnt
-                temperature.
+            with_backward: Also set the gradients of the model's embeddings. The returned loss then has a gradient only
+                with respect to a learnt temperature.
         """
         loss = self.compute_loss_from_embeddings(list(map(torch.cat, reps)), list(map(torch.cat, reps_guided)))
         if not with_backward:

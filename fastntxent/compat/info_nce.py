@@ -25,7 +25,7 @@ class InfoNCE(TypedModule):
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
             read a tensor on an accelerator, so its sign is not checked there.
         reduction: "mean", "sum" or "none".
-        negative_mode: "unpaired" or "paired": which negative_keys a call takes, and so their shape (see `forward`).
+        negative_mode: "unpaired" if all queries share the negative_keys, or "paired" if each query has its own.
 
     Raises:
         TypeError: when called, an argument has the wrong type or dtype.

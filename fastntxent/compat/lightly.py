@@ -31,17 +31,19 @@ __all__ = ["DCLLoss", "DCLWLoss", "MACLLoss", "MemoryBankModule", "NTXentLoss", 
 
 
 class NTXentLoss(TypedModule):
-    """NT-Xent or, with a memory bank, MoCo's loss of out0 against out1 and the bank, averaged over the N rows of out0.
+    """NT-Xent or, with a memory bank, MoCo's loss.
 
-    Without a bank it is `fastntxent.nt_xent`. A negative temperature is allowed, as in lightly, at twice the work.
+    With a bank, each row of out0 is compared with its row of out1 and with the rows of the bank. The loss is the mean
+    over the N rows of out0. Without a bank, the loss is `fastntxent.nt_xent`. A negative temperature is allowed, as in
+    lightly, and costs twice the work.
 
     Args:
-        temperature: A float or a one-element tensor, not within 1e-8 of zero. The sign of a tensor is read only in host
-            memory and outside compiled code; elsewhere the tensor must be positive.
+        temperature: A float or a one-element tensor, not within 1e-8 of zero. A tensor may be negative only in host
+            memory and outside compiled code, where its sign can be read; elsewhere it must be positive.
         memory_bank_size: (size, dim), or 0 for no bank. With an int, dim comes from the first batch.
         gather_distributed: Use the batch of all ranks of the default process group, like `group=` of
             `fastntxent.nt_xent`. The loss is the mean over all ranks' rows, the same on every rank (lightly's is the
-            mean over the rank's rows), and has lightly's gradient. A bank takes in the rows of all ranks.
+            mean over the rank's rows). The gradient is lightly's. A bank stores the rows of all ranks.
 
     Raises:
         ValueError: the temperature is within 1e-8 of zero, the size is negative or has more than two entries, or
@@ -73,8 +75,8 @@ class NTXentLoss(TypedModule):
         """Return the loss, a 0-d tensor.
 
         Args:
-            out0: (N, D), one view of each sample, normalised here. If out0 requires a gradient, a memory bank
-                takes in the rows of out1.
+            out0: (N, D), one view of each sample, normalised here. If out0 requires a gradient, the rows of out1 are
+                added to the memory bank.
             out1: (N, D), the other view, normalised here.
         """
         group = _gathering_group(self.gather_distributed)
@@ -102,13 +104,13 @@ class DCLLoss(TypedModule):
     The loss of a single sample, which has no negatives, is 0 (lightly's is -inf).
 
     Args:
-        temperature: A float or a one-element tensor, not zero. The sign of a tensor is read only in host memory and
-            outside compiled code; elsewhere the tensor must be positive.
+        temperature: A float or a one-element tensor, not zero. A tensor may be negative only in host memory and outside
+            compiled code, where its sign can be read; elsewhere it must be positive.
         weight_fn: A function of normalised views, called with (out0, out1) and with (out1, out0). It returns weights
             (N,) of the positives, or a number. None means no weights.
         gather_distributed: Use the batch of all ranks of the default process group, like `group=` of `fastntxent.dcl`.
             The loss is the mean over all ranks' rows, the same on every rank (lightly's is the mean over the rank's
-            rows), and has lightly's gradient. weight_fn gets this rank's rows.
+            rows). The gradient is lightly's. weight_fn gets this rank's rows.
 
     Raises:
         TypeError: the temperature is not a number.
@@ -172,13 +174,13 @@ class DCLWLoss(DCLLoss):
     """`DCLLoss` with negative von Mises-Fisher weights on the positives.
 
     Args:
-        temperature: A float or a one-element tensor, not zero. The sign of a tensor is read only in host memory and
-            outside compiled code; elsewhere the tensor must be positive.
+        temperature: A float or a one-element tensor, not zero. A tensor may be negative only in host memory and outside
+            compiled code, where its sign can be read; elsewhere it must be positive.
         sigma: The spread of the weights.
         gather_distributed: Use the batch of all ranks of the default process group, like `group=` of `fastntxent.dcl`.
             The loss is the mean over all ranks' rows, the same on every rank (lightly's is the mean over the rank's
-            rows), and has lightly's gradient. The weights are computed over the whole batch (lightly's over the rank's
-            rows).
+            rows). The weights are computed over the whole batch (lightly's over the rank's rows). With these weights,
+            the gradient is lightly's.
 
     Raises:
         TypeError: the temperature is not a number.
@@ -224,9 +226,9 @@ class MACLLoss(TypedModule):
     A row's weight 1 / (1 - exp(-loss)) is exact. lightly bounds the weight by adding 1e-8 to its denominator.
 
     Args:
-        temperature: At least 1e-8, a float or a one-element tensor.
-        alpha: In [0, 1], how far the temperature moves.
-        A_0: In [0, 1], the agreement at which the temperature does not move.
+        temperature: The base temperature, at least 1e-8, a float or a one-element tensor.
+        alpha: In [0, 1], how far the temperature follows the agreement of the views. 0 keeps it at the base.
+        A_0: In [0, 1], the agreement at which the temperature equals the base.
 
     Raises:
         TypeError: the temperature, alpha or A_0 is not a number.
@@ -268,9 +270,9 @@ class MemoryBankModule(TypedModule):
     empty and loses no row.)
 
     Args:
-        size: (size, dim), or 0 for no bank, or an int, for which dim comes from the first batch. The default, and any
-            int but 0, are as in lightly before version 1.6.
-        gather_distributed: Take in the rows of all ranks of the default process group.
+        size: A pair (size, dim), or an int, for which dim comes from the first batch. 0 means no bank. From version 1.6
+            on, lightly has no default and accepts no int other than 0.
+        gather_distributed: Store the rows of all ranks of the default process group.
         feature_dim_first: Return the bank as (dim, size) instead of (size, dim).
 
     Raises:
@@ -305,9 +307,9 @@ class MemoryBankModule(TypedModule):
         """Return the output unchanged, and the bank as it was before the update (None if its size is 0).
 
         Args:
-            output: (N, dim), the rows to take in.
+            output: (N, dim), the rows of a batch.
             labels: Unused, as in lightly.
-            update: Whether to take the rows in.
+            update: Whether to store the rows in the bank.
         """
         if not self.size[0]:
             return output, None
@@ -323,14 +325,15 @@ class MemoryBankModule(TypedModule):
             self._push(_detached_rows_of_all_ranks(output) if self.gather_distributed else output)
         return output, held.T if self.feature_dim_first else held
 
-    @torch.inference_mode(False)  # if the first batch is in inference mode, a later update may come outside it
+    @torch.inference_mode(False)  # a bank created in inference mode could not be updated outside it
     def _begin(self, dim: int) -> None:
         self.bank = F.normalize(torch.randn(self.size[0], dim).type_as(self.bank), dim=-1)
 
     @torch.no_grad()
     def _push(self, rows: Tensor) -> None:
-        """Write rows from the pointer up to the end of the bank. The host does not read the pointer, so it cannot cut
-        rows off: positions beyond the end wrap around to the beginning, where the bank's own row is written back."""
+        """Write rows from the pointer up to the end of the bank. The host does not read the pointer, so it cannot drop
+        the rows that do not fit. Instead, positions beyond the end wrap around to the beginning, and there the bank's
+        own rows are written back."""
         size = self.size[0]
         rows = rows[:size].to(self.bank)
         places = self.bank_ptr + torch.arange(len(rows), device=rows.device)

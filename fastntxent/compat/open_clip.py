@@ -23,7 +23,7 @@ __all__ = ["ClipLoss", "CoCaLoss", "DistillClipLoss", "SigLipLoss"]
 
 
 class _OfRanks(TypedModule):
-    """Base class of the two-softmax losses, with open_clip's options for gathering across ranks."""
+    """Base class of the losses that include CLIP's loss, with open_clip's options for gathering across ranks."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class _OfRanks(TypedModule):
 
     def _group(self) -> ProcessGroup | None:
         if self.use_horovod and self.world_size > 1:
-            raise ValueError("use_horovod must be False if world_size is above 1: rows travel by torch.distributed")
+            raise ValueError("use_horovod must be False if world_size is above 1: rows are sent by torch.distributed")
         return default_group_of("world_size", self.world_size, self.rank)
 
     def _contrastive(
@@ -80,7 +80,7 @@ class ClipLoss(_OfRanks):
     Args:
         local_loss: No effect. The loss covers the whole batch, is the same on every rank, and has the exact gradient.
         gather_with_grad: No effect. In open_clip, False makes the gradient of the features 1/R of the exact gradient on
-            R ranks; with local_loss the gradient also lacks the part that features get as columns.
+            R ranks. With local_loss, False instead leaves out the part that features get as columns.
         cache_labels: No effect: there are no labels to cache.
         rank: This process's rank in the default process group.
         world_size: 1, or the size of the default process group. Above 1 the batch is spread across that group's ranks.
@@ -129,7 +129,7 @@ class DistillClipLoss(_OfRanks):
     Args:
         local_loss: No effect. The loss covers the whole batch, is the same on every rank, and has the exact gradient.
         gather_with_grad: No effect. In open_clip, False makes the gradient of the features 1/R of the exact gradient on
-            R ranks; with local_loss the gradient also lacks the part that features get as columns.
+            R ranks. With local_loss, False instead leaves out the part that features get as columns.
         cache_labels: No effect: there are no labels to cache.
         rank: This process's rank in the default process group.
         world_size: 1, or the size of the default process group. Above 1 the batch is spread across that group's ranks.
@@ -209,7 +209,7 @@ class CoCaLoss(_OfRanks):
         pad_id: Label of tokens that do not count.
         local_loss: No effect. The loss covers the whole batch, is the same on every rank, and has the exact gradient.
         gather_with_grad: No effect. In open_clip, False makes the gradient of the features 1/R of the exact gradient on
-            R ranks; with local_loss the gradient also lacks the part that features get as columns.
+            R ranks. With local_loss, False instead leaves out the part that features get as columns.
         cache_labels: No effect: there are no labels to cache.
         rank: This process's rank in the default process group.
         world_size: 1, or the size of the default process group. Above 1 the contrastive loss covers the batch of all
@@ -283,8 +283,8 @@ _EXCHANGES = ("bidir", "shift", "reduce", "gather")
 class SigLipLoss(TypedModule):
     """SigLIP's loss of normalised features, in one pass over the similarities.
 
-    With a world_size above 1 the loss covers the whole batch and is the same on every rank; open_clip's covers each
-    rank's images.
+    With a world_size above 1 the loss covers the whole batch and is the same on every rank. open_clip's loss covers
+    only the rank's images.
 
     Args:
         cache_labels: No effect: there are no labels to cache.

@@ -50,7 +50,7 @@ def pairs_of_ids(ids: Tensor, ref_ids: Tensor, own: bool) -> tuple[Tensor, Tenso
     first = torch.searchsorted(in_order, ids.contiguous())
     counts = torch.searchsorted(in_order, ids.contiguous(), right=True) - first
     a = torch.arange(len(ids), device=ids.device).repeat_interleave(counts)
-    begin = first - (counts.cumsum(0) - counts)  # start of a row's run in `columns`, less the start of its pairs
+    begin = first - (counts.cumsum(0) - counts)  # start of a row's run in `columns`, less the start of its run in `a`
     p = columns[begin[a] + torch.arange(len(a), device=ids.device)]
     if own:
         kept = a != p
@@ -59,8 +59,8 @@ def pairs_of_ids(ids: Tensor, ref_ids: Tensor, own: bool) -> tuple[Tensor, Tenso
 
 
 def lse_by_anchor(logits: Tensor, anchors: Tensor, n_anchors: int) -> Tensor:
-    """Return the log-sum-exp of each anchor's logits (n_anchors,): -inf, without a gradient, for an anchor without
-    logits."""
+    """Return the log-sum-exp of each anchor's logits (n_anchors,). An anchor without logits gets -inf and no
+    gradient."""
     largest = logits.new_full((n_anchors,), -torch.inf)
     largest = largest.scatter_reduce(0, anchors, logits.detach(), "amax")
     empty = largest == -torch.inf

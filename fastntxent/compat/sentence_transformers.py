@@ -1,5 +1,5 @@
-"""sentence-transformers' `losses.MultipleNegativesRankingLoss`, its cached forms, and the similarity functions it
-takes."""
+"""sentence-transformers' `losses.MultipleNegativesRankingLoss`, its cached forms, and the similarity functions for
+them."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ class MultipleNegativesRankingLoss(TypedModule):
                 embedding (N, D).
             labels: Unused, as in the library.
             ids: (N,) integers, an extension of this package: samples with the same id are not negatives of each other,
-                in any column. A sample's hard negatives still count.
+                in any column. A sample's own hard negatives still count.
         """
         embeddings = [self._embedding_of(column) for column in as_columns("sentence_features", sentence_features)]
         return self.compute_loss_from_embeddings(embeddings, labels, ids=ids)
@@ -361,10 +361,10 @@ class CachedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
         scale: 1 / temperature, positive.
         similarity_fct: `cos_sim` or `dot_score`, from this module or from the library; recognised by its name.
         mini_batch_size: The number of rows of a column that the model sees at a time.
-        mini_batch_num_tokens: Used in place of mini_batch_size: the largest number of tokens that the model sees at a
-            time, counted in the features' attention_mask. A longer row is a mini-batch by itself. Under `fully_shard`
-            use mini_batch_size: every rank must have the same number of mini-batches. With either argument, padding
-            beyond the longest text of a mini-batch is cut off.
+        mini_batch_num_tokens: The largest number of tokens that the model sees at a time, counted in the features'
+            attention_mask. If given, it is used instead of mini_batch_size. A longer row is a mini-batch by itself.
+            Under `fully_shard` use mini_batch_size, because every rank must have the same number of mini-batches. With
+            either argument, padding beyond the longest text of a mini-batch is cut off.
         gather_across_devices: Use the batch of all ranks of the default process group. The loss is the mean over all
             ranks' anchors, the same on every rank (the library's is over the rank's anchors). The gradient is the
             library's.
@@ -441,7 +441,7 @@ class CachedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
                 embeddings (N, D). The first dimension of all tensors in the features is the batch.
             labels: Unused, as in the library.
             ids: (N,) integers, an extension of this package: samples with the same id are not negatives of each other,
-                in any column. A sample's hard negatives still count.
+                in any column. A sample's own hard negatives still count.
         """
         columns = as_columns("sentence_features", sentence_features)
         if any(isinstance(column, Tensor) for column in columns):
@@ -473,7 +473,8 @@ class CachedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
         Args:
             reps: The embeddings, for each column a list of mini-batches.
             labels: Unused, as in the library.
-            with_backward: Also set the gradients of the embeddings. The loss is then connected only to a learnt scale.
+            with_backward: Also set the gradients of the embeddings. The returned loss then has a gradient only with
+                respect to a learnt scale.
             ids: (N,) integers, with the meaning of the loss's `ids`.
         """
         embeddings = [torch.cat(column) for column in as_columns("reps", reps)]
@@ -504,10 +505,10 @@ class CachedMultipleNegativesSymmetricRankingLoss(CachedMultipleNegativesRanking
         scale: 1 / temperature, positive.
         similarity_fct: `cos_sim` or `dot_score`, from this module or from the library; recognised by its name.
         mini_batch_size: The number of rows of a column that the model sees at a time.
-        mini_batch_num_tokens: Used in place of mini_batch_size: the largest number of tokens that the model sees at a
-            time, counted in the features' attention_mask. A longer row is a mini-batch by itself. Under `fully_shard`
-            use mini_batch_size: every rank must have the same number of mini-batches. With either argument, padding
-            beyond the longest text of a mini-batch is cut off.
+        mini_batch_num_tokens: The largest number of tokens that the model sees at a time, counted in the features'
+            attention_mask. If given, it is used instead of mini_batch_size. A longer row is a mini-batch by itself.
+            Under `fully_shard` use mini_batch_size, because every rank must have the same number of mini-batches. With
+            either argument, padding beyond the longest text of a mini-batch is cut off.
         gather_across_devices: Use the batch of all ranks of the default process group. The loss is the mean over all
             ranks' anchors, the same on every rank (the library's is over the rank's anchors). The gradient is the
             library's.

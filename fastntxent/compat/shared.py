@@ -1,4 +1,4 @@
-"""Helpers of the drop-ins: the default process group, labels as ids, one-element tensors, and logits not yet formed."""
+"""Helpers of the drop-ins: the default process group, labels as ids, one-element tensors, and logits on demand."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ def world_size() -> int:
 
 
 def check_dense(name: str, value: object) -> None:
-    """Raise unless `value` is a dense tensor of any dtype that is not complex."""
+    """Raise unless `value` is a dense tensor that is not complex."""
     check_tensor(name, value)
     if isinstance(value, Tensor) and value.is_complex():
         raise TypeError(f"{name} must hold real numbers, got {value.dtype}")
 
 
 def as_ids(name: str, labels: Tensor, rows: Tensor) -> Tensor:
-    """Return labels of any real dtype as integer ids on the rows' device: equal labels get equal ids. NaN never equals
-    itself, so it is an error where the host can see it."""
+    """Return labels of any real dtype as integer ids on the rows' device. Equal labels get equal ids. NaN does not
+    equal itself, so a NaN label is an error if the host can read it."""
     check_dense(name, labels)
     if labels.shape != rows.shape[:1]:
         raise ValueError(f"{name} must have shape ({rows.shape[0]},), one per row, got {tuple(labels.shape)}")

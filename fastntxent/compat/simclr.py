@@ -111,7 +111,7 @@ def add_contrastive_loss(
 
 
 def _group(name: str, context: object) -> Group | None:
-    """Return the group that a TensorFlow context stands for, or the group that was passed itself."""
+    """Return the group that a TensorFlow context stands for. If the context is a group itself, return that group."""
     for attribute in ("num_replicas_in_sync", "num_replicas"):
         if hasattr(context, attribute):
             return default_group_of(f"{name}.{attribute}", getattr(context, attribute))

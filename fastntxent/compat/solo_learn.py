@@ -171,7 +171,7 @@ def ressl_loss_func(
     temperature_q: float | Tensor = 0.1,
     temperature_k: float | Tensor = 0.04,
 ) -> Tensor:
-    r"""ReSSL's loss: cross-entropy of a query's softmax over the queue with its key's. Nothing is normalised here.
+    r"""ReSSL's loss: cross-entropy of a query's and its key's softmax over the queue. Nothing is normalised here.
 
     .. math:: L_i = -\sum_j p^k_{ij} \log p^q_{ij}, \qquad p^k_{ij} = \mathrm{softmax}_j(k_i \cdot v_j/\tau_k), \quad
         p^q_{ij} = \mathrm{softmax}_j(q_i \cdot v_j/\tau_q)
@@ -210,9 +210,10 @@ def ressl_loss_func(
     if isinstance(teachers_inv_tau, Tensor):
         teachers_inv_tau = teachers_inv_tau.detach()
     u, v, t = batch.unit_rows(q), batch.unit_rows(queue), batch.unit_rows(k.detach())
-    # A query's positive is the queue's row nearest to its key (any row would do). With the query's logits l_j, pi for
-    # the positive, nu the log-sum-exp of the others, and the key's probabilities p_j, -sum_j p_j log p^q_j =
-    # softplus(nu - pi) + sum_{j != positive} p_j (pi - l_j).
+    # Choose as a query's positive the queue's row that is nearest to the query's key (any row would do). Let l_j be the
+    # query's logits, pi the logit of the positive, nu the log-sum-exp of the other logits, and p_j the key's
+    # probabilities. Then
+    #     -sum_j p_j log p^q_j = softplus(nu - pi) + sum_{j != positive} p_j (pi - l_j).
     held = v.detach()
     nearest = ops.nearest(t, held, 1)[1].squeeze(1)
     others = batch.beside(queue)
@@ -220,14 +221,15 @@ def ressl_loss_func(
     nu = batch.neg_lse_to(rows, cols, inv_tau, beside=others)
     sims = row_dots(u, v[nearest])
     teachers_pos = teachers_inv_tau * row_dots(t, held[nearest])
-    # In tiles, so that the teacher's nu comes from the same logits as the probabilities, bit for bit.
+    # The keys are the teacher. Its nu is computed in tiles, so it comes from the same logits as the probabilities, bit
+    # for bit.
     teachers_nu = batch.in_tiles().neg_lse_to(
         rows._replace(u=t), cols._replace(u=held), teachers_inv_tau, beside=others.in_tiles()
     )
-    # The queue's rows have no softmax over the keys: an infinite log-sum-exp makes these probabilities 0.
+    # The queue's rows have no softmax over the keys: an infinite log-sum-exp makes their probabilities 0.
     teachers_lse = torch.logaddexp(teachers_nu, teachers_pos), torch.full_like(held[:, 0], torch.inf)
     expected = batch.soft_dots_at_once(rows, cols, Teacher(t, held, teachers_inv_tau, *teachers_lse))
-    assert expected is not None, "without ranks, and reduced"
+    assert expected is not None, "the batch is in one process, and its losses are reduced"
     missed = torch.sigmoid(teachers_nu - teachers_pos)
     soft = in_double(missed * sims).sum() - expected
     return batch.reduce(row_losses(nu, inv_tau * sims)) + (inv_tau * soft / batch.n_samples).to(u.dtype)

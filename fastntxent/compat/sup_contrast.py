@@ -31,9 +31,9 @@ class SupConLoss(TypedModule):
     .. math:: L_i = \frac{\tau}{\tau_0} \Big[ \log \sum_{j \ne i} e^{s_{ij}/\tau}
         - \frac{1}{\sum_{j \ne i} m_{ij}} \sum_{j \ne i} m_{ij} s_{ij}/\tau \Big]
 
-    where s_ij is the similarity of rows i and j, and m_ij is the mask's entry for their samples, or 1 if these have the
-    same label (without labels, are the same sample) and 0 otherwise. An anchor without a positive counts as 0 in the
-    mean.
+    where s_ij is the similarity of rows i and j, and m_ij is the mask's entry for their samples. With labels instead of
+    a mask, m_ij is 1 for samples with the same label and 0 otherwise. With neither, m_ij is 1 for rows of the same
+    sample and 0 otherwise. An anchor without a positive counts as 0 in the mean.
 
     Args:
         temperature: tau, a float or a 0-d tensor.
@@ -45,9 +45,9 @@ class SupConLoss(TypedModule):
         ValueError: a number is out of range, an option is unknown, or, when called, shapes or devices do not match, or
             labels and mask are both given.
 
-    Memory is O(B V D), plus the mask, which is never repeated for the views; a mask in the dtype of the sums is copied
-    once. With a mask, positives enter the formula only through their weighted sum, the product of the mask with the
-    rows: 2 B^2 D flops in the forward and again in the backward.
+    Memory is O(B V D), plus the mask, which is never repeated for the views. A mask in the dtype of the loss is copied
+    once. With a mask, the formula needs only the weighted sum of an anchor's positives. These sums are the product of
+    the mask with the rows, which takes 2 B^2 D flops in the forward and again in the backward.
 
     Example:
         >>> import torch
@@ -134,7 +134,8 @@ def _mean_loss(
 
     For each sample, `total` (B, D) is the sum of its rows, `sums` (B, D) the weighted sum of other samples' rows,
     `weights` (B,) the sum of these weights, and `own` (B,) the weight of the sample's own rows. L_out is linear in the
-    positives: those of an anchor are `sums` and the sample's rows except the anchor.
+    positives, so it needs only their weighted sum: `sums`, plus `own` times the sum of the sample's rows other than the
+    anchor.
     """
     rows = unit_rows(views, normalize=False).flatten(0, 1)
     every = torch.arange(rows.shape[0], device=rows.device)

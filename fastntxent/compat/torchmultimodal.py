@@ -35,7 +35,7 @@ DEFAULT_LOGIT_SCALE = math.log(1 / 0.07)
 
 
 class BackpropType(Enum):
-    """The processes that receive the gradient of gathered rows. No effect here: the gradient is that of GLOBAL."""
+    """The processes that receive the gradient of gathered rows. No effect here: the gradient is always GLOBAL's."""
 
     GLOBAL = 0
     LOCAL = 1
@@ -92,14 +92,14 @@ def contrastive_loss_with_temperature(
         mask: (N,) bool, the rows whose losses count, or None for all. The other rows are still negatives. If no row
             counts, the loss is 0 (torchmultimodal's is NaN).
         backprop_type: No effect: the gradient is always exact, as with GLOBAL. In torchmultimodal, LOCAL and NONE leave
-            out the gradient that a rank's rows get as columns of other ranks, and NONE also the gradient that they get
-            as columns of the same rank.
+            out the gradient that a rank's rows get as columns on other ranks. NONE also leaves out the gradient that
+            they get as columns on their own rank.
         cross_entropy_kwargs: A dict that may have `label_smoothing` and `reduction`; other options of cross_entropy are
             an error.
 
     Returns:
-        A named tuple (loss, logits_a, logits_b, loss_a, loss_b). The logits are for this rank's rows, or with a mask
-        for the rows that it selects.
+        A named tuple (loss, logits_a, logits_b, loss_a, loss_b). The logits are for this rank's rows, or, with a mask,
+        for the rows that the mask selects.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -171,8 +171,8 @@ class ContrastiveLossWithTemperature(TypedModule):
             embeddings_a: (N, D), normalised by the caller.
             embeddings_b: (N, D), normalised by the caller.
             backprop_type: No effect: the gradient is always exact, as with GLOBAL. In torchmultimodal, LOCAL and NONE
-                leave out the gradient that a rank's rows get as columns of other ranks, and NONE also the gradient that
-                they get as columns of the same rank.
+                leave out the gradient that a rank's rows get as columns on other ranks. NONE also leaves out the
+                gradient that they get as columns on their own rank.
             cross_entropy_kwargs: A dict that may have `label_smoothing` and `reduction`.
             mask: (N,) bool, the rows whose losses count, or None for all. The other rows are still negatives.
         """

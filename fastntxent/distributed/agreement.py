@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 _FORWARD, _BACKWARD, _TEACHER = 0, 1, 2
 
-# Knuth's multiplier and the golden ratio as signed 64-bit numbers: odd, and without a regular bit pattern.
+# The constants of `_checksum`, as signed 64-bit numbers: Knuth's multiplier, and 2^64 divided by the golden ratio. Both
+# are odd, and their bits have no regular pattern.
 _MIX, _STEP = 6364136223846793005, -7046029254386353131
 
 # The number of loss calls so far in each group.
@@ -33,7 +34,8 @@ class Alike(NamedTuple):
 
 
 class Turn:
-    """One call of a loss. `number` counts the calls in its group; if calls are checked, the ranks agree on it."""
+    """One call of a loss. `number` is the position of the call among the calls in its group. If calls are checked, the
+    number is the same on every rank."""
 
     def __init__(self, group: ProcessGroup, number: int, function: str, checked: bool):
         self._group, self._number, self._function, self._checked = group, number, function, checked
@@ -46,13 +48,13 @@ class Turn:
 
     def begin_backward(self, part: int, failed: bool, device: torch.device) -> None:
         """Raise unless every rank has reached the backward of this part without an error. If this rank has `failed`,
-        its caller re-raises the original error. A no-op if calls are not checked."""
+        its own error is not raised here: the caller re-raises it. A no-op if calls are not checked."""
         what = f"the backward of {self._function}, call {self._number}, part {part}"
         self._meet_again(_BACKWARD, part, failed, what, device)
 
     def end_calls_of_teacher(self, failed: bool, device: torch.device) -> None:
-        """Raise unless every rank has called its teacher without an error. If this rank has `failed`, its caller
-        re-raises the original error. A no-op if calls are not checked."""
+        """Raise unless every rank has called its teacher without an error. If this rank has `failed`, its own error is
+        not raised here: the caller re-raises it. A no-op if calls are not checked."""
         self._meet_again(_TEACHER, 0, failed, f"the teacher of {self._function} (call {self._number})", device)
 
     def _meet_again(self, phase: int, part: int, failed: bool, what: str, device: torch.device) -> None:
@@ -65,16 +67,17 @@ class Turn:
 
 
 class Part(NamedTuple):
-    """A term of a loss that communicates in its backward. The autograd node of the term keeps this record."""
+    """A term of a loss that communicates in its backward. The autograd node of the term stores this record."""
 
     turn: Turn
     number: int
 
     def begin_backward(self, ctx: Any, device: torch.device) -> list[Any]:
-        """Return the values that the node saved, once every rank is in the backward of this part.
+        """Return the values that the node saved. If calls are checked, first check that every rank is in this backward.
 
-        Without this check, ranks that run the backwards of two losses in different orders, or skip a backward, would
-        exchange numbers of different losses. If tensors were changed in place on one rank, every rank raises.
+        Without the check, ranks would exchange numbers of different losses if they ran the backwards of two losses in
+        different orders or skipped a backward. If a saved tensor was changed in place on one rank, the check makes
+        every rank raise.
         """
         try:
             values = saved(ctx)
@@ -88,8 +91,8 @@ class Part(NamedTuple):
 def agree(
     group: ProcessGroup, function: str, n_samples: int, facts: dict[str, object] | None, device: torch.device
 ) -> tuple[Turn, list[int]]:
-    """Return this call's turn and the number of samples on each rank. With `facts=None` nothing is compared, and every
-    rank is taken to have `n_samples`."""
+    """Return this call's `Turn` and the number of samples on each rank. `facts` are the values that must be the same on
+    every rank. If `facts` is None, nothing is compared, and every rank is assumed to have `n_samples` samples."""
     number = _calls.get(group, 0) + 1
     samples = [n_samples] * group.size()
     if facts is not None:
@@ -111,7 +114,10 @@ def agree(
 
 def _meet(group: ProcessGroup, header: Tensor, what: str) -> list[list[int]]:
     """Return the headers of all ranks. Raise unless all ranks are in a forward, or in the same part of the same call.
-    Every header has the same size, so headers of different kinds can be gathered together."""
+
+    A header has four numbers, of which the first is the phase and the second the call's number. All headers have the
+    same size, so they can be gathered even if the ranks are in different phases.
+    """
     headers = wire.gather_numbers(group, header).tolist()
     phases = {(phase,) if phase == _FORWARD else (phase, number, part) for phase, number, part, _ in headers}
     if len(phases) > 1:
@@ -123,8 +129,8 @@ def _meet(group: ProcessGroup, header: Tensor, what: str) -> list[list[int]]:
 
 
 def _describe(fact: object) -> str:
-    """Return the text by which a value is compared and shown. A tensor's value is read only if it is 0-d and in host
-    memory."""
+    """Return the text by which a value is compared and shown. The value of a tensor is read only if the tensor is 0-d
+    and in host memory."""
     if isinstance(fact, Alike):
         return f"a tensor of shape {tuple(fact.tensor.shape)}"
     if not isinstance(fact, Tensor):

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 class ShardedBatch(Batch):
-    """This rank's rows among the rows of all ranks. Unless a method says otherwise, it takes and returns entries for
-    this rank's rows only."""
+    """This rank's rows among the rows of all ranks. The arguments and results of a method are for this rank's rows
+    only, unless its docstring says otherwise."""
 
     def __init__(
         self, rows: Tensor, views: int, reduction: str, normalize: bool, backend: str, shard: Shard, function: str
@@ -41,7 +41,8 @@ class ShardedBatch(Batch):
         backend: str,
         agreed: Mapping[str, object],
     ) -> ShardedBatch:
-        """Return the batch. Unless `check` is off, the ranks first compare their calls and exchange their sizes."""
+        """Return the batch. Unless `Sharding.check` is False, the ranks first compare their calls and exchange their
+        numbers of samples."""
         options = {"reduction": reduction, "normalize": normalize, **agreed}
         shard = open_shard(group, function, rows, views, options)
         return cls(next(iter(rows.values())), views, reduction, normalize, backend, shard, function)

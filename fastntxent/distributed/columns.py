@@ -34,7 +34,7 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class Partition:
-    """The layout of the rows of all ranks. It holds no tensor, so a backward may keep it."""
+    """The layout of the rows of all ranks. It holds no tensor, so an autograd node may store it for the backward."""
 
     group: ProcessGroup
     rank: int
@@ -87,7 +87,8 @@ class Columns:
         self._gathered: list[tuple[Tensor, Tensor]] = []
 
     def to_save(self, ids: Tensor) -> tuple[Tensor | None, ...]:
-        """Return this rank's rows and their ids, each followed by the tensor gathered from all ranks, or by None."""
+        """Return this rank's rows and their ids. Each is followed by the tensor gathered from all ranks, or by None if
+        it has not been gathered."""
         return self._sent, self._gathered_of(self._sent), ids, self._gathered_of(ids)
 
     @property
@@ -103,8 +104,8 @@ class Columns:
         return (block for block in blocks if len(block.rows))
 
     def pairs(self, ids: Tensor) -> Iterator[tuple[Block, Block]]:
-        """Iterate over this rank's share of all pairs of rows; each pair belongs to one rank. An item is two blocks,
-        for all pairs between them, or the same block twice, for the pairs within it."""
+        """Iterate over this rank's share of all pairs of rows; each pair belongs to one rank. An item is two blocks.
+        Two different blocks stand for all pairs between them, and the same block twice for the pairs within it."""
         partition = self.partition
         if partition.ring:
             pairs = schedule.half_ring(partition.rank, partition.sizes)
@@ -122,7 +123,8 @@ class Columns:
         if not self.partition.by_rank:
             yield block
             return
-        for span in self.partition.spans:  # cloned: how a product is rounded may depend on how its rows are aligned
+        # Cloned, because the rounding of a matrix product may depend on how its rows are aligned in memory.
+        for span in self.partition.spans:
             own = block.cut(span)
             yield Block(span, own.rows.clone(), own.ids, tuple(x.clone() for x in own.numbers))
 

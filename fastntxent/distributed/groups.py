@@ -1,9 +1,9 @@
-"""Dot products of each row with the sum of its group, the rows with the same id on all ranks.
+"""Dot products of each row u_i with the sum S_i of its group: the rows v_j of all ranks that have the same id.
 
     d_i = u_i . S_i,   S_i = sum over {j : id_j = id_i} of v_j
     d/du_i = a_i S_i,  d/dv_j = sum over {i : id_i = id_j} of a_i u_i
 
-with weights a_i = d loss / d d_i. In the backward the rows u travel with one number each, a_i; no gradient travels.
+with weights a_i = d loss / d d_i. In the backward, each row u_i is sent with one number, a_i. No gradient is sent.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def positive_dots(u: Tensor, ids: Tensor, shard: Shard) -> Tensor:
 
 @uncompiled
 def group_counts(ids: Tensor, shard: Shard) -> Tensor:
-    """Return the number of rows on all ranks with the same id as each row, the row itself included (M,)."""
+    """Return, for each of this rank's rows, the number of rows on all ranks with the same id, itself included (M,)."""
     ids = ids.to(torch.int64)
     return counts_of_groups(wire.all_gather(shard.group, ids, shard.sizes), ids)
 

@@ -1,9 +1,9 @@
-"""The guided log-sum-exp across ranks: this rank's rows against the columns of all ranks, and the gradient.
+"""The log-sum-exp without the pairs that a guide excludes, and its gradient, across ranks.
 
-In the forward, each column travels with its guide embedding. In the backward, each rank forms the gradients of its rows
-and its columns. For the rows' gradients, the columns travel as in the forward. For the columns' gradients, each row
-travels with its guide embedding and three numbers (d_nu, nu and the limit). No gradient of an embedding travels.
-ops/guided.py has the formulas.
+This rank's rows are compared with the columns of all ranks. In the forward, each column is sent with its guide
+embedding. In the backward, each rank computes the gradients of its rows and of its columns. For the gradients of rows,
+the columns are sent as in the forward. For the gradients of columns, each row is sent with its guide embedding and
+three numbers (d_nu, nu and the limit). No gradient of an embedding is sent. ops/guided.py has the formulas.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
     nu_i = log sum over {j : id_j != id_i, u_i . v_j <= limit_i} of exp(k u_i . v_j)
 
-The limit belongs to the row, so a similarity is formed for its row's sum only. Every rank forms the similarities of its
-rows with the columns of all ranks. If the columns need a gradient, the backward also forms the similarities of this
-rank's columns with the rows of all ranks. These rows travel with three numbers each (the weight, nu and the limit).
+The limit belongs to the row, so a similarity is computed for its row's sum only. Every rank computes the similarities
+of its rows with the columns of all ranks. If the columns need a gradient, the backward also computes the similarities
+of this rank's columns with the rows of all ranks. Each of these rows is sent with three numbers (the weight, nu and the
+limit).
 """
 
 from __future__ import annotations

@@ -42,8 +42,8 @@ def cross_neg_lse(
     """Return nu of this rank's rows against all ranks' columns, and nu of this rank's columns against all ranks' rows.
     Without `both`, the second is -inf.
 
-    Differentiable in rows.u, cols.u and inv_tau (0-d), like `neg_lse`. Columns travel in the forward and the backward;
-    rows travel in the backward only, if the columns need a gradient.
+    Differentiable in rows.u, cols.u and inv_tau (0-d), like `neg_lse`. Columns are sent in the forward and in the
+    backward. Rows are sent only in the backward, and only if the columns need a gradient.
     """
     ids = (rows.ids.to(torch.int64), cols.ids.to(torch.int64))
     columns = (of_rows.columns(rows.u), of_cols.columns(cols.u))
@@ -123,7 +123,7 @@ class _CrossNegLseOverRanks(torch.autograd.Function):
         if needs_v:
             d_v, part = _gradient_of_rows(Side(of_v.own, v_ids), of_cols, of_u, u_ids, of_rows, inv_tau, ctx.backend)
             parts.append(part)
-        # Summed across the ranks, each pass covers every pair once. If both ran, so does their mean.
+        # Each pass, summed across the ranks, covers every pair once. If both passes ran, so does their mean.
         d_inv_tau = torch.stack(parts).mean() if needs_inv_tau else None
         return (
             d_u.to(ctx.dtypes[0]) if needs_u and d_u is not None else None,
@@ -151,8 +151,9 @@ def _gradient_of_rows(
     symmetric: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradient with respect to this rank's rows, and the gradient with respect to inv_tau over all pairs of
-    these rows with the columns of all ranks. `column_ids` and `of_columns` are for this rank's columns. `symmetric`:
-    the columns are the rows, and the gradient with respect to inv_tau counts each pair within this rank twice."""
+    these rows with the columns of all ranks. `column_ids` and `of_columns` belong to this rank's columns. With
+    `symmetric`, the columns are the rows themselves, and the gradient with respect to inv_tau counts each pair within
+    this rank twice."""
     d_rows, d_inv_tau = torch.zeros_like(rows.u), of_rows.neg_lse.new_zeros(())
     with autocast_off(rows.u):
         for block in columns.blocks(column_ids, torch.stack((of_columns.d_neg_lse, of_columns.neg_lse), dim=1)):
@@ -160,7 +161,7 @@ def _gradient_of_rows(
                 if symmetric and block.span == columns.partition.span:
                     d_block, d_part = run_neg_lse_backward(rows, inv_tau, of_rows, backend)
                     d_rows += d_block
-                    d_inv_tau = d_inv_tau + 2 * d_part  # twice, because a pair across ranks is counted on both ranks
+                    d_inv_tau = d_inv_tau + 2 * d_part  # twice, because a pair across ranks counts twice, once on each
                 else:
                     d_cols, cols_nu = block.numbers[0].T.contiguous()
                     of_cols = Upstream(d_cols, cols_nu, wanted=False)

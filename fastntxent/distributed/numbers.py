@@ -1,8 +1,8 @@
 """Numbers that depend on all ranks, and the scale of their gradients.
 
 The convention follows DistributedDataParallel: each rank calls backward on its local loss, and DDP averages the
-parameters' gradients across the ranks. The gradient through a number formed here is the gradient of the *sum* of the
-ranks' losses, and DDP's average turns it into the gradient of their mean. `replicated` takes this mean itself.
+parameters' gradients across the ranks. The gradient through a number computed here is the gradient of the *sum* of the
+ranks' losses, and DDP's average turns it into the gradient of their mean. `replicated` itself computes this mean.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from .wire import uncompiled
 
 @uncompiled
 def all_sum(x: Tensor, shard: Shard) -> Tensor:
-    """Return the sum of a number (0-d) across the ranks. Every rank's loss contains it, so its gradient is the sum of
-    the ranks' upstream gradients. The upstream gradients must be equal, so the backward multiplies this rank's upstream
-    gradient by the world size."""
+    """Return the sum of a number (0-d) across the ranks. Every rank's loss contains this sum, so the gradient of the
+    number is the sum of the ranks' upstream gradients. The upstream gradients must be equal, so the backward multiplies
+    this rank's upstream gradient by the world size."""
     return _AllSum.apply(x, shard)
 
 
@@ -35,7 +35,7 @@ def sum_of_ranks(x: Tensor, shard: Shard) -> Tensor:
 @uncompiled
 def replicated(x: Tensor, shard: Shard) -> Tensor:
     """Return a number (0-d) that is the same on every rank, such as a learnt temperature. In the backward every rank
-    gets the mean of the ranks' gradients, so replicas stay in step whether or not DDP averages them again."""
+    gets the mean of the ranks' gradients, so replicas stay equal whether or not DDP averages the gradients again."""
     return _Replicated.apply(x, shard) if x.requires_grad and torch.is_grad_enabled() else x
 
 

@@ -2,12 +2,13 @@
 
     f_i = log sum_j exp(l_ij)   or   sum_j log(1 + exp(nu_i - l_ij)),     l_ij = k u_i . u_j
 
-A pair counts in f of both its rows. With w_i = d loss / d f_i, and D_ij the gradient that reaches l_ij through f_i,
+A pair contributes to f of both of its rows. Let w_i = d loss / d f_i, and D_ij the gradient that reaches l_ij through
+f_i. Then
 
     D_ij = w_i exp(l_ij - f_i)   or   -w_i sigmoid(nu_i - l_ij)      d/du_i = k sum_j (D_ij + D_ji) u_j
 
-In `positive_lse_to`, columns v_j take the place of u_j, and a pair counts only in f of its row. In the backward, rows
-travel with two numbers each: w_j, and f_j or nu_j. No gradient travels. ops/positives.py has the tiles.
+In `positive_lse_to`, columns v_j take the place of u_j, and a pair contributes only to f of its row. In the backward,
+each row is sent with two numbers: w_j, and f_j or nu_j. No gradient is sent. ops/positives.py has the tiles.
 """
 
 from __future__ import annotations
@@ -189,7 +190,7 @@ def _gradient_of_pairs(
     through: Callable[[PositiveTile, Tensor, Tensor], Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradient with respect to this rank's rows, this rank's part of the gradient with respect to inv_tau,
-    and sum_j D_ij per row. `inner` is the f or nu that D_ij compares a logit with."""
+    and sum_j D_ij for each row. `inner` is the f or nu in the formula of D_ij."""
     own, numbers = columns.own, torch.stack((d_f, inner), dim=1)
     d_u, d_inv_tau, of_rows = torch.zeros_like(own), own.new_zeros(()), torch.zeros_like(d_f)
     with autocast_off(own):
@@ -200,7 +201,7 @@ def _gradient_of_pairs(
                 d_u += d_u_part
                 d_inv_tau = d_inv_tau + d_inv_tau_part
                 of_rows += of_rows_part
-    return d_u, d_inv_tau / 2, of_rows  # a pair is counted for both of its rows
+    return d_u, d_inv_tau / 2, of_rows  # halved: a pair was counted for both of its rows
 
 
 def _of_block(

@@ -1,5 +1,5 @@
-"""Which rank forms which similarities among the rows of all ranks, in the forward. A similarity is symmetric, so only
-one rank forms it, once, for both of its rows.
+"""Which rank computes which similarities among the rows of all ranks, in the forward. A similarity is symmetric, so
+only one rank computes it, once, for both of its rows.
 
 Spans index the rows of all ranks. Two different spans stand for a rectangle of similarities; a span paired with itself
 stands for a triangle.
@@ -23,8 +23,9 @@ def half_ring(rank: int, sizes: Sequence[int]) -> SpanPairs:
     """Return the pairs for blocks that go around a ring: this rank's block with itself, with the block of the rank
     before it, and so on, halfway around.
 
-    If the world size is even, two ranks hold each other's block at the last step. Of the lower rank's rows, the lower
-    rank takes the first half and the higher rank the second half, each against the higher rank's whole block.
+    If the world size is even, two ranks hold each other's block at the last step and share its similarities. The lower
+    rank pairs the first half of its own rows with the higher rank's block. The higher rank pairs its own block with the
+    second half of the lower rank's rows.
     """
     world, blocks = len(sizes), spans(sizes)
     pairs = [(blocks[rank], blocks[rank - step]) for step in range(world // 2 + 1)]
@@ -38,9 +39,12 @@ def half_ring(rank: int, sizes: Sequence[int]) -> SpanPairs:
 
 
 def triangle(rank: int, world: int, n_rows: int) -> SpanPairs:
-    """Return the pairs if every rank has gathered all rows. The rows are cut into two shares per rank; rank r takes the
-    r-th share from the top and the r-th from the bottom, each against itself and against all rows below it. Every rank
-    gets the same amount of work, however many rows it holds."""
+    """Return the pairs if every rank has gathered all rows.
+
+    The rows are cut into two shares per rank. Rank r takes the r-th share from the top and the r-th from the bottom,
+    and pairs each share with itself and with all rows below it. So every rank gets the same amount of work, however
+    many rows it holds.
+    """
     cuts = [n_rows * share // (2 * world) for share in range(2 * world + 1)]
     shares = [slice(cuts[rank], cuts[rank + 1]), slice(cuts[-2 - rank], cuts[-1 - rank])]
     if rank == world - 1:  # this rank's two shares are adjacent: join them

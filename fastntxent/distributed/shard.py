@@ -1,4 +1,4 @@
-"""How a batch is spread across ranks: the user's options, and what the ranks agree on before a loss."""
+"""How a batch is spread across ranks: the user's options, and the number of rows on each rank in one call."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ RING_BYTES = 2**29
 
 @dataclass(frozen=True)
 class Sharding:
-    """The ranks over which a batch is spread, and how rows travel between them. Pass it as a loss's `group=`.
+    """The ranks over which a batch is spread, and how rows are sent between them. Pass it as a loss's `group=`.
 
     Args:
         group: A process group, a one-dimensional DeviceMesh, or "world" for the default process group, which is looked
@@ -83,7 +83,7 @@ Group: TypeAlias = Union["ProcessGroup", "DeviceMesh", Sharding, Literal["world"
 
 
 def process_group(group: object) -> ProcessGroup:
-    """Return the process group that a `group=` argument stands for, unless the argument is a `Sharding`."""
+    """Return the process group that a `group=` argument stands for. For a `Sharding`, pass its `group`."""
     if not dist.is_available():
         raise RuntimeError("group needs torch.distributed, which this PyTorch was built without")
     if group == WORLD:
@@ -144,8 +144,8 @@ class Shard:
         return torch.arange(first, first + self.sizes[self.rank], device=like.device)
 
     def in_blocks(self) -> Shard:
-        """Return a copy with one block per rank. A similarity is then computed by a product of the same shape in
-        forward and backward, for rows and for columns, and has the same bits each time."""
+        """Return a copy with one block per rank. Each similarity is then computed by matrix products of the same shape
+        in forward and backward, for its row and for its column, so it has the same bits each time."""
         return replace(self, by_rank=True, _columns=[])
 
     def columns(self, u: Tensor) -> Columns:
@@ -165,7 +165,8 @@ class Shard:
         """Return this rank's rows as the other ranks see them, with a straight-through gradient to u."""
         if self.wire_dtype is None:
             return u
-        return u + (u.to(self.wire_dtype).to(u.dtype) - u).detach()  # exact: u and its rounded value are close
+        # The sum equals the rounded value exactly: u and its rounded value are close, so their difference is exact.
+        return u + (u.to(self.wire_dtype).to(u.dtype) - u).detach()
 
     @uncompiled
     def gather(self, x: Tensor) -> Tensor:
@@ -177,10 +178,11 @@ class Shard:
 def open_shard(
     group: Group, function: str, rows: Mapping[str, Tensor], views: int, agreed: Mapping[str, object]
 ) -> Shard:
-    """Return the shard. Unless `check` is off, the ranks first compare their calls and exchange their sizes.
+    """Return the shard. Unless `Sharding.check` is False, the ranks first compare their calls and exchange their
+    numbers of samples.
 
-    Each tensor of `rows`, (n, D), has one row per sample of this rank; a loss has `views` rows per sample. `agreed` is
-    everything else that must be the same on every rank.
+    Each tensor of `rows`, (n, D), has one row for each sample of this rank. The loss compares `views` rows for each
+    sample. `agreed` is everything else that must be the same on every rank.
     """
     sharding = group if isinstance(group, Sharding) else Sharding(group)
     of = process_group(sharding.group)

@@ -1,11 +1,12 @@
 """The expectation of a student's similarities under a teacher's softmax, across ranks: this rank's rows and columns
 against the columns and rows of all ranks.
 
-In the forward, each column travels with its teacher embedding and one number, and the partial sums of a column go to
-the rank that holds it. In the backward, each rank forms the gradients of its rows and its columns. For these, the rows
-and columns of the other ranks travel with their teacher embeddings and two numbers each. No gradient of an embedding
-travels. If the teacher is a function, no teacher embedding travels: each rank calls the function for its rows and its
-columns. ops/soft_targets.py has the formulas.
+In the forward, each column is sent with its teacher embedding and one number, the teacher's log-sum-exp. The partial
+sums of a column are sent to the rank that holds the column. In the backward, each rank computes the gradients of its
+rows and of its columns. For these gradients, each row and each column is sent with its teacher embedding and two
+numbers, the log-sum-exp and the upstream gradient. No gradient of an embedding is sent. If the teacher is a function,
+no teacher embedding is sent: each rank calls the function for its rows and its columns. ops/soft_targets.py has the
+formulas.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ _Similarities: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 class _Taught(NamedTuple):
-    """One side of the pairs: the student's rows and their ids, the teacher's rows or its function, and per row the
-    teacher's log-sum-exp and the weight of the row's sum."""
+    """One side of the pairs: the student's rows and their ids, the teacher's rows or function, and for each row the
+    teacher's log-sum-exp and the weight of the row's sum, which is its upstream gradient."""
 
     u: Tensor
     ids: Tensor
@@ -127,10 +128,9 @@ class _SoftDotsOverRanks(torch.autograd.Function):
 def _gradient(
     own: _Taught, others: _Taught, columns: Columns, inv_tau: float | Tensor, *, of_columns: bool = False
 ) -> Tensor:
-    """Return the gradient with respect to this rank's rows, against all ranks' columns, or with `of_columns` the
-    gradient with respect to this rank's columns, against all ranks' rows. `columns` holds the other side on all ranks,
-    and `others` the other side on this rank. With `of_columns` too, the tiles have the rows as rows and the columns as
-    columns, so logits are rounded as in the forward."""
+    """Return the gradient with respect to `own`: this rank's rows or, with `of_columns`, this rank's columns. `others`
+    is the other side on this rank, and `columns` the other side on all ranks. Tiles are never transposed: with
+    `of_columns` too, a tile's rows are rows and its columns are columns. So logits are rounded as in the forward."""
     d_own = torch.zeros_like(own.u)
     assert others.weights is not None
     numbers = torch.stack((others.lse, others.weights), dim=1)
@@ -148,12 +148,12 @@ def _gradient(
 
 
 def _sent(teacher: Tensor | _Similarities) -> tuple[Tensor, ...]:
-    """Return the teacher's rows, which travel with a side, or nothing if the teacher is a function."""
+    """Return the teacher's rows, which are sent with a side, or nothing if the teacher is a function."""
     return (teacher,) if isinstance(teacher, Tensor) else ()
 
 
 def _teacher_of(block: Block, teacher: Tensor | _Similarities) -> Tensor | _Similarities:
-    """Return the teacher of a block that was received: its rows, or the same function."""
+    """Return the teacher's rows of a received block, or the function if the teacher is one."""
     return block.numbers[0] if isinstance(teacher, Tensor) else teacher
 
 

@@ -2,9 +2,9 @@
 
     sum_i = sum over {j : id_j != id_i} of log(1 + exp(x_ij))  [+ sum over {j : id_j = id_i} of log(1 + exp(-x_ij))]
 
-x_ij = k u_i . v_j + b. In the forward, columns travel. In the backward, each rank forms the gradients of its rows and
-its columns. For these, each row and each column travels with one number: the upstream gradient of the row's sum, or 0
-for a column that is not a row. No gradient of an embedding travels.
+x_ij = k u_i . v_j + b. In the forward, columns are sent. In the backward, each rank computes the gradients of its rows
+and of its columns. For these gradients, each row and each column is sent with one number: the upstream gradient of the
+row's sum, or 0 for a column that is not a row. No gradient of an embedding is sent.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class _SoftplusOverRanks(torch.autograd.Function):
         d_u = d_v = None
         numbers: tuple[Tensor, Tensor] | None = None
         if ctx.same:
-            # A pair is formed on the rank of each of its rows, each time with the weights of both rows.
+            # A pair is computed twice, once for each of its rows, and each time with the weights of both rows.
             d_u, d_inv_tau, d_bias = _gradient_of_rows(Side(of_u.own, u_ids), d_sums, of_u, u_ids, d_sums, *options)
             numbers = d_inv_tau / 2, d_bias / 2
         else:
@@ -127,8 +127,8 @@ def _gradient_of_rows(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradient with respect to this rank's rows, and the gradients with respect to inv_tau and bias over all
-    pairs of these rows with the columns of all ranks. `of_columns` are the upstream gradients of this rank's columns'
-    sums."""
+    pairs of these rows with the columns of all ranks. `of_columns` are the upstream gradients of the sums of this
+    rank's columns."""
     d_rows, d_inv_tau, d_bias = torch.zeros_like(rows.u), of_rows.new_zeros(()), of_rows.new_zeros(())
     with autocast_off(rows.u):
         for block in columns.blocks(column_ids, of_columns):

@@ -1,6 +1,6 @@
 """Communication between ranks. No other module of the package calls torch.distributed's collectives.
 
-Rows travel as bytes, so every communication backend can carry every dtype. For a sum across ranks, the terms are
+Rows are sent as bytes, so every communication backend supports every dtype. For a sum across ranks, the terms are
 gathered and added in rank order, so the sum has the same bits on every rank and in every run.
 """
 
@@ -82,7 +82,7 @@ def all_reduce(group: ProcessGroup, x: Tensor) -> Tensor:
 
 def ring(group: ProcessGroup, own: Sequence[Tensor], sizes: Sequence[int], hops: int) -> Iterator[tuple[Tensor, ...]]:
     """Iterate over the blocks of ranks: this rank's block, the block of the rank before it, and so on, up to `hops`
-    ranks back. World size minus one hops go all the way around.
+    ranks back. If `hops` is the world size minus one, the blocks go all the way around.
 
     While the caller works on a block, the block is sent to the next rank and the following one is received. So at any
     world size a rank holds two blocks of other ranks at a time.

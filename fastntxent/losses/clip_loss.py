@@ -61,13 +61,13 @@ def clip(
     images. Both directions come from one pass over the similarities, or from one pass each with positives="same_id".
     For features that are normalised already, `normalize=False` gives open_clip's `ClipLoss`.
 
-    With positives="same_id" and form "out" the positives are part of the denominator, so near convergence the gradient
-    is only as accurate as a logit, with an error of eps / tau. The form "in" keeps the gradient's relative accuracy,
-    and equals "out" where every row has one positive.
+    With positives="same_id" and form "out", the positives are part of the denominator. Near convergence the gradient
+    then has the absolute accuracy of a logit, an error of about eps / tau with the machine epsilon eps. The gradient of
+    form "in" keeps its relative accuracy. If every row has one positive, both forms give the same loss.
 
-    A negative stays in the sum if its similarity is NaN or, up to rounding, equals the limit set by `margin`,
-    `relative_margin` or `ceiling`. No gradient flows through the choice of negatives. Limits and smoothing apply in
-    both directions.
+    The options `margin`, `relative_margin` and `ceiling` leave a negative out only if its similarity exceeds the limit
+    by more than rounding. A negative whose similarity is NaN stays in. No gradient flows through the choice of
+    negatives. Limits and smoothing apply in both directions.
 
     On the same device with the same number of threads, the same input gives the same bits. Extra memory is O(N D);
     the reference backend takes O(N^2).
@@ -110,9 +110,9 @@ def clip(
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; once DistributedDataParallel has averaged the gradients of the parameters, they equal
-            the gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's
-            samples are the whole batch.
+            equal on every rank. Once DistributedDataParallel has averaged the parameters' gradients, these equal the
+            gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's samples
+            are the whole batch.
 
     Returns:
         A 0-d tensor, or (N,) for "none"; float64 for float64 features, else float32.
@@ -232,12 +232,13 @@ def multi_clip(
     the loss is the mean over the pairs. `clip` is the loss of Radford et al., "Learning Transferable Visual Models From
     Natural Language Supervision", 2021.
 
-    With positives="same_id" and form "out" the positives are part of the denominator, so near convergence the gradient
-    is only as accurate as a logit, with an error of eps / tau. The form "in" keeps the gradient's relative accuracy,
-    and equals "out" where every row has one positive.
+    With positives="same_id" and form "out", the positives are part of the denominator. Near convergence the gradient
+    then has the absolute accuracy of a logit, an error of about eps / tau with the machine epsilon eps. The gradient of
+    form "in" keeps its relative accuracy. If every row has one positive, both forms give the same loss.
 
-    A negative stays in the sum if its similarity is NaN or, up to rounding, equals the limit set by `margin`,
-    `relative_margin` or `ceiling`. No gradient flows through the choice of negatives.
+    The options `margin`, `relative_margin` and `ceiling` leave a negative out only if its similarity exceeds the limit
+    by more than rounding. A negative whose similarity is NaN stays in. No gradient flows through the choice of
+    negatives.
 
     On the same device with the same number of threads, the same input gives the same bits. Extra memory is O(T N
     D); the reference backend takes O(N^2).
@@ -279,9 +280,9 @@ def multi_clip(
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; once DistributedDataParallel has averaged the gradients of the parameters, they equal
-            the gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's
-            samples are the whole batch.
+            equal on every rank. Once DistributedDataParallel has averaged the parameters' gradients, these equal the
+            gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's samples
+            are the whole batch.
 
     Returns:
         A 0-d tensor, or (N,) for "none"; float64 for float64 features, else float32.

@@ -70,9 +70,9 @@ def distill(
     A `teacher` is called without gradients and with autocast off, for tiles of at most 512 x 512 (4,096 x 4,096 on an
     accelerator). Each pair is requested twice: once for the teacher's log-sum-exps, and once for the expectation and
     its gradient. With reduction="none" the backward requests each pair a third time. In a group, the indices number the
-    samples of all ranks in rank order. Each rank requests its own images with all texts, twice in the forward and once
-    in the backward, and all images with its own texts, once in the backward. The reference backend makes two calls,
-    each for all pairs. Under torch.compile a `teacher` causes a graph break.
+    samples of all ranks in rank order. In the forward, each rank requests its own images with all texts twice. In the
+    backward, it requests them once more, and it requests all images with its own texts once. The reference backend
+    makes two calls, each for all pairs. Under torch.compile a `teacher` causes a graph break.
 
     Args:
         image_features: (N, D) features of the images, float16, bfloat16, float32 or float64. Row n belongs to sample n.
@@ -104,9 +104,9 @@ def distill(
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; once DistributedDataParallel has averaged the gradients of the parameters, they equal
-            the gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's
-            samples are the whole batch.
+            equal on every rank. Once DistributedDataParallel has averaged the parameters' gradients, these equal the
+            gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's samples
+            are the whole batch.
 
     Returns:
         A 0-d tensor, or (N,) for "none"; float64 for float64 features, else float32.
@@ -235,7 +235,7 @@ def _is_sharp(a: Tensor, b: Tensor, t_k: float | Tensor, normalize: bool) -> boo
     """Return whether the host can tell that the teacher's logits are large.
 
     Two kernels round a logit differently, by about eps |k s| / 2. If one forms the log-sum-exps and another the
-    probabilities, this becomes a relative error of the probabilities.
+    probabilities, the difference becomes a relative error of the probabilities.
     """
     largest = (t_k, t_k) if not isinstance(t_k, Tensor) else extremes(t_k)
     if largest is None:

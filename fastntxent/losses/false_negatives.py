@@ -48,7 +48,7 @@ class Limits(NamedTuple):
         return cls(margin, relative_margin, None if ceiling is None else _finite("ceiling", ceiling))
 
     def by_positive(self, rows: Tensor, normalize: bool) -> tuple[float, float] | None:
-        """Return (a, b) such that a row's limit is a s_pos + b, for embeddings like `rows`.
+        """Return (a, b) such that a row's limit is a s_pos + b. `rows` gives the number of features and the dtype.
 
         Return None where no such pair exists: the limit is the smaller of two, or depends on the lengths of the rows.
         """

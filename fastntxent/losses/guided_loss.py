@@ -94,10 +94,10 @@ def guided_info_nce(
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; once DistributedDataParallel has averaged the gradients of the parameters, they equal
-            the gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's
-            samples are the whole batch. Explicit negatives (K, D) are shared by all ranks too; each rank passes any
-            number of them.
+            equal on every rank. Once DistributedDataParallel has averaged the parameters' gradients, these equal the
+            gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's samples
+            are the whole batch. Explicit negatives (K, D) are shared by all ranks too; each rank passes any number of
+            them.
 
     Returns:
         A 0-d tensor, or (N,) for "none"; float64 for float64 embeddings, else float32.
@@ -180,8 +180,8 @@ def _limits(g_query: Tensor, g_key: Tensor, margin: float, margin_strategy: str)
 def _checked_guide(of_guide: Mapping[str, tuple[Any, str, Tensor]], *, may_be_empty: bool) -> list[Tensor]:
     """Return the guide's unit rows without a gradient, in the accumulation dtype of the embeddings.
 
-    of_guide: for the name of each guide argument, its rows, and the name and rows of the argument that embeds the same
-    samples.
+    of_guide: maps the name of each guide argument to three things: its rows, and the name and the rows of the argument
+    that embeds the same samples.
     """
     first_name, (first, _, query) = next(iter(of_guide.items()))
     unit = []

@@ -69,17 +69,18 @@ def info_nce(
     van den Oord et al., "Representation Learning with Contrastive Predictive Coding", 2018. s_n is the similarity of
     query n to its own key. Queries pick keys, but keys do not pick queries; `clip` has both directions.
 
-    With positives="same_id" and form "out" the positives are part of the denominator, so near convergence the gradient
-    is only as accurate as a logit, with an error of eps / tau. The form "in" keeps the gradient's relative accuracy,
-    and equals "out" where every row has one positive.
+    With positives="same_id" and form "out", the positives are part of the denominator. Near convergence the gradient
+    then has the absolute accuracy of a logit, an error of about eps / tau with the machine epsilon eps. The gradient of
+    form "in" keeps its relative accuracy. If every row has one positive, both forms give the same loss.
 
-    A negative stays in the sum if its similarity is NaN or, up to rounding, equals the limit set by `margin`,
-    `relative_margin` or `ceiling`. No gradient flows through the choice of negatives. Limits apply to explicit
-    negatives too.
+    The options `margin`, `relative_margin` and `ceiling` leave a negative out only if its similarity exceeds the limit
+    by more than rounding. A negative whose similarity is NaN stays in. No gradient flows through the choice of
+    negatives. Limits apply to explicit negatives too.
 
     The hardness options follow Lan et al., "LLaVE: Large Language and Vision Embedding Models with Hardness-Weighted
     Contrastive Learning", 2025, as in sentence-transformers. Where queries share the explicit negatives,
-    sentence-transformers hardens only the negatives that belong to the query; here all of them get harder.
+    sentence-transformers applies the hardness only to the negatives that belong to the query. Here it applies to all of
+    them.
 
     On the same device with the same number of threads, the same input gives the same bits. Extra memory is O((N + K) D)
     with K shared negatives, and O(N K D) with one set per query, which is the size of the sets; the reference backend
@@ -125,10 +126,10 @@ def info_nce(
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; once DistributedDataParallel has averaged the gradients of the parameters, they equal
-            the gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's
-            samples are the whole batch. Explicit negatives (K, D) are shared by all ranks too; each rank passes any
-            number of them.
+            equal on every rank. Once DistributedDataParallel has averaged the parameters' gradients, these equal the
+            gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's samples
+            are the whole batch. Explicit negatives (K, D) are shared by all ranks too; each rank passes any number of
+            them.
 
     Returns:
         A 0-d tensor, or (N,) for "none"; float64 for float64 embeddings, else float32.
@@ -293,8 +294,10 @@ def _of_all(
     *,
     summed: bool,
 ) -> _Negatives:
-    """Return nu and the sums over explicit negatives that all queries share. Their ids differ from the ids of all
-    queries."""
+    """Return nu and the sums over explicit negatives that all queries share.
+
+    The queries get the id 0 and the negatives the id 1, so every negative counts.
+    """
     queries, negatives = (Side(x, torch.full((x.shape[0],), i, device=u.device)) for i, x in enumerate((u, w)))
     queries = queries._replace(limits=limits)
     nu = hardened_neg_lse(batch, queries, negatives, inv_tau, hardness, beside=others)

@@ -59,9 +59,9 @@ def macl(
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; once DistributedDataParallel has averaged the gradients of the parameters, they equal
-            the gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's
-            samples are the whole batch.
+            equal on every rank. Once DistributedDataParallel has averaged the parameters' gradients, these equal the
+            gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's samples
+            are the whole batch.
 
     Returns:
         A 0-d tensor, or (2N,) in the order [z_i; z_j] for "none"; float64 for float64 embeddings, else float32.
@@ -99,8 +99,8 @@ def _reweighted(nu: Tensor, pos: Tensor) -> Tensor:
     """Return l / (1 - exp(-l)) for the row losses l, without a gradient through the weight.
 
     With x = nu - pi, both 1 - exp(-l) and dl/dx are sigmoid(x). So the derivative with respect to x is 1, and the
-    second derivative is sigmoid(-x). Both are attached to the value explicitly, because for an easy row l and 1 -
-    exp(-l) underflow although their quotient is 1.
+    second derivative is sigmoid(-x). Both derivatives are attached to the value explicitly, because for an easy row
+    both l and 1 - exp(-l) underflow, although their quotient is 1.
     """
     x = nu - pos
     losses = row_losses(nu.detach(), pos.detach())

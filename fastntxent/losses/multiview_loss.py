@@ -44,9 +44,9 @@ def multiview_nt_xent(
     P(i) are the other views of row i's sample n(i). Each ordered pair of views has one term, as in Tian et al.,
     "Contrastive Multiview Coding", 2020, with the negatives of all views. With V = 2 the loss is `nt_xent`.
 
-    A negative stays in the sum if its similarity is NaN or, up to rounding, equals the limit set by `margin`,
-    `relative_margin` or `ceiling`. No gradient flows through the choice of negatives. The least similar positive of a
-    row sets the row's limit.
+    The options `margin`, `relative_margin` and `ceiling` leave a negative out only if its similarity exceeds the limit
+    by more than rounding. A negative whose similarity is NaN stays in. No gradient flows through the choice of
+    negatives. The least similar positive of a row sets the row's limit.
 
     On the same device with the same number of threads, the same input gives the same bits. Extra memory is O(V N D +
     V^2 N); the reference backend takes O(V^2 N^2).
@@ -75,9 +75,9 @@ def multiview_nt_xent(
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; once DistributedDataParallel has averaged the gradients of the parameters, they equal
-            the gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's
-            samples are the whole batch.
+            equal on every rank. Once DistributedDataParallel has averaged the parameters' gradients, these equal the
+            gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's samples
+            are the whole batch.
 
     Returns:
         A 0-d tensor, or (V N,), view after view, for "none"; float64 for float64 embeddings, else float32.
@@ -160,7 +160,7 @@ def _stacked(views: Tensor | Sequence[Tensor], *, may_be_empty: bool) -> Tensor:
 
 
 def stack_views(views: Sequence[Tensor]) -> Tensor:
-    """Return the views as one tensor (V, N, D). Autocast is off, because it may change the dtype, and raises for
-    float16 views under bfloat16 autocast."""
+    """Return the views as one tensor (V, N, D), with autocast off. Under autocast, torch.stack may change the dtype,
+    and it raises for float16 views under bfloat16 autocast."""
     with autocast_off(views[0]):
         return torch.stack(tuple(views))

@@ -64,8 +64,9 @@ def nt_xent(
     are [z_i; z_j], and p(i) is the other view of row i's sample. The positive stays in the denominator. With N = 1
     there are no negatives and the loss is 0.
 
-    A negative stays in the sum if its similarity is NaN or, up to rounding, equals the limit set by `margin`,
-    `relative_margin` or `ceiling`. No gradient flows through the choice of negatives.
+    The options `margin`, `relative_margin` and `ceiling` leave a negative out only if its similarity exceeds the limit
+    by more than rounding. A negative whose similarity is NaN stays in. No gradient flows through the choice of
+    negatives.
 
     With `normalize`, float16, bfloat16 and float32 rows may have any finite length, and float64 rows a length of up to
     1e154, beyond which their squares overflow. `split_views` makes `z_i` and `z_j` from one tensor. Gradients have the
@@ -100,9 +101,9 @@ def nt_xent(
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; once DistributedDataParallel has averaged the gradients of the parameters, they equal
-            the gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's
-            samples are the whole batch.
+            equal on every rank. Once DistributedDataParallel has averaged the parameters' gradients, these equal the
+            gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's samples
+            are the whole batch.
 
     Returns:
         A 0-d tensor, or (2N,) in the order [z_i; z_j] for "none"; float64 for float64 embeddings, else float32.
@@ -159,9 +160,9 @@ def nt_xent_terms(
     and Uniformity on the Hypersphere", 2020. The sums over the 2N rows are divided by N, so `loss` is twice the mean of
     `nt_xent`.
 
-    All three are differentiable with respect to the embeddings and the temperature, so a term can be weighted or
-    dropped. To train on the plain sum of both terms, use `loss`: once training has converged, the gradients of the
-    terms nearly cancel, and only `loss` takes their difference before rounding.
+    Both terms and the loss are differentiable with respect to the embeddings and the temperature, so a term can be
+    weighted or dropped. To train on the plain sum of both terms, use `loss`. Near convergence the gradients of the two
+    terms nearly cancel, so their sum loses accuracy to rounding. The gradient of `loss` does not.
 
     On the same device with the same number of threads, the same input gives the same bits. Extra memory is O(N D);
     the reference backend takes O(N^2).
@@ -178,7 +179,7 @@ def nt_xent_terms(
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. The terms cover the whole batch and are equal
-            on every rank. After DistributedDataParallel averages the gradients of the parameters, they equal the
+            on every rank. Once DistributedDataParallel has averaged the parameters' gradients, these equal the
             gradients of one process with the whole batch. None: this rank's samples are the whole batch.
 
     Returns:

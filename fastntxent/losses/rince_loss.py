@@ -56,9 +56,9 @@ def rince(
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; once DistributedDataParallel has averaged the gradients of the parameters, they equal
-            the gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's
-            samples are the whole batch.
+            equal on every rank. Once DistributedDataParallel has averaged the parameters' gradients, these equal the
+            gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's samples
+            are the whole batch.
 
     Returns:
         A 0-d tensor, or (2N,) in the order [z_i; z_j] for "none"; float64 for float64 embeddings, else float32.
@@ -100,10 +100,10 @@ def _check_powers(q: float, temperature: float | Tensor, dtype: torch.dtype) -> 
 def _difference_of_powers(nu: Tensor, pos: Tensor, q: float, lam: float) -> Tensor:
     """Return ((lam (exp(nu) + exp(pi)))^q - exp(q pi)) / q.
 
-    The larger power is factored out, and multiplied back in as the product of its two square roots, since it may
-    overflow where the difference does not. The other factor is exp(-|r|) - 1, with r the logarithm of the ratio of the
-    powers. Near r = 0 it is computed with expm1, so that the smallest q loses no accuracy. Elsewhere it is not, because
-    autograd computes the derivative of expm1 as 1 + expm1, which suffers from cancellation.
+    The larger power is factored out. It may overflow where the difference does not, so its square root is multiplied in
+    twice. The other factor is exp(-|r|) - 1, with r the logarithm of the ratio of the powers. Near r = 0 this factor is
+    computed with expm1, so that the smallest q loses no accuracy. Elsewhere expm1 is not used, because autograd
+    computes its derivative as 1 + expm1, which suffers from cancellation.
     """
     q = max(q, torch.finfo(pos.dtype).tiny ** 0.5)  # a smaller q gives the same bits, but its products underflow
     ratio = q * (math.log(lam) + row_losses(nu, pos))

@@ -55,29 +55,32 @@ def sup_con(
     "pairs" has one NT-Xent term for each positive, without the other positives in its denominator, as in
     pytorch-metric-learning's `NTXentLoss`.
 
-    With `pair_weights` W every other row is a positive, weighted by its class and row i's class; y are the labels:
+    With `pair_weights` W, every other row j is a positive of row i, with the weight W[y_i, y_j]; y are the labels:
 
     .. math::
         L^{W}_i = \log \sum_{all} e^{s_{ij}/\tau}
             - \frac{\sum_{j \ne i} W_{y_i y_j} s_{ij}/\tau}{\sum_{j \ne i} W_{y_i y_j}}
 
-    A row without a positive has loss 0 in "none" and "sum" and is left out of "mean", which is 0 if no row has a
-    positive. Such a row is still a negative of the other rows. With `pair_weights`, a row has no positive if all other
-    rows have weight 0 for it. The identity matrix as W gives the same loss as no weights. A ceiling removes negatives
-    only.
+    A row without a positive has loss 0 in "none" and "sum", and "mean" leaves it out. If no row has a positive, "mean"
+    is 0. A row without a positive is still a negative of the other rows. With `pair_weights`, a row has no positive if
+    all other rows have weight 0 for it. The identity matrix as W gives the same loss as no weights. A ceiling removes
+    negatives only.
+
+    In "out" the positives are part of the sum over "all". Near convergence its gradient then has the absolute accuracy
+    of a logit, an error of about eps / tau with the machine epsilon eps. The gradients of "in" and "pairs" keep their
+    relative accuracy.
 
     On the same device with the same number of threads, the same input gives the same bits. "out" takes the time of
-    `nt_xent` and O(M D) memory, plus O((M + D) C) with several labels per row or O((C + D) C) with `pair_weights`. "in"
-    and "pairs" (and "out" if there is a ceiling) compute the products of positives once more, in tiles. For n_c rows in
-    class c, that takes sum_c n_c^2 D multiplications for the value and up to three times as many for the gradient, and
-    the host waits for an accelerator once or twice. The reference backend takes O(M^2) memory. In "out" the positives
-    are part of the sum, so its gradient is only as accurate as a logit, with an error of eps / tau; the gradients of
-    "in" and "pairs" keep their relative accuracy.
+    `nt_xent` and O(M D) memory. Several labels per row take O((M + D) C) more memory, and `pair_weights` takes
+    O((C + D) C) more. "in" and "pairs", and "out" with a ceiling, compute the products of positives once more, in
+    tiles. For n_c rows in class c, that takes sum_c n_c^2 D multiplications for the value and up to three times as many
+    for the gradient, and the host waits for an accelerator once or twice. The reference backend takes O(M^2) memory.
 
     Args:
         z: (M, D) embeddings of all views of all samples, in any order, float16, bfloat16, float32 or float64.
         labels: (M,) integers, the class of each row; or (M, C), bool or integer, nonzero where row i has label c. With
-            several labels per row a pair counts once for each label it shares, and the form must be "out".
+            several labels per row, a pair of rows counts once for each label that both rows have, and the form must be
+            "out".
         temperature: tau > 0, a float or a 0-d floating-point tensor, which may require a gradient. The host does not
             read a tensor on an accelerator, so its sign is not checked there.
         form: "out", "in" or "pairs", the formulas above.
@@ -93,9 +96,9 @@ def sup_con(
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; once DistributedDataParallel has averaged the gradients of the parameters, they equal
-            the gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's
-            samples are the whole batch. Positives come from all ranks too.
+            equal on every rank. Once DistributedDataParallel has averaged the parameters' gradients, these equal the
+            gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's samples
+            are the whole batch. Positives come from all ranks too.
 
     Returns:
         A 0-d tensor, or (M,) for "none"; float64 for float64 embeddings, else float32.
@@ -174,7 +177,8 @@ def _over_shared_labels(batch: Batch, u: Tensor, labels: Tensor) -> tuple[Tensor
     """
     belongs = (labels != 0).to(u.dtype)
     of_labels = batch.sum_of_ranks(belongs.sum(dim=0))
-    # A label that only one row has adds nothing but that row itself, in whose rounding the other rows could be lost.
+    # Drop labels that only one row has. Such a label would add only the row itself, which is subtracted again below,
+    # and the other rows could be lost to its rounding.
     belongs = belongs * (of_labels > 1)
     own = belongs.sum(dim=1)
     of_classes = batch.sum_of_ranks(product(belongs.T, u))

@@ -50,12 +50,13 @@ class CLIPLoss(TemperatureLoss):
     log-sum-exp of image n's logits with the other texts, and nu^txt_n the log-sum-exp of text n's logits with the other
     images.
 
-    With positives="same_id" and form "out" the positives are part of the denominator, so near convergence the gradient
-    is only as accurate as a logit, with an error of eps / tau. The form "in" keeps the gradient's relative accuracy,
-    and equals "out" where every row has one positive.
+    With positives="same_id" and form "out", the positives are part of the denominator. Near convergence the gradient
+    then has the absolute accuracy of a logit, an error of about eps / tau with the machine epsilon eps. The gradient of
+    form "in" keeps its relative accuracy. If every row has one positive, both forms give the same loss.
 
-    A negative stays in the sum if its similarity is NaN or, up to rounding, equals the limit set by `margin`,
-    `relative_margin` or `ceiling`. No gradient flows through the choice of negatives.
+    The options `margin`, `relative_margin` and `ceiling` leave a negative out only if its similarity exceeds the limit
+    by more than rounding. A negative whose similarity is NaN stays in. No gradient flows through the choice of
+    negatives.
 
     The module holds the temperature (the inverse of the logit scale) and learns it by default, as CLIP does.
     `logit_scale` is the scale that the loss uses, at most `max_logit_scale`.
@@ -92,9 +93,9 @@ class CLIPLoss(TemperatureLoss):
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; once DistributedDataParallel has averaged the gradients of the parameters, they equal
-            the gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's
-            samples are the whole batch.
+            equal on every rank. Once DistributedDataParallel has averaged the parameters' gradients, these equal the
+            gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's samples
+            are the whole batch.
         learn_temperature: Make the temperature a parameter. It is stored as its logarithm, `log_temperature`, so no
             optimiser step can make it negative. Exclude it from weight decay.
 
@@ -199,12 +200,13 @@ class MultiCLIPLoss(CLIPLoss):
     the loss is the mean over the pairs. `clip` is the loss of Radford et al., "Learning Transferable Visual Models From
     Natural Language Supervision", 2021.
 
-    With positives="same_id" and form "out" the positives are part of the denominator, so near convergence the gradient
-    is only as accurate as a logit, with an error of eps / tau. The form "in" keeps the gradient's relative accuracy,
-    and equals "out" where every row has one positive.
+    With positives="same_id" and form "out", the positives are part of the denominator. Near convergence the gradient
+    then has the absolute accuracy of a logit, an error of about eps / tau with the machine epsilon eps. The gradient of
+    form "in" keeps its relative accuracy. If every row has one positive, both forms give the same loss.
 
-    A negative stays in the sum if its similarity is NaN or, up to rounding, equals the limit set by `margin`,
-    `relative_margin` or `ceiling`. No gradient flows through the choice of negatives.
+    The options `margin`, `relative_margin` and `ceiling` leave a negative out only if its similarity exceeds the limit
+    by more than rounding. A negative whose similarity is NaN stays in. No gradient flows through the choice of
+    negatives.
 
     The module holds the temperature (the inverse of the logit scale) and learns it by default, as CLIP does.
     `logit_scale` is the scale that the loss uses, at most `max_logit_scale`.
@@ -244,9 +246,9 @@ class MultiCLIPLoss(CLIPLoss):
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; once DistributedDataParallel has averaged the gradients of the parameters, they equal
-            the gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's
-            samples are the whole batch.
+            equal on every rank. Once DistributedDataParallel has averaged the parameters' gradients, these equal the
+            gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's samples
+            are the whole batch.
         learn_temperature: Make the temperature a parameter. It is stored as its logarithm, `log_temperature`, so no
             optimiser step can make it negative. Exclude it from weight decay.
 

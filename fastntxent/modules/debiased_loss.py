@@ -35,9 +35,9 @@ class DebiasedLoss(TemperatureLoss):
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; once DistributedDataParallel has averaged the gradients of the parameters, they equal
-            the gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's
-            samples are the whole batch.
+            equal on every rank. Once DistributedDataParallel has averaged the parameters' gradients, these equal the
+            gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's samples
+            are the whole batch.
         learn_temperature: Make the temperature a parameter. It is stored as its logarithm, `log_temperature`, so no
             optimiser step can make it negative. Exclude it from weight decay.
 
@@ -82,9 +82,9 @@ class HardNegativeLoss(TemperatureLoss):
         E_i = \frac{\sum_j e^{(1 + \beta) s_{ij}/\tau}}{\frac{1}{n} \sum_j e^{\beta s_{ij}/\tau}}
 
     Robinson et al., "Contrastive Learning with Hard Negative Samples", 2021. The rows are [z_i; z_j], p(i) is the other
-    view of row i's sample, and the sums run over the n = 2N - 2 negatives. Gradients flow through the weights too. beta
-    = 0 gives `debiased`. The lower bound n exp(-1/tau) assumes cosine similarities, even with normalize=False. With N =
-    1 there are no negatives and the loss is 0.
+    view of row i's sample, and the sums run over the n = 2N - 2 negatives. Gradients flow through the weights too.
+    With beta = 0 the loss is `debiased`. The lower bound n exp(-1/tau) assumes cosine similarities, even with
+    normalize=False. With N = 1 there are no negatives and the loss is 0.
 
     Call it as `loss(z_i, z_j)`; `forward` describes the arguments. `hard_negative` is the same loss as a function.
 
@@ -101,9 +101,9 @@ class HardNegativeLoss(TemperatureLoss):
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; once DistributedDataParallel has averaged the gradients of the parameters, they equal
-            the gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's
-            samples are the whole batch.
+            equal on every rank. Once DistributedDataParallel has averaged the parameters' gradients, these equal the
+            gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's samples
+            are the whole batch.
         learn_temperature: Make the temperature a parameter. It is stored as its logarithm, `log_temperature`, so no
             optimiser step can make it negative. Exclude it from weight decay.
 

@@ -22,17 +22,18 @@ class InfoNCELoss(TemperatureLoss):
     van den Oord et al., "Representation Learning with Contrastive Predictive Coding", 2018. s_n is the similarity of
     query n to its own key. Queries pick keys, but keys do not pick queries; `clip` has both directions.
 
-    With positives="same_id" and form "out" the positives are part of the denominator, so near convergence the gradient
-    is only as accurate as a logit, with an error of eps / tau. The form "in" keeps the gradient's relative accuracy,
-    and equals "out" where every row has one positive.
+    With positives="same_id" and form "out", the positives are part of the denominator. Near convergence the gradient
+    then has the absolute accuracy of a logit, an error of about eps / tau with the machine epsilon eps. The gradient of
+    form "in" keeps its relative accuracy. If every row has one positive, both forms give the same loss.
 
-    A negative stays in the sum if its similarity is NaN or, up to rounding, equals the limit set by `margin`,
-    `relative_margin` or `ceiling`. No gradient flows through the choice of negatives. Limits apply to explicit
-    negatives too.
+    The options `margin`, `relative_margin` and `ceiling` leave a negative out only if its similarity exceeds the limit
+    by more than rounding. A negative whose similarity is NaN stays in. No gradient flows through the choice of
+    negatives. Limits apply to explicit negatives too.
 
     The hardness options follow Lan et al., "LLaVE: Large Language and Vision Embedding Models with Hardness-Weighted
     Contrastive Learning", 2025, as in sentence-transformers. Where queries share the explicit negatives,
-    sentence-transformers hardens only the negatives that belong to the query; here all of them get harder.
+    sentence-transformers applies the hardness only to the negatives that belong to the query. Here it applies to all of
+    them.
 
     Call it as `loss(query, key, negatives=None, ids=None)`; `forward` describes the arguments. `info_nce` is the same
     loss as a function.
@@ -69,10 +70,10 @@ class InfoNCELoss(TemperatureLoss):
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; once DistributedDataParallel has averaged the gradients of the parameters, they equal
-            the gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's
-            samples are the whole batch. Explicit negatives (K, D) are shared by all ranks too; each rank passes any
-            number of them.
+            equal on every rank. Once DistributedDataParallel has averaged the parameters' gradients, these equal the
+            gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's samples
+            are the whole batch. Explicit negatives (K, D) are shared by all ranks too; each rank passes any number of
+            them.
         learn_temperature: Make the temperature a parameter. It is stored as its logarithm, `log_temperature`, so no
             optimiser step can make it negative. Exclude it from weight decay.
 

@@ -21,8 +21,9 @@ class NTXentLoss(TemperatureLoss):
     are [z_i; z_j], and p(i) is the other view of row i's sample. The positive stays in the denominator. With N = 1
     there are no negatives and the loss is 0.
 
-    A negative stays in the sum if its similarity is NaN or, up to rounding, equals the limit set by `margin`,
-    `relative_margin` or `ceiling`. No gradient flows through the choice of negatives.
+    The options `margin`, `relative_margin` and `ceiling` leave a negative out only if its similarity exceeds the limit
+    by more than rounding. A negative whose similarity is NaN stays in. No gradient flows through the choice of
+    negatives.
 
     Call it as `loss(z_i, z_j, ids=None)`; `forward` describes the arguments. `nt_xent` is the same loss as a function.
 
@@ -47,9 +48,9 @@ class NTXentLoss(TemperatureLoss):
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; once DistributedDataParallel has averaged the gradients of the parameters, they equal
-            the gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's
-            samples are the whole batch.
+            equal on every rank. Once DistributedDataParallel has averaged the parameters' gradients, these equal the
+            gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's samples
+            are the whole batch.
         learn_temperature: Make the temperature a parameter. It is stored as its logarithm, `log_temperature`, so no
             optimiser step can make it negative. Exclude it from weight decay.
 

@@ -25,9 +25,10 @@ _NO_GROUP = _NO_ID + 1  # the id of queries without ids: matches no stored row
 class NegativeQueue(nn.Module):
     """A queue of the last `size` rows that were pushed, first in, first out.
 
-    Its `state_dict` holds the rows, their ids, the pointer and the fill (the number of rows held), and a restored queue
-    continues as the saved one would have. A restore loads the whole state or nothing. If a key is missing, or the state
-    does not fit the queue or contradicts itself, the queue stays as it was, and `load_state_dict` reports why.
+    Its `state_dict` holds the rows, their ids, the pointer (the index at which the next row is written) and the fill
+    (the number of rows held). A restored queue continues as the saved one would have. A restore loads the whole state
+    or nothing. If a key is missing, or the state does not fit the queue or contradicts itself, the queue stays as it
+    was, and `load_state_dict` reports why.
 
     The buffers follow `.to(device)` and `.half()`. The pointer and the fill stay in host memory, so nothing waits for
     the device. Moving the queue to the meta device empties it, and so does `to_empty()` from there.
@@ -66,8 +67,8 @@ class NegativeQueue(nn.Module):
         self._ids: Tensor
         self.register_buffer("_rows", torch.zeros(size, dim, dtype=dtype))
         self.register_buffer("_ids", torch.full((size,), _NO_ID))
-        # The index of the next row, and the number of rows held. This is a tensor because torch.compile recompiles for
-        # each value of a Python number, and not a buffer because it stays in host memory.
+        # The index of the next row, and the number of rows held. This is a tensor, because torch.compile recompiles for
+        # each value of a Python number. It is not a buffer, because it stays in host memory.
         self._cursor = torch.zeros(2, dtype=torch.int64, device="cpu")
 
     def __len__(self) -> int:
@@ -95,7 +96,7 @@ class NegativeQueue(nn.Module):
 
     @torch.no_grad()
     def push(self, z: Tensor, ids: Tensor | None = None) -> None:
-        """Push rows into the queue. If there are more than `size`, only the last `size` of them are kept.
+        """Push rows into the queue. If there are more than `size` rows, only the last `size` of them are stored.
 
         The values are not checked: a row with a NaN makes losses NaN for as long as it is in the queue.
 
@@ -107,10 +108,12 @@ class NegativeQueue(nn.Module):
             TypeError: an argument has the wrong type or dtype.
             ValueError: a shape does not fit, `ids` is not on the device of `z`, or `z` is on the meta device and the
                 queue is not.
-            RuntimeError: torch.jit.trace is tracing, which would replay the first push.
+            RuntimeError: torch.jit.trace is tracing. A trace would replay the first push.
         """
         if tracing():
-            raise RuntimeError("NegativeQueue takes no rows under torch.jit.trace, which would replay the first push")
+            raise RuntimeError(
+                "NegativeQueue.push must not be called under torch.jit.trace, which would replay the first push"
+            )
         check_rows("z", z)
         check_features("z", z, "the queue's rows", self._rows)
         if z.is_meta and not self._rows.is_meta:
@@ -198,9 +201,7 @@ class NegativeQueue(nn.Module):
             if value.is_floating_point() != own.is_floating_point() or value.dtype == torch.bool:
                 raise TypeError(f"{key} must have a dtype like {own.dtype}, got {value.dtype}")
             if value.is_meta or (own.is_meta and not assign):
-                raise ValueError(
-                    f"{key} must have data, and so must the queue unless assign=True, got one on the meta device"
-                )
+                raise ValueError(f"{key}, and the queue unless assign=True, must have data, got one on the meta device")
         filled = int(self._checked_cursor(cursor_key, cursor)[1])
         held = rows[:filled] if assign else rows[:filled].to(self._rows.dtype)
         if not held.to(accumulation_dtype(held.dtype)).isfinite().all():
@@ -255,7 +256,7 @@ class QueueInfoNCELoss(TemperatureLoss):
     He et al., "Momentum Contrast for Unsupervised Visual Representation Learning", 2020, where the negatives come from
     the queue alone (`in_batch_negatives=False`). s_n is the similarity of query n to its own key.
 
-    In training mode each call pushes its keys once the loss is formed; in evaluation mode the queue does not change.
+    In training mode each call computes the loss and then pushes its keys; in evaluation mode the queue does not change.
 
     On the same device with the same number of threads, the same input gives the same bits. Extra memory is O((N + size)
     D); the reference backend takes O(N (N + size)).
@@ -277,9 +278,9 @@ class QueueInfoNCELoss(TemperatureLoss):
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; once DistributedDataParallel has averaged the gradients of the parameters, they equal
-            the gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's
-            samples are the whole batch. Every rank's queue takes the keys of all ranks, so all queues stay equal.
+            equal on every rank. Once DistributedDataParallel has averaged the parameters' gradients, these equal the
+            gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's samples
+            are the whole batch. Every rank's queue stores the keys of all ranks, so all queues stay equal.
         learn_temperature: Make the temperature a parameter. It is stored as its logarithm, `log_temperature`, so no
             optimiser step can make it negative. Exclude it from weight decay.
 
@@ -320,7 +321,7 @@ class QueueInfoNCELoss(TemperatureLoss):
             key: (N, D) embeddings of the keys, with the shape, dtype and device of `query`. Row n is the positive of
                 row n of `query`.
             ids: (N,) integers, the group of each sample. Keys of a query's group, in the queue and in the batch, are
-                not its negatives. None: every other key is a negative.
+                not negatives of the query. None: every other key is a negative.
 
         Returns:
             A 0-d tensor, or (N,) for "none"; float64 for float64 embeddings, else float32.

@@ -77,9 +77,9 @@ class SigLIPLoss(_Biased, TemperatureLoss):
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; once DistributedDataParallel has averaged the gradients of the parameters, they equal
-            the gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's
-            samples are the whole batch.
+            equal on every rank. Once DistributedDataParallel has averaged the parameters' gradients, these equal the
+            gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's samples
+            are the whole batch.
         learn_temperature: Make the temperature a parameter. It is stored as its logarithm, `log_temperature`, so no
             optimiser step can make it negative. Exclude it from weight decay.
 
@@ -131,9 +131,9 @@ class NTLogisticLoss(_Biased, TemperatureLoss):
     .. math::
         \ell_i = \log(1 + e^{-s_{ip(i)}/\tau - b}) + \sum_{j : id_j \ne id_i} \log(1 + e^{s_{ij}/\tau + b})
 
-    Table 2 of Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", 2020, with all
-    negatives, and with a bias, which the paper does not have. The rows are [z_i; z_j], and p(i) is the other view of
-    row i's sample.
+    See Table 2 of Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", 2020. Here the
+    sum is over all negatives, and logits have a bias, which the paper does not have. The rows are [z_i; z_j], and p(i)
+    is the other view of row i's sample.
 
     Call it as `loss(z_i, z_j, ids=None)`; `forward` describes the arguments. `nt_logistic` is the same loss as a
     function.
@@ -152,9 +152,9 @@ class NTLogisticLoss(_Biased, TemperatureLoss):
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; once DistributedDataParallel has averaged the gradients of the parameters, they equal
-            the gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's
-            samples are the whole batch.
+            equal on every rank. Once DistributedDataParallel has averaged the parameters' gradients, these equal the
+            gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's samples
+            are the whole batch.
         learn_temperature: Make the temperature a parameter. It is stored as its logarithm, `log_temperature`, so no
             optimiser step can make it negative. Exclude it from weight decay.
 

@@ -26,16 +26,16 @@ class SupConLoss(TemperatureLoss):
     "pairs" has one NT-Xent term for each positive, without the other positives in its denominator, as in
     pytorch-metric-learning's `NTXentLoss`.
 
-    With `pair_weights` W every other row is a positive, weighted by its class and row i's class; y are the labels:
+    With `pair_weights` W, every other row j is a positive of row i, with the weight W[y_i, y_j]; y are the labels:
 
     .. math::
         L^{W}_i = \log \sum_{all} e^{s_{ij}/\tau}
             - \frac{\sum_{j \ne i} W_{y_i y_j} s_{ij}/\tau}{\sum_{j \ne i} W_{y_i y_j}}
 
-    A row without a positive has loss 0 in "none" and "sum" and is left out of "mean", which is 0 if no row has a
-    positive. Such a row is still a negative of the other rows. With `pair_weights`, a row has no positive if all other
-    rows have weight 0 for it. The identity matrix as W gives the same loss as no weights. A ceiling removes negatives
-    only.
+    A row without a positive has loss 0 in "none" and "sum", and "mean" leaves it out. If no row has a positive, "mean"
+    is 0. A row without a positive is still a negative of the other rows. With `pair_weights`, a row has no positive if
+    all other rows have weight 0 for it. The identity matrix as W gives the same loss as no weights. A ceiling removes
+    negatives only.
 
     The module holds `pair_weights` as a buffer.
 
@@ -58,9 +58,9 @@ class SupConLoss(TemperatureLoss):
         group: The ranks that hold the batch: "world" (the default process group, looked up at each call), a process
             group, a one-dimensional DeviceMesh, or a `Sharding`, which adds options. Each rank passes its own samples,
             any number of them, even none. Negatives come from all ranks. "mean" and "sum" cover the whole batch and are
-            equal on every rank; once DistributedDataParallel has averaged the gradients of the parameters, they equal
-            the gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's
-            samples are the whole batch. Positives come from all ranks too.
+            equal on every rank. Once DistributedDataParallel has averaged the parameters' gradients, these equal the
+            gradients of one process with the whole batch. "none" returns this rank's losses. None: this rank's samples
+            are the whole batch. Positives come from all ranks too.
         learn_temperature: Make the temperature a parameter. It is stored as its logarithm, `log_temperature`, so no
             optimiser step can make it negative. Exclude it from weight decay.
 
@@ -99,7 +99,8 @@ class SupConLoss(TemperatureLoss):
         Args:
             z: (M, D) embeddings of all views of all samples, in any order, float16, bfloat16, float32 or float64.
             labels: (M,) integers, the class of each row; or (M, C), bool or integer, nonzero where row i has label c.
-                With several labels per row a pair counts once for each label it shares, and the form must be "out".
+                With several labels per row, a pair of rows counts once for each label that both rows have, and the form
+                must be "out".
 
         Returns:
             A 0-d tensor, or (M,) for "none"; float64 for float64 embeddings, else float32.

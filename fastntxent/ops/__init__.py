@@ -1,4 +1,4 @@
-"""Functions over the registered operators `torch.ops.fastntxent.*`.
+"""Functions that call the registered operators `torch.ops.fastntxent.*`.
 
     neg_lse          (u, ids, inv_tau)               -> nu, for any ids
     neg_lse_sum      (u, ids, inv_tau, weights)      -> weighted sum of nu, d_u, d_inv_tau
@@ -23,12 +23,12 @@
     nearest          (queries, corpus, k)            -> each query's k largest cosine similarities, and their indices
     copy_now         (x)                             -> a copy of a buffer that may change before the backward
 
-Each of these has a `_backward` operator, except `sup_con_scalar` (which shares `neg_lse_sum_backward`), the `_value`s,
-`positive_ranks`, `nearest` and `copy_now`. The scalar path computes the loss and its gradient for an upstream gradient
-of 1 in one call, and its backward only multiplies by the actual upstream gradient. In one process, the public layer
-takes a loss's scalar path, if there is one, when a gradient is needed and the loss is reduced to a single number.
-`neg_lse_sum` is the scalar path of any loss that is linear in nu. The weighted path returns nu and pi of every row, and
-its backward takes any upstream gradients for them.
+Each of these has a `_backward` operator, except `sup_con_scalar` (which shares `neg_lse_sum_backward`), the operators
+whose names end in `_value`, `positive_ranks`, `nearest` and `copy_now`. The scalar path computes the loss and its
+gradient for an upstream gradient of 1 in one call, and its backward only multiplies by the actual upstream gradient.
+If a loss has a scalar path, the public layer uses it in a single process whenever a gradient is needed and the loss is
+reduced to a single number. `neg_lse_sum` is the scalar path of any loss that is linear in nu. The weighted path returns
+nu and pi of every row, and its backward takes any upstream gradients for them.
 """
 
 from ..algebra import autocast_off

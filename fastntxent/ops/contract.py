@@ -146,9 +146,9 @@ _CALLS = {
 
 
 def checked(call: str, *values: Tensor | float) -> tuple[Any, ...]:
-    """Return the arguments of a call in the form that kernels take. Raise an error that names an invalid argument."""
+    """Return the arguments of a call in the form that kernels take. If one is invalid, raise an error that names it."""
     found: list[Any] = []
-    # Everything that the checks of kinds and sizes depend on. A set look-up is faster than repeating these checks.
+    # `known` has everything that the checks of kinds and sizes depend on. A set look-up is faster than these checks.
     known: list[Hashable] = [call]
     for x in values:
         if isinstance(x, Tensor):
@@ -181,7 +181,7 @@ def taken_by(call: str, arguments: Sequence[Any]) -> Sequence[Any]:
 
 
 def check_kinds(call: str, values: Sequence[Tensor | float]) -> None:
-    """Check layouts, dtypes, numbers of dimensions and devices. These are known even for tensors without data."""
+    """Check layouts, dtypes, numbers of dimensions and devices, which even tensors without data have."""
     arguments, order, *_ = _CALLS[call]
     rows, rows_name = rows_of(call, values), arguments[order[0]].name
     for index in order:
@@ -211,7 +211,7 @@ def rows_of(call: str, values: Sequence[Any]) -> Tensor:
 def _inverse_temperature(inv_tau: Tensor | float, dtype: torch.dtype) -> float:
     """Return 1/tau rounded to `dtype`, so that every kernel uses the same number.
 
-    The range check is repeated here: under torch.compile the public layer has no value to check.
+    The range is checked here again, because under torch.compile the public layer has no value to check.
     """
     value = _rounded(inv_tau.item() if isinstance(inv_tau, Tensor) else inv_tau, dtype)
     check_positive("1 / temperature", value)

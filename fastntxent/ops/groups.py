@@ -27,9 +27,9 @@ def sums_and_counts(u: Tensor, ids: Tensor, in_order: Tensor | None = None) -> t
 
     in_order: a sorted copy of `ids`.
 
-    A group's sum is stored at the position where the group begins in sorted order, so the host need not ask the device
-    for the number of groups. Sums have a fixed order on every device, in the backward too. To ensure this, the CPU uses
-    `index_add`, and an accelerator uses `index_put`, which sorts the indices first.
+    A group's sum is stored at the position where the group begins in sorted order, so the host need not read the number
+    of groups from the device. Sums have a fixed order on every device, in the backward too. To ensure this, the CPU
+    uses `index_add`, and an accelerator uses `index_put`, which sorts the indices first.
     """
     ids = ids.contiguous()
     place, counts = _found(ids.sort().values if in_order is None else in_order, ids)
@@ -37,7 +37,7 @@ def sums_and_counts(u: Tensor, ids: Tensor, in_order: Tensor | None = None) -> t
 
 
 def _found(in_order: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the first position of each id in `wanted` among the sorted ids, and how often it occurs there."""
+    """Return, for each id in `wanted`, its first position among the sorted ids, and how often it occurs there."""
     place = torch.searchsorted(in_order, wanted)
     return place, torch.searchsorted(in_order, wanted, right=True) - place
 

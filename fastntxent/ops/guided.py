@@ -8,15 +8,15 @@ row's limit.
 
 guided_neg_lse    (u, v, g_u, g_v, u_ids, v_ids, inv_tau, limits) -> nu (M,), -inf if no column is left
 
-k is inv_tau. The model in training is called the student. For each tile, the student's logits and the guide's
-similarities are formed together, and the mask is dropped with the tile. No gradient flows through the mask. For
-upstream gradients w_i, and P_ij = exp(k s_ij - nu_i) if the pair counts, else 0,
+k is inv_tau. The model in training is called the student. The student's logits and the guide's similarities are
+computed tile by tile, and only one tile of the mask exists at a time. No gradient flows through the mask. For upstream
+gradients w_i, and P_ij = exp(k s_ij - nu_i) if the pair counts, else 0,
 
     d/du_i = k w_i sum_j P_ij v_j      d/dv_j = k sum_i w_i P_ij u_i      d/dk = sum_ij w_i P_ij s_ij
 
 A product costs 2 M K D flops for the student and 2 M K E for the guide, which has E features. The forward takes one
-product of each; the backward takes three of the student's (two if only one side needs a gradient) and one of the
-guide's. A comparison with NaN is false, so the guide does not exclude a pair whose g_ij is NaN.
+product of each. The backward takes three products of the student (two if only one side needs a gradient) and one of the
+guide. A comparison with NaN is false, so the guide does not exclude a pair whose g_ij is NaN.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Losses against a buffer of rows from past batches, in a form that torch.compile handles well.
 
-While such a buffer fills up, its filled slice has a new shape in every batch, for which torch.compile would recompile.
-`held_neg_lse` and `held_loss` take the whole buffer and slice it inside the operator, so one graph serves every fill
-level. The buffer may also change before the backward; `copy_now` protects against that.
+While such a buffer fills up, its filled slice has a new shape in every batch, and torch.compile would recompile each
+time. `held_neg_lse` and `held_loss` take the whole buffer and slice it inside the operator, so one graph is enough for
+every fill level. The buffer may also change before the backward; `copy_now` protects against that.
 """
 
 from __future__ import annotations

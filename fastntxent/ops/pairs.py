@@ -5,8 +5,8 @@
 
 These are operators so that a compiled, exported or traced graph does not depend on the number of pairs. A list of P
 pairs costs 2 P D flops forward and 4 P D backward, and the rows of its pairs are gathered one piece at a time. A B x C
-mask costs 2 B C D flops forward and as many backward. A mask whose dtype differs from the dtype of x is converted one
-piece at a time; a mask with the dtype of x is copied. Sums have a fixed order on every device.
+mask costs 2 B C D flops forward and 2 B C D backward, and is converted to the dtype of x one piece at a time. Sums have
+a fixed order on every device.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ def pair_dots(u: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
 def mask_product(mask: Tensor, x: Tensor) -> Tensor:
     """Return mask @ x for a mask (B, C), bool or of any real dtype, whose diagonal counts as zero.
 
-    Subtracting the diagonal afterwards would lose small entries of a row to rounding. Differentiable in x, and in a
-    mask that has the dtype of x.
+    Subtracting the diagonal afterwards would lose small entries of a row to rounding. Differentiable in x and in the
+    mask. A mask that requires a gradient is copied, which takes O(B C) memory.
     """
-    if mask.dtype != x.dtype:
+    if not mask.requires_grad:
         return _mask_product(mask, x)
+    mask = mask.to(x.dtype)
     return product(mask.diagonal_scatter(torch.zeros_like(mask.diagonal())), x)
 
 

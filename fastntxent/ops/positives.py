@@ -12,9 +12,9 @@ of columns, which is processed tile by tile. The backward goes through the tiles
     s_ij = u_i . v_j                D_ij = d loss / d (k s_ij)
     d_u_i = k sum_j D_ij v_j        d_v_j = k sum_i D_ij u_i        d_k = sum_ij D_ij s_ij
 
-With n_c rows in group c, the work is sum_c n_c^2 D, plus about a block's height of extra columns per row. The sorted
-rows and about two tiles are in memory. The order of every sum is fixed. After sorting, the host reads the ends of all
-runs at once.
+With n_c rows in group c, the work is sum_c n_c^2 D, plus about one block's height of extra columns per row. Memory is
+the sorted rows and about two tiles. The order of every sum is fixed. After sorting, the host reads the starts and ends
+of all runs from the device at once.
 """
 
 from __future__ import annotations
@@ -68,8 +68,7 @@ class PositiveTiles:
 
     If everything fits into one tile, nothing is sorted and the tile is kept for the backward.
 
-    `own`: row i and column own + i, if that column exists, are the same row and not a positive pair. None: no row is
-    also a column.
+    own: column own + i, if it exists, is row i itself, and not a positive of row i. None: no row is also a column.
     """
 
     def __init__(self, u: Tensor, v: Tensor, u_ids: Tensor, v_ids: Tensor, inv_tau: float | Tensor, own: int | None):

@@ -8,13 +8,13 @@ float32, or in float64 for float64 embeddings.
 Second derivatives: the kernels have none. Every `_backward` operator has a backward that raises, so that asking for a
 second derivative is an error rather than a silent zero.
 
-Temperature: an operator that takes one has two overloads with the same implementation. `Tensor inv_tau` may require a
-gradient or live on an accelerator. `float inv_tau` (the overload "float") needs no tensor, and compiled graphs hold it
-as a constant.
+Temperature: an operator that takes a temperature has two overloads with the same implementation. `Tensor inv_tau` may
+require a gradient or be on an accelerator. `float inv_tau` (the overload "float") needs no tensor, and is a constant in
+compiled graphs.
 
 Fast path: the dispatch of an operator registered from Python takes longer than the loss of a small batch itself (70 of
-110 microseconds at N = 16, several times that with cold caches). If no compiler, mode or transform is active, plain
-tensors go to the same function through a plain autograd.Function.
+110 microseconds at N = 16, several times that with cold caches). If no compiler, mode or transform is active and all
+tensors are plain, a call skips the dispatcher: a plain autograd.Function calls the same forward and backward.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def call_kernel(backend: str, method: str, rows: Tensor, *arguments: Any) -> Any
     """Call a method of the backend that serves these rows, with autocast off. The arguments are already checked."""
     two_views = _holds_two_views(method, arguments)
     kernel = getattr(kernels_for(backend, rows, two_views), method, None)
-    if kernel is None:  # not every backend has kernels for limits, but plain PyTorch runs everywhere
+    if kernel is None:  # not every backend has kernels for limits; `blocked`, in plain PyTorch, runs on every device
         kernel = getattr(kernels_for("blocked", rows), method)
     with autocast_off(rows):
         return kernel(*arguments)
@@ -71,7 +71,7 @@ def kernels_for(backend: str, rows: Tensor, two_views: bool = False) -> KernelBa
     """Return the named backend for these rows, or the one that "auto" selects."""
     kernels = select_for(backend, rows, two_views)
     if not isinstance(kernels, KernelBackend):
-        raise RuntimeError(f"backend {backend!r} has no kernels: call it through fastntxent's functions")
+        raise RuntimeError(f"backend {backend!r} has no kernels: call fastntxent's public functions instead")
     return kernels
 
 
@@ -109,8 +109,8 @@ def save_gradients(ctx: Any, gradients: Sequence[Tensor], *inputs: Tensor | floa
 def watched_by_autograd(result: Tensor, x: Tensor) -> bool:
     """Return whether autograd itself is known to detect an in-place change of x before the backward of `result`.
 
-    Autograd detects the change if x itself was saved for that backward, and not replaced by a saved-tensor hook, as in
-    activation checkpointing.
+    Autograd detects the change if x itself was saved for that backward. It does not if a saved-tensor hook replaced x,
+    as activation checkpointing does.
     """
     return id(x) in getattr(result.grad_fn, "watched", ())
 
@@ -235,7 +235,7 @@ def uncompiled(function: _Function) -> _Function:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        # Only while compiling: the disabled function imports torch._dynamo, which takes seconds.
+        # `left_out` is called only while compiling, because it imports torch._dynamo, which takes seconds.
         return (left_out if torch.compiler.is_compiling() else function)(*args, **kwargs)
 
     return cast(_Function, call)

@@ -66,7 +66,7 @@ def register_scalar_path(
         # Use the registered operator only if this backward may be differentiated; otherwise scale the gradients here.
         if torch.is_grad_enabled():
             return *backward(d_loss, *saved(ctx)), *of_options
-        needed, kept = ctx.needs_input_grad, ctx.saved_tensors  # activation checkpointing allows a single read
+        needed, kept = ctx.needs_input_grad, ctx.saved_tensors  # activation checkpointing allows only one read
         (d_z_i, d_z_j, *d_numbers), (z_i, z_j) = kept[:taken], kept[taken : taken + 2]
         return (
             scaled(d_loss, d_z_i, z_i) if needed[0] else None,

@@ -54,7 +54,7 @@ def _merge_columns(
     for rows, scores, indices in zip(*(x.split(height) for x in (queries, found, found_indices)), strict=True):
         u = unit_rows(rows)
         sims = torch.mm(u, v.T, out=buffer[: len(u) * len(v)].view(len(u), len(v)))
-        # Every comparison with NaN is false; rank NaN last.
+        # NaN becomes -inf, so that it is ranked last. (Every comparison with NaN is false.)
         best, columns = _largest(sims.nan_to_num_(nan=-torch.inf), min(k, len(v)))
         if first:
             # The sort is stable and earlier columns come first, so equal scores stay in the order of their indices.

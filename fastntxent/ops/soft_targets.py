@@ -7,16 +7,18 @@ soft_dots       (u, v, t_u, t_v, u_ids, v_ids, inv_tau, rows_lse, cols_lse) -> r
 soft_dots_sum   the same                                                   -> the total of both, d_u, d_v
 
 t, k (inv_tau) and lse belong to the teacher. A teacher may also be a function that returns similarities. Such a teacher
-has no t and fits no operator schema, so plain autograd functions handle it, which run eagerly under torch.compile. The
-results are linear in the student's similarities. For upstream gradients a_i of the rows and c_j of the columns,
+has no t, and no operator schema can take a function. So plain autograd functions handle it; they run eagerly under
+torch.compile. The results are linear in the student's similarities. For upstream gradients a_i of the rows and c_j of
+the columns,
 
     G_ij = a_i p_ij + c_j q_ij      d/du_i = sum_j G_ij v_j      d/dv_j = sum_i G_ij u_i
 
 For `soft_dots_sum` a and c are 1, and the value follows from the gradient as sum_i u_i . d/du_i (or as the same sum for
-v), so no tile of the student's similarities is needed. The teacher gets no gradient. A product costs 2 M K D flops for
-the student and, with E features, 2 M K E for the teacher. `soft_dots` takes one product of each. If both sides need a
-gradient, its backward takes two of the student's and one of the teacher's; `soft_dots_sum` takes two of the student's
-and one of the teacher's in all.
+v), so no tile of the student's similarities is needed. The teacher gets no gradient.
+
+A product costs 2 M K D flops for the student and, with E features, 2 M K E for the teacher. The forward of `soft_dots`
+takes one product of each. If both sides need a gradient, its backward takes two products of the student and one of the
+teacher, and `soft_dots_sum` takes no more than that for value and gradient together.
 """
 
 from __future__ import annotations
@@ -138,7 +140,10 @@ class SoftTargets:
 
 
 def soft_targets(call: str, *given: Any) -> tuple[SoftTargets, tuple[Any, ...]]:
-    """Check a call's tensors. Return the tiles, and the upstream gradients: the tensors before u, none in a forward."""
+    """Check a call's tensors. Return the tiles and the upstream gradients.
+
+    The upstream gradients are the tensors that come before u. A forward has none.
+    """
     *weights, u, v, t_u, t_v, u_ids, v_ids, inv_tau, rows_lse, cols_lse = checked(call, *given)
     teacher = Teacher(t_u, t_v, inv_tau, rows_lse, cols_lse)
     return SoftTargets(Side(u, u_ids), Side(v, v_ids), teacher), tuple(weights)

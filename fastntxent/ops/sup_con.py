@@ -10,11 +10,11 @@ without positives):
     ratio  the same as "in" without log c_i
     pairs  sum v_i / c_i sum_{p in P(i)} log(1 + e^{nu_i - l_ip})
 
-The gradient is computed directly, without an autograd graph. A backend with a `sup_con_scalar` computes everything in
-one call. Otherwise, if the host can see that every id occurs exactly twice, the rows are two views and one call of
-NT-Xent computes the loss. In all other cases, the backend's kernels compute the log-sum-exps over other rows ("out") or
-over rows of other ids. For "out", groups.py sums the positives; for the other forms, positives.py computes the sums
-over positives, and sorts the rows only once for value and gradient.
+The gradient is computed directly, without an autograd graph. A backend that has a method `sup_con_scalar` computes
+everything in one call. Otherwise, if the host can see that every id occurs exactly twice, the rows are two views and
+one call of NT-Xent computes the loss. In all other cases, the backend's kernels compute the log-sum-exps over other
+rows ("out") or over rows of other ids. For "out", groups.py sums the positives. For the other forms, positives.py
+computes the sums over positives, and sorts the rows only once for value and gradient.
 """
 
 from __future__ import annotations

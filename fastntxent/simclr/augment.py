@@ -3,13 +3,13 @@
 All geometric changes (crop, flip, rotation, shear, shift, elastic bend) together cost one small matrix product and one
 `grid_sample`, because the sampling grid is linear in a few coefficients per image. All colour changes (brightness,
 contrast, saturation, hue, grey) are one 3 x 3 matrix and one offset per image. All random numbers of a call come from a
-single draw of a CPU generator, so the views depend only on the batch, the preset and the generator's state, and are the
-same on every device, up to rounding.
+single draw of a CPU generator. The views therefore depend only on the batch, the preset and the generator's state, and
+are the same on every device up to rounding.
 
 Why not kornia 0.9.0? With the same changes on two CPU threads, the median times are:
     512 grey images of 28 x 28, `digits`: 6 ms; kornia 25 ms (4 times), or 6 ms without its elastic bend;
     128 colour images of 32 x 32, `photos`: 4 ms; kornia 14 ms (3.4 times).
-It would also be one more dependency, and its random numbers cannot come from the caller's generator.
+Kornia would also be one more dependency, and its random numbers cannot come from the caller's generator.
 """
 
 import math
@@ -30,11 +30,11 @@ _LUMA = (0.299, 0.587, 0.114)
 class Preset:
     """The random changes that make a view. With the default of every field, a view is the image itself.
 
-    Geometry: a view shows a crop. Its area, as a fraction of the image's area, is drawn from the range `area` (values
-    above 1 zoom out). `aspect` is the largest factor between the crop's ratio of width to height and the image's, and
-    `rotate` is the largest angle in degrees. `shear`, `shift` and `elastic` (the displacement of a lattice point) are
-    maxima, in units of half the image's width or height. `flip` is the probability of a horizontal flip. `padding` is
-    the padding mode of `grid_sample` outside the image.
+    Geometry: a view shows a crop. The crop's area, as a fraction of the image's area, is drawn from the range `area`
+    (values above 1 zoom out). `aspect` is the largest factor by which the crop's ratio of width to height may differ
+    from the image's. `rotate` is the largest angle in degrees. `shear`, `shift` and `elastic` (the displacement of a
+    lattice point) are maxima, in units of half the image's width or height. `flip` is the probability of a horizontal
+    flip. `padding` is the padding mode of `grid_sample` outside the image.
 
     Colour: `brightness`, `contrast` and `saturation` are the largest relative changes, and `hue` is the largest turn of
     the colour wheel as a fraction of a full turn. All four are applied together, with probability `jitter`. `gray`,
@@ -61,13 +61,13 @@ class Preset:
 
 PRESETS: dict[str, Preset] = {
     "none": Preset(),
-    # Handwriting: changes that keep a digit the same digit. There is no flip, and rotations stay far from the half
-    # turn that makes a 6 a 9.
+    # Handwriting: changes that keep a digit the same digit. There is no flip, and rotations stay far below 180
+    # degrees, which would turn a 6 into a 9.
     "digits": Preset(
         area=(0.6, 1.6), aspect=1.3, rotate=20, shear=0.3, shift=0.1, elastic=0.2, brightness=0.3, contrast=0.3,
         blur=0.3,
     ),
-    # Clothing and other grey, centred objects: mirroring keeps the class, turning upside down may not.
+    # Clothing and other grey, centred objects: a mirrored object keeps its class, but one turned upside down may not.
     "objects": Preset(
         area=(0.3, 1.0), aspect=4 / 3, rotate=10, flip=0.5, brightness=0.4, contrast=0.4, blur=0.3,
         padding="border",
@@ -94,8 +94,8 @@ def two_views(
         images: (N, C, H, W) uint8.
         preset: the random changes.
         generator: a CPU generator, advanced by one draw.
-        rows, batch: for images that are a part of a larger batch, their indices (N,) in that batch, and the batch's
-            size. Each image then gets the same views as if the whole batch had been passed.
+        rows, batch: if the images are part of a larger batch, their indices (N,) in that batch, and the batch's size.
+            Each image then gets the views that it would get in a call with the whole batch.
 
     Returns:
         Two (N, C, H, W) float32 tensors in [0, 1] on the device of `images`.
@@ -158,7 +158,7 @@ class _Draws:
 
 @lru_cache(maxsize=8)
 def _basis(height: int, width: int, device: torch.device) -> Tensor:
-    """Return x, y, 1 and the interpolation weight of each lattice point at every pixel, (3 + GRID^2, H W)."""
+    """Return, for every pixel, x, y, 1 and the interpolation weight of each lattice point: (3 + GRID^2, H W)."""
     y = (torch.arange(height) * 2 + 1) / height - 1
     x = (torch.arange(width) * 2 + 1) / width - 1
     affine = torch.stack((x.expand(height, width), y[:, None].expand(height, width), torch.ones(height, width)))
@@ -174,8 +174,8 @@ def _sampling_grid(preset: Preset, uniform: _Draws, lattice: Tensor, size: torch
     angle = uniform.around(0, math.radians(preset.rotate))
     shear = uniform.around(0, preset.shear)
     scale_x, scale_y = area * ratio, area / ratio
-    # Before rotation, shear, `shift` and bend, a crop lies anywhere inside the image, and a view that zooms out shows
-    # the whole image.
+    # Without rotation, shear, `shift` and bend, a crop lies at a random place inside the image, and a view that zooms
+    # out shows the whole image.
     shift_x = uniform.around(0, 1) * ((1 - scale_x).abs() + preset.shift)
     shift_y = uniform.around(0, 1) * ((1 - scale_y).abs() + preset.shift)
     mirror = 1 - 2 * uniform.happens(preset.flip).float()
@@ -218,7 +218,7 @@ def _hue_rotation(turn: Tensor, like: Tensor) -> Tensor:
 
 
 def _blur(x: Tensor, weight: Tensor) -> Tensor:
-    """Blend x with a binomial 5 x 5 blur by `weight`, so one fixed kernel serves every strength."""
+    """Blend x with a blurred copy of x by `weight`. Only the weight varies; the blur is always 5 x 5 and binomial."""
     taps = x.new_tensor([1, 4, 6, 4, 1]) / 16
     channels = x.shape[1]
     kernel = (taps[:, None] * taps).expand(channels, 1, 5, 5)

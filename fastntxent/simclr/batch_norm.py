@@ -38,8 +38,8 @@ def over_ranks(model: nn.Module, group: dist.ProcessGroup) -> nn.Module:
 
 
 def without_sync(model: nn.Module) -> None:
-    """Turn a model's SyncBatchNorms, which need a GPU, into ordinary batch norms, in place. `over_ranks` synchronises
-    ordinary batch norms on any device."""
+    """Turn a model's SyncBatchNorms into ordinary batch norms, in place. A SyncBatchNorm needs a GPU, but `over_ranks`
+    synchronises ordinary batch norms on any device."""
     for module in model.modules():
         if type(module) is nn.SyncBatchNorm:
             module.process_group = None  # a process group cannot be copied
@@ -113,7 +113,7 @@ def _batch_norm(
 
 
 def moments(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the count of values per channel of x (N, C, ...) on all ranks (0-d), and their mean and variance (C,)."""
+    """Return the count (0-d), mean (C,) and variance (C,) of a channel's values in x (N, C, ...), over all ranks."""
     x = x.to(accumulation_dtype(x.dtype))
     count = x.numel() // x.shape[1]
     mean = x.sum(_but_channels(x)) / max(count, 1)

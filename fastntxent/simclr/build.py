@@ -18,7 +18,11 @@ AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name: str, ranks: Ranks = ALONE) -> torch.device:
-    """Return the device that `--device` names; for cuda on several ranks, this rank's GPU. ValueError if unusable."""
+    """Return the device that `--device` names; for cuda on several ranks, this rank's GPU.
+
+    Raises:
+        ValueError: the device cannot be used.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if ranks.group and name.startswith("cuda"):

@@ -17,8 +17,9 @@ from .output import printable
 FILE_NAME = "checkpoint.pt"
 FORMAT = 2
 
-# torch.save writes a zip archive. Its comment, which torch.load ignores, holds the checksum of all bytes before it.
-# Zip's own checksums do not cover the directory and the padding, and torch.load does not verify them anyway.
+# torch.save writes a zip archive. The archive's comment, which torch.load ignores, holds the checksum of all bytes
+# before it. Zip's own checksums are not enough: they do not cover the directory and the padding, and torch.load does
+# not verify them.
 _MARK = b"fastntxent sha256 "
 _COMMENT_SIZE = len(_MARK) + 2 * hashlib.sha256().digest_size
 _NO_COMMENT = (0).to_bytes(2, "little")  # the last two bytes of an archive without a comment

@@ -19,7 +19,7 @@ PROGRAM = "python -m fastntxent.simclr"
 
 
 def _option(default: Any, group: str, text: str, *, same: bool = True, **argparse_options: Any) -> Any:
-    """Return a field with its command-line option. `same`: a resumed run must use the checkpoint's value."""
+    """Return a field with its command-line option. If `same`, a resumed run must use the checkpoint's value."""
     metadata = {"group": group, "help": text, "same": same, "argparse": argparse_options}
     return field(default=default, metadata=metadata)
 
@@ -94,8 +94,8 @@ class Config:
     )  # fmt: skip
 
     epochs: int = _option(
-        65, "training", "passes over the data; the learning-rate schedule depends on them, so a resumed run cannot "
-        "change the number", metavar="N",
+        65, "training", "passes over the data; a resumed run cannot change this number, because the learning-rate "
+        "schedule depends on it", metavar="N",
     )  # fmt: skip
     max_steps: int = _option(
         0, "training", "stop after this many steps, counted from the start of the run; the schedule does not change, "
@@ -149,7 +149,7 @@ class Config:
         metavar="K",
     )  # fmt: skip
     log_every: int = _option(
-        10, "output", "steps between measurements of alignment and uniformity", same=False, metavar="K"
+        10, "output", "steps between rows of the log: loss, alignment, uniformity, ...", same=False, metavar="K"
     )
     tensorboard: bool = _option(False, "output", "also log to TensorBoard, in --out", same=False)
     wandb: str = _option("", "output", "also log to this project of Weights & Biases", same=False, metavar="PROJECT")

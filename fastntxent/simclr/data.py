@@ -54,7 +54,7 @@ class TrainingData(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """Return a short string for the images, which is compared when a run is resumed."""
+        """Return a short string that identifies the images. A resumed run must have the same string."""
         ...
 
 
@@ -121,10 +121,10 @@ class ImageData:
             train: the dataset; every item is read at least once here.
             test: the dataset of the test part; None: hold out a fifth of each class of `train`.
             name: the name of the data.
-            class_names: the names that integer labels index, or that include every string label; None: `train.classes`
-                if integer labels index it, else the sorted labels.
-            in_memory: "yes" keeps the images in memory, "no" reads an item each time it is needed, "auto" is "yes" up
-                to 512 MiB.
+            class_names: the names of the classes. An integer label is an index into them; a string label is one of
+                them. None: `train.classes` if all labels are indices into it, else the sorted labels.
+            in_memory: "yes" keeps the images in memory, "no" reads an item each time it is needed, "auto" means "yes"
+                if the images take at most 512 MiB, else "no".
             workers: processes that read the items here, like `num_workers` of a DataLoader.
             skip_bad: leave out items that raise an exception when they are read.
 
@@ -197,8 +197,8 @@ def load_data(
             size of their images.
         download: let torchvision download missing files.
         skip_bad: leave out files of a folder that cannot be read as images, with a note.
-        in_memory: "yes" keeps a folder's images in memory, "no" decodes each image every time it is needed, "auto" is
-            "yes" up to 512 MiB. Other sources are always in memory.
+        in_memory: "yes" keeps a folder's images in memory, "no" decodes each image every time it is needed, "auto"
+            means "yes" if the images take at most 512 MiB, else "no". Other sources are always in memory.
         workers: threads that decode the files of a folder, 0 for none; None: one per core, at most 8.
         progress: show a progress bar on stderr while the files of a folder are decoded.
 

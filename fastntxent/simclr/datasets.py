@@ -55,7 +55,8 @@ def read_datasets(
             held_out = scan.images[mask]
             images: list[Images] = [_compact(scan.images, ~mask), held_out]
         else:
-            # The checksum covers the training images in order, which are known only now.
+            # The tally must cover only the training images. The first reading could not tell which these are, so they
+            # are read again.
             again = _scan(named["train"], "train", scan.places[~mask], shape, False, workers)
             told_bad(again.bad, count, one_line(name), False)
             images = [
@@ -71,7 +72,12 @@ def read_datasets(
 
 
 def _unwrap(dataset: Any, what: str) -> Labelled:
-    """Return a map-style dataset, or the dataset of a DataLoader."""
+    """Return the map-style dataset that was passed, or the dataset of a DataLoader that was passed.
+
+    Raises:
+        TypeError: there is no map-style dataset.
+        ValueError: the DataLoader has a custom sampler, or the dataset is empty.
+    """
     loader = dataset if isinstance(dataset, DataLoader) else None
     dataset = dataset if loader is None else loader.dataset
     if isinstance(dataset, IterableDataset):
@@ -107,7 +113,7 @@ def _first_image(dataset: Labelled) -> tuple[Shape, list[str]]:
 
 @dataclass
 class _Scan:
-    """The places, labels and images (or their tally) of the readable items, and the problems of the others."""
+    """The indices (`places`), labels and images (or their tally) of the readable items, and the unreadable items."""
 
     places: Tensor
     labels: list[int | str | None]

@@ -131,7 +131,7 @@ def encode_images(
 def _batches(
     found: Input, batch_size: int, bad: list[BadFile], skip_bad: bool, advance: Callable[[], object]
 ) -> Iterator[list[tuple[int, Tensor]]]:
-    """Yield batches of images with their places, and append bad images to `bad`."""
+    """Yield batches of images with their indices in the input, and append bad images to `bad`."""
     batch: list[tuple[int, Tensor]] = []
     for place, image in enumerate(found.read()):
         advance()

@@ -81,8 +81,8 @@ def find(model: str) -> None:
 def adopt(name: str, body: nn.Module, channels: int, size: Size, *, train: bool = True) -> int:
     """Return the number of features of a network, after checking that it can serve as an encoder.
 
-    The network is run on two images of zeros. This may draw from torch's global generator, and it initialises lazy
-    layers. SyncBatchNorms become ordinary batch norms; in training, every batch norm uses the rows of all ranks.
+    The network is run on two images of zeros. This run initialises lazy layers, and may draw from torch's global
+    generator. SyncBatchNorms become ordinary batch norms; in training, every batch norm uses the rows of all ranks.
 
     Args:
         name: the network's name in messages.

@@ -5,7 +5,7 @@ Otherwise the untrained network would use its meaningless initial statistics, an
 augmented views.
 
 A failure of the evaluation must not cost the user a finished run. So `check_ready` finds missing packages before
-training, and a measure that cannot be computed becomes a note. A bounded number of images is read at a time.
+training, and a measure that cannot be computed becomes a note. To bound the memory, images are read in small parts.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from .tally import Images
 
 RAW_SIZE = 32
 RAW_VALUES = 1024  # maximum number of values kept from an image larger than RAW_SIZE
-POINTS = 1000  # test images on the map
+POINTS = 1000  # test images on the map of the report
 EXACT_VALUES = 2**23  # the effective rank of larger feature matrices is computed without an SVD
 WORKING_MIB = 32  # memory for the distances that scikit-learn holds at a time
 TOO_LARGE = 1e15  # the sum of squares of larger features may overflow float32
@@ -62,7 +62,7 @@ Scores = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The scores by measure and representation, and the test features that the map is drawn from.
+    """The scores by measure and representation, and the test features from which the report draws its map.
 
     Attributes:
         scores: finite numbers; a measure that could not be computed is absent.
@@ -128,7 +128,8 @@ def evaluate(
         model: the trained model; it is not changed.
         config: the run's settings.
         data: the images.
-        untrained: returns the model as it was before its first step; None: build it from the settings.
+        untrained: a function that returns the model as it was before its first step; None: build that model from the
+            settings.
     """
     started = time.perf_counter()
     device = pick_device(config.device)
@@ -205,7 +206,7 @@ class _Judge:
 
 
 def why_unusable(features: Tensor) -> str:
-    """Return the reason why features cannot be measured or mapped, or an empty string if they can."""
+    """Return why features are unusable for the measures and the map; an empty string if they are usable."""
     if features.ndim != 2 or features.shape[1] == 0:
         return f"they must be (N, F), got {tuple(features.shape)}"
     low, high = features.aminmax()
@@ -270,7 +271,7 @@ def effective_rank(features: Tensor) -> float:
     if features.numel() <= EXACT_VALUES:
         values = torch.linalg.svdvals(features.double() - features.double().mean(0))
     else:
-        # The Gram matrix takes a tenth of the memory; it gives singular values accurate to 1e-8 of the largest.
+        # The Gram matrix takes a tenth of the SVD's memory, and gives singular values accurate to 1e-8 of the largest.
         mean = features.mean(0, dtype=torch.float64).expand(features.shape)
         if features.shape[0] < features.shape[1]:
             features, mean = features.T, mean.T

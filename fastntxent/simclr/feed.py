@@ -30,8 +30,8 @@ class Views(NamedTuple):
     """This rank's part of one step.
 
     Attributes:
-        first, second: two views of each image, (N, C, H, W): in [0, 1], or with the values of a DataLoader that makes
-            them.
+        first, second: two views of each image, (N, C, H, W), with values in [0, 1]. A DataLoader that makes its own
+            views may use other values.
         chunks: sizes of the consecutive chunks in which the N images are encoded; one chunk without --accumulate-batch.
     """
 
@@ -123,18 +123,21 @@ class OwnOrder:
         return torch.randperm(len(self.images), generator=stream(self.config.seed, "order", epoch))
 
     def _rows(self, step: int) -> Tensor:
-        """Return the places of this rank's images in the batch of a step."""
+        """Return the indices of this rank's images within the batch of a step."""
         return torch.cat(self._parts(len(self._indices(step))))
 
     def _parts(self, n: int) -> list[Tensor]:
-        """Return this rank's places in each chunk that the ranks encode together."""
+        """Return, for each chunk of a batch of n images, the indices of the images that this rank encodes."""
         config = self.config
         chunk = even_chunk(n, config.chunk or config.batch_size) if config.accumulate_batch else n
         return [self.ranks.part(places) for places in torch.arange(n).split(chunk)]
 
 
 class LoaderOrder:
-    """Batches of a DataLoader, one loader per rank. A resumed run repeats a step only if the loader repeats it."""
+    """Batches of a DataLoader, one loader per rank.
+
+    A resumed run sees the batches of an uninterrupted run only if the loader yields the same batches again.
+    """
 
     def __init__(self, config: Config, data: LoaderData, ranks: Ranks, device: torch.device) -> None:
         if config.accumulate_batch:

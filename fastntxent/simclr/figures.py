@@ -125,7 +125,7 @@ def _add_key(figure: Any, captions: list[tuple[str, str]]) -> None:
         dots, [str(index) for index in range(len(dots))], loc="outside lower center", frameon=False, fontsize=9,
         ncols=max(1, min(5, int(8 / (0.4 + 0.08 * longest)))), handletextpad=0.2,
     )  # fmt: skip
-    # Set afterwards, because Matplotlib drops labels that begin with an underscore.
+    # The captions replace the numbers afterwards, because Matplotlib drops labels that begin with an underscore.
     for text, (caption, _) in zip(legend.get_texts(), captions, strict=True):
         text.set_parse_math(False)
         text.set_text(caption)
@@ -155,7 +155,7 @@ def lay_out(features: Tensor | None) -> tuple[Array | None, str]:
         return plane, "two principal components"
     start = (plane / plane[:, 0].std() * 1e-4).astype(np.float32)
     tsne = require("sklearn.manifold").TSNE(2, perplexity=min(30, rows / 4), init=start, random_state=0)
-    # One thread: more do not help with so few points, and on a busy machine they cost minutes.
+    # Use one thread: more threads do not help with so few points, and cost minutes on a busy machine.
     with require("threadpoolctl").threadpool_limits(1):
         return np.asarray(tsne.fit_transform(points)), "t-SNE"
 

@@ -1,4 +1,4 @@
-"""The layout of a folder of images: its parts, and its classes as in torchvision's ImageFolder."""
+"""The layout of a folder of images: its training and test parts, and its classes as in torchvision's ImageFolder."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _bases(walk: Walk) -> tuple[str, str | None, list[str]]:
     if beside and not tests and not walk.listing(train)[0]:
         return "", None, [f"read {train} as a class like {listed(beside)}, because there is no test or val next to it"]
     notes = []
-    # A candidate that shares classes with train wins: ImageNet's test part has no labels, but its val part does.
+    # Prefer a folder that shares classes with train: ImageNet's test folder has no labels, but its val folder has.
     classes = set(walk.listing(train)[0])
     labelled = (name for name in tests if classes & set(walk.listing(name)[0]))
     test = next(labelled, tests[0] if tests else None)

@@ -35,7 +35,7 @@ class ImagesOnDisk:
     Args:
         root, paths: the folder, and the files below it.
         size: side in pixels.
-        threads: number of decoding threads, except in a DataLoader worker; 0: decode in the calling thread.
+        threads: number of decoding threads; 0: decode in the calling thread, as a DataLoader worker always does.
         tally: histogram and checksum of all images, if known.
     """
 
@@ -131,7 +131,7 @@ def _choose(files: Files, mask: Tensor) -> Files:
 def _read(
     folder: Folder, part: Files, size: int, keep: bool, threads: int, bad: list[BadFile], advance: Callable[[], object]
 ) -> tuple[Tensor | ImagesOnDisk, list[int]]:
-    """Return the readable images of a part and their places, and append unreadable files to `bad`."""
+    """Return the readable images of a part with their indices in the part, and append unreadable files to `bad`."""
     root = os.path.abspath(folder.root)  # the working directory may change before the files are read again
     kept = allocate((len(part.paths), 3, size, size), one_line(root)) if keep else None
     tally = Tally(3)
@@ -194,7 +194,10 @@ def told_bad(bad: Sequence[object], count: int, where: str, skip_bad: bool) -> s
 
 @contextlib.contextmanager
 def progress_bar(total: int | None, what: str) -> Iterator[Callable[[], object]]:
-    """Show a progress bar on stderr and yield a function that advances it by one. No bar without a total or tqdm."""
+    """Show a progress bar on stderr, and yield a function that advances the bar by one.
+
+    There is no bar if `total` is None or tqdm is missing.
+    """
     try:
         from tqdm import tqdm
     except ImportError:

@@ -24,17 +24,18 @@ def label_tensors(
 
     Args:
         parts: one tuple for each part (training, test): its name in messages, its labels (N,), (N, 1) or None, and N.
-        class_names: the names that integer labels index, or that include every string label. Without names, the classes
-            are the sorted values that occur in any part. An integer -1 and an empty string always mean "no label".
+        class_names: the names of the classes. An integer label is an index into them; a string label is one of them.
+            Without names, the classes are the sorted values that occur in any part. An integer -1 and an empty string
+            always mean "no label".
 
     Returns:
-        For every part int64 (N,) with values in 0..C-1, or -1 for no label; and C printable names.
+        One int64 tensor (N,) for each part, with values in 0..C-1, or -1 for no label; and C printable names.
 
     Raises:
         ValueError: the labels have the wrong shape or type, or are not among `class_names`.
     """
     columns = [None if labels is None else _column(name, labels, count) for name, labels, count in parts]
-    # Python integers, because no NumPy dtype holds both int64 and uint64.
+    # The values become Python integers, because no NumPy dtype holds both int64 and uint64.
     uniques = [None if column is None else np.unique(column, return_inverse=True) for column in columns]
     found = {value for unique in uniques if unique is not None for value in unique[0].tolist()}
     kinds = {type(value) for value in found}

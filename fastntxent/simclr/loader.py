@@ -23,12 +23,12 @@ class LoaderData:
     """The batches of a DataLoader: images (uint8 or in [0, 1]), which are augmented, or pairs of views, which are not.
 
     Args:
-        loader: a DataLoader with a length. On several ranks, each rank passes a loader of its own, and all loaders have
-            the same length.
+        loader: a DataLoader with a length. On several ranks, each rank passes its own loader, and all loaders have the
+            same length.
 
     Raises:
         TypeError: the loader has no length, or its batches are neither images nor pairs of views.
-        ValueError: the loader is empty or would yield a batch of one image, or its first batch cannot be read or has
+        ValueError: the loader is empty, or would yield a batch of one image; or its first batch cannot be read, or has
             images outside [0, 1].
     """
 

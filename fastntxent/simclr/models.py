@@ -19,9 +19,10 @@ from . import encoders
 SMALL_IMAGE = 64
 DEFAULT_WIDTH = {"conv": 16, "resnet18": 64, "resnet50": 64}
 # The shortcuts of a ResNet are 1 x 1 convolutions of stride 2, channels last. On a CPU with AVX2 but no AVX-512, oneDNN
-# (jit_avx2_1x1_convolution_bwd_weights, as of PyTorch 2.13) copies their input in whole blocks of 8 channels to scratch
-# memory sized for the actual channels. Below 8 channels it writes past the end, which gives wrong gradients or corrupts
-# the heap. From 8 channels on the gradients are right (8 to 40, 50 and 100 were compared with float64).
+# (jit_avx2_1x1_convolution_bwd_weights, as of PyTorch 2.13) copies their input in whole blocks of 8 channels, but
+# allocates scratch memory only for the actual number of channels. With fewer than 8 channels it writes past the end,
+# which gives wrong gradients or corrupts the heap. From 8 channels on the gradients are right (8 to 40, 50 and 100 were
+# compared with float64).
 LEAST_RESNET_WIDTH = 8
 
 
@@ -103,7 +104,7 @@ class Encoder(nn.Module):
         self.standardise = Standardise(mean, std, channels_last)
         self.body = body
         if channels_last:
-            # Only convolution weights: a parameter with five dimensions has no such layout.
+            # Convert only the weights of convolutions: a tensor with five dimensions cannot have this layout.
             for module in body.modules():
                 if isinstance(module, nn.Conv2d):
                     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in the stubs

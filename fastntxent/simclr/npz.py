@@ -16,8 +16,8 @@ from .arrays import Array, Arrays, rows_per_block
 from .notes import listed, one_line
 from .pixels import reason
 
-# Names of the training images and labels, the test images and labels, and the validation images and labels, in this
-# package's files, in MedMNIST's and in Keras's.
+# Each row has the names of six arrays: images and labels for training, for testing and for validation. The first row
+# has this package's names, the second MedMNIST's, and the third Keras's.
 KEYS = (
     ("images", "labels", "test_images", "test_labels", "val_images", "val_labels"),
     ("train_images", "train_labels", "test_images", "test_labels", "val_images", "val_labels"),
@@ -83,7 +83,7 @@ def _texts(what: str, names: Array) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Member:
-    """One array of an .npz file, left in the file."""
+    """One array of an .npz file. Its values are read only by `blocks` and `read`."""
 
     path: Path
     name: str
@@ -137,10 +137,10 @@ def _members(path: Path) -> dict[str, Member]:
     members = {}
     with _words(path), zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
-            if b"PK\1\2" in info.comment + info.extra:  # a damaged length lets one entry swallow the next
+            if b"PK\1\2" in info.comment + info.extra:  # a damaged length makes one entry contain the next
                 raise ValueError("its directory is damaged")
             name = info.filename.removesuffix(".npy")
-            with archive.open(info) as file:  # opening also compares the two copies of the name
+            with archive.open(info) as file:  # also checks the name against its copy beside the data
                 if name != info.filename:
                     members[name] = _header(path, name, file, info.file_size)
     return members

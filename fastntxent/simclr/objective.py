@@ -29,7 +29,11 @@ class OneTerm(NTXentLoss):
 
 
 def build_objective(config: Config, group: Group | None = None) -> NTXentLoss:
-    """Return a run's loss module, across the ranks of a group if given; ValueError for the dense loss in a group."""
+    """Return the loss module of a run. If a group is given, the loss covers the batch of all its ranks.
+
+    Raises:
+        ValueError: the settings choose the dense loss, and a group is given.
+    """
     backend: BackendName = "reference" if config.loss == "reference" else config.backend
     if group and backend == "reference":
         given = "--loss" if config.loss == "reference" else "--backend"

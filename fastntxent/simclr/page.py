@@ -80,10 +80,10 @@ training. All three are evaluated on the same test images with the same protocol
 $remarks
 $scores
 $notes
-<p class="small">BatchNorm statistics, if the encoder has any, were recomputed in one pass over the training images
-without augmentation before the evaluation. Raw pixels have no embedding, so alignment and uniformity do not apply to
-them. Images larger than 32 x 32 are averaged down to about 1,000 raw values. A dash marks a score that was not
-measured.</p>
+<p class="small">BatchNorm statistics, if the encoder has any, were recomputed before the evaluation, in one pass
+over the evaluated training images without augmentation. Raw pixels have no embedding, so alignment and uniformity do
+not apply to them. Images larger than 32 x 32 are averaged down to about 1,000 raw values. A dash marks a score that was
+not measured.</p>
 <details><summary>What the measures mean</summary><dl>$measures</dl></details>
 
 <figure>

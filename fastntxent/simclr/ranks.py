@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..distributed import wire
 
-# Errors that user mistakes raise. The command prints them on one line.
+# Errors that a user's mistake can raise. The command prints such an error on one line.
 MISTAKES = (ValueError, OSError, ImportError)
 
 
@@ -58,7 +58,7 @@ class Ranks:
         return int(wire.gather_numbers(self.group, torch.tensor(number)).max())
 
     def tell(self, words: str) -> str:
-        """Return the messages of all ranks that have one, joined; every rank gets the same text."""
+        """Return the messages of all ranks in one string, without empty messages. Every rank gets the same string."""
         if self.group is None:
             return words
         told = wire.gather_objects(self.group, words)
@@ -69,8 +69,8 @@ class Ranks:
         """If any rank raises in this block, every rank raises at the end of the block, so none of them hangs.
 
         Raises:
-            The exception of this rank. A rank without an exception of its own raises one with the number and the
-            message of the first rank that failed: a ValueError for one of MISTAKES, otherwise a RuntimeError.
+            The exception of this rank, if this rank failed. A rank that did not fail raises an error with the number
+            and the message of the first rank that failed: a ValueError for one of MISTAKES, otherwise a RuntimeError.
         """
         if self.group is None:
             yield
@@ -111,7 +111,10 @@ class Ranks:
             yield
 
     def stop(self, words: str, status: int) -> int:
-        """End the run for a reason that every rank knows and the first rank prints, and return the exit status."""
+        """Print `words` on the first rank, destroy the process group, and return `status`.
+
+        All ranks must call this.
+        """
         if self.first:
             print(words, file=sys.stderr, flush=True)
         if self.group:
@@ -131,8 +134,9 @@ class Ranks:
         """Return the exit status of a finished process. On several ranks, exit here, without Python's finalisation.
 
         A gloo thread releases the last tensors after they have arrived, and takes the GIL to do so. DDP keeps gloo's
-        threads alive beyond the group. Before 3.14, Python kills a thread that takes the GIL during finalisation, here
-        inside a destructor. The process would abort, and torchrun would kill the first rank during its evaluation.
+        threads alive after the group is destroyed. Before 3.14, Python kills a thread that takes the GIL during
+        finalisation. The gloo thread would be killed inside a destructor, which aborts the process. Then torchrun would
+        kill the first rank during its evaluation.
         """
         if self.group:
             sys.stdout.flush()
@@ -153,6 +157,7 @@ def join() -> Ranks:
     """Return the ranks of this run after joining the processes that torchrun started; ALONE for a single process."""
     if not launched():
         return ALONE
-    # The backend follows the tensor's device. Options and errors go through gloo, before a device is chosen.
+    # A tensor's device decides which backend sends it. Ranks exchange options and errors through gloo, because that
+    # happens before a device is chosen.
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     return Ranks(dist.group.WORLD, dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]))

@@ -37,7 +37,8 @@ _MEASURES = {
 }  # fmt: skip
 
 
-# If all embeddings were equally far apart, this uniformity would mean a squared distance of 0.05; by chance it is 2.
+# If all embeddings were equally far apart, this uniformity would mean a squared distance of 0.05. Between two random
+# embeddings, the squared distance is 2 on average.
 COLLAPSED = -0.1
 OPEN_NOTES = 5  # longer lists of notes on the data are folded away
 
@@ -110,7 +111,7 @@ def _for_json(value: Any) -> Any:
 
 
 def collect_metrics(trainer: Trainer, evaluation: Evaluation, command: Sequence[str]) -> dict[str, Any]:
-    """Return all measurements, and the settings and versions to repeat them with."""
+    """Return all measurements, and the settings and versions that are needed to repeat them."""
     steps = trainer.step
     return {
         "command": list(command),

@@ -44,7 +44,8 @@ class Part:
         return Part(self.images, self.indices[rows], self.labels[rows])
 
     def kept(self) -> Part:
-        """Return the selection, in memory if it comes from files and is small, because images are read repeatedly."""
+        """Return the selection. If it comes from files and is small, its images are read into memory here, because the
+        evaluation reads them several times."""
         if isinstance(self.images, Tensor) or math.prod(self.shape) > KEPT_BYTES:
             return self
         return Part(in_parts(self, lambda images: images), torch.arange(len(self)), self.labels)
@@ -132,8 +133,8 @@ def _subset(images: Images, labels: Tensor, limit: int) -> Part:
 
 
 def rows_at_once(images: Images, channels: int = 3) -> int:
-    """Return ROWS for images of up to 32 x 32 pixels in `channels` channels, and fewer, down to LEAST_ROWS, for larger
-    ones."""
+    """Return the number of images to read at a time: ROWS for images of up to 32 x 32 pixels in `channels` channels,
+    fewer for larger images, and at least LEAST_ROWS."""
     return max(LEAST_ROWS, min(ROWS, ROWS * channels * 32 * 32 // math.prod(images.shape[1:])))
 
 

@@ -39,7 +39,7 @@ def resolve(config: Config, trainer: Trainer) -> dict[str, Any]:
 
 
 def _backend(trainer: Trainer) -> str:
-    """Return the backend's name. On an accelerator "auto" is kept, because the choice depends on each call's size."""
+    """Return the backend's name. On an accelerator "auto" stays, because the choice depends on a call's size."""
     asked: str = trainer.loss.backend
     if trainer.device.type != "cpu":
         return asked

@@ -77,7 +77,7 @@ class StopRequest:
             return
         self.number = number
         if self._speak:  # os.write, because a signal may arrive during a print()
-            os.write(2, b"\nstopping after this step; Ctrl-C stops at once\n")
+            os.write(2, b"\nstopping after this step; press Ctrl-C to stop at once\n")
 
 
 def ignore_signals(worker: int, then: Callable[[int], object] | None = None) -> None:

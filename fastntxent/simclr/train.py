@@ -1,7 +1,7 @@
 """The training loop. A step depends only on settings, data, the state of model and optimiser, and the step number.
 
 The image order is drawn from (seed, epoch) and the views from (seed, step), each with a separate generator. A resumed
-run therefore needs no saved random state to continue as if it had never stopped, and two runs that differ only in the
+run therefore continues as if it had never stopped, without a saved random state. Two runs that differ only in the
 implementation of the loss see the same batches.
 
 On several ranks, a step computes the same function as on one, up to rounding and the random numbers of dropout. Each
@@ -49,13 +49,13 @@ from .sources import require
 from .stopping import InterruptedRun, StopRequest
 from .stream import stream
 
-# Upper bound for the report, figures and logs of a run.
+# Upper bound on the size of a run's report, figures and logs.
 _REPORT_BYTES = 16 * 2**20
 _READING_FAILED = 1000  # larger than any signal number
 
 
 class _Batch(NamedTuple):
-    """The inputs of the loss on this rank and the value of the loss in one step, detached."""
+    """The loss of one step and its inputs on this rank, all detached."""
 
     z_i: Tensor
     z_j: Tensor
@@ -71,8 +71,8 @@ class Trainer:
 
     Args:
         config: the settings; `config.out` must be a writable folder.
-        data: the images: the result of `load_data`; a map-style Dataset, see `ImageData.from_datasets`; or a
-            DataLoader, see `loader.LoaderData`, whose batches are used in the loader's order.
+        data: the images: the result of `load_data`, a map-style Dataset (see `ImageData.from_datasets`), or a
+            DataLoader (see `loader.LoaderData`). A DataLoader's batches are used in the loader's order.
         ranks: the processes of the run. Each process creates a trainer and calls `fit`; the first rank writes the
             checkpoints. Creating a trainer never waits for other ranks, so it can fail on one rank alone.
         encoder: a module that maps images (N, C, H, W) to features (N, F), trained in place; None: the encoder that
@@ -172,7 +172,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """In this block the first rank, which writes the files, holds the run folder's lock. `fit` does the same.
+        """Hold the lock of the run's folder in this block, on the rank that writes the files. `fit` holds it as well.
 
         Raises:
             BlockingIOError: another run holds the lock.

@@ -33,7 +33,7 @@ from .problems import (
 )
 from .verdict import Status
 
-# With more rows, the truth comes from `blocked` in float64, in tiles, because the oracle's matrices would not fit.
+# With more rows, the true results come from `blocked` in float64, because the dense oracle's matrices would not fit.
 _MOST_DENSE_ROWS = 2048
 
 Case = tuple[str, Callable[[], None]]
@@ -101,8 +101,8 @@ def _small_calls(slow: bool, form: str) -> list[tuple[str, int, int]]:
 
 
 def _large_calls(device: torch.device) -> list[tuple[str, int, int]]:
-    """Return (call, N, D) of batches that fill a device: some kernels split these differently from small batches."""
-    # There are more blocks of 32 rows than thread blocks that run at once, so some thread blocks take several tasks
+    """Return (call, N, D) of batches that fill a device. Some kernels split these differently from small batches."""
+    # There are more blocks of 32 rows than thread blocks that run at once, so some thread blocks process several tasks
     # (csrc/cuda/plan.h).
     n = 50 * torch.cuda.get_device_properties(device).multi_processor_count + 5
     return [("nt_xent", n, 64), ("nt_xent", n, 200), ("nt_xent", n, 768), ("two sides", 2 * n, 128)]
@@ -140,8 +140,8 @@ def _upstream_gradient(views: Sequence[Tensor]) -> Tensor:
 
 
 def _special(name: str, device: torch.device, dtype: torch.dtype, label: str, slow: bool) -> Iterator[Case]:
-    """Yield the checks of options, strides, extreme temperatures and NaN, at small sizes, and on a GPU a batch of
-    8,192 rows with a common direction."""
+    """Yield the checks of options, strides, extreme temperatures and NaN, at small sizes. On a GPU, also yield a batch
+    of 8,192 rows with a common direction."""
     n, d = (20, 40) if slow else (40, 72)
     views = views_of(n, d, dtype, device)
     long = tuple(z.mul(1.5) for z in views)
@@ -151,8 +151,8 @@ def _special(name: str, device: torch.device, dtype: torch.dtype, label: str, sl
 
     problems = {
         "a weight for each row": nt_xent_problem(views, 0.1, upstream=upstream),
-        "rows of any length": nt_xent_problem(long, 1.0, normalize=False),
-        "rows of any length, a weight for each": nt_xent_problem(long, 1.0, normalize=False, upstream=upstream),
+        "rows of any norm": nt_xent_problem(long, 1.0, normalize=False),
+        "rows of any norm, a weight for each": nt_xent_problem(long, 1.0, normalize=False, upstream=upstream),
         "temperature 0.005": nt_xent_problem(views, 0.005),
         "temperature on the device": nt_xent_problem(views, on_device),
         "strided rows": nt_xent_problem((wide[..., 0], wide[..., 1]), 0.1),
@@ -163,11 +163,11 @@ def _special(name: str, device: torch.device, dtype: torch.dtype, label: str, sl
         "two towers, a sigmoid for each pair": sigmoid_problem(views, 0.1, -10.0, two_views=False),
         "two views, a sigmoid for each pair": sigmoid_problem(views, 0.2, -3.0, two_views=True),
         "limits": limits_problem(views, 0.1),
-        "whole numbers": whole_numbers_problem(dtype, device),
+        "similarities that are whole numbers": whole_numbers_problem(dtype, device),
     }
     if not slow:
         broad = views_of(n, 300, dtype, device)
-        problems["rows of any length, 300 features"] = nt_xent_problem(broad, 1.0, normalize=False, upstream=upstream)
+        problems["rows of any norm, 300 features"] = nt_xent_problem(broad, 1.0, normalize=False, upstream=upstream)
         problems["two towers, one direction"] = towers_problem(views, 0.1, both=False)
         problems["two towers, temperature 0.005"] = towers_problem(views, 0.005, both=True)
     for words, problem in problems.items():
@@ -193,7 +193,8 @@ def _special(name: str, device: torch.device, dtype: torch.dtype, label: str, sl
 
 
 def check_problem(problem: Problem, backend: str) -> None:
-    """Raise FaultError unless a backend's results are within budget and have the same bits in a second call."""
+    """Raise FaultError unless a backend's results are within the error budget and a second call returns the same
+    bits."""
     results = _poisoned(problem, backend)
     oracle = "reference" if problem.rows <= _MOST_DENSE_ROWS else "blocked"
     truths, same_precision = problem.run(oracle, True), problem.run(oracle, False)
@@ -208,7 +209,8 @@ def check_problem(problem: Problem, backend: str) -> None:
         )
         if not errors.within(limit):
             raise FaultError("wrong", f"{name} {_off(value, errors, limit)}")
-    # Poisoned memory needs PyTorch's deterministic mode, which can hide changing bits. So bits are compared without it.
+    # Filling new memory with NaN needs PyTorch's deterministic mode, which can hide bits that change between calls. So
+    # bits are compared without this mode.
     once, again = problem.run(backend, False), problem.run(backend, False)
     for name, value in once.items():
         if not torch.equal(_bits(value), _bits(again[name])):

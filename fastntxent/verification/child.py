@@ -5,10 +5,14 @@ REQUEST is JSON:
     {"backend": "triton", "device": "cuda:0", "module": null}            check this backend
     {"time": ["triton", "blocked"], "device": "cuda:0"}                  time these backends
 
-"module" is the backend's module, which is needed only if the table lacks the backend. Optional keys are "part": [i, n],
-which runs share i (from 0) of n shares of the checks; "model", the device as the parent sees it; and "seconds", after
-which this process exits. REPORT is a file. It gets one line of JSON whenever a check or the timing of a call begins,
-and one for the verdict or the times.
+"module" is the backend's module, which is needed only if the table of backends lacks the backend. Optional keys:
+
+    "part": [i, n]    run share i (from 0) of n shares of the checks
+    "model"           the properties of the device in the parent process, which must be the same here
+    "seconds"         exit after this many seconds
+
+REPORT is a file. This process appends one line of JSON whenever a check or the timing of a call begins, and one line
+with the verdict or the times.
 """
 
 from __future__ import annotations
@@ -73,7 +77,8 @@ def _report_verdict(request: dict[str, Any], device: torch.device, tell: Callabl
         listed = list(checks.cases(name, backend, device))
     except Exception as error:
         return Verdict("not available", _words(error))
-    # A share is a range of consecutive checks. Neighbours use the same kernels, so few kernels are compiled twice.
+    # A share is a range of consecutive checks. Neighbouring checks use the same kernels, so only a few kernels are
+    # compiled in more than one share.
     share = listed[len(listed) * part // parts : len(listed) * (part + 1) // parts]
     passed, case = 0, ""
     try:
@@ -103,7 +108,7 @@ def _use_device(request: dict[str, Any], device: torch.device) -> None:
 
 
 def _memory_ran_out(error: Exception) -> bool:
-    """Return whether memory ran out, which says nothing about the kernels. PyTorch may say so only in the message."""
+    """Return whether memory ran out, which says nothing about the kernels. Some errors say so only in the message."""
     words = str(error).lower()
     return isinstance(error, MemoryError) or any(
         said in words for said in ("out of memory", "not enough memory", "can't allocate memory")

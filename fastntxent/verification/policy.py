@@ -1,7 +1,7 @@
 """Chooses the backend that "auto" takes on an accelerator: the fastest of `blocked` and the backends that have passed.
 
 At the first call on a device, verdicts are read from the store, or found by a child process. Checking and timing take
-up to two minutes and are announced on stderr. After that, a choice is two dict lookups.
+up to two minutes and are announced on stderr. After that, each choice takes two dict lookups.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from .store import Store, model_of
 from .verdict import Verdict
 
 FALLBACK = "blocked"
-SMALL_BATCH = 8192  # rows: without times, the first backend that passed serves up to this many, the last serves more
+# Without times, the first backend that passed runs batches of up to this many rows, and the last one larger batches.
+SMALL_BATCH = 8192
 REPLAYED = " replayed"  # suffix of a backend's name, for times of a replayed CUDA graph, without host overhead
 # Backends that "auto" may take on a device type once they have passed, with their modules.
 Candidates = Mapping[str, str]
-# Number of children that share a backend's checks, for a backend whose kernels are compiled at the first call.
+# Number of child processes that share a backend's checks, for a backend whose kernels are compiled at the first call.
 PARTS = {"triton": min(4, os.cpu_count() or 1)}
 
 _decided: dict[torch.device, Decision] = {}

@@ -28,7 +28,7 @@ class Problem:
             gradients begin with "d_".
         dtype, rows: dtype and number of rows of the call.
         logit_size: a bound on the magnitude of the logits.
-        scales: by name, the size of a result's terms, if these may cancel.
+        scales: for each result whose terms may cancel, the size of these terms, by the result's name.
     """
 
     run: Callable[[str, bool], dict[str, Tensor]]
@@ -143,7 +143,7 @@ def limits_problem(views: Sequence[Tensor], temperature: float) -> Problem:
     ordered = similarities[similarities.isfinite()].sort().values
     first = len(ordered) * 6 // 10
     gap = first + int(ordered[first : first + max(len(ordered) // 10, 2)].diff().argmax())
-    ceiling = float(ordered[gap : gap + 2].mean())  # in a gap, so rounding moves no similarity across it
+    ceiling = float(ordered[gap : gap + 2].mean())  # in a gap: rounding moves no similarity across the ceiling
     n, device = len(views[0]), views[0].device
     ids, weights = (
         torch.arange(2 * n, device=device) % n,

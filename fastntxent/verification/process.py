@@ -53,8 +53,9 @@ def check_in_child(request: Mapping[str, Any], deadline: float = DEADLINE, silen
     """Check a backend in a child process.
 
     Args:
-        request: the request for `child.main`. "parts": n shares the checks among n processes, which compile at the same
-            time. If they end as "not available", for example for lack of device memory, one process runs all checks.
+        request: the request for `child.main`. An additional key, "parts", is the number of processes that share the
+            checks and compile kernels in parallel. If their common verdict is "not available", for example for lack
+            of device memory, one process then runs all checks.
         deadline: seconds after which a child is killed.
         silence: seconds that a single check may take before its child is killed.
 
@@ -104,7 +105,7 @@ def time_in_child(
 
 
 def _verdict_of(end: _End) -> Verdict:
-    """Return the child's verdict, or a verdict from how it ended if it reported none."""
+    """Return the verdict that the child reported. If it reported none, return one from the way in which it ended."""
     for line in end.lines:
         if "verdict" in line:
             return Verdict.from_dict(line["verdict"])
@@ -161,7 +162,7 @@ def _run_child_in(
             stdout=stderr,
             stderr=stderr,
             env=_environment(folder),
-            start_new_session=True,  # it is killed with its own children, and only the parent gets Ctrl-C
+            start_new_session=True,  # so the child is killed with its own children, and only this process gets Ctrl-C
         )
         try:
             status, killed = _wait(child, report, deadline, silence, stop)

@@ -1,4 +1,4 @@
-"""Verdicts and times, kept in one JSON file per device model in the user's cache folder.
+"""Verdicts and times, stored in one JSON file per device model in the user's cache folder.
 
 Each entry stores the key for which it is valid: kernels, device, driver, PyTorch and Triton. An entry with a different
 key counts as absent, and so does a file that is damaged or has a different format. `FASTNTXENT_CACHE` sets the folder.
@@ -131,8 +131,8 @@ def _processor() -> str:
 
 @functools.cache
 def sources_key(module: str) -> str:
-    """Return a hash of the code behind a verdict: the package's backends, operators and checks, and this backend's
-    compiled kernels or external module."""
+    """Return a hash of the code behind a verdict: the package's backends, operators, checks and tolerances, and this
+    backend's compiled kernels or external module."""
     digest = hashlib.sha256()
     folders = [PACKAGE / part for part in ("backends", "ops", "verification")]
     files = sorted(path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".json"))
@@ -153,7 +153,7 @@ class Store:
 
     Args:
         model: the device model.
-        folder: the folder of the file; None: `cache_folder()`.
+        folder: the folder of the file, or None for `cache_folder()`.
     """
 
     _complained = False
@@ -195,8 +195,8 @@ class Store:
     def checking(self) -> Iterator[None]:
         """Hold a lock in this block, so that only one process checks this model while the others wait.
 
-        If no lock is possible, for example because the folder is not writable, or another process does not release the
-        lock within PATIENCE seconds, the block runs without it.
+        The block runs without the lock if no lock is possible, for example because the folder is not writable. It also
+        runs without the lock if another process holds it for more than SAID_AFTER + PATIENCE seconds.
         """
         lock = self._acquire_lock()
         try:
@@ -221,7 +221,9 @@ class Store:
                 )
                 lock.acquire(timeout=PATIENCE)
         except Timeout:
-            warnings.warn(f"another process has held {self.path}.lock for {PATIENCE:g} s: not waiting", stacklevel=4)
+            warnings.warn(
+                f"another process has held {self.path}.lock for {PATIENCE:g} s: continuing without it", stacklevel=4
+            )
             return None
         except (OSError, NotImplementedError):
             return None

@@ -30,9 +30,9 @@ def time_backends(
 ) -> Times:
     """Return median milliseconds of forward plus backward of the mean loss, over the grid above.
 
-    The backends take turns in one process. A size that does not fit in memory, or a dtype that a backend does not take,
-    has no entry. The dense loss, "reference", is timed only while its matrix is small. On a GPU each backend has a
-    second entry for the same call replayed from a CUDA graph, unless the call cannot be captured.
+    The backends take turns in one process. A backend has no entry for a size that does not fit in memory, or for a
+    dtype that it does not support. The dense loss, "reference", is timed only while its matrix is small. On a GPU each
+    backend has a second entry for the same call replayed from a CUDA graph, unless the call cannot be captured.
 
     Args:
         names: the backends.
@@ -97,7 +97,7 @@ def _entry(
             calls, device, MOST_TURNS, SECONDS_OF_CALL * len(calls),
             begin=lambda name: begin(name.removesuffix(REPLAYED), words),
         )  # fmt: skip
-    except (torch.OutOfMemoryError, MemoryError):  # the graphs of other calls hold memory that a call needs
+    except (torch.OutOfMemoryError, MemoryError):  # the CUDA graphs of the other calls hold memory that a call needs
         return {}
 
 

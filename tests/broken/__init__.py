@@ -1,6 +1,7 @@
 """Backends that are broken, each in one way. Verification must find each fault and say what it is.
 
-Each backend that loads runs the CPU kernels, then a function that changes d_z_j of `nt_xent_scalar` or fails on it.
+Each backend that loads runs the CPU kernels. It then passes d_z_j of `nt_xent_scalar` to a function that changes it or
+fails.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A process that is killed from outside, as by the operating system when memory runs out."""
+"""A process that is killed as if from outside, for example by the operating system when memory runs out."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Bits that change from call to call, unless PyTorch is asked for deterministic algorithms."""
+"""A kernel whose results differ bitwise from call to call, unless PyTorch's deterministic algorithms are on."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Bits that change from call to call."""
+"""A kernel whose results differ bitwise from call to call."""
 
 import itertools
 

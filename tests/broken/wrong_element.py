@@ -1,4 +1,4 @@
-"""One wrong element in the last row."""
+"""A kernel that computes one wrong element in the last row."""
 
 from . import Broken
 

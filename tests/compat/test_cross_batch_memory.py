@@ -95,7 +95,7 @@ def test_a_row_is_not_a_positive_of_its_copy_even_in_a_batch_of_one():
 
 
 def test_a_batch_that_adds_no_row_leaves_the_memory_as_it_is():
-    # After this call the library's memory would count as full, of rows of zeros with label 0.
+    # After this call the library's memory would count as full, although it holds only rows of zeros with label 0.
     memory = ours.CrossBatchMemory(ours.NTXentLoss(), 3, memory_size=4)
     z, labels = torch.randn(4, 3), torch.tensor([0, 0, 1, 1])
     assert memory(z, labels, enqueue_mask=torch.zeros(4, dtype=torch.bool)) == 0
@@ -152,9 +152,9 @@ def test_invalid_arguments_are_named():
         ours.CrossBatchMemory(ours.NTXentLoss(), 0)
     with pytest.raises(TypeError, match="memory_size must be an int, got float"):
         ours.CrossBatchMemory(ours.NTXentLoss(), 3, 2.5)
-    with pytest.raises(ValueError, match="the memory of 4 rows cannot take 5 in one call"):
+    with pytest.raises(ValueError, match=r"at most 4 rows \(memory_size\) can be added in one call, got 5"):
         memory(z, labels)
-    with pytest.raises(ValueError, match="the memory of 4 rows cannot take 5 in one call"):
+    with pytest.raises(ValueError, match=r"at most 4 rows \(memory_size\) can be added in one call, got 5"):
         memory(z, labels, enqueue_mask=mask)
     with pytest.raises(ValueError, match="embeddings and the memory's rows must have the same number of features"):
         memory(z[:, :2], labels)

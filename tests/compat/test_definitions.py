@@ -93,7 +93,8 @@ def test_sup_contrast_loss_equals_its_definition(n, d, seed, tau, base, v, mode,
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_sup_contrast_keeps_small_weights_beside_a_large_diagonal(dtype):
-    # Of two rows, each has one positive and nothing else to compare it with. The diagonal belongs to no pair.
+    # There are two rows. Each is the only positive of the other, and there is no negative, so the loss is 0. The
+    # diagonal of the mask belongs to no pair.
     features = normalize(torch.tensor([[[-1.1, 0.2]], [[1.1, 0.1]]]), dim=2).requires_grad_()
     mask = torch.tensor([[100.0, 1e-3], [2e-3, 100.0]], dtype=dtype)
     loss = sup_contrast.SupConLoss(1.0, base_temperature=1.0)(features, mask=mask)

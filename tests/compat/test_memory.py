@@ -1,5 +1,5 @@
-"""No drop-in holds all pairs or mixes devices. One test measures the peak memory of the drop-in for the library loss
-that needs the most.
+"""No drop-in holds all pairs or mixes devices. One test measures the peak memory of a single drop-in, the one for the
+library loss that needs the most memory.
 """
 
 import copy
@@ -110,8 +110,8 @@ def test_drop_in_gives_the_same_results_on_cuda_as_on_the_cpu(name):
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.float16, torch.float64])
-def test_mask_is_not_converted_as_a_whole(dtype):
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float16, torch.float32, torch.float64])
+def test_mask_is_not_copied_as_a_whole(dtype):
     mask = (torch.rand(N, N) > 0.5).to(dtype)
     assert N * D <= largest_of(lambda *z: sup_contrast.SupConLoss()(features(*z), mask=mask)) < N * N / 4
 

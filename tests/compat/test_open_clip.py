@@ -20,7 +20,7 @@ def test_clip_loss_agrees_with_open_clip(n, d, seed, scale, bias, wide):
     shape = (1,) if wide else ()
 
     def called(loss):
-        return lambda a, b, s: loss(a, b, s, logit_bias=bias).sum()  # both are 0-d, even for a scale of shape (1,)
+        return lambda a, b, s: loss(a, b, s, logit_bias=bias).sum()  # 0-d already, even for a scale of shape (1,)
 
     features = F.normalize(z, dim=2)
     assert_same(*map(called, losses), 1 / scale, *features, torch.full(shape, scale))

@@ -20,7 +20,7 @@ def losses(name, tau, distance="CosineSimilarity", reducer=None, **options):
 
 
 def warm(name, tau):
-    """Return a temperature at which no SupCon loss rounds to 0. The library skips anchors whose loss does."""
+    """Return a temperature at which no SupCon loss rounds to 0. The library skips anchors whose loss is 0."""
     return max(tau, 0.3) if name == "SupConLoss" else tau
 
 
@@ -107,8 +107,8 @@ def test_reducers_agree_with_the_library(reducer, n, d, seed, tau, name, classes
     matches = labels[:, None] == ref_labels
     pairs = (*torch.where(matches), *torch.where(~matches))
     again = torch.randint(0, max(len(pairs[0]), 1), (5,), generator=torch.Generator().manual_seed(seed))
-    # Repeat some positive pairs, but not for per-anchor reducers: in the library, these count a repeat in the gradient
-    # but not in the value.
+    # Repeat some positive pairs, but not for per-anchor reducers. The library's per-anchor reducers count a repeated
+    # pair in the gradient but not in the value.
     if len(pairs[0]) and not reducer.startswith("anchors"):
         pairs = (*(torch.cat((index, index[again])) for index in pairs[:2]), *pairs[2:])
 

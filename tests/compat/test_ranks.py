@@ -305,13 +305,13 @@ def test_results_of_ranks_equal_one_process_with_the_whole_batch(ranks: str, nam
 WORLD = 2
 N = min(SIZES[WORLD])
 
-# A function that returns our call and the library's; it runs on a rank.
+# A function that runs on a rank and returns our call and the library's call.
 Pair = Callable[[], tuple[Call, ...]]
 
 
 def lightly_pair(file: str, name: str, **options: Any) -> Pair:
     def of(module: Any) -> Call:
-        torch.manual_seed(0)  # seed of the bank's first rows
+        torch.manual_seed(0)  # for the bank's initial random rows
         loss = getattr(module, name)(TAU, gather_distributed=True, **options).double()
         return lambda z, ids, tau: loss(z[0], z[1]) + loss(z[1], z[2])
 
@@ -484,7 +484,7 @@ def outputs() -> dict[str, Any]:
     x, ids = mine(3)
     z = normalize(x, dim=2).requires_grad_()
     found: dict[str, Any] = {}
-    if len(ids):  # a group exists, but these losses are not told to use it
+    if len(ids):  # a group exists, but the defaults of these losses do not gather
         found["own"] = lightly.NTXentLoss()(x[0], x[1]), open_clip.ClipLoss()(x[0], x[1], 2.0)
     of_simclr = simclr.add_contrastive_loss(z[:2].flatten(0, 1), False, 0.5, strategy=dist.group.WORLD)
     found["simclr"] = of_simclr.loss.detach(), of_simclr.labels, *formed(of_simclr.logits, z)
@@ -521,7 +521,7 @@ def replicas(**options: Any) -> Callable[[Tensor], Tensor]:
     return lambda z: simclr.add_contrastive_loss(z, **options).loss
 
 
-# The words of an error, and the call that must raise it on every rank. Each rank has four rows.
+# Part of an error message, and the call that must raise this error on every rank. Each rank has four rows.
 BAD: dict[str, Callable[[Tensor], Any]] = {
     "world_size must be 1 or the size of the default process group, 3, got 2": clip(world_size=2),
     "rank must be this process's rank in the default group": clip(rank=3),

@@ -48,8 +48,8 @@ def stripes():
 
 @pytest.fixture
 def make_trainer(stripes, tmp_path):
-    """Return a function that makes a trainer, by default on the stripes: 83 images in batches of 32, so 3 steps per
-    epoch, the last with 19 images.
+    """Return a function that makes a trainer, by default on the stripes. An epoch of their 83 images has 3 steps: two
+    with 32 images and one with 19.
     """
 
     def make(folder="run", data=stripes, **options):
@@ -64,8 +64,8 @@ def make_trainer(stripes, tmp_path):
 
 @pytest.fixture
 def cli():
-    """Return a function that runs `python -m fastntxent.simclr` with the given arguments. It returns the completed
-    process, or the running one with `wait=False`, which is killed after the test.
+    """Return a function that runs `python -m fastntxent.simclr` with the given arguments and returns the completed
+    process. With `wait=False` it returns the running process, which this fixture kills after the test.
     """
     running = []
 

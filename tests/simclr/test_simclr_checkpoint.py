@@ -29,8 +29,8 @@ def test_checkpoint_round_trips_and_torch_can_load_it(saved):
 def test_load_checkpoint_refuses_a_file_with_a_flipped_bit(saved):
     sound = saved.read_bytes()
     draw = random.Random(0)
-    # Flip a bit of each byte at both ends of the file, where signatures and the checksum are, and of random bytes in
-    # between, which are contents, directory or padding.
+    # Each damaged file has one flipped bit. The bit is in a byte near one end of the file, where the signatures and the
+    # checksum are, or in one of 300 random bytes, most of which are contents, directory or padding.
     places = {*range(64), *range(len(sound) - 200, len(sound)), *draw.sample(range(len(sound)), 300)}
     for place in places:
         damaged = bytearray(sound)

@@ -103,7 +103,7 @@ def test_load_data_names_the_package_to_install(monkeypatch):
 
 
 def fake_torchvision(monkeypatch):
-    """Install a fake torchvision with two data sets. Array layouts, attribute names and the error are the real ones."""
+    """Install a fake torchvision with two data sets, with the real array layouts, attribute names and error message."""
 
     class CIFAR10:
         classes = ("plane", "car")

@@ -48,7 +48,8 @@ def test_resnet_refuses_a_width_whose_backward_overruns_memory(model, width):
 
 @pytest.mark.parametrize("model", ["resnet18", "resnet50"])
 def test_resnet_gradient_at_the_least_width_matches_float64(model):
-    # In eval mode, because batch norms over only four images amplify rounding to 3 % of the gradient in 50 layers.
+    # The network is in eval mode. In training mode, batch norms over only four images would amplify the rounding errors
+    # of 50 layers to 3 % of the gradient.
     net = build(model, width=LEAST_RESNET_WIDTH).eval()
     x = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     gradients = []
@@ -60,8 +61,8 @@ def test_resnet_gradient_at_the_least_width_matches_float64(model):
         assert float((value - truth).norm()) < 1e-4 * float(truth.norm())
 
 
-# In torchvision, resnet18 has 11,689,512 parameters, 513,000 of them in its classifier, and resnet50 has 25,557,032,
-# 2,049,000 of them in its classifier.
+# torchvision's resnet18 has 11,689,512 parameters, of which the classifier has 513,000. Its resnet50 has 25,557,032
+# parameters, of which the classifier has 2,049,000.
 @pytest.mark.parametrize(("model", "parameters", "features"), [
     ("resnet18", 11_176_512, 512), ("resnet50", 23_508_032, 2048),
 ])  # fmt: skip

@@ -1,5 +1,7 @@
-"""A newcomer's first hour with nothing but the documentation: a folder as messy as real ones, a custom encoder, a run
-that is stopped twice and ends on two ranks, and uses of the trained encoder.
+"""What a newcomer does in the first hour, with nothing but the documentation.
+
+The newcomer has a folder of images that is as messy as real folders, and writes an encoder. A run is stopped twice and
+ends on two ranks. The trained encoder is then used for search, classification and export.
 """
 
 from __future__ import annotations
@@ -274,7 +276,7 @@ def test_run_stopped_twice_continues_on_two_ranks_without_a_gap(cli, here):
         ours = parts["history"]["steps"][name]
         assert len(ours) == STEPS
         assert ours[:second] == curve[:second], "on the same device a resumed run should repeat every bit"
-    # Each rank draws its own dropout, so from here on the curves agree only up to the noise of dropout.
+    # Each rank draws its own dropout masks, so from here on the curves agree only up to the noise of dropout.
     losses = [np.array(run["history"]["steps"]["loss"]) for run in (whole, parts)]
     fell = losses[0][0] - losses[0][-9:].mean()
     for part in (slice(second, second + 9), slice(-9, None)):

@@ -41,7 +41,8 @@ STEPS = 20
 # In float64 the same runs agree to about 1e-14.
 DIGITS = {torch.float32: 5e-4, torch.float64: 1e-9}
 
-# The data are 83 images, so in most runs the ranks have uneven shares, at least of an epoch's last batch.
+# The data set has 83 images. In most runs the ranks therefore get unequal numbers of images, at least in the last batch
+# of an epoch.
 RUNS: dict[str, dict[str, Any]] = {
     "float32": {"batch_size": 50, "verify_every": 5, "max_steps": STEPS},
     "batch norm": {"batch_size": 32},
@@ -124,8 +125,8 @@ def all_runs(data: ImageData, out: Path, checkpoint: str) -> dict[str, Any]:
 
 
 def normalised(ranks: Ranks | None) -> list[Tensor | None]:
-    """Return the gradients and the running statistics of a model with two BatchNorms, computed across ranks, the first
-    of which has no rows, or in one process if `ranks` is None.
+    """Return the gradients and the running statistics of a model with two BatchNorms. They are computed across ranks,
+    of which the first has no rows. If `ranks` is None, they are computed in one process.
     """
     torch.manual_seed(0)
     model = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 5), nn.BatchNorm1d(5), nn.Tanh()).double()

@@ -29,8 +29,8 @@ run_module = importlib.import_module("fastntxent.simclr.pipeline")
 
 PNG = b"\x89PNG\r\n\x1a\n"
 PICTURES = ("curves", "embedding", "views")
-# Names that mathtext rejects, that a legend drops, that contain HTML, control characters, or characters missing from a
-# font or an encoding, or that are empty or too long.
+# Difficult class names. Mathtext rejects some, and a legend drops others. Some contain HTML, control characters, or
+# characters that a font or an encoding lacks. Some are empty or too long.
 ODD_NAMES = (
     r"$\frac{$", "$", "_hidden", "", "x" * 90, "two\nlines", "汉字", "🦊", "caf\udce9", "<b>&", "a\tb", "__",
     "\x1b[31m",

@@ -1,9 +1,9 @@
 // The functions of device.h for a host compiler: a fiber for each thread of the grid, in one thread of the process.
 //
-// Warps run in a random order from one collective to the next, and all 32 lanes must meet at the same collective.
-// Products of the matrix units follow PTX's fragment layouts and round as the chip chosen by add_as does. An
-// asynchronous copy happens at random either when it is started or when its thread waits for it, so code that reads too
-// early, or that overwrites data while another thread still reads it, may change the result.
+// Between two collectives (barriers, shuffles, matrix operations), warps run in a random order. All 32 lanes of a warp
+// must reach the same collective. Products of the matrix units follow PTX's fragment layouts and round like the chip
+// that add_as has set. An asynchronous copy happens at random either when it is started or when its thread waits for
+// it. So code that reads too early, or that overwrites data while another thread still reads it, may change the result.
 #pragma once
 
 #include <math.h>
@@ -38,7 +38,8 @@ void copy_async(void* to, const void* from);
 void commit_copies();
 void wait_copies(int pending);
 
-// Wait until all lanes of the warp have called this. `act` runs once, sees every lane's `mine`, and may write to it.
+// Wait until all lanes of the warp have called this. Then `act` runs once. It gets every lane's `mine`, and may write
+// to it.
 typedef void (*Act)(void** of_lanes);
 void meet(void* mine, Act act);
 

@@ -2,7 +2,7 @@
 
 #include <stdint.h>
 
-// Set the emulated device, which runs one block per multiprocessor, and the seed of the order of its events. With an
+// Set the emulated device, which runs one block per multiprocessor, and the seed of its random order of events. With an
 // even seed, the device accepts only half of a grid. Its matrix units add `block` products at once, with `extra_bits`
 // extra bits (tensor_core.h).
 void fntx_emulate(int multiprocessors, int64_t shared, unsigned seed, int block, int extra_bits);

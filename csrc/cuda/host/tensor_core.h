@@ -1,11 +1,11 @@
-// How the matrix units of a chip add, for the emulated device.
+// How the matrix units of a chip add products, for the emulated device.
 //
 // A block of products is added to the accumulator at once. The exponent of a product is the sum of its factors'
 // exponents (the significand of the product is below 4 and is not normalised). A subnormal factor has the exponent of
-// the smallest normal number. All products and the accumulator are shifted to the largest of their exponents, and the
-// bits that then lie below float32's 23 bits of fraction and the chip's extra bits are lost. The rest is summed
-// exactly, and the sum is cut to float32: every rounding is toward zero. (Khattak and Mikaitis, Accurate models of
-// NVIDIA tensor cores, doi 10.1145/3830409.)
+// the smallest normal number. All products and the accumulator are shifted to the largest exponent among them. Each
+// keeps float32's 23 bits of fraction and the chip's extra bits, and loses all lower bits. The rest is summed exactly,
+// and the sum is cut to float32. Every rounding is toward zero. (Khattak and Mikaitis, Accurate models of NVIDIA tensor
+// cores, doi 10.1145/3830409.)
 #pragma once
 
 #include <math.h>

@@ -16,6 +16,6 @@ except ModuleNotFoundError as error:
 from .calls import CudaBackend
 
 if not torch.cuda.is_available() or _cuda.devices() == 0:  # devices() raises if the driver is too old for the kernels
-    raise RuntimeError("no CUDA device here")
+    raise RuntimeError("no CUDA device is available")
 
 BACKEND = CudaBackend(_cuda)

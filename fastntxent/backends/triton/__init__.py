@@ -1,15 +1,17 @@
 """Triton kernels: normalisation, log-sum-exp, loss and every gradient on a GPU's matrix units.
 
 One source serves NVIDIA and AMD. The forward computes half of the similarity matrix, and the backward computes all of
-it once, by row blocks. With u = 2 M^2 D flops that is 2.5u in all, or 2u if the weights G of the gradient (backward.py)
-go through panels. Up to about a thousand rows, and where exp would leave its range, the forward computes the whole
-matrix, which adds u/2. There are no atomic additions, so results are bitwise reproducible, and the host never waits for
-the device. Memory is the packed rows, the sums of the gradient, at most 129 planes with one float32 per row, and a
-panel of G of at most 32 MiB (panels.py). The panel is needed only beyond 256 features (128 for float32, and for any
-dtype on gfx942).
+it once, by row blocks. With u = 2 M^2 D flops that is 2.5u in all. Beyond 256 features (128 for float32, and for any
+dtype on gfx942) it is 2u: the weights G of the gradient (backward.py) then go through memory in panels, for which half
+of the similarities are enough (panels.py). Up to about a thousand rows, and where exp would leave its range, the
+forward computes the whole matrix, which adds u/2.
 
-Sigmoid losses have separate kernels, and similarity limits separate variants of the kernels. Except in panels, all of
-these compute the whole similarity matrix instead of half of it.
+There are no atomic additions, so results are bitwise reproducible. The host never waits for the device. Memory is the
+packed rows, the sums of the gradient, at most 129 planes of sums (forward.py) with one float32 per row, and a panel of
+at most 32 MiB where G goes through memory.
+
+Sigmoid losses have separate kernels, and calls with similarity limits use variants of the kernels above. Except in
+panels, all of these compute the whole similarity matrix instead of half of it.
 
 Under Triton's interpreter (set TRITON_INTERPRET=1 before importing Triton) the kernels take tensors in host memory.
 """

@@ -25,7 +25,9 @@ from .unpack import unpack_gradients
 from .weights import scale, survey
 
 if not INTERPRETED and not torch.cuda.is_available():
-    raise RuntimeError("no CUDA device here; under TRITON_INTERPRET=1 the kernels run on CPU tensors, slowly")
+    raise RuntimeError(
+        "no CUDA device is available; with TRITON_INTERPRET=1 the kernels run on CPU tensors, but slowly"
+    )
 
 
 class TritonBackend(ComposedTowers):

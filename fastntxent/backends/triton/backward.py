@@ -4,13 +4,14 @@
     gathered_i = sum_j G_ij u_j                         radial_i = sum_j G_ij s_ij
 
 `unpack.py` turns gathered and radial into the gradients with respect to z and k. radial is summed in float32 before G
-is rounded to the dtype of the operands; for rows in two parts, whose G keeps 22 bits, `_fused_kernel` computes radial
+is rounded to the dtype of the operands. With rows in two parts, G keeps 22 bits, so `_fused_kernel` computes radial
 from gathered instead. There are no atomic additions.
 
-If the sums fit into registers, a program of `_fused_kernel` holds `gathered` for all features of its rows. It computes
-a tile of G, rounds it and multiplies it with the columns, so it reads x of its columns once. In small batches a program
-processes only a part of the columns, to keep every multiprocessor busy, and `unpack.py` adds the parts in a fixed
-order. If the sums do not fit, squares of G go through memory (panels.py).
+If `gathered` fits into registers for all features of a block of rows, `_fused_kernel` computes it. A program owns a
+block of rows. It computes a tile of G, rounds the tile, and multiplies it with the columns while their x is still
+loaded, so it loads x of each column only once. In small batches a program processes only a part of the columns, to keep
+every multiprocessor busy, and `unpack.py` adds the parts in a fixed order. If `gathered` does not fit into registers,
+squares of G go through memory (panels.py).
 
 As in the forward, there are two regimes (sides.py).
 """

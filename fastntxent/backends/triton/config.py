@@ -2,18 +2,18 @@
 
 A tile size trades off the registers that hold the tile, the shared memory that feeds the matrix units, and the number
 of programs that a multiprocessor runs at once. With two programs, the exponentials of one overlap the products of the
-other. The table is `table.json`, written by `python -m benchmarks tune`; nothing is tuned during training. If
-"measured" does not list a kernel, its tiles have not been timed on a device. Except for the VARIANTS, they come from
-the model (`python -m benchmarks model`), restricted to tiles without spills in Triton 3.9 (`make kernels-report`) and
-with at most 48 bytes of spills in Triton 3.6.
+other. The table is `table.json`, written by `python -m benchmarks tune`; nothing is tuned during training. A family's
+"measured" says which kernels' tiles have been timed, and on which device. The tiles of all other kernels, except the
+VARIANTS below, come from the model (`python -m benchmarks model`). The model chose among tiles that have no spills in
+Triton 3.9 (`make kernels-report`) and at most 48 bytes of spills in Triton 3.6.
 
     {family: {kernel: {width: [[rows, features, tile], ...]}}}
 
 The entry used is the first one whose rows and features are at least the batch's rows and padded features (null: any).
-`width` is the bytes per packed feature, counting both parts of a split float32. A tile of null selects another kernel:
-`owned` in place of `direct`, or `form` and `gather` in place of `fused` (`form_pairs` and `gather` in place of
-`pairs`), whose registers would spill. If a family has no entries for a kernel and width, the entries of the family
-named in "resembles" are used.
+`width` is the bytes per packed feature, counting both parts of a float32 that is stored in two parts. If a tile is
+null, other kernels run instead: `owned`, which is faster in small batches, instead of `direct`; `form` and `gather`
+instead of `fused`, whose registers would spill; `form_pairs` and `gather` instead of `pairs`, for the same reason. If a
+family has no entries for a kernel and width, the entries of the family named in "resembles" are used.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class TileConfig(NamedTuple):
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
 
-# Set by `forced`: "rows" replaces the number of rows in look-ups, "tiles" is the number of tiles along a square's edge.
+# Set by `forced`. "rows" replaces the number of rows in look-ups; "tiles" is the number of tiles along a square's edge.
 _forced: dict[str, int] = {}
 
 KERNELS = ("direct", "owned", "fused", "form", "gather")
@@ -63,7 +63,7 @@ VARIANTS = {"owned": "sums", "fused": "pairs", "form": "form_pairs"}
 TABLE: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "table.json").read_text())
 PROGRAMS = 2  # programs that each multiprocessor should have
 FEWEST_SQUARES = 2000  # squares wanted in the full matrix; with one side, half of them become programs
-PLANES = 128  # the most squares along a side, each of which has a plane of sums
+PLANES = 128  # the most squares along a side; there is a plane of sums for each of them (forward.py)
 PANEL = 32 * 2**20  # bytes of two squares of G, which fit into the L2 cache of an A100 or H100 together with x
 
 
@@ -91,7 +91,7 @@ def look_up(family: str, kernel: str, width: int, n: float, DP: int) -> TileConf
 
 @functools.cache
 def entries(family: str, kernel: str, width: int) -> list[tuple[float, float, TileConfig | None]]:
-    """Return a kernel's entries in the table: the most rows, the most features, and the tile."""
+    """Return a kernel's entries in the table, each with its largest numbers of rows and features, and its tile."""
     said = TABLE[family].get(kernel, {}).get(str(width))
     if said is None:
         return entries(TABLE[family]["resembles"], kernel, width)
@@ -101,8 +101,8 @@ def entries(family: str, kernel: str, width: int) -> list[tuple[float, float, Ti
 def forms(device: torch.device, dtype: torch.dtype) -> list[str]:
     """Return the forms that `forced` takes.
 
-    They are "", a form for each part of the table (a number of rows, and squares of one tile), and a form with squares
-    of eight tiles.
+    They are "", one form for each range of rows in the table, with squares of one tile, and one form with squares of
+    eight tiles.
     """
     widths = (4,) if dtype == torch.float32 else (2,)
     limits = {
@@ -113,7 +113,7 @@ def forms(device: torch.device, dtype: torch.dtype) -> list[str]:
         if rows < math.inf
     }
     largest = max(limits, default=0) + 1
-    parts = sorted({*limits, largest}) if limits else []  # with a single part there is no choice
+    parts = sorted({*limits, largest}) if limits else []  # with a single range of rows there is no choice
     return ["", *(f"rows={rows} tiles=1" for rows in parts), f"rows={largest} tiles=8"]
 
 
@@ -141,8 +141,8 @@ def split(rows: Packed) -> int:
 def products_at_once(chip: str) -> int:
     """Return how many half-precision products the matrix units add before they round.
 
-    It is 16 since Hopper (and in the interpreter), and 8 before. AMD's units do not round toward zero, so for them this
-    returns a large value.
+    It is 16 since Hopper (and in the interpreter), and 8 before. AMD's units do not round toward zero. The large value
+    for them makes the correction in `tiles.add_product` 0.
     """
     if chip.startswith("gfx"):
         return 128
@@ -184,10 +184,10 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def edge_of_square(n_rows: int, n_cols: int, block: int) -> int:
-    """Return the edge of a program's square: the largest, up to 8 tiles, with at least FEWEST_SQUARES squares.
+    """Return the edge of a program's square of tiles, as a number of rows.
 
-    If even squares of one tile are fewer, the edge is one tile. It grows beyond 8 tiles if a side would have more than
-    PLANES squares, so that the memory for sums stays O(M).
+    The edge is the longest of 8, 4 and 2 tiles with which there are at least FEWEST_SQUARES squares, else one tile. It
+    grows beyond that if a side would otherwise have more than PLANES squares, so that the memory for sums stays O(M).
     """
     if "tiles" in _forced:
         return _forced["tiles"] * block
@@ -200,7 +200,7 @@ def edge_of_square(n_rows: int, n_cols: int, block: int) -> int:
 
 
 def columns_of_part(multiprocessors: int, blocks: int, n_cols: int, block_n: int) -> int:
-    """Return how many columns one program processes: all, or few enough to occupy every multiprocessor."""
+    """Return how many columns one program processes: all, or fewer if the device would not have enough programs."""
     wanted = triton.cdiv(PROGRAMS * multiprocessors, blocks)
     return triton.cdiv(triton.cdiv(n_cols, block_n), wanted) * block_n
 

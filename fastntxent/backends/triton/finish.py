@@ -1,9 +1,9 @@
 """The last steps for each row: nu from the planes of sums (forward.py), and NT-Xent's losses from nu.
 
-`_finish_kernel` adds a row's planes in a fixed order. If there is a loss, it ends with `end_rows`, as does
-`_owned_kernel`, which computes nu in one launch. Every program then also writes partial results over its rows: the
-largest weight, the sum of the losses, and the sum of q sim_pos, from which the temperature's gradient through the
-positives follows.
+`_finish_kernel` adds a row's sums from all planes in a fixed order. If there is a loss, `_finish_kernel` calls
+`end_rows` last, and so does `_owned_kernel`, which computes nu in one launch. Every program then also writes partial
+results over its rows: the largest weight, the sum of the losses, and the sum of q sim_pos. The temperature's gradient
+through the positives follows from this last sum.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FINISHED = 128  # rows per program of `_finish_kernel`
 
 @triton.jit
 def end_rows(nu, pos_ptr, q_ptr, peaks_ptr, totals_ptr, dots_ptr, offs, n, k):
-    """Write NT-Xent of a program's rows: the sum of the losses log(1 + exp(nu - pos)), and q = sigmoid(nu - pos).
+    """Write the sum of the NT-Xent losses log(1 + exp(nu - pos)) of a program's rows, and each q = sigmoid(nu - pos).
 
     Also write the results of `survey_weights`: the largest q and the sum of q sim_pos.
     """

@@ -1,24 +1,26 @@
 """neg_lse of packed rows: nu_i = log sum over {j : id_j != id_i} of exp(k s_ij).
 
-Direct: a program owns a square of tiles. Each exponential counts in the sum of its row and in the sum of its column. So
-with one side, only tiles on and above the diagonal are computed, and in a tile that the diagonal crosses, only the part
-above the diagonal counts. Sums go to planes, in which no two programs write the same element, and are added in a fixed
-order (finish.py):
+Direct (`_direct_kernel`): a program owns a square of tiles. Each exponential counts in the sum of its row and in the
+sum of its column. So with one side, only tiles on and above the diagonal are computed, and in a tile that the diagonal
+crosses, only the part above the diagonal counts. A program writes its sums to planes, which have one element per row.
+No two programs write the same element of a plane. The planes are added in a fixed order (finish.py).
 
-    one side of Q squares    rows of square a: plane b >= a from square (a, b) as rows, plane b < a from (b, a) as
-                             columns, plane Q from (a, a) as columns
+    one side of Q squares    for the rows of square a, plane b >= a has the row sums of square (a, b), plane b < a has
+                             the column sums of square (b, a), and plane Q has the column sums of square (a, a)
     two sides                rows: a plane for each square of columns; columns: a plane for each square of rows
 
 The outer loop of a square runs over columns. If a block of columns fits with all its features, it stays in shared
-memory while the inner loop runs over the rows, so a square reads x of its columns once, and x of its rows once for each
-block of columns. The sums of the columns stay in registers, and the sums of the rows are added up in their plane.
+memory while the inner loop runs over the rows. The square then reads x of its columns once, and x of its rows once for
+each block of columns. The sums of the columns stay in registers, and the sums of the rows are added up in their plane.
 
-Owned: a program owns a block of rows and keeps a running maximum over all columns. With two sides the columns take a
-second launch. This kernel serves similarity limits, temperatures at which exp would leave its range, and small batches,
-where computing nu in one launch saves more time than skipping half of the products.
+Owned (`_owned_kernel`): a program owns a block of rows and keeps a running maximum over all columns. With two sides, a
+second launch computes nu of the columns. This kernel is for similarity limits, for temperatures at which exp would
+leave its range, and for small batches, where computing nu in one launch saves more time than skipping half of the
+products.
 
-Both kernels have two loops over tiles. One compares ids. The other has no mask; it takes the squares (in Owned, the
-rounds of 1,024 columns) that lie within both sides and whose rows and columns have id ranges that do not overlap.
+Both kernels have two loops over tiles. One loop compares ids. The other has no mask. It is for squares (in Owned, for
+rounds of 1,024 columns) that do not extend past the end of a side, and whose rows and columns have id ranges that do
+not overlap.
 
 In some calls only the device knows which kernel is needed (sides.py).
 """
@@ -54,7 +56,10 @@ ROUND = tl.constexpr(1024)  # `_owned_kernel` decides for this many columns at a
 
 @triton.jit
 def _square_of(index, squares, ONE_SIDE: tl.constexpr):
-    """Return the row and column of a program's square, counted by columns of the triangle if ONE_SIDE, else by rows."""
+    """Return the row and column of a program's square.
+
+    With ONE_SIDE, squares are counted column by column in the upper triangle, else row by row.
+    """
     if ONE_SIDE:
         col = ((tl.sqrt(8.0 * index.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
         col = tl.where(col * (col + 1) // 2 > index, col - 1, col)  # correct the rounding of the square root
@@ -73,8 +78,8 @@ def _sum_columns(
 ):  # fmt: skip
     """Write the sums of BLOCK_N columns over the rows [row0, end), and add their part to the sums of these rows.
 
-    Over all tiles, a thread sums the elements that it holds of a column; the threads' sums are combined once, at the
-    end. So only row sums need a reduction in the loop. A row lies in four threads of a warp (mma, wgmma) or in a single
+    Each thread sums the elements of a column that it holds, over all tiles. The threads' sums are combined once, at the
+    end, so only row sums need a reduction in the loop. A row lies in four threads of a warp (mma, wgmma) or in a single
     thread (tensor memory).
     """
     offs_n = col + tl.arange(0, BLOCK_N)
@@ -154,7 +159,10 @@ def _add_exponentials(
     MASKED: tl.constexpr, LIMITED: tl.constexpr, SPLIT: tl.constexpr, TF32: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """Return the running maxima and sums of some rows, updated with all columns that need a mask, or all others."""
+    """Return the running maxima and sums of some rows, updated with some of the columns.
+
+    These are all columns that need a mask if MASKED, else all other columns.
+    """
     for first in range(0, n_cols, ROUND):
         whole = (row + BLOCK_M <= n_rows) & (first + ROUND <= n_cols)
         if whole:
@@ -170,8 +178,8 @@ def _add_exponentials(
                         rows_x_ptr, rows_lo_ptr, cols_x_ptr, cols_lo_ptr, row, col, DP,
                         SPLIT, TF32, UPCAST, BLOCK_M, BLOCK_N, BLOCK_D, LIMITED,
                     )  # fmt: skip
-                # r_m r_n is multiplied first, so that (i, j) and (j, i) round alike. The backward compares the same
-                # logits with nu.
+                # r_m r_n is multiplied first, so that (i, j) and (j, i) are rounded alike. The backward needs the same
+                # logits, because it subtracts nu from them.
                 r_n = tl.load(cols_r_ptr + col + tl.arange(0, BLOCK_N))
                 s *= r_m[:, None] * r_n[None, :]
                 logits = s * k

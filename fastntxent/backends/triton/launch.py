@@ -1,4 +1,4 @@
-"""Launches and the memory between them, recorded once for each kind of call and then replayed.
+"""The launches of a call and the memory that they share, recorded once for each kind of call and then replayed.
 
 For a small batch the host takes longer than the kernels: it chooses tiles and allocates a dozen tensors, and Triton
 looks up each compiled kernel by some thirty arguments. All of that depends only on the shapes, dtypes, strides,
@@ -8,12 +8,14 @@ kernels with the new addresses.
 
 A recording must not replay anything that may differ in the next call:
 
-- A call is not recorded if it has a pointer to anything else, such as a copy that PyTorch made, or a result that is not
-  an output. No other operation may run between the launches (tests/test_triton.py).
-- The key contains everything that Triton specialises a kernel for. These are the dtypes, which addresses are multiples
-  of 16 and, through shapes and strides, which integers are 1, multiples of 16, or beyond 32 bits.
-- The key also contains a temperature given as a float. A scheduled temperature never repeats, so such calls are not
-  recorded.
+- A call is not recorded if it passes a kernel a pointer to anything else, such as a copy that PyTorch made, or if one
+  of its results is neither an argument nor an output. No other operation may run between the launches
+  (tests/test_triton.py checks this).
+- Recordings are looked up by a key. The key contains everything that Triton specialises a kernel for: the dtypes,
+  whether each address is a multiple of 16, and (through shapes and strides) whether each integer is 1, a multiple of
+  16, or beyond 32 bits.
+- The key also contains a temperature given as a float. If the temperature changes at every step, no key repeats, so no
+  call is recorded.
 - A compiled kernel belongs to one device, so the key contains the device.
 
 Calls with a large workspace are not recorded: it is better to free their memory piece by piece, and their kernels take
@@ -139,7 +141,7 @@ class Recording:
 
 
 class _NotRecordable(Exception):  # noqa: N818
-    """Raised for a result that is no argument and no output, or a pointer outside arguments, outputs and workspace."""
+    """Raised if a result is neither an argument nor an output, or if a pointer is outside these and the workspace."""
 
 
 def _without_memory(x: Any) -> Any:
@@ -168,8 +170,8 @@ _recordings: dict[Hashable, Recording | bool] = {}  # False: called once so far;
 def repeated(method: Callable[Concatenate[_Self, Work, _P], _R]) -> Callable[Concatenate[_Self, _P], _R]:
     """Wrap a method of a backend so that its launches are recorded and replayed.
 
-    The method itself also takes a `Work`. It runs with its first tensor's device as the current device, because Triton
-    launches on the current device.
+    The method takes a `Work` as its first argument; its callers do not pass one. During the call, the device of the
+    first tensor is the current device, because Triton launches on the current device.
     """
 
     @functools.wraps(method)

@@ -5,10 +5,11 @@
 x_i is z_i times the power of two that brings its largest element into [1, 2). In half precision this scaling is exact,
 whatever the norm of the row, except that a float16 x below 2^-14 is rounded to a multiple of 2^-24. Half-precision rows
 that are not normalised stay as they are, with r_i = 1. float32 rows are stored in two parts, unless TF32 is allowed
-(tiles.py). The positives are computed from z itself, in float32.
+(tiles.py). The similarities to the positives are computed from z itself, in float32.
 
-A program owns SPAN rows. It reads them and their positives twice. It writes their x and their vectors, and for the
-whole span the smallest and the largest id, the largest norm and the largest r.
+A program owns SPAN rows. It reads them and their positives twice. For each row it writes x, r, the norm, the id and, if
+there is a positive, the similarity to it. For the whole span it writes the smallest and the largest id, the largest
+norm and the largest r.
 """
 
 from __future__ import annotations
@@ -47,8 +48,7 @@ def load_stacked(
 def _sum_features(x, SPAN: tl.constexpr):
     """Return each row's sum of up to 64 features, added pairwise.
 
-    A longer reduction would add in the order of its layout, which depends on the strides of z. A pair has only one
-    order.
+    A reduction of more than two elements would add them in the order of the layout, which depends on the strides of z.
     """
     for _ in tl.static_range(6):
         if x.shape[1] > 1:
@@ -66,8 +66,8 @@ def _pack_kernel(
     row = tl.program_id(0) * SPAN + tl.arange(0, SPAN)
     partner = tl.where(row < n_first, row + n_first, row - n_first)
 
-    # Norms are computed from elements scaled to near 1, so that no square leaves float32's range. The maximum drops a
-    # NaN, but x still contains it.
+    # For the norms, elements are scaled so that the row's largest is near 1. Then no square leaves float32's range. The
+    # maximum drops a NaN, but x still contains it.
     largest = tl.zeros((SPAN,), tl.float32)
     of_partner = tl.zeros((SPAN,), tl.float32)
     for start in range(0, DP, BLOCK_D):

@@ -4,12 +4,13 @@ G goes through memory, two squares at a time. Two squares are small enough to st
 writes the two squares, one above the other. `_gather_kernel` multiplies them with their columns and adds the result to
 the sums from the earlier squares, in a fixed order.
 
-    one side    G is symmetric: a square (a, b) above the diagonal is computed once and written twice, transposed for
-                the rows of b. The squares on the diagonal come first, two at a time: (a, a) and (a + 1, a + 1)
+    one side    G is symmetric: a square (a, b) above the diagonal is computed once and written twice, for the rows of
+                a and, transposed, for the rows of b. The squares on the diagonal come first, two at a time: (a, a) and
+                (a + 1, a + 1)
     two sides   (a, b) and (a + 1, b), for one block of columns b after the other
 
-With u = 2 M^2 D flops for a full product, the gradient costs 1.5u in a call with one side. An operand is G_ij r_j, and
-its factor r_j depends on the index that is summed over. So the transposed copy has different factors and must be
+With u = 2 M^2 D flops for a full product, the gradient costs 1.5u in a call with one side. Because u_j = r_j x_j, the
+operand that multiplies x_j is G_ij r_j. The transposed copy multiplies x_i, so its operand is G_ij r_i, and it must be
 written separately.
 """
 
@@ -71,8 +72,8 @@ def _form_kernel(
 ):  # fmt: skip
     """Write a tile of G for one or both squares, and its part of sum_j G_ij s_ij / r_i.
 
-    Each column is multiplied by its r divided by R (`largest_scale`). The tiles of one column run together and share x
-    of their rows and columns in the L2 cache.
+    Each column is multiplied by its r divided by R (`largest_scale`). The programs for one column of tiles run at about
+    the same time, so they share x of their rows and columns in the L2 cache.
     """
     k = load_inverse_temperature(inv_tau, ON_DEVICE)
     if in_direct_range(bounds_ptr, k, log_terms, BOUNDED) == SHIFTED:
@@ -123,9 +124,9 @@ def _gather_kernel(
 ):  # fmt: skip
     """Multiply two squares of G with their columns, for a block of rows and features.
 
-    The blocks of one row run together and share its G in the L2 cache. Each row has SUMS sums, of which the first is
-    radial. With IN_UNITS each row of a tile of G is divided by a power of two near its largest element before the
-    product.
+    The programs for one block of rows run at about the same time, so they share G of these rows in the L2 cache. Each
+    row has SUMS sums; the first one is radial. With IN_UNITS, each row of a tile of G is divided by a power of two near
+    its largest element before the product.
     """
     down, d = tl.program_id(1) * BLOCK_M, tl.program_id(0) * BLOCK_D
     second = down >= stride_g
@@ -213,9 +214,9 @@ def gather_formed(
     sums: int = 1,
     in_units: bool = False,
 ) -> Gathered:
-    """Return gathered, and `sums` sums of each row, of which the first is radial.
+    """Return gathered, and `sums` sums of each row. The first sum is radial.
 
-    `form` launches a kernel that writes two squares of G. `tiles` names its tiles in the table.
+    `form` launches a kernel that writes two squares of G. `tiles` is the name of this kernel's tiles in the table.
     """
     rows, cols, new = sides.rows, sides.cols, sides.work.empty
     tile, multiply = config.tile(tiles, rows), config.tile("gather", rows)

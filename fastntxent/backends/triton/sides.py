@@ -1,9 +1,10 @@
 """The rows and the columns of a call, and the regime in which kernels exponentiate the logits.
 
-In the direct regime kernels compute exp(k s) itself. In the shifted regime exp(k s) would leave float32's range, so
-they first subtract a maximum (forward) or nu (backward). Every kernel that has two regimes asks `in_direct_range` which
-one applies. If the host knows the answer, it launches one kernel. If only the device knows (rows that are not
-normalised, or a temperature on the device), it launches both, and one of them returns at once.
+In the direct regime kernels compute exp(k s) itself. In the shifted regime exp(k s) might leave float32's range, so
+kernels first subtract a maximum (forward) or nu (backward). Every kernel that has two regimes calls `in_direct_range`
+to find out which one applies. If the host knows the regime, it launches the kernel of this regime. If only the device
+knows (rows that are not normalised, or a temperature on the device), the host launches the kernels of both regimes, and
+one of them returns at once.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def load_inverse_temperature(inv_tau, ON_DEVICE: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def _bounds_kernel(rows_peaks_ptr, cols_peaks_ptr, bounds_ptr, n_rows_peaks, n_cols_peaks):
-    """Write max|u_i| max|v_j| and the largest r of the other side, once for each side."""
+    """Write, once for each side, max|u_i| max|v_j| and the largest r of the other side."""
     longest = max_of_parts(rows_peaks_ptr, n_rows_peaks) * max_of_parts(cols_peaks_ptr, n_cols_peaks)
     tl.store(bounds_ptr, longest)
     tl.store(bounds_ptr + 1, max_of_parts(cols_peaks_ptr + n_cols_peaks, n_cols_peaks))
@@ -105,7 +106,8 @@ class Sides:
     def log_terms(self) -> float:
         """The logarithm of the number of terms in the longest sum.
 
-        With limits it is infinite, which selects the shifted regime: kernels with limits have no other.
+        With limits the result is infinite. This selects the shifted regime, because kernels with limits have no direct
+        regime.
         """
         return math.log(self.longer) if self.limits is None else math.inf
 
@@ -130,7 +132,8 @@ class Sides:
             return True
         if self.work.direct is not None:
             return self.work.direct == direct
-        # Near 0 the device may round the margin to the other sign, so both regimes are launched.
+        # If the margin is near 0, it may have the other sign on the device because of rounding, so the kernels of both
+        # regimes are launched.
         margin = DIRECT_LIMIT.value - (self.inv_tau + self.log_terms)
         return (margin > 0) == direct or abs(margin) < 1e-3
 

@@ -1,6 +1,6 @@
 """Sums of softplus over pairs and their gradients, the core of sigmoid losses.
 
-    x_ij = k s_ij + b      y_ij = 1 between groups, -1 within one
+    x_ij = k s_ij + b      y_ij = 1 if i and j are in different groups, else -1
     sum_i = sum_j log(1 + exp(y_ij x_ij))      over other groups, and with POSITIVES also over i's group
 
 With one side, row i itself is left out. The gradient does not depend on a row's sum, so one pass over the tiles of x
@@ -8,14 +8,15 @@ computes sums and gradients. With weights a_i of the rows' sums and c_j of the c
 
     G_ij = (a_i + c_j) y_ij sigmoid(y_ij x_ij)      gathered_i = sum_j G_ij u_j      radial_i = sum_j G_ij s_ij
 
-`unpack.py` turns these into gradients. d/db is the sum of G, or half of it if there is one side. A program owns a block
-of rows and processes all columns or a part of them. With two sides, each side's gradient takes a launch in which that
-side provides the rows. With u = 2 M K D flops the cost is u for the values alone, 2u with the gradient of one side, and
-4u with the gradients of two. If the sums of a row block do not fit into registers, G goes through memory (panels.py).
+`unpack.py` turns gathered and radial into gradients. d/db is the sum of G, or half of this sum if there is one side. A
+program owns a block of rows and processes all columns or a part of them. With two sides, each side's gradient needs a
+launch in which that side provides the rows. With u = 2 M K D flops the cost is u for the values alone, 2u with the
+gradient of one side, and 4u with the gradients of two. If the sums of a row block do not fit into registers, G goes
+through memory (panels.py).
 
 G may be tiny everywhere, and its scale is not known beforehand. So if G becomes a float16 operand, each row of a tile
-is divided by a power of two near its largest G, and the multiply-add that adds the tile's product to the sum multiplies
-by it again.
+of G is divided by a power of two near the row's largest element. The multiply-add that adds the tile's product to the
+sum multiplies the product by this power again.
 """
 
 from __future__ import annotations
@@ -323,7 +324,7 @@ class Pairs(NamedTuple):
 
 
 class Formed(NamedTuple):
-    """The rows' sums in P parts (P, rows), partial sums of their total and of G, and the rows' `Gathered`."""
+    """The rows' sums in P parts (P, rows), partial totals of these sums and of G, and the rows' `Gathered`."""
 
     sums: Tensor
     totals: Tensor

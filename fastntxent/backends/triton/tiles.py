@@ -2,9 +2,12 @@
 
 Rows are packed (pack.py) as u_i = r_i x_i, with x in the dtype of the matrix units and r in float32. A similarity is
 s_ij = r_i r_j (x_i . x_j). In half precision, the only rounding of x_i . x_j is in its float32 sum. Padding rows and
-features are zero. In the backward, a column of G has the factor r_j / R, where R is at least the largest r. If float32
-rows are stored in two parts and not normalised, a row more than 2^14 times shorter than the longest therefore loses
-bits in its contribution to the gradients of other rows; at 2^20 only four bits are left.
+features are zero.
+
+In the backward, a column of G has the factor r_j / R, where R is at least the largest r. If float32 rows are stored in
+two parts and not normalised, this factor may be small, and then the two float16 parts of G hold fewer bits. A row more
+than 2^14 times shorter than the longest therefore loses bits in its contribution to the gradients of other rows. At
+2^20 at most 16 bits (four decimal digits) are left.
 
 Operands (selected by the constexpr SPLIT and the dtype of x):
     float16, bfloat16   x is z times a power of two: one product
@@ -12,13 +15,14 @@ Operands (selected by the constexpr SPLIT and the dtype of x):
                         (two bfloat16 parts hold 16 bits and have ten times the error); the three largest products
     float32, TF32       x in float32: one product in TF32, if PyTorch's setting allows it
 
-Tensor cores round toward zero, so long sums in them drift. For float32 rows they add only 64 features of a similarity,
-or the columns of one tile of a gradient, in a fresh accumulator. Ordinary additions, which round to nearest, combine
-these partial sums. For this purpose operands are split into pieces of 64 features. Half precision has a larger error
-anyway and uses a single piece. The constexpr SPLIT is 0 if x has one part; if it has two, SPLIT is the number of
-products that the chip adds before it rounds (config.py).
+Tensor cores round toward zero, so long sums in them drift. For float32 rows, an accumulator therefore sums only 64
+features of a similarity, or the columns of one tile of a gradient. Ordinary additions, which round to nearest, combine
+these partial sums. For this purpose operands are split into pieces of 64 features. Half-precision rows have a larger
+rounding error anyway, so their operand is a single piece. The constexpr SPLIT is 0 if x has one part. If x has two
+parts, SPLIT is the number of products that the chip adds before it rounds (config.py).
 
-The interpreter would multiply the bit patterns of bfloat16 numbers, so with UPCAST they are widened before a product.
+Triton's interpreter would multiply the bit patterns of bfloat16 numbers. So under the interpreter (UPCAST), bfloat16
+operands are converted to float32 before a product.
 """
 
 import torch
@@ -93,10 +97,10 @@ def add_product(
 ):
     """Return acc + a b. With two parts the three largest products are summed apart from acc, the largest one last.
 
-    On average each block of products truncates half a unit in the last place of the sum so far. In all, B blocks lose
-    0.18 (B + 1) units of 2^-23, relative to the total. The multiply-add that adds the sum to acc compensates for this
-    loss, and no compiler folds this multiply-add into the product. With SAME the result is bitwise the same if rows and
-    columns are exchanged.
+    The matrix units add a block of SPLIT products to a sum at once, and truncate the result. On average this loses half
+    a unit in the last place of the sum so far. In all, B blocks lose 0.18 (B + 1) units of 2^-23, relative to the
+    total. The multiply-add that adds the sum to acc compensates for this loss, and no compiler folds this multiply-add
+    into the product. With SAME the result is bitwise the same if rows and columns are exchanged.
     """
     if UPCAST and a.dtype == tl.bfloat16:
         a, b = a.to(tl.float32), b.to(tl.float32)
@@ -145,7 +149,7 @@ def add_similarities(
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr, UPCAST: tl.constexpr):
-    """Return x in a narrower dtype, rounded to nearest. The interpreter's own cast to bfloat16 would truncate."""
+    """Return x in a narrower dtype, rounded to nearest. (The interpreter's cast to bfloat16 would truncate.)"""
     if UPCAST and (dtype == tl.bfloat16 and x.dtype == tl.float32):  # Triton 3.3 does not support chained `and`
         bits = x.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
@@ -172,9 +176,10 @@ def in_two_parts(x, dtype: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constex
 
 @triton.jit
 def in_units(g, dtype: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr):
-    """Return an operand whose rows may be tiny, and its units.
+    """Return g as an operand with each row divided by a unit, and the units.
 
-    Each row is divided by its unit, the largest power of two that does not exceed the row's largest element.
+    A row's unit is the largest power of two that does not exceed the row's largest element. So a row of tiny elements
+    keeps its accuracy in float16.
     """
     down, up = power_of_two(tl.max(tl.abs(g), 1))
     high, low = in_two_parts(g * down[:, None], dtype, SPLIT, UPCAST)
@@ -324,7 +329,7 @@ def columns_that_meet(
     rows_low_ptr, rows_high_ptr, cols_low_ptr, cols_high_ptr, row, first, last, middle,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """Return bounds that divide the columns [first, last) by whether a tile may hold an id of the rows.
+    """Return bounds that separate the tiles of the columns [first, last) that may contain an id of the rows.
 
     With two views there are two ranges of such tiles, one on either side of the middle. A partial last tile is a third
     range.
@@ -339,7 +344,7 @@ def columns_that_meet(
 
 @triton.jit
 def tiles_of(columns, MASKED: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Return the order of the tiles that need a mask (or of the others), for `column_of_tile`, and their number."""
+    """Return the order (for `column_of_tile`) and the number of the tiles that need a mask, or of all other tiles."""
     first, begin_0, end_0, begin_1, end_1, full, last = columns
     met = (end_0 - begin_0 + end_1 - begin_1) // BLOCK_N
     if MASKED:
@@ -381,6 +386,7 @@ def add_dots(
 
 
 INTERPRETED = not isinstance(load_rows, triton.JITFunction)
-# An option of every launch. If the compiler contracted a * b - c into one rounding, the backward's logits would differ
-# from the forward's by 3e-5 at a temperature of 0.001. Kernels call tl.fma for a multiply-add.
+# An option of every launch. If the compiler contracted a * b - c into one instruction, which rounds only once, the
+# backward's logits would differ from the forward's by 3e-5 at a temperature of 0.001. Where kernels need a
+# multiply-add, they call tl.fma.
 NO_CONTRACTION = {"enable_fp_fusion": False}

@@ -7,8 +7,8 @@ With gathered_i = sum_j G_ij u_j, radial_i = sum_j G_ij s_ij, n_i = |z_i|, and v
     d/dk   = share sum_i radial_i + sum_i v_i sim_pos_i    share is 1/2 with one side, 1 with two
 
 If the rows are not normalised, d/dz_i = d/du_i. A program owns SPAN rows, and reads z of these rows and of their
-positives. The programs of the earlier kernels have left partial sums over all rows. The first program of this kernel
-adds them, which saves a launch.
+positives. The earlier kernels have written partial sums of d/dk and of the loss. The first program of this kernel adds
+them, which saves a launch.
 """
 
 from __future__ import annotations

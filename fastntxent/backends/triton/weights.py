@@ -33,7 +33,10 @@ NUMBERS = 4  # numbers per row, listed above
 def _survey_kernel(
     w_ptr, nu_ptr, d_pos_ptr, pos_ptr, peaks_ptr, dots_ptr, n, PAIRED: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Write each program's largest weight and its sum of d_pos times sim_pos, for weights from an upstream gradient."""
+    """Write each program's largest weight and its sum of d_pos times sim_pos.
+
+    This kernel is for weights that come from an upstream gradient. With a loss, `end_rows` writes these results.
+    """
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     w = tl.load(w_ptr + offs, mask=offs < n, other=0.0)
     nu = tl.load(nu_ptr + offs, mask=offs < n, other=0.0)
@@ -50,7 +53,7 @@ def _scale_kernel(
 ):  # fmt: skip
     """Write the four numbers of every row, and the largest weight.
 
-    A row without negatives ignores its upstream gradient and has no probabilities.
+    In a row without negatives, the upstream gradient is ignored and all probabilities are 0.
     """
     direct = in_direct_range(bounds_ptr, load_inverse_temperature(inv_tau, ON_DEVICE), log_terms, BOUNDED)
     largest = max_of_parts(peaks_ptr, n_peaks)
@@ -99,7 +102,7 @@ def survey(sides: Sides, of_rows: Upstream, of_cols: Upstream | None = None, d_p
     """Return weights from the upstream gradients of every side's nu and, in `d_pos`, of the positives."""
     of_rows, of_cols = _contiguous(of_rows), None if of_cols is None else _contiguous(of_cols)
     upstreams = [of_rows] if of_cols is None else [of_rows, of_cols]
-    # Multiples of 4 keep the parts aligned, so that they use the same compiled kernel.
+    # The numbers of programs are multiples of 4, so the parts of `found` are aligned and use the same compiled kernel.
     programs = [triton.cdiv(side.rows.n, 4 * SURVEYED) * 4 for side in sides.each()]
     found = sides.work.empty(2, sum(programs))
     for side, upstream, parts in zip(sides.each(), upstreams, found.split(programs, dim=1), strict=True):

@@ -26,14 +26,14 @@ __all__ = ["DistributedLossWrapper"]
 
 
 class DistributedLossWrapper(TypedModule):
-    """A loss of this module over the batch of all ranks of the default process group. Without one, over this process's.
+    """A loss of this module over the batch of all ranks of the default process group.
 
-    The value equals the loss of one process with the whole batch, on every rank; the library's is R times as large on R
-    ranks. After DDP averages the gradients, they equal the gradients of one process, as in the library with
-    efficient=False.
+    Without a process group, it is the loss of this process's batch. On every rank, the value equals the loss that one
+    process computes on the whole batch. The library's value is R times as large on R ranks. After DDP averages the
+    gradients, they equal the gradients of one process, as in the library with efficient=False.
 
-    With labels alone and the default reducer, the memory is the same as with `group=`. In all other cases every rank
-    gathers the rows of all ranks and computes the whole loss, as in the library.
+    With labels alone and the default reducer, memory is the same as for a loss with `group=`. In all other cases every
+    rank gathers the rows of all ranks and computes the whole loss, as in the library.
 
     Args:
         loss: `NTXentLoss` or `SupConLoss` of this module, or a `CrossBatchMemory` around one, from this module or from
@@ -81,7 +81,7 @@ class DistributedLossWrapper(TypedModule):
                 every rank (if they differ, each rank returns the loss of its pairs). With efficient=True, pairs whose
                 anchors are this rank's rows; the loss is over the pairs of all ranks.
             ref_emb: (K, D), this rank's references, or None.
-            ref_labels: (K,), this rank's labels of the references, or None.
+            ref_labels: (K,), the labels of this rank's references, or None.
             enqueue_mask: (M,) bool, for a `CrossBatchMemory`: this rank's rows that go into the memory.
         """
         group = default_group()
@@ -174,8 +174,8 @@ def _open_ranks(
 
 
 def _rows_of_all_ranks(x: Tensor, batch: ShardedBatch) -> Tensor:
-    """Return the rows of all ranks in rank order. Only this rank's rows get a gradient, and it is multiplied by the
-    number of ranks: every rank computes the whole loss, and DDP averages."""
+    """Return the rows of all ranks in rank order. Only this rank's rows get a gradient. It is multiplied by the number
+    of ranks, because every rank computes the whole loss and DDP averages the gradients."""
     parts = list(batch.gather(x).split(batch.sizes))
     parts[batch.rank] = scale_gradient(x, len(parts))
     return torch.cat(parts)

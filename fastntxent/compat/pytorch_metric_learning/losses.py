@@ -27,7 +27,7 @@ _DISTANCES = ("CosineSimilarity", "DotProductSimilarity")
 
 
 class Terms(NamedTuple):
-    """The numbers from which a loss is reduced, in the form that the library's reducers take."""
+    """The losses before their reduction, in the form that the library's reducers expect."""
 
     losses: Tensor
     indices: Tensor | tuple[Tensor, Tensor]
@@ -57,7 +57,7 @@ class PairLoss(TypedModule):
         if embedding_regularizer is not None:
             raise ValueError(f"embedding_regularizer of {name} must be None: add its loss to this one")
         if collect_stats:
-            raise ValueError(f"collect_stats of {name} must be None or False: no distances are held to collect from")
+            raise ValueError(f"collect_stats of {name} must be None or False: the loss stores no distances")
         self.reducer = _checked_reducer(name, reducer, self._reducer)
 
     def forward(
@@ -91,8 +91,8 @@ class PairLoss(TypedModule):
                 f"got {ref_emb.shape[0]} and {embeddings.shape[0]}"
             )
         loss = self.loss_against(embeddings, labels, indices_tuple, ref_emb, None if own else ref_labels, own)
-        # A reducer may return something other than a tensor. A memory's labels change before the backward, which uses
-        # copies.
+        # A reducer may return something other than a tensor. ref_labels are not watched, because a memory changes its
+        # labels before the backward; the loss has copies of them.
         return watch(loss, self.temperature, labels) if isinstance(loss, Tensor) else loss
 
     def loss_against(
@@ -146,7 +146,7 @@ class PairLoss(TypedModule):
 
 
 class NTXentLoss(PairLoss):
-    r"""One NT-Xent term for each positive pair, and their mean over the pairs.
+    r"""The mean over the positive pairs of one NT-Xent term for each pair.
 
     .. math:: L = \frac{1}{|P|} \sum_{(a, p) \in P} \log \Big(1 + \sum_{(a, n)} e^{(s_{an} - s_{ap})/\tau}\Big)
 
@@ -168,7 +168,7 @@ class NTXentLoss(PairLoss):
             not match.
 
     With labels, memory is O((M + K) D), because positive pairs are processed in tiles. A reducer other than None,
-    MeanReducer and PerAnchorReducer adds O(P) for P positive pairs. With pairs, memory is O(P).
+    MeanReducer and PerAnchorReducer adds O(P) for P positive pairs. With indices_tuple, P listed pairs add O(P).
 
     Example:
         >>> import torch
@@ -229,8 +229,9 @@ class SupConLoss(PairLoss):
 
     .. math:: L_a = \log \sum_{j \in P(a) \cup N(a)} e^{s_{aj}/\tau} - \frac{1}{|P(a)|} \sum_{p \in P(a)} s_{ap}/\tau
 
-    These are the anchors with a positive and at least one further pair. They are found from the pairs, not from the
-    rounded losses. The loss is 0 if the batch has no positive or no negative pair. A repeated pair counts once.
+    An anchor's loss is above 0 if the anchor has a positive and at least one other pair. This is decided by counting
+    pairs, not from the rounded losses. The loss is 0 if the batch has no positive or no negative pair. A repeated pair
+    counts once.
 
     Args:
         temperature: A float or a 0-d tensor.
@@ -299,7 +300,7 @@ class SupConLoss(PairLoss):
 
 
 class SelfSupervisedLoss(TypedModule):
-    """A loss of this module on two views, with the samples as labels. It is `nt_xent` for either loss.
+    """A loss of this module on two views, with the samples as labels. By default it is `nt_xent`, for either loss.
 
     Args:
         loss: `NTXentLoss` or `SupConLoss` of this module. With one positive per row they are the same loss.

@@ -17,10 +17,10 @@ __all__ = ["CrossBatchMemory"]
 
 
 class CrossBatchMemory(TypedModule):
-    """A loss of this module between a batch and the latest rows, which include the batch itself.
+    """A loss of this module between a batch and a memory of the latest rows, which include the batch itself.
 
-    Wang et al., "Cross-Batch Memory for Embedding Learning", 2020. The batch is added to the memory first, but a row is
-    not a positive of its copy there. No gradient reaches the memory.
+    Wang et al., "Cross-Batch Memory for Embedding Learning", 2020. The batch is added to the memory first, but a row's
+    copy in the memory is not a positive of the row. No gradient reaches the memory.
 
     Args:
         loss: `NTXentLoss` or `SupConLoss` of this module.
@@ -35,8 +35,9 @@ class CrossBatchMemory(TypedModule):
         ValueError: an option is not supported, a number is out of range, or, when called, shapes, dtypes or devices do
             not match.
 
-    With labels, memory is O((M + memory_size) D). With `indices_tuple` and no miner all pairs are listed, as in the
-    library. As in the library, the `state_dict` has only rows and labels, and a restored memory starts empty.
+    With labels, a call takes O((M + memory_size) D) memory. With `indices_tuple` and no miner, all pairs are listed, as
+    in the library. As in the library, the `state_dict` has only rows and labels, and a restored `CrossBatchMemory`
+    starts empty.
 
     Example:
         >>> import torch
@@ -61,7 +62,7 @@ class CrossBatchMemory(TypedModule):
         embedding_size = check_integer("embedding_size", embedding_size, 1)
         memory_size = check_integer("memory_size", memory_size, 1)
         if kwargs.pop("collect_stats", None):
-            raise ValueError("collect_stats of CrossBatchMemory must be None or False: no distances are held")
+            raise ValueError("collect_stats of CrossBatchMemory must be None or False: no distances are stored")
         if kwargs:
             raise TypeError(f"CrossBatchMemory got an unexpected keyword argument {next(iter(kwargs))!r}")
         self.loss = loss
@@ -89,8 +90,8 @@ class CrossBatchMemory(TypedModule):
         Args:
             embeddings: (M, D). At most `memory_size` rows can go into the memory in a call.
             labels: (M,), of any dtype.
-            indices_tuple: Pairs or triplets to compare in addition to the miner's or, without a miner, to all pairs.
-                Their positives and negatives are positions in the memory.
+            indices_tuple: Further pairs or triplets to compare, beside the pairs of the miner, or beside all pairs if
+                there is no miner. Their positives and negatives are positions in the memory.
             enqueue_mask: (M,) bool, the rows that go into the memory; only the other rows are then anchors. None puts
                 all rows into the memory and uses all as anchors.
         """
@@ -183,7 +184,7 @@ class CrossBatchMemory(TypedModule):
                 )
             taken = int(enqueue_mask.sum())
         if taken > self.memory_size:
-            raise ValueError(f"the memory of {self.memory_size} rows cannot take {taken} in one call")
+            raise ValueError(f"at most {self.memory_size} rows (memory_size) can be added in one call, got {taken}")
 
     def extra_repr(self) -> str:
         return f"embedding_size={self.embedding_size}, memory_size={self.memory_size}"

@@ -68,7 +68,8 @@ def draw_clusters(features: Features, clusters: dict[str, Tensor], data: ImageDa
 
 
 def _draw(boards: dict[str, list[list[Cell]]], path: Path) -> None:
-    """Draw boards side by side. Each board is one image, because hundreds of axes would take a minute."""
+    """Draw boards (grids of images) side by side. Each board is drawn as one large image, because hundreds of axes
+    would take a minute."""
     rows = max(map(len, boards.values()))
     figure = new_figure(12, 0.55 * rows + 0.4)
     for axes, (title, board) in zip(figure.subplots(1, len(boards)), boards.items(), strict=True):

@@ -8,8 +8,8 @@ from typing import Any
 
 from ..config import Config
 
-# Temperature of every run outside the sweep. The sweep's run at this temperature is the reference, and its encoder
-# serves the downstream tasks.
+# Temperature of every run outside the sweep. The sweep's run at this temperature is the reference, and its encoder is
+# tested in the downstream tasks.
 TEMPERATURE = 0.5
 OBJECTIVES = ("nt_xent", "alignment", "distribution")
 NORMS = ("batch", "none")

@@ -37,20 +37,20 @@ $sections
 
 # For each section: its heading, its table, and its figures with their captions.
 SECTIONS: tuple[tuple[str, str, dict[str, str]], ...] = (
-    ("Either term alone, and both", "objectives", {
+    ("Each term alone, and both together", "objectives", {
         "collapse.svg": "Measures on the test images during training. Alignment alone ends at uniformity 0 and "
-        "an effective rank near 1, which is collapse. Distribution alone spreads the images out, with alignment at "
-        "chance.",
+        "a very low effective rank, which is collapse. Distribution alone spreads the images out, but its alignment "
+        "stays near chance.",
         "similarities.svg": "Similarities of pairs after training, without BatchNorm.",
     }),
     ("The temperature", "temperatures", {
         "temperature.svg": "Measures at the end of training against the temperature.",
-        "spread.svg": "Similarities of pairs after training. A small temperature pushes the nearest images apart; a "
-        "large one tolerates them.",
+        "spread.svg": "Cosine similarities of pairs after training, one histogram for each temperature. At a small "
+        "temperature, the loss pushes even the most similar images apart. At a large one, they stay close together.",
     }),
     ("Clusters and nearest images", "uses", {
         "uses.svg": "The trained encoder, compared with the untrained encoder and with raw pixels.",
-        "clusters.png": "Each row is a cluster of k-means, from the most to the least typical test image.",
+        "clusters.png": "Each row shows test images of one k-means cluster, from the most to the least typical.",
         "neighbours.png": "Test images on which raw pixels do worst, and the training images nearest to each. An "
         "orange frame marks an image of another class.",
     }),
