@@ -96,9 +96,9 @@ bench: $(VENV)/bench
 bench-avx2: $(VENV)/bench
 	$(AVX2) $(VENV)/bin/python -m benchmarks cpu --instruction-set avx2 --out $(BENCH_OUT)/cpu-avx2.json
 
-# Runs all checks of a machine with a GPU: build, verify, test, compute-sanitizer, benchmark, tune and ncu, in parts of
-# at most ten minutes each. A second call continues where the first stopped. Afterwards, python -m benchmarks report
-# adds the device to docs/verification.md.
+# Runs everything that needs a GPU, on a machine with one: build, verify, test, compute-sanitizer, benchmark, tune and
+# ncu, in parts of at most ten minutes each. A second call continues where the first stopped. Afterwards,
+# python -m benchmarks report adds the device to docs/verification.md.
 #   one stage:      make gpu STAGE=verify
 #   limited time:   make gpu OPTIONS="--seconds 540"
 #   without a GPU:  make gpu OPTIONS=--rehearse

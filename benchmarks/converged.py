@@ -18,8 +18,10 @@ TEMPERATURES = (0.1, 0.01)
 
 
 def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[str, str]]:
-    """Return RMS errors of the float32 gradient with respect to [z_i; z_j], relative to the gradient's RMS, and the
-    losses that are missing."""
+    """Return the RMS errors of each backend's and library's float32 gradient, and why others cannot be used here.
+
+    The gradient is with respect to [z_i; z_j], and errors are relative to the RMS of the true gradient.
+    """
     from tests import cases  # imported here because it needs pytest
 
     results: list[dict[str, object]] = []

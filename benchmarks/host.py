@@ -1,9 +1,9 @@
 """Host time of a loss and its gradient, compared with autograd alone: python -m benchmarks.host
 
-Kernel launches are replaced by an empty function, and the batch is too small for anything else to take time. The
-remaining time is spent in PyTorch and in this package's Python code. Triton's kernels are compiled for sm_90 but never
-run. "autograd alone" is a bare `torch.autograd.Function` whose output and gradients have the same shapes. Times are the
-CPU time of this thread.
+Kernel launches are replaced by an empty function, and the batch is so small that arithmetic on it takes almost no time.
+What remains is the overhead of PyTorch and of this package's Python code. Triton's kernels are compiled for sm_90 but
+never run. "autograd alone" is a bare `torch.autograd.Function` whose output and gradients have the same shapes. Times
+are the CPU time of this thread.
 """
 
 from __future__ import annotations

@@ -19,12 +19,12 @@ _ENDS = ("EXIT", "RET", "KILL")
 
 
 class Graph:
-    """The basic blocks of a kernel (instructions without a branch between them), and the loops among them.
+    """The basic blocks of a kernel (instructions without a branch, call or exit between them), and its loops.
 
     Attributes:
         blocks: the instructions of each block.
         after: the successors of each reachable block.
-        loops: the blocks of each loop, by the loop's first block. The largest loop comes first.
+        loops: for the first block of each loop, the blocks of the loop. The largest loop comes first.
     """
 
     def __init__(self, text: str):
@@ -74,7 +74,7 @@ def _listing(text: str) -> tuple[list[str], dict[str, int]]:
 
 
 def _starts(instructions: list[str], places: dict[str, int]) -> list[int]:
-    """Return the positions where blocks begin: at the start, after each branch, and at each branch target."""
+    """Return the positions where blocks begin: at the start, after each branch, call and exit, and at their targets."""
     starts = {0}
     for i, instruction in enumerate(instructions):
         if opcode(instruction) in (*_BRANCHES, *_ENDS, "CALL"):
@@ -84,7 +84,8 @@ def _starts(instructions: list[str], places: dict[str, int]) -> list[int]:
 
 def _successors(instructions: list[str], i: int, places: dict[str, int]) -> list[int]:
     """Return the possible successors of an instruction. A branch for diverged warps is assumed never to be taken. A
-    call is assumed to return, except a conditional call, because compilers also use conditional calls as branches."""
+    call is assumed to return to the next instruction. Compilers also use a conditional call as a branch, so its target
+    and the next instruction are both successors."""
     instruction, name = instructions[i], opcode(instructions[i])
     following = [i + 1] if i + 1 < len(instructions) else []
     guarded = instruction.startswith("@")
@@ -121,8 +122,8 @@ def _dominators(before: dict[int, set[int]]) -> dict[int, set[int]]:
 
 
 class Way(NamedTuple):
-    """A path through a region. Its steps are nodes, which are blocks or inner loops. Its length is the sum of the
-    lengths that `worth` returns for these nodes."""
+    """A path through a kernel or one iteration of a loop. Its steps are nodes: blocks, or whole inner loops. Its length
+    is the sum of the nodes' lengths (see `worth` in `shortest`)."""
 
     length: int
     steps: tuple[int, ...]

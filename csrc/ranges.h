@@ -25,7 +25,7 @@ template <class T> constexpr double SMALLEST_FACTOR = sizeof(T) == 4 ? 1e-35 : 1
 template <class T> constexpr double LARGEST_WEIGHT = sizeof(T) == 4 ? 0x1p64 : 0x1p512;
 
 // The CUDA kernels scale the weights in a tile of G so that the largest is this number. float16 holds magnitudes from
-// 6e-8 to 65504. An element of G is w_i P_ij + w_j P_ji times the factor of its column (r in gradient.h). No scaled
+// 6e-8 to 65504. An element of G is (w_i P_ij + w_j P_ji) times the factor of its column (r in gradient.h). No scaled
 // weight exceeds G_SCALE, no P exceeds 1, and the factor is below 2, so |G_ij| stays below 4 G_SCALE = 32768. (In the
 // Triton kernels, the factor is at most 1, and the scale for float16 is half of this one.)
 constexpr float G_SCALE = 8192;

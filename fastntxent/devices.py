@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from .backends import candidates, check_name, checkable, warming
 from .saved_state import ModuleState, RandomState, module_of
+from .trees import map_tensors, named_tensors
 from .validation import check_flag
 from .verification import policy
 from .verification.verdict import Verdict
@@ -104,14 +106,17 @@ def warm_up(loss: Callable[..., Tensor], *inputs: object, **options: object) -> 
         raise RuntimeError("warm_up must be called before the capture of a CUDA graph, not in it")
     if torch.is_inference_mode_enabled():
         raise RuntimeError("warm_up must be called outside torch.inference_mode(): it runs the backward too")
+    module = module_of(loss)
+    bound = (loss.args, loss.keywords) if isinstance(loss, functools.partial) else ((), {})
     # A tensor that is passed twice stays one object: a loss may treat a batch against itself specially.
-    tensors = {id(x): x for x in (*inputs, *options.values()) if isinstance(x, Tensor)}
+    tensors = {id(x): x for _, x in named_tensors((inputs, options, *bound), "inputs")}
     leaves = {key: x.detach().requires_grad_(x.requires_grad) for key, x in tensors.items()}
-    given = [leaves.get(id(x), x) for x in inputs]
-    named = {name: leaves.get(id(x), x) for name, x in options.items()}
+    given, named, *bound = map_tensors(lambda x: leaves[id(x)], (inputs, options, *bound))
+    if isinstance(loss, functools.partial):
+        loss = functools.partial(loss.func, *bound[0], **bound[1])
     with ExitStack() as stack:
         stack.callback(RandomState({x.device for x in tensors.values() if x.is_cuda}).restore)
-        if (module := module_of(loss)) is not None:
+        if module is not None:
             stack.callback(ModuleState(module).restore)
         stack.enter_context(warming())
         for block in (nullcontext, policy.as_captured):

@@ -165,10 +165,12 @@ def _check(dims: Sequence[int], weights: Sequence[float] | None) -> tuple[list[i
 
 
 def _group(loss: Callable[..., Any], options: Mapping[str, Any]) -> Group | None:
-    """Return the group that the loss will use: an option of the call, an option bound by `functools.partial`, or the
-    attribute of a module."""
-    bound = loss.keywords if isinstance(loss, functools.partial) else {}
-    return {"group": getattr(module_of(loss), "group", None), **bound, **options}["group"]
+    """Return the group that the loss will use: an option of the call, an option bound by `functools.partial`, or an
+    attribute of a module or of another callable object."""
+    bound: dict[str, Any] = {}
+    while isinstance(loss, functools.partial):
+        bound, loss = {**loss.keywords, **bound}, loss.func
+    return {"group": getattr(module_of(loss) or loss, "group", None), **bound, **options}["group"]
 
 
 def _names(loss: Callable[..., Any], n_arguments: int) -> list[str]:

@@ -15,7 +15,8 @@ from .validation import check_flag, check_ids, check_reduction, check_row_count,
 def agree_on(group: Group | None, function: str, rows: Tensor, agreed: Mapping[str, object]) -> None:
     """Let the ranks compare the options that decide which losses they call, before they call any of them.
 
-    rows: one of the tensors (..., D) that the losses will get. The ranks compare its number of features and its dtype.
+    rows: one of the tensors (..., D) that the losses will get. The ranks compare its number of features, its dtype, and
+    whether it requires a gradient.
     """
     if group is not None:
         ShardedBatch.open(group, function, {"rows": rows.flatten(0, -2)}, 1, "mean", True, "auto", agreed)

@@ -3,7 +3,7 @@
 State is everything that `vars(module)` reaches through submodules and containers: buffers, tensors, arrays and numbers
 among the attributes, and generators of the module. A restore writes the old values into the same tensors and the old
 contents into the same containers, because other objects hold references to them (DistributedDataParallel to buffers, an
-optimiser to tensors).
+optimiser to tensors). `module_of` finds the module behind a callable.
 """
 
 from __future__ import annotations

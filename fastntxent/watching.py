@@ -1,4 +1,5 @@
-"""Backwards that raise if an argument of the loss has been changed in place since the call."""
+"""Makes the backward of a loss raise if a temperature, ids, labels or another argument besides the rows was changed in
+place after the call. Works in eager mode on plain tensors."""
 
 from __future__ import annotations
 

@@ -190,6 +190,15 @@ def error_of_queues(rank: int, world: Any) -> str:
     return "none"
 
 
+class HasGroup:
+    """A callable object with a group, but not a module."""
+
+    group = "world"
+
+    def __call__(self, z_i: Tensor, z_j: Tensor) -> Tensor:
+        return fastntxent.nt_xent(z_i, z_j, group=self.group)
+
+
 def errors_of_widths(rank: int) -> list[str]:
     """Return this rank's error for each way to give `matryoshka` a loss with a group, if the ranks' widths differ."""
     z, dims, module = torch.eye(2, 4), [[4], [4, 2]][rank], fastntxent.NTXentLoss(group="world")
@@ -199,6 +208,7 @@ def errors_of_widths(rank: int) -> list[str]:
         lambda: fastntxent.matryoshka(module, z, z, dims=dims),
         lambda: fastntxent.matryoshka(module.forward, z, z, dims=dims),
         lambda: fastntxent.matryoshka(partial(module, z), z, dims=dims),
+        lambda: fastntxent.matryoshka(HasGroup(), z, z, dims=dims),
     ]
     messages = []
     for call in calls:
@@ -374,7 +384,8 @@ def test_compare_judges_the_batch_of_all_ranks(found):
         assert report.ok, report
         assert report == found[1]["compared"][name]
         alone = error_budget.compare(*x[:2].to(dtype), TAU)
-        assert report.gradient_allowed == alone.gradient_allowed
+        # The errors of the reference depend on the number of threads, which may differ between this process and ranks.
+        assert report.gradient_allowed == pytest.approx(alone.gradient_allowed, rel=0.05)
     assert str(found[0]["compared"]["wrong"]).startswith("BEYOND BUDGET")
     assert found[0]["compared"]["wrong"] == found[1]["compared"]["wrong"]
 

@@ -302,6 +302,25 @@ def test_warm_up_passes_an_argument_given_twice_as_one_object():
     assert set(seen) == {(True, 2.0)}
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda a, b: (fastntxent.nt_xent, a, b),
+        lambda a, b: (fastntxent.multiview_nt_xent, [a, b]),
+        lambda a, b: (functools.partial(fastntxent.nt_xent, a, z_j=b),),
+        lambda a, b: (lambda views: fastntxent.nt_xent(views["a"], views["b"][0]), {"a": a, "b": (b,)}),
+    ],
+    ids=["tensors", "list", "partial", "mapping"],
+)
+def test_warm_up_leaves_the_graph_of_its_inputs(call):
+    z = torch.randn(2, 6, 4, requires_grad=True)
+    a, b = z * 2, z + 1
+    loss, *inputs = call(a[0], b[1])
+    fastntxent.warm_up(loss, *inputs)
+    loss(*inputs).backward()
+    assert z.grad is not None
+
+
 def test_warm_up_also_runs_the_backend_chosen_for_a_capture():
     taken = []
 

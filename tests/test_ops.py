@@ -209,6 +209,14 @@ def test_mask_product_has_a_gradient_for_a_mask_of_any_dtype(dtype):
     torch.testing.assert_close(*gradients)
 
 
+def test_traced_mask_product_has_a_gradient_for_a_mask_that_needs_one_later():
+    mask, x = torch.rand(4, 6), torch.randn(6, 3)
+    traced = torch.jit.trace(lambda mask: ops.mask_product(mask, x), (mask,), check_trace=False)
+    mask = torch.rand(4, 6, requires_grad=True)
+    expected = (1 - torch.eye(4, 6)) * x.sum(dim=1)
+    torch.testing.assert_close(torch.autograd.grad(traced(mask).sum(), mask)[0], expected)
+
+
 @pytest.mark.parametrize("tracing_mode", ["real", "fake", "symbolic"])
 def test_make_fx_graph_takes_the_temperature_as_an_input(backend, tracing_mode):
     trace = torch.fx.experimental.proxy_tensor.make_fx(

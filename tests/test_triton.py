@@ -728,8 +728,8 @@ def test_one_much_longer_row_leaves_the_other_gradients_accurate(ratio):
     batch, weights = (u, v, u_ids, v_ids + (v_ids != 0)), (torch.ones(20, device=DEVICE), torch.ones(40, device=DEVICE))
     runs = ("triton", torch.float32), ("reference", torch.float64)
     value, truth = (cross_result(batch, 0.5, weights, *run)[2] for run in runs)
-    # G includes each row's length relative to the longest. Beyond a ratio of 2^12, the smaller float16 part of G loses
-    # one bit for each further factor of two.
+    # G includes each row's length relative to the longest. Beyond a ratio of 2^14 for the largest G, and earlier for
+    # smaller ones, the smaller float16 part of G loses one bit for each further factor of two.
     assert_within_rounding(value, truth, 1 / 0.5, times=max(1.0, ratio / 2**12))
 
 

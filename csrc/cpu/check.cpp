@@ -422,7 +422,7 @@ void invalid_calls() {
     for (double k : {0.0, -1.0, double(NAN)}) refused("inv_tau", [=](Call c) { c.inv_tau = k; });
     for (double eps : {-1.0, double(NAN)}) refused("eps", [=](Call c) { c.eps = eps; });
     for (int dtype : {-1, 4}) refused("dtype", [=](Call c) { c.dtype = dtype; });
-    for (int phases : {0, 2, 4}) refused("phases", [=](Call c) { c.phases = phases; });
+    for (int phases : {-1, 0, 2, 4, 5, 7}) refused("phases", [=](Call c) { c.phases = phases; });
     refused("loss_weight", [](Call c) { c.loss_weight = 0; });
     for (double w : {-1.0, double(NAN)}) refused("cols_loss_weight", [=](Call c) { c.cols_loss_weight = w; });
     refused("workspace", [](Call c) { c.workspace = -1; });

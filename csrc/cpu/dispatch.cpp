@@ -126,7 +126,8 @@ bool valid(const fntx_call& call) {
     const bool forward = call.phases & FNTX_FORWARD, backward = call.phases & FNTX_BACKWARD;
     const bool two_views = call.rows.z[0].n == call.rows.z[1].n && !call.cols;
     const bool paired = call.cols ? count_rows(call.rows) == count_rows(*call.cols) : two_views;
-    if (!(forward || backward) || call.dtype < FNTX_FLOAT16 || call.dtype > FNTX_FLOAT64) return false;
+    if (call.phases < FNTX_FORWARD || call.phases > (FNTX_FORWARD | FNTX_BACKWARD)) return false;
+    if (call.dtype < FNTX_FLOAT16 || call.dtype > FNTX_FLOAT64) return false;
     if (!valid(call.rows, call.D) || (call.cols && !valid(*call.cols, call.D))) return false;
     if (!(call.inv_tau > 0) || !(call.eps >= 0) || call.workspace < 0) return false;
     if ((call.pos || call.d_pos) && !two_views) return false;

@@ -157,7 +157,7 @@ void invalid_calls() {
     };
     float number = 0;
     for (int dtype : {-1, int(FNTX_FLOAT64), 4}) refused(two, LOSS, "dtype", [=](Call c) { c.dtype = dtype; });
-    for (int phases : {0, 4}) refused(two, LOSS, "phases", [=](Call c) { c.phases = phases; });
+    for (int phases : {-1, 0, 4}) refused(two, LOSS, "phases", [=](Call c) { c.phases = phases; });
     refused(two, LOSS, "no data", [](Call c) { c.rows.z[1].data = nullptr; });
     refused(two, LOSS, "n < 0", [](Call c) { c.rows.z[1].n = -1; });
     refused(two, LOSS, "no rows in the first matrix", [](Call c) { c.rows.z[0].n = 0; });
@@ -168,8 +168,11 @@ void invalid_calls() {
     refused(two, BACKWARD, "no neg_lse", [](Call c) { c.rows.neg_lse = nullptr; });
     refused(two, BACKWARD, "no weights", [](Call c) { c.rows.d_neg_lse = nullptr; });
     refused(rectangle, BACKWARD, "no weights of the columns", [&](Call) { cols->d_neg_lse = nullptr; });
-    for (const Problem<float>* p : {&one, &rectangle})
+    for (const Problem<float>* p : {&one, &rectangle}) {
         refused(*p, FORWARD, "positives without two views", [&](Call c) { c.pos = &number; });
+        refused(*p, FORWARD, "a loss without two views", [&](Call c) { c.loss = &number; });
+        refused(*p, BACKWARD, "weights of positives without two views", [&](Call c) { c.d_pos = &number; });
+    }
     expects_errors = false;
 }
 

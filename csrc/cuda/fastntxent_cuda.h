@@ -1,7 +1,8 @@
 // The C interface of the CUDA kernels: device pointers and sizes, without Python or PyTorch. Sides, matrices, dtypes,
-// phases and status codes are defined as for the CPU kernels, with these differences: FNTX_FLOAT64 is not supported;
-// the first matrix of a side must have rows; the limits of a side are ignored; and in a backward with `loss`, d_neg_lse
-// must be NULL.
+// phases and status codes are defined as for the CPU kernels, with these differences:
+// - FNTX_FLOAT64 is not supported, and the limits of a side are ignored.
+// - The first matrix of a side must have rows. Too many rows or features are FNTX_INVALID.
+// - d_neg_lse must be NULL in a call that computes `loss` and gradients, and must be given in any other backward.
 #pragma once
 
 #include "../cpu/fastntxent.h"
@@ -41,8 +42,8 @@ int fntx_cuda_run(const struct fntx_cuda_call* call);
 // Return the number of devices, or -1 on failure.
 int fntx_cuda_devices(void);
 
-// Return why this thread's latest call failed: the name of the function that failed, and the reason. Undefined unless
-// that call failed.
+// Return why this thread's latest call failed: the name of the function that failed (or "the device"), and the reason.
+// Undefined unless that call failed.
 const char* fntx_cuda_error(void);
 
 #ifdef __cplusplus

@@ -2,11 +2,11 @@
 //
 //     n_i = |z_i|,  u_i = z_i / max(n_i, eps) = r_i x_i,  sim_pos_i = u_i . u_p(i)
 //
-// Row p(i) is the positive of row i. x_i is z_i times the power of two that brings the largest magnitude in the row to
-// [1, 2). For half-precision rows this scaling is exact, whatever the norm of the row, with one exception: a float16 x
-// below 2^-14 is rounded to a multiple of 2^-24. A float32 row becomes the sum of two float16 parts, which together
-// have 22 bits of mantissa. A warp packs one row of each matrix of a side, so it holds both views of a sample. z is
-// read twice (the second time from a cache), and x is written once.
+// Without `normalize`, u_i = z_i. Row p(i) is the positive of row i. x_i is z_i times the power of two that brings the
+// largest magnitude in the row to [1, 2). For half-precision rows this scaling is exact, whatever the norm of the row,
+// unless an x is subnormal: a float16 x below 2^-14 is rounded to a multiple of 2^-24. A float32 row becomes the sum of
+// two float16 parts, which together have 22 bits of mantissa. A warp packs one row of each matrix of a side, so it
+// holds both views of a sample. z is read twice (the second time from a cache), and x is written once.
 #pragma once
 
 #include "tiles.h"

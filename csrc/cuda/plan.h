@@ -144,8 +144,7 @@ inline Plan make_plan(const Machine& machine, int dtype, int64_t n_rows, int64_t
 // Return an error message if a call is invalid, otherwise null.
 inline const char* fault_of(const fntx_cuda_call& call) {
     if (call.dtype < FNTX_FLOAT16 || call.dtype > FNTX_FLOAT32) return "unsupported dtype";
-    if (!(call.phases & (FNTX_FORWARD | FNTX_BACKWARD)) || call.phases > (FNTX_FORWARD | FNTX_BACKWARD))
-        return "invalid phases";
+    if (call.phases < FNTX_FORWARD || call.phases > (FNTX_FORWARD | FNTX_BACKWARD)) return "invalid phases";
     if (!call.workspace || reinterpret_cast<uintptr_t>(call.workspace) % 16)
         return "the workspace must be given and 16-byte aligned";
     const bool two_views = !call.cols && call.rows.z[0].n == call.rows.z[1].n;

@@ -20,8 +20,8 @@ DIRECT_LIMIT = {torch.float32: 60.0, torch.float64: 480.0}
 SMALLEST_FACTOR = {torch.float32: 1e-35, torch.float64: 1e-300}
 
 # Shifted regime of `blocked`: no factor w exp(k s - nu) exceeds its weight, and the largest weight is scaled to at most
-# this value. It is the geometric middle of the range above 1, so that small factors do not underflow and sums of large
-# ones do not overflow.
+# this value. It is the geometric mean of 1 and the largest number of the type, so that small factors do not underflow
+# and sums of large ones do not overflow.
 LARGEST_WEIGHT = {torch.float32: 2.0**64, torch.float64: 2.0**512}
 
 # The largest weight in a tile of the Triton kernels' G, by the dtype of the operands. The range of float16 is 6e-8 to

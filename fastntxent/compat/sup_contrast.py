@@ -45,7 +45,7 @@ class SupConLoss(TypedModule):
         ValueError: a number is out of range, an option is unknown, or, when called, shapes or devices do not match, or
             labels and mask are both given.
 
-    Memory is O(B V D), plus the mask, which is never repeated for the views. A mask in the dtype of the loss is copied
+    Memory is O(B V D), plus the mask, which is never repeated for the views. A mask that needs a gradient is copied
     once. With a mask, the formula needs only the weighted sum of an anchor's positives. These sums are the product of
     the mask with the rows, which takes 2 B^2 D flops in the forward and again in the backward.
 

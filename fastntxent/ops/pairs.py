@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..algebra import autocast_off, product, row_dots
 from .contract import checked
-from .register import register
+from .register import may_be_differentiated, register
 
 _CHUNK = 2**20  # elements in a piece
 
@@ -33,9 +33,9 @@ def mask_product(mask: Tensor, x: Tensor) -> Tensor:
     """Return mask @ x for a mask (B, C), bool or of any real dtype, whose diagonal counts as zero.
 
     Subtracting the diagonal afterwards would lose small entries of a row to rounding. Differentiable in x and in the
-    mask. A mask that requires a gradient is copied, which takes O(B C) memory.
+    mask. A mask that may need a gradient is copied, which takes O(B C) memory.
     """
-    if not mask.requires_grad:
+    if not (mask.is_floating_point() and may_be_differentiated(mask)):
         return _mask_product(mask, x)
     mask = mask.to(x.dtype)
     return product(mask.diagonal_scatter(torch.zeros_like(mask.diagonal())), x)

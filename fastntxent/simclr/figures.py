@@ -25,7 +25,7 @@ from .stream import stream
 INK, BLUE, ORANGE, GREEN, GRID = "#222a33", "#2563a8", "#c2571a", "#2f7d4f", "#dfe3e8"
 NO_LABEL = "#b8bec6"
 N_SAMPLES = 8
-MOST_CAPTIONS = 20  # with more classes the colours repeat, so there is no legend
+MOST_CAPTIONS = 20  # beyond about 20 classes the colours repeat, so there is no legend
 CAPTION_LENGTH = 24
 # Differences below this fraction of the largest feature are rounding errors.
 LEAST_SPREAD = 1e-6
@@ -135,7 +135,8 @@ def lay_out(features: Tensor | None) -> tuple[Array | None, str]:
     """Return the positions of images in the plane, (N, 2), and a caption; or None and the reason.
 
     The method is t-SNE after PCA, or PCA alone if there are too few images or features for t-SNE. Features that differ
-    only by rounding become one point: scikit-learn's t-SNE would divide by their spread and crash on the NaN.
+    only by rounding become one point. Their map would only show noise, and with a spread of 0 the initial positions
+    would be NaN, on which scikit-learn's t-SNE crashes.
     """
     if features is None:
         return None, "there are no features"

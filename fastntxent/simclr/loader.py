@@ -58,7 +58,7 @@ class LoaderData:
         self.image_shape = (channels, height, width)
 
     def images_of(self, batch: Any) -> Tensor | tuple[Tensor, Tensor]:
-        """Return the images of a batch as uint8, or its two views as float32 with the loader's values."""
+        """Return the images of a batch as uint8, or its two views as float32, not rescaled."""
         parts = list(batch) if isinstance(batch, Sequence) else [batch]
         if parts and isinstance(parts[0], Sequence) and len(parts[0]) == 2:
             parts = list(parts[0])
